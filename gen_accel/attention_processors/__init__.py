@@ -1,0 +1,29 @@
+"""What is computed: attention methods. A method is one file with one frozen dataclass:
+
+method(q, k, v, *, video, kernel) -> Tensor     where `kernel(q, k, v, plan)` runs a Plan
+method.plan(video, device) -> Plan              for those whose pattern depends on the grid alone
+method.block_mask(video), method.density(video)
+
+Its fields are its options, its repr is its log line, and its hash is the cache key of its plan.
+Where it is computed, one diffusers model family a file, is in `families`.
+"""
+
+from difflib import get_close_matches
+
+from gen_accel.attention_processors.dense import Dense
+from gen_accel.attention_processors.neighborhood import Neighborhood
+from gen_accel.attention_processors.radial import Radial
+
+__all__ = ["METHODS", "Dense", "Neighborhood", "Radial", "method_class"]
+
+# Read by the tests, the command line and the benchmarks.
+METHODS = {"dense": Dense, "radial": Radial, "neighborhood": Neighborhood}
+
+
+def method_class(name: str) -> type:
+    """The method called `name`; ValueError with those that exist and the nearest."""
+    if name not in METHODS:
+        near = get_close_matches(name, METHODS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"method must be one of {tuple(METHODS)}, got {name!r}{hint}")
+    return METHODS[name]

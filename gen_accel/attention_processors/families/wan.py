@@ -1,0 +1,34 @@
+"""Wan 2.1 and 2.2, text to video, image to video, and VACE.
+
+Tokens are the video's alone, in raster order; text and image are seen by cross-attention. VACE's
+control blocks run over the same grid.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from gen_accel.attention_processors.families import SelfAttention
+from gen_accel.video import VideoShape
+
+CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel")
+ATTENTION_CALL = "dispatch_attention_fn"
+
+
+def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
+    found = []
+    for stack in ("blocks", "vace_blocks"):
+        for layer, block in enumerate(getattr(transformer, stack, ())):
+            found.append(SelfAttention(f"{stack}.{layer}", block.attn1, layer))
+    return found
+
+
+def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> VideoShape:
+    """hidden_states: (B, C, frames, height, width) latents."""
+    sizes = zip(hidden_states.shape[2:], transformer.config.patch_size, strict=True)
+    return VideoShape(*(size // patch for size, patch in sizes))
+
+
+def timestep(hidden_states: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """(B,), or (B, tokens) where each token has its own (Wan 2.2 TI2V-5B)."""
+    return timestep

@@ -1,0 +1,262 @@
+"""Radial attention: what a token sees shrinks as the frames grow apart.
+
+References:
+    Li et al., "Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long Video
+    Generation", 2025, https://arxiv.org/abs/2506.19852; public code mit-han-lab/radial-attention
+    at 72788d4 (Apache-2.0), whose block masks the two "code" rules reproduce bit for bit.
+
+Distances between frames are in latent frames. Band b holds the distances d with
+floor(log2(max(d, 1))) == b.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from gen_accel.plan import Plan, raster_slots, tile_slots
+from gen_accel.video import VideoShape
+
+Rule = Literal["balanced", "paper", "code-2025-06", "code-2025-11"]
+
+# The rows and columns of one tile of the balanced rule: 8 x 8 tokens, or as even a part of a
+# smaller or odd frame as there is below that.
+TILE_SIDE = 8
+# A query tile of the balanced rule spans one frame for each so many of the clip.
+TILE_FRAMES = 24
+
+
+@dataclass(frozen=True)
+class Radial:
+    """Attention whose density halves with each doubling of the temporal distance.
+
+    Rules:
+        "balanced": ours. Frames are cut into tiles of about 8 x 8 tokens, and band b keeps
+            decay_factor x 2^-b of the tiles of a frame, as a window in rows *and* columns about
+            the query's own tile. A band whose share falls below one tile keeps that tile in every
+            n-th frame instead. A token always sees its own frame and, with `sink`, the first. No
+            tile spans two frames of keys, so the pattern does not depend on how a frame's token
+            count relates to the block size, on any shape.
+        "paper": equation 4: a band of s / 2^b raster positions to each side, then every n-th
+            frame's diagonal. A block is kept when it holds a kept pair. The paper's decay has no
+            factor; ours scales the width.
+        "code-2025-06": the public code for Wan until 2025-11-11: half a frame at distance 1.
+        "code-2025-11": the public code since: the whole frame at distance 1.
+
+    Args:
+        rule: see above.
+        decay_factor: scales the width, in the balanced rule the share, of all bands from b = 1
+            (in the code rules from d = 2).
+        sink: keep the keys of the first frame for every query. The public code does for Wan and,
+            since 2025-07, not for HunyuanVideo.
+        block: tokens in a block; for the balanced rule the most in a query block.
+    """
+
+    rule: Rule = "balanced"
+    decay_factor: float = 1.0
+    sink: bool = True
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        if self.rule not in get_args(Rule):
+            raise ValueError(f"rule must be one of {get_args(Rule)}, got {self.rule!r}")
+        if not (math.isfinite(self.decay_factor) and self.decay_factor > 0):
+            raise ValueError(f"decay_factor must be positive, got {self.decay_factor}")
+        if self.block < 1:
+            raise ValueError(f"block must be at least 1, got {self.block}")
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
+    ) -> Tensor:
+        return kernel(q, k, v, self.plan(video, q.device))
+
+    def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
+        return _plan(self, video, torch.device(device))
+
+    def block_mask(self, video: VideoShape) -> Tensor:
+        """(Kq, Kk) bool, which key blocks each query block sees."""
+        return self.plan(video).keep[0, 0]
+
+    def density(self, video: VideoShape) -> float:
+        """Share of token pairs that are kept, in [0, 1]; 1 - density is the sparsity."""
+        return self.plan(video).density
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a plan built while sampling must serve training too
+def _plan(method: Radial, video: VideoShape, device: torch.device) -> Plan:
+    if device.type != "cpu":
+        return _plan(method, video, torch.device("cpu")).to(device)
+    if method.rule == "balanced":
+        return _balanced(method, video)
+    slots = raster_slots(video, method.block)
+    blocks = slots.numel() // method.block
+    keep = torch.zeros(blocks, blocks, dtype=torch.bool)
+    # The block that holds the first token after the video, and all that follow, see and are seen.
+    border = video.video_tokens // method.block
+    keep[border:], keep[:, border:] = True, True
+    fill = _paper if method.rule == "paper" else _code
+    fill(method, video, keep)
+    return Plan(slots, keep[None, None], method.block, method.block)
+
+
+def tile_shape(method: Radial, video: VideoShape) -> tuple[int, int, int]:
+    """(frames, rows, columns) of a query tile of the balanced rule; a key tile has one frame."""
+    rows, columns = (
+        -(-size // math.ceil(size / TILE_SIDE)) for size in (video.height, video.width)
+    )
+    # A query tile sees what any of its frames must see, so in a short clip it spans few.
+    frames = max(1, min(method.block // (rows * columns), video.frames // TILE_FRAMES))
+    return frames, rows, columns
+
+
+def _balanced(method: Radial, video: VideoShape) -> Plan:
+    tile = tile_shape(method, video)
+    slots = tile_slots(video, tile)
+    block_q, block_k = math.prod(tile), tile[1] * tile[2]
+    groups, rows, columns = (-(-n // t) for n, t in zip(video.grid, tile, strict=True))
+
+    # (groups, padded frames): distance of each key frame from the frames of each query tile.
+    first = torch.arange(groups)[:, None] * tile[0]
+    last = (first + tile[0]).clamp_max(video.frames) - 1
+    frame = torch.arange(groups * tile[0])
+    distance = torch.maximum(first - frame, frame - last).clamp_min(0)
+
+    window = torch.stack(
+        [_near_tiles(rows, columns, _share(method, d), d) for d in range(video.frames)]
+    )
+    near = window[distance.clamp_max(video.frames - 1)]  # (groups, frames, tiles, tiles)
+    if method.sink:
+        near[:, 0] = True
+    # A block of queries is (group, tile), one of keys is (group, tile, frame in the group).
+    near = near.unflatten(1, (groups, tile[0])).permute(0, 3, 1, 4, 2)
+    size = near.shape[0] * near.shape[1]
+    video_keep = near.reshape(size, -1)
+
+    keep = torch.ones(slots.numel() // block_q, slots.numel() // block_k, dtype=torch.bool)
+    keep[:size, : video_keep.shape[1]] = video_keep
+    occupied = (slots >= 0).view(-1, block_k).any(-1)  # frames past the last are padding alone
+    return Plan(slots, (keep & occupied)[None, None], block_q, block_k)
+
+
+def _share(method: Radial, distance: int) -> float:
+    """Share of a frame's tiles that is kept at this distance."""
+    if distance < 2:
+        return 1.0
+    return min(1.0, method.decay_factor * 0.5 ** (distance.bit_length() - 1))
+
+
+def _near_tiles(rows: int, columns: int, share: float, distance: int) -> Tensor:
+    """(tiles, tiles) bool: a window of about share x tiles about each tile of one frame.
+
+    The window is shifted at the border rather than cut, so that every tile sees as many.
+    """
+    tiles = share * rows * columns
+    if tiles < 1:
+        every = round(1 / tiles)
+        return torch.eye(rows * columns, dtype=torch.bool) & (distance % every == 0)
+    # Where the split is uneven, odd distances favour the other axis.
+    sizes = {"rows": rows, "columns": columns}
+    lead, other = ("rows", "columns") if distance % 2 == 0 else ("columns", "rows")
+    extent = {lead: min(sizes[lead], max(1, round(share**0.5 * sizes[lead])))}
+    extent[other] = min(sizes[other], max(1, round(tiles / extent[lead])))
+    near_rows = _window(rows, extent["rows"])
+    near_columns = _window(columns, extent["columns"])
+    return torch.kron(near_rows.int(), near_columns.int()).bool()
+
+
+def _window(size: int, extent: int) -> Tensor:
+    """(size, size) bool: `extent` places about each place, shifted inwards at both ends."""
+    place = torch.arange(size)
+    start = (place - extent // 2).clamp(0, size - extent)[:, None]
+    return (start <= place) & (place < start + extent)
+
+
+def _paper(method: Radial, video: VideoShape, keep: Tensor) -> None:
+    s, B = video.height * video.width, method.block
+    position = torch.arange(keep.shape[0])
+    for i in range(video.frames):
+        queries = _span(i, s, B)
+        for j in range(video.frames):
+            keys = _span(j, s, B)
+            d = abs(i - j)
+            band = max(d, 1).bit_length() - 1
+            if (method.sink and j == 0) or band == 0:
+                keep[queries, keys] = True
+                continue
+            reach = s * method.decay_factor / 2**band - 1
+            if reach < 0:
+                if d % math.ceil(2**band / (s * method.decay_factor)):
+                    continue
+                reach = 0
+            # Positions within the frame that each block holds, and the gap between two blocks.
+            low_q, high_q = _inside(position[queries], i, s, B)
+            low_k, high_k = _inside(position[keys], j, s, B)
+            gap = torch.maximum(low_q[:, None] - high_k, low_k - high_q[:, None]).clamp_min(0)
+            keep[queries, keys] |= gap <= reach
+
+
+def _span(frame: int, s: int, B: int) -> slice:
+    """The blocks that hold a token of `frame`."""
+    return slice(frame * s // B, ((frame + 1) * s - 1) // B + 1)
+
+
+def _inside(block: Tensor, frame: int, s: int, B: int) -> tuple[Tensor, Tensor]:
+    """First and last position within `frame` that each block holds."""
+    start = block * B - frame * s
+    return start.clamp_min(0), (start + B - 1).clamp_max(s - 1)
+
+
+def _code(method: Radial, video: VideoShape, keep: Tensor) -> None:
+    """The public code's masks, from the few distinct pairs of frames instead of all of them."""
+    s, B = video.height * video.width, method.block
+    power = 2 ** s.bit_length()
+    cache: dict[tuple, Tensor] = {}
+    for i in range(video.frames):
+        for j in range(video.frames):
+            d = abs(i - j)
+            decay = power / 2 ** d.bit_length()
+            if method.sink and j == 0:
+                width = float(s)
+            elif decay < 128 and d % int(128 / decay):  # the code's threshold, whatever the block
+                continue
+            elif d == 1 and method.rule == "code-2025-06":
+                width = float(s // 2)
+            elif d < 2:
+                width = float(s)
+            else:
+                width = max(decay * method.decay_factor, float(B))
+            key = (math.floor(width), i * s % B, j * s % B)
+            if key not in cache:
+                cache[key] = _shrink(s, B, *key)
+            blocks = cache[key]
+            row, column = i * s // B, j * s // B
+            target = keep[row : row + blocks.shape[0], column : column + blocks.shape[1]]
+            # The code runs past the end of the mask here, and stops with an error; we cut.
+            target |= blocks[: target.shape[0], : target.shape[1]]
+
+
+def _shrink(s: int, B: int, width: int, row: int, column: int) -> Tensor:
+    """Blocks of a band of `width` positions between two frames that begin at `row` and `column`.
+
+    A block is kept when more than 0.6 of the key columns that hold anything hold more than a third
+    of the block's rows. Blocks are counted from the offset, so the last part of a frame that
+    straddles one block more is lost.
+    """
+    blocks = torch.arange(-(-s // B)) * B
+    first_q, first_k = (blocks - row).clamp_min(0)[:, None], (blocks - column).clamp_min(0)
+    last_q = (blocks - row + B).clamp_max(s)[:, None] - 1
+    last_k = (blocks - column + B).clamp_max(s) - 1
+
+    def columns(rows: int) -> Tensor:
+        """How many key columns hold at least `rows` rows: an interval, as the band is straight."""
+        low = torch.maximum(first_k, first_q + rows - 1 - width)
+        high = torch.minimum(last_k, last_q - rows + 1 + width)
+        possible = (last_q - first_q + 1 >= rows) & (2 * width + 1 >= rows)
+        return (high - low + 1).clamp_min(0) * possible
+
+    return columns(B // 3 + 1) / (columns(1) + 1e-9) > 0.6

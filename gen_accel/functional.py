@@ -1,0 +1,55 @@
+"""The one public attention function: checks, then method, then kernel."""
+
+import math
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from gen_accel import kernels
+from gen_accel.video import VideoShape
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    video: VideoShape,
+    method: Any,
+    kernel: str = "auto",
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale q k^T) v over the token pairs that `method` keeps.
+
+    Args:
+        q, k, v: (B, H, N, D), same dtype and device, N == video.tokens, video first, text last.
+        video: the token grid.
+        method: what to compute, e.g. `Radial()`. Changes the answer.
+        kernel: how to compute it: "auto" or a name from `gen_accel.kernels.KERNELS`. Never
+            changes the answer, and a named kernel never falls back to another one.
+        scale: 1 / sqrt(D) without.
+
+    Returns:
+        (B, H, N, D) in q's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, a scale that is not finite, an unknown kernel, or one
+            that cannot run this.
+    """
+    if q.ndim != 4 or not q.shape == k.shape == v.shape:
+        shapes = [tuple(x.shape) for x in (q, k, v)]
+        raise ValueError(f"q, k and v must share one (B, H, N, D) shape, got {shapes}")
+    if q.numel() == 0:
+        raise ValueError(f"q, k and v must not be empty, got {tuple(q.shape)}")
+    if q.shape[2] != video.tokens:
+        raise ValueError(f"q has {q.shape[2]} tokens, the video {video} has {video.tokens}")
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        kinds = [f"{x.dtype} on {x.device}" for x in (q, k, v)]
+        raise ValueError(f"q, k and v must share one dtype and device, got {kinds}")
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    kernels.check_name(kernel)
+    return method(q, k, v, video=video, kernel=partial(kernels.run, scale=scale, kernel=kernel))

@@ -1,0 +1,121 @@
+"""Kernel backends. A backend is one module here with two functions:
+
+unsupported(q, k, v, plan) -> list[str]           reasons why it cannot run, empty when it can
+forward(q, k, v, plan, *, scale) -> Tensor        (B, H, N, D) in and out
+
+Those that also run inside a graph of torch.compile split `forward` in two: `prepare(plan)`, which
+runs while tracing and whose result is a constant of the graph, and `compute(q, k, v, prepared, *,
+scale)`.
+
+A backend imports without its optional dependency, and never changes the answer: each is held to
+`reference` by an error budget, forward and gradient.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gen_accel.kernels import flex, gather
+from gen_accel.kernels.failure import KernelFailed
+from gen_accel.plan import Plan
+
+__all__ = [
+    "KERNELS",
+    "Choice",
+    "KernelFailed",
+    "check_name",
+    "compute",
+    "prepare",
+    "preference",
+    "run",
+]
+
+KERNELS = ("flex", "gather", "reference")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which kernel ran, and why those that "auto" would have liked better did not."""
+
+    kernel: str
+    refused: Mapping[str, list[str]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in self.refused.items())
+        return f"{self.kernel} (not {why})" if why else self.kernel
+
+
+def check_name(kernel: str) -> None:
+    if kernel != "auto" and kernel not in KERNELS:
+        near = get_close_matches(kernel, KERNELS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"kernel must be 'auto' or one of {KERNELS}, got {kernel!r}{hint}")
+
+
+def preference(q: Tensor, plan: Plan) -> tuple[str, ...]:
+    """The order in which "auto" tries the kernels.
+
+    On the CPU matrix products over gathered blocks beat compiled FlexAttention and cost no
+    compilation, unless every block needs a mask (benchmarks/attention.py has the figures).
+    """
+    if q.device.type == "cpu":
+        return ("gather", "flex", "reference")
+    return KERNELS
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    kernel: str = "auto",
+    report: Callable[[Choice], None] | None = None,
+) -> Tensor:
+    """Run `plan` by the named kernel, or by the first that can.
+
+    Args:
+        report: is told which kernel ran, and why others did not.
+
+    Raises:
+        ValueError: the named kernel cannot run this, or none can; all reasons are listed.
+    """
+    refused: dict[str, list[str]] = {}
+    for name in preference(q, plan) if kernel == "auto" else (kernel,):
+        backend = import_module(f"gen_accel.kernels.{name}")
+        reasons = backend.unsupported(q, k, v, plan)
+        if not reasons:
+            try:
+                out = backend.forward(q, k, v, plan, scale=scale)
+            except KernelFailed as error:
+                reasons = [str(error)]
+            else:
+                if report is not None and not torch.compiler.is_compiling():
+                    report(Choice(name, refused))
+                return out
+        refused[name] = reasons
+    lines = "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in refused.items())
+    raise ValueError(f"no kernel for q {tuple(q.shape)} {q.dtype} on {q.device}:\n{lines}")
+
+
+def prepare(plan: Plan, device: torch.device, kernel: str = "auto") -> tuple[str, Any]:
+    """What `compute` needs of a plan inside a graph: the kernel's name and its own data."""
+    if kernel == "auto":
+        on_gpu = device.type == "cuda" and plan.block_q % 16 == plan.block_k % 16 == 0
+        kernel = "flex" if on_gpu else "gather"
+    backend = import_module(f"gen_accel.kernels.{kernel}")
+    if not hasattr(backend, "prepare"):
+        raise ValueError(f"kernel {kernel!r} does not run inside torch.compile; use 'auto'")
+    return kernel, backend.prepare(plan)
+
+
+def compute(q: Tensor, k: Tensor, v: Tensor, prepared: tuple[str, Any], *, scale: float) -> Tensor:
+    """`run` inside a graph of torch.compile."""
+    kernel, data = prepared
+    return (flex if kernel == "flex" else gather).compute(q, k, v, data, scale=scale)

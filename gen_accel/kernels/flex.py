@@ -1,0 +1,144 @@
+"""FlexAttention over the plan's blocks, compiled once for each plan and shape, and kept.
+
+`torch.compile(flex_attention, dynamic=True)` emits C++ that does not compile on the CPU (torch
+2.13) as soon as a mask indexes a tensor or a second shape comes along, so every shape is compiled
+by itself. Compiled FlexAttention trusts the lists of whole and partial blocks; the eager one, which
+reads `mask_mod` alone, is never run here.
+"""
+
+import time
+import types
+from collections.abc import Callable
+from itertools import count
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from gen_accel.kernels.failure import KernelFailed
+from gen_accel.plan import Plan, pack, unpack
+
+compile_seconds: list[float] = []  # one entry for each compilation of this process
+
+_masks: "WeakKeyDictionary[Plan, BlockMask]" = WeakKeyDictionary()
+_compiled: "WeakKeyDictionary[Plan, dict[tuple, Callable | str]]" = WeakKeyDictionary()
+_serial = count()
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
+    reasons = []
+    on_cpu = q.device.type == "cpu"
+    if on_cpu and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        reasons.append("FlexAttention has no backward on the CPU")
+    if on_cpu and q.dtype == torch.float64:
+        reasons.append("FlexAttention takes no float64 on the CPU")
+    if q.device.type == "cuda":
+        reasons += [
+            f"{name} must be a multiple of 16 on CUDA, got {size}"
+            for name, size in (("block_q", plan.block_q), ("block_k", plan.block_k))
+            if size % 16
+        ]
+    if q.device.type not in ("cpu", "cuda", "xpu"):
+        reasons.append(f"FlexAttention has no compiled form on {q.device.type}")
+    failure = _compiled.get(plan, {}).get(_key(q, k, v))
+    if isinstance(failure, str):
+        reasons.append(failure)
+    return reasons
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+    packed = [pack(x, plan) for x in (q, k, v)]
+    mask = _block_mask(plan)
+    known = _compiled.setdefault(plan, {})
+    key = _key(q, k, v)
+    if key in known:
+        return unpack(known[key](*packed, mask, scale), plan)
+    run, start = _fresh(_kernel_options(plan, q.device)), time.perf_counter()
+    try:
+        out = run(*packed, mask, scale)
+    except Exception as error:  # whatever a compiler may throw
+        last = str(error).strip().splitlines() or [type(error).__name__]
+        known[key] = f"compilation failed: {type(error).__name__}: {last[0]}"
+        raise KernelFailed(known[key]) from error
+    compile_seconds.append(time.perf_counter() - start)
+    known[key] = run
+    return unpack(out, plan)
+
+
+def prepare(plan: Plan) -> tuple[Plan, BlockMask, dict]:
+    return plan, _block_mask(plan), _kernel_options(plan, plan.slots.device)
+
+
+def compute(q: Tensor, k: Tensor, v: Tensor, prepared: tuple, *, scale: float) -> Tensor:
+    """Inside a graph, which compiles FlexAttention with the rest."""
+    plan, mask, options = prepared
+    packed = [pack(x, plan) for x in (q, k, v)]
+    out = flex_attention(*packed, block_mask=mask, scale=scale, kernel_options=options)
+    return unpack(out, plan)
+
+
+def _key(q: Tensor, k: Tensor, v: Tensor) -> tuple:
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return (*q.shape, q.dtype, q.device, grad)
+
+
+def _fresh(options: dict) -> Callable:
+    """A compiled call with code of its own: Dynamo counts recompilations by code object."""
+
+    def run(q, k, v, block_mask, scale):
+        return flex_attention(q, k, v, block_mask=block_mask, scale=scale, kernel_options=options)
+
+    code = run.__code__.replace(co_name=f"flex_{next(_serial)}")
+    fresh = types.FunctionType(code, run.__globals__, closure=run.__closure__)
+    return torch.compile(fresh, dynamic=False, fullgraph=True)
+
+
+def _kernel_options(plan: Plan, device: torch.device) -> dict:
+    """On GPUs the kernel's own tiles must divide the plan's blocks, forward and backward."""
+    if device.type == "cpu":
+        return {}
+    query, key = (block & -block for block in (plan.block_q, plan.block_k))  # powers of two
+    both = min(query, key, 64)
+    backward = dict.fromkeys(("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), both)
+    forward = {"BLOCK_M": min(query, 128), "BLOCK_N": min(key, 64)}
+    return {f"fwd_{k}": v for k, v in forward.items()} | {
+        f"bwd_{k}": v for k, v in backward.items()
+    }
+
+
+@torch.inference_mode(False)
+def _block_mask(plan: Plan) -> BlockMask:
+    if plan not in _masks:
+        S = plan.slots.numel()
+        _masks[plan] = BlockMask.from_kv_blocks(
+            *_lists(plan.keep & ~plan.whole),
+            *_lists(plan.whole),
+            BLOCK_SIZE=(plan.block_q, plan.block_k),
+            mask_mod=_mask_mod(plan),
+            seq_lengths=(S, S),
+        )
+    return _masks[plan]
+
+
+def _mask_mod(plan: Plan) -> Callable:
+    """The rule inside partial blocks; `real` and the windows are captured as data."""
+    real, rule = plan.real, plan.partial
+    if rule is None:
+        return lambda b, h, i, j: real[j]
+    axes = list(zip(rule.first, rule.last, rule.place, strict=True))
+    free = rule.free
+
+    def mask_mod(b, h, i, j):
+        inside = real[j]
+        for first, last, place in axes:
+            inside = inside & (first[i] <= place[j]) & (place[j] <= last[i])
+        return inside | (real[j] & (free[i] | free[j]))
+
+    return mask_mod
+
+
+def _lists(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts (B, H, Kq) and left-packed key blocks (B, H, Kq, Kk), both int32."""
+    order = keep.int().sort(dim=-1, descending=True, stable=True).indices
+    return keep.sum(-1, dtype=torch.int32), order.int()

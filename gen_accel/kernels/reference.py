@@ -1,0 +1,39 @@
+"""Dense masked attention: the meaning of a Plan. Slow, any device, any dtype, autograd."""
+
+import torch
+from torch import Tensor
+
+from gen_accel.plan import Plan, pack, unpack
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
+    return []
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+    # A row that sees nothing is zero, as in the block kernels, not NaN.
+    weights = scores(q, k, plan, scale=scale).softmax(-1).nan_to_num(0.0)
+    out = weights @ pack(v, plan).to(weights.dtype)
+    return unpack(out, plan).to(q.dtype)
+
+
+def logsumexp(q: Tensor, k: Tensor, plan: Plan, *, scale: float) -> Tensor:
+    """Natural logarithm of each row's softmax denominator, (B, H, N)."""
+    return unpack(scores(q, k, plan, scale=scale).logsumexp(-1, keepdim=True), plan)[..., 0]
+
+
+def scores(q: Tensor, k: Tensor, plan: Plan, *, scale: float) -> Tensor:
+    """(B, H, S, S) scaled products in fp32 or wider, -inf where the plan keeps nothing."""
+    compute = torch.promote_types(q.dtype, torch.float32)
+    products = pack(q, plan).to(compute) @ pack(k, plan).to(compute).transpose(-1, -2) * scale
+    return products.masked_fill(~pairs(plan), -torch.inf)
+
+
+def pairs(plan: Plan) -> Tensor:
+    """(B or 1, H or 1, S, S) bool: which slots see which."""
+    keep = plan.keep.repeat_interleave(plan.block_q, -2).repeat_interleave(plan.block_k, -1)
+    keep = keep & plan.real
+    if plan.partial is None:
+        return keep
+    slot = torch.arange(plan.slots.numel(), device=plan.slots.device)
+    return keep & plan.partial.allows(slot[:, None], slot)

@@ -1,0 +1,270 @@
+"""What a run found: `report.json` for programs, `report.html` for people."""
+
+import base64
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .video_io import replacing
+
+MEDIA_TYPES = {
+    ".mp4": "video/mp4",
+    ".webm": "video/webm",
+    ".gif": "image/gif",
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+}
+LONG_LIST = 8  # entries; longer lists of numbers are summed up
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --page: #fbfbfa; --card: #ffffff; --line: #e5e4e0; --ink: #1b1b1d; --faint: #696970;
+  --accent: #0b6b5d;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #121214; --card: #1a1a1d; --line: #2d2d32; --ink: #ececee; --faint: #9c9ca6;
+    --accent: #5ccdb8;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+}
+main { max-width: 1120px; margin: 0 auto; padding: 48px 24px 80px; }
+h1 {
+  margin: 0 0 28px; font-size: clamp(1.6rem, 4vw, 2.3rem); font-weight: 650;
+  line-height: 1.2; letter-spacing: -0.02em; overflow-wrap: anywhere;
+}
+h2 { margin: 56px 0 16px; font-size: 1.15rem; font-weight: 650; }
+figure { margin: 0; }
+figure video, figure img {
+  display: block; width: 100%; height: auto; border-radius: 10px; background: #121214;
+}
+figcaption { margin-top: 8px; color: var(--faint); font-size: 0.9rem; }
+.more { display: grid; gap: 24px; margin-top: 24px;
+  grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); }
+.pictures { display: grid; gap: 32px; }
+.tiles { display: grid; gap: 16px; margin: 36px 0 0;
+  grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); }
+.tile {
+  display: flex; flex-direction: column; padding: 20px 22px; border: 1px solid var(--line);
+  border-radius: 10px; background: var(--card);
+}
+.tile dt { color: var(--faint); font-size: 0.9rem; }
+.tile dd { margin: 0; }
+.tile .figure {
+  color: var(--accent); font-size: 2.6rem; font-weight: 650; line-height: 1.25;
+  letter-spacing: -0.03em; font-variant-numeric: tabular-nums; white-space: nowrap;
+}
+.tile .meaning { color: var(--faint); font-size: 0.85rem; line-height: 1.45; }
+.notes p { max-width: 70ch; margin: 0 0 10px; overflow-wrap: anywhere; }
+table { width: 100%; border-collapse: collapse; font-size: 0.92rem; }
+th, td { padding: 7px 0; border-bottom: 1px solid var(--line); text-align: left;
+  vertical-align: top; font-weight: 400; }
+tbody th { width: 44%; padding-right: 24px; color: var(--faint); }
+td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+tr.group th { padding-top: 24px; color: var(--ink); font-weight: 650; }
+"""
+
+
+def write_report(
+    path: str | Path,
+    report: Mapping[str, Any],
+    *,
+    title: str,
+    videos: Mapping[str, Path],
+    pictures: Mapping[str, Path],
+    notes: Sequence[str],
+) -> None:
+    """One HTML file that holds all it shows: no script, and nothing is fetched.
+
+    In this order: videos, headline figures, notes, pictures, the whole report, the environment.
+
+    Args:
+        report: nested dicts. Keys named `speedup` (a factor), `density` (a share, 0 to 1),
+            `psnr` (dB) and `ssim` at any depth, the least deep first, become the headline
+            figures. Numbers whose key, or whose parent's key, ends in `seconds` are times.
+            `environment`, at the top, comes last.
+        title: the heading, such as the prompt or the method.
+        videos: caption to .mp4, .webm or .gif; the first is shown large.
+        pictures: caption to .png, .jpg or .gif.
+        notes: what a newcomer should know, a paragraph each.
+
+    Raises:
+        ValueError: a video or picture of another type.
+        OSError: one of them cannot be read, or `path` cannot be written.
+    """
+    figures = [_figure(caption, file) for caption, file in videos.items()]
+    rest = {key: value for key, value in report.items() if key != "environment"}
+    tiles = "".join(_tile(*tile) for tile in _headline(rest))
+    paragraphs = "".join(f"<p>{escape(note)}</p>\n" for note in notes)
+    shown = "".join(_figure(caption, file) for caption, file in pictures.items())
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        figures[0] if figures else "",
+        f'<div class="more">{"".join(figures[1:])}</div>' if figures[1:] else "",
+        f'<dl class="tiles">{tiles}</dl>' if tiles else "",
+        _section("In plain words", f'<div class="notes">{paragraphs}</div>' if notes else ""),
+        _section("Pictures", f'<div class="pictures">{shown}</div>' if shown else ""),
+        _section("Everything that was measured", _table(rest)),
+        _section("Environment", _table(report.get("environment", {}))),
+    ]
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+    with replacing(Path(path)) as partial:
+        partial.write_text(page, encoding="utf-8")
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Write `data` as indented JSON.
+
+    numpy numbers and arrays become plain ones, paths become strings. JSON has no infinity, so
+    that of identical videos becomes the string "Infinity", which `float()` reads back.
+
+    Raises:
+        TypeError: `data` holds something else that JSON does not know.
+        OSError: `path` cannot be written.
+    """
+    text = json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with replacing(Path(path)) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case Mapping():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case np.ndarray() | np.generic():
+            return _plain(value.tolist())
+        case float() if not math.isfinite(value):
+            return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        case Path():
+            return str(value)
+    return value
+
+
+def _headline(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(name, figure, meaning) of each headline figure that `report` holds."""
+    found: dict[str, float] = {}
+    for keys, value in sorted(_flatten(report), key=lambda entry: len(entry[0])):
+        if _is_number(value) and not math.isnan(value):
+            found.setdefault(keys[-1], value)
+    if "speedup" in found:
+        yield (
+            "Speed-up",
+            f"{found['speedup']:.3g}\N{MULTIPLICATION SIGN}",
+            "as fast as dense attention",
+        )
+    if "density" in found:
+        yield "Density", f"{100 * found['density']:.3g} %", "of the token pairs are computed"
+    if "psnr" in found:
+        decibels = found["psnr"]
+        figure = f"{decibels:.1f} dB" if math.isfinite(decibels) else "∞ dB"
+        yield "PSNR", figure, "against the dense video: higher is closer, ∞ is identical"
+    if "ssim" in found:
+        yield "SSIM", f"{found['ssim']:.3f}", "against the dense video: 1 is identical"
+
+
+def _tile(name: str, figure: str, meaning: str) -> str:
+    return (
+        f'<div class="tile"><dt>{name}</dt><dd class="figure">{figure}</dd>'
+        f'<dd class="meaning">{meaning}</dd></div>\n'
+    )
+
+
+def _section(heading: str, content: str) -> str:
+    return f"<section>\n<h2>{heading}</h2>\n{content}\n</section>" if content else ""
+
+
+def _figure(caption: str, file: str | Path) -> str:
+    media_type = MEDIA_TYPES.get(Path(file).suffix.lower())
+    if media_type is None:
+        raise ValueError(f"{file} must be one of {', '.join(MEDIA_TYPES)} to go into a report")
+    data = f"data:{media_type};base64,{base64.b64encode(Path(file).read_bytes()).decode()}"
+    text = escape(caption)
+    if media_type.startswith("video"):
+        shown = (
+            f'<video src="{data}" aria-label="{text}" autoplay loop muted playsinline controls>'
+            "</video>"
+        )
+    else:
+        shown = f'<img src="{data}" alt="{text}">'
+    return f"<figure>{shown}<figcaption>{text}</figcaption></figure>\n"
+
+
+def _table(report: Mapping[str, Any]) -> str:
+    """A row for each value; each dict at the top is a group of rows with a heading."""
+    single = {key: value for key, value in report.items() if not isinstance(value, Mapping)}
+    groups = {key: value for key, value in report.items() if isinstance(value, Mapping) and value}
+    rows = [_table_row(keys, keys, value) for keys, value in _flatten(single)]
+    for name, group in groups.items():
+        rows.append(f'<tr class="group"><th colspan="2">{_words([str(name)])}</th></tr>\n')
+        rows += [_table_row(keys, [str(name), *keys], value) for keys, value in _flatten(group)]
+    return f"<table>\n<tbody>\n{''.join(rows)}</tbody>\n</table>" if rows else ""
+
+
+def _table_row(label: list[str], keys: list[str], value: Any) -> str:
+    written = escape(_written(keys, value))
+    return f'<tr><th scope="row">{_words(label)}</th><td>{written}</td></tr>\n'
+
+
+def _words(keys: list[str]) -> str:
+    return escape(" · ".join(keys).replace("_", " "))
+
+
+def _flatten(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[list[str], Any]]:
+    """(keys, value) of every leaf; a list is one leaf unless it holds dicts."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flatten(item, (*keys, str(key)))
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        for i, item in enumerate(value):
+            yield from _flatten(item, (*keys, str(i + 1)))
+    else:
+        yield list(keys), value
+
+
+def _written(keys: list[str], value: Any) -> str:
+    if isinstance(value, list | tuple):
+        if len(value) > LONG_LIST and all(_is_number(item) for item in value):
+            low, high, mean = min(value), max(value), sum(value) / len(value)
+            low, high, mean = (_written(keys, number) for number in (low, high, mean))
+            return f"{len(value)} values from {low} to {high}, mean {mean}"
+        return ", ".join(_written(keys, item) for item in value)
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if _is_number(value) and math.isfinite(value):
+        if any(key.endswith("seconds") for key in keys[-2:]):
+            return _seconds(value)
+        return str(value) if isinstance(value, int) else f"{value:.4g}"
+    return "∞" if value == math.inf else str(value)
+
+
+def _seconds(value: float) -> str:
+    """Three digits, or all before the point."""
+    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:.{digits}f} s"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

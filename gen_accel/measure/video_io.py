@@ -1,0 +1,369 @@
+"""Videos in and out of files, and next to each other. A video is (F, H, W, 3) uint8, RGB.
+
+Every file is written under a temporary name in the same folder and renamed when it is whole.
+"""
+
+import math
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import tempfile
+import textwrap
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+SUFFIXES = (".mp4", ".gif", ".png", "")
+FRAME_NAME = re.compile(r"\d{4,}\.png")
+
+# Untagged files are decoded as BT.601 by some players and as BT.709 by others.
+MP4_FILTER = (
+    "scale=out_color_matrix=bt709:out_range=tv,"
+    "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
+)
+GIF_FILTER = "split[frames][sample];[sample]palettegen[palette];[frames][palette]paletteuse"
+ODD_SIZE = "gen_accel size {height}x{width}"  # the comment in an mp4 with a padded edge
+
+PLAIN_SIGNS = {"\N{MULTIPLICATION SIGN}": "x", "\N{EN DASH}": "-", "\N{EM DASH}": "-"}
+SHEET_WIDTH = 2400  # pixels, of the frames in one row of a contact sheet at most
+BACKGROUND, INK, FAINT_INK = (44, 46, 52), (240, 240, 242), (174, 176, 184)
+
+
+def write_video(frames: np.ndarray, path: str | Path, *, fps: float) -> Path:
+    """Write `frames` in the format that the suffix of `path` names.
+
+    - `.mp4`: H.264, yuv420p, which only knows even sizes. An odd edge is repeated once, never
+      rescaled, and `read_video` takes it off again.
+    - `.gif`: one palette of 256 colours for the whole clip; time in hundredths of a second.
+    - `.png`: one frame is one picture; more go to a folder, `clip.png` to `clip/0000.png` and on.
+    - no suffix: a folder of PNG frames. An earlier folder of numbered frames is replaced.
+
+    Args:
+        frames: (F, H, W, 3) uint8.
+        fps: frames a second; PNG frames ignore it.
+
+    Returns:
+        The file or folder written.
+
+    Raises:
+        ValueError: wrong frames or fps, or whatever `check_writable` refuses.
+        OSError: the disk or ffmpeg failed. What was at `path` before is still there.
+    """
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.size == 0 or frames.dtype != np.uint8:
+        raise ValueError(f"frames must be (F, H, W, 3) uint8, got {frames.shape} {frames.dtype}")
+    if not 0 < fps < math.inf:
+        raise ValueError(f"fps must be positive and finite, got {fps}")
+    check_writable(path, frames=len(frames))
+    target = _target(Path(path), len(frames))
+    with replacing(target) as partial:
+        match target.suffix.lower():
+            case ".mp4":
+                _write_mp4(frames, partial, fps)
+            case ".gif":
+                _write_gif(frames, partial, fps)
+            case ".png":
+                Image.fromarray(frames[0]).save(partial)
+            case _:
+                _write_folder(frames, partial)
+    return target
+
+
+def check_writable(path: str | Path, *, frames: int | None = None) -> None:
+    """Raise now what `write_video` would raise after the work. Makes the folder of `path`.
+
+    Args:
+        frames: how many there will be, when known: with 1 a `.png` is a file, else a folder.
+
+    Raises:
+        ValueError: unknown suffix; `path` is a folder but should be a file, or the reverse; the
+            folder to replace holds more than numbered frames.
+        OSError: the folder of `path` cannot be made or written to.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(
+            f"{path} ends in {path.suffix!r}; choose .mp4, .gif, .png, "
+            f"or no suffix for a folder of PNG frames"
+        )
+    target = _target(path, frames)
+    if target.suffix and target.is_dir():
+        raise ValueError(f"{target} must be a file, but it is a folder")
+    if not target.suffix and target.exists():
+        if not target.is_dir():
+            raise ValueError(f"{target} must be a folder of frames, but it is a file")
+        others = [p.name for p in target.iterdir() if not FRAME_NAME.fullmatch(p.name)]
+        if others:
+            raise ValueError(
+                f"{target} must be new or hold numbered PNG frames only, it holds {min(others)}"
+            )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Permission bits do not tell of read-only file systems, so try.
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to folder {target.parent}: {error}") from error
+
+
+def read_video(path: str | Path) -> np.ndarray:
+    """Every stored frame of `path`, once, as (F, H, W, 3) uint8.
+
+    Args:
+        path: whatever ffmpeg decodes, a PNG picture, or a folder of numbered PNG frames.
+
+    Raises:
+        FileNotFoundError: nothing is there, or the folder holds no numbered PNG frame.
+        OSError: ffmpeg cannot decode it.
+    """
+    path = Path(path)
+    if path.is_dir() or path.suffix.lower() == ".png":
+        files = [path]
+        if path.is_dir():
+            files = sorted(
+                (p for p in path.iterdir() if FRAME_NAME.fullmatch(p.name)),
+                key=lambda p: int(p.stem),
+            )
+        if not files:
+            raise FileNotFoundError(f"{path} holds no frames named like 0000.png")
+        return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+    if not path.exists():
+        raise FileNotFoundError(f"no video at {path}")
+    # Without passthrough, ffmpeg repeats the frames of a GIF to fill its clock.
+    reader = imageio_ffmpeg.read_frames(str(path), output_params=["-fps_mode", "passthrough"])
+    with closing(reader):
+        width, height = next(reader)["size"]
+        frames = np.stack(
+            [np.frombuffer(data, np.uint8).reshape(height, width, 3) for data in reader]
+        )
+    if path.suffix.lower() == ".mp4":
+        height, width = _stored_size(path, height, width)
+    return frames[:, :height, :width]
+
+
+def side_by_side(
+    videos: Sequence[np.ndarray], labels: Sequence[str], *, caption: str = "", scale: int = 1
+) -> np.ndarray:
+    """Videos next to each other, a label above each and `caption` below all of them.
+
+    Args:
+        videos: (F, H, W, 3) uint8 each, all of one shape.
+        labels: one for each video; long ones wrap.
+        scale: how many pixels wide and high one pixel becomes, without smoothing.
+
+    Returns:
+        (F, H', W', 3) uint8, where H' and W' leave room for text and gaps.
+
+    Raises:
+        ValueError: shapes differ, labels do not match, or scale < 1.
+    """
+    _check_videos(videos, labels)
+    if scale < 1:
+        raise ValueError(f"scale must be at least 1, got {scale}")
+    frames, height, width = videos[0].shape[:3]
+    height, width = scale * height, scale * width
+    font, gap = _font_size(width), _gap(width)
+    total = len(videos) * width + (len(videos) - 1) * gap
+    head = _row([_text(label, width, font) for label in labels], gap)
+    foot = _text(caption, total, font * 5 // 6, FAINT_INK) if caption else head[:0]
+    top, bottom = len(head), len(head) + height
+    canvas = np.empty((frames, bottom + len(foot), total, 3), np.uint8)
+    canvas[:] = BACKGROUND
+    canvas[:, :top] = head
+    canvas[:, bottom:] = foot
+    for i, video in enumerate(videos):
+        left = i * (width + gap)
+        canvas[:, top:bottom, left : left + width] = video.repeat(scale, 1).repeat(scale, 2)
+    return canvas
+
+
+def contact_sheet(
+    videos: Sequence[np.ndarray], labels: Sequence[str], *, count: int = 9
+) -> np.ndarray:
+    """One picture: a row for each video, its label above; a column for each of `count` frames.
+
+    Args:
+        videos: (F, H, W, 3) uint8 each, all of one shape. Frames are shrunk where those of
+            one row would be wider than 2400 pixels together.
+        count: frames to show, evenly spaced from the first to the last; all if there are fewer.
+
+    Returns:
+        (H', W', 3) uint8.
+
+    Raises:
+        ValueError: shapes differ, labels do not match, or count < 1.
+    """
+    _check_videos(videos, labels)
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    frames, height, width = videos[0].shape[:3]
+    shown = np.linspace(0, frames - 1, min(count, frames)).round().astype(int)
+    shrink = min(1.0, SHEET_WIDTH / (width * len(shown)))
+    width, height = max(1, int(width * shrink)), max(1, int(height * shrink))
+    gap = _gap(width)
+    total = len(shown) * width + (len(shown) - 1) * gap
+    rows = [_row([_text(f"frame {i}", width, _font_size(width), FAINT_INK) for i in shown], gap)]
+    for video, label in zip(videos, labels, strict=True):
+        tiles = [Image.fromarray(video[i]).resize((width, height)) for i in shown]
+        rows += [
+            _text(label, total, _font_size(3 * width)),
+            _row([np.asarray(t) for t in tiles], gap),
+        ]
+    return np.concatenate(rows)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new name beside `path`, with its suffix, that takes the place of `path` at the end.
+
+    Write a file there, or a folder of frames. After an exception it is gone, and what was at
+    `path` is still there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stem = f".partial-{secrets.token_hex(8)}"
+    partial, earlier = path.with_name(stem + path.suffix), path.with_name(f"{stem}-earlier")
+    try:
+        yield partial
+        if partial.is_dir() and path.is_dir():  # which no rename can replace
+            path.rename(earlier)
+        os.replace(partial, path)
+    finally:
+        if earlier.exists() and not path.exists():
+            earlier.rename(path)
+        shutil.rmtree(earlier, ignore_errors=True)
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)
+
+
+def _target(path: Path, frames: int | None) -> Path:
+    """Where the frames go: `path`, or the folder that a PNG sequence makes of it."""
+    return path.with_suffix("") if path.suffix.lower() == ".png" and frames != 1 else path
+
+
+def _write_mp4(frames: np.ndarray, path: Path, fps: float) -> None:
+    height, width = frames.shape[1:3]
+    options = ["-vf", MP4_FILTER, "-movflags", "+faststart"]
+    if height % 2 or width % 2:
+        options += ["-metadata", "comment=" + ODD_SIZE.format(height=height, width=width)]
+    even = ((0, height % 2), (0, width % 2), (0, 0))
+    padded = (np.pad(frame, even, mode="edge") for frame in frames)
+    size = (width + width % 2, height + height % 2)
+    _encode(padded, path, size, len(frames), fps=fps, quality=7, output_params=options)
+
+
+def _write_gif(frames: np.ndarray, path: Path, fps: float) -> None:
+    size = (frames.shape[2], frames.shape[1])
+    gif = {"codec": "gif", "pix_fmt_out": "pal8", "quality": None}
+    options = ["-vf", GIF_FILTER]
+    _encode(iter(frames), path, size, len(frames), fps=fps, **gif, output_params=options)
+
+
+def _encode(
+    frames: Iterator[np.ndarray], path: Path, size: tuple[int, int], count: int, **options: Any
+) -> None:
+    """Send `count` frames to ffmpeg. size: width and height. options: of imageio_ffmpeg."""
+    writer = imageio_ffmpeg.write_frames(
+        str(path), size, macro_block_size=1, ffmpeg_log_level="error", **options
+    )
+    with closing(writer):
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame))
+    # The writer ignores how ffmpeg ended: a full disk leaves a short file, or an empty one.
+    try:
+        written, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+    except RuntimeError as error:
+        raise OSError(f"ffmpeg wrote no readable {path.suffix} file: {error}") from error
+    if written != count:
+        raise OSError(f"ffmpeg wrote {written} of {count} frames to the {path.suffix} file")
+
+
+def _write_folder(frames: np.ndarray, folder: Path) -> None:
+    folder.mkdir()
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(folder / f"{i:04d}.png")
+
+
+def _stored_size(path: Path, height: int, width: int) -> tuple[int, int]:
+    """Height and width before `_write_mp4` repeated an odd edge; as given for any other file."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path)]
+    tags = subprocess.run([*command, "-f", "ffmetadata", "-"], capture_output=True, check=True)
+    pattern = ODD_SIZE.format(height=r"(\d+)", width=r"(\d+)")
+    found = re.search(pattern, tags.stdout.decode(errors="replace"))
+    if found is None:
+        return height, width
+    stored = (int(found[1]), int(found[2]))
+    # An editor that rescales a file may keep its comment.
+    padded = tuple(n + n % 2 for n in stored) == (height, width)
+    return stored if padded else (height, width)
+
+
+def _check_videos(videos: Sequence[np.ndarray], labels: Sequence[str]) -> None:
+    shapes = [video.shape for video in videos]
+    if not shapes or len(set(shapes)) > 1 or len(shapes[0]) != 4 or shapes[0][-1] != 3:
+        raise ValueError(f"videos must be (F, H, W, 3) and of one shape, got {shapes}")
+    if 0 in shapes[0] or any(video.dtype != np.uint8 for video in videos):
+        raise ValueError(
+            f"videos must be uint8 and not empty, "
+            f"got {[f'{video.shape} {video.dtype}' for video in videos]}"
+        )
+    if len(labels) != len(videos):
+        raise ValueError(f"{len(videos)} videos need as many labels, got {len(labels)}")
+
+
+def _font_size(width: int) -> int:
+    """Pixels, for text above a picture `width` pixels wide."""
+    return min(max(width // 18, 11), 30)
+
+
+def _gap(width: int) -> int:
+    """Pixels between pictures `width` pixels wide."""
+    return max(2, width // 64)
+
+
+def _text(text: str, width: int, size: int, ink: tuple[int, int, int] = INK) -> np.ndarray:
+    """`text` on a bar as wide as asked and as high as its lines need, (h, width, 3)."""
+    font, margin, line = ImageFont.load_default(size=size), size // 2, size * 4 // 3
+    lines = _wrap(_drawable(text), font, width - 2 * margin)
+    bar = Image.new("RGB", (width, len(lines) * line + 2 * margin), BACKGROUND)
+    draw = ImageDraw.Draw(bar)
+    for i, words in enumerate(lines):
+        draw.text((margin, margin + i * line), words, fill=ink, font=font)
+    return np.asarray(bar)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """The fewest lines no wider than `width` pixels; a word breaks only where it must."""
+    for columns in range(len(text), 1, -1):
+        lines = textwrap.wrap(text, columns)
+        if all(font.getlength(line) <= width for line in lines):
+            return lines
+    return list(text) or [""]
+
+
+def _drawable(text: str) -> str:
+    """`text` without accents and such, for Pillow's own font has little beyond ASCII."""
+    for sign, plain in PLAIN_SIGNS.items():
+        text = text.replace(sign, plain)
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+
+
+def _row(pictures: Sequence[np.ndarray], gap: int) -> np.ndarray:
+    """Pictures next to each other, shorter ones filled up at the top, (h, w, 3)."""
+    height = max(len(picture) for picture in pictures)
+    width = sum(picture.shape[1] for picture in pictures) + gap * (len(pictures) - 1)
+    row = np.empty((height, width, 3), np.uint8)
+    row[:] = BACKGROUND
+    left = 0
+    for picture in pictures:
+        row[height - len(picture) :, left : left + picture.shape[1]] = picture
+        left += picture.shape[1] + gap
+    return row

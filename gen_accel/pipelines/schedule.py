@@ -1,0 +1,63 @@
+"""Which layers and denoising steps stay dense."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Layers and steps that run the model's own attention instead of the sparse one.
+
+    The first steps decide what a video shows: keeping a fifth of them dense is what most of the
+    published quality rests on.
+
+    Args:
+        dense_layers: the first so many blocks, or a tuple of their numbers.
+        dense_steps: the first so many denoising steps.
+        dense_start, dense_end: the first and last share of the steps, 0 to 1, rounded up to whole
+            steps. They need a pipeline, which alone knows how many steps there are.
+    """
+
+    dense_layers: int | tuple[int, ...] = 0
+    dense_steps: int = 0
+    dense_start: float = 0.0
+    dense_end: float = 0.0
+
+    def __post_init__(self) -> None:
+        layers = self.dense_layers
+        numbers = (layers,) if isinstance(layers, int) else tuple(layers)
+        if any(number < 0 for number in numbers):
+            raise ValueError(f"dense_layers must not be negative, got {layers}")
+        object.__setattr__(self, "dense_layers", layers if isinstance(layers, int) else numbers)
+        if self.dense_steps < 0:
+            raise ValueError(f"dense_steps must not be negative, got {self.dense_steps}")
+        for name in ("dense_start", "dense_end"):
+            share = getattr(self, name)
+            if not 0 <= share <= 1:
+                raise ValueError(
+                    f"{name} is a share of the steps, from 0 to 1, got {share}"
+                    + ("; dense_steps counts steps" if name == "dense_start" else "")
+                )
+
+    @property
+    def needs_step(self) -> bool:
+        return self.dense_steps > 0 or self.needs_total
+
+    @property
+    def needs_total(self) -> bool:
+        return self.dense_start > 0 or self.dense_end > 0
+
+    def why_dense(self, layer: int, step: int, steps: int | None) -> str | None:
+        """The reason why `layer` is dense at `step` of `steps`, counted from 0; None if sparse."""
+        layers = self.dense_layers
+        if layer < layers if isinstance(layers, int) else layer in layers:
+            return "dense layer"
+        if step < self.dense_steps:
+            return "first steps"
+        if self.needs_total:
+            assert steps is not None
+            if step < math.ceil(self.dense_start * steps - 1e-9):
+                return "first steps"
+            if step >= steps - math.ceil(self.dense_end * steps - 1e-9):
+                return "last steps"
+        return None

@@ -1,0 +1,212 @@
+"""Which key blocks each query block sees, and how tokens are laid out in blocks.
+
+Letters used in names and comments of this package:
+    B batch, H heads, N tokens, D head dim, S slots (tokens and padding),
+    Kq and Kk query and key blocks, A axes of a grid.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gen_accel.video import VideoShape
+
+
+def lasting(function: Callable[[Any], Any]) -> cached_property:
+    """A cached property whose tensors serve training too when it is first read while sampling.
+
+    Tensors made under `torch.inference_mode` cannot be saved for a backward pass.
+    """
+    return cached_property(torch.inference_mode(False)(function))
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """A rule on token pairs: a query sees the keys that lie in its window on every axis.
+
+    All tensors run over slots. Held as data, so that every kernel can evaluate the rule.
+
+    Args:
+        first, last: (A, S) int32, the window of each query, both ends included.
+        place: (A, S) int32, where each key lies.
+        free: (S,) bool, tokens that see and are seen by all: text. Never mixed with others in
+            one block.
+        seen: (S,) int64, how many tokens each query sees, so that density needs no enumeration.
+    """
+
+    first: Tensor
+    last: Tensor
+    place: Tensor
+    free: Tensor
+    seen: Tensor
+
+    def allows(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether slot `query` sees slot `key`: int64 tensors that broadcast, bool of that shape."""
+        inside = self.free[query] | self.free[key]
+        window = torch.ones_like(inside)
+        for first, last, place in zip(self.first, self.last, self.place, strict=True):
+            window = window & (first[query] <= place[key]) & (place[key] <= last[query])
+        return inside | window
+
+    def whole(self, real: Tensor, block_q: int, block_k: int) -> Tensor:
+        """(Kq, Kk) bool: pairs of blocks in which every query sees every key."""
+        first, last = (
+            _extremes(self.first, real, block_q)[1],
+            _extremes(self.last, real, block_q)[0],
+        )
+        low, high = _extremes(self.place, real, block_k)
+        inside = (first[..., None] <= low[:, None]) & (high[:, None] <= last[..., None])
+        return inside.all(0) | self._free_blocks(block_q, block_k)
+
+    def touched(self, real: Tensor, block_q: int, block_k: int) -> Tensor:
+        """(Kq, Kk) bool: pairs of blocks in which some query may see some key."""
+        first, last = (
+            _extremes(self.first, real, block_q)[0],
+            _extremes(self.last, real, block_q)[1],
+        )
+        low, high = _extremes(self.place, real, block_k)
+        meet = (first[..., None] <= high[:, None]) & (low[:, None] <= last[..., None])
+        return meet.all(0) | self._free_blocks(block_q, block_k)
+
+    def _free_blocks(self, block_q: int, block_k: int) -> Tensor:
+        query, key = (self.free.view(-1, block).any(-1) for block in (block_q, block_k))
+        return query[:, None] | key
+
+    def to(self, device: torch.device) -> "Windows":
+        return Windows(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A block-sparse attention pattern. What every method makes and every kernel runs.
+
+    Args:
+        slots: (S,) int64, the token held by each slot; -1 marks padding, which is never seen.
+        keep: (B or 1, H or 1, Kq, Kk) bool, which key blocks each query block sees.
+        block_q, block_k: slots in a query and in a key block; both divide S.
+        partial: the rule on token pairs inside the kept blocks, where a method has one.
+    """
+
+    slots: Tensor
+    keep: Tensor
+    block_q: int
+    block_k: int
+    partial: Windows | None = None
+
+    def __post_init__(self) -> None:
+        S = self.slots.numel()
+        blocks = (S // self.block_q, S // self.block_k)
+        if S % self.block_q or S % self.block_k or self.keep.shape[2:] != blocks:
+            raise ValueError(
+                f"keep must be (B, H, S / block_q, S / block_k) for S={S}, "
+                f"block_q={self.block_q}, block_k={self.block_k}, got {tuple(self.keep.shape)}"
+            )
+
+    @lasting
+    def tokens(self) -> int:
+        """N. Synchronises the device the first time."""
+        return int(self.slots.max()) + 1
+
+    @lasting
+    def real(self) -> Tensor:
+        """(S,) bool, slots that hold a token."""
+        return self.slots >= 0
+
+    @lasting
+    def places(self) -> Tensor:
+        """(N,) int64, the slot of each token."""
+        return torch.argsort(self.slots)[self.slots.numel() - self.tokens :]
+
+    @lasting
+    def is_raster(self) -> bool:
+        """Every slot holds the token of its own number: nothing to reorder or to pad."""
+        return bool((self.slots == torch.arange(len(self.slots), device=self.slots.device)).all())
+
+    @lasting
+    def whole(self) -> Tensor:
+        """`keep` without the blocks in which a pair is padded or excluded by `partial`."""
+        full = self.real.view(-1, self.block_k).all(-1).expand(self.keep.shape)
+        if self.partial is not None:
+            full = full & self.partial.whole(self.real, self.block_q, self.block_k)
+        return self.keep & full
+
+    @lasting
+    def density(self) -> float:
+        """Share of the N x N token pairs that are kept, in [0, 1]. Synchronises the device."""
+        if self.partial is not None:
+            return self.partial.seen[self.real].double().mean().item() / self.tokens
+        return self._pairs(self.real.double()) / self.tokens**2
+
+    @lasting
+    def computed_density(self) -> float:
+        """Share of the N x N token pairs that a block kernel computes, padding included."""
+        return self._pairs(torch.ones_like(self.slots, dtype=torch.double)) / self.tokens**2
+
+    def _pairs(self, weight: Tensor) -> float:
+        query, key = (weight.view(-1, block).sum(-1) for block in (self.block_q, self.block_k))
+        pairs = torch.einsum("bhij,i,j->bh", self.keep.double(), query, key)
+        return pairs.mean().item()
+
+    def to(self, device: torch.device) -> "Plan":
+        if self.slots.device == torch.device(device):
+            return self
+        partial = None if self.partial is None else self.partial.to(device)
+        slots, keep = self.slots.to(device), self.keep.to(device)
+        return replace(self, slots=slots, keep=keep, partial=partial)
+
+
+def pack(x: Tensor, plan: Plan) -> Tensor:
+    """Token order to slot order, (B, H, N, D) to (B, H, S, D). Padding repeats token 0."""
+    return x if plan.is_raster else x.index_select(2, plan.slots.clamp_min(0))
+
+
+def unpack(x: Tensor, plan: Plan) -> Tensor:
+    """Slot order back to token order, (B, H, S, D) to (B, H, N, D)."""
+    return x if plan.is_raster else x.index_select(2, plan.places)
+
+
+def raster_slots(video: VideoShape, multiple: int) -> Tensor:
+    """Slots in the order of the tokens, padded to a multiple of `multiple`."""
+    slots = torch.full((-(-video.tokens // multiple) * multiple,), -1)
+    slots[: video.tokens] = torch.arange(video.tokens)
+    return slots
+
+
+def tile_slots(
+    video: VideoShape,
+    tile: tuple[int, int, int],
+    orders: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Slots of a video cut into boxes of `tile` (frames, rows, columns), text in blocks of its own.
+
+    Boxes come in raster order, and so do the tokens of a box: splitting a box along its frames
+    gives contiguous smaller blocks. Boxes that stick out of the grid are padded.
+
+    Args:
+        orders: for each axis the (length,) order in which its indices are laid out, raster
+            without.
+    """
+    counts = [-(-size // step) for size, step in zip(video.grid, tile, strict=True)]
+    padded = torch.full([n * t for n, t in zip(counts, tile, strict=True)], -1)
+    tokens = torch.arange(video.video_tokens).view(video.grid)
+    for axis, order in enumerate(orders or ()):
+        tokens = tokens.index_select(axis, order)
+    padded[: video.frames, : video.height, : video.width] = tokens
+    boxes = padded.view(counts[0], tile[0], counts[1], tile[1], counts[2], tile[2])
+    block = math.prod(tile)
+    text = torch.full((-(-video.text // block) * block,), -1)
+    text[: video.text] = torch.arange(video.video_tokens, video.tokens)
+    return torch.cat([boxes.permute(0, 2, 4, 1, 3, 5).reshape(-1), text])
+
+
+def _extremes(values: Tensor, real: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Least and greatest value of the real slots of each block, (A, S) to two of (A, K)."""
+    limits = torch.iinfo(values.dtype)
+    low = values.masked_fill(~real, limits.max).unflatten(1, (-1, block)).amin(-1)
+    high = values.masked_fill(~real, limits.min).unflatten(1, (-1, block)).amax(-1)
+    return low, high

@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from gen_accel.video import VideoShape
+
+# One shape that divides, one that does not, one with text: the three ways padding goes wrong.
+VIDEOS = [VideoShape(4, 8, 8), VideoShape(5, 9, 10), VideoShape(3, 7, 5, text=13)]
+
+
+@pytest.fixture(params=VIDEOS, ids=str)
+def video(request):
+    return request.param
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def qkv(device):
+    def make(tokens, dtype=torch.float32, batch=2, heads=2, dim=16, grad=False):
+        g = torch.Generator().manual_seed(0)
+        return [
+            torch.randn((batch, heads, tokens, dim), generator=g)
+            .to(device, dtype)
+            .requires_grad_(grad)
+            for _ in range(3)
+        ]
+
+    return make
+
+
+@pytest.fixture
+def poison():
+    """Fill fresh memory with NaN, so that an output nobody wrote cannot pass by luck."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    """Skip where torch cannot compile for the CPU."""
+    try:
+        torch.compile(lambda x: x + 1, dynamic=False)(torch.ones(3))
+    except Exception as error:  # whatever a missing or broken compiler makes torch throw
+        pytest.skip(f"torch.compile does not work here: {type(error).__name__}")

@@ -1,0 +1,474 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import assert_no_worse
+
+from gen_accel import kernels
+from gen_accel.attention_processors import (
+    METHODS,
+    Dense,
+    Neighborhood,
+    Radial,
+    neighborhood,
+    radial,
+)
+from gen_accel.functional import attention
+from gen_accel.kernels import KERNELS, flex, gather, reference
+from gen_accel.plan import Plan, Windows, pack, raster_slots, tile_slots, unpack
+from gen_accel.video import VideoShape
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+# Options that suit the small videos of conftest.py; other methods come with their own.
+OPTIONS = {
+    "dense": [Dense()],
+    "radial": [
+        Radial(block=32),
+        Radial("balanced", decay_factor=0.1, sink=False, block=16),
+        Radial("paper", block=16),
+        Radial("code-2025-06", block=16),
+        Radial("code-2025-11", sink=False, block=24),
+    ],
+    "neighborhood": [
+        Neighborhood((-1, 4, 5)),
+        Neighborhood((2, 3, 2), stride=(2, 1, 2), dilation=(1, 2, 2)),
+        Neighborhood((3, 5, 1), stride=(1, 3, 1), is_causal=(True, False, True)),
+    ],
+}
+CASES = [case for name, method in METHODS.items() for case in OPTIONS.get(name, [method()])]
+
+# FlexAttention is compiled for every plan, at seconds each: it has a list of its own.
+AT_ONCE = [name for name in KERNELS if name != "flex"]
+
+FLEX_CASES = [
+    pytest.param(
+        Neighborhood((2, 3, 2), stride=(1, 1, 2), dilation=(1, 2, 1)),
+        VideoShape(3, 7, 5, text=13),
+        torch.float32,
+        id="windows, ragged, with text",
+    ),
+    pytest.param(
+        Radial(block=128),
+        VideoShape(50, 5, 6),  # two frames of queries in a tile, one of keys
+        torch.float32,
+        id="different blocks, ragged",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        Radial("code-2025-11", block=32),
+        VideoShape(5, 9, 10, text=7),
+        torch.bfloat16,
+        id="raster, with text, bf16",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        Neighborhood((-1, 4, 5), is_causal=(True, False, False)),
+        VideoShape(5, 9, 10),
+        torch.bfloat16,
+        id="causal windows, ragged, bf16",
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+def assert_gradients_no_worse(forward, other, inputs):
+    """Hold the gradients of `forward` to those of `other`, both from fp32, exact ones from fp64."""
+    weight = torch.linspace(-1, 1, inputs[0].numel(), dtype=torch.float64).to(inputs[0].device)
+
+    def gradients(function, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        out = function(*leaves)
+        return torch.autograd.grad((out * weight.to(dtype).view(out.shape)).sum(), leaves)
+
+    exact, low = gradients(other, torch.float64), gradients(other, torch.float32)
+    for actual, *rest in zip(gradients(forward, torch.float32), low, exact, strict=True):
+        assert_no_worse(actual, *rest)
+
+
+@pytest.mark.parametrize("dim", [16, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", CASES, ids=str)
+@pytest.mark.parametrize("kernel", AT_ONCE)
+def test_forward_matches_reference(kernel, method, dtype, dim, qkv, video):
+    q, k, v = qkv(video.tokens, dtype, dim=dim)
+    case = {"video": video, "method": method}
+    exact = attention(q.double(), k.double(), v.double(), kernel="reference", **case)
+    low = attention(q, k, v, kernel="reference", **case)
+    assert_no_worse(attention(q, k, v, kernel=kernel, **case), low, exact)
+
+
+@pytest.mark.parametrize("method", CASES, ids=str)
+@pytest.mark.parametrize("kernel", AT_ONCE)
+def test_gradient_matches_reference(kernel, method, qkv, video):
+    def by(name):
+        return lambda q, k, v: attention(q, k, v, video=video, method=method, kernel=name)
+
+    assert_gradients_no_worse(by(kernel), by("reference"), qkv(video.tokens))
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(("method", "video", "dtype"), FLEX_CASES)
+def test_compiled_flex_matches_reference(method, video, dtype, qkv):
+    q, k, v = qkv(video.tokens, dtype)
+    case = {"video": video, "method": method}
+    exact = attention(q.double(), k.double(), v.double(), kernel="reference", **case)
+    low = attention(q, k, v, kernel="reference", **case)
+    with torch.no_grad():
+        assert_no_worse(attention(q, k, v, kernel="flex", **case), low, exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [Radial(), Neighborhood((-1, 5, 6))], ids=str)
+def test_long_clip_matches_reference(method, qkv):
+    video = VideoShape(33, 12, 12)
+    q, k, v = qkv(video.tokens, batch=1, heads=1)
+    case = {"video": video, "method": method}
+    exact = attention(q.double(), k.double(), v.double(), kernel="reference", **case)
+    low = attention(q, k, v, kernel="reference", **case)
+    assert_no_worse(attention(q, k, v, kernel="gather", **case), low, exact)
+
+
+def random_plan(device, batch=1, heads=1, block_q=16, block_k=16, windows=False):
+    """Tokens out of order among padding, 93 in 128 slots. The first query block sees padding alone
+    and the last sees nothing."""
+    g = torch.Generator().manual_seed(0)
+    S, N = 128, 93
+    held = torch.cat([torch.arange(32), torch.arange(64, S)])[torch.randperm(S - 32, generator=g)]
+    slots = torch.full((S,), -1)
+    slots[held[:N]] = torch.arange(N)
+    keep = torch.rand(batch, heads, S // block_q, S // block_k, generator=g) < 0.5
+    keep[:, :, 0] = False
+    keep[:, :, 0, 32 // block_k : 64 // block_k] = True
+    keep[:, :, -1] = False
+    partial = None
+    if windows:
+        place = torch.randint(8, (2, S), generator=g, dtype=torch.int32)
+        first = place - torch.randint(-1, 3, (2, S), generator=g)  # some windows are empty
+        last = place + torch.randint(-1, 5, (2, S), generator=g)
+        free = torch.arange(S) >= 64
+        seen = torch.zeros(S, dtype=torch.int64)
+        partial = Windows(first.int(), last.int(), place, free, seen)
+    return Plan(slots, keep, block_q, block_k, partial).to(device)
+
+
+PLANS = [
+    pytest.param({}, id="one pattern"),
+    pytest.param({"batch": 2, "heads": 2}, id="batch and heads"),
+    pytest.param({"heads": 2, "block_q": 8, "block_k": 32}, id="heads, small query blocks"),
+    pytest.param({"batch": 2, "block_q": 64, "block_k": 8}, id="batch, small key blocks"),
+    pytest.param({"windows": True}, id="windows"),
+    pytest.param(
+        {"batch": 2, "heads": 2, "block_q": 32, "block_k": 8, "windows": True},
+        id="windows, batch and heads, small key blocks",
+    ),
+]
+
+
+def blind(plan):
+    """(B, H, N) bool, tokens that see nothing."""
+    return ~unpack(reference.pairs(plan).any(-1, keepdim=True), plan)[..., 0].expand(2, 2, -1)
+
+
+@pytest.mark.parametrize("options", PLANS)
+@pytest.mark.parametrize("kernel", AT_ONCE)
+def test_any_plan_matches_reference(kernel, options, qkv, device):
+    plan = random_plan(device, **options)
+    q, k, v = qkv(plan.tokens)
+    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
+    low = reference.forward(q, k, v, plan, scale=0.3)
+    assert_no_worse(kernels.run(q, k, v, plan, scale=0.3, kernel=kernel), low, exact)
+
+
+@pytest.mark.parametrize("options", PLANS)
+@pytest.mark.parametrize("kernel", AT_ONCE)
+def test_gradient_of_any_plan_matches_reference(kernel, options, qkv, device):
+    plan = random_plan(device, **options)
+
+    def by(name):
+        return lambda q, k, v: kernels.run(q, k, v, plan, scale=0.3, kernel=name)
+
+    assert_gradients_no_worse(by(kernel), by("reference"), qkv(plan.tokens))
+
+
+@pytest.mark.parametrize("options", PLANS)
+@pytest.mark.parametrize("kernel", AT_ONCE)
+def test_a_query_that_sees_nothing_is_zero_and_so_is_its_gradient(kernel, options, qkv, device):
+    plan = random_plan(device, **options)
+    dark = blind(plan)
+    assert dark.any(-1).all()
+    assert (~dark).any(-1).all()
+    q, k, v = qkv(plan.tokens, grad=True)
+    out = kernels.run(q, k, v, plan, scale=0.3, kernel=kernel)
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert (out[dark] == 0).all()
+    assert (grads[0][dark] == 0).all()
+    assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+@pytest.mark.parametrize("kernel", AT_ONCE)
+def test_a_plan_that_keeps_nothing_gives_zeros(kernel, qkv, device):
+    keep = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    plan = Plan(torch.arange(64), keep, 16, 16).to(device)
+    q, k, v = qkv(64, grad=True)
+    out = kernels.run(q, k, v, plan, scale=0.3, kernel=kernel)
+    assert (out == 0).all()
+    assert all((grad == 0).all() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+@pytest.mark.parametrize("group", [1, 3000, 1 << 30], ids="{} scores in a group".format)
+def test_the_size_of_a_group_does_not_change_the_answer(group, monkeypatch, qkv, device):
+    plan = random_plan(device, batch=2, heads=2, block_k=32, windows=True)
+    q, k, v = qkv(plan.tokens)
+    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
+    low = reference.forward(q, k, v, plan, scale=0.3)
+    monkeypatch.setattr(gather, "GROUP", group)
+    assert_no_worse(gather.forward(q, k, v, plan, scale=0.3), low, exact)
+
+
+@pytest.mark.parametrize("kernel", AT_ONCE)
+def test_views_of_a_projection_are_taken_as_they_are(kernel, qkv, video):
+    """Models hand over (B, N, H, D) with two axes swapped, three views of one tensor."""
+    method = Radial(block=16)
+    plain = qkv(video.tokens)
+    fused = torch.stack([x.transpose(1, 2) for x in plain], dim=3)
+    views = [x.transpose(1, 2) for x in fused.unbind(3)]
+    assert not any(x.is_contiguous() for x in views)
+
+    def by(name):
+        return lambda q, k, v: attention(q, k, v, video=video, method=method, kernel=name)
+
+    torch.testing.assert_close(by(kernel)(*views), by(kernel)(*plain), rtol=0, atol=0)
+    assert_gradients_no_worse(by(kernel), by("reference"), views)
+
+
+@pytest.mark.parametrize("kernel", AT_ONCE)
+def test_dropped_keys_do_not_change_a_bit(kernel, qkv, device):
+    plan = Plan(torch.arange(64), torch.eye(4, dtype=torch.bool)[None, None], 16, 16).to(device)
+    q, k, v = qkv(64)
+    before = kernels.run(q, k, v, plan, scale=0.3, kernel=kernel)
+    k, v = k.clone(), v.clone()
+    k[:, :, 16:], v[:, :, 16:] = 7.0, 7.0
+    after = kernels.run(q, k, v, plan, scale=0.3, kernel=kernel)
+    assert torch.equal(after[:, :, :16], before[:, :, :16])
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("kernel", AT_ONCE)
+def test_keys_outside_a_window_do_not_change_a_bit(kernel, qkv, video):
+    method = Neighborhood((1, 3, 3))
+    q, k, v = qkv(video.tokens)
+    before = attention(q, k, v, video=video, method=method, kernel=kernel)
+    k, v = k.clone(), v.clone()
+    second = slice(video.height * video.width, 2 * video.height * video.width)
+    k[:, :, second], v[:, :, second] = 7.0, 7.0
+    after = attention(q, k, v, video=video, method=method, kernel=kernel)
+    same = (after == before).all(-1)
+    assert same[:, :, : second.start].all()
+    assert same[:, :, second.stop : video.video_tokens].all()
+    assert not same[:, :, second].any()
+    assert not same[:, :, video.video_tokens :].any()  # text sees every frame
+
+
+@pytest.mark.parametrize("method", CASES, ids=str)
+@pytest.mark.parametrize("kernel", AT_ONCE)
+def test_other_samples_do_not_change_the_answer(kernel, method, qkv, video):
+    q, k, v = qkv(video.tokens)
+    case = {"video": video, "method": method, "kernel": kernel}
+    together = attention(q, k, v, **case)
+    other = [torch.cat([x[:1], torch.full_like(x[1:], 3.0)]) for x in (q, k, v)]
+    assert torch.equal(attention(*other, **case)[0], together[0])
+    # Alone, the products may be summed in another order.
+    exact = attention(q.double(), k.double(), v.double(), **case | {"kernel": "reference"})
+    alone = attention(q[:1], k[:1], v[:1], **case)
+    assert_no_worse(alone, together[:1], exact[:1])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Dense(),
+        Neighborhood((-1, -1, -1)),
+        Radial(decay_factor=1e4, block=32),
+        Radial("paper", decay_factor=1e4, block=32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kernel", AT_ONCE)
+def test_a_full_window_is_dense_attention(kernel, method, qkv, video):
+    q, k, v = qkv(video.tokens)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    out = attention(q, k, v, video=video, method=method, kernel=kernel)
+    assert_no_worse(out, F.scaled_dot_product_attention(q, k, v), exact)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 2.0])
+@pytest.mark.parametrize("kernel", AT_ONCE)
+def test_every_finite_scale_is_taken(kernel, scale, qkv, video):
+    q, k, v = qkv(video.tokens)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=scale)
+    low = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    case = {"video": video, "method": Dense(), "kernel": kernel, "scale": scale}
+    assert_no_worse(attention(q, k, v, **case), low, exact)
+
+
+@pytest.mark.parametrize("method", CASES, ids=str)
+@pytest.mark.parametrize("kernel", AT_ONCE)
+def test_a_plan_built_while_sampling_serves_training(kernel, method, qkv, video):
+    radial._plan.cache_clear()
+    neighborhood._plan.cache_clear()
+    case = {"video": video, "method": method, "kernel": kernel}
+    with torch.inference_mode():
+        attention(*qkv(video.tokens), **case)
+    inputs = qkv(video.tokens, grad=True)
+    grads = torch.autograd.grad(attention(*inputs, **case).sum(), inputs)
+    assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_logsumexp_is_that_of_the_scores(qkv, video):
+    q, k, _ = qkv(video.tokens, torch.float64)
+    got = reference.logsumexp(q, k, Dense().plan(video, q.device), scale=0.25)
+    torch.testing.assert_close(got, (0.25 * q @ k.mT).logsumexp(-1))
+
+
+def test_the_operator_obeys_the_rules_of_torch(qkv, device):
+    plan = random_plan(device, block_q=8, block_k=32, windows=True)
+    q, k, v = (pack(x, plan).detach() for x in qkv(plan.tokens))
+    lists = gather._lists(plan)
+    rest = lists.index, lists.counts, plan.real, lists.rule, plan.block_q, plan.block_k, 0.25
+    checks = "test_schema", "test_faketensor", "test_autograd_registration"
+    inputs = (x.requires_grad_() for x in (q, k, v))
+    torch.library.opcheck(gather._attention, (*inputs, *rest), test_utils=checks)
+    torch.library.opcheck(
+        gather._backward, (torch.ones_like(q), *(x.detach() for x in (q, k, v)), *rest),
+        test_utils=checks[:2],
+    )  # fmt: skip
+
+
+class TestChoice:
+    """Which kernel runs, and what is said about it."""
+
+    plan = Plan(torch.arange(64), torch.ones(1, 1, 4, 4, dtype=torch.bool), 16, 16)
+
+    @pytest.fixture(autouse=True)
+    def cpu(self, monkeypatch):
+        """These are about reasons, most of which only the CPU has."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    @pytest.fixture
+    def broken(self, monkeypatch):
+        """A FlexAttention whose compilation fails, and which "auto" likes best; counts the tries."""
+        tries = []
+
+        def fresh(options):
+            def run(*args):
+                tries.append(options)
+                raise RuntimeError("cur_qSplitSize7 was not declared\nand much more")
+
+            return run
+
+        monkeypatch.setattr(flex, "_fresh", fresh)
+        monkeypatch.setattr(kernels, "preference", lambda q, plan: ("flex", "gather", "reference"))
+        return tries
+
+    @pytest.fixture
+    def fresh_plan(self):
+        return Plan(self.plan.slots, self.plan.keep, 16, 16)
+
+    @pytest.mark.parametrize("kernel", KERNELS)
+    def test_preference_names_kernels_that_exist(self, kernel, qkv):
+        assert kernel in kernels.preference(qkv(64)[0], self.plan)
+
+    @pytest.mark.parametrize("kernel", AT_ONCE)
+    def test_the_compiler_free_ones_refuse_nothing(self, kernel, qkv):
+        backend = {"gather": gather, "reference": reference}[kernel]
+        assert backend.unsupported(*qkv(64, torch.float64, grad=True), self.plan) == []
+
+    @pytest.mark.parametrize("which", range(3), ids="qkv".__getitem__)
+    def test_flex_says_that_it_has_no_backward(self, which, qkv):
+        inputs = qkv(64)
+        inputs[which].requires_grad_()
+        assert any("no backward" in why for why in flex.unsupported(*inputs, self.plan))
+        with pytest.raises(ValueError, match=r"flex: FlexAttention has no backward on the CPU"):
+            kernels.run(*inputs, self.plan, scale=0.3, kernel="flex")
+
+    def test_flex_lists_all_its_reasons(self, qkv):
+        inputs = qkv(64, torch.float64, grad=True)
+        assert len(flex.unsupported(*inputs, self.plan)) == 2
+        with pytest.raises(ValueError, match=r"no backward on the CPU; .* no float64"):
+            kernels.run(*inputs, self.plan, scale=0.3, kernel="flex")
+
+    def test_an_unknown_name_is_answered_with_the_nearest(self, qkv):
+        case = {"video": VideoShape(1, 8, 8), "method": Dense()}
+        with pytest.raises(ValueError, match=r"'auto' or one of .*did you mean 'gather'"):
+            attention(*qkv(64), kernel="gater", **case)
+        with pytest.raises(ValueError, match=r"one of .*got 'zzz'$"):
+            attention(*qkv(64), kernel="zzz", **case)
+
+    def test_auto_reports_what_it_took(self, qkv):
+        told = []
+        kernels.run(*qkv(64), self.plan, scale=0.3, report=told.append)
+        assert [(choice.kernel, choice.refused) for choice in told] == [("gather", {})]
+        assert str(told[0]) == "gather"
+
+    def test_auto_goes_on_when_a_compilation_fails(self, broken, fresh_plan, qkv):
+        told = []
+        inputs = qkv(64)
+        for _ in range(2):
+            out = kernels.run(*inputs, fresh_plan, scale=0.3, report=told.append)
+            assert torch.equal(out, gather.forward(*inputs, fresh_plan, scale=0.3))
+        assert len(broken) == 1  # the second call knows
+        reason = "compilation failed: RuntimeError: cur_qSplitSize7 was not declared"
+        assert flex.unsupported(*inputs, fresh_plan) == [reason]
+        assert [choice.kernel for choice in told] == ["gather", "gather"]
+        assert [choice.refused for choice in told] == [{"flex": [reason]}] * 2
+        assert str(told[0]) == f"gather (not flex: {reason})"
+
+    def test_another_shape_is_tried_again(self, broken, fresh_plan, qkv):
+        for batch in (1, 2):
+            kernels.run(*qkv(64, batch=batch), fresh_plan, scale=0.3)
+        assert len(broken) == 2
+
+    def test_a_named_kernel_never_falls_back(self, broken, fresh_plan, qkv):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"flex: compilation failed.*cur_qSplitSize7"):
+                kernels.run(*qkv(64), fresh_plan, scale=0.3, kernel="flex")
+        assert flex.compile_seconds == [] or len(broken) == 1
+
+    @pytest.mark.slow
+    @pytest.mark.usefixtures("compiler")
+    def test_flex_is_compiled_once_for_a_plan_and_shape(self, fresh_plan, qkv):
+        before = len(flex.compile_seconds)
+        with torch.no_grad():
+            outs = [kernels.run(*qkv(64), fresh_plan, scale=0.3, kernel="flex") for _ in range(2)]
+        assert torch.equal(*outs)
+        assert len(flex.compile_seconds) == before + 1
+
+
+def test_pack_and_unpack_are_inverse(qkv, device):
+    plan = random_plan(device)
+    x = qkv(plan.tokens)[0]
+    packed = pack(x, plan)
+    assert torch.equal(unpack(packed, plan), x)
+    assert torch.equal(packed[:, :, ~plan.real], x[:, :, :1].expand(-1, -1, 35, -1))
+
+
+@pytest.mark.parametrize("tile", [(1, 2, 2), (2, 4, 8), (3, 2, 5)], ids=str)
+def test_tiles_hold_every_token_once_and_text_apart(tile, video):
+    slots = tile_slots(video, tile)
+    held = slots[slots >= 0]
+    assert torch.equal(held.sort().values, torch.arange(video.tokens))
+    block = tile[0] * tile[1] * tile[2]
+    assert len(slots) % block == 0
+    is_text = (slots >= video.video_tokens).view(-1, block)
+    assert ((slots.view(-1, block) >= 0) == is_text)[is_text.any(-1)].all()
+
+
+def test_a_raster_plan_only_pads():
+    slots = raster_slots(VideoShape(3, 7, 5, text=13), 32)
+    assert torch.equal(slots, torch.cat([torch.arange(118), torch.full((10,), -1)]))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4, 3), (1, 1, 3, 4), (1, 1, 4)], ids=str)
+def test_a_plan_whose_blocks_do_not_fit_is_refused(shape):
+    with pytest.raises(ValueError, match=r"keep must be .*S=64, block_q=16"):
+        Plan(torch.arange(64), torch.ones(shape, dtype=torch.bool), 16, 16)
