@@ -8,6 +8,7 @@ the original.
 
 import types
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,7 @@ class SparseProcessor:
                 "replaced; put the model's own processors back first"
             )
         self.stock, self.owner = stock, owner
+        self._name, self._attend = name, attend
         namespace = {**function.__globals__, name: _bind(function.__globals__[name], attend)}
         # By its name, torch.compile would look the attention call up in the module itself.
         del namespace["__name__"]
@@ -57,6 +59,13 @@ class SparseProcessor:
 
     def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         return self._run(self.stock, attn, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> "SparseProcessor":
+        """Bound to the copy of its owner: a function by itself is never copied."""
+        copy = memo[id(self)] = object.__new__(type(self))
+        stock, attend = deepcopy(self.stock, memo), deepcopy(self._attend, memo)
+        SparseProcessor.__init__(copy, stock, self._name, attend, deepcopy(self.owner, memo))
+        return copy
 
     # diffusers sets these two on the processor; dense steps must obey them.
     @property

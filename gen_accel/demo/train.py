@@ -67,10 +67,10 @@ CURRICULUM = (  # frames count latents
     Phase(600, 40, 2, 48),
     Phase(400, 27, 3, 48),
     Phase(700, 16, 5, 48),
-    Phase(1000, 16, 9, 48),
-    Phase(200, 14, 2, 96),
-    Phase(600, 6, 5, 96),
-    Phase(1800, 4, 9, 96),
+    Phase(700, 16, 9, 48),
+    Phase(100, 14, 2, 96),
+    Phase(500, 6, 5, 96),
+    Phase(1100, 4, 9, 96),
 )
 
 

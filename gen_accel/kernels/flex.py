@@ -29,7 +29,7 @@ _serial = count()
 def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
     reasons = []
     on_cpu = q.device.type == "cpu"
-    if on_cpu and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+    if on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         reasons.append("FlexAttention has no backward on the CPU")
     if on_cpu and q.dtype == torch.float64:
         reasons.append("FlexAttention takes no float64 on the CPU")
@@ -49,6 +49,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
     packed = [pack(x, plan) for x in (q, k, v)]
+    if not torch.is_grad_enabled():  # on the CPU FlexAttention looks at `requires_grad` alone
+        packed = [x.detach() for x in packed]
     mask = _block_mask(plan)
     known = _compiled.setdefault(plan, {})
     key = _key(q, k, v)

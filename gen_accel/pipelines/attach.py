@@ -97,6 +97,7 @@ class Attachment:
         self.method, self.schedule, self.kernel, self.timed = method, schedule, kernel, timed
         self.clock = clock
         self.records: dict[tuple[str, int], Record] = {}
+        self._dense_step: str | None = None
         self._prepared = _prepared_for(method, kernel)
         self._sites: list[tuple[Any, SparseProcessor]] = []
         replaced: list[Attachment] = []
@@ -117,7 +118,8 @@ class Attachment:
             module.set_processor(processor)
         self._hooks = [
             transformer.register_forward_pre_hook(
-                partial(self._observe, families[name]), with_kwargs=True
+                partial(self._observe, families[name].video_shape, families[name].timestep),
+                with_kwargs=True,
             )
             for name, transformer in transformers.items()
         ]
@@ -141,15 +143,31 @@ class Attachment:
     def __exit__(self, *exc: object) -> None:
         self.detach()
 
-    def _observe(self, family: Any, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.clock.video = family.video_shape(transformer, *args, **kwargs)
-        if self.clock.scheduler is not None or self.schedule.needs_step:
-            if self.clock.advance(family.timestep(*args, **kwargs)):
-                self.records.clear()
+    def _observe(
+        self,
+        video_shape: Callable,
+        timestep: Callable,
+        transformer: nn.Module,
+        args: tuple,
+        kwargs: dict,
+    ) -> None:
+        self.clock.video = video_shape(transformer, *args, **kwargs)
+        # Without a schedule of steps they are counted for the records, which a graph has not.
+        recorded = self.clock.scheduler is not None and not torch.compiler.is_compiling()
+        if recorded or self.schedule.needs_step:
+            self._advance(timestep(*args, **kwargs))
+
+    @torch.compiler.disable(
+        reason="a schedule of steps needs fullgraph=False, or transformer.compile_repeated_blocks()"
+    )
+    def _advance(self, timestep: Tensor) -> None:
+        """Outside of a graph, which else would be compiled again for each step."""
+        if self.clock.advance(timestep):
+            self.records.clear()
+        self._dense_step = self.schedule.why_step(self.clock.step, self.clock.steps)
 
     def _attend(self, name: str, layer: int, call: Call) -> Tensor:
-        clock = self.clock
-        why = self.schedule.why_dense(layer, clock.step, clock.steps)
+        why = self.schedule.why_layer(layer) or self._dense_step
         if isinstance(self.method, Dense):
             why = "method is dense"
         if why is None and call.refused:
@@ -159,7 +177,8 @@ class Attachment:
             )
         if torch.compiler.is_compiling():
             return call.stock() if why else self._compiled(call)
-        record = self.records.setdefault((name, clock.step), Record())
+        key = (name, self.clock.step)
+        record = self.records.get(key) or Record()
         start = self._now(call.q)
         if why:
             out = call.stock()
@@ -168,6 +187,7 @@ class Attachment:
             out = self._sparse(call, record)
         if start is not None:
             record.seconds = (record.seconds or 0.0) + self._now(call.q) - start
+        self.records[key] = record  # not before the call has succeeded
         return out
 
     def _sparse(self, call: Call, record: Record) -> Tensor:

@@ -23,23 +23,37 @@ class Clock:
         self.step = 0
         self.steps: int | None = None
         self._timestep: float | None = None
+        self._timesteps: Tensor | None = None
+        self._begin = 0
 
     def advance(self, timestep: Tensor) -> bool:
         """Read the step before a forward pass; whether a new run begins with it.
 
-        The timestep itself, which waits for a GPU, is read only without a scheduler.
+        The timestep itself, which waits for a GPU, is read at each call without a scheduler, and
+        at the first of a run with one.
         """
-        before = self.step
         if self.scheduler is None:
             now = timestep.max().item()  # where each token has its own: of those still noisy
-            if self._timestep is None or now > self._timestep:
+            new = self._timestep is None or now > self._timestep
+            if new:
                 self.step = 0
             elif now < self._timestep:
                 self.step += 1
             self._timestep = now
-        else:
-            scheduler = self.scheduler()
-            begin, index = scheduler.begin_index or 0, scheduler.step_index
-            self.step = 0 if index is None else index - begin
-            self.steps = len(scheduler.timesteps) - begin
-        return self.step < before
+            return new
+        scheduler = self.scheduler()
+        new = scheduler.timesteps is not self._timesteps  # set anew for each run
+        if new:
+            self._timesteps, self._begin = scheduler.timesteps, _begin(scheduler, timestep)
+        index = scheduler.step_index
+        self.step = 0 if index is None else index - self._begin
+        self.steps = len(scheduler.timesteps) - self._begin
+        return new
+
+
+def _begin(scheduler: Any, timestep: Tensor) -> int:
+    """Where in the scheduler's timesteps a run begins. Wan's video to video does not tell it."""
+    if scheduler.begin_index is not None:
+        return scheduler.begin_index
+    found = (scheduler.timesteps == timestep.max().to(scheduler.timesteps.device)).nonzero()
+    return int(found[0]) if len(found) else 0

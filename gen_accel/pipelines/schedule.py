@@ -47,11 +47,14 @@ class Schedule:
     def needs_total(self) -> bool:
         return self.dense_start > 0 or self.dense_end > 0
 
-    def why_dense(self, layer: int, step: int, steps: int | None) -> str | None:
-        """The reason why `layer` is dense at `step` of `steps`, counted from 0; None if sparse."""
+    def why_layer(self, layer: int) -> str | None:
+        """The reason why `layer` is dense at all steps, counted from 0; None if it is not."""
         layers = self.dense_layers
-        if layer < layers if isinstance(layers, int) else layer in layers:
-            return "dense layer"
+        dense = layer < layers if isinstance(layers, int) else layer in layers
+        return "dense layer" if dense else None
+
+    def why_step(self, step: int, steps: int | None) -> str | None:
+        """The reason why all layers are dense at `step` of `steps`, counted from 0."""
         if step < self.dense_steps:
             return "first steps"
         if self.needs_total:

@@ -1,0 +1,42 @@
+# `make demo` and `make test` are all that a fresh machine with Python 3.10 or later needs.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help venv demo test quick lint train-demo clean
+
+help:
+	@echo "make demo        dense and sparse video side by side, into outputs/demo/"
+	@echo "make test        lint, types and all tests"
+	@echo "make quick       the tests to run all the time, without the slow ones"
+	@echo "make venv        only the environment, in .venv"
+	@echo "make train-demo  train the demo model again, about two hours on 2 cores"
+
+venv: .venv/.ready
+
+.venv/.ready: pyproject.toml
+	@echo "Setting up .venv (about a minute) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+demo: venv
+	@$(BIN)/gen-accel demo
+
+test: lint
+	$(BIN)/python -m pytest
+	$(BIN)/python tests/check_golden.py tests/golden
+
+quick: venv
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+train-demo: venv
+	$(BIN)/python -m gen_accel.demo.train
+
+clean:
+	rm -rf .venv outputs .pytest_cache .ruff_cache

@@ -1,0 +1,49 @@
+"""Seconds that can be compared: taken in turn on one device, whose name goes with them."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def interleaved_medians(
+    calls: Mapping[str, Callable[[], Any]], *, rounds: int, device: torch.device
+) -> dict[str, float]:
+    """Median seconds of each call, run in turn, A B A B, so that what slows one slows the other.
+
+    Each runs once before the clock starts. On a GPU every call is waited for.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            _wait(device)
+            start = time.perf_counter()
+            call()
+            _wait(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def device_name(device: torch.device) -> str:
+    """What the maker calls it: the graphics card, or the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
