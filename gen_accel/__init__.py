@@ -2,6 +2,7 @@
 
 from gen_accel.attention_processors import METHODS, Dense, Neighborhood, Radial
 from gen_accel.functional import attention
+from gen_accel.measure.estimate import estimate
 from gen_accel.pipelines import Schedule, attach
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
@@ -18,4 +19,5 @@ __all__ = [
     "VideoShape",
     "attach",
     "attention",
+    "estimate",
 ]

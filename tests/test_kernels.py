@@ -318,6 +318,9 @@ def test_a_plan_built_while_sampling_serves_training(kernel, method, qkv, video)
     case = {"video": video, "method": method, "kernel": kernel}
     with torch.inference_mode():
         attention(*qkv(video.tokens), **case)
+    plan = method.plan(video, qkv(1)[0].device)
+    assert not plan.slots.is_inference()
+    assert not plan.keep.is_inference()
     inputs = qkv(video.tokens, grad=True)
     grads = torch.autograd.grad(attention(*inputs, **case).sum(), inputs)
     assert all(torch.isfinite(grad).all() for grad in grads)

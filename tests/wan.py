@@ -145,9 +145,7 @@ def pipeline(kind: type = WanPipeline, **parts: Any) -> Any:
 
 
 def _image_to_video() -> Any:
-    return pipeline(
-        WanImageToVideoPipeline, transformer=transformer(in_channels=2 * CHANNELS + 4)
-    )
+    return pipeline(WanImageToVideoPipeline, transformer=transformer(in_channels=2 * CHANNELS + 4))
 
 
 def _image_to_video_with_encoder() -> Any:
@@ -182,9 +180,7 @@ def _vace() -> Any:
 
 def two_stage() -> Any:
     """As Wan 2.2 A14B: one transformer for high noise, another one for low noise."""
-    return pipeline(
-        transformer=transformer(0), transformer_2=transformer(1), boundary_ratio=0.875
-    )
+    return pipeline(transformer=transformer(0), transformer_2=transformer(1), boundary_ratio=0.875)
 
 
 PIPELINES: dict[str, Callable[[], Any]] = {
@@ -213,16 +209,17 @@ def generate(pipe: Any, steps: int = 2, **options: Any) -> Tensor:
         "output_type": "latent",
     }
     if isinstance(pipe, WanImageToVideoPipeline):
-        given["image"] = _picture(0)
+        given["image"] = picture(0)
         if pipe.image_encoder is not None:
             given["max_sequence_length"] = 512  # the processor takes all beyond for the image
     if isinstance(pipe, WanVideoToVideoPipeline):
         del given["num_frames"]
-        given |= {"video": [_picture(i) for i in range(FRAMES)], "strength": 1.0}
+        given |= {"video": [picture(i) for i in range(FRAMES)], "strength": 1.0}
     return pipe(**(given | options)).frames
 
 
-def _picture(index: int) -> Image.Image:
+def picture(index: int) -> Image.Image:
+    """Noise of the size of the video."""
     g = torch.Generator().manual_seed(index)
     pixels = torch.randint(256, (HEIGHT, WIDTH, 3), dtype=torch.uint8, generator=g)
     return Image.fromarray(pixels.numpy())

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderKLWan,
@@ -43,6 +45,7 @@ LATENT_CHANNELS = 16
 TEXT_WIDTH = 64
 TEXT_TOKENS = 16  # the longest caption has 7
 SHARD = 256  # clips
+MEETING = "denoiser_meeting"  # the file by which the training processes find one another
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ DECODER_BATCHES = ((2, 9, 96), (2, 49, 48), (4, 17, 56), (1, 129, 40))
 CACHE = {48: (6144, 33), 96: (4096, 33)}  # canvas: clips, frames
 CURRICULUM = (  # frames count latents
     Phase(600, 40, 2, 48),
-    Phase(400, 27, 3, 48),
+    Phase(400, 28, 3, 48),
     Phase(700, 16, 5, 48),
     Phase(700, 16, 9, 48),
     Phase(100, 14, 2, 96),
@@ -78,13 +81,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("outputs/demo_training"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="CPU cores to use")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
 
-    for stage in (train_autoencoder, train_decoder, cache_latents, train_denoiser):
+    for stage in (train_autoencoder, train_decoder, cache_latents):
         stage(args.work)
+    if not (args.work / "denoiser").exists():
+        (args.work / MEETING).unlink(missing_ok=True)  # of a run that was interrupted
+        mp.spawn(train_denoiser, (args.threads, args.work), nprocs=args.threads)
     pack(args.work, args.out)
 
 
@@ -261,17 +267,23 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.transformer.proj_out.weight)
         nn.init.zeros_(self.transformer.proj_out.bias)
 
-    def forward(self, noisy: Tensor, sigma: Tensor, tokens, padded: int) -> Tensor:
+    def forward(
+        self, noisy: Tensor, sigma: Tensor, tokens: dict[str, Tensor], padded: int
+    ) -> Tensor:
         """The velocity, noise - clean. `padded` is the text's length with its zeros, in tokens."""
-        text = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-        text = text * tokens.attention_mask[..., None]
+        text = self.text_encoder(**tokens).last_hidden_state * tokens["attention_mask"][..., None]
         text = F.pad(text, (0, 0, 0, padded - text.shape[1]))
         return self.transformer(noisy, sigma * 1000, text, return_dict=False)[0]
 
 
-def train_denoiser(work: Path) -> None:
-    if (work / "denoiser").exists():
-        return
+def train_denoiser(rank: int, ranks: int, work: Path) -> None:
+    """One of `ranks` processes of one thread each, which share every batch.
+
+    The model is small, and its operations too short to be worth splitting among threads.
+    """
+    torch.set_num_threads(1)
+    meeting = f"file://{(work / MEETING).resolve()}"
+    dist.init_process_group("gloo", meeting, rank=rank, world_size=ranks)
     log = Log(work / "train.log", "denoiser")
     torch.manual_seed(3)
     tokenizer, model = new_tokenizer(), Denoiser()
@@ -310,19 +322,24 @@ def train_denoiser(work: Path) -> None:
         mix = sigma.view(-1, 1, 1, 1, 1)
         for optimizer in optimizers:
             _set_lr(optimizer, 2e-3 * _warmup(step, 40) * _linear_end(step / total))
+        mine = torch.arange(rank, len(clean), ranks)
+        noisy = (1 - mix) * clean + mix * noise
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            velocity = model((1 - mix) * clean + mix * noise, sigma, tokens, padded).float()
-        loss = F.mse_loss(velocity, noise - clean)
+            mine_tokens = {name: value[mine] for name, value in tokens.items()}
+            velocity = model(noisy[mine], sigma[mine], mine_tokens, padded).float()
+        loss = F.mse_loss(velocity, (noise - clean)[mine])
         _update(loss, optimizers, list(model.parameters()))
         with torch.no_grad():
             keep = min(0.997, (step + 1) / (step + 20))
             for name, p in model.named_parameters():
                 average[name].lerp_(p, 1 - keep)
         running = loss.item() if step == start else 0.98 * running + 0.02 * loss.item()
-        if step % 50 == 0:
+        if step % 50 == 0 and rank == 0:
             log(f"step {step} of {total}  {phase.frames} latents, {phase.size} px  {running:.4f}")
-        if (step + 1) % 200 == 0:
+        if (step + 1) % 200 == 0 and rank == 0:
             _save_checkpoint(checkpoint, step + 1, model, average, optimizers)
+    if rank:
+        return
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(average[name])
@@ -375,10 +392,21 @@ def _reconstruction_loss(output: Tensor, video: Tensor) -> Tensor:
 
 def _update(loss: Tensor, optimizers: list, parameters: list) -> None:
     loss.backward()
+    if dist.is_initialized():
+        _average([p.grad for p in parameters])
     nn.utils.clip_grad_norm_(parameters, 1.0)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
+
+
+def _average(grads: list[Tensor]) -> None:
+    """Over the processes, in place."""
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

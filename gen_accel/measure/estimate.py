@@ -33,12 +33,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from gen_accel.attention_processors import Dense, Radial
+from gen_accel.attention_processors import Dense, Neighborhood, Radial
 from gen_accel.attention_processors.families import wan
 from gen_accel.functional import attention
 from gen_accel.measure.report import write_json
 from gen_accel.measure.timing import device_name, interleaved_medians
 from gen_accel.pipelines.schedule import Schedule
+from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
 WORTH = 1.1  # the least speed-up that pays for a changed result
@@ -47,7 +48,7 @@ CALLS = 2  # of the transformer in a step: guidance runs it with the prompt and 
 TEXT, IMAGE = 512, 257  # tokens that Wan's cross-attention sees
 PIXELS = 16  # Wan pipelines take heights and widths that this divides, whatever the autoencoder
 # Plans of more block pairs than this take gigabytes: the search for a length stops there.
-MOST_PAIRS = 100_000_000
+MOST_PAIRS = 50_000_000
 
 PRESETS: dict[str, dict[str, Any]] = {
     "Wan2.1-T2V-1.3B": {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
@@ -64,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 NEEDED = ("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "patch_size")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """Printable; `to_dict()` for a report.
 
@@ -192,7 +193,8 @@ def estimate(
 ) -> Estimate:
     """Tokens, density, FLOPs and speed-up of `method`, without running the model.
 
-        print(gen_accel.estimate("Wan2.1-T2V-1.3B", Radial(), height=480, width=832, num_frames=81))
+        size = {"height": 480, "width": 832, "num_frames": 81}
+        print(gen_accel.estimate("Wan2.1-T2V-1.3B", Radial(), **size))
 
     The module's docstring has the formula and what is counted.
 
@@ -222,14 +224,15 @@ def estimate(
         raise ValueError(f"efficiency must be positive, got {efficiency}")
     model = _read(pipe_or_config)
     video = _grid(model, height, width, num_frames)
-    density, computed, _ = _densities(method, video)  # before the seconds of a measurement
+    density, computed, plan = _densities(method, video)  # before the seconds of a measurement
 
-    if efficiency is not None:
-        source = "given"
-    elif isinstance(method, Dense):
+    if isinstance(method, Dense):
         efficiency, source = 1.0, "the model's own attention"
+    elif efficiency is not None:
+        source = "given"
     else:
-        efficiency, source = _known_efficiency(model)
+        windows = plan is not None and plan.partial is not None
+        efficiency, source = _known_efficiency(model, windows)
     layers = [*range(model["num_layers"]), *range(len(model["vace_layers"]))]
     sparse_layers = sum(schedule.why_layer(layer) is None for layer in layers)
     sparse_steps = sum(schedule.why_step(step, steps) is None for step in range(steps))
@@ -238,11 +241,27 @@ def estimate(
     def predict(video: VideoShape, computed: float) -> float:
         attention_flops, rest = _flops(model, video)
         share = attention_flops / (attention_flops + rest)
-        return 1 / (1 - share * sparse_share * (1 - computed / efficiency))
+        return 1 / max(1 - share * sparse_share * (1 - computed / efficiency), 1e-9)
 
-    attention_flops, rest = _flops(model, video)
+    def pays(latents: int) -> tuple[bool, int]:
+        clip = VideoShape(latents, video.height, video.width)
+        try:
+            _, computed, plan = _densities(method, clip)
+        except ValueError:
+            return False, 0  # a window longer than so short a clip
+        return predict(clip, computed) >= WORTH, 0 if plan is None else plan.keep.numel()
+
+    def frames(latents: int) -> int:
+        return (latents - 1) * model.temporal + 1
+
     speedup = predict(video, computed)
-    pays_from, searched_to = _search(model, method, predict, height, width, num_frames, speedup)
+    last = max(video.frames, (LONGEST - 1) // model.temporal + 1)
+    if predict(VideoShape(last, video.height, video.width), 0.0) < WORTH:
+        pays_from, searched = None, last  # not even if sparse attention took no time
+    else:
+        pairs = 0 if plan is None else plan.keep.numel()
+        pays_from, searched = _search(pays, video.frames, last, speedup >= WORTH, pairs)
+    attention_flops, rest = _flops(model, video)
     return Estimate(
         model=model.name,
         method=method,
@@ -261,8 +280,8 @@ def estimate(
         efficiency=efficiency,
         efficiency_from=source,
         speedup=speedup,
-        pays_from=pays_from,
-        searched_to=searched_to,
+        pays_from=None if pays_from is None else frames(pays_from),
+        searched_to=frames(searched),
     )
 
 
@@ -320,8 +339,8 @@ def _read_name(name: str) -> _Model:
         near = get_close_matches(preset, PRESETS, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"{name!r} is neither a folder nor one of {tuple(PRESETS)}{hint} A model that was "
-            "downloaded is given by its folder."
+            f"model must be the folder of a saved pipeline or one of {tuple(PRESETS)}, "
+            f"got {name!r}{hint}"
         )
     shape = {"attention_head_dim": 128, "patch_size": (1, 2, 2)}
     return _model(preset, shape | PRESETS[preset], {})
@@ -425,78 +444,64 @@ def _flops(model: _Model, video: VideoShape) -> tuple[float, float]:
     return attention_flops, 2.0 * (layers * block + ends)
 
 
-def _densities(method: Any, video: VideoShape) -> tuple[float, float, int]:
-    """Kept and computed share of the token pairs, and how many pairs of blocks the plan holds."""
+def _densities(method: Any, video: VideoShape) -> tuple[float, float, Plan | None]:
+    """Kept and computed share of the token pairs, and the plan where there is one."""
     if isinstance(method, Dense):
-        return 1.0, 1.0, 0  # runs the model's own attention, without a plan
+        return 1.0, 1.0, None  # runs the model's own attention
     if not hasattr(method, "plan"):  # depends on the values: its own word must do
         density = method.density(video)
-        return density, density, 0
+        return density, density, None
     plan = method.plan(video)
-    return plan.density, plan.computed_density, plan.keep.numel()
+    return plan.density, plan.computed_density, plan
 
 
 def _search(
-    model: _Model,
-    method: Any,
-    predict: Callable[[VideoShape, float], float],
-    height: int,
-    width: int,
-    num_frames: int,
-    speedup: float,
+    pays: Callable[[int], tuple[bool, int]], asked: int, last: int, asked_pays: bool, pairs: int
 ) -> tuple[int | None, int]:
-    """The least length that pays off, in frames, and the longest that was looked at.
+    """The least length that pays off, and the longest that was looked at, in latent frames.
 
     Upwards by doubling where the length asked for does not pay off, then by bisection.
+
+    Args:
+        pays: whether a length pays off, and how many pairs of blocks its plan holds.
+        pairs: the latter for the length asked for.
     """
-    last = (max(LONGEST, num_frames) - 1) // model.temporal + 1
-    asked = (num_frames - 1) // model.temporal + 1
-    pairs = 0  # in the plan of the longest clip so far
-
-    def frames(latents: int) -> int:
-        return (latents - 1) * model.temporal + 1
-
-    def pays(latents: int) -> bool:
-        nonlocal pairs
-        video = _grid(model, height, width, frames(latents))
-        if predict(video, 0.0) < WORTH:
-            return False  # not even if it took no time: no need of a plan
-        try:
-            _, computed, made = _densities(method, video)
-        except ValueError:
-            return False  # a window longer than so short a clip
-        pairs = max(pairs, made)
-        return predict(video, computed) >= WORTH
-
-    low, high = 0, asked
-    if speedup < WORTH:
-        _, _, pairs = _densities(method, _grid(model, height, width, num_frames))
-        while True:
-            if high == last:
-                return None, frames(high)
-            low, high = high, min(2 * high, last)
-            if pairs * (high / low) ** 2 > MOST_PAIRS:
-                high = max(low, math.floor(low * (MOST_PAIRS / max(pairs, 1)) ** 0.5))
-                last = high
-            if high > low and pays(high):
-                break
+    low, high = (0, asked) if asked_pays else (asked, asked)
+    while low == high:
+        room = math.floor(low * (MOST_PAIRS / max(pairs, 1)) ** 0.5)
+        last = min(last, max(low, room))
+        high = min(2 * low, last)
+        if high == low:
+            return None, low
+        good, pairs = pays(high)
+        low = low if good else high
+    searched = high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if pays(middle) else (middle, high)
-    return frames(high), frames(max(high, asked))
+        low, high = (low, middle) if pays(middle)[0] else (middle, high)
+    return high, searched
 
 
-def _known_efficiency(model: _Model) -> tuple[float, str]:
+def _known_efficiency(model: _Model, windows: bool) -> tuple[float, str]:
     """From the cache, or measured now and kept there; with words on where it comes from."""
     from gen_accel import __version__
 
     dim, name = model["attention_head_dim"], device_name(model.device)
     dtype = str(model.dtype).removeprefix("torch.")
-    key = f"{name} | torch {torch.__version__} | {dtype} | head dim {dim} | {__version__}"
+    key = " | ".join(
+        [
+            name,
+            f"torch {torch.__version__}",
+            dtype,
+            f"head dim {dim}",
+            "windows" if windows else "blocks",
+            f"gen_accel {__version__}",
+        ]
+    )
     path = cache_file()
     known = _read_cache(path)
     if key not in known:
-        known[key] = measure_efficiency(model.device, model.dtype, dim)
+        known[key] = measure_efficiency(model.device, model.dtype, dim, windows)
         try:
             write_json(path, known)
         except OSError as error:
@@ -519,15 +524,22 @@ def _read_cache(path: Path) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure_efficiency(device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
+def measure_efficiency(
+    device: torch.device, dtype: torch.dtype, head_dim: int, windows: bool
+) -> float:
     """Speed-up over dense SDPA times computed density, by the kernel that "auto" picks.
 
     One small case at a density of about 0.1, whose frames the tiles divide: about 8k tokens on the
     CPU, where this takes a few seconds, and about 33k on a GPU, which less would not fill.
+
+    Args:
+        windows: for methods with a rule on token pairs inside their blocks, which costs more.
     """
     on_cpu = device.type == "cpu"
     video, heads = (VideoShape(57, 12, 12), 2) if on_cpu else (VideoShape(228, 12, 12), 12)
     method = Radial(decay_factor=0.15 if on_cpu else 1.5)
+    if windows:
+        method = Neighborhood((-1, 4, 4))
     generator = torch.Generator().manual_seed(0)
     shape = (1, heads, video.tokens, head_dim)
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))

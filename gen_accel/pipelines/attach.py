@@ -68,10 +68,10 @@ def attach(
     else:
         found = {name: getattr(pipe_or_transformer, name, None) for name in TRANSFORMERS}
         transformers = {name: module for name, module in found.items() if module is not None}
-        scheduler = _scheduler(pipe_or_transformer)
         if not transformers:
             kind = type(pipe_or_transformer).__name__
             raise TypeError(f"{kind} is neither a pipeline with a transformer nor a module")
+        scheduler = _scheduler(pipe_or_transformer)
     for name, module in transformers.items():
         if is_compiled(module):
             raise ValueError(
@@ -100,20 +100,20 @@ class Attachment:
         self._dense_step: str | None = None
         self._prepared = _prepared_for(method, kernel)
         self._sites: list[tuple[Any, SparseProcessor]] = []
-        replaced: list[Attachment] = []
+        replaced: list[tuple[Attachment, Any]] = []
         for name, transformer in transformers.items():
             family = families[name]
             for site in family.self_attentions(transformer):
                 stock = site.module.processor
                 if isinstance(stock, SparseProcessor):
-                    replaced.append(stock.owner)
+                    replaced.append((stock.owner, site.module))
                     stock = stock.stock
                 attend = partial(self._attend, f"{name}.{site.name}", site.layer)
                 processor = SparseProcessor(stock, family.ATTENTION_CALL, attend, self)
                 self._sites.append((site.module, processor))
         # Nothing is changed before here, so that a refusal leaves the model as it was.
-        for handle in replaced:
-            handle.detach()
+        for handle, module in replaced:
+            handle._give_up(module)
         for module, processor in self._sites:
             module.set_processor(processor)
         self._hooks = [
@@ -132,6 +132,12 @@ class Attachment:
             if module.processor is processor:
                 module.set_processor(processor.stock)
         self._hooks, self._sites = [], []
+
+    def _give_up(self, replaced: Any) -> None:
+        """Another attachment takes this attention over; others of this one may stay."""
+        self._sites = [(module, ours) for module, ours in self._sites if module is not replaced]
+        if not self._sites:
+            self.detach()
 
     def summary(self) -> Summary:
         """What ran in the last generation, layer by layer and step by step."""
@@ -158,7 +164,7 @@ class Attachment:
             self._advance(timestep(*args, **kwargs))
 
     @torch.compiler.disable(
-        reason="a schedule of steps needs fullgraph=False, or transformer.compile_repeated_blocks()"
+        reason="a schedule of steps needs fullgraph=False or compile_repeated_blocks()"
     )
     def _advance(self, timestep: Tensor) -> None:
         """Outside of a graph, which else would be compiled again for each step."""
@@ -239,6 +245,13 @@ def _prepared_for(method: Any, kernel: str) -> Callable:
 
 
 def _scheduler(pipe: Any) -> Callable[[], Any]:
-    """Looked up at each call, since users exchange it; weakly, since the pipeline owns the model."""
-    pipe = ref(pipe)
-    return lambda: pipe().scheduler
+    """Looked up at each call, as users exchange it; weakly, as the pipeline owns the model."""
+    weak = ref(pipe)
+
+    def scheduler() -> Any:
+        alive = weak()
+        if alive is None:
+            raise RuntimeError("the pipeline attached to is gone; attach to the one now in use")
+        return alive.scheduler
+
+    return scheduler

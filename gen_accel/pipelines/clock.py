@@ -34,13 +34,13 @@ class Clock:
         """
         if self.scheduler is None:
             now = timestep.max().item()  # where each token has its own: of those still noisy
-            new = self._timestep is None or now > self._timestep
-            if new:
+            before, self._timestep = self._timestep, now
+            if before is None or now > before:
                 self.step = 0
-            elif now < self._timestep:
+                return True
+            if now < before:
                 self.step += 1
-            self._timestep = now
-            return new
+            return False
         scheduler = self.scheduler()
         new = scheduler.timesteps is not self._timesteps  # set anew for each run
         if new:

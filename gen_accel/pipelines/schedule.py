@@ -61,6 +61,6 @@ class Schedule:
             assert steps is not None
             if step < math.ceil(self.dense_start * steps - 1e-9):
                 return "first steps"
-            if step >= steps - math.ceil(self.dense_end * steps - 1e-9):
+            if self.dense_end and step >= steps - math.ceil(self.dense_end * steps - 1e-9):
                 return "last steps"
         return None

@@ -60,7 +60,7 @@ class Summary:
 
     @property
     def flops_share(self) -> float | None:
-        """Executed attention FLOPs over those of dense attention, dense layers and steps included."""
+        """Executed attention FLOPs over those of dense attention, in all layers and steps."""
         dense = sum(record.dense_flops for record in self.records.values())
         return sum(record.flops for record in self.records.values()) / dense if dense else None
 

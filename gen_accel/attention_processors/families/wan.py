@@ -24,9 +24,15 @@ def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
 
 
 def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> VideoShape:
-    """hidden_states: (B, C, frames, height, width) latents."""
-    sizes = zip(hidden_states.shape[2:], transformer.config.patch_size, strict=True)
-    return VideoShape(*(size // patch for size, patch in sizes))
+    """The grid of (B, C, frames, height, width) latents; ValueError where patches leave a rest."""
+    sizes, patch = tuple(hidden_states.shape[2:]), tuple(transformer.config.patch_size)
+    if any(size % side for size, side in zip(sizes, patch, strict=True)):
+        whole = tuple(size // side * side for size, side in zip(sizes, patch, strict=True))
+        raise ValueError(
+            f"latents of {sizes} (frames, height, width) are not whole patches of {patch}; "
+            f"the nearest below are {whole}"
+        )
+    return VideoShape(*(size // side for size, side in zip(sizes, patch, strict=True)))
 
 
 def timestep(hidden_states: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,0 +1,452 @@
+"""gen-accel: each verb calls one function of the library and prints what it returns."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+class OneLineErrors(TyperGroup):
+    """What the library or the parser refuses becomes one line on stderr, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted; no file was left half written", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except (ValueError, TypeError, OSError) as error:
+            if ctx.params.get("traceback"):
+                raise
+            message = str(error) or type(error).__name__
+        except _USAGE_ERROR as error:
+            message = error.format_message()
+        typer.echo(f"error: {' '.join(message.split())}", err=True)
+        raise typer.Exit(BAD_INPUT)
+
+
+_USAGE_ERROR = typer.BadParameter.__mro__[2]  # ClickException, of whichever Click typer carries
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # terminals that know no block characters
+            stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+    app()
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"gen-accel {version('gen_accel')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where in the code an error arose.")
+    ] = False,
+) -> None:
+    """Sparse attention that makes video diffusion models faster.
+
+    \b
+    gen-accel demo                 one clip, dense and sparse, side by side; no download
+    gen-accel list                 methods with their options, kernels, models
+    gen-accel show radial --frames 33 --height 12 --width 12
+    gen-accel estimate --model Wan2.1-T2V-1.3B --height 480 --width 832 --frames 161
+    gen-accel generate --model DIR_OR_REPO --prompt "a cat surfs" --out cat.mp4 --compare
+    gen-accel doctor               versions, devices, what is missing
+
+    A method says which tokens see which and changes the answer; a kernel computes it and does not.
+    `gen-accel VERB --help` has examples.
+    """
+
+
+MethodName = Annotated[str, typer.Option("--method", help="See `gen-accel list`.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="FIELD=VALUE", help="Set a field of the method. May be repeated."
+    ),
+]
+Kernel = Annotated[str, typer.Option(help="auto, or a name that never falls back to another.")]
+DenseStart = Annotated[float, typer.Option(help="Share of the first steps that stay dense.")]
+DenseEnd = Annotated[float, typer.Option(help="Share of the last steps that stay dense.")]
+DenseSteps = Annotated[int, typer.Option(help="How many of the first steps stay dense.")]
+DenseLayers = Annotated[
+    str, typer.Option(help="How many of the first layers stay dense, or their numbers: 0,7.")
+]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps. Without: the model's own.")]
+
+
+@app.command(short_help="One clip, dense and sparse, side by side.")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("outputs/demo"),
+    prompt: Annotated[
+        str | None, typer.Option(help="A caption such as: a blue square moves up slowly.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="1 more than a multiple of 4.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise that both start from.")] = 0,
+    method: Annotated[
+        str | None, typer.Option(help="Without: radial. See `gen-accel list`.")
+    ] = None,
+    settings: Settings = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda or mps. The model is too small for a GPU to gain.")
+    ] = "cpu",
+    model: Annotated[
+        Path | None, typer.Option(help="Another folder than the embedded model.")
+    ] = None,
+) -> None:
+    """Generate one clip dense and sparse with the embedded model, and compare them.
+
+    Writes the clips side by side and each alone, a picture of the mask, report.html with
+    everything on one page, and report.json. Needs no GPU and no download.
+
+    \b
+    gen-accel demo
+    gen-accel demo --prompt "a blue square moves up slowly" --seed 3
+    gen-accel demo --frames 129 --steps 10                      shorter, and less to gain
+    gen-accel demo --method radial --set decay_factor=0.5       sparser
+    gen-accel demo --method neighborhood --set window=9,7,7
+
+    The prompts that the model knows: a COLOUR SHAPE moves DIRECTION SPEED, with red, green, blue
+    or yellow; circle, square or triangle; left, right, up or down; slowly or quickly.
+    """
+    _quiet()
+    from gen_accel.attention_processors.options import method_from
+    from gen_accel.demo import job
+
+    given = {"prompt": prompt, "frames": frames, "steps": steps, "model": model}
+    if method is not None or settings:
+        given["method"] = method_from(method or "radial", settings or ())
+    report, files = job.run(
+        out,
+        seed=seed,
+        device=device,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    _print_comparison(report)
+    _print_files(files)
+
+
+@app.command(short_help="Videos from prompts, with any served pipeline.")
+def generate(
+    model: Annotated[str, typer.Option(help="Folder of a diffusers pipeline, or a hub repo.")],
+    out: Annotated[
+        Path, typer.Option(help=".mp4, .gif, .png, or no suffix for a folder of PNG frames.")
+    ] = Path("outputs/video.mp4"),
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to show. May be repeated.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A text file with one prompt on each line.")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Without: the model's own number.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    steps: Steps = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="1 is without guidance.")] = None,
+    seed: Annotated[int, typer.Option(help="Each further prompt takes the next.")] = 0,
+    fps: Annotated[float, typer.Option(help="Frames a second of the file.")] = 16.0,
+    method: MethodName = "radial",
+    settings: Settings = None,
+    kernel: Kernel = "auto",
+    dense_start: DenseStart = 0.0,
+    dense_end: DenseEnd = 0.0,
+    dense_steps: DenseSteps = 0,
+    dense_layers: DenseLayers = "0",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also run dense, and report the difference.")
+    ] = False,
+    timed: Annotated[
+        bool, typer.Option("--timed", help="Also measure the seconds spent in attention.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    offload: Annotated[
+        str, typer.Option(help="What waits in CPU memory: none, model, group or sequential.")
+    ] = "none",
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DIR_OR_REPO[:WEIGHT]", help="May be repeated."),
+    ] = None,
+) -> None:
+    """Generate videos with any diffusers video pipeline that `gen-accel list` serves.
+
+    \b
+    gen-accel generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a cat surfs" \\
+        --frames 161 --height 480 --width 832 --dense-start 0.25 --out cat.mp4
+    gen-accel generate --model models/wan --prompt "a cat surfs" --compare --out cat.mp4
+        also cat.dense.mp4, cat.side_by_side.mp4 and cat.json
+    gen-accel generate --model models/wan --prompts prompts.txt --out clips/clip.gif
+        clip-000.gif, clip-001.gif and so on, with seeds 0, 1, ...
+    gen-accel generate --model models/wan --prompt "a cat" --method neighborhood \\
+        --set window=9,12,12 --set is_causal=true,false,false --kernel flex
+    gen-accel generate --model models/wan --prompt "a cat" --method dense --lora loras/long:0.8
+
+    Keep the first fifth or quarter of the steps dense: they decide what a video shows. With many
+    steps, --dense-start 0.25 is a good start. Sizes that the model cannot make are refused, with
+    the nearest that it can.
+    """
+    _quiet()
+    from gen_accel.attention_processors.options import method_from
+    from gen_accel.pipelines.generate import generate as run
+    from gen_accel.pipelines.generate import read_prompts
+    from gen_accel.pipelines.sampling import Clip, Loading
+
+    texts = [*(prompt or ()), *(read_prompts(prompts) if prompts is not None else ())]
+    made = run(
+        model,
+        texts,
+        out=out,
+        method=method_from(method, settings or ()),
+        schedule=_schedule(dense_start, dense_end, dense_steps, dense_layers),
+        kernel=kernel,
+        clip=Clip(frames, height, width, steps, guidance_scale, negative_prompt, seed, fps),
+        loading=Loading(dtype, device, offload, tuple(lora or ())),
+        compare=compare,
+        timed=timed,
+    )
+    for one in made:
+        typer.echo(f"{one.prompt}  (seed {one.seed}, {one.seconds:.1f} s)")
+        if one.report is None:
+            typer.echo(str(one.summary))
+        else:
+            _print_comparison(one.report)
+        _print_files(one.files)
+
+
+@app.command(short_help="A picture of what a method keeps.")
+def show(
+    method: Annotated[str, typer.Argument(help="See `gen-accel list`.")],
+    frames: Annotated[int, typer.Option(help="In tokens: of the latent video.")],
+    height: Annotated[int, typer.Option(help="In tokens.")],
+    width: Annotated[int, typer.Option(help="In tokens.")],
+    text: Annotated[int, typer.Option(help="Text tokens in the same attention.")] = 0,
+    settings: Settings = None,
+    token: Annotated[
+        str | None,
+        typer.Option(metavar="F,R,C", help="Frame, row and column of the token to look from."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A .png to write instead of drawing here.")
+    ] = None,
+) -> None:
+    """Draw which blocks a method keeps, and what one token sees, before any model runs.
+
+    Sizes are in tokens. From pixels, for Wan: frames (n - 1) / 4 + 1, height / 16, width / 16,
+    so that 161 frames of 720 x 1280 are 41 x 45 x 80. For the demo model: height / 8, width / 8.
+
+    \b
+    gen-accel show radial --frames 33 --height 12 --width 12
+    gen-accel show radial --frames 41 --height 45 --width 80 --set rule=paper --out mask.png
+    gen-accel show neighborhood --frames 9 --height 12 --width 12 --set window=3,5,5 \\
+        --token 0,0,0 --out corner.png
+    """
+    from gen_accel.attention_processors.options import method_from
+    from gen_accel.measure.pictures import mask_picture, mask_text
+    from gen_accel.video import VideoShape
+
+    chosen = method_from(method, settings or ())
+    video = VideoShape(frames, height, width, text)
+    if out is not None:
+        typer.echo(mask_picture(chosen, video, out, token=_token(token)))
+    elif token is not None:
+        raise ValueError("--token is drawn in a picture only: add --out mask.png")
+    else:
+        typer.echo(mask_text(chosen, video, _terminal_width()))
+
+
+@app.command(short_help="The speed-up to expect, without running.")
+def estimate(
+    model: Annotated[
+        str, typer.Option(help="Folder of a pipeline, or a name such as Wan2.1-T2V-14B.")
+    ],
+    frames: Annotated[int, typer.Option(help="Of the video, not latents.")],
+    height: Annotated[int, typer.Option(help="Pixels.")],
+    width: Annotated[int, typer.Option(help="Pixels.")],
+    method: MethodName = "radial",
+    settings: Settings = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    dense_start: DenseStart = 0.0,
+    dense_end: DenseEnd = 0.0,
+    dense_steps: DenseSteps = 0,
+    dense_layers: DenseLayers = "0",
+    efficiency: Annotated[
+        float | None,
+        typer.Option(help="Share of the ideal speed-up that the kernel reaches; else measured."),
+    ] = None,
+) -> None:
+    """Tokens, FLOPs and the speed-up to expect, without running or loading the model.
+
+    \b
+    gen-accel estimate --model Wan2.1-T2V-14B --height 720 --width 1280 --frames 161
+    gen-accel estimate --model models/wan --height 480 --width 832 --frames 81 \\
+        --set decay_factor=0.2 --dense-start 0.25 --dense-layers 1
+    gen-accel estimate --model Wan2.1-T2V-1.3B --height 480 --width 832 --frames 81 \\
+        --efficiency 0.7
+
+    Kernel efficiency is measured on this machine the first time, which takes seconds.
+    """
+    from gen_accel.attention_processors.options import method_from
+    from gen_accel.measure.estimate import estimate as run
+
+    result = run(
+        model,
+        method_from(method, settings or ()),
+        height=height,
+        width=width,
+        num_frames=frames,
+        schedule=_schedule(dense_start, dense_end, dense_steps, dense_layers),
+        steps=steps,
+        efficiency=efficiency,
+    )
+    typer.echo(str(result))
+
+
+@app.command(name="list", short_help="Methods, kernels and models.")
+def list_() -> None:
+    """Methods with their options, kernels and where they run, and the models that are served.
+
+    \b
+    gen-accel list
+    gen-accel generate ... --method radial --set decay_factor=0.5 --set sink=false
+
+    A kernel that cannot run on this machine is listed with the reason.
+    """
+    from gen_accel import inventory
+
+    typer.echo("Methods, which change the answer:")
+    for method in inventory.methods():
+        typer.echo(f"\n  {method.name}: {method.description}")
+        for field, (default, values) in method.fields.items():
+            typer.echo(f"    {field}={default}".ljust(30) + f" {values}")
+    typer.echo("\nKernels, which do not:")
+    for kernel in inventory.kernels():
+        typer.echo(f"\n  {kernel.name}: {kernel.description}")
+        for where, reasons in kernel.refused.items():
+            typer.echo(
+                f"    {where}".ljust(20) + ("no: " + "; ".join(reasons) if reasons else "yes")
+            )
+    typer.echo("\nFamilies of models, with their transformers:\n")
+    for family, kinds in inventory.families().items():
+        typer.echo(f"  {family}: {', '.join(kinds)}")
+
+
+@app.command(short_help="Versions, devices, and what is missing.")
+def doctor() -> None:
+    """Versions and devices, what is missing, and the command that adds it.
+
+    \b
+    gen-accel doctor
+    """
+    from gen_accel.measure.environment import checks
+
+    found = checks()
+    _print_rows({check.name: check.found or "missing" for check in found})
+    for check in found:
+        if check.found is None:
+            typer.echo(f"{check.name}: {check.fix}")
+
+
+def _schedule(start: float, end: float, steps: int, layers: str) -> Any:
+    from gen_accel.pipelines.schedule import Schedule
+
+    numbers = _numbers(layers, "--dense-layers")
+    return Schedule(
+        dense_layers=numbers if "," in layers else numbers[0],
+        dense_steps=steps,
+        dense_start=start,
+        dense_end=end,
+    )
+
+
+def _token(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    numbers = _numbers(text, "--token")
+    if len(numbers) != 3:
+        raise ValueError(f"--token needs a frame, a row and a column, as in 0,3,3, got {text!r}")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.strip(",").split(","))
+    except ValueError:
+        raise ValueError(f"{option} takes whole numbers, as in 0,3,3, got {text!r}") from None
+
+
+def _quiet() -> None:
+    """Loading has bars of its own, which say little. Downloads keep theirs."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.disable_progress_bar()
+
+
+def _print_comparison(report: dict[str, Any]) -> None:
+    density = report["density"]
+    rows = {
+        "dense": f"{report['dense_seconds']:.1f} s for {report['steps']} steps",
+        "sparse": f"{report['sparse_seconds']:.1f} s, {report['speedup']:.2f}x as fast",
+        "with decoding": f"{report['total_speedup']:.2f}x as fast",
+        "tokens": f"{report['tokens']}",
+        "density": "all dense" if density is None else f"{density:.3f} where sparse",
+        "kernel": report["kernel"],
+        "PSNR, SSIM": f"{report['psnr_db']:.1f} dB, {report['ssim']:.3f} against dense",
+    }
+    if report["compile_seconds"]:
+        rows["compiling"] = f"{report['compile_seconds']:.1f} s, not counted"
+    if "detector" in report:
+        rows["dense shows"] = report["detector"]["dense"]["shows"]
+        rows["sparse shows"] = report["detector"]["sparse"]["shows"]
+    _print_rows(rows)
+
+
+def _print_files(files: dict[str, Path]) -> None:
+    _print_rows({name: str(path) for name, path in files.items()})
+
+
+def _print_rows(rows: dict[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    console.print()
+
+
+def _terminal_width() -> int:
+    from shutil import get_terminal_size
+
+    return get_terminal_size().columns

@@ -1,0 +1,106 @@
+"""What this machine has: for the foot of a report, and for `gen-accel doctor`."""
+
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from gen_accel.measure.timing import device_name
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "triton", "xformers")
+FIXES = {
+    "triton": "pip install triton  (Linux only; flex on a GPU needs it)",
+    "xformers": 'pip install "gen_accel[xformers]"  (optional, for its attention backend)',
+}
+COMPILERS = ("g++", "clang++", "c++", "cl")
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's list.
+
+    Args:
+        found: what is there; None when it is missing.
+        fix: the command that adds it, or what goes without it.
+    """
+
+    name: str
+    found: str | None
+    fix: str = ""
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a figure depends on: versions, the device and its threads."""
+    versions = {name: version(name) for name in ("gen_accel", "torch", "diffusers")}
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device_name(torch.device(device)),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def checks() -> list[Check]:
+    """Everything that the package uses, found or missing, with the command that adds it."""
+    found = [Check("gen_accel", version("gen_accel")), Check("python", platform.python_version())]
+    for name in PACKAGES:
+        found.append(Check(name, version(name), FIXES.get(name, f"pip install {name}")))
+    cores = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
+    found += [Check("CPU", cores), *_gpus(), _compiler(), _ffmpeg()]
+    return found
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpp_compiler() -> str | None:
+    """What torch.compile can build CPU code with, from $CXX or the usual names."""
+    named = os.environ.get("CXX")
+    return next(filter(None, map(shutil.which, [named] if named else COMPILERS)), None)
+
+
+def _gpus() -> list[Check]:
+    if torch.cuda.is_available():
+        gpus = []
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            memory = f"{properties.total_memory / GIB:.0f} GiB"
+            gpus.append(Check(f"GPU {i}", f"{properties.name}, {memory}, sm_{_capability(i)}"))
+        return gpus
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None:
+        return [Check("GPU", accelerator.type)]
+    if torch.version.cuda is None:
+        why = "this torch is built for the CPU; https://pytorch.org/get-started has the command"
+    else:
+        why = "torch finds none; the CPU is used"
+    return [Check("GPU", None, why)]
+
+
+def _capability(index: int) -> str:
+    return "".join(map(str, torch.cuda.get_device_capability(index)))
+
+
+def _compiler() -> Check:
+    fix = "apt install g++, or xcode-select --install  (flex on the CPU; gather goes without)"
+    return Check("C++ compiler", cpp_compiler(), fix)
+
+
+def _ffmpeg() -> Check:
+    import imageio_ffmpeg
+
+    try:
+        found = f"{imageio_ffmpeg.get_ffmpeg_version()}, {imageio_ffmpeg.get_ffmpeg_exe()}"
+    except RuntimeError:
+        found = None
+    return Check("ffmpeg", found, 'pip install "imageio[ffmpeg]"')

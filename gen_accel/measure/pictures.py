@@ -1,0 +1,168 @@
+"""A method's pattern to look at: its blocks, and what one token sees over the frames."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gen_accel.measure.video_io import replacing
+from gen_accel.plan import Plan
+from gen_accel.video import VideoShape
+
+KEPT, LEFT_OUT, GAP = (11, 107, 93), (226, 225, 220), (255, 255, 255)
+MARK, FAINT = "#eb5e28", "#696970"
+ASPECT = 1.25  # of the picture of all frames, width over height
+MOST_BLOCKS = 1024  # a side, in a picture; more are averaged
+SHADES = " ░▒▓█"
+HALVES = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
+
+Token = tuple[int, int, int]
+
+
+def mask_picture(
+    method: Any, video: VideoShape, path: str | Path, *, token: Token | None = None
+) -> Path:
+    """Write a PNG: left which key blocks each query block sees, right what one token sees.
+
+    Args:
+        video: the grid, in tokens.
+        token: frame, row and column; the middle of the video without.
+
+    Raises:
+        ValueError: a method whose pattern depends on q and k, a token outside of the video, or
+            `path` without .png.
+        OSError: `path` cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path} must end in .png")
+    plan = _plan(method, video)
+    token = token or middle(video)
+    seen = seen_by(method, video, token)
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 6.4), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    density = f"density {plan.density:.3f} (sparsity {1 - plan.density:.3f})"
+    figure.suptitle(f"{method}\n{video} = {video.tokens} tokens, {density}", fontsize=12)
+
+    rows, columns = plan.keep.shape[-2:]
+    side = max(-(-rows // MOST_BLOCKS), -(-columns // MOST_BLOCKS))
+    share = _pooled(plan.keep[0, 0], -(-rows // side), -(-columns // side)).numpy()[..., None]
+    image = share * np.array(KEPT) + (1 - share) * np.array(LEFT_OUT)
+    extent = (0, columns, rows, 0)
+    left.imshow(image.round().astype(np.uint8), extent=extent, aspect="auto")
+    left.set_title(
+        f"{rows} x {columns} blocks of {plan.block_q} x {plan.block_k} tokens", fontsize=11
+    )
+    left.set_xlabel("key block")
+    left.set_ylabel("query block")
+
+    mosaic, corners = _mosaic(seen, video)
+    right.imshow(mosaic, interpolation="nearest")
+    x, y = corners[token[0]]
+    right.plot(x + token[2], y + token[1], "s", color=MARK, markersize=4)
+    for frame, (x, y) in enumerate(corners):
+        ink = MARK if frame == token[0] else FAINT
+        right.text(x, y - 0.7, str(frame), fontsize=6, color=ink, va="bottom", ha="left")
+    right.set_axis_off()
+    right.set_title(
+        f"the token at frame {token[0]}, row {token[1]}, column {token[2]} (orange) sees "
+        f"{int(seen.sum())} of {video.tokens}",
+        fontsize=11,
+    )
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png")
+    return path
+
+
+def mask_text(method: Any, video: VideoShape, width: int = 80) -> str:
+    """The same blocks for a terminal: queries down, keys across.
+
+    Half blocks show every block where they fit, shades the share that is kept where they do not.
+
+    Args:
+        width: characters in a line at most.
+    """
+    plan = _plan(method, video)
+    keep = plan.keep[0, 0]
+    rows, columns = keep.shape
+    if columns <= width:
+        padded = F.pad(keep, (0, 0, 0, rows % 2))
+        lines = [
+            "".join(HALVES[top, bottom] for top, bottom in zip(*pair.tolist(), strict=True))
+            for pair in padded.view(-1, 2, columns)
+        ]
+    else:
+        # A character is about twice as high as it is wide.
+        share = _pooled(keep, max(1, min(rows, width // 2)), width)
+        shade = (share * (len(SHADES) - 1)).ceil().long()
+        lines = ["".join(SHADES[i] for i in line) for line in shade.tolist()]
+    return "\n".join(
+        [
+            str(method),
+            f"{video} = {video.tokens} tokens, density {plan.density:.3f} "
+            f"(sparsity {1 - plan.density:.3f})",
+            f"{rows} x {columns} blocks of {plan.block_q} x {plan.block_k} tokens, "
+            "queries down, keys across:",
+            *lines,
+        ]
+    )
+
+
+def seen_by(method: Any, video: VideoShape, token: Token) -> Tensor:
+    """(N,) bool: the tokens that the token at (frame, row, column) sees.
+
+    One row of the pattern, without the N x N of it.
+    """
+    for name, place, size in zip(("frame", "row", "column"), token, video.grid, strict=True):
+        if not 0 <= place < size:
+            raise ValueError(f"{name} of the token must be from 0 to {size - 1}, got {place}")
+    plan = _plan(method, video)
+    index = (token[0] * video.height + token[1]) * video.width + token[2]
+    slot = plan.places[index]
+    row = plan.keep[0, 0, slot // plan.block_q].repeat_interleave(plan.block_k) & plan.real
+    if plan.partial is not None:
+        row = row & plan.partial.allows(slot, torch.arange(len(row)))
+    return row[plan.places]
+
+
+def middle(video: VideoShape) -> Token:
+    return video.frames // 2, video.height // 2, video.width // 2
+
+
+def _plan(method: Any, video: VideoShape) -> Plan:
+    if not hasattr(method, "plan"):
+        raise ValueError(
+            f"the pattern of {method} depends on queries and keys: there is none to show "
+            "before a model runs"
+        )
+    return method.plan(video)
+
+
+def _pooled(keep: Tensor, rows: int, columns: int) -> Tensor:
+    """(Kq, Kk) bool to (rows, columns) in [0, 1], the share that is kept."""
+    return F.adaptive_avg_pool2d(keep[None, None].float(), (rows, columns))[0, 0]
+
+
+def _mosaic(seen: Tensor, video: VideoShape) -> tuple[np.ndarray, list]:
+    """(h, w, 3) uint8 of all frames in reading order, and the top left corner (x, y) of each."""
+    height, width = video.height, video.width
+    columns = max(1, min(video.frames, round(math.sqrt(video.frames * ASPECT * height / width))))
+    rows = -(-video.frames // columns)
+    gap_y, gap_x = max(2, height // 5), max(1, width // 12)
+    image = np.empty((rows * (height + gap_y), columns * (width + gap_x), 3), np.uint8)
+    image[:] = GAP
+    frames = seen[: video.video_tokens].view(video.grid).numpy()
+    corners = []
+    for i, frame in enumerate(frames):
+        y = i // columns * (height + gap_y) + gap_y
+        x = i % columns * (width + gap_x)
+        image[y : y + height, x : x + width] = np.where(frame[..., None], KEPT, LEFT_OUT)
+        corners.append((x, y))
+    return image, corners

@@ -1,0 +1,181 @@
+"""The same clip twice, dense and sparse, from one seed: what it gains and what it changes."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from gen_accel.attention_processors import Dense
+from gen_accel.kernels import flex
+from gen_accel.measure import psnr, side_by_side, ssim, write_json, write_video
+from gen_accel.measure.environment import environment
+from gen_accel.pipelines.attach import attach
+from gen_accel.pipelines.sampling import (
+    Clip,
+    Sample,
+    check_fits,
+    sample,
+    steps_bar,
+    ticker,
+    token_grid,
+)
+from gen_accel.pipelines.schedule import Schedule
+from gen_accel.pipelines.summary import Summary
+
+WARM_UP_FRAMES = 17  # and one step: what is paid once is paid before the clocks start
+SHOWN_WIDTH = 288  # pixels; clips narrower than that are enlarged side by side
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both clips, and what is known of their making.
+
+    Args:
+        clip: as generated, without gaps.
+        compile_seconds: spent in compilers during the sparse run, and taken off its time.
+    """
+
+    prompt: str
+    clip: Clip
+    dense: Sample
+    sparse: Sample
+    dense_summary: Summary
+    summary: Summary
+    compile_seconds: float
+    environment: dict[str, Any]
+
+    @property
+    def speedup(self) -> float:
+        """Of the denoising, which attention is a part of. Decoding is the same for both."""
+        return self.dense.denoise_seconds / self.sparse.denoise_seconds
+
+    @cached_property
+    def psnr_db(self) -> float:
+        return psnr(self.sparse.video, self.dense.video)
+
+    @cached_property
+    def ssim(self) -> float:
+        return ssim(self.sparse.video, self.dense.video)
+
+    @property
+    def labels(self) -> list[str]:
+        kind = type(self.summary.method).__name__.lower()
+        return [
+            f"dense  {self.dense.denoise_seconds:.1f} s",
+            f"{kind}  {self.sparse.denoise_seconds:.1f} s",
+        ]
+
+    @property
+    def caption(self) -> str:
+        density = self.summary.density
+        kept = "all steps dense" if density is None else f"density {density:.2f} where sparse"
+        return f"{self.speedup:.2f}x as fast, {kept}, PSNR {self.psnr_db:.1f} dB"
+
+    def to_dict(self) -> dict[str, Any]:
+        ran = self.summary.to_dict()
+        kernels = sorted({r.choice.kernel for r in self.summary.records.values() if r.choice})
+        seconds = {"dense": self.dense_summary.seconds, "sparse": self.summary.seconds}
+        return {
+            "prompt": self.prompt,
+            "seed": self.clip.seed,
+            "frames": self.clip.frames,
+            "height": self.clip.height,
+            "width": self.clip.width,
+            "steps": self.clip.steps,
+            "guidance_scale": self.clip.guidance_scale,
+            "tokens": ran["tokens"],
+            "method": ran["method"],
+            "schedule": ran["schedule"],
+            "kernel": ", ".join(kernels) or "none, all dense",
+            "kernel_reasons": ran["kernels"],
+            "density": ran["density"],
+            "sparsity": ran["sparsity"],
+            "attention_flops_share": ran["attention_flops_share"],
+            "dense_seconds": self.dense.denoise_seconds,
+            "sparse_seconds": self.sparse.denoise_seconds,
+            "speedup": self.speedup,
+            "attention_seconds": seconds if None not in seconds.values() else None,
+            "decode_seconds": (self.dense.decode_seconds + self.sparse.decode_seconds) / 2,
+            "dense_total_seconds": self.dense.seconds,
+            "sparse_total_seconds": self.sparse.seconds,
+            "total_speedup": self.dense.seconds / self.sparse.seconds,
+            "compile_seconds": self.compile_seconds,
+            "psnr_db": self.psnr_db,
+            "ssim": self.ssim,
+            "environment": self.environment,
+        }
+
+
+def compare_with_dense(
+    pipe: Any,
+    prompt: str,
+    clip: Clip,
+    *,
+    method: Any,
+    schedule: Schedule | None = None,
+    kernel: str = "auto",
+    timed: bool = False,
+) -> Comparison:
+    """Generate densely, then with `method`, in one process and from one seed.
+
+    Both are run once on a short clip first. `clip` comes without gaps, see `sampling.filled`.
+    """
+    device = pipe._execution_device
+    options: dict[str, Any] = {"schedule": schedule, "kernel": kernel, "timed": timed}
+    name = type(method).__name__.lower()
+    with steps_bar() as bar:
+        short = _warm_up_clip(pipe, clip, method)
+        with attach(pipe, Dense()):
+            sample(pipe, prompt, short, tick=ticker(bar, "dense, warm-up"))
+        with attach(pipe, method, kernel=kernel):
+            sample(pipe, prompt, short, tick=ticker(bar, f"{name}, warm-up"))
+        with attach(pipe, Dense(), timed=timed) as handle:
+            dense = sample(pipe, prompt, clip, tick=ticker(bar, "dense"))
+            dense_summary = handle.summary()
+        with attach(pipe, method, **options) as handle:
+            before = len(flex.compile_seconds)
+            sparse = sample(pipe, prompt, clip, tick=ticker(bar, name))
+            summary = handle.summary()
+    compiled = sum(flex.compile_seconds[before:])
+    sparse = replace(sparse, denoise_seconds=sparse.denoise_seconds - compiled)
+    return Comparison(
+        prompt, clip, dense, sparse, dense_summary, summary, compiled, environment(device)
+    )
+
+
+def write_comparison(result: Comparison, target: Path) -> dict[str, Path]:
+    """`target`, and beside it `.dense`, `.side_by_side` and `.json`."""
+    fps = result.clip.fps
+    together, report = beside(target, "side_by_side"), target.with_name(f"{target.stem}.json")
+    files = {
+        "video": write_video(result.sparse.video, target, fps=fps),
+        "dense": write_video(result.dense.video, beside(target, "dense"), fps=fps),
+        "side by side": write_video(pair(result), together, fps=fps),
+        "report": report,
+    }
+    write_json(report, result.to_dict())
+    return files
+
+
+def beside(target: Path, name: str) -> Path:
+    """`clip.mp4` to `clip.name.mp4`; frames in a folder get a film beside them."""
+    suffix = target.suffix if target.suffix.lower() in (".mp4", ".gif") else ".mp4"
+    return target.with_name(f"{target.stem}.{name}{suffix}")
+
+
+def pair(result: Comparison) -> Any:
+    """Dense left, sparse right, with seconds above and figures below, (F, H, W, 3) uint8."""
+    videos = [result.dense.video, result.sparse.video]
+    scale = max(1, SHOWN_WIDTH // videos[0].shape[2])
+    return side_by_side(videos, result.labels, caption=result.caption, scale=scale)
+
+
+def _warm_up_clip(pipe: Any, clip: Clip, method: Any) -> Clip:
+    """A short one, unless `method` does not fit it."""
+    assert clip.frames is not None
+    short = replace(clip, frames=min(clip.frames, WARM_UP_FRAMES), steps=1)
+    try:
+        check_fits(method, token_grid(pipe, short))
+    except ValueError:
+        return replace(clip, steps=1)
+    return short

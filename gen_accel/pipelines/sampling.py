@@ -1,0 +1,389 @@
+"""Load any diffusers video pipeline, and sample one clip from it with the time that it took."""
+
+import inspect
+import json
+import math
+import re
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from gen_accel.attention_processors.families import served_classes
+from gen_accel.video import VideoShape
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OFFLOADS = ("none", "model", "group", "sequential")
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+PIXELS = 16  # Wan pipelines take heights and widths that this divides, whatever the autoencoder
+
+Tick = Callable[[int, int], None]  # is told the denoising steps done, and how many there are
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What to generate. None leaves a value to the pipeline's own default.
+
+    Args:
+        frames: of the video, not latents.
+        height, width: pixels.
+        seed: of the first prompt; each further one takes the next.
+        fps: how fast the file plays; the model knows nothing of it.
+    """
+
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    seed: int = 0
+    fps: float = 16.0
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "height", "width", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 < self.fps < math.inf:
+            raise ValueError(f"fps must be positive, got {self.fps}")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale must be finite, got {self.guidance_scale}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Where a pipeline runs, and what is loaded with it.
+
+    Args:
+        dtype: "auto" is float32 on the CPU and bfloat16 elsewhere.
+        device: "auto" is the accelerator where there is one, else the CPU.
+        offload: what waits in the CPU's memory: whole models, groups of layers, or single layers.
+        loras: a folder, file or hub repository each, with ":weight" behind it where it is not 1.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    offload: str = "none"
+    loras: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.offload not in OFFLOADS:
+            raise ValueError(f"offload must be one of {OFFLOADS}, got {self.offload!r}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A generated clip. video: (F, H, W, 3) uint8. Denoising includes the text encoder."""
+
+    video: np.ndarray = field(repr=False)
+    denoise_seconds: float
+    decode_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.denoise_seconds + self.decode_seconds
+
+
+def check_model(model: str | Path) -> None:
+    """Refuse what no pipeline can be loaded from, by reading one small file at most.
+
+    Raises:
+        ValueError: a folder without a pipeline, or with one that no family serves.
+        FileNotFoundError: neither a folder nor a name that the hub could know.
+    """
+    folder = Path(model).expanduser()
+    if not folder.exists():
+        if REPOSITORY.fullmatch(str(model)):
+            return
+        raise FileNotFoundError(f"no folder at {model}, and no repository is called like that")
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(
+            f"{model} holds no model_index.json: give the folder that a diffusers pipeline was "
+            "saved in"
+        )
+    try:
+        kind = json.loads(index.read_text(encoding="utf-8")).get("transformer", [None, None])[1]
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{index} is no index of a pipeline: {error}") from error
+    served = served_classes()
+    if kind is not None and kind not in served:
+        raise ValueError(f"no family serves {kind} of {model}; served: {', '.join(served)}")
+
+
+def load(model: str | Path, loading: Loading | None = None) -> Any:
+    """The pipeline, on its device, with its LoRAs.
+
+    Raises:
+        ValueError: what `check_model` refuses, a device that is not there, a LoRA that fits
+            nothing.
+        OSError: a file or repository that is not there.
+    """
+    from diffusers import DiffusionPipeline
+
+    loading = loading or Loading()
+    check_model(model)
+    device = find_device(loading.device)
+    if loading.offload != "none" and device.type == "cpu":
+        raise ValueError(
+            f"offload {loading.offload!r} needs a GPU to load onto; the device is the CPU"
+        )
+    loras = [_lora(text) for text in loading.loras]
+    if loading.dtype == "auto":
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    else:
+        dtype = DTYPES[loading.dtype]
+    folder = Path(model).expanduser()
+    source = str(folder if folder.exists() else model)
+    with warnings.catch_warnings():
+        # Newer diffusers call it `dtype`; older ones ignore that.
+        warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
+        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    if "num_frames" not in _parameters(pipe):
+        raise ValueError(f"{type(pipe).__name__} generates no video: it takes no num_frames")
+    _add_loras(pipe, loras)
+    match loading.offload:
+        case "none":
+            pipe.to(device)
+        case "model":
+            pipe.enable_model_cpu_offload(device=device)
+        case "sequential":
+            pipe.enable_sequential_cpu_offload(device=device)
+        case "group":
+            pipe.enable_group_offload(
+                onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda"
+            )
+    return pipe
+
+
+def find_device(name: str) -> torch.device:
+    """Raises ValueError for a device that this machine or this torch does not have."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or mps, got {name!r}") from None
+    if device.type == "cpu":
+        return device
+    have = "only the CPU" if found is None else f"the CPU and {found.type}"
+    if found is None or device.type != found.type:
+        raise ValueError(f"device {name!r} is not there: torch {torch.__version__} finds {have}")
+    if (device.index or 0) >= torch.accelerator.device_count():
+        count = torch.accelerator.device_count()
+        raise ValueError(f"device {name!r} is not there: {count} of {found.type}, from 0")
+    return device
+
+
+def filled(pipe: Any, clip: Clip) -> Clip:
+    """`clip` with the pipeline's own defaults for what it leaves open.
+
+    Raises:
+        ValueError: the pipeline does not take what `clip` gives, needs what it does not give, or
+            cannot be run from a prompt alone.
+    """
+    known, kind = _parameters(pipe), type(pipe).__name__
+    required = [
+        name
+        for name, parameter in known.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and name != "prompt"
+    ]
+    if required:
+        raise ValueError(f"{kind} needs {', '.join(required)} besides a prompt; call it in Python")
+    values = {}
+    for name, argument in _ARGUMENTS.items():
+        value = getattr(clip, name)
+        if argument not in known and value is not None:
+            raise ValueError(f"{kind} takes no {argument}, got {value!r}")
+        if value is None and argument in known:
+            value = known[argument].default
+        if value is None and name in ("frames", "height", "width"):
+            raise ValueError(f"{kind} has no default for {name}: give it")
+        values[name] = value
+    return replace(clip, **values)
+
+
+def token_grid(pipe: Any, clip: Clip) -> VideoShape:
+    """The video's tokens, without text.
+
+    Raises ValueError for frames and sizes that the pipeline would round, naming the nearest.
+    """
+    frames, height, width = clip.frames, clip.height, clip.width
+    assert frames is not None
+    assert height is not None
+    assert width is not None
+    module = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
+    patch = getattr(module.config, "patch_size", 1)
+    patch_t = getattr(module.config, "patch_size_t", None) or 1
+    if isinstance(patch, int):
+        patch = (patch_t, patch, patch)
+    temporal, spatial = (
+        getattr(pipe, f"vae_scale_factor_{axis}", None)
+        or getattr(pipe, f"vae_{axis}_compression_ratio")
+        for axis in ("temporal", "spatial")
+    )
+    wrong = []
+    if (clip.frames - 1) % temporal:
+        near = _nearest(clip.frames, temporal, 1)
+        wrong.append(
+            f"frames must be 1 more than a multiple of {temporal}, got {clip.frames}{near}"
+        )
+    for name, size, p in (("height", clip.height, patch[1]), ("width", clip.width, patch[2])):
+        step = math.lcm(PIXELS, spatial * p)
+        if size % step:
+            near = _nearest(size, step, step)
+            wrong.append(f"{name} must be a multiple of {step}, got {size}{near}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return VideoShape(
+        -(-((frames - 1) // temporal + 1) // patch[0]),
+        height // (spatial * patch[1]),
+        width // (spatial * patch[2]),
+    )
+
+
+def check_fits(method: Any, video: VideoShape) -> None:
+    """Raises ValueError for a method that cannot be planned on `video`."""
+    if hasattr(method, "plan"):
+        method.plan(video)
+
+
+def sample(pipe: Any, prompt: str, clip: Clip, *, tick: Tick | None = None) -> Sample:
+    """Run the pipeline once for one prompt, `clip` without gaps (see `filled`).
+
+    The noise is drawn on the CPU, so that a seed gives the same on every device.
+    """
+    arguments = {
+        argument: getattr(clip, name)
+        for name, argument in _ARGUMENTS.items()
+        if getattr(clip, name) is not None
+    }
+    marks: list[float] = []
+
+    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
+        total = len(pipe.scheduler.timesteps)
+        if step == total - 1:
+            marks.append(_now(pipe))
+        if tick is not None:
+            tick(step + 1, total)
+        return tensors
+
+    start = _now(pipe)
+    output = pipe(
+        prompt=prompt,
+        generator=torch.Generator().manual_seed(clip.seed),
+        output_type="np",
+        callback_on_step_end=on_step_end,
+        **arguments,
+    )
+    end = _now(pipe)
+    denoised = marks[-1] if marks else end
+    frames = np.asarray(output.frames[0])
+    if not np.isfinite(frames).all():
+        raise ValueError(
+            f"the model made values that are not finite, in {pipe.transformer.dtype}; try "
+            "dtype float32 or bfloat16"
+        )
+    video = (frames * 255).round().clip(0, 255).astype(np.uint8)
+    return Sample(video, denoised - start, end - denoised)
+
+
+def steps_bar() -> Progress:
+    """A bar with the time that remains, on stderr."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def ticker(bar: Progress, label: str) -> Tick:
+    """A new line of `bar`."""
+    task = bar.add_task(label, total=None)
+
+    def tick(done: int, total: int) -> None:
+        text = f"{label}, decoding" if done == total else label
+        bar.update(task, completed=done, total=total, description=text)
+
+    return tick
+
+
+_ARGUMENTS = {  # of a clip, and what diffusers calls it
+    "frames": "num_frames",
+    "height": "height",
+    "width": "width",
+    "steps": "num_inference_steps",
+    "guidance_scale": "guidance_scale",
+    "negative_prompt": "negative_prompt",
+}
+
+
+def _parameters(pipe: Any) -> dict[str, inspect.Parameter]:
+    known = dict(inspect.signature(type(pipe).__call__).parameters)
+    del known["self"]
+    return known
+
+
+def _nearest(size: int, step: int, least: int) -> str:
+    below = least + max(0, size - least) // step * step
+    return f"; nearest: {below}" if size < least else f"; nearest: {below} and {below + step}"
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """ "folder:0.5" to the folder and 0.5."""
+    source, colon, weight = text.rpartition(":")
+    try:
+        parsed = (source, float(weight)) if colon else (text, 1.0)
+    except ValueError:  # the colon belongs to the name
+        parsed = (text, 1.0)
+    path = Path(parsed[0]).expanduser()
+    if not path.exists() and not REPOSITORY.fullmatch(parsed[0]):
+        raise FileNotFoundError(f"no LoRA at {parsed[0]}, and no repository is called like that")
+    return (str(path) if path.exists() else parsed[0]), parsed[1]
+
+
+def _add_loras(pipe: Any, loras: Sequence[tuple[str, float]]) -> None:
+    names = []
+    for i, (source, _) in enumerate(loras):
+        name = f"lora_{i}"
+        pipe.load_lora_weights(source, adapter_name=name)
+        if not any(name in adapters for adapters in pipe.get_list_adapters().values()):
+            raise ValueError(f"{source} holds no LoRA for {type(pipe).__name__}")
+        names.append(name)
+    if names:
+        pipe.set_adapters(names, [weight for _, weight in loras])
+
+
+def _now(pipe: Any) -> float:
+    device = pipe._execution_device
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,309 @@
+import json
+import math
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+    WanVACETransformer3DModel,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import gen_accel
+from gen_accel import Dense, Neighborhood, Radial, Schedule
+from gen_accel.measure.estimate import PRESETS, Estimate, cache_file, measure_efficiency
+from gen_accel.measure.timing import interleaved_medians
+
+# The name `gen_accel.measure.estimate` is a module; this is how a user calls it.
+estimate = gen_accel.estimate
+module = "gen_accel.measure.estimate"
+
+TINY = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "text_dim": 32,
+    "freq_dim": 16,
+    "ffn_dim": 40,
+    "num_layers": 3,
+    "rope_max_seq_len": 32,
+}
+P480 = {"height": 480, "width": 832, "num_frames": 81}
+CLIP = {"height": 64, "width": 96, "num_frames": 17}  # 5 x 4 x 6 tokens of TINY
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache folder of its own, and no measurement that was not asked for."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def refuse(*args):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(f"{module}.measure_efficiency", refuse)
+
+
+def counted(transformer, *args, **kwargs):
+    """FLOPs of one call, as torch counts them; attention as its two products."""
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        transformer(*args, **kwargs)
+    return counter.get_total_flops()
+
+
+def latents(channels=16):
+    return torch.randn(1, channels, 5, 8, 12)
+
+
+TIME, PROMPT = torch.tensor([500]), torch.randn(1, 512, 32)
+
+
+def test_flops_are_those_of_a_run():
+    transformer = WanTransformer3DModel(**TINY)
+    found = estimate(transformer, Dense(), **CLIP)
+    assert found.step_flops == pytest.approx(2 * counted(transformer, latents(), TIME, PROMPT))
+    assert found.attention_flops == 2 * 3 * 4 * 120**2 * 24
+
+
+def test_flops_of_image_to_video_are_those_of_a_run():
+    config = TINY | {"in_channels": 36, "added_kv_proj_dim": 24, "image_dim": 20}
+    transformer = WanTransformer3DModel(**config, out_channels=16)
+    inputs = latents(36), TIME, PROMPT, torch.randn(1, 257, 20)
+    found = estimate(transformer, Dense(), **CLIP)
+    assert found.step_flops == pytest.approx(2 * counted(transformer, *inputs))
+
+
+def test_flops_of_vace_are_those_of_a_run():
+    transformer = WanVACETransformer3DModel(**TINY, vace_layers=[0, 2], vace_in_channels=96)
+    control = {"control_hidden_states": latents(96)}
+    found = estimate(transformer, Dense(), **CLIP)
+    run = counted(transformer, latents(), TIME, PROMPT, **control)
+    assert found.step_flops == pytest.approx(2 * run)
+    assert found.attention_flops == 2 * 5 * 4 * 120**2 * 24
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "grid", "tokens"),
+    [
+        ("Wan2.1-T2V-1.3B", (480, 832, 81), (21, 30, 52), 32760),
+        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", (720, 1280, 81), (21, 45, 80), 75600),
+        ("Wan2.2-TI2V-5B", (704, 1280, 121), (31, 22, 40), 27280),
+    ],
+)
+def test_token_grids_of_public_models(model, size, grid, tokens):
+    height, width, num_frames = size
+    found = estimate(model, Dense(), height=height, width=width, num_frames=num_frames)
+    assert (found.video.grid, found.tokens) == (grid, tokens)
+
+
+def test_flops_of_a_public_model_by_hand():
+    found = estimate("Wan2.1-T2V-1.3B", Dense(), **P480)
+    N, C, T = 32760, 12 * 128, 512
+    attention = 30 * 4 * N * N * C
+    rest = 30 * 2 * (N * (6 * C * C + 2 * C * 8960) + 2 * T * C * C + 2 * N * T * C)
+    assert found.attention_flops == 2 * attention
+    assert found.step_flops == pytest.approx(2 * (attention + rest), rel=0.01)
+    assert found.attention_share == pytest.approx(attention / (attention + rest), rel=0.01)
+    assert 0.65 < found.attention_share < 0.75
+
+
+def test_speedup_follows_the_formula():
+    schedule = Schedule(dense_layers=3, dense_start=0.2)
+    given = {"schedule": schedule, "steps": 10, "efficiency": 0.8}
+    found = estimate("Wan2.1-T2V-1.3B", Radial(), **P480, **given)
+    plan = Radial().plan(found.video)
+    assert found.density == plan.density
+    assert found.computed_density == plan.computed_density
+    assert found.sparse_share == pytest.approx(27 / 30 * 8 / 10)
+    gain = found.attention_share * found.sparse_share
+    expected = 1 / (1 - gain * (1 - plan.computed_density / 0.8))
+    assert found.speedup == pytest.approx(expected)
+    assert found.limit == pytest.approx(1 / (1 - gain))
+    executed = found.attention_flops * plan.computed_density
+    assert found.sparse_attention_flops == pytest.approx(executed)
+
+
+def test_pays_from_is_where_the_speedup_begins():
+    def at(num_frames):
+        size = P480 | {"num_frames": num_frames}
+        return estimate("Wan2.1-T2V-1.3B", Radial(), **size, efficiency=0.7)
+
+    first = at(81).pays_from
+    assert (first - 1) % 4 == 0
+    assert at(first).pays
+    assert not at(first - 4).pays
+    for asked in (1, 33, 257):
+        assert at(asked).pays_from == first
+    assert f"pays off (1.1x or more) from {first} frames" in str(at(257))
+
+
+def test_what_does_not_pay_is_said_plainly():
+    short = estimate("Wan2.1-T2V-1.3B", Radial(), **P480 | {"num_frames": 5}, efficiency=0.7)
+    assert not short.pays
+    assert "do not bother: " in str(short)
+    assert f"from {short.pays_from} frames" in str(short)
+
+    tiny = estimate(TINY | {"ffn_dim": 10**6}, Radial(), **CLIP, efficiency=1.0)
+    assert tiny.pays_from is None
+    assert "no length up to 1021 frames reaches 1.1x" in str(tiny)
+
+    slow = estimate(TINY, Radial(), **CLIP, efficiency=0.01)
+    assert slow.speedup < 1
+    assert slow.pays_from is None
+
+
+def test_dense_neither_gains_nor_measures():
+    found = estimate("Wan2.1-T2V-1.3B", Dense(), **P480)
+    assert (found.speedup, found.density, found.pays_from) == (1.0, 1.0, None)
+
+
+def test_a_window_longer_than_the_shortest_clips():
+    found = estimate(TINY, Neighborhood((9, 4, 4)), **CLIP | {"num_frames": 201}, efficiency=1.0)
+    assert found.pays_from >= 33
+    with pytest.raises(ValueError, match="window 9 is larger than the 5 frames"):
+        estimate(TINY, Neighborhood((9, 4, 4)), **CLIP, efficiency=1.0)
+
+
+def pipeline(transformer, **vae):
+    autoencoder = AutoencoderKLWan(base_dim=4, z_dim=16, num_res_blocks=1, **vae)
+    parts = {"tokenizer": None, "text_encoder": None, "scheduler": UniPCMultistepScheduler()}
+    return WanPipeline(**parts, vae=autoencoder, transformer=transformer)
+
+
+def test_every_kind_of_model_gives_the_same(tmp_path):
+    transformer = WanTransformer3DModel(**TINY)
+    pipe = pipeline(transformer)
+    pipe.save_pretrained(tmp_path)
+    for weights in tmp_path.rglob("*.safetensors"):
+        weights.unlink()
+    sources = [TINY, transformer, transformer.config, pipe, tmp_path, str(tmp_path)]
+    found = [estimate(source, Radial(), **CLIP, efficiency=0.7) for source in sources]
+    assert len({(e.step_flops, e.video, e.speedup, e.pays_from) for e in found}) == 1
+
+
+def test_the_autoencoder_sets_the_grid(tmp_path):
+    transformer = WanTransformer3DModel(**TINY | {"patch_size": (1, 1, 1)})
+    pipe = pipeline(transformer, scale_factor_temporal=2, scale_factor_spatial=16)
+    pipe.save_pretrained(tmp_path)
+    assert estimate(pipe, Dense(), **CLIP).video.grid == (9, 4, 6)
+    assert estimate(tmp_path, Dense(), **CLIP).video.grid == (9, 4, 6)
+    assert estimate(transformer, Dense(), **CLIP).video.grid == (5, 8, 12)
+
+
+def test_sizes_that_cannot_be_made_name_the_nearest():
+    size = {"height": 481, "width": 840, "num_frames": 80}
+    with pytest.raises(ValueError, match="multiple of 16, got 481; nearest: 480 or 496") as error:
+        estimate("Wan2.1-T2V-1.3B", Radial(), **size)
+    assert "width must be a multiple of 16, got 840; nearest: 832 or 848" in str(error.value)
+    assert "multiple of 4, got 80; nearest: 77 or 81" in str(error.value)
+    with pytest.raises(ValueError, match="multiple of 32, got 720; nearest: 704 or 736"):
+        estimate("Wan2.2-TI2V-5B", Radial(), height=720, width=1280, num_frames=81)
+    with pytest.raises(ValueError, match=r"got 0; nearest: 16\n.*got -3; nearest: 1"):
+        estimate("Wan2.1-T2V-1.3B", Radial(), height=0, width=832, num_frames=-3)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("Wan2.1-T2V-1.3", {}, "did you mean 'Wan2.1-T2V-1.3B'"),
+        (3, {}, "a folder or one of .*got int"),
+        (torch.nn.Linear(1, 1), {}, "WanTransformer3DModel .*got Linear"),
+        ({"_class_name": "WanPipeline"}, {}, "got WanPipeline"),
+        ({"num_layers": 2}, {}, "lacks num_attention_heads, attention_head_dim, ffn_dim"),
+        (TINY | {"patch_size": (2, 2, 2)}, {}, "patch_size must be 1 in time"),
+        (TINY, {"steps": 0}, "steps must be at least 1, got 0"),
+        (TINY, {"efficiency": 0.0}, "efficiency must be positive, got 0.0"),
+        (TINY, {"efficiency": math.nan}, "efficiency must be positive"),
+        (TINY, {"method": Radial}, "must be an instance"),
+    ],
+)
+def test_refuses(source, options, message):
+    with pytest.raises(ValueError, match=message):
+        estimate(source, **{"method": Radial(), **CLIP, **options})
+
+
+def test_a_folder_without_a_pipeline_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no transformer/config\.json"):
+        estimate(tmp_path, Radial(), **CLIP)
+
+
+def test_efficiency_is_measured_once_and_kept(monkeypatch, device):
+    calls = []
+
+    def measured(*args):
+        calls.append(args)
+        return 0.5
+
+    monkeypatch.setattr(f"{module}.measure_efficiency", measured)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    first = estimate(TINY, Radial(), **CLIP)
+    assert cache_file().exists()
+    assert estimate(TINY, Radial(), **CLIP) == first
+    assert [(d.type, *rest) for d, *rest in calls] == [(device.type, dtype, 12, False)]
+    assert first.efficiency == 0.5
+    assert "measured on " in first.efficiency_from
+
+    estimate(TINY, Neighborhood((-1, 2, 2)), **CLIP)  # with a rule on pairs
+    estimate(WanTransformer3DModel(**TINY).to(torch.bfloat16), Radial(), **CLIP)
+    assert [(dtype, windows) for _, dtype, _, windows in calls[1:]] == [
+        (dtype, True),
+        (torch.bfloat16, False),
+    ]
+    kept = json.loads(cache_file().read_text())
+    assert set(kept.values()) == {0.5}
+    assert len(kept) == 3
+    assert all(torch.__version__ in key for key in kept)
+    assert [path.name for path in cache_file().parent.iterdir()] == ["efficiency.json"]
+
+
+def test_a_broken_cache_is_written_anew(monkeypatch):
+    monkeypatch.setattr(f"{module}.measure_efficiency", lambda *args: 0.25)
+    cache_file().parent.mkdir(parents=True)
+    cache_file().write_text('{"half')
+    assert estimate(TINY, Radial(), **CLIP).efficiency == 0.25
+    assert list(json.loads(cache_file().read_text()).values()) == [0.25]
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(monkeypatch, tmp_path):
+    monkeypatch.setattr(f"{module}.measure_efficiency", lambda *args: 0.25)
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="cannot keep the kernel efficiency"):
+        assert estimate(TINY, Radial(), **CLIP).efficiency == 0.25
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_measurement_is_a_plausible_share(windows, monkeypatch):
+    monkeypatch.setattr(f"{module}.interleaved_medians", one_round)
+    assert 0.02 < measure_efficiency(torch.device("cpu"), torch.float32, 16, windows) < 5
+
+
+def one_round(calls, *, rounds, device):
+    return interleaved_medians(calls, rounds=1, device=device)
+
+
+def test_turns_are_taken():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = interleaved_medians(calls, rounds=3, device=torch.device("cpu"))
+    assert order == list("ab" * 4)
+    assert set(seconds) == {"a", "b"}
+
+
+def test_to_dict_is_json_and_complete():
+    found = estimate("Wan2.1-T2V-1.3B", Radial(), **P480, efficiency=0.7)
+    assert isinstance(found, Estimate)
+    data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert data["tokens"] == 32760
+    assert data["density"] + data["sparsity"] == 1
+    assert data["calls_per_step"] == 2
+    for words in ("32760 tokens", "both guidance calls", "density 0.4", "(given)"):
+        assert words in str(found)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_whole(preset):
+    found = estimate(preset, Dense(), height=704, width=1280, num_frames=81)
+    assert found.model == preset
