@@ -46,7 +46,7 @@ class Windows:
     seen: Tensor
 
     def allows(self, query: Tensor, key: Tensor) -> Tensor:
-        """Whether slot `query` sees slot `key`: int64 tensors that broadcast, bool of that shape."""
+        """Whether slot `query` sees slot `key`: int64 that broadcast, bool of that shape."""
         inside = self.free[query] | self.free[key]
         window = torch.ones_like(inside)
         for first, last, place in zip(self.first, self.last, self.place, strict=True):
@@ -182,7 +182,7 @@ def tile_slots(
     tile: tuple[int, int, int],
     orders: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Slots of a video cut into boxes of `tile` (frames, rows, columns), text in blocks of its own.
+    """Slots of a video cut into boxes of (frames, rows, columns), text in blocks of its own.
 
     Boxes come in raster order, and so do the tokens of a box: splitting a box along its frames
     gives contiguous smaller blocks. Boxes that stick out of the grid are padded.

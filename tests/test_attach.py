@@ -3,7 +3,6 @@
 import copy
 import gc
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,8 +198,8 @@ def test_a_size_that_the_patches_do_not_divide_is_refused(model):
 
 
 def test_one_of_two_transformers_is_attached_anew():
-    first, second = transformer(), transformer()
-    pipe = SimpleNamespace(transformer=first, transformer_2=second, scheduler=None)
+    pipe = two_stage()
+    first, second = pipe.transformer, pipe.transformer_2
     both = attach(pipe, RADIAL)
     with attach(second, WINDOW):
         assert all(block.attn1.processor.owner is both for block in first.blocks)

@@ -52,7 +52,7 @@ def test_every_scene_is_detected():
 )
 @pytest.mark.parametrize("size", [48, 96])
 def test_detection_survives_small_canvases_noise_and_blur(size, distort):
-    scenes = world.test_scenes(24)
+    scenes = world.scored_scenes(24)
     assert_right(distort(render(*scenes, size=size)), scenes)
 
 
@@ -174,9 +174,9 @@ def test_unseen_scenes():
 
 
 def test_scored_scenes_are_stable():
-    scenes = world.test_scenes(24)
-    assert scenes == world.test_scenes(24)
-    assert scenes[:4] == world.test_scenes(4)
+    scenes = world.scored_scenes(24)
+    assert scenes == world.scored_scenes(24)
+    assert scenes[:4] == world.scored_scenes(4)
     assert len(set(scenes)) == 24
     assert set(scenes) <= set(world.SEEN)
     assert scenes[0].caption == "a yellow square moves down slowly"

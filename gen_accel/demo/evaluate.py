@@ -41,9 +41,9 @@ def main() -> None:
 
     runs = []
     for frames in args.frames:
-        sets = {"seen": world.test_scenes(args.prompts), "unseen": world.UNSEEN[: args.prompts]}
+        sets = {"seen": world.scored_scenes(args.prompts), "unseen": world.UNSEEN[: args.prompts]}
         if frames > TRAINED_FRAMES:
-            sets = {"seen": world.test_scenes(args.long_prompts)}
+            sets = {"seen": world.scored_scenes(args.long_prompts)}
         totals = []
         for name, scenes in sets.items():
             clips = evaluate(pipe, scenes, frames=frames, steps=args.steps)

@@ -71,7 +71,7 @@ UNSEEN = _never_trained()
 SEEN = tuple(scene for scene in SCENES if scene not in UNSEEN)
 
 
-def test_scenes(count: int = 24) -> tuple[Scene, ...]:
+def scored_scenes(count: int = 24) -> tuple[Scene, ...]:
     """The same `count` of the trained scenes at every call, for scoring."""
     order = torch.randperm(len(SEEN), generator=torch.Generator().manual_seed(7))
     return tuple(SEEN[i] for i in order[:count].tolist())

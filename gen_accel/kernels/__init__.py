@@ -30,8 +30,8 @@ __all__ = [
     "KernelFailed",
     "check_name",
     "compute",
-    "prepare",
     "preference",
+    "prepare",
     "run",
 ]
 

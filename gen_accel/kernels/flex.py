@@ -2,8 +2,8 @@
 
 `torch.compile(flex_attention, dynamic=True)` emits C++ that does not compile on the CPU (torch
 2.13) as soon as a mask indexes a tensor or a second shape comes along, so every shape is compiled
-by itself. Compiled FlexAttention trusts the lists of whole and partial blocks; the eager one, which
-reads `mask_mod` alone, is never run here.
+by itself. Compiled FlexAttention trusts the lists of whole and partial blocks; the eager one reads
+`mask_mod` alone, and is never run here.
 """
 
 import time

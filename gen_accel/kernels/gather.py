@@ -92,7 +92,7 @@ def _attention(
     block_k: int,
     scale: float,
 ) -> Tensor:
-    """Attention in slot order, (B, H, S, D). One opaque operator, so that a compiler sees no loop."""
+    """Attention in slot order, (B, H, S, D). One opaque operator: a compiler sees no loop."""
     work = _Work(q, k, v, index, counts, real, rule, block_q, block_k, scale)
     out = torch.zeros_like(work.q)
     for group in work.groups():
