@@ -23,7 +23,7 @@ from gen_accel import Dense, Neighborhood, Radial, VideoShape, attach, attention
 from gen_accel.kernels import flex
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
-from gen_accel.measure.timing import interleaved_medians
+from gen_accel.measure.timing import interleaved
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -157,7 +157,8 @@ def rows(
         except ValueError as error:
             calls.pop(kernel, None)
             refused[kernel] = str(error)
-    seconds = interleaved_medians(calls, rounds=args.rounds, device=args.device)
+    turns = interleaved(calls, rounds=args.rounds, device=args.device)
+    seconds = {name: statistics.median(values) for name, values in turns.items()}
     found = []
     for kernel in args.kernels:
         if kernel in refused:
@@ -243,14 +244,12 @@ def overhead(args: argparse.Namespace, save: Callable[[dict], None]) -> None:
         if not torch.equal(stock(*inputs).sample, attached(*inputs).sample):
             raise ValueError("Dense() changes the model's answer")
         calls = {"stock": partial(stock, *inputs), "attached": partial(attached, *inputs)}
-        pairs = [
-            interleaved_medians(calls, rounds=1, device=args.device) for _ in range(args.rounds)
-        ]
+        seconds = interleaved(calls, rounds=args.rounds, device=args.device)
     row = {
         "tokens": 29 * 12 * 12,
-        "stock_ms": 1e3 * statistics.median(pair["stock"] for pair in pairs),
-        "attached_ms": 1e3 * statistics.median(pair["attached"] for pair in pairs),
-        "ratio": statistics.median(pair["attached"] / pair["stock"] for pair in pairs),
+        "stock_ms": 1e3 * statistics.median(seconds["stock"]),
+        "attached_ms": 1e3 * statistics.median(seconds["attached"]),
+        "ratio": statistics.median(b / a for a, b in zip(*seconds.values(), strict=True)),
     }
     save(row)
     print(

@@ -47,9 +47,8 @@ def attention(
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         kinds = [f"{x.dtype} on {x.device}" for x in (q, k, v)]
         raise ValueError(f"q, k and v must share one dtype and device, got {kinds}")
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    if not math.isfinite(factor):
+        raise ValueError(f"scale must be finite, got {factor}")
     kernels.check_name(kernel)
-    return method(q, k, v, video=video, kernel=partial(kernels.run, scale=scale, kernel=kernel))
+    return method(q, k, v, video=video, kernel=partial(kernels.run, scale=factor, kernel=kernel))

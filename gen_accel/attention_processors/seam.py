@@ -40,7 +40,7 @@ class SparseProcessor:
     def __init__(
         self, stock: Any, name: str, attend: Callable[[Call], Tensor], owner: Any
     ) -> None:
-        function = type(stock).__call__
+        function: Any = type(stock).__call__
         code = getattr(function, "__code__", None)
         if code is None or name not in code.co_names:
             raise ValueError(

@@ -24,10 +24,11 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from gen_accel.demo import whole_clip
 from gen_accel.demo.world import (
@@ -73,12 +74,12 @@ CURRICULUM = (  # frames count latents
     Phase(700, 16, 9, 48),
     Phase(100, 14, 2, 96),
     Phase(500, 6, 5, 96),
-    Phase(1100, 4, 9, 96),
+    Phase(2100, 4, 9, 96),
 )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Train the demo model from nothing.")
     parser.add_argument("--work", type=Path, default=Path("outputs/demo_training"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
     parser.add_argument("--threads", type=int, default=2, help="CPU cores to use")
@@ -249,7 +250,7 @@ class Denoiser(nn.Module):
                 num_layers=2,
                 num_heads=4,
                 dropout_rate=0.0,
-                tie_word_embeddings=False,
+                tie_word_embeddings=False,  # pyright: ignore[reportCallIssue]
             )
         )
         self.transformer = WanTransformer3DModel(
@@ -356,7 +357,7 @@ def pack(work: Path, out: Path) -> None:
         latents_std=[round(value, 5) for value in std.tolist()],
     )
     pipe = WanPipeline(
-        tokenizer=new_tokenizer(),
+        tokenizer=new_tokenizer(),  # pyright: ignore[reportArgumentType]
         text_encoder=UMT5EncoderModel.from_pretrained(work / "text_encoder"),
         vae=vae,
         transformer=WanTransformer3DModel.from_pretrained(work / "denoiser"),
@@ -431,7 +432,7 @@ def _psnr(mse: float) -> float:
     return 10 * math.log10(4 / mse)
 
 
-def _save_model(model: nn.Module, path: Path) -> None:
+def _save_model(model: ModelMixin | PreTrainedModel, path: Path) -> None:
     part = path.with_name(path.name + ".part")
     model.save_pretrained(part)
     os.replace(part, path)

@@ -5,6 +5,8 @@ time. Its convolutions are causal, so that one pass over the whole clip gives th
 only the first frame, which the class never resamples in time, is treated apart.
 """
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
@@ -13,8 +15,8 @@ from torch import Tensor
 
 def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     """(B, 3, F, H, W) in [-1, 1] to the mean and log variance, (B, 2 z, f, h, w)."""
-    encoder = vae.encoder
-    x = encoder.conv_in(patchify(video, vae.config.patch_size))
+    encoder: Any = vae.encoder
+    x = encoder.conv_in(patchify(video, vae.config["patch_size"]))
     for layer in encoder.down_blocks:
         x = _resample(layer, x) if isinstance(layer, WanResample) else layer(x)
     x = encoder.mid_block(x)
@@ -23,7 +25,7 @@ def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
 
 def decode(vae: AutoencoderKLWan, latent: Tensor) -> Tensor:
     """(B, z, f, h, w) to (B, 3, F, H, W), not clamped."""
-    decoder = vae.decoder
+    decoder: Any = vae.decoder
     x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(latent)))
     for block in decoder.up_blocks:
         for layer in block.resnets:
@@ -31,7 +33,7 @@ def decode(vae: AutoencoderKLWan, latent: Tensor) -> Tensor:
         if block.upsamplers is not None:
             x = _resample(block.upsamplers[0], x)
     x = decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))
-    return unpatchify(x, vae.config.patch_size)
+    return unpatchify(x, vae.config["patch_size"])
 
 
 def _resample(layer: WanResample, x: Tensor) -> Tensor:

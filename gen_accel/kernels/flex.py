@@ -10,6 +10,7 @@ import time
 import types
 from collections.abc import Callable
 from itertools import count
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -48,14 +49,14 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    packed = [pack(x, plan) for x in (q, k, v)]
+    packed = pack(q, plan), pack(k, plan), pack(v, plan)
     if not torch.is_grad_enabled():  # on the CPU FlexAttention looks at `requires_grad` alone
-        packed = [x.detach() for x in packed]
+        packed = packed[0].detach(), packed[1].detach(), packed[2].detach()
     mask = _block_mask(plan)
     known = _compiled.setdefault(plan, {})
     key = _key(q, k, v)
-    if key in known:
-        return unpack(known[key](*packed, mask, scale), plan)
+    if callable(kept := known.get(key)):
+        return unpack(kept(*packed, mask, scale), plan)
     run, start = _fresh(_kernel_options(plan, q.device)), time.perf_counter()
     try:
         out = run(*packed, mask, scale)
@@ -75,7 +76,7 @@ def prepare(plan: Plan) -> tuple[Plan, BlockMask, dict]:
 def compute(q: Tensor, k: Tensor, v: Tensor, prepared: tuple, *, scale: float) -> Tensor:
     """Inside a graph, which compiles FlexAttention with the rest."""
     plan, mask, options = prepared
-    packed = [pack(x, plan) for x in (q, k, v)]
+    packed = pack(q, plan), pack(k, plan), pack(v, plan)
     out = flex_attention(*packed, block_mask=mask, scale=scale, kernel_options=options)
     return unpack(out, plan)
 
@@ -85,7 +86,7 @@ def _key(q: Tensor, k: Tensor, v: Tensor) -> tuple:
     return (*q.shape, q.dtype, q.device, grad)
 
 
-def _fresh(options: dict) -> Callable:
+def _fresh(options: Any) -> Callable:
     """A compiled call with code of its own: Dynamo counts recompilations by code object."""
 
     def run(q, k, v, block_mask, scale):
@@ -96,7 +97,7 @@ def _fresh(options: dict) -> Callable:
     return torch.compile(fresh, dynamic=False, fullgraph=True)
 
 
-def _kernel_options(plan: Plan, device: torch.device) -> dict:
+def _kernel_options(plan: Plan, device: torch.device) -> Any:
     """On GPUs the kernel's own tiles must divide the plan's blocks, forward and backward."""
     if device.type == "cpu":
         return {}

@@ -23,6 +23,7 @@ and the speed-up is that of the denoising alone.
 import json
 import math
 import os
+import statistics
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ from gen_accel.attention_processors import Dense, Neighborhood, Radial
 from gen_accel.attention_processors.families import wan
 from gen_accel.functional import attention
 from gen_accel.measure.report import write_json
-from gen_accel.measure.timing import device_name, interleaved_medians
+from gen_accel.measure.timing import device_name, interleaved
 from gen_accel.pipelines.schedule import Schedule
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
@@ -543,7 +544,7 @@ def measure_efficiency(
     generator = torch.Generator().manual_seed(0)
     shape = (1, heads, video.tokens, head_dim)
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
-    seconds = interleaved_medians(
+    seconds = interleaved(
         {
             "dense": lambda: nn.functional.scaled_dot_product_attention(q, k, v),
             "sparse": lambda: attention(q, k, v, video=video, method=method),
@@ -551,4 +552,5 @@ def measure_efficiency(
         rounds=3 if on_cpu else 10,
         device=device,
     )
-    return seconds["dense"] / seconds["sparse"] * method.plan(video).computed_density
+    speedup = statistics.median(seconds["dense"]) / statistics.median(seconds["sparse"])
+    return speedup * method.plan(video).computed_density

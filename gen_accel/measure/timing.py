@@ -1,7 +1,6 @@
 """Seconds that can be compared: taken in turn on one device, whose name goes with them."""
 
 import platform
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 import torch
 
 
-def interleaved_medians(
+def interleaved(
     calls: Mapping[str, Callable[[], Any]], *, rounds: int, device: torch.device
-) -> dict[str, float]:
-    """Median seconds of each call, run in turn, A B A B, so that what slows one slows the other.
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round, in turn, A B A B: what slows one slows the other.
 
     Each runs once before the clock starts. On a GPU every call is waited for.
     """
@@ -27,7 +26,7 @@ def interleaved_medians(
             call()
             _wait(device)
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def device_name(device: torch.device) -> str:

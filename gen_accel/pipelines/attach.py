@@ -185,7 +185,7 @@ class Attachment:
             return call.stock() if why else self._compiled(call)
         key = (name, self.clock.step)
         record = self.records.get(key) or Record()
-        start = self._now(call.q)
+        start = self._now(call.q) if self.timed else None
         if why:
             out = call.stock()
             record.add(call.q.shape, why=why)
@@ -224,9 +224,7 @@ class Attachment:
             )
         return video
 
-    def _now(self, x: Tensor) -> float | None:
-        if not self.timed:
-            return None
+    def _now(self, x: Tensor) -> float:
         if x.device.type != "cpu":
             torch.accelerator.synchronize(x.device)
         return time.perf_counter()
