@@ -29,7 +29,8 @@ class OneLineErrors(TyperGroup):
         raise typer.Exit(BAD_INPUT)
 
 
-_USAGE_ERROR = typer.BadParameter.__mro__[2]  # ClickException, of whichever Click typer carries
+# ClickException, of whichever Click it is that typer carries.
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -348,9 +349,8 @@ def list_() -> None:
     for kernel in inventory.kernels():
         typer.echo(f"\n  {kernel.name}: {kernel.description}")
         for where, reasons in kernel.refused.items():
-            typer.echo(
-                f"    {where}".ljust(20) + ("no: " + "; ".join(reasons) if reasons else "yes")
-            )
+            verdict = f"no: {'; '.join(reasons)}" if reasons else "yes"
+            typer.echo(f"    {where}".ljust(20) + verdict)
     typer.echo("\nFamilies of models, with their transformers:\n")
     for family, kinds in inventory.families().items():
         typer.echo(f"  {family}: {', '.join(kinds)}")

@@ -55,23 +55,23 @@ class Windows:
 
     def whole(self, real: Tensor, block_q: int, block_k: int) -> Tensor:
         """(Kq, Kk) bool: pairs of blocks in which every query sees every key."""
-        first, last = (
-            _extremes(self.first, real, block_q)[1],
-            _extremes(self.last, real, block_q)[0],
-        )
-        low, high = _extremes(self.place, real, block_k)
-        inside = (first[..., None] <= low[:, None]) & (high[:, None] <= last[..., None])
-        return inside.all(0) | self._free_blocks(block_q, block_k)
+        inside = self._free_blocks(block_q, block_k).logical_not_()
+        for first, last, place in zip(self.first, self.last, self.place, strict=True):
+            low, high = _extremes(place, real, block_k)
+            after = _extremes(first, real, block_q)[1][:, None] <= low
+            before = high <= _extremes(last, real, block_q)[0][:, None]
+            inside = inside & after & before
+        return inside | self._free_blocks(block_q, block_k)
 
     def touched(self, real: Tensor, block_q: int, block_k: int) -> Tensor:
         """(Kq, Kk) bool: pairs of blocks in which some query may see some key."""
-        first, last = (
-            _extremes(self.first, real, block_q)[0],
-            _extremes(self.last, real, block_q)[1],
-        )
-        low, high = _extremes(self.place, real, block_k)
-        meet = (first[..., None] <= high[:, None]) & (low[:, None] <= last[..., None])
-        return meet.all(0) | self._free_blocks(block_q, block_k)
+        meet = self._free_blocks(block_q, block_k).logical_not_()
+        for first, last, place in zip(self.first, self.last, self.place, strict=True):
+            low, high = _extremes(place, real, block_k)
+            after = _extremes(first, real, block_q)[0][:, None] <= high
+            before = low <= _extremes(last, real, block_q)[1][:, None]
+            meet = meet & after & before
+        return meet | self._free_blocks(block_q, block_k)
 
     def _free_blocks(self, block_q: int, block_k: int) -> Tensor:
         query, key = (self.free.view(-1, block).any(-1) for block in (block_q, block_k))
@@ -149,8 +149,8 @@ class Plan:
 
     def _pairs(self, weight: Tensor) -> float:
         query, key = (weight.view(-1, block).sum(-1) for block in (self.block_q, self.block_k))
-        pairs = torch.einsum("bhij,i,j->bh", self.keep.double(), query, key)
-        return pairs.mean().item()
+        rows = torch.stack([row.to(key.dtype) @ key for row in self.keep.flatten(0, 1)])
+        return (rows @ query).mean().item()
 
     def to(self, device: torch.device) -> "Plan":
         if self.slots.device == torch.device(device):
@@ -205,8 +205,8 @@ def tile_slots(
 
 
 def _extremes(values: Tensor, real: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Least and greatest value of the real slots of each block, (A, S) to two of (A, K)."""
+    """Least and greatest value of the real slots of each block, (S,) to two of (K,)."""
     limits = torch.iinfo(values.dtype)
-    low = values.masked_fill(~real, limits.max).unflatten(1, (-1, block)).amin(-1)
-    high = values.masked_fill(~real, limits.min).unflatten(1, (-1, block)).amax(-1)
+    low = values.masked_fill(~real, limits.max).view(-1, block).amin(-1)
+    high = values.masked_fill(~real, limits.min).view(-1, block).amax(-1)
     return low, high

@@ -97,14 +97,16 @@ def _plan(method: Neighborhood, video: VideoShape, device: torch.device) -> Plan
         )
     ]
     tile_k = _tile(video.grid, method.window, TILE_K)
-    tile_q = (min(tile_k[0] * (TILE_Q // math.prod(tile_k) or 1), video.frames), *tile_k[1:])
+    # Key tiles in a row along the frames make a query tile, so that both are runs of slots.
+    in_a_row = min(TILE_Q // math.prod(tile_k), -(-video.frames // tile_k[0]))
+    tile_q = (tile_k[0] * in_a_row, *tile_k[1:])
     # Tokens of one dilation group lie together, so that windows cover few blocks.
     orders = [
         torch.argsort(torch.arange(n) % d, stable=True)
         for n, d in zip(video.grid, method.dilation, strict=True)
     ]
     slots = tile_slots(video, tile_q, orders)
-    block_q, block_k = math.prod(tile_q), math.prod((1, *tile_q[1:]))
+    block_q, block_k = math.prod(tile_q), math.prod(tile_k)
 
     free = slots >= video.video_tokens
     where = slots.clamp(0, video.video_tokens - 1)

@@ -41,8 +41,9 @@ def method_from(name: str, settings: Sequence[str] = ()) -> Any:
             raise ValueError(f"{key} is set twice")
         try:
             values[key] = _convert(text.strip(), hints[key])
-        except ValueError as error:
-            raise ValueError(f"{key} of {name} must be {error}, got {text!r}") from None
+        except ValueError:
+            wanted = written_type(hints[key])
+            raise ValueError(f"{key} of {name} must be {wanted}, got {text!r}") from None
     return kind(**values)
 
 
@@ -63,7 +64,7 @@ def written_type(hint: Any) -> str:
 
 
 def _convert(text: str, hint: Any) -> Any:
-    """Raises ValueError with the type that was expected."""
+    """Raises ValueError for what is no such type."""
     if get_origin(hint) is Literal:
         for option in get_args(hint):
             if text == str(option):
@@ -88,8 +89,5 @@ def _convert(text: str, hint: Any) -> Any:
         if text.lower() == "none":
             return None
     else:
-        try:
-            return hint(text)
-        except ValueError:
-            pass
-    raise ValueError(written_type(hint))
+        return hint(text)
+    raise ValueError(text)

@@ -99,10 +99,8 @@ def run(
     )
     report = result.to_dict() | {"detector": _detected(result)}
 
-    clips = [result.dense.video, result.sparse.video]
-    for name, pixels in zip(
-        ("dense", "sparse", "side by side"), [*clips, pair(result)], strict=True
-    ):
+    clips = {"dense": result.dense.video, "sparse": result.sparse.video}
+    for name, pixels in {**clips, "side by side": pair(result)}.items():
         write_video(pixels, files[name], fps=FPS)
     mask_picture(method, video, files["mask"])
     sheet = contact_sheet([*clips.values()], result.labels, count=SHEET_FRAMES)

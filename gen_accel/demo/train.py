@@ -74,7 +74,7 @@ CURRICULUM = (  # frames count latents
     Phase(700, 16, 9, 48),
     Phase(100, 14, 2, 96),
     Phase(500, 6, 5, 96),
-    Phase(2100, 4, 9, 96),
+    Phase(1800, 4, 9, 96),
 )
 
 

@@ -138,7 +138,7 @@ def load(model: str | Path, loading: Loading | None = None) -> Any:
             nothing.
         OSError: a file or repository that is not there.
     """
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     loading = loading or Loading()
     check_model(model)
@@ -240,18 +240,12 @@ def token_grid(pipe: Any, clip: Clip) -> VideoShape:
     patch_t = getattr(module.config, "patch_size_t", None) or 1
     if isinstance(patch, int):
         patch = (patch_t, patch, patch)
-    temporal, spatial = (
-        getattr(pipe, f"vae_scale_factor_{axis}", None)
-        or getattr(pipe, f"vae_{axis}_compression_ratio")
-        for axis in ("temporal", "spatial")
-    )
+    temporal, spatial = _vae_factor(pipe, "temporal"), _vae_factor(pipe, "spatial")
     wrong = []
-    if (clip.frames - 1) % temporal:
-        near = _nearest(clip.frames, temporal, 1)
-        wrong.append(
-            f"frames must be 1 more than a multiple of {temporal}, got {clip.frames}{near}"
-        )
-    for name, size, p in (("height", clip.height, patch[1]), ("width", clip.width, patch[2])):
+    if (frames - 1) % temporal:
+        near = _nearest(frames, temporal, 1)
+        wrong.append(f"frames must be 1 more than a multiple of {temporal}, got {frames}{near}")
+    for name, size, p in (("height", height, patch[1]), ("width", width, patch[2])):
         step = math.lcm(PIXELS, spatial * p)
         if size % step:
             near = _nearest(size, step, step)
@@ -350,6 +344,14 @@ def _parameters(pipe: Any) -> dict[str, inspect.Parameter]:
     known = dict(inspect.signature(type(pipe).__call__).parameters)
     del known["self"]
     return known
+
+
+def _vae_factor(pipe: Any, axis: str) -> int:
+    """How much smaller latents are; the pipelines have three names for it."""
+    for name in ("vae_scale_factor_{}", "vae_{}_compression_ratio", "vae_{}_scale_factor"):
+        if hasattr(pipe, name.format(axis)):
+            return getattr(pipe, name.format(axis))
+    raise ValueError(f"{type(pipe).__name__} does not say how its autoencoder scales")
 
 
 def _nearest(size: int, step: int, least: int) -> str:
