@@ -13,6 +13,10 @@ BAD_INPUT, INTERRUPTED = 2, 130
 class OneLineErrors(TyperGroup):
     """What the library or the parser refuses becomes one line on stderr, without a traceback."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta["args"] = [*args]
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -24,13 +28,25 @@ class OneLineErrors(TyperGroup):
                 raise
             message = str(error) or type(error).__name__
         except _USAGE_ERROR as error:
-            message = error.format_message()
+            message = error.format_message() + _what_came(error, ctx.meta["args"])
         typer.echo(f"error: {' '.join(message.split())}", err=True)
         raise typer.Exit(BAD_INPUT)
 
 
 # ClickException, of whichever Click it is that typer carries.
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
+
+
+def _what_came(error: Any, args: list[str]) -> str:
+    """The value that an option refused, which the parser's own messages leave out."""
+    if not isinstance(error, typer.BadParameter):
+        return ""
+    for name in getattr(error.param, "opts", ()):
+        for i, arg in enumerate(args[:-1]):
+            if arg == name:
+                return f", got {args[i + 1]!r}"
+    return ""
+
 
 app = typer.Typer(
     cls=OneLineErrors,

@@ -33,7 +33,7 @@ def method_from(name: str, settings: Sequence[str] = ()) -> Any:
         if not equals:
             raise ValueError(f"a setting is written field=value, got {setting!r}")
         if key not in known:
-            near = get_close_matches(key, known, n=1)
+            near = get_close_matches(key, known, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             have = ", ".join(known) or "none"
             raise ValueError(f"{name} has no field {key!r}; its fields: {have}{hint}")

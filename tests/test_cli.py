@@ -1,0 +1,515 @@
+"""Every verb of the command line, on a tiny pipeline with random weights."""
+
+import json
+import re
+import shutil
+import warnings
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from PIL import Image
+from typer.testing import CliRunner
+
+import gen_accel
+from gen_accel import Neighborhood, Radial, VideoShape, demo
+from gen_accel.attention_processors.options import method_from
+from gen_accel.cli import app
+from gen_accel.demo import job
+from gen_accel.demo.train import Denoiser, new_autoencoder, new_tokenizer
+from gen_accel.kernels.reference import pairs
+from gen_accel.measure import pictures, read_video, video_io
+from gen_accel.pipelines import compare, sampling
+
+PROMPT = "a red circle moves right quickly"
+SMALL = ("--frames", "9", "--height", "48", "--width", "48", "--steps", "2")
+GRID = ("--frames", "5", "--height", "12", "--width", "12")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Like the demo model, in half precision, but with two layers and no training."""
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    torch.manual_seed(0)
+    denoiser = Denoiser()
+    denoiser.transformer.blocks = denoiser.transformer.blocks[:2]
+    denoiser.transformer.register_to_config(num_layers=2)
+    torch.nn.init.normal_(denoiser.transformer.proj_out.weight, std=0.05)
+    pipe = WanPipeline(
+        tokenizer=new_tokenizer(),
+        text_encoder=denoiser.text_encoder,
+        vae=new_autoencoder(),
+        transformer=denoiser.transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    pipe.to(dtype=torch.float16)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run():
+    def call(*args, code=0):
+        result = CliRunner().invoke(app, [str(arg) for arg in args])
+        if code == 0 and result.exception is not None:
+            raise result.exception
+        assert result.exit_code == code, result.output
+        return result
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """The one line that a bad input comes to."""
+
+    def call(*args):
+        result = run(*args, code=2)
+        lines = result.stderr.strip().splitlines()
+        assert len(lines) == 1, result.stderr
+        assert lines[0].startswith("error: ")
+        assert "Traceback" not in result.output
+        return lines[0]
+
+    return call
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    """Refusals come before the weights are read."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("loaded a pipeline")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_help_has_an_example_of_every_verb(run):
+    verbs = re.findall(r"^  (\w+) ", run("--help").stdout.split("Commands:")[1], re.MULTILINE)
+    assert verbs == ["demo", "generate", "show", "estimate", "list", "doctor"]
+    for verb in verbs:
+        assert f"  gen-accel {verb}" in run(verb, "--help").stdout
+
+
+def test_version(run):
+    assert run("--version").stdout.strip() == f"gen-accel {gen_accel.__version__}"
+
+
+def test_generate_mp4_with_a_comparison(run, model, tmp_path):
+    out = tmp_path / "new" / "clip.mp4"
+    args = ("--prompt", PROMPT, "--dense-steps", "1", "--compare", "--timed", "--out", out)
+    result = run("generate", "--model", model, *SMALL, *args)
+    names = ["clip.dense.mp4", "clip.json", "clip.mp4", "clip.side_by_side.mp4"]
+    assert files(out.parent) == names
+    assert all(name in result.stdout for name in names)
+    report = json.loads((out.parent / "clip.json").read_text())
+    video = VideoShape(3, 6, 6)
+    assert report["tokens"] == video.tokens
+    assert report["density"] == pytest.approx(Radial().density(video))
+    assert report["speedup"] == pytest.approx(report["dense_seconds"] / report["sparse_seconds"])
+    assert float(report["psnr_db"]) > 10
+    assert report["ssim"] <= 1
+    assert min(report["attention_seconds"].values()) > 0
+    assert "dense_steps=1" in report["schedule"]
+    assert (
+        read_video(out).shape == read_video(out.parent / "clip.dense.mp4").shape == (9, 48, 48, 3)
+    )
+
+
+def test_generate_each_prompt_of_a_file_as_a_gif(run, model, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{PROMPT}\n\n  a blue square moves up slowly  \n", encoding="utf-8-sig")
+    out = tmp_path / "clips" / "clip.gif"
+    options = ("--method", "neighborhood", "--set", "window=-1,3,3", "--kernel", "reference")
+    result = run(
+        "generate", "--model", model, *SMALL, "--prompts", prompts, *options, "--out", out
+    )
+    assert files(out.parent) == ["clip-000.gif", "clip-001.gif"]
+    assert "(seed 0, " in result.stdout
+    assert "a blue square moves up slowly  (seed 1, " in result.stdout
+    assert "kernel: reference" in result.stdout
+    first, second = (read_video(out.parent / name) for name in files(out.parent))
+    assert first.shape == second.shape == (9, 48, 48, 3)
+    assert (first != second).any()
+
+
+def test_generate_frames_that_a_seed_repeats(run, model, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        args = ("--prompt", PROMPT, "--seed", seed, "--method", "dense", "--out", tmp_path / name)
+        run("generate", "--model", model, *SMALL, *args)
+    assert files(tmp_path / "a") == [f"{i:04d}.png" for i in range(9)]
+    a, b, c = (read_video(tmp_path / name) for name in "abc")
+    assert (a == b).all()
+    assert (a != c).any()
+
+
+def test_generate_with_a_lora(run, refused, model, tmp_path):
+    from peft import LoraConfig
+
+    pipe = WanPipeline.from_pretrained(model)
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    layers = {name: p for name, p in pipe.transformer.named_parameters() if "lora" in name}
+    plain = {name.replace(".default", ""): p.detach() for name, p in layers.items()}
+    WanPipeline.save_lora_weights(tmp_path / "lora", transformer_lora_layers=plain)
+    made = []
+    for lora in ((), ("--lora", tmp_path / "lora"), ("--lora", f"{tmp_path / 'lora'}:0.0")):
+        args = ("--prompt", PROMPT, *lora, "--out", tmp_path / f"clip{len(made)}")
+        run("generate", "--model", model, *SMALL, *args)
+        made.append(read_video(tmp_path / f"clip{len(made)}"))
+    assert (made[0] != made[1]).any()
+    assert (made[0] == made[2]).all()
+    args = ("--prompt", PROMPT, "--lora", tmp_path / "no", "--out", tmp_path / "x.mp4")
+    assert str(tmp_path / "no") in refused("generate", "--model", model, *SMALL, *args)
+
+
+def test_every_component_is_loaded_in_one_precision(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        pipe = sampling.load(model, sampling.Loading("float32", "cpu"))
+    for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
+        assert {p.dtype for p in part.parameters()} == {torch.float32}
+
+
+def test_demo(run, model, tmp_path):
+    out = tmp_path / "demo"
+    result = run("demo", "--model", model, "--frames", "9", "--steps", "5", "--out", out)
+    assert files(out) == [
+        "contact_sheet.png",
+        "dense.mp4",
+        "mask.png",
+        "radial.mp4",
+        "report.html",
+        "report.json",
+        "side_by_side.mp4",
+    ]
+    for name in files(out):
+        assert name in result.stdout.replace("\n", "")
+    report = json.loads((out / "report.json").read_text())
+    assert report["tokens"] == 3 * 12 * 12
+    assert (report["frames"], report["steps"], report["seed"]) == (9, 5, 0)
+    assert report["prompt"] == PROMPT
+    assert report["method"] == str(job.METHOD)
+    assert report["density"] == pytest.approx(job.METHOD.density(VideoShape(3, 12, 12)))
+    assert report["density"] + report["sparsity"] == pytest.approx(1)
+    assert report["kernel"] == "gather"
+    assert f"dense_start={job.DENSE_START}" in report["schedule"]
+    assert report["speedup"] == pytest.approx(report["dense_seconds"] / report["sparse_seconds"])
+    total = report["dense_total_seconds"] / report["sparse_total_seconds"]
+    assert report["total_speedup"] == pytest.approx(total)
+    assert 0 < report["attention_seconds"]["sparse"] < report["sparse_seconds"]
+    assert report["compile_seconds"] == 0 < report["decode_seconds"]
+    assert float(report["psnr_db"]) > 10
+    assert 0.1 < report["ssim"] <= 1
+    seen = report["detector"]
+    assert seen["unchanged"] is (seen["dense"]["shows"] == seen["sparse"]["shows"])
+    assert {"torch", "diffusers", "device", "threads"} <= report["environment"].keys()
+    assert read_video(out / "dense.mp4").shape == (9, 96, 96, 3)
+    assert Image.open(out / "mask.png").width > 800
+
+
+def test_demo_page_fetches_nothing(run, model, tmp_path):
+    args = ("--frames", "5", "--steps", "1", "--set", "rule=paper", "--prompt", "a cat surfs")
+    run("demo", "--model", model, *args, "--out", tmp_path)
+
+    class Page(HTMLParser):
+        sources: list = []  # noqa: RUF012
+
+        def handle_starttag(self, tag, attrs):
+            assert tag not in ("script", "link", "iframe")
+            self.sources += [value for name, value in attrs if name in ("src", "href")]
+
+    page, text = Page(), (tmp_path / "report.html").read_text()
+    page.feed(text)
+    assert len(page.sources) == 5
+    assert all(source.startswith("data:") for source in page.sources)
+    assert "PSNR" in text.split("In plain words")[0]
+    assert "has never seen &#x27;cat&#x27;, &#x27;surfs&#x27;" in text
+    assert "rule=&#x27;paper&#x27;" in text
+
+
+@pytest.mark.parametrize("frames", [33, 257])
+def test_a_frozen_long_clip_is_explained(frames):
+    detector = {"asked": PROMPT, "unchanged": True}
+    for name in ("dense", "sparse"):
+        detector[name] = {"shows": "a red circle stands still", "motion": "still"}
+    report = dict.fromkeys(
+        ("dense_seconds", "sparse_seconds", "speedup", "total_speedup", "decode_seconds"), 1.0
+    )
+    report |= {
+        "method": "Radial()",
+        "tokens": 9360,
+        "steps": 20,
+        "frames": frames,
+        "density": None,
+    }
+    report |= {"compile_seconds": 2.0, "attention_seconds": None, "prompt": PROMPT}
+    notes = " ".join(job.notes(report | {"detector": detector}))
+    assert ("freezes" in notes) is (frames > 33)
+    assert "2.0 s of compilation are not counted" in notes
+
+
+def test_compilation_is_not_counted(model, monkeypatch):
+    """Whatever a kernel spends on it during the sparse run is taken off, and reported."""
+    pipe = sampling.load(model, sampling.Loading("float32", "cpu"))
+    clip = sampling.filled(pipe, sampling.Clip(5, 48, 48, 2))
+    sample, compiled = compare.sample, 100.0
+
+    def slow(*args, **kwargs):
+        taken = sample(*args, **kwargs)
+        compare.flex.compile_seconds.append(compiled)
+        return sampling.Sample(taken.video, taken.denoise_seconds + compiled, taken.decode_seconds)
+
+    monkeypatch.setattr(compare.flex, "compile_seconds", [])
+    monkeypatch.setattr(compare, "sample", slow)
+    result = compare.compare_with_dense(pipe, PROMPT, clip, method=Radial())
+    assert result.compile_seconds == compiled
+    assert 0 < result.sparse.denoise_seconds < compiled
+
+
+def test_a_method_that_does_not_fit_a_short_clip_is_warmed_up_on_the_whole(model):
+    pipe = sampling.load(model, sampling.Loading("float32", "cpu"))
+    clip = sampling.filled(pipe, sampling.Clip(21, 48, 48, 2))
+    for window, frames in ((5, 17), (6, 21)):
+        warm = compare._warm_up_clip(pipe, clip, Neighborhood(window=(window, 3, 3)))
+        assert (warm.frames, warm.steps) == (frames, 1)
+
+
+def test_show_in_the_terminal(run):
+    lines = run("show", "neighborhood", *GRID, "--set", "window=3,4,4").stdout.splitlines()
+    keep = Neighborhood(window=(3, 4, 4)).block_mask(VideoShape(5, 12, 12))
+    assert "density 0.067 (sparsity 0.933)" in lines[1]
+    drawn = [[(c in "▀█", c in "▄█") for c in line] for line in lines[3:]]
+    rows = [[cell[half] for cell in line] for line in drawn for half in range(2)]
+    assert rows[: len(keep)] == keep.tolist()
+
+
+def test_show_fits_the_width_it_is_given():
+    text = pictures.mask_text(Radial(), VideoShape(65, 12, 12), 60).splitlines()[3:]
+    assert len(text) == 30
+    assert {len(line) for line in text} == {60}
+    assert set("".join(text)) <= set(pictures.SHADES)
+
+
+def test_show_as_a_picture(run, tmp_path):
+    out = tmp_path / "new" / "mask.png"
+    result = run("show", "radial", *GRID, "--token", "0,3,11", "--out", out)
+    assert result.stdout.replace("\n", "") == str(out)
+    assert Image.open(out).format == "PNG"
+    assert files(tmp_path) == ["new/mask.png"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Radial(), Radial(rule="paper"), Neighborhood((3, 4, 3), dilation=(1, 2, 1))],
+    ids=str,
+)
+@pytest.mark.parametrize("token", [(0, 0, 0), (4, 8, 9), (2, 3, 4)])
+def test_the_row_of_one_token_is_that_of_the_whole_pattern(method, token):
+    video = VideoShape(5, 9, 10, text=7)
+    plan = method.plan(video)
+    whole = pairs(plan)[0, 0][plan.places][:, plan.places]
+    index = (token[0] * 9 + token[1]) * 10 + token[2]
+    assert torch.equal(pictures.seen_by(method, video, token), whole[index])
+
+
+def test_list(run):
+    shown = run("list").stdout
+    for word in ("radial", "decay_factor=1.0", "window=-1,8,8", "WanTransformer3DModel"):
+        assert word in shown
+    assert "no: FlexAttention has no backward on the CPU" in shown
+    assert "code-2025-11" in shown
+
+
+def test_doctor(run):
+    shown = run("doctor").stdout
+    assert torch.__version__ in shown
+    for name in (
+        "diffusers",
+        "peft",
+        "triton",
+        "xformers",
+        "C++ compiler",
+        "ffmpeg",
+        "CPU",
+        "GPU",
+    ):
+        assert name in shown
+
+
+def test_doctor_says_how_to_add_what_is_missing(run, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    shown = run("doctor").stdout
+    assert re.search(r"C\+\+ compiler +missing", shown)
+    assert "C++ compiler: apt install g++" in shown
+    assert "cpu, generating no: no C++ compiler" in run("list").stdout
+
+
+def test_estimate(run, model):
+    args = ("--height", "96", "--width", "96", "--frames", "257", "--efficiency", "0.7")
+    shown = run("estimate", "--model", model, *args, "--dense-start", "0.2").stdout
+    assert "9360 tokens" in shown
+    assert "speed-up" in shown
+    assert "80%" in shown
+
+
+def test_settings_become_fields():
+    settings = ["window=3,8,-1", "is_causal=(true, no, 0)", "stride = 2,1,1"]
+    assert method_from("neighborhood", settings) == Neighborhood(
+        (3, 8, -1), stride=(2, 1, 1), is_causal=(True, False, False)
+    )
+    settings = ["rule=paper", "decay_factor=0.5", "sink=off", "block=64"]
+    assert method_from("radial", settings) == Radial("paper", 0.5, False, 64)
+
+
+BAD_OPTIONS = {
+    "method": (("--method", "radail"), ("'radail'", "did you mean 'radial'")),
+    "kernel": (("--kernel", "gatherer"), ("'gatherer'", "did you mean 'gather'")),
+    "field": (("--set", "decay=2"), ("'decay'", "decay_factor", "did you mean")),
+    "no value": (("--set", "sink"), ("'sink'", "field=value")),
+    "bool": (("--set", "sink=maybe"), ("sink", "true/false", "'maybe'")),
+    "int": (("--set", "block=1.5"), ("block", "int", "'1.5'")),
+    "choice": (("--set", "rule=best"), ("rule", "balanced", "'best'")),
+    "twice": (("--set", "block=1", "--set", "block=2"), ("block", "twice")),
+    "value": (("--set", "block=0"), ("block", "at least 1")),
+    "tuple": (("--method", "neighborhood", "--set", "window=3,x,3"), ("int,int,int", "'3,x,3'")),
+    "length": (("--method", "neighborhood", "--set", "window=3,3"), ("int,int,int", "'3,3'")),
+    "schedule": (("--dense-start", "5"), ("dense_start", "dense_steps")),
+    "layers": (("--dense-layers", "a"), ("--dense-layers", "'a'")),
+    "frames": (("--frames", "ten"), ("--frames", "integer", "'ten'")),
+    "steps": (("--steps", "0"), ("steps", "at least 1")),
+    "dtype": (("--dtype", "int8"), ("'int8'", "bfloat16")),
+    "device": (("--device", "gpu"), ("'gpu'", "cuda")),
+    "offload": (("--offload", "disk"), ("'disk'", "sequential")),
+    "suffix": (("--out", "clip.avi"), ("clip.avi", ".mp4")),
+    "fps": (("--fps", "0"), ("fps", "positive")),
+    "compare dense": (("--method", "dense", "--compare"), ("Dense()",)),
+}
+
+
+@pytest.mark.parametrize(("args", "words"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_bad_options_are_refused(refused, model, no_loading, tmp_path, monkeypatch, args, words):
+    monkeypatch.chdir(tmp_path)
+    line = refused("generate", "--model", model, "--prompt", PROMPT, *args)
+    assert all(word in line for word in words), line
+    assert files(tmp_path) == []
+
+
+def test_bad_models_are_refused(refused, no_loading, tmp_path):
+    def line(model):
+        return refused(
+            "generate", "--model", model, "--prompt", PROMPT, "--out", tmp_path / "a.mp4"
+        )
+
+    assert "model_index.json" in line(tmp_path)
+    assert str(tmp_path / "nothing") in line(tmp_path / "nothing")
+    index = tmp_path / "model_index.json"
+    index.write_text('{"transformer": ["diffusers", "FluxTransformer2DModel"]}')
+    assert "no family serves FluxTransformer2DModel" in line(tmp_path)
+    index.write_text("{")
+    assert str(index) in line(tmp_path)
+    assert files(tmp_path) == ["model_index.json"]
+
+
+SIZES = {
+    "frames": (("--frames", "10"), ("multiple of 4, got 10", "9 and 13")),
+    "height": (("--height", "100"), ("height must be a multiple of 16, got 100", "96 and 112")),
+    "width": (("--width", "8"), ("width must be a multiple of 16, got 8", "nearest: 16")),
+    "window": (("--method", "neighborhood", "--set", "window=9,3,3"), ("3 frames", "at most 3")),
+    "offload": (("--offload", "model", "--device", "cpu"), ("'model'", "GPU")),
+}
+
+
+@pytest.mark.parametrize(("args", "words"), SIZES.values(), ids=SIZES)
+def test_what_the_model_cannot_make_is_refused(refused, model, monkeypatch, tmp_path, args, words):
+    monkeypatch.setattr(WanTransformer3DModel, "forward", None)
+    out = ("--out", tmp_path / "clip.mp4")
+    line = refused("generate", "--model", model, "--prompt", PROMPT, *SMALL, *args, *out)
+    assert all(word in line for word in words), line
+    assert files(tmp_path) == []
+
+
+def test_no_prompts_are_refused(refused, no_loading, model, tmp_path):
+    out = ("--out", tmp_path / "clip.mp4")
+    assert "prompts" in refused("generate", "--model", model, *out)
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n")
+    assert str(empty) in refused("generate", "--model", model, "--prompts", empty, *out)
+    empty.write_bytes(b"\xff\xfe\x00")
+    assert "UTF-8" in refused("generate", "--model", model, "--prompts", empty, *out)
+    missing = tmp_path / "missing.txt"
+    assert str(missing) in refused("generate", "--model", model, "--prompts", missing, *out)
+    assert files(tmp_path) == ["empty.txt"]
+
+
+def test_a_place_that_cannot_be_written_is_refused(refused, no_loading, model, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    args = ("generate", "--model", model, "--prompt", PROMPT, "--out")
+    assert "cannot write to folder" in refused(*args, tmp_path / "file" / "clip.mp4")
+    assert "is a file" in refused("demo", "--model", model, "--out", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_bad_show_and_demo_are_refused(refused, tmp_path, monkeypatch):
+    out = ("--out", tmp_path / "mask.png")
+    assert "'radail'" in refused("show", "radail", *GRID)
+    assert "from 0 to 4, got 9" in refused("show", "radial", *GRID, "--token", "9,0,0", *out)
+    assert "'1,2'" in refused("show", "radial", *GRID, "--token", "1,2", *out)
+    assert "--out" in refused("show", "radial", *GRID, "--token", "1,2,3")
+    assert ".png" in refused("show", "radial", *GRID, "--out", tmp_path / "mask.pdf")
+    assert "at least 1" in refused("show", "radial", *GRID, "--text", "-1")
+    assert "at most 5" in refused("show", "neighborhood", *GRID, "--set", "window=9,3,3")
+    assert "nope" in refused("nope")
+    assert "Dense()" in refused("demo", "--method", "dense", *out)
+    assert "prompt" in refused("demo", "--prompt", " ", *out)
+    monkeypatch.setattr(demo, "path", lambda: tmp_path / "model")
+    assert str(tmp_path / "model") in refused("demo", *out)
+    assert files(tmp_path) == []
+
+
+def test_a_traceback_on_request():
+    result = CliRunner().invoke(app, ["--traceback", "show", "radail", *GRID])
+    assert isinstance(result.exception, ValueError)
+
+
+@pytest.mark.parametrize("verb", ["generate", "demo"])
+def test_an_interrupted_run_leaves_no_file(run, model, monkeypatch, tmp_path, verb):
+    forward, calls = WanTransformer3DModel.forward, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(WanTransformer3DModel, "forward", interrupted)
+    args = {
+        "generate": ("--prompt", PROMPT, *SMALL, "--out", tmp_path / "out" / "clip.mp4"),
+        "demo": ("--frames", "5", "--steps", "2", "--out", tmp_path / "out"),
+    }
+    result = run(verb, "--model", model, *args[verb], code=130)
+    assert result.stderr.strip().splitlines()[-1].startswith("interrupted")
+    assert len(calls) == 3
+    assert files(tmp_path) == []
+
+
+def test_an_interrupted_write_keeps_what_was_there(run, model, monkeypatch, tmp_path):
+    def interrupted(frames, path, fps):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(video_io, "_write_mp4", interrupted)
+    (tmp_path / "clip.mp4").write_text("earlier")
+    args = ("--prompt", PROMPT, *SMALL, "--out", tmp_path / "clip.mp4")
+    run("generate", "--model", model, *args, code=130)
+    assert files(tmp_path) == ["clip.mp4"]
+    assert (tmp_path / "clip.mp4").read_text() == "earlier"
