@@ -1,5 +1,6 @@
 """Sparse attention that makes video diffusion models faster, on any shape, measured."""
 
+from gen_accel import demo
 from gen_accel.attention_processors import METHODS, Dense, Neighborhood, Radial
 from gen_accel.functional import attention
 from gen_accel.measure.estimate import estimate
@@ -19,5 +20,6 @@ __all__ = [
     "VideoShape",
     "attach",
     "attention",
+    "demo",
     "estimate",
 ]
