@@ -46,3 +46,12 @@ def compiler():
         torch.compile(lambda x: x + 1, dynamic=False)(torch.ones(3))
     except Exception as error:  # whatever a missing or broken compiler makes torch throw
         pytest.skip(f"torch.compile does not work here: {type(error).__name__}")
+
+
+def pytest_collection_modifyitems(config, items):
+    """What this machine cannot run, or was not asked to, is skipped with the reason."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+        if item.get_closest_marker("model") and "model" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="downloads a checkpoint; ask with -m model"))
