@@ -55,23 +55,25 @@ class Windows:
 
     def whole(self, real: Tensor, block_q: int, block_k: int) -> Tensor:
         """(Kq, Kk) bool: pairs of blocks in which every query sees every key."""
-        inside = self._free_blocks(block_q, block_k).logical_not_()
+        free = self._free_blocks(block_q, block_k)
+        inside = ~free
         for first, last, place in zip(self.first, self.last, self.place, strict=True):
             low, high = _extremes(place, real, block_k)
             after = _extremes(first, real, block_q)[1][:, None] <= low
             before = high <= _extremes(last, real, block_q)[0][:, None]
             inside = inside & after & before
-        return inside | self._free_blocks(block_q, block_k)
+        return inside | free
 
     def touched(self, real: Tensor, block_q: int, block_k: int) -> Tensor:
         """(Kq, Kk) bool: pairs of blocks in which some query may see some key."""
-        meet = self._free_blocks(block_q, block_k).logical_not_()
+        free = self._free_blocks(block_q, block_k)
+        meet = ~free
         for first, last, place in zip(self.first, self.last, self.place, strict=True):
             low, high = _extremes(place, real, block_k)
             after = _extremes(first, real, block_q)[0][:, None] <= high
             before = low <= _extremes(last, real, block_q)[1][:, None]
             meet = meet & after & before
-        return meet | self._free_blocks(block_q, block_k)
+        return meet | free
 
     def _free_blocks(self, block_q: int, block_k: int) -> Tensor:
         query, key = (self.free.view(-1, block).any(-1) for block in (block_q, block_k))

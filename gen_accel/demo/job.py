@@ -205,6 +205,7 @@ def notes(report: dict[str, Any]) -> Sequence[str]:
     if stuck and report["frames"] > TRAINED_FRAMES:
         found.append(
             f"The demo model was trained on clips of {TRAINED_FRAMES} frames. Far beyond that it "
-            "freezes, dense or sparse, and that is what finetuning for longer videos repairs."
+            "freezes or loses its way, dense or sparse, and that is what finetuning for longer "
+            "videos repairs."
         )
     return found

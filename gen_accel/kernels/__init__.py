@@ -60,8 +60,10 @@ def check_name(kernel: str) -> None:
 def preference(q: Tensor, plan: Plan) -> tuple[str, ...]:
     """The order in which "auto" tries the kernels.
 
-    On the CPU matrix products over gathered blocks beat compiled FlexAttention and cost no
-    compilation, unless every block needs a mask (benchmarks/attention.py has the figures).
+    On the CPU `gather` comes first because it compiles nothing. On a 2-core AMD EPYC, radial at
+    9,360 tokens, it is level with compiled FlexAttention in fp32 (145 against 139 ms) and three
+    times as fast in bf16 (63 against 198 ms). With windows FlexAttention is the faster one in fp32
+    (411 against 741 ms), and both are slower than dense attention there (310 ms).
     """
     if q.device.type == "cpu":
         return ("gather", "flex", "reference")

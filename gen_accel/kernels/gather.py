@@ -16,7 +16,8 @@ from torch import Tensor
 from gen_accel.plan import Plan, Windows
 
 # Scores in one group, in elements. Small enough that they stay in the cache between the two
-# products, large enough to keep the products busy; by sweep on a 2-core AMD EPYC (Zen 4).
+# products, large enough to keep the products busy. In a sweep on a 2-core AMD EPYC, 2^18 to 2^21,
+# radial at 9,360 tokens in fp32 and bf16, 2^19 and 2^20 lay within 10 % of each other.
 GROUP = 1 << 19
 
 
