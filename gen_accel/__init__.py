@@ -1,12 +1,17 @@
 """Sparse attention that makes video diffusion models faster, on any shape, measured."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from gen_accel import demo
-from gen_accel.attention_processors import METHODS, Dense, Neighborhood, Radial
-from gen_accel.functional import attention
-from gen_accel.measure.estimate import estimate
-from gen_accel.pipelines import Schedule, attach
-from gen_accel.plan import Plan
-from gen_accel.video import VideoShape
+
+if TYPE_CHECKING:
+    from gen_accel.attention_processors import METHODS, Dense, Neighborhood, Radial
+    from gen_accel.functional import attention
+    from gen_accel.measure.estimate import estimate
+    from gen_accel.pipelines import Schedule, attach
+    from gen_accel.plan import Plan
+    from gen_accel.video import VideoShape
 
 __version__ = "0.1.0"
 
@@ -23,3 +28,41 @@ __all__ = [
     "demo",
     "estimate",
 ]
+
+# Imported when first asked for, so that `gen-accel --help` does not wait for torch.
+_HOMES = {
+    "METHODS": "attention_processors",
+    "Dense": "attention_processors",
+    "Neighborhood": "attention_processors",
+    "Plan": "plan",
+    "Radial": "attention_processors",
+    "Schedule": "pipelines",
+    "VideoShape": "video",
+    "attach": "pipelines",
+    "attention": "functional",
+    "estimate": "measure.estimate",
+}
+_SUBMODULES = (
+    "attention_processors",
+    "functional",
+    "kernels",
+    "measure",
+    "pipelines",
+    "plan",
+    "video",
+)
+
+if not TYPE_CHECKING:  # a checker that saw it would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name in _SUBMODULES:
+            return import_module(f"{__name__}.{name}")
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = found
+        return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, *_SUBMODULES})

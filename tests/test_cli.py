@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 from html.parser import HTMLParser
 
@@ -99,6 +101,26 @@ def test_help_has_an_example_of_every_verb(run):
     assert verbs == ["demo", "generate", "show", "estimate", "list", "doctor"]
     for verb in verbs:
         assert f"  gen-accel {verb}" in run(verb, "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [("--help", 0), ("generate --help", 0), ("--version", 0), ("nope", 2), ("demo --nope", 2)],
+)
+def test_help_and_usage_errors_do_not_wait_for_torch(args, code):
+    without = "import sys; sys.modules.update(torch=None, diffusers=None, transformers=None)"
+    program = f"{without}; from gen_accel.cli import main; main()"
+    command = [sys.executable, "-c", program, *args.split()]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+
+
+def test_every_public_name_is_found_when_asked_for():
+    program = "import gen_accel; [getattr(gen_accel, name) for name in dir(gen_accel)]"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert set(gen_accel.__all__) <= set(dir(gen_accel))
+    with pytest.raises(AttributeError, match="atach"):
+        gen_accel.atach  # noqa: B018
 
 
 def test_version(run):

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -385,8 +387,9 @@ class TestChoice:
 
             return run
 
+        order = ("flex", "gather", "reference")
         monkeypatch.setattr(flex, "_fresh", fresh)
-        monkeypatch.setattr(kernels, "preference", lambda q, plan: ("flex", "gather", "reference"))
+        monkeypatch.setattr(kernels, "preference", lambda q, plan: dict.fromkeys(order, "slow"))
         return tries
 
     @pytest.fixture
@@ -427,6 +430,12 @@ class TestChoice:
         told = []
         kernels.run(*qkv(64), self.plan, scale=0.3, report=told.append)
         assert [(choice.kernel, choice.refused) for choice in told] == [("gather", {})]
+        assert list(told[0].behind) == ["flex", "reference"]
+        assert re.fullmatch(r"gather \(not flex: .*; reference: .*\)", str(told[0]))
+
+    def test_a_named_kernel_passes_over_none(self, qkv):
+        told = []
+        kernels.run(*qkv(64), self.plan, scale=0.3, kernel="gather", report=told.append)
         assert str(told[0]) == "gather"
 
     def test_auto_goes_on_when_a_compilation_fails(self, broken, fresh_plan, qkv):
@@ -440,7 +449,7 @@ class TestChoice:
         assert flex.unsupported(*inputs, fresh_plan) == [reason]
         assert [choice.kernel for choice in told] == ["gather", "gather"]
         assert [choice.refused for choice in told] == [{"flex": [reason]}] * 2
-        assert str(told[0]) == f"gather (not flex: {reason})"
+        assert str(told[0]) == f"gather (not flex: {reason}; reference: slow)"
 
     def test_another_shape_is_tried_again(self, broken, fresh_plan, qkv):
         for batch in (1, 2):

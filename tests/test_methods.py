@@ -19,6 +19,7 @@ from gen_accel.attention_processors import (
     Neighborhood,
     Radial,
     method_class,
+    neighborhood,
     radial,
 )
 from gen_accel.functional import attention
@@ -457,6 +458,35 @@ def random_neighborhood(seed):
 
 
 class TestNeighborhood:
+    @pytest.fixture
+    def even(self, monkeypatch):
+        """Plans as a GPU gets them, on the CPU."""
+        choose = neighborhood._tiles
+        monkeypatch.setattr(neighborhood, "_tiles", lambda axes, even: choose(axes, even=True))
+        neighborhood._plan.cache_clear()
+        yield
+        neighborhood._plan.cache_clear()
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_blocks_of_a_gpu_are_powers_of_two_and_change_nothing(self, even, seed):
+        video, method = random_neighborhood(seed)
+        plan = method.plan(video)
+        assert plan.block_q & (plan.block_q - 1) == plan.block_k & (plan.block_k - 1) == 0
+        assert torch.equal(token_pairs(plan), pairs_of_windows(method, video))
+
+    @pytest.mark.parametrize(
+        "grid", [(21, 30, 52), (30, 48, 80), (33, 45, 80), (65, 12, 12)], ids=str
+    )
+    def test_blocks_of_a_gpu_are_as_large_as_its_kernels_like(self, even, grid):
+        plan = Neighborhood((-1, 8, 8)).plan(VideoShape(*grid))
+        assert plan.block_k == 64
+        assert plan.block_q in (64, 128)
+
+    @pytest.mark.parametrize("grid", [(65, 12, 12), (21, 30, 52), (31, 22, 40)], ids=str)
+    def test_a_window_over_all_frames_computes_little_more_than_it_keeps(self, grid):
+        plan = Neighborhood((-1, 6, 6)).plan(VideoShape(*grid))
+        assert plan.density <= plan.computed_density < 1.4 * plan.density
+
     @pytest.mark.parametrize("seed", range(60))
     def test_windows_equal_the_loops(self, seed):
         video, method = random_neighborhood(seed)

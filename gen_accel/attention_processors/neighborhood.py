@@ -9,9 +9,10 @@ References:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -22,8 +23,12 @@ from gen_accel.video import VideoShape
 Axes = tuple[int, int, int]
 AXES = ("frames", "rows", "columns")
 
-# Most tokens in a query and in a key tile: what block-sparse GPU kernels like.
+# Most tokens in a query and in a key tile. Block-sparse GPU kernels like exactly these.
 TILE_Q, TILE_K = 128, 64
+LEAST_K = 32  # on a CPU: with smaller tiles, lists of blocks outgrow what they save
+# What a pair in a block that needs a mask costs beside one that needs none, and what a key costs a
+# query block beside one pair: to be fetched. Measured on a CPU, for the choice of tiles alone.
+MASKED, FETCH = 1.25, 12
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,6 @@ class Neighborhood:
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # a plan built while sampling must serve training too
 def _plan(method: Neighborhood, video: VideoShape, device: torch.device) -> Plan:
-    if device.type != "cpu":
-        return _plan(method, video, torch.device("cpu")).to(device)
     axes = [
         _axis(name, size, *options)
         for name, size, *options in zip(
@@ -96,42 +99,49 @@ def _plan(method: Neighborhood, video: VideoShape, device: torch.device) -> Plan
             strict=True,
         )
     ]
-    tile_k = _tile(video.grid, method.window, TILE_K)
-    # Key tiles in a row along the frames make a query tile, so that both are runs of slots.
-    in_a_row = min(TILE_Q // math.prod(tile_k), -(-video.frames // tile_k[0]))
-    tile_q = (tile_k[0] * in_a_row, *tile_k[1:])
-    # Tokens of one dilation group lie together, so that windows cover few blocks.
-    orders = [
-        torch.argsort(torch.arange(n) % d, stable=True)
-        for n, d in zip(video.grid, method.dilation, strict=True)
-    ]
-    slots = tile_slots(video, tile_q, orders)
+    tile_q, tile_k = _tiles(axes, even=device.type != "cpu")
+    slots = tile_slots(video, tile_q, [axis.order for axis in axes])
     block_q, block_k = math.prod(tile_q), math.prod(tile_k)
 
     free = slots >= video.video_tokens
-    where = slots.clamp(0, video.video_tokens - 1)
-    index = torch.stack(torch.unravel_index(where, video.grid))  # (3, S)
-    first, last, place, seen = [], [], [], torch.ones_like(slots)
-    for i, (low, high, group, count) in zip(index, axes, strict=True):
-        # A dilated axis counts as two: the place in the group, and the group itself.
-        first += [low[i], group[i]]
-        last += [high[i], group[i]]
-        place += [_position(group, i), group[i]]
-        seen = seen * count[i]
-    seen = torch.where(free, video.tokens, seen + video.text)
-    first, last, place = (torch.stack(rows).int() for rows in (first, last, place))
-    rule = Windows(first, last, place, free, seen)
+    index = torch.unravel_index(slots.clamp(0, video.video_tokens - 1), video.grid)
+    inside = torch.stack([axis.seen[i] for axis, i in zip(axes, index, strict=True)]).prod(0)
+    seen = torch.where(free, video.tokens, inside + video.text)
+    limits = torch.cat([axis.limits[:, :, i] for axis, i in zip(axes, index, strict=True)])
+    rule = _windows(limits, free, seen)
     keep = rule.touched(slots >= 0, block_q, block_k)[None, None]
-    return Plan(slots, keep, block_q, block_k, rule)
+    return Plan(slots, keep, block_q, block_k, rule).to(device)
 
 
-def _axis(
-    name: str, size: int, window: int, stride: int, dilation: int, is_causal: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """First and last place seen, dilation group and number of places seen, each of (size,).
+@dataclass(frozen=True, eq=False)
+class _Axis:
+    """What a token sees along one axis.
 
-    Places count within a dilation group: token i is place i // dilation of group i % dilation.
+    Args:
+        limits: (A, 3, size), first and last place seen and own place, where that excludes any. A
+            dilated axis counts as two: the place in the dilation group, and the group itself.
+        seen: (size,), how many tokens.
+        order: (size,), tokens of one dilation group together, so that windows cover few blocks.
     """
+
+    limits: Tensor
+    seen: Tensor
+    order: Tensor
+
+    def pairs(self, side_q: int, side_k: int) -> tuple[int, int]:
+        """(query, key) pairs in blocks of these sides that are computed, and that need no mask."""
+        padding = torch.full((-len(self.order) % side_q,), -1)
+        slots = torch.cat([self.order, padding])
+        limits, none = self.limits[:, :, slots], torch.zeros_like(slots)
+        rule, real = _windows(limits, none.bool(), none), slots >= 0
+        touched = rule.touched(real, side_q, side_k)
+        whole = touched & rule.whole(real, side_q, side_k) & real.view(-1, side_k).all(-1)
+        return int(touched.sum()) * side_q * side_k, int(whole.sum()) * side_q * side_k
+
+
+def _axis(name: str, size: int, window: int, stride: int, dilation: int, is_causal: bool) -> _Axis:
+    """Places count within a dilation group: token i is place i // dilation of group
+    i % dilation."""
     if window == -1:
         window = size
     if window * dilation > size:
@@ -150,27 +160,50 @@ def _axis(
         leader = torch.minimum(place // stride * stride + stride // 2, length - 1)
         first = torch.minimum((leader - window // 2).clamp_min(0), length - window)
         last = first + window - 1
-    return first, last, group, last - first + 1
+    limits = torch.stack([torch.stack([first, last, place]), group.expand(3, -1)])
+    excludes = (limits[:, 0].amax(1) > limits[:, 2].amin(1)) | (
+        limits[:, 1].amin(1) < limits[:, 2].amax(1)
+    )
+    return _Axis(limits[excludes], last - first + 1, torch.argsort(group, stable=True))
 
 
-def _position(group: Tensor, index: Tensor) -> Tensor:
-    """Place within its dilation group of each token `index` of an axis."""
-    dilation = int(group.max()) + 1
-    return index // dilation
+def _windows(limits: Tensor, free: Tensor, seen: Tensor) -> Windows:
+    """`limits` (A, 3, S); where nothing is excluded, A is 0, and a rule that excludes nothing."""
+    if not len(limits):
+        limits = limits.new_zeros(1, 3, len(free))
+    first, last, place = limits.int().unbind(1)
+    return Windows(first, last, place, free, seen)
 
 
-def _tile(grid: Axes, window: Axes, most: int) -> Axes:
-    """A box of at most `most` tokens, each side about as long beside its window as the others."""
-    sides = [1, 1, 1]
-    reach = [n if w == -1 else w for n, w in zip(grid, window, strict=True)]
-    while True:
-        options = [
-            axis
-            for axis in range(3)
-            if sides[axis] < grid[axis]
-            and math.prod(sides) // sides[axis] * sides[axis] * 2 <= most
-        ]
-        if not options:
-            return sides[0], sides[1], sides[2]
-        axis = min(options, key=lambda a: (sides[a] / reach[a], -a))
-        sides[axis] = min(2 * sides[axis], grid[axis])
+def _tiles(axes: Sequence[_Axis], *, even: bool) -> tuple[Axes, Axes]:
+    """The query and key tile with which a kernel has least to do.
+
+    Key tiles in a row along the frames make a query tile, so that both are runs of slots.
+
+    Args:
+        even: sides and so blocks are powers of two, as GPU kernels need them, where on a CPU any
+            will do.
+    """
+    sizes = [len(axis.order) for axis in axes]
+    if even:
+        sides = [[2**i for i in range((n - 1).bit_length() + 1)] for n in sizes]
+        most_k = least_k = min(TILE_K, math.prod(options[-1] for options in sides))
+    else:
+        sides = [sorted({-(-n // parts) for parts in range(1, n + 1)}) for n in sizes]
+        most_k, least_k = TILE_Q, min(LEAST_K, math.prod(sizes))
+    pairs = [cache(axis.pairs) for axis in axes]
+
+    def work(tile_q: Axes, tile_k: Axes) -> float:
+        counts = [count(*shape) for count, *shape in zip(pairs, tile_q, tile_k, strict=True)]
+        computed, whole = (math.prod(numbers) for numbers in zip(*counts, strict=True))
+        return (MASKED * computed - (MASKED - 1) * whole) * (1 + FETCH / math.prod(tile_q))
+
+    tiles = [
+        ((frames * in_a_row, rows, columns), (frames, rows, columns))
+        for frames, rows, columns in product(*sides)
+        if least_k <= frames * rows * columns <= most_k
+        for in_a_row in (1, 2, 4)
+        if in_a_row == 1
+        or (in_a_row * frames * rows * columns <= TILE_Q and in_a_row * frames < 2 * sizes[0])
+    ]
+    return min(tiles, key=lambda both: work(*both))

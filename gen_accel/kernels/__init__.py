@@ -40,13 +40,20 @@ KERNELS = ("flex", "gather", "reference")
 
 @dataclass(frozen=True)
 class Choice:
-    """Which kernel ran, and why those that "auto" would have liked better did not."""
+    """Which kernel ran, and why the others did not.
+
+    Args:
+        refused: those that were tried before it, with their reasons.
+        behind: those that "auto" would have tried after it, with what it holds against them.
+    """
 
     kernel: str
     refused: Mapping[str, list[str]] = field(default_factory=dict)
+    behind: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in self.refused.items())
+        reasons = {name: ", ".join(reasons) for name, reasons in self.refused.items()}
+        why = "; ".join(f"{name}: {reason}" for name, reason in {**reasons, **self.behind}.items())
         return f"{self.kernel} (not {why})" if why else self.kernel
 
 
@@ -57,17 +64,20 @@ def check_name(kernel: str) -> None:
         raise ValueError(f"kernel must be 'auto' or one of {KERNELS}, got {kernel!r}{hint}")
 
 
-def preference(q: Tensor, plan: Plan) -> tuple[str, ...]:
-    """The order in which "auto" tries the kernels.
+def preference(q: Tensor, plan: Plan) -> Mapping[str, str]:
+    """The order in which "auto" tries the kernels, each with what speaks against it.
 
-    On the CPU `gather` comes first because it compiles nothing. On a 2-core AMD EPYC, radial at
-    9,360 tokens, it is level with compiled FlexAttention in fp32 (145 against 139 ms) and three
-    times as fast in bf16 (63 against 198 ms). With windows FlexAttention is the faster one in fp32
-    (411 against 741 ms), and both are slower than dense attention there (310 ms).
+    On the CPU `gather` comes first because it compiles nothing and is no slower than compiled
+    FlexAttention: see benchmarks/results/attention.json.
     """
+    slow = "it computes every pair"
     if q.device.type == "cpu":
-        return ("gather", "flex", "reference")
-    return KERNELS
+        return {
+            "gather": "",
+            "flex": "it has to compile first and is no faster",
+            "reference": slow,
+        }
+    return {"flex": "", "gather": "it runs many small operations", "reference": slow}
 
 
 def run(
@@ -89,7 +99,8 @@ def run(
         ValueError: the named kernel cannot run this, or none can; all reasons are listed.
     """
     refused: dict[str, list[str]] = {}
-    for name in preference(q, plan) if kernel == "auto" else (kernel,):
+    order = preference(q, plan) if kernel == "auto" else {kernel: ""}
+    for place, name in enumerate(order, 1):
         backend = import_module(f"gen_accel.kernels.{name}")
         reasons = backend.unsupported(q, k, v, plan)
         if not reasons:
@@ -99,7 +110,7 @@ def run(
                 reasons = [str(error)]
             else:
                 if report is not None and not torch.compiler.is_compiling():
-                    report(Choice(name, refused))
+                    report(Choice(name, refused, dict(list(order.items())[place:])))
                 return out
         refused[name] = reasons
     lines = "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in refused.items())

@@ -5,20 +5,24 @@ products and one softmax for a group. The backward pass gathers again and recomp
 so that nothing of the size of the scores is kept between the passes.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from gen_accel.plan import Plan, Windows
+from gen_accel.plan import Plan
 
-# Scores in one group, in elements. Small enough that they stay in the cache between the two
-# products, large enough to keep the products busy. In a sweep on a 2-core AMD EPYC, 2^18 to 2^21,
-# radial at 9,360 tokens in fp32 and bf16, 2^19 and 2^20 lay within 10 % of each other.
-GROUP = 1 << 19
+# Scores that one thread works on at a time, in elements: 1 MB in fp32, so that they stay in its
+# cache between the two products, yet enough to keep the products busy. A GPU takes as much as
+# LANES threads, to launch fewer kernels.
+GROUP = 1 << 18
+LANES = 32
+
+FAR = 1e9  # farther than any token from any other, along any axis
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
@@ -46,15 +50,13 @@ class Lists(NamedTuple):
         index: (B', H', Kq, most) int64 for the B' x H' patterns of `keep`, the key blocks of each
             query block: first those that need a mask, then the whole ones; the rest is unused.
         counts: (2, B', H', Kq) on the CPU: key blocks in all, and those that need a mask.
-        real: (S,) bool, slots that hold a token.
-        rule: the tensors of `plan.partial`, empty without.
+        rule: what hides a key from a query, see `_rule`.
     """
 
     order: Tensor | None
     back: Tensor | None
     index: Tensor
     counts: Tensor
-    real: Tensor
     rule: list[Tensor]
     block_q: int
     block_k: int
@@ -72,12 +74,28 @@ def prepare(plan: Plan) -> Lists:
         counts = torch.stack([plan.keep.sum(-1), (plan.keep & ~plan.whole).sum(-1)]).cpu()
         most = max(int(counts[0].max()), 1)
         index = rank.sort(dim=-1, stable=True).indices[..., :most].contiguous()
-        windows = plan.partial
-        rule = [] if windows is None else [getattr(windows, f.name) for f in fields(windows)]
-        _cache[plan] = Lists(
-            order, back, index, counts, plan.real, rule, plan.block_q, plan.block_k
-        )
+        _cache[plan] = Lists(order, back, index, counts, _rule(plan), plan.block_q, plan.block_k)
     return _cache[plan]
+
+
+def _rule(plan: Plan) -> list[Tensor]:
+    """What decides whether a slot sees another, as numbers to subtract: a fraction of the time of
+    comparisons, whose results are not of the scores' type.
+
+    A query sees a key if no `abs(place - center) - half` of any axis exceeds the key's slack.
+
+    Returns:
+        slack (S,), and with windows center, half and place, all (A, S) fp32.
+    """
+    slack = torch.zeros(plan.slots.shape, device=plan.slots.device)
+    windows = plan.partial
+    if windows is None:
+        return [slack.masked_fill_(~plan.real, -FAR)]
+    slack[windows.free] = 2 * FAR
+    slack[~plan.real] = -2 * FAR
+    center = (windows.first + windows.last) / 2
+    half = ((windows.last - windows.first) / 2).masked_fill(windows.free, FAR)
+    return [slack, center, half, windows.place.float()]
 
 
 @torch.library.custom_op("gen_accel::gather_attention", mutates_args=())
@@ -87,22 +105,21 @@ def _attention(
     v: Tensor,
     index: Tensor,
     counts: Tensor,
-    real: Tensor,
     rule: list[Tensor],
     block_q: int,
     block_k: int,
     scale: float,
 ) -> Tensor:
     """Attention in slot order, (B, H, S, D). One opaque operator: a compiler sees no loop."""
-    work = _Work(q, k, v, index, counts, real, rule, block_q, block_k, scale)
+    work = _Work(q, k, v, index, counts, rule, block_q, block_k, scale)
     out = torch.zeros_like(work.q)
     for group in work.groups():
-        out.index_copy_(0, group.rows, group.weights @ group.v)
+        out.index_copy_(0, group.rows, work.product("out", group.weights, group.v))
     return out.view(q.shape)
 
 
 @_attention.register_fake
-def _(q, k, v, index, counts, real, rule, block_q, block_k, scale):
+def _(q, k, v, index, counts, rule, block_q, block_k, scale):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -114,45 +131,42 @@ def _backward(
     v: Tensor,
     index: Tensor,
     counts: Tensor,
-    real: Tensor,
     rule: list[Tensor],
     block_q: int,
     block_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    work = _Work(q, k, v, index, counts, real, rule, block_q, block_k, scale)
+    work = _Work(q, k, v, index, counts, rule, block_q, block_k, scale)
     grads = grad.reshape(work.q.shape)
     wide = torch.promote_types(q.dtype, torch.float32)  # many query blocks add into one key block
     dq = torch.zeros_like(work.q)
     dk, dv = (torch.zeros_like(x, dtype=wide) for x in (work.k, work.v))
     for group in work.groups():
-        d_out = grads.index_select(0, group.rows)
-        p = group.weights
-        dp = d_out @ group.v.transpose(1, 2)
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype) * scale
-        dq.index_copy_(0, group.rows, ds @ group.k)
-        for total, part in (
-            (dk, ds.transpose(1, 2) @ group.q),
-            (dv, p.transpose(1, 2) @ d_out),
-        ):
-            total.index_add_(0, group.blocks, part.reshape(-1, *total.shape[1:]).to(wide))
+        p, d_out = group.weights, work.take("d_out", grads, group.rows)
+        ds = work.product("ds", d_out, group.v.transpose(1, 2))
+        torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
+        ds.mul_(scale)
+        dq.index_copy_(0, group.rows, work.product("dq", ds, group.k))
+        for total, left, right in ((dk, ds, group.q), (dv, p, d_out)):
+            part = work.product("part", left.transpose(1, 2), right)
+            total.index_add_(0, group.blocks, part.view(-1, *total.shape[1:]).to(wide))
     return dq.view(q.shape), dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
 
 
 @_backward.register_fake
-def _(grad, q, k, v, index, counts, real, rule, block_q, block_k, scale):
+def _(grad, q, k, v, index, counts, rule, block_q, block_k, scale):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, index, counts, real, rule, *ctx.sizes = inputs
-    ctx.save_for_backward(q, k, v, index, counts, real, *rule)
+    q, k, v, index, counts, rule, *ctx.sizes = inputs
+    ctx.save_for_backward(q, k, v, index, counts, *rule)
 
 
 def _differentiate(ctx, grad):
-    q, k, v, index, counts, real, *rule = ctx.saved_tensors
-    grads = _backward(grad, q, k, v, index, counts, real, rule, *ctx.sizes)
-    return *grads, None, None, None, [None] * len(rule), None, None, None
+    q, k, v, index, counts, *rule = ctx.saved_tensors
+    grads = _backward(grad, q, k, v, index, counts, rule, *ctx.sizes)
+    return *grads, None, None, [None] * len(rule), None, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
@@ -171,14 +185,18 @@ class _Group:
 
 
 class _Work:
+    """The groups of one call, one after the other in the same memory.
+
+    Memory that is new to a group would have to be mapped in page by page and would miss the cache.
+    """
+
     def __init__(
-        self, q, k, v, index, counts, real, rule, block_q: int, block_k: int, scale: float
+        self, q, k, v, index, counts, rule, block_q: int, block_k: int, scale: float
     ) -> None:
         B, H, S, D = q.shape
         self.q = q.reshape(-1, block_q, D)
         self.k, self.v = (x.reshape(-1, block_k, D) for x in (k, v))
-        self.real, self.scale = real, scale
-        self.rule = Windows(*rule) if rule else None
+        self.rule, self.scale = rule, scale
         Kq, Kk = S // block_q, S // block_k
         # One row for every query block of every head, sorted so that a group has one length.
         totals, masked = counts.expand(2, B, H, Kq).flatten(1)
@@ -188,12 +206,14 @@ class _Work:
         first = torch.arange(B * H, device=q.device).view(B, H, 1, 1) * Kk
         self.index = (index + first).flatten(0, 2).index_select(0, self.order)
         self.Kq, self.Kk, self.block_q, self.block_k = Kq, Kk, block_q, block_k
+        self.lanes = torch.get_num_threads() if q.device.type == "cpu" else LANES
+        self.memory: dict[str, Tensor] = {}
 
     def groups(self) -> Iterator[_Group]:
         row, end = 0, len(self.totals)
         while row < end:
             total = self.totals[row]
-            room = GROUP // max(1, total * self.block_q * self.block_k)
+            room = self.lanes * max(1, GROUP // max(1, total * self.block_q * self.block_k))
             stop = row + 1
             while stop < min(end, row + room) and self.totals[stop] == total:
                 stop += 1
@@ -201,29 +221,57 @@ class _Work:
                 yield self._group(row, stop, total)
             row = stop
 
+    def space(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Uninitialised memory, which the next call with this name gets again."""
+        size = math.prod(shape)
+        if name not in self.memory or self.memory[name].numel() < size:
+            self.memory[name] = self.q.new_empty(size, dtype=dtype)
+        return self.memory[name][:size].view(shape)
+
+    def take(self, name: str, source: Tensor, rows: Tensor) -> Tensor:
+        space = self.space(name, len(rows), *source.shape[1:])
+        return torch.index_select(source, 0, rows, out=space)
+
+    def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        space = self.space(name, len(left), left.shape[1], right.shape[2])
+        return torch.bmm(left, right, out=space)
+
     def _group(self, row: int, stop: int, total: int) -> _Group:
         rows = self.order[row:stop]
         blocks = self.index[row:stop, :total].flatten()
-        q = self.q.index_select(0, rows)
-        k, v = (
-            x.index_select(0, blocks).view(len(rows), -1, x.shape[-1]) for x in (self.k, self.v)
-        )
-        scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=self.scale)
+        q = self.take("q", self.q, rows)
+        shape = len(rows), total * self.block_k, q.shape[-1]
+        k, v = (self.take(*named, blocks).view(shape) for named in (("k", self.k), ("v", self.v)))
+        scores = self.space("scores", len(rows), self.block_q, shape[1])
+        torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=self.scale, out=scores)
         masked = self.masked[stop - 1]
-        if masked:
-            hidden = ~self._allowed(rows, self.index[row:stop, :masked])
-            scores[..., : masked * self.block_k].masked_fill_(hidden, -torch.inf)
-        weights = scores.softmax(-1)
-        if masked == total:
-            weights = weights.nan_to_num_(0.0)  # a query that sees nothing gets zeros
+        if not masked:
+            return _Group(rows, blocks, q, k, v, torch.softmax(scores, -1, out=scores))
+        excess = self._excess(rows, self.index[row:stop, :masked])
+        hide = self.space("hide", *excess.shape, dtype=torch.float32)
+        torch.clamp_min(excess, 0, out=hide)
+        lowest = torch.finfo(scores.dtype).min
+        scores[..., : masked * self.block_k].add_(hide.to(scores.dtype), alpha=lowest)
+        weights = torch.softmax(scores, -1, out=scores)
+        if masked == total:  # a query that sees nothing gets zeros
+            weights.masked_fill_((excess > 0).all(-1, keepdim=True), 0.0)
         return _Group(rows, blocks, q, k, v, weights)
 
-    def _allowed(self, rows: Tensor, blocks: Tensor) -> Tensor:
-        """(G, block_q, masked * block_k) bool."""
-        key = (blocks % self.Kk)[..., None] * self.block_k
-        key = (key + torch.arange(self.block_k, device=key.device)).flatten(1)[:, None]
-        if self.rule is None:
-            return self.real[key].expand(-1, self.block_q, -1)
-        query = (rows % self.Kq)[:, None] * self.block_q
-        query = (query + torch.arange(self.block_q, device=key.device))[..., None]
-        return self.real[key] & self.rule.allows(query, key)
+    def _excess(self, rows: Tensor, blocks: Tensor) -> Tensor:
+        """(G, block_q or 1, masked * block_k) fp32, above 0 where a query does not see a key."""
+        key, query = blocks % self.Kk, rows % self.Kq
+        slack, *windows = self.rule
+        slack = slack.view(self.Kk, self.block_k)[key].flatten(1)[:, None]
+        if not windows:
+            return -slack
+        shape = len(rows), self.block_q, slack.shape[2]
+        excess = self.space("excess", *shape, dtype=torch.float32)
+        along = self.space("along", *shape, dtype=torch.float32)
+        for axis, (center, half, place) in enumerate(zip(*windows, strict=True)):
+            center = center.view(self.Kq, self.block_q)[query][..., None]
+            half = half.view(self.Kq, self.block_q)[query][..., None]
+            place = place.view(self.Kk, self.block_k)[key].flatten(1)[:, None]
+            torch.sub(place, center, out=along if axis else excess).abs_().sub_(half)
+            if axis:
+                torch.maximum(excess, along, out=excess)
+        return excess.sub_(slack)
