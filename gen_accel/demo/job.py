@@ -30,7 +30,7 @@ from gen_accel.pipelines.sampling import (
 )
 from gen_accel.pipelines.schedule import Schedule
 
-PROMPT = "a red circle moves right quickly"
+PROMPT = "a yellow triangle moves left slowly"
 FRAMES, SIZE = 257, 96  # 9,360 tokens: attention is most of a step
 STEPS, GUIDANCE_SCALE = 20, 3.0
 METHOD = Radial()

@@ -112,10 +112,10 @@ def _attention(
 ) -> Tensor:
     """Attention in slot order, (B, H, S, D). One opaque operator: a compiler sees no loop."""
     work = _Work(q, k, v, index, counts, rule, block_q, block_k, scale)
-    out = torch.zeros_like(work.q)
+    out = work.zeros()
     for group in work.groups():
-        out.index_copy_(0, group.rows, work.product("out", group.weights, group.v))
-    return out.view(q.shape)
+        torch.bmm(group.weights, group.v, out=out[group.rows])
+    return work.restored(out, q.shape)
 
 
 @_attention.register_fake
@@ -137,20 +137,20 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     work = _Work(q, k, v, index, counts, rule, block_q, block_k, scale)
-    grads = grad.reshape(work.q.shape)
+    grads = work.sorted(grad)
     wide = torch.promote_types(q.dtype, torch.float32)  # many query blocks add into one key block
-    dq = torch.zeros_like(work.q)
+    dq = work.zeros()
     dk, dv = (torch.zeros_like(x, dtype=wide) for x in (work.k, work.v))
     for group in work.groups():
-        p, d_out = group.weights, work.take("d_out", grads, group.rows)
+        p, d_out = group.weights, grads[group.rows]
         ds = work.product("ds", d_out, group.v.transpose(1, 2))
         torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
         ds.mul_(scale)
-        dq.index_copy_(0, group.rows, work.product("dq", ds, group.k))
+        torch.bmm(ds, group.k, out=dq[group.rows])
         for total, left, right in ((dk, ds, group.q), (dv, p, d_out)):
             part = work.product("part", left.transpose(1, 2), right)
             total.index_add_(0, group.blocks, part.view(-1, *total.shape[1:]).to(wide))
-    return dq.view(q.shape), dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
+    return work.restored(dq, q.shape), dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
 
 
 @_backward.register_fake
@@ -176,7 +176,7 @@ _attention.register_autograd(_differentiate, setup_context=_save)
 class _Group:
     """Query blocks that see the same number of key blocks; G of them, n key blocks each."""
 
-    rows: Tensor  # (G,) of all B x H x Kq query blocks
+    rows: slice  # of all B x H x Kq query blocks, sorted by length
     blocks: Tensor  # (G * n,) of all B x H x Kk key blocks
     q: Tensor  # (G, block_q, D)
     k: Tensor  # (G, n * block_k, D)
@@ -194,60 +194,74 @@ class _Work:
         self, q, k, v, index, counts, rule, block_q: int, block_k: int, scale: float
     ) -> None:
         B, H, S, D = q.shape
-        self.q = q.reshape(-1, block_q, D)
         self.k, self.v = (x.reshape(-1, block_k, D) for x in (k, v))
         self.rule, self.scale = rule, scale
-        Kq, Kk = S // block_q, S // block_k
+        self.Kq, self.Kk, self.block_q, self.block_k = S // block_q, S // block_k, block_q, block_k
         # One row for every query block of every head, sorted so that a group has one length.
-        totals, masked = counts.expand(2, B, H, Kq).flatten(1)
-        self.order = torch.argsort(totals * (Kk + 1) + masked)
-        self.totals, self.masked = totals[self.order].tolist(), masked[self.order].tolist()
-        self.order = self.order.to(q.device)
-        first = torch.arange(B * H, device=q.device).view(B, H, 1, 1) * Kk
+        totals, masked = counts.expand(2, B, H, self.Kq).flatten(1)
+        order = torch.argsort(totals * (self.Kk + 1) + masked)
+        self.totals, self.masked = totals[order].tolist(), masked[order].tolist()
+        self.order, self.places = order.to(q.device), torch.argsort(order).to(q.device)
+        self.q = self.sorted(q)
+        first = torch.arange(B * H, device=q.device).view(B, H, 1, 1) * self.Kk
         self.index = (index + first).flatten(0, 2).index_select(0, self.order)
-        self.Kq, self.Kk, self.block_q, self.block_k = Kq, Kk, block_q, block_k
         self.lanes = torch.get_num_threads() if q.device.type == "cpu" else LANES
         self.memory: dict[str, Tensor] = {}
+        self.views: dict[tuple, Tensor] = {}
+
+    def sorted(self, x: Tensor) -> Tensor:
+        """(B, H, S, D) to (B * H * Kq, block_q, D), shortest rows first."""
+        return x.reshape(-1, self.block_q, x.shape[3]).index_select(0, self.order)
+
+    def restored(self, x: Tensor, shape: torch.Size) -> Tensor:
+        return x.index_select(0, self.places).view(shape)
+
+    def zeros(self) -> Tensor:
+        """Room for a result like the sorted q: zero where a row sees nothing, the rest unset."""
+        out = torch.empty_like(self.q)
+        out[: self.totals.count(0)] = 0
+        return out
 
     def groups(self) -> Iterator[_Group]:
-        row, end = 0, len(self.totals)
+        row, end = self.totals.count(0), len(self.totals)
         while row < end:
             total = self.totals[row]
-            room = self.lanes * max(1, GROUP // max(1, total * self.block_q * self.block_k))
+            room = self.lanes * max(1, GROUP // (total * self.block_q * self.block_k))
             stop = row + 1
             while stop < min(end, row + room) and self.totals[stop] == total:
                 stop += 1
-            if total:
-                yield self._group(row, stop, total)
+            yield self._group(slice(row, stop), total)
             row = stop
 
     def space(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised memory, which the next call with this name gets again."""
-        size = math.prod(shape)
-        if name not in self.memory or self.memory[name].numel() < size:
-            self.memory[name] = self.q.new_empty(size, dtype=dtype)
-        return self.memory[name][:size].view(shape)
-
-    def take(self, name: str, source: Tensor, rows: Tensor) -> Tensor:
-        space = self.space(name, len(rows), *source.shape[1:])
-        return torch.index_select(source, 0, rows, out=space)
+        if (name, shape) not in self.views:
+            size = math.prod(shape)
+            if name not in self.memory or self.memory[name].numel() < size:
+                self.memory[name] = self.q.new_empty(size, dtype=dtype)
+            self.views[name, shape] = self.memory[name][:size].view(shape)
+        return self.views[name, shape]
 
     def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
         space = self.space(name, len(left), left.shape[1], right.shape[2])
         return torch.bmm(left, right, out=space)
 
-    def _group(self, row: int, stop: int, total: int) -> _Group:
-        rows = self.order[row:stop]
-        blocks = self.index[row:stop, :total].flatten()
-        q = self.take("q", self.q, rows)
-        shape = len(rows), total * self.block_k, q.shape[-1]
-        k, v = (self.take(*named, blocks).view(shape) for named in (("k", self.k), ("v", self.v)))
-        scores = self.space("scores", len(rows), self.block_q, shape[1])
+    def _fetched(self, name: str, source: Tensor, blocks: Tensor, rows: int) -> Tensor:
+        """(rows, n * block_k, D)"""
+        space = self.space(name, len(blocks), *source.shape[1:])
+        return torch.index_select(source, 0, blocks, out=space).view(rows, -1, source.shape[2])
+
+    def _group(self, rows: slice, total: int) -> _Group:
+        q, lists = self.q[rows], self.index[rows]
+        blocks = lists[:, :total].flatten()
+        k = self._fetched("k", self.k, blocks, len(q))
+        v = self._fetched("v", self.v, blocks, len(q))
+        scores = self.space("scores", len(q), self.block_q, k.shape[1])
         torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=self.scale, out=scores)
-        masked = self.masked[stop - 1]
+        masked = self.masked[rows.stop - 1]
         if not masked:
             return _Group(rows, blocks, q, k, v, torch.softmax(scores, -1, out=scores))
-        excess = self._excess(rows, self.index[row:stop, :masked])
+        excess = self._excess(self.order[rows], lists[:, :masked])
         hide = self.space("hide", *excess.shape, dtype=torch.float32)
         torch.clamp_min(excess, 0, out=hide)
         lowest = torch.finfo(scores.dtype).min
