@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
-    best = torch.accelerator.current_accelerator() or "cpu"
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     parser.add_argument("--device", type=torch.device, default=torch.device(best))
     parser.add_argument("--name", help="of the JSON file in results/ (default: the mode)")
     args = parser.parse_args()

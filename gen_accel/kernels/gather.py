@@ -34,7 +34,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Ten
 
 
 def compute(q: Tensor, k: Tensor, v: Tensor, prepared: "Lists", *, scale: float) -> Tensor:
-    order, back, *lists = prepared
+    order, back, lists = prepared.order, prepared.back, prepared[2:]
     if order is not None:
         q, k, v = (x.index_select(2, order) for x in (q, k, v))
     out = _attention(q, k, v, *lists, scale)

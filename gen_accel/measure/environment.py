@@ -77,7 +77,7 @@ def _gpus() -> list[Check]:
             memory = f"{properties.total_memory / GIB:.0f} GiB"
             gpus.append(Check(f"GPU {i}", f"{properties.name}, {memory}, sm_{_capability(i)}"))
         return gpus
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
         return [Check("GPU", accelerator.type)]
     if torch.version.cuda is None:

@@ -385,7 +385,7 @@ def _model(
         weight = next(module.parameters())
         dtype, device = module.dtype, device or weight.device
     if device is None or device.type == "meta":
-        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     temporal = vae.get("scale_factor_temporal", 4)
