@@ -29,7 +29,7 @@ from gen_accel.kernels.reference import pairs
 from gen_accel.measure import pictures, read_video, video_io
 from gen_accel.pipelines import compare, sampling
 
-PROMPT = "a yellow triangle moves left slowly"
+PROMPT = job.PROMPT
 SMALL = ("--frames", "9", "--height", "48", "--width", "48", "--steps", "2")
 GRID = ("--frames", "5", "--height", "12", "--width", "12")
 

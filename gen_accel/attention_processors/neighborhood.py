@@ -23,11 +23,11 @@ from gen_accel.video import VideoShape
 Axes = tuple[int, int, int]
 AXES = ("frames", "rows", "columns")
 
-# Most tokens in a query and in a key tile. Block-sparse GPU kernels like exactly these.
+# Most tokens in a query and in a key tile: usual block sizes of GPU kernels.
 TILE_Q, TILE_K = 128, 64
-LEAST_K = 32  # on a CPU: with smaller tiles, lists of blocks outgrow what they save
+LEAST_K = 32  # on a CPU, so that lists of blocks stay short
 # What a pair in a block that needs a mask costs beside one that needs none, and what a key costs a
-# query block beside one pair: to be fetched. Measured on a CPU, for the choice of tiles alone.
+# query block beside one pair: to be fetched. Rough, from a CPU; they choose tiles, no more.
 MASKED, FETCH = 1.25, 12
 
 

@@ -112,7 +112,7 @@ def _attention(
 ) -> Tensor:
     """Attention in slot order, (B, H, S, D). One opaque operator: a compiler sees no loop."""
     work = _Work(q, k, v, index, counts, rule, block_q, block_k, scale)
-    out = work.zeros()
+    out = work.unset()
     for group in work.groups():
         torch.bmm(group.weights, group.v, out=out[group.rows])
     return work.restored(out, q.shape)
@@ -139,7 +139,7 @@ def _backward(
     work = _Work(q, k, v, index, counts, rule, block_q, block_k, scale)
     grads = work.sorted(grad)
     wide = torch.promote_types(q.dtype, torch.float32)  # many query blocks add into one key block
-    dq = work.zeros()
+    dq = work.unset()
     dk, dv = (torch.zeros_like(x, dtype=wide) for x in (work.k, work.v))
     for group in work.groups():
         p, d_out = group.weights, grads[group.rows]
@@ -216,8 +216,8 @@ class _Work:
     def restored(self, x: Tensor, shape: torch.Size) -> Tensor:
         return x.index_select(0, self.places).view(shape)
 
-    def zeros(self) -> Tensor:
-        """Room for a result like the sorted q: zero where a row sees nothing, the rest unset."""
+    def unset(self) -> Tensor:
+        """Room for a result like the sorted q, zero already where a row sees nothing."""
         out = torch.empty_like(self.q)
         out[: self.totals.count(0)] = 0
         return out
