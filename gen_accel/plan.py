@@ -2,7 +2,7 @@
 
 Letters used in names and comments of this package:
     B batch, H heads, N tokens, D head dim, S slots (tokens and padding),
-    Kq and Kk query and key blocks, A axes of a grid.
+    Kq and Kk query and key blocks, C chunks (groups of key blocks), A axes of a grid.
 """
 
 import math
@@ -79,8 +79,52 @@ class Windows:
         query, key = (self.free.view(-1, block).any(-1) for block in (block_q, block_k))
         return query[:, None] | key
 
+    def pairs(self, real: Tensor) -> Tensor:
+        """How many token pairs are kept, 0-d."""
+        return (self.seen * real).sum()
+
     def to(self, device: torch.device) -> "Windows":
         return Windows(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """A rule on token pairs: each query sees the groups of key blocks that it picked.
+
+    Args:
+        picks: (B or 1, H or 1, S, C) bool, whether a query slot sees a group.
+        group: (Kk,) int64, the group that each key block belongs to, 0 to C - 1.
+        block: slots in a key block.
+    """
+
+    picks: Tensor
+    group: Tensor
+    block: int
+
+    def allows(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether slot `query` sees slot `key`: int64 that broadcast, bool (B, H, *that shape)."""
+        return self.picks[:, :, query, self.group[key // self.block]]
+
+    def whole(self, real: Tensor, block_q: int, block_k: int) -> Tensor:
+        """(B, H, Kq, Kk) bool: pairs of blocks in which every query sees every key."""
+        rows = (self.picks | ~real[:, None]).unflatten(2, (-1, block_q)).all(3)
+        return rows[..., self.group]
+
+    def touched(self, real: Tensor, block_q: int, block_k: int) -> Tensor:
+        """(B, H, Kq, Kk) bool: pairs of blocks in which some query may see some key."""
+        rows = (self.picks & real[:, None]).unflatten(2, (-1, block_q)).any(3)
+        return rows[..., self.group]
+
+    def pairs(self, real: Tensor) -> Tensor:
+        """How many token pairs are kept, 0-d, the mean over samples and heads."""
+        held = real.view(-1, self.block).sum(-1)
+        sizes = torch.zeros(self.picks.shape[3], dtype=held.dtype, device=held.device)
+        sizes.index_add_(0, self.group, held)
+        picked = (self.picks & real[:, None]).sum(2)
+        return (picked * sizes).sum(-1).double().mean()
+
+    def to(self, device: torch.device) -> "Route":
+        return Route(self.picks.to(device), self.group.to(device), self.block)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,13 +136,15 @@ class Plan:
         keep: (B or 1, H or 1, Kq, Kk) bool, which key blocks each query block sees.
         block_q, block_k: slots in a query and in a key block; both divide S.
         partial: the rule on token pairs inside the kept blocks, where a method has one.
+        dynamic: made from the q and k of one call, so that nothing is worth compiling for it.
     """
 
     slots: Tensor
     keep: Tensor
     block_q: int
     block_k: int
-    partial: Windows | None = None
+    partial: Windows | Route | None = None
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         S = self.slots.numel()
@@ -140,19 +186,31 @@ class Plan:
     @lasting
     def density(self) -> float:
         """Share of the N x N token pairs that are kept, in [0, 1]. Synchronises the device."""
-        if self.partial is not None:
-            return self.partial.seen[self.real].double().mean().item() / self.tokens
-        return self._pairs(self.real.double()) / self.tokens**2
+        return self.densities()[0].item()
 
     @lasting
     def computed_density(self) -> float:
-        """Share of the N x N token pairs that a block kernel computes, padding included."""
-        return self._pairs(torch.ones_like(self.slots, dtype=torch.double)) / self.tokens**2
+        """Share of the N x N token pairs that a block kernel computes, padding included.
+        Synchronises the device."""
+        return self.densities()[1].item()
 
-    def _pairs(self, weight: Tensor) -> float:
+    def densities(self) -> tuple[Tensor, Tensor]:
+        """`density` and `computed_density`, 0-d, without waiting for the device."""
+        partial, pairs = self.partial, float(self.tokens) ** 2
+        kept = self._pairs(self.real.double()) if partial is None else partial.pairs(self.real)
+        return kept / pairs, self._pairs(torch.ones_like(self.slots, dtype=torch.double)) / pairs
+
+    def _pairs(self, weight: Tensor) -> Tensor:
         query, key = (weight.view(-1, block).sum(-1) for block in (self.block_q, self.block_k))
         rows = torch.stack([row.to(key.dtype) @ key for row in self.keep.flatten(0, 1)])
-        return (rows @ query).mean().item()
+        return (rows @ query).mean()
+
+    def rekept(self, keep: Tensor, partial: Route | None = None) -> "Plan":
+        """The same slots with what the q and k of one call keep. Does not wait for the device."""
+        made = replace(self, keep=keep, partial=partial, dynamic=True)
+        for name in ("tokens", "real", "places", "is_raster"):
+            made.__dict__[name] = getattr(self, name)
+        return made
 
     def to(self, device: torch.device) -> "Plan":
         if self.slots.device == torch.device(device):

@@ -10,14 +10,16 @@ Where it is computed, one diffusers model family a file, is in `families`.
 
 from difflib import get_close_matches
 
+from gen_accel.attention_processors.block_mixture import BlockMixture
 from gen_accel.attention_processors.dense import Dense
 from gen_accel.attention_processors.neighborhood import Neighborhood
 from gen_accel.attention_processors.radial import Radial
+from gen_accel.attention_processors.sparse_linear import SparseLinear
 
-__all__ = ["METHODS", "Dense", "Neighborhood", "Radial", "method_class"]
+__all__ = ["METHODS", "BlockMixture", "Dense", "Neighborhood", "Radial", "SparseLinear", "method_class"]
 
 # Read by the tests, the command line and the benchmarks.
-METHODS = {"dense": Dense, "radial": Radial, "neighborhood": Neighborhood}
+METHODS = {"dense": Dense, "radial": Radial, "neighborhood": Neighborhood, "block_mixture": BlockMixture, "sparse_linear": SparseLinear}
 
 
 def method_class(name: str) -> type:

@@ -140,8 +140,26 @@ class _Axis:
 
 
 def _axis(name: str, size: int, window: int, stride: int, dilation: int, is_causal: bool) -> _Axis:
-    """Places count within a dilation group: token i is place i // dilation of group
-    i % dilation."""
+    group, place, first, last = spans(name, size, window, stride, dilation, is_causal)
+    limits = torch.stack([torch.stack([first, last, place]), group.expand(3, -1)])
+    excludes = (limits[:, 0].amax(1) > limits[:, 2].amin(1)) | (
+        limits[:, 1].amin(1) < limits[:, 2].amax(1)
+    )
+    return _Axis(limits[excludes], last - first + 1, torch.argsort(group, stable=True))
+
+
+def spans(
+    name: str, size: int, window: int, stride: int, dilation: int, is_causal: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Dilation group, place, first and last place seen of each token along an axis, (size,) each.
+
+    Places count within a dilation group: token i is place i // dilation of group i % dilation, and
+    sees the places from first to last of its own group. Both never fall from place to place, and
+    the windows of neighbours meet, so that those of a run of places cover one run.
+
+    Raises:
+        ValueError: the window is larger than the axis; the message calls it by `name`.
+    """
     if window == -1:
         window = size
     if window * dilation > size:
@@ -155,16 +173,10 @@ def _axis(name: str, size: int, window: int, stride: int, dilation: int, is_caus
     length = (size - group + dilation - 1) // dilation
     if is_causal:
         leader = torch.minimum(place // stride * stride + stride - 1, length - 1)
-        first, last = (leader - window + 1).clamp_min(0), place
-    else:
-        leader = torch.minimum(place // stride * stride + stride // 2, length - 1)
-        first = torch.minimum((leader - window // 2).clamp_min(0), length - window)
-        last = first + window - 1
-    limits = torch.stack([torch.stack([first, last, place]), group.expand(3, -1)])
-    excludes = (limits[:, 0].amax(1) > limits[:, 2].amin(1)) | (
-        limits[:, 1].amin(1) < limits[:, 2].amax(1)
-    )
-    return _Axis(limits[excludes], last - first + 1, torch.argsort(group, stable=True))
+        return group, place, (leader - window + 1).clamp_min(0), place
+    leader = torch.minimum(place // stride * stride + stride // 2, length - 1)
+    first = torch.minimum((leader - window // 2).clamp_min(0), length - window)
+    return group, place, first, first + window - 1
 
 
 def _windows(limits: Tensor, free: Tensor, seen: Tensor) -> Windows:

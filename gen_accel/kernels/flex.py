@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from gen_accel.kernels.failure import KernelFailed
-from gen_accel.plan import Plan, pack, unpack
+from gen_accel.plan import Plan, Route, pack, unpack
 
 compile_seconds: list[float] = []  # one entry for each compilation of this process
 
@@ -42,6 +42,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
         ]
     if q.device.type not in ("cpu", "cuda", "xpu"):
         reasons.append(f"FlexAttention has no compiled form on {q.device.type}")
+    if plan.dynamic:
+        reasons.append("it is compiled for a plan, and this one was made for a single call")
     failure = _compiled.get(plan, {}).get(_key(q, k, v))
     if isinstance(failure, str):
         reasons.append(failure)
@@ -129,6 +131,15 @@ def _mask_mod(plan: Plan) -> Callable:
     real, rule = plan.real, plan.partial
     if rule is None:
         return lambda b, h, i, j: real[j]
+    if isinstance(rule, Route):
+        picks, group, block = rule.picks, rule.group, rule.block
+        each, all_heads = len(picks) > 1, picks.shape[1] == 1
+
+        def by_route(b, h, i, j):
+            sample, head = (b if each else 0), (0 if all_heads else h)
+            return real[j] & picks[sample, head, i, group[j // block]]
+
+        return by_route
     axes = list(zip(rule.first, rule.last, rule.place, strict=True))
     free = rule.free
 

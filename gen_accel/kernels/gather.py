@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from gen_accel.plan import Plan
+from gen_accel.plan import Plan, Route
 
 # Scores that one thread works on at a time, in elements: 1 MB in fp32, so that they stay in its
 # cache between the two products, yet enough to keep the products busy. A GPU takes as much as
@@ -67,30 +67,41 @@ _cache: "WeakKeyDictionary[Plan, Lists]" = WeakKeyDictionary()
 
 @torch.inference_mode(False)
 def prepare(plan: Plan) -> Lists:
+    if plan.dynamic:
+        return _lists(plan)
     if plan not in _cache:
-        order = None if plan.is_raster else plan.slots.clamp_min(0)
-        back = None if plan.is_raster else plan.places
-        rank = 2 - 2 * plan.keep.int() + plan.whole.int()
-        counts = torch.stack([plan.keep.sum(-1), (plan.keep & ~plan.whole).sum(-1)]).cpu()
-        most = max(int(counts[0].max()), 1)
-        index = rank.sort(dim=-1, stable=True).indices[..., :most].contiguous()
-        _cache[plan] = Lists(order, back, index, counts, _rule(plan), plan.block_q, plan.block_k)
+        _cache[plan] = _lists(plan)
     return _cache[plan]
+
+
+def _lists(plan: Plan) -> Lists:
+    order = None if plan.is_raster else plan.slots.clamp_min(0)
+    back = None if plan.is_raster else plan.places
+    rank = 2 - 2 * plan.keep.int() + plan.whole.int()
+    index = rank.sort(dim=-1, stable=True).indices
+    counts = torch.stack([plan.keep.sum(-1), (plan.keep & ~plan.whole).sum(-1)]).cpu()
+    if not torch.compiler.is_compiling():  # a graph has no use for a size that it must wait for
+        index = index[..., : max(int(counts[0].max()), 1)].contiguous()
+    return Lists(order, back, index, counts, _rule(plan), plan.block_q, plan.block_k)
 
 
 def _rule(plan: Plan) -> list[Tensor]:
     """What decides whether a slot sees another, as numbers to subtract: a fraction of the time of
     comparisons, whose results are not of the scores' type.
 
-    A query sees a key if no `abs(place - center) - half` of any axis exceeds the key's slack.
+    A query sees a key if no `abs(place - center) - half` of any axis exceeds the key's slack; with
+    a route, if what hides the key's group from it, 0 or 1, does not.
 
     Returns:
-        slack (S,), and with windows center, half and place, all (A, S) fp32.
+        slack (S,); with windows also center, half and place, all (A, S) fp32; with a route also
+        (B', H', S, C) fp32, 1 where a query does not see a group, and (Kk,) the groups.
     """
     slack = torch.zeros(plan.slots.shape, device=plan.slots.device)
     windows = plan.partial
     if windows is None:
         return [slack.masked_fill_(~plan.real, -FAR)]
+    if isinstance(windows, Route):
+        return [slack.masked_fill_(~plan.real, -FAR), (~windows.picks).float(), windows.group]
     slack[windows.free] = 2 * FAR
     slack[~plan.real] = -2 * FAR
     center = (windows.first + windows.last) / 2
@@ -195,7 +206,12 @@ class _Work:
     ) -> None:
         B, H, S, D = q.shape
         self.k, self.v = (x.reshape(-1, block_k, D) for x in (k, v))
-        self.rule, self.scale = rule, scale
+        self.scale = scale
+        self.slack, *self.windows = rule
+        self.route = None
+        if len(rule) == 3:
+            hidden, self.group = rule[1:]
+            self.route = hidden.expand(B, H, -1, -1).reshape(-1, block_q, hidden.shape[3])
         self.Kq, self.Kk, self.block_q, self.block_k = S // block_q, S // block_k, block_q, block_k
         # One row for every query block of every head, sorted so that a group has one length.
         totals, masked = counts.expand(2, B, H, self.Kq).flatten(1)
@@ -274,14 +290,19 @@ class _Work:
     def _excess(self, rows: Tensor, blocks: Tensor) -> Tensor:
         """(G, block_q or 1, masked * block_k) fp32, above 0 where a query does not see a key."""
         key, query = blocks % self.Kk, rows % self.Kq
-        slack, *windows = self.rule
-        slack = slack.view(self.Kk, self.block_k)[key].flatten(1)[:, None]
-        if not windows:
+        slack = self.slack.view(self.Kk, self.block_k)[key].flatten(1)[:, None]
+        if not self.windows:
             return -slack
         shape = len(rows), self.block_q, slack.shape[2]
         excess = self.space("excess", *shape, dtype=torch.float32)
+        if self.route is not None:
+            groups = self.group[key][:, None].expand(-1, self.block_q, -1)
+            hidden = self.route[rows].gather(2, groups)
+            each = excess.view(*hidden.shape, self.block_k)
+            torch.sub(hidden[..., None], slack.view(len(rows), 1, -1, self.block_k), out=each)
+            return excess
         along = self.space("along", *shape, dtype=torch.float32)
-        for axis, (center, half, place) in enumerate(zip(*windows, strict=True)):
+        for axis, (center, half, place) in enumerate(zip(*self.windows, strict=True)):
             center = center.view(self.Kq, self.block_q)[query][..., None]
             half = half.view(self.Kq, self.block_q)[query][..., None]
             place = place.view(self.Kk, self.block_k)[key].flatten(1)[:, None]

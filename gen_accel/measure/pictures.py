@@ -128,7 +128,8 @@ def seen_by(method: Any, video: VideoShape, token: Token) -> Tensor:
     slot = plan.places[index]
     row = plan.keep[0, 0, slot // plan.block_q].repeat_interleave(plan.block_k) & plan.real
     if plan.partial is not None:
-        row = row & plan.partial.allows(slot, torch.arange(len(row)))
+        # A rule that differs between samples and heads is shown for the first of each.
+        row = row & plan.partial.allows(slot, torch.arange(len(row))).view(-1, len(row))[0]
     return row[plan.places]
 
 

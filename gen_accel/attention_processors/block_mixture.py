@@ -1,0 +1,356 @@
+"""Block mixture: each query picks the chunks of the video whose mean key suits it best.
+
+References:
+    Wu et al., "VMoBA: Mixture-of-Block Attention for Video Diffusion Models", 2025,
+    https://arxiv.org/abs/2506.23858; public code KwaiVGI/VMoBA at 4da72ff, whose outputs the
+    golden cases hold; after Lu et al., "MoBA", 2025, https://arxiv.org/abs/2502.13189.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from gen_accel.attention_processors.stand_in import smooth_qk
+from gen_accel.plan import Plan, Route, pack
+from gen_accel.video import VideoShape
+
+Partition = Literal["cycle", "1d", "2d", "3d"]
+Select = Literal["threshold", "topk"]
+Scope = Literal["query_head", "head_global", "overall", "block"]
+Routing = Literal["token", "block"]
+Box = tuple[int, int, int]
+
+CYCLE = ("1d", "2d", "3d")
+SORTED = 1 << 16  # entries of a scope up to which they are sorted, not counted in as many bins
+
+
+@dataclass(frozen=True)
+class BlockMixture:
+    """Attention to the chunks whose mean key fits the query, partitioned anew from layer to layer.
+
+    Layer l cuts the video into spans of frames, into columns of rows x columns through all frames,
+    or into boxes, by l mod 3. A query scores a chunk by its product with the mean of the chunk's
+    keys. It always sees its own chunk, and those that `select` takes from the scores of a `scope`.
+    Text tokens see all and are seen by all.
+
+    Selection:
+        "threshold": scores are scaled to [0, 1] within the scope, and the best are taken until
+            they and the own chunks hold `threshold` of the scope's sum; at least one is.
+        "topk": as many of the best as give each query `topk` chunks, the own one included: of
+            each query ("query_head"), or on average of a head's ("head_global") or of all
+            ("overall").
+
+    Scopes: all chunks of one query of one head ("query_head"), all queries and chunks of one head
+    ("head_global"), all of one sample ("overall"), all queries and heads for one chunk ("block").
+
+    Unlike the public code: where nothing but the own chunk is taken, a query sees its own chunk,
+    not everything; a threshold that is never reached takes all of its scope; a threshold of 1 is
+    dense attention. Chunks at the border may be smaller; scores that are equal go together; and
+    batches do not share a scope.
+
+    Args:
+        partition: "cycle", or one for all layers.
+        chunk_1d: frames of a chunk in tokens; chunk_2d: rows and columns; chunk_3d: frames, rows
+            and columns. Without one, it is chosen for a number of chunks.
+        chunks: that number for 1d, 2d and 3d. The paper's for 93 frames of 576 x 1024.
+        select, scope: see above. The paper's, for trained models; for others it takes
+            select="topk" and scope="query_head".
+        threshold: share of a scope's sum, in (0, 1].
+        topk: chunks for 1d, 2d and 3d; more than there are means all.
+        routing: whether each "token" picks, or a whole query "block" by its mean query, which is
+            less exact and cheaper.
+        block: most tokens in a query and in a key block of the kernels.
+    """
+
+    partition: Partition = "cycle"
+    chunk_1d: int | None = None
+    chunk_2d: tuple[int, int] | None = None
+    chunk_3d: Box | None = None
+    chunks: Box = (8, 48, 72)
+    select: Select = "threshold"
+    scope: Scope = "head_global"
+    threshold: float = 0.25
+    topk: Box = (2, 10, 18)
+    routing: Routing = "token"
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        for name, options in (
+            ("partition", Partition),
+            ("select", Select),
+            ("scope", Scope),
+            ("routing", Routing),
+        ):
+            if getattr(self, name) not in get_args(options):
+                raise ValueError(
+                    f"{name} must be one of {get_args(options)}, got {getattr(self, name)!r}"
+                )
+        for name, length in (("chunk_1d", 1), ("chunk_2d", 2), ("chunk_3d", 3)):
+            chunk = getattr(self, name)
+            sides = (chunk,) if isinstance(chunk, int) else chunk
+            if sides is not None and (len(sides) != length or min(sides) < 1):
+                raise ValueError(f"{name} must hold {length} positive sizes, got {chunk}")
+        for name in ("chunks", "topk"):
+            counts = getattr(self, name)
+            if len(counts) != 3 or min(counts) < 1:
+                raise ValueError(f"{name} must be at least 1 for each of {CYCLE}, got {counts}")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
+        if self.select == "topk" and self.scope == "block":
+            raise ValueError("scope 'block' is for select='threshold' alone, got select='topk'")
+        if self.block < 1:
+            raise ValueError(f"block must be at least 1, got {self.block}")
+
+    def for_layer(self, layer: int) -> "BlockMixture":
+        """The method of one layer, counted from 0: of the cycle, its own partition."""
+        if self.partition != "cycle":
+            return self
+        return replace(self, partition=CYCLE[layer % 3])
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
+    ) -> Tensor:
+        return kernel(q, k, v, self.plan_for(q, k, video=video))
+
+    def plan_for(self, q: Tensor, k: Tensor, *, video: VideoShape) -> Plan:
+        """What q and k, (B, H, N, D), pick. No gradient, and nothing waits for the device."""
+        layout = _layout(self.for_layer(0), video, q.device)
+        with torch.no_grad():
+            return self._routed(q.detach(), k.detach(), layout)
+
+    def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
+        """What smooth random q and k pick, for pictures and estimates: data decides."""
+        return _example(self, video).to(torch.device(device))
+
+    def block_mask(self, video: VideoShape) -> Tensor:
+        """(Kq, Kk) bool, key blocks that some token of each query block sees, as in `plan`."""
+        return self.plan(video).keep[0, 0]
+
+    def density(self, video: VideoShape) -> float:
+        """Share of token pairs that is kept in `plan`, the mean of the three partitions if they
+        cycle, in [0, 1]; 1 - density is the sparsity."""
+        layers = range(3 if self.partition == "cycle" else 1)
+        return sum(self.for_layer(i).plan(video).density for i in layers) / len(layers)
+
+    def _routed(self, q: Tensor, k: Tensor, layout: "_Layout") -> Plan:
+        plan, block = layout.plan, layout.plan.block_q
+        own = layout.chunk.view(-1, block)[:, 0]
+        if self.routing == "block":
+            rows = _block_means(pack(q, plan), layout)
+            home = own
+        else:
+            rows = pack(q, plan).float()
+            home = layout.chunk
+        means = _chunk_means(pack(k, plan), layout)
+        scores = rows @ means.transpose(-1, -2)  # (B, H, rows, C)
+        C = scores.shape[3]
+        at_home = home[:, None] == torch.arange(C, device=q.device)
+        counted = at_home.new_ones(len(home)) if self.routing == "block" else plan.real
+        free = home >= C  # the text's, which sees all
+        picks = _pick(self, scores, at_home, counted & ~free, layout.partition)
+        picks = picks | at_home | free[:, None]
+        picks = torch.cat([picks, torch.ones_like(picks[..., :1])], -1)  # the text, seen by all
+        if self.routing == "block":
+            return plan.rekept(picks[..., own])
+        route = Route(picks, own, plan.block_k)
+        return plan.rekept(route.touched(plan.real, plan.block_q, plan.block_k), route)
+
+
+class _Layout(NamedTuple):
+    """plan: the slots, chunk by chunk. chunk: (S,), the chunk of each slot, C for the text's.
+    sizes: (C,), tokens in each chunk. partition: 0, 1 or 2."""
+
+    plan: Plan
+    chunk: Tensor
+    sizes: Tensor
+    partition: int
+
+
+@torch.compiler.assume_constant_result
+def _layout(method: BlockMixture, video: VideoShape, device: torch.device) -> _Layout:
+    return _cached_layout(
+        CYCLE.index(method.partition), _box(method, video), method.block, video, str(device)
+    )
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # made while sampling, it must serve training too
+def _cached_layout(
+    partition: int, box: Box, most: int, video: VideoShape, device: str
+) -> _Layout:
+    counts = [-(-size // side) for size, side in zip(video.grid, box, strict=True)]
+    axes = [torch.arange(size) // side for size, side in zip(video.grid, box, strict=True)]
+    f, h, w = torch.meshgrid(*axes, indexing="ij")
+    of_token = ((f * counts[1] + h) * counts[2] + w).flatten()
+    C = math.prod(counts)
+    sizes = torch.bincount(of_token, minlength=C)
+    largest = int(sizes.max())
+    block = -(-largest // -(-largest // most))
+    if device != "cpu":
+        block = 1 << (block - 1).bit_length()  # tiles of GPU kernels are powers of two
+
+    room = torch.cat([sizes, torch.tensor([video.text])])
+    room = -(-room // block) * block
+    chunk = torch.repeat_interleave(torch.arange(C + 1), room)
+    slots = torch.full((int(room.sum()),), -1)
+    starts = room.cumsum(0) - room
+    order = torch.argsort(of_token, stable=True)
+    inside = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[of_token[order]]
+    slots[starts[of_token[order]] + inside] = order
+    slots[starts[C] : starts[C] + video.text] = torch.arange(video.video_tokens, video.tokens)
+
+    blocks = len(slots) // block
+    everything = torch.ones(1, 1, blocks, blocks, dtype=torch.bool)
+    plan = Plan(slots, everything, block, block).to(torch.device(device))
+    return _Layout(plan, chunk.to(device), sizes.to(device), partition)
+
+
+def _box(method: BlockMixture, video: VideoShape) -> Box:
+    """(frames, rows, columns) of a chunk, at most the grid."""
+    F, H, W = video.grid
+    i = CYCLE.index(method.partition)
+    given = (method.chunk_1d, method.chunk_2d, method.chunk_3d)[i]
+    if given is None:
+        free = [(F, 1, 1), (1, H, W), (F, H, W)][i]
+        whole = [(1, H, W), (F, 1, 1), (1, 1, 1)][i]
+        return _even_box(method.chunks[i], free, whole)
+    sides = given if isinstance(given, tuple) else (given,)
+    box = [(*sides, H, W), (F, *sides), sides][i]
+    return tuple(min(side, size) for side, size in zip(box, video.grid, strict=True))
+
+
+def _even_box(target: int, free: Box, whole: Box) -> Box:
+    """The box that cuts the `free` axes into about `target` boxes, as much like cubes as can be."""
+    options = [sorted({-(-size // parts) for parts in range(1, size + 1)}) for size in free]
+
+    def badness(box: Sequence[int]) -> tuple[float, float]:
+        count = math.prod(-(-size // side) for size, side in zip(free, box, strict=True))
+        sides = [side for side, size in zip(box, free, strict=True) if size > 1] or [1]
+        return abs(math.log(count / target)), max(sides) / min(sides)
+
+    sides = min(product(*options), key=badness)
+    return tuple(side * size for side, size in zip(sides, whole, strict=True))
+
+
+def _chunk_means(k: Tensor, layout: _Layout) -> Tensor:
+    """(B, H, C, D) fp32 from packed keys, the padding left out."""
+    B, H, _, D = k.shape
+    block, C = layout.plan.block_k, len(layout.sizes)
+    real = layout.plan.real[:, None]
+    sums = (k.float() * real).unflatten(2, (-1, block)).sum(3)
+    totals = sums.new_zeros(B, H, C + 1, D)
+    totals.index_add_(2, layout.chunk.view(-1, block)[:, 0], sums)
+    return totals[:, :, :C] / layout.sizes[:, None]
+
+
+def _block_means(q: Tensor, layout: _Layout) -> Tensor:
+    """(B, H, Kq, D) fp32 from packed queries."""
+    real = layout.plan.real.view(-1, layout.plan.block_q, 1)
+    sums = (q.float().unflatten(2, (-1, layout.plan.block_q)) * real).sum(3)
+    return sums / real.sum(1).clamp_min(1)
+
+
+def _pick(
+    method: BlockMixture, scores: Tensor, at_home: Tensor, counted: Tensor, partition: int
+) -> Tensor:
+    """(B, H, rows, C) bool from scores of that shape.
+
+    Args:
+        at_home: (rows, C), the own chunk of each row.
+        counted: (rows,), rows that hold a query of the video; the others may get anything.
+    """
+    B, H, R, C = scores.shape
+    topk = min(method.topk[partition], C)
+    dense = method.threshold == 1 if method.select == "threshold" else topk == C
+    if dense:
+        return torch.ones_like(scores, dtype=torch.bool)
+    # Scopes as rows of their own.
+    forth = {
+        "query_head": lambda x: x.reshape(B, H * R, C),
+        "head_global": lambda x: x.reshape(B, H, R * C),
+        "overall": lambda x: x.reshape(B, 1, H * R * C),
+        "block": lambda x: x.permute(0, 3, 1, 2).reshape(B, C, H * R),
+    }[method.scope]
+    valid = counted[:, None].expand(R, C)
+    if method.scope == "query_head":  # each row is its own scope, so none disturbs another
+        valid = torch.ones_like(valid)
+    scores, valid, at_home = (
+        forth(x.expand(B, H, R, C)) for x in (scores, valid, at_home)
+    )
+    if method.select == "topk":
+        keys = _ordered(scores).masked_fill(at_home, _TOP).masked_fill(~valid, _BOTTOM)
+        queries = {
+            "query_head": 1,
+            "head_global": counted.sum(),
+            "overall": H * counted.sum(),
+        }[method.scope]
+        need = torch.as_tensor(topk * queries, device=keys.device, dtype=torch.double)
+        cut = _least_taken(keys, valid.double(), need.expand(keys.shape[:2]))
+    else:
+        low = scores.masked_fill(~valid, torch.inf).amin(-1, keepdim=True)
+        high = scores.masked_fill(~valid, -torch.inf).amax(-1, keepdim=True)
+        weight = ((scores - low) / (high - low)).nan_to_num(1.0) * valid  # 1 where all are equal
+        total = weight.sum(-1, dtype=torch.double)
+        need = method.threshold * total - (weight * at_home).sum(-1, dtype=torch.double)
+        others = valid & ~at_home
+        keys = _ordered(weight).masked_fill(~others, _BOTTOM)
+        cut = _least_taken(keys, weight.double() * others, need.clamp_min(0))
+        cut = torch.minimum(cut, keys.amax(-1))  # at least one
+    picks = keys >= cut[..., None]
+    if method.scope == "block":
+        return picks.view(B, C, H, R).permute(0, 2, 3, 1)
+    return picks.view(B, H, R, C)
+
+
+_TOP, _BOTTOM = 2**31 - 1, -(2**31)
+
+
+def _ordered(x: Tensor) -> Tensor:
+    """int32 that sort as the fp32 `x` do."""
+    bits = x.contiguous().view(torch.int32)
+    return bits ^ ((bits >> 31) & _TOP)
+
+
+def _least_taken(keys: Tensor, mass: Tensor, need: Tensor) -> Tensor:
+    """The greatest key such that the entries from it upwards hold `need`; the lowest int32 where
+    all together do not, and any above the last where nothing is needed.
+
+    Keys and mass are (..., n), need is (...). Short rows are sorted. In long ones the mass is counted by the upper half of the keys, then
+    within the decisive half by the lower: two passes, where sorting takes dozens.
+    """
+    if keys.shape[-1] <= SORTED:
+        ordered, index = keys.sort(dim=-1, descending=True)
+        reached = mass.gather(-1, index).cumsum(-1) >= need[..., None]
+        first = reached.int().argmax(-1, keepdim=True)
+        cut = ordered.gather(-1, first)[..., 0]
+        return cut.masked_fill(~reached[..., -1], _BOTTOM)
+    high, low = (keys >> 16) + (1 << 15), keys & 0xFFFF
+    upper, above, found = _decisive_bin(high, mass, need)
+    inside = mass * (high == upper[..., None])
+    lower, _, _ = _decisive_bin(low, inside, need - above)
+    cut = ((upper - (1 << 15)) << 16) | lower
+    return cut.int().masked_fill(~found, _BOTTOM)
+
+
+def _decisive_bin(bins: Tensor, mass: Tensor, need: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The highest of 2^16 bins from which upwards `need` is held, the mass above it, and whether
+    there is one."""
+    count = mass.new_zeros(*bins.shape[:-1], 1 << 16)
+    count.scatter_add_(-1, bins.long(), mass)
+    held = count.flip(-1).cumsum(-1)
+    reached = held >= need[..., None]
+    first = reached.int().argmax(-1, keepdim=True)
+    above = held.gather(-1, (first - 1).clamp_min(0)).masked_fill(first == 0, 0.0)
+    return ((1 << 16) - 1 - first)[..., 0], above[..., 0], reached[..., -1]
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _example(method: BlockMixture, video: VideoShape) -> Plan:
+    return method.plan_for(*smooth_qk(video), video=video)

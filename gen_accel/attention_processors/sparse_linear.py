@@ -1,0 +1,306 @@
+"""Sparse-linear attention: exact where it matters most, linear attention for the rest.
+
+References:
+    Zhang et al., "SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear
+    Attention", 2025, https://arxiv.org/abs/2509.24006, and "SLA2", 2026,
+    https://arxiv.org/abs/2602.12675; public code thu-ml/SLA (Apache-2.0), branches main at d973e55,
+    whose outputs and gradients the golden cases hold, and SLA-1 at 325cc75.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gen_accel.attention_processors.stand_in import smooth_qk
+from gen_accel.plan import Plan, pack, raster_slots, tile_slots, unpack
+from gen_accel.video import VideoShape
+
+LinearOver = Literal["all", "rest", "marginal"]
+FeatureMap = Literal["softmax", "elu", "relu"]
+Combine = Literal["project", "alpha"]
+Order = Literal["tile", "raster"]
+
+EPSILON = 1e-5  # of the public code, added to the linear branch's denominator
+
+
+@dataclass(frozen=True)
+class SparseLinear:
+    """Exact attention to the blocks that score best, and linear attention beside it.
+
+        O_s = attention over the critical key blocks of each query block
+        O_l = f(q) (f(K)^T V) / (f(q) . sum f(K)), over the key blocks of the linear branch
+        O   = O_s + proj(O_l), or alpha O_s + (1 - alpha) O_l
+
+    A key block's score is the product of its mean key and the query block's mean query. Text
+    blocks are critical, and text queries see all.
+
+    The linear branch is over, by name, because the paper and its two public codes differ:
+        "all": every key, critical ones too (main, which its authors call the more stable).
+        "rest": all that is not critical (branch SLA-1, SLA2).
+        "marginal": what is neither critical nor among the `skipped` worst (the paper).
+
+    Until `proj` or `alpha` has been fitted or trained the linear branch is silent and this is
+    sparse attention: see `gen_accel.calibrate`.
+
+    Unlike the public code: at least one block is critical, where it divides by zero; a query for
+    which the linear branch has no block gets zero from it; means are fp32. Unlike SLA2: one alpha
+    for each head, at any number of tokens, held as it is and not through a sigmoid, so that it
+    starts as sparse attention and has a closed-form fit; no trained router.
+
+    Args:
+        critical: share of the key blocks that are exact, in (0, 1].
+        skipped: share that "marginal" leaves out of both, in [0, 1).
+        linear_over: see above.
+        feature_map: f, over the head dim: "softmax", "elu" (plus 1) or "relu".
+        combine: "project", a linear layer shared by the heads of a layer, or "alpha".
+        block_q, block_k: tokens in a query and in a key block.
+        order: whether blocks are compact "tile"s in space and time, which are purer, or runs of
+            tokens in "raster" order, as in the public code.
+    """
+
+    critical: float = 0.05
+    skipped: float = 0.1
+    linear_over: LinearOver = "rest"
+    feature_map: FeatureMap = "softmax"
+    combine: Combine = "project"
+    block_q: int = 64
+    block_k: int = 64
+    order: Order = "tile"
+
+    def __post_init__(self) -> None:
+        for name, options in (
+            ("linear_over", LinearOver),
+            ("feature_map", FeatureMap),
+            ("combine", Combine),
+            ("order", Order),
+        ):
+            if getattr(self, name) not in get_args(options):
+                raise ValueError(
+                    f"{name} must be one of {get_args(options)}, got {getattr(self, name)!r}"
+                )
+        if not 0 < self.critical <= 1:
+            raise ValueError(f"critical must be in (0, 1], got {self.critical}")
+        if not 0 <= self.skipped < 1:
+            raise ValueError(f"skipped must be in [0, 1), got {self.skipped}")
+        if self.linear_over == "marginal" and self.critical + self.skipped > 1:
+            raise ValueError(
+                f"critical and skipped must not exceed 1 together, got {self.critical} and "
+                f"{self.skipped}"
+            )
+        for name in ("block_q", "block_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        large, small = max(self.block_q, self.block_k), min(self.block_q, self.block_k)
+        if self.order == "tile" and large % small:
+            raise ValueError(
+                "in order 'tile' one of block_q and block_k must be a multiple of the other, got "
+                f"{self.block_q} and {self.block_k}; or use order='raster'"
+            )
+
+    def branch(self, heads: int, dim: int) -> "LinearBranch":
+        """The trainable part of one layer, at its start."""
+        return LinearBranch(heads, dim, self.combine)
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        video: VideoShape,
+        kernel: Callable,
+        branch: "LinearBranch | None" = None,
+    ) -> Tensor:
+        """Without a branch this is O_s alone, as it is with one at its start."""
+        if branch is None:
+            return kernel(q, k, v, self.plan_for(q, k, video=video))
+        return branch(*self.parts(q, k, v, video=video, kernel=kernel))
+
+    def parts(
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
+    ) -> tuple[Tensor, Tensor]:
+        """O_s and O_l, (B, H, N, D) each."""
+        plan, linear = self._chosen(q, k, video)
+        return kernel(q, k, v, plan), self._linear(q, k, v, plan, linear)
+
+    def plan_for(self, q: Tensor, k: Tensor, *, video: VideoShape) -> Plan:
+        """The critical blocks of q and k, (B, H, N, D). No gradient, no wait for the device."""
+        return self._chosen(q, k, video)[0]
+
+    def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
+        """The critical blocks of smooth random q and k, for pictures and estimates."""
+        return _example(self, video).to(torch.device(device))
+
+    def block_mask(self, video: VideoShape) -> Tensor:
+        """(Kq, Kk) bool, the critical blocks as in `plan`."""
+        return self.plan(video).keep[0, 0]
+
+    def density(self, video: VideoShape) -> float:
+        """Share of token pairs that are exact, in [0, 1]; 1 - density is the sparsity."""
+        return self.plan(video).density
+
+    def _chosen(self, q: Tensor, k: Tensor, video: VideoShape) -> tuple[Plan, Tensor]:
+        """The plan of the critical blocks, and the (B, H, Kq, Kk) bool of the linear ones."""
+        plan, text_q, text_k, ranked = _layout(self, video, q.device)
+        with torch.no_grad():
+            query = _block_means(pack(q.detach(), plan), plan.real, plan.block_q)
+            packed = pack(k.detach(), plan)
+            key = _block_means(packed, plan.real, plan.block_k)
+            # The mean over all tokens shifts a row's scores alike, and spares precision.
+            mean = (packed.float() * plan.real[:, None]).sum(2, keepdim=True) / video.tokens
+            scores = query @ (key - mean).transpose(-1, -2)
+            blocks = len(ranked)
+            count = max(1, int(self.critical * blocks))
+            worst = 0
+            if self.linear_over == "marginal":
+                worst = min(int(self.skipped * blocks), blocks - count)
+            order = scores[..., ranked].argsort(dim=-1, descending=True)
+            order = ranked[order]
+            critical, skipped = (
+                torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
+                for chosen in (order[..., :count], order[..., blocks - worst :])
+            )
+            keep = critical | text_k | text_q[:, None]
+            occupied = plan.real.view(-1, plan.block_k).any(-1)
+            return plan.rekept(keep & occupied), ~keep & ~skipped & occupied
+
+    def _linear(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, linear: Tensor) -> Tensor:
+        fq, fk = (_features(x, self.feature_map) for x in (q, k))
+        if self.linear_over == "all":
+            state, norm = fk.transpose(-1, -2) @ v, fk.sum(2)[..., None]
+            return (fq @ state) / (fq @ norm + EPSILON)
+        fq, v = pack(fq, plan), pack(v, plan)
+        fk = pack(fk, plan) * plan.real[:, None]
+        return unpack(linear_attention(fq, fk, v, linear, plan.block_q, plan.block_k), plan)
+
+
+class LinearBranch(nn.Module):
+    """How the two outputs of one layer become one.
+
+    proj: one linear layer of the head dim, shared by the heads, zero at the start; or
+    alpha: (heads,), 1 at the start.
+    """
+
+    def __init__(self, heads: int, dim: int, combine: Combine) -> None:
+        super().__init__()
+        self.proj: nn.Linear | None = None
+        self.alpha: nn.Parameter | None = None
+        if combine == "alpha":
+            self.alpha = nn.Parameter(torch.ones(heads))
+        else:
+            self.proj = nn.Linear(dim, dim)
+            nn.init.zeros_(self.proj.weight)
+            nn.init.zeros_(self.proj.bias)
+
+    def forward(self, o_s: Tensor, o_l: Tensor) -> Tensor:
+        """(B, H, N, D) each, and so is the result, in the dtype of `o_s`."""
+        if self.alpha is not None:
+            alpha = self.alpha[:, None, None].to(o_s.dtype)
+            return alpha * o_s + (1 - alpha) * o_l
+        assert self.proj is not None
+        return o_s + self.proj(o_l.to(self.proj.weight.dtype)).to(o_s.dtype)
+
+    @torch.no_grad()
+    def silent(self) -> bool:
+        """Whether the linear branch adds nothing. Synchronises the device."""
+        if self.alpha is not None:
+            return bool((self.alpha == 1).all())
+        assert self.proj is not None
+        return not (self.proj.weight.any() or self.proj.bias.any())
+
+
+def linear_attention(
+    fq: Tensor, fk: Tensor, v: Tensor, linear: Tensor, block_q: int, block_k: int
+) -> Tensor:
+    """Linear attention of each query block over its own set of key blocks, (B, H, S, D).
+
+    The states of the key blocks are made once and added up for each query block by one product
+    with the map of the sets.
+
+    Args:
+        fq, fk: features of q and k in slot order, zero for padding keys.
+        linear: (B, H, Kq, Kk) bool, the sets.
+    """
+    keys, values = (x.unflatten(2, (-1, block_k)) for x in (fk, v))
+    states = keys.transpose(-1, -2) @ values  # (B, H, Kk, D, D)
+    sets = linear.to(fq.dtype)
+    state = (sets @ states.flatten(3)).unflatten(3, states.shape[3:])
+    norm = sets @ keys.sum(3)  # (B, H, Kq, D)
+    queries = fq.unflatten(2, (-1, block_q))
+    return ((queries @ state) / (queries @ norm[..., None] + EPSILON)).flatten(2, 3)
+
+
+def _features(x: Tensor, name: FeatureMap) -> Tensor:
+    if name == "softmax":
+        return x.softmax(-1)
+    return F.relu(x) if name == "relu" else F.elu(x) + 1
+
+
+def _block_means(x: Tensor, real: Tensor, block: int) -> Tensor:
+    """(B, H, K, D) fp32 of packed (B, H, S, D), padding left out."""
+    inside = real.view(-1, block, 1)
+    return (x.float().unflatten(2, (-1, block)) * inside).sum(3) / inside.sum(1).clamp_min(1)
+
+
+class _Layout(NamedTuple):
+    """plan: the slots. text_q (Kq,), text_k (Kk,): blocks that hold text. ranked: the numbers of
+    the key blocks that scores are for, those with the video's tokens alone."""
+
+    plan: Plan
+    text_q: Tensor
+    text_k: Tensor
+    ranked: Tensor
+
+
+@torch.compiler.assume_constant_result
+def _layout(method: SparseLinear, video: VideoShape, device: torch.device) -> _Layout:
+    return _cached_layout(method.block_q, method.block_k, method.order, video, str(device))
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # made while sampling, it must serve training too
+def _cached_layout(
+    block_q: int, block_k: int, order: Order, video: VideoShape, device: str
+) -> _Layout:
+    if order == "tile":
+        slots = tile_slots(video, _tile(video, block_q, block_k))
+    else:
+        slots = raster_slots(video, math.lcm(block_q, block_k))
+    keep = torch.ones(1, 1, len(slots) // block_q, len(slots) // block_k, dtype=torch.bool)
+    plan = Plan(slots, keep, block_q, block_k).to(torch.device(device))
+    text = plan.slots >= video.video_tokens
+    text_q, text_k = (text.view(-1, block).any(-1) for block in (block_q, block_k))
+    ranked = (plan.real.view(-1, block_k).any(-1) & ~text_k).nonzero()[:, 0]
+    return _Layout(plan, text_q, text_k, ranked)
+
+
+def _tile(video: VideoShape, block_q: int, block_k: int) -> tuple[int, int, int]:
+    """The box of the larger block, made of boxes of the smaller one in a row along the frames.
+
+    Of all boxes with as many tokens, the one that pads the grid least, then the most even.
+    """
+    small = min(block_q, block_k)
+    in_a_row = max(block_q, block_k) // small
+    divisors = [n for n in range(1, small + 1) if small % n == 0]
+
+    def badness(box: tuple[int, int, int]) -> tuple[float, float]:
+        sides = (box[0] * in_a_row, *box[1:])
+        padded = math.prod(-(-size // side) * side for size, side in zip(video.grid, sides, strict=True))
+        return padded, max(box) / min(box)
+
+    boxes = [box for box in product(divisors, repeat=3) if math.prod(box) == small]
+    frames, rows, columns = min(boxes, key=badness)
+    return frames * in_a_row, rows, columns
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _example(method: SparseLinear, video: VideoShape) -> Plan:
+    return method.plan_for(*smooth_qk(video), video=video)
