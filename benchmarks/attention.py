@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import itertools
-import math
 import statistics
 import sys
 import time
@@ -149,7 +148,7 @@ def rows(
     for kernel in args.kernels:
         run = sparse(video, method, kernel)
         try:
-            check_parity(args, shrink(video), method, kernel, dtype)
+            check_parity(args, shrink(video, method), method, kernel, dtype)
             before = len(flex.compile_seconds)
             calls[kernel] = step(run, inputs, args.backward)
             calls[kernel]()
@@ -338,13 +337,27 @@ def check_parity(
             )
 
 
-def shrink(video: VideoShape) -> VideoShape:
-    """Halve the longest side until a reference is cheap."""
-    grid = list(video.grid)
-    while math.prod(grid) > PARITY_TOKENS:
-        longest = grid.index(max(grid))
-        grid[longest] = -(-grid[longest] // 2)
-    return VideoShape(*grid)
+def shrink(video: VideoShape, method: Any) -> VideoShape:
+    """Halve the longest side that the method lets be halved, until a reference is cheap."""
+    while video.tokens > PARITY_TOKENS:
+        halves = [
+            VideoShape(*(-(-n // 2) if i == axis else n for i, n in enumerate(video.grid)))
+            for axis in sorted(range(3), key=lambda axis: -video.grid[axis])
+        ]
+        smaller = next((half for half in halves if half != video and fits(half, method)), None)
+        if smaller is None:
+            break
+        video = smaller
+    return video
+
+
+def fits(video: VideoShape, method: Any) -> bool:
+    """A window, for one, may not be larger than its axis."""
+    try:
+        method.plan(video)
+    except ValueError:
+        return False
+    return True
 
 
 def brief(method: Any) -> str:

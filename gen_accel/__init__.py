@@ -6,10 +6,23 @@ from typing import TYPE_CHECKING, Any
 from gen_accel import demo
 
 if TYPE_CHECKING:
-    from gen_accel.attention_processors import METHODS, Dense, Neighborhood, Radial
+    from gen_accel.attention_processors import (
+        METHODS,
+        BlockMixture,
+        Dense,
+        Neighborhood,
+        Radial,
+        SparseLinear,
+    )
     from gen_accel.functional import attention
     from gen_accel.measure.estimate import estimate
-    from gen_accel.pipelines import Schedule, attach
+    from gen_accel.pipelines import (
+        Schedule,
+        attach,
+        calibrate,
+        load_processors,
+        save_processors,
+    )
     from gen_accel.plan import Plan
     from gen_accel.video import VideoShape
 
@@ -17,30 +30,40 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "BlockMixture",
     "Dense",
     "Neighborhood",
     "Plan",
     "Radial",
     "Schedule",
+    "SparseLinear",
     "VideoShape",
     "attach",
     "attention",
+    "calibrate",
     "demo",
     "estimate",
+    "load_processors",
+    "save_processors",
 ]
 
 # Imported when first asked for, so that `gen-accel --help` does not wait for torch.
 _HOMES = {
     "METHODS": "attention_processors",
+    "BlockMixture": "attention_processors",
     "Dense": "attention_processors",
     "Neighborhood": "attention_processors",
     "Plan": "plan",
     "Radial": "attention_processors",
     "Schedule": "pipelines",
+    "SparseLinear": "attention_processors",
     "VideoShape": "video",
     "attach": "pipelines",
     "attention": "functional",
+    "calibrate": "pipelines",
     "estimate": "measure.estimate",
+    "load_processors": "pipelines",
+    "save_processors": "pipelines",
 }
 _SUBMODULES = (
     "attention_processors",

@@ -23,6 +23,8 @@ class OneLineErrors(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("interrupted; no file was left half written", err=True)
             raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:  # nobody reads on, as in `| head`; the parser ends the program
+            raise
         except (ValueError, TypeError, OSError) as error:
             if ctx.params.get("traceback"):
                 raise
@@ -91,6 +93,7 @@ def root(
     gen-accel list                 methods with their options, kernels, models
     gen-accel show radial --frames 33 --height 12 --width 12
     gen-accel estimate --model Wan2.1-T2V-1.3B --height 480 --width 832 --frames 161
+    gen-accel simulate neighborhood --frames 30 --height 48 --width 80 --density 0.1
     gen-accel generate --model DIR_OR_REPO --prompt "a cat surfs" --out cat.mp4 --compare
     gen-accel doctor               versions, devices, what is missing
 
@@ -344,6 +347,93 @@ def estimate(
     typer.echo(str(result))
 
 
+@app.command(short_help="The bound that tiles put on a speed-up.")
+def simulate(
+    method: Annotated[str, typer.Argument(help="neighborhood.")],
+    frames: Annotated[int, typer.Option(help="In tokens: of the latent video.")],
+    height: Annotated[int, typer.Option(help="In tokens.")],
+    width: Annotated[int, typer.Option(help="In tokens.")],
+    window: Annotated[
+        str | None, typer.Option(metavar="F,R,C", help="Without: searched under --density.")
+    ] = None,
+    stride: Annotated[
+        str | None, typer.Option(metavar="F,R,C", help="Without: the best are listed.")
+    ] = None,
+    dilation: Annotated[str, typer.Option(metavar="F,R,C")] = "1,1,1",
+    is_causal: Annotated[str, typer.Option(metavar="F,R,C")] = "false,false,false",
+    tile_q: Annotated[
+        str | None,
+        typer.Option(metavar="F,R,C", help="Query tile. Without: NATTEN's on Hopper, Blackwell."),
+    ] = None,
+    tile_k: Annotated[str | None, typer.Option(metavar="F,R,C", help="Key tile.")] = None,
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic", help="Key tiles start at the first key, not on a grid.")
+    ] = False,
+    density: Annotated[
+        float | None, typer.Option(help="Most of the token pairs that may be kept, 0 to 1.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="How many choices to list.")] = 10,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the figures there.")
+    ] = None,
+) -> None:
+    """How much faster neighborhood attention can be, for a stride and tiles, without running.
+
+    A kernel computes whole tiles of keys, so that a window often costs more than the pairs that it
+    keeps. Sizes are in tokens: see `gen-accel show --help`.
+
+    \b
+    gen-accel simulate neighborhood --frames 30 --height 48 --width 80 --window 18,24,24
+        the best strides and tiles for a window
+    gen-accel simulate neighborhood --frames 30 --height 48 --width 80 --density 0.1
+        the best windows too, that keep a tenth of all pairs or a little less
+    gen-accel simulate neighborhood --frames 30 --height 48 --width 80 --window 18,24,24 \\
+        --stride 16,8,8 --tile-q 4,8,8 --tile-k 2,8,8 --json bound.json
+        one choice
+    gen-accel simulate neighborhood --frames 1 --height 256 --width 256 --window 1,80,80 \\
+        --tile-q 1,16,16 --tile-k 1,16,8
+        an image; the best strides for a kernel's tiles
+
+    Of two choices with one bound, take the smaller stride: its windows are centred better.
+    """
+    from gen_accel.attention_processors.options import method_from
+    from gen_accel.measure import write_json
+    from gen_accel.measure.simulate import TILES, best_choices
+    from gen_accel.measure.simulate import simulate as run
+    from gen_accel.video import VideoShape
+
+    if method != "neighborhood":
+        raise ValueError(f"simulate knows the method 'neighborhood', got {method!r}")
+    tiles = _tiles(tile_q, tile_k)
+    if stride is not None and (window is None or not tiles or density is not None):
+        raise ValueError(
+            "--stride is for one choice, with --window, --tile-q and --tile-k, without --density"
+        )
+    given = {"window": window or "1,1,1", "stride": stride or "1,1,1"}
+    given |= {"dilation": dilation, "is_causal": is_causal}
+    chosen = method_from(method, [f"{name}={value}" for name, value in given.items()])
+    video = VideoShape(frames, height, width)
+    if stride is None:
+        bounds = best_choices(
+            video,
+            chosen.window if window else None,
+            density=density,
+            dilation=chosen.dilation,
+            is_causal=chosen.is_causal,
+            tiles=tiles or TILES,
+            dynamic=dynamic,
+            top=top,
+        )
+        _print_bounds(bounds)
+    else:
+        [(query, key)] = tiles
+        bounds = [run(video, chosen, tile_q=query, tile_k=key, dynamic=dynamic)]
+        typer.echo(str(bounds[0]))
+    if json is not None:
+        write_json(json, [bound.to_dict() for bound in bounds])
+        typer.echo(json)
+
+
 @app.command(name="list", short_help="Methods, kernels and models.")
 def list_() -> None:
     """Methods with their options, kernels and where they run, and the models that are served.
@@ -398,6 +488,14 @@ def _schedule(start: float, end: float, steps: int, layers: str) -> Any:
         dense_start=start,
         dense_end=end,
     )
+
+
+def _tiles(query: str | None, key: str | None) -> Any:
+    if query is None and key is None:
+        return ()
+    if query is None or key is None:
+        raise ValueError("--tile-q and --tile-k go together, got one of them")
+    return ((_numbers(query, "--tile-q"), _numbers(key, "--tile-k")),)
 
 
 def _token(text: str | None) -> tuple[int, int, int] | None:
@@ -460,6 +558,30 @@ def _print_rows(rows: dict[str, str]) -> None:
     console = Console(highlight=False, markup=False)
     console.print(table)
     console.print()
+
+
+def _print_bounds(bounds: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    first = bounds[0]
+    typer.echo(f"{first.video} = {first.video.tokens} tokens")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("window")
+    for name in ("stride", "tile-q", "tile-k", "bound", "by FLOPs", "most", "of", "unmasked"):
+        table.add_column(name, justify="left" if "-" in name or name == "stride" else "right")
+    for bound in bounds:
+        sides = (bound.method.window, bound.method.stride, bound.tile_q, bound.tile_k)
+        table.add_row(
+            *(",".join(map(str, side)) for side in sides),
+            f"{bound.speedup:.2f}x",
+            f"{bound.flop_speedup:.2f}x",
+            f"{bound.most}",
+            f"{bound.key_tiles:g}",
+            f"{bound.whole:.0%}",
+        )
+    Console(highlight=False, markup=False).print(table)
+    typer.echo("most of the key tiles that a query tile visits; share of them without a mask")
 
 
 def _terminal_width() -> int:

@@ -4,10 +4,12 @@ import math
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gen_accel import kernels
 from gen_accel.video import VideoShape
+
+MOST_DIM = 256  # of a head; no kernel is held to more
 
 
 def attention(
@@ -19,6 +21,7 @@ def attention(
     method: Any,
     kernel: str = "auto",
     scale: float | None = None,
+    branch: nn.Module | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v over the token pairs that `method` keeps.
 
@@ -29,13 +32,14 @@ def attention(
         kernel: how to compute it: "auto" or a name from `gen_accel.kernels.KERNELS`. Never
             changes the answer, and a named kernel never falls back to another one.
         scale: 1 / sqrt(D) without.
+        branch: the parameters of a method that has some, as its `branch(heads, dim)` makes them.
 
     Returns:
         (B, H, N, D) in q's dtype.
 
     Raises:
-        ValueError: shapes that do not fit, a scale that is not finite, an unknown kernel, or one
-            that cannot run this.
+        ValueError: shapes that do not fit, a head dim over 256, a scale that is not finite, an
+            unknown kernel, or one that cannot run this; a branch for a method that has none.
     """
     if q.ndim != 4 or not q.shape == k.shape == v.shape:
         shapes = [tuple(x.shape) for x in (q, k, v)]
@@ -47,8 +51,15 @@ def attention(
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         kinds = [f"{x.dtype} on {x.device}" for x in (q, k, v)]
         raise ValueError(f"q, k and v must share one dtype and device, got {kinds}")
+    if q.shape[-1] > MOST_DIM:
+        raise ValueError(f"head dim must be at most {MOST_DIM}, got {q.shape[-1]}")
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     if not math.isfinite(factor):
         raise ValueError(f"scale must be finite, got {factor}")
     kernels.check_name(kernel)
-    return method(q, k, v, video=video, kernel=partial(kernels.run, scale=factor, kernel=kernel))
+    run = partial(kernels.run, scale=factor, kernel=kernel)
+    if branch is None:
+        return method(q, k, v, video=video, kernel=run)
+    if not hasattr(method, "branch"):
+        raise ValueError(f"{type(method).__name__} has no parameters, got branch={branch}")
+    return method(q, k, v, video=video, kernel=run, branch=branch)

@@ -7,9 +7,9 @@ Letters used in names and comments of this package:
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class Windows:
 
     def pairs(self, real: Tensor) -> Tensor:
         """How many token pairs are kept, 0-d."""
-        return (self.seen * real).sum()
+        return (self.seen * real).sum().double()
 
     def to(self, device: torch.device) -> "Windows":
         return Windows(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
@@ -127,7 +127,9 @@ class Route:
         return Route(self.picks.to(device), self.group.to(device), self.block)
 
 
-@dataclass(frozen=True, eq=False)
+# Not frozen, but never changed: of a frozen one that is made in its graph, torch.compile would
+# read the fields alone.
+@dataclass(eq=False)
 class Plan:
     """A block-sparse attention pattern. What every method makes and every kernel runs.
 
@@ -136,7 +138,8 @@ class Plan:
         keep: (B or 1, H or 1, Kq, Kk) bool, which key blocks each query block sees.
         block_q, block_k: slots in a query and in a key block; both divide S.
         partial: the rule on token pairs inside the kept blocks, where a method has one.
-        dynamic: made from the q and k of one call, so that nothing is worth compiling for it.
+        dynamic: made from the q and k of one call, so that nothing is worth compiling for it and
+            nothing may wait for the device.
     """
 
     slots: Tensor
@@ -175,9 +178,16 @@ class Plan:
         """Every slot holds the token of its own number: nothing to reorder or to pad."""
         return bool((self.slots == torch.arange(len(self.slots), device=self.slots.device)).all())
 
-    @lasting
+    @property
     def whole(self) -> Tensor:
         """`keep` without the blocks in which a pair is padded or excluded by `partial`."""
+        return self._whole_blocks() if self.dynamic else self._whole
+
+    @lasting
+    def _whole(self) -> Tensor:
+        return self._whole_blocks()
+
+    def _whole_blocks(self) -> Tensor:
         full = self.real.view(-1, self.block_k).all(-1).expand(self.keep.shape)
         if self.partial is not None:
             full = full & self.partial.whole(self.real, self.block_q, self.block_k)
@@ -205,27 +215,51 @@ class Plan:
         rows = torch.stack([row.to(key.dtype) @ key for row in self.keep.flatten(0, 1)])
         return (rows @ query).mean()
 
-    def rekept(self, keep: Tensor, partial: Route | None = None) -> "Plan":
-        """The same slots with what the q and k of one call keep. Does not wait for the device."""
-        made = replace(self, keep=keep, partial=partial, dynamic=True)
-        for name in ("tokens", "real", "places", "is_raster"):
-            made.__dict__[name] = getattr(self, name)
-        return made
-
     def to(self, device: torch.device) -> "Plan":
         if self.slots.device == torch.device(device):
             return self
         partial = None if self.partial is None else self.partial.to(device)
         slots, keep = self.slots.to(device), self.keep.to(device)
-        return replace(self, slots=slots, keep=keep, partial=partial)
+        return Plan(slots, keep, self.block_q, self.block_k, partial, self.dynamic)
 
 
-def pack(x: Tensor, plan: Plan) -> Tensor:
+class Slots(NamedTuple):
+    """What plans that are made call by call share: the part of a plan that the grid decides.
+
+    Without a plan around them these are constants of a graph of torch.compile.
+    """
+
+    slots: Tensor
+    real: Tensor
+    places: Tensor
+    tokens: int
+    is_raster: bool
+    block_q: int
+    block_k: int
+
+
+def slots_of(slots: Tensor, block_q: int, block_k: int) -> Slots:
+    """Waits for the device; what is made of the result does not."""
+    keep = slots.new_zeros(1, 1, len(slots) // block_q, len(slots) // block_k, dtype=torch.bool)
+    plan = Plan(slots, keep, block_q, block_k)
+    facts = plan.real, plan.places, plan.tokens, plan.is_raster
+    return Slots(slots, *facts, block_q, block_k)
+
+
+def plan_of_call(slots: Slots, keep: Tensor, partial: Route | None = None) -> Plan:
+    """What the q and k of one call keep, (B or 1, H or 1, Kq, Kk)."""
+    plan = Plan(slots.slots, keep, slots.block_q, slots.block_k, partial, dynamic=True)
+    plan.real, plan.places = slots.real, slots.places
+    plan.tokens, plan.is_raster = slots.tokens, slots.is_raster
+    return plan
+
+
+def pack(x: Tensor, plan: Plan | Slots) -> Tensor:
     """Token order to slot order, (B, H, N, D) to (B, H, S, D). Padding repeats token 0."""
     return x if plan.is_raster else x.index_select(2, plan.slots.clamp_min(0))
 
 
-def unpack(x: Tensor, plan: Plan) -> Tensor:
+def unpack(x: Tensor, plan: Plan | Slots) -> Tensor:
     """Slot order back to token order, (B, H, S, D) to (B, H, N, D)."""
     return x if plan.is_raster else x.index_select(2, plan.places)
 

@@ -26,7 +26,7 @@ from gen_accel.cli import app
 from gen_accel.demo import job
 from gen_accel.demo.train import Denoiser, new_autoencoder, new_tokenizer
 from gen_accel.kernels.reference import pairs
-from gen_accel.measure import pictures, read_video, video_io
+from gen_accel.measure import environment, pictures, read_video, video_io
 from gen_accel.pipelines import compare, sampling
 
 PROMPT = job.PROMPT
@@ -98,7 +98,7 @@ def files(folder):
 
 def test_help_has_an_example_of_every_verb(run):
     verbs = re.findall(r"^  (\w+) ", run("--help").stdout.split("Commands:")[1], re.MULTILINE)
-    assert verbs == ["demo", "generate", "show", "estimate", "list", "doctor"]
+    assert verbs == ["demo", "generate", "show", "estimate", "simulate", "list", "doctor"]
     for verb in verbs:
         assert f"  gen-accel {verb}" in run(verb, "--help").stdout
 
@@ -352,9 +352,29 @@ def test_list(run):
     assert "code-2025-11" in shown
 
 
-def test_doctor(run):
+@pytest.mark.parametrize("verb", ["list", "doctor", "--help"])
+def test_a_reader_that_leaves_early_ends_the_program_quietly(verb):
+    """As in `gen-accel list | head -1`."""
+    program = [sys.executable, "-c", "from gen_accel.cli import main; main()", verb]
+    with subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        running.stdout.close()
+        assert running.stderr.read() == ""
+    assert running.returncode == 1
+
+
+@pytest.mark.parametrize("wheel", ["2.11.0", "2.11.0+cu128"])
+def test_doctor(run, monkeypatch, wheel):
+    """A wheel of torch need not carry the suffix that names its build, but torch itself does."""
+    of_wheels = environment.metadata.version
+    monkeypatch.setattr(
+        environment.metadata,
+        "version",
+        lambda name: wheel if name == "torch" else of_wheels(name),
+    )
     shown = run("doctor").stdout
-    assert torch.__version__ in shown
+    assert re.search(rf"^torch +{re.escape(torch.__version__)} *$", shown, re.MULTILINE)
     for name in (
         "diffusers",
         "peft",

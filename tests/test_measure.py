@@ -401,6 +401,7 @@ def test_report_shows_the_figures(page):
     texts = Page(page).texts
     for figure in ("2.41\u00d7", "29.1 %", "30.8 dB", "0.943", "26.1 s", "10.8 s", "0.00123 s"):
         assert figure in texts
+    assert texts[texts.index("29.1 %") - 1] == "Density, sparse steps"
     for words in ("side by side", "5 < 6 steps are dense", "same seed", "nine frames", "2.13.0"):
         assert words in texts
     assert "33 values from 30 to 30, mean 30" in texts
@@ -408,7 +409,7 @@ def test_report_shows_the_figures(page):
 
 
 def test_report_order_puts_the_video_first_and_the_environment_last(page):
-    marks = ["<video", 'class="tiles"', "same seed", "nine frames", "10.8 s", "2.13.0"]
+    marks = ["<video", 'class="tiles"', "again", "same seed", "nine frames", "10.8 s", "2.13.0"]
     places = [page.index(mark) for mark in marks]
     assert places == sorted(places)
 
@@ -421,6 +422,13 @@ def test_report_holds_all_it_shows(page, tmp_path):
     assert not {"script", "link", "iframe", "object"} & set(parsed.tags)
     assert "url(" not in page
     assert "@import" not in page
+
+
+def test_report_lets_wide_pictures_scroll(page):
+    """Each picture alone is wider than a phone, in a box that the keyboard can reach."""
+    assert 'name="viewport" content="width=device-width' in page
+    boxes = re.findall(r'<div class="wide" tabindex="0"><img [^>]+></div>', page)
+    assert len(boxes) == 2
 
 
 def test_report_escapes_everything(page):

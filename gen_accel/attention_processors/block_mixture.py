@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.stand_in import smooth_qk
-from gen_accel.plan import Plan, Route, pack
+from gen_accel.plan import Plan, Route, Slots, pack, plan_of_call, slots_of
 from gen_accel.video import VideoShape
 
 Partition = Literal["cycle", "1d", "2d", "3d"]
@@ -27,7 +27,7 @@ Routing = Literal["token", "block"]
 Box = tuple[int, int, int]
 
 CYCLE = ("1d", "2d", "3d")
-SORTED = 1 << 16  # entries of a scope up to which they are sorted, not counted in as many bins
+SORTED = 1 << 16  # entries of a scope up to which they are sorted: as many as there are bins
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,23 @@ class BlockMixture:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
     ) -> Tensor:
-        return kernel(q, k, v, self.plan_for(q, k, video=video))
+        return self.laid_out(q, k, v, layout=self.layout(video, q.device), kernel=kernel)
+
+    def laid_out(
+        self, q: Tensor, k: Tensor, v: Tensor, *, layout: "Layout", kernel: Callable
+    ) -> Tensor:
+        """The same with the layout given, which depends on the grid alone."""
+        return kernel(q, k, v, self._routed(q, k, layout))
+
+    def layout(self, video: VideoShape, device: torch.device) -> "Layout":
+        method = self.for_layer(0)
+        return _layout(
+            CYCLE.index(method.partition), _box(method, video), self.block, video, str(device)
+        )
 
     def plan_for(self, q: Tensor, k: Tensor, *, video: VideoShape) -> Plan:
         """What q and k, (B, H, N, D), pick. No gradient, and nothing waits for the device."""
-        layout = _layout(self.for_layer(0), video, q.device)
-        with torch.no_grad():
-            return self._routed(q.detach(), k.detach(), layout)
+        return self._routed(q, k, self.layout(video, q.device))
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
         """What smooth random q and k pick, for pictures and estimates: data decides."""
@@ -138,52 +148,44 @@ class BlockMixture:
         layers = range(3 if self.partition == "cycle" else 1)
         return sum(self.for_layer(i).plan(video).density for i in layers) / len(layers)
 
-    def _routed(self, q: Tensor, k: Tensor, layout: "_Layout") -> Plan:
-        plan, block = layout.plan, layout.plan.block_q
-        own = layout.chunk.view(-1, block)[:, 0]
+    @torch.no_grad()
+    def _routed(self, q: Tensor, k: Tensor, layout: "Layout") -> Plan:
+        slots, own = layout.slots, layout.chunk.view(-1, layout.slots.block_k)[:, 0]
         if self.routing == "block":
-            rows = _block_means(pack(q, plan), layout)
+            rows = _block_means(pack(q, slots), layout)
             home = own
         else:
-            rows = pack(q, plan).float()
+            rows = pack(q, slots).float()
             home = layout.chunk
-        means = _chunk_means(pack(k, plan), layout)
+        means = _chunk_means(pack(k, slots), layout)
         scores = rows @ means.transpose(-1, -2)  # (B, H, rows, C)
         C = scores.shape[3]
         at_home = home[:, None] == torch.arange(C, device=q.device)
-        counted = at_home.new_ones(len(home)) if self.routing == "block" else plan.real
+        counted = at_home.new_ones(len(home)) if self.routing == "block" else slots.real
         free = home >= C  # the text's, which sees all
         picks = _pick(self, scores, at_home, counted & ~free, layout.partition)
         picks = picks | at_home | free[:, None]
         picks = torch.cat([picks, torch.ones_like(picks[..., :1])], -1)  # the text, seen by all
         if self.routing == "block":
-            return plan.rekept(picks[..., own])
-        route = Route(picks, own, plan.block_k)
-        return plan.rekept(route.touched(plan.real, plan.block_q, plan.block_k), route)
+            return plan_of_call(slots, picks[..., own])
+        route = Route(picks, own, slots.block_k)
+        keep = route.touched(slots.real, slots.block_q, slots.block_k)
+        return plan_of_call(slots, keep, route)
 
 
-class _Layout(NamedTuple):
-    """plan: the slots, chunk by chunk. chunk: (S,), the chunk of each slot, C for the text's.
-    sizes: (C,), tokens in each chunk. partition: 0, 1 or 2."""
+class Layout(NamedTuple):
+    """slots: chunk by chunk. chunk: (S,), the chunk of each slot, C for the text's. sizes: (C,),
+    tokens in each chunk. partition: 0, 1 or 2."""
 
-    plan: Plan
+    slots: Slots
     chunk: Tensor
     sizes: Tensor
     partition: int
 
 
-@torch.compiler.assume_constant_result
-def _layout(method: BlockMixture, video: VideoShape, device: torch.device) -> _Layout:
-    return _cached_layout(
-        CYCLE.index(method.partition), _box(method, video), method.block, video, str(device)
-    )
-
-
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # made while sampling, it must serve training too
-def _cached_layout(
-    partition: int, box: Box, most: int, video: VideoShape, device: str
-) -> _Layout:
+def _layout(partition: int, box: Box, most: int, video: VideoShape, device: str) -> Layout:
     counts = [-(-size // side) for size, side in zip(video.grid, box, strict=True)]
     axes = [torch.arange(size) // side for size, side in zip(video.grid, box, strict=True)]
     f, h, w = torch.meshgrid(*axes, indexing="ij")
@@ -205,10 +207,8 @@ def _cached_layout(
     slots[starts[of_token[order]] + inside] = order
     slots[starts[C] : starts[C] + video.text] = torch.arange(video.video_tokens, video.tokens)
 
-    blocks = len(slots) // block
-    everything = torch.ones(1, 1, blocks, blocks, dtype=torch.bool)
-    plan = Plan(slots, everything, block, block).to(torch.device(device))
-    return _Layout(plan, chunk.to(device), sizes.to(device), partition)
+    laid = slots_of(slots.to(device), block, block)
+    return Layout(laid, chunk.to(device), sizes.to(device), partition)
 
 
 def _box(method: BlockMixture, video: VideoShape) -> Box:
@@ -226,7 +226,7 @@ def _box(method: BlockMixture, video: VideoShape) -> Box:
 
 
 def _even_box(target: int, free: Box, whole: Box) -> Box:
-    """The box that cuts the `free` axes into about `target` boxes, as much like cubes as can be."""
+    """The box that cuts the `free` axes into about `target` boxes, as even as can be."""
     options = [sorted({-(-size // parts) for parts in range(1, size + 1)}) for size in free]
 
     def badness(box: Sequence[int]) -> tuple[float, float]:
@@ -238,21 +238,21 @@ def _even_box(target: int, free: Box, whole: Box) -> Box:
     return tuple(side * size for side, size in zip(sides, whole, strict=True))
 
 
-def _chunk_means(k: Tensor, layout: _Layout) -> Tensor:
+def _chunk_means(k: Tensor, layout: Layout) -> Tensor:
     """(B, H, C, D) fp32 from packed keys, the padding left out."""
     B, H, _, D = k.shape
-    block, C = layout.plan.block_k, len(layout.sizes)
-    real = layout.plan.real[:, None]
+    block, C = layout.slots.block_k, len(layout.sizes)
+    real = layout.slots.real[:, None]
     sums = (k.float() * real).unflatten(2, (-1, block)).sum(3)
     totals = sums.new_zeros(B, H, C + 1, D)
     totals.index_add_(2, layout.chunk.view(-1, block)[:, 0], sums)
     return totals[:, :, :C] / layout.sizes[:, None]
 
 
-def _block_means(q: Tensor, layout: _Layout) -> Tensor:
+def _block_means(q: Tensor, layout: Layout) -> Tensor:
     """(B, H, Kq, D) fp32 from packed queries."""
-    real = layout.plan.real.view(-1, layout.plan.block_q, 1)
-    sums = (q.float().unflatten(2, (-1, layout.plan.block_q)) * real).sum(3)
+    real = layout.slots.real.view(-1, layout.slots.block_q, 1)
+    sums = (q.float().unflatten(2, (-1, layout.slots.block_q)) * real).sum(3)
     return sums / real.sum(1).clamp_min(1)
 
 
@@ -280,9 +280,7 @@ def _pick(
     valid = counted[:, None].expand(R, C)
     if method.scope == "query_head":  # each row is its own scope, so none disturbs another
         valid = torch.ones_like(valid)
-    scores, valid, at_home = (
-        forth(x.expand(B, H, R, C)) for x in (scores, valid, at_home)
-    )
+    scores, valid, at_home = (forth(x.expand(B, H, R, C)) for x in (scores, valid, at_home))
     if method.select == "topk":
         keys = _ordered(scores).masked_fill(at_home, _TOP).masked_fill(~valid, _BOTTOM)
         queries = {
@@ -321,8 +319,12 @@ def _least_taken(keys: Tensor, mass: Tensor, need: Tensor) -> Tensor:
     """The greatest key such that the entries from it upwards hold `need`; the lowest int32 where
     all together do not, and any above the last where nothing is needed.
 
-    Keys and mass are (..., n), need is (...). Short rows are sorted. In long ones the mass is counted by the upper half of the keys, then
+    Short rows are sorted. In long ones the mass is counted by the upper half of the keys, then
     within the decisive half by the lower: two passes, where sorting takes dozens.
+
+    Args:
+        keys, mass: (..., n).
+        need: (...), and so is the result.
     """
     if keys.shape[-1] <= SORTED:
         ordered, index = keys.sort(dim=-1, descending=True)

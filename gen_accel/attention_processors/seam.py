@@ -12,7 +12,7 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Call(NamedTuple):
@@ -83,6 +83,35 @@ class SparseProcessor:
     @_parallel_config.setter
     def _parallel_config(self, config: Any) -> None:
         self.stock._parallel_config = config
+
+
+class TrainableProcessor(SparseProcessor, nn.Module):
+    """The same for a method with parameters, a module of the model like any other: its parameters
+    are in `transformer.parameters()` and `state_dict()`, and go where `.to()` sends them.
+
+    Args:
+        branch: holds the parameters; `attend` uses it.
+    """
+
+    def __init__(
+        self,
+        stock: Any,
+        name: str,
+        attend: Callable[[Call], Tensor],
+        owner: Any,
+        branch: nn.Module,
+    ) -> None:
+        nn.Module.__init__(self)
+        SparseProcessor.__init__(self, stock, name, attend, owner)
+        self.branch = branch
+
+    def __deepcopy__(self, memo: dict) -> "TrainableProcessor":
+        copy = memo[id(self)] = object.__new__(type(self))
+        nn.Module.__init__(copy)
+        stock, attend = deepcopy(self.stock, memo), deepcopy(self._attend, memo)
+        owner, branch = deepcopy(self.owner, memo), deepcopy(self.branch, memo)
+        TrainableProcessor.__init__(copy, stock, self._name, attend, owner, branch)
+        return copy
 
 
 def _bind(stock_call: Callable, attend: Callable[[Call], Tensor]) -> Callable:

@@ -3,8 +3,8 @@
 References:
     Zhang et al., "SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear
     Attention", 2025, https://arxiv.org/abs/2509.24006, and "SLA2", 2026,
-    https://arxiv.org/abs/2602.12675; public code thu-ml/SLA (Apache-2.0), branches main at d973e55,
-    whose outputs and gradients the golden cases hold, and SLA-1 at 325cc75.
+    https://arxiv.org/abs/2602.12675; public code thu-ml/SLA (Apache-2.0), main at d973e55, whose
+    outputs and gradients the golden cases hold, and branch SLA-1 at 325cc75.
 """
 
 import math
@@ -19,7 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.stand_in import smooth_qk
-from gen_accel.plan import Plan, pack, raster_slots, tile_slots, unpack
+from gen_accel.plan import (
+    Plan,
+    Slots,
+    pack,
+    plan_of_call,
+    raster_slots,
+    slots_of,
+    tile_slots,
+    unpack,
+)
 from gen_accel.video import VideoShape
 
 LinearOver = Literal["all", "rest", "marginal"]
@@ -119,20 +128,37 @@ class SparseLinear:
         branch: "LinearBranch | None" = None,
     ) -> Tensor:
         """Without a branch this is O_s alone, as it is with one at its start."""
-        if branch is None:
-            return kernel(q, k, v, self.plan_for(q, k, video=video))
-        return branch(*self.parts(q, k, v, video=video, kernel=kernel))
+        layout = self.layout(video, q.device)
+        return self.laid_out(q, k, v, layout=layout, kernel=kernel, branch=branch)
+
+    def laid_out(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        layout: "Layout",
+        kernel: Callable,
+        branch: "LinearBranch | None" = None,
+    ) -> Tensor:
+        """The same with the layout given, which depends on the grid alone."""
+        plan, linear = self._chosen(q, k, layout)
+        o_s = kernel(q, k, v, plan)
+        return o_s if branch is None else branch(o_s, self._linear(q, k, v, plan, linear))
+
+    def layout(self, video: VideoShape, device: torch.device) -> "Layout":
+        return _layout(self.block_q, self.block_k, self.order, video, str(device))
 
     def parts(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
     ) -> tuple[Tensor, Tensor]:
         """O_s and O_l, (B, H, N, D) each."""
-        plan, linear = self._chosen(q, k, video)
+        plan, linear = self._chosen(q, k, self.layout(video, q.device))
         return kernel(q, k, v, plan), self._linear(q, k, v, plan, linear)
 
     def plan_for(self, q: Tensor, k: Tensor, *, video: VideoShape) -> Plan:
         """The critical blocks of q and k, (B, H, N, D). No gradient, no wait for the device."""
-        return self._chosen(q, k, video)[0]
+        return self._chosen(q, k, self.layout(video, q.device))[0]
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
         """The critical blocks of smooth random q and k, for pictures and estimates."""
@@ -146,30 +172,29 @@ class SparseLinear:
         """Share of token pairs that are exact, in [0, 1]; 1 - density is the sparsity."""
         return self.plan(video).density
 
-    def _chosen(self, q: Tensor, k: Tensor, video: VideoShape) -> tuple[Plan, Tensor]:
+    @torch.no_grad()
+    def _chosen(self, q: Tensor, k: Tensor, layout: "Layout") -> tuple[Plan, Tensor]:
         """The plan of the critical blocks, and the (B, H, Kq, Kk) bool of the linear ones."""
-        plan, text_q, text_k, ranked = _layout(self, video, q.device)
-        with torch.no_grad():
-            query = _block_means(pack(q.detach(), plan), plan.real, plan.block_q)
-            packed = pack(k.detach(), plan)
-            key = _block_means(packed, plan.real, plan.block_k)
-            # The mean over all tokens shifts a row's scores alike, and spares precision.
-            mean = (packed.float() * plan.real[:, None]).sum(2, keepdim=True) / video.tokens
-            scores = query @ (key - mean).transpose(-1, -2)
-            blocks = len(ranked)
-            count = max(1, int(self.critical * blocks))
-            worst = 0
-            if self.linear_over == "marginal":
-                worst = min(int(self.skipped * blocks), blocks - count)
-            order = scores[..., ranked].argsort(dim=-1, descending=True)
-            order = ranked[order]
-            critical, skipped = (
-                torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
-                for chosen in (order[..., :count], order[..., blocks - worst :])
-            )
-            keep = critical | text_k | text_q[:, None]
-            occupied = plan.real.view(-1, plan.block_k).any(-1)
-            return plan.rekept(keep & occupied), ~keep & ~skipped & occupied
+        slots, text_q, text_k, ranked = layout
+        query = _block_means(pack(q, slots), slots.real, slots.block_q)
+        packed = pack(k, slots)
+        key = _block_means(packed, slots.real, slots.block_k)
+        # The mean over all tokens shifts a row's scores alike, and spares precision.
+        mean = (packed.float() * slots.real[:, None]).sum(2, keepdim=True) / slots.tokens
+        scores = query @ (key - mean).transpose(-1, -2)
+        blocks = len(ranked)
+        count = max(1, int(self.critical * blocks))
+        worst = 0
+        if self.linear_over == "marginal":
+            worst = min(int(self.skipped * blocks), blocks - count)
+        order = ranked[scores[..., ranked].argsort(dim=-1, descending=True)]
+        critical, skipped = (
+            torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
+            for chosen in (order[..., :count], order[..., blocks - worst :])
+        )
+        keep = critical | text_k | text_q[:, None]
+        occupied = slots.real.view(-1, slots.block_k).any(-1)
+        return plan_of_call(slots, keep & occupied), ~keep & ~skipped & occupied
 
     def _linear(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, linear: Tensor) -> Tensor:
         fq, fk = (_features(x, self.feature_map) for x in (q, k))
@@ -249,36 +274,28 @@ def _block_means(x: Tensor, real: Tensor, block: int) -> Tensor:
     return (x.float().unflatten(2, (-1, block)) * inside).sum(3) / inside.sum(1).clamp_min(1)
 
 
-class _Layout(NamedTuple):
-    """plan: the slots. text_q (Kq,), text_k (Kk,): blocks that hold text. ranked: the numbers of
+class Layout(NamedTuple):
+    """text_q (Kq,), text_k (Kk,): blocks that hold text. ranked: the numbers of
     the key blocks that scores are for, those with the video's tokens alone."""
 
-    plan: Plan
+    slots: Slots
     text_q: Tensor
     text_k: Tensor
     ranked: Tensor
 
 
-@torch.compiler.assume_constant_result
-def _layout(method: SparseLinear, video: VideoShape, device: torch.device) -> _Layout:
-    return _cached_layout(method.block_q, method.block_k, method.order, video, str(device))
-
-
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # made while sampling, it must serve training too
-def _cached_layout(
-    block_q: int, block_k: int, order: Order, video: VideoShape, device: str
-) -> _Layout:
+def _layout(block_q: int, block_k: int, order: Order, video: VideoShape, device: str) -> Layout:
     if order == "tile":
         slots = tile_slots(video, _tile(video, block_q, block_k))
     else:
         slots = raster_slots(video, math.lcm(block_q, block_k))
-    keep = torch.ones(1, 1, len(slots) // block_q, len(slots) // block_k, dtype=torch.bool)
-    plan = Plan(slots, keep, block_q, block_k).to(torch.device(device))
-    text = plan.slots >= video.video_tokens
+    laid = slots_of(slots.to(device), block_q, block_k)
+    text = laid.slots >= video.video_tokens
     text_q, text_k = (text.view(-1, block).any(-1) for block in (block_q, block_k))
-    ranked = (plan.real.view(-1, block_k).any(-1) & ~text_k).nonzero()[:, 0]
-    return _Layout(plan, text_q, text_k, ranked)
+    ranked = (laid.real.view(-1, block_k).any(-1) & ~text_k).nonzero()[:, 0]
+    return Layout(laid, text_q, text_k, ranked)
 
 
 def _tile(video: VideoShape, block_q: int, block_k: int) -> tuple[int, int, int]:
@@ -292,7 +309,8 @@ def _tile(video: VideoShape, block_q: int, block_k: int) -> tuple[int, int, int]
 
     def badness(box: tuple[int, int, int]) -> tuple[float, float]:
         sides = (box[0] * in_a_row, *box[1:])
-        padded = math.prod(-(-size // side) * side for size, side in zip(video.grid, sides, strict=True))
+        both = zip(video.grid, sides, strict=True)
+        padded = math.prod(-(-size // side) * side for size, side in both)
         return padded, max(box) / min(box)
 
     boxes = [box for box in product(divisors, repeat=3) if math.prod(box) == small]

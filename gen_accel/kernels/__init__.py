@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_accel.kernels import flex, gather
+from gen_accel.kernels import flex, gather, triton
 from gen_accel.kernels.failure import KernelFailed
 from gen_accel.plan import Plan
 
@@ -35,7 +35,10 @@ __all__ = [
     "run",
 ]
 
-KERNELS = ("flex", "gather", "reference")
+KERNELS = ("triton", "flex", "xformers", "gather", "reference")
+
+# Those that run inside a graph of torch.compile.
+IN_GRAPHS = {"triton": triton, "flex": flex, "gather": gather}
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,17 @@ def preference(q: Tensor, plan: Plan) -> Mapping[str, str]:
         return {
             "gather": "",
             "flex": "it has to compile first",
+            "triton": "it needs a GPU",
+            "xformers": "it needs CUDA",
             "reference": slow,
         }
-    return {"flex": "", "gather": "it runs many small operations", "reference": slow}
+    return {
+        "triton": "",
+        "flex": "it compiles for each plan, and takes none of a single call",
+        "xformers": "it copies keys that several runs of queries see",
+        "gather": "it runs many small operations",
+        "reference": slow,
+    }
 
 
 def run(
@@ -120,15 +131,20 @@ def run(
 def prepare(plan: Plan, device: torch.device, kernel: str = "auto") -> tuple[str, Any]:
     """What `compute` needs of a plan inside a graph: the kernel's name and its own data."""
     if kernel == "auto":
-        on_gpu = device.type == "cuda" and plan.block_q % 16 == plan.block_k % 16 == 0
-        kernel = "flex" if on_gpu else "gather"
-    backend = import_module(f"gen_accel.kernels.{kernel}")
-    if not hasattr(backend, "prepare"):
-        raise ValueError(f"kernel {kernel!r} does not run inside torch.compile; use 'auto'")
-    return kernel, backend.prepare(plan)
+        kernel = "gather" if device.type == "cpu" else "triton"
+    if kernel not in IN_GRAPHS:
+        raise ValueError(
+            f"kernel {kernel!r} does not run inside torch.compile; use 'auto' or one of "
+            f"{tuple(IN_GRAPHS)}"
+        )
+    if kernel == "flex" and plan.dynamic:
+        raise ValueError(
+            "kernel 'flex' compiles for a plan, and this method makes one a call; use 'auto'"
+        )
+    return kernel, IN_GRAPHS[kernel].prepare(plan)
 
 
 def compute(q: Tensor, k: Tensor, v: Tensor, prepared: tuple[str, Any], *, scale: float) -> Tensor:
     """`run` inside a graph of torch.compile."""
     kernel, data = prepared
-    return (flex if kernel == "flex" else gather).compute(q, k, v, data, scale=scale)
+    return IN_GRAPHS[kernel].compute(q, k, v, data, scale=scale)

@@ -14,7 +14,7 @@ from gen_accel.measure.timing import device_name
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "triton", "xformers")
 FIXES = {
     "triton": "pip install triton  (Linux only; flex on a GPU needs it)",
-    "xformers": 'pip install "gen_accel[xformers]"  (optional, for its attention backend)',
+    "xformers": 'pip install "gen_accel[xformers]"  (optional, CUDA only: the kernel xformers)',
 }
 COMPILERS = ("g++", "clang++", "c++", "cl")
 GIB = 2**30
@@ -57,6 +57,8 @@ def checks() -> list[Check]:
 
 
 def version(package: str) -> str | None:
+    if package == "torch":  # its wheels need not name the build, as in +cu128
+        return str(torch.__version__)
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

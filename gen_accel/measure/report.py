@@ -39,10 +39,10 @@ body {
   margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
 }
-main { max-width: 1120px; margin: 0 auto; padding: 48px 24px 80px; }
+main { max-width: 1168px; margin: 0 auto; padding: 28px 24px 80px; }
 h1 {
-  margin: 0 0 28px; font-size: clamp(1.6rem, 4vw, 2.3rem); font-weight: 650;
-  line-height: 1.2; letter-spacing: -0.02em; overflow-wrap: anywhere;
+  margin: 0 0 20px; font-size: clamp(1.35rem, 3vw, 1.8rem); font-weight: 650;
+  line-height: 1.25; letter-spacing: -0.02em; overflow-wrap: anywhere;
 }
 h2 { margin: 56px 0 16px; font-size: 1.15rem; font-weight: 650; }
 figure { margin: 0; }
@@ -50,22 +50,36 @@ figure video, figure img {
   display: block; width: 100%; height: auto; border-radius: 10px; background: #121214;
 }
 figcaption { margin-top: 8px; color: var(--faint); font-size: 0.9rem; }
-.more { display: grid; gap: 24px; margin-top: 24px;
-  grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); }
-.pictures { display: grid; gap: 32px; }
-.tiles { display: grid; gap: 16px; margin: 36px 0 0;
-  grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); }
+.first { display: flex; flex-wrap: wrap; gap: 20px; }
+.first figure { flex: 3 1 560px; min-width: 0; }
+.first video, .first img { max-height: calc(100vh - 160px); object-fit: contain; }
+.tiles { flex: 1 1 270px; display: grid; gap: 12px; margin: 0; align-content: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 165px), 1fr)); }
 .tile {
-  display: flex; flex-direction: column; padding: 20px 22px; border: 1px solid var(--line);
+  display: flex; flex-direction: column; padding: 12px 18px; border: 1px solid var(--line);
   border-radius: 10px; background: var(--card);
 }
 .tile dt { color: var(--faint); font-size: 0.9rem; }
 .tile dd { margin: 0; }
 .tile .figure {
-  color: var(--accent); font-size: 2.6rem; font-weight: 650; line-height: 1.25;
+  color: var(--accent); font-size: 2.1rem; font-weight: 650; line-height: 1.25;
   letter-spacing: -0.03em; font-variant-numeric: tabular-nums; white-space: nowrap;
 }
-.tile .meaning { color: var(--faint); font-size: 0.85rem; line-height: 1.45; }
+.tile .meaning { color: var(--faint); font-size: 0.85rem; line-height: 1.4; }
+.more { display: grid; gap: 24px; margin-top: 28px;
+  grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); }
+.pictures { display: grid; gap: 32px; }
+.pictures figure { min-width: 0; }
+.pictures .wide { overflow-x: auto; }
+.pictures .wide img { min-width: 760px; }
+@media (max-width: 640px) {
+  main { padding: 20px 16px 64px; }
+  .first video, .first .wide, .pictures .wide { width: 100vw; margin: 0 -16px; }
+  .first video, .first img, .pictures img { border-radius: 0; }
+  .tiles { grid-template-columns: 1fr 1fr; }
+  .tile { padding: 10px 14px; }
+  .tile .figure { font-size: 1.7rem; }
+}
 .notes p { max-width: 70ch; margin: 0 0 10px; overflow-wrap: anywhere; }
 table { width: 100%; border-collapse: collapse; font-size: 0.92rem; }
 th, td { padding: 7px 0; border-bottom: 1px solid var(--line); text-align: left;
@@ -87,13 +101,14 @@ def write_report(
 ) -> None:
     """One HTML file that holds all it shows: no script, and nothing is fetched.
 
-    In this order: videos, headline figures, notes, pictures, the whole report, the environment.
+    In this order: the first video beside the headline figures, the other videos, notes, pictures,
+    the whole report, the environment.
 
     Args:
-        report: nested dicts. Keys named `speedup` (a factor), `density` (a share, 0 to 1),
-            `psnr` (dB) and `ssim` at any depth, the least deep first, become the headline
-            figures. Numbers whose key, or whose parent's key, ends in `seconds` are times.
-            `environment`, at the top, comes last.
+        report: nested dicts. Keys named `speedup` (a factor), `density` (a share, 0 to 1, of the
+            pairs where attention is sparse), `psnr` (dB) and `ssim` at any depth, the least deep
+            first, become the headline figures. Numbers whose key, or whose parent's key, ends in
+            `seconds` are times. `environment`, at the top, comes last.
         title: the heading, such as the prompt or the method.
         videos: caption to .mp4, .webm or .gif; the first is shown large.
         pictures: caption to .png, .jpg or .gif.
@@ -108,11 +123,11 @@ def write_report(
     tiles = "".join(_tile(*tile) for tile in _headline(rest))
     paragraphs = "".join(f"<p>{escape(note)}</p>\n" for note in notes)
     shown = "".join(_figure(caption, file) for caption, file in pictures.items())
+    first = "".join(figures[:1]) + (f'<dl class="tiles">{tiles}</dl>' if tiles else "")
     parts = [
         f"<h1>{escape(title)}</h1>",
-        figures[0] if figures else "",
+        f'<div class="first">{first}</div>' if first else "",
         f'<div class="more">{"".join(figures[1:])}</div>' if figures[1:] else "",
-        f'<dl class="tiles">{tiles}</dl>' if tiles else "",
         _section("In plain words", f'<div class="notes">{paragraphs}</div>' if notes else ""),
         _section("Pictures", f'<div class="pictures">{shown}</div>' if shown else ""),
         _section("Everything that was measured", _table(rest)),
@@ -172,7 +187,11 @@ def _headline(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             "as fast as dense attention",
         )
     if "density" in found:
-        yield "Density", f"{100 * found['density']:.3g} %", "of the token pairs are computed"
+        yield (
+            "Density, sparse steps",
+            f"{100 * found['density']:.3g} %",
+            "of the token pairs are computed; the other steps and layers are dense",
+        )
     if "psnr" in found:
         decibels = found["psnr"]
         figure = f"{decibels:.1f} dB" if math.isfinite(decibels) else "∞ dB"
@@ -204,7 +223,7 @@ def _figure(caption: str, file: str | Path) -> str:
             "</video>"
         )
     else:
-        shown = f'<img src="{data}" alt="{text}">'
+        shown = f'<div class="wide" tabindex="0"><img src="{data}" alt="{text}"></div>'
     return f"<figure>{shown}<figcaption>{text}</figcaption></figure>\n"
 
 

@@ -1,7 +1,19 @@
-"""How it is used on a pipeline: attach a method, look at what it did, take it off."""
+"""How it is used on a pipeline: attach a method, calibrate, look at what it did, take it off."""
 
-from gen_accel.pipelines.attach import Attachment, attach
+from gen_accel.pipelines.attach import Attachment, SilentBranch, attach
+from gen_accel.pipelines.calibrate import Calibration, calibrate
 from gen_accel.pipelines.schedule import Schedule
+from gen_accel.pipelines.storage import load_processors, save_processors
 from gen_accel.pipelines.summary import Summary
 
-__all__ = ["Attachment", "Schedule", "Summary", "attach"]
+__all__ = [
+    "Attachment",
+    "Calibration",
+    "Schedule",
+    "SilentBranch",
+    "Summary",
+    "attach",
+    "calibrate",
+    "load_processors",
+    "save_processors",
+]

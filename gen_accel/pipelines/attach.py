@@ -1,9 +1,10 @@
 """Attach a method to a live diffusers pipeline or transformer, and take it off again."""
 
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -11,8 +12,14 @@ from torch import Tensor, nn
 
 from gen_accel import kernels
 from gen_accel.attention_processors import Dense
-from gen_accel.attention_processors.families import family_of
-from gen_accel.attention_processors.seam import Call, SparseProcessor, is_compiled
+from gen_accel.attention_processors.families import SelfAttention, family_of
+from gen_accel.attention_processors.seam import (
+    Call,
+    SparseProcessor,
+    TrainableProcessor,
+    is_compiled,
+)
+from gen_accel.kernels.self_check import check_rows
 from gen_accel.pipelines.clock import Clock
 from gen_accel.pipelines.schedule import Schedule
 from gen_accel.pipelines.summary import Record, Summary
@@ -29,6 +36,7 @@ def attach(
     schedule: Schedule | None = None,
     kernel: str = "auto",
     timed: bool = False,
+    self_check: bool | None = None,
 ) -> "Attachment":
     """Make the self-attention of a pipeline's transformers use `method`.
 
@@ -48,6 +56,10 @@ def attach(
             changes of the timestep, and shares of them cannot be given.
         kernel: "auto" or a name from `gen_accel.kernels.KERNELS`, which then never falls back.
         timed: also measure the seconds spent in attention; on a GPU this waits for each call.
+        self_check: the first time a kernel meets a method, shape, dtype and device, hold some rows
+            of its answer to the reference. Without: everywhere but on the CPU.
+
+    A method with parameters, such as `SparseLinear()`, starts anew each time it is attached.
 
     Raises:
         ValueError: a class that no family serves, a compiled transformer, an unknown kernel, a
@@ -58,27 +70,63 @@ def attach(
     kernels.check_name(kernel)
     if isinstance(method, type) or not callable(method):
         raise ValueError(f"method must be an instance such as Radial(), got {method!r}")
-    if isinstance(pipe_or_transformer, nn.Module):
-        scheduler, transformers = None, {"transformer": pipe_or_transformer}
-        if schedule.needs_total:
-            raise ValueError(
-                "dense_start and dense_end are shares of the steps, which only a pipeline knows: "
-                "attach to the pipeline, or use dense_steps"
-            )
-    else:
-        found = {name: getattr(pipe_or_transformer, name, None) for name in TRANSFORMERS}
-        transformers = {name: module for name, module in found.items() if module is not None}
-        if not transformers:
-            kind = type(pipe_or_transformer).__name__
-            raise TypeError(f"{kind} is neither a pipeline with a transformer nor a module")
+    transformers = served_transformers(pipe_or_transformer)
+    scheduler = None
+    if not isinstance(pipe_or_transformer, nn.Module):
         scheduler = _scheduler(pipe_or_transformer)
+    elif schedule.needs_total:
+        raise ValueError(
+            "dense_start and dense_end are shares of the steps, which only a pipeline knows: "
+            "attach to the pipeline, or use dense_steps"
+        )
     for name, module in transformers.items():
         if is_compiled(module):
             raise ValueError(
                 f"{name} is compiled already; load it again, attach, and compile then"
             )
     families = {name: family_of(module) for name, module in transformers.items()}
-    return Attachment(transformers, families, Clock(scheduler), method, schedule, kernel, timed)
+    options = Options(method, schedule, kernel, timed, self_check)
+    handle = Attachment(transformers, families, Clock(scheduler), options)
+    if handle.branches and all(branch.silent() for branch in handle.branches.values()):
+        warnings.warn(
+            f"the linear branch of {type(method).__name__} is still silent, so that this is "
+            "sparse attention alone: fit it with gen_accel.calibrate, train it, or load it with "
+            "gen_accel.load_processors",
+            SilentBranch,
+            stacklevel=2,
+        )
+    return handle
+
+
+class SilentBranch(UserWarning):
+    """A method with parameters was attached, and they are at their start."""
+
+
+def served_transformers(pipe_or_transformer: Any) -> dict[str, nn.Module]:
+    """By the names that a pipeline has for them; TypeError for what has none."""
+    if isinstance(pipe_or_transformer, nn.Module):
+        return {TRANSFORMERS[0]: pipe_or_transformer}
+    found = {name: getattr(pipe_or_transformer, name, None) for name in TRANSFORMERS}
+    transformers = {name: module for name, module in found.items() if module is not None}
+    if not transformers:
+        kind = type(pipe_or_transformer).__name__
+        raise TypeError(f"{kind} is neither a pipeline with a transformer nor a module")
+    return transformers
+
+
+def layer_method(method: Any, layer: int) -> Any:
+    """What runs in a layer, for methods that change from one to the next."""
+    return method.for_layer(layer) if hasattr(method, "for_layer") else method
+
+
+class Options(NamedTuple):
+    """What `attach` was asked for."""
+
+    method: Any
+    schedule: Schedule
+    kernel: str = "auto"
+    timed: bool = False
+    self_check: bool | None = None
 
 
 class Attachment:
@@ -89,16 +137,15 @@ class Attachment:
         transformers: dict[str, nn.Module],
         families: dict[str, Any],
         clock: Clock,
-        method: Any,
-        schedule: Schedule,
-        kernel: str,
-        timed: bool,
+        options: Options,
     ) -> None:
-        self.method, self.schedule, self.kernel, self.timed = method, schedule, kernel, timed
+        self.method, self.schedule, self.kernel, self.timed, self.self_check = options
         self.clock = clock
         self.records: dict[tuple[str, int], Record] = {}
+        self.branches: dict[str, Any] = {}
+        self.observe: Observer | None = None
         self._dense_step: str | None = None
-        self._prepared = _prepared_for(method, kernel)
+        self._checked: set[tuple] = set()
         self._sites: list[tuple[Any, SparseProcessor]] = []
         replaced: list[tuple[Attachment, Any]] = []
         for name, transformer in transformers.items():
@@ -108,8 +155,7 @@ class Attachment:
                 if isinstance(stock, SparseProcessor):
                     replaced.append((stock.owner, site.module))
                     stock = stock.stock
-                attend = partial(self._attend, f"{name}.{site.name}", site.layer)
-                processor = SparseProcessor(stock, family.ATTENTION_CALL, attend, self)
+                processor = self._processor(name, transformer, family, site, stock)
                 self._sites.append((site.module, processor))
         # Nothing is changed before here, so that a refusal leaves the model as it was.
         for handle, module in replaced:
@@ -123,6 +169,21 @@ class Attachment:
             )
             for name, transformer in transformers.items()
         ]
+
+    def _processor(
+        self, name: str, transformer: Any, family: Any, site: SelfAttention, stock: Any
+    ) -> SparseProcessor:
+        method = layer_method(self.method, site.layer)
+        full, branch = f"{name}.{site.name}", None
+        if hasattr(method, "branch"):
+            place = next(site.module.parameters()).device
+            branch = method.branch(site.heads, site.dim).to(place, transformer.dtype)
+            self.branches[full] = branch
+        layer = Layer(full, site.layer, method, _constant_for(method, self.kernel), branch)
+        attend = partial(self._attend, layer)
+        if branch is None:
+            return SparseProcessor(stock, family.ATTENTION_CALL, attend, self)
+        return TrainableProcessor(stock, family.ATTENTION_CALL, attend, self, branch)
 
     def detach(self) -> None:
         """Put the stock processors back. Does nothing the second time."""
@@ -172,48 +233,86 @@ class Attachment:
             self.records.clear()
         self._dense_step = self.schedule.why_step(self.clock.step, self.clock.steps)
 
-    def _attend(self, name: str, layer: int, call: Call) -> Tensor:
-        why = self.schedule.why_layer(layer) or self._dense_step
-        if isinstance(self.method, Dense):
+    def _attend(self, layer: "Layer", call: Call) -> Tensor:
+        why = self.schedule.why_layer(layer.number) or self._dense_step
+        if isinstance(layer.method, Dense):
             why = "method is dense"
         if why is None and call.refused:
             raise ValueError(
-                f"sparse attention does not take {', '.join(call.refused)} of {name}; attach "
-                "Dense() or detach for this model"
+                f"sparse attention does not take {', '.join(call.refused)} of {layer.name}; "
+                "attach Dense() or detach for this model"
             )
         if torch.compiler.is_compiling():
-            return call.stock() if why else self._compiled(call)
-        key = (name, self.clock.step)
+            return call.stock() if why else self._compiled(layer, call)
+        key = (layer.name, self.clock.step)
         record = self.records.get(key) or Record()
         start = self._now(call.q) if self.timed else None
         if why:
             out = call.stock()
             record.add(call.q.shape, why=why)
+        elif self.observe is not None:
+            out = call.stock()
+            record.add(call.q.shape, why="observed")
+            q, k, v, dense = (x.transpose(1, 2) for x in (call.q, call.k, call.v, out))
+            run = partial(kernels.run, scale=call.scale, kernel=self.kernel)
+            self.observe(layer, q, k, v, dense, self._video(call.q), run)
         else:
-            out = self._sparse(call, record)
+            out = self._sparse(layer, call, record)
         if start is not None:
             record.seconds = (record.seconds or 0.0) + self._now(call.q) - start
         self.records[key] = record  # not before the call has succeeded
         return out
 
-    def _sparse(self, call: Call, record: Record) -> Tensor:
-        video = self._video(call.q)
+    def _sparse(self, layer: "Layer", call: Call, record: Record) -> Tensor:
+        def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+            chosen: list[kernels.Choice] = []
+            options: dict[str, Any] = {"scale": call.scale, "kernel": self.kernel}
+            out = kernels.run(q, k, v, plan, **options, report=chosen.append)
+            record.add(call.q.shape, choice=chosen[0], plan=plan)
+            self._check(layer.method, chosen[0].kernel, q, k, v, plan, out, call.scale)
+            return out
+
+        return self._run(layer, call, run)
+
+    def _compiled(self, layer: "Layer", call: Call) -> Tensor:
+        """The same in a graph, in which all that depends on the grid alone is a constant: the
+        plan, or where q and k make the plan, its layout."""
 
         def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-            def report(choice: kernels.Choice) -> None:
-                record.add(call.q.shape, choice=choice, plan=plan)
+            prepared = kernels.prepare(plan, q.device, self.kernel)
+            return kernels.compute(q, k, v, prepared, scale=call.scale)
 
-            return kernels.run(q, k, v, plan, scale=call.scale, kernel=self.kernel, report=report)
-
-        q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
-        return self.method(q, k, v, video=video, kernel=run).transpose(1, 2)
-
-    def _compiled(self, call: Call) -> Tensor:
-        """The same in a graph: the plan is made while tracing and is a constant of the graph."""
         video = self._video(call.q)
         q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
-        prepared = self._prepared(*video.grid, video.text, str(q.device))
-        return kernels.compute(q, k, v, prepared, scale=call.scale).transpose(1, 2)
+        constant = layer.constant(*video.grid, video.text, str(q.device))
+        if not hasattr(layer.method, "layout"):
+            return kernels.compute(q, k, v, constant, scale=call.scale).transpose(1, 2)
+        trained = {} if layer.branch is None else {"branch": layer.branch}
+        out = layer.method.laid_out(q, k, v, layout=constant, kernel=run, **trained)
+        return out.transpose(1, 2)
+
+    def _run(self, layer: "Layer", call: Call, kernel: Callable) -> Tensor:
+        video = self._video(call.q)
+        q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
+        trained = {} if layer.branch is None else {"branch": layer.branch}
+        return layer.method(q, k, v, video=video, kernel=kernel, **trained).transpose(1, 2)
+
+    def _check(
+        self,
+        method: Any,
+        kernel: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        out: Tensor,
+        scale: float,
+    ) -> None:
+        wanted = q.device.type != "cpu" if self.self_check is None else self.self_check
+        key = (method, kernel, q.shape, q.dtype, q.device)
+        if wanted and kernel != "reference" and key not in self._checked:
+            check_rows(q, k, v, plan, out, scale=scale, kernel=kernel)
+            self._checked.add(key)
 
     def _video(self, q: Tensor) -> VideoShape:
         video = self.clock.video
@@ -230,16 +329,38 @@ class Attachment:
         return time.perf_counter()
 
 
-def _prepared_for(method: Any, kernel: str) -> Callable:
-    """Makes the plan while a graph is traced, outside of it: there it is a constant."""
+class Layer(NamedTuple):
+    """One attention that a method was attached to.
+
+    Args:
+        name: for reports.
+        number: of its block.
+        constant: what of a grid is a constant of a graph.
+        branch: the method's parameters in this layer.
+    """
+
+    name: str
+    number: int
+    method: Any
+    constant: Callable
+    branch: Any
+
+
+# layer, q, k, v and the dense output (B, H, N, D), the grid, and what runs a plan on q, k, v
+Observer = Callable[[Layer, Tensor, Tensor, Tensor, Tensor, VideoShape, Callable], None]
+
+
+def _constant_for(method: Any, kernel: str) -> Callable:
+    """Runs while a graph is traced, outside of it."""
 
     @torch.compiler.assume_constant_result
-    def prepared(frames: int, height: int, width: int, text: int, device: str) -> tuple:
-        where = torch.device(device)
-        plan = method.plan(VideoShape(frames, height, width, text), where)
-        return kernels.prepare(plan, where, kernel)
+    def constant(frames: int, height: int, width: int, text: int, device: str) -> tuple:
+        where, video = torch.device(device), VideoShape(frames, height, width, text)
+        if hasattr(method, "layout"):
+            return method.layout(video, where)
+        return kernels.prepare(method.plan(video, where), where, kernel)
 
-    return prepared
+    return constant
 
 
 def _scheduler(pipe: Any) -> Callable[[], Any]:

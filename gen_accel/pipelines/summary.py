@@ -3,26 +3,34 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from gen_accel.kernels import Choice
 from gen_accel.plan import Plan
+
+
+class Share(NamedTuple):
+    """What one call computed of the token pairs. Tensors are read when someone asks."""
+
+    density: Tensor | float
+    computed: Tensor | float
+    dense_flops: float
 
 
 @dataclass
 class Record:
     """One layer at one step: all its calls, two with guidance.
 
-    FLOPs count both products of attention, at 2 for each multiply and add.
+    FLOPs count both products of attention, at 2 for each multiply and add; what chooses the
+    blocks, and the linear branch of sparse-linear attention, are not counted.
     """
 
     why_dense: str | None = None
     choice: Choice | None = None
-    density: float = 1.0
     tokens: int = 0
-    calls: int = 0
-    flops: float = 0.0
-    dense_flops: float = 0.0
+    shares: list[Share] = field(default_factory=list)
     seconds: float | None = None
 
     def add(
@@ -35,12 +43,30 @@ class Record:
     ) -> None:
         """shape: (B, N, H, D)."""
         B, N, H, D = shape
-        dense = 4.0 * B * H * N * N * D
         self.why_dense, self.choice, self.tokens = why, choice, N
-        self.calls += 1
-        self.dense_flops += dense
-        self.density = 1.0 if plan is None else plan.density
-        self.flops += dense if plan is None else dense * plan.computed_density
+        density: tuple[Tensor | float, Tensor | float] = (1.0, 1.0)
+        if plan is not None:
+            # A plan of one call is not waited for, one that lasts knows its densities.
+            lasting = not plan.dynamic
+            density = (plan.density, plan.computed_density) if lasting else plan.densities()
+        self.shares.append(Share(*density, 4.0 * B * H * N * N * D))
+
+    @property
+    def calls(self) -> int:
+        return len(self.shares)
+
+    @property
+    def density(self) -> float:
+        """Mean over the calls."""
+        return sum(float(share.density) for share in self.shares) / len(self.shares)
+
+    @property
+    def dense_flops(self) -> float:
+        return sum(share.dense_flops for share in self.shares)
+
+    @property
+    def flops(self) -> float:
+        return sum(float(share.computed) * share.dense_flops for share in self.shares)
 
 
 @dataclass(frozen=True)

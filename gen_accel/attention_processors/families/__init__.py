@@ -18,11 +18,18 @@ FAMILIES = ("wan",)
 
 
 class SelfAttention(NamedTuple):
-    """One attention over the video's tokens."""
+    """One attention over the video's tokens.
+
+    Args:
+        layer: the number of its block, which `Schedule.dense_layers` counts.
+        heads, dim: attention heads, and the dim of one.
+    """
 
     name: str
     module: Any
-    layer: int  # the number of its block, which `Schedule.dense_layers` counts
+    layer: int
+    heads: int
+    dim: int
 
 
 def served_classes() -> dict[str, str]:

@@ -16,11 +16,13 @@ ATTENTION_CALL = "dispatch_attention_fn"
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
-    found = []
-    for stack in ("blocks", "vace_blocks"):
-        for layer, block in enumerate(getattr(transformer, stack, ())):
-            found.append(SelfAttention(f"{stack}.{layer}", block.attn1, layer))
-    return found
+    config: Any = transformer.config
+    heads, dim = config.num_attention_heads, config.attention_head_dim
+    return [
+        SelfAttention(f"{stack}.{layer}", block.attn1, layer, heads, dim)
+        for stack in ("blocks", "vace_blocks")
+        for layer, block in enumerate(getattr(transformer, stack, ()))
+    ]
 
 
 def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> VideoShape:

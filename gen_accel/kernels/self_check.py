@@ -1,0 +1,64 @@
+"""Some rows of a kernel's answer, held to the reference on the user's own tensors."""
+
+import torch
+from torch import Tensor
+
+from gen_accel.plan import Plan, pack
+
+ROWS = 64  # of the first and the last head of the first sample: a small share of one attention
+
+
+class SelfCheckFailed(RuntimeError):
+    """A kernel errs more than it may on this machine."""
+
+
+@torch.no_grad()
+def check_rows(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, out: Tensor, *, scale: float, kernel: str
+) -> None:
+    """Hold `out`, (B, H, N, D), to the reference on a sample of its rows. Waits for the device.
+
+    The largest error against fp64 may be twice that of the reference in q's dtype, and one spacing
+    of floats more.
+
+    Raises:
+        SelfCheckFailed: with the figures.
+    """
+    count = min(ROWS, plan.tokens)
+    tokens = torch.linspace(0, plan.tokens - 1, count, device=q.device).long()
+    for head in sorted({0, q.shape[1] - 1}):
+        one = [x[:1, head : head + 1] for x in (q, k, v, out)]
+        allowed = _seen(plan, plan.places[tokens], head)
+        exact, low = (
+            _rows(*(x.to(dtype) for x in one[:3]), plan, tokens, allowed, scale).to(last)
+            for dtype, last in ((torch.float64, torch.float64), (torch.float32, q.dtype))
+        )
+        error = (one[3][0, 0, tokens].double() - exact).abs().max().item()
+        spacing = torch.finfo(q.dtype).eps * exact.abs().max().item()
+        budget = 2 * ((low.double() - exact).abs().max().item() + spacing)
+        if not error <= budget:
+            raise SelfCheckFailed(
+                f"kernel {kernel!r} errs by {error:.2e} on q {tuple(q.shape)} {q.dtype} on "
+                f"{q.device}, allowed are {budget:.2e}: use another kernel=, or self_check=False"
+            )
+
+
+def _seen(plan: Plan, slots: Tensor, head: int) -> Tensor:
+    """(rows, S) bool: what the queries in `slots` see, in one head of the first sample."""
+    keep = plan.keep[0, head if plan.keep.shape[1] > 1 else 0]
+    seen = keep[slots // plan.block_q].repeat_interleave(plan.block_k, -1) & plan.real
+    if plan.partial is None:
+        return seen
+    keys = torch.arange(len(plan.slots), device=slots.device)
+    allowed = plan.partial.allows(slots[:, None], keys)
+    if allowed.ndim == 4:
+        allowed = allowed[0, head if allowed.shape[1] > 1 else 0]
+    return seen & allowed
+
+
+def _rows(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, tokens: Tensor, allowed: Tensor, scale: float
+) -> Tensor:
+    scores = q[0, 0, tokens] @ pack(k, plan)[0, 0].T * scale
+    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0)
+    return weights @ pack(v, plan)[0, 0]

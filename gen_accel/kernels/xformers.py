@@ -1,0 +1,199 @@
+"""xformers' block-diagonal attention over runs of tokens: CUDA only, an optional dependency.
+
+Query blocks that see the same key blocks make a run: its queries attend densely to its keys, so
+that a plan of whole blocks is the block-diagonal mask of its runs. Padding enters none of them.
+Where no two runs share a key, as in dense attention and in windows as large as their stride,
+tokens are only put in order. Everywhere else a key is copied for each run that sees it, and
+training keeps the copies until the backward pass.
+
+References:
+    Lefaudeux et al., "xFormers", 2022, https://github.com/facebookresearch/xformers
+    (`ops.fmha.attn_bias.BlockDiagonalMask`, the same from 0.0.30 to 0.0.35). Its masks for padded
+    keys are left aside: its FlashAttention has no backward for them.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from gen_accel.plan import Plan
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Modules of xformers.ops.fmha in the order in which its own dispatch tries them. Named here, so
+# that forward and backward are known to fit together before anything runs.
+OPERATORS = ("flash3", "flash", "cutlass", "ck")
+KEYS = 1 << 18  # keys copied for one call: 0.8 GB each of K and V for 12 heads of 128 in bf16
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
+    """Synchronises the device the first time for a plan with a rule on token pairs."""
+    reasons = []
+    if find_spec("xformers") is None:
+        reasons.append('xformers is not installed: pip install "gen_accel[xformers]"')
+    if q.device.type != "cuda":
+        reasons.append(f"xformers runs on CUDA only, got {q.device.type}")
+    if q.dtype not in DTYPES:
+        reasons.append(f"xformers takes float16, bfloat16 and float32, got {q.dtype}")
+    if q.shape[3] % 8:
+        reasons.append(f"head dim must be a multiple of 8, got {q.shape[3]}")
+    if plan.dynamic:
+        reasons.append("it reads the plan back to list lengths, and this one is for a single call")
+    elif cut := _cut_blocks(plan):
+        reasons.append(
+            f"it takes whole blocks, and a rule on token pairs cuts {cut} of those kept"
+        )
+    return reasons or _operators(*_kind(q, k, v))[1]
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+    operators, _ = _operators(*_kind(q, k, v))
+    attend = partial(_fmha().memory_efficient_attention, scale=scale, op=operators)
+    return over_runs(q, k, v, plan, attend)
+
+
+def over_runs(q: Tensor, k: Tensor, v: Tensor, plan: Plan, attend: Callable) -> Tensor:
+    """Attention by `attend`, which sees nothing but runs; (B, H, N, D) in and out.
+
+    Args:
+        attend: takes q (1, T, H, D), k and v (1, U, H, D) and `attn_bias`, the mask that lets
+            each run of T see its own of U. Returns (1, T, H, D).
+    """
+    B, H, N, D = q.shape
+    own_patterns = plan.keep.shape[1] > 1  # then each head counts as a sample of one head
+    wide = torch.promote_types(q.dtype, torch.float32) if _training(q, k, v) else q.dtype
+    if not own_patterns:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    q, k, v = (x.reshape(-1, 1 if own_patterns else H, D) for x in (q, k, v))
+    runs = _runs(plan, B * H if own_patterns else B)
+    outs = [q[:0] + k[:0] + v[:0]]  # so that the output depends on all, even if no run is there
+    k, v = k.to(wide), v.to(wide)  # many runs add into the gradient of one key
+    for query, key, mask in runs.parts:
+        keys, values = (x.index_select(0, key)[None].to(q.dtype) for x in (k, v))
+        outs.append(attend(q.index_select(0, query)[None], keys, values, attn_bias=mask)[0])
+    out = q.new_zeros(q.shape).index_copy(0, runs.seeing, torch.cat(outs))
+    return out.view(B, H, N, D) if own_patterns else out.view(B, N, H, D).transpose(1, 2)
+
+
+class Part(NamedTuple):
+    """The runs of one call.
+
+    Args:
+        query, key: (T,) and (U,) int64, run after run, rows among the tokens of all samples.
+        mask: the BlockDiagonalMask of their lengths.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Any
+
+
+class Runs(NamedTuple):
+    """seeing: (T,) int64, the rows of all parts; the others see nothing."""
+
+    parts: list[Part]
+    seeing: Tensor
+
+
+_cache: "WeakKeyDictionary[Plan, dict[int, Runs]]" = WeakKeyDictionary()
+_cuts: "WeakKeyDictionary[Plan, int]" = WeakKeyDictionary()
+
+
+@torch.inference_mode(False)
+def _runs(plan: Plan, samples: int) -> Runs:
+    known = _cache.setdefault(plan, {})
+    if samples not in known:
+        known[samples] = _build(plan, samples)
+    return known[samples]
+
+
+def _build(plan: Plan, samples: int) -> Runs:
+    patterns = _patterns(plan)
+    groups, room = [[]], KEYS
+    for sample in range(samples):
+        first = sample * plan.tokens
+        for query, key in patterns[sample % len(patterns)]:
+            if groups[-1] and len(key) > room:
+                groups.append([])
+                room = KEYS
+            groups[-1].append((first + query, first + key))
+            room -= len(key)
+    device = plan.slots.device
+    parts = [_part(group, device) for group in groups if group]
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    return Runs(parts, torch.cat([none, *(part.query for part in parts)]))
+
+
+def _patterns(plan: Plan) -> list[list[tuple[Tensor, Tensor]]]:
+    """(query tokens, key tokens) of each run, for each of the B' x H' patterns of `keep`."""
+    slots, real = plan.slots.cpu(), plan.real.cpu()
+    held = real.view(-1, plan.block_k).any(-1)
+    found = []
+    for keep in plan.keep.flatten(0, 1).cpu():
+        rows, row_of = (keep & held).unique(dim=0, return_inverse=True)
+        runs = []
+        for i, row in enumerate(rows):
+            query = slots[real & (row_of == i).repeat_interleave(plan.block_q)]
+            key = slots[real & row.repeat_interleave(plan.block_k)]
+            if len(query) and len(key):
+                runs.append((query, key))
+        found.append(runs)
+    return found
+
+
+def _part(group: list[tuple[Tensor, Tensor]], device: torch.device) -> Part:
+    queries, keys = zip(*group, strict=True)
+    lengths = [[len(run) for run in side] for side in (queries, keys)]
+    mask = _fmha().attn_bias.BlockDiagonalMask.from_seqlens(*lengths, device=device)
+    return Part(torch.cat(queries).to(device), torch.cat(keys).to(device), mask)
+
+
+def _cut_blocks(plan: Plan) -> int:
+    """How many kept blocks `partial` keeps only in part. Synchronises the device once a plan."""
+    if plan.partial is None:
+        return 0
+    if plan not in _cuts:
+        whole = plan.partial.whole(plan.real, plan.block_q, plan.block_k)
+        _cuts[plan] = int((plan.keep & ~whole).sum())
+    return _cuts[plan]
+
+
+def _fmha() -> Any:
+    return import_module("xformers.ops.fmha")
+
+
+def _training(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+
+
+def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple:
+    """All that decides which operators run."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return q.shape[3], q.dtype, q.device, _training(q, k, v), deterministic
+
+
+@lru_cache(maxsize=32)
+def _operators(
+    dim: int, dtype: torch.dtype, device: torch.device, training: bool, deterministic: bool
+) -> tuple[Any, list[str]]:
+    """xformers' first pair of forward and backward that fits, or why none does."""
+    try:
+        fmha = _fmha()
+    except ImportError as error:
+        return None, [f"xformers cannot be imported: {error}"]
+    x = torch.empty(1, 1, 1, dim, dtype=dtype, device=device)
+    mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens([1], device=device)
+    inputs = fmha.Inputs(x, x, x, mask, scale=1.0)
+    refused = []
+    for name in OPERATORS:
+        pair = getattr(fmha, name).FwOp, getattr(fmha, name).BwOp
+        reasons = [why for op in pair[: 1 + training] for why in op.not_supported_reasons(inputs)]
+        if not reasons:
+            return pair, []
+        refused.append(f"{pair[0].NAME}: {', '.join(reasons)}")
+    return None, refused

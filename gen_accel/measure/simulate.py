@@ -1,0 +1,370 @@
+"""How much faster neighborhood attention can be on a grid, for one choice of stride and tiles.
+
+A block kernel computes whole tiles of keys for a tile of queries, and its slowest query tile sets
+the pace. With N keys, of which the query tile that visits most computes `most` tiles of T keys:
+
+    speed-up bound  =  N / (most x T)  <=  1 / density
+
+Nothing is run: window, stride, dilation and causality act on each axis alone, so the tiles that a
+query tile visits are a box, and counts multiply over the axes.
+
+References:
+    The simulator described in Hassani et al., "Generalized Neighborhood Attention", 2025,
+    https://arxiv.org/abs/2504.16922, appendix B. Unlike there, dense attention is counted without
+    the padding of tiles that stick out of the grid, since it needs none; where tiles divide the
+    grid the two are equal.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from heapq import nsmallest
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+
+from gen_accel.attention_processors.neighborhood import AXES, Axes, Neighborhood, spans
+from gen_accel.video import VideoShape
+
+# Query and key tiles of NATTEN 0.21.7 on Hopper (128 queries) and Blackwell (256 queries) at head
+# dim 128, for videos, images and sequences.
+TILES: tuple[tuple[Axes, Axes], ...] = (
+    *product(
+        [(8, 4, 8), (2, 8, 16), (4, 8, 8), (2, 16, 8), (4, 4, 16)],
+        [(4, 4, 8), (2, 8, 8), (2, 4, 16)],
+    ),
+    ((4, 4, 8), (4, 4, 8)),
+    ((2, 8, 8), (2, 8, 8)),
+    ((1, 16, 16), (1, 16, 8)),
+    ((1, 16, 8), (1, 16, 8)),
+    ((1, 1, 256), (1, 1, 128)),
+    ((1, 1, 128), (1, 1, 128)),
+)
+NEAR = 0.9  # a searched window keeps at least this share of the most that one may keep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """Printable; `to_dict()` for a report.
+
+    Args:
+        tile_q, tile_k: tokens along (frames, rows, columns); with a dilation, of one dilation
+            group.
+        dynamic: whether key tiles start at the first key of each query tile, not on a fixed grid.
+        query_tiles: how many there are.
+        key_tiles: how many would hold all keys without padding.
+        most, mean: key tiles that a query tile visits.
+        whole: share of the visited tiles in which every query sees every key, so that they need
+            no mask, in [0, 1].
+        density: share of the token pairs that are kept, in [0, 1].
+    """
+
+    video: VideoShape
+    method: Neighborhood
+    tile_q: Axes
+    tile_k: Axes
+    dynamic: bool
+    query_tiles: int
+    key_tiles: float
+    most: int
+    mean: float
+    whole: float
+    density: float
+
+    @property
+    def speedup(self) -> float:
+        """Over dense attention, if the kernel runs at the same rate."""
+        return self.key_tiles / self.most
+
+    @property
+    def flop_speedup(self) -> float:
+        """What the kept pairs alone would allow."""
+        return 1 / self.density
+
+    def end_to_end(self, share: float) -> float:
+        """Of a whole model, where self-attention takes `share` of the time, 0 to 1."""
+        return 1 / (1 - share + share / self.speedup)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "grid": list(self.video.grid),
+            **asdict(self.method),
+            "tile_q": self.tile_q,
+            "tile_k": self.tile_k,
+            "dynamic": self.dynamic,
+            "query_tiles": self.query_tiles,
+            "key_tiles": self.key_tiles,
+            "most_visited": self.most,
+            "mean_visited": self.mean,
+            "whole": self.whole,
+            "density": self.density,
+            "speedup_bound": self.speedup,
+            "flop_bound": self.flop_speedup,
+        }
+
+    def __str__(self) -> str:
+        start = "at the first key of each query tile" if self.dynamic else "on a fixed grid"
+        return "\n".join(
+            [
+                f"{self.video} = {self.video.tokens} tokens, {self.method}",
+                f"query tiles {_sides(self.tile_q)}, key tiles {_sides(self.tile_k)} {start}",
+                f"speed-up bound {self.speedup:.2f}x: a query tile visits at most {self.most} of "
+                f"{self.key_tiles:g} key tiles, {self.mean:.1f} on average",
+                f"FLOPs alone allow {self.flop_speedup:.2f}x: density {self.density:.3f} "
+                f"(sparsity {1 - self.density:.3f})",
+                f"{self.whole:.0%} of the visited tiles need no mask",
+            ]
+        )
+
+
+def simulate(
+    video: VideoShape, method: Neighborhood, *, tile_q: Axes, tile_k: Axes, dynamic: bool = False
+) -> Bound:
+    """The bound that equals counting, on the exact mask, the key tiles each query tile touches.
+
+        method = Neighborhood((18, 24, 24), stride=(16, 8, 8))
+        print(simulate(VideoShape(30, 48, 80), method, tile_q=(2, 8, 8), tile_k=(2, 8, 8)))
+
+    Args:
+        video: without text, whose keys every query tile visits beside these.
+        tile_q, tile_k: tokens along (frames, rows, columns). A dilation lays the tokens of each
+            dilation group together, and tiles lie within one group.
+        dynamic: key tiles start at the first key that a query tile sees, as kernels do that slice
+            their keys, and not on a fixed grid.
+
+    Raises:
+        ValueError: text tokens, a tile that is none, or a window larger than its axis.
+    """
+    _check(video, ((tile_q, tile_k),))
+    axes = zip(
+        AXES,
+        video.grid,
+        method.window,
+        method.stride,
+        method.dilation,
+        method.is_causal,
+        tile_q,
+        tile_k,
+        strict=True,
+    )
+    counts = _product(_count(*along, dynamic) for along in axes)
+    return Bound(
+        video=video,
+        method=method,
+        tile_q=tile_q,
+        tile_k=tile_k,
+        dynamic=dynamic,
+        query_tiles=counts.query_tiles,
+        key_tiles=video.tokens / math.prod(tile_k),
+        most=counts.most,
+        mean=counts.visited / counts.query_tiles,
+        whole=counts.whole / counts.visited,
+        density=counts.seen / video.tokens**2,
+    )
+
+
+def best_choices(
+    video: VideoShape,
+    window: Axes | None = None,
+    *,
+    density: float | None = None,
+    dilation: Axes = (1, 1, 1),
+    is_causal: tuple[bool, bool, bool] = (False, False, False),
+    tiles: Sequence[tuple[Axes, Axes]] = TILES,
+    dynamic: bool = False,
+    top: int = 10,
+) -> list[Bound]:
+    """The strides and tiles with the largest bounds, best first.
+
+    Of choices with one bound, that comes first whose stride is smallest, since it is closest to
+    neighborhood attention without a stride; then the one with most tiles that need no mask. Along
+    an axis, a stride is tried only if it brings more than every smaller one.
+
+    Args:
+        window: without, windows are searched that are whole key tiles or the whole axis along
+            each axis, and keep, without a stride, at least 0.9 times the most that such a window
+            can keep under `density`. Of windows with one bound, that comes first whose narrowest
+            side covers the largest share of its axis.
+        density: the most that may be kept, in (0, 1]. Needed to search windows.
+        tiles: pairs of a query and a key tile.
+        top: how many, at least 1.
+
+    Raises:
+        ValueError: an argument out of its range, or nothing keeps so little.
+    """
+    _check(video, tiles)
+    if density is None and window is None:
+        raise ValueError("give a window, a density, or both, got neither")
+    if density is not None and not 0 < density <= 1:
+        raise ValueError(f"density must be above 0 and at most 1, got {density}")
+    if top < 1:
+        raise ValueError(f"top must be at least 1, got {top}")
+    given = Neighborhood(window or (1, 1, 1), dilation=dilation, is_causal=is_causal)
+    most = 1.0 if density is None else density
+    choices = _choices(video, window, most, given, tiles, dynamic)
+    best = nsmallest(top, choices, key=lambda choice: choice[0])
+    if not best and window is None:
+        raise ValueError(
+            f"density must leave room for a window of one key tile, got {density} for {video}; "
+            "give more, a smaller tile, or a window"
+        )
+    if not best:
+        kept = simulate(video, given, tile_q=tiles[0][0], tile_k=tiles[0][1]).density
+        raise ValueError(
+            f"window must keep at most the density {density}, got {window}, which keeps "
+            f"{kept:.3g} of {video}"
+        )
+    return [
+        simulate(video, method, tile_q=tile_q, tile_k=tile_k, dynamic=dynamic)
+        for _, method, tile_q, tile_k in best
+    ]
+
+
+def _check(video: VideoShape, tiles: Sequence[tuple[Axes, Axes]]) -> None:
+    if video.text:
+        raise ValueError(f"video must be without text tokens, got {video}")
+    for pair in tiles:
+        for name, tile in zip(("tile_q", "tile_k"), pair, strict=True):
+            if len(tile) != 3 or min(tile) < 1:
+                raise ValueError(
+                    f"{name} needs a side of at least 1 for each of {AXES}, got {tile}"
+                )
+
+
+class _Counts(NamedTuple):
+    """Of one axis or of the grid: query tiles; key tiles that one of them visits at most, that all
+    together visit, and of those the ones that need no mask; and keys that all tokens see."""
+
+    query_tiles: int
+    most: int
+    visited: int
+    whole: int
+    seen: int
+
+
+def _product(axes: Iterable[_Counts]) -> _Counts:
+    """Of the whole grid: what a query tile visits is a box, and so is what is dense in it."""
+    return _Counts(*(math.prod(values) for values in zip(*axes, strict=True)))
+
+
+@lru_cache(maxsize=16384)
+def _count(
+    name: str,
+    size: int,
+    window: int,
+    stride: int,
+    dilation: int,
+    is_causal: bool,
+    side_q: int,
+    side_k: int,
+    dynamic: bool,
+) -> _Counts:
+    """The windows of a query tile cover one run of places: only its ends count."""
+    group, place, first, last = spans(name, size, window, stride, dilation, is_causal)
+    _, tile = torch.unique(group * size + place // side_q, return_inverse=True)
+    count = int(tile.max()) + 1
+
+    def extreme(values: torch.Tensor, which: str) -> torch.Tensor:
+        return values.new_zeros(count).scatter_reduce(0, tile, values, which, include_self=False)
+
+    begin, end = extreme(first, "amin"), extreme(last, "amax")
+    origin = begin if dynamic else torch.zeros_like(begin)
+    visited = (end - origin) // side_k - (begin - origin) // side_k + 1
+    # Seen by all of the tile's queries: from the last of the firsts to the first of the lasts.
+    inner = -((origin - extreme(first, "amax")) // side_k)
+    outer = (extreme(last, "amin") + 1 - origin) // side_k
+    return _Counts(
+        count,
+        int(visited.max()),
+        int(visited.sum()),
+        int((outer - inner).clamp_min(0).sum()),
+        int((last - first + 1).sum()),
+    )
+
+
+def _choices(
+    video: VideoShape,
+    window: Axes | None,
+    density: float,
+    given: Neighborhood,
+    tiles: Sequence[tuple[Axes, Axes]],
+    dynamic: bool,
+) -> Iterator[tuple[tuple[float, ...], Neighborhood, Axes, Axes]]:
+    """Those that keep at most `density`, each behind its rank: the least is best."""
+    searched = {} if window else _windows(video, density, given, {tile for _, tile in tiles})
+    for tile_q, tile_k in tiles:
+        for sides in [window] if window else searched[tile_k]:
+            axes = zip(
+                AXES,
+                video.grid,
+                sides,
+                given.dilation,
+                given.is_causal,
+                tile_q,
+                tile_k,
+                strict=True,
+            )
+            narrowest = min(w / size for w, size in zip(sides, video.grid, strict=True))
+            for frames, rows, columns in product(*(_strides(*along, dynamic) for along in axes)):
+                counts = _product((frames[1], rows[1], columns[1]))
+                if counts.seen > density * video.tokens**2:
+                    continue
+                stride = (frames[0], rows[0], columns[0])
+                computed = counts.most * math.prod(tile_k)
+                whole = counts.whole / counts.visited
+                method = Neighborhood(sides, stride, given.dilation, given.is_causal)
+                yield (computed, -narrowest, math.prod(stride), -whole), method, tile_q, tile_k
+
+
+def _windows(
+    video: VideoShape, density: float, given: Neighborhood, tiles: Iterable[Axes]
+) -> dict[Axes, list[Axes]]:
+    """For each key tile, the windows of whole tiles that keep most, without a stride."""
+    kept: dict[tuple[Axes, Axes], float] = {}
+    for tile in tiles:
+        axes = list(zip(AXES, video.grid, given.dilation, given.is_causal, tile, strict=True))
+        sides = [
+            {*range(step, size // dilation + 1, step), max(size // dilation, 1)}
+            for _, size, dilation, _, step in axes
+        ]
+        for frames, rows, columns in product(*map(sorted, sides)):
+            window = (frames, rows, columns)
+            counts = [
+                _count(name, size, side, 1, dilation, is_causal, 1, 1, False)
+                for (name, size, dilation, is_causal, _), side in zip(axes, window, strict=True)
+            ]
+            share = _product(counts).seen / video.tokens**2
+            if share <= density:
+                kept[tile, window] = share
+    least = NEAR * max(kept.values(), default=0.0)
+    found: dict[Axes, list[Axes]] = {tile: [] for tile in tiles}
+    for (tile, window), share in kept.items():
+        if share >= least:
+            found[tile].append(window)
+    return found
+
+
+@lru_cache(maxsize=16384)
+def _strides(
+    name: str,
+    size: int,
+    window: int,
+    dilation: int,
+    is_causal: bool,
+    side_q: int,
+    side_k: int,
+    dynamic: bool,
+) -> list[tuple[int, _Counts]]:
+    """Strides with which a query tile visits fewer tiles than with every smaller stride."""
+    front: list[tuple[int, _Counts]] = []
+    for stride in range(1, (size if window == -1 else window) + 1):
+        counts = _count(name, size, window, stride, dilation, is_causal, side_q, side_k, dynamic)
+        if not front or counts.most < front[-1][1].most:
+            front.append((stride, counts))
+    return front
+
+
+def _sides(tile: Axes) -> str:
+    return " x ".join(map(str, tile))

@@ -1,0 +1,217 @@
+"""Fit the parameters of sparse-linear attention to a model, without training it."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gen_accel.attention_processors.seam import SparseProcessor
+from gen_accel.attention_processors.sparse_linear import LinearBranch
+from gen_accel.pipelines.attach import TRANSFORMERS, Attachment, Layer
+from gen_accel.video import VideoShape
+
+RIDGE = 1e-6  # of the mean square of O_l: fits what the samples determine, and no more
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """Relative L2 error of one layer's attention output against dense, before and after.
+
+    Args:
+        samples: rows (tokens of all heads, calls and prompts) that it was fitted to.
+    """
+
+    name: str
+    before: float
+    after: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Printable; `to_dict()` for a report. Errors are those on the samples of the fit."""
+
+    layers: tuple[LayerFit, ...]
+
+    @property
+    def before(self) -> float:
+        """Mean over the layers."""
+        return sum(layer.before for layer in self.layers) / len(self.layers)
+
+    @property
+    def after(self) -> float:
+        return sum(layer.after for layer in self.layers) / len(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        layers = {
+            layer.name: {"before": layer.before, "after": layer.after} for layer in self.layers
+        }
+        return {"before": self.before, "after": self.after, "layers": layers}
+
+    def __str__(self) -> str:
+        width = max(len(layer.name) for layer in self.layers)
+        lines = [f"{'relative L2 error':<{width}}  before   after"]
+        rows = [*((x.name, x.before, x.after) for x in self.layers)]
+        rows.append(("mean", self.before, self.after))
+        lines += [f"{name:<{width}}  {before:.4f}  {after:.4f}" for name, before, after in rows]
+        return "\n".join(lines)
+
+
+def calibrate(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    num_inference_steps: int = 4,
+    seed: int = 0,
+    **call: Any,
+) -> Calibration:
+    """Fit `proj` or `alpha` of every layer to the dense attention of a few generations.
+
+        handle = gen_accel.attach(pipe, SparseLinear())
+        print(gen_accel.calibrate(pipe, ["a cat surfs"], height=480, width=832, num_frames=81))
+        video = pipe("a dog surfs", height=480, width=832, num_frames=81).frames
+
+    The pipeline generates each prompt densely. In each sparse layer and step the difference
+    between the dense output and O_s is regressed on O_l, for all heads together (proj), or for
+    each head (alpha, within [0, 1]): least squares in closed form. Sums are kept in fp64 and no
+    batch is, so that it takes as much memory as one generation.
+
+    Args:
+        pipe: a pipeline with `SparseLinear` attached. Layers and steps that its schedule keeps
+            dense are left out.
+        prompts: what the model is used for; they need not be many.
+        num_inference_steps: few suffice, as they span all noise levels.
+        seed: of the first prompt's noise; each further prompt takes the next.
+        call: what else the pipeline is called with: sizes, guidance scale, an image.
+
+    Raises:
+        ValueError: nothing to fit: no `SparseLinear` attached, no prompt, or no sparse step.
+    """
+    if not prompts:
+        raise ValueError("prompts must hold at least one, got none")
+    handle = attachment_of(pipe)
+    if not handle.branches:
+        raise ValueError(f"{handle.method} has nothing to fit: attach SparseLinear() first")
+    sums: dict[str, _Sums] = {}
+
+    def observe(
+        layer: Layer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dense: Tensor,
+        video: VideoShape,
+        run: Callable,
+    ) -> None:
+        o_s, o_l = layer.method.parts(q, k, v, video=video, kernel=run)
+        kind = _AlphaSums if layer.branch.alpha is not None else _ProjSums
+        sums.setdefault(layer.name, kind(o_s)).add(o_s, o_l, dense)
+
+    handle.observe = observe
+    try:
+        for i, prompt in enumerate(prompts):
+            generator = torch.Generator("cpu").manual_seed(seed + i)
+            pipe(
+                prompt=prompt,
+                num_inference_steps=num_inference_steps,
+                generator=generator,
+                output_type="latent",
+                **call,
+            )
+    finally:
+        handle.observe = None
+    if not sums:
+        raise ValueError(
+            f"the schedule keeps all of {num_inference_steps} steps dense, so that there is "
+            f"nothing to fit: {handle.schedule}"
+        )
+    return Calibration(
+        tuple(total.fit(name, handle.branches[name]) for name, total in sums.items())
+    )
+
+
+def attachment_of(pipe_or_transformer: Any) -> Attachment:
+    """The handle of what is attached; ValueError where nothing is."""
+    found = [getattr(pipe_or_transformer, name, None) for name in TRANSFORMERS]
+    for module in [pipe_or_transformer, *found]:
+        if isinstance(module, torch.nn.Module):
+            for part in module.modules():
+                if isinstance(processor := getattr(part, "processor", None), SparseProcessor):
+                    return processor.owner
+    raise ValueError("nothing is attached: call gen_accel.attach first")
+
+
+class _Sums:
+    """What least squares needs of the rows of one layer."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.samples = 0
+        self.dense = like.new_zeros((), dtype=torch.double)  # squares of the dense output
+        self.residual = like.new_zeros((), dtype=torch.double)  # squares of dense - O_s
+
+    def add(self, o_s: Tensor, o_l: Tensor, dense: Tensor) -> None:
+        B, H, N, _ = dense.shape
+        self.samples += B * H * N
+        for head in range(H):  # fp64 of one head at a time
+            s, l, d = (x[:, head].flatten(0, 1).double() for x in (o_s, o_l, dense))
+            self.dense += d.square().sum()
+            self.residual += (d - s).square().sum()
+            self.add_head(head, s, l, d)
+
+    def add_head(self, head: int, s: Tensor, l: Tensor, d: Tensor) -> None:
+        raise NotImplementedError
+
+    def solve(self, branch: LinearBranch) -> Tensor:
+        """Set the branch; the squares that the fit takes off the residual."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def fit(self, name: str, branch: LinearBranch) -> LayerFit:
+        gained = self.solve(branch)
+        left = (self.residual - gained).clamp_min(0)
+        before, after = (math.sqrt((x / self.dense).item()) for x in (self.residual, left))
+        return LayerFit(name, before, after, self.samples)
+
+
+class _ProjSums(_Sums):
+    """Y = X W with X = [O_l, 1] and Y = dense - O_s, over all rows of all heads."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__(like)
+        D = like.shape[-1]
+        self.xx = like.new_zeros((D + 1, D + 1), dtype=torch.double)
+        self.xy = like.new_zeros((D + 1, D), dtype=torch.double)
+
+    def add_head(self, head: int, s: Tensor, l: Tensor, d: Tensor) -> None:
+        x = torch.cat([l, l.new_ones(len(l), 1)], 1)
+        self.xx += x.T @ x
+        self.xy += x.T @ (d - s)
+
+    def solve(self, branch: LinearBranch) -> Tensor:
+        assert branch.proj is not None
+        ridge = RIDGE * self.xx.diagonal()[:-1].mean() * torch.eye(len(self.xx)).to(self.xx)
+        weights = torch.linalg.solve(self.xx + ridge, self.xy)
+        branch.proj.weight.copy_(weights[:-1].T)
+        branch.proj.bias.copy_(weights[-1])
+        return (2 * weights * self.xy).sum() - (weights * (self.xx @ weights)).sum()
+
+
+class _AlphaSums(_Sums):
+    """dense - O_s = (1 - alpha) (O_l - O_s), for each head."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__(like)
+        self.xx, self.xy = (like.new_zeros(like.shape[1], dtype=torch.double) for _ in range(2))
+
+    def add_head(self, head: int, s: Tensor, l: Tensor, d: Tensor) -> None:
+        self.xx[head] += (l - s).square().sum()
+        self.xy[head] += ((l - s) * (d - s)).sum()
+
+    def solve(self, branch: LinearBranch) -> Tensor:
+        assert branch.alpha is not None
+        share = (self.xy / self.xx.clamp_min(torch.finfo(torch.double).tiny)).clamp(0, 1)
+        branch.alpha.copy_(1 - share)
+        return (2 * share * self.xy - share.square() * self.xx).sum()

@@ -1,0 +1,138 @@
+"""What is attached, on disk: the method and its parameters, as JSON and safetensors."""
+
+import hashlib
+import json
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gen_accel.attention_processors import METHODS, method_class
+from gen_accel.attention_processors.families import family_of
+from gen_accel.measure.report import replacing, write_json
+from gen_accel.pipelines.attach import (
+    Attachment,
+    SilentBranch,
+    attach,
+    layer_method,
+    served_transformers,
+)
+from gen_accel.pipelines.calibrate import attachment_of
+from gen_accel.pipelines.schedule import Schedule
+
+CONFIG, WEIGHTS = "processors.json", "processors.safetensors"
+VERSION = 1
+
+
+def save_processors(pipe_or_handle: Any, folder: str | Path) -> Path:
+    """Write the attached method, its schedule, and the parameters of its layers.
+
+    `processors.json` names the method with its options, and the hash of `processors.safetensors`,
+    which holds the parameters. Both are written under another name first, and the JSON last: a run
+    that is killed in between leaves a pair that `load_processors` refuses, never a wrong mixture.
+
+    Args:
+        pipe_or_handle: a pipeline or transformer with a method attached, or the handle.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: nothing is attached.
+        OSError: the folder cannot be written.
+    """
+    handle = pipe_or_handle
+    if not isinstance(handle, Attachment):
+        handle = attachment_of(pipe_or_handle)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / WEIGHTS) as partial:
+        save_file({name: x.detach().cpu() for name, x in _parameters(handle).items()}, partial)
+        digest = _sha256(partial)
+    names = {kind: name for name, kind in METHODS.items()}
+    config = {
+        "version": VERSION,
+        "method": names[type(handle.method)],
+        "options": asdict(handle.method),
+        "schedule": asdict(handle.schedule),
+        "kernel": handle.kernel,
+        "sha256": digest,
+    }
+    write_json(folder / CONFIG, config)
+    return folder
+
+
+def load_processors(pipe_or_transformer: Any, folder: str | Path, **options: Any) -> Attachment:
+    """Attach what `save_processors` wrote, with its parameters.
+
+    Args:
+        options: of `attach`, instead of those that were saved: schedule, kernel, timed.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: files that do not belong together, an unknown method or version, or parameters
+            that do not fit this model, which are named; nothing is attached then.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing; save_processors writes it")
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if config.get("version") != VERSION:
+        raise ValueError(f"{folder / CONFIG} has version {config.get('version')}, not {VERSION}")
+    if _sha256(folder / WEIGHTS) != config["sha256"]:
+        raise ValueError(f"{CONFIG} and {WEIGHTS} in {folder} do not belong together; save again")
+    method = method_class(config["method"])(**_with_tuples(config["options"]))
+    tensors = load_file(folder / WEIGHTS)
+    _check_fit(pipe_or_transformer, method, tensors, folder / WEIGHTS)
+    saved = {
+        "schedule": Schedule(**_with_tuples(config["schedule"])),
+        "kernel": config["kernel"],
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SilentBranch)
+        handle = attach(pipe_or_transformer, method, **{**saved, **options})
+    for name, parameter in _parameters(handle).items():
+        parameter.copy_(tensors[name])
+    return handle
+
+
+def _parameters(handle: Attachment) -> dict[str, Tensor]:
+    """By layer and name; they share their memory with the model's."""
+    return {
+        f"{layer}.{name}": tensor
+        for layer, branch in handle.branches.items()
+        for name, tensor in branch.state_dict().items()
+    }
+
+
+def _check_fit(
+    pipe_or_transformer: Any, method: Any, tensors: dict[str, Tensor], path: Path
+) -> None:
+    """Before anything is attached: another attachment may be at work."""
+    wanted = {
+        f"{part}.{site.name}.{name}": tensor.shape
+        for part, transformer in served_transformers(pipe_or_transformer).items()
+        for site in family_of(transformer).self_attentions(transformer)
+        if hasattr(one := layer_method(method, site.layer), "branch")
+        for name, tensor in one.branch(site.heads, site.dim).state_dict().items()
+    }
+    have = {name: tensor.shape for name, tensor in tensors.items()}
+    wrong = sorted({name for name, _ in wanted.items() ^ have.items()})
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit this model: {len(wrong)} parameters are missing, unexpected or "
+            f"of another shape, such as {', '.join(wrong[:3])}"
+        )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _with_tuples(options: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists where the dataclasses have tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
