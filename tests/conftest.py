@@ -1,5 +1,12 @@
+import os
+
 import pytest
 import torch
+
+# Triton decides how a kernel runs when it is defined: set before anything imports Triton. Torch's
+# own Triton kernels, which this concerns too, need a GPU.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from gen_accel.video import VideoShape
 

@@ -446,7 +446,7 @@ class TestChoice:
         told = []
         kernels.run(*qkv(64), self.plan, scale=0.3, report=told.append)
         assert [(choice.kernel, choice.refused) for choice in told] == [("gather", {})]
-        assert list(told[0].behind) == ["flex", "reference"]
+        assert list(told[0].behind) == ["flex", "triton", "xformers", "reference"]
         assert re.fullmatch(r"gather \(not flex: .*; reference: .*\)", str(told[0]))
 
     def test_a_named_kernel_passes_over_none(self, qkv):

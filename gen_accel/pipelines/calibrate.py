@@ -32,7 +32,8 @@ class LayerFit:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Printable; `to_dict()` for a report. Errors are those on the samples of the fit."""
+    """Printable; `to_dict()` for a report. Of `calibrate`, errors are those on the samples of the
+    fit."""
 
     layers: tuple[LayerFit, ...]
 
@@ -90,12 +91,63 @@ def calibrate(
     Raises:
         ValueError: nothing to fit: no `SparseLinear` attached, no prompt, or no sparse step.
     """
+    kinds = {"project": _ProjSums, "alpha": _AlphaSums}
+    sums: dict[str, _Sums] = {}
+
+    def add(layer: Layer, o_s: Tensor, o_l: Tensor, dense: Tensor) -> None:
+        sums.setdefault(layer.name, kinds[layer.method.combine](o_s)).add(o_s, o_l, dense)
+
+    handle = _observe(pipe, prompts, add, num_inference_steps, seed, call)
+    return Calibration(
+        tuple(total.fit(name, handle.branches[name]) for name, total in sums.items())
+    )
+
+
+def measure_calibration(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    num_inference_steps: int = 4,
+    seed: int = 0,
+    **call: Any,
+) -> Calibration:
+    """The errors of O_s alone and of what the branches make of it now, on other prompts, say, than
+    those of the fit. Arguments and errors are those of `calibrate`; nothing is changed."""
+    sums: dict[str, list[Tensor | int]] = {}
+
+    def add(layer: Layer, o_s: Tensor, o_l: Tensor, dense: Tensor) -> None:
+        errors = [
+            (x - dense).double().square().sum() for x in (o_s, layer.branch(o_s, o_l), 0 * dense)
+        ]
+        found = [*errors, dense[..., 0].numel()]
+        known = sums.get(layer.name, [0] * len(found))
+        sums[layer.name] = [x + y for x, y in zip(known, found, strict=True)]
+
+    _observe(pipe, prompts, add, num_inference_steps, seed, call)
+    return Calibration(
+        tuple(
+            LayerFit(name, *(math.sqrt(float(x / dense)) for x in (before, after)), int(samples))
+            for name, (before, after, dense, samples) in sums.items()
+        )
+    )
+
+
+def _observe(
+    pipe: Any,
+    prompts: Sequence[str],
+    add: Callable[[Layer, Tensor, Tensor, Tensor], None],
+    num_inference_steps: int,
+    seed: int,
+    call: dict[str, Any],
+) -> Attachment:
+    """Generate densely, and show `add` O_s, O_l and the dense output, (B, H, N, D), of each sparse
+    layer and step."""
     if not prompts:
         raise ValueError("prompts must hold at least one, got none")
     handle = attachment_of(pipe)
     if not handle.branches:
         raise ValueError(f"{handle.method} has nothing to fit: attach SparseLinear() first")
-    sums: dict[str, _Sums] = {}
+    seen = False
 
     def observe(
         layer: Layer,
@@ -106,31 +158,28 @@ def calibrate(
         video: VideoShape,
         run: Callable,
     ) -> None:
-        o_s, o_l = layer.method.parts(q, k, v, video=video, kernel=run)
-        kind = _AlphaSums if layer.branch.alpha is not None else _ProjSums
-        sums.setdefault(layer.name, kind(o_s)).add(o_s, o_l, dense)
+        nonlocal seen
+        seen = True
+        add(layer, *layer.method.parts(q, k, v, video=video, kernel=run), dense)
 
     handle.observe = observe
     try:
         for i, prompt in enumerate(prompts):
-            generator = torch.Generator("cpu").manual_seed(seed + i)
             pipe(
                 prompt=prompt,
                 num_inference_steps=num_inference_steps,
-                generator=generator,
+                generator=torch.Generator("cpu").manual_seed(seed + i),
                 output_type="latent",
                 **call,
             )
     finally:
         handle.observe = None
-    if not sums:
+    if not seen:
         raise ValueError(
             f"the schedule keeps all of {num_inference_steps} steps dense, so that there is "
             f"nothing to fit: {handle.schedule}"
         )
-    return Calibration(
-        tuple(total.fit(name, handle.branches[name]) for name, total in sums.items())
-    )
+    return handle
 
 
 def attachment_of(pipe_or_transformer: Any) -> Attachment:

@@ -1,0 +1,122 @@
+"""What every benchmark of a kernel needs: inputs, calls, and the gate before the clock."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gen_accel import VideoShape, attention
+from gen_accel.attention_processors.stand_in import smooth_qk
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PARITY_TOKENS = 2048  # the reference holds a matrix of tokens x tokens in fp64
+
+
+def draw(
+    video: VideoShape,
+    method: Any,
+    *,
+    heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+) -> list[Tensor]:
+    """q, k and v, (1, H, N, D). Random, but where q and k make the pattern smooth over the grid:
+    in noise no block is better than another."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (1, heads, video.tokens, dim)
+    q, k, v = (torch.randn(shape, generator=generator) for _ in range(3))
+    if hasattr(method, "plan_for"):
+        smooth = smooth_qk(video, dim)
+        q, k = (0.5 * x + y for x, y in zip((q, k), smooth, strict=True))
+    return [x.to(device, dtype) for x in (q, k, v)]
+
+
+def call(video: VideoShape, method: Any, kernel: str, like: Tensor) -> Callable[..., Tensor]:
+    """The public function on q, k and v; a method's parameters are random, as if trained."""
+    branch = None
+    if hasattr(method, "branch"):
+        branch = method.branch(like.shape[1], like.shape[3])
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in branch.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        branch = branch.to(like.device)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        trained: nn.Module | None = None if branch is None else branch.to(q.dtype)
+        return attention(q, k, v, video=video, method=method, kernel=kernel, branch=trained)
+
+    return run
+
+
+def step(run: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> Callable[[], Any]:
+    """A call that gives the output and, with `backward`, the gradients of q, k and v."""
+    if not backward:
+        return torch.no_grad()(lambda: [run(*inputs)])
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    weight = torch.linspace(-1, 1, leaves[0].numel(), dtype=torch.float64)
+    weight = weight.view(leaves[0].shape).to(leaves[0])
+
+    def both() -> list[Tensor]:
+        out = run(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
+
+    return both
+
+
+def check_parity(
+    video: VideoShape, method: Any, kernel: str, inputs: list[Tensor], backward: bool
+) -> None:
+    """Raises ValueError where a kernel errs more than twice as much as the reference in its dtype.
+
+    Error is the largest distance from the reference in fp64; one spacing of floats is allowed.
+    """
+    reference = call(video, method, "reference", inputs[0])
+    exact = step(reference, [x.double() for x in inputs], backward)()
+    low = step(reference, inputs, backward)()
+    actual = step(call(video, method, kernel, inputs[0]), inputs, backward)()
+    names = ("output", "gradient of q", "gradient of k", "gradient of v")
+    for name, x, y, z in zip(names, actual, low, exact, strict=False):
+        error = (x.double() - z).abs().max().item()
+        spacing = torch.finfo(inputs[0].dtype).eps * z.abs().max().item()
+        budget = 2 * ((y.double() - z).abs().max().item() + spacing)
+        if not error <= budget:
+            raise ValueError(
+                f"{kernel} fails parity at {video}: {name} errs by {error:.2e}, "
+                f"allowed are {budget:.2e}"
+            )
+
+
+def shrink(video: VideoShape, method: Any) -> VideoShape:
+    """Halve the longest side that the method lets be halved, until a reference is cheap."""
+    while video.tokens > PARITY_TOKENS:
+        halves = [
+            VideoShape(*(-(-n // 2) if i == axis else n for i, n in enumerate(video.grid)))
+            for axis in sorted(range(3), key=lambda axis: -video.grid[axis])
+        ]
+        smaller = next((half for half in halves if half != video and fits(half, method)), None)
+        if smaller is None:
+            break
+        video = smaller
+    return video
+
+
+def fits(video: VideoShape, method: Any) -> bool:
+    """A window, for one, may not be larger than its axis."""
+    try:
+        method.plan(video)
+    except ValueError:
+        return False
+    return True
+
+
+def brief(method: Any) -> str:
+    """A method's repr without the options left at their defaults."""
+    options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    default = {f.name: f.default for f in dataclasses.fields(method)}
+    changed = [f"{name}={value}" for name, value in options.items() if value != default[name]]
+    return f"{type(method).__name__}({', '.join(changed)})"

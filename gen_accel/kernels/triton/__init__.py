@@ -1,0 +1,63 @@
+"""Our own Triton kernels for block-sparse attention, forward and backward.
+
+q, k and v are read where they lie, by stride and through the plan's slots: nothing is packed.
+Importing this package imports no triton, which may be missing.
+"""
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from gen_accel.kernels.triton.lists import Lists
+from gen_accel.kernels.triton.lists import prepare as _prepare
+from gen_accel.plan import Plan
+
+__all__ = ["Lists", "compute", "forward", "forward_lse", "prepare", "unsupported"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_DIM = 256
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
+    reasons = []
+    if find_spec("triton") is None:
+        reasons.append("triton is not installed")
+    elif q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        reasons.append("needs a GPU; on the CPU only under TRITON_INTERPRET=1")
+    elif q.device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(q.device)
+        if major < 8:
+            reasons.append(f"needs compute capability 8.0 or later, got {major}.{minor}")
+    elif q.device.type not in ("cpu", "cuda"):
+        reasons.append(f"has no form for {q.device.type}")
+    if q.dtype not in DTYPES:
+        reasons.append(f"takes bfloat16, float16 and float32, got {q.dtype}")
+    if q.shape[3] > LARGEST_DIM:
+        reasons.append(f"takes head dims up to {LARGEST_DIM}, got {q.shape[3]}")
+    return reasons
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+    return compute(q, k, v, prepare(plan), scale=scale)
+
+
+def forward_lse(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output and each row's natural logsumexp, (B, H, N) fp32; both have gradients.
+
+    A row that sees nothing gives zeros and -inf.
+    """
+    return torch.ops.gen_accel.triton_attention(q, k, v, *prepare(plan), scale)
+
+
+def prepare(plan: Plan) -> Lists:
+    from gen_accel.kernels.triton import block_sparse  # noqa: F401  (registers the operator)
+
+    return _prepare(plan)
+
+
+def compute(q: Tensor, k: Tensor, v: Tensor, prepared: Lists, *, scale: float) -> Tensor:
+    return torch.ops.gen_accel.triton_attention(q, k, v, *prepared, scale)[0]

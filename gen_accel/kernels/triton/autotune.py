@@ -1,0 +1,80 @@
+"""Time a handful of configurations on this machine and keep the fastest. Never done unasked."""
+
+import time
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from gen_accel.kernels.triton import block_sparse, configs, tuned
+from gen_accel.kernels.triton.configs import Config
+from gen_accel.kernels.triton.lists import prepare
+from gen_accel.plan import Plan
+
+
+@torch.no_grad()
+def tune(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> dict[str, Config]:
+    """The fastest configuration of each kernel, by `tuned.key`; kept in `tuned.path()`.
+
+    Every later call with this head dim, dtype and these block sizes takes it.
+
+    Args:
+        q, k, v: (B, H, N, D), of the size that matters.
+        plan: static, so that its lists serve both directions.
+    """
+    if plan.dynamic:
+        raise ValueError("plan must be static to be timed, got one that was made for one call")
+    lists = prepare(plan)
+    out, lse = block_sparse.attention(q, k, v, *lists, scale)
+    given = torch.ones_like(out), torch.ones_like(lse)
+
+    def forward():
+        block_sparse.attention(q, k, v, *lists, scale)
+
+    def backward():
+        block_sparse.attention_backward(*given, q, k, v, out, lse, *lists, scale)
+
+    ruled = "dkdv rule" if lists.rule else "dkdv"
+    arch = configs.architecture(q.device)
+    kept = tuned.read()
+    found = {}
+    for kind, run in (("forward", forward), ("dq", backward), (ruled, backward)):
+        name = tuned.key(arch, kind, q, plan.block_q, plan.block_k)
+        seconds = {}
+        for config in _candidates(configs.from_table(arch, kind, q.shape[3], q.dtype)):
+            kept[name] = list(config)
+            seconds[config] = _seconds(run, q.device)
+        found[name] = min(seconds, key=lambda config: seconds[config])
+        kept[name] = list(found[name])
+    tuned.write({name: list(config) for name, config in found.items()})
+    return found
+
+
+def _candidates(config: Config) -> set[Config]:
+    """The table's configuration and those that differ from it in one number."""
+    return {
+        config,
+        config._replace(tile_m=max(16, config.tile_m // 2)),
+        config._replace(tile_n=max(16, config.tile_n // 2)),
+        config._replace(tile_n=2 * config.tile_n),
+        config._replace(num_warps=12 - config.num_warps),
+        config._replace(num_stages=max(1, config.num_stages - 1)),
+        config._replace(num_stages=config.num_stages + 1),
+    }
+
+
+def _seconds(run: Callable[[], None], device: torch.device) -> float:
+    """Median on a GPU, one run under the interpreter; infinite where it does not fit."""
+    try:
+        if device.type == "cpu":
+            start = time.perf_counter()
+            run()
+            return time.perf_counter() - start
+        milliseconds = triton.testing.do_bench(run, return_mode="median")
+        assert isinstance(milliseconds, float)
+        return milliseconds / 1000
+    except (OutOfResources, CompilationError, PTXASError):
+        return float("inf")

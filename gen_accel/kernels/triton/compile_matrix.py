@@ -1,0 +1,168 @@
+"""Compile every kernel without a GPU, and refuse configurations that spill or do not fit.
+
+    python -m gen_accel.kernels.triton.compile_matrix --arch sm_90
+
+Registers and spills come from the cuobjdump in Triton's package, or from AMD's code object notes.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gen_accel.kernels.triton import block_sparse, configs, linear
+
+# Shared memory that one program may use, in bytes.
+SHARED = {
+    "sm_80": 163 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+}
+
+RULES = {"none": block_sparse.NONE, "windows": block_sparse.WINDOWS, "route": block_sparse.ROUTE}
+
+# Types of arguments by name; those of the inputs' own type and the integers are not listed.
+TYPES = {
+    **dict.fromkeys(("lse", "delta", "grad_lse", "by", "weight"), "*fp32"),
+    **dict.fromkeys(("h", "z", "total_h", "total_z"), "*fp32"),
+    **dict.fromkeys(("slots", "index", "counts"), "*i32"),
+    **dict.fromkeys(("scale", "eps"), "fp32"),
+}
+INPUTS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv", "x", "y")
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+class Case(NamedTuple):
+    """One kernel as it is launched for one architecture."""
+
+    name: str
+    kernel: triton.JITFunction
+    constants: dict
+    num_warps: int
+    num_stages: int
+
+
+class Usage(NamedTuple):
+    """Registers of a thread, spilled bytes (NVIDIA) or registers (AMD) of it, shared bytes."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
+    """Every kernel, those that evaluate a rule once for each rule."""
+    dim = {"D": D, "BLOCK_D": configs.padded_dim(D)}
+    kernels = {
+        "forward": block_sparse.forward_kernel,
+        "dq": block_sparse.dq_kernel,
+        "dkdv": block_sparse.dkdv_kernel,
+    }
+    for (kind, kernel), (rule, number) in product(kernels.items(), RULES.items()):
+        ruled = kind == "dkdv" and rule != "none"
+        config = configs.from_table(arch, "dkdv rule" if ruled else kind, D, dtype)
+        constants = {
+            **dim,
+            "BLOCK_Q": block,
+            "BLOCK_K": block,
+            "TILE_M": config.tile_m,
+            "TILE_N": config.tile_n,
+            "RULE": number.value,
+            "AXES": 3 if rule == "windows" else 0,
+        }
+        yield Case(f"{kind} {rule}", kernel, constants, config.num_warps, config.num_stages)
+    yield Case("delta", block_sparse.delta_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1)
+    config = configs.linear(arch, D, dtype)
+    tiles = {**dim, "BLOCK": block, "TILE": config.tile, "CHUNK": config.chunk}
+    for name, flag in (
+        ("states", "SCALED"),
+        ("apply", "NORMED"),
+        ("apply_transposed", "SCALED"),
+    ):
+        for on in (True, False):
+            kernel = getattr(linear, f"{name}_kernel")
+            label = f"{name} {flag.lower() if on else 'plain'}"
+            yield Case(label, kernel, {**tiles, flag: on}, config.num_warps, 1)
+
+
+def build(case: Case, arch: str, dtype: torch.dtype):
+    types = {**TYPES, **dict.fromkeys(INPUTS, f"*{DTYPES[dtype]}")}
+    rule = case.constants.get("RULE")
+    types["rule"] = "*i8" if rule == block_sparse.ROUTE.value else "*i32"
+    types["more"] = "*i8" if rule == block_sparse.WINDOWS.value else "*i32"
+    names = case.kernel.arg_names
+    signature = {
+        name: "constexpr" if name in case.constants else types.get(name, "i32") for name in names
+    }
+    # As the launcher finds it: pointers and the strides of whole rows are multiples of 16.
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(names)
+        if signature[name].startswith("*") or name.startswith("stride")
+    }
+    source = ASTSource(case.kernel, signature, case.constants, aligned)
+    if arch.startswith("sm_"):
+        target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    else:
+        target = GPUTarget("hip", arch, 64)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    return triton.compile(source, target=target, options=options)
+
+
+def usage(compiled) -> Usage:
+    shared = compiled.metadata.shared
+    if "amdgcn" in compiled.asm:
+        notes = compiled.asm["amdgcn"]
+        registers, *spills = (
+            int(re.findall(rf"\.{name}:\s*(\d+)", notes)[-1])
+            for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+        )
+        return Usage(registers, max(spills), shared)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = (re.search(rf"{name}:(\d+)", text) for name in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (int(match[1]) for match in found if match)
+    return Usage(registers, stack + local, shared)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print a line for each kernel; 1 if one of them spills or does not fit."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--arch", nargs="+", choices=SHARED, default=list(SHARED))
+    parser.add_argument("--dim", nargs="+", type=int, default=[64, 128])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES.values(), default=["bf16"])
+    parser.add_argument("--block", type=int, default=128, help="slots in a block of the plan")
+    options = parser.parse_args(arguments)
+    bad = 0
+    titles = "".join(f"{name:>10}" for name in Usage._fields)
+    print(f"{'arch':8}{'D':>5} {'dtype':6}{'kernel':26}{titles}")
+    for arch, D, short in product(options.arch, options.dim, options.dtype):
+        dtype = next(dtype for dtype, name in DTYPES.items() if name == short)
+        for case in cases(arch, D, dtype, options.block):
+            used = usage(build(case, arch, dtype))
+            fits = used.spilled == 0 and used.shared <= SHARED[arch]
+            bad += not fits
+            numbers = "".join(f"{number:10}" for number in used)
+            print(f"{arch:8}{D:5} {short:6}{case.name:26}{numbers}{'' if fits else '  !'}")
+    print(f"{bad} kernels spill or do not fit")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

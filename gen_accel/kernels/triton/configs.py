@@ -1,0 +1,170 @@
+"""Tile sizes, warps and pipeline stages of the kernels, for each architecture."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gen_accel.kernels.triton import tuned
+
+
+class Config(NamedTuple):
+    """Tiles of queries and of keys, in slots, powers of two from 16; warps; pipeline stages."""
+
+    tile_m: int
+    tile_n: int
+    num_warps: int
+    num_stages: int
+
+
+class LinearConfig(NamedTuple):
+    """Rows and columns that a program of the linear branch holds at a time; warps."""
+
+    tile: int
+    chunk: int
+    num_warps: int
+
+
+# Head dims up to 64, 128 and 256.
+BUCKETS = (64, 128, 256)
+
+KINDS = ("forward", "dq", "dkdv", "dkdv rule")
+
+DELTA_TILE = 16  # rows of one program that only reads two tensors; not timed
+
+_C = Config
+
+# Each row holds the configurations of KINDS: a rule on token pairs takes registers, of which the
+# kernel for keys and values has the fewest to spare. Chosen by the registers, spills and shared
+# memory that compile_matrix reports, the largest tiles that fit; not timed.
+TABLE = {
+    "sm_80": {
+        64: (_C(128, 64, 8, 3), _C(128, 32, 8, 3), _C(32, 128, 8, 2), _C(32, 128, 8, 2)),
+        128: (_C(128, 32, 8, 3), _C(64, 64, 8, 2), _C(64, 64, 8, 2), _C(64, 64, 8, 2)),
+        256: (_C(64, 32, 8, 2), _C(32, 32, 8, 2), _C(16, 32, 8, 1), _C(16, 32, 8, 1)),
+    },
+    "sm_90": {
+        64: (_C(128, 64, 8, 3), _C(128, 64, 8, 3), _C(64, 128, 8, 3), _C(64, 128, 8, 3)),
+        128: (_C(128, 64, 8, 3), _C(128, 64, 8, 2), _C(64, 64, 8, 2), _C(32, 64, 4, 2)),
+        256: (_C(64, 64, 8, 2), _C(64, 32, 8, 2), _C(32, 32, 8, 2), _C(32, 32, 8, 2)),
+    },
+    "sm_100": {
+        64: (_C(128, 64, 8, 3), _C(128, 64, 8, 3), _C(64, 128, 8, 2), _C(64, 128, 8, 2)),
+        128: (_C(128, 64, 8, 3), _C(128, 64, 8, 2), _C(64, 64, 8, 2), _C(64, 64, 8, 2)),
+        256: (_C(64, 64, 8, 2), _C(32, 32, 8, 2), _C(32, 32, 8, 2), _C(32, 32, 8, 2)),
+    },
+    "sm_120": {
+        64: (_C(64, 64, 4, 3), _C(64, 64, 4, 2), _C(32, 64, 4, 2), _C(32, 64, 4, 2)),
+        128: (_C(128, 32, 8, 2), _C(64, 64, 8, 2), _C(32, 64, 8, 1), _C(32, 64, 8, 1)),
+        256: (_C(32, 32, 8, 1), _C(32, 32, 8, 1), _C(16, 32, 8, 1), _C(16, 32, 8, 1)),
+    },
+    "gfx942": {
+        64: (_C(128, 64, 4, 2), _C(64, 64, 4, 1), _C(64, 64, 4, 1), _C(64, 64, 4, 1)),
+        128: (_C(64, 64, 4, 1), _C(64, 32, 4, 1), _C(32, 64, 4, 1), _C(32, 64, 4, 1)),
+        256: (_C(32, 32, 4, 1), _C(32, 32, 4, 1), _C(16, 32, 4, 1), _C(16, 32, 4, 1)),
+    },
+}
+
+# Exact fp32 products, without tensor cores: small tiles fit every architecture of a maker, and by
+# compile_matrix spill 8 bytes a thread at most; not timed.
+FP32 = {
+    "cuda": {
+        64: (_C(32, 16, 8, 1), _C(32, 16, 8, 1), _C(32, 32, 8, 1), _C(32, 32, 8, 1)),
+        128: (_C(32, 16, 8, 1), _C(32, 16, 8, 1), _C(16, 32, 8, 1), _C(16, 32, 8, 1)),
+        256: (_C(16, 16, 8, 1), _C(16, 16, 8, 1), _C(16, 16, 8, 1), _C(16, 16, 8, 1)),
+    },
+    "hip": {
+        64: (_C(32, 32, 4, 1), _C(32, 32, 4, 1), _C(32, 32, 4, 1), _C(32, 32, 4, 1)),
+        128: (_C(32, 32, 4, 1), _C(32, 16, 4, 1), _C(16, 32, 4, 1), _C(16, 32, 4, 1)),
+        256: (_C(16, 16, 4, 1), _C(16, 16, 4, 1), _C(16, 16, 4, 1), _C(16, 16, 4, 1)),
+    },
+}
+
+# Small enough that small problems have several tiles.
+INTERPRETED = _C(32, 32, 4, 1)
+
+# By head dim, for every architecture: spills nothing according to compile_matrix; not timed.
+LINEAR = {
+    64: LinearConfig(64, 64, 4),
+    128: LinearConfig(64, 64, 8),
+    256: LinearConfig(32, 32, 8),
+}
+LINEAR_FP32 = {
+    64: LinearConfig(32, 32, 8),
+    128: LinearConfig(32, 32, 8),
+    256: LinearConfig(16, 16, 8),
+}
+
+
+def choose(kind: str, q: Tensor, block_q: int, block_k: int, ruled: bool) -> Config:
+    """The configuration of a kernel, with the tile that works off one block cut to the block.
+
+    Args:
+        kind: "forward", "dq" or "dkdv".
+        q: (B, H, N, D), for its head dim, dtype and device.
+        ruled: the plan has a rule on token pairs.
+    """
+    if kind == "dkdv" and ruled:
+        kind = "dkdv rule"
+    arch = architecture(q.device)
+    config = tuned.read().get(tuned.key(arch, kind, q, block_q, block_k))
+    config = from_table(arch, kind, q.shape[3], q.dtype) if config is None else Config(*config)
+    if kind.startswith("dkdv"):
+        return config._replace(tile_n=tile(block_k, config.tile_n))
+    return config._replace(tile_m=tile(block_q, config.tile_m))
+
+
+def from_table(arch: str, kind: str, D: int, dtype: torch.dtype) -> Config:
+    if arch == "interpreted":
+        return INTERPRETED
+    maker = "cuda" if arch.startswith("sm_") else "hip"
+    rows = FP32[maker] if dtype == torch.float32 else TABLE[arch]
+    return rows[bucket(D)][KINDS.index(kind)]
+
+
+def linear(arch: str, D: int, dtype: torch.dtype) -> LinearConfig:
+    if arch == "interpreted":
+        return LinearConfig(32, 32, 4)
+    return (LINEAR_FP32 if dtype == torch.float32 else LINEAR)[bucket(D)]
+
+
+def bucket(D: int) -> int:
+    return next(most for most in BUCKETS if most >= D)
+
+
+def padded_dim(D: int) -> int:
+    """The power of two that a tile of head dim D takes; products need at least 16."""
+    return max(16, 1 << (D - 1).bit_length())
+
+
+def tile(block: int, most: int) -> int:
+    """The power of two, 16 to `most`, that works off a block with the least work.
+
+    A tile costs its rows, padding included, and 16 rows' time to get going.
+    """
+    sizes = [1 << power for power in range(4, most.bit_length())]
+    return min(reversed(sizes), key=lambda size: -(-block // size) * (size + 16))
+
+
+def pattern_strides(x: Tensor) -> tuple[int, int]:
+    """How far the patterns of the next sample and head lie, in patterns of x; 0 if shared.
+
+    Args:
+        x: (B or 1, H or 1, ...), contiguous.
+    """
+    B, H = x.shape[:2]
+    return (H if B > 1 else 0), (1 if H > 1 else 0)
+
+
+@lru_cache(maxsize=16)
+def architecture(device: torch.device) -> str:
+    """The row of TABLE: the device's own, or that of the next older or smaller one."""
+    if device.type == "cpu":
+        return "interpreted"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 12 or (major == 8 and minor > 0):  # 99 KB of shared memory
+        return "sm_120"
+    return f"sm_{min(major, 10)}0"

@@ -1,0 +1,41 @@
+"""Configurations that were timed on this machine, kept in a JSON file in the user's cache.
+
+Timing is asked for by `tune` and never happens by itself.
+"""
+
+import json
+import os
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+from torch import Tensor
+
+
+def key(arch: str, kind: str, q: Tensor, block_q: int, block_k: int) -> str:
+    return f"{arch}/{kind}/D{q.shape[3]}/{q.dtype}/{block_q}x{block_k}"
+
+
+def path() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "gen_accel" / "triton.json"
+
+
+@lru_cache(maxsize=1)
+def read() -> dict[str, list[int]]:
+    """The kept configurations by `key`; empty where nothing was tuned yet."""
+    try:
+        return json.loads(path().read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def write(found: dict[str, list[int]]) -> None:
+    """Add to the kept configurations; a reader sees the old file or the new one."""
+    read.cache_clear()
+    target = path()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:
+        json.dump({**read(), **found}, file, indent=1, sort_keys=True)
+    os.replace(file.name, target)
+    read.cache_clear()
