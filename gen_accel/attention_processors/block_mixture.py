@@ -222,7 +222,8 @@ def _box(method: BlockMixture, video: VideoShape) -> Box:
         return _even_box(method.chunks[i], free, whole)
     sides = given if isinstance(given, tuple) else (given,)
     box = [(*sides, H, W), (F, *sides), sides][i]
-    return tuple(min(side, size) for side, size in zip(box, video.grid, strict=True))
+    frames, rows, columns = (min(n, size) for n, size in zip(box, video.grid, strict=True))
+    return frames, rows, columns
 
 
 def _even_box(target: int, free: Box, whole: Box) -> Box:
@@ -234,8 +235,9 @@ def _even_box(target: int, free: Box, whole: Box) -> Box:
         sides = [side for side, size in zip(box, free, strict=True) if size > 1] or [1]
         return abs(math.log(count / target)), max(sides) / min(sides)
 
-    sides = min(product(*options), key=badness)
-    return tuple(side * size for side, size in zip(sides, whole, strict=True))
+    best = min(product(*options), key=badness)
+    frames, rows, columns = (side * size for side, size in zip(best, whole, strict=True))
+    return frames, rows, columns
 
 
 def _chunk_means(k: Tensor, layout: Layout) -> Tensor:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.stand_in import smooth_qk
+from gen_accel.kernels.linear import linear_attention
 from gen_accel.plan import (
     Plan,
     Slots,
@@ -203,7 +204,8 @@ class SparseLinear:
             return (fq @ state) / (fq @ norm + EPSILON)
         fq, v = pack(fq, plan), pack(v, plan)
         fk = pack(fk, plan) * plan.real[:, None]
-        return unpack(linear_attention(fq, fk, v, linear, plan.block_q, plan.block_k), plan)
+        blocks = plan.block_q, plan.block_k
+        return unpack(linear_attention(fq, fk, v, linear, *blocks, eps=EPSILON), plan)
 
 
 class LinearBranch(nn.Module):
@@ -239,27 +241,6 @@ class LinearBranch(nn.Module):
             return bool((self.alpha == 1).all())
         assert self.proj is not None
         return not (self.proj.weight.any() or self.proj.bias.any())
-
-
-def linear_attention(
-    fq: Tensor, fk: Tensor, v: Tensor, linear: Tensor, block_q: int, block_k: int
-) -> Tensor:
-    """Linear attention of each query block over its own set of key blocks, (B, H, S, D).
-
-    The states of the key blocks are made once and added up for each query block by one product
-    with the map of the sets.
-
-    Args:
-        fq, fk: features of q and k in slot order, zero for padding keys.
-        linear: (B, H, Kq, Kk) bool, the sets.
-    """
-    keys, values = (x.unflatten(2, (-1, block_k)) for x in (fk, v))
-    states = keys.transpose(-1, -2) @ values  # (B, H, Kk, D, D)
-    sets = linear.to(fq.dtype)
-    state = (sets @ states.flatten(3)).unflatten(3, states.shape[3:])
-    norm = sets @ keys.sum(3)  # (B, H, Kq, D)
-    queries = fq.unflatten(2, (-1, block_q))
-    return ((queries @ state) / (queries @ norm[..., None] + EPSILON)).flatten(2, 3)
 
 
 def _features(x: Tensor, name: FeatureMap) -> Tensor:
@@ -313,7 +294,8 @@ def _tile(video: VideoShape, block_q: int, block_k: int) -> tuple[int, int, int]
         padded = math.prod(-(-size // side) * side for size, side in both)
         return padded, max(box) / min(box)
 
-    boxes = [box for box in product(divisors, repeat=3) if math.prod(box) == small]
+    sides = product(divisors, divisors, divisors)
+    boxes = [box for box in sides if math.prod(box) == small]
     frames, rows, columns = min(boxes, key=badness)
     return frames * in_a_row, rows, columns
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gen_accel.measure.video_io import replacing
-from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
 KEPT, LEFT_OUT, GAP = (11, 107, 93), (226, 225, 220), (255, 255, 255)
@@ -28,19 +27,20 @@ def mask_picture(
 ) -> Path:
     """Write a PNG: left which key blocks each query block sees, right what one token sees.
 
+    Of a method whose pattern depends on q and k, the one of smooth random q and k, which it says.
+
     Args:
         video: the grid, in tokens.
         token: frame, row and column; the middle of the video without.
 
     Raises:
-        ValueError: a method whose pattern depends on q and k, a token outside of the video, or
-            `path` without .png.
+        ValueError: a token outside of the video, or `path` without .png.
         OSError: `path` cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path} must end in .png")
-    plan = _plan(method, video)
+    plan = method.plan(video)
     token = token or middle(video)
     seen = seen_by(method, video, token)
 
@@ -49,7 +49,8 @@ def mask_picture(
     figure = Figure(figsize=(13, 6.4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
     density = f"density {plan.density:.3f} (sparsity {1 - plan.density:.3f})"
-    figure.suptitle(f"{method}\n{video} = {video.tokens} tokens, {density}", fontsize=12)
+    title = [str(method), f"{video} = {video.tokens} tokens, {density}", *_notes(method)]
+    figure.suptitle("\n".join(title), fontsize=12)
 
     rows, columns = plan.keep.shape[-2:]
     side = max(-(-rows // MOST_BLOCKS), -(-columns // MOST_BLOCKS))
@@ -89,7 +90,7 @@ def mask_text(method: Any, video: VideoShape, width: int = 80) -> str:
     Args:
         width: characters in a line at most.
     """
-    plan = _plan(method, video)
+    plan = method.plan(video)
     keep = plan.keep[0, 0]
     rows, columns = keep.shape
     if columns <= width:
@@ -108,6 +109,7 @@ def mask_text(method: Any, video: VideoShape, width: int = 80) -> str:
             str(method),
             f"{video} = {video.tokens} tokens, density {plan.density:.3f} "
             f"(sparsity {1 - plan.density:.3f})",
+            *_notes(method),
             f"{rows} x {columns} blocks of {plan.block_q} x {plan.block_k} tokens, "
             "queries down, keys across:",
             *lines,
@@ -123,7 +125,7 @@ def seen_by(method: Any, video: VideoShape, token: Token) -> Tensor:
     for name, place, size in zip(("frame", "row", "column"), token, video.grid, strict=True):
         if not 0 <= place < size:
             raise ValueError(f"{name} of the token must be from 0 to {size - 1}, got {place}")
-    plan = _plan(method, video)
+    plan = method.plan(video)
     index = (token[0] * video.height + token[1]) * video.width + token[2]
     slot = plan.places[index]
     row = plan.keep[0, 0, slot // plan.block_q].repeat_interleave(plan.block_k) & plan.real
@@ -137,13 +139,16 @@ def middle(video: VideoShape) -> Token:
     return video.frames // 2, video.height // 2, video.width // 2
 
 
-def _plan(method: Any, video: VideoShape) -> Plan:
-    if not hasattr(method, "plan"):
-        raise ValueError(
-            f"the pattern of {method} depends on queries and keys: there is none to show "
-            "before a model runs"
+def _notes(method: Any) -> list[str]:
+    """What a reader of the picture must know about a method that depends on more than the grid."""
+    notes = []
+    if hasattr(method, "plan_for"):
+        notes.append(
+            "data decides: this is the pattern of smooth random q and k, not of a model's"
         )
-    return method.plan(video)
+    if hasattr(method, "for_layer") and method.for_layer(0) != method:
+        notes.append("layers differ: this is the first")
+    return notes
 
 
 def _pooled(keep: Tensor, rows: int, columns: int) -> Tensor:

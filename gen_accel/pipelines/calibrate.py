@@ -13,7 +13,9 @@ from gen_accel.attention_processors.sparse_linear import LinearBranch
 from gen_accel.pipelines.attach import TRANSFORMERS, Attachment, Layer
 from gen_accel.video import VideoShape
 
-RIDGE = 1e-6  # of the mean square of O_l: fits what the samples determine, and no more
+# Penalties on proj, as shares of the mean square of O_l. It changes little from token to token, so
+# that least squares alone finds large weights, which fail on the next prompt.
+RIDGES = tuple(10.0**power for power in range(-6, 5))
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,14 @@ def calibrate(
 
     The pipeline generates each prompt densely. In each sparse layer and step the difference
     between the dense output and O_s is regressed on O_l, for all heads together (proj), or for
-    each head (alpha, within [0, 1]): least squares in closed form. Sums are kept in fp64 and no
-    batch is, so that it takes as much memory as one generation.
+    each head (alpha, within [0, 1]): least squares in closed form, for proj with the penalty that
+    does best on prompts (of a single one, on steps) that are left out in turn. Sums are kept in
+    fp64 and no batch is, so that it takes as much memory as one generation.
 
     Args:
         pipe: a pipeline with `SparseLinear` attached. Layers and steps that its schedule keeps
             dense are left out.
-        prompts: what the model is used for; they need not be many.
+        prompts: what the model is used for; a handful, at least two.
         num_inference_steps: few suffice, as they span all noise levels.
         seed: of the first prompt's noise; each further prompt takes the next.
         call: what else the pipeline is called with: sizes, guidance scale, an image.
@@ -94,10 +97,14 @@ def calibrate(
     kinds = {"project": _ProjSums, "alpha": _AlphaSums}
     sums: dict[str, _Sums] = {}
 
-    def add(layer: Layer, o_s: Tensor, o_l: Tensor, dense: Tensor) -> None:
-        sums.setdefault(layer.name, kinds[layer.method.combine](o_s)).add(o_s, o_l, dense)
+    def add(layer: Layer, o_s: Tensor, o_l: Tensor, dense: Tensor, prompt: int) -> None:
+        fold = prompt if len(prompts) > 1 else handle.clock.step
+        if layer.name not in sums:
+            sums[layer.name] = kinds[layer.method.combine](o_s)
+        sums[layer.name].add(o_s, o_l, dense, fold)
 
-    handle = _observe(pipe, prompts, add, num_inference_steps, seed, call)
+    handle = attachment_of(pipe)
+    _observe(handle, pipe, prompts, add, num_inference_steps, seed, call)
     return Calibration(
         tuple(total.fit(name, handle.branches[name]) for name, total in sums.items())
     )
@@ -113,41 +120,40 @@ def measure_calibration(
 ) -> Calibration:
     """The errors of O_s alone and of what the branches make of it now, on other prompts, say, than
     those of the fit. Arguments and errors are those of `calibrate`; nothing is changed."""
-    sums: dict[str, list[Tensor | int]] = {}
+    sums: dict[str, Tensor] = {}  # squares of both errors and of the dense output
+    samples = 0
 
-    def add(layer: Layer, o_s: Tensor, o_l: Tensor, dense: Tensor) -> None:
-        errors = [
-            (x - dense).double().square().sum() for x in (o_s, layer.branch(o_s, o_l), 0 * dense)
-        ]
-        found = [*errors, dense[..., 0].numel()]
-        known = sums.get(layer.name, [0] * len(found))
-        sums[layer.name] = [x + y for x, y in zip(known, found, strict=True)]
+    def add(layer: Layer, o_s: Tensor, o_l: Tensor, dense: Tensor, prompt: int) -> None:
+        nonlocal samples
+        samples += dense[..., 0].numel()
+        errors = o_s - dense, layer.branch(o_s, o_l) - dense, dense
+        squares = torch.stack([error.double().square().sum() for error in errors])
+        sums[layer.name] = sums.get(layer.name, 0) + squares
 
-    _observe(pipe, prompts, add, num_inference_steps, seed, call)
-    return Calibration(
-        tuple(
-            LayerFit(name, *(math.sqrt(float(x / dense)) for x in (before, after)), int(samples))
-            for name, (before, after, dense, samples) in sums.items()
-        )
-    )
+    _observe(attachment_of(pipe), pipe, prompts, add, num_inference_steps, seed, call)
+    fits = []
+    for name, squares in sums.items():
+        before, after = (squares[:2] / squares[2]).sqrt().tolist()
+        fits.append(LayerFit(name, before, after, samples // len(sums)))
+    return Calibration(tuple(fits))
 
 
 def _observe(
+    handle: Attachment,
     pipe: Any,
     prompts: Sequence[str],
-    add: Callable[[Layer, Tensor, Tensor, Tensor], None],
+    add: Callable[[Layer, Tensor, Tensor, Tensor, int], None],
     num_inference_steps: int,
     seed: int,
     call: dict[str, Any],
-) -> Attachment:
+) -> None:
     """Generate densely, and show `add` O_s, O_l and the dense output, (B, H, N, D), of each sparse
-    layer and step."""
+    layer and step, and the number of the prompt."""
     if not prompts:
         raise ValueError("prompts must hold at least one, got none")
-    handle = attachment_of(pipe)
     if not handle.branches:
         raise ValueError(f"{handle.method} has nothing to fit: attach SparseLinear() first")
-    seen = False
+    seen, current = 0, 0
 
     def observe(
         layer: Layer,
@@ -159,16 +165,17 @@ def _observe(
         run: Callable,
     ) -> None:
         nonlocal seen
-        seen = True
-        add(layer, *layer.method.parts(q, k, v, video=video, kernel=run), dense)
+        seen += 1
+        o_s, o_l = layer.method.parts(q, k, v, video=video, kernel=run)
+        add(layer, o_s, o_l, dense, current)
 
     handle.observe = observe
     try:
-        for i, prompt in enumerate(prompts):
+        for current, prompt in enumerate(prompts):
             pipe(
                 prompt=prompt,
                 num_inference_steps=num_inference_steps,
-                generator=torch.Generator("cpu").manual_seed(seed + i),
+                generator=torch.Generator("cpu").manual_seed(seed + current),
                 output_type="latent",
                 **call,
             )
@@ -179,7 +186,6 @@ def _observe(
             f"the schedule keeps all of {num_inference_steps} steps dense, so that there is "
             f"nothing to fit: {handle.schedule}"
         )
-    return handle
 
 
 def attachment_of(pipe_or_transformer: Any) -> Attachment:
@@ -201,51 +207,71 @@ class _Sums:
         self.dense = like.new_zeros((), dtype=torch.double)  # squares of the dense output
         self.residual = like.new_zeros((), dtype=torch.double)  # squares of dense - O_s
 
-    def add(self, o_s: Tensor, o_l: Tensor, dense: Tensor) -> None:
+    def add(self, o_s: Tensor, o_l: Tensor, dense: Tensor, fold: int) -> None:
         B, H, N, _ = dense.shape
         self.samples += B * H * N
         for head in range(H):  # fp64 of one head at a time
             s, l, d = (x[:, head].flatten(0, 1).double() for x in (o_s, o_l, dense))
             self.dense += d.square().sum()
             self.residual += (d - s).square().sum()
-            self.add_head(head, s, l, d)
+            self.add_head(head, fold, s, l, d)
 
-    def add_head(self, head: int, s: Tensor, l: Tensor, d: Tensor) -> None:
+    @torch.no_grad()
+    def fit(self, name: str, branch: LinearBranch) -> LayerFit:
+        left = (self.residual - self.solve(branch)).clamp_min(0)
+        before, after = (math.sqrt((x / self.dense).item()) for x in (self.residual, left))
+        return LayerFit(name, before, after, self.samples)
+
+    def add_head(self, head: int, fold: int, s: Tensor, l: Tensor, d: Tensor) -> None:
+        """Rows of O_s, O_l and the dense output."""
         raise NotImplementedError
 
     def solve(self, branch: LinearBranch) -> Tensor:
         """Set the branch; the squares that the fit takes off the residual."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def fit(self, name: str, branch: LinearBranch) -> LayerFit:
-        gained = self.solve(branch)
-        left = (self.residual - gained).clamp_min(0)
-        before, after = (math.sqrt((x / self.dense).item()) for x in (self.residual, left))
-        return LayerFit(name, before, after, self.samples)
-
 
 class _ProjSums(_Sums):
-    """Y = X W with X = [O_l, 1] and Y = dense - O_s, over all rows of all heads."""
+    """Y = X W with X = [O_l, 1] and Y = dense - O_s, over all rows of all heads. What is kept is
+    X^T X and X^T Y of each fold."""
 
     def __init__(self, like: Tensor) -> None:
         super().__init__(like)
-        D = like.shape[-1]
-        self.xx = like.new_zeros((D + 1, D + 1), dtype=torch.double)
-        self.xy = like.new_zeros((D + 1, D), dtype=torch.double)
+        self.folds: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def add_head(self, head: int, s: Tensor, l: Tensor, d: Tensor) -> None:
+    def add_head(self, head: int, fold: int, s: Tensor, l: Tensor, d: Tensor) -> None:
         x = torch.cat([l, l.new_ones(len(l), 1)], 1)
-        self.xx += x.T @ x
-        self.xy += x.T @ (d - s)
+        products = x.T @ x, x.T @ (d - s)
+        known = self.folds.get(fold)
+        if known is not None:
+            products = known[0] + products[0], known[1] + products[1]
+        self.folds[fold] = products
 
     def solve(self, branch: LinearBranch) -> Tensor:
         assert branch.proj is not None
-        ridge = RIDGE * self.xx.diagonal()[:-1].mean() * torch.eye(len(self.xx)).to(self.xx)
-        weights = torch.linalg.solve(self.xx + ridge, self.xy)
+        folds = [*self.folds.values()]
+        xx, xy = (torch.stack(parts).sum(0) for parts in zip(*folds, strict=True))
+        gains = [
+            sum(_gain(_ridge(xx - x, xy - y, ridge), x, y).item() for x, y in folds)
+            for ridge in RIDGES
+        ]
+        # Of one fold nothing can be left out; the gain is then zero throughout.
+        best = max(range(len(RIDGES)), key=lambda i: (gains[i], i))
+        weights = _ridge(xx, xy, RIDGES[best])
         branch.proj.weight.copy_(weights[:-1].T)
         branch.proj.bias.copy_(weights[-1])
-        return (2 * weights * self.xy).sum() - (weights * (self.xx @ weights)).sum()
+        return _gain(weights, xx, xy)
+
+
+def _ridge(xx: Tensor, xy: Tensor, ridge: float) -> Tensor:
+    """(D + 1, D) weights; zeros where there are no rows."""
+    penalty = (ridge * xx.diagonal().mean()).clamp_min(torch.finfo(xx.dtype).tiny)
+    return torch.linalg.solve(xx + penalty * torch.eye(len(xx)).to(xx), xy)
+
+
+def _gain(weights: Tensor, xx: Tensor, xy: Tensor) -> Tensor:
+    """The squares that the weights take off the residual of these rows; negative if they add."""
+    return (2 * weights * xy).sum() - (weights * (xx @ weights)).sum()
 
 
 class _AlphaSums(_Sums):
@@ -255,7 +281,7 @@ class _AlphaSums(_Sums):
         super().__init__(like)
         self.xx, self.xy = (like.new_zeros(like.shape[1], dtype=torch.double) for _ in range(2))
 
-    def add_head(self, head: int, s: Tensor, l: Tensor, d: Tensor) -> None:
+    def add_head(self, head: int, fold: int, s: Tensor, l: Tensor, d: Tensor) -> None:
         self.xx[head] += (l - s).square().sum()
         self.xy[head] += ((l - s) * (d - s)).sum()
 

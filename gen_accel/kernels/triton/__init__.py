@@ -14,15 +14,28 @@ from gen_accel.kernels.triton.lists import Lists
 from gen_accel.kernels.triton.lists import prepare as _prepare
 from gen_accel.plan import Plan
 
-__all__ = ["Lists", "compute", "forward", "forward_lse", "prepare", "unsupported"]
+__all__ = [
+    "DTYPES",
+    "Lists",
+    "compute",
+    "forward",
+    "forward_lse",
+    "installed",
+    "prepare",
+    "unsupported",
+]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_DIM = 256
 
 
+def installed() -> bool:
+    return find_spec("triton") is not None
+
+
 def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
     reasons = []
-    if find_spec("triton") is None:
+    if not installed():
         reasons.append("triton is not installed")
     elif q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         reasons.append("needs a GPU; on the CPU only under TRITON_INTERPRET=1")

@@ -1,0 +1,49 @@
+"""Linear attention of each query block over its own set of key blocks.
+
+    o = f(q) (sum f(k)^T v) / (eps + f(q) . sum f(k)), sums over the keys of the set
+
+`plain` is the meaning, torch alone with autograd; on GPUs a fused kernel does the same.
+"""
+
+from torch import Tensor
+
+from gen_accel.kernels import triton
+
+
+def linear_attention(
+    fq: Tensor, fk: Tensor, v: Tensor, sets: Tensor, block_q: int, block_k: int, *, eps: float
+) -> Tensor:
+    """(B, H, S, D) in slot order; zero where a set holds no token.
+
+    Args:
+        fq, fk: features of q and k, (B, H, S, D) in slot order; fk is zero for padding.
+        v: like them.
+        sets: (B, H, Kq, Kk) bool.
+        eps: keeps small denominators from zero.
+    """
+    if fq.device.type == "cuda" and fq.dtype in triton.DTYPES and triton.installed():
+        return _fused(fq, fk, v, sets, block_q, block_k, eps)
+    return plain(fq, fk, v, sets, block_q, block_k, eps=eps)
+
+
+def plain(
+    fq: Tensor, fk: Tensor, v: Tensor, sets: Tensor, block_q: int, block_k: int, *, eps: float
+) -> Tensor:
+    """The states of the key blocks are made once, and added up for each query block by one product
+    with the map of the sets."""
+    keys, values = (x.unflatten(2, (-1, block_k)) for x in (fk, v))
+    states = keys.transpose(-1, -2) @ values  # (B, H, Kk, D, D)
+    weights = sets.to(fq.dtype)
+    state = (weights @ states.flatten(3)).unflatten(3, states.shape[3:])
+    norm = weights @ keys.sum(3)  # (B, H, Kq, D)
+    queries = fq.unflatten(2, (-1, block_q))
+    return ((queries @ state) / (queries @ norm[..., None] + eps)).flatten(2, 3)
+
+
+def _fused(
+    fq: Tensor, fk: Tensor, v: Tensor, sets: Tensor, block_q: int, block_k: int, eps: float
+) -> Tensor:
+    from gen_accel.kernels.triton.linear import linear_rest  # imports triton, which may be missing
+
+    fk, v = fk.to(fq.dtype).contiguous(), v.to(fq.dtype).contiguous()
+    return linear_rest(fq.contiguous(), fk, v, ~sets, block_q, block_k, eps)
