@@ -17,15 +17,18 @@ import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
 from kernels import HEADER, line, rows
-from parity import DTYPES, brief
+from parity import DTYPES, brief, draw
 
 from gen_accel import Dense, Neighborhood, Radial, VideoShape, attach
 from gen_accel import kernels as backends
+from gen_accel.kernels.self_check import check_rows
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
 from gen_accel.measure.timing import interleaved
 
 RESULTS = Path(__file__).parent / "results"
+
+OVERHEAD_VIDEO = VideoShape(29, 12, 12)
 
 PLANS = {
     "demo, 129 frames": VideoShape(33, 12, 12),
@@ -48,7 +51,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--scaling", action="store_true", help="time against tokens, and the slope")
-    mode.add_argument("--overhead", action="store_true", help="what attach(Dense()) costs a step")
+    mode.add_argument(
+        "--overhead", action="store_true", help="what attach(Dense()) and a self-check cost"
+    )
     mode.add_argument("--plan", action="store_true", help="seconds to build plans")
     parser.add_argument("--least-tokens", type=int, default=0)
     parser.add_argument("--most-tokens", type=int, default=33_000)
@@ -130,7 +135,11 @@ def overhead(args: argparse.Namespace, save: Callable[[dict], None]) -> None:
         rope_max_seq_len=256,
     ).to(args.device)
     attached = deepcopy(stock)
-    noise = torch.randn(1, 16, 29, 12, 12), torch.tensor([500.0]), torch.randn(1, 512, 64)
+    noise = (
+        torch.randn(1, 16, *OVERHEAD_VIDEO.grid),
+        torch.tensor([500.0]),
+        torch.randn(1, 512, 64),
+    )
     inputs = [x.to(args.device) for x in noise]
     with attach(attached, Dense()):
         if not torch.equal(stock(*inputs).sample, attached(*inputs).sample):
@@ -138,16 +147,30 @@ def overhead(args: argparse.Namespace, save: Callable[[dict], None]) -> None:
         calls = {"stock": partial(stock, *inputs), "attached": partial(attached, *inputs)}
         seconds = interleaved(calls, rounds=args.rounds, device=args.device)
     row = {
-        "tokens": 29 * 12 * 12,
+        "tokens": OVERHEAD_VIDEO.tokens,
         "stock_ms": 1e3 * statistics.median(seconds["stock"]),
         "attached_ms": 1e3 * statistics.median(seconds["attached"]),
         "ratio": statistics.median(b / a for a, b in zip(*seconds.values(), strict=True)),
     }
-    save(row)
     print(
         f"{row['stock_ms']:.1f} ms stock, {row['attached_ms']:.1f} ms with Dense() attached, "
         f"median ratio {row['ratio']:.3f}"
     )
+    save(row | self_check(args, 2 * row["stock_ms"]))
+
+
+def self_check(args: argparse.Namespace, step_ms: float) -> dict:
+    """What holding some rows to the reference costs, once, against a step with guidance."""
+    method = Radial()
+    size = {"heads": 2, "dim": 64, "dtype": torch.float32, "device": args.device}
+    q, k, v = draw(OVERHEAD_VIDEO, method, **size, seed=args.seed)
+    plan, scale = method.plan(OVERHEAD_VIDEO, args.device), 64**-0.5
+    out = backends.run(q, k, v, plan, scale=scale)
+    check = partial(check_rows, q, k, v, plan, out, scale=scale, kernel="auto")
+    seconds = interleaved({"check": check}, rounds=args.rounds, device=args.device)
+    ms = 1e3 * statistics.median(seconds["check"])
+    print(f"{ms:.1f} ms for one self-check, {ms / step_ms:.4f} of a step with guidance")
+    return {"self_check_ms": ms, "self_check_share_of_a_step": ms / step_ms}
 
 
 def plan(args: argparse.Namespace, save: Callable[[dict], None]) -> None:

@@ -4,7 +4,7 @@ import argparse
 import itertools
 from pathlib import Path
 
-from gen_accel import Neighborhood, Radial, Schedule, demo
+from gen_accel import BlockMixture, Neighborhood, Radial, Schedule, SparseLinear, demo
 from gen_accel.demo import job
 from gen_accel.demo.detector import detect
 from gen_accel.measure import write_json
@@ -19,6 +19,9 @@ RUNS = (
     (Radial(), Schedule()),
     (Radial(decay_factor=0.5), Schedule(dense_start=0.2)),
     (Neighborhood((-1, 4, 4)), Schedule(dense_start=0.2)),
+    (BlockMixture(select="topk", scope="query_head"), Schedule(dense_start=0.2)),
+    (BlockMixture(routing="block"), Schedule(dense_start=0.2)),
+    (SparseLinear(critical=0.1), Schedule(dense_start=0.2)),  # not calibrated: top-k alone
 )
 
 
@@ -39,13 +42,20 @@ def main() -> None:
     print(
         "frames  dense s  sparse s  speed-up  density    PSNR   SSIM  detector   method, schedule"
     )
+    known = {}
     for frames, (method, schedule) in itertools.product(args.frames, RUNS):
         clip = Clip(
             frames, job.SIZE, job.SIZE, args.steps, job.GUIDANCE_SCALE, seed=args.seed, fps=job.FPS
         )
         result = compare_with_dense(
-            pipe, args.prompt, filled(pipe, clip), method=method, schedule=schedule
+            pipe,
+            args.prompt,
+            filled(pipe, clip),
+            method=method,
+            schedule=schedule,
+            earlier=known.get(frames),
         )
+        known[frames] = result
         shows = {
             "dense": detect(result.dense.video).caption,
             "sparse": detect(result.sparse.video).caption,

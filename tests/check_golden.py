@@ -17,7 +17,7 @@ import torch
 from checks import budget, largest_error
 from torch import Tensor
 
-from gen_accel.attention_processors import Neighborhood, Radial
+from gen_accel.attention_processors import BlockMixture, Neighborhood, Radial, SparseLinear
 from gen_accel.functional import attention
 from gen_accel.kernels import reference
 from gen_accel.video import VideoShape
@@ -26,6 +26,8 @@ Arrays = Mapping[str, np.ndarray]
 
 # Those that run everywhere at once. FlexAttention would be compiled for every case.
 KERNELS = ("reference", "gather")
+
+SLA_ARRAYS = ("q", "k", "v", "do", "W", "b", "o", "dq", "dk", "dv")
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,13 @@ class Format:
         method: what the line printed for a file calls it.
         keys: those every case has.
         arrays: what stands before the case's id in the names of its arrays.
-        check: yields what deviates in one case; None while the method does not exist.
+        check: yields how far each result of one case deviates.
     """
 
     method: str
     keys: frozenset[str]
     arrays: tuple[str, ...]
-    check: Callable[[dict, Arrays], Iterator[Deviation]] | None = None
+    check: Callable[[dict, Arrays], Iterator[Deviation]]
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,7 @@ def radial_masks(case: dict, arrays: Arrays) -> Iterator[Deviation]:
 
 
 def natten(case: dict, arrays: Arrays) -> Iterator[Deviation]:
-    """Outputs of every kernel and the log-sum-exp, held to ours in fp64.
-
-    Both sides are held to it: ours may err twice as much as the golden, and the golden twice as
-    much as our fp32 reference, each with one spacing of floats to spare. So a golden that answers
-    another question fails, instead of setting itself a large budget.
-    """
+    """Outputs of every kernel and the log-sum-exp."""
     grid = tuple(case["grid"])
     q, k, v, want = (torch.from_numpy(arrays[f"{name}{case['id']}"]) for name in "qkvo")
     want_lse = torch.from_numpy(arrays[f"lse{case['id']}"])
@@ -119,13 +116,69 @@ def natten(case: dict, arrays: Arrays) -> Iterator[Deviation]:
     def lse(dtype: torch.dtype) -> Tensor:
         return reference.logsumexp(q.to(dtype), k.to(dtype), plan, scale=scale)
 
-    exact, exact_lse = ours(torch.float64, "reference"), lse(torch.float64)
+    exact = ours(torch.float64, "reference")
+    yield from _both_sides({k: ours(torch.float32, k) for k in KERNELS}, want, exact)
+    sums, exact_sums = {"reference": lse(torch.float32)}, lse(torch.float64)
+    yield from _both_sides(sums, want_lse, exact_sums, " in logsumexp")
+
+
+def sparse_linear(case: dict, arrays: Arrays) -> Iterator[Deviation]:
+    """Output and gradients of every kernel, with the projection of the case."""
+    tensors = {x: torch.from_numpy(arrays[f"{x}{case['id']}"]) for x in SLA_ARRAYS}
+    q, W, b = (tensors[x] for x in ("q", "W", "b"))
+    method = SparseLinear(
+        critical=case["topk"],
+        linear_over="all",
+        feature_map=case["feature_map"],
+        block_q=case["block_q"],
+        block_k=case["block_k"],
+        order="raster",
+    )
+    video = VideoShape(1, 1, q.shape[2])
+
+    def ours(dtype: torch.dtype, kernel: str) -> dict[str, Tensor]:
+        branch = method.branch(q.shape[1], q.shape[3])
+        branch.load_state_dict({"proj.weight": W, "proj.bias": b})
+        leaves = [tensors[x].to(dtype, copy=True).requires_grad_() for x in "qkv"]
+        options = {"video": video, "method": method, "kernel": kernel}
+        o = attention(*leaves, **options, branch=branch.to(dtype))
+        gradients = torch.autograd.grad(o, leaves, tensors["do"].to(dtype))
+        return dict(zip(("o", "dq", "dk", "dv"), (o.detach(), *gradients), strict=True))
+
+    exact = ours(torch.float64, "reference")
     results = {kernel: ours(torch.float32, kernel) for kernel in KERNELS}
-    for kernel, result in results.items():
-        yield _deviation(f"error of {kernel}", result, want, exact)
-    yield _deviation("error of the golden", want, results["reference"], exact)
-    yield _deviation("error of logsumexp", lse(torch.float32), want_lse, exact_lse)
-    yield _deviation("error of the golden lse", want_lse, lse(torch.float32), exact_lse)
+    for name, one in exact.items():
+        of_kernels = {kernel: result[name] for kernel, result in results.items()}
+        yield from _both_sides(of_kernels, tensors[name], one, f" in {name}")
+
+
+def block_mixture(case: dict, arrays: Arrays) -> Iterator[Deviation]:
+    """Outputs of every kernel. A chunk is so many frames, or (rows, columns), or a box."""
+    grid, value = tuple(case["grid"]), case["value"]
+    # (1, N, H, D) -> (1, H, N, D)
+    q, k, v, want = (
+        torch.from_numpy(arrays[f"{name}{case['id']}"]).transpose(1, 2) for name in "qkvo"
+    )
+    chunk = case["chunk"] if isinstance(case["chunk"], list) else [case["chunk"]]
+    if any(side != int(side) for side in chunk):
+        raise ValueError(f"chunk must be whole frames, rows and columns, got {case['chunk']}")
+    sides = tuple(int(side) for side in chunk)
+    partition = ("1d", "2d", "3d")[len(sides) - 1]
+    amount = {"threshold": value} if case["select_mode"] == "threshold" else {"topk": (value,) * 3}
+    method = BlockMixture(
+        partition=partition,
+        **{f"chunk_{partition}": sides[0] if partition == "1d" else sides},
+        select=case["select_mode"],
+        scope=case["threshold_type"],
+        **amount,
+    )
+
+    def ours(dtype: torch.dtype, kernel: str) -> Tensor:
+        inputs = (x.to(dtype) for x in (q, k, v))
+        return attention(*inputs, video=VideoShape(*grid), method=method, kernel=kernel)
+
+    exact = ours(torch.float64, "reference")
+    yield from _both_sides({k: ours(torch.float32, k) for k in KERNELS}, want, exact)
 
 
 FORMATS = (
@@ -146,12 +199,14 @@ FORMATS = (
     Format(
         "sparse linear",
         frozenset({"topk", "feature_map", "block_q", "block_k"}),
-        ("q", "k", "v", "do", "W", "b", "o", "dq", "dk", "dv"),
+        SLA_ARRAYS,
+        sparse_linear,
     ),
     Format(
         "block mixture",
         frozenset({"grid", "chunk", "select_mode", "threshold_type", "value"}),
         ("q", "k", "v", "o"),
+        block_mixture,
     ),
 )
 
@@ -164,9 +219,6 @@ def check_file(path: Path) -> Verdict:
     except Exception as error:  # whatever a damaged file makes its reader throw
         return Verdict(f"{path.name}: FAIL: {type(error).__name__}: {error}", False)
     title = f"{path.name}: {kind.method}, {len(cases)} cases"
-    if kind.check is None:
-        return Verdict(f"{title}, not checked yet: no such method", True)
-
     found: list[Deviation] = []
     failed: dict[str, str] = {}
     for case in cases:
@@ -223,6 +275,20 @@ def _recognise(cases: list[dict], arrays: Arrays) -> Format:
                 raise ValueError(f"arrays are missing from the npz: {', '.join(lost)}")
             return kind
     raise ValueError(f"no known format has cases with keys {sorted(cases[0])}")
+
+
+def _both_sides(
+    results: Mapping[str, Tensor], golden: Tensor, exact: Tensor, of: str = ""
+) -> Iterator[Deviation]:
+    """What each kernel and the golden err against `exact`, ours in fp64.
+
+    Both sides are held to it: ours may err twice as much as the golden, and the golden twice as
+    much as our fp32 reference, each with one spacing of floats to spare. So a golden that answers
+    another question fails, instead of setting itself a large budget.
+    """
+    for kernel, result in results.items():
+        yield _deviation(f"error of {kernel}{of}", result, golden, exact)
+    yield _deviation(f"error of the golden{of}", golden, results["reference"], exact)
 
 
 def _deviation(what: str, result: Tensor, other: Tensor, exact: Tensor) -> Deviation:

@@ -52,7 +52,7 @@ def token_pairs(plan):
 
 
 class TestGolden:
-    @pytest.mark.parametrize("name", ["radial_masks", "natten"])
+    @pytest.mark.parametrize("name", ["radial_masks", "natten", "sla", "vmoba"])
     def test_our_answers_are_those_of_the_public_code(self, name):
         verdict = check_golden.check_file(GOLDEN / name)
         assert verdict.ok, verdict.line
@@ -76,16 +76,48 @@ class TestGolden:
         assert not verdict.ok
         assert "FAIL; case m4: wrong blocks 1 " in verdict.line
 
-    @pytest.mark.parametrize(("array", "error"), [("o8", 1e-4), ("lse8", 1e-4), ("o8", math.nan)])
-    def test_a_golden_that_answers_another_question_fails(self, array, error, tmp_path):
-        arrays = copy_golden("natten", tmp_path / "wrong", ids=(2, 8))
+    @pytest.mark.parametrize(
+        ("name", "case", "array", "error"),
+        [
+            ("natten", 8, "o8", 1e-4),
+            ("natten", 8, "lse8", 1e-4),
+            ("natten", 8, "o8", math.nan),
+            ("sla", 27, "o27", 1e-4),
+            ("sla", 27, "dk27", 1e-4),
+            ("vmoba", 18, "o18", 1e-4),
+        ],
+    )
+    def test_a_golden_that_answers_another_question_fails(
+        self, name, case, array, error, tmp_path
+    ):
+        other = {"natten": 2, "sla": 0, "vmoba": 9}[name]
+        arrays = copy_golden(name, tmp_path / "wrong", ids=(other, case))
         arrays[array].flat[7] += error
         np.savez(tmp_path / "wrong.npz", **arrays)
         verdict = check_golden.check_file(tmp_path / "wrong")
         assert not verdict.ok
-        assert "FAIL; case 8: " in verdict.line
+        assert f"FAIL; case {case}: " in verdict.line
         assert "error of the golden" in verdict.line
-        assert "case 2" not in verdict.line
+        assert f"case {other}" not in verdict.line
+
+    @pytest.mark.parametrize(
+        ("name", "option", "value"),
+        [
+            ("sla", "topk", 0.3),
+            ("sla", "feature_map", "relu"),
+            ("vmoba", "chunk", [8, 8]),
+            ("vmoba", "select_mode", "topk"),
+            ("vmoba", "value", 0.9),
+        ],
+    )
+    def test_other_options_than_those_of_the_golden_fail(self, name, option, value, tmp_path):
+        copy_golden(name, tmp_path / "wrong", ids=(0,))
+        cases = json.loads((tmp_path / "wrong.json").read_text())
+        cases[0][option] = value
+        (tmp_path / "wrong.json").write_text(json.dumps(cases))
+        verdict = check_golden.check_file(tmp_path / "wrong")
+        assert not verdict.ok
+        assert "FAIL; case 0: " in verdict.line
 
     def test_a_case_that_makes_no_sense_fails_and_the_others_are_checked(self, tmp_path):
         copy_golden("natten", tmp_path / "wrong", ids=(2, 8))

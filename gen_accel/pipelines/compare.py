@@ -115,23 +115,32 @@ def compare_with_dense(
     schedule: Schedule | None = None,
     kernel: str = "auto",
     timed: bool = False,
+    earlier: Comparison | None = None,
 ) -> Comparison:
     """Generate densely, then with `method`, in one process and from one seed.
 
     Both are run once on a short clip first. `clip` comes without gaps, see `sampling.filled`.
+
+    Args:
+        earlier: a comparison of this prompt and clip in this process, whose dense half serves
+            again.
     """
     device = pipe._execution_device
     options: dict[str, Any] = {"schedule": schedule, "kernel": kernel, "timed": timed}
     name = type(method).__name__.lower()
     with steps_bar() as bar:
         short = _warm_up_clip(pipe, clip, method)
-        with attach(pipe, Dense()):
-            sample(pipe, prompt, short, tick=ticker(bar, "dense, warm-up"))
+        if earlier is None:
+            with attach(pipe, Dense()):
+                sample(pipe, prompt, short, tick=ticker(bar, "dense, warm-up"))
         with attach(pipe, method, kernel=kernel):
             sample(pipe, prompt, short, tick=ticker(bar, f"{name}, warm-up"))
-        with attach(pipe, Dense(), timed=timed) as handle:
-            dense = sample(pipe, prompt, clip, tick=ticker(bar, "dense"))
-            dense_summary = handle.summary()
+        if earlier is None:
+            with attach(pipe, Dense(), timed=timed) as handle:
+                dense = sample(pipe, prompt, clip, tick=ticker(bar, "dense"))
+                dense_summary = handle.summary()
+        else:
+            dense, dense_summary = earlier.dense, earlier.dense_summary
         with attach(pipe, method, **options) as handle:
             before = len(flex.compile_seconds)
             sparse = sample(pipe, prompt, clip, tick=ticker(bar, name))
