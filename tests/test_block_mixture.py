@@ -461,11 +461,6 @@ class TestAttached:
         assert torch.equal(generate(twin), expected)
         assert any(isinstance(p, SparseProcessor) for p in processors(twin))
 
-    @pytest.mark.xfail(
-        strict=True,
-        raises=RuntimeError,
-        reason="autocast turns the scores into bf16, whose bits are then read as int32",
-    )
     @pytest.mark.parametrize("select", ["threshold", "topk"])
     def test_autocast(self, select):
         """As Accelerate trains with mixed_precision="bf16"."""

@@ -424,7 +424,7 @@ class TestPublishedRules:
 
 @pytest.mark.parametrize("rule", ["balanced", "code-2025-11"])
 def test_a_mask_of_115_thousand_tokens_is_made_in_closed_form(rule):
-    """The public code needs minutes for this one, ours milliseconds (benchmarks/results/plan.json):
+    """The public code needs minutes for this, ours milliseconds (benchmarks/results/plan.json):
     the processor time of a busy machine lies far from both."""
     radial._plan.cache_clear()
     start = time.thread_time()

@@ -150,6 +150,10 @@ class BlockMixture:
 
     @torch.no_grad()
     def _routed(self, q: Tensor, k: Tensor, layout: "Layout") -> Plan:
+        with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
+            return self._picked(q, k, layout)
+
+    def _picked(self, q: Tensor, k: Tensor, layout: "Layout") -> Plan:
         slots, own = layout.slots, layout.chunk.view(-1, layout.slots.block_k)[:, 0]
         if self.routing == "block":
             rows = _block_means(pack(q, slots), layout)
@@ -227,13 +231,15 @@ def _box(method: BlockMixture, video: VideoShape) -> Box:
 
 
 def _even_box(target: int, free: Box, whole: Box) -> Box:
-    """The box that cuts the `free` axes into about `target` boxes, as even as can be."""
+    """The box that cuts the `free` axes into about `target` boxes; of several, one that leaves no
+    rest, and then the most even."""
     options = [sorted({-(-size // parts) for parts in range(1, size + 1)}) for size in free]
 
-    def badness(box: Sequence[int]) -> tuple[float, float]:
+    def badness(box: Sequence[int]) -> tuple[float, bool, float]:
         count = math.prod(-(-size // side) for size, side in zip(free, box, strict=True))
+        ragged = any(size % side for size, side in zip(free, box, strict=True))
         sides = [side for side, size in zip(box, free, strict=True) if size > 1] or [1]
-        return abs(math.log(count / target)), max(sides) / min(sides)
+        return abs(math.log(count / target)), ragged, max(sides) / min(sides)
 
     best = min(product(*options), key=badness)
     frames, rows, columns = (side * size for side, size in zip(best, whole, strict=True))

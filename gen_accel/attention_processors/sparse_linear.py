@@ -176,6 +176,10 @@ class SparseLinear:
     @torch.no_grad()
     def _chosen(self, q: Tensor, k: Tensor, layout: "Layout") -> tuple[Plan, Tensor]:
         """The plan of the critical blocks, and the (B, H, Kq, Kk) bool of the linear ones."""
+        with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
+            return self._ranked(q, k, layout)
+
+    def _ranked(self, q: Tensor, k: Tensor, layout: "Layout") -> tuple[Plan, Tensor]:
         slots, text_q, text_k, ranked = layout
         query = _block_means(pack(q, slots), slots.real, slots.block_q)
         packed = pack(k, slots)
@@ -200,8 +204,10 @@ class SparseLinear:
     def _linear(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, linear: Tensor) -> Tensor:
         fq, fk = (_features(x, self.feature_map) for x in (q, k))
         if self.linear_over == "all":
+            wide = torch.promote_types(q.dtype, torch.float32)  # sums over all keys overflow fp16
+            fq, fk, v = fq.to(wide), fk.to(wide), v.to(wide)
             state, norm = fk.transpose(-1, -2) @ v, fk.sum(2)[..., None]
-            return (fq @ state) / (fq @ norm + EPSILON)
+            return ((fq @ state) / (fq @ norm + EPSILON)).to(q.dtype)
         fq, v = pack(fq, plan), pack(v, plan)
         fk = pack(fk, plan) * plan.real[:, None]
         blocks = plan.block_q, plan.block_k

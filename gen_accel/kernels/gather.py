@@ -2,7 +2,8 @@
 
 Query blocks are sorted by how many key blocks they see and worked off in groups: one gather, two
 products and one softmax for a group. The backward pass gathers again and recomputes the softmax,
-so that nothing of the size of the scores is kept between the passes.
+so that nothing of the size of the scores is kept between the passes. Of bf16 and fp16 inputs the
+scores and the whole backward pass are fp32: rounded scores would be as wrong as they are large.
 """
 
 import math
@@ -147,11 +148,12 @@ def _backward(
     block_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    grad, q, k, v = (x.to(wide) for x in (grad, q, k, v))
     work = _Work(q, k, v, index, counts, rule, block_q, block_k, scale)
     grads = work.sorted(grad)
-    wide = torch.promote_types(q.dtype, torch.float32)  # many query blocks add into one key block
     dq = work.unset()
-    dk, dv = (torch.zeros_like(x, dtype=wide) for x in (work.k, work.v))
+    dk, dv = (torch.zeros_like(x) for x in (work.k, work.v))
     for group in work.groups():
         p, d_out = group.weights, grads[group.rows]
         ds = work.product("ds", d_out, group.v.transpose(1, 2))
@@ -160,8 +162,9 @@ def _backward(
         torch.bmm(ds, group.k, out=dq[group.rows])
         for total, left, right in ((dk, ds, group.q), (dv, p, d_out)):
             part = work.product("part", left.transpose(1, 2), right)
-            total.index_add_(0, group.blocks, part.view(-1, *total.shape[1:]).to(wide))
-    return work.restored(dq, q.shape), dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
+            total.index_add_(0, group.blocks, part.view(-1, *total.shape[1:]))
+    dq = work.restored(dq, q.shape)
+    return dq.to(dtype), dk.view(k.shape).to(dtype), dv.view(v.shape).to(dtype)
 
 
 @_backward.register_fake
@@ -205,6 +208,8 @@ class _Work:
         self, q, k, v, index, counts, rule, block_q: int, block_k: int, scale: float
     ) -> None:
         B, H, S, D = q.shape
+        self.dtype = q.dtype
+        q, k = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in (q, k))
         self.k, self.v = (x.reshape(-1, block_k, D) for x in (k, v))
         self.scale = scale
         self.slack, *self.windows = rule
@@ -234,7 +239,7 @@ class _Work:
 
     def unset(self) -> Tensor:
         """Room for a result like the sorted q, zero already where a row sees nothing."""
-        out = torch.empty_like(self.q)
+        out = torch.empty_like(self.q, dtype=self.dtype)
         out[: self.totals.count(0)] = 0
         return out
 
@@ -264,7 +269,7 @@ class _Work:
 
     def _fetched(self, name: str, source: Tensor, blocks: Tensor, rows: int) -> Tensor:
         """(rows, n * block_k, D)"""
-        space = self.space(name, len(blocks), *source.shape[1:])
+        space = self.space(name, len(blocks), *source.shape[1:], dtype=source.dtype)
         return torch.index_select(source, 0, blocks, out=space).view(rows, -1, source.shape[2])
 
     def _group(self, rows: slice, total: int) -> _Group:
@@ -276,16 +281,23 @@ class _Work:
         torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=self.scale, out=scores)
         masked = self.masked[rows.stop - 1]
         if not masked:
-            return _Group(rows, blocks, q, k, v, torch.softmax(scores, -1, out=scores))
+            return _Group(rows, blocks, q, k, v, self._weights(scores))
         excess = self._excess(self.order[rows], lists[:, :masked])
         hide = self.space("hide", *excess.shape, dtype=torch.float32)
         torch.clamp_min(excess, 0, out=hide)
         lowest = torch.finfo(scores.dtype).min
         scores[..., : masked * self.block_k].add_(hide.to(scores.dtype), alpha=lowest)
-        weights = torch.softmax(scores, -1, out=scores)
+        weights = self._weights(scores)
         if masked == total:  # a query that sees nothing gets zeros
             weights.masked_fill_((excess > 0).all(-1, keepdim=True), 0.0)
         return _Group(rows, blocks, q, k, v, weights)
+
+    def _weights(self, scores: Tensor) -> Tensor:
+        """The softmax in the dtype of v, in the memory of the scores where that is theirs."""
+        torch.softmax(scores, -1, out=scores)
+        if scores.dtype == self.dtype:
+            return scores
+        return self.space("weights", *scores.shape, dtype=self.dtype).copy_(scores)
 
     def _excess(self, rows: Tensor, blocks: Tensor) -> Tensor:
         """(G, block_q or 1, masked * block_k) fp32, above 0 where a query does not see a key."""

@@ -5,6 +5,7 @@
 `plain` is the meaning, torch alone with autograd; on GPUs a fused kernel does the same.
 """
 
+import torch
 from torch import Tensor
 
 from gen_accel.kernels import triton
@@ -31,13 +32,15 @@ def plain(
 ) -> Tensor:
     """The states of the key blocks are made once, and added up for each query block by one product
     with the map of the sets."""
-    keys, values = (x.unflatten(2, (-1, block_k)) for x in (fk, v))
+    wide = torch.promote_types(fq.dtype, torch.float32)  # sums over many keys overflow fp16
+    keys, values = (x.to(wide).unflatten(2, (-1, block_k)) for x in (fk, v))
     states = keys.transpose(-1, -2) @ values  # (B, H, Kk, D, D)
-    weights = sets.to(fq.dtype)
+    weights = sets.to(wide)
     state = (weights @ states.flatten(3)).unflatten(3, states.shape[3:])
     norm = weights @ keys.sum(3)  # (B, H, Kq, D)
-    queries = fq.unflatten(2, (-1, block_q))
-    return ((queries @ state) / (queries @ norm[..., None] + eps)).flatten(2, 3)
+    queries = fq.to(wide).unflatten(2, (-1, block_q))
+    out = (queries @ state) / (queries @ norm[..., None] + eps)
+    return out.flatten(2, 3).to(fq.dtype)
 
 
 def _fused(

@@ -1,6 +1,7 @@
 """A method's pattern to look at: its blocks, and what one token sees over the frames."""
 
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from gen_accel.video import VideoShape
 KEPT, LEFT_OUT, GAP = (11, 107, 93), (226, 225, 220), (255, 255, 255)
 MARK, FAINT = "#eb5e28", "#696970"
 ASPECT = 1.25  # of the picture of all frames, width over height
+TITLE = 120  # characters in a line of a picture's title
 MOST_BLOCKS = 1024  # a side, in a picture; more are averaged
 SHADES = " ░▒▓█"
 HALVES = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
@@ -49,7 +51,8 @@ def mask_picture(
     figure = Figure(figsize=(13, 6.4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
     density = f"density {plan.density:.3f} (sparsity {1 - plan.density:.3f})"
-    title = [str(method), f"{video} = {video.tokens} tokens, {density}", *_notes(method)]
+    size = f"{video} = {video.tokens} tokens, {density}"
+    title = [*textwrap.wrap(str(method), TITLE), size, *_notes(method)]
     figure.suptitle("\n".join(title), fontsize=12)
 
     rows, columns = plan.keep.shape[-2:]

@@ -73,7 +73,7 @@ def attach(
     transformers = served_transformers(pipe_or_transformer)
     scheduler = None
     if not isinstance(pipe_or_transformer, nn.Module):
-        scheduler = _scheduler(pipe_or_transformer)
+        scheduler = _SchedulerOf(pipe_or_transformer)
     elif schedule.needs_total:
         raise ValueError(
             "dense_start and dense_end are shares of the steps, which only a pipeline knows: "
@@ -177,7 +177,10 @@ class Attachment:
         full, branch = f"{name}.{site.name}", None
         if hasattr(method, "branch"):
             place = next(site.module.parameters()).device
-            branch = method.branch(site.heads, site.dim).to(place, transformer.dtype)
+            if place.type == "meta":  # weights that are offloaded; the call brings the device
+                place = torch.device("cpu")
+            with torch.inference_mode(False):
+                branch = method.branch(site.heads, site.dim).to(place, transformer.dtype)
             self.branches[full] = branch
         layer = Layer(full, site.layer, method, _constant_for(method, self.kernel), branch)
         attend = partial(self._attend, layer)
@@ -294,7 +297,8 @@ class Attachment:
     def _run(self, layer: "Layer", call: Call, kernel: Callable) -> Tensor:
         video = self._video(call.q)
         q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
-        trained = {} if layer.branch is None else {"branch": layer.branch}
+        # Offloading moves what it found on the model, and so not a branch that came later.
+        trained = {} if layer.branch is None else {"branch": layer.branch.to(q.device)}
         return layer.method(q, k, v, video=video, kernel=kernel, **trained).transpose(1, 2)
 
     def _check(
@@ -363,14 +367,20 @@ def _constant_for(method: Any, kernel: str) -> Callable:
     return constant
 
 
-def _scheduler(pipe: Any) -> Callable[[], Any]:
-    """Looked up at each call, as users exchange it; weakly, as the pipeline owns the model."""
-    weak = ref(pipe)
+class _SchedulerOf:
+    """A pipeline's scheduler, looked up at each call, as users exchange it; weakly, as the
+    pipeline owns the model."""
 
-    def scheduler() -> Any:
-        alive = weak()
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = ref(pipe)
+
+    def __call__(self) -> Any:
+        alive = self._pipe()
         if alive is None:
             raise RuntimeError("the pipeline attached to is gone; attach to the one now in use")
         return alive.scheduler
 
-    return scheduler
+    def __deepcopy__(self, memo: dict) -> "_SchedulerOf":
+        """With a copy of the whole pipeline, that of the copy."""
+        pipe = self._pipe()
+        return _SchedulerOf(memo.get(id(pipe), pipe))

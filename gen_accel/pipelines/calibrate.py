@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.seam import SparseProcessor
+from gen_accel.attention_processors.seam import SparseProcessor, is_compiled
 from gen_accel.attention_processors.sparse_linear import LinearBranch
-from gen_accel.pipelines.attach import TRANSFORMERS, Attachment, Layer
+from gen_accel.pipelines.attach import TRANSFORMERS, Attachment, Layer, served_transformers
 from gen_accel.video import VideoShape
 
 # Penalties on proj, as shares of the mean square of O_l. It changes little from token to token, so
@@ -153,6 +153,9 @@ def _observe(
         raise ValueError("prompts must hold at least one, got none")
     if not handle.branches:
         raise ValueError(f"{handle.method} has nothing to fit: attach SparseLinear() first")
+    for name, transformer in served_transformers(pipe).items():
+        if is_compiled(transformer):
+            raise ValueError(f"{name} is compiled already: calibrate first, and compile then")
     seen, current = 0, 0
 
     def observe(

@@ -41,18 +41,23 @@ def save_processors(pipe_or_handle: Any, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        ValueError: nothing is attached.
+        ValueError: nothing is attached, or a method of the user's own.
         OSError: the folder cannot be written.
     """
     handle = pipe_or_handle
     if not isinstance(handle, Attachment):
         handle = attachment_of(pipe_or_handle)
+    names = {kind: name for name, kind in METHODS.items()}
+    if type(handle.method) not in names:
+        raise ValueError(
+            f"{handle.method!r} is none of the package's methods "
+            f"{tuple(METHODS)}, so that nothing could load it"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS) as partial:
         save_file({name: x.detach().cpu() for name, x in _parameters(handle).items()}, partial)
         digest = _sha256(partial)
-    names = {kind: name for name, kind in METHODS.items()}
     config = {
         "version": VERSION,
         "method": names[type(handle.method)],
@@ -80,24 +85,30 @@ def load_processors(pipe_or_transformer: Any, folder: str | Path, **options: Any
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing; save_processors writes it")
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    if config.get("version") != VERSION:
-        raise ValueError(f"{folder / CONFIG} has version {config.get('version')}, not {VERSION}")
-    if _sha256(folder / WEIGHTS) != config["sha256"]:
+    method, saved, digest = _read(folder / CONFIG)
+    if _sha256(folder / WEIGHTS) != digest:
         raise ValueError(f"{CONFIG} and {WEIGHTS} in {folder} do not belong together; save again")
-    method = method_class(config["method"])(**_with_tuples(config["options"]))
     tensors = load_file(folder / WEIGHTS)
     _check_fit(pipe_or_transformer, method, tensors, folder / WEIGHTS)
-    saved = {
-        "schedule": Schedule(**_with_tuples(config["schedule"])),
-        "kernel": config["kernel"],
-    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SilentBranch)
         handle = attach(pipe_or_transformer, method, **{**saved, **options})
     for name, parameter in _parameters(handle).items():
         parameter.copy_(tensors[name])
     return handle
+
+
+def _read(path: Path) -> tuple[Any, dict[str, Any], str]:
+    """The method, the options of `attach`, and the hash of the weights."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config["version"] != VERSION:
+            raise ValueError(f"its version is {config['version']}, not {VERSION}")
+        method = method_class(config["method"])(**_with_tuples(config["options"]))
+        schedule = Schedule(**_with_tuples(config["schedule"]))
+        return method, {"schedule": schedule, "kernel": config["kernel"]}, config["sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not what save_processors writes: {error}") from error
 
 
 def _parameters(handle: Attachment) -> dict[str, Tensor]:
