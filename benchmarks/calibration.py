@@ -18,7 +18,12 @@ from gen_accel.measure.environment import environment
 from gen_accel.pipelines import measure_calibration
 
 RESULTS = Path(__file__).parent / "results"
-FIT = ("a red circle moves right quickly", "a green square moves up slowly")
+FIT = (
+    "a red circle moves right quickly",
+    "a green square moves up slowly",
+    "a yellow circle moves down slowly",
+    "a blue triangle moves left quickly",
+)
 TEST = ("a yellow triangle moves left slowly", "a blue circle moves down quickly")
 TEXT = 16  # tokens, enough for the demo model's captions
 

@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear, VideoShape
-from gen_accel.kernels import KERNELS, flex
+from gen_accel.kernels import KERNELS, flex, preference
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
 from gen_accel.measure.timing import interleaved
+from gen_accel.plan import Plan
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
@@ -87,7 +89,7 @@ def main() -> None:
     parser.add_argument("--least-tokens", type=int, default=0)
     parser.add_argument("--most-tokens", type=int, default=10**9)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS)
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, help="default: what auto takes")
     parser.add_argument("--directions", nargs="+", choices=("forward", "both"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
@@ -101,7 +103,6 @@ def main() -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     on_gpu = args.device.type != "cpu"
-    args.kernels = args.kernels or (["triton", "flex"] if on_gpu else ["gather"])
     args.dtypes = args.dtypes or (["bf16"] if on_gpu else ["fp32", "bf16"])
 
     report = environment(args.device) | {"rounds": args.rounds, "seed": args.seed, "rows": []}
@@ -154,7 +155,8 @@ def rows(
     }
     dense = best_dense(inputs, backward, args.device)
     calls, refused, compiled = {"dense": dense[1]}, {}, {}
-    for kernel in args.kernels:
+    kernels = args.kernels or [chosen_by_auto(inputs, plan)]
+    for kernel in kernels:
         try:
             few = draw(small, method, **options | {"heads": min(heads, 2)}, seed=args.seed)
             check_parity(small, method, kernel, few, backward)
@@ -172,7 +174,7 @@ def rows(
             calls["selection"]()
     turns = interleaved(calls, rounds=args.rounds, device=args.device)
     ms = {name: 1e3 * statistics.median(values) for name, values in turns.items()}
-    for kernel in args.kernels:
+    for kernel in kernels:
         if kernel in refused:
             yield {**head, "kernel": kernel, "refused": refused[kernel]}
             continue
@@ -193,6 +195,14 @@ def rows(
             "peak_mb": used.get("mb"),
             "compile_s": compiled[kernel],
         }
+
+
+def chosen_by_auto(inputs: list[Tensor], plan: Plan) -> str:
+    """The first in the order of preference that takes these inputs."""
+    for kernel in preference(inputs[0], plan):
+        if not import_module(f"gen_accel.kernels.{kernel}").unsupported(*inputs, plan):
+            return kernel
+    raise ValueError(f"no kernel takes {plan}")
 
 
 def best_dense(

@@ -16,11 +16,20 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from matplotlib.figure import Figure
 from PIL import Image
 from typer.testing import CliRunner
 
 import gen_accel
-from gen_accel import Neighborhood, Radial, VideoShape, demo
+from gen_accel import (
+    METHODS,
+    BlockMixture,
+    Neighborhood,
+    Radial,
+    SparseLinear,
+    VideoShape,
+    demo,
+)
 from gen_accel.attention_processors.options import method_from
 from gen_accel.cli import app
 from gen_accel.demo import job
@@ -313,6 +322,26 @@ def test_show_in_the_terminal(run):
     drawn = [[(c in "▀█", c in "▄█") for c in line] for line in lines[3:]]
     rows = [[cell[half] for cell in line] for line in drawn for half in range(2)]
     assert rows[: len(keep)] == keep.tolist()
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_show_says_where_data_or_the_layer_decide(run, method):
+    shown = run("show", method, *GRID).stdout
+    assert ("smooth random q and k" in shown) == (method in ("block_mixture", "sparse_linear"))
+    assert ("layers differ" in shown) == (method == "block_mixture")
+
+
+def test_show_of_one_partition_holds_for_all_layers(run):
+    shown = run("show", "block_mixture", *GRID, "--set", "partition=3d").stdout
+    assert "layers differ" not in shown
+
+
+@pytest.mark.parametrize("method", [BlockMixture(), SparseLinear()])
+def test_a_picture_says_that_data_decides(method, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Figure, "suptitle", lambda self, text, **_: titles.append(text))
+    pictures.mask_picture(method, VideoShape(5, 12, 12), tmp_path / "mask.png")
+    assert "smooth random q and k" in titles[0]
 
 
 def test_show_fits_the_width_it_is_given():

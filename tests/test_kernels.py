@@ -17,8 +17,8 @@ from gen_accel.attention_processors import (
     radial,
 )
 from gen_accel.functional import attention
-from gen_accel.kernels import KERNELS, flex, gather, reference
-from gen_accel.plan import Plan, Windows, pack, raster_slots, tile_slots, unpack
+from gen_accel.kernels import KERNELS, flex, gather, reference, routed
+from gen_accel.plan import Plan, Route, Windows, pack, raster_slots, tile_slots, unpack
 from gen_accel.video import VideoShape
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -86,8 +86,8 @@ FLEX_CASES = [
 ]
 
 
-def assert_gradients_no_worse(forward, other, inputs):
-    """Hold the fp32 gradients of `forward` to those of `other`, as to its exact fp64 ones."""
+def assert_gradients_no_worse(forward, other, inputs, low_dtype=torch.float32):
+    """Hold the gradients of `forward` to those of `other`, as to its exact fp64 ones."""
     weight = torch.linspace(-1, 1, inputs[0].numel(), dtype=torch.float64).to(inputs[0].device)
 
     def gradients(function, dtype):
@@ -95,8 +95,8 @@ def assert_gradients_no_worse(forward, other, inputs):
         out = function(*leaves)
         return torch.autograd.grad((out * weight.to(dtype).view(out.shape)).sum(), leaves)
 
-    exact, low = gradients(other, torch.float64), gradients(other, torch.float32)
-    for actual, *rest in zip(gradients(forward, torch.float32), low, exact, strict=True):
+    exact, low = gradients(other, torch.float64), gradients(other, low_dtype)
+    for actual, *rest in zip(gradients(forward, low_dtype), low, exact, strict=True):
         assert_no_worse(actual, *rest)
 
 
@@ -112,13 +112,47 @@ def test_forward_matches_reference(kernel, method, dtype, dim, qkv, video):
     assert_no_worse(attention(q, k, v, kernel=kernel, **case), low, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", CASES, ids=str)
 @pytest.mark.parametrize("kernel", AT_ONCE)
-def test_gradient_matches_reference(kernel, method, qkv, video):
+def test_gradient_matches_reference(kernel, method, dtype, qkv, video):
     def by(name):
         return lambda q, k, v: attention(q, k, v, video=video, method=method, kernel=name)
 
-    assert_gradients_no_worse(by(kernel), by("reference"), qkv(video.tokens))
+    # Of values that both precisions hold, so that both pick the same blocks.
+    inputs = [x.bfloat16().float() for x in qkv(video.tokens)]
+    assert_gradients_no_worse(by(kernel), by("reference"), inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [case for case in OPTIONS["block_mixture"] if case.routing == "token"],
+    ids=str,
+)
+def test_routed_matches_reference(method, dtype, qkv, video):
+    q, k, v = qkv(video.tokens, dtype)
+    case = {"video": video, "method": method}
+
+    def by(name):
+        return lambda q, k, v: attention(q, k, v, kernel=name, **case)
+
+    exact, low = by("reference")(q.double(), k.double(), v.double()), by("reference")(q, k, v)
+    assert_no_worse(by("routed")(q, k, v), low, exact)
+    assert_gradients_no_worse(by("routed"), by("reference"), qkv(video.tokens))
+
+
+def test_routed_refuses_what_its_queries_did_not_pick_alone(qkv, device):
+    inputs = qkv(93)
+    plan = random_plan(device, route=True)  # which keeps less than its queries picked
+    assert "leaves out" in routed.unsupported(*inputs, plan)[0]
+    assert "each query picks" in routed.unsupported(*inputs, random_plan(device))[0]
+    keep = plan.partial.touched(plan.real, 16, 16)
+    whole = Plan(plan.slots, keep, 16, 16, plan.partial)
+    assert routed.unsupported(*inputs, whole) == []
+    exact = reference.forward(*(x.double() for x in inputs), whole, scale=0.3)
+    low = reference.forward(*inputs, whole, scale=0.3)
+    assert_no_worse(routed.forward(*inputs, whole, scale=0.3), low, exact)
 
 
 @pytest.mark.usefixtures("compiler")
@@ -143,7 +177,7 @@ def test_long_clip_matches_reference(method, qkv):
     assert_no_worse(attention(q, k, v, kernel="gather", **case), low, exact)
 
 
-def random_plan(device, batch=1, heads=1, block_q=16, block_k=16, windows=False):
+def random_plan(device, batch=1, heads=1, block_q=16, block_k=16, windows=False, route=False):
     """Tokens out of order among padding, 93 in 128 slots. The first query block sees padding alone
     and the last sees nothing."""
     g = torch.Generator().manual_seed(0)
@@ -162,6 +196,9 @@ def random_plan(device, batch=1, heads=1, block_q=16, block_k=16, windows=False)
         free = torch.arange(S) >= 64
         seen = torch.zeros(S, dtype=torch.int64)
         partial = Windows(first.int(), last.int(), place, free, seen)
+    if route:
+        picks = torch.rand(batch, heads, S, 3, generator=g) < 0.5
+        partial = Route(picks, torch.arange(S // block_k) * 3 * block_k // S, block_k)
     return Plan(slots, keep, block_q, block_k, partial).to(device)
 
 
@@ -171,6 +208,8 @@ PLANS = [
     pytest.param({"heads": 2, "block_q": 8, "block_k": 32}, id="heads, small query blocks"),
     pytest.param({"batch": 2, "block_q": 32, "block_k": 8}, id="batch, small key blocks"),
     pytest.param({"windows": True}, id="windows"),
+    pytest.param({"route": True}, id="route"),
+    pytest.param({"route": True, "batch": 2, "heads": 2, "block_k": 8}, id="route, batch, heads"),
     pytest.param(
         {"batch": 2, "heads": 2, "block_q": 32, "block_k": 8, "windows": True},
         id="windows, batch and heads, small key blocks",
@@ -446,8 +485,8 @@ class TestChoice:
         told = []
         kernels.run(*qkv(64), self.plan, scale=0.3, report=told.append)
         assert [(choice.kernel, choice.refused) for choice in told] == [("gather", {})]
-        assert list(told[0].behind) == ["flex", "triton", "xformers", "reference"]
-        assert re.fullmatch(r"gather \(not flex: .*; reference: .*\)", str(told[0]))
+        assert list(told[0].behind) == ["routed", "flex", "triton", "xformers", "reference"]
+        assert re.fullmatch(r"gather \(not routed: .*; reference: .*\)", str(told[0]))
 
     def test_a_named_kernel_passes_over_none(self, qkv):
         told = []

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_accel.kernels import flex, gather, triton
+from gen_accel.kernels import flex, gather, routed, triton
 from gen_accel.kernels.failure import KernelFailed
-from gen_accel.plan import Plan
+from gen_accel.plan import Plan, Route
 
 __all__ = [
     "KERNELS",
@@ -35,10 +35,10 @@ __all__ = [
     "run",
 ]
 
-KERNELS = ("triton", "flex", "xformers", "gather", "reference")
+KERNELS = ("triton", "flex", "xformers", "routed", "gather", "reference")
 
 # Those that run inside a graph of torch.compile.
-IN_GRAPHS = {"triton": triton, "flex": flex, "gather": gather}
+IN_GRAPHS = {"triton": triton, "flex": flex, "routed": routed, "gather": gather}
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,16 @@ def check_name(kernel: str) -> None:
 def preference(q: Tensor, plan: Plan) -> Mapping[str, str]:
     """The order in which "auto" tries the kernels, each with what speaks against it.
 
-    On the CPU `gather` comes first because it compiles nothing and was the faster one on radial
-    plans of 8,208 tokens: see benchmarks/results/flex.json.
+    On the CPU `gather` comes before `flex` because it compiles nothing and was the faster one on
+    radial plans, and `routed` before both where queries pick for themselves: see
+    benchmarks/results/.
     """
     slow = "it computes every pair"
     if q.device.type == "cpu":
-        return {
-            "gather": "",
+        first = {"gather": "", "routed": "it is for patterns that each query picks"}
+        if isinstance(plan.partial, Route):
+            first = {"routed": "", "gather": "it computes what any query of a block picked"}
+        return first | {
             "flex": "it has to compile first",
             "triton": "it needs a GPU",
             "xformers": "it needs CUDA",
@@ -131,7 +134,8 @@ def run(
 def prepare(plan: Plan, device: torch.device, kernel: str = "auto") -> tuple[str, Any]:
     """What `compute` needs of a plan inside a graph: the kernel's name and its own data."""
     if kernel == "auto":
-        kernel = "gather" if device.type == "cpu" else "triton"
+        on_cpu = "routed" if isinstance(plan.partial, Route) else "gather"
+        kernel = on_cpu if device.type == "cpu" else "triton"
     if kernel not in IN_GRAPHS:
         raise ValueError(
             f"kernel {kernel!r} does not run inside torch.compile; use 'auto' or one of "

@@ -74,7 +74,8 @@ def calibrate(
     """Fit `proj` or `alpha` of every layer to the dense attention of a few generations.
 
         handle = gen_accel.attach(pipe, SparseLinear())
-        print(gen_accel.calibrate(pipe, ["a cat surfs"], height=480, width=832, num_frames=81))
+        prompts = ["a cat surfs", "a dog runs through snow"]
+        print(gen_accel.calibrate(pipe, prompts, height=480, width=832, num_frames=81))
         video = pipe("a dog surfs", height=480, width=832, num_frames=81).frames
 
     The pipeline generates each prompt densely. In each sparse layer and step the difference

@@ -1,0 +1,150 @@
+"""Queries that pick key groups for themselves: group by group, over the queries that picked it.
+
+A block kernel computes what any query of a block picked. Where neighbours differ in their picks
+that is most of everything. This computes what they picked and no more: one product of the queries
+of a group with its keys, merged into what they saw before by logsumexp. Queries are fetched for
+one group at a time and not kept; the backward pass fetches and computes them again.
+
+Counting who picked a group waits for the device, so that this is for the CPU.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gen_accel.plan import Plan, Route
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
+    if not isinstance(plan.partial, Route):
+        return ["it is for plans in which each query picks its key blocks"]
+    if q.device.type != "cpu":
+        return [f"it waits for the device once a group; for the CPU, got {q.device.type}"]
+    picked = plan.partial.touched(plan.real, plan.block_q, plan.block_k)
+    # Between two calls of one method this never happens; plans made by hand may keep anything.
+    if not torch.equal((plan.keep & picked).expand(picked.shape), picked):
+        return ["the plan leaves out blocks that its queries picked"]
+    return []
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+    return compute(q, k, v, prepare(plan), scale=scale)
+
+
+class Groups(NamedTuple):
+    """Who sees what, in token order.
+
+    Args:
+        picks: (B', H', N, C) bool, whether a query sees a group.
+        tokens: (N,) int64, keys sorted by group.
+        sizes: (C,) int64, how many are in each.
+    """
+
+    picks: Tensor
+    tokens: Tensor
+    sizes: Tensor
+
+
+@torch.inference_mode(False)
+def prepare(plan: Plan) -> Groups:
+    route = plan.partial
+    assert isinstance(route, Route)
+    group = route.group.repeat_interleave(plan.block_k)[plan.places]
+    sizes = torch.zeros(route.picks.shape[3], dtype=torch.int64, device=group.device)
+    sizes = sizes.scatter_add(0, group, torch.ones_like(group))
+    picks = route.picks.index_select(2, plan.places)
+    return Groups(picks, torch.argsort(group, stable=True), sizes)
+
+
+def compute(q: Tensor, k: Tensor, v: Tensor, prepared: Groups, *, scale: float) -> Tensor:
+    return _routed(q, k, v, *prepared, scale)[0]
+
+
+@torch.library.custom_op("gen_accel::routed_attention", mutates_args=())
+def _routed(
+    q: Tensor, k: Tensor, v: Tensor, picks: Tensor, tokens: Tensor, sizes: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(B, H, N, D) in q's dtype, and the logsumexp (B, H, N), both computed in fp32 or wider."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = torch.zeros(q.shape, dtype=wide, device=q.device)
+    lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
+    for b, h in _heads(q):
+        Q, K, V = (x[b, h].to(wide) for x in (q, k, v))
+        o, total = out[b, h], lse[b, h]
+        for rows, keys in _groups(picks, b, h, tokens, sizes):
+            scores = torch.mm(Q[rows] * scale, K[keys].T)
+            highest = scores.amax(-1)
+            weights = torch.softmax(scores, -1, out=scores)
+            part = highest - weights.amax(-1).log()  # the largest weight is exp(highest - part)
+            before = total[rows]
+            both = torch.logaddexp(before, part)
+            kept, new = (before - both).exp_(), (part - both).exp_()
+            o[rows] = o[rows] * kept[:, None] + torch.mm(weights, V[keys]) * new[:, None]
+            total[rows] = both
+    return out.to(q.dtype), lse
+
+
+@_routed.register_fake
+def _(q, k, v, picks, tokens, sizes, scale):
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.custom_op("gen_accel::routed_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    picks: Tensor,
+    tokens: Tensor,
+    sizes: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = lse.dtype
+    delta = (grad.to(wide) * out.to(wide)).sum(-1)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+    for b, h in _heads(q):
+        Q, K, V, G = (x[b, h].to(wide) for x in (q, k, v, grad))
+        for rows, keys in _groups(picks, b, h, tokens, sizes):
+            queries, upper = Q[rows] * scale, G[rows]
+            weights = torch.mm(queries, K[keys].T).sub_(lse[b, h, rows, None]).exp_()
+            dv[b, h, keys] = torch.mm(weights.T, upper)
+            ds = torch.mm(upper, V[keys].T).sub_(delta[b, h, rows, None]).mul_(weights)
+            dk[b, h, keys] = torch.mm(ds.T, queries)
+            dq[b, h, rows] += torch.mm(ds, K[keys]) * scale
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+@_backward.register_fake
+def _(grad, q, k, v, out, lse, picks, tokens, sizes, scale):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, *groups, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, *groups)
+
+
+def _differentiate(ctx, grad, _):
+    grads = _backward(grad, *ctx.saved_tensors, ctx.scale)
+    return *grads, None, None, None, None
+
+
+_routed.register_autograd(_differentiate, setup_context=_save)
+
+
+def _heads(q: Tensor):
+    return ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1]))
+
+
+def _groups(picks: Tensor, b: int, h: int, tokens: Tensor, sizes: Tensor):
+    """The queries and the keys of each group in one head, each group once."""
+    mine = picks[b if len(picks) > 1 else 0, h if picks.shape[1] > 1 else 0]
+    for picked, keys in zip(mine.T.contiguous(), tokens.split(sizes.tolist()), strict=True):
+        rows = picked.nonzero()[:, 0]
+        if len(rows) and len(keys):
+            yield rows, keys
