@@ -287,13 +287,13 @@ def write_page() -> None:
         rows = [row for row in report.get("rows", ()) if "share_of_ideal" in row]
         if not rows:
             continue
-        measured.add("cpu" if path.stem.startswith("cpu") else "gpu")
+        measured |= {row["dense_kernel"] for row in rows}
         parts.append(
-            f"## {report['device']}\n\n{report['threads']} threads, torch {report['torch']}, "
-            f"medians of {report['rounds']} rounds, "
+            f"## {report['device']}, {path.stem}\n\n{report['threads']} threads, "
+            f"torch {report['torch']}, medians of {report['rounds']} rounds, "
             f"[results/{path.name}](../benchmarks/results/{path.name}).\n\n" + _table(rows)
         )
-    if "gpu" not in measured:
+    if measured <= {"SDPA"}:  # on a GPU it is named with its backend
         parts.append(UNMEASURED)
     PAGE.write_text("\n\n".join(parts) + "\n")
     print(PAGE)

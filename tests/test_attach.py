@@ -33,12 +33,26 @@ from wan import (
     unipc,
 )
 
-from gen_accel import Dense, Neighborhood, Radial, Schedule, VideoShape, attach, attention
+from gen_accel import (
+    BlockMixture,
+    Dense,
+    Neighborhood,
+    Radial,
+    Schedule,
+    SparseLinear,
+    VideoShape,
+    attach,
+    attention,
+)
 from gen_accel.attention_processors.seam import SparseProcessor
 
 # On so few frames the default keeps every block.
 RADIAL = Radial(decay_factor=0.2)
 WINDOW = Neighborhood(window=(-1, 3, 4))
+MIXTURE = BlockMixture(
+    chunks=(3, 4, 6), select="topk", scope="query_head", topk=(1, 2, 2), block=16
+)
+LINEAR = SparseLinear(critical=0.2, block_q=16, block_k=16)
 SPARSE = [
     RADIAL,
     WINDOW,
@@ -87,6 +101,7 @@ def largest_difference(a, b):
 
 
 @pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch")
 def test_every_pipeline(name):
     pipe = PIPELINES[name]()
     original = processors(pipe)
@@ -94,7 +109,7 @@ def test_every_pipeline(name):
     stock = generate(pipe, steps)
     with attach(pipe, Dense()):
         assert torch.equal(generate(pipe, steps), stock)
-    for method in (RADIAL, WINDOW):
+    for method in (RADIAL, WINDOW, MIXTURE, LINEAR):
         with attach(pipe, method) as handle:
             out = generate(pipe, steps)
             ours = [p for p in processors(pipe) if isinstance(p, SparseProcessor)]
@@ -574,7 +589,8 @@ def test_lora_loaded_from_a_file(tmp_path):
 # Training, compilation, offloading
 
 
-@pytest.mark.parametrize("method", [RADIAL, WINDOW], ids=str)
+@pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch")
+@pytest.mark.parametrize("method", [RADIAL, WINDOW, MIXTURE, LINEAR], ids=str)
 def test_gradient_checkpointing(method):
     model = transformer()
     with attach(model, method):

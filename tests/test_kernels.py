@@ -101,7 +101,7 @@ def assert_gradients_no_worse(forward, other, inputs, low_dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dim", [16, 64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("method", CASES, ids=str)
 @pytest.mark.parametrize("kernel", AT_ONCE)
 def test_forward_matches_reference(kernel, method, dtype, dim, qkv, video):
@@ -487,6 +487,19 @@ class TestChoice:
         assert [(choice.kernel, choice.refused) for choice in told] == [("gather", {})]
         assert list(told[0].behind) == ["routed", "flex", "triton", "xformers", "reference"]
         assert re.fullmatch(r"gather \(not routed: .*; reference: .*\)", str(told[0]))
+
+    @pytest.mark.parametrize(
+        ("sizes", "match"),
+        [
+            ({"batch": 3}, "q has 3 samples, the plan is for 2"),
+            ({"heads": 4}, "q has 4 heads, the plan is for 2"),
+            ({"tokens": 92}, "q has 92 tokens, the plan is for 93"),
+        ],
+    )
+    def test_a_plan_for_something_else_is_refused(self, sizes, match, qkv, device):
+        plan = random_plan(device, batch=2, heads=2)
+        with pytest.raises(ValueError, match=match):
+            kernels.run(*qkv(**{"tokens": 93} | sizes), plan, scale=0.3)
 
     def test_a_named_kernel_passes_over_none(self, qkv):
         told = []

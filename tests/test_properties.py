@@ -6,12 +6,13 @@ import torch
 from checks import assert_no_worse
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from wan import forward, transformer
 
 from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear, VideoShape, attach
-from gen_accel.attention_processors import METHODS, Dense
+from gen_accel.attention_processors import METHODS, Dense, block_mixture
 from gen_accel.functional import attention
-from gen_accel.kernels import gather
+from gen_accel.kernels import gather, triton
 from gen_accel.kernels.self_check import SelfCheckFailed, check_rows
 
 # The same problems at every run. The fixture that poisons memory may stay on from one to the next.
@@ -315,3 +316,28 @@ class TestSelfCheck:
         erring(lambda out: out * 1.5)
         with attach(model, method, kernel="gather"):
             assert torch.isfinite(forward(model)).all()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        BlockMixture(partition="3d", chunks=(2, 4, 8)),
+        BlockMixture(partition="2d", chunks=(2, 4, 8), select="topk", scope="overall"),
+        BlockMixture(partition="1d", scope="query_head", routing="block"),
+        SparseLinear(critical=0.3, linear_over="marginal", block_q=16, block_k=16),
+    ],
+    ids=str,
+)
+def test_choosing_never_waits_for_the_device(method, monkeypatch):
+    """Tensors without values stand in for those of a device: to ask for a value is an error."""
+    monkeypatch.setattr(block_mixture, "SORTED", 0)
+    video = VideoShape(5, 9, 10, text=7)
+    method.plan_for(*(torch.randn(2, 2, video.tokens, 16) for _ in "qk"), video=video)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q, k = (torch.randn(2, 2, video.tokens, 16) for _ in "qk")
+        plan = method.plan_for(q, k, video=video)
+        assert plan.densities()[0].shape == ()
+        lists = triton.lists.prepare(plan)
+        assert lists.rows.shape == (2, 2, *plan.keep.shape[2:])
+        with pytest.raises(DataDependentOutputException):
+            plan.keep.sum().item()

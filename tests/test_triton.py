@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 from checks import assert_no_worse
-from test_kernels import blind, random_plan
+from test_kernels import CASES, assert_gradients_no_worse, blind, random_plan
 
+from gen_accel.functional import attention
 from gen_accel.kernels import reference
 from gen_accel.kernels import triton as package
 from gen_accel.kernels.triton import autotune, configs, lists, tuned
@@ -196,6 +197,18 @@ def test_a_row_that_sees_nothing_is_zero_and_so_is_its_gradient(name, device):
     grads = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), given))
     assert (grads[0][dark] == 0).all()
     assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", CASES, ids=str)
+def test_every_method_matches_reference(method, qkv, video):
+    def by(name):
+        return lambda q, k, v: attention(q, k, v, video=video, method=method, kernel=name)
+
+    inputs = qkv(video.tokens, batch=1, heads=1)
+    exact, low = by("reference")(*(x.double() for x in inputs)), by("reference")(*inputs)
+    assert_no_worse(by("triton")(*inputs), low, exact)
+    assert_gradients_no_worse(by("triton"), by("reference"), inputs)
 
 
 def test_a_plan_that_keeps_nothing_gives_zeros(device):

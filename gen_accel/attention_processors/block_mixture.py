@@ -291,12 +291,10 @@ def _pick(
     scores, valid, at_home = (forth(x.expand(B, H, R, C)) for x in (scores, valid, at_home))
     if method.select == "topk":
         keys = _ordered(scores).masked_fill(at_home, _TOP).masked_fill(~valid, _BOTTOM)
-        queries = {
-            "query_head": 1,
-            "head_global": counted.sum(),
-            "overall": H * counted.sum(),
-        }[method.scope]
-        need = torch.as_tensor(topk * queries, device=keys.device, dtype=torch.double)
+        queries = counted.sum() * (H if method.scope == "overall" else 1)
+        if method.scope == "query_head":
+            queries = torch.ones_like(queries)
+        need = (topk * queries).double()
         cut = _least_taken(keys, valid.double(), need.expand(keys.shape[:2]))
     else:
         low = scores.masked_fill(~valid, torch.inf).amin(-1, keepdim=True)

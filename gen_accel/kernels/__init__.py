@@ -110,8 +110,10 @@ def run(
         report: is told which kernel ran, and why others did not.
 
     Raises:
-        ValueError: the named kernel cannot run this, or none can; all reasons are listed.
+        ValueError: a plan for other samples, heads or tokens than q has; the named kernel cannot
+            run this, or none can, and all reasons are listed.
     """
+    _check_fit(q, plan)
     refused: dict[str, list[str]] = {}
     order = preference(q, plan) if kernel == "auto" else {kernel: ""}
     for place, name in enumerate(order, 1):
@@ -129,6 +131,15 @@ def run(
         refused[name] = reasons
     lines = "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in refused.items())
     raise ValueError(f"no kernel for q {tuple(q.shape)} {q.dtype} on {q.device}:\n{lines}")
+
+
+def _check_fit(q: Tensor, plan: Plan) -> None:
+    B, H, N, _ = q.shape
+    for name, have, planned in (("samples", B, len(plan.keep)), ("heads", H, plan.keep.shape[1])):
+        if planned not in (1, have):
+            raise ValueError(f"q has {have} {name}, the plan is for {planned}")
+    if plan.tokens != N:
+        raise ValueError(f"q has {N} tokens, the plan is for {plan.tokens}")
 
 
 def prepare(plan: Plan, device: torch.device, kernel: str = "auto") -> tuple[str, Any]:
