@@ -25,6 +25,11 @@ def lasting(function: Callable[[Any], Any]) -> cached_property:
     return cached_property(torch.inference_mode(False)(function))
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The floats to count in."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @dataclass(frozen=True, eq=False)
 class Windows:
     """A rule on token pairs: a query sees the keys that lie in its window on every axis.
@@ -81,7 +86,7 @@ class Windows:
 
     def pairs(self, real: Tensor) -> Tensor:
         """How many token pairs are kept, 0-d."""
-        return (self.seen * real).sum().double()
+        return (self.seen * real).sum().to(widest(real.device))
 
     def to(self, device: torch.device) -> "Windows":
         return Windows(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
@@ -121,7 +126,7 @@ class Route:
         sizes = torch.zeros(self.picks.shape[3], dtype=held.dtype, device=held.device)
         sizes.index_add_(0, self.group, held)
         picked = (self.picks & real[:, None]).sum(2)
-        return (picked * sizes).sum(-1).double().mean()
+        return (picked * sizes).sum(-1).to(widest(real.device)).mean()
 
     def to(self, device: torch.device) -> "Route":
         return Route(self.picks.to(device), self.group.to(device), self.block)
@@ -206,9 +211,9 @@ class Plan:
 
     def densities(self) -> tuple[Tensor, Tensor]:
         """`density` and `computed_density`, 0-d, without waiting for the device."""
-        partial, pairs = self.partial, float(self.tokens) ** 2
-        kept = self._pairs(self.real.double()) if partial is None else partial.pairs(self.real)
-        return kept / pairs, self._pairs(torch.ones_like(self.slots, dtype=torch.double)) / pairs
+        partial, pairs, wide = self.partial, float(self.tokens) ** 2, widest(self.slots.device)
+        kept = self._pairs(self.real.to(wide)) if partial is None else partial.pairs(self.real)
+        return kept / pairs, self._pairs(torch.ones_like(self.slots, dtype=wide)) / pairs
 
     def _pairs(self, weight: Tensor) -> Tensor:
         query, key = (weight.view(-1, block).sum(-1) for block in (self.block_q, self.block_k))

@@ -470,3 +470,33 @@ class TestAttached:
         with attach(model, method), torch.autocast("cpu", dtype=torch.bfloat16):
             out = forward(model)
         assert torch.isfinite(out).all()
+
+    def test_many_calls_leave_one_record_of_one_size(self):
+        """Without steps to count, as in training, nothing ever clears it."""
+        model = transformer()
+        with attach(model, ATTACHED) as handle:
+            forward(model)
+            size = len(str(vars(next(iter(handle.records.values())))))
+            for _ in range(20):
+                forward(model)
+            record = next(iter(handle.records.values()))
+        assert record.calls == 21
+        assert len(str(vars(record))) < size + 40
+        assert 0 < record.density < 1
+
+    @pytest.mark.parametrize("at_once", [1, 1 << 30])
+    def test_heads_at_a_time_pick_the_same(self, at_once, monkeypatch):
+        video = VideoShape(5, 9, 10, text=7)
+        q, k = (torch.randn(2, 3, video.tokens, 16) for _ in "qk")
+        for scope in ("query_head", "head_global"):
+            method = BlockMixture(partition="3d", chunks=(2, 4, 8), scope=scope)
+            monkeypatch.setattr(block_mixture, "AT_ONCE", at_once)
+            picks = method.plan_for(q, k, video=video).partial.picks
+            monkeypatch.setattr(block_mixture, "AT_ONCE", 1 << 30)
+            assert torch.equal(method.plan_for(q, k, video=video).partial.picks, picks)
+
+    def test_lists_are_tuples_and_numbers_are_refused_by_name(self):
+        assert BlockMixture(chunk_2d=[4, 4], topk=[2, 10, 18]) == BlockMixture(chunk_2d=(4, 4))
+        for name, wrong in (("topk", 3), ("chunks", 8), ("chunk_2d", 4), ("chunk_1d", 1.5)):
+            with pytest.raises(ValueError, match=f"{name} must .*got {wrong}"):
+                BlockMixture(**{name: wrong})

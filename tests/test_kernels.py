@@ -501,6 +501,13 @@ class TestChoice:
         with pytest.raises(ValueError, match=match):
             kernels.run(*qkv(**{"tokens": 93} | sizes), plan, scale=0.3)
 
+    def test_picks_for_other_heads_are_refused(self, qkv, device):
+        plan = random_plan(device, heads=1, route=True)
+        picks = plan.partial.picks.expand(1, 3, -1, -1)
+        other = Plan(plan.slots, plan.keep, 16, 16, Route(picks, plan.partial.group, 16))
+        with pytest.raises(ValueError, match="q has 2 heads, the plan is for 3"):
+            kernels.run(*qkv(93), other, scale=0.3)
+
     def test_a_named_kernel_passes_over_none(self, qkv):
         told = []
         kernels.run(*qkv(64), self.plan, scale=0.3, kernel="gather", report=told.append)

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import warnings
+from functools import partial
 from itertools import product
 
 import pytest
@@ -30,7 +31,17 @@ from wan import (
 )
 
 import gen_accel
-from gen_accel import BlockMixture, Radial, Schedule, SparseLinear, VideoShape, attach, attention
+from gen_accel import (
+    BlockMixture,
+    Radial,
+    Schedule,
+    SparseLinear,
+    VideoShape,
+    attach,
+    attention,
+    kernels,
+)
+from gen_accel.kernels import linear as linear_kernel
 from gen_accel.kernels import reference
 from gen_accel.pipelines import SilentBranch, storage
 from gen_accel.pipelines.calibrate import attachment_of, measure_calibration
@@ -156,6 +167,15 @@ def parts_by_loops(method, q, k, v, video, plan):
 
 
 class TestParts:
+    def test_heads_at_a_time_give_the_same(self, monkeypatch):
+        fq, fk, v = (torch.rand(2, 3, 64, 8) for _ in "qkv")
+        sets = torch.rand(2, 3, 4, 8) < 0.5
+        whole = linear_kernel.plain(fq, fk, v, sets, 16, 8, eps=1e-5)
+        monkeypatch.setattr(linear_kernel, "STATES", 1)
+        assert torch.allclose(
+            linear_kernel.linear_attention(fq, fk, v, sets, 16, 8, eps=1e-5), whole
+        )
+
     @pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
     @pytest.mark.parametrize("linear_over", SEMANTICS)
     @pytest.mark.parametrize(
@@ -332,6 +352,10 @@ def test_a_branch_for_a_method_without_parameters_is_refused():
 
 
 @quiet
+def names_of(model):
+    return {p: name for name, p in model.named_parameters()}
+
+
 class TestParameters:
     @BOTH
     def test_they_are_the_models(self, method):
@@ -494,6 +518,45 @@ class TestParameters:
             assert torch.isfinite(forward(model)).all()
 
     @BOTH
+    def test_weights_offloaded_after_attaching(self, method, tmp_path):
+        model = transformer()
+        with attach(model, method) as handle:
+            stir(handle)
+            expected = forward(model)
+            cpu_offload(model, execution_device=torch.device("cpu"))
+            assert torch.equal(forward(model), expected)
+            with pytest.raises(ValueError, match="offloaded: load and save before"):
+                gen_accel.save_processors(model, tmp_path)
+
+    def test_dense_layers_have_no_parameters(self):
+        model = transformer()
+        with attach(model, PROJECT, schedule=Schedule(dense_layers=1)) as handle:
+            assert [*handle.branches] == ["transformer.blocks.1"]
+            forward(model).square().mean().backward()
+            trained = [p for p in model.parameters() if p.requires_grad]
+            assert all(p.grad is not None for p in trained if "branch" in names_of(model)[p])
+
+    @BOTH
+    def test_attaching_draws_no_random_numbers(self, method):
+        model = transformer()
+        before = torch.get_rng_state()
+        with attach(model, method):
+            assert torch.equal(torch.get_rng_state(), before)
+
+    @BOTH
+    def test_autocast_leaves_the_linear_branch_in_fp32(self, method):
+        video = VideoShape(5, 9, 10, text=7)
+        q, k, v = (torch.randn(1, 2, video.tokens, 16) for _ in "qkv")
+
+        def o_l():
+            run = partial(kernels.run, scale=0.25, kernel="gather")
+            return method.parts(q, k, v, video=video, kernel=run)
+
+        plain = o_l()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(torch.equal(x, y) for x, y in zip(o_l(), plain, strict=True))
+
+    @BOTH
     def test_detach_leaves_the_model_as_it_was(self, method):
         model = transformer()
         stock, original = forward(model), processors(model)
@@ -617,12 +680,16 @@ class TestStorage:
 
     def test_options_of_attach_replace_those_saved(self, tmp_path):
         model = transformer()
-        with attach(model, ALPHA, schedule=Schedule(dense_layers=1)):
+        with attach(model, ALPHA):
             gen_accel.save_processors(model, tmp_path)
-        options = {"schedule": Schedule(), "kernel": "gather", "self_check": True}
+        fewer = Schedule(dense_layers=1)
+        options = {"schedule": fewer, "kernel": "gather", "self_check": True}
         with gen_accel.load_processors(model, tmp_path, **options) as handle:
-            assert (handle.schedule, handle.kernel) == (Schedule(), "gather")
+            assert (handle.schedule, handle.kernel) == (fewer, "gather")
             forward(model)
+            gen_accel.save_processors(model, tmp_path)
+        with pytest.raises(ValueError, match=r"does not fit.*transformer\.blocks\.0\.alpha"):
+            gen_accel.load_processors(model, tmp_path, schedule=Schedule())
 
     @pytest.mark.parametrize(
         ("saved", "config", "name"),
@@ -757,6 +824,12 @@ def measured(pipe, handle, prompts, **options):
 
 @quiet
 class TestCalibration:
+    def test_one_string_is_no_list_of_prompts(self):
+        pipe = pipeline()
+        attach(pipe, PROJECT)
+        with pytest.raises(ValueError, match=r"must be a list .* got 'a cat'"):
+            gen_accel.calibrate(pipe, "a cat")
+
     @pytest.mark.parametrize(
         ("combine", "linear_over"),
         [
@@ -847,7 +920,7 @@ class TestCalibration:
         fit = gen_accel.calibrate(pipe, ["a"], **SAMPLED)
         assert [layer.name for layer in fit.layers] == ["transformer.blocks.1"]
         assert fit.layers[0].samples == ONE_CALL
-        assert handle.branches[PLACE].silent()
+        assert PLACE not in handle.branches
 
     def test_what_has_nothing_to_fit_is_refused(self):
         pipe = pipeline()
@@ -855,8 +928,13 @@ class TestCalibration:
             gen_accel.calibrate(pipe, ["a"], **SAMPLED)
         with attach(pipe, Radial()), pytest.raises(ValueError, match="has nothing to fit"):
             gen_accel.calibrate(pipe, ["a"], **SAMPLED)
-        with attach(pipe, PROJECT, schedule=Schedule(dense_layers=99)) as handle:
-            with pytest.raises(ValueError, match="prompts must hold at least one"):
+        with (
+            attach(pipe, PROJECT, schedule=Schedule(dense_layers=99)),
+            pytest.raises(ValueError, match=r"has nothing to fit.*dense_layers=99"),
+        ):
+            gen_accel.calibrate(pipe, ["a"], **SAMPLED)
+        with attach(pipe, PROJECT, schedule=Schedule(dense_steps=2)) as handle:
+            with pytest.raises(ValueError, match="prompts must be a list that holds at least one"):
                 gen_accel.calibrate(pipe, [], **SAMPLED)
             with pytest.raises(ValueError, match="keeps all of 2 steps dense"):
                 gen_accel.calibrate(pipe, ["a"], **SAMPLED)

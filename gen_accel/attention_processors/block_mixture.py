@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.stand_in import smooth_qk
-from gen_accel.plan import Plan, Route, Slots, pack, plan_of_call, slots_of
+from gen_accel.plan import Plan, Route, Slots, pack, plan_of_call, slots_of, widest
 from gen_accel.video import VideoShape
 
 Partition = Literal["cycle", "1d", "2d", "3d"]
@@ -28,6 +28,8 @@ Box = tuple[int, int, int]
 
 CYCLE = ("1d", "2d", "3d")
 SORTED = 1 << 16  # entries of a scope up to which they are sorted: as many as there are bins
+# Scores that are picked from at once, at some 60 bytes each: 1 GB.
+AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,17 @@ class BlockMixture:
                 raise ValueError(
                     f"{name} must be one of {get_args(options)}, got {getattr(self, name)!r}"
                 )
+        for name in ("chunk_2d", "chunk_3d", "chunks", "topk"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, length in (("chunk_1d", 1), ("chunk_2d", 2), ("chunk_3d", 3)):
             chunk = getattr(self, name)
-            sides = (chunk,) if isinstance(chunk, int) else chunk
-            if sides is not None and (len(sides) != length or min(sides) < 1):
+            sides = (chunk,) if name == "chunk_1d" else chunk
+            if chunk is not None and not _are_sizes(sides, length):
                 raise ValueError(f"{name} must hold {length} positive sizes, got {chunk}")
         for name in ("chunks", "topk"):
             counts = getattr(self, name)
-            if len(counts) != 3 or min(counts) < 1:
+            if not _are_sizes(counts, 3):
                 raise ValueError(f"{name} must be at least 1 for each of {CYCLE}, got {counts}")
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
@@ -175,6 +180,13 @@ class BlockMixture:
         route = Route(picks, own, slots.block_k)
         keep = route.touched(slots.real, slots.block_q, slots.block_k)
         return plan_of_call(slots, keep, route)
+
+
+def _are_sizes(value: object, length: int) -> bool:
+    """Whether it is a tuple of so many whole numbers from 1 on."""
+    if not isinstance(value, tuple) or len(value) != length:
+        return False
+    return all(isinstance(size, int) and size >= 1 for size in value)
 
 
 class Layout(NamedTuple):
@@ -274,10 +286,14 @@ def _pick(
         counted: (rows,), rows that hold a query of the video; the others may get anything.
     """
     B, H, R, C = scores.shape
+    wide = widest(scores.device)
     topk = min(method.topk[partition], C)
     dense = method.threshold == 1 if method.select == "threshold" else topk == C
     if dense:
         return torch.ones_like(scores, dtype=torch.bool)
+    if method.scope in ("query_head", "head_global") and H > 1 and scores.numel() > AT_ONCE:
+        heads = scores.split(1, 1)  # no scope spans two of them
+        return torch.cat([_pick(method, x, at_home, counted, partition) for x in heads], 1)
     # Scopes as rows of their own.
     forth = {
         "query_head": lambda x: x.reshape(B, H * R, C),
@@ -294,17 +310,17 @@ def _pick(
         queries = counted.sum() * (H if method.scope == "overall" else 1)
         if method.scope == "query_head":
             queries = torch.ones_like(queries)
-        need = (topk * queries).double()
-        cut = _least_taken(keys, valid.double(), need.expand(keys.shape[:2]))
+        need = (topk * queries).to(wide)
+        cut = _least_taken(keys, valid.to(wide), need.expand(keys.shape[:2]))
     else:
         low = scores.masked_fill(~valid, torch.inf).amin(-1, keepdim=True)
         high = scores.masked_fill(~valid, -torch.inf).amax(-1, keepdim=True)
         weight = ((scores - low) / (high - low)).nan_to_num(1.0) * valid  # 1 where all are equal
-        total = weight.sum(-1, dtype=torch.double)
-        need = method.threshold * total - (weight * at_home).sum(-1, dtype=torch.double)
+        total = weight.sum(-1, dtype=wide)
+        need = method.threshold * total - (weight * at_home).sum(-1, dtype=wide)
         others = valid & ~at_home
         keys = _ordered(weight).masked_fill(~others, _BOTTOM)
-        cut = _least_taken(keys, weight.double() * others, need.clamp_min(0))
+        cut = _least_taken(keys, weight.to(wide) * others, need.clamp_min(0))
         cut = torch.minimum(cut, keys.amax(-1))  # at least one
     picks = keys >= cut[..., None]
     if method.scope == "block":

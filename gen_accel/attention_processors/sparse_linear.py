@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -202,6 +202,10 @@ class SparseLinear:
         return plan_of_call(slots, keep & occupied), ~keep & ~skipped & occupied
 
     def _linear(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, linear: Tensor) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):  # sums over many keys need fp32
+            return self._summed(q, k, v, plan, linear)
+
+    def _summed(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, linear: Tensor) -> Tensor:
         fq, fk = (_features(x, self.feature_map) for x in (q, k))
         if self.linear_over == "all":
             wide = torch.promote_types(q.dtype, torch.float32)  # sums over all keys overflow fp16
@@ -228,17 +232,21 @@ class LinearBranch(nn.Module):
         if combine == "alpha":
             self.alpha = nn.Parameter(torch.ones(heads))
         else:
-            self.proj = nn.Linear(dim, dim)
-            nn.init.zeros_(self.proj.weight)
-            nn.init.zeros_(self.proj.bias)
+            proj: Any = nn.utils.skip_init(nn.Linear, dim, dim)  # draws no random numbers
+            nn.init.zeros_(proj.weight)
+            nn.init.zeros_(proj.bias)
+            self.proj = proj
 
     def forward(self, o_s: Tensor, o_l: Tensor) -> Tensor:
         """(B, H, N, D) each, and so is the result, in the dtype of `o_s`."""
         if self.alpha is not None:
             alpha = self.alpha[:, None, None].to(o_s.dtype)
-            return alpha * o_s + (1 - alpha) * o_l
+            return alpha * o_s + (1 - alpha) * o_l.to(o_s.dtype)
         assert self.proj is not None
-        return o_s + self.proj(o_l.to(self.proj.weight.dtype)).to(o_s.dtype)
+        weight = self.proj.weight
+        if weight.dtype.itemsize > 1:  # fp8 is how it is stored, not what it is used in
+            o_l = o_l.to(weight.dtype)
+        return o_s + self.proj(o_l).to(o_s.dtype)
 
     @torch.no_grad()
     def silent(self) -> bool:

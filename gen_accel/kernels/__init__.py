@@ -114,6 +114,19 @@ def run(
             run this, or none can, and all reasons are listed.
     """
     _check_fit(q, plan)
+    with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
+        return _first(q, k, v, plan, scale, kernel, report)
+
+
+def _first(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    scale: float,
+    kernel: str,
+    report: Callable[[Choice], None] | None,
+) -> Tensor:
     refused: dict[str, list[str]] = {}
     order = preference(q, plan) if kernel == "auto" else {kernel: ""}
     for place, name in enumerate(order, 1):
@@ -135,9 +148,13 @@ def run(
 
 def _check_fit(q: Tensor, plan: Plan) -> None:
     B, H, N, _ = q.shape
-    for name, have, planned in (("samples", B, len(plan.keep)), ("heads", H, plan.keep.shape[1])):
-        if planned not in (1, have):
-            raise ValueError(f"q has {have} {name}, the plan is for {planned}")
+    patterns = [plan.keep]
+    if isinstance(plan.partial, Route):
+        patterns.append(plan.partial.picks)
+    for pattern in patterns:
+        for name, have, planned in zip(("samples", "heads"), (B, H), pattern.shape, strict=False):
+            if planned not in (1, have):
+                raise ValueError(f"q has {have} {name}, the plan is for {planned}")
     if plan.tokens != N:
         raise ValueError(f"q has {N} tokens, the plan is for {plan.tokens}")
 
@@ -145,8 +162,10 @@ def _check_fit(q: Tensor, plan: Plan) -> None:
 def prepare(plan: Plan, device: torch.device, kernel: str = "auto") -> tuple[str, Any]:
     """What `compute` needs of a plan inside a graph: the kernel's name and its own data."""
     if kernel == "auto":
-        on_cpu = "routed" if isinstance(plan.partial, Route) else "gather"
-        kernel = on_cpu if device.type == "cpu" else "triton"
+        by_query = device.type == "cpu" and isinstance(plan.partial, Route)
+        kernel = "routed" if by_query else "gather"
+        if device.type != "cpu" and not triton.device_reasons(device):
+            kernel = "triton"
     if kernel not in IN_GRAPHS:
         raise ValueError(
             f"kernel {kernel!r} does not run inside torch.compile; use 'auto' or one of "
@@ -162,4 +181,5 @@ def prepare(plan: Plan, device: torch.device, kernel: str = "auto") -> tuple[str
 def compute(q: Tensor, k: Tensor, v: Tensor, prepared: tuple[str, Any], *, scale: float) -> Tensor:
     """`run` inside a graph of torch.compile."""
     kernel, data = prepared
-    return IN_GRAPHS[kernel].compute(q, k, v, data, scale=scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return IN_GRAPHS[kernel].compute(q, k, v, data, scale=scale)

@@ -3,7 +3,8 @@
 Query blocks are sorted by how many key blocks they see and worked off in groups: one gather, two
 products and one softmax for a group. The backward pass gathers again and recomputes the softmax,
 so that nothing of the size of the scores is kept between the passes. Of bf16 and fp16 inputs the
-scores and the whole backward pass are fp32: rounded scores would be as wrong as they are large.
+scores and the whole backward pass are fp32: rounded scores would be as wrong as they are large. On
+a GPU it waits for the lengths of the lists of a plan that was made for one call.
 """
 
 import math
@@ -78,9 +79,10 @@ def prepare(plan: Plan) -> Lists:
 def _lists(plan: Plan) -> Lists:
     order = None if plan.is_raster else plan.slots.clamp_min(0)
     back = None if plan.is_raster else plan.places
-    rank = 2 - 2 * plan.keep.int() + plan.whole.int()
+    whole = plan.whole
+    rank = 2 - 2 * plan.keep.int() + whole.int()
     index = rank.sort(dim=-1, stable=True).indices
-    counts = torch.stack([plan.keep.sum(-1), (plan.keep & ~plan.whole).sum(-1)]).cpu()
+    counts = torch.stack([plan.keep.sum(-1), (plan.keep & ~whole).sum(-1)]).cpu()
     if not torch.compiler.is_compiling():  # a graph has no use for a size that it must wait for
         index = index[..., : max(int(counts[0].max()), 1)].contiguous()
     return Lists(order, back, index, counts, _rule(plan), plan.block_q, plan.block_k)

@@ -2,13 +2,16 @@
 
     o = f(q) (sum f(k)^T v) / (eps + f(q) . sum f(k)), sums over the keys of the set
 
-`plain` is the meaning, torch alone with autograd; on GPUs a fused kernel does the same.
+`plain` is the meaning, torch alone with autograd; on GPUs a fused kernel does the same. Which of
+them runs is decided here: the kernel that is named for attention says nothing of it.
 """
 
 import torch
 from torch import Tensor
 
 from gen_accel.kernels import triton
+
+STATES = 1 << 27  # numbers in the states that are made at once, half a gigabyte; at least one head
 
 
 def linear_attention(
@@ -22,9 +25,14 @@ def linear_attention(
         sets: (B, H, Kq, Kk) bool.
         eps: keeps small denominators from zero.
     """
-    if fq.device.type == "cuda" and fq.dtype in triton.DTYPES and triton.installed():
-        return _fused(fq, fk, v, sets, block_q, block_k, eps)
-    return plain(fq, fk, v, sets, block_q, block_k, eps=eps)
+    B, _, S, D = fq.shape
+    heads = max(1, STATES // (B * (S // block_k) * D * D))
+    fused = fq.device.type == "cuda" and not triton.device_reasons(fq.device)
+    run = _fused if fused and fq.dtype in triton.DTYPES else plain
+    some = [x.split(heads, 1) for x in (fq, fk, v, sets)]
+    return torch.cat(
+        [run(q, k, w, s, block_q, block_k, eps=eps) for q, k, w, s in zip(*some, strict=True)], 1
+    )
 
 
 def plain(
@@ -44,7 +52,7 @@ def plain(
 
 
 def _fused(
-    fq: Tensor, fk: Tensor, v: Tensor, sets: Tensor, block_q: int, block_k: int, eps: float
+    fq: Tensor, fk: Tensor, v: Tensor, sets: Tensor, block_q: int, block_k: int, *, eps: float
 ) -> Tensor:
     from gen_accel.kernels.triton.linear import linear_rest  # imports triton, which may be missing
 

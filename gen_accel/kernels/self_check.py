@@ -63,6 +63,7 @@ def _rows(
     scale: float,
 ) -> Tensor:
     q, k, v = (x.to(dtype) for x in one)
-    scores = q[0, 0, tokens] @ pack(k, plan)[0, 0].T * scale
-    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0)
-    return weights @ pack(v, plan)[0, 0]
+    with torch.autocast(q.device.type, enabled=False):
+        scores = q[0, 0, tokens] @ pack(k, plan)[0, 0].T * scale
+        weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0)
+        return weights @ pack(v, plan)[0, 0]

@@ -13,7 +13,7 @@ from gen_accel.measure.timing import device_name
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "triton", "xformers")
 FIXES = {
-    "triton": "pip install triton  (Linux only; flex on a GPU needs it)",
+    "triton": "pip install triton  (Linux only; triton and flex on a GPU need it)",
     "xformers": 'pip install "gen_accel[xformers]"  (optional, CUDA only: the kernel xformers)',
 }
 COMPILERS = ("g++", "clang++", "c++", "cl")

@@ -114,6 +114,16 @@ def served_transformers(pipe_or_transformer: Any) -> dict[str, nn.Module]:
     return transformers
 
 
+def on_device(branch: nn.Module, device: torch.device) -> nn.Module:
+    """Offloading moves the parameters that it found on a model: those of a branch that came later
+    are moved here. Those that it holds elsewhere it brings itself."""
+    return branch if is_offloaded(branch) else branch.to(device)
+
+
+def is_offloaded(branch: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in branch.parameters())
+
+
 def layer_method(method: Any, layer: int) -> Any:
     """What runs in a layer, for methods that change from one to the next."""
     return method.for_layer(layer) if hasattr(method, "for_layer") else method
@@ -175,7 +185,7 @@ class Attachment:
     ) -> SparseProcessor:
         method = layer_method(self.method, site.layer)
         full, branch = f"{name}.{site.name}", None
-        if hasattr(method, "branch"):
+        if hasattr(method, "branch") and self.schedule.why_layer(site.layer) is None:
             place = next(site.module.parameters()).device
             if place.type == "meta":  # weights that are offloaded; the call brings the device
                 place = torch.device("cpu")
@@ -297,8 +307,7 @@ class Attachment:
     def _run(self, layer: "Layer", call: Call, kernel: Callable) -> Tensor:
         video = self._video(call.q)
         q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
-        # Offloading moves what it found on the model, and so not a branch that came later.
-        trained = {} if layer.branch is None else {"branch": layer.branch.to(q.device)}
+        trained = {} if layer.branch is None else {"branch": on_device(layer.branch, q.device)}
         return layer.method(q, k, v, video=video, kernel=kernel, **trained).transpose(1, 2)
 
     def _check(

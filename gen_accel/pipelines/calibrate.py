@@ -10,7 +10,15 @@ from torch import Tensor
 
 from gen_accel.attention_processors.seam import SparseProcessor, is_compiled
 from gen_accel.attention_processors.sparse_linear import LinearBranch
-from gen_accel.pipelines.attach import TRANSFORMERS, Attachment, Layer, served_transformers
+from gen_accel.pipelines.attach import (
+    TRANSFORMERS,
+    Attachment,
+    Layer,
+    is_offloaded,
+    on_device,
+    served_transformers,
+)
+from gen_accel.plan import widest
 from gen_accel.video import VideoShape
 
 # Penalties on proj, as shares of the mean square of O_l. It changes little from token to token, so
@@ -127,8 +135,9 @@ def measure_calibration(
     def add(layer: Layer, o_s: Tensor, o_l: Tensor, dense: Tensor, prompt: int) -> None:
         nonlocal samples
         samples += dense[..., 0].numel()
-        errors = o_s - dense, layer.branch(o_s, o_l) - dense, dense
-        squares = torch.stack([error.double().square().sum() for error in errors])
+        ours = on_device(layer.branch, o_s.device)(o_s, o_l)
+        errors = o_s - dense, ours - dense, dense
+        squares = torch.stack([error.to(widest(error.device)).square().sum() for error in errors])
         sums[layer.name] = sums.get(layer.name, 0) + squares
 
     _observe(attachment_of(pipe), pipe, prompts, add, num_inference_steps, seed, call)
@@ -150,10 +159,18 @@ def _observe(
 ) -> None:
     """Generate densely, and show `add` O_s, O_l and the dense output, (B, H, N, D), of each sparse
     layer and step, and the number of the prompt."""
-    if not prompts:
-        raise ValueError("prompts must hold at least one, got none")
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts must be a list that holds at least one, got {prompts!r}")
     if not handle.branches:
-        raise ValueError(f"{handle.method} has nothing to fit: attach SparseLinear() first")
+        raise ValueError(
+            f"{handle.method} has nothing to fit: attach SparseLinear(), with a schedule that "
+            f"leaves layers sparse, got {handle.schedule}"
+        )
+    for name, branch in handle.branches.items():
+        if is_offloaded(branch):
+            raise ValueError(
+                f"the parameters of {name} are offloaded: calibrate before the model is"
+            )
     for name, transformer in served_transformers(pipe).items():
         if is_compiled(transformer):
             raise ValueError(f"{name} is compiled already: calibrate first, and compile then")
@@ -208,14 +225,15 @@ class _Sums:
 
     def __init__(self, like: Tensor) -> None:
         self.samples = 0
-        self.dense = like.new_zeros((), dtype=torch.double)  # squares of the dense output
-        self.residual = like.new_zeros((), dtype=torch.double)  # squares of dense - O_s
+        self.dense = like.new_zeros((), dtype=widest(like.device))  # squares of the dense output
+        self.residual = like.new_zeros((), dtype=widest(like.device))  # squares of dense - O_s
 
     def add(self, o_s: Tensor, o_l: Tensor, dense: Tensor, fold: int) -> None:
         B, H, N, _ = dense.shape
         self.samples += B * H * N
+        wide = widest(dense.device)
         for head in range(H):  # fp64 of one head at a time
-            s, l, d = (x[:, head].flatten(0, 1).double() for x in (o_s, o_l, dense))
+            s, l, d = (x[:, head].flatten(0, 1).to(wide) for x in (o_s, o_l, dense))
             self.dense += d.square().sum()
             self.residual += (d - s).square().sum()
             self.add_head(head, fold, s, l, d)
@@ -283,7 +301,9 @@ class _AlphaSums(_Sums):
 
     def __init__(self, like: Tensor) -> None:
         super().__init__(like)
-        self.xx, self.xy = (like.new_zeros(like.shape[1], dtype=torch.double) for _ in range(2))
+        self.xx, self.xy = (
+            like.new_zeros(like.shape[1], dtype=widest(like.device)) for _ in range(2)
+        )
 
     def add_head(self, head: int, fold: int, s: Tensor, l: Tensor, d: Tensor) -> None:
         self.xx[head] += (l - s).square().sum()
@@ -291,6 +311,6 @@ class _AlphaSums(_Sums):
 
     def solve(self, branch: LinearBranch) -> Tensor:
         assert branch.alpha is not None
-        share = (self.xy / self.xx.clamp_min(torch.finfo(torch.double).tiny)).clamp(0, 1)
+        share = (self.xy / self.xx.clamp_min(torch.finfo(self.xx.dtype).tiny)).clamp(0, 1)
         branch.alpha.copy_(1 - share)
         return (2 * share * self.xy - share.square() * self.xx).sum()

@@ -17,6 +17,7 @@ from gen_accel.pipelines.attach import (
     Attachment,
     SilentBranch,
     attach,
+    is_offloaded,
     layer_method,
     served_transformers,
 )
@@ -74,7 +75,8 @@ def load_processors(pipe_or_transformer: Any, folder: str | Path, **options: Any
     """Attach what `save_processors` wrote, with its parameters.
 
     Args:
-        options: of `attach`, instead of those that were saved: schedule, kernel, timed.
+        options: of `attach`, instead of those that were saved: schedule, kernel, timed. Layers
+            that are dense have no parameters, so that no more may be sparse than were.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -89,10 +91,12 @@ def load_processors(pipe_or_transformer: Any, folder: str | Path, **options: Any
     if _sha256(folder / WEIGHTS) != digest:
         raise ValueError(f"{CONFIG} and {WEIGHTS} in {folder} do not belong together; save again")
     tensors = load_file(folder / WEIGHTS)
-    _check_fit(pipe_or_transformer, method, tensors, folder / WEIGHTS)
+    saved = saved | options
+    schedule = saved["schedule"] or Schedule()
+    _check_fit(pipe_or_transformer, method, schedule, tensors, folder / WEIGHTS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SilentBranch)
-        handle = attach(pipe_or_transformer, method, **{**saved, **options})
+        handle = attach(pipe_or_transformer, method, **saved)
     for name, parameter in _parameters(handle).items():
         parameter.copy_(tensors[name])
     return handle
@@ -113,6 +117,11 @@ def _read(path: Path) -> tuple[Any, dict[str, Any], str]:
 
 def _parameters(handle: Attachment) -> dict[str, Tensor]:
     """By layer and name; they share their memory with the model's."""
+    for layer, branch in handle.branches.items():
+        if is_offloaded(branch):
+            raise ValueError(
+                f"the parameters of {layer} are offloaded: load and save before the model is"
+            )
     return {
         f"{layer}.{name}": tensor
         for layer, branch in handle.branches.items()
@@ -121,18 +130,31 @@ def _parameters(handle: Attachment) -> dict[str, Tensor]:
 
 
 def _check_fit(
-    pipe_or_transformer: Any, method: Any, tensors: dict[str, Tensor], path: Path
+    pipe_or_transformer: Any,
+    method: Any,
+    schedule: Schedule,
+    tensors: dict[str, Tensor],
+    path: Path,
 ) -> None:
     """Before anything is attached: another attachment may be at work."""
-    wanted = {
-        f"{part}.{site.name}.{name}": tensor.shape
-        for part, transformer in served_transformers(pipe_or_transformer).items()
-        for site in family_of(transformer).self_attentions(transformer)
-        if hasattr(one := layer_method(method, site.layer), "branch")
-        for name, tensor in one.branch(site.heads, site.dim).state_dict().items()
-    }
+    wanted, possible = {}, {}
+    for part, transformer in served_transformers(pipe_or_transformer).items():
+        for site in family_of(transformer).self_attentions(transformer):
+            one = layer_method(method, site.layer)
+            if not hasattr(one, "branch"):
+                continue
+            found = {
+                f"{part}.{site.name}.{name}": tensor.shape
+                for name, tensor in one.branch(site.heads, site.dim).state_dict().items()
+            }
+            possible |= found
+            if schedule.why_layer(site.layer) is None:
+                wanted |= found
     have = {name: tensor.shape for name, tensor in tensors.items()}
-    wrong = sorted({name for name, _ in wanted.items() ^ have.items()})
+    # Those of layers that are dense now are left where they are.
+    wrong = sorted(
+        {name for name, _ in (wanted.items() - have.items()) | (have.items() - possible.items())}
+    )
     if wrong:
         raise ValueError(
             f"{path} does not fit this model: {len(wrong)} parameters are missing, unexpected or "

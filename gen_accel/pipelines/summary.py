@@ -3,20 +3,12 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from gen_accel.kernels import Choice
 from gen_accel.plan import Plan
-
-
-class Share(NamedTuple):
-    """What one call computed of the token pairs. Tensors are read when someone asks."""
-
-    density: Tensor | float
-    computed: Tensor | float
-    dense_flops: float
 
 
 @dataclass
@@ -30,8 +22,12 @@ class Record:
     why_dense: str | None = None
     choice: Choice | None = None
     tokens: int = 0
-    shares: list[Share] = field(default_factory=list)
+    calls: int = 0
+    dense_flops: float = 0.0
     seconds: float | None = None
+    # Sums over the calls. What q and k decided stays on its device until someone asks.
+    kept: Tensor | float = 0.0
+    computed: Tensor | float = 0.0
 
     def add(
         self,
@@ -43,30 +39,27 @@ class Record:
     ) -> None:
         """shape: (B, N, H, D)."""
         B, N, H, D = shape
+        dense = 4.0 * B * H * N * N * D
         self.why_dense, self.choice, self.tokens = why, choice, N
-        density: tuple[Tensor | float, Tensor | float] = (1.0, 1.0)
-        if plan is not None:
-            # A plan of one call is not waited for, one that lasts knows its densities.
-            lasting = not plan.dynamic
-            density = (plan.density, plan.computed_density) if lasting else plan.densities()
-        self.shares.append(Share(*density, 4.0 * B * H * N * N * D))
-
-    @property
-    def calls(self) -> int:
-        return len(self.shares)
+        self.calls += 1
+        self.dense_flops += dense
+        kept: Tensor | float = 1.0
+        computed: Tensor | float = 1.0
+        if plan is not None and plan.dynamic:
+            kept, computed = plan.densities()
+        elif plan is not None:
+            kept, computed = plan.density, plan.computed_density
+        self.kept = self.kept + kept
+        self.computed = self.computed + computed * dense
 
     @property
     def density(self) -> float:
         """Mean over the calls."""
-        return sum(float(share.density) for share in self.shares) / len(self.shares)
-
-    @property
-    def dense_flops(self) -> float:
-        return sum(share.dense_flops for share in self.shares)
+        return float(self.kept) / self.calls
 
     @property
     def flops(self) -> float:
-        return sum(float(share.computed) * share.dense_flops for share in self.shares)
+        return float(self.computed)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ __all__ = [
     "DTYPES",
     "Lists",
     "compute",
+    "device_reasons",
     "forward",
     "forward_lse",
     "installed",
@@ -33,18 +34,23 @@ def installed() -> bool:
     return find_spec("triton") is not None
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
-    reasons = []
+def device_reasons(device: torch.device) -> list[str]:
+    """Why no kernel of this package can run there, empty where they can."""
     if not installed():
-        reasons.append("triton is not installed")
-    elif q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append("needs a GPU; on the CPU only under TRITON_INTERPRET=1")
-    elif q.device.type == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(q.device)
+        return ["triton is not installed"]
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return ["needs a GPU; on the CPU only under TRITON_INTERPRET=1"]
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
-            reasons.append(f"needs compute capability 8.0 or later, got {major}.{minor}")
-    elif q.device.type not in ("cpu", "cuda"):
-        reasons.append(f"has no form for {q.device.type}")
+            return [f"needs compute capability 8.0 or later, got {major}.{minor}"]
+    if device.type not in ("cpu", "cuda"):
+        return [f"has no form for {device.type}"]
+    return []
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
+    reasons = device_reasons(q.device)
     if q.dtype not in DTYPES:
         reasons.append(f"takes bfloat16, float16 and float32, got {q.dtype}")
     if q.shape[3] > LARGEST_DIM:
