@@ -178,7 +178,8 @@ def block_mixture(case: dict, arrays: Arrays) -> Iterator[Deviation]:
         return attention(*inputs, video=VideoShape(*grid), method=method, kernel=kernel)
 
     exact = ours(torch.float64, "reference")
-    yield from _both_sides({k: ours(torch.float32, k) for k in KERNELS}, want, exact)
+    by_kernel = {k: ours(torch.float32, k) for k in (*KERNELS, "routed")}
+    yield from _both_sides(by_kernel, want, exact)
 
 
 FORMATS = (

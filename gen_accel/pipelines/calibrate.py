@@ -1,6 +1,7 @@
 """Fit the parameters of sparse-linear attention to a model, without training it."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -220,7 +221,7 @@ def attachment_of(pipe_or_transformer: Any) -> Attachment:
     raise ValueError("nothing is attached: call gen_accel.attach first")
 
 
-class _Sums:
+class _Sums(ABC):
     """What least squares needs of the rows of one layer."""
 
     def __init__(self, like: Tensor) -> None:
@@ -244,13 +245,13 @@ class _Sums:
         before, after = (math.sqrt((x / self.dense).item()) for x in (self.residual, left))
         return LayerFit(name, before, after, self.samples)
 
+    @abstractmethod
     def add_head(self, head: int, fold: int, s: Tensor, l: Tensor, d: Tensor) -> None:
         """Rows of O_s, O_l and the dense output."""
-        raise NotImplementedError
 
+    @abstractmethod
     def solve(self, branch: LinearBranch) -> Tensor:
         """Set the branch; the squares that the fit takes off the residual."""
-        raise NotImplementedError
 
 
 class _ProjSums(_Sums):
