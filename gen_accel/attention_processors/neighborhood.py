@@ -9,7 +9,7 @@ References:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import product
@@ -71,6 +71,11 @@ class Neighborhood:
     ) -> Tensor:
         return kernel(q, k, v, self.plan(video, q.device))
 
+    def by_axis(self, video: VideoShape) -> Iterator[tuple[str, int, int, int, int, bool]]:
+        """For each axis its name, the video's size, window, stride, dilation and causality."""
+        options = self.window, self.stride, self.dilation, self.is_causal
+        return zip(AXES, video.grid, *options, strict=True)
+
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
         """Raises ValueError where a window is larger than its axis."""
         return _plan(self, video, torch.device(device))
@@ -87,18 +92,7 @@ class Neighborhood:
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # a plan built while sampling must serve training too
 def _plan(method: Neighborhood, video: VideoShape, device: torch.device) -> Plan:
-    axes = [
-        _axis(name, size, *options)
-        for name, size, *options in zip(
-            AXES,
-            video.grid,
-            method.window,
-            method.stride,
-            method.dilation,
-            method.is_causal,
-            strict=True,
-        )
-    ]
+    axes = [_axis(*along) for along in method.by_axis(video)]
     tile_q, tile_k = _tiles(axes, even=device.type != "cpu")
     slots = tile_slots(video, tile_q, [axis.order for axis in axes])
     block_q, block_k = math.prod(tile_q), math.prod(tile_k)

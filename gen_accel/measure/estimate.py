@@ -208,9 +208,10 @@ def estimate(
         num_frames: frames of the video, not latents.
         schedule: layers and steps that stay dense.
         steps: denoising steps, of which the schedule may keep a share dense.
-        efficiency: achieved share of the ideal 1 / computed density; benchmarks/attention.py
-            prints it. Without, it is measured on the device that the model is on, or on the best
-            one there is, which takes seconds the first time and is kept in the cache folder.
+        efficiency: achieved share of the ideal 1 / computed density, the kernel_efficiency
+            that benchmarks/kernels.py writes. Without, it is measured on the device that the model
+            is on, or on the best one there is, which takes seconds the first time and is kept in
+            the cache folder.
 
     Raises:
         ValueError: a model that is not Wan's or is unknown, sizes that it cannot make, or a method

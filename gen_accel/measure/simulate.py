@@ -138,18 +138,8 @@ def simulate(
         ValueError: text tokens, a tile that is none, or a window larger than its axis.
     """
     _check(video, ((tile_q, tile_k),))
-    axes = zip(
-        AXES,
-        video.grid,
-        method.window,
-        method.stride,
-        method.dilation,
-        method.is_causal,
-        tile_q,
-        tile_k,
-        strict=True,
-    )
-    counts = _product(_count(*along, dynamic) for along in axes)
+    axes = zip(method.by_axis(video), tile_q, tile_k, strict=True)
+    counts = _product(_count(*along, *tiles, dynamic) for along, *tiles in axes)
     return Bound(
         video=video,
         method=method,
