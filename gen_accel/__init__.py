@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         load_processors,
         save_processors,
     )
+    from gen_accel.pipelines.long_video import extend
     from gen_accel.plan import Plan
     from gen_accel.video import VideoShape
 
@@ -43,6 +44,7 @@ __all__ = [
     "calibrate",
     "demo",
     "estimate",
+    "extend",
     "load_processors",
     "save_processors",
 ]
@@ -62,6 +64,7 @@ _HOMES = {
     "attention": "functional",
     "calibrate": "pipelines",
     "estimate": "measure.estimate",
+    "extend": "pipelines.long_video",
     "load_processors": "pipelines",
     "save_processors": "pipelines",
 }
@@ -69,6 +72,7 @@ _SUBMODULES = (
     "attention_processors",
     "functional",
     "kernels",
+    "lora",
     "measure",
     "pipelines",
     "plan",

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from gen_accel.lora import commands
+
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
@@ -95,6 +97,7 @@ def root(
     gen-accel estimate --model Wan2.1-T2V-1.3B --height 480 --width 832 --frames 161
     gen-accel simulate neighborhood --frames 30 --height 48 --width 80 --density 0.1
     gen-accel generate --model DIR_OR_REPO --prompt "a cat surfs" --out cat.mp4 --compare
+    gen-accel metrics cat.mp4      loops, drift, motion and flicker; or against a reference
     gen-accel doctor               versions, devices, what is missing
 
     A method says which tokens see which and changes the answer; a kernel computes it and does not.
@@ -138,6 +141,13 @@ def demo(
     model: Annotated[
         Path | None, typer.Option(help="Another folder than the embedded model.")
     ] = None,
+    with_lora: Annotated[
+        bool | None,
+        typer.Option(
+            "--with-lora/--without-lora",
+            help="Also 129 frames with the long-video LoRA and without. [the embedded model]",
+        ),
+    ] = None,
 ) -> None:
     """Generate one clip dense and sparse with the embedded model, and compare them.
 
@@ -159,6 +169,7 @@ def demo(
     from gen_accel.demo import job
 
     given = {"prompt": prompt, "frames": frames, "steps": steps, "model": model}
+    given |= {"with_lora": with_lora}
     if method is not None or settings:
         given["method"] = method_from(method or "radial", settings or ())
     report, files = job.run(
@@ -173,6 +184,7 @@ def demo(
 
 @app.command(short_help="Videos from prompts, with any served pipeline.")
 def generate(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Folder of a diffusers pipeline, or a hub repo.")],
     out: Annotated[
         Path, typer.Option(help=".mp4, .gif, .png, or no suffix for a folder of PNG frames.")
@@ -190,7 +202,9 @@ def generate(
     steps: Steps = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is without guidance.")] = None,
     seed: Annotated[int, typer.Option(help="Each further prompt takes the next.")] = 0,
-    fps: Annotated[float, typer.Option(help="Frames a second of the file.")] = 16.0,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames a second of the file. Without: 16.")
+    ] = None,
     method: MethodName = "radial",
     settings: Settings = None,
     kernel: Kernel = "auto",
@@ -213,6 +227,29 @@ def generate(
         list[str] | None,
         typer.Option(metavar="DIR_OR_REPO[:WEIGHT]", help="May be repeated."),
     ] = None,
+    from_lora: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Load a LoRA of `gen-accel train`, and attach what it knows."
+        ),
+    ] = None,
+    extend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TECHNIQUE[,TECHNIQUE]",
+            help="For video longer than the model was trained on, such as riflex.",
+        ),
+    ] = None,
+    trained_frames: Annotated[
+        int | None, typer.Option(help="That the model was trained on, where it is not known.")
+    ] = None,
+    save_latents: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also keep what is decoded, as .safetensors."),
+    ] = None,
+    from_latents: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Decode what --save-latents kept.")
+    ] = None,
 ) -> None:
     """Generate videos with any diffusers video pipeline that `gen-accel list` serves.
 
@@ -226,6 +263,10 @@ def generate(
     gen-accel generate --model models/wan --prompt "a cat" --method neighborhood \\
         --set window=9,12,12 --set is_causal=true,false,false --kernel flex
     gen-accel generate --model models/wan --prompt "a cat" --method dense --lora loras/long:0.8
+    gen-accel generate --model models/wan --prompt "a cat" --from-lora outputs/lora/lora
+    gen-accel generate --model models/wan --prompt "a cat" --frames 161 --extend riflex \\
+        --save-latents cat.safetensors --out cat.mp4
+    gen-accel generate --model models/wan --from-latents cat.safetensors --out cat.gif
 
     Keep the first fifth or quarter of the steps dense: they decide what a video shows. With many
     steps, --dense-start 0.25 is a good start. Sizes that the model cannot make are refused, with
@@ -233,27 +274,55 @@ def generate(
     """
     _quiet()
     from gen_accel.attention_processors.options import method_from
+    from gen_accel.pipelines.generate import decode_latents, read_prompts
     from gen_accel.pipelines.generate import generate as run
-    from gen_accel.pipelines.generate import read_prompts
     from gen_accel.pipelines.sampling import Clip, Loading
 
+    loading = Loading(dtype, device, offload, tuple(lora or ()))
+    if from_latents is not None:
+        _only(context, "from_latents", ("model", "out", "fps", "dtype", "device", "offload"))
+        path = decode_latents(model, from_latents, out=out, fps=fps, loading=loading)
+        _print_files({"video": path})
+        return
     texts = [*(prompt or ()), *(read_prompts(prompts) if prompts is not None else ())]
+    chosen: dict[str, Any] = {
+        "method": method_from(method, settings or ()),
+        "schedule": _schedule(dense_start, dense_end, dense_steps, dense_layers),
+    }
+    if from_lora is not None:
+        if method != "radial" or settings:
+            raise ValueError("--from-lora attaches its own method: leave --method and --set out")
+        given = chosen["schedule"]
+        chosen = {"from_lora": from_lora, "schedule": None if given == _schedule() else given}
     made = run(
         model,
         texts,
         out=out,
-        method=method_from(method, settings or ()),
-        schedule=_schedule(dense_start, dense_end, dense_steps, dense_layers),
+        **chosen,
         kernel=kernel,
-        clip=Clip(frames, height, width, steps, guidance_scale, negative_prompt, seed, fps),
-        loading=Loading(dtype, device, offload, tuple(lora or ())),
+        clip=Clip(
+            frames,
+            height,
+            width,
+            steps,
+            guidance_scale,
+            negative_prompt,
+            seed,
+            Clip.fps if fps is None else fps,
+        ),
+        loading=loading,
         compare=compare,
         timed=timed,
+        techniques=() if extend is None else tuple(extend.split(",")),
+        trained_frames=trained_frames,
+        latents=save_latents,
     )
     for one in made:
         typer.echo(f"{one.prompt}  (seed {one.seed}, {one.seconds:.1f} s)")
         if one.report is None:
             typer.echo(str(one.summary))
+            if one.extension:
+                typer.echo(one.extension)
         else:
             _print_comparison(one.report)
         _print_files(one.files)
@@ -437,6 +506,48 @@ def simulate(
         typer.echo(json)
 
 
+@app.command(short_help="What a video does over time, or its distance to another.")
+def metrics(
+    video: Annotated[Path, typer.Argument(help="A video file, or a folder of PNG frames.")],
+    reference: Annotated[
+        Path | None, typer.Argument(help="To compare with: the same scene, made another way.")
+    ] = None,
+    lag: Annotated[
+        int | None,
+        typer.Option(help="Frames: also the similarity that far apart. Without a reference."),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the figures there.")
+    ] = None,
+) -> None:
+    """Loops, drift, motion and flicker of a video; or PSNR, SSIM and LPIPS against a reference.
+
+    \b
+    gen-accel metrics long.mp4
+    gen-accel metrics long.mp4 --lag 81 --json long.json
+        how alike frames are that lie 81 apart: 1 is a repetition, 0 as alike as any two
+    gen-accel metrics sparse.mp4 dense.mp4
+
+    Frames are read once, a few at a time, so that any length fits. LPIPS needs torchvision and
+    its weights on this machine; nothing is downloaded.
+    """
+    from gen_accel.measure import write_json
+    from gen_accel.measure.motion import measure_file
+    from gen_accel.measure.quality import compare_files
+
+    if reference is None:
+        found: Any = measure_file(video, lag=lag)
+        _print_motion(found)
+    else:
+        if lag is not None:
+            raise ValueError(f"--lag is for a video without a reference, got {lag}")
+        found = compare_files(video, reference)
+        _print_fidelity(found)
+    if json is not None:
+        write_json(json, found.to_dict())
+        typer.echo(json)
+
+
 @app.command(name="list", short_help="Methods, kernels and models.")
 def list_() -> None:
     """Methods with their options, kernels and where they run, and the models that are served.
@@ -481,7 +592,21 @@ def doctor() -> None:
             typer.echo(f"{check.name}: {check.fix}")
 
 
-def _schedule(start: float, end: float, steps: int, layers: str) -> Any:
+def _only(context: Any, option: str, others: tuple[str, ...]) -> None:
+    """Refuse what the user gave besides `option` and `others`, before it is ignored."""
+    given = [
+        parameter
+        for parameter in context.command.params
+        if getattr(context.get_parameter_source(parameter.name), "name", "") == "COMMANDLINE"
+    ]
+    wrong = [p.opts[0] for p in given if p.name not in (option, *others)]
+    if wrong:
+        allowed = ", ".join(f"--{name}" for name in others)
+        name = option.replace("_", "-")
+        raise ValueError(f"--{name} goes with {allowed} only, got {', '.join(wrong)}")
+
+
+def _schedule(start: float = 0.0, end: float = 0.0, steps: int = 0, layers: str = "0") -> Any:
     from gen_accel.pipelines.schedule import Schedule
 
     numbers = _numbers(layers, "--dense-layers")
@@ -542,7 +667,42 @@ def _print_comparison(report: dict[str, Any]) -> None:
     if "detector" in report:
         rows["dense shows"] = report["detector"]["dense"]["shows"]
         rows["sparse shows"] = report["detector"]["sparse"]["shows"]
+    if "longer" in report:
+        made = report["longer"]
+        rows[f"{made['frames']} frames"] = made["detector"]["dense"]["shows"]
+        rows["with LoRA"] = (
+            f"{made['detector']['trained']['shows']}, {made['times_as_fast']:.2f}x as fast"
+        )
     _print_rows(rows)
+
+
+def _print_motion(found: Any) -> None:
+    red, green, blue = found.color_drift
+    at = "" if found.loop_lag is None else f", after {found.loop_lag} frames"
+    rows = {
+        "frames": f"{found.frames} at {found.fps:g} a second",
+        "loop score": f"{found.loop_score:.3f}{at}",
+        "colour drift": f"{red:+.4f} red, {green:+.4f} green, {blue:+.4f} blue in 100 frames",
+        "contrast drift": f"{found.contrast_drift:+.4f} in 100 frames",
+        "dynamic degree": f"{found.dynamic_degree:.3f}, the fastest move {found.flow:.2f} pixels",
+        "flicker": f"{found.flicker:.4f}, 1 is still",
+    }
+    if found.similarity is not None:
+        rows["similarity"] = f"{found.similarity:.3f} at the lag asked for"
+    _print_rows(rows)
+
+
+def _print_fidelity(found: Any) -> None:
+    rows = {
+        "frames": f"{found.frames}",
+        "PSNR": f"{found.psnr_db:.2f} dB",
+        "SSIM": f"{found.ssim:.4f}",
+    }
+    if found.lpips is not None:
+        rows["LPIPS"] = f"{found.lpips:.4f}, 0 is identical"
+    _print_rows(rows)
+    if found.lpips_missing is not None:
+        typer.echo(found.lpips_missing)
 
 
 def _print_files(files: dict[str, Path]) -> None:
@@ -591,3 +751,6 @@ def _terminal_width() -> int:
     from shutil import get_terminal_size
 
     return get_terminal_size().columns
+
+
+commands.add_to(app)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from gen_accel.video import VideoShape
 
+PAIRS = 1 << 22  # token pairs that are counted at once
+
 
 def lasting(function: Callable[[Any], Any]) -> cached_property:
     """A cached property whose tensors serve training too when it is first read while sampling.
@@ -88,6 +90,21 @@ class Windows:
         """How many token pairs are kept, 0-d."""
         return (self.seen * real).sum().to(widest(real.device))
 
+    def pairs_within(self, keep: Tensor, real: Tensor, block_q: int, block_k: int) -> Tensor:
+        """How many of them lie in the blocks of `keep`, the mean over its patterns. Waits for the
+        device: the pairs of blocks that are not seen whole are looked at one by one."""
+        kept = keep.flatten(0, 1)
+        whole = kept & self.whole(real, block_q, block_k)
+        held_q, held_k = (real.view(-1, block).sum(-1) for block in (block_q, block_k))
+        count = (whole.sum(0) * held_q[:, None] * held_k).sum()
+        in_q, in_k = (torch.arange(block, device=real.device) for block in (block_q, block_k))
+        some = (kept & ~whole).nonzero()[:, 1:]
+        for pairs in some.split(max(1, PAIRS // (block_q * block_k))):
+            query = (pairs[:, 0, None] * block_q + in_q)[:, :, None]
+            key = (pairs[:, 1, None] * block_k + in_k)[:, None]
+            count = count + (self.allows(query, key) & real[query] & real[key]).sum()
+        return count.to(widest(real.device)) / len(kept)
+
     def to(self, device: torch.device) -> "Windows":
         return Windows(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
@@ -128,6 +145,12 @@ class Route:
         picked = (self.picks & real[:, None]).sum(2)
         return (picked * sizes).sum(-1).to(widest(real.device)).mean()
 
+    def pairs_within(self, keep: Tensor, real: Tensor, block_q: int, block_k: int) -> Tensor:
+        """How many of them lie in the blocks of `keep`, 0-d, the mean over samples and heads."""
+        picked = (self.picks & real[:, None]).unflatten(2, (-1, block_q)).sum(3)
+        held = real.view(-1, block_k).sum(-1)
+        return (picked[..., self.group] * held * keep).sum((2, 3)).to(widest(real.device)).mean()
+
     def to(self, device: torch.device) -> "Route":
         return Route(self.picks.to(device), self.group.to(device), self.block)
 
@@ -145,6 +168,9 @@ class Plan:
         partial: the rule on token pairs inside the kept blocks, where a method has one.
         dynamic: made from the q and k of one call, so that nothing is worth compiling for it and
             nothing may wait for the device.
+        gain: (B or 1, H or 1, Kq, Kk) floats in (0, 1] that dampen the scores of a pair of blocks:
+            a scaled product s becomes min(s, gain s). None where all are 1.
+        trimmed: `keep` leaves out blocks in which `partial` would see pairs.
     """
 
     slots: Tensor
@@ -153,6 +179,8 @@ class Plan:
     block_k: int
     partial: Windows | Route | None = None
     dynamic: bool = False
+    gain: Tensor | None = None
+    trimmed: bool = False
 
     def __post_init__(self) -> None:
         S = self.slots.numel()
@@ -161,6 +189,11 @@ class Plan:
             raise ValueError(
                 f"keep must be (B, H, S / block_q, S / block_k) for S={S}, "
                 f"block_q={self.block_q}, block_k={self.block_k}, got {tuple(self.keep.shape)}"
+            )
+        if self.gain is not None and self.gain.shape[2:] != blocks:
+            raise ValueError(
+                f"gain must be (B, H, {blocks[0]}, {blocks[1]}) like keep, got "
+                f"{tuple(self.gain.shape)}"
             )
 
     @lasting
@@ -212,7 +245,12 @@ class Plan:
     def densities(self) -> tuple[Tensor, Tensor]:
         """`density` and `computed_density`, 0-d, without waiting for the device."""
         partial, pairs, wide = self.partial, float(self.tokens) ** 2, widest(self.slots.device)
-        kept = self._pairs(self.real.to(wide)) if partial is None else partial.pairs(self.real)
+        if partial is None:
+            kept = self._pairs(self.real.to(wide))
+        elif self.trimmed:
+            kept = partial.pairs_within(self.keep, self.real, self.block_q, self.block_k)
+        else:
+            kept = partial.pairs(self.real)
         return kept / pairs, self._pairs(torch.ones_like(self.slots, dtype=wide)) / pairs
 
     def _pairs(self, weight: Tensor) -> Tensor:
@@ -225,7 +263,35 @@ class Plan:
             return self
         partial = None if self.partial is None else self.partial.to(device)
         slots, keep = self.slots.to(device), self.keep.to(device)
-        return Plan(slots, keep, self.block_q, self.block_k, partial, self.dynamic)
+        gain = None if self.gain is None else self.gain.to(device)
+        blocks = self.block_q, self.block_k
+        return Plan(slots, keep, *blocks, partial, self.dynamic, gain, self.trimmed)
+
+    def changed(
+        self,
+        *,
+        keep: Tensor | None = None,
+        partial: Windows | Route | None = None,
+        gain: Tensor | None = None,
+    ) -> "Plan":
+        """In the same layout, with what is given in the place of its own; a gain comes on top of
+        its own. Waits for the device where this plan does not know its tokens yet."""
+        trimmed = self.trimmed or (keep is not None and self.partial is not None)
+        if gain is None:
+            gain = self.gain
+        elif self.gain is not None:
+            gain = gain * self.gain
+        plan = Plan(
+            self.slots,
+            self.keep if keep is None else keep,
+            self.block_q,
+            self.block_k,
+            partial or self.partial,
+            self.dynamic,
+            gain,
+            trimmed,
+        )
+        return _known(plan, self)
 
 
 class Slots(NamedTuple):
@@ -254,6 +320,11 @@ def slots_of(slots: Tensor, block_q: int, block_k: int) -> Slots:
 def plan_of_call(slots: Slots, keep: Tensor, partial: Route | None = None) -> Plan:
     """What the q and k of one call keep, (B or 1, H or 1, Kq, Kk)."""
     plan = Plan(slots.slots, keep, slots.block_q, slots.block_k, partial, dynamic=True)
+    return _known(plan, slots)
+
+
+def _known(plan: Plan, slots: Plan | Slots) -> Plan:
+    """What is known of the slots of another plan is known of this one too."""
     plan.real, plan.places = slots.real, slots.places
     plan.tokens, plan.is_raster = slots.tokens, slots.is_raster
     return plan

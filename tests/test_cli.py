@@ -107,7 +107,16 @@ def files(folder):
 
 def test_help_has_an_example_of_every_verb(run):
     verbs = re.findall(r"^  (\w+) ", run("--help").stdout.split("Commands:")[1], re.MULTILINE)
-    assert verbs == ["demo", "generate", "show", "estimate", "simulate", "list", "doctor"]
+    assert verbs == [
+        "demo",
+        "generate",
+        "show",
+        "estimate",
+        "simulate",
+        "metrics",
+        "list",
+        "doctor",
+    ]
     for verb in verbs:
         assert f"  gen-accel {verb}" in run(verb, "--help").stdout
 

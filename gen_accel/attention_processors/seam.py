@@ -6,13 +6,17 @@ copy of its globals. Nothing is patched: the stock class, its module and all oth
 the original.
 """
 
+import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from copy import deepcopy
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from gen_accel.video import VideoShape
 
 
 class Call(NamedTuple):
@@ -24,6 +28,7 @@ class Call(NamedTuple):
     scale: float
     stock: Callable[[], Tensor]  # runs the call as diffusers would have
     refused: list[str]  # arguments given that only the stock call takes
+    mask: Tensor | None = None  # as given; `text_lengths` reads it
 
 
 class SparseProcessor:
@@ -35,10 +40,18 @@ class SparseProcessor:
             `dispatch_attention_fn`.
         attend: ours.
         owner: the handle that puts this on a model.
+        alike: processors of one owner that have this in common share graphs of torch.compile, and
+            with None, none does. To the compiler, code that is bound anew is what it was: all
+            that it tells apart is the class.
     """
 
     def __init__(
-        self, stock: Any, name: str, attend: Callable[[Call], Tensor], owner: Any
+        self,
+        stock: Any,
+        name: str,
+        attend: Callable[[Call], Tensor],
+        owner: Any,
+        alike: Hashable = None,
     ) -> None:
         function: Any = type(stock).__call__
         code = getattr(function, "__code__", None)
@@ -48,7 +61,9 @@ class SparseProcessor:
                 "replaced; put the model's own processors back first"
             )
         self.stock, self.owner = stock, owner
-        self._name, self._attend = name, attend
+        self._name, self._attend, self._alike = name, attend, alike
+        key = object() if alike is None else (id(owner), alike)
+        self.__class__ = _class(getattr(self, "unbound", type(self)), type(stock), key)
         namespace = {**function.__globals__, name: _bind(function.__globals__[name], attend)}
         # By its name, torch.compile would look the attention call up in the module itself.
         del namespace["__name__"]
@@ -57,14 +72,15 @@ class SparseProcessor:
         )
         self._run.__kwdefaults__ = function.__kwdefaults__
 
-    def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._run(self.stock, attn, *args, **kwargs)
+    def enter(self) -> None:
+        """Before each call: what of this layer a graph that others share is to read."""
 
     def __deepcopy__(self, memo: dict) -> "SparseProcessor":
         """Bound to the copy of its owner: a function by itself is never copied."""
         copy = memo[id(self)] = object.__new__(type(self))
         stock, attend = deepcopy(self.stock, memo), deepcopy(self._attend, memo)
-        SparseProcessor.__init__(copy, stock, self._name, attend, deepcopy(self.owner, memo))
+        owner = deepcopy(self.owner, memo)
+        SparseProcessor.__init__(copy, stock, self._name, attend, owner, self._alike)
         return copy
 
     # diffusers sets these two on the processor; dense steps must obey them.
@@ -90,7 +106,7 @@ class TrainableProcessor(SparseProcessor, nn.Module):
     are in `transformer.parameters()` and `state_dict()`, and go where `.to()` sends them.
 
     Args:
-        branch: holds the parameters; `attend` uses it.
+        branch: holds the parameters; `attend` finds it in `owner.branch`.
     """
 
     def __init__(
@@ -100,18 +116,36 @@ class TrainableProcessor(SparseProcessor, nn.Module):
         attend: Callable[[Call], Tensor],
         owner: Any,
         branch: nn.Module,
+        alike: Hashable = None,
     ) -> None:
         nn.Module.__init__(self)
-        SparseProcessor.__init__(self, stock, name, attend, owner)
+        SparseProcessor.__init__(self, stock, name, attend, owner, alike)
         self.branch = branch
+
+    def enter(self) -> None:
+        self.owner.branch = self.branch
 
     def __deepcopy__(self, memo: dict) -> "TrainableProcessor":
         copy = memo[id(self)] = object.__new__(type(self))
         nn.Module.__init__(copy)
         stock, attend = deepcopy(self.stock, memo), deepcopy(self._attend, memo)
         owner, branch = deepcopy(self.owner, memo), deepcopy(self.branch, memo)
-        TrainableProcessor.__init__(copy, stock, self._name, attend, owner, branch)
+        TrainableProcessor.__init__(copy, stock, self._name, attend, owner, branch, self._alike)
         return copy
+
+
+@lru_cache(maxsize=64)
+def _class(kind: type, stock: type, key: Hashable) -> type:
+    """`kind` for one key, with the signature of the stock processor, by which diffusers'
+    `Attention` decides which of its arguments to pass on."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.enter()
+        return self._run(self.stock, *args, **kwargs)
+
+    call.__signature__ = inspect.signature(stock.__call__)  # pyright: ignore[reportFunctionMemberAccess]
+    members = {"__call__": call, "__module__": kind.__module__, "unbound": kind}
+    return type(kind.__name__, (kind,), members)
 
 
 def _bind(stock_call: Callable, attend: Callable[[Call], Tensor]) -> Callable:
@@ -140,8 +174,6 @@ def _bind(stock_call: Callable, attend: Callable[[Call], Tensor]) -> Callable:
             )
 
         refused = []
-        if attn_mask is not None:
-            refused.append("attn_mask")
         if dropout_p > 0:
             refused.append("dropout_p")
         if is_causal:
@@ -152,9 +184,31 @@ def _bind(stock_call: Callable, attend: Callable[[Call], Tensor]) -> Callable:
         if enable_gqa:
             k, v = (x.repeat_interleave(query.shape[2] // x.shape[2], 2) for x in (k, v))
         value_or_default = query.shape[-1] ** -0.5 if scale is None else scale
-        return attend(Call(query, k, v, value_or_default, stock, refused))
+        return attend(Call(query, k, v, value_or_default, stock, refused, attn_mask))
 
     return attention_call
+
+
+def text_lengths(mask: Tensor, q: Tensor, video: VideoShape) -> tuple[int, ...] | None:
+    """How much text of each sample a mask leaves, where padding at the end of the text is all that
+    it hides; None for any other mask. Waits for the device.
+
+    Args:
+        mask: True where a key is seen; a mask of keys is (B or 1, 1, 1, N) bool.
+        q: (B, N, H, D)
+    """
+    B, N = q.shape[:2]
+    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[0] not in (1, B):
+        return None
+    if mask.shape[1:] != (1, 1, N):
+        return None
+    seen = mask[:, 0, 0].expand(B, N)
+    lengths = seen.sum(1, keepdim=True) - video.video_tokens
+    place = torch.arange(-video.video_tokens, video.text, device=mask.device)
+    found = torch.cat([lengths, (seen == (place < lengths)).all(1, keepdim=True)], 1).tolist()
+    if not all(is_prefix and length >= 0 for length, is_prefix in found):
+        return None
+    return tuple(length for length, _ in found)
 
 
 def is_compiled(transformer: torch.nn.Module) -> bool:

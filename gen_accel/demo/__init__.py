@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-__all__ = ["path"]
+__all__ = ["TRAINED_FRAMES", "path"]
+
+TRAINED_FRAMES = 33  # of its clips
 
 
 def path() -> Path:

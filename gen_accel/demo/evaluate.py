@@ -13,11 +13,9 @@ import torch
 from diffusers import WanPipeline
 from rich.progress import track
 
-from gen_accel.demo import world
+from gen_accel.demo import TRAINED_FRAMES, world
 from gen_accel.demo.detector import detect, score
 from gen_accel.demo.world import SPEEDS, Scene
-
-TRAINED_FRAMES = 33
 
 
 def main() -> None:

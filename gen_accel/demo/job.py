@@ -7,6 +7,7 @@ from typing import Any
 
 from gen_accel import demo
 from gen_accel.attention_processors import Dense, Radial
+from gen_accel.demo import longer
 from gen_accel.demo.detector import detect
 from gen_accel.demo.evaluate import TRAINED_FRAMES
 from gen_accel.demo.world import COLORS, DIRECTIONS, SHAPES, SPEEDS
@@ -52,6 +53,7 @@ def run(
     steps: int = STEPS,
     method: Any = METHOD,
     device: str = "cpu",
+    with_lora: bool | None = None,
 ) -> tuple[dict[str, Any], dict[str, Path]]:
     """Generate one clip densely and with `method`, and write all that tells them apart to `out`.
 
@@ -59,6 +61,8 @@ def run(
         model: a folder like the embedded model's, which it is without.
         frames: 1 more than a multiple of 4.
         device: the model is so small that a GPU has nothing to gain on it.
+        with_lora: also generate four times the trained length, with the model's long-video LoRA
+            and without; None does so for the embedded model.
 
     Returns:
         The report, and the files by what they are.
@@ -83,6 +87,10 @@ def run(
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} must be a folder, but it is a file")
     files = _files(out, type(method).__name__.lower())
+    if with_lora is None:
+        with_lora = model is None
+    if not with_lora:
+        del files["with LoRA"]
     check_writable(files["dense"])
 
     pipe = load(demo.path() if model is None else model, Loading("float32", device))
@@ -98,6 +106,10 @@ def run(
         timed=pipe.device.type == "cpu",  # elsewhere, to measure it would slow what it measures
     )
     report = result.to_dict() | {"detector": _detected(result)}
+    if with_lora:
+        made = longer.compare(prompt, clip)
+        report["longer"] = made.to_dict()
+        write_video(made.side_by_side(), files["with LoRA"], fps=FPS)
 
     clips = {"dense": result.dense.video, "sparse": result.sparse.video}
     for name, pixels in {**clips, "side by side": pair(result)}.items():
@@ -115,6 +127,7 @@ def _files(out: Path, name: str) -> dict[str, Path]:
         "side by side": out / "side_by_side.mp4",
         "dense": out / "dense.mp4",
         "sparse": out / f"{name}.mp4",
+        "with LoRA": out / "with_lora.mp4",
         "mask": out / "mask.png",
         "contact sheet": out / "contact_sheet.png",
         "page": out / "report.html",
@@ -134,6 +147,10 @@ def _detected(result: Comparison) -> dict[str, Any]:
 
 def _write_page(report: dict[str, Any], result: Comparison, files: dict[str, Path]) -> None:
     kind = type(result.summary.method).__name__.lower()
+    shown = {}
+    if "longer" in report:
+        caption = f"{report['longer']['frames']} frames, without and with the LoRA"
+        shown[caption] = files["with LoRA"]
     write_report(
         files["page"],
         {HEADLINES.get(key, key): value for key, value in report.items()},
@@ -142,6 +159,7 @@ def _write_page(report: dict[str, Any], result: Comparison, files: dict[str, Pat
             f"dense left, {kind} right": files["side by side"],
             "dense": files["dense"],
             kind: files["sparse"],
+            **shown,
         },
         pictures={
             "Which key blocks each query block sees, and what one token sees": files["mask"],
@@ -208,4 +226,6 @@ def notes(report: dict[str, Any]) -> Sequence[str]:
             "freezes or loses its way, dense or sparse, and that is what finetuning for longer "
             "videos repairs."
         )
+    if "longer" in report:
+        found += longer.notes(report["longer"])
     return found

@@ -154,6 +154,8 @@ def _check_fit(q: Tensor, plan: Plan) -> None:
     patterns = [plan.keep]
     if isinstance(plan.partial, Route):
         patterns.append(plan.partial.picks)
+    if plan.gain is not None:
+        patterns.append(plan.gain)
     for pattern in patterns:
         for name, have, planned in zip(("samples", "heads"), (B, H), pattern.shape, strict=False):
             if planned not in (1, have):
@@ -166,6 +168,7 @@ def prepare(plan: Plan, device: torch.device, kernel: str = "auto") -> tuple[str
     """What `compute` needs of a plan inside a graph: the kernel's name and its own data."""
     if kernel == "auto":
         by_query = device.type == "cpu" and isinstance(plan.partial, Route)
+        by_query = by_query and plan.gain is None and not plan.trimmed
         kernel = "routed" if by_query else "gather"
         if device.type != "cpu" and not triton.device_reasons(device):
             kernel = "triton"
@@ -178,6 +181,10 @@ def prepare(plan: Plan, device: torch.device, kernel: str = "auto") -> tuple[str
         raise ValueError(
             "kernel 'flex' compiles for a plan, and this method makes one a call; use 'auto'"
         )
+    if plan.gain is not None and kernel in ("flex", "routed"):
+        raise ValueError(f"kernel {kernel!r} takes no gain on scores; use 'auto'")
+    if plan.trimmed and kernel == "routed":
+        raise ValueError("kernel 'routed' takes no plan that leaves out blocks; use 'auto'")
     return kernel, IN_GRAPHS[kernel].prepare(plan)
 
 

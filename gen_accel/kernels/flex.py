@@ -44,6 +44,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
         reasons.append(f"FlexAttention has no compiled form on {q.device.type}")
     if plan.dynamic:
         reasons.append("it is compiled for a plan, and this one was made for a single call")
+    if plan.gain is not None:
+        reasons.append("it takes no gain on scores")
     failure = _compiled.get(plan, {}).get(_key(q, k, v))
     if isinstance(failure, str):
         reasons.append(failure)

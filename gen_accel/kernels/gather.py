@@ -53,6 +53,7 @@ class Lists(NamedTuple):
             query block: first those that need a mask, then the whole ones; the rest is unused.
         counts: (2, B', H', Kq) on the CPU: key blocks in all, and those that need a mask.
         rule: what hides a key from a query, see `_rule`.
+        gain: of the plan.
     """
 
     order: Tensor | None
@@ -60,6 +61,7 @@ class Lists(NamedTuple):
     index: Tensor
     counts: Tensor
     rule: list[Tensor]
+    gain: Tensor | None
     block_q: int
     block_k: int
 
@@ -85,7 +87,7 @@ def _lists(plan: Plan) -> Lists:
     counts = torch.stack([plan.keep.sum(-1), (plan.keep & ~whole).sum(-1)]).cpu()
     if not torch.compiler.is_compiling():  # a graph has no use for a size that it must wait for
         index = index[..., : max(int(counts[0].max()), 1)].contiguous()
-    return Lists(order, back, index, counts, _rule(plan), plan.block_q, plan.block_k)
+    return Lists(order, back, index, counts, _rule(plan), plan.gain, plan.block_q, plan.block_k)
 
 
 def _rule(plan: Plan) -> list[Tensor]:
@@ -120,12 +122,13 @@ def _attention(
     index: Tensor,
     counts: Tensor,
     rule: list[Tensor],
+    gain: Tensor | None,
     block_q: int,
     block_k: int,
     scale: float,
 ) -> Tensor:
     """Attention in slot order, (B, H, S, D). One opaque operator: a compiler sees no loop."""
-    work = _Work(q, k, v, index, counts, rule, block_q, block_k, scale)
+    work = _Work(q, k, v, index, counts, rule, gain, block_q, block_k, scale)
     out = work.unset()
     for group in work.groups():
         torch.bmm(group.weights, group.v, out=out[group.rows])
@@ -133,7 +136,7 @@ def _attention(
 
 
 @_attention.register_fake
-def _(q, k, v, index, counts, rule, block_q, block_k, scale):
+def _(q, k, v, index, counts, rule, gain, block_q, block_k, scale):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -146,13 +149,14 @@ def _backward(
     index: Tensor,
     counts: Tensor,
     rule: list[Tensor],
+    gain: Tensor | None,
     block_q: int,
     block_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
     grad, q, k, v = (x.to(wide) for x in (grad, q, k, v))
-    work = _Work(q, k, v, index, counts, rule, block_q, block_k, scale)
+    work = _Work(q, k, v, index, counts, rule, gain, block_q, block_k, scale)
     grads = work.sorted(grad)
     dq = work.unset()
     dk, dv = (torch.zeros_like(x) for x in (work.k, work.v))
@@ -161,6 +165,8 @@ def _backward(
         ds = work.product("ds", d_out, group.v.transpose(1, 2))
         torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
         ds.mul_(scale)
+        if group.slope is not None:
+            ds.mul_(group.slope)
         torch.bmm(ds, group.k, out=dq[group.rows])
         for total, left, right in ((dk, ds, group.q), (dv, p, d_out)):
             part = work.product("part", left.transpose(1, 2), right)
@@ -170,19 +176,19 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, q, k, v, index, counts, rule, block_q, block_k, scale):
+def _(grad, q, k, v, index, counts, rule, gain, block_q, block_k, scale):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, index, counts, rule, *ctx.sizes = inputs
-    ctx.save_for_backward(q, k, v, index, counts, *rule)
+    q, k, v, index, counts, rule, gain, *ctx.sizes = inputs
+    ctx.save_for_backward(q, k, v, index, counts, gain, *rule)
 
 
 def _differentiate(ctx, grad):
-    q, k, v, index, counts, *rule = ctx.saved_tensors
-    grads = _backward(grad, q, k, v, index, counts, rule, *ctx.sizes)
-    return *grads, None, None, [None] * len(rule), None, None, None
+    q, k, v, index, counts, gain, *rule = ctx.saved_tensors
+    grads = _backward(grad, q, k, v, index, counts, rule, gain, *ctx.sizes)
+    return *grads, None, None, [None] * len(rule), None, None, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
@@ -198,6 +204,7 @@ class _Group:
     k: Tensor  # (G, n * block_k, D)
     v: Tensor
     weights: Tensor  # (G, block_q, n * block_k), the softmax
+    slope: Tensor | None  # like the weights, what a gain multiplied each score by
 
 
 class _Work:
@@ -207,7 +214,7 @@ class _Work:
     """
 
     def __init__(
-        self, q, k, v, index, counts, rule, block_q: int, block_k: int, scale: float
+        self, q, k, v, index, counts, rule, gain, block_q: int, block_k: int, scale: float
     ) -> None:
         B, H, S, D = q.shape
         self.dtype = q.dtype
@@ -228,6 +235,11 @@ class _Work:
         self.q = self.sorted(q)
         first = torch.arange(B * H, device=q.device).view(B, H, 1, 1) * self.Kk
         self.index = (index + first).flatten(0, 2).index_select(0, self.order)
+        self.gain = None
+        if gain is not None:
+            self.gain = gain.to(self.q.dtype).reshape(-1, self.Kk)
+            of_row = torch.arange(len(self.gain), device=q.device).view(*gain.shape[:3])
+            self.pattern = of_row.expand(B, H, -1).flatten()[self.order]
         self.lanes = torch.get_num_threads() if q.device.type == "cpu" else LANES
         self.memory: dict[str, Tensor] = {}
         self.views: dict[tuple, Tensor] = {}
@@ -281,9 +293,10 @@ class _Work:
         v = self._fetched("v", self.v, blocks, len(q))
         scores = self.space("scores", len(q), self.block_q, k.shape[1])
         torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=self.scale, out=scores)
+        slope = None if self.gain is None else self._dampened(scores, rows, lists[:, :total])
         masked = self.masked[rows.stop - 1]
         if not masked:
-            return _Group(rows, blocks, q, k, v, self._weights(scores))
+            return _Group(rows, blocks, q, k, v, self._weights(scores), slope)
         excess = self._excess(self.order[rows], lists[:, :masked])
         hide = self.space("hide", *excess.shape, dtype=torch.float32)
         torch.clamp_min(excess, 0, out=hide)
@@ -292,7 +305,19 @@ class _Work:
         weights = self._weights(scores)
         if masked == total:  # a query that sees nothing gets zeros
             weights.masked_fill_((excess > 0).all(-1, keepdim=True), 0.0)
-        return _Group(rows, blocks, q, k, v, weights)
+        return _Group(rows, blocks, q, k, v, weights, slope)
+
+    def _dampened(self, scores: Tensor, rows: slice, blocks: Tensor) -> Tensor:
+        """Multiply the positive scores by their gains in place; the slope, of the same shape."""
+        gain = self.gain[self.pattern[rows]].gather(1, blocks % self.Kk)  # (G, n)
+        positive = self.space("positive", *scores.shape, dtype=torch.bool)
+        slope = self.space("slope", *scores.shape)
+        torch.gt(scores, 0, out=positive)
+        shape = *scores.shape[:2], -1, self.block_k
+        each, one = gain[:, None, :, None], gain.new_ones(())
+        torch.where(positive.view(shape), each, one, out=slope.view(shape))
+        scores.mul_(slope)
+        return slope
 
     def _weights(self, scores: Tensor) -> Tensor:
         """The softmax in the dtype of v, in the memory of the scores where that is theirs."""

@@ -26,13 +26,19 @@ def scores(q: Tensor, k: Tensor, plan: Plan, *, scale: float) -> Tensor:
     """(B, H, S, S) scaled products in fp32 or wider, -inf where the plan keeps nothing."""
     compute = torch.promote_types(q.dtype, torch.float32)
     products = pack(q, plan).to(compute) @ pack(k, plan).to(compute).transpose(-1, -2) * scale
+    if plan.gain is not None:
+        products = torch.where(products > 0, products * by_pair(plan.gain, plan), products)
     return products.masked_fill(~pairs(plan), -torch.inf)
+
+
+def by_pair(blocks: Tensor, plan: Plan) -> Tensor:
+    """Pairs of blocks to pairs of slots, (B, H, Kq, Kk) to (B, H, S, S)."""
+    return blocks.repeat_interleave(plan.block_q, -2).repeat_interleave(plan.block_k, -1)
 
 
 def pairs(plan: Plan) -> Tensor:
     """(B or 1, H or 1, S, S) bool: which slots see which."""
-    keep = plan.keep.repeat_interleave(plan.block_q, -2).repeat_interleave(plan.block_k, -1)
-    keep = keep & plan.real
+    keep = by_pair(plan.keep, plan) & plan.real
     if plan.partial is None:
         return keep
     slot = torch.arange(plan.slots.numel(), device=plan.slots.device)

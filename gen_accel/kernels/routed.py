@@ -19,6 +19,8 @@ from gen_accel.plan import Plan, Route
 def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
     if not isinstance(plan.partial, Route):
         return ["it is for plans in which each query picks its key blocks"]
+    if plan.gain is not None:
+        return ["it takes no gain on scores"]
     if q.device.type != "cpu":
         return [f"it waits for the device once a group; for the CPU, got {q.device.type}"]
     picked = plan.partial.touched(plan.real, plan.block_q, plan.block_k)

@@ -29,8 +29,9 @@ def check_rows(
     for head in sorted({0, q.shape[1] - 1}):
         one = [x[:1, head : head + 1] for x in (q, k, v)]
         allowed = _seen(plan, plan.places[tokens], head)
-        exact = _rows(one, torch.float64, plan, tokens, allowed, scale)
-        low = _rows(one, torch.float32, plan, tokens, allowed, scale).to(q.dtype)
+        rest = tokens, allowed, _gains(plan, plan.places[tokens], head), scale
+        exact = _rows(one, torch.float64, plan, *rest)
+        low = _rows(one, torch.float32, plan, *rest).to(q.dtype)
         error = (out[0, head, tokens].double() - exact).abs().max().item()
         spacing = torch.finfo(q.dtype).eps * exact.abs().max().item()
         budget = 2 * ((low.double() - exact).abs().max().item() + spacing)
@@ -54,16 +55,27 @@ def _seen(plan: Plan, slots: Tensor, head: int) -> Tensor:
     return seen & allowed
 
 
+def _gains(plan: Plan, slots: Tensor, head: int) -> Tensor | None:
+    """(rows, S): the gains of the queries in `slots`, in one head of the first sample."""
+    if plan.gain is None:
+        return None
+    gain = plan.gain[0, head if plan.gain.shape[1] > 1 else 0]
+    return gain[slots // plan.block_q].repeat_interleave(plan.block_k, -1)
+
+
 def _rows(
     one: list[Tensor],
     dtype: torch.dtype,
     plan: Plan,
     tokens: Tensor,
     allowed: Tensor,
+    gains: Tensor | None,
     scale: float,
 ) -> Tensor:
     q, k, v = (x.to(dtype) for x in one)
     with torch.autocast(q.device.type, enabled=False):
         scores = q[0, 0, tokens] @ pack(k, plan)[0, 0].T * scale
+        if gains is not None:
+            scores = torch.where(scores > 0, scores * gains, scores)
         weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0)
         return weights @ pack(v, plan)[0, 0]

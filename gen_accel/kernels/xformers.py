@@ -40,6 +40,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
         reasons.append(f"xformers runs on CUDA only, got {q.device.type}")
     if q.dtype not in DTYPES:
         reasons.append(f"xformers takes float16, bfloat16 and float32, got {q.dtype}")
+    if plan.gain is not None:
+        reasons.append("it takes no gain on scores")
     if q.shape[3] % 8:
         reasons.append(f"head dim must be a multiple of 8, got {q.shape[3]}")
     if plan.dynamic:

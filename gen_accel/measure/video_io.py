@@ -12,8 +12,9 @@ import subprocess
 import tempfile
 import textwrap
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ MP4_FILTER = (
     "scale=out_color_matrix=bt709:out_range=tv,"
     "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
 )
+FRAMES_AT_ONCE = 16  # that are read; 44 MB at 720 x 1280
 GIF_FILTER = "split[frames][sample];[sample]palettegen[palette];[frames][palette]paletteuse"
 ODD_SIZE = "gen_accel size {height}x{width}"  # the comment in an mp4 with a padded edge
 
@@ -62,18 +64,37 @@ def write_video(frames: np.ndarray, path: str | Path, *, fps: float) -> Path:
     if not 0 < fps < math.inf:
         raise ValueError(f"fps must be positive and finite, got {fps}")
     check_writable(path, frames=len(frames))
-    target = _target(Path(path), len(frames))
-    with replacing(target) as partial:
-        match target.suffix.lower():
-            case ".mp4":
-                _write_mp4(frames, partial, fps)
-            case ".gif":
-                _write_gif(frames, partial, fps)
-            case ".png":
-                Image.fromarray(frames[0]).save(partial)
-            case _:
-                _write_folder(frames, partial)
-    return target
+    return _write(iter(frames), _target(Path(path), len(frames)), fps)
+
+
+def write_stream(chunks: Iterable[np.ndarray], path: str | Path, *, fps: float) -> Path:
+    """`write_video` of the frames of all chunks, of which one is held at a time.
+
+    An exception of `chunks` or an interrupt leaves no file. A GIF has one palette for all frames:
+    ffmpeg, though not this process, holds them until the last one is known.
+
+    Args:
+        chunks: (f, H, W, 3) uint8 each, all of one height and width; f may differ.
+        fps: frames a second; PNG frames ignore it.
+
+    Returns:
+        The file or folder written.
+
+    Raises:
+        ValueError: no frame, wrong chunks or fps, or whatever `check_writable` refuses.
+        OSError: the disk or ffmpeg failed. What was at `path` before is still there.
+    """
+    if not 0 < fps < math.inf:
+        raise ValueError(f"fps must be positive and finite, got {fps}")
+    path = Path(path)
+    if path.suffix.lower() != ".png":  # a file or a folder, by how many frames there are
+        check_writable(path)
+    frames = frames_of(chunks)
+    first = [*islice(frames, 2)]
+    if not first:
+        raise ValueError("chunks must hold a frame, got none")
+    check_writable(path, frames=len(first))
+    return _write(chain(first, frames), _target(path, len(first)), fps)
 
 
 def check_writable(path: str | Path, *, frames: int | None = None) -> None:
@@ -104,13 +125,18 @@ def check_writable(path: str | Path, *, frames: int | None = None) -> None:
             raise ValueError(
                 f"{target} must be new or hold numbered PNG frames only, it holds {min(others)}"
             )
+    check_folder(target.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Make `folder`; raise OSError if that, or writing to it, fails."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         # Permission bits do not tell of read-only file systems, so try.
-        with tempfile.TemporaryFile(dir=target.parent):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"cannot write to folder {target.parent}: {error}") from error
+        raise OSError(f"cannot write to folder {folder}: {error}") from error
 
 
 def read_video(path: str | Path) -> np.ndarray:
@@ -123,29 +149,62 @@ def read_video(path: str | Path) -> np.ndarray:
         FileNotFoundError: nothing is there, or the folder holds no numbered PNG frame.
         OSError: ffmpeg cannot decode it.
     """
+    return np.concatenate([*read_stream(path)])
+
+
+def read_stream(path: str | Path, *, frames: int = FRAMES_AT_ONCE) -> Iterator[np.ndarray]:
+    """`read_video` in chunks of at most `frames` frames, (f, H, W, 3) uint8 each.
+
+    Raises:
+        ValueError: frames < 1.
+        FileNotFoundError, OSError: as `read_video`.
+    """
+    if frames < 1:
+        raise ValueError(f"frames must be at least 1, got {frames}")
     path = Path(path)
-    if path.is_dir() or path.suffix.lower() == ".png":
-        files = [path]
-        if path.is_dir():
-            files = sorted(
-                (p for p in path.iterdir() if FRAME_NAME.fullmatch(p.name)),
-                key=lambda p: int(p.stem),
-            )
-        if not files:
-            raise FileNotFoundError(f"{path} holds no frames named like 0000.png")
-        return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
     if not path.exists():
         raise FileNotFoundError(f"no video at {path}")
-    # Without passthrough, ffmpeg repeats the frames of a GIF to fill its clock.
-    reader = imageio_ffmpeg.read_frames(str(path), output_params=["-fps_mode", "passthrough"])
-    with closing(reader):
-        width, height = next(reader)["size"]
-        frames = np.stack(
-            [np.frombuffer(data, np.uint8).reshape(height, width, 3) for data in reader]
-        )
-    if path.suffix.lower() == ".mp4":
-        height, width = _stored_size(path, height, width)
-    return frames[:, :height, :width]
+    if not _is_pictures(path):
+        return _read_film(path, frames)
+    files = [path]
+    if path.is_dir():
+        found = (p for p in path.iterdir() if FRAME_NAME.fullmatch(p.name))
+        files = sorted(found, key=lambda p: int(p.stem))
+    if not files:
+        raise FileNotFoundError(f"{path} holds no frames named like 0000.png")
+    return _read_pictures(files, frames)
+
+
+def frames_of(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """(H, W, 3) uint8 each.
+
+    Raises ValueError for a chunk that is not (f, H, W, 3) uint8, or not as large as the first one.
+    """
+    size = None
+    for chunk in chunks:
+        if chunk.ndim != 4 or chunk.shape[-1] != 3 or 0 in chunk.shape[1:]:
+            raise ValueError(f"chunks must be (f, H, W, 3), got {chunk.shape}")
+        if chunk.dtype != np.uint8:
+            raise ValueError(f"chunks must be uint8, got {chunk.dtype}")
+        size = size or chunk.shape[1:3]
+        if chunk.shape[1:3] != size:
+            raise ValueError(f"chunks must have one size, got {size} and {chunk.shape[1:3]}")
+        yield from chunk
+
+
+def video_fps(path: str | Path) -> float | None:
+    """Frames a second that the file at `path` states; None of pictures, which state none.
+
+    Raises:
+        FileNotFoundError, OSError: as `read_video`.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no video at {path}")
+    if _is_pictures(path):
+        return None
+    with closing(imageio_ffmpeg.read_frames(str(path))) as reader:
+        return float(next(reader)["fps"]) or None
 
 
 def side_by_side(
@@ -248,28 +307,68 @@ def _target(path: Path, frames: int | None) -> Path:
     return path.with_suffix("") if path.suffix.lower() == ".png" and frames != 1 else path
 
 
-def _write_mp4(frames: np.ndarray, path: Path, fps: float) -> None:
-    height, width = frames.shape[1:3]
+def _is_pictures(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() == ".png"
+
+
+def _read_pictures(files: Sequence[Path], frames: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(files), frames):
+        part = files[start : start + frames]
+        yield np.stack([np.asarray(Image.open(file).convert("RGB")) for file in part])
+
+
+def _read_film(path: Path, frames: int) -> Iterator[np.ndarray]:
+    # Without passthrough, ffmpeg repeats the frames of a GIF to fill its clock.
+    reader = imageio_ffmpeg.read_frames(str(path), output_params=["-fps_mode", "passthrough"])
+    with closing(reader):
+        width, height = next(reader)["size"]
+        rows, columns = height, width
+        if path.suffix.lower() == ".mp4":
+            rows, columns = _stored_size(path, height, width)
+        while part := [*islice(reader, frames)]:
+            pixels = [np.frombuffer(data, np.uint8).reshape(height, width, 3) for data in part]
+            yield np.stack(pixels)[:, :rows, :columns]
+
+
+def _write(frames: Iterator[np.ndarray], target: Path, fps: float) -> Path:
+    with replacing(target) as partial:
+        match target.suffix.lower():
+            case ".mp4":
+                _write_mp4(frames, partial, fps)
+            case ".gif":
+                _write_gif(frames, partial, fps)
+            case ".png":
+                Image.fromarray(next(frames)).save(partial)
+            case _:
+                _write_folder(frames, partial)
+    return target
+
+
+def _write_mp4(frames: Iterator[np.ndarray], path: Path, fps: float) -> None:
+    first = next(frames)
+    height, width = first.shape[:2]
     options = ["-vf", MP4_FILTER, "-movflags", "+faststart"]
     if height % 2 or width % 2:
         options += ["-metadata", "comment=" + ODD_SIZE.format(height=height, width=width)]
     even = ((0, height % 2), (0, width % 2), (0, 0))
-    padded = (np.pad(frame, even, mode="edge") for frame in frames)
+    padded = (np.pad(frame, even, mode="edge") for frame in chain([first], frames))
     size = (width + width % 2, height + height % 2)
-    _encode(padded, path, size, len(frames), fps=fps, quality=7, output_params=options)
+    _encode(padded, path, size, fps=fps, quality=7, output_params=options)
 
 
-def _write_gif(frames: np.ndarray, path: Path, fps: float) -> None:
-    size = (frames.shape[2], frames.shape[1])
+def _write_gif(frames: Iterator[np.ndarray], path: Path, fps: float) -> None:
+    first = next(frames)
+    size = (first.shape[1], first.shape[0])
     gif = {"codec": "gif", "pix_fmt_out": "pal8", "quality": None}
     options = ["-vf", GIF_FILTER]
-    _encode(iter(frames), path, size, len(frames), fps=fps, **gif, output_params=options)
+    _encode(chain([first], frames), path, size, fps=fps, **gif, output_params=options)
 
 
 def _encode(
-    frames: Iterator[np.ndarray], path: Path, size: tuple[int, int], count: int, **options: Any
+    frames: Iterator[np.ndarray], path: Path, size: tuple[int, int], **options: Any
 ) -> None:
-    """Send `count` frames to ffmpeg. size: width and height. options: of imageio_ffmpeg."""
+    """Send the frames to ffmpeg. size: width and height. options: of imageio_ffmpeg."""
+    sent = 0
     writer = imageio_ffmpeg.write_frames(
         str(path), size, macro_block_size=1, ffmpeg_log_level="error", **options
     )
@@ -277,16 +376,17 @@ def _encode(
         writer.send(None)
         for frame in frames:
             writer.send(np.ascontiguousarray(frame))
+            sent += 1
     # The writer ignores how ffmpeg ended: a full disk leaves a short file, or an empty one.
     try:
         written, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
     except RuntimeError as error:
         raise OSError(f"ffmpeg wrote no readable {path.suffix} file: {error}") from error
-    if written != count:
-        raise OSError(f"ffmpeg wrote {written} of {count} frames to the {path.suffix} file")
+    if written != sent:
+        raise OSError(f"ffmpeg wrote {written} of {sent} frames to the {path.suffix} file")
 
 
-def _write_folder(frames: np.ndarray, folder: Path) -> None:
+def _write_folder(frames: Iterator[np.ndarray], folder: Path) -> None:
     folder.mkdir()
     for i, frame in enumerate(frames):
         Image.fromarray(frame).save(folder / f"{i:04d}.png")

@@ -2,25 +2,32 @@
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gen_accel import kernels
 from gen_accel.attention_processors import Dense
 from gen_accel.attention_processors.families import SelfAttention, family_of
+from gen_accel.attention_processors.full import Full
 from gen_accel.attention_processors.seam import (
     Call,
     SparseProcessor,
     TrainableProcessor,
     is_compiled,
+    text_lengths,
 )
 from gen_accel.kernels.self_check import check_rows
 from gen_accel.pipelines.clock import Clock
+from gen_accel.pipelines.extension import AttentionExtension
+from gen_accel.pipelines.recipe import warn_of_other_attention
 from gen_accel.pipelines.schedule import Schedule
 from gen_accel.pipelines.summary import Record, Summary
 from gen_accel.plan import Plan
@@ -31,8 +38,9 @@ TRANSFORMERS = ("transformer", "transformer_2")
 
 def attach(
     pipe_or_transformer: Any,
-    method: Any,
+    method: Any = None,
     *,
+    from_lora: str | Path | None = None,
     schedule: Schedule | None = None,
     kernel: str = "auto",
     timed: bool = False,
@@ -52,6 +60,10 @@ def attach(
         pipe_or_transformer: a diffusers pipeline, both transformers of which are served where it
             has two, or a transformer. Attach before `torch.compile`.
         method: e.g. `Radial()`. `Dense()` runs the model's own attention.
+        from_lora: a folder that `gen_accel.lora.train` wrote, instead of a method: its method with
+            its parameters, its schedule where none is given, and its rule on the rotary
+            frequencies, which goes with the handle. The weights of the LoRA are loaded by
+            `pipe.load_lora_weights(folder)`, before or after.
         schedule: layers and steps that stay dense. Without a pipeline, steps are told apart by
             changes of the timestep, and shares of them cannot be given.
         kernel: "auto" or a name from `gen_accel.kernels.KERNELS`, which then never falls back.
@@ -63,9 +75,20 @@ def attach(
 
     Raises:
         ValueError: a class that no family serves, a compiled transformer, an unknown kernel, a
-            method that is none, or a schedule that cannot be kept.
+            method that is none, a schedule that cannot be kept, or a LoRA of another model.
+        FileNotFoundError: no LoRA in `from_lora`.
         TypeError: neither a pipeline nor a module.
+
+    Warns:
+        OtherAttention: an active LoRA was trained with another method.
     """
+    if from_lora is not None:
+        if method is not None:
+            raise ValueError(f"give a method or from_lora, got both: {method!r} and {from_lora}")
+        from gen_accel.pipelines.trained import attach_trained
+
+        options = {"kernel": kernel, "timed": timed, "self_check": self_check}
+        return attach_trained(pipe_or_transformer, from_lora, schedule=schedule, **options)
     schedule = schedule or Schedule()
     kernels.check_name(kernel)
     if isinstance(method, type) or not callable(method):
@@ -87,6 +110,8 @@ def attach(
     families = {name: family_of(module) for name, module in transformers.items()}
     options = Options(method, schedule, kernel, timed, self_check)
     handle = Attachment(transformers, families, Clock(scheduler), options)
+    for module in transformers.values():
+        warn_of_other_attention(module, method, stacklevel=3)
     if handle.branches and all(branch.silent() for branch in handle.branches.values()):
         warnings.warn(
             f"the linear branch of {type(method).__name__} is still silent, so that this is "
@@ -96,6 +121,57 @@ def attach(
             stacklevel=2,
         )
     return handle
+
+
+def extend_attention(
+    pipe_or_transformer: Any, extension: AttentionExtension
+) -> Callable[[], None]:
+    """Lay `extension` over what is attached, now or later, until the function returned is called.
+
+    Where nothing is attached, full attention runs in the place of the model's own, and goes with
+    the extension. Whatever is attached meanwhile takes the extension over; when it is detached,
+    the extension stays.
+
+    Raises:
+        ValueError: an extension of that name is on; a compiled transformer with nothing attached,
+            or with an extension that differs from step to step.
+    """
+    transformers = served_transformers(pipe_or_transformer)
+    for name, module in transformers.items():
+        if extension.needs_step and is_compiled(module):
+            raise ValueError(_no_graph(extension) + f", and {name} is compiled already")
+    attached = {name: _owners(module) for name, module in transformers.items()}
+    for owner in [owner for owners in attached.values() for owner in owners]:
+        if extension.name in {other.name for other in owner.extensions}:
+            raise ValueError(f"{extension.name} is on already: remove it first")
+    free = {name: transformers[name] for name, owners in attached.items() if not owners}
+    if free:
+        whole = len(free) == len(transformers)
+        for module in [pipe_or_transformer] if whole else free.values():
+            attach(module, Full())
+    owners = [owner for module in transformers.values() for owner in _owners(module)]
+    for owner in dict.fromkeys(owners):
+        owner.extensions = (*owner.extensions, extension)
+
+    def remove() -> None:
+        found = [owner for module in transformers.values() for owner in _owners(module)]
+        for owner in dict.fromkeys(found):
+            owner.extensions = tuple(e for e in owner.extensions if e is not extension)
+            if owner.stands_in and not owner.extensions:
+                owner.detach()
+
+    return remove
+
+
+def _owners(transformer: nn.Module) -> list["Attachment"]:
+    """What is attached to it, each once."""
+    sites = family_of(transformer).self_attentions(transformer)
+    found = [site.module.processor for site in sites]
+    return list(dict.fromkeys(x.owner for x in found if isinstance(x, SparseProcessor)))
+
+
+def _no_graph(extension: AttentionExtension) -> str:
+    return f"{extension.name} differs from step to step, which a graph of torch.compile cannot"
 
 
 class SilentBranch(UserWarning):
@@ -153,9 +229,17 @@ class Attachment:
         self.clock = clock
         self.records: dict[tuple[str, int], Record] = {}
         self.branches: dict[str, Any] = {}
+        self.branch: Any = None  # of the layer under way
         self.observe: Observer | None = None
+        self.extensions: tuple[AttentionExtension, ...] = ()
+        self.companions: list[Callable[[], None]] = []  # called when this is detached
+        self.stands_in = isinstance(self.method, Full)  # for the model's own attention
+        self._transformers = transformers
         self._dense_step: str | None = None
+        self._paused = False
         self._checked: set[tuple] = set()
+        self._layers: dict[str, Layer] = {}
+        self._read: tuple[ref, tuple[int, ...] | None] | None = None
         self._sites: list[tuple[Any, SparseProcessor]] = []
         replaced: list[tuple[Attachment, Any]] = []
         for name, transformer in transformers.items():
@@ -169,13 +253,13 @@ class Attachment:
                 self._sites.append((site.module, processor))
         # Nothing is changed before here, so that a refusal leaves the model as it was.
         for handle, module in replaced:
+            self.extensions = tuple(dict.fromkeys((*self.extensions, *handle.extensions)))
             handle._give_up(module)
         for module, processor in self._sites:
             module.set_processor(processor)
         self._hooks = [
             transformer.register_forward_pre_hook(
-                partial(self._observe, families[name].video_shape, families[name].timestep),
-                with_kwargs=True,
+                partial(self._observe, _Readers.of(families[name])), with_kwargs=True
             )
             for name, transformer in transformers.items()
         ]
@@ -192,26 +276,60 @@ class Attachment:
             with torch.inference_mode(False):
                 branch = method.branch(site.heads, site.dim).to(place, transformer.dtype)
             self.branches[full] = branch
-        layer = Layer(full, site.layer, method, _constant_for(method, self.kernel), branch)
+        layer = Layer(full, site.layer, method, branch)
+        self._layers[full] = layer
         attend = partial(self._attend, layer)
+        alike = method, self.schedule.why_layer(site.layer)
         if branch is None:
-            return SparseProcessor(stock, family.ATTENTION_CALL, attend, self)
-        return TrainableProcessor(stock, family.ATTENTION_CALL, attend, self, branch)
+            return SparseProcessor(stock, family.ATTENTION_CALL, attend, self, alike)
+        return TrainableProcessor(stock, family.ATTENTION_CALL, attend, self, branch, alike)
 
     def detach(self) -> None:
-        """Put the stock processors back. Does nothing the second time."""
+        """Put the stock processors back. Does nothing the second time.
+
+        With a technique for longer video that is still on, full attention goes on under it.
+        """
         for hook in self._hooks:
             hook.remove()
+        ours = {id(module) for module, processor in self._sites if module.processor is processor}
         for module, processor in self._sites:
-            if module.processor is processor:
+            if id(module) in ours:
                 module.set_processor(processor.stock)
         self._hooks, self._sites = [], []
+        while self.companions:
+            self.companions.pop()()
+        if self.extensions and ours:
+            left = {
+                name: transformer
+                for name, transformer in self._transformers.items()
+                if ours & {id(part) for part in transformer.modules()}
+            }
+            families = {name: family_of(module) for name, module in left.items()}
+            scheduler, schedule = self.clock.scheduler, Schedule()
+            stand_in = Attachment(
+                left, families, Clock(scheduler), Options(Full(), schedule, self.kernel)
+            )
+            stand_in.extensions = self.extensions
+        self.extensions = ()
 
     def _give_up(self, replaced: Any) -> None:
         """Another attachment takes this attention over; others of this one may stay."""
         self._sites = [(module, ours) for module, ours in self._sites if module is not replaced]
         if not self._sites:
             self.detach()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, every layer runs the model's own attention, bit for bit as if detached.
+
+        What runs inside is neither counted as a step nor recorded. Gradient checkpointing runs a
+        forward pass again in the backward pass, which then belongs inside too.
+        """
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
     def summary(self) -> Summary:
         """What ran in the last generation, layer by layer and step by step."""
@@ -224,18 +342,21 @@ class Attachment:
         self.detach()
 
     def _observe(
-        self,
-        video_shape: Callable,
-        timestep: Callable,
-        transformer: nn.Module,
-        args: tuple,
-        kwargs: dict,
+        self, read: "_Readers", transformer: nn.Module, args: tuple, kwargs: dict
     ) -> None:
-        self.clock.video = video_shape(transformer, *args, **kwargs)
+        if self._paused:
+            return
+        self.clock.video = read.video_shape(transformer, *args, **kwargs)
+        if read.text_lengths is not None:
+            if torch.compiler.is_compiling() or is_compiled(transformer):
+                self._read_texts(read.text_lengths, transformer, args, kwargs)
+            else:
+                self._read = None
         # Without a schedule of steps they are counted for the records, which a graph has not.
         recorded = self.clock.scheduler is not None and not torch.compiler.is_compiling()
-        if recorded or self.schedule.needs_step:
-            self._advance(timestep(*args, **kwargs))
+        needs_step = self.schedule.needs_step or any(e.needs_step for e in self.extensions)
+        if recorded or needs_step:
+            self._advance(read.timestep(*args, **kwargs))
 
     @torch.compiler.disable(
         reason="a schedule of steps needs fullgraph=False or compile_repeated_blocks()"
@@ -246,69 +367,174 @@ class Attachment:
             self.records.clear()
         self._dense_step = self.schedule.why_step(self.clock.step, self.clock.steps)
 
+    @torch.compiler.disable(
+        reason="the lengths of texts need fullgraph=False or compile_repeated_blocks()"
+    )
+    def _read_texts(self, lengths: Callable, transformer: Any, args: tuple, kwargs: dict) -> None:
+        """Graphs are made for the lengths of the texts, which are read outside of them."""
+        self.clock.texts = lengths(transformer, *args, **kwargs)
+
     def _attend(self, layer: "Layer", call: Call) -> Tensor:
+        if self._paused:
+            return call.stock()
         why = self.schedule.why_layer(layer.number) or self._dense_step
-        if isinstance(layer.method, Dense):
+        if isinstance(layer.method, (Dense, Full)):
             why = "method is dense"
-        if why is None and call.refused:
+        extended = bool(self._active(self._video(call.q))) if self.extensions else False
+        own = call.stock if why and not extended else None
+        if why and extended:
+            layer = layer._replace(method=Full(), branch=None)
+        if own is None and call.refused:
             raise ValueError(
                 f"sparse attention does not take {', '.join(call.refused)} of {layer.name}; "
                 "attach Dense() or detach for this model"
             )
         if torch.compiler.is_compiling():
-            return call.stock() if why else self._compiled(layer, call)
+            return self._compiled(layer, call) if own is None else own()
         key = (layer.name, self.clock.step)
         record = self.records.get(key) or Record()
         start = self._now(call.q) if self.timed else None
-        if why:
-            out = call.stock()
+        if own is not None:
+            out = own()
             record.add(call.q.shape, why=why)
         elif self.observe is not None:
             out = call.stock()
             record.add(call.q.shape, why="observed")
-            q, k, v, dense = (x.transpose(1, 2) for x in (call.q, call.k, call.v, out))
             run = partial(kernels.run, scale=call.scale, kernel=self.kernel)
-            self.observe(layer, q, k, v, dense, self._video(call.q), run)
+            for some in self._by_text(layer, call):
+                q, k, v, dense = (some.of(x) for x in (call.q, call.k, call.v, out))
+                self.observe(layer, q, k, v, dense, some.video, run)
         else:
-            out = self._sparse(layer, call, record)
+            out = self._sparse(layer, call, record, why)
         if start is not None:
             record.seconds = (record.seconds or 0.0) + self._now(call.q) - start
         self.records[key] = record  # not before the call has succeeded
         return out
 
-    def _sparse(self, layer: "Layer", call: Call, record: Record) -> Tensor:
-        def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-            chosen: list[kernels.Choice] = []
+    def _sparse(self, layer: "Layer", call: Call, record: Record, why: str | None) -> Tensor:
+        trained = {}
+        if layer.branch is not None:
+            trained["branch"] = on_device(layer.branch, call.q.device)
+        chosen: list[kernels.Choice] = []
+        plans: list[Plan] = []
+
+        def run(video: VideoShape, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+            plan = self._adjusted(plan, video)
             options: dict[str, Any] = {"scale": call.scale, "kernel": self.kernel}
             out = kernels.run(q, k, v, plan, **options, report=chosen.append)
-            record.add(call.q.shape, choice=chosen[0], plan=plan)
-            self._check(layer.method, chosen[0].kernel, q, k, v, plan, out, call.scale)
+            plans.append(plan)
+            self._check(layer.method, chosen[-1].kernel, q, k, v, plan, out, call.scale)
             return out
 
-        return self._run(layer, call, run)
+        def by_method(q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
+            return layer.method(q, k, v, video=video, kernel=partial(run, video), **trained)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
+            plans.clear()
+            out = self._around(by_method, video)(q, k, v, video)
+            record.add(q.transpose(1, 2).shape, why=why, choice=chosen[-1], plans=plans)
+            return out
+
+        return self._joined(layer, call, attend)
 
     def _compiled(self, layer: "Layer", call: Call) -> Tensor:
         """The same in a graph, in which all that depends on the grid alone is a constant: the
         plan, or where q and k make the plan, its layout."""
+        # Not the layer's: a graph is made for one layer, and run by all that are like it.
+        trained = {} if layer.branch is None else {"branch": self.branch}
+        full = isinstance(layer.method, Full)
 
-        def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-            prepared = kernels.prepare(plan, q.device, self.kernel)
+        def run(video: VideoShape, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+            prepared = kernels.prepare(self._adjusted(plan, video), q.device, self.kernel)
             return kernels.compute(q, k, v, prepared, scale=call.scale)
 
-        video = self._video(call.q)
-        q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
-        constant = layer.constant(*video.grid, video.text, str(q.device))
-        if not hasattr(layer.method, "layout"):
-            return kernels.compute(q, k, v, constant, scale=call.scale).transpose(1, 2)
-        trained = {} if layer.branch is None else {"branch": layer.branch}
-        out = layer.method.laid_out(q, k, v, layout=constant, kernel=run, **trained)
-        return out.transpose(1, 2)
+        def by_method(q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
+            where = (*video.grid, video.text, str(q.device))
+            constant = self._constant(layer.name, full, *where)
+            if not hasattr(layer.method, "layout"):
+                return kernels.compute(q, k, v, constant, scale=call.scale)
+            run_here = partial(run, video)
+            return layer.method.laid_out(q, k, v, layout=constant, kernel=run_here, **trained)
 
-    def _run(self, layer: "Layer", call: Call, kernel: Callable) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
+            for extension in self._active(video):
+                if extension.needs_step:
+                    _refuse_graph(extension)
+            return self._around(by_method, video)(q, k, v, video)
+
+        return self._joined(layer, call, attend)
+
+    @torch.compiler.assume_constant_result
+    def _constant(
+        self, name: str, full: bool, frames: int, height: int, width: int, text: int, device: str
+    ) -> tuple:
+        """Runs while a graph is traced, outside of it."""
+        where, video = torch.device(device), VideoShape(frames, height, width, text)
+        method = Full() if full else self._layers[name].method
+        if hasattr(method, "layout"):
+            return method.layout(video, where)
+        plan = self._adjusted(method.plan(video, where), video)
+        return kernels.prepare(plan, where, self.kernel)
+
+    def _active(self, video: VideoShape) -> list[AttentionExtension]:
+        return [e for e in self.extensions if video.frames > e.trained]
+
+    def _adjusted(self, plan: Plan, video: VideoShape) -> Plan:
+        for extension in self._active(video):
+            if extension.adjust is not None:
+                plan = extension.adjust(plan, video, self.clock.step, self.clock.steps)
+        return plan
+
+    def _around(self, attend: Callable, video: VideoShape) -> Callable:
+        for extension in self._active(video):
+            if extension.around is not None:
+                attend = partial(extension.around, attend)
+        return attend
+
+    def _joined(self, layer: "Layer", call: Call, attend: Callable) -> Tensor:
+        """(B, N, H, D) of `attend(q, k, v, video)`, which never sees the padding of a text: nor
+        does anything else, so that its own output is zero."""
+        groups, outs = self._by_text(layer, call), []
+        for some in groups:
+            out = attend(*(some.of(x) for x in (call.q, call.k, call.v)), some.video)
+            out = out.transpose(1, 2)
+            padding = call.q.shape[1] - out.shape[1]
+            outs.append(F.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out)
+        if len(groups) == 1:
+            return outs[0]
+        order = [row for some in groups for row in some.rows]
+        return torch.cat(outs)[[order.index(row) for row in range(len(order))]]
+
+    def _by_text(self, layer: "Layer", call: Call) -> list["Samples"]:
+        """The samples of a call, in groups of equally long texts."""
         video = self._video(call.q)
-        q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
-        trained = {} if layer.branch is None else {"branch": on_device(layer.branch, q.device)}
-        return layer.method(q, k, v, video=video, kernel=kernel, **trained).transpose(1, 2)
+        lengths = None if call.mask is None else self._lengths(layer, call.mask, call.q, video)
+        if lengths is None or set(lengths) == {video.text}:
+            return [Samples(range(len(call.q)), video, True)]
+        groups = []
+        for length in sorted(set(lengths)):
+            rows = [row for row, own in enumerate(lengths) if own == length]
+            short = VideoShape(*video.grid, length)
+            groups.append(Samples(rows, short, len(rows) == len(lengths)))
+        return groups
+
+    def _lengths(
+        self, layer: "Layer", mask: Tensor, q: Tensor, video: VideoShape
+    ) -> tuple[int, ...]:
+        if torch.compiler.is_compiling():
+            lengths = self.clock.texts
+        else:
+            # All layers of a pass are given one mask; reading it waits for the device.
+            if self._read is None or self._read[0]() is not mask:
+                self._read = ref(mask), text_lengths(mask, q, video)
+            lengths = self._read[1]
+        if lengths is None:
+            raise ValueError(
+                f"sparse attention does not take attn_mask of {layer.name}, a mask that hides "
+                f"more than padding at the end of the text, got {tuple(mask.shape)} {mask.dtype}; "
+                "attach Dense() or detach for this model"
+            )
+        return lengths
 
     def _check(
         self,
@@ -324,7 +550,7 @@ class Attachment:
         # Not on the CPU, where the tests ran, nor on MPS, which has no fp64 to check with.
         by_default = q.device.type not in ("cpu", "mps")
         wanted = by_default if self.self_check is None else self.self_check
-        key = (method, kernel, q.shape, q.dtype, q.device)
+        key = (method, kernel, q.shape, q.dtype, q.device, plan.gain is None)
         if wanted and kernel != "reference" and key not in self._checked:
             check_rows(q, k, v, plan, out, scale=scale, kernel=kernel)
             self._checked.add(key)
@@ -344,20 +570,50 @@ class Attachment:
         return time.perf_counter()
 
 
+class _Readers(NamedTuple):
+    """What a family reads from the arguments of a forward pass. A module cannot be copied with a
+    model; its functions can."""
+
+    video_shape: Callable
+    timestep: Callable
+    text_lengths: Callable | None
+
+    @classmethod
+    def of(cls, family: Any) -> "_Readers":
+        return cls(family.video_shape, family.timestep, getattr(family, "text_lengths", None))
+
+
+class Samples(NamedTuple):
+    """Those of a batch whose texts are equally long.
+
+    Args:
+        rows: their places in the batch.
+        video: the grid with their text, the padding left out.
+        whole: whether they are all of it.
+    """
+
+    rows: Sequence[int]
+    video: VideoShape
+    whole: bool
+
+    def of(self, x: Tensor) -> Tensor:
+        """(B, N, H, D) to the (b, H, n, D) that is theirs."""
+        own = x if self.whole else x[[*self.rows]]
+        return own[:, : self.video.tokens].transpose(1, 2)
+
+
 class Layer(NamedTuple):
     """One attention that a method was attached to.
 
     Args:
         name: for reports.
         number: of its block.
-        constant: what of a grid is a constant of a graph.
         branch: the method's parameters in this layer.
     """
 
     name: str
     number: int
     method: Any
-    constant: Callable
     branch: Any
 
 
@@ -365,17 +621,12 @@ class Layer(NamedTuple):
 Observer = Callable[[Layer, Tensor, Tensor, Tensor, Tensor, VideoShape, Callable], None]
 
 
-def _constant_for(method: Any, kernel: str) -> Callable:
-    """Runs while a graph is traced, outside of it."""
-
-    @torch.compiler.assume_constant_result
-    def constant(frames: int, height: int, width: int, text: int, device: str) -> tuple:
-        where, video = torch.device(device), VideoShape(frames, height, width, text)
-        if hasattr(method, "layout"):
-            return method.layout(video, where)
-        return kernels.prepare(method.plan(video, where), where, kernel)
-
-    return constant
+@torch.compiler.disable(
+    reason="a technique for longer video that differs from step to step cannot be in a graph"
+)
+def _refuse_graph(extension: AttentionExtension) -> None:
+    """Outside of the graph, which would swallow the error."""
+    raise ValueError(_no_graph(extension) + "; use the model uncompiled")
 
 
 class _SchedulerOf:

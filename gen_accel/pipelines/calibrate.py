@@ -216,7 +216,8 @@ def attachment_of(pipe_or_transformer: Any) -> Attachment:
     for module in [pipe_or_transformer, *found]:
         if isinstance(module, torch.nn.Module):
             for part in module.modules():
-                if isinstance(processor := getattr(part, "processor", None), SparseProcessor):
+                processor = getattr(part, "processor", None)
+                if isinstance(processor, SparseProcessor) and not processor.owner.stands_in:
                     return processor.owner
     raise ValueError("nothing is attached: call gen_accel.attach first")
 

@@ -20,6 +20,7 @@ class Clock:
     def __init__(self, scheduler: Callable[[], Any] | None) -> None:
         self.scheduler = scheduler
         self.video: VideoShape | None = None
+        self.texts: tuple[int, ...] | None = None  # text tokens of each sample, for graphs
         self.step = 0
         self.steps: int | None = None
         self._timestep: float | None = None

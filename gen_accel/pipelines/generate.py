@@ -1,23 +1,39 @@
-"""Generate videos with any diffusers video pipeline: load, attach, sample, write."""
+"""Generate videos with any diffusers video pipeline: load, attach, denoise, decode into a file."""
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.progress import Progress
+from torch import Tensor
+
 from gen_accel import kernels
 from gen_accel.attention_processors import Dense
-from gen_accel.measure.video_io import check_writable, write_video
+from gen_accel.measure.video_io import check_writable, write_stream
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.compare import beside, compare_with_dense, write_comparison
+from gen_accel.pipelines.decode import (
+    check_latents_path,
+    decode_stream,
+    load_latents,
+    save_latents,
+)
+from gen_accel.pipelines.long_video import TECHNIQUES, extend
+from gen_accel.pipelines.recipe import read_recipe
 from gen_accel.pipelines.sampling import (
     Clip,
     Loading,
     check_fits,
     check_model,
+    counted,
+    denoise,
     filled,
     load,
-    sample,
+    load_decoder,
+    pixel_frames,
     steps_bar,
     ticker,
     token_grid,
@@ -28,13 +44,21 @@ from gen_accel.pipelines.summary import Summary
 
 @dataclass(frozen=True)
 class Generated:
-    """What one prompt came to. report: of the comparison, where one was asked for."""
+    """What one prompt came to.
+
+    Args:
+        files: what was written, by what it is.
+        seconds: from the prompt to the file; of a comparison, to the pixels.
+        extension: what each long-video technique did, a line each.
+        report: of the comparison, where one was asked for.
+    """
 
     prompt: str
     seed: int
     files: dict[str, Path]
     seconds: float
     summary: Summary
+    extension: str = ""
     report: dict[str, Any] | None = None
 
 
@@ -43,37 +67,67 @@ def generate(
     prompts: Sequence[str],
     *,
     out: str | Path,
-    method: Any,
+    method: Any = None,
+    from_lora: str | Path | None = None,
     schedule: Schedule | None = None,
     kernel: str = "auto",
     clip: Clip | None = None,
     loading: Loading | None = None,
     compare: bool = False,
     timed: bool = False,
+    techniques: Sequence[str] = (),
+    trained_frames: int | None = None,
+    latents: str | Path | None = None,
 ) -> list[Generated]:
     """Load a pipeline, attach `method`, and write a video for each prompt.
 
         generate("models/Wan2.1", ["a cat surfs"], out="cat.mp4", method=Radial())
 
-    All that can be refused is refused before the first step. Progress goes to stderr.
+    All that can be refused is refused before the first step. Progress goes to stderr. Frames go
+    to the file as they are decoded: memory does not grow with their number, see `decode_stream`,
+    but with `compare`, which holds both videos.
 
     Args:
         model: the folder of a saved pipeline, or a repository on the hub.
         out: .mp4, .gif, .png or no suffix, see `write_video`. Several prompts give `out-000.mp4`
             and so on.
+        from_lora: a folder of `gen_accel.lora.train` instead of a method: its weights are loaded,
+            and what it was trained with is attached.
         compare: also generate densely from the same seed, and write `out.dense.mp4`,
             `out.side_by_side.mp4` and `out.json` with speed-up, density, PSNR and SSIM.
         timed: also measure the seconds spent in attention; on a GPU that waits for each call.
+        techniques: for video longer than the model was trained on, see `long_video.extend`.
+        trained_frames: what the model was trained at, where its family does not say.
+        latents: a .safetensors file for what is decoded, numbered as `out` is; written before
+            decoding. `decode_latents` makes the video from it again.
 
     Raises:
-        ValueError: no prompt, a model, size, method, kernel or file name that will not do.
+        ValueError: no prompt, a model, size, method, kernel, technique or file name that will not
+            do, or a technique or latents together with `compare`.
         OSError: a file or repository that is not there, or a folder that cannot be written.
     """
-    clip, loading, schedule = clip or Clip(), loading or Loading(), schedule or Schedule()
+    clip, loading = clip or Clip(), loading or Loading()
+    if from_lora is not None:
+        if method is not None or compare:
+            raise ValueError(f"from_lora {from_lora} brings its own method, and has no compare")
+        method = read_recipe(from_lora).build_method()
+        loading = replace(loading, loras=(*loading.loras, str(from_lora)))
+    elif method is None:
+        raise ValueError("give a method, or from_lora")
     if not prompts:
         raise ValueError("no prompts: give one, or a file with one on each line")
     if compare and isinstance(method, Dense):
         raise ValueError("compare sets a sparse method beside dense attention, got Dense()")
+    if compare and (techniques or latents is not None):
+        raise ValueError(
+            "compare goes with neither long-video techniques nor saved latents, got "
+            f"{', '.join(techniques) or latents}"
+        )
+    for name in techniques:
+        if name not in TECHNIQUES:
+            raise ValueError(f"technique must be one of {', '.join(TECHNIQUES)}, got {name!r}")
+    if trained_frames is not None and not techniques:
+        raise ValueError(f"trained_frames is for a technique, got {trained_frames} and none")
     kernels.check_name(kernel)
     check_model(model)
     targets = _targets(Path(out), len(prompts))
@@ -82,26 +136,79 @@ def generate(
         if compare:
             for name in ("dense", "side_by_side"):
                 check_writable(beside(target, name), frames=clip.frames)
+    kept = [None] * len(prompts) if latents is None else _targets(Path(latents), len(prompts))
+    for path in kept:
+        if path is not None:
+            check_latents_path(path)
     pipe = load(model, loading)
     clip = filled(pipe, clip)
     check_fits(method, token_grid(pipe, clip))
+    lengths: dict[str, Any] = {"num_frames": clip.frames, "trained_frames": trained_frames}
 
     made = []
-    for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+    for i, (prompt, target, path) in enumerate(zip(prompts, targets, kept, strict=True)):
         one = replace(clip, seed=clip.seed + i)
         options: dict[str, Any] = {"schedule": schedule, "kernel": kernel, "timed": timed}
         if compare:
+            options["schedule"] = schedule or Schedule()
             result = compare_with_dense(pipe, prompt, one, method=method, **options)
             files = write_comparison(result, target)
-            seconds, summary, report = result.sparse.seconds, result.summary, result.to_dict()
-        else:
-            with attach(pipe, method, **options) as handle, steps_bar() as bar:
-                taken = sample(pipe, prompt, one, tick=ticker(bar, target.name))
+            seconds, summary = result.sparse.seconds, result.summary
+            report = result.to_dict()
+            made.append(Generated(prompt, one.seed, files, seconds, summary, report=report))
+            continue
+        start, files, extension = time.perf_counter(), {}, ""
+        with steps_bar() as bar:
+            with ExitStack() as stack:
+                what = {"method": method} if from_lora is None else {"from_lora": from_lora}
+                handle = stack.enter_context(attach(pipe, **what, **options))
+                longer = None
+                if techniques:
+                    longer = stack.enter_context(extend(pipe, techniques, **lengths))
+                    extension = longer.describe()
+                taken = denoise(pipe, prompt, one, tick=ticker(bar, target.name), run=longer)
                 summary = handle.summary()
-            files = {"video": write_video(taken.video, target, fps=clip.fps)}
-            seconds, report = taken.seconds, None
-        made.append(Generated(prompt, one.seed, files, seconds, summary, report))
+            if path is not None:
+                about = {"model": str(model), "prompt": prompt, **asdict(one)}
+                about |= {"method": str(method), "techniques": [*techniques]}
+                files["latents"] = save_latents(path, taken.latents, about)
+            files["video"] = _write(pipe, taken.latents, target, one.fps, bar)
+        seconds = time.perf_counter() - start
+        made.append(Generated(prompt, one.seed, files, seconds, summary, extension))
     return made
+
+
+def decode_latents(
+    model: str | Path,
+    latents: str | Path,
+    *,
+    out: str | Path,
+    fps: float | None = None,
+    loading: Loading | None = None,
+) -> Path:
+    """Write the video of latents that `generate` kept. Only the autoencoder is loaded.
+
+    Args:
+        model: as of `generate`; the one that made the latents, or one with its autoencoder.
+        latents: the .safetensors file.
+        out: .mp4, .gif, .png or no suffix, see `write_video`.
+        fps: frames a second; without, those of the file.
+
+    Returns:
+        The file or folder written.
+
+    Raises:
+        ValueError: a model, file or file name that will not do.
+        OSError: a file or repository that is not there, or a folder that cannot be written.
+    """
+    values, about = load_latents(latents)
+    check_model(model)
+    target = Path(out)
+    check_writable(target, frames=1 if values.shape[2] == 1 else None)
+    clip = Clip(fps=about.get("fps", Clip.fps) if fps is None else fps)
+    pipe = load_decoder(model, loading)
+    with steps_bar() as bar:
+        return _write(pipe, values, target, clip.fps, bar)
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -117,6 +224,12 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise ValueError(f"{path} holds no prompts: write one on each line")
     return prompts
+
+
+def _write(pipe: Any, latents: Tensor, target: Path, fps: float, bar: Progress) -> Path:
+    tick = ticker(bar, f"{target.name}, decoding", "frames")
+    chunks = counted(decode_stream(pipe, latents), tick, pixel_frames(pipe, latents))
+    return write_stream(chunks, target, fps=fps)
 
 
 def _targets(out: Path, count: int) -> list[Path]:

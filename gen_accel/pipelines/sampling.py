@@ -6,7 +6,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from torch import Tensor
 
 from gen_accel.attention_processors.families import served_classes
+from gen_accel.pipelines.decode import decode_stream
 from gen_accel.video import VideoShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,7 +33,7 @@ OFFLOADS = ("none", "model", "group", "sequential")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PIXELS = 16  # Wan pipelines take heights and widths that this divides, whatever the autoencoder
 
-Tick = Callable[[int, int], None]  # is told the denoising steps done, and how many there are
+Tick = Callable[[int, int], None]  # is told how much is done, steps or frames, and of how many
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Clip:
         height, width: pixels.
         seed: of the first prompt; each further one takes the next.
         fps: how fast the file plays; the model knows nothing of it.
+        max_tokens: what the text is padded or cut to.
     """
 
     frames: int | None = None
@@ -53,9 +56,10 @@ class Clip:
     negative_prompt: str | None = None
     seed: int = 0
     fps: float = 16.0
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("frames", "height", "width", "steps"):
+        for name in ("frames", "height", "width", "steps", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -88,6 +92,14 @@ class Loading:
             raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.offload not in OFFLOADS:
             raise ValueError(f"offload must be one of {OFFLOADS}, got {self.offload!r}")
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """A clip before it is decoded. latents: (1, C, f, h, w). Includes the text encoder."""
+
+    latents: Tensor = field(repr=False)
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -141,19 +153,8 @@ def load(model: str | Path, loading: Loading | None = None) -> Any:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     loading = loading or Loading()
-    check_model(model)
-    device = find_device(loading.device)
-    if loading.offload != "none" and device.type == "cpu":
-        raise ValueError(
-            f"offload {loading.offload!r} needs a GPU to load onto; the device is the CPU"
-        )
+    source, device, dtype = _source(model, loading)
     loras = [_lora(text) for text in loading.loras]
-    if loading.dtype == "auto":
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    else:
-        dtype = DTYPES[loading.dtype]
-    folder = Path(model).expanduser()
-    source = str(folder if folder.exists() else model)
     with warnings.catch_warnings():
         # Newer diffusers call it `dtype`; older ones ignore that.
         warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
@@ -162,17 +163,41 @@ def load(model: str | Path, loading: Loading | None = None) -> Any:
     if "num_frames" not in _parameters(pipe):
         raise ValueError(f"{type(pipe).__name__} generates no video: it takes no num_frames")
     _add_loras(pipe, loras)
-    match loading.offload:
-        case "none":
-            pipe.to(device)
-        case "model":
-            pipe.enable_model_cpu_offload(device=device)
-        case "sequential":
-            pipe.enable_sequential_cpu_offload(device=device)
-        case "group":
-            pipe.enable_group_offload(
-                onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda"
-            )
+    _place(pipe, loading.offload, device)
+    return pipe
+
+
+def load_decoder(model: str | Path, loading: Loading | None = None) -> Any:
+    """The pipeline with its autoencoder and nothing else, for `decode_stream`.
+
+    Raises:
+        ValueError: what `check_model` refuses, a device that is not there, LoRAs, which do not
+            change how latents are decoded, or a pipeline that is not of diffusers.
+        OSError: a file or repository that is not there.
+    """
+    import diffusers
+
+    loading = loading or Loading()
+    if loading.loras:
+        raise ValueError(f"a LoRA does not change how latents are decoded, got {loading.loras}")
+    source, device, dtype = _source(model, loading)
+    index: Any = diffusers.DiffusionPipeline.load_config(source)
+    name, autoencoder = index.get("_class_name"), index.get("vae", [None, None])[1]
+    if not (hasattr(diffusers, str(name)) and hasattr(diffusers, str(autoencoder))):
+        raise ValueError(f"diffusers has no {name} with {autoencoder}, which {model} asks for")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
+        vae = getattr(diffusers, autoencoder).from_pretrained(
+            source, subfolder="vae", torch_dtype=dtype
+        )
+    kind = getattr(diffusers, str(name))
+    parts = {
+        part: None
+        for part, parameter in inspect.signature(kind.__init__).parameters.items()
+        if parameter.default is parameter.empty and part != "self"
+    }
+    pipe = kind(**(parts | {"vae": vae}))
+    _place(pipe, loading.offload, device)
     return pipe
 
 
@@ -265,10 +290,23 @@ def check_fits(method: Any, video: VideoShape) -> None:
         method.plan(video)
 
 
-def sample(pipe: Any, prompt: str, clip: Clip, *, tick: Tick | None = None) -> Sample:
-    """Run the pipeline once for one prompt, `clip` without gaps (see `filled`).
+def denoise(
+    pipe: Any,
+    prompt: str,
+    clip: Clip,
+    *,
+    tick: Tick | None = None,
+    run: Callable[..., Any] | None = None,
+) -> Denoised:
+    """Run the pipeline for one prompt, `clip` without gaps (see `filled`), as far as the latents.
 
     The noise is drawn on the CPU, so that a seed gives the same on every device.
+
+    Args:
+        run: called instead of `pipe`, with its arguments; see `long_video.extend`.
+
+    Raises:
+        ValueError: latents that are not finite.
     """
     arguments = {
         argument: getattr(clip, name)
@@ -286,23 +324,43 @@ def sample(pipe: Any, prompt: str, clip: Clip, *, tick: Tick | None = None) -> S
         return tensors
 
     start = _now(pipe)
-    output = pipe(
+    latents = (run or pipe)(
         prompt=prompt,
         generator=torch.Generator().manual_seed(clip.seed),
-        output_type="np",
+        output_type="latent",
         callback_on_step_end=on_step_end,
         **arguments,
-    )
-    end = _now(pipe)
-    denoised = marks[-1] if marks else end
-    frames = np.asarray(output.frames[0])
-    if not np.isfinite(frames).all():
+    ).frames
+    end = marks[-1] if marks else _now(pipe)
+    if not torch.isfinite(latents).all():
+        module = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
         raise ValueError(
-            f"the model made values that are not finite, in {pipe.transformer.dtype}; try "
+            f"the model made values that are not finite, in {module.dtype}; try "
             "dtype float32 or bfloat16"
         )
-    video = (frames * 255).round().clip(0, 255).astype(np.uint8)
-    return Sample(video, denoised - start, end - denoised)
+    return Denoised(latents, end - start)
+
+
+def sample(pipe: Any, prompt: str, clip: Clip, *, tick: Tick | None = None) -> Sample:
+    """`denoise`, and the whole video decoded in memory."""
+    taken = denoise(pipe, prompt, clip, tick=tick)
+    start = _now(pipe)
+    video = np.concatenate([*decode_stream(pipe, taken.latents)])
+    return Sample(video, taken.seconds, _now(pipe) - start)
+
+
+def pixel_frames(pipe: Any, latents: Tensor) -> int:
+    """How many frames `latents`, (B, C, f, h, w), are decoded to."""
+    return (latents.shape[2] - 1) * _vae_factor(pipe, "temporal") + 1
+
+
+def counted(chunks: Iterable[np.ndarray], tick: Tick, total: int) -> Iterator[np.ndarray]:
+    """`chunks`, and `tick` is told the frames that have passed."""
+    done = 0
+    for chunk in chunks:
+        yield chunk
+        done += len(chunk)
+        tick(done, total)
 
 
 def steps_bar() -> Progress:
@@ -311,7 +369,7 @@ def steps_bar() -> Progress:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("steps"),
+        TextColumn("{task.fields[unit]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -319,13 +377,17 @@ def steps_bar() -> Progress:
     )
 
 
-def ticker(bar: Progress, label: str) -> Tick:
-    """A new line of `bar`."""
-    task = bar.add_task(label, total=None)
+def ticker(bar: Progress, label: str, unit: str = "steps") -> Tick:
+    """A new line of `bar`, which starts again where a video is denoised in several parts."""
+    task = bar.add_task(label, total=None, unit=unit)
+    before = 0
 
     def tick(done: int, total: int) -> None:
-        text = f"{label}, decoding" if done == total else label
-        bar.update(task, completed=done, total=total, description=text)
+        nonlocal before
+        if done <= before:
+            bar.reset(task)
+        bar.update(task, completed=done, total=total)
+        before = done
 
     return tick
 
@@ -337,6 +399,7 @@ _ARGUMENTS = {  # of a clip, and what diffusers calls it
     "steps": "num_inference_steps",
     "guidance_scale": "guidance_scale",
     "negative_prompt": "negative_prompt",
+    "max_tokens": "max_sequence_length",
 }
 
 
@@ -344,6 +407,36 @@ def _parameters(pipe: Any) -> dict[str, inspect.Parameter]:
     known = dict(inspect.signature(type(pipe).__call__).parameters)
     del known["self"]
     return known
+
+
+def _source(model: str | Path, loading: Loading) -> tuple[str, torch.device, torch.dtype]:
+    """What to load from, where to and as what; refused before anything is loaded."""
+    check_model(model)
+    device = find_device(loading.device)
+    if loading.offload != "none" and device.type == "cpu":
+        raise ValueError(
+            f"offload {loading.offload!r} needs a GPU to load onto; the device is the CPU"
+        )
+    if loading.dtype == "auto":
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    else:
+        dtype = DTYPES[loading.dtype]
+    folder = Path(model).expanduser()
+    return str(folder if folder.exists() else model), device, dtype
+
+
+def _place(pipe: Any, offload: str, device: torch.device) -> None:
+    match offload:
+        case "none":
+            pipe.to(device)
+        case "model":
+            pipe.enable_model_cpu_offload(device=device)
+        case "sequential":
+            pipe.enable_sequential_cpu_offload(device=device)
+        case "group":
+            pipe.enable_group_offload(
+                onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda"
+            )
 
 
 def _vae_factor(pipe: Any, axis: str) -> int:

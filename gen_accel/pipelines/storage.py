@@ -3,6 +3,7 @@
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,12 @@ CONFIG, WEIGHTS = "processors.json", "processors.safetensors"
 VERSION = 1
 
 
-def save_processors(pipe_or_handle: Any, folder: str | Path) -> Path:
+def save_processors(
+    pipe_or_handle: Any,
+    folder: str | Path,
+    *,
+    tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Path:
     """Write the attached method, its schedule, and the parameters of its layers.
 
     `processors.json` names the method with its options, and the hash of `processors.safetensors`,
@@ -37,6 +43,8 @@ def save_processors(pipe_or_handle: Any, folder: str | Path) -> Path:
 
     Args:
         pipe_or_handle: a pipeline or transformer with a method attached, or the handle.
+        tensors: of each layer, instead of the parameters as they are now: an average of theirs,
+            or put together from parts.
 
     Returns:
         The folder.
@@ -56,8 +64,9 @@ def save_processors(pipe_or_handle: Any, folder: str | Path) -> Path:
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    held = _parameters(handle) if tensors is None else _by_name(tensors)
     with replacing(folder / WEIGHTS) as partial:
-        save_file({name: x.detach().cpu() for name, x in _parameters(handle).items()}, partial)
+        save_file({name: x.detach().cpu().contiguous() for name, x in held.items()}, partial)
         digest = _sha256(partial)
     config = {
         "version": VERSION,
@@ -122,10 +131,14 @@ def _parameters(handle: Attachment) -> dict[str, Tensor]:
             raise ValueError(
                 f"the parameters of {layer} are offloaded: load and save before the model is"
             )
+    return _by_name({layer: branch.state_dict() for layer, branch in handle.branches.items()})
+
+
+def _by_name(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {
         f"{layer}.{name}": tensor
-        for layer, branch in handle.branches.items()
-        for name, tensor in branch.state_dict().items()
+        for layer, tensors in layers.items()
+        for name, tensor in tensors.items()
     }
 
 

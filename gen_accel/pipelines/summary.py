@@ -35,20 +35,26 @@ class Record:
         *,
         why: str | None = None,
         choice: Choice | None = None,
-        plan: Plan | None = None,
+        plans: Sequence[Plan] = (),
     ) -> None:
-        """shape: (B, N, H, D)."""
+        """Count one call.
+
+        Args:
+            shape: (B, N, H, D).
+            plans: that made it up, each over all N tokens or a part of them; none where the
+                model's own attention ran.
+        """
         B, N, H, D = shape
         dense = 4.0 * B * H * N * N * D
         self.why_dense, self.choice, self.tokens = why, choice, N
         self.calls += 1
         self.dense_flops += dense
-        kept: Tensor | float = 1.0
-        computed: Tensor | float = 1.0
-        if plan is not None and plan.dynamic:
-            kept, computed = plan.densities()
-        elif plan is not None:
-            kept, computed = plan.density, plan.computed_density
+        kept: Tensor | float = 0.0 if plans else 1.0
+        computed: Tensor | float = kept
+        for plan in plans:
+            densities = plan.densities() if plan.dynamic else (plan.density, plan.computed_density)
+            part = (plan.tokens / N) ** 2
+            kept, computed = kept + part * densities[0], computed + part * densities[1]
         self.kept = self.kept + kept
         self.computed = self.computed + computed * dense
 

@@ -4,6 +4,25 @@ CLASSES                       the transformer classes it serves
 ATTENTION_CALL                the global name of the attention call in their processors
 self_attentions(transformer)  the attentions over the video's tokens, as `SelfAttention`s
 video_shape(transformer, ...) the token grid, read from the arguments of a forward pass
+timestep(...)                 of a forward pass, read from its arguments
+text_lengths(transformer, ...) of each sample in tokens, where video and text attend jointly and
+                              a mask hides the padding of the text
+
+For training:
+
+LORA_TARGETS                  names of a group of layers to what they end in, inside the blocks
+CAUSAL_VAE                    the first latents of a long clip are the latents of its beginning
+encode_video(pipe, video, generator) latents as the transformer takes them
+encode_prompt(pipe, prompts, max_tokens) the transformer's arguments, batch first
+predict(transformer, noisy, sigma, conditions) the velocity, noise - clean
+
+For longer video:
+
+TRAINED_FRAMES                that the published models were trained on
+TEMPORAL_FACTOR               frames in a latent frame, all but the first, which is one frame
+longest(transformer)          latent frames that it has positions for, where they are a table
+temporal_frequencies(transformer) of its rotary pairs on the time axis, in rad a latent frame
+set_temporal_frequencies(transformer, freqs) uses these instead, or its own again for None
 
 A family holds geometry and names; the processors' code stays diffusers' own.
 """
@@ -14,7 +33,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["FAMILIES", "SelfAttention", "family_of", "served_classes"]
 
-FAMILIES = ("wan",)
+FAMILIES = ("wan", "hunyuan_video")
 
 
 class SelfAttention(NamedTuple):
@@ -39,10 +58,12 @@ def served_classes() -> dict[str, str]:
 
 def family_of(transformer: Any) -> ModuleType:
     """Raises ValueError for a class that no family serves."""
-    name, served = type(transformer).__name__, served_classes()
-    if name not in served:
-        raise ValueError(f"no family serves {name}; served: {', '.join(sorted(served))}")
-    return _module(served[name])
+    served = served_classes()
+    for kind in type(transformer).__mro__:  # sharding makes a subclass with a name of its own
+        if kind.__name__ in served:
+            return _module(served[kind.__name__])
+    name = type(transformer).__name__
+    raise ValueError(f"no family serves {name}; served: {', '.join(sorted(served))}")
 
 
 def _module(family: str) -> ModuleType:

@@ -6,6 +6,7 @@ control blocks run over the same grid.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import SelfAttention
@@ -13,6 +14,17 @@ from gen_accel.video import VideoShape
 
 CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel")
 ATTENTION_CALL = "dispatch_attention_fn"
+TRAINED_FRAMES = 81  # of the videos that the published models were trained on
+TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
+ROTARY_BASE = 10_000.0  # of all published models; it is in no configuration
+
+# By what they end in, inside the blocks.
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    "feed_forward": ("ffn.net.0.proj", "ffn.net.2"),
+}
+CAUSAL_VAE = True  # the first latents of a long clip are the latents of its beginning
+TEXT_TOKENS = 512  # as the pipelines call it; `encode_prompt` on its own has another default
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
@@ -40,3 +52,111 @@ def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: A
 def timestep(hidden_states: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """(B,), or (B, tokens) where each token has its own (Wan 2.2 TI2V-5B)."""
     return timestep
+
+
+@torch.no_grad()
+def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Latents of zero mean and unit variance a channel, as the transformer takes them.
+
+    Args:
+        video: (B, 3, F, H, W) in [-1, 1], F = 1 + a multiple of the autoencoder's step.
+        generator: draw from the posterior; without one its mode is taken.
+
+    Returns:
+        (B, C, f, h, w) float32, on the autoencoder's device.
+
+    Raises:
+        ValueError: another number of frames, whose last ones the autoencoder would leave out.
+    """
+    vae, step = pipe.vae, pipe.vae_scale_factor_temporal
+    if (video.shape[2] - 1) % step:
+        raise ValueError(f"video must have {step} n + 1 frames, got {video.shape[2]}")
+    weight = next(vae.parameters())
+    posterior = vae.encode(video.to(weight.device, weight.dtype)).latent_dist
+    latents = posterior.mode() if generator is None else posterior.sample(generator)
+    mean, std = (
+        torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return (latents.float() - mean) / std
+
+
+@torch.no_grad()
+def encode_prompt(
+    pipe: Any, prompts: list[str], max_tokens: int | None = None
+) -> dict[str, Tensor]:
+    """What `predict` passes on to the transformer, a row for each of B prompts.
+
+    Args:
+        max_tokens: the pipelines' `max_sequence_length`; longer prompts are cut, shorter ones
+            filled with zeros, which cross-attention sees.
+
+    Returns:
+        encoder_hidden_states (B, max_tokens, D), in the text encoder's dtype.
+    """
+    if max_tokens is None:
+        max_tokens = TEXT_TOKENS
+    states, _ = pipe.encode_prompt(
+        list(prompts),
+        do_classifier_free_guidance=False,
+        max_sequence_length=max_tokens,
+        device=next(pipe.text_encoder.parameters()).device,
+    )
+    return {"encoder_hidden_states": states}
+
+
+def predict(
+    transformer: Any, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor]
+) -> Tensor:
+    """The velocity, noise - clean, of `noisy` = (1 - sigma) clean + sigma noise.
+
+    Args:
+        noisy: (B, C, f, h, w) latents.
+        sigma: (B,) in [0, 1].
+        conditions: of `encode_prompt`.
+    """
+    return transformer(noisy, timestep=sigma * 1000, **conditions, return_dict=False)[0]
+
+
+def longest(transformer: Any) -> int:
+    """The latent frames after patchify that its rotary table has positions for."""
+    return transformer.config.rope_max_seq_len
+
+
+def temporal_frequencies(transformer: Any) -> Tensor:
+    """(pairs,) float64: what each rotary pair of the time axis turns by from one latent frame to
+    the next, in rad, after `set_temporal_frequencies` too the model's own."""
+    dim = _temporal_dim(transformer)
+    return 1 / ROTARY_BASE ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+
+
+def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
+    """Write the rotary table of this model's time axis anew, in place.
+
+    Args:
+        freqs: (pairs,) in rad per latent frame after patchify. None: the model's own table, bit
+            for bit as it was.
+    """
+    rope, dim = transformer.rope, _temporal_dim(transformer)
+    if freqs is None:
+        if hasattr(rope, "own_temporal"):
+            for table, own in zip(
+                (rope.freqs_cos, rope.freqs_sin), rope.own_temporal, strict=True
+            ):
+                table[:, :dim].copy_(own)
+            del rope.own_temporal
+        return
+    if freqs.shape != (dim // 2,):
+        raise ValueError(f"freqs must be of shape ({dim // 2},), got {tuple(freqs.shape)}")
+    tables = rope.freqs_cos, rope.freqs_sin
+    if not hasattr(rope, "own_temporal"):
+        rope.own_temporal = tuple(table[:, :dim].clone() for table in tables)
+    positions = torch.arange(len(rope.freqs_cos), dtype=torch.float64)
+    angles = torch.outer(positions, freqs.double().cpu()).repeat_interleave(2, dim=1)
+    for table, values in zip(tables, (angles.cos(), angles.sin()), strict=True):
+        table[:, :dim].copy_(values.float())
+
+
+def _temporal_dim(transformer: Any) -> int:
+    dim = transformer.config.attention_head_dim
+    return dim - 4 * (dim // 6)

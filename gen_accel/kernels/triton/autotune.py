@@ -37,14 +37,14 @@ def tune(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> dict[s
     def backward():
         block_sparse.attention_backward(*given, q, k, v, out, lse, *lists, scale)
 
-    ruled = "dkdv rule" if lists.rule else "dkdv"
-    arch = configs.architecture(q.device)
+    ruled = "dkdv rule" if lists.rule or lists.gain is not None else "dkdv"
+    arch, gain = configs.architecture(q.device), lists.gain is not None
     kept = tuned.read()
     found = {}
     for kind, run in (("forward", forward), ("dq", backward), (ruled, backward)):
         name = tuned.key(arch, kind, q, plan.block_q, plan.block_k)
         seconds = {}
-        for config in _candidates(configs.from_table(arch, kind, q.shape[3], q.dtype)):
+        for config in _candidates(configs.from_table(arch, kind, q.shape[3], q.dtype, gain)):
             kept[name] = list(config)
             seconds[config] = _seconds(run, q.device)
         found[name] = min(seconds, key=lambda config: seconds[config])

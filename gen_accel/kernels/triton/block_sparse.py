@@ -111,12 +111,12 @@ def _obey(b_s, o_q, o_k, o_block, rule, more, S, C, RULE: tl.constexpr, AXES: tl
 
 
 @triton.jit
-def _key_block(index, o_k, i_p, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """The key block of the tile at place i_p if it is one, else that of each key."""
+def _listed_block(index, o_s, i_p, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """The block of the tile at place i_p if it is one, else that of each column."""
     if BLOCK % TILE == 0:
         return tl.load(index + i_p // BLOCK)
     else:
-        return o_k[None, :] // BLOCK
+        return o_s[None, :] // BLOCK
 
 
 @triton.jit
@@ -136,6 +136,7 @@ def _forward_phase(
     stop,
     rule,
     more,
+    gain,
     S,
     C,
     scale,
@@ -145,6 +146,7 @@ def _forward_phase(
     TILE_N: tl.constexpr,
     RULE: tl.constexpr,
     AXES: tl.constexpr,
+    GAIN: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     PADDED: tl.constexpr = MASKED or BLOCK_K % TILE_N != 0
@@ -154,10 +156,13 @@ def _forward_phase(
         b_k = _rows(k, stride_k, o_t, D, BLOCK_D, PADDED)
         # [TILE_M, TILE_N]
         b_s = _dot(b_q, tl.trans(b_k)) * scale
+        if GAIN:
+            b_gain = tl.load(gain + _listed_block(index, o_k, i_p, BLOCK_K, TILE_N))
+            b_s = tl.where(b_s > 0, b_s * b_gain, b_s)
         if PADDED:
             b_s = tl.where((o_t >= 0)[None, :], b_s, -float("inf"))
         if MASKED:
-            o_block = _key_block(index, o_k, i_p, BLOCK_K, TILE_N)
+            o_block = _listed_block(index, o_k, i_p, BLOCK_K, TILE_N)
             b_s = _obey(b_s, o_q[:, None], o_k[None, :], o_block, rule, more, S, C, RULE, AXES)
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_shift = b_new
@@ -186,6 +191,7 @@ def forward_kernel(
     counts,
     rule,
     more,
+    gain,
     stride_qb,
     stride_qh,
     stride_qn,
@@ -202,6 +208,8 @@ def forward_kernel(
     pattern_h,
     route_b,
     route_h,
+    gain_b,
+    gain_h,
     width,
     H,
     N,
@@ -216,6 +224,7 @@ def forward_kernel(
     TILE_N: tl.constexpr,
     RULE: tl.constexpr,
     AXES: tl.constexpr,
+    GAIN: tl.constexpr,
 ):
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
     i_block, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
@@ -227,6 +236,8 @@ def forward_kernel(
     k += i_b * stride_kb + i_h * stride_kh
     v += i_b * stride_vb + i_h * stride_vh
     rule += (i_b * route_b + i_h * route_h) * S * C
+    if GAIN:
+        gain += ((i_b * gain_b + i_h * gain_h) * (S // BLOCK_Q) + i_block) * (S // BLOCK_K)
 
     o_q, o_t = _own(slots, i_block, i_tile, BLOCK_Q, TILE_M)
     b_q = _rows(q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_t, D, BLOCK_D, True)
@@ -250,6 +261,7 @@ def forward_kernel(
             masked if MASKED else total,
             rule,
             more,
+            gain,
             S,
             C,
             scale,
@@ -259,6 +271,7 @@ def forward_kernel(
             TILE_N,
             RULE,
             AXES,
+            GAIN,
             MASKED,
         )
     b_safe = tl.where(b_sum == 0.0, 1.0, b_sum)
@@ -328,6 +341,7 @@ def _dq_phase(
     stop,
     rule,
     more,
+    gain,
     S,
     C,
     scale,
@@ -337,6 +351,7 @@ def _dq_phase(
     TILE_N: tl.constexpr,
     RULE: tl.constexpr,
     AXES: tl.constexpr,
+    GAIN: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     PADDED: tl.constexpr = MASKED or BLOCK_K % TILE_N != 0
@@ -346,14 +361,19 @@ def _dq_phase(
         b_v = _rows(v, stride_v, o_t, D, BLOCK_D, PADDED)
         # [TILE_M, TILE_N]
         b_s = _dot(b_q, tl.trans(b_k)) * scale
+        if GAIN:
+            b_gain = tl.load(gain + _listed_block(index, o_k, i_p, BLOCK_K, TILE_N))
+            b_s = tl.where(b_s > 0, b_s * b_gain, b_s)
         if PADDED:
             b_s = tl.where((o_t >= 0)[None, :], b_s, -float("inf"))
         if MASKED:
-            o_block = _key_block(index, o_k, i_p, BLOCK_K, TILE_N)
+            o_block = _listed_block(index, o_k, i_p, BLOCK_K, TILE_N)
             b_s = _obey(b_s, o_q[:, None], o_k[None, :], o_block, rule, more, S, C, RULE, AXES)
         b_p = tl.exp2(b_s - b_lse[:, None])
         b_dp = _dot(b_grad, tl.trans(b_v))
         b_ds = b_p * (b_dp - b_delta[:, None])
+        if GAIN:
+            b_ds = tl.where(b_s > 0, b_ds * b_gain, b_ds)
         b_dq = _dot(b_ds.to(b_k.dtype), b_k, b_dq)
         o_k, o_t = _listed(index, slots, i_p + TILE_N, stop, BLOCK_K, TILE_N)
     return b_dq
@@ -373,6 +393,7 @@ def dq_kernel(
     counts,
     rule,
     more,
+    gain,
     stride_qb,
     stride_qh,
     stride_qn,
@@ -392,6 +413,8 @@ def dq_kernel(
     pattern_h,
     route_b,
     route_h,
+    gain_b,
+    gain_h,
     width,
     H,
     N,
@@ -406,6 +429,7 @@ def dq_kernel(
     TILE_N: tl.constexpr,
     RULE: tl.constexpr,
     AXES: tl.constexpr,
+    GAIN: tl.constexpr,
 ):
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
     i_block, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
@@ -417,6 +441,8 @@ def dq_kernel(
     k += i_b * stride_kb + i_h * stride_kh
     v += i_b * stride_vb + i_h * stride_vh
     rule += (i_b * route_b + i_h * route_h) * S * C
+    if GAIN:
+        gain += ((i_b * gain_b + i_h * gain_h) * (S // BLOCK_Q) + i_block) * (S // BLOCK_K)
     lse += (i_b * H + i_h) * N
     delta += (i_b * H + i_h) * N
 
@@ -443,6 +469,7 @@ def dq_kernel(
             masked if MASKED else total,
             rule,
             more,
+            gain,
             S,
             C,
             scale,
@@ -452,6 +479,7 @@ def dq_kernel(
             TILE_N,
             RULE,
             AXES,
+            GAIN,
             MASKED,
         )
     b_dq *= scale * LN2
@@ -478,15 +506,18 @@ def _dkdv_phase(
     stop,
     rule,
     more,
+    gain,
     S,
     C,
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     TILE_M: tl.constexpr,
     RULE: tl.constexpr,
     AXES: tl.constexpr,
+    GAIN: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     # No mask for padding: weights of padded queries are zero by their statistics, and rows of
@@ -498,12 +529,18 @@ def _dkdv_phase(
         b_lse, b_delta = _statistics(lse, delta, o_t)
         # [TILE_N, TILE_M]
         b_s = _dot(b_k, tl.trans(b_q)) * scale
+        if GAIN:
+            o_block = _listed_block(index, o_q, i_p, BLOCK_Q, TILE_M)
+            b_gain = tl.load(gain + o_block * (S // BLOCK_K))
+            b_s = tl.where(b_s > 0, b_s * b_gain, b_s)
         if MASKED:
             b_s = _obey(b_s, o_q[None, :], o_k[:, None], i_block, rule, more, S, C, RULE, AXES)
         b_p = tl.exp2(b_s - b_lse[None, :])
         b_dv = _dot(b_p.to(b_grad.dtype), b_grad, b_dv)
         b_dp = _dot(b_v, tl.trans(b_grad))
         b_ds = b_p * (b_dp - b_delta[None, :])
+        if GAIN:
+            b_ds = tl.where(b_s > 0, b_ds * b_gain, b_ds)
         b_dk = _dot(b_ds.to(b_q.dtype), b_q, b_dk)
         o_q, o_t = _listed(index, slots, i_p + TILE_M, stop, BLOCK_Q, TILE_M)
     return b_dk, b_dv
@@ -524,6 +561,7 @@ def dkdv_kernel(
     counts,
     rule,
     more,
+    gain,
     stride_qb,
     stride_qh,
     stride_qn,
@@ -546,6 +584,8 @@ def dkdv_kernel(
     pattern_h,
     route_b,
     route_h,
+    gain_b,
+    gain_h,
     width,
     H,
     N,
@@ -560,6 +600,7 @@ def dkdv_kernel(
     TILE_N: tl.constexpr,
     RULE: tl.constexpr,
     AXES: tl.constexpr,
+    GAIN: tl.constexpr,
 ):
     TILES: tl.constexpr = (BLOCK_K + TILE_N - 1) // TILE_N
     i_block, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
@@ -571,6 +612,8 @@ def dkdv_kernel(
     q += i_b * stride_qb + i_h * stride_qh
     grad += i_b * stride_gb + i_h * stride_gh
     rule += (i_b * route_b + i_h * route_h) * S * C
+    if GAIN:
+        gain += (i_b * gain_b + i_h * gain_h) * (S // BLOCK_Q) * (S // BLOCK_K) + i_block
     lse += (i_b * H + i_h) * N
     delta += (i_b * H + i_h) * N
 
@@ -599,15 +642,18 @@ def dkdv_kernel(
             masked if MASKED else total,
             rule,
             more,
+            gain,
             S,
             C,
             scale,
             D,
             BLOCK_D,
             BLOCK_Q,
+            BLOCK_K,
             TILE_M,
             RULE,
             AXES,
+            GAIN,
             MASKED,
         )
     b_dk *= scale * LN2
@@ -615,7 +661,7 @@ def dkdv_kernel(
     _store_rows(dv + i_b * stride_eb + i_h * stride_eh, stride_en, o_t, b_dv, D, BLOCK_D)
 
 
-def _launch(kind, kernel, tensors, lists, rule, block_q, block_k, scale) -> None:
+def _launch(kind, kernel, tensors, lists, rule, gain, block_q, block_k, scale) -> None:
     """Run one of the three kernels above over the rows of `lists`.
 
     Args:
@@ -628,15 +674,18 @@ def _launch(kind, kernel, tensors, lists, rule, block_q, block_k, scale) -> None
     picks = rule[0] if rule and rule[0].ndim == 4 else None
     mode = (NONE if not rule else WINDOWS if picks is None else ROUTE).value
     windows = mode == WINDOWS.value
-    config = configs.choose(kind, q, block_q, block_k, ruled=mode != NONE.value)
+    facts = {"ruled": mode != NONE.value, "gain": gain is not None}
+    config = configs.choose(kind, q, block_q, block_k, **facts)
     block, tile = (block_k, config.tile_n) if kind == "dkdv" else (block_q, config.tile_m)
     kernel[index.shape[2] * triton.cdiv(block, tile), B * H](
         *tensors,
         *lists,
         *(rule or (slots, slots)),
+        slots if gain is None else gain,
         *(step for x in tensors if x.ndim == 4 for step in x.stride()[:3]),
         *configs.pattern_strides(index),
         *((0, 0) if picks is None else configs.pattern_strides(picks)),
+        *((0, 0) if gain is None else configs.pattern_strides(gain)),
         index.shape[3],
         H,
         N,
@@ -651,6 +700,7 @@ def _launch(kind, kernel, tensors, lists, rule, block_q, block_k, scale) -> None
         TILE_N=config.tile_n,
         RULE=mode,
         AXES=rule[0].shape[1] if windows else 0,
+        GAIN=gain is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -672,6 +722,7 @@ def attention(
     columns: Tensor | None,
     column_counts: Tensor | None,
     rule: list[Tensor],
+    gain: Tensor | None,
     block_q: int,
     block_k: int,
     scale: float,
@@ -682,12 +733,12 @@ def attention(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     tensors = q, k, v, out, lse
     lists = slots, rows, row_counts
-    _launch("forward", forward_kernel, tensors, lists, rule, block_q, block_k, scale)
+    _launch("forward", forward_kernel, tensors, lists, rule, gain, block_q, block_k, scale)
     return out, lse
 
 
 @attention.register_fake
-def _(q, k, v, slots, rows, row_counts, columns, column_counts, rule, block_q, block_k, scale):
+def _(q, k, v, *rest):
     return torch.empty_like(_rowwise(q)), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -706,6 +757,7 @@ def attention_backward(
     columns: Tensor,
     column_counts: Tensor,
     rule: list[Tensor],
+    gain: Tensor | None,
     block_q: int,
     block_k: int,
     scale: float,
@@ -728,7 +780,7 @@ def attention_backward(
         TILE=configs.DELTA_TILE,
     )
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    rest = rule, block_q, block_k, scale
+    rest = rule, gain, block_q, block_k, scale
     _launch("dq", dq_kernel, (q, k, v, grad, dq, lse, delta), (slots, rows, row_counts), *rest)
     tensors = q, k, v, grad, dk, dv, lse, delta
     _launch("dkdv", dkdv_kernel, tensors, (slots, columns, column_counts), *rest)
@@ -741,16 +793,17 @@ def _(grad, grad_lse, q, k, v, *rest):
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, slots, rows, row_counts, columns, column_counts, rule, *ctx.numbers = inputs
-    lists = slots, rows, row_counts, columns, column_counts
-    ctx.save_for_backward(q, k, v, *output, *lists, *rule)
+    q, k, v, *lists, rule, gain, block_q, block_k, scale = inputs
+    ctx.numbers = block_q, block_k, scale
+    ctx.save_for_backward(q, k, v, *output, *lists, gain, *rule)
 
 
 def _differentiate(ctx, grad, grad_lse):
     q, k, v, out, lse, *lists = ctx.saved_tensors
-    lists, rule = lists[:5], lists[5:]
-    grads = attention_backward(grad, grad_lse, q, k, v, out, lse, *lists, rule, *ctx.numbers)
-    return *grads, *[None] * 5, [None] * len(rule), *[None] * 3
+    lists, gain, rule = lists[:5], lists[5], lists[6:]
+    rest = rule, gain, *ctx.numbers
+    grads = attention_backward(grad, grad_lse, q, k, v, out, lse, *lists, *rest)
+    return *grads, *[None] * 5, [None] * len(rule), *[None] * 4
 
 
 attention.register_autograd(_differentiate, setup_context=_save)

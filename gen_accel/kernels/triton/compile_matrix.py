@@ -35,7 +35,7 @@ RULES = {"none": block_sparse.NONE, "windows": block_sparse.WINDOWS, "route": bl
 
 # Types of arguments by name; those of the inputs' own type and the integers are not listed.
 TYPES = {
-    **dict.fromkeys(("lse", "delta", "grad_lse", "by", "weight"), "*fp32"),
+    **dict.fromkeys(("lse", "delta", "grad_lse", "gain", "by", "weight"), "*fp32"),
     **dict.fromkeys(("h", "z", "total_h", "total_z"), "*fp32"),
     **dict.fromkeys(("slots", "index", "counts"), "*i32"),
     **dict.fromkeys(("scale", "eps"), "fp32"),
@@ -63,16 +63,17 @@ class Usage(NamedTuple):
 
 
 def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
-    """Every kernel, those that evaluate a rule once for each rule."""
+    """Every kernel, those that evaluate a rule once for each rule, with and without a gain."""
     dim = {"D": D, "BLOCK_D": configs.padded_dim(D)}
     kernels = {
         "forward": block_sparse.forward_kernel,
         "dq": block_sparse.dq_kernel,
         "dkdv": block_sparse.dkdv_kernel,
     }
-    for (kind, kernel), (rule, number) in product(kernels.items(), RULES.items()):
-        ruled = kind == "dkdv" and rule != "none"
-        config = configs.from_table(arch, "dkdv rule" if ruled else kind, D, dtype)
+    variants = product(kernels.items(), RULES.items(), (False, True))
+    for (kind, kernel), (rule, number), gain in variants:
+        ruled = kind == "dkdv" and (rule != "none" or gain)
+        config = configs.from_table(arch, "dkdv rule" if ruled else kind, D, dtype, gain)
         constants = {
             **dim,
             "BLOCK_Q": block,
@@ -81,8 +82,15 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
             "TILE_N": config.tile_n,
             "RULE": number.value,
             "AXES": 3 if rule == "windows" else 0,
+            "GAIN": gain,
         }
-        yield Case(f"{kind} {rule}", kernel, constants, config.num_warps, config.num_stages)
+        yield Case(
+            f"{kind} {rule}{' gain' if gain else ''}",
+            kernel,
+            constants,
+            config.num_warps,
+            config.num_stages,
+        )
     yield Case("delta", block_sparse.delta_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1)
     config = configs.linear(arch, D, dtype)
     tiles = {**dim, "BLOCK": block, "TILE": config.tile, "CHUNK": config.chunk}

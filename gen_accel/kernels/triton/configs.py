@@ -66,6 +66,12 @@ TABLE = {
     },
 }
 
+# In their place where a plan has a gain and they would spill.
+WITH_GAIN = {
+    ("sm_120", 64, "dq"): _C(64, 64, 8, 2),
+    ("sm_120", 64, "dkdv rule"): _C(32, 64, 4, 1),
+}
+
 # Exact fp32 products, without tensor cores: small tiles fit every architecture of a maker, and by
 # compile_matrix spill 8 bytes a thread at most; not timed.
 FP32 = {
@@ -97,28 +103,37 @@ LINEAR_FP32 = {
 }
 
 
-def choose(kind: str, q: Tensor, block_q: int, block_k: int, ruled: bool) -> Config:
+def choose(
+    kind: str, q: Tensor, block_q: int, block_k: int, ruled: bool, gain: bool = False
+) -> Config:
     """The configuration of a kernel, with the tile that works off one block cut to the block.
 
     Args:
         kind: "forward", "dq" or "dkdv".
         q: (B, H, N, D), for its head dim, dtype and device.
         ruled: the plan has a rule on token pairs.
+        gain: it has a gain.
     """
-    if kind == "dkdv" and ruled:
+    if kind == "dkdv" and (ruled or gain):
         kind = "dkdv rule"
     arch = architecture(q.device)
     config = tuned.read().get(tuned.key(arch, kind, q, block_q, block_k))
-    config = from_table(arch, kind, q.shape[3], q.dtype) if config is None else Config(*config)
+    if config is None:
+        config = from_table(arch, kind, q.shape[3], q.dtype, gain)
+    config = Config(*config)
     if kind.startswith("dkdv"):
         return config._replace(tile_n=tile(block_k, config.tile_n))
     return config._replace(tile_m=tile(block_q, config.tile_m))
 
 
-def from_table(arch: str, kind: str, D: int, dtype: torch.dtype) -> Config:
+def from_table(
+    arch: str, kind: str, D: int, dtype: torch.dtype, gain: bool = False
+) -> Config:
     if arch == "interpreted":
         return INTERPRETED
     maker = "cuda" if arch.startswith("sm_") else "hip"
+    if gain and dtype != torch.float32 and (arch, bucket(D), kind) in WITH_GAIN:
+        return WITH_GAIN[arch, bucket(D), kind]
     rows = FP32[maker] if dtype == torch.float32 else TABLE[arch]
     return rows[bucket(D)][KINDS.index(kind)]
 

@@ -25,6 +25,7 @@ class Lists(NamedTuple):
             None where no gradient can be asked for.
         rule: empty, or for windows (3, A, S) int32 with first, last and place and (S,) int8 with
             the free tokens, or for a route (B', H', S, C) int8 picks and (Kk,) int32 groups.
+        gain: of the plan, contiguous fp32; None where it has none.
     """
 
     slots: Tensor
@@ -33,6 +34,7 @@ class Lists(NamedTuple):
     columns: Tensor | None
     column_counts: Tensor | None
     rule: list[Tensor]
+    gain: Tensor | None
     block_q: int
     block_k: int
 
@@ -82,7 +84,9 @@ def _lists(plan: Plan, backward: bool, cut: bool) -> Lists:
     columns = None, None
     if backward:
         columns = listed(masked.transpose(-1, -2), plan.keep.transpose(-1, -2), cut)
-    return Lists(plan.slots.int(), *rows, *columns, _rule(plan), plan.block_q, plan.block_k)
+    gain = None if plan.gain is None else plan.gain.float().contiguous()
+    rest = _rule(plan), gain, plan.block_q, plan.block_k
+    return Lists(plan.slots.int(), *rows, *columns, *rest)
 
 
 def _rule(plan: Plan) -> list[Tensor]:

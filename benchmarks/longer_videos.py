@@ -1,0 +1,212 @@
+"""The demo model at four times its length: dense, radial, each technique, and the LoRA.
+
+    python benchmarks/longer_videos.py --lora gen_accel/demo/long_lora
+
+24 prompts that the LoRA was never trained on, one seed each. Clips are kept under `--work` with
+their pixels, so that a run that was interrupted goes on, and a setting that is there is not made
+again. Seconds are taken apart, on a few prompts, with the settings in turns.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import WanPipeline
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+
+import gen_accel
+from gen_accel.demo import world
+from gen_accel.demo.detector import detect, score
+from gen_accel.demo.evaluate import TRAINED_FRAMES
+from gen_accel.measure import write_json
+from gen_accel.measure.environment import environment
+from gen_accel.measure.video_io import replacing
+
+FRAMES, SIZE, STEPS, GUIDANCE_SCALE = 4 * (TRAINED_FRAMES - 1) + 1, 96, 20, 3.0
+RADIAL = gen_accel.Radial(decay_factor=0.3)
+TECHNIQUES = (
+    "riflex",
+    "position_interpolation",
+    "ultravico",
+    "rotating_anchors",
+    "window_noise",
+    "continuation",
+)
+
+
+class Setting(NamedTuple):
+    """technique: of `gen_accel.extend`."""
+
+    sparse: bool = False
+    technique: str | None = None
+    lora: bool = False
+
+
+SETTINGS = {
+    "dense": Setting(),
+    "radial": Setting(sparse=True),
+    **{f"radial + {name}": Setting(True, name) for name in TECHNIQUES},
+    "radial + LoRA": Setting(sparse=True, lora=True),
+    "dense + LoRA": Setting(lora=True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--lora", type=Path, help="folder of the LoRA; without: its settings not")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
+    parser.add_argument("--frames", type=int, default=FRAMES)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--prompts", type=int, default=24, help="how many of the 24")
+    parser.add_argument("--batch", type=int, default=4, help="clips a call, where none is timed")
+    parser.add_argument("--timed", type=int, default=0, help="prompts to take the time of")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--work", type=Path, default=Path("outputs/longer_videos"))
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    names = [name for name in args.settings if args.lora or not SETTINGS[name].lora]
+
+    for name in names:
+        make(name, args)
+    report = {
+        "frames": args.frames,
+        "trained_frames": TRAINED_FRAMES,
+        "steps": args.steps,
+        "guidance_scale": GUIDANCE_SCALE,
+        "dtype": "bfloat16",
+        "method": repr(RADIAL),
+        "environment": environment(),
+        "settings": {name: figures(name, args) for name in names},
+    }
+    if args.timed:
+        for name, timing in timings(names, args).items():
+            report["settings"][name] |= timing
+    if args.out is not None:
+        write_json(args.out, report)
+    for name in names:
+        print(line(name, report["settings"][name]))
+
+
+def held_out() -> tuple[world.Scene, ...]:
+    """12 scenes that neither model nor LoRA was trained on, and 12 that only the model was."""
+    return (*world.UNSEEN, *world.scored_scenes(12))
+
+
+def make(name: str, args: argparse.Namespace) -> None:
+    """Generate what is not there yet of one setting."""
+    folder = args.work / f"{args.frames}x{args.steps}" / name.replace(" ", "")
+    scenes = held_out()[: args.prompts]
+    missing = [i for i in range(len(scenes)) if not (folder / f"{i:02d}.safetensors").exists()]
+    if not missing:
+        return
+    with ExitStack() as stack:
+        call = prepare(SETTINGS[name], args, stack)
+        parts = [missing[i : i + args.batch] for i in range(0, len(missing), args.batch)]
+        for part in track(parts, description=name):
+            for i, video in zip(part, clips(call, scenes, part, args), strict=True):
+                folder.mkdir(parents=True, exist_ok=True)
+                with replacing(folder / f"{i:02d}.safetensors") as partial:
+                    save_file({"video": torch.from_numpy(video).contiguous()}, partial)
+
+
+def prepare(setting: Setting, args: argparse.Namespace, stack: ExitStack) -> Callable:
+    """What to call for a clip."""
+    pipe: Any = WanPipeline.from_pretrained(gen_accel.demo.path(), torch_dtype=torch.bfloat16)
+    pipe.vae.to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    if setting.lora:
+        pipe.load_lora_weights(args.lora)
+    if setting.sparse:
+        stack.enter_context(gen_accel.attach(pipe, RADIAL))
+    if setting.technique is None:
+        return pipe
+    return stack.enter_context(gen_accel.extend(pipe, setting.technique, num_frames=args.frames))
+
+
+def clips(
+    call: Callable, scenes: tuple[world.Scene, ...], part: list[int], args: argparse.Namespace
+) -> np.ndarray:
+    """(B, F, H, W, 3) uint8, the i-th from seed i."""
+    videos = call(
+        prompt=[scenes[i].caption for i in part],
+        height=SIZE,
+        width=SIZE,
+        num_frames=args.frames,
+        num_inference_steps=args.steps,
+        guidance_scale=GUIDANCE_SCALE,
+        max_sequence_length=16,
+        generator=[torch.Generator().manual_seed(i) for i in part],
+        output_type="np",
+    ).frames
+    return (np.asarray(videos) * 255).round().astype(np.uint8)
+
+
+def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The scores of one setting."""
+    folder = args.work / f"{args.frames}x{args.steps}" / name.replace(" ", "")
+    scored = []
+    for i, scene in enumerate(held_out()[: args.prompts]):
+        video = load_file(folder / f"{i:02d}.safetensors")["video"].numpy()
+        found = detect(video)
+        result = score(found, scene)
+        scored.append(
+            {
+                "caption": scene.caption,
+                "seed": i,
+                "shows": found.caption,
+                "score": asdict(result),
+                "right": result.right,
+                "whole": result.color and result.shape and result.direction,
+                "pace_ratio": found.pace / world.SPEEDS[scene.speed],
+            }
+        )
+    count = len(scored)
+    return {
+        "clips": count,
+        "detector_score": sum(clip["whole"] for clip in scored) / count,
+        "with_speed": sum(clip["right"] for clip in scored) / count,
+        "colour": sum(clip["score"]["color"] for clip in scored) / count,
+        "shape": sum(clip["score"]["shape"] for clip in scored) / count,
+        "direction": sum(clip["score"]["direction"] for clip in scored) / count,
+        "scored": scored,
+    }
+
+
+def timings(names: list[str], args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Median seconds of a clip by itself, all settings in turns."""
+    scenes, seconds = held_out(), {name: [] for name in names}
+    with ExitStack() as stack:
+        calls = {name: prepare(SETTINGS[name], args, stack) for name in names}
+        for i in range(args.timed):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                clips(call, scenes, [i], args)
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    return {
+        name: {"seconds": median, "speedup": medians["dense"] / median}
+        for name, median in medians.items()
+    }
+
+
+def line(name: str, figures: dict[str, Any]) -> str:
+    seconds = f"  {figures['seconds']:6.1f} s" if "seconds" in figures else ""
+    return (
+        f"{name:<34} {figures['detector_score']:4.0%}  with speed {figures['with_speed']:4.0%}  "
+        f"colour {figures['colour']:4.0%}  shape {figures['shape']:4.0%}  "
+        f"direction {figures['direction']:4.0%}{seconds}"
+    )
+
+
+if __name__ == "__main__":
+    main()

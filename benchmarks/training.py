@@ -1,0 +1,212 @@
+"""What a training step costs, dense against radial, taking turns in one run.
+
+    python benchmarks/training.py --out benchmarks/results/training_cpu.json
+    python benchmarks/training.py --device cuda --model 1.3b --out results.json
+
+A step is the trainer's own: forward and backward of the loss, with a LoRA of rank 16 on every
+attention. First the loss and the gradients through the kernel are held to those of the reference,
+on a short clip; what fails is not timed.
+
+The share of the ideal is taken of attention alone: `attention speed-up x density`.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+
+import gen_accel
+from gen_accel.attention_processors.families import family_of
+from gen_accel.demo.evaluate import TRAINED_FRAMES
+from gen_accel.functional import attention
+from gen_accel.lora.artefact import target_modules
+from gen_accel.lora.objective import Objective
+from gen_accel.measure import write_json
+from gen_accel.measure.environment import environment
+from gen_accel.video import VideoShape
+
+SIZES: dict[str, dict[str, Any]] = {
+    "demo": {"height": 12, "width": 12, "trained": (TRAINED_FRAMES - 1) // 4 + 1, "text": 16},
+    "1.3b": {"height": 60, "width": 104, "trained": 21, "text": 512},
+}
+WAN_1_3B = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest gradient
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", choices=SIZES, default="demo")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--times", type=int, nargs="+", default=[1, 2, 4], help="of the length")
+    parser.add_argument("--decay-factor", type=float, default=0.3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    method = gen_accel.Radial(decay_factor=args.decay_factor)
+    dtype = getattr(torch, args.dtype)
+
+    transformer = build(args.model, dtype, args.device)
+    if args.checkpointing:
+        transformer.enable_gradient_checkpointing()
+    error = parity(transformer, method, args, dtype)
+    print(f"parity: worst gradient off by {error:.1e} of the largest")
+    if error > TOLERANCE[dtype]:
+        raise SystemExit(f"not timed: {error:.1e} is over {TOLERANCE[dtype]:.0e}")
+
+    rows = []
+    for times in args.times:
+        frames = times * (SIZES[args.model]["trained"] - 1) + 1
+        row = measure(transformer, method, frames, args, dtype)
+        rows.append(row)
+        print(
+            f"{frames} latent frames, {row['tokens']} tokens: dense {row['dense_ms']:.0f} ms, "
+            f"radial {row['radial_ms']:.0f} ms, {row['speedup']:.2f}x; density "
+            f"{row['density']:.3f}, attention {row['attention_speedup']:.2f}x, "
+            f"{row['share_of_ideal']:.2f} of the ideal",
+            flush=True,
+        )
+    if args.out is not None:
+        report = {
+            "model": args.model,
+            "dtype": args.dtype,
+            "method": repr(method),
+            "rounds": args.rounds,
+            "gradient_checkpointing": args.checkpointing,
+            "worst_gradient_error": error,
+            "environment": environment(args.device),
+            "rows": rows,
+        }
+        write_json(args.out, report)
+
+
+def build(name: str, dtype: torch.dtype, device: str) -> Any:
+    """The demo's transformer, or one of Wan 1.3B's shapes with random weights, with a LoRA."""
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    if name == "demo":
+        transformer: Any = WanTransformer3DModel.from_pretrained(
+            gen_accel.demo.path(), subfolder="transformer", torch_dtype=dtype
+        )
+    else:
+        transformer = WanTransformer3DModel(**WAN_1_3B).to(dtype)
+    transformer.requires_grad_(False).to(device)
+    targets = target_modules(transformer, ("attention",))
+    transformer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=targets))
+    for name, parameter in transformer.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            if "lora_B" in name:  # zero at the start, which would hide half of the gradients
+                torch.nn.init.normal_(parameter, std=0.02)
+    return transformer
+
+
+def batch(frames: int, args: argparse.Namespace, transformer: Any) -> tuple:
+    size, config = SIZES[args.model], transformer.config
+    shape = (1, config.in_channels, frames, size["height"], size["width"])
+    g = torch.Generator().manual_seed(frames)
+    latents, noise = (torch.randn(shape, generator=g).to(args.device) for _ in range(2))
+    text = torch.randn(1, size["text"], config.text_dim, generator=g).to(args.device)
+    sigma = torch.tensor([0.7], device=args.device)
+    return latents, noise, sigma, {"encoder_hidden_states": text}
+
+
+def step(transformer: Any, handle: Any, given: tuple, dtype: torch.dtype) -> float:
+    """Forward and backward; the gradients stay on the parameters."""
+    objective = Objective(transformer, family_of(transformer), handle, "flow")
+    transformer.zero_grad()
+    with torch.autocast(given[0].device.type, dtype, enabled=dtype != torch.float32):
+        loss = objective(*given)
+    loss.backward()
+    return loss.item()
+
+
+def parity(transformer: Any, method: Any, args: argparse.Namespace, dtype: torch.dtype) -> float:
+    """The worst gradient's distance between the kernel and the reference, over the largest."""
+    given, gradients = batch(5, args, transformer), []
+    for kernel in ("reference", "auto"):
+        with gen_accel.attach(transformer, method, kernel=kernel) as handle:
+            step(transformer, handle, given, dtype)
+        found = [p.grad.clone() for p in transformer.parameters() if p.grad is not None]
+        gradients.append(torch.cat([x.flatten() for x in found]))
+    exact, ours = gradients
+    return float((ours - exact).abs().max() / exact.abs().max())
+
+
+def measure(
+    transformer: Any, method: Any, frames: int, args: argparse.Namespace, dtype: torch.dtype
+) -> dict[str, Any]:
+    given = batch(frames, args, transformer)
+    patch = transformer.config.patch_size
+    size = SIZES[args.model]
+    video = VideoShape(frames, size["height"] // patch[1], size["width"] // patch[2])
+
+    def whole(chosen: Any) -> Callable[[], None]:
+        def run() -> None:
+            with gen_accel.attach(transformer, chosen) as handle:
+                step(transformer, handle, given, dtype)
+
+        return run
+
+    config = transformer.config
+    shape = (1, config.num_attention_heads, video.tokens, config.attention_head_dim)
+    q, k, v, out = (torch.randn(shape, device=args.device, dtype=dtype) for _ in range(4))
+    for x in (q, k, v):
+        x.requires_grad_()
+
+    def alone(chosen: Any) -> Callable[[], None]:
+        def run() -> None:
+            if isinstance(chosen, gen_accel.Dense):
+                made = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            else:
+                made = attention(q, k, v, video=video, method=chosen)
+            torch.autograd.grad(made, (q, k, v), out)
+
+        return run
+
+    dense = gen_accel.Dense()
+    taken = in_turns(
+        {
+            "dense": whole(dense),
+            "radial": whole(method),
+            "attention_dense": alone(dense),
+            "attention_radial": alone(method),
+        },
+        args,
+    )
+    density = method.density(video)
+    attention_speedup = taken["attention_dense"] / taken["attention_radial"]
+    return {
+        "latent_frames": frames,
+        "tokens": video.tokens,
+        "density": density,
+        **{f"{name}_ms": 1000 * seconds for name, seconds in taken.items()},
+        "speedup": taken["dense"] / taken["radial"],
+        "attention_speedup": attention_speedup,
+        "share_of_ideal": attention_speedup * density,
+    }
+
+
+def in_turns(calls: dict[str, Callable[[], None]], args: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of each, after one call that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(args.rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if args.device != "cpu":
+                torch.accelerator.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+if __name__ == "__main__":
+    main()

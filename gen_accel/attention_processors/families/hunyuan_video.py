@@ -1,0 +1,217 @@
+"""HunyuanVideo, text to video and image to video.
+
+Video and text attend jointly, video first in raster order, text after. Texts are padded to one
+length; a mask hides the padding from all. Blocks of two streams come first, then those of one, and
+layers are counted through both. The token refiner, which attends over the text alone, is left as
+it is.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gen_accel.attention_processors.families import SelfAttention
+from gen_accel.plan import widest
+from gen_accel.video import VideoShape
+
+CLASSES = ("HunyuanVideoTransformer3DModel",)
+ATTENTION_CALL = "dispatch_attention_fn"
+
+BLOCKS = ("transformer_blocks", "single_transformer_blocks")
+# By what they end in, inside the blocks: the token refiner has some of these names too.
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": (
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    ),
+    "feed_forward": (
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+        *("proj_mlp", "proj_out"),
+    ),
+}
+# Its convolutions look back only, but its group norms average over all frames of a clip.
+CAUSAL_VAE = False
+TRAINED_FRAMES = 129  # of the videos that the published model was trained on
+TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
+TEXT_TOKENS = 256  # as the pipelines call it
+# Scale that guidance-distilled models are trained further at: 1 asks for the data as it is.
+GUIDANCE = 1.0
+
+
+def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
+    config: Any = transformer.config
+    heads, dim = config.num_attention_heads, config.attention_head_dim
+    blocks = [
+        (f"{stack}.{place}", block)
+        for stack in BLOCKS
+        for place, block in enumerate(getattr(transformer, stack))
+    ]
+    return [
+        SelfAttention(name, block.attn, layer, heads, dim)
+        for layer, (name, block) in enumerate(blocks)
+    ]
+
+
+def video_shape(
+    transformer: Any,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> VideoShape:
+    """The grid of (B, C, frames, height, width) latents, and the text with its padding; ValueError
+    where patches leave a rest."""
+    config = transformer.config
+    sizes = tuple(hidden_states.shape[2:])
+    patch = (config.patch_size_t, config.patch_size, config.patch_size)
+    if any(size % side for size, side in zip(sizes, patch, strict=True)):
+        whole = tuple(size // side * side for size, side in zip(sizes, patch, strict=True))
+        raise ValueError(
+            f"latents of {sizes} (frames, height, width) are not whole patches of {patch}; "
+            f"the nearest below are {whole}"
+        )
+    grid = (size // side for size, side in zip(sizes, patch, strict=True))
+    return VideoShape(*grid, text=encoder_hidden_states.shape[1])
+
+
+def timestep(hidden_states: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """(B,)"""
+    return timestep
+
+
+def text_lengths(
+    transformer: Any,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_attention_mask: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[int, ...]:
+    """Text tokens of each sample, the padding left out, as the model counts them. Waits for the
+    device."""
+    return tuple(encoder_attention_mask.sum(1, dtype=torch.int).tolist())
+
+
+@torch.no_grad()
+def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Latents scaled as the transformer takes them.
+
+    Args:
+        video: (B, 3, F, H, W) in [-1, 1], F = 1 + a multiple of the autoencoder's step.
+        generator: draw from the posterior; without one its mode is taken.
+
+    Returns:
+        (B, C, f, h, w) float32, on the autoencoder's device.
+
+    Raises:
+        ValueError: another number of frames, whose last ones the autoencoder would leave out.
+    """
+    vae, step = pipe.vae, pipe.vae_scale_factor_temporal
+    if (video.shape[2] - 1) % step:
+        raise ValueError(f"video must have {step} n + 1 frames, got {video.shape[2]}")
+    weight = next(vae.parameters())
+    posterior = vae.encode(video.to(weight.device, weight.dtype)).latent_dist
+    latents = posterior.mode() if generator is None else posterior.sample(generator)
+    return latents.float() * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def encode_prompt(
+    pipe: Any, prompts: list[str], max_tokens: int | None = None
+) -> dict[str, Tensor]:
+    """What `predict` passes on to the transformer, a row for each of B prompts.
+
+    Args:
+        max_tokens: the pipelines' `max_sequence_length`, the prompt's template not counted; longer
+            prompts are cut, shorter ones padded.
+
+    Returns:
+        encoder_hidden_states (B, max_tokens, D) and pooled_projections (B, P), in the dtypes of
+        their text encoders, and encoder_attention_mask (B, max_tokens) int64, 0 for padding.
+    """
+    states, pooled, mask = pipe.encode_prompt(
+        list(prompts),
+        max_sequence_length=TEXT_TOKENS if max_tokens is None else max_tokens,
+        device=next(pipe.text_encoder.parameters()).device,
+    )
+    return {
+        "encoder_hidden_states": states,
+        "encoder_attention_mask": mask,
+        "pooled_projections": pooled,
+    }
+
+
+def predict(
+    transformer: Any, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor]
+) -> Tensor:
+    """The velocity, noise - clean, of `noisy` = (1 - sigma) clean + sigma noise.
+
+    Args:
+        noisy: (B, C, f, h, w) latents.
+        sigma: (B,) in [0, 1].
+        conditions: of `encode_prompt`; with `guidance` (B,), 1000 times the scale, other than
+            `GUIDANCE` for models that are distilled for it.
+    """
+    if transformer.config.guidance_embeds and "guidance" not in conditions:
+        guidance = torch.full_like(sigma, 1000 * GUIDANCE)
+        conditions = {**conditions, "guidance": guidance}
+    return transformer(noisy, timestep=sigma * 1000, **conditions, return_dict=False)[0]
+
+
+def temporal_frequencies(transformer: Any) -> Tensor:
+    """(pairs,) float64: what each rotary pair of the time axis turns by from one latent frame to
+    the next, in rad, after `set_temporal_frequencies` too the model's own."""
+    config = transformer.config
+    dim = config.rope_axes_dim[0]
+    exponent = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+    return config.rope_theta**-exponent
+
+
+def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
+    """Make the rotary table of this model's time axis of other frequencies.
+
+    Args:
+        freqs: (pairs,) in rad per latent frame after patchify. None: the model's own table, bit
+            for bit as it was.
+    """
+    stock = transformer.rope
+    if isinstance(stock, TemporalRotary):
+        stock = stock.stock
+    if freqs is None:
+        transformer.rope = stock
+        return
+    pairs = transformer.config.rope_axes_dim[0] // 2
+    if freqs.shape != (pairs,):
+        raise ValueError(f"freqs must be of shape ({pairs},), got {tuple(freqs.shape)}")
+    transformer.rope = TemporalRotary(stock, freqs)
+
+
+class TemporalRotary(nn.Module):
+    """The model's rotary table with other frequencies on the time axis.
+
+    Args:
+        freqs: (pairs,), held as numbers, so that `.to()` does not round them.
+    """
+
+    def __init__(self, stock: Any, freqs: Tensor) -> None:
+        super().__init__()
+        self.stock = stock
+        self.freqs = tuple(freqs.tolist())
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """(tokens, head dim) each of cosines and sines."""
+        stock: Any = self.stock
+        cos, sin = stock(hidden_states)
+        frames = hidden_states.shape[2] // stock.patch_size_t
+        real: Any = {"dtype": widest(cos.device), "device": cos.device}
+        frame = torch.arange(frames, **real).repeat_interleave(len(cos) // frames)
+        angles = torch.outer(frame, torch.tensor(self.freqs, **real))
+        angles = angles.repeat_interleave(2, 1)
+        rest = angles.shape[1]
+        return (
+            torch.cat([angles.cos().to(cos.dtype), cos[:, rest:]], 1),
+            torch.cat([angles.sin().to(sin.dtype), sin[:, rest:]], 1),
+        )

@@ -1,0 +1,56 @@
+"""Clips of the demo model's world with their captions, as a folder to train on:
+`python -m gen_accel.demo.clips --out outputs/clips --frames 129 --count 512`.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from gen_accel.demo.world import SEEN, Scene, render, scored_scenes
+from gen_accel.measure.video_io import replacing, write_video
+
+FPS = 16.0
+HELD_OUT = 12  # of the scenes that the demo model knows; `world.UNSEEN` is held out as well
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split(":")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--frames", type=int, default=129)
+    parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--size", type=int, default=96, help="height and width in pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    write_clips(args.out, frames=args.frames, count=args.count, size=args.size, seed=args.seed)
+
+
+def shown() -> tuple[Scene, ...]:
+    """The scenes that clips are made of; what is scored later is none of them."""
+    kept = scored_scenes(HELD_OUT)
+    return tuple(scene for scene in SEEN if scene not in kept)
+
+
+def write_clips(folder: Path, *, frames: int, count: int, size: int = 96, seed: int = 0) -> None:
+    """Write `0000.mp4` with `0000.txt` and so on. What is there already is left.
+
+    Args:
+        size: height and width in pixels.
+    """
+    scenes = shown()
+    for i in track(range(count), description=f"{count} clips of {frames} frames"):
+        name = folder / f"{i:04d}"
+        if name.with_suffix(".txt").exists():
+            continue
+        generator = torch.Generator().manual_seed(seed * 1_000_000 + i)
+        scene = scenes[i % len(scenes)]
+        video = render([scene], frames=frames, size=size, generator=generator)[0]
+        pixels = ((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
+        write_video(pixels, name.with_suffix(".mp4"), fps=FPS)
+        with replacing(name.with_suffix(".txt")) as partial:
+            partial.write_text(scene.caption + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Finetuning for longer videos: cached clips, training, and LoRAs as diffusers loads them."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from gen_accel.lora.config import Stage, TrainConfig, print_config, read_config
+
+if TYPE_CHECKING:
+    from gen_accel.lora.dry_run import dry_run
+    from gen_accel.lora.latents import LatentCache, cache
+    from gen_accel.lora.trainer import Trained, train
+
+__all__ = [
+    "LatentCache",
+    "Stage",
+    "TrainConfig",
+    "Trained",
+    "cache",
+    "dry_run",
+    "print_config",
+    "read_config",
+    "train",
+]
+
+# Imported when first asked for: the command line reads configs without torch.
+_HOMES = {
+    "LatentCache": "latents",
+    "Trained": "trainer",
+    "cache": "latents",
+    "dry_run": "dry_run",
+    "train": "trainer",
+}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = found
+        return found

@@ -1,0 +1,170 @@
+"""`gen-accel train` and `gen-accel cache`: every field of a config is a flag."""
+
+import inspect
+import types
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from gen_accel.lora.config import TrainConfig, print_config, read_config
+
+INTERRUPTED = 130
+SEVERAL = ("stages", "targets", "betas")  # may also be given in one flag, with commas between
+
+TRAIN = """Train a LoRA through sparse attention, for videos longer than the model was made for.
+
+\b
+gen-accel train --print-config > lora.yaml     every field, with what it means
+gen-accel train lora.yaml --dry-run            two steps on a tiny model of the same class
+gen-accel train lora.yaml                      cache the clips, train, write OUT/lora
+gen-accel train lora.yaml --resume             go on after an interruption
+accelerate launch --config_file configs/accelerate/fsdp.yaml -m gen_accel train lora.yaml
+gen-accel train --model demo --data clips --height 96 --width 96 --stages 129:200 --rank 16
+
+OUT/lora is a LoRA like any other: pipe.load_lora_weights(OUT/lora), and
+gen_accel.attach(pipe, from_lora=OUT/lora) attaches the attention it was trained with.
+Ctrl-C saves a checkpoint and ends; nothing is lost by kill -9 but the steps since the last one.
+"""
+
+CACHE = """Encode clips and captions once, so that training needs neither of the encoders.
+
+\b
+gen-accel cache lora.yaml
+gen-accel cache --model demo --data clips --out lora --height 96 --width 96 --stages 129:200
+
+Clips are clip.mp4 with clip.txt beside it, a manifest (.jsonl or .csv with the columns video and
+caption), or a datasets folder. What is cached already is kept, unless its clip, its caption, the
+autoencoder or the text encoder changed. `gen-accel train` does the same before it starts.
+"""
+
+
+def train(
+    config: Path | None, resume: bool, dry_run: bool, print_config_: bool, **flags: Any
+) -> None:
+    if print_config_:
+        typer.echo(print_config(read_config(config, _given(flags))), nl=False)
+        return
+    chosen = read_config(config, _given(flags))
+    _quiet()
+    if dry_run:
+        if resume:
+            raise ValueError("--dry-run makes two steps of its own: leave --resume out")
+        from gen_accel.lora.dry_run import dry_run as run
+
+        result = run(chosen)
+        losses = ", ".join(f"{loss:.4f}" for loss in result.losses)
+        typer.echo(f"the config will do: {result.steps} steps on a tiny model, losses {losses}")
+        return
+    from gen_accel.lora.trainer import train as run_training
+
+    result = run_training(chosen, resume=resume)
+    if result.folder is None:
+        typer.echo(f"stopped after step {result.steps}; --resume goes on", err=True)
+        raise typer.Exit(INTERRUPTED)
+    typer.echo(f"{result.steps} steps, {result.seconds:.0f} s: {result.folder}")
+
+
+def cache(config: Path | None, **flags: Any) -> None:
+    chosen = read_config(config, _given(flags))
+    if chosen.data is None:
+        raise ValueError("data is not given: a folder of videos, a manifest or a datasets folder")
+    if not Path(chosen.data).expanduser().exists():
+        raise FileNotFoundError(f"data: there is nothing at {chosen.data}")
+    _quiet()
+    from gen_accel.lora.prepare import cache_clips
+
+    typer.echo(cache_clips(chosen))
+
+
+def add_to(app: typer.Typer) -> None:
+    """Both verbs, with a flag for each field of `TrainConfig`."""
+    path = inspect.Parameter(
+        "config",
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        annotation=Annotated[
+            Path | None, typer.Argument(metavar="CONFIG.yaml", help="Flags go before it.")
+        ],
+        default=None,
+    )
+    switches = {
+        "resume": "Go on from the newest whole checkpoint in OUT.",
+        "dry_run": "Two steps on a tiny random model of the same class; nothing is read.",
+        "print_config_": "Print the config as YAML, with what each field means, and end.",
+    }
+    extra = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            annotation=Annotated[
+                bool, typer.Option(f"--{name.strip('_').replace('_', '-')}", help=text)
+            ],
+            default=False,
+        )
+        for name, text in switches.items()
+    ]
+    for function, text, own in ((train, TRAIN, extra), (cache, CACHE, [])):
+
+        def verb(function: Any = function, **given: Any) -> None:
+            function(**given)
+
+        signature = inspect.Signature([path, *own, *_flags()])
+        verb.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+        verb.__doc__ = text
+        short = {"train": "Finetune a LoRA for longer videos.", "cache": "Encode clips once."}
+        app.command(name=function.__name__, short_help=short[function.__name__])(verb)
+
+
+def _flags() -> list[inspect.Parameter]:
+    hints = get_type_hints(TrainConfig)
+    return [
+        inspect.Parameter(
+            one.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            annotation=Annotated[_flag_type(hints[one.name]), _option(one)],
+            default=None,
+        )
+        for one in fields(TrainConfig)
+    ]
+
+
+def _option(one: Any) -> Any:
+    default = one.default
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default)) or "none"
+    # No flag has a default: what is not given is the file's.
+    name = one.name.replace("_", "-")
+    known = f"{one.metadata['help']} [{'none' if default is None else default}]"
+    if isinstance(one.default, bool):
+        return typer.Option(f"--{name}/--no-{name}", help=known, show_default=False)
+    return typer.Option(f"--{name}", help=known, rich_help_panel=one.metadata["group"])
+
+
+def _flag_type(hint: Any) -> Any:
+    """What the parser reads; `read_config` checks it."""
+    if get_origin(hint) is tuple:
+        return list[str] | None
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(part for part in get_args(hint) if part is not types.NoneType)
+    return bool | None if hint is bool else str | None
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    given = {}
+    for name, value in flags.items():
+        if value is None or value == []:
+            continue
+        if name in SEVERAL:
+            value = [part for text in value for part in text.split(",")]
+        given[name] = value
+    return given
+
+
+def _quiet() -> None:
+    """Loading has bars of its own, which say little. Downloads keep theirs."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.disable_progress_bar()

@@ -1,0 +1,348 @@
+"""What a finetuning is asked for: one flat list of fields, from YAML, flags or Python."""
+
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+Rule = Literal["none", "riflex", "position_interpolation"]
+EPS = 1e-12
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the length curriculum.
+
+    Args:
+        frames: of the video, not latents.
+        steps: optimizer steps.
+        rope: what is done to the rotary frequencies of time where `frames` is more than the model
+            was trained on; see `gen_accel.extend`.
+    """
+
+    frames: int
+    steps: int
+    rope: Rule = "none"
+
+    @classmethod
+    def parse(cls, text: str) -> "Stage":
+        """ "161:600" or "161:600:riflex"."""
+        parts = [part.strip() for part in str(text).split(":")]
+        if len(parts) not in (2, 3) or not all(part.isdigit() for part in parts[:2]):
+            raise ValueError(
+                "a stage is written frames:steps or frames:steps:rule, in quotes in YAML, as "
+                f'"161:600:riflex", got {text!r}'
+            )
+        rule: Any = parts[2] if len(parts) == 3 else "none"
+        if rule not in get_args(Rule):
+            raise ValueError(f"the rule of a stage must be one of {get_args(Rule)}, got {rule!r}")
+        if not int(parts[0]) or not int(parts[1]):
+            raise ValueError(f"a stage needs at least one frame and one step, got {text!r}")
+        return cls(int(parts[0]), int(parts[1]), rule)
+
+    def __str__(self) -> str:
+        rule = "" if self.rope == "none" else f":{self.rope}"
+        return f"{self.frames}:{self.steps}{rule}"
+
+
+def _(default: Any, group: str, help: str) -> Any:
+    return field(default=default, metadata={"group": group, "help": help})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All fields of a finetuning. `help` of each is what `--help` and `--print-config` show."""
+
+    model: str = _("demo", "What", "Folder or hub repository of the pipeline; demo: the embedded.")
+    data: str | None = _(None, "What", "Videos with captions, a manifest, or a datasets folder.")
+    cache: str | None = _(None, "What", "Folder of cached latents. Without: OUT/cache.")
+    out: str = _("outputs/lora", "What", "Folder for the LoRA, its checkpoints, logs and videos.")
+    part: Literal["transformer", "transformer_2"] = _(
+        "transformer", "What", "Of two experts: transformer is for high noise, transformer_2 low."
+    )
+
+    height: int = _(480, "Clips", "Pixels, after resizing and a crop to the middle.")
+    width: int = _(832, "Clips", "Pixels.")
+    fps: float | None = _(
+        16.0, "Clips", "Frames a second that clips are resampled to; none: kept."
+    )
+    on_broken: Literal["skip", "stop"] = _(
+        "skip", "Clips", "What a file that no one can read does."
+    )
+    max_tokens: int | None = _(None, "Clips", "Length of the text; none: the pipeline's own.")
+
+    stages: tuple[str, ...] = _(
+        ("81:200", "161:600"),
+        "Length",
+        "Curriculum, frames:steps[:rule] each. Rules: riflex, position_interpolation.",
+    )
+    trained_frames: int | None = _(
+        None, "Length", "Frames that the model was trained on; none: what is known of it."
+    )
+
+    method: str = _("radial", "Attention", "See `gen-accel list`; dense trains without.")
+    settings: tuple[str, ...] = _((), "Attention", "Fields of the method, field=value each.")
+    kernel: str = _("auto", "Attention", "auto, or a name that never falls back to another.")
+    dense_layers: int = _(2, "Attention", "How many of the first blocks stay dense.")
+    dense_steps: int = _(
+        2, "Attention", "First steps of a generation that stay dense; kept beside the LoRA."
+    )
+
+    rank: int = _(128, "LoRA", "0 with train_processors: their parameters alone.")
+    alpha: float | None = _(None, "LoRA", "Its weight is alpha / rank; none: the rank.")
+    targets: tuple[str, ...] = _(
+        ("attention",), "LoRA", "attention, feed_forward, or endings of names of linear layers."
+    )
+    lora_dropout: float = _(0.0, "LoRA", "Share of the inputs of a LoRA that are dropped.")
+    train_processors: bool = _(
+        True, "LoRA", "Train what the method itself has: proj and alpha of sparse_linear."
+    )
+    init_lora: str | None = _(
+        None, "LoRA", "Folder of a LoRA to go on from, with a new optimizer."
+    )
+
+    objective: Literal["flow", "distill"] = _(
+        "flow", "Loss", "flow: the model's own; distill: what the dense model predicts."
+    )
+    timestep_sampling: Literal["logit_normal", "uniform"] = _(
+        "logit_normal", "Loss", "How noise levels are drawn, before the shift."
+    )
+    logit_mean: float = _(0.0, "Loss", "Of logit_normal.")
+    logit_std: float = _(1.0, "Loss", "Of logit_normal.")
+    shift: float | None = _(None, "Loss", "Of the noise levels; none: the scheduler's.")
+    caption_dropout: float = _(0.1, "Loss", "Share of the clips that are shown without a caption.")
+
+    batch_size: int = _(1, "Optimizer", "Clips a process and micro-step.")
+    gradient_accumulation: int = _(1, "Optimizer", "Micro-steps a step.")
+    optimizer: Literal["adamw", "adamw8bit"] = _(
+        "adamw", "Optimizer", "adamw8bit needs bitsandbytes."
+    )
+    learning_rate: float = _(1e-4, "Optimizer", "After the warm-up.")
+    betas: tuple[float, float] = _((0.9, 0.99), "Optimizer", "Of AdamW.")
+    weight_decay: float = _(0.0, "Optimizer", "Of AdamW.")
+    schedule: Literal["constant", "cosine", "linear"] = _(
+        "constant", "Optimizer", "How the learning rate goes after the warm-up."
+    )
+    warmup_steps: int = _(20, "Optimizer", "Steps over which the learning rate rises.")
+    max_grad_norm: float = _(1.0, "Optimizer", "Longer gradients are shortened to this; 0: not.")
+    ema_decay: float = _(
+        0.0, "Optimizer", "Of the average that is kept in the end, as 0.99; 0: none."
+    )
+
+    mixed_precision: Literal["no", "bf16", "fp16"] = _("bf16", "Machine", "no: float32.")
+    gradient_checkpointing: bool = _(False, "Machine", "Less memory, about a third more time.")
+    device: str = _("auto", "Machine", "auto or cpu; `accelerate launch` says the rest.")
+    seed: int = _(0, "Machine", "Of all that is drawn.")
+
+    checkpoint_every: int = _(100, "Keeping", "Steps.")
+    keep_checkpoints: int = _(2, "Keeping", "Older ones are deleted.")
+    log_with: Literal["tensorboard", "wandb", "none"] = _(
+        "tensorboard", "Keeping", "OUT/metrics.jsonl is written in any case."
+    )
+    validate_every: int = _(0, "Keeping", "Steps; 0: no videos are sampled.")
+    validation_prompts: tuple[str, ...] = _((), "Keeping", "One video each, seeds from 0.")
+    validation_frames: int | None = _(None, "Keeping", "None: of the longest stage.")
+    validation_steps: int = _(20, "Keeping", "Denoising steps.")
+    guidance_scale: float = _(5.0, "Keeping", "Of the videos sampled.")
+
+    def __post_init__(self) -> None:
+        from gen_accel.attention_processors.options import method_from
+        from gen_accel.kernels import check_name
+
+        for one in fields(self):
+            if isinstance(getattr(self, one.name), list):
+                object.__setattr__(self, one.name, tuple(getattr(self, one.name)))
+        for name in (
+            "rank",
+            "dense_layers",
+            "dense_steps",
+            "weight_decay",
+            "warmup_steps",
+            "max_grad_norm",
+            "validate_every",
+        ):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two shares from 0 to below 1, got {self.betas}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to 2^32 - 1, got {self.seed}")
+        for name in (
+            "height",
+            "width",
+            "batch_size",
+            "gradient_accumulation",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "validation_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_tokens", "trained_frames", "validation_frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("learning_rate", "logit_std"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("fps", "alpha", "shift"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("lora_dropout", "caption_dropout", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1 + EPS * (name == "caption_dropout"):
+                raise ValueError(f"{name} must be a share from 0 to 1, got {getattr(self, name)}")
+        if not self.stages:
+            raise ValueError("stages is empty: give at least one, as 81:200")
+        method = method_from(self.method, self.settings)
+        check_name(self.kernel)
+        if self.rank == 0 and not (self.train_processors and hasattr(method, "branch")):
+            raise ValueError(
+                "rank is 0, which leaves nothing to train: only a method with parameters, such as "
+                f"sparse_linear, trains without a LoRA, and method is {self.method!r}"
+            )
+        if self.rank and not self.targets:
+            raise ValueError("targets is empty: name what the LoRA is put on, as attention")
+        if self.validate_every and not self.validation_prompts:
+            raise ValueError("validate_every needs validation_prompts, got none")
+        self.curriculum  # noqa: B018
+
+    @property
+    def curriculum(self) -> tuple[Stage, ...]:
+        return tuple(Stage.parse(text) for text in self.stages)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.curriculum)
+
+    @property
+    def longest(self) -> int:
+        """Frames of the longest stage."""
+        return max(stage.frames for stage in self.curriculum)
+
+
+# What may differ between a run and its continuation: nothing that the training depends on.
+FREE_TO_CHANGE = (
+    "data",
+    "cache",
+    "out",
+    "device",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_with",
+    "validate_every",
+    "validation_prompts",
+    "validation_frames",
+    "validation_steps",
+    "guidance_scale",
+    "on_broken",
+    "kernel",
+    "gradient_checkpointing",
+)
+
+
+def read_config(
+    path: str | Path | None, overrides: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """The fields of a YAML file, with `overrides` in place of what it says.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no YAML mapping, a field that there is not (the nearest is named), a
+            value of the wrong type, or one that `TrainConfig` refuses.
+    """
+    given: dict[str, Any] = {}
+    if path is not None:
+        import yaml
+
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
+        if not isinstance(loaded, Mapping):
+            raise ValueError(f"{path} must hold fields as `name: value`, got {loaded!r}")
+        given.update(loaded)
+    given.update(overrides or {})
+    hints = get_type_hints(TrainConfig)
+    values = {}
+    for name, value in given.items():
+        if name not in hints:
+            near = get_close_matches(str(name), hints, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"there is no field {name!r}{hint}")
+        try:
+            values[name] = _converted(value, hints[name])
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"{name} must be {_written(hints[name])}, got {value!r}") from None
+    return TrainConfig(**values)
+
+
+def print_config(config: TrainConfig | None = None) -> str:
+    """A YAML file of all fields, with what each means."""
+    import yaml
+
+    config, lines, group = config or TrainConfig(), [], None
+    for one in fields(TrainConfig):
+        if one.metadata["group"] != group:
+            group = one.metadata["group"]
+            lines += ["", f"# {group}"] if lines else [f"# {group}"]
+        value = getattr(config, one.name)
+        value = list(value) if isinstance(value, tuple) else value
+        text = yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix(
+            "...\n"
+        )
+        lines.append(f"{one.name}: {text.strip()}  # {one.metadata['help']}")
+    return "\n".join(lines) + "\n"
+
+
+def differences(config: TrainConfig, earlier: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Fields that change what is trained: name to (earlier, now)."""
+    found = {}
+    for one in fields(TrainConfig):
+        if one.name in FREE_TO_CHANGE:
+            continue
+        now = getattr(config, one.name)
+        before = earlier.get(one.name, one.default)
+        before = tuple(before) if isinstance(before, list) else before
+        if now != before:
+            found[one.name] = (before, now)
+    return found
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """YAML reads 1e-4 as a string, and 5 where 5.0 is meant; flags come as they are."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        value = {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
+        if value in inner:
+            return value
+    elif origin in (Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            return None
+        return _converted(value, next(part for part in inner if part is not types.NoneType))
+    elif origin is tuple:
+        parts = value if isinstance(value, list | tuple) else [value]
+        if inner[-1] is Ellipsis:
+            return tuple(_converted(part, inner[0]) for part in parts)
+        if len(parts) == len(inner):
+            return tuple(_converted(part, kind) for part, kind in zip(parts, inner, strict=True))
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+    elif hint is str:
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            return str(value)
+    elif hint is int:
+        if not isinstance(value, bool) and float(value) == int(float(value)):
+            return int(float(value))
+    elif hint is float and not isinstance(value, bool):
+        return float(value)
+    raise ValueError(value)
+
+
+def _written(hint: Any) -> str:
+    from gen_accel.attention_processors.options import written_type
+
+    return written_type(hint)

@@ -1,0 +1,400 @@
+"""Videos with captions: where they are found, and how their frames are read.
+
+Frames are decoded by ffmpeg, only as many as are needed, and shrunk one at a time.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import imageio_ffmpeg
+import numpy as np
+from PIL import Image, ImageOps
+
+SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
+VIDEO_COLUMNS = ("video", "file_name", "path")
+CAPTION_COLUMNS = ("caption", "text", "prompt")
+SHOWN = 5  # names in an error
+
+Size = tuple[int, int]  # height and width in pixels
+
+
+@dataclass(frozen=True, eq=False)
+class CaptionedVideo:
+    """A clip and what it shows.
+
+    Args:
+        name: of the clip in its data set.
+        source: a file that ffmpeg reads, a function that returns the bytes of one, or the frames,
+            (F, H, W, 3) uint8, which are at the wanted rate already.
+    """
+
+    name: str
+    caption: str
+    source: Path | Callable[[], bytes] | np.ndarray
+
+    def sha256(self) -> str:
+        """Of the bytes of the file, or of the frames and their shape."""
+        match self.source:
+            case Path():
+                return file_sha256(self.source)
+            case np.ndarray():
+                frames = np.ascontiguousarray(self.source)
+                return hashlib.sha256(repr(frames.shape).encode() + frames.tobytes()).hexdigest()
+        return hashlib.sha256(self.source()).hexdigest()
+
+    def survey(self, *, frames: int, fps: float | None) -> "Survey":
+        """`survey_clip` of wherever the video is."""
+        if isinstance(self.source, np.ndarray):
+            return _surveyed(iter(self._checked()[:frames]))
+        with self._file() as path:
+            return survey_clip(path, frames=frames, fps=fps)
+
+    def read(self, *, frames: int, size: Size, fps: float | None) -> np.ndarray:
+        """`read_clip` of wherever the video is."""
+        if isinstance(self.source, np.ndarray):
+            return _resized(iter(self._checked()[:frames]), size)
+        with self._file() as path:
+            return read_clip(path, frames=frames, size=size, fps=fps)
+
+    @contextmanager
+    def _file(self) -> Iterator[Path]:
+        if isinstance(self.source, Path):
+            yield self.source
+            return
+        assert callable(self.source)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "clip"
+            path.write_bytes(self.source())
+            yield path
+
+    def _checked(self) -> np.ndarray:
+        frames = self.source
+        assert isinstance(frames, np.ndarray)
+        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+            raise ValueError(
+                f"{self.name} must be (F, H, W, 3) uint8, got {frames.shape} {frames.dtype}"
+            )
+        return frames
+
+
+class Survey(NamedTuple):
+    """What is known of a clip without keeping a frame.
+
+    Args:
+        frames: how many it has, or as many as were asked for if it has more.
+        size: height and width as stored, turned as a player shows them.
+    """
+
+    frames: int
+    size: Size
+
+
+def find_videos(data: str | Path) -> list[CaptionedVideo]:
+    """Every captioned video of a data set, sorted by name.
+
+    `data` is one of
+
+    - a folder of videos, subfolders too, with `clip.txt` beside `clip.mp4`;
+    - a manifest, `.jsonl` or `.csv`, with a column video, file_name or path, relative to the
+      manifest, and a column caption, text or prompt;
+    - a folder in the layout of Hugging Face's VideoFolder: `metadata.jsonl` or `metadata.csv`,
+      beside the videos or one in each subfolder;
+    - a folder that `save_to_disk` of Hugging Face's `datasets` wrote, which needs that library.
+
+    Raises:
+        FileNotFoundError: nothing at `data`, or videos of a manifest that are not there.
+        ValueError: no videos, videos without a caption, or a manifest that cannot be understood.
+        ImportError: `datasets` is needed and not installed.
+    """
+    data = Path(data).expanduser()
+    if data.is_file():
+        videos = _of_manifest(data, data.parent)
+    elif not data.is_dir():
+        raise FileNotFoundError(f"data must be a folder or a manifest, nothing is at {data}")
+    elif any((data / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        videos = _of_datasets(data)
+    elif manifests := sorted(p for p in _files(data) if p.stem == "metadata"):
+        videos = [video for manifest in manifests for video in _of_manifest(manifest, data)]
+    else:
+        videos = _of_folder(data)
+    if not videos:
+        raise ValueError(f"no videos in {data}: none ends in {', '.join(SUFFIXES)}")
+    silent = [video.name for video in videos if not video.caption.strip()]
+    if silent:
+        raise ValueError(
+            f"{len(silent)} of {len(videos)} videos in {data} have no caption: {_some(silent)}; "
+            "write clip.txt beside clip.mp4, or a column caption in the manifest"
+        )
+    lost = [str(v.source) for v in videos if isinstance(v.source, Path) and not v.source.is_file()]
+    if lost:
+        raise FileNotFoundError(f"{len(lost)} videos of {data} are not there: {_some(lost)}")
+    return sorted(videos, key=lambda video: video.name)
+
+
+def parse_sizes(text: str) -> tuple[Size, ...]:
+    """ "480x832,832x480", height first, to pairs. Raises ValueError for anything else."""
+    try:
+        sizes = tuple(
+            (int(height), int(width))
+            for height, width in (part.lower().split("x") for part in text.split(","))
+        )
+    except ValueError:
+        sizes = ()
+    if not sizes or any(side < 1 for size in sizes for side in size):
+        raise ValueError(f"sizes are written HEIGHTxWIDTH, as 480x832,832x480, got {text!r}")
+    return sizes
+
+
+def nearest_size(sizes: Sequence[Size], stored: Size) -> Size:
+    """The one of the nearest aspect; of several, the largest that enlarges nothing."""
+
+    def order(size: Size) -> tuple[float, bool, int]:
+        (height, width), enlarged = size, size[0] > stored[0] or size[1] > stored[1]
+        area = height * width
+        off = abs(math.log(height * stored[1] / (width * stored[0])))
+        return round(off, 9), enlarged, area if enlarged else -area
+
+    return min(sizes, key=order)
+
+
+def survey_clip(path: str | Path, *, frames: int, fps: float | None = None) -> Survey:
+    """Count the frames that `read_clip` would return, by decoding them.
+
+    Raises:
+        OSError: ffmpeg cannot read it, or finds it damaged before its end.
+    """
+    with _decoding(path, frames, fps) as pictures:
+        return _surveyed(pictures)
+
+
+def read_clip(
+    path: str | Path, *, frames: int, size: Size, fps: float | None = None
+) -> np.ndarray:
+    """The first `frames` frames of a video, or all of it where it is shorter.
+
+    Each is resized, its aspect kept, by an antialiased cubic until it covers `size`, and cropped
+    to the middle. No more frames are decoded than that takes, and only one at a time is held at
+    its stored size.
+
+    Args:
+        size: height and width in pixels.
+        fps: frames a second. Each stored frame counts for the time of this grid nearest to its
+            own, the last of several stays, and a time without one repeats the frame before. None
+            takes the stored frames as they come.
+
+    Returns:
+        (F, H, W, 3) uint8.
+
+    Raises:
+        OSError: ffmpeg cannot read it, or finds it damaged before its end.
+    """
+    with _decoding(path, frames, fps) as pictures:
+        return _resized(pictures, size)
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _surveyed(pictures: Iterator[np.ndarray]) -> Survey:
+    count, size = 0, (0, 0)
+    for picture in pictures:
+        count, size = count + 1, (picture.shape[0], picture.shape[1])
+    if not count:
+        raise OSError("it holds no frames")
+    return Survey(count, size)
+
+
+def _resized(pictures: Iterator[np.ndarray], size: Size) -> np.ndarray:
+    height, width = size
+    frames = []
+    for picture in pictures:
+        if picture.shape[:2] != size:
+            image = Image.fromarray(picture)
+            picture = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
+        frames.append(picture)
+    if not frames:
+        raise OSError("it holds no frames")
+    return np.stack(frames)
+
+
+@contextmanager
+def _decoding(path: str | Path, frames: int, fps: float | None) -> Iterator[Iterator[np.ndarray]]:
+    video_filter = [] if fps is None else ["-vf", f"fps={fps!r}"]
+    command = [
+        *(imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-xerror"),
+        *("-i", f"file:{path}", "-map", "0:V:0", *video_filter, "-fps_mode", "passthrough"),
+        *("-frames:v", str(frames), "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"),
+    ]
+    with _running(command, str(path)) as stream:
+        yield _pictures(stream)
+
+
+@contextmanager
+def _running(command: list[str], path: str) -> Iterator[IO[bytes]]:
+    """ffmpeg's output. Raises OSError with its words if it fails."""
+    with tempfile.TemporaryFile() as words:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=words)
+        assert process.stdout is not None
+        failure: Exception | None = None
+        try:
+            yield process.stdout
+            process.stdout.read()
+        except OSError as error:
+            failure = error
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            process.stdout.close()
+            status = process.wait()
+        if status or failure:
+            words.seek(0)
+            said = words.read().decode(errors="replace").strip().splitlines()
+            own = str(failure or f"ffmpeg ended with status {status}")
+            reason = re.sub(r"^(\[[^]]*\] *)+", "", said[0]) if said else own
+            raise OSError(f"{path} cannot be read: {reason}") from failure
+
+
+def _pictures(stream: IO[bytes]) -> Iterator[np.ndarray]:
+    """(H, W, 3) uint8 each, of a stream of portable pixmaps."""
+    while (magic := stream.readline()).strip():
+        size = stream.readline().split()
+        depth = stream.readline().strip()
+        if magic.strip() != b"P6" or len(size) != 2 or depth != b"255":
+            raise OSError(f"its pictures are {magic!r} of depth {depth!r}, not 8 bit RGB")
+        width, height = int(size[0]), int(size[1])
+        data = stream.read(3 * width * height)
+        if len(data) < 3 * width * height:
+            raise OSError("its last frame is cut off")
+        yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
+
+
+def _of_folder(folder: Path) -> list[CaptionedVideo]:
+    videos = []
+    for path in _files(folder):
+        if path.suffix.lower() in SUFFIXES:
+            text = path.with_suffix(".txt")
+            caption = _text(text).strip() if text.is_file() else ""
+            videos.append(CaptionedVideo(path.relative_to(folder).as_posix(), caption, path))
+    return videos
+
+
+def _of_manifest(manifest: Path, root: Path) -> list[CaptionedVideo]:
+    """Names are relative to `root`."""
+    match manifest.suffix.lower():
+        case ".jsonl":
+            rows = _json_rows(manifest)
+        case ".csv":
+            with manifest.open(encoding="utf-8-sig", newline="") as file:
+                rows = list(enumerate(csv.DictReader(file), 2))
+        case _:
+            raise ValueError(f"{manifest} must be .jsonl or .csv to be read as a manifest")
+    videos = []
+    for line, row in rows:
+        where = f"line {line} of {manifest}"
+        file_name = _column(row, VIDEO_COLUMNS, where)
+        if not file_name:
+            raise ValueError(f"{where} names no video")
+        path = manifest.parent / Path(file_name).expanduser()
+        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+        videos.append(CaptionedVideo(name, _column(row, CAPTION_COLUMNS, where), path))
+    return videos
+
+
+def _json_rows(manifest: Path) -> list[tuple[int, Any]]:
+    rows = []
+    for line, text in enumerate(_text(manifest).splitlines(), 1):
+        if text.strip():
+            try:
+                rows.append((line, json.loads(text)))
+            except ValueError as error:
+                raise ValueError(f"line {line} of {manifest} is no JSON: {error}") from error
+    return rows
+
+
+def _column(row: Any, names: tuple[str, ...], where: str) -> str:
+    """The first of `names` that the row has, as text."""
+    name = next((name for name in names if isinstance(row, dict) and name in row), None)
+    if name is None:
+        raise ValueError(f"{where} has none of the columns {', '.join(names)}")
+    value = "" if row[name] is None else row[name]
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text, {where} has {value!r}")
+    return value.strip()
+
+
+def _of_datasets(folder: Path) -> list[CaptionedVideo]:
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ImportError(
+            f"{folder} was written by save_to_disk, which the datasets library reads: "
+            "pip install datasets"
+        ) from None
+    loaded: Any = datasets.load_from_disk(str(folder))
+    splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
+    videos = []
+    for split, rows in splits.items():
+        video, caption = (
+            _feature(rows.column_names, names, folder)
+            for names in (VIDEO_COLUMNS, CAPTION_COLUMNS)
+        )
+        if type(rows.features[video]).__name__ == "Video":
+            rows = rows.cast_column(video, datasets.Video(decode=False))
+        captions = rows[caption]
+        for i, text in enumerate(captions):
+            name = f"{split}/{i:06d}" if split else f"{i:06d}"
+            videos.append(CaptionedVideo(name, text or "", _stored(rows, i, video, folder)))
+    return videos
+
+
+def _feature(columns: list[str], names: tuple[str, ...], folder: Path) -> str:
+    for name in names:
+        if name in columns:
+            return name
+    raise ValueError(f"{folder} has none of the columns {', '.join(names)}, only {columns}")
+
+
+def _stored(rows: Any, index: int, column: str, folder: Path) -> Path | Callable[[], bytes]:
+    """A path where the row holds no more than that, else a function that fetches the bytes."""
+    value = rows[index][column]
+    if isinstance(value, str):
+        return folder / value
+    if value.get("bytes") is not None:
+        return lambda: rows[index][column]["bytes"]
+    return folder / value["path"]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Sorted; none that is hidden, or in a hidden folder."""
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden:
+            yield path
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,156 @@
+"""What one training step computes: clips and noise by number, and the loss of a batch."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gen_accel.lora.config import TrainConfig
+
+SIGMAS = (1e-3, 1 - 1e-3)  # noise levels beyond these teach nothing
+
+
+class Draw(NamedTuple):
+    """What is random about one clip of one step.
+
+    Args:
+        noise: like the latents.
+        sigma: the noise level, 0 to 1.
+        captioned: whether its caption is shown.
+    """
+
+    noise: Tensor
+    sigma: float
+    captioned: bool
+
+
+def draw(
+    config: TrainConfig,
+    step: int,
+    place: int,
+    shape: Sequence[int],
+    *,
+    shift: float,
+    sigmas: tuple[float, float] = SIGMAS,
+) -> Draw:
+    """Depends on the seed, the step and the clip's place in the global batch alone.
+
+    So it is the same on any number of processes, and after any interruption.
+
+    Args:
+        shape: of the latents, (C, f, h, w).
+        sigmas: the lowest and highest noise level that may come out.
+    """
+    generator = torch.Generator().manual_seed(seed_of(config.seed, step, place))
+    sigma = math.nan
+    while not sigmas[0] <= sigma <= sigmas[1]:
+        if config.timestep_sampling == "logit_normal":
+            at = torch.randn((), generator=generator) * config.logit_std + config.logit_mean
+            level = at.double().sigmoid().item()
+        else:
+            level = torch.rand((), generator=generator, dtype=torch.float64).item()
+        sigma = shifted(level, shift)
+    captioned = torch.rand((), generator=generator).item() >= config.caption_dropout
+    return Draw(torch.randn(tuple(shape), generator=generator), sigma, captioned)
+
+
+def shifted(level: float, shift: float) -> float:
+    """A noise level moved towards 1, as FlowMatchEulerDiscreteScheduler moves its own."""
+    return shift * level / (1 + (shift - 1) * level)
+
+
+def order(buckets: Sequence[Sequence[int]], steps: int, batch: int, seed: int) -> list[list[int]]:
+    """Which clips each step shows.
+
+    A step takes its clips from one bucket, as clips of two sizes do not go into one batch; buckets
+    are taken in proportion to their clips. Within a bucket no clip comes again before all came.
+
+    Args:
+        buckets: numbers of the clips of each size.
+        batch: clips a step, over all processes.
+
+    Returns:
+        `steps` lists of `batch` clips.
+    """
+    generator = torch.Generator().manual_seed(seed_of(seed, -1, 0))
+    weights = torch.tensor([float(len(bucket)) for bucket in buckets])
+    chosen = torch.multinomial(weights, steps, replacement=True, generator=generator).tolist()
+    waiting: list[list[int]] = [[] for _ in buckets]
+    plan = []
+    for number in chosen:
+        clips, queue = buckets[number], waiting[number]
+        while len(queue) < batch:
+            queue += [clips[i] for i in torch.randperm(len(clips), generator=generator).tolist()]
+        plan.append(queue[:batch])
+        del queue[:batch]
+    return plan
+
+
+def seed_of(seed: int, step: int, place: int) -> int:
+    digest = hashlib.sha256(f"{seed} {step} {place}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class Objective(nn.Module):
+    """The transformer with its loss, one module for Accelerate to wrap.
+
+    Args:
+        transformer: with the LoRA and the processors.
+        family: how it is called.
+        handle: of the attached method.
+        kind: "flow", or "distill".
+    """
+
+    def __init__(self, transformer: nn.Module, family: Any, handle: Any, kind: str) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self._family, self._handle, self._kind = family, handle, kind
+        # What FSDP puts together at a time; the transformer too, so that it also runs by itself.
+        blocks = getattr(transformer, "_no_split_modules", None) or []
+        self._no_split_modules = [*blocks, type(transformer).__name__]
+
+    def forward(
+        self, clean: Tensor, noise: Tensor, sigma: Tensor, conditions: dict[str, Tensor]
+    ) -> Tensor:
+        """The mean squared error of the velocity, noise - clean.
+
+        Args:
+            clean, noise: (B, C, f, h, w).
+            sigma: (B,).
+            conditions: arguments of the transformer, batch first.
+        """
+        mix = sigma.view(-1, 1, 1, 1, 1)
+        noisy = (1 - mix) * clean + mix * noise
+        target = noise - clean
+        if self._kind == "distill":
+            target = self._teacher(noisy, sigma, conditions)
+        velocity = self._family.predict(self.transformer, noisy, sigma, conditions)
+        return F.mse_loss(velocity.float(), target.float())
+
+    @torch.no_grad()
+    def _teacher(self, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """What the model as it came says: its own attention, and no LoRA."""
+        with self._handle.paused(), without_lora(self.transformer):
+            return self._family.predict(self.transformer, noisy, sigma, conditions)
+
+
+def without_lora(transformer: Any) -> Any:
+    return _Disabled(transformer) if getattr(transformer, "peft_config", None) else nullcontext()
+
+
+class _Disabled:
+    """`disable_adapters` of the model, put back at the end."""
+
+    def __init__(self, transformer: Any) -> None:
+        self._transformer = transformer
+
+    def __enter__(self) -> None:
+        self._transformer.disable_adapters()
+
+    def __exit__(self, *exc: object) -> None:
+        self._transformer.enable_adapters()

@@ -1,0 +1,117 @@
+"""From a config to a model and its cached clips, with all that can be refused refused first."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from gen_accel import demo
+from gen_accel.attention_processors.options import method_from
+from gen_accel.lora.artefact import target_modules
+from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.latents import LatentCache, cache
+from gen_accel.lora.trainer import Model
+from gen_accel.pipelines.long_video import known_trained_frames
+from gen_accel.pipelines.recipe import check_base, read_recipe
+from gen_accel.pipelines.sampling import Clip, Loading, check_fits, filled, load, token_grid
+from gen_accel.video import VideoShape
+
+PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, LatentCache]:
+    """Load the pipeline, check everything against it, and cache what is not cached yet."""
+    folder = cache_folder(config)
+    if config.data is None and not folder.exists():
+        raise ValueError(
+            f"data is not given and {folder} holds no cache: give the videos, or a cache made "
+            "with `gen-accel cache`"
+        )
+    if config.data is not None and not Path(config.data).expanduser().exists():
+        raise FileNotFoundError(f"data: there is nothing at {config.data}")
+    pipe = load_pipe(config)
+    model = model_of(config, pipe)
+    if config.data is not None:
+        with accelerator.main_process_first():
+            if accelerator.is_main_process:
+                cache_clips(config, pipe)
+    latents = LatentCache(folder)
+    if not config.validate_every:
+        for part in ("vae", "text_encoder", "text_encoder_2", "image_encoder"):
+            if getattr(pipe, part, None) is not None:
+                setattr(pipe, part, None)
+    else:
+        pipe.to(accelerator.device)
+    return model, latents
+
+
+def load_pipe(config: TrainConfig) -> Any:
+    """On the CPU: the transformer goes where it trains later, the rest where it is needed."""
+    source = demo.path() if config.model == "demo" else config.model
+    pipe = load(source, Loading(dtype=PRECISIONS[config.mixed_precision], device="cpu"))
+    if getattr(pipe, "vae", None) is not None:
+        pipe.vae.to(torch.float32)
+    return pipe
+
+
+def model_of(config: TrainConfig, pipe: Any) -> Model:
+    """Raises ValueError for whatever of `config` does not fit the pipeline."""
+    transformer = getattr(pipe, config.part, None)
+    if transformer is None:
+        raise ValueError(f"{type(pipe).__name__} of {config.model} has no {config.part}")
+    if config.rank:
+        target_modules(transformer, config.targets)
+    if config.init_lora is not None:
+        check_base(read_recipe(config.init_lora), transformer)
+    method = method_from(config.method, config.settings)
+    lengths = {stage.frames for stage in config.curriculum}
+    if config.validate_every and config.validation_frames is not None:
+        lengths.add(config.validation_frames)
+    for frames in sorted(lengths):
+        check_fits(method, grid(config, pipe, frames))
+    trained = config.trained_frames
+    if trained is None:
+        try:
+            trained = known_trained_frames(transformer)
+        except ValueError:
+            if any(stage.rope != "none" for stage in config.curriculum):
+                raise
+    shift = config.shift
+    if shift is None:
+        known = pipe.scheduler.config
+        shift = known.get("shift", known.get("flow_shift")) or 1.0
+    return Model(
+        transformer=transformer,
+        pipe=pipe if config.validate_every else None,
+        frames=lambda n: (n - 1) // pipe.vae_scale_factor_temporal + 1,
+        trained_frames=trained,
+        shift=float(shift),
+        boundary=pipe.config.get("boundary_ratio"),
+    )
+
+
+def grid(config: TrainConfig, pipe: Any, frames: int) -> VideoShape:
+    """The tokens of a clip; ValueError for a size that the autoencoder or the patches round."""
+    clip = Clip(frames=frames, height=config.height, width=config.width)
+    return token_grid(pipe, filled(pipe, clip))
+
+
+def cache_folder(config: TrainConfig) -> Path:
+    return Path(config.cache) if config.cache is not None else Path(config.out) / "cache"
+
+
+def cache_clips(config: TrainConfig, pipe: Any = None) -> Any:
+    """Encode what is not encoded yet, and return the report."""
+    assert config.data is not None
+    return cache(
+        pipe if pipe is not None else load_pipe(config),
+        config.data,
+        cache_folder(config),
+        frames=sorted({stage.frames for stage in config.curriculum}),
+        sizes=[(config.height, config.width)],
+        fps=config.fps,
+        max_tokens=config.max_tokens,
+        on_broken=config.on_broken,
+        device=config.device,
+    )

@@ -1,0 +1,169 @@
+"""Tensors in a folder of safetensors files, which are checked, and survive whatever kills a run.
+
+A shard is called by the hash of its bytes, written under another name and renamed. Which shards
+there are stands in `manifest.json`, the last file that a run writes, and until then in
+`progress.json`, which the next run goes on from. Tensors are called `key.name`; the key is a hash
+of all that they depend on.
+"""
+
+import hashlib
+import json
+import re
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from gen_accel.lora.data import file_sha256
+from gen_accel.measure.report import write_json
+from gen_accel.measure.video_io import replacing
+
+MANIFEST, PROGRESS = "manifest.json", "progress.json"
+VERSION = 1
+SHARD_BYTES = 256 * 2**20
+SHARD_SECONDS = 300.0  # what a run that is killed loses at most, beside the clip it was at
+SHARD_NAME = re.compile(r"shard-[0-9a-f]{64}\.safetensors")
+
+
+class Shards:
+    """The shards of a folder, to be read from and added to.
+
+    A context manager: what is left in memory is written at its end, also after an exception.
+
+    Args:
+        shard_bytes: of tensors, after which a shard is written.
+
+    Attributes:
+        files: by name, with sha256, bytes, and the tensors in it.
+        clips: whatever the user of the class knows of its clips, by key. Kept with the shards.
+        damaged: names of shards that were listed but are missing or have other bytes.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.files: dict[str, dict[str, Any]] = {}
+        self.clips: dict[str, Any] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.earlier = _read_or_none(folder / MANIFEST) or {}
+        listed: dict[str, dict[str, Any]] = {}
+        for known in (self.earlier, _read_or_none(folder / PROGRESS) or {}):
+            listed |= known.get("shards", {})
+            self.clips |= known.get("clips", {})
+        for name, about in listed.items():
+            if _digest(folder / name) == about["sha256"]:
+                self.files[name] = about
+        self.damaged = tuple(sorted(set(listed) - set(self.files)))
+        self._keys = {_key(name) for about in self.files.values() for name in about["tensors"]}
+        self._pending: dict[str, Tensor] = {}
+        self._since = time.monotonic()
+
+    def __enter__(self) -> "Shards":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.flush()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._keys
+
+    def put(self, key: str, tensors: dict[str, Tensor]) -> None:
+        """Keep `tensors`, and write a shard when it is full or has waited for five minutes."""
+        self._pending |= {f"{key}.{name}": x.contiguous().clone() for name, x in tensors.items()}
+        self._keys.add(key)
+        waited = time.monotonic() - self._since
+        if sum(x.nbytes for x in self._pending.values()) >= self.shard_bytes or (
+            waited >= SHARD_SECONDS
+        ):
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending as a shard, and list it in `progress.json`."""
+        self._since = time.monotonic()
+        if not self._pending:
+            return
+        data = safetensors.torch.save(self._pending)
+        digest = hashlib.sha256(data).hexdigest()
+        name = f"shard-{digest}.safetensors"
+        with replacing(self.folder / name) as partial:
+            partial.write_bytes(data)
+        self.files[name] = {
+            "sha256": digest,
+            "bytes": len(data),
+            "tensors": sorted(self._pending),
+        }
+        self._pending = {}
+        progress = {"version": VERSION, "shards": self.files, "clips": self.clips}
+        write_json(self.folder / PROGRESS, progress)
+
+    def finish(self, manifest: dict[str, Any], keys: set[str]) -> None:
+        """Write the manifest, then delete the shards of which no tensor is among `keys`."""
+        self.flush()
+        self.files = {
+            name: about
+            for name, about in self.files.items()
+            if any(_key(tensor) in keys for tensor in about["tensors"])
+        }
+        listed = {"version": VERSION, "shards": self.files, "clips": self.clips}
+        write_json(self.folder / MANIFEST, listed | manifest)
+        (self.folder / PROGRESS).unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            stale = SHARD_NAME.fullmatch(path.name) and path.name not in self.files
+            if stale or path.name.startswith(".partial-"):
+                path.unlink()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Raises FileNotFoundError without one, ValueError for anything else than `Shards` writes."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; cache writes it")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what cache writes: {error}") from error
+    if version != VERSION:
+        raise ValueError(f"{path} has version {version}, not {VERSION}: cache again")
+    return manifest
+
+
+def check_sizes(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Raises FileNotFoundError or ValueError for a shard that is missing, or not whole."""
+    for name, about in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: cache again")
+        if path.stat().st_size != about["bytes"]:
+            raise ValueError(
+                f"{path} has {path.stat().st_size} bytes instead of {about['bytes']}: cache again"
+            )
+
+
+def check_bytes(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Raises ValueError naming the shards whose bytes are not those that were written."""
+    damaged = [name for name, about in files.items() if _digest(folder / name) != about["sha256"]]
+    if damaged:
+        raise ValueError(f"damaged in {folder}, cache again: {', '.join(damaged)}")
+
+
+def _read_or_none(path: Path) -> dict[str, Any] | None:
+    """None also for what another version wrote: all is encoded again then."""
+    try:
+        return read_manifest(path)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _key(tensor: str) -> str:
+    return tensor.split(".", 1)[0]
+
+
+def _digest(path: Path) -> str | None:
+    return file_sha256(path) if path.is_file() else None

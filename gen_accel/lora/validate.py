@@ -1,0 +1,66 @@
+"""Videos sampled while a LoRA trains, each beside what it was before the first step."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from gen_accel.lora.config import TrainConfig
+from gen_accel.measure.video_io import read_video, side_by_side, write_video
+from gen_accel.pipelines.sampling import Clip, filled, sample
+
+
+class Validation:
+    """The same prompts from the same seeds at every call.
+
+    Writes `step-000200/00.mp4` and so on, and `00.beside_start.mp4` with that of step 0 on its
+    left. All processes generate, as their parts of the model may belong together; one writes.
+    """
+
+    def __init__(
+        self, config: TrainConfig, pipe: Any, folder: Path, accelerator: Accelerator
+    ) -> None:
+        self.config, self.pipe, self.folder = config, pipe, folder
+        self.accelerator = accelerator
+        self.fps = config.fps or 16.0
+        clip = Clip(
+            config.validation_frames or config.longest,
+            config.height,
+            config.width,
+            config.validation_steps,
+            config.guidance_scale,
+            fps=self.fps,
+            max_tokens=config.max_tokens,
+        )
+        self.clip = filled(pipe, clip)
+
+    @torch.no_grad()
+    def __call__(self, done: int) -> None:
+        place = self.folder / f"step-{done:06d}"
+        for i, prompt in enumerate(self.config.validation_prompts):
+            clip = replace(self.clip, seed=i)
+            with self.accelerator.autocast():
+                video = sample(self.pipe, prompt, clip).video
+            if self.accelerator.is_main_process:
+                self._write(place, i, video, done)
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, place: Path, i: int, video: np.ndarray, done: int) -> None:
+        write_video(video, place / f"{i:02d}.mp4", fps=self.fps)
+        start = self.folder / "step-000000" / f"{i:02d}.mp4"
+        if done and start.exists():
+            both = side_by_side([read_video(start), video], ["step 0", f"step {done}"])
+            write_video(both, place / f"{i:02d}.beside_start.mp4", fps=self.fps)
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                frames = torch.from_numpy(video).permute(0, 3, 1, 2)[None]
+                _add_frames(tracker, f"validation/{i:02d}", frames, done)
+
+
+def _add_frames(tracker: Any, name: str, frames: torch.Tensor, step: int) -> None:
+    """Five of the frames as pictures: TensorBoard's own videos need moviepy."""
+    shown = frames[0, torch.linspace(0, frames.shape[1] - 1, 5).long()]
+    tracker.writer.add_images(name, shown, step)

@@ -1,0 +1,245 @@
+"""What one video does over time, without a reference: looping, drift, motion and flicker.
+
+Chunks of (f, H, W, 3) uint8 are read once, in order. Of the frames that have passed, colours,
+contrast and a 16 x 16 thumbnail are kept, 3 KB each, whatever their size.
+
+Dynamic degree and flicker are those of VBench, Huang et al., 2024,
+https://arxiv.org/abs/2311.17982 and https://github.com/Vchitect/VBench, which scores many videos;
+the deviations are named where they are computed. Loop score and drift are our own.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gen_accel.measure.video_io import frames_of, read_stream, video_fps
+
+LUMA = (0.2126, 0.7152, 0.0722)  # of linear R, G, B in BT.709, used here on coded values
+GRID = 16  # rows and columns of a thumbnail
+LEVEL = 1 / 255  # what 8 bits can tell apart
+TIE = 0.01  # by which a later return must be closer than an earlier one
+LARGEST_LAG = 2 / 3  # of the clip: a third of all frames is compared at least
+
+SAMPLED_FPS = 8.0  # at which VBench looks at motion
+STILL = 6 / 256  # of the smaller side: VBench's least motion from one sampled frame to the next
+TOP = 0.05  # share of the flow that counts, the largest
+SMALLER_SIDE = 128  # pixels, of the frames that are matched
+BLOCK = 8  # pixels
+SEARCH = 8  # pixels to each side at least
+WORTH = 2 * LEVEL  # by which a match must beat standing still, a pixel
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What `measure_motion` finds.
+
+    Args:
+        loop_score: how much the clip returns to what it showed, 0 to 1; see `loop_score`.
+        loop_lag: after how many frames it does so most; None where it never does.
+        similarity: at the lag that was asked for, 1 where the clip repeats itself exactly; see
+            `similarities`.
+        color_drift: of the mean R, G and B, as shares of their range, in 100 frames: the slope of
+            the least-squares line.
+        contrast_drift: of the standard deviation of brightness within a frame, likewise.
+        flow: pixels of the video that its fastest parts move from one sampled frame to the next,
+            the mean over the clip.
+        dynamic_degree: share of the sampled steps with more motion than VBench's threshold, 0 to
+            1. VBench says of a video only whether it is at least about a quarter: `dynamic`.
+        flicker: 1 less the mean absolute difference of consecutive frames, as a share of the
+            range: 1 is a still picture. VBench asks for still scenes; in others motion counts too.
+    """
+
+    frames: int
+    fps: float
+    loop_score: float
+    loop_lag: int | None
+    similarity: float | None
+    color_drift: tuple[float, float, float]
+    contrast_drift: float
+    flow: float
+    dynamic_degree: float
+    dynamic: bool
+    flicker: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure_file(path: str | Path, *, lag: int | None = None) -> Motion:
+    """`measure_motion` of a video file or a folder of PNG frames, which state no frame rate.
+
+    Raises:
+        FileNotFoundError, OSError: see `read_video`.
+        ValueError: see `measure_motion`.
+    """
+    return measure_motion(read_stream(path), fps=video_fps(path) or SAMPLED_FPS, lag=lag)
+
+
+def measure_motion(
+    chunks: Iterable[np.ndarray], *, fps: float = SAMPLED_FPS, lag: int | None = None
+) -> Motion:
+    """Read a video once and say what it does over time.
+
+    Args:
+        chunks: (f, H, W, 3) uint8 each, in order; `[video]` will do.
+        fps: frames a second. Motion is looked at 8 times a second, as far as whole frames allow.
+        lag: frames, to state the similarity at, such as the length that a model was trained on.
+
+    Raises:
+        ValueError: fewer than 2 frames, fps that is not positive, a lag that leaves no pair of
+            frames, or chunks that are not as above.
+    """
+    if not 0 < fps < math.inf:
+        raise ValueError(f"fps must be positive and finite, got {fps}")
+    if lag is not None and lag < 1:
+        raise ValueError(f"lag must be at least 1, got {lag}")
+    interval = max(1, round(fps / SAMPLED_FPS))
+    thumbnails, colors, contrasts, changes, flows = [], [], [], [], []
+    before = sampled = None
+    luma = torch.tensor(LUMA).view(3, 1, 1)
+    scale = threshold = 0.0
+    frames = 0
+    for pixels in frames_of(chunks):
+        frame = torch.from_numpy(pixels.astype(np.float32)).movedim(-1, 0) / 255
+        if before is None:
+            scale = min(1.0, SMALLER_SIDE / min(frame.shape[1:]))
+            threshold = max(1.0, SAMPLED_FPS / fps) * STILL * min(frame.shape[1:])
+        brightness = (frame * luma).sum(0)
+        colors.append(frame.mean((1, 2)))
+        contrasts.append(brightness.std(correction=0))
+        thumbnails.append(F.adaptive_avg_pool2d(frame, GRID).flatten())
+        if before is not None:
+            changes.append((frame - before).abs().mean().item())
+        if frames % interval == 0:
+            small = _reduced(brightness, scale)
+            if sampled is not None:
+                search = max(SEARCH, math.ceil(1.5 * threshold * scale))
+                flows.append(_largest_flow(sampled, small, search) / scale)
+            sampled = small
+        before = frame
+        frames += 1
+    if frames < 2:
+        raise ValueError(f"a video needs at least 2 frames to show motion, got {frames}")
+    if lag is not None and lag >= frames:
+        raise ValueError(f"lag must be less than the {frames} frames, got {lag}")
+    seen = similarities(torch.stack(thumbnails).double().numpy())
+    score, found = loop_score(seen)
+    moving = sum(flow > threshold for flow in flows)
+    red, green, blue = _slopes(torch.stack(colors))
+    [contrast] = _slopes(torch.stack(contrasts)[:, None])
+    return Motion(
+        frames=frames,
+        fps=fps,
+        loop_score=score,
+        loop_lag=found,
+        similarity=None if lag is None else float(seen[lag]),
+        color_drift=(red, green, blue),
+        contrast_drift=contrast,
+        flow=math.fsum(flows) / len(flows) if flows else 0.0,
+        dynamic_degree=moving / len(flows) if flows else 0.0,
+        dynamic=moving >= max(1, round((len(flows) + 1) / 4)),
+        flicker=1 - math.fsum(changes) / len(changes),
+    )
+
+
+def similarities(features: np.ndarray) -> np.ndarray:
+    """How alike frames are that lie some lag apart, for each lag from 0 to F - 1.
+
+    1 - D(lag) / D, where D(lag) is the mean squared distance of frames that far apart and D is
+    that of frames drawn at random: 1 is an exact repetition, 0 is as alike as any two frames, and
+    less is less. All NaN where frames differ by less than a level of 8 bits.
+
+    Args:
+        features: (F, D), a row for each frame, of 0 to 1.
+    """
+    count = len(features)
+    centered = features - features.mean(0)
+    energy = np.square(centered).sum(1)
+    spread = energy.mean()
+    if spread <= LEVEL**2 * features.shape[1]:
+        return np.full(count, np.nan)
+    products = np.zeros(count)
+    for start in range(0, features.shape[1], 64):  # which bounds the memory of the transforms
+        spectrum = np.fft.rfft(centered[:, start : start + 64], n=2 * count, axis=0)
+        power = np.square(np.abs(spectrum)).sum(1)
+        products += np.fft.irfft(power, n=2 * count)[:count]
+    pairs = np.arange(count, 0, -1)
+    passed = np.concatenate([[0.0], np.cumsum(energy)])
+    early, late = passed[::-1][:count], passed[-1] - passed[:count]
+    return 1 - (early + late - 2 * products) / pairs / (2 * spread)
+
+
+def loop_score(similarity: np.ndarray) -> tuple[float, int | None]:
+    """The largest of `similarities` once the clip has become unlike itself, and its lag: of
+    peaks as high, but for 0.01, the first.
+
+    Lags count from the first at which frames are no more alike than any two, up to two thirds of
+    the clip. A looping clip scores 1 at its period; a still one, and one that only moves on,
+    scores 0. That a clip repeats itself can be right: a clock should.
+    """
+    lags = similarity[: int(LARGEST_LAG * len(similarity)) + 1]
+    unlike = np.flatnonzero(lags <= 0)
+    if not len(unlike):
+        return 0.0, None
+    later = lags[unlike[0] :]
+    best = later.max()
+    if best <= 0:
+        return 0.0, None
+    lag = int((later >= best - TIE).argmax())
+    while lag + 1 < len(later) and later[lag + 1] > later[lag]:
+        lag += 1
+    return float(min(best, 1.0)), int(unlike[0]) + lag
+
+
+def _slopes(values: Tensor) -> list[float]:
+    """In 100 frames, of each column of (F, n)."""
+    line = np.polyfit(np.arange(len(values)), values.double().numpy(), 1)
+    return [100 * float(slope) for slope in line[0]]
+
+
+def _reduced(brightness: Tensor, scale: float) -> Tensor:
+    if scale == 1:
+        return brightness
+    size = [max(BLOCK, round(scale * n)) for n in brightness.shape]
+    return F.interpolate(brightness[None, None], size=size, mode="area")[0, 0]
+
+
+def _largest_flow(before: Tensor, after: Tensor, search: int) -> float:
+    """Pixels, the mean over the fastest 5 % of a frame.
+
+    VBench takes the flow of each pixel from RAFT. Here it is that of each block of 8 x 8 pixels,
+    in whole pixels, by the match with the least absolute difference once both blocks have the
+    same mean. A block without a clearly better match stands still, so that noise does not move.
+    """
+    height, width = (n // BLOCK * BLOCK or n for n in before.shape)
+    block = (min(BLOCK, height), min(BLOCK, width))
+    target = _without_mean(before[:height, :width], block)
+    padded = F.pad(after[None, None], [search] * 4, mode="replicate")[0, 0]
+    steps = [(y, x) for y in range(-search, search + 1) for x in range(-search, search + 1)]
+    steps.sort(key=lambda step: math.hypot(*step))  # of equal matches the nearest
+    best = None
+    flow = torch.zeros(())
+    for y, x in steps:
+        moved = padded[search + y : search + y + height, search + x : search + x + width]
+        off = (target - _without_mean(moved, block)).abs()
+        cost = F.avg_pool2d(off[None, None], block)[0, 0]
+        if best is None:
+            best, flow = cost - WORTH, torch.zeros_like(cost)
+        else:
+            better = cost < best - 1e-6
+            best = torch.where(better, cost, best)
+            flow = torch.where(better, math.hypot(y, x), flow)
+    speeds = flow.flatten().sort(descending=True).values
+    return speeds[: max(1, int(TOP * len(speeds)))].mean().item()
+
+
+def _without_mean(frame: Tensor, block: tuple[int, int]) -> Tensor:
+    means = F.avg_pool2d(frame[None, None], block)[0, 0]
+    return frame - means.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)

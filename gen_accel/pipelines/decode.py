@@ -1,0 +1,270 @@
+"""Latents to pixels a few frames at a time, and latents in files.
+
+`vae.decode` holds every frame of a clip in floats, several times over while it joins them. Here
+each part is handed on as uint8 as soon as it is decoded, so that memory does not grow with the
+number of frames beyond the latents. The pixels are those of `vae.decode`, bit for bit:
+
+- `AutoencoderKLWan` decodes one latent frame after the other with a cache of past features. The
+  same calls are made, with a cache that is kept outside the model. Spatial tiles, where they are
+  enabled, keep a cache each.
+- `AutoencoderKLHunyuanVideo` decodes windows that overlap in time and blends them, unless that is
+  disabled. The same windows are decoded, and the part that no further window changes is handed on.
+- Any other autoencoder is decoded whole, which warns with `DecodedWhole`.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gen_accel.measure.video_io import check_folder, replacing
+
+LATENTS = ".safetensors"
+FRAMES_AT_ONCE = 16  # that become uint8 together where a clip is decoded whole
+ABOUT = "gen_accel"  # the key of a latents file's metadata
+
+Parts = Callable[[Any, Tensor], Iterator[Tensor]]  # autoencoder and latents to (1, 3, f, H, W)
+
+
+class DecodedWhole(UserWarning):
+    """The autoencoder cannot be decoded in parts: memory grows with the number of frames."""
+
+
+def decode_stream(pipe: Any, latents: Tensor) -> Iterator[np.ndarray]:
+    """The video that `pipe` makes of `latents`, in chunks of (f, H, W, 3) uint8.
+
+    Args:
+        pipe: a diffusers pipeline; its `vae` and `video_processor` are used.
+        latents: (1, C, f, h, w), as a pipeline gives them with `output_type="latent"`.
+
+    Raises:
+        ValueError: another shape, or an autoencoder that does not say how its latents are scaled.
+            While decoding: pixels that are not finite.
+    """
+    vae = pipe.vae
+    config = vae.config
+    channels = config.get("z_dim", config.get("latent_channels"))
+    if latents.ndim != 5 or len(latents) != 1 or 0 in latents.shape:
+        raise ValueError(f"latents must be (1, C, f, h, w), got {tuple(latents.shape)}")
+    if channels is not None and latents.shape[1] != channels:
+        raise ValueError(
+            f"latents must have the {channels} channels of {type(vae).__name__}, "
+            f"got {latents.shape[1]}"
+        )
+    if config.get("latents_mean") is None and config.get("scaling_factor") is None:
+        raise ValueError(
+            f"{type(vae).__name__} does not say how its latents are scaled: it has neither "
+            "latents_mean nor scaling_factor"
+        )
+    return _decoded(pipe, latents, _parts(vae))
+
+
+def save_latents(path: str | Path, latents: Tensor, about: dict[str, Any]) -> Path:
+    """Write `latents` and, as JSON beside them, what they are `about`. Whole or not at all.
+
+    Raises:
+        ValueError, OSError: what `check_latents_path` refuses.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    check_latents_path(path)
+    with replacing(path) as partial:
+        tensors = {"latents": latents.detach().cpu().contiguous()}
+        save_file(tensors, partial, metadata={ABOUT: json.dumps(about)})
+    return path
+
+
+def check_latents_path(path: str | Path) -> None:
+    """Raise now what `save_latents` would raise after the work.
+
+    Raises:
+        ValueError: another suffix than .safetensors, or a folder is there.
+        OSError: the folder of `path` cannot be made or written to.
+    """
+    path = Path(path)
+    if path.suffix.lower() != LATENTS:
+        raise ValueError(f"a file of latents must end in {LATENTS}, got {path}")
+    if path.is_dir():
+        raise ValueError(f"{path} must be a file, but it is a folder")
+    check_folder(path.parent)
+
+
+def load_latents(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
+    """What `save_latents` wrote: latents, in the precision that they had, and what they are about.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: not a file of latents.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file of latents at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            latents = file.get_tensor("latents")
+            if latents.ndim != 5:
+                raise ValueError(f"latents must be (1, C, f, h, w), got {tuple(latents.shape)}")
+            about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is no file of latents: {error}") from error
+    return latents, about
+
+
+@torch.no_grad()
+def _decoded(pipe: Any, latents: Tensor, parts: Parts) -> Iterator[np.ndarray]:
+    vae = pipe.vae
+    try:
+        # `vae.decode` does it by a decorator: moves the weights of an offloaded model.
+        hook = getattr(vae, "_hf_hook", None)
+        if hook is not None and hasattr(hook, "pre_forward"):
+            hook.pre_forward(vae)
+        for pixels in parts(vae, unscaled(vae, latents, pipe._execution_device)):
+            [video] = pipe.video_processor.postprocess_video(pixels, output_type="np")
+            if not np.isfinite(video).all():
+                raise ValueError(
+                    f"{type(vae).__name__} made pixels that are not finite, in {vae.dtype}; try "
+                    "dtype float32 or bfloat16"
+                )
+            yield (video * 255).round().clip(0, 255).astype(np.uint8)
+    finally:
+        pipe.maybe_free_model_hooks()
+
+
+def unscaled(vae: Any, latents: Tensor, device: torch.device) -> Tensor:
+    """In the autoencoder's own units, rounded as the pipelines round."""
+    latents, config = latents.to(device, vae.dtype), vae.config
+    if config.get("latents_mean") is None:
+        return latents / config.scaling_factor
+    mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1).to(latents)
+    inverse = 1.0 / torch.tensor(config.latents_std).view(1, -1, 1, 1, 1).to(latents)
+    return latents / inverse + mean
+
+
+def _parts(vae: Any) -> Parts:
+    from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
+
+    if isinstance(vae, AutoencoderKLWan):
+        return _wan
+    if isinstance(vae, AutoencoderKLHunyuanVideo) and vae.use_framewise_decoding:
+        return _hunyuan_video
+    warnings.warn(
+        f"{type(vae).__name__} is decoded whole, which takes memory for all frames at once",
+        DecodedWhole,
+        stacklevel=3,
+    )
+    return _whole
+
+
+def _wan(vae: Any, z: Tensor) -> Iterator[Tensor]:
+    height, width = z.shape[-2:]
+    factor = vae.spatial_compression_ratio
+    rows, columns = vae.tile_sample_min_height // factor, vae.tile_sample_min_width // factor
+    if vae.use_tiling and (width > columns or height > rows):
+        frames = _wan_tiled(vae, z, rows, columns)
+    else:
+        decode, z = _WanFrames(vae), vae.post_quant_conv(z)
+        frames = (decode(frame) for frame in z.split(1, dim=2))
+    for pixels in frames:
+        yield _unpatchified(vae, pixels).clamp(-1.0, 1.0)
+
+
+class _WanFrames:
+    """The decoder with its cache of past features: one latent frame after the other."""
+
+    def __init__(self, vae: Any) -> None:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+        self.decoder = vae.decoder
+        convolutions = sum(isinstance(m, WanCausalConv3d) for m in self.decoder.modules())
+        self.cache: list[Any] = [None] * convolutions
+        self.first = True
+
+    def __call__(self, frame: Tensor) -> Tensor:
+        pixels = self.decoder(frame, feat_cache=self.cache, feat_idx=[0], first_chunk=self.first)
+        self.first = False
+        return pixels
+
+
+def _wan_tiled(vae: Any, z: Tensor, rows: int, columns: int) -> Iterator[Tensor]:
+    """As `tiled_decode`, whose blending is of one frame at a time too.
+
+    Args:
+        rows, columns: of a tile, in latents.
+    """
+    factor, patch = vae.spatial_compression_ratio, vae.config.patch_size or 1
+    height, width = (n * factor // patch for n in z.shape[-2:])
+    across = range(0, z.shape[-2], vae.tile_sample_stride_height // factor)
+    along = range(0, z.shape[-1], vae.tile_sample_stride_width // factor)
+    stride_height = vae.tile_sample_stride_height // patch
+    stride_width = vae.tile_sample_stride_width // patch
+    if vae.config.patch_size is None:
+        overlap_height = vae.tile_sample_min_height - stride_height
+        overlap_width = vae.tile_sample_min_width - stride_width
+    else:
+        overlap_height = vae.tile_sample_min_height // patch - stride_height
+        overlap_width = vae.tile_sample_min_width // patch - stride_width
+    decoders = {(i, j): _WanFrames(vae) for i in across for j in along}
+    for frame in z.split(1, dim=2):
+        above: list[Tensor] = []
+        bands = []
+        for i in across:
+            row: list[Tensor] = []
+            for n, j in enumerate(along):
+                part = vae.post_quant_conv(frame[..., i : i + rows, j : j + columns])
+                tile = decoders[i, j](part)
+                if above:
+                    tile = vae.blend_v(above[n], tile, overlap_height)
+                if row:
+                    tile = vae.blend_h(row[-1], tile, overlap_width)
+                row.append(tile)
+            bands.append(torch.cat([t[..., :stride_height, :stride_width] for t in row], dim=-1))
+            above = row
+        yield torch.cat(bands, dim=3)[..., :height, :width]
+
+
+def _unpatchified(vae: Any, pixels: Tensor) -> Tensor:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+    size = vae.config.patch_size
+    return pixels if size is None else unpatchify(pixels, patch_size=size)
+
+
+def _hunyuan_video(vae: Any, z: Tensor) -> Iterator[Tensor]:
+    """As `_temporal_tiled_decode`: each window is blended into the end of the one before."""
+    factor, frames = vae.temporal_compression_ratio, z.shape[2]
+    window = vae.tile_sample_min_num_frames // factor
+    stride = vae.tile_sample_stride_num_frames
+    overlap = vae.tile_sample_min_num_frames - stride
+    if frames <= window:
+        yield vae.decode(z, return_dict=False)[0]
+        return
+    rows = vae.tile_sample_min_height // vae.spatial_compression_ratio
+    columns = vae.tile_sample_min_width // vae.spatial_compression_ratio
+    tiled = vae.use_tiling and (z.shape[-1] > columns or z.shape[-2] > rows)
+    left, before = (frames - 1) * factor + 1, None
+    for i in range(0, frames, stride // factor):
+        part = z[:, :, i : i + window + 1]
+        if tiled:
+            pixels = vae.tiled_decode(part, return_dict=True).sample
+        else:
+            pixels = vae.decoder(vae.post_quant_conv(part))
+        if before is None:
+            done = pixels[:, :, : stride + 1]
+        else:
+            pixels = vae.blend_t(before, pixels[:, :, 1:], overlap)
+            done = pixels[:, :, :stride]
+        done, before = done[:, :, :left], pixels
+        left -= done.shape[2]
+        if done.shape[2]:
+            yield done
+
+
+def _whole(vae: Any, z: Tensor) -> Iterator[Tensor]:
+    yield from vae.decode(z, return_dict=False)[0].split(FRAMES_AT_ONCE, dim=2)

@@ -1,0 +1,222 @@
+"""Longer video than a model was trained on: one technique a file.
+
+A technique is a frozen dataclass of its options, see `technique.Technique`; `extend` puts one or
+several on a live pipeline and takes them off again.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gen_accel import demo
+from gen_accel.attention_processors.families import family_of
+from gen_accel.pipelines.attach import served_transformers
+from gen_accel.pipelines.long_video.continuation import Continuation
+from gen_accel.pipelines.long_video.position_interpolation import PositionInterpolation
+from gen_accel.pipelines.long_video.riflex import Riflex
+from gen_accel.pipelines.long_video.rope import RULES, apply_rule
+from gen_accel.pipelines.long_video.technique import Target, Technique, latent_frames
+
+__all__ = [
+    "RULES",
+    "TECHNIQUES",
+    "Continuation",
+    "Extension",
+    "PositionInterpolation",
+    "Riflex",
+    "Target",
+    "Technique",
+    "apply_rule",
+    "extend",
+    "known_trained_frames",
+]
+
+_CLASSES = {
+    "riflex": "Riflex",
+    "position_interpolation": "PositionInterpolation",
+    "ultravico": "UltraViCo",
+    "rotating_anchors": "RotatingAnchors",
+    "window_noise": "WindowNoise",
+    "continuation": "Continuation",
+}
+TECHNIQUES = tuple(_CLASSES)
+
+
+def extend(
+    pipe_or_transformer: Any,
+    technique: str | Technique | Sequence[str | Technique],
+    *,
+    num_frames: int,
+    trained_frames: int | None = None,
+    **options: Any,
+) -> "Extension":
+    """Make a pipeline generate longer video than its model was trained on.
+
+        with gen_accel.extend(pipe, "riflex", num_frames=161) as longer:
+            video = longer(prompt="a cat surfs").frames
+
+    Works before and after `gen_accel.attach`, with any method. The techniques act on calls whose
+    grid is longer than the model was trained at, and on no others.
+
+    Args:
+        technique: a name of `TECHNIQUES`, an instance such as `Riflex(k=4)`, or several of them.
+        num_frames: of the video asked for, in pixel frames.
+        trained_frames: what the model was trained at, in pixel frames. Without: of its family,
+            or of the demo model where it was loaded from `gen_accel.demo.path()`. For a model
+            that was tuned at another length, give it.
+        options: of the technique, where it is one and given by its name.
+
+    Raises:
+        ValueError: an unknown technique or option, techniques that do not go together, lengths
+            that the model does not take, a class that no family serves, or a model that is
+            extended already.
+        TypeError: neither a pipeline nor a module.
+    """
+    techniques = _techniques(technique, options)
+    target = _target(pipe_or_transformer, num_frames, trained_frames)
+    if not any(hasattr(technique, "generate") for technique in techniques):
+        _check_positions(target)
+    return Extension(techniques, target)
+
+
+def known_trained_frames(transformer: Any) -> int:
+    """The length that a model was trained at, in pixel frames: of the demo model where it was
+    loaded from `gen_accel.demo.path()`, else of its family.
+
+    Raises ValueError where nobody knows, or no family serves the class.
+    """
+    loaded = transformer.config.get("_name_or_path") or ""
+    if Path(loaded).resolve() == demo.path().resolve() / "transformer":
+        return demo.TRAINED_FRAMES
+    known = getattr(family_of(transformer), "TRAINED_FRAMES", None)
+    if known is None:
+        raise ValueError(f"trained_frames must be given for {type(transformer).__name__}")
+    return known
+
+
+class Extension:
+    """What `extend` returns. Call it as the pipeline; `remove()`, or leave its `with`."""
+
+    def __init__(self, techniques: tuple[Technique, ...], target: Target) -> None:
+        self.techniques, self.target = techniques, target
+        self._undo: list[Callable[[], None]] = []
+        try:
+            for technique in techniques:
+                self._undo.append(technique.apply(target))
+        except BaseException:
+            self.remove()
+            raise
+
+    def __call__(self, **arguments: Any) -> Any:
+        """Run the pipeline with its own keyword arguments; `num_frames` is the one asked for where
+        none is given.
+
+        Raises RuntimeError after `remove`, and TypeError for a transformer without a pipeline.
+        """
+        if not self._undo:
+            raise RuntimeError("the extension was removed; call gen_accel.extend again")
+        if self.target.pipe is None:
+            raise TypeError(
+                "a transformer alone generates nothing: extend the pipeline to call it"
+            )
+        arguments.setdefault("num_frames", self.target.pixel_frames(self.target.frames))
+        for technique in self.techniques:
+            if hasattr(technique, "generate"):
+                return technique.generate(self.target, arguments)  # pyright: ignore[reportAttributeAccessIssue]
+        return self.target.pipe(**arguments)
+
+    def describe(self) -> str:
+        """A line for each technique: what it does to the video asked for."""
+        return "\n".join(f"{t.name}: {t.describe(self.target)}" for t in self.techniques)
+
+    def remove(self) -> None:
+        """Take all techniques off. Does nothing the second time."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> "Extension":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+
+def _techniques(given: Any, options: dict[str, Any]) -> tuple[Technique, ...]:
+    alone = isinstance(given, str) or hasattr(given, "apply")
+    several: tuple[Any, ...] = (given,) if alone else tuple(given)
+    if not several:
+        raise ValueError(f"technique must name at least one of {', '.join(TECHNIQUES)}")
+    named = [one for one in several if isinstance(one, str)]
+    if options and not len(several) == len(named) == 1:
+        raise ValueError(
+            f"options {', '.join(options)} go with one technique given by its name; give instances"
+        )
+    made = tuple(_technique(one, options) for one in several)
+    names = [technique.name for technique in made]
+    for technique in made:
+        if names.count(technique.name) > 1:
+            raise ValueError(f"technique {technique.name} is given twice")
+        for other, reason in technique.excludes.items():
+            if other in names:
+                raise ValueError(f"{technique.name} does not go with {other}: {reason}")
+    return made
+
+
+def _technique(given: Any, options: dict[str, Any]) -> Technique:
+    if not isinstance(given, str):
+        if isinstance(given, type) or not hasattr(given, "apply"):
+            raise ValueError(f"technique must be a name or an instance, got {given!r}")
+        return given
+    if given not in _CLASSES:
+        raise ValueError(f"technique must be one of {', '.join(TECHNIQUES)}, got {given!r}")
+    kind = getattr(import_module(f"{__name__}.{given}"), _CLASSES[given])
+    known = [field.name for field in fields(kind)]
+    for name in options:
+        if name not in known:
+            takes = ", ".join(known) or "no options"
+            raise ValueError(f"{given} has no option {name}; it takes {takes}")
+    return kind(**options)
+
+
+def _target(pipe_or_transformer: Any, num_frames: int, trained_frames: int | None) -> Target:
+    transformers = served_transformers(pipe_or_transformer)
+    families = {
+        name: family_of(getattr(module, "_orig_mod", module))
+        for name, module in transformers.items()
+    }
+    pipe = None if isinstance(pipe_or_transformer, nn.Module) else pipe_or_transformer
+    name, transformer = next(iter(transformers.items()))
+    if trained_frames is None:
+        trained_frames = known_trained_frames(transformer)
+    factor = getattr(pipe, "vae_scale_factor_temporal", families[name].TEMPORAL_FACTOR)
+    patch = _temporal_patch(transformer)
+    return Target(
+        pipe,
+        transformers,
+        families,
+        latent_frames("num_frames", num_frames, factor, patch),
+        latent_frames("trained_frames", trained_frames, factor, patch),
+        factor,
+        patch,
+    )
+
+
+def _check_positions(target: Target) -> None:
+    for name, transformer in target.transformers.items():
+        longest = getattr(target.families[name], "longest", None)
+        if longest is not None and target.frames > longest(transformer):
+            most = target.pixel_frames(longest(transformer))
+            asked = target.pixel_frames(target.frames)
+            raise ValueError(
+                f"num_frames must be at most {most}, as far as the position table of {name} goes, "
+                f"got {asked}; continuation goes further"
+            )
+
+
+def _temporal_patch(transformer: Any) -> int:
+    patch = transformer.config.patch_size
+    return transformer.config.get("patch_size_t") or 1 if isinstance(patch, int) else patch[0]

@@ -1,0 +1,235 @@
+"""Continuation in latent space: chunk after chunk of the length that the model knows.
+
+The first chunk is a plain call of the pipeline. In each further one the latents that the video so
+far ends with are held while the rest is denoised, as inpainting does (Lugmayr et al., 2022,
+https://arxiv.org/abs/2201.09865, without its resampling): after each step they are set to what
+they are at the noise level reached, (1 - sigma) known + sigma noise, and to themselves at the
+end. What follows them is new. No chunk is decoded to pixels and encoded again, which is where the
+colours of chained clips drift; the latents are joined, and decoded once.
+
+The first latent frame of a clip stands for one frame, all others for several. A further chunk
+therefore holds the known latents from its second place on. Its first place, where the model
+expects the single frame before them, is denoised freely and left out, so that every latent stands
+where the model has seen its kind, and the joined latents are those of one clip.
+
+Colours are matched by the mean and deviation of each latent channel (AdaIN, Huang and Belongie,
+2017, https://arxiv.org/abs/1703.06868): new latents take those of the latents before them.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gen_accel.pipelines.decode import unscaled
+from gen_accel.pipelines.long_video.technique import Target, latent_frames
+
+NEEDED = ("latents", "num_frames", "output_type", "callback_on_step_end")
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Generate chunk after chunk, each of which goes on from the latents before it.
+
+    A callback of the call runs in each chunk, with the steps of that chunk.
+
+    Args:
+        overlap: latent frames of the video so far that a chunk is given.
+        chunk: pixel frames of one chunk. None: as many as the model was trained at.
+        color_match: from 0, colours as the model makes them, to 1, those of the latents before.
+            Turn it down for a video whose colours are to change.
+    """
+
+    overlap: int = 4
+    chunk: int | None = None
+    color_match: float = 1.0
+
+    name: ClassVar[str] = "continuation"
+    excludes: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("riflex", "position_interpolation", "ultravico", "rotating_anchors", "window_noise"),
+        "its chunks are no longer than what the model was trained at",
+    )
+
+    def __post_init__(self) -> None:
+        if self.overlap < 1:
+            raise ValueError(f"overlap must be at least 1, got {self.overlap}")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {self.chunk}")
+        if not 0 <= self.color_match <= 1:
+            raise ValueError(f"color_match must be from 0 to 1, got {self.color_match}")
+
+    def apply(self, target: Target) -> Callable[[], None]:
+        pipe, kind = target.pipe, type(target.pipe).__name__
+        if pipe is None:
+            raise ValueError("continuation calls the pipeline: extend that, not a transformer")
+        known = inspect.signature(type(pipe).__call__).parameters
+        lacks = [name for name in NEEDED if name not in known]
+        if lacks:
+            raise ValueError(f"continuation needs {', '.join(lacks)}, which {kind} does not take")
+        given = [name for name in ("image", "video") if name in known]
+        if given:
+            raise ValueError(
+                f"continuation goes on from text alone: {kind} would begin each chunk from its "
+                f"{' and '.join(given)} anew"
+            )
+        self._sizes(target)
+        return lambda: None
+
+    def describe(self, target: Target) -> str:
+        chunk, lead = self._sizes(target)
+        frames, fresh = target.frames * target.temporal_patch, chunk - lead - self.overlap
+        chunks = 1 + max(0, -(-(frames - chunk) // fresh))
+        return (
+            f"{frames} latent frames, trained at {target.trained * target.temporal_patch}: "
+            f"{chunks} chunks of {chunk}, of which {self.overlap} are held"
+        )
+
+    def generate(self, target: Target, arguments: dict[str, Any]) -> Any:
+        """What one call of the pipeline would return. With `output_type="latent"` nothing is
+        decoded."""
+        pipe: Any = target.pipe
+        chunk, lead = self._sizes(target)
+        factor = target.temporal_factor
+        frames = latent_frames("num_frames", arguments["num_frames"], factor)
+        if frames <= chunk:
+            return pipe(**arguments)
+        check_flow(pipe.scheduler)
+        chunk_frames = (chunk - 1) * factor + 1
+        first = arguments.get("latents")
+        if first is not None and first.shape[2] != chunk:
+            raise ValueError(
+                f"latents must be noise for the first chunk, of {chunk} latent frames, got "
+                f"{tuple(first.shape)}"
+            )
+        output_type = arguments.get("output_type", "np")
+        common = arguments | {
+            "num_frames": chunk_frames,
+            "output_type": "latent",
+            "return_dict": True,
+        }
+        output = pipe(**common)
+        latents = output.frames
+        while latents.shape[2] < frames and not getattr(pipe, "interrupt", False):
+            known = latents[:, :, -self.overlap :]
+            made = self._further(pipe, common, known, chunk, lead)
+            fresh = made[:, :, lead + self.overlap :]
+            before = latents[:, :, -fresh.shape[2] :]
+            fresh = matched(fresh, before, self.color_match)
+            latents = torch.cat((latents, fresh), dim=2)
+        video = latents[:, :, :frames]
+        if output_type != "latent":
+            video = _decoded(pipe, video, output_type)
+        return type(output)(frames=video) if arguments.get("return_dict", True) else (video,)
+
+    def _further(
+        self, pipe: Any, common: dict[str, Any], known: Tensor, chunk: int, lead: int
+    ) -> Tensor:
+        """A chunk that holds `known` from place `lead` on. (B, C, chunk, h, w)."""
+        from diffusers.utils.torch_utils import randn_tensor
+
+        shape = (*known.shape[:2], chunk, *known.shape[3:])
+        noise = randn_tensor(
+            shape, generator=common.get("generator"), device=known.device, dtype=known.dtype
+        )
+        hold = Hold(known, noise, lead, common.get("callback_on_step_end"))
+        names = getattr(hold.then, "tensor_inputs", None)
+        if names is None:
+            names = common.get("callback_on_step_end_tensor_inputs", ["latents"])
+        own = {
+            "latents": noise,
+            "callback_on_step_end": hold,
+            "callback_on_step_end_tensor_inputs": list(dict.fromkeys((*names, "latents"))),
+        }
+        return pipe(**(common | own)).frames
+
+    def _sizes(self, target: Target) -> tuple[int, int]:
+        """Latent frames of a chunk, and how many of them lead."""
+        chunk = target.trained * target.temporal_patch
+        if self.chunk is not None:
+            chunk = latent_frames("chunk", self.chunk, target.temporal_factor)
+        lead = int(target.temporal_factor > 1)
+        most = chunk - lead - 1
+        if self.overlap > most:
+            raise ValueError(
+                f"overlap must be at most {most}, so that a chunk of {chunk} latent frames has "
+                f"new ones, got {self.overlap}"
+            )
+        return chunk, lead
+
+
+class Hold:
+    """A `callback_on_step_end` that keeps a part of the latents at what is known of them.
+
+    Args:
+        known: (B, C, f, h, w), clean.
+        noise: (B, C, F, h, w) that the denoising starts from.
+        place: of the first known frame among F.
+        then: a callback of the user, which runs first.
+    """
+
+    def __init__(self, known: Tensor, noise: Tensor, place: int, then: Any = None) -> None:
+        self.known, self.then = known, then
+        self.part = slice(place, place + known.shape[2])
+        self.noise = noise[:, :, self.part]
+
+    def __call__(
+        self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]
+    ) -> dict[str, Any]:
+        latents = tensors["latents"]
+        if self.then is not None:
+            tensors = tensors | (self.then(pipe, step, timestep, dict(tensors)) or {})
+            latents = tensors["latents"]
+        scheduler, held = pipe.scheduler, self.known
+        if step + 1 < len(scheduler.timesteps):
+            reached = step + 1 if scheduler.step_index is None else scheduler.step_index
+            held = noised(self.known, self.noise, scheduler.sigmas[reached])
+        latents = latents.clone()
+        latents[:, :, self.part] = held
+        return tensors | {"latents": latents}
+
+
+def noised(clean: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
+    """(1 - sigma) clean + sigma noise: flow matching's sample at a noise level in [0, 1]."""
+    sigma = torch.as_tensor(sigma).to(clean)
+    return (1 - sigma) * clean + sigma * noise
+
+
+def matched(latents: Tensor, reference: Tensor, strength: float = 1.0) -> Tensor:
+    """`latents` with the mean and standard deviation of `reference` in each sample and channel.
+
+    Args:
+        latents, reference: (B, C, f, h, w) and (B, C, any, h, w).
+        strength: 1 all the way, 0 not at all, between them the weighted mean of both.
+    """
+    if strength == 0:
+        return latents
+    over = (2, 3, 4)
+    mean, std = latents.mean(over, keepdim=True), latents.std(over, keepdim=True, correction=0)
+    to_mean = reference.mean(over, keepdim=True)
+    to_std = reference.std(over, keepdim=True, correction=0)
+    tiny = torch.finfo(latents.dtype).tiny
+    full = (latents - mean) / std.clamp_min(tiny) * to_std + to_mean
+    return torch.lerp(latents, full, strength)
+
+
+def check_flow(scheduler: Any) -> None:
+    """Raises ValueError for a scheduler whose sigmas are no flow matching noise levels."""
+    flow = scheduler.config.get("prediction_type") == "flow_prediction"
+    if not (flow or "FlowMatch" in type(scheduler).__name__):
+        raise ValueError(
+            f"continuation needs a flow matching scheduler, got {type(scheduler).__name__}"
+        )
+
+
+@torch.no_grad()
+def _decoded(pipe: Any, latents: Tensor, output_type: str) -> Any:
+    """As the pipelines do at their end."""
+    pixels = pipe.vae.decode(
+        unscaled(pipe.vae, latents, pipe._execution_device), return_dict=False
+    )[0]
+    video = pipe.video_processor.postprocess_video(pixels, output_type=output_type)
+    pipe.maybe_free_model_hooks()
+    return video

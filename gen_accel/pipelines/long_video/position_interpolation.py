@@ -1,0 +1,40 @@
+"""Position interpolation: a longer video takes the positions of the trained length.
+
+Chen et al., 2023, https://arxiv.org/abs/2306.15595. All temporal rotary frequencies times
+trained / L, so that L latent frames lie where the trained ones did, closer together. Without
+tuning, the model takes that for slower motion; the rule is made for training with it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from gen_accel.pipelines.long_video.technique import Target
+from gen_accel.pipelines.long_video.temporal_rule import TemporalRule
+
+
+@dataclass(frozen=True)
+class PositionInterpolation:
+    """Shrink the positions of a video longer than the trained length to that length."""
+
+    name: ClassVar[str] = "position_interpolation"
+    excludes: ClassVar[Mapping[str, str]] = {
+        "riflex": "both set the temporal frequencies",
+        "continuation": "its chunks are no longer than what the model was trained at",
+    }
+
+    def frequencies(self, own: Tensor, frames: int, trained: int) -> Tensor:
+        """Those for a video of `frames` latent frames, (pairs,) in rad per latent frame."""
+        return own * (trained / max(frames, trained))
+
+    def apply(self, target: Target) -> Callable[[], None]:
+        options = {"frames": target.frames, "trained": target.trained}
+        return TemporalRule(target.transformers, self.frequencies, **options).remove
+
+    def describe(self, target: Target) -> str:
+        length = f"{target.frames} latent frames, trained at {target.trained}"
+        if not target.longer:
+            return f"{length}: off"
+        return f"{length}: temporal frequencies times {target.trained / target.frames:.3f}"

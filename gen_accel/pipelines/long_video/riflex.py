@@ -1,0 +1,83 @@
+"""RIFLEx: the one rotary frequency that would repeat turns slower, so that it does not.
+
+Zhao et al., 2025, https://arxiv.org/abs/2502.15894, and https://github.com/thu-ml/RIFLEx at
+2bff7fe. Of the pairs on the time axis the intrinsic one, number k, has the period N_k that shows
+as repetition in videos longer than it. Its frequency is lowered to 0.9 * 2 pi / L for a video of
+L latent frames; those of the other pairs, and of the other axes, stay.
+
+Unlike there, k need not be found by watching for repetitions: without one it is the pair with
+the shortest period that is not shorter than the trained length, the first whose repetition no
+training clip has shown. That is the published k = 4 of HunyuanVideo and k = 2 of CogVideoX. For
+Wan 2.1 it is k = 4, where its users report k = 6.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from gen_accel.pipelines.long_video.technique import Target
+from gen_accel.pipelines.long_video.temporal_rule import TemporalRule
+
+MARGIN = 0.9  # of a period that the video may last; the published code's, against repeating tails
+
+
+@dataclass(frozen=True)
+class Riflex:
+    """Lower the intrinsic temporal frequency so that one period outlasts the video.
+
+    Acts where the video is longer than the trained length and than the period N_k.
+
+    Args:
+        k: number of the intrinsic pair, from 1. None: see the module.
+    """
+
+    k: int | None = None
+
+    name: ClassVar[str] = "riflex"
+    excludes: ClassVar[Mapping[str, str]] = {
+        "position_interpolation": "both set the temporal frequencies",
+        "continuation": "its chunks are no longer than what the model was trained at",
+    }
+
+    def __post_init__(self) -> None:
+        if self.k is not None and self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+
+    def intrinsic(self, own: Tensor, trained: int) -> int:
+        """k for a model with these temporal frequencies, (pairs,) in rad per latent frame.
+
+        Raises ValueError for a k that the model does not have.
+        """
+        if self.k is None:
+            periods = 2 * math.pi / own
+            return min(int((periods < trained).sum()) + 1, len(own))
+        if self.k > len(own):
+            raise ValueError(f"k must be from 1 to {len(own)}, got {self.k}")
+        return self.k
+
+    def frequencies(self, own: Tensor, frames: int, trained: int) -> Tensor:
+        """Those for a video of `frames` latent frames, (pairs,) in rad per latent frame."""
+        pair, made = self.intrinsic(own, trained) - 1, own.clone()
+        if frames > trained and frames > 2 * math.pi / float(own[pair]):
+            made[pair] = MARGIN * 2 * math.pi / frames
+        return made
+
+    def apply(self, target: Target) -> Callable[[], None]:
+        for name, transformer in target.transformers.items():
+            self.intrinsic(target.families[name].temporal_frequencies(transformer), target.trained)
+        options = {"frames": target.frames, "trained": target.trained}
+        return TemporalRule(target.transformers, self.frequencies, **options).remove
+
+    def describe(self, target: Target) -> str:
+        name, transformer = next(iter(target.transformers.items()))
+        own = target.families[name].temporal_frequencies(transformer)
+        k = self.intrinsic(own, target.trained)
+        period = 2 * math.pi / float(own[k - 1])
+        made = self.frequencies(own, target.frames, target.trained)[k - 1]
+        length = f"{target.frames} latent frames, trained at {target.trained}"
+        if made == own[k - 1]:
+            return f"{length}: off, the period of pair {k} is {period:.1f}"
+        return f"{length}: period of pair {k} from {period:.1f} to {2 * math.pi / made:.1f}"

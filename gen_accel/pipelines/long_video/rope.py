@@ -1,0 +1,33 @@
+"""The rules on temporal rotary frequencies by name, for training at a longer length."""
+
+from torch import nn
+
+from gen_accel.pipelines.long_video.position_interpolation import PositionInterpolation
+from gen_accel.pipelines.long_video.riflex import Riflex
+from gen_accel.pipelines.long_video.temporal_rule import TemporalRule
+
+RULES = ("none", "riflex", "position_interpolation")
+
+
+def apply_rule(transformer: nn.Module, rule: str, *, frames: int, trained: int) -> TemporalRule:
+    """Change the temporal rotary frequencies as `extend` does, for training at that length.
+
+    Args:
+        rule: one of `RULES`; "none" changes nothing.
+        frames: the length to make the frequencies for, in latent frames after patchify. Grids
+            longer than that get their own.
+        trained: the length that the base model was trained at, in the same unit. Grids that are
+            no longer keep the model's own frequencies.
+
+    Returns:
+        A handle: `remove()`, or leave its `with`.
+
+    Raises:
+        ValueError: an unknown rule, lengths below 1, a class that no family serves, or a model
+            that has a rule already.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    made = {"riflex": Riflex(), "position_interpolation": PositionInterpolation()}.get(rule)
+    frequencies = None if made is None else made.frequencies
+    return TemporalRule({"transformer": transformer}, frequencies, frames=frames, trained=trained)

@@ -1,0 +1,138 @@
+"""Rotating anchors: each frame sees those about it, and frames all over the video in turn.
+
+Glorian et al., "LVSA: Training-Free Sparse Attention for Long Video Diffusion", 2026,
+https://arxiv.org/abs/2605.31057; public code JiusiServe/LongVideoSparseAttention. A query sees a
+window of frames about its own, shifted inwards at both ends, the first frames, and anchors at
+equal intervals, which move on by one frame with each denoising step: in as many steps as the
+interval is long, every frame is an anchor once.
+
+Unlike there, the window is not widened by the anchors that lie in it, anchors do not wrap around
+the end, and the first and last steps are like all others. Frames are seen by blocks: a block of
+keys that holds a frame to be seen is seen whole. It is laid over whatever method is attached: what
+that leaves out stays out. A query that is left with nothing sees its own block.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gen_accel.pipelines.attach import extend_attention
+from gen_accel.pipelines.extension import AttentionExtension
+from gen_accel.pipelines.long_video.blocks import Remembered, key_blocks, query_blocks
+from gen_accel.pipelines.long_video.technique import Target
+from gen_accel.plan import Plan, Route
+from gen_accel.video import VideoShape
+
+
+@dataclass(frozen=True)
+class RotatingAnchors:
+    """A window of frames, the first ones, and anchors that rotate; in frames after patchify.
+
+    Args:
+        window: frames seen on each side. None: a sixth of the trained length, at least one.
+        first: frames at the beginning that all see.
+        interval: from one anchor to the next. None: so that window, first frames and anchors are
+            together about as many as the trained length.
+    """
+
+    window: int | None = None
+    first: int = 1
+    interval: int | None = None
+
+    name: ClassVar[str] = "rotating_anchors"
+    excludes: ClassVar[Mapping[str, str]] = {
+        "window_noise": "it cuts the video into windows, outside of which there are no anchors"
+    }
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 0:
+            raise ValueError(f"window must not be negative, got {self.window}")
+        if self.first < 0:
+            raise ValueError(f"first must not be negative, got {self.first}")
+        if self.interval is not None and self.interval < 1:
+            raise ValueError(f"interval must be at least 1, got {self.interval}")
+
+    def sizes(self, frames: int, trained: int) -> tuple[int, int]:
+        """Frames on each side of the window, and the interval, of a video of `frames`."""
+        window = max(1, trained // 6) if self.window is None else self.window
+        if self.interval is not None:
+            return window, self.interval
+        anchors = max(1, trained - (2 * window + 1) - self.first)
+        return window, math.ceil(frames / anchors)
+
+    def anchors(self, frames: int, trained: int, step: int) -> Tensor:
+        """(frames,) bool: which frames all see at this step."""
+        interval = self.sizes(frames, trained)[1]
+        frame = torch.arange(frames)
+        return (frame < self.first) | (frame % interval == step % interval)
+
+    def adjusted(self, plan: Plan, video: VideoShape, trained: int, step: int) -> Plan:
+        """The plan without the blocks that are neither in the window nor anchors."""
+        frames, device = video.frames, plan.slots.device
+        query, key = query_blocks(plan, video), key_blocks(plan, video)
+        side = self.sizes(frames, trained)[0]
+        last_start = max(frames - (2 * side + 1), 0)
+        start = (query.first - side).clamp(0, last_start)
+        stop = (query.last - side).clamp(0, last_start) + 2 * side
+        window = (key.first <= stop[:, None]) & (key.last >= start[:, None])
+        until = F.pad(self.anchors(frames, trained, step).long().cumsum(0), (1, 0)).to(device)
+        anchor = until[key.last + 1] > until[key.first]
+        allowed = window | anchor | query.text[:, None] | key.text
+        return _within(plan, allowed)
+
+    def apply(self, target: Target) -> Callable[[], None]:
+        trained = target.trained
+
+        def adjusted(plan: Plan, video: VideoShape, step: int) -> Plan:
+            return self.adjusted(plan, video, trained, step)
+
+        adjust = Remembered(adjusted, by_step=True)
+        extension = AttentionExtension(self.name, trained, adjust=adjust, needs_step=True)
+        return extend_attention(target.subject, extension)
+
+    def describe(self, target: Target) -> str:
+        if not target.longer:
+            return (
+                f"{target.frames} latent frames are no more than the trained {target.trained}: off"
+            )
+        window, interval = self.sizes(target.frames, target.trained)
+        return (
+            f"{target.frames} latent frames: {2 * window + 1} about each, the first {self.first}, "
+            f"and every {interval}th in turn"
+        )
+
+
+def _within(plan: Plan, allowed: Tensor) -> Plan:
+    """The plan in the blocks that are allowed, (Kq, Kk) bool; an own block for who has no other."""
+    keep, own = plan.keep & allowed, _own_blocks(plan)
+    if not isinstance(plan.partial, Route):
+        empty = ~keep.any(-1, keepdim=True)
+        return plan.changed(keep=keep | (empty & own))
+    route = plan.partial
+    groups = route.picks.shape[3]
+    seen = _by_group(keep, route.group, groups).repeat_interleave(plan.block_q, 2)
+    empty = ~(route.picks & seen).any(-1, keepdim=True)
+    slot = torch.arange(len(plan.slots), device=plan.slots.device)
+    mine = F.one_hot(route.group[slot // route.block], groups).bool()
+    needy = empty.unflatten(2, (-1, plan.block_q)).any(3)
+    picks = Route(route.picks | (empty & mine), route.group, route.block)
+    return plan.changed(keep=keep | (needy & own), partial=picks)
+
+
+def _by_group(keep: Tensor, group: Tensor, groups: int) -> Tensor:
+    """(B, H, Kq, C) bool: whether a block of a group is kept."""
+    member = F.one_hot(group, groups).float()
+    return keep.float() @ member > 0
+
+
+def _own_blocks(plan: Plan) -> Tensor:
+    """(Kq, Kk) bool: pairs of blocks that share slots."""
+    S, device = len(plan.slots), plan.slots.device
+    first_q = torch.arange(0, S, plan.block_q, device=device)[:, None]
+    first_k = torch.arange(0, S, plan.block_k, device=device)
+    return (first_q < first_k + plan.block_k) & (first_k < first_q + plan.block_q)

@@ -1,0 +1,102 @@
+"""A rule on the rotary frequencies of the time axis, kept on live transformers."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from gen_accel.attention_processors.families import family_of
+
+# own frequencies (pairs,) in rad a latent frame, frames, trained -> the frequencies to use
+Frequencies = Callable[[Tensor, int, int], Tensor]
+
+
+class TemporalRule:
+    """Where a forward pass has more latent frames than `trained`, its temporal rotary frequencies
+    are `frequencies(own, frames, trained)`; elsewhere they are the model's own, bit for bit.
+
+    `remove()`, or leave its `with`. Lengths are in latent frames after patchify.
+
+    Args:
+        frequencies: None changes nothing.
+        frames: the length that they are made for, or that of the live grid where it is longer.
+            A model tuned under a rule so keeps its frequencies on shorter grids.
+
+    Raises ValueError for lengths below 1, a class that no family serves, a compiled transformer,
+    or one that has a rule already.
+    """
+
+    def __init__(
+        self,
+        transformers: Mapping[str, nn.Module],
+        frequencies: Frequencies | None,
+        *,
+        frames: int,
+        trained: int,
+    ) -> None:
+        for name, value in (("frames", frames), ("trained", trained)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self._handles: list[tuple[nn.Module, Any, Any]] = []
+        if frequencies is None:
+            return
+        for name, transformer in transformers.items():
+            check_eager(name, transformer)
+            if any(isinstance(hook, _Hook) for hook in transformer._forward_pre_hooks.values()):
+                raise ValueError(f"{name} has a rule on its frequencies already: remove it first")
+        hooks = [_Hook(module, frequencies, frames, trained) for module in transformers.values()]
+        for hook, transformer in zip(hooks, transformers.values(), strict=True):
+            handle = transformer.register_forward_pre_hook(hook, with_kwargs=True)
+            self._handles.append((transformer, hook, handle))
+
+    def remove(self) -> None:
+        """Take the rule off. Does nothing the second time."""
+        for transformer, hook, handle in self._handles:
+            handle.remove()
+            hook.off(transformer)
+        self._handles = []
+
+    def __enter__(self) -> "TemporalRule":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+
+def check_eager(name: str, transformer: nn.Module) -> None:
+    """Raises ValueError for a compiled transformer, which would not notice a new hook. One with
+    compiled blocks will."""
+    if (
+        hasattr(transformer, "_orig_mod")
+        or getattr(transformer, "_compiled_call_impl", None) is not None
+    ):
+        raise ValueError(f"{name} is compiled already; load it again, extend, and compile then")
+
+
+class _Hook:
+    def __init__(
+        self, transformer: nn.Module, frequencies: Frequencies, frames: int, trained: int
+    ) -> None:
+        family = family_of(transformer)
+        self._video_shape, self._set = family.video_shape, family.set_temporal_frequencies
+        self._own = family.temporal_frequencies(transformer)
+        self._frequencies, self._frames, self._trained = frequencies, frames, trained
+        self._length: int | None = None  # that the table is made for; None: the model's own
+        self._removed = False
+
+    def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._removed:
+            return
+        live = self._video_shape(transformer, *args, **kwargs).frames
+        self._to(transformer, max(self._frames, live) if live > self._trained else None)
+
+    def off(self, transformer: nn.Module) -> None:
+        self._to(transformer, None)
+        self._removed = True  # a graph that was compiled with the hook goes on calling it
+
+    def _to(self, transformer: nn.Module, length: int | None) -> None:
+        if length == self._length:
+            return
+        made = length and self._frequencies(self._own, length, self._trained)
+        self._set(transformer, made)
+        self._length = length

@@ -1,0 +1,180 @@
+"""What a LoRA was trained with: read from it, attached again, compared with what is attached."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from gen_accel.attention_processors import METHODS, method_class
+from gen_accel.pipelines.schedule import Schedule
+
+WEIGHTS, CONFIG = "pytorch_lora_weights.safetensors", "gen_accel.json"
+KEY = "gen_accel"  # of the metadata, and of PEFT's `auto_mapping`
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a LoRA came about. It lies in the metadata of its file, and beside it for reading.
+
+    Args:
+        base_model: name or folder of the pipeline.
+        transformer: its class, and the sizes in its config that a LoRA depends on.
+        part: which transformer of the pipeline.
+        method, options: the attention it was trained through.
+        schedule: what of it was dense.
+        rope: the rule of the last stage, for more than `trained_frames` frames.
+        frames, height, width: of the longest clips it saw, in frames and pixels.
+        stages: the curriculum, frames:steps[:rule] each.
+        steps: optimizer steps in all.
+        data: hash of the clips and captions.
+    """
+
+    base_model: str
+    transformer: dict[str, Any]
+    part: str
+    method: str
+    options: dict[str, Any]
+    schedule: dict[str, Any]
+    rope: str
+    trained_frames: int | None
+    frames: int
+    height: int
+    width: int
+    stages: tuple[str, ...]
+    steps: int
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    objective: str
+    data: str
+    version: int = VERSION
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def build_method(self) -> Any:
+        return method_class(self.method)(**_with_tuples(self.options))
+
+    def build_schedule(self) -> Schedule:
+        return Schedule(**_with_tuples(self.schedule))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rule = "" if self.rope == "none" else f", {self.rope}"
+        return f"{self.build_method()!r} at {self.frames} frames{rule}"
+
+
+class OtherAttention(UserWarning):
+    """A LoRA runs with another attention than it was trained with."""
+
+
+def read_recipe(source: str | Path) -> Recipe:
+    """Of a folder that holds a LoRA, or of its file.
+
+    Raises:
+        FileNotFoundError: no LoRA there.
+        ValueError: a LoRA that was not trained here, or a recipe of another version.
+    """
+    path = Path(source).expanduser()
+    path = path / WEIGHTS if path.is_dir() or not path.suffix else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no LoRA at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
+    if text is None:
+        raise ValueError(
+            f"{path} does not say what attention it was trained with: it is from elsewhere. "
+            "Give the method itself"
+        )
+    return parse(json.loads(text), path)
+
+
+def parse(data: Mapping[str, Any], origin: Any) -> Recipe:
+    try:
+        if data["version"] != VERSION:
+            raise ValueError(f"its version is {data['version']}, not {VERSION}")
+        known = {one.name for one in fields(Recipe)}
+        recipe = Recipe(**{k: v for k, v in _with_tuples(dict(data)).items() if k in known})
+        recipe.build_method()
+        recipe.build_schedule()
+        return recipe
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the recipe in {origin} cannot be read: {error}") from error
+
+
+def sizes(transformer: Any) -> dict[str, Any]:
+    """Class and config entries that decide whether a LoRA fits."""
+    config = dict(transformer.config)
+    kept = {k: v for k, v in sorted(config.items()) if isinstance(v, int | str | list | tuple)}
+    kept = {k: v for k, v in kept.items() if not k.startswith("_") and k not in _NOT_SIZES}
+    kept = json.loads(json.dumps(kept))
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return {"class": type(transformer).__name__.removeprefix("FSDP"), "sha256": digest, **kept}
+
+
+_NOT_SIZES = ("rope_max_seq_len", "pos_embed_seq_len", "attn_mode")
+
+
+def check_base(recipe: Recipe, transformer: Any) -> None:
+    """Raises ValueError for a LoRA of a model of another class or size."""
+    have = sizes(transformer)
+    wrong = [
+        f"{name} {value!r} (this model: {have.get(name)!r})"
+        for name, value in recipe.transformer.items()
+        if name != "sha256" and have.get(name) != value
+    ]
+    if wrong:
+        raise ValueError(
+            f"the LoRA was trained on another model, {recipe.base_model}: {', '.join(wrong)}"
+        )
+
+
+def recipes_of(transformer: Any) -> dict[str, Recipe]:
+    """By the names of the active adapters that were trained here."""
+    configs = getattr(transformer, "peft_config", None) or {}
+    try:
+        active = set(transformer.active_adapters()) if configs else set()
+    except ValueError:  # all are switched off
+        active = set()
+    found = {}
+    for name, config in configs.items():
+        data = (getattr(config, "auto_mapping", None) or {}).get(KEY)
+        if name in active and data is not None:
+            found[name] = parse(data, f"adapter {name!r}")
+    return found
+
+
+def warn_of_other_attention(transformer: Any, method: Any, stacklevel: int = 2) -> None:
+    """For each active adapter that was trained with another method than `method`; None is none."""
+    for name, recipe in recipes_of(transformer).items():
+        trained = recipe.build_method()
+        if trained == method:
+            continue
+        running = "the model's own attention" if method is None else repr(method)
+        warnings.warn(
+            f"the LoRA {name!r} was trained with {trained!r} and runs with {running}; "
+            "gen_accel.attach(pipe, from_lora=folder) attaches what it was trained with",
+            OtherAttention,
+            stacklevel=stacklevel,
+        )
+
+
+def method_name(method: Any) -> str:
+    names = {kind: name for name, kind in METHODS.items()}
+    if type(method) not in names:
+        raise ValueError(f"{method!r} is none of the package's methods {tuple(METHODS)}")
+    return names[type(method)]
+
+
+def _with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists where the dataclasses have tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}

@@ -1,0 +1,46 @@
+"""Attach the attention that a LoRA was trained with."""
+
+from pathlib import Path
+from typing import Any
+
+from gen_accel.pipelines.attach import Attachment, attach, served_transformers
+from gen_accel.pipelines.long_video.rope import apply_rule
+from gen_accel.pipelines.long_video.technique import latent_frames
+from gen_accel.pipelines.recipe import check_base, read_recipe
+from gen_accel.pipelines.schedule import Schedule
+from gen_accel.pipelines.storage import CONFIG, load_processors
+
+
+def attach_trained(
+    pipe_or_transformer: Any,
+    folder: str | Path,
+    *,
+    schedule: Schedule | None = None,
+    **options: Any,
+) -> Attachment:
+    """`gen_accel.attach(pipe, from_lora=folder)`."""
+    folder = Path(folder).expanduser()
+    recipe = read_recipe(folder)
+    transformers = served_transformers(pipe_or_transformer)
+    transformer: Any = transformers.get(recipe.part, next(iter(transformers.values())))
+    check_base(recipe, transformer)
+    chosen = schedule if schedule is not None else recipe.build_schedule()
+    if folder.is_dir() and (folder / CONFIG).is_file():
+        handle = load_processors(pipe_or_transformer, folder, schedule=chosen, **options)
+    else:
+        handle = attach(pipe_or_transformer, recipe.build_method(), schedule=chosen, **options)
+    if recipe.rope != "none" and recipe.trained_frames is not None:
+        patch = transformer.config.patch_size
+        patch = patch[0] if not isinstance(patch, int) else transformer.config.patch_size_t or 1
+        factor = getattr(pipe_or_transformer, "vae_scale_factor_temporal", 4)
+        lengths = {
+            "frames": latent_frames("frames", recipe.frames, factor, patch),
+            "trained": latent_frames("trained_frames", recipe.trained_frames, factor, patch),
+        }
+        try:
+            rule = apply_rule(transformer, recipe.rope, **lengths)
+        except ValueError:
+            handle.detach()
+            raise
+        handle.companions.append(rule.remove)
+    return handle
