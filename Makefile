@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo test quick lint train-demo clean
+.PHONY: help venv demo test quick lint train-demo train-lora clean
 
 help:
 	@echo "make demo        dense and sparse video side by side, into outputs/demo/"
@@ -11,6 +11,7 @@ help:
 	@echo "make quick       the tests to run all the time, without the slow ones"
 	@echo "make venv        only the environment, in .venv"
 	@echo "make train-demo  train the demo model again, about two hours on 2 cores"
+	@echo "make train-lora  train its LoRA for longer videos again"
 
 venv: .venv/.ready
 
@@ -37,6 +38,10 @@ lint: venv
 
 train-demo: venv
 	$(BIN)/python -m gen_accel.demo.train
+
+train-lora: venv
+	$(BIN)/python -m gen_accel.demo.clips --out outputs/clips --frames 129 --count 600
+	$(BIN)/gen-accel train configs/lora/demo.yaml
 
 clean:
 	rm -rf .venv outputs .pytest_cache .ruff_cache

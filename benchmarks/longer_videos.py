@@ -8,9 +8,10 @@ again. Seconds are taken apart, on a few prompts, with the settings in turns.
 """
 
 import argparse
+import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -28,8 +29,11 @@ from gen_accel.demo.detector import detect, score
 from gen_accel.demo.evaluate import TRAINED_FRAMES
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
+from gen_accel.measure.motion import measure_motion
 from gen_accel.measure.video_io import replacing
 
+DOCS = Path(__file__).parents[1] / "docs" / "longer_videos.md"
+FPS = 16.0
 FRAMES, SIZE, STEPS, GUIDANCE_SCALE = 4 * (TRAINED_FRAMES - 1) + 1, 96, 20, 3.0
 RADIAL = gen_accel.Radial(decay_factor=0.3)
 TECHNIQUES = (
@@ -69,8 +73,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="clips a call, where none is timed")
     parser.add_argument("--timed", type=int, default=0, help="prompts to take the time of")
     parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--worker", default="0/1", help="K/N: make every N-th clip from K, no more"
+    )
     parser.add_argument("--work", type=Path, default=Path("outputs/longer_videos"))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--docs", action="store_true", help="write the table of docs/")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -78,6 +86,8 @@ def main() -> None:
 
     for name in names:
         make(name, args)
+    if args.worker != "0/1":
+        return
     report = {
         "frames": args.frames,
         "trained_frames": TRAINED_FRAMES,
@@ -91,10 +101,14 @@ def main() -> None:
     if args.timed:
         for name, timing in timings(names, args).items():
             report["settings"][name] |= timing
+    drawn = [measure_motion([video], fps=FPS) for video in world_clips(args)]
+    report["world"] = {"motion": mean_motion([one.to_dict() for one in drawn])}
     if args.out is not None:
         write_json(args.out, report)
     for name in names:
         print(line(name, report["settings"][name]))
+    if args.docs:
+        write_table(report)
 
 
 def held_out() -> tuple[world.Scene, ...]:
@@ -106,7 +120,9 @@ def make(name: str, args: argparse.Namespace) -> None:
     """Generate what is not there yet of one setting."""
     folder = args.work / f"{args.frames}x{args.steps}" / name.replace(" ", "")
     scenes = held_out()[: args.prompts]
-    missing = [i for i in range(len(scenes)) if not (folder / f"{i:02d}.safetensors").exists()]
+    first, workers = map(int, args.worker.split("/"))
+    wanted = range(first, len(scenes), workers)
+    missing = [i for i in wanted if not (folder / f"{i:02d}.safetensors").exists()]
     if not missing:
         return
     with ExitStack() as stack:
@@ -117,6 +133,7 @@ def make(name: str, args: argparse.Namespace) -> None:
                 folder.mkdir(parents=True, exist_ok=True)
                 with replacing(folder / f"{i:02d}.safetensors") as partial:
                     save_file({"video": torch.from_numpy(video).contiguous()}, partial)
+                motion_of(folder, i)
 
 
 def prepare(setting: Setting, args: argparse.Namespace, stack: ExitStack) -> Callable:
@@ -173,12 +190,42 @@ def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
     count = len(scored)
     return {
         "clips": count,
+        "motion": mean_motion([motion_of(folder, i) for i in range(count)]),
         "detector_score": sum(clip["whole"] for clip in scored) / count,
         "with_speed": sum(clip["right"] for clip in scored) / count,
         "colour": sum(clip["score"]["color"] for clip in scored) / count,
         "shape": sum(clip["score"]["shape"] for clip in scored) / count,
         "direction": sum(clip["score"]["direction"] for clip in scored) / count,
         "scored": scored,
+    }
+
+
+def world_clips(args: argparse.Namespace) -> Iterator[np.ndarray]:
+    """What the prompts ask for, drawn: the measure of what motion ought to be."""
+    for i, scene in enumerate(held_out()[: args.prompts]):
+        g = torch.Generator().manual_seed(i)
+        video = world.render([scene], frames=args.frames, size=SIZE, generator=g)[0]
+        yield ((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
+
+
+def motion_of(folder: Path, i: int) -> dict[str, Any]:
+    """Measured once for a clip."""
+    path = folder / f"{i:02d}.json"
+    if not path.exists():
+        video = load_file(folder / f"{i:02d}.safetensors")["video"].numpy()
+        write_json(path, measure_motion([video], fps=FPS).to_dict())
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def mean_motion(found: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means over the clips; of drifts, of their sizes."""
+    return {
+        "loop_score": statistics.fmean(one["loop_score"] for one in found),
+        "color_drift": statistics.fmean(max(map(abs, one["color_drift"])) for one in found),
+        "contrast_drift": statistics.fmean(abs(one["contrast_drift"]) for one in found),
+        "flow": statistics.fmean(one["flow"] for one in found),
+        "dynamic_degree": statistics.fmean(one["dynamic_degree"] for one in found),
+        "flicker": statistics.fmean(one["flicker"] for one in found),
     }
 
 
@@ -197,6 +244,36 @@ def timings(names: list[str], args: argparse.Namespace) -> dict[str, dict[str, f
         name: {"seconds": median, "speedup": medians["dense"] / median}
         for name, median in medians.items()
     }
+
+
+def write_table(report: dict[str, Any]) -> None:
+    """Between the markers of docs/longer_videos.md."""
+    begin, end = "<!-- results -->", "<!-- /results -->"
+    text = DOCS.read_text(encoding="utf-8")
+    head, rest = text.split(begin)
+    tail = rest.split(end)[1]
+    rows = [
+        "| | score | with speed | colour | shape | direction | loop | colour drift | dynamic "
+        "| seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in report["settings"].items():
+        motion = found["motion"]
+        taken = f"{found['seconds']:.1f}, {found['speedup']:.2f}x" if "seconds" in found else ""
+        shares = ("detector_score", "with_speed", "colour", "shape", "direction")
+        rows.append(
+            f"| {name} | "
+            + " | ".join(f"{found[share]:.0%}" for share in shares)
+            + f" | {motion['loop_score']:.2f} | {motion['color_drift']:.3f} "
+            f"| {motion['dynamic_degree']:.2f} | {taken} |"
+        )
+    motion = report["world"]["motion"]
+    rows.append(
+        f"| *the world itself* | | | | | | {motion['loop_score']:.2f} "
+        f"| {motion['color_drift']:.3f} | {motion['dynamic_degree']:.2f} | |"
+    )
+    table = "\n".join(rows)
+    DOCS.write_text(f"{head}{begin}\n{table}\n{end}{tail}", encoding="utf-8")
 
 
 def line(name: str, figures: dict[str, Any]) -> str:

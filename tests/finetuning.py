@@ -88,7 +88,7 @@ def config(out: str | Path, **fields: Any) -> TrainConfig:
 
 # Everything that a continuation has to bring back.
 FULL: dict[str, Any] = {
-    "stages": ("9:4", "17:4:riflex"),
+    "stages": ("9:4", "17:4:position_interpolation"),
     "lora_dropout": 0.3,
     "caption_dropout": 0.3,
     "batch_size": 1,
@@ -147,7 +147,7 @@ def stall(marker: Path, at: str) -> None:
         checkpoint.save_file = slow_save
 
 
-def sharded() -> Accelerator:
+def sharded(given: TrainConfig) -> Accelerator:
     """FSDP2 on the CPU, which `accelerate launch` has for accelerators alone."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -156,7 +156,11 @@ def sharded() -> Accelerator:
         cpu_ram_efficient_loading=False,
         state_dict_type="FULL_STATE_DICT",
     )
-    made = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
+    made = Accelerator(
+        cpu=True,
+        gradient_accumulation_steps=given.gradient_accumulation,
+        step_scheduler_with_optimizer=False,
+    )
     made.state.fsdp_plugin = plugin
     for state in (made.state, PartialState()):
         state.distributed_type = DistributedType.FSDP
@@ -164,11 +168,11 @@ def sharded() -> Accelerator:
 
 
 if __name__ == "__main__":
-    for job in json.loads(sys.argv[1]):
-        torch.set_num_threads(job.get("threads", 1))
-        if "stall" in job:
-            stall(Path(job["out"]) / "stalled", job["stall"])
-        given = config(job["out"], **job["fields"])
-        pipe = wan.pipeline() if given.validate_every else None
-        accelerator = sharded() if job.get("sharded") else accelerator_for(given)
-        run(given, accelerator, model(pipe), Clips(), resume=job.get("resume", False))
+    job = json.loads(sys.argv[1])
+    torch.set_num_threads(job.get("threads", 1))
+    if "stall" in job:
+        stall(Path(job["out"]) / "stalled", job["stall"])
+    given = config(job["out"], **job["fields"])
+    pipe = wan.pipeline() if given.validate_every else None
+    accelerator = sharded(given) if job.get("sharded") else accelerator_for(given)
+    run(given, accelerator, model(pipe), Clips(), resume=job.get("resume", False))

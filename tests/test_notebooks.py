@@ -5,7 +5,12 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
-SHOWS = {"quickstart": ("text/html", 1), "attention_methods": ("image/png", 3)}
+SHOWS = {
+    "quickstart": ("text/html", 1),
+    "attention_methods": ("image/png", 3),
+    "longer_videos": ("image/png", 1),
+    "train_lora": ("image/png", 1),
+}
 
 
 @pytest.mark.slow

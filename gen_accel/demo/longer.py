@@ -1,7 +1,7 @@
 """Four times the length that the demo model was trained at: as it is, and with its LoRA."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,9 @@ def compare(prompt: str, clip: Clip, *, lora: Path | None = None) -> Longer:
         clip: of the demo model's size; its frames are set here.
     """
     lora = lora if lora is not None else lora_path()
-    clip = Clip(**(asdict(clip) | {"frames": FRAMES, "max_tokens": None}))
     pipe = load(demo.path(), Loading(DTYPE, "cpu"))
-    clip = filled(pipe, clip)
-    short = Clip(**(asdict(clip) | {"frames": 5, "steps": 1}))
+    clip = filled(pipe, replace(clip, frames=FRAMES))
+    short = replace(clip, frames=5, steps=1)
     taken, density = {}, None
     with steps_bar() as bar:
         for name in ("dense", "trained"):

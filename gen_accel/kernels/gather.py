@@ -309,6 +309,7 @@ class _Work:
 
     def _dampened(self, scores: Tensor, rows: slice, blocks: Tensor) -> Tensor:
         """Multiply the positive scores by their gains in place; the slope, of the same shape."""
+        assert self.gain is not None
         gain = self.gain[self.pattern[rows]].gather(1, blocks % self.Kk)  # (G, n)
         positive = self.space("positive", *scores.shape, dtype=torch.bool)
         slope = self.space("slope", *scores.shape)

@@ -100,6 +100,7 @@ def write_lora(
         if state:
             lora = transformer.peft_config[ADAPTER].to_dict()
             lora["auto_mapping"] = {KEY: recipe.to_dict()}
+            lora["lora_dropout"] = 0.0  # diffusers leaves the layers that it adds in training mode
             metadata["lora_adapter_metadata"] = json.dumps(
                 {f"{PREFIX}.{k}": sorted(v) if isinstance(v, set) else v for k, v in lora.items()}
             )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from rich.console import Console
@@ -118,7 +118,8 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation,
+        # Not as a number, in place of which the launcher's is taken.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(config.gradient_accumulation),
         log_with=None if config.log_with == "none" else config.log_with,
         project_dir=str(Path(config.out) / "logs"),
         cpu=config.device == "cpu",
@@ -126,6 +127,12 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
     )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU: take bf16 or no")
+    if accelerator.state.deepspeed_plugin is not None:
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": config.batch_size,
+            "gradient_accumulation_steps": config.gradient_accumulation,
+            "gradient_clipping": config.max_grad_norm,
+        }
     return accelerator
 
 
@@ -221,6 +228,8 @@ class _Run:
         began, losses, step = time.perf_counter(), [], start
         with self._stopping(), self._bar(start) as tick:
             if start == 0 and validation is not None:
+                if accelerator.distributed_type.value == "FSDP":
+                    self._run_outermost()
                 self._validate(validation, 0)
             for step in range(start, config.total_steps):
                 loss, stop = self._step(step)
@@ -238,6 +247,12 @@ class _Run:
         folder = self._write(self.out / LORA)
         accelerator.end_training()
         return Trained(folder, config.total_steps, losses, time.perf_counter() - began)
+
+    @torch.no_grad()
+    def _run_outermost(self) -> None:
+        """FSDP takes what runs first for the outermost module; validation runs an inner one."""
+        _, stage, _ = self._stage(0)
+        self.wrapped(*self._batch(0, self.plans[0][0], self.model.frames(stage.frames), 0))
 
     def _step(self, step: int) -> tuple[float, bool]:
         """One optimizer step; the mean loss over all processes, and whether to stop."""
@@ -456,6 +471,8 @@ class _Run:
             raise ValueError(f"{found.path} is of another run, which differs in {listed}")
         for name, parameter in zip(self.names, self._parameters(), strict=True):
             _fill(parameter, tensors[f"model/{name}"])
+        if self.accelerator.state.deepspeed_plugin is not None:  # it trains copies of its own
+            self.optimizer.optimizer.refresh_fp32_params()
         if self.ema is not None:
             for name, average in zip(self.names, self.ema.shadow_params, strict=True):
                 _fill(average, tensors[f"ema/{name}"])

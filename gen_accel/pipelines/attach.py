@@ -470,7 +470,7 @@ class Attachment:
     ) -> tuple:
         """Runs while a graph is traced, outside of it."""
         where, video = torch.device(device), VideoShape(frames, height, width, text)
-        method = Full() if full else self._layers[name].method
+        method: Any = Full() if full else self._layers[name].method
         if hasattr(method, "layout"):
             return method.layout(video, where)
         plan = self._adjusted(method.plan(video, where), video)

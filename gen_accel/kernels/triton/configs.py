@@ -68,6 +68,7 @@ TABLE = {
 
 # In their place where a plan has a gain and they would spill.
 WITH_GAIN = {
+    ("sm_100", 128, "dq"): _C(64, 64, 8, 2),
     ("sm_120", 64, "dq"): _C(64, 64, 8, 2),
     ("sm_120", 64, "dkdv rule"): _C(32, 64, 4, 1),
 }
@@ -126,9 +127,7 @@ def choose(
     return config._replace(tile_m=tile(block_q, config.tile_m))
 
 
-def from_table(
-    arch: str, kind: str, D: int, dtype: torch.dtype, gain: bool = False
-) -> Config:
+def from_table(arch: str, kind: str, D: int, dtype: torch.dtype, gain: bool = False) -> Config:
     if arch == "interpreted":
         return INTERPRETED
     maker = "cuda" if arch.startswith("sm_") else "hip"

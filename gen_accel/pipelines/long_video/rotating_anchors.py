@@ -97,9 +97,7 @@ class RotatingAnchors:
 
     def describe(self, target: Target) -> str:
         if not target.longer:
-            return (
-                f"{target.frames} latent frames are no more than the trained {target.trained}: off"
-            )
+            return f"{target.frames} latent frames, trained at {target.trained}: off"
         window, interval = self.sizes(target.frames, target.trained)
         return (
             f"{target.frames} latent frames: {2 * window + 1} about each, the first {self.first}, "
@@ -108,7 +106,7 @@ class RotatingAnchors:
 
 
 def _within(plan: Plan, allowed: Tensor) -> Plan:
-    """The plan in the blocks that are allowed, (Kq, Kk) bool; an own block for who has no other."""
+    """The plan in the blocks allowed, (Kq, Kk) bool; its own block for a query with no other."""
     keep, own = plan.keep & allowed, _own_blocks(plan)
     if not isinstance(plan.partial, Route):
         empty = ~keep.any(-1, keepdim=True)

@@ -31,7 +31,7 @@ class UltraViCo:
     """Dampen the scores of keys outside the trained window, in frames after patchify.
 
     Args:
-        alpha: what they are multiplied by, from 0 to 1, which changes nothing.
+        alpha: what they are multiplied by, in (0, 1]; 1 changes nothing.
         beta: the same at distances near a multiple of `period`.
         period: frames after which the model's attention repeats itself. None: it does not, as is
             the case with Wan; alpha holds everywhere.
@@ -53,8 +53,8 @@ class UltraViCo:
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
         if self.period is not None and not self.period > 0:
             raise ValueError(f"period must be positive, got {self.period}")
         if not self.period_width >= 0:
@@ -94,9 +94,7 @@ class UltraViCo:
 
     def describe(self, target: Target) -> str:
         if not target.longer:
-            return (
-                f"{target.frames} latent frames are no more than the trained {target.trained}: off"
-            )
+            return f"{target.frames} latent frames, trained at {target.trained}: off"
         beta = "" if self.period is None else f", by {self.beta} around every {self.period} frames"
         return (
             f"scores of keys more than {target.trained / 2:g} of {target.frames} latent frames "

@@ -47,7 +47,7 @@ class WindowNoise:
             raise ValueError(f"stride must be at least 1, got {self.stride}")
 
     def steps(self, trained: int) -> int:
-        """The stride for a trained length; ValueError for one that leaves frames between windows."""
+        """The stride for a trained length; ValueError for one that leaves frames out."""
         stride = max(1, trained // 4) if self.stride is None else self.stride
         if stride > trained:
             raise ValueError(f"stride must be at most the trained length {trained}, got {stride}")
@@ -153,9 +153,7 @@ class WindowNoise:
 
     def describe(self, target: Target) -> str:
         if not target.longer:
-            return (
-                f"{target.frames} latent frames are no more than the trained {target.trained}: off"
-            )
+            return f"{target.frames} latent frames, trained at {target.trained}: off"
         windows = len(self.starts(target.frames, target.trained))
         return (
             f"{windows} windows of {target.trained} in {target.frames} latent frames, and the "
