@@ -25,11 +25,11 @@ demo: venv
 	@$(BIN)/gen-accel demo
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	$(BIN)/python tests/check_golden.py tests/golden
 
 quick: venv
-	$(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 lint: venv
 	$(BIN)/ruff check .

@@ -660,6 +660,7 @@ def test_compile_with_a_schedule_of_steps(dynamo, whole):
     assert graphs.frame_count <= 2 * LAYERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [RADIAL, MIXTURE, LINEAR], ids=str)
 @pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch")
 def test_compile_repeated_blocks_tells_layers_apart(dynamo, method):

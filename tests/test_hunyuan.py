@@ -420,6 +420,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 def test_compile_repeated_blocks(dynamo):
     """Layers that differ, in being dense, get graphs of their own, and so do lengths of texts."""
     model = transformer()

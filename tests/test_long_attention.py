@@ -106,6 +106,7 @@ class TestGain:
         operator = torch.ops.gen_accel.gather_attention.default
         torch.library.opcheck(operator, arguments, test_utils=checks)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("name", PLANS)
     def test_triton_matches_reference(self, name, dtype):

@@ -160,6 +160,7 @@ class TestResume:
         assert len(rest.losses) == FULL_STEPS - 3
         assert_same_run(tmp_path / "run", whole)
 
+    @pytest.mark.slow
     def test_killed_in_a_step_and_while_writing(self, whole, tmp_path):
         """kill -9, twice: while step 4's checkpoint is half written, then in step 5 or later."""
         out = tmp_path / "run"

@@ -50,8 +50,11 @@ def load_pipe(config: TrainConfig) -> Any:
     """On the CPU: the transformer goes where it trains later, the rest where it is needed."""
     source = demo.path() if config.model == "demo" else config.model
     pipe = load(source, Loading(dtype=PRECISIONS[config.mixed_precision], device="cpu"))
-    if getattr(pipe, "vae", None) is not None:
-        pipe.vae.to(torch.float32)
+    if getattr(pipe, "vae", None) is not None and pipe.vae.dtype != torch.float32:
+        # Anew, as what was rounded stays rounded.
+        pipe.vae = type(pipe.vae).from_pretrained(
+            source, subfolder="vae", torch_dtype=torch.float32
+        )
     return pipe
 
 

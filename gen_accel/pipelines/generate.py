@@ -110,7 +110,13 @@ def generate(
     if from_lora is not None:
         if method is not None or compare:
             raise ValueError(f"from_lora {from_lora} brings its own method, and has no compare")
-        method = read_recipe(from_lora).build_method()
+        recipe = read_recipe(from_lora)
+        if recipe.part != "transformer":
+            raise ValueError(
+                f"from_lora {from_lora} is for {recipe.part}: load it in Python, by "
+                "pipe.load_lora_weights(folder, load_into_transformer_2=True)"
+            )
+        method = recipe.build_method()
         loading = replace(loading, loras=(*loading.loras, str(from_lora)))
     elif method is None:
         raise ValueError("give a method, or from_lora")
