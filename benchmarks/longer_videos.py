@@ -77,6 +77,9 @@ def main() -> None:
         "--worker", default="0/1", help="K/N: make every N-th clip from K, no more"
     )
     parser.add_argument("--work", type=Path, default=Path("outputs/longer_videos"))
+    parser.add_argument(
+        "--score-only", action="store_true", help="make no clips; score those that are there"
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--docs", action="store_true", help="write the table of docs/")
     args = parser.parse_args()
@@ -85,7 +88,8 @@ def main() -> None:
     names = [name for name in args.settings if args.lora or not SETTINGS[name].lora]
 
     for name in names:
-        make(name, args)
+        if not args.score_only:
+            make(name, args)
     if args.worker != "0/1":
         return
     report = {
@@ -171,11 +175,14 @@ def clips(
 def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """The scores of one setting."""
     folder = args.work / f"{args.frames}x{args.steps}" / name.replace(" ", "")
-    scored = []
+    scored, motions = [], []
     for i, scene in enumerate(held_out()[: args.prompts]):
+        if args.score_only and not (folder / f"{i:02d}.safetensors").exists():
+            continue
         video = load_file(folder / f"{i:02d}.safetensors")["video"].numpy()
         found = detect(video)
         result = score(found, scene)
+        motions.append(motion_of(folder, i))
         scored.append(
             {
                 "caption": scene.caption,
@@ -190,7 +197,7 @@ def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
     count = len(scored)
     return {
         "clips": count,
-        "motion": mean_motion([motion_of(folder, i) for i in range(count)]),
+        "motion": mean_motion(motions),
         "detector_score": sum(clip["whole"] for clip in scored) / count,
         "with_speed": sum(clip["right"] for clip in scored) / count,
         "colour": sum(clip["score"]["color"] for clip in scored) / count,
@@ -253,23 +260,23 @@ def write_table(report: dict[str, Any]) -> None:
     head, rest = text.split(begin)
     tail = rest.split(end)[1]
     rows = [
-        "| | score | with speed | colour | shape | direction | loop | colour drift | dynamic "
-        "| seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| | clips | score | with speed | colour | shape | direction | loop | colour drift "
+        "| dynamic | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, found in report["settings"].items():
         motion = found["motion"]
         taken = f"{found['seconds']:.1f}, {found['speedup']:.2f}x" if "seconds" in found else ""
         shares = ("detector_score", "with_speed", "colour", "shape", "direction")
         rows.append(
-            f"| {name} | "
+            f"| {name} | {found['clips']} | "
             + " | ".join(f"{found[share]:.0%}" for share in shares)
             + f" | {motion['loop_score']:.2f} | {motion['color_drift']:.3f} "
             f"| {motion['dynamic_degree']:.2f} | {taken} |"
         )
     motion = report["world"]["motion"]
     rows.append(
-        f"| *the world itself* | | | | | | {motion['loop_score']:.2f} "
+        f"| *the world itself* | | | | | | | {motion['loop_score']:.2f} "
         f"| {motion['color_drift']:.3f} | {motion['dynamic_degree']:.2f} | |"
     )
     table = "\n".join(rows)
