@@ -87,6 +87,8 @@ def run(
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} must be a folder, but it is a file")
     files = _files(out, type(method).__name__.lower())
+    if with_lora and model is not None:
+        raise ValueError(f"the LoRA is the embedded model's: leave it or model {model} out")
     if with_lora is None:
         with_lora = model is None
     if not with_lora:

@@ -124,6 +124,9 @@ def load_into(transformer: Any, folder: str | Path, config: TrainConfig) -> None
     """
     recipe = read_recipe(folder)
     check_base(recipe, transformer)
+    alpha = float(config.rank if config.alpha is None else config.alpha)
+    if recipe.rank == config.rank and recipe.alpha != alpha:
+        raise ValueError(f"init_lora {folder} has alpha {recipe.alpha:g}, asked for is {alpha:g}")
     saved = load_file(Path(folder).expanduser() / WEIGHTS)
     own = lora_state(transformer)
     given = {name.removeprefix(f"{PREFIX}."): x for name, x in saved.items()}

@@ -84,7 +84,7 @@ def add_to(app: typer.Typer) -> None:
         "config",
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
         annotation=Annotated[
-            Path | None, typer.Argument(metavar="CONFIG.yaml", help="Flags go before it.")
+            Path | None, typer.Argument(metavar="CONFIG.yaml", help="Flags override it.")
         ],
         default=None,
     )

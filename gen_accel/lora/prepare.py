@@ -49,6 +49,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
 def load_pipe(config: TrainConfig) -> Any:
     """On the CPU: the transformer goes where it trains later, the rest where it is needed."""
     source = demo.path() if config.model == "demo" else config.model
+    folder = Path(source).expanduser()
+    source = folder if folder.exists() else source
     pipe = load(source, Loading(dtype=PRECISIONS[config.mixed_precision], device="cpu"))
     if getattr(pipe, "vae", None) is not None and pipe.vae.dtype != torch.float32:
         # Anew, as what was rounded stays rounded.

@@ -117,7 +117,8 @@ def generate(
                 "pipe.load_lora_weights(folder, load_into_transformer_2=True)"
             )
         method = recipe.build_method()
-        loading = replace(loading, loras=(*loading.loras, str(from_lora)))
+        if recipe.rank:  # without, the method's own parameters are all that was trained
+            loading = replace(loading, loras=(*loading.loras, str(from_lora)))
     elif method is None:
         raise ValueError("give a method, or from_lora")
     if not prompts:
