@@ -165,7 +165,7 @@ def demo(
     The prompts that the model knows: a COLOUR SHAPE moves DIRECTION SPEED, with red, green, blue
     or yellow; circle, square or triangle; left, right, up or down; slowly or quickly.
     """
-    _quiet()
+    commands.quiet()
     from gen_accel.attention_processors.options import method_from
     from gen_accel.demo import job
 
@@ -273,7 +273,7 @@ def generate(
     steps, --dense-start 0.25 is a good start. Sizes that the model cannot make are refused, with
     the nearest that it can.
     """
-    _quiet()
+    commands.quiet()
     from gen_accel.attention_processors.options import method_from
     from gen_accel.pipelines.generate import decode_latents, read_prompts
     from gen_accel.pipelines.generate import generate as run
@@ -641,15 +641,6 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.strip(",").split(","))
     except ValueError:
         raise ValueError(f"{option} takes whole numbers, as in 0,3,3, got {text!r}") from None
-
-
-def _quiet() -> None:
-    """Loading has bars of its own, which say little. Downloads keep theirs."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.disable_progress_bar()
 
 
 def _print_comparison(report: dict[str, Any]) -> None:

@@ -2,12 +2,14 @@ import os
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 # Triton decides how a kernel runs when it is defined: set before anything imports Triton. Torch's
 # own Triton kernels, which this concerns too, need a GPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from gen_accel.cli import app
 from gen_accel.video import VideoShape
 
 # One shape that divides, one that does not, one with text: the three ways padding goes wrong.
@@ -36,6 +38,20 @@ def qkv(device):
         ]
 
     return make
+
+
+@pytest.fixture
+def run():
+    """A command line, which has to end with `code`."""
+
+    def call(*args, code=0):
+        result = CliRunner().invoke(app, [str(arg) for arg in args])
+        if code == 0 and result.exception is not None:
+            raise result.exception
+        assert result.exit_code == code, result.output
+        return result
+
+    return call
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from accelerate.hooks import remove_hook_from_module
 from diffusers import WanPipeline, WanTransformer3DModel, WanVideoToVideoPipeline
 from diffusers.models import attention_dispatch
 from diffusers.models.transformers import transformer_wan
+from methods import LINEAR, MIXTURE, RADIAL, WINDOW
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch._dynamo.testing import CompileCounter
@@ -34,25 +35,16 @@ from wan import (
 )
 
 from gen_accel import (
-    BlockMixture,
     Dense,
     Neighborhood,
     Radial,
     Schedule,
-    SparseLinear,
     VideoShape,
     attach,
     attention,
 )
 from gen_accel.attention_processors.seam import SparseProcessor
 
-# On so few frames the default keeps every block.
-RADIAL = Radial(decay_factor=0.2)
-WINDOW = Neighborhood(window=(-1, 3, 4))
-MIXTURE = BlockMixture(
-    chunks=(3, 4, 6), select="topk", scope="query_head", topk=(1, 2, 2), block=16
-)
-LINEAR = SparseLinear(critical=0.2, block_q=16, block_k=16)
 SPARSE = [
     RADIAL,
     WINDOW,

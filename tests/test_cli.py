@@ -65,18 +65,6 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def run():
-    def call(*args, code=0):
-        result = CliRunner().invoke(app, [str(arg) for arg in args])
-        if code == 0 and result.exception is not None:
-            raise result.exception
-        assert result.exit_code == code, result.output
-        return result
-
-    return call
-
-
-@pytest.fixture
 def refused(run):
     """The one line that a bad input comes to."""
 

@@ -28,17 +28,15 @@ from hunyuan import (
     pipeline,
     transformer,
 )
+from methods import LINEAR, MIXTURE, RADIAL, WINDOW
 from peft import LoraConfig
 from torch._dynamo.testing import CompileCounter
 from wan import processors
 
 from gen_accel import (
-    BlockMixture,
     Dense,
-    Neighborhood,
     Radial,
     Schedule,
-    SparseLinear,
     VideoShape,
     attach,
     attention,
@@ -51,13 +49,6 @@ from gen_accel.attention_processors.seam import SparseProcessor
 from gen_accel.kernels import reference
 from gen_accel.pipelines.long_video import extend
 
-# On so few frames the default keeps every block.
-RADIAL = Radial(decay_factor=0.2)
-WINDOW = Neighborhood(window=(-1, 3, 4))
-MIXTURE = BlockMixture(
-    chunks=(3, 4, 6), select="topk", scope="query_head", topk=(1, 2, 2), block=16
-)
-LINEAR = SparseLinear(critical=0.2, block_q=16, block_k=16)
 SPARSE = [
     RADIAL,
     Radial(rule="code-2025-11", block=16, sink=False),

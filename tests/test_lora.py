@@ -26,13 +26,11 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors import safe_open
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import gen_accel
 from gen_accel import Radial, SparseLinear
 from gen_accel.attention_processors.families import wan as family
 from gen_accel.attention_processors.options import method_from
-from gen_accel.cli import app
 from gen_accel.lora import TrainConfig, checkpoint, dry_run, print_config, read_config, trainer
 from gen_accel.lora.artefact import add_lora, target_modules
 from gen_accel.lora.config import Stage
@@ -1208,31 +1206,19 @@ class TestConfig:
         assert (given.total_steps, given.longest) == (620, 161)
 
 
-@pytest.fixture
-def command():
-    def call(*args, code=0):
-        result = CliRunner().invoke(app, [str(arg) for arg in args])
-        if code == 0 and result.exception is not None:
-            raise result.exception
-        assert result.exit_code == code, result.output
-        return result
-
-    return call
-
-
 class TestCommands:
     @pytest.mark.parametrize("verb", ["train", "cache"])
-    def test_every_field_is_a_flag(self, command, verb):
-        text = command(verb, "--help").stdout
+    def test_every_field_is_a_flag(self, run, verb):
+        text = run(verb, "--help").stdout
         for one in fields(TrainConfig):
             assert re.search(rf"--{one.name.replace('_', '-')}\b", text), one.name
 
-    def test_print_config(self, command, tmp_path):
-        text = command("train", "--print-config", "--rank", "3", "--stages", "9:1,17:2").stdout
+    def test_print_config(self, run, tmp_path):
+        text = run("train", "--print-config", "--rank", "3", "--stages", "9:1,17:2").stdout
         path = written(tmp_path, text)
         assert read_config(path) == TrainConfig(rank=3, stages=("9:1", "17:2"))
         flags = ("--betas", "0.5,0.6", "--no-train-processors", "--alpha", "none")
-        text = command("train", path, "--print-config", *flags).stdout
+        text = run("train", path, "--print-config", *flags).stdout
         assert read_config(written(tmp_path, text)) == TrainConfig(
             rank=3, stages=("9:1", "17:2"), betas=(0.5, 0.6), train_processors=False
         )
@@ -1248,37 +1234,37 @@ class TestCommands:
         ],
         ids=str,
     )
-    def test_one_line_for_what_is_wrong(self, command, tmp_path, args, message):
-        result = command("train", "--out", tmp_path / "run", *args, code=2)
+    def test_one_line_for_what_is_wrong(self, run, tmp_path, args, message):
+        result = run("train", "--out", tmp_path / "run", *args, code=2)
         assert re.fullmatch(r"error: .*\n?", result.stderr)
         assert message in result.stderr
 
-    def test_cache_train_and_resume(self, command, on_disk, tmp_path):
+    def test_cache_train_and_resume(self, run, on_disk, tmp_path):
         path = written(tmp_path, print_config(on_disk(stages=("9:1",))))
-        assert "3 clips encoded" in command("cache", path).stdout
-        assert "3 kept" in command("cache", path).stdout
-        said = command("train", path).stdout
+        assert "3 clips encoded" in run("cache", path).stdout
+        assert "3 kept" in run("cache", path).stdout
+        said = run("train", path).stdout
         assert re.match(rf"1 steps, \d+ s: {re.escape(str(tmp_path))}/run/lora", said)
-        assert "holds a run" in command("train", path, code=2).stderr
+        assert "holds a run" in run("train", path, code=2).stderr
         shutil.rmtree(tmp_path / "run" / "lora")
-        command("train", path, "--resume")
+        run("train", path, "--resume")
         assert (tmp_path / "run" / "lora" / WEIGHTS).exists()
 
-    def test_cache_needs_data(self, command, tmp_path):
-        assert "data is not given" in command("cache", "--out", tmp_path, code=2).stderr
+    def test_cache_needs_data(self, run, tmp_path):
+        assert "data is not given" in run("cache", "--out", tmp_path, code=2).stderr
 
-    def test_dry_run(self, command, on_disk, tmp_path):
+    def test_dry_run(self, run, on_disk, tmp_path):
         path = written(tmp_path, print_config(on_disk(data="nowhere")))
-        said = command("train", path, "--dry-run").stdout
+        said = run("train", path, "--dry-run").stdout
         assert re.match(
             r"the config will do: 2 steps on a tiny model, losses [\d.]+, [\d.]+", said
         )
         assert not (tmp_path / "run").exists()
 
-    def test_an_interruption(self, command, tmp_path, monkeypatch):
+    def test_an_interruption(self, run, tmp_path, monkeypatch):
         stopped = trainer.Trained(None, 3, [], 1.0)
         monkeypatch.setattr(trainer, "train", lambda *args, **kwargs: stopped)
-        result = command("train", "--out", tmp_path, code=130)
+        result = run("train", "--out", tmp_path, code=130)
         assert "stopped after step 3; --resume goes on" in result.stderr
 
 

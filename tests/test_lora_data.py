@@ -2,7 +2,6 @@
 
 import csv
 import json
-import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -344,7 +343,6 @@ def test_what_is_cached_is_what_the_encoders_make(pipe, build, folder, tmp_path)
     empty = family.encode_prompt(pipe, [""], 8)["encoder_hidden_states"][0]
     torch.testing.assert_close(found.empty, {"encoder_hidden_states": empty})
     found.verify()
-    assert torch.equal(pickle.loads(pickle.dumps(found)).latents(1), found.latents(1))
     assert [p.name for p in (tmp_path / "cache").iterdir() if p.name.startswith(".")] == []
 
 

@@ -17,10 +17,8 @@ from diffusers import (
 )
 from diffusers.video_processor import VideoProcessor
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from gen_accel import demo
-from gen_accel.cli import app
 from gen_accel.measure import read_stream, read_video, write_stream, write_video
 from gen_accel.measure.video_io import video_fps
 from gen_accel.pipelines import generate, sampling
@@ -379,18 +377,6 @@ def test_sampling_decodes_what_the_pipeline_would():
 
 PROMPT = "a red circle moves right slowly"
 SMALL = ("--height", "48", "--width", "48", "--steps", "1", "--method", "dense", "--seed", "4")
-
-
-@pytest.fixture
-def run():
-    def call(*args, code=0):
-        result = CliRunner().invoke(app, [str(arg) for arg in args])
-        if code == 0 and result.exception is not None:
-            raise result.exception
-        assert result.exit_code == code, result.output
-        return result
-
-    return call
 
 
 def on_demo(*args):

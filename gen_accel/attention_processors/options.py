@@ -1,12 +1,12 @@
 """A method from words: its name, and "field=value" for each of its options."""
 
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from gen_accel.attention_processors import method_class
+from gen_accel.attention_processors import METHODS, method_class
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -45,6 +45,19 @@ def method_from(name: str, settings: Sequence[str] = ()) -> Any:
             wanted = written_type(hints[key])
             raise ValueError(f"{key} of {name} must be {wanted}, got {text!r}") from None
     return kind(**values)
+
+
+def method_name(method: Any) -> str:
+    """What `method_from` calls it; ValueError for a method of the user's own."""
+    names = {kind: name for name, kind in METHODS.items()}
+    if type(method) not in names:
+        raise ValueError(f"{method!r} is none of the package's methods {tuple(METHODS)}")
+    return names[type(method)]
+
+
+def with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields as JSON holds them, with tuples where it has lists."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
 
 
 def written_type(hint: Any) -> str:

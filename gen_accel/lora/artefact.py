@@ -84,7 +84,6 @@ def write_lora(
     state: dict[str, Tensor],
     processors: Any | None,
     recipe: Recipe,
-    dtype: torch.dtype,
 ) -> Path:
     """Write the folder, which appears when it is whole.
 
@@ -105,7 +104,7 @@ def write_lora(
                 {f"{PREFIX}.{k}": sorted(v) if isinstance(v, set) else v for k, v in lora.items()}
             )
         tensors = {
-            f"{PREFIX}.{name}": x.detach().to("cpu", dtype).contiguous()
+            f"{PREFIX}.{name}": x.detach().to("cpu", torch.float32).contiguous()
             for name, x in state.items()
         }
         save_file(tensors, partial / WEIGHTS, metadata=metadata)

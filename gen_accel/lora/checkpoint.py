@@ -9,7 +9,6 @@ A checkpoint is written under another name and renamed when all of it is on the 
 whose hash is right is taken.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gen_accel.measure.report import write_json
+from gen_accel.measure.report import file_sha256, write_json
 from gen_accel.measure.video_io import replacing
 
 TENSORS, STATE, LORA = "training.safetensors", "state.json", "lora"
@@ -57,7 +56,7 @@ def save(
         partial.mkdir()
         write_lora(partial / LORA)
         save_file({name: x.contiguous() for name, x in tensors.items()}, partial / TENSORS)
-        write_json(partial / STATE, state | {"sha256": _sha256(partial / TENSORS)})
+        write_json(partial / STATE, state | {"sha256": file_sha256(partial / TENSORS)})
         for file in partial.rglob("*"):
             if file.is_file():
                 _flush(file)
@@ -80,7 +79,7 @@ def load_newest(folder: Path) -> Checkpoint | None:
     for path in reversed(found(folder)):
         try:
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
-            if _sha256(path / TENSORS) != state["sha256"]:
+            if file_sha256(path / TENSORS) != state["sha256"]:
                 raise ValueError(f"{TENSORS} is not the file that was written")
             return Checkpoint(path, load_file(path / TENSORS), state)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -95,15 +94,6 @@ def clear_partial(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
 
 
 def _flush(path: Path) -> None:

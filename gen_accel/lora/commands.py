@@ -47,7 +47,7 @@ def train(
         typer.echo(print_config(read_config(config, _given(flags))), nl=False)
         return
     chosen = read_config(config, _given(flags))
-    _quiet()
+    quiet()
     if dry_run:
         if resume:
             raise ValueError("--dry-run makes two steps of its own: leave --resume out")
@@ -72,7 +72,7 @@ def cache(config: Path | None, **flags: Any) -> None:
         raise ValueError("data is not given: a folder of videos, a manifest or a datasets folder")
     if not Path(chosen.data).expanduser().exists():
         raise FileNotFoundError(f"data: there is nothing at {chosen.data}")
-    _quiet()
+    quiet()
     from gen_accel.lora.prepare import cache_clips
 
     typer.echo(cache_clips(chosen))
@@ -161,7 +161,7 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Loading has bars of its own, which say little. Downloads keep theirs."""
     import diffusers.utils.logging
     import transformers.utils.logging

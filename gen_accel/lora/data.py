@@ -20,6 +20,8 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageOps
 
+from gen_accel.measure.report import file_sha256
+
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 VIDEO_COLUMNS = ("video", "file_name", "path")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
@@ -200,14 +202,6 @@ def read_clip(
     """
     with _decoding(path, frames, fps) as pictures:
         return _resized(pictures, size)
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _surveyed(pictures: Iterator[np.ndarray]) -> Survey:

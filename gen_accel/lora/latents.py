@@ -109,9 +109,6 @@ class LatentCache:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}  # for the processes of a data loader
-
     def latents(self, index: int, frames: int | None = None) -> Tensor:
         """(C, f, h, w) float32, as the transformer takes them.
 

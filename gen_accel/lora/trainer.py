@@ -18,19 +18,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import family_of
-from gen_accel.attention_processors.options import method_from
+from gen_accel.attention_processors.options import method_from, method_name
 from gen_accel.lora import checkpoint
 from gen_accel.lora.artefact import (
     add_lora,
@@ -46,7 +37,8 @@ from gen_accel.lora.validate import Validation
 from gen_accel.measure.video_io import replacing
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.long_video.rope import apply_rule
-from gen_accel.pipelines.recipe import Recipe, method_name, sizes
+from gen_accel.pipelines.recipe import Recipe, sizes
+from gen_accel.pipelines.sampling import steps_bar
 from gen_accel.pipelines.schedule import Schedule
 from gen_accel.pipelines.storage import save_processors
 
@@ -515,9 +507,7 @@ class _Run:
                 }
                 processors = partial(save_processors, self.handle, tensors=kept)
         recipe, transformer = self.recipe, self.model.transformer
-        return lambda folder: write_lora(
-            folder, transformer, state, processors, recipe, torch.float32
-        )
+        return lambda folder: write_lora(folder, transformer, state, processors, recipe)
 
     def _write(self, folder: Path) -> Path:
         artefact = self._artefact()
@@ -580,17 +570,10 @@ class _Run:
             yield lambda step, loss: None
             return
         running = math.nan
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        ) as bar:
-            task = bar.add_task("training", total=self.config.total_steps, completed=start)
+        with steps_bar() as bar:
+            task = bar.add_task(
+                "training", total=self.config.total_steps, completed=start, unit="steps"
+            )
 
             def tick(step: int, loss: float) -> None:
                 nonlocal running

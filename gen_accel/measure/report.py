@@ -1,6 +1,7 @@
 """What a run found: `report.json` for programs, `report.html` for people."""
 
 import base64
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -142,6 +143,15 @@ def write_report(
     )
     with replacing(Path(path)) as partial:
         partial.write_text(page, encoding="utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal; the file is read a part at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def write_json(path: str | Path, data: Any) -> None:

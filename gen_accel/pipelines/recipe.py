@@ -4,13 +4,14 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from gen_accel.attention_processors import METHODS, method_class
+from gen_accel.attention_processors import method_class
+from gen_accel.attention_processors.options import with_tuples
 from gen_accel.pipelines.schedule import Schedule
 
 WEIGHTS, CONFIG = "pytorch_lora_weights.safetensors", "gen_accel.json"
@@ -54,13 +55,12 @@ class Recipe:
     objective: str
     data: str
     version: int = VERSION
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def build_method(self) -> Any:
-        return method_class(self.method)(**_with_tuples(self.options))
+        return method_class(self.method)(**with_tuples(self.options))
 
     def build_schedule(self) -> Schedule:
-        return Schedule(**_with_tuples(self.schedule))
+        return Schedule(**with_tuples(self.schedule))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,7 +103,7 @@ def parse(data: Mapping[str, Any], origin: Any) -> Recipe:
         if data["version"] != VERSION:
             raise ValueError(f"its version is {data['version']}, not {VERSION}")
         known = {one.name for one in fields(Recipe)}
-        recipe = Recipe(**{k: v for k, v in _with_tuples(dict(data)).items() if k in known})
+        recipe = Recipe(**{k: v for k, v in with_tuples(dict(data)).items() if k in known})
         recipe.build_method()
         recipe.build_schedule()
         return recipe
@@ -154,27 +154,14 @@ def recipes_of(transformer: Any) -> dict[str, Recipe]:
 
 
 def warn_of_other_attention(transformer: Any, method: Any, stacklevel: int = 2) -> None:
-    """For each active adapter that was trained with another method than `method`; None is none."""
+    """For each active adapter that was trained with another method than `method`."""
     for name, recipe in recipes_of(transformer).items():
         trained = recipe.build_method()
         if trained == method:
             continue
-        running = "the model's own attention" if method is None else repr(method)
         warnings.warn(
-            f"the LoRA {name!r} was trained with {trained!r} and runs with {running}; "
+            f"the LoRA {name!r} was trained with {trained!r} and runs with {method!r}; "
             "gen_accel.attach(pipe, from_lora=folder) attaches what it was trained with",
             OtherAttention,
             stacklevel=stacklevel,
         )
-
-
-def method_name(method: Any) -> str:
-    names = {kind: name for name, kind in METHODS.items()}
-    if type(method) not in names:
-        raise ValueError(f"{method!r} is none of the package's methods {tuple(METHODS)}")
-    return names[type(method)]
-
-
-def _with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has lists where the dataclasses have tuples."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}

@@ -1,6 +1,5 @@
 """What is attached, on disk: the method and its parameters, as JSON and safetensors."""
 
-import hashlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -11,9 +10,10 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gen_accel.attention_processors import METHODS, method_class
+from gen_accel.attention_processors import method_class
 from gen_accel.attention_processors.families import family_of
-from gen_accel.measure.report import replacing, write_json
+from gen_accel.attention_processors.options import method_name, with_tuples
+from gen_accel.measure.report import file_sha256, replacing, write_json
 from gen_accel.pipelines.attach import (
     Attachment,
     SilentBranch,
@@ -56,21 +56,16 @@ def save_processors(
     handle = pipe_or_handle
     if not isinstance(handle, Attachment):
         handle = attachment_of(pipe_or_handle)
-    names = {kind: name for name, kind in METHODS.items()}
-    if type(handle.method) not in names:
-        raise ValueError(
-            f"{handle.method!r} is none of the package's methods "
-            f"{tuple(METHODS)}, so that nothing could load it"
-        )
+    name = method_name(handle.method)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     held = _parameters(handle) if tensors is None else _by_name(tensors)
     with replacing(folder / WEIGHTS) as partial:
         save_file({name: x.detach().cpu().contiguous() for name, x in held.items()}, partial)
-        digest = _sha256(partial)
+        digest = file_sha256(partial)
     config = {
         "version": VERSION,
-        "method": names[type(handle.method)],
+        "method": name,
         "options": asdict(handle.method),
         "schedule": asdict(handle.schedule),
         "kernel": handle.kernel,
@@ -97,7 +92,7 @@ def load_processors(pipe_or_transformer: Any, folder: str | Path, **options: Any
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing; save_processors writes it")
     method, saved, digest = _read(folder / CONFIG)
-    if _sha256(folder / WEIGHTS) != digest:
+    if file_sha256(folder / WEIGHTS) != digest:
         raise ValueError(f"{CONFIG} and {WEIGHTS} in {folder} do not belong together; save again")
     tensors = load_file(folder / WEIGHTS)
     saved = saved | options
@@ -117,8 +112,8 @@ def _read(path: Path) -> tuple[Any, dict[str, Any], str]:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config["version"] != VERSION:
             raise ValueError(f"its version is {config['version']}, not {VERSION}")
-        method = method_class(config["method"])(**_with_tuples(config["options"]))
-        schedule = Schedule(**_with_tuples(config["schedule"]))
+        method = method_class(config["method"])(**with_tuples(config["options"]))
+        schedule = Schedule(**with_tuples(config["schedule"]))
         return method, {"schedule": schedule, "kernel": config["kernel"]}, config["sha256"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not what save_processors writes: {error}") from error
@@ -173,12 +168,3 @@ def _check_fit(
             f"{path} does not fit this model: {len(wrong)} parameters are missing, unexpected or "
             f"of another shape, such as {', '.join(wrong[:3])}"
         )
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _with_tuples(options: dict[str, Any]) -> dict[str, Any]:
-    """JSON has lists where the dataclasses have tuples."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}

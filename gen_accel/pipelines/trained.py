@@ -5,7 +5,7 @@ from typing import Any
 
 from gen_accel.pipelines.attach import Attachment, attach, served_transformers
 from gen_accel.pipelines.long_video.rope import apply_rule
-from gen_accel.pipelines.long_video.technique import latent_frames
+from gen_accel.pipelines.long_video.technique import latent_frames, temporal_patch
 from gen_accel.pipelines.recipe import check_base, read_recipe
 from gen_accel.pipelines.schedule import Schedule
 from gen_accel.pipelines.storage import CONFIG, load_processors
@@ -30,8 +30,7 @@ def attach_trained(
     else:
         handle = attach(pipe_or_transformer, recipe.build_method(), schedule=chosen, **options)
     if recipe.rope != "none" and recipe.trained_frames is not None:
-        patch = transformer.config.patch_size
-        patch = patch[0] if not isinstance(patch, int) else transformer.config.patch_size_t or 1
+        patch = temporal_patch(transformer)
         factor = getattr(pipe_or_transformer, "vae_scale_factor_temporal", 4)
         lengths = {
             "frames": latent_frames("frames", recipe.frames, factor, patch),

@@ -31,7 +31,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
 
-__all__ = ["FAMILIES", "SelfAttention", "family_of", "served_classes"]
+import torch
+from torch import Tensor
+
+__all__ = ["FAMILIES", "SelfAttention", "encoded", "family_of", "served_classes"]
 
 FAMILIES = ("wan", "hunyuan_video")
 
@@ -49,6 +52,18 @@ class SelfAttention(NamedTuple):
     layer: int
     heads: int
     dim: int
+
+
+def encoded(pipe: Any, video: Tensor, generator: torch.Generator | None) -> Tensor:
+    """What the autoencoder makes of a video, float32 and not yet scaled; see a family's
+    `encode_video`."""
+    vae, step = pipe.vae, pipe.vae_scale_factor_temporal
+    if (video.shape[2] - 1) % step:
+        raise ValueError(f"video must have {step} n + 1 frames, got {video.shape[2]}")
+    weight = next(vae.parameters())
+    posterior = vae.encode(video.to(weight.device, weight.dtype)).latent_dist
+    latents = posterior.mode() if generator is None else posterior.sample(generator)
+    return latents.float()
 
 
 def served_classes() -> dict[str, str]:

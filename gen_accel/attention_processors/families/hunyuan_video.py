@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import SelfAttention
+from gen_accel.attention_processors.families import SelfAttention, encoded
 from gen_accel.plan import widest
 from gen_accel.video import VideoShape
 
@@ -109,13 +109,8 @@ def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = N
     Raises:
         ValueError: another number of frames, whose last ones the autoencoder would leave out.
     """
-    vae, step = pipe.vae, pipe.vae_scale_factor_temporal
-    if (video.shape[2] - 1) % step:
-        raise ValueError(f"video must have {step} n + 1 frames, got {video.shape[2]}")
-    weight = next(vae.parameters())
-    posterior = vae.encode(video.to(weight.device, weight.dtype)).latent_dist
-    latents = posterior.mode() if generator is None else posterior.sample(generator)
-    return latents.float() * vae.config.scaling_factor
+    latents, config = encoded(pipe, video, generator), pipe.vae.config
+    return latents * config.scaling_factor
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import SelfAttention
+from gen_accel.attention_processors.families import SelfAttention, encoded
 from gen_accel.video import VideoShape
 
 CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel")
@@ -68,17 +68,12 @@ def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = N
     Raises:
         ValueError: another number of frames, whose last ones the autoencoder would leave out.
     """
-    vae, step = pipe.vae, pipe.vae_scale_factor_temporal
-    if (video.shape[2] - 1) % step:
-        raise ValueError(f"video must have {step} n + 1 frames, got {video.shape[2]}")
-    weight = next(vae.parameters())
-    posterior = vae.encode(video.to(weight.device, weight.dtype)).latent_dist
-    latents = posterior.mode() if generator is None else posterior.sample(generator)
+    latents, config = encoded(pipe, video, generator), pipe.vae.config
     mean, std = (
         torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
+        for values in (config.latents_mean, config.latents_std)
     )
-    return (latents.float() - mean) / std
+    return (latents - mean) / std
 
 
 @torch.no_grad()

@@ -19,7 +19,12 @@ from gen_accel.pipelines.long_video.continuation import Continuation
 from gen_accel.pipelines.long_video.position_interpolation import PositionInterpolation
 from gen_accel.pipelines.long_video.riflex import Riflex
 from gen_accel.pipelines.long_video.rope import RULES, apply_rule
-from gen_accel.pipelines.long_video.technique import Target, Technique, latent_frames
+from gen_accel.pipelines.long_video.technique import (
+    Target,
+    Technique,
+    latent_frames,
+    temporal_patch,
+)
 
 __all__ = [
     "RULES",
@@ -193,7 +198,7 @@ def _target(pipe_or_transformer: Any, num_frames: int, trained_frames: int | Non
     if trained_frames is None:
         trained_frames = known_trained_frames(transformer)
     factor = getattr(pipe, "vae_scale_factor_temporal", families[name].TEMPORAL_FACTOR)
-    patch = _temporal_patch(transformer)
+    patch = temporal_patch(transformer)
     return Target(
         pipe,
         transformers,
@@ -215,8 +220,3 @@ def _check_positions(target: Target) -> None:
                 f"num_frames must be at most {most}, as far as the position table of {name} goes, "
                 f"got {asked}; continuation goes further"
             )
-
-
-def _temporal_patch(transformer: Any) -> int:
-    patch = transformer.config.patch_size
-    return transformer.config.get("patch_size_t") or 1 if isinstance(patch, int) else patch[0]

@@ -46,6 +46,12 @@ class Target:
         return (frames * self.temporal_patch - 1) * self.temporal_factor + 1
 
 
+def temporal_patch(transformer: Any) -> int:
+    """Latent frames in one token."""
+    patch = transformer.config.patch_size
+    return transformer.config.get("patch_size_t") or 1 if isinstance(patch, int) else patch[0]
+
+
 def latent_frames(name: str, frames: int, factor: int, patch: int = 1) -> int:
     """Pixel frames to latent frames after patchify.
 
