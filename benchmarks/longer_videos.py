@@ -30,7 +30,9 @@ from gen_accel.demo.evaluate import TRAINED_FRAMES
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
 from gen_accel.measure.motion import measure_motion
+from gen_accel.measure.report import file_sha256
 from gen_accel.measure.video_io import replacing
+from gen_accel.pipelines.recipe import WEIGHTS
 
 DOCS = Path(__file__).parents[1] / "docs" / "longer_videos.md"
 FPS = 16.0
@@ -86,6 +88,11 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     names = [name for name in args.settings if args.lora or not SETTINGS[name].lora]
+    if args.timed and "dense" not in names:
+        parser.error("--timed compares with dense, which --settings leaves out")
+    empty = [name for name in names if not any(folder_of(name, args).glob("*"))]
+    if args.score_only and empty:
+        parser.error(f"--score-only, and there are no clips of {', '.join(empty)}")
 
     for name in names:
         if not args.score_only:
@@ -120,9 +127,17 @@ def held_out() -> tuple[world.Scene, ...]:
     return (*world.UNSEEN, *world.scored_scenes(12))
 
 
+def folder_of(name: str, args: argparse.Namespace) -> Path:
+    """Where the clips of a setting are kept; those of another LoRA elsewhere."""
+    which = ""
+    if SETTINGS[name].lora:
+        which = "-" + file_sha256(args.lora / WEIGHTS)[:8]
+    return args.work / f"{args.frames}x{args.steps}" / (name.replace(" ", "") + which)
+
+
 def make(name: str, args: argparse.Namespace) -> None:
     """Generate what is not there yet of one setting."""
-    folder = args.work / f"{args.frames}x{args.steps}" / name.replace(" ", "")
+    folder = folder_of(name, args)
     scenes = held_out()[: args.prompts]
     first, workers = map(int, args.worker.split("/"))
     wanted = range(first, len(scenes), workers)
@@ -174,7 +189,7 @@ def clips(
 
 def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """The scores of one setting."""
-    folder = args.work / f"{args.frames}x{args.steps}" / name.replace(" ", "")
+    folder = folder_of(name, args)
     scored, motions = [], []
     for i, scene in enumerate(held_out()[: args.prompts]):
         if args.score_only and not (folder / f"{i:02d}.safetensors").exists():

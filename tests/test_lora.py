@@ -35,7 +35,7 @@ from gen_accel.lora import TrainConfig, checkpoint, dry_run, print_config, read_
 from gen_accel.lora.artefact import add_lora, target_modules
 from gen_accel.lora.config import Stage
 from gen_accel.lora.objective import Objective, draw, order, shifted
-from gen_accel.lora.prepare import model_of, prepare
+from gen_accel.lora.prepare import cache_clips, model_of, prepare
 from gen_accel.measure.video_io import read_video, write_video
 from gen_accel.pipelines.attach import SilentBranch
 from gen_accel.pipelines.long_video import apply_rule
@@ -712,6 +712,10 @@ class TestDraws:
         found = sigmas(shift=shift, timestep_sampling="uniform")
         assert_distributed(found, lambda sigma: sigma / (shift - (shift - 1) * sigma))
 
+    def test_levels_that_never_come(self):
+        with pytest.raises(ValueError, match="change logit_mean 50, logit_std 1 or shift 1"):
+            draw(TrainConfig(logit_mean=50.0), 0, 0, (1, 1, 1, 1), shift=1.0)
+
     @pytest.mark.parametrize("bounds", [(0.875, 0.999), (0.001, 0.875)])
     def test_of_one_of_two_experts(self, bounds):
         found = sigmas(1000, shift=3.0, bounds=bounds)
@@ -778,6 +782,11 @@ class TestOrder:
         rounds = [shown[i : i + 7] for i in range(0, 28, 7)]
         assert all(sorted(one) == list(range(7)) for one in rounds)
         assert len({tuple(one) for one in rounds}) > 1
+
+    def test_two_stages_alike_show_other_clips(self, tmp_path):
+        given = ft.config(tmp_path, stages=("9:4", "9:4:riflex"))
+        made = trainer._Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
+        assert made.plans[0] != made.plans[1]
 
     def test_one_size_a_step_in_proportion(self):
         buckets = [[0, 1, 2, 3, 4, 5], [6, 7]]
@@ -931,6 +940,35 @@ class TestValidation:
         a, b = state(tmp_path / "with"), state(tmp_path / "without")
         assert all(torch.equal(x, b.tensors[name]) for name, x in a.tensors.items())
 
+    def test_it_samples_as_the_lora_is_used(self, tmp_path, monkeypatch):
+        """Dense steps, and the rule of the last stage at the longest length, whatever is shown."""
+        seen = []
+
+        def sampled(validation, done):
+            handle = validation.pipe.transformer.blocks[0].attn1.processor.owner
+            seen.append((handle.schedule, handle))
+
+        rules = []
+        monkeypatch.setattr(trainer.Validation, "__call__", sampled)
+        apply = trainer.apply_rule
+        monkeypatch.setattr(
+            trainer,
+            "apply_rule",
+            lambda *args, **lengths: rules.append((args[1], lengths)) or apply(*args, **lengths),
+        )
+        given = ft.config(
+            tmp_path,
+            stages=("17:1", "17:1:riflex"),
+            dense_steps=2,
+            validate_every=1,
+            validation_prompts=(self.PROMPT,),
+            validation_frames=9,
+        )
+        ft.train(given, model=ft.model(pipe=wan.pipeline()))
+        assert [schedule for schedule, _ in seen] == [Schedule(dense_steps=2)] * 3
+        assert seen[0][1].schedule == Schedule()
+        assert rules == [("riflex", {"frames": 5, "trained": 2})] * 4
+
     def test_it_needs_prompts(self, tmp_path):
         with pytest.raises(ValueError, match="validate_every needs validation_prompts"):
             self.given(tmp_path, validate_every=1)
@@ -982,6 +1020,25 @@ class TestTrain:
         assert losses(tmp_path / "run") == done.losses
         pipe = wan.WanPipeline.from_pretrained(given.model)
         pipe.load_lora_weights(again.folder)
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"height": 48}, "holds clips of 32 x 64 pixels, asked for are 48 x 64"),
+            ({"fps": 8.0}, "holds clips at 16.0 frames a second, asked for are 8.0"),
+        ],
+        ids=str,
+    )
+    def test_a_cache_of_other_clips_is_refused(self, on_disk, tmp_path, fields, message):
+        cache_clips(on_disk(cache=str(tmp_path / "cache")))
+        other = on_disk(data=None, cache=str(tmp_path / "cache"), **fields)
+        with pytest.raises(ValueError, match=message):
+            gen_accel.lora.train(other)
+
+    def test_trained_frames_that_are_no_latents(self, on_disk):
+        given = on_disk(trained_frames=80, stages=("17:1:riflex",))
+        with pytest.raises(ValueError, match=r"trained_frames must be .* got 80"):
+            gen_accel.lora.train(given)
 
     def test_a_dry_run_before_does_no_harm(self, on_disk):
         """What Accelerate remembers of it is another precision."""
@@ -1288,6 +1345,12 @@ class TestDryRun:
     def test_what_is_refused(self, fields, message):
         with pytest.raises(ValueError, match=message):
             dry_run(TrainConfig(**fields))
+
+    def test_windows_and_kernels_that_a_tiny_clip_has_not(self):
+        """The window is larger than the smallest clips; the kernel needs a GPU."""
+        window = {"method": "neighborhood", "settings": ("window=5,8,8",)}
+        given = TrainConfig(kernel="triton", dense_layers=0, **window)
+        assert all(math.isfinite(loss) for loss in dry_run(given).losses)
 
     def test_it_leaves_nothing(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

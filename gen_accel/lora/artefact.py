@@ -126,7 +126,7 @@ def load_into(transformer: Any, folder: str | Path, config: TrainConfig) -> None
     alpha = float(config.rank if config.alpha is None else config.alpha)
     if recipe.rank == config.rank and recipe.alpha != alpha:
         raise ValueError(f"init_lora {folder} has alpha {recipe.alpha:g}, asked for is {alpha:g}")
-    saved = load_file(Path(folder).expanduser() / WEIGHTS)
+    saved = load_file(_folder(folder) / WEIGHTS)
     own = lora_state(transformer)
     given = {name.removeprefix(f"{PREFIX}."): x for name, x in saved.items()}
     wrong = sorted({n for n, x in own.items() if n not in given or given[n].shape != x.shape})
@@ -147,7 +147,7 @@ def load_branches(branches: Mapping[str, nn.Module], folder: str | Path) -> None
     Raises:
         ValueError: some are missing there or of another shape.
     """
-    path = Path(folder).expanduser() / PROCESSORS
+    path = _folder(folder) / PROCESSORS
     if not branches or not path.is_file():
         return
     saved = load_file(path)
@@ -160,6 +160,12 @@ def load_branches(branches: Mapping[str, nn.Module], folder: str | Path) -> None
                     "method or its dense layers differ"
                 )
             parameter.copy_(given)
+
+
+def _folder(given: str | Path) -> Path:
+    """Of a LoRA given by its folder or its file."""
+    path = Path(given).expanduser()
+    return path.parent if path.is_file() else path
 
 
 def _ending(name: str) -> str:

@@ -154,6 +154,10 @@ class TrainConfig:
         for one in fields(self):
             if isinstance(getattr(self, one.name), list):
                 object.__setattr__(self, one.name, tuple(getattr(self, one.name)))
+        for name in ("out", "cache"):
+            if getattr(self, name) is not None:
+                folder = str(Path(getattr(self, name)).expanduser())
+                object.__setattr__(self, name, folder)
         for name in (
             "rank",
             "dense_layers",

@@ -25,7 +25,7 @@ CLASSES = {
     "hunyuanvideo-community/HunyuanVideo": "HunyuanVideoTransformer3DModel",
 }
 CHANNELS, TEXT, WIDTH, POOLED = 16, 6, 8, 8
-HEIGHT, WIDTH_PATCHES = 6, 10  # latents
+SMALL = (3, 3, 5)  # tokens; larger where the window of a method is
 SPATIAL = 8  # of the autoencoders of all families served
 
 # How little a model of each family can be; `layers` is put in.
@@ -60,7 +60,8 @@ def dry_run(config: TrainConfig) -> Trained:
     """Check a config as far as that goes without the model and the clips, and take two steps.
 
     Method, layers, LoRA targets, objective, optimizer, curriculum and checkpoints are those of the
-    config; the rank is at most 4, clips have 6 x 10 latents and few frames.
+    config; the rank is at most 4, the kernel one that runs on a CPU, and clips are as small as the
+    method allows.
 
     Raises ValueError for whatever does not fit, as a real run would.
     """
@@ -72,8 +73,10 @@ def dry_run(config: TrainConfig) -> Trained:
     module: Any = family_of(transformer)
     _check_lengths(config, module)
 
+    method = method_from(config.method, config.settings)
     lengths = sorted({stage.frames for stage in config.curriculum})
-    short = {frames: 4 * (i + 2) + 1 for i, frames in enumerate(lengths)}
+    least = [max(pair) for pair in zip(SMALL, getattr(method, "window", SMALL), strict=True)]
+    short = {frames: 4 * (i + least[0]) - 3 for i, frames in enumerate(lengths)}
     stages = tuple(
         str(replace(stage, frames=short[stage.frames], steps=1)) for stage in config.curriculum
     )
@@ -91,9 +94,10 @@ def dry_run(config: TrainConfig) -> Trained:
             warmup_steps=1,
             device="cpu",
             mixed_precision="no",
+            kernel="auto",
         )
         model = Model(transformer, None, lambda n: (n - 1) // 4 + 1, 5, config.shift or 1.0)
-        clips: Any = _Noise(family, [*short.values()], small)
+        clips: Any = _Noise(family, [*short.values()], (2 * least[1], 2 * least[2]))
         return run(small, accelerator_for(small), model, clips)
 
 
@@ -128,23 +132,28 @@ def _check_lengths(config: TrainConfig, family: Any) -> None:
 
 
 class _Noise:
-    """In the place of a cache: one random clip of each length."""
+    """In the place of a cache: one random clip of each length.
+
+    Args:
+        frames: of each, as of a video.
+        size: height and width in latents.
+    """
 
     digest = "dry run"
 
-    def __init__(self, family: str, frames: list[int], config: TrainConfig) -> None:
-        self.family, self.config = family, config
+    def __init__(self, family: str, frames: list[int], size: tuple[int, int]) -> None:
+        self.family, self.size = family, size
         self.entries = [SimpleNamespace(pixel_frames=n) for n in frames]
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def buckets(self, frames: int) -> dict[tuple[int, int], list[int]]:
-        return {(HEIGHT, WIDTH_PATCHES): [0, 1]}
+        return {self.size: [0, 1]}
 
     def latents(self, index: int, frames: int) -> Tensor:
         generator = torch.Generator().manual_seed(index)
-        return torch.randn(CHANNELS, frames, HEIGHT, WIDTH_PATCHES, generator=generator)
+        return torch.randn(CHANNELS, frames, *self.size, generator=generator)
 
     def conditions(self, index: int) -> dict[str, Tensor]:
         return self.empty
@@ -153,6 +162,6 @@ class _Noise:
     def empty(self) -> dict[str, Tensor]:
         text = {"encoder_hidden_states": torch.zeros(TEXT, WIDTH)}
         if self.family == "hunyuan_video":
-            text["encoder_attention_mask"] = torch.ones(TEXT, dtype=torch.bool)
+            text["encoder_attention_mask"] = torch.ones(TEXT, dtype=torch.int64)
             text["pooled_projections"] = torch.zeros(POOLED)
         return text

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gen_accel.lora.config import TrainConfig
 
+MOST_DRAWS = 10_000
 SIGMAS = (1e-3, 1 - 1e-3)  # noise levels beyond these teach nothing
 
 
@@ -48,13 +49,20 @@ def draw(
     """
     generator = torch.Generator().manual_seed(seed_of(config.seed, step, place))
     sigma = math.nan
-    while not sigmas[0] <= sigma <= sigmas[1]:
+    for _ in range(MOST_DRAWS):
         if config.timestep_sampling == "logit_normal":
             at = torch.randn((), generator=generator) * config.logit_std + config.logit_mean
             level = at.double().sigmoid().item()
         else:
             level = torch.rand((), generator=generator, dtype=torch.float64).item()
         sigma = shifted(level, shift)
+        if sigmas[0] <= sigma <= sigmas[1]:
+            break
+    else:
+        raise ValueError(
+            f"no noise level from {sigmas[0]:g} to {sigmas[1]:g} in {MOST_DRAWS} draws: change "
+            f"logit_mean {config.logit_mean:g}, logit_std {config.logit_std:g} or shift {shift:g}"
+        )
     captioned = torch.rand((), generator=generator).item() >= config.caption_dropout
     return Draw(torch.randn(tuple(shape), generator=generator), sigma, captioned)
 

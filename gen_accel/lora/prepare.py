@@ -13,6 +13,7 @@ from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.latents import LatentCache, cache
 from gen_accel.lora.trainer import Model
 from gen_accel.pipelines.long_video import known_trained_frames
+from gen_accel.pipelines.long_video.technique import latent_frames, temporal_patch
 from gen_accel.pipelines.recipe import check_base, read_recipe
 from gen_accel.pipelines.sampling import Clip, Loading, check_fits, filled, load, token_grid
 from gen_accel.video import VideoShape
@@ -37,6 +38,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
             if accelerator.is_main_process:
                 cache_clips(config, pipe)
     latents = LatentCache(folder)
+    check_cache(config, pipe, latents)
     if not config.validate_every:
         for part in ("vae", "text_encoder", "text_encoder_2", "image_encoder"):
             if getattr(pipe, part, None) is not None:
@@ -44,6 +46,24 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
     else:
         pipe.to(accelerator.device)
     return model, latents
+
+
+def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
+    """Raises ValueError for a cache of clips of another size or frame rate."""
+    factor = pipe.vae_scale_factor_spatial
+    wanted = config.height // factor, config.width // factor
+    others = {(entry.height, entry.width) for entry in latents.entries} - {wanted}
+    if others:
+        height, width = min(others)
+        raise ValueError(
+            f"{latents.folder} holds clips of {height * factor} x {width * factor} pixels, asked "
+            f"for are {config.height} x {config.width}"
+        )
+    if latents.fps != config.fps:
+        raise ValueError(
+            f"{latents.folder} holds clips at {latents.fps} frames a second, asked for are "
+            f"{config.fps}"
+        )
 
 
 def load_pipe(config: TrainConfig) -> Any:
@@ -82,6 +102,9 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
         except ValueError:
             if any(stage.rope != "none" for stage in config.curriculum):
                 raise
+    factor = pipe.vae_scale_factor_temporal
+    if trained is not None:
+        latent_frames("trained_frames", trained, factor, temporal_patch(transformer))
     shift = config.shift
     if shift is None:
         known = pipe.scheduler.config
@@ -89,7 +112,7 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
     return Model(
         transformer=transformer,
         pipe=pipe if config.validate_every else None,
-        frames=lambda n: (n - 1) // pipe.vae_scale_factor_temporal + 1,
+        frames=lambda n: (n - 1) // factor + 1,
         trained_frames=trained,
         shift=float(shift),
         boundary=pipe.config.get("boundary_ratio"),

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from torch import Tensor, nn
@@ -116,6 +117,8 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
         project_dir=str(Path(config.out) / "logs"),
         cpu=config.device == "cpu",
         step_scheduler_with_optimizer=False,
+        # The others wait while one process encodes the clips.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU: take bf16 or no")
@@ -163,7 +166,7 @@ class _Run:
         self.config, self.accelerator, self.model, self.cache = config, accelerator, model, cache
         self.out = Path(config.out)
         self.family: Any = family_of(model.transformer)
-        self.plans = [self._clips(stage) for stage in config.curriculum]
+        self.plans = [self._clips(*numbered) for numbered in enumerate(config.curriculum)]
         self.method = method_from(config.method, config.settings)
         self.recipe = self._recipe()
         self.stopping = False
@@ -229,10 +232,10 @@ class _Run:
                 tick(step, loss)
                 done = step + 1
                 last = done == config.total_steps
-                if validation is not None and (done % config.validate_every == 0 or last):
-                    self._validate(validation, done)
                 if done % config.checkpoint_every == 0 or last or stop:
                     self._save(done)
+                if validation is not None and (done % config.validate_every == 0 or last):
+                    self._validate(validation, done)
                 if stop and not last:
                     accelerator.end_training()
                     return Trained(None, done, losses, time.perf_counter() - began)
@@ -336,7 +339,7 @@ class _Run:
             step -= stage.steps
         raise IndexError(step)
 
-    def _clips(self, stage: Stage) -> list[list[int]]:
+    def _clips(self, number: int, stage: Stage) -> list[list[int]]:
         """Which clips each step of a stage shows; ValueError where none is long enough."""
         config, frames = self.config, self.model.frames(stage.frames)
         buckets = self.cache.buckets(frames)
@@ -348,7 +351,7 @@ class _Run:
             )
         batch = config.batch_size * config.gradient_accumulation * self.accelerator.num_processes
         chosen = [buckets[size] for size in sorted(buckets)]
-        return order(chosen, stage.steps, batch, seed_of(config.seed, stage.frames, stage.steps))
+        return order(chosen, stage.steps, batch, seed_of(config.seed, number, stage.steps))
 
     @contextmanager
     def _rule(self, stage: Stage) -> Iterator[None]:
@@ -536,11 +539,10 @@ class _Run:
         return Validation(self.config, self.model.pipe, self.out / "validation", self.accelerator)
 
     def _validate(self, validation: Validation, done: int) -> None:
-        longest = next(s for s in self.config.curriculum if s.frames == self.config.longest)
-        frames = self.config.validation_frames or self.config.longest
-        stage = Stage(frames, 1, longest.rope)
+        recipe: Any = self.recipe
+        as_used = Stage(recipe.frames, 1, recipe.rope), recipe.build_schedule()
         self.model.transformer.eval()
-        with self._averaged(), self._rule(stage):
+        with self._averaged(), self._rule(as_used[0]), self.handle.scheduled(as_used[1]):
             validation(done)
         self.model.transformer.train()
 

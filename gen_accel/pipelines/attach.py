@@ -331,6 +331,15 @@ class Attachment:
         finally:
             self._paused = before
 
+    @contextmanager
+    def scheduled(self, schedule: Schedule) -> Iterator[None]:
+        """Inside, another schedule, with no other layers dense."""
+        before, self.schedule = self.schedule, schedule
+        try:
+            yield
+        finally:
+            self.schedule, self._dense_step = before, None
+
     def summary(self) -> Summary:
         """What ran in the last generation, layer by layer and step by step."""
         return Summary(self.method, self.schedule, dict(self.records))

@@ -20,6 +20,7 @@ def attach_trained(
 ) -> Attachment:
     """`gen_accel.attach(pipe, from_lora=folder)`."""
     folder = Path(folder).expanduser()
+    folder = folder.parent if folder.is_file() else folder
     recipe = read_recipe(folder)
     transformers = served_transformers(pipe_or_transformer)
     transformer: Any = transformers.get(recipe.part, next(iter(transformers.values())))
@@ -32,11 +33,11 @@ def attach_trained(
     if recipe.rope != "none" and recipe.trained_frames is not None:
         patch = temporal_patch(transformer)
         factor = getattr(pipe_or_transformer, "vae_scale_factor_temporal", 4)
-        lengths = {
-            "frames": latent_frames("frames", recipe.frames, factor, patch),
-            "trained": latent_frames("trained_frames", recipe.trained_frames, factor, patch),
-        }
         try:
+            lengths = {
+                "frames": latent_frames("frames", recipe.frames, factor, patch),
+                "trained": latent_frames("trained_frames", recipe.trained_frames, factor, patch),
+            }
             rule = apply_rule(transformer, recipe.rope, **lengths)
         except ValueError:
             handle.detach()

@@ -30,7 +30,7 @@ class WindowNoise:
     """Repeat the noise of the trained length, shuffled, and attend in windows.
 
     The noise is that of the pipeline, drawn with its generator; latents that are given to a call
-    are left alone.
+    are left alone. Of a list of generators the first decides the order for all samples.
 
     Args:
         stride: frames after patchify from one window to the next, and in a run of noise that is
