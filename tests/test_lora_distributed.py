@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "accelerate" / "cpu.yaml"
 SCRIPT = Path(__file__).with_name("finetuning.py")
 STEPS = 8
-TEACHER = {"stages": ["9:8"], "objective": "distill"}
+# Without a GPU, "auto" has to find the processes of its own.
+DEVICE = "cpu" if torch.accelerator.is_available() else "auto"
+TEACHER = {"stages": ["9:8"], "objective": "distill", "device": DEVICE}
 LONG = {
     "stages": ["9:4", "17:4:position_interpolation"],
     "checkpoint_every": 4,

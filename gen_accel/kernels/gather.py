@@ -3,8 +3,8 @@
 Query blocks are sorted by how many key blocks they see and worked off in groups: one gather, two
 products and one softmax for a group. The backward pass gathers again and recomputes the softmax,
 so that nothing of the size of the scores is kept between the passes. Of bf16 and fp16 inputs the
-scores and the whole backward pass are fp32: rounded scores would be as wrong as they are large. On
-a GPU it waits for the lengths of the lists of a plan that was made for one call.
+scores and their gradients are fp32: rounded scores would be as wrong as they are large. On a GPU it
+waits for the lengths of the lists of a plan that was made for one call.
 """
 
 import math
@@ -23,6 +23,9 @@ from gen_accel.plan import Plan, Route
 # LANES threads, to launch fewer kernels.
 GROUP = 1 << 18
 LANES = 32
+
+# Of these the backward pass multiplies rounded weights and score gradients, at twice the rate.
+LOW = (torch.bfloat16,)
 
 FAR = 1e9  # farther than any token from any other, along any axis
 
@@ -129,7 +132,7 @@ def _attention(
 ) -> Tensor:
     """Attention in slot order, (B, H, S, D). One opaque operator: a compiler sees no loop."""
     work = _Work(q, k, v, index, counts, rule, gain, block_q, block_k, scale)
-    out = work.unset()
+    out = work.unset(q.dtype)
     for group in work.groups():
         torch.bmm(group.weights, group.v, out=out[group.rows])
     return work.restored(out, q.shape)
@@ -155,22 +158,30 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    low = dtype if dtype in LOW else wide
+    low_q, low_k, low_out = q.to(low), k.to(low).reshape(-1, block_k, k.shape[3]), grad.to(low)
     grad, q, k, v = (x.to(wide) for x in (grad, q, k, v))
     work = _Work(q, k, v, index, counts, rule, gain, block_q, block_k, scale)
     grads = work.sorted(grad)
-    dq = work.unset()
+    queries = work.q if low is wide else work.sorted(low_q)
+    outs = grads if low is wide else work.sorted(low_out)
+    dq = work.unset(low)
     dk, dv = (torch.zeros_like(x) for x in (work.k, work.v))
     for group in work.groups():
-        p, d_out = group.weights, grads[group.rows]
-        ds = work.product("ds", d_out, group.v.transpose(1, 2))
+        p, rows = group.weights, group.rows
+        ds = work.product("ds", grads[rows], group.v.transpose(1, 2))
         torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
         ds.mul_(scale)
         if group.slope is not None:
             ds.mul_(group.slope)
-        torch.bmm(ds, group.k, out=dq[group.rows])
-        for total, left, right in ((dk, ds, group.q), (dv, p, d_out)):
+        keys = group.k
+        if low is not wide:
+            p, ds = work.rounded("low_p", p, low), work.rounded("low_ds", ds, low)
+            keys = work.fetched("low_k", low_k, group.blocks, len(p))
+        torch.bmm(ds, keys, out=dq[rows])
+        for total, left, right in ((dk, ds, queries[rows]), (dv, p, outs[rows])):
             part = work.product("part", left.transpose(1, 2), right)
-            total.index_add_(0, group.blocks, part.view(-1, *total.shape[1:]))
+            total.index_add_(0, group.blocks, part.view(-1, *total.shape[1:]).to(wide))
     dq = work.restored(dq, q.shape)
     return dq.to(dtype), dk.view(k.shape).to(dtype), dv.view(v.shape).to(dtype)
 
@@ -251,9 +262,9 @@ class _Work:
     def restored(self, x: Tensor, shape: torch.Size) -> Tensor:
         return x.index_select(0, self.places).view(shape)
 
-    def unset(self) -> Tensor:
+    def unset(self, dtype: torch.dtype) -> Tensor:
         """Room for a result like the sorted q, zero already where a row sees nothing."""
-        out = torch.empty_like(self.q, dtype=self.dtype)
+        out = torch.empty_like(self.q, dtype=dtype)
         out[: self.totals.count(0)] = 0
         return out
 
@@ -278,10 +289,13 @@ class _Work:
         return self.views[name, shape]
 
     def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
-        space = self.space(name, len(left), left.shape[1], right.shape[2])
+        space = self.space(name, len(left), left.shape[1], right.shape[2], dtype=left.dtype)
         return torch.bmm(left, right, out=space)
 
-    def _fetched(self, name: str, source: Tensor, blocks: Tensor, rows: int) -> Tensor:
+    def rounded(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.space(name, *x.shape, dtype=dtype).copy_(x)
+
+    def fetched(self, name: str, source: Tensor, blocks: Tensor, rows: int) -> Tensor:
         """(rows, n * block_k, D)"""
         space = self.space(name, len(blocks), *source.shape[1:], dtype=source.dtype)
         return torch.index_select(source, 0, blocks, out=space).view(rows, -1, source.shape[2])
@@ -289,8 +303,8 @@ class _Work:
     def _group(self, rows: slice, total: int) -> _Group:
         q, lists = self.q[rows], self.index[rows]
         blocks = lists[:, :total].flatten()
-        k = self._fetched("k", self.k, blocks, len(q))
-        v = self._fetched("v", self.v, blocks, len(q))
+        k = self.fetched("k", self.k, blocks, len(q))
+        v = self.fetched("v", self.v, blocks, len(q))
         scores = self.space("scores", len(q), self.block_q, k.shape[1])
         torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=self.scale, out=scores)
         slope = None if self.gain is None else self._dampened(scores, rows, lists[:, :total])
@@ -325,7 +339,7 @@ class _Work:
         torch.softmax(scores, -1, out=scores)
         if scores.dtype == self.dtype:
             return scores
-        return self.space("weights", *scores.shape, dtype=self.dtype).copy_(scores)
+        return self.rounded("weights", scores, self.dtype)
 
     def _excess(self, rows: Tensor, blocks: Tensor) -> Tensor:
         """(G, block_q or 1, masked * block_k) fp32, above 0 where a query does not see a key."""
