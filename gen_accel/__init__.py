@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         load_processors,
         save_processors,
     )
+    from gen_accel.pipelines.image_prompt import ScaleRange, load_image_prompt
     from gen_accel.pipelines.long_video import extend
     from gen_accel.plan import Plan
     from gen_accel.video import VideoShape
@@ -36,6 +37,7 @@ __all__ = [
     "Neighborhood",
     "Plan",
     "Radial",
+    "ScaleRange",
     "Schedule",
     "SparseLinear",
     "VideoShape",
@@ -45,6 +47,7 @@ __all__ = [
     "demo",
     "estimate",
     "extend",
+    "load_image_prompt",
     "load_processors",
     "save_processors",
 ]
@@ -57,6 +60,7 @@ _HOMES = {
     "Neighborhood": "attention_processors",
     "Plan": "plan",
     "Radial": "attention_processors",
+    "ScaleRange": "pipelines.image_prompt",
     "Schedule": "pipelines",
     "SparseLinear": "attention_processors",
     "VideoShape": "video",
@@ -65,6 +69,7 @@ _HOMES = {
     "calibrate": "pipelines",
     "estimate": "measure.estimate",
     "extend": "pipelines.long_video",
+    "load_image_prompt": "pipelines.image_prompt",
     "load_processors": "pipelines",
     "save_processors": "pipelines",
 }

@@ -65,6 +65,14 @@ class Clips:
     def empty(self) -> dict[str, Tensor]:
         return {"encoder_hidden_states": torch.zeros(6, wan.TEXT_WIDTH)}
 
+    def image(self, index: int) -> Tensor:
+        g = torch.Generator().manual_seed(200 + index)
+        return torch.rand((3, 32, 32), generator=g) * 2 - 1
+
+    @property
+    def no_image(self) -> Tensor:
+        return torch.zeros(3, 32, 32)
+
 
 def config(out: str | Path, **fields: Any) -> TrainConfig:
     small = {
@@ -83,6 +91,8 @@ def config(out: str | Path, **fields: Any) -> TrainConfig:
         "device": "cpu",
         "checkpoint_every": 1000,
     }
+    if fields.get("adapter") == "image_prompt":
+        del small["rank"]
     return TrainConfig(**(small | fields))
 
 

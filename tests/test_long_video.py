@@ -660,3 +660,18 @@ def test_continuation_of_hunyuan_video():
     assert latents.shape[2] == 9
     assert torch.equal(latents[:, :, :CHUNK], first)
     assert pixels.shape[:3] == (1, 33, 3)
+
+
+def test_continuation_gives_what_the_pipeline_gives_unasked():
+    pipe = hunyuan.pipeline()  # pictures, where Wan gives arrays
+    with extend(pipe, "continuation", **CHUNKED) as longer:
+        frames = longer(
+            prompt="a red square moves right",
+            height=hunyuan.HEIGHT,
+            width=hunyuan.WIDTH,
+            num_frames=33,
+            num_inference_steps=1,
+            max_sequence_length=16,
+        ).frames
+    assert len(frames[0]) == 33
+    assert frames[0][0].size == (hunyuan.WIDTH, hunyuan.HEIGHT)

@@ -4,14 +4,18 @@ The stock processor projects, normalises and rotates; those parts change from re
 and are not copied here. Its own code runs, with the name of the attention call bound to ours in a
 copy of its globals. Nothing is patched: the stock class, its module and all other instances keep
 the original.
+
+What computes the attention is one thing, and what is added to it another: taps stay where they are
+while methods are attached and detached under them.
 """
 
 import inspect
 import types
 from collections.abc import Callable, Hashable
 from copy import deepcopy
-from functools import lru_cache
+from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -20,68 +24,80 @@ from gen_accel.video import VideoShape
 
 
 class Call(NamedTuple):
-    """One attention call of a stock processor. Tensors are (B, N, H, D)."""
+    """One attention call of a stock processor. Tensors are (B, N, H, D).
+
+    Args:
+        stock: runs the call as diffusers would have.
+        refused: arguments given that only the stock call takes.
+        mask: as given; `text_lengths` reads it.
+        tokens: of the `hidden_states` that the processor was given. Where text attends jointly
+            with video or image, these are the tokens of the latter.
+        number: of the call in this run of the processor.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     scale: float
-    stock: Callable[[], Tensor]  # runs the call as diffusers would have
-    refused: list[str]  # arguments given that only the stock call takes
-    mask: Tensor | None = None  # as given; `text_lengths` reads it
+    stock: Callable[[], Tensor]
+    refused: list[str]
+    mask: Tensor | None = None
+    tokens: int = 0
+    number: int = 0
 
 
-class SparseProcessor:
-    """A diffusers attention processor whose attention call goes to `attend`.
+# The call and what it gave, (B, N, H, D), to what it is to give.
+Tap = Callable[[Call, Tensor], Tensor]
+
+# What the processor returns, followed by its own arguments, to what it is to return.
+Finish = Callable[..., Any]
+
+
+class BoundProcessor:
+    """A diffusers attention processor whose attention call goes to `attend`, then through `taps`
+    in their order, and what it returns through `finishes`.
 
     Args:
-        stock: the processor found on the model. It is kept, and comes back on detach.
-        name: the global name of its attention call, which has the signature of diffusers'
-            `dispatch_attention_fn`.
+        stock: the processor found on the model. It is kept, and comes back in the end.
+        name: of its attention call, a global of its module with the signature of diffusers'
+            `dispatch_attention_fn`, or "F.scaled_dot_product_attention".
         attend: ours.
-        owner: the handle that puts this on a model.
-        alike: processors of one owner that have this in common share graphs of torch.compile, and
-            with None, none does. To the compiler, code that is bound anew is what it was: all
-            that it tells apart is the class.
+        alike: processors that have this in common share graphs of torch.compile, and with None,
+            none does. To the compiler, code that is bound anew is what it was: all that it tells
+            apart is the class, and what a processor holds.
     """
 
     def __init__(
-        self,
-        stock: Any,
-        name: str,
-        attend: Callable[[Call], Tensor],
-        owner: Any,
-        alike: Hashable = None,
+        self, stock: Any, name: str, attend: Callable[[Call], Tensor], alike: Hashable = None
     ) -> None:
         function: Any = type(stock).__call__
         code = getattr(function, "__code__", None)
-        if code is None or name not in code.co_names:
+        if code is None or not set(name.split(".")) <= set(code.co_names):
             raise ValueError(
                 f"{type(stock).__name__} does not call {name}, so its attention cannot be "
                 "replaced; put the model's own processors back first"
             )
-        self.stock, self.owner = stock, owner
-        self._name, self._attend, self._alike = name, attend, alike
-        key = object() if alike is None else (id(owner), alike)
-        self.__class__ = _class(getattr(self, "unbound", type(self)), type(stock), key)
-        namespace = {**function.__globals__, name: _bind(function.__globals__[name], attend)}
-        # By its name, torch.compile would look the attention call up in the module itself.
-        del namespace["__name__"]
-        self._run = types.FunctionType(
-            code, namespace, function.__name__, function.__defaults__, function.__closure__
-        )
-        self._run.__kwdefaults__ = function.__kwdefaults__
+        self.stock, self.name = stock, name
+        self.taps: tuple[Tap, ...] = ()
+        self.finishes: tuple[Finish, ...] = ()
+        self._attend = attend
+        kind = getattr(self, "unbound", type(self))
+        key = (kind, type(stock), name, alike)
+        found = None if alike is None else _classes.get(key)
+        if found is None:
+            found = _class(kind, type(stock), name, attend)
+            if alike is not None:
+                _classes[key] = found
+        self.__class__ = found
 
     def enter(self) -> None:
         """Before each call: what of this layer a graph that others share is to read."""
 
-    def __deepcopy__(self, memo: dict) -> "SparseProcessor":
-        """Bound to the copy of its owner: a function by itself is never copied."""
-        copy = memo[id(self)] = object.__new__(type(self))
-        stock, attend = deepcopy(self.stock, memo), deepcopy(self._attend, memo)
-        owner = deepcopy(self.owner, memo)
-        SparseProcessor.__init__(copy, stock, self._name, attend, owner, self._alike)
-        return copy
+    def _copy_taps(self, source: "BoundProcessor", memo: dict) -> None:
+        """Callable objects and what `functools.partial` holds are copied; plain functions, which
+        never are, act on both models from then on."""
+        self.taps = deepcopy(source.taps, memo)
+        self.finishes = deepcopy(source.finishes, memo)
 
     # diffusers sets these two on the processor; dense steps must obey them.
     @property
@@ -99,6 +115,36 @@ class SparseProcessor:
     @_parallel_config.setter
     def _parallel_config(self, config: Any) -> None:
         self.stock._parallel_config = config
+
+
+class SparseProcessor(BoundProcessor):
+    """One that a method was attached to.
+
+    Args:
+        owner: the handle that puts this on a model.
+        alike: among the processors of this owner.
+    """
+
+    def __init__(
+        self,
+        stock: Any,
+        name: str,
+        attend: Callable[[Call], Tensor],
+        owner: Any,
+        alike: Hashable = None,
+    ) -> None:
+        shared = None if alike is None else (id(owner), alike)
+        BoundProcessor.__init__(self, stock, name, attend, shared)
+        self.owner, self._alike = owner, alike
+
+    def __deepcopy__(self, memo: dict) -> "SparseProcessor":
+        """Bound to the copy of its owner: a function by itself is never copied."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        stock, attend = deepcopy(self.stock, memo), deepcopy(self._attend, memo)
+        owner = deepcopy(self.owner, memo)
+        SparseProcessor.__init__(twin, stock, self.name, attend, owner, self._alike)
+        twin._copy_taps(self, memo)
+        return twin
 
 
 class TrainableProcessor(SparseProcessor, nn.Module):
@@ -126,29 +172,201 @@ class TrainableProcessor(SparseProcessor, nn.Module):
         self.owner.branch = self.branch
 
     def __deepcopy__(self, memo: dict) -> "TrainableProcessor":
-        copy = memo[id(self)] = object.__new__(type(self))
-        nn.Module.__init__(copy)
+        twin = memo[id(self)] = object.__new__(type(self))
+        nn.Module.__init__(twin)
         stock, attend = deepcopy(self.stock, memo), deepcopy(self._attend, memo)
         owner, branch = deepcopy(self.owner, memo), deepcopy(self.branch, memo)
-        TrainableProcessor.__init__(copy, stock, self._name, attend, owner, branch, self._alike)
-        return copy
+        TrainableProcessor.__init__(twin, stock, self.name, attend, owner, branch, self._alike)
+        twin._copy_taps(self, memo)
+        return twin
 
 
-@lru_cache(maxsize=64)
-def _class(kind: type, stock: type, key: Hashable) -> type:
-    """`kind` for one key, with the signature of the stock processor, by which diffusers'
-    `Attention` decides which of its arguments to pass on."""
+class TappedProcessor(BoundProcessor):
+    """One with the model's own attention, there for its taps and only as long as it has some.
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    Args:
+        model: that it is part of, the processors of which are alike.
+    """
+
+    def __init__(self, stock: Any, name: str, model: nn.Module | None = None) -> None:
+        if isinstance(stock, nn.Module):
+            raise ValueError(
+                f"{type(stock).__name__} has parameters of its own, which `.to()` and "
+                "`state_dict()` would no longer find below another processor; unload it first, "
+                "diffusers' image prompts by pipe.unload_ip_adapter()"
+            )
+        self._model = None if model is None else ref(model)
+        BoundProcessor.__init__(self, stock, name, _as_stock, self._model)
+
+    def __deepcopy__(self, memo: dict) -> "TappedProcessor":
+        twin = memo[id(self)] = object.__new__(type(self))
+        model = None if self._model is None else self._model()
+        stock = deepcopy(self.stock, memo)
+        TappedProcessor.__init__(twin, stock, self.name, memo.get(id(model), model))
+        twin._copy_taps(self, memo)
+        return twin
+
+
+def add_tap(
+    module: Any, name: str, tap: Tap, *, model: nn.Module | None = None
+) -> Callable[[], None]:
+    """Put `tap` on the attention calls of a module's processor, after those that are on it.
+
+    It stays while methods are attached and detached. The function returned takes it off; then the
+    stock processor itself comes back where nothing else is left. Called again it does nothing.
+
+    Args:
+        module: an attention of a diffusers model.
+        name: of its attention call; see `BoundProcessor`.
+        model: that `module` is part of. Its tapped processors share graphs of torch.compile.
+
+    Raises:
+        ValueError: a processor that does not call `name`, or has parameters; a tap that is on.
+    """
+    return _add(module, name, "taps", tap, model)
+
+
+def add_finish(
+    module: Any, name: str, finish: Finish, *, model: nn.Module | None = None
+) -> Callable[[], None]:
+    """The same for what a processor returns, `finish(result, attn, hidden_states, ...)`."""
+    return _add(module, name, "finishes", finish, model)
+
+
+def released(processor: BoundProcessor, model: nn.Module | None = None) -> Any:
+    """What is to be on the module when the attention of `processor` goes: the stock processor, or
+    that with the taps."""
+    if not processor.taps and not processor.finishes:
+        return processor.stock
+    tapped = TappedProcessor(processor.stock, processor.name, model)
+    tapped.taps, tapped.finishes = processor.taps, processor.finishes
+    return tapped
+
+
+def _add(
+    module: Any, name: str, kind: str, added: Any, model: nn.Module | None
+) -> Callable[[], None]:
+    processor = module.processor
+    if not isinstance(processor, BoundProcessor):
+        processor = TappedProcessor(processor, name, model)
+    elif processor.name != name:
+        raise ValueError(
+            f"the processor of {type(module).__name__} is bound at {processor.name}, and not at "
+            f"{name}; add the tap there"
+        )
+    if any(one is added for one in getattr(processor, kind)):
+        raise ValueError(f"{added} is on this {type(module).__name__} already; remove it first")
+    setattr(processor, kind, (*getattr(processor, kind), added))
+    _put(module, processor)
+    return partial(_remove, module, kind, added)  # and no closure, which would not be copied
+
+
+def _remove(module: Any, kind: str, added: Any) -> None:
+    processor = module.processor
+    if not isinstance(processor, BoundProcessor):
+        return
+    setattr(processor, kind, tuple(one for one in getattr(processor, kind) if one is not added))
+    if isinstance(processor, TappedProcessor) and not processor.taps and not processor.finishes:
+        _put(module, processor.stock)
+
+
+def _put(module: Any, processor: Any) -> None:
+    if module.processor is processor:
+        return
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:  # Mochi's
+        module.processor = processor
+
+
+def _as_stock(call: Call) -> Tensor:
+    return call.stock()
+
+
+class _Run:
+    """What the attention calls of a processor's run have to know of it, and nothing after."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.processor: Any = None
+        self.tokens = self.number = 0
+
+
+# Those that processors which are alike have in common, as long as there are some of them.
+_classes: WeakValueDictionary[tuple, type] = WeakValueDictionary()
+
+
+def _class(kind: type, stock: type, name: str, attend: Callable[[Call], Tensor]) -> type:
+    """`kind` with the code of a stock processor bound to ours, and its signature, by which
+    diffusers' `Attention` decides which of its arguments to pass on.
+
+    Args:
+        attend: of the first processor; graphs of torch.compile, which all of the class share, are
+            made with it.
+    """
+    run = _Run()
+    function = _bound(stock.__call__, name, attend, run)
+
+    def call(self: Any, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.enter()
-        return self._run(self.stock, *args, **kwargs)
+        run.processor, run.tokens, run.number = self, hidden_states.shape[1], 0
+        result = function(self.stock, attn, hidden_states, *args, **kwargs)
+        run.clear()
+        for finish in self.finishes:
+            result = finish(result, attn, hidden_states, *args, **kwargs)
+        return result
 
     call.__signature__ = inspect.signature(stock.__call__)  # pyright: ignore[reportFunctionMemberAccess]
     members = {"__call__": call, "__module__": kind.__module__, "unbound": kind}
     return type(kind.__name__, (kind,), members)
 
 
-def _bind(stock_call: Callable, attend: Callable[[Call], Tensor]) -> Callable:
+def _bound(stock: Any, name: str, attend: Callable[[Call], Tensor], run: _Run) -> Callable:
+    """A function with one name of its globals bound anew."""
+    namespace = dict(stock.__globals__)
+    first, _, attribute = name.partition(".")
+    if attribute:
+        module = types.ModuleType(namespace[first].__name__)
+        vars(module).update(vars(namespace[first]))
+        call = _bind(getattr(module, attribute), attend, run, heads_first=True)
+        setattr(module, attribute, call)
+        namespace[first] = module
+    else:
+        namespace[first] = _bind(namespace[first], attend, run)
+    # By its name, torch.compile would look the attention call up in the module itself.
+    del namespace["__name__"]
+    function = types.FunctionType(
+        _copied(stock.__code__),
+        namespace,
+        stock.__name__,
+        stock.__defaults__,
+        stock.__closure__,
+    )
+    function.__kwdefaults__ = stock.__kwdefaults__
+    return function
+
+
+def _copied(code: types.CodeType) -> types.CodeType:
+    """With the functions in it. What torch.compile makes of the parts of a function, where its
+    graph breaks, it keeps by the code and refers to by the globals."""
+    parts = (_copied(x) if isinstance(x, types.CodeType) else x for x in code.co_consts)
+    return code.replace(co_consts=tuple(parts))
+
+
+def _bind(
+    stock_call: Callable,
+    attend: Callable[[Call], Tensor],
+    run: _Run,
+    *,
+    heads_first: bool = False,
+) -> Callable:
+    """
+    Args:
+        heads_first: whether the call takes and gives (B, H, N, D).
+    """
+
     def attention_call(
         query: Tensor,
         key: Tensor,
@@ -161,7 +379,7 @@ def _bind(stock_call: Callable, attend: Callable[[Call], Tensor]) -> Callable:
         **kwargs: Any,
     ) -> Tensor:
         def stock() -> Tensor:
-            return stock_call(
+            out = stock_call(
                 query,
                 key,
                 value,
@@ -172,6 +390,7 @@ def _bind(stock_call: Callable, attend: Callable[[Call], Tensor]) -> Callable:
                 enable_gqa=enable_gqa,
                 **kwargs,
             )
+            return out.transpose(1, 2) if heads_first else out
 
         refused = []
         if dropout_p > 0:
@@ -180,11 +399,19 @@ def _bind(stock_call: Callable, attend: Callable[[Call], Tensor]) -> Callable:
             refused.append("is_causal")
         if kwargs.get("parallel_config") is not None:
             refused.append("parallel_config (context parallelism)")
-        k, v = key, value
+        q, k, v = query, key, value
+        if heads_first:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if enable_gqa:
-            k, v = (x.repeat_interleave(query.shape[2] // x.shape[2], 2) for x in (k, v))
-        value_or_default = query.shape[-1] ** -0.5 if scale is None else scale
-        return attend(Call(query, k, v, value_or_default, stock, refused, attn_mask))
+            k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+        value_or_default = q.shape[-1] ** -0.5 if scale is None else scale
+        number, run.number = run.number, run.number + 1
+        call = Call(q, k, v, value_or_default, stock, refused, attn_mask, run.tokens, number)
+        # What a processor holds, torch.compile guards, so that layers would not share a graph.
+        out = attend(call) if torch.compiler.is_compiling() else run.processor._attend(call)
+        for tap in run.processor.taps:
+            out = tap(call, out)
+        return out.transpose(1, 2) if heads_first else out
 
     return attention_call
 

@@ -1,17 +1,23 @@
 """Clips of the demo model's world with their captions, as a folder to train on:
 `python -m gen_accel.demo.clips --out outputs/clips --frames 129 --count 512`.
+
+With `--images` the captions tell of the motion alone, and a still beside each clip, `0000.png`,
+shows what moves.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
+from PIL import Image
 from rich.progress import track
 
-from gen_accel.demo.world import SEEN, Scene, render, scored_scenes
+from gen_accel.demo.world import NOT_SHOWN, SCENES, SEEN, Scene, render, scored_scenes, still
 from gen_accel.measure.video_io import replacing, write_video
 
 FPS = 16.0
+STILL_SIZE = 48  # pixels
+STILLS = 1 << 40  # from here on, seeds are those of stills
 HELD_OUT = 12  # of the scenes that the demo model knows; `world.UNSEEN` is held out as well
 
 
@@ -22,23 +28,44 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--size", type=int, default=96, help="height and width in pixels")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--images", action="store_true", help="with a still of what moves beside each clip"
+    )
     args = parser.parse_args()
-    write_clips(args.out, frames=args.frames, count=args.count, size=args.size, seed=args.seed)
+    write_clips(
+        args.out,
+        frames=args.frames,
+        count=args.count,
+        size=args.size,
+        seed=args.seed,
+        images=args.images,
+    )
 
 
-def shown() -> tuple[Scene, ...]:
+def shown(images: bool = False) -> tuple[Scene, ...]:
     """The scenes that clips are made of; what is scored later is none of them."""
+    if images:
+        return tuple(scene for scene in SCENES if scene not in NOT_SHOWN)
     kept = scored_scenes(HELD_OUT)
     return tuple(scene for scene in SEEN if scene not in kept)
 
 
-def write_clips(folder: Path, *, frames: int, count: int, size: int = 96, seed: int = 0) -> None:
+def write_clips(
+    folder: Path,
+    *,
+    frames: int,
+    count: int,
+    size: int = 96,
+    seed: int = 0,
+    images: bool = False,
+) -> None:
     """Write `0000.mp4` with `0000.txt` and so on. What is there already is left.
 
     Args:
         size: height and width in pixels.
+        images: write `0000.png` too, and captions that do not say what it shows.
     """
-    scenes = shown()
+    scenes = shown(images)
     for i in track(range(count), description=f"{count} clips of {frames} frames"):
         name = folder / f"{i:04d}"
         if name.with_suffix(".txt").exists():
@@ -48,8 +75,18 @@ def write_clips(folder: Path, *, frames: int, count: int, size: int = 96, seed: 
         video = render([scene], frames=frames, size=size, generator=generator)[0]
         pixels = ((video + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
         write_video(pixels, name.with_suffix(".mp4"), fps=FPS)
+        if images:
+            with replacing(name.with_suffix(".png")) as partial:
+                picture(scene, STILLS + seed * 1_000_000 + i).save(partial, format="png")
         with replacing(name.with_suffix(".txt")) as partial:
-            partial.write_text(scene.caption + "\n", encoding="utf-8")
+            caption = scene.anonymous_caption if images else scene.caption
+            partial.write_text(caption + "\n", encoding="utf-8")
+
+
+def picture(scene: Scene, seed: int) -> Image.Image:
+    """A still of what moves in a scene."""
+    pixels = still(scene, size=STILL_SIZE, generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(pixels.numpy())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Positions wrap around the canvas, so that a clip of any length stays in motion.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -22,6 +22,8 @@ SPEEDS = {"slowly": 0.8, "quickly": 2.0}  # pixels a frame
 
 BACKGROUND = 20  # grey level, 0 to 255
 RADIUS = 12.0  # pixels, whatever the canvas
+
+STILL_MARGIN = 16.0  # pixels from the edge of a still to its object's middle at least
 
 # Where the sides of the square and of the triangle lie, as shares of RADIUS, and how far below
 # the triangle's origin its centre of mass is.
@@ -71,6 +73,21 @@ UNSEEN = _never_trained()
 SEEN = tuple(scene for scene in SCENES if scene not in UNSEEN)
 
 
+def _never_shown() -> tuple[Scene, ...]:
+    """Two scenes for each colour and shape, three for each direction and speed: `UNSEEN`, and each
+    of its objects once more with a motion along the other axis."""
+    directions = list(DIRECTIONS)
+    turned = [
+        replace(scene, direction=directions[(directions.index(scene.direction) + 2) % 4])
+        for scene in UNSEEN
+    ]
+    return (*UNSEEN, *turned)
+
+
+# What an image prompt is scored on: no clip with an image shows the object in that motion.
+NOT_SHOWN = _never_shown()
+
+
 def scored_scenes(count: int = 24) -> tuple[Scene, ...]:
     """The same `count` of the trained scenes at every call, for scoring."""
     order = torch.randperm(len(SEEN), generator=torch.Generator().manual_seed(7))
@@ -101,6 +118,25 @@ def render(scenes: list[Scene], *, frames: int, size: int, generator: torch.Gene
     )[:, None]
     color = torch.tensor([COLORS[scene.color] for scene in scenes]).view(-1, 3, 1, 1, 1)
     return (BACKGROUND + inside * (color - BACKGROUND)) / 127.5 - 1
+
+
+def still(scene: Scene, *, size: int, generator: torch.Generator) -> Tensor:
+    """The object of a scene alone, whole and at a random place.
+
+    Args:
+        size: height and width in pixels, at least `2 * STILL_MARGIN`.
+
+    Returns:
+        (size, size, 3) uint8.
+    """
+    if size < 2 * STILL_MARGIN:
+        raise ValueError(f"size must be at least {2 * STILL_MARGIN:g} pixels, got {size}")
+    place = STILL_MARGIN + torch.rand(2, generator=generator) * (size - 2 * STILL_MARGIN)
+    offset = torch.arange(size) + 0.5 - place[:, None]
+    distance = _distance(scene.shape, offset[0, None, :], offset[1, :, None])
+    inside = (0.5 - distance).clamp(0, 1)[..., None]
+    color = torch.tensor(COLORS[scene.color])
+    return (BACKGROUND + inside * (color - BACKGROUND)).round().to(torch.uint8)
 
 
 def silhouette(shape: str, *, size: int, x: float = 0.0, y: float = 0.0) -> Tensor:

@@ -3,8 +3,8 @@
 Query blocks are sorted by how many key blocks they see and worked off in groups: one gather, two
 products and one softmax for a group. The backward pass gathers again and recomputes the softmax,
 so that nothing of the size of the scores is kept between the passes. Of bf16 and fp16 inputs the
-scores and their gradients are fp32: rounded scores would be as wrong as they are large. On a GPU it
-waits for the lengths of the lists of a plan that was made for one call.
+scores and their gradients are fp32: rounded scores would be as wrong as they are large. On a GPU
+it waits for the lengths of the lists of a plan that was made for one call.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Checkpoints of a training: whole or not there.
 
     step-000200/
-      lora/                  the LoRA as it was then, which diffusers loads
+      lora/                  the LoRA as it was then, which diffusers loads; or image_prompt/
       training.safetensors   parameters, average and optimizer
       state.json             step, config, schedule, and the hash of the file before
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from gen_accel.measure.report import file_sha256, write_json
 from gen_accel.measure.video_io import replacing
 
-TENSORS, STATE, LORA = "training.safetensors", "state.json", "lora"
+TENSORS, STATE = "training.safetensors", "state.json"
 
 
 class Checkpoint(NamedTuple):
@@ -40,13 +40,13 @@ def save(
     state: dict[str, Any],
     *,
     keep: int,
-    write_lora: Callable[[Path], Any],
+    adapter: tuple[str, Callable[[Path], Any]],
 ) -> Path:
     """Write `folder/step-N` and delete the oldest but `keep`.
 
     Args:
         state: fit for JSON, with `step`.
-        write_lora: is given the folder that the LoRA goes into.
+        adapter: what its folder is called, and what writes it into the folder it is given.
 
     Raises:
         OSError: the disk is full, or cannot be written; what was there before is still there.
@@ -54,7 +54,8 @@ def save(
     target = folder / f"step-{state['step']:06d}"
     with replacing(target) as partial:
         partial.mkdir()
-        write_lora(partial / LORA)
+        name, write = adapter
+        write(partial / name)
         save_file({name: x.contiguous() for name, x in tensors.items()}, partial / TENSORS)
         write_json(partial / STATE, state | {"sha256": file_sha256(partial / TENSORS)})
         for file in partial.rglob("*"):

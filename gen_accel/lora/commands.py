@@ -15,6 +15,9 @@ SEVERAL = ("stages", "targets", "betas")  # may also be given in one flag, with 
 
 TRAIN = """Train a LoRA through sparse attention, for videos longer than the model was made for.
 
+With --adapter image_prompt it trains layers by which the model follows an image instead, and
+leaves OUT/image_prompt, which gen_accel.load_image_prompt takes.
+
 \b
 gen-accel train --print-config > lora.yaml     every field, with what it means
 gen-accel train lora.yaml --dry-run            two steps on a tiny model of the same class
@@ -36,7 +39,9 @@ gen-accel cache --model demo --data clips --out lora --height 96 --width 96 --st
 
 Clips are clip.mp4 with clip.txt beside it, a manifest (.jsonl or .csv with the columns video and
 caption), or a datasets folder. What is cached already is kept, unless its clip, its caption, the
-autoencoder or the text encoder changed. `gen-accel train` does the same before it starts.
+autoencoder or the text encoder changed. Where the config trains an image prompt, the image of each
+clip is encoded too: the column image, clip.png beside clip.mp4, or else its middle frame.
+`gen-accel train` does the same before it starts.
 """
 
 
@@ -112,7 +117,7 @@ def add_to(app: typer.Typer) -> None:
         signature = inspect.Signature([path, *own, *_flags()])
         verb.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
         verb.__doc__ = text
-        short = {"train": "Finetune a LoRA for longer videos.", "cache": "Encode clips once."}
+        short = {"train": "Finetune a LoRA or an image prompt.", "cache": "Encode clips once."}
         app.command(name=function.__name__, short_help=short[function.__name__])(verb)
 
 

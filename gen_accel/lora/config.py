@@ -58,7 +58,12 @@ class TrainConfig:
     model: str = _("demo", "What", "Folder or hub repository of the pipeline; demo: the embedded.")
     data: str | None = _(None, "What", "Videos with captions, a manifest, or a datasets folder.")
     cache: str | None = _(None, "What", "Folder of cached latents. Without: OUT/cache.")
-    out: str = _("outputs/lora", "What", "Folder for the LoRA, its checkpoints, logs and videos.")
+    out: str = _(
+        "outputs/lora", "What", "Folder for what is trained, its checkpoints, logs and videos."
+    )
+    adapter: Literal["lora", "image_prompt"] = _(
+        "lora", "What", "image_prompt: the model stays as it is and learns to follow an image."
+    )
     part: Literal["transformer", "transformer_2"] = _(
         "transformer", "What", "Of two experts: transformer is for high noise, transformer_2 low."
     )
@@ -101,6 +106,29 @@ class TrainConfig:
     )
     init_lora: str | None = _(
         None, "LoRA", "Folder of a LoRA to go on from, with a new optimizer."
+    )
+
+    image_encoder: str | None = _(
+        None,
+        "Image prompt",
+        "Folder or hub repository of a CLIP vision model; none: a small encoder is trained along.",
+    )
+    image_features: Literal["embedding", "patches"] = _(
+        "patches", "Image prompt", "What of image_encoder: as in IP-Adapter, or IP-Adapter Plus."
+    )
+    image_tokens: int = _(4, "Image prompt", "That an image is turned into.")
+    image_size: int = _(32, "Image prompt", "Pixels a side that the small encoder sees.")
+    image_dropout: float = _(0.05, "Image prompt", "Share of the clips shown without an image.")
+    both_dropout: float = _(
+        0.05, "Image prompt", "And without image and caption; caption_dropout: without caption."
+    )
+    init_adapter: str | None = _(
+        None, "Image prompt", "An adapter to go on from, with a new optimizer."
+    )
+    validation_images: tuple[str, ...] = _(
+        (),
+        "Image prompt",
+        "Files, one for each validation prompt; none: those of the first clips.",
     )
 
     objective: Literal["flow", "distill"] = _(
@@ -181,6 +209,8 @@ class TrainConfig:
             "checkpoint_every",
             "keep_checkpoints",
             "validation_steps",
+            "image_tokens",
+            "image_size",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -195,13 +225,18 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("lora_dropout", "caption_dropout", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1 + EPS * (name == "caption_dropout"):
+        shares = ("caption_dropout", "image_dropout", "both_dropout")
+        for name in ("lora_dropout", "ema_decay", *shares):
+            if not 0 <= getattr(self, name) < 1 + EPS * (name in shares):
                 raise ValueError(f"{name} must be a share from 0 to 1, got {getattr(self, name)}")
         if not self.stages:
             raise ValueError("stages is empty: give at least one, as 81:200")
         method = method_from(self.method, self.settings)
         check_name(self.kernel)
+        if self.adapter == "image_prompt":
+            self._check_image_prompt()
+        else:
+            self._check_fields("Image prompt")
         if self.rank == 0 and not (self.train_processors and hasattr(method, "branch")):
             raise ValueError(
                 "rank is 0, which leaves nothing to train: only a method with parameters, such as "
@@ -212,6 +247,44 @@ class TrainConfig:
         if self.validate_every and not self.validation_prompts:
             raise ValueError("validate_every needs validation_prompts, got none")
         self.curriculum  # noqa: B018
+
+    def _check_image_prompt(self) -> None:
+        self._check_fields("LoRA")
+        if self.objective == "distill":
+            raise ValueError(
+                "objective distill does not apply to adapter image_prompt: the model as it came "
+                "sees no image; use flow"
+            )
+        if sum(getattr(self, f"{name}_dropout") for name in ("caption", "image", "both")) > 1:
+            raise ValueError(
+                "caption_dropout, image_dropout and both_dropout must not come to more than 1, "
+                f"got {self.caption_dropout}, {self.image_dropout} and {self.both_dropout}"
+            )
+        unread = "image_features" if self.image_encoder is None else "image_size"
+        if self._is_given(unread):
+            raise ValueError(
+                f"{unread} does not apply {'without' if self.image_encoder is None else 'to'} "
+                f"an image_encoder, got {getattr(self, unread)!r}: leave it out"
+            )
+        count, prompts = len(self.validation_images), len(self.validation_prompts)
+        if count and count != prompts:
+            raise ValueError(
+                f"validation_images must be as many as validation_prompts, {prompts}, got {count}"
+            )
+
+    def _check_fields(self, group: str) -> None:
+        """Those of the other adapter must be left as they are."""
+        names = [one.name for one in fields(self) if one.metadata["group"] == group]
+        given = [name for name in names if self._is_given(name)]
+        if given:
+            listed = ", ".join(f"{name} {getattr(self, name)!r}" for name in given)
+            raise ValueError(
+                f"adapter {self.adapter} does not use {listed}: leave out what belongs to a "
+                f"{'LoRA' if group == 'LoRA' else 'image prompt'} ({', '.join(names)})"
+            )
+
+    def _is_given(self, name: str) -> bool:
+        return getattr(self, name) != type(self).__dataclass_fields__[name].default
 
     @property
     def curriculum(self) -> tuple[Stage, ...]:
@@ -238,6 +311,7 @@ FREE_TO_CHANGE = (
     "log_with",
     "validate_every",
     "validation_prompts",
+    "validation_images",
     "validation_frames",
     "validation_steps",
     "guidance_scale",

@@ -5,6 +5,7 @@ Frames are decoded by ffmpeg, only as many as are needed, and shrunk one at a ti
 
 import csv
 import hashlib
+import io
 import json
 import math
 import re
@@ -12,7 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -25,6 +26,8 @@ from gen_accel.measure.report import file_sha256
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 VIDEO_COLUMNS = ("video", "file_name", "path")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
+IMAGE_COLUMN = "image"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SHOWN = 5  # names in an error
 
 Size = tuple[int, int]  # height and width in pixels
@@ -38,11 +41,13 @@ class CaptionedVideo:
         name: of the clip in its data set.
         source: a file that ffmpeg reads, a function that returns the bytes of one, or the frames,
             (F, H, W, 3) uint8, which are at the wanted rate already.
+        image: what an image prompt is to be for this clip; None leaves it to a frame of the clip.
     """
 
     name: str
     caption: str
     source: Path | Callable[[], bytes] | np.ndarray
+    image: Path | Callable[[], bytes] | None = None
 
     def sha256(self) -> str:
         """Of the bytes of the file, or of the frames and their shape."""
@@ -53,6 +58,11 @@ class CaptionedVideo:
                 frames = np.ascontiguousarray(self.source)
                 return hashlib.sha256(repr(frames.shape).encode() + frames.tobytes()).hexdigest()
         return hashlib.sha256(self.source()).hexdigest()
+
+    def image_bytes(self) -> bytes:
+        """Of the file of the image. Raises OSError where it is not there."""
+        assert self.image is not None
+        return self.image.read_bytes() if isinstance(self.image, Path) else self.image()
 
     def survey(self, *, frames: int, fps: float | None) -> "Survey":
         """`survey_clip` of wherever the video is."""
@@ -101,7 +111,7 @@ class Survey(NamedTuple):
     size: Size
 
 
-def find_videos(data: str | Path) -> list[CaptionedVideo]:
+def find_videos(data: str | Path, *, images: bool = False) -> list[CaptionedVideo]:
     """Every captioned video of a data set, sorted by name.
 
     `data` is one of
@@ -113,33 +123,41 @@ def find_videos(data: str | Path) -> list[CaptionedVideo]:
       beside the videos or one in each subfolder;
     - a folder that `save_to_disk` of Hugging Face's `datasets` wrote, which needs that library.
 
+    Args:
+        images: look for the image prompt of each clip too: the column image of a manifest, or
+            `clip.png`, `.jpg`, `.jpeg` or `.webp` beside `clip.mp4`. A clip may have none.
+
     Raises:
-        FileNotFoundError: nothing at `data`, or videos of a manifest that are not there.
+        FileNotFoundError: nothing at `data`, or videos or images of a manifest that are not there.
         ValueError: no videos, videos without a caption, or a manifest that cannot be understood.
         ImportError: `datasets` is needed and not installed.
     """
     data = Path(data).expanduser()
     if data.is_file():
-        videos = _of_manifest(data, data.parent)
+        videos = _of_manifest(data, data.parent, images)
     elif not data.is_dir():
         raise FileNotFoundError(f"data must be a folder or a manifest, nothing is at {data}")
     elif any((data / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-        videos = _of_datasets(data)
+        videos = _of_datasets(data, images)
     elif manifests := sorted(p for p in _files(data) if p.stem == "metadata"):
-        videos = [video for manifest in manifests for video in _of_manifest(manifest, data)]
+        videos = [v for manifest in manifests for v in _of_manifest(manifest, data, images)]
     else:
         videos = _of_folder(data)
     if not videos:
         raise ValueError(f"no videos in {data}: none ends in {', '.join(SUFFIXES)}")
+    if images:
+        videos = [_pictured(video) for video in videos]
     silent = [video.name for video in videos if not video.caption.strip()]
     if silent:
         raise ValueError(
             f"{len(silent)} of {len(videos)} videos in {data} have no caption: {_some(silent)}; "
             "write clip.txt beside clip.mp4, or a column caption in the manifest"
         )
-    lost = [str(v.source) for v in videos if isinstance(v.source, Path) and not v.source.is_file()]
-    if lost:
-        raise FileNotFoundError(f"{len(lost)} videos of {data} are not there: {_some(lost)}")
+    named = {"videos": [v.source for v in videos], "images": [v.image for v in videos]}
+    for kind, paths in named.items():
+        lost = [str(path) for path in paths if isinstance(path, Path) and not path.is_file()]
+        if lost:
+            raise FileNotFoundError(f"{len(lost)} {kind} of {data} are not there: {_some(lost)}")
     return sorted(videos, key=lambda video: video.name)
 
 
@@ -167,6 +185,18 @@ def nearest_size(sizes: Sequence[Size], stored: Size) -> Size:
         return round(off, 9), enlarged, area if enlarged else -area
 
     return min(sizes, key=order)
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Decoded, and turned as a viewer shows it. Raises OSError for what is no whole image."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError as error:
+        raise OSError(str(error)) from error
+    except (SyntaxError, ValueError) as error:  # of a damaged PNG
+        raise OSError(f"it is damaged: {error}") from error
 
 
 def survey_clip(path: str | Path, *, frames: int, fps: float | None = None) -> Survey:
@@ -288,7 +318,19 @@ def _of_folder(folder: Path) -> list[CaptionedVideo]:
     return videos
 
 
-def _of_manifest(manifest: Path, root: Path) -> list[CaptionedVideo]:
+def _pictured(video: CaptionedVideo) -> CaptionedVideo:
+    """With the image beside it, where the manifest names none."""
+    if video.image is not None or not isinstance(video.source, Path):
+        return video
+    beside = [video.source.with_suffix(end) for end in IMAGE_SUFFIXES]
+    found = [image for image in beside if image.is_file()]
+    if len(found) > 1:
+        names = ", ".join(image.name for image in found)
+        raise ValueError(f"{video.name} must have one image beside it, got {names}")
+    return replace(video, image=found[0]) if found else video
+
+
+def _of_manifest(manifest: Path, root: Path, images: bool) -> list[CaptionedVideo]:
     """Names are relative to `root`."""
     match manifest.suffix.lower():
         case ".jsonl":
@@ -306,7 +348,10 @@ def _of_manifest(manifest: Path, root: Path) -> list[CaptionedVideo]:
             raise ValueError(f"{where} names no video")
         path = manifest.parent / Path(file_name).expanduser()
         name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
-        videos.append(CaptionedVideo(name, _column(row, CAPTION_COLUMNS, where), path))
+        image = None
+        if images and row.get(IMAGE_COLUMN):
+            image = manifest.parent / Path(_column(row, (IMAGE_COLUMN,), where)).expanduser()
+        videos.append(CaptionedVideo(name, _column(row, CAPTION_COLUMNS, where), path, image))
     return videos
 
 
@@ -332,7 +377,7 @@ def _column(row: Any, names: tuple[str, ...], where: str) -> str:
     return value.strip()
 
 
-def _of_datasets(folder: Path) -> list[CaptionedVideo]:
+def _of_datasets(folder: Path, images: bool) -> list[CaptionedVideo]:
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -350,10 +395,16 @@ def _of_datasets(folder: Path) -> list[CaptionedVideo]:
         )
         if type(rows.features[video]).__name__ == "Video":
             rows = rows.cast_column(video, datasets.Video(decode=False))
+        pictured = images and IMAGE_COLUMN in rows.column_names
+        if pictured and type(rows.features[IMAGE_COLUMN]).__name__ == "Image":
+            rows = rows.cast_column(IMAGE_COLUMN, datasets.Image(decode=False))
         captions = rows[caption]
         for i, text in enumerate(captions):
             name = f"{split}/{i:06d}" if split else f"{i:06d}"
-            videos.append(CaptionedVideo(name, text or "", _stored(rows, i, video, folder)))
+            source = _stored(rows, i, video, folder)
+            has_image = pictured and rows[i][IMAGE_COLUMN] is not None
+            image = _stored(rows, i, IMAGE_COLUMN, folder) if has_image else None
+            videos.append(CaptionedVideo(name, text or "", source, image))
     return videos
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from gen_accel.attention_processors.families import family_of, served_classes
 from gen_accel.attention_processors.options import method_from
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.images import features_shape
 from gen_accel.lora.trainer import Model, Trained, accelerator_for, run
 from gen_accel.pipelines.sampling import check_fits
 from gen_accel.video import VideoShape
@@ -24,7 +25,7 @@ CLASSES = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "WanTransformer3DModel",
     "hunyuanvideo-community/HunyuanVideo": "HunyuanVideoTransformer3DModel",
 }
-CHANNELS, TEXT, WIDTH, POOLED = 16, 6, 8, 8
+CHANNELS, TEXT, WIDTH, POOLED, PATCHES = 16, 6, 8, 8, 5
 SMALL = (3, 3, 5)  # tokens; larger where the window of a method is
 SPATIAL = 8  # of the autoencoders of all families served
 
@@ -60,8 +61,8 @@ def dry_run(config: TrainConfig) -> Trained:
     """Check a config as far as that goes without the model and the clips, and take two steps.
 
     Method, layers, LoRA targets, objective, optimizer, curriculum and checkpoints are those of the
-    config; the rank is at most 4, the kernel one that runs on a CPU, and clips are as small as the
-    method allows.
+    config; the rank is at most 4, the kernel one that runs on a CPU, clips are as small as the
+    method allows, and an image encoder is not loaded.
 
     Raises ValueError for whatever does not fit, as a real run would.
     """
@@ -83,13 +84,16 @@ def dry_run(config: TrainConfig) -> Trained:
     if len(stages) == 1:
         stages = (stages[0].replace(":1", ":2", 1),)
     with tempfile.TemporaryDirectory() as folder:
+        least_of = {"rank": min(config.rank, 4), "init_lora": None}
+        if config.adapter == "image_prompt":
+            least_of = {"init_adapter": None}
         small = replace(
             config,
+            **least_of,
             out=folder,
             stages=stages,
-            rank=min(config.rank, 4),
-            init_lora=None,
             validate_every=0,
+            validation_images=(),
             log_with="none",
             warmup_steps=1,
             device="cpu",
@@ -97,7 +101,8 @@ def dry_run(config: TrainConfig) -> Trained:
             kernel="auto",
         )
         model = Model(transformer, None, lambda n: (n - 1) // 4 + 1, 5, config.shift or 1.0)
-        clips: Any = _Noise(family, [*short.values()], (2 * least[1], 2 * least[2]))
+        features = features_shape(config, patches=PATCHES, embedding=WIDTH)
+        clips: Any = _Noise(family, [*short.values()], (2 * least[1], 2 * least[2]), features)
         return run(small, accelerator_for(small), model, clips)
 
 
@@ -137,12 +142,15 @@ class _Noise:
     Args:
         frames: of each, as of a video.
         size: height and width in latents.
+        features: shape of those of an image.
     """
 
     digest = "dry run"
 
-    def __init__(self, family: str, frames: list[int], size: tuple[int, int]) -> None:
-        self.family, self.size = family, size
+    def __init__(
+        self, family: str, frames: list[int], size: tuple[int, int], features: tuple[int, ...]
+    ) -> None:
+        self.family, self.size, self.features = family, size, features
         self.entries = [SimpleNamespace(pixel_frames=n) for n in frames]
 
     def __len__(self) -> int:
@@ -154,6 +162,14 @@ class _Noise:
     def latents(self, index: int, frames: int) -> Tensor:
         generator = torch.Generator().manual_seed(index)
         return torch.randn(CHANNELS, frames, *self.size, generator=generator)
+
+    def image(self, index: int) -> Tensor:
+        generator = torch.Generator().manual_seed(10 + index)
+        return torch.randn(self.features, generator=generator)
+
+    @property
+    def no_image(self) -> Tensor:
+        return torch.zeros(self.features)
 
     def conditions(self, index: int) -> dict[str, Tensor]:
         return self.empty

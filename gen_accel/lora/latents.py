@@ -1,8 +1,9 @@
 """Latents and text embeddings, encoded once and read while training.
 
 A cache is a folder of `Shards`. The key of a clip's latents is a hash of its bytes, how it was
-decoded, and the autoencoder; that of a text, of the caption, the text encoders and tokenizers.
-What changes is encoded again, and nothing else.
+decoded, and the autoencoder; that of a text, of the caption, the text encoders and tokenizers;
+that of an image, of its bytes and the image encoder. What changes is encoded again, and nothing
+else.
 """
 
 import hashlib
@@ -14,9 +15,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -30,7 +32,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import family_of, served_classes
-from gen_accel.lora.data import CaptionedVideo, Size, find_videos, nearest_size
+from gen_accel.lora.data import CaptionedVideo, Size, find_videos, nearest_size, open_image
 from gen_accel.lora.shards import (
     MANIFEST,
     SHARD_BYTES,
@@ -41,7 +43,11 @@ from gen_accel.lora.shards import (
 )
 from gen_accel.pipelines.sampling import DTYPES, check_model, find_device
 
+if TYPE_CHECKING:
+    from gen_accel.lora.images import ImageCoder
+
 LATENTS = "latents"  # what the tensor of a clip is called after its key
+IMAGE = "image"
 RECIPE = 1  # of decoding and encoding; another one makes all keys new
 TEXTS_AT_ONCE = 8
 PASSING = (
@@ -58,7 +64,8 @@ class Entry:
     Args:
         frames, height, width: of the latents.
         pixel_frames: of the video that was encoded.
-        latent_key, text_key: the names of its tensors in the shards.
+        latent_key, text_key, image_key: the names of its tensors in the shards; no image where
+            the cache was made without.
     """
 
     name: str
@@ -69,6 +76,7 @@ class Entry:
     pixel_frames: int
     latent_key: str
     text_key: str
+    image_key: str | None = None
 
 
 class LatentCache:
@@ -82,6 +90,7 @@ class LatentCache:
         digest: hash over all entries. It does not depend on how they lie in shards.
         causal: whether the first latents of an entry are those of a shorter clip.
         fps: that the clips were resampled to; None where they kept their own.
+        images: what the images were encoded to, as `ImageCoder` says it; None without.
 
     Raises:
         FileNotFoundError: no manifest, or a shard is missing.
@@ -97,6 +106,7 @@ class LatentCache:
         self.causal: bool = manifest["causal"]
         self.fps: float | None = manifest["fps"]
         self.digest = _hash([manifest["entries"], manifest["empty"], self.causal, self.fps])
+        self.images: dict[str, Any] | None = manifest.get("images")
         self._empty: str = manifest["empty"]
         # Of a tensor's key and its own name, the shard.
         self._homes: dict[str, dict[str, str]] = {}
@@ -139,6 +149,19 @@ class LatentCache:
         """`conditions` of the empty prompt."""
         return self._text(self._empty)
 
+    def image(self, index: int) -> Tensor:
+        """Features of the clip's image prompt, float32; pixels are (3, S, S) in [-1, 1].
+
+        Raises:
+            ValueError: the cache was made without images.
+        """
+        return self._image(self.entries[index].image_key)
+
+    @property
+    def no_image(self) -> Tensor:
+        """`image` of what stands for no image."""
+        return self._image(None if self.images is None else self.images["nothing"])
+
     def verify(self) -> None:
         """Read all of it. Raises ValueError for shards whose bytes are not those written."""
         check_bytes(self.folder, self._files)
@@ -167,10 +190,22 @@ class LatentCache:
         }
         return {name: x.float() if x.is_floating_point() else x for name, x in found.items()}
 
+    def _image(self, key: str | None) -> Tensor:
+        if key is None:
+            raise ValueError(
+                f"{self.folder} holds no images: cache again with adapter image_prompt"
+            )
+        return as_features(self._shard(self._homes[key][IMAGE]).get_tensor(f"{key}.{IMAGE}"))
+
     def _shard(self, name: str) -> Any:
         if name not in self._open:
             self._open[name] = safe_open(self.folder / name, framework="pt")
         return self._open[name]
+
+
+def as_features(stored: Tensor) -> Tensor:
+    """Of an image as the cache keeps it: float32, pixels in [-1, 1]."""
+    return stored.float() / 127.5 - 1 if stored.dtype == torch.uint8 else stored.float()
 
 
 @dataclass(frozen=True)
@@ -185,6 +220,7 @@ class Report:
         short: clips with fewer frames than the shortest length.
         broken: clips that could not be read, with the reason.
         damaged: shards that had to be encoded again.
+        images: encoded now; None where none were asked for.
     """
 
     folder: Path
@@ -195,6 +231,7 @@ class Report:
     short: tuple[str, ...] = ()
     broken: dict[str, str] = field(default_factory=dict)
     damaged: tuple[str, ...] = ()
+    images: int | None = None
 
     def __str__(self) -> str:
         parts = [
@@ -202,6 +239,7 @@ class Report:
             f"{self.kept} kept",
             f"{self.removed} removed",
             f"{self.texts} texts encoded",
+            *([] if self.images is None else [f"{self.images} images encoded"]),
             f"{len(self.short)} too short",
             f"{len(self.broken)} broken",
         ]
@@ -224,6 +262,7 @@ def cache(
     device: str = "auto",
     dtype: str = "auto",
     shard_bytes: int = SHARD_BYTES,
+    images: "ImageCoder | None" = None,
 ) -> Report:
     """Encode all clips and captions of a data set that `out` does not hold yet.
 
@@ -251,6 +290,7 @@ def cache(
         dtype: to load the encoders in; "auto" is float32 for the autoencoder and, on a GPU,
             bfloat16 for the text encoders. Not for a pipeline, which has its own.
         shard_bytes: how much is held in memory before it is written.
+        images: encode the image prompt of each clip too, its middle frame where it has none.
 
     Raises:
         ValueError: whatever `find_videos` or `check_model` refuses, sizes or lengths that the
@@ -259,20 +299,31 @@ def cache(
         OSError: a broken clip with on_broken="stop", or a folder that cannot be written.
     """
     _check_options(frames, sizes, fps, max_tokens, on_broken, store, shard_bytes)
-    videos = find_videos(data) if isinstance(data, str | Path) else list(data)
+    if isinstance(data, str | Path):
+        videos = find_videos(data, images=images is not None)
+    else:
+        videos = list(data)
     if not videos:
         raise ValueError("data holds no videos")
     encoders = _encoders(model_or_pipe, device, dtype)
     _check_fit(encoders, frames, sizes)
     fps = None if fps is None else float(fps)
     run = _Run(
-        encoders, tuple(sorted(set(frames))), tuple(sizes), fps, max_tokens, on_broken, store
+        encoders,
+        tuple(sorted(set(frames))),
+        tuple(sizes),
+        fps,
+        max_tokens,
+        on_broken,
+        store,
+        images,
     )
     with Shards(Path(out), shard_bytes) as shards, _bar() as bar:
         jobs, known, short = run.read(videos, shards, bar)
         texts = run.encode_texts(jobs, shards, bar)
+        pictures = run.encode_images(jobs, shards, bar)
         new = run.encode_clips(jobs, shards, bar)
-        done = [job for job in jobs if job.latent_key in shards]
+        done = [job for job in jobs if all(key in shards for key in job.keys)]
         if not done:
             raise ValueError(f"no clip could be encoded: {next(iter(run.broken.values()))}")
         entries = [_entry(job, encoders.pipe) for job in done]
@@ -285,9 +336,13 @@ def cache(
             "max_tokens": max_tokens,
             "clips": known,
             "empty": run.text_key(""),
-            "entries": [asdict(entry) for entry in entries],
+            "entries": [_about(entry) for entry in entries],
         }
-        used = {run.text_key("")} | {key for job in done for key in (job.latent_key, job.text_key)}
+        used = {run.text_key("")} | {key for job in done for key in job.keys}
+        if images is not None:
+            nothing = run.image_key("nothing")
+            manifest["images"] = {**images.about, "nothing": nothing}
+            used.add(nothing)
         shards.finish(manifest, used)
     return Report(
         folder=shards.folder,
@@ -298,6 +353,7 @@ def cache(
         short=short,
         broken=run.broken,
         damaged=shards.damaged,
+        images=pictures,
     )
 
 
@@ -309,6 +365,12 @@ class _Job(NamedTuple):
     size: Size
     latent_key: str
     text_key: str
+    image_key: str | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        keys = (self.latent_key, self.text_key, self.image_key)
+        return tuple(key for key in keys if key is not None)
 
 
 class _Encoders(NamedTuple):
@@ -352,6 +414,7 @@ class _Run:
     max_tokens: int | None
     on_broken: str
     store: str
+    images: "ImageCoder | None" = None
     broken: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -359,9 +422,14 @@ class _Run:
         self._vae = _hash([*common, *_states(pipe, "vae")])
         texts = _states(pipe, "text_encoder", "tokenizer")
         self._text = _hash([*common, self.max_tokens, *texts])
+        self._image = None if self.images is None else _hash([*common, self.images.state()])
 
     def text_key(self, caption: str) -> str:
         return _hash([self._text, caption])
+
+    def image_key(self, *image: Any) -> str:
+        assert self._image is not None
+        return _hash([self._image, *image])
 
     def read(
         self, videos: Sequence[CaptionedVideo], shards: Shards, bar: Progress
@@ -375,6 +443,7 @@ class _Run:
                 digest = video.sha256()
                 clip = f"{digest} {self.fps}"
                 about = self._survey(video, shards.clips.get(clip))
+                picture = self._check_image(video, shards)
             except OSError as error:
                 self._note(video, error)
                 continue
@@ -385,7 +454,11 @@ class _Run:
                 short.append(video.name)
             for length in lengths[-1:] if self.encoders.family.CAUSAL_VAE else lengths:
                 latent_key = _hash([self._vae, digest, self.fps, length, size])
-                jobs.append(_Job(video, length, size, latent_key, self.text_key(video.caption)))
+                image_key = picture
+                if self.images is not None and image_key is None:
+                    image_key = self.image_key(digest, self.fps, length, size)
+                text_key = self.text_key(video.caption)
+                jobs.append(_Job(video, length, size, latent_key, text_key, image_key))
         self._check_lengths(known)
         return jobs, known, tuple(short)
 
@@ -409,6 +482,30 @@ class _Run:
                     shards.put(key, tensors)
         return len(new)
 
+    def encode_images(self, jobs: Sequence[_Job], shards: Shards, bar: Progress) -> int | None:
+        """All images that the shards lack. Returns how many those were."""
+        if self.images is None:
+            return None
+        new = {
+            job.image_key: job
+            for job in jobs
+            if job.image_key is not None and job.image_key not in shards
+        }
+        nothing = self.image_key("nothing")
+        with self.images.at_work(self.encoders.device):
+            if nothing not in shards:
+                shards.put(nothing, {IMAGE: self._stored(self.images.nothing())})
+            for key, job in bar.track(list(new.items()), description="images"):
+                try:
+                    found = self._stored(self.images(self._picture(job)))
+                    if not _finite(found):
+                        raise OSError(f"store {self.store!r} cannot hold its image")
+                except OSError as error:
+                    self._note(job.video, error)
+                    continue
+                shards.put(key, {IMAGE: found})
+        return len(new)
+
     def encode_clips(self, jobs: Sequence[_Job], shards: Shards, bar: Progress) -> set[str]:
         """All latents that the shards lack. Returns the keys of those."""
         new = {job.latent_key: job for job in jobs if job.latent_key not in shards}
@@ -424,6 +521,26 @@ class _Run:
                     continue
                 shards.put(key, {LATENTS: latents})
         return set(new)
+
+    def _check_image(self, video: CaptionedVideo, shards: Shards) -> str | None:
+        """The key of the image that the clip comes with, which is read; None without."""
+        if self.images is None or video.image is None:
+            return None
+        try:
+            data = video.image_bytes()
+            key = self.image_key(hashlib.sha256(data).hexdigest())
+            if key not in shards:
+                self.images.check(open_image(data))
+        except OSError as error:
+            raise OSError(f"its image cannot be read: {error}") from error
+        return key
+
+    def _picture(self, job: _Job) -> Image.Image:
+        """That which comes with the clip, or the frame in the middle of what is trained on."""
+        if job.video.image is not None:
+            return open_image(job.video.image_bytes())
+        frames = job.video.read(frames=job.frames // 2 + 1, size=job.size, fps=self.fps)
+        return Image.fromarray(frames[-1])
 
     def _survey(self, video: CaptionedVideo, about: dict[str, Any] | None) -> dict[str, Any]:
         """Frames that the clip has, of those asked for, and its stored size."""
@@ -589,7 +706,13 @@ def _entry(job: _Job, pipe: Any) -> Entry:
         pixel_frames=job.frames,
         latent_key=job.latent_key,
         text_key=job.text_key,
+        image_key=job.image_key,
     )
+
+
+def _about(entry: Entry) -> dict[str, Any]:
+    """Without an image as it was before there were any, as the hash over all depends on it."""
+    return {name: value for name, value in asdict(entry).items() if value is not None}
 
 
 def _finite(x: Tensor) -> bool:
@@ -608,12 +731,12 @@ def _states(pipe: Any, *prefixes: str) -> list[Any]:
         if not any(name.startswith(prefix) for name in parts):
             raise ValueError(f"{type(pipe).__name__} was loaded without its {prefix}")
     return [
-        [name, _model_state(name, part) if isinstance(part, nn.Module) else _words(part)]
+        [name, model_state(name, part) if isinstance(part, nn.Module) else _words(part)]
         for name, part in parts.items()
     ]
 
 
-def _model_state(name: str, model: Any) -> str:
+def model_state(name: str, model: Any) -> str:
     """Of its class, configuration and weights."""
     hooked = any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in model.modules())
     if hooked or any(x.is_meta for x in model.parameters()):

@@ -23,11 +23,13 @@ class Draw(NamedTuple):
         noise: like the latents.
         sigma: the noise level, 0 to 1.
         captioned: whether its caption is shown.
+        pictured: whether its image is shown.
     """
 
     noise: Tensor
     sigma: float
     captioned: bool
+    pictured: bool = True
 
 
 def draw(
@@ -64,7 +66,15 @@ def draw(
             f"logit_mean {config.logit_mean:g}, logit_std {config.logit_std:g} or shift {shift:g}"
         )
     captioned = torch.rand((), generator=generator).item() >= config.caption_dropout
-    return Draw(torch.randn(tuple(shape), generator=generator), sigma, captioned)
+    noise = torch.randn(tuple(shape), generator=generator)
+    if config.adapter == "lora":
+        return Draw(noise, sigma, captioned)
+    # One number for what is left out, so that the shares are those of the config.
+    share = torch.rand((), generator=generator, dtype=torch.float64).item()
+    no_image = share < config.image_dropout
+    neither = config.image_dropout <= share < config.image_dropout + config.both_dropout
+    no_caption = 0 <= share - config.image_dropout - config.both_dropout < config.caption_dropout
+    return Draw(noise, sigma, not (neither or no_caption), not (neither or no_image))
 
 
 def shifted(level: float, shift: float) -> float:
@@ -112,18 +122,29 @@ class Objective(nn.Module):
         family: how it is called.
         handle: of the attached method.
         kind: "flow", or "distill".
+        adapter: what trains, where some of it lies outside of the transformer or is shown more
+            than clips and captions; see `gen_accel.lora.adapters`.
     """
 
-    def __init__(self, transformer: nn.Module, family: Any, handle: Any, kind: str) -> None:
+    def __init__(
+        self, transformer: nn.Module, family: Any, handle: Any, kind: str, adapter: Any = None
+    ) -> None:
         super().__init__()
         self.transformer = transformer
-        self._family, self._handle, self._kind = family, handle, kind
+        self._family, self._handle, self._kind, self._adapter = family, handle, kind, adapter
+        for name, module in ({} if adapter is None else adapter.modules).items():
+            self.add_module(name, module)
         # What FSDP puts together at a time; the transformer too, so that it also runs by itself.
         blocks = getattr(transformer, "_no_split_modules", None) or []
         self._no_split_modules = [*blocks, type(transformer).__name__]
 
     def forward(
-        self, clean: Tensor, noise: Tensor, sigma: Tensor, conditions: dict[str, Tensor]
+        self,
+        clean: Tensor,
+        noise: Tensor,
+        sigma: Tensor,
+        conditions: dict[str, Tensor],
+        *shown: Tensor,
     ) -> Tensor:
         """The mean squared error of the velocity, noise - clean.
 
@@ -131,13 +152,15 @@ class Objective(nn.Module):
             clean, noise: (B, C, f, h, w).
             sigma: (B,).
             conditions: arguments of the transformer, batch first.
+            shown: what the adapter is shown beside.
         """
         mix = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - mix) * clean + mix * noise
         target = noise - clean
         if self._kind == "distill":
             target = self._teacher(noisy, sigma, conditions)
-        velocity = self._family.predict(self.transformer, noisy, sigma, conditions)
+        with nullcontext() if self._adapter is None else self._adapter.showing(*shown):
+            velocity = self._family.predict(self.transformer, noisy, sigma, conditions)
         return F.mse_loss(velocity.float(), target.float())
 
     @torch.no_grad()

@@ -8,8 +8,10 @@ from accelerate import Accelerator
 
 from gen_accel import demo
 from gen_accel.attention_processors.options import method_from
+from gen_accel.lora.adapters import read_start
 from gen_accel.lora.artefact import target_modules
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.images import ImageCoder, describe_images
 from gen_accel.lora.latents import LatentCache, cache
 from gen_accel.lora.trainer import Model
 from gen_accel.pipelines.long_video import known_trained_frames
@@ -64,6 +66,18 @@ def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
             f"{latents.folder} holds clips at {latents.fps} frames a second, asked for are "
             f"{config.fps}"
         )
+    if config.adapter == "image_prompt":
+        coder, found = ImageCoder.of(config), latents.images
+        if found is None:
+            raise ValueError(
+                f"{latents.folder} holds no images, which adapter image_prompt needs: give data, "
+                "or cache again with this config"
+            )
+        if {name: found.get(name) for name in coder.about} != coder.about:
+            raise ValueError(
+                f"{latents.folder} holds images for {describe_images(found)}, asked for is "
+                f"{describe_images(coder.about)}: cache again with this config"
+            )
 
 
 def load_pipe(config: TrainConfig) -> Any:
@@ -85,7 +99,9 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
     transformer = getattr(pipe, config.part, None)
     if transformer is None:
         raise ValueError(f"{type(pipe).__name__} of {config.model} has no {config.part}")
-    if config.rank:
+    if config.adapter == "image_prompt":
+        _check_image_prompt(config, transformer)
+    elif config.rank:
         target_modules(transformer, config.targets)
     if config.init_lora is not None:
         check_base(read_recipe(config.init_lora), transformer)
@@ -119,6 +135,17 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
     )
 
 
+def _check_image_prompt(config: TrainConfig, transformer: Any) -> None:
+    from gen_accel.attention_processors.families import image_family_of
+
+    image_family_of(transformer)
+    if config.init_adapter is not None:
+        read_start(config, transformer)
+    for file in config.validation_images:
+        if not Path(file).expanduser().is_file():
+            raise FileNotFoundError(f"validation_images: there is no file at {file}")
+
+
 def grid(config: TrainConfig, pipe: Any, frames: int) -> VideoShape:
     """The tokens of a clip; ValueError for a size that the autoencoder or the patches round."""
     clip = Clip(frames=frames, height=config.height, width=config.width)
@@ -142,4 +169,5 @@ def cache_clips(config: TrainConfig, pipe: Any = None) -> Any:
         max_tokens=config.max_tokens,
         on_broken=config.on_broken,
         device=config.device,
+        images=ImageCoder.of(config) if config.adapter == "image_prompt" else None,
     )

@@ -1,4 +1,4 @@
-"""Train a LoRA through sparse attention, for videos longer than the model was made for."""
+"""Train a LoRA or an image prompt through sparse attention, on videos of any length."""
 
 import json
 import math
@@ -24,13 +24,7 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.options import method_from, method_name
 from gen_accel.lora import checkpoint
-from gen_accel.lora.artefact import (
-    add_lora,
-    load_branches,
-    load_into,
-    lora_state,
-    write_lora,
-)
+from gen_accel.lora.adapters import fields_of_lora, put_on
 from gen_accel.lora.config import Stage, TrainConfig, differences
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.objective import SIGMAS, Objective, draw, order, seed_of
@@ -41,9 +35,8 @@ from gen_accel.pipelines.long_video.rope import apply_rule
 from gen_accel.pipelines.recipe import Recipe, sizes
 from gen_accel.pipelines.sampling import steps_bar
 from gen_accel.pipelines.schedule import Schedule
-from gen_accel.pipelines.storage import save_processors
 
-LORA, CHECKPOINTS, METRICS = "lora", "checkpoints", "metrics.jsonl"
+CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 STEADY = 0.95  # of the running mean that the bar shows
 
 
@@ -52,7 +45,7 @@ class Trained:
     """What a training came to.
 
     Args:
-        folder: of the LoRA; None where it was interrupted.
+        folder: of what was trained; None where it was interrupted.
         losses: of each step that this run made.
     """
 
@@ -82,7 +75,8 @@ class Model(NamedTuple):
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Trained:
-    """Cache what is not cached yet, train, and leave a LoRA in `config.out/lora`.
+    """Cache what is not cached yet, train, and leave a LoRA in `config.out/lora`, or an image
+    prompt in `config.out/image_prompt`.
 
     Runs by itself or under `accelerate launch`. An interruption (Ctrl-C, SIGTERM) is answered
     with a checkpoint after the step under way; a second one ends at once.
@@ -115,11 +109,17 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(config.gradient_accumulation),
         log_with=None if config.log_with == "none" else config.log_with,
         project_dir=str(Path(config.out) / "logs"),
-        cpu=config.device == "cpu",
+        # Said here, as a launcher of several processes does not pass it on.
+        cpu=config.device == "cpu" or not torch.accelerator.is_available(),
         step_scheduler_with_optimizer=False,
         # The others wait while one process encodes the clips.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
+    if config.adapter == "image_prompt" and accelerator.distributed_type.value == "FSDP":
+        raise ValueError(
+            "adapter image_prompt needs the model whole in each process, FSDP cuts it into parts: "
+            "launch with configs/accelerate/ddp.yaml"
+        )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU: take bf16 or no")
     if accelerator.state.deepspeed_plugin is not None:
@@ -158,7 +158,7 @@ def run(
 
 
 class _Run:
-    """One training, from the first check to the LoRA on disk."""
+    """One training, from the first check to what is left on disk."""
 
     def __init__(
         self, config: TrainConfig, accelerator: Accelerator, model: Model, cache: LatentCache
@@ -182,19 +182,14 @@ class _Run:
                 schedule=Schedule(dense_layers=config.dense_layers),
                 kernel=config.kernel,
             )
-        if config.rank:
-            add_lora(transformer, config, self.recipe)
-            if config.init_lora is not None:
-                load_into(transformer, config.init_lora, config)
-        if config.init_lora is not None:
-            load_branches(self.handle.branches, config.init_lora)
-        for branch in self.handle.branches.values():  # after PEFT, which freezes all but its own
-            branch.requires_grad_(config.train_processors)
+        self.adapter = put_on(config, model, self.handle, self.recipe, cache)
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        cast_training_params([transformer], dtype=torch.float32)
+        self.objective = Objective(
+            transformer, self.family, self.handle, config.objective, self.adapter
+        )
+        cast_training_params([self.objective], dtype=torch.float32)
         transformer.train()
-        self.objective = Objective(transformer, self.family, self.handle, config.objective)
         self.names = [n for n, p in self.objective.named_parameters() if p.requires_grad]
 
         optimizer = self._optimizer()
@@ -239,7 +234,7 @@ class _Run:
                 if stop and not last:
                     accelerator.end_training()
                     return Trained(None, done, losses, time.perf_counter() - began)
-        folder = self._write(self.out / LORA)
+        folder = self._write(self.out / self.adapter.FOLDER)
         accelerator.end_training()
         return Trained(folder, config.total_steps, losses, time.perf_counter() - began)
 
@@ -295,11 +290,12 @@ class _Run:
         return loss, stop > 0
 
     def _batch(self, step: int, clips: list[int], frames: int, micro: int) -> tuple:
-        """This process's clips of a micro-step: latents, noise, noise levels, conditions."""
+        """This process's clips of a micro-step: latents, noise, noise levels, conditions, and what
+        the adapter is shown beside."""
         config, accelerator = self.config, self.accelerator
         size, ranks = config.batch_size, accelerator.num_processes
         first = (micro * ranks + accelerator.process_index) * size
-        latents, noise, sigma, conditions = [], [], [], []
+        latents, conditions, draws = [], [], []
         for place in range(first, first + size):
             clean = self.cache.latents(clips[place], frames)
             drawn = draw(
@@ -312,18 +308,19 @@ class _Run:
             )
             shown = self.cache.conditions(clips[place]) if drawn.captioned else self.cache.empty
             latents.append(clean)
-            noise.append(drawn.noise)
-            sigma.append(drawn.sigma)
             conditions.append(shown)
+            draws.append(drawn)
         put = partial(torch.Tensor.to, device=accelerator.device)
         together = {
             name: put(torch.stack([c[name] for c in conditions])) for name in conditions[0]
         }
+        beside = self.adapter.inputs(self.cache, clips[first : first + size], draws)
         return (
             put(torch.stack(latents)),
-            put(torch.stack(noise)),
-            put(torch.tensor(sigma)),
+            put(torch.stack([drawn.noise for drawn in draws])),
+            put(torch.tensor([drawn.sigma for drawn in draws])),
             together,
+            *map(put, beside),
         )
 
     def _clip(self) -> float:
@@ -401,9 +398,7 @@ class _Run:
             width=config.width,
             stages=tuple(str(stage) for stage in config.curriculum),
             steps=config.total_steps,
-            rank=config.rank,
-            alpha=float(config.rank if config.alpha is None else config.alpha),
-            targets=config.targets,
+            **fields_of_lora(config),
             objective=config.objective,
             data=self.cache.digest,
         )
@@ -434,7 +429,7 @@ class _Run:
                 tensors,
                 state,
                 keep=self.config.keep_checkpoints,
-                write_lora=artefact,
+                adapter=(self.adapter.FOLDER, artefact),
             )
         self.accelerator.wait_for_everyone()
 
@@ -495,22 +490,9 @@ class _Run:
                     self.optimizer.state[parameter][key.removeprefix(prefix)] = like
 
     def _artefact(self) -> Callable[[Path], Any]:
-        """Writes the LoRA as it is now, its average where one is kept."""
+        """Writes what trains as it is now, its average where one is kept."""
         with self._averaged():
-            state, branches = {}, self.handle.branches
-            if self.config.rank:
-                state = {
-                    n: _whole(x).clone() for n, x in lora_state(self.model.transformer).items()
-                }
-            processors = None
-            if branches:
-                kept = {
-                    layer: {n: _whole(x).clone() for n, x in branch.state_dict().items()}
-                    for layer, branch in branches.items()
-                }
-                processors = partial(save_processors, self.handle, tensors=kept)
-        recipe, transformer = self.recipe, self.model.transformer
-        return lambda folder: write_lora(folder, transformer, state, processors, recipe)
+            return self.adapter.writer(_whole)
 
     def _write(self, folder: Path) -> Path:
         artefact = self._artefact()
@@ -536,7 +518,8 @@ class _Run:
         if not self.config.validate_every:
             return None
         assert self.model.pipe is not None
-        return Validation(self.config, self.model.pipe, self.out / "validation", self.accelerator)
+        folder = self.out / "validation"
+        return Validation(self.config, self.model.pipe, folder, self.accelerator, self.adapter)
 
     def _validate(self, validation: Validation, done: int) -> None:
         recipe: Any = self.recipe

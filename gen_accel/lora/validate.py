@@ -1,4 +1,4 @@
-"""Videos sampled while a LoRA trains, each beside what it was before the first step."""
+"""Videos sampled while an adapter trains, each beside what it was before the first step."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +18,16 @@ class Validation:
 
     Writes `step-000200/00.mp4` and so on, and `00.beside_start.mp4` with that of step 0 on its
     left. All processes generate, as their parts of the model may belong together; one writes.
+
+    Args:
+        adapter: gives each video what it needs beside a prompt.
     """
 
     def __init__(
-        self, config: TrainConfig, pipe: Any, folder: Path, accelerator: Accelerator
+        self, config: TrainConfig, pipe: Any, folder: Path, accelerator: Accelerator, adapter: Any
     ) -> None:
         self.config, self.pipe, self.folder = config, pipe, folder
-        self.accelerator = accelerator
+        self.accelerator, self.adapter = accelerator, adapter
         self.fps = config.fps or 16.0
         clip = Clip(
             config.validation_frames or config.longest,
@@ -42,7 +45,7 @@ class Validation:
         place = self.folder / f"step-{done:06d}"
         for i, prompt in enumerate(self.config.validation_prompts):
             clip = replace(self.clip, seed=i)
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), self.adapter.sampling(i):
                 video = sample(self.pipe, prompt, clip).video
             if self.accelerator.is_main_process:
                 self._write(place, i, video, done)

@@ -1,20 +1,37 @@
 """How it is used on a pipeline: attach a method, calibrate, look at what it did, take it off."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from gen_accel.pipelines.attach import Attachment, SilentBranch, attach
 from gen_accel.pipelines.calibrate import Calibration, calibrate, measure_calibration
 from gen_accel.pipelines.schedule import Schedule
 from gen_accel.pipelines.storage import load_processors, save_processors
 from gen_accel.pipelines.summary import Summary
 
+if TYPE_CHECKING:
+    from gen_accel.pipelines.image_prompt import ImagePrompt, ScaleRange, load_image_prompt
+
 __all__ = [
     "Attachment",
     "Calibration",
+    "ImagePrompt",
+    "ScaleRange",
     "Schedule",
     "SilentBranch",
     "Summary",
     "attach",
     "calibrate",
+    "load_image_prompt",
     "load_processors",
     "measure_calibration",
     "save_processors",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Image prompts need diffusers' hooks, and nothing else here does."""
+        if name in ("ImagePrompt", "ScaleRange", "load_image_prompt"):
+            return getattr(import_module(f"{__name__}.image_prompt"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

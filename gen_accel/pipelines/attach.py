@@ -18,10 +18,12 @@ from gen_accel.attention_processors import Dense
 from gen_accel.attention_processors.families import SelfAttention, family_of
 from gen_accel.attention_processors.full import Full
 from gen_accel.attention_processors.seam import (
+    BoundProcessor,
     Call,
     SparseProcessor,
     TrainableProcessor,
     is_compiled,
+    released,
     text_lengths,
 )
 from gen_accel.kernels.self_check import check_rows
@@ -55,6 +57,7 @@ def attach(
 
     The handle is a context manager too, which detaches at its end. Attaching again replaces.
     Frames, height, width and batch are read from each call and may change from one to the next.
+    What is added to the attention, such as image prompts, stays on before, meanwhile and after.
 
     Args:
         pipe_or_transformer: a diffusers pipeline, both transformers of which are served where it
@@ -245,11 +248,14 @@ class Attachment:
         for name, transformer in transformers.items():
             family = families[name]
             for site in family.self_attentions(transformer):
-                stock = site.module.processor
-                if isinstance(stock, SparseProcessor):
-                    replaced.append((stock.owner, site.module))
-                    stock = stock.stock
+                found = site.module.processor
+                bound = isinstance(found, BoundProcessor)
+                if isinstance(found, SparseProcessor):
+                    replaced.append((found.owner, site.module))
+                stock = found.stock if bound else found
                 processor = self._processor(name, transformer, family, site, stock)
+                if bound:
+                    processor.taps, processor.finishes = found.taps, found.finishes
                 self._sites.append((site.module, processor))
         # Nothing is changed before here, so that a refusal leaves the model as it was.
         for handle, module in replaced:
@@ -292,9 +298,10 @@ class Attachment:
         for hook in self._hooks:
             hook.remove()
         ours = {id(module) for module, processor in self._sites if module.processor is processor}
+        models = {id(part): t for t in self._transformers.values() for part in t.modules()}
         for module, processor in self._sites:
             if id(module) in ours:
-                module.set_processor(processor.stock)
+                module.set_processor(released(processor, models[id(module)]))
         self._hooks, self._sites = [], []
         while self.companions:
             self.companions.pop()()
@@ -320,7 +327,8 @@ class Attachment:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, every layer runs the model's own attention, bit for bit as if detached.
+        """Inside, every layer runs the model's own attention, bit for bit as if detached: with
+        what is added to it.
 
         What runs inside is neither counted as a step nor recorded. Gradient checkpointing runs a
         forward pass again in the backward pass, which then belongs inside too.

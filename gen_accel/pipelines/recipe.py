@@ -21,7 +21,8 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a LoRA came about. It lies in the metadata of its file, and beside it for reading.
+    """How a LoRA, or an image prompt, came about. It lies in the metadata of its file, and beside
+    it for reading.
 
     Args:
         base_model: name or folder of the pipeline.
@@ -124,8 +125,8 @@ def sizes(transformer: Any) -> dict[str, Any]:
 _NOT_SIZES = ("rope_max_seq_len", "pos_embed_seq_len", "attn_mode")
 
 
-def check_base(recipe: Recipe, transformer: Any) -> None:
-    """Raises ValueError for a LoRA of a model of another class or size."""
+def check_base(recipe: Recipe, transformer: Any, what: str = "the LoRA") -> None:
+    """Raises ValueError for a LoRA, or `what` it is, of a model of another class or size."""
     have = sizes(transformer)
     wrong = [
         f"{name} {value!r} (this model: {have.get(name)!r})"
@@ -134,7 +135,7 @@ def check_base(recipe: Recipe, transformer: Any) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"the LoRA was trained on another model, {recipe.base_model}: {', '.join(wrong)}"
+            f"{what} was trained on another model, {recipe.base_model}: {', '.join(wrong)}"
         )
 
 

@@ -24,19 +24,53 @@ longest(transformer)          latent frames that it has positions for, where the
 temporal_frequencies(transformer) of its rotary pairs on the time axis, in rad a latent frame
 set_temporal_frequencies(transformer, freqs) uses these instead, or its own again for None
 
+For image prompts, together with CLASSES, ATTENTION_CALL, `video_shape` and `timestep`:
+
+IMAGE_CLASSES                 served besides CLASSES, where there are some
+GUIDANCE                      how its pipelines run the negative prompt: "batched", as the first
+                              rows of one call, or "sequential", in a call of its own
+image_attentions(transformer) the attentions that an image prompt is added to, as
+                              `ImageAttention`s
+tap_image(transformer, site, add) adds what `add(q, samples)` gives for the queries q (b, N, H, D)
+                              of video or image and the slice of the batch that they are, (b, N, H,
+                              D), or nothing where it gives None; returns what takes it off
+
 A family holds geometry and names; the processors' code stays diffusers' own.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["FAMILIES", "SelfAttention", "encoded", "family_of", "served_classes"]
+from gen_accel.attention_processors.seam import Call, add_tap
+
+__all__ = [
+    "FAMILIES",
+    "IMAGE_FAMILIES",
+    "ImageAttention",
+    "SelfAttention",
+    "encoded",
+    "family_of",
+    "image_family_of",
+    "image_sites",
+    "served_classes",
+    "tap_cross_attention",
+    "tap_joint_attention",
+]
 
 FAMILIES = ("wan", "hunyuan_video")
+IMAGE_FAMILIES = (
+    *("wan", "hunyuan_video", "cogvideox", "mochi", "ltx", "flux"),
+    "stable_diffusion",
+)
+
+# q (b, N, H, D) and the samples of the batch that it is of, to (b, N, H, D) or nothing
+ImageBranch = Callable[[Tensor, slice], Tensor | None]
 
 
 class SelfAttention(NamedTuple):
@@ -52,6 +86,95 @@ class SelfAttention(NamedTuple):
     layer: int
     heads: int
     dim: int
+
+
+class ImageAttention(NamedTuple):
+    """One attention that an image prompt is added to.
+
+    Args:
+        name: as in `named_modules`.
+        number: in the files of adapters.
+        heads, dim: attention heads, and the dim of one.
+        width: of the image tokens that its projections take.
+        to_k, to_v: names in `module` of the projections that a new adapter starts from.
+        norm: name in `module` of what normalises its keys, all heads together or each.
+    """
+
+    name: str
+    number: str
+    module: Any
+    heads: int
+    dim: int
+    width: int
+    to_k: str = "to_k"
+    to_v: str = "to_v"
+    norm: str | None = None
+
+
+def image_sites(
+    modules: Sequence[tuple[str, Any]], *, norm: str | None = None
+) -> list[ImageAttention]:
+    """Attentions by name, numbered from 0, with all else read from their projections."""
+    return [
+        ImageAttention(
+            name,
+            str(number),
+            module,
+            module.heads,
+            module.to_k.out_features // module.heads,
+            module.to_k.in_features,
+            norm=norm,
+        )
+        for number, (name, module) in enumerate(modules)
+    ]
+
+
+def tap_cross_attention(
+    transformer: nn.Module, site: ImageAttention, name: str, add: ImageBranch
+) -> Callable[[], None]:
+    """For attentions whose queries are those of video or image alone. What a processor gets by
+    several calls it sums, so that one of them is added to."""
+    return add_tap(site.module, name, partial(_first_call, add), model=transformer)
+
+
+def tap_joint_attention(
+    transformer: nn.Module,
+    site: ImageAttention,
+    name: str,
+    add: ImageBranch,
+    *,
+    text_first: bool = False,
+    by_sample: bool = False,
+) -> Callable[[], None]:
+    """For attentions in which the queries of a text stand beside those of the video.
+
+    Args:
+        by_sample: the processor calls the attention once a sample.
+    """
+    tap = partial(_video_rows, add, text_first, by_sample)
+    return add_tap(site.module, name, tap, model=transformer)
+
+
+def _first_call(add: ImageBranch, call: Call, out: Tensor) -> Tensor:
+    if call.number:
+        return out
+    added = add(call.q, slice(0, len(call.q)))
+    return out if added is None else out + added.to(out.dtype)
+
+
+def _video_rows(
+    add: ImageBranch, text_first: bool, by_sample: bool, call: Call, out: Tensor
+) -> Tensor:
+    text = call.q.shape[1] - call.tokens
+    rows = slice(text, None) if text_first else slice(0, call.tokens)
+    first = call.number if by_sample else 0
+    added = add(call.q[:, rows], slice(first, first + len(call.q)))
+    if added is None:
+        return out
+    added = added.to(out.dtype)
+    if text_first:
+        return torch.cat([out[:, :text], out[:, text:] + added], 1)
+    return torch.cat([out[:, : call.tokens] + added, out[:, call.tokens :]], 1)
 
 
 def encoded(pipe: Any, video: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -73,12 +196,25 @@ def served_classes() -> dict[str, str]:
 
 def family_of(transformer: Any) -> ModuleType:
     """Raises ValueError for a class that no family serves."""
-    served = served_classes()
+    return _of(transformer, served_classes(), "no family serves")
+
+
+def image_family_of(transformer: Any) -> ModuleType:
+    """That which adds image prompts to it; ValueError for a class that none serves."""
+    served = {}
+    for family in IMAGE_FAMILIES:
+        module = _module(family)
+        classes = (*module.CLASSES, *getattr(module, "IMAGE_CLASSES", ()))
+        served |= dict.fromkeys(classes, family)
+    return _of(transformer, served, "no image prompts for")
+
+
+def _of(transformer: Any, served: dict[str, str], refusal: str) -> ModuleType:
     for kind in type(transformer).__mro__:  # sharding makes a subclass with a name of its own
         if kind.__name__ in served:
             return _module(served[kind.__name__])
     name = type(transformer).__name__
-    raise ValueError(f"no family serves {name}; served: {', '.join(sorted(served))}")
+    raise ValueError(f"{refusal} {name}; served: {', '.join(sorted(served))}")
 
 
 def _module(family: str) -> ModuleType:

@@ -6,17 +6,26 @@ layers are counted through both. The token refiner, which attends over the text 
 it is.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import SelfAttention, encoded
+from gen_accel.attention_processors.families import (
+    ImageAttention,
+    ImageBranch,
+    SelfAttention,
+    encoded,
+    image_sites,
+    tap_joint_attention,
+)
 from gen_accel.plan import widest
 from gen_accel.video import VideoShape
 
 CLASSES = ("HunyuanVideoTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
+GUIDANCE = "sequential"
 
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 # By what they end in, inside the blocks: the token refiner has some of these names too.
@@ -36,21 +45,35 @@ TRAINED_FRAMES = 129  # of the videos that the published model was trained on
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 TEXT_TOKENS = 256  # as the pipelines call it
 # Scale that guidance-distilled models are trained further at: 1 asks for the data as it is.
-GUIDANCE = 1.0
+DISTILLED_GUIDANCE = 1.0
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
     config: Any = transformer.config
     heads, dim = config.num_attention_heads, config.attention_head_dim
-    blocks = [
+    return [
+        SelfAttention(name, block.attn, layer, heads, dim)
+        for layer, (name, block) in enumerate(_blocks(transformer))
+    ]
+
+
+def _blocks(transformer: Any) -> list[tuple[str, Any]]:
+    """Of both stacks, by name."""
+    return [
         (f"{stack}.{place}", block)
         for stack in BLOCKS
         for place, block in enumerate(getattr(transformer, stack))
     ]
-    return [
-        SelfAttention(name, block.attn, layer, heads, dim)
-        for layer, (name, block) in enumerate(blocks)
-    ]
+
+
+def image_attentions(transformer: Any) -> list[ImageAttention]:
+    """All of the joint attention, numbered through both stacks."""
+    blocks = _blocks(transformer)
+    return image_sites([(f"{name}.attn", x.attn) for name, x in blocks], norm="norm_k")
+
+
+def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
+    return tap_joint_attention(transformer, site, ATTENTION_CALL, add)
 
 
 def video_shape(
@@ -148,10 +171,10 @@ def predict(
         noisy: (B, C, f, h, w) latents.
         sigma: (B,) in [0, 1].
         conditions: of `encode_prompt`; with `guidance` (B,), 1000 times the scale, other than
-            `GUIDANCE` for models that are distilled for it.
+            `DISTILLED_GUIDANCE` for models that are distilled for it.
     """
     if transformer.config.guidance_embeds and "guidance" not in conditions:
-        guidance = torch.full_like(sigma, 1000 * GUIDANCE)
+        guidance = torch.full_like(sigma, 1000 * DISTILLED_GUIDANCE)
         conditions = {**conditions, "guidance": guidance}
     return transformer(noisy, timestep=sigma * 1000, **conditions, return_dict=False)[0]
 

@@ -1,19 +1,30 @@
 """Wan 2.1 and 2.2, text to video, image to video, and VACE.
 
 Tokens are the video's alone, in raster order; text and image are seen by cross-attention. VACE's
-control blocks run over the same grid.
+control blocks run over the same grid. Image prompts, and they alone, also go to SkyReels-V2, whose
+attentions are the same.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import SelfAttention, encoded
+from gen_accel.attention_processors.families import (
+    ImageAttention,
+    ImageBranch,
+    SelfAttention,
+    encoded,
+    image_sites,
+    tap_cross_attention,
+)
 from gen_accel.video import VideoShape
 
 CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel")
+IMAGE_CLASSES = ("SkyReelsV2Transformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
+GUIDANCE = "sequential"
 TRAINED_FRAMES = 81  # of the videos that the published models were trained on
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 ROTARY_BASE = 10_000.0  # of all published models; it is in no configuration
@@ -35,6 +46,16 @@ def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
         for stack in ("blocks", "vace_blocks")
         for layer, block in enumerate(getattr(transformer, stack, ()))
     ]
+
+
+def image_attentions(transformer: Any) -> list[ImageAttention]:
+    """Cross-attention of the blocks; of VACE, not that of the control blocks."""
+    blocks = enumerate(transformer.blocks)
+    return image_sites([(f"blocks.{i}.attn2", x.attn2) for i, x in blocks], norm="norm_k")
+
+
+def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
+    return tap_cross_attention(transformer, site, ATTENTION_CALL, add)
 
 
 def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> VideoShape:

@@ -104,7 +104,7 @@ class Continuation:
                 f"latents must be noise for the first chunk, of {chunk} latent frames, got "
                 f"{tuple(first.shape)}"
             )
-        output_type = arguments.get("output_type", "np")
+        output_type = arguments.get("output_type", _default(pipe, "output_type"))
         common = arguments | {
             "num_frames": chunk_frames,
             "output_type": "latent",
@@ -222,6 +222,10 @@ def check_flow(scheduler: Any) -> None:
         raise ValueError(
             f"continuation needs a flow matching scheduler, got {type(scheduler).__name__}"
         )
+
+
+def _default(pipe: Any, name: str) -> Any:
+    return inspect.signature(type(pipe).__call__).parameters[name].default
 
 
 @torch.no_grad()

@@ -1,0 +1,63 @@
+"""CogVideoX 1.0 and 1.5, for image prompts.
+
+Text and video attend jointly, text first, with the same projections. The padding of the text is
+not masked.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from gen_accel.attention_processors.families import (
+    ImageAttention,
+    ImageBranch,
+    image_sites,
+    tap_joint_attention,
+)
+from gen_accel.video import VideoShape
+
+CLASSES = ("CogVideoXTransformer3DModel",)
+ATTENTION_CALL = "F.scaled_dot_product_attention"
+GUIDANCE = "batched"
+
+
+def image_attentions(transformer: Any) -> list[ImageAttention]:
+    blocks = enumerate(transformer.transformer_blocks)
+    named = [(f"transformer_blocks.{i}.attn1", block.attn1) for i, block in blocks]
+    return image_sites(named, norm="norm_k")
+
+
+def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
+    return tap_joint_attention(transformer, site, ATTENTION_CALL, add, text_first=True)
+
+
+def video_shape(
+    transformer: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> VideoShape:
+    """The grid of (B, frames, C, height, width) latents, and the text; ValueError where patches
+    leave a rest."""
+    config = transformer.config
+    frames, _, height, width = hidden_states.shape[1:]
+    sizes, patch = (frames, height, width), (config.patch_size_t or 1, *[config.patch_size] * 2)
+    if any(size % side for size, side in zip(sizes, patch, strict=True)):
+        raise ValueError(
+            f"latents of {sizes} (frames, height, width) are not whole patches of {patch}"
+        )
+    grid = (size // side for size, side in zip(sizes, patch, strict=True))
+    return VideoShape(*grid, text=encoder_hidden_states.shape[1])
+
+
+def timestep(
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    timestep: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """(B,)"""
+    return timestep

@@ -1,0 +1,63 @@
+"""Mochi 1, for image prompts.
+
+Video and text attend jointly, video first, in a call of its own for each sample, which leaves the
+padding of its text out.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from gen_accel.attention_processors.families import (
+    ImageAttention,
+    ImageBranch,
+    image_sites,
+    tap_joint_attention,
+)
+from gen_accel.video import VideoShape
+
+CLASSES = ("MochiTransformer3DModel",)
+ATTENTION_CALL = "F.scaled_dot_product_attention"
+GUIDANCE = "batched"
+
+
+def image_attentions(transformer: Any) -> list[ImageAttention]:
+    blocks = enumerate(transformer.transformer_blocks)
+    named = [(f"transformer_blocks.{i}.attn1", block.attn1) for i, block in blocks]
+    return image_sites(named, norm="norm_k")
+
+
+def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
+    return tap_joint_attention(transformer, site, ATTENTION_CALL, add, by_sample=True)
+
+
+def video_shape(
+    transformer: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> VideoShape:
+    """The grid of (B, C, frames, height, width) latents, and the text with its padding; ValueError
+    where patches leave a rest."""
+    frames, height, width = hidden_states.shape[2:]
+    patch = transformer.config.patch_size
+    if height % patch or width % patch:
+        raise ValueError(
+            f"latents of {(height, width)} (height, width) are not whole patches of "
+            f"{(patch, patch)}"
+        )
+    grid = frames, height // patch, width // patch
+    return VideoShape(*grid, text=encoder_hidden_states.shape[1])
+
+
+def timestep(
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    timestep: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """(B,), which rises from step to step."""
+    return timestep

@@ -1,0 +1,226 @@
+"""What is put on a model to train: a LoRA, or the layers that read an image prompt.
+
+An adapter, made by `put_on` when the attention method is attached, has
+
+FOLDER                        of OUT, where it is written in the end
+modules                       what trains outside of the transformer, by name
+inputs(cache, clips, draws)   what a batch holds for it, beside clips and captions
+showing(*inputs)              a context in which a forward pass sees these
+writer(whole)                 writes it as it is now, into the folder that it is given
+sampling(i)                   a context in which the i-th validation video is made
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gen_accel.lora.artefact import add_lora, load_branches, load_into, lora_state, write_lora
+from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.data import open_image
+from gen_accel.lora.images import ImageCoder, about_images, new_projector, variant_of
+from gen_accel.lora.latents import as_features
+from gen_accel.lora.objective import Draw
+from gen_accel.pipelines.recipe import Recipe, check_base, parse
+from gen_accel.pipelines.storage import save_processors
+
+if TYPE_CHECKING:
+    from gen_accel.lora.trainer import Model
+
+Write = Callable[[Path], Any]
+
+
+class Lora:
+    """A LoRA on the transformer, and the parameters of the attached method.
+
+    Args:
+        handle: of the attached method.
+    """
+
+    FOLDER = "lora"
+
+    def __init__(self, config: TrainConfig, model: "Model", handle: Any, recipe: Recipe) -> None:
+        self._transformer, self._handle, self._recipe = model.transformer, handle, recipe
+        self._is_on = bool(config.rank)
+        if config.rank:
+            add_lora(model.transformer, config, recipe)
+            if config.init_lora is not None:
+                load_into(model.transformer, config.init_lora, config)
+        if config.init_lora is not None:
+            load_branches(handle.branches, config.init_lora)
+        for branch in handle.branches.values():  # after PEFT, which freezes all but its own
+            branch.requires_grad_(config.train_processors)
+        self.modules: dict[str, nn.Module] = {}
+
+    def inputs(self, cache: Any, clips: Sequence[int], draws: Sequence[Draw]) -> tuple[()]:
+        return ()
+
+    def showing(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def sampling(self, index: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def writer(self, whole: Callable[[Any], Tensor]) -> Write:
+        state, branches = {}, self._handle.branches
+        if self._is_on:
+            state = {n: whole(x).clone() for n, x in lora_state(self._transformer).items()}
+        processors = None
+        if branches:
+            kept = {
+                layer: {n: whole(x).clone() for n, x in branch.state_dict().items()}
+                for layer, branch in branches.items()
+            }
+            processors = partial(save_processors, self._handle, tensors=kept)
+        recipe, transformer = self._recipe, self._transformer
+        return lambda folder: write_lora(folder, transformer, state, processors, recipe)
+
+
+class ImagePromptAdapter:
+    """Layers beside the model's own that read an image, and what turns the image into tokens.
+
+    The model and the method's parameters stay as they are. At the first step it changes nothing:
+    see `start` of `ImageAdapter`.
+
+    Args:
+        cache: its images say what the adapter is to read.
+    """
+
+    FOLDER = "image_prompt"
+
+    def __init__(
+        self, config: TrainConfig, model: "Model", handle: Any, recipe: Recipe, cache: Any
+    ) -> None:
+        from gen_accel.pipelines.image_prompt import load_image_prompt
+        from gen_accel.pipelines.image_prompt.formats import base_of
+
+        for branch in handle.branches.values():
+            branch.requires_grad_(False)
+        self._config, self._cache, self._coder = config, cache, ImageCoder.of(config)
+        self._of_files: dict[int, Tensor] = {}
+        self.adapter = _adapter(config, model.transformer, cache)
+        self._about = {
+            **base_of(model.transformer, self.adapter.layers),
+            **about_images(config),
+            "recipe": recipe.to_dict(),
+        }
+        # Without weights: those that train may lie in parts on several processes.
+        self._hollow = deepcopy(self.adapter).to("meta")
+        target = model.transformer if model.pipe is None else model.pipe
+        self._prompt = load_image_prompt(target, self.adapter)
+        self.modules: dict[str, nn.Module] = {"image_adapter": self.adapter}
+
+    def inputs(self, cache: Any, clips: Sequence[int], draws: Sequence[Draw]) -> tuple[Tensor]:
+        """Features of the clips' images, or of no image."""
+        shown = [
+            cache.image(clip) if drawn.pictured else cache.no_image
+            for clip, drawn in zip(clips, draws, strict=True)
+        ]
+        return (torch.stack(shown),)
+
+    def showing(self, features: Tensor) -> AbstractContextManager[None]:
+        return self._prompt.using(features)
+
+    @contextmanager
+    def sampling(self, index: int) -> Iterator[None]:
+        """With the image of its own; given anew each time, as the average of the weights comes
+        and goes under the handle."""
+        device = next(self.adapter.parameters()).device
+        features = self._of_validation(index).to(device)
+        nothing = self._cache.no_image[None].to(device)
+        self._prompt.set_embeds(features, negative=nothing)
+        yield
+
+    def writer(self, whole: Callable[[Any], Tensor]) -> Write:
+        from gen_accel.pipelines.image_prompt.formats import write_adapter
+
+        state = {name: whole(x).clone() for name, x in self.adapter.state_dict().items()}
+        made = deepcopy(self._hollow)
+        made.load_state_dict(state, assign=True)
+        about = self._about
+        return lambda folder: write_adapter(folder, made, about)
+
+    def _of_validation(self, index: int) -> Tensor:
+        """(1, ...) features."""
+        files = self._config.validation_images
+        if not files:
+            return self._cache.image(index % len(self._cache))[None]
+        if index not in self._of_files:
+            found = self._coder(open_image(Path(files[index]).expanduser().read_bytes()))
+            self._of_files[index] = as_features(found)[None]
+        return self._of_files[index]
+
+
+Adapter = Lora | ImagePromptAdapter
+
+
+def put_on(
+    config: TrainConfig, model: "Model", handle: Any, recipe: Recipe, cache: Any
+) -> Adapter:
+    """Put what the config asks for on the model, from its start or from what was trained before.
+
+    Raises:
+        FileNotFoundError: nothing to start from where the config says.
+        ValueError: what is there is of another model, or is not what the config asks for.
+    """
+    if config.adapter == "lora":
+        return Lora(config, model, handle, recipe)
+    return ImagePromptAdapter(config, model, handle, recipe, cache)
+
+
+def fields_of_lora(config: TrainConfig) -> dict[str, Any]:
+    """What a recipe says of a LoRA, and of what has none."""
+    if config.adapter != "lora":
+        return {"rank": 0, "alpha": 0.0, "targets": ()}
+    alpha = float(config.rank if config.alpha is None else config.alpha)
+    return {"rank": config.rank, "alpha": alpha, "targets": config.targets}
+
+
+def read_start(config: TrainConfig, transformer: Any) -> Any:
+    """What `init_adapter` holds, checked against the model and the config.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: of another model, or of another kind or with other tokens.
+    """
+    from gen_accel.pipelines.image_prompt.formats import find_adapter, read_adapter
+
+    source = config.init_adapter
+    assert source is not None
+    found = read_adapter(find_adapter(source))
+    if "recipe" in found.metadata:
+        check_base(parse(found.metadata["recipe"], source), transformer, "the adapter")
+    if found.variant != variant_of(config):
+        raise ValueError(
+            f"init_adapter {source} is of kind {found.variant!r}, asked for is "
+            f"{variant_of(config)!r}"
+        )
+    return found
+
+
+def _adapter(config: TrainConfig, transformer: Any, cache: Any) -> Any:
+    from gen_accel.attention_processors.families import image_family_of
+    from gen_accel.attention_processors.image_prompt import new_adapter
+
+    if config.init_adapter is not None:
+        from gen_accel.pipelines.image_prompt.formats import build_adapter
+
+        adapter = build_adapter(read_start(config, transformer), transformer)
+        have = adapter.projector.tokens
+        if have != config.image_tokens:
+            raise ValueError(
+                f"init_adapter {config.init_adapter} makes {have} tokens of an image, "
+                f"image_tokens is {config.image_tokens}"
+            )
+        return adapter
+    family: Any = image_family_of(transformer)
+    widths = {site.width for site in family.image_attentions(transformer)}
+    assert len(widths) == 1, widths
+    torch.manual_seed(config.seed)
+    projector = new_projector(config, cache.image(0).shape, widths.pop())
+    return new_adapter(transformer, projector, variant=variant_of(config), start="identity")

@@ -1,0 +1,234 @@
+"""Images to the features that an adapter's projector takes.
+
+I images, E width of a feature, S features of one image.
+
+Which features those are is a matter of the variant: the embedding of a CLIP vision model ("base",
+"flux"), its last hidden states but one ("plus", "full", half of "faceid_plus"), or the pixels
+("pixels"). Vectors of faces ("faceid", "portrait", "lynx") come from face recognition, which is
+not part of this package.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from gen_accel.pipelines.image_prompt.projectors import IDENTITY
+
+EMBEDDING = ("base", "flux")
+HIDDEN = ("plus", "full")
+BOTH = ("faceid_plus", "faceid_plus_v2")
+FACES = ("faceid", "portrait", "lynx", "lynx_light")
+
+Picture = Image.Image | str | Path | Tensor
+
+
+class ImageEncoder:
+    """What of an image an adapter is shown, and what it is shown instead of none.
+
+    A pipeline's own `image_encoder` and `feature_extractor` are used where there are some, and
+    stay as they are; `image_encoder` goes before them.
+
+    Args:
+        variant: of the adapter.
+        image_encoder: a CLIP vision model of transformers, or the folder or hub repository of one,
+            beside whose weights its preprocessing lies.
+        size: pixels a side, for "pixels".
+
+    Raises:
+        ValueError: a folder without such a model.
+    """
+
+    def __init__(
+        self, variant: str, pipe: Any, image_encoder: Any = None, *, size: int = 32
+    ) -> None:
+        self.variant, self.size = variant, size
+        self._pipe, self._given = pipe, image_encoder
+        self._extractor: Any = None
+        if isinstance(image_encoder, str | Path):
+            self._given, self._extractor = load_encoder(image_encoder)
+
+    def __call__(self, images: Sequence[Picture]) -> Tensor:
+        """(I, E) embeddings, (I, S, E) hidden states, or (I, 3, S, S) pixels in [-1, 1].
+
+        Raises:
+            ValueError: no encoder, one without what is needed, images that are none, or a variant
+                that takes vectors of faces.
+        """
+        if self.variant in (*FACES, *BOTH):
+            more = "dict(id=vectors, clip=hidden(images))" if self.variant in BOTH else "vectors"
+            raise ValueError(
+                f"a {self.variant} adapter takes the vectors that face recognition gives, "
+                f"(I, {IDENTITY}): pass set_embeds({more}) instead of images"
+            )
+        pictures = [as_rgb(image) for image in images]
+        if not pictures:
+            raise ValueError("no image given")
+        if self.variant == "pixels":
+            return _normalised(torch.stack([pixels(image, self.size) for image in pictures]))
+        return self._run(self._preprocess(pictures))
+
+    def hidden(self, images: Sequence[Picture]) -> Tensor:
+        """(I, S, E): the half of FaceID-Plus' features that is seen. Crop to the face."""
+        return self._run(self._preprocess([as_rgb(image) for image in images]))
+
+    def negative(self) -> Any:
+        """Features of one image that is none, as the variant was trained with: zeros, the hidden
+        states of an input of zeros, or Flux's embedding of a black image. Grey pixels."""
+        if self.variant == "pixels":
+            grey = torch.full((1, 3, self.size, self.size), 128, dtype=torch.uint8)
+            return _normalised(grey)
+        if self.variant in FACES:
+            return torch.zeros(1, IDENTITY)
+        if self.variant == "flux":
+            return self([Image.new("RGB", (IDENTITY, IDENTITY))])
+        model = self._model()
+        if self.variant == "base":
+            return torch.zeros(1, model.config.projection_dim)
+        side = self._preprocess([Image.new("RGB", (8, 8))])
+        seen = self._run(torch.zeros_like(side))
+        return {"id": torch.zeros(1, IDENTITY), "clip": seen} if self.variant in BOTH else seen
+
+    @property
+    def is_there(self) -> bool:
+        """Whether images can be given, and `negative` asked for."""
+        if self.variant == "pixels" or self.variant in FACES:
+            return True
+        return self._given is not None or _of(self._pipe, "image_encoder") is not None
+
+    def _model(self) -> Any:
+        model = self._given if self._given is not None else _of(self._pipe, "image_encoder")
+        if model is None:
+            raise ValueError(
+                f"a {self.variant} adapter reads what a CLIP vision model sees, and "
+                f"{type(self._pipe).__name__} has no image_encoder: give image_encoder= (a model, "
+                "a folder, or a hub repository), or features by set_embeds"
+            )
+        return model
+
+    def _preprocess(self, images: list[Image.Image]) -> Tensor:
+        """(I, 3, height, width), as the encoder takes them; not square ones are cut in the
+        middle."""
+        extractor = self._extractor
+        if extractor is None and self._given is None:
+            extractor = _of(self._pipe, "feature_extractor")
+            if extractor is None:  # Wan's pipelines call it by another name
+                extractor = _of(self._pipe, "image_processor")
+                extractor = extractor if hasattr(extractor, "image_mean") else None
+        if extractor is None:
+            extractor = _plain_extractor(self._model())
+        return extractor(images, return_tensors="pt").pixel_values
+
+    @torch.no_grad()
+    def _run(self, pixels: Tensor) -> Tensor:
+        model = self._model()
+        weight = next(model.parameters())
+        device = weight.device
+        if device.type == "meta":  # offloaded layer by layer
+            device = self._pipe._execution_device
+        pixels = pixels.to(device, weight.dtype)
+        if self.variant not in EMBEDDING:
+            return model(pixels, output_hidden_states=True).hidden_states[-2]
+        embeds = getattr(model(pixels), "image_embeds", None)
+        if embeds is None:
+            raise ValueError(
+                f"a {self.variant} adapter reads image_embeds, which {type(model).__name__} has "
+                "not: give image_encoder=, a CLIPVisionModelWithProjection"
+            )
+        return embeds
+
+
+def load_encoder(source: str | Path) -> tuple[Any, Any]:
+    """A CLIP vision model with its projection, frozen, and its preprocessing.
+
+    Raises:
+        ValueError: another model, or none.
+    """
+    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+    try:
+        model = CLIPVisionModelWithProjection.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no CLIP vision model at {source}: {error}") from error
+    try:
+        extractor = CLIPImageProcessor.from_pretrained(source)
+    except OSError:  # h94's repository has the weights alone
+        extractor = _plain_extractor(model)
+    return model.eval().requires_grad_(False), extractor
+
+
+def as_rgb(image: Picture) -> Image.Image:
+    """One rule for all: turned as its file says, on white where it is transparent, 8 bits, RGB.
+
+    Args:
+        image: a tensor is (3, height, width), uint8 or in [0, 1].
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no image, or one with more than 8 bits.
+    """
+    if isinstance(image, Tensor):
+        return _of_tensor(image)
+    if isinstance(image, str | Path):
+        path = Path(image).expanduser()
+        try:
+            with Image.open(path) as opened:
+                opened.load()
+                image = opened
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{path} is no image: {error}") from error
+        except OSError as error:
+            if not path.is_file():
+                raise FileNotFoundError(f"no image at {path}") from error
+            raise ValueError(f"{path} is a broken image: {error}") from error
+    if not isinstance(image, Image.Image):
+        raise ValueError(
+            f"an image is a PIL image, a path or a tensor, got {type(image).__name__}"
+        )
+    image = ImageOps.exif_transpose(image)
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB"):
+        raise ValueError(f"images have 8 bits a channel; this one is {image.mode}: convert it")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def pixels(image: Image.Image, size: int) -> Tensor:
+    """(3, size, size) uint8. Squeezed to a square, so that nothing is cut off."""
+    small = image.resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1)
+
+
+def _normalised(pixels: Tensor) -> Tensor:
+    return pixels.float() / 127.5 - 1
+
+
+def _of_tensor(image: Tensor) -> Image.Image:
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"an image is (3, height, width), got {tuple(image.shape)}")
+    if image.is_floating_point():
+        low, high = image.min().item(), image.max().item()
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"an image of floats is in [0, 1], got {low:g} to {high:g}")
+        image = (image.float() * 255).round().to(torch.uint8)
+    if image.dtype != torch.uint8:
+        raise ValueError(f"an image is uint8 or floats, got {image.dtype}")
+    return Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
+
+
+def _plain_extractor(model: Any) -> Any:
+    """CLIP's preprocessing at the size that the model takes."""
+    from transformers import CLIPImageProcessor
+
+    side = model.config.image_size
+    return CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
+
+
+def _of(pipe: Any, name: str) -> Any:
+    return getattr(pipe, name, None)

@@ -1,0 +1,650 @@
+"""Files of image-prompt adapters: read, checked against a model, built, written.
+
+What is read, and how a file is told from another:
+
+base        image_proj.proj.weight, norm.*                      4 tokens of one embedding
+plus        image_proj.latents, layers.*                        Plus and Plus-Face, which have the
+                                                                same keys
+full        image_proj.proj.0, 2, 3                             Full-Face
+faceid      image_proj.proj.0, 2, norm.*; {n}.to_q_lora.*       with its LoRA, or without
+faceid_plus the same and perceiver_resampler.*
+portrait    as faceid, with other than 4 tokens and no LoRA; or as plus, reading vectors of 512
+flux        as base, with biases in the layers                  4 or 16 tokens
+lynx        a folder with resampler.safetensors and ip_layers.safetensors, biases in the layers
+lynx_light  the same without biases; its layers are those of every second block
+pixels      image_proj.convs.*                                  ours
+
+`faceid_plus_v2` has the keys and shapes of `faceid_plus` and another formula: nothing in the file
+tells them apart. It is what a file name says that holds "plusv2" ("plus-v2", "plus_v2"), or what
+`read_adapter(path, variant="faceid_plus_v2")` says.
+
+On disk they are flat safetensors (image_proj.*, ip_adapter.*), a nested dict in a .bin, which is
+read as weights and nothing else, or XLabs' own names for Flux (ip_adapter_proj_model.*,
+double_blocks.{n}.processor.ip_adapter_double_stream_{k,v}_proj.*). Ours are flat safetensors with
+"gen_accel" in the metadata, which says the variant, the blocks by name, and the base model.
+
+Sources: https://github.com/tencent-ailab/IP-Adapter, https://github.com/XLabs-AI/x-flux,
+https://github.com/bytedance/lynx, and the loaders of diffusers.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gen_accel.attention_processors.families import image_family_of
+from gen_accel.attention_processors.image_prompt import ImageAdapter, KeysValues
+from gen_accel.measure.report import write_json
+from gen_accel.measure.video_io import replacing
+from gen_accel.pipelines.image_prompt import projectors
+from gen_accel.pipelines.recipe import CONFIG, KEY, sizes
+from gen_accel.pipelines.sampling import REPOSITORY
+
+VARIANTS = (
+    "base",
+    "plus",
+    "full",
+    "faceid",
+    "faceid_plus",
+    "faceid_plus_v2",
+    "portrait",
+    "flux",
+    "lynx",
+    "lynx_light",
+    "pixels",
+)
+WEIGHTS = "image_prompt.safetensors"
+LYNX = ("resampler.safetensors", "ip_layers.safetensors")
+VERSION = 1
+DEMO = "demo"
+
+# What the keys are normalised with, where the adapter's own code does that.
+_KEY_NORMS = {"lynx": "own", "lynx_light": "plain"}
+_SAME_KEYS = (
+    {"faceid_plus", "faceid_plus_v2"},
+    {"faceid", "portrait"},
+    {"plus", "portrait", "lynx", "lynx_light"},
+    {"base", "flux"},
+)
+_PREFIXES = ("image_proj", "ip_adapter", "start")
+_XLABS = (
+    ("ip_adapter_proj_model.", "image_proj."),
+    ("double_blocks.", "ip_adapter."),
+    (".processor.ip_adapter_double_stream_k_proj.", ".to_k_ip."),
+    (".processor.ip_adapter_double_stream_v_proj.", ".to_v_ip."),
+)
+_LAYER = re.compile(r"(.+)\.(to_[kv]_ip\.(?:weight|bias)|registers)")
+_LORA = re.compile(r"(\d+)\.to_(q|k|v|out)_lora\.(down|up)\.weight")
+_SECOND = re.compile(r"plus[-_]?v2")
+_FEW = 8  # names in a message
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What a file holds, before it is fitted to a model.
+
+    Args:
+        projector: its state dict, by the official names.
+        layers: number, or name, of an attention to its to_k_ip.weight, to_v_ip.weight, their
+            biases and registers.
+        start: state dict of the projector as training began, where the adapter needs it.
+        lora: {n}.to_{q,k,v,out}_lora.{down,up}.weight of a FaceID adapter.
+        origin: for messages.
+    """
+
+    variant: str
+    projector: dict[str, Tensor] = field(repr=False)
+    layers: dict[str, dict[str, Tensor]] = field(repr=False)
+    start: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    lora: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    origin: str = "the adapter"
+
+
+def find_adapter(
+    source: str | Path, subfolder: str | None = None, weight_name: str | None = None
+) -> Path:
+    """Where an adapter lies: a file, or Lynx's folder. Downloads it where `source` is on the hub.
+
+    Args:
+        source: file, folder, name of a hub repository, or "demo".
+        subfolder: in the folder or repository.
+        weight_name: of the file there; without it there must be one only.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: several files, and none named.
+    """
+    if str(source) == DEMO and not Path(DEMO).exists():
+        import gen_accel.demo
+
+        source = Path(gen_accel.demo.__file__).with_name("image_prompt")
+    path = Path(source).expanduser()
+    if path.is_file():
+        if subfolder or weight_name:
+            raise ValueError(f"{source} is a file: leave out subfolder and weight_name")
+        return path
+    if path.is_dir():
+        return _in_folder(path / (subfolder or ""), weight_name)
+    if not REPOSITORY.fullmatch(str(source)):
+        raise FileNotFoundError(f"no adapter at {source}, and no repository is called like that")
+    return _from_hub(str(source), subfolder, weight_name)
+
+
+def read_adapter(path: str | Path, *, variant: str | None = None) -> AdapterFile:
+    """Read a file, or a folder of ours or of Lynx.
+
+    Args:
+        variant: what the adapter is, where its keys do not tell; see the module's docstring.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an adapter, a broken file, or keys of another variant than `variant`.
+    """
+    path = Path(path).expanduser()
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    if path.is_dir():
+        path = _in_folder(path, None)
+    if path.is_dir():
+        groups, metadata = _read_lynx(path), {}
+    elif path.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(path)
+        groups = _grouped(tensors, path)
+    else:
+        groups, metadata = _read_pickle(path), {}
+    layers, lora, unknown = _sorted_out(groups["ip_adapter"])
+    if unknown:
+        raise ValueError(f"{path} is no image-prompt adapter: unexpected {listed(unknown)}")
+    if not groups["image_proj"] or not layers:
+        have = [name for name in _PREFIXES if groups[name]]
+        raise ValueError(
+            f"{path} is no whole image-prompt adapter: it needs image_proj.* and ip_adapter.*, "
+            f"and has {', '.join(have) or 'neither'}"
+        )
+    found = _variant(groups["image_proj"], layers, lora, path)
+    variant = variant or metadata.get("variant")
+    if variant is not None and not _alike(variant, found):
+        raise ValueError(f"{path} has the keys of {found!r}, not of {variant!r}")
+    file = AdapterFile(
+        variant or found,
+        groups["image_proj"],
+        layers,
+        groups["start"],
+        lora,
+        metadata,
+        str(path),
+    )
+    _check_whole(file)
+    return file
+
+
+def build_adapter(file: AdapterFile, transformer: Any) -> ImageAdapter:
+    """The adapter in float32, its layers by the numbers that `transformer`'s family gives them.
+
+    Layers are found by the names of their blocks, where the file has them, else by number. Nothing
+    is done to the transformer.
+
+    Raises:
+        ValueError: keys that are missing or too many, or another base model; both are named.
+    """
+    sites = image_family_of(transformer).image_attentions(transformer)
+    places = _places(file, sites, transformer)
+    projector = _build_projector(file, file.projector, "image_proj")
+    layers = {}
+    for key, site in places.items():
+        expected = _expected_width(file, site, transformer)
+        layers[site.number] = _build_layer(file, key, site, projector, expected)
+    start = _build_projector(file, file.start, "start") if file.start else None
+    return ImageAdapter(
+        file.variant,
+        projector,
+        layers,
+        key_norm=file.metadata.get("key_norm", _KEY_NORMS.get(file.variant, "none")),
+        start=start,
+        metadata={**file.metadata, **base_of(transformer, layers)},
+    )
+
+
+def base_of(transformer: Any, numbers: Iterable[str] | None = None) -> dict[str, Any]:
+    """What an adapter's metadata says of the model that it is for.
+
+    Args:
+        numbers: of the attentions that have layers; None for all.
+    """
+    family = image_family_of(transformer)
+    kept = None if numbers is None else set(numbers)
+    return {
+        "family": family.__name__.rpartition(".")[2],
+        "transformer": sizes(transformer),
+        "blocks": {
+            site.number: site.name
+            for site in family.image_attentions(transformer)
+            if kept is None or site.number in kept
+        },
+    }
+
+
+def write_adapter(
+    folder_or_path: str | Path,
+    adapter: ImageAdapter,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    lora: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a file, or a folder with it and its metadata to be read; it appears when it is whole.
+
+    Args:
+        folder_or_path: a file where it ends in .safetensors, else a folder.
+        metadata: more than the adapter's own; `base_of(transformer)` where that has no blocks.
+        lora: of a FaceID adapter, as `AdapterFile` has it.
+        dtype: of the file; None keeps that of each parameter.
+
+    Returns:
+        The file.
+    """
+    path = Path(folder_or_path).expanduser()
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise ValueError(f"adapters are written as .safetensors, got {path.name}")
+    held = {f"image_proj.{k}": x for k, x in adapter.projector.state_dict().items()}
+    for number, layer in adapter.layers.items():
+        for key, x in layer.state_dict().items():
+            held[f"ip_adapter.{number}.{_official(key)}"] = x
+    held |= {f"ip_adapter.{k}": x for k, x in (lora or {}).items()}
+    if adapter.start is not None:
+        held |= {f"start.{k}": x for k, x in adapter.start.state_dict().items()}
+    known = {
+        **(adapter.metadata or {}),
+        **(metadata or {}),
+        "variant": adapter.variant,
+        "key_norm": adapter.key_norm,
+        "version": VERSION,
+    }
+    text = {"format": "pt", KEY: json.dumps(known)}
+    tensors = {k: x.detach().to("cpu", dtype).clone().contiguous() for k, x in held.items()}
+    if path.suffix == ".safetensors":
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata=text)
+        return path
+    with replacing(path) as partial:
+        partial.mkdir(parents=True)
+        save_file(tensors, partial / WEIGHTS, metadata=text)
+        write_json(partial / CONFIG, known)
+    return path / WEIGHTS
+
+
+def listed(keys: Iterable[str]) -> str:
+    """The first few, for a message."""
+    names = list(keys)
+    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
+    return ", ".join(names[:_FEW]) + more
+
+
+def _in_folder(folder: Path, weight_name: str | None) -> Path:
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    chosen = _choose(names, weight_name, str(folder))
+    return folder / chosen[0] if len(chosen) == 1 else folder
+
+
+def _from_hub(repository: str, subfolder: str | None, weight_name: str | None) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    def fetch(name: str) -> Path:
+        return Path(hf_hub_download(repository, name, subfolder=subfolder or None))
+
+    if weight_name is not None:
+        return fetch(weight_name)
+    under = f"{subfolder.strip('/')}/" if subfolder else ""
+    names = [
+        name.removeprefix(under)
+        for name in HfApi().list_repo_files(repository)
+        if name.startswith(under)
+    ]
+    where = f"{repository}/{subfolder}" if subfolder else repository
+    found = [fetch(name) for name in _choose([n for n in names if "/" not in n], None, where)]
+    return found[0] if len(found) == 1 else found[0].parent
+
+
+def _choose(names: list[str], weight_name: str | None, where: str) -> tuple[str, ...]:
+    """The one file that is meant, or the two of Lynx."""
+    if weight_name is not None:
+        if weight_name not in names and "/" not in weight_name:
+            raise FileNotFoundError(f"no {weight_name} in {where}; there are {listed(names)}")
+        return (weight_name,)
+    if WEIGHTS in names:
+        return (WEIGHTS,)
+    if set(LYNX) <= set(names):
+        return LYNX
+    files = [n for n in names if n.endswith((".safetensors", ".bin")) and n not in LYNX]
+    if len(files) == 1:
+        return (files[0],)
+    if files:
+        raise ValueError(f"{where} holds several files; give weight_name, one of {listed(files)}")
+    halves = [name for name in LYNX if name not in names]
+    if len(halves) < len(LYNX):
+        raise FileNotFoundError(f"{where} is half an adapter: {halves[0]} is missing")
+    raise FileNotFoundError(f"no image-prompt adapter in {where}")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or a broken one: {error}") from error
+    return tensors, _metadata(text, path)
+
+
+def _metadata(text: str | None, path: Path) -> dict[str, Any]:
+    """Empty for files from elsewhere, and for those that say something else."""
+    if text is None:
+        return {}
+    try:
+        data = json.loads(text)
+        if "variant" not in data:
+            return {}
+        if data["version"] != VERSION:
+            raise ValueError(f"its version is {data['version']}, not {VERSION}")
+        if data["variant"] not in VARIANTS:
+            raise ValueError(f"its variant is {data['variant']!r}, none of {', '.join(VARIANTS)}")
+        if not isinstance(data.get("blocks", {}), dict):
+            raise ValueError(f"its blocks are {data['blocks']!r}, no names by number")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"what {path} says of itself cannot be read: {error}") from error
+    return data
+
+
+def _read_pickle(path: Path) -> dict[str, dict[str, Tensor]]:
+    if path.suffix not in (".bin", ".pt", ".pth", ".ckpt"):
+        raise ValueError(f"an adapter is a .safetensors or .bin file, got {path.name}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter at {path}")
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is not read: it is broken, or holds more than weights, which could be code "
+            "that runs on loading. Ask for a .safetensors file"
+        ) from error
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError) as error:
+        raise ValueError(f"{path} is broken: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}, not the weights of an adapter")
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        flat |= {f"{name}.{key}" if key else str(name): x for key, x in inner}
+    return _grouped(flat, path)
+
+
+def _read_lynx(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The two files without the prefixes of one. Its reference branch is left alone."""
+    projector, layers = (_read_safetensors(folder / name)[0] for name in LYNX)
+    flat = {f"image_proj.{k}": x for k, x in projector.items()}
+    return _grouped(flat | {f"ip_adapter.{k}": x for k, x in layers.items()}, folder)
+
+
+def _grouped(tensors: Mapping[str, Any], path: Path) -> dict[str, dict[str, Tensor]]:
+    groups: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in _PREFIXES}
+    unknown = []
+    for name, x in tensors.items():
+        key = name
+        if key.startswith((_XLABS[0][0], _XLABS[1][0])):
+            for theirs, ours in _XLABS:
+                key = key.replace(theirs, ours, 1)
+        prefix, _, rest = key.partition(".")
+        if prefix not in groups or not rest:
+            unknown.append(name)
+        elif not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} in {path} is {kind}, no weights of floats")
+        else:
+            groups[prefix][rest] = x
+    if unknown:
+        raise ValueError(f"{path} is no image-prompt adapter: unexpected {listed(unknown)}")
+    return groups
+
+
+def _sorted_out(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
+    """Layers, LoRA, and the keys that are neither."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    lora, unknown = {}, []
+    for key, x in tensors.items():
+        if found := _LAYER.fullmatch(key):
+            layers.setdefault(found[1], {})[found[2]] = x
+        elif _LORA.fullmatch(key):
+            lora[key] = x
+        else:
+            unknown.append(f"ip_adapter.{key}")
+    return layers, lora, unknown
+
+
+def _variant(
+    projector: Mapping[str, Tensor],
+    layers: Mapping[str, Mapping[str, Tensor]],
+    lora: Mapping[str, Tensor],
+    path: Path,
+) -> str:
+    """What keys and shapes say, and the file's name where they leave two."""
+    biased = any("to_k_ip.bias" in layer for layer in layers.values())
+    if path.is_dir():
+        return "lynx" if biased else "lynx_light"
+    if "convs.0.weight" in projector:
+        return "pixels"
+    if "latents" in projector:
+        entry = projector.get("proj_in.weight")
+        faces = entry is not None and entry.shape[-1] == projectors.IDENTITY
+        return "portrait" if faces else "plus"
+    if any(key.startswith("perceiver_resampler.") for key in projector):
+        second = _SECOND.search(path.name.lower())
+        return "faceid_plus_v2" if second else "faceid_plus"
+    if "proj.3.weight" in projector:
+        return "full"
+    if "proj.0.weight" in projector:
+        last, norm = projector.get("proj.2.weight"), projector.get("norm.weight")
+        tokens = 4 if last is None or norm is None else last.shape[0] // norm.shape[0]
+        return "faceid" if lora or tokens == 4 else "portrait"
+    if "proj.weight" in projector:
+        return "flux" if biased else "base"
+    raise ValueError(
+        f"{path} is an adapter of no kind that is known ({', '.join(VARIANTS)}): its projector "
+        f"has {listed(projector)}"
+    )
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether one set of keys may mean both."""
+    return one == other or any({one, other} <= same for same in _SAME_KEYS)
+
+
+def _check_whole(file: AdapterFile) -> None:
+    """Raises ValueError, naming what is missing or too much, before any model is there."""
+    with torch.device("meta"):
+        for name, state in (("image_proj", file.projector), ("start", file.start)):
+            if state:
+                _new_projector(file, state, name)
+    missing = []
+    for key, layer in file.layers.items():
+        needed = ["to_k_ip.weight", "to_v_ip.weight"]
+        if any(name.endswith(".bias") for name in layer):
+            needed += ["to_k_ip.bias", "to_v_ip.bias"]
+        missing += [f"ip_adapter.{key}.{name}" for name in needed if name not in layer]
+    if missing:
+        raise ValueError(f"{file.origin} is no whole adapter: missing {listed(missing)}")
+
+
+def _new_projector(file: AdapterFile, state: Mapping[str, Tensor], name: str) -> nn.Module:
+    """Of the sizes that the shapes of `state` say, all of which must agree."""
+    extra: dict[str, Any] = {}
+    match file.variant:
+        case "pixels":
+            kind = projectors.Pixels
+        case "full":
+            kind = projectors.MLP
+        case "faceid_plus" | "faceid_plus_v2":
+            kind = projectors.IdResampler
+            extra["shortcut"] = file.variant == "faceid_plus_v2"
+        case "base" | "flux":
+            kind = projectors.Linear
+            extra["black"] = file.variant == "flux"
+        case _ if "latents" in state:
+            kind = projectors.Resampler
+            extra["identity"] = file.variant != "plus"
+        case _:
+            kind = projectors.IdLinear
+    try:
+        made = kind(**kind.of(state), **extra)
+    except KeyError as error:
+        raise ValueError(
+            f"{file.origin} is no whole {file.variant} adapter: missing {name}.{error.args[0]}"
+        ) from error
+    _check_state(file, made.state_dict(), state, name)
+    return made
+
+
+def _build_projector(file: AdapterFile, state: Mapping[str, Tensor], name: str) -> nn.Module:
+    made = _new_projector(file, state, name)
+    made.load_state_dict(state)
+    return made
+
+
+def _expected_width(file: AdapterFile, site: Any, transformer: Any) -> int | None:
+    """Of the image tokens. Flux's are as wide as its text before that is embedded, and Lynx's
+    light layers read tokens of a width of their own."""
+    if file.variant == "lynx_light":
+        return None
+    return transformer.config.joint_attention_dim if file.variant == "flux" else site.width
+
+
+def _build_layer(
+    file: AdapterFile, key: str, site: Any, projector: Any, expected: int | None
+) -> KeysValues:
+    state = file.layers[key]
+    inner, width = state["to_k_ip.weight"].shape
+    kind = type(site.module).__name__
+    if inner != site.heads * site.dim:
+        raise ValueError(
+            f"{file.origin} is for another model: layer {key} makes {inner} channels, and "
+            f"{site.name} ({kind}) has {site.heads * site.dim}"
+        )
+    if width != projector.width:
+        raise ValueError(
+            f"{file.origin} does not fit together: layer {key} takes tokens of {width}, and its "
+            f"projector makes tokens of {projector.width}"
+        )
+    if expected is not None and width != expected:
+        raise ValueError(
+            f"{file.origin} is for another model: layer {key} takes tokens of {width}, and "
+            f"{site.name} ({kind}) of {expected}"
+        )
+    registers = state["registers"].shape[-2] if "registers" in state else 0
+    layer = KeysValues(width, inner, bias="to_k_ip.bias" in state, registers=registers)
+    given = {_inner(name): x for name, x in state.items()}
+    _check_state(file, layer.state_dict(), given, f"ip_adapter.{key}")
+    layer.load_state_dict(given)
+    return layer
+
+
+def _places(file: AdapterFile, sites: list[Any], transformer: Any) -> dict[str, Any]:
+    """Key of a layer in the file to the attention that it belongs to."""
+    kind = type(transformer).__name__
+    _check_base(file, transformer)
+    blocks = file.metadata.get("blocks", {})
+    by_name, by_number = {s.name: s for s in sites}, {s.number: s for s in sites}
+    if file.variant == "lynx_light" and not blocks:
+        by_number = _every_second(file, sites, by_number)
+    found = {}
+    for key in file.layers:
+        site = by_name.get(blocks.get(key, key))
+        if site is None and key not in blocks:
+            site = by_number.get(key)
+        if site is not None:
+            found[key] = site
+    unexpected = [blocks.get(key, key) for key in file.layers if key not in found]
+    wanted = [key for key in blocks if key not in file.layers] if blocks else []
+    if not blocks:
+        have = {site.name for site in found.values()}
+        wanted = [key for key, site in by_number.items() if site.name not in have]
+    if unexpected or wanted:
+        parts = [f"missing {listed(wanted)}"] if wanted else []
+        parts += [f"unexpected {listed(unexpected)}"] if unexpected else []
+        raise ValueError(
+            f"{file.origin} has layers for {len(file.layers)} attentions, and {kind} has "
+            f"{len(by_number)}: {'; '.join(parts)}. It is for another model, or a part is gone"
+        )
+    return found
+
+
+def _every_second(
+    file: AdapterFile, sites: list[Any], by_number: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Lynx counts the layers that it has, so that its layer 3 is of block 6.
+
+    Files that count blocks instead, 0, 2, 4, ..., are read too.
+    """
+    second = sites[::2]
+    if set(file.layers) == {site.number for site in second}:
+        return {key: by_number[key] for key in file.layers}
+    return {str(i): site for i, site in enumerate(second)}
+
+
+def _check_base(file: AdapterFile, transformer: Any) -> None:
+    """What our own files say of the model that they are for, as far as layers depend on it."""
+    family = image_family_of(transformer).__name__.rpartition(".")[2]
+    said = file.metadata.get("family", family)
+    if said != family:
+        raise ValueError(
+            f"{file.origin} is for another model: one of the family {said}, and "
+            f"{type(transformer).__name__} is {family}"
+        )
+    base, have = file.metadata.get("transformer", {}), sizes(transformer)
+    wrong = [
+        f"{name} {base[name]!r} (this model: {have.get(name)!r})"
+        for name in _HEADS
+        if name in base and base[name] != have.get(name)
+    ]
+    if wrong:
+        raise ValueError(f"{file.origin} is for another model: {', '.join(wrong)}")
+
+
+_HEADS = ("num_attention_heads", "attention_head_dim")
+
+
+def _check_state(
+    file: AdapterFile, own: Mapping[str, Tensor], given: Mapping[str, Tensor], name: str
+) -> None:
+    missing = [f"{name}.{key}" for key in own if key not in given]
+    unexpected = [f"{name}.{key}" for key in given if key not in own]
+    parts = [f"missing {listed(missing)}"] if missing else []
+    parts += [f"unexpected {listed(unexpected)}"] if unexpected else []
+    if not parts:
+        parts = [
+            f"{name}.{key} is {tuple(given[key].shape)}, must be {tuple(x.shape)}"
+            for key, x in own.items()
+            if given[key].shape != x.shape
+        ]
+    if parts:
+        raise ValueError(f"{file.origin} is no whole {file.variant} adapter: {'; '.join(parts)}")
+
+
+def _official(key: str) -> str:
+    """ "to_k.weight" to "to_k_ip.weight"."""
+    return re.sub(r"^(to_[kv])\.", r"\1_ip.", key)
+
+
+def _inner(key: str) -> str:
+    return key.replace("_ip.", ".", 1)

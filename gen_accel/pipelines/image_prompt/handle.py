@@ -1,0 +1,681 @@
+"""An image-prompt adapter on a live diffusers pipeline, and off it again.
+
+B rows of a batch, N tokens of video or image, H heads, D dim of a head, I images, T tokens of one,
+C width of those, E width of a feature.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gen_accel.attention_processors.families import ImageAttention, image_family_of
+from gen_accel.attention_processors.image_prompt import ImageAdapter
+from gen_accel.attention_processors.seam import is_compiled
+from gen_accel.pipelines.clock import Clock
+from gen_accel.pipelines.image_prompt.branch import (
+    Batch,
+    Branch,
+    Images,
+    Side,
+    Term,
+    Watched,
+    own_weights,
+    spread,
+)
+from gen_accel.pipelines.image_prompt.features import Features, alike, count, mapped, shapes
+from gen_accel.pipelines.image_prompt.guidance import Calls, Guidance, Layout, Pipe
+from gen_accel.pipelines.image_prompt.strength import (
+    Masks,
+    ScaleRange,
+    Scales,
+    frame_spans,
+    temporal_factor,
+)
+from gen_accel.pipelines.long_video.technique import temporal_patch
+
+MODELS = ("transformer", "transformer_2", "unet")
+_LAYOUTS = 8  # arrangements of a batch that keys and values are kept for
+
+
+def load_image_prompt(
+    pipe: Any,
+    source: Any,
+    *,
+    name: str = "default",
+    scale: Any = 1.0,
+    subfolder: str | None = None,
+    weight_name: str | None = None,
+    image_encoder: Any = None,
+) -> "ImagePrompt":
+    """Let images prompt a pipeline, beside its text.
+
+        prompt = gen_accel.load_image_prompt(pipe, "h94/IP-Adapter", subfolder="models",
+                                             weight_name="ip-adapter_sd15.safetensors")
+        prompt.set_image("cat.png")
+        image = pipe("on a beach").images[0]
+        prompt.remove()
+
+    Goes with any method of `gen_accel.attach` and with any LoRA, loaded before or after. Several
+    adapters, each with a name of its own, add up. Load before `torch.compile`.
+
+    Args:
+        pipe: a diffusers pipeline, both transformers of which are served where it has two; or a
+            transformer or UNet.
+        source: a file, a folder, a repository of the hub, "demo" for the embedded model's, or an
+            `ImageAdapter`.
+        name: of the adapter on this model.
+        scale: see `ImagePrompt.set_scale`.
+        subfolder, weight_name: where in a folder or repository.
+        image_encoder: what turns images into the adapter's features, where it is not the
+            pipeline's own.
+
+    Raises:
+        ValueError: an adapter for another model, a name that is taken, a model that is served by
+            no family or compiled already, or a scale that does not fit.
+        FileNotFoundError: nothing at `source`.
+        TypeError: neither a pipeline nor a module.
+    """
+    if not name or "." in name:
+        raise ValueError(f"name must not be empty or hold a dot, got {name!r}")
+    models = _models(pipe)
+    for part, model in models.items():
+        if is_compiled(model):
+            raise ValueError(
+                f"{part} is compiled already; load it again, then the image prompt, and compile"
+            )
+        if hasattr(model, _child(name)):
+            raise ValueError(
+                f"an image prompt {name!r} is on {part} already: remove it, or give another name"
+            )
+    first = next(iter(models.values()))
+    file = None
+    if not isinstance(source, ImageAdapter):
+        from gen_accel.pipelines.image_prompt.formats import (
+            build_adapter,
+            find_adapter,
+            read_adapter,
+        )
+
+        file = read_adapter(find_adapter(source, subfolder, weight_name))
+        source = _like(build_adapter(file, first), first).requires_grad_(False).eval()
+    owner = None if isinstance(pipe, nn.Module) else pipe
+    prompt = ImagePrompt(models, owner, source, name, scale, image_encoder)
+    if file is not None and file.lora:
+        from gen_accel.pipelines.image_prompt.identity_lora import load_identity_lora
+
+        try:
+            prompt.companions.append(load_identity_lora(pipe, file, _child(name)))
+        except BaseException:
+            prompt.remove()
+            raise
+    return prompt
+
+
+class ImagePrompt:
+    """What `load_image_prompt` returns: it owns what was put on the model and what it remembers.
+
+    Keys and values depend on the images alone. They are computed when first needed, and again when
+    images, the adapter's weights, device or dtype change; not seen are weights that are written
+    through `.data`, after which `set_image` is to be called again.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        pipe: Any,
+        adapter: ImageAdapter,
+        name: str,
+        scale: Any,
+        image_encoder: Any,
+    ) -> None:
+        self.adapter, self.name = adapter, name
+        self.companions: list[Callable[[], None]] = []  # called by `remove`
+        self._pipe = Pipe(pipe)
+        self._guidance = Guidance(self._pipe)
+        self._clock = Clock(None if pipe is None else self._pipe.scheduler)
+        self._encoder = _Encoder(self._pipe, adapter, image_encoder)
+        self._images: Images | None = None
+        self._rows: _Rows | None = None
+        self._begin: tuple[Any, int] | None = None  # timesteps, and where in them a run began
+        families = {part: image_family_of(model) for part, model in models.items()}
+        self._parts = {
+            part: Part.of(part, model, families[part], pipe, adapter)
+            for part, model in models.items()
+        }
+        self._scales: dict[str, Scales] = {}
+        self._scale: tuple[ScaleRange, ...] = ()
+        self.set_scale(scale)
+        # Nothing is changed before here, so that a refusal leaves the model as it was.
+        try:
+            for part, model in models.items():
+                self._put(self._parts[part], model, families[part])
+        except BaseException:
+            self.remove()
+            raise
+
+    def set_image(
+        self, image: Any, *, negative: Any = None, mask: Any = None, each: bool = False
+    ) -> None:
+        """The images to go by from now on.
+
+        Args:
+            image: a PIL image, a path, or several. Several act together on every video.
+            negative: what the negative prompt goes by, one image or one for each; without, the
+                features of "no image" that the adapter was trained with.
+            mask: where each image acts: (H, W) for all, (I, H, W), or (I, frames of the video, H,
+                W), in [0, 1], of any size. The tokens of several images are attended to together;
+                with masks, those of each image by themselves.
+            each: the images are one for each prompt of the batch.
+
+        Raises:
+            ValueError: images that the encoder does not take, no encoder, or masks that do not
+                fit.
+            FileNotFoundError: no image there.
+        """
+        encoder = self._encoder()
+        features = encoder(_listed(image))
+        against = None if negative is None else encoder(_listed(negative))
+        self._set(features, against, mask, each, seen=True)
+
+    def set_embeds(
+        self,
+        embeds: Features,
+        *,
+        negative: Features | None = None,
+        mask: Any = None,
+        each: bool = False,
+    ) -> None:
+        """Features to go by from now on, as the adapter's encoder gives them.
+
+        Args:
+            embeds: (I, E) embeddings or (I, sequence, E) hidden states; of FaceID adapters (I,
+                512), the vectors of faces, with FaceID-Plus dict(id=vectors, clip=hidden states).
+            negative, mask, each: see `set_image`.
+
+        Raises:
+            ValueError: features that the adapter does not take, or masks that do not fit.
+        """
+        self._set(embeds, negative, mask, each, seen=False)
+
+    def set_scale(
+        self,
+        scale: Any,
+        *,
+        frames: tuple[int, int] | None = None,
+        steps: tuple[float, float] | None = None,
+    ) -> None:
+        """How strongly the image acts; 0 is exactly the model without.
+
+        Args:
+            scale: a number; one by block, {"blocks.3": 0.5}, for a UNet also as diffusers has it,
+                {"down": {"block_2": [0.0, 1.0]}}, all others 0; a list of one for each
+                attention; "style" or "style+layout", for SDXL; or a list of `ScaleRange`s, of
+                which the last that holds counts, and 0 where none does.
+            frames, steps: only there; see `ScaleRange`. A latent frame has the mean of its frames.
+
+        Raises:
+            ValueError: a block that is not there, frames on a model of images, or shares of the
+                steps without a pipeline, which alone knows how many there are.
+        """
+        several = isinstance(scale, (list, tuple)) and any(
+            isinstance(one, ScaleRange) for one in scale
+        )
+        if isinstance(scale, ScaleRange):
+            scale, several = [scale], True
+        if several:
+            if frames is not None or steps is not None:
+                raise ValueError("frames and steps are those of each ScaleRange: give them there")
+            ranges = tuple(scale)
+            if not all(isinstance(one, ScaleRange) for one in ranges):
+                raise ValueError(f"scale must hold numbers or ScaleRanges, not both: {scale}")
+        else:
+            ranges = (ScaleRange(scale, frames, steps),)
+        scales = {}
+        for part in self._parts.values():
+            scales[part.name] = Scales(ranges, [branch.site.name for branch in part.branches])
+            if scales[part.name].needs_frames and part.factor is None:
+                raise ValueError(f"frames of a scale need a video; {part.kind} makes images")
+            if scales[part.name].needs_total and self._pipe() is None:
+                raise ValueError(
+                    "steps are shares of the steps, which only a pipeline knows: load the image "
+                    "prompt on the pipeline, or count steps"
+                )
+        self._scale, self._scales = ranges, scales
+
+    @contextmanager
+    def using(self, features: Features, keep: Tensor | None = None) -> Iterator[None]:
+        """Inside, the rows of a batch go by features of their own, with gradients; for training.
+
+        With gradient checkpointing, run a backward pass before the next forward pass.
+
+        Args:
+            features: a row for each of the batch.
+            keep: (B,) bool; other rows go by the features of "no image".
+        """
+        if keep is not None and keep.shape != (count(features),):
+            raise ValueError(
+                f"keep must be of shape ({count(features)},), got {tuple(keep.shape)}"
+            )
+        before, self._rows = self._rows, _Rows(features, keep)
+        try:
+            yield
+        finally:
+            self._rows = before
+
+    def describe(self) -> str:
+        """One line: what adapter it is, where it acts, and by what."""
+        images = "no image set"
+        if self._images is not None:
+            images = f"{self._images.count} image{'s' if self._images.count > 1 else ''}"
+            images += ", one a prompt" if self._images.each else ""
+            images += ", masked" if self._images.masks is not None else ""
+        places = ", ".join(
+            f"{len(part.branches)} of {part.attentions} attentions of {part.kind}"
+            for part in self._parts.values()
+        )
+        scale = ", ".join(str(one) for one in self._scale)
+        if len(self._scale) == 1 and (self._scale[0].frames, self._scale[0].steps) == (None,) * 2:
+            scale = f"scale {self._scale[0].scale}"
+        variant, tokens = self.adapter.variant, self.adapter.projector.tokens
+        return (
+            f"image prompt {self.name!r}: {variant}, {tokens} tokens an image, {places}; "
+            f"{images}; {scale}"
+        )
+
+    def remove(self) -> None:
+        """Take it off the model, which is then as it was before. Does nothing the second time."""
+        for part in self._parts.values():
+            while part.undo:
+                part.undo.pop()()
+            for branch in part.branches:
+                branch.clear()
+        while self.companions:
+            self.companions.pop()()
+        self._images = None
+
+    def __enter__(self) -> "ImagePrompt":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+    def _put(self, part: "Part", model: nn.Module, family: Any) -> None:
+        child = _child(self.name)
+        model.add_module(child, part.calls)
+        part.undo.append(partial(_drop, model, child))
+        _renew(model)
+        for branch in part.branches:
+            part.undo.append(family.tap_image(model, branch.site, branch))
+        hook = partial(self._prepare, part)
+        part.undo.append(model.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def _set(
+        self, features: Features, negative: Features | None, mask: Any, each: bool, *, seen: bool
+    ) -> None:
+        number = count(features)
+        if negative is not None and count(negative) not in (1, number):
+            raise ValueError(
+                f"negative must be one image, or one for each of {number}, got {count(negative)}"
+            )
+        masks = None if mask is None else Masks(mask, number)
+        images = Images(features, negative, masks, each, seen)
+        self._side(images, "positive")  # what the adapter does not take is refused here
+        self._images = images
+
+    @torch.compiler.disable(
+        reason="an image prompt needs fullgraph=False or compile_repeated_blocks()"
+    )
+    def _prepare(self, part: "Part", model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before a forward pass: what each of its attentions is to add."""
+        scales = self._scales[part.name]
+        if self._images is None and self._rows is None:
+            if not scales.silent:
+                raise ValueError(
+                    f"no image is set for the {self.adapter.variant} adapter {self.name!r}: call "
+                    "set_image or set_embeds, set_scale(0.0), or remove()"
+                )
+            part.fill([()] * len(part.branches))
+            return
+        if scales.needs_step:
+            scales.at(*self._step(part, args, kwargs))
+        x = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        assert isinstance(x, Tensor)
+        # Each call is told apart, also where nothing is added to it.
+        layout: Layout = (("training", len(x)),)
+        if self._rows is None:
+            layout = self._guidance.layout(part.calls, part.batched, len(x))
+        strengths, grid, spans = self._strengths(part, scales, model, args, kwargs)
+        if not any(map(_acts, strengths)):
+            part.fill([()] * len(part.branches))
+            return
+        batch = self._batch(part, layout, x)
+        filled: list[tuple[Term, ...]] = []
+        for strength, terms in zip(strengths, batch.terms, strict=True):
+            if not _acts(strength):
+                filled.append(())
+                continue
+            weights = batch.weights(strength, grid, spans)
+            pairs = zip(terms, weights, strict=True)
+            filled.append(tuple(term._replace(weight=weight) for term, weight in pairs))
+        part.fill(filled)
+
+    def _strengths(
+        self, part: "Part", scales: Scales, model: nn.Module, args: tuple, kwargs: dict
+    ) -> tuple[list[Any], Any, Any]:
+        """The scale in each attention, and the grid and frames where those are needed: not every
+        call tells the grid."""
+        masked = self._rows is None and self._images is not None and self._images.masks is not None
+        grid = spans = None
+        if scales.needs_frames or masked:
+            grid = part.video_shape(model, *args, **kwargs)
+            if part.factor is not None:
+                spans = frame_spans(grid.frames, part.factor, part.patch)
+        used = spans if scales.needs_frames else None
+        return [scales.of(place, used) for place in range(len(part.branches))], grid, spans
+
+    def _step(self, part: "Part", args: tuple, kwargs: dict) -> tuple[int, int | None]:
+        timestep = part.timestep(*args, **kwargs)
+        scheduler = None if self._clock.scheduler is None else self._clock.scheduler()
+        if scheduler is None or hasattr(scheduler, "step_index"):
+            self._clock.advance(timestep)
+            return self._clock.step, self._clock.steps
+        # Those that count no steps are asked where they are by the timestep.
+        timesteps = scheduler.timesteps
+        found = (timesteps == timestep.max().to(timesteps.device)).nonzero()
+        place = int(found[0]) if len(found) else 0
+        if self._begin is None or self._begin[0] is not timesteps:
+            self._begin = timesteps, place
+        return place - self._begin[1], len(timesteps) - self._begin[1]
+
+    def _batch(self, part: "Part", layout: Layout, x: Tensor) -> Batch:
+        """Keys and values for the rows of a call, kept where they may be."""
+        images = self._images
+        if self._rows is not None:
+            return self._compute(part, layout, x, None, {"training": self._training_side()})
+        assert images is not None
+        if torch.is_grad_enabled() and self.adapter.trained:
+            sides = {side: self._projected(images, side) for side, _ in layout}
+            return self._compute(part, layout, x, images, sides)
+        sides = {side: self._side(images, side) for side, _ in layout}
+        own = [x for branch in part.branches for x in own_weights(self.adapter, branch.site)]
+        if not part.watched.holds(own):
+            part.watched = Watched(own, placed=False)
+            images.forget(part.name)
+        key = (part.name, layout, x.device, x.dtype)
+        if key not in images.batches:
+            with torch.inference_mode(False), torch.no_grad():
+                made = self._compute(part, layout, x, images, sides)
+            while len(images.batches) >= _LAYOUTS:
+                images.batches.pop(next(iter(images.batches)))
+            images.batches[key] = made
+        return images.batches[key]
+
+    def _compute(
+        self,
+        part: "Part",
+        layout: Layout,
+        x: Tensor,
+        images: Images | None,
+        sides: dict[str, Side],
+    ) -> Batch:
+        masked = images is not None and images.masks is not None and not images.each
+        terms = []
+        for branch in part.branches:
+            made = {
+                name: side.keys_values(self.adapter, part.name, branch.site)
+                for name, side in sides.items()
+            }
+            own_masks = range(images.count) if masked and images is not None else [None]
+            several = []
+            for image in own_masks:
+                own = slice(None) if image is None else slice(image, image + 1)
+                parts = [[spread(y[own], n) for y in made[side]] for side, n in layout]
+                joined = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+                k, v, *start = (y.to(x.device, x.dtype) for y in joined)
+                several.append(Term(k, v, *start))
+            terms.append(tuple(several))
+        return Batch(terms, images, layout, x)
+
+    def _side(self, images: Images, side: str) -> Side:
+        """Tokens of the images, or of the negative ones, kept while the adapter is the same."""
+        weights = [*self.adapter.parameters(), *self.adapter.buffers()]
+        found = images.sides.get(side)
+        if found is None or not found.watched.holds(weights):
+            images.batches.clear()
+            with torch.inference_mode(False), torch.no_grad():
+                found = images.sides[side] = self._projected(images, side)
+            found.watched = Watched(weights)
+        return found
+
+    def _projected(self, images: Images, side: str) -> Side:
+        features = images.features if side == "positive" else self._negative(images)
+        found = [x for x in self._tokens(features) if x is not None]
+        if len(found[0]) < images.count:
+            found = [x.expand(images.count, -1, -1) for x in found]
+        if images.masks is None and not images.each:  # all in one softmax
+            found = [x.flatten(0, 1)[None] for x in found]
+        return Side(*found)
+
+    def _negative(self, images: Images) -> Features:
+        if images.negative is not None:
+            return images.negative
+        encoder = self._encoder()
+        if images.seen or encoder.is_there:
+            nothing = encoder.negative()
+            if images.seen or alike(nothing, images.features):
+                return nothing
+        projector: Any = self.adapter.projector
+        return projector.null(images.features)
+
+    def _training_side(self) -> Side:
+        assert self._rows is not None
+        features, keep = self._rows
+        if keep is not None:
+            projector: Any = self.adapter.projector
+            null = projector.null(features)
+            features = mapped(partial(_kept, keep), features, null)
+        return Side(*self._tokens(features))
+
+    def _tokens(self, features: Features) -> tuple[Tensor, Tensor | None]:
+        """(I, T, C), of the projector and of that as training began."""
+        weight = next(self.adapter.projector.parameters(), None)
+        if weight is not None:
+            features = mapped(partial(_placed, weight), features)
+        projector: Any = self.adapter.projector
+        try:
+            tokens = projector(features)
+        except (RuntimeError, KeyError, IndexError, TypeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"the {self.adapter.variant} adapter does not take features of "
+                f"{shapes(features)}: {error}"
+            ) from error
+        if tokens.ndim != 3 or tokens.shape[-1] != projector.width:
+            raise ValueError(
+                f"the projector must give (images, tokens, {projector.width}), got "
+                f"{tuple(tokens.shape)} for features of {shapes(features)}"
+            )
+        if self.adapter.start is None:
+            return tokens, None
+        with torch.no_grad():
+            return tokens, self.adapter.start(features)
+
+
+class _Rows(NamedTuple):
+    """Of a batch that trains."""
+
+    features: Features
+    keep: Tensor | None
+
+
+class Part:
+    """One model of a pipeline.
+
+    Args:
+        attentions: how many an image prompt could act in.
+        batched: its pipelines run the negative prompt in the first rows of a call, and do not
+            tell.
+        factor: pixel frames in a latent frame, all but the first; None for images.
+        patch: latent frames in a token.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        branches: list[Branch],
+        attentions: int,
+        video_shape: Callable,
+        timestep: Callable,
+        batched: bool,
+        factor: int | None,
+        patch: int,
+    ) -> None:
+        self.name, self.kind, self.branches, self.attentions = name, kind, branches, attentions
+        self.video_shape, self.timestep, self.batched = video_shape, timestep, batched
+        self.factor, self.patch = factor, patch
+        self.calls = Calls()
+        self.watched = Watched(())
+        self.undo: list[Callable[[], None]] = []
+
+    @classmethod
+    def of(
+        cls, name: str, model: nn.Module, family: Any, pipe: Any, adapter: ImageAdapter
+    ) -> "Part":
+        sites = family.image_attentions(model)
+        _check(adapter, sites, model)
+        factor = temporal_factor(pipe, family)
+        return cls(
+            name,
+            type(model).__name__,
+            [Branch(site) for site in sites if site.number in adapter.layers],
+            len(sites),
+            family.video_shape,
+            family.timestep,
+            family.GUIDANCE == "batched" and not hasattr(model, "cache_context"),
+            factor,
+            1 if factor is None else temporal_patch(model),
+        )
+
+    def fill(self, terms: Sequence[tuple[Term, ...]]) -> None:
+        for branch, own in zip(self.branches, terms, strict=True):
+            branch.fill(own)
+
+
+class _Encoder:
+    """Makes the encoder of images when it is needed. It would keep the pipeline alive, and does
+    not stay, but for one that was given, which is loaded once."""
+
+    def __init__(self, pipe: "Pipe", adapter: ImageAdapter, given: Any) -> None:
+        self._pipe, self._given = pipe, given
+        self._variant, self._size = adapter.variant, adapter.metadata.get("image_size")
+        self._kept: Any = None
+
+    def __call__(self) -> Any:
+        if self._kept is not None:
+            return self._kept
+        from gen_accel.pipelines.image_prompt.encoder import ImageEncoder
+
+        options = {} if self._size is None else {"size": self._size}
+        if self._given is None:
+            return ImageEncoder(self._variant, self._pipe(), **options)
+        self._kept = ImageEncoder(self._variant, None, self._given, **options)
+        return self._kept
+
+    def __deepcopy__(self, memo: dict) -> "_Encoder":
+        """The user's encoder is not part of a model, and is shared."""
+        copy = object.__new__(type(self))
+        vars(copy).update(vars(self))
+        copy._pipe = deepcopy(self._pipe, memo)
+        return copy
+
+
+def _models(pipe: Any) -> dict[str, nn.Module]:
+    if isinstance(pipe, nn.Module):
+        return {MODELS[0]: pipe}
+    found = {name: getattr(pipe, name, None) for name in MODELS}
+    models = {name: model for name, model in found.items() if model is not None}
+    if not models:
+        raise TypeError(
+            f"{type(pipe).__name__} is neither a pipeline with a transformer or UNet nor a module"
+        )
+    return models
+
+
+def _check(adapter: ImageAdapter, sites: Sequence[ImageAttention], model: nn.Module) -> None:
+    """ValueError for the adapter of another model."""
+    kind, by_number = type(model).__name__, {site.number: site for site in sites}
+    strange = [number for number in adapter.layers if number not in by_number]
+    if strange:
+        raise ValueError(
+            f"the adapter is for another model: it has layers for attentions "
+            f"{', '.join(strange)}, {kind} has {', '.join(by_number)}"
+        )
+    width: Any = adapter.projector.width
+    for number, layer in adapter.layers.items():
+        site = by_number[number]
+        inner = site.heads * site.dim
+        for name in ("to_k", "to_v"):
+            module: Any = layer.get_submodule(name)
+            sizes = module.in_features, module.out_features
+            if sizes != (width, inner):
+                raise ValueError(
+                    f"the adapter is for another model: {name} of its layer {number} takes "
+                    f"{sizes[0]} to {sizes[1]}, the projector makes {width} and {site.name} of "
+                    f"{kind} has {inner}"
+                )
+        if adapter.start is not None and site.width != width:
+            raise ValueError(
+                f"the adapter is for another model: it starts from {site.name} of {kind}, which "
+                f"takes {site.width}, and its projector makes {width}"
+            )
+
+
+def _like(adapter: ImageAdapter, model: Any) -> ImageAdapter:
+    """On the device and in the precision of the model, where it can be computed there."""
+    weight = next(model.parameters())
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    return adapter.to(device, weight.dtype if half else torch.float32)
+
+
+def _child(name: str) -> str:
+    return f"image_prompt_{name}"
+
+
+def _drop(model: nn.Module, child: str) -> None:
+    if hasattr(model, child):
+        delattr(model, child)
+    _renew(model)
+
+
+def _renew(model: nn.Module) -> None:
+    """diffusers remembers which children have hooks."""
+    registry = getattr(model, "_diffusers_hook", None)
+    if registry is not None:
+        registry._child_registries_cache = None
+
+
+def _acts(strength: float | tuple[float, ...]) -> bool:
+    return any(strength) if isinstance(strength, tuple) else strength != 0
+
+
+def _listed(given: Any) -> list[Any]:
+    return [*given] if isinstance(given, (list, tuple)) else [given]
+
+
+def _kept(keep: Tensor, features: Tensor, null: Tensor) -> Tensor:
+    shape = (-1,) + (1,) * (features.ndim - 1)
+    return torch.where(keep.to(features.device).view(shape), features, null.to(features))
+
+
+def _placed(weight: Tensor, features: Tensor) -> Tensor:
+    if not features.is_floating_point():
+        return features.to(weight.device)
+    return features.to(weight.device, weight.dtype)

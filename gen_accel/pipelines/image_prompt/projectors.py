@@ -1,0 +1,353 @@
+"""What turns features of an image into tokens that attention layers read.
+
+B images, E width of a feature, S features of one image, T tokens, C width of a token.
+
+One class for each shape of projector that published adapters have, and `Pixels`, which is ours.
+The names in a state dict are those of the official files, so that these are read as they are:
+https://github.com/tencent-ailab/IP-Adapter. Each has
+
+tokens            T, of one image
+width             C
+forward(features) the tokens, (B, T, C)
+null(features)    the features of "no image" in the form of `features`
+of(state)         the class's own sizes, read from the shapes of a state dict
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HEAD = 64  # dim of a head in every resampler that was published
+
+# Identities as face recognition gives them, InsightFace's among others.
+IDENTITY = 512
+
+
+class Linear(nn.Module):
+    """LayerNorm(x W), T tokens from one embedding. The projector of the base adapters and Flux's.
+
+    Args:
+        embedding: E.
+        black: "no image" is what the encoder makes of a black image, as Flux's adapters have it,
+            not zeros.
+    """
+
+    def __init__(self, embedding: int, width: int, tokens: int = 4, black: bool = False) -> None:
+        super().__init__()
+        self.tokens, self.width, self.black = tokens, width, black
+        self.nothing: Tensor | None = None
+        self.proj = nn.Linear(embedding, tokens * width)
+        self.norm = nn.LayerNorm(width)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        rows, embedding = state["proj.weight"].shape
+        width = state["norm.weight"].shape[0]
+        return {"embedding": embedding, "width": width, "tokens": rows // width}
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, E) to (B, T, C)."""
+        return self.norm(self.proj(features).unflatten(-1, (self.tokens, self.width)))
+
+    def null(self, features: Tensor) -> Tensor:
+        """Zeros, or `nothing`; see `Resampler.null`."""
+        return _nothing(self.nothing, features) if self.black else torch.zeros_like(features)
+
+
+class MLP(nn.Module):
+    """A token for each feature of the encoder's last layers. Of the full-face adapter.
+
+    Args:
+        embedding: E.
+        tokens: of one image, what the encoder gives: 257 for a CLIP ViT-H/14.
+    """
+
+    def __init__(self, embedding: int, width: int, tokens: int = 257) -> None:
+        super().__init__()
+        self.tokens, self.width = tokens, width
+        self.nothing: Tensor | None = None
+        self.proj = nn.Sequential(
+            nn.Linear(embedding, embedding),
+            nn.GELU(),
+            nn.Linear(embedding, width),
+            nn.LayerNorm(width),
+        )
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        width, embedding = state["proj.2.weight"].shape
+        return {"embedding": embedding, "width": width}
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, S, E) to (B, S, C)."""
+        return self.proj(features)
+
+    def null(self, features: Tensor) -> Tensor:
+        """See `Resampler.null`."""
+        return _nothing(self.nothing, features)
+
+
+class IdLinear(nn.Module):
+    """Tokens from the vector that says whose face it is. Of the FaceID adapters.
+
+    Args:
+        embedding: E, 512.
+        hidden: width between the two layers.
+    """
+
+    def __init__(self, embedding: int, width: int, tokens: int = 4, hidden: int = 1024) -> None:
+        super().__init__()
+        self.tokens, self.width = tokens, width
+        self.proj = nn.Sequential(
+            nn.Linear(embedding, hidden), nn.GELU(), nn.Linear(hidden, tokens * width)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        hidden, embedding = state["proj.0.weight"].shape
+        width = state["norm.weight"].shape[0]
+        tokens = state["proj.2.weight"].shape[0] // width
+        return {"embedding": embedding, "width": width, "tokens": tokens, "hidden": hidden}
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, E) to (B, T, C)."""
+        return self.norm(self.proj(features).unflatten(-1, (self.tokens, self.width)))
+
+    def null(self, features: Tensor) -> Tensor:
+        return torch.zeros_like(features)
+
+
+class Resampler(nn.Module):
+    """T learned queries that read the features through a few layers of attention.
+
+    Of the plus adapters, which read an encoder's hidden states, and of Lynx, which reads the one
+    vector of a face. Jaegle et al., 2021, https://arxiv.org/abs/2103.03206.
+
+    Args:
+        embedding: E.
+        dim: inside.
+        heads: of 64 each.
+        spread: how much wider the feed-forward layers are than `dim`.
+        identity: it reads vectors of faces, whose "no image" is zeros.
+    """
+
+    def __init__(
+        self,
+        embedding: int,
+        width: int,
+        tokens: int = 16,
+        dim: int = 768,
+        depth: int = 4,
+        heads: int = 12,
+        spread: int = 4,
+        identity: bool = False,
+    ) -> None:
+        super().__init__()
+        self.tokens, self.width, self.identity = tokens, width, identity
+        self.nothing: Tensor | None = None
+        self.latents = nn.Parameter(torch.randn(1, tokens, dim) / dim**0.5)
+        self.proj_in = nn.Linear(embedding, dim)
+        self.layers = _layers(dim, depth, heads, spread)
+        self.proj_out = nn.Linear(dim, width)
+        self.norm_out = nn.LayerNorm(width)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        _, tokens, dim = state["latents"].shape
+        return {"tokens": tokens, "dim": dim, **_sizes(state)}
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, S, E), or (B, E) for one feature an image, to (B, T, C)."""
+        features = features.unsqueeze(1) if features.dim() == 2 else features
+        x = self.proj_in(features)
+        latents = self.latents.expand(len(x), -1, -1)
+        return self.norm_out(self.proj_out(_read(self.layers, x, latents)))
+
+    def null(self, features: Tensor) -> Tensor:
+        """Zeros for the vector of a face.
+
+        Hidden states are those of an empty image instead, which only the encoder knows: `nothing`,
+        (1, S, E), is what `ImageEncoder.negative` gave.
+        """
+        return torch.zeros_like(features) if self.identity else _nothing(self.nothing, features)
+
+
+class IdResampler(nn.Module):
+    """The vector of a face makes the queries, which read the hidden states of its picture.
+
+    Of the FaceID-Plus adapters.
+
+    Args:
+        embedding: of a hidden state.
+        identity: width of the vector, 512.
+        hidden: width between the two layers that make the queries.
+        shortcut: the second version, whose tokens are the queries plus `structure` times what
+            they read; in the first they are what was read.
+    """
+
+    def __init__(
+        self,
+        embedding: int,
+        width: int,
+        tokens: int = 4,
+        identity: int = IDENTITY,
+        hidden: int = 1024,
+        depth: int = 4,
+        heads: int = 12,
+        spread: int = 4,
+        shortcut: bool = False,
+    ) -> None:
+        super().__init__()
+        self.tokens, self.width, self.shortcut = tokens, width, shortcut
+        self.structure = 1.0
+        self.nothing: Tensor | None = None
+        self.proj = nn.Sequential(
+            nn.Linear(identity, hidden), nn.GELU(), nn.Linear(hidden, tokens * width)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.perceiver_resampler = nn.ModuleDict(
+            {
+                "proj_in": nn.Linear(embedding, width),
+                "proj_out": nn.Linear(width, width),
+                "norm_out": nn.LayerNorm(width),
+                "layers": _layers(width, depth, heads, spread),
+            }
+        )
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        prefix = "perceiver_resampler."
+        inner = {k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)}
+        face = IdLinear.of(state)
+        face["identity"] = face.pop("embedding")
+        return {**face, **_sizes(inner)}
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """{"id": (B, 512), "clip": (B, S, E)} to (B, T, C)."""
+        queries = self.norm(self.proj(features["id"]).unflatten(-1, (self.tokens, self.width)))
+        part: Any = self.perceiver_resampler
+        read = _read(part["layers"], part["proj_in"](features["clip"]), queries)
+        read = part["norm_out"](part["proj_out"](read))
+        return queries + self.structure * read if self.shortcut else read
+
+    def null(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Resampler.null`."""
+        return {
+            "id": torch.zeros_like(features["id"]),
+            "clip": _nothing(self.nothing, features["clip"]),
+        }
+
+
+class Pixels(nn.Module):
+    """A small encoder of its own, which trains along: pixels to T tokens.
+
+    Convolutions that halve the image, GroupNorm after each, then the mean and the largest of each
+    channel: what is in the image counts, not where. Nothing depends on the batch.
+
+    Args:
+        channels: after each convolution.
+    """
+
+    def __init__(
+        self, width: int, tokens: int = 4, channels: tuple[int, ...] = (32, 64, 128)
+    ) -> None:
+        super().__init__()
+        self.tokens, self.width = tokens, width
+        pairs = zip((3, *channels), channels, strict=False)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
+        self.norms = nn.ModuleList(nn.GroupNorm(_groups(c), c) for c in channels)
+        self.proj = nn.Linear(2 * channels[-1], tokens * width)
+        self.norm = nn.LayerNorm(width)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        names = [k for k in state if k.startswith("convs.") and k.endswith(".weight")]
+        channels = tuple(state[f"convs.{i}.weight"].shape[0] for i in range(len(names)))
+        width = state["norm.weight"].shape[0]
+        tokens = state["proj.weight"].shape[0] // width
+        return {"width": width, "tokens": tokens, "channels": channels}
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, 3, S, S), in [-1, 1] or uint8, to (B, T, C)."""
+        x = features
+        if x.dtype == torch.uint8:
+            x = x.to(self.proj.weight.dtype) / 127.5 - 1
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.silu(norm(conv(x)))
+        x = torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
+        return self.norm(self.proj(x).unflatten(-1, (self.tokens, self.width)))
+
+    def null(self, features: Tensor) -> Tensor:
+        """Grey all over, the same whichever way it is given."""
+        grey = torch.full_like(features, 128)
+        return grey if features.dtype == torch.uint8 else grey / 127.5 - 1
+
+
+class _Attention(nn.Module):
+    """The queries read the features and themselves."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, heads * HEAD, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * heads * HEAD, bias=False)
+        self.to_out = nn.Linear(heads * HEAD, dim, bias=False)
+
+    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+        latents = self.norm2(latents)
+        k, v = self.to_kv(torch.cat([self.norm1(x), latents], dim=1)).chunk(2, dim=-1)
+        q, k, v = (y.unflatten(-1, (-1, HEAD)).transpose(1, 2) for y in (self.to_q(latents), k, v))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+def _layers(dim: int, depth: int, heads: int, spread: int) -> nn.ModuleList:
+    def layer() -> nn.ModuleList:
+        forward = nn.Sequential(
+            nn.LayerNorm(dim),
+            nn.Linear(dim, spread * dim, bias=False),
+            nn.GELU(),
+            nn.Linear(spread * dim, dim, bias=False),
+        )
+        return nn.ModuleList([_Attention(dim, heads), forward])
+
+    return nn.ModuleList(layer() for _ in range(depth))
+
+
+def _read(layers: Any, x: Tensor, latents: Tensor) -> Tensor:
+    for attention, forward in layers:
+        latents = latents + attention(x, latents)
+        latents = latents + forward(latents)
+    return latents
+
+
+def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the two resamplers have in common."""
+    rows = state["layers.0.0.to_q.weight"].shape[0]
+    if rows % HEAD:
+        raise ValueError(f"layers.0.0.to_q.weight has {rows} rows, no multiple of {HEAD}")
+    inner, dim = state["layers.0.1.1.weight"].shape
+    return {
+        "embedding": state["proj_in.weight"].shape[1],
+        "width": state["proj_out.weight"].shape[0],
+        "depth": len({k.split(".")[1] for k in state if k.startswith("layers.")}),
+        "heads": rows // HEAD,
+        "spread": inner // dim,
+    }
+
+
+def _nothing(given: Tensor | None, features: Tensor) -> Tensor:
+    if given is None:
+        raise ValueError(
+            "this adapter's features of no image are the encoder's, of an empty one: give "
+            "negative=, or load the adapter with image_encoder="
+        )
+    return given.to(features).expand(len(features), *given.shape[1:])
+
+
+def _groups(channels: int) -> int:
+    return max(g for g in range(1, 9) if channels % g == 0)

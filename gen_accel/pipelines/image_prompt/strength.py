@@ -1,0 +1,346 @@
+"""How strongly an image prompt acts, in which blocks, at which steps, on which frames and where.
+
+F frames after patchify, P frames of pixels, I images, S attentions of a model.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gen_accel.video import VideoShape
+
+# Of SDXL's UNet. Wang et al., "InstantStyle", 2024, https://arxiv.org/abs/2404.02733.
+PRESETS: dict[str, dict[str, Any]] = {
+    "style": {"up": {"block_0": [0.0, 1.0, 0.0]}},
+    "style+layout": {"down": {"block_2": [0.0, 1.0]}, "up": {"block_0": [0.0, 1.0, 0.0]}},
+}
+_SIDES = ("down", "mid", "up")
+
+
+@dataclass(frozen=True)
+class ScaleRange:
+    """A scale on some frames at some steps.
+
+    Args:
+        scale: a number, numbers by block, or a preset; see `ImagePrompt.set_scale`.
+        frames: the first, and the one after the last, in pixel frames of the video; None for all.
+        steps: the same in denoising steps, or in shares of them, rounded up to whole steps, where
+            either is a float: (0.0, 0.5) is the first half, (0, 1) the first step.
+    """
+
+    scale: Any
+    frames: tuple[int, int] | None = None
+    steps: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "steps"):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            if len(given) != 2 or not 0 <= given[0] < given[1]:
+                raise ValueError(
+                    f"{name} must be (first, one after the last), 0 <= first < last, got {given}"
+                )
+            object.__setattr__(self, name, tuple(given))
+        if self.frames is not None and not all(isinstance(x, int) for x in self.frames):
+            raise ValueError(f"frames counts frames of the video, got {self.frames}")
+        if self.needs_total and self.steps is not None and self.steps[1] > 1:
+            raise ValueError(
+                f"steps must be whole numbers, or shares from 0.0 to 1.0, got {self.steps}"
+            )
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether `steps` are shares."""
+        return self.steps is not None and any(isinstance(x, float) for x in self.steps)
+
+    def holds(self, step: int, steps: int | None) -> bool:
+        """At `step` of `steps`, counted from 0."""
+        if self.steps is None:
+            return True
+        first, stop = self.steps
+        if self.needs_total:
+            assert steps is not None
+            first, stop = (math.ceil(share * steps - 1e-9) for share in (first, stop))
+        return first <= step < stop
+
+
+class _Resolved(NamedTuple):
+    """A range with a scale for each attention."""
+
+    given: ScaleRange
+    scales: tuple[float, ...]
+
+
+class Scales:
+    """What `set_scale` was given, for the attentions of one model.
+
+    Args:
+        names: of those attentions.
+    """
+
+    def __init__(self, ranges: Sequence[ScaleRange], names: Sequence[str]) -> None:
+        self._all = [_Resolved(one, block_scales(one.scale, names)) for one in ranges]
+        self._now = self._all
+        self.silent = not any(any(one.scales) for one in self._all)
+        self.needs_step = any(one.given.steps is not None for one in self._all)
+        self.needs_total = any(one.given.needs_total for one in self._all)
+        self.needs_frames = any(one.given.frames is not None for one in self._all)
+
+    def at(self, step: int, steps: int | None) -> None:
+        """Go to a step, counted from 0."""
+        self._now = [one for one in self._all if one.given.holds(step, steps)]
+
+    def of(self, place: int, spans: Sequence[tuple[int, int]] | None) -> float | tuple[float, ...]:
+        """The scale in an attention now, one for all frames or one for each.
+
+        Args:
+            place: of the attention among `names`.
+            spans: of `frame_spans`, where `needs_frames`.
+
+        Raises:
+            ValueError: frames beyond the video.
+        """
+        now = self._now
+        if spans is None:
+            return now[-1].scales[place] if now else 0.0
+        pixels = np.zeros(spans[-1][1])
+        for one in now:
+            first, stop = one.given.frames or (0, len(pixels))
+            if first >= len(pixels):
+                raise ValueError(
+                    f"frames {one.given.frames} of a scale lie beyond the video of "
+                    f"{len(pixels)} frames"
+                )
+            pixels[first:stop] = one.scales[place]
+        scales = tuple(float(pixels[first:stop].mean()) for first, stop in spans)
+        return scales[0] if len(set(scales)) == 1 else scales
+
+
+def frame_spans(frames: int, factor: int, patch: int) -> list[tuple[int, int]]:
+    """The pixel frames, first and one after the last, that each of F frames of tokens is of.
+
+    Args:
+        factor: pixel frames in a latent frame, all but the first, which is one.
+        patch: latent frames in a token.
+    """
+    stops = [1 + (patch * (frame + 1) - 1) * factor for frame in range(frames)]
+    return list(zip([0, *stops], stops, strict=False))
+
+
+def block_scales(scale: Any, names: Sequence[str]) -> tuple[float, ...]:
+    """One scale for each of S attentions.
+
+    Args:
+        scale: a number; a list of S; a dict, by names of blocks ("blocks.3", all that is in it)
+            or in the form of diffusers, {"down": {"block_2": [0.0, 1.0]}, "mid": 0.5}; or a
+            preset. What a dict does not name gets 0.
+
+    Raises:
+        ValueError: names of no block, another number of numbers, or something else.
+    """
+    if isinstance(scale, str):
+        return _preset(scale, names)
+    if isinstance(scale, dict):
+        if scale and all(key in _SIDES for key in scale):
+            return _by_side(scale, names)
+        return _by_name(scale, names)
+    if isinstance(scale, (list, tuple)):
+        if len(scale) != len(names):
+            raise ValueError(
+                f"scale must have a number for each of the {len(names)} attentions, got "
+                f"{len(scale)}: {names[0]} to {names[-1]}"
+            )
+        return tuple(_number(one, name) for one, name in zip(scale, names, strict=True))
+    return (_number(scale, "scale"),) * len(names)
+
+
+def _preset(name: str, names: Sequence[str]) -> tuple[float, ...]:
+    if name not in PRESETS:
+        raise ValueError(f"scale must be a number, numbers by block or {_presets()}, got {name!r}")
+    try:
+        return _by_side(PRESETS[name], names)
+    except ValueError as error:
+        raise ValueError(f"{name!r} is for the blocks of SDXL's UNet: {error}") from error
+
+
+def _by_name(scale: dict[str, Any], names: Sequence[str]) -> tuple[float, ...]:
+    scales = [0.0] * len(names)
+    for key, value in scale.items():
+        places = [i for i, name in enumerate(names) if f"{name}.".startswith(f"{key}.")]
+        if not places:
+            raise ValueError(f"scale names {key!r}, which is none of: {', '.join(names)}")
+        for place in places:
+            scales[place] = _number(value, key)
+    return tuple(scales)
+
+
+def _by_side(scale: dict[str, Any], names: Sequence[str]) -> tuple[float, ...]:
+    """Names of a UNet: down_blocks.1.attentions.0.transformer_blocks.0.attn2."""
+    keys = [_side_of(name) for name in names]
+    blocks: dict[str, dict[str, int]] = {}  # side to block to attentions
+    for side, block, place in filter(None, keys):
+        inside = blocks.setdefault(side, {})
+        inside[block] = max(inside.get(block, 0), place + 1)
+    there = ", ".join(
+        side if side == "mid" else f"{side}.{block} ({count})"
+        for side, inside in blocks.items()
+        for block, count in inside.items()
+    )
+    scales: dict[tuple[str, str, int], float] = {}
+    for side, given in scale.items():
+        inside = blocks.get(side, {})
+        by_block = given if isinstance(given, dict) else dict.fromkeys(inside, given)
+        for block, values in by_block.items():
+            if block not in inside:
+                raise ValueError(
+                    f"scale names {side}.{block}, where no attention is; there are: {there}"
+                )
+            several = values if isinstance(values, (list, tuple)) else [values]
+            several = [*several] * (inside[block] if len(several) == 1 else 1)
+            if len(several) != inside[block]:
+                raise ValueError(
+                    f"scale of {side}.{block} must have {inside[block]} numbers, got {values}"
+                )
+            for place, value in enumerate(several):
+                scales[side, block, place] = _number(value, f"{side}.{block}")
+        if not inside:
+            raise ValueError(f"scale names {side!r}, where no attention is; there are: {there}")
+    return tuple(0.0 if key is None else scales.get(key, 0.0) for key in keys)
+
+
+def _side_of(name: str) -> tuple[str, str, int] | None:
+    parts = name.split(".")
+    if parts[0] == "mid_block":
+        return "mid", "", int(parts[2])
+    if parts[0] in ("down_blocks", "up_blocks"):
+        return parts[0].removesuffix("_blocks"), f"block_{parts[1]}", int(parts[3])
+    return None
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"scale must be a number at {where}, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"scale must be finite at {where}, got {value}")
+    return float(value)
+
+
+def _presets() -> str:
+    return " or ".join(map(repr, PRESETS))
+
+
+class Masks:
+    """Where each image acts.
+
+    Args:
+        given: (H, W) for all images, (I, H, W), or (I, P, H, W), in [0, 1]; tensor, array, or
+            pictures of one channel.
+        images: I.
+
+    Raises:
+        ValueError: another shape, number or range.
+    """
+
+    def __init__(self, given: Any, images: int) -> None:
+        mask = _tensor(given)
+        if mask.ndim not in (2, 3, 4) or 0 in mask.shape:
+            raise ValueError(
+                "mask must be (height, width), (images, height, width) or (images, frames, "
+                f"height, width), got {tuple(mask.shape)}"
+            )
+        if mask.ndim == 2:
+            mask = mask.expand(images, *mask.shape)
+        if len(mask) != images:
+            raise ValueError(f"mask must be one for each of {images} images, got {len(mask)}")
+        low, high = mask.aminmax()
+        if not 0 <= low <= high <= 1:
+            raise ValueError(
+                f"mask must be from 0 to 1, got {low.item():.4g} to {high.item():.4g}"
+            )
+        self.values = mask[:, None] if mask.ndim == 3 else mask  # (I, P or 1, H, W)
+
+    def fit(self, grid: VideoShape, spans: Sequence[tuple[int, int]] | None) -> Tensor:
+        """(I, N) float32 on a grid of tokens. Rows and columns are resampled as diffusers does it
+        for images, bicubic, and frames averaged.
+
+        Raises:
+            ValueError: masks for another number of frames.
+        """
+        mask, frames = self.values, self.values.shape[1]
+        if frames > 1:
+            pixels = 1 if spans is None else spans[-1][1]
+            if frames != pixels:
+                raise ValueError(f"mask has {frames} frames, the video {pixels}")
+            assert spans is not None
+            mask = torch.stack([mask[:, first:stop].mean(1) for first, stop in spans], 1)
+        mask = F.interpolate(mask, size=(grid.height, grid.width), mode="bicubic")
+        return mask.expand(-1, grid.frames, -1, -1).flatten(1)
+
+
+def _tensor(given: Any) -> Tensor:
+    """float32 on the CPU."""
+    if isinstance(given, (list, tuple)):
+        parts = [_tensor(one) for one in given]
+        if len({part.shape for part in parts}) != 1:
+            raise ValueError(f"masks must be of one size, got {[tuple(p.shape) for p in parts]}")
+        return torch.stack(parts)
+    if hasattr(given, "getbands"):  # a picture
+        if given.mode not in ("L", "1"):
+            raise ValueError(f"mask must be a picture of one channel, got mode {given.mode}")
+        array = np.asarray(given.convert("L"), dtype=np.float32) / 255
+        return torch.from_numpy(array)
+    if not isinstance(given, Tensor):
+        given = torch.as_tensor(np.asarray(given))
+    return given.detach().to("cpu", torch.float32)
+
+
+def levels(grid: VideoShape) -> list[VideoShape]:
+    """The grids that a UNet attends over, each with half of the rows and columns of the one before
+    it, rounded up. A video has one."""
+    found = [grid]
+    while grid.frames == 1 and (grid.height, grid.width) != (1, 1):
+        grid = VideoShape(1, (grid.height + 1) // 2, (grid.width + 1) // 2)
+        found.append(grid)
+    return found
+
+
+def token_weights(
+    scale: float | tuple[float, ...],
+    masks: Masks | None,
+    grid: VideoShape,
+    spans: Sequence[tuple[int, int]] | None,
+) -> list[dict[int, Tensor]]:
+    """For each image, or once for all without masks: the weights (N,) of the tokens, by N."""
+    images = 1 if masks is None else len(masks.values)
+    found: list[dict[int, Tensor]] = [{} for _ in range(images)]
+    for level in levels(VideoShape(*grid.grid)):
+        frames = torch.tensor(scale).expand(level.frames)
+        weights = frames.repeat_interleave(level.height * level.width).expand(images, -1)
+        if masks is not None:
+            weights = weights * masks.fit(level, spans)
+        for image, own in enumerate(weights):
+            found[image].setdefault(level.video_tokens, own)
+    return found
+
+
+# temporal factor of a pipeline's autoencoder, by what pipelines call it
+_FACTORS = (
+    "vae_scale_factor_temporal",
+    "vae_temporal_scale_factor",
+    "vae_temporal_compression_ratio",
+)
+
+
+def temporal_factor(pipe: Any, family: Any) -> int | None:
+    """Pixel frames in a latent frame, all but the first; None where there are no frames."""
+    for name in _FACTORS:
+        if getattr(pipe, name, None) is not None:
+            return getattr(pipe, name)
+    return getattr(family, "TEMPORAL_FACTOR", None)

@@ -1,0 +1,998 @@
+"""Image prompts on live models: what they add, where, by what, and no trace of them after."""
+
+import copy
+import gc
+from functools import partial
+
+import hunyuan
+import image_adapters
+import pytest
+import torch
+import torch.nn.functional as F
+import wan
+from accelerate import cpu_offload, cpu_offload_with_hook
+from accelerate.hooks import remove_hook_from_module
+from methods import LINEAR, MIXTURE, RADIAL, WINDOW
+from peft import LoraConfig
+from test_image_seam import CASES
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from gen_accel import ScaleRange, attach, load_image_prompt
+from gen_accel.attention_processors.families import image_family_of
+from gen_accel.attention_processors.image_prompt import (
+    ImageAdapter,
+    KeysValues,
+    image_attention,
+    new_adapter,
+)
+from gen_accel.pipelines.image_prompt.strength import (
+    Masks,
+    block_scales,
+    frame_spans,
+    levels,
+)
+from gen_accel.video import VideoShape
+
+WIDTH = 5  # of a feature
+TOKENS = 3
+METHODS = [RADIAL, WINDOW, MIXTURE, LINEAR]
+
+
+class Projector(nn.Module):
+    """As the base adapters', of features (I, 5)."""
+
+    def __init__(self, width, seed=0):
+        torch.manual_seed(seed)
+        super().__init__()
+        self.tokens, self.width = TOKENS, width
+        self.proj = nn.Linear(WIDTH, TOKENS * width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, features):
+        return self.norm(self.proj(features).unflatten(-1, (TOKENS, self.width)))
+
+    def null(self, features):
+        return torch.zeros_like(features)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sites(model):
+    return image_family_of(model).image_attentions(model)
+
+
+def identity(model, seed=0):
+    projector = Projector(sites(model)[0].width, seed)
+    return new_adapter(model, projector, variant="base")
+
+
+def adapter(model, seed=0):
+    """One that does something."""
+    made = identity(model, seed)
+    made = ImageAdapter("base", made.projector, dict(made.layers), key_norm=made.key_norm)
+    torch.manual_seed(seed + 1)
+    for parameter in made.layers.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return made.requires_grad_(False)
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+@pytest.fixture
+def model():
+    return wan.transformer()
+
+
+def output(model, given):
+    return model(**given, return_dict=False)[0]
+
+
+def added(model, run, place=0):
+    """What the first attention puts into its output projection."""
+    seen = []
+    projection = sites(model)[place].module.to_out[0]
+    hook = projection.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    run()
+    hook.remove()
+    return seen[-1]
+
+
+def trace(model):
+    """All that could be left behind."""
+    processors = [m.processor for m in model.modules() if hasattr(m, "processor")]
+    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
+    return processors, [*dict(model.named_modules())], hooks, model.__dict__.get("forward")
+
+
+def assert_as_before(model, before):
+    now = trace(model)
+    assert all(a is b for a, b in zip(now[0], before[0], strict=True))
+    assert now[1:] == before[1:]
+
+
+# What is added
+
+
+@torch.no_grad()
+def test_scale_0_is_the_base_model(case):
+    model, given = case.build(), case.inputs()
+    before, base = trace(model), output(model, given)
+    prompt = load_image_prompt(model, adapter(model), scale=0.0)
+    assert torch.equal(output(model, given), base)  # also without an image
+    prompt.set_embeds(noise(1, WIDTH))
+    assert torch.equal(output(model, given), base)
+    prompt.set_scale(1.0)
+    assert not torch.allclose(output(model, given), base, atol=1e-4)
+    prompt.remove()
+    prompt.remove()
+    assert_as_before(model, before)
+    assert torch.equal(output(model, given), base)
+
+
+def test_training_begins_at_the_base_model_and_moves_all(case):
+    model, given = case.build().requires_grad_(False), case.inputs()
+    for layer in model.modules():  # tiny models whose last layer is zero would stop any gradient
+        if isinstance(layer, nn.Linear) and not layer.weight.any():
+            nn.init.normal_(layer.weight, std=0.2)
+    base = output(model, given)
+    new = identity(model)
+    assert {id(p) for p in new.trained} == {
+        id(p) for part in (new.projector, new.layers) for p in part.parameters()
+    }
+    with load_image_prompt(model, new) as prompt:
+        with prompt.using(noise(2, WIDTH), keep=torch.tensor([True, False])):
+            out = output(model, given)
+            assert torch.equal(out, base)
+            (out * noise(*out.shape, seed=3)).mean().backward()
+        for name, parameter in new.named_parameters():
+            if name.startswith("start."):
+                assert parameter.grad is None
+            else:
+                assert parameter.grad.abs().max() > 0, name
+        # A step away from the start, it is another model.
+        with torch.no_grad():
+            for parameter in new.trained:
+                parameter -= 10 * parameter.grad / parameter.grad.norm()
+        prompt.set_embeds(noise(1, WIDTH))
+        assert not torch.equal(output(model, given), base)
+
+
+def test_a_clone_starts_beside_the_base_model(model):
+    new = new_adapter(model, Projector(32), variant="base", start="clone")
+    assert new.start is None
+    assert torch.equal(new.layers["0"].to_k.weight, model.blocks[0].attn2.to_k.weight)
+    with torch.no_grad(), load_image_prompt(model, new) as prompt:
+        prompt.set_embeds(noise(1, WIDTH))
+        assert not torch.allclose(wan.forward(model), wan.forward(wan.transformer()), atol=1e-4)
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn2 takes tokens of width 32"):
+        new_adapter(model, Projector(8), variant="base")
+    with pytest.raises(ValueError, match="start must be"):
+        new_adapter(model, Projector(32), variant="base", start="zero")
+
+
+def test_a_lora_is_not_copied_into_a_new_adapter(model):
+    own = model.blocks[0].attn2.to_k.weight.detach().clone()
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False))
+    new = identity(model)
+    assert torch.equal(new.layers["0"].to_k.weight, own)
+    base = wan.forward(model)
+    with load_image_prompt(model, new) as prompt, prompt.using(noise(2, WIDTH)):
+        assert torch.equal(wan.forward(model), base)
+
+
+@torch.no_grad()
+def test_what_is_added_is_the_attention_to_the_image(model):
+    one, features = adapter(model), noise(2, WIDTH)
+    layer, attn = one.layers["0"], model.blocks[0].attn2
+    seen = []
+    hook = attn.norm_q.register_forward_hook(lambda _, args, out: seen.append(out))
+    base = added(model, lambda: wan.forward(model))
+    hook.remove()
+    q = seen[0].unflatten(2, (wan.HEADS, wan.HEAD_DIM))
+    tokens = one.projector(features).reshape(1, 2 * TOKENS, -1)
+    k, v = attn.norm_k(layer.to_k(tokens)), layer.to_v(tokens)
+    k, v = (x.unflatten(2, (wan.HEADS, wan.HEAD_DIM)).expand(2, -1, -1, -1) for x in (k, v))
+    want = base + 0.7 * image_attention(q, k, v).flatten(2)
+    with load_image_prompt(model, one, scale=0.7) as prompt:
+        prompt.set_embeds(features)
+        torch.testing.assert_close(added(model, lambda: wan.forward(model)), want)
+
+
+@pytest.mark.parametrize("key_norm", ["none", "own", "plain"])
+@pytest.mark.parametrize("registers", [0, 2])
+def test_keys_values(key_norm, registers):
+    model = wan.transformer()
+    layers = {"1": KeysValues(6, 32, bias=True, registers=registers)}
+    one = ImageAdapter("base", Projector(6), layers, key_norm=key_norm)
+    k, v = one.keys_values(sites(model)[1], noise(2, TOKENS, 6))
+    assert k.shape == v.shape == (2, TOKENS + registers, wan.HEADS, wan.HEAD_DIM)
+    with torch.no_grad(), load_image_prompt(model, one) as prompt:
+        prompt.set_embeds(noise(2, WIDTH))
+        assert "1 of 2 attentions" in prompt.describe()
+        assert torch.isfinite(wan.forward(model)).all()
+
+
+def test_an_adapter_refuses_what_it_is_not():
+    with pytest.raises(ValueError, match="key_norm must be one of"):
+        ImageAdapter("base", Projector(6), {"0": KeysValues(6, 32, bias=False)}, key_norm="rms")
+    with pytest.raises(ValueError, match="needs layers"):
+        ImageAdapter("base", Projector(6), {})
+
+
+@torch.no_grad()
+def test_adapters_add_up(model):
+    def run():
+        wan.forward(model)
+
+    base = added(model, run)
+    alone = []
+    for seed in (0, 7):
+        with load_image_prompt(model, adapter(model, seed)) as prompt:
+            prompt.set_embeds(noise(1, WIDTH, seed=seed))
+            alone.append(added(model, run) - base)
+    prompts = [
+        load_image_prompt(model, adapter(model, seed), name=str(seed), scale=scale)
+        for seed, scale in ((0, 1.0), (7, 0.5))
+    ]
+    for seed, prompt in zip((0, 7), prompts, strict=True):
+        prompt.set_embeds(noise(1, WIDTH, seed=seed))
+    torch.testing.assert_close(added(model, run) - base, alone[0] + 0.5 * alone[1])
+    prompts[0].remove()
+    torch.testing.assert_close(added(model, run) - base, 0.5 * alone[1])
+    prompts[1].remove()
+    assert torch.equal(added(model, run), base)
+
+
+# Beside methods and LoRAs
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("family", [wan, hunyuan], ids=lambda family: family.__name__)
+@pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch")
+@torch.no_grad()
+def test_with_each_method_in_any_order(family, method):
+    model = family.transformer()
+    before, base = trace(model), family.forward(model)
+    one = adapter(model)
+    with attach(model, method):
+        sparse = family.forward(model)
+    assert_as_before(model, before)
+
+    def load():
+        prompt = load_image_prompt(model, one)
+        prompt.set_embeds(noise(1, WIDTH))
+        return prompt
+
+    prompt = load()
+    alone = family.forward(model)
+    handle = attach(model, method)
+    both = family.forward(model)
+    assert not torch.allclose(both, sparse, atol=1e-4)
+    assert not torch.allclose(both, alone, atol=1e-4)
+    prompt.remove()
+    assert torch.equal(family.forward(model), sparse)
+    prompt = load()
+    assert torch.equal(family.forward(model), both)
+    with handle.paused():
+        assert torch.equal(family.forward(model), alone)
+    handle.detach()
+    assert torch.equal(family.forward(model), alone)
+    prompt.remove()
+    assert_as_before(model, before)
+    assert torch.equal(family.forward(model), base)
+
+
+@pytest.mark.parametrize("first", ["lora", "prompt"])
+@torch.no_grad()
+def test_beside_a_lora(model, first):
+    config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+
+    def lora():
+        torch.manual_seed(9)
+        model.add_adapter(config)
+
+    def load():
+        prompt = load_image_prompt(model, one)
+        prompt.set_embeds(noise(1, WIDTH))
+        return prompt
+
+    one = adapter(model)
+    if first == "lora":
+        lora()
+        tuned, prompt = wan.forward(model), load()
+        both = wan.forward(model)
+        assert not torch.allclose(both, tuned, atol=1e-4)
+        prompt.remove()
+        assert torch.equal(wan.forward(model), tuned)
+        prompt = load()
+        model.unload_lora()
+        with load_image_prompt(wan.transformer(), one, name="other") as other:
+            assert other.name == "other"
+    else:
+        prompt = load()
+        prompted = wan.forward(model)
+        lora()
+        both = wan.forward(model)
+        assert not torch.allclose(both, prompted, atol=1e-4)
+        model.unload_lora()
+        assert torch.equal(wan.forward(model), prompted)
+    prompt.remove()
+    assert torch.equal(wan.forward(model), wan.forward(wan.transformer()))
+
+
+# How strongly, and where
+
+
+def test_scales_by_block():
+    names = [f"blocks.{i}.attn2" for i in range(12)]
+    assert block_scales(0.5, names) == (0.5,) * 12
+    assert block_scales({"blocks.1": 0.5}, names) == (0.0, 0.5, *[0.0] * 10)  # not blocks.10
+    assert block_scales({"blocks": 1, "blocks.11.attn2": 2}, names) == (*[1.0] * 11, 2.0)
+    assert block_scales([*range(12)], names) == tuple(map(float, range(12)))
+    for wrong, message in (
+        ({"blocks.12": 1.0}, r"'blocks.12', which is none of: blocks.0.attn2, "),
+        ([1.0, 2.0], "a number for each of the 12 attentions, got 2"),
+        ("loud", r"or 'style' or 'style\+layout', got 'loud'"),
+        ("style", "is for the blocks of SDXL's UNet"),
+        ({"up": 1.0}, "names 'up', where no attention is"),
+        ({"blocks.1": [1.0]}, "must be a number at blocks.1"),
+        (None, "must be a number"),
+        (True, "must be a number"),
+        (float("nan"), "must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            block_scales(wrong, names)
+
+
+def test_scales_of_a_unet():
+    names = [
+        *[f"down_blocks.1.attentions.{i}.transformer_blocks.0.attn2" for i in range(2)],
+        *[f"down_blocks.2.attentions.{i}.transformer_blocks.0.attn2" for i in range(2)],
+        *[
+            f"up_blocks.0.attentions.{i}.transformer_blocks.{j}.attn2"
+            for i in (0, 1, 2)
+            for j in (0, 1)
+        ],
+        "mid_block.attentions.0.transformer_blocks.0.attn2",
+    ]
+    assert block_scales({"up": {"block_0": [0.0, 1.0, 0.5]}, "mid": 2}, names) == (
+        *(0, 0, 0, 0),
+        *(0, 0, 1, 1, 0.5, 0.5),
+        2,
+    )
+    assert block_scales({"down": [0.25, 0.5]}, names)[:4] == (0.25, 0.5, 0.25, 0.5)
+    assert block_scales("style", names) == (0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0)
+    assert block_scales("style+layout", names) == (0, 0, 0, 1, 0, 0, 1, 1, 0, 0, 0)
+    assert block_scales({"down_blocks.1": 1.0}, names) == (1, 1, *[0] * 9)
+    for wrong, message in (
+        ({"up": {"block_1": 1.0}}, r"names up.block_1, where no attention is; there are: down"),
+        ({"up": {"block_0": [1.0, 2.0]}}, "scale of up.block_0 must have 3 numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            block_scales(wrong, names)
+
+
+@torch.no_grad()
+def test_a_block_without_a_scale_adds_nothing(model):
+    base = [added(model, lambda: wan.forward(model), place) for place in (0, 1)]
+    prompt = load_image_prompt(model, adapter(model))
+    prompt.set_embeds(noise(1, WIDTH))
+    prompt.set_scale({"blocks.1": 1.0})
+    assert torch.equal(added(model, lambda: wan.forward(model)), base[0])
+    assert not torch.equal(added(model, lambda: wan.forward(model), 1), base[1])
+    prompt.set_scale([1.0, 0.0])
+    assert not torch.equal(added(model, lambda: wan.forward(model)), base[0])
+
+
+def test_frames_of_tokens():
+    assert frame_spans(3, 4, 1) == [(0, 1), (1, 5), (5, 9)]
+    assert frame_spans(2, 4, 2) == [(0, 5), (5, 13)]
+    assert frame_spans(2, 6, 1) == [(0, 1), (1, 7)]
+
+
+@torch.no_grad()
+def test_scales_by_frame(model):
+    """5 latent frames are 17 frames."""
+
+    def frames():
+        return added(model, lambda: wan.forward(model)).unflatten(1, (5, 99))
+
+    base = frames()
+    prompt = load_image_prompt(model, adapter(model))
+    prompt.set_embeds(noise(1, WIDTH))
+    whole = frames() - base
+    prompt.set_scale(1.0, frames=(5, 11))
+    delta = frames() - base
+    for frame, share in enumerate((0.0, 0.0, 1.0, 0.5, 0.0)):
+        torch.testing.assert_close(delta[:, frame], share * whole[:, frame])
+    assert torch.equal(frames()[:, :2], base[:, :2])
+    prompt.set_scale([ScaleRange(0.5), ScaleRange(2.0, frames=(1, 5)), ScaleRange(0, (9, 999))])
+    for frame, share in enumerate((0.5, 2.0, 0.5, 0.0, 0.0)):
+        torch.testing.assert_close((frames() - base)[:, frame], share * whole[:, frame])
+    prompt.set_scale(1.0, frames=(17, 18))
+    with pytest.raises(ValueError, match="lie beyond the video of 17 frames"):
+        wan.forward(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [(1, 3), (0.25, 0.75)])
+def test_scales_by_step(steps):
+    pipe = wan.pipeline()
+    seen = []
+    prompt = load_image_prompt(pipe, adapter(pipe.transformer))
+    prompt.set_embeds(noise(1, WIDTH))
+    prompt.set_scale(1.0, steps=steps)
+    branch = prompt._parts["transformer"].branches[0]
+    hook = pipe.transformer.register_forward_hook(lambda *_: seen.append(bool(branch.terms)))
+    for _ in range(2):
+        wan.generate(pipe, 4)
+    hook.remove()
+    assert seen == 2 * [*[False] * 2, *[True] * 4, *[False] * 2]
+
+
+@torch.no_grad()
+def test_scales_by_step_with_schedulers_that_count_none():
+    """Stable Diffusion's DDIM says by the timestep alone where it is."""
+    pipe = image_adapters.pipeline("sd")
+    prompt = load_image_prompt(pipe, adapter(pipe.unet))
+    prompt.set_embeds(noise(1, WIDTH))
+    prompt.set_scale(1.0, steps=(1, 2))
+    branch, seen = prompt._parts["unet"].branches[0], []
+    pipe.unet.register_forward_hook(lambda *_: seen.append(bool(branch.terms)))
+    for _ in range(2):
+        image_adapters.generate(pipe, "sd")
+    assert seen == [False, True] * 2
+
+
+@torch.no_grad()
+def test_a_transformer_alone_counts_changes_of_the_timestep(model):
+    base = wan.forward(model)
+    prompt = load_image_prompt(model, adapter(model))
+    prompt.set_embeds(noise(1, WIDTH))
+    prompt.set_scale(1.0, steps=(1, 2))
+    assert torch.equal(wan.forward(model), base)
+    later = wan.inputs(time=500.0)
+    assert not torch.equal(output(model, later), output(wan.transformer(), later))
+
+
+def test_ranges_that_are_none(model):
+    for wrong, message in (
+        ({"frames": (3, 3)}, "0 <= first < last, got"),
+        ({"frames": (0.0, 0.5)}, "frames counts frames"),
+        ({"steps": (-1, 3)}, "0 <= first < last"),
+        ({"steps": (0.5, 2)}, "whole numbers, or shares"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ScaleRange(1.0, **wrong)
+    prompt = load_image_prompt(model, adapter(model))
+    with pytest.raises(ValueError, match="which only a pipeline knows"):
+        prompt.set_scale(1.0, steps=(0.0, 0.5))
+    with pytest.raises(ValueError, match="give them there"):
+        prompt.set_scale([ScaleRange(1.0)], steps=(0, 1))
+    with pytest.raises(ValueError, match="not both"):
+        prompt.set_scale([ScaleRange(1.0), 1.0])
+    unet = CASES["unet"].build()
+    with pytest.raises(ValueError, match="UNet2DConditionModel makes images"):
+        load_image_prompt(unet, adapter(unet)).set_scale(1.0, frames=(0, 1))
+
+
+@torch.no_grad()
+def test_masks_say_where_each_image_acts(model):
+    def grid():
+        return added(model, lambda: wan.forward(model)).unflatten(1, (5, 9, 11))
+
+    base, features = grid(), noise(2, WIDTH)
+    prompt = load_image_prompt(model, adapter(model))
+    alone = []
+    for one in features.split(1):
+        prompt.set_embeds(one)
+        alone.append(grid() - base)
+    mask = torch.zeros(2, 9, 11)
+    mask[0, :, :4], mask[1, 3:] = 1.0, 0.5
+    prompt.set_embeds(features, mask=mask)
+    want = sum(m[None, None, ..., None] * x for m, x in zip(mask, alone, strict=True))
+    torch.testing.assert_close(grid() - base, want, atol=1e-5, rtol=1e-4)
+    # A mask of its own for each of 17 frames.
+    moving = torch.zeros(2, 17, 9, 11)
+    moving[0, :3], moving[1, 5:9, :, 5:] = 1.0, 1.0
+    prompt.set_embeds(features, mask=moving)
+    delta = grid() - base
+    torch.testing.assert_close(delta[:, 0], alone[0][:, 0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(delta[:, 1], 0.5 * alone[0][:, 1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(delta[:, 2, :, 5:], alone[1][:, 2, :, 5:], atol=1e-5, rtol=1e-4)
+    assert torch.equal(grid()[:, 3:], base[:, 3:])
+    # With a scale by frame they multiply.
+    prompt.set_scale(0.5, frames=(0, 1))
+    torch.testing.assert_close(
+        grid()[:, 0] - base[:, 0], 0.5 * alone[0][:, 0], atol=1e-5, rtol=1e-4
+    )
+    assert torch.equal(grid()[:, 1:], base[:, 1:])
+    prompt.set_scale(1.0)
+    prompt.set_embeds(features, mask=torch.zeros(2, 5, 9, 11))
+    with pytest.raises(ValueError, match="mask has 5 frames, the video 17"):
+        wan.forward(model)
+
+
+def test_masks_fit_the_grid_as_in_diffusers():
+    mask = torch.rand(2, 32, 32, generator=torch.Generator().manual_seed(0))
+    want = F.interpolate(mask[None], size=(8, 8), mode="bicubic")[0].flatten(1)
+    assert torch.equal(Masks(mask, 2).fit(VideoShape(1, 8, 8), None), want)
+    assert levels(VideoShape(1, 5, 8))[1:3] == [VideoShape(1, 3, 4), VideoShape(1, 2, 2)]
+    assert levels(VideoShape(3, 4, 4)) == [VideoShape(3, 4, 4)]
+    for wrong, message in (
+        (mask[:1], "one for each of 2 images, got 1"),
+        (mask * 255, "from 0 to 1, got"),
+        (mask[0, 0], "got \\(32,\\)"),
+        ([mask[0], mask[1, :8]], "of one size"),
+        (image_adapters.picture(), "a picture of one channel, got mode RGB"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Masks(wrong, 2)
+    picture = image_adapters.picture().convert("L")
+    assert Masks(picture, 2).values.shape == (2, 1, 24, 20)
+
+
+@torch.no_grad()
+def test_masks_on_every_level_of_a_unet():
+    pipe = image_adapters.pipeline("sdxl")
+    base = image_adapters.generate(pipe, "sdxl")
+    prompt = load_image_prompt(pipe, adapter(pipe.unet))
+    prompt.set_embeds(noise(2, WIDTH), mask=torch.ones(2, 16, 16))
+    assert not torch.allclose(image_adapters.generate(pipe, "sdxl"), base, atol=1e-4)
+    prompt.set_embeds(noise(2, WIDTH), mask=torch.zeros(16, 16))
+    assert torch.equal(image_adapters.generate(pipe, "sdxl"), base)
+
+
+# What is computed once
+
+
+class Counter:
+    """Runs of the projector and of one layer."""
+
+    def __init__(self, adapter):
+        self.runs = []
+        adapter.projector.register_forward_hook(partial(self._add, "projector"))
+        adapter.layers["0"].register_forward_hook(partial(self._add, "layer"))
+
+    def _add(self, name, *_):
+        self.runs.append(name)
+
+    def take(self):
+        found, self.runs = sorted(self.runs), []
+        return found
+
+
+@torch.no_grad()
+def test_keys_and_values_are_computed_once():
+    pipe = wan.pipeline()
+    one = adapter(pipe.transformer)
+    count = Counter(one)
+    prompt = load_image_prompt(pipe, one)
+    prompt.set_embeds(noise(1, WIDTH))
+    first = wan.generate(pipe, 4)
+    both = ["layer", "layer", "projector", "projector"]  # image, and none for the negative prompt
+    assert count.take() == both
+    assert torch.equal(wan.generate(pipe, 4), first)
+    prompt.set_scale(0.5)
+    wan.generate(pipe, 4, prompt=["a", "b"])
+    assert count.take() == []
+    prompt.set_scale(1.0)
+    for change in (
+        lambda: prompt.set_embeds(noise(1, WIDTH, seed=1)),
+        lambda: one.layers["0"].to_k.weight.mul_(2),
+        lambda: one.double(),
+    ):
+        change()
+        other = wan.generate(pipe, 4)
+        assert count.take() == both
+        assert not torch.equal(other, first)
+        first = other
+    # The model's own norm of keys is part of them.
+    pipe.transformer.blocks[0].attn2.norm_k.weight.mul_(3)
+    changed = wan.generate(pipe, 4)
+    assert count.take() == ["layer", "layer"]
+    assert not torch.equal(changed, first)
+    pipe.transformer.to(torch.bfloat16)
+    assert torch.isfinite(wan.generate(pipe, 2)).all()
+
+
+def test_with_gradients_nothing_is_kept(model):
+    one = adapter(model).requires_grad_(True)
+    count = Counter(one)
+    prompt = load_image_prompt(model, one)
+    prompt.set_embeds(noise(1, WIDTH))
+    count.take()
+    for _ in range(2):
+        wan.forward(model).square().mean().backward()
+        assert count.take() == ["layer", "projector"]
+    with torch.no_grad():
+        wan.forward(model)
+        wan.forward(model)
+    assert count.take() == ["layer"]
+    with torch.inference_mode():
+        wan.forward(model)
+    one.requires_grad_(False)
+    wan.forward(model).square().mean().backward()  # through what was kept, for a LoRA
+    assert count.take() == []
+
+
+def test_rows_that_train_by_features_of_their_own(model):
+    one = adapter(model).requires_grad_(True)
+    prompt = load_image_prompt(model, one)
+    features, keep = noise(2, WIDTH), torch.tensor([False, True])
+    with prompt.using(features, keep):
+        out = wan.forward(model)
+    given = wan.inputs()
+    for row, own in enumerate((torch.zeros(1, WIDTH), features[1:])):
+        prompt.set_embeds(own)
+        alone = output(model, {k: x[row : row + 1] for k, x in given.items()})
+        torch.testing.assert_close(out[row : row + 1], alone)
+    with (
+        pytest.raises(ValueError, match=r"keep must be of shape \(2,\), got \(1,\)"),
+        prompt.using(features, keep[:1]),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="3 images, one for each prompt"),
+        prompt.using(noise(3, WIDTH)),
+    ):
+        wan.forward(model)
+
+
+@pytest.mark.parametrize("family", [wan, hunyuan], ids=lambda family: family.__name__)
+def test_gradient_checkpointing(family):
+    model = family.transformer().train()
+    one = adapter(model).requires_grad_(True)
+    prompt = load_image_prompt(model, one)
+
+    def gradients():
+        one.zero_grad()
+        with prompt.using(noise(2, WIDTH)):
+            loss = family.forward(model).square().mean()
+        with torch.no_grad():  # such as another opinion on the same batch
+            prompt.set_embeds(noise(1, WIDTH, seed=4))
+            family.forward(model)
+        loss.backward()
+        return [p.grad.clone() for p in one.parameters()]
+
+    plain = gradients()
+    model.enable_gradient_checkpointing()
+    for a, b in zip(gradients(), plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# Guidance
+
+
+def calls_of(model, run):
+    """Arguments and output of each forward pass in `run`."""
+    found = []
+    hook = model.register_forward_hook(
+        lambda _, args, kwargs, out: found.append((args, kwargs, out[0])), with_kwargs=True
+    )
+    run()
+    hook.remove()
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["text", "video"])
+def test_a_negative_prompt_in_calls_of_its_own(kind):
+    """Which video to video does not name."""
+    pipe, model = wan.PIPELINES[kind](), wan.transformer()
+    image, negative = noise(1, WIDTH), noise(1, WIDTH, seed=1)
+    prompt = load_image_prompt(pipe, adapter(pipe.transformer))
+    alone = load_image_prompt(model, adapter(model))
+    for given in (negative, None):
+        prompt.set_embeds(image, negative=given)
+        calls = calls_of(pipe.transformer, lambda: wan.generate(pipe, 2))
+        assert len(calls) == 4
+        for place, (_, kwargs, out) in enumerate(calls):
+            against = torch.zeros(1, WIDTH) if given is None else given
+            alone.set_embeds(against if place % 2 else image)
+            assert torch.equal(model(**kwargs)[0], out)
+
+
+@torch.no_grad()
+def test_a_negative_prompt_in_the_first_rows():
+    pipe, unet = image_adapters.pipeline("sd"), image_adapters.sd_unet()
+    prompt = load_image_prompt(pipe, adapter(pipe.unet))
+    alone = load_image_prompt(unet, adapter(unet))
+    images, negative = noise(2, WIDTH), noise(1, WIDTH, seed=1)
+
+    def rows_by(given):
+        """The rows of each call, and the features that each is to go by."""
+        calls = calls_of(pipe.unet, lambda: pipe(**given))
+        for args, kwargs, out in calls:
+            states = kwargs["encoder_hidden_states"]
+            for row in range(len(out)):
+                yield row, args[0][row : row + 1], args[1], states[row : row + 1], out[row]
+
+    def assert_rows(given, features):
+        for row, x, t, states, out in rows_by(given):
+            alone.set_embeds(features[row])
+            own = unet(x, t, encoder_hidden_states=states, return_dict=False)[0][0]
+            torch.testing.assert_close(out, own)
+
+    together = images
+    prompt.set_embeds(images, negative=negative)
+    assert_rows(image_adapters.arguments("sd"), [negative, together])
+    assert_rows(image_adapters.arguments("sd", guided=False), [together])
+    # One image for each of two prompts, with two pictures of each prompt.
+    prompt.set_embeds(images, negative=negative, each=True)
+    one, two = images.split(1)
+    given = image_adapters.arguments("sd", prompts=2) | {
+        "num_images_per_prompt": 2,
+        "latents": noise(4, 4, 8, 8),
+    }
+    assert_rows(given, [*[negative] * 4, one, one, two, two])
+    prompt.set_embeds(noise(3, WIDTH), each=True)
+    with pytest.raises(ValueError, match="3 images, one for each prompt, do not go with 4 rows"):
+        pipe(**given)
+
+
+@torch.no_grad()
+def test_the_first_rows_of_pipelines_that_tell():
+    """CogVideoX keeps to itself whether there is guidance, and runs all in one kind of call."""
+    case = CASES["cogvideox"]
+    model, given = case.build(), case.inputs()
+    prompt = load_image_prompt(model, adapter(model))
+    image, negative = noise(1, WIDTH), noise(1, WIDTH, seed=1)
+    prompt.set_embeds(image, negative=negative)
+    positive = output(model, given)
+    prompt.set_embeds(negative)
+    against = output(model, given)
+    prompt.set_embeds(image, negative=negative)
+    with model.cache_context("cond_uncond"):
+        both = output(model, given)
+    torch.testing.assert_close(both[:1], against[:1])
+    torch.testing.assert_close(both[1:], positive[1:])
+    assert torch.equal(output(model, given), positive)
+
+
+@torch.no_grad()
+def test_masks_of_one_image_for_each_prompt():
+    model = wan.transformer()
+    prompt = load_image_prompt(model, adapter(model))
+    features, mask = noise(2, WIDTH), torch.rand(2, 18, 22)
+    prompt.set_embeds(features, mask=mask, each=True)
+    both = wan.forward(model)
+    given = wan.inputs()
+    for row in range(2):
+        own = slice(row, row + 1)
+        prompt.set_embeds(features[own], mask=mask[own])
+        alone = output(model, {k: x[own] for k, x in given.items()})
+        torch.testing.assert_close(both[own], alone, atol=1e-5, rtol=1e-4)
+
+
+# Pipelines, copies, offloading, graphs
+
+
+@torch.no_grad()
+def test_two_transformers():
+    pipe = wan.two_stage()
+    stock = wan.generate(pipe, 4)
+    with load_image_prompt(pipe, adapter(pipe.transformer)) as prompt:
+        prompt.set_embeds(noise(1, WIDTH))
+        assert "2 of 2 attentions of WanTransformer3DModel, 2 of 2" in prompt.describe()
+        assert not torch.allclose(wan.generate(pipe, 4), stock, atol=1e-4)
+    assert torch.equal(wan.generate(pipe, 4), stock)
+
+
+@torch.no_grad()
+def test_image_to_video_with_an_encoder_of_its_own():
+    pipe = wan.PIPELINES["image with encoder"]()
+    encoder, before = pipe.image_encoder, trace(pipe.transformer)
+    stock = wan.generate(pipe)
+    prompt = load_image_prompt(pipe, adapter(pipe.transformer))
+    prompt.set_embeds(noise(1, WIDTH))
+    assert not torch.allclose(wan.generate(pipe), stock, atol=1e-4)
+    prompt.remove()
+    assert_as_before(pipe.transformer, before)
+    assert pipe.image_encoder is encoder
+    assert torch.equal(wan.generate(pipe), stock)
+
+
+def linear_of(embedding):
+    """A projector of an encoder's embeddings."""
+    made = Projector(image_adapters.CROSS)
+    made.proj = nn.Linear(embedding, TOKENS * made.width)
+    return made
+
+
+@torch.no_grad()
+def test_images_go_through_the_encoder_of_the_pipeline():
+    pipe = image_adapters.pipeline("sd")
+    made = new_adapter(pipe.unet, linear_of(image_adapters.EMBEDDING), variant="base")
+    prompt = load_image_prompt(pipe, made)
+    picture = image_adapters.picture()
+    with pytest.raises(FileNotFoundError, match="no image at nowhere"):
+        prompt.set_image("nowhere.png")
+    for image in (picture, [picture, picture]):
+        prompt.set_image(image, negative=picture)
+        assert torch.isfinite(image_adapters.generate(pipe, "sd")).all()
+    prompt.set_image(picture)
+    base = image_adapters.generate(pipe, "sd")
+    prompt.remove()
+    assert torch.equal(image_adapters.generate(pipe, "sd"), base)  # which it started from
+
+
+@torch.no_grad()
+def test_a_copied_model_has_a_prompt_of_its_own(model):
+    prompt = load_image_prompt(model, adapter(model))
+    prompt.set_embeds(noise(1, WIDTH))
+    prompted = wan.forward(model)
+    other = copy.deepcopy(model)
+    assert torch.equal(wan.forward(other), prompted)
+    prompt.set_scale(0.0)
+    assert torch.equal(wan.forward(other), prompted)
+    prompt.remove()
+    assert torch.equal(wan.forward(other), prompted)
+    assert torch.equal(wan.forward(model), wan.forward(wan.transformer()))
+    model.add_module("image_prompt_default", nn.Module())  # the copy's is not in the way
+    del model.image_prompt_default
+
+
+def test_a_model_that_trains_can_be_copied(model):
+    prompt = load_image_prompt(model, adapter(model).requires_grad_(True))
+    with prompt.using(noise(2, WIDTH)):
+        wan.forward(model).mean().backward()
+    prompt.set_embeds(noise(1, WIDTH))
+    with torch.no_grad():
+        assert torch.equal(wan.forward(copy.deepcopy(model)), wan.forward(model))
+
+
+@torch.no_grad()
+def test_a_pipeline_is_not_kept_alive():
+    pipe = wan.pipeline()
+    model, prompt = pipe.transformer, load_image_prompt(pipe, adapter(pipe.transformer))
+    prompt.set_embeds(noise(1, WIDTH))
+    wan.generate(pipe)
+    del pipe
+    gc.collect()
+    with pytest.raises(RuntimeError, match="is gone"):
+        wan.forward(model)
+    prompt.remove()
+    wan.forward(model)
+
+
+@pytest.mark.parametrize("loaded", ["before", "after"])
+@torch.no_grad()
+def test_offloading(model, loaded):
+    """As enable_sequential_cpu_offload does it, with the CPU for the device."""
+    one = identity(model)
+    with torch.no_grad():
+        one.layers["0"].to_v.weight.mul_(2)
+    prompt = load_image_prompt(model, one)
+    prompt.set_embeds(noise(1, WIDTH))
+    want = wan.forward(model)
+    if loaded == "after":
+        prompt.remove()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    if loaded == "after":
+        prompt = load_image_prompt(model, one)
+        prompt.set_embeds(noise(1, WIDTH))
+    for _ in range(2):
+        torch.testing.assert_close(wan.forward(model), want)
+    prompt.remove()
+    offloaded = wan.forward(model)
+    remove_hook_from_module(model, recurse=True)
+    torch.testing.assert_close(offloaded, wan.forward(wan.transformer()))
+
+
+@torch.no_grad()
+def test_offloading_as_a_whole(model):
+    """As enable_model_cpu_offload does it, which wraps `forward`, and comes off in any order."""
+    prompt = load_image_prompt(model, adapter(model))
+    prompt.set_embeds(noise(1, WIDTH))
+    want = wan.forward(model)
+    _, hook = cpu_offload_with_hook(model, execution_device=torch.device("cpu"))
+    assert torch.equal(wan.forward(model), want)
+    hook.remove()
+    assert torch.equal(wan.forward(model), want)
+    _, hook = cpu_offload_with_hook(model, execution_device=torch.device("cpu"))
+    prompt.remove()
+    assert hasattr(model, "_hf_hook")
+    assert torch.equal(wan.forward(model), wan.forward(wan.transformer()))
+    hook.remove()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_enable_model_cpu_offload():
+    pipe = wan.pipeline()
+    prompt = load_image_prompt(pipe, adapter(pipe.transformer))
+    prompt.set_embeds(noise(1, WIDTH))
+    want = wan.generate(pipe)
+    pipe.enable_model_cpu_offload()
+    torch.testing.assert_close(wan.generate(pipe).cpu(), want, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_blocks_share_a_graph(model, compiler):
+    torch._dynamo.reset()
+    prompt = load_image_prompt(model, adapter(model))
+    prompt.set_embeds(noise(1, WIDTH))
+    prompt.set_scale([0.5, 0.25])
+    want = wan.forward(model)
+    counter = CompileCounter()
+    for block in model.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    torch.testing.assert_close(wan.forward(model), want)
+    assert counter.frame_count == 1
+    prompt.set_embeds(noise(1, WIDTH, seed=2))
+    assert not torch.allclose(wan.forward(model), want, atol=1e-4)
+    prompt.set_scale([0.75, 2.0])
+    wan.forward(model)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+# What is refused
+
+
+def test_no_image(model):
+    load_image_prompt(model, adapter(model), name="face")
+    with pytest.raises(ValueError, match=r"no image is set for the base adapter 'face': call"):
+        wan.forward(model)
+
+
+def test_a_name_is_given_once(model):
+    prompt = load_image_prompt(model, adapter(model))
+    before = trace(model)
+    with pytest.raises(ValueError, match="'default' is on transformer already: remove it"):
+        load_image_prompt(model, adapter(model))
+    assert_as_before(model, before)
+    for name in ("", "a.b"):
+        with pytest.raises(ValueError, match="must not be empty or hold a dot"):
+            load_image_prompt(model, adapter(model), name=name)
+    prompt.remove()
+    load_image_prompt(model, adapter(model))
+
+
+def test_features_that_do_not_fit(model):
+    prompt = load_image_prompt(model, adapter(model))
+    for wrong, message in (
+        (noise(1, 6), r"the base adapter does not take features of \(1, 6\)"),
+        (noise(5), r"\(images, \.\.\.\), or tensors by name, got \(5,\)"),
+        ({"id": noise(1, 5), "clip": noise(2, 5)}, "of as many images each"),
+        ({"id": noise(1, 5)}, "does not take features"),
+        (None, "must be a tensor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prompt.set_embeds(wrong)
+    with pytest.raises(ValueError, match="one for each of 3, got 2"):
+        prompt.set_embeds(noise(3, 5), negative=noise(2, 5))
+
+
+def test_the_adapter_of_another_model(model):
+    before = trace(model)
+    wider = wan.transformer(num_attention_heads=4)
+    longer = wan.transformer(num_layers=3)
+    for other, message in (
+        (wider, r"to_k of its layer 0 takes 64 to 64, the projector makes 64 and blocks.0.attn2"),
+        (longer, r"it has layers for attentions 2, WanTransformer3DModel has 0, 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_image_prompt(model, adapter(other))
+    with pytest.raises(ValueError, match="no image prompts for Linear; served: "):
+        load_image_prompt(nn.Linear(2, 2), adapter(model))
+    with pytest.raises(TypeError, match="neither a pipeline"):
+        load_image_prompt("a pipe", adapter(model))
+    with pytest.raises(ValueError, match=r"'blocks\.7', which is none of"):
+        load_image_prompt(model, adapter(model), scale={"blocks.7": 1.0})
+    assert_as_before(model, before)
+
+
+@torch.no_grad()
+def test_a_model_that_is_compiled(model):
+    model.compile()
+    with pytest.raises(ValueError, match="compiled already"):
+        load_image_prompt(model, adapter(wan.transformer()))
