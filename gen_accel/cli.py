@@ -125,9 +125,19 @@ Steps = Annotated[int | None, typer.Option(help="Denoising steps. Without: the m
 
 @app.command(short_help="One clip, dense and sparse, side by side.")
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("outputs/demo"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to write to. Without: outputs/demo, or outputs/demo_image with an image.",
+            show_default=False,
+        ),
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="A caption such as: a blue square moves up slowly.")
+    ] = None,
+    image_prompt: Annotated[
+        Path | None,
+        typer.Option(metavar="IMAGE", help="What moves is what this picture shows."),
     ] = None,
     frames: Annotated[int | None, typer.Option(help="1 more than a multiple of 4.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
@@ -161,24 +171,34 @@ def demo(
     gen-accel demo --frames 129 --steps 10                      shorter, and less to gain
     gen-accel demo --method radial --set decay_factor=0.5       sparser
     gen-accel demo --method neighborhood --set window=9,7,7
+    python -m gen_accel.demo.clips --images --out outputs/stills --frames 5 --count 72
+    gen-accel demo --image-prompt outputs/stills/0008.png
 
     The prompts that the model knows: a COLOUR SHAPE moves DIRECTION SPEED, with red, green, blue
     or yellow; circle, square or triangle; left, right, up or down; slowly or quickly.
+
+    With --image-prompt, 33 frames of "something moves right slowly", or of --prompt: the text
+    says how it moves, a picture such as those of the first command what does. Without --out, into
+    outputs/demo_image.
     """
     commands.quiet()
     from gen_accel.attention_processors.options import method_from
-    from gen_accel.demo import job
 
-    given = {"prompt": prompt, "frames": frames, "steps": steps, "model": model}
-    given |= {"with_lora": with_lora}
+    given: dict[str, Any] = {"prompt": prompt, "frames": frames, "steps": steps, "model": model}
     if method is not None or settings:
         given["method"] = method_from(method or "radial", settings or ())
-    report, files = job.run(
-        out,
-        seed=seed,
-        device=device,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    if image_prompt is None:
+        from gen_accel.demo.job import run
+
+        given |= {"out": out, "with_lora": with_lora}
+    else:
+        from gen_accel.demo.image_prompts import run
+
+        if with_lora is not None:
+            raise ValueError("--with-lora and --without-lora do not go with --image-prompt")
+        given |= {"out": out, "image": image_prompt}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    report, files = run(seed=seed, device=device, **chosen)
     _print_comparison(report)
     _print_files(files)
 
@@ -244,6 +264,33 @@ def generate(
     trained_frames: Annotated[
         int | None, typer.Option(help="That the model was trained on, where it is not known.")
     ] = None,
+    image_prompt: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="IMAGE", help="Go by it beside the text. Several act together."),
+    ] = None,
+    image_adapter: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="What reads it: a file, folder, hub repo, or demo."),
+    ] = None,
+    image_scale: Annotated[
+        float | None, typer.Option(help="How strongly; 0 is not at all. Without: 1.")
+    ] = None,
+    image_negative: Annotated[
+        Path | None,
+        typer.Option(metavar="IMAGE", help="What the negative prompt goes by. Without: no image."),
+    ] = None,
+    image_mask: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="White where the image acts. One, or one for each image."
+        ),
+    ] = None,
+    image_encoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR_OR_REPO", help="A CLIP vision model, where the adapter needs one."
+        ),
+    ] = None,
     save_latents: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Also keep what is decoded, as .safetensors."),
@@ -268,6 +315,8 @@ def generate(
     gen-accel generate --model models/wan --prompt "a cat" --frames 161 --extend riflex \\
         --save-latents cat.safetensors --out cat.mp4
     gen-accel generate --model models/wan --from-latents cat.safetensors --out cat.gif
+    gen-accel generate --model models/wan --prompt "it surfs" --image-prompt cat.png \\
+        --image-adapter outputs/lora/image_prompt --image-scale 0.8 --out cat.mp4
 
     Keep the first fifth or quarter of the steps dense: they decide what a video shows. With many
     steps, --dense-start 0.25 is a good start. Sizes that the model cannot make are refused, with
@@ -317,9 +366,19 @@ def generate(
         techniques=() if extend is None else tuple(extend.split(",")),
         trained_frames=trained_frames,
         latents=save_latents,
+        image=_images(
+            image_prompt,
+            image_adapter,
+            scale=image_scale,
+            negative=image_negative,
+            masks=tuple(image_mask or ()),
+            encoder=image_encoder,
+        ),
     )
     for one in made:
         typer.echo(f"{one.prompt}  (seed {one.seed}, {one.seconds:.1f} s)")
+        if one.image:
+            typer.echo(one.image)
         if one.report is None:
             typer.echo(str(one.summary))
             if one.extension:
@@ -617,6 +676,22 @@ def _schedule(start: float = 0.0, end: float = 0.0, steps: int = 0, layers: str 
         dense_start=start,
         dense_end=end,
     )
+
+
+def _images(images: list[Path] | None, adapter: str | None, **options: Any) -> Any:
+    """None without an image prompt."""
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    if images and adapter is not None:
+        from gen_accel.pipelines.generate import ImageInput
+
+        return ImageInput(tuple(images), adapter, **given)
+    # Neither is of use without the other, and the rest not without both.
+    names = [*(["prompt"] if images else []), *(["adapter"] if adapter is not None else [])]
+    names += [name.removesuffix("s") for name in given]
+    if not names:
+        return None
+    wrong = ", ".join(f"--image-{name}" for name in names)
+    raise ValueError(f"an image prompt is --image-prompt and --image-adapter, got {wrong} alone")
 
 
 def _tiles(query: str | None, key: str | None) -> Any:

@@ -309,6 +309,10 @@ class TestDemo:
         report["speedup"] = 1.1
         notes = " ".join(image_prompts.notes(report))
         assert "never" not in notes
+        assert "show what the image shows: dense, sparse." in notes
+        other = detector | {"image": "a blue circle"}
+        notes = " ".join(image_prompts.notes(report | {"detector": other}))
+        assert "show what the image shows: none." in notes
         report |= {
             "prompt": "a cat surfs",
             "detector": detector | {"image": image_prompts.UNKNOWN},

@@ -608,7 +608,7 @@ ACTIONS = ("attach", "attach other", "extend", "tap", "tap other")
 
 
 def orders():
-    """All orders to put four things on, each followed by one to take them off."""
+    """A third of the orders to put four things on, with two to take them off again."""
     found = []
     for actions in permutations(ACTIONS, 4):
         for step in (1, 3):

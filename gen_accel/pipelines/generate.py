@@ -1,5 +1,6 @@
 """Generate videos with any diffusers video pipeline: load, attach, denoise, decode into a file."""
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from gen_accel import kernels
 from gen_accel.attention_processors import Dense
+from gen_accel.measure import write_json
 from gen_accel.measure.video_io import check_writable, write_stream
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.compare import beside, compare_with_dense, write_comparison
@@ -21,6 +23,9 @@ from gen_accel.pipelines.decode import (
     load_latents,
     save_latents,
 )
+from gen_accel.pipelines.image_prompt import ImagePrompt, load_image_prompt
+from gen_accel.pipelines.image_prompt.encoder import as_rgb
+from gen_accel.pipelines.image_prompt.formats import find_adapter, read_adapter
 from gen_accel.pipelines.long_video import TECHNIQUES, extend
 from gen_accel.pipelines.recipe import read_recipe
 from gen_accel.pipelines.sampling import (
@@ -43,6 +48,73 @@ from gen_accel.pipelines.summary import Summary
 
 
 @dataclass(frozen=True)
+class ImageInput:
+    """Images that the videos go by, beside their texts. Pictures are files or PIL images.
+
+    Args:
+        images: several act together.
+        adapter: what reads them, see `load_image_prompt`: a file, a folder, a repository of the
+            hub, or "demo".
+        scale: 1 is as it was trained, 0 the model without.
+        negative: what the negative prompt goes by; without, "no image".
+        masks: white where an image acts, black where it does not: one for all, or one for each.
+        encoder: folder or hub repository of a CLIP vision model, where the adapter needs one and
+            neither its file nor the pipeline says which.
+    """
+
+    images: tuple[Any, ...]
+    adapter: Any
+    scale: float = 1.0
+    negative: Any = None
+    masks: tuple[Any, ...] = ()
+    encoder: Any = None
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise ValueError(f"an image prompt needs an image; adapter {self.adapter} has none")
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale of an image prompt must be finite, got {self.scale}")
+        if len(self.masks) not in (0, 1, len(self.images)):
+            raise ValueError(
+                f"masks must be one, or one for each of {len(self.images)} images, got "
+                f"{len(self.masks)}"
+            )
+
+    def opened(self) -> "ImageInput":
+        """With all files read but those of an encoder.
+
+        Raises:
+            FileNotFoundError: no such image, or no adapter.
+            ValueError: what is no image, or no adapter.
+        """
+        path, encoder = find_adapter(self.adapter), self.encoder
+        about = read_adapter(path).metadata
+        return replace(
+            self,
+            images=tuple(as_rgb(image) for image in self.images),
+            adapter=path,
+            negative=None if self.negative is None else as_rgb(self.negative),
+            masks=tuple(as_rgb(mask).convert("L") for mask in self.masks),
+            encoder=about.get("image_encoder") if encoder is None else encoder,
+        )
+
+    def load(self, pipe: Any) -> ImagePrompt:
+        """Put it on a pipeline."""
+        prompt = load_image_prompt(
+            pipe, self.adapter, scale=self.scale, image_encoder=self.encoder
+        )
+        try:
+            masks = None if not self.masks else [*self.masks]
+            if masks is not None and len(masks) == 1:  # for all images
+                masks = masks[0]
+            prompt.set_image([*self.images], negative=self.negative, mask=masks)
+        except BaseException:
+            prompt.remove()
+            raise
+        return prompt
+
+
+@dataclass(frozen=True)
 class Generated:
     """What one prompt came to.
 
@@ -51,6 +123,7 @@ class Generated:
         seconds: from the prompt to the file; of a comparison, to the pixels.
         extension: what each long-video technique did, a line each.
         report: of the comparison, where one was asked for.
+        image: what the image prompt is, where there is one.
     """
 
     prompt: str
@@ -60,6 +133,7 @@ class Generated:
     summary: Summary
     extension: str = ""
     report: dict[str, Any] | None = None
+    image: str = ""
 
 
 def generate(
@@ -78,6 +152,7 @@ def generate(
     techniques: Sequence[str] = (),
     trained_frames: int | None = None,
     latents: str | Path | None = None,
+    image: ImageInput | None = None,
 ) -> list[Generated]:
     """Load a pipeline, attach `method`, and write a video for each prompt.
 
@@ -100,10 +175,11 @@ def generate(
         trained_frames: what the model was trained at, where its family does not say.
         latents: a .safetensors file for what is decoded, numbered as `out` is; written before
             decoding. `decode_latents` makes the video from it again.
+        image: what every video goes by, beside its prompt.
 
     Raises:
-        ValueError: no prompt, a model, size, method, kernel, technique or file name that will not
-            do, or a technique or latents together with `compare`.
+        ValueError: no prompt, a model, size, method, kernel, technique, image, adapter or file
+            name that will not do, or a technique or latents together with `compare`.
         OSError: a file or repository that is not there, or a folder that cannot be written.
     """
     clip, loading = clip or Clip(), loading or Loading()
@@ -147,9 +223,12 @@ def generate(
     for path in kept:
         if path is not None:
             check_latents_path(path)
+    image = None if image is None else image.opened()
     pipe = load(model, loading)
     clip = filled(pipe, clip)
     check_fits(method, token_grid(pipe, clip))
+    # The pipeline is this function's own: what is put on it stays.
+    seen = "" if image is None else image.load(pipe).describe()
     lengths: dict[str, Any] = {"num_frames": clip.frames, "trained_frames": trained_frames}
 
     made = []
@@ -162,7 +241,10 @@ def generate(
             files = write_comparison(result, target)
             seconds, summary = result.sparse.seconds, result.summary
             report = result.to_dict()
-            made.append(Generated(prompt, one.seed, files, seconds, summary, report=report))
+            if seen:
+                report["image_prompt"] = seen
+                write_json(files["report"], report)
+            made.append(Generated(prompt, one.seed, files, seconds, summary, "", report, seen))
             continue
         start, files, extension = time.perf_counter(), {}, ""
         with steps_bar() as bar:
@@ -178,10 +260,11 @@ def generate(
             if path is not None:
                 about = {"model": str(model), "prompt": prompt, **asdict(one)}
                 about |= {"method": str(method), "techniques": [*techniques]}
+                about |= {"image_prompt": seen} if seen else {}
                 files["latents"] = save_latents(path, taken.latents, about)
             files["video"] = _write(pipe, taken.latents, target, one.fps, bar)
         seconds = time.perf_counter() - start
-        made.append(Generated(prompt, one.seed, files, seconds, summary, extension))
+        made.append(Generated(prompt, one.seed, files, seconds, summary, extension, image=seen))
     return made
 
 

@@ -1,0 +1,216 @@
+"""The demo with an image: the text says how something moves, the image what moves."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from gen_accel import demo
+from gen_accel.attention_processors import Dense, Radial
+from gen_accel.demo.clips import STILL_SIZE
+from gen_accel.demo.detector import detect
+from gen_accel.demo.job import FPS, GUIDANCE_SCALE, HEADLINES, SIZE, STEPS, WORDS
+from gen_accel.measure import (
+    check_writable,
+    side_by_side,
+    write_json,
+    write_report,
+    write_video,
+)
+from gen_accel.pipelines.compare import Comparison, compare_with_dense
+from gen_accel.pipelines.generate import ImageInput
+from gen_accel.pipelines.image_prompt.encoder import as_rgb
+from gen_accel.pipelines.sampling import (
+    Clip,
+    Loading,
+    check_fits,
+    filled,
+    find_device,
+    load,
+    token_grid,
+)
+from gen_accel.pipelines.schedule import Schedule
+
+PROMPT = "something moves right slowly"
+METHOD = Radial()
+DENSE_START = 0.25
+SHOWN_FRAMES, SCALE = 5, 2  # of the picture: frames, and pixels that one pixel becomes
+
+
+def path() -> Path:
+    """The adapter that ships with the demo model; configs/image_prompt/demo.yaml made it."""
+    return Path(__file__).parent / "image_prompt"
+
+
+def run(
+    out: str | Path = "outputs/demo_image",
+    *,
+    image: Any,
+    adapter: Any = None,
+    model: str | Path | None = None,
+    prompt: str = PROMPT,
+    seed: int = 0,
+    frames: int = demo.TRAINED_FRAMES,
+    steps: int = STEPS,
+    method: Any = METHOD,
+    device: str = "cpu",
+) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Generate one clip by an image and a text, densely and with `method`; write both to `out`.
+
+    Args:
+        image: a file or a PIL image of what is to move.
+        adapter: another than the embedded one, see `load_image_prompt`.
+        model: a folder like the embedded model's, which it is without.
+        frames: 1 more than a multiple of 4.
+
+    Returns:
+        The report, and the files by what they are.
+
+    Raises:
+        FileNotFoundError: no image there, no model, or no adapter.
+        ValueError: what is no image, or a size, method or prompt that will not do.
+        OSError: `out` cannot be written.
+    """
+    out = Path(out)
+    if isinstance(method, Dense):
+        raise ValueError("the demo sets a sparse method beside dense attention, got Dense()")
+    if not prompt.strip():
+        raise ValueError(f"the prompt is empty; one that the model knows: {PROMPT!r}")
+    if adapter is None and not path().is_dir():
+        raise FileNotFoundError(
+            f"the demo model's image prompt is not at {path()}: install the package again, or "
+            "train it with `gen-accel train configs/image_prompt/demo.yaml`"
+        )
+    given = ImageInput((image,), path() if adapter is None else adapter).opened()
+    clip = Clip(frames, SIZE, SIZE, steps, GUIDANCE_SCALE, seed=seed, fps=FPS)
+    find_device(device)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} must be a folder, but it is a file")
+    name = type(method).__name__.lower()
+    files = _files(out, name)
+    check_writable(files["dense"])
+
+    pipe = load(demo.path() if model is None else model, Loading("float32", device))
+    clip = filled(pipe, clip)
+    check_fits(method, token_grid(pipe, clip))
+    with given.load(pipe) as handle:
+        result = compare_with_dense(
+            pipe,
+            prompt,
+            clip,
+            method=method,
+            schedule=Schedule(dense_start=DENSE_START),
+            timed=pipe.device.type == "cpu",
+        )
+        about = handle.describe()
+    report = result.to_dict() | {
+        "image": str(image) if isinstance(image, str | Path) else "a picture in memory",
+        "image_prompt": about,
+        "detector": _detected(result, given.images[0]),
+    }
+    shown = _large(given.images[0])
+    write_video(_together(result, shown), files["side by side"], fps=FPS)
+    write_video(result.dense.video, files["dense"], fps=FPS)
+    write_video(result.sparse.video, files["sparse"], fps=FPS)
+    write_video(_picture(result, shown, name)[None], files["picture"], fps=FPS)
+    write_report(
+        files["page"],
+        {HEADLINES.get(key, key): value for key, value in report.items()},
+        title=f"{prompt}, with an image of what does",
+        videos={
+            f"the image, dense, {name}": files["side by side"],
+            "dense": files["dense"],
+            name: files["sparse"],
+        },
+        pictures={"The image, and frames of both clips": files["picture"]},
+        notes=notes(report),
+    )
+    write_json(files["report"], report)
+    return report, files
+
+
+def notes(report: dict[str, Any]) -> Sequence[str]:
+    """The report in plain words."""
+    seen = report["detector"]
+    found = [
+        f"The text was {report['prompt']!r}, which says how something moves and not what. Beside "
+        "its attention to the text, each layer of the model attends to a few tokens made of the "
+        "image, and adds both. The model itself is as it was: only what reads the image was "
+        "trained.",
+        f"A detector reads off the pixels what a clip shows. The image: {seen['image']}. Dense: "
+        f"{seen['dense']['shows']}. Sparse: {seen['sparse']['shows']}.",
+    ]
+    if seen["image"] == UNKNOWN:
+        found.append(
+            "The adapter has only ever seen single coloured shapes on a dark background. It takes "
+            "any picture for one of those."
+        )
+    else:
+        follow = [n for n in ("dense", "sparse") if seen[n]["shows"].startswith(seen["image"])]
+        found.append(f"Clips that show what the image shows: {', '.join(follow) or 'none'}.")
+    unknown = sorted(set(report["prompt"].lower().split()) - WORDS - {"something"})
+    if unknown:
+        found.append(
+            f"The model has never seen {', '.join(map(repr, unknown))}; a text that it knows is "
+            f"{PROMPT!r}."
+        )
+    found.append(
+        f"The clip has {report['frames']} frames and {report['tokens']:,} tokens, too few for "
+        f"sparse attention to gain much: {report['speedup']:.2f} times as fast. It pays on longer "
+        "ones, as in `gen-accel demo` without an image; here it shows that both go together."
+    )
+    return found
+
+
+UNKNOWN = "none of the shapes of the demo's world"
+
+
+def _files(out: Path, name: str) -> dict[str, Path]:
+    return {
+        "side by side": out / "side_by_side.mp4",
+        "dense": out / "dense.mp4",
+        "sparse": out / f"{name}.mp4",
+        "picture": out / "picture.png",
+        "page": out / "report.html",
+        "report": out / "report.json",
+    }
+
+
+def _detected(result: Comparison, image: Image.Image) -> dict[str, Any]:
+    """What image and clips show."""
+    small = np.asarray(image.resize((STILL_SIZE, STILL_SIZE), Image.Resampling.BICUBIC))
+    found = detect(np.stack([small] * 2))
+    known = found.color is not None and found.shape is not None
+    seen = {"dense": detect(result.dense.video), "sparse": detect(result.sparse.video)}
+    return {
+        "asked": result.prompt,
+        "image": f"a {found.color} {found.shape}" if known else UNKNOWN,
+        **{name: {"shows": one.caption, **asdict(one)} for name, one in seen.items()},
+        "unchanged": seen["dense"].caption == seen["sparse"].caption,
+    }
+
+
+def _large(image: Image.Image) -> np.ndarray:
+    """(1, SIZE, SIZE, 3) uint8, as the adapter sees it: squeezed to a square."""
+    return np.asarray(as_rgb(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC))[None]
+
+
+def _together(result: Comparison, image: np.ndarray) -> np.ndarray:
+    """The image left of both clips, (F, H, W, 3) uint8."""
+    videos = [image.repeat(len(result.dense.video), 0), result.dense.video, result.sparse.video]
+    labels = ["image prompt", *result.labels]
+    return side_by_side(videos, labels, caption=result.caption, scale=SCALE)
+
+
+def _picture(result: Comparison, image: np.ndarray, name: str) -> np.ndarray:
+    """The image and some frames beside it, a row for each clip, (H, W, 3) uint8."""
+    rows = []
+    for label, video in (("dense", result.dense.video), (name, result.sparse.video)):
+        places = np.linspace(0, len(video) - 1, min(SHOWN_FRAMES, len(video))).round().astype(int)
+        tiles = [image, *(video[i : i + 1] for i in places)]
+        labels = ["image prompt", *(f"{label}, frame {i}" for i in places)]
+        rows.append(side_by_side(tiles, labels, scale=SCALE)[0])
+    return np.concatenate(rows)
