@@ -8,7 +8,17 @@ import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
-from diffusers import WanPipeline, WanTransformer3DModel, WanVideoToVideoPipeline
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+    WanVideoToVideoPipeline,
+)
 from diffusers.models import attention_dispatch
 from diffusers.models.transformers import transformer_wan
 from methods import LINEAR, MIXTURE, RADIAL, WINDOW
@@ -44,6 +54,7 @@ from gen_accel import (
     attention,
 )
 from gen_accel.attention_processors.seam import SparseProcessor
+from gen_accel.pipelines.clock import Clock
 
 SPARSE = [
     RADIAL,
@@ -315,6 +326,36 @@ def test_video_to_video_counts_its_own_steps(scheduler):
                 2: "sparse",
                 3: "dense (last steps)",
             }
+
+
+@pytest.mark.parametrize("begin", [0, 3])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(DDIMScheduler, DDPMScheduler, CogVideoXDDIMScheduler, CogVideoXDPMScheduler),
+        *(PNDMScheduler, EulerDiscreteScheduler),
+    ],
+    ids=lambda kind: kind.__name__,
+)
+def test_steps_with_schedulers_that_count_none(kind, begin):
+    """But for the last one, which does. PNDM's second timestep comes twice."""
+    scheduler = kind(**({"skip_prk_steps": True} if kind is PNDMScheduler else {}))
+    clock, x = Clock(lambda: scheduler), torch.zeros(1, 1, 1, 1)
+    for _ in range(2):
+        seen = []
+        scheduler.set_timesteps(5)
+        if begin and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin)
+        total = len(scheduler.timesteps) - begin
+        for time in scheduler.timesteps[begin:]:
+            for _ in range(2):  # guidance calls twice
+                new = clock.advance(time.expand(2))
+                assert new == (not seen)
+                seen.append(clock.step)
+            assert clock.steps == total
+            if kind in (PNDMScheduler, EulerDiscreteScheduler):
+                scheduler.step(x, time, x)
+        assert seen == [step for step in range(total) for _ in range(2)]
 
 
 def test_two_stages_share_one_count():

@@ -4,18 +4,24 @@ what those of diffusers give with the same tensors."""
 import json
 import pickle
 from functools import cache
+from pathlib import Path
 
 import image_adapters as tiny
 import pytest
 import torch
 import wan
+from accelerate import cpu_offload
 from checks import assert_no_worse
 from diffusers.models.embeddings import IPAdapterFaceIDPlusImageProjection
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import gen_accel.demo
+from gen_accel import load_image_prompt
 from gen_accel.attention_processors.image_prompt import new_adapter
+from gen_accel.lora.images import ImageCoder
+from gen_accel.lora.latents import as_features
 from gen_accel.pipelines.image_prompt.encoder import ImageEncoder, as_rgb, load_encoder, pixels
 from gen_accel.pipelines.image_prompt.formats import (
     VARIANTS,
@@ -213,6 +219,19 @@ def test_the_second_version_is_known_by_name_or_by_argument(tmp_path):
         read_adapter(path, variant="best")
 
 
+def test_the_variant_of_a_file_is_told_on_loading(tmp_path):
+    path, pipe = file_of("faceid_plus", tmp_path), tiny.pipeline("sd")
+    with load_image_prompt(pipe, path) as prompt:
+        assert not prompt.adapter.projector.shortcut
+    with load_image_prompt(pipe, path, variant="faceid_plus_v2") as prompt:
+        assert prompt.adapter.projector.shortcut
+        built = prompt.adapter
+    with pytest.raises(ValueError, match="keys of 'faceid_plus', not of 'plus'"):
+        load_image_prompt(pipe, path, variant="plus")
+    with pytest.raises(ValueError, match=r"variant='faceid_plus' .* knows by itself: leave it"):
+        load_image_prompt(pipe, built, variant="faceid_plus")
+
+
 def test_xlabs_own_names(tmp_path):
     groups = tiny.nested("flux", flux())
     theirs = {f"ip_adapter_proj_model.{k}": x for k, x in groups["image_proj"].items()}
@@ -401,6 +420,18 @@ def test_finding_a_file(tmp_path):
         find_adapter(folder)
 
 
+def test_demo_is_the_embedded_one(tmp_path, monkeypatch):
+    own, other = tmp_path / "package" / "image_prompt", tmp_path / "demo"
+    for folder in (own, other):
+        folder.mkdir(parents=True)
+        file_of("base", folder)
+    monkeypatch.setattr(gen_accel.demo, "__file__", str(tmp_path / "package" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    assert find_adapter("demo").parent == own
+    for folder in ("./demo", Path("demo")):
+        assert find_adapter(folder).parent == Path("demo")
+
+
 def test_a_repository_on_the_hub(tmp_path, monkeypatch):
     files = ["README.md", "models/a.bin", "models/image_encoder/model.safetensors", "b/c.bin"]
     files += ["lynx/resampler.safetensors", "lynx/ip_layers.safetensors"]
@@ -534,6 +565,16 @@ class TestEncoder:
         with pytest.raises(ValueError, match="no CLIP vision model at"):
             ImageEncoder("base", pipe, tmp_path / "gone")
 
+    def test_one_that_is_given_may_be_offloaded(self):
+        vision, image = tiny.vision(), [tiny.picture()]
+        encoder = ImageEncoder("plus", None, vision)
+        want = encoder(image)
+        cpu_offload(vision, execution_device=torch.device("cpu"))
+        assert next(vision.parameters()).is_meta
+        assert torch.equal(encoder(image), want)
+        with pytest.raises(ValueError, match="on the meta device, and nothing brings them"):
+            ImageEncoder("plus", None, tiny.vision().to("meta"))(image)
+
     def test_without_an_encoder(self):
         encoder = ImageEncoder("plus", object())
         assert not encoder.is_there
@@ -557,6 +598,31 @@ class TestEncoder:
         assert torch.equal(projector(features[:1]), projector(whole))
         assert torch.equal(projector.null(features[:1]), encoder.negative())
         assert torch.equal(projector(projector.null(whole)), projector(encoder.negative()))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_pixels_are_the_same_numbers_by_every_way(self, dtype):
+        """Bytes or floats, normalised by the encoder, the cache or the projector."""
+        encoder = ImageEncoder("pixels", None, size=16)
+        projector, seen = Pixels(8, 2, (4, 8)).to(dtype), []
+        projector.convs[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, -1, -1)
+        features = encoder([every[0]])  # as large as the encoder makes it, and so left as it is
+        coder = ImageCoder("pixels", size=16)
+        assert torch.equal(as_features(every), features)
+        for way in (every, features.to(dtype), as_features(every).to(dtype)):
+            projector(way)
+        for way in (
+            encoder.negative().to(dtype),
+            coder.nothing()[None],
+            as_features(coder.nothing())[None].to(dtype),
+            projector.null(every),
+            projector.null(features.to(dtype)),
+        ):
+            projector(way)
+        for same in (seen[:3], seen[3:]):
+            assert all(torch.equal(x, same[0]) for x in same)
+        grey = (torch.tensor(128.0) / 127.5 - 1).to(dtype)
+        assert seen[3].unique().tolist() == [grey.item()]
 
     def test_all_kinds_of_images(self, tmp_path):
         image = tiny.picture()

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 import wan
 from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from image_models import CASES, ltx_inputs
 from methods import LINEAR, MIXTURE, RADIAL, WINDOW
 from peft import LoraConfig
-from test_image_seam import CASES
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -23,9 +24,11 @@ from gen_accel.attention_processors.families import image_family_of
 from gen_accel.attention_processors.image_prompt import (
     ImageAdapter,
     KeysValues,
+    OtherText,
     image_attention,
     new_adapter,
 )
+from gen_accel.pipelines.image_prompt.projectors import Resampler
 from gen_accel.pipelines.image_prompt.strength import (
     Masks,
     block_scales,
@@ -125,7 +128,7 @@ def test_scale_0_is_the_base_model(case):
     before, base = trace(model), output(model, given)
     prompt = load_image_prompt(model, adapter(model), scale=0.0)
     assert torch.equal(output(model, given), base)  # also without an image
-    prompt.set_embeds(noise(1, WIDTH))
+    prompt.set_embeds(noise(1, WIDTH).expand(2, -1), each=True)
     assert torch.equal(output(model, given), base)
     prompt.set_scale(1.0)
     assert not torch.allclose(output(model, given), base, atol=1e-4)
@@ -159,7 +162,7 @@ def test_training_begins_at_the_base_model_and_moves_all(case):
         with torch.no_grad():
             for parameter in new.trained:
                 parameter -= 10 * parameter.grad / parameter.grad.norm()
-        prompt.set_embeds(noise(1, WIDTH))
+        prompt.set_embeds(noise(2, WIDTH), each=True)
         assert not torch.equal(output(model, given), base)
 
 
@@ -216,6 +219,19 @@ def test_keys_values(key_norm, registers):
         prompt.set_embeds(noise(2, WIDTH))
         assert "1 of 2 attentions" in prompt.describe()
         assert torch.isfinite(wan.forward(model)).all()
+
+
+def test_a_plain_norm_of_keys(model):
+    """Of keys that are as small as its epsilon."""
+    layers = {"0": KeysValues(6, 32, bias=False)}
+    one = ImageAdapter("lynx_light", Projector(6), layers, key_norm="plain")
+    tokens = 1e-3 * noise(1, TOKENS, 6)
+    keys = layers["0"].to_k(tokens)
+    want = keys * (keys.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    for dtype in (torch.float32, torch.bfloat16):
+        k, _ = one.to(dtype).keys_values(sites(model)[0], tokens.to(dtype))
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(k.flatten(2).float(), want, atol=tolerance, rtol=tolerance)
 
 
 def test_an_adapter_refuses_what_it_is_not():
@@ -450,6 +466,27 @@ def test_scales_by_step_with_schedulers_that_count_none():
     assert seen == [False, True] * 2
 
 
+@pytest.mark.parametrize("name", ["cogvideox", "mochi", "ltx"])
+@torch.no_grad()
+def test_frames_of_a_transformer_alone(name):
+    case = CASES[name]
+    model, given = case.build(), case.inputs()
+    factor = {"cogvideox": 4, "mochi": 6, "ltx": 8}[name]
+    count = 1 + (case.grid[0] - 1) * factor  # frames of the video
+    prompt = load_image_prompt(model, adapter(model), scale=0.0)
+    base = output(model, given)
+    prompt.set_scale(1.0, frames=(1, 1 + factor))
+    mask = torch.ones(1, count, 2, 2)
+    prompt.set_embeds(noise(1, WIDTH), mask=mask)
+    assert not torch.equal(output(model, given), base)
+    mask[:, 1 : 1 + factor] = 0.0
+    prompt.set_embeds(noise(1, WIDTH), mask=mask)
+    assert torch.equal(output(model, given), base)
+    prompt.set_embeds(noise(1, WIDTH), mask=mask[:, 1:])
+    with pytest.raises(ValueError, match=f"mask has {count - 1} frames, the video {count}"):
+        output(model, given)
+
+
 @torch.no_grad()
 def test_a_transformer_alone_counts_changes_of_the_timestep(model):
     base = wan.forward(model)
@@ -667,6 +704,43 @@ def test_gradient_checkpointing(family):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("changed", ["features", "keep", "image", "scale", None])
+def test_gradient_checkpointing_of_two_forward_passes(model, changed):
+    """The first would be computed again with what the second one was shown."""
+    model.train().enable_gradient_checkpointing()
+    one = adapter(model).requires_grad_(True)
+    prompt = load_image_prompt(model, one)
+    features, keep = noise(2, WIDTH), torch.tensor([True, True])
+
+    def loss(again=False):
+        other = changed if again else None
+        if changed == "image":
+            prompt.set_embeds(noise(1, WIDTH, seed=int(again)))
+            return wan.forward(model).square().mean()
+        prompt.set_scale(0.5 if other == "scale" else 0.8)
+        rows = noise(2, WIDTH, seed=4) if other == "features" else features
+        with prompt.using(rows, ~keep if other == "keep" else keep):
+            return wan.forward(model).square().mean()
+
+    if changed is None:
+        (loss() + loss()).backward()
+        both = [p.grad.clone() for p in one.parameters()]
+        one.zero_grad()
+        for _ in range(2):
+            loss().backward()
+        for a, b in zip(both, one.parameters(), strict=True):
+            torch.testing.assert_close(a, b.grad)
+        return
+    first, second = loss(), loss(again=True)
+    second.backward()
+    with pytest.raises(ValueError, match=r"another forward pass .* run backward\(\) after each"):
+        first.backward()
+    for again in (False, True):
+        loss(again).backward()
+    model.disable_gradient_checkpointing()
+    (loss() + loss(again=True)).backward()
+
+
 # Guidance
 
 
@@ -738,6 +812,75 @@ def test_a_negative_prompt_in_the_first_rows():
 
 
 @torch.no_grad()
+def test_another_pipeline_with_the_same_model():
+    """Each goes by its own guidance, whatever the other ran with, or whether it ran."""
+    pipe, lone = image_adapters.pipeline("sd"), image_adapters.pipeline("sd")
+    other = type(pipe)(**pipe.components, requires_safety_checker=False)
+    prompts = [load_image_prompt(p, adapter(p.unet)) for p in (pipe, lone)]
+    prompts.append(load_image_prompt(lone.unet, adapter(lone.unet), name="more", scale=0.0))
+    for prompt in prompts:
+        prompt.set_embeds(noise(1, WIDTH), negative=noise(1, WIDTH, seed=1))
+    runs = [{"guided": True}, {"guided": False, "prompts": 2}, {"guided": True}]
+    wants = [image_adapters.generate(lone, "sd", **run) for run in runs]
+    for run, want in zip(runs, wants, strict=True):
+        assert torch.equal(image_adapters.generate(other, "sd", **run), want)
+        image_adapters.generate(pipe, "sd", guided=not run["guided"])
+    # On the model alone it goes by the pipeline that runs.
+    prompts[1].set_scale(0.0)
+    prompts[2].set_scale(1.0)
+    for run, want in zip(runs, wants, strict=True):
+        assert torch.equal(image_adapters.generate(lone, "sd", **run), want)
+
+
+@torch.no_grad()
+def test_rows_that_may_be_of_either_prompt():
+    pipe = image_adapters.pipeline("sd")
+    prompt = load_image_prompt(pipe, adapter(pipe.unet))
+    prompt.set_embeds(noise(1, WIDTH))
+    image_adapters.generate(pipe, "sd")
+    x, text = noise(2, 4, 8, 8), noise(2, 6, image_adapters.CROSS)
+    with pytest.raises(ValueError, match="its 2 rows may hold those of a negative prompt or not"):
+        pipe.unet(x, 500, encoder_hidden_states=text)
+    prompt.set_embeds(noise(1, WIDTH).expand(2, -1), each=True)
+    both = pipe.unet(x, 500, encoder_hidden_states=text).sample
+    for row in range(2):  # as two calls of a row each
+        own = slice(row, row + 1)
+        prompt.set_embeds(noise(1, WIDTH))
+        one = pipe.unet(x[own], 500, encoder_hidden_states=text[own]).sample
+        torch.testing.assert_close(both[own], one, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_guidance_with_a_third_side(prompts):
+    base = image_adapters.pipeline("sd")
+    unet = type(base.unet).from_config(base.unet.config, in_channels=8).eval()
+    parts = base.components | {"unet": unet}
+    pipe = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    load_image_prompt(pipe, adapter(pipe.unet)).set_embeds(noise(1, WIDTH))
+    given = image_adapters.arguments("sd", prompts=prompts)
+    for name in ("latents", "height", "width"):
+        del given[name]
+    given |= {"image": noise(prompts, 4, 8, 8), "num_inference_steps": 1}
+    with pytest.raises(
+        ValueError, match=f"guides by an image too, in a third of its {3 * prompts}"
+    ):
+        pipe(**given)
+
+
+def test_rows_that_do_not_divide():
+    model = CASES["ltx"].build()
+    prompt = load_image_prompt(model, adapter(model))
+    prompt.set_embeds(noise(1, WIDTH))
+    given = {k: x[:1] if isinstance(x, torch.Tensor) else x for k, x in ltx_inputs().items()}
+    with (
+        model.cache_context("cond_uncond"),
+        pytest.raises(ValueError, match="1 rows do not divide into negative and positive ones"),
+    ):
+        output(model, given)
+
+
+@torch.no_grad()
 def test_the_first_rows_of_pipelines_that_tell():
     """CogVideoX keeps to itself whether there is guidance, and runs all in one kind of call."""
     case = CASES["cogvideox"]
@@ -786,6 +929,112 @@ def test_two_transformers():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("part", ["transformer", "transformer_2"])
+def test_one_of_two_transformers(part):
+    """The other would subtract what its own layers are no copies of."""
+    pipe = wan.two_stage()
+    stock, one = wan.generate(pipe, 4), identity(getattr(pipe, part))
+    with pytest.raises(ValueError, match="has transformer and transformer_2: say which by part="):
+        load_image_prompt(pipe, one)
+    with load_image_prompt(pipe, one, part=part) as prompt:
+        prompt.set_embeds(noise(1, WIDTH))
+        assert torch.equal(wan.generate(pipe, 4), stock)
+    one.metadata["recipe"] = {"part": part}
+    with load_image_prompt(pipe, one) as prompt:
+        prompt.set_embeds(noise(1, WIDTH))
+        assert torch.equal(wan.generate(pipe, 4), stock)
+    with pytest.raises(ValueError, match="part must be one of transformer, transformer_2, got"):
+        load_image_prompt(pipe, one, part="unet")
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("error::gen_accel.attention_processors.image_prompt.OtherText")
+def test_text_weights_that_are_others(model):
+    one = identity(model)
+    load_image_prompt(model, one).remove()
+    other = wan.transformer().to(torch.bfloat16)  # rounding is no other model
+    load_image_prompt(other, copy.deepcopy(one)).remove()
+    prompt = load_image_prompt(model, one)
+    prompt.set_embeds(noise(1, WIDTH))
+    wan.forward(model)
+    for block in model.blocks:  # as a LoRA is merged
+        block.attn2.to_v.weight.add_(0.05 * block.attn2.to_v.weight.std())
+    with pytest.warns(OtherText, match="differ by 0.0"):
+        wan.forward(model)
+    prompt.remove()
+    with pytest.warns(OtherText, match=r"to_k and to_v of blocks\.0\.attn2 and others"):
+        load_image_prompt(model, one)
+
+
+@torch.no_grad()
+def test_processors_that_are_replaced_after_loading():
+    pipe = image_adapters.pipeline("sd")
+    prompt = load_image_prompt(pipe, adapter(pipe.unet))
+    prompt.set_embeds(noise(1, WIDTH))
+    prompted = image_adapters.generate(pipe, "sd")
+    pipe.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"processor of down_blocks.*attn2 was replaced after"):
+        image_adapters.generate(pipe, "sd")
+    pipe.unfuse_qkv_projections()
+    assert torch.equal(image_adapters.generate(pipe, "sd"), prompted)
+    pipe.enable_attention_slicing()
+    with pytest.raises(ValueError, match="was replaced after"):
+        image_adapters.generate(pipe, "sd")
+
+
+@torch.no_grad()
+def test_frames_that_come_before_the_video():
+    pipe = wan.PIPELINES["control"]()
+    prompt = load_image_prompt(pipe, adapter(pipe.transformer))
+    prompt.set_embeds(noise(1, WIDTH))
+    prompt.set_scale(1.0, frames=(0, 1))
+    wan.generate(pipe, 1)
+    given = {"reference_images": [wan.picture(1)]}
+    with pytest.raises(ValueError, match="VACE puts its reference images before the frames"):
+        wan.generate(pipe, 1, **given)
+    prompt.set_scale(1.0)
+    prompt.set_embeds(noise(1, WIDTH), mask=torch.ones(1, 9, 8, 8))
+    with pytest.raises(ValueError, match="Give scales without frames, and a mask for all"):
+        wan.generate(pipe, 1, **given)
+    prompt.set_embeds(noise(1, WIDTH), mask=torch.ones(8, 8))
+    assert torch.isfinite(wan.generate(pipe, 1, **given)).all()
+    case = CASES["cogvideox 1.5"]
+    model = case.build()
+    prompt = load_image_prompt(model, adapter(model))
+    prompt.set_embeds(noise(1, WIDTH))
+    prompt.set_scale(1.0, frames=(0, 1))
+    with pytest.raises(ValueError, match=r"CogVideoX 1\.5 may fill up its latents"):
+        output(model, case.inputs())
+
+
+@torch.no_grad()
+def test_queries_are_not_made_for_nothing():
+    """Flux's are those before rotation, which its processor does not keep."""
+    case = CASES["flux"]
+    model, seen = case.build(), []
+    attn = model.transformer_blocks[0].attn
+    attn.to_q.register_forward_hook(lambda *_: seen.append(1))
+    prompt = load_image_prompt(model, adapter(model), scale=0.0)
+    prompt.set_embeds(noise(1, WIDTH))
+    output(model, case.inputs())
+    assert len(seen) == 1
+    prompt.set_scale(1.0)
+    output(model, case.inputs())
+    assert len(seen) == 3
+
+
+def test_features_that_are_refused_when_they_are_set(model):
+    prompt = load_image_prompt(model, adapter(model))
+    with pytest.raises(ValueError, match=r"does not take features of \(1, 6\)"):
+        prompt.set_embeds(noise(1, WIDTH), negative=noise(1, WIDTH + 1))
+    prompt.remove()
+    with pytest.raises(ValueError, match="'default' was removed: load it again"):
+        prompt.set_embeds(noise(1, WIDTH))
+    with pytest.raises(ValueError, match=r"give one image as features\[None\]"):
+        Resampler(6, 8, tokens=2, dim=8, depth=1, heads=1)(noise(5, 6))
+
+
+@torch.no_grad()
 def test_image_to_video_with_an_encoder_of_its_own():
     pipe = wan.PIPELINES["image with encoder"]()
     encoder, before = pipe.image_encoder, trace(pipe.transformer)
@@ -821,6 +1070,45 @@ def test_images_go_through_the_encoder_of_the_pipeline():
     base = image_adapters.generate(pipe, "sd")
     prompt.remove()
     assert torch.equal(image_adapters.generate(pipe, "sd"), base)  # which it started from
+
+
+@torch.no_grad()
+def test_the_encoder_that_the_adapter_names(tmp_path):
+    image_adapters.vision().save_pretrained(tmp_path)
+    image_adapters.extractor().save_pretrained(tmp_path)
+    picture, seen = image_adapters.picture(), {}
+
+    def shown(pipe, **options):
+        made = new_adapter(pipe.unet, linear_of(image_adapters.EMBEDDING), variant="base")
+        made.layers["1"].to_v.weight.mul_(2)
+        made.metadata["image_encoder"] = str(tmp_path)
+        with load_image_prompt(pipe, made, **options) as prompt:
+            prompt.set_image(picture)
+            return image_adapters.generate(pipe, "sd")
+
+    own = image_adapters.vision(seed=8)  # gives features that mean nothing to the adapter
+    for name, kept in (("named", None), ("own", own)):
+        pipe = image_adapters.pipeline("sd")
+        pipe.image_encoder = kept
+        seen[name] = shown(pipe)
+        seen[f"{name}, given"] = shown(pipe, image_encoder=tmp_path)
+        assert pipe.image_encoder is kept
+    assert torch.equal(seen["named"], seen["named, given"])
+    assert torch.equal(seen["named"], seen["own, given"])
+    assert torch.equal(seen["named"], seen["own"])
+
+
+@torch.no_grad()
+def test_an_encoder_that_is_gone_is_not_needed_for_embeddings(tmp_path):
+    pipe = image_adapters.pipeline("sd")
+    pipe.image_encoder = None
+    made = new_adapter(pipe.unet, linear_of(image_adapters.EMBEDDING), variant="base")
+    made.metadata["image_encoder"] = str(tmp_path / "gone")
+    prompt = load_image_prompt(pipe, made)
+    prompt.set_embeds(noise(1, image_adapters.EMBEDDING))
+    assert torch.isfinite(image_adapters.generate(pipe, "sd")).all()
+    with pytest.raises(ValueError, match=r"no CLIP vision model at .*gone"):
+        prompt.set_image(image_adapters.picture())
 
 
 @torch.no_grad()

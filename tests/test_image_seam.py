@@ -2,34 +2,37 @@
 
 import copy
 import gc
-from collections.abc import Callable
 from functools import partial
 from itertools import permutations
-from typing import Any, NamedTuple
 from weakref import ref
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    CogVideoXTransformer3DModel,
-    FluxTransformer2DModel,
-    LTXVideoTransformer3DModel,
-    MochiTransformer3DModel,
-    SkyReelsV2Transformer3DModel,
-    UNet2DConditionModel,
-    WanVACETransformer3DModel,
+from diffusers.models.attention_processor import (
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+    XFormersAttnProcessor,
 )
-from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from hunyuan import forward as hunyuan_forward
-from hunyuan import inputs as hunyuan_inputs
 from hunyuan import transformer as hunyuan_transformer
+from image_models import (
+    CASES,
+    JOINT,
+    cogvideox,
+    flux,
+    flux_inputs,
+    ltx,
+    ltx_inputs,
+    mochi,
+    noise,
+    unet,
+)
 from methods import RADIAL, WINDOW
 from peft import LoraConfig
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from wan import HEAD_DIM, HEADS, IMAGE_WIDTH, TEXT_WIDTH, forward, gradients, inputs
+from wan import HEAD_DIM, HEADS, forward, gradients, inputs
 from wan import transformer as wan_transformer
 
 from gen_accel import Dense, attach
@@ -44,199 +47,6 @@ from gen_accel.pipelines.attach import extend_attention
 from gen_accel.pipelines.extension import AttentionExtension
 
 IMAGE_TOKENS = 4
-
-
-def noise(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def wan_with_image(text: int = 512) -> dict[str, Any]:
-    """The processor takes all beyond 512 tokens for the image."""
-    given = inputs(2, 6, 8)
-    given["encoder_hidden_states"] = noise(2, text, TEXT_WIDTH)
-    return given | {"encoder_hidden_states_image": noise(2, 3, IMAGE_WIDTH)}
-
-
-def vace_inputs() -> dict[str, Any]:
-    given = inputs(2, 6, 8)
-    return given | {"control_hidden_states": noise(2, 8, 2, 6, 8)}
-
-
-def skyreels() -> Any:
-    return wan_transformer(kind=SkyReelsV2Transformer3DModel)
-
-
-def cogvideox(**config: Any) -> Any:
-    torch.manual_seed(0)
-    tiny = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "in_channels": 4,
-        "out_channels": 4,
-        "time_embed_dim": 2,
-        "text_embed_dim": 8,
-        "num_layers": 2,
-        "sample_width": 8,
-        "sample_height": 6,
-        "sample_frames": 9,
-        "patch_size": 2,
-        "max_text_seq_length": 5,
-    }
-    return CogVideoXTransformer3DModel(**(tiny | config)).eval()
-
-
-def cogvideox_inputs(frames: int = 3) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(2, frames, 4, 6, 8),
-        "timestep": torch.full((2,), 700),
-        "encoder_hidden_states": noise(2, 5, 8, seed=2),
-    }
-
-
-def rotated(frames: int = 3) -> dict[str, Any]:
-    grid = {"grid_size": (3, 4), "temporal_size": frames, "crops_coords": ((0, 0), (3, 4))}
-    return {"image_rotary_emb": get_3d_rotary_pos_embed(16, **grid)}
-
-
-def mochi() -> Any:
-    torch.manual_seed(0)
-    return MochiTransformer3DModel(
-        patch_size=2,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=2,
-        pooled_projection_dim=16,
-        in_channels=4,
-        text_embed_dim=16,
-        time_embed_dim=4,
-        max_sequence_length=7,
-    ).eval()
-
-
-def mochi_inputs() -> dict[str, Any]:
-    return {
-        "hidden_states": noise(2, 4, 3, 6, 8),
-        "timestep": torch.full((2,), 700),
-        "encoder_hidden_states": noise(2, 7, 16, seed=2),
-        "encoder_attention_mask": torch.arange(7) < torch.tensor([[6], [2]]),
-    }
-
-
-def ltx() -> Any:
-    torch.manual_seed(0)
-    return LTXVideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        num_layers=2,
-        caption_channels=16,
-    ).eval()
-
-
-def ltx_inputs() -> dict[str, Any]:
-    return {
-        "hidden_states": noise(2, 36, 8),
-        "encoder_hidden_states": noise(2, 5, 16, seed=2),
-        "timestep": torch.full((2,), 700.0),
-        "encoder_attention_mask": torch.arange(5) < torch.tensor([[5], [2]]),
-        **{"num_frames": 3, "height": 3, "width": 4},
-    }
-
-
-def flux() -> Any:
-    torch.manual_seed(0)
-    return FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=2,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        pooled_projection_dim=12,
-        axes_dims_rope=(4, 6, 6),
-    ).eval()
-
-
-def flux_inputs() -> dict[str, Any]:
-    rows, columns = torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij")
-    places = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(12, 3)
-    return {
-        "hidden_states": noise(2, 12, 4),
-        "encoder_hidden_states": noise(2, 5, 24, seed=2),
-        "pooled_projections": noise(2, 12, seed=3),
-        "timestep": torch.full((2,), 0.7),
-        "img_ids": places.float(),
-        "txt_ids": torch.zeros(5, 3),
-    }
-
-
-def unet() -> Any:
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        norm_num_groups=2,
-    ).eval()
-
-
-def unet_inputs() -> dict[str, Any]:
-    return {
-        "sample": noise(2, 4, 6, 8),
-        "timestep": 700,
-        "encoder_hidden_states": noise(2, 5, 8, seed=2),
-    }
-
-
-class Case(NamedTuple):
-    """A tiny model, what its forward pass is given, and the token grid that this makes."""
-
-    family: str
-    build: Callable[[], Any]
-    inputs: Callable[[], dict[str, Any]]
-    grid: tuple[int, int, int]
-    text: int = 0
-
-
-WAN_IMAGE = {"image_dim": IMAGE_WIDTH, "added_kv_proj_dim": HEADS * HEAD_DIM}
-WAN_VACE = {"kind": WanVACETransformer3DModel, "vace_layers": [0, 1], "vace_in_channels": 8}
-CASES = {
-    "wan": Case("wan", wan_transformer, lambda: inputs(2, 6, 8), (2, 3, 4)),
-    "wan image": Case("wan", partial(wan_transformer, **WAN_IMAGE), wan_with_image, (2, 3, 4)),
-    "vace": Case("wan", partial(wan_transformer, **WAN_VACE), vace_inputs, (2, 3, 4)),
-    "skyreels": Case("wan", skyreels, lambda: inputs(2, 6, 8), (2, 3, 4)),
-    "hunyuan": Case(
-        "hunyuan_video", hunyuan_transformer, lambda: hunyuan_inputs(2, 6, 8), (2, 3, 4), 9
-    ),
-    "cogvideox": Case("cogvideox", cogvideox, cogvideox_inputs, (3, 3, 4), 5),
-    "cogvideox rotary": Case(
-        "cogvideox",
-        partial(cogvideox, use_rotary_positional_embeddings=True),
-        lambda: cogvideox_inputs() | rotated(),
-        (3, 3, 4),
-        5,
-    ),
-    "cogvideox 1.5": Case(
-        "cogvideox",
-        partial(cogvideox, use_rotary_positional_embeddings=True, patch_size_t=2),
-        lambda: cogvideox_inputs(4) | rotated(2),
-        (2, 3, 4),
-        5,
-    ),
-    "mochi": Case("mochi", mochi, mochi_inputs, (3, 3, 4), 7),
-    "ltx": Case("ltx", ltx, ltx_inputs, (3, 3, 4)),
-    "flux": Case("flux", flux, flux_inputs, (1, 3, 4), 5),
-    "unet": Case("stable_diffusion", unet, unet_inputs, (1, 6, 8)),
-}
-JOINT = ["hunyuan", "cogvideox", "cogvideox rotary", "cogvideox 1.5", "mochi", "flux"]
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -984,3 +794,19 @@ def test_refusals():
         ValueError, match=r"no image prompts for Linear; served: CogVideoX.*UNet2D"
     ):
         image_family_of(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("kind", ["SlicedAttnProcessor", "XFormersAttnProcessor"])
+def test_processors_with_another_attention_call_are_refused(kind):
+    """Of attention slicing and of xformers, on a UNet."""
+    model = unet()
+    if kind == "SlicedAttnProcessor":
+        model.set_attention_slice("auto")
+    else:
+        model.set_attn_processor(XFormersAttnProcessor())
+    before = processors(model)
+    with pytest.raises(ValueError, match=rf"{kind} does not call F\.scaled.*processors back"):
+        tap_all(model, nothing)
+    assert same_objects(processors(model), before)
+    model.set_attn_processor(AttnProcessor2_0())
+    tap_all(model, nothing)()

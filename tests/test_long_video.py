@@ -287,6 +287,7 @@ def test_lengths_in_pixel_frames():
 def test_the_trained_length_is_known_by_family_and_for_the_demo_model(demo_pipe):
     assert known_trained_frames(wan.transformer()) == 81
     assert family.longest(wan.transformer()) == 32
+    assert known_trained_frames(wan.transformer(in_channels=48)) == 121  # Wan 2.2 TI2V-5B
     assert known_trained_frames(demo_pipe.transformer) == 33
     with extend(demo_pipe, "riflex", num_frames=65) as longer:
         assert (longer.target.trained, longer.target.frames) == (9, 17)

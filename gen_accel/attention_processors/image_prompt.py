@@ -20,7 +20,8 @@ B batch, N tokens of video or image, H heads, D dim of a head, T tokens of an im
 of those.
 """
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Literal, get_args
 
@@ -31,6 +32,10 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.families import ImageAttention, image_family_of
 
 KeyNorm = Literal["none", "own", "plain"]
+TEXT = "text_weights"  # of the metadata: what the layers of a `start` held, by number
+_SAMPLES = 16  # of each weight that is kept there
+_ROUNDED = 5e-3  # of its size that a weight in half precision may be off
+PLAIN_EPS = 1e-5  # of Lynx' light layers: IPAWanAttnProcessor2_0, github.com/bytedance/lynx
 
 
 class KeysValues(nn.Module):
@@ -119,7 +124,7 @@ class ImageAdapter(nn.Module):
     def _normalised(self, site: ImageAttention, k: Tensor) -> Tensor:
         """(B, T, H D) to (B, T, H, D)"""
         if self.key_norm == "plain":
-            k = F.rms_norm(k, k.shape[-1:])
+            k = F.rms_norm(k, k.shape[-1:], eps=PLAIN_EPS)
         heads = k.unflatten(-1, (site.heads, site.dim))
         norm = own_norm(site) if self.key_norm == "own" else None
         if norm is None:
@@ -166,13 +171,43 @@ def new_adapter(
         layer.to_k.load_state_dict(k.state_dict())
         layer.to_v.load_state_dict(v.state_dict())
         layers[site.number] = layer.to(k.weight.device, k.weight.dtype)
+    samples = {site.number: _sampled(site) for site in sites}
+    told = {number: x.tolist() for number, x in samples.items() if x is not None}
     return ImageAdapter(
         variant,
         projector,
         layers,
         key_norm="own" if any(own_norm(site) is not None for site in sites) else "none",
         start=deepcopy(projector) if start == "identity" else None,
+        metadata={TEXT: told} if start == "identity" else None,
     )
+
+
+class OtherText(UserWarning):
+    """An adapter with a `start` runs on other weights than it starts from."""
+
+
+def warn_of_other_text(adapter: ImageAdapter, sites: Sequence[ImageAttention]) -> None:
+    """Where W_k and W_v are not those that training began with, of which the adapter holds
+    copies: then it is no longer their difference that it adds."""
+    told = adapter.metadata.get(TEXT)
+    if adapter.start is None or not isinstance(told, Mapping):
+        return
+    pairs = [
+        (torch.tensor(then), now)
+        for site in sites
+        if (then := told.get(site.number)) is not None and (now := _sampled(site)) is not None
+    ]
+    off = sum(float((now - then).square().sum()) for then, now in pairs) ** 0.5
+    size = sum(float(then.square().sum()) for then, _ in pairs) ** 0.5
+    if off > _ROUNDED * size:
+        warnings.warn(
+            "the image prompt starts from the model's own text weights, and to_k and to_v of "
+            f"{sites[0].name} and others differ by {off / size:.2g} of their size from those: a "
+            "LoRA that was merged, or another checkpoint? Unmerge it, or load the base model",
+            OtherText,
+            stacklevel=2,
+        )
 
 
 def image_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -196,6 +231,18 @@ def own_projection(site: ImageAttention, name: str) -> Any:
 def own_norm(site: ImageAttention) -> Any:
     """What the model normalises keys with there; None for nothing."""
     return None if site.norm is None else getattr(site.module, site.norm)
+
+
+def _sampled(site: ImageAttention) -> Tensor | None:
+    """Some values of W_k and W_v; None where they are quantised or held elsewhere."""
+    found = []
+    for name in (site.to_k, site.to_v):
+        weight = getattr(own_projection(site, name), "weight", None)
+        if weight is None or weight.is_meta or weight.dtype.itemsize < 2:
+            return None
+        flat = weight.detach().flatten()
+        found.append(flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].float().cpu())
+    return torch.cat(found)
 
 
 def _projected(module: Any, tokens: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ import inspect
 import types
 from collections.abc import Callable, Hashable
 from copy import deepcopy
-from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary, ref
 
@@ -75,7 +74,8 @@ class BoundProcessor:
         if code is None or not set(name.split(".")) <= set(code.co_names):
             raise ValueError(
                 f"{type(stock).__name__} does not call {name}, so its attention cannot be "
-                "replaced; put the model's own processors back first"
+                "replaced; put the model's own processors back first, a UNet's by "
+                "set_attn_processor(AttnProcessor2_0()), without attention slicing or xformers"
             )
         self.stock, self.name = stock, name
         self.taps: tuple[Tap, ...] = ()
@@ -258,16 +258,32 @@ def _add(
         raise ValueError(f"{added} is on this {type(module).__name__} already; remove it first")
     setattr(processor, kind, (*getattr(processor, kind), added))
     _put(module, processor)
-    return partial(_remove, module, kind, added)  # and no closure, which would not be copied
+    return Removal(module, kind, added)
 
 
-def _remove(module: Any, kind: str, added: Any) -> None:
-    processor = module.processor
-    if not isinstance(processor, BoundProcessor):
-        return
-    setattr(processor, kind, tuple(one for one in getattr(processor, kind) if one is not added))
-    if isinstance(processor, TappedProcessor) and not processor.taps and not processor.finishes:
-        _put(module, processor.stock)
+class Removal:
+    """Takes what was added off again; copied with the model, as no closure would be.
+
+    Args:
+        kind: "taps" or "finishes".
+    """
+
+    def __init__(self, module: Any, kind: str, added: Any) -> None:
+        self._module, self._kind, self._added = module, kind, added
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it is still there, and no other processor was put in its place."""
+        return any(one is self._added for one in getattr(self._module.processor, self._kind, ()))
+
+    def __call__(self) -> None:
+        processor = self._module.processor
+        if not isinstance(processor, BoundProcessor):
+            return
+        left = tuple(one for one in getattr(processor, self._kind) if one is not self._added)
+        setattr(processor, self._kind, left)
+        if isinstance(processor, TappedProcessor) and not (processor.taps or processor.finishes):
+            _put(self._module, processor.stock)
 
 
 def _put(module: Any, processor: Any) -> None:

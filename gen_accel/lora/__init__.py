@@ -1,4 +1,7 @@
-"""Finetuning for longer videos: cached clips, training, and LoRAs as diffusers loads them."""
+"""Finetuning through sparse attention, on cached clips.
+
+LoRAs for longer videos, as diffusers loads them, and image-prompt adapters.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

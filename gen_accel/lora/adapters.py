@@ -112,7 +112,8 @@ class ImagePromptAdapter:
         # Without weights: those that train may lie in parts on several processes.
         self._hollow = deepcopy(self.adapter).to("meta")
         target = model.transformer if model.pipe is None else model.pipe
-        self._prompt = load_image_prompt(target, self.adapter)
+        part = None if model.pipe is None else recipe.part
+        self._prompt = load_image_prompt(target, self.adapter, part=part)
         self.modules: dict[str, nn.Module] = {"image_adapter": self.adapter}
 
     def inputs(self, cache: Any, clips: Sequence[int], draws: Sequence[Draw]) -> tuple[Tensor]:

@@ -30,8 +30,8 @@ class Clock:
     def advance(self, timestep: Tensor) -> bool:
         """Read the step before a forward pass; whether a new run begins with it.
 
-        The timestep itself, which waits for a GPU, is read at each call without a scheduler, and
-        at the first of a run with one.
+        The timestep itself, which waits for a GPU, is read at the first call of a run, and at
+        each one without a scheduler or with one that counts no steps.
         """
         if self.scheduler is None:
             now = timestep.max().item()  # where each token has its own: of those still noisy
@@ -46,15 +46,28 @@ class Clock:
         new = scheduler.timesteps is not self._timesteps  # set anew for each run
         if new:
             self._timesteps, self._begin = scheduler.timesteps, _begin(scheduler, timestep)
-        index = scheduler.step_index
-        self.step = 0 if index is None else index - self._begin
+        self.step = _taken(scheduler, timestep, self._begin)
         self.steps = len(scheduler.timesteps) - self._begin
         return new
 
 
 def _begin(scheduler: Any, timestep: Tensor) -> int:
     """Where in the scheduler's timesteps a run begins. Wan's video to video does not tell it."""
-    if scheduler.begin_index is not None:
-        return scheduler.begin_index
-    found = (scheduler.timesteps == timestep.max().to(scheduler.timesteps.device)).nonzero()
+    begin = getattr(scheduler, "begin_index", None)
+    return _place(scheduler, timestep) if begin is None else begin
+
+
+def _taken(scheduler: Any, timestep: Tensor, begin: int) -> int:
+    """Steps of a run so far."""
+    if hasattr(scheduler, "step_index"):
+        index = scheduler.step_index
+        return 0 if index is None else index - begin
+    if hasattr(scheduler, "counter"):  # PNDM's, whose timesteps repeat
+        return scheduler.counter
+    return _place(scheduler, timestep) - begin  # DDIM, DDPM and CogVideoX's two
+
+
+def _place(scheduler: Any, timestep: Tensor) -> int:
+    timesteps = scheduler.timesteps
+    found = (timesteps == timestep.max().to(timesteps.device)).nonzero()
     return int(found[0]) if len(found) else 0

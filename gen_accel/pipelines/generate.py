@@ -81,21 +81,20 @@ class ImageInput:
             )
 
     def opened(self) -> "ImageInput":
-        """With all files read but those of an encoder.
+        """With all pictures read, and the adapter found and looked at.
 
         Raises:
             FileNotFoundError: no such image, or no adapter.
             ValueError: what is no image, or no adapter.
         """
-        path, encoder = find_adapter(self.adapter), self.encoder
-        about = read_adapter(path).metadata
+        path = find_adapter(self.adapter)
+        read_adapter(path)  # refused before a model is loaded
         return replace(
             self,
             images=tuple(as_rgb(image) for image in self.images),
             adapter=path,
             negative=None if self.negative is None else as_rgb(self.negative),
             masks=tuple(as_rgb(mask).convert("L") for mask in self.masks),
-            encoder=about.get("image_encoder") if encoder is None else encoder,
         )
 
     def load(self, pipe: Any) -> ImagePrompt:

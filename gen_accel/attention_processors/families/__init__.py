@@ -19,12 +19,14 @@ predict(transformer, noisy, sigma, conditions) the velocity, noise - clean
 For longer video:
 
 TRAINED_FRAMES                that the published models were trained on
+trained_frames(transformer)   the same of this one, where not all were trained alike
 TEMPORAL_FACTOR               frames in a latent frame, all but the first, which is one frame
 longest(transformer)          latent frames that it has positions for, where they are a table
 temporal_frequencies(transformer) of its rotary pairs on the time axis, in rad a latent frame
 set_temporal_frequencies(transformer, freqs) uses these instead, or its own again for None
 
-For image prompts, together with CLASSES, ATTENTION_CALL, `video_shape` and `timestep`:
+For image prompts, together with CLASSES, ATTENTION_CALL, `video_shape` and `timestep`, and for
+video TEMPORAL_FACTOR:
 
 IMAGE_CLASSES                 served besides CLASSES, where there are some
 GUIDANCE                      how its pipelines run the negative prompt: "batched", as the first
@@ -34,6 +36,8 @@ image_attentions(transformer) the attentions that an image prompt is added to, a
 tap_image(transformer, site, add) adds what `add(q, samples)` gives for the queries q (b, N, H, D)
                               of video or image and the slice of the batch that they are, (b, N, H,
                               D), or nothing where it gives None; returns what takes it off
+no_frames(transformer, ...)   why this forward pass does not tell which frames of the video its
+                              latents are of, None where it does; only where that can be
 
 A family holds geometry and names; the processors' code stays diffusers' own.
 """

@@ -20,6 +20,7 @@ from gen_accel.video import VideoShape
 CLASSES = ("CogVideoXTransformer3DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
 GUIDANCE = "batched"
+TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:
@@ -50,6 +51,13 @@ def video_shape(
         )
     grid = (size // side for size, side in zip(sizes, patch, strict=True))
     return VideoShape(*grid, text=encoder_hidden_states.shape[1])
+
+
+def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str | None:
+    """Version 1.5 has patches of two latent frames."""
+    if transformer.config.patch_size_t is None:
+        return None
+    return "CogVideoX 1.5 may fill up its latents at the beginning, and does not tell"
 
 
 def timestep(

@@ -35,6 +35,8 @@ def _third(
     add: ImageBranch, result: tuple, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any
 ) -> tuple:
     """To the two results of image and text a third, which the block adds ungated."""
+    if not getattr(add, "acts", True):
+        return result  # no queries for nothing
     q = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)))
     added = add(q, slice(0, len(q)))
     if added is None:

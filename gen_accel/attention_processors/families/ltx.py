@@ -19,6 +19,7 @@ from gen_accel.video import VideoShape
 CLASSES = ("LTXVideoTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 GUIDANCE = "batched"
+TEMPORAL_FACTOR = 8  # frames in a latent frame, all but the first
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:

@@ -20,6 +20,7 @@ from gen_accel.video import VideoShape
 CLASSES = ("MochiTransformer3DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
 GUIDANCE = "batched"
+TEMPORAL_FACTOR = 6  # frames in a latent frame, all but the first
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:

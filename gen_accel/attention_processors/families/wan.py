@@ -26,6 +26,8 @@ IMAGE_CLASSES = ("SkyReelsV2Transformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 GUIDANCE = "sequential"
 TRAINED_FRAMES = 81  # of the videos that the published models were trained on
+# but Wan 2.2 TI2V-5B: `frame_num` in wan/configs/wan_ti2v_5B.py of github.com/Wan-Video/Wan2.2
+TI2V_FRAMES, TI2V_CHANNELS = 121, 48
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 ROTARY_BASE = 10_000.0  # of all published models; it is in no configuration
 
@@ -36,6 +38,12 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 }
 CAUSAL_VAE = True  # the first latents of a long clip are the latents of its beginning
 TEXT_TOKENS = 512  # as the pipelines call it; `encode_prompt` on its own has another default
+
+
+def trained_frames(transformer: Any) -> int:
+    """Of the videos that it was trained on. The 5B model of Wan 2.2 takes 24 frames a second, and
+    is known by the channels of its latents."""
+    return TI2V_FRAMES if transformer.config.in_channels == TI2V_CHANNELS else TRAINED_FRAMES
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
@@ -68,6 +76,15 @@ def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: A
             f"the nearest below are {whole}"
         )
     return VideoShape(*(size // side for size, side in zip(sizes, patch, strict=True)))
+
+
+def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str | None:
+    """VACE's reference images come before the video, without telling how many: what is to change
+    in them, and the mask of it, is zero, which no encoded video is. Waits for the device."""
+    control = kwargs.get("control_hidden_states")
+    if control is None or control[:, transformer.config.in_channels :, 0].any():
+        return None
+    return "VACE puts its reference images before the frames of the video"
 
 
 def timestep(hidden_states: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -4,10 +4,11 @@ B rows of a batch, N tokens of video or image, H heads, D dim of a head, G group
 tokens of one, C width of those.
 """
 
+import operator
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -48,7 +49,8 @@ class Branch:
     queries. To torch.compile, all of a model are alike.
 
     Gradient checkpointing calls it again during the backward pass, with gradients, maybe after a
-    forward pass without: those two do not share.
+    forward pass without: those two do not share. After another one with gradients, by other
+    images, it would compute with those: the backward pass is refused then.
     """
 
     def __init__(self, site: ImageAttention) -> None:
@@ -58,11 +60,21 @@ class Branch:
     def clear(self) -> None:
         self.terms: tuple[Term, ...] = ()
         self.graded: tuple[Term, ...] = ()
+        self.turn = 0
 
-    def fill(self, terms: tuple[Term, ...]) -> None:
+    def fill(self, terms: tuple[Term, ...], turn: int) -> None:
+        """
+        Args:
+            turn: another number for what may be other terms.
+        """
         self.terms = terms
         if torch.is_grad_enabled():
-            self.graded = terms
+            self.graded, self.turn = terms, turn
+
+    @property
+    def acts(self) -> bool:
+        """Whether there is anything to add."""
+        return bool(self.graded if torch.is_grad_enabled() else self.terms)
 
     def __call__(self, q: Tensor, samples: slice) -> Tensor | None:
         """(b, N, H, D) of queries of the samples; None for nothing."""
@@ -75,7 +87,10 @@ class Branch:
             if term.weight is not None:
                 out = out * self._weight(term.weight, q, samples)
             total = out if total is None else total + out
-        return total
+        # A graph would be made anew for each number.
+        if total is None or not total.requires_grad or torch.compiler.is_compiling():
+            return total
+        return cast(Tensor, _OfOneTurn.apply(total, self.turn))
 
     def _weight(self, weight: Tensor | dict[int, Tensor], q: Tensor, samples: slice) -> Tensor:
         if not isinstance(weight, dict):
@@ -92,6 +107,57 @@ class Branch:
         """Empty: it is filled before it is called, and what is there may hold a graph."""
         copy = memo[id(self)] = object.__new__(type(self))
         Branch.__init__(copy, deepcopy(self.site, memo))
+        return copy
+
+
+class _OfOneTurn(torch.autograd.Function):
+    """The same tensor, whose backward pass raises ValueError where gradient checkpointing computed
+    what it needs in another turn: what was saved is then of that one, the context of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, turn: int) -> Tensor:
+        ctx.turn = turn
+        ctx.save_for_backward(torch.tensor(turn, device="cpu"))
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (turn,) = ctx.saved_tensors
+        if int(turn) != ctx.turn:
+            raise ValueError(
+                "gradient checkpointing ran an image prompt again after another forward pass with "
+                "other images or scales, so that these gradients would be of the wrong image: run "
+                "backward() after each forward pass, or disable gradient checkpointing"
+            )
+        return grad, None
+
+
+class Turns:
+    """A number for what the forward passes with gradients are shown, `now`, which changes with it;
+    see `Branch`."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.forget()
+
+    def forget(self) -> None:
+        self._shown: tuple[Any, ...] = ()
+        self._how: Any = None
+
+    def take(self, shown: tuple[Any, ...], how: Any) -> None:
+        """
+        Args:
+            shown: compared by identity.
+            how: by value.
+        """
+        same = len(shown) == len(self._shown) and all(map(operator.is_, shown, self._shown))
+        if not same or how != self._how:
+            self.now += 1
+        self._shown, self._how = shown, how
+
+    def __deepcopy__(self, memo: dict) -> "Turns":
+        """Empty, as a branch's."""
+        copy = memo[id(self)] = Turns()
         return copy
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from gen_accel.pipelines.image_prompt.projectors import IDENTITY
+from gen_accel.pipelines.image_prompt.projectors import GREY, IDENTITY, normalised
 
 EMBEDDING = ("base", "flux")
 HIDDEN = ("plus", "full")
@@ -69,7 +69,7 @@ class ImageEncoder:
         if not pictures:
             raise ValueError("no image given")
         if self.variant == "pixels":
-            return _normalised(torch.stack([pixels(image, self.size) for image in pictures]))
+            return normalised(torch.stack([pixels(image, self.size) for image in pictures]))
         return self._run(self._preprocess(pictures))
 
     def hidden(self, images: Sequence[Picture]) -> Tensor:
@@ -80,8 +80,8 @@ class ImageEncoder:
         """Features of one image that is none, as the variant was trained with: zeros, the hidden
         states of an input of zeros, or Flux's embedding of a black image. Grey pixels."""
         if self.variant == "pixels":
-            grey = torch.full((1, 3, self.size, self.size), 128, dtype=torch.uint8)
-            return _normalised(grey)
+            grey = torch.full((1, 3, self.size, self.size), GREY, dtype=torch.uint8)
+            return normalised(grey)
         if self.variant in FACES:
             return torch.zeros(1, IDENTITY)
         if self.variant == "flux":
@@ -126,11 +126,7 @@ class ImageEncoder:
     @torch.no_grad()
     def _run(self, pixels: Tensor) -> Tensor:
         model = self._model()
-        weight = next(model.parameters())
-        device = weight.device
-        if device.type == "meta":  # offloaded layer by layer
-            device = self._pipe._execution_device
-        pixels = pixels.to(device, weight.dtype)
+        pixels = pixels.to(_place(model), next(model.parameters()).dtype)
         if self.variant not in EMBEDDING:
             return model(pixels, output_hidden_states=True).hidden_states[-2]
         embeds = getattr(model(pixels), "image_embeds", None)
@@ -205,10 +201,6 @@ def pixels(image: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(np.array(small)).permute(2, 0, 1)
 
 
-def _normalised(pixels: Tensor) -> Tensor:
-    return pixels.float() / 127.5 - 1
-
-
 def _of_tensor(image: Tensor) -> Image.Image:
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"an image is (3, height, width), got {tuple(image.shape)}")
@@ -228,6 +220,26 @@ def _plain_extractor(model: Any) -> Any:
 
     side = model.config.image_size
     return CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
+
+
+def _place(model: Any) -> torch.device:
+    """Where it computes; of weights that are offloaded layer by layer, accelerate's hooks know.
+
+    Raises ValueError for weights that are nowhere.
+    """
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    raise ValueError(
+        f"the weights of {type(model).__name__} are on the meta device, and nothing brings them "
+        "from there: load the image encoder with its weights"
+    )
 
 
 def _of(pipe: Any, name: str) -> Any:

@@ -115,7 +115,8 @@ def find_adapter(
     """Where an adapter lies: a file, or Lynx's folder. Downloads it where `source` is on the hub.
 
     Args:
-        source: file, folder, name of a hub repository, or "demo".
+        source: file, folder, name of a hub repository, or "demo", which is always the embedded
+            model's: a folder of that name is "./demo".
         subfolder: in the folder or repository.
         weight_name: of the file there; without it there must be one only.
 
@@ -123,7 +124,7 @@ def find_adapter(
         FileNotFoundError: nothing there.
         ValueError: several files, and none named.
     """
-    if str(source) == DEMO and not Path(DEMO).exists():
+    if source == DEMO:
         import gen_accel.demo
 
         source = Path(gen_accel.demo.__file__).with_name("image_prompt")
@@ -361,6 +362,8 @@ def _metadata(text: str | None, path: Path) -> dict[str, Any]:
             raise ValueError(f"its variant is {data['variant']!r}, none of {', '.join(VARIANTS)}")
         if not isinstance(data.get("blocks", {}), dict):
             raise ValueError(f"its blocks are {data['blocks']!r}, no names by number")
+        if not isinstance(data.get("image_encoder", ""), str):
+            raise ValueError(f"its image_encoder is {data['image_encoder']!r}, no name of one")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"what {path} says of itself cannot be read: {error}") from error
     return data

@@ -1,10 +1,14 @@
 """Which rows of a call are of the negative prompt."""
 
+import sys
 from typing import Any
 from weakref import ref
 
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 from torch import nn
+
+# What pipelines call the models that image prompts go on.
+MODELS = ("transformer", "transformer_2", "unet")
 
 # The sides that the rows of a call are of, in their order, each with the number of its rows.
 Layout = tuple[tuple[str, int], ...]
@@ -13,45 +17,77 @@ Layout = tuple[tuple[str, int], ...]
 class Guidance:
     """Tells them apart by what diffusers' pipelines make known.
 
+    What counts is the pipeline that runs: several may share a model, and each keeps what its own
+    last run was like.
+
     Args:
-        pipe: gives the pipeline, or None where there is none.
+        pipe: gives the pipeline that the image prompt was loaded on, or None where there is none.
     """
 
     def __init__(self, pipe: "Pipe") -> None:
         self._pipe = pipe
         self._run: tuple[Any, bool] | None = None  # timesteps, and whether guidance is on
 
-    def layout(self, calls: "Calls", batched: bool, rows: int) -> Layout:
+    def layout(
+        self, model: nn.Module, calls: "Calls", batched: bool, rows: int, *, each: bool = False
+    ) -> Layout:
         """Of a call with so many rows.
 
         Args:
             calls: of the model.
             batched: its pipelines run the negative prompt in the first rows, and do not tell.
+            each: there is an image for each row.
+
+        Raises:
+            ValueError: rows that may be of one prompt or of two, or are of neither.
         """
-        call, pipe = calls.name, self._pipe()
+        call, known = calls.name, self._pipe()
+        running = _running(model, known)
         if call in ("cond", "uncond"):
             return (("positive" if call == "cond" else "negative", rows),)
         if call == "cond_uncond" or batched:
-            guided = call == "cond_uncond" if pipe is None else self._guided(pipe)
+            if running is None and batched and rows % 2 == 0 and not each:
+                raise ValueError(
+                    f"{type(model).__name__} is called outside of a pipeline's run, so that its "
+                    f"{rows} rows may hold those of a negative prompt or not: call the pipeline, "
+                    "or give an image for each row, each=True"
+                )
+            # Outside of a run, the context means what it says.
+            guided = call == "cond_uncond" if running is None else self._guided(running, rows)
             # Perturbed attention guidance runs the prompt once more, after the rest.
-            perturbed = bool(getattr(pipe, "do_perturbed_attention_guidance", False))
+            perturbed = bool(getattr(running, "do_perturbed_attention_guidance", False))
             sides = ["negative"] * guided + ["positive"] * (1 + perturbed)
-            if rows % len(sides) == 0:
-                return tuple((side, rows // len(sides)) for side in sides)
-            return (("positive", rows),)
+            if rows % len(sides):
+                raise ValueError(
+                    f"{rows} rows do not divide into {' and '.join(sides)} ones: image prompts "
+                    f"do not know the guidance of {type(running or model).__name__}"
+                )
+            return tuple((side, rows // len(sides)) for side in sides)
         # Pipelines that do not tell run the negative prompt second in each step.
+        pipe = known if running is None else running
         moment = None if pipe is None else _moment(pipe)
         again = moment is not None and _same(moment, calls.moment)
         calls.moment = None if again else moment
         return (("negative" if again else "positive", rows),)
 
-    def _guided(self, pipe: Any) -> bool:
+    def _guided(self, pipe: Any, rows: int) -> bool:
         if hasattr(pipe, "do_classifier_free_guidance"):
-            return bool(pipe.do_classifier_free_guidance)
+            guided = bool(pipe.do_classifier_free_guidance)
+            if guided and hasattr(pipe, "image_guidance_scale"):  # InstructPix2Pix
+                raise ValueError(
+                    f"{type(pipe).__name__} guides by an image too, in a third of its {rows} "
+                    "rows: image prompts do not know that guidance"
+                )
+            return guided
+        if not hasattr(pipe, "guidance_scale"):
+            raise ValueError(
+                f"{type(pipe).__name__} does not tell whether a negative prompt is among its "
+                f"{rows} rows: image prompts do not know its guidance"
+            )
         # CogVideoX: its scale may change from step to step, and counts as it was at the first.
         timesteps = pipe.scheduler.timesteps
         if self._run is None or self._run[0] is not timesteps:
-            self._run = timesteps, (getattr(pipe, "guidance_scale", None) or 0) > 1
+            self._run = timesteps, (pipe.guidance_scale or 0) > 1
         return self._run[1]
 
 
@@ -121,6 +157,26 @@ class Pipe:
         """With a copy of the whole pipeline, that of the copy."""
         pipe = None if self._pipe is None else self._pipe()
         return Pipe(memo.get(id(pipe), pipe))
+
+
+def _running(model: nn.Module, known: Any) -> Any:
+    """The pipeline whose run calls the model, None where none does. No pipeline says that it runs,
+    or forgets afterwards what it ran with; the calls under way are certain."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__":
+            pipe = frame.f_locals.get("self")
+            if pipe is not None and (pipe is known or _holds(pipe, model)):
+                return pipe
+        frame = frame.f_back
+    return None
+
+
+def _holds(pipe: Any, model: nn.Module) -> bool:
+    if isinstance(pipe, nn.Module):
+        return False
+    held = [getattr(pipe, name, None) for name in MODELS]
+    return any(one is model or getattr(one, "_orig_mod", None) is model for one in held)
 
 
 def _moment(pipe: Any) -> Any:

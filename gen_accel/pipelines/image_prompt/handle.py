@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import ImageAttention, image_family_of
-from gen_accel.attention_processors.image_prompt import ImageAdapter
+from gen_accel.attention_processors.image_prompt import ImageAdapter, warn_of_other_text
 from gen_accel.attention_processors.seam import is_compiled
 from gen_accel.pipelines.clock import Clock
 from gen_accel.pipelines.image_prompt.branch import (
@@ -23,12 +23,13 @@ from gen_accel.pipelines.image_prompt.branch import (
     Images,
     Side,
     Term,
+    Turns,
     Watched,
     own_weights,
     spread,
 )
 from gen_accel.pipelines.image_prompt.features import Features, alike, count, mapped, shapes
-from gen_accel.pipelines.image_prompt.guidance import Calls, Guidance, Layout, Pipe
+from gen_accel.pipelines.image_prompt.guidance import MODELS, Calls, Guidance, Layout, Pipe
 from gen_accel.pipelines.image_prompt.strength import (
     Masks,
     ScaleRange,
@@ -38,7 +39,6 @@ from gen_accel.pipelines.image_prompt.strength import (
 )
 from gen_accel.pipelines.long_video.technique import temporal_patch
 
-MODELS = ("transformer", "transformer_2", "unet")
 _LAYOUTS = 8  # arrangements of a batch that keys and values are kept for
 
 
@@ -50,7 +50,9 @@ def load_image_prompt(
     scale: Any = 1.0,
     subfolder: str | None = None,
     weight_name: str | None = None,
+    variant: str | None = None,
     image_encoder: Any = None,
+    part: str | None = None,
 ) -> "ImagePrompt":
     """Let images prompt a pipeline, beside its text.
 
@@ -64,35 +66,29 @@ def load_image_prompt(
     adapters, each with a name of its own, add up. Load before `torch.compile`.
 
     Args:
-        pipe: a diffusers pipeline, both transformers of which are served where it has two; or a
-            transformer or UNet.
-        source: a file, a folder, a repository of the hub, "demo" for the embedded model's, or an
-            `ImageAdapter`.
+        pipe: a diffusers pipeline; or a transformer or UNet.
+        source: a file, a folder, a repository of the hub, "demo" for the embedded model's (a
+            folder of that name is "./demo"), or an `ImageAdapter`.
         name: of the adapter on this model.
         scale: see `ImagePrompt.set_scale`.
         subfolder, weight_name: where in a folder or repository.
-        image_encoder: what turns images into the adapter's features, where it is not the
+        variant: what the file is, one of `formats.VARIANTS`, where its keys do not tell:
+            "faceid_plus_v2" for one without "plusv2" in its name.
+        image_encoder: what turns images into the adapter's features: a CLIP vision model, its
+            folder or repository. Without, the one that the adapter's file names, or else the
             pipeline's own.
+        part: "transformer" or "transformer_2" of a pipeline with both, where the adapter is for
+            one. Without, that which its file says it was trained on, or else both.
 
     Raises:
-        ValueError: an adapter for another model, a name that is taken, a model that is served by
-            no family or compiled already, or a scale that does not fit.
+        ValueError: an adapter for another model or of another variant, a name that is taken, a
+            model that is served by no family or compiled already, or a scale that does not fit.
         FileNotFoundError: nothing at `source`.
         TypeError: neither a pipeline nor a module.
     """
     if not name or "." in name:
         raise ValueError(f"name must not be empty or hold a dot, got {name!r}")
     models = _models(pipe)
-    for part, model in models.items():
-        if is_compiled(model):
-            raise ValueError(
-                f"{part} is compiled already; load it again, then the image prompt, and compile"
-            )
-        if hasattr(model, _child(name)):
-            raise ValueError(
-                f"an image prompt {name!r} is on {part} already: remove it, or give another name"
-            )
-    first = next(iter(models.values()))
     file = None
     if not isinstance(source, ImageAdapter):
         from gen_accel.pipelines.image_prompt.formats import (
@@ -101,8 +97,27 @@ def load_image_prompt(
             read_adapter,
         )
 
-        file = read_adapter(find_adapter(source, subfolder, weight_name))
+        path = find_adapter(source, subfolder, weight_name)
+        file = read_adapter(path, variant=variant)
+        models = _chosen(models, part, file.metadata, pipe, bool(file.start))
+        first = next(iter(models.values()))
         source = _like(build_adapter(file, first), first).requires_grad_(False).eval()
+    elif variant is not None:
+        raise ValueError(
+            f"variant={variant!r} says what a file is, and an ImageAdapter, here of "
+            f"{source.variant!r}, knows by itself: leave it out"
+        )
+    else:
+        models = _chosen(models, part, source.metadata, pipe, source.start is not None)
+    for key, model in models.items():
+        if is_compiled(model):
+            raise ValueError(
+                f"{key} is compiled already; load it again, then the image prompt, and compile"
+            )
+        if hasattr(model, _child(name)):
+            raise ValueError(
+                f"an image prompt {name!r} is on {key} already: remove it, or give another name"
+            )
     owner = None if isinstance(pipe, nn.Module) else pipe
     prompt = ImagePrompt(models, owner, source, name, scale, image_encoder)
     if file is not None and file.lora:
@@ -139,9 +154,9 @@ class ImagePrompt:
         self._guidance = Guidance(self._pipe)
         self._clock = Clock(None if pipe is None else self._pipe.scheduler)
         self._encoder = _Encoder(self._pipe, adapter, image_encoder)
+        self._removed = False
         self._images: Images | None = None
         self._rows: _Rows | None = None
-        self._begin: tuple[Any, int] | None = None  # timesteps, and where in them a run began
         families = {part: image_family_of(model) for part, model in models.items()}
         self._parts = {
             part: Part.of(part, model, families[part], pipe, adapter)
@@ -209,7 +224,8 @@ class ImagePrompt:
         frames: tuple[int, int] | None = None,
         steps: tuple[float, float] | None = None,
     ) -> None:
-        """How strongly the image acts; 0 is exactly the model without.
+        """How strongly the image acts; 0 is exactly the model without, but for the LoRA of a
+        FaceID adapter, which stays on until `remove`.
 
         Args:
             scale: a number; one by block, {"blocks.3": 0.5}, for a UNet also as diffusers has it,
@@ -251,7 +267,8 @@ class ImagePrompt:
     def using(self, features: Features, keep: Tensor | None = None) -> Iterator[None]:
         """Inside, the rows of a batch go by features of their own, with gradients; for training.
 
-        With gradient checkpointing, run a backward pass before the next forward pass.
+        With gradient checkpointing, run a backward pass before the next forward pass by other
+        features; a backward pass that comes too late raises ValueError.
 
         Args:
             features: a row for each of the batch.
@@ -294,9 +311,11 @@ class ImagePrompt:
                 part.undo.pop()()
             for branch in part.branches:
                 branch.clear()
+            part.turns.forget()
+            part.taps.clear()
         while self.companions:
             self.companions.pop()()
-        self._images = None
+        self._images, self._removed = None, True
 
     def __enter__(self) -> "ImagePrompt":
         return self
@@ -310,13 +329,17 @@ class ImagePrompt:
         part.undo.append(partial(_drop, model, child))
         _renew(model)
         for branch in part.branches:
-            part.undo.append(family.tap_image(model, branch.site, branch))
+            tap = family.tap_image(model, branch.site, branch)
+            part.taps.append(tap)
+            part.undo.append(tap)
         hook = partial(self._prepare, part)
         part.undo.append(model.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def _set(
         self, features: Features, negative: Features | None, mask: Any, each: bool, *, seen: bool
     ) -> None:
+        if self._removed:
+            raise ValueError(f"the image prompt {self.name!r} was removed: load it again")
         number = count(features)
         if negative is not None and count(negative) not in (1, number):
             raise ValueError(
@@ -324,7 +347,13 @@ class ImagePrompt:
             )
         masks = None if mask is None else Masks(mask, number)
         images = Images(features, negative, masks, each, seen)
-        self._side(images, "positive")  # what the adapter does not take is refused here
+        # What the adapter does not take is refused here.
+        tokens = self._side(images, "positive").tokens
+        if negative is not None and self._side(images, "negative").tokens.shape != tokens.shape:
+            raise ValueError(
+                f"negative must be features like those of the image, got {shapes(negative)} for "
+                f"{shapes(features)}"
+            )
         self._images = images
 
     @torch.compiler.disable(
@@ -342,17 +371,25 @@ class ImagePrompt:
             part.fill([()] * len(part.branches))
             return
         if scales.needs_step:
-            scales.at(*self._step(part, args, kwargs))
+            self._clock.advance(part.timestep(*args, **kwargs))
+            scales.at(self._clock.step, self._clock.steps)
         x = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
         assert isinstance(x, Tensor)
-        # Each call is told apart, also where nothing is added to it.
-        layout: Layout = (("training", len(x)),)
-        if self._rows is None:
-            layout = self._guidance.layout(part.calls, part.batched, len(x))
         strengths, grid, spans = self._strengths(part, scales, model, args, kwargs)
-        if not any(map(_acts, strengths)):
+        acts = any(map(_acts, strengths))
+        layout: Layout = (("training", len(x)),)
+        # Calls of guidance are told apart by those before, also where nothing is added to them.
+        if self._rows is None and (acts or not part.batched):
+            images = self._images
+            each = images is not None and images.each and images.count == len(x)
+            layout = self._guidance.layout(model, part.calls, part.batched, len(x), each=each)
+        if not acts:
             part.fill([()] * len(part.branches))
             return
+        part.check_taps()
+        if torch.is_grad_enabled():
+            shown = (self._images,) if self._rows is None else self._rows
+            part.turns.take(shown, (layout, strengths, grid))
         batch = self._batch(part, layout, x)
         filled: list[tuple[Term, ...]] = []
         for strength, terms in zip(strengths, batch.terms, strict=True):
@@ -373,24 +410,20 @@ class ImagePrompt:
         grid = spans = None
         if scales.needs_frames or masked:
             grid = part.video_shape(model, *args, **kwargs)
+            images = self._images if masked else None
+            moving = images is not None and images.masks is not None and images.masks.moving
+            unknown = None
+            if part.no_frames is not None and (scales.needs_frames or moving):
+                unknown = part.no_frames(model, *args, **kwargs)
+            if unknown is not None:
+                raise ValueError(
+                    f"frames of scales and masks are not known here: {unknown}. Give scales "
+                    "without frames, and a mask for all frames"
+                )
             if part.factor is not None:
                 spans = frame_spans(grid.frames, part.factor, part.patch)
         used = spans if scales.needs_frames else None
         return [scales.of(place, used) for place in range(len(part.branches))], grid, spans
-
-    def _step(self, part: "Part", args: tuple, kwargs: dict) -> tuple[int, int | None]:
-        timestep = part.timestep(*args, **kwargs)
-        scheduler = None if self._clock.scheduler is None else self._clock.scheduler()
-        if scheduler is None or hasattr(scheduler, "step_index"):
-            self._clock.advance(timestep)
-            return self._clock.step, self._clock.steps
-        # Those that count no steps are asked where they are by the timestep.
-        timesteps = scheduler.timesteps
-        found = (timesteps == timestep.max().to(timesteps.device)).nonzero()
-        place = int(found[0]) if len(found) else 0
-        if self._begin is None or self._begin[0] is not timesteps:
-            self._begin = timesteps, place
-        return place - self._begin[1], len(timesteps) - self._begin[1]
 
     def _batch(self, part: "Part", layout: Layout, x: Tensor) -> Batch:
         """Keys and values for the rows of a call, kept where they may be."""
@@ -404,6 +437,8 @@ class ImagePrompt:
         sides = {side: self._side(images, side) for side, _ in layout}
         own = [x for branch in part.branches for x in own_weights(self.adapter, branch.site)]
         if not part.watched.holds(own):
+            if images.batches:  # and not the first call
+                warn_of_other_text(self.adapter, [branch.site for branch in part.branches])
             part.watched = Watched(own, placed=False)
             images.forget(part.name)
         key = (part.name, layout, x.device, x.dtype)
@@ -464,7 +499,8 @@ class ImagePrompt:
     def _negative(self, images: Images) -> Features:
         if images.negative is not None:
             return images.negative
-        encoder = self._encoder()
+        # "base" adapters need no encoder to say that it is zeros.
+        encoder = self._encoder(named=images.seen or self.adapter.variant != "base")
         if images.seen or encoder.is_there:
             nothing = encoder.negative()
             if images.seen or alike(nothing, images.features):
@@ -543,6 +579,9 @@ class Part:
         self.calls = Calls()
         self.watched = Watched(())
         self.undo: list[Callable[[], None]] = []
+        self.taps: list[Any] = []  # of the branches, as in `undo`
+        self.no_frames: Callable[..., str | None] | None = None
+        self.turns = Turns()
 
     @classmethod
     def of(
@@ -550,8 +589,9 @@ class Part:
     ) -> "Part":
         sites = family.image_attentions(model)
         _check(adapter, sites, model)
+        warn_of_other_text(adapter, sites)
         factor = temporal_factor(pipe, family)
-        return cls(
+        made = cls(
             name,
             type(model).__name__,
             [Branch(site) for site in sites if site.number in adapter.layers],
@@ -562,30 +602,52 @@ class Part:
             factor,
             1 if factor is None else temporal_patch(model),
         )
+        made.no_frames = getattr(family, "no_frames", None)
+        return made
+
+    def check_taps(self) -> None:
+        """ValueError where something else took the place of what the image is added by."""
+        for branch, tap in zip(self.branches, self.taps, strict=True):
+            if not tap.is_on:
+                raise ValueError(
+                    f"the processor of {branch.site.name} was replaced after the image prompt "
+                    "was loaded, which no longer acts there: remove() it, set processors, slicing "
+                    "or fused projections first, then load it again"
+                )
 
     def fill(self, terms: Sequence[tuple[Term, ...]]) -> None:
         for branch, own in zip(self.branches, terms, strict=True):
-            branch.fill(own)
+            branch.fill(own, self.turns.now)
 
 
 class _Encoder:
-    """Makes the encoder of images when it is needed. It would keep the pipeline alive, and does
-    not stay, but for one that was given, which is loaded once."""
+    """Makes the encoder of images when it is needed: of the model that was given, else of the one
+    that the adapter's file names, as another gives features that mean nothing to it, else of the
+    pipeline's own. The pipeline's would keep it alive, and does not stay; the others are loaded
+    once."""
 
     def __init__(self, pipe: "Pipe", adapter: ImageAdapter, given: Any) -> None:
         self._pipe, self._given = pipe, given
         self._variant, self._size = adapter.variant, adapter.metadata.get("image_size")
+        self._named = adapter.metadata.get("image_encoder")
         self._kept: Any = None
 
-    def __call__(self) -> Any:
+    def __call__(self, *, named: bool = True) -> Any:
+        """
+        Args:
+            named: where the user gave none, that of the adapter's file, if it names one.
+        """
         if self._kept is not None:
             return self._kept
         from gen_accel.pipelines.image_prompt.encoder import ImageEncoder
 
         options = {} if self._size is None else {"size": self._size}
-        if self._given is None:
-            return ImageEncoder(self._variant, self._pipe(), **options)
-        self._kept = ImageEncoder(self._variant, None, self._given, **options)
+        given = self._given
+        if given is None:
+            if self._named is None or not named:
+                return ImageEncoder(self._variant, self._pipe(), **options)
+            given = self._named
+        self._kept = ImageEncoder(self._variant, None, given, **options)
         return self._kept
 
     def __deepcopy__(self, memo: dict) -> "_Encoder":
@@ -606,6 +668,36 @@ def _models(pipe: Any) -> dict[str, nn.Module]:
             f"{type(pipe).__name__} is neither a pipeline with a transformer or UNet nor a module"
         )
     return models
+
+
+def _chosen(
+    models: dict[str, nn.Module],
+    part: str | None,
+    metadata: Mapping[str, Any],
+    pipe: Any,
+    starts: bool,
+) -> dict[str, nn.Module]:
+    """Those that the adapter is for. Where it has a `start` that is one: of another model, it
+    would subtract what its own layers are no copies of."""
+    if part is not None and part not in models:
+        raise ValueError(f"part must be one of {', '.join(models)}, got {part!r}")
+    if isinstance(pipe, nn.Module):
+        return models
+    recipe = metadata.get("recipe")
+    wanted = part or (recipe.get("part") if isinstance(recipe, Mapping) else None)
+    if wanted is None:
+        if starts and len(models) > 1:
+            raise ValueError(
+                f"the adapter starts from one model, and {type(pipe).__name__} has "
+                f"{' and '.join(models)}: say which by part="
+            )
+        return models
+    if wanted not in models:
+        raise ValueError(
+            f"the adapter is for the {wanted}, and {type(pipe).__name__} has "
+            f"{', '.join(models)}: say where it goes by part="
+        )
+    return {wanted: models[wanted]}
 
 
 def _check(adapter: ImageAdapter, sites: Sequence[ImageAttention], model: nn.Module) -> None:

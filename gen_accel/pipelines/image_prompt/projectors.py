@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 HEAD = 64  # dim of a head in every resampler that was published
 
+GREY = 128  # of 255, what `Pixels` is shown for no image
+
 # Identities as face recognition gives them, InsightFace's among others.
 IDENTITY = 512
 
@@ -161,8 +163,14 @@ class Resampler(nn.Module):
         return {"tokens": tokens, "dim": dim, **_sizes(state)}
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, S, E), or (B, E) for one feature an image, to (B, T, C)."""
-        features = features.unsqueeze(1) if features.dim() == 2 else features
+        """(B, S, E), or (B, E) of vectors of faces, to (B, T, C)."""
+        if features.dim() == 2:
+            if not self.identity:
+                raise ValueError(
+                    f"hidden states must be (images, sequence, {self.proj_in.in_features}), got "
+                    f"{tuple(features.shape)}: give one image as features[None]"
+                )
+            features = features.unsqueeze(1)
         x = self.proj_in(features)
         latents = self.latents.expand(len(x), -1, -1)
         return self.norm_out(self.proj_out(_read(self.layers, x, latents)))
@@ -275,7 +283,7 @@ class Pixels(nn.Module):
         """(B, 3, S, S), in [-1, 1] or uint8, to (B, T, C)."""
         x = features
         if x.dtype == torch.uint8:
-            x = x.to(self.proj.weight.dtype) / 127.5 - 1
+            x = normalised(x).to(self.proj.weight.dtype)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.silu(norm(conv(x)))
         x = torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
@@ -283,8 +291,13 @@ class Pixels(nn.Module):
 
     def null(self, features: Tensor) -> Tensor:
         """Grey all over, the same whichever way it is given."""
-        grey = torch.full_like(features, 128)
-        return grey if features.dtype == torch.uint8 else grey / 127.5 - 1
+        grey = torch.full_like(features, GREY, dtype=torch.uint8)
+        return grey if features.dtype == torch.uint8 else normalised(grey).to(features)
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """uint8 to [-1, 1], in float32: one that is close to 0 would be lost in half precision."""
+    return pixels.float() / 127.5 - 1
 
 
 class _Attention(nn.Module):

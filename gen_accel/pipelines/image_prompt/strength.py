@@ -266,6 +266,11 @@ class Masks:
             )
         self.values = mask[:, None] if mask.ndim == 3 else mask  # (I, P or 1, H, W)
 
+    @property
+    def moving(self) -> bool:
+        """Whether each frame has its own."""
+        return self.values.shape[1] > 1
+
     def fit(self, grid: VideoShape, spans: Sequence[tuple[int, int]] | None) -> Tensor:
         """(I, N) float32 on a grid of tokens. Rows and columns are resampled as diffusers does it
         for images, bicubic, and frames averaged.

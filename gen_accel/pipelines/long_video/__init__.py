@@ -97,7 +97,10 @@ def known_trained_frames(transformer: Any) -> int:
     loaded = transformer.config.get("_name_or_path") or ""
     if Path(loaded).resolve() == demo.path().resolve() / "transformer":
         return demo.TRAINED_FRAMES
-    known = getattr(family_of(transformer), "TRAINED_FRAMES", None)
+    family = family_of(transformer)
+    known = getattr(family, "TRAINED_FRAMES", None)
+    if hasattr(family, "trained_frames"):
+        known = family.trained_frames(transformer)
     if known is None:
         raise ValueError(f"trained_frames must be given for {type(transformer).__name__}")
     return known
