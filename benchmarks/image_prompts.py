@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from diffusers import WanPipeline
+from kept import keep_clip, kept_clip, to_make, write_between_marks
 from PIL import Image
 from rich.progress import track
-from safetensors.torch import load_file, save_file
 
 import gen_accel
 from gen_accel.demo import TRAINED_FRAMES, world
@@ -34,7 +34,6 @@ from gen_accel.demo.detector import detect, score
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
 from gen_accel.measure.report import file_sha256
-from gen_accel.measure.video_io import replacing
 from gen_accel.pipelines.image_prompt import load_image_prompt
 from gen_accel.pipelines.image_prompt.formats import find_adapter
 from gen_accel.pipelines.schedule import Schedule
@@ -115,7 +114,7 @@ def main() -> None:
     for row in table(report):
         print(row)
     if args.docs:
-        write_table(report)
+        write_between_marks(DOCS, table(report))
 
 
 def digest(args: argparse.Namespace) -> str:
@@ -136,20 +135,15 @@ def image_of(i: int) -> Image.Image:
 def make(name: str, args: argparse.Namespace) -> None:
     """Generate what is not there yet of one setting."""
     folder = folder_of(name, args)
-    first, workers = map(int, args.worker.split("/"))
-    wanted = range(first, args.pairs, workers)
-    missing = [i for i in wanted if not (folder / f"{i:02d}.safetensors").exists()]
-    if not missing:
+    parts = to_make(folder, args.pairs, args.worker, args.batch)
+    if not parts:
         return
     with ExitStack() as stack:
         pipe, prompt = prepare(SETTINGS[name], args, stack)
-        parts = [missing[i : i + args.batch] for i in range(0, len(missing), args.batch)]
         for part in track(parts, description=name):
             prompt.set_image([image_of(i) for i in part], each=True)
             for i, video in zip(part, clips(pipe, part, args), strict=True):
-                folder.mkdir(parents=True, exist_ok=True)
-                with replacing(folder / f"{i:02d}.safetensors") as partial:
-                    save_file({"video": torch.from_numpy(video).contiguous()}, partial)
+                keep_clip(folder, i, video)
 
 
 def prepare(setting: Setting, args: argparse.Namespace, stack: ExitStack) -> tuple[Any, Any]:
@@ -185,7 +179,7 @@ def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """The scores of one setting."""
     folder, scored = folder_of(name, args), []
     for i, scene in enumerate(world.NOT_SHOWN[: args.pairs]):
-        found = detect(load_file(folder / f"{i:02d}.safetensors")["video"].numpy())
+        found = detect(kept_clip(folder, i))
         result = score(found, scene)
         scored.append(
             {
@@ -279,15 +273,6 @@ def table(report: dict[str, Any]) -> list[str]:
             f"({share['anew']:.3f}x) where the image is encoded anew each step.",
         ]
     return rows
-
-
-def write_table(report: dict[str, Any]) -> None:
-    """Between the markers of docs/image_prompts.md."""
-    begin, end = "<!-- results -->", "<!-- /results -->"
-    head, rest = DOCS.read_text(encoding="utf-8").split(begin)
-    tail_text = rest.split(end)[1]
-    text = "\n".join(table(report))
-    DOCS.write_text(f"{head}{begin}\n{text}\n{end}{tail_text}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from diffusers import WanPipeline
+from kept import clip_file, keep_clip, kept_clip, to_make, write_between_marks
 from rich.progress import track
-from safetensors.torch import load_file, save_file
 
 import gen_accel
 from gen_accel.demo import world
@@ -31,7 +31,6 @@ from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
 from gen_accel.measure.motion import measure_motion
 from gen_accel.measure.report import file_sha256
-from gen_accel.measure.video_io import replacing
 from gen_accel.pipelines.recipe import WEIGHTS
 
 DOCS = Path(__file__).parents[1] / "docs" / "longer_videos.md"
@@ -139,19 +138,14 @@ def make(name: str, args: argparse.Namespace) -> None:
     """Generate what is not there yet of one setting."""
     folder = folder_of(name, args)
     scenes = held_out()[: args.prompts]
-    first, workers = map(int, args.worker.split("/"))
-    wanted = range(first, len(scenes), workers)
-    missing = [i for i in wanted if not (folder / f"{i:02d}.safetensors").exists()]
-    if not missing:
+    parts = to_make(folder, len(scenes), args.worker, args.batch)
+    if not parts:
         return
     with ExitStack() as stack:
         call = prepare(SETTINGS[name], args, stack)
-        parts = [missing[i : i + args.batch] for i in range(0, len(missing), args.batch)]
         for part in track(parts, description=name):
             for i, video in zip(part, clips(call, scenes, part, args), strict=True):
-                folder.mkdir(parents=True, exist_ok=True)
-                with replacing(folder / f"{i:02d}.safetensors") as partial:
-                    save_file({"video": torch.from_numpy(video).contiguous()}, partial)
+                keep_clip(folder, i, video)
                 motion_of(folder, i)
 
 
@@ -192,9 +186,9 @@ def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
     folder = folder_of(name, args)
     scored, motions = [], []
     for i, scene in enumerate(held_out()[: args.prompts]):
-        if args.score_only and not (folder / f"{i:02d}.safetensors").exists():
+        if args.score_only and not clip_file(folder, i).exists():
             continue
-        video = load_file(folder / f"{i:02d}.safetensors")["video"].numpy()
+        video = kept_clip(folder, i)
         found = detect(video)
         result = score(found, scene)
         motions.append(motion_of(folder, i))
@@ -234,7 +228,7 @@ def motion_of(folder: Path, i: int) -> dict[str, Any]:
     """Measured once for a clip."""
     path = folder / f"{i:02d}.json"
     if not path.exists():
-        video = load_file(folder / f"{i:02d}.safetensors")["video"].numpy()
+        video = kept_clip(folder, i)
         write_json(path, measure_motion([video], fps=FPS).to_dict())
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -270,10 +264,6 @@ def timings(names: list[str], args: argparse.Namespace) -> dict[str, dict[str, f
 
 def write_table(report: dict[str, Any]) -> None:
     """Between the markers of docs/longer_videos.md."""
-    begin, end = "<!-- results -->", "<!-- /results -->"
-    text = DOCS.read_text(encoding="utf-8")
-    head, rest = text.split(begin)
-    tail = rest.split(end)[1]
     rows = [
         "| | clips | score | with speed | colour | shape | direction | loop | colour drift "
         "| dynamic | seconds |",
@@ -294,8 +284,7 @@ def write_table(report: dict[str, Any]) -> None:
         f"| *the world itself* | | | | | | | {motion['loop_score']:.2f} "
         f"| {motion['color_drift']:.3f} | {motion['dynamic_degree']:.2f} | |"
     )
-    table = "\n".join(rows)
-    DOCS.write_text(f"{head}{begin}\n{table}\n{end}{tail}", encoding="utf-8")
+    write_between_marks(DOCS, rows)
 
 
 def line(name: str, figures: dict[str, Any]) -> str:

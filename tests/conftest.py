@@ -55,6 +55,41 @@ def run():
 
 
 @pytest.fixture
+def refused(run):
+    """The one line that a bad input comes to."""
+
+    def call(*args):
+        result = run(*args, code=2)
+        lines = result.stderr.strip().splitlines()
+        assert len(lines) == 1, result.stderr
+        assert lines[0].startswith("error: ")
+        assert "Traceback" not in result.output
+        return lines[0]
+
+    return call
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    """Refusals come before the weights are read."""
+    from diffusers import DiffusionPipeline
+
+    def fail(*args, **kwargs):
+        raise AssertionError("loaded a pipeline")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """More only get into each other's way at small sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def poison():
     """Fill fresh memory with NaN, so that an output nobody wrote cannot pass by luck."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from gen_accel.lora import checkpoint
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Objective
-from gen_accel.lora.trainer import Model, Trained, accelerator_for, run
+from gen_accel.lora.trainer import Trained, accelerator_for, run
 
 LATENTS = (4, 8)  # height and width; 2 x 4 tokens a frame
 FRAMES = 5  # latent frames of a clip

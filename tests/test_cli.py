@@ -11,7 +11,6 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from diffusers import (
-    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -62,31 +61,6 @@ def model(tmp_path_factory):
     pipe.to(dtype=torch.float16)
     pipe.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def refused(run):
-    """The one line that a bad input comes to."""
-
-    def call(*args):
-        result = run(*args, code=2)
-        lines = result.stderr.strip().splitlines()
-        assert len(lines) == 1, result.stderr
-        assert lines[0].startswith("error: ")
-        assert "Traceback" not in result.output
-        return lines[0]
-
-    return call
-
-
-@pytest.fixture
-def no_loading(monkeypatch):
-    """Refusals come before the weights are read."""
-
-    def fail(*args, **kwargs):
-        raise AssertionError("loaded a pipeline")
-
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
 
 
 def files(folder):

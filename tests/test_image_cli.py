@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import wan
-from diffusers import DiffusionPipeline
 from PIL import Image
 
 from gen_accel import Radial, VideoShape
@@ -25,12 +24,7 @@ PROMPT = "something moves right slowly"
 SMALL = ("--frames", "5", "--height", "48", "--width", "48", "--steps", "2")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -75,25 +69,6 @@ def pictures(tmp_path):
     for name, image in made.items():
         image.save(paths[name])
     return paths
-
-
-@pytest.fixture
-def refused(run):
-    def call(*args):
-        result = run(*args, code=2)
-        (line,) = result.stderr.strip().splitlines()
-        assert line.startswith("error: ")
-        return line
-
-    return call
-
-
-@pytest.fixture
-def no_loading(monkeypatch):
-    def fail(*args, **kwargs):
-        raise AssertionError("loaded a pipeline")
-
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
 
 
 def files(folder):

@@ -43,12 +43,7 @@ EMBEDDED = {"base": tiny.EMBEDDING, "faceid": tiny.FACE, "portrait": tiny.FACE}
 LYNX_LAYERS = 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache

@@ -18,13 +18,7 @@ NAMES = {"faceid_plus": "faceid-plus", "faceid_plus_v2": "faceid-plusv2"}
 PICTURES = tuple(tiny.picture(i) for i in range(4))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More only get into each other's way at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

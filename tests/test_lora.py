@@ -49,13 +49,7 @@ FULL_STEPS = 8
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """More only get into each other's way at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def state(out):

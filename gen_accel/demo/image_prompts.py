@@ -1,7 +1,6 @@
 """The demo with an image: the text says how something moves, the image what moves."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from gen_accel import demo
-from gen_accel.attention_processors import Dense, Radial
+from gen_accel.attention_processors import Radial
+from gen_accel.demo import job
 from gen_accel.demo.clips import STILL_SIZE
 from gen_accel.demo.detector import detect
 from gen_accel.demo.job import FPS, GUIDANCE_SCALE, HEADLINES, SIZE, STEPS, WORDS
@@ -23,15 +23,7 @@ from gen_accel.measure import (
 from gen_accel.pipelines.compare import Comparison, compare_with_dense
 from gen_accel.pipelines.generate import ImageInput
 from gen_accel.pipelines.image_prompt.encoder import as_rgb
-from gen_accel.pipelines.sampling import (
-    Clip,
-    Loading,
-    check_fits,
-    filled,
-    find_device,
-    load,
-    token_grid,
-)
+from gen_accel.pipelines.sampling import Clip
 from gen_accel.pipelines.schedule import Schedule
 
 PROMPT = "something moves right slowly"
@@ -75,10 +67,7 @@ def run(
         OSError: `out` cannot be written.
     """
     out = Path(out)
-    if isinstance(method, Dense):
-        raise ValueError("the demo sets a sparse method beside dense attention, got Dense()")
-    if not prompt.strip():
-        raise ValueError(f"the prompt is empty; one that the model knows: {PROMPT!r}")
+    job.check(out, prompt, method, device, known=PROMPT)
     if adapter is None and not path().is_dir():
         raise FileNotFoundError(
             f"the demo model's image prompt is not at {path()}: install the package again, or "
@@ -86,16 +75,11 @@ def run(
         )
     given = ImageInput((image,), path() if adapter is None else adapter).opened()
     clip = Clip(frames, SIZE, SIZE, steps, GUIDANCE_SCALE, seed=seed, fps=FPS)
-    find_device(device)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} must be a folder, but it is a file")
     name = type(method).__name__.lower()
     files = _files(out, name)
     check_writable(files["dense"])
 
-    pipe = load(demo.path() if model is None else model, Loading("float32", device))
-    clip = filled(pipe, clip)
-    check_fits(method, token_grid(pipe, clip))
+    pipe, clip = job.loaded(model, clip, method, device)
     with given.load(pipe) as handle:
         result = compare_with_dense(
             pipe,
@@ -109,7 +93,7 @@ def run(
     report = result.to_dict() | {
         "image": str(image) if isinstance(image, str | Path) else "a picture in memory",
         "image_prompt": about,
-        "detector": _detected(result, given.images[0]),
+        "detector": job.detected(result) | {"image": _seen(given.images[0])},
     }
     shown = _large(given.images[0])
     write_video(_together(result, shown), files["side by side"], fps=FPS)
@@ -179,18 +163,12 @@ def _files(out: Path, name: str) -> dict[str, Path]:
     }
 
 
-def _detected(result: Comparison, image: Image.Image) -> dict[str, Any]:
-    """What image and clips show."""
+def _seen(image: Image.Image) -> str:
+    """What the detector makes of the image."""
     small = np.asarray(image.resize((STILL_SIZE, STILL_SIZE), Image.Resampling.BICUBIC))
     found = detect(np.stack([small] * 2))
     known = found.color is not None and found.shape is not None
-    seen = {"dense": detect(result.dense.video), "sparse": detect(result.sparse.video)}
-    return {
-        "asked": result.prompt,
-        "image": f"a {found.color} {found.shape}" if known else UNKNOWN,
-        **{name: {"shows": one.caption, **asdict(one)} for name, one in seen.items()},
-        "unchanged": seen["dense"].caption == seen["sparse"].caption,
-    }
+    return f"a {found.color} {found.shape}" if known else UNKNOWN
 
 
 def _large(image: Image.Image) -> np.ndarray:

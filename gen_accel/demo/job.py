@@ -73,19 +73,13 @@ def run(
         OSError: `out` cannot be written.
     """
     out = Path(out)
-    if isinstance(method, Dense):
-        raise ValueError("the demo sets a sparse method beside dense attention, got Dense()")
-    if not prompt.strip():
-        raise ValueError(f"the prompt is empty; one that the model knows: {PROMPT!r}")
+    check(out, prompt, method, device, known=PROMPT)
     if model is None and not (demo.path() / "model_index.json").exists():
         raise FileNotFoundError(
             f"the demo model is not at {demo.path()}: install the package again, or train it "
             "with `python -m gen_accel.demo.train`"
         )
     clip = Clip(frames, SIZE, SIZE, steps, GUIDANCE_SCALE, seed=seed, fps=FPS)
-    find_device(device)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} must be a folder, but it is a file")
     files = _files(out, type(method).__name__.lower())
     if with_lora and model is not None:
         raise ValueError(f"the LoRA is the embedded model's: leave it or model {model} out")
@@ -95,10 +89,7 @@ def run(
         del files["with LoRA"]
     check_writable(files["dense"])
 
-    pipe = load(demo.path() if model is None else model, Loading("float32", device))
-    clip = filled(pipe, clip)
-    video = token_grid(pipe, clip)
-    check_fits(method, video)
+    pipe, clip = loaded(model, clip, method, device)
     result = compare_with_dense(
         pipe,
         prompt,
@@ -107,7 +98,7 @@ def run(
         schedule=Schedule(dense_start=DENSE_START),
         timed=pipe.device.type == "cpu",  # elsewhere, to measure it would slow what it measures
     )
-    report = result.to_dict() | {"detector": _detected(result)}
+    report = result.to_dict() | {"detector": detected(result)}
     if with_lora:
         made = longer.compare(prompt, clip)
         report["longer"] = made.to_dict()
@@ -116,12 +107,35 @@ def run(
     clips = {"dense": result.dense.video, "sparse": result.sparse.video}
     for name, pixels in {**clips, "side by side": pair(result)}.items():
         write_video(pixels, files[name], fps=FPS)
-    mask_picture(method, video, files["mask"])
+    mask_picture(method, token_grid(pipe, clip), files["mask"])
     sheet = contact_sheet([*clips.values()], result.labels, count=SHEET_FRAMES)
     write_video(sheet[None], files["contact sheet"], fps=FPS)
     _write_page(report, result, files)
     write_json(files["report"], report)
     return report, files
+
+
+def check(out: Path, prompt: str, method: Any, device: str, *, known: str) -> None:
+    """Raises ValueError for what a demo can do nothing with, before anything is loaded.
+
+    Args:
+        known: a prompt that would do.
+    """
+    if isinstance(method, Dense):
+        raise ValueError("the demo sets a sparse method beside dense attention, got Dense()")
+    if not prompt.strip():
+        raise ValueError(f"the prompt is empty; one that the model knows: {known!r}")
+    find_device(device)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} must be a folder, but it is a file")
+
+
+def loaded(model: str | Path | None, clip: Clip, method: Any, device: str) -> tuple[Any, Clip]:
+    """The pipeline, and the clip as it makes it; ValueError where the method does not fit."""
+    pipe = load(demo.path() if model is None else model, Loading("float32", device))
+    clip = filled(pipe, clip)
+    check_fits(method, token_grid(pipe, clip))
+    return pipe, clip
 
 
 def _files(out: Path, name: str) -> dict[str, Path]:
@@ -137,7 +151,7 @@ def _files(out: Path, name: str) -> dict[str, Path]:
     }
 
 
-def _detected(result: Comparison) -> dict[str, Any]:
+def detected(result: Comparison) -> dict[str, Any]:
     """What the pixels of both clips show, and whether sparse attention changed that."""
     seen = {"dense": detect(result.dense.video), "sparse": detect(result.sparse.video)}
     return {

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,10 @@ from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data import open_image
 from gen_accel.lora.images import ImageCoder, about_images, new_projector, variant_of
 from gen_accel.lora.latents import as_features
+from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Draw
 from gen_accel.pipelines.recipe import Recipe, check_base, parse
 from gen_accel.pipelines.storage import save_processors
-
-if TYPE_CHECKING:
-    from gen_accel.lora.trainer import Model
 
 Write = Callable[[Path], Any]
 
@@ -44,7 +42,7 @@ class Lora:
 
     FOLDER = "lora"
 
-    def __init__(self, config: TrainConfig, model: "Model", handle: Any, recipe: Recipe) -> None:
+    def __init__(self, config: TrainConfig, model: Model, handle: Any, recipe: Recipe) -> None:
         self._transformer, self._handle, self._recipe = model.transformer, handle, recipe
         self._is_on = bool(config.rank)
         if config.rank:
@@ -94,7 +92,7 @@ class ImagePromptAdapter:
     FOLDER = "image_prompt"
 
     def __init__(
-        self, config: TrainConfig, model: "Model", handle: Any, recipe: Recipe, cache: Any
+        self, config: TrainConfig, model: Model, handle: Any, recipe: Recipe, cache: Any
     ) -> None:
         from gen_accel.pipelines.image_prompt import load_image_prompt
         from gen_accel.pipelines.image_prompt.formats import base_of
@@ -160,9 +158,7 @@ class ImagePromptAdapter:
 Adapter = Lora | ImagePromptAdapter
 
 
-def put_on(
-    config: TrainConfig, model: "Model", handle: Any, recipe: Recipe, cache: Any
-) -> Adapter:
+def put_on(config: TrainConfig, model: Model, handle: Any, recipe: Recipe, cache: Any) -> Adapter:
     """Put what the config asks for on the model, from its start or from what was trained before.
 
     Raises:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from gen_accel.lora.config import TrainConfig
-from gen_accel.lora.latents import model_state
+from gen_accel.lora.fingerprint import model_state
 
 # Of the small encoder that trains along: the last of four convolutions sees half of an image.
 CHANNELS = (16, 32, 48, 64)

@@ -7,7 +7,6 @@ else.
 """
 
 import hashlib
-import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import family_of, served_classes
 from gen_accel.lora.data import CaptionedVideo, Size, find_videos, nearest_size, open_image
+from gen_accel.lora.fingerprint import hash_of, model_state, words_state
 from gen_accel.lora.shards import (
     MANIFEST,
     SHARD_BYTES,
@@ -41,6 +41,7 @@ from gen_accel.lora.shards import (
     check_sizes,
     read_manifest,
 )
+from gen_accel.pipelines.image_prompt.projectors import normalised
 from gen_accel.pipelines.sampling import DTYPES, check_model, find_device
 
 if TYPE_CHECKING:
@@ -50,11 +51,6 @@ LATENTS = "latents"  # what the tensor of a clip is called after its key
 IMAGE = "image"
 RECIPE = 1  # of decoding and encoding; another one makes all keys new
 TEXTS_AT_ONCE = 8
-PASSING = (
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-)  # of a configuration; weights have theirs
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ class LatentCache:
         self.entries = tuple(Entry(**entry) for entry in manifest["entries"])
         self.causal: bool = manifest["causal"]
         self.fps: float | None = manifest["fps"]
-        self.digest = _hash([manifest["entries"], manifest["empty"], self.causal, self.fps])
+        self.digest = hash_of([manifest["entries"], manifest["empty"], self.causal, self.fps])
         self.images: dict[str, Any] | None = manifest.get("images")
         self._empty: str = manifest["empty"]
         # Of a tensor's key and its own name, the shard.
@@ -205,7 +201,7 @@ class LatentCache:
 
 def as_features(stored: Tensor) -> Tensor:
     """Of an image as the cache keeps it: float32, pixels in [-1, 1]."""
-    return stored.float() / 127.5 - 1 if stored.dtype == torch.uint8 else stored.float()
+    return normalised(stored) if stored.dtype == torch.uint8 else stored.float()
 
 
 @dataclass(frozen=True)
@@ -419,17 +415,17 @@ class _Run:
 
     def __post_init__(self) -> None:
         pipe, common = self.encoders.pipe, [RECIPE, self.store]
-        self._vae = _hash([*common, *_states(pipe, "vae")])
+        self._vae = hash_of([*common, *_states(pipe, "vae")])
         texts = _states(pipe, "text_encoder", "tokenizer")
-        self._text = _hash([*common, self.max_tokens, *texts])
-        self._image = None if self.images is None else _hash([*common, self.images.state()])
+        self._text = hash_of([*common, self.max_tokens, *texts])
+        self._image = None if self.images is None else hash_of([*common, self.images.state()])
 
     def text_key(self, caption: str) -> str:
-        return _hash([self._text, caption])
+        return hash_of([self._text, caption])
 
     def image_key(self, *image: Any) -> str:
         assert self._image is not None
-        return _hash([self._image, *image])
+        return hash_of([self._image, *image])
 
     def read(
         self, videos: Sequence[CaptionedVideo], shards: Shards, bar: Progress
@@ -453,7 +449,7 @@ class _Run:
             if not lengths:
                 short.append(video.name)
             for length in lengths[-1:] if self.encoders.family.CAUSAL_VAE else lengths:
-                latent_key = _hash([self._vae, digest, self.fps, length, size])
+                latent_key = hash_of([self._vae, digest, self.fps, length, size])
                 image_key = picture
                 if self.images is not None and image_key is None:
                     image_key = self.image_key(digest, self.fps, length, size)
@@ -731,40 +727,9 @@ def _states(pipe: Any, *prefixes: str) -> list[Any]:
         if not any(name.startswith(prefix) for name in parts):
             raise ValueError(f"{type(pipe).__name__} was loaded without its {prefix}")
     return [
-        [name, model_state(name, part) if isinstance(part, nn.Module) else _words(part)]
+        [name, model_state(name, part) if isinstance(part, nn.Module) else words_state(part)]
         for name, part in parts.items()
     ]
-
-
-def model_state(name: str, model: Any) -> str:
-    """Of its class, configuration and weights."""
-    hooked = any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in model.modules())
-    if hooked or any(x.is_meta for x in model.parameters()):
-        raise ValueError(f"the {name} is offloaded: give the pipeline before that, or its folder")
-    config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
-    lasting = {k: v for k, v in config.items() if not k.startswith("_") and k not in PASSING}
-    tiled = getattr(model, "use_tiling", False)
-    digest = hashlib.sha256(_hash([type(model).__name__, lasting, tiled]).encode())
-    for key, x in sorted(model.state_dict().items()):
-        digest.update(f"{key} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _words(tokenizer: Any) -> str:
-    """Of how a tokenizer splits text; not of how its last call padded it."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not hasattr(backend, "to_str"):
-        return _hash(
-            [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.all_special_tokens]
-        )
-    rules = json.loads(backend.to_str())
-    return _hash({k: v for k, v in rules.items() if k not in ("padding", "truncation")})
-
-
-def _hash(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _bar() -> Progress:

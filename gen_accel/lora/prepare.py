@@ -13,7 +13,7 @@ from gen_accel.lora.artefact import target_modules
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.images import ImageCoder, describe_images
 from gen_accel.lora.latents import LatentCache, cache
-from gen_accel.lora.trainer import Model
+from gen_accel.lora.model import Model
 from gen_accel.pipelines.long_video import known_trained_frames
 from gen_accel.pipelines.long_video.technique import latent_frames, temporal_patch
 from gen_accel.pipelines.recipe import check_base, read_recipe

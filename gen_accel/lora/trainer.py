@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +27,7 @@ from gen_accel.lora import checkpoint
 from gen_accel.lora.adapters import fields_of_lora, put_on
 from gen_accel.lora.config import Stage, TrainConfig, differences
 from gen_accel.lora.latents import LatentCache
+from gen_accel.lora.model import Model
 from gen_accel.lora.objective import SIGMAS, Objective, draw, order, seed_of
 from gen_accel.lora.validate import Validation
 from gen_accel.measure.video_io import replacing
@@ -53,25 +54,6 @@ class Trained:
     steps: int
     losses: list[float]
     seconds: float
-
-
-class Model(NamedTuple):
-    """What is trained, wherever it came from.
-
-    Args:
-        pipe: None where nothing is to be sampled.
-        frames: latent frames of a clip of so many frames.
-        trained_frames: pixel frames, None where nobody knows.
-        shift: of the noise levels.
-        boundary: the noise level at which a model with two experts changes to the other.
-    """
-
-    transformer: Any
-    pipe: Any | None
-    frames: Callable[[int], int]
-    trained_frames: int | None
-    shift: float
-    boundary: float | None = None
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Trained:

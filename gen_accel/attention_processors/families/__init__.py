@@ -62,6 +62,7 @@ __all__ = [
     "family_of",
     "image_family_of",
     "image_sites",
+    "in_patches",
     "served_classes",
     "tap_cross_attention",
     "tap_joint_attention",
@@ -116,21 +117,27 @@ class ImageAttention(NamedTuple):
 
 
 def image_sites(
-    modules: Sequence[tuple[str, Any]], *, norm: str | None = None
+    transformer: nn.Module, names: Sequence[str], *, norm: str | None = None
 ) -> list[ImageAttention]:
     """Attentions by name, numbered from 0, with all else read from their projections."""
-    return [
-        ImageAttention(
-            name,
-            str(number),
-            module,
-            module.heads,
-            module.to_k.out_features // module.heads,
-            module.to_k.in_features,
-            norm=norm,
+    sites = []
+    for number, name in enumerate(names):
+        module: Any = transformer.get_submodule(name)
+        heads, dim = module.heads, module.to_k.out_features // module.heads
+        width = module.to_k.in_features
+        sites.append(ImageAttention(name, str(number), module, heads, dim, width, norm=norm))
+    return sites
+
+
+def in_patches(sizes: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
+    """Frames, height and width of latents in patches; ValueError where those leave a rest."""
+    if any(size % side for size, side in zip(sizes, patch, strict=True)):
+        whole = tuple(size // side * side for size, side in zip(sizes, patch, strict=True))
+        raise ValueError(
+            f"latents of {tuple(sizes)} (frames, height, width) are not whole patches of "
+            f"{tuple(patch)}; the nearest below are {whole}"
         )
-        for number, (name, module) in enumerate(modules)
-    ]
+    return tuple(size // side for size, side in zip(sizes, patch, strict=True))
 
 
 def tap_cross_attention(

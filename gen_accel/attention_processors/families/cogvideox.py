@@ -13,6 +13,7 @@ from gen_accel.attention_processors.families import (
     ImageAttention,
     ImageBranch,
     image_sites,
+    in_patches,
     tap_joint_attention,
 )
 from gen_accel.video import VideoShape
@@ -24,9 +25,9 @@ TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:
-    blocks = enumerate(transformer.transformer_blocks)
-    named = [(f"transformer_blocks.{i}.attn1", block.attn1) for i, block in blocks]
-    return image_sites(named, norm="norm_k")
+    blocks = range(len(transformer.transformer_blocks))
+    names = [f"transformer_blocks.{i}.attn1" for i in blocks]
+    return image_sites(transformer, names, norm="norm_k")
 
 
 def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
@@ -44,12 +45,8 @@ def video_shape(
     leave a rest."""
     config = transformer.config
     frames, _, height, width = hidden_states.shape[1:]
-    sizes, patch = (frames, height, width), (config.patch_size_t or 1, *[config.patch_size] * 2)
-    if any(size % side for size, side in zip(sizes, patch, strict=True)):
-        raise ValueError(
-            f"latents of {sizes} (frames, height, width) are not whole patches of {patch}"
-        )
-    grid = (size // side for size, side in zip(sizes, patch, strict=True))
+    patch = config.patch_size_t or 1, config.patch_size, config.patch_size
+    grid = in_patches((frames, height, width), patch)
     return VideoShape(*grid, text=encoder_hidden_states.shape[1])
 
 

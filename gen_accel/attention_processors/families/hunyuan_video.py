@@ -18,6 +18,7 @@ from gen_accel.attention_processors.families import (
     SelfAttention,
     encoded,
     image_sites,
+    in_patches,
     tap_joint_attention,
 )
 from gen_accel.plan import widest
@@ -68,8 +69,8 @@ def _blocks(transformer: Any) -> list[tuple[str, Any]]:
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:
     """All of the joint attention, numbered through both stacks."""
-    blocks = _blocks(transformer)
-    return image_sites([(f"{name}.attn", x.attn) for name, x in blocks], norm="norm_k")
+    names = [f"{name}.attn" for name, _ in _blocks(transformer)]
+    return image_sites(transformer, names, norm="norm_k")
 
 
 def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
@@ -87,15 +88,8 @@ def video_shape(
     """The grid of (B, C, frames, height, width) latents, and the text with its padding; ValueError
     where patches leave a rest."""
     config = transformer.config
-    sizes = tuple(hidden_states.shape[2:])
-    patch = (config.patch_size_t, config.patch_size, config.patch_size)
-    if any(size % side for size, side in zip(sizes, patch, strict=True)):
-        whole = tuple(size // side * side for size, side in zip(sizes, patch, strict=True))
-        raise ValueError(
-            f"latents of {sizes} (frames, height, width) are not whole patches of {patch}; "
-            f"the nearest below are {whole}"
-        )
-    grid = (size // side for size, side in zip(sizes, patch, strict=True))
+    patch = config.patch_size_t, config.patch_size, config.patch_size
+    grid = in_patches(hidden_states.shape[2:], patch)
     return VideoShape(*grid, text=encoder_hidden_states.shape[1])
 
 

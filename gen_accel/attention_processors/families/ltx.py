@@ -23,9 +23,9 @@ TEMPORAL_FACTOR = 8  # frames in a latent frame, all but the first
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:
-    blocks = enumerate(transformer.transformer_blocks)
-    named = [(f"transformer_blocks.{i}.attn2", block.attn2) for i, block in blocks]
-    return image_sites(named, norm="norm_k")
+    blocks = range(len(transformer.transformer_blocks))
+    names = [f"transformer_blocks.{i}.attn2" for i in blocks]
+    return image_sites(transformer, names, norm="norm_k")
 
 
 def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:

@@ -13,6 +13,7 @@ from gen_accel.attention_processors.families import (
     ImageAttention,
     ImageBranch,
     image_sites,
+    in_patches,
     tap_joint_attention,
 )
 from gen_accel.video import VideoShape
@@ -24,9 +25,9 @@ TEMPORAL_FACTOR = 6  # frames in a latent frame, all but the first
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:
-    blocks = enumerate(transformer.transformer_blocks)
-    named = [(f"transformer_blocks.{i}.attn1", block.attn1) for i, block in blocks]
-    return image_sites(named, norm="norm_k")
+    blocks = range(len(transformer.transformer_blocks))
+    names = [f"transformer_blocks.{i}.attn1" for i in blocks]
+    return image_sites(transformer, names, norm="norm_k")
 
 
 def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
@@ -42,14 +43,8 @@ def video_shape(
 ) -> VideoShape:
     """The grid of (B, C, frames, height, width) latents, and the text with its padding; ValueError
     where patches leave a rest."""
-    frames, height, width = hidden_states.shape[2:]
-    patch = transformer.config.patch_size
-    if height % patch or width % patch:
-        raise ValueError(
-            f"latents of {(height, width)} (height, width) are not whole patches of "
-            f"{(patch, patch)}"
-        )
-    grid = frames, height // patch, width // patch
+    side = transformer.config.patch_size
+    grid = in_patches(hidden_states.shape[2:], (1, side, side))
     return VideoShape(*grid, text=encoder_hidden_states.shape[1])
 
 

@@ -27,7 +27,7 @@ def image_attentions(transformer: Any) -> list[ImageAttention]:
     the image comes first, so that these have the odd numbers."""
     names = [name.removesuffix(".processor") for name in transformer.attn_processors]
     crosses = [name for name in names if not name.endswith("attn1")]
-    sites = image_sites([(name, transformer.get_submodule(name)) for name in crosses])
+    sites = image_sites(transformer, crosses)
     return [site._replace(number=str(2 * i + 1)) for i, site in enumerate(sites)]
 
 

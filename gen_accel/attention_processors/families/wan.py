@@ -17,6 +17,7 @@ from gen_accel.attention_processors.families import (
     SelfAttention,
     encoded,
     image_sites,
+    in_patches,
     tap_cross_attention,
 )
 from gen_accel.video import VideoShape
@@ -58,8 +59,8 @@ def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:
     """Cross-attention of the blocks; of VACE, not that of the control blocks."""
-    blocks = enumerate(transformer.blocks)
-    return image_sites([(f"blocks.{i}.attn2", x.attn2) for i, x in blocks], norm="norm_k")
+    names = [f"blocks.{i}.attn2" for i in range(len(transformer.blocks))]
+    return image_sites(transformer, names, norm="norm_k")
 
 
 def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
@@ -68,14 +69,7 @@ def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Calla
 
 def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> VideoShape:
     """The grid of (B, C, frames, height, width) latents; ValueError where patches leave a rest."""
-    sizes, patch = tuple(hidden_states.shape[2:]), tuple(transformer.config.patch_size)
-    if any(size % side for size, side in zip(sizes, patch, strict=True)):
-        whole = tuple(size // side * side for size, side in zip(sizes, patch, strict=True))
-        raise ValueError(
-            f"latents of {sizes} (frames, height, width) are not whole patches of {patch}; "
-            f"the nearest below are {whole}"
-        )
-    return VideoShape(*(size // side for size, side in zip(sizes, patch, strict=True)))
+    return VideoShape(*in_patches(hidden_states.shape[2:], transformer.config.patch_size))
 
 
 def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str | None:

@@ -161,7 +161,7 @@ def read_adapter(path: str | Path, *, variant: str | None = None) -> AdapterFile
         tensors, metadata = _read_safetensors(path)
         groups = _grouped(tensors, path)
     else:
-        groups, metadata = _read_pickle(path), {}
+        groups, metadata = _read_bin(path), {}
     layers, lora, unknown = _sorted_out(groups["ip_adapter"])
     if unknown:
         raise ValueError(f"{path} is no image-prompt adapter: unexpected {listed(unknown)}")
@@ -369,7 +369,7 @@ def _metadata(text: str | None, path: Path) -> dict[str, Any]:
     return data
 
 
-def _read_pickle(path: Path) -> dict[str, dict[str, Tensor]]:
+def _read_bin(path: Path) -> dict[str, dict[str, Tensor]]:
     if path.suffix not in (".bin", ".pt", ".pth", ".ckpt"):
         raise ValueError(f"an adapter is a .safetensors or .bin file, got {path.name}")
     if not path.is_file():

@@ -159,7 +159,7 @@ class ImagePrompt:
         self._rows: _Rows | None = None
         families = {part: image_family_of(model) for part, model in models.items()}
         self._parts = {
-            part: Part.of(part, model, families[part], pipe, adapter)
+            part: Part(part, model, families[part], pipe, adapter)
             for part, model in models.items()
         }
         self._scales: dict[str, Scales] = {}
@@ -553,57 +553,32 @@ class _Rows(NamedTuple):
 class Part:
     """One model of a pipeline.
 
-    Args:
+    Attributes:
         attentions: how many an image prompt could act in.
         batched: its pipelines run the negative prompt in the first rows of a call, and do not
             tell.
         factor: pixel frames in a latent frame, all but the first; None for images.
         patch: latent frames in a token.
+        no_frames: why a call does not tell of which frames its latents are, see families.
+        taps: of the branches, as in `undo`.
     """
 
     def __init__(
-        self,
-        name: str,
-        kind: str,
-        branches: list[Branch],
-        attentions: int,
-        video_shape: Callable,
-        timestep: Callable,
-        batched: bool,
-        factor: int | None,
-        patch: int,
+        self, name: str, model: nn.Module, family: Any, pipe: Any, adapter: ImageAdapter
     ) -> None:
-        self.name, self.kind, self.branches, self.attentions = name, kind, branches, attentions
-        self.video_shape, self.timestep, self.batched = video_shape, timestep, batched
-        self.factor, self.patch = factor, patch
-        self.calls = Calls()
-        self.watched = Watched(())
-        self.undo: list[Callable[[], None]] = []
-        self.taps: list[Any] = []  # of the branches, as in `undo`
-        self.no_frames: Callable[..., str | None] | None = None
-        self.turns = Turns()
-
-    @classmethod
-    def of(
-        cls, name: str, model: nn.Module, family: Any, pipe: Any, adapter: ImageAdapter
-    ) -> "Part":
         sites = family.image_attentions(model)
         _check(adapter, sites, model)
         warn_of_other_text(adapter, sites)
-        factor = temporal_factor(pipe, family)
-        made = cls(
-            name,
-            type(model).__name__,
-            [Branch(site) for site in sites if site.number in adapter.layers],
-            len(sites),
-            family.video_shape,
-            family.timestep,
-            family.GUIDANCE == "batched" and not hasattr(model, "cache_context"),
-            factor,
-            1 if factor is None else temporal_patch(model),
-        )
-        made.no_frames = getattr(family, "no_frames", None)
-        return made
+        self.name, self.kind, self.attentions = name, type(model).__name__, len(sites)
+        self.branches = [Branch(site) for site in sites if site.number in adapter.layers]
+        self.video_shape, self.timestep = family.video_shape, family.timestep
+        self.no_frames: Callable[..., str | None] | None = getattr(family, "no_frames", None)
+        self.batched = family.GUIDANCE == "batched" and not hasattr(model, "cache_context")
+        self.factor = temporal_factor(pipe, family)
+        self.patch = 1 if self.factor is None else temporal_patch(model)
+        self.calls, self.turns, self.watched = Calls(), Turns(), Watched(())
+        self.undo: list[Callable[[], None]] = []
+        self.taps: list[Any] = []
 
     def check_taps(self) -> None:
         """ValueError where something else took the place of what the image is added by."""

@@ -1,0 +1,44 @@
+"""What benchmarks of the demo model keep: the clips made so far, and tables in docs."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from gen_accel.measure.video_io import replacing
+
+
+def to_make(folder: Path, count: int, worker: str, batch: int) -> list[list[int]]:
+    """Numbers of the clips that `folder` lacks of `count`, in batches.
+
+    Args:
+        worker: "K/N", every N-th clip from K and no more.
+    """
+    first, workers = map(int, worker.split("/"))
+    missing = [i for i in range(first, count, workers) if not clip_file(folder, i).exists()]
+    return [missing[i : i + batch] for i in range(0, len(missing), batch)]
+
+
+def keep_clip(folder: Path, i: int, video: np.ndarray) -> None:
+    """(F, H, W, 3) uint8."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(clip_file(folder, i)) as partial:
+        save_file({"video": torch.from_numpy(video).contiguous()}, partial)
+
+
+def kept_clip(folder: Path, i: int) -> np.ndarray:
+    return load_file(clip_file(folder, i))["video"].numpy()
+
+
+def clip_file(folder: Path, i: int) -> Path:
+    return folder / f"{i:02d}.safetensors"
+
+
+def write_between_marks(page: Path, rows: list[str]) -> None:
+    """In the place of what the page has between its marks of results."""
+    begin, end = "<!-- results -->", "<!-- /results -->"
+    head, rest = page.read_text(encoding="utf-8").split(begin)
+    tail = rest.split(end)[1]
+    table = "\n".join(rows)
+    page.write_text(f"{head}{begin}\n{table}\n{end}{tail}", encoding="utf-8")
