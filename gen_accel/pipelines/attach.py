@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gen_accel import kernels
@@ -23,9 +22,10 @@ from gen_accel.attention_processors.seam import (
     SparseProcessor,
     TrainableProcessor,
     is_compiled,
+    put_processor,
     released,
-    text_lengths,
 )
+from gen_accel.attention_processors.tokens import Samples, Tokens, by_text, seen_text
 from gen_accel.kernels.self_check import check_rows
 from gen_accel.pipelines.clock import Clock
 from gen_accel.pipelines.extension import AttentionExtension
@@ -35,7 +35,7 @@ from gen_accel.pipelines.summary import Record, Summary
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
-TRANSFORMERS = ("transformer", "transformer_2")
+TRANSFORMERS = ("transformer", "transformer_2", "unet")  # as pipelines name them
 
 
 def attach(
@@ -242,7 +242,7 @@ class Attachment:
         self._paused = False
         self._checked: set[tuple] = set()
         self._layers: dict[str, Layer] = {}
-        self._read: tuple[ref, tuple[int, ...] | None] | None = None
+        self._read: tuple[ref, Tokens, tuple[tuple[int, ...], ...] | None] | None = None
         self._sites: list[tuple[Any, SparseProcessor]] = []
         replaced: list[tuple[Attachment, Any]] = []
         for name, transformer in transformers.items():
@@ -262,7 +262,7 @@ class Attachment:
             self.extensions = tuple(dict.fromkeys((*self.extensions, *handle.extensions)))
             handle._give_up(module)
         for module, processor in self._sites:
-            module.set_processor(processor)
+            put_processor(module, processor)
         self._hooks = [
             transformer.register_forward_pre_hook(
                 partial(self._observe, _Readers.of(families[name])), with_kwargs=True
@@ -282,10 +282,10 @@ class Attachment:
             with torch.inference_mode(False):
                 branch = method.branch(site.heads, site.dim).to(place, transformer.dtype)
             self.branches[full] = branch
-        layer = Layer(full, site.layer, method, branch)
+        layer = Layer(full, site.layer, method, branch, site.tokens)
         self._layers[full] = layer
         attend = partial(self._attend, layer)
-        alike = method, self.schedule.why_layer(site.layer)
+        alike = method, self.schedule.why_layer(site.layer), site.tokens
         if branch is None:
             return SparseProcessor(stock, family.ATTENTION_CALL, attend, self, alike)
         return TrainableProcessor(stock, family.ATTENTION_CALL, attend, self, branch, alike)
@@ -301,7 +301,7 @@ class Attachment:
         models = {id(part): t for t in self._transformers.values() for part in t.modules()}
         for module, processor in self._sites:
             if id(module) in ours:
-                module.set_processor(released(processor, models[id(module)]))
+                put_processor(module, released(processor, models[id(module)]))
         self._hooks, self._sites = [], []
         while self.companions:
             self.companions.pop()()
@@ -363,7 +363,9 @@ class Attachment:
     ) -> None:
         if self._paused:
             return
-        self.clock.video = read.video_shape(transformer, *args, **kwargs)
+        video = read.video_shape(transformer, *args, **kwargs)
+        before = 0 if read.before is None else read.before(transformer, *args, **kwargs)
+        self.clock.tokens = Tokens(video, before)
         if read.text_lengths is not None:
             if torch.compiler.is_compiling() or is_compiled(transformer):
                 self._read_texts(read.text_lengths, transformer, args, kwargs)
@@ -392,13 +394,16 @@ class Attachment:
         self.clock.texts = lengths(transformer, *args, **kwargs)
 
     def _attend(self, layer: "Layer", call: Call) -> Tensor:
-        if self._paused:
+        tokens = None if self._paused else self._tokens(layer, call)
+        if tokens is None:  # a call that is none over the grid
             return call.stock()
         why = self.schedule.why_layer(layer.number) or self._dense_step
         if isinstance(layer.method, (Dense, Full)):
             why = "method is dense"
-        extended = bool(self._active(self._video(call.q))) if self.extensions else False
+        extended = bool(self._active(tokens.video)) if self.extensions else False
         own = call.stock if why and not extended else None
+        if own is None:
+            _check_tokens(layer, call, tokens)
         if why and extended:
             layer = layer._replace(method=Full(), branch=None)
         if own is None and call.refused:
@@ -407,7 +412,7 @@ class Attachment:
                 "attach Dense() or detach for this model"
             )
         if torch.compiler.is_compiling():
-            return self._compiled(layer, call) if own is None else own()
+            return self._compiled(layer, call, tokens) if own is None else own()
         key = (layer.name, self.clock.step)
         record = self.records.get(key) or Record()
         start = self._now(call.q) if self.timed else None
@@ -418,17 +423,20 @@ class Attachment:
             out = call.stock()
             record.add(call.q.shape, why="observed")
             run = partial(kernels.run, scale=call.scale, kernel=self.kernel)
-            for some in self._by_text(layer, call):
-                q, k, v, dense = (some.of(x) for x in (call.q, call.k, call.v, out))
+            for some in self._by_text(layer, call, tokens):
+                whole = tokens.complete(call.q), call.k, call.v, tokens.complete(out)
+                q, k, v, dense = (some.of(x) for x in whole)
                 self.observe(layer, q, k, v, dense, some.video, run)
         else:
-            out = self._sparse(layer, call, record, why)
+            out = self._sparse(layer, call, tokens, record, why)
         if start is not None:
             record.seconds = (record.seconds or 0.0) + self._now(call.q) - start
         self.records[key] = record  # not before the call has succeeded
         return out
 
-    def _sparse(self, layer: "Layer", call: Call, record: Record, why: str | None) -> Tensor:
+    def _sparse(
+        self, layer: "Layer", call: Call, tokens: Tokens, record: Record, why: str | None
+    ) -> Tensor:
         trained = {}
         if layer.branch is not None:
             trained["branch"] = on_device(layer.branch, call.q.device)
@@ -452,9 +460,9 @@ class Attachment:
             record.add(q.transpose(1, 2).shape, why=why, choice=chosen[-1], plans=plans)
             return out
 
-        return self._joined(layer, call, attend)
+        return self._joined(layer, call, tokens, attend)
 
-    def _compiled(self, layer: "Layer", call: Call) -> Tensor:
+    def _compiled(self, layer: "Layer", call: Call, tokens: Tokens) -> Tensor:
         """The same in a graph, in which all that depends on the grid alone is a constant: the
         plan, or where q and k make the plan, its layout."""
         # Not the layer's: a graph is made for one layer, and run by all that are like it.
@@ -479,7 +487,7 @@ class Attachment:
                     _refuse_graph(extension)
             return self._around(by_method, video)(q, k, v, video)
 
-        return self._joined(layer, call, attend)
+        return self._joined(layer, call, tokens, attend)
 
     @torch.compiler.assume_constant_result
     def _constant(
@@ -508,50 +516,45 @@ class Attachment:
                 attend = partial(extension.around, attend)
         return attend
 
-    def _joined(self, layer: "Layer", call: Call, attend: Callable) -> Tensor:
+    def _joined(self, layer: "Layer", call: Call, tokens: Tokens, attend: Callable) -> Tensor:
         """(B, N, H, D) of `attend(q, k, v, video)`, which never sees the padding of a text: nor
         does anything else, so that its own output is zero."""
-        groups, outs = self._by_text(layer, call), []
-        for some in groups:
-            out = attend(*(some.of(x) for x in (call.q, call.k, call.v)), some.video)
-            out = out.transpose(1, 2)
-            padding = call.q.shape[1] - out.shape[1]
-            outs.append(F.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out)
-        if len(groups) == 1:
-            return outs[0]
-        order = [row for some in groups for row in some.rows]
-        return torch.cat(outs)[[order.index(row) for row in range(len(order))]]
+        whole = tokens.complete(call.q), call.k, call.v
+        groups = self._by_text(layer, call, tokens)
+        outs = [
+            some.back(attend(*(some.of(x) for x in whole), some.video), call.k.shape[1])
+            for some in groups
+        ]
+        out = outs[0]
+        if len(groups) > 1:
+            order = [row for some in groups for row in some.rows]
+            out = torch.cat(outs)[[order.index(row) for row in range(len(order))]]
+        if call.q.shape[1] < out.shape[1]:
+            out = out[:, tokens.before : tokens.before + call.q.shape[1]]
+        return out
 
-    def _by_text(self, layer: "Layer", call: Call) -> list["Samples"]:
-        """The samples of a call, in groups of equally long texts."""
-        video = self._video(call.q)
-        lengths = None if call.mask is None else self._lengths(layer, call.mask, call.q, video)
-        if lengths is None or set(lengths) == {video.text}:
-            return [Samples(range(len(call.q)), video, True)]
-        groups = []
-        for length in sorted(set(lengths)):
-            rows = [row for row, own in enumerate(lengths) if own == length]
-            short = VideoShape(*video.grid, length)
-            groups.append(Samples(rows, short, len(rows) == len(lengths)))
-        return groups
+    def _by_text(self, layer: "Layer", call: Call, tokens: Tokens) -> list[Samples]:
+        seen = None if call.mask is None else self._seen(layer, call.mask, call.q, tokens)
+        return by_text(tokens, len(call.q), seen, call.q.device)
 
-    def _lengths(
-        self, layer: "Layer", mask: Tensor, q: Tensor, video: VideoShape
-    ) -> tuple[int, ...]:
+    def _seen(
+        self, layer: "Layer", mask: Tensor, q: Tensor, tokens: Tokens
+    ) -> tuple[tuple[int, ...], ...]:
         if torch.compiler.is_compiling():
             lengths = self.clock.texts
+            seen = None if lengths is None else tuple(tuple(range(n)) for n in lengths)
         else:
-            # All layers of a pass are given one mask; reading it waits for the device.
-            if self._read is None or self._read[0]() is not mask:
-                self._read = ref(mask), text_lengths(mask, q, video)
-            lengths = self._read[1]
-        if lengths is None:
+            # Most models give all layers of a pass one mask; reading it waits for the device.
+            if self._read is None or self._read[0]() is not mask or self._read[1] != tokens:
+                self._read = ref(mask), tokens, seen_text(mask, tokens.complete(q), tokens)
+            seen = self._read[2]
+        if seen is None:
             raise ValueError(
                 f"sparse attention does not take attn_mask of {layer.name}, a mask that hides "
-                f"more than padding at the end of the text, got {tuple(mask.shape)} {mask.dtype}; "
+                f"more than padding of the text, got {tuple(mask.shape)} {mask.dtype}; "
                 "attach Dense() or detach for this model"
             )
-        return lengths
+        return seen
 
     def _check(
         self,
@@ -572,14 +575,12 @@ class Attachment:
             check_rows(q, k, v, plan, out, scale=scale, kernel=kernel)
             self._checked.add(key)
 
-    def _video(self, q: Tensor) -> VideoShape:
-        video = self.clock.video
-        if video is None or q.shape[1] != video.tokens:
-            raise ValueError(
-                f"attention runs over {q.shape[1]} tokens, the latents make {video}: a size that "
-                "the model's patches do not divide, or a model that this family does not describe"
-            )
-        return video
+    def _tokens(self, layer: "Layer", call: Call) -> Tokens | None:
+        """Where the grid lies in an attention call; None where it is none over the grid."""
+        assert self.clock.tokens is not None
+        if layer.tokens is None:
+            return self.clock.tokens
+        return layer.tokens(self.clock.tokens, call)
 
     def _now(self, x: Tensor) -> float:
         if x.device.type != "cpu":
@@ -593,30 +594,13 @@ class _Readers(NamedTuple):
 
     video_shape: Callable
     timestep: Callable
+    before: Callable | None
     text_lengths: Callable | None
 
     @classmethod
     def of(cls, family: Any) -> "_Readers":
-        return cls(family.video_shape, family.timestep, getattr(family, "text_lengths", None))
-
-
-class Samples(NamedTuple):
-    """Those of a batch whose texts are equally long.
-
-    Args:
-        rows: their places in the batch.
-        video: the grid with their text, the padding left out.
-        whole: whether they are all of it.
-    """
-
-    rows: Sequence[int]
-    video: VideoShape
-    whole: bool
-
-    def of(self, x: Tensor) -> Tensor:
-        """(B, N, H, D) to the (b, H, n, D) that is theirs."""
-        own = x if self.whole else x[[*self.rows]]
-        return own[:, : self.video.tokens].transpose(1, 2)
+        others = (getattr(family, name, None) for name in ("before", "text_lengths"))
+        return cls(family.video_shape, family.timestep, *others)
 
 
 class Layer(NamedTuple):
@@ -626,12 +610,23 @@ class Layer(NamedTuple):
         name: for reports.
         number: of its block.
         branch: the method's parameters in this layer.
+        tokens: see `SelfAttention`.
     """
 
     name: str
     number: int
     method: Any
     branch: Any
+    tokens: Callable[[Tokens, Call], Tokens | None] | None = None
+
+
+def _check_tokens(layer: Layer, call: Call, tokens: Tokens) -> None:
+    q, k, video = call.q.shape[1], call.k.shape[1], tokens.video
+    if k != video.tokens or q not in (k, video.video_tokens):
+        raise ValueError(
+            f"attention of {layer.name} runs over {k} tokens, the latents make {video}: a size "
+            "that the model's patches do not divide, or a model that this family does not describe"
+        )
 
 
 # layer, q, k, v and the dense output (B, H, N, D), the grid, and what runs a plan on q, k, v

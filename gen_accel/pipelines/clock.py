@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gen_accel.video import VideoShape
+from gen_accel.attention_processors.tokens import Tokens
 
 
 class Clock:
@@ -19,7 +19,7 @@ class Clock:
 
     def __init__(self, scheduler: Callable[[], Any] | None) -> None:
         self.scheduler = scheduler
-        self.video: VideoShape | None = None
+        self.tokens: Tokens | None = None
         self.texts: tuple[int, ...] | None = None  # text tokens of each sample, for graphs
         self.step = 0
         self.steps: int | None = None

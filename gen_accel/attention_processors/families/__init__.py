@@ -1,16 +1,22 @@
 """Where it is computed: one diffusers model family a file, with these names.
 
-CLASSES                       the transformer classes it serves
+MODELS                        the published models that it serves, in words
+CLASSES                       the transformer classes of these
 ATTENTION_CALL                the global name of the attention call in their processors
-self_attentions(transformer)  the attentions over the video's tokens, as `SelfAttention`s
-video_shape(transformer, ...) the token grid, read from the arguments of a forward pass
-timestep(...)                 of a forward pass, read from its arguments
-text_lengths(transformer, ...) of each sample in tokens, where video and text attend jointly and
-                              a mask hides the padding of the text
+ORDER                         what the tokens of their self-attention are, in words and in order
+LORA_TARGETS                  names of a group of layers to what they end in, inside the blocks
+self_attentions(transformer)  the attentions over the tokens of video or image, as
+                              `SelfAttention`s
+video_shape(transformer, ...) the token grid, one frame for an image, read from the arguments of a
+                              forward pass, and as its text all other tokens that attend with it
+before(transformer, ...)      how many of those come before the grid; only where some do
+timestep(...)                 of a forward pass, read from its arguments; falls from step to step
+                              unless there is a pipeline to read the step from
+text_lengths(transformer, ...) of each sample in tokens, where a mask hides the padding of texts,
+                              for graphs of torch.compile
 
 For training:
 
-LORA_TARGETS                  names of a group of layers to what they end in, inside the blocks
 CAUSAL_VAE                    the first latents of a long clip are the latents of its beginning
 encode_video(pipe, video, generator) latents as the transformer takes them
 encode_prompt(pipe, prompts, max_tokens) the transformer's arguments, batch first
@@ -52,10 +58,12 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.seam import Call, add_tap
+from gen_accel.attention_processors.tokens import Tokens
 
 __all__ = [
     "FAMILIES",
     "IMAGE_FAMILIES",
+    "REFUSED",
     "ImageAttention",
     "SelfAttention",
     "encoded",
@@ -74,6 +82,9 @@ IMAGE_FAMILIES = (
     "stable_diffusion",
 )
 
+# Classes that cannot be served, and why not.
+REFUSED: dict[str, str] = {}
+
 # q (b, N, H, D) and the samples of the batch that it is of, to (b, N, H, D) or nothing
 ImageBranch = Callable[[Tensor, slice], Tensor | None]
 
@@ -84,6 +95,9 @@ class SelfAttention(NamedTuple):
     Args:
         layer: the number of its block, which `Schedule.dense_layers` counts.
         heads, dim: attention heads, and the dim of one.
+        tokens: what its tokens are, given those of the model and the call, where they differ: for
+            levels of a UNet, attention over frames alone, a text that is cut. None for a call
+            that the processor makes beside that over the grid.
     """
 
     name: str
@@ -91,6 +105,7 @@ class SelfAttention(NamedTuple):
     layer: int
     heads: int
     dim: int
+    tokens: Callable[[Tokens, Call], Tokens | None] | None = None
 
 
 class ImageAttention(NamedTuple):
@@ -206,7 +221,10 @@ def served_classes() -> dict[str, str]:
 
 
 def family_of(transformer: Any) -> ModuleType:
-    """Raises ValueError for a class that no family serves."""
+    """Raises ValueError for a class that no family serves, with the reason where it cannot be."""
+    for kind in type(transformer).__mro__:
+        if kind.__name__ in REFUSED:
+            raise ValueError(f"{kind.__name__} cannot be served: {REFUSED[kind.__name__]}")
     return _of(transformer, served_classes(), "no family serves")
 
 

@@ -24,8 +24,10 @@ from gen_accel.attention_processors.families import (
 from gen_accel.plan import widest
 from gen_accel.video import VideoShape
 
+MODELS = "HunyuanVideo"
 CLASSES = ("HunyuanVideoTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
+ORDER = "video, text"
 GUIDANCE = "sequential"
 
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")

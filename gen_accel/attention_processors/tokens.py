@@ -1,0 +1,147 @@
+"""Where the tokens of an attention call lie, and the order that methods want them in.
+
+Methods take the grid first, in raster order, and then the text: all other tokens, whatever they
+are, which see and are seen by all. Models put them in other orders, and hide the padding of texts
+by masks. Here, and nowhere else, the one becomes the other.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gen_accel.video import VideoShape
+
+# What is added to the scores of hidden keys is at most this, in models that add it.
+HIDDEN = -1e3
+
+
+class Tokens(NamedTuple):
+    """Where the grid lies among the tokens of an attention call.
+
+    Args:
+        video: the grid, with all other tokens counted as its text.
+        before: how many of the others come before the grid.
+    """
+
+    video: VideoShape
+    before: int = 0
+
+    def complete(self, q: Tensor) -> Tensor:
+        """(B, N, H, D), where only the grid has queries with nothing in the place of others."""
+        others = self.video.tokens - q.shape[1]
+        return F.pad(q, (0, 0, 0, 0, self.before, others - self.before)) if others else q
+
+
+class Samples(NamedTuple):
+    """Those of a batch whose texts are equally long.
+
+    Args:
+        rows: their places in the batch.
+        video: the grid with their text, the padding left out.
+        whole: whether they are all of it.
+        before: how many tokens of the text come before the grid.
+        order: (b, n) int64, the places of their tokens, the grid's first. None where the text is
+            the grid's last tokens, or has no padding.
+    """
+
+    rows: Sequence[int]
+    video: VideoShape
+    whole: bool
+    before: int = 0
+    order: Tensor | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """(B, N, H, D) to the (b, H, n, D) that is theirs."""
+        own = x if self.whole else x[[*self.rows]]
+        if self.order is not None:
+            sample = torch.arange(len(own), device=x.device)[:, None]
+            own = own[sample, self.order]
+        elif self.before:
+            own = _moved(own, self.before, self.video.video_tokens)
+        else:
+            own = own[:, : self.video.tokens]
+        return own.transpose(1, 2)
+
+    def back(self, out: Tensor, tokens: int) -> Tensor:
+        """(b, H, n, D) to (b, `tokens`, H, D), with zeros for the padding."""
+        out = out.transpose(1, 2)
+        if self.order is not None:
+            sample = torch.arange(len(out), device=out.device)[:, None]
+            empty = out.new_zeros(len(out), tokens, *out.shape[2:])
+            return empty.index_put((sample, self.order), out)
+        if self.before:
+            return _moved(out, self.video.video_tokens, self.before)
+        padding = tokens - out.shape[1]
+        return F.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
+
+
+def _moved(x: Tensor, first: int, second: int) -> Tensor:
+    """(B, N, H, D) with the first `first` tokens behind the next `second`."""
+    middle = first + second
+    return torch.cat([x[:, first:middle], x[:, :first], x[:, middle:]], 1)
+
+
+def by_text(
+    tokens: Tokens, batch: int, seen: Sequence[Sequence[int]] | None, device: torch.device
+) -> list[Samples]:
+    """The samples of a batch, in groups of equally long texts.
+
+    Args:
+        seen: for each sample which of the tokens beside the grid are none of the padding, counted
+            from 0 and rising; None where there is no padding.
+    """
+    video, before = tokens
+    if seen is None or all(len(places) == video.text for places in seen):
+        return [Samples(range(batch), video, True, before)]
+    groups = []
+    for length in sorted({len(places) for places in seen}):
+        rows = [row for row, places in enumerate(seen) if len(places) == length]
+        short = VideoShape(*video.grid, length)
+        own = [tuple(seen[row]) for row in rows]
+        order = None
+        if before or any(places != tuple(range(length)) for places in own):
+            order = torch.tensor([_order(tokens, places) for places in own], device=device)
+        groups.append(Samples(rows, short, len(rows) == batch, before, order))
+    return groups
+
+
+def _order(tokens: Tokens, places: Sequence[int]) -> list[int]:
+    video, before = tokens
+    others = [place if place < before else place + video.video_tokens for place in places]
+    return [*range(before, before + video.video_tokens), *others]
+
+
+def seen_text(mask: Tensor, q: Tensor, tokens: Tokens) -> tuple[tuple[int, ...], ...] | None:
+    """Which tokens beside the grid a mask leaves each sample; None for a mask that hides some of
+    the grid, or not the same from all. Waits for the device.
+
+    Args:
+        mask: as attention calls take it, (B or 1, H or 1, N or 1, N) or short of some of the first
+            axes: bool, True where a key is seen, or floats that are added to the scores.
+        q: (B, N, H, D)
+    """
+    B, N = q.shape[:2]
+    if mask.dtype != torch.bool:
+        if not ((mask == 0) | (mask <= HIDDEN)).all():
+            return None
+        mask = mask == 0
+    if mask.ndim == 3:
+        mask = mask[:, None]
+    elif mask.ndim == 2:
+        mask = mask[:, None, None]
+    if mask.ndim != 4 or mask.shape[0] not in (1, B) or mask.shape[3] != N:
+        return None
+    if mask.shape[2] not in (1, N) or not (mask == mask[:, :1]).all():
+        return None
+    rows = mask[:, 0]
+    seen = rows.any(1)
+    # What a hidden query sees is nobody's concern: it is seen by none.
+    agree = (rows == seen[:, None]).all(2) | (~seen if rows.shape[1] == N else False)
+    start, end = tokens.before, tokens.before + tokens.video.video_tokens
+    if not (agree.all() and seen[:, start:end].all()):
+        return None
+    others = torch.cat([seen[:, :start], seen[:, end:]], 1).expand(B, -1).tolist()
+    return tuple(tuple(i for i, is_seen in enumerate(row) if is_seen) for row in others)
