@@ -92,7 +92,8 @@ def root(
 
     \b
     gen-accel demo                 one clip, dense and sparse, side by side; no download
-    gen-accel list                 methods with their options, kernels, models
+    gen-accel list                 methods with their options, kernels
+    gen-accel models               the models that are served, and what of them
     gen-accel show radial --frames 33 --height 12 --width 12
     gen-accel estimate --model Wan2.1-T2V-1.3B --height 480 --width 832 --frames 161
     gen-accel simulate neighborhood --frames 30 --height 48 --width 80 --density 0.1
@@ -608,9 +609,9 @@ def metrics(
         typer.echo(json)
 
 
-@app.command(name="list", short_help="Methods, kernels and models.")
+@app.command(name="list", short_help="Methods with their options, and kernels.")
 def list_() -> None:
-    """Methods with their options, kernels and where they run, and the models that are served.
+    """Methods with their options, and kernels with where they run.
 
     \b
     gen-accel list
@@ -631,9 +632,42 @@ def list_() -> None:
         for where, reasons in kernel.refused.items():
             verdict = f"no: {'; '.join(reasons)}" if reasons else "yes"
             typer.echo(f"    {where}".ljust(20) + verdict)
-    typer.echo("\nFamilies of models, with their transformers:\n")
-    for family, kinds in inventory.families().items():
-        typer.echo(f"  {family}: {', '.join(kinds)}")
+    typer.echo("\nModels: see `gen-accel models`.")
+
+
+@app.command(short_help="The models that are served, as a table.")
+def models(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="As the page docs/models.md.")
+    ] = False,
+) -> None:
+    """Classes of diffusers that are served, with their methods, the order of their tokens, what a
+    LoRA trains, and whether they take image prompts; and those that are refused, with the reason.
+
+    \b
+    gen-accel models
+    gen-accel models --markdown > docs/models.md
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from gen_accel import inventory
+
+    if markdown:
+        typer.echo(inventory.models_page(), nl=False)
+        return
+    found = inventory.models()
+    table = Table("models", "class", "methods", "tokens", "LoRA targets", "image prompts")
+    for model in found:
+        if not model.refused:
+            targets = ", ".join(model.lora_targets["attention"])
+            images = "yes" if model.image_prompts else ""
+            methods = inventory.methods_of(model)
+            table.add_row(model.models, model.name, methods, model.order, targets, images)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    for model in found:
+        if model.refused:
+            typer.echo(f"{model.name} cannot be served: {model.refused}")
 
 
 @app.command(short_help="Versions, devices, and what is missing.")

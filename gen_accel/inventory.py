@@ -1,14 +1,14 @@
 """What the package offers, and what of it runs on this machine."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from types import ModuleType
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 
-from gen_accel.attention_processors import METHODS, Radial
-from gen_accel.attention_processors.families import served_classes
+from gen_accel.attention_processors import METHODS, Radial, families
+from gen_accel.attention_processors.families import FAMILIES, REFUSED, image_classes
 from gen_accel.attention_processors.options import written_type
 from gen_accel.kernels import KERNELS
 from gen_accel.measure.environment import cpp_compiler
@@ -16,6 +16,27 @@ from gen_accel.video import VideoShape
 
 SMALL = VideoShape(4, 8, 8)  # in tokens, to ask the kernels with
 DEVICES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+
+PAGE = """\
+# Models
+
+`gen_accel.attach` serves pipelines with these transformers and UNets of diffusers, at any frames,
+height, width and batch that they take. This page is written by
+`gen-accel models --markdown > docs/models.md`.
+
+{count} classes are served. Each is held, as a tiny random model of diffusers' own class, to the
+same tests (`tests/test_families.py`): with `Dense()` it is the stock model bit for bit; every
+token lies where the family says; every method is its reference at that place, at sizes that no
+tile divides and at two sizes one after the other; neither the batch nor the padding of a text
+changes a sample; a step of training has finite gradients; detaching leaves no trace. Published
+weights were not at hand.
+
+Tokens are those of self-attention, in their order: what stands beside video or image sees all and
+is seen by all. LoRA targets are what the names of layers end in, those of attention first.
+Image prompts have [a page of their own](image_prompts.md).
+
+| class | models | family | methods | tokens | LoRA targets | image prompts |
+|---|---|---|---|---|---|---|"""
 
 
 @dataclass(frozen=True)
@@ -25,6 +46,29 @@ class MethodInfo:
     name: str
     description: str
     fields: dict[str, tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One transformer or UNet class of diffusers.
+
+    Args:
+        models: the published ones of it, in words.
+        methods: that do something there.
+        order: of the tokens in its self-attention.
+        lora_targets: names of a group of layers to what they end in.
+        image_prompts: whether image prompts can be loaded.
+        refused: why it cannot be served; then the rest is empty.
+    """
+
+    name: str
+    family: str = ""
+    models: str = ""
+    methods: tuple[str, ...] = ()
+    order: str = ""
+    lora_targets: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    image_prompts: bool = False
+    refused: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,12 +108,61 @@ def kernels() -> list[KernelInfo]:
     return found
 
 
-def families() -> dict[str, list[str]]:
-    """Family to the transformer classes that it serves."""
-    found: dict[str, list[str]] = {}
-    for kind, family in served_classes().items():
-        found.setdefault(family, []).append(kind)
-    return found
+def models() -> list[ModelInfo]:
+    """All classes that are served, family by family, and then those that are refused."""
+    with_images = image_classes()
+    found = []
+    for family in FAMILIES:
+        module: Any = import_module(f"{families.__name__}.{family}")
+        # Radial attention thins out by the distance in time, and keeps all of a single frame.
+        methods = tuple(name for name in METHODS if "video" in module.ORDER or name != "radial")
+        found += [
+            ModelInfo(
+                name,
+                family,
+                module.MODELS,
+                methods,
+                module.ORDER,
+                module.LORA_TARGETS,
+                name in with_images,
+            )
+            for name in module.CLASSES
+        ]
+    return found + [ModelInfo(name, refused=why) for name, why in sorted(REFUSED.items())]
+
+
+def models_page() -> str:
+    """`models` as a page of documentation, in Markdown."""
+    found = models()
+    served = [model for model in found if not model.refused]
+    rows = [
+        (
+            f"`{model.name}`",
+            model.models,
+            model.family,
+            methods_of(model),
+            model.order,
+            _targets(model),
+            "yes" if model.image_prompts else "",
+        )
+        for model in served
+    ]
+    lines = [PAGE.format(count=len(served)), *(f"| {' | '.join(row)} |" for row in rows)]
+    refused = [f"- `{model.name}`: {model.refused}." for model in found if model.refused]
+    if refused:
+        lines += ["", "These are refused, by name and with the reason:", "", *refused]
+    return "\n".join(lines) + "\n"
+
+
+def methods_of(model: ModelInfo) -> str:
+    """In words."""
+    missing = [name for name in METHODS if name not in model.methods]
+    return f"all but {', '.join(missing)}" if missing else "all"
+
+
+def _targets(model: ModelInfo) -> str:
+    groups = model.lora_targets.values()
+    return "; ".join(", ".join(f"`{name}`" for name in names) for names in groups)
 
 
 def _reasons(backend: ModuleType, device: str, dtype: torch.dtype, grad: bool) -> list[str]:

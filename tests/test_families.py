@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from functools import cache, partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -341,6 +342,13 @@ def test_a_family_says_what_the_table_shows(name):
     assert family.MODELS
     assert "video" in family.ORDER or "image" in family.ORDER
     assert family.LORA_TARGETS["attention"]
+
+
+def test_the_page_of_models_is_up_to_date(run):
+    page = Path(__file__).parents[1] / "docs" / "models.md"
+    assert page.read_text(encoding="utf-8") == run("models", "--markdown").stdout
+    shown = run("models").stdout
+    assert all(name in shown for name in (*served_classes(), *REFUSED))
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

@@ -68,6 +68,7 @@ __all__ = [
     "SelfAttention",
     "encoded",
     "family_of",
+    "image_classes",
     "image_family_of",
     "image_sites",
     "in_patches",
@@ -228,14 +229,19 @@ def family_of(transformer: Any) -> ModuleType:
     return _of(transformer, served_classes(), "no family serves")
 
 
-def image_family_of(transformer: Any) -> ModuleType:
-    """That which adds image prompts to it; ValueError for a class that none serves."""
+def image_classes() -> dict[str, str]:
+    """Transformer class to the family that adds image prompts to it."""
     served = {}
     for family in IMAGE_FAMILIES:
         module = _module(family)
         classes = (*module.CLASSES, *getattr(module, "IMAGE_CLASSES", ()))
         served |= dict.fromkeys(classes, family)
-    return _of(transformer, served, "no image prompts for")
+    return served
+
+
+def image_family_of(transformer: Any) -> ModuleType:
+    """That which adds image prompts to it; ValueError for a class that none serves."""
+    return _of(transformer, image_classes(), "no image prompts for")
 
 
 def _of(transformer: Any, served: dict[str, str], refusal: str) -> ModuleType:
