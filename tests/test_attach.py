@@ -644,12 +644,14 @@ def check_compiled(model, compiled, tolerance):
         assert largest_difference(found, exact) < tolerance
 
 
+@pytest.mark.slow
 def test_compile_after_attach(dynamo):
     model = transformer()
     with attach(model, RADIAL, schedule=Schedule(dense_layers=1)):
         check_compiled(model, torch.compile(model, fullgraph=True, backend="eager"), 1e-6)
 
 
+@pytest.mark.slow
 def test_detach_after_compile(dynamo):
     model = transformer()
     stock = forward(model)
@@ -677,6 +679,7 @@ def test_compile_a_pipeline_once_for_all_steps(dynamo):
     assert graphs.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 def test_compile_with_a_schedule_of_steps(dynamo, whole):
     """One graph for the dense steps and one for the sparse ones, however many steps there are."""

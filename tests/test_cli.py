@@ -77,6 +77,7 @@ def test_help_has_an_example_of_every_verb(run):
         "simulate",
         "metrics",
         "list",
+        "models",
         "doctor",
         "train",
         "cache",
@@ -221,6 +222,7 @@ def test_demo(run, model, tmp_path):
     assert Image.open(out / "mask.png").width > 800
 
 
+@pytest.mark.slow
 def test_demo_page_fetches_nothing(run, model, tmp_path):
     args = ("--frames", "5", "--steps", "1", "--set", "rule=paper", "--prompt", "a cat surfs")
     run("demo", "--model", model, *args, "--out", tmp_path)
@@ -348,12 +350,13 @@ def test_the_row_of_one_token_is_that_of_the_whole_pattern(method, token):
 
 def test_list(run):
     shown = run("list").stdout
-    for word in ("radial", "decay_factor=1.0", "window=-1,8,8", "WanTransformer3DModel"):
+    for word in ("radial", "decay_factor=1.0", "window=-1,8,8", "gen-accel models"):
         assert word in shown
     assert "no: FlexAttention has no backward on the CPU" in shown
     assert "code-2025-11" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["list", "doctor", "--help"])
 def test_a_reader_that_leaves_early_ends_the_program_quietly(verb):
     """As in `gen-accel list | head -1`."""

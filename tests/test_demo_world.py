@@ -41,12 +41,14 @@ def assert_right(video: Tensor, scenes: tuple[Scene, ...]) -> None:
         assert score(detection, scene).right, (scene, detection)
 
 
+@pytest.mark.slow
 def test_every_scene_is_detected():
     for start in range(0, len(world.SCENES), 24):
         scenes = world.SCENES[start : start + 24]
         assert_right(render(*scenes), scenes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "distort", [lambda video: video, add_noise, blur], ids=["", "noise", "blur"]
 )

@@ -265,6 +265,7 @@ class TestDemo:
         assert "The image: a red triangle." in page
         assert not re.search(r"<(script|link|iframe)", page)
 
+    @pytest.mark.slow
     def test_the_image_decides(self, model, tmp_path):
         made = []
         for color in ("red", "blue"):

@@ -599,6 +599,7 @@ def test_compile_as_one_graph(dynamo, case):
         assert (output(compiled, given) - exact).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_compile_with_a_method(dynamo):
     model = wan_transformer()
     branches(model)
@@ -609,6 +610,7 @@ def test_compile_with_a_method(dynamo):
         assert (found[f"_orig_mod.{name}"] - grad).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [None, RADIAL], ids=str)
 def test_compile_with_a_tap_that_no_graph_takes(dynamo, method):
     """What is left to Python runs as the layer that it is of."""
@@ -633,6 +635,7 @@ def apart(layer, call, out):
     return out * (1 + layer)
 
 
+@pytest.mark.slow
 def test_compile_sees_taps_come_and_go(dynamo):
     model = wan_transformer()
     stock = forward(model)

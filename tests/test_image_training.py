@@ -154,6 +154,7 @@ class TestCache:
         with pytest.raises(ValueError, match="holds no images: cache again"):
             found.image(0)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("damage", ["text", "cut", "16 bits"])
     def test_broken_images_are_left_out_by_name(self, build, folder, tmp_path, damage):
         path = folder / "a.png"
@@ -571,6 +572,7 @@ class TestConfig:
         with pytest.raises(ValueError, match="adapter image_prompt needs the model whole"):
             trainer.accelerator_for(given)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
     def test_every_config_that_is_shipped(self, path):
         done = dry_run(read_config(path))

@@ -100,7 +100,7 @@ def assert_gradients_no_worse(forward, other, inputs, low_dtype=torch.float32):
         assert_no_worse(actual, *rest)
 
 
-@pytest.mark.parametrize("dim", [16, 64])
+@pytest.mark.parametrize("dim", [16, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("method", CASES, ids=str)
 @pytest.mark.parametrize("kernel", AT_ONCE)
@@ -155,6 +155,7 @@ def test_routed_refuses_what_its_queries_did_not_pick_alone(qkv, device):
     assert_no_worse(routed.forward(*inputs, whole, scale=0.3), low, exact)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(("method", "video", "dtype"), FLEX_CASES)
 def test_compiled_flex_matches_reference(method, video, dtype, qkv):

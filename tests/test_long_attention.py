@@ -354,6 +354,7 @@ class TestSeam:
             torch.testing.assert_close(wan.forward(compiled, *SIZES), eager, rtol=1e-5, atol=1e-5)
         assert not torch.equal(wan.forward(twin, *SIZES), eager)
 
+    @pytest.mark.slow
     def test_steps_are_refused_in_a_graph(self, clean):
         twin = copy.deepcopy(clean)
         with extend(twin, "rotating_anchors", num_frames=LONG, trained_frames=TRAINED):
@@ -686,6 +687,7 @@ class TestOnPipelines:
         assert any(not torch.equal(grads[name], grad) for name, grad in stock.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_demo_model_generates_longer(technique):
     from diffusers import WanPipeline

@@ -237,6 +237,7 @@ def test_a_copy_of_a_ruled_model_is_ruled_by_itself():
     assert torch.equal(wan.forward(twin, 9), ruled)
 
 
+@pytest.mark.slow
 def test_a_rule_holds_in_a_whole_graph():
     model = wan.transformer()
     plain = wan.forward(model, 9)
@@ -387,6 +388,7 @@ def test_the_demo_model_is_extended_and_set_free(demo_pipe, technique):
     assert torch.equal(demo_latents(demo_pipe), plain)
 
 
+@pytest.mark.slow
 def test_a_sparse_method_sees_no_difference(demo_pipe):
     """Before and after attach alike, and the plans are those of the method alone."""
     method = gen_accel.Radial(block=32)
@@ -589,6 +591,7 @@ def test_continuation_runs_with_a_sparse_method():
     assert torch.equal(continued(pipe), dense)
 
 
+@pytest.mark.slow
 def test_continuation_of_the_demo_model(demo_pipe):
     first = demo_latents(demo_pipe, 33)
     with extend(demo_pipe, "continuation", num_frames=65) as longer:

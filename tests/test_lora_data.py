@@ -468,6 +468,7 @@ def test_a_longer_length_encodes_what_fills_it(build, tmp_path):
     assert [entry.pixel_frames for entry in LatentCache(tmp_path / "cache").entries] == [9, 13, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_bytes", [1, 2**20])
 def test_an_interrupted_run_goes_on(build, folder, tmp_path, monkeypatch, shard_bytes):
     write_video(footage(9, seed=9), folder / "d.mp4", fps=24)

@@ -47,7 +47,11 @@ def hooks(model):
 # Again and again
 
 
-@every_method
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=[pytest.mark.slow] * (m is not LINEAR)) for m in METHODS],
+    ids=lambda m: type(m).__name__,
+)
 def test_rounds_of_attaching_leave_nothing(method):
     model = transformer()
     stock, original, before = forward(model), processors(model), hooks(model)
@@ -82,6 +86,7 @@ def _classes():
     return count
 
 
+@pytest.mark.slow
 def test_rounds_of_generation_leave_nothing():
     pipe = pipeline()
     before = hooks(pipe.transformer)
@@ -101,6 +106,7 @@ def test_rounds_of_generation_leave_nothing():
     assert hooks(pipe.transformer) == before
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_is_dropped_takes_all_along():
     alive = ours()
     pipe = pipeline(transformer=transformer())

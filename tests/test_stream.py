@@ -125,7 +125,12 @@ STREAMED = {
 @pytest.mark.parametrize("make", STREAMED.values(), ids=STREAMED)
 @pytest.mark.parametrize(
     ("frames", "dtype"),
-    [(1, torch.float32), (5, torch.float32), (8, torch.float32), (6, torch.bfloat16)],
+    [
+        (1, torch.float32),
+        (5, torch.float32),
+        pytest.param(8, torch.float32, marks=pytest.mark.slow),
+        pytest.param(6, torch.bfloat16, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_the_pixels_are_those_of_decoding_at_once(make, frames, dtype):
@@ -431,6 +436,7 @@ def test_each_prompt_keeps_its_own_latents(tmp_path):
     assert json.dumps(first[1])
 
 
+@pytest.mark.slow
 def test_a_longer_video_with_a_technique(run, tmp_path):
     clips, longer = [], ("--extend", "position_interpolation")
     for extend in ((), longer, (*longer, "--trained-frames", "37")):

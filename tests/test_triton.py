@@ -183,6 +183,7 @@ def test_views_are_read_in_place_and_answered_in_kind(device):
     assert copies == ["gen_accel::triton_attention"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["windows, small key blocks", "batch, small key blocks"])
 def test_a_row_that_sees_nothing_is_zero_and_so_is_its_gradient(name, device):
     plan = PLANS[name](device)
