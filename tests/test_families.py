@@ -277,14 +277,23 @@ def test_a_step_of_training(case, method):
     assert all(names.values()), names
     chosen = [name for found in names.values() for name in found]
     model.add_adapter(LoraConfig(r=2, target_modules=chosen, init_lora_weights=False))
+    # The last block's text reaches no output in some models: not with stock attention either.
+    reached = gradients(case, model)
     with attach(model, method):
-        case.call(model, case.inputs(*case.grids[1])).square().mean().backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert found
+        found = gradients(case, model)
+    own = {name for name in found if ".processor.branch." in name}
+    assert found.keys() - own == reached.keys()
+    assert bool(own) == hasattr(method, "branch")
     for name, gradient in found.items():
-        assert gradient is not None, name
         assert torch.isfinite(gradient).all(), name
     assert sum(bool(gradient.any()) for gradient in found.values()) > len(found) // 2
+
+
+def gradients(case: Case, model: nn.Module) -> dict[str, Tensor]:
+    """Of what is trained and reaches the output."""
+    model.zero_grad()
+    case.call(model, case.inputs(*case.grids[1])).square().mean().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 piped = pytest.mark.parametrize(

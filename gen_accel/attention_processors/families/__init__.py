@@ -52,13 +52,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.seam import Call, add_tap
 from gen_accel.attention_processors.tokens import Tokens
+from gen_accel.video import VideoShape
 
 __all__ = [
     "FAMILIES",
@@ -72,9 +73,11 @@ __all__ = [
     "image_family_of",
     "image_sites",
     "in_patches",
+    "in_stacks",
     "served_classes",
     "tap_cross_attention",
     "tap_joint_attention",
+    "without_text",
 ]
 
 FAMILIES = ("wan", "hunyuan_video")
@@ -130,6 +133,35 @@ class ImageAttention(NamedTuple):
     to_k: str = "to_k"
     to_v: str = "to_v"
     norm: str | None = None
+
+
+def in_stacks(
+    transformer: nn.Module,
+    stacks: Sequence[str],
+    heads: int,
+    dim: int,
+    *,
+    attention: str = "attn",
+) -> list[SelfAttention]:
+    """One attention of every block of some stacks, with layers counted through all.
+
+    Args:
+        attention: its name in a block.
+    """
+    names = [
+        f"{stack}.{place}"
+        for stack in stacks
+        for place in range(len(cast(nn.ModuleList, transformer.get_submodule(stack))))
+    ]
+    return [
+        SelfAttention(name, transformer.get_submodule(f"{name}.{attention}"), layer, heads, dim)
+        for layer, name in enumerate(names)
+    ]
+
+
+def without_text(tokens: Tokens, call: Call) -> Tokens:
+    """Of an attention over the grid alone, in a model with others that see text."""
+    return Tokens(VideoShape(*tokens.video.grid))
 
 
 def image_sites(

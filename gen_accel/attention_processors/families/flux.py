@@ -1,23 +1,51 @@
-"""FLUX.1, for image prompts.
+"""FLUX.1, also Fill, Depth, Canny, Redux and Kontext.
 
-Image and text attend jointly, text first. An image prompt is added where published adapters were
-trained for it: by the blocks of two streams, to what leaves the block, with the queries as they
-are before rotation.
+Image and text attend jointly, text first; images that are edited come last. Blocks of two streams
+come first, then those of one, and layers are counted through both. An image prompt is added where
+published adapters were trained for it: by the blocks of two streams, to what leaves the block,
+with the queries as they are before rotation.
 """
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import ImageAttention, ImageBranch, image_sites
+from gen_accel.attention_processors.families import (
+    ImageAttention,
+    ImageBranch,
+    SelfAttention,
+    image_sites,
+    in_stacks,
+)
 from gen_accel.attention_processors.seam import add_finish
 from gen_accel.video import VideoShape
 
+MODELS = "FLUX.1, Kontext"
 CLASSES = ("FluxTransformer2DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
+ORDER = "text, image, references"
 GUIDANCE = "sequential"
+
+# By what they end in, inside the blocks.
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": (
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    ),
+    "feed_forward": (
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+        *("proj_mlp", "proj_out"),
+    ),
+}
+
+
+def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
+    config: Any = transformer.config
+    stacks = ("transformer_blocks", "single_transformer_blocks")
+    return in_stacks(transformer, stacks, config.num_attention_heads, config.attention_head_dim)
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:
@@ -55,11 +83,30 @@ def video_shape(
     *args: Any,
     **kwargs: Any,
 ) -> VideoShape:
-    """The grid of the image, read from the positions of its tokens, and the text. Images that are
-    edited come after it and are left out. Waits for the device."""
-    ids = img_ids[0] if img_ids.ndim == 3 else img_ids
-    last = ids[ids[:, 0] == 0].amax(0).long().tolist()
-    return VideoShape(1, last[1] + 1, last[2] + 1, text=encoder_hidden_states.shape[1])
+    """The grid of the image, read from the positions of its tokens. Waits for the device."""
+    rows, columns = image_grid(img_ids)
+    others = hidden_states.shape[1] - rows * columns
+    return VideoShape(1, rows, columns, text=encoder_hidden_states.shape[1] + others)
+
+
+def image_grid(ids: Tensor) -> tuple[int, int]:
+    """Rows and columns of the image that comes first, of positions (N, 3 or more) or (B, N, 3 or
+    more): which image, row, column. Positions may be scaled. Waits for the device."""
+    ids = ids[0] if ids.ndim == 3 else ids
+    first = (ids[:, 0] == ids[0, 0]).sum()
+    columns = (ids[:, :2] == ids[0, :2]).all(1).sum()
+    tokens, width = torch.stack([first, columns]).tolist()
+    return tokens // width, width
+
+
+def before(
+    transformer: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return encoder_hidden_states.shape[1]
 
 
 def timestep(

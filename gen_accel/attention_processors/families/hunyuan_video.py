@@ -19,6 +19,7 @@ from gen_accel.attention_processors.families import (
     encoded,
     image_sites,
     in_patches,
+    in_stacks,
     tap_joint_attention,
 )
 from gen_accel.plan import widest
@@ -54,24 +55,12 @@ DISTILLED_GUIDANCE = 1.0
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
     config: Any = transformer.config
     heads, dim = config.num_attention_heads, config.attention_head_dim
-    return [
-        SelfAttention(name, block.attn, layer, heads, dim)
-        for layer, (name, block) in enumerate(_blocks(transformer))
-    ]
-
-
-def _blocks(transformer: Any) -> list[tuple[str, Any]]:
-    """Of both stacks, by name."""
-    return [
-        (f"{stack}.{place}", block)
-        for stack in BLOCKS
-        for place, block in enumerate(getattr(transformer, stack))
-    ]
+    return in_stacks(transformer, BLOCKS, heads, dim)
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:
     """All of the joint attention, numbered through both stacks."""
-    names = [f"{name}.attn" for name, _ in _blocks(transformer)]
+    names = [f"{site.name}.attn" for site in self_attentions(transformer)]
     return image_sites(transformer, names, norm="norm_k")
 
 

@@ -1,0 +1,64 @@
+"""FLUX.1: text before the image, and images that are edited after it."""
+
+from functools import partial
+from typing import Any
+
+import image_models
+import torch
+from torch import Tensor
+
+from tiny import Case
+from tiny.images import GRIDS, noise, positions
+
+TEXT = 5
+
+
+def inputs(
+    frames: int,
+    height: int,
+    width: int,
+    *,
+    batch: int = 2,
+    lengths: None = None,
+    time: float = 700.0,
+    references: int = 0,
+) -> dict[str, Tensor]:
+    """
+    Args:
+        references: rows and columns of an image that is edited.
+    """
+    ids = [positions(height, width)]
+    if references:
+        ids.append(positions(references, references, image=1))
+    img_ids = torch.cat(ids)
+    return {
+        "hidden_states": noise(batch, len(img_ids), 4),
+        "encoder_hidden_states": noise(batch, TEXT, 24, seed=2),
+        "pooled_projections": noise(batch, 12, seed=3),
+        "timestep": torch.full((batch,), time / 1000),
+        "img_ids": img_ids,
+        "txt_ids": torch.zeros(TEXT, 3),
+    }
+
+
+def poke(given: dict[str, Any], frame: int, row: int, column: int) -> None:
+    own = given["img_ids"]
+    place = (own == torch.tensor([0.0, row, column])).all(1).nonzero()[0, 0]
+    given["hidden_states"][0, place] += 1
+
+
+def row(given: dict[str, Any], number: int) -> dict[str, Any]:
+    """Positions are those of all samples."""
+    shared = {"img_ids", "txt_ids"}
+    return {
+        name: value if name in shared else value[number : number + 1]
+        for name, value in given.items()
+    }
+
+
+CASES = [
+    Case("flux", image_models.flux, inputs, poke, GRIDS, row=row),
+    Case(
+        "flux, references", image_models.flux, partial(inputs, references=4), poke, GRIDS, row=row
+    ),
+]
