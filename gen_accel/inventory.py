@@ -115,7 +115,8 @@ def models() -> list[ModelInfo]:
     for family in FAMILIES:
         module: Any = import_module(f"{families.__name__}.{family}")
         # Radial attention thins out by the distance in time, and keeps all of a single frame.
-        methods = tuple(name for name in METHODS if "video" in module.ORDER or name != "radial")
+        in_time = "video" in module.ORDER and "each frame" not in module.ORDER
+        methods = tuple(name for name in METHODS if in_time or name != "radial")
         found += [
             ModelInfo(
                 name,

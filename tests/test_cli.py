@@ -461,7 +461,9 @@ def test_bad_models_are_refused(refused, no_loading, tmp_path):
     assert str(tmp_path / "nothing") in line(tmp_path / "nothing")
     index = tmp_path / "model_index.json"
     index.write_text('{"transformer": ["diffusers", "FluxTransformer2DModel"]}')
-    assert "no family serves FluxTransformer2DModel" in line(tmp_path)
+    assert "makes images and no video" in line(tmp_path)
+    index.write_text('{"transformer": ["diffusers", "AuraFlowTransformer2DModel"]}')
+    assert "no family serves AuraFlowTransformer2DModel" in line(tmp_path)
     index.write_text("{")
     assert str(index) in line(tmp_path)
     assert files(tmp_path) == ["model_index.json"]

@@ -30,7 +30,7 @@ from rich.progress import (
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import family_of, served_classes
+from gen_accel.attention_processors.families import classes_for, family_of
 from gen_accel.lora.data import CaptionedVideo, Size, find_videos, nearest_size, open_image
 from gen_accel.lora.fingerprint import hash_of, model_state, words_state
 from gen_accel.lora.shards import (
@@ -628,10 +628,9 @@ def _hollow(source: str, name: str, kind: Sequence[str]) -> Any:
     from accelerate import init_empty_weights
 
     found = _class(kind)
-    if found.__name__ not in served_classes():
-        raise ValueError(
-            f"no family serves {found.__name__}; served: {', '.join(served_classes())}"
-        )
+    served = classes_for("training")
+    if found.__name__ not in served:
+        raise ValueError(f"no training for {found.__name__}; served: {', '.join(served)}")
     with init_empty_weights():
         return found.from_config(found.load_config(source, subfolder=name))
 

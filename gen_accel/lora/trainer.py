@@ -21,7 +21,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import family_of
+from gen_accel.attention_processors.families import family_for
 from gen_accel.attention_processors.options import method_from, method_name
 from gen_accel.lora import checkpoint
 from gen_accel.lora.adapters import fields_of_lora, put_on
@@ -147,7 +147,7 @@ class _Run:
     ) -> None:
         self.config, self.accelerator, self.model, self.cache = config, accelerator, model, cache
         self.out = Path(config.out)
-        self.family: Any = family_of(model.transformer)
+        self.family: Any = family_for(model.transformer, "training")
         self.plans = [self._clips(*numbered) for numbered in enumerate(config.curriculum)]
         self.method = method_from(config.method, config.settings)
         self.recipe = self._recipe()

@@ -61,7 +61,9 @@ def _taken(scheduler: Any, timestep: Tensor, begin: int) -> int:
     """Steps of a run so far."""
     if hasattr(scheduler, "step_index"):
         index = scheduler.step_index
-        return 0 if index is None else index - begin
+        if index is None:  # before the first step, or where copies of the scheduler are stepped
+            return max(0, _place(scheduler, timestep) - begin)
+        return index - begin
     if hasattr(scheduler, "counter"):  # PNDM's, whose timesteps repeat
         return scheduler.counter
     return _place(scheduler, timestep) - begin  # DDIM, DDPM and CogVideoX's two

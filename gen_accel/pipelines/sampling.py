@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from gen_accel.attention_processors.families import served_classes
+from gen_accel.attention_processors.families import served_classes, video_classes
 from gen_accel.pipelines.decode import decode_stream
 from gen_accel.video import VideoShape
 
@@ -139,7 +139,9 @@ def check_model(model: str | Path) -> None:
         raise ValueError(f"{index} is no index of a pipeline: {error}") from error
     served = served_classes()
     if kind is not None and kind not in served:
-        raise ValueError(f"no family serves {kind} of {model}; served: {', '.join(served)}")
+        raise ValueError(f"no family serves {kind} of {model}; see `gen-accel models`")
+    if kind is not None and kind not in video_classes():
+        raise ValueError(f"{kind} of {model} makes images and no video; attach to it in Python")
 
 
 def load(model: str | Path, loading: Loading | None = None) -> Any:

@@ -67,7 +67,9 @@ __all__ = [
     "REFUSED",
     "ImageAttention",
     "SelfAttention",
+    "classes_for",
     "encoded",
+    "family_for",
     "family_of",
     "image_classes",
     "image_family_of",
@@ -77,17 +79,44 @@ __all__ = [
     "served_classes",
     "tap_cross_attention",
     "tap_joint_attention",
+    "video_classes",
     "without_text",
 ]
 
-FAMILIES = ("wan", "hunyuan_video")
+FAMILIES = (
+    *("wan", "skyreels", "wan_animate", "chronoedit", "helios", "anyflow"),
+    "hunyuan_video",
+    *("flux", "flux2", "flux3", "sd3", "qwenimage", "hidream", "z_image"),
+)
 IMAGE_FAMILIES = (
     *("wan", "hunyuan_video", "cogvideox", "mochi", "ltx", "flux"),
     "stable_diffusion",
 )
 
+# What a family has where it serves more than attention.
+USES = {
+    "training": ("CAUSAL_VAE", "encode_video", "encode_prompt", "predict"),
+    "longer video": ("TEMPORAL_FACTOR",),
+    "rules on rotary frequencies": ("temporal_frequencies", "set_temporal_frequencies"),
+}
+
+FEW = 12  # classes that an error lists
+
 # Classes that cannot be served, and why not.
-REFUSED: dict[str, str] = {}
+REFUSED: dict[str, str] = {
+    "AnyFlowFARTransformer3DModel": (
+        "its tokens see a cache of earlier chunks, some of them compressed, causally by a block "
+        "mask of FlexAttention over padded tokens"
+    ),
+    "ChromaTransformer2DModel": (
+        "its pipelines add the mask of the text to the scores as a bias of 0 or 1, which weighs "
+        "padding down without hiding it"
+    ),
+    "WanAnimate2Transformer3DModel": (
+        "a frame sees the reference's tokens of its own time alone, by a block mask of "
+        "FlexAttention over padded tokens"
+    ),
+}
 
 # q (b, N, H, D) and the samples of the batch that it is of, to (b, N, H, D) or nothing
 ImageBranch = Callable[[Tensor, slice], Tensor | None]
@@ -261,6 +290,26 @@ def family_of(transformer: Any) -> ModuleType:
     return _of(transformer, served_classes(), "no family serves")
 
 
+def video_classes() -> list[str]:
+    """Of `served_classes`, those that make videos."""
+    return [name for name, family in served_classes().items() if "video" in _module(family).ORDER]
+
+
+def classes_for(use: str) -> dict[str, str]:
+    """Of `served_classes`, those whose families have what a key of `USES` takes."""
+    return {
+        name: family
+        for name, family in served_classes().items()
+        if all(hasattr(_module(family), needed) for needed in USES[use])
+    }
+
+
+def family_for(transformer: Any, use: str) -> ModuleType:
+    """`family_of`, for a key of `USES`; ValueError for a class whose family lacks it too."""
+    family_of(transformer)
+    return _of(transformer, classes_for(use), f"no {use} for")
+
+
 def image_classes() -> dict[str, str]:
     """Transformer class to the family that adds image prompts to it."""
     served = {}
@@ -281,7 +330,8 @@ def _of(transformer: Any, served: dict[str, str], refusal: str) -> ModuleType:
         if kind.__name__ in served:
             return _module(served[kind.__name__])
     name = type(transformer).__name__
-    raise ValueError(f"{refusal} {name}; served: {', '.join(sorted(served))}")
+    known = ", ".join(sorted(served)) if len(served) <= FEW else "see `gen-accel models`"
+    raise ValueError(f"{refusal} {name}; served: {known}")
 
 
 def _module(family: str) -> ModuleType:

@@ -1,8 +1,8 @@
 """Wan 2.1 and 2.2, text to video, image to video, and VACE.
 
 Tokens are the video's alone, in raster order; text and image are seen by cross-attention. VACE's
-control blocks run over the same grid. Image prompts, and they alone, also go to SkyReels-V2, whose
-attentions are the same.
+control blocks run over the same grid, of which its reference images are the first frames. Image
+prompts also go to SkyReels-V2, whose attentions are the same; for all else see `skyreels`.
 """
 
 from collections.abc import Callable

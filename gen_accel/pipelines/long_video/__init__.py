@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from gen_accel import demo
-from gen_accel.attention_processors.families import family_of
+from gen_accel.attention_processors.families import family_for, family_of
 from gen_accel.pipelines.attach import served_transformers
 from gen_accel.pipelines.long_video.continuation import Continuation
 from gen_accel.pipelines.long_video.position_interpolation import PositionInterpolation
@@ -193,7 +193,7 @@ def _technique(given: Any, options: dict[str, Any]) -> Technique:
 def _target(pipe_or_transformer: Any, num_frames: int, trained_frames: int | None) -> Target:
     transformers = served_transformers(pipe_or_transformer)
     families = {
-        name: family_of(getattr(module, "_orig_mod", module))
+        name: family_for(getattr(module, "_orig_mod", module), "longer video")
         for name, module in transformers.items()
     }
     pipe = None if isinstance(pipe_or_transformer, nn.Module) else pipe_or_transformer

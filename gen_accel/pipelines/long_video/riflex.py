@@ -14,10 +14,11 @@ Wan 2.1 it is k = 4, where its users report k = 6.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from gen_accel.attention_processors.families import family_for
 from gen_accel.pipelines.long_video.technique import Target
 from gen_accel.pipelines.long_video.temporal_rule import TemporalRule
 
@@ -66,8 +67,10 @@ class Riflex:
         return made
 
     def apply(self, target: Target) -> Callable[[], None]:
-        for name, transformer in target.transformers.items():
-            self.intrinsic(target.families[name].temporal_frequencies(transformer), target.trained)
+        for transformer in target.transformers.values():
+            model = getattr(transformer, "_orig_mod", transformer)
+            family: Any = family_for(model, "rules on rotary frequencies")
+            self.intrinsic(family.temporal_frequencies(transformer), target.trained)
         options = {"frames": target.frames, "trained": target.trained}
         return TemporalRule(target.transformers, self.frequencies, **options).remove
 

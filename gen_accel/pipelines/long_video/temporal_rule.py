@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import family_of
+from gen_accel.attention_processors.families import family_for
 
 # own frequencies (pairs,) in rad a latent frame, frames, trained -> the frequencies to use
 Frequencies = Callable[[Tensor, int, int], Tensor]
@@ -77,7 +77,7 @@ class _Hook:
     def __init__(
         self, transformer: nn.Module, frequencies: Frequencies, frames: int, trained: int
     ) -> None:
-        family = family_of(transformer)
+        family: Any = family_for(transformer, "rules on rotary frequencies")
         self._video_shape, self._set = family.video_shape, family.set_temporal_frequencies
         self._own = family.temporal_frequencies(transformer)
         self._frequencies, self._frames, self._trained = frequencies, frames, trained

@@ -1,0 +1,32 @@
+"""AnyFlow.
+
+Tokens are the video's alone, in raster order; text and image are seen by cross-attention. Latents
+come frames first, before their channels.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from gen_accel.attention_processors.families import in_patches, wan
+from gen_accel.video import VideoShape
+
+MODELS = "AnyFlow"
+CLASSES = ("AnyFlowTransformer3DModel",)
+ATTENTION_CALL = "dispatch_attention_fn"
+ORDER = "video"
+TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
+LORA_TARGETS = wan.LORA_TARGETS
+
+self_attentions = wan.self_attentions
+
+
+def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> VideoShape:
+    """The grid of (B, frames, C, height, width) latents; ValueError where patches leave a rest."""
+    frames, _, *sides = hidden_states.shape[1:]
+    return VideoShape(*in_patches((frames, *sides), transformer.config.patch_size))
+
+
+def timestep(hidden_states: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """(B, frames), of where a step of the flow map begins."""
+    return timestep

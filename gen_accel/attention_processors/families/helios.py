@@ -1,0 +1,61 @@
+"""Helios.
+
+Video is made chunk after chunk. Tokens are the history, the oldest first, and then the chunk in
+raster order, all in one attention; text is seen by cross-attention. Old frames are in coarser
+patches, and the recent ones beside the very first, so that none of them go on in the chunk's grid:
+the history is seen by all.
+"""
+
+from math import prod
+from typing import Any
+
+from torch import Tensor
+
+from gen_accel.attention_processors.families import in_patches, wan
+from gen_accel.video import VideoShape
+
+MODELS = "Helios"
+CLASSES = ("HeliosTransformer3DModel",)
+ATTENTION_CALL = "dispatch_attention_fn"
+ORDER = "history, video"
+TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first of a chunk
+LORA_TARGETS = wan.LORA_TARGETS
+
+self_attentions = wan.self_attentions
+timestep = wan.timestep
+
+
+def video_shape(
+    transformer: Any,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    indices_hidden_states: Tensor | None = None,
+    indices_latents_history_short: Tensor | None = None,
+    indices_latents_history_mid: Tensor | None = None,
+    indices_latents_history_long: Tensor | None = None,
+    latents_history_short: Tensor | None = None,
+    latents_history_mid: Tensor | None = None,
+    latents_history_long: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> VideoShape:
+    """The grid of (B, C, frames, height, width) latents, and the tokens of the history; ValueError
+    where patches leave a rest in the grid. In the history the rest is filled up."""
+    patch = transformer.config.patch_size
+    history = (
+        (1, latents_history_short, indices_latents_history_short),
+        (2, latents_history_mid, indices_latents_history_mid),
+        (4, latents_history_long, indices_latents_history_long),
+    )
+    others = sum(
+        prod(-(-size // (coarse * side)) for size, side in zip(x.shape[2:], patch, strict=True))
+        for coarse, x, indices in history
+        if x is not None and indices is not None
+    )
+    return VideoShape(*in_patches(hidden_states.shape[2:], patch), text=others)
+
+
+def before(transformer: Any, *args: Any, **kwargs: Any) -> int:
+    """All of the history."""
+    return video_shape(transformer, *args, **kwargs).text

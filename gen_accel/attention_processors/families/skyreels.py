@@ -1,0 +1,27 @@
+"""SkyReels-V2, text to video and image to video, with and without diffusion forcing.
+
+Tokens are those of Wan. Diffusion forcing gives each frame a timestep of its own; in causal blocks
+(`num_frame_per_block` above 1) it also hides later frames by a mask, and sparse attention refuses
+the call. Image prompts are in `wan`.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from gen_accel.attention_processors.families import wan
+
+MODELS = "SkyReels-V2"
+CLASSES = ("SkyReelsV2Transformer3DModel",)
+ATTENTION_CALL = wan.ATTENTION_CALL
+ORDER = wan.ORDER
+TEMPORAL_FACTOR = wan.TEMPORAL_FACTOR
+LORA_TARGETS = wan.LORA_TARGETS
+
+self_attentions = wan.self_attentions
+video_shape = wan.video_shape
+
+
+def timestep(hidden_states: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """(B,), or (B, frames) in diffusion forcing."""
+    return timestep

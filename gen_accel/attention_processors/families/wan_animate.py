@@ -1,0 +1,18 @@
+"""Wan 2.2 Animate.
+
+Tokens are those of Wan, with the image of the character as the first frame of the grid. The face
+adapters, in which a frame sees the face at its time, are left as they are.
+"""
+
+from gen_accel.attention_processors.families import wan
+
+MODELS = "Wan 2.2 Animate"
+CLASSES = ("WanAnimateTransformer3DModel",)
+ATTENTION_CALL = wan.ATTENTION_CALL
+ORDER = wan.ORDER
+TEMPORAL_FACTOR = wan.TEMPORAL_FACTOR  # after the first latent, which is the image
+LORA_TARGETS = wan.LORA_TARGETS
+
+self_attentions = wan.self_attentions
+video_shape = wan.video_shape
+timestep = wan.timestep
