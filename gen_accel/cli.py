@@ -299,6 +299,9 @@ def generate(
     from_latents: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Decode what --save-latents kept.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Of several prompts, make again what is done.")
+    ] = False,
 ) -> None:
     """Generate videos with any diffusers video pipeline that `gen-accel list` serves.
 
@@ -308,7 +311,10 @@ def generate(
     gen-accel generate --model models/wan --prompt "a cat surfs" --compare --out cat.mp4
         also cat.dense.mp4, cat.side_by_side.mp4 and cat.json
     gen-accel generate --model models/wan --prompts prompts.txt --out clips/clip.gif
-        clip-000.gif, clip-001.gif and so on, with seeds 0, 1, ...
+        clip-000.gif, clip-001.gif and so on, with seeds 0, 1, ...; again: what is not done yet
+    accelerate launch --num_processes 4 -m gen_accel generate --model models/wan \\
+        --prompts prompts.txt --out clips/clip.mp4
+        the same files, a part from each process, on a GPU of its own
     gen-accel generate --model models/wan --prompt "a cat" --method neighborhood \\
         --set window=9,12,12 --set is_causal=true,false,false --kernel flex
     gen-accel generate --model models/wan --prompt "a cat" --method dense --lora loras/long:0.8
@@ -375,6 +381,7 @@ def generate(
             masks=tuple(image_mask or ()),
             encoder=image_encoder,
         ),
+        resume=not overwrite,
     )
     for one in made:
         typer.echo(f"{one.prompt}  (seed {one.seed}, {one.seconds:.1f} s)")

@@ -139,11 +139,12 @@ def test_generate_each_prompt_of_a_file_as_a_gif(run, model, tmp_path):
     result = run(
         "generate", "--model", model, *SMALL, "--prompts", prompts, *options, "--out", out
     )
-    assert files(out.parent) == ["clip-000.gif", "clip-001.gif"]
+    names = ["clip-000.gif", "clip-001.gif"]
+    assert files(out.parent) == sorted([*names, *(f"{name}.done.json" for name in names)])
     assert "(seed 0, " in result.stdout
     assert "a blue square moves up slowly  (seed 1, " in result.stdout
     assert "kernel: reference" in result.stdout
-    first, second = (read_video(out.parent / name) for name in files(out.parent))
+    first, second = (read_video(out.parent / name) for name in names)
     assert first.shape == second.shape == (9, 48, 48, 3)
     assert (first != second).any()
 

@@ -10,7 +10,7 @@ References:
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import product
 
@@ -70,6 +70,19 @@ class Neighborhood:
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
     ) -> Tensor:
         return kernel(q, k, v, self.plan(video, q.device))
+
+    def within(self, video: VideoShape) -> "Neighborhood":
+        """With the whole of those axes that `window` x `dilation` is larger than."""
+        window, stride, dilation = [*self.window], [*self.stride], [*self.dilation]
+        for i, size in enumerate(video.grid):
+            if window[i] * dilation[i] > size:
+                window[i], stride[i], dilation[i] = -1, 1, 1
+        return replace(
+            self,
+            window=(window[0], window[1], window[2]),
+            stride=(stride[0], stride[1], stride[2]),
+            dilation=(dilation[0], dilation[1], dilation[2]),
+        )
 
     def by_axis(self, video: VideoShape) -> Iterator[tuple[str, int, int, int, int, bool]]:
         """For each axis its name, the video's size, window, stride, dilation and causality."""

@@ -30,7 +30,8 @@ class Tokens(NamedTuple):
     before: int = 0
 
     def complete(self, q: Tensor) -> Tensor:
-        """(B, N, H, D), where only the grid has queries with nothing in the place of others."""
+        """(B, N, H, D), where the grid alone, or with what comes after it, has queries: nothing in
+        the place of others."""
         others = self.video.tokens - q.shape[1]
         return F.pad(q, (0, 0, 0, 0, self.before, others - self.before)) if others else q
 

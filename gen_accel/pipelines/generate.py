@@ -1,13 +1,21 @@
 """Generate videos with any diffusers video pipeline: load, attach, denoise, decode into a file."""
 
+import hashlib
+import json
 import math
+import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
 from rich.progress import Progress
 from torch import Tensor
 
@@ -36,6 +44,7 @@ from gen_accel.pipelines.sampling import (
     counted,
     denoise,
     filled,
+    find_device,
     load,
     load_decoder,
     pixel_frames,
@@ -45,6 +54,8 @@ from gen_accel.pipelines.sampling import (
 )
 from gen_accel.pipelines.schedule import Schedule
 from gen_accel.pipelines.summary import Summary
+
+DONE = ".done.json"  # behind the name of an output: what it was made from
 
 
 @dataclass(frozen=True)
@@ -152,6 +163,7 @@ def generate(
     trained_frames: int | None = None,
     latents: str | Path | None = None,
     image: ImageInput | None = None,
+    resume: bool = False,
 ) -> list[Generated]:
     """Load a pipeline, attach `method`, and write a video for each prompt.
 
@@ -160,6 +172,10 @@ def generate(
     All that can be refused is refused before the first step. Progress goes to stderr. Frames go
     to the file as they are decoded: memory does not grow with their number, see `decode_stream`,
     but with `compare`, which holds both videos.
+
+    Under `accelerate launch` the processes share several prompts out among them, each on a device
+    of its own; a prompt's seed and files do not depend on how many there are. Beside each of
+    several outputs lies a small file, `out-000.mp4.done.json`, with what it was made from.
 
     Args:
         model: the folder of a saved pipeline, or a repository on the hub.
@@ -175,6 +191,13 @@ def generate(
         latents: a .safetensors file for what is decoded, numbered as `out` is; written before
             decoding. `decode_latents` makes the video from it again.
         image: what every video goes by, beside its prompt.
+        resume: of several prompts, leave those alone whose files are there and were made from the
+            same: model, LoRAs, prompt, seed, sizes, method, schedule, dtype, images and so on.
+            Where and by which kernel it is computed counts with `compare` only.
+
+    Returns:
+        What was made, in the order of the prompts: all of it in the main process, nothing in the
+        others.
 
     Raises:
         ValueError: no prompt, a model, size, method, kernel, technique, image, adapter or file
@@ -223,6 +246,39 @@ def generate(
         if path is not None:
             check_latents_path(path)
     image = None if image is None else image.opened()
+    request = _sources(model, loading, from_lora, image) | {
+        "method": str(method),
+        "schedule": str(schedule),
+        "techniques": [*techniques],
+        "trained_frames": trained_frames,
+    }
+    if compare:
+        request["compare"] = {"kernel": kernel, "timed": timed, "device": loading.device}
+    asked = []
+    for i, (prompt, path) in enumerate(zip(prompts, kept, strict=True)):
+        asked.append(request | {"prompt": prompt, **asdict(replace(clip, seed=clip.seed + i))})
+        if path is not None:
+            asked[i]["latents"] = str(path)
+    records = [target.with_name(target.name + DONE) for target in targets]
+    several, left = len(prompts) > 1, [*range(len(prompts))]
+    if several and resume:
+        left = [i for i in left if not _is_done(records[i], asked[i])]
+
+    share, state, rank = left, None, ""
+    if several:
+        state = _join(loading.device)
+        state.wait_for_everyone()  # all have seen what is done before one goes on
+        share = left[state.process_index :: state.num_processes]
+        if state.is_main_process and len(left) < len(prompts):
+            print(_what_is_done(targets, left), file=sys.stderr)
+        if state.num_processes > 1:
+            rank = f"{state.process_index}: "
+            device = str(state.device)
+            if loading.device in ("auto", device.partition(":")[0]):
+                loading = replace(loading, device=device)
+    if not share:
+        return _gathered({}, state)
+
     pipe = load(model, loading)
     clip = filled(pipe, clip)
     check_fits(method, token_grid(pipe, clip))
@@ -230,9 +286,11 @@ def generate(
     seen = "" if image is None else image.load(pipe).describe()
     lengths: dict[str, Any] = {"num_frames": clip.frames, "trained_frames": trained_frames}
 
-    made = []
-    for i, (prompt, target, path) in enumerate(zip(prompts, targets, kept, strict=True)):
+    made = {}
+    for i in share:
+        prompt, target, path = prompts[i], targets[i], kept[i]
         one = replace(clip, seed=clip.seed + i)
+        records[i].unlink(missing_ok=True)
         options: dict[str, Any] = {"schedule": schedule, "kernel": kernel, "timed": timed}
         if compare:
             options["schedule"] = schedule or Schedule()
@@ -243,28 +301,32 @@ def generate(
             if seen:
                 report["image_prompt"] = seen
                 write_json(files["report"], report)
-            made.append(Generated(prompt, one.seed, files, seconds, summary, "", report, seen))
-            continue
-        start, files, extension = time.perf_counter(), {}, ""
-        with steps_bar() as bar:
-            with ExitStack() as stack:
-                what = {"method": method} if from_lora is None else {"from_lora": from_lora}
-                handle = stack.enter_context(attach(pipe, **what, **options))
-                longer = None
-                if techniques:
-                    longer = stack.enter_context(extend(pipe, techniques, **lengths))
-                    extension = longer.describe()
-                taken = denoise(pipe, prompt, one, tick=ticker(bar, target.name), run=longer)
-                summary = handle.summary()
-            if path is not None:
-                about = {"model": str(model), "prompt": prompt, **asdict(one)}
-                about |= {"method": str(method), "techniques": [*techniques]}
-                about |= {"image_prompt": seen} if seen else {}
-                files["latents"] = save_latents(path, taken.latents, about)
-            files["video"] = _write(pipe, taken.latents, target, one.fps, bar)
-        seconds = time.perf_counter() - start
-        made.append(Generated(prompt, one.seed, files, seconds, summary, extension, image=seen))
-    return made
+            made[i] = Generated(prompt, one.seed, files, seconds, summary, "", report, seen)
+        else:
+            start, files, extension = time.perf_counter(), {}, ""
+            with steps_bar() as bar:
+                with ExitStack() as stack:
+                    what = {"method": method} if from_lora is None else {"from_lora": from_lora}
+                    handle = stack.enter_context(attach(pipe, **what, **options))
+                    longer = None
+                    if techniques:
+                        longer = stack.enter_context(extend(pipe, techniques, **lengths))
+                        extension = longer.describe()
+                    tick = ticker(bar, rank + target.name)
+                    taken = denoise(pipe, prompt, one, tick=tick, run=longer)
+                    summary = handle.summary()
+                if path is not None:
+                    about = {"model": str(model), "prompt": prompt, **asdict(one)}
+                    about |= {"method": str(method), "techniques": [*techniques]}
+                    about |= {"image_prompt": seen} if seen else {}
+                    files["latents"] = save_latents(path, taken.latents, about)
+                files["video"] = _write(pipe, taken.latents, target, one.fps, bar, rank)
+            seconds = time.perf_counter() - start
+            made[i] = Generated(prompt, one.seed, files, seconds, summary, extension, image=seen)
+        if several:
+            sizes = {os.path.relpath(f, target.parent): _bytes(f) for f in files.values()}
+            write_json(records[i], {"asked": asked[i], "bytes": sizes})
+    return _gathered(made, state)
 
 
 def decode_latents(
@@ -315,8 +377,10 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def _write(pipe: Any, latents: Tensor, target: Path, fps: float, bar: Progress) -> Path:
-    tick = ticker(bar, f"{target.name}, decoding", "frames")
+def _write(
+    pipe: Any, latents: Tensor, target: Path, fps: float, bar: Progress, rank: str = ""
+) -> Path:
+    tick = ticker(bar, f"{rank}{target.name}, decoding", "frames")
     chunks = counted(decode_stream(pipe, latents), tick, pixel_frames(pipe, latents))
     return write_stream(chunks, target, fps=fps)
 
@@ -325,3 +389,103 @@ def _targets(out: Path, count: int) -> list[Path]:
     if count == 1:
         return [out]
     return [out.with_name(f"{out.stem}-{i:03d}{out.suffix}") for i in range(count)]
+
+
+def _join(device: str) -> PartialState:
+    """This process among those of `accelerate launch`, or alone."""
+    # The first to be ready wait for the others' videos.
+    return PartialState(cpu=find_device(device).type == "cpu", timeout=timedelta(days=7))
+
+
+def _gathered(made: Mapping[int, Generated], state: PartialState | None) -> list[Generated]:
+    if state is None or state.num_processes == 1:
+        return [*made.values()]
+    everyones = dict(gather_object([(i, _without_tensors(one)) for i, one in made.items()]))
+    return [everyones[i] for i in sorted(everyones)] if state.is_main_process else []
+
+
+def _without_tensors(made: Generated) -> Generated:
+    """Those of the records are on a device that may be another process's own."""
+    records = {
+        key: replace(record, kept=float(record.kept), computed=float(record.computed))
+        for key, record in made.summary.records.items()
+    }
+    return replace(made, summary=replace(made.summary, records=records))
+
+
+def _is_done(record: Path, asked: Mapping[str, Any]) -> bool:
+    """Whether all of the files that `record` tells of are there whole, and are what is asked."""
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # a power cut may leave it empty
+        return False
+    same = all(found["asked"].get(name) == value for name, value in asked.items())
+    return same and all(
+        _bytes(record.parent / name) == size for name, size in found["bytes"].items()
+    )
+
+
+def _bytes(path: Path) -> int | None:
+    """Of a file, or of all files in a folder; None where neither is."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.iterdir())
+    return path.stat().st_size if path.exists() else None
+
+
+def _sources(
+    model: str | Path, loading: Loading, from_lora: str | Path | None, image: ImageInput | None
+) -> dict[str, Any]:
+    """What a video is made from: files told apart by more than their names, and images, opened, by
+    their pixels."""
+    seen = None
+    if image is not None:
+        pictures = {"images": image.images, "negative": [image.negative], "masks": image.masks}
+        seen = {name: [_pixels(one) for one in some] for name, some in pictures.items()} | {
+            "adapter": _identity(image.adapter),
+            "scale": image.scale,
+            "encoder": None if image.encoder is None else _identity(image.encoder),
+        }
+    return {
+        "model": _identity(model),
+        "dtype": loading.dtype,
+        "loras": [_identity_of_lora(lora) for lora in loading.loras],
+        "from_lora": None if from_lora is None else _identity(from_lora),
+        "image": seen,
+    }
+
+
+def _identity(source: Any) -> str:
+    """Of files, a hash of their names, sizes and times; of a repository on the hub, its name."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        return str(source)
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    about = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def _identity_of_lora(lora: str) -> str:
+    """Of "folder:0.5", where the colon is not a part of the name, with its weight."""
+    source, colon, weight = lora.rpartition(":")
+    if not colon or Path(lora).expanduser().exists():
+        return _identity(lora)
+    return f"{_identity(source)}:{weight}"
+
+
+def _pixels(image: Image.Image | None) -> str | None:
+    if image is None:
+        return None
+    return f"{image.width} x {image.height} {hashlib.sha256(image.tobytes()).hexdigest()}"
+
+
+def _what_is_done(targets: Sequence[Path], left: Sequence[int]) -> str:
+    spans: list[list[Path]] = []
+    for i, target in enumerate(targets):
+        if i in left:
+            continue
+        if i > 0 and i - 1 not in left:
+            spans[-1] = [spans[-1][0], target]
+        else:
+            spans.append([target])
+    names = ", ".join(" to ".join(path.name for path in span) for span in spans)
+    return f"{len(targets) - len(left)} of {len(targets)} are done already: {names}"

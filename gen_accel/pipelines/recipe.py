@@ -141,7 +141,9 @@ def check_base(recipe: Recipe, transformer: Any, what: str = "the LoRA") -> None
 
 def recipes_of(transformer: Any) -> dict[str, Recipe]:
     """By the names of the active adapters that were trained here."""
-    configs = getattr(transformer, "peft_config", None) or {}
+    adapted = hasattr(transformer, "active_adapters")  # not all classes load LoRAs themselves
+    configs = getattr(transformer, "peft_config", None) if adapted else None
+    configs = configs or {}
     try:
         active = set(transformer.active_adapters()) if configs else set()
     except ValueError:  # all are switched off

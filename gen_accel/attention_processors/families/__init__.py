@@ -86,7 +86,10 @@ __all__ = [
 FAMILIES = (
     *("wan", "skyreels", "wan_animate", "chronoedit", "helios", "anyflow"),
     "hunyuan_video",
-    *("flux", "flux2", "flux3", "sd3", "qwenimage", "hidream", "z_image"),
+    *("cogvideox", "consisid", "ltx", "ltx2", "mochi", "easyanimate"),
+    *("allegro", "latte", "cosmos", "cosmos3", "animatediff"),
+    *("flux", "flux2", "flux3", "sd3", "qwenimage", "hidream", "z_image", "pixart"),
+    "stable_diffusion",
 )
 IMAGE_FAMILIES = (
     *("wan", "hunyuan_video", "cogvideox", "mochi", "ltx", "flux"),
@@ -103,6 +106,7 @@ USES = {
 FEW = 12  # classes that an error lists
 
 # Classes that cannot be served, and why not.
+LINEAR = "its self-attention is linear, without pairs of tokens to leave out"
 REFUSED: dict[str, str] = {
     "AnyFlowFARTransformer3DModel": (
         "its tokens see a cache of earlier chunks, some of them compressed, causally by a block "
@@ -111,6 +115,16 @@ REFUSED: dict[str, str] = {
     "ChromaTransformer2DModel": (
         "its pipelines add the mask of the text to the scores as a bias of 0 or 1, which weighs "
         "padding down without hiding it"
+    ),
+    "SanaControlNetModel": LINEAR,
+    "SanaTransformer2DModel": LINEAR,
+    "SanaVideoTransformer3DModel": LINEAR,
+    "SanaWMLTX2RefinerTransformer3DModel": (
+        "its forward pass takes tokens without the grid that they come from"
+    ),
+    "SanaWMTransformer3DModel": (
+        "its self-attention is a gated delta rule, or softmax in modules that have no processor "
+        "to replace"
     ),
     "WanAnimate2Transformer3DModel": (
         "a frame sees the reference's tokens of its own time alone, by a block mask of "

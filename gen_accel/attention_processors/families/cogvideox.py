@@ -1,27 +1,46 @@
-"""CogVideoX 1.0 and 1.5, for image prompts.
+"""CogVideoX 1.0 and 1.5: text, image and video to video, and with a control video.
 
 Text and video attend jointly, text first, with the same projections. The padding of the text is
-not masked.
+not masked. Images and control videos are further channels of the latents.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import (
     ImageAttention,
     ImageBranch,
+    SelfAttention,
     image_sites,
     in_patches,
     tap_joint_attention,
 )
 from gen_accel.video import VideoShape
 
+MODELS = "CogVideoX 1.0 and 1.5"
 CLASSES = ("CogVideoXTransformer3DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
+ORDER = "text, video"
 GUIDANCE = "batched"
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
+
+# By what they end in, inside the blocks.
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    "feed_forward": ("ff.net.0.proj", "ff.net.2"),
+}
+
+
+def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
+    config: Any = transformer.config
+    heads, dim = config.num_attention_heads, config.attention_head_dim
+    blocks: Any = transformer.transformer_blocks
+    return [
+        SelfAttention(f"transformer_blocks.{layer}", block.attn1, layer, heads, dim)
+        for layer, block in enumerate(blocks)
+    ]
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:
@@ -45,9 +64,21 @@ def video_shape(
     leave a rest."""
     config = transformer.config
     frames, _, height, width = hidden_states.shape[1:]
-    patch = config.patch_size_t or 1, config.patch_size, config.patch_size
+    # ConsisID's configuration is that of version 1.0, before frames were joined.
+    patch = getattr(config, "patch_size_t", None) or 1, config.patch_size, config.patch_size
     grid = in_patches((frames, height, width), patch)
     return VideoShape(*grid, text=encoder_hidden_states.shape[1])
+
+
+def before(
+    transformer: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """All of the text."""
+    return encoder_hidden_states.shape[1]
 
 
 def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str | None:

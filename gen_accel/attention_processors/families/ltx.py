@@ -1,25 +1,47 @@
-"""LTX-Video, for image prompts.
+"""LTX-Video.
 
-Tokens are the video's alone, in raster order; text is seen by cross-attention.
+Tokens are the video's, in raster order; text is seen by cross-attention. They come as a row, with
+the sizes of their grid, or with the time and place of each. Then frames that the video is made to
+follow may stand before or after it: whole ones at times of the grid, which are no part of it.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import (
     ImageAttention,
     ImageBranch,
+    SelfAttention,
     image_sites,
     tap_cross_attention,
 )
+from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
 
+MODELS = "LTX-Video"
 CLASSES = ("LTXVideoTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
+ORDER = "video, with other frames before or after it where they condition it"
 GUIDANCE = "batched"
 TEMPORAL_FACTOR = 8  # frames in a latent frame, all but the first
+
+# By what they end in, inside the blocks.
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    "feed_forward": ("ff.net.0.proj", "ff.net.2"),
+}
+
+
+def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
+    config: Any = transformer.config
+    heads, dim = config.num_attention_heads, config.attention_head_dim
+    blocks: Any = transformer.transformer_blocks
+    return [
+        SelfAttention(f"transformer_blocks.{layer}", block.attn1, layer, heads, dim)
+        for layer, block in enumerate(blocks)
+    ]
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:
@@ -41,17 +63,70 @@ def video_shape(
     num_frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
+    rope_interpolation_scale: Any = None,
+    video_coords: Tensor | None = None,
     *args: Any,
     **kwargs: Any,
 ) -> VideoShape:
-    """The grid that the pipeline names, as latents come as a row of tokens; ValueError where it
-    gives coordinates instead, as it does for several conditions."""
+    """The grid that the pipeline names, or where it gives coordinates instead, that of these, for
+    which it waits for the device; ValueError where it gives neither, or none of a grid."""
+    if video_coords is not None:
+        return in_coordinates(video_coords).video
     if num_frames is None or height is None or width is None:
         raise ValueError(
-            f"num_frames, height and width must be given to {type(transformer).__name__}, got "
-            f"{(num_frames, height, width)}: without them the grid of its tokens is unknown"
+            f"num_frames, height and width, or video_coords, must be given to "
+            f"{type(transformer).__name__}, got {(num_frames, height, width)}: without them the "
+            "grid of its tokens is unknown"
         )
     return VideoShape(num_frames, height, width)
+
+
+def before(
+    transformer: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_attention_mask: Tensor,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    rope_interpolation_scale: Any = None,
+    video_coords: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """The tokens of frames that stand before the video."""
+    return 0 if video_coords is None else in_coordinates(video_coords).before
+
+
+def in_coordinates(video_coords: Tensor) -> Tokens:
+    """The video among whole frames of one size: it begins at time 0, and goes on as long as the
+    time rises from frame to frame. Waits for the device.
+
+    Args:
+        video_coords: (B, 3, N), time, row and column of each token in any units.
+    """
+    times, rows, columns = video_coords[0]
+    height, width = len(rows.unique()), len(columns.unique())
+    starts = times[:: height * width].tolist()
+    if len(times) % (height * width) or 0 not in starts:
+        raise ValueError(
+            "video_coords must be those of whole frames, the first of the video at time 0, got "
+            f"{len(times)} tokens of {height} rows and {width} columns from times {starts}"
+        )
+    first = starts.index(0)
+    last = first + 1
+    while last < len(starts) and starts[last] > starts[last - 1]:
+        last += 1
+    others = (len(starts) - (last - first)) * height * width
+    return Tokens(VideoShape(last - first, height, width, others), first * height * width)
+
+
+def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str | None:
+    """Cross-attention has the queries of all frames."""
+    if video_shape(transformer, *args, **kwargs).text:
+        return "LTX-Video is given further frames beside those of the video"
+    return None
 
 
 def timestep(

@@ -1,4 +1,4 @@
-"""Mochi 1, for image prompts.
+"""Mochi 1.
 
 Video and text attend jointly, video first, in a call of its own for each sample, which leaves the
 padding of its text out.
@@ -7,21 +7,51 @@ padding of its text out.
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import (
     ImageAttention,
     ImageBranch,
+    SelfAttention,
     image_sites,
     in_patches,
     tap_joint_attention,
 )
+from gen_accel.attention_processors.seam import Call
+from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
 
+MODELS = "Mochi 1"
 CLASSES = ("MochiTransformer3DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
+ORDER = "video, text"
 GUIDANCE = "batched"
 TEMPORAL_FACTOR = 6  # frames in a latent frame, all but the first
+
+# By what they end in, inside the blocks. The last block gives no text, and has no to_add_out.
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": (
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    ),
+    "feed_forward": ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+}
+
+
+def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
+    config: Any = transformer.config
+    heads, dim = config.num_attention_heads, config.attention_head_dim
+    blocks: Any = transformer.transformer_blocks
+    return [
+        SelfAttention(f"transformer_blocks.{layer}", block.attn1, layer, heads, dim, _of_sample)
+        for layer, block in enumerate(blocks)
+    ]
+
+
+def _of_sample(tokens: Tokens, call: Call) -> Tokens:
+    """With the text that the call has, as its padding was left out."""
+    video = tokens.video
+    return Tokens(VideoShape(*video.grid, text=call.k.shape[1] - video.video_tokens))
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:
@@ -55,5 +85,5 @@ def timestep(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """(B,), which rises from step to step."""
+    """(B,), which rises from step to step: only a pipeline tells the first from the others."""
     return timestep

@@ -1,9 +1,11 @@
-"""Stable Diffusion 1.5 and XL, for image prompts.
+"""Stable Diffusion 1.5, 2.1 and XL.
 
-A UNet whose levels attend over smaller and smaller grids; text is seen by cross-attention.
+A UNet whose levels attend over smaller and smaller grids, each in raster order; text is seen by
+cross-attention. Transformer blocks are counted as they run: down, in the middle, and up again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,14 +14,73 @@ from torch import Tensor
 from gen_accel.attention_processors.families import (
     ImageAttention,
     ImageBranch,
+    SelfAttention,
     image_sites,
     tap_cross_attention,
 )
+from gen_accel.attention_processors.seam import Call
+from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
 
+MODELS = "Stable Diffusion 1.5, 2.1 and XL"
 CLASSES = ("UNet2DConditionModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
+ORDER = "image"
 GUIDANCE = "batched"
+
+# By what they end in, inside the blocks.
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    "feed_forward": ("ff.net.0.proj", "ff.net.2"),
+}
+
+
+def self_attentions(transformer: Any) -> list[SelfAttention]:
+    """ValueError for a UNet that has none of its own, as those of Kandinsky and DeepFloyd, whose
+    image and text share the keys of one attention."""
+    found = [
+        (name, block.attn1, level)
+        for name, block, level in _blocks(transformer)
+        if not block.only_cross_attention
+    ]
+    if not found:
+        raise ValueError(
+            f"this {type(transformer).__name__} has no self-attention over the image alone; "
+            f"down_block_types are {tuple(transformer.config.down_block_types)}"
+        )
+    # One for all of a level, whose layers may then share graphs of torch.compile.
+    tokens = {level: partial(_at_level, level) for _, _, level in found}
+    return [
+        SelfAttention(name, attn, layer, attn.heads, attn.inner_dim // attn.heads, tokens[level])
+        for layer, (name, attn, level) in enumerate(found)
+    ]
+
+
+def _blocks(transformer: Any) -> Iterator[tuple[str, Any, int]]:
+    """The transformer blocks as they run, but those over time, and the level of each."""
+    for stage_name, stage, level in _stages(transformer):
+        for i, attention in enumerate(getattr(stage, "attentions", ())):
+            for j, block in enumerate(getattr(attention, "transformer_blocks", ())):
+                yield f"{stage_name}.attentions.{i}.transformer_blocks.{j}", block, level
+
+
+def _stages(transformer: Any) -> Iterator[tuple[str, Any, int]]:
+    """The UNet's own blocks as they run, and how often the image was halved before each."""
+    level = 0
+    for i, stage in enumerate(transformer.down_blocks):
+        yield f"down_blocks.{i}", stage, level
+        level += bool(stage.downsamplers)
+    if transformer.mid_block is not None:
+        yield "mid_block", transformer.mid_block, level
+    for i, stage in enumerate(transformer.up_blocks):
+        yield f"up_blocks.{i}", stage, level
+        level -= bool(stage.upsamplers)
+
+
+def _at_level(level: int, tokens: Tokens, call: Call) -> Tokens:
+    """Each downsampler halves the sides and rounds up. Frames are samples of the batch."""
+    _, height, width = tokens.video.grid
+    return Tokens(VideoShape(1, -(-height // 2**level), -(-width // 2**level)))
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:

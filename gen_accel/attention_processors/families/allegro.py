@@ -1,0 +1,46 @@
+"""Allegro, text to video.
+
+Tokens are the video's alone, in raster order; text is seen by cross-attention.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from gen_accel.attention_processors.families import SelfAttention, in_patches, in_stacks
+from gen_accel.video import VideoShape
+
+MODELS = "Allegro"
+CLASSES = ("AllegroTransformer3DModel",)
+ATTENTION_CALL = "F.scaled_dot_product_attention"
+ORDER = "video"
+
+# By what they end in, inside the blocks.
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    "feed_forward": ("ff.net.0.proj", "ff.net.2"),
+}
+
+
+def self_attentions(transformer: Any) -> list[SelfAttention]:
+    config = transformer.config
+    heads, dim = config.num_attention_heads, config.attention_head_dim
+    return in_stacks(transformer, ("transformer_blocks",), heads, dim, attention="attn1")
+
+
+def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> VideoShape:
+    """The grid of (B, C, frames, height, width) latents; ValueError where patches leave a rest."""
+    config = transformer.config
+    patch = config.patch_size_t, config.patch_size, config.patch_size
+    return VideoShape(*in_patches(hidden_states.shape[2:], patch))
+
+
+def timestep(
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    timestep: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """(B,)"""
+    return timestep

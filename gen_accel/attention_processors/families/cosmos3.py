@@ -1,0 +1,99 @@
+"""Cosmos 3.
+
+One sequence of a sample: text, then video in raster order, then sound and actions where there are
+some. The processor calls the attention twice. In the first, text sees the text before it: it is
+left alone. In the second, all that is generated sees everything, so that there are more keys than
+queries.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from gen_accel.attention_processors.families import SelfAttention, in_stacks
+from gen_accel.attention_processors.seam import Call
+from gen_accel.attention_processors.tokens import Tokens
+from gen_accel.video import VideoShape
+
+MODELS = "Cosmos 3"
+CLASSES = ("Cosmos3OmniTransformer",)
+ATTENTION_CALL = "dispatch_attention_fn"
+ORDER = "text, video, sound, actions"
+TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
+
+# By what they end in, inside the blocks. The feed-forward of some has a `gate_proj` too.
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": (
+        *("to_q", "to_k", "to_v", "to_out"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    ),
+    "feed_forward": (
+        *("mlp.up_proj", "mlp.down_proj"),
+        *("mlp_moe_gen.up_proj", "mlp_moe_gen.down_proj"),
+    ),
+}
+
+
+def self_attentions(transformer: Any) -> list[SelfAttention]:
+    config = transformer.config
+    heads, dim = config.num_attention_heads, config.head_dim
+    blocks = in_stacks(transformer, ("layers",), heads, dim, attention="self_attn")
+    return [block._replace(tokens=_generated) for block in blocks]
+
+
+def _generated(tokens: Tokens, call: Call) -> Tokens | None:
+    """The second call's alone."""
+    return tokens if call.number == 1 else None
+
+
+def video_shape(
+    transformer: Any,
+    input_ids: Tensor,
+    text_indexes: Tensor,
+    position_ids: Tensor,
+    und_len: int,
+    sequence_length: int,
+    vision_tokens: list[Tensor],
+    vision_token_shapes: list[tuple[int, int, int]],
+    *args: Any,
+    **kwargs: Any,
+) -> VideoShape:
+    """The grid of the one video in the sequence; ValueError for several."""
+    if len(vision_token_shapes) != 1:
+        raise ValueError(
+            f"vision_token_shapes must be of one video, got {vision_token_shapes}; call the model "
+            "for each"
+        )
+    video = VideoShape(*vision_token_shapes[0])
+    return VideoShape(*video.grid, text=sequence_length - video.tokens)
+
+
+def before(
+    transformer: Any,
+    input_ids: Tensor,
+    text_indexes: Tensor,
+    position_ids: Tensor,
+    und_len: int,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """The text."""
+    return und_len
+
+
+def timestep(
+    input_ids: Tensor,
+    text_indexes: Tensor,
+    position_ids: Tensor,
+    und_len: int,
+    sequence_length: int,
+    vision_tokens: list[Tensor],
+    vision_token_shapes: list[tuple[int, int, int]],
+    vision_sequence_indexes: Tensor,
+    vision_mse_loss_indexes: Tensor,
+    vision_timesteps: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """(noisy tokens,)"""
+    return vision_timesteps

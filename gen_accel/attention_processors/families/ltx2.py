@@ -1,0 +1,105 @@
+"""LTX-2, video with sound.
+
+Tokens of the video's self-attention are the video's, in raster order, and after them those of key
+frames and of other videos that it is made to follow, in whatever sizes. The attention of the sound
+over itself, and that between video, sound and text, is left as it is. A mask between the video and
+what it follows, which LTX-2's pipeline for them has for strengths below 1, is refused.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gen_accel.attention_processors.families import SelfAttention, ltx
+from gen_accel.video import VideoShape
+
+MODELS = "LTX-2"
+CLASSES = ("LTX2VideoTransformer3DModel",)
+ATTENTION_CALL = "dispatch_attention_fn"
+ORDER = "video, with key frames and other videos after it where they condition it"
+TEMPORAL_FACTOR = ltx.TEMPORAL_FACTOR
+
+# By what they end in, inside the blocks: those of the video alone.
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": tuple(
+        f"{attention}.{name}"
+        for attention in ("attn1", "attn2")
+        for name in ("to_q", "to_k", "to_v", "to_out.0")
+    ),
+    "feed_forward": ltx.LORA_TARGETS["feed_forward"],
+}
+
+
+def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
+    return ltx.self_attentions(transformer)
+
+
+def video_shape(
+    transformer: Any,
+    hidden_states: Tensor,
+    audio_hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    audio_encoder_hidden_states: Tensor,
+    timestep: Tensor,
+    audio_timestep: Tensor | None = None,
+    sigma: Tensor | None = None,
+    audio_sigma: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    audio_encoder_attention_mask: Tensor | None = None,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    fps: float = 24.0,
+    audio_num_frames: int | None = None,
+    video_coords: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> VideoShape:
+    """The grid that the pipeline names, or where it gives coordinates alone, that of these, for
+    which it waits for the device; ValueError where it gives neither."""
+    if num_frames is not None and height is not None and width is not None:
+        grid = num_frames, height, width
+    elif video_coords is not None:
+        grid = grid_in(video_coords)
+    else:
+        raise ValueError(
+            f"num_frames, height and width, or video_coords, must be given to "
+            f"{type(transformer).__name__}, got {(num_frames, height, width)}: without them the "
+            "grid of its tokens is unknown"
+        )
+    frames, rows, columns = grid
+    return VideoShape(*grid, text=hidden_states.shape[1] - frames * rows * columns)
+
+
+def grid_in(video_coords: Tensor) -> tuple[int, int, int]:
+    """Of the video, whose tokens come first: it goes on as long as frames begin where those
+    before them end. Waits for the device.
+
+    Args:
+        video_coords: (B, 3, N, 2), where each token begins and ends in time, rows and columns.
+    """
+    (times, rows, _), (ends, _, _) = video_coords[0].unbind(-1)
+    same_time = times == times[0]
+    same_row = same_time & (rows == rows[0])
+    onwards = F.pad(rows.diff() >= 0, (1, 0), value=True)
+    width = int(same_row.cumprod(0).sum())
+    tokens = int((same_time & onwards).cumprod(0).sum())
+    starts, ends = times[::tokens].tolist(), ends[::tokens].tolist()
+    frames = 1
+    while frames < len(times) // tokens and starts[frames] == ends[frames - 1]:
+        frames += 1
+    return frames, tokens // width, width
+
+
+def timestep(
+    hidden_states: Tensor,
+    audio_hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    audio_encoder_hidden_states: Tensor,
+    timestep: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """(B,), or (B, tokens) where some are given (image to video)."""
+    return timestep
