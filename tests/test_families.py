@@ -301,6 +301,17 @@ def gradients(case: Case, model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@every_case
+def test_steps_without_a_pipeline_are_changes_of_the_timestep(case):
+    model, grid = model_of(case), case.grids[1]
+    with attach(model, WINDOW, schedule=Schedule(dense_steps=1)) as handle:
+        for _ in range(2):  # runs
+            for time in (900.0, 500.0, 100.0):
+                run(case, model, grid, time=time)
+        steps = {step: record.why_dense for (_, step), record in handle.records.items()}
+    assert steps == {0: "first steps", 1: None, 2: None}
+
+
 piped = pytest.mark.parametrize(
     "case",
     [pytest.param(case, id=name) for name, case in CASES.items() if case.pipeline is not None],

@@ -26,6 +26,8 @@ from tiny.skyreels import forced_inputs
 from torch import Tensor
 
 from gen_accel import Dense, VideoShape, attach
+from gen_accel.attention_processors.families import ltx as ltx_family
+from gen_accel.attention_processors.families import ltx2
 
 META = torch.device("meta")
 TEXT = 6
@@ -160,3 +162,14 @@ def test_frames_hidden_by_causal_blocks_are_refused():
         pytest.raises(ValueError, match="a mask that hides more than padding"),
     ):
         model(**given)
+
+
+def test_coordinates_that_are_no_whole_frames_are_refused():
+    with pytest.raises(ValueError, match="whole frames"):
+        ltx_family.in_coordinates(torch.ones(1, 3, 4))
+
+
+def test_ltx2_needs_a_grid_or_coordinates():
+    x, e, t = (torch.zeros(1),) * 3
+    with pytest.raises(ValueError, match="or video_coords"):
+        ltx2.video_shape(None, x, x, e, e, t)

@@ -27,14 +27,18 @@ class Clock:
         self._timesteps: Tensor | None = None
         self._begin = 0
 
-    def advance(self, timestep: Tensor) -> bool:
+    def advance(self, timestep: Tensor, *, rising: bool = False) -> bool:
         """Read the step before a forward pass; whether a new run begins with it.
+
+        Args:
+            rising: from step to step; see TIMESTEPS_RISE of a family.
 
         The timestep itself, which waits for a GPU, is read at the first call of a run, and at
         each one without a scheduler or with one that counts no steps.
         """
         if self.scheduler is None:
             now = timestep.max().item()  # where each token has its own: of those still noisy
+            now = -now if rising else now
             before, self._timestep = self._timestep, now
             if before is None or now > before:
                 self.step = 0

@@ -48,7 +48,7 @@ def inputs(
     return {
         "hidden_states": noise(batch, CHANNELS, frames, 2 * height, 2 * width),
         "encoder_hidden_states": noise(batch, TEXT, TEXT_WIDTH, seed=3),
-        "timestep": torch.full((batch,), time),
+        "timestep": torch.full((batch,), 1000 - time),
         "encoder_attention_mask": torch.arange(TEXT) < torch.tensor(lengths)[:, None],
     }
 

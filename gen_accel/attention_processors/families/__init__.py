@@ -10,8 +10,8 @@ self_attentions(transformer)  the attentions over the tokens of video or image, 
 video_shape(transformer, ...) the token grid, one frame for an image, read from the arguments of a
                               forward pass, and as its text all other tokens that attend with it
 before(transformer, ...)      how many of those come before the grid; only where some do
-timestep(...)                 of a forward pass, read from its arguments; falls from step to step
-                              unless there is a pipeline to read the step from
+timestep(...)                 of a forward pass, read from its arguments
+TIMESTEPS_RISE                True where it rises from step to step; elsewhere it falls
 text_lengths(transformer, ...) of each sample in tokens, where a mask hides the padding of texts,
                               for graphs of torch.compile
 

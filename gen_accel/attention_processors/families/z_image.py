@@ -19,6 +19,7 @@ MODELS = "Z-Image"
 CLASSES = ("ZImageTransformer2DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "image, filling, text"
+TIMESTEPS_RISE = True
 
 MULTIPLE = 32  # of tokens of an image and of a text
 

@@ -371,7 +371,7 @@ class ImagePrompt:
             part.fill([()] * len(part.branches))
             return
         if scales.needs_step:
-            self._clock.advance(part.timestep(*args, **kwargs))
+            self._clock.advance(part.timestep(*args, **kwargs), rising=part.rising)
             scales.at(self._clock.step, self._clock.steps)
         x = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
         assert isinstance(x, Tensor)
@@ -572,6 +572,7 @@ class Part:
         self.name, self.kind, self.attentions = name, type(model).__name__, len(sites)
         self.branches = [Branch(site) for site in sites if site.number in adapter.layers]
         self.video_shape, self.timestep = family.video_shape, family.timestep
+        self.rising = getattr(family, "TIMESTEPS_RISE", False)
         self.no_frames: Callable[..., str | None] | None = getattr(family, "no_frames", None)
         self.batched = family.GUIDANCE == "batched" and not hasattr(model, "cache_context")
         self.factor = temporal_factor(pipe, family)
