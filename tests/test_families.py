@@ -14,7 +14,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from tiny import Case, cases
 from torch import Tensor, nn
 
-from gen_accel import Dense, Schedule, VideoShape, attach, attention
+from gen_accel import Dense, Neighborhood, Schedule, VideoShape, attach, attention
 from gen_accel.attention_processors.families import (
     FAMILIES,
     REFUSED,
@@ -234,6 +234,20 @@ def is_seen(mask: Tensor | None, sample: int, place: int) -> bool:
     of_sample = mask[sample if len(mask) > 1 else 0].reshape(-1, mask.shape[-1])[:, place]
     allowed = of_sample if mask.dtype == torch.bool else of_sample == 0
     return bool(allowed.any())
+
+
+def test_a_window_larger_than_a_level_of_a_unet_is_all_of_it():
+    case = CASES["stable_diffusion"]
+    model, grid = model_of(case), case.grids[0]
+    stock = run(case, model, grid)
+    with attach(model, Neighborhood((-1, 5, 7))) as handle:
+        assert not torch.allclose(run(case, model, grid), stock, atol=1e-4)
+        densities = {record.density for record in handle.records.values()}
+    assert min(densities) < 0.6
+    assert max(densities) == 1
+    with attach(model, Neighborhood((-1, 50, 7))):
+        with pytest.raises(ValueError, match="window 50 is larger than the"):
+            run(case, model, grid)
 
 
 @every_case

@@ -23,7 +23,7 @@ class Case:
         build: the model in evaluation mode, with the same weights each time.
         inputs: arguments of a forward pass, `inputs(frames, height, width, batch=2, lengths=None,
             time=700.0)`, the same values each time: grids are in tokens, `lengths` are those of
-            the samples' texts without their padding, and `time` is the timestep, from 1000 down to 0.
+            the samples' texts without their padding, and `time` falls from 1000 to 0.
         poke: changes in place, in arguments of `inputs`, all that the first sample's token at
             (frame, row, column) is made of, and no other's.
         latents: the argument that holds the latents.
