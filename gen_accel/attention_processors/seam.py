@@ -30,6 +30,8 @@ class Call(NamedTuple):
         tokens: of the first tensor that the processor was given, its `hidden_states`. Where text
             attends jointly with video or image, these are the tokens of the latter, or of all.
         number: of the call in this run of the processor.
+        parallel: where q, k and v are of some of the tokens only, as other processes hold others.
+        heads: of the layer, which q, k and v are of; None for all.
     """
 
     q: Tensor
@@ -41,6 +43,20 @@ class Call(NamedTuple):
     mask: Tensor | None = None
     tokens: int = 0
     number: int = 0
+    parallel: "Parallel | None" = None
+    heads: slice | None = None
+
+
+class Parallel(NamedTuple):
+    """How the tokens of a call are spread over processes.
+
+    Args:
+        config: diffusers' `ContextParallelConfig`.
+        alone: runs the stock call on all tokens, given their q, k, v and mask, for some heads.
+    """
+
+    config: Any
+    alone: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 # The call and what it gave, (B, N, H, D), to what it is to give.
@@ -290,6 +306,7 @@ def put_processor(module: Any, processor: Any) -> None:
     if hasattr(module, "set_processor"):
         module.set_processor(processor)
     else:  # Mochi's
+        module._modules.pop("processor", None)  # in whose place only a module may be put
         module.processor = processor
 
 
@@ -407,13 +424,18 @@ def _bind(
             )
             return out.transpose(1, 2) if heads_first else out
 
+        def alone(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+            options |= {**kwargs, "parallel_config": None}
+            return stock_call(q, k, v, attn_mask=mask, **options)
+
         refused = []
         if dropout_p > 0:
             refused.append("dropout_p")
         if is_causal:
             refused.append("is_causal")
-        if kwargs.get("parallel_config") is not None:
-            refused.append("parallel_config (context parallelism)")
+        split = kwargs.get("parallel_config")
+        parallel = None if split is None else Parallel(split.context_parallel_config, alone)
         q, k, v = query, key, value
         if heads_first:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -421,7 +443,9 @@ def _bind(
             k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
         value_or_default = q.shape[-1] ** -0.5 if scale is None else scale
         number, run.number = run.number, run.number + 1
-        call = Call(q, k, v, value_or_default, stock, refused, attn_mask, run.tokens, number)
+        call = Call(
+            *(q, k, v, value_or_default, stock, refused, attn_mask, run.tokens, number, parallel)
+        )
         # What a processor holds, torch.compile guards, so that layers would not share a graph.
         out = attend(call) if torch.compiler.is_compiling() else run.processor._attend(call)
         for tap in run.processor.taps:

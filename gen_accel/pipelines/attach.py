@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel import kernels
-from gen_accel.attention_processors import Dense
+from gen_accel.attention_processors import Dense, context_parallel
 from gen_accel.attention_processors.families import SelfAttention, family_of
 from gen_accel.attention_processors.full import Full
 from gen_accel.attention_processors.seam import (
@@ -242,6 +242,7 @@ class Attachment:
         self._paused = False
         self._checked: set[tuple] = set()
         self._layers: dict[str, Layer] = {}
+        self._text_split: dict[str, bool] = {}
         self._read: tuple[ref, Tokens, tuple[tuple[int, ...], ...] | None] | None = None
         self._sites: list[tuple[Any, SparseProcessor]] = []
         replaced: list[tuple[Attachment, Any]] = []
@@ -375,14 +376,14 @@ class Attachment:
         recorded = self.clock.scheduler is not None and not torch.compiler.is_compiling()
         needs_step = self.schedule.needs_step or any(e.needs_step for e in self.extensions)
         if recorded or needs_step:
-            self._advance(read.timestep(*args, **kwargs))
+            self._advance(read.timestep(*args, **kwargs), read.rising)
 
     @torch.compiler.disable(
         reason="a schedule of steps needs fullgraph=False or compile_repeated_blocks()"
     )
-    def _advance(self, timestep: Tensor) -> None:
+    def _advance(self, timestep: Tensor, rising: bool) -> None:
         """Outside of a graph, which else would be compiled again for each step."""
-        if self.clock.advance(timestep):
+        if self.clock.advance(timestep, rising=rising):
             self.records.clear()
         self._dense_step = self.schedule.why_step(self.clock.step, self.clock.steps)
 
@@ -402,6 +403,9 @@ class Attachment:
             why = "method is dense"
         extended = bool(self._active(tokens.video)) if self.extensions else False
         own = call.stock if why and not extended else None
+        by_stock = own is not None and context_parallel.stock_is_right(call, tokens)
+        if call.parallel is not None and not by_stock:
+            return self._exchanged(layer, call, tokens, None if why else layer.method)
         if own is None:
             _check_tokens(layer, call, tokens)
         if why and extended:
@@ -418,7 +422,7 @@ class Attachment:
         start = self._now(call.q) if self.timed else None
         if own is not None:
             out = own()
-            record.add(call.q.shape, why=why)
+            record.add(context_parallel.counted_shape(call), why=why)
         elif self.observe is not None:
             out = call.stock()
             record.add(call.q.shape, why="observed")
@@ -434,12 +438,31 @@ class Attachment:
         self.records[key] = record  # not before the call has succeeded
         return out
 
+    def _exchanged(self, layer: "Layer", call: Call, tokens: Tokens, method: Any) -> Tensor:
+        if self.observe is not None:
+            raise ValueError(
+                "each process of context parallelism sees some heads alone, which nothing can be "
+                "fitted to; calibrate before enable_parallelism"
+            )
+        options = {"method": method, "text_split": self._splits_text(layer.name)}
+        return context_parallel.exchanged(call, tokens, partial(self._attend, layer), **options)
+
+    @torch.compiler.assume_constant_result
+    def _splits_text(self, name: str) -> bool:
+        """Of the transformer with this layer. Its modules are gone through once."""
+        transformer = name.split(".")[0]
+        if transformer not in self._text_split:
+            found = context_parallel.splits_text(self._transformers[transformer])
+            self._text_split[transformer] = found
+        return self._text_split[transformer]
+
     def _sparse(
         self, layer: "Layer", call: Call, tokens: Tokens, record: Record, why: str | None
     ) -> Tensor:
         trained = {}
         if layer.branch is not None:
-            trained["branch"] = on_device(layer.branch, call.q.device)
+            branch = on_device(layer.branch, call.q.device)
+            trained["branch"] = context_parallel.of_heads(branch, call.heads)
         chosen: list[kernels.Choice] = []
         plans: list[Plan] = []
 
@@ -452,7 +475,8 @@ class Attachment:
             return out
 
         def by_method(q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
-            return layer.method(q, k, v, video=video, kernel=partial(run, video), **trained)
+            method = self._within(layer.method, video)
+            return method(q, k, v, video=video, kernel=partial(run, video), **trained)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
             plans.clear()
@@ -466,7 +490,9 @@ class Attachment:
         """The same in a graph, in which all that depends on the grid alone is a constant: the
         plan, or where q and k make the plan, its layout."""
         # Not the layer's: a graph is made for one layer, and run by all that are like it.
-        trained = {} if layer.branch is None else {"branch": self.branch}
+        trained = {}
+        if layer.branch is not None:
+            trained["branch"] = context_parallel.of_heads(self.branch, call.heads)
         full = isinstance(layer.method, Full)
 
         def run(video: VideoShape, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
@@ -495,11 +521,19 @@ class Attachment:
     ) -> tuple:
         """Runs while a graph is traced, outside of it."""
         where, video = torch.device(device), VideoShape(frames, height, width, text)
-        method: Any = Full() if full else self._layers[name].method
+        method = self._within(Full() if full else self._layers[name].method, video)
         if hasattr(method, "layout"):
             return method.layout(video, where)
         plan = self._adjusted(method.plan(video, where), video)
         return kernels.prepare(plan, where, self.kernel)
+
+    def _within(self, method: Any, video: VideoShape) -> Any:
+        """On levels of a UNet, whose grids may be smaller than a window, that is the whole axis;
+        where it is larger than what the user sees it is an error."""
+        tokens = self.clock.tokens
+        if tokens is None or tokens.video.grid == video.grid or not hasattr(method, "within"):
+            return method
+        return method.within(video)
 
     def _active(self, video: VideoShape) -> list[AttentionExtension]:
         return [e for e in self.extensions if video.frames > e.trained]
@@ -594,13 +628,15 @@ class _Readers(NamedTuple):
 
     video_shape: Callable
     timestep: Callable
+    rising: bool
     before: Callable | None
     text_lengths: Callable | None
 
     @classmethod
     def of(cls, family: Any) -> "_Readers":
         others = (getattr(family, name, None) for name in ("before", "text_lengths"))
-        return cls(family.video_shape, family.timestep, *others)
+        rising = getattr(family, "TIMESTEPS_RISE", False)
+        return cls(family.video_shape, family.timestep, rising, *others)
 
 
 class Layer(NamedTuple):
@@ -622,7 +658,7 @@ class Layer(NamedTuple):
 
 def _check_tokens(layer: Layer, call: Call, tokens: Tokens) -> None:
     q, k, video = call.q.shape[1], call.k.shape[1], tokens.video
-    if k != video.tokens or q not in (k, video.video_tokens):
+    if k != video.tokens or q not in (k, k - tokens.before, video.video_tokens):
         raise ValueError(
             f"attention of {layer.name} runs over {k} tokens, the latents make {video}: a size "
             "that the model's patches do not divide, or a model that this family does not describe"

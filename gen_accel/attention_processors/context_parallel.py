@@ -1,0 +1,253 @@
+"""Context parallelism: each process holds some of the tokens, and attends for some of the heads.
+
+diffusers splits the tokens of a model over processes. A method needs all of them, while no head
+needs another: so before sparse attention each process gives its tokens of the others' heads for
+the others' tokens of its own, and after it the other way round. What exchanges is diffusers' own.
+Where video and text are split each by itself, what arrives is all of one process and then all of
+the next, and is put in the model's order here. Text that every process holds is taken once.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gen_accel.attention_processors.seam import Call
+from gen_accel.attention_processors.tokens import Tokens
+
+# Of `BlockMixture`, those in which what a head picks depends on the other heads.
+SCOPES_OVER_HEADS = ("overall", "block")
+
+
+class Stream(NamedTuple):
+    """Tokens that follow each other in the model's order.
+
+    Args:
+        split: over the processes; else each of them holds all.
+    """
+
+    tokens: int
+    split: bool
+
+    def part(self, degree: int, rank: int) -> range:
+        """Those of one process of `degree`; the first ones take what is left over."""
+        if not self.split:
+            return range(self.tokens)
+        size, rest = divmod(self.tokens, degree)
+        start = rank * size + min(rank, rest)
+        return range(start, start + size + (rank < rest))
+
+
+def exchanged(
+    call: Call,
+    tokens: Tokens,
+    attend: Callable[[Call], Tensor],
+    *,
+    method: Any,
+    text_split: bool,
+) -> Tensor:
+    """(B, n, H, D) of what `attend` gives for all tokens and this process's share of the heads.
+
+    Args:
+        call: over the n tokens that this process holds.
+        tokens: of all processes.
+        attend: gets the call over all of them, in the model's order, with no parallel config.
+        method: that runs; None for the model's own attention.
+        text_split: see `splits_text`.
+
+    Raises:
+        ValueError: a way of splitting that the method does not take, or a part of the tokens that
+            is no such split.
+    """
+    parallel = call.parallel
+    assert parallel is not None
+    config = parallel.config
+    n, heads = call.q.shape[1:3]
+    _check(call, config, method)
+    streams = _streams(call, config, tokens, text_split)
+    order, held = _orders(streams, config.ulysses_degree, str(call.q.device))
+
+    def whole(x: Tensor) -> Tensor:
+        x = _to_heads(x, config)
+        return x if order is None else x.index_select(1, order)
+
+    q, k, v = (whole(x) for x in (call.q, call.k, call.v))
+    mask = call.mask
+    if mask is not None and mask.shape[-1] == n and mask.numel() == len(mask) * n:
+        mask = _whole_mask(mask, call.q.dtype, config.ulysses_degree, whole)
+    latents = streams[1 if tokens.before and len(streams) > 1 else 0].tokens
+    share = -(-heads // config.ulysses_degree)
+    first = share * config._ulysses_local_rank
+    whole_call = call._replace(
+        q=q,
+        k=k,
+        v=v,
+        mask=mask,
+        stock=lambda: parallel.alone(q, k, v, mask),
+        tokens=tokens.video.tokens if call.tokens == n else latents,
+        parallel=None,
+        heads=slice(first, min(first + share, heads)),
+    )
+    out = attend(whole_call)
+    if held is not None:
+        out = out.index_select(1, held)
+    return _to_tokens(out, config, n, heads)
+
+
+def splits_text(transformer: nn.Module) -> bool:
+    """Whether text is split over the processes by itself, as a second stream of the model: by the
+    plan that `enable_parallelism` was given, of which its hooks are what is left."""
+    hooks = [
+        hook
+        for module in transformer.modules()
+        if hasattr(module, "_diffusers_hook")
+        for hook in module._diffusers_hook.hooks.values()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    ]
+    return any("encoder_hidden_states" in getattr(hook, "metadata", ()) for hook in hooks)
+
+
+def stock_is_right(call: Call, tokens: Tokens) -> bool:
+    """Whether diffusers' own exchange does for the model's own attention. It takes what arrives
+    as it comes: text that each process holds would count once for each, and a mask of all tokens
+    would hide others than it means."""
+    if call.parallel is None or not tokens.video.text:
+        return True
+    n, config = call.k.shape[1], call.parallel.config
+    if call.mask is not None and call.mask.shape[-1] != n:
+        return False
+    return n != _held(_text_everywhere(tokens), config)
+
+
+def of_heads(branch: Any, heads: slice | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """The branch of a method with parameters, for some heads of a layer; None for all."""
+    if heads is None or branch.alpha is None:
+        return branch
+    return lambda *outs: functional_call(branch, {"alpha": branch.alpha[heads]}, outs)
+
+
+def counted_shape(call: Call) -> tuple[int, int, int, int]:
+    """(B, N, H, D) of which this process does the work in a call: all tokens, some heads."""
+    B, n, H, D = call.q.shape
+    if call.parallel is None:
+        return B, n, H, D
+    config = call.parallel.config
+    degree = config.ulysses_degree * config.ring_degree
+    return B, n * degree, -(-H // degree), D
+
+
+def _check(call: Call, config: Any, method: Any) -> None:
+    degree, heads = config.ulysses_degree, call.q.shape[2]
+    reasons = []
+    if config.ring_degree > 1:
+        reasons.append(
+            f"ring_degree={config.ring_degree}, with which no process sees all keys at once: use "
+            "ulysses_degree"
+        )
+    if heads % degree and not config.ulysses_anything:
+        reasons.append(
+            f"ulysses_degree={degree}, which does not divide {heads} heads: use one that does, "
+            "or ulysses_anything=True"
+        )
+    if config.ulysses_anything and torch.is_grad_enabled() and call.q.requires_grad:
+        reasons.append(
+            "ulysses_anything=True in training, as its exchange has no gradient: use sizes that "
+            "ulysses_degree divides"
+        )
+    if getattr(method, "scope", None) in SCOPES_OVER_HEADS:
+        reasons.append(
+            f"scope={method.scope!r}, in which all heads pick together, while each process holds "
+            "some: use 'head_global' or 'query_head'"
+        )
+    if reasons:
+        raise ValueError(f"context parallelism does not take {'; nor '.join(reasons)}")
+
+
+def _streams(call: Call, config: Any, tokens: Tokens, text_split: bool) -> tuple[Stream, ...]:
+    """How the tokens of a call are spread over the processes."""
+    N, before = tokens.video.tokens, tokens.before
+    streams = (Stream(N, True),)
+    if text_split and tokens.video.text:
+        first = before or tokens.video.video_tokens
+        streams = Stream(first, True), Stream(N - first, True)
+    n = call.k.shape[1]
+    for option in (streams, _text_everywhere(tokens)):
+        if call.q.shape[1] == n == _held(option, config):
+            return option
+    raise ValueError(
+        f"context parallelism gives a process {call.q.shape[1]} queries and {n} keys of the "
+        f"{N} of {tokens.video}, which is no part of a split that is known here; use the cp_plan "
+        "of gen_accel.pipelines.context_parallel.context_parallel_plan"
+    )
+
+
+def _text_everywhere(tokens: Tokens) -> tuple[Stream, ...]:
+    """The grid split, and all others in each process."""
+    video, before = tokens
+    streams = (
+        Stream(before, False),
+        Stream(video.video_tokens, True),
+        Stream(video.text - before, False),
+    )
+    return tuple(stream for stream in streams if stream.tokens)
+
+
+def _held(streams: Sequence[Stream], config: Any) -> int:
+    """By this process."""
+    degree, rank = config.ulysses_degree, config._ulysses_local_rank
+    return sum(len(stream.part(degree, rank)) for stream in streams)
+
+
+@lru_cache(maxsize=32)
+@torch.compiler.assume_constant_result
+@torch.inference_mode(False)  # made while sampling, it must serve training too
+def _orders(
+    streams: tuple[Stream, ...], degree: int, device: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """For each token in the model's order its first place in what arrives; and for each place in
+    what arrives its token. None where both orders are the same."""
+    *starts, total = accumulate((stream.tokens for stream in streams), initial=0)
+    parts = [
+        (start, stream.part(degree, rank))
+        for rank in range(degree)
+        for start, stream in zip(starts, streams, strict=True)
+    ]
+    held = torch.cat([start + torch.arange(part.start, part.stop) for start, part in parts])
+    if torch.equal(held, torch.arange(total)):
+        return None, None
+    order = held.argsort(stable=True)
+    is_first = held[order].diff(prepend=held.new_tensor([-1])) > 0
+    return order[is_first].to(device), held.to(device)
+
+
+def _whole_mask(mask: Tensor, dtype: torch.dtype, degree: int, whole: Callable) -> Tensor:
+    """Of all keys, (..., N), from one of the keys of this process, (..., n): with as many heads
+    as there are processes, it takes the way of the keys."""
+    rows = mask.reshape(len(mask), -1, 1, 1).expand(-1, -1, degree, -1)
+    rows = whole(rows.to(dtype))[:, :, 0, 0]
+    rows = rows.view(*mask.shape[:-1], -1)
+    return rows != 0 if mask.dtype == torch.bool else rows
+
+
+def _to_heads(x: Tensor, config: Any) -> Tensor:
+    """(B, n, H, D) to (B, all that arrives, heads of this process, D)."""
+    from diffusers.models import attention_dispatch
+
+    group = config._ulysses_mesh.get_group()
+    if config.ulysses_anything:
+        return attention_dispatch.all_to_all_single_any_qkv_async(x, group)()
+    return attention_dispatch.SeqAllToAllDim.apply(group, x, 2, 1)
+
+
+def _to_tokens(x: Tensor, config: Any, n: int, heads: int) -> Tensor:
+    """And back, to (B, n, H, D)."""
+    from diffusers.models import attention_dispatch
+
+    group = config._ulysses_mesh.get_group()
+    if config.ulysses_anything:
+        sizes = {"NUM_QO_HEAD": heads, "Q_S_LOCAL": n}
+        return attention_dispatch.all_to_all_single_any_o_async(x, group, **sizes)()
+    return attention_dispatch.SeqAllToAllDim.apply(group, x, 1, 2)
