@@ -245,9 +245,9 @@ def test_a_window_larger_than_a_level_of_a_unet_is_all_of_it():
         densities = {record.density for record in handle.records.values()}
     assert min(densities) < 0.6
     assert max(densities) == 1
-    with attach(model, Neighborhood((-1, 50, 7))):
-        with pytest.raises(ValueError, match="window 50 is larger than the"):
-            run(case, model, grid)
+    larger = attach(model, Neighborhood((-1, 50, 7)))
+    with larger, pytest.raises(ValueError, match="window 50 is larger than the"):
+        run(case, model, grid)
 
 
 @every_case
