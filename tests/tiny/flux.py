@@ -5,9 +5,12 @@ from typing import Any
 
 import image_models
 import torch
+from diffusers import FluxKontextPipeline, FluxPipeline
+from image_adapters import picture
 from torch import Tensor
+from transformers import CLIPTextModel
 
-from tiny import Case
+from tiny import Case, images
 from tiny.images import GRIDS, noise, positions
 
 TEXT = 5
@@ -56,9 +59,41 @@ def row(given: dict[str, Any], number: int) -> dict[str, Any]:
     }
 
 
+def pipeline(kind: type = FluxPipeline) -> Any:
+    return images.pipeline(
+        kind,
+        vae=images.autoencoder(1),
+        text_encoder=images.clip(CLIPTextModel, 12),
+        tokenizer=images.tokenizer(),
+        text_encoder_2=images.t5(24),
+        tokenizer_2=images.tokenizer(),
+        transformer=image_models.flux(),
+    )
+
+
+guided = partial(images.generate, negative_prompt=images.NEGATIVE, true_cfg_scale=4.0)
+# Without the latter two, both images would be made a megapixel large.
+edited = {"image": picture(), "max_area": images.HEIGHT * images.WIDTH, "_auto_resize": False}
+
 CASES = [
-    Case("flux", image_models.flux, inputs, poke, GRIDS, row=row),
     Case(
-        "flux, references", image_models.flux, partial(inputs, references=4), poke, GRIDS, row=row
+        "flux",
+        image_models.flux,
+        inputs,
+        poke,
+        GRIDS,
+        row=row,
+        pipeline=pipeline,
+        generate=guided,
+    ),
+    Case(
+        "flux, references",
+        image_models.flux,
+        partial(inputs, references=4),
+        poke,
+        GRIDS,
+        row=row,
+        pipeline=partial(pipeline, FluxKontextPipeline),
+        generate=partial(guided, **edited),
     ),
 ]

@@ -4,10 +4,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import Flux2Transformer2DModel
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+from image_adapters import picture
 from torch import Tensor
 
-from tiny import Case
+from tiny import Case, images
 from tiny.images import GRIDS, noise, positions
 
 TEXT = 5
@@ -61,7 +62,29 @@ def poke(given: dict[str, Any], frame: int, row: int, column: int) -> None:
     given["hidden_states"][0, place] += 1
 
 
+def pipeline() -> Any:
+    torch.manual_seed(2)
+    return images.pipeline(
+        Flux2KleinPipeline,
+        vae=AutoencoderKLFlux2(**images.TWO_LEVELS, latent_channels=1).eval(),
+        text_encoder=images.qwen3(4),
+        tokenizer=images.tokenizer(),
+        transformer=transformer(),
+    )
+
+
+# The text is what three layers of the text encoder give, side by side.
+guided = partial(images.generate, guidance_scale=4.0, text_encoder_out_layers=(0, 1, 2))
+
 CASES = [
-    Case("flux2", transformer, inputs, poke, GRIDS),
-    Case("flux2, references", transformer, partial(inputs, references=4), poke, GRIDS),
+    Case("flux2", transformer, inputs, poke, GRIDS, pipeline=pipeline, generate=guided),
+    Case(
+        "flux2, references",
+        transformer,
+        partial(inputs, references=4),
+        poke,
+        GRIDS,
+        pipeline=pipeline,
+        generate=partial(guided, image=picture(size=(64, 72))),
+    ),
 ]

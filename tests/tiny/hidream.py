@@ -1,12 +1,14 @@
 """HiDream: an image that is filled up where it is not square, and text of three kinds after it."""
 
+from functools import cache, partial
 from typing import Any
 
 import torch
-from diffusers import HiDreamImageTransformer2DModel
+from diffusers import HiDreamImagePipeline, HiDreamImageTransformer2DModel
 from torch import Tensor
+from transformers import CLIPTextModelWithProjection, LlamaConfig, LlamaForCausalLM
 
-from tiny import Case
+from tiny import Case, images
 from tiny.images import noise, poke_patch
 
 
@@ -24,7 +26,7 @@ def transformer() -> Any:
         text_emb_dim=6,
         num_routed_experts=2,
         num_activated_experts=1,
-        axes_dims_rope=(8, 4, 4),
+        axes_dims_rope=(8, 4, 4),  # pyright: ignore[reportArgumentType]
         max_resolution=(24, 24),
         llama_layers=[0, 1],
     ).eval()
@@ -57,4 +59,45 @@ def row(given: dict[str, Any], number: int) -> dict[str, Any]:
     }
 
 
-CASES = [Case("hidream", transformer, inputs, poke_patch, ((1, 9, 11), (1, 7, 7)), row=row)]
+@cache
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    return LlamaForCausalLM(LlamaConfig(**images.causal(12, layers=2))).eval()
+
+
+def pipeline() -> Any:
+    clip = images.clip(CLIPTextModelWithProjection, 4, projected=3)
+    pipe = images.pipeline(
+        HiDreamImagePipeline,
+        vae=images.autoencoder(4),
+        text_encoder=clip,
+        tokenizer=images.tokenizer(),
+        text_encoder_2=clip,
+        tokenizer_2=images.tokenizer(),
+        text_encoder_3=images.t5(8),
+        tokenizer_3=images.tokenizer(),
+        text_encoder_4=llama(),
+        tokenizer_4=images.tokenizer(),
+        transformer=transformer(),
+    )
+    pipe.default_sample_size = 24  # of latents; all pictures are as large as such a square
+    return pipe
+
+
+# 9 x 15 tokens, which are filled up to 144.
+generate = partial(
+    images.generate, height=36, width=60, negative_prompt=images.NEGATIVE, guidance_scale=4.0
+)
+
+CASES = [
+    Case(
+        "hidream",
+        transformer,
+        inputs,
+        poke_patch,
+        ((1, 9, 11), (1, 7, 7)),
+        row=row,
+        pipeline=pipeline,
+        generate=generate,
+    )
+]

@@ -1,12 +1,13 @@
 """Qwen-Image: padded text before the image; references after it, or layers of it as frames."""
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
-from diffusers import QwenImageTransformer2DModel
+from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from tiny import Case
+from tiny import Case, images
 from tiny.images import GRIDS, noise
 
 TEXT = 7
@@ -62,12 +63,71 @@ def padding(given: dict[str, Any], lengths: tuple[int, int]) -> None:
         given["encoder_hidden_states"][sample, length:] += 1
 
 
+@cache
+def text_encoder() -> Qwen2_5_VLForConditionalGeneration:
+    torch.manual_seed(3)
+    vision = {
+        "depth": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_heads": 2,
+        "out_hidden_size": 12,
+        "patch_size": 4,
+    }
+    language = images.causal(12, layers=1) | {
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 1]},
+    }
+    config = Qwen2_5_VLConfig(text_config=language, vision_config=vision)
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+@cache
+def autoencoder() -> AutoencoderKLQwenImage:
+    torch.manual_seed(2)
+    return AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=1,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.0],
+        latents_std=[1.0],
+    ).eval()
+
+
+def pipeline() -> Any:
+    return images.pipeline(
+        QwenImagePipeline,
+        vae=autoencoder(),
+        text_encoder=text_encoder(),
+        tokenizer=images.tokenizer(),
+        transformer=transformer(),
+    )
+
+
+# Two samples, the shorter text of which is padded.
+generate = partial(
+    images.generate,
+    prompt=[images.PROMPT, images.NEGATIVE],
+    negative_prompt=[images.NEGATIVE, images.PROMPT],
+    true_cfg_scale=4.0,
+)
 layered = partial(transformer, use_layer3d_rope=True)
 with_reference = partial(inputs, condition=(5, 4))
 padded = {"lengths": (7, 3), "padding": padding}
 
 CASES = [
-    Case("qwenimage", transformer, inputs, poke, GRIDS, **padded),
+    Case(
+        "qwenimage",
+        transformer,
+        inputs,
+        poke,
+        GRIDS,
+        **padded,
+        pipeline=pipeline,
+        generate=generate,
+    ),
     Case(
         "qwenimage, references",
         transformer,

@@ -1,19 +1,21 @@
 """Stable Diffusion 3, and 3.5 Medium with its second attention over the image."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
+from transformers import CLIPTextModelWithProjection
 
-from tiny import Case
+from tiny import Case, images
 from tiny.images import GRIDS, noise, poke_patch
 
 
 def transformer(**config: Any) -> Any:
     torch.manual_seed(0)
-    tiny = {
+    tiny: dict[str, Any] = {
         "sample_size": 32,
         "patch_size": 2,
         "in_channels": 4,
@@ -48,7 +50,33 @@ def inputs(
 
 second = partial(transformer, dual_attention_layers=(0,), qk_norm="rms_norm")
 
+
+def pipeline(build: Callable[[], Any]) -> Any:
+    clip = images.clip(CLIPTextModelWithProjection, 4)
+    return images.pipeline(
+        StableDiffusion3Pipeline,
+        transformer=build(),
+        vae=images.autoencoder(4),
+        text_encoder=clip,
+        tokenizer=images.tokenizer(),
+        text_encoder_2=clip,
+        tokenizer_2=images.tokenizer(),
+        text_encoder_3=images.t5(12),
+        tokenizer_3=images.tokenizer(),
+    )
+
+
+generate = partial(images.generate, negative_prompt=images.NEGATIVE, guidance_scale=4.0)
+
 CASES = [
-    Case("sd3", transformer, inputs, poke_patch, GRIDS),
-    Case("sd3, second attention", second, inputs, poke_patch, GRIDS),
+    Case(
+        name,
+        build,
+        inputs,
+        poke_patch,
+        GRIDS,
+        pipeline=partial(pipeline, build),
+        generate=generate,
+    )
+    for name, build in (("sd3", transformer), ("sd3, second attention", second))
 ]

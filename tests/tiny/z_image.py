@@ -1,12 +1,13 @@
 """Z-Image: latents and texts come in lists, and both are filled up to multiples of 32 tokens."""
 
+from functools import partial
 from typing import Any
 
 import torch
-from diffusers import ZImageTransformer2DModel
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor, nn
 
-from tiny import Case
+from tiny import Case, images
 from tiny.images import GRIDS, noise
 
 LENGTHS = (40, 3)  # of texts: filled up to 64 and to 32 tokens
@@ -64,6 +65,25 @@ def call(model: nn.Module, given: dict[str, Any]) -> Tensor:
     return torch.stack(model(**given, return_dict=False)[0])
 
 
+def pipeline() -> Any:
+    return images.pipeline(
+        ZImagePipeline,
+        vae=images.autoencoder(4),
+        text_encoder=images.qwen3(12).model,
+        tokenizer=images.tokenizer(),
+        transformer=transformer(),
+    )
+
+
+# Guidance makes a batch of a text of 41 tokens and one of 4.
+generate = partial(
+    images.generate,
+    prompt=8 * f"{images.PROMPT} ",
+    negative_prompt=images.NEGATIVE,
+    guidance_scale=4.0,
+    max_sequence_length=64,
+)
+
 CASES = [
     Case(
         "z_image",
@@ -75,5 +95,7 @@ CASES = [
         padding=padding,
         call=call,
         row=row,
+        pipeline=pipeline,
+        generate=generate,
     )
 ]
