@@ -664,7 +664,10 @@ def models(
         typer.echo(inventory.models_page(), nl=False)
         return
     found = inventory.models()
-    table = Table("models", "class", "methods", "tokens", "LoRA targets", "image prompts")
+    table = Table("models")
+    table.add_column("class", no_wrap=True)
+    for name in ("methods", "tokens", "LoRA targets", "image prompts"):
+        table.add_column(name)
     for model in found:
         if not model.refused:
             targets = ", ".join(model.lora_targets["attention"])

@@ -35,7 +35,12 @@ from gen_accel.pipelines.summary import Record, Summary
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
-TRANSFORMERS = ("transformer", "transformer_2", "unet")  # as pipelines name them
+TRANSFORMERS = (
+    "transformer",
+    "transformer_2",
+    "transformer_ref",
+    "unet",
+)  # as pipelines name them
 
 
 def attach(
@@ -368,10 +373,8 @@ class Attachment:
         before = 0 if read.before is None else read.before(transformer, *args, **kwargs)
         self.clock.tokens = Tokens(video, before)
         if read.text_lengths is not None:
-            if torch.compiler.is_compiling() or is_compiled(transformer):
-                self._read_texts(read.text_lengths, transformer, args, kwargs)
-            else:
-                self._read = None
+            self._read = None
+            self._read_texts(read.text_lengths, transformer, args, kwargs)
         # Without a schedule of steps they are counted for the records, which a graph has not.
         recorded = self.clock.scheduler is not None and not torch.compiler.is_compiling()
         needs_step = self.schedule.needs_step or any(e.needs_step for e in self.extensions)
@@ -391,7 +394,8 @@ class Attachment:
         reason="the lengths of texts need fullgraph=False or compile_repeated_blocks()"
     )
     def _read_texts(self, lengths: Callable, transformer: Any, args: tuple, kwargs: dict) -> None:
-        """Graphs are made for the lengths of the texts, which are read outside of them."""
+        """Once a pass. Graphs are made for the lengths of the texts, which are read outside of
+        them."""
         self.clock.texts = lengths(transformer, *args, **kwargs)
 
     def _attend(self, layer: "Layer", call: Call) -> Tensor:
@@ -574,7 +578,9 @@ class Attachment:
     def _seen(
         self, layer: "Layer", mask: Tensor, q: Tensor, tokens: Tokens
     ) -> tuple[tuple[int, ...], ...]:
-        if torch.compiler.is_compiling():
+        pairwise = mask.ndim == 4 and mask.shape[2] > 1
+        # A mask of all pairs is made in each layer anew, and long to read.
+        if torch.compiler.is_compiling() or (pairwise and self.clock.texts is not None):
             lengths = self.clock.texts
             seen = None if lengths is None else tuple(tuple(range(n)) for n in lengths)
         else:

@@ -85,7 +85,8 @@ __all__ = [
 
 FAMILIES = (
     *("wan", "skyreels", "wan_animate", "chronoedit", "helios", "anyflow"),
-    "hunyuan_video",
+    *("hunyuan_video", "hunyuan_video15", "framepack"),
+    *("kandinsky5", "kandinsky6", "motif", "minimax_h3"),
     *("cogvideox", "consisid", "ltx", "ltx2", "mochi", "easyanimate"),
     *("allegro", "latte", "cosmos", "cosmos3", "animatediff"),
     *("flux", "flux2", "flux3", "sd3", "qwenimage", "hidream", "z_image", "pixart"),
@@ -115,6 +116,10 @@ REFUSED: dict[str, str] = {
     "ChromaTransformer2DModel": (
         "its pipelines add the mask of the text to the scores as a bias of 0 or 1, which weighs "
         "padding down without hiding it"
+    ),
+    "Kandinsky6SRTransformer3DModel": (
+        "its tokens come in tiles of 8 x 8, among which a sparse attention of its own, which cannot "
+        "be turned off, chooses by a block mask of FlexAttention"
     ),
     "SanaControlNetModel": LINEAR,
     "SanaTransformer2DModel": LINEAR,

@@ -1,0 +1,84 @@
+"""Kandinsky 6, video with sound from text or an image.
+
+Tokens of the video's self-attention are the video's, in raster order, and after them those of an
+image to start from: a frame like the others, but of the first frame's time, so that it does not go
+on in the grid and is seen by all. The attention of the sound and of the text over themselves, and
+that between video, sound and text, is left as it is.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gen_accel.attention_processors.families import (
+    SelfAttention,
+    in_patches,
+    in_stacks,
+    kandinsky5,
+)
+from gen_accel.video import VideoShape
+
+MODELS = "Kandinsky 6"
+CLASSES = ("Kandinsky6Transformer3DModel",)
+ATTENTION_CALL = "dispatch_attention_fn"
+ORDER = "video, image"
+TEMPORAL_FACTOR = kandinsky5.TEMPORAL_FACTOR
+
+# By what they end in, inside the blocks: those of the video alone.
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": tuple(
+        f"video_dec_block.{attention}.{name}"
+        for attention in ("self_attention", "cross_attention")
+        for name in ("to_query", "to_key", "to_value", "out_layer")
+    ),
+    "feed_forward": (
+        "video_dec_block.feed_forward.net.0.proj",
+        "video_dec_block.feed_forward.net.2",
+    ),
+}
+
+longest = kandinsky5.longest
+
+
+def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
+    config: Any = transformer.config
+    dim = sum(config.axes_dims)
+    heads, stacks = config.model_dim // dim, ("visual_transformer_blocks",)
+    attention = "video_dec_block.self_attention"
+    return in_stacks(transformer, stacks, heads, dim, attention=attention)
+
+
+def video_shape(
+    transformer: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    pooled_projections: Tensor,
+    timestep: Tensor,
+    audio_hidden_states: Tensor | None = None,
+    visual_rope_pos: tuple[Tensor, Tensor, Tensor] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> VideoShape:
+    """The grid of (B, frames, height, width, C) latents, and the tokens of the image after it, for
+    which this waits for the device; ValueError where patches leave a rest."""
+    grid = in_patches(hidden_states.shape[1:4], transformer.config.patch_size)
+    if visual_rope_pos is None:
+        return VideoShape(*grid)
+    whole, height, width = grid
+    times = visual_rope_pos[0]
+    onwards = times[0] + torch.arange(whole, device=times.device)
+    frames = int((times == onwards).cumprod(0).sum())
+    return VideoShape(frames, height, width, text=(whole - frames) * height * width)
+
+
+def timestep(
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    pooled_projections: Tensor,
+    timestep: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """(B,)"""
+    return timestep

@@ -1,0 +1,73 @@
+"""Motif-Video, text to video and image to video.
+
+Video and text attend jointly, video first in raster order; features of a given image come before
+the text. Texts are padded to one length; a mask hides the padding from all. Blocks of two streams
+come first, then those of one, and layers are counted through both. In the last of them, which
+decode, the video as it left the blocks before takes the place of the text: as many tokens again,
+without positions, seen by all. Cross-attention to the text is left as it is.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from gen_accel.attention_processors.families import SelfAttention, in_patches, in_stacks
+from gen_accel.attention_processors.seam import Call
+from gen_accel.attention_processors.tokens import Tokens
+from gen_accel.video import VideoShape
+
+MODELS = "Motif-Video"
+CLASSES = ("MotifVideoTransformer3DModel",)
+ATTENTION_CALL = "dispatch_attention_fn"
+ORDER = "video, image features, text"
+TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
+
+# By what they end in, inside the blocks; `to_q` and the like are those of cross-attention too.
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": (
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    ),
+    "feed_forward": (
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+        *("proj_mlp", "proj_out"),
+    ),
+}
+
+
+def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
+    config: Any = transformer.config
+    heads, dim = config.num_attention_heads, config.attention_head_dim
+    sites = in_stacks(transformer, ("transformer_blocks", "single_transformer_blocks"), heads, dim)
+    first = len(sites) - config.num_decoder_layers
+    return [*sites[:first], *(site._replace(tokens=decoded) for site in sites[first:])]
+
+
+def decoded(tokens: Tokens, call: Call) -> Tokens:
+    """Of the last blocks."""
+    video = tokens.video
+    return Tokens(VideoShape(*video.grid, text=video.video_tokens))
+
+
+def video_shape(
+    transformer: Any,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_attention_mask: Tensor | None = None,
+    image_embeds: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> VideoShape:
+    """The grid of (B, C, frames, height, width) latents, and image and text with its padding;
+    ValueError where patches leave a rest."""
+    config = transformer.config
+    patch = config.patch_size_t, config.patch_size, config.patch_size
+    grid = in_patches(hidden_states.shape[2:], patch)
+    image = 0 if image_embeds is None else image_embeds.shape[1]
+    return VideoShape(*grid, text=image + encoder_hidden_states.shape[1])
+
+
+def timestep(hidden_states: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """(B,)"""
+    return timestep
