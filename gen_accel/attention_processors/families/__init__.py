@@ -118,8 +118,8 @@ REFUSED: dict[str, str] = {
         "padding down without hiding it"
     ),
     "Kandinsky6SRTransformer3DModel": (
-        "its tokens come in tiles of 8 x 8, among which a sparse attention of its own, which cannot "
-        "be turned off, chooses by a block mask of FlexAttention"
+        "its tokens come in tiles of 8 x 8, among which a sparse attention of its own, which "
+        "cannot be turned off, chooses by a block mask of FlexAttention"
     ),
     "SanaControlNetModel": LINEAR,
     "SanaTransformer2DModel": LINEAR,
