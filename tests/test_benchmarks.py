@@ -1,0 +1,109 @@
+"""The benchmark of whole steps, at toy size, where nothing is timed."""
+
+import argparse
+import importlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from gen_accel import VideoShape
+from gen_accel.measure import write_json
+
+ROOT = Path(__file__).parents[1]
+METHODS = ["Radial", "Neighborhood", "BlockMixture", "SparseLinear"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def pipeline(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("pipeline")
+
+
+def options(**changed: Any) -> argparse.Namespace:
+    given = {"device": torch.device("cpu"), "methods": METHODS, "dtype": "bf16", "rounds": 1}
+    return argparse.Namespace(**(given | {"seed": 0, "compile": False} | changed))
+
+
+def toy(pipeline: Any, family: str) -> Any:
+    return pipeline.small(next(p for p in pipeline.CUDA_PROBLEMS if p.family == family))
+
+
+@pytest.mark.parametrize("family", ["wan", "hunyuan_video", "cogvideox", "ltx", "mochi", "flux"])
+def test_every_family_runs_dense_and_by_every_method(pipeline, family):
+    problem = toy(pipeline, family)
+    rows = list(pipeline.measure(problem, options()))
+    names = METHODS[1:] if problem.grid[0] == 1 else METHODS
+    assert [row["method"].split("(")[0] for row in rows] == names
+    frames, height, width = problem.grid
+    for row in rows:
+        assert 0 < row["density"] < 1
+        assert row["tokens"] - frames * height * width in (0, problem.text)
+        assert 0 < row["dense_attention_s"] < row["dense_s"]
+        assert 0 < row["attention_s"] < row["s"]
+        assert min(row["speedup"], 1) <= row["run_speedup"] <= max(row["speedup"], 1)
+
+
+def test_what_fails_parity_is_not_timed(pipeline, monkeypatch):
+    def fails(video: VideoShape, method: Any, *args: Any, **kwargs: Any) -> None:
+        if type(method).__name__ == "Radial":
+            raise ValueError("errs by 1")
+
+    monkeypatch.setattr(pipeline, "check_parity", fails)
+    methods = ["Radial", "Neighborhood"]
+    radial, window = pipeline.measure(toy(pipeline, "wan"), options(methods=methods))
+    assert radial["refused"] == "errs by 1"
+    assert "s" not in radial
+    assert window["s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Wan 2.1 1.3B, 480 x 832, 81 frames", 1.42e9),
+        ("CogVideoX 5B, 480 x 720, 49 frames", 5.57e9),
+        ("LTX-Video 2B, 704 x 1216, 161 frames", 1.92e9),
+        ("FLUX.1, 1024 x 1024", 11.9e9),
+    ],
+)
+def test_models_of_full_depth_are_as_large_as_the_published_ones(pipeline, name, parameters):
+    problem = next(p for p in pipeline.CUDA_PROBLEMS if p.name == name)
+    with torch.device("meta"):
+        model = getattr(diffusers, pipeline.CLASSES[problem.family])(**problem.config)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.01)
+
+
+def test_a_run_keeps_the_rows_of_other_models_of_the_same_machine(pipeline, tmp_path):
+    path, head = tmp_path / "pipeline_cpu.json", {"device": "this", "rounds": 3}
+    problem = pipeline.CPU_PROBLEMS[0]
+    rows = [{"model": problem.name}, {"model": "another"}]
+    assert pipeline.others(path, head, problem) == []
+    write_json(path, head | {"rows": rows})
+    assert pipeline.others(path, head, problem) == [{"model": "another"}]
+    assert pipeline.others(path, head | {"device": "that"}, problem) == []
+
+
+def test_results_become_a_table_of_the_page(pipeline, tmp_path, monkeypatch):
+    page = tmp_path / "performance.md"
+    shutil.copy(pipeline.PAGE, page)
+    before = page.read_text(encoding="utf-8").split("<!-- results -->")[0]
+    monkeypatch.setattr(pipeline, "PAGE", page)
+    monkeypatch.setattr(pipeline, "RESULTS", tmp_path)
+    row = next(pipeline.measure(toy(pipeline, "wan"), options(methods=["Radial"])))
+    head = {"device": "a machine", "threads": 1, "torch": "2", "dtype": "bf16", "rounds": 1}
+    refused = {key: row[key] for key in ("model", "layers", "depth", "tokens")}
+    refused |= {"method": "Other()", "refused": "errs by 1"}
+    report = head | {"compile": False, "rows": [row, refused]}
+    write_json(tmp_path / "pipeline_cpu.json", report)
+    pipeline.write_page()
+    written = page.read_text(encoding="utf-8")
+    assert written.startswith(before)
+    table = [line for line in written.removeprefix(before).splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1
+    assert "| `Radial()` |" in table[2]
+    assert "refused: errs by 1" in table[3]
