@@ -12,10 +12,11 @@ import torch.nn.functional as F
 import wan
 from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
-from diffusers import StableDiffusionInstructPix2PixPipeline
+from diffusers import LTXConditionPipeline, LTXPipeline, StableDiffusionInstructPix2PixPipeline
 from image_models import CASES, ltx_inputs
 from methods import LINEAR, MIXTURE, RADIAL, WINDOW
 from peft import LoraConfig
+from tiny import ltx as tiny_ltx
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -980,6 +981,37 @@ def test_processors_that_are_replaced_after_loading():
     pipe.enable_attention_slicing()
     with pytest.raises(ValueError, match="was replaced after"):
         image_adapters.generate(pipe, "sd")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mask", [torch.ones(8, 8), torch.ones(1, 17, 8, 8)], ids=["one", "each"])
+def test_masks_where_other_frames_stand_beside_the_video(mask):
+    for kind in (LTXPipeline, LTXConditionPipeline):
+        pipe = tiny_ltx.pipeline(kind)
+        prompt = load_image_prompt(pipe, adapter(pipe.transformer))
+        prompt.set_embeds(noise(1, WIDTH), mask=mask)
+        if kind is LTXPipeline:
+            assert torch.isfinite(tiny_ltx.generate(pipe)).all()
+        else:
+            reason = "given further frames" if mask.ndim == 4 else "only 105 are of what it makes"
+            with pytest.raises(ValueError, match=reason):
+                tiny_ltx.generate(pipe)
+            prompt.set_embeds(noise(1, WIDTH))
+            assert torch.isfinite(tiny_ltx.generate(pipe)).all()
+
+
+@torch.no_grad()
+def test_masks_where_other_images_stand_beside_the_image():
+    case = CASES["flux"]
+    model, given = case.build(), case.inputs()
+    prompt = load_image_prompt(model, adapter(model))
+    prompt.set_embeds(noise(1, WIDTH), mask=torch.ones(8, 8))
+    assert torch.isfinite(output(model, given)).all()
+    reference = given["img_ids"] + torch.tensor([1.0, 0.0, 0.0])
+    given["img_ids"] = torch.cat([given["img_ids"], reference])
+    given["hidden_states"] = given["hidden_states"].repeat(1, 2, 1)
+    with pytest.raises(ValueError, match="given 24 tokens, and only 12 are of what it makes"):
+        output(model, given)
 
 
 @torch.no_grad()

@@ -11,14 +11,14 @@ from gen_accel.kernels import flex
 from gen_accel.measure import psnr, side_by_side, ssim, write_json, write_video
 from gen_accel.measure.environment import environment
 from gen_accel.pipelines.attach import SilentBranch, attach
+from gen_accel.pipelines.decode import is_streamed
 from gen_accel.pipelines.sampling import (
     Clip,
     Sample,
-    check_fits,
+    check_clip,
     sample,
     steps_bar,
     ticker,
-    token_grid,
 )
 from gen_accel.pipelines.schedule import Schedule
 from gen_accel.pipelines.summary import Summary
@@ -117,12 +117,14 @@ def compare_with_dense(
     kernel: str = "auto",
     timed: bool = False,
     earlier: Comparison | None = None,
+    label: str = "",
 ) -> Comparison:
     """Generate densely, then with `method`, in one process and from one seed.
 
     Both are run once on a short clip first. `clip` comes without gaps, see `sampling.filled`.
 
     Args:
+        label: before the lines of the progress bar.
         earlier: a comparison of this prompt and clip in this process, whose dense half serves
             again.
     """
@@ -133,22 +135,24 @@ def compare_with_dense(
         short = _warm_up_clip(pipe, clip, method)
         if earlier is None:
             with attach(pipe, Dense()):
-                sample(pipe, prompt, short, tick=ticker(bar, "dense, warm-up"))
+                sample(pipe, prompt, short, tick=ticker(bar, f"{label}dense, warm-up"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SilentBranch)  # the run that counts says it
             handle = attach(pipe, method, kernel=kernel)
         with handle:
-            sample(pipe, prompt, short, tick=ticker(bar, f"{name}, warm-up"))
+            sample(pipe, prompt, short, tick=ticker(bar, f"{label}{name}, warm-up"))
         if earlier is None:
             with attach(pipe, Dense(), timed=timed) as handle:
-                dense = sample(pipe, prompt, clip, tick=ticker(bar, "dense"))
+                dense = sample(pipe, prompt, clip, tick=ticker(bar, f"{label}dense"))
                 dense_summary = handle.summary()
         else:
             dense, dense_summary = earlier.dense, earlier.dense_summary
         with attach(pipe, method, **options) as handle:
             before = len(flex.compile_seconds)
-            sparse = sample(pipe, prompt, clip, tick=ticker(bar, name))
+            sparse = sample(pipe, prompt, clip, tick=ticker(bar, f"{label}{name}"))
             summary = handle.summary()
+    frames, height, width, _ = sparse.video.shape
+    clip = replace(clip, frames=frames, height=height, width=width)
     compiled = sum(flex.compile_seconds[before:])
     sparse = replace(sparse, denoise_seconds=sparse.denoise_seconds - compiled)
     return Comparison(
@@ -184,11 +188,14 @@ def pair(result: Comparison) -> Any:
 
 
 def _warm_up_clip(pipe: Any, clip: Clip, method: Any) -> Clip:
-    """A short one, unless `method` does not fit it."""
+    """A short one, unless `method` does not fit it, or which lengths are allowed is not known."""
+    if not is_streamed(pipe):
+        few = None if clip.steps is None else min(clip.steps, 2)  # Mochi's schedule takes no fewer
+        return replace(clip, steps=few)
     assert clip.frames is not None
     short = replace(clip, frames=min(clip.frames, WARM_UP_FRAMES), steps=1)
     try:
-        check_fits(method, token_grid(pipe, short))
+        check_clip(pipe, short, method)
     except ValueError:
         return replace(clip, steps=1)
     return short

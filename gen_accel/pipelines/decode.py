@@ -22,8 +22,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gen_accel.attention_processors.families import served_classes
 from gen_accel.measure.video_io import check_folder, replacing
+from gen_accel.pipelines.attach import served_transformers
 
+# Families whose pipelines give latents as `decode_stream` takes them, with the autoencoder that
+# they then decode by.
+STREAMED = {
+    "wan": "AutoencoderKLWan",
+    "skyreels": "AutoencoderKLWan",
+    "anyflow": "AutoencoderKLWan",
+    "hunyuan_video": "AutoencoderKLHunyuanVideo",
+}
 LATENTS = ".safetensors"
 FRAMES_AT_ONCE = 16  # that become uint8 together where a clip is decoded whole
 ABOUT = "gen_accel"  # the key of a latents file's metadata
@@ -33,6 +43,30 @@ Parts = Callable[[Any, Tensor], Iterator[Tensor]]  # autoencoder and latents to 
 
 class DecodedWhole(UserWarning):
     """The autoencoder cannot be decoded in parts: memory grows with the number of frames."""
+
+
+def is_streamed(pipe: Any) -> bool:
+    """Whether `decode_stream` makes the video that `pipe` would have made of its latents. Others
+    pack, order or scale theirs in ways of their own, and decode by themselves."""
+    module = next(iter(served_transformers(pipe).values()))
+    kinds = type(getattr(module, "_orig_mod", module)).__mro__
+    return any(streams(kind.__name__, type(pipe.vae).__name__) for kind in kinds)
+
+
+def streams(transformer: str | None, autoencoder: str | None) -> bool:
+    """`is_streamed` by the names of the classes."""
+    family = served_classes().get(transformer or "")
+    return family in STREAMED and STREAMED[family] == autoencoder
+
+
+def check_streamed(transformer: str | None, autoencoder: str | None) -> None:
+    """Raises ValueError for classes of which `decode_stream` can make nothing of the latents."""
+    if not streams(transformer, autoencoder):
+        raise ValueError(
+            f"latents can be kept of {', '.join(STREAMED)} alone, as pipelines of others decode "
+            f"theirs in ways of their own, got {transformer} with {autoencoder}; generate the "
+            "video without keeping latents"
+        )
 
 
 def decode_stream(pipe: Any, latents: Tensor) -> Iterator[np.ndarray]:
@@ -127,14 +161,23 @@ def _decoded(pipe: Any, latents: Tensor, parts: Parts) -> Iterator[np.ndarray]:
             hook.pre_forward(vae)
         for pixels in parts(vae, unscaled(vae, latents, pipe._execution_device)):
             [video] = pipe.video_processor.postprocess_video(pixels, output_type="np")
-            if not np.isfinite(video).all():
-                raise ValueError(
-                    f"{type(vae).__name__} made pixels that are not finite, in {vae.dtype}; try "
-                    "dtype float32 or bfloat16"
-                )
-            yield (video * 255).round().clip(0, 255).astype(np.uint8)
+            yield as_uint8(video, vae)
     finally:
         pipe.maybe_free_model_hooks()
+
+
+def as_uint8(video: np.ndarray, maker: Any) -> np.ndarray:
+    """Pixels of [0, 1] in 256 steps.
+
+    Args:
+        maker: a model or pipeline to name where they are not finite, which raises ValueError.
+    """
+    if not np.isfinite(video).all():
+        raise ValueError(
+            f"{type(maker).__name__} made pixels that are not finite, in {maker.dtype}; try "
+            "dtype float32 or bfloat16"
+        )
+    return (video * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def unscaled(vae: Any, latents: Tensor, device: torch.device) -> Tensor:

@@ -1,33 +1,28 @@
 """Generate videos with any diffusers video pipeline: load, attach, denoise, decode into a file."""
 
-import hashlib
-import json
 import math
-import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from PIL import Image
 from rich.progress import Progress
 from torch import Tensor
 
 from gen_accel import kernels
 from gen_accel.attention_processors import Dense
-from gen_accel.measure import write_json
+from gen_accel.measure import write_json, write_video
 from gen_accel.measure.video_io import check_writable, write_stream
+from gen_accel.pipelines import prompt_list
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.compare import beside, compare_with_dense, write_comparison
 from gen_accel.pipelines.decode import (
     check_latents_path,
     decode_stream,
+    is_streamed,
     load_latents,
     save_latents,
 )
@@ -39,23 +34,22 @@ from gen_accel.pipelines.recipe import read_recipe
 from gen_accel.pipelines.sampling import (
     Clip,
     Loading,
-    check_fits,
+    Sample,
+    check_clip,
+    check_latents_of,
     check_model,
     counted,
     denoise,
     filled,
-    find_device,
     load,
     load_decoder,
     pixel_frames,
+    sample,
     steps_bar,
     ticker,
-    token_grid,
 )
 from gen_accel.pipelines.schedule import Schedule
 from gen_accel.pipelines.summary import Summary
-
-DONE = ".done.json"  # behind the name of an output: what it was made from
 
 
 @dataclass(frozen=True)
@@ -107,6 +101,17 @@ class ImageInput:
             negative=None if self.negative is None else as_rgb(self.negative),
             masks=tuple(as_rgb(mask).convert("L") for mask in self.masks),
         )
+
+    def identity(self) -> dict[str, Any]:
+        """What it is told apart from others by; of one that is `opened`."""
+        pictures = {"images": self.images, "masks": self.masks}
+        negative = None if self.negative is None else prompt_list.pixels(self.negative)
+        return {name: [*map(prompt_list.pixels, some)] for name, some in pictures.items()} | {
+            "negative": [negative],
+            "adapter": prompt_list.identity(self.adapter),
+            "scale": self.scale,
+            "encoder": None if self.encoder is None else prompt_list.identity(self.encoder),
+        }
 
     def load(self, pipe: Any) -> ImagePrompt:
         """Put it on a pipeline."""
@@ -171,7 +176,8 @@ def generate(
 
     All that can be refused is refused before the first step. Progress goes to stderr. Frames go
     to the file as they are decoded: memory does not grow with their number, see `decode_stream`,
-    but with `compare`, which holds both videos.
+    but with `compare`, which holds both videos. Pipelines of other families than those of
+    `decode.STREAMED` check frames and sizes when they are called, and decode by themselves.
 
     Under `accelerate launch` the processes share several prompts out among them, each on a device
     of its own; a prompt's seed and files do not depend on how many there are. Beside each of
@@ -189,7 +195,8 @@ def generate(
         techniques: for video longer than the model was trained on, see `long_video.extend`.
         trained_frames: what the model was trained at, where its family does not say.
         latents: a .safetensors file for what is decoded, numbered as `out` is; written before
-            decoding. `decode_latents` makes the video from it again.
+            decoding. `decode_latents` makes the video from it again. Of a pipeline that decodes
+            by itself none are kept.
         image: what every video goes by, beside its prompt.
         resume: of several prompts, leave those alone whose files are there and were made from the
             same: model, LoRAs, prompt, seed, sizes, method, schedule, dtype, images and so on.
@@ -208,45 +215,22 @@ def generate(
     if from_lora is not None:
         if method is not None or compare:
             raise ValueError(f"from_lora {from_lora} brings its own method, and has no compare")
-        recipe = read_recipe(from_lora)
-        if recipe.part != "transformer":
-            raise ValueError(
-                f"from_lora {from_lora} is for {recipe.part}: load it in Python, by "
-                "pipe.load_lora_weights(folder, load_into_transformer_2=True)"
-            )
-        method = recipe.build_method()
-        if recipe.rank:  # without, the method's own parameters are all that was trained
-            loading = replace(loading, loras=(*loading.loras, str(from_lora)))
+        method, loading = _trained(from_lora, loading)
     elif method is None:
         raise ValueError("give a method, or from_lora")
     if not prompts:
         raise ValueError("no prompts: give one, or a file with one on each line")
-    if compare and isinstance(method, Dense):
-        raise ValueError("compare sets a sparse method beside dense attention, got Dense()")
-    if compare and (techniques or latents is not None):
-        raise ValueError(
-            "compare goes with neither long-video techniques nor saved latents, got "
-            f"{', '.join(techniques) or latents}"
-        )
-    for name in techniques:
-        if name not in TECHNIQUES:
-            raise ValueError(f"technique must be one of {', '.join(TECHNIQUES)}, got {name!r}")
-    if trained_frames is not None and not techniques:
-        raise ValueError(f"trained_frames is for a technique, got {trained_frames} and none")
+    if compare:
+        _check_comparison(method, techniques, latents)
+    _check_techniques(techniques, trained_frames)
     kernels.check_name(kernel)
     check_model(model)
-    targets = _targets(Path(out), len(prompts))
-    for target in targets:
-        check_writable(target, frames=clip.frames)
-        if compare:
-            for name in ("dense", "side_by_side"):
-                check_writable(beside(target, name), frames=clip.frames)
-    kept = [None] * len(prompts) if latents is None else _targets(Path(latents), len(prompts))
-    for path in kept:
-        if path is not None:
-            check_latents_path(path)
+    jobs = _jobs(prompts, clip, Path(out), None if latents is None else Path(latents))
+    for job in jobs:
+        job.check_files(compare)
     image = None if image is None else image.opened()
-    request = _sources(model, loading, from_lora, image) | {
+    request = prompt_list.sources(model, loading, from_lora) | {
+        "image": None if image is None else image.identity(),
         "method": str(method),
         "schedule": str(schedule),
         "techniques": [*techniques],
@@ -254,79 +238,53 @@ def generate(
     }
     if compare:
         request["compare"] = {"kernel": kernel, "timed": timed, "device": loading.device}
-    asked = []
-    for i, (prompt, path) in enumerate(zip(prompts, kept, strict=True)):
-        asked.append(request | {"prompt": prompt, **asdict(replace(clip, seed=clip.seed + i))})
-        if path is not None:
-            asked[i]["latents"] = str(path)
-    records = [target.with_name(target.name + DONE) for target in targets]
-    several, left = len(prompts) > 1, [*range(len(prompts))]
+    several, left = len(jobs) > 1, [*range(len(jobs))]
     if several and resume:
-        left = [i for i in left if not _is_done(records[i], asked[i])]
+        left = [i for i in left if not prompt_list.is_done(jobs[i].target, jobs[i].asked(request))]
 
     share, state, rank = left, None, ""
     if several:
-        state = _join(loading.device)
+        state = prompt_list.join(loading.device)
         state.wait_for_everyone()  # all have seen what is done before one goes on
         share = left[state.process_index :: state.num_processes]
-        if state.is_main_process and len(left) < len(prompts):
-            print(_what_is_done(targets, left), file=sys.stderr)
+        if state.is_main_process and len(left) < len(jobs):
+            print(prompt_list.what_is_done([job.target for job in jobs], left), file=sys.stderr)
         if state.num_processes > 1:
             rank = f"{state.process_index}: "
             device = str(state.device)
             if loading.device in ("auto", device.partition(":")[0]):
                 loading = replace(loading, device=device)
     if not share:
-        return _gathered({}, state)
+        return prompt_list.gathered({}, state)
 
+    if latents is not None:
+        check_latents_of(model)
     pipe = load(model, loading)
     clip = filled(pipe, clip)
-    check_fits(method, token_grid(pipe, clip))
+    if techniques and clip.frames is None:
+        kind = type(pipe).__name__
+        raise ValueError(f"frames must be given with {techniques[0]}: {kind} has no default")
+    check_clip(pipe, clip, method)
     # The pipeline is this function's own: what is put on it stays.
     seen = "" if image is None else image.load(pipe).describe()
-    lengths: dict[str, Any] = {"num_frames": clip.frames, "trained_frames": trained_frames}
+    options: dict[str, Any] = {"schedule": schedule, "kernel": kernel, "timed": timed}
+    options |= {"method": method} if from_lora is None else {"from_lora": from_lora}
+    longer: dict[str, Any] = {"techniques": techniques, "trained_frames": trained_frames}
+    about = {"model": str(model), "method": str(method), "techniques": [*techniques]}
+    about |= {"image_prompt": seen} if seen else {}
 
     made = {}
     for i in share:
-        prompt, target, path = prompts[i], targets[i], kept[i]
-        one = replace(clip, seed=clip.seed + i)
-        records[i].unlink(missing_ok=True)
-        options: dict[str, Any] = {"schedule": schedule, "kernel": kernel, "timed": timed}
+        job = jobs[i]._replace(clip=replace(clip, seed=jobs[i].clip.seed), rank=rank)
+        prompt_list.forget_done(job.target)
         if compare:
-            options["schedule"] = schedule or Schedule()
-            result = compare_with_dense(pipe, prompt, one, method=method, **options)
-            files = write_comparison(result, target)
-            seconds, summary = result.sparse.seconds, result.summary
-            report = result.to_dict()
-            if seen:
-                report["image_prompt"] = seen
-                write_json(files["report"], report)
-            made[i] = Generated(prompt, one.seed, files, seconds, summary, "", report, seen)
+            made[i] = _compared(pipe, job, seen, **options)
         else:
-            start, files, extension = time.perf_counter(), {}, ""
-            with steps_bar() as bar:
-                with ExitStack() as stack:
-                    what = {"method": method} if from_lora is None else {"from_lora": from_lora}
-                    handle = stack.enter_context(attach(pipe, **what, **options))
-                    longer = None
-                    if techniques:
-                        longer = stack.enter_context(extend(pipe, techniques, **lengths))
-                        extension = longer.describe()
-                    tick = ticker(bar, rank + target.name)
-                    taken = denoise(pipe, prompt, one, tick=tick, run=longer)
-                    summary = handle.summary()
-                if path is not None:
-                    about = {"model": str(model), "prompt": prompt, **asdict(one)}
-                    about |= {"method": str(method), "techniques": [*techniques]}
-                    about |= {"image_prompt": seen} if seen else {}
-                    files["latents"] = save_latents(path, taken.latents, about)
-                files["video"] = _write(pipe, taken.latents, target, one.fps, bar, rank)
-            seconds = time.perf_counter() - start
-            made[i] = Generated(prompt, one.seed, files, seconds, summary, extension, image=seen)
+            made[i] = _made(pipe, job, options=options, about=about, **longer)
         if several:
-            sizes = {os.path.relpath(f, target.parent): _bytes(f) for f in files.values()}
-            write_json(records[i], {"asked": asked[i], "bytes": sizes})
-    return _gathered(made, state)
+            files = [*made[i].files.values()]
+            prompt_list.write_done(job.target, jobs[i].asked(request), files)
+    return prompt_list.gathered(made, state)
 
 
 def decode_latents(
@@ -377,115 +335,138 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
+class _Job(NamedTuple):
+    """One prompt.
+
+    Args:
+        clip: with its own seed.
+        target: of the video.
+        latents: where they are kept.
+        rank: of the process, before the lines of its progress bar.
+    """
+
+    prompt: str
+    clip: Clip
+    target: Path
+    latents: Path | None
+    rank: str = ""
+
+    def asked(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What the video depends on: `request`, which all have in common, and what is its own."""
+        kept = {} if self.latents is None else {"latents": str(self.latents)}
+        return request | {"prompt": self.prompt, **asdict(self.clip)} | kept
+
+    def check_files(self, compare: bool) -> None:
+        """Raises now what writing them would raise after the work."""
+        check_writable(self.target, frames=self.clip.frames)
+        if compare:
+            for name in ("dense", "side_by_side"):
+                check_writable(beside(self.target, name), frames=self.clip.frames)
+        if self.latents is not None:
+            check_latents_path(self.latents)
+
+
+def _jobs(prompts: Sequence[str], clip: Clip, out: Path, latents: Path | None) -> list[_Job]:
+    count = len(prompts)
+    kept = [None] * count if latents is None else prompt_list.numbered(latents, count)
+    each = zip(prompts, prompt_list.numbered(out, count), kept, strict=True)
+    return [
+        _Job(prompt, replace(clip, seed=clip.seed + i), target, path)
+        for i, (prompt, target, path) in enumerate(each)
+    ]
+
+
+def _trained(from_lora: str | Path, loading: Loading) -> tuple[Any, Loading]:
+    """The method of a LoRA, and what is to be loaded for it."""
+    recipe = read_recipe(from_lora)
+    if recipe.part != "transformer":
+        raise ValueError(
+            f"from_lora {from_lora} is for {recipe.part}: load it in Python, by "
+            "pipe.load_lora_weights(folder, load_into_transformer_2=True)"
+        )
+    if recipe.rank:  # without, the method's own parameters are all that was trained
+        loading = replace(loading, loras=(*loading.loras, str(from_lora)))
+    return recipe.build_method(), loading
+
+
+def _check_comparison(method: Any, techniques: Sequence[str], latents: str | Path | None) -> None:
+    if isinstance(method, Dense):
+        raise ValueError("compare sets a sparse method beside dense attention, got Dense()")
+    if techniques or latents is not None:
+        raise ValueError(
+            "compare goes with neither long-video techniques nor saved latents, got "
+            f"{', '.join(techniques) or latents}"
+        )
+
+
+def _check_techniques(techniques: Sequence[str], trained_frames: int | None) -> None:
+    for name in techniques:
+        if name not in TECHNIQUES:
+            raise ValueError(f"technique must be one of {', '.join(TECHNIQUES)}, got {name!r}")
+    if trained_frames is not None and not techniques:
+        raise ValueError(f"trained_frames is for a technique, got {trained_frames} and none")
+
+
+def _compared(
+    pipe: Any, job: _Job, seen: str, *, schedule: Schedule | None, **options: Any
+) -> Generated:
+    """
+    Args:
+        seen: what the image prompt is.
+    """
+    options |= {"schedule": schedule or Schedule(), "label": f"{job.rank}{job.target.name}, "}
+    result = compare_with_dense(pipe, job.prompt, job.clip, **options)
+    files = write_comparison(result, job.target)
+    seconds, summary, report = result.sparse.seconds, result.summary, result.to_dict()
+    if seen:
+        report["image_prompt"] = seen
+        write_json(files["report"], report)
+    return Generated(job.prompt, job.clip.seed, files, seconds, summary, "", report, seen)
+
+
+def _made(
+    pipe: Any,
+    job: _Job,
+    *,
+    options: dict[str, Any],
+    techniques: Sequence[str],
+    trained_frames: int | None,
+    about: dict[str, Any],
+) -> Generated:
+    """
+    Args:
+        options: of `attach`.
+        about: what is kept with the latents beside prompt and clip.
+    """
+    start, files, extension = time.perf_counter(), {}, ""
+    prompt, clip, target = job.prompt, job.clip, job.target
+    with steps_bar() as bar:
+        with ExitStack() as stack:
+            handle = stack.enter_context(attach(pipe, **options))
+            longer = None
+            if techniques:
+                assert clip.frames is not None
+                lengths = {"num_frames": clip.frames, "trained_frames": trained_frames}
+                longer = stack.enter_context(extend(pipe, techniques, **lengths))
+                extension = longer.describe()
+            make = denoise if is_streamed(pipe) else sample
+            tick = ticker(bar, job.rank + target.name)
+            taken = make(pipe, prompt, clip, tick=tick, run=longer)
+            summary = handle.summary()
+        if isinstance(taken, Sample):
+            files["video"] = write_video(taken.video, target, fps=clip.fps)
+        else:
+            if job.latents is not None:
+                about = {"prompt": prompt, **asdict(clip)} | about
+                files["latents"] = save_latents(job.latents, taken.latents, about)
+            files["video"] = _write(pipe, taken.latents, target, clip.fps, bar, job.rank)
+    seconds, seen = time.perf_counter() - start, about.get("image_prompt", "")
+    return Generated(prompt, clip.seed, files, seconds, summary, extension, image=seen)
+
+
 def _write(
     pipe: Any, latents: Tensor, target: Path, fps: float, bar: Progress, rank: str = ""
 ) -> Path:
     tick = ticker(bar, f"{rank}{target.name}, decoding", "frames")
     chunks = counted(decode_stream(pipe, latents), tick, pixel_frames(pipe, latents))
     return write_stream(chunks, target, fps=fps)
-
-
-def _targets(out: Path, count: int) -> list[Path]:
-    if count == 1:
-        return [out]
-    return [out.with_name(f"{out.stem}-{i:03d}{out.suffix}") for i in range(count)]
-
-
-def _join(device: str) -> PartialState:
-    """This process among those of `accelerate launch`, or alone."""
-    # The first to be ready wait for the others' videos.
-    return PartialState(cpu=find_device(device).type == "cpu", timeout=timedelta(days=7))
-
-
-def _gathered(made: Mapping[int, Generated], state: PartialState | None) -> list[Generated]:
-    if state is None or state.num_processes == 1:
-        return [*made.values()]
-    everyones = dict(gather_object([(i, _without_tensors(one)) for i, one in made.items()]))
-    return [everyones[i] for i in sorted(everyones)] if state.is_main_process else []
-
-
-def _without_tensors(made: Generated) -> Generated:
-    """Those of the records are on a device that may be another process's own."""
-    records = {
-        key: replace(record, kept=float(record.kept), computed=float(record.computed))
-        for key, record in made.summary.records.items()
-    }
-    return replace(made, summary=replace(made.summary, records=records))
-
-
-def _is_done(record: Path, asked: Mapping[str, Any]) -> bool:
-    """Whether all of the files that `record` tells of are there whole, and are what is asked."""
-    try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # a power cut may leave it empty
-        return False
-    same = all(found["asked"].get(name) == value for name, value in asked.items())
-    return same and all(
-        _bytes(record.parent / name) == size for name, size in found["bytes"].items()
-    )
-
-
-def _bytes(path: Path) -> int | None:
-    """Of a file, or of all files in a folder; None where neither is."""
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.iterdir())
-    return path.stat().st_size if path.exists() else None
-
-
-def _sources(
-    model: str | Path, loading: Loading, from_lora: str | Path | None, image: ImageInput | None
-) -> dict[str, Any]:
-    """What a video is made from: files told apart by more than their names, and images, opened, by
-    their pixels."""
-    seen = None
-    if image is not None:
-        pictures = {"images": image.images, "negative": [image.negative], "masks": image.masks}
-        seen = {name: [_pixels(one) for one in some] for name, some in pictures.items()} | {
-            "adapter": _identity(image.adapter),
-            "scale": image.scale,
-            "encoder": None if image.encoder is None else _identity(image.encoder),
-        }
-    return {
-        "model": _identity(model),
-        "dtype": loading.dtype,
-        "loras": [_identity_of_lora(lora) for lora in loading.loras],
-        "from_lora": None if from_lora is None else _identity(from_lora),
-        "image": seen,
-    }
-
-
-def _identity(source: Any) -> str:
-    """Of files, a hash of their names, sizes and times; of a repository on the hub, its name."""
-    path = Path(source).expanduser()
-    if not path.exists():
-        return str(source)
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    about = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
-
-
-def _identity_of_lora(lora: str) -> str:
-    """Of "folder:0.5", where the colon is not a part of the name, with its weight."""
-    source, colon, weight = lora.rpartition(":")
-    if not colon or Path(lora).expanduser().exists():
-        return _identity(lora)
-    return f"{_identity(source)}:{weight}"
-
-
-def _pixels(image: Image.Image | None) -> str | None:
-    if image is None:
-        return None
-    return f"{image.width} x {image.height} {hashlib.sha256(image.tobytes()).hexdigest()}"
-
-
-def _what_is_done(targets: Sequence[Path], left: Sequence[int]) -> str:
-    spans: list[list[Path]] = []
-    for i, target in enumerate(targets):
-        if i in left:
-            continue
-        if i > 0 and i - 1 not in left:
-            spans[-1] = [spans[-1][0], target]
-        else:
-            spans.append([target])
-    names = ", ".join(" to ".join(path.name for path in span) for span in spans)
-    return f"{len(targets) - len(left)} of {len(targets)} are done already: {names}"

@@ -25,7 +25,8 @@ from rich.progress import (
 from torch import Tensor
 
 from gen_accel.attention_processors.families import served_classes, video_classes
-from gen_accel.pipelines.decode import decode_stream
+from gen_accel.pipelines.attach import TRANSFORMERS, served_transformers
+from gen_accel.pipelines.decode import as_uint8, check_streamed, decode_stream, is_streamed
 from gen_accel.video import VideoShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -104,7 +105,8 @@ class Denoised:
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated clip. video: (F, H, W, 3) uint8. Denoising includes the text encoder."""
+    """A generated clip. video: (F, H, W, 3) uint8. Denoising includes the text encoder, and
+    decoding where the pipeline does not tell the end of a step."""
 
     video: np.ndarray = field(repr=False)
     denoise_seconds: float
@@ -134,14 +136,21 @@ def check_model(model: str | Path) -> None:
             "saved in"
         )
     try:
-        kind = json.loads(index.read_text(encoding="utf-8")).get("transformer", [None, None])[1]
+        kind, _ = _classes(json.loads(index.read_text(encoding="utf-8")))
     except (ValueError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"{index} is no index of a pipeline: {error}") from error
-    served = served_classes()
-    if kind is not None and kind not in served:
+    if kind is not None and kind not in served_classes():
         raise ValueError(f"no family serves {kind} of {model}; see `gen-accel models`")
     if kind is not None and kind not in video_classes():
         raise ValueError(f"{kind} of {model} makes images and no video; attach to it in Python")
+
+
+def check_latents_of(model: str | Path) -> None:
+    """Refuse what gives no latents that could be kept, see `is_streamed`, by the pipeline's index,
+    which is fetched where it is on the hub."""
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    check_streamed(*_classes(DiffusionPipeline.load_config(_location(model))))
 
 
 def load(model: str | Path, loading: Loading | None = None) -> Any:
@@ -162,8 +171,11 @@ def load(model: str | Path, loading: Loading | None = None) -> Any:
         warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
         pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    if "num_frames" not in _parameters(pipe):
-        raise ValueError(f"{type(pipe).__name__} generates no video: it takes no num_frames")
+    if _frames_argument(pipe) not in _parameters(pipe):
+        kind = type(pipe).__name__
+        raise ValueError(f"{kind} makes no video from a prompt alone: it takes no num_frames")
+    if type(pipe.vae).__name__ == "AutoencoderKLAllegro":
+        pipe.vae.enable_tiling()  # without, diffusers cannot decode with it
     _add_loras(pipe, loras)
     _place(pipe, loading.offload, device)
     return pipe
@@ -174,7 +186,8 @@ def load_decoder(model: str | Path, loading: Loading | None = None) -> Any:
 
     Raises:
         ValueError: what `check_model` refuses, a device that is not there, LoRAs, which do not
-            change how latents are decoded, or a pipeline that is not of diffusers.
+            change how latents are decoded, a pipeline that is not of diffusers, or one that
+            decodes in a way of its own.
         OSError: a file or repository that is not there.
     """
     import diffusers
@@ -184,12 +197,13 @@ def load_decoder(model: str | Path, loading: Loading | None = None) -> Any:
         raise ValueError(f"a LoRA does not change how latents are decoded, got {loading.loras}")
     source, device, dtype = _source(model, loading)
     index: Any = diffusers.DiffusionPipeline.load_config(source)
-    name, autoencoder = index.get("_class_name"), index.get("vae", [None, None])[1]
+    name, (transformer, autoencoder) = index.get("_class_name"), _classes(index)
     if not (hasattr(diffusers, str(name)) and hasattr(diffusers, str(autoencoder))):
         raise ValueError(f"diffusers has no {name} with {autoencoder}, which {model} asks for")
+    check_streamed(transformer, autoencoder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
-        vae = getattr(diffusers, autoencoder).from_pretrained(
+        vae = getattr(diffusers, str(autoencoder)).from_pretrained(
             source, subfolder="vae", torch_dtype=dtype
         )
     kind = getattr(diffusers, str(name))
@@ -224,11 +238,12 @@ def find_device(name: str) -> torch.device:
 
 
 def filled(pipe: Any, clip: Clip) -> Clip:
-    """`clip` with the pipeline's own defaults for what it leaves open.
+    """`clip` with the pipeline's own defaults for what it leaves open, None where these depend on
+    the model.
 
     Raises:
-        ValueError: the pipeline does not take what `clip` gives, needs what it does not give, or
-            cannot be run from a prompt alone.
+        ValueError: the pipeline does not take what `clip` gives, or cannot be run from a prompt
+            alone.
     """
     known, kind = _parameters(pipe), type(pipe).__name__
     required = [
@@ -241,20 +256,26 @@ def filled(pipe: Any, clip: Clip) -> Clip:
     if required:
         raise ValueError(f"{kind} needs {', '.join(required)} besides a prompt; call it in Python")
     values = {}
-    for name, argument in _ARGUMENTS.items():
+    for name, argument in _arguments(pipe).items():
         value = getattr(clip, name)
         if argument not in known and value is not None:
             raise ValueError(f"{kind} takes no {argument}, got {value!r}")
         if value is None and argument in known:
             value = known[argument].default
-        if value is None and name in ("frames", "height", "width"):
-            raise ValueError(f"{kind} has no default for {name}: give it")
         values[name] = value
     return replace(clip, **values)
 
 
+def check_clip(pipe: Any, clip: Clip, method: Any) -> None:
+    """Raises ValueError for frames and sizes that the pipeline would round, or where `method`
+    cannot be planned; of pipelines that decode by themselves, their own checks speak later."""
+    if is_streamed(pipe):
+        check_fits(method, token_grid(pipe, clip))
+
+
 def token_grid(pipe: Any, clip: Clip) -> VideoShape:
-    """The video's tokens, without text.
+    """The video's tokens, without text, of a pipeline that `is_streamed`: others round in ways of
+    their own.
 
     Raises ValueError for frames and sizes that the pipeline would round, naming the nearest.
     """
@@ -262,7 +283,7 @@ def token_grid(pipe: Any, clip: Clip) -> VideoShape:
     assert frames is not None
     assert height is not None
     assert width is not None
-    module = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
+    module = _transformer(pipe)
     patch = getattr(module.config, "patch_size", 1)
     patch_t = getattr(module.config, "patch_size_t", None) or 1
     if isinstance(patch, int):
@@ -305,50 +326,42 @@ def denoise(
     The noise is drawn on the CPU, so that a seed gives the same on every device.
 
     Args:
+        pipe: one that `is_streamed`.
         run: called instead of `pipe`, with its arguments; see `long_video.extend`.
 
     Raises:
         ValueError: latents that are not finite.
     """
-    arguments = {
-        argument: getattr(clip, name)
-        for name, argument in _ARGUMENTS.items()
-        if getattr(clip, name) is not None
-    }
-    marks: list[float] = []
-
-    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
-        total = len(pipe.scheduler.timesteps)
-        if step == total - 1:
-            marks.append(_now(pipe))
-        if tick is not None:
-            tick(step + 1, total)
-        return tensors
-
-    start = _now(pipe)
-    latents = (run or pipe)(
-        prompt=prompt,
-        generator=torch.Generator().manual_seed(clip.seed),
-        output_type="latent",
-        callback_on_step_end=on_step_end,
-        **arguments,
-    ).frames
-    end = marks[-1] if marks else _now(pipe)
+    latents, seconds = _run(pipe, prompt, clip, "latent", tick=tick, run=run)
     if not torch.isfinite(latents).all():
-        module = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
         raise ValueError(
-            f"the model made values that are not finite, in {module.dtype}; try "
+            f"the model made values that are not finite, in {_transformer(pipe).dtype}; try "
             "dtype float32 or bfloat16"
         )
-    return Denoised(latents, end - start)
+    return Denoised(latents, seconds)
 
 
-def sample(pipe: Any, prompt: str, clip: Clip, *, tick: Tick | None = None) -> Sample:
-    """`denoise`, and the whole video decoded in memory."""
-    taken = denoise(pipe, prompt, clip, tick=tick)
+def sample(
+    pipe: Any,
+    prompt: str,
+    clip: Clip,
+    *,
+    tick: Tick | None = None,
+    run: Callable[..., Any] | None = None,
+) -> Sample:
+    """`denoise`, and the whole video decoded in memory; pipelines that decode by themselves do.
+
+    Raises:
+        ValueError: latents or pixels that are not finite.
+    """
     start = _now(pipe)
-    video = np.concatenate([*decode_stream(pipe, taken.latents)])
-    return Sample(video, taken.seconds, _now(pipe) - start)
+    if is_streamed(pipe):
+        taken = denoise(pipe, prompt, clip, tick=tick, run=run)
+        video, seconds = np.concatenate([*decode_stream(pipe, taken.latents)]), taken.seconds
+    else:
+        frames, seconds = _run(pipe, prompt, clip, "np", tick=tick, run=run)
+        video = np.stack([as_uint8(frame, pipe) for frame in frames[0]])
+    return Sample(video, seconds, _now(pipe) - start - seconds)
 
 
 def pixel_frames(pipe: Any, latents: Tensor) -> int:
@@ -405,10 +418,75 @@ _ARGUMENTS = {  # of a clip, and what diffusers calls it
 }
 
 
+def _run(
+    pipe: Any,
+    prompt: str,
+    clip: Clip,
+    output_type: str,
+    *,
+    tick: Tick | None,
+    run: Callable[..., Any] | None,
+) -> tuple[Any, float]:
+    """What the pipeline makes, one sample, and the seconds until its last step."""
+    arguments = {
+        argument: getattr(clip, name)
+        for name, argument in _arguments(pipe).items()
+        if getattr(clip, name) is not None
+    }
+    marks: list[float] = []
+
+    def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
+        total = len(pipe.scheduler.timesteps)
+        if step == total - 1:
+            marks.append(_now(pipe))
+        if tick is not None:
+            tick(step + 1, total)
+        return tensors
+
+    if "callback_on_step_end" in _parameters(pipe):
+        arguments["callback_on_step_end"] = on_step_end
+    start = _now(pipe)
+    made = (run or pipe)(
+        prompt=prompt,
+        generator=torch.Generator().manual_seed(clip.seed),
+        output_type=output_type,
+        **arguments,
+    )
+    end = marks[-1] if marks else _now(pipe)
+    return made.frames if hasattr(made, "frames") else [made.video], end - start
+
+
+def _arguments(pipe: Any) -> dict[str, str]:
+    return _ARGUMENTS | {"frames": _frames_argument(pipe)}
+
+
+def _frames_argument(pipe: Any) -> str:
+    """Latte has a name of its own."""
+    return "video_length" if "video_length" in _parameters(pipe) else _ARGUMENTS["frames"]
+
+
+def _transformer(pipe: Any) -> Any:
+    """The first of those that it has."""
+    return next(iter(served_transformers(pipe).values()))
+
+
 def _parameters(pipe: Any) -> dict[str, inspect.Parameter]:
     known = dict(inspect.signature(type(pipe).__call__).parameters)
     del known["self"]
     return known
+
+
+def _classes(index: Any) -> tuple[str | None, str | None]:
+    """Of the first transformer and the autoencoder, by a pipeline's index."""
+    found = [index.get(name, (None, None))[1] for name in TRANSFORMERS]
+    first = next((kind for kind in found if kind is not None), None)
+    return first, index.get("vae", (None, None))[1]
+
+
+def _location(model: str | Path) -> str:
+    """As `from_pretrained` takes it."""
+    folder = Path(model).expanduser()
+    return str(folder if folder.exists() else model)
 
 
 def _source(model: str | Path, loading: Loading) -> tuple[str, torch.device, torch.dtype]:
@@ -423,8 +501,7 @@ def _source(model: str | Path, loading: Loading) -> tuple[str, torch.device, tor
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     else:
         dtype = DTYPES[loading.dtype]
-    folder = Path(model).expanduser()
-    return str(folder if folder.exists() else model), device, dtype
+    return _location(model), device, dtype
 
 
 def _place(pipe: Any, offload: str, device: torch.device) -> None:

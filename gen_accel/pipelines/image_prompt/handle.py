@@ -38,6 +38,7 @@ from gen_accel.pipelines.image_prompt.strength import (
     temporal_factor,
 )
 from gen_accel.pipelines.long_video.technique import temporal_patch
+from gen_accel.video import VideoShape
 
 _LAYOUTS = 8  # arrangements of a batch that keys and values are kept for
 
@@ -376,6 +377,8 @@ class ImagePrompt:
         x = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
         assert isinstance(x, Tensor)
         strengths, grid, spans = self._strengths(part, scales, model, args, kwargs)
+        if grid is not None and x.ndim == 3:
+            _check_tokens(model, x, grid)
         acts = any(map(_acts, strengths))
         layout: Layout = (("training", len(x)),)
         # Calls of guidance are told apart by those before, also where nothing is added to them.
@@ -728,6 +731,20 @@ def _renew(model: nn.Module) -> None:
     registry = getattr(model, "_diffusers_hook", None)
     if registry is not None:
         registry._child_registries_cache = None
+
+
+def _check_tokens(model: nn.Module, row: Tensor, grid: VideoShape) -> None:
+    """Weights are of the grid's tokens alone. Raises ValueError where others come with them.
+
+    Args:
+        row: (B, N, C), all tokens that the model is given.
+    """
+    if row.shape[1] != grid.video_tokens:
+        raise ValueError(
+            f"masks cannot be placed: {type(model).__name__} is given {row.shape[1]} tokens, and "
+            f"only {grid.video_tokens} are of what it makes, the others of frames or images that "
+            "it is to follow. Give no mask"
+        )
 
 
 def _acts(strength: float | tuple[float, ...]) -> bool:

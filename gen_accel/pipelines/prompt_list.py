@@ -1,0 +1,142 @@
+"""A list of prompts: which of them are done, and how processes share the others.
+
+Beside each output lies a small file with what it was made from and how large its files are. A
+prompt is done when these files are there, and were made from what is asked for now.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
+
+from gen_accel.measure import write_json
+from gen_accel.pipelines.sampling import Loading, find_device
+
+DONE = ".done.json"  # behind the name of an output: what it was made from
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """`clip.mp4` alone, or `clip-000.mp4` and so on."""
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{i:03d}{path.suffix}") for i in range(count)]
+
+
+def is_done(target: Path, asked: Mapping[str, Any]) -> bool:
+    """Whether all files of `target` are there whole, and were made from what is asked."""
+    record = _record(target)
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # a power cut may leave it empty
+        return False
+    same = all(found["asked"].get(name) == value for name, value in asked.items())
+    return same and all(
+        _bytes(record.parent / name) == size for name, size in found["bytes"].items()
+    )
+
+
+def write_done(target: Path, asked: Mapping[str, Any], files: Sequence[Path]) -> None:
+    """What `is_done` reads.
+
+    Args:
+        files: all that was made for `target`.
+    """
+    sizes = {os.path.relpath(file, target.parent): _bytes(file) for file in files}
+    write_json(_record(target), {"asked": asked, "bytes": sizes})
+
+
+def forget_done(target: Path) -> None:
+    """Before its files are written again."""
+    _record(target).unlink(missing_ok=True)
+
+
+def what_is_done(targets: Sequence[Path], left: Sequence[int]) -> str:
+    """A line for all but the numbers that are left."""
+    spans: list[list[Path]] = []
+    for i, target in enumerate(targets):
+        if i in left:
+            continue
+        if i > 0 and i - 1 not in left:
+            spans[-1] = [spans[-1][0], target]
+        else:
+            spans.append([target])
+    names = ", ".join(" to ".join(path.name for path in span) for span in spans)
+    return f"{len(targets) - len(left)} of {len(targets)} are done already: {names}"
+
+
+def sources(
+    model: str | Path, loading: Loading, from_lora: str | Path | None
+) -> dict[str, str | list[str] | None]:
+    """What a video is made from: files told apart by more than their names."""
+    return {
+        "model": identity(model),
+        "dtype": loading.dtype,
+        "loras": [_identity_of_lora(lora) for lora in loading.loras],
+        "from_lora": None if from_lora is None else identity(from_lora),
+    }
+
+
+def identity(source: Any) -> str:
+    """Of files, a hash of their names, sizes and times; of a repository on the hub, its name."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        return str(source)
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    about = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def pixels(image: Image.Image) -> str:
+    """Of a picture, wherever it lies: its size and a hash."""
+    return f"{image.width} x {image.height} {hashlib.sha256(image.tobytes()).hexdigest()}"
+
+
+def join(device: str) -> PartialState:
+    """This process among those of `accelerate launch`, or alone."""
+    # The first to be ready wait for the others' videos.
+    return PartialState(cpu=find_device(device).type == "cpu", timeout=timedelta(days=7))
+
+
+def gathered(made: Mapping[int, Any], state: PartialState | None) -> list[Any]:
+    """Of `Generated`s by their numbers, all processes' in order in the main process, and none in
+    the others."""
+    if state is None or state.num_processes == 1:
+        return [*made.values()]
+    everyones = dict(gather_object([(i, _without_tensors(one)) for i, one in made.items()]))
+    return [everyones[i] for i in sorted(everyones)] if state.is_main_process else []
+
+
+def _without_tensors(made: Any) -> Any:
+    """Those of the records are on a device that may be another process's own."""
+    records = {
+        key: replace(record, kept=float(record.kept), computed=float(record.computed))
+        for key, record in made.summary.records.items()
+    }
+    return replace(made, summary=replace(made.summary, records=records))
+
+
+def _record(target: Path) -> Path:
+    return target.with_name(target.name + DONE)
+
+
+def _bytes(path: Path) -> int | None:
+    """Of a file, or of all files in a folder; None where neither is."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.iterdir())
+    return path.stat().st_size if path.exists() else None
+
+
+def _identity_of_lora(lora: str) -> str:
+    """Of "folder:0.5", where the colon is not a part of the name, with its weight."""
+    source, colon, weight = lora.rpartition(":")
+    if not colon or Path(lora).expanduser().exists():
+        return identity(lora)
+    return f"{identity(source)}:{weight}"

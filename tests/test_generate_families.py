@@ -1,0 +1,215 @@
+"""`gen-accel generate` on saved pipelines of families whose latents are not Wan's."""
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AnimateDiffPipeline,
+    CogVideoXPipeline,
+    DiffusionPipeline,
+    LTXPipeline,
+    MotionAdapter,
+)
+from tiny import (
+    Case,
+    allegro,
+    animatediff,
+    anyflow,
+    cogvideox,
+    cosmos3,
+    helios,
+    latte,
+    ltx,
+    mochi,
+    skyreels,
+)
+
+from gen_accel.demo.train import new_tokenizer
+from gen_accel.measure import read_video
+from gen_accel.pipelines.decode import load_latents
+
+PROMPT = "a red square moves right"
+
+
+class Saved(NamedTuple):
+    """A pipeline, and what is asked of it.
+
+    Args:
+        size: frames, height and width.
+        made: frames that these are rounded to.
+        window: smaller than the token grid.
+        frames: what the pipeline calls their number.
+    """
+
+    build: Callable[[], Any]
+    size: tuple[int, int, int]
+    made: int
+    window: str
+    frames: str = "num_frames"
+
+
+def text_to_video() -> Any:
+    """Whose text is as long as the pipeline asks for."""
+    return cogvideox.pipeline(cogvideox.transformer(max_text_seq_length=226), CogVideoXPipeline)
+
+
+def animated() -> Any:
+    parts = animatediff.animated()
+    adapter = MotionAdapter(
+        block_out_channels=(16, 32),
+        motion_layers_per_block=1,
+        motion_num_attention_heads=2,
+        motion_norm_num_groups=4,
+    )
+    tokenizer: Any = new_tokenizer()
+    tokenizer.model_max_length = 16
+    return AnimateDiffPipeline(
+        parts.vae, parts.text_encoder, tokenizer, parts.unet, adapter, parts.scheduler
+    )
+
+
+def of(cases: list[Case]) -> Callable[[], Any]:
+    build = cases[0].pipeline
+    assert build is not None
+    return build
+
+
+PIPELINES = {
+    "cogvideox": Saved(text_to_video, (9, 48, 64), 9, "-1,2,3"),
+    "ltx": Saved(lambda: ltx.pipeline(LTXPipeline), (9, 96, 64), 9, "-1,2,2"),
+    "mochi": Saved(mochi.pipeline, (9, 48, 64), 7, "-1,2,3"),
+    "skyreels": Saved(of(skyreels.CASES), (9, 48, 64), 9, "-1,2,3"),
+    "anyflow": Saved(of(anyflow.CASES), (9, 48, 64), 9, "-1,2,3"),
+    "animatediff": Saved(animated, (3, 24, 32), 3, "-1,5,5"),
+    "latte": Saved(of(latte.CASES), (3, 48, 64), 3, "-1,2,3", "video_length"),
+    "allegro": Saved(of(allegro.CASES), (9, 48, 64), 9, "-1,2,3"),
+    "helios": Saved(of(helios.CASES), (9, 48, 64), 33, "-1,2,3"),  # whole chunks
+    "cosmos3": Saved(of(cosmos3.CASES), (9, 48, 64), 9, "-1,2,2"),
+}
+LONG = ("cogvideox", "ltx", "mochi", "helios")  # four runs, more than 2 s
+OTHERS = [name for name in PIPELINES if name not in ("skyreels", "anyflow")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of the pipeline of that name, saved once."""
+    saved = {}
+
+    def find(name):
+        if name not in saved:
+            saved[name] = tmp_path_factory.mktemp("families") / name
+            PIPELINES[name].build().save_pretrained(saved[name])
+        return saved[name]
+
+    return find
+
+
+def asked(name, folder, *more):
+    sizes = zip(("--frames", "--height", "--width"), PIPELINES[name].size, strict=True)
+    options = [str(part) for pair in sizes for part in pair]
+    return [
+        "generate",
+        "--model",
+        folder(name),
+        "--prompt",
+        PROMPT,
+        "--steps",
+        "2",
+        *options,
+        *more,
+    ]
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_video_is_that_of_the_pipeline(run, folder, tmp_path, name):
+    frames, height, width = PIPELINES[name].size
+    result = run(*asked(name, folder, "--method", "dense", "--seed", "3", "--out", tmp_path / "v"))
+    assert "2/2 steps" in result.stderr
+    video = read_video(tmp_path / "v")
+    assert video.shape == (PIPELINES[name].made, height, width, 3)
+
+    pipe: Any = DiffusionPipeline.from_pretrained(folder(name))
+    pipe.set_progress_bar_config(disable=True)
+    if name == "allegro":
+        pipe.vae.enable_tiling()
+    output = pipe(
+        prompt=PROMPT,
+        height=height,
+        width=width,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+        **{PIPELINES[name].frames: frames},
+    )
+    own = output.video if name == "cosmos3" else output.frames[0]
+    np.testing.assert_array_equal(video, (np.asarray(own) * 255).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in PIPELINES],
+)
+def test_a_window_is_compared_with_dense(run, folder, tmp_path, name):
+    window = ("--method", "neighborhood", "--set", f"window={PIPELINES[name].window}")
+    out = tmp_path / "clip.gif"
+    result = run(*asked(name, folder, *window, "--compare", "--out", out))
+    names = ["clip.dense.gif", "clip.gif", "clip.json", "clip.side_by_side.gif"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    _, height, width = PIPELINES[name].size
+    shape = (PIPELINES[name].made, height, width, 3)
+    assert read_video(out).shape == read_video(tmp_path / "clip.dense.gif").shape == shape
+    report = json.loads((tmp_path / "clip.json").read_text())
+    assert (report["frames"], report["height"], report["width"]) == shape[:3]
+    assert 0 < report["density"] < 1
+    assert min(report["dense_seconds"], report["sparse_seconds"], report["decode_seconds"]) > 0
+    for label in ("dense, warm-up", "neighborhood, warm-up", "dense", "neighborhood"):
+        assert f"clip.gif, {label} " in result.stderr
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_latents_that_could_not_be_decoded_are_not_kept(
+    refused, folder, no_loading, tmp_path, name
+):
+    kept = tmp_path / "clip.safetensors"
+    line = refused(*asked(name, folder, "--save-latents", kept, "--out", tmp_path / "clip.mp4"))
+    assert "decode theirs in ways of their own" in line
+    assert not [*tmp_path.iterdir()]
+
+
+def test_latents_are_decoded_again_by_their_own_family_alone(run, refused, folder, tmp_path):
+    kept, again = tmp_path / "clip.safetensors", tmp_path / "again"
+    window = ("--method", "neighborhood", "--set", "window=-1,2,3")
+    run(*asked("skyreels", folder, *window, "--save-latents", kept, "--out", tmp_path / "clip"))
+    assert load_latents(kept)[0].shape == (1, 16, 3, 6, 8)
+    run("generate", "--model", folder("skyreels"), "--from-latents", kept, "--out", again)
+    np.testing.assert_array_equal(read_video(again), read_video(tmp_path / "clip"))
+    line = refused("generate", "--model", folder("cogvideox"), "--from-latents", kept)
+    assert "CogVideoXTransformer3DModel with AutoencoderKLCogVideoX" in line
+
+
+def test_sizes_that_depend_on_the_model_may_be_left_to_it(run, refused, folder, tmp_path):
+    args = ("generate", "--model", folder("cogvideox"), "--prompt", PROMPT, "--steps", "1")
+    run(*args, "--method", "dense", "--out", tmp_path / "clip")
+    assert read_video(tmp_path / "clip").shape == (9, 80, 112, 3)
+    line = refused(*args, "--extend", "riflex", "--out", tmp_path / "more.mp4")
+    assert "frames must be given with riflex: CogVideoXPipeline has no default" in line
+
+
+def test_the_check_of_a_pipeline_speaks_for_itself(run, folder, tmp_path):
+    args = asked("cogvideox", folder, "--height", "60", "--out", tmp_path / "clip.mp4")
+    line = run(*args, code=2).stderr.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert "divisible by 8 but are 60 and 64" in line
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_unet_of_images_is_refused(refused, no_loading, tmp_path):
+    index = tmp_path / "model_index.json"
+    index.write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
+    line = refused("generate", "--model", tmp_path, "--prompt", PROMPT)
+    assert "UNet2DConditionModel" in line
+    assert "makes images and no video" in line
