@@ -115,8 +115,7 @@ def models() -> list[ModelInfo]:
     for family in FAMILIES:
         module: Any = import_module(f"{families.__name__}.{family}")
         # Radial attention thins out by the distance in time, and keeps all of a single frame.
-        in_time = "video" in module.ORDER and "each frame" not in module.ORDER
-        methods = tuple(name for name in METHODS if in_time or name != "radial")
+        methods = tuple(n for n in METHODS if n != "radial" or module.KIND == "video")
         found += [
             ModelInfo(
                 name,

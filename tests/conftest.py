@@ -97,6 +97,16 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def attention_backend():
+    """`set_attention_backend` of one model is that of all in this process that have none."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+    before = registry._active_backend
+    yield
+    registry._active_backend = before
+
+
 @pytest.fixture(scope="session")
 def compiler():
     """Skip where torch cannot compile for the CPU."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from methods import LINEAR, MIXTURE, RADIAL, WINDOW
 from peft import LoraConfig, inject_adapter_in_model
 from tiny import Case, cases
@@ -23,7 +24,8 @@ from gen_accel.attention_processors.families import (
     served_classes,
 )
 from gen_accel.attention_processors.seam import Call, add_tap
-from gen_accel.attention_processors.tokens import Tokens
+from gen_accel.attention_processors.tokens import Tokens, seen_text
+from gen_accel.pipelines import NothingSaved
 from gen_accel.pipelines.attach import layer_method
 
 METHODS = [RADIAL, WINDOW, MIXTURE, LINEAR]
@@ -31,6 +33,7 @@ CASES = {case.name: case for case in cases()}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch"),
+    pytest.mark.filterwarnings("ignore::gen_accel.pipelines.NothingSaved"),
     pytest.mark.usefixtures("one_thread"),
 ]
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -250,6 +253,50 @@ def test_a_window_larger_than_a_level_of_a_unet_is_all_of_it():
         run(case, model, grid)
 
 
+def test_radial_attention_in_single_frames_warns():
+    for name in ("flux", "latte", "stable_diffusion"):
+        with pytest.warns(NothingSaved, match="keeps all of a single frame"):
+            attach(model_of(CASES[name]), RADIAL).detach()
+
+
+def test_a_grid_that_is_not_known_concerns_sparse_layers_alone():
+    case = CASES["flux"]
+    model, given = model_of(case), case.inputs(*case.grids[0])
+    given["img_ids"][:, 0] = 1  # as of a pipeline that begins with examples
+    with torch.no_grad():
+        stock = case.call(model, given)
+        with attach(model, Dense()):
+            assert torch.equal(case.call(model, given), stock)
+        with attach(model, WINDOW, schedule=Schedule(dense_layers=3)):
+            assert torch.equal(case.call(model, given), stock)
+        with attach(model, WINDOW), pytest.raises(ValueError, match=r"begin with image 0, .* 1"):
+            case.call(model, given)
+        assert torch.equal(case.call(model, given), stock)
+
+
+def test_processors_that_diffusers_makes_for_image_prompts_are_refused():
+    model = model_of(CASES["flux"])
+    attn = model.transformer_blocks[0].attn
+    own = attn.processor
+    with attach(model, WINDOW), pytest.raises(ValueError, match="detach first"):
+        type(attn.processor)()  # as `load_ip_adapter` does
+    attn.set_processor(FluxIPAdapterAttnProcessor(32, 24))
+    try:
+        with pytest.raises(ValueError, match="unload_ip_adapter"):
+            attach(model, WINDOW)
+    finally:
+        del attn.processor
+        attn.set_processor(own)
+
+
+def test_controls_of_cosmos3_come_before_the_video():
+    family: Any = family_of(model_of(CASES["cosmos3"]))
+    sizes = [(2, 3, 4), (5, 6, 7)]
+    given = (None, None, None, None, 9, 9 + 24 + 210 + 3, [], sizes)
+    assert family.video_shape(*given) == VideoShape(5, 6, 7, 9 + 24 + 3)
+    assert family.before(*given) == 9 + 24
+
+
 @every_case
 def test_kernels_agree(case):
     model, grid = model_of(case), case.grids[0]
@@ -276,6 +323,51 @@ def test_neither_the_batch_nor_the_padding_matters(case):
             case.padding(other, case.lengths)
             again = case.call(model, other)
             assert (again - both).abs().max() < 1e-4 * both.abs().max().clamp_min(1)
+
+
+masked = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name)
+        for name, case in CASES.items()
+        if case.lengths is not None and hasattr(family_of(model_of(case)), "text_lengths")
+    ],
+)
+
+
+@masked
+def test_lengths_of_texts_are_those_that_the_masks_leave(case):
+    model = model_of(case)
+    given = case.inputs(*case.grids[1], lengths=case.lengths)
+    lengths = family_of(model).text_lengths(model, **given)
+    for calls in observed(case, model, given).values():
+        for call, tokens, _ in calls:
+            if call.mask is None:
+                continue
+            found = seen_text(call.mask, call.q, tokens)
+            assert found is not None
+            if lengths is None:  # what comes behind the padding is seen
+                assert all(places[-1] == tokens.video.text - 1 for places in found)
+            else:
+                assert found == tuple(tuple(range(n)) for n in lengths)
+
+
+@pytest.mark.slow
+@masked
+def test_compiled_blocks_leave_padding_out(case):
+    model = copy.deepcopy(model_of(case))
+    given = case.inputs(*case.grids[1], lengths=case.lengths)
+    torch._dynamo.reset()
+    with torch.no_grad(), attach(model, WINDOW):
+        eager = case.call(model, given)
+        for site in sites_of(model):
+            model.get_submodule(site.name).compile(fullgraph=True, backend="eager")
+        if family_of(model).text_lengths(model, **given) is None:
+            with pytest.raises(Exception, match="the mask of a text is not known in a graph"):
+                case.call(model, given)
+        else:
+            assert (case.call(model, given) - eager).abs().max() < 1e-5
+    torch._dynamo.reset()
 
 
 @some_methods
@@ -379,7 +471,8 @@ def _module(family: str) -> Any:
 def test_a_family_says_what_the_table_shows(name):
     family = _module(name)
     assert family.MODELS
-    assert "video" in family.ORDER or "image" in family.ORDER
+    assert family.ORDER
+    assert family.KIND in ("video", "frames", "image")
     assert family.LORA_TARGETS["attention"]
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from gen_accel import Dense, VideoShape, attach
 from gen_accel.attention_processors.families import ltx as ltx_family
 from gen_accel.attention_processors.families import ltx2
+from gen_accel.pipelines.clock import Clock
 
 META = torch.device("meta")
 TEXT = 6
@@ -173,3 +174,17 @@ def test_ltx2_needs_a_grid_or_coordinates():
     x, e, t = (torch.zeros(1),) * 3
     with pytest.raises(ValueError, match="or video_coords"):
         ltx2.video_shape(None, x, x, e, e, t)
+
+
+def test_frames_at_timesteps_of_their_own_are_at_their_mean_step():
+    """As in diffusion forcing, where copies of the scheduler are stepped and itself is not."""
+    scheduler = wan.unipc()
+    scheduler.set_timesteps(10)
+    clock = Clock(lambda: scheduler)
+    times = scheduler.timesteps
+    for places, mean in [((0, 0, 0, 0), 0), ((0, 2, 4, 10), 2), ((9, 9, 10, 10), 9)]:
+        now = torch.tensor([[times[i] if i < 10 else 0 for i in places]])
+        clock.advance(now)
+        assert clock.step == mean
+    clock.advance(times[3:4] / 1000)  # as models that take it scaled
+    assert clock.step == 0

@@ -490,9 +490,11 @@ def random_neighborhood(seed):
 class TestNeighborhood:
     def test_within_a_small_grid_large_windows_are_whole_axes(self):
         method = Neighborhood((3, 4, 4), (2, 3, 1), (1, 2, 1), (True, False, False))
-        assert method.within(VideoShape(3, 8, 4)) == method
+        whole = VideoShape(9, 9, 9)
+        assert method.within(VideoShape(3, 8, 4), whole) == method
         small = Neighborhood((-1, -1, 4), (1, 1, 1), (1, 1, 1), (True, False, False))
-        assert method.within(VideoShape(2, 7, 4)) == small
+        assert method.within(VideoShape(2, 7, 4), whole) == small
+        assert method.within(VideoShape(2, 7, 4), VideoShape(2, 7, 4)) == method
 
     @pytest.fixture
     def even(self, monkeypatch):

@@ -71,11 +71,12 @@ class Neighborhood:
     ) -> Tensor:
         return kernel(q, k, v, self.plan(video, q.device))
 
-    def within(self, video: VideoShape) -> "Neighborhood":
-        """With the whole of those axes that `window` x `dilation` is larger than."""
+    def within(self, video: VideoShape, whole: VideoShape) -> "Neighborhood":
+        """With all of those axes that are shorter in `video` than in `whole`, and than `window` x
+        `dilation`."""
         window, stride, dilation = [*self.window], [*self.stride], [*self.dilation]
-        for i, size in enumerate(video.grid):
-            if window[i] * dilation[i] > size:
+        for i, (size, most) in enumerate(zip(video.grid, whole.grid, strict=True)):
+            if size < most and window[i] * dilation[i] > size:
                 window[i], stride[i], dilation[i] = -1, 1, 1
         return replace(
             self,

@@ -83,6 +83,12 @@ class BoundProcessor:
     def __init__(
         self, stock: Any, name: str, attend: Callable[[Call], Tensor], alike: Hashable = None
     ) -> None:
+        if isinstance(stock, nn.Module):
+            raise ValueError(
+                f"{type(stock).__name__} has parameters of its own, which `.to()` and "
+                "`state_dict()` would no longer find below another processor; unload it first, "
+                "diffusers' image prompts by pipe.unload_ip_adapter()"
+            )
         function: Any = type(stock).__call__
         code = getattr(function, "__code__", None)
         if code is None or not set(name.split(".")) <= set(code.co_names):
@@ -203,12 +209,6 @@ class TappedProcessor(BoundProcessor):
     """
 
     def __init__(self, stock: Any, name: str, model: nn.Module | None = None) -> None:
-        if isinstance(stock, nn.Module):
-            raise ValueError(
-                f"{type(stock).__name__} has parameters of its own, which `.to()` and "
-                "`state_dict()` would no longer find below another processor; unload it first, "
-                "diffusers' image prompts by pipe.unload_ip_adapter()"
-            )
         self._model = None if model is None else ref(model)
         BoundProcessor.__init__(self, stock, name, _as_stock, self._model)
 
@@ -351,8 +351,17 @@ def _class(kind: type, stock: type, name: str, attend: Callable[[Call], Tensor])
         return result
 
     call.__signature__ = inspect.signature(stock.__call__)  # pyright: ignore[reportFunctionMemberAccess]
-    members = {"__call__": call, "__module__": kind.__module__, "unbound": kind}
+    members = {"__call__": call, "__init__": _made_anew, "__module__": kind.__module__}
+    members["unbound"] = kind
     return type(kind.__name__, (kind,), members)
+
+
+def _made_anew(self: Any) -> None:
+    """As diffusers makes another processor of one's class, without what it needs."""
+    raise ValueError(
+        "diffusers puts processors of its own on this model, for its image prompts: detach first, "
+        "or load them by gen_accel.load_image_prompt, which goes with what is attached"
+    )
 
 
 def _bound(stock: Any, name: str, attend: Callable[[Call], Tensor], run: _Run) -> Callable:

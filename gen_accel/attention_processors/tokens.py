@@ -6,6 +6,7 @@ by masks. Here, and nowhere else, the one becomes the other.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -104,15 +105,22 @@ def by_text(
         own = [tuple(seen[row]) for row in rows]
         order = None
         if before or any(places != tuple(range(length)) for places in own):
-            order = torch.tensor([_order(tokens, places) for places in own], device=device)
+            order = (_order if torch.compiler.is_compiling() else _kept)(tokens, (*own,), device)
         groups.append(Samples(rows, short, len(rows) == batch, before, order))
     return groups
 
 
-def _order(tokens: Tokens, places: Sequence[int]) -> list[int]:
+def _order(tokens: Tokens, seen: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """(b, n) int64, the places of the grid and of what is seen beside it, of each sample."""
     video, before = tokens
-    others = [place if place < before else place + video.video_tokens for place in places]
-    return [*range(before, before + video.video_tokens), *others]
+    grid = torch.arange(before, before + video.video_tokens, device=device)
+    others = torch.tensor(seen, device=device, dtype=grid.dtype)
+    others = torch.where(others < before, others, others + video.video_tokens)
+    return torch.cat([grid.expand(len(seen), -1), others], 1)
+
+
+# All layers of a pass ask for the same.
+_kept = lru_cache(maxsize=16)(torch.inference_mode(False)(_order))
 
 
 def seen_text(mask: Tensor, q: Tensor, tokens: Tokens) -> tuple[tuple[int, ...], ...] | None:

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gen_accel.pipelines.attach import Attachment, SilentBranch, attach
+from gen_accel.pipelines.attach import Attachment, NothingSaved, SilentBranch, attach
 from gen_accel.pipelines.calibrate import Calibration, calibrate, measure_calibration
 from gen_accel.pipelines.schedule import Schedule
 from gen_accel.pipelines.storage import load_processors, save_processors
@@ -16,6 +16,7 @@ __all__ = [
     "Attachment",
     "Calibration",
     "ImagePrompt",
+    "NothingSaved",
     "ScaleRange",
     "Schedule",
     "SilentBranch",

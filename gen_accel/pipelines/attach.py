@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel import kernels
-from gen_accel.attention_processors import Dense, context_parallel
+from gen_accel.attention_processors import Dense, Radial, context_parallel
 from gen_accel.attention_processors.families import SelfAttention, family_of
 from gen_accel.attention_processors.full import Full
 from gen_accel.attention_processors.seam import (
@@ -35,12 +35,8 @@ from gen_accel.pipelines.summary import Record, Summary
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
-TRANSFORMERS = (
-    "transformer",
-    "transformer_2",
-    "transformer_ref",
-    "unet",
-)  # as pipelines name them
+# As pipelines name them.
+TRANSFORMERS = ("transformer", "transformer_2", "transformer_ref", "unet")
 
 
 def attach(
@@ -89,6 +85,8 @@ def attach(
 
     Warns:
         OtherAttention: an active LoRA was trained with another method.
+        NothingSaved: `Radial()` in a model of single frames.
+        SilentBranch: a method with parameters, which starts anew each time it is attached.
     """
     if from_lora is not None:
         if method is not None:
@@ -120,6 +118,14 @@ def attach(
     handle = Attachment(transformers, families, Clock(scheduler), options)
     for module in transformers.values():
         warn_of_other_attention(module, method, stacklevel=3)
+    if isinstance(method, Radial) and all(family.KIND != "video" for family in families.values()):
+        warnings.warn(
+            "Radial thins out by the distance in time and keeps all of a single frame, so that it "
+            f"saves nothing in {', '.join(type(t).__name__ for t in transformers.values())}; use "
+            "Neighborhood, BlockMixture or SparseLinear",
+            NothingSaved,
+            stacklevel=2,
+        )
     if handle.branches and all(branch.silent() for branch in handle.branches.values()):
         warnings.warn(
             f"the linear branch of {type(method).__name__} is still silent, so that this is "
@@ -180,6 +186,10 @@ def _owners(transformer: nn.Module) -> list["Attachment"]:
 
 def _no_graph(extension: AttentionExtension) -> str:
     return f"{extension.name} differs from step to step, which a graph of torch.compile cannot"
+
+
+class NothingSaved(UserWarning):
+    """A method was attached to a model in which it leaves nothing out."""
 
 
 class SilentBranch(UserWarning):
@@ -245,10 +255,12 @@ class Attachment:
         self._transformers = transformers
         self._dense_step: str | None = None
         self._paused = False
+        self._refusal: ValueError | None = None  # of the grid of the pass under way
         self._checked: set[tuple] = set()
         self._layers: dict[str, Layer] = {}
         self._text_split: dict[str, bool] = {}
-        self._read: tuple[ref, Tokens, tuple[tuple[int, ...], ...] | None] | None = None
+        self._read: tuple[ref, tuple, tuple[tuple[int, ...], ...] | None] | None = None
+        self._masks_alike = all(getattr(f, "MASKS_ALIKE", False) for f in families.values())
         self._sites: list[tuple[Any, SparseProcessor]] = []
         replaced: list[tuple[Attachment, Any]] = []
         for name, transformer in transformers.items():
@@ -369,12 +381,18 @@ class Attachment:
     ) -> None:
         if self._paused:
             return
-        video = read.video_shape(transformer, *args, **kwargs)
-        before = 0 if read.before is None else read.before(transformer, *args, **kwargs)
-        self.clock.tokens = Tokens(video, before)
-        if read.text_lengths is not None:
-            self._read = None
-            self._read_texts(read.text_lengths, transformer, args, kwargs)
+        self._read, self._refusal = None, None
+        try:
+            video = read.video_shape(transformer, *args, **kwargs)
+            before = 0 if read.before is None else read.before(transformer, *args, **kwargs)
+            self.clock.tokens = Tokens(video, before)
+        except ValueError as error:  # raised where a method is to run; what is dense needs no grid
+            self.clock.tokens, self._refusal = None, error
+        self.clock.texts = None
+        if read.text_lengths is not None and self._refusal is None:
+            in_graph = torch.compiler.is_compiling() or is_compiled(transformer)
+            if in_graph or read.mask_of_pairs:
+                self._read_texts(read.text_lengths, transformer, args, kwargs)
         # Without a schedule of steps they are counted for the records, which a graph has not.
         recorded = self.clock.scheduler is not None and not torch.compiler.is_compiling()
         needs_step = self.schedule.needs_step or any(e.needs_step for e in self.extensions)
@@ -394,17 +412,20 @@ class Attachment:
         reason="the lengths of texts need fullgraph=False or compile_repeated_blocks()"
     )
     def _read_texts(self, lengths: Callable, transformer: Any, args: tuple, kwargs: dict) -> None:
-        """Once a pass. Graphs are made for the lengths of the texts, which are read outside of
-        them."""
+        """Graphs are made for the lengths of the texts, which are read outside of them."""
         self.clock.texts = lengths(transformer, *args, **kwargs)
 
     def _attend(self, layer: "Layer", call: Call) -> Tensor:
-        tokens = None if self._paused else self._tokens(layer, call)
-        if tokens is None:  # a call that is none over the grid
+        if self._paused:
             return call.stock()
         why = self.schedule.why_layer(layer.number) or self._dense_step
         if isinstance(layer.method, (Dense, Full)):
             why = "method is dense"
+        if self._refusal is not None and (why is None or self.extensions):
+            raise self._refusal
+        tokens = self._tokens(layer, call)
+        if tokens is None:  # a call that is none over the grid, or dense without a grid
+            return call.stock()
         extended = bool(self._active(tokens.video)) if self.extensions else False
         own = call.stock if why and not extended else None
         by_stock = own is not None and context_parallel.stock_is_right(call, tokens)
@@ -532,12 +553,12 @@ class Attachment:
         return kernels.prepare(plan, where, self.kernel)
 
     def _within(self, method: Any, video: VideoShape) -> Any:
-        """On levels of a UNet, whose grids may be smaller than a window, that is the whole axis;
-        where it is larger than what the user sees it is an error."""
+        """Where attention has a smaller grid than the model, as on the levels of a UNet, a window
+        larger than such an axis is all of it; larger than the model's it is an error."""
         tokens = self.clock.tokens
-        if tokens is None or tokens.video.grid == video.grid or not hasattr(method, "within"):
+        if tokens is None or not hasattr(method, "within"):
             return method
-        return method.within(video)
+        return method.within(video, tokens.video)
 
     def _active(self, video: VideoShape) -> list[AttentionExtension]:
         return [e for e in self.extensions if video.frames > e.trained]
@@ -578,15 +599,17 @@ class Attachment:
     def _seen(
         self, layer: "Layer", mask: Tensor, q: Tensor, tokens: Tokens
     ) -> tuple[tuple[int, ...], ...]:
-        pairwise = mask.ndim == 4 and mask.shape[2] > 1
-        # A mask of all pairs is made in each layer anew, and long to read.
-        if torch.compiler.is_compiling() or (pairwise and self.clock.texts is not None):
-            lengths = self.clock.texts
-            seen = None if lengths is None else tuple(tuple(range(n)) for n in lengths)
+        texts = self.clock.texts
+        if torch.compiler.is_compiling() and texts is None:
+            _refuse_mask(layer.name)
+        if texts is not None:
+            seen = tuple(tuple(range(n)) for n in texts)
         else:
-            # Most models give all layers of a pass one mask; reading it waits for the device.
-            if self._read is None or self._read[0]() is not mask or self._read[1] != tokens:
-                self._read = ref(mask), tokens, seen_text(mask, tokens.complete(q), tokens)
+            # Most models give all layers of a pass one mask, or one after the other the same;
+            # reading it waits for the device.
+            key = tokens, mask.shape, mask.dtype
+            if self._read is None or self._read[1] != key or not self._is_read(mask):
+                self._read = ref(mask), key, seen_text(mask, tokens.complete(q), tokens)
             seen = self._read[2]
         if seen is None:
             raise ValueError(
@@ -595,6 +618,11 @@ class Attachment:
                 "attach Dense() or detach for this model"
             )
         return seen
+
+    def _is_read(self, mask: Tensor) -> bool:
+        """Whether it is the mask that was read last, or as good as that."""
+        assert self._read is not None
+        return self._masks_alike or self._read[0]() is mask
 
     def _check(
         self,
@@ -616,11 +644,12 @@ class Attachment:
             self._checked.add(key)
 
     def _tokens(self, layer: "Layer", call: Call) -> Tokens | None:
-        """Where the grid lies in an attention call; None where it is none over the grid."""
-        assert self.clock.tokens is not None
-        if layer.tokens is None:
-            return self.clock.tokens
-        return layer.tokens(self.clock.tokens, call)
+        """Where the grid lies in an attention call; None where it is none over the grid, and where
+        the grid is not known."""
+        tokens = self.clock.tokens
+        if tokens is None or layer.tokens is None:
+            return tokens
+        return layer.tokens(tokens, call)
 
     def _now(self, x: Tensor) -> float:
         if x.device.type != "cpu":
@@ -635,14 +664,20 @@ class _Readers(NamedTuple):
     video_shape: Callable
     timestep: Callable
     rising: bool
+    mask_of_pairs: bool
     before: Callable | None
     text_lengths: Callable | None
 
     @classmethod
     def of(cls, family: Any) -> "_Readers":
-        others = (getattr(family, name, None) for name in ("before", "text_lengths"))
-        rising = getattr(family, "TIMESTEPS_RISE", False)
-        return cls(family.video_shape, family.timestep, rising, *others)
+        return cls(
+            family.video_shape,
+            family.timestep,
+            getattr(family, "TIMESTEPS_RISE", False),
+            getattr(family, "MASK_OF_PAIRS", False),
+            getattr(family, "before", None),
+            getattr(family, "text_lengths", None),
+        )
 
 
 class Layer(NamedTuple):
@@ -673,6 +708,17 @@ def _check_tokens(layer: Layer, call: Call, tokens: Tokens) -> None:
 
 # layer, q, k, v and the dense output (B, H, N, D), the grid, and what runs a plan on q, k, v
 Observer = Callable[[Layer, Tensor, Tensor, Tensor, Tensor, VideoShape, Callable], None]
+
+
+@torch.compiler.disable(
+    reason="the mask of a text is not known in a graph; use the model uncompiled"
+)
+def _refuse_mask(layer: str) -> None:
+    """Outside of the graph, which would swallow the error."""
+    raise ValueError(
+        f"the mask of a text is not known in a graph, that of {layer}; use the model uncompiled, "
+        "or texts that need no padding"
+    )
 
 
 @torch.compiler.disable(

@@ -66,11 +66,23 @@ def _taken(scheduler: Any, timestep: Tensor, begin: int) -> int:
     if hasattr(scheduler, "step_index"):
         index = scheduler.step_index
         if index is None:  # before the first step, or where copies of the scheduler are stepped
-            return max(0, _place(scheduler, timestep) - begin)
+            return max(0, _mean_place(scheduler, timestep) - begin)
         return index - begin
     if hasattr(scheduler, "counter"):  # PNDM's, whose timesteps repeat
         return scheduler.counter
     return _place(scheduler, timestep) - begin  # DDIM, DDPM and CogVideoX's two
+
+
+def _mean_place(scheduler: Any, timestep: Tensor) -> int:
+    """Where each frame has a timestep of its own, the mean over those of the first sample that are
+    still noisy."""
+    timesteps = scheduler.timesteps
+    if timestep.ndim < 2 or timesteps.ndim > 1:
+        return _place(scheduler, timestep)
+    frames = timestep[0].flatten().to(timesteps.device)[:, None]
+    equal = (timesteps == frames).float()
+    noisy = equal.amax(1)
+    return int((equal.argmax(1) * noisy).sum() / noisy.sum().clamp_min(1))
 
 
 def _place(scheduler: Any, timestep: Tensor) -> int:

@@ -4,6 +4,8 @@ MODELS                        the published models that it serves, in words
 CLASSES                       the transformer classes of these
 ATTENTION_CALL                the global name of the attention call in their processors
 ORDER                         what the tokens of their self-attention are, in words and in order
+KIND                          "video", "frames" where each frame of a video attends by itself, or
+                              "image"
 LORA_TARGETS                  names of a group of layers to what they end in, inside the blocks
 self_attentions(transformer)  the attentions over the tokens of video or image, as
                               `SelfAttention`s
@@ -12,8 +14,11 @@ video_shape(transformer, ...) the token grid, one frame for an image, read from 
 before(transformer, ...)      how many of those come before the grid; only where some do
 timestep(...)                 of a forward pass, read from its arguments
 TIMESTEPS_RISE                True where it rises from step to step; elsewhere it falls
-text_lengths(transformer, ...) of each sample in tokens, where a mask hides the padding of texts,
-                              for graphs of torch.compile
+text_lengths(transformer, ...) of each sample in tokens, where a mask hides the padding of texts;
+                              None where that is not the end. Graphs of torch.compile need it
+MASKS_ALIKE                   True where each layer makes the same mask anew
+MASK_OF_PAIRS                 True where each makes one of all pairs of tokens, too long to be
+                              read: `text_lengths` are
 
 For training:
 
@@ -52,7 +57,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +81,8 @@ __all__ = [
     "image_sites",
     "in_patches",
     "in_stacks",
+    "outside_graphs",
+    "prefix_lengths",
     "served_classes",
     "tap_cross_attention",
     "tap_joint_attention",
@@ -136,6 +143,8 @@ REFUSED: dict[str, str] = {
         "FlexAttention over padded tokens"
     ),
 }
+
+Read = TypeVar("Read", bound=Callable)
 
 # q (b, N, H, D) and the samples of the batch that it is of, to (b, N, H, D) or nothing
 ImageBranch = Callable[[Tensor, slice], Tensor | None]
@@ -205,6 +214,26 @@ def in_stacks(
         SelfAttention(name, transformer.get_submodule(f"{name}.{attention}"), layer, heads, dim)
         for layer, name in enumerate(names)
     ]
+
+
+def outside_graphs(reader: Read) -> Read:
+    """For what reads positions, which are not known in a graph."""
+    why = "positions are read outside of graphs: use fullgraph=False or compile_repeated_blocks()"
+    return torch.compiler.disable(reader, reason=why)  # pyright: ignore[reportReturnType]
+
+
+def prefix_lengths(mask: Tensor, ahead: int = 0) -> tuple[int, ...] | None:
+    """How many tokens a mask (B, N) leaves of each text, None where padding comes before some of
+    them. Waits for the device.
+
+    Args:
+        ahead: tokens in front of each text, none of them padding.
+    """
+    seen = mask.bool()
+    lengths = seen.sum(1, keepdim=True)
+    is_prefix = (seen == (torch.arange(seen.shape[1], device=mask.device) < lengths)).all(1)
+    found = torch.stack([lengths[:, 0], is_prefix.to(lengths.dtype)], 1).tolist()
+    return tuple(ahead + n for n, _ in found) if all(prefix for _, prefix in found) else None
 
 
 def without_text(tokens: Tokens, call: Call) -> Tokens:
@@ -311,7 +340,7 @@ def family_of(transformer: Any) -> ModuleType:
 
 def video_classes() -> list[str]:
     """Of `served_classes`, those that make videos."""
-    return [name for name, family in served_classes().items() if "video" in _module(family).ORDER]
+    return [name for name, family in served_classes().items() if _module(family).KIND != "image"]
 
 
 def classes_for(use: str) -> dict[str, str]:

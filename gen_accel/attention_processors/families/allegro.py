@@ -14,6 +14,7 @@ MODELS = "Allegro"
 CLASSES = ("AllegroTransformer3DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "video"
+KIND = "video"
 
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {

@@ -16,6 +16,7 @@ MODELS = "AnimateDiff"
 CLASSES = ("UNetMotionModel",)
 ATTENTION_CALL = stable_diffusion.ATTENTION_CALL
 ORDER = "video, each frame by itself"
+KIND = "frames"
 LORA_TARGETS = stable_diffusion.LORA_TARGETS
 TEMPORAL_FACTOR = 1  # frames in a latent frame
 

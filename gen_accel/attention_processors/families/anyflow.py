@@ -15,6 +15,7 @@ MODELS = "AnyFlow"
 CLASSES = ("AnyFlowTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video"
+KIND = "video"
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 LORA_TARGETS = wan.LORA_TARGETS
 

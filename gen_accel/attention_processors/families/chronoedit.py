@@ -10,6 +10,7 @@ MODELS = "ChronoEdit"
 CLASSES = ("ChronoEditTransformer3DModel",)
 ATTENTION_CALL = wan.ATTENTION_CALL
 ORDER = wan.ORDER
+KIND = "video"
 TEMPORAL_FACTOR = wan.TEMPORAL_FACTOR  # where there are more than two
 LORA_TARGETS = wan.LORA_TARGETS
 

@@ -23,6 +23,7 @@ MODELS = "CogVideoX 1.0 and 1.5"
 CLASSES = ("CogVideoXTransformer3DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "text, video"
+KIND = "video"
 GUIDANCE = "batched"
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 

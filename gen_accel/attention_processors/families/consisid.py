@@ -10,6 +10,7 @@ MODELS = "ConsisID"
 CLASSES = ("ConsisIDTransformer3DModel",)
 ATTENTION_CALL = cogvideox.ATTENTION_CALL
 ORDER = cogvideox.ORDER
+KIND = "video"
 TEMPORAL_FACTOR = cogvideox.TEMPORAL_FACTOR
 LORA_TARGETS = cogvideox.LORA_TARGETS
 

@@ -16,6 +16,7 @@ MODELS = "Cosmos 1, Predict2, Predict2.5 and Transfer2.5"
 CLASSES = ("CosmosTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video"
+KIND = "video"
 
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {

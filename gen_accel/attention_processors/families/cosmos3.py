@@ -6,6 +6,7 @@ left alone. In the second, all that is generated sees everything, so that there 
 queries.
 """
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,7 @@ MODELS = "Cosmos 3"
 CLASSES = ("Cosmos3OmniTransformer",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "text, video, sound, actions"
+KIND = "video"
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 
 # By what they end in, inside the blocks. The feed-forward of some has a `gate_proj` too.
@@ -58,13 +60,8 @@ def video_shape(
     *args: Any,
     **kwargs: Any,
 ) -> VideoShape:
-    """The grid of the one video in the sequence; ValueError for several."""
-    if len(vision_token_shapes) != 1:
-        raise ValueError(
-            f"vision_token_shapes must be of one video, got {vision_token_shapes}; call the model "
-            "for each"
-        )
-    video = VideoShape(*vision_token_shapes[0])
+    """The grid of the video that is made: the last one, behind those that control it."""
+    video = VideoShape(*vision_token_shapes[-1])
     return VideoShape(*video.grid, text=sequence_length - video.tokens)
 
 
@@ -74,11 +71,14 @@ def before(
     text_indexes: Tensor,
     position_ids: Tensor,
     und_len: int,
+    sequence_length: int,
+    vision_tokens: list[Tensor],
+    vision_token_shapes: list[tuple[int, int, int]],
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    """The text."""
-    return und_len
+    """The text, and videos that control the one that is made."""
+    return und_len + sum(math.prod(shape) for shape in vision_token_shapes[:-1])
 
 
 def timestep(

@@ -16,6 +16,7 @@ MODELS = "EasyAnimate 5.1"
 CLASSES = ("EasyAnimateTransformer3DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "text, video"
+KIND = "video"
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 
 # By what they end in, inside the blocks.

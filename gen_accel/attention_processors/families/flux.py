@@ -1,4 +1,4 @@
-"""FLUX.1, also Fill, Depth, Canny, Redux and Kontext.
+"""FLUX.1, also Fill, Depth, Canny and Kontext.
 
 Image and text attend jointly, text first; images that are edited come last. Blocks of two streams
 come first, then those of one, and layers are counted through both. An image prompt is added where
@@ -19,14 +19,16 @@ from gen_accel.attention_processors.families import (
     SelfAttention,
     image_sites,
     in_stacks,
+    outside_graphs,
 )
 from gen_accel.attention_processors.seam import add_finish
 from gen_accel.video import VideoShape
 
-MODELS = "FLUX.1, Kontext"
+MODELS = "FLUX.1, Fill, Control, Kontext"
 CLASSES = ("FluxTransformer2DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "text, image, references"
+KIND = "image"
 GUIDANCE = "sequential"
 
 # By what they end in, inside the blocks.
@@ -89,13 +91,23 @@ def video_shape(
     return VideoShape(1, rows, columns, text=encoder_hidden_states.shape[1] + others)
 
 
+@outside_graphs
 def image_grid(ids: Tensor) -> tuple[int, int]:
     """Rows and columns of the image that comes first, of positions (N, 3 or more) or (B, N, 3 or
-    more): which image, row, column. Positions may be scaled. Waits for the device."""
+    more): which image, row, column. Positions may be scaled. Waits for the device.
+
+    Raises ValueError where the first image is not number 0, as in VisualCloze, which begins with
+    examples.
+    """
     ids = ids[0] if ids.ndim == 3 else ids
     first = (ids[:, 0] == ids[0, 0]).sum()
     columns = (ids[:, :2] == ids[0, :2]).all(1).sum()
-    tokens, width = torch.stack([first, columns]).tolist()
+    tokens, width, number = torch.stack([first, columns, ids[0, 0].long()]).tolist()
+    if number:
+        raise ValueError(
+            f"img_ids must begin with image 0, the one that is made, got {number}: attach Dense() "
+            "or detach for this pipeline"
+        )
     return tokens // width, width
 
 

@@ -16,6 +16,7 @@ MODELS = "FLUX.2"
 CLASSES = ("Flux2Transformer2DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "text, image, references"
+KIND = "image"
 
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {

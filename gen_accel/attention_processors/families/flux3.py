@@ -17,6 +17,7 @@ MODELS = "FLUX.3"
 CLASSES = ("Flux3Transformer2DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "image, then text, image, references"
+KIND = "image"
 
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {

@@ -22,6 +22,7 @@ MODELS = "FramePack"
 CLASSES = ("HunyuanVideoFramepackTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "history, video, image features, text"
+KIND = "video"
 TEMPORAL_FACTOR = hunyuan_video.TEMPORAL_FACTOR
 LORA_TARGETS = hunyuan_video.LORA_TARGETS
 

@@ -18,6 +18,7 @@ MODELS = "Helios"
 CLASSES = ("HeliosTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "history, video"
+KIND = "video"
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first of a chunk
 LORA_TARGETS = wan.LORA_TARGETS
 

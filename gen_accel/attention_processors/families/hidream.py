@@ -1,4 +1,4 @@
-"""HiDream-I1 and E1.
+"""HiDream-I1.
 
 Image and text attend jointly, text last: that of T5, and of two layers of Llama, the second of
 which changes from block to block. Images that are not square are filled up to the longest sequence
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.families import SelfAttention, in_patches, in_stacks
 from gen_accel.video import VideoShape
 
-MODELS = "HiDream-I1, E1"
+MODELS = "HiDream-I1"
 CLASSES = ("HiDreamImageTransformer2DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "image, filling, text"
+KIND = "image"
 
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {

@@ -29,6 +29,7 @@ MODELS = "HunyuanVideo"
 CLASSES = ("HunyuanVideoTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video, text"
+KIND = "video"
 GUIDANCE = "sequential"
 
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")

@@ -19,6 +19,8 @@ MODELS = "HunyuanVideo 1.5"
 CLASSES = ("HunyuanVideo15Transformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video, text"
+KIND = "video"
+MASK_OF_PAIRS = True
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 
 # By what they end in, inside the blocks: the token refiner has some of these names too.

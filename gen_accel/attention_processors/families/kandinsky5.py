@@ -17,6 +17,7 @@ MODELS = "Kandinsky 5"
 CLASSES = ("Kandinsky5Transformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video"
+KIND = "video"
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 
 # By what they end in, inside the blocks: other layers are called `out_layer` too.

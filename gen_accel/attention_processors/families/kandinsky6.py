@@ -16,6 +16,7 @@ from gen_accel.attention_processors.families import (
     in_patches,
     in_stacks,
     kandinsky5,
+    outside_graphs,
 )
 from gen_accel.video import VideoShape
 
@@ -23,6 +24,7 @@ MODELS = "Kandinsky 6"
 CLASSES = ("Kandinsky6Transformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video, image"
+KIND = "video"
 TEMPORAL_FACTOR = kandinsky5.TEMPORAL_FACTOR
 
 # By what they end in, inside the blocks: those of the video alone.
@@ -49,6 +51,7 @@ def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
     return in_stacks(transformer, stacks, heads, dim, attention=attention)
 
 
+@outside_graphs
 def video_shape(
     transformer: Any,
     hidden_states: Tensor,

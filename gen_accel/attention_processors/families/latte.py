@@ -18,6 +18,7 @@ MODELS = "Latte"
 CLASSES = ("LatteTransformer3DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "video, each frame by itself"
+KIND = "frames"
 TEMPORAL_FACTOR = 1  # frames in a latent frame
 
 # By what they end in, inside the blocks.

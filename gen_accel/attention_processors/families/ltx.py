@@ -15,6 +15,7 @@ from gen_accel.attention_processors.families import (
     ImageBranch,
     SelfAttention,
     image_sites,
+    outside_graphs,
     tap_cross_attention,
 )
 from gen_accel.attention_processors.tokens import Tokens
@@ -24,6 +25,7 @@ MODELS = "LTX-Video"
 CLASSES = ("LTXVideoTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video, with other frames before or after it where they condition it"
+KIND = "video"
 GUIDANCE = "batched"
 TEMPORAL_FACTOR = 8  # frames in a latent frame, all but the first
 
@@ -99,6 +101,7 @@ def before(
     return 0 if video_coords is None else in_coordinates(video_coords).before
 
 
+@outside_graphs
 def in_coordinates(video_coords: Tensor) -> Tokens:
     """The video among whole frames of one size: it begins at time 0, and goes on as long as the
     time rises from frame to frame. Waits for the device.

@@ -11,13 +11,18 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import SelfAttention, ltx
+from gen_accel.attention_processors.families import (
+    SelfAttention,
+    ltx,
+    outside_graphs,
+)
 from gen_accel.video import VideoShape
 
 MODELS = "LTX-2"
 CLASSES = ("LTX2VideoTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video, with key frames and other videos after it where they condition it"
+KIND = "video"
 TEMPORAL_FACTOR = ltx.TEMPORAL_FACTOR
 
 # By what they end in, inside the blocks: those of the video alone.
@@ -72,6 +77,7 @@ def video_shape(
     return VideoShape(*grid, text=hidden_states.shape[1] - frames * rows * columns)
 
 
+@outside_graphs
 def grid_in(video_coords: Tensor) -> tuple[int, int, int]:
     """Of the video, whose tokens come first: it goes on as long as frames begin where those
     before them end. Waits for the device.

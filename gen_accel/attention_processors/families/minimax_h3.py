@@ -9,13 +9,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import SelfAttention, in_stacks
+from gen_accel.attention_processors.families import (
+    SelfAttention,
+    in_stacks,
+    outside_graphs,
+)
 from gen_accel.video import VideoShape
 
 MODELS = "MiniMax-H3"
 CLASSES = ("MiniMaxH3Transformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "text, key frames or references, sound, video"
+KIND = "video"
 TIMESTEPS_RISE = True
 
 # By what they end in, inside the blocks: the refiner has the same names.
@@ -31,6 +36,7 @@ def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
     return in_stacks(transformer, ("transformer_blocks",), heads, dim)
 
 
+@outside_graphs
 def video_shape(
     transformer: Any,
     hidden_states: Tensor,

@@ -25,6 +25,7 @@ MODELS = "Mochi 1"
 CLASSES = ("MochiTransformer3DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "video, text"
+KIND = "video"
 TIMESTEPS_RISE = True
 GUIDANCE = "batched"
 TEMPORAL_FACTOR = 6  # frames in a latent frame, all but the first

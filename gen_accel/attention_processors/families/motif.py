@@ -11,7 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import SelfAttention, in_patches, in_stacks
+from gen_accel.attention_processors.families import (
+    SelfAttention,
+    in_patches,
+    in_stacks,
+    prefix_lengths,
+)
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
@@ -20,6 +25,7 @@ MODELS = "Motif-Video"
 CLASSES = ("MotifVideoTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video, image features, text"
+KIND = "video"
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 
 # By what they end in, inside the blocks; `to_q` and the like are those of cross-attention too.
@@ -66,6 +72,24 @@ def video_shape(
     grid = in_patches(hidden_states.shape[2:], patch)
     image = 0 if image_embeds is None else image_embeds.shape[1]
     return VideoShape(*grid, text=image + encoder_hidden_states.shape[1])
+
+
+def text_lengths(
+    transformer: Any,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_attention_mask: Tensor | None = None,
+    image_embeds: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[int, ...] | None:
+    """Text tokens of each sample with those of the image, the padding left out; None where it
+    comes before the text. Waits for the device."""
+    if encoder_attention_mask is None:
+        return None
+    image = 0 if image_embeds is None else image_embeds.shape[1]
+    return prefix_lengths(encoder_attention_mask, image)
 
 
 def timestep(hidden_states: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -14,6 +14,7 @@ MODELS = "PixArt-alpha and PixArt-Sigma"
 CLASSES = ("PixArtTransformer2DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "image"
+KIND = "image"
 
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {

@@ -9,13 +9,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import SelfAttention, in_stacks
+from gen_accel.attention_processors.families import (
+    SelfAttention,
+    in_stacks,
+    prefix_lengths,
+)
 from gen_accel.video import VideoShape
 
 MODELS = "Qwen-Image, Edit, Layered"
 CLASSES = ("QwenImageTransformer2DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "text, image, references"
+KIND = "image"
+MASKS_ALIKE = True
 
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
@@ -66,6 +72,25 @@ def before(
     **kwargs: Any,
 ) -> int:
     return encoder_hidden_states.shape[1]
+
+
+def text_lengths(
+    transformer: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_hidden_states_mask: Tensor | None,
+    timestep: Tensor,
+    img_shapes: list,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[int, ...] | None:
+    """Text tokens of each sample, the padding left out; None with images that are edited, which
+    come behind the padding. Waits for the device."""
+    given = hidden_states, encoder_hidden_states, encoder_hidden_states_mask, timestep, img_shapes
+    others = video_shape(transformer, *given).text - encoder_hidden_states.shape[1]
+    if encoder_hidden_states_mask is None or others:
+        return None
+    return prefix_lengths(encoder_hidden_states_mask)
 
 
 def timestep(

@@ -20,6 +20,7 @@ MODELS = "Stable Diffusion 3, 3.5"
 CLASSES = ("SD3Transformer2DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "image, text"
+KIND = "image"
 
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {

@@ -26,6 +26,7 @@ MODELS = "Stable Diffusion 1.5, 2.1 and XL"
 CLASSES = ("UNet2DConditionModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "image"
+KIND = "image"
 GUIDANCE = "batched"
 
 # By what they end in, inside the blocks.

@@ -27,6 +27,7 @@ CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel")
 IMAGE_CLASSES = ("SkyReelsV2Transformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video"
+KIND = "video"
 GUIDANCE = "sequential"
 TRAINED_FRAMES = 81  # of the videos that the published models were trained on
 # but Wan 2.2 TI2V-5B: `frame_num` in wan/configs/wan_ti2v_5B.py of github.com/Wan-Video/Wan2.2

@@ -10,6 +10,7 @@ MODELS = "Wan 2.2 Animate"
 CLASSES = ("WanAnimateTransformer3DModel",)
 ATTENTION_CALL = wan.ATTENTION_CALL
 ORDER = wan.ORDER
+KIND = "video"
 TEMPORAL_FACTOR = wan.TEMPORAL_FACTOR  # after the first latent, which is the image
 LORA_TARGETS = wan.LORA_TARGETS
 

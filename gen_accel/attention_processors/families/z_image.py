@@ -19,6 +19,7 @@ MODELS = "Z-Image"
 CLASSES = ("ZImageTransformer2DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "image, filling, text"
+KIND = "image"
 TIMESTEPS_RISE = True
 
 MULTIPLE = 32  # of tokens of an image and of a text
@@ -73,6 +74,15 @@ def video_shape(
     image = VideoShape(*grid)
     text = max(_filled(len(text)) for text in cap_feats)
     return VideoShape(*grid, text=_filled(image.tokens) - image.tokens + text)
+
+
+def text_lengths(
+    transformer: Any, x: list, t: Tensor, cap_feats: list, *args: Any, **kwargs: Any
+) -> tuple[int, ...]:
+    """Of each sample, with what the image and the text are filled up by."""
+    video = video_shape(transformer, x, t, cap_feats, *args, **kwargs)
+    image = _filled(video.video_tokens) - video.video_tokens
+    return tuple(image + _filled(len(text)) for text in cap_feats)
 
 
 def _filled(tokens: int) -> int:
