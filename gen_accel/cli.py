@@ -294,7 +294,9 @@ def generate(
     ] = None,
     save_latents: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also keep what is decoded, as .safetensors."),
+        typer.Option(
+            metavar="FILE", help="Also keep the latents, as .safetensors; not of every model."
+        ),
     ] = None,
     from_latents: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Decode what --save-latents kept.")

@@ -635,8 +635,8 @@ def test_gradient_checkpointing(method):
 SIZES = [(5, 18, 22), (3, 10, 14)]
 
 
-def check_compiled(model, compiled, tolerance):
-    for size in SIZES:
+def check_compiled(model, compiled, tolerance, sizes=SIZES):
+    for size in sizes:
         assert (forward(compiled, *size) - forward(model, *size)).abs().max() < tolerance
         exact, found = gradients(model, *size), gradients(compiled, *size)
         found = {name.removeprefix("_orig_mod."): grad for name, grad in found.items()}
@@ -664,9 +664,9 @@ def test_detach_after_compile(dynamo):
 
 @pytest.mark.slow
 def test_compile_by_inductor(dynamo, compiler):
-    model = transformer()
+    model = transformer(num_layers=2)
     with attach(model, RADIAL, schedule=Schedule(dense_layers=1)):
-        check_compiled(model, torch.compile(model, fullgraph=True), 1e-4)
+        check_compiled(model, torch.compile(model, fullgraph=True), 1e-4, SIZES[:1])
 
 
 def test_compile_a_pipeline_once_for_all_steps(dynamo):

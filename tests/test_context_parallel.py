@@ -103,10 +103,11 @@ TRAINED = [name for name in SERVED if name.startswith(("wan", "chronoedit", HUNY
 
 
 def run_of(name: str, method: Any, **options: Any) -> Run:
-    """With unequal parts where the text is split, as those of the tiny models are odd."""
+    """With unequal parts where more than the grid is split, as the rest of it is odd here."""
     plan = FOUND[name]
     assert plan is not None
-    if any("encoder_hidden_states" in part for part in plan.values() if isinstance(part, dict)):
+    parts = [part for part in plan.values() if isinstance(part, dict)]
+    if name.startswith("minimax") or any("encoder_hidden_states" in part for part in parts):
         return Run(name, method, config=ANYTHING, **options)
     return Run(name, method, gradients=name in TRAINED, **options)
 

@@ -87,5 +87,5 @@ def timestep(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """(B,), which rises from step to step: only a pipeline tells the first from the others."""
+    """(B,), which rises from step to step."""
     return timestep

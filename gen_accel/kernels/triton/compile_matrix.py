@@ -156,20 +156,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dim", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES.values(), default=["bf16"])
     parser.add_argument("--block", type=int, default=128, help="slots in a block of the plan")
+    parser.add_argument(
+        "--kernel", nargs="+", default=[""], help='only those that begin so, such as "dq windows"'
+    )
     options = parser.parse_args(arguments)
-    bad = 0
+    bad = count = 0
     titles = "".join(f"{name:>10}" for name in Usage._fields)
     print(f"{'arch':8}{'D':>5} {'dtype':6}{'kernel':26}{titles}")
     for arch, D, short in product(options.arch, options.dim, options.dtype):
         dtype = next(dtype for dtype, name in DTYPES.items() if name == short)
         for case in cases(arch, D, dtype, options.block):
+            if not case.name.startswith(tuple(options.kernel)):
+                continue
             used = usage(build(case, arch, dtype))
             fits = used.spilled == 0 and used.shared <= SHARED[arch]
             bad += not fits
+            count += 1
             numbers = "".join(f"{number:10}" for number in used)
             print(f"{arch:8}{D:5} {short:6}{case.name:26}{numbers}{'' if fits else '  !'}")
-    print(f"{bad} kernels spill or do not fit")
-    return int(bad > 0)
+    print(f"{bad} of {count} kernels spill or do not fit")
+    return int(bad > 0 or count == 0)
 
 
 if __name__ == "__main__":

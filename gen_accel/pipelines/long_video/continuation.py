@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gen_accel.pipelines.decode import unscaled
+from gen_accel.pipelines.decode import STREAMED, is_streamed, unscaled
 from gen_accel.pipelines.long_video.technique import Target, latent_frames
 
 NEEDED = ("latents", "num_frames", "output_type", "callback_on_step_end")
@@ -74,6 +74,11 @@ class Continuation:
             raise ValueError(
                 f"continuation goes on from text alone: {kind} would begin each chunk from its "
                 f"{' and '.join(given)} anew"
+            )
+        if not is_streamed(pipe):
+            raise ValueError(
+                f"continuation joins latents of {', '.join(STREAMED)} alone, as pipelines of "
+                f"others pack or scale theirs in ways of their own, got {kind}"
             )
         self._sizes(target)
         return lambda: None
