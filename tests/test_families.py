@@ -199,10 +199,10 @@ def test_a_method_is_attention_over_the_grid_and_its_text(case, method):
     model = model_of(case)
     with attach(model, method) as handle:
         for grid in case.grids:
-            given = case.inputs(*grid, lengths=case.lengths)
+            found = observed(case, model, case.inputs(*grid, lengths=case.lengths))
             for site in sites_of(model):
                 branch = handle.branches.get(f"transformer.{site.name}")
-                for call, tokens, out in observed(case, model, given)[site.name]:
+                for call, tokens, out in found[site.name]:
                     expected = by_hand(layer_method(method, site.layer), call, tokens, branch)
                     assert (out - expected)[~expected.isnan()].abs().max() < 1e-5
         assert handle.summary().density is not None
@@ -212,8 +212,8 @@ def by_hand(method: Any, call: Call, tokens: Tokens, branch: Any) -> Tensor:
     """(B, N, H, D), NaN where nothing is expected: in the padding of a text."""
     video, before = tokens
     size = call.k.shape[1]
-    grid = [*range(before, before + video.video_tokens)]
-    others = [place for place in range(size) if place not in set(grid)]
+    grid = range(before, before + video.video_tokens)
+    others = [place for place in range(size) if place not in grid]
     result = torch.full((len(call.q), size, *call.q.shape[2:]), torch.nan)
     for sample in range(len(call.q)):
         seen = [place for place in others if is_seen(call.mask, sample, place)]

@@ -47,24 +47,20 @@ def hooks(model):
 # Again and again
 
 
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param(m, marks=[pytest.mark.slow] * (m is not LINEAR)) for m in METHODS],
-    ids=lambda m: type(m).__name__,
-)
-def test_rounds_of_attaching_leave_nothing(method):
+def test_rounds_of_attaching_leave_nothing():
+    """A hundred, in which the methods take turns."""
     model = transformer()
     stock, original, before = forward(model), processors(model), hooks(model)
 
     def rounds(count):
-        for _ in range(count):
+        for method in METHODS * (count // len(METHODS)):
             handle = attach(model, method)
             forward(model, 3, 10, 14)
             attach(model, method)  # replaces
             handle.detach()
             attach(model, method).detach()
 
-    rounds(2)  # what is kept once, such as plans, is there now
+    rounds(8)  # what is kept once, such as plans, is there now
     alive, classes = ours(), _classes()
     rounds(100)
     assert ours() == alive
