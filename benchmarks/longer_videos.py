@@ -2,9 +2,10 @@
 
     python benchmarks/longer_videos.py --lora gen_accel/demo/long_lora
 
-24 prompts that the LoRA was never trained on, one seed each. Clips are kept under `--work` with
-their pixels, so that a run that was interrupted goes on, and a setting that is there is not made
-again. Seconds are taken apart, on a few prompts, with the settings in turns.
+24 prompts that the LoRA was never trained on, one seed each: 0 to 23, or from `--seed` on. Clips
+are kept under `--work` with their pixels, so that a run that was interrupted goes on, and a
+setting that is there is not made again. Seconds are taken apart, on a few prompts, with the
+settings in turns.
 """
 
 import argparse
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=FRAMES)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--prompts", type=int, default=24, help="how many of the 24")
+    parser.add_argument("--seed", type=int, default=0, help="of the first clip; the others follow")
     parser.add_argument("--batch", type=int, default=4, help="clips a call, where none is timed")
     parser.add_argument("--timed", type=int, default=0, help="prompts to take the time of")
     parser.add_argument("--threads", type=int)
@@ -102,6 +104,7 @@ def main() -> None:
         "frames": args.frames,
         "trained_frames": TRAINED_FRAMES,
         "steps": args.steps,
+        "first_seed": args.seed,
         "guidance_scale": GUIDANCE_SCALE,
         "dtype": "bfloat16",
         "method": repr(RADIAL),
@@ -131,7 +134,8 @@ def folder_of(name: str, args: argparse.Namespace) -> Path:
     which = ""
     if SETTINGS[name].lora:
         which = "-" + file_sha256(args.lora / WEIGHTS)[:8]
-    return args.work / f"{args.frames}x{args.steps}" / (name.replace(" ", "") + which)
+    size = f"{args.frames}x{args.steps}" + (f"-{args.seed}" if args.seed else "")
+    return args.work / size / (name.replace(" ", "") + which)
 
 
 def make(name: str, args: argparse.Namespace) -> None:
@@ -166,7 +170,7 @@ def prepare(setting: Setting, args: argparse.Namespace, stack: ExitStack) -> Cal
 def clips(
     call: Callable, scenes: tuple[world.Scene, ...], part: list[int], args: argparse.Namespace
 ) -> np.ndarray:
-    """(B, F, H, W, 3) uint8, the i-th from seed i."""
+    """(B, F, H, W, 3) uint8, the i-th from seed `args.seed` + i."""
     videos = call(
         prompt=[scenes[i].caption for i in part],
         height=SIZE,
@@ -175,7 +179,7 @@ def clips(
         num_inference_steps=args.steps,
         guidance_scale=GUIDANCE_SCALE,
         max_sequence_length=16,
-        generator=[torch.Generator().manual_seed(i) for i in part],
+        generator=[torch.Generator().manual_seed(args.seed + i) for i in part],
         output_type="np",
     ).frames
     return (np.asarray(videos) * 255).round().astype(np.uint8)
@@ -195,7 +199,7 @@ def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
         scored.append(
             {
                 "caption": scene.caption,
-                "seed": i,
+                "seed": args.seed + i,
                 "shows": found.caption,
                 "score": asdict(result),
                 "right": result.right,
