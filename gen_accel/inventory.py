@@ -33,6 +33,7 @@ weights were not at hand.
 
 Tokens are those of self-attention, in their order: what stands beside video or image sees all and
 is seen by all. LoRA targets are what the names of layers end in, those of attention first.
+`Radial`, which thins out in time, attaches to models of single frames too, keeps all and warns.
 Image prompts have [a page of their own](image_prompts.md).
 
 | class | models | family | methods | tokens | LoRA targets | image prompts |

@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+import warnings
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from diffusers import (
 )
 from diffusers.models import attention_dispatch
 from diffusers.models.transformers import transformer_wan
+from image_adapters import CROSS, sd_unet
 from methods import LINEAR, MIXTURE, RADIAL, WINDOW
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -54,6 +56,8 @@ from gen_accel import (
     attention,
 )
 from gen_accel.attention_processors.seam import SparseProcessor
+from gen_accel.pipelines import Displaced
+from gen_accel.pipelines.attach import _owners
 from gen_accel.pipelines.clock import Clock
 
 SPARSE = [
@@ -630,6 +634,84 @@ def test_gradient_checkpointing(method):
         plain = gradients(model)
         model.enable_gradient_checkpointing()
         assert largest_difference(gradients(model), plain) < 1e-6
+
+
+def test_gradient_checkpointing_of_two_passes_before_one_backward():
+    """Of as many tokens, at other steps: each is computed again as it was."""
+    model = transformer()
+    passes = [((5, 18, 22), 900.0), ((5, 22, 18), 500.0), ((3, 10, 14), 100.0)]
+    schedule = Schedule(dense_steps=1)
+
+    def found():
+        outs = [forward(model, *size, time=time).square().mean() for size, time in passes]
+        (outs[0] + outs[1]).backward()
+        outs[2].backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return grads, [handle.clock.step, len(outs)]
+
+    with attach(model, WINDOW, schedule=schedule) as handle:
+        plain, _ = found()
+        model.enable_gradient_checkpointing()
+        again, (step, count) = found()
+        assert largest_difference(again, plain) < 1e-6
+        forward(model, 3, 10, 14, time=50.0)
+        assert handle.clock.step == step + 1 == count  # counts on from the last pass
+
+
+def test_dense_layers_that_are_none():
+    model = transformer()
+    before = processors(model)
+    with pytest.raises(ValueError, match="blocks that attend over the grid, 0 to 1 here, got 7, 99"):
+        attach(model, RADIAL, schedule=Schedule(dense_layers=(0, 99, 7)))
+    assert processors(model) == before
+
+
+def test_a_pipeline_that_was_not_attached_to_but_shares_the_model():
+    pipe = pipeline()
+    other = WanPipeline(**(pipe.components | {"scheduler": euler()}))
+    other.set_progress_bar_config(disable=True)
+    with attach(pipe, RADIAL) as handle:
+        generate(other)  # without a schedule, no step matters
+        handle.schedule = Schedule(dense_start=0.5)
+        for _ in range(2):  # before a run of its own, and after
+            with pytest.raises(ValueError, match="attach to the pipeline that runs"):
+                generate(other)
+            generate(pipe)
+            assert {step for _, step in handle.records} == {0, 1}
+
+
+def test_processors_that_another_takes_the_place_of():
+    """As fusing does in models whose processors it exchanges."""
+    model = sd_unet()
+    given = {
+        "sample": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.ones(1, 5, CROSS),
+        "return_dict": False,
+    }
+
+    @torch.no_grad()
+    def out():
+        return model(**given)[0]
+
+    stock = out()
+    handle = attach(model, Neighborhood((1, 5, 5)))
+    sparse = out()
+    assert not torch.equal(sparse, stock)
+    model.fuse_qkv_projections()
+    with pytest.warns(Displaced, match=r"such as FusedAttnProcessor2_0, and run dense: detach"):
+        out()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Displaced)  # once
+        out()
+    handle.detach()
+    model.unfuse_qkv_projections()  # which puts ours back
+    assert torch.equal(out(), stock)
+    assert not _owners(model)
+    with attach(model, Neighborhood((1, 5, 5))):
+        assert torch.equal(out(), sparse)
+    assert torch.equal(out(), stock)
 
 
 SIZES = [(5, 18, 22), (3, 10, 14)]

@@ -4,7 +4,12 @@ from typing import ClassVar
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, WanImageToVideoPipeline, WanPipeline
+from diffusers import (
+    DDIMScheduler,
+    SkyReelsV2DiffusionForcingPipeline,
+    WanImageToVideoPipeline,
+    WanPipeline,
+)
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
 import gen_accel
@@ -21,6 +26,7 @@ from gen_accel.pipelines.long_video import (
 from gen_accel.pipelines.long_video.continuation import Hold, matched, noised
 from gen_accel.pipelines.long_video.technique import latent_frames
 from tests import hunyuan, wan
+from tests.tiny import skyreels
 
 ROTARY = ("riflex", "position_interpolation")
 
@@ -586,6 +592,10 @@ def test_continuation_runs_with_a_sparse_method():
     with gen_accel.attach(pipe, gen_accel.Radial(block=16)) as handle:
         sparse = continued(pipe)
         assert handle.summary().density < 1
+        of_all_chunks = {record.calls for record in handle.records.values()}
+        wan.generate(pipe)
+        of_one = {record.calls for record in handle.records.values()}
+    assert (of_all_chunks, of_one) == ({3 * 2}, {2})
     assert sparse.shape == dense.shape
     assert not torch.equal(sparse, dense)
     assert torch.equal(continued(pipe), dense)
@@ -622,6 +632,9 @@ def test_continuation_refuses_what_it_cannot_keep():
     assert isinstance(image, WanImageToVideoPipeline)
     with pytest.raises(ValueError, match="would begin each chunk from its image"):
         extend(image, "continuation", **CHUNKED)
+    forcing = wan.pipeline(SkyReelsV2DiffusionForcingPipeline, transformer=skyreels.transformer())
+    with pytest.raises(ValueError, match="goes on part by part itself: give it num_frames"):
+        extend(forcing, "continuation", **CHUNKED)
     with pytest.raises(ValueError, match="latents must be noise for the first chunk, of 5"):
         continued(pipe, latents=torch.zeros(1, wan.CHANNELS, 9, 10, 14))
     with pytest.raises(ValueError, match="num_frames must be 1 or a multiple of 4 more, got 34"):

@@ -157,6 +157,10 @@ class SparseProcessor(BoundProcessor):
         BoundProcessor.__init__(self, stock, name, attend, shared)
         self.owner, self._alike = owner, alike
 
+    def end(self) -> None:
+        """Once it is detached, the model's own attention alone, wherever it is put."""
+        self._attend = _as_stock
+
     def __deepcopy__(self, memo: dict) -> "SparseProcessor":
         """Bound to the copy of its owner: a function by itself is never copied."""
         twin = memo[id(self)] = object.__new__(type(self))

@@ -3,7 +3,13 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gen_accel.pipelines.attach import Attachment, NothingSaved, SilentBranch, attach
+from gen_accel.pipelines.attach import (
+    Attachment,
+    Displaced,
+    NothingSaved,
+    SilentBranch,
+    attach,
+)
 from gen_accel.pipelines.calibrate import Calibration, calibrate, measure_calibration
 from gen_accel.pipelines.schedule import Schedule
 from gen_accel.pipelines.storage import load_processors, save_processors
@@ -15,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Attachment",
     "Calibration",
+    "Displaced",
     "ImagePrompt",
     "NothingSaved",
     "ScaleRange",

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from gen_accel.attention_processors.seam import (
 )
 from gen_accel.attention_processors.tokens import Samples, Tokens, by_text, seen_text
 from gen_accel.kernels.self_check import check_rows
-from gen_accel.pipelines.clock import Clock
+from gen_accel.pipelines.clock import Clock, Moment
 from gen_accel.pipelines.extension import AttentionExtension
 from gen_accel.pipelines.recipe import warn_of_other_attention
 from gen_accel.pipelines.schedule import Schedule
@@ -181,11 +181,26 @@ def _owners(transformer: nn.Module) -> list["Attachment"]:
     """What is attached to it, each once."""
     sites = family_of(transformer).self_attentions(transformer)
     found = [site.module.processor for site in sites]
-    return list(dict.fromkeys(x.owner for x in found if isinstance(x, SparseProcessor)))
+    owners = [x.owner for x in found if isinstance(x, SparseProcessor)]
+    return list(dict.fromkeys(owner for owner in owners if owner.is_attached))
+
+
+@contextmanager
+def one_generation(pipe: Any) -> Iterator[None]:
+    """`Attachment.gathering` of all that is attached to a pipeline."""
+    with ExitStack() as stack:
+        for module in served_transformers(pipe).values():
+            for owner in _owners(module):
+                stack.enter_context(owner.gathering())
+        yield
 
 
 def _no_graph(extension: AttentionExtension) -> str:
     return f"{extension.name} differs from step to step, which a graph of torch.compile cannot"
+
+
+class Displaced(UserWarning):
+    """Processors that `attach` put on a model have been exchanged for others."""
 
 
 class NothingSaved(UserWarning):
@@ -255,6 +270,8 @@ class Attachment:
         self._transformers = transformers
         self._dense_step: str | None = None
         self._paused = False
+        self._gathering = False
+        self._displaced = False  # that it was warned of
         self._refusal: ValueError | None = None  # of the grid of the pass under way
         self._checked: set[tuple] = set()
         self._layers: dict[str, Layer] = {}
@@ -275,18 +292,26 @@ class Attachment:
                 if bound:
                     processor.taps, processor.finishes = found.taps, found.finishes
                 self._sites.append((site.module, processor))
+        blocks = {layer.number for layer in self._layers.values()}
+        unknown = set(self.schedule.named_layers) - blocks
+        if unknown:
+            raise ValueError(
+                f"dense_layers must name blocks that attend over the grid, {min(blocks)} to "
+                f"{max(blocks)} here, got {', '.join(map(str, sorted(unknown)))}"
+            )
         # Nothing is changed before here, so that a refusal leaves the model as it was.
         for handle, module in replaced:
             self.extensions = tuple(dict.fromkeys((*self.extensions, *handle.extensions)))
             handle._give_up(module)
         for module, processor in self._sites:
             put_processor(module, processor)
-        self._hooks = [
-            transformer.register_forward_pre_hook(
-                partial(self._observe, _Readers.of(families[name])), with_kwargs=True
-            )
-            for name, transformer in transformers.items()
-        ]
+        self._hooks = []
+        for name, transformer in transformers.items():
+            observe = partial(self._observe, _Readers.of(families[name]))
+            self._hooks += [
+                transformer.register_forward_pre_hook(observe, with_kwargs=True),
+                transformer.register_forward_hook(self._remember),
+            ]
 
     def _processor(
         self, name: str, transformer: Any, family: Any, site: SelfAttention, stock: Any
@@ -318,6 +343,7 @@ class Attachment:
         ours = {id(module) for module, processor in self._sites if module.processor is processor}
         models = {id(part): t for t in self._transformers.values() for part in t.modules()}
         for module, processor in self._sites:
+            processor.end()  # others that took its place may put it back
             if id(module) in ours:
                 put_processor(module, released(processor, models[id(module)]))
         self._hooks, self._sites = [], []
@@ -337,8 +363,15 @@ class Attachment:
             stand_in.extensions = self.extensions
         self.extensions = ()
 
+    @property
+    def is_attached(self) -> bool:
+        return bool(self._sites)
+
     def _give_up(self, replaced: Any) -> None:
         """Another attachment takes this attention over; others of this one may stay."""
+        for module, processor in self._sites:
+            if module is replaced:
+                processor.end()
         self._sites = [(module, ours) for module, ours in self._sites if module is not replaced]
         if not self._sites:
             self.detach()
@@ -366,8 +399,25 @@ class Attachment:
         finally:
             self.schedule, self._dense_step = before, None
 
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Inside, all that runs is one generation to `summary()`, however often the scheduler
+        begins anew."""
+        before, self._gathering = self._gathering, True
+        if not before:
+            self.records.clear()
+        try:
+            yield
+        finally:
+            self._gathering = before
+
     def summary(self) -> Summary:
-        """What ran in the last generation, layer by layer and step by step."""
+        """What ran in the last generation, layer by layer and step by step.
+
+        A generation begins where the scheduler does. Pipelines that make a long video part by
+        part, such as Helios', begin it anew for each part: see `gathering`. Without a pipeline
+        and a schedule of steps it is all since `attach`.
+        """
         return Summary(self.method, self.schedule, dict(self.records))
 
     def __enter__(self) -> "Attachment":
@@ -381,6 +431,8 @@ class Attachment:
     ) -> None:
         if self._paused:
             return
+        if not torch.compiler.is_compiling():
+            self._warn_of_others()
         self._read, self._refusal = None, None
         try:
             video = read.video_shape(transformer, *args, **kwargs)
@@ -397,15 +449,48 @@ class Attachment:
         recorded = self.clock.scheduler is not None and not torch.compiler.is_compiling()
         needs_step = self.schedule.needs_step or any(e.needs_step for e in self.extensions)
         if recorded or needs_step:
-            self._advance(read.timestep(*args, **kwargs), read.rising)
+            self._advance(read.timestep(*args, **kwargs), read.rising, needs_step)
+
+    def _warn_of_others(self) -> None:
+        if self._displaced:
+            return
+        others = [module for module, ours in self._sites if module.processor is not ours]
+        if others:
+            self._displaced = True
+            warnings.warn(
+                f"{len(others)} of {len(self._sites)} attentions have other processors than those "
+                f"of attach, such as {type(others[0].processor).__name__}, and run dense: "
+                "detach(), call fuse_qkv_projections() or set_attn_processor(), and attach then",
+                Displaced,
+                stacklevel=2,
+            )
+
+    def _remember(self, transformer: nn.Module, args: tuple, output: Any) -> None:
+        """Gradient checkpointing runs blocks again in the backward pass, when other forward passes
+        may have gone by. What blocks read of their own pass is back as its backward begins."""
+        if self._paused or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        now = Pass(self.clock.now(), self._dense_step, self._refusal)
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self._return_to, now))
+
+    def _return_to(self, one: "Pass", grad: Tensor) -> None:
+        self.clock.return_to(one.moment)
+        self._dense_step, self._refusal, self._read = one.dense_step, one.refusal, None
 
     @torch.compiler.disable(
         reason="a schedule of steps needs fullgraph=False or compile_repeated_blocks()"
     )
-    def _advance(self, timestep: Tensor, rising: bool) -> None:
+    def _advance(self, timestep: Tensor, rising: bool, needed: bool) -> None:
         """Outside of a graph, which else would be compiled again for each step."""
-        if self.clock.advance(timestep, rising=rising):
+        if self.clock.advance(timestep, rising=rising) and not self._gathering:
             self.records.clear()
+        if needed and self.clock.lost:
+            raise ValueError(
+                "the timestep changes while the scheduler of the pipeline that was attached to "
+                "stands still, so that its steps cannot be told: attach to the pipeline that runs"
+            )
         self._dense_step = self.schedule.why_step(self.clock.step, self.clock.steps)
 
     @torch.compiler.disable(
@@ -678,6 +763,28 @@ class _Readers(NamedTuple):
             getattr(family, "before", None),
             getattr(family, "text_lengths", None),
         )
+
+
+class Pass(NamedTuple):
+    """A forward pass, as its layers have to know it.
+
+    Args:
+        dense_step: why its step is dense.
+        refusal: of its grid.
+    """
+
+    moment: Moment
+    dense_step: str | None
+    refusal: ValueError | None
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """In what a model returns: a tensor, or such in lists, tuples and dicts."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (list, tuple, dict)):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(part)
 
 
 class Layer(NamedTuple):

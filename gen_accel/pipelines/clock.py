@@ -1,11 +1,20 @@
 """Which grid, and which denoising step, a transformer call belongs to."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from gen_accel.attention_processors.tokens import Tokens
+
+
+class Moment(NamedTuple):
+    """What a forward pass reads of the clock."""
+
+    tokens: Tokens | None
+    texts: tuple[int, ...] | None
+    step: int
+    steps: int | None
 
 
 class Clock:
@@ -23,6 +32,8 @@ class Clock:
         self.texts: tuple[int, ...] | None = None  # text tokens of each sample, for graphs
         self.step = 0
         self.steps: int | None = None
+        self.lost = False  # whether another scheduler than this steps
+        self._count = 0
         self._timestep: float | None = None
         self._timesteps: Tensor | None = None
         self._begin = 0
@@ -40,19 +51,37 @@ class Clock:
             now = timestep.max().item()  # where each token has its own: of those still noisy
             now = -now if rising else now
             before, self._timestep = self._timestep, now
-            if before is None or now > before:
-                self.step = 0
-                return True
-            if now < before:
-                self.step += 1
-            return False
+            new = before is None or now > before
+            self._count = 0 if new else self._count + (now != before)
+            self.step = self._count
+            return new
         scheduler = self.scheduler()
         new = scheduler.timesteps is not self._timesteps  # set anew for each run
         if new:
             self._timesteps, self._begin = scheduler.timesteps, _begin(scheduler, timestep)
+            self._timestep = None
         self.step = _taken(scheduler, timestep, self._begin)
         self.steps = len(scheduler.timesteps) - self._begin
+        self.lost = self._stands_still(scheduler, timestep)
         return new
+
+    def _stands_still(self, scheduler: Any, timestep: Tensor) -> bool:
+        """Whether the timestep moves, and is none of the scheduler's, which has begun no step or
+        taken all."""
+        index = getattr(scheduler, "step_index", None)
+        if index is not None and index < len(scheduler.timesteps):
+            self._timestep = None
+            return False
+        before, self._timestep = self._timestep, timestep.max().item()
+        known = bool((scheduler.timesteps == self._timestep).any())
+        return before not in (None, self._timestep) and not known
+
+    def now(self) -> Moment:
+        return Moment(self.tokens, self.texts, self.step, self.steps)
+
+    def return_to(self, moment: Moment) -> None:
+        """Without turning back what is counted on from."""
+        self.tokens, self.texts, self.step, self.steps = moment
 
 
 def _begin(scheduler: Any, timestep: Tensor) -> int:

@@ -40,6 +40,11 @@ class Schedule:
                 )
 
     @property
+    def named_layers(self) -> tuple[int, ...]:
+        """Blocks that are dense by their numbers."""
+        return () if isinstance(self.dense_layers, int) else self.dense_layers
+
+    @property
     def needs_step(self) -> bool:
         return self.dense_steps > 0 or self.needs_total
 

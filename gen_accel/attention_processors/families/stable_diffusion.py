@@ -61,6 +61,8 @@ def _blocks(transformer: Any) -> Iterator[tuple[str, Any, int]]:
     """The transformer blocks as they run, but those over time, and the level of each."""
     for stage_name, stage, level in _stages(transformer):
         for i, attention in enumerate(getattr(stage, "attentions", ())):
+            # FreeNoise of AnimateDiff wraps those that it runs for some frames at a time.
+            attention = getattr(attention, "module", attention)
             for j, block in enumerate(getattr(attention, "transformer_blocks", ())):
                 yield f"{stage_name}.attentions.{i}.transformer_blocks.{j}", block, level
 

@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gen_accel.pipelines.attach import one_generation
 from gen_accel.pipelines.decode import STREAMED, is_streamed, unscaled
 from gen_accel.pipelines.long_video.technique import Target, latent_frames
 
@@ -75,6 +76,11 @@ class Continuation:
                 f"continuation goes on from text alone: {kind} would begin each chunk from its "
                 f"{' and '.join(given)} anew"
             )
+        if "ar_step" in known:
+            raise ValueError(
+                f"continuation is for pipelines that make a clip at once, got {kind}, which goes "
+                "on part by part itself: give it num_frames and overlap_history"
+            )
         if not is_streamed(pipe):
             raise ValueError(
                 f"continuation joins latents of {', '.join(STREAMED)} alone, as pipelines of "
@@ -93,6 +99,10 @@ class Continuation:
         )
 
     def generate(self, target: Target, arguments: dict[str, Any]) -> Any:
+        with one_generation(target.pipe):
+            return self._generate(target, arguments)
+
+    def _generate(self, target: Target, arguments: dict[str, Any]) -> Any:
         """What one call of the pipeline would return. With `output_type="latent"` nothing is
         decoded."""
         pipe: Any = target.pipe
