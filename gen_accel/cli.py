@@ -207,7 +207,10 @@ def demo(
 @app.command(short_help="Videos from prompts, with any served pipeline.")
 def generate(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="Folder of a diffusers pipeline, or a hub repo.")],
+    model: Annotated[
+        str,
+        typer.Option(help="Folder of a diffusers pipeline, a hub repo, or demo: the embedded."),
+    ],
     out: Annotated[
         Path, typer.Option(help=".mp4, .gif, .png, or no suffix for a folder of PNG frames.")
     ] = Path("outputs/video.mp4"),
@@ -215,7 +218,10 @@ def generate(
         list[str] | None, typer.Option(help="What to show. May be repeated.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A text file with one prompt on each line.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A text file with one prompt on each line; outputs are numbered."
+        ),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
     frames: Annotated[int | None, typer.Option(help="Without: the model's own number.")] = None,
@@ -225,7 +231,11 @@ def generate(
     guidance_scale: Annotated[float | None, typer.Option(help="1 is without guidance.")] = None,
     seed: Annotated[int, typer.Option(help="Each further prompt takes the next.")] = 0,
     fps: Annotated[
-        float | None, typer.Option(help="Frames a second of the file. Without: 16.")
+        float | None,
+        typer.Option(
+            help="Frames a second of the file, which some models are told too. Without: the "
+            "model's own."
+        ),
     ] = None,
     method: MethodName = "radial",
     settings: Settings = None,
@@ -305,7 +315,7 @@ def generate(
         bool, typer.Option("--overwrite", help="Of several prompts, make again what is done.")
     ] = False,
 ) -> None:
-    """Generate videos with any diffusers video pipeline that `gen-accel list` serves.
+    """Generate videos with any diffusers video pipeline of `gen-accel models`.
 
     \b
     gen-accel generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a cat surfs" \\
@@ -367,7 +377,7 @@ def generate(
             guidance_scale,
             negative_prompt,
             seed,
-            Clip.fps if fps is None else fps,
+            fps,
         ),
         loading=loading,
         compare=compare,
@@ -383,6 +393,7 @@ def generate(
             masks=tuple(image_mask or ()),
             encoder=image_encoder,
         ),
+        numbered=prompts is not None,
         resume=not overwrite,
     )
     for one in made:
@@ -445,7 +456,11 @@ def show(
 @app.command(short_help="The speed-up to expect, without running.")
 def estimate(
     model: Annotated[
-        str, typer.Option(help="Folder of a pipeline, or a name such as Wan2.1-T2V-14B.")
+        str,
+        typer.Option(
+            help="Folder of a Wan pipeline, Wan2.1-T2V-1.3B, Wan2.1-T2V-14B and other names of "
+            "Wan's, or demo: the embedded."
+        ),
     ],
     frames: Annotated[int, typer.Option(help="Of the video, not latents.")],
     height: Annotated[int, typer.Option(help="Pixels.")],

@@ -662,7 +662,7 @@ def test_gradient_checkpointing_of_two_passes_before_one_backward():
 def test_dense_layers_that_are_none():
     model = transformer()
     before = processors(model)
-    with pytest.raises(ValueError, match="blocks that attend over the grid, 0 to 1 here, got 7, 99"):
+    with pytest.raises(ValueError, match="over the grid, 0 to 1 here, got 7, 99"):
         attach(model, RADIAL, schedule=Schedule(dense_layers=(0, 99, 7)))
     assert processors(model) == before
 

@@ -86,6 +86,12 @@ def test_help_has_an_example_of_every_verb(run):
         assert f"  gen-accel {verb}" in run(verb, "--help").stdout
 
 
+def test_help_of_generate_says_where_models_and_rates_come_from(run):
+    text = " ".join(re.sub("[│╭╮╰╯─]", " ", run("generate", "--help").stdout).split())
+    assert "any diffusers video pipeline of `gen-accel models`" in text
+    assert "Without: the model's own." in text
+
+
 @pytest.mark.parametrize(
     ("args", "code"),
     [("--help", 0), ("generate --help", 0), ("--version", 0), ("nope", 2), ("demo --nope", 2)],
@@ -450,6 +456,23 @@ def test_bad_options_are_refused(refused, model, no_loading, tmp_path, monkeypat
     line = refused("generate", "--model", model, "--prompt", PROMPT, *args)
     assert all(word in line for word in words), line
     assert files(tmp_path) == []
+
+
+def test_a_kernel_that_cannot_run_there_is_refused(refused, no_loading, tmp_path):
+    given = ("--model", "demo", "--prompt", "a", "--out", tmp_path / "a.mp4")
+    error = refused("generate", *given, "--kernel", "xformers", "--device", "cpu")
+    assert "kernel 'xformers' cannot run on cpu: " in error
+
+
+def test_the_embedded_model_goes_by_its_name(run, tmp_path):
+    size = ("--frames", "5", "--height", "32", "--width", "32")
+    assert "tokens" in run("estimate", "--model", "demo", *size).output
+    out = tmp_path / "clip.gif"
+    given = ("--model", "demo", "--prompt", "a red circle", "--steps", "1", "--out", out)
+    run("generate", *given, *size)
+    report = tmp_path / "clip.json"
+    report.touch()
+    assert f"of an earlier video: {report}\n" in run("generate", *given, *size).stderr
 
 
 def test_bad_models_are_refused(refused, no_loading, tmp_path):

@@ -210,7 +210,7 @@ def test_sizes_that_cannot_be_made_name_the_nearest():
     [
         ("Wan2.1-T2V-1.3", {}, "did you mean 'Wan2.1-T2V-1.3B'"),
         (3, {}, "a folder or one of .*got int"),
-        (torch.nn.Linear(1, 1), {}, "WanTransformer3DModel .*got Linear"),
+        (torch.nn.Linear(1, 1), {}, "WanTransformer3DModel.*got Linear"),
         ({"_class_name": "WanPipeline"}, {}, "got WanPipeline"),
         ({"num_layers": 2}, {}, "lacks num_attention_heads, attention_head_dim, ffn_dim"),
         (TINY | {"patch_size": (2, 2, 2)}, {}, "patch_size must be 1 in time"),

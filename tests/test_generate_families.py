@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import wan
 from diffusers import (
     AnimateDiffPipeline,
     CogVideoXPipeline,
@@ -24,13 +26,17 @@ from tiny import (
     helios,
     latte,
     ltx,
+    ltx2,
     mochi,
     skyreels,
 )
 
+from gen_accel.attention_processors.families import FAMILIES
 from gen_accel.demo.train import new_tokenizer
 from gen_accel.measure import read_video
-from gen_accel.pipelines.decode import load_latents
+from gen_accel.measure.video_io import video_fps
+from gen_accel.pipelines.decode import load_latents, save_latents
+from gen_accel.pipelines.sampling import Clip, filled, sample
 
 PROMPT = "a red square moves right"
 
@@ -189,6 +195,108 @@ def test_latents_are_decoded_again_by_their_own_family_alone(run, refused, folde
     np.testing.assert_array_equal(read_video(again), read_video(tmp_path / "clip"))
     line = refused("generate", "--model", folder("cogvideox"), "--from-latents", kept)
     assert "CogVideoXTransformer3DModel with AutoencoderKLCogVideoX" in line
+
+
+RATES = {  # without a number
+    "cogvideox": 8,
+    "ltx": 25,
+    "mochi": 30,
+    "skyreels": 24,
+    "anyflow": 16,
+    "animatediff": 8,
+    "latte": 8,
+    "allegro": 15,
+    "helios": 24,
+    "cosmos3": 24,
+}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_frames_a_second_are_those_of_the_model(name):
+    pipe = PIPELINES[name].build()
+    assert filled(pipe, Clip()).fps == RATES[name]
+    assert filled(pipe, Clip(fps=12)).fps == 12
+
+
+def test_models_of_one_family_may_differ_in_frames_a_second():
+    assert filled(wan.pipeline(), Clip()).fps == 16
+    pipe: Any = wan.pipeline()
+    pipe.transformer.register_to_config(in_channels=48)
+    assert filled(pipe, Clip()).fps == 24
+    pipe = text_to_video()
+    pipe.transformer.register_to_config(patch_size_t=2)
+    assert filled(pipe, Clip()).fps == 16
+
+
+def test_every_published_rate_is_a_number():
+    for name in FAMILIES:
+        module = import_module(f"gen_accel.attention_processors.families.{name}")
+        assert getattr(module, "FPS", 16) in (8, 15, 16, 24, 30)
+
+
+TOLD = {  # pipelines that tell the model, by what argument and as what
+    "ltx": (of(ltx.CASES), "frame_rate", int),
+    "ltx2": (of(ltx2.CASES), "frame_rate", float),
+    "cosmos3": (of(cosmos3.CASES), "fps", float),
+    "skyreels": (of(skyreels.CASES[1:]), "fps", int),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_model_that_takes_the_frames_a_second_is_told(name):
+    build, argument, kind = TOLD[name]
+    pipe = build()
+    told: dict[str, Any] = {}
+
+    def run(**arguments: Any) -> Any:
+        told.update(arguments)
+        raise InterruptedError
+
+    for given, expected in ((Clip(fps=12.0), 12), (Clip(), RATES.get(name, 24))):
+        with pytest.raises(InterruptedError):
+            sample(pipe, PROMPT, filled(pipe, given), run=run)
+        assert told[argument] == expected
+        assert type(told[argument]) is kind
+
+
+def test_a_rate_that_the_pipeline_would_round_is_refused(refused, folder, tmp_path):
+    args = asked("ltx", folder, "--fps", "23.976", "--out", tmp_path / "clip.mp4")
+    line = refused(*args)
+    assert "fps must be whole with LTXPipeline, got 23.976; nearest: 23 and 24" in line
+    assert not [*tmp_path.iterdir()]
+
+
+def test_all_that_is_written_plays_as_the_model_was_told(run, folder, tmp_path):
+    dense = ("--method", "dense", "--out")
+    run(*asked("ltx", folder, *dense, tmp_path / "own.mp4"))
+    run(*asked("ltx", folder, "--fps", "12", *dense, tmp_path / "given.mp4"))
+    rates = [video_fps(tmp_path / f"{name}.mp4") for name in ("own", "given")]
+    assert rates == [25, 12]
+    own, given = (read_video(tmp_path / f"{name}.mp4") for name in ("own", "given"))
+    assert not np.array_equal(own, given)
+
+    window = ("--method", "neighborhood", "--set", "window=-1,2,3", "--compare")
+    run(*asked("skyreels", folder, *window, "--out", tmp_path / "clip.mp4"))
+    for name in ("clip", "clip.dense", "clip.side_by_side"):
+        assert video_fps(tmp_path / f"{name}.mp4") == 24
+    assert json.loads((tmp_path / "clip.json").read_text())["fps"] == 24
+
+
+def test_latents_know_the_frames_a_second(run, folder, tmp_path):
+    kept, again = tmp_path / "clip.safetensors", tmp_path / "again.mp4"
+    dense = ("--method", "dense", "--save-latents", kept, "--out", tmp_path / "clip.mp4")
+    run(*asked("skyreels", folder, *dense))
+    latents, about = load_latents(kept)
+    assert about["fps"] == 24
+    decode = ("generate", "--model", folder("skyreels"), "--from-latents", kept, "--out", again)
+    run(*decode)
+    assert video_fps(again) == video_fps(tmp_path / "clip.mp4") == 24
+    run(*decode, "--fps", "8")
+    assert video_fps(again) == 8
+    del about["fps"]
+    save_latents(kept, latents, about)
+    run(*decode)
+    assert video_fps(again) == 16
 
 
 def test_sizes_that_depend_on_the_model_may_be_left_to_it(run, refused, folder, tmp_path):

@@ -1,5 +1,6 @@
 """Many prompts: made once, and shared out among processes."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -171,13 +172,64 @@ def test_what_changes_a_video_makes_it_again(loads, finished, change):
     assert loads([*finished[1], *change])
 
 
-@pytest.mark.parametrize("change", [("--kernel", "reference"), ("--timed",), ("--device", "cpu")])
+SAME = [
+    ("--kernel", "reference"),
+    ("--timed",),
+    ("--device", "cpu"),
+    ("--fps", "16"),  # the rate of the model
+    ("--guidance-scale", "5"),  # the default of the pipeline
+]
+
+
+@pytest.mark.parametrize("change", SAME)
 def test_what_changes_no_video_makes_nothing(loads, finished, change):
     assert not loads([*finished[1], *change])
 
 
 def test_latents_asked_for_later_need_the_video_again(loads, finished, tmp_path):
     assert loads([*finished[1], "--save-latents", str(tmp_path / "latents.safetensors")])
+
+
+def test_latents_are_found_however_their_path_is_written(run, loads, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = [*arguments(model, tmp_path, TEXTS[:2]), "--save-latents"]
+    run(*args, "kept/clip.safetensors")
+    assert not loads([*args, "kept/clip.safetensors"])
+    assert not loads([*args, str(tmp_path / "kept" / "clip.safetensors")])
+    assert not loads(args[:-1])
+    assert loads([*args, "elsewhere/clip.safetensors"])
+
+
+def test_all_may_be_moved_together(run, loads, model, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    args = [*arguments(model, here, TEXTS[:2]), "--save-latents", f"{here}/clip.safetensors"]
+    run(*args)
+    here.rename(there)
+    assert not loads([arg.replace(str(here), str(there)) for arg in args])
+
+
+UNFIT = ["", "[]", "null", '"asked"', "{}", '{"asked": [], "clip": {}, "bytes": {}}']
+
+
+@pytest.mark.parametrize("text", [*UNFIT, "without files", "without a size"])
+def test_what_is_no_record_says_nothing_is_done(loads, finished, text):
+    folder, args = finished
+    record = folder / "clip-000.gif.done.json"
+    before = record.read_text()
+    sizes = {"without files": {}, "without a size": {"nothing": None}}
+    unfit = json.dumps(json.loads(before) | {"bytes": sizes[text]}) if text in sizes else text
+    try:
+        record.write_text(unfit)
+        assert loads(args)
+    finally:
+        record.write_text(before)
+    assert not loads(args)
+
+
+def test_a_record_knows_the_frames_a_second(finished):
+    record = json.loads((finished[0] / "clip-000.gif.done.json").read_text())
+    assert (record["asked"]["fps"], record["clip"]["fps"]) == (None, 16)
 
 
 def test_weights_that_changed_make_all_again(loads, finished, model, tmp_path):
@@ -274,6 +326,17 @@ def test_a_single_prompt_is_always_made_and_is_no_part_of_a_list(run, loads, mod
         assert not (tmp_path / "clip-000.gif.done.json").exists()
     again = run(*args)
     assert again.stderr.startswith("1 of 2 are done already: clip-001.gif\n")
+
+
+def test_a_file_of_one_prompt_is_a_list_that_grows(run, loads, model, tmp_path):
+    args = arguments(model, tmp_path, TEXTS[:1])
+    run(*args)
+    before = times(tmp_path)
+    assert before.keys() == {"clip-000.gif", "clip-000.gif.done.json"}
+    assert not loads(args)
+    again = run(*arguments(model, tmp_path, TEXTS[:2]))
+    assert again.stderr.startswith("1 of 2 are done already: clip-000.gif\n")
+    assert before.items() <= times(tmp_path).items()
 
 
 def test_in_python_all_is_made_unless_asked_to_resume(model, tmp_path):

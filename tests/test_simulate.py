@@ -304,7 +304,7 @@ class TestBestChoices:
     @pytest.mark.parametrize(
         ("options", "match"),
         [
-            ({}, r"a window, a density, or both, got neither"),
+            ({}, r"a window, a density, or both .--window, --density., got neither"),
             ({"density": 0.0}, r"density must be above 0 and at most 1, got 0\.0"),
             ({"density": math.nan}, r"density must be above 0 .*, got nan"),
             ({"window": (4, 8, 8), "top": 0}, r"top must be at least 1, got 0"),

@@ -144,3 +144,62 @@ def test_what_it_cannot_do_is_refused(dispatch, tensors):
         dispatch(*tensors, attn_mask=torch.ones(2, GRID.tokens))
     with pytest.raises(ValueError, match="did you mean 'radial'"):
         dispatch(*tensors, method="radail")
+    with pytest.raises(ValueError, match=r"no parameter 'setings'; did you mean 'settings'"):
+        dispatch(*tensors, setings=["decay_factor=0.5"])
+    with pytest.raises(ValueError, match="dense_layers cannot be kept"):
+        dispatch(*tensors, dense_layers=2)
+    for unknown in ("topk", "layer"):
+        with pytest.raises(ValueError, match=f"no parameter '{unknown}'; there are method, set"):
+            dispatch(*tensors, **{unknown: 0.3})
+    for settings in ([], ["partition=cycle"]):
+        with pytest.raises(ValueError, match=r"'cycle' changes.*=1d.*=2d.*=3d\" in settings"):
+            dispatch(*tensors, method="block_mixture", settings=settings)
+
+
+PACKED = {
+    "spans": {"full_attn_spans": [[(0, 8)]]},
+    "padding": {"valid_kv_length": 300},
+    "samples": {"cu_seqlens_q": torch.tensor([0, 100, 320]), "max_seqlen_q": 220},
+}
+
+
+@pytest.mark.parametrize("params", PACKED.values(), ids=PACKED)
+def test_what_shuts_tokens_out_is_refused_as_a_mask(dispatch, tensors, params):
+    with pytest.raises(ValueError, match=f"without a mask.*{next(iter(params))}"):
+        dispatch(*tensors, **params)
+
+
+def test_a_mask_of_none_is_none(plugin, dispatch, tensors):
+    params = {"latent_shape": [5, 16, 16], "patch_size": [1, 2, 2]}
+    params |= dict.fromkeys(plugin.MASKS)
+    out = plugin.attention(*tensors, params, is_causal=False, softmax_scale=SCALE)
+    assert torch.equal(out, dispatch(*tensors))
+
+
+def test_what_vllm_omni_adds_is_let_through(dispatch, tensors, caplog):
+    state = {name: torch.tensor([3, 3]) for name in ("denoise_step_idx", "total_denoise_steps")}
+    derived = {"total_latent_frames": 5, "patches_per_frame": 64, "kv_cache_dtype": "fp8"}
+    assert torch.equal(dispatch(*tensors, **state, **derived), dispatch(*tensors))
+    assert "not used" not in caplog.text
+    assert torch.equal(dispatch(*tensors, gate_compress=tensors[0]), dispatch(*tensors))
+    assert caplog.text.count("what the model gives as 'gate_compress' is not used") == 1
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [
+        ({"method": "dense"}, "dense: method is dense"),
+        ({"method": "sparse_linear"}, "without its linear branch"),
+        (
+            {"method": "block_mixture", "settings": ["partition=2d"]},
+            "sparse: BlockMixture(partition='2d'",
+        ),
+    ],
+)
+def test_it_says_what_it_does(dispatch, tensors, caplog, params, told):
+    with caplog.at_level(logging.WARNING):
+        out = dispatch(*tensors, **params)
+    assert told in caplog.text
+    is_dense = params["method"] == "dense"
+    assert torch.allclose(out, dense(*tensors), atol=1e-6) is is_dense
+    assert ("sparse: " in caplog.text) is not is_dense

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gen_accel import demo
 from gen_accel.attention_processors import Dense, Neighborhood, Radial
 from gen_accel.attention_processors.families import wan
 from gen_accel.functional import attention
@@ -328,7 +329,7 @@ def _read(source: Any) -> _Model:
 
 
 def _read_name(name: str) -> _Model:
-    folder = Path(name).expanduser()
+    folder = demo.path() if name == "demo" else Path(name).expanduser()
     if folder.is_dir():
         config = folder / "transformer" / "config.json"
         if not config.exists():
@@ -362,7 +363,10 @@ def _model(
 ) -> _Model:
     kind = config.get("_class_name", wan.CLASSES[0])
     if kind not in wan.CLASSES:
-        raise ValueError(f"estimate knows {' and '.join(wan.CLASSES)}, got {kind}")
+        raise ValueError(
+            f"estimate counts the FLOPs of Wan alone ({', '.join(wan.CLASSES)}), got {kind}; "
+            "attach and summary() tell the density of any model"
+        )
     missing = [key for key in NEEDED if key not in config]
     if missing:
         raise ValueError(f"the config of {name} lacks {', '.join(missing)}")

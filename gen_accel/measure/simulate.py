@@ -186,7 +186,7 @@ def best_choices(
     """
     _check(video, tiles)
     if density is None and window is None:
-        raise ValueError("give a window, a density, or both, got neither")
+        raise ValueError("give a window, a density, or both (--window, --density), got neither")
     if density is not None and not 0 < density <= 1:
         raise ValueError(f"density must be above 0 and at most 1, got {density}")
     if top < 1:

@@ -130,6 +130,8 @@ def check_writable(path: str | Path, *, frames: int | None = None) -> None:
 
 def check_folder(folder: Path) -> None:
     """Make `folder`; raise OSError if that, or writing to it, fails."""
+    if folder.exists() and not folder.is_dir():
+        raise OSError(f"cannot write to folder {folder}: it is a file")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Permission bits do not tell of read-only file systems, so try.

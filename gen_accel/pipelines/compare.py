@@ -84,6 +84,7 @@ class Comparison:
             "width": self.clip.width,
             "steps": self.clip.steps,
             "guidance_scale": self.clip.guidance_scale,
+            "fps": self.clip.fps,
             "tokens": ran["tokens"],
             "method": ran["method"],
             "schedule": ran["schedule"],
@@ -142,12 +143,12 @@ def compare_with_dense(
         with handle:
             sample(pipe, prompt, short, tick=ticker(bar, f"{label}{name}, warm-up"))
         if earlier is None:
-            with attach(pipe, Dense(), timed=timed) as handle:
+            with attach(pipe, Dense(), timed=timed) as handle, handle.gathering():
                 dense = sample(pipe, prompt, clip, tick=ticker(bar, f"{label}dense"))
                 dense_summary = handle.summary()
         else:
             dense, dense_summary = earlier.dense, earlier.dense_summary
-        with attach(pipe, method, **options) as handle:
+        with attach(pipe, method, **options) as handle, handle.gathering():
             before = len(flex.compile_seconds)
             sparse = sample(pipe, prompt, clip, tick=ticker(bar, f"{label}{name}"))
             summary = handle.summary()
@@ -163,15 +164,22 @@ def compare_with_dense(
 def write_comparison(result: Comparison, target: Path) -> dict[str, Path]:
     """`target`, and beside it `.dense`, `.side_by_side` and `.json`."""
     fps = result.clip.fps
-    together, report = beside(target, "side_by_side"), target.with_name(f"{target.stem}.json")
+    assert fps is not None
+    dense, together, report = comparison_files(target)
     files = {
         "video": write_video(result.sparse.video, target, fps=fps),
-        "dense": write_video(result.dense.video, beside(target, "dense"), fps=fps),
+        "dense": write_video(result.dense.video, dense, fps=fps),
         "side by side": write_video(pair(result), together, fps=fps),
         "report": report,
     }
     write_json(report, result.to_dict())
     return files
+
+
+def comparison_files(target: Path) -> tuple[Path, Path, Path]:
+    """What `write_comparison` writes beside `target`: dense, side by side, and the report."""
+    report = target.with_name(f"{target.stem}.json")
+    return beside(target, "dense"), beside(target, "side_by_side"), report
 
 
 def beside(target: Path, name: str) -> Path:

@@ -14,11 +14,17 @@ from torch import Tensor
 
 from gen_accel import kernels
 from gen_accel.attention_processors import Dense
+from gen_accel.inventory import check_kernel
 from gen_accel.measure import write_json, write_video
 from gen_accel.measure.video_io import check_writable, write_stream
 from gen_accel.pipelines import prompt_list
 from gen_accel.pipelines.attach import attach
-from gen_accel.pipelines.compare import beside, compare_with_dense, write_comparison
+from gen_accel.pipelines.compare import (
+    beside,
+    compare_with_dense,
+    comparison_files,
+    write_comparison,
+)
 from gen_accel.pipelines.decode import (
     check_latents_path,
     decode_stream,
@@ -32,6 +38,7 @@ from gen_accel.pipelines.image_prompt.formats import find_adapter, read_adapter
 from gen_accel.pipelines.long_video import TECHNIQUES, extend
 from gen_accel.pipelines.recipe import read_recipe
 from gen_accel.pipelines.sampling import (
+    FPS,
     Clip,
     Loading,
     Sample,
@@ -41,6 +48,7 @@ from gen_accel.pipelines.sampling import (
     counted,
     denoise,
     filled,
+    find_device,
     load,
     load_decoder,
     pixel_frames,
@@ -168,6 +176,7 @@ def generate(
     trained_frames: int | None = None,
     latents: str | Path | None = None,
     image: ImageInput | None = None,
+    numbered: bool = False,
     resume: bool = False,
 ) -> list[Generated]:
     """Load a pipeline, attach `method`, and write a video for each prompt.
@@ -198,6 +207,8 @@ def generate(
             decoding. `decode_latents` makes the video from it again. Of a pipeline that decodes
             by itself none are kept.
         image: what every video goes by, beside its prompt.
+        numbered: treat one prompt as several are: its output is `out-000.mp4`, and what it was
+            made from lies beside it.
         resume: of several prompts, leave those alone whose files are there and were made from the
             same: model, LoRAs, prompt, seed, sizes, method, schedule, dtype, images and so on.
             Where and by which kernel it is computed counts with `compare` only.
@@ -225,7 +236,11 @@ def generate(
     _check_techniques(techniques, trained_frames)
     kernels.check_name(kernel)
     check_model(model)
-    jobs = _jobs(prompts, clip, Path(out), None if latents is None else Path(latents))
+    if kernel != "auto":
+        check_kernel(kernel, find_device(loading.device))
+    several = numbered or len(prompts) > 1
+    kept = None if latents is None else Path(latents)
+    jobs = _jobs(prompts, clip, Path(out), kept, several=several)
     for job in jobs:
         job.check_files(compare)
     image = None if image is None else image.opened()
@@ -238,9 +253,9 @@ def generate(
     }
     if compare:
         request["compare"] = {"kernel": kernel, "timed": timed, "device": loading.device}
-    several, left = len(jobs) > 1, [*range(len(jobs))]
+    left = [*range(len(jobs))]
     if several and resume:
-        left = [i for i in left if not prompt_list.is_done(jobs[i].target, jobs[i].asked(request))]
+        left = [i for i in left if not jobs[i].is_done(request)]
 
     share, state, rank = left, None, ""
     if several:
@@ -281,9 +296,11 @@ def generate(
             made[i] = _compared(pipe, job, seen, **options)
         else:
             made[i] = _made(pipe, job, options=options, about=about, **longer)
+            if stale := [str(file) for file in comparison_files(job.target) if file.exists()]:
+                print(f"of an earlier video: {', '.join(stale)}", file=sys.stderr)
         if several:
             files = [*made[i].files.values()]
-            prompt_list.write_done(job.target, jobs[i].asked(request), files)
+            prompt_list.write_done(job.target, jobs[i].asked(request), asdict(job.clip), files)
     return prompt_list.gathered(made, state)
 
 
@@ -301,7 +318,7 @@ def decode_latents(
         model: as of `generate`; the one that made the latents, or one with its autoencoder.
         latents: the .safetensors file.
         out: .mp4, .gif, .png or no suffix, see `write_video`.
-        fps: frames a second; without, those of the file.
+        fps: frames a second; without, those of the file, or 16 where it states none.
 
     Returns:
         The file or folder written.
@@ -314,10 +331,12 @@ def decode_latents(
     check_model(model)
     target = Path(out)
     check_writable(target, frames=1 if values.shape[2] == 1 else None)
-    clip = Clip(fps=about.get("fps", Clip.fps) if fps is None else fps)
+    rate = about.get("fps") if fps is None else fps
+    rate = FPS if rate is None else rate
+    Clip(fps=rate)  # refused before the autoencoder is loaded
     pipe = load_decoder(model, loading)
     with steps_bar() as bar:
-        return _write(pipe, values, target, clip.fps, bar)
+        return _write(pipe, values, target, rate, bar)
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -353,8 +372,10 @@ class _Job(NamedTuple):
 
     def asked(self, request: dict[str, Any]) -> dict[str, Any]:
         """What the video depends on: `request`, which all have in common, and what is its own."""
-        kept = {} if self.latents is None else {"latents": str(self.latents)}
-        return request | {"prompt": self.prompt, **asdict(self.clip)} | kept
+        return request | {"prompt": self.prompt, **asdict(self.clip)}
+
+    def is_done(self, request: dict[str, Any]) -> bool:
+        return prompt_list.is_done(self.target, self.asked(request), self.latents)
 
     def check_files(self, compare: bool) -> None:
         """Raises now what writing them would raise after the work."""
@@ -366,10 +387,14 @@ class _Job(NamedTuple):
             check_latents_path(self.latents)
 
 
-def _jobs(prompts: Sequence[str], clip: Clip, out: Path, latents: Path | None) -> list[_Job]:
-    count = len(prompts)
-    kept = [None] * count if latents is None else prompt_list.numbered(latents, count)
-    each = zip(prompts, prompt_list.numbered(out, count), kept, strict=True)
+def _jobs(
+    prompts: Sequence[str], clip: Clip, out: Path, latents: Path | None, *, several: bool
+) -> list[_Job]:
+    def names(path: Path) -> list[Path]:
+        return prompt_list.numbered(path, len(prompts)) if several else [path]
+
+    kept = [None] * len(prompts) if latents is None else names(latents)
+    each = zip(prompts, names(out), kept, strict=True)
     return [
         _Job(prompt, replace(clip, seed=clip.seed + i), target, path)
         for i, (prompt, target, path) in enumerate(each)
@@ -440,6 +465,7 @@ def _made(
     """
     start, files, extension = time.perf_counter(), {}, ""
     prompt, clip, target = job.prompt, job.clip, job.target
+    assert clip.fps is not None
     with steps_bar() as bar:
         with ExitStack() as stack:
             handle = stack.enter_context(attach(pipe, **options))
@@ -451,7 +477,8 @@ def _made(
                 extension = longer.describe()
             make = denoise if is_streamed(pipe) else sample
             tick = ticker(bar, job.rank + target.name)
-            taken = make(pipe, prompt, clip, tick=tick, run=longer)
+            with handle.gathering():
+                taken = make(pipe, prompt, clip, tick=tick, run=longer)
             summary = handle.summary()
         if isinstance(taken, Sample):
             files["video"] = write_video(taken.video, target, fps=clip.fps)

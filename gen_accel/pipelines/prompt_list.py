@@ -18,39 +18,55 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from gen_accel.measure import write_json
-from gen_accel.pipelines.sampling import Loading, find_device
+from gen_accel.pipelines.sampling import Loading, find_device, folder_of
 
 DONE = ".done.json"  # behind the name of an output: what it was made from
 
 
 def numbered(path: Path, count: int) -> list[Path]:
-    """`clip.mp4` alone, or `clip-000.mp4` and so on."""
-    if count == 1:
-        return [path]
+    """`clip-000.mp4` and so on."""
     return [path.with_name(f"{path.stem}-{i:03d}{path.suffix}") for i in range(count)]
 
 
-def is_done(target: Path, asked: Mapping[str, Any]) -> bool:
-    """Whether all files of `target` are there whole, and were made from what is asked."""
+def is_done(target: Path, asked: Mapping[str, Any], latents: Path | None = None) -> bool:
+    """Whether all files of `target` are there whole, and were made from what is asked.
+
+    Args:
+        latents: that are to be among these files.
+    """
     record = _record(target)
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # a power cut may leave it empty
         return False
-    same = all(found["asked"].get(name) == value for name, value in asked.items())
+    if not isinstance(found, dict):
+        return False
+    before, clip, sizes = (found.get(part) for part in ("asked", "clip", "bytes"))
+    if not (isinstance(before, dict) and isinstance(clip, dict) and isinstance(sizes, dict)):
+        return False
+    if not sizes or (latents is not None and _beside(latents, target) not in sizes):
+        return False
+    # What the pipeline filled in before is the same as its number given now.
+    same = all(
+        before.get(name) == value or (value is not None and clip.get(name) == value)
+        for name, value in asked.items()
+    )
     return same and all(
-        _bytes(record.parent / name) == size for name, size in found["bytes"].items()
+        size is not None and _bytes(record.parent / name) == size for name, size in sizes.items()
     )
 
 
-def write_done(target: Path, asked: Mapping[str, Any], files: Sequence[Path]) -> None:
+def write_done(
+    target: Path, asked: Mapping[str, Any], clip: Mapping[str, Any], files: Sequence[Path]
+) -> None:
     """What `is_done` reads.
 
     Args:
+        clip: as it was made, without gaps.
         files: all that was made for `target`.
     """
-    sizes = {os.path.relpath(file, target.parent): _bytes(file) for file in files}
-    write_json(_record(target), {"asked": asked, "bytes": sizes})
+    sizes = {_beside(file, target): _bytes(file) for file in files}
+    write_json(_record(target), {"asked": asked, "clip": clip, "bytes": sizes})
 
 
 def forget_done(target: Path) -> None:
@@ -77,7 +93,7 @@ def sources(
 ) -> dict[str, str | list[str] | None]:
     """What a video is made from: files told apart by more than their names."""
     return {
-        "model": identity(model),
+        "model": identity(folder_of(model)) if folder_of(model).exists() else str(model),
         "dtype": loading.dtype,
         "loras": [_identity_of_lora(lora) for lora in loading.loras],
         "from_lora": None if from_lora is None else identity(from_lora),
@@ -125,6 +141,11 @@ def _without_tensors(made: Any) -> Any:
 
 def _record(target: Path) -> Path:
     return target.with_name(target.name + DONE)
+
+
+def _beside(file: Path, target: Path) -> str:
+    """The path of `file` from the folder of `target`, however both are written."""
+    return os.path.relpath(file.parent.resolve() / file.name, target.parent.resolve())
 
 
 def _bytes(path: Path) -> int | None:

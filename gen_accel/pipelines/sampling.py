@@ -24,7 +24,8 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from gen_accel.attention_processors.families import served_classes, video_classes
+from gen_accel import demo
+from gen_accel.attention_processors.families import family_of, served_classes, video_classes
 from gen_accel.pipelines.attach import TRANSFORMERS, served_transformers
 from gen_accel.pipelines.decode import as_uint8, check_streamed, decode_stream, is_streamed
 from gen_accel.video import VideoShape
@@ -32,6 +33,7 @@ from gen_accel.video import VideoShape
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OFFLOADS = ("none", "model", "group", "sequential")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+FPS = 16.0  # where neither the pipeline nor its family knows
 PIXELS = 16  # Wan pipelines take heights and widths that this divides, whatever the autoencoder
 
 Tick = Callable[[int, int], None]  # is told how much is done, steps or frames, and of how many
@@ -45,7 +47,8 @@ class Clip:
         frames: of the video, not latents.
         height, width: pixels.
         seed: of the first prompt; each further one takes the next.
-        fps: how fast the file plays; the model knows nothing of it.
+        fps: frames a second, of the file and where the pipeline tells its model; without, the
+            pipeline's own, or what the model was published at.
         max_tokens: what the text is padded or cut to.
     """
 
@@ -56,7 +59,7 @@ class Clip:
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     seed: int = 0
-    fps: float = 16.0
+    fps: float | None = None
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -64,7 +67,7 @@ class Clip:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 < self.fps < math.inf:
+        if self.fps is not None and not 0 < self.fps < math.inf:
             raise ValueError(f"fps must be positive, got {self.fps}")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale must be finite, got {self.guidance_scale}")
@@ -124,7 +127,7 @@ def check_model(model: str | Path) -> None:
         ValueError: a folder without a pipeline, or with one that no family serves.
         FileNotFoundError: neither a folder nor a name that the hub could know.
     """
-    folder = Path(model).expanduser()
+    folder = folder_of(model)
     if not folder.exists():
         if REPOSITORY.fullmatch(str(model)):
             return
@@ -239,7 +242,7 @@ def find_device(name: str) -> torch.device:
 
 def filled(pipe: Any, clip: Clip) -> Clip:
     """`clip` with the pipeline's own defaults for what it leaves open, None where these depend on
-    the model.
+    the model, and with a number for `fps`.
 
     Raises:
         ValueError: the pipeline does not take what `clip` gives, or cannot be run from a prompt
@@ -263,7 +266,7 @@ def filled(pipe: Any, clip: Clip) -> Clip:
         if value is None and argument in known:
             value = known[argument].default
         values[name] = value
-    return replace(clip, **values)
+    return replace(clip, **(values | {"fps": _frame_rate(pipe, values.get("fps", clip.fps))}))
 
 
 def check_clip(pipe: Any, clip: Clip, method: Any) -> None:
@@ -457,12 +460,40 @@ def _run(
 
 
 def _arguments(pipe: Any) -> dict[str, str]:
-    return _ARGUMENTS | {"frames": _frames_argument(pipe)}
+    rate = _rate_argument(pipe)
+    return (
+        _ARGUMENTS | {"frames": _frames_argument(pipe)} | ({} if rate is None else {"fps": rate})
+    )
 
 
 def _frames_argument(pipe: Any) -> str:
     """Latte has a name of its own."""
     return "video_length" if "video_length" in _parameters(pipe) else _ARGUMENTS["frames"]
+
+
+def _rate_argument(pipe: Any) -> str | None:
+    """What the model is told the frames a second by; most are not told."""
+    known = _parameters(pipe)
+    return next((name for name in ("frame_rate", "fps") if name in known), None)
+
+
+def _frame_rate(pipe: Any, given: float | None) -> float:
+    """As the pipeline takes it; where none is given, what the model was published at."""
+    fps = _published_rate(pipe) if given is None else given
+    argument = _rate_argument(pipe)
+    if argument is None or _parameters(pipe)[argument].annotation not in (int, "int"):
+        return float(fps)
+    if fps % 1:
+        near = _nearest(int(fps), 1, 1)
+        raise ValueError(f"fps must be whole with {type(pipe).__name__}, got {fps:g}{near}")
+    return int(fps)
+
+
+def _published_rate(pipe: Any) -> float:
+    module = _transformer(pipe)
+    module = getattr(module, "_orig_mod", module)
+    family: Any = family_of(module)
+    return family.fps(module) if hasattr(family, "fps") else getattr(family, "FPS", FPS)
 
 
 def _transformer(pipe: Any) -> Any:
@@ -485,8 +516,13 @@ def _classes(index: Any) -> tuple[str | None, str | None]:
 
 def _location(model: str | Path) -> str:
     """As `from_pretrained` takes it."""
-    folder = Path(model).expanduser()
+    folder = folder_of(model)
     return str(folder if folder.exists() else model)
+
+
+def folder_of(model: str | Path) -> Path:
+    """Of a pipeline, whether or not it is there; "demo" is the embedded one."""
+    return demo.path() if str(model) == "demo" else Path(model).expanduser()
 
 
 def _source(model: str | Path, loading: Loading) -> tuple[str, torch.device, torch.dtype]:

@@ -7,6 +7,7 @@ point of the group "vllm_omni.sparse_attn" names.
 
 import logging
 from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
@@ -15,10 +16,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gen_accel
-from gen_accel import Schedule, VideoShape
+from gen_accel import Dense, Schedule, SparseLinear, VideoShape
 from gen_accel.attention_processors.options import method_from
 
 logger = logging.getLogger(__name__)
+
+OURS = ("method", "settings", "kernel", "dense_steps", "dense_start", "dense_end")
+# They shut some of the tokens out, as attn_mask does.
+MASKS = (
+    *("attn_mask", "full_attn_spans", "valid_kv_length"),
+    *("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
+)
+THEIRS = (
+    *("latent_shape", "patch_size", "total_latent_frames", "patches_per_frame"),
+    *("denoise_step_idx", "total_denoise_steps", "kv_cache_dtype", "preserve_vsa_all_blocks"),
+    *MASKS,
+)
+# All that a server's configuration can hold.
+JSON = (str, int, float, list, dict, type(None))
 
 
 # It reads shapes and steps from tensors, which no graph can.
@@ -39,36 +54,57 @@ def attention(
         params: from the server's configuration `method`, with `settings` such as
             ["decay_factor=0.5"], `kernel`, `dense_steps`, `dense_start` and `dense_end`; from
             vLLM-Omni `latent_shape` (T, H, W) and `patch_size`, with a row for each sample, and
-            `denoise_step_idx` and `total_denoise_steps`.
+            `denoise_step_idx` and `total_denoise_steps`. A mask that is None is no mask.
 
     Returns:
         (B, N, H, D).
 
     Raises:
-        ValueError: causal attention, a mask, a method or setting that there is not, or a schedule
-            of steps where vLLM-Omni does not give the step.
+        ValueError: causal attention, a mask or packed samples, a parameter, method or setting
+            that there is not, what needs to know the layer, or a schedule of steps where
+            vLLM-Omni does not give the step.
     """
-    if is_causal or "attn_mask" in params or "full_attn_spans" in params:
+    _check_names(params)
+    masks = [name for name in MASKS if params.get(name) is not None]
+    if is_causal or masks:
         raise ValueError(
             "gen_accel attends to a whole video without a mask; choose another backend for this "
-            f"role, got is_causal={is_causal} and {sorted(params)}"
+            f"role, got is_causal={is_causal} and {masks}"
         )
+    settings = params.get("settings") or ()
+    settings = (settings,) if isinstance(settings, str) else tuple(settings)
+    method = _method(params.get("method", "radial"), settings)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     video = _grid(params)
     reason = _why_step(params) or _why_tokens(q, k, video)
+    if isinstance(method, Dense):
+        reason = "method is dense"
     if reason is not None:
         _say(f"dense: {reason}")
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, scale=softmax_scale, enable_gqa=grouped)
         return out.transpose(1, 2)
     assert video is not None
-    settings = params.get("settings", ())
-    settings = (settings,) if isinstance(settings, str) else tuple(settings)
-    method = _method(params.get("method", "radial"), settings)
-    _say(f"sparse: {method} over {video} tokens")
+    silent = ", without its linear branch" if isinstance(method, SparseLinear) else ""
+    _say(f"sparse: {method} over {video} tokens{silent}")
     kernel = params.get("kernel", "auto")
     options: dict[str, Any] = {"method": method, "kernel": kernel, "scale": softmax_scale}
     return gen_accel.attention(q, k, v, video=video, **options).transpose(1, 2)
+
+
+def _check_names(params: Mapping[str, Any]) -> None:
+    """Models may add inputs of their own to what the server gives, under any name. Those that no
+    configuration can hold, such as tensors, are theirs and are not refused."""
+    if "dense_layers" in params:
+        raise ValueError(
+            "dense_layers cannot be kept: vLLM-Omni does not tell the layer of a call"
+        )
+    for name in sorted(params.keys() - {*OURS, *THEIRS}):
+        if isinstance(params[name], JSON):
+            near = get_close_matches(name, OURS, n=1, cutoff=0.75)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(OURS)}"
+            raise ValueError(f"there is no parameter {name!r}; {hint}")
+        _say(f"what the model gives as {name!r} is not used")
 
 
 def _why_tokens(q: Tensor, k: Tensor, video: VideoShape | None) -> str | None:
@@ -117,7 +153,13 @@ def _shared(values: Any, size: int) -> list[int] | None:
 
 @lru_cache(maxsize=16)
 def _method(name: str, settings: tuple[str, ...]) -> Any:
-    return method_from(name, settings)
+    method = method_from(name, settings)
+    if getattr(method, "partition", None) == "cycle":
+        raise ValueError(
+            "partition='cycle' changes from layer to layer, and vLLM-Omni does not tell the layer "
+            'of a call: give "partition=1d", "partition=2d" or "partition=3d" in settings'
+        )
+    return method
 
 
 @lru_cache(maxsize=64)

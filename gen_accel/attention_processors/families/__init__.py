@@ -14,6 +14,9 @@ video_shape(transformer, ...) the token grid, one frame for an image, read from 
 before(transformer, ...)      how many of those come before the grid; only where some do
 timestep(...)                 of a forward pass, read from its arguments
 TIMESTEPS_RISE                True where it rises from step to step; elsewhere it falls
+FPS                           frames a second that the published models were made for, where their
+                              pipelines do not take it; 16 without
+fps(transformer)              the same of this one, where they are not alike
 text_lengths(transformer, ...) of each sample in tokens, where a mask hides the padding of texts;
                               None where that is not the end. Graphs of torch.compile need it
 MASKS_ALIKE                   True where each layer makes the same mask anew

@@ -15,6 +15,7 @@ CLASSES = ("AllegroTransformer3DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "video"
 KIND = "video"
+FPS = 15
 
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {

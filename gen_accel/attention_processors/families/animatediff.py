@@ -17,6 +17,7 @@ CLASSES = ("UNetMotionModel",)
 ATTENTION_CALL = stable_diffusion.ATTENTION_CALL
 ORDER = "video, each frame by itself"
 KIND = "frames"
+FPS = 8
 LORA_TARGETS = stable_diffusion.LORA_TARGETS
 TEMPORAL_FACTOR = 1  # frames in a latent frame
 

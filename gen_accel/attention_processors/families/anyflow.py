@@ -16,6 +16,7 @@ CLASSES = ("AnyFlowTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video"
 KIND = "video"
+FPS = 16
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 LORA_TARGETS = wan.LORA_TARGETS
 

@@ -17,6 +17,7 @@ CLASSES = ("CosmosTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video"
 KIND = "video"
+FPS = 16  # of Predict2.5; the pipelines of others take it
 
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {

@@ -17,6 +17,7 @@ CLASSES = ("EasyAnimateTransformer3DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "text, video"
 KIND = "video"
+FPS = 8
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 
 # By what they end in, inside the blocks.

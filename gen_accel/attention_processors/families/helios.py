@@ -19,6 +19,7 @@ CLASSES = ("HeliosTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "history, video"
 KIND = "video"
+FPS = 24
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first of a chunk
 LORA_TARGETS = wan.LORA_TARGETS
 

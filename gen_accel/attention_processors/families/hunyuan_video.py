@@ -30,6 +30,7 @@ CLASSES = ("HunyuanVideoTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video, text"
 KIND = "video"
+FPS = 24
 GUIDANCE = "sequential"
 
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")

@@ -20,6 +20,7 @@ CLASSES = ("HunyuanVideo15Transformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video, text"
 KIND = "video"
+FPS = 24
 MASK_OF_PAIRS = True
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 

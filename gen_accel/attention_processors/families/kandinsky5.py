@@ -18,6 +18,7 @@ CLASSES = ("Kandinsky5Transformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video"
 KIND = "video"
+FPS = 24
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 
 # By what they end in, inside the blocks: other layers are called `out_layer` too.

@@ -19,6 +19,7 @@ CLASSES = ("LatteTransformer3DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "video, each frame by itself"
 KIND = "frames"
+FPS = 8
 TEMPORAL_FACTOR = 1  # frames in a latent frame
 
 # By what they end in, inside the blocks.

@@ -26,6 +26,7 @@ CLASSES = ("MochiTransformer3DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "video, text"
 KIND = "video"
+FPS = 30
 TIMESTEPS_RISE = True
 GUIDANCE = "batched"
 TEMPORAL_FACTOR = 6  # frames in a latent frame, all but the first

@@ -26,6 +26,7 @@ CLASSES = ("MotifVideoTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video, image features, text"
 KIND = "video"
+FPS = 24
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 
 # By what they end in, inside the blocks; `to_q` and the like are those of cross-attention too.

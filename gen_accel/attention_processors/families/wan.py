@@ -28,10 +28,11 @@ IMAGE_CLASSES = ("SkyReelsV2Transformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video"
 KIND = "video"
+FPS = 16
 GUIDANCE = "sequential"
 TRAINED_FRAMES = 81  # of the videos that the published models were trained on
 # but Wan 2.2 TI2V-5B: `frame_num` in wan/configs/wan_ti2v_5B.py of github.com/Wan-Video/Wan2.2
-TI2V_FRAMES, TI2V_CHANNELS = 121, 48
+TI2V_FRAMES, TI2V_FPS, TI2V_CHANNELS = 121, 24, 48
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 ROTARY_BASE = 10_000.0  # of all published models; it is in no configuration
 
@@ -48,6 +49,10 @@ def trained_frames(transformer: Any) -> int:
     """Of the videos that it was trained on. The 5B model of Wan 2.2 takes 24 frames a second, and
     is known by the channels of its latents."""
     return TI2V_FRAMES if transformer.config.in_channels == TI2V_CHANNELS else TRAINED_FRAMES
+
+
+def fps(transformer: Any) -> int:
+    return TI2V_FPS if transformer.config.in_channels == TI2V_CHANNELS else FPS
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
