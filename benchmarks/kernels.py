@@ -296,7 +296,7 @@ def write_page() -> None:
     if measured <= {"SDPA"}:  # on a GPU it is named with its backend
         parts.append(UNMEASURED)
     # What benchmarks/pipeline.py wrote stays.
-    _, mark, rest = PAGE.read_text(encoding="utf-8").partition("\n## End to end\n")
+    _, mark, rest = PAGE.read_text(encoding="utf-8").partition("\n## A whole step\n")
     PAGE.write_text("\n\n".join(parts) + "\n" + mark + rest, encoding="utf-8")
     print(PAGE)
 

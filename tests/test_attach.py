@@ -107,6 +107,7 @@ def largest_difference(a, b):
 # Pipelines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch")
 def test_every_pipeline(name):
@@ -746,11 +747,12 @@ def test_detach_after_compile(dynamo):
 
 @pytest.mark.slow
 def test_compile_by_inductor(dynamo, compiler):
-    model = transformer(num_layers=2)
-    with attach(model, RADIAL, schedule=Schedule(dense_layers=1)):
+    model = transformer(num_layers=1)
+    with attach(model, RADIAL):
         check_compiled(model, torch.compile(model, fullgraph=True), 1e-4, SIZES[:1])
 
 
+@pytest.mark.slow
 def test_compile_a_pipeline_once_for_all_steps(dynamo):
     pipe = pipeline()
     with attach(pipe, RADIAL):

@@ -148,6 +148,7 @@ class TestChunks:
         assert len(layout.sizes) == chunks
         assert layout.sizes.max() < 1.5 * layout.sizes.min()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("video", [RAGGED, VideoShape(1, 1, 1), VideoShape(21, 30, 52)])
     @pytest.mark.parametrize("chunks", [(1, 1, 1), (3, 7, 11), (10**6,) * 3], ids=str)
     @pytest.mark.parametrize("partition", CHUNKS)

@@ -104,6 +104,7 @@ def test_help_and_usage_errors_do_not_wait_for_torch(args, code):
     assert result.returncode == code, result.stderr
 
 
+@pytest.mark.slow
 def test_every_public_name_is_found_when_asked_for():
     program = "import gen_accel; [getattr(gen_accel, name) for name in dir(gen_accel)]"
     subprocess.run([sys.executable, "-c", program], check=True)

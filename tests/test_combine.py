@@ -52,7 +52,7 @@ STEPS, DENSE_STEPS = 6, 2
 SCHEDULE = Schedule(dense_steps=DENSE_STEPS)
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def cells(kind: str) -> list[Any]:

@@ -30,14 +30,22 @@ from gen_accel.pipelines.attach import layer_method
 
 METHODS = [RADIAL, WINDOW, MIXTURE, LINEAR]
 CASES = {case.name: case for case in cases()}
+# One of each family is run all the time.
+FIRST = {import_module(f"tiny.{family}").CASES[0].name for family in FAMILIES}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch"),
     pytest.mark.filterwarnings("ignore::gen_accel.pipelines.NothingSaved"),
     pytest.mark.usefixtures("one_thread"),
 ]
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-# The methods take turns from case to case in what is run all the time.
+every_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=() if name in FIRST else pytest.mark.slow)
+        for name, case in CASES.items()
+    ],
+)
+# There, the methods take turns from case to case.
 some_methods = pytest.mark.parametrize(
     ("case", "method"),
     [
@@ -45,7 +53,9 @@ some_methods = pytest.mark.parametrize(
             case,
             method,
             id=f"{name}-{type(method).__name__}",
-            marks=() if (number + place) % len(METHODS) == 0 else pytest.mark.slow,
+            marks=()
+            if (number + place) % len(METHODS) == 0 and name in FIRST
+            else pytest.mark.slow,
         )
         for number, (name, case) in enumerate(CASES.items())
         for place, method in enumerate(METHODS)
@@ -297,6 +307,7 @@ def test_controls_of_cosmos3_come_before_the_video():
     assert family.before(*given) == 9 + 24
 
 
+@pytest.mark.slow
 @every_case
 def test_kernels_agree(case):
     model, grid = model_of(case), case.grids[0]
@@ -370,6 +381,7 @@ def test_compiled_blocks_leave_padding_out(case):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @some_methods
 def test_a_step_of_training(case, method):
     model = copy.deepcopy(model_of(case)).requires_grad_(False)

@@ -38,6 +38,8 @@ from gen_accel.measure.video_io import video_fps
 from gen_accel.pipelines.decode import load_latents, save_latents
 from gen_accel.pipelines.sampling import Clip, filled, sample
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a red square moves right"
 
 

@@ -24,6 +24,8 @@ from gen_accel.pipelines.image_prompt.formats import base_of, write_adapter
 from gen_accel.pipelines.image_prompt.projectors import Pixels
 from gen_accel.pipelines.sampling import Clip, Loading
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "accelerate" / "cpu.yaml"
 SMALL = ("--frames", "5", "--height", "16", "--width", "16", "--steps", "1")

@@ -144,6 +144,7 @@ def test_wan_has_its_true_grid_at_every_size_and_length(monkeypatch):
     assert [(true, held) for true, held in made if held != true] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_true_grid_is_what_attends(name):
     sizes = (448, 832), (704, 1280), (1280, 704)

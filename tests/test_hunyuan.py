@@ -322,6 +322,7 @@ def test_the_token_refiner_is_left_alone(model):
     assert len(ours) == LAYERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", SPARSE, ids=str)
 def test_a_pipeline_with_guidance(pipe, method):
     """Embedded guidance, and two calls a step whose texts are not equally long."""

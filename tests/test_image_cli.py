@@ -233,6 +233,7 @@ class TestDemo:
     def embedded(self, adapter, monkeypatch):
         monkeypatch.setattr(image_prompts, "path", lambda: adapter)
 
+    @pytest.mark.slow
     def test_what_it_writes(self, run, model, tmp_path):
         still = tmp_path / "still.png"
         scene = world.Scene("red", "triangle", "right", "slowly")

@@ -18,7 +18,7 @@ NAMES = {"faceid_plus": "faceid-plus", "faceid_plus_v2": "faceid-plusv2"}
 PICTURES = tuple(tiny.picture(i) for i in range(4))
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

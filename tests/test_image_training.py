@@ -44,7 +44,7 @@ FULL = RADIAL | {
 }
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def begun(given, clips=None, **options):

@@ -323,6 +323,7 @@ def test_keys_outside_a_window_do_not_change_a_bit(kernel, qkv, video):
     assert not same[:, :, video.video_tokens :].any()  # text sees every frame
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", CASES, ids=str)
 @pytest.mark.parametrize("kernel", AT_ONCE)
 def test_other_samples_do_not_change_the_answer(kernel, method, qkv, video):
@@ -368,6 +369,7 @@ def test_every_finite_scale_is_taken(kernel, scale, qkv, video):
     assert_no_worse(attention(q, k, v, **case), low, exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", CASES, ids=str)
 @pytest.mark.parametrize("kernel", AT_ONCE)
 def test_a_plan_built_while_sampling_serves_training(kernel, method, qkv, video):

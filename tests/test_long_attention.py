@@ -342,6 +342,7 @@ class TestSeam:
         handle.detach()
         assert all(a is b for a, b in zip(wan.processors(pipe), before, strict=True))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("method", [Radial(block=16), METHODS[3], Dense()], ids=str)
     def test_is_part_of_a_graph(self, clean, method):
         twin = copy.deepcopy(clean)

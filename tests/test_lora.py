@@ -188,6 +188,7 @@ class TestResume:
         assert ft.train(ft.config(out, **ft.FULL), resume=True).losses == []
         assert_same_run(out, whole)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("how", ["truncated", "flipped", "no state", "half a state"])
     def test_a_broken_checkpoint_is_left_out(self, whole, tmp_path, how):
         out = shutil.copytree(whole, tmp_path / "run")
@@ -919,6 +920,7 @@ class TestValidation:
     def given(self, out, **fields):
         return ft.config(out, stages=("9:3",), max_tokens=16, **fields)
 
+    @pytest.mark.slow
     def test_videos_beside_the_start_and_the_same_losses(self, tmp_path):
         given = self.given(
             tmp_path / "with",

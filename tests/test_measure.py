@@ -104,6 +104,7 @@ def test_ssim_refuses_frames_smaller_than_its_window(video):
         ssim(video[:, :5], video[:, :5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(32, 48), (33, 48), (32, 49), (33, 49)], ids=str)
 @pytest.mark.parametrize("fps", [8, 23.976])
 def test_mp4_round_trip(tmp_path, size, fps):

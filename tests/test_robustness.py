@@ -18,6 +18,7 @@ METHODS = [RADIAL, WINDOW, MIXTURE, LINEAR]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch"),
     pytest.mark.usefixtures("one_thread"),
 ]

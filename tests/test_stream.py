@@ -419,6 +419,7 @@ def test_generated_pixels_are_kept_as_latents_and_decoded_again(run, tmp_path, m
     assert video_fps(tmp_path / "again.mp4") == 8
 
 
+@pytest.mark.slow
 def test_each_prompt_keeps_its_own_latents(tmp_path):
     made = generate.generate(
         demo.path(),
