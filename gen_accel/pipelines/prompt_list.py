@@ -93,7 +93,7 @@ def sources(
 ) -> dict[str, str | list[str] | None]:
     """What a video is made from: files told apart by more than their names."""
     return {
-        "model": identity(folder_of(model)) if folder_of(model).exists() else str(model),
+        "model": identity(folder_of(model)),
         "dtype": loading.dtype,
         "loras": [_identity_of_lora(lora) for lora in loading.loras],
         "from_lora": None if from_lora is None else identity(from_lora),
