@@ -289,7 +289,7 @@ def processes(tmp_path_factory):
     """What each of them found; they are started once for all tests."""
     folder = tmp_path_factory.mktemp("processes")
     torch.multiprocessing.spawn(process, (folder,), nprocs=PROCESSES)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 
 @pytest.mark.slow
