@@ -62,6 +62,9 @@ class Clips:
         g = torch.Generator().manual_seed(100 + index)
         return {"encoder_hidden_states": torch.randn((6, wan.TEXT_WIDTH), generator=g)}
 
+    def teacher(self, index: int) -> dict[str, Tensor]:
+        return self.conditions(1000 + index)
+
     @property
     def empty(self) -> dict[str, Tensor]:
         return {"encoder_hidden_states": torch.zeros(6, wan.TEXT_WIDTH)}

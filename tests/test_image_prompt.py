@@ -132,7 +132,11 @@ def test_scale_0_is_the_base_model(case):
     prompt.set_embeds(noise(1, WIDTH).expand(2, -1), each=True)
     assert torch.equal(output(model, given), base)
     prompt.set_scale(1.0)
-    assert not torch.allclose(output(model, given), base, atol=1e-4)
+    pictured = output(model, given)
+    assert not torch.allclose(pictured, base, atol=1e-4)
+    with prompt.paused():
+        assert torch.equal(output(model, given), base)
+    assert torch.equal(output(model, given), pictured)
     prompt.remove()
     prompt.remove()
     assert_as_before(model, before)

@@ -185,6 +185,29 @@ class TestCache:
             build(data=manifest)
         build(data=manifest, images=None)
 
+    def test_captions_for_the_teacher(self, build, folder, tmp_path):
+        (folder / "a.teacher.txt").write_text("a square moves left")
+        with pytest.raises(
+            ValueError, match=r"2 of 3 videos have no caption for the teacher: b\.mp4"
+        ):
+            build(teacher=True)
+        build()
+        plain = LatentCache(tmp_path / "cache")
+        with pytest.raises(ValueError, match="holds no captions for a teacher: cache again"):
+            plain.teacher(0)
+        manifest = folder / "clips.csv"
+        rows = ["a.mp4,x,a square moves left", "b.mp4,x,x"]
+        manifest.write_text("\n".join(["video,caption,teacher_caption", *rows]))
+        report = build(data=manifest, teacher=True)
+        assert (report.encoded, report.texts) == (0, 2)
+        found = LatentCache(tmp_path / "cache")
+        (folder / "a.txt").write_text("a square moves left")
+        build(data=folder)
+        said = LatentCache(tmp_path / "cache").conditions(0)
+        for name, x in found.teacher(0).items():
+            assert torch.equal(x, said[name])
+            assert torch.equal(found.teacher(1)[name], found.conditions(1)[name])
+
     def test_two_images_are_one_too_many(self, build, folder):
         noise("a").save(folder / "a.webp")
         with pytest.raises(ValueError, match=r"a.mp4 must have one image .* got a.png, a.webp"):
@@ -260,13 +283,43 @@ class TestTraining:
         clips, kept = ft.Clips(), 0
         for step in range(20):
             chosen = [step % 5, (step + 1) % 5, 0, 1]
-            features = run._batch(step, chosen, 3, 0)[4]
+            features = run._batch(step, chosen, 3, 0)[5]
             for place, clip in enumerate(chosen[:2]):
                 drawn = draw(given, step, place, clips.latents(clip, 3).shape, shift=3.0)
                 expected = clips.image(clip) if drawn.pictured else clips.no_image
                 assert torch.equal(features[place], expected)
                 kept += drawn.pictured
         assert 5 < kept < 35
+
+    def test_the_teacher_reads_what_the_image_shows(self, tmp_path):
+        fields = {"objective": "distill", "image_dropout": 0.4, "both_dropout": 0.2}
+        run = begun(ft.config(tmp_path, **(FULL | fields)))
+        clips, kinds = ft.Clips(), set()
+        for step in range(20):
+            *_, taught, _ = run._batch(step, [0, 1, 2, 3], 3, 0)
+            for place in range(2):
+                drawn = draw(run.config, step, place, clips.latents(place, 3).shape, shift=3.0)
+                kinds.add((drawn.captioned, drawn.pictured))
+                expected = clips.conditions(place) if drawn.captioned else clips.empty
+                if drawn.pictured:
+                    expected = clips.teacher(place)
+                assert all(torch.equal(taught[name][place], x) for name, x in expected.items())
+        assert len(kinds) == 4
+
+    def test_without_an_image_there_is_nothing_to_distill(self, tmp_path):
+        fields = RADIAL | NO_DROPOUT | {"objective": "distill", "method": "dense"}
+        shown = begun(ft.config(tmp_path, **fields))
+        assert shown.objective(*shown._batch(0, [0, 1], 3, 0)).item() > 1e-3
+        blind = begun(ft.config(tmp_path, **(fields | {"image_dropout": 1.0})))
+        assert blind.objective(*blind._batch(0, [0, 1], 3, 0)).item() < 1e-10
+
+    def test_it_learns_from_the_teacher(self, tmp_path):
+        fields = {"objective": "distill", "stages": ("9:40",), "learning_rate": 3e-3}
+        done = ft.train(ft.config(tmp_path, **(RADIAL | NO_DROPOUT | fields)))
+        assert sum(done.losses[-10:]) < 0.7 * sum(done.losses[:10])
+        assert json.loads((done.folder / "gen_accel.json").read_text())["recipe"]["objective"] == (
+            "distill"
+        )
 
     def test_it_learns(self, tmp_path):
         given = ft.config(tmp_path, **(RADIAL | {"stages": ("9:40",), "learning_rate": 3e-3}))
@@ -463,10 +516,12 @@ class TestDemo:
             check_cache(replace(given, image_size=16), pipe, LatentCache(cached))
 
     def test_clips_with_images(self, data):
-        assert files(data) == [f"{i:04d}.{end}" for i in range(4) for end in ("mp4", "png", "txt")]
+        ends = ("mp4", "png", "teacher.txt", "txt")
+        assert files(data) == [f"{i:04d}.{end}" for i in range(4) for end in ends]
         for i, scene in enumerate(clips.shown(images=True)[:4]):
             caption = (data / f"{i:04d}.txt").read_text().strip()
             assert caption == scene.anonymous_caption == f"something moves {motion(scene)}"
+            assert (data / f"{i:04d}.teacher.txt").read_text() == scene.caption + "\n"
             still = np.asarray(Image.open(data / f"{i:04d}.png"))
             assert still.shape == (48, 48, 3)
             found = still.reshape(-1, 3)
@@ -515,7 +570,6 @@ class TestConfig:
             ({"rank": 4}, r"adapter image_prompt does not use rank 4: leave out what belongs to"),
             ({"init_lora": "x", "alpha": 2.0}, "does not use alpha 2.0, init_lora 'x'"),
             ({"train_processors": False}, "does not use train_processors False"),
-            ({"objective": "distill"}, "distill does not apply to adapter image_prompt"),
             (
                 {"image_features": "embedding"},
                 "image_features does not apply without an image_enc",

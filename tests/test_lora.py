@@ -11,9 +11,11 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import checks
 import finetuning as ft
@@ -34,7 +36,7 @@ from gen_accel.attention_processors.options import method_from
 from gen_accel.lora import TrainConfig, checkpoint, dry_run, print_config, read_config, trainer
 from gen_accel.lora.artefact import add_lora, target_modules
 from gen_accel.lora.config import Stage
-from gen_accel.lora.objective import Objective, draw, order, shifted
+from gen_accel.lora.objective import Objective, draw, order, shifted, without_lora
 from gen_accel.lora.prepare import cache_clips, model_of, prepare
 from gen_accel.measure.video_io import read_video, write_video
 from gen_accel.pipelines.attach import SilentBranch
@@ -607,7 +609,8 @@ def built(kind, method="sparse_linear", settings=ft.SPARSE, seed=0, **fields):
     add_lora(transformer, given, some_recipe(given))
     for branch in handle.branches.values():
         branch.requires_grad_(True)
-    return Objective(transformer, family, handle, kind), stock
+    alone = SimpleNamespace(modules={}, showing=nullcontext, off=lambda: without_lora(transformer))
+    return Objective(transformer, family, handle, kind, alone), stock
 
 
 def some_recipe(given):

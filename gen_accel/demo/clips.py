@@ -1,8 +1,8 @@
 """Clips of the demo model's world with their captions, as a folder to train on:
 `python -m gen_accel.demo.clips --out outputs/clips --frames 129 --count 512`.
 
-With `--images` the captions tell of the motion alone, and a still beside each clip, `0000.png`,
-shows what moves.
+With `--images` the captions tell of the motion alone, a still beside each clip, `0000.png`, shows
+what moves, and `0000.teacher.txt` says it in words.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from PIL import Image
 from rich.progress import track
 
 from gen_accel.demo.world import NOT_SHOWN, SCENES, SEEN, Scene, render, scored_scenes, still
+from gen_accel.lora.data import TEACHER_SUFFIX
 from gen_accel.measure.video_io import replacing, write_video
 
 FPS = 16.0
@@ -63,7 +64,8 @@ def write_clips(
 
     Args:
         size: height and width in pixels.
-        images: write `0000.png` too, and captions that do not say what it shows.
+        images: write `0000.png` too, captions that do not say what it shows, and
+            `0000.teacher.txt`, which do.
     """
     scenes = shown(images)
     for i in track(range(count), description=f"{count} clips of {frames} frames"):
@@ -78,9 +80,13 @@ def write_clips(
         if images:
             with replacing(name.with_suffix(".png")) as partial:
                 picture(scene, STILLS + seed * 1_000_000 + i).save(partial, format="png")
-        with replacing(name.with_suffix(".txt")) as partial:
-            caption = scene.anonymous_caption if images else scene.caption
-            partial.write_text(caption + "\n", encoding="utf-8")
+            _write(name.with_suffix(TEACHER_SUFFIX), scene.caption)
+        _write(name.with_suffix(".txt"), scene.anonymous_caption if images else scene.caption)
+
+
+def _write(path: Path, caption: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(caption + "\n", encoding="utf-8")
 
 
 def picture(scene: Scene, seed: int) -> Image.Image:

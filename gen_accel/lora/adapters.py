@@ -5,7 +5,9 @@ An adapter, made by `put_on` when the attention method is attached, has
 FOLDER                        of OUT, where it is written in the end
 modules                       what trains outside of the transformer, by name
 inputs(cache, clips, draws)   what a batch holds for it, beside clips and captions
+taught(cache, clips, draws)   conditions of the teacher, of each clip; None: those of the clips
 showing(*inputs)              a context in which a forward pass sees these
+off()                         a context in which the model runs without
 writer(whole)                 writes it as it is now, into the folder that it is given
 sampling(i)                   a context in which the i-th validation video is made
 """
@@ -26,7 +28,7 @@ from gen_accel.lora.data import open_image
 from gen_accel.lora.images import ImageCoder, about_images, new_projector, variant_of
 from gen_accel.lora.latents import as_features
 from gen_accel.lora.model import Model
-from gen_accel.lora.objective import Draw
+from gen_accel.lora.objective import Draw, without_lora
 from gen_accel.pipelines.recipe import Recipe, check_base, parse
 from gen_accel.pipelines.storage import save_processors
 
@@ -58,8 +60,14 @@ class Lora:
     def inputs(self, cache: Any, clips: Sequence[int], draws: Sequence[Draw]) -> tuple[()]:
         return ()
 
+    def taught(self, cache: Any, clips: Sequence[int], draws: Sequence[Draw]) -> None:
+        return None
+
     def showing(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def off(self) -> AbstractContextManager[None]:
+        return without_lora(self._transformer)
 
     def sampling(self, index: int) -> AbstractContextManager[None]:
         return nullcontext()
@@ -122,8 +130,21 @@ class ImagePromptAdapter:
         ]
         return (torch.stack(shown),)
 
+    def taught(
+        self, cache: Any, clips: Sequence[int], draws: Sequence[Draw]
+    ) -> list[dict[str, Tensor]]:
+        """Where the image is shown, the caption that says in words what it shows."""
+        shown = []
+        for clip, drawn in zip(clips, draws, strict=True):
+            told = cache.teacher if drawn.pictured else cache.conditions
+            shown.append(told(clip) if drawn.pictured or drawn.captioned else cache.empty)
+        return shown
+
     def showing(self, features: Tensor) -> AbstractContextManager[None]:
         return self._prompt.using(features)
+
+    def off(self) -> AbstractContextManager[None]:
+        return self._prompt.paused()
 
     @contextmanager
     def sampling(self, index: int) -> Iterator[None]:

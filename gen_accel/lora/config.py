@@ -132,7 +132,10 @@ class TrainConfig:
     )
 
     objective: Literal["flow", "distill"] = _(
-        "flow", "Loss", "flow: the model's own; distill: what the dense model predicts."
+        "flow",
+        "Loss",
+        "flow: the model's own; distill: what the dense model predicts, and for an image prompt "
+        "what it predicts without an image from the clip's teacher_caption.",
     )
     timestep_sampling: Literal["logit_normal", "uniform"] = _(
         "logit_normal", "Loss", "How noise levels are drawn, before the shift."
@@ -250,11 +253,6 @@ class TrainConfig:
 
     def _check_image_prompt(self) -> None:
         self._check_fields("LoRA")
-        if self.objective == "distill":
-            raise ValueError(
-                "objective distill does not apply to adapter image_prompt: the model as it came "
-                "sees no image; use flow"
-            )
         if sum(getattr(self, f"{name}_dropout") for name in ("caption", "image", "both")) > 1:
             raise ValueError(
                 "caption_dropout, image_dropout and both_dropout must not come to more than 1, "
@@ -285,6 +283,10 @@ class TrainConfig:
 
     def _is_given(self, name: str) -> bool:
         return getattr(self, name) != type(self).__dataclass_fields__[name].default
+
+    @property
+    def reads_teacher_captions(self) -> bool:
+        return self.adapter == "image_prompt" and self.objective == "distill"
 
     @property
     def curriculum(self) -> tuple[Stage, ...]:

@@ -27,6 +27,7 @@ SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 VIDEO_COLUMNS = ("video", "file_name", "path")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 IMAGE_COLUMN = "image"
+TEACHER_COLUMN, TEACHER_SUFFIX = "teacher_caption", ".teacher.txt"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SHOWN = 5  # names in an error
 
@@ -42,12 +43,14 @@ class CaptionedVideo:
         source: a file that ffmpeg reads, a function that returns the bytes of one, or the frames,
             (F, H, W, 3) uint8, which are at the wanted rate already.
         image: what an image prompt is to be for this clip; None leaves it to a frame of the clip.
+        teacher_caption: what the model reads that an image prompt is to match; empty without.
     """
 
     name: str
     caption: str
     source: Path | Callable[[], bytes] | np.ndarray
     image: Path | Callable[[], bytes] | None = None
+    teacher_caption: str = ""
 
     def sha256(self) -> str:
         """Of the bytes of the file, or of the frames and their shape."""
@@ -114,7 +117,8 @@ class Survey(NamedTuple):
 def find_videos(data: str | Path, *, images: bool = False) -> list[CaptionedVideo]:
     """Every captioned video of a data set, sorted by name.
 
-    `data` is one of
+    A clip may come with a second caption, which says in words what its image shows: the column
+    teacher_caption of a manifest, or `clip.teacher.txt` beside `clip.mp4`. `data` is one of
 
     - a folder of videos, subfolders too, with `clip.txt` beside `clip.mp4`;
     - a manifest, `.jsonl` or `.csv`, with a column video, file_name or path, relative to the
@@ -159,6 +163,17 @@ def find_videos(data: str | Path, *, images: bool = False) -> list[CaptionedVide
         if lost:
             raise FileNotFoundError(f"{len(lost)} {kind} of {data} are not there: {_some(lost)}")
     return sorted(videos, key=lambda video: video.name)
+
+
+def check_teacher_captions(videos: Sequence[CaptionedVideo]) -> None:
+    """Raises ValueError where one is missing."""
+    untaught = [video.name for video in videos if not video.teacher_caption]
+    if untaught:
+        raise ValueError(
+            f"{len(untaught)} of {len(videos)} videos have no caption for the teacher: "
+            f"{_some(untaught)}; write clip{TEACHER_SUFFIX} beside clip.mp4, or a column "
+            f"{TEACHER_COLUMN} in the manifest"
+        )
 
 
 def parse_sizes(text: str) -> tuple[Size, ...]:
@@ -314,7 +329,10 @@ def _of_folder(folder: Path) -> list[CaptionedVideo]:
         if path.suffix.lower() in SUFFIXES:
             text = path.with_suffix(".txt")
             caption = _text(text).strip() if text.is_file() else ""
-            videos.append(CaptionedVideo(path.relative_to(folder).as_posix(), caption, path))
+            second = path.with_suffix(TEACHER_SUFFIX)
+            teacher = _text(second).strip() if second.is_file() else ""
+            name = path.relative_to(folder).as_posix()
+            videos.append(CaptionedVideo(name, caption, path, teacher_caption=teacher))
     return videos
 
 
@@ -351,7 +369,9 @@ def _of_manifest(manifest: Path, root: Path, images: bool) -> list[CaptionedVide
         image = None
         if images and row.get(IMAGE_COLUMN):
             image = manifest.parent / Path(_column(row, (IMAGE_COLUMN,), where)).expanduser()
-        videos.append(CaptionedVideo(name, _column(row, CAPTION_COLUMNS, where), path, image))
+        caption = _column(row, CAPTION_COLUMNS, where)
+        teacher = _column(row, (TEACHER_COLUMN,), where) if TEACHER_COLUMN in row else ""
+        videos.append(CaptionedVideo(name, caption, path, image, teacher))
     return videos
 
 
@@ -399,12 +419,14 @@ def _of_datasets(folder: Path, images: bool) -> list[CaptionedVideo]:
         if pictured and type(rows.features[IMAGE_COLUMN]).__name__ == "Image":
             rows = rows.cast_column(IMAGE_COLUMN, datasets.Image(decode=False))
         captions = rows[caption]
-        for i, text in enumerate(captions):
+        taught = TEACHER_COLUMN in rows.column_names
+        teachers = rows[TEACHER_COLUMN] if taught else [""] * len(captions)
+        for i, (text, teacher) in enumerate(zip(captions, teachers, strict=True)):
             name = f"{split}/{i:06d}" if split else f"{i:06d}"
             source = _stored(rows, i, video, folder)
             has_image = pictured and rows[i][IMAGE_COLUMN] is not None
             image = _stored(rows, i, IMAGE_COLUMN, folder) if has_image else None
-            videos.append(CaptionedVideo(name, text or "", source, image))
+            videos.append(CaptionedVideo(name, text or "", source, image, teacher or ""))
     return videos
 
 

@@ -175,6 +175,9 @@ class _Noise:
     def conditions(self, index: int) -> dict[str, Tensor]:
         return self.empty
 
+    def teacher(self, index: int) -> dict[str, Tensor]:
+        return self.empty
+
     @property
     def empty(self) -> dict[str, Tensor]:
         text = {"encoder_hidden_states": torch.zeros(TEXT, WIDTH)}

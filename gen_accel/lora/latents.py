@@ -31,7 +31,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import classes_for, family_of
-from gen_accel.lora.data import CaptionedVideo, Size, find_videos, nearest_size, open_image
+from gen_accel.lora.data import (
+    CaptionedVideo,
+    Size,
+    check_teacher_captions,
+    find_videos,
+    nearest_size,
+    open_image,
+)
 from gen_accel.lora.fingerprint import hash_of, model_state, words_state
 from gen_accel.lora.shards import (
     MANIFEST,
@@ -60,8 +67,8 @@ class Entry:
     Args:
         frames, height, width: of the latents.
         pixel_frames: of the video that was encoded.
-        latent_key, text_key, image_key: the names of its tensors in the shards; no image where
-            the cache was made without.
+        latent_key, text_key, image_key, teacher_key: the names of its tensors in the shards; no
+            image and no second caption where the cache was made without.
     """
 
     name: str
@@ -73,6 +80,7 @@ class Entry:
     latent_key: str
     text_key: str
     image_key: str | None = None
+    teacher_key: str | None = None
 
 
 class LatentCache:
@@ -139,6 +147,17 @@ class LatentCache:
     def conditions(self, index: int) -> dict[str, Tensor]:
         """Arguments of the transformer for the caption, without a batch axis."""
         return self._text(self.entries[index].text_key)
+
+    def teacher(self, index: int) -> dict[str, Tensor]:
+        """`conditions` of the caption for the teacher.
+
+        Raises:
+            ValueError: the cache was made without.
+        """
+        key = self.entries[index].teacher_key
+        if key is None:
+            raise ValueError(f"{self.folder} holds no captions for a teacher: cache again")
+        return self._text(key)
 
     @property
     def empty(self) -> dict[str, Tensor]:
@@ -259,6 +278,7 @@ def cache(
     dtype: str = "auto",
     shard_bytes: int = SHARD_BYTES,
     images: "ImageCoder | None" = None,
+    teacher: bool = False,
 ) -> Report:
     """Encode all clips and captions of a data set that `out` does not hold yet.
 
@@ -287,6 +307,7 @@ def cache(
             bfloat16 for the text encoders. Not for a pipeline, which has its own.
         shard_bytes: how much is held in memory before it is written.
         images: encode the image prompt of each clip too, its middle frame where it has none.
+        teacher: encode the caption for the teacher of each clip too, which all must have.
 
     Raises:
         ValueError: whatever `find_videos` or `check_model` refuses, sizes or lengths that the
@@ -301,6 +322,8 @@ def cache(
         videos = list(data)
     if not videos:
         raise ValueError("data holds no videos")
+    if teacher:
+        check_teacher_captions(videos)
     encoders = _encoders(model_or_pipe, device, dtype)
     _check_fit(encoders, frames, sizes)
     fps = None if fps is None else float(fps)
@@ -313,6 +336,7 @@ def cache(
         on_broken,
         store,
         images,
+        teacher,
     )
     with Shards(Path(out), shard_bytes) as shards, _bar() as bar:
         jobs, known, short = run.read(videos, shards, bar)
@@ -362,10 +386,11 @@ class _Job(NamedTuple):
     latent_key: str
     text_key: str
     image_key: str | None = None
+    teacher_key: str | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
-        keys = (self.latent_key, self.text_key, self.image_key)
+        keys = (self.latent_key, self.text_key, self.image_key, self.teacher_key)
         return tuple(key for key in keys if key is not None)
 
 
@@ -411,6 +436,7 @@ class _Run:
     on_broken: str
     store: str
     images: "ImageCoder | None" = None
+    teacher: bool = False
     broken: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -454,13 +480,16 @@ class _Run:
                 if self.images is not None and image_key is None:
                     image_key = self.image_key(digest, self.fps, length, size)
                 text_key = self.text_key(video.caption)
-                jobs.append(_Job(video, length, size, latent_key, text_key, image_key))
+                second = self.text_key(video.teacher_caption) if self.teacher else None
+                keys = latent_key, text_key, image_key, second
+                jobs.append(_Job(video, length, size, *keys))
         self._check_lengths(known)
         return jobs, known, tuple(short)
 
     def encode_texts(self, jobs: Sequence[_Job], shards: Shards, bar: Progress) -> int:
         """All captions that the shards lack. Returns how many those were."""
         captions = {job.text_key: job.video.caption for job in jobs} | {self.text_key(""): ""}
+        captions |= {job.teacher_key: job.video.teacher_caption for job in jobs if job.teacher_key}
         new = [key for key in captions if key not in shards]
         parts = [new[i : i + TEXTS_AT_ONCE] for i in range(0, len(new), TEXTS_AT_ONCE)]
         family, pipe = self.encoders.family, self.encoders.pipe
@@ -702,11 +731,12 @@ def _entry(job: _Job, pipe: Any) -> Entry:
         latent_key=job.latent_key,
         text_key=job.text_key,
         image_key=job.image_key,
+        teacher_key=job.teacher_key,
     )
 
 
 def _about(entry: Entry) -> dict[str, Any]:
-    """Without an image as it was before there were any, as the hash over all depends on it."""
+    """Without what it has not: the hash over all is as before there were any of those."""
     return {name: value for name, value in asdict(entry).items() if value is not None}
 
 

@@ -122,17 +122,16 @@ class Objective(nn.Module):
         family: how it is called.
         handle: of the attached method.
         kind: "flow", or "distill".
-        adapter: what trains, where some of it lies outside of the transformer or is shown more
-            than clips and captions; see `gen_accel.lora.adapters`.
+        adapter: what trains; see `gen_accel.lora.adapters`.
     """
 
     def __init__(
-        self, transformer: nn.Module, family: Any, handle: Any, kind: str, adapter: Any = None
+        self, transformer: nn.Module, family: Any, handle: Any, kind: str, adapter: Any
     ) -> None:
         super().__init__()
         self.transformer = transformer
         self._family, self._handle, self._kind, self._adapter = family, handle, kind, adapter
-        for name, module in ({} if adapter is None else adapter.modules).items():
+        for name, module in adapter.modules.items():
             self.add_module(name, module)
         # What FSDP puts together at a time; the transformer too, so that it also runs by itself.
         blocks = getattr(transformer, "_no_split_modules", None) or []
@@ -144,6 +143,7 @@ class Objective(nn.Module):
         noise: Tensor,
         sigma: Tensor,
         conditions: dict[str, Tensor],
+        taught: dict[str, Tensor] | None = None,
         *shown: Tensor,
     ) -> Tensor:
         """The mean squared error of the velocity, noise - clean.
@@ -152,21 +152,22 @@ class Objective(nn.Module):
             clean, noise: (B, C, f, h, w).
             sigma: (B,).
             conditions: arguments of the transformer, batch first.
+            taught: those of the teacher, where they are others.
             shown: what the adapter is shown beside.
         """
         mix = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - mix) * clean + mix * noise
         target = noise - clean
         if self._kind == "distill":
-            target = self._teacher(noisy, sigma, conditions)
-        with nullcontext() if self._adapter is None else self._adapter.showing(*shown):
+            target = self._teacher(noisy, sigma, conditions if taught is None else taught)
+        with self._adapter.showing(*shown):
             velocity = self._family.predict(self.transformer, noisy, sigma, conditions)
         return F.mse_loss(velocity.float(), target.float())
 
     @torch.no_grad()
     def _teacher(self, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-        """What the model as it came says: its own attention, and no LoRA."""
-        with self._handle.paused(), without_lora(self.transformer):
+        """What the model as it came says: its own attention, no LoRA, no image."""
+        with self._handle.paused(), self._adapter.off():
             return self._family.predict(self.transformer, noisy, sigma, conditions)
 
 

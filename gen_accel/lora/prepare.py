@@ -66,6 +66,14 @@ def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
             f"{latents.folder} holds clips at {latents.fps} frames a second, asked for are "
             f"{config.fps}"
         )
+    if config.reads_teacher_captions:
+        untaught = [entry.name for entry in latents.entries if entry.teacher_key is None]
+        if untaught:
+            raise ValueError(
+                f"{latents.folder} holds no caption for the teacher of {untaught[0]}, which "
+                "objective distill of an image prompt needs: give data, or cache again with this "
+                "config"
+            )
     if config.adapter == "image_prompt":
         coder, found = ImageCoder.of(config), latents.images
         if found is None:
@@ -170,4 +178,5 @@ def cache_clips(config: TrainConfig, pipe: Any = None) -> Any:
         on_broken=config.on_broken,
         device=config.device,
         images=ImageCoder.of(config) if config.adapter == "image_prompt" else None,
+        teacher=config.reads_teacher_captions,
     )

@@ -272,12 +272,13 @@ class _Run:
         return loss, stop > 0
 
     def _batch(self, step: int, clips: list[int], frames: int, micro: int) -> tuple:
-        """This process's clips of a micro-step: latents, noise, noise levels, conditions, and what
-        the adapter is shown beside."""
+        """This process's clips of a micro-step: latents, noise, noise levels, conditions, those of
+        the teacher, and what the adapter is shown beside."""
         config, accelerator = self.config, self.accelerator
         size, ranks = config.batch_size, accelerator.num_processes
         first = (micro * ranks + accelerator.process_index) * size
         latents, conditions, draws = [], [], []
+        numbers = clips[first : first + size]
         for place in range(first, first + size):
             clean = self.cache.latents(clips[place], frames)
             drawn = draw(
@@ -293,16 +294,20 @@ class _Run:
             conditions.append(shown)
             draws.append(drawn)
         put = partial(torch.Tensor.to, device=accelerator.device)
-        together = {
-            name: put(torch.stack([c[name] for c in conditions])) for name in conditions[0]
-        }
-        beside = self.adapter.inputs(self.cache, clips[first : first + size], draws)
+
+        def together(each: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+            return {name: put(torch.stack([one[name] for one in each])) for name in each[0]}
+
+        taught = None
+        if config.objective == "distill":
+            taught = self.adapter.taught(self.cache, numbers, draws)
         return (
             put(torch.stack(latents)),
             put(torch.stack([drawn.noise for drawn in draws])),
             put(torch.tensor([drawn.sigma for drawn in draws])),
-            together,
-            *map(put, beside),
+            together(conditions),
+            None if taught is None else together(taught),
+            *map(put, self.adapter.inputs(self.cache, numbers, draws)),
         )
 
     def _clip(self) -> float:

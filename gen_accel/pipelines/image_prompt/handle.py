@@ -155,7 +155,7 @@ class ImagePrompt:
         self._guidance = Guidance(self._pipe)
         self._clock = Clock(None if pipe is None else self._pipe.scheduler)
         self._encoder = _Encoder(self._pipe, adapter, image_encoder)
-        self._removed = False
+        self._removed = self._paused = False
         self._images: Images | None = None
         self._rows: _Rows | None = None
         families = {part: image_family_of(model) for part, model in models.items()}
@@ -285,6 +285,15 @@ class ImagePrompt:
         finally:
             self._rows = before
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, the model runs as it does without the image prompt."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
     def describe(self) -> str:
         """One line: what adapter it is, where it acts, and by what."""
         images = "no image set"
@@ -363,6 +372,9 @@ class ImagePrompt:
     def _prepare(self, part: "Part", model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a forward pass: what each of its attentions is to add."""
         scales = self._scales[part.name]
+        if self._paused:
+            part.fill([()] * len(part.branches))
+            return
         if self._images is None and self._rows is None:
             if not scales.silent:
                 raise ValueError(
