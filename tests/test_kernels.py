@@ -269,7 +269,44 @@ def test_a_plan_that_keeps_nothing_gives_zeros(kernel, qkv, device):
     assert all((grad == 0).all() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
-@pytest.mark.parametrize("group", [1, 3000, 1 << 30], ids="{} scores in a group".format)
+@pytest.mark.parametrize("windows", [False, True])
+def test_products_of_bf16_in_one_operator(windows, monkeypatch, qkv, device):
+    """As on a CPU that has tiles, on any."""
+    plan = random_plan(device, batch=2, heads=2, block_k=32, windows=windows)
+    q, k, v = (x.bfloat16() for x in qkv(plan.tokens))
+    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
+    low = reference.forward(q, k, v, plan, scale=0.3)
+    plain = [gather.forward(q, k, v, plan, scale=0.3)]
+    monkeypatch.setattr(gather, "_has_tiles", lambda device: device.type == "cpu")
+    assert_no_worse(gather.forward(q, k, v, plan, scale=0.3), low, exact)
+    monkeypatch.setattr(gather, "_has_tiles", lambda device: False)
+    plain.append(gather.forward(q, k, v, plan, scale=0.3))
+    for found in plain:
+        assert_no_worse(found, low, exact)
+
+
+def test_memory_for_groups_is_kept_up_to_a_size(monkeypatch, qkv, device):
+    plan = random_plan(device, batch=2, heads=2, block_k=32, windows=True)
+    q, k, v = qkv(plan.tokens)
+    first = gather.forward(q, k, v, plan, scale=0.3)
+    with torch.inference_mode():
+        assert torch.equal(gather.forward(q, k, v, plan, scale=0.3), first)
+    q.requires_grad_()
+    again = gather.forward(q, k, v, plan, scale=0.3)
+    assert torch.equal(torch.autograd.grad(again.sum(), q)[0], gradient(q, k, v, plan))
+    if device.type == "cpu":
+        assert gather._kept.memory
+        monkeypatch.setattr(gather, "KEPT", 0)
+        assert torch.equal(gather.forward(q, k, v, plan, scale=0.3), first)
+        assert not gather._kept.memory
+
+
+def gradient(q, k, v, plan):
+    out = gather.forward(q, k, v, plan, scale=0.3)
+    return torch.autograd.grad(out.sum(), q)[0]
+
+
+@pytest.mark.parametrize("group", [1, 3000, 1 << 30], ids="{} bytes in a group".format)
 def test_the_size_of_a_group_does_not_change_the_answer(group, monkeypatch, qkv, device):
     plan = random_plan(device, batch=2, heads=2, block_k=32, windows=True)
     q, k, v = qkv(plan.tokens)

@@ -8,7 +8,9 @@ it waits for the lengths of the lists of a plan that was made for one call.
 """
 
 import math
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -18,11 +20,12 @@ from torch import Tensor
 
 from gen_accel.plan import Plan, Route
 
-# Scores that one thread works on at a time, in elements: 1 MB in fp32, so that they stay in its
-# cache between the two products, yet enough to keep the products busy. A GPU takes as much as
-# LANES threads, to launch fewer kernels.
-GROUP = 1 << 18
+# What one thread works on at a time, in bytes: keys, values and scores that stay in its cache from
+# one product to the next, yet enough to keep the products busy. A GPU takes as much as LANES
+# threads, to launch fewer kernels.
+GROUP = 2 << 20
 LANES = 32
+KEPT = 32 << 20  # bytes of a buffer that a CPU keeps from call to call
 
 # Of these the backward pass multiplies rounded weights and score gradients, at twice the rate.
 LOW = (torch.bfloat16,)
@@ -131,11 +134,25 @@ def _attention(
     scale: float,
 ) -> Tensor:
     """Attention in slot order, (B, H, S, D). One opaque operator: a compiler sees no loop."""
-    work = _Work(q, k, v, index, counts, rule, gain, block_q, block_k, scale)
-    out = work.unset(q.dtype)
-    for group in work.groups():
-        torch.bmm(group.weights, group.v, out=out[group.rows])
-    return work.restored(out, q.shape)
+    fused = _has_tiles(q.device) and q.dtype in LOW and gain is None
+    wide = q.dtype if fused else torch.promote_types(q.dtype, torch.float32)
+    with _scratch(q.device) as memory:
+        inputs = q.to(wide), k.to(wide), v, index, counts, rule, gain, block_q, block_k, scale
+        work = _Work(*inputs, memory, fused=fused)
+        out = work.unset(q.dtype)
+        for rows, total in work.parts():
+            if fused:
+                work.fused(rows, total, out)
+            else:
+                group = work.group(rows, total)
+                torch.bmm(group.weights, group.v, out=out[group.rows])
+        return work.restored(out, q.shape)
+
+
+def _has_tiles(device: torch.device) -> bool:
+    """Whether products of bf16 matrices run several times as fast as those of fp32 (AMX)."""
+    known = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return device.type == "cpu" and known is not None and known()
 
 
 @_attention.register_fake
@@ -161,28 +178,30 @@ def _backward(
     low = dtype if dtype in LOW else wide
     low_q, low_k, low_out = q.to(low), k.to(low).reshape(-1, block_k, k.shape[3]), grad.to(low)
     grad, q, k, v = (x.to(wide) for x in (grad, q, k, v))
-    work = _Work(q, k, v, index, counts, rule, gain, block_q, block_k, scale)
-    grads = work.sorted(grad)
-    queries = work.q if low is wide else work.sorted(low_q)
-    outs = grads if low is wide else work.sorted(low_out)
-    dq = work.unset(low)
-    dk, dv = (torch.zeros_like(x) for x in (work.k, work.v))
-    for group in work.groups():
-        p, rows = group.weights, group.rows
-        ds = work.product("ds", grads[rows], group.v.transpose(1, 2))
-        torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
-        ds.mul_(scale)
-        if group.slope is not None:
-            ds.mul_(group.slope)
-        keys = group.k
-        if low is not wide:
-            p, ds = work.rounded("low_p", p, low), work.rounded("low_ds", ds, low)
-            keys = work.fetched("low_k", low_k, group.blocks, len(p))
-        torch.bmm(ds, keys, out=dq[rows])
-        for total, left, right in ((dk, ds, queries[rows]), (dv, p, outs[rows])):
-            part = work.product("part", left.transpose(1, 2), right)
-            total.index_add_(0, group.blocks, part.view(-1, *total.shape[1:]).to(wide))
-    dq = work.restored(dq, q.shape)
+    with _scratch(q.device) as memory:
+        work = _Work(q, k, v, index, counts, rule, gain, block_q, block_k, scale, memory)
+        grads = work.sorted(grad)
+        queries = work.q if low is wide else work.sorted(low_q)
+        outs = grads if low is wide else work.sorted(low_out)
+        dq = work.unset(low)
+        dk, dv = (torch.zeros_like(x) for x in (work.k, work.v))
+        for rows, total in work.parts():
+            group = work.group(rows, total)
+            p = group.weights
+            ds = work.product("ds", grads[rows], group.v.transpose(1, 2))
+            torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
+            ds.mul_(scale)
+            if group.slope is not None:
+                ds.mul_(group.slope)
+            keys = group.k
+            if low is not wide:
+                p, ds = work.rounded("low_p", p, low), work.rounded("low_ds", ds, low)
+                keys = work.fetched("low_k", low_k, group.blocks, len(p))
+            torch.bmm(ds, keys, out=dq[rows])
+            for target, left, right in ((dk, ds, queries[rows]), (dv, p, outs[rows])):
+                part = work.product("part", left.transpose(1, 2), right)
+                target.index_add_(0, group.blocks, part.view(-1, *target.shape[1:]).to(wide))
+        dq = work.restored(dq, q.shape)
     return dq.to(dtype), dk.view(k.shape).to(dtype), dv.view(v.shape).to(dtype)
 
 
@@ -218,6 +237,23 @@ class _Group:
     slope: Tensor | None  # like the weights, what a gain multiplied each score by
 
 
+_kept = threading.local()
+Memory = dict[tuple[str, torch.dtype], Tensor]
+
+
+@contextmanager
+def _scratch(device: torch.device) -> Iterator[Memory]:
+    """Memory for the groups of a call. A CPU keeps it for the next call of the thread: mapped in
+    anew it would cost as much as the products. A GPU's allocator keeps its own."""
+    if device.type != "cpu":
+        yield {}
+        return
+    memory: Memory = vars(_kept).setdefault("memory", {})
+    yield memory
+    for key in [key for key, x in memory.items() if x.nbytes > KEPT]:
+        del memory[key]
+
+
 class _Work:
     """The groups of one call, one after the other in the same memory.
 
@@ -225,17 +261,29 @@ class _Work:
     """
 
     def __init__(
-        self, q, k, v, index, counts, rule, gain, block_q: int, block_k: int, scale: float
+        self,
+        q,
+        k,
+        v,
+        index,
+        counts,
+        rule,
+        gain,
+        block_q: int,
+        block_k: int,
+        scale: float,
+        memory: Memory,
+        *,
+        fused: bool = False,
     ) -> None:
         B, H, S, D = q.shape
-        self.dtype = q.dtype
-        q, k = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in (q, k))
+        self.dtype = v.dtype
         self.k, self.v = (x.reshape(-1, block_k, D) for x in (k, v))
         self.scale = scale
         self.slack, *self.windows = rule
         self.route = None
         if len(rule) == 3:
-            hidden, self.group = rule[1:]
+            hidden, self.key_groups = rule[1:]
             self.route = hidden.expand(B, H, -1, -1).reshape(-1, block_q, hidden.shape[3])
         self.Kq, self.Kk, self.block_q, self.block_k = S // block_q, S // block_k, block_q, block_k
         # One row for every query block of every head, sorted so that a group has one length.
@@ -251,8 +299,11 @@ class _Work:
             self.gain = gain.to(self.q.dtype).reshape(-1, self.Kk)
             of_row = torch.arange(len(self.gain), device=q.device).view(*gain.shape[:3])
             self.pattern = of_row.expand(B, H, -1).flatten()[self.order]
+        # Of what a group holds for each key of each row; a fused group holds no scores.
+        scores = 0 if fused else block_q * self.q.element_size()
+        self.bytes = scores + D * (self.k.element_size() + self.v.element_size())
         self.lanes = torch.get_num_threads() if q.device.type == "cpu" else LANES
-        self.memory: dict[str, Tensor] = {}
+        self.memory = memory
         self.views: dict[tuple, Tensor] = {}
 
     def sorted(self, x: Tensor) -> Tensor:
@@ -268,24 +319,27 @@ class _Work:
         out[: self.totals.count(0)] = 0
         return out
 
-    def groups(self) -> Iterator[_Group]:
+    def parts(self) -> Iterator[tuple[slice, int]]:
+        """Rows of a group, and how many key blocks each sees."""
         row, end = self.totals.count(0), len(self.totals)
         while row < end:
             total = self.totals[row]
-            room = self.lanes * max(1, GROUP // (total * self.block_q * self.block_k))
+            room = self.lanes * max(1, GROUP // (total * self.block_k * self.bytes))
             stop = row + 1
             while stop < min(end, row + room) and self.totals[stop] == total:
                 stop += 1
-            yield self._group(slice(row, stop), total)
+            yield slice(row, stop), total
             row = stop
 
     def space(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised memory, which the next call with this name gets again."""
         if (name, shape) not in self.views:
             size = math.prod(shape)
-            if name not in self.memory or self.memory[name].numel() < size:
-                self.memory[name] = self.q.new_empty(size, dtype=dtype)
-            self.views[name, shape] = self.memory[name][:size].view(shape)
+            key = name, dtype or self.q.dtype
+            if key not in self.memory or self.memory[key].numel() < size:
+                with torch.inference_mode(False):  # it serves training too
+                    self.memory[key] = torch.empty(size, dtype=key[1], device=self.q.device)
+            self.views[name, shape] = self.memory[key][:size].view(shape)
         return self.views[name, shape]
 
     def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
@@ -300,7 +354,7 @@ class _Work:
         space = self.space(name, len(blocks), *source.shape[1:], dtype=source.dtype)
         return torch.index_select(source, 0, blocks, out=space).view(rows, -1, source.shape[2])
 
-    def _group(self, rows: slice, total: int) -> _Group:
+    def group(self, rows: slice, total: int) -> _Group:
         q, lists = self.q[rows], self.index[rows]
         blocks = lists[:, :total].flatten()
         k = self.fetched("k", self.k, blocks, len(q))
@@ -320,6 +374,27 @@ class _Work:
         if masked == total:  # a query that sees nothing gets zeros
             weights.masked_fill_((excess > 0).all(-1, keepdim=True), 0.0)
         return _Group(rows, blocks, q, k, v, weights, slope)
+
+    def fused(self, rows: slice, total: int, out: Tensor) -> None:
+        """Products and softmax in one operator, which holds scores in fp32 and rounds weights."""
+        blocks = self.index[rows, :total].flatten()
+        q = self.q[rows][:, None]
+        k = self.fetched("k", self.k, blocks, len(q))[:, None]
+        v = self.fetched("v", self.v, blocks, len(q))[:, None]
+        masked, mask, blind = self.masked[rows.stop - 1], None, None
+        if masked:
+            excess = self._excess(self.order[rows], self.index[rows, :masked])
+            mask = self.space("mask", len(q), self.block_q, k.shape[2], dtype=self.dtype)
+            mask[..., masked * self.block_k :] = 0
+            hide = self.space("hide", *excess.shape, dtype=torch.float32)
+            torch.clamp(excess, 0, 1, out=hide).mul_(torch.finfo(self.dtype).min)
+            mask[..., : masked * self.block_k] = hide
+            if masked == total:
+                blind = (excess > 0).all(-1, keepdim=True)
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        bias = None if mask is None else mask[:, None]
+        found = attend(q, k, v, 0.0, False, attn_mask=bias, scale=self.scale)[0][:, 0]
+        out[rows] = found if blind is None else found.masked_fill(blind, 0.0)
 
     def _dampened(self, scores: Tensor, rows: slice, blocks: Tensor) -> Tensor:
         """Multiply the positive scores by their gains in place; the slope, of the same shape."""
@@ -350,7 +425,7 @@ class _Work:
         shape = len(rows), self.block_q, slack.shape[2]
         excess = self.space("excess", *shape, dtype=torch.float32)
         if self.route is not None:
-            groups = self.group[key][:, None].expand(-1, self.block_q, -1)
+            groups = self.key_groups[key][:, None].expand(-1, self.block_q, -1)
             hidden = self.route[rows].gather(2, groups)
             each = excess.view(*hidden.shape, self.block_k)
             torch.sub(hidden[..., None], slack.view(len(rows), 1, -1, self.block_k), out=each)
