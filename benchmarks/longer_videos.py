@@ -37,7 +37,6 @@ from gen_accel.pipelines.recipe import WEIGHTS
 DOCS = Path(__file__).parents[1] / "docs" / "longer_videos.md"
 FPS = 16.0
 FRAMES, SIZE, STEPS, GUIDANCE_SCALE = 4 * (TRAINED_FRAMES - 1) + 1, 96, 20, 3.0
-RADIAL = gen_accel.Radial(decay_factor=0.3)
 TECHNIQUES = (
     "riflex",
     "position_interpolation",
@@ -69,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--lora", type=Path, help="folder of the LoRA; without: its settings not")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
+    parser.add_argument("--decay-factor", type=float, default=0.3, help="of Radial")
     parser.add_argument("--frames", type=int, default=FRAMES)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--prompts", type=int, default=24, help="how many of the 24")
@@ -107,7 +107,7 @@ def main() -> None:
         "first_seed": args.seed,
         "guidance_scale": GUIDANCE_SCALE,
         "dtype": "bfloat16",
-        "method": repr(RADIAL),
+        "method": repr(radial(args)),
         "environment": environment(),
         "settings": {name: figures(name, args) for name in names},
     }
@@ -124,6 +124,10 @@ def main() -> None:
         write_table(report)
 
 
+def radial(args: argparse.Namespace) -> gen_accel.Radial:
+    return gen_accel.Radial(decay_factor=args.decay_factor)
+
+
 def held_out() -> tuple[world.Scene, ...]:
     """12 scenes that neither model nor LoRA was trained on, and 12 that only the model was."""
     return (*world.UNSEEN, *world.scored_scenes(12))
@@ -134,6 +138,8 @@ def folder_of(name: str, args: argparse.Namespace) -> Path:
     which = ""
     if SETTINGS[name].lora:
         which = "-" + file_sha256(args.lora / WEIGHTS)[:8]
+    if SETTINGS[name].sparse:
+        which += f"-{args.decay_factor:g}"
     size = f"{args.frames}x{args.steps}" + (f"-{args.seed}" if args.seed else "")
     return args.work / size / (name.replace(" ", "") + which)
 
@@ -161,7 +167,7 @@ def prepare(setting: Setting, args: argparse.Namespace, stack: ExitStack) -> Cal
     if setting.lora:
         pipe.load_lora_weights(args.lora)
     if setting.sparse:
-        stack.enter_context(gen_accel.attach(pipe, RADIAL))
+        stack.enter_context(gen_accel.attach(pipe, radial(args)))
     if setting.technique is None:
         return pipe
     return stack.enter_context(gen_accel.extend(pipe, setting.technique, num_frames=args.frames))
