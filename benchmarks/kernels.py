@@ -284,7 +284,11 @@ def write_page() -> None:
     measured = set()
     for path in sorted(RESULTS.glob("*.json")):
         report = json.loads(path.read_text())
-        rows = [row for row in report.get("rows", ()) if {"dense_kernel", "share_of_ideal"} <= row.keys()]
+        rows = [
+            row
+            for row in report.get("rows", ())
+            if {"dense_kernel", "share_of_ideal"} <= row.keys()
+        ]
         if not rows:
             continue
         measured |= {row["dense_kernel"] for row in rows}
