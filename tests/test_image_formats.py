@@ -535,12 +535,13 @@ class TestEncoder:
         images = [tiny.picture(0), tiny.picture(1)]
         for variant, hidden in (("base", False), ("plus", True), ("full", True)):
             encoder = ImageEncoder(variant, pipe)
-            exact = pipe.encode_image(images, "cpu", 1, hidden)
-            assert torch.equal(encoder(images), exact[0])
-            assert torch.equal(encoder.negative(), exact[1][:1])
+            assert torch.equal(encoder(images), pipe.encode_image(images, "cpu", 1, hidden)[0])
+            # Of one image too: products of more rows may round otherwise.
+            exact = pipe.encode_image(images[:1], "cpu", 1, hidden)
+            assert torch.equal(encoder.negative(), exact[1])
         both = ImageEncoder("faceid_plus", pipe)
         assert torch.equal(both.hidden(images), pipe.encode_image(images, "cpu", 1, True)[0])
-        assert torch.equal(both.negative()["clip"], exact[1][:1])
+        assert torch.equal(both.negative()["clip"], exact[1])
         assert both.negative()["id"].shape == (1, 512)
         flux = tiny.pipeline("flux")
         black = flux.encode_image(Image.new("RGB", (96, 64)), "cpu", 1)

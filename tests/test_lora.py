@@ -1071,9 +1071,9 @@ class TestTrain:
         seen = []
 
         class Watched(Objective):
-            def forward(self, clean, noise, sigma, conditions):
+            def forward(self, clean, noise, sigma, *more):
                 seen.extend(sigma.tolist())
-                return super().forward(clean, noise, sigma, conditions)
+                return super().forward(clean, noise, sigma, *more)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trainer, "Objective", Watched)
