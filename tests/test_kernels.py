@@ -269,20 +269,15 @@ def test_a_plan_that_keeps_nothing_gives_zeros(kernel, qkv, device):
     assert all((grad == 0).all() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("windows", [False, True])
-def test_products_of_bf16_in_one_operator(windows, monkeypatch, qkv, device):
-    """As on a CPU that has tiles, on any."""
+def test_products_of_bf16_with_tiles_and_without(windows, tiles, monkeypatch, qkv, device):
+    monkeypatch.setattr(gather, "_has_tiles", lambda device: tiles and device.type == "cpu")
     plan = random_plan(device, batch=2, heads=2, block_k=32, windows=windows)
     q, k, v = (x.bfloat16() for x in qkv(plan.tokens))
     exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
     low = reference.forward(q, k, v, plan, scale=0.3)
-    plain = [gather.forward(q, k, v, plan, scale=0.3)]
-    monkeypatch.setattr(gather, "_has_tiles", lambda device: device.type == "cpu")
     assert_no_worse(gather.forward(q, k, v, plan, scale=0.3), low, exact)
-    monkeypatch.setattr(gather, "_has_tiles", lambda device: False)
-    plain.append(gather.forward(q, k, v, plan, scale=0.3))
-    for found in plain:
-        assert_no_worse(found, low, exact)
 
 
 def test_memory_for_groups_is_kept_up_to_a_size(monkeypatch, qkv, device):

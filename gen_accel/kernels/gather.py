@@ -145,7 +145,7 @@ def _attention(
                 work.fused(rows, total, out)
             else:
                 group = work.group(rows, total)
-                torch.bmm(group.weights, group.v, out=out[group.rows])
+                torch.bmm(group.weights, group.v, out=out[rows])
         return work.restored(out, q.shape)
 
 
@@ -228,7 +228,6 @@ _attention.register_autograd(_differentiate, setup_context=_save)
 class _Group:
     """Query blocks that see the same number of key blocks; G of them, n key blocks each."""
 
-    rows: slice  # of all B x H x Kq query blocks, sorted by length
     blocks: Tensor  # (G * n,) of all B x H x Kk key blocks
     q: Tensor  # (G, block_q, D)
     k: Tensor  # (G, n * block_k, D)
@@ -320,7 +319,8 @@ class _Work:
         return out
 
     def parts(self) -> Iterator[tuple[slice, int]]:
-        """Rows of a group, and how many key blocks each sees."""
+        """Of each group its rows, of all B x H x Kq query blocks by length, and how many key blocks
+        each sees."""
         row, end = self.totals.count(0), len(self.totals)
         while row < end:
             total = self.totals[row]
@@ -364,7 +364,7 @@ class _Work:
         slope = None if self.gain is None else self._dampened(scores, rows, lists[:, :total])
         masked = self.masked[rows.stop - 1]
         if not masked:
-            return _Group(rows, blocks, q, k, v, self._weights(scores), slope)
+            return _Group(blocks, q, k, v, self._weights(scores), slope)
         excess = self._excess(self.order[rows], lists[:, :masked])
         hide = self.space("hide", *excess.shape, dtype=torch.float32)
         torch.clamp_min(excess, 0, out=hide)
@@ -373,7 +373,7 @@ class _Work:
         weights = self._weights(scores)
         if masked == total:  # a query that sees nothing gets zeros
             weights.masked_fill_((excess > 0).all(-1, keepdim=True), 0.0)
-        return _Group(rows, blocks, q, k, v, weights, slope)
+        return _Group(blocks, q, k, v, weights, slope)
 
     def fused(self, rows: slice, total: int, out: Tensor) -> None:
         """Products and softmax in one operator, which holds scores in fp32 and rounds weights."""
