@@ -319,8 +319,8 @@ class _Work:
         return out
 
     def parts(self) -> Iterator[tuple[slice, int]]:
-        """Of each group its rows, of all B x H x Kq query blocks by length, and how many key blocks
-        each sees."""
+        """The rows of each group, of all B x H x Kq query blocks sorted by length, and how many
+        key blocks each sees."""
         row, end = self.totals.count(0), len(self.totals)
         while row < end:
             total = self.totals[row]
