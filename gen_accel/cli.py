@@ -21,7 +21,9 @@ class OneLineErrors(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            _leave()
+            return result
         except KeyboardInterrupt:
             typer.echo("interrupted; no file was left half written", err=True)
             raise typer.Exit(INTERRUPTED) from None
@@ -50,6 +52,14 @@ def _what_came(error: Any, args: list[str]) -> str:
             if arg == name:
                 return f", got {args[i + 1]!r}"
     return ""
+
+
+def _leave() -> None:
+    """The other processes of a launch. Threads that wait for them would be cut off when the
+    interpreter ends, which can abort it."""
+    torch = sys.modules.get("torch")
+    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 app = typer.Typer(

@@ -1,6 +1,7 @@
 """Tiny trainings: a Wan transformer with random weights, and clips of random latents."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -190,3 +191,9 @@ if __name__ == "__main__":
     pipe = wan.pipeline() if given.validate_every else None
     accelerator = sharded(given) if job.get("sharded") else accelerator_for(given)
     run(given, accelerator, model(pipe), Clips(), resume=job.get("resume", False))
+    if job.get("sharded"):
+        # Torch keeps the mesh, and with it the threads of gloo, until the interpreter ends, which
+        # now and then they abort.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -321,6 +321,66 @@ class TestTraining:
             "distill"
         )
 
+    def test_each_attention_is_held_to_what_the_words_would_add(self, tmp_path):
+        fields = {"objective": "distill_attention", "batch_size": 2}
+        run = begun(ft.config(tmp_path, **(RADIAL | NO_DROPOUT | fields)))
+        batch = run._batch(0, [0, 1], 3, 0)
+        loss = run.objective(*batch)
+        expected, at = [], {}
+        clean, noise, sigma, conditions, taught, image = batch
+        transformer, adapter = run.model.transformer, run.adapter
+        mix = sigma.view(-1, 1, 1, 1, 1)
+        call = {"hidden_states": (1 - mix) * clean + mix * noise, "timestep": sigma * 1000}
+
+        def before(module, args):
+            at[module] = args
+
+        hooks = [b.attn2.register_forward_pre_hook(before) for b in transformer.blocks]
+        with torch.no_grad(), adapter.showing(image):
+            transformer(**call, **conditions)
+            told = transformer.condition_embedder.text_embedder(taught["encoder_hidden_states"])
+            for block in transformer.blocks:
+                video, untold, *_ = at[block.attn2]
+                shown = block.attn2.forward(video, untold)
+                with adapter.off():
+                    transformer(**call, **conditions)  # nothing is added from here on
+                wanted = block.attn2.forward(video, told)
+                expected.append((shown - wanted).square().mean() / wanted.square().mean())
+                transformer(**call, **conditions)
+        for hook in hooks:
+            hook.remove()
+        assert loss.item() == pytest.approx(sum(expected).item() / len(expected), rel=1e-4)
+        assert loss.item() > 1e-4
+
+        loss.backward()
+        for name, parameter in run.objective.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad.abs().max() > 0, name
+            else:
+                assert parameter.grad is None, name
+
+    def test_without_an_image_attention_is_as_it_was(self, tmp_path):
+        fields = {"objective": "distill_attention", "image_dropout": 1.0}
+        run = begun(ft.config(tmp_path, **(RADIAL | NO_DROPOUT | fields)))
+        assert run.objective(*run._batch(0, [0, 1], 3, 0)).item() < 1e-10
+
+    def test_it_learns_from_attention(self, tmp_path):
+        fields = {"objective": "distill_attention", "stages": ("9:40",), "learning_rate": 3e-3}
+        done = ft.train(ft.config(tmp_path, **(RADIAL | NO_DROPOUT | fields)))
+        assert sum(done.losses[-10:]) < 0.7 * sum(done.losses[:10])
+
+    def test_attention_over_text_and_video_together_is_refused(self):
+        given = TrainConfig(
+            model="hunyuanvideo-community/HunyuanVideo",
+            adapter="image_prompt",
+            rank=TrainConfig.rank,
+            objective="distill_attention",
+            device="cpu",
+            mixed_precision="no",
+        )
+        with pytest.raises(ValueError, match="are over video, text: take objective distill"):
+            dry_run(given)
+
     def test_it_learns(self, tmp_path):
         given = ft.config(tmp_path, **(RADIAL | {"stages": ("9:40",), "learning_rate": 3e-3}))
         done = ft.train(given)

@@ -131,11 +131,12 @@ class TrainConfig:
         "Files, one for each validation prompt; none: those of the first clips.",
     )
 
-    objective: Literal["flow", "distill"] = _(
+    objective: Literal["flow", "distill", "distill_attention"] = _(
         "flow",
         "Loss",
         "flow: the model's own; distill: what the dense model predicts, and for an image prompt "
-        "what it predicts without an image from the clip's teacher_caption.",
+        "what it predicts without an image from the clip's teacher_caption; distill_attention: "
+        "what each attention to the text gives from that caption.",
     )
     timestep_sampling: Literal["logit_normal", "uniform"] = _(
         "logit_normal", "Loss", "How noise levels are drawn, before the shift."
@@ -240,6 +241,10 @@ class TrainConfig:
             self._check_image_prompt()
         else:
             self._check_fields("Image prompt")
+            if self.objective == "distill_attention":
+                raise ValueError(
+                    "objective distill_attention is for adapter image_prompt: take distill"
+                )
         if self.rank == 0 and not (self.train_processors and hasattr(method, "branch")):
             raise ValueError(
                 "rank is 0, which leaves nothing to train: only a method with parameters, such as "
@@ -264,6 +269,11 @@ class TrainConfig:
                 f"{unread} does not apply {'without' if self.image_encoder is None else 'to'} "
                 f"an image_encoder, got {getattr(self, unread)!r}: leave it out"
             )
+        if self.objective == "distill_attention" and self.gradient_checkpointing:
+            raise ValueError(
+                "gradient_checkpointing saves nothing under objective distill_attention, whose "
+                "gradients stay within each attention: leave it out"
+            )
         count, prompts = len(self.validation_images), len(self.validation_prompts)
         if count and count != prompts:
             raise ValueError(
@@ -286,7 +296,7 @@ class TrainConfig:
 
     @property
     def reads_teacher_captions(self) -> bool:
-        return self.adapter == "image_prompt" and self.objective == "distill"
+        return self.adapter == "image_prompt" and self.objective != "flow"
 
     @property
     def curriculum(self) -> tuple[Stage, ...]:

@@ -4,13 +4,16 @@ import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gen_accel.lora.attention_loss import AttentionLoss
 from gen_accel.lora.config import TrainConfig
+from gen_accel.pipelines.long_video.technique import temporal_patch
 
 MOST_DRAWS = 10_000
 SIGMAS = (1e-3, 1 - 1e-3)  # noise levels beyond these teach nothing
@@ -121,7 +124,7 @@ class Objective(nn.Module):
         transformer: with the LoRA and the processors.
         family: how it is called.
         handle: of the attached method.
-        kind: "flow", or "distill".
+        kind: "flow", "distill" or "distill_attention".
         adapter: what trains; see `gen_accel.lora.adapters`.
     """
 
@@ -133,6 +136,10 @@ class Objective(nn.Module):
         self._family, self._handle, self._kind, self._adapter = family, handle, kind, adapter
         for name, module in adapter.modules.items():
             self.add_module(name, module)
+        self._of_attention = None
+        if kind == "distill_attention":
+            self._of_attention = AttentionLoss(transformer, family)
+            self._patch = temporal_patch(transformer)
         # What FSDP puts together at a time; the transformer too, so that it also runs by itself.
         blocks = getattr(transformer, "_no_split_modules", None) or []
         self._no_split_modules = [*blocks, type(transformer).__name__]
@@ -146,7 +153,7 @@ class Objective(nn.Module):
         taught: dict[str, Tensor] | None = None,
         *shown: Tensor,
     ) -> Tensor:
-        """The mean squared error of the velocity, noise - clean.
+        """The mean squared error of the velocity, noise - clean, or that of `AttentionLoss`.
 
         Args:
             clean, noise: (B, C, f, h, w).
@@ -157,12 +164,22 @@ class Objective(nn.Module):
         """
         mix = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - mix) * clean + mix * noise
+        if self._of_attention is not None:
+            return self._of_attention(
+                partial(self._student, noisy, sigma, conditions, *shown),
+                partial(self._teacher, noisy[:, :, : self._patch], sigma, taught or conditions),
+            )
         target = noise - clean
         if self._kind == "distill":
-            target = self._teacher(noisy, sigma, conditions if taught is None else taught)
-        with self._adapter.showing(*shown):
-            velocity = self._family.predict(self.transformer, noisy, sigma, conditions)
+            target = self._teacher(noisy, sigma, taught or conditions)
+        velocity = self._student(noisy, sigma, conditions, *shown)
         return F.mse_loss(velocity.float(), target.float())
+
+    def _student(
+        self, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor], *shown: Tensor
+    ) -> Tensor:
+        with self._adapter.showing(*shown):
+            return self._family.predict(self.transformer, noisy, sigma, conditions)
 
     @torch.no_grad()
     def _teacher(self, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor]) -> Tensor:

@@ -71,8 +71,8 @@ def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
         if untaught:
             raise ValueError(
                 f"{latents.folder} holds no caption for the teacher of {untaught[0]}, which "
-                "objective distill of an image prompt needs: give data, or cache again with this "
-                "config"
+                f"objective {config.objective} of an image prompt needs: give data, or cache "
+                "again with this config"
             )
     if config.adapter == "image_prompt":
         coder, found = ImageCoder.of(config), latents.images

@@ -299,7 +299,7 @@ class _Run:
             return {name: put(torch.stack([one[name] for one in each])) for name in each[0]}
 
         taught = None
-        if config.objective == "distill":
+        if config.objective != "flow":
             taught = self.adapter.taught(self.cache, numbers, draws)
         return (
             put(torch.stack(latents)),
