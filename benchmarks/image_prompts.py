@@ -2,8 +2,8 @@
 
     python benchmarks/image_prompts.py --adapter gen_accel/demo/image_prompt
 
-24 pairs of an object and a motion that no clip with an image showed, one seed each. The caption
-tells of the motion alone, so that colour and shape can come from nowhere but the image. Clips are
+24 pairs of an object and a motion that no clip with an image showed, one image and seed each: 0 to
+23, or from `--seed` on. The caption tells of the motion alone, so that colour and shape can come from nowhere but the image. Clips are
 kept under `--work` with their pixels, so that a run that was interrupted goes on, and a setting
 that is there is not made again. Seconds a step are taken apart, with the settings in turns.
 """
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=TRAINED_FRAMES)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--pairs", type=int, default=24, help="how many of the 24")
+    parser.add_argument("--seed", type=int, default=0, help="of the first clip; the others follow")
     parser.add_argument("--batch", type=int, default=4, help="clips a call, where none is timed")
     parser.add_argument(
         "--timed", type=int, default=0, help="clips to take the time of; nothing else is made"
@@ -99,6 +100,7 @@ def main() -> None:
         "adapter": digest(args),
         "frames": args.frames,
         "steps": args.steps,
+        "first_seed": args.seed,
         "guidance_scale": GUIDANCE_SCALE,
         "dtype": "float32",
         "method": f"{RADIAL!r}, {SCHEDULE!r}",
@@ -125,11 +127,12 @@ def digest(args: argparse.Namespace) -> str:
 def folder_of(name: str, args: argparse.Namespace) -> Path:
     """Where the clips of a setting are kept; those of another adapter elsewhere."""
     sizes = f"{args.frames}x{args.steps}-{digest(args)[:8]}"
+    sizes += f"-{args.seed}" if args.seed else ""
     return args.work / sizes / name.replace(" ", "").replace(",", "-")
 
 
-def image_of(i: int) -> Image.Image:
-    return picture(world.NOT_SHOWN[i], STILLS + i)
+def image_of(i: int, args: argparse.Namespace) -> Image.Image:
+    return picture(world.NOT_SHOWN[i], STILLS + args.seed + i)
 
 
 def make(name: str, args: argparse.Namespace) -> None:
@@ -141,7 +144,7 @@ def make(name: str, args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         pipe, prompt = prepare(SETTINGS[name], args, stack)
         for part in track(parts, description=name):
-            prompt.set_image([image_of(i) for i in part], each=True)
+            prompt.set_image([image_of(i, args) for i in part], each=True)
             for i, video in zip(part, clips(pipe, part, args), strict=True):
                 keep_clip(folder, i, video)
 
@@ -159,7 +162,7 @@ def prepare(setting: Setting, args: argparse.Namespace, stack: ExitStack) -> tup
 def clips(
     pipe: Any, part: list[int], args: argparse.Namespace, on_step: Callable | None = None
 ) -> np.ndarray:
-    """(B, F, H, W, 3) uint8, the i-th from seed i."""
+    """(B, F, H, W, 3) uint8, the i-th from seed `args.seed` + i."""
     videos = pipe(
         prompt=[world.NOT_SHOWN[i].anonymous_caption for i in part],
         height=SIZE,
@@ -168,7 +171,7 @@ def clips(
         num_inference_steps=args.steps,
         guidance_scale=GUIDANCE_SCALE,
         max_sequence_length=16,
-        generator=[torch.Generator().manual_seed(i) for i in part],
+        generator=[torch.Generator().manual_seed(args.seed + i) for i in part],
         output_type="np",
         callback_on_step_end=on_step,
     ).frames
@@ -185,7 +188,7 @@ def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
             {
                 "image": f"{scene.color} {scene.shape}",
                 "caption": scene.anonymous_caption,
-                "seed": i,
+                "seed": args.seed + i,
                 "shows": found.caption,
                 "score": asdict(result),
                 "colour": result.color,
@@ -223,7 +226,7 @@ def timings(args: argparse.Namespace) -> dict[str, Any]:
         pipe, prompt = prepare(Setting(1.0), args, stack)
         for i in range(args.timed):
             for name, steps in seconds.items():
-                given = image_of(i)
+                given = image_of(i, args)
                 prompt.set_image(given)
                 marks = [time.perf_counter()]
 
