@@ -3,9 +3,10 @@
     python benchmarks/image_prompts.py --adapter gen_accel/demo/image_prompt
 
 24 pairs of an object and a motion that no clip with an image showed, one image and seed each: 0 to
-23, or from `--seed` on. The caption tells of the motion alone, so that colour and shape can come from nowhere but the image. Clips are
-kept under `--work` with their pixels, so that a run that was interrupted goes on, and a setting
-that is there is not made again. Seconds a step are taken apart, with the settings in turns.
+23, or from `--seed` on. The caption tells of the motion alone, so that colour and shape can come
+from nowhere but the image. Clips are kept under `--work` with their pixels, so that a run that was
+interrupted goes on, and a setting that is there is not made again. Seconds a step are taken apart,
+with the settings in turns.
 """
 
 import argparse

@@ -44,6 +44,7 @@ TECHNIQUES = (
     "rotating_anchors",
     "window_noise",
     "continuation",
+    "fresh_noise",
 )
 
 
@@ -57,9 +58,11 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "dense": Setting(),
+    "dense + fresh_noise": Setting(technique="fresh_noise"),
     "radial": Setting(sparse=True),
     **{f"radial + {name}": Setting(True, name) for name in TECHNIQUES},
     "radial + LoRA": Setting(sparse=True, lora=True),
+    "radial + LoRA + fresh_noise": Setting(True, "fresh_noise", lora=True),
     "dense + LoRA": Setting(lora=True),
 }
 

@@ -47,6 +47,7 @@ _CLASSES = {
     "rotating_anchors": "RotatingAnchors",
     "window_noise": "WindowNoise",
     "continuation": "Continuation",
+    "fresh_noise": "FreshNoise",
 }
 TECHNIQUES = tuple(_CLASSES)
 
@@ -83,7 +84,7 @@ def extend(
     """
     techniques = _techniques(technique, options)
     target = _target(pipe_or_transformer, num_frames, trained_frames)
-    if not any(hasattr(technique, "generate") for technique in techniques):
+    if not any(isinstance(technique, Continuation) for technique in techniques):
         _check_positions(target)
     return Extension(techniques, target)
 
