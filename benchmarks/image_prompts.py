@@ -51,10 +51,15 @@ CHANCE = {"colour": 1 / 4, "shape": 1 / 3, "object": 1 / 12, "motion": 1 / 8, "a
 
 
 class Setting(NamedTuple):
-    """scale: of the image prompt."""
+    """
+    Args:
+        scale: of the image prompt.
+        told: the caption names the object.
+    """
 
     scale: float
     sparse: bool = False
+    told: bool = False
 
 
 SETTINGS = {
@@ -62,6 +67,7 @@ SETTINGS = {
     "scale 0.5": Setting(0.5),
     "scale 0": Setting(0.0),
     "scale 1, Radial": Setting(1.0, sparse=True),
+    "words, no image": Setting(0.0, told=True),
 }
 
 
@@ -146,7 +152,8 @@ def make(name: str, args: argparse.Namespace) -> None:
         pipe, prompt = prepare(SETTINGS[name], args, stack)
         for part in track(parts, description=name):
             prompt.set_image([image_of(i, args) for i in part], each=True)
-            for i, video in zip(part, clips(pipe, part, args), strict=True):
+            videos = clips(pipe, part, args, told=SETTINGS[name].told)
+            for i, video in zip(part, videos, strict=True):
                 keep_clip(folder, i, video)
 
 
@@ -161,11 +168,17 @@ def prepare(setting: Setting, args: argparse.Namespace, stack: ExitStack) -> tup
 
 
 def clips(
-    pipe: Any, part: list[int], args: argparse.Namespace, on_step: Callable | None = None
+    pipe: Any,
+    part: list[int],
+    args: argparse.Namespace,
+    on_step: Callable | None = None,
+    *,
+    told: bool = False,
 ) -> np.ndarray:
     """(B, F, H, W, 3) uint8, the i-th from seed `args.seed` + i."""
+    scenes = [world.NOT_SHOWN[i] for i in part]
     videos = pipe(
-        prompt=[world.NOT_SHOWN[i].anonymous_caption for i in part],
+        prompt=[scene.caption if told else scene.anonymous_caption for scene in scenes],
         height=SIZE,
         width=SIZE,
         num_frames=args.frames,
@@ -188,7 +201,7 @@ def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
         scored.append(
             {
                 "image": f"{scene.color} {scene.shape}",
-                "caption": scene.anonymous_caption,
+                "caption": scene.caption if SETTINGS[name].told else scene.anonymous_caption,
                 "seed": args.seed + i,
                 "shows": found.caption,
                 "score": asdict(result),

@@ -24,6 +24,9 @@ class OneLineErrors(TyperGroup):
             result = super().invoke(ctx)
             _leave()
             return result
+        except typer.Exit:
+            _leave()
+            raise
         except KeyboardInterrupt:
             typer.echo("interrupted; no file was left half written", err=True)
             raise typer.Exit(INTERRUPTED) from None
@@ -55,8 +58,8 @@ def _what_came(error: Any, args: list[str]) -> str:
 
 
 def _leave() -> None:
-    """The other processes of a launch. Threads that wait for them would be cut off when the
-    interpreter ends, which can abort it."""
+    """Leave the other processes of a launch. The threads that wait for them would be cut off when
+    the interpreter ends, which can abort it."""
     torch = sys.modules.get("torch")
     if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

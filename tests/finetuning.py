@@ -192,8 +192,8 @@ if __name__ == "__main__":
     accelerator = sharded(given) if job.get("sharded") else accelerator_for(given)
     run(given, accelerator, model(pipe), Clips(), resume=job.get("resume", False))
     if job.get("sharded"):
-        # Torch keeps the mesh, and with it the threads of gloo, until the interpreter ends, which
-        # now and then they abort.
+        # Torch keeps the mesh, and with it the threads of gloo, until the interpreter ends. Now
+        # and then these threads abort it.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

@@ -555,6 +555,18 @@ def test_a_traceback_on_request():
     assert isinstance(result.exception, ValueError)
 
 
+@pytest.mark.parametrize("verb", ["list", "show radail"])
+def test_processes_of_a_launch_leave_their_group(tmp_path, verb):
+    where = f"file://{tmp_path / 'meeting'}"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=0, world_size=1)
+    try:
+        done = CliRunner().invoke(app, verb.split())
+        assert torch.distributed.is_initialized() == (done.exit_code != 0)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("verb", ["generate", "demo"])
 def test_an_interrupted_run_leaves_no_file(run, model, monkeypatch, tmp_path, verb):
     forward, calls = WanTransformer3DModel.forward, []

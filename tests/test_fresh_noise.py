@@ -1,5 +1,7 @@
 """Fresh noise at each step: what a step gives, which noise levels, and when."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
@@ -7,7 +9,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMulti
 import gen_accel
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.schedule import Schedule
-from tests import wan
+from tests import hunyuan, wan
 
 LONG, TRAINED = {"num_frames": 33, "trained_frames": 17}, {"num_frames": 17}
 
@@ -113,8 +115,12 @@ def test_it_goes_with_other_techniques(other):
     pipe = flowing()
     with extend(pipe, "fresh_noise", **LONG) as longer:
         alone = latents(longer)
+    with extend(pipe, other, **LONG) as longer:
+        without = latents(longer)
     with extend(pipe, (other, "fresh_noise"), **LONG) as longer:
-        assert not torch.equal(latents(longer), alone)
+        both = latents(longer)
+    assert not torch.equal(both, alone)
+    assert not torch.equal(both, without)
 
 
 def test_it_goes_with_a_sparse_method_and_its_steps():
@@ -128,6 +134,18 @@ def test_it_goes_with_a_sparse_method_and_its_steps():
         assert handle.summary().density < 1
 
 
+def test_hunyuan_video():
+    pipe = hunyuan.pipeline()
+    given = {"num_frames": 33, "generator": torch.Generator().manual_seed(5)}
+    plain = hunyuan.generate(pipe, **given)
+    with extend(pipe, "fresh_noise", **LONG) as longer:
+        given["generator"].manual_seed(5)
+        found = hunyuan.generate(longer, **given)
+    assert found.shape == plain.shape
+    assert torch.isfinite(found).all()
+    assert not torch.equal(found, plain)
+
+
 def test_what_is_refused():
     with pytest.raises(ValueError, match="shift must be positive, got 0"):
         extend(flowing(), "fresh_noise", shift=0, **LONG)
@@ -137,7 +155,47 @@ def test_what_is_refused():
         extend(flowing(), ("fresh_noise", "continuation"), **LONG)
     with pytest.raises(ValueError, match="num_frames must be at most 125"):
         extend(flowing(), "fresh_noise", num_frames=129, trained_frames=17)
+    with pytest.raises(ValueError, match=r"the share of the video \(invert_sigmas\)"):
+        extend(flowing(invert_sigmas=True), "fresh_noise", **LONG)
     pipe = wan.pipeline()
-    pipe.scheduler = DDIMScheduler()
-    with pytest.raises(ValueError, match="needs a flow matching scheduler, got DDIMScheduler"):
-        extend(pipe, "fresh_noise", **LONG)
+    dynamic = {"prediction_type": "flow_prediction", "use_dynamic_shifting": True}
+    for scheduler in (DDIMScheduler(), UniPCMultistepScheduler(use_flow_sigmas=True, **dynamic)):
+        pipe.scheduler = scheduler
+        with pytest.raises(ValueError, match=f"a fixed shift, got {type(scheduler).__name__}"):
+            extend(pipe, "fresh_noise", **LONG)
+    with pytest.raises(ValueError, match="needs num_frames, which WanVideoToVideoPipeline"):
+        extend(wan.PIPELINES["video"](), "fresh_noise", **LONG)
+
+
+def test_a_copy_of_the_scheduler_steps_by_itself():
+    pipe = flowing()
+    with extend(pipe, "fresh_noise", **LONG) as longer:
+        technique, target = longer.techniques[0], longer.target
+        with technique._at_work(target, 9, torch.Generator().manual_seed(0)):
+            first, second = pipe.scheduler, deepcopy(pipe.scheduler)
+            x = torch.zeros(1, 1, 2, 2)
+            for scheduler in (first, second):
+                scheduler.set_timesteps(3)
+            for t in first.timesteps:
+                for scheduler in (first, second):
+                    scheduler.step(x, t, x)
+                assert first.step_index == second.step_index
+            with pytest.raises(ValueError, match="all frames are as noisy"):
+                first.step(x, t, x, per_token_timesteps=t)
+
+
+class Twice:
+    """Another technique that runs the pipeline."""
+
+    name, excludes = "twice", {}
+
+    def apply(self, target):
+        return lambda: None
+
+    def generate(self, target, arguments):
+        return target.pipe(**arguments)
+
+
+def test_two_that_run_the_pipeline_are_refused():
+    with pytest.raises(ValueError, match="twice and fresh_noise do not go together"):
+        extend(flowing(), (Twice(), "fresh_noise"), **LONG)

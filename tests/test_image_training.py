@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import finetuning as ft
+import hunyuan
 import numpy as np
 import pytest
 import torch
@@ -369,17 +370,10 @@ class TestTraining:
         done = ft.train(ft.config(tmp_path, **(RADIAL | NO_DROPOUT | fields)))
         assert sum(done.losses[-10:]) < 0.7 * sum(done.losses[:10])
 
-    def test_attention_over_text_and_video_together_is_refused(self):
-        given = TrainConfig(
-            model="hunyuanvideo-community/HunyuanVideo",
-            adapter="image_prompt",
-            rank=TrainConfig.rank,
-            objective="distill_attention",
-            device="cpu",
-            mixed_precision="no",
-        )
+    def test_attention_over_text_and_video_together_is_refused(self, tmp_path):
+        given = ft.config(tmp_path, **(RADIAL | {"objective": "distill_attention"}))
         with pytest.raises(ValueError, match="are over video, text: take objective distill"):
-            dry_run(given)
+            model_of(given, hunyuan.pipeline())
 
     def test_it_learns(self, tmp_path):
         given = ft.config(tmp_path, **(RADIAL | {"stages": ("9:40",), "learning_rate": 3e-3}))
@@ -638,6 +632,10 @@ class TestConfig:
                 {"image_encoder": "x", "image_size": 16},
                 "image_size does not apply to an image_enc",
             ),
+            (
+                {"objective": "distill_attention", "gradient_checkpointing": True},
+                "gradient_checkpointing saves nothing under objective distill_attention",
+            ),
             ({"image_tokens": 0}, "image_tokens must be at least 1, got 0"),
             ({"image_dropout": 1.5}, "image_dropout must be a share from 0 to 1, got 1.5"),
             ({"image_dropout": 0.6, "both_dropout": 0.5}, "must not come to more than 1"),
@@ -657,6 +655,10 @@ class TestConfig:
         value = {"image_tokens": 8, "init_adapter": "x", "both_dropout": 0.0}[name]
         with pytest.raises(ValueError, match=rf"adapter lora does not use {name}"):
             TrainConfig(**{name: value})
+
+    def test_a_lora_adds_nothing_to_an_attention_alone(self):
+        with pytest.raises(ValueError, match="distill_attention is for adapter image_prompt"):
+            TrainConfig(objective="distill_attention")
 
     def test_what_is_printed_is_read_again(self, tmp_path):
         given = TrainConfig(adapter="image_prompt", image_tokens=8, image_dropout=0.2)

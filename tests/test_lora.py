@@ -1214,7 +1214,10 @@ class TestConfig:
             ("learning_rate: true", "learning_rate must be float, got True"),
             ("gradient_checkpointing: 1", "gradient_checkpointing must be true/false, got 1"),
             ("betas: [0.9]", "betas must be float,float, got"),
-            ("objective: flows", "objective must be one of flow, distill, got 'flows'"),
+            (
+                "objective: flows",
+                "objective must be one of flow, distill, distill_attention, got 'flows'",
+            ),
             ("mixed_precision: yes", "mixed_precision must be one of no, bf16, fp16, got True"),
             ("data: {a: b}", "data must be str or none, got"),
             ("stages: [81:20]", "in quotes in YAML"),

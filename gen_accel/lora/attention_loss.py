@@ -19,33 +19,33 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import image_family_of
+from gen_accel.attention_processors.families import family_for, image_family_of
 
 TEXT = "encoder_hidden_states"  # as attentions call their text
 
 
+def text_attentions(transformer: nn.Module) -> list[nn.Module]:
+    """Raises ValueError where video and text attend jointly: what the text gives is no output of
+    its own there."""
+    order = family_for(transformer, "training").ORDER
+    if order != "video":
+        raise ValueError(
+            "objective distill_attention compares attentions to the text alone, and those of "
+            f"{type(transformer).__name__} are over {order}: take objective distill"
+        )
+    family: Any = image_family_of(transformer)
+    return [site.module for site in family.image_attentions(transformer)]
+
+
 class AttentionLoss:
-    """
-    Args:
-        family: of the transformer.
+    """Raises ValueError as `text_attentions` does."""
 
-    Raises:
-        ValueError: a transformer whose video and text attend jointly: what the text gives is no
-            output of its own there.
-    """
-
-    def __init__(self, transformer: nn.Module, family: Any) -> None:
-        if family.ORDER != "video":
-            raise ValueError(
-                "objective distill_attention compares attentions to the text alone, and those of "
-                f"{type(transformer).__name__} are over {family.ORDER}: take objective distill"
-            )
-        sites = image_family_of(transformer).image_attentions(transformer)  # pyright: ignore[reportOptionalMemberAccess]
-        self._attentions: list[nn.Module] = [site.module for site in sites]
+    def __init__(self, transformer: nn.Module) -> None:
+        self._attentions = text_attentions(transformer)
 
     def __call__(self, student: Callable[[], Any], teacher: Callable[[], Any]) -> Tensor:
-        """Squared error of the attentions' outputs by the square of what they are to be, the mean
-        of all attentions.
+        """Squared error of the attentions' outputs by the square of what they are to be, both
+        summed over the batch; the mean of all attentions.
 
         Args:
             student: runs the model on the caption and the image.

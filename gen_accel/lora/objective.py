@@ -138,7 +138,7 @@ class Objective(nn.Module):
             self.add_module(name, module)
         self._of_attention = None
         if kind == "distill_attention":
-            self._of_attention = AttentionLoss(transformer, family)
+            self._of_attention = AttentionLoss(transformer)
             self._patch = temporal_patch(transformer)
         # What FSDP puts together at a time; the transformer too, so that it also runs by itself.
         blocks = getattr(transformer, "_no_split_modules", None) or []
@@ -162,16 +162,17 @@ class Objective(nn.Module):
             taught: those of the teacher, where they are others.
             shown: what the adapter is shown beside.
         """
+        taught = conditions if taught is None else taught
         mix = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - mix) * clean + mix * noise
         if self._of_attention is not None:
             return self._of_attention(
                 partial(self._student, noisy, sigma, conditions, *shown),
-                partial(self._teacher, noisy[:, :, : self._patch], sigma, taught or conditions),
+                partial(self._teacher, noisy[:, :, : self._patch], sigma, taught),
             )
         target = noise - clean
         if self._kind == "distill":
-            target = self._teacher(noisy, sigma, taught or conditions)
+            target = self._teacher(noisy, sigma, taught)
         velocity = self._student(noisy, sigma, conditions, *shown)
         return F.mse_loss(velocity.float(), target.float())
 

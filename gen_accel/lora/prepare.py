@@ -10,6 +10,7 @@ from gen_accel import demo
 from gen_accel.attention_processors.options import method_from
 from gen_accel.lora.adapters import read_start
 from gen_accel.lora.artefact import target_modules
+from gen_accel.lora.attention_loss import text_attentions
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.images import ImageCoder, describe_images
 from gen_accel.lora.latents import LatentCache, cache
@@ -147,6 +148,8 @@ def _check_image_prompt(config: TrainConfig, transformer: Any) -> None:
     from gen_accel.attention_processors.families import image_family_of
 
     image_family_of(transformer)
+    if config.objective == "distill_attention":
+        text_attentions(transformer)
     if config.init_adapter is not None:
         read_start(config, transformer)
     for file in config.validation_images:

@@ -166,12 +166,15 @@ def _techniques(given: Any, options: dict[str, Any]) -> tuple[Technique, ...]:
         )
     made = tuple(_technique(one, options) for one in several)
     names = [technique.name for technique in made]
+    runs = [technique.name for technique in made if hasattr(technique, "generate")]
     for technique in made:
         if names.count(technique.name) > 1:
             raise ValueError(f"technique {technique.name} is given twice")
         for other, reason in technique.excludes.items():
             if other in names:
                 raise ValueError(f"{technique.name} does not go with {other}: {reason}")
+    if len(runs) > 1:
+        raise ValueError(f"{' and '.join(runs)} do not go together: each runs the pipeline")
     return made
 
 

@@ -15,26 +15,27 @@ https://arxiv.org/abs/2403.03206, section 5.3.2, do by that of pixels; by its ra
 they take the root. That noise so drawn helps long videos is our own finding, on one small model.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from types import MethodType
 from typing import Any, ClassVar
 
-from gen_accel.pipelines.long_video.technique import Target, latent_frames
+from gen_accel.pipelines.long_video.technique import Target
 
 
 @dataclass(frozen=True)
 class FreshNoise:
     """Draw the noise of each step anew, and take more of the steps at high noise.
 
-    Acts while the handle that `extend` returns is called, in the place of the pipeline's own
-    scheduler. The noise is drawn with the call's generator.
+    Acts while the handle that `extend` returns is called, by a scheduler in the place of the
+    pipeline's own. The noise is drawn with the call's generator.
 
     Args:
         shift: of the noise levels, 1 for none. None: the scheduler's own times the ratio of the
-            video's latent frames to the trained ones; that of a scheduler whose shift depends on
-            the resolution (`use_dynamic_shifting`) stays as it is.
+            video's latent frames to the trained ones; that of a `FlowMatchEulerDiscreteScheduler`
+            whose shift depends on the resolution (`use_dynamic_shifting`) stays as it is.
     """
 
     shift: float | None = None
@@ -49,41 +50,51 @@ class FreshNoise:
             raise ValueError(f"shift must be positive, got {self.shift}")
 
     def apply(self, target: Target) -> Callable[[], None]:
-        if target.pipe is None:
+        pipe, kind = target.pipe, type(target.pipe).__name__
+        if pipe is None:
             raise ValueError("fresh_noise calls the pipeline: extend that, not a transformer")
+        if "num_frames" not in inspect.signature(type(pipe).__call__).parameters:
+            raise ValueError(f"fresh_noise needs num_frames, which {kind} does not take")
         self.scheduler(target, target.frames)
         return lambda: None
 
     def scheduler(self, target: Target, frames: int) -> Any:
         """In the place of the pipeline's own, for a video of so many latent frames.
 
-        Raises ValueError for a pipeline that does not denoise by flow matching.
+        Raises ValueError for one that steps otherwise than by flow matching, from noise to clean.
         """
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         pipe: Any = target.pipe
-        config, ratio = pipe.scheduler.config, frames / target.trained
+        config, kind = pipe.scheduler.config, type(pipe.scheduler).__name__
+        dynamic = config.get("use_dynamic_shifting")
         if isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
-            own: Any = None if config.use_dynamic_shifting else pipe.scheduler.shift
-            kept: Any = config
-        elif config.get("prediction_type") == "flow_prediction":
+            if config.invert_sigmas:
+                raise ValueError(
+                    "fresh_noise adds noise by its share, and this scheduler's levels are the "
+                    "share of the video (invert_sigmas)"
+                )
+            own, kept = pipe.scheduler.shift, config
+        elif config.get("prediction_type") == "flow_prediction" and not dynamic:
             own = config.get("flow_shift") or 1.0
             kept = {"num_train_timesteps": config.num_train_timesteps}
         else:
             raise ValueError(
-                f"fresh_noise needs a flow matching scheduler, got {type(pipe.scheduler).__name__}"
+                "fresh_noise needs a FlowMatchEulerDiscreteScheduler, or another scheduler with "
+                f"prediction_type flow_prediction and a fixed shift, got {kind}"
             )
-        shift = self.shift if self.shift is not None or own is None else own * ratio
-        given: dict[str, Any] = {} if shift is None else {"shift": shift}
+        given: dict[str, Any] = {}
         if self.shift is not None:
-            given["use_dynamic_shifting"] = False
+            given = {"shift": self.shift, "use_dynamic_shifting": False}
+        elif not dynamic:
+            given = {"shift": own * frames / target.trained}
         return FlowMatchEulerDiscreteScheduler.from_config(kept, stochastic_sampling=True, **given)
 
     def generate(self, target: Target, arguments: dict[str, Any]) -> Any:
-        frames = latent_frames(
-            "num_frames", arguments["num_frames"], target.temporal_factor, target.temporal_patch
-        )
         pipe: Any = target.pipe
+        # Rounded down, as pipelines do.
+        latents = (arguments["num_frames"] - 1) // target.temporal_factor + 1
+        frames = latents // target.temporal_patch
         if frames <= target.trained:
             return pipe(**arguments)
         with self._at_work(target, frames, arguments.get("generator")):
@@ -93,14 +104,14 @@ class FreshNoise:
     def _at_work(self, target: Target, frames: int, generator: Any) -> Iterator[None]:
         pipe: Any = target.pipe
         before, scheduler = pipe.scheduler, self.scheduler(target, frames)
-        own = scheduler.step
 
-        @wraps(own)
-        def step(*args: Any, **kwargs: Any) -> Any:
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("per_token_timesteps") is not None:
+                raise ValueError("fresh_noise is for calls in which all frames are as noisy")
             # Not all pipelines pass theirs on.
-            return own(*args, **({"generator": generator} | kwargs))
+            return type(self).step(self, *args, **({"generator": generator} | kwargs))
 
-        scheduler.step = step
+        scheduler.step = MethodType(step, scheduler)  # a copy, of sound say, steps by itself
         pipe.scheduler = scheduler
         try:
             yield
@@ -112,5 +123,7 @@ class FreshNoise:
         if not target.longer:
             return f"{length}: off"
         config = self.scheduler(target, target.frames).config
-        shift = "own" if config.use_dynamic_shifting else f"{config.shift:g}"
+        shift = f"{config.shift:g}"
+        if config.use_dynamic_shifting:
+            shift = "by the resolution"
         return f"{length}: other noise at each step, noise levels with shift {shift}"

@@ -78,9 +78,9 @@ class Technique(Protocol):
     what takes it off again, leaving the model bit-identical. It is called once; what it returns
     is called once.
 
-    A technique that needs more than one call of the pipeline has, besides,
-    `generate(target, arguments)`: it runs the pipeline with the keyword arguments of its call,
-    `num_frames` filled in, and returns what one call would have returned.
+    A technique that needs more than one call of the pipeline, or acts during a call alone, has,
+    besides, `generate(target, arguments)`: it runs the pipeline with the keyword arguments of its
+    call, `num_frames` filled in, and returns what one call would have returned.
 
     Args:
         name: its entry in `TECHNIQUES`.
