@@ -336,20 +336,19 @@ class TestTraining:
         def before(module, args):
             at[module] = args
 
-        hooks = [b.attn2.register_forward_pre_hook(before) for b in transformer.blocks]
+        attentions = [block.attn2 for block in transformer.blocks]
+        hooks = [one.register_forward_pre_hook(before) for one in attentions]
         with torch.no_grad(), adapter.showing(image):
             transformer(**call, **conditions)
+            for hook in hooks:
+                hook.remove()
+            shown = [one.forward(*at[one]) for one in attentions]
             told = transformer.condition_embedder.text_embedder(taught["encoder_hidden_states"])
-            for block in transformer.blocks:
-                video, untold, *_ = at[block.attn2]
-                shown = block.attn2.forward(video, untold)
-                with adapter.off():
-                    transformer(**call, **conditions)  # nothing is added from here on
-                wanted = block.attn2.forward(video, told)
-                expected.append((shown - wanted).square().mean() / wanted.square().mean())
-                transformer(**call, **conditions)
-        for hook in hooks:
-            hook.remove()
+            with adapter.off():
+                transformer(**call, **conditions)  # nothing is added from here on
+            for one, given in zip(attentions, shown, strict=True):
+                wanted = one.forward(at[one][0], told)
+                expected.append((given - wanted).square().mean() / wanted.square().mean())
         assert loss.item() == pytest.approx(sum(expected).item() / len(expected), rel=1e-4)
         assert loss.item() > 1e-4
 

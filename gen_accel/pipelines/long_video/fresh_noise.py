@@ -1,4 +1,4 @@
-"""Fresh noise at every step, and more steps at high noise, so that far frames agree.
+"""Fresh noise at every step, and more steps at high noise, so that neighbouring frames agree.
 
     clean = x - sigma v,    x <- (1 - sigma') clean + sigma' noise,    noise drawn anew
 
@@ -6,13 +6,13 @@ An ordinary step keeps the noise that it began with. Where a video is longer tha
 far, that noise decides by itself, stretch by stretch, where things are, and between two stretches
 they jump. With other noise at each step, what neighbouring stretches agree on stays and what only
 the noise said does not: at high noise, where such things are decided, agreement spreads from step
-to step.
+to step. What the model itself repeats it goes on repeating.
 
 Steps as `FlowMatchEulerDiscreteScheduler` has them by `stochastic_sampling` (diffusers 0.42.1);
 Karras et al., 2022, https://arxiv.org/abs/2206.00364, section 4, on what noise that is added
 corrects. The noise levels are shifted further by the number of frames, as Esser et al., 2024,
 https://arxiv.org/abs/2403.03206, section 5.3.2, do by that of pixels; by its ratio itself, where
-they take the root. That noise so drawn helps long videos is our own finding, on one small model.
+they take the root. What noise so drawn does to long videos is our own finding, on one small model.
 """
 
 import inspect
