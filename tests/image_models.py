@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -171,14 +172,35 @@ def unet_inputs() -> dict[str, Any]:
     }
 
 
+def output(model: Any, given: dict[str, Any]) -> torch.Tensor:
+    """What it predicts."""
+    made = model(**given, return_dict=False)
+    return made if isinstance(made, torch.Tensor) else made[0]  # Kandinsky 5 gives it bare
+
+
 class Case(NamedTuple):
-    """A tiny model, what its forward pass is given, and the token grid that this makes."""
+    """A tiny model, what its forward pass is given, and the token grid that this makes.
+
+    Args:
+        tokens: of an attention's queries, where those are not of the grid, or of the first in a
+            UNet.
+    """
 
     family: str
     build: Callable[[], Any]
     inputs: Callable[[], dict[str, Any]]
     grid: tuple[int, int, int]
     text: int = 0
+    tokens: int | None = None
+
+
+def of(family: str, place: int = 0, grid: tuple = (3, 3, 4), **more: Any) -> Case:
+    """A case of `tests/tiny`, whose modules import this one."""
+
+    def case() -> Any:
+        return import_module(f"tiny.{family}").CASES[place]
+
+    return Case(family, lambda: case().build(), lambda: case().inputs(*grid), grid, **more)
 
 
 WAN_IMAGE = {"image_dim": IMAGE_WIDTH, "added_kv_proj_dim": HEADS * HEAD_DIM}
@@ -187,7 +209,7 @@ CASES = {
     "wan": Case("wan", wan_transformer, lambda: inputs(2, 6, 8), (2, 3, 4)),
     "wan image": Case("wan", partial(wan_transformer, **WAN_IMAGE), wan_with_image, (2, 3, 4)),
     "vace": Case("wan", partial(wan_transformer, **WAN_VACE), vace_inputs, (2, 3, 4)),
-    "skyreels": Case("wan", skyreels, lambda: inputs(2, 6, 8), (2, 3, 4)),
+    "skyreels": Case("skyreels", skyreels, lambda: inputs(2, 6, 8), (2, 3, 4)),
     "hunyuan": Case(
         "hunyuan_video", hunyuan_transformer, lambda: hunyuan_inputs(2, 6, 8), (2, 3, 4), 9
     ),
@@ -209,6 +231,24 @@ CASES = {
     "mochi": Case("mochi", mochi, mochi_inputs, (3, 3, 4), 7),
     "ltx": Case("ltx", ltx, ltx_inputs, (3, 3, 4)),
     "flux": Case("flux", flux, flux_inputs, (1, 3, 4), 5),
-    "unet": Case("stable_diffusion", unet, unet_inputs, (1, 6, 8)),
+    "unet": Case("stable_diffusion", unet, unet_inputs, (1, 6, 8), tokens=12),
+    "wan animate": of("wan_animate"),
+    "chronoedit": of("chronoedit"),
+    "anyflow": of("anyflow"),
+    "helios": of("helios", text=30),
+    "helios telling": of("helios", 3, text=30, tokens=66),
+    "helios without history": of("helios", 2),
+    "kandinsky5": of("kandinsky5"),
+    "kandinsky6": of("kandinsky6"),
+    "kandinsky6 image": of("kandinsky6", 1, text=12, tokens=48),
+    "ltx2": of("ltx2"),
+    "ltx2 followed": of("ltx2", 2, text=24, tokens=60),
+    "motif": of("motif", text=9),
+    "allegro": of("allegro"),
+    "latte": of("latte"),
+    "cosmos": of("cosmos"),
+    "cosmos image": of("cosmos", 2),
+    "animatediff": of("animatediff", grid=(3, 4, 6)),
+    "pixart": of("pixart", grid=(1, 3, 4)),
 }
 JOINT = ["hunyuan", "cogvideox", "cogvideox rotary", "cogvideox 1.5", "mochi", "flux"]

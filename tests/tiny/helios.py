@@ -93,6 +93,7 @@ def generate(pipe: Any) -> Tensor:
     return made.frames
 
 
+# In the last, the history sees the text too.
 CASES = [
     Case("helios", transformer, inputs, poke, pipeline=pipeline, generate=generate),
     Case(
@@ -104,4 +105,5 @@ CASES = [
         generate=generate,
     ),
     Case("helios_without_history", transformer, wan_inputs, poke),
+    Case("helios_telling", partial(transformer, guidance_cross_attn=False), inputs, poke),
 ]

@@ -40,16 +40,20 @@ temporal_frequencies(transformer) of its rotary pairs on the time axis, in rad a
 set_temporal_frequencies(transformer, freqs) uses these instead, or its own again for None
 
 For image prompts, together with CLASSES, ATTENTION_CALL, `video_shape` and `timestep`, and for
-video TEMPORAL_FACTOR:
+video TEMPORAL_FACTOR, where it is the same for all models:
 
-IMAGE_CLASSES                 served besides CLASSES, where there are some
 GUIDANCE                      how its pipelines run the negative prompt: "batched", as the first
                               rows of one call, or "sequential", in a call of its own
+NAMES_CALLS                   False where those do not name their calls, though the model has a
+                              `cache_context` to name them by
 image_attentions(transformer) the attentions that an image prompt is added to, as
-                              `ImageAttention`s
+                              `ImageAttention`s; families that share them share adapters
 tap_image(transformer, site, add) adds what `add(q, samples)` gives for the queries q (b, N, H, D)
                               of video or image and the slice of the batch that they are, (b, N, H,
-                              D), or nothing where it gives None; returns what takes it off
+                              D), or nothing where it gives None; returns what takes it off. Where
+                              each frame attends by itself, b counts frames of samples
+FIRST_FRAME_ALONE             False where the first latent is of as many frames as the others; else
+                              it is of one
 no_frames(transformer, ...)   why this forward pass does not tell which frames of the video its
                               latents are of, None where it does; only where that can be
 
@@ -71,7 +75,6 @@ from gen_accel.video import VideoShape
 
 __all__ = [
     "FAMILIES",
-    "IMAGE_FAMILIES",
     "REFUSED",
     "ImageAttention",
     "SelfAttention",
@@ -102,16 +105,13 @@ FAMILIES = (
     *("flux", "flux2", "flux3", "sd3", "qwenimage", "hidream", "z_image", "pixart"),
     "stable_diffusion",
 )
-IMAGE_FAMILIES = (
-    *("wan", "hunyuan_video", "cogvideox", "mochi", "ltx", "flux"),
-    "stable_diffusion",
-)
 
 # What a family has where it serves more than attention.
 USES = {
     "training": ("CAUSAL_VAE", "encode_video", "encode_prompt", "predict"),
     "longer video": ("TEMPORAL_FACTOR",),
     "rules on rotary frequencies": ("temporal_frequencies", "set_temporal_frequencies"),
+    "image prompts": ("image_attentions", "tap_image"),
 }
 
 FEW = 12  # classes that an error lists
@@ -245,15 +245,26 @@ def without_text(tokens: Tokens, call: Call) -> Tokens:
 
 
 def image_sites(
-    transformer: nn.Module, names: Sequence[str], *, norm: str | None = None
+    transformer: nn.Module,
+    names: Sequence[str],
+    *,
+    heads: str = "heads",
+    to_k: str = "to_k",
+    to_v: str = "to_v",
+    norm: str | None = None,
 ) -> list[ImageAttention]:
-    """Attentions by name, numbered from 0, with all else read from their projections."""
+    """Attentions by name, numbered from 0, with all else read from their projections.
+
+    Args:
+        heads: name in an attention of the number of its heads; others as in `ImageAttention`.
+    """
     sites = []
     for number, name in enumerate(names):
         module: Any = transformer.get_submodule(name)
-        heads, dim = module.heads, module.to_k.out_features // module.heads
-        width = module.to_k.in_features
-        sites.append(ImageAttention(name, str(number), module, heads, dim, width, norm=norm))
+        count, keys = getattr(module, heads), getattr(module, to_k)
+        dim, width = keys.out_features // count, keys.in_features
+        site = ImageAttention(name, str(number), module, count, dim, width, to_k, to_v, norm)
+        sites.append(site)
     return sites
 
 
@@ -363,12 +374,7 @@ def family_for(transformer: Any, use: str) -> ModuleType:
 
 def image_classes() -> dict[str, str]:
     """Transformer class to the family that adds image prompts to it."""
-    served = {}
-    for family in IMAGE_FAMILIES:
-        module = _module(family)
-        classes = (*module.CLASSES, *getattr(module, "IMAGE_CLASSES", ()))
-        served |= dict.fromkeys(classes, family)
-    return served
+    return classes_for("image prompts")
 
 
 def image_family_of(transformer: Any) -> ModuleType:

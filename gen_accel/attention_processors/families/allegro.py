@@ -3,11 +3,20 @@
 Tokens are the video's alone, in raster order; text is seen by cross-attention.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from gen_accel.attention_processors.families import SelfAttention, in_patches, in_stacks
+from gen_accel.attention_processors.families import (
+    ImageAttention,
+    ImageBranch,
+    SelfAttention,
+    image_sites,
+    in_patches,
+    in_stacks,
+    tap_cross_attention,
+)
 from gen_accel.video import VideoShape
 
 MODELS = "Allegro"
@@ -15,6 +24,9 @@ CLASSES = ("AllegroTransformer3DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "video"
 KIND = "video"
+GUIDANCE = "batched"
+NAMES_CALLS = False
+FIRST_FRAME_ALONE = False  # with the pipelines' even numbers of frames
 FPS = 15
 
 # By what they end in, inside the blocks.
@@ -28,6 +40,15 @@ def self_attentions(transformer: Any) -> list[SelfAttention]:
     config = transformer.config
     heads, dim = config.num_attention_heads, config.attention_head_dim
     return in_stacks(transformer, ("transformer_blocks",), heads, dim, attention="attn1")
+
+
+def image_attentions(transformer: Any) -> list[ImageAttention]:
+    names = [f"transformer_blocks.{i}.attn2" for i in range(len(transformer.transformer_blocks))]
+    return image_sites(transformer, names)
+
+
+def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
+    return tap_cross_attention(transformer, site, ATTENTION_CALL, add)
 
 
 def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> VideoShape:

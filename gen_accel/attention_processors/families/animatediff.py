@@ -19,9 +19,12 @@ ORDER = "video, each frame by itself"
 KIND = "frames"
 FPS = 8
 LORA_TARGETS = stable_diffusion.LORA_TARGETS
+GUIDANCE = stable_diffusion.GUIDANCE
 TEMPORAL_FACTOR = 1  # frames in a latent frame
 
 self_attentions = stable_diffusion.self_attentions
+image_attentions = stable_diffusion.image_attentions
+tap_image = stable_diffusion.tap_image
 timestep = stable_diffusion.timestep
 
 

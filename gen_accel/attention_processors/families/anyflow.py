@@ -19,8 +19,11 @@ KIND = "video"
 FPS = 16
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 LORA_TARGETS = wan.LORA_TARGETS
+GUIDANCE = "batched"
 
 self_attentions = wan.self_attentions
+image_attentions = wan.image_attentions
+tap_image = wan.tap_image
 
 
 def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> VideoShape:

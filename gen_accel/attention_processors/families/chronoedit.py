@@ -4,6 +4,8 @@ An image is edited by a video that leads to the new one. Tokens are those of Wan
 steps, or from the start, the grid is of two frames, the first and the last.
 """
 
+from typing import Any
+
 from gen_accel.attention_processors.families import wan
 
 MODELS = "ChronoEdit"
@@ -13,7 +15,14 @@ ORDER = wan.ORDER
 KIND = "video"
 TEMPORAL_FACTOR = wan.TEMPORAL_FACTOR  # where there are more than two
 LORA_TARGETS = wan.LORA_TARGETS
+GUIDANCE = wan.GUIDANCE
 
 self_attentions = wan.self_attentions
+image_attentions = wan.image_attentions
+tap_image = wan.tap_image
 video_shape = wan.video_shape
 timestep = wan.timestep
+
+
+def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str:
+    return "ChronoEdit leaves out all frames but the first and the last on the way"

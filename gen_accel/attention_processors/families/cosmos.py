@@ -5,11 +5,20 @@ of models with a second processor for it. The controlnet of Transfer2.5 is a mod
 keeps the attention that it has.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from gen_accel.attention_processors.families import SelfAttention, in_patches, in_stacks
+from gen_accel.attention_processors.families import (
+    ImageAttention,
+    ImageBranch,
+    SelfAttention,
+    image_sites,
+    in_patches,
+    in_stacks,
+    tap_cross_attention,
+)
 from gen_accel.video import VideoShape
 
 MODELS = "Cosmos 1, Predict2, Predict2.5 and Transfer2.5"
@@ -17,6 +26,7 @@ CLASSES = ("CosmosTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video"
 KIND = "video"
+GUIDANCE = "sequential"
 FPS = 16  # of Predict2.5; the pipelines of others take it
 
 # By what they end in, inside the blocks.
@@ -30,6 +40,15 @@ def self_attentions(transformer: Any) -> list[SelfAttention]:
     config = transformer.config
     heads, dim = config.num_attention_heads, config.attention_head_dim
     return in_stacks(transformer, ("transformer_blocks",), heads, dim, attention="attn1")
+
+
+def image_attentions(transformer: Any) -> list[ImageAttention]:
+    names = [f"transformer_blocks.{i}.attn2" for i in range(len(transformer.transformer_blocks))]
+    return image_sites(transformer, names, norm="norm_k")
+
+
+def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
+    return tap_cross_attention(transformer, site, ATTENTION_CALL, add)
 
 
 def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> VideoShape:

@@ -22,8 +22,11 @@ KIND = "video"
 FPS = 24
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first of a chunk
 LORA_TARGETS = wan.LORA_TARGETS
+GUIDANCE = wan.GUIDANCE
 
 self_attentions = wan.self_attentions
+image_attentions = wan.image_attentions
+tap_image = wan.tap_image
 timestep = wan.timestep
 
 
@@ -61,3 +64,7 @@ def video_shape(
 def before(transformer: Any, *args: Any, **kwargs: Any) -> int:
     """All of the history."""
     return video_shape(transformer, *args, **kwargs).text
+
+
+def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str:
+    return "Helios makes a video chunk after chunk"

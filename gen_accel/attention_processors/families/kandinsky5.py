@@ -1,16 +1,25 @@
 """Kandinsky 5, video from text or an image, and images.
 
-Tokens of the self-attention are the video's, in raster order; text is seen by cross-attention,
-which is left as it is, and so is the attention over the text alone. Some of the published models
-have a sparse attention of their own (NABLA), for which the tokens are in tiles: with a method
-attached it must be off.
+Tokens of the self-attention are the video's, in raster order; text is seen by cross-attention. The
+attention over the text alone is left as it is. Some of the published models have a sparse
+attention of their own (NABLA), for which the tokens are in tiles: it must be off with a method
+attached, and for image prompts with masks or scales by frame.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import SelfAttention, in_patches, in_stacks
+from gen_accel.attention_processors.families import (
+    ImageAttention,
+    ImageBranch,
+    SelfAttention,
+    image_sites,
+    in_patches,
+    in_stacks,
+    tap_cross_attention,
+)
 from gen_accel.video import VideoShape
 
 MODELS = "Kandinsky 5"
@@ -18,6 +27,7 @@ CLASSES = ("Kandinsky5Transformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video"
 KIND = "video"
+GUIDANCE = "sequential"
 FPS = 24
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 
@@ -39,6 +49,25 @@ def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
     return in_stacks(transformer, stacks, heads, dim, attention="self_attention")
 
 
+def image_attentions(transformer: Any) -> list[ImageAttention]:
+    return cross_attentions(transformer, "cross_attention")
+
+
+def cross_attentions(transformer: Any, place: str) -> list[ImageAttention]:
+    """
+    Args:
+        place: of the cross-attention in a block.
+    """
+    blocks = range(len(transformer.visual_transformer_blocks))
+    names = [f"visual_transformer_blocks.{i}.{place}" for i in blocks]
+    projections = {"heads": "num_heads", "to_k": "to_key", "to_v": "to_value", "norm": "key_norm"}
+    return image_sites(transformer, names, **projections)
+
+
+def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
+    return tap_cross_attention(transformer, site, ATTENTION_CALL, add)
+
+
 def video_shape(
     transformer: Any,
     hidden_states: Tensor,
@@ -56,9 +85,9 @@ def video_shape(
     with the model's own sparse attention."""
     if sparse_params is not None:
         raise ValueError(
-            f"sparse_params must be None for {type(transformer).__name__} with a method attached, "
-            "got those of the model's own sparse attention; before the pipeline, call "
-            'pipe.transformer.register_to_config(attention_type="regular")'
+            f"sparse_params must be None for {type(transformer).__name__} where the places of its "
+            "tokens count, got those of the model's own sparse attention; before the pipeline, "
+            'call pipe.transformer.register_to_config(attention_type="regular")'
         )
     return VideoShape(*in_patches(hidden_states.shape[1:4], transformer.config.patch_size))
 

@@ -3,7 +3,8 @@
 Tokens of the video's self-attention are the video's, in raster order, and after them those of an
 image to start from: a frame like the others, but of the first frame's time, so that it does not go
 on in the grid and is seen by all. The attention of the sound and of the text over themselves, and
-that between video, sound and text, is left as it is.
+that between video, sound and text, is left as it is; image prompts are added to that of the video,
+and of its image, to the text.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import (
+    ImageAttention,
     SelfAttention,
     in_patches,
     in_stacks,
@@ -25,6 +27,7 @@ CLASSES = ("Kandinsky6Transformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video, image"
 KIND = "video"
+GUIDANCE = kandinsky5.GUIDANCE
 TEMPORAL_FACTOR = kandinsky5.TEMPORAL_FACTOR
 
 # By what they end in, inside the blocks: those of the video alone.
@@ -41,6 +44,7 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 }
 
 longest = kandinsky5.longest
+tap_image = kandinsky5.tap_image
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
@@ -49,6 +53,10 @@ def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
     heads, stacks = config.model_dim // dim, ("visual_transformer_blocks",)
     attention = "video_dec_block.self_attention"
     return in_stacks(transformer, stacks, heads, dim, attention=attention)
+
+
+def image_attentions(transformer: Any) -> list[ImageAttention]:
+    return kandinsky5.cross_attentions(transformer, "video_dec_block.cross_attention")
 
 
 @outside_graphs
@@ -73,6 +81,13 @@ def video_shape(
     onwards = times[0] + torch.arange(whole, device=times.device)
     frames = int((times == onwards).cumprod(0).sum())
     return VideoShape(frames, height, width, text=(whole - frames) * height * width)
+
+
+def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str | None:
+    """Cross-attention has the queries of all frames."""
+    if video_shape(transformer, *args, **kwargs).text:
+        return "Kandinsky 6 is given an image as one more frame"
+    return None
 
 
 def timestep(

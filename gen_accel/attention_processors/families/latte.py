@@ -5,11 +5,20 @@ that attends to itself, in raster order, with the text seen by cross-attention. 
 left alone: they attend over the frames of one place, which are few, 16 in the published model.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from gen_accel.attention_processors.families import SelfAttention, in_patches, in_stacks
+from gen_accel.attention_processors.families import (
+    ImageAttention,
+    ImageBranch,
+    SelfAttention,
+    image_sites,
+    in_patches,
+    in_stacks,
+    tap_cross_attention,
+)
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
@@ -19,6 +28,8 @@ CLASSES = ("LatteTransformer3DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "video, each frame by itself"
 KIND = "frames"
+GUIDANCE = "batched"
+NAMES_CALLS = False
 FPS = 8
 TEMPORAL_FACTOR = 1  # frames in a latent frame
 
@@ -34,6 +45,15 @@ def self_attentions(transformer: Any) -> list[SelfAttention]:
     heads, dim = config.num_attention_heads, config.attention_head_dim
     blocks = in_stacks(transformer, ("transformer_blocks",), heads, dim, attention="attn1")
     return [block._replace(tokens=_one_frame) for block in blocks]
+
+
+def image_attentions(transformer: Any) -> list[ImageAttention]:
+    names = [f"transformer_blocks.{i}.attn2" for i in range(len(transformer.transformer_blocks))]
+    return image_sites(transformer, names)
+
+
+def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
+    return tap_cross_attention(transformer, site, ATTENTION_CALL, add)
 
 
 def _one_frame(tokens: Tokens, call: Call) -> Tokens:

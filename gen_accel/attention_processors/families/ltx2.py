@@ -2,8 +2,9 @@
 
 Tokens of the video's self-attention are the video's, in raster order, and after them those of key
 frames and of other videos that it is made to follow, in whatever sizes. The attention of the sound
-over itself, and that between video, sound and text, is left as it is. A mask between the video and
-what it follows, which LTX-2's pipeline for them has for strengths below 1, is refused.
+over itself, and that between video, sound and text, is left as it is; image prompts are added to
+that of the video, and of what it follows, to the text. A mask between the video and what it
+follows, which LTX-2's pipeline for them has for strengths below 1, is refused.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import (
+    ImageAttention,
     SelfAttention,
     ltx,
     outside_graphs,
@@ -23,6 +25,7 @@ CLASSES = ("LTX2VideoTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video, with key frames and other videos after it where they condition it"
 KIND = "video"
+GUIDANCE = ltx.GUIDANCE
 TEMPORAL_FACTOR = ltx.TEMPORAL_FACTOR
 
 # By what they end in, inside the blocks: those of the video alone.
@@ -35,9 +38,15 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "feed_forward": ltx.LORA_TARGETS["feed_forward"],
 }
 
+tap_image = ltx.tap_image
+
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
     return ltx.self_attentions(transformer)
+
+
+def image_attentions(transformer: Any) -> list[ImageAttention]:
+    return ltx.image_attentions(transformer)
 
 
 def video_shape(
@@ -96,6 +105,13 @@ def grid_in(video_coords: Tensor) -> tuple[int, int, int]:
     while frames < len(times) // tokens and starts[frames] == ends[frames - 1]:
         frames += 1
     return frames, tokens // width, width
+
+
+def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str | None:
+    """Cross-attention has the queries of all frames."""
+    if video_shape(transformer, *args, **kwargs).text:
+        return "LTX-2 is given key frames or videos beside the one that it makes"
+    return None
 
 
 def timestep(

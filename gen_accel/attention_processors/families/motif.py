@@ -4,18 +4,24 @@ Video and text attend jointly, video first in raster order; features of a given 
 the text. Texts are padded to one length; a mask hides the padding from all. Blocks of two streams
 come first, then those of one, and layers are counted through both. In the last of them, which
 decode, the video as it left the blocks before takes the place of the text: as many tokens again,
-without positions, seen by all. Cross-attention to the text is left as it is.
+without positions, seen by all. Sparse attention leaves the cross-attention to the text as it is,
+which some blocks have besides; image prompts are added there.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import (
+    ImageAttention,
+    ImageBranch,
     SelfAttention,
+    image_sites,
     in_patches,
     in_stacks,
     prefix_lengths,
+    tap_cross_attention,
 )
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Tokens
@@ -26,6 +32,7 @@ CLASSES = ("MotifVideoTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video, image features, text"
 KIND = "video"
+GUIDANCE = "sequential"
 FPS = 24
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 
@@ -48,6 +55,25 @@ def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
     sites = in_stacks(transformer, ("transformer_blocks", "single_transformer_blocks"), heads, dim)
     first = len(sites) - config.num_decoder_layers
     return [*sites[:first], *(site._replace(tokens=decoded) for site in sites[first:])]
+
+
+def image_attentions(transformer: Any) -> list[ImageAttention]:
+    """ValueError for a model whose blocks have no cross-attention."""
+    sites = self_attentions(transformer)
+    blocks = {site.name: transformer.get_submodule(site.name) for site in sites}
+    names = [
+        f"{name}.cross_attn" for name, block in blocks.items() if block.cross_attn is not None
+    ]
+    if not names:
+        raise ValueError(
+            f"this {type(transformer).__name__} has no cross-attention to its text, to which an "
+            "image prompt could be added"
+        )
+    return image_sites(transformer, names, norm="norm_k")
+
+
+def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
+    return tap_cross_attention(transformer, site, ATTENTION_CALL, add)
 
 
 def decoded(tokens: Tokens, call: Call) -> Tokens:

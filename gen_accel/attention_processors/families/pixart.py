@@ -3,11 +3,20 @@
 Tokens are the image's alone, in raster order; text is seen by cross-attention.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from gen_accel.attention_processors.families import SelfAttention, in_patches, in_stacks
+from gen_accel.attention_processors.families import (
+    ImageAttention,
+    ImageBranch,
+    SelfAttention,
+    image_sites,
+    in_patches,
+    in_stacks,
+    tap_cross_attention,
+)
 from gen_accel.video import VideoShape
 
 MODELS = "PixArt-alpha and PixArt-Sigma"
@@ -15,6 +24,7 @@ CLASSES = ("PixArtTransformer2DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "image"
 KIND = "image"
+GUIDANCE = "batched"
 
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
@@ -27,6 +37,15 @@ def self_attentions(transformer: Any) -> list[SelfAttention]:
     config = transformer.config
     heads, dim = config.num_attention_heads, config.attention_head_dim
     return in_stacks(transformer, ("transformer_blocks",), heads, dim, attention="attn1")
+
+
+def image_attentions(transformer: Any) -> list[ImageAttention]:
+    names = [f"transformer_blocks.{i}.attn2" for i in range(len(transformer.transformer_blocks))]
+    return image_sites(transformer, names)
+
+
+def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
+    return tap_cross_attention(transformer, site, ATTENTION_CALL, add)
 
 
 def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> VideoShape:

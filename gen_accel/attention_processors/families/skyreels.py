@@ -2,7 +2,7 @@
 
 Tokens are those of Wan. Diffusion forcing gives each frame a timestep of its own; in causal blocks
 (`num_frame_per_block` above 1) it also hides later frames by a mask, and sparse attention refuses
-the call. Image prompts are in `wan`.
+the call.
 """
 
 from typing import Any
@@ -19,8 +19,11 @@ KIND = "video"
 FPS = 24
 TEMPORAL_FACTOR = wan.TEMPORAL_FACTOR
 LORA_TARGETS = wan.LORA_TARGETS
+GUIDANCE = wan.GUIDANCE
 
 self_attentions = wan.self_attentions
+image_attentions = wan.image_attentions
+tap_image = wan.tap_image
 video_shape = wan.video_shape
 
 

@@ -87,11 +87,12 @@ def _at_level(level: int, tokens: Tokens, call: Call) -> Tokens:
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:
-    """Cross-attention. Published adapters number all attentions, and in each block the one over
-    the image comes first, so that these have the odd numbers."""
+    """Cross-attention, but that of AnimateDiff's motion modules. Published adapters number all
+    others, and in each block the one over the image comes first, so that these have the odd
+    numbers."""
     names = [name.removesuffix(".processor") for name in transformer.attn_processors]
-    crosses = [name for name in names if not name.endswith("attn1")]
-    sites = image_sites(transformer, crosses)
+    spatial = [name for name in names if "motion_modules" not in name]
+    sites = image_sites(transformer, [name for name in spatial if not name.endswith("attn1")])
     return [site._replace(number=str(2 * i + 1)) for i, site in enumerate(sites)]
 
 

@@ -1,8 +1,7 @@
 """Wan 2.1 and 2.2, text to video, image to video, and VACE.
 
 Tokens are the video's alone, in raster order; text and image are seen by cross-attention. VACE's
-control blocks run over the same grid, of which its reference images are the first frames. Image
-prompts also go to SkyReels-V2, whose attentions are the same; for all else see `skyreels`.
+control blocks run over the same grid, of which its reference images are the first frames.
 """
 
 from collections.abc import Callable
@@ -24,7 +23,6 @@ from gen_accel.video import VideoShape
 
 MODELS = "Wan 2.1 and 2.2, VACE"
 CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel")
-IMAGE_CLASSES = ("SkyReelsV2Transformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video"
 KIND = "video"

@@ -4,6 +4,8 @@ Tokens are those of Wan, with the image of the character as the first frame of t
 adapters, in which a frame sees the face at its time, are left as they are.
 """
 
+from typing import Any
+
 from gen_accel.attention_processors.families import wan
 
 MODELS = "Wan 2.2 Animate"
@@ -13,7 +15,14 @@ ORDER = wan.ORDER
 KIND = "video"
 TEMPORAL_FACTOR = wan.TEMPORAL_FACTOR  # after the first latent, which is the image
 LORA_TARGETS = wan.LORA_TARGETS
+GUIDANCE = wan.GUIDANCE
 
 self_attentions = wan.self_attentions
+image_attentions = wan.image_attentions
+tap_image = wan.tap_image
 video_shape = wan.video_shape
 timestep = wan.timestep
+
+
+def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str:
+    return "Wan 2.2 Animate makes a video in segments, each behind the image of the character"

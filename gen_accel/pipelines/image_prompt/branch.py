@@ -35,6 +35,7 @@ class Term(NamedTuple):
         start_k, start_v: subtracted; None for nothing.
         weight: of no dimension, or (1 or B, N, 1, 1) by N; None for 1. Not a number, for each of
             which torch.compile would make a graph.
+        frames: of the video, where each attends by itself, in a row of its own; None elsewhere.
     """
 
     k: Tensor
@@ -42,6 +43,7 @@ class Term(NamedTuple):
     start_k: Tensor | None = None
     start_v: Tensor | None = None
     weight: Tensor | dict[int, Tensor] | None = None
+    frames: int | None = None
 
 
 class Branch:
@@ -78,8 +80,11 @@ class Branch:
 
     def __call__(self, q: Tensor, samples: slice) -> Tensor | None:
         """(b, N, H, D) of queries of the samples; None for nothing."""
-        total = None
-        for term in self.graded if torch.is_grad_enabled() else self.terms:
+        terms, total = self.graded if torch.is_grad_enabled() else self.terms, None
+        frames = terms[0].frames if terms else None
+        if frames is not None:
+            q, samples = self._joined(q, frames, len(terms[0].k))
+        for term in terms:
             out = image_attention(q, term.k[samples].to(q), term.v[samples].to(q))
             if term.start_k is not None and term.start_v is not None:
                 k, v = term.start_k[samples].to(q), term.start_v[samples].to(q)
@@ -87,10 +92,21 @@ class Branch:
             if term.weight is not None:
                 out = out * self._weight(term.weight, q, samples)
             total = out if total is None else total + out
+        if total is not None and frames is not None:
+            total = total.unflatten(1, (frames, -1)).flatten(0, 1)
         # A graph would be made anew for each number.
         if total is None or not total.requires_grad or torch.compiler.is_compiling():
             return total
         return cast(Tensor, _OfOneTurn.apply(total, self.turn))
+
+    def _joined(self, q: Tensor, frames: int, rows: int) -> tuple[Tensor, slice]:
+        """The frames of each video one after the other, as where all attend together."""
+        if len(q) != rows * frames:
+            raise ValueError(
+                f"{self.site.name} is given {len(q)} frames at a time, of {rows} videos of "
+                f"{frames}: image prompts do not go with split inference; disable it"
+            )
+        return q.unflatten(0, (rows, frames)).flatten(1, 2), slice(0, rows)
 
     def _weight(self, weight: Tensor | dict[int, Tensor], q: Tensor, samples: slice) -> Tensor:
         if not isinstance(weight, dict):
@@ -98,7 +114,8 @@ class Branch:
         if q.shape[1] not in weight:
             raise ValueError(
                 f"{self.site.name} attends over {q.shape[1]} tokens, masks and scales by frame "
-                f"are for one of {sorted(weight)}: a size that the model does not divide"
+                f"are for the {max(weight)} of what is made: there are others beside them, or the "
+                "model does not divide this size. Give no mask, and scales for all frames"
             )
         own = weight[q.shape[1]].to(q)
         return own if len(own) == 1 else own[samples]

@@ -224,7 +224,7 @@ def base_of(transformer: Any, numbers: Iterable[str] | None = None) -> dict[str,
     family = image_family_of(transformer)
     kept = None if numbers is None else set(numbers)
     return {
-        "family": family.__name__.rpartition(".")[2],
+        "family": _family_of_adapters(transformer),
         "transformer": sizes(transformer),
         "blocks": {
             site.number: site.name
@@ -607,7 +607,7 @@ def _every_second(
 
 def _check_base(file: AdapterFile, transformer: Any) -> None:
     """What our own files say of the model that they are for, as far as layers depend on it."""
-    family = image_family_of(transformer).__name__.rpartition(".")[2]
+    family = _family_of_adapters(transformer)
     said = file.metadata.get("family", family)
     if said != family:
         raise ValueError(
@@ -625,6 +625,11 @@ def _check_base(file: AdapterFile, transformer: Any) -> None:
 
 
 _HEADS = ("num_attention_heads", "attention_head_dim")
+
+
+def _family_of_adapters(transformer: Any) -> str:
+    """That whose attentions its family takes for its own."""
+    return image_family_of(transformer).image_attentions.__module__.rpartition(".")[2]
 
 
 def _check_state(

@@ -1,7 +1,7 @@
 """Which rows of a call are of the negative prompt."""
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
@@ -9,6 +9,11 @@ from torch import nn
 
 # What pipelines call the models that image prompts go on.
 MODELS = ("transformer", "transformer_2", "unet")
+
+# The prompt by which a call goes, by what pipelines name it, or a guider as their part; what comes
+# after leaves something of the model out.
+_NEGATIVE = ("uncond", "pred_uncond")
+_POSITIVE = ("cond", "pred_cond", "uncond_stg", "uncond_modality")
 
 # The sides that the rows of a call are of, in their order, each with the number of its rows.
 Layout = tuple[tuple[str, int], ...]
@@ -26,7 +31,6 @@ class Guidance:
 
     def __init__(self, pipe: "Pipe") -> None:
         self._pipe = pipe
-        self._run: tuple[Any, bool] | None = None  # timesteps, and whether guidance is on
 
     def layout(
         self, model: nn.Module, calls: "Calls", batched: bool, rows: int, *, each: bool = False
@@ -42,9 +46,12 @@ class Guidance:
             ValueError: rows that may be of one prompt or of two, or are of neither.
         """
         call, known = calls.name, self._pipe()
-        running = _running(model, known)
-        if call in ("cond", "uncond"):
-            return (("positive" if call == "cond" else "negative", rows),)
+        run = _running(model, known)
+        running = None if run is None else run.pipe
+        if call in _NEGATIVE:
+            return (("negative", rows),)
+        if call is not None and (call in _POSITIVE or call.startswith("pred_cond_")):
+            return (("positive", rows),)
         if call == "cond_uncond" or batched:
             if running is None and batched and rows % 2 == 0 and not each:
                 raise ValueError(
@@ -53,7 +60,7 @@ class Guidance:
                     "or give an image for each row, each=True"
                 )
             # Outside of a run, the context means what it says.
-            guided = call == "cond_uncond" if running is None else self._guided(running, rows)
+            guided = call == "cond_uncond" if run is None else _guided(run, rows)
             # Perturbed attention guidance runs the prompt once more, after the rest.
             perturbed = bool(getattr(running, "do_perturbed_attention_guidance", False))
             sides = ["negative"] * guided + ["positive"] * (1 + perturbed)
@@ -69,26 +76,6 @@ class Guidance:
         again = moment is not None and _same(moment, calls.moment)
         calls.moment = None if again else moment
         return (("negative" if again else "positive", rows),)
-
-    def _guided(self, pipe: Any, rows: int) -> bool:
-        if hasattr(pipe, "do_classifier_free_guidance"):
-            guided = bool(pipe.do_classifier_free_guidance)
-            if guided and hasattr(pipe, "image_guidance_scale"):  # InstructPix2Pix
-                raise ValueError(
-                    f"{type(pipe).__name__} guides by an image too, in a third of its {rows} "
-                    "rows: image prompts do not know that guidance"
-                )
-            return guided
-        if not hasattr(pipe, "guidance_scale"):
-            raise ValueError(
-                f"{type(pipe).__name__} does not tell whether a negative prompt is among its "
-                f"{rows} rows: image prompts do not know its guidance"
-            )
-        # CogVideoX: its scale may change from step to step, and counts as it was at the first.
-        timesteps = pipe.scheduler.timesteps
-        if self._run is None or self._run[0] is not timesteps:
-            self._run = timesteps, (pipe.guidance_scale or 0) > 1
-        return self._run[1]
 
 
 class Calls(nn.Module):
@@ -159,7 +146,34 @@ class Pipe:
         return Pipe(memo.get(id(pipe), pipe))
 
 
-def _running(model: nn.Module, known: Any) -> Any:
+class _Run(NamedTuple):
+    """
+    Args:
+        guided: whether there is a negative prompt, where the pipeline keeps that to the run
+            (CogVideoX, Allegro, PixArt); None where it does not.
+    """
+
+    pipe: Any
+    guided: bool | None
+
+
+def _guided(run: _Run, rows: int) -> bool:
+    pipe = run.pipe
+    guided = getattr(pipe, "do_classifier_free_guidance", run.guided)
+    if guided is None:
+        raise ValueError(
+            f"{type(pipe).__name__} does not tell whether a negative prompt is among its {rows} "
+            "rows: image prompts do not know its guidance"
+        )
+    if guided and hasattr(pipe, "image_guidance_scale"):  # InstructPix2Pix
+        raise ValueError(
+            f"{type(pipe).__name__} guides by an image too, in a third of its {rows} rows: image "
+            "prompts do not know that guidance"
+        )
+    return bool(guided)
+
+
+def _running(model: nn.Module, known: Any) -> _Run | None:
     """The pipeline whose run calls the model, None where none does. No pipeline says that it runs,
     or forgets afterwards what it ran with; the calls under way are certain."""
     frame = sys._getframe(1)
@@ -167,7 +181,7 @@ def _running(model: nn.Module, known: Any) -> Any:
         if frame.f_code.co_name == "__call__":
             pipe = frame.f_locals.get("self")
             if pipe is not None and (pipe is known or _holds(pipe, model)):
-                return pipe
+                return _Run(pipe, frame.f_locals.get("do_classifier_free_guidance"))
         frame = frame.f_back
     return None
 

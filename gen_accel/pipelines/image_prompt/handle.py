@@ -256,7 +256,12 @@ class ImagePrompt:
         for part in self._parts.values():
             scales[part.name] = Scales(ranges, [branch.site.name for branch in part.branches])
             if scales[part.name].needs_frames and part.factor is None:
-                raise ValueError(f"frames of a scale need a video; {part.kind} makes images")
+                raise ValueError(
+                    "frames of a scale need the pipeline, which knows how many a latent of "
+                    f"{part.kind} is of: load the image prompt on that"
+                    if part.moving
+                    else f"frames of a scale need a video; {part.kind} makes images"
+                )
             if scales[part.name].needs_total and self._pipe() is None:
                 raise ValueError(
                     "steps are shares of the steps, which only a pipeline knows: load the image "
@@ -406,6 +411,7 @@ class ImagePrompt:
             shown = (self._images,) if self._rows is None else self._rows
             part.turns.take(shown, (layout, strengths, grid))
         batch = self._batch(part, layout, x)
+        frames = part.video_shape(model, *args, **kwargs).frames if part.apart else None
         filled: list[tuple[Term, ...]] = []
         for strength, terms in zip(strengths, batch.terms, strict=True):
             if not _acts(strength):
@@ -413,7 +419,9 @@ class ImagePrompt:
                 continue
             weights = batch.weights(strength, grid, spans)
             pairs = zip(terms, weights, strict=True)
-            filled.append(tuple(term._replace(weight=weight) for term, weight in pairs))
+            filled.append(
+                tuple(term._replace(weight=weight, frames=frames) for term, weight in pairs)
+            )
         part.fill(filled)
 
     def _strengths(
@@ -436,7 +444,9 @@ class ImagePrompt:
                     "without frames, and a mask for all frames"
                 )
             if part.factor is not None:
-                spans = frame_spans(grid.frames, part.factor, part.patch)
+                spans = frame_spans(
+                    grid.frames, part.factor, part.patch, first_alone=part.first_alone
+                )
         used = spans if scales.needs_frames else None
         return [scales.of(place, used) for place in range(len(part.branches))], grid, spans
 
@@ -572,7 +582,10 @@ class Part:
         attentions: how many an image prompt could act in.
         batched: its pipelines run the negative prompt in the first rows of a call, and do not
             tell.
-        factor: pixel frames in a latent frame, all but the first; None for images.
+        moving: it makes videos.
+        apart: each frame of them is a row of its own in the attentions.
+        factor: pixel frames in a latent frame, see `temporal_factor`.
+        first_alone: but the first, which is of one.
         patch: latent frames in a token.
         no_frames: why a call does not tell of which frames its latents are, see families.
         taps: of the branches, as in `undo`.
@@ -589,7 +602,10 @@ class Part:
         self.video_shape, self.timestep = family.video_shape, family.timestep
         self.rising = getattr(family, "TIMESTEPS_RISE", False)
         self.no_frames: Callable[..., str | None] | None = getattr(family, "no_frames", None)
-        self.batched = family.GUIDANCE == "batched" and not hasattr(model, "cache_context")
+        names_calls = hasattr(model, "cache_context") and getattr(family, "NAMES_CALLS", True)
+        self.batched = family.GUIDANCE == "batched" and not names_calls
+        self.moving, self.apart = family.KIND != "image", family.KIND == "frames"
+        self.first_alone = getattr(family, "FIRST_FRAME_ALONE", True)
         self.factor = temporal_factor(pipe, family)
         self.patch = 1 if self.factor is None else temporal_patch(model)
         self.calls, self.turns, self.watched = Calls(), Turns(), Watched(())

@@ -123,14 +123,18 @@ class Scales:
         return scales[0] if len(set(scales)) == 1 else scales
 
 
-def frame_spans(frames: int, factor: int, patch: int) -> list[tuple[int, int]]:
+def frame_spans(
+    frames: int, factor: int, patch: int, *, first_alone: bool = True
+) -> list[tuple[int, int]]:
     """The pixel frames, first and one after the last, that each of F frames of tokens is of.
 
     Args:
-        factor: pixel frames in a latent frame, all but the first, which is one.
+        factor: pixel frames in a latent frame.
         patch: latent frames in a token.
+        first_alone: the first latent frame is of one.
     """
-    stops = [1 + (patch * (frame + 1) - 1) * factor for frame in range(frames)]
+    missing = factor - 1 if first_alone else 0
+    stops = [patch * (frame + 1) * factor - missing for frame in range(frames)]
     return list(zip([0, *stops], stops, strict=False))
 
 
@@ -308,10 +312,10 @@ def _tensor(given: Any) -> Tensor:
 
 def levels(grid: VideoShape) -> list[VideoShape]:
     """The grids that a UNet attends over, each with half of the rows and columns of the one before
-    it, rounded up. A video has one."""
+    it, rounded up. A transformer has the first."""
     found = [grid]
-    while grid.frames == 1 and (grid.height, grid.width) != (1, 1):
-        grid = VideoShape(1, (grid.height + 1) // 2, (grid.width + 1) // 2)
+    while (grid.height, grid.width) != (1, 1):
+        grid = VideoShape(grid.frames, (grid.height + 1) // 2, (grid.width + 1) // 2)
         found.append(grid)
     return found
 
@@ -344,7 +348,7 @@ _FACTORS = (
 
 
 def temporal_factor(pipe: Any, family: Any) -> int | None:
-    """Pixel frames in a latent frame, all but the first; None where there are no frames."""
+    """Pixel frames in a latent frame; None where there are none, or only the pipeline knows."""
     for name in _FACTORS:
         if getattr(pipe, name, None) is not None:
             return getattr(pipe, name)

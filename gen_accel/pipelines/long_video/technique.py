@@ -47,8 +47,8 @@ class Target:
 
 
 def temporal_patch(transformer: Any) -> int:
-    """Latent frames in one token."""
-    patch = transformer.config.patch_size
+    """Latent frames in one token. A UNet has no patches."""
+    patch = transformer.config.get("patch_size", 1)
     return transformer.config.get("patch_size_t") or 1 if isinstance(patch, int) else patch[0]
 
 
