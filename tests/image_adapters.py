@@ -93,9 +93,11 @@ def projector_state(variant: str, width: int = CROSS, seed: int = 0) -> dict[str
 
 
 def unet_layers(unet: Any, seed: int = 0, *, lora: bool = False) -> dict[str, Tensor]:
-    """By the official numbers: the position of the attention's processor among all."""
+    """By the official numbers: the position of the attention's processor among all, without those
+    of AnimateDiff over time."""
     some, made = Random(100 + seed), {}
-    for n, name in enumerate(unet.attn_processors):
+    spatial = [name for name in unet.attn_processors if "motion_modules" not in name]
+    for n, name in enumerate(spatial):
         attention = unet.get_submodule(name.removesuffix(".processor"))
         inner = attention.to_q.out_features
         if not name.endswith("attn1.processor"):

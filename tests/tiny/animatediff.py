@@ -68,6 +68,8 @@ def animated() -> Any:
         unet(),
         None,  # the adapter is in the UNet
         parts.scheduler,
+        feature_extractor=parts.feature_extractor,
+        image_encoder=parts.image_encoder,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

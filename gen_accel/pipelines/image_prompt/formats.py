@@ -616,9 +616,9 @@ def _check_base(file: AdapterFile, transformer: Any) -> None:
         )
     base, have = file.metadata.get("transformer", {}), sizes(transformer)
     wrong = [
-        f"{name} {base[name]!r} (this model: {have.get(name)!r})"
+        f"{name} {base[name]!r} (this model: {have[name]!r})"
         for name in _HEADS
-        if name in base and base[name] != have.get(name)
+        if name in base and name in have and base[name] != have[name]
     ]
     if wrong:
         raise ValueError(f"{file.origin} is for another model: {', '.join(wrong)}")
