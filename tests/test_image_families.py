@@ -322,6 +322,7 @@ def test_families_that_share_their_attentions_share_adapters(tmp_path):
         load_image_prompt(CASES["ltx2"].build(), path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["base", "plus"])
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
 @torch.no_grad()
@@ -357,6 +358,7 @@ def test_animatediff_gives_what_diffusers_does(variant, guided, tmp_path):
 # Beside sparse attention
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [WINDOW, MIXTURE], ids=lambda method: type(method).__name__)
 @pytest.mark.parametrize("name", NEW)
 @torch.no_grad()

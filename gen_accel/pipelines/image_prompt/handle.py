@@ -407,11 +407,11 @@ class ImagePrompt:
             part.fill([()] * len(part.branches))
             return
         part.check_taps()
+        frames = part.video_shape(model, *args, **kwargs).frames if part.apart else None
         if torch.is_grad_enabled():
             shown = (self._images,) if self._rows is None else self._rows
-            part.turns.take(shown, (layout, strengths, grid))
+            part.turns.take(shown, (layout, strengths, grid, frames))
         batch = self._batch(part, layout, x)
-        frames = part.video_shape(model, *args, **kwargs).frames if part.apart else None
         filled: list[tuple[Term, ...]] = []
         for strength, terms in zip(strengths, batch.terms, strict=True):
             if not _acts(strength):
@@ -497,7 +497,8 @@ class ImagePrompt:
                 parts = [[spread(y[own], n) for y in made[side]] for side, n in layout]
                 joined = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
                 k, v, *start = (y.to(x.device, x.dtype) for y in joined)
-                several.append(Term(k, v, *start))
+                start_k, start_v = start or (None, None)
+                several.append(Term(k, v, start_k, start_v))
             terms.append(tuple(several))
         return Batch(terms, images, layout, x)
 
