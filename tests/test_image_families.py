@@ -1,28 +1,33 @@
 """Image prompts in each family: by which prompt its pipelines' calls go, and where frames are."""
 
 import inspect
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import image_adapters
 import pytest
 import torch
+import torch.nn.functional as F
 from checks import assert_no_worse
-from diffusers import ClassifierFreeGuidance
+from diffusers import ClassifierFreeGuidance, FasterCacheConfig, UNetMotionModel
 from diffusers.pipelines.free_noise_utils import SplitInferenceModule
+from diffusers.pipelines.ltx2 import LTX2DFRPipeline
+from diffusers.pipelines.ltx2.dfr_layout import epilogue_tiles, resolve_canvas
+from image_adapters import nested
 from image_models import CASES, noise, output
 from methods import MIXTURE, WINDOW
 from test_image_prompt import WIDTH, adapter, assert_as_before, sites, trace
-from tiny import animatediff, cases, kandinsky5
+from tiny import animatediff, cases, kandinsky5, ltx2, skyreels
 
 from gen_accel import attach, load_image_prompt
 from gen_accel.attention_processors.families import image_classes
 from gen_accel.attention_processors.image_prompt import ImageAdapter, new_adapter
 from gen_accel.pipelines.image_prompt.formats import base_of, write_adapter
-from gen_accel.pipelines.image_prompt.guidance import Guidance
 from gen_accel.pipelines.image_prompt.projectors import Linear
 
 GUIDANCE = {"guidance_scale", "true_cfg_scale", "audio_guidance_scale"}
+IMAGE, NEGATIVE = noise(1, WIDTH), noise(1, WIDTH, seed=2)
 PIPED = {case.name: case for case in cases() if case.pipeline is not None}
 
 # Frames of the video in each of three latents, and why they are not known in a call.
@@ -81,44 +86,46 @@ def unguided(pipe: Any) -> None:
     pipe.__class__ = type(kind.__name__, (kind,), {"__call__": call})
 
 
-def rows_by_text(pipe: Any, generate: Any, monkeypatch: Any) -> list[tuple[str, torch.Tensor]]:
-    """What each row of each call went by, and its text."""
-    layouts, texts = [], []
-    real = Guidance.layout
-
-    def layout(*args: Any, **kwargs: Any) -> Any:
-        layouts.append(real(*args, **kwargs))
-        return layouts[-1]
+def rows_by_text(pipe: Any, generate: Any, prompt: Any) -> list[tuple[str, torch.Tensor]]:
+    """By which image each row of each call went, and its text."""
+    (part,) = prompt._parts.values()
+    found = []
 
     def keep(model: Any, args: tuple, kwargs: dict) -> None:
         text = kwargs["encoder_hidden_states"]
+        text = text[0] if isinstance(text, tuple) else text
         latents = args[0] if args else kwargs["hidden_states"]
-        texts.append(text[:: len(text) // len(latents)])  # AnimateDiff has one for each frame
+        text = text[:: len(text) // len(latents)]  # AnimateDiff has one for each frame
+        (term,) = part.branches[0].terms
+        for keys, own in zip(term.k, text, strict=True):
+            (side,) = [side for side, k in keys_of(prompt, part) if torch.equal(k, keys)]
+            found.append((side, own))
 
-    monkeypatch.setattr(Guidance, "layout", layout)
     hook = model_of(pipe).register_forward_pre_hook(keep, with_kwargs=True)
     generate(pipe)
     hook.remove()
-    monkeypatch.undo()
-    found = []
-    for rows, text in zip(layouts, texts, strict=True):
-        sides = [side for side, count in rows for _ in range(count)]
-        found += zip(sides, text, strict=True)
     return found
+
+
+def keys_of(prompt: Any, part: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of the image in the first attention, and of the negative one."""
+    one, site = prompt.adapter, part.branches[0].site
+    dtype = part.branches[0].terms[0].k.dtype
+    for side, features in (("positive", IMAGE), ("negative", NEGATIVE)):
+        yield side, one.keys_values(site, one.projector(features))[0][0].to(dtype)
 
 
 @pytest.mark.slow
 @torch.no_grad()
 @piped([n for n, case in PIPED.items() if type(case.build()).__name__ in image_classes()])
-def test_each_row_goes_by_the_side_of_its_text(case, monkeypatch):
+def test_each_row_goes_by_the_side_of_its_text(case):
     """That of the prompt is known from a run without guidance."""
     pipe = case.pipeline()
-    model = model_of(pipe)
-    prompt = load_image_prompt(pipe, adapter(model))
-    prompt.set_embeds(noise(1, WIDTH), negative=noise(1, WIDTH, seed=1))
-    guided = rows_by_text(pipe, case.generate, monkeypatch)
+    prompt = load_image_prompt(pipe, adapter(model_of(pipe)))
+    prompt.set_embeds(IMAGE, negative=NEGATIVE)
+    guided = rows_by_text(pipe, case.generate, prompt)
     unguided(pipe)
-    alone = rows_by_text(pipe, case.generate, monkeypatch)
+    alone = rows_by_text(pipe, case.generate, prompt)
     assert {side for side, _ in alone} == {"positive"}
     own = alone[0][1]
     assert all(torch.equal(text, own) for _, text in alone)
@@ -126,6 +133,58 @@ def test_each_row_goes_by_the_side_of_its_text(case, monkeypatch):
     assert {side for side, _ in guided} == sides
     for side, text in guided:
         assert torch.equal(text, own) == (side == "positive")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_tiles_of_a_distilled_model_go_by_the_prompt():
+    """Its pipeline is not guided, names no calls, and makes four of them a step."""
+    model = ltx2.transformer()
+    pipe = ltx2.pipeline(model, LTX2DFRPipeline)
+    prompt = load_image_prompt(pipe, adapter(model))
+    prompt.set_embeds(IMAGE, negative=NEGATIVE)
+    canvas, _, _ = resolve_canvas(17, 8)
+    tiles = epilogue_tiles(((canvas - 1) // 8 + 1, 5, 7), 1, [])
+
+    def generate(pipe: Any) -> None:
+        pipe(
+            prompt_embeds=noise(1, ltx2.TEXT, ltx2.TEXT_WIDTH, seed=6),
+            prompt_attention_mask=torch.ones(1, ltx2.TEXT),
+            height=160,
+            width=224,
+            num_frames=17,
+            generate_slots=False,
+            sigmas=[1.0, 0.5],
+            video_tiles=tiles,
+            generator=torch.Generator().manual_seed(5),
+            output_type="latent",
+        )
+
+    sides = [side for side, _ in rows_by_text(pipe, generate, prompt)]
+    assert sides == ["positive"] * 2 * len(tiles)
+    assert len(tiles) > 1
+    prompt.set_scale(1.0, frames=(0, 1))
+    with pytest.raises(ValueError, match="distilled models run tile after tile"):
+        generate(pipe)
+
+
+@torch.no_grad()
+def test_what_runs_some_rows_alone_is_refused():
+    """FasterCache leaves out those of the negative prompt within the model."""
+    pipe = PIPED["allegro"].pipeline()
+    prompt = load_image_prompt(pipe, adapter(pipe.transformer))
+    prompt.set_embeds(IMAGE, negative=NEGATIVE)
+    skipped = FasterCacheConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 1),
+        unconditional_batch_skip_range=4,
+        unconditional_batch_timestep_skip_range=(-1, 2000),
+        tensor_format="BCFHW",
+        current_timestep_callback=lambda: 500,
+    )
+    pipe.transformer.enable_cache(skipped)
+    with pytest.raises(ValueError, match=r"1 rows at a time, of 2 samples.*FasterCache"):
+        PIPED["allegro"].generate(pipe)
 
 
 def first(model: Any, given: dict[str, Any], grid: tuple[int, int, int]) -> torch.Tensor:
@@ -207,14 +266,31 @@ def test_a_mask_for_all_frames(name):
 
 @torch.no_grad()
 def test_masks_and_frames_on_every_level_of_a_video_unet():
-    """Of sides that its levels round up, in all of its attentions."""
+    """Of sides that its levels round up: in the middle, 3 x 5 x 7 are 3 x 3 x 4."""
     model, given = animatediff.unet(), animatediff.inputs(3, 5, 7)
-    prompt = load_image_prompt(model, adapter(model))
-    show(prompt, torch.ones(5, 7))
-    prompt.set_scale(1.0, frames=(0, 3))
-    masked = output(model, given)
+    places = [site.name for site in sites(model)]
+    middle = next(name for name in places if name.startswith("mid_block"))
+    module, seen = model.get_submodule(middle), []
+    module.register_forward_hook(lambda _, args, out: seen.append(out.unflatten(0, (2, 3))))
+
+    def run():
+        output(model, given)
+        return seen[-1]
+
+    prompt = load_image_prompt(model, adapter(model), scale=0.0)
     show(prompt)
-    torch.testing.assert_close(masked, output(model, given), atol=1e-5, rtol=1e-4)
+    base = run()
+    prompt.set_scale({middle: 1.0})
+    whole = run() - base
+    assert whole.shape[1:3] == (3, 12)
+    mask = torch.zeros(5, 7)
+    mask[:1, :2] = 1.0
+    weights = F.interpolate(mask[None, None], size=(3, 4), mode="bicubic").flatten()
+    show(prompt, mask)
+    prompt.set_scale({middle: 1.0}, frames=(1, 2))
+    delta = run() - base
+    torch.testing.assert_close(delta[:, 1], whole[:, 1] * weights[:, None], atol=1e-5, rtol=1e-4)
+    assert not delta[:, [0, 2]].any()
 
 
 @torch.no_grad()
@@ -240,10 +316,35 @@ def test_latents_of_allegro_are_of_four_frames_each():
         case.generate(pipe)
 
 
+@torch.no_grad()
+def test_chunks_of_cosmos_transfer():
+    pipe = PIPED["cosmos_transfer"].pipeline()
+    prompt = load_image_prompt(pipe, adapter(pipe.transformer))
+    prompt.set_embeds(noise(1, WIDTH))
+    prompt.set_scale(1.0, frames=(0, 1))
+    with pytest.raises(ValueError, match=r"Transfer2\.5 makes a video chunk after chunk"):
+        PIPED["cosmos_transfer"].generate(pipe)
+
+
+@torch.no_grad()
+def test_diffusion_forcing_of_skyreels():
+    """In parts, where a video is longer than they are."""
+    model = CASES["skyreels"].build()
+    prompt = load_image_prompt(model, adapter(model))
+    show(prompt)
+    prompt.set_scale(1.0, frames=(0, 1))
+    output(model, skyreels.inputs(2, 3, 4))
+    with pytest.raises(ValueError, match="in parts where it runs with diffusion forcing"):
+        output(model, skyreels.forced_inputs(2, 3, 4))
+
+
 @pytest.mark.parametrize("name", ["allegro", "cosmos"])
 def test_frames_that_the_pipeline_alone_knows(name):
     model = CASES[name].build()
     prompt = load_image_prompt(model, adapter(model))
+    show(prompt, torch.ones(1, 9, 8, 8))
+    with pytest.raises(ValueError, match="how many a latent is of the pipeline knows alone"):
+        output(model, CASES[name].inputs())
     with pytest.raises(ValueError, match=r"how many a latent of \w+3DModel is of: load"):
         prompt.set_scale(1.0, frames=(0, 1))
 
@@ -260,7 +361,7 @@ def test_split_inference_of_animatediff_is_refused():
     pipe.unet.down_blocks[0].attentions[0] = split
     prompt = load_image_prompt(pipe, adapter(pipe.unet))
     prompt.set_embeds(noise(1, WIDTH))
-    with pytest.raises(ValueError, match=r"2 frames at a time.*split inference; disable it"):
+    with pytest.raises(ValueError, match=r"2 rows at a time, of 2 videos of 3.*split inference"):
         animatediff.animate(pipe)
 
 
@@ -315,19 +416,25 @@ def test_families_that_share_their_attentions_share_adapters(tmp_path):
     _, path = saved(CASES["wan"].build(), tmp_path / "wan")
     for name in ("skyreels", "vace", "wan animate", "chronoedit", "anyflow", "helios"):
         load_image_prompt(CASES[name].build(), path)
-    _, path = saved(image_adapters.sd_unet(), tmp_path / "sd")
-    load_image_prompt(animatediff.unet(), path)
+    unet = image_adapters.sd_unet()
+    _, path = saved(unet, tmp_path / "sd")
+    load_image_prompt(UNetMotionModel.from_unet2d(unet), path)
+    _, path = saved(type(unet).from_config(unet.config, attention_head_dim=4), tmp_path / "four")
+    with pytest.raises(ValueError, match=r"another model: 4 heads in layer 1, and down\S* has 2"):
+        load_image_prompt(UNetMotionModel.from_unet2d(unet), path)
     _, path = saved(CASES["ltx"].build(), tmp_path / "ltx")
     with pytest.raises(ValueError, match="one of the family ltx, and LTX2VideoTransformer"):
         load_image_prompt(CASES["ltx2"].build(), path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["base", "plus"])
-@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
+@pytest.mark.parametrize(
+    ("variant", "guided"),
+    [("base", True), ("base", False), ("plus", True), ("plus", False)],
+)
 @torch.no_grad()
 def test_animatediff_gives_what_diffusers_does(variant, guided, tmp_path):
-    groups = image_adapters.nested(variant, animatediff.unet())
+    groups = nested(variant, animatediff.unet())
     path = image_adapters.write(tmp_path / f"{variant}.safetensors", groups)
     picture, scale = image_adapters.picture(), 3.0 if guided else 1.0
 
@@ -353,6 +460,22 @@ def test_animatediff_gives_what_diffusers_does(variant, guided, tmp_path):
     assert_no_worse(generate(pipe), low, exact, factor=4.0)
     prompt.remove()
     assert torch.equal(generate(pipe), without)
+
+
+def test_a_face_on_animatediff(tmp_path):
+    """Its LoRA goes where it goes on the UNet that this is made of: diffusers' own loading counts
+    the attentions over time too."""
+    unet = image_adapters.sd_unet()
+    path = image_adapters.write(tmp_path / "face.safetensors", nested("faceid", unet))
+    found = []
+    for model in (unet, UNetMotionModel.from_unet2d(unet)):
+        pipe = image_adapters.pipeline("sd") if model is unet else animatediff.animated()
+        pipe.unet = model
+        load_image_prompt(pipe, path)
+        state = {name: x for name, x in model.state_dict().items() if ".lora_" in name}
+        found.append(state)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())
 
 
 # Beside sparse attention

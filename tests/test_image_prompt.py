@@ -12,7 +12,12 @@ import torch.nn.functional as F
 import wan
 from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
-from diffusers import LTXConditionPipeline, LTXPipeline, StableDiffusionInstructPix2PixPipeline
+from diffusers import (
+    LTXConditionPipeline,
+    LTXPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
+)
 from image_models import CASES, ltx_inputs, output
 from methods import LINEAR, MIXTURE, RADIAL, WINDOW
 from peft import LoraConfig
@@ -866,6 +871,21 @@ def test_guidance_with_a_third_side(prompts):
     with pytest.raises(
         ValueError, match=f"guides by an image too, in a third of its {3 * prompts}"
     ):
+        pipe(**given)
+
+
+def test_guidance_that_a_pipeline_keeps_to_itself():
+    """It is not asked of what its run holds: that has a third side, and does not say so."""
+    base = image_adapters.pipeline("sdxl")
+    unet = type(base.unet).from_config(base.unet.config, in_channels=8).eval()
+    encoder = ("image_encoder", "feature_extractor")
+    parts = {name: x for name, x in base.components.items() if name not in encoder}
+    pipe = StableDiffusionXLInstructPix2PixPipeline(**(parts | {"unet": unet}))
+    load_image_prompt(pipe, adapter(unet)).set_embeds(noise(1, WIDTH))
+    given = image_adapters.arguments("sdxl", size=(64, 64))
+    given |= {"image": torch.rand(1, 3, 64, 64), "num_inference_steps": 1}
+    del given["latents"]
+    with pytest.raises(ValueError, match="does not tell whether a negative prompt is among its 3"):
         pipe(**given)
 
 

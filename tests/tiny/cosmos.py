@@ -1,16 +1,21 @@
 """Cosmos: video alone in self-attention, with two ways to tell the time and two processors.
 
-Without the mask of padded pixels among the channels, which takes torchvision, and without a
-pipeline: those of diffusers run with NVIDIA's safety checker only, a package of its own.
+Without the mask of padded pixels among the channels, which takes torchvision, and with pipelines
+that find everything safe: NVIDIA's checker is a package of its own.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import wan
-from diffusers import CosmosTransformer3DModel
+from diffusers import (
+    Cosmos2_5_PredictBasePipeline,
+    Cosmos2_5_TransferPipeline,
+    CosmosTransformer3DModel,
+)
 from image_models import noise
-from torch import Tensor
+from torch import Tensor, nn
 
 from tiny import Case
 
@@ -104,8 +109,81 @@ def row(given: Any, number: int) -> Any:
     return given[number : number + 1] if isinstance(given, Tensor) else given
 
 
+class Unchecked(nn.Module):
+    """In the place of the safety checker."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, video: Any) -> Any:
+        return video
+
+
+class Control(nn.Module):
+    """In the place of the controlnet: it controls nothing."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def forward(self, latents: Tensor, **given: Any) -> tuple[list[Tensor]]:
+        batch, _, frames, height, width = latents.shape
+        tokens = frames * (height // 2) * (width // 2)
+        return ([torch.zeros(batch, tokens, HEADS * HEAD_DIM)] * 2,)
+
+
+def pipeline(kind: type, **more: Any) -> Any:
+    """Of Predict2.5 or Transfer2.5."""
+    config = {"controlnet_block_every_n": 1} if more else {}
+    model = transformer(
+        in_channels=wan.CHANNELS + 1,
+        out_channels=wan.CHANNELS,
+        extra_pos_embed_type=None,
+        **config,
+    )
+    parts = {"vae": wan.autoencoder(), "scheduler": wan.unipc(), "safety_checker": Unchecked()}
+    texts = {"text_encoder": None, "tokenizer": None}
+    pipe: Any = kind(transformer=model, **parts, **texts, **more)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe: Any, **more: Any) -> Tensor:
+    if isinstance(pipe, Cosmos2_5_TransferPipeline):  # two chunks
+        more = {"controls": [noise(17, 3, 48, 64).sigmoid()], "num_frames_per_chunk": 9}
+    else:
+        more = {"num_frames": 9}
+    made = pipe(
+        prompt_embeds=noise(1, 5, wan.TEXT_WIDTH, seed=6),
+        negative_prompt_embeds=noise(1, 5, wan.TEXT_WIDTH, seed=7),
+        height=48,
+        width=64,
+        num_inference_steps=2,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(5),
+        output_type="latent",
+        **more,
+    )
+    return made.frames
+
+
 CASES = [
     Case("cosmos", transformer, inputs, poke),
-    Case("cosmos_predict", predict, predict_inputs, poke),
-    Case("cosmos_transfer", transfer, transfer_inputs, poke, row=row),
+    Case(
+        "cosmos_predict",
+        predict,
+        predict_inputs,
+        poke,
+        pipeline=partial(pipeline, Cosmos2_5_PredictBasePipeline),
+        generate=generate,
+    ),
+    Case(
+        "cosmos_transfer",
+        transfer,
+        transfer_inputs,
+        poke,
+        row=row,
+        pipeline=lambda: pipeline(Cosmos2_5_TransferPipeline, controlnet=Control()),
+        generate=generate,
+    ),
 ]

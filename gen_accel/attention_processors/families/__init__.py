@@ -46,6 +46,8 @@ GUIDANCE                      how its pipelines run the negative prompt: "batche
                               rows of one call, or "sequential", in a call of its own
 NAMES_CALLS                   False where those do not name their calls, though the model has a
                               `cache_context` to name them by
+GUIDED                        in a run of theirs the variable that says whether there is guidance,
+                              where the pipeline itself does not
 image_attentions(transformer) the attentions that an image prompt is added to, as
                               `ImageAttention`s; families that share them share adapters
 tap_image(transformer, site, add) adds what `add(q, samples)` gives for the queries q (b, N, H, D)
@@ -182,6 +184,7 @@ class ImageAttention(NamedTuple):
         width: of the image tokens that its projections take.
         to_k, to_v: names in `module` of the projections that a new adapter starts from.
         norm: name in `module` of what normalises its keys, all heads together or each.
+        by_sample: its processor calls the attention once a sample.
     """
 
     name: str
@@ -193,6 +196,7 @@ class ImageAttention(NamedTuple):
     to_k: str = "to_k"
     to_v: str = "to_v"
     norm: str | None = None
+    by_sample: bool = False
 
 
 def in_stacks(

@@ -25,6 +25,7 @@ ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "video"
 KIND = "video"
 GUIDANCE = "batched"
+GUIDED = "do_classifier_free_guidance"
 NAMES_CALLS = False
 FIRST_FRAME_ALONE = False  # with the pipelines' even numbers of frames
 FPS = 15

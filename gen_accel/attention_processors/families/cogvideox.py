@@ -26,6 +26,7 @@ ORDER = "text, video"
 KIND = "video"
 FPS, FPS_15 = 8, 16  # of version 1.0 and 1.5
 GUIDANCE = "batched"
+GUIDED = "do_classifier_free_guidance"
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 
 # By what they end in, inside the blocks.

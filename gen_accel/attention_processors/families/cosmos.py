@@ -56,6 +56,14 @@ def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: A
     return VideoShape(*in_patches(hidden_states.shape[2:], transformer.config.patch_size))
 
 
+def no_frames(
+    transformer: Any, *args: Any, block_controlnet_hidden_states: Any = None, **kwargs: Any
+) -> str | None:
+    if block_controlnet_hidden_states is None:
+        return None
+    return "Cosmos Transfer2.5 makes a video chunk after chunk"
+
+
 def timestep(hidden_states: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """(B,), or (B, 1, frames, 1, 1) where frames that are given have their own. From Predict2 on
     a function of the scheduler's sigma, in [0, 1]."""

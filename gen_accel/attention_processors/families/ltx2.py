@@ -107,8 +107,12 @@ def grid_in(video_coords: Tensor) -> tuple[int, int, int]:
     return frames, tokens // width, width
 
 
-def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str | None:
+def no_frames(
+    transformer: Any, *args: Any, video_keyframes_mask: Tensor | None = None, **kwargs: Any
+) -> str | None:
     """Cross-attention has the queries of all frames."""
+    if video_keyframes_mask is not None:
+        return "LTX-2's pipelines of distilled models run tile after tile"
     if video_shape(transformer, *args, **kwargs).text:
         return "LTX-2 is given key frames or videos beside the one that it makes"
     return None

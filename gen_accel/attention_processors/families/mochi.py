@@ -60,7 +60,8 @@ def _of_sample(tokens: Tokens, call: Call) -> Tokens:
 def image_attentions(transformer: Any) -> list[ImageAttention]:
     blocks = range(len(transformer.transformer_blocks))
     names = [f"transformer_blocks.{i}.attn1" for i in blocks]
-    return image_sites(transformer, names, norm="norm_k")
+    sites = image_sites(transformer, names, norm="norm_k")
+    return [site._replace(by_sample=True) for site in sites]
 
 
 def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:

@@ -25,6 +25,7 @@ ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "image"
 KIND = "image"
 GUIDANCE = "batched"
+GUIDED = "do_classifier_free_guidance"
 
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {

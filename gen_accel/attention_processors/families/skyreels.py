@@ -27,6 +27,14 @@ tap_image = wan.tap_image
 video_shape = wan.video_shape
 
 
+def no_frames(
+    transformer: Any, *args: Any, enable_diffusion_forcing: bool = False, **kwargs: Any
+) -> str | None:
+    if not enable_diffusion_forcing:
+        return None
+    return "SkyReels-V2 makes a long video in parts where it runs with diffusion forcing"
+
+
 def timestep(hidden_states: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """(B,), or (B, frames) in diffusion forcing."""
     return timestep

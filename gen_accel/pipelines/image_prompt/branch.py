@@ -82,8 +82,11 @@ class Branch:
         """(b, N, H, D) of queries of the samples; None for nothing."""
         terms, total = self.graded if torch.is_grad_enabled() else self.terms, None
         frames = terms[0].frames if terms else None
-        if frames is not None:
-            q, samples = self._joined(q, frames, len(terms[0].k))
+        if terms and not self.site.by_sample:
+            self._check_rows(len(q), len(terms[0].k), frames)
+        if frames is not None:  # one after the other, as where all attend together
+            q = q.unflatten(0, (-1, frames)).flatten(1, 2)
+            samples = slice(0, len(q))
         for term in terms:
             out = image_attention(q, term.k[samples].to(q), term.v[samples].to(q))
             if term.start_k is not None and term.start_v is not None:
@@ -99,14 +102,16 @@ class Branch:
             return total
         return cast(Tensor, _OfOneTurn.apply(total, self.turn))
 
-    def _joined(self, q: Tensor, frames: int, rows: int) -> tuple[Tensor, slice]:
-        """The frames of each video one after the other, as where all attend together."""
-        if len(q) != rows * frames:
-            raise ValueError(
-                f"{self.site.name} is given {len(q)} frames at a time, of {rows} videos of "
-                f"{frames}: image prompts do not go with split inference; disable it"
-            )
-        return q.unflatten(0, (rows, frames)).flatten(1, 2), slice(0, rows)
+    def _check_rows(self, given: int, rows: int, frames: int | None) -> None:
+        """Of which samples others are, no one says."""
+        if given == rows * (frames or 1):
+            return
+        videos = "samples" if frames is None else f"videos of {frames} frames"
+        raise ValueError(
+            f"{self.site.name} is given {given} rows at a time, of {rows} {videos}: image prompts "
+            "do not go with what runs a part of them, as FasterCache and split inference do; "
+            "disable it"
+        )
 
     def _weight(self, weight: Tensor | dict[int, Tensor], q: Tensor, samples: slice) -> Tensor:
         if not isinstance(weight, dict):
@@ -185,6 +190,7 @@ class Batch:
         terms: for each attention, without weights.
         layout: the sides that the rows are of, each with the number of its rows.
         x: an input of the model.
+        unet: it attends over smaller and smaller grids.
     """
 
     def __init__(
@@ -193,8 +199,10 @@ class Batch:
         images: "Images | None",
         layout: Layout,
         x: Tensor,
+        *,
+        unet: bool,
     ) -> None:
-        self.terms = terms
+        self.terms, self._unet = terms, unet
         self._masks = None if images is None else images.masks
         self._each = images is not None and images.each
         self._layout, self._device, self._dtype = layout, x.device, x.dtype
@@ -216,7 +224,7 @@ class Batch:
     ) -> list[Any]:
         if self._masks is None and not isinstance(scale, tuple):
             return [None if scale == 1 else torch.tensor(scale, device=self._device)]
-        made = token_weights(scale, self._masks, grid, spans)
+        made = token_weights(scale, self._masks, grid, spans, unet=self._unet)
         if self._each and self._masks is not None:
             made = [{n: torch.stack([own[n] for own in made]) for n in made[0]}]
         return [{n: self._shaped(x) for n, x in own.items()} for own in made]

@@ -221,16 +221,13 @@ def base_of(transformer: Any, numbers: Iterable[str] | None = None) -> dict[str,
     Args:
         numbers: of the attentions that have layers; None for all.
     """
-    family = image_family_of(transformer)
-    kept = None if numbers is None else set(numbers)
+    sites = image_family_of(transformer).image_attentions(transformer)
+    kept = {site.number for site in sites} if numbers is None else set(numbers)
     return {
         "family": _family_of_adapters(transformer),
         "transformer": sizes(transformer),
-        "blocks": {
-            site.number: site.name
-            for site in family.image_attentions(transformer)
-            if kept is None or site.number in kept
-        },
+        "blocks": {site.number: site.name for site in sites if site.number in kept},
+        "heads": {site.number: site.heads for site in sites if site.number in kept},
     }
 
 
@@ -622,6 +619,13 @@ def _check_base(file: AdapterFile, transformer: Any) -> None:
     ]
     if wrong:
         raise ValueError(f"{file.origin} is for another model: {', '.join(wrong)}")
+    heads = file.metadata.get("heads", {})
+    for site in image_family_of(transformer).image_attentions(transformer):
+        if heads.get(site.number, site.heads) != site.heads:
+            raise ValueError(
+                f"{file.origin} is for another model: {heads[site.number]} heads in layer "
+                f"{site.number}, and {site.name} has {site.heads}"
+            )
 
 
 _HEADS = ("num_attention_heads", "attention_head_dim")

@@ -33,20 +33,19 @@ class Guidance:
         self._pipe = pipe
 
     def layout(
-        self, model: nn.Module, calls: "Calls", batched: bool, rows: int, *, each: bool = False
+        self, model: nn.Module, calls: "Calls", rows: int, *, how: "How", each: bool = False
     ) -> Layout:
         """Of a call with so many rows.
 
         Args:
             calls: of the model.
-            batched: its pipelines run the negative prompt in the first rows, and do not tell.
             each: there is an image for each row.
 
         Raises:
             ValueError: rows that may be of one prompt or of two, or are of neither.
         """
-        call, known = calls.name, self._pipe()
-        run = _running(model, known)
+        call, known, batched = calls.name, self._pipe(), how.batched and not how.named
+        run = _running(model, known, how.guided)
         running = None if run is None else run.pipe
         if call in _NEGATIVE:
             return (("negative", rows),)
@@ -70,12 +69,28 @@ class Guidance:
                     f"do not know the guidance of {type(running or model).__name__}"
                 )
             return tuple((side, rows // len(sides)) for side in sides)
+        if how.batched:  # whose pipelines that are not guided name no calls
+            return (("positive", rows),)
         # Pipelines that do not tell run the negative prompt second in each step.
         pipe = known if running is None else running
         moment = None if pipe is None else _moment(pipe)
         again = moment is not None and _same(moment, calls.moment)
         calls.moment = None if again else moment
         return (("negative" if again else "positive", rows),)
+
+
+class How(NamedTuple):
+    """How the pipelines of a model run the negative prompt, see families.
+
+    Args:
+        batched: in the first rows of a call, not in one of its own.
+        named: their calls have names.
+        guided: a variable of their run.
+    """
+
+    batched: bool
+    named: bool
+    guided: str | None = None
 
 
 class Calls(nn.Module):
@@ -149,8 +164,7 @@ class Pipe:
 class _Run(NamedTuple):
     """
     Args:
-        guided: whether there is a negative prompt, where the pipeline keeps that to the run
-            (CogVideoX, Allegro, PixArt); None where it does not.
+        guided: whether there is a negative prompt, where the pipeline keeps that to the run.
     """
 
     pipe: Any
@@ -173,15 +187,19 @@ def _guided(run: _Run, rows: int) -> bool:
     return bool(guided)
 
 
-def _running(model: nn.Module, known: Any) -> _Run | None:
+def _running(model: nn.Module, known: Any, guided: str | None) -> _Run | None:
     """The pipeline whose run calls the model, None where none does. No pipeline says that it runs,
-    or forgets afterwards what it ran with; the calls under way are certain."""
+    or forgets afterwards what it ran with; the calls under way are certain.
+
+    Args:
+        guided: a variable of the run.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__call__":
             pipe = frame.f_locals.get("self")
             if pipe is not None and (pipe is known or _holds(pipe, model)):
-                return _Run(pipe, frame.f_locals.get("do_classifier_free_guidance"))
+                return _Run(pipe, None if guided is None else frame.f_locals.get(guided))
         frame = frame.f_back
     return None
 

@@ -29,7 +29,14 @@ from gen_accel.pipelines.image_prompt.branch import (
     spread,
 )
 from gen_accel.pipelines.image_prompt.features import Features, alike, count, mapped, shapes
-from gen_accel.pipelines.image_prompt.guidance import MODELS, Calls, Guidance, Layout, Pipe
+from gen_accel.pipelines.image_prompt.guidance import (
+    MODELS,
+    Calls,
+    Guidance,
+    How,
+    Layout,
+    Pipe,
+)
 from gen_accel.pipelines.image_prompt.strength import (
     Masks,
     ScaleRange,
@@ -399,10 +406,10 @@ class ImagePrompt:
         acts = any(map(_acts, strengths))
         layout: Layout = (("training", len(x)),)
         # Calls of guidance are told apart by those before, also where nothing is added to them.
-        if self._rows is None and (acts or not part.batched):
+        if self._rows is None and (acts or not part.how.batched):
             images = self._images
             each = images is not None and images.each and images.count == len(x)
-            layout = self._guidance.layout(model, part.calls, part.batched, len(x), each=each)
+            layout = self._guidance.layout(model, part.calls, len(x), how=part.how, each=each)
         if not acts:
             part.fill([()] * len(part.branches))
             return
@@ -500,7 +507,7 @@ class ImagePrompt:
                 start_k, start_v = start or (None, None)
                 several.append(Term(k, v, start_k, start_v))
             terms.append(tuple(several))
-        return Batch(terms, images, layout, x)
+        return Batch(terms, images, layout, x, unet=part.unet)
 
     def _side(self, images: Images, side: str) -> Side:
         """Tokens of the images, or of the negative ones, kept while the adapter is the same."""
@@ -581,8 +588,8 @@ class Part:
 
     Attributes:
         attentions: how many an image prompt could act in.
-        batched: its pipelines run the negative prompt in the first rows of a call, and do not
-            tell.
+        how: its pipelines run the negative prompt.
+        unet: it attends over smaller and smaller grids.
         moving: it makes videos.
         apart: each frame of them is a row of its own in the attentions.
         factor: pixel frames in a latent frame, see `temporal_factor`.
@@ -603,8 +610,10 @@ class Part:
         self.video_shape, self.timestep = family.video_shape, family.timestep
         self.rising = getattr(family, "TIMESTEPS_RISE", False)
         self.no_frames: Callable[..., str | None] | None = getattr(family, "no_frames", None)
-        names_calls = hasattr(model, "cache_context") and getattr(family, "NAMES_CALLS", True)
-        self.batched = family.GUIDANCE == "batched" and not names_calls
+        named = hasattr(model, "cache_context") and getattr(family, "NAMES_CALLS", True)
+        guided = getattr(family, "GUIDED", None)
+        self.how = How(family.GUIDANCE == "batched", named, guided)
+        self.unet = hasattr(model, "down_blocks")
         self.moving, self.apart = family.KIND != "image", family.KIND == "frames"
         self.first_alone = getattr(family, "FIRST_FRAME_ALONE", True)
         self.factor = temporal_factor(pipe, family)

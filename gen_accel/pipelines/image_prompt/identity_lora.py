@@ -75,7 +75,9 @@ def _lora_of(file: AdapterFile, unet: Any) -> dict[str, tuple[Tensor, Tensor]]:
         raise ValueError(f"{file.origin} has no LoRA of its own")
     if not hasattr(unet, "down_blocks"):
         raise ValueError(f"a FaceID adapter is for a UNet, got {type(unet).__name__}")
-    names = [name.removesuffix(".processor") for name in unet.attn_processors]
+    # Without those of AnimateDiff over time.
+    spatial = [name for name in unet.attn_processors if "motion_modules" not in name]
+    names = [name.removesuffix(".processor") for name in spatial]
     expected = {
         f"{n}.to_{part}_lora.{side}.weight": (n, part, side)
         for n in range(len(names))

@@ -284,6 +284,11 @@ class Masks:
         """
         mask, frames = self.values, self.values.shape[1]
         if frames > 1:
+            if spans is None and grid.frames > 1:
+                raise ValueError(
+                    f"mask has {frames} frames, and how many a latent is of the pipeline knows "
+                    "alone: load the image prompt on that, or give one mask for all frames"
+                )
             pixels = 1 if spans is None else spans[-1][1]
             if frames != pixels:
                 raise ValueError(f"mask has {frames} frames, the video {pixels}")
@@ -310,11 +315,11 @@ def _tensor(given: Any) -> Tensor:
     return given.detach().to("cpu", torch.float32)
 
 
-def levels(grid: VideoShape) -> list[VideoShape]:
-    """The grids that a UNet attends over, each with half of the rows and columns of the one before
-    it, rounded up. A transformer has the first."""
+def levels(grid: VideoShape, *, unet: bool = True) -> list[VideoShape]:
+    """The grids that a model attends over: of a UNet, each with half of the rows and columns of
+    the one before it, rounded up."""
     found = [grid]
-    while (grid.height, grid.width) != (1, 1):
+    while unet and (grid.height, grid.width) != (1, 1):
         grid = VideoShape(grid.frames, (grid.height + 1) // 2, (grid.width + 1) // 2)
         found.append(grid)
     return found
@@ -325,11 +330,13 @@ def token_weights(
     masks: Masks | None,
     grid: VideoShape,
     spans: Sequence[tuple[int, int]] | None,
+    *,
+    unet: bool = True,
 ) -> list[dict[int, Tensor]]:
     """For each image, or once for all without masks: the weights (N,) of the tokens, by N."""
     images = 1 if masks is None else len(masks.values)
     found: list[dict[int, Tensor]] = [{} for _ in range(images)]
-    for level in levels(VideoShape(*grid.grid)):
+    for level in levels(VideoShape(*grid.grid), unet=unet):
         frames = torch.tensor(scale).expand(level.frames)
         weights = frames.repeat_interleave(level.height * level.width).expand(images, -1)
         if masks is not None:
