@@ -26,13 +26,13 @@ from rich.progress import track
 
 import gen_accel
 from gen_accel.demo import world
-from gen_accel.demo.detector import detect, score
+from gen_accel.demo.detector import detect, score, strays
 from gen_accel.demo.evaluate import TRAINED_FRAMES
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
 from gen_accel.measure.motion import measure_motion
 from gen_accel.measure.report import file_sha256
-from gen_accel.pipelines.recipe import WEIGHTS
+from gen_accel.pipelines.recipe import WEIGHTS, read_recipe
 
 DOCS = Path(__file__).parents[1] / "docs" / "longer_videos.md"
 FPS = 16.0
@@ -49,22 +49,28 @@ TECHNIQUES = (
 
 
 class Setting(NamedTuple):
-    """technique: of `gen_accel.extend`."""
+    """
+    Args:
+        techniques: of `gen_accel.extend`, beside what the LoRA was trained with.
+    """
 
     sparse: bool = False
-    technique: str | None = None
+    techniques: tuple[str, ...] = ()
     lora: bool = False
 
 
+INTERPOLATED = ("position_interpolation", "fresh_noise")
 SETTINGS = {
     "dense": Setting(),
-    "dense + fresh_noise": Setting(technique="fresh_noise"),
+    "dense + fresh_noise": Setting(techniques=("fresh_noise",)),
     "radial": Setting(sparse=True),
-    **{f"radial + {name}": Setting(True, name) for name in TECHNIQUES},
+    **{f"radial + {name}": Setting(True, (name,)) for name in TECHNIQUES},
+    f"radial + {' + '.join(INTERPOLATED)}": Setting(True, INTERPOLATED),
     "radial + LoRA": Setting(sparse=True, lora=True),
-    "radial + LoRA + fresh_noise": Setting(True, "fresh_noise", lora=True),
+    "radial + LoRA + fresh_noise": Setting(True, ("fresh_noise",), lora=True),
     "dense + LoRA": Setting(lora=True),
 }
+STEADY = 0.05  # share of the pairs of frames that may be off the path
 
 
 def main() -> None:
@@ -167,13 +173,16 @@ def prepare(setting: Setting, args: argparse.Namespace, stack: ExitStack) -> Cal
     pipe: Any = WanPipeline.from_pretrained(gen_accel.demo.path(), torch_dtype=torch.bfloat16)
     pipe.vae.to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
+    techniques = [*setting.techniques]
     if setting.lora:
         pipe.load_lora_weights(args.lora)
+        rope = read_recipe(args.lora).rope
+        techniques = ([] if rope == "none" else [rope]) + techniques
     if setting.sparse:
         stack.enter_context(gen_accel.attach(pipe, radial(args)))
-    if setting.technique is None:
+    if not techniques:
         return pipe
-    return stack.enter_context(gen_accel.extend(pipe, setting.technique, num_frames=args.frames))
+    return stack.enter_context(gen_accel.extend(pipe, techniques, num_frames=args.frames))
 
 
 def clips(
@@ -214,6 +223,7 @@ def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 "right": result.right,
                 "whole": result.color and result.shape and result.direction,
                 "pace_ratio": found.pace / world.SPEEDS[scene.speed],
+                "strays": strays(video, scene),
             }
         )
     count = len(scored)
@@ -222,6 +232,7 @@ def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "motion": mean_motion(motions),
         "detector_score": sum(clip["whole"] for clip in scored) / count,
         "with_speed": sum(clip["right"] for clip in scored) / count,
+        "steady": sum(clip["whole"] and clip["strays"] <= STEADY for clip in scored) / count,
         "colour": sum(clip["score"]["color"] for clip in scored) / count,
         "shape": sum(clip["score"]["shape"] for clip in scored) / count,
         "direction": sum(clip["score"]["direction"] for clip in scored) / count,
@@ -278,23 +289,23 @@ def timings(names: list[str], args: argparse.Namespace) -> dict[str, dict[str, f
 def write_table(report: dict[str, Any]) -> None:
     """Between the markers of docs/longer_videos.md."""
     rows = [
-        "| | clips | score | with speed | colour | shape | direction | loop | colour drift "
-        "| dynamic | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| | clips | score | with speed | steady | colour | shape | direction | loop "
+        "| colour drift | dynamic | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, found in report["settings"].items():
         motion = found["motion"]
         taken = f"{found['seconds']:.1f}, {found['speedup']:.2f}x" if "seconds" in found else ""
-        shares = ("detector_score", "with_speed", "colour", "shape", "direction")
+        shares = ("detector_score", "with_speed", "steady", "colour", "shape", "direction")
         rows.append(
             f"| {name} | {found['clips']} | "
-            + " | ".join(f"{found[share]:.0%}" for share in shares)
+            + " | ".join(f"{found[share]:.0%}" if share in found else "" for share in shares)
             + f" | {motion['loop_score']:.2f} | {motion['color_drift']:.3f} "
             f"| {motion['dynamic_degree']:.2f} | {taken} |"
         )
     motion = report["world"]["motion"]
     rows.append(
-        f"| *the world itself* | | | | | | | {motion['loop_score']:.2f} "
+        f"| *the world itself* | | | | | | | | {motion['loop_score']:.2f} "
         f"| {motion['color_drift']:.3f} | {motion['dynamic_degree']:.2f} | |"
     )
     write_between_marks(DOCS, rows)
@@ -304,8 +315,8 @@ def line(name: str, figures: dict[str, Any]) -> str:
     seconds = f"  {figures['seconds']:6.1f} s" if "seconds" in figures else ""
     return (
         f"{name:<34} {figures['detector_score']:4.0%}  with speed {figures['with_speed']:4.0%}  "
-        f"colour {figures['colour']:4.0%}  shape {figures['shape']:4.0%}  "
-        f"direction {figures['direction']:4.0%}{seconds}"
+        f"steady {figures['steady']:4.0%}  colour {figures['colour']:4.0%}  "
+        f"shape {figures['shape']:4.0%}  direction {figures['direction']:4.0%}{seconds}"
     )
 
 

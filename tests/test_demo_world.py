@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from gen_accel.demo import world
-from gen_accel.demo.detector import detect, score
+from gen_accel.demo.detector import detect, score, strays
 from gen_accel.demo.world import BACKGROUND, COLORS, DIRECTIONS, SHAPES, SPEEDS, Scene
 
 RED_CIRCLE = Scene("red", "circle", "right", "quickly")
@@ -137,6 +139,18 @@ def test_mover_that_turns_back_wanders():
     video = render(RED_CIRCLE)
     video = torch.cat([video, video.flip(2)], dim=2)
     assert detect(to_pixels(video)[0]).motion == "wanders"
+
+
+def test_what_strays_from_its_path():
+    """A jump lies between as many pairs as frames that these are apart."""
+    (clip,) = to_pixels(render(RED_CIRCLE))
+    assert strays(clip, RED_CIRCLE) == 0
+    jumps = torch.cat([clip[:16], clip[16:].roll(30, dims=2)])
+    assert detect(jumps).caption == RED_CIRCLE.caption
+    assert strays(jumps, RED_CIRCLE) == 4 / 29
+    assert strays(clip, replace(RED_CIRCLE, direction="left")) == 1
+    assert strays(clip[:1].expand(33, -1, -1, -1), RED_CIRCLE) == 1
+    assert strays(torch.zeros_like(clip), RED_CIRCLE) == 1
 
 
 def test_empty_clip():

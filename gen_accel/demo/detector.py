@@ -115,6 +115,25 @@ def score(detection: Detection, scene: Scene) -> Score:
     )
 
 
+def strays(video: np.ndarray | Tensor, scene: Scene) -> float:
+    """Share of the pairs of frames between which the object is off the scene's path: its velocity
+    differs from that asked for by the pace or more. A jump counts for each pair that it lies
+    between, a pair that does not show the object too. What `detect` forgives.
+
+    Args:
+        video: as `detect` takes it.
+    """
+    video = torch.as_tensor(video).cpu()
+    mask = _foreground(video)
+    visible = mask.sum((1, 2)) >= LEAST_AREA
+    velocity = _velocity(_center(mask), visible, mask.shape[1:])
+    pace = SPEEDS[scene.speed]
+    wanted = pace * torch.tensor(DIRECTIONS[scene.direction], dtype=velocity.dtype)
+    on_path = (velocity - wanted).norm(dim=1) < pace
+    pairs = max(1, len(video) - max(1, min(STRIDE, len(video) - 1)))
+    return (pairs - on_path.sum().item()) / pairs
+
+
 def _foreground(video: Tensor) -> Tensor:
     """(F, H, W, 3) to (F, H, W) bool: where some channel is far above the dark background."""
     return video.amax(3) > BACKGROUND + CONTRAST
