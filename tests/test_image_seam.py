@@ -37,7 +37,7 @@ from wan import HEAD_DIM, HEADS, forward, gradients, inputs
 from wan import transformer as wan_transformer
 
 from gen_accel import Dense, attach
-from gen_accel.attention_processors.families import image_classes, image_family_of
+from gen_accel.attention_processors.families import image_classes, image_family_of, tap_image
 from gen_accel.attention_processors.seam import (
     BoundProcessor,
     SparseProcessor,
@@ -77,7 +77,7 @@ def tap_all(model, add, first=False):
     """`add(site, q, samples)` on all sites, or the first; what takes it off."""
     family = image_family_of(model)
     sites = family.image_attentions(model)
-    off = [family.tap_image(model, s, partial(add, s)) for s in (sites[:1] if first else sites)]
+    off = [tap_image(model, s, partial(add, s)) for s in (sites[:1] if first else sites)]
     return lambda: [remove() for remove in off]
 
 
@@ -224,7 +224,7 @@ def test_joint_attention_keeps_the_rows_of_the_text(name):
     site = family.image_attentions(model)[0]
     before, after, queries = [], [], []
     add_tap(site.module, family.ATTENTION_CALL, partial(keep, before))
-    family.tap_image(model, site, lambda q, samples: queries.append(q) or linear(site, q, samples))
+    tap_image(model, site, lambda q, samples: queries.append(q) or linear(site, q, samples))
     add_tap(site.module, family.ATTENTION_CALL, partial(keep, after))
     output(model, given)
     tokens = torch.Size(CASES[name].grid).numel()
@@ -376,7 +376,7 @@ def test_added_on_top_of_sparse_attention():
         before, after = [], []
         off = [
             add_tap(site.module, family.ATTENTION_CALL, partial(keep, before)),
-            family.tap_image(model, site, partial(linear, site)),
+            tap_image(model, site, partial(linear, site)),
             add_tap(site.module, family.ATTENTION_CALL, partial(keep, after)),
         ]
         tapped = hunyuan_forward(model)
@@ -540,7 +540,7 @@ def branches(model):
     family = image_family_of(model)
     sites = family.image_attentions(model)
     made = [Branch(i, inner=site.heads * site.dim) for i, site in enumerate(sites)]
-    off = [family.tap_image(model, site, b) for site, b in zip(sites, made, strict=True)]
+    off = [tap_image(model, site, b) for site, b in zip(sites, made, strict=True)]
     return made, lambda: [remove() for remove in off]
 
 
@@ -712,7 +712,7 @@ def test_what_takes_a_tap_off_can_be_copied_with_the_model():
     stock = forward(model)
     family = image_family_of(model)
     site = family.image_attentions(model)[0]
-    remove = family.tap_image(model, site, Branch(0))
+    remove = tap_image(model, site, Branch(0))
     tapped = forward(model)
     twin, theirs = copy.deepcopy((model, remove))
     theirs()
@@ -788,7 +788,7 @@ def test_refusals():
     with pytest.raises(
         ValueError, match=r"IPAdapterAttnProcessor2_0 has param.*unload_ip_adapter"
     ):
-        image_family_of(model).tap_image(model, site, partial(linear, site))
+        tap_image(model, site, partial(linear, site))
     with pytest.raises(
         ValueError, match=r"no image prompts for Linear; served: see `gen-accel models`"
     ):

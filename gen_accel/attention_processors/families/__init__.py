@@ -50,10 +50,8 @@ GUIDED                        in a run of theirs the variable that says whether 
                               where the pipeline itself does not
 image_attentions(transformer) the attentions that an image prompt is added to, as
                               `ImageAttention`s; families that share them share adapters
-tap_image(transformer, site, add) adds what `add(q, samples)` gives for the queries q (b, N, H, D)
-                              of video or image and the slice of the batch that they are, (b, N, H,
-                              D), or nothing where it gives None; returns what takes it off. Where
-                              each frame attends by itself, b counts frames of samples
+tap_image(transformer, site, add) in the place of that below, where text attends with video or
+                              image
 FIRST_FRAME_ALONE             False where the first latent is of as many frames as the others; else
                               it is of one
 no_frames(transformer, ...)   why this forward pass does not tell which frames of the video its
@@ -92,7 +90,7 @@ __all__ = [
     "outside_graphs",
     "prefix_lengths",
     "served_classes",
-    "tap_cross_attention",
+    "tap_image",
     "tap_joint_attention",
     "video_classes",
     "without_text",
@@ -113,7 +111,7 @@ USES = {
     "training": ("CAUSAL_VAE", "encode_video", "encode_prompt", "predict"),
     "longer video": ("TEMPORAL_FACTOR",),
     "rules on rotary frequencies": ("temporal_frequencies", "set_temporal_frequencies"),
-    "image prompts": ("image_attentions", "tap_image"),
+    "image prompts": ("image_attentions",),
 }
 
 FEW = 12  # classes that an error lists
@@ -283,12 +281,22 @@ def in_patches(sizes: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
     return tuple(size // side for size, side in zip(sizes, patch, strict=True))
 
 
-def tap_cross_attention(
-    transformer: nn.Module, site: ImageAttention, name: str, add: ImageBranch
+def tap_image(
+    transformer: nn.Module, site: ImageAttention, add: ImageBranch
 ) -> Callable[[], None]:
-    """For attentions whose queries are those of video or image alone. What a processor gets by
-    several calls it sums, so that one of them is added to."""
-    return add_tap(site.module, name, partial(_first_call, add), model=transformer)
+    """Add what `add(q, samples)` gives for the queries q (b, N, H, D) of video or image and the
+    slice of the batch that they are: (b, N, H, D), or None for nothing. Where each frame attends
+    by itself, b counts the frames of all samples. Of several attentions that a processor sums, one
+    is added to.
+
+    Returns:
+        What takes it off.
+    """
+    family = image_family_of(transformer)
+    if hasattr(family, "tap_image"):
+        return family.tap_image(transformer, site, add)
+    tap = partial(_first_call, add)
+    return add_tap(site.module, family.ATTENTION_CALL, tap, model=transformer)
 
 
 def tap_joint_attention(

@@ -24,7 +24,6 @@ TEMPORAL_FACTOR = 1  # frames in a latent frame
 
 self_attentions = stable_diffusion.self_attentions
 image_attentions = stable_diffusion.image_attentions
-tap_image = stable_diffusion.tap_image
 timestep = stable_diffusion.timestep
 
 

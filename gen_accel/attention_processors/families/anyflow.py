@@ -23,7 +23,6 @@ GUIDANCE = "batched"
 
 self_attentions = wan.self_attentions
 image_attentions = wan.image_attentions
-tap_image = wan.tap_image
 
 
 def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> VideoShape:

@@ -26,7 +26,6 @@ GUIDANCE = wan.GUIDANCE
 
 self_attentions = wan.self_attentions
 image_attentions = wan.image_attentions
-tap_image = wan.tap_image
 timestep = wan.timestep
 
 

@@ -6,19 +6,16 @@ attention of their own (NABLA), for which the tokens are in tiles: it must be of
 attached, and for image prompts with masks or scales by frame.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import (
     ImageAttention,
-    ImageBranch,
     SelfAttention,
     image_sites,
     in_patches,
     in_stacks,
-    tap_cross_attention,
 )
 from gen_accel.video import VideoShape
 
@@ -62,10 +59,6 @@ def cross_attentions(transformer: Any, place: str) -> list[ImageAttention]:
     names = [f"visual_transformer_blocks.{i}.{place}" for i in blocks]
     projections = {"heads": "num_heads", "to_k": "to_key", "to_v": "to_value", "norm": "key_norm"}
     return image_sites(transformer, names, **projections)
-
-
-def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
-    return tap_cross_attention(transformer, site, ATTENTION_CALL, add)
 
 
 def video_shape(

@@ -44,7 +44,6 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 }
 
 longest = kandinsky5.longest
-tap_image = kandinsky5.tap_image
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:

@@ -5,19 +5,16 @@ that attends to itself, in raster order, with the text seen by cross-attention. 
 left alone: they attend over the frames of one place, which are few, 16 in the published model.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from gen_accel.attention_processors.families import (
     ImageAttention,
-    ImageBranch,
     SelfAttention,
     image_sites,
     in_patches,
     in_stacks,
-    tap_cross_attention,
 )
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Tokens
@@ -50,10 +47,6 @@ def self_attentions(transformer: Any) -> list[SelfAttention]:
 def image_attentions(transformer: Any) -> list[ImageAttention]:
     names = [f"transformer_blocks.{i}.attn2" for i in range(len(transformer.transformer_blocks))]
     return image_sites(transformer, names)
-
-
-def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
-    return tap_cross_attention(transformer, site, ATTENTION_CALL, add)
 
 
 def _one_frame(tokens: Tokens, call: Call) -> Tokens:

@@ -5,18 +5,15 @@ the sizes of their grid, or with the time and place of each. Then frames that th
 follow may stand before or after it: whole ones at times of the grid, which are no part of it.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import (
     ImageAttention,
-    ImageBranch,
     SelfAttention,
     image_sites,
     outside_graphs,
-    tap_cross_attention,
 )
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
@@ -50,10 +47,6 @@ def image_attentions(transformer: Any) -> list[ImageAttention]:
     blocks = range(len(transformer.transformer_blocks))
     names = [f"transformer_blocks.{i}.attn2" for i in blocks]
     return image_sites(transformer, names, norm="norm_k")
-
-
-def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
-    return tap_cross_attention(transformer, site, ATTENTION_CALL, add)
 
 
 def video_shape(

@@ -38,8 +38,6 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "feed_forward": ltx.LORA_TARGETS["feed_forward"],
 }
 
-tap_image = ltx.tap_image
-
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
     return ltx.self_attentions(transformer)

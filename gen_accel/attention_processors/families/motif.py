@@ -8,20 +8,17 @@ without positions, seen by all. Sparse attention leaves the cross-attention to t
 which some blocks have besides; image prompts are added there.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import (
     ImageAttention,
-    ImageBranch,
     SelfAttention,
     image_sites,
     in_patches,
     in_stacks,
     prefix_lengths,
-    tap_cross_attention,
 )
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Tokens
@@ -70,10 +67,6 @@ def image_attentions(transformer: Any) -> list[ImageAttention]:
             "image prompt could be added"
         )
     return image_sites(transformer, names, norm="norm_k")
-
-
-def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
-    return tap_cross_attention(transformer, site, ATTENTION_CALL, add)
 
 
 def decoded(tokens: Tokens, call: Call) -> Tokens:

@@ -3,19 +3,16 @@
 Tokens are the image's alone, in raster order; text is seen by cross-attention.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from gen_accel.attention_processors.families import (
     ImageAttention,
-    ImageBranch,
     SelfAttention,
     image_sites,
     in_patches,
     in_stacks,
-    tap_cross_attention,
 )
 from gen_accel.video import VideoShape
 
@@ -43,10 +40,6 @@ def self_attentions(transformer: Any) -> list[SelfAttention]:
 def image_attentions(transformer: Any) -> list[ImageAttention]:
     names = [f"transformer_blocks.{i}.attn2" for i in range(len(transformer.transformer_blocks))]
     return image_sites(transformer, names)
-
-
-def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
-    return tap_cross_attention(transformer, site, ATTENTION_CALL, add)
 
 
 def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> VideoShape:

@@ -23,7 +23,6 @@ GUIDANCE = wan.GUIDANCE
 
 self_attentions = wan.self_attentions
 image_attentions = wan.image_attentions
-tap_image = wan.tap_image
 video_shape = wan.video_shape
 
 

@@ -4,7 +4,7 @@ A UNet whose levels attend over smaller and smaller grids, each in raster order;
 cross-attention. Transformer blocks are counted as they run: down, in the middle, and up again.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,8 @@ from torch import Tensor
 
 from gen_accel.attention_processors.families import (
     ImageAttention,
-    ImageBranch,
     SelfAttention,
     image_sites,
-    tap_cross_attention,
 )
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Tokens
@@ -94,10 +92,6 @@ def image_attentions(transformer: Any) -> list[ImageAttention]:
     spatial = [name for name in names if "motion_modules" not in name]
     sites = image_sites(transformer, [name for name in spatial if not name.endswith("attn1")])
     return [site._replace(number=str(2 * i + 1)) for i, site in enumerate(sites)]
-
-
-def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
-    return tap_cross_attention(transformer, site, ATTENTION_CALL, add)
 
 
 def video_shape(transformer: Any, sample: Tensor, *args: Any, **kwargs: Any) -> VideoShape:

@@ -4,7 +4,6 @@ Tokens are the video's alone, in raster order; text and image are seen by cross-
 control blocks run over the same grid, of which its reference images are the first frames.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,12 +11,10 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import (
     ImageAttention,
-    ImageBranch,
     SelfAttention,
     encoded,
     image_sites,
     in_patches,
-    tap_cross_attention,
 )
 from gen_accel.video import VideoShape
 
@@ -67,10 +64,6 @@ def image_attentions(transformer: Any) -> list[ImageAttention]:
     """Cross-attention of the blocks; of VACE, not that of the control blocks."""
     names = [f"blocks.{i}.attn2" for i in range(len(transformer.blocks))]
     return image_sites(transformer, names, norm="norm_k")
-
-
-def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
-    return tap_cross_attention(transformer, site, ATTENTION_CALL, add)
 
 
 def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> VideoShape:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import ImageAttention, image_family_of
+from gen_accel.attention_processors.families import ImageAttention, image_family_of, tap_image
 from gen_accel.attention_processors.image_prompt import ImageAdapter, warn_of_other_text
 from gen_accel.attention_processors.seam import is_compiled
 from gen_accel.pipelines.clock import Clock
@@ -176,7 +176,7 @@ class ImagePrompt:
         # Nothing is changed before here, so that a refusal leaves the model as it was.
         try:
             for part, model in models.items():
-                self._put(self._parts[part], model, families[part])
+                self._put(self._parts[part], model)
         except BaseException:
             self.remove()
             raise
@@ -345,13 +345,13 @@ class ImagePrompt:
     def __exit__(self, *exc: object) -> None:
         self.remove()
 
-    def _put(self, part: "Part", model: nn.Module, family: Any) -> None:
+    def _put(self, part: "Part", model: nn.Module) -> None:
         child = _child(self.name)
         model.add_module(child, part.calls)
         part.undo.append(partial(_drop, model, child))
         _renew(model)
         for branch in part.branches:
-            tap = family.tap_image(model, branch.site, branch)
+            tap = tap_image(model, branch.site, branch)
             part.taps.append(tap)
             part.undo.append(tap)
         hook = partial(self._prepare, part)
