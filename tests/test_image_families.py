@@ -483,7 +483,7 @@ def test_a_face_on_animatediff(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [WINDOW, MIXTURE], ids=lambda method: type(method).__name__)
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", [*NEW, "vace", "skyreels", "ltx", "unet"])
 @torch.no_grad()
 def test_beside_sparse_attention_in_any_order(name, method):
     case = CASES[name]
