@@ -306,14 +306,9 @@ def tap_joint_attention(
     add: ImageBranch,
     *,
     text_first: bool = False,
-    by_sample: bool = False,
 ) -> Callable[[], None]:
-    """For attentions in which the queries of a text stand beside those of the video.
-
-    Args:
-        by_sample: the processor calls the attention once a sample.
-    """
-    tap = partial(_video_rows, add, text_first, by_sample)
+    """For attentions in which the queries of a text stand beside those of the video."""
+    tap = partial(_video_rows, add, text_first, site.by_sample)
     return add_tap(site.module, name, tap, model=transformer)
 
 

@@ -65,7 +65,7 @@ def image_attentions(transformer: Any) -> list[ImageAttention]:
 
 
 def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Callable[[], None]:
-    return tap_joint_attention(transformer, site, ATTENTION_CALL, add, by_sample=True)
+    return tap_joint_attention(transformer, site, ATTENTION_CALL, add)
 
 
 def video_shape(
