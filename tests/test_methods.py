@@ -227,18 +227,38 @@ class TestBalanced:
             Radial(),
             Radial(decay_factor=0.01, block=16),
             Radial(decay_factor=0.3, sink=False, block=100),
+            Radial(decay_factor=0.01, sink=False, anchor_every=3),
+            Radial(decay_factor=0.3, anchor_every=4, tile_frames=3),
         ],
         ids=str,
     )
-    def test_a_token_sees_its_frame_and_the_first_and_text(self, method, video):
+    def test_a_token_sees_its_frame_and_the_whole_ones_and_text(self, method, video):
         pairs = token_pairs(method.plan(video))
         frame = torch.arange(video.video_tokens) // (video.height * video.width)
-        must = frame[:, None] == frame
-        if method.sink:
-            must = must | (frame == 0)
+        must = ((frame[:, None] - frame).abs() < 2) | seen_by_all(method, frame)
         assert pairs[: video.video_tokens, : video.video_tokens][must].all()
         assert pairs[video.video_tokens :].all()
         assert pairs[:, video.video_tokens :].all()
+
+    @pytest.mark.parametrize("video", [*ODD_VIDEOS, VideoShape(49, 5, 40, text=7)], ids=str)
+    @pytest.mark.parametrize("every", [1, 2, 11])
+    def test_anchors_add_their_frames_and_nothing_else(self, every, video):
+        without = token_pairs(Radial(decay_factor=0.2).plan(video))
+        n = video.video_tokens
+        without[:n, :n] |= torch.arange(n) // (video.height * video.width) % every == 0
+        with_anchors = Radial(decay_factor=0.2, anchor_every=every)
+        assert torch.equal(token_pairs(with_anchors.plan(video)), without)
+
+    @pytest.mark.parametrize("frames", [2, 3, 100])
+    def test_a_query_tile_of_several_frames_sees_more(self, frames):
+        video = VideoShape(13, 9, 10, text=5)  # of 25 tokens a tile and frame
+        wide = Radial(decay_factor=0.3, tile_frames=frames)
+        assert wide.plan(video).block_q == min(frames, 128 // 25) * 25
+        assert wide.plan(video).block_k == 25
+        narrow, wide = (
+            token_pairs(method.plan(video)) for method in (Radial(decay_factor=0.3), wide)
+        )
+        assert wide.sum() > narrow.sum()
 
     @pytest.mark.parametrize("video", ODD_VIDEOS, ids=str)
     def test_a_tile_of_keys_lies_in_one_frame(self, video):
@@ -289,6 +309,12 @@ class TestBalanced:
                 assert ((kept[i, :, j] - share).abs() <= 1 / 16 + 1e-6).all()
 
 
+def seen_by_all(method, frame):
+    """Whether a frame's keys are kept for all queries."""
+    anchor = frame % method.anchor_every == 0 if method.anchor_every else frame < 0
+    return anchor | (frame == 0) if method.sink else anchor
+
+
 def blocks_of_the_code(method, video):
     """The public code's rule, pair of tokens by pair of tokens; blocks past the end are cut."""
     s, B = video.height * video.width, method.block
@@ -299,7 +325,7 @@ def blocks_of_the_code(method, video):
     for i, j in product(range(video.frames), range(video.frames)):
         d = abs(i - j)
         decay = power / 2 ** d.bit_length()
-        if d == 0 or (method.sink and j == 0):
+        if d == 0 or seen_by_all(method, j):
             width = s
         elif decay < 128 and d % int(128 / decay):
             continue
@@ -331,7 +357,7 @@ def blocks_of_the_paper(method, video):
         d = abs(i - j)
         band = math.floor(math.log2(max(d, 1)))
         width = s * method.decay_factor / 2**band
-        if (method.sink and j == 0) or band == 0:
+        if seen_by_all(method, j) or band == 0:
             pairs[query, key] = True
         elif width >= 1:
             pairs[query, key] = abs(k - l) + 1 <= width
@@ -363,10 +389,13 @@ class TestPublishedRules:
         ],
         ids=str,
     )
-    @pytest.mark.parametrize("options", [(0.2, True), (1.0, False), (1.7, True)], ids=str)
+    @pytest.mark.parametrize(
+        "options", [(0.2, True), (1.0, False), (1.7, True), (0.2, False, 4)], ids=str
+    )
     @pytest.mark.parametrize("rule", ["code-2025-06", "code-2025-11"])
     def test_code_rules_equal_the_loops(self, rule, options, video, block):
-        method = Radial(rule, *options, block)
+        decay_factor, sink, *anchor_every = options
+        method = Radial(rule, decay_factor, sink, block, *anchor_every)
         assert torch.equal(method.block_mask(video), blocks_of_the_code(method, video))
 
     @pytest.mark.parametrize(
@@ -380,9 +409,12 @@ class TestPublishedRules:
         ],
         ids=str,
     )
-    @pytest.mark.parametrize("options", [(1.0, True), (0.25, False), (3.0, True)], ids=str)
+    @pytest.mark.parametrize(
+        "options", [(1.0, True), (0.25, False), (3.0, True), (0.25, True, 3)], ids=str
+    )
     def test_paper_rule_equals_the_loops(self, options, video, block):
-        method = Radial("paper", *options, block)
+        decay_factor, sink, *anchor_every = options
+        method = Radial("paper", decay_factor, sink, block, *anchor_every)
         assert torch.equal(method.block_mask(video), blocks_of_the_paper(method, video))
 
     @pytest.mark.parametrize(
@@ -441,6 +473,9 @@ def test_a_mask_of_115_thousand_tokens_is_made_in_closed_form(rule):
         ({"decay_factor": math.nan}, r"decay_factor must be positive, got nan"),
         ({"decay_factor": math.inf}, r"decay_factor must be positive, got inf"),
         ({"block": 0}, r"block must be at least 1, got 0"),
+        ({"anchor_every": 0}, r"anchor_every must be at least 1, got 0"),
+        ({"tile_frames": 0}, r"tile_frames must be at least 1, got 0"),
+        ({"rule": "paper", "tile_frames": 2}, r"balanced rule, got rule='paper'"),
     ],
 )
 def test_radial_refuses_bad_options(options, match):

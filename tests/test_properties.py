@@ -51,11 +51,14 @@ def neighborhoods(draw, video):
 
 @st.composite
 def radials(draw, video):
+    rule = draw(st.sampled_from(["balanced", "paper", "code-2025-06", "code-2025-11"]))
     return Radial(
-        rule=draw(st.sampled_from(["balanced", "paper", "code-2025-06", "code-2025-11"])),
+        rule=rule,
         decay_factor=draw(st.sampled_from([0.01, 0.2, 0.5, 1.0, 4.0])),
         sink=draw(st.booleans()),
         block=draw(st.sampled_from([1, 3, 8, 16, 24, 128])),
+        anchor_every=draw(st.none() | st.integers(1, video.frames + 1)),
+        tile_frames=draw(st.none() | st.integers(1, 4)) if rule == "balanced" else None,
     )
 
 

@@ -26,7 +26,7 @@ Rule = Literal["balanced", "paper", "code-2025-06", "code-2025-11"]
 # The rows and columns of one tile of the balanced rule: 8 x 8 tokens, or as even a part of a
 # smaller or odd frame as there is below that.
 TILE_SIDE = 8
-# A query tile of the balanced rule spans one frame for each so many of the clip.
+# By default a query tile of the balanced rule spans one frame for each so many of the clip.
 TILE_FRAMES = 24
 
 
@@ -54,12 +54,20 @@ class Radial:
         sink: keep the keys of the first frame for every query. The public code does for Wan and,
             since 2025-07, not for HunyuanVideo.
         block: tokens in a block; for the balanced rule the most in a query block.
+        anchor_every: keep the keys of every so many-th frame for every query, from the first frame
+            on. Ours: all else that is seen of a far frame lies about the query's own place, which
+            does not tell where something that moves has got to. None: no frame but the sink.
+        tile_frames: frames that a query tile of the balanced rule spans, if that many fit into a
+            block. It sees what any of them must see: more, but kernels take larger blocks faster.
+            None: one for each 24 of the clip.
     """
 
     rule: Rule = "balanced"
     decay_factor: float = 1.0
     sink: bool = True
     block: int = 128
+    anchor_every: int | None = None
+    tile_frames: int | None = None
 
     def __post_init__(self) -> None:
         if self.rule not in get_args(Rule):
@@ -68,6 +76,12 @@ class Radial:
             raise ValueError(f"decay_factor must be positive, got {self.decay_factor}")
         if self.block < 1:
             raise ValueError(f"block must be at least 1, got {self.block}")
+        if self.anchor_every is not None and self.anchor_every < 1:
+            raise ValueError(f"anchor_every must be at least 1, got {self.anchor_every}")
+        if self.tile_frames is not None and self.tile_frames < 1:
+            raise ValueError(f"tile_frames must be at least 1, got {self.tile_frames}")
+        if self.tile_frames is not None and self.rule != "balanced":
+            raise ValueError(f"tile_frames is for the balanced rule, got rule={self.rule!r}")
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
@@ -84,6 +98,14 @@ class Radial:
     def density(self, video: VideoShape) -> float:
         """Share of token pairs that are kept, in [0, 1]; 1 - density is the sparsity."""
         return self.plan(video).density
+
+    def whole_frames(self, frames: int) -> list[int]:
+        """The frames that all see whole: the sink and the anchors."""
+        return [
+            frame
+            for frame in range(frames)
+            if (self.sink and frame == 0) or (self.anchor_every and frame % self.anchor_every == 0)
+        ]
 
 
 @lru_cache(maxsize=16)
@@ -110,7 +132,8 @@ def tile_shape(method: Radial, video: VideoShape) -> tuple[int, int, int]:
         -(-size // math.ceil(size / TILE_SIDE)) for size in (video.height, video.width)
     )
     # A query tile sees what any of its frames must see, so in a short clip it spans few.
-    frames = max(1, min(method.block // (rows * columns), video.frames // TILE_FRAMES))
+    frames = method.tile_frames or video.frames // TILE_FRAMES
+    frames = max(1, min(method.block // (rows * columns), frames, video.frames))
     return frames, rows, columns
 
 
@@ -130,8 +153,7 @@ def _balanced(method: Radial, video: VideoShape) -> Plan:
         [_near_tiles(rows, columns, _share(method, d), d) for d in range(video.frames)]
     )
     near = window[distance.clamp_max(video.frames - 1)]  # (groups, frames, tiles, tiles)
-    if method.sink:
-        near[:, 0] = True
+    near[:, method.whole_frames(video.frames)] = True
     # A block of queries is (group, tile), one of keys is (group, tile, frame in the group).
     near = near.unflatten(1, (groups, tile[0])).permute(0, 3, 1, 4, 2)
     size = near.shape[0] * near.shape[1]
@@ -179,13 +201,14 @@ def _window(size: int, extent: int) -> Tensor:
 def _paper(method: Radial, video: VideoShape, keep: Tensor) -> None:
     s, B = video.height * video.width, method.block
     position = torch.arange(keep.shape[0])
+    whole = set(method.whole_frames(video.frames))
     for i in range(video.frames):
         queries = _span(i, s, B)
         for j in range(video.frames):
             keys = _span(j, s, B)
             d = abs(i - j)
             band = max(d, 1).bit_length() - 1
-            if (method.sink and j == 0) or band == 0:
+            if j in whole or band == 0:
                 keep[queries, keys] = True
                 continue
             reach = s * method.decay_factor / 2**band - 1
@@ -215,12 +238,13 @@ def _code(method: Radial, video: VideoShape, keep: Tensor) -> None:
     """The public code's masks, from the few distinct pairs of frames instead of all of them."""
     s, B = video.height * video.width, method.block
     power = 2 ** s.bit_length()
+    whole = set(method.whole_frames(video.frames))
     cache: dict[tuple, Tensor] = {}
     for i in range(video.frames):
         for j in range(video.frames):
             d = abs(i - j)
             decay = power / 2 ** d.bit_length()
-            if method.sink and j == 0:
+            if j in whole:
                 width = float(s)
             elif decay < 128 and d % int(128 / decay):  # the code's threshold, whatever the block
                 continue
