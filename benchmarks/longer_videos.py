@@ -25,6 +25,7 @@ from kept import clip_file, keep_clip, kept_clip, to_make, write_between_marks
 from rich.progress import track
 
 import gen_accel
+from gen_accel.attention_processors.options import method_from
 from gen_accel.demo import world
 from gen_accel.demo.detector import detect, score, strays
 from gen_accel.demo.evaluate import TRAINED_FRAMES
@@ -70,6 +71,7 @@ SETTINGS = {
     "radial + LoRA + fresh_noise": Setting(True, ("fresh_noise",), lora=True),
     "dense + LoRA": Setting(lora=True),
 }
+METHOD = ("decay_factor=0.3", "anchor_every=11", "tile_frames=3")  # that of the LoRA
 STEADY = 0.05  # share of the pairs of frames that may be off the path
 
 
@@ -77,7 +79,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--lora", type=Path, help="folder of the LoRA; without: its settings not")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
-    parser.add_argument("--decay-factor", type=float, default=0.3, help="of Radial")
+    parser.add_argument(
+        "--set", nargs="+", default=METHOD, metavar="FIELD=VALUE", help="fields of Radial"
+    )
     parser.add_argument("--frames", type=int, default=FRAMES)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--prompts", type=int, default=24, help="how many of the 24")
@@ -133,8 +137,8 @@ def main() -> None:
         write_table(report)
 
 
-def radial(args: argparse.Namespace) -> gen_accel.Radial:
-    return gen_accel.Radial(decay_factor=args.decay_factor)
+def radial(args: argparse.Namespace) -> Any:
+    return method_from("radial", args.set)
 
 
 def held_out() -> tuple[world.Scene, ...]:
@@ -148,7 +152,7 @@ def folder_of(name: str, args: argparse.Namespace) -> Path:
     if SETTINGS[name].lora:
         which = "-" + file_sha256(args.lora / WEIGHTS)[:8]
     if SETTINGS[name].sparse:
-        which += f"-{args.decay_factor:g}"
+        which += "-" + "-".join(args.set)
     size = f"{args.frames}x{args.steps}" + (f"-{args.seed}" if args.seed else "")
     return args.work / size / (name.replace(" ", "") + which)
 

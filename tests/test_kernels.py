@@ -272,10 +272,13 @@ def test_a_plan_that_keeps_nothing_gives_zeros(kernel, qkv, device):
 
 @pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("windows", [False, True])
-def test_products_of_bf16_with_tiles_and_without(windows, tiles, monkeypatch, qkv, device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_with_tiles_and_without(dtype, windows, tiles, monkeypatch, qkv, device):
     monkeypatch.setattr(gather, "_has_tiles", lambda device: tiles and device.type == "cpu")
+    monkeypatch.setattr(gather, "LARGE", 1)
     plan = random_plan(device, batch=2, heads=2, block_k=32, windows=windows)
-    q, k, v = (x.bfloat16() for x in qkv(plan.tokens))
+    q, k, v = (x.to(dtype) for x in qkv(plan.tokens))
+    assert gather._fuses(q, plan.block_q) == (tiles and device.type == "cpu")
     exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
     low = reference.forward(q, k, v, plan, scale=0.3)
     assert_no_worse(gather.forward(q, k, v, plan, scale=0.3), low, exact)

@@ -260,6 +260,18 @@ class TestBalanced:
         )
         assert wide.sum() > narrow.sum()
 
+    @pytest.mark.parametrize(
+        ("side", "tokens"), [(1, 1), (4, 3 * 4), (8, 5 * 5), (9, 9 * 5), (99, 90)]
+    )
+    def test_a_tile_is_as_large_as_its_side_allows(self, side, tokens):
+        assert Radial(tile_side=side).plan(VideoShape(13, 9, 10)).block_k == tokens
+
+    def test_tiles_of_a_whole_frame_keep_frames_at_doubling_distances(self):
+        method = Radial(sink=False, tile_side=12)
+        keep = method.block_mask(VideoShape(40, 12, 12))
+        distance = (torch.arange(40)[:, None] - torch.arange(40)).abs()
+        assert torch.equal(keep, torch.isin(distance, torch.tensor([0, 1, 2, 4, 8, 16, 32])))
+
     @pytest.mark.parametrize("video", ODD_VIDEOS, ids=str)
     def test_a_tile_of_keys_lies_in_one_frame(self, video):
         plan = Radial().plan(video)
@@ -475,7 +487,9 @@ def test_a_mask_of_115_thousand_tokens_is_made_in_closed_form(rule):
         ({"block": 0}, r"block must be at least 1, got 0"),
         ({"anchor_every": 0}, r"anchor_every must be at least 1, got 0"),
         ({"tile_frames": 0}, r"tile_frames must be at least 1, got 0"),
-        ({"rule": "paper", "tile_frames": 2}, r"balanced rule, got rule='paper'"),
+        ({"rule": "paper", "tile_frames": 2}, r"tile_frames .*balanced rule, got rule='paper'"),
+        ({"tile_side": 0}, r"tile_side must be at least 1, got 0"),
+        ({"rule": "paper", "tile_side": 4}, r"tile_side .*balanced rule, got rule='paper'"),
     ],
 )
 def test_radial_refuses_bad_options(options, match):

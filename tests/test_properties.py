@@ -59,6 +59,7 @@ def radials(draw, video):
         block=draw(st.sampled_from([1, 3, 8, 16, 24, 128])),
         anchor_every=draw(st.none() | st.integers(1, video.frames + 1)),
         tile_frames=draw(st.none() | st.integers(1, 4)) if rule == "balanced" else None,
+        tile_side=draw(st.integers(1, 12)) if rule == "balanced" else 8,
     )
 
 

@@ -23,9 +23,6 @@ from gen_accel.video import VideoShape
 
 Rule = Literal["balanced", "paper", "code-2025-06", "code-2025-11"]
 
-# The rows and columns of one tile of the balanced rule: 8 x 8 tokens, or as even a part of a
-# smaller or odd frame as there is below that.
-TILE_SIDE = 8
 # By default a query tile of the balanced rule spans one frame for each so many of the clip.
 TILE_FRAMES = 24
 
@@ -35,7 +32,8 @@ class Radial:
     """Attention whose density halves with each doubling of the temporal distance.
 
     Rules:
-        "balanced": ours. Frames are cut into tiles of about 8 x 8 tokens, and band b keeps
+        "balanced": ours. Frames are cut into tiles of about 8 x 8 tokens (`tile_side`), all as
+            even as the frame allows and none with longer sides, and band b keeps
             decay_factor x 2^-b of the tiles of a frame, as a window in rows *and* columns about
             the query's own tile. A band whose share falls below one tile keeps that tile in every
             n-th frame instead. A token always sees its own frame and, with `sink`, the first. No
@@ -60,6 +58,7 @@ class Radial:
         tile_frames: frames that a query tile of the balanced rule spans, if that many fit into a
             block. It sees what any of them must see: more, but kernels take larger blocks faster.
             None: one for each 24 of the clip.
+        tile_side: the most rows and columns of a tile of the balanced rule.
     """
 
     rule: Rule = "balanced"
@@ -68,6 +67,7 @@ class Radial:
     block: int = 128
     anchor_every: int | None = None
     tile_frames: int | None = None
+    tile_side: int = 8
 
     def __post_init__(self) -> None:
         if self.rule not in get_args(Rule):
@@ -76,12 +76,13 @@ class Radial:
             raise ValueError(f"decay_factor must be positive, got {self.decay_factor}")
         if self.block < 1:
             raise ValueError(f"block must be at least 1, got {self.block}")
-        if self.anchor_every is not None and self.anchor_every < 1:
-            raise ValueError(f"anchor_every must be at least 1, got {self.anchor_every}")
-        if self.tile_frames is not None and self.tile_frames < 1:
-            raise ValueError(f"tile_frames must be at least 1, got {self.tile_frames}")
-        if self.tile_frames is not None and self.rule != "balanced":
-            raise ValueError(f"tile_frames is for the balanced rule, got rule={self.rule!r}")
+        for name in ("anchor_every", "tile_frames", "tile_side"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+            standard = getattr(Radial, name)
+            if name != "anchor_every" and self.rule != "balanced" and value != standard:
+                raise ValueError(f"{name} is for the balanced rule, got rule={self.rule!r}")
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
@@ -129,7 +130,7 @@ def _plan(method: Radial, video: VideoShape, device: torch.device) -> Plan:
 def tile_shape(method: Radial, video: VideoShape) -> tuple[int, int, int]:
     """(frames, rows, columns) of a query tile of the balanced rule; a key tile has one frame."""
     rows, columns = (
-        -(-size // math.ceil(size / TILE_SIDE)) for size in (video.height, video.width)
+        -(-size // math.ceil(size / method.tile_side)) for size in (video.height, video.width)
     )
     # A query tile sees what any of its frames must see, so in a short clip it spans few.
     frames = method.tile_frames or video.frames // TILE_FRAMES

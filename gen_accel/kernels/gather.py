@@ -27,6 +27,10 @@ GROUP = 2 << 20
 LANES = 32
 KEPT = 32 << 20  # bytes of a buffer that a CPU keeps from call to call
 
+# Queries in a block from which on one operator for products and softmax is faster in fp32, on the
+# processors where it is in bf16.
+LARGE = 192
+
 # Of these the backward pass multiplies rounded weights and score gradients, at twice the rate.
 LOW = (torch.bfloat16,)
 
@@ -134,7 +138,7 @@ def _attention(
     scale: float,
 ) -> Tensor:
     """Attention in slot order, (B, H, S, D). One opaque operator: a compiler sees no loop."""
-    fused = _has_tiles(q.device) and q.dtype in LOW and gain is None
+    fused = gain is None and _fuses(q, block_q)
     wide = q.dtype if fused else torch.promote_types(q.dtype, torch.float32)
     with _scratch(q.device) as memory:
         inputs = q.to(wide), k.to(wide), v, index, counts, rule, gain, block_q, block_k, scale
@@ -142,11 +146,18 @@ def _attention(
         out = work.unset(q.dtype)
         for rows, total in work.parts():
             if fused:
-                work.fused(rows, total, out)
+                found = work.fused(rows, total)
             else:
                 group = work.group(rows, total)
-                torch.bmm(group.weights, group.v, out=out[rows])
-        return work.restored(out, q.shape)
+                found = work.product("out", group.weights, group.v)
+            out.index_copy_(0, work.order[rows], found)
+        return out.view(q.shape)
+
+
+def _fuses(q: Tensor, block_q: int) -> bool:
+    """Whether products and softmax are faster in one operator."""
+    large = q.dtype == torch.float32 and block_q >= LARGE
+    return (q.dtype in LOW or large) and _has_tiles(q.device)
 
 
 def _has_tiles(device: torch.device) -> bool:
@@ -180,15 +191,14 @@ def _backward(
     grad, q, k, v = (x.to(wide) for x in (grad, q, k, v))
     with _scratch(q.device) as memory:
         work = _Work(q, k, v, index, counts, rule, gain, block_q, block_k, scale, memory)
-        grads = work.sorted(grad)
-        queries = work.q if low is wide else work.sorted(low_q)
-        outs = grads if low is wide else work.sorted(low_out)
+        grad, low_q, low_out = (x.reshape(work.q.shape) for x in (grad, low_q, low_out))
         dq = work.unset(low)
         dk, dv = (torch.zeros_like(x) for x in (work.k, work.v))
         for rows, total in work.parts():
-            group = work.group(rows, total)
-            p = group.weights
-            ds = work.product("ds", grads[rows], group.v.transpose(1, 2))
+            group, places = work.group(rows, total), work.order[rows]
+            p, queries = group.weights, group.q
+            above = outs = work.fetched("grad", grad, places, len(p))
+            ds = work.product("ds", above, group.v.transpose(1, 2))
             torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
             ds.mul_(scale)
             if group.slope is not None:
@@ -197,12 +207,13 @@ def _backward(
             if low is not wide:
                 p, ds = work.rounded("low_p", p, low), work.rounded("low_ds", ds, low)
                 keys = work.fetched("low_k", low_k, group.blocks, len(p))
-            torch.bmm(ds, keys, out=dq[rows])
-            for target, left, right in ((dk, ds, queries[rows]), (dv, p, outs[rows])):
+                queries = work.fetched("low_q", low_q, places, len(p))
+                outs = work.fetched("low_out", low_out, places, len(p))
+            dq.index_copy_(0, places, work.product("dq", ds, keys))
+            for target, left, right in ((dk, ds, queries), (dv, p, outs)):
                 part = work.product("part", left.transpose(1, 2), right)
                 target.index_add_(0, group.blocks, part.view(-1, *target.shape[1:]).to(wide))
-        dq = work.restored(dq, q.shape)
-    return dq.to(dtype), dk.view(k.shape).to(dtype), dv.view(v.shape).to(dtype)
+    return dq.view(q.shape).to(dtype), dk.view(k.shape).to(dtype), dv.view(v.shape).to(dtype)
 
 
 @_backward.register_fake
@@ -289,8 +300,8 @@ class _Work:
         totals, masked = counts.expand(2, B, H, self.Kq).flatten(1)
         order = torch.argsort(totals * (self.Kk + 1) + masked)
         self.totals, self.masked = totals[order].tolist(), masked[order].tolist()
-        self.order, self.places = order.to(q.device), torch.argsort(order).to(q.device)
-        self.q = self.sorted(q)
+        self.order = order.to(q.device)
+        self.q = q.reshape(-1, block_q, D)
         first = torch.arange(B * H, device=q.device).view(B, H, 1, 1) * self.Kk
         self.index = (index + first).flatten(0, 2).index_select(0, self.order)
         self.gain = None
@@ -305,22 +316,14 @@ class _Work:
         self.memory = memory
         self.views: dict[tuple, Tensor] = {}
 
-    def sorted(self, x: Tensor) -> Tensor:
-        """(B, H, S, D) to (B * H * Kq, block_q, D), shortest rows first."""
-        return x.reshape(-1, self.block_q, x.shape[3]).index_select(0, self.order)
-
-    def restored(self, x: Tensor, shape: torch.Size) -> Tensor:
-        return x.index_select(0, self.places).view(shape)
-
     def unset(self, dtype: torch.dtype) -> Tensor:
-        """Room for a result like the sorted q, zero already where a row sees nothing."""
-        out = torch.empty_like(self.q, dtype=dtype)
-        out[: self.totals.count(0)] = 0
-        return out
+        """Room for a result of each query block, zero already where one sees nothing."""
+        out = torch.empty(self.q.shape, dtype=dtype, device=self.q.device)
+        return out.index_fill_(0, self.order[: self.totals.count(0)], 0)
 
     def parts(self) -> Iterator[tuple[slice, int]]:
-        """The rows of each group, of all B x H x Kq query blocks sorted by length, and how many
-        key blocks each sees."""
+        """The rows of each group, of all B x H x Kq query blocks in `order`, and how many key
+        blocks each sees."""
         row, end = self.totals.count(0), len(self.totals)
         while row < end:
             total = self.totals[row]
@@ -355,7 +358,8 @@ class _Work:
         return torch.index_select(source, 0, blocks, out=space).view(rows, -1, source.shape[2])
 
     def group(self, rows: slice, total: int) -> _Group:
-        q, lists = self.q[rows], self.index[rows]
+        lists = self.index[rows]
+        q = self.fetched("q", self.q, self.order[rows], len(lists))
         blocks = lists[:, :total].flatten()
         k = self.fetched("k", self.k, blocks, len(q))
         v = self.fetched("v", self.v, blocks, len(q))
@@ -375,10 +379,10 @@ class _Work:
             weights.masked_fill_((excess > 0).all(-1, keepdim=True), 0.0)
         return _Group(blocks, q, k, v, weights, slope)
 
-    def fused(self, rows: slice, total: int, out: Tensor) -> None:
+    def fused(self, rows: slice, total: int) -> Tensor:
         """Products and softmax in one operator, which holds scores in fp32 and rounds weights."""
         blocks = self.index[rows, :total].flatten()
-        q = self.q[rows][:, None]
+        q = self.fetched("q", self.q, self.order[rows], rows.stop - rows.start)[:, None]
         k = self.fetched("k", self.k, blocks, len(q))[:, None]
         v = self.fetched("v", self.v, blocks, len(q))[:, None]
         masked, mask, blind = self.masked[rows.stop - 1], None, None
@@ -394,7 +398,7 @@ class _Work:
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         bias = None if mask is None else mask[:, None]
         found = attend(q, k, v, 0.0, False, attn_mask=bias, scale=self.scale)[0][:, 0]
-        out[rows] = found if blind is None else found.masked_fill(blind, 0.0)
+        return found if blind is None else found.masked_fill(blind, 0.0)
 
     def _dampened(self, scores: Tensor, rows: slice, blocks: Tensor) -> Tensor:
         """Multiply the positive scores by their gains in place; the slope, of the same shape."""
