@@ -59,12 +59,14 @@ CUDA_CASES = (
     ),
 )
 
-# 4k to 16k tokens on 12 x 12 frames, at a density of about 0.1 and at the methods' defaults.
+# 4k to 16k tokens on 12 x 12 frames, at a density of about 0.1 and at the methods' defaults; of
+# radial attention also with whole frames as tiles, which processors that multiply tiles ask for.
 CPU_CASES = (
     (VideoShape(28, 12, 12), 2, Radial()),
     (VideoShape(28, 12, 12), 2, SparseLinear(critical=0.1)),
     (VideoShape(57, 12, 12), 2, Radial()),
     (VideoShape(57, 12, 12), 2, Radial(decay_factor=0.15)),
+    (VideoShape(57, 12, 12), 2, Radial(decay_factor=0.1, block=432, tile_frames=3, tile_side=12)),
     (VideoShape(57, 12, 12), 2, Neighborhood((-1, 4, 4))),
     (VideoShape(57, 12, 12), 2, SparseLinear(critical=0.1)),
     (VideoShape(57, 12, 12), 2, SparseLinear(critical=0.1, block_q=128)),
@@ -74,6 +76,7 @@ CPU_CASES = (
     (VideoShape(57, 12, 12), 2, BlockMixture(partition="3d", routing="block")),
     (VideoShape(114, 12, 12), 2, Radial()),
     (VideoShape(114, 12, 12), 2, Radial(decay_factor=0.65)),
+    (VideoShape(114, 12, 12), 2, Radial(decay_factor=0.3, block=864, tile_frames=6, tile_side=12)),
     (VideoShape(114, 12, 12), 2, Neighborhood((-1, 4, 4))),
     (VideoShape(114, 12, 12), 2, SparseLinear(critical=0.1, block_q=128)),
     (VideoShape(114, 12, 12), 2, BlockMixture(partition="3d")),

@@ -71,7 +71,7 @@ SETTINGS = {
     "radial + LoRA + fresh_noise": Setting(True, ("fresh_noise",), lora=True),
     "dense + LoRA": Setting(lora=True),
 }
-METHOD = ("decay_factor=0.3", "anchor_every=11", "tile_frames=3")  # that of the LoRA
+METHOD = ("tile_side=12", "tile_frames=3", "block=432")  # that of the LoRA
 STEADY = 0.05  # share of the pairs of frames that may be off the path
 
 
