@@ -51,7 +51,8 @@ class Radial:
             (in the code rules from d = 2).
         sink: keep the keys of the first frame for every query. The public code does for Wan and,
             since 2025-07, not for HunyuanVideo.
-        block: tokens in a block; for the balanced rule the most in a query block.
+        block: tokens in a block; for the balanced rule the most in a query block, if no single
+            tile holds more.
         anchor_every: keep the keys of every so many-th frame for every query, from the first frame
             on. Ours: all else that is seen of a far frame lies about the query's own place, which
             does not tell where something that moves has got to. None: no frame but the sink.
