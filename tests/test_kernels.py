@@ -30,6 +30,7 @@ OPTIONS = {
         Radial(block=32),
         Radial("balanced", decay_factor=0.1, sink=False, block=16, anchor_every=3),
         Radial(decay_factor=0.5, block=64, tile_frames=2),
+        Radial(decay_factor=0.5, sink=False, block=64, anchor_every=2, tile_side=4),
         Radial("paper", block=16),
         Radial("code-2025-06", block=16),
         Radial("code-2025-11", sink=False, block=24),
