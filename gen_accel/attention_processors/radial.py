@@ -81,8 +81,8 @@ class Radial:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-            standard = getattr(Radial, name)
-            if name != "anchor_every" and self.rule != "balanced" and value != standard:
+        for name in ("tile_frames", "tile_side"):
+            if self.rule != "balanced" and getattr(self, name) != getattr(Radial, name):
                 raise ValueError(f"{name} is for the balanced rule, got rule={self.rule!r}")
 
     def __call__(
