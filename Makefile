@@ -43,6 +43,8 @@ train-lora: venv
 	$(BIN)/python -m gen_accel.demo.clips --out outputs/clips --frames 129 --count 1200
 	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml \
 		-m gen_accel train configs/lora/demo.yaml
+	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml \
+		-m gen_accel train configs/lora/demo_guided.yaml
 
 clean:
 	rm -rf .venv outputs .pytest_cache .ruff_cache

@@ -53,11 +53,14 @@ class Setting(NamedTuple):
     """
     Args:
         techniques: of `gen_accel.extend`, beside what the LoRA was trained with.
+        guided: by `GUIDANCE_SCALE`, unless the LoRA holds its guidance; without, a step calls the
+            model once and not twice.
     """
 
     sparse: bool = False
     techniques: tuple[str, ...] = ()
     lora: bool = False
+    guided: bool = True
 
 
 INTERPOLATED = ("position_interpolation", "fresh_noise")
@@ -70,6 +73,9 @@ SETTINGS = {
     "radial + LoRA": Setting(sparse=True, lora=True),
     "radial + LoRA + fresh_noise": Setting(True, ("fresh_noise",), lora=True),
     "dense + LoRA": Setting(lora=True),
+    "dense, unguided": Setting(guided=False),
+    "dense + fresh_noise, unguided": Setting(techniques=("fresh_noise",), guided=False),
+    "radial + fresh_noise, unguided": Setting(True, ("fresh_noise",), guided=False),
 }
 METHOD = ("tile_side=12", "tile_frames=3", "block=432")  # that of the LoRA
 STEADY = 0.05  # share of the pairs of frames that may be off the path
@@ -118,7 +124,6 @@ def main() -> None:
         "trained_frames": TRAINED_FRAMES,
         "steps": args.steps,
         "first_seed": args.seed,
-        "guidance_scale": GUIDANCE_SCALE,
         "dtype": "bfloat16",
         "method": repr(radial(args)),
         "environment": environment(),
@@ -157,6 +162,13 @@ def folder_of(name: str, args: argparse.Namespace) -> Path:
     return args.work / size / (name.replace(" ", "") + which)
 
 
+def scale_of(name: str, args: argparse.Namespace) -> float:
+    """Of the guidance."""
+    setting = SETTINGS[name]
+    held = setting.lora and read_recipe(args.lora).holds_guidance
+    return GUIDANCE_SCALE if setting.guided and not held else 1.0
+
+
 def make(name: str, args: argparse.Namespace) -> None:
     """Generate what is not there yet of one setting."""
     folder = folder_of(name, args)
@@ -167,7 +179,8 @@ def make(name: str, args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         call = prepare(SETTINGS[name], args, stack)
         for part in track(parts, description=name):
-            for i, video in zip(part, clips(call, scenes, part, args), strict=True):
+            made = clips(call, scenes, part, args, scale_of(name, args))
+            for i, video in zip(part, made, strict=True):
                 keep_clip(folder, i, video)
                 motion_of(folder, i)
 
@@ -180,6 +193,7 @@ def prepare(setting: Setting, args: argparse.Namespace, stack: ExitStack) -> Cal
     techniques = [*setting.techniques]
     if setting.lora:
         pipe.load_lora_weights(args.lora)
+        pipe.fuse_lora()
         rope = read_recipe(args.lora).rope
         techniques = ([] if rope == "none" else [rope]) + techniques
     if setting.sparse:
@@ -190,7 +204,11 @@ def prepare(setting: Setting, args: argparse.Namespace, stack: ExitStack) -> Cal
 
 
 def clips(
-    call: Callable, scenes: tuple[world.Scene, ...], part: list[int], args: argparse.Namespace
+    call: Callable,
+    scenes: tuple[world.Scene, ...],
+    part: list[int],
+    args: argparse.Namespace,
+    guidance_scale: float,
 ) -> np.ndarray:
     """(B, F, H, W, 3) uint8, the i-th from seed `args.seed` + i."""
     videos = call(
@@ -199,7 +217,7 @@ def clips(
         width=SIZE,
         num_frames=args.frames,
         num_inference_steps=args.steps,
-        guidance_scale=GUIDANCE_SCALE,
+        guidance_scale=guidance_scale,
         max_sequence_length=16,
         generator=[torch.Generator().manual_seed(args.seed + i) for i in part],
         output_type="np",
@@ -233,6 +251,7 @@ def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
     count = len(scored)
     return {
         "clips": count,
+        "guidance_scale": scale_of(name, args),
         "motion": mean_motion(motions),
         "detector_score": sum(clip["whole"] for clip in scored) / count,
         "with_speed": sum(clip["right"] for clip in scored) / count,
@@ -281,7 +300,7 @@ def timings(names: list[str], args: argparse.Namespace) -> dict[str, dict[str, f
         for i in range(args.timed):
             for name, call in calls.items():
                 start = time.perf_counter()
-                clips(call, scenes, [i], args)
+                clips(call, scenes, [i], args, scale_of(name, args))
                 seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     return {

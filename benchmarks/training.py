@@ -14,7 +14,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -118,9 +120,10 @@ def batch(frames: int, args: argparse.Namespace, transformer: Any) -> tuple:
     return latents, noise, sigma, {"encoder_hidden_states": text}
 
 
-def step(transformer: Any, handle: Any, given: tuple, dtype: torch.dtype) -> float:
+def step(transformer: Any, given: tuple, dtype: torch.dtype) -> float:
     """Forward and backward; the gradients stay on the parameters."""
-    objective = Objective(transformer, family_of(transformer), handle, "flow")
+    alone: Any = SimpleNamespace(modules={}, showing=nullcontext)
+    objective = Objective(transformer, family_of(transformer), "flow", alone)
     transformer.zero_grad()
     with torch.autocast(given[0].device.type, dtype, enabled=dtype != torch.float32):
         loss = objective(*given)
@@ -132,8 +135,8 @@ def parity(transformer: Any, method: Any, args: argparse.Namespace, dtype: torch
     """The worst gradient's distance between the kernel and the reference, over the largest."""
     given, gradients = batch(5, args, transformer), []
     for kernel in ("reference", "auto"):
-        with gen_accel.attach(transformer, method, kernel=kernel) as handle:
-            step(transformer, handle, given, dtype)
+        with gen_accel.attach(transformer, method, kernel=kernel):
+            step(transformer, given, dtype)
         found = [p.grad.clone() for p in transformer.parameters() if p.grad is not None]
         gradients.append(torch.cat([x.flatten() for x in found]))
     exact, ours = gradients
@@ -150,8 +153,8 @@ def measure(
 
     def whole(chosen: Any) -> Callable[[], None]:
         def run() -> None:
-            with gen_accel.attach(transformer, chosen) as handle:
-                step(transformer, handle, given, dtype)
+            with gen_accel.attach(transformer, chosen):
+                step(transformer, given, dtype)
 
         return run
 

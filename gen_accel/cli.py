@@ -241,7 +241,12 @@ def generate(
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     steps: Steps = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="1 is without guidance.")] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="1 is without guidance. Without: the model's own, or 1 with a LoRA that holds it."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Each further prompt takes the next.")] = 0,
     fps: Annotated[
         float | None,

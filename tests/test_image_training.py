@@ -344,7 +344,7 @@ class TestTraining:
                 hook.remove()
             shown = [one.forward(*at[one]) for one in attentions]
             told = transformer.condition_embedder.text_embedder(taught["encoder_hidden_states"])
-            with adapter.off():
+            with adapter.teaching():
                 transformer(**call, **conditions)  # nothing is added from here on
             for one, given in zip(attentions, shown, strict=True):
                 wanted = one.forward(at[one][0], told)

@@ -11,11 +11,12 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import checks
 import finetuning as ft
@@ -26,22 +27,27 @@ import torch.nn.functional as F
 import wan
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import gen_accel
 from gen_accel import Radial, SparseLinear
 from gen_accel.attention_processors.families import wan as family
 from gen_accel.attention_processors.options import method_from
 from gen_accel.lora import TrainConfig, checkpoint, dry_run, print_config, read_config, trainer
+from gen_accel.lora.adapters import without_lora
 from gen_accel.lora.artefact import add_lora, target_modules
 from gen_accel.lora.config import Stage
-from gen_accel.lora.objective import Objective, draw, order, shifted, without_lora
+from gen_accel.lora.objective import Objective, draw, order, shifted
 from gen_accel.lora.prepare import cache_clips, model_of, prepare
 from gen_accel.measure.video_io import read_video, write_video
 from gen_accel.pipelines.attach import SilentBranch
+from gen_accel.pipelines.generate import generate
 from gen_accel.pipelines.long_video import apply_rule
-from gen_accel.pipelines.recipe import OtherAttention, Recipe, read_recipe
+from gen_accel.pipelines.recipe import GuidedTwice, OtherAttention, Recipe, read_recipe
+from gen_accel.pipelines.sampling import Clip, Loading
 from gen_accel.pipelines.schedule import Schedule
 
 SHIPPED = Path(__file__).parents[1] / "configs"
@@ -509,6 +515,20 @@ def exact_forward(transformer):
     return deepcopy(transformer).double()(**made, return_dict=False)[0]
 
 
+def with_recipe(folder, to, **fields):
+    """A copy of a LoRA with other fields in its recipe."""
+    shutil.copytree(folder, to)
+    with safe_open(to / WEIGHTS, "pt") as file:
+        metadata = dict(file.metadata())
+    for key in ("gen_accel", "lora_adapter_metadata"):
+        told = json.loads(metadata[key])
+        recipe = told if key == "gen_accel" else told["transformer.auto_mapping"]["gen_accel"]
+        recipe |= fields
+        metadata[key] = json.dumps(told)
+    save_file(load_file(to / WEIGHTS), to / WEIGHTS, metadata=metadata)
+    return to
+
+
 class TestFromLora:
     """gen_accel.attach(pipe, from_lora=folder)."""
 
@@ -565,6 +585,57 @@ class TestFromLora:
         gen_accel.attach(pipe, from_lora=folder)
         assert not [w for w in recwarn if issubclass(w.category, OtherAttention)]
 
+    def test_guidance_that_it_holds_is_not_given_again(self, trained, tmp_path, recwarn):
+        folder = with_recipe(trained[0], tmp_path / "held", teacher_guidance=3.0)
+        pipe = self.loaded(folder)
+        with gen_accel.attach(pipe, from_lora=folder):
+            wan.generate(pipe, guidance_scale=1.0)
+            wan.forward(pipe.transformer)
+            assert not [w for w in recwarn if issubclass(w.category, GuidedTwice)]
+            with pytest.warns(GuidedTwice, match="holds a guidance of 3 and .* guidance_scale=1"):
+                wan.generate(pipe, guidance_scale=4.0)
+            recwarn.clear()
+            wan.generate(pipe, guidance_scale=4.0)
+        with gen_accel.attach(pipe, from_lora=folder):
+            pass
+        wan.generate(pipe, guidance_scale=4.0)
+        with gen_accel.attach(pipe, from_lora=trained[0]):
+            wan.generate(pipe, guidance_scale=4.0)
+        assert not [w for w in recwarn if issubclass(w.category, GuidedTwice)]
+
+    @pytest.mark.parametrize("held", [True, False], ids=["held", "not held"])
+    def test_generate_goes_by_what_it_holds(self, trained, tmp_path, held, recwarn):
+        folder = trained[0]
+        if held:
+            folder = with_recipe(folder, tmp_path / "held", teacher_guidance=3.0)
+        wan.pipeline().save_pretrained(tmp_path / "model")
+        clip = Clip(5, wan.HEIGHT, wan.WIDTH, steps=1, max_tokens=16)
+        batches = []
+
+        def made(scale):
+            batches.clear()
+            recwarn.clear()
+            generate(
+                tmp_path / "model",
+                ["a red square moves right"],
+                out=tmp_path / "a.mp4",
+                from_lora=folder,
+                clip=replace(clip, guidance_scale=scale),
+                loading=Loading("float32", "cpu"),
+            )
+            guided = any(issubclass(w.category, GuidedTwice) for w in recwarn)
+            return len(batches), guided
+
+        watch = register_module_forward_pre_hook(
+            lambda module, args: (
+                batches.append(1) if isinstance(module, wan.WanTransformer3DModel) else None
+            )
+        )
+        with watch:
+            assert made(None) == ((1, False) if held else (2, False))
+            assert made(1.0) == (1, False)
+            assert made(3.0) == (2, held)
+
     def test_a_lora_of_another_model_is_refused(self, sparse):
         folder, _ = sparse
         pipe = wan.pipeline(transformer=wan.transformer(num_layers=3))
@@ -597,7 +668,7 @@ class TestFromLora:
             )
 
 
-def built(kind, method="sparse_linear", settings=ft.SPARSE, seed=0, **fields):
+def built(kind, method="sparse_linear", settings=ft.SPARSE, seed=0, guidance=1.0, **fields):
     """The objective with a LoRA that says something, and the model as it came."""
     given = ft.config("unused", method=method, settings=settings, **fields)
     transformer = wan.transformer(seed)
@@ -609,8 +680,14 @@ def built(kind, method="sparse_linear", settings=ft.SPARSE, seed=0, **fields):
     add_lora(transformer, given, some_recipe(given))
     for branch in handle.branches.values():
         branch.requires_grad_(True)
-    alone = SimpleNamespace(modules={}, showing=nullcontext, off=lambda: without_lora(transformer))
-    return Objective(transformer, family, handle, kind, alone), stock
+
+    @contextmanager
+    def teaching():
+        with handle.paused(), without_lora(transformer):
+            yield
+
+    alone = SimpleNamespace(modules={}, showing=nullcontext, teaching=teaching)
+    return Objective(transformer, family, kind, alone, guidance=guidance), stock
 
 
 def some_recipe(given):
@@ -678,6 +755,119 @@ class TestDistill:
         done = ft.train(ft.config(tmp_path, objective="distill", stages=("17:24",)))
         assert sum(done.losses[-8:]) < sum(done.losses[:8])
         assert read_recipe(done.folder).objective == "distill"
+
+
+class TestGuidedTeacher:
+    """A LoRA that holds the guidance of its teacher."""
+
+    FIELDS: ClassVar = {"method": "radial", "settings": ("block=4",), "stages": ("9:6",)}
+
+    @pytest.fixture
+    def teacher(self, tmp_path):
+        return ft.train(ft.config(tmp_path / "teacher", **self.FIELDS, seed=4)).folder
+
+    def test_the_target(self):
+        objective, stock = built("distill", guidance=3.0)
+        say_something(objective)
+        clean, noise, sigma, conditions = batch()
+        nothing = {name: torch.zeros_like(x) for name, x in conditions.items()}
+        mix = sigma.view(-1, 1, 1, 1, 1)
+        noisy = (1 - mix) * clean + mix * noise
+        with torch.no_grad():
+            student = family.predict(objective.transformer, noisy, sigma, conditions)
+            told, untold = (family.predict(stock, noisy, sigma, c) for c in (conditions, nothing))
+            loss = objective(clean, noise, sigma, conditions, None, nothing)
+        assert_apart(told, untold)
+        torch.testing.assert_close(loss, F.mse_loss(student, 3 * told - 2 * untold))
+
+    def test_it_is_taught_by_the_lora_through_its_attention(self, teacher, tmp_path):
+        alike = {"objective": "distill", "teacher_lora": str(teacher), "caption_dropout": 0.0}
+        same = ft.config(tmp_path / "a", **self.FIELDS, **alike, init_lora=str(teacher))
+        assert ft.train(same).losses[0] == 0  # it says what it starts from
+        guided = replace(same, out=str(tmp_path / "b"), teacher_guidance=3.0, stages=("9:24",))
+        done = ft.train(guided)
+        assert done.losses[0] > 0
+        assert sum(done.losses[-6:]) < sum(done.losses[:6])
+        recipe = read_recipe(done.folder)
+        assert (recipe.teacher_guidance, recipe.holds_guidance) == (3.0, True)
+        assert not read_recipe(teacher).holds_guidance
+
+    def test_the_teacher_stays_and_is_not_kept(self, teacher, tmp_path):
+        fields = {"objective": "distill", "teacher_lora": str(teacher), "teacher_guidance": 2.0}
+        given = ft.config(tmp_path / "a", **self.FIELDS, **fields)
+        run = trainer._Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
+        saved = load_file(teacher / WEIGHTS)
+        assert not any(".teacher." in name for name in run.names)
+        run.go(False)
+        transformer = run.model.transformer
+        for name, x in get_peft_model_state_dict(transformer, adapter_name="teacher").items():
+            assert torch.equal(x, saved[f"transformer.{name}"]), name
+        kept = load_file(tmp_path / "a" / "lora" / WEIGHTS)
+        assert kept.keys() == saved.keys()
+        assert not any(torch.equal(kept[name], saved[name]) for name in kept if "lora_B" in name)
+
+    def test_resume_is_the_same_to_the_bit(self, teacher, tmp_path):
+        fields = {"objective": "distill", "teacher_lora": str(teacher), "teacher_guidance": 2.0}
+        given = ft.config(tmp_path / "a", **self.FIELDS, **fields, checkpoint_every=3)
+        ft.train(given)
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        shutil.rmtree(tmp_path / "b" / "checkpoints" / "step-000006")
+        ft.train(replace(given, out=str(tmp_path / "b")), resume=True)
+        a, b = (load_file(tmp_path / x / "lora" / WEIGHTS) for x in "ab")
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"settings": ("block=8",)}, "block=4.* with 0 dense layers, asked for .*block=8"),
+            ({"dense_layers": 1}, "with 0 dense layers, asked for .* with 1: take"),
+            ({"method": "dense", "settings": ()}, "asked for is Dense"),
+            ({"stages": ("9:6:position_interpolation",)}, "with the rule 'none', stages ask for"),
+            ({"method": "sparse_linear", "settings": ft.SPARSE}, "would be the teacher's too"),
+        ],
+        ids=["method", "layers", "dense", "rule", "parameters"],
+    )
+    def test_a_teacher_that_does_not_fit(self, teacher, tmp_path, fields, message):
+        given = ft.config(
+            tmp_path / "a",
+            **(self.FIELDS | fields),
+            objective="distill",
+            teacher_lora=str(teacher),
+        )
+        with pytest.raises(ValueError, match=message):
+            ft.train(given)
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"teacher_guidance": 0.5}, "teacher_guidance must be at least 1, got 0.5"),
+            ({"teacher_guidance": 3.0}, "teacher_guidance is of objective distill"),
+            ({"teacher_lora": "x"}, "teacher_lora is of objective distill"),
+            (
+                {"teacher_lora": "x", "objective": "distill", "adapter": "image_prompt"},
+                "got 'x' with distill and image_prompt",
+            ),
+            (
+                {
+                    "teacher_lora": "x",
+                    "objective": "distill",
+                    "rank": 0,
+                    "method": "sparse_linear",
+                },
+                "teacher_lora teaches a LoRA, and rank is 0",
+            ),
+        ],
+        ids=["scale", "flow", "flow with lora", "image prompt", "no rank"],
+    )
+    def test_what_is_refused(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            TrainConfig(**fields)
+
+    def test_validation_goes_without_guidance(self):
+        assert TrainConfig().sampling_guidance == 5.0
+        held = TrainConfig(objective="distill", teacher_guidance=3.0)
+        assert held.sampling_guidance == 1.0
+        assert replace(held, guidance_scale=2.0).sampling_guidance == 2.0
 
 
 def test_the_loss_is_that_of_the_velocity():

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gen_accel.lora import checkpoint, trainer
+from gen_accel.pipelines.recipe import read_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -109,6 +110,23 @@ def test_two_processes_are_one_with_a_batch_of_two(replicated, tmp_path, name):
     fields = {"long": LONG, "teacher": TEACHER}[name]
     ft.train(ft.config(tmp_path, **(fields | {"batch_size": 2})))
     assert losses(tmp_path) == pytest.approx(losses(replicated / name), abs=1e-5)
+
+
+def test_a_teacher_with_a_lora(made, tmp_path):
+    """Whole in both processes, in parts, and in one process of two clips."""
+    radial = {"method": "radial", "settings": ["block=4"], "stages": ["9:4"]}
+    teacher = ft.train(ft.config(tmp_path / "teacher", **radial, seed=4)).folder
+    fields = radial | {
+        "objective": "distill",
+        "teacher_lora": str(teacher),
+        "teacher_guidance": 3.0,
+    }
+    ft.train(ft.config(tmp_path / "one", **fields, batch_size=2))
+    for name, parts in (("ddp", False), ("fsdp", True)):
+        out = made / name / "guided"
+        launch(out=str(out), fields=fields, sharded=parts)
+        assert losses(out) == pytest.approx(losses(tmp_path / "one"), abs=1e-5), name
+        assert read_recipe(out / "lora").teacher_guidance == 3.0
 
 
 def test_two_processes_resume(replicated, made):

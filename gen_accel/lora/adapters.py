@@ -7,13 +7,13 @@ modules                       what trains outside of the transformer, by name
 inputs(cache, clips, draws)   what a batch holds for it, beside clips and captions
 taught(cache, clips, draws)   conditions of the teacher, of each clip; None: those of the clips
 showing(*inputs)              a context in which a forward pass sees these
-off()                         a context in which the model runs without
+teaching()                    a context in which the model is the teacher
 writer(whole)                 writes it as it is now, into the folder that it is given
 sampling(i)                   a context in which the i-th validation video is made
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -22,13 +22,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gen_accel.lora.artefact import add_lora, load_branches, load_into, lora_state, write_lora
+from gen_accel.lora.artefact import (
+    ADAPTER,
+    TEACHER,
+    add_lora,
+    add_teacher,
+    load_branches,
+    load_into,
+    lora_state,
+    write_lora,
+)
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data import open_image
 from gen_accel.lora.images import ImageCoder, about_images, new_projector, variant_of
 from gen_accel.lora.latents import as_features
 from gen_accel.lora.model import Model
-from gen_accel.lora.objective import Draw, without_lora
+from gen_accel.lora.objective import Draw
 from gen_accel.pipelines.recipe import Recipe, check_base, parse
 from gen_accel.pipelines.storage import save_processors
 
@@ -47,10 +56,13 @@ class Lora:
     def __init__(self, config: TrainConfig, model: Model, handle: Any, recipe: Recipe) -> None:
         self._transformer, self._handle, self._recipe = model.transformer, handle, recipe
         self._is_on = bool(config.rank)
+        self._teacher = None
         if config.rank:
             add_lora(model.transformer, config, recipe)
             if config.init_lora is not None:
                 load_into(model.transformer, config.init_lora, config)
+        if config.teacher_lora is not None:
+            self._teacher = add_teacher(model.transformer, config)
         if config.init_lora is not None:
             load_branches(handle.branches, config.init_lora)
         for branch in handle.branches.values():  # after PEFT, which freezes all but its own
@@ -66,8 +78,19 @@ class Lora:
     def showing(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def off(self) -> AbstractContextManager[None]:
-        return without_lora(self._transformer)
+    @contextmanager
+    def teaching(self) -> Iterator[None]:
+        """The model as it came, or with the LoRA and the attention of `teacher_lora`."""
+        if self._teacher is None:
+            with self._handle.paused(), without_lora(self._transformer):
+                yield
+            return
+        with ExitStack() as stack:
+            if self._teacher.method == "dense":
+                stack.enter_context(self._handle.paused())
+            self._transformer.set_adapter(TEACHER)
+            stack.callback(self._transformer.set_adapter, ADAPTER)
+            yield
 
     def sampling(self, index: int) -> AbstractContextManager[None]:
         return nullcontext()
@@ -107,7 +130,8 @@ class ImagePromptAdapter:
 
         for branch in handle.branches.values():
             branch.requires_grad_(False)
-        self._config, self._cache, self._coder = config, cache, ImageCoder.of(config)
+        self._handle, self._config, self._cache = handle, config, cache
+        self._coder = ImageCoder.of(config)
         self._of_files: dict[int, Tensor] = {}
         self.adapter = _adapter(config, model.transformer, cache)
         self._about = {
@@ -143,8 +167,11 @@ class ImagePromptAdapter:
     def showing(self, features: Tensor) -> AbstractContextManager[None]:
         return self._prompt.using(features)
 
-    def off(self) -> AbstractContextManager[None]:
-        return self._prompt.paused()
+    @contextmanager
+    def teaching(self) -> Iterator[None]:
+        """Without the image."""
+        with self._handle.paused(), self._prompt.paused():
+            yield
 
     @contextmanager
     def sampling(self, index: int) -> Iterator[None]:
@@ -177,6 +204,18 @@ class ImagePromptAdapter:
 
 
 Adapter = Lora | ImagePromptAdapter
+
+
+@contextmanager
+def without_lora(transformer: Any) -> Iterator[None]:
+    if not getattr(transformer, "peft_config", None):
+        yield
+        return
+    transformer.disable_adapters()
+    try:
+        yield
+    finally:
+        transformer.enable_adapters()
 
 
 def put_on(config: TrainConfig, model: Model, handle: Any, recipe: Recipe, cache: Any) -> Adapter:

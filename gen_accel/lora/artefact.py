@@ -6,6 +6,7 @@ processors.json, .safetensors      the method's own parameters, where it has som
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import family_of
+from gen_accel.attention_processors.options import method_from
 from gen_accel.lora.config import TrainConfig
 from gen_accel.measure.report import write_json
 from gen_accel.measure.video_io import replacing
 from gen_accel.pipelines.recipe import CONFIG, KEY, WEIGHTS, Recipe, check_base, read_recipe
 from gen_accel.pipelines.storage import WEIGHTS as PROCESSORS
 
-ADAPTER = "default"
+ADAPTER, TEACHER = "default", "teacher"  # of PEFT
 PREFIX = "transformer"  # what diffusers calls it in the file, whichever of two it is
 
 
@@ -71,6 +73,56 @@ def add_lora(transformer: Any, config: TrainConfig, recipe: Recipe) -> None:
         auto_mapping={KEY: recipe.to_dict()},
     )
     transformer.add_adapter(lora, ADAPTER)
+
+
+def check_teacher(config: TrainConfig, transformer: Any) -> Recipe:
+    """What is known of `teacher_lora`.
+
+    Raises:
+        FileNotFoundError: no LoRA there.
+        ValueError: of another model, or one that cannot run beside what trains: through another
+            sparse attention, with parameters of the method, or under another rule of positions.
+    """
+    source = config.teacher_lora
+    assert source is not None
+    recipe = read_recipe(source)
+    check_base(recipe, transformer)
+    method = method_from(config.method, config.settings)
+    if hasattr(method, "branch"):
+        raise ValueError(
+            f"teacher_lora does not go with method {config.method}: its parameters would be the "
+            "teacher's too"
+        )
+    theirs = recipe.build_method(), recipe.build_schedule().dense_layers
+    if recipe.method != "dense" and theirs != (method, config.dense_layers):
+        raise ValueError(
+            f"teacher_lora {source} runs through {theirs[0]!r} with {theirs[1]} dense layers, "
+            f"asked for is {method!r} with {config.dense_layers}: take its attention, or a "
+            "teacher trained with method dense"
+        )
+    rules = {stage.rope for stage in config.curriculum} - {recipe.rope}
+    if rules:
+        raise ValueError(
+            f"teacher_lora {source} was trained with the rule {recipe.rope!r}, stages ask for "
+            f"{', '.join(map(repr, sorted(rules)))}"
+        )
+    return recipe
+
+
+def add_teacher(transformer: Any, config: TrainConfig) -> Recipe:
+    """Load `teacher_lora` beside the LoRA that trains; raises as `check_teacher` does."""
+    recipe = check_teacher(config, transformer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two are meant
+        transformer.load_lora_adapter(
+            str(_folder(config.teacher_lora)),  # pyright: ignore[reportArgumentType]
+            weight_name=WEIGHTS,
+            prefix=PREFIX,
+            adapter_name=TEACHER,
+            local_files_only=True,
+        )
+    transformer.set_adapter(ADAPTER)
+    return recipe
 
 
 def lora_state(transformer: Any) -> dict[str, Tensor]:

@@ -138,6 +138,18 @@ class TrainConfig:
         "what it predicts without an image from the clip's teacher_caption; distill_attention: "
         "what each attention to the text gives from that caption.",
     )
+    teacher_guidance: float = _(
+        1.0,
+        "Loss",
+        "distill: guidance scale of the teacher; above 1 the LoRA holds the guidance, and "
+        "generates without, in half the time.",
+    )
+    teacher_lora: str | None = _(
+        None,
+        "Loss",
+        "distill: folder of a LoRA that the teacher has, with the attention that it was trained "
+        "with; none: the model as it came.",
+    )
     timestep_sampling: Literal["logit_normal", "uniform"] = _(
         "logit_normal", "Loss", "How noise levels are drawn, before the shift."
     )
@@ -177,7 +189,9 @@ class TrainConfig:
     validation_prompts: tuple[str, ...] = _((), "Keeping", "One video each, seeds from 0.")
     validation_frames: int | None = _(None, "Keeping", "None: of the longest stage.")
     validation_steps: int = _(20, "Keeping", "Denoising steps.")
-    guidance_scale: float = _(5.0, "Keeping", "Of the videos sampled.")
+    guidance_scale: float | None = _(
+        None, "Keeping", "Of the videos sampled; none: 5, or 1 where the LoRA holds the guidance."
+    )
 
     def __post_init__(self) -> None:
         from gen_accel.attention_processors.options import method_from
@@ -233,6 +247,17 @@ class TrainConfig:
         for name in ("lora_dropout", "ema_decay", *shares):
             if not 0 <= getattr(self, name) < 1 + EPS * (name in shares):
                 raise ValueError(f"{name} must be a share from 0 to 1, got {getattr(self, name)}")
+        if not 1 <= self.teacher_guidance < float("inf"):
+            raise ValueError(f"teacher_guidance must be at least 1, got {self.teacher_guidance}")
+        if self.objective != "distill" or self.adapter != "lora":
+            for name in ("teacher_guidance", "teacher_lora"):
+                if self._is_given(name):
+                    raise ValueError(
+                        f"{name} is of objective distill and adapter lora, got "
+                        f"{getattr(self, name)!r} with {self.objective} and {self.adapter}"
+                    )
+        if self.teacher_lora is not None and not self.rank:
+            raise ValueError("teacher_lora teaches a LoRA, and rank is 0")
         if not self.stages:
             raise ValueError("stages is empty: give at least one, as 81:200")
         method = method_from(self.method, self.settings)
@@ -297,6 +322,13 @@ class TrainConfig:
     @property
     def reads_teacher_captions(self) -> bool:
         return self.adapter == "image_prompt" and self.objective != "flow"
+
+    @property
+    def sampling_guidance(self) -> float:
+        """Of the validation videos."""
+        if self.guidance_scale is not None:
+            return self.guidance_scale
+        return 1.0 if self.teacher_guidance > 1 else 5.0
 
     @property
     def curriculum(self) -> tuple[Stage, ...]:

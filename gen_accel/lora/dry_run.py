@@ -85,7 +85,7 @@ def dry_run(config: TrainConfig) -> Trained:
     if len(stages) == 1:
         stages = (stages[0].replace(":1", ":2", 1),)
     with tempfile.TemporaryDirectory() as folder:
-        least_of = {"rank": min(config.rank, 4), "init_lora": None}
+        least_of = {"rank": min(config.rank, 4), "init_lora": None, "teacher_lora": None}
         if config.adapter == "image_prompt":
             least_of = {"init_adapter": None}
         small = replace(

@@ -3,7 +3,6 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -123,17 +122,24 @@ class Objective(nn.Module):
     Args:
         transformer: with the LoRA and the processors.
         family: how it is called.
-        handle: of the attached method.
         kind: "flow", "distill" or "distill_attention".
         adapter: what trains; see `gen_accel.lora.adapters`.
+        guidance: scale of what the teacher of "distill" is guided by.
     """
 
     def __init__(
-        self, transformer: nn.Module, family: Any, handle: Any, kind: str, adapter: Any
+        self,
+        transformer: nn.Module,
+        family: Any,
+        kind: str,
+        adapter: Any,
+        *,
+        guidance: float = 1.0,
     ) -> None:
         super().__init__()
         self.transformer = transformer
-        self._family, self._handle, self._kind, self._adapter = family, handle, kind, adapter
+        self._family, self._kind, self._adapter = family, kind, adapter
+        self._guidance = guidance
         for name, module in adapter.modules.items():
             self.add_module(name, module)
         self._of_attention = None
@@ -151,6 +157,7 @@ class Objective(nn.Module):
         sigma: Tensor,
         conditions: dict[str, Tensor],
         taught: dict[str, Tensor] | None = None,
+        untold: dict[str, Tensor] | None = None,
         *shown: Tensor,
     ) -> Tensor:
         """The mean squared error of the velocity, noise - clean, or that of `AttentionLoss`.
@@ -160,6 +167,7 @@ class Objective(nn.Module):
             sigma: (B,).
             conditions: arguments of the transformer, batch first.
             taught: those of the teacher, where they are others.
+            untold: those of no caption, where the teacher is guided.
             shown: what the adapter is shown beside.
         """
         taught = conditions if taught is None else taught
@@ -172,7 +180,7 @@ class Objective(nn.Module):
             )
         target = noise - clean
         if self._kind == "distill":
-            target = self._teacher(noisy, sigma, taught)
+            target = self._teacher(noisy, sigma, taught, untold)
         velocity = self._student(noisy, sigma, conditions, *shown)
         return F.mse_loss(velocity.float(), target.float())
 
@@ -183,24 +191,18 @@ class Objective(nn.Module):
             return self._family.predict(self.transformer, noisy, sigma, conditions)
 
     @torch.no_grad()
-    def _teacher(self, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-        """What the model as it came says: its own attention, no LoRA, no image."""
-        with self._handle.paused(), self._adapter.off():
-            return self._family.predict(self.transformer, noisy, sigma, conditions)
-
-
-def without_lora(transformer: Any) -> Any:
-    return _Disabled(transformer) if getattr(transformer, "peft_config", None) else nullcontext()
-
-
-class _Disabled:
-    """`disable_adapters` of the model, put back at the end."""
-
-    def __init__(self, transformer: Any) -> None:
-        self._transformer = transformer
-
-    def __enter__(self) -> None:
-        self._transformer.disable_adapters()
-
-    def __exit__(self, *exc: object) -> None:
-        self._transformer.enable_adapters()
+    def _teacher(
+        self,
+        noisy: Tensor,
+        sigma: Tensor,
+        conditions: dict[str, Tensor],
+        untold: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """With `untold`, guided: v(untold) + guidance (v(conditions) - v(untold))."""
+        predict = partial(self._family.predict, self.transformer, noisy, sigma)
+        with self._adapter.teaching():
+            told = predict(conditions)
+            if untold is None:
+                return told
+            alone = predict(untold)
+            return alone + self._guidance * (told - alone)

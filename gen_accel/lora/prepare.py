@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from gen_accel import demo
 from gen_accel.attention_processors.options import method_from
 from gen_accel.lora.adapters import read_start
-from gen_accel.lora.artefact import target_modules
+from gen_accel.lora.artefact import check_teacher, target_modules
 from gen_accel.lora.attention_loss import text_attentions
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.images import ImageCoder, describe_images
@@ -114,6 +114,8 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
         target_modules(transformer, config.targets)
     if config.init_lora is not None:
         check_base(read_recipe(config.init_lora), transformer)
+    if config.teacher_lora is not None:
+        check_teacher(config, transformer)
     method = method_from(config.method, config.settings)
     lengths = {stage.frames for stage in config.curriculum}
     if config.validate_every and config.validation_frames is not None:

@@ -168,7 +168,11 @@ class _Run:
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         self.objective = Objective(
-            transformer, self.family, self.handle, config.objective, self.adapter
+            transformer,
+            self.family,
+            config.objective,
+            self.adapter,
+            guidance=config.teacher_guidance,
         )
         cast_training_params([self.objective], dtype=torch.float32)
         transformer.train()
@@ -273,7 +277,7 @@ class _Run:
 
     def _batch(self, step: int, clips: list[int], frames: int, micro: int) -> tuple:
         """This process's clips of a micro-step: latents, noise, noise levels, conditions, those of
-        the teacher, and what the adapter is shown beside."""
+        the teacher, those without a caption, and what the adapter is shown beside."""
         config, accelerator = self.config, self.accelerator
         size, ranks = config.batch_size, accelerator.num_processes
         first = (micro * ranks + accelerator.process_index) * size
@@ -298,15 +302,18 @@ class _Run:
         def together(each: list[dict[str, Tensor]]) -> dict[str, Tensor]:
             return {name: put(torch.stack([one[name] for one in each])) for name in each[0]}
 
-        taught = None
+        taught = untold = None
         if config.objective != "flow":
             taught = self.adapter.taught(self.cache, numbers, draws)
+        if config.teacher_guidance > 1:
+            untold = together([self.cache.empty] * size)
         return (
             put(torch.stack(latents)),
             put(torch.stack([drawn.noise for drawn in draws])),
             put(torch.tensor([drawn.sigma for drawn in draws])),
             together(conditions),
             None if taught is None else together(taught),
+            untold,
             *map(put, self.adapter.inputs(self.cache, numbers, draws)),
         )
 
@@ -388,6 +395,7 @@ class _Run:
             **fields_of_lora(config),
             objective=config.objective,
             data=self.cache.digest,
+            teacher_guidance=config.teacher_guidance,
         )
 
     def _save(self, done: int) -> None:

@@ -34,7 +34,7 @@ class Validation:
             config.height,
             config.width,
             config.validation_steps,
-            config.guidance_scale,
+            config.sampling_guidance,
             fps=self.fps,
             max_tokens=config.max_tokens,
         )

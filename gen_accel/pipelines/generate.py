@@ -197,7 +197,8 @@ def generate(
         out: .mp4, .gif, .png or no suffix, see `write_video`. Several prompts give `out-000.mp4`
             and so on.
         from_lora: a folder of `gen_accel.lora.train` instead of a method: its weights are loaded,
-            and what it was trained with is attached.
+            and what it was trained with is attached. One that holds its guidance runs without,
+            unless `clip` says otherwise.
         compare: also generate densely from the same seed, and write `out.dense.mp4`,
             `out.side_by_side.mp4` and `out.json` with speed-up, density, PSNR and SSIM.
         timed: also measure the seconds spent in attention; on a GPU that waits for each call.
@@ -226,7 +227,7 @@ def generate(
     if from_lora is not None:
         if method is not None or compare:
             raise ValueError(f"from_lora {from_lora} brings its own method, and has no compare")
-        method, loading = _trained(from_lora, loading)
+        method, loading, clip = _trained(from_lora, loading, clip)
     elif method is None:
         raise ValueError("give a method, or from_lora")
     if not prompts:
@@ -401,8 +402,8 @@ def _jobs(
     ]
 
 
-def _trained(from_lora: str | Path, loading: Loading) -> tuple[Any, Loading]:
-    """The method of a LoRA, and what is to be loaded for it."""
+def _trained(from_lora: str | Path, loading: Loading, clip: Clip) -> tuple[Any, Loading, Clip]:
+    """The method of a LoRA, what is to be loaded for it, and the clip with its guidance."""
     recipe = read_recipe(from_lora)
     if recipe.part != "transformer":
         raise ValueError(
@@ -411,7 +412,9 @@ def _trained(from_lora: str | Path, loading: Loading) -> tuple[Any, Loading]:
         )
     if recipe.rank:  # without, the method's own parameters are all that was trained
         loading = replace(loading, loras=(*loading.loras, str(from_lora)))
-    return recipe.build_method(), loading
+    if recipe.holds_guidance and clip.guidance_scale is None:
+        clip = replace(clip, guidance_scale=1.0)
+    return recipe.build_method(), loading, clip
 
 
 def _check_comparison(method: Any, techniques: Sequence[str], latents: str | Path | None) -> None:

@@ -35,6 +35,8 @@ class Recipe:
         stages: the curriculum, frames:steps[:rule] each.
         steps: optimizer steps in all.
         data: hash of the clips and captions.
+        teacher_guidance: scale of the guidance that it holds, so that it is to generate without; 1
+            is none.
     """
 
     base_model: str
@@ -56,6 +58,11 @@ class Recipe:
     objective: str
     data: str
     version: int = VERSION
+    teacher_guidance: float = 1.0
+
+    @property
+    def holds_guidance(self) -> bool:
+        return self.teacher_guidance > 1
 
     def build_method(self) -> Any:
         return method_class(self.method)(**with_tuples(self.options))
@@ -73,6 +80,10 @@ class Recipe:
 
 class OtherAttention(UserWarning):
     """A LoRA runs with another attention than it was trained with."""
+
+
+class GuidedTwice(UserWarning):
+    """A LoRA that holds its guidance runs with guidance."""
 
 
 def read_recipe(source: str | Path) -> Recipe:

@@ -1,12 +1,17 @@
 """Attach the attention that a LoRA was trained with."""
 
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from gen_accel.pipelines.attach import Attachment, attach, served_transformers
 from gen_accel.pipelines.long_video.rope import apply_rule
 from gen_accel.pipelines.long_video.technique import latent_frames, temporal_patch
-from gen_accel.pipelines.recipe import check_base, read_recipe
+from gen_accel.pipelines.recipe import GuidedTwice, Recipe, check_base, read_recipe
 from gen_accel.pipelines.schedule import Schedule
 from gen_accel.pipelines.storage import CONFIG, load_processors
 
@@ -43,4 +48,27 @@ def attach_trained(
             handle.detach()
             raise
         handle.companions.append(rule.remove)
+    if recipe.holds_guidance:
+        handle.companions.append(_watch_guidance(pipe_or_transformer, transformer, recipe))
     return handle
+
+
+def _watch_guidance(pipe: Any, transformer: nn.Module, recipe: Recipe) -> Callable[[], None]:
+    """Warn of the first call with guidance; returns what ends the watch."""
+
+    def check(module: nn.Module, args: tuple) -> None:
+        # Of pipelines that do not say, and in a graph, nothing is known.
+        if torch.compiler.is_compiling() or not getattr(
+            pipe, "do_classifier_free_guidance", False
+        ):
+            return
+        watch.remove()
+        warnings.warn(
+            f"the LoRA holds a guidance of {recipe.teacher_guidance:g} and is guided again: call "
+            "the pipeline with guidance_scale=1, which takes half the time",
+            GuidedTwice,
+            stacklevel=2,
+        )
+
+    watch = transformer.register_forward_pre_hook(check)
+    return watch.remove
