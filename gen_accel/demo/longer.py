@@ -115,8 +115,8 @@ def notes(report: dict[str, Any]) -> list[str]:
     guided = ""
     if scales["lora"] != scales["dense"]:
         guided = (
-            " The LoRA holds the guidance that the model has to be given, so that a step calls the "
-            "model once and not twice."
+            " The LoRA holds the guidance that the model has to be given, so that a step calls "
+            "the model once and not twice."
         )
     return [
         f"The model was trained on {report['trained_frames']} frames. At {report['frames']}, as "
