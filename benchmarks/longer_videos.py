@@ -193,7 +193,7 @@ def prepare(setting: Setting, args: argparse.Namespace, stack: ExitStack) -> Cal
     techniques = [*setting.techniques]
     if setting.lora:
         pipe.load_lora_weights(args.lora)
-        pipe.fuse_lora()
+        pipe.fuse_lora()  # beside the weights it would cost a tenth of a step
         rope = read_recipe(args.lora).rope
         techniques = ([] if rope == "none" else [rope]) + techniques
     if setting.sparse:

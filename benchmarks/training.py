@@ -24,6 +24,7 @@ from diffusers import WanTransformer3DModel
 
 import gen_accel
 from gen_accel.attention_processors.families import family_of
+from gen_accel.attention_processors.options import method_from
 from gen_accel.demo.evaluate import TRAINED_FRAMES
 from gen_accel.functional import attention
 from gen_accel.lora.artefact import target_modules
@@ -36,6 +37,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "demo": {"height": 12, "width": 12, "trained": (TRAINED_FRAMES - 1) // 4 + 1, "text": 16},
     "1.3b": {"height": 60, "width": 104, "trained": 21, "text": 512},
 }
+METHOD = ("tile_side=12", "tile_frames=3", "block=432")  # that of the demo's LoRA
 WAN_1_3B = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest gradient
 
@@ -46,12 +48,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--times", type=int, nargs="+", default=[1, 2, 4], help="of the length")
-    parser.add_argument("--decay-factor", type=float, default=0.3)
+    parser.add_argument(
+        "--set", nargs="+", default=METHOD, metavar="FIELD=VALUE", help="fields of Radial"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    method = gen_accel.Radial(decay_factor=args.decay_factor)
+    method = method_from("radial", args.set)
     dtype = getattr(torch, args.dtype)
 
     transformer = build(args.model, dtype, args.device)

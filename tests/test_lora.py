@@ -1,6 +1,7 @@
 """Training a LoRA: what is drawn, what is kept, what is refused, and what it leaves."""
 
 import errno
+import gc
 import json
 import math
 import os
@@ -11,12 +12,14 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
+from weakref import ref
 
 import checks
 import finetuning as ft
@@ -37,11 +40,13 @@ from gen_accel import Radial, SparseLinear
 from gen_accel.attention_processors.families import wan as family
 from gen_accel.attention_processors.options import method_from
 from gen_accel.lora import TrainConfig, checkpoint, dry_run, print_config, read_config, trainer
-from gen_accel.lora.adapters import without_lora
+from gen_accel.lora.adapters import active
 from gen_accel.lora.artefact import add_lora, target_modules
 from gen_accel.lora.config import Stage
 from gen_accel.lora.objective import Objective, draw, order, shifted
 from gen_accel.lora.prepare import cache_clips, model_of, prepare
+from gen_accel.lora.validate import _guidance
+from gen_accel.measure.report import file_sha256
 from gen_accel.measure.video_io import read_video, write_video
 from gen_accel.pipelines.attach import SilentBranch
 from gen_accel.pipelines.generate import generate
@@ -603,6 +608,39 @@ class TestFromLora:
             wan.generate(pipe, guidance_scale=4.0)
         assert not [w for w in recwarn if issubclass(w.category, GuidedTwice)]
 
+    def test_what_it_holds_breaks_no_graph(self, trained, tmp_path):
+        folder = with_recipe(trained[0], tmp_path / "held", teacher_guidance=3.0)
+        pipe = self.loaded(folder)
+        gen_accel.attach(pipe, from_lora=folder, schedule=Schedule())
+        with torch.no_grad():
+            plain = wan.forward(pipe.transformer)
+            pipe.transformer.compile(backend="eager", fullgraph=True)
+            assert torch.equal(wan.forward(pipe.transformer), plain)
+
+    def test_the_watch_goes_with_the_pipeline(self, trained, tmp_path, recwarn):
+        folder = with_recipe(trained[0], tmp_path / "held", teacher_guidance=3.0)
+        pipe = self.loaded(folder)
+        gen_accel.attach(pipe, from_lora=folder)
+        twin = deepcopy(pipe)
+        with pytest.warns(GuidedTwice):
+            wan.generate(pipe, guidance_scale=4.0)
+        recwarn.clear()
+        wan.generate(twin, guidance_scale=1.0)
+        assert not [w for w in recwarn if issubclass(w.category, GuidedTwice)]
+        with pytest.warns(GuidedTwice):
+            wan.generate(twin, guidance_scale=4.0)
+        transformer, gone = pipe.transformer, ref(pipe)
+        del pipe
+        gc.collect()
+        assert gone() is None
+        assert transformer is not None
+
+    def test_a_negative_prompt_needs_guidance(self, trained, tmp_path):
+        folder = with_recipe(trained[0], tmp_path / "held", teacher_guidance=3.0)
+        clip = Clip(5, wan.HEIGHT, wan.WIDTH, negative_prompt="blur")
+        with pytest.raises(ValueError, match="negative_prompt 'blur' needs guidance"):
+            generate("nowhere", ["a cat"], out=tmp_path / "a.mp4", from_lora=folder, clip=clip)
+
     @pytest.mark.parametrize("held", [True, False], ids=["held", "not held"])
     def test_generate_goes_by_what_it_holds(self, trained, tmp_path, held, recwarn):
         folder = trained[0]
@@ -683,7 +721,7 @@ def built(kind, method="sparse_linear", settings=ft.SPARSE, seed=0, guidance=1.0
 
     @contextmanager
     def teaching():
-        with handle.paused(), without_lora(transformer):
+        with handle.paused(), active(transformer, None):
             yield
 
     alone = SimpleNamespace(modules={}, showing=nullcontext, teaching=teaching)
@@ -816,16 +854,115 @@ class TestGuidedTeacher:
         a, b = (load_file(tmp_path / x / "lora" / WEIGHTS) for x in "ab")
         assert all(torch.equal(a[name], b[name]) for name in a)
 
+    def test_a_dense_teacher(self, tmp_path):
+        """Its own attention is full where the student's is sparse."""
+        plain = self.FIELDS | {"method": "dense", "settings": ()}
+        teacher = ft.train(ft.config(tmp_path / "teacher", **plain, seed=4)).folder
+        alike = {"objective": "distill", "teacher_lora": str(teacher), "init_lora": str(teacher)}
+        done = ft.train(ft.config(tmp_path / "a", **plain, **alike))
+        assert done.losses[0] == 0
+        whole = self.FIELDS | {"settings": ("block=1024",)}
+        done = ft.train(ft.config(tmp_path / "b", **whole, **alike))
+        assert done.losses[0] < 1e-10
+        sparse = self.FIELDS | {"settings": ("block=4", "decay_factor=0.1")}
+        done = ft.train(ft.config(tmp_path / "c", **sparse, **alike))
+        assert done.losses[0] > 1e-6
+        branches = {"method": "sparse_linear", "settings": ft.SPARSE, "stages": ("9:6",)}
+        given = ft.config(tmp_path / "d", **branches, **alike)
+        run = trainer._Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
+        assert any("branch" in name for name in run.names)
+        assert run.go(False).losses[0] > 0
+
+    @pytest.mark.parametrize("fails", [False, True], ids=["taught", "failed"])
+    def test_teaching_leaves_no_trace(self, teacher, tmp_path, fails):
+        fields = {"objective": "distill", "teacher_lora": str(teacher), "teacher_guidance": 2.0}
+        given = ft.config(tmp_path / "a", **self.FIELDS, **fields)
+        run = trainer._Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
+
+        def flags():
+            return {n: p.requires_grad for n, p in run.objective.named_parameters()}
+
+        before, said = flags(), partial(wan.forward, run.model.transformer)
+        say_something(run.objective)
+        with torch.no_grad():
+            student = said()
+            with suppress(KeyError), run.adapter.teaching():
+                assert_apart(said(), student)
+                assert flags() == before
+                if fails:
+                    raise KeyError
+            assert torch.equal(said(), student)
+        assert flags() == before
+        assert {n for n, trains in before.items() if trains} == {
+            n for n in before if ".default." in n
+        }
+
+    def test_the_same_with_checkpointing_and_dropout(self, teacher, tmp_path):
+        fields = self.FIELDS | {
+            "objective": "distill",
+            "teacher_lora": str(teacher),
+            "teacher_guidance": 2.0,
+            "lora_dropout": 0.3,
+        }
+        plain = ft.train(ft.config(tmp_path / "a", **fields)).losses
+        again = ft.config(tmp_path / "b", **fields, gradient_checkpointing=True)
+        assert ft.train(again).losses == plain
+
+    def test_another_teacher_is_another_run(self, teacher, tmp_path):
+        fields = {"objective": "distill", "teacher_lora": str(teacher), "teacher_guidance": 2.0}
+        given = ft.config(tmp_path / "a", **self.FIELDS, **fields, checkpoint_every=3)
+        folder = ft.train(given).folder
+        assert read_recipe(folder).teacher == file_sha256(teacher / WEIGHTS)
+        shutil.rmtree(tmp_path / "a" / "checkpoints" / "step-000006")
+        moved = replace(given, teacher_lora=str(shutil.copytree(teacher, tmp_path / "moved")))
+        ft.train(moved, resume=True)
+        other = ft.train(ft.config(tmp_path / "other", **self.FIELDS, seed=5)).folder
+        with pytest.raises(ValueError, match=r"differs in teacher_lora \(its weights\): "):
+            ft.train(replace(given, teacher_lora=str(other)), resume=True)
+        with pytest.raises(ValueError, match="differs in teacher_lora"):
+            ft.train(replace(given, teacher_lora=None), resume=True)
+
+    def test_guidance_is_passed_on_and_not_doubled(self, teacher, tmp_path):
+        held = str(with_recipe(teacher, tmp_path / "held", teacher_guidance=3.0))
+        given = ft.config(tmp_path / "a", **self.FIELDS, objective="distill", teacher_lora=held)
+        assert read_recipe(ft.train(given).folder).teacher_guidance == 3.0
+        again = replace(given, out=str(tmp_path / "b"), init_lora=held)
+        assert ft.train(again).losses[0] == 0
+        with pytest.raises(ValueError, match="holds a guidance of 3 already, teacher_guidance is"):
+            ft.train(replace(given, out=str(tmp_path / "c"), teacher_guidance=2.0))
+        flow = ft.config(tmp_path / "d", **self.FIELDS, init_lora=held)
+        with pytest.raises(ValueError, match="holds a guidance of 3, this .* is of 1: start"):
+            ft.train(flow)
+
+    def test_a_teacher_with_other_layers_and_by_its_file(self, tmp_path):
+        fields = self.FIELDS | {"rank": 3, "targets": ("attention", "feed_forward")}
+        teacher = ft.train(ft.config(tmp_path / "teacher", **fields)).folder
+        (teacher / WEIGHTS).rename(teacher / "other.safetensors")
+        file = str(teacher / "other.safetensors")
+        given = ft.config(tmp_path / "a", **self.FIELDS, objective="distill", teacher_lora=file)
+        run = trainer._Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
+        saved = load_file(file)
+        own = get_peft_model_state_dict(run.model.transformer, adapter_name="teacher")
+        assert {f"transformer.{name}" for name in own} == saved.keys()
+        assert all(torch.equal(x, saved[f"transformer.{name}"]) for name, x in own.items())
+        assert all("ff.net" not in name for name in run.names)
+
+    def test_without_captions_it_says_what_the_model_says_without(self, tmp_path):
+        fields = {"method": "dense", "settings": (), "objective": "distill", "stages": ("9:2",)}
+        given = ft.config(tmp_path, **fields, teacher_guidance=5.0, caption_dropout=1.0)
+        assert ft.train(given).losses[0] == 0
+
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
             ({"settings": ("block=8",)}, "block=4.* with 0 dense layers, asked for .*block=8"),
             ({"dense_layers": 1}, "with 0 dense layers, asked for .* with 1: take"),
             ({"method": "dense", "settings": ()}, "asked for is Dense"),
-            ({"stages": ("9:6:position_interpolation",)}, "with the rule 'none', stages ask for"),
-            ({"method": "sparse_linear", "settings": ft.SPARSE}, "would be the teacher's too"),
+            ({"stages": ("9:6:position_interpolation",)}, "rule 'none', stages .* write its rule"),
+            ({"method": "sparse_linear", "settings": ft.SPARSE}, "take a teacher of method dense"),
+            ({"part": "transformer_2"}, "is of transformer, asked for is part transformer_2"),
         ],
-        ids=["method", "layers", "dense", "rule", "parameters"],
+        ids=["method", "layers", "dense", "rule", "parameters", "part"],
     )
     def test_a_teacher_that_does_not_fit(self, teacher, tmp_path, fields, message):
         given = ft.config(
@@ -837,15 +974,40 @@ class TestGuidedTeacher:
         with pytest.raises(ValueError, match=message):
             ft.train(given)
 
+    def test_its_rule_counts_where_there_is_one(self, tmp_path):
+        fields = self.FIELDS | {"stages": ("5:1", "9:2:position_interpolation")}
+        teacher = str(ft.train(ft.config(tmp_path / "teacher", **fields)).folder)
+        given = ft.config(tmp_path / "a", **fields, objective="distill", teacher_lora=teacher)
+        ft.train(given)
+        with pytest.raises(ValueError, match="is for a model of 5 frames, trained_frames is 9"):
+            ft.train(replace(given, out=str(tmp_path / "b")), trained_frames=9)
+
+    def test_a_teacher_of_another_model(self, teacher, tmp_path):
+        given = ft.config(
+            tmp_path / "a", **self.FIELDS, objective="distill", teacher_lora=str(teacher)
+        )
+        with pytest.raises(ValueError, match="trained on another model"):
+            ft.train(given, transformer=wan.transformer(num_layers=3))
+
+    def test_models_that_are_not_guided_so(self, tmp_path):
+        fields = {"objective": "distill", "teacher_guidance": 3.0}
+        given = ft.config(tmp_path, **self.FIELDS, **fields)
+        with pytest.raises(ValueError, match="a pipeline of two transformers guides both or none"):
+            ft.train(given, boundary=0.9)
+        hunyuan = replace(given, model="hunyuanvideo-community/HunyuanVideo")
+        with pytest.raises(ValueError, match="holds a guidance of its own"):
+            dry_run(hunyuan)
+
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"teacher_guidance": 0.5}, "teacher_guidance must be at least 1, got 0.5"),
-            ({"teacher_guidance": 3.0}, "teacher_guidance is of objective distill"),
-            ({"teacher_lora": "x"}, "teacher_lora is of objective distill"),
+            ({"teacher_guidance": 0.5}, "teacher_guidance must be finite and at least 1, got 0.5"),
+            ({"teacher_guidance": math.inf}, "must be finite and at least 1, got inf"),
+            ({"teacher_guidance": 3.0}, "teacher_guidance is for objective distill"),
+            ({"teacher_lora": "x"}, "teacher_lora is for objective distill"),
             (
                 {"teacher_lora": "x", "objective": "distill", "adapter": "image_prompt"},
-                "got 'x' with distill and image_prompt",
+                "got 'x' with distill of image_prompt: leave it out",
             ),
             (
                 {
@@ -854,20 +1016,23 @@ class TestGuidedTeacher:
                     "rank": 0,
                     "method": "sparse_linear",
                 },
-                "teacher_lora teaches a LoRA, and rank is 0",
+                "teacher_lora x teaches a LoRA, and rank is 0: give",
             ),
         ],
-        ids=["scale", "flow", "flow with lora", "image prompt", "no rank"],
+        ids=["scale", "infinite", "flow", "flow with lora", "image prompt", "no rank"],
     )
     def test_what_is_refused(self, fields, message):
         with pytest.raises(ValueError, match=message):
             TrainConfig(**fields)
 
-    def test_validation_goes_without_guidance(self):
-        assert TrainConfig().sampling_guidance == 5.0
-        held = TrainConfig(objective="distill", teacher_guidance=3.0)
-        assert held.sampling_guidance == 1.0
-        assert replace(held, guidance_scale=2.0).sampling_guidance == 2.0
+    def test_validation_goes_without_guidance(self, teacher, tmp_path):
+        held = str(with_recipe(teacher, tmp_path / "held", teacher_guidance=3.0))
+        distilled = TrainConfig(objective="distill", teacher_guidance=3.0)
+        assert _guidance(TrainConfig()) == 5.0
+        assert _guidance(distilled) == 1.0
+        assert _guidance(replace(distilled, guidance_scale=2.0)) == 2.0
+        assert _guidance(TrainConfig(objective="distill", teacher_lora=held)) == 1.0
+        assert _guidance(TrainConfig(objective="distill", teacher_lora=str(teacher))) == 5.0
 
 
 def test_the_loss_is_that_of_the_velocity():

@@ -87,7 +87,7 @@ def compare(prompt: str, clip: Clip, *, lora: Path | None = None) -> Longer:
         for name in ("dense", "trained"):
             if name == "trained":
                 pipe.load_lora_weights(str(lora))
-                pipe.fuse_lora()
+                pipe.fuse_lora()  # a LoRA beside the weights would cost a tenth of a step
                 handle = attach(pipe, from_lora=lora)
                 run = extend(pipe, TECHNIQUE, num_frames=FRAMES)
             sample(pipe, prompt, replace(clips[name], frames=5, steps=1))

@@ -13,20 +13,21 @@ sampling(i)                   a context in which the i-th validation video is ma
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from gen_accel.lora.artefact import (
-    ADAPTER,
     TEACHER,
     add_lora,
     add_teacher,
+    check_guidance,
     load_branches,
     load_into,
     lora_state,
@@ -57,12 +58,13 @@ class Lora:
         self._transformer, self._handle, self._recipe = model.transformer, handle, recipe
         self._is_on = bool(config.rank)
         self._teacher = None
+        check_guidance(config, model.transformer, model.boundary)
         if config.rank:
             add_lora(model.transformer, config, recipe)
             if config.init_lora is not None:
                 load_into(model.transformer, config.init_lora, config)
         if config.teacher_lora is not None:
-            self._teacher = add_teacher(model.transformer, config)
+            self._teacher = add_teacher(model.transformer, config, model.trained_frames)
         if config.init_lora is not None:
             load_branches(handle.branches, config.init_lora)
         for branch in handle.branches.values():  # after PEFT, which freezes all but its own
@@ -81,15 +83,9 @@ class Lora:
     @contextmanager
     def teaching(self) -> Iterator[None]:
         """The model as it came, or with the LoRA and the attention of `teacher_lora`."""
-        if self._teacher is None:
-            with self._handle.paused(), without_lora(self._transformer):
-                yield
-            return
-        with ExitStack() as stack:
-            if self._teacher.method == "dense":
-                stack.enter_context(self._handle.paused())
-            self._transformer.set_adapter(TEACHER)
-            stack.callback(self._transformer.set_adapter, ADAPTER)
+        dense = self._teacher is None or self._teacher.method == "dense"
+        name = None if self._teacher is None else TEACHER
+        with self._handle.paused() if dense else nullcontext(), active(self._transformer, name):
             yield
 
     def sampling(self, index: int) -> AbstractContextManager[None]:
@@ -207,15 +203,22 @@ Adapter = Lora | ImagePromptAdapter
 
 
 @contextmanager
-def without_lora(transformer: Any) -> Iterator[None]:
-    if not getattr(transformer, "peft_config", None):
-        yield
-        return
-    transformer.disable_adapters()
+def active(transformer: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Inside, another adapter acts, or none.
+
+    Not by PEFT's own methods, which change what trains, and under FSDP of tensors that are there
+    for the moment alone.
+    """
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = adapter is None
+        layer._active_adapter = [adapter] if adapter is not None else layer._active_adapter
     try:
         yield
     finally:
-        transformer.enable_adapters()
+        for layer, (name, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = name, disabled
 
 
 def put_on(config: TrainConfig, model: Model, handle: Any, recipe: Recipe, cache: Any) -> Adapter:

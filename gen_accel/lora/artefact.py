@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.options import method_from
 from gen_accel.lora.config import TrainConfig
-from gen_accel.measure.report import write_json
+from gen_accel.measure.report import file_sha256, write_json
 from gen_accel.measure.video_io import replacing
 from gen_accel.pipelines.recipe import CONFIG, KEY, WEIGHTS, Recipe, check_base, read_recipe
 from gen_accel.pipelines.storage import WEIGHTS as PROCESSORS
@@ -75,48 +75,119 @@ def add_lora(transformer: Any, config: TrainConfig, recipe: Recipe) -> None:
     transformer.add_adapter(lora, ADAPTER)
 
 
-def check_teacher(config: TrainConfig, transformer: Any) -> Recipe:
-    """What is known of `teacher_lora`.
+def check_start(source: str, config: TrainConfig, transformer: Any) -> Recipe:
+    """What is known of a LoRA to go on from.
 
     Raises:
         FileNotFoundError: no LoRA there.
-        ValueError: of another model, or one that cannot run beside what trains: through another
-            sparse attention, with parameters of the method, or under another rule of positions.
+        ValueError: of another model or part, or one that holds another guidance than is asked for.
     """
-    source = config.teacher_lora
-    assert source is not None
     recipe = read_recipe(source)
-    check_base(recipe, transformer)
-    method = method_from(config.method, config.settings)
-    if hasattr(method, "branch"):
+    _check_part("init_lora", source, recipe, config, transformer)
+    if recipe.holds_guidance and recipe.teacher_guidance != held_guidance(config):
         raise ValueError(
-            f"teacher_lora does not go with method {config.method}: its parameters would be the "
-            "teacher's too"
-        )
-    theirs = recipe.build_method(), recipe.build_schedule().dense_layers
-    if recipe.method != "dense" and theirs != (method, config.dense_layers):
-        raise ValueError(
-            f"teacher_lora {source} runs through {theirs[0]!r} with {theirs[1]} dense layers, "
-            f"asked for is {method!r} with {config.dense_layers}: take its attention, or a "
-            "teacher trained with method dense"
-        )
-    rules = {stage.rope for stage in config.curriculum} - {recipe.rope}
-    if rules:
-        raise ValueError(
-            f"teacher_lora {source} was trained with the rule {recipe.rope!r}, stages ask for "
-            f"{', '.join(map(repr, sorted(rules)))}"
+            f"init_lora {source} holds a guidance of {recipe.teacher_guidance:g}, this training "
+            f"is of {held_guidance(config):g}: start from the LoRA that it was taught by"
         )
     return recipe
 
 
-def add_teacher(transformer: Any, config: TrainConfig) -> Recipe:
+def check_teacher(config: TrainConfig, transformer: Any, trained_frames: int | None) -> Recipe:
+    """What is known of `teacher_lora`.
+
+    Args:
+        trained_frames: of the model.
+
+    Raises:
+        FileNotFoundError: no LoRA there.
+        ValueError: of another model or part, or one that cannot run beside what trains: guided
+            twice, through another sparse attention, with parameters of the method, or under
+            another rule of positions.
+    """
+    source = config.teacher_lora
+    assert source is not None
+    recipe = read_recipe(source)
+    _check_part("teacher_lora", source, recipe, config, transformer)
+    if recipe.holds_guidance and config.teacher_guidance > 1:
+        raise ValueError(
+            f"teacher_lora {source} holds a guidance of {recipe.teacher_guidance:g} already, "
+            f"teacher_guidance is {config.teacher_guidance:g}: leave it out"
+        )
+    method = method_from(config.method, config.settings)
+    theirs = recipe.build_method(), recipe.build_schedule().dense_layers
+    if recipe.method != "dense" and hasattr(method, "branch"):
+        raise ValueError(
+            f"teacher_lora {source} was trained through {theirs[0]!r}, whose parameters would be "
+            f"those of method {config.method}, which train: take a teacher of method dense"
+        )
+    if recipe.method != "dense" and theirs != (method, config.dense_layers):
+        raise ValueError(
+            f"teacher_lora {source} runs through {theirs[0]!r} with {theirs[1]} dense layers, "
+            f"asked for is {method!r} with {config.dense_layers}: take its attention, or a "
+            "teacher of method dense"
+        )
+    if trained_frames != recipe.trained_frames:
+        raise ValueError(
+            f"teacher_lora {source} is for a model of {recipe.trained_frames} frames, "
+            f"trained_frames is {trained_frames}"
+        )
+    longer = [s for s in config.curriculum if s.frames > (trained_frames or 0)]
+    rules = {stage.rope for stage in longer} - {recipe.rope}
+    if rules:
+        raise ValueError(
+            f"teacher_lora {source} was trained with the rule {recipe.rope!r}, stages ask for "
+            f"{', '.join(map(repr, sorted(rules)))}: write its rule in the stages"
+        )
+    return recipe
+
+
+def _check_part(
+    field: str, source: str, recipe: Recipe, config: TrainConfig, transformer: Any
+) -> None:
+    if recipe.part != config.part:
+        raise ValueError(
+            f"{field} {source} is of {recipe.part}, asked for is part {config.part}: take a LoRA "
+            "of the same part"
+        )
+    check_base(recipe, transformer)
+
+
+def held_guidance(config: TrainConfig) -> float:
+    """What the LoRA holds in the end: that of the teacher, or of the teacher's LoRA."""
+    if config.teacher_lora is None or config.teacher_guidance > 1:
+        return config.teacher_guidance
+    return read_recipe(config.teacher_lora).teacher_guidance
+
+
+def teacher_hash(config: TrainConfig) -> str | None:
+    """Of the weights of `teacher_lora`."""
+    return None if config.teacher_lora is None else file_sha256(weights_file(config.teacher_lora))
+
+
+def check_guidance(config: TrainConfig, transformer: Any, boundary: float | None) -> None:
+    """Raises ValueError for a guided teacher of a model that has no use for it.
+
+    Args:
+        boundary: noise level at which a pipeline goes from one transformer to the other.
+    """
+    if config.teacher_guidance == 1:
+        return
+    given = f"teacher_guidance is {config.teacher_guidance:g}: leave it out, as"
+    if boundary is not None:
+        raise ValueError(f"{given} a pipeline of two transformers guides both or none")
+    if transformer.config.get("guidance_embeds"):
+        raise ValueError(f"{given} {type(transformer).__name__} holds a guidance of its own")
+
+
+def add_teacher(transformer: Any, config: TrainConfig, trained_frames: int | None) -> Recipe:
     """Load `teacher_lora` beside the LoRA that trains; raises as `check_teacher` does."""
-    recipe = check_teacher(config, transformer)
+    recipe = check_teacher(config, transformer, trained_frames)
+    file = weights_file(config.teacher_lora)  # pyright: ignore[reportArgumentType]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two are meant
         transformer.load_lora_adapter(
-            str(_folder(config.teacher_lora)),  # pyright: ignore[reportArgumentType]
-            weight_name=WEIGHTS,
+            str(file.parent),
+            weight_name=file.name,
             prefix=PREFIX,
             adapter_name=TEACHER,
             local_files_only=True,
@@ -173,12 +244,11 @@ def load_into(transformer: Any, folder: str | Path, config: TrainConfig) -> None
         FileNotFoundError: no LoRA there.
         ValueError: of another base model, or with another rank or other targets.
     """
-    recipe = read_recipe(folder)
-    check_base(recipe, transformer)
+    recipe = check_start(str(folder), config, transformer)
     alpha = float(config.rank if config.alpha is None else config.alpha)
     if recipe.rank == config.rank and recipe.alpha != alpha:
         raise ValueError(f"init_lora {folder} has alpha {recipe.alpha:g}, asked for is {alpha:g}")
-    saved = load_file(_folder(folder) / WEIGHTS)
+    saved = load_file(weights_file(folder))
     own = lora_state(transformer)
     given = {name.removeprefix(f"{PREFIX}."): x for name, x in saved.items()}
     wrong = sorted({n for n, x in own.items() if n not in given or given[n].shape != x.shape})
@@ -212,6 +282,12 @@ def load_branches(branches: Mapping[str, nn.Module], folder: str | Path) -> None
                     "method or its dense layers differ"
                 )
             parameter.copy_(given)
+
+
+def weights_file(given: str | Path) -> Path:
+    """Of a LoRA given by its folder or its file."""
+    path = Path(given).expanduser()
+    return path if path.is_file() else path / WEIGHTS
 
 
 def _folder(given: str | Path) -> Path:

@@ -248,16 +248,22 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < 1 + EPS * (name in shares):
                 raise ValueError(f"{name} must be a share from 0 to 1, got {getattr(self, name)}")
         if not 1 <= self.teacher_guidance < float("inf"):
-            raise ValueError(f"teacher_guidance must be at least 1, got {self.teacher_guidance}")
+            raise ValueError(
+                f"teacher_guidance must be finite and at least 1, got {self.teacher_guidance}"
+            )
         if self.objective != "distill" or self.adapter != "lora":
             for name in ("teacher_guidance", "teacher_lora"):
                 if self._is_given(name):
                     raise ValueError(
-                        f"{name} is of objective distill and adapter lora, got "
-                        f"{getattr(self, name)!r} with {self.objective} and {self.adapter}"
+                        f"{name} is for objective distill of adapter lora, got "
+                        f"{getattr(self, name)!r} with {self.objective} of {self.adapter}: leave "
+                        "it out"
                     )
         if self.teacher_lora is not None and not self.rank:
-            raise ValueError("teacher_lora teaches a LoRA, and rank is 0")
+            raise ValueError(
+                f"teacher_lora {self.teacher_lora} teaches a LoRA, and rank is 0: give a rank, or "
+                "leave it out"
+            )
         if not self.stages:
             raise ValueError("stages is empty: give at least one, as 81:200")
         method = method_from(self.method, self.settings)
@@ -324,13 +330,6 @@ class TrainConfig:
         return self.adapter == "image_prompt" and self.objective != "flow"
 
     @property
-    def sampling_guidance(self) -> float:
-        """Of the validation videos."""
-        if self.guidance_scale is not None:
-            return self.guidance_scale
-        return 1.0 if self.teacher_guidance > 1 else 5.0
-
-    @property
     def curriculum(self) -> tuple[Stage, ...]:
         return tuple(Stage.parse(text) for text in self.stages)
 
@@ -349,6 +348,7 @@ FREE_TO_CHANGE = (
     "data",
     "cache",
     "out",
+    "teacher_lora",  # where it lies; what it is is compared by its hash
     "device",
     "checkpoint_every",
     "keep_checkpoints",

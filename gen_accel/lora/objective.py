@@ -204,5 +204,6 @@ class Objective(nn.Module):
             told = predict(conditions)
             if untold is None:
                 return told
-            alone = predict(untold)
+            # What they differ by is small and grows by the scale: not to be rounded in between.
+            told, alone = told.float(), predict(untold).float()
             return alone + self._guidance * (told - alone)

@@ -9,7 +9,12 @@ from accelerate import Accelerator
 from gen_accel import demo
 from gen_accel.attention_processors.options import method_from
 from gen_accel.lora.adapters import read_start
-from gen_accel.lora.artefact import check_teacher, target_modules
+from gen_accel.lora.artefact import (
+    check_guidance,
+    check_start,
+    check_teacher,
+    target_modules,
+)
 from gen_accel.lora.attention_loss import text_attentions
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.images import ImageCoder, describe_images
@@ -17,7 +22,6 @@ from gen_accel.lora.latents import LatentCache, cache
 from gen_accel.lora.model import Model
 from gen_accel.pipelines.long_video import known_trained_frames
 from gen_accel.pipelines.long_video.technique import latent_frames, temporal_patch
-from gen_accel.pipelines.recipe import check_base, read_recipe
 from gen_accel.pipelines.sampling import Clip, Loading, check_fits, filled, load, token_grid
 from gen_accel.video import VideoShape
 
@@ -113,9 +117,8 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
     elif config.rank:
         target_modules(transformer, config.targets)
     if config.init_lora is not None:
-        check_base(read_recipe(config.init_lora), transformer)
-    if config.teacher_lora is not None:
-        check_teacher(config, transformer)
+        check_start(config.init_lora, config, transformer)
+    check_guidance(config, transformer, pipe.config.get("boundary_ratio"))
     method = method_from(config.method, config.settings)
     lengths = {stage.frames for stage in config.curriculum}
     if config.validate_every and config.validation_frames is not None:
@@ -129,6 +132,8 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
         except ValueError:
             if any(stage.rope != "none" for stage in config.curriculum):
                 raise
+    if config.teacher_lora is not None:
+        check_teacher(config, transformer, trained)
     factor = pipe.vae_scale_factor_temporal
     if trained is not None:
         latent_frames("trained_frames", trained, factor, temporal_patch(transformer))

@@ -25,6 +25,7 @@ from gen_accel.attention_processors.families import family_for
 from gen_accel.attention_processors.options import method_from, method_name
 from gen_accel.lora import checkpoint
 from gen_accel.lora.adapters import fields_of_lora, put_on
+from gen_accel.lora.artefact import held_guidance, teacher_hash
 from gen_accel.lora.config import Stage, TrainConfig, differences
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
@@ -395,7 +396,8 @@ class _Run:
             **fields_of_lora(config),
             objective=config.objective,
             data=self.cache.digest,
-            teacher_guidance=config.teacher_guidance,
+            teacher_guidance=held_guidance(config),
+            teacher=teacher_hash(config),
         )
 
     def _save(self, done: int) -> None:
@@ -415,6 +417,7 @@ class _Run:
             "ema_steps": self.ema.optimization_step if self.ema is not None else None,
             "optimizer": self.accelerator.distributed_type.value,
             "data": self.cache.digest,
+            "teacher": teacher_hash(self.config),
             "processes": self.accelerator.num_processes,
         }
         artefact = self._artefact()
@@ -448,6 +451,9 @@ class _Run:
         changed = differences(self.config, state["config"])
         if state["data"] != self.cache.digest:
             changed["data (clips and captions)"] = (state["data"][:12], self.cache.digest[:12])
+        before, now = state.get("teacher"), teacher_hash(self.config)
+        if before != now:
+            changed["teacher_lora (its weights)"] = (before and before[:12], now and now[:12])
         batch = self.accelerator.num_processes * self.config.batch_size
         if "batch_size" not in changed and state["processes"] * self.config.batch_size != batch:
             changed["processes"] = (state["processes"], self.accelerator.num_processes)

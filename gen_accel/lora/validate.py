@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from gen_accel.lora.artefact import held_guidance
 from gen_accel.lora.config import TrainConfig
 from gen_accel.measure.video_io import read_video, side_by_side, write_video
 from gen_accel.pipelines.sampling import Clip, filled, sample
@@ -34,7 +35,7 @@ class Validation:
             config.height,
             config.width,
             config.validation_steps,
-            config.sampling_guidance,
+            _guidance(config),
             fps=self.fps,
             max_tokens=config.max_tokens,
         )
@@ -61,6 +62,12 @@ class Validation:
             if tracker.name == "tensorboard":
                 frames = torch.from_numpy(video).permute(0, 3, 1, 2)[None]
                 _add_frames(tracker, f"validation/{i:02d}", frames, done)
+
+
+def _guidance(config: TrainConfig) -> float:
+    if config.guidance_scale is not None:
+        return config.guidance_scale
+    return 1.0 if held_guidance(config) > 1 else 5.0
 
 
 def _add_frames(tracker: Any, name: str, frames: torch.Tensor, step: int) -> None:

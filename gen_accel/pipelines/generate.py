@@ -413,6 +413,11 @@ def _trained(from_lora: str | Path, loading: Loading, clip: Clip) -> tuple[Any, 
     if recipe.rank:  # without, the method's own parameters are all that was trained
         loading = replace(loading, loras=(*loading.loras, str(from_lora)))
     if recipe.holds_guidance and clip.guidance_scale is None:
+        if clip.negative_prompt is not None:
+            raise ValueError(
+                f"negative_prompt {clip.negative_prompt!r} needs guidance, and from_lora "
+                f"{from_lora} holds it: leave it out, or give a guidance_scale above 1"
+            )
         clip = replace(clip, guidance_scale=1.0)
     return recipe.build_method(), loading, clip
 

@@ -37,6 +37,7 @@ class Recipe:
         data: hash of the clips and captions.
         teacher_guidance: scale of the guidance that it holds, so that it is to generate without; 1
             is none.
+        teacher: hash of the LoRA that it was taught by; None: by none.
     """
 
     base_model: str
@@ -59,6 +60,7 @@ class Recipe:
     data: str
     version: int = VERSION
     teacher_guidance: float = 1.0
+    teacher: str | None = None
 
     @property
     def holds_guidance(self) -> bool:

@@ -1,9 +1,9 @@
 """Attach the attention that a LoRA was trained with."""
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from gen_accel.pipelines.attach import Attachment, attach, served_transformers
 from gen_accel.pipelines.long_video.rope import apply_rule
 from gen_accel.pipelines.long_video.technique import latent_frames, temporal_patch
-from gen_accel.pipelines.recipe import GuidedTwice, Recipe, check_base, read_recipe
+from gen_accel.pipelines.recipe import GuidedTwice, check_base, read_recipe
 from gen_accel.pipelines.schedule import Schedule
 from gen_accel.pipelines.storage import CONFIG, load_processors
 
@@ -48,27 +48,37 @@ def attach_trained(
             handle.detach()
             raise
         handle.companions.append(rule.remove)
-    if recipe.holds_guidance:
-        handle.companions.append(_watch_guidance(pipe_or_transformer, transformer, recipe))
+    if recipe.holds_guidance and pipe_or_transformer is not transformer:
+        watch = _GuidanceWatch(pipe_or_transformer, recipe.teacher_guidance)
+        handle.companions.append(transformer.register_forward_pre_hook(watch).remove)
     return handle
 
 
-def _watch_guidance(pipe: Any, transformer: nn.Module, recipe: Recipe) -> Callable[[], None]:
-    """Warn of the first call with guidance; returns what ends the watch."""
+class _GuidanceWatch:
+    """A hook that warns of the first call with guidance.
 
-    def check(module: nn.Module, args: tuple) -> None:
-        # Of pipelines that do not say, and in a graph, nothing is known.
-        if torch.compiler.is_compiling() or not getattr(
-            pipe, "do_classifier_free_guidance", False
-        ):
+    It holds the pipeline weakly, as that owns the model, and goes with a copy of both.
+    """
+
+    def __init__(self, pipe: Any, scale: float) -> None:
+        self._pipe, self._scale, self._told = ref(pipe), scale, False
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        # In a graph, and of pipelines that do not say, nothing is known.
+        if torch.compiler.is_compiling() or self._told:
             return
-        watch.remove()
+        if not getattr(self._pipe(), "do_classifier_free_guidance", False):
+            return
+        self._told = True
         warnings.warn(
-            f"the LoRA holds a guidance of {recipe.teacher_guidance:g} and is guided again: call "
-            "the pipeline with guidance_scale=1, which takes half the time",
+            f"the LoRA holds a guidance of {self._scale:g} and is guided again: call the pipeline "
+            "with guidance_scale=1, which takes half the time",
             GuidedTwice,
             stacklevel=2,
         )
 
-    watch = transformer.register_forward_pre_hook(check)
-    return watch.remove
+    def __deepcopy__(self, memo: dict) -> "_GuidanceWatch":
+        pipe = self._pipe()
+        if pipe is None:
+            return self
+        return _GuidanceWatch(memo.get(id(pipe), pipe), self._scale)
