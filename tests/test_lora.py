@@ -931,7 +931,7 @@ class TestGuidedTeacher:
         with pytest.raises(ValueError, match="holds a guidance of 3 already, teacher_guidance is"):
             ft.train(replace(given, out=str(tmp_path / "c"), teacher_guidance=2.0))
         flow = ft.config(tmp_path / "d", **self.FIELDS, init_lora=held)
-        with pytest.raises(ValueError, match="holds a guidance of 3, this .* is of 1: start"):
+        with pytest.raises(ValueError, match=r"holds a guidance of 3, this .* is of 1: start"):
             ft.train(flow)
 
     def test_a_teacher_with_other_layers_and_by_its_file(self, tmp_path):
