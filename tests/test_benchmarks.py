@@ -1,7 +1,8 @@
-"""The benchmark of whole steps, at toy size, where nothing is timed."""
+"""The benchmarks of whole steps and of the demo model, at toy size, where no time counts."""
 
 import argparse
 import importlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,44 @@ def test_results_become_a_table_of_the_page(pipeline, tmp_path, monkeypatch):
     assert len({line.count("|") for line in table}) == 1
     assert "| `Radial()` |" in table[2]
     assert "refused: errs by 1" in table[3]
+
+
+@pytest.mark.slow
+def test_a_training_step_is_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    training = importlib.import_module("training")
+    out = tmp_path / "a.json"
+    monkeypatch.setattr(
+        "sys.argv", ["training.py", "--times", "1", "--rounds", "1", "--out", str(out)]
+    )
+    training.main()
+    report = json.loads(out.read_text())
+    assert report["worst_gradient_error"] < training.TOLERANCE[torch.bfloat16]
+    (row,) = report["rows"]
+    assert (row["tokens"], row["latent_frames"]) == (1296, 9)
+    assert min(row["dense_ms"], row["radial_ms"], row["attention_radial_ms"]) > 0
+    assert "of the ideal" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_longer_videos_are_made_and_scored(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    longer = importlib.import_module("longer_videos")
+    scales = []
+    clips = longer.clips
+    monkeypatch.setattr(longer, "clips", lambda *a: (scales.append(a[-1]), clips(*a))[1])
+    out = tmp_path / "a.json"
+    lora = str(ROOT / "gen_accel" / "demo" / "long_lora")
+    line = ["longer_videos.py", "--lora", lora, "--frames", "37", "--steps", "1", "--prompts", "1"]
+    line += ["--settings", "dense", "dense, unguided", "radial + LoRA", "--timed", "1"]
+    monkeypatch.setattr("sys.argv", [*line, "--work", str(tmp_path), "--out", str(out)])
+    longer.main()
+    report = json.loads(out.read_text())
+    assert {n: one["guidance_scale"] for n, one in report["settings"].items()} == {
+        "dense": 3.0,
+        "dense, unguided": 1.0,
+        "radial + LoRA": 1.0,
+    }
+    assert scales == [3.0, 1.0, 1.0] * 2
+    assert all(one["clips"] == 1 for one in report["settings"].values())
+    assert report["settings"]["dense"]["speedup"] == 1.0

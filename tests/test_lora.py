@@ -608,6 +608,7 @@ class TestFromLora:
             wan.generate(pipe, guidance_scale=4.0)
         assert not [w for w in recwarn if issubclass(w.category, GuidedTwice)]
 
+    @pytest.mark.slow
     def test_what_it_holds_breaks_no_graph(self, trained, tmp_path):
         folder = with_recipe(trained[0], tmp_path / "held", teacher_guidance=3.0)
         pipe = self.loaded(folder)
@@ -641,6 +642,7 @@ class TestFromLora:
         with pytest.raises(ValueError, match="negative_prompt 'blur' needs guidance"):
             generate("nowhere", ["a cat"], out=tmp_path / "a.mp4", from_lora=folder, clip=clip)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("held", [True, False], ids=["held", "not held"])
     def test_generate_goes_by_what_it_holds(self, trained, tmp_path, held, recwarn):
         folder = trained[0]
@@ -844,6 +846,7 @@ class TestGuidedTeacher:
         assert kept.keys() == saved.keys()
         assert not any(torch.equal(kept[name], saved[name]) for name in kept if "lora_B" in name)
 
+    @pytest.mark.slow
     def test_resume_is_the_same_to_the_bit(self, teacher, tmp_path):
         fields = {"objective": "distill", "teacher_lora": str(teacher), "teacher_guidance": 2.0}
         given = ft.config(tmp_path / "a", **self.FIELDS, **fields, checkpoint_every=3)
@@ -854,6 +857,7 @@ class TestGuidedTeacher:
         a, b = (load_file(tmp_path / x / "lora" / WEIGHTS) for x in "ab")
         assert all(torch.equal(a[name], b[name]) for name in a)
 
+    @pytest.mark.slow
     def test_a_dense_teacher(self, tmp_path):
         """Its own attention is full where the student's is sparse."""
         plain = self.FIELDS | {"method": "dense", "settings": ()}
@@ -897,6 +901,7 @@ class TestGuidedTeacher:
             n for n in before if ".default." in n
         }
 
+    @pytest.mark.slow
     def test_the_same_with_checkpointing_and_dropout(self, teacher, tmp_path):
         fields = self.FIELDS | {
             "objective": "distill",
@@ -908,6 +913,7 @@ class TestGuidedTeacher:
         again = ft.config(tmp_path / "b", **fields, gradient_checkpointing=True)
         assert ft.train(again).losses == plain
 
+    @pytest.mark.slow
     def test_another_teacher_is_another_run(self, teacher, tmp_path):
         fields = {"objective": "distill", "teacher_lora": str(teacher), "teacher_guidance": 2.0}
         given = ft.config(tmp_path / "a", **self.FIELDS, **fields, checkpoint_every=3)
@@ -934,6 +940,7 @@ class TestGuidedTeacher:
         with pytest.raises(ValueError, match=r"holds a guidance of 3, this .* is of 1: start"):
             ft.train(flow)
 
+    @pytest.mark.slow
     def test_a_teacher_with_other_layers_and_by_its_file(self, tmp_path):
         fields = self.FIELDS | {"rank": 3, "targets": ("attention", "feed_forward")}
         teacher = ft.train(ft.config(tmp_path / "teacher", **fields)).folder
@@ -974,6 +981,7 @@ class TestGuidedTeacher:
         with pytest.raises(ValueError, match=message):
             ft.train(given)
 
+    @pytest.mark.slow
     def test_its_rule_counts_where_there_is_one(self, tmp_path):
         fields = self.FIELDS | {"stages": ("5:1", "9:2:position_interpolation")}
         teacher = str(ft.train(ft.config(tmp_path / "teacher", **fields)).folder)
