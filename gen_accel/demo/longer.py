@@ -22,7 +22,8 @@ DTYPE = "bfloat16"  # of both; dense attention takes as long as in float32
 
 
 def lora_path() -> Path:
-    """The LoRA that ships with the demo model; configs/lora/demo.yaml made it."""
+    """The LoRA that ships with the demo model; configs/lora/demo.yaml and demo_guided.yaml made
+    it."""
     return Path(__file__).parent / "long_lora"
 
 
