@@ -74,8 +74,6 @@ SETTINGS = {
     "radial + LoRA + fresh_noise": Setting(True, ("fresh_noise",), lora=True),
     "dense + LoRA": Setting(lora=True),
     "dense, unguided": Setting(guided=False),
-    "dense + fresh_noise, unguided": Setting(techniques=("fresh_noise",), guided=False),
-    "radial + fresh_noise, unguided": Setting(True, ("fresh_noise",), guided=False),
 }
 METHOD = ("tile_side=12", "tile_frames=3", "block=432")  # that of the LoRA
 STEADY = 0.05  # share of the pairs of frames that may be off the path

@@ -18,7 +18,7 @@ from gen_accel.pipelines.sampling import Clip, Loading, filled, load, sample, st
 
 FRAMES = 4 * (demo.TRAINED_FRAMES - 1) + 1
 TECHNIQUE = "fresh_noise"
-DTYPE = "bfloat16"  # of both; dense attention takes as long as in float32
+DTYPE = "bfloat16"  # of both
 
 
 def lora_path() -> Path:
