@@ -284,7 +284,7 @@ class TestTraining:
         clips, kept = ft.Clips(), 0
         for step in range(20):
             chosen = [step % 5, (step + 1) % 5, 0, 1]
-            features = run._batch(step, chosen, 3, 0)[5]
+            features = run._batch(step, chosen, 3, 0)[6]
             for place, clip in enumerate(chosen[:2]):
                 drawn = draw(given, step, place, clips.latents(clip, 3).shape, shift=3.0)
                 expected = clips.image(clip) if drawn.pictured else clips.no_image
@@ -297,7 +297,7 @@ class TestTraining:
         run = begun(ft.config(tmp_path, **(FULL | fields)))
         clips, kinds = ft.Clips(), set()
         for step in range(20):
-            *_, taught, _ = run._batch(step, [0, 1, 2, 3], 3, 0)
+            *_, taught, _, _ = run._batch(step, [0, 1, 2, 3], 3, 0)
             for place in range(2):
                 drawn = draw(run.config, step, place, clips.latents(place, 3).shape, shift=3.0)
                 kinds.add((drawn.captioned, drawn.pictured))
@@ -328,7 +328,7 @@ class TestTraining:
         batch = run._batch(0, [0, 1], 3, 0)
         loss = run.objective(*batch)
         expected, at = [], {}
-        clean, noise, sigma, conditions, taught, image = batch
+        clean, noise, sigma, conditions, taught, _, image = batch
         transformer, adapter = run.model.transformer, run.adapter
         mix = sigma.view(-1, 1, 1, 1, 1)
         call = {"hidden_states": (1 - mix) * clean + mix * noise, "timestep": sigma * 1000}
