@@ -417,7 +417,7 @@ class _Run:
             "ema_steps": self.ema.optimization_step if self.ema is not None else None,
             "optimizer": self.accelerator.distributed_type.value,
             "data": self.cache.digest,
-            "teacher": teacher_hash(self.config),
+            "teacher": self.recipe.teacher,
             "processes": self.accelerator.num_processes,
         }
         artefact = self._artefact()
@@ -451,7 +451,7 @@ class _Run:
         changed = differences(self.config, state["config"])
         if state["data"] != self.cache.digest:
             changed["data (clips and captions)"] = (state["data"][:12], self.cache.digest[:12])
-        before, now = state.get("teacher"), teacher_hash(self.config)
+        before, now = state.get("teacher"), self.recipe.teacher
         if before != now:
             changed["teacher_lora (its weights)"] = (before and before[:12], now and now[:12])
         batch = self.accelerator.num_processes * self.config.batch_size
