@@ -275,7 +275,7 @@ def test_a_plan_that_keeps_nothing_gives_zeros(kernel, qkv, device):
 @pytest.mark.parametrize("windows", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_products_with_tiles_and_without(dtype, windows, tiles, monkeypatch, qkv, device):
-    monkeypatch.setattr(gather, "_has_tiles", lambda device: tiles and device.type == "cpu")
+    monkeypatch.setattr(gather, "has_tiles", lambda device: tiles and device.type == "cpu")
     monkeypatch.setattr(gather, "LARGE", 1)
     plan = random_plan(device, batch=2, heads=2, block_k=32, windows=windows)
     q, k, v = (x.to(dtype) for x in qkv(plan.tokens))

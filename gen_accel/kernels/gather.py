@@ -157,10 +157,10 @@ def _attention(
 def _fuses(q: Tensor, block_q: int) -> bool:
     """Whether products and softmax are faster in one operator."""
     large = q.dtype == torch.float32 and block_q >= LARGE
-    return (q.dtype in LOW or large) and _has_tiles(q.device)
+    return (q.dtype in LOW or large) and has_tiles(q.device)
 
 
-def _has_tiles(device: torch.device) -> bool:
+def has_tiles(device: torch.device) -> bool:
     """Whether products of bf16 matrices run several times as fast as those of fp32 (AMX)."""
     known = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return device.type == "cpu" and known is not None and known()

@@ -238,29 +238,39 @@ def write_lora(
 
 
 def load_into(transformer: Any, folder: str | Path, config: TrainConfig) -> None:
-    """Start a new LoRA from one that was trained before.
+    """Start a new LoRA from one that was trained before; a lower rank or fewer targets grow, and
+    the model says at first what it said.
 
     Raises:
         FileNotFoundError: no LoRA there.
-        ValueError: of another base model, or with another rank or other targets.
+        ValueError: of another base model, with a higher rank or other targets, or of another
+            weight: alpha over rank.
     """
     recipe = check_start(str(folder), config, transformer)
     alpha = float(config.rank if config.alpha is None else config.alpha)
-    if recipe.rank == config.rank and recipe.alpha != alpha:
-        raise ValueError(f"init_lora {folder} has alpha {recipe.alpha:g}, asked for is {alpha:g}")
+    if recipe.alpha * config.rank != alpha * recipe.rank:
+        raise ValueError(
+            f"init_lora {folder} has alpha {recipe.alpha:g} at rank {recipe.rank}, asked for is "
+            f"{alpha:g} at {config.rank}: the same weight is alpha "
+            f"{recipe.alpha * config.rank / recipe.rank:g}"
+        )
     saved = load_file(weights_file(folder))
     own = lora_state(transformer)
     given = {name.removeprefix(f"{PREFIX}."): x for name, x in saved.items()}
-    wrong = sorted({n for n, x in own.items() if n not in given or given[n].shape != x.shape})
-    wrong += sorted(given.keys() - own.keys())
+    wrong = sorted(n for n, x in given.items() if n not in own or not _fits(x, own[n]))
     if wrong:
         raise ValueError(
             f"init_lora {folder} has rank {recipe.rank} on {', '.join(recipe.targets)}, asked for "
-            f"are {config.rank} on {', '.join(config.targets)}; it differs in {wrong[0]}"
+            f"are {config.rank} on {', '.join(config.targets)}; there is no room for {wrong[0]}"
         )
     with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(given[name])
+        for name, x in given.items():
+            own[name][tuple(map(slice, x.shape))] = x
+
+
+def _fits(x: Tensor, room: Tensor) -> bool:
+    """Whether a part of a LoRA is like another one's but for a lower rank."""
+    return x.dim() == room.dim() and all(a <= b for a, b in zip(x.shape, room.shape, strict=True))
 
 
 def load_branches(branches: Mapping[str, nn.Module], folder: str | Path) -> None:

@@ -1,0 +1,186 @@
+"""FlashAttention over lists of key blocks in C++, for the CPU; optional, as it has to be built.
+
+`gen-accel build` compiles attention.cpp once for this machine; without it `gather` and `routed` do
+the same. Nothing of the size of the scores is held, keys are not copied for each query block, and
+queries that pick their keys compute what they picked. Forward and backward accumulate in fp32; of
+bf16 inputs the weights are rounded to bf16 where the processor multiplies such tiles (AMX), and
+everything is fp32 elsewhere. The backward pass adds up in an order that depends on the number of
+threads, and on nothing else.
+
+References:
+    Dao, "FlashAttention-2", arXiv 2307.08691: the softmax carried from tile to tile, and the
+    backward pass from the logsumexp. Here a tile is cut from a list of key blocks.
+"""
+
+import ctypes
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from gen_accel.kernels import gather
+from gen_accel.kernels.native import build
+from gen_accel.kernels.native.arguments import Call
+from gen_accel.plan import Plan, Route
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
+    reasons = []
+    if q.device.type != "cpu":
+        reasons.append(f"it is for the CPU, got {q.device.type}")
+    elif build.library() is None:
+        reasons.append("it is not built for this machine: gen-accel build")
+    if q.dtype not in DTYPES:
+        reasons.append(f"it takes float32, bfloat16 and float16, got {q.dtype}")
+    return reasons or _of_route(plan)
+
+
+def _of_route(plan: Plan) -> list[str]:
+    """What speaks against a plan in which each query picks its key blocks."""
+    if not isinstance(plan.partial, Route):
+        return []
+    if plan.gain is not None:
+        return ["it takes no gain on scores where each query picks its key blocks"]
+    picked = plan.partial.touched(plan.real, plan.block_q, plan.block_k)
+    # Between two calls of one method this never happens; plans made by hand may keep anything.
+    if not torch.equal((plan.keep & picked).expand(picked.shape), picked):
+        return ["the plan leaves out blocks that its queries picked"]
+    return []
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+    return compute(q, k, v, prepare(plan), scale=scale)
+
+
+def compute(q: Tensor, k: Tensor, v: Tensor, prepared: "Lists", *, scale: float) -> Tensor:
+    return _attention(q, k, v, *prepared, scale)[0]
+
+
+class Lists(NamedTuple):
+    """The kept blocks of a plan as index lists, with what else the operator needs of the plan.
+
+    Args:
+        slots: of the plan; None where every slot holds the token of its own number.
+        index, counts, gain: as in `gather.Lists`; index and counts are empty with a route.
+        rule: slack (S,); with windows also center, half and place, all (A, S) fp32; with a route
+            also picks (B', H', S, C) bool and group (Kk,).
+    """
+
+    slots: Tensor | None
+    index: Tensor
+    counts: Tensor
+    rule: list[Tensor]
+    gain: Tensor | None
+    block_q: int
+    block_k: int
+
+
+_cache: "WeakKeyDictionary[Plan, Lists]" = WeakKeyDictionary()
+
+
+@torch.inference_mode(False)
+def prepare(plan: Plan) -> Lists:
+    if plan.dynamic:
+        return _lists(plan)
+    if plan not in _cache:
+        _cache[plan] = _lists(plan)
+    return _cache[plan]
+
+
+def _lists(plan: Plan) -> Lists:
+    slots = None if plan.is_raster else plan.slots
+    route, blocks = plan.partial, (plan.block_q, plan.block_k)
+    if isinstance(route, Route):
+        none = plan.slots.new_zeros(0)
+        slack = torch.zeros(plan.slots.shape).masked_fill_(~plan.real, -gather.FAR)
+        return Lists(slots, none, none, [slack, route.picks, route.group], None, *blocks)
+    lists = gather.prepare(plan)
+    gain = None if lists.gain is None else lists.gain.float()
+    return Lists(slots, lists.index, lists.counts, lists.rule, gain, *blocks)
+
+
+def _run(name: str, call: Call, dtype: torch.dtype) -> None:
+    library = build.library()
+    if library is None:
+        raise RuntimeError("the CPU kernel is not built for this machine: gen-accel build")
+    tiles = gather.has_tiles(torch.device("cpu"))
+    if library[name](ctypes.byref(call.args), DTYPES[dtype], int(tiles)):
+        raise MemoryError(f"no memory for attention of {call.args.N} tokens")
+
+
+@torch.library.custom_op("gen_accel::native_attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor | None,
+    index: Tensor,
+    counts: Tensor,
+    rule: list[Tensor],
+    gain: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(B, H, N, D), and the logsumexp (B, H, N), of which only the backward pass makes use."""
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[:3])
+    call = Call(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale)
+    call.filled(o=out, lse=lse)
+    _run("gen_accel_forward", call, q.dtype)
+    return out, lse
+
+
+@_attention.register_fake
+def _(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale):
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("gen_accel::native_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    slots: Tensor | None,
+    index: Tensor,
+    counts: Tensor,
+    rule: list[Tensor],
+    gain: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    call = Call(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale)
+    call.strided(grad=grad)
+    call.whole(out=out, lse=lse)
+    call.filled(dq=dq, dk=dk, dv=dv)
+    _run("gen_accel_backward", call, q.dtype)
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(grad, q, k, v, out, lse, slots, index, counts, rule, gain, block_q, block_k, scale):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, slots, index, counts, rule, gain, *ctx.sizes = inputs
+    ctx.save_for_backward(q, k, v, *output, slots, index, counts, gain, *rule)
+
+
+def _differentiate(ctx, grad, _):
+    q, k, v, out, lse, slots, index, counts, gain, *rule = ctx.saved_tensors
+    lists = slots, index, counts, rule, gain
+    grads = _backward(grad, q, k, v, out, lse, *lists, *ctx.sizes)
+    return *grads, None, None, None, [None] * len(rule), None, None, None, None
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,84 @@
+"""The arguments of a call of attention.cpp."""
+
+import ctypes
+
+from torch import Tensor
+
+
+class Args(ctypes.Structure):
+    """`Args` of attention.cpp, field by field."""
+
+    _fields_ = [  # noqa: RUF012
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "grad")),
+        *((name, ctypes.c_void_p) for name in ("o", "dq", "dk", "dv", "lse")),
+        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("q", "k", "v", "grad")),
+        *((name, ctypes.c_void_p) for name in ("slots", "index", "counts", "slack")),
+        *((name, ctypes.c_void_p) for name in ("center", "half", "place")),
+        *((name, ctypes.c_void_p) for name in ("picks", "group", "gain")),
+        *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S", "block_q", "block_k")),
+        *((name, ctypes.c_int64) for name in ("PB", "PH", "most", "axes", "RB", "RH", "C")),
+        *((name, ctypes.c_int64) for name in ("GB", "GH")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class Call:
+    """The arguments of one call, and the tensors that they point into.
+
+    Args:
+        q, k, v: (B, H, N, D), read in place where the numbers of a token lie in a row.
+        rest: as `Lists` names them.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slots: Tensor | None,
+        index: Tensor,
+        counts: Tensor,
+        rule: list[Tensor],
+        gain: Tensor | None,
+        block_q: int,
+        block_k: int,
+        scale: float,
+    ) -> None:
+        self._held: list[Tensor] = []
+        self.args = args = Args()
+        args.B, args.H, args.N, args.D = q.shape
+        args.S = len(rule[0])
+        args.block_q, args.block_k, args.scale = block_q, block_k, scale
+        self.strided(q=q, k=k, v=v)
+        slack, *more = rule
+        self.whole(slots=slots, slack=slack, gain=gain)
+        if len(more) == 2:
+            picks, group = more
+            self.whole(picks=picks, group=group)
+            args.RB, args.RH, _, args.C = picks.shape
+        else:
+            self.whole(index=index, counts=counts)
+            self.whole(**dict(zip(("center", "half", "place"), more, strict=False)))
+            args.PB, args.PH, _, args.most = index.shape
+            args.axes = len(more[0]) if more else 0
+        if gain is not None:
+            args.GB, args.GH = gain.shape[:2]
+
+    def whole(self, **tensors: Tensor | None) -> None:
+        """Tensors that are read number after number."""
+        for name, x in tensors.items():
+            if x is not None:
+                self.filled(**{name: x.contiguous()})
+
+    def strided(self, **tensors: Tensor) -> None:
+        """(B, H, N, D) each."""
+        for name, x in tensors.items():
+            x = x if x.stride(3) == 1 else x.contiguous()
+            self.filled(**{name: x})
+            getattr(self.args, f"{name}_strides")[:] = x.stride()[:3]
+
+    def filled(self, **tensors: Tensor) -> None:
+        """Contiguous tensors, as they are: what the call writes."""
+        for name, x in tensors.items():
+            self._held.append(x)
+            setattr(self.args, name, x.data_ptr())

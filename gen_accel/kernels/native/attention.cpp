@@ -1,0 +1,878 @@
+// Block-sparse attention on the CPU, forward and backward: FlashAttention over lists of key blocks.
+//
+// Keys and values are laid out once a head as the products read them. Then a thread takes a piece
+// of a query block, or of token-routed queries those that picked a group, and runs over its key
+// blocks in tiles that stay in its cache, with the softmax carried from tile to tile. Products are
+// torch's own: of bf16 matrices in tiles where the processor has them (AMX), of fp32 by its BLAS.
+//
+// Called through ctypes. Letters as in plan.py; a "piece" is a run of slots of one block.
+
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using at::BFloat16;
+using i64 = int64_t;
+
+constexpr i64 ROWS = 256;   // queries of a piece
+constexpr i64 COLS = 512;   // keys of a tile
+constexpr i64 WIDE = COLS + 16;  // room of a row of scores
+constexpr i64 ROUTED = 1024;  // queries that are looked through at once for those of a group
+constexpr i64 STEP = 32;    // rows of a product of compressed queries: few shapes, few kernels
+constexpr i64 LANES = 16;   // columns that a product makes at once; a rest would cost as much as many
+constexpr size_t KEPT = size_t(64) << 20;  // bytes that a thread keeps from call to call
+constexpr float LOW = -1e30f;
+constexpr float LOG2E = 1.4426950408889634f;
+
+struct Args {
+  const void *q, *k, *v, *out, *grad;
+  void *o, *dq, *dk, *dv;
+  float* lse;           // (B, H, N), natural
+  i64 q_strides[3], k_strides[3], v_strides[3], grad_strides[3];
+  const i64* slots;     // (S,), -1 for padding; null where slot = token
+  const i64* index;     // (PB, PH, Kq, most)
+  const i64* counts;    // (2, PB, PH, Kq): key blocks in all, and those that need a mask
+  const float* slack;   // (S,)
+  const float *center, *half, *place;  // (axes, S)
+  const bool* picks;    // (RB, RH, S, C), whether a query sees a group; null without a route
+  const i64* group;     // (Kk,)
+  const float* gain;    // (GB, GH, Kq, Kk)
+  i64 B, H, N, D, S, block_q, block_k, PB, PH, most, axes, RB, RH, C, GB, GH;
+  float scale;
+};
+
+// Memory of a thread for one purpose, kept for its next call: mapped in anew it would cost as much
+// as the products.
+class Room {
+ public:
+  template <typename T>
+  T* of(size_t count) {
+    size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+    if (bytes > size_) {
+      release();
+      data_ = std::aligned_alloc(64, bytes);
+      if (!data_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return static_cast<T*>(data_);
+  }
+  void trim() {
+    if (size_ > KEPT) release();
+  }
+  ~Room() { release(); }
+
+ private:
+  void release() {
+    std::free(data_);
+    data_ = nullptr;
+    size_ = 0;
+  }
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Hands out parts of one allocation, each on a cache line of its own.
+class Arena {
+ public:
+  template <typename T>
+  void want(T*& part, size_t count) {
+    slots_.push_back({reinterpret_cast<void**>(&part), total_});
+    total_ += (count * sizeof(T) + 63) / 64 * 64;
+  }
+  void fill(Room& room) {
+    char* base = room.of<char>(std::max<size_t>(total_, 64));
+    for (auto& slot : slots_) *slot.first = base + slot.second;
+  }
+
+ private:
+  std::vector<std::pair<void**, size_t>> slots_;
+  size_t total_ = 0;
+};
+
+template <typename T>
+constexpr i64 PAIR = sizeof(T) == 2 ? 2 : 1;  // rows that a product reads interleaved
+template <typename T>
+constexpr i64 EVEN = sizeof(T) == 2 ? 4 : 1;  // rows of which it takes any number at full speed
+
+i64 up(i64 n, i64 step) { return (n + step - 1) / step * step; }
+
+inline float load(const float* x) { return *x; }
+inline float load(const BFloat16* x) { return static_cast<float>(*x); }
+inline float load(const at::Half* x) { return static_cast<float>(*x); }
+
+inline uint16_t rounded(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  uint32_t even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return x != x ? 0x7fc0 : even;
+}
+
+inline void store(float* to, const float* from, i64 n) { std::memcpy(to, from, n * 4); }
+inline void store(at::Half* to, const float* from, i64 n) {
+  for (i64 i = 0; i < n; i++) to[i] = from[i];
+}
+inline void store(BFloat16* to, const float* from, i64 n) {
+  uint16_t* bits = reinterpret_cast<uint16_t*>(to);
+#pragma omp simd
+  for (i64 i = 0; i < n; i++) bits[i] = rounded(from[i]);
+}
+
+// 2^x for x <= 0 or near it: 0 below -126; NaN stays NaN. Cephes' polynomial, error 1 in the last place.
+inline float exp2_of(float x) {
+  float t = x < -126.f ? -126.f : x;
+  float shifted = t + 12582912.f;
+  int32_t n;
+  std::memcpy(&n, &shifted, 4);
+  float f = t - (shifted - 12582912.f);
+  float p = 1.535336188319500e-4f;
+  p = p * f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.f;
+  uint32_t bits = static_cast<uint32_t>(n - 0x4b400000 + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  float y = p * power;
+  return x < -126.f ? 0.f : y;
+}
+
+#ifdef __AVX512F__
+// The same of 16 numbers; where they are rounded to bf16, to 4e-6.
+inline __m512 exp2_of(__m512 x, bool brief) {
+  auto num = [](float value) { return _mm512_set1_ps(value); };
+  __mmask16 some = _mm512_cmp_ps_mask(x, num(-126.f), _CMP_NLT_UQ);
+  x = _mm512_max_ps(num(-126.f), x);  // of a NaN the second; numbers too small to be normal are slow
+  __m512 n = _mm512_roundscale_ps(x, 0), f = _mm512_sub_ps(x, n), p;
+  if (brief) {
+    p = _mm512_fmadd_ps(num(9.570099447e-03f), f, num(5.591786013e-02f));
+    p = _mm512_fmadd_ps(p, f, num(2.402474489e-01f));
+    p = _mm512_fmadd_ps(p, f, num(6.931218148e-01f));
+    p = _mm512_fmadd_ps(p, f, num(9.999992614e-01f));
+  } else {
+    p = _mm512_fmadd_ps(num(1.535336188319500e-4f), f, num(1.339887440266574e-3f));
+    p = _mm512_fmadd_ps(p, f, num(9.618437357674640e-3f));
+    p = _mm512_fmadd_ps(p, f, num(5.550332471162809e-2f));
+    p = _mm512_fmadd_ps(p, f, num(2.402264791363012e-1f));
+    p = _mm512_fmadd_ps(p, f, num(6.931472028550421e-1f));
+    p = _mm512_fmadd_ps(p, f, num(1.f));
+  }
+  return _mm512_maskz_scalef_ps(some, p, n);
+}
+
+inline void put(float* to, __mmask16 mask, __m512 x) { _mm512_mask_storeu_ps(to, mask, x); }
+inline void put(BFloat16* to, __mmask16 mask, __m512 x) {
+#ifdef __AVX512BF16__
+  _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
+#else
+  __m512i bits = _mm512_castps_si512(x);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  _mm512_mask_cvtepi32_storeu_epi16(to, mask, _mm512_srli_epi32(bits, 16));
+#endif
+}
+#endif
+
+// Weights 2^(s unit - shift) of scores; their sum.
+template <typename T>
+float weigh(const float* s, i64 n, float unit, float shift, T* to) {
+#ifdef __AVX512F__
+  __m512 sum = _mm512_setzero_ps(), by = _mm512_set1_ps(unit), less = _mm512_set1_ps(shift);
+  for (i64 j = 0; j < n; j += 16) {
+    __mmask16 mask = n - j < 16 ? (1u << (n - j)) - 1 : 0xffff;
+    __m512 x = _mm512_fmsub_ps(_mm512_maskz_loadu_ps(mask, s + j), by, less);
+    __m512 w = exp2_of(x, sizeof(T) == 2);
+    sum = _mm512_mask_add_ps(sum, mask, sum, w);
+    put(to + j, mask, w);
+  }
+  return _mm512_reduce_add_ps(sum);
+#else
+  float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+  for (i64 j = 0; j < n; j++) {
+    float w = exp2_of(s[j] * unit - shift);
+    sum += w;
+    if constexpr (sizeof(T) == 2) reinterpret_cast<uint16_t*>(to)[j] = rounded(w);
+    else to[j] = w;
+  }
+  return sum;
+#endif
+}
+
+// C (M, N) = or += A (M, K) B; B interleaved by PAIR: element (k, n) at (k / P * ldb + n) * P + k % P.
+template <typename T>
+void product(i64 M, i64 N, i64 K, const T* A, i64 lda, const T* B, i64 ldb, float* C, i64 ldc,
+             bool add) {
+  at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, A, B, C, PAIR<T> > 1);
+}
+inline void finish(const float*) {}
+inline void finish(const BFloat16*) { at::native::cpublas::brgemm_release(); }
+
+// A few numbers, an even count of halves.
+template <typename T>
+void copy(const T* from, i64 n, T* to) {
+#ifdef __AVX512F__
+  const float* x = reinterpret_cast<const float*>(from);
+  float* y = reinterpret_cast<float*>(to);
+  n /= PAIR<T>;
+  for (i64 j = 0; j < n; j += 16) {
+    __mmask16 mask = n - j < 16 ? (1u << (n - j)) - 1 : 0xffff;
+    _mm512_mask_storeu_ps(y + j, mask, _mm512_maskz_loadu_ps(mask, x + j));
+  }
+#else
+  std::memcpy(to, from, n * sizeof(T));
+#endif
+}
+
+// Two rows of a right factor as the products read them.
+inline void pair_up(const float* a, const float*, i64 n, float* to) { std::memcpy(to, a, n * 4); }
+inline void pair_up(const BFloat16* a, const BFloat16* b, i64 n, BFloat16* to) {
+  const uint16_t* low = reinterpret_cast<const uint16_t*>(a);
+  const uint16_t* high = reinterpret_cast<const uint16_t*>(b);
+  uint32_t* both = reinterpret_cast<uint32_t*>(to);
+#pragma omp simd
+  for (i64 i = 0; i < n; i++) both[i] = uint32_t(high[i]) << 16 | low[i];
+}
+
+// The right factor `rows` (K, N), its rows to K_padded filled with zeros.
+template <typename T>
+void interleave(const T* rows, i64 ld, i64 K, i64 K_padded, i64 N, T* to) {
+  i64 k = 0;
+  for (; k + PAIR<T> <= K; k += PAIR<T>) pair_up(rows + k * ld, rows + (k + 1) * ld, N, to + k * N);
+  std::fill(to + k * N, to + K_padded * N, T(0));
+  for (i64 n = 0; n < N && k < K; n++) to[k * N + n * PAIR<T>] = rows[k * ld + n];
+}
+
+// The right factor whose transpose is `rows` (N, K), K a whole number of pairs.
+template <typename T>
+void interleave_transposed(const T* rows, i64 ld, i64 K, i64 N, i64 N_ld, T* to) {
+  // A pair stays together, in 32 bits.
+  constexpr i64 P = PAIR<T>;
+  const uint32_t* from = reinterpret_cast<const uint32_t*>(rows);
+  uint32_t* target = reinterpret_cast<uint32_t*>(to);
+  for (i64 n0 = 0; n0 < N; n0 += 16)
+    for (i64 k = 0; k < K / P; k++)
+      for (i64 n = n0; n < std::min(N, n0 + 16); n++) target[k * N_ld + n] = from[n * (ld / P) + k];
+}
+
+// What both passes know of a call.
+template <typename In, typename T>
+struct Problem {
+  const Args& a;
+  i64 Kq, Kk, D, bk, BH;
+  i64 Dp;   // D to whole pairs
+  i64 bkp;  // slots of a laid out block
+  bool together;  // small blocks, copied side by side for a product: less than one of odd sizes
+  std::vector<std::vector<i64>> members;  // key blocks of each group
+  std::vector<char> padded;               // key blocks with padding
+
+  explicit Problem(const Args& args)
+      : a(args), Kq(a.S / a.block_q), Kk(a.S / a.block_k), D(a.D), bk(a.block_k), BH(a.B * a.H),
+        Dp(up(a.D, PAIR<T>)), bkp(up(a.block_k, LANES)), together(a.block_k <= 128) {
+    if (!a.picks) return;
+    members.resize(a.C);
+    padded.resize(Kk);
+    for (i64 b = 0; b < Kk; b++) {
+      members[a.group[b]].push_back(b);
+      for (i64 s = 0; s < bk; s++) padded[b] |= a.slack[b * bk + s] < 0;
+    }
+  }
+
+  i64 token(i64 slot) const { return a.slots ? a.slots[slot] : slot; }
+
+  static const In* head(const void* x, const i64* strides, i64 bh, i64 H) {
+    return static_cast<const In*>(x) + bh / H * strides[0] + bh % H * strides[1];
+  }
+
+  // A token as Dp numbers.
+  void row(const void* x, const i64* strides, i64 bh, i64 token, T* to) const {
+    const In* from = head(x, strides, bh, a.H) + token * strides[2];
+    if constexpr (std::is_same_v<In, T>) {
+      std::memcpy(to, from, D * sizeof(T));
+    } else {
+      for (i64 d = 0; d < D; d++) to[d] = load(from + d);
+    }
+    std::fill(to + D, to + Dp, T(0));
+  }
+
+  // Those of some slots; zeros for padding.
+  void rows(const void* x, const i64* strides, i64 bh, i64 slot, i64 count, T* to) const {
+    for (i64 i = 0; i < count; i++, to += Dp) {
+      if (i64 t = token(slot + i); t < 0) std::fill(to, to + Dp, T(0));
+      else row(x, strides, bh, t, to);
+    }
+  }
+
+  const i64* counts(i64 bh, i64 block, i64* masked) const {
+    i64 pattern = pattern_of(bh, a.PB, a.PH) * Kq + block;
+    *masked = a.counts[a.PB * a.PH * Kq + pattern];
+    return a.counts + pattern;
+  }
+  const i64* blocks(i64 bh, i64 block) const {
+    return a.index + (pattern_of(bh, a.PB, a.PH) * Kq + block) * a.most;
+  }
+  i64 pattern_of(i64 bh, i64 PB, i64 PH) const {
+    return (PB > 1 ? bh / a.H : 0) * PH + (PH > 1 ? bh % a.H : 0);
+  }
+  const float* gains(i64 bh, i64 block) const {
+    return a.gain ? a.gain + (pattern_of(bh, a.GB, a.GH) * Kq + block) * Kk : nullptr;
+  }
+  const bool* picks(i64 bh) const { return a.picks + pattern_of(bh, a.RB, a.RH) * a.S * a.C; }
+};
+
+// Part of a key block in a tile.
+struct Part {
+  i64 block, first, count, column;
+  bool masked;
+};
+
+// Cuts key blocks into tiles of at most COLS columns, each part at a multiple of `step`.
+template <typename F>
+void tiles(const i64* blocks, i64 total, i64 masked, const char* padded, i64 bk, i64 step,
+           F&& run) {
+  std::vector<Part> parts;
+  i64 width = 0;
+  for (i64 n = 0; n < total; n++) {
+    i64 block = blocks[n];
+    for (i64 first = 0; first < bk; first += COLS) {
+      i64 count = std::min(COLS, bk - first), room = up(count, step);
+      if (width + room > COLS) {
+        run(parts, width);
+        parts.clear();
+        width = 0;
+      }
+      parts.push_back({block, first, count, width, padded ? bool(padded[block]) : n < masked});
+      width += room;
+    }
+  }
+  if (width) run(parts, width);
+}
+
+// Whether a query does not see a key, for each of `count` slots in a row from `slot`; the other
+// side is one slot, `fixed`, and is the query where `fixed_query`.
+inline void hide(const Args& a, i64 fixed, bool fixed_query, i64 slot, i64 count, float* excess) {
+  if (fixed_query) {
+    const float* slack = a.slack + slot;
+    if (!a.axes) {
+      for (i64 j = 0; j < count; j++) excess[j] = -slack[j];
+      return;
+    }
+    for (i64 x = 0; x < a.axes; x++) {
+      const float* place = a.place + x * a.S + slot;
+      float center = a.center[x * a.S + fixed], half = a.half[x * a.S + fixed];
+#pragma omp simd
+      for (i64 j = 0; j < count; j++) {
+        float e = std::fabs(place[j] - center) - half;
+        excess[j] = x && excess[j] > e ? excess[j] : e;
+      }
+    }
+#pragma omp simd
+    for (i64 j = 0; j < count; j++) excess[j] -= slack[j];
+    return;
+  }
+  float slack = a.slack[fixed];
+  if (!a.axes) {
+    std::fill(excess, excess + count, -slack);
+    return;
+  }
+  for (i64 x = 0; x < a.axes; x++) {
+    const float *center = a.center + x * a.S + slot, *half = a.half + x * a.S + slot;
+    float place = a.place[x * a.S + fixed];
+#pragma omp simd
+    for (i64 j = 0; j < count; j++) {
+      float e = std::fabs(place - center[j]) - half[j];
+      excess[j] = x && excess[j] > e ? excess[j] : e;
+    }
+  }
+#pragma omp simd
+  for (i64 j = 0; j < count; j++) excess[j] -= slack;
+}
+
+// Scales scores, dampens them by a gain and hides those that are above 0 in `excess`, if there is one.
+inline void adjust(float* s, i64 count, float scale, float gain, const float* excess) {
+#pragma omp simd
+  for (i64 j = 0; j < count; j++) {
+    float x = s[j] * scale;
+    s[j] = x > 0.f ? x * gain : x;
+  }
+  if (!excess) return;
+#pragma omp simd
+  for (i64 j = 0; j < count; j++) s[j] = excess[j] > 0.f ? LOW : s[j];
+}
+
+// Which rows of some slots see a group; their number.
+inline i64 seeing(const bool* picks, i64 C, i64 group, i64 slot, i64 count, i64* rows) {
+  i64 found = 0;
+  for (i64 i = 0; i < count; i++)
+    if (picks[(slot + i) * C + group]) rows[found++] = i;
+  return found;
+}
+
+// Runs `work(bh, slot, count)` for each piece of queries, on all threads. Each takes the next when
+// it is done with its own: they see more and less.
+template <typename P, typename Make>
+void pieces(const P& p, i64 rows, Make&& make) {
+  i64 each = p.a.picks ? p.a.S : p.a.block_q;
+  i64 cuts = (each + rows - 1) / rows, length = (each + cuts - 1) / cuts;
+  i64 per_head = p.a.S / each * cuts, total = p.BH * per_head;
+  std::atomic<i64> next{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](i64, i64) {
+    auto work = make();
+    for (i64 n; (n = next++) < total;) {
+      i64 bh = n / per_head, cut = n % per_head;
+      i64 first = cut / cuts * each + cut % cuts * length;
+      i64 count = std::min(length, cut / cuts * each + each - first);
+      if (count > 0) work(bh, first, count);
+    }
+    work.finish();
+  });
+}
+
+template <typename In, typename T>
+struct Forward {
+  Problem<In, T> p;
+  T *keys, *values;  // of each head and block: K transposed (Dp, bkp) and V (bkp, D), interleaved
+
+  explicit Forward(const Args& a) : p(a) {}
+
+  struct Worker {
+    const Forward& f;
+    const Problem<In, T>& p = f.p;
+    i64 most = p.a.picks ? ROUTED : up(std::min(ROWS, p.a.block_q), EVEN<T>);
+    i64 step = p.together ? PAIR<T> : EVEN<T>;
+    T *q, *some_q, *weights, *some_keys, *some_values;
+    float *scores, *o, *some_o, *high, *some_high, *sum, *some_sum, *excess;
+    std::vector<i64> rows;
+
+    explicit Worker(const Forward& forward) : f(forward), rows(most) {
+      static thread_local Room room;
+      Arena arena;
+      i64 some = p.a.picks ? up(most, STEP) : 0;
+      i64 stripe = p.a.picks ? up(std::min(ROWS, most), STEP) : most;
+      arena.want(q, most * p.Dp);
+      arena.want(some_q, some * p.Dp);
+      arena.want(weights, stripe * WIDE);
+      arena.want(some_keys, COLS * p.Dp);
+      arena.want(some_values, COLS * p.D);
+      arena.want(scores, stripe * WIDE);
+      arena.want(o, most * p.D);
+      arena.want(some_o, some * p.D);
+      arena.want(high, most);
+      arena.want(some_high, some);
+      arena.want(sum, most);
+      arena.want(some_sum, some);
+      arena.want(excess, COLS);
+      arena.fill(room);
+    }
+
+    void finish() { ::finish(q); }
+
+    void operator()(i64 bh, i64 slot, i64 count) {
+      p.rows(p.a.q, p.a.q_strides, bh, slot, count, q);
+      std::fill(q + count * p.Dp, q + up(count, EVEN<T>) * p.Dp, T(0));
+      std::fill(o, o + up(count, EVEN<T>) * p.D, 0.f);
+      std::fill(high, high + count, LOW);
+      std::fill(sum, sum + count, 0.f);
+      if (p.a.picks) {
+        for (i64 g = 0; g < p.a.C; g++) routed(bh, slot, count, g);
+      } else {
+        i64 block = slot / p.a.block_q, masked;
+        const i64* total = p.counts(bh, block, &masked);
+        tiles(p.blocks(bh, block), *total, masked, nullptr, p.bk, step,
+              [&](auto& parts, i64 width) {
+                tile(bh, slot, count, parts, width, q, o, high, sum, p.gains(bh, block));
+              });
+      }
+      In* out = static_cast<In*>(p.a.o) + bh * p.a.N * p.D;
+      for (i64 i = 0; i < count; i++) {
+        i64 t = p.token(slot + i);
+        if (t < 0) continue;
+        float inverse = sum[i] > 0.f || sum[i] != sum[i] ? 1.f / sum[i] : 0.f;
+        for (i64 d = 0; d < p.D; d++) o[i * p.D + d] *= inverse;
+        store(out + t * p.D, o + i * p.D, p.D);
+        // So high that no weight is left in the backward pass of a query that sees nothing.
+        p.a.lse[bh * p.a.N + t] = inverse == 0.f ? -LOW : high[i] + std::log(sum[i]);
+      }
+    }
+
+    void routed(i64 bh, i64 slot, i64 count, i64 g) {
+      const auto& blocks = p.members[g];
+      i64 found = seeing(p.picks(bh), p.a.C, g, slot, count, rows.data());
+      if (!found || blocks.empty()) return;
+      i64 to = up(found, STEP);
+      for (i64 i = 0; i < found; i++) {
+        i64 r = rows[i];
+        std::memcpy(some_q + i * p.Dp, q + r * p.Dp, p.Dp * sizeof(T));
+        std::memcpy(some_o + i * p.D, o + r * p.D, p.D * 4);
+        some_high[i] = high[r];
+        some_sum[i] = sum[r];
+      }
+      std::fill(some_q + found * p.Dp, some_q + to * p.Dp, T(0));
+      std::fill(some_o + found * p.D, some_o + to * p.D, 0.f);
+      std::fill(some_high + found, some_high + to, LOW);
+      std::fill(some_sum + found, some_sum + to, 0.f);
+      tiles(blocks.data(), blocks.size(), 0, p.padded.data(), p.bk, step,
+            [&](auto& parts, i64 width) {
+              for (i64 i = 0; i < to; i += ROWS)
+                tile(bh, 0, std::min(ROWS, to - i), parts, width, some_q + i * p.Dp,
+                     some_o + i * p.D, some_high + i, some_sum + i, nullptr);
+            });
+      for (i64 i = 0; i < found; i++) {
+        i64 r = rows[i];
+        std::memcpy(o + r * p.D, some_o + i * p.D, p.D * 4);
+        high[r] = some_high[i];
+        sum[r] = some_sum[i];
+      }
+    }
+
+    void tile(i64 bh, i64 slot, i64 count, const std::vector<Part>& parts, i64 width, const T* q,
+              float* o, float* high, float* sum, const float* gains) {
+      const T *K = f.keys + bh * p.Kk * p.bkp * p.Dp, *V = f.values + bh * p.Kk * p.bkp * p.D;
+      scored(parts, width, count, q, K);
+      bool plain = !gains && p.a.scale > 0.f;
+      for (const Part& x : parts) plain = plain && !x.masked;
+      i64 wide = p.together ? up(width, LANES) : width;
+      float unit = plain ? p.a.scale : 1.f;
+      // Before anything is read: what was just written in parts is slow to read whole.
+      for (i64 i = 0; i < count; i++) {
+        for (const Part& x : parts)
+          for (i64 j = x.count; j < up(x.count, step); j++) scores[i * WIDE + x.column + j] = LOW;
+        for (i64 j = width; j < wide; j++) scores[i * WIDE + j] = LOW;
+      }
+      for (i64 i = 0; i < count; i++) {
+        float *s = scores + i * WIDE, top = LOW;
+        for (const Part& x : parts) {
+          if (plain) continue;
+          if (x.masked) hide(p.a, slot + i, true, x.block * p.bk + x.first, x.count, excess);
+          adjust(s + x.column, x.count, p.a.scale, gains ? gains[x.block] : 1.f,
+                 x.masked ? excess : nullptr);
+        }
+#pragma omp simd reduction(max : top)
+        for (i64 j = 0; j < wide; j++) top = s[j] > top ? s[j] : top;
+        top = std::max(top * unit, high[i]);
+        float shift = (top > LOW / 2 ? top : 0.f) * LOG2E;
+        float total = weigh(s, wide, unit * LOG2E, shift, weights + i * WIDE);
+        float before = exp2_of((high[i] - top) * LOG2E);
+        sum[i] = sum[i] * before + total;
+        if (before != 1.f)
+          for (i64 d = 0; d < p.D; d++) o[i * p.D + d] *= before;
+        high[i] = top;
+      }
+      weighed(parts, width, count, V, o);
+    }
+
+    void scored(const std::vector<Part>& parts, i64 width, i64 count, const T* q, const T* K) {
+      constexpr i64 P = PAIR<T>;
+      i64 rows = up(count, EVEN<T>), wide = up(width, LANES);
+      if (!p.together) {
+        // What a product makes too much is in the place of the next one, or past the end.
+        for (const Part& x : parts)
+          product(rows, up(x.count, LANES), p.Dp, q, p.Dp,
+                  K + x.block * p.bkp * p.Dp + x.first * P, p.bkp, scores + x.column, WIDE, false);
+        return;
+      }
+      for (const Part& x : parts)
+        for (i64 d = 0; d < p.Dp / P; d++)
+          copy(K + x.block * p.bkp * p.Dp + d * p.bkp * P, up(p.bk, P) * P,
+               some_keys + (d * wide + x.column) * P);
+      product(rows, wide, p.Dp, q, p.Dp, some_keys, wide, scores, WIDE, false);
+    }
+
+    void weighed(const std::vector<Part>& parts, i64 width, i64 count, const T* V, float* o) {
+      i64 rows = up(count, EVEN<T>), wide = up(width, LANES);
+      if (!p.together) {
+        for (const Part& x : parts)
+          product(rows, p.D, up(x.count, step), weights + x.column, WIDE,
+                  V + (x.block * p.bkp + x.first) * p.D, p.D, o, p.D, true);
+        return;
+      }
+      for (const Part& x : parts)
+        std::memcpy(some_values + x.column * p.D, V + x.block * p.bkp * p.D,
+                    up(p.bk, PAIR<T>) * p.D * sizeof(T));
+      std::fill(some_values + width * p.D, some_values + wide * p.D, T(0));
+      product(rows, p.D, wide, weights, WIDE, some_values, p.D, o, p.D, true);
+    }
+  };
+
+  void run() {
+    static thread_local Room room;
+    Arena arena;
+    arena.want(keys, p.BH * p.Kk * p.bkp * p.Dp);
+    arena.want(values, p.BH * p.Kk * p.bkp * p.D);
+    arena.fill(room);
+    at::parallel_for(0, p.BH * p.Kk, 1, [&](i64 begin, i64 end) {
+      std::vector<T> rows(p.bk * p.Dp);
+      for (i64 n = begin; n < end; n++) {
+        i64 bh = n / p.Kk, slot = n % p.Kk * p.bk;
+        p.rows(p.a.k, p.a.k_strides, bh, slot, p.bk, rows.data());
+        interleave_transposed(rows.data(), p.Dp, p.Dp, p.bk, p.bkp, keys + n * p.bkp * p.Dp);
+        p.rows(p.a.v, p.a.v_strides, bh, slot, p.bk, rows.data());
+        interleave(rows.data(), p.Dp, p.bk, p.bkp, p.D, values + n * p.bkp * p.D);
+      }
+    });
+    pieces(p, p.a.picks ? ROUTED : ROWS, [&] { return Worker(*this); });
+    room.trim();
+  }
+};
+
+// Scores are made anew, keys along rows and queries along columns, so that a row of scores needs
+// the logsumexps of all queries side by side and the products into dk and dv no transposition.
+template <typename In, typename T>
+struct Backward {
+  Problem<In, T> p;
+  T *keys, *values;  // (Kk, bk, Dp) of each head
+  T* turned;         // (Kk, D, bkp) of each head: K transposed, rows
+  float *dk, *dv;    // (parts, B x H, S, D)
+  i64 parts;
+
+  explicit Backward(const Args& a) : p(a) {
+    // A part of the queries of a head adds into gradients of its own: as many as keep all busy.
+    i64 threads = at::get_num_threads(), even = p.BH % threads == 0 || p.BH >= 4 * threads;
+    parts = even ? 1 : (2 * threads + p.BH - 1) / p.BH;
+  }
+
+  struct Worker {
+    const Backward& f;
+    const Problem<In, T>& p = f.p;
+    i64 most = up(p.a.picks ? ROWS : std::min(ROWS, p.a.block_q), STEP);
+    i64 M = 0;  // columns of what follows, queries and zeros
+    T *q, *g, *out, *q_turned, *g_turned, *q_pairs, *g_pairs, *weights, *ds, *ds_pairs;
+    float *scores, *above, *dq, *lse, *delta, *excess, *row;
+    std::vector<i64> rows, tokens;
+
+    explicit Worker(const Backward& backward) : f(backward), rows(ROUTED), tokens(most) {
+      static thread_local Room room;
+      Arena arena;
+      for (T** x : {&q, &g, &out, &q_turned, &g_turned, &q_pairs, &g_pairs})
+        arena.want(*x, most * p.Dp);
+      for (T** x : {&weights, &ds, &ds_pairs}) arena.want(*x, COLS * most);
+      arena.want(scores, COLS * most);
+      arena.want(above, COLS * most);
+      arena.want(dq, p.D * most);
+      arena.want(lse, most);
+      arena.want(delta, most);
+      arena.want(excess, most);
+      arena.want(row, p.D);
+      arena.fill(room);
+    }
+
+    void finish() { ::finish(q); }
+
+    void operator()(i64 bh, i64 part, i64 slot, i64 count) {
+      if (!p.a.picks) {
+        for (i64 i = 0; i < count; i++) rows[i] = i;
+        i64 block = slot / p.a.block_q, masked;
+        const i64* total = p.counts(bh, block, &masked);
+        some(bh, part, slot, rows.data(), count, p.blocks(bh, block), *total, masked, nullptr,
+             p.gains(bh, block));
+        return;
+      }
+      for (i64 g = 0; g < p.a.C; g++) {
+        const auto& blocks = p.members[g];
+        i64 found = seeing(p.picks(bh), p.a.C, g, slot, count, rows.data());
+        for (i64 i = 0; i < found && !blocks.empty(); i += ROWS)
+          some(bh, part, slot, rows.data() + i, std::min(ROWS, found - i), blocks.data(),
+               blocks.size(), 0, p.padded.data(), nullptr);
+      }
+    }
+
+    // Some queries, `rows` from `slot` on, and the key blocks that they see.
+    void some(i64 bh, i64 part, i64 slot, const i64* rows, i64 count, const i64* blocks, i64 total,
+              i64 masked, const char* padded, const float* gains) {
+      M = up(count, p.a.picks ? STEP : LANES);
+      for (i64 i = 0; i < M; i++) {
+        tokens[i] = i < count ? p.token(slot + rows[i]) : -1;
+        delta[i] = 0.f;
+        lse[i] = -LOW * LOG2E;
+        for (T* x : {q, g}) std::fill(x + i * p.Dp, x + (i + 1) * p.Dp, T(0));
+        i64 t = tokens[i];
+        if (t < 0) continue;
+        p.row(p.a.q, p.a.q_strides, bh, t, q + i * p.Dp);
+        p.row(p.a.grad, p.a.grad_strides, bh, t, g + i * p.Dp);
+        const In* o = static_cast<const In*>(p.a.out) + (bh * p.a.N + t) * p.D;
+        const In* up = p.head(p.a.grad, p.a.grad_strides, bh, p.a.H) + t * p.a.grad_strides[2];
+        float sum = 0.f;
+        for (i64 d = 0; d < p.D; d++) sum += load(o + d) * load(up + d);
+        delta[i] = sum;
+        lse[i] = p.a.lse[bh * p.a.N + t] * LOG2E;
+      }
+      interleave_transposed(q, p.Dp, p.Dp, M, M, q_turned);
+      interleave_transposed(g, p.Dp, p.Dp, M, M, g_turned);
+      interleave(q, p.Dp, M, M, p.D, q_pairs);
+      interleave(g, p.Dp, M, M, p.D, g_pairs);
+      std::fill(dq, dq + p.D * M, 0.f);
+      tiles(blocks, total, masked, padded, p.bk, EVEN<T>,
+            [&](auto& cut, i64) { tile(bh, part, slot, count, cut, gains); });
+      In* to = static_cast<In*>(p.a.dq) + bh * p.a.N * p.D;
+      for (i64 i = 0; i < count; i++) {
+        if (tokens[i] < 0) continue;
+        if (p.a.picks) {
+          // Groups add up in a buffer of floats, see run().
+          float* sum = f.dq_sums + (bh * p.a.N + tokens[i]) * p.D;
+          for (i64 d = 0; d < p.D; d++) sum[d] += dq[d * M + i];
+        } else {
+          for (i64 d = 0; d < p.D; d++) row[d] = dq[d * M + i];
+          store(to + tokens[i] * p.D, row, p.D);
+        }
+      }
+    }
+
+    void tile(i64 bh, i64 part, i64 slot, i64 count, const std::vector<Part>& cut,
+              const float* gains) {
+      const i64 base = bh * p.Kk;
+      float* dk = f.dk + (part * p.BH + bh) * p.a.S * p.D;
+      float* dv = f.dv + (part * p.BH + bh) * p.a.S * p.D;
+      for (const Part& x : cut) {
+        i64 at = (x.block * p.bk + x.first) * p.Dp, from = x.column * M;
+        const T *K = f.keys + base * p.bk * p.Dp + at, *V = f.values + base * p.bk * p.Dp + at;
+        product(x.count, M, p.Dp, K, p.Dp, q_turned, M, scores + from, M, false);
+        product(x.count, M, p.Dp, V, p.Dp, g_turned, M, above + from, M, false);
+        float gain = gains ? gains[x.block] : 1.f;
+        for (i64 j = 0; j < x.count; j++) {
+          float *s = scores + from + j * M, *d = above + from + j * M;
+          i64 key = x.block * p.bk + x.first + j;
+          if (x.masked) hide(p.a, key, false, slot, count, excess);
+          adjust(s, count, p.a.scale, gain, x.masked ? excess : nullptr);
+          slopes(s, d, gain);
+          store(weights + from + j * M, s, M);
+          store(ds + from + j * M, d, M);
+        }
+        i64 keys = up(x.count, EVEN<T>);
+        if (keys > x.count) std::fill(ds + from + x.count * M, ds + from + keys * M, T(0));
+        const T* d = ds + from;
+        if (PAIR<T> > 1) {
+          for (i64 j = 0; j < keys; j += 2) pair_up(d + j * M, d + j * M + M, M, ds_pairs + j * M);
+          d = ds_pairs;
+        }
+        const T* KT = f.turned + (base + x.block) * p.D * p.bkp + x.first;
+        product(p.D, M, keys, KT, p.bkp, d, M, dq, M, true);
+        i64 row = (x.block * p.bk + x.first) * p.D;
+        product(x.count, p.D, M, weights + from, M, g_pairs, p.D, dv + row, p.D, true);
+        product(x.count, p.D, M, ds + from, M, q_pairs, p.D, dk + row, p.D, true);
+      }
+    }
+
+    // Scores to weights, and what comes from above to the scores' gradients.
+    void slopes(float* s, float* d, float gain) const {
+      float scale = p.a.scale;
+#pragma omp simd
+      for (i64 i = 0; i < M; i++) {
+        float w = exp2_of(s[i] * LOG2E - lse[i]);
+        float slope = s[i] > 0.f ? scale * gain : scale;
+        d[i] = w * (d[i] - delta[i]) * slope;
+        s[i] = w;
+      }
+    }
+  };
+
+  float* dq_sums = nullptr;  // (B x H, N, D), of token-routed queries
+
+  void run() {
+    static thread_local Room room;
+    Arena arena;
+    i64 all = p.BH * p.a.S * p.D, of_q = p.a.picks ? p.BH * p.a.N * p.D : 0;
+    arena.want(keys, p.BH * p.a.S * p.Dp);
+    arena.want(values, p.BH * p.a.S * p.Dp);
+    arena.want(turned, p.BH * p.Kk * p.bkp * p.D);
+    arena.want(dk, parts * all);
+    arena.want(dv, parts * all);
+    arena.want(dq_sums, of_q);
+    arena.fill(room);
+    at::parallel_for(0, p.BH * p.Kk, 1, [&](i64 begin, i64 end) {
+      for (i64 n = begin; n < end; n++) {
+        i64 bh = n / p.Kk, slot = n % p.Kk * p.bk;
+        T *K = keys + n * p.bk * p.Dp, *KT = turned + n * p.D * p.bkp;
+        p.rows(p.a.k, p.a.k_strides, bh, slot, p.bk, K);
+        p.rows(p.a.v, p.a.v_strides, bh, slot, p.bk, values + n * p.bk * p.Dp);
+        for (i64 d = 0; d < p.D; d++)
+          for (i64 s = 0; s < p.bkp; s++) KT[d * p.bkp + s] = s < p.bk ? K[s * p.Dp + d] : T(0);
+        for (i64 part = 0; part < parts; part++) {
+          i64 first = part * all + n * p.bk * p.D;
+          std::fill(dk + first, dk + first + p.bk * p.D, 0.f);
+          std::fill(dv + first, dv + first + p.bk * p.D, 0.f);
+        }
+      }
+    });
+    std::fill(dq_sums, dq_sums + of_q, 0.f);
+    work();
+    at::parallel_for(0, p.BH * p.a.S, 64, [&](i64 begin, i64 end) {
+      for (i64 n = begin; n < end; n++) {
+        i64 bh = n / p.a.S, t = p.token(n % p.a.S);
+        if (t < 0) continue;
+        for (i64 part = 1; part < parts; part++)
+          for (i64 d = n * p.D; d < (n + 1) * p.D; d++) {
+            dk[d] += dk[part * all + d];
+            dv[d] += dv[part * all + d];
+          }
+        i64 to = (bh * p.a.N + t) * p.D;
+        store(static_cast<In*>(p.a.dk) + to, dk + n * p.D, p.D);
+        store(static_cast<In*>(p.a.dv) + to, dv + n * p.D, p.D);
+        if (of_q) store(static_cast<In*>(p.a.dq) + to, dq_sums + to, p.D);
+      }
+    });
+    room.trim();
+  }
+
+  void work() {
+    i64 each = p.a.picks ? p.a.S : p.a.block_q, most = p.a.picks ? ROUTED : ROWS;
+    i64 cuts = (each + most - 1) / most, length = (each + cuts - 1) / cuts;
+    i64 per_head = p.a.S / each * cuts;
+    std::atomic<i64> next{0};
+    at::parallel_for(0, at::get_num_threads(), 1, [&](i64, i64) {
+      Worker worker(*this);
+      for (i64 n; (n = next++) < p.BH * parts;) {
+        i64 bh = n / parts, part = n % parts;
+        for (i64 cut = part; cut < per_head; cut += parts) {
+          i64 first = cut / cuts * each + cut % cuts * length;
+          i64 count = std::min(length, cut / cuts * each + each - first);
+          if (count > 0) worker(bh, part, first, count);
+        }
+      }
+      worker.finish();
+    });
+  }
+};
+
+template <template <typename, typename> class Pass>
+int dispatch(const Args& a, int dtype, bool tiles) try {
+  if (dtype == 0) Pass<float, float>(a).run();
+  else if (dtype == 1 && tiles) Pass<BFloat16, BFloat16>(a).run();
+  else if (dtype == 1) Pass<BFloat16, float>(a).run();
+  else Pass<at::Half, float>(a).run();
+  return 0;
+} catch (const std::exception&) {
+  return 1;
+}
+
+}  // namespace
+
+extern "C" {
+
+int gen_accel_size() { return sizeof(Args); }
+
+// dtype: 0 fp32, 1 bf16, 2 fp16. Not 0: out of memory.
+int gen_accel_forward(const Args* a, int dtype, int tiles) {
+  return dispatch<Forward>(*a, dtype, tiles);
+}
+int gen_accel_backward(const Args* a, int dtype, int tiles) {
+  return dispatch<Backward>(*a, dtype, tiles);
+}
+}

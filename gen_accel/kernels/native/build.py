@@ -1,0 +1,94 @@
+"""Compiles attention.cpp for this machine and loads what was compiled before. Never unasked."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+from gen_accel.kernels.native.arguments import Args
+
+SOURCE = Path(__file__).with_name("attention.cpp")
+FLAGS = (
+    *("-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fopenmp", "-DAT_PARALLEL_OPENMP=1", "-fPIC", "-shared"),
+)
+
+
+def path() -> Path:
+    """Where the library of this source, torch and processor lies, in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    about = [SOURCE.read_text(), *FLAGS, torch.__version__, _processor()]
+    name = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
+    return Path(cache) / "gen_accel" / f"attention-{name}.so"
+
+
+def compiler() -> str | None:
+    """$CXX, g++, clang++ or c++, the first that is there."""
+    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def build() -> Path:
+    """Compile the library; a moment later `library` has it, in this process and in others.
+
+    Raises:
+        RuntimeError: no compiler, an operating system other than Linux, or the compiler's own
+            words.
+    """
+    if platform.system() != "Linux":
+        raise RuntimeError(f"the CPU kernel is built on Linux, this is {platform.system()}")
+    tool = compiler()
+    if tool is None:
+        raise RuntimeError("no C++ compiler: install g++ or clang++, or name one in CXX")
+    target = path()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".partial-{os.getpid()}.so")
+    includes = (f"-I{folder}" for folder in cpp_extension.include_paths())
+    folders = cpp_extension.library_paths()
+    links = (*(f"-L{folder}" for folder in folders), "-ltorch_cpu", "-lc10")
+    command = [tool, *FLAGS, *includes, str(SOURCE), "-o", str(partial), *links]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{shlex.join(command)}\n{done.stderr.strip()}")
+        _load(partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    library.cache_clear()
+    return target
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """What `build` made for this machine; None where it did not, or where it does not load."""
+    target = path()
+    try:
+        return _load(target) if target.is_file() else None
+    except OSError:
+        return None
+
+
+def _load(file: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(file))
+    if found.gen_accel_size() != ctypes.sizeof(Args):
+        raise OSError(f"{file} takes other arguments than this version passes")
+    return found
+
+
+def _processor() -> str:
+    """What decides which instructions the compiler may use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {flags}"
