@@ -40,6 +40,33 @@ def qkv(device):
     return make
 
 
+@pytest.fixture(autouse=True)
+def auto_without_native(monkeypatch):
+    """What "auto" takes does not depend on what was built on this machine."""
+    from gen_accel import kernels
+
+    monkeypatch.setattr(kernels, "is_native_built", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def native_where_it_is_asked_for(request):
+    call = getattr(request.node, "callspec", None)
+    if call is not None and call.params.get("kernel") == "native":
+        request.getfixturevalue("native_kernel")
+
+
+@pytest.fixture(scope="session")
+def native_kernel():
+    """Skip where it cannot be built."""
+    from gen_accel.kernels.native import build
+
+    if build.library() is None:
+        try:
+            build.build()
+        except RuntimeError as error:
+            pytest.skip(str(error))
+
+
 @pytest.fixture
 def run():
     """A command line, which has to end with `code`."""

@@ -17,7 +17,7 @@ from gen_accel.attention_processors import (
     radial,
 )
 from gen_accel.functional import attention
-from gen_accel.kernels import KERNELS, flex, gather, reference, routed
+from gen_accel.kernels import KERNELS, flex, gather, native, reference, routed
 from gen_accel.plan import Plan, Route, Windows, pack, raster_slots, tile_slots, unpack
 from gen_accel.video import VideoShape
 
@@ -55,7 +55,8 @@ CASES = [case for name, method in METHODS.items() for case in OPTIONS.get(name, 
 
 # FlexAttention is compiled for every plan, at seconds each, and has a list of its own below;
 # Triton needs its interpreter and xformers a GPU, and they have files of their own.
-AT_ONCE = ["gather", "reference"]
+WITHOUT_COMPILER = ["gather", "reference"]
+AT_ONCE = [*WITHOUT_COMPILER, "native"]
 
 FLEX_CASES = [
     pytest.param(
@@ -144,13 +145,14 @@ def test_routed_matches_reference(method, dtype, qkv, video):
     assert_gradients_no_worse(by("routed"), by("reference"), qkv(video.tokens))
 
 
+@pytest.mark.usefixtures("native_kernel")
 def test_routed_refuses_what_its_queries_did_not_pick_alone(qkv, device):
     inputs = qkv(93)
     plan = random_plan(device, route=True)  # which keeps less than its queries picked
-    assert "leaves out" in routed.unsupported(*inputs, plan)[0]
+    for kernel in (routed, native):
+        assert "leaves out" in kernel.unsupported(*inputs, plan)[0]
     assert "each query picks" in routed.unsupported(*inputs, random_plan(device))[0]
-    keep = plan.partial.touched(plan.real, 16, 16)
-    whole = Plan(plan.slots, keep, 16, 16, plan.partial)
+    whole = all_picked(plan)
     assert routed.unsupported(*inputs, whole) == []
     exact = reference.forward(*(x.double() for x in inputs), whole, scale=0.3)
     low = reference.forward(*inputs, whole, scale=0.3)
@@ -205,6 +207,20 @@ def random_plan(device, batch=1, heads=1, block_q=16, block_k=16, windows=False,
     return Plan(slots, keep, block_q, block_k, partial).to(device)
 
 
+def plan_for(kernel, device, **options):
+    """A random plan that the kernel takes."""
+    plan = random_plan(device, **options)
+    if kernel == "native" and isinstance(plan.partial, Route):
+        return all_picked(plan)
+    return plan
+
+
+def all_picked(plan):
+    """In which queries see all that they picked, and no less."""
+    keep = plan.partial.touched(plan.real, plan.block_q, plan.block_k)
+    return Plan(plan.slots, keep, plan.block_q, plan.block_k, plan.partial)
+
+
 PLANS = [
     pytest.param({}, id="one pattern"),
     pytest.param({"batch": 2, "heads": 2}, id="batch and heads"),
@@ -228,7 +244,7 @@ def blind(plan):
 @pytest.mark.parametrize("options", PLANS)
 @pytest.mark.parametrize("kernel", AT_ONCE)
 def test_any_plan_matches_reference(kernel, options, qkv, device):
-    plan = random_plan(device, **options)
+    plan = plan_for(kernel, device, **options)
     q, k, v = qkv(plan.tokens)
     exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
     low = reference.forward(q, k, v, plan, scale=0.3)
@@ -238,7 +254,7 @@ def test_any_plan_matches_reference(kernel, options, qkv, device):
 @pytest.mark.parametrize("options", PLANS)
 @pytest.mark.parametrize("kernel", AT_ONCE)
 def test_gradient_of_any_plan_matches_reference(kernel, options, qkv, device):
-    plan = random_plan(device, **options)
+    plan = plan_for(kernel, device, **options)
 
     def by(name):
         return lambda q, k, v: kernels.run(q, k, v, plan, scale=0.3, kernel=name)
@@ -249,7 +265,7 @@ def test_gradient_of_any_plan_matches_reference(kernel, options, qkv, device):
 @pytest.mark.parametrize("options", PLANS)
 @pytest.mark.parametrize("kernel", AT_ONCE)
 def test_a_query_that_sees_nothing_is_zero_and_so_is_its_gradient(kernel, options, qkv, device):
-    plan = random_plan(device, **options)
+    plan = plan_for(kernel, device, **options)
     dark = blind(plan)
     assert dark.any(-1).all()
     assert (~dark).any(-1).all()
@@ -495,7 +511,7 @@ class TestChoice:
     def test_preference_names_kernels_that_exist(self, kernel, qkv):
         assert kernel in kernels.preference(qkv(64)[0], self.plan)
 
-    @pytest.mark.parametrize("kernel", AT_ONCE)
+    @pytest.mark.parametrize("kernel", WITHOUT_COMPILER)
     def test_the_compiler_free_ones_refuse_nothing(self, kernel, qkv):
         backend = {"gather": gather, "reference": reference}[kernel]
         assert backend.unsupported(*qkv(64, torch.float64, grad=True), self.plan) == []
@@ -525,7 +541,14 @@ class TestChoice:
         told = []
         kernels.run(*qkv(64), self.plan, scale=0.3, report=told.append)
         assert [(choice.kernel, choice.refused) for choice in told] == [("gather", {})]
-        assert list(told[0].behind) == ["routed", "flex", "triton", "xformers", "reference"]
+        assert list(told[0].behind) == [
+            "routed",
+            "flex",
+            "triton",
+            "xformers",
+            "native",
+            "reference",
+        ]
         assert re.fullmatch(r"gather \(not routed: .*; reference: .*\)", str(told[0]))
 
     @pytest.mark.parametrize(

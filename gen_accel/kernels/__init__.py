@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_accel.kernels import flex, gather, routed, triton
+from gen_accel.kernels import flex, gather, native, routed, triton
 from gen_accel.kernels.failure import KernelFailed
 from gen_accel.plan import Plan, Route
 
@@ -38,10 +38,16 @@ __all__ = [
     "run",
 ]
 
-KERNELS = ("triton", "flex", "xformers", "routed", "gather", "reference")
+KERNELS = ("triton", "native", "flex", "xformers", "routed", "gather", "reference")
 
 # Those that run inside a graph of torch.compile.
-IN_GRAPHS = {"triton": triton, "flex": flex, "routed": routed, "gather": gather}
+IN_GRAPHS = {
+    "triton": triton,
+    "native": native,
+    "flex": flex,
+    "routed": routed,
+    "gather": gather,
+}
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,21 @@ def check_name(kernel: str) -> None:
 def preference(q: Tensor, plan: Plan) -> Mapping[str, str]:
     """The order in which "auto" tries the kernels, each with what speaks against it.
 
-    On the CPU `gather` comes before `flex` because it compiles nothing and was the faster one on
-    radial plans, and `routed` before both where queries pick for themselves: see
-    benchmarks/results/.
+    On the CPU `native` comes first where it is built. `gather` comes before `flex` because it
+    compiles nothing and was the faster one on radial plans, and `routed` before both where queries
+    pick for themselves: see benchmarks/results/.
     """
     slow = "it computes every pair"
+    if q.device.type == "cpu" and is_native_built():
+        return {
+            "native": "",
+            "gather": "it copies keys for each query block",
+            "routed": "it is for patterns that each query picks",
+            "flex": "it has to compile first",
+            "triton": "it needs a GPU",
+            "xformers": "it needs CUDA",
+            "reference": slow,
+        }
     if q.device.type == "cpu":
         first = {"gather": "", "routed": "it is for patterns that each query picks"}
         if isinstance(plan.partial, Route):
@@ -86,6 +102,7 @@ def preference(q: Tensor, plan: Plan) -> Mapping[str, str]:
             "flex": "it has to compile first",
             "triton": "it needs a GPU",
             "xformers": "it needs CUDA",
+            "native": "it has to be built: gen-accel build",
             "reference": slow,
         }
     return {
@@ -95,6 +112,12 @@ def preference(q: Tensor, plan: Plan) -> Mapping[str, str]:
         "gather": "it runs many small operations",
         "reference": slow,
     }
+
+
+@torch.compiler.assume_constant_result
+def is_native_built() -> bool:
+    """Whether `gen-accel build` has run on this machine."""
+    return native.build.library() is not None
 
 
 def run(
@@ -166,12 +189,15 @@ def _check_fit(q: Tensor, plan: Plan) -> None:
 
 def prepare(plan: Plan, device: torch.device, kernel: str = "auto") -> tuple[str, Any]:
     """What `compute` needs of a plan inside a graph: the kernel's name and its own data."""
+    by_query = isinstance(plan.partial, Route)
+    altered = plan.gain is not None or plan.trimmed
     if kernel == "auto":
-        by_query = device.type == "cpu" and isinstance(plan.partial, Route)
-        by_query = by_query and plan.gain is None and not plan.trimmed
-        kernel = "routed" if by_query else "gather"
-        if device.type != "cpu" and not triton.device_reasons(device):
-            kernel = "triton"
+        kernel = "gather"
+        if device.type != "cpu":
+            kernel = "gather" if triton.device_reasons(device) else "triton"
+        elif not (by_query and altered):
+            without = "routed" if by_query else "gather"
+            kernel = "native" if is_native_built() else without
     if kernel not in IN_GRAPHS:
         raise ValueError(
             f"kernel {kernel!r} does not run inside torch.compile; use 'auto' or one of "
@@ -185,6 +211,11 @@ def prepare(plan: Plan, device: torch.device, kernel: str = "auto") -> tuple[str
         raise ValueError(f"kernel {kernel!r} takes no gain on scores; use 'auto'")
     if plan.trimmed and kernel == "routed":
         raise ValueError("kernel 'routed' takes no plan that leaves out blocks; use 'auto'")
+    if by_query and altered and kernel == "native":
+        raise ValueError(
+            "kernel 'native' takes neither gains nor left out blocks where each query picks its "
+            "own; use 'auto'"
+        )
     return kernel, IN_GRAPHS[kernel].prepare(plan)
 
 

@@ -52,7 +52,7 @@ def checks() -> list[Check]:
     for name in PACKAGES:
         found.append(Check(name, version(name), FIXES.get(name, f"pip install {name}")))
     cores = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
-    found += [Check("CPU", cores), *_gpus(), _compiler(), _ffmpeg()]
+    found += [Check("CPU", cores), *_gpus(), _compiler(), _native(), _ffmpeg()]
     return found
 
 
@@ -96,6 +96,13 @@ def _capability(index: int) -> str:
 def _compiler() -> Check:
     fix = "apt install g++, or xcode-select --install  (flex on the CPU; gather goes without)"
     return Check("C++ compiler", cpp_compiler(), fix)
+
+
+def _native() -> Check:
+    from gen_accel.kernels.native.build import library, path
+
+    found = None if library() is None else str(path())
+    return Check("CPU kernel", found, "gen-accel build  (native; gather and routed go without)")
 
 
 def _ffmpeg() -> Check:

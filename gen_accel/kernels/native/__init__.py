@@ -9,7 +9,7 @@ threads, and on nothing else.
 
 References:
     Dao, "FlashAttention-2", arXiv 2307.08691: the softmax carried from tile to tile, and the
-    backward pass from the logsumexp. Here a tile is cut from a list of key blocks.
+    backward pass that computes the scores anew. Here a tile is cut from a list of key blocks.
 """
 
 import ctypes
@@ -34,8 +34,12 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
     elif build.library() is None:
         reasons.append("it is not built for this machine: gen-accel build")
     if q.dtype not in DTYPES:
-        reasons.append(f"it takes float32, bfloat16 and float16, got {q.dtype}")
+        reasons.append(f"it takes {_names()}, got {q.dtype}")
     return reasons or _of_route(plan)
+
+
+def _names() -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
 
 def _of_route(plan: Plan) -> list[str]:
@@ -56,6 +60,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Ten
 
 
 def compute(q: Tensor, k: Tensor, v: Tensor, prepared: "Lists", *, scale: float) -> Tensor:
+    if q.dtype not in DTYPES:
+        raise ValueError(f"kernel 'native' takes {_names()}, got {q.dtype}; use 'gather'")
     return _attention(q, k, v, *prepared, scale)[0]
 
 
@@ -125,19 +131,19 @@ def _attention(
     block_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(B, H, N, D), and the logsumexp (B, H, N), of which only the backward pass makes use."""
+    """(B, H, N, D), and (2, B, H, N) for the backward pass: see `stats` in attention.cpp."""
     out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(q.shape[:3])
+    stats = torch.empty(2, *q.shape[:3])
     call = Call(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale)
-    call.filled(o=out, lse=lse)
+    call.filled(o=out, stats=stats)
     _run("gen_accel_forward", call, q.dtype)
-    return out, lse
+    return out, stats
 
 
 @_attention.register_fake
 def _(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale):
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+    return out, q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
 
 
 @torch.library.custom_op("gen_accel::native_attention_backward", mutates_args=())
@@ -147,7 +153,7 @@ def _backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     slots: Tensor | None,
     index: Tensor,
     counts: Tensor,
@@ -160,14 +166,14 @@ def _backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     call = Call(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale)
     call.strided(grad=grad)
-    call.whole(out=out, lse=lse)
+    call.whole(out=out, stats=stats)
     call.filled(dq=dq, dk=dk, dv=dv)
     _run("gen_accel_backward", call, q.dtype)
     return dq, dk, dv
 
 
 @_backward.register_fake
-def _(grad, q, k, v, out, lse, slots, index, counts, rule, gain, block_q, block_k, scale):
+def _(grad, q, k, v, out, stats, slots, index, counts, rule, gain, block_q, block_k, scale):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
@@ -177,9 +183,9 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad, _):
-    q, k, v, out, lse, slots, index, counts, gain, *rule = ctx.saved_tensors
+    q, k, v, out, stats, slots, index, counts, gain, *rule = ctx.saved_tensors
     lists = slots, index, counts, rule, gain
-    grads = _backward(grad, q, k, v, out, lse, *lists, *ctx.sizes)
+    grads = _backward(grad, q, k, v, out, stats, *lists, *ctx.sizes)
     return *grads, None, None, None, [None] * len(rule), None, None, None, None
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 class Args(ctypes.Structure):
     """`Args` of attention.cpp, field by field."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "grad")),
-        *((name, ctypes.c_void_p) for name in ("o", "dq", "dk", "dv", "lse")),
+        *((name, ctypes.c_void_p) for name in ("o", "dq", "dk", "dv", "stats")),
         *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("q", "k", "v", "grad")),
         *((name, ctypes.c_void_p) for name in ("slots", "index", "counts", "slack")),
         *((name, ctypes.c_void_p) for name in ("center", "half", "place")),

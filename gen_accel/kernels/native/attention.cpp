@@ -44,7 +44,7 @@ constexpr float LOG2E = 1.4426950408889634f;
 struct Args {
   const void *q, *k, *v, *out, *grad;
   void *o, *dq, *dk, *dv;
-  float* lse;           // (B, H, N), natural
+  float* stats;         // (2, B, H, N): the highest score by log2(e), and one over the sum of weights
   i64 q_strides[3], k_strides[3], v_strides[3], grad_strides[3];
   const i64* slots;     // (S,), -1 for padding; null where slot = token
   const i64* index;     // (PB, PH, Kq, most)
@@ -191,14 +191,14 @@ inline void put(BFloat16* to, __mmask16 mask, __m512 x) {
 }
 #endif
 
-// Weights 2^(s unit - shift) of scores; their sum.
+// Weights 2^(s by - shift) of scores; their sum.
 template <typename T>
-float weigh(const float* s, i64 n, float unit, float shift, T* to) {
+float weigh(const float* s, i64 n, float by, float shift, T* to) {
 #ifdef __AVX512F__
-  __m512 sum = _mm512_setzero_ps(), by = _mm512_set1_ps(unit), less = _mm512_set1_ps(shift);
+  __m512 sum = _mm512_setzero_ps(), times = _mm512_set1_ps(by), less = _mm512_set1_ps(shift);
   for (i64 j = 0; j < n; j += 16) {
     __mmask16 mask = n - j < 16 ? (1u << (n - j)) - 1 : 0xffff;
-    __m512 x = _mm512_fmsub_ps(_mm512_maskz_loadu_ps(mask, s + j), by, less);
+    __m512 x = _mm512_fmsub_ps(_mm512_maskz_loadu_ps(mask, s + j), times, less);
     __m512 w = exp2_of(x, sizeof(T) == 2);
     sum = _mm512_mask_add_ps(sum, mask, sum, w);
     put(to + j, mask, w);
@@ -208,7 +208,7 @@ float weigh(const float* s, i64 n, float unit, float shift, T* to) {
   float sum = 0.f;
 #pragma omp simd reduction(+ : sum)
   for (i64 j = 0; j < n; j++) {
-    float w = exp2_of(s[j] * unit - shift);
+    float w = exp2_of(s[j] * by - shift);
     sum += w;
     if constexpr (sizeof(T) == 2) reinterpret_cast<uint16_t*>(to)[j] = rounded(w);
     else to[j] = w;
@@ -406,14 +406,17 @@ inline void hide(const Args& a, i64 fixed, bool fixed_query, i64 slot, i64 count
   for (i64 j = 0; j < count; j++) excess[j] -= slack;
 }
 
-// Scales scores, dampens them by a gain and hides those that are above 0 in `excess`, if there is one.
-inline void adjust(float* s, i64 count, float scale, float gain, const float* excess) {
+// Scales scores and dampens them by a gain.
+inline void dampen(float* s, i64 count, float scale, float gain) {
 #pragma omp simd
   for (i64 j = 0; j < count; j++) {
     float x = s[j] * scale;
     s[j] = x > 0.f ? x * gain : x;
   }
-  if (!excess) return;
+}
+
+// Hides the scores that are above 0 in `excess`.
+inline void conceal(float* s, i64 count, const float* excess) {
 #pragma omp simd
   for (i64 j = 0; j < count; j++) s[j] = excess[j] > 0.f ? LOW : s[j];
 }
@@ -508,8 +511,10 @@ struct Forward {
         float inverse = sum[i] > 0.f || sum[i] != sum[i] ? 1.f / sum[i] : 0.f;
         for (i64 d = 0; d < p.D; d++) o[i * p.D + d] *= inverse;
         store(out + t * p.D, o + i * p.D, p.D);
-        // So high that no weight is left in the backward pass of a query that sees nothing.
-        p.a.lse[bh * p.a.N + t] = inverse == 0.f ? -LOW : high[i] + std::log(sum[i]);
+        // Kept apart: in their sum, the logsumexp, as much is rounded off as the highest is large.
+        float* stats = p.a.stats + bh * p.a.N + t;
+        stats[0] = inverse == 0.f ? 0.f : high[i];
+        stats[p.BH * p.a.N] = inverse;
       }
     }
 
@@ -547,10 +552,10 @@ struct Forward {
               float* o, float* high, float* sum, const float* gains) {
       const T *K = f.keys + bh * p.Kk * p.bkp * p.Dp, *V = f.values + bh * p.Kk * p.bkp * p.D;
       scored(parts, width, count, q, K);
-      bool plain = !gains && p.a.scale > 0.f;
-      for (const Part& x : parts) plain = plain && !x.masked;
+      // Scaled in the exponent, where nothing is rounded off.
+      bool raw = !gains && p.a.scale > 0.f;
+      float by = raw ? p.a.scale * LOG2E : LOG2E;
       i64 wide = p.together ? up(width, LANES) : width;
-      float unit = plain ? p.a.scale : 1.f;
       // Before anything is read: what was just written in parts is slow to read whole.
       for (i64 i = 0; i < count; i++) {
         for (const Part& x : parts)
@@ -560,17 +565,17 @@ struct Forward {
       for (i64 i = 0; i < count; i++) {
         float *s = scores + i * WIDE, top = LOW;
         for (const Part& x : parts) {
-          if (plain) continue;
-          if (x.masked) hide(p.a, slot + i, true, x.block * p.bk + x.first, x.count, excess);
-          adjust(s + x.column, x.count, p.a.scale, gains ? gains[x.block] : 1.f,
-                 x.masked ? excess : nullptr);
+          float* t = s + x.column;
+          if (!raw) dampen(t, x.count, p.a.scale, gains ? gains[x.block] : 1.f);
+          if (!x.masked) continue;
+          hide(p.a, slot + i, true, x.block * p.bk + x.first, x.count, excess);
+          conceal(t, x.count, excess);
         }
 #pragma omp simd reduction(max : top)
         for (i64 j = 0; j < wide; j++) top = s[j] > top ? s[j] : top;
-        top = std::max(top * unit, high[i]);
-        float shift = (top > LOW / 2 ? top : 0.f) * LOG2E;
-        float total = weigh(s, wide, unit * LOG2E, shift, weights + i * WIDE);
-        float before = exp2_of((high[i] - top) * LOG2E);
+        top = std::max(top > LOW / 2 ? top * by : LOW, high[i]);
+        float total = weigh(s, wide, by, top > LOW / 2 ? top : 0.f, weights + i * WIDE);
+        float before = exp2_of(high[i] - top);
         sum[i] = sum[i] * before + total;
         if (before != 1.f)
           for (i64 d = 0; d < p.D; d++) o[i * p.D + d] *= before;
@@ -634,7 +639,7 @@ struct Forward {
 };
 
 // Scores are made anew, keys along rows and queries along columns, so that a row of scores needs
-// the logsumexps of all queries side by side and the products into dk and dv no transposition.
+// what is known of all queries side by side, and the products into dk and dv no transposition.
 template <typename In, typename T>
 struct Backward {
   Problem<In, T> p;
@@ -655,7 +660,7 @@ struct Backward {
     i64 most = up(p.a.picks ? ROWS : std::min(ROWS, p.a.block_q), STEP);
     i64 M = 0;  // columns of what follows, queries and zeros
     T *q, *g, *out, *q_turned, *g_turned, *q_pairs, *g_pairs, *weights, *ds, *ds_pairs;
-    float *scores, *above, *dq, *lse, *delta, *excess, *row;
+    float *scores, *above, *dq, *high, *inverse, *delta, *excess, *row;
     std::vector<i64> rows, tokens;
 
     explicit Worker(const Backward& backward) : f(backward), rows(ROUTED), tokens(most) {
@@ -667,7 +672,8 @@ struct Backward {
       arena.want(scores, COLS * most);
       arena.want(above, COLS * most);
       arena.want(dq, p.D * most);
-      arena.want(lse, most);
+      arena.want(high, most);
+      arena.want(inverse, most);
       arena.want(delta, most);
       arena.want(excess, most);
       arena.want(row, p.D);
@@ -701,7 +707,7 @@ struct Backward {
       for (i64 i = 0; i < M; i++) {
         tokens[i] = i < count ? p.token(slot + rows[i]) : -1;
         delta[i] = 0.f;
-        lse[i] = -LOW * LOG2E;
+        high[i] = inverse[i] = 0.f;
         for (T* x : {q, g}) std::fill(x + i * p.Dp, x + (i + 1) * p.Dp, T(0));
         i64 t = tokens[i];
         if (t < 0) continue;
@@ -712,7 +718,8 @@ struct Backward {
         float sum = 0.f;
         for (i64 d = 0; d < p.D; d++) sum += load(o + d) * load(up + d);
         delta[i] = sum;
-        lse[i] = p.a.lse[bh * p.a.N + t] * LOG2E;
+        high[i] = p.a.stats[bh * p.a.N + t];
+        inverse[i] = p.a.stats[(p.BH + bh) * p.a.N + t];
       }
       interleave_transposed(q, p.Dp, p.Dp, M, M, q_turned);
       interleave_transposed(g, p.Dp, p.Dp, M, M, g_turned);
@@ -746,12 +753,17 @@ struct Backward {
         product(x.count, M, p.Dp, K, p.Dp, q_turned, M, scores + from, M, false);
         product(x.count, M, p.Dp, V, p.Dp, g_turned, M, above + from, M, false);
         float gain = gains ? gains[x.block] : 1.f;
+        bool raw = !gains && p.a.scale > 0.f;
+        float by = raw ? p.a.scale * LOG2E : LOG2E;
         for (i64 j = 0; j < x.count; j++) {
           float *s = scores + from + j * M, *d = above + from + j * M;
           i64 key = x.block * p.bk + x.first + j;
-          if (x.masked) hide(p.a, key, false, slot, count, excess);
-          adjust(s, count, p.a.scale, gain, x.masked ? excess : nullptr);
-          slopes(s, d, gain);
+          if (!raw) dampen(s, count, p.a.scale, gain);
+          if (x.masked) {
+            hide(p.a, key, false, slot, count, excess);
+            conceal(s, count, excess);
+          }
+          slopes(s, d, by, gain);
           store(weights + from + j * M, s, M);
           store(ds + from + j * M, d, M);
         }
@@ -770,12 +782,13 @@ struct Backward {
       }
     }
 
-    // Scores to weights, and what comes from above to the scores' gradients.
-    void slopes(float* s, float* d, float gain) const {
+    // Scores to weights, 2^(s by - high) over their sum, and what comes from above to the gradients
+    // of the products.
+    void slopes(float* s, float* d, float by, float gain) const {
       float scale = p.a.scale;
 #pragma omp simd
       for (i64 i = 0; i < M; i++) {
-        float w = exp2_of(s[i] * LOG2E - lse[i]);
+        float w = exp2_of(s[i] * by - high[i]) * inverse[i];
         float slope = s[i] > 0.f ? scale * gain : scale;
         d[i] = w * (d[i] - delta[i]) * slope;
         s[i] = w;

@@ -5,7 +5,6 @@ import hashlib
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 from functools import lru_cache
 from pathlib import Path
@@ -14,10 +13,18 @@ import torch
 from torch.utils import cpp_extension
 
 from gen_accel.kernels.native.arguments import Args
+from gen_accel.measure.environment import cpp_compiler
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 FLAGS = (
-    *("-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math"),
+    *(
+        "-std=c++20",
+        "-O3",
+        "-march=native",
+        "-mprefer-vector-width=512",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+    ),
     *("-fopenmp", "-DAT_PARALLEL_OPENMP=1", "-fPIC", "-shared"),
 )
 
@@ -30,24 +37,18 @@ def path() -> Path:
     return Path(cache) / "gen_accel" / f"attention-{name}.so"
 
 
-def compiler() -> str | None:
-    """$CXX, g++, clang++ or c++, the first that is there."""
-    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
-
-
 def build() -> Path:
     """Compile the library; a moment later `library` has it, in this process and in others.
 
     Raises:
-        RuntimeError: no compiler, an operating system other than Linux, or the compiler's own
-            words.
+        RuntimeError: no compiler, another system than Linux on x86_64, or what the compiler says.
     """
-    if platform.system() != "Linux":
-        raise RuntimeError(f"the CPU kernel is built on Linux, this is {platform.system()}")
-    tool = compiler()
+    where = f"{platform.system()} on {platform.machine()}"
+    if where != "Linux on x86_64":
+        raise RuntimeError(f"the CPU kernel is for Linux on x86_64, this is {where}")
+    tool = cpp_compiler()
     if tool is None:
-        raise RuntimeError("no C++ compiler: install g++ or clang++, or name one in CXX")
+        raise RuntimeError("no C++ compiler: apt install g++, or name one in CXX")
     target = path()
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".partial-{os.getpid()}.so")
