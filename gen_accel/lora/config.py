@@ -105,7 +105,10 @@ class TrainConfig:
         True, "LoRA", "Train what the method itself has: proj and alpha of sparse_linear."
     )
     init_lora: str | None = _(
-        None, "LoRA", "Folder of a LoRA to go on from, with a new optimizer."
+        None,
+        "LoRA",
+        "Folder of a LoRA to go on from, with a new optimizer: of this rank or lower, on these "
+        "targets or fewer.",
     )
 
     image_encoder: str | None = _(
