@@ -181,11 +181,10 @@ class SparseLinear:
 
     def _ranked(self, q: Tensor, k: Tensor, layout: "Layout") -> tuple[Plan, Tensor]:
         slots, text_q, text_k, ranked = layout
-        query = _block_means(pack(q, slots), slots.real, slots.block_q)
-        packed = pack(k, slots)
-        key = _block_means(packed, slots.real, slots.block_k)
+        query = _block_means(pack(q, slots), slots, slots.block_q)
+        key = _block_means(pack(k, slots), slots, slots.block_k)
         # The mean over all tokens shifts a row's scores alike, and spares precision.
-        mean = (packed.float() * slots.real[:, None]).sum(2, keepdim=True) / slots.tokens
+        mean = k.mean(2, keepdim=True, dtype=torch.float32)
         scores = query @ (key - mean).transpose(-1, -2)
         blocks = len(ranked)
         count = max(1, int(self.critical * blocks))
@@ -263,10 +262,14 @@ def _features(x: Tensor, name: FeatureMap) -> Tensor:
     return F.relu(x) if name == "relu" else F.elu(x) + 1
 
 
-def _block_means(x: Tensor, real: Tensor, block: int) -> Tensor:
+def _block_means(x: Tensor, slots: Slots, block: int) -> Tensor:
     """(B, H, K, D) fp32 of packed (B, H, S, D), padding left out."""
-    inside = real.view(-1, block, 1)
-    return (x.float().unflatten(2, (-1, block)) * inside).sum(3) / inside.sum(1).clamp_min(1)
+    tokens = x.unflatten(2, (-1, block))
+    if slots.tokens == len(slots.slots):
+        return tokens.mean(3, dtype=torch.float32)
+    inside = slots.real.view(-1, block, 1)
+    count = inside.sum(1).clamp_min(1)
+    return (tokens * inside.to(x.dtype)).sum(3, dtype=torch.float32) / count
 
 
 class Layout(NamedTuple):
