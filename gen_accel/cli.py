@@ -287,7 +287,8 @@ def generate(
         str | None,
         typer.Option(
             metavar="TECHNIQUE[,TECHNIQUE]",
-            help="For video longer than the model was trained on, such as riflex.",
+            help="For video longer than the model was trained on, such as riflex. Without: what "
+            "--from-lora names; none: nothing.",
         ),
     ] = None,
     trained_frames: Annotated[
@@ -400,7 +401,7 @@ def generate(
         loading=loading,
         compare=compare,
         timed=timed,
-        techniques=() if extend is None else tuple(extend.split(",")),
+        techniques=_techniques(extend),
         trained_frames=trained_frames,
         latents=save_latents,
         image=_images(
@@ -762,6 +763,12 @@ def _only(context: Any, option: str, others: tuple[str, ...]) -> None:
         allowed = ", ".join(f"--{name}" for name in others)
         name = option.replace("_", "-")
         raise ValueError(f"--{name} goes with {allowed} only, got {', '.join(wrong)}")
+
+
+def _techniques(extend: str | None) -> tuple[str, ...] | None:
+    if extend is None:
+        return None
+    return () if extend == "none" else tuple(extend.split(","))
 
 
 def _schedule(start: float = 0.0, end: float = 0.0, steps: int = 0, layers: str = "0") -> Any:

@@ -495,9 +495,35 @@ class TestArtefact:
         other = ft.train(replace(began, learning_rate=1e-30))
         assert_close_lora(other.folder, whole / "lora")
 
-    def test_to_go_on_from_another_rank(self, whole, tmp_path):
-        given = ft.config(tmp_path / "a", init_lora=str(whole / "lora"), rank=3)
-        with pytest.raises(ValueError, match=r"has rank 2 on attention, asked for are 3 on"):
+    def test_a_smaller_one_grows(self, whole, tmp_path):
+        """It says at first what it said; what is new gets gradients."""
+        before = load_file(whole / "lora" / WEIGHTS)
+        larger = {"rank": 3, "alpha": 3.0, "targets": ("attention", "feed_forward")}
+        given = ft.config(tmp_path / "a", stages=("9:2",), init_lora=str(whole / "lora"), **larger)
+        still = ft.train(replace(given, out=str(tmp_path / "b"), learning_rate=1e-30))
+        after = load_file(still.folder / WEIGHTS)
+        assert before.keys() < after.keys()
+        for name, x in before.items():
+            part = after[name][tuple(map(slice, x.shape))]
+            torch.testing.assert_close(part, x, rtol=0, atol=1e-20)
+            after[name][tuple(map(slice, x.shape))] = 0
+        assert all(x.abs().max() < 1e-20 for name, x in after.items() if "lora_B" in name)
+        trained = load_file(ft.train(given).folder / WEIGHTS)
+        new = [name for name in trained if "ffn" in name and "lora_B" in name]
+        assert new
+        assert all(trained[name].any() for name in new)
+
+    @pytest.mark.parametrize(
+        ("fields", "match"),
+        [
+            ({"rank": 1}, r"has rank 2 on attention, asked for are 1 on attention; there is no"),
+            ({"targets": ("feed_forward",)}, r"asked for are 2 on feed_forward; there is no room"),
+            ({"rank": 4, "alpha": 2.0}, r"alpha 2 at rank 2, asked for is 2 at 4: .* is alpha 4"),
+        ],
+    )
+    def test_one_that_does_not_fit_is_refused(self, fields, match, whole, tmp_path):
+        given = ft.config(tmp_path / "a", init_lora=str(whole / "lora"), **fields)
+        with pytest.raises(ValueError, match=match):
             ft.train(given)
 
 
@@ -675,6 +701,58 @@ class TestFromLora:
             assert made(None) == ((1, False) if held else (2, False))
             assert made(1.0) == (1, False)
             assert made(3.0) == (2, held)
+
+    @pytest.mark.slow
+    def test_generate_goes_by_its_techniques_where_the_video_is_longer(self, trained, tmp_path):
+        known = {"techniques": ["fresh_noise"], "trained_frames": 5}
+        folder = with_recipe(trained[0], tmp_path / "named", **known)
+        wan.pipeline().save_pretrained(tmp_path / "model")
+
+        def used(frames, **options):
+            made = generate(
+                tmp_path / "model",
+                ["a red square moves right"],
+                out=tmp_path / "a.mp4",
+                from_lora=folder,
+                clip=Clip(frames, wan.HEIGHT, wan.WIDTH, steps=1, max_tokens=16),
+                loading=Loading("float32", "cpu"),
+                **options,
+            )
+            return made[0].extension
+
+        assert "fresh_noise" in used(9)
+        assert used(5) == ""
+        assert used(9, techniques=()) == ""
+        assert used(9, trained_frames=9) == ""
+        assert "fresh_noise" not in used(9, techniques=["riflex"], trained_frames=5)
+
+    @pytest.mark.parametrize("given", ["fresh", "none"])
+    def test_a_technique_that_there_is_not(self, given, tmp_path):
+        with pytest.raises(ValueError, match=f"sample_with must be one of riflex, .*'{given}'"):
+            ft.config(tmp_path / "run", sample_with=(given,))
+
+    @pytest.mark.slow
+    def test_validation_is_sampled_with_what_is_kept(self, tmp_path, monkeypatch):
+        from gen_accel.lora import validate
+
+        calls = []
+
+        def watched(pipe, techniques, **lengths):
+            calls.append((techniques, lengths))
+            return extend(pipe, techniques, **lengths)
+
+        extend = validate.extend
+        monkeypatch.setattr(validate, "extend", watched)
+        longer = {"stages": ("9:1",), "trained_frames": 5, "sample_with": ("fresh_noise",)}
+        sampled = {"validate_every": 1, "validation_prompts": ("a cat",), "validation_steps": 1}
+        given = ft.config(tmp_path / "run", **longer, **sampled)
+        done = ft.train(given, model=ft.model(wan.pipeline()))
+        assert calls == [(("fresh_noise",), {"num_frames": 9, "trained_frames": 5})] * 2
+        assert read_recipe(done.folder).techniques == ("fresh_noise",)
+        calls.clear()
+        short = ft.config(tmp_path / "short", **longer | {"stages": ("5:1",)}, **sampled)
+        ft.train(short, model=ft.model(wan.pipeline()))
+        assert calls == []
 
     def test_a_lora_of_another_model_is_refused(self, sparse):
         folder, _ = sparse

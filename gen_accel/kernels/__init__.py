@@ -14,6 +14,7 @@ Beside the backends, `linear` is the linear branch of sparse-linear attention, a
 holds some rows of a kernel's answer to the reference.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -116,8 +117,8 @@ def preference(q: Tensor, plan: Plan) -> Mapping[str, str]:
 
 @torch.compiler.assume_constant_result
 def is_native_built() -> bool:
-    """Whether `gen-accel build` has run on this machine."""
-    return native.build.library() is not None
+    """Whether `gen-accel build` has run on this machine; GEN_ACCEL_NATIVE=0 says no."""
+    return os.environ.get("GEN_ACCEL_NATIVE") != "0" and native.build.library() is not None
 
 
 def run(

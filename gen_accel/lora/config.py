@@ -192,6 +192,12 @@ class TrainConfig:
     validation_prompts: tuple[str, ...] = _((), "Keeping", "One video each, seeds from 0.")
     validation_frames: int | None = _(None, "Keeping", "None: of the longest stage.")
     validation_steps: int = _(20, "Keeping", "Denoising steps.")
+    sample_with: tuple[str, ...] = _(
+        (),
+        "Keeping",
+        "Techniques of `gen_accel.extend` for videos longer than trained_frames: of the videos "
+        "sampled, and from then on wherever generate --from-lora takes this LoRA.",
+    )
     guidance_scale: float | None = _(
         None, "Keeping", "Of the videos sampled; none: 5, or 1 where the LoRA holds the guidance."
     )
@@ -199,6 +205,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         from gen_accel.attention_processors.options import method_from
         from gen_accel.kernels import check_name
+        from gen_accel.pipelines.long_video import check_names
 
         for one in fields(self):
             if isinstance(getattr(self, one.name), list):
@@ -220,6 +227,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two shares from 0 to below 1, got {self.betas}")
+        check_names(self.sample_with, "sample_with")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to 2^32 - 1, got {self.seed}")
         for name in (
@@ -361,6 +369,7 @@ FREE_TO_CHANGE = (
     "validation_images",
     "validation_frames",
     "validation_steps",
+    "sample_with",
     "guidance_scale",
     "on_broken",
     "kernel",

@@ -398,6 +398,7 @@ class _Run:
             data=self.cache.digest,
             teacher_guidance=held_guidance(config),
             teacher=teacher_hash(config),
+            techniques=config.sample_with,
         )
 
     def _save(self, done: int) -> None:
@@ -520,7 +521,14 @@ class _Run:
             return None
         assert self.model.pipe is not None
         folder = self.out / "validation"
-        return Validation(self.config, self.model.pipe, folder, self.accelerator, self.adapter)
+        return Validation(
+            self.config,
+            self.model.pipe,
+            folder,
+            self.accelerator,
+            self.adapter,
+            trained_frames=self.model.trained_frames,
+        )
 
     def _validate(self, validation: Validation, done: int) -> None:
         recipe: Any = self.recipe

@@ -1,5 +1,6 @@
 """Videos sampled while an adapter trains, each beside what it was before the first step."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from gen_accel.lora.artefact import held_guidance
 from gen_accel.lora.config import TrainConfig
 from gen_accel.measure.video_io import read_video, side_by_side, write_video
+from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.sampling import Clip, filled, sample
 
 
@@ -22,10 +24,18 @@ class Validation:
 
     Args:
         adapter: gives each video what it needs beside a prompt.
+        trained_frames: of the model.
     """
 
     def __init__(
-        self, config: TrainConfig, pipe: Any, folder: Path, accelerator: Accelerator, adapter: Any
+        self,
+        config: TrainConfig,
+        pipe: Any,
+        folder: Path,
+        accelerator: Accelerator,
+        adapter: Any,
+        *,
+        trained_frames: int | None,
     ) -> None:
         self.config, self.pipe, self.folder = config, pipe, folder
         self.accelerator, self.adapter = accelerator, adapter
@@ -40,14 +50,24 @@ class Validation:
             max_tokens=config.max_tokens,
         )
         self.clip = filled(pipe, clip)
+        is_longer = trained_frames is not None and clip.frames > trained_frames
+        self.techniques = config.sample_with if is_longer else ()
+        self.lengths = {"num_frames": clip.frames, "trained_frames": trained_frames}
 
     @torch.no_grad()
     def __call__(self, done: int) -> None:
         place = self.folder / f"step-{done:06d}"
         for i, prompt in enumerate(self.config.validation_prompts):
             clip = replace(self.clip, seed=i)
-            with self.accelerator.autocast(), self.adapter.sampling(i):
-                video = sample(self.pipe, prompt, clip).video
+            with ExitStack() as stack:
+                stack.enter_context(self.accelerator.autocast())
+                stack.enter_context(self.adapter.sampling(i))
+                longer = None
+                if self.techniques:
+                    longer = stack.enter_context(
+                        extend(self.pipe, self.techniques, **self.lengths)
+                    )
+                video = sample(self.pipe, prompt, clip, run=longer).video
             if self.accelerator.is_main_process:
                 self._write(place, i, video, done)
         self.accelerator.wait_for_everyone()

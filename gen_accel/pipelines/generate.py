@@ -35,7 +35,7 @@ from gen_accel.pipelines.decode import (
 from gen_accel.pipelines.image_prompt import ImagePrompt, load_image_prompt
 from gen_accel.pipelines.image_prompt.encoder import as_rgb
 from gen_accel.pipelines.image_prompt.formats import find_adapter, read_adapter
-from gen_accel.pipelines.long_video import TECHNIQUES, extend
+from gen_accel.pipelines.long_video import check_names, extend
 from gen_accel.pipelines.recipe import read_recipe
 from gen_accel.pipelines.sampling import (
     FPS,
@@ -172,7 +172,7 @@ def generate(
     loading: Loading | None = None,
     compare: bool = False,
     timed: bool = False,
-    techniques: Sequence[str] = (),
+    techniques: Sequence[str] | None = None,
     trained_frames: int | None = None,
     latents: str | Path | None = None,
     image: ImageInput | None = None,
@@ -198,11 +198,13 @@ def generate(
             and so on.
         from_lora: a folder of `gen_accel.lora.train` instead of a method: its weights are loaded,
             and what it was trained with is attached. One that holds its guidance runs without,
-            unless `clip` says otherwise.
+            unless `clip` says otherwise, and one that names techniques runs with these where the
+            video is longer than the model's, unless `techniques` are given.
         compare: also generate densely from the same seed, and write `out.dense.mp4`,
             `out.side_by_side.mp4` and `out.json` with speed-up, density, PSNR and SSIM.
         timed: also measure the seconds spent in attention; on a GPU that waits for each call.
-        techniques: for video longer than the model was trained on, see `long_video.extend`.
+        techniques: for video longer than the model was trained on, see `long_video.extend`. None:
+            those that `from_lora` names; none at all: ().
         trained_frames: what the model was trained at, where its family does not say.
         latents: a .safetensors file for what is decoded, numbered as `out` is; written before
             decoding. `decode_latents` makes the video from it again. Of a pipeline that decodes
@@ -228,8 +230,11 @@ def generate(
         if method is not None or compare:
             raise ValueError(f"from_lora {from_lora} brings its own method, and has no compare")
         method, loading, clip = _trained(from_lora, loading, clip)
+        if techniques is None:
+            techniques, trained_frames = _techniques_of(from_lora, clip, trained_frames)
     elif method is None:
         raise ValueError("give a method, or from_lora")
+    techniques = techniques or ()
     if not prompts:
         raise ValueError("no prompts: give one, or a file with one on each line")
     if compare:
@@ -422,6 +427,18 @@ def _trained(from_lora: str | Path, loading: Loading, clip: Clip) -> tuple[Any, 
     return recipe.build_method(), loading, clip
 
 
+def _techniques_of(
+    from_lora: str | Path, clip: Clip, trained_frames: int | None
+) -> tuple[Sequence[str], int | None]:
+    """What a LoRA is sampled with at this length, and what its model was trained at."""
+    recipe = read_recipe(from_lora)
+    trained = trained_frames or recipe.trained_frames
+    if not recipe.techniques:
+        return (), trained_frames
+    is_longer = clip.frames is not None and trained is not None and clip.frames > trained
+    return (recipe.techniques, trained) if is_longer else ((), None)
+
+
 def _check_comparison(method: Any, techniques: Sequence[str], latents: str | Path | None) -> None:
     if isinstance(method, Dense):
         raise ValueError("compare sets a sparse method beside dense attention, got Dense()")
@@ -433,9 +450,7 @@ def _check_comparison(method: Any, techniques: Sequence[str], latents: str | Pat
 
 
 def _check_techniques(techniques: Sequence[str], trained_frames: int | None) -> None:
-    for name in techniques:
-        if name not in TECHNIQUES:
-            raise ValueError(f"technique must be one of {', '.join(TECHNIQUES)}, got {name!r}")
+    check_names(techniques)
     if trained_frames is not None and not techniques:
         raise ValueError(f"trained_frames is for a technique, got {trained_frames} and none")
 

@@ -38,6 +38,7 @@ class Recipe:
         teacher_guidance: scale of the guidance that it holds, so that it is to generate without; 1
             is none.
         teacher: hash of the LoRA that it was taught by; None: by none.
+        techniques: of `gen_accel.extend`, to generate with for more than `trained_frames` frames.
     """
 
     base_model: str
@@ -61,6 +62,7 @@ class Recipe:
     version: int = VERSION
     teacher_guidance: float = 1.0
     teacher: str | None = None
+    techniques: tuple[str, ...] = ()
 
     @property
     def holds_guidance(self) -> bool:

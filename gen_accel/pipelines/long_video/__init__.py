@@ -36,6 +36,7 @@ __all__ = [
     "Target",
     "Technique",
     "apply_rule",
+    "check_names",
     "extend",
     "known_trained_frames",
 ]
@@ -87,6 +88,13 @@ def extend(
     if not any(isinstance(technique, Continuation) for technique in techniques):
         _check_positions(target)
     return Extension(techniques, target)
+
+
+def check_names(techniques: Sequence[str], what: str = "technique") -> None:
+    """Raises ValueError for a name that is not in `TECHNIQUES`."""
+    for name in techniques:
+        if name not in TECHNIQUES:
+            raise ValueError(f"{what} must be one of {', '.join(TECHNIQUES)}, got {name!r}")
 
 
 def known_trained_frames(transformer: Any) -> int:
