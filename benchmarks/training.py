@@ -188,12 +188,16 @@ def measure(
         },
         args,
     )
+    with gen_accel.attach(transformer, method) as handle:
+        step(transformer, given, dtype)
+        kernels = handle.summary().to_dict()["kernels"]
     density = method.density(video)
     attention_speedup = taken["attention_dense"] / taken["attention_radial"]
     return {
         "latent_frames": frames,
         "tokens": video.tokens,
         "density": density,
+        "kernels": kernels,
         **{f"{name}_ms": 1000 * seconds for name, seconds in taken.items()},
         "speedup": taken["dense"] / taken["radial"],
         "attention_speedup": attention_speedup,

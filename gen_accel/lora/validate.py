@@ -50,6 +50,7 @@ class Validation:
             max_tokens=config.max_tokens,
         )
         self.clip = filled(pipe, clip)
+        assert clip.frames is not None
         is_longer = trained_frames is not None and clip.frames > trained_frames
         self.techniques = config.sample_with if is_longer else ()
         self.lengths = {"num_frames": clip.frames, "trained_frames": trained_frames}
