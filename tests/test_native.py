@@ -6,7 +6,7 @@ import pytest
 import torch
 import wan
 from checks import assert_no_worse
-from test_kernels import assert_gradients_no_worse, random_plan
+from test_kernels import all_picked, assert_gradients_no_worse, random_plan
 
 import gen_accel
 from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear, VideoShape, kernels
@@ -40,7 +40,9 @@ def by(plan, kernel, scale=0.3):
 
 @pytest.mark.parametrize("tiles", [False, True], ids=["fp32 products", "bf16 products"])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-@pytest.mark.parametrize("dim", [8, 33, 64, 256])
+@pytest.mark.parametrize(
+    "dim", [33, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 64, 256))]
+)
 @pytest.mark.parametrize(("block_q", "block_k"), [(7, 5), (300, 90), (30, 600)])
 def test_any_size_matches_reference(block_q, block_k, dim, dtype, tiles, monkeypatch, qkv):
     """Blocks that divide nothing, longer than a piece of queries or a tile of keys."""
@@ -129,6 +131,37 @@ def test_nan_of_a_token_comes_out_where_it_is_seen(which, dtype, qkv):
     assert not hurt[80:].any()
 
 
+@pytest.mark.parametrize("route", [False, True], ids=["windows", "route"])
+def test_another_default_of_torch(route, qkv):
+    plan = random_plan(torch.device("cpu"), windows=not route)
+    if route:
+        plan = all_picked(random_plan(torch.device("cpu"), route=True))
+    inputs = qkv(plan.tokens)
+    expected = native.forward(*inputs, plan, scale=0.3)
+    fresh = Plan(plan.slots, plan.keep, plan.block_q, plan.block_k, plan.partial)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(native.forward(*inputs, fresh, scale=0.3), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_what_fails_inside_is_told(monkeypatch, qkv):
+    plan = random_plan(torch.device("cpu"))
+    monkeypatch.setattr(native, "DTYPES", {FP32: 0})
+    real = native.build.library()
+
+    class Failing:
+        def __getitem__(self, name):
+            return lambda *args: 1
+
+        gen_accel_error = staticmethod(lambda: b"std::bad_alloc")
+
+    monkeypatch.setattr(native.build, "library", lambda: Failing() if real else None)
+    with pytest.raises(RuntimeError, match="'native' failed: std::bad_alloc"):
+        native.forward(*qkv(plan.tokens), plan, scale=0.3)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize(
     "method", [Radial(block=32), BlockMixture(partition="3d", chunks=(2, 4, 8))]
@@ -148,6 +181,7 @@ def test_any_number_of_threads(method, count, threads, qkv):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [Neighborhood((2, 3, 2)), BlockMixture(partition="2d"), SparseLinear(critical=0.3)],

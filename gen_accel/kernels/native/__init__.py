@@ -101,11 +101,13 @@ def _lists(plan: Plan) -> Lists:
     route, blocks = plan.partial, (plan.block_q, plan.block_k)
     if isinstance(route, Route):
         none = plan.slots.new_zeros(0)
-        slack = torch.zeros(plan.slots.shape).masked_fill_(~plan.real, -gather.FAR)
+        slack = torch.zeros(plan.slots.shape, dtype=torch.float32)
+        slack = slack.masked_fill_(~plan.real, -gather.FAR)
         return Lists(slots, none, none, [slack, route.picks, route.group], None, *blocks)
     lists = gather.prepare(plan)
     gain = None if lists.gain is None else lists.gain.float()
-    return Lists(slots, lists.index, lists.counts, lists.rule, gain, *blocks)
+    rule = [x.float() for x in lists.rule]  # whatever torch's default is
+    return Lists(slots, lists.index, lists.counts, rule, gain, *blocks)
 
 
 def _run(name: str, call: Call, dtype: torch.dtype) -> None:
@@ -114,7 +116,7 @@ def _run(name: str, call: Call, dtype: torch.dtype) -> None:
         raise RuntimeError("the CPU kernel is not built for this machine: gen-accel build")
     tiles = gather.has_tiles(torch.device("cpu"))
     if library[name](ctypes.byref(call.args), DTYPES[dtype], int(tiles)):
-        raise MemoryError(f"no memory for attention of {call.args.N} tokens")
+        raise RuntimeError(f"kernel 'native' failed: {library.gen_accel_error().decode()}")
 
 
 @torch.library.custom_op("gen_accel::native_attention", mutates_args=())
@@ -133,7 +135,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """(B, H, N, D), and (2, B, H, N) for the backward pass: see `stats` in attention.cpp."""
     out = torch.empty(q.shape, dtype=q.dtype)
-    stats = torch.empty(2, *q.shape[:3])
+    stats = torch.empty((2, *q.shape[:3]), dtype=torch.float32)
     call = Call(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale)
     call.filled(o=out, stats=stats)
     _run("gen_accel_forward", call, q.dtype)

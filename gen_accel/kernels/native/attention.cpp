@@ -20,6 +20,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <string>
 #include <vector>
 
 #ifdef __AVX512F__
@@ -864,14 +865,18 @@ struct Backward {
   }
 };
 
+thread_local std::string error;
+
 template <template <typename, typename> class Pass>
 int dispatch(const Args& a, int dtype, bool tiles) try {
   if (dtype == 0) Pass<float, float>(a).run();
   else if (dtype == 1 && tiles) Pass<BFloat16, BFloat16>(a).run();
   else if (dtype == 1) Pass<BFloat16, float>(a).run();
   else Pass<at::Half, float>(a).run();
+  error.clear();
   return 0;
-} catch (const std::exception&) {
+} catch (const std::exception& thrown) {
+  error = thrown.what();
   return 1;
 }
 
@@ -881,7 +886,10 @@ extern "C" {
 
 int gen_accel_size() { return sizeof(Args); }
 
-// dtype: 0 fp32, 1 bf16, 2 fp16. Not 0: out of memory.
+// What the last call on this thread failed of.
+const char* gen_accel_error() { return error.c_str(); }
+
+// dtype: 0 fp32, 1 bf16, 2 fp16. Not 0: it failed.
 int gen_accel_forward(const Args* a, int dtype, int tiles) {
   return dispatch<Forward>(*a, dtype, tiles);
 }

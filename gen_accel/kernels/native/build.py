@@ -80,6 +80,7 @@ def library() -> ctypes.CDLL | None:
 
 def _load(file: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(file))
+    found.gen_accel_error.restype = ctypes.c_char_p
     if found.gen_accel_size() != ctypes.sizeof(Args):
         raise OSError(f"{file} takes other arguments than this version passes")
     return found
