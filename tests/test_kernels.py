@@ -57,6 +57,7 @@ CASES = [case for name, method in METHODS.items() for case in OPTIONS.get(name, 
 # Triton needs its interpreter and xformers a GPU, and they have files of their own.
 WITHOUT_COMPILER = ["gather", "reference"]
 AT_ONCE = [*WITHOUT_COMPILER, "native"]
+AT_ONCE_IN_TIME = [*WITHOUT_COMPILER, pytest.param("native", marks=pytest.mark.slow)]
 
 FLEX_CASES = [
     pytest.param(
@@ -117,7 +118,7 @@ def test_forward_matches_reference(kernel, method, dtype, dim, qkv, video):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", CASES, ids=str)
-@pytest.mark.parametrize("kernel", AT_ONCE)
+@pytest.mark.parametrize("kernel", AT_ONCE_IN_TIME)
 def test_gradient_matches_reference(kernel, method, dtype, qkv, video):
     def by(name):
         return lambda q, k, v: attention(q, k, v, video=video, method=method, kernel=name)

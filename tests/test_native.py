@@ -43,7 +43,10 @@ def by(plan, kernel, scale=0.3):
 @pytest.mark.parametrize(
     "dim", [33, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 64, 256))]
 )
-@pytest.mark.parametrize(("block_q", "block_k"), [(7, 5), (300, 90), (30, 600)])
+@pytest.mark.parametrize(
+    ("block_q", "block_k"),
+    [(300, 90), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((7, 5), (30, 600)))],
+)
 def test_any_size_matches_reference(block_q, block_k, dim, dtype, tiles, monkeypatch, qkv):
     """Blocks that divide nothing, longer than a piece of queries or a tile of keys."""
     if tiles and (dtype != BF16 or not gather.has_tiles(torch.device("cpu"))):
