@@ -19,13 +19,13 @@ from torch import Tensor
 
 from gen_accel.attention_processors import BlockMixture, Neighborhood, Radial, SparseLinear
 from gen_accel.functional import attention
-from gen_accel.kernels import reference
+from gen_accel.kernels import native, reference
 from gen_accel.video import VideoShape
 
 Arrays = Mapping[str, np.ndarray]
 
 # Those that run everywhere at once. FlexAttention would be compiled for every case.
-KERNELS = ("reference", "gather")
+KERNELS = ("reference", "gather", *(["native"] if native.build.library() is not None else []))
 
 SLA_ARRAYS = ("q", "k", "v", "do", "W", "b", "o", "dq", "dk", "dv")
 

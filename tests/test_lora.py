@@ -703,7 +703,16 @@ class TestFromLora:
             assert made(3.0) == (2, held)
 
     @pytest.mark.slow
-    def test_generate_goes_by_its_techniques_where_the_video_is_longer(self, trained, tmp_path):
+    def test_generate_goes_by_its_techniques_where_the_video_is_longer(
+        self, trained, tmp_path, monkeypatch
+    ):
+        from gen_accel.pipelines import generate as generate_module
+
+        filled = generate_module.filled
+
+        def whole(clip):
+            return clip if clip.frames is not None else replace(clip, frames=9)
+
         known = {"techniques": ["fresh_noise"], "trained_frames": 5}
         folder = with_recipe(trained[0], tmp_path / "named", **known)
         wan.pipeline().save_pretrained(tmp_path / "model")
@@ -724,10 +733,14 @@ class TestFromLora:
         assert used(5) == ""
         assert used(9, techniques=()) == ""
         assert used(9, trained_frames=9) == ""
+        monkeypatch.setattr(generate_module, "filled", lambda pipe, c: filled(pipe, whole(c)))
+        assert "fresh_noise" in used(None)
         assert "fresh_noise" not in used(9, techniques=["riflex"], trained_frames=5)
 
     @pytest.mark.parametrize("given", ["fresh", "none"])
     def test_a_technique_that_there_is_not(self, given, tmp_path):
+        with pytest.raises(ValueError, match="does not go with"):
+            ft.config(tmp_path / "run", sample_with=("fresh_noise", "continuation"))
         with pytest.raises(ValueError, match=f"sample_with must be one of riflex, .*'{given}'"):
             ft.config(tmp_path / "run", sample_with=(given,))
 

@@ -11,7 +11,7 @@ from test_kernels import all_picked, assert_gradients_no_worse, random_plan
 import gen_accel
 from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear, VideoShape, kernels
 from gen_accel.functional import attention
-from gen_accel.kernels import gather, native, reference
+from gen_accel.kernels import KernelFailed, gather, native, reference
 from gen_accel.kernels.native import build
 from gen_accel.plan import Plan
 
@@ -161,8 +161,45 @@ def test_what_fails_inside_is_told(monkeypatch, qkv):
         gen_accel_error = staticmethod(lambda: b"std::bad_alloc")
 
     monkeypatch.setattr(native.build, "library", lambda: Failing() if real else None)
-    with pytest.raises(RuntimeError, match="'native' failed: std::bad_alloc"):
+    with pytest.raises(KernelFailed, match="'native' failed: std::bad_alloc"):
         native.forward(*qkv(plan.tokens), plan, scale=0.3)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("how", ["dtype", "heads", "tokens", "dim"])
+def test_what_is_not_alike_is_refused(how, which, qkv):
+    plan = random_plan(torch.device("cpu"))
+    inputs = qkv(plan.tokens)
+    x = inputs[which]
+    changed = {"dtype": x.bfloat16(), "heads": x[:, :1], "tokens": x[:, :, 1:], "dim": x[..., 1:]}
+    inputs[which] = changed[how]
+    assert "must be alike" in native.unsupported(*inputs, plan)[0]
+    with pytest.raises(ValueError, match="q, k and v must be alike, got"):
+        native.compute(*inputs, native.prepare(plan), scale=0.3)
+
+
+def test_bf16_where_onednn_is_off(built, qkv):
+    plan = random_plan(torch.device("cpu"))
+    q, k, v = qkv(plan.tokens, BF16)
+    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
+    low = reference.forward(q, k, v, plan, scale=0.3)
+    told = []
+    with torch.backends.mkldnn.flags(enabled=False):
+        out = kernels.run(q, k, v, plan, scale=0.3, report=told.append)
+    assert_no_worse(out, low, exact)
+    assert told[0].kernel == "native" or "'native' failed: " in str(told[0])
+
+
+@pytest.mark.parametrize("scale", [1e-33, 1e-10, 1e6, 1e9, 1e12])
+def test_scales_beyond_reason(scale, qkv):
+    plan = random_plan(torch.device("cpu"))
+    inputs = [x.requires_grad_() for x in qkv(plan.tokens)]
+    out = native.forward(*inputs, plan, scale=scale)
+    grads = torch.autograd.grad(out.sum(), inputs)
+    assert all(x.isfinite().all() for x in (out, *grads))
+    if scale < 1:
+        exact = reference.forward(*(x.detach().double() for x in inputs), plan, scale=scale)
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
@@ -240,13 +277,17 @@ class TestChoice:
         with pytest.raises(ValueError, match="'native' takes neither gains nor"):
             kernels.prepare(damped, q.device, "native")
 
+    def test_it_is_for_the_cpu_in_a_graph_too(self):
+        with pytest.raises(ValueError, match="'native' is for the CPU, got cuda; use 'auto'"):
+            kernels.prepare(self.plan, torch.device("cuda"), "native")
+
     def test_without_a_library_it_says_how_to_get_one(self, monkeypatch, tmp_path, qkv):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         build.library.cache_clear()
         try:
             reasons = native.unsupported(*qkv(64), self.plan)
             assert reasons == ["it is not built for this machine: gen-accel build"]
-            with pytest.raises(RuntimeError, match="not built for this machine: gen-accel build"):
+            with pytest.raises(KernelFailed, match="not built for this machine: gen-accel build"):
                 native.forward(*qkv(64), self.plan, scale=0.3)
         finally:
             build.library.cache_clear()
@@ -289,6 +330,14 @@ class TestBuild:
     def test_a_library_that_does_not_load_counts_as_none(self):
         build.path().parent.mkdir(parents=True)
         build.path().write_bytes(b"half a library")
+        assert build.library() is None
+
+    def test_no_home_counts_as_none(self, monkeypatch):
+        def homeless():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(build.Path, "home", homeless)
         assert build.library() is None
 
     def test_another_source_lies_elsewhere(self, monkeypatch, tmp_path):

@@ -212,6 +212,8 @@ def prepare(plan: Plan, device: torch.device, kernel: str = "auto") -> tuple[str
         raise ValueError(f"kernel {kernel!r} takes no gain on scores; use 'auto'")
     if plan.trimmed and kernel == "routed":
         raise ValueError("kernel 'routed' takes no plan that leaves out blocks; use 'auto'")
+    if kernel == "native" and device.type != "cpu":
+        raise ValueError(f"kernel 'native' is for the CPU, got {device}; use 'auto'")
     if by_query and altered and kernel == "native":
         raise ValueError(
             "kernel 'native' takes neither gains nor left out blocks where each query picks its "

@@ -6,6 +6,7 @@ processors.json, .safetensors      the method's own parameters, where it has som
 """
 
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -247,8 +248,10 @@ def load_into(transformer: Any, folder: str | Path, config: TrainConfig) -> None
             weight: alpha over rank.
     """
     recipe = check_start(str(folder), config, transformer)
+    if not recipe.rank:
+        raise ValueError(f"init_lora {folder} holds no LoRA, its method's parameters alone")
     alpha = float(config.rank if config.alpha is None else config.alpha)
-    if recipe.alpha * config.rank != alpha * recipe.rank:
+    if not math.isclose(recipe.alpha * config.rank, alpha * recipe.rank, rel_tol=1e-6):
         raise ValueError(
             f"init_lora {folder} has alpha {recipe.alpha:g} at rank {recipe.rank}, asked for is "
             f"{alpha:g} at {config.rank}: the same weight is alpha "

@@ -225,13 +225,14 @@ def generate(
             name that will not do, or a technique or latents together with `compare`.
         OSError: a file or repository that is not there, or a folder that cannot be written.
     """
-    clip, loading = clip or Clip(), loading or Loading()
+    clip, loading, named = clip or Clip(), loading or Loading(), False
     if from_lora is not None:
         if method is not None or compare:
             raise ValueError(f"from_lora {from_lora} brings its own method, and has no compare")
         method, loading, clip = _trained(from_lora, loading, clip)
-        if techniques is None:
-            techniques, trained_frames = _techniques_of(from_lora, clip, trained_frames)
+        named = techniques is None
+        if named:
+            techniques, trained_frames = _techniques_of(from_lora, trained_frames)
     elif method is None:
         raise ValueError("give a method, or from_lora")
     techniques = techniques or ()
@@ -282,6 +283,8 @@ def generate(
         check_latents_of(model)
     pipe = load(model, loading)
     clip = filled(pipe, clip)
+    if named and not _is_longer(clip, trained_frames):
+        techniques, trained_frames = (), None
     if techniques and clip.frames is None:
         kind = type(pipe).__name__
         raise ValueError(f"frames must be given with {techniques[0]}: {kind} has no default")
@@ -428,15 +431,17 @@ def _trained(from_lora: str | Path, loading: Loading, clip: Clip) -> tuple[Any, 
 
 
 def _techniques_of(
-    from_lora: str | Path, clip: Clip, trained_frames: int | None
+    from_lora: str | Path, trained_frames: int | None
 ) -> tuple[Sequence[str], int | None]:
-    """What a LoRA is sampled with at this length, and what its model was trained at."""
+    """What a LoRA is sampled with, and what its model was trained at."""
     recipe = read_recipe(from_lora)
-    trained = trained_frames or recipe.trained_frames
     if not recipe.techniques:
         return (), trained_frames
-    is_longer = clip.frames is not None and trained is not None and clip.frames > trained
-    return (recipe.techniques, trained) if is_longer else ((), None)
+    return recipe.techniques, trained_frames or recipe.trained_frames
+
+
+def _is_longer(clip: Clip, trained_frames: int | None) -> bool:
+    return None not in (clip.frames, trained_frames) and clip.frames > trained_frames  # pyright: ignore
 
 
 def _check_comparison(method: Any, techniques: Sequence[str], latents: str | Path | None) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels import gather
+from gen_accel.kernels.failure import KernelFailed
 from gen_accel.kernels.native import build
 from gen_accel.kernels.native.arguments import Call
 from gen_accel.plan import Plan, Route
@@ -35,7 +36,22 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
         reasons.append("it is not built for this machine: gen-accel build")
     if q.dtype not in DTYPES:
         reasons.append(f"it takes {_names()}, got {q.dtype}")
-    return reasons or _of_route(plan)
+    return reasons or _unlike(q, k, v) or _of_route(plan)
+
+
+def _unlike(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
+    """Whether q, k and v differ in what the library reads off q alone."""
+    about = [(tuple(x.shape), str(x.dtype), str(x.device)) for x in (q, k, v)]
+    if about[1:] == about[:1] * 2:
+        return []
+    return [f"q, k and v must be alike, got {', '.join(' '.join(map(str, x)) for x in about)}"]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if reasons := _unlike(q, k, v):
+        raise ValueError(f"kernel 'native': {reasons[0]}")
+    if q.device.type != "cpu":
+        raise ValueError(f"kernel 'native' is for the CPU, got {q.device.type}")
 
 
 def _names() -> str:
@@ -113,10 +129,10 @@ def _lists(plan: Plan) -> Lists:
 def _run(name: str, call: Call, dtype: torch.dtype) -> None:
     library = build.library()
     if library is None:
-        raise RuntimeError("the CPU kernel is not built for this machine: gen-accel build")
+        raise KernelFailed("the CPU kernel is not built for this machine: gen-accel build")
     tiles = gather.has_tiles(torch.device("cpu"))
     if library[name](ctypes.byref(call.args), DTYPES[dtype], int(tiles)):
-        raise RuntimeError(f"kernel 'native' failed: {library.gen_accel_error().decode()}")
+        raise KernelFailed(f"kernel 'native' failed: {library.gen_accel_error().decode()}")
 
 
 @torch.library.custom_op("gen_accel::native_attention", mutates_args=())
@@ -134,6 +150,7 @@ def _attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """(B, H, N, D), and (2, B, H, N) for the backward pass: see `stats` in attention.cpp."""
+    _check(q, k, v)
     out = torch.empty(q.shape, dtype=q.dtype)
     stats = torch.empty((2, *q.shape[:3]), dtype=torch.float32)
     call = Call(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale)
@@ -165,6 +182,7 @@ def _backward(
     block_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check(q, k, v)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     call = Call(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale)
     call.strided(grad=grad)

@@ -39,7 +39,9 @@ constexpr i64 ROUTED = 1024;  // queries that are looked through at once for tho
 constexpr i64 STEP = 32;    // rows of a product of compressed queries: few shapes, few kernels
 constexpr i64 LANES = 16;   // columns that a product makes at once; a rest would cost as much as many
 constexpr size_t KEPT = size_t(64) << 20;  // bytes that a thread keeps from call to call
+constexpr i64 MOST_SUMS = i64(1) << 30;  // bytes of gradients of keys and values, of all threads
 constexpr float LOW = -1e30f;
+constexpr float TINY = 1e-20f;  // a scale below takes LOW too near to 0
 constexpr float LOG2E = 1.4426950408889634f;
 
 struct Args {
@@ -200,6 +202,7 @@ float weigh(const float* s, i64 n, float by, float shift, T* to) {
   for (i64 j = 0; j < n; j += 16) {
     __mmask16 mask = n - j < 16 ? (1u << (n - j)) - 1 : 0xffff;
     __m512 x = _mm512_fmsub_ps(_mm512_maskz_loadu_ps(mask, s + j), times, less);
+    x = _mm512_min_ps(_mm512_set1_ps(1.f), x);  // of a NaN the second
     __m512 w = exp2_of(x, sizeof(T) == 2);
     sum = _mm512_mask_add_ps(sum, mask, sum, w);
     put(to + j, mask, w);
@@ -209,7 +212,8 @@ float weigh(const float* s, i64 n, float by, float shift, T* to) {
   float sum = 0.f;
 #pragma omp simd reduction(+ : sum)
   for (i64 j = 0; j < n; j++) {
-    float w = exp2_of(s[j] * by - shift);
+    float x = s[j] * by - shift;
+    float w = exp2_of(x > 1.f ? 1.f : x);
     sum += w;
     if constexpr (sizeof(T) == 2) reinterpret_cast<uint16_t*>(to)[j] = rounded(w);
     else to[j] = w;
@@ -554,7 +558,7 @@ struct Forward {
       const T *K = f.keys + bh * p.Kk * p.bkp * p.Dp, *V = f.values + bh * p.Kk * p.bkp * p.D;
       scored(parts, width, count, q, K);
       // Scaled in the exponent, where nothing is rounded off.
-      bool raw = !gains && p.a.scale > 0.f;
+      bool raw = !gains && p.a.scale > TINY;
       float by = raw ? p.a.scale * LOG2E : LOG2E;
       i64 wide = p.together ? up(width, LANES) : width;
       // Before anything is read: what was just written in parts is slow to read whole.
@@ -652,7 +656,9 @@ struct Backward {
   explicit Backward(const Args& a) : p(a) {
     // A part of the queries of a head adds into gradients of its own: as many as keep all busy.
     i64 threads = at::get_num_threads(), even = p.BH % threads == 0 || p.BH >= 4 * threads;
+    i64 queries = p.a.S / (p.a.picks ? ROUTED : p.a.block_q) + 1, both = 8 * p.BH * p.a.S * p.D;
     parts = even ? 1 : (2 * threads + p.BH - 1) / p.BH;
+    parts = std::max<i64>(1, std::min({parts, queries, MOST_SUMS / std::max<i64>(1, both)}));
   }
 
   struct Worker {
@@ -754,7 +760,7 @@ struct Backward {
         product(x.count, M, p.Dp, K, p.Dp, q_turned, M, scores + from, M, false);
         product(x.count, M, p.Dp, V, p.Dp, g_turned, M, above + from, M, false);
         float gain = gains ? gains[x.block] : 1.f;
-        bool raw = !gains && p.a.scale > 0.f;
+        bool raw = !gains && p.a.scale > TINY;
         float by = raw ? p.a.scale * LOG2E : LOG2E;
         for (i64 j = 0; j < x.count; j++) {
           float *s = scores + from + j * M, *d = above + from + j * M;
@@ -789,7 +795,8 @@ struct Backward {
       float scale = p.a.scale;
 #pragma omp simd
       for (i64 i = 0; i < M; i++) {
-        float w = exp2_of(s[i] * by - high[i]) * inverse[i];
+        float x = s[i] * by - high[i];  // above 0 by what huge scores were rounded
+        float w = exp2_of(x > 1.f ? 1.f : x) * inverse[i];
         float slope = s[i] > 0.f ? scale * gain : scale;
         d[i] = w * (d[i] - delta[i]) * slope;
         s[i] = w;
@@ -867,10 +874,21 @@ struct Backward {
 
 thread_local std::string error;
 
+// oneDNN may be told to leave out what the processor has.
+bool multiplies_bf16() try {
+  BFloat16 a[16 * 32] = {}, b[32 * 16] = {};
+  float c[16 * 16];
+  product<BFloat16>(16, 16, 32, a, 32, b, 16, c, 16, false);
+  finish(a);
+  return true;
+} catch (const std::exception&) {
+  return false;
+}
+
 template <template <typename, typename> class Pass>
 int dispatch(const Args& a, int dtype, bool tiles) try {
   if (dtype == 0) Pass<float, float>(a).run();
-  else if (dtype == 1 && tiles) Pass<BFloat16, BFloat16>(a).run();
+  else if (dtype == 1 && tiles && multiplies_bf16()) Pass<BFloat16, BFloat16>(a).run();
   else if (dtype == 1) Pass<BFloat16, float>(a).run();
   else Pass<at::Half, float>(a).run();
   error.clear();

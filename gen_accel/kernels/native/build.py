@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import subprocess
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -41,7 +42,9 @@ def build() -> Path:
     """Compile the library; a moment later `library` has it, in this process and in others.
 
     Raises:
-        RuntimeError: no compiler, another system than Linux on x86_64, or what the compiler says.
+        RuntimeError: no compiler, another system than Linux on x86_64, what the compiler says, or
+            a library that does not load.
+        OSError: the cache cannot be written.
     """
     where = f"{platform.system()} on {platform.machine()}"
     if where != "Linux on x86_64":
@@ -51,7 +54,9 @@ def build() -> Path:
         raise RuntimeError("no C++ compiler: apt install g++, or name one in CXX")
     target = path()
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".partial-{os.getpid()}.so")
+    descriptor, name = tempfile.mkstemp(".so", ".partial-", target.parent)
+    os.close(descriptor)
+    partial = Path(name)
     includes = (f"-I{folder}" for folder in cpp_extension.include_paths())
     folders = cpp_extension.library_paths()
     links = (*(f"-L{folder}" for folder in folders), "-ltorch_cpu", "-lc10")
@@ -60,7 +65,10 @@ def build() -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{shlex.join(command)}\n{done.stderr.strip()}")
-        _load(partial)
+        try:
+            _load(partial)
+        except OSError as error:
+            raise RuntimeError(f"{target} was built and does not load: {error}") from error
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
@@ -71,10 +79,10 @@ def build() -> Path:
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
     """What `build` made for this machine; None where it did not, or where it does not load."""
-    target = path()
     try:
+        target = path()
         return _load(target) if target.is_file() else None
-    except OSError:
+    except (OSError, RuntimeError, AttributeError):  # no home, another system's file, half a file
         return None
 
 

@@ -91,10 +91,13 @@ def extend(
 
 
 def check_names(techniques: Sequence[str], what: str = "technique") -> None:
-    """Raises ValueError for a name that is not in `TECHNIQUES`."""
+    """Raises ValueError for a name that is not in `TECHNIQUES`, and for some that do not go
+    together."""
     for name in techniques:
         if name not in TECHNIQUES:
             raise ValueError(f"{what} must be one of {', '.join(TECHNIQUES)}, got {name!r}")
+    if techniques:
+        _techniques(techniques, {})
 
 
 def known_trained_frames(transformer: Any) -> int:
