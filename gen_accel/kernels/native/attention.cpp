@@ -3,7 +3,7 @@
 // Keys and values are laid out once a head as the products read them. Then a thread takes a piece
 // of a query block, or of token-routed queries those that picked a group, and runs over its key
 // blocks in tiles that stay in its cache, with the softmax carried from tile to tile. Products are
-// torch's own: of bf16 matrices in tiles where the processor has them (AMX), of fp32 by its BLAS.
+// those of torch's oneDNN: of bf16 where the processor multiplies tiles of it (AMX), else of fp32.
 //
 // Called through ctypes. Letters as in plan.py; a "piece" is a run of slots of one block.
 
@@ -32,12 +32,12 @@ namespace {
 using at::BFloat16;
 using i64 = int64_t;
 
-constexpr i64 ROWS = 256;   // queries of a piece
-constexpr i64 COLS = 512;   // keys of a tile
+constexpr i64 ROWS = 256;        // queries of a piece
+constexpr i64 COLS = 512;        // keys of a tile
 constexpr i64 WIDE = COLS + 16;  // room of a row of scores
 constexpr i64 ROUTED = 1024;  // queries that are looked through at once for those of a group
-constexpr i64 STEP = 32;    // rows of a product of compressed queries: few shapes, few kernels
-constexpr i64 LANES = 16;   // columns that a product makes at once; a rest would cost as much as many
+constexpr i64 STEP = 32;   // rows of a product of compressed queries: few shapes, few kernels
+constexpr i64 LANES = 16;  // columns that a product makes at once; a rest costs as much as many
 constexpr size_t KEPT = size_t(64) << 20;  // bytes that a thread keeps from call to call
 constexpr i64 MOST_SUMS = i64(1) << 30;  // bytes of gradients of keys and values, of all threads
 constexpr float LOW = -1e30f;
@@ -47,7 +47,7 @@ constexpr float LOG2E = 1.4426950408889634f;
 struct Args {
   const void *q, *k, *v, *out, *grad;
   void *o, *dq, *dk, *dv;
-  float* stats;         // (2, B, H, N): the highest score by log2(e), and one over the sum of weights
+  float* stats;         // (2, B, H, N): highest score by log2(e), one over the sum of weights
   i64 q_strides[3], k_strides[3], v_strides[3], grad_strides[3];
   const i64* slots;     // (S,), -1 for padding; null where slot = token
   const i64* index;     // (PB, PH, Kq, most)
@@ -137,7 +137,7 @@ inline void store(BFloat16* to, const float* from, i64 n) {
   for (i64 i = 0; i < n; i++) bits[i] = rounded(from[i]);
 }
 
-// 2^x for x <= 0 or near it: 0 below -126; NaN stays NaN. Cephes' polynomial, error 1 in the last place.
+// 2^x for x <= 0 or near it: 0 below -126; NaN stays NaN. Cephes' polynomial, 1 in the last place.
 inline float exp2_of(float x) {
   float t = x < -126.f ? -126.f : x;
   float shifted = t + 12582912.f;
