@@ -231,6 +231,15 @@ class Plan:
             full = full & self.partial.whole(self.real, self.block_q, self.block_k)
         return self.keep & full
 
+    def leaves_out_picks(self) -> bool:
+        """Whether a query picked a group of which not all blocks are kept. Waits for the device.
+
+        What methods make never does; plans made by hand may keep anything.
+        """
+        assert isinstance(self.partial, Route)
+        picked = self.partial.touched(self.real, self.block_q, self.block_k)
+        return not torch.equal((self.keep & picked).expand(picked.shape), picked)
+
     @lasting
     def density(self) -> float:
         """Share of the N x N token pairs that are kept, in [0, 1]. Synchronises the device."""

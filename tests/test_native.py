@@ -11,7 +11,7 @@ from test_kernels import all_picked, assert_gradients_no_worse, random_plan
 import gen_accel
 from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear, VideoShape, kernels
 from gen_accel.functional import attention
-from gen_accel.kernels import KernelFailed, gather, native, reference
+from gen_accel.kernels import KernelFailed, native, reference
 from gen_accel.kernels.native import build
 from gen_accel.plan import Plan
 
@@ -49,9 +49,9 @@ def by(plan, kernel, scale=0.3):
 )
 def test_any_size_matches_reference(block_q, block_k, dim, dtype, tiles, monkeypatch, qkv):
     """Blocks that divide nothing, longer than a piece of queries or a tile of keys."""
-    if tiles and (dtype != BF16 or not gather.has_tiles(torch.device("cpu"))):
+    if tiles and (dtype != BF16 or not native.has_tiles(torch.device("cpu"))):
         pytest.skip("products of bf16 tiles are for bf16, on a processor that has them")
-    monkeypatch.setattr(gather, "has_tiles", lambda device: tiles)
+    monkeypatch.setattr(native, "has_tiles", lambda device: tiles)
     slots = 2100 if block_q == 7 or block_k == 5 else 1800
     slots = slots // block_q * block_q
     while slots % block_k:

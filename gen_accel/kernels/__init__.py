@@ -10,8 +10,9 @@ scale)`.
 A backend imports without its optional dependency, and never changes the answer: each is held to
 `reference` by an error budget, forward and gradient.
 
-Beside the backends, `linear` is the linear branch of sparse-linear attention, and `self_check`
-holds some rows of a kernel's answer to the reference.
+Beside the backends, `lists` are the kept blocks of a plan as they read them, `linear` is the
+linear branch of sparse-linear attention, and `self_check` holds some rows of a kernel's answer to
+the reference.
 """
 
 import os

@@ -23,9 +23,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
         return ["it takes no gain on scores"]
     if q.device.type != "cpu":
         return [f"it waits for the device once a group; for the CPU, got {q.device.type}"]
-    picked = plan.partial.touched(plan.real, plan.block_q, plan.block_k)
-    # Between two calls of one method this never happens; plans made by hand may keep anything.
-    if not torch.equal((plan.keep & picked).expand(picked.shape), picked):
+    if plan.leaves_out_picks():
         return ["the plan leaves out blocks that its queries picked"]
     return []
 

@@ -19,8 +19,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from gen_accel.kernels import gather
+from gen_accel.kernels import lists
 from gen_accel.kernels.failure import KernelFailed
+from gen_accel.kernels.lists import has_tiles
 from gen_accel.kernels.native import build
 from gen_accel.kernels.native.arguments import Call
 from gen_accel.plan import Plan, Route
@@ -64,9 +65,7 @@ def _of_route(plan: Plan) -> list[str]:
         return []
     if plan.gain is not None:
         return ["it takes no gain on scores where each query picks its key blocks"]
-    picked = plan.partial.touched(plan.real, plan.block_q, plan.block_k)
-    # Between two calls of one method this never happens; plans made by hand may keep anything.
-    if not torch.equal((plan.keep & picked).expand(picked.shape), picked):
+    if plan.leaves_out_picks():
         return ["the plan leaves out blocks that its queries picked"]
     return []
 
@@ -86,7 +85,7 @@ class Lists(NamedTuple):
 
     Args:
         slots: of the plan; None where every slot holds the token of its own number.
-        index, counts, gain: as in `gather.Lists`; index and counts are empty with a route.
+        index, counts, gain: as in `lists.Lists`; index and counts are empty with a route.
         rule: slack (S,); with windows also center, half and place, all (A, S) fp32; with a route
             also picks (B', H', S, C) bool and group (Kk,).
     """
@@ -118,19 +117,19 @@ def _lists(plan: Plan) -> Lists:
     if isinstance(route, Route):
         none = plan.slots.new_zeros(0)
         slack = torch.zeros(plan.slots.shape, dtype=torch.float32)
-        slack = slack.masked_fill_(~plan.real, -gather.FAR)
+        slack = slack.masked_fill_(~plan.real, -lists.FAR)
         return Lists(slots, none, none, [slack, route.picks, route.group], None, *blocks)
-    lists = gather.prepare(plan)
-    gain = None if lists.gain is None else lists.gain.float()
-    rule = [x.float() for x in lists.rule]  # whatever torch's default is
-    return Lists(slots, lists.index, lists.counts, rule, gain, *blocks)
+    listed = lists.prepare(plan)
+    gain = None if listed.gain is None else listed.gain.float()
+    rule = [x.float() for x in listed.rule]  # whatever torch's default is
+    return Lists(slots, listed.index, listed.counts, rule, gain, *blocks)
 
 
 def _run(name: str, call: Call, dtype: torch.dtype) -> None:
     library = build.library()
     if library is None:
         raise KernelFailed("the CPU kernel is not built for this machine: gen-accel build")
-    tiles = gather.has_tiles(torch.device("cpu"))
+    tiles = has_tiles(torch.device("cpu"))
     if library[name](ctypes.byref(call.args), DTYPES[dtype], int(tiles)):
         raise KernelFailed(f"kernel 'native' failed: {library.gen_accel_error().decode()}")
 

@@ -1,0 +1,88 @@
+"""The kept blocks of a plan as index lists, which several kernels read; what a CPU is good at."""
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from gen_accel.plan import Plan, Route
+
+FAR = 1e9  # farther than any token from any other, along any axis
+
+
+class Lists(NamedTuple):
+    """The kept blocks of a plan as index lists, with what else the operator needs of the plan.
+
+    Args:
+        order: (S,) int64, the token of each slot, and `back` (N,), the slot of each token; None
+            where nothing is reordered or padded.
+        index: (B', H', Kq, most) int64 for the B' x H' patterns of `keep`, the key blocks of each
+            query block: first those that need a mask, then the whole ones; the rest is unused.
+        counts: (2, B', H', Kq) on the CPU: key blocks in all, and those that need a mask.
+        rule: what hides a key from a query, see `_rule`.
+        gain: of the plan.
+    """
+
+    order: Tensor | None
+    back: Tensor | None
+    index: Tensor
+    counts: Tensor
+    rule: list[Tensor]
+    gain: Tensor | None
+    block_q: int
+    block_k: int
+
+
+_cache: "WeakKeyDictionary[Plan, Lists]" = WeakKeyDictionary()
+
+
+@torch.inference_mode(False)
+def prepare(plan: Plan) -> Lists:
+    if plan.dynamic:
+        return _lists(plan)
+    if plan not in _cache:
+        _cache[plan] = _lists(plan)
+    return _cache[plan]
+
+
+def _lists(plan: Plan) -> Lists:
+    order = None if plan.is_raster else plan.slots.clamp_min(0)
+    back = None if plan.is_raster else plan.places
+    whole = plan.whole
+    rank = 2 - 2 * plan.keep.int() + whole.int()
+    index = rank.sort(dim=-1, stable=True).indices
+    counts = torch.stack([plan.keep.sum(-1), (plan.keep & ~whole).sum(-1)]).cpu()
+    if not torch.compiler.is_compiling():  # a graph has no use for a size that it must wait for
+        index = index[..., : max(int(counts[0].max()), 1)].contiguous()
+    return Lists(order, back, index, counts, _rule(plan), plan.gain, plan.block_q, plan.block_k)
+
+
+def _rule(plan: Plan) -> list[Tensor]:
+    """What decides whether a slot sees another, as numbers to subtract: a fraction of the time of
+    comparisons, whose results are not of the scores' type.
+
+    A query sees a key if no `abs(place - center) - half` of any axis exceeds the key's slack; with
+    a route, if what hides the key's group from it, 0 or 1, does not.
+
+    Returns:
+        slack (S,); with windows also center, half and place, all (A, S) fp32; with a route also
+        (B', H', S, C) fp32, 1 where a query does not see a group, and (Kk,) the groups.
+    """
+    slack = torch.zeros(plan.slots.shape, device=plan.slots.device)
+    windows = plan.partial
+    if windows is None:
+        return [slack.masked_fill_(~plan.real, -FAR)]
+    if isinstance(windows, Route):
+        return [slack.masked_fill_(~plan.real, -FAR), (~windows.picks).float(), windows.group]
+    slack[windows.free] = 2 * FAR
+    slack[~plan.real] = -2 * FAR
+    center = (windows.first + windows.last) / 2
+    half = ((windows.last - windows.first) / 2).masked_fill(windows.free, FAR)
+    return [slack, center, half, windows.place.float()]
+
+
+def has_tiles(device: torch.device) -> bool:
+    """Whether products of bf16 matrices run several times as fast as those of fp32 (AMX)."""
+    known = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return device.type == "cpu" and known is not None and known()
