@@ -721,8 +721,8 @@ def build() -> None:
     """Compile the kernel `native` for this machine: ten seconds, once. It is the fastest on a CPU,
     forward and backward, and "auto" takes it from then on; all methods run without it too.
 
-    Needs a C++ compiler on Linux. Lies in the user's cache, where a new version, another torch or
-    another processor has it built anew.
+    Needs a C++ compiler, on Linux and x86-64. Lies in the user's cache; a new version, another
+    torch or another processor needs it built anew.
 
     \b
     gen-accel build

@@ -2,4 +2,4 @@
 
 
 class KernelFailed(RuntimeError):
-    """`forward` could not be built here; its reason is in `unsupported` from now on."""
+    """`forward` could not run here; "auto" goes on to the next kernel."""

@@ -441,7 +441,8 @@ def _techniques_of(
 
 
 def _is_longer(clip: Clip, trained_frames: int | None) -> bool:
-    return None not in (clip.frames, trained_frames) and clip.frames > trained_frames  # pyright: ignore
+    frames = clip.frames
+    return frames is not None and trained_frames is not None and frames > trained_frames
 
 
 def _check_comparison(method: Any, techniques: Sequence[str], latents: str | Path | None) -> None:
