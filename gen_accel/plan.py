@@ -231,6 +231,7 @@ class Plan:
             full = full & self.partial.whole(self.real, self.block_q, self.block_k)
         return self.keep & full
 
+    @lasting
     def leaves_out_picks(self) -> bool:
         """Whether a query picked a group of which not all blocks are kept. Waits for the device.
 
@@ -327,8 +328,10 @@ def slots_of(slots: Tensor, block_q: int, block_k: int) -> Slots:
 
 
 def plan_of_call(slots: Slots, keep: Tensor, partial: Route | None = None) -> Plan:
-    """What the q and k of one call keep, (B or 1, H or 1, Kq, Kk)."""
+    """What the q and k of one call keep, (B or 1, H or 1, Kq, Kk): with a route, all blocks of
+    what is picked."""
     plan = Plan(slots.slots, keep, slots.block_q, slots.block_k, partial, dynamic=True)
+    plan.leaves_out_picks = False
     return _known(plan, slots)
 
 

@@ -38,7 +38,7 @@ def by(plan, kernel, scale=0.3):
     return lambda q, k, v: kernel.forward(q, k, v, plan, scale=scale)
 
 
-@pytest.mark.parametrize("tiles", [False, True], ids=["fp32 products", "bf16 products"])
+@pytest.mark.parametrize("halves", [False, True], ids=["fp32 products", "bf16 products"])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize(
     "dim", [33, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 64, 256))]
@@ -47,11 +47,11 @@ def by(plan, kernel, scale=0.3):
     ("block_q", "block_k"),
     [(300, 90), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((7, 5), (30, 600)))],
 )
-def test_any_size_matches_reference(block_q, block_k, dim, dtype, tiles, monkeypatch, qkv):
+def test_any_size_matches_reference(block_q, block_k, dim, dtype, halves, monkeypatch, qkv):
     """Blocks that divide nothing, longer than a piece of queries or a tile of keys."""
-    if tiles and (dtype != BF16 or not native.has_tiles(torch.device("cpu"))):
-        pytest.skip("products of bf16 tiles are for bf16, on a processor that has them")
-    monkeypatch.setattr(native, "has_tiles", lambda device: tiles)
+    if halves and (dtype != BF16 or not native.multiplies_bf16()):
+        pytest.skip("products of bf16 are for bf16, on a processor that has them")
+    monkeypatch.setattr(native, "multiplies_bf16", lambda: halves)
     slots = 2100 if block_q == 7 else 1800
     g = torch.Generator().manual_seed(0)
     keep = torch.rand(1, 2, slots // block_q, slots // block_k, generator=g) < 0.4
@@ -337,9 +337,9 @@ class TestBuild:
 
     def test_another_source_lies_elsewhere(self, monkeypatch, tmp_path):
         before = build.path()
-        other = tmp_path / "attention.cpp"
-        other.write_text(build.SOURCE.read_text() + "\n")
-        monkeypatch.setattr(build, "SOURCE", other)
+        other = tmp_path / "common.h"
+        other.write_text(build.READ[-1].read_text() + "\n")
+        monkeypatch.setattr(build, "READ", (*build.READ[:-1], other))
         assert build.path() != before
 
 

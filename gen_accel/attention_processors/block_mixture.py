@@ -17,7 +17,11 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.stand_in import smooth_qk
-from gen_accel.plan import Plan, Route, Slots, pack, plan_of_call, slots_of, widest
+from gen_accel.kernels import native_serves
+from gen_accel.kernels.native.selection import SCOPES
+from gen_accel.kernels.native.selection import picks as native_picks
+from gen_accel.kernels.pooling import block_means, block_sums
+from gen_accel.plan import Plan, Route, Slots, plan_of_call, slots_of, widest
 from gen_accel.video import VideoShape
 
 Partition = Literal["cycle", "1d", "2d", "3d"]
@@ -160,26 +164,51 @@ class BlockMixture:
 
     def _picked(self, q: Tensor, k: Tensor, layout: "Layout") -> Plan:
         slots, own = layout.slots, layout.chunk.view(-1, layout.slots.block_k)[:, 0]
+        means = _chunk_means(k, layout)
         if self.routing == "block":
-            rows = _block_means(pack(q, slots), layout)
-            home = own
-        else:
-            rows = pack(q, slots).float()
-            home = layout.chunk
-        means = _chunk_means(pack(k, slots), layout)
-        scores = rows @ means.transpose(-1, -2)  # (B, H, rows, C)
-        C = scores.shape[3]
+            rows = block_means(q, slots, slots.block_q)
+            order = torch.arange(len(own), device=q.device)
+            picks = self._picks(rows, order, own, means, 1, layout)[0]
+            return plan_of_call(slots, picks[..., own])
+        found = self._picks(q, slots.slots, layout.chunk, means, slots.block_q, layout)
+        picks, touched = found
+        return plan_of_call(slots, touched[..., own], Route(picks, own, slots.block_k))
+
+    def _picks(
+        self, q: Tensor, order: Tensor, home: Tensor, means: Tensor, block: int, layout: "Layout"
+    ) -> tuple[Tensor, Tensor]:
+        """What rows pick of chunks and, last, of the text.
+
+        Args:
+            q: (B, H, N, D).
+            order: (R,), the row of each place; -1 for padding, which may get anything.
+            home: (R,), the own chunk; from C on that of text, which sees all.
+            means: (B, H, C, D).
+            block: places in a block.
+
+        Returns:
+            (B, H, R, C + 1) bool, and (B, H, R / block, C + 1), what any row of a block picks.
+        """
+        C = means.shape[2]
+        topk = min(self.topk[layout.partition], C)
+        dense = self.threshold == 1 if self.select == "threshold" else topk == C
+        if native_serves(q) and not dense:
+            few = topk if self.select == "topk" else 0
+            scope = SCOPES.index(self.scope)
+            return native_picks(q, order, home, means, block, scope, few, self.threshold)
+        real = order >= 0
+        in_place = self.routing == "block" or layout.slots.is_raster
+        rows = q if in_place else q.index_select(2, order.clamp_min(0))
+        scores = rows.float() @ means.transpose(-1, -2)  # (B, H, R, C)
         at_home = home[:, None] == torch.arange(C, device=q.device)
-        counted = at_home.new_ones(len(home)) if self.routing == "block" else slots.real
-        free = home >= C  # the text's, which sees all
-        picks = _pick(self, scores, at_home, counted & ~free, layout.partition)
+        free = home >= C
+        if dense:
+            picks = torch.ones_like(scores, dtype=torch.bool)
+        else:
+            picks = _pick(self, scores, at_home, real & ~free, topk)
         picks = picks | at_home | free[:, None]
         picks = torch.cat([picks, torch.ones_like(picks[..., :1])], -1)  # the text, seen by all
-        if self.routing == "block":
-            return plan_of_call(slots, picks[..., own])
-        route = Route(picks, own, slots.block_k)
-        keep = route.touched(slots.real, slots.block_q, slots.block_k)
-        return plan_of_call(slots, keep, route)
+        return picks, (picks & real[:, None]).unflatten(2, (-1, block)).any(3)
 
 
 def _are_sizes(value: object, length: int) -> bool:
@@ -259,41 +288,30 @@ def _even_box(target: int, free: Box, whole: Box) -> Box:
 
 
 def _chunk_means(k: Tensor, layout: Layout) -> Tensor:
-    """(B, H, C, D) fp32 from packed keys, the padding left out."""
+    """(B, H, C, D) fp32 of k (B, H, N, D)."""
     B, H, _, D = k.shape
     block, C = layout.slots.block_k, len(layout.sizes)
-    real = layout.slots.real[:, None]
-    sums = (k.float() * real).unflatten(2, (-1, block)).sum(3)
+    sums = block_sums(k, layout.slots, block)
     totals = sums.new_zeros(B, H, C + 1, D)
     totals.index_add_(2, layout.chunk.view(-1, block)[:, 0], sums)
     return totals[:, :, :C] / layout.sizes[:, None]
 
 
-def _block_means(q: Tensor, layout: Layout) -> Tensor:
-    """(B, H, Kq, D) fp32 from packed queries."""
-    real = layout.slots.real.view(-1, layout.slots.block_q, 1)
-    sums = (q.float().unflatten(2, (-1, layout.slots.block_q)) * real).sum(3)
-    return sums / real.sum(1).clamp_min(1)
-
-
 def _pick(
-    method: BlockMixture, scores: Tensor, at_home: Tensor, counted: Tensor, partition: int
+    method: BlockMixture, scores: Tensor, at_home: Tensor, counted: Tensor, topk: int
 ) -> Tensor:
     """(B, H, rows, C) bool from scores of that shape.
 
     Args:
         at_home: (rows, C), the own chunk of each row.
         counted: (rows,), rows that hold a query of the video; the others may get anything.
+        topk: chunks of a query; not all.
     """
     B, H, R, C = scores.shape
     wide = widest(scores.device)
-    topk = min(method.topk[partition], C)
-    dense = method.threshold == 1 if method.select == "threshold" else topk == C
-    if dense:
-        return torch.ones_like(scores, dtype=torch.bool)
     if method.scope in ("query_head", "head_global") and H > 1 and scores.numel() > AT_ONCE:
         heads = scores.split(1, 1)  # no scope spans two of them
-        return torch.cat([_pick(method, x, at_home, counted, partition) for x in heads], 1)
+        return torch.cat([_pick(method, x, at_home, counted, topk) for x in heads], 1)
     # Scopes as rows of their own.
     forth = {
         "query_head": lambda x: x.reshape(B, H * R, C),

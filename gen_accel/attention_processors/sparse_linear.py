@@ -19,7 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.stand_in import smooth_qk
+from gen_accel.kernels import native_serves
 from gen_accel.kernels.linear import linear_attention
+from gen_accel.kernels.native.linear import MAPS, add_projected_linear
+from gen_accel.kernels.native.linear import linear as native_linear
+from gen_accel.kernels.pooling import block_means
 from gen_accel.plan import (
     Plan,
     Slots,
@@ -145,7 +149,14 @@ class SparseLinear:
         """The same with the layout given, which depends on the grid alone."""
         plan, linear = self._chosen(q, k, layout)
         o_s = kernel(q, k, v, plan)
-        return o_s if branch is None else branch(o_s, self._linear(q, k, v, plan, linear))
+        if branch is None:
+            return o_s
+        if native_serves(q, k, v, o_s) and branch.in_one_pass(o_s, q, k, v):
+            assert branch.proj is not None
+            out, proj = o_s.contiguous(), (branch.proj.weight, branch.proj.bias)
+            add_projected_linear(q, k, v, *self._arguments(plan, linear), *proj, out)
+            return out
+        return branch(o_s, self._linear(q, k, v, plan, linear))
 
     def layout(self, video: VideoShape, device: torch.device) -> "Layout":
         return _layout(self.block_q, self.block_k, self.order, video, str(device))
@@ -181,20 +192,22 @@ class SparseLinear:
 
     def _ranked(self, q: Tensor, k: Tensor, layout: "Layout") -> tuple[Plan, Tensor]:
         slots, text_q, text_k, ranked = layout
-        query = _block_means(pack(q, slots), slots, slots.block_q)
-        key = _block_means(pack(k, slots), slots, slots.block_k)
-        # The mean over all tokens shifts a row's scores alike, and spares precision.
-        mean = k.mean(2, keepdim=True, dtype=torch.float32)
+        query, key = block_means(q, slots, slots.block_q), block_means(k, slots, slots.block_k)
+        # The mean over all shifts a row's scores alike, and spares precision.
+        mean = key.mean(2, keepdim=True)
         scores = query @ (key - mean).transpose(-1, -2)
         blocks = len(ranked)
-        count = max(1, int(self.critical * blocks))
+        count = min(max(1, int(self.critical * blocks)), blocks)
         worst = 0
         if self.linear_over == "marginal":
             worst = min(int(self.skipped * blocks), blocks - count)
-        order = ranked[scores[..., ranked].argsort(dim=-1, descending=True)]
+        some = scores[..., ranked]
         critical, skipped = (
-            torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
-            for chosen in (order[..., :count], order[..., blocks - worst :])
+            torch.zeros_like(scores, dtype=torch.bool).scatter(-1, ranked[chosen], True)
+            for chosen in (
+                some.topk(count, sorted=False).indices,
+                some.topk(worst, largest=False, sorted=False).indices,
+            )
         )
         keep = critical | text_k | text_q[:, None]
         occupied = slots.real.view(-1, slots.block_k).any(-1)
@@ -205,6 +218,8 @@ class SparseLinear:
             return self._summed(q, k, v, plan, linear)
 
     def _summed(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, linear: Tensor) -> Tensor:
+        if native_serves(q, k, v):
+            return native_linear(q, k, v, *self._arguments(plan, linear))
         fq, fk = (_features(x, self.feature_map) for x in (q, k))
         if self.linear_over == "all":
             wide = torch.promote_types(q.dtype, torch.float32)  # sums over all keys overflow fp16
@@ -215,6 +230,12 @@ class SparseLinear:
         fk = pack(fk, plan) * plan.real[:, None]
         blocks = plan.block_q, plan.block_k
         return unpack(linear_attention(fq, fk, v, linear, *blocks, eps=EPSILON), plan)
+
+    def _arguments(self, plan: Plan, linear: Tensor) -> tuple[Any, ...]:
+        """What the native branch takes beside q, k and v."""
+        sets = None if self.linear_over == "all" else linear
+        feature_map = MAPS.index(self.feature_map)
+        return plan.slots, sets, plan.block_q, plan.block_k, feature_map, EPSILON
 
 
 class LinearBranch(nn.Module):
@@ -245,7 +266,18 @@ class LinearBranch(nn.Module):
         weight = self.proj.weight
         if weight.dtype.itemsize > 1:  # fp8 is how it is stored, not what it is used in
             o_l = o_l.to(weight.dtype)
-        return o_s + self.proj(o_l).to(o_s.dtype)
+        return self.proj(o_l).to(o_s.dtype).add_(o_s)  # in place: new memory costs as much again
+
+    def in_one_pass(self, *inputs: Tensor) -> bool:
+        """Whether nothing but numbers is asked of `proj`: no gradient, no layer in its place, no
+        hook."""
+        proj = self.proj
+        if type(proj) is not nn.Linear or "forward" in vars(proj):
+            return False
+        if proj._forward_hooks or proj._forward_pre_hooks or self._forward_hooks:
+            return False
+        asked = any(x.requires_grad for x in (*inputs, proj.weight, proj.bias))
+        return not (asked and torch.is_grad_enabled())
 
     @torch.no_grad()
     def silent(self) -> bool:
@@ -260,16 +292,6 @@ def _features(x: Tensor, name: FeatureMap) -> Tensor:
     if name == "softmax":
         return x.softmax(-1)
     return F.relu(x) if name == "relu" else F.elu(x) + 1
-
-
-def _block_means(x: Tensor, slots: Slots, block: int) -> Tensor:
-    """(B, H, K, D) fp32 of packed (B, H, S, D), padding left out."""
-    tokens = x.unflatten(2, (-1, block))
-    if slots.tokens == len(slots.slots):
-        return tokens.mean(3, dtype=torch.float32)
-    inside = slots.real.view(-1, block, 1)
-    count = inside.sum(1).clamp_min(1)
-    return (tokens * inside.to(x.dtype)).sum(3, dtype=torch.float32) / count
 
 
 class Layout(NamedTuple):

@@ -11,8 +11,8 @@ A backend imports without its optional dependency, and never changes the answer:
 `reference` by an error budget, forward and gradient.
 
 Beside the backends, `lists` are the kept blocks of a plan as they read them, `linear` is the
-linear branch of sparse-linear attention, and `self_check` holds some rows of a kernel's answer to
-the reference.
+linear branch of sparse-linear attention, `pooling` makes the means of blocks that methods choose
+by, and `self_check` holds some rows of a kernel's answer to the reference.
 """
 
 import os
@@ -120,6 +120,16 @@ def preference(q: Tensor, plan: Plan) -> Mapping[str, str]:
 def is_native_built() -> bool:
     """Whether `gen-accel build` has run on this machine; GEN_ACCEL_NATIVE=0 says no."""
     return os.environ.get("GEN_ACCEL_NATIVE") != "0" and native.build.library() is not None
+
+
+def native_serves(*tensors: Tensor) -> bool:
+    """Whether what stands beside attention, the choice of blocks and the linear branch, runs in
+    C++; whichever kernel is named for attention."""
+    first = tensors[0]
+    alike = all(x.dtype == first.dtype and x.device == first.device for x in tensors)
+    return (
+        alike and first.device.type == "cpu" and first.dtype in native.DTYPES and is_native_built()
+    )
 
 
 def run(

@@ -23,7 +23,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
         return ["it takes no gain on scores"]
     if q.device.type != "cpu":
         return [f"it waits for the device once a group; for the CPU, got {q.device.type}"]
-    if plan.leaves_out_picks():
+    if plan.leaves_out_picks:
         return ["the plan leaves out blocks that its queries picked"]
     return []
 

@@ -1,10 +1,10 @@
 """FlashAttention over lists of key blocks in C++, for the CPU; optional, as it has to be built.
 
-`gen-accel build` compiles attention.cpp once for this machine; without it `gather` and `routed` do
+`gen-accel build` compiles it once for this machine; without it `gather` and `routed` do
 the same. Nothing of the size of the scores is held, keys are not copied for each query block, and
-queries that pick their keys compute what they picked. Forward and backward accumulate in fp32; of
-bf16 inputs the weights are rounded to bf16 where the processor multiplies such tiles (AMX), and
-everything is fp32 elsewhere. The backward pass adds up in an order that depends on the number of
+queries that pick their keys compute what they picked. Forward and backward accumulate in fp32. Of
+bf16 inputs the weights are rounded to bf16 where the processor multiplies bf16 (AMX, AVX512_BF16);
+elsewhere everything is fp32. The backward pass adds up in an order that depends on the number of
 threads, and on nothing else.
 
 References:
@@ -12,7 +12,6 @@ References:
     backward pass that computes the scores anew. Here a tile is cut from a list of key blocks.
 """
 
-import ctypes
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -20,13 +19,11 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels import lists
-from gen_accel.kernels.failure import KernelFailed
 from gen_accel.kernels.lists import has_tiles
 from gen_accel.kernels.native import build
 from gen_accel.kernels.native.arguments import Call
+from gen_accel.kernels.native.build import DTYPES
 from gen_accel.plan import Plan, Route
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
@@ -65,7 +62,7 @@ def _of_route(plan: Plan) -> list[str]:
         return []
     if plan.gain is not None:
         return ["it takes no gain on scores where each query picks its key blocks"]
-    if plan.leaves_out_picks():
+    if plan.leaves_out_picks:
         return ["the plan leaves out blocks that its queries picked"]
     return []
 
@@ -126,12 +123,13 @@ def _lists(plan: Plan) -> Lists:
 
 
 def _run(name: str, call: Call, dtype: torch.dtype) -> None:
-    library = build.library()
-    if library is None:
-        raise KernelFailed("the CPU kernel is not built for this machine: gen-accel build")
-    tiles = has_tiles(torch.device("cpu"))
-    if library[name](ctypes.byref(call.args), DTYPES[dtype], int(tiles)):
-        raise KernelFailed(f"kernel 'native' failed: {library.gen_accel_error().decode()}")
+    build.run(name, call.args, DTYPES[dtype], int(multiplies_bf16()))
+
+
+def multiplies_bf16() -> bool:
+    """Whether the processor multiplies bf16 at a multiple of the rate of fp32."""
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return has_tiles(torch.device("cpu")) or (known is not None and known())
 
 
 @torch.library.custom_op("gen_accel::native_attention", mutates_args=())

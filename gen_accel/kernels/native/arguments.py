@@ -1,6 +1,7 @@
-"""The arguments of a call of attention.cpp."""
+"""The arguments of the calls of the C++ sources."""
 
 import ctypes
+from typing import Any
 
 from torch import Tensor
 
@@ -22,11 +23,75 @@ class Args(ctypes.Structure):
     ]
 
 
-class Call:
-    """The arguments of one call, and the tensors that they point into.
+class LinearArgs(ctypes.Structure):
+    """`Linear` of linear.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "grad", "o", "dq", "dk", "dv")),
+        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("q", "k", "v", "grad")),
+        *((name, ctypes.c_void_p) for name in ("slots", "sets", "weight", "bias")),
+        *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S")),
+        *((name, ctypes.c_int64) for name in ("block_q", "block_k", "map")),
+        ("eps", ctypes.c_float),
+    ]
+
+
+class SumsArgs(ctypes.Structure):
+    """`Sums` of selection.cpp."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("x_strides", ctypes.c_int64 * 3),
+        *((name, ctypes.c_void_p) for name in ("slots", "out")),
+        *((name, ctypes.c_int64) for name in ("B", "H", "D", "S", "block")),
+    ]
+
+
+class PicksArgs(ctypes.Structure):
+    """`Picks` of selection.cpp."""
+
+    _fields_ = [
+        ("rows", ctypes.c_void_p),
+        ("rows_strides", ctypes.c_int64 * 3),
+        *((name, ctypes.c_void_p) for name in ("slots", "home", "means", "picks", "touched")),
+        ("threshold", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("B", "H", "D", "R", "C")),
+        *((name, ctypes.c_int64) for name in ("block", "scope", "topk")),
+    ]
+
+
+class Pointers:
+    """Arguments, and the tensors that they point into."""
+
+    def __init__(self, args: ctypes.Structure) -> None:
+        self._held: list[Tensor] = []
+        self.args: Any = args
+
+    def whole(self, **tensors: Tensor | None) -> None:
+        """Tensors that are read number after number."""
+        for name, x in tensors.items():
+            if x is not None:
+                self.filled(**{name: x.contiguous()})
+
+    def strided(self, **tensors: Tensor) -> None:
+        """(B, H, N, D) each, read in place where the numbers of a token lie in a row."""
+        for name, x in tensors.items():
+            x = x if x.stride(3) == 1 else x.contiguous()
+            self.filled(**{name: x})
+            getattr(self.args, f"{name}_strides")[:] = x.stride()[:3]
+
+    def filled(self, **tensors: Tensor) -> None:
+        """Contiguous tensors, as they are: what the call writes."""
+        for name, x in tensors.items():
+            self._held.append(x)
+            setattr(self.args, name, x.data_ptr())
+
+
+class Call(Pointers):
+    """The arguments of one call of attention.cpp.
 
     Args:
-        q, k, v: (B, H, N, D), read in place where the numbers of a token lie in a row.
+        q, k, v: (B, H, N, D).
         rest: as `Lists` names them.
     """
 
@@ -44,8 +109,8 @@ class Call:
         block_k: int,
         scale: float,
     ) -> None:
-        self._held: list[Tensor] = []
-        self.args = args = Args()
+        super().__init__(Args())
+        args = self.args
         args.B, args.H, args.N, args.D = q.shape
         args.S = len(rule[0])
         args.block_q, args.block_k, args.scale = block_q, block_k, scale
@@ -63,22 +128,3 @@ class Call:
             args.axes = len(more[0]) if more else 0
         if gain is not None:
             args.GB, args.GH = gain.shape[:2]
-
-    def whole(self, **tensors: Tensor | None) -> None:
-        """Tensors that are read number after number."""
-        for name, x in tensors.items():
-            if x is not None:
-                self.filled(**{name: x.contiguous()})
-
-    def strided(self, **tensors: Tensor) -> None:
-        """(B, H, N, D) each."""
-        for name, x in tensors.items():
-            x = x if x.stride(3) == 1 else x.contiguous()
-            self.filled(**{name: x})
-            getattr(self.args, f"{name}_strides")[:] = x.stride()[:3]
-
-    def filled(self, **tensors: Tensor) -> None:
-        """Contiguous tensors, as they are: what the call writes."""
-        for name, x in tensors.items():
-            self._held.append(x)
-            setattr(self.args, name, x.data_ptr())

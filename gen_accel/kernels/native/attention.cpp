@@ -3,46 +3,21 @@
 // Keys and values are laid out once a head as the products read them. Then a thread takes a piece
 // of a query block, or of token-routed queries those that picked a group, and runs over its key
 // blocks in tiles that stay in its cache, with the softmax carried from tile to tile. Products are
-// those of torch's oneDNN: of bf16 where the processor multiplies tiles of it (AMX), else of fp32.
+// those of torch's oneDNN: of bf16 where the processor multiplies it faster, else of fp32.
 //
 // Called through ctypes. Letters as in plan.py; a "piece" is a run of slots of one block.
 
-#include <ATen/Parallel.h>
-#include <ATen/native/CPUBlas.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <new>
-#include <string>
-#include <vector>
-
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include "common.h"
 
 namespace {
-
-using at::BFloat16;
-using i64 = int64_t;
 
 constexpr i64 ROWS = 256;        // queries of a piece
 constexpr i64 COLS = 512;        // keys of a tile
 constexpr i64 WIDE = COLS + 16;  // room of a row of scores
 constexpr i64 ROUTED = 1024;  // queries that are looked through at once for those of a group
 constexpr i64 STEP = 32;   // rows of a product of compressed queries: few shapes, few kernels
-constexpr i64 LANES = 16;  // columns that a product makes at once; a rest costs as much as many
-constexpr size_t KEPT = size_t(64) << 20;  // bytes that a thread keeps from call to call
 constexpr i64 MOST_SUMS = i64(1) << 30;  // bytes of gradients of keys and values, of all threads
-constexpr float LOW = -1e30f;
 constexpr float TINY = 1e-20f;  // a scale below takes LOW too near to 0
-constexpr float LOG2E = 1.4426950408889634f;
 
 struct Args {
   const void *q, *k, *v, *out, *grad;
@@ -61,228 +36,12 @@ struct Args {
   float scale;
 };
 
-// Memory of a thread for one purpose, kept for its next call: mapped in anew it would cost as much
-// as the products.
-class Room {
- public:
-  template <typename T>
-  T* of(size_t count) {
-    size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-    if (bytes > size_) {
-      release();
-      data_ = std::aligned_alloc(64, bytes);
-      if (!data_) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return static_cast<T*>(data_);
-  }
-  void trim() {
-    if (size_ > KEPT) release();
-  }
-  ~Room() { release(); }
-
- private:
-  void release() {
-    std::free(data_);
-    data_ = nullptr;
-    size_ = 0;
-  }
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-// Hands out parts of one allocation, each on a cache line of its own.
-class Arena {
- public:
-  template <typename T>
-  void want(T*& part, size_t count) {
-    slots_.push_back({reinterpret_cast<void**>(&part), total_});
-    total_ += (count * sizeof(T) + 63) / 64 * 64;
-  }
-  void fill(Room& room) {
-    char* base = room.of<char>(std::max<size_t>(total_, 64));
-    for (auto& slot : slots_) *slot.first = base + slot.second;
-  }
-
- private:
-  std::vector<std::pair<void**, size_t>> slots_;
-  size_t total_ = 0;
-};
-
-template <typename T>
-constexpr i64 PAIR = sizeof(T) == 2 ? 2 : 1;  // rows that a product reads interleaved
-template <typename T>
-constexpr i64 EVEN = sizeof(T) == 2 ? 4 : 1;  // rows of which it takes any number at full speed
-
-i64 up(i64 n, i64 step) { return (n + step - 1) / step * step; }
-
-inline float load(const float* x) { return *x; }
-inline float load(const BFloat16* x) { return static_cast<float>(*x); }
-inline float load(const at::Half* x) { return static_cast<float>(*x); }
-
-inline uint16_t rounded(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  uint32_t even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return x != x ? 0x7fc0 : even;
-}
-
-inline void store(float* to, const float* from, i64 n) { std::memcpy(to, from, n * 4); }
-inline void store(at::Half* to, const float* from, i64 n) {
-  for (i64 i = 0; i < n; i++) to[i] = from[i];
-}
-inline void store(BFloat16* to, const float* from, i64 n) {
-  uint16_t* bits = reinterpret_cast<uint16_t*>(to);
-#pragma omp simd
-  for (i64 i = 0; i < n; i++) bits[i] = rounded(from[i]);
-}
-
-// 2^x for x <= 0 or near it: 0 below -126; NaN stays NaN. Cephes' polynomial, 1 in the last place.
-inline float exp2_of(float x) {
-  float t = x < -126.f ? -126.f : x;
-  float shifted = t + 12582912.f;
-  int32_t n;
-  std::memcpy(&n, &shifted, 4);
-  float f = t - (shifted - 12582912.f);
-  float p = 1.535336188319500e-4f;
-  p = p * f + 1.339887440266574e-3f;
-  p = p * f + 9.618437357674640e-3f;
-  p = p * f + 5.550332471162809e-2f;
-  p = p * f + 2.402264791363012e-1f;
-  p = p * f + 6.931472028550421e-1f;
-  p = p * f + 1.f;
-  uint32_t bits = static_cast<uint32_t>(n - 0x4b400000 + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, 4);
-  float y = p * power;
-  return x < -126.f ? 0.f : y;
-}
-
-#ifdef __AVX512F__
-// The same of 16 numbers; where they are rounded to bf16, to 4e-6.
-inline __m512 exp2_of(__m512 x, bool brief) {
-  auto num = [](float value) { return _mm512_set1_ps(value); };
-  __mmask16 some = _mm512_cmp_ps_mask(x, num(-126.f), _CMP_NLT_UQ);
-  x = _mm512_max_ps(num(-126.f), x);  // of a NaN the second; numbers too small to be normal are slow
-  __m512 n = _mm512_roundscale_ps(x, 0), f = _mm512_sub_ps(x, n), p;
-  if (brief) {
-    p = _mm512_fmadd_ps(num(9.570099447e-03f), f, num(5.591786013e-02f));
-    p = _mm512_fmadd_ps(p, f, num(2.402474489e-01f));
-    p = _mm512_fmadd_ps(p, f, num(6.931218148e-01f));
-    p = _mm512_fmadd_ps(p, f, num(9.999992614e-01f));
-  } else {
-    p = _mm512_fmadd_ps(num(1.535336188319500e-4f), f, num(1.339887440266574e-3f));
-    p = _mm512_fmadd_ps(p, f, num(9.618437357674640e-3f));
-    p = _mm512_fmadd_ps(p, f, num(5.550332471162809e-2f));
-    p = _mm512_fmadd_ps(p, f, num(2.402264791363012e-1f));
-    p = _mm512_fmadd_ps(p, f, num(6.931472028550421e-1f));
-    p = _mm512_fmadd_ps(p, f, num(1.f));
-  }
-  return _mm512_maskz_scalef_ps(some, p, n);
-}
-
-inline void put(float* to, __mmask16 mask, __m512 x) { _mm512_mask_storeu_ps(to, mask, x); }
-inline void put(BFloat16* to, __mmask16 mask, __m512 x) {
-#ifdef __AVX512BF16__
-  _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
-#else
-  __m512i bits = _mm512_castps_si512(x);
-  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  _mm512_mask_cvtepi32_storeu_epi16(to, mask, _mm512_srli_epi32(bits, 16));
-#endif
-}
-#endif
-
-// Weights 2^(s by - shift) of scores; their sum.
-template <typename T>
-float weigh(const float* s, i64 n, float by, float shift, T* to) {
-#ifdef __AVX512F__
-  __m512 sum = _mm512_setzero_ps(), times = _mm512_set1_ps(by), less = _mm512_set1_ps(shift);
-  for (i64 j = 0; j < n; j += 16) {
-    __mmask16 mask = n - j < 16 ? (1u << (n - j)) - 1 : 0xffff;
-    __m512 x = _mm512_fmsub_ps(_mm512_maskz_loadu_ps(mask, s + j), times, less);
-    x = _mm512_min_ps(_mm512_set1_ps(1.f), x);  // of a NaN the second
-    __m512 w = exp2_of(x, sizeof(T) == 2);
-    sum = _mm512_mask_add_ps(sum, mask, sum, w);
-    put(to + j, mask, w);
-  }
-  return _mm512_reduce_add_ps(sum);
-#else
-  float sum = 0.f;
-#pragma omp simd reduction(+ : sum)
-  for (i64 j = 0; j < n; j++) {
-    float x = s[j] * by - shift;
-    float w = exp2_of(x > 1.f ? 1.f : x);
-    sum += w;
-    if constexpr (sizeof(T) == 2) reinterpret_cast<uint16_t*>(to)[j] = rounded(w);
-    else to[j] = w;
-  }
-  return sum;
-#endif
-}
-
-// C (M, N) = or += A (M, K) B; B interleaved by PAIR: element (k, n) at (k / P * ldb + n) * P + k % P.
-template <typename T>
-void product(i64 M, i64 N, i64 K, const T* A, i64 lda, const T* B, i64 ldb, float* C, i64 ldc,
-             bool add) {
-  at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, A, B, C, PAIR<T> > 1);
-}
-inline void finish(const float*) {}
-inline void finish(const BFloat16*) { at::native::cpublas::brgemm_release(); }
-
-// A few numbers, an even count of halves.
-template <typename T>
-void copy(const T* from, i64 n, T* to) {
-#ifdef __AVX512F__
-  const float* x = reinterpret_cast<const float*>(from);
-  float* y = reinterpret_cast<float*>(to);
-  n /= PAIR<T>;
-  for (i64 j = 0; j < n; j += 16) {
-    __mmask16 mask = n - j < 16 ? (1u << (n - j)) - 1 : 0xffff;
-    _mm512_mask_storeu_ps(y + j, mask, _mm512_maskz_loadu_ps(mask, x + j));
-  }
-#else
-  std::memcpy(to, from, n * sizeof(T));
-#endif
-}
-
-// Two rows of a right factor as the products read them.
-inline void pair_up(const float* a, const float*, i64 n, float* to) { std::memcpy(to, a, n * 4); }
-inline void pair_up(const BFloat16* a, const BFloat16* b, i64 n, BFloat16* to) {
-  const uint16_t* low = reinterpret_cast<const uint16_t*>(a);
-  const uint16_t* high = reinterpret_cast<const uint16_t*>(b);
-  uint32_t* both = reinterpret_cast<uint32_t*>(to);
-#pragma omp simd
-  for (i64 i = 0; i < n; i++) both[i] = uint32_t(high[i]) << 16 | low[i];
-}
-
-// The right factor `rows` (K, N), its rows to K_padded filled with zeros.
-template <typename T>
-void interleave(const T* rows, i64 ld, i64 K, i64 K_padded, i64 N, T* to) {
-  i64 k = 0;
-  for (; k + PAIR<T> <= K; k += PAIR<T>) pair_up(rows + k * ld, rows + (k + 1) * ld, N, to + k * N);
-  std::fill(to + k * N, to + K_padded * N, T(0));
-  for (i64 n = 0; n < N && k < K; n++) to[k * N + n * PAIR<T>] = rows[k * ld + n];
-}
-
-// The right factor whose transpose is `rows` (N, K), K a whole number of pairs.
-template <typename T>
-void interleave_transposed(const T* rows, i64 ld, i64 K, i64 N, i64 N_ld, T* to) {
-  // A pair stays together, in 32 bits.
-  constexpr i64 P = PAIR<T>;
-  const uint32_t* from = reinterpret_cast<const uint32_t*>(rows);
-  uint32_t* target = reinterpret_cast<uint32_t*>(to);
-  for (i64 n0 = 0; n0 < N; n0 += 16)
-    for (i64 k = 0; k < K / P; k++)
-      for (i64 n = n0; n < std::min(N, n0 + 16); n++) target[k * N_ld + n] = from[n * (ld / P) + k];
-}
-
 // What both passes know of a call.
 template <typename In, typename T>
 struct Problem {
   const Args& a;
   i64 Kq, Kk, D, bk, BH;
+  Tokens<In> q, k, v, grad;
   i64 Dp;   // D to whole pairs
   i64 bkp;  // slots of a laid out block
   bool together;  // small blocks, copied side by side for a product: less than one of odd sizes
@@ -291,6 +50,8 @@ struct Problem {
 
   explicit Problem(const Args& args)
       : a(args), Kq(a.S / a.block_q), Kk(a.S / a.block_k), D(a.D), bk(a.block_k), BH(a.B * a.H),
+        q{a.q, a.q_strides, a.slots, a.H, a.D}, k{a.k, a.k_strides, a.slots, a.H, a.D},
+        v{a.v, a.v_strides, a.slots, a.H, a.D}, grad{a.grad, a.grad_strides, a.slots, a.H, a.D},
         Dp(up(a.D, PAIR<T>)), bkp(up(a.block_k, LANES)), together(a.block_k <= 128) {
     if (!a.picks) return;
     members.resize(a.C);
@@ -303,13 +64,9 @@ struct Problem {
 
   i64 token(i64 slot) const { return a.slots ? a.slots[slot] : slot; }
 
-  static const In* head(const void* x, const i64* strides, i64 bh, i64 H) {
-    return static_cast<const In*>(x) + bh / H * strides[0] + bh % H * strides[1];
-  }
-
   // A token as Dp numbers.
-  void row(const void* x, const i64* strides, i64 bh, i64 token, T* to) const {
-    const In* from = head(x, strides, bh, a.H) + token * strides[2];
+  void row(const Tokens<In>& x, i64 bh, i64 token, T* to) const {
+    const In* from = x.row(bh, token);
     if constexpr (std::is_same_v<In, T>) {
       std::memcpy(to, from, D * sizeof(T));
     } else {
@@ -319,10 +76,11 @@ struct Problem {
   }
 
   // Those of some slots; zeros for padding.
-  void rows(const void* x, const i64* strides, i64 bh, i64 slot, i64 count, T* to) const {
+  void rows(const Tokens<In>& x, i64 bh, i64 slot, i64 count, T* to) const {
     for (i64 i = 0; i < count; i++, to += Dp) {
+      if (a.slots && i + AHEAD < count) foresee(x, bh, slot + i + AHEAD);
       if (i64 t = token(slot + i); t < 0) std::fill(to, to + Dp, T(0));
-      else row(x, strides, bh, t, to);
+      else row(x, bh, t, to);
     }
   }
 
@@ -494,24 +252,32 @@ struct Forward {
     void finish() { ::finish(q); }
 
     void operator()(i64 bh, i64 slot, i64 count) {
-      p.rows(p.a.q, p.a.q_strides, bh, slot, count, q);
-      std::fill(q + count * p.Dp, q + up(count, EVEN<T>) * p.Dp, T(0));
-      std::fill(o, o + up(count, EVEN<T>) * p.D, 0.f);
-      std::fill(high, high + count, LOW);
-      std::fill(sum, sum + count, 0.f);
       if (p.a.picks) {
+        p.rows(p.q, bh, slot, count, q);
+        start(count);
         for (i64 g = 0; g < p.a.C; g++) routed(bh, slot, count, g);
+        for (i64 i = 0; i < count; i++) rows[i] = i;
       } else {
-        i64 block = slot / p.a.block_q, masked;
+        i64 block = slot / p.a.block_q, masked, held = 0;
+        for (i64 i = 0; i < count; i++) {
+          i64 t = p.token(slot + i);
+          if (t < 0) continue;
+          if (p.a.slots && i + AHEAD < count) foresee(p.q, bh, slot + i + AHEAD);
+          p.row(p.q, bh, t, q + held * p.Dp);
+          rows[held++] = i;
+        }
+        count = held;
+        start(count);
         const i64* total = p.counts(bh, block, &masked);
-        tiles(p.blocks(bh, block), *total, masked, nullptr, p.bk, step,
-              [&](auto& parts, i64 width) {
-                tile(bh, slot, count, parts, width, q, o, high, sum, p.gains(bh, block));
-              });
+        if (count)
+          tiles(p.blocks(bh, block), *total, masked, nullptr, p.bk, step,
+                [&](auto& parts, i64 width) {
+                  tile(bh, slot, count, parts, width, q, o, high, sum, p.gains(bh, block));
+                });
       }
       In* out = static_cast<In*>(p.a.o) + bh * p.a.N * p.D;
       for (i64 i = 0; i < count; i++) {
-        i64 t = p.token(slot + i);
+        i64 t = p.token(slot + rows[i]);
         if (t < 0) continue;
         float inverse = sum[i] > 0.f || sum[i] != sum[i] ? 1.f / sum[i] : 0.f;
         for (i64 d = 0; d < p.D; d++) o[i * p.D + d] *= inverse;
@@ -521,6 +287,13 @@ struct Forward {
         stats[0] = inverse == 0.f ? 0.f : high[i];
         stats[p.BH * p.a.N] = inverse;
       }
+    }
+
+    void start(i64 count) {
+      std::fill(q + count * p.Dp, q + up(count, EVEN<T>) * p.Dp, T(0));
+      std::fill(o, o + up(count, EVEN<T>) * p.D, 0.f);
+      std::fill(high, high + count, LOW);
+      std::fill(sum, sum + count, 0.f);
     }
 
     void routed(i64 bh, i64 slot, i64 count, i64 g) {
@@ -573,7 +346,7 @@ struct Forward {
           float* t = s + x.column;
           if (!raw) dampen(t, x.count, p.a.scale, gains ? gains[x.block] : 1.f);
           if (!x.masked) continue;
-          hide(p.a, slot + i, true, x.block * p.bk + x.first, x.count, excess);
+          hide(p.a, slot + rows[i], true, x.block * p.bk + x.first, x.count, excess);
           conceal(t, x.count, excess);
         }
 #pragma omp simd reduction(max : top)
@@ -632,9 +405,9 @@ struct Forward {
       std::vector<T> rows(p.bk * p.Dp);
       for (i64 n = begin; n < end; n++) {
         i64 bh = n / p.Kk, slot = n % p.Kk * p.bk;
-        p.rows(p.a.k, p.a.k_strides, bh, slot, p.bk, rows.data());
+        p.rows(p.k, bh, slot, p.bk, rows.data());
         interleave_transposed(rows.data(), p.Dp, p.Dp, p.bk, p.bkp, keys + n * p.bkp * p.Dp);
-        p.rows(p.a.v, p.a.v_strides, bh, slot, p.bk, rows.data());
+        p.rows(p.v, bh, slot, p.bk, rows.data());
         interleave(rows.data(), p.Dp, p.bk, p.bkp, p.D, values + n * p.bkp * p.D);
       }
     });
@@ -718,10 +491,10 @@ struct Backward {
         for (T* x : {q, g}) std::fill(x + i * p.Dp, x + (i + 1) * p.Dp, T(0));
         i64 t = tokens[i];
         if (t < 0) continue;
-        p.row(p.a.q, p.a.q_strides, bh, t, q + i * p.Dp);
-        p.row(p.a.grad, p.a.grad_strides, bh, t, g + i * p.Dp);
+        p.row(p.q, bh, t, q + i * p.Dp);
+        p.row(p.grad, bh, t, g + i * p.Dp);
         const In* o = static_cast<const In*>(p.a.out) + (bh * p.a.N + t) * p.D;
-        const In* up = p.head(p.a.grad, p.a.grad_strides, bh, p.a.H) + t * p.a.grad_strides[2];
+        const In* up = p.grad.row(bh, t);
         float sum = 0.f;
         for (i64 d = 0; d < p.D; d++) sum += load(o + d) * load(up + d);
         delta[i] = sum;
@@ -821,8 +594,8 @@ struct Backward {
       for (i64 n = begin; n < end; n++) {
         i64 bh = n / p.Kk, slot = n % p.Kk * p.bk;
         T *K = keys + n * p.bk * p.Dp, *KT = turned + n * p.D * p.bkp;
-        p.rows(p.a.k, p.a.k_strides, bh, slot, p.bk, K);
-        p.rows(p.a.v, p.a.v_strides, bh, slot, p.bk, values + n * p.bk * p.Dp);
+        p.rows(p.k, bh, slot, p.bk, K);
+        p.rows(p.v, bh, slot, p.bk, values + n * p.bk * p.Dp);
         for (i64 d = 0; d < p.D; d++)
           for (i64 s = 0; s < p.bkp; s++) KT[d * p.bkp + s] = s < p.bk ? K[s * p.Dp + d] : T(0);
         for (i64 part = 0; part < parts; part++) {
@@ -872,8 +645,6 @@ struct Backward {
   }
 };
 
-thread_local std::string error;
-
 // oneDNN may be told to leave out what the processor has.
 bool multiplies_bf16() try {
   BFloat16 a[16 * 32] = {}, b[32 * 16] = {};
@@ -886,16 +657,11 @@ bool multiplies_bf16() try {
 }
 
 template <template <typename, typename> class Pass>
-int dispatch(const Args& a, int dtype, bool tiles) try {
-  if (dtype == 0) Pass<float, float>(a).run();
-  else if (dtype == 1 && tiles && multiplies_bf16()) Pass<BFloat16, BFloat16>(a).run();
-  else if (dtype == 1) Pass<BFloat16, float>(a).run();
-  else Pass<at::Half, float>(a).run();
-  error.clear();
-  return 0;
-} catch (const std::exception& thrown) {
-  error = thrown.what();
-  return 1;
+int dispatch(const Args& a, int dtype, bool halves) {
+  return guarded([&] {
+    if (dtype == 1 && halves && multiplies_bf16()) Pass<BFloat16, BFloat16>(a).run();
+    else with_type(dtype, [&](auto in) { Pass<decltype(in), float>(a).run(); });
+  });
 }
 
 }  // namespace
@@ -904,14 +670,13 @@ extern "C" {
 
 int gen_accel_size() { return sizeof(Args); }
 
-// What the last call on this thread failed of.
-const char* gen_accel_error() { return error.c_str(); }
+const char* gen_accel_error() { return gen_accel_failure.c_str(); }
 
-// dtype: 0 fp32, 1 bf16, 2 fp16. Not 0: it failed.
-int gen_accel_forward(const Args* a, int dtype, int tiles) {
-  return dispatch<Forward>(*a, dtype, tiles);
+// dtype: 0 fp32, 1 bf16, 2 fp16. halves: multiply bf16 as such. Not 0: it failed.
+int gen_accel_forward(const Args* a, int dtype, int halves) {
+  return dispatch<Forward>(*a, dtype, halves);
 }
-int gen_accel_backward(const Args* a, int dtype, int tiles) {
-  return dispatch<Backward>(*a, dtype, tiles);
+int gen_accel_backward(const Args* a, int dtype, int halves) {
+  return dispatch<Backward>(*a, dtype, halves);
 }
 }

@@ -1,4 +1,4 @@
-"""Compiles attention.cpp for this machine and loads what was compiled before. Never unasked."""
+"""Compiles the C++ for this machine and loads what was compiled before. Never unasked."""
 
 import ctypes
 import hashlib
@@ -7,16 +7,21 @@ import platform
 import shlex
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch.utils import cpp_extension
 
-from gen_accel.kernels.native.arguments import Args
+from gen_accel.kernels.failure import KernelFailed
+from gen_accel.kernels.native.arguments import Args, LinearArgs, PicksArgs, SumsArgs
 from gen_accel.measure.environment import cpp_compiler
 
-SOURCE = Path(__file__).with_name("attention.cpp")
+HERE = Path(__file__).parent
+SOURCES = tuple(HERE / f"{name}.cpp" for name in ("attention", "linear", "selection"))
+READ = (*SOURCES, HERE / "common.h")
 FLAGS = (
     *(
         "-std=c++20",
@@ -26,14 +31,22 @@ FLAGS = (
         "-fno-math-errno",
         "-fno-trapping-math",
     ),
-    *("-fopenmp", "-DAT_PARALLEL_OPENMP=1", "-fPIC", "-shared"),
+    *("-fopenmp", "-DAT_PARALLEL_OPENMP=1", "-fPIC"),
 )
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# What the library says the size of each kind of arguments is, to be compared with.
+SIZES = {
+    "gen_accel_size": Args,
+    "gen_accel_linear_size": LinearArgs,
+    "gen_accel_sums_size": SumsArgs,
+    "gen_accel_picks_size": PicksArgs,
+}
 
 
 def path() -> Path:
     """Where the library of this source, torch and processor lies, in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    about = [SOURCE.read_text(), *FLAGS, torch.__version__, _processor()]
+    about = [*(file.read_text() for file in READ), *FLAGS, torch.__version__, _processor()]
     name = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
     return Path(cache) / "gen_accel" / f"attention-{name}.so"
 
@@ -57,14 +70,19 @@ def build() -> Path:
     descriptor, name = tempfile.mkstemp(".so", ".partial-", target.parent)
     os.close(descriptor)
     partial = Path(name)
-    includes = (f"-I{folder}" for folder in cpp_extension.include_paths())
+    includes = [f"-I{folder}" for folder in cpp_extension.include_paths()]
     folders = cpp_extension.library_paths()
-    links = (*(f"-L{folder}" for folder in folders), "-ltorch_cpu", "-lc10")
-    command = [tool, *FLAGS, *includes, str(SOURCE), "-o", str(partial), *links]
+    links = [*(f"-L{folder}" for folder in folders), "-ltorch_cpu", "-lc10"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{shlex.join(command)}\n{done.stderr.strip()}")
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+            objects = [str(Path(folder) / f"{source.stem}.o") for source in SOURCES]
+            compiling = [
+                [tool, *FLAGS, *includes, "-c", str(source), "-o", made]
+                for source, made in zip(SOURCES, objects, strict=True)
+            ]
+            for _ in pool.map(_call, compiling):
+                pass
+            _call([tool, *FLAGS, "-shared", *objects, "-o", str(partial), *links])
         try:
             _load(partial)
         except OSError as error:
@@ -86,10 +104,25 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def run(name: str, args: ctypes.Structure, *more: int) -> None:
+    """Call a function of the library. Raises KernelFailed."""
+    found = library()
+    if found is None:
+        raise KernelFailed("the CPU kernel is not built for this machine: gen-accel build")
+    if found[name](ctypes.byref(args), *more):
+        raise KernelFailed(f"kernel 'native' failed: {found.gen_accel_error().decode()}")
+
+
+def _call(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)}\n{done.stderr.strip()}")
+
+
 def _load(file: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(file))
     found.gen_accel_error.restype = ctypes.c_char_p
-    if found.gen_accel_size() != ctypes.sizeof(Args):
+    if any(found[name]() != ctypes.sizeof(kind) for name, kind in SIZES.items()):
         raise OSError(f"{file} takes other arguments than this version passes")
     return found
 

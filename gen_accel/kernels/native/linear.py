@@ -1,0 +1,134 @@
+"""Linear attention over sets of key blocks, in C++: see linear.cpp."""
+
+import torch
+from torch import Tensor
+
+from gen_accel.kernels.native import build
+from gen_accel.kernels.native.arguments import LinearArgs, Pointers
+
+MAPS = ("softmax", "elu", "relu")
+
+
+@torch.library.custom_op("gen_accel::native_linear", mutates_args=())
+def linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    sets: Tensor | None,
+    block_q: int,
+    block_k: int,
+    feature_map: int,
+    eps: float,
+) -> Tensor:
+    """(B, H, N, D), in the order of the tokens.
+
+    Args:
+        q, k, v: (B, H, N, D).
+        slots: (S,), the token of each slot.
+        sets: (B, H, Kq, Kk) bool, the key blocks of each query block; None for all.
+        feature_map: number of one of `MAPS`.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype)
+    call = _call(q, k, v, slots, sets, block_q, block_k, feature_map, eps)
+    call.filled(o=out)
+    build.run("gen_accel_linear_forward", call.args, build.DTYPES[q.dtype])
+    return out
+
+
+@linear.register_fake
+def _(q, k, v, slots, sets, block_q, block_k, feature_map, eps):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("gen_accel::native_add_projected_linear", mutates_args=("base",))
+def add_projected_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    sets: Tensor | None,
+    block_q: int,
+    block_k: int,
+    feature_map: int,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor,
+    base: Tensor,
+) -> None:
+    """Add linear(...) weight^T + bias to `base`, where no gradient is asked for: one pass in the
+    place of four, and no new memory.
+
+    Args:
+        weight, bias: of a linear layer of the head dim.
+        base: contiguous (B, H, N, D) in q's dtype.
+    """
+    call = _call(q, k, v, slots, sets, block_q, block_k, feature_map, eps)
+    call.whole(weight=weight.float().T, bias=bias.float())
+    call.filled(o=base)
+    build.run("gen_accel_linear_forward", call.args, build.DTYPES[q.dtype])
+
+
+@add_projected_linear.register_fake
+def _(q, k, v, slots, sets, block_q, block_k, feature_map, eps, weight, bias, base):
+    return None
+
+
+@torch.library.custom_op("gen_accel::native_linear_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    sets: Tensor | None,
+    block_q: int,
+    block_k: int,
+    feature_map: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    call = _call(q, k, v, slots, sets, block_q, block_k, feature_map, eps)
+    call.strided(grad=grad)
+    call.filled(dq=dq, dk=dk, dv=dv)
+    build.run("gen_accel_linear_backward", call.args, build.DTYPES[q.dtype])
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(grad, q, k, v, slots, sets, block_q, block_k, feature_map, eps):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    sets: Tensor | None,
+    block_q: int,
+    block_k: int,
+    feature_map: int,
+    eps: float,
+) -> Pointers:
+    B, H, N, D = q.shape
+    args = LinearArgs(B=B, H=H, N=N, D=D, S=len(slots), block_q=block_q, block_k=block_k)
+    args.map, args.eps = feature_map, eps
+    call = Pointers(args)
+    call.strided(q=q, k=k, v=v)
+    call.whole(slots=slots, sets=sets)
+    return call
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.block_q, ctx.block_k, ctx.feature_map, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, grad):
+    sizes = ctx.block_q, ctx.block_k, ctx.feature_map, ctx.eps
+    grads = _backward(grad, *ctx.saved_tensors, *sizes)
+    return *grads, None, None, None, None, None, None
+
+
+linear.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,76 @@
+"""Which key blocks a query sees, in C++: see selection.cpp."""
+
+import torch
+from torch import Tensor
+
+from gen_accel.kernels.native import build
+from gen_accel.kernels.native.arguments import PicksArgs, Pointers, SumsArgs
+
+SCOPES = ("query_head", "head_global", "overall", "block")
+
+
+@torch.library.custom_op("gen_accel::native_block_sums", mutates_args=())
+def block_sums(x: Tensor, slots: Tensor, block: int) -> Tensor:
+    """(B, H, S / block, D) fp32 of x (B, H, N, D) and the token of each slot, (S,)."""
+    B, H, _, D = x.shape
+    out = torch.empty(B, H, len(slots) // block, D, dtype=torch.float32)
+    call = Pointers(SumsArgs(B=B, H=H, D=D, S=len(slots), block=block))
+    call.strided(x=x)
+    call.whole(slots=slots)
+    call.filled(out=out)
+    build.run("gen_accel_block_sums", call.args, build.DTYPES[x.dtype])
+    return out
+
+
+@block_sums.register_fake
+def _(x, slots, block):
+    B, H, _, D = x.shape
+    return x.new_empty(B, H, len(slots) // block, D, dtype=torch.float32)
+
+
+@torch.library.custom_op("gen_accel::native_picks", mutates_args=())
+def picks(
+    rows: Tensor,
+    slots: Tensor,
+    home: Tensor,
+    means: Tensor,
+    block: int,
+    scope: int,
+    topk: int,
+    threshold: float,
+) -> tuple[Tensor, Tensor]:
+    """What rows pick of C chunks by their products with the chunks' means.
+
+    Args:
+        rows: (B, H, N, D), queries or their means.
+        slots: (R,), the row of each slot; -1 for padding, which picks nothing.
+        home: (R,), the own chunk of each; from C on those of text, which picks all.
+        means: (B, H, C, D) fp32.
+        block: slots of a block.
+        scope: number of one of `SCOPES`.
+        topk: 0 where `threshold` decides.
+
+    Returns:
+        (B, H, R, C + 1) bool, the last for the text, which all pick; and (B, H, R / block, C + 1),
+        what any row of a block picks.
+    """
+    B, H, _, D = rows.shape
+    R, C = len(slots), means.shape[2]
+    picked = torch.empty(B, H, R, C + 1, dtype=torch.bool)
+    touched = torch.empty(B, H, R // block, C + 1, dtype=torch.bool)
+    args = PicksArgs(B=B, H=H, D=D, R=R, C=C, block=block, scope=scope, topk=topk)
+    args.threshold = threshold
+    call = Pointers(args)
+    call.strided(rows=rows)
+    call.whole(slots=slots, home=home, means=means)
+    call.filled(picks=picked, touched=touched)
+    build.run("gen_accel_picks", call.args, build.DTYPES[rows.dtype])
+    return picked, touched
+
+
+@picks.register_fake
+def _(rows, slots, home, means, block, scope, topk, threshold):
+    B, H = rows.shape[:2]
+    R, C = len(slots), means.shape[2] + 1
+    picked = rows.new_empty(B, H, R, C, dtype=torch.bool)
+    return picked, rows.new_empty(B, H, R // block, C, dtype=torch.bool)
