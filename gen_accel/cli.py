@@ -718,7 +718,7 @@ def models(
 
 @app.command(short_help="Compile the CPU kernel for this machine.")
 def build() -> None:
-    """Compile the kernel `native` for this machine: ten seconds, once. It is the fastest on a CPU,
+    """Compile the kernel `native` for this machine: 15 seconds, once. It is the fastest on a CPU,
     forward and backward, and "auto" takes it from then on; all methods run without it too.
 
     Needs a C++ compiler, on Linux and x86-64. Lies in the user's cache; a new version, another

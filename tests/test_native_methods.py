@@ -1,4 +1,4 @@
-"""What stands beside attention in C++, the choice of blocks and the linear branch: held to torch."""
+"""The choice of blocks and the linear branch in C++, held to torch."""
 
 from itertools import product
 

@@ -170,8 +170,8 @@ class BlockMixture:
             order = torch.arange(len(own), device=q.device)
             picks = self._picks(rows, order, own, means, 1, layout)[0]
             return plan_of_call(slots, picks[..., own])
-        found = self._picks(q, slots.slots, layout.chunk, means, slots.block_q, layout)
-        picks, touched = found
+        given = q, slots.slots, layout.chunk, means, slots.block_q, layout
+        picks, touched = self._picks(*given)
         return plan_of_call(slots, touched[..., own], Route(picks, own, slots.block_k))
 
     def _picks(

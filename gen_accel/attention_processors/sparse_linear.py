@@ -266,16 +266,17 @@ class LinearBranch(nn.Module):
         weight = self.proj.weight
         if weight.dtype.itemsize > 1:  # fp8 is how it is stored, not what it is used in
             o_l = o_l.to(weight.dtype)
-        return self.proj(o_l).to(o_s.dtype).add_(o_s)  # in place: new memory costs as much again
+        return o_s + self.proj(o_l).to(o_s.dtype)
 
     def in_one_pass(self, *inputs: Tensor) -> bool:
         """Whether nothing but numbers is asked of `proj`: no gradient, no layer in its place, no
         hook."""
         proj = self.proj
-        if type(proj) is not nn.Linear or "forward" in vars(proj):
+        if type(proj) is not nn.Linear:
             return False
-        if proj._forward_hooks or proj._forward_pre_hooks or self._forward_hooks:
-            return False
+        for module in (self, proj):
+            if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+                return False
         asked = any(x.requires_grad for x in (*inputs, proj.weight, proj.bias))
         return not (asked and torch.is_grad_enabled())
 
