@@ -36,9 +36,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import gen_accel
-from gen_accel import Radial, SparseLinear
+from gen_accel import Radial, SparseLinear, demo
 from gen_accel.attention_processors.families import wan as family
 from gen_accel.attention_processors.options import method_from
+from gen_accel.demo.longer import lora_path
 from gen_accel.lora import TrainConfig, checkpoint, dry_run, print_config, read_config, trainer
 from gen_accel.lora.adapters import active
 from gen_accel.lora.artefact import add_lora, target_modules
@@ -52,7 +53,7 @@ from gen_accel.pipelines.attach import SilentBranch
 from gen_accel.pipelines.generate import generate
 from gen_accel.pipelines.long_video import apply_rule
 from gen_accel.pipelines.recipe import GuidedTwice, OtherAttention, Recipe, read_recipe
-from gen_accel.pipelines.sampling import Clip, Loading
+from gen_accel.pipelines.sampling import Clip, Loading, load
 from gen_accel.pipelines.schedule import Schedule
 
 SHIPPED = Path(__file__).parents[1] / "configs"
@@ -567,6 +568,20 @@ class TestFromLora:
         pipe = wan.pipeline()
         pipe.load_lora_weights(folder)
         return pipe
+
+    @pytest.mark.parametrize(("guided", "config"), [(True, "demo"), (False, "demo_guided")])
+    def test_those_of_the_demo_model_are_what_their_configs_make(self, guided, config):
+        folder = lora_path(guided=guided)
+        recipe, made = read_recipe(folder), read_config(SHIPPED / "lora" / f"{config}.yaml")
+        assert recipe.build_method() == method_from(made.method, made.settings)
+        assert (recipe.stages, recipe.rank) == (tuple(made.stages), made.rank)
+        assert recipe.techniques == tuple(made.sample_with)
+        assert recipe.holds_guidance is not guided
+        pipe = load(demo.path(), Loading("float32", "cpu"))
+        pipe.load_lora_weights(folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GuidedTwice)
+            assert gen_accel.attach(pipe, from_lora=folder).method == recipe.build_method()
 
     def test_method_schedule_and_parameters(self, sparse):
         folder, _ = sparse

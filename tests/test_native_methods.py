@@ -10,6 +10,7 @@ from test_kernels import assert_gradients_no_worse
 from torch import nn
 
 from gen_accel import BlockMixture, SparseLinear, VideoShape
+from gen_accel.attention_processors.context_parallel import of_heads
 from gen_accel.functional import attention
 from gen_accel.kernels import native_serves, pooling
 from gen_accel.kernels.native import linear, selection
@@ -161,6 +162,44 @@ def test_a_query_block_without_linear_keys_does_not_disturb_the_gradients(built,
         torch.testing.assert_close(part + rest, both, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("feature_map", linear.MAPS)
+def test_what_is_left_of_much_is_exact(feature_map, both):
+    """The blocks that are left out hold nearly all of what a query sees."""
+    g = torch.Generator().manual_seed(0)
+    video, centres = VideoShape(8, 8, 8), torch.randn(1, 1, 8, 1, 64, generator=g)
+    q, k, v = (torch.randn(1, 2, 512, 64, generator=g) for _ in range(3))
+    q, k = (4 * (x.unflatten(2, (8, 64)) * 0.3 + centres).flatten(2, 3) for x in (q, k))
+    method = SparseLinear(critical=0.3, feature_map=feature_map, order="raster")
+
+    def branch(*inputs):
+        return method.parts(*inputs, video=video, kernel=TestLinearBranch.nothing)[1]
+
+    plain, found = both(lambda: branch(q, k, v))
+    assert_no_worse(found, plain, branch(q.double(), k.double(), v.double()))
+
+
+def test_equal_scores_are_critical_or_skipped_not_both(both):
+    video = VideoShape(8, 16, 16)
+    x = torch.ones(1, 1, video.tokens, 16)
+    method = SparseLinear(critical=0.25, skipped=0.25, linear_over="marginal")
+    for _, sets in both(lambda: method._chosen(x, x, method.layout(video, x.device))):
+        assert (sets.sum(-1) == 16).all()
+
+
+@pytest.mark.parametrize("method", [SparseLinear(critical=0.3), BlockMixture(partition="3d")])
+def test_what_does_not_fit_is_refused(method, built, qkv):
+    video = VideoShape(4, 8, 8)
+    q, k, v = qkv(video.tokens)
+    for short in ((q[:, :, 1:], k), (q, k[:, :, 1:])):
+        with pytest.raises(ValueError, match="256"):
+            method.plan_for(*short, video=video)
+    if hasattr(method, "branch"):
+        with torch.no_grad(), pytest.raises(ValueError, match="heads of 8 numbers, q has 16"):
+            attention(q, k, v, video=video, method=method, branch=method.branch(2, 8))
+        with pytest.raises(ValueError, match="must be alike"):
+            method.parts(q, k, v[..., 1:], video=video, kernel=TestLinearBranch.nothing)
+
+
 class TestInOnePass:
     video = VideoShape(4, 8, 8)
     method = SparseLinear(critical=0.3)
@@ -199,7 +238,7 @@ class TestInOnePass:
         assert calls
         assert_no_worse(found, low.detach(), exact)
 
-    @pytest.mark.parametrize("what", ["hook", "adapter", "forward", "alpha"])
+    @pytest.mark.parametrize("what", ["hook", "adapter", "forward", "alpha", "some heads"])
     def test_not_where_more_than_numbers_is_asked_of_the_layer(
         self, what, built, monkeypatch, qkv
     ):
@@ -211,8 +250,11 @@ class TestInOnePass:
             inject_adapter_in_model(LoraConfig(r=2, target_modules=["proj"]), branch)
         elif what == "forward":
             branch.proj.forward = lambda x: nn.functional.linear(x, branch.proj.weight)
-        else:
+        elif what == "alpha":
             branch = SparseLinear(critical=0.3, combine="alpha").branch(3, 16)
+        else:
+            branch = SparseLinear(critical=0.3, combine="alpha").branch(6, 16)
+            branch = of_heads(branch, slice(3, 6))
         with torch.no_grad():
             case = {"video": self.video, "method": self.method, "branch": branch}
             attention(*qkv(self.video.tokens, heads=3), **case)
@@ -254,6 +296,22 @@ def test_the_operators_obey_the_rules_of_torch(qkv):
     torch.library.opcheck(
         selection.picks, (given[1], order, home, means, 16, 1, 0, 0.25), test_utils=which[:2]
     )
+
+
+def test_derivatives_that_it_does_not_know(built, qkv):
+    """Under torch.func and forward-mode differentiation torch runs, as without it."""
+    video, method = VideoShape(4, 8, 8), SparseLinear(linear_over="all")
+    q, k, v = qkv(video.tokens)
+
+    def branch(q):
+        return method.parts(q, k, v, video=video, kernel=TestLinearBranch.nothing)[1]
+
+    _, found = torch.func.jvp(branch, (q,), (torch.ones_like(q),))
+    close = (branch((q + 1e-2).double()) - branch((q - 1e-2).double())) / 2e-2
+    torch.testing.assert_close(found, close.float(), rtol=1e-2, atol=1e-4)
+    assert found.abs().max() > 1e-3
+    with torch.autograd.forward_ad.dual_level():
+        assert not native_serves(q)
 
 
 def test_what_it_serves(built):

@@ -146,14 +146,15 @@ class SparseLinear:
         kernel: Callable,
         branch: "LinearBranch | None" = None,
     ) -> Tensor:
-        """The same with the layout given, which depends on the grid alone."""
+        """The same with the layout given, which depends on the grid alone. What `kernel` returns
+        may be written into."""
         plan, linear = self._chosen(q, k, layout)
         o_s = kernel(q, k, v, plan)
         if branch is None:
             return o_s
-        if native_serves(q, k, v, o_s) and branch.in_one_pass(o_s, q, k, v):
-            assert branch.proj is not None
-            out, proj = o_s.contiguous(), (branch.proj.weight, branch.proj.bias)
+        proj = _numbers(branch, o_s, q, k, v)
+        if proj is not None and native_serves(q, k, v, o_s):
+            out = o_s.contiguous()
             add_projected_linear(q, k, v, *self._arguments(plan, linear), *proj, out)
             return out
         return branch(o_s, self._linear(q, k, v, plan, linear))
@@ -202,12 +203,13 @@ class SparseLinear:
         if self.linear_over == "marginal":
             worst = min(int(self.skipped * blocks), blocks - count)
         some = scores[..., ranked]
+        best = some.topk(count, sorted=False).indices
+        # Of equal ones, none is both.
+        others = some.scatter(-1, best, torch.inf)
+        rest = others.topk(worst, largest=False, sorted=False).indices
         critical, skipped = (
             torch.zeros_like(scores, dtype=torch.bool).scatter(-1, ranked[chosen], True)
-            for chosen in (
-                some.topk(count, sorted=False).indices,
-                some.topk(worst, largest=False, sorted=False).indices,
-            )
+            for chosen in (best, rest)
         )
         keep = critical | text_k | text_q[:, None]
         occupied = slots.real.view(-1, slots.block_k).any(-1)
@@ -268,18 +270,6 @@ class LinearBranch(nn.Module):
             o_l = o_l.to(weight.dtype)
         return o_s + self.proj(o_l).to(o_s.dtype)
 
-    def in_one_pass(self, *inputs: Tensor) -> bool:
-        """Whether nothing but numbers is asked of `proj`: no gradient, no layer in its place, no
-        hook."""
-        proj = self.proj
-        if type(proj) is not nn.Linear:
-            return False
-        for module in (self, proj):
-            if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
-                return False
-        asked = any(x.requires_grad for x in (*inputs, proj.weight, proj.bias))
-        return not (asked and torch.is_grad_enabled())
-
     @torch.no_grad()
     def silent(self) -> bool:
         """Whether the linear branch adds nothing. Synchronises the device."""
@@ -287,6 +277,24 @@ class LinearBranch(nn.Module):
             return bool((self.alpha == 1).all())
         assert self.proj is not None
         return not (self.proj.weight.any() or self.proj.bias.any())
+
+
+def _numbers(branch: Any, *inputs: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of `branch.proj`, where nothing but its numbers is asked of the branch: no
+    gradient, no layer or tensor of another kind in its place, no hook."""
+    if type(branch) is not LinearBranch or type(branch.proj) is not nn.Linear:
+        return None
+    for module in (branch, branch.proj):
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+            return None
+    proj = weight, bias = branch.proj.weight, branch.proj.bias
+    kinds = {torch.Tensor, nn.Parameter}
+    if bias is None or not {type(weight), type(bias)} <= kinds:
+        return None
+    if not weight.device == bias.device == inputs[0].device:
+        return None
+    asked = any(x.requires_grad for x in (*inputs, *proj))
+    return None if asked and torch.is_grad_enabled() else proj
 
 
 def _features(x: Tensor, name: FeatureMap) -> Tensor:

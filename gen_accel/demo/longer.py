@@ -21,10 +21,10 @@ TECHNIQUE = "fresh_noise"
 DTYPE = "bfloat16"  # of both
 
 
-def lora_path() -> Path:
-    """The LoRA that ships with the demo model; configs/lora/demo.yaml and demo_guided.yaml made
-    it."""
-    return Path(__file__).parent / "long_lora"
+def lora_path(*, guided: bool = False) -> Path:
+    """The demo model's LoRA that holds its guidance, made by configs/lora/demo_guided.yaml, or the
+    one that is sampled with guidance, made by demo.yaml."""
+    return Path(__file__).parent / ("long_lora_guided" if guided else "long_lora")
 
 
 @dataclass(frozen=True)

@@ -124,12 +124,17 @@ def is_native_built() -> bool:
 
 def native_serves(*tensors: Tensor) -> bool:
     """Whether what stands beside attention, the choice of blocks and the linear branch, runs in
-    C++; whichever kernel is named for attention."""
-    first = tensors[0]
-    alike = all(x.dtype == first.dtype and x.device == first.device for x in tensors)
-    return (
-        alike and first.device.type == "cpu" and first.dtype in native.DTYPES and is_native_built()
-    )
+    C++; whichever kernel is named for attention. Not under `torch.func` and forward-mode
+    differentiation, of which C++ knows nothing."""
+    kinds = {(x.dtype, x.device.type) for x in tensors}
+    if len(kinds) > 1 or not kinds <= {(dtype, "cpu") for dtype in native.DTYPES}:
+        return False
+    if not torch.compiler.is_compiling():
+        functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+        transformed = functorch.peek_interpreter_stack() is not None
+        if transformed or torch.autograd.forward_ad._current_level >= 0:
+            return False
+    return is_native_built()
 
 
 def run(

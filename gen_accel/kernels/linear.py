@@ -2,8 +2,9 @@
 
     o = f(q) (sum f(k)^T v) / (eps + f(q) . sum f(k)), sums over the keys of the set
 
-`plain` is the meaning, torch alone with autograd; on GPUs a fused kernel does the same. Which of
-them runs is decided here: the kernel that is named for attention says nothing of it.
+`plain` is the meaning, torch alone with autograd; on GPUs a fused kernel does the same, and on
+CPUs native/linear.cpp, with f in it, where that is built. The kernel that is named for attention
+says nothing of which of them runs.
 """
 
 import torch

@@ -31,7 +31,8 @@ FLAGS = (
         "-fno-math-errno",
         "-fno-trapping-math",
     ),
-    *("-fopenmp", "-DAT_PARALLEL_OPENMP=1", "-fPIC"),
+    # Rows of numbers are moved as words, two of bf16 or one of fp32.
+    *("-fopenmp", "-DAT_PARALLEL_OPENMP=1", "-fPIC", "-fno-strict-aliasing"),
 )
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # What the library says the size of each kind of arguments is, to be compared with.
@@ -48,7 +49,7 @@ def path() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     about = [*(file.read_text() for file in READ), *FLAGS, torch.__version__, _processor()]
     name = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
-    return Path(cache) / "gen_accel" / f"attention-{name}.so"
+    return Path(cache) / "gen_accel" / f"native-{name}.so"
 
 
 def build() -> Path:
@@ -85,7 +86,7 @@ def build() -> Path:
             _call([tool, *FLAGS, "-shared", *objects, "-o", str(partial), *links])
         try:
             _load(partial)
-        except OSError as error:
+        except (OSError, AttributeError) as error:
             raise RuntimeError(f"{target} was built and does not load: {error}") from error
         os.replace(partial, target)
     finally:

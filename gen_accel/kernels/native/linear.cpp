@@ -3,8 +3,8 @@
 //
 //   o = f(q) S / (eps + f(q) . z), S = sum f(k)^T v, z = sum f(k), over the blocks of the set
 //
-// A key block's S and z are made once, its "state". Those of a set are added up, or taken from the
-// sum of all where the set leaves out fewer than it holds. Products and sums are fp32.
+// A key block's S and z are made once, its "state". Those of a set are added up, or those that it
+// leaves out taken from the sum of all, whichever are fewer. Products are fp32, sums of states fp64.
 
 #include "common.h"
 
@@ -73,15 +73,16 @@ struct Attention {
   Tokens<In> grad{a.grad, a.grad_strides, a.slots, a.H, a.D};
   i64 dense[3] = {a.H * a.N * a.D, a.N * a.D, a.D};
   Tokens<In> o{a.o, dense, a.slots, a.H, a.D};
-  i64 heads = std::clamp<i64>(AT_ONCE / std::max<i64>(1, (Kk + Kq) * size), 1, a.B * a.H);
+  i64 heads = std::max<i64>(1, std::min(AT_ONCE / ((Kk + Kq) * size + 1), a.B * a.H));
 
   // Rows of tokens, what is made of them, and one state: the memory of a thread.
   struct Scratch {
     std::vector<float> memory;
-    float *x, *f, *y, *turned, *up, *low, *of_low, *state, *state_turned;
-    Scratch(i64 rows, i64 D) : memory(rows * (5 * D + 2) + D * (2 * D + 1)) {
+    std::vector<double> sum;
+    float *x, *f, *y, *turned, *above, *low, *of_low, *state, *state_turned;
+    Scratch(i64 rows, i64 D) : memory(rows * (5 * D + 2) + D * (2 * D + 1)), sum(D * D + D) {
       float* at = memory.data();
-      for (float** part : {&x, &f, &y, &turned, &up}) *part = at, at += rows * D;
+      for (float** part : {&x, &f, &y, &turned, &above}) *part = at, at += rows * D;
       for (float** part : {&low, &of_low}) *part = at, at += rows;
       state = at;
       state_turned = at + D * D + D;
@@ -110,27 +111,28 @@ struct Attention {
     }
   }
 
-  // The sum of the states n with `in(n)`; how many those are.
+  // The sum of the states n with `in(n)`; how many those are. What is left of the sum of all may be
+  // a small part of it, so that this is fp64.
   template <typename F>
-  i64 add_up(const float* states, const double* all, i64 count, F&& in, float* to) const {
+  i64 add_up(const float* states, const double* all, i64 count, F&& in, double* sum,
+             float* to) const {
     i64 some = 0;
     for (i64 n = 0; n < count; n++) some += in(n);
     bool rest = 2 * some > count;
-    std::fill(to, to + size, 0.f);
+    if (rest) std::copy(all, all + size, sum);
+    else std::fill(sum, sum + size, 0.);
+    double sign = rest ? -1. : 1.;
     for (i64 n = 0; n < count; n++) {
       if (in(n) == rest) continue;
       const float* x = states + n * size;
 #pragma omp simd
-      for (i64 d = 0; d < size; d++) to[d] += x[d];
+      for (i64 d = 0; d < size; d++) sum[d] += sign * x[d];
     }
-    if (rest) {
-#pragma omp simd
-      for (i64 d = 0; d < size; d++) to[d] = static_cast<float>(all[d] - to[d]);
-    }
+    for (i64 d = 0; d < size; d++) to[d] = static_cast<float>(sum[d]);
     return some;
   }
 
-  // The sum of `count` states, for each of some heads; in fp64, as much of it is taken away again.
+  // The sum of `count` states, for each of some heads.
   void sum_all(const float* states, i64 count, i64 some, double* to) const {
     i64 cuts = 8, length = (size + cuts - 1) / cuts;
     each(some * cuts, [&] {
@@ -151,7 +153,7 @@ struct Attention {
 
   void key_states(i64 first, i64 some, float* states, double* all) const {
     each(some * Kk, [&] {
-      return [&, s = Scratch(a.block_k, D)](i64 n) {
+      return [&, s = Scratch(a.block_k, D)](i64 n) mutable {
         i64 bh = first + n / Kk, slot = n % Kk * a.block_k;
         mapped(k, bh, slot, a.block_k, s.x, s.f);
         v.read(bh, slot, a.block_k, s.y);
@@ -165,7 +167,8 @@ struct Attention {
   // without keys.
   bool queried(i64 bh, i64 i, const float* states, const double* all, Scratch& s) const {
     i64 rows = a.block_q;
-    bool any = add_up(states, all, Kk, [&](i64 j) { return has(bh, i, j); }, s.state);
+    auto in = [&](i64 j) { return has(bh, i, j); };
+    bool any = add_up(states, all, Kk, in, s.sum.data(), s.state);
     mapped(q, bh, i * rows, rows, s.x, s.f);
     product(rows, D, D, s.f, D, s.state, D, s.y, D, false);
     const float* z = s.state + D * D;
@@ -230,19 +233,19 @@ struct Attention {
                     float* slope) const {
     i64 rows = a.block_q, slot = i * rows;
     bool any = queried(bh, i, states, all, s);
-    grad.read(bh, slot, rows, s.up);
+    grad.read(bh, slot, rows, s.above);
     // Nothing over eps has no slope, and in the sum of all it would swamp the others.
-    if (!any) std::fill(s.up, s.up + rows * D, 0.f);
+    if (!any) std::fill(s.above, s.above + rows * D, 0.f);
     for (i64 r = 0; r < rows; r++) {
-      float sum = 0.f, inverse = 1.f / s.low[r], *g = s.up + r * D;
+      float sum = 0.f, inverse = 1.f / s.low[r], *g = s.above + r * D;
 #pragma omp simd reduction(+ : sum)
       for (i64 d = 0; d < D; d++) sum += g[d] * s.y[r * D + d];
       for (i64 d = 0; d < D; d++) g[d] *= inverse;
       s.of_low[r] = -sum * inverse * inverse;
     }
-    state_of(s.f, s.up, s.of_low, rows, s.turned, slope);
+    state_of(s.f, s.above, s.of_low, rows, s.turned, slope);
     transpose(s.state, D, D, s.state_turned);
-    product(rows, D, D, s.up, D, s.state_turned, D, s.y, D, false);
+    product(rows, D, D, s.above, D, s.state_turned, D, s.y, D, false);
     const float* z = s.state + D * D;
     for (i64 r = 0; r < rows; r++) {
       for (i64 d = 0; d < D; d++) s.y[r * D + d] += s.of_low[r] * z[d];
@@ -254,7 +257,8 @@ struct Attention {
   // dk and dv of a key block.
   void keys_back(i64 bh, i64 j, const float* slopes, const double* all, Scratch& s) const {
     i64 rows = a.block_k, slot = j * rows;
-    add_up(slopes, all, Kq, [&](i64 i) { return has(bh, i, j); }, s.state);
+    auto in = [&](i64 i) { return has(bh, i, j); };
+    add_up(slopes, all, Kq, in, s.sum.data(), s.state);
     mapped(k, bh, slot, rows, s.x, s.f);
     v.read(bh, slot, rows, s.y);
     product(rows, D, D, s.f, D, s.state, D, s.turned, D, false);

@@ -63,6 +63,11 @@ def add_projected_linear(
         weight, bias: of a linear layer of the head dim.
         base: contiguous (B, H, N, D) in q's dtype.
     """
+    D = q.shape[3]
+    if weight.shape != (D, D) or bias.shape != (D,) or base.shape != q.shape:
+        raise ValueError(
+            f"the branch is for heads of {weight.shape[0]} numbers, q has {D} in {tuple(q.shape)}"
+        )
     call = _call(q, k, v, slots, sets, block_q, block_k, feature_map, eps)
     call.whole(weight=weight.float().T, bias=bias.float())
     call.filled(o=base)
@@ -112,6 +117,9 @@ def _call(
     eps: float,
 ) -> Pointers:
     B, H, N, D = q.shape
+    if not q.shape == k.shape == v.shape or int(slots.max()) + 1 != N:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k and v must be alike, for {int(slots.max()) + 1} tokens: {shapes}")
     args = LinearArgs(B=B, H=H, N=N, D=D, S=len(slots), block_q=block_q, block_k=block_k)
     args.map, args.eps = feature_map, eps
     call = Pointers(args)

@@ -2,7 +2,8 @@
 // pick by their scores. What block_mixture.py says in torch, in a few passes over the scores.
 //
 // A cut is found as there, by the upper half of the keys' bits and then by the lower: the mass is
-// counted in bins, and nothing is sorted but short rows. Masses are summed in fp64.
+// counted in bins, and nothing is sorted but short rows. Masses are summed in fp64. What scores that
+// are NaN pick is not what they pick there.
 
 #include "common.h"
 
@@ -119,7 +120,7 @@ struct Picking {
   void run() {
     static thread_local Room room;
     bool within = a.scope == QUERY_HEAD || a.scope == HEAD_GLOBAL;
-    i64 heads = within ? std::clamp<i64>(AT_ONCE / std::max<i64>(1, a.R * ld), 1, a.H) : a.H;
+    i64 heads = within ? std::max<i64>(1, std::min(AT_ONCE / (a.R * ld + 1), a.H)) : a.H;
     float* scores = room.of<float>(heads * a.R * ld);
     for (i64 b = 0; b < a.B; b++) {
       for (i64 h = 0; h < a.H; h += heads) {
@@ -186,7 +187,7 @@ struct Picking {
           }
           sorted.resize(a.C);
         }
-        take(first * a.R + n, weights.data(), cut);
+        take(first * a.R + n, weights.data(), &cut, false);
       }
     });
     touch(first, count);
@@ -218,15 +219,8 @@ struct Picking {
     }
     at::parallel_for(0, count * a.R, 64, [&](i64 begin, i64 end) {
       for (i64 n = begin; n < end; n++) {
-        if (a.scope == BLOCK) {
-          bool* to = a.picks + (first * a.R + n) * (a.C + 1);
-          take(first * a.R + n, scores + n * ld, 0.f);
-          i64 home = a.home[n % a.R];
-          if (!counted[n % a.R]) continue;
-          for (i64 c = 0; c < a.C; c++) to[c] = c == home || scores[n * ld + c] >= cuts[c];
-        } else {
-          take(first * a.R + n, scores + n * ld, cuts[n / lines]);
-        }
+        const float* cut = a.scope == BLOCK ? cuts.data() : cuts.data() + n / lines;
+        take(first * a.R + n, scores + n * ld, cut, a.scope == BLOCK);
       }
     });
     touch(first, count);
@@ -323,15 +317,16 @@ struct Picking {
     return x;
   }
 
-  // The picks of one row: chunks from `cut` on and its own, all for text.
-  void take(i64 row, const float* s, float cut) {
+  // The picks of one row: chunks from `cut` on, one for all or `each` its own, and the row's chunk;
+  // all for text.
+  void take(i64 row, const float* s, const float* cut, bool each) {
     bool* to = a.picks + row * (a.C + 1);
     i64 r = row % a.R;
     if (!counted[r]) {
       std::fill(to, to + a.C + 1, tokens.token(r) >= 0);
       return;
     }
-    for (i64 c = 0; c < a.C; c++) to[c] = s[c] >= cut;
+    for (i64 c = 0; c < a.C; c++) to[c] = s[c] >= cut[each ? c : 0];
     to[a.home[r]] = true;
     to[a.C] = true;
   }

@@ -12,7 +12,8 @@ SCOPES = ("query_head", "head_global", "overall", "block")
 @torch.library.custom_op("gen_accel::native_block_sums", mutates_args=())
 def block_sums(x: Tensor, slots: Tensor, block: int) -> Tensor:
     """(B, H, S / block, D) fp32 of x (B, H, N, D) and the token of each slot, (S,)."""
-    B, H, _, D = x.shape
+    B, H, N, D = x.shape
+    _check("tokens of the slots", int(slots.max()) + 1, N)
     out = torch.empty(B, H, len(slots) // block, D, dtype=torch.float32)
     call = Pointers(SumsArgs(B=B, H=H, D=D, S=len(slots), block=block))
     call.strided(x=x)
@@ -54,8 +55,10 @@ def picks(
         (B, H, R, C + 1) bool, the last for the text, which all pick; and (B, H, R / block, C + 1),
         what any row of a block picks.
     """
-    B, H, _, D = rows.shape
+    B, H, N, D = rows.shape
     R, C = len(slots), means.shape[2]
+    _check("rows of the slots", int(slots.max()) + 1, N)
+    _check("means", tuple(means.shape), (B, H, C, D))
     picked = torch.empty(B, H, R, C + 1, dtype=torch.bool)
     touched = torch.empty(B, H, R // block, C + 1, dtype=torch.bool)
     args = PicksArgs(B=B, H=H, D=D, R=R, C=C, block=block, scope=scope, topk=topk)
@@ -74,3 +77,8 @@ def _(rows, slots, home, means, block, scope, topk, threshold):
     R, C = len(slots), means.shape[2] + 1
     picked = rows.new_empty(B, H, R, C, dtype=torch.bool)
     return picked, rows.new_empty(B, H, R // block, C, dtype=torch.bool)
+
+
+def _check(name: str, found: object, wanted: object) -> None:
+    if found != wanted:
+        raise ValueError(f"{name}: q and k are for {wanted}, got {found}")
