@@ -31,8 +31,7 @@ FLAGS = (
         "-fno-math-errno",
         "-fno-trapping-math",
     ),
-    # Rows of numbers are moved as words, two of bf16 or one of fp32.
-    *("-fopenmp", "-DAT_PARALLEL_OPENMP=1", "-fPIC", "-fno-strict-aliasing"),
+    *("-fopenmp", "-DAT_PARALLEL_OPENMP=1", "-fPIC"),
 )
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # What the library says the size of each kind of arguments is, to be compared with.

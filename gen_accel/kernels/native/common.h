@@ -26,6 +26,7 @@ namespace {
 
 using at::BFloat16;
 using i64 = int64_t;
+using Word = uint32_t __attribute__((may_alias));  // two numbers of bf16, or one of fp32
 
 constexpr i64 LANES = 16;  // columns that a product makes at once; a rest costs as much as many
 constexpr i64 AHEAD = 6;  // rows that are asked for before they are read
@@ -299,7 +300,7 @@ inline void pair_up(const float* a, const float*, i64 n, float* to) { std::memcp
 inline void pair_up(const BFloat16* a, const BFloat16* b, i64 n, BFloat16* to) {
   const uint16_t* low = reinterpret_cast<const uint16_t*>(a);
   const uint16_t* high = reinterpret_cast<const uint16_t*>(b);
-  uint32_t* both = reinterpret_cast<uint32_t*>(to);
+  Word* both = reinterpret_cast<Word*>(to);
 #pragma omp simd
   for (i64 i = 0; i < n; i++) both[i] = uint32_t(high[i]) << 16 | low[i];
 }
@@ -318,8 +319,8 @@ template <typename T>
 void interleave_transposed(const T* rows, i64 ld, i64 K, i64 N, i64 N_ld, T* to) {
   // A pair stays together, in 32 bits.
   constexpr i64 P = PAIR<T>;
-  const uint32_t* from = reinterpret_cast<const uint32_t*>(rows);
-  uint32_t* target = reinterpret_cast<uint32_t*>(to);
+  const Word* from = reinterpret_cast<const Word*>(rows);
+  Word* target = reinterpret_cast<Word*>(to);
   for (i64 n0 = 0; n0 < N; n0 += 16)
     for (i64 k = 0; k < K / P; k++)
       for (i64 n = n0; n < std::min(N, n0 + 16); n++) target[k * N_ld + n] = from[n * (ld / P) + k];

@@ -4,7 +4,8 @@
 //   o = f(q) S / (eps + f(q) . z), S = sum f(k)^T v, z = sum f(k), over the blocks of the set
 //
 // A key block's S and z are made once, its "state". Those of a set are added up, or those that it
-// leaves out taken from the sum of all, whichever are fewer. Products are fp32, sums of states fp64.
+// leaves out taken from the sum of all, whichever are fewer. Products are fp32, sums of states fp64
+// where that is needed.
 
 #include "common.h"
 
@@ -111,8 +112,7 @@ struct Attention {
     }
   }
 
-  // The sum of the states n with `in(n)`; how many those are. What is left of the sum of all may be
-  // a small part of it, so that this is fp64.
+  // The sum of the states n with `in(n)`; how many those are.
   template <typename F>
   i64 add_up(const float* states, const double* all, i64 count, F&& in, double* sum,
              float* to) const {
@@ -129,6 +129,28 @@ struct Attention {
       for (i64 d = 0; d < size; d++) sum[d] += sign * x[d];
     }
     for (i64 d = 0; d < size; d++) to[d] = static_cast<float>(sum[d]);
+    return some;
+  }
+
+  // The same of the states of keys, summed in fp32 where that is as good: where of no feature, and
+  // none is negative, less than a quarter is left.
+  template <typename F>
+  i64 add_up_keys(const float* states, const double* all, F&& in, double* sum, float* to) const {
+    i64 some = 0;
+    for (i64 n = 0; n < Kk; n++) some += in(n);
+    bool rest = 2 * some > Kk, much = true;
+    std::fill(to, to + size, 0.f);
+    for (i64 n = 0; n < Kk; n++) {
+      if (in(n) == rest) continue;
+      const float* x = states + n * size;
+#pragma omp simd
+      for (i64 d = 0; d < size; d++) to[d] += x[d];
+    }
+    if (!rest) return some;
+    for (i64 d = D * D; d < size; d++) much &= 4 * (all[d] - to[d]) >= all[d];
+    if (!much) return add_up(states, all, Kk, in, sum, to);
+#pragma omp simd
+    for (i64 d = 0; d < size; d++) to[d] = static_cast<float>(all[d] - to[d]);
     return some;
   }
 
@@ -168,7 +190,7 @@ struct Attention {
   bool queried(i64 bh, i64 i, const float* states, const double* all, Scratch& s) const {
     i64 rows = a.block_q;
     auto in = [&](i64 j) { return has(bh, i, j); };
-    bool any = add_up(states, all, Kk, in, s.sum.data(), s.state);
+    bool any = add_up_keys(states, all, in, s.sum.data(), s.state);
     mapped(q, bh, i * rows, rows, s.x, s.f);
     product(rows, D, D, s.f, D, s.state, D, s.y, D, false);
     const float* z = s.state + D * D;
