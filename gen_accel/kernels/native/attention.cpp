@@ -13,6 +13,7 @@ namespace {
 
 constexpr i64 ROWS = 256;        // queries of a piece
 constexpr i64 COLS = 512;        // keys of a tile
+constexpr i64 SUMMED = 256;      // of them, summed up at once
 constexpr i64 WIDE = COLS + 16;  // room of a row of scores
 constexpr i64 ROUTED = 1024;  // queries that are looked through at once for those of a group
 constexpr i64 STEP = 32;   // rows of a product of compressed queries: few shapes, few kernels
@@ -391,7 +392,10 @@ struct Forward {
         std::memcpy(some_values + x.column * p.D, V + x.block * p.bkp * p.D,
                     up(p.bk, PAIR<T>) * p.D * sizeof(T));
       std::fill(some_values + width * p.D, some_values + wide * p.D, T(0));
-      product(rows, p.D, wide, weights, WIDE, some_values, p.D, o, p.D, true);
+      // A long sum in a row rounds off more than its parts do.
+      for (i64 j = 0; j < wide; j += SUMMED)
+        product(rows, p.D, std::min(SUMMED, wide - j), weights + j, WIDE, some_values + j * p.D,
+                p.D, o, p.D, true);
     }
   };
 
