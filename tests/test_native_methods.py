@@ -18,7 +18,10 @@ from gen_accel.plan import slots_of, tile_slots
 
 pytestmark = pytest.mark.usefixtures("native_kernel")
 
-VIDEOS = [VideoShape(5, 9, 10), VideoShape(4, 7, 8, text=13)]
+VIDEOS = [
+    pytest.param(VideoShape(5, 9, 10), marks=pytest.mark.slow),
+    VideoShape(4, 7, 8, text=13),
+]
 SELECTIONS = [
     (select, scope)
     for select, scope in product(
@@ -104,7 +107,12 @@ def test_many_scores(scope, both):
 
 
 @pytest.mark.parametrize(
-    ("block_q", "block_k", "order"), [(64, 32, "tile"), (16, 64, "tile"), (48, 36, "raster")]
+    ("block_q", "block_k", "order"),
+    [
+        (48, 36, "raster"),
+        pytest.param(64, 32, "tile", marks=pytest.mark.slow),
+        pytest.param(16, 64, "tile", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("feature_map", linear.MAPS)
 @pytest.mark.parametrize("linear_over", ["all", "rest", "marginal"])
