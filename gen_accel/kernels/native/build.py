@@ -80,8 +80,7 @@ def build() -> Path:
                 [tool, *FLAGS, *includes, "-c", str(source), "-o", made]
                 for source, made in zip(SOURCES, objects, strict=True)
             ]
-            for _ in pool.map(_call, compiling):
-                pass
+            list(pool.map(_call, compiling))  # raises what one of them raised
             _call([tool, *FLAGS, "-shared", *objects, "-o", str(partial), *links])
         try:
             _load(partial)
