@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from html.parser import HTMLParser
+from itertools import combinations
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from gen_accel import (
 )
 from gen_accel.attention_processors.options import method_from
 from gen_accel.cli import app
-from gen_accel.demo import job
+from gen_accel.demo import job, longer
 from gen_accel.demo.train import Denoiser, new_autoencoder, new_tokenizer
 from gen_accel.kernels.reference import pairs
 from gen_accel.measure import environment, pictures, read_video, video_io
@@ -229,6 +230,29 @@ def test_demo(run, model, tmp_path):
     assert {"torch", "diffusers", "device", "threads"} <= report["environment"].keys()
     assert read_video(out / "dense.mp4").shape == (9, 96, 96, 3)
     assert Image.open(out / "mask.png").width > 800
+
+
+@pytest.mark.slow
+def test_the_longer_clips_of_the_demo():
+    made = longer.compare(PROMPT, sampling.Clip(None, 96, 96, 1, 3.0, seed=0))
+    guided, holding = made.trained["long_lora_guided"], made.trained["long_lora"]
+    assert (made.dense.guidance_scale, made.dense.method) == (3, None)
+    assert (guided.guidance_scale, guided.techniques) == (3, ())
+    assert (holding.guidance_scale, holding.techniques) == (1, ("fresh_noise",))
+    assert guided.method == holding.method == repr(Radial(block=432, tile_frames=3, tile_side=12))
+    assert guided.density == holding.density == pytest.approx(0.35, abs=0.01)
+    videos = [made.dense.video, guided.video, holding.video]
+    assert all(video.shape == (129, 96, 96, 3) for video in videos)
+    assert all((a != b).any() for a, b in combinations(videos, 2))
+    assert made.side_by_side().shape[0] == 129
+    report = json.loads(json.dumps(made.to_dict()))
+    for clip in report["trained"].values():
+        taken = report["dense"]["seconds"] / clip["seconds"]
+        assert clip["times_as_fast"] == pytest.approx(taken)
+    text = longer.notes(report)
+    assert len(text) == 3
+    assert "and with fresh_noise" in text[2]
+    assert [("holds the guidance" in part) for part in text] == [False, False, True]
 
 
 @pytest.mark.slow

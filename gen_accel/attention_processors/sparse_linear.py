@@ -204,16 +204,16 @@ class SparseLinear:
             worst = min(int(self.skipped * blocks), blocks - count)
         some = scores[..., ranked]
         best = some.topk(count, sorted=False).indices
-        # Of equal ones, none is both.
-        others = some.scatter(-1, best, torch.inf)
-        rest = others.topk(worst, largest=False, sorted=False).indices
-        critical, skipped = (
-            torch.zeros_like(scores, dtype=torch.bool).scatter(-1, ranked[chosen], True)
-            for chosen in (best, rest)
-        )
+        none = torch.zeros_like(scores, dtype=torch.bool)
+        critical = none.scatter(-1, ranked[best], True)
         keep = critical | text_k | text_q[:, None]
+        linear = ~keep
+        if worst:
+            others = some.scatter(-1, best, torch.inf)  # of equal ones, none is both
+            rest = others.topk(worst, largest=False, sorted=False).indices
+            linear = linear & ~none.scatter(-1, ranked[rest], True)
         occupied = slots.real.view(-1, slots.block_k).any(-1)
-        return plan_of_call(slots, keep & occupied), ~keep & ~skipped & occupied
+        return plan_of_call(slots, keep & occupied), linear & occupied
 
     def _linear(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, linear: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):  # sums over many keys need fp32

@@ -61,8 +61,8 @@ def run(
         model: a folder like the embedded model's, which it is without.
         frames: 1 more than a multiple of 4.
         device: the model is so small that a GPU has nothing to gain on it.
-        with_lora: also generate four times the trained length, with the model's long-video LoRA
-            and without; None does so for the embedded model.
+        with_lora: also generate four times the trained length, without and with each of the
+            model's long-video LoRAs; None does so for the embedded model.
 
     Returns:
         The report, and the files by what they are.
@@ -165,7 +165,9 @@ def _write_page(report: dict[str, Any], result: Comparison, files: dict[str, Pat
     kind = type(result.summary.method).__name__.lower()
     shown = {}
     if "longer" in report:
-        caption = f"{report['longer']['frames']} frames, without and with the LoRA"
+        made = report["longer"]
+        labels = [clip["label"] for clip in (made["dense"], *made["trained"].values())]
+        caption = f"{made['frames']} frames: {'; '.join(labels)}"
         shown[caption] = files["with LoRA"]
     write_report(
         files["page"],

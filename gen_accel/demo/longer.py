@@ -1,5 +1,4 @@
-"""Four times the length that the demo model was trained at: as it is, and with its LoRA and
-`fresh_noise`."""
+"""Four times the length that the demo model was trained at: as it is, and with its LoRAs."""
 
 import time
 from dataclasses import asdict, dataclass, replace
@@ -17,8 +16,7 @@ from gen_accel.pipelines.recipe import read_recipe
 from gen_accel.pipelines.sampling import Clip, Loading, filled, load, sample, steps_bar, ticker
 
 FRAMES = 4 * (demo.TRAINED_FRAMES - 1) + 1
-TECHNIQUE = "fresh_noise"
-DTYPE = "bfloat16"  # of both
+DTYPE = "bfloat16"  # of all
 
 
 def lora_path(*, guided: bool = False) -> Path:
@@ -28,102 +26,119 @@ def lora_path(*, guided: bool = False) -> Path:
 
 
 @dataclass(frozen=True)
-class Longer:
-    """The same prompt and seed, twice. Videos are (F, H, W, 3) uint8.
+class Sampled:
+    """One clip, and how it came about.
 
     Args:
-        dense: of the model as it is; `trained` with the LoRA, through the attention of the LoRA,
-            with noise that is drawn anew at each step.
-        *_seconds: of the denoising.
-        density: of the attention that the LoRA was trained with.
-        guidance_scales: of both.
+        video: (F, H, W, 3) uint8.
+        seconds: of the denoising.
+        method: the attention that the LoRA was trained with; None: dense, without a LoRA.
+        techniques: of `extend`, beside the rule of the LoRA's rotary positions.
     """
 
-    prompt: str
-    dense: np.ndarray
-    trained: np.ndarray
-    dense_seconds: float
-    trained_seconds: float
-    density: float | None
-    method: str
-    guidance_scales: tuple[float, float]
+    video: np.ndarray
+    seconds: float
+    guidance_scale: float
+    method: str | None = None
+    density: float | None = None
+    techniques: tuple[str, ...] = ()
 
-    def side_by_side(self) -> np.ndarray:
-        kind = self.method.split("(")[0].lower()
-        labels = ["dense, no LoRA", f"{kind}, LoRA, {TECHNIQUE}"]
-        return side_by_side([self.dense, self.trained], labels)
+    @property
+    def label(self) -> str:
+        if self.method is None:
+            return "dense, no LoRA"
+        return ", ".join((f"{self.method.split('(')[0].lower()}, LoRA", *self.techniques))
 
     def to_dict(self) -> dict[str, Any]:
-        seen = {"dense": detect(self.dense), "trained": detect(self.trained)}
+        found = detect(self.video)
+        given = {key: value for key, value in vars(self).items() if key != "video"}
+        return given | {"label": self.label, "shows": found.caption, "detector": asdict(found)}
+
+
+@dataclass(frozen=True)
+class Longer:
+    """The same prompt and seed: by the model as it is, and with LoRAs, by the names of their
+    folders."""
+
+    prompt: str
+    dense: Sampled
+    trained: dict[str, Sampled]
+
+    def side_by_side(self) -> np.ndarray:
+        clips = [self.dense, *self.trained.values()]
+        return side_by_side([clip.video for clip in clips], [clip.label for clip in clips])
+
+    def to_dict(self) -> dict[str, Any]:
         return {
-            "frames": len(self.dense),
+            "frames": len(self.dense.video),
             "trained_frames": demo.TRAINED_FRAMES,
-            "method": self.method,
-            "lora_density": self.density,
-            "guidance_scales": dict(zip(("dense", "lora"), self.guidance_scales, strict=True)),
-            "dense_seconds": self.dense_seconds,
-            "lora_seconds": self.trained_seconds,
-            "times_as_fast": self.dense_seconds / self.trained_seconds,
-            "detector": {
-                name: {"shows": found.caption, **asdict(found)} for name, found in seen.items()
+            "dense": self.dense.to_dict(),
+            "trained": {
+                name: clip.to_dict() | {"times_as_fast": self.dense.seconds / clip.seconds}
+                for name, clip in self.trained.items()
             },
         }
 
 
-def compare(prompt: str, clip: Clip, *, lora: Path | None = None) -> Longer:
-    """Generate both.
+def compare(prompt: str, clip: Clip) -> Longer:
+    """Generate all.
 
     Args:
         clip: of the demo model's size; its frames are set here.
     """
-    lora = lora if lora is not None else lora_path()
+    loras = [lora_path(guided=True), lora_path()]
+    with steps_bar() as bar:
+        dense = _sampled(prompt, clip, None, bar)
+        return Longer(
+            prompt, dense, {lora.name: _sampled(prompt, clip, lora, bar) for lora in loras}
+        )
+
+
+def _sampled(prompt: str, clip: Clip, lora: Path | None, bar: Any) -> Sampled:
     pipe = load(demo.path(), Loading(DTYPE, "cpu"))
     clip = filled(pipe, replace(clip, frames=FRAMES))
-    recipe = read_recipe(lora)
-    clips = {"dense": clip, "trained": clip}
-    if recipe.holds_guidance:
-        clips["trained"] = replace(clip, guidance_scale=1.0)
-    taken, density, run = {}, None, None
-    with steps_bar() as bar:
-        for name in ("dense", "trained"):
-            if name == "trained":
-                pipe.load_lora_weights(str(lora))
-                pipe.fuse_lora()  # a LoRA beside the weights would cost a tenth of a step
-                handle = attach(pipe, from_lora=lora)
-                run = extend(pipe, TECHNIQUE, num_frames=FRAMES)
-            sample(pipe, prompt, replace(clips[name], frames=5, steps=1))
-            label = f"{FRAMES} frames, {'with' if name == 'trained' else 'without'} LoRA"
-            start = time.perf_counter()
-            made = sample(pipe, prompt, clips[name], tick=ticker(bar, label), run=run)
-            taken[name] = made.video, time.perf_counter() - start - made.decode_seconds
-        density = handle.summary().density  # pyright: ignore[reportPossiblyUnboundVariable]
-    scales: Any = tuple(one.guidance_scale for one in clips.values())
-    return Longer(
-        prompt,
-        taken["dense"][0],
-        taken["trained"][0],
-        taken["dense"][1],
-        taken["trained"][1],
-        density,
-        repr(recipe.build_method()),
-        scales,
-    )
+    recipe, handle, run = None, None, None
+    if lora is not None:
+        recipe = read_recipe(lora)
+        pipe.load_lora_weights(str(lora))
+        pipe.fuse_lora()  # a LoRA beside the weights would cost a tenth of a step
+        handle = attach(pipe, from_lora=lora)
+        if recipe.techniques:
+            run = extend(pipe, recipe.techniques, num_frames=FRAMES)
+        if recipe.holds_guidance:
+            clip = replace(clip, guidance_scale=1.0)
+    sample(pipe, prompt, replace(clip, frames=5, steps=1))
+    label = f"{FRAMES} frames, " + (f"LoRA {lora.name}" if lora else "no LoRA")
+    start = time.perf_counter()
+    made = sample(pipe, prompt, clip, tick=ticker(bar, label), run=run)
+    seconds = time.perf_counter() - start - made.decode_seconds
+    scale: Any = clip.guidance_scale
+    if recipe is None or handle is None:
+        return Sampled(made.video, seconds, scale)
+    density = handle.summary().density
+    method = repr(recipe.build_method())
+    return Sampled(made.video, seconds, scale, method, density, recipe.techniques)
 
 
 def notes(report: dict[str, Any]) -> list[str]:
     """What the page says about it."""
-    seen, scales = report["detector"], report["guidance_scales"]
-    guided = ""
-    if scales["lora"] != scales["dense"]:
-        guided = (
-            " The LoRA holds the guidance that the model has to be given, so that a step calls "
-            "the model once and not twice."
-        )
-    return [
+    dense = report["dense"]
+    found = [
         f"The model was trained on {report['trained_frames']} frames. At {report['frames']}, as "
-        f"it is, it showed: {seen['dense']['shows']}. With its long-video LoRA, trained at that "
-        f"length through sparse attention, and noise that is drawn anew at each step "
-        f"({TECHNIQUE}), it showed: {seen['trained']['shows']}. Denoising took "
-        f"{report['lora_seconds']:.1f} s with the LoRA and {report['dense_seconds']:.1f} s "
-        f"without, {report['times_as_fast']:.2f} times as fast.{guided}"
+        f"it is, it showed: {dense['shows']}. Denoising took {dense['seconds']:.1f} s."
     ]
+    for name, clip in report["trained"].items():
+        noise = guided = ""
+        if clip["techniques"]:
+            noise = f" and with {', '.join(clip['techniques'])}"
+        if clip["guidance_scale"] != dense["guidance_scale"]:
+            guided = (
+                " It holds the guidance that the model has to be given, so that a step calls the "
+                "model once and not twice."
+            )
+        found.append(
+            f"With the LoRA {name}, trained at that length through sparse attention (density "
+            f"{clip['density']:.2f}){noise} it showed: {clip['shows']}. That took "
+            f"{clip['seconds']:.1f} s, {clip['times_as_fast']:.2f} times as fast.{guided}"
+        )
+    return found

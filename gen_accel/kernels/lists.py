@@ -20,7 +20,7 @@ class Lists(NamedTuple):
         index: (B', H', Kq, most) int64 for the B' x H' patterns of `keep`, the key blocks of each
             query block: first those that need a mask, then the whole ones; the rest is unused.
         counts: (2, B', H', Kq) on the CPU: key blocks in all, and those that need a mask.
-        rule: what hides a key from a query, see `_rule`.
+        rule: what hides a key from a query, see `rule`.
         gain: of the plan.
     """
 
@@ -49,16 +49,22 @@ def prepare(plan: Plan) -> Lists:
 def _lists(plan: Plan) -> Lists:
     order = None if plan.is_raster else plan.slots.clamp_min(0)
     back = None if plan.is_raster else plan.places
+    index, counts = kept_blocks(plan)
+    return Lists(order, back, index, counts, rule(plan), plan.gain, plan.block_q, plan.block_k)
+
+
+def kept_blocks(plan: Plan) -> tuple[Tensor, Tensor]:
+    """`index` and `counts` of `Lists`."""
     whole = plan.whole
     rank = 2 - 2 * plan.keep.int() + whole.int()
     index = rank.sort(dim=-1, stable=True).indices
     counts = torch.stack([plan.keep.sum(-1), (plan.keep & ~whole).sum(-1)]).cpu()
     if not torch.compiler.is_compiling():  # a graph has no use for a size that it must wait for
         index = index[..., : max(int(counts[0].max()), 1)].contiguous()
-    return Lists(order, back, index, counts, _rule(plan), plan.gain, plan.block_q, plan.block_k)
+    return index, counts
 
 
-def _rule(plan: Plan) -> list[Tensor]:
+def rule(plan: Plan) -> list[Tensor]:
     """What decides whether a slot sees another, as numbers to subtract: a fraction of the time of
     comparisons, whose results are not of the scores' type.
 

@@ -23,6 +23,7 @@ from gen_accel.kernels.lists import has_tiles
 from gen_accel.kernels.native import build
 from gen_accel.kernels.native.arguments import Call
 from gen_accel.kernels.native.build import DTYPES
+from gen_accel.kernels.native.selection import kept_blocks
 from gen_accel.plan import Plan, Route
 
 
@@ -116,10 +117,11 @@ def _lists(plan: Plan) -> Lists:
         slack = torch.zeros(plan.slots.shape, dtype=torch.float32)
         slack = slack.masked_fill_(~plan.real, -lists.FAR)
         return Lists(slots, none, none, [slack, route.picks, route.group], None, *blocks)
-    listed = lists.prepare(plan)
-    gain = None if listed.gain is None else listed.gain.float()
-    rule = [x.float() for x in listed.rule]  # whatever torch's default is
-    return Lists(slots, listed.index, listed.counts, rule, gain, *blocks)
+    gain = None if plan.gain is None else plan.gain.float()
+    rule = [x.float() for x in lists.rule(plan)]  # whatever torch's default is
+    if torch.compiler.is_compiling():
+        return Lists(slots, *lists.kept_blocks(plan), rule, gain, *blocks)
+    return Lists(slots, *kept_blocks(plan.keep, plan.whole), rule, gain, *blocks)
 
 
 def _run(name: str, call: Call, dtype: torch.dtype) -> None:

@@ -60,6 +60,15 @@ class PicksArgs(ctypes.Structure):
     ]
 
 
+class KeptArgs(ctypes.Structure):
+    """`Kept` of selection.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("keep", "whole", "index", "counts")),
+        *((name, ctypes.c_int64) for name in ("rows", "K", "most")),
+    ]
+
+
 class Pointers:
     """Arguments, and the tensors that they point into."""
 

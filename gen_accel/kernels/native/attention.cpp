@@ -9,14 +9,15 @@
 
 #include "common.h"
 
+#include <numeric>
+
 namespace {
 
 constexpr i64 ROWS = 256;        // queries of a piece
 constexpr i64 COLS = 512;        // keys of a tile
 constexpr i64 SUMMED = 256;      // of them, summed up at once
 constexpr i64 WIDE = COLS + 16;  // room of a row of scores
-constexpr i64 ROUTED = 1024;  // queries that are looked through at once for those of a group
-constexpr i64 STEP = 32;   // rows of a product of compressed queries: few shapes, few kernels
+constexpr i64 ROUTED = 1024;     // queries that are looked through at once for those of a group
 constexpr i64 MOST_SUMS = i64(1) << 30;  // bytes of gradients of keys and values, of all threads
 constexpr float TINY = 1e-20f;  // a scale below takes LOW too near to 0
 
@@ -45,7 +46,7 @@ struct Problem {
   Tokens<In> q, k, v, grad;
   i64 Dp;   // D to whole pairs
   i64 bkp;  // slots of a laid out block
-  bool together;  // small blocks, copied side by side for a product: less than one of odd sizes
+  bool together;  // blocks that are small or fill their lanes badly, side by side for a product
   std::vector<std::vector<i64>> members;  // key blocks of each group
   std::vector<char> padded;               // key blocks with padding
 
@@ -53,7 +54,7 @@ struct Problem {
       : a(args), Kq(a.S / a.block_q), Kk(a.S / a.block_k), D(a.D), bk(a.block_k), BH(a.B * a.H),
         q{a.q, a.q_strides, a.slots, a.H, a.D}, k{a.k, a.k_strides, a.slots, a.H, a.D},
         v{a.v, a.v_strides, a.slots, a.H, a.D}, grad{a.grad, a.grad_strides, a.slots, a.H, a.D},
-        Dp(up(a.D, PAIR<T>)), bkp(up(a.block_k, LANES)), together(a.block_k <= 128) {
+        Dp(up(a.D, PAIR<T>)), bkp(up(a.block_k, LANES)), together(bk < 64 || (bk <= 128 && 10 * bkp > 11 * bk)) {
     if (!a.picks) return;
     members.resize(a.C);
     padded.resize(Kk);
@@ -185,33 +186,57 @@ inline void conceal(float* s, i64 count, const float* excess) {
   for (i64 j = 0; j < count; j++) s[j] = excess[j] > 0.f ? LOW : s[j];
 }
 
-// Which rows of some slots see a group; their number.
-inline i64 seeing(const bool* picks, i64 C, i64 group, i64 slot, i64 count, i64* rows) {
-  i64 found = 0;
-  for (i64 i = 0; i < count; i++)
-    if (picks[(slot + i) * C + group]) rows[found++] = i;
-  return found;
-}
+// Rows of a product of compressed queries: few shapes, few kernels.
+template <typename T>
+constexpr i64 STEP = sizeof(T) == 2 ? 16 : 8;
 
-// Runs `work(bh, slot, count)` for each piece of queries, on all threads. Each takes the next when
-// it is done with its own: they see more and less.
-template <typename P, typename Make>
-void pieces(const P& p, i64 rows, Make&& make) {
-  i64 each = p.a.picks ? p.a.S : p.a.block_q;
-  i64 cuts = (each + rows - 1) / rows, length = (each + cuts - 1) / cuts;
-  i64 per_head = p.a.S / each * cuts, total = p.BH * per_head;
-  std::atomic<i64> next{0};
-  at::parallel_for(0, at::get_num_threads(), 1, [&](i64, i64) {
-    auto work = make();
-    for (i64 n; (n = next++) < total;) {
-      i64 bh = n / per_head, cut = n % per_head;
-      i64 first = cut / cuts * each + cut % cuts * length;
-      i64 count = std::min(length, cut / cuts * each + each - first);
-      if (count > 0) work(bh, first, count);
+// Which of some queries see each group, found in one pass over their picks.
+class Seeing {
+ public:
+  Seeing(i64 C, i64 most) : most_(most), rows_(C * most), found_(C) {}
+
+  void look(const bool* picks, i64 count) {
+    i64 C = found_.size();
+    std::fill(found_.begin(), found_.end(), 0);
+    for (i64 i = 0; i < count; i++, picks += C) {
+      for (i64 c = 0; c < C; c += 8) {
+        uint64_t word = 0;
+        std::memcpy(&word, picks + c, std::min<i64>(8, C - c));
+        for (; word; word &= word - 1) add(c + __builtin_ctzll(word) / 8, i);
+      }
     }
-    work.finish();
-  });
-}
+  }
+
+  i64 found(i64 group) const { return found_[group]; }
+  const uint16_t* rows(i64 group) const { return rows_.data() + group * most_; }
+
+ private:
+  void add(i64 group, i64 row) { rows_[group * most_ + found_[group]++] = row; }
+
+  i64 most_;
+  std::vector<uint16_t> rows_;
+  std::vector<i64> found_;
+};
+
+// Of each head's queries, the pieces that are worked on at once.
+struct Pieces {
+  i64 block, cuts, length, per_head;
+
+  template <typename P>
+  Pieces(const P& p, i64 rows) : block(p.a.picks ? p.a.S : p.a.block_q) {
+    cuts = (block + rows - 1) / rows;
+    length = (block + cuts - 1) / cuts;
+    per_head = p.a.S / block * cuts;
+  }
+
+  // Calls `work(slot, count)` with piece n, if there is anything in it.
+  template <typename F>
+  void with(i64 n, F&& work) const {
+    i64 base = n / cuts * block, first = base + n % cuts * length;
+    i64 count = std::min(length, base + block - first);
+    if (count > 0) work(first, count);
+  }
+};
 
 template <typename In, typename T>
 struct Forward {
@@ -224,16 +249,17 @@ struct Forward {
     const Forward& f;
     const Problem<In, T>& p = f.p;
     i64 most = p.a.picks ? ROUTED : up(std::min(ROWS, p.a.block_q), EVEN<T>);
-    i64 step = p.together ? PAIR<T> : EVEN<T>;
+    i64 step = p.together ? PAIR<T> : EVEN<T>;      // columns of a part
+    i64 step_q = p.a.picks ? STEP<T> : EVEN<T>;     // rows of a product
     T *q, *some_q, *weights, *some_keys, *some_values;
-    float *scores, *o, *some_o, *high, *some_high, *sum, *some_sum, *excess;
-    std::vector<i64> rows;
+    float *scores, *o, *some_o, *high, *sum, *before, *excess;
+    std::vector<uint16_t> rows;  // from the slot of a piece on
+    Seeing seeing{p.a.picks ? p.a.C : 0, ROUTED};
 
     explicit Worker(const Forward& forward) : f(forward), rows(most) {
       static thread_local Room room;
       Arena arena;
-      i64 some = p.a.picks ? up(most, STEP) : 0;
-      i64 stripe = p.a.picks ? up(std::min(ROWS, most), STEP) : most;
+      i64 stripe = std::min(ROWS, most), some = p.a.picks ? stripe : 0;
       arena.want(q, most * p.Dp);
       arena.want(some_q, some * p.Dp);
       arena.want(weights, stripe * WIDE);
@@ -243,20 +269,20 @@ struct Forward {
       arena.want(o, most * p.D);
       arena.want(some_o, some * p.D);
       arena.want(high, most);
-      arena.want(some_high, some);
       arena.want(sum, most);
-      arena.want(some_sum, some);
+      arena.want(before, most);
       arena.want(excess, COLS);
       arena.fill(room);
     }
-
-    void finish() { ::finish(q); }
+    Worker(const Worker&) = delete;
+    ~Worker() { finish(q); }
 
     void operator()(i64 bh, i64 slot, i64 count) {
       if (p.a.picks) {
         p.rows(p.q, bh, slot, count, q);
         start(count);
-        for (i64 g = 0; g < p.a.C; g++) routed(bh, slot, count, g);
+        seeing.look(p.picks(bh) + slot * p.a.C, count);
+        for (i64 g = 0; g < p.a.C; g++) routed(bh, slot, g);
         for (i64 i = 0; i < count; i++) rows[i] = i;
       } else {
         i64 block = slot / p.a.block_q, masked, held = 0;
@@ -273,7 +299,7 @@ struct Forward {
         if (count)
           tiles(p.blocks(bh, block), *total, masked, nullptr, p.bk, step,
                 [&](auto& parts, i64 width) {
-                  tile(bh, slot, count, parts, width, q, o, high, sum, p.gains(bh, block));
+                  tile(bh, slot, rows.data(), count, parts, width, q, p.gains(bh, block));
                 });
       }
       In* out = static_cast<In*>(p.a.o) + bh * p.a.N * p.D;
@@ -297,42 +323,31 @@ struct Forward {
       std::fill(sum, sum + count, 0.f);
     }
 
-    void routed(i64 bh, i64 slot, i64 count, i64 g) {
+    // The queries of a piece that see a group, and its keys.
+    void routed(i64 bh, i64 slot, i64 g) {
       const auto& blocks = p.members[g];
-      i64 found = seeing(p.picks(bh), p.a.C, g, slot, count, rows.data());
-      if (!found || blocks.empty()) return;
-      i64 to = up(found, STEP);
-      for (i64 i = 0; i < found; i++) {
-        i64 r = rows[i];
-        std::memcpy(some_q + i * p.Dp, q + r * p.Dp, p.Dp * sizeof(T));
-        std::memcpy(some_o + i * p.D, o + r * p.D, p.D * 4);
-        some_high[i] = high[r];
-        some_sum[i] = sum[r];
-      }
-      std::fill(some_q + found * p.Dp, some_q + to * p.Dp, T(0));
-      std::fill(some_o + found * p.D, some_o + to * p.D, 0.f);
-      std::fill(some_high + found, some_high + to, LOW);
-      std::fill(some_sum + found, some_sum + to, 0.f);
-      tiles(blocks.data(), blocks.size(), 0, p.padded.data(), p.bk, step,
-            [&](auto& parts, i64 width) {
-              for (i64 i = 0; i < to; i += ROWS)
-                tile(bh, 0, std::min(ROWS, to - i), parts, width, some_q + i * p.Dp,
-                     some_o + i * p.D, some_high + i, some_sum + i, nullptr);
-            });
-      for (i64 i = 0; i < found; i++) {
-        i64 r = rows[i];
-        std::memcpy(o + r * p.D, some_o + i * p.D, p.D * 4);
-        high[r] = some_high[i];
-        sum[r] = some_sum[i];
+      if (blocks.empty()) return;
+      for (i64 first = 0; first < seeing.found(g); first += ROWS) {
+        const uint16_t* some = seeing.rows(g) + first;
+        i64 count = std::min(ROWS, seeing.found(g) - first);
+        for (i64 i = 0; i < count; i++)
+          std::memcpy(some_q + i * p.Dp, q + some[i] * p.Dp, p.Dp * sizeof(T));
+        std::fill(some_q + count * p.Dp, some_q + up(count, step_q) * p.Dp, T(0));
+        tiles(blocks.data(), blocks.size(), 0, p.padded.data(), p.bk, step,
+              [&](auto& parts, i64 width) {
+                tile(bh, slot, some, count, parts, width, some_q, nullptr);
+              });
       }
     }
 
-    void tile(i64 bh, i64 slot, i64 count, const std::vector<Part>& parts, i64 width, const T* q,
-              float* o, float* high, float* sum, const float* gains) {
+    // Some queries against a tile. Row i of `q` is that of slot + rows[i]; what is carried lies at i,
+    // of routed queries at rows[i].
+    void tile(i64 bh, i64 slot, const uint16_t* rows, i64 count, const std::vector<Part>& parts,
+              i64 width, const T* q, const float* gains) {
       const T *K = f.keys + bh * p.Kk * p.bkp * p.Dp, *V = f.values + bh * p.Kk * p.bkp * p.D;
       scored(parts, width, count, q, K);
       // Scaled in the exponent, where nothing is rounded off.
-      bool raw = !gains && p.a.scale > TINY;
+      bool raw = !gains && p.a.scale > TINY, routed = p.a.picks;
       float by = raw ? p.a.scale * LOG2E : LOG2E;
       i64 wide = p.together ? up(width, LANES) : width;
       // Before anything is read: what was just written in parts is slow to read whole.
@@ -342,7 +357,7 @@ struct Forward {
         for (i64 j = width; j < wide; j++) scores[i * WIDE + j] = LOW;
       }
       for (i64 i = 0; i < count; i++) {
-        float *s = scores + i * WIDE, top = LOW;
+        float* s = scores + i * WIDE;
         for (const Part& x : parts) {
           float* t = s + x.column;
           if (!raw) dampen(t, x.count, p.a.scale, gains ? gains[x.block] : 1.f);
@@ -350,22 +365,33 @@ struct Forward {
           hide(p.a, slot + rows[i], true, x.block * p.bk + x.first, x.count, excess);
           conceal(t, x.count, excess);
         }
-#pragma omp simd reduction(max : top)
-        for (i64 j = 0; j < wide; j++) top = s[j] > top ? s[j] : top;
-        top = std::max(top > LOW / 2 ? top * by : LOW, high[i]);
+        i64 at = routed ? rows[i] : i;
+        float top = highest(s, wide, LOW);
+        top = std::max(top > LOW / 2 ? top * by : LOW, high[at]);
         float total = weigh(s, wide, by, top > LOW / 2 ? top : 0.f, weights + i * WIDE);
-        float before = exp2_of(high[i] - top);
-        sum[i] = sum[i] * before + total;
-        if (before != 1.f)
-          for (i64 d = 0; d < p.D; d++) o[i * p.D + d] *= before;
-        high[i] = top;
+        before[i] = exp2_of(high[at] - top);
+        sum[at] = sum[at] * before[i] + total;
+        high[at] = top;
+        if (routed || before[i] == 1.f) continue;
+        for (i64 d = 0; d < p.D; d++) o[i * p.D + d] *= before[i];
       }
-      weighed(parts, width, count, V, o);
+      if (!routed) {
+        weighed(parts, width, count, V, o, true);
+        return;
+      }
+      for (i64 i = count; i < up(count, step_q); i++)
+        std::fill(weights + i * WIDE, weights + i * WIDE + wide, T(0));
+      weighed(parts, width, count, V, some_o, false);
+      for (i64 i = 0; i < count; i++) {
+        float *to = o + rows[i] * p.D, *more = some_o + i * p.D, by = before[i];
+#pragma omp simd
+        for (i64 d = 0; d < p.D; d++) to[d] = to[d] * by + more[d];
+      }
     }
 
     void scored(const std::vector<Part>& parts, i64 width, i64 count, const T* q, const T* K) {
       constexpr i64 P = PAIR<T>;
-      i64 rows = up(count, EVEN<T>), wide = up(width, LANES);
+      i64 rows = up(count, step_q), wide = up(width, LANES);
       if (!p.together) {
         // What a product makes too much is in the place of the next one, or past the end.
         for (const Part& x : parts)
@@ -380,22 +406,23 @@ struct Forward {
       product(rows, wide, p.Dp, q, p.Dp, some_keys, wide, scores, WIDE, false);
     }
 
-    void weighed(const std::vector<Part>& parts, i64 width, i64 count, const T* V, float* o) {
-      i64 rows = up(count, EVEN<T>), wide = up(width, LANES);
+    void weighed(const std::vector<Part>& parts, i64 width, i64 count, const T* V, float* o,
+                 bool add) {
+      i64 rows = up(count, step_q), some = up(width, EVEN<T>);
       if (!p.together) {
         for (const Part& x : parts)
           product(rows, p.D, up(x.count, step), weights + x.column, WIDE,
-                  V + (x.block * p.bkp + x.first) * p.D, p.D, o, p.D, true);
+                  V + (x.block * p.bkp + x.first) * p.D, p.D, o, p.D, add || x.column > 0);
         return;
       }
       for (const Part& x : parts)
         std::memcpy(some_values + x.column * p.D, V + x.block * p.bkp * p.D,
                     up(p.bk, PAIR<T>) * p.D * sizeof(T));
-      std::fill(some_values + width * p.D, some_values + wide * p.D, T(0));
+      std::fill(some_values + width * p.D, some_values + some * p.D, T(0));
       // A long sum in a row rounds off more than its parts do.
-      for (i64 j = 0; j < wide; j += SUMMED)
-        product(rows, p.D, std::min(SUMMED, wide - j), weights + j, WIDE, some_values + j * p.D,
-                p.D, o, p.D, true);
+      for (i64 j = 0; j < some; j += SUMMED)
+        product(rows, p.D, std::min(SUMMED, some - j), weights + j, WIDE, some_values + j * p.D,
+                p.D, o, p.D, add || j > 0);
     }
   };
 
@@ -415,7 +442,13 @@ struct Forward {
         interleave(rows.data(), p.Dp, p.bk, p.bkp, p.D, values + n * p.bkp * p.D);
       }
     });
-    pieces(p, p.a.picks ? ROUTED : ROWS, [&] { return Worker(*this); });
+    Pieces pieces(p, p.a.picks ? ROUTED : ROWS);
+    each(p.BH * pieces.per_head, [&] {
+      return [&, worker = Worker(*this)](i64 n) mutable {
+        pieces.with(n % pieces.per_head,
+                    [&](i64 slot, i64 count) { worker(n / pieces.per_head, slot, count); });
+      };
+    });
     room.trim();
   }
 };
@@ -441,13 +474,15 @@ struct Backward {
   struct Worker {
     const Backward& f;
     const Problem<In, T>& p = f.p;
-    i64 most = up(p.a.picks ? ROWS : std::min(ROWS, p.a.block_q), STEP);
+    i64 most = up(p.a.picks ? ROWS : std::min(ROWS, p.a.block_q), 32);
     i64 M = 0;  // columns of what follows, queries and zeros
     T *q, *g, *out, *q_turned, *g_turned, *q_pairs, *g_pairs, *weights, *ds, *ds_pairs;
     float *scores, *above, *dq, *high, *inverse, *delta, *excess, *row;
-    std::vector<i64> rows, tokens;
+    std::vector<uint16_t> whole;  // the rows of a piece whose queries are not routed
+    std::vector<i64> tokens;
+    Seeing seeing{p.a.picks ? p.a.C : 0, ROUTED};
 
-    explicit Worker(const Backward& backward) : f(backward), rows(ROUTED), tokens(most) {
+    explicit Worker(const Backward& backward) : f(backward), whole(most), tokens(most) {
       static thread_local Room room;
       Arena arena;
       for (T** x : {&q, &g, &out, &q_turned, &g_turned, &q_pairs, &g_pairs})
@@ -462,32 +497,34 @@ struct Backward {
       arena.want(excess, most);
       arena.want(row, p.D);
       arena.fill(room);
+      std::iota(whole.begin(), whole.end(), 0);
     }
 
-    void finish() { ::finish(q); }
+    Worker(const Worker&) = delete;
+    ~Worker() { finish(q); }
 
     void operator()(i64 bh, i64 part, i64 slot, i64 count) {
       if (!p.a.picks) {
-        for (i64 i = 0; i < count; i++) rows[i] = i;
         i64 block = slot / p.a.block_q, masked;
         const i64* total = p.counts(bh, block, &masked);
-        some(bh, part, slot, rows.data(), count, p.blocks(bh, block), *total, masked, nullptr,
+        some(bh, part, slot, whole.data(), count, p.blocks(bh, block), *total, masked, nullptr,
              p.gains(bh, block));
         return;
       }
+      seeing.look(p.picks(bh) + slot * p.a.C, count);
       for (i64 g = 0; g < p.a.C; g++) {
         const auto& blocks = p.members[g];
-        i64 found = seeing(p.picks(bh), p.a.C, g, slot, count, rows.data());
+        i64 found = seeing.found(g);
         for (i64 i = 0; i < found && !blocks.empty(); i += ROWS)
-          some(bh, part, slot, rows.data() + i, std::min(ROWS, found - i), blocks.data(),
+          some(bh, part, slot, seeing.rows(g) + i, std::min(ROWS, found - i), blocks.data(),
                blocks.size(), 0, p.padded.data(), nullptr);
       }
     }
 
     // Some queries, `rows` from `slot` on, and the key blocks that they see.
-    void some(i64 bh, i64 part, i64 slot, const i64* rows, i64 count, const i64* blocks, i64 total,
+    void some(i64 bh, i64 part, i64 slot, const uint16_t* rows, i64 count, const i64* blocks, i64 total,
               i64 masked, const char* padded, const float* gains) {
-      M = up(count, p.a.picks ? STEP : LANES);
+      M = up(count, p.a.picks ? 32 : LANES);  // few shapes, few kernels
       for (i64 i = 0; i < M; i++) {
         tokens[i] = i < count ? p.token(slot + rows[i]) : -1;
         delta[i] = 0.f;
@@ -630,21 +667,13 @@ struct Backward {
   }
 
   void work() {
-    i64 each = p.a.picks ? p.a.S : p.a.block_q, most = p.a.picks ? ROUTED : ROWS;
-    i64 cuts = (each + most - 1) / most, length = (each + cuts - 1) / cuts;
-    i64 per_head = p.a.S / each * cuts;
-    std::atomic<i64> next{0};
-    at::parallel_for(0, at::get_num_threads(), 1, [&](i64, i64) {
-      Worker worker(*this);
-      for (i64 n; (n = next++) < p.BH * parts;) {
+    Pieces pieces(p, p.a.picks ? ROUTED : ROWS);
+    each(p.BH * parts, [&] {
+      return [&, worker = Worker(*this)](i64 n) mutable {
         i64 bh = n / parts, part = n % parts;
-        for (i64 cut = part; cut < per_head; cut += parts) {
-          i64 first = cut / cuts * each + cut % cuts * length;
-          i64 count = std::min(length, cut / cuts * each + each - first);
-          if (count > 0) worker(bh, part, first, count);
-        }
-      }
-      worker.finish();
+        for (i64 cut = part; cut < pieces.per_head; cut += parts)
+          pieces.with(cut, [&](i64 slot, i64 count) { worker(bh, part, slot, count); });
+      };
     });
   }
 };

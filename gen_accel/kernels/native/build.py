@@ -16,7 +16,13 @@ import torch
 from torch.utils import cpp_extension
 
 from gen_accel.kernels.failure import KernelFailed
-from gen_accel.kernels.native.arguments import Args, LinearArgs, PicksArgs, SumsArgs
+from gen_accel.kernels.native.arguments import (
+    Args,
+    KeptArgs,
+    LinearArgs,
+    PicksArgs,
+    SumsArgs,
+)
 from gen_accel.measure.environment import cpp_compiler
 
 HERE = Path(__file__).parent
@@ -40,6 +46,7 @@ SIZES = {
     "gen_accel_linear_size": LinearArgs,
     "gen_accel_sums_size": SumsArgs,
     "gen_accel_picks_size": PicksArgs,
+    "gen_accel_kept_size": KeptArgs,
 }
 
 

@@ -29,7 +29,7 @@ using i64 = int64_t;
 using Word = uint32_t __attribute__((may_alias));  // two numbers of bf16, or one of fp32
 
 constexpr i64 LANES = 16;  // columns that a product makes at once; a rest costs as much as many
-constexpr i64 AHEAD = 6;  // rows that are asked for before they are read
+constexpr i64 AHEAD = 12; // rows that are asked for before they are read
 constexpr size_t KEPT = size_t(64) << 20;  // bytes that a thread keeps from call to call
 constexpr float LOW = -1e30f;
 constexpr float LOG2E = 1.4426950408889634f;
@@ -266,6 +266,38 @@ float weigh(const float* s, i64 n, float by, float shift, T* to) {
     if constexpr (sizeof(T) == 2) reinterpret_cast<uint16_t*>(to)[j] = rounded(w);
     else to[j] = w;
   }
+  return sum;
+#endif
+}
+
+// The highest of n numbers and `top`; NaN is passed over.
+inline float highest(const float* x, i64 n, float top) {
+#ifdef __AVX512F__
+  __m512 most = _mm512_set1_ps(top);
+  for (i64 j = 0; j < n; j += 16) {
+    __mmask16 mask = n - j < 16 ? (1u << (n - j)) - 1 : 0xffff;
+    most = _mm512_mask_max_ps(most, mask, _mm512_maskz_loadu_ps(mask, x + j), most);
+  }
+  return _mm512_reduce_max_ps(most);
+#else
+#pragma omp simd reduction(max : top)
+  for (i64 j = 0; j < n; j++) top = x[j] > top ? x[j] : top;
+  return top;
+#endif
+}
+
+inline float dot(const float* x, const float* y, i64 n) {
+#ifdef __AVX512F__
+  __m512 sum = _mm512_setzero_ps();
+  for (i64 j = 0; j < n; j += 16) {
+    __mmask16 mask = n - j < 16 ? (1u << (n - j)) - 1 : 0xffff;
+    sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, x + j), _mm512_maskz_loadu_ps(mask, y + j), sum);
+  }
+  return _mm512_reduce_add_ps(sum);
+#else
+  float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+  for (i64 j = 0; j < n; j++) sum += x[j] * y[j];
   return sum;
 #endif
 }

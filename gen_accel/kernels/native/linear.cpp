@@ -30,10 +30,7 @@ struct Linear {
 // f of a row of n numbers.
 inline void features(i64 map, const float* x, i64 n, float* to) {
   if (map == SOFTMAX) {
-    float top = x[0];
-#pragma omp simd reduction(max : top)
-    for (i64 d = 0; d < n; d++) top = x[d] > top ? x[d] : top;
-    float inverse = 1.f / weigh(x, n, LOG2E, top * LOG2E, to);
+    float inverse = 1.f / weigh(x, n, LOG2E, highest(x, n, x[0]) * LOG2E, to);
     for (i64 d = 0; d < n; d++) to[d] *= inverse;
   } else if (map == ELU) {
 #pragma omp simd
@@ -49,9 +46,7 @@ inline void features(i64 map, const float* x, i64 n, float* to) {
 // The gradient of x from that of f, in place.
 inline void backwards(i64 map, const float* x, const float* f, i64 n, float* grad) {
   if (map == SOFTMAX) {
-    float sum = 0.f;
-#pragma omp simd reduction(+ : sum)
-    for (i64 d = 0; d < n; d++) sum += grad[d] * f[d];
+    float sum = dot(grad, f, n);
     for (i64 d = 0; d < n; d++) grad[d] = f[d] * (grad[d] - sum);
   } else if (map == ELU) {
     for (i64 d = 0; d < n; d++) grad[d] *= x[d] > 0.f ? 1.f : f[d];
@@ -185,35 +180,41 @@ struct Attention {
     sum_all(states, Kk, some, all);
   }
 
-  // f(q) of a query block and its state; f(q) S into y, the denominators into low. False for a block
-  // without keys.
+  // f(q) of a query block, its state, and the denominators in low. False for a block without keys.
   bool queried(i64 bh, i64 i, const float* states, const double* all, Scratch& s) const {
     i64 rows = a.block_q;
     auto in = [&](i64 j) { return has(bh, i, j); };
     bool any = add_up_keys(states, all, in, s.sum.data(), s.state);
     mapped(q, bh, i * rows, rows, s.x, s.f);
-    product(rows, D, D, s.f, D, s.state, D, s.y, D, false);
     const float* z = s.state + D * D;
-    for (i64 r = 0; r < rows; r++) {
-      float sum = a.eps;
-#pragma omp simd reduction(+ : sum)
-      for (i64 d = 0; d < D; d++) sum += s.f[r * D + d] * z[d];
-      s.low[r] = sum;
-    }
+    for (i64 r = 0; r < rows; r++) s.low[r] = a.eps + dot(s.f + r * D, z, D);
     return any;
   }
 
-  // y to y weight + bias + what is at o.
-  void project(i64 bh, i64 slot, Scratch& s) const {
-    for (i64 r = 0; r < a.block_q; r++) foresee(o, bh, slot + r);
-    product(a.block_q, D, D, s.y, D, a.weight, D, s.turned, D, false);
-    for (i64 r = 0; r < a.block_q; r++) {
+  // The output of a query block.
+  void answer(i64 bh, i64 i, const float* states, const double* all, Scratch& s) const {
+    i64 rows = a.block_q, slot = i * rows;
+    queried(bh, i, states, all, s);
+    for (i64 r = 0; r < rows; r++) {
+      if (a.weight) foresee(o, bh, slot + r);
+      float inverse = 1.f / s.low[r];
+      for (i64 d = 0; d < D; d++) s.f[r * D + d] *= inverse;
+    }
+    product(rows, D, D, s.f, D, s.state, D, s.y, D, false);
+    if (!a.weight) {
+      put(a.o, bh, slot, rows, s.y);
+      return;
+    }
+    product(rows, D, D, s.y, D, a.weight, D, s.turned, D, false);
+    for (i64 r = 0; r < rows; r++) {
       i64 t = o.token(slot + r);
       if (t < 0) continue;
       const In* base = o.row(bh, t);
+      float* sum = s.turned + r * D;
 #pragma omp simd
-      for (i64 d = 0; d < D; d++) s.y[r * D + d] = s.turned[r * D + d] + a.bias[d] + load(base + d);
+      for (i64 d = 0; d < D; d++) sum[d] += a.bias[d] + load(base + d);
     }
+    put(a.o, bh, slot, rows, s.turned);
   }
 
   void forward() const {
@@ -229,14 +230,8 @@ struct Attention {
       key_states(first, some, states, all);
       each(some * Kq, [&] {
         return [&, s = Scratch(a.block_q, D)](i64 n) mutable {
-          i64 head = n / Kq, bh = first + head, i = n % Kq;
-          queried(bh, i, states + head * Kk * size, all + head * size, s);
-          for (i64 r = 0; r < a.block_q; r++) {
-            float inverse = 1.f / s.low[r];
-            for (i64 d = 0; d < D; d++) s.y[r * D + d] *= inverse;
-          }
-          if (a.weight) project(bh, i * a.block_q, s);
-          put(a.o, bh, i * a.block_q, a.block_q, s.y);
+          i64 head = n / Kq;
+          answer(first + head, n % Kq, states + head * Kk * size, all + head * size, s);
         };
       });
     }
@@ -255,13 +250,12 @@ struct Attention {
                     float* slope) const {
     i64 rows = a.block_q, slot = i * rows;
     bool any = queried(bh, i, states, all, s);
+    product(rows, D, D, s.f, D, s.state, D, s.y, D, false);
     grad.read(bh, slot, rows, s.above);
     // Nothing over eps has no slope, and in the sum of all it would swamp the others.
     if (!any) std::fill(s.above, s.above + rows * D, 0.f);
     for (i64 r = 0; r < rows; r++) {
-      float sum = 0.f, inverse = 1.f / s.low[r], *g = s.above + r * D;
-#pragma omp simd reduction(+ : sum)
-      for (i64 d = 0; d < D; d++) sum += g[d] * s.y[r * D + d];
+      float inverse = 1.f / s.low[r], *g = s.above + r * D, sum = dot(g, s.y + r * D, D);
       for (i64 d = 0; d < D; d++) g[d] *= inverse;
       s.of_low[r] = -sum * inverse * inverse;
     }

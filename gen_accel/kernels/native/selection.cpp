@@ -41,6 +41,30 @@ void sum_blocks(const Sums& a) {
   });
 }
 
+struct Kept {
+  const bool *keep, *whole;  // (rows, K)
+  i64* index;                // (rows, most), those that need a mask before the whole ones
+  i64* counts;               // (2, rows), all and those that need a mask
+  i64 rows, K, most;
+};
+
+void list_row(const Kept& a, i64 row) {
+  const bool *keep = a.keep + row * a.K, *whole = a.whole + row * a.K;
+  if (!a.index) {
+    i64 all = 0, masked = 0;
+    for (i64 j = 0; j < a.K; j++) {
+      all += keep[j];
+      masked += keep[j] && !whole[j];
+    }
+    a.counts[row] = all;
+    a.counts[a.rows + row] = masked;
+    return;
+  }
+  i64 *first = a.index + row * a.most, *then = first + a.counts[a.rows + row];
+  for (i64 j = 0; j < a.K; j++)
+    if (keep[j]) *(whole[j] ? then : first)++ = j;
+}
+
 enum Scope { QUERY_HEAD, HEAD_GLOBAL, OVERALL, BLOCK };
 
 struct Picks {
@@ -352,10 +376,19 @@ extern "C" {
 
 int gen_accel_sums_size() { return sizeof(Sums); }
 int gen_accel_picks_size() { return sizeof(Picks); }
+int gen_accel_kept_size() { return sizeof(Kept); }
 
 int gen_accel_block_sums(const Sums* a, int dtype) {
   return guarded([&] {
     with_type(dtype, [&](auto in) { sum_blocks<decltype(in)>(*a); });
+  });
+}
+// Without `index`, the counts alone.
+int gen_accel_kept(const Kept* a) {
+  return guarded([&] {
+    at::parallel_for(0, a->rows, 64, [&](i64 begin, i64 end) {
+      for (i64 n = begin; n < end; n++) list_row(*a, n);
+    });
   });
 }
 int gen_accel_picks(const Picks* a, int dtype) {

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.native import build
-from gen_accel.kernels.native.arguments import PicksArgs, Pointers, SumsArgs
+from gen_accel.kernels.native.arguments import KeptArgs, PicksArgs, Pointers, SumsArgs
 
 SCOPES = ("query_head", "head_global", "overall", "block")
 
@@ -27,6 +27,22 @@ def block_sums(x: Tensor, slots: Tensor, block: int) -> Tensor:
 def _(x, slots, block):
     B, H, _, D = x.shape
     return x.new_empty(B, H, len(slots) // block, D, dtype=torch.float32)
+
+
+def kept_blocks(keep: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernels.lists.kept_blocks`, of `keep` and `whole` of a plan, (B', H', Kq, Kk) bool."""
+    *many, K = keep.shape
+    counts = torch.empty(2, *many, dtype=torch.int64)
+    call = Pointers(KeptArgs(rows=keep.numel() // K, K=K))
+    call.whole(keep=keep, whole=whole)
+    call.filled(counts=counts)
+    build.run("gen_accel_kept", call.args)
+    most = max(int(counts[0].max()), 1)
+    index = torch.empty(*many, most, dtype=torch.int64)
+    call.args.most = most
+    call.filled(index=index)
+    build.run("gen_accel_kept", call.args)
+    return index, counts
 
 
 @torch.library.custom_op("gen_accel::native_picks", mutates_args=())
