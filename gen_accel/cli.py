@@ -842,8 +842,9 @@ def _print_comparison(report: dict[str, Any]) -> None:
     if "longer" in report:
         made = report["longer"]
         rows[f"{made['frames']} frames"] = f"{made['dense']['shows']} (dense, no LoRA)"
-        for clip in made["trained"].values():
-            rows[clip["label"]] = f"{clip['shows']}, {clip['times_as_fast']:.2f}x as fast"
+        for name, clip in made["trained"].items():
+            with_ = "".join(f", {technique}" for technique in clip["techniques"])
+            rows[f"{name}{with_}"] = f"{clip['shows']}, {clip['times_as_fast']:.2f}x as fast"
     _print_rows(rows)
 
 

@@ -9,6 +9,7 @@ import warnings
 from html.parser import HTMLParser
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -251,8 +252,28 @@ def test_the_longer_clips_of_the_demo():
         assert clip["times_as_fast"] == pytest.approx(taken)
     text = longer.notes(report)
     assert len(text) == 3
-    assert "and with fresh_noise" in text[2]
+    assert [("(fresh_noise)" in part) for part in text] == [False, False, True]
     assert [("holds the guidance" in part) for part in text] == [False, False, True]
+
+
+def test_the_page_of_the_demo_shows_the_longer_clips(run, model, tmp_path, monkeypatch):
+    video = np.zeros((5, 96, 96, 3), np.uint8)
+    with_lora = {
+        "long_lora_guided": longer.Sampled(video, 2.0, 3.0, repr(Radial()), 0.35),
+        "long_lora": longer.Sampled(video, 1.0, 1.0, repr(Radial()), 0.35, ("fresh_noise",)),
+    }
+    made = longer.Longer(PROMPT, longer.Sampled(video, 4.0, 3.0), with_lora)
+    monkeypatch.setattr(longer, "compare", lambda prompt, clip: made)
+    monkeypatch.setattr(demo, "path", lambda: model)
+    result = run("demo", "--frames", "5", "--steps", "1", "--out", tmp_path)
+    rows = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert any(row.startswith("long_lora_guided ") and "2.00x" in row for row in rows)
+    assert any(row.startswith("long_lora, fresh_noise ") and "4.00x" in row for row in rows)
+    page = (tmp_path / "report.html").read_text()
+    assert "radial, LoRA with guidance; radial, LoRA that holds guidance, fresh_noise" in page
+    assert read_video(tmp_path / "with_lora.mp4").shape[0] == 5
+    report = json.loads((tmp_path / "report.json").read_text())["longer"]
+    assert report["trained"]["long_lora"]["times_as_fast"] == 4
 
 
 @pytest.mark.slow

@@ -136,6 +136,7 @@ def test_each_part_of_the_input_counts(model, adapter, pictures, tmp_path):
             assert (made[name] != made[other]).any(), (name, other)
 
 
+@pytest.mark.slow
 def test_a_comparison_and_latents_say_what_image_there_was(
     run, model, adapter, pictures, tmp_path
 ):

@@ -1332,6 +1332,7 @@ def test_the_adapter_of_another_model(model):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_model_that_is_compiled(model):
     model.compile()
     with pytest.raises(ValueError, match="compiled already"):

@@ -440,6 +440,26 @@ def test_a_plan_built_while_sampling_serves_training(kernel, method, qkv, video)
     assert all(torch.isfinite(grad).all() for grad in grads)
 
 
+@pytest.mark.parametrize("kernel", ["auto", "gather", "native"])
+def test_forward_mode_is_for_the_reference(kernel, qkv):
+    """Whose tangents are right; torch takes those of the others for zero."""
+    video, method = VideoShape(3, 4, 5, text=3), Radial(block=16)
+    q, k, v = (x.double() for x in qkv(video.tokens))
+    way = torch.randn_like(q)
+
+    def answer(q):
+        return attention(q, k, v, video=video, method=method, kernel=kernel)
+
+    if kernel != "auto":
+        with pytest.raises(ValueError, match=f"{kernel}: .*no forward-mode derivative"):
+            torch.func.jvp(answer, (q,), (way,))
+        return
+    _, found = torch.func.jvp(answer, (q,), (way,))
+    close = (answer(q + 1e-4 * way) - answer(q - 1e-4 * way)) / 2e-4
+    torch.testing.assert_close(found, close, rtol=1e-5, atol=1e-6)
+    assert found.abs().max() > 1e-2
+
+
 def test_logsumexp_is_that_of_the_scores(qkv, video):
     q, k, _ = qkv(video.tokens, torch.float64)
     got = reference.logsumexp(q, k, Dense().plan(video, q.device), scale=0.25)

@@ -517,6 +517,7 @@ def test_what_fits_one_chunk_is_the_plain_call():
     assert torch.equal(continued(pipe, num_frames=17), wan.generate(pipe, num_frames=17))
 
 
+@pytest.mark.slow
 def test_all_is_decoded_once_and_as_the_pipeline_decodes(monkeypatch):
     pipe, decode, calls = wan.pipeline(), wan.autoencoder().decode, []
     one = wan.generate(pipe, num_frames=17, output_type="np")
@@ -667,6 +668,7 @@ def test_a_rule_on_hunyuan_video(rule):
     assert known_trained_frames(model) == 129
 
 
+@pytest.mark.slow
 def test_continuation_of_hunyuan_video():
     pipe = hunyuan.pipeline()
     first = hunyuan.generate(pipe, num_frames=17)

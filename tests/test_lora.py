@@ -433,6 +433,7 @@ class TestArtefact:
             assert_apart(both, wan.forward(pipe.transformer))
         assert_apart(both, alone)
 
+    @pytest.mark.slow
     def test_fused(self, trained):
         folder, _ = trained
         pipe = wan.pipeline()
@@ -926,6 +927,7 @@ class TestGuidedTeacher:
         assert_apart(told, untold)
         torch.testing.assert_close(loss, F.mse_loss(student, 3 * told - 2 * untold))
 
+    @pytest.mark.slow
     def test_it_is_taught_by_the_lora_through_its_attention(self, teacher, tmp_path):
         alike = {"objective": "distill", "teacher_lora": str(teacher), "caption_dropout": 0.0}
         same = ft.config(tmp_path / "a", **self.FIELDS, **alike, init_lora=str(teacher))

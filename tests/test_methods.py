@@ -57,6 +57,7 @@ class TestGolden:
         verdict = check_golden.check_file(GOLDEN / name)
         assert verdict.ok, verdict.line
 
+    @pytest.mark.slow
     def test_the_script_prints_a_line_for_each_file(self, capsys):
         assert check_golden.main([str(GOLDEN)]) == 0
         lines = capsys.readouterr().out.splitlines()
@@ -242,6 +243,7 @@ class TestBalanced:
 
     @pytest.mark.parametrize("video", [*ODD_VIDEOS, VideoShape(49, 5, 40, text=7)], ids=str)
     @pytest.mark.parametrize("every", [1, 2, 11])
+    @pytest.mark.slow
     def test_anchors_add_their_frames_and_nothing_else(self, every, video):
         without = token_pairs(Radial(decay_factor=0.2).plan(video))
         n = video.video_tokens

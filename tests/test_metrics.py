@@ -134,6 +134,7 @@ def test_flow_is_the_pixels_that_the_fastest_part_moves(step):
     assert found.dynamic == (step >= 2)
 
 
+@pytest.mark.slow
 def test_flow_is_looked_at_eight_times_a_second():
     video = moving_square(17)
     assert motion(video, fps=16).flow == pytest.approx(motion(video[::2], fps=8).flow)
@@ -142,6 +143,7 @@ def test_flow_is_looked_at_eight_times_a_second():
     assert (motion(slow, fps=8).dynamic_degree, motion(slow, fps=4).dynamic_degree) == (1, 0)
 
 
+@pytest.mark.slow
 def test_a_part_of_the_clip_that_moves_is_counted():
     video = moving_square(17)
     half = np.concatenate([video[:9], video[8:9].repeat(8, 0)])
@@ -154,6 +156,7 @@ def still_at(frame, count):
     return frame[None].repeat(count, 0)
 
 
+@pytest.mark.slow
 def test_large_frames_are_matched_at_a_smaller_size():
     video = moving_square().repeat(4, 1).repeat(4, 2)
     assert motion(video).flow == pytest.approx(4 * motion(moving_square()).flow, rel=0.35)

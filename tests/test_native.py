@@ -11,9 +11,9 @@ from test_kernels import all_picked, assert_gradients_no_worse, random_plan
 import gen_accel
 from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear, VideoShape, kernels
 from gen_accel.functional import attention
-from gen_accel.kernels import KernelFailed, native, reference
-from gen_accel.kernels.native import build
-from gen_accel.plan import Plan
+from gen_accel.kernels import KernelFailed, lists, native, reference
+from gen_accel.kernels.native import build, selection
+from gen_accel.plan import Plan, Route
 
 pytestmark = pytest.mark.usefixtures("poison", "native_kernel")
 
@@ -45,7 +45,13 @@ def by(plan, kernel, scale=0.3):
 )
 @pytest.mark.parametrize(
     ("block_q", "block_k"),
-    [(300, 90), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((7, 5), (30, 600)))],
+    [
+        (300, 90),
+        *(
+            pytest.param(*sizes, marks=pytest.mark.slow)
+            for sizes in ((7, 5), (30, 600), (300, 75))
+        ),
+    ],
 )
 def test_any_size_matches_reference(block_q, block_k, dim, dtype, halves, monkeypatch, qkv):
     """Blocks that divide nothing, longer than a piece of queries or a tile of keys."""
@@ -66,6 +72,81 @@ def test_any_size_matches_reference(block_q, block_k, dim, dtype, halves, monkey
     if dim in (33, 64) and dtype != FP16:
         inputs = [x.to(BF16).float() for x in (q, k, v)]
         assert_gradients_no_worse(by(plan, native), by(plan, reference), inputs, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("block", [50, 75])
+def test_more_queries_of_a_group_than_a_product_takes(block, dtype, qkv):
+    """And more than are looked through at once; a group that none sees, one that all see."""
+    slots = 2100
+    g = torch.Generator().manual_seed(0)
+    group = torch.arange(slots // block) * 5 // (slots // block)
+    picks = torch.rand(1, 2, slots, 5, generator=g) < 0.6
+    picks[..., 1], picks[..., 3] = False, True
+    touched = picks.unflatten(2, (-1, block)).any(3)
+    order = torch.randperm(slots, generator=g)
+    order[torch.randperm(slots, generator=g)[:9]] = -1
+    order[order >= 0] = order[order >= 0].argsort().argsort()
+    plan = Plan(order, touched[..., group], block, block, Route(picks, group, block))
+    q, k, v = qkv(plan.tokens, dtype, batch=1, dim=33)
+    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
+    low = reference.forward(q, k, v, plan, scale=0.3)
+    assert_no_worse(native.forward(q, k, v, plan, scale=0.3), low, exact)
+    inputs = [x.to(BF16).float() for x in (q, k, v)]
+    assert_gradients_no_worse(by(plan, native), by(plan, reference), inputs, dtype)
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_lists_are_those_of_torch(windows):
+    plan = random_plan(torch.device("cpu"), windows=windows)
+    index, counts = lists.kept_blocks(plan)
+    found, held = selection.kept_blocks(plan.keep, plan.whole)
+    assert torch.equal(held, counts)
+    assert found.shape == index.shape
+    used = torch.arange(index.shape[-1]) < counts[0][..., None]
+    assert torch.equal(found[used], index[used])
+    none = torch.zeros_like(plan.keep)
+    found, held = selection.kept_blocks(none, none)
+    assert found.shape[-1] == 1
+    assert not held.any()
+
+
+def test_bools_that_are_not_0_or_1(qkv):
+    """As a view of bytes may hold them."""
+    plan = all_picked(random_plan(torch.device("cpu"), route=True))
+    keep, picks = ((x.byte() * 255).view(torch.bool) for x in (plan.keep, plan.partial.picks))
+    route = Route(picks, plan.partial.group, plan.partial.block)
+    q, k, v = qkv(plan.tokens)
+    for partial, like in ((route, plan.partial), (None, None)):
+        odd = Plan(plan.slots, keep, plan.block_q, plan.block_k, partial)
+        even = Plan(plan.slots, plan.keep, plan.block_q, plan.block_k, like)
+        found, expected = (native.forward(q, k, v, x, scale=0.3) for x in (odd, even))
+        assert torch.equal(found, expected)
+
+
+def test_what_a_transform_left_in_a_plan(qkv):
+    """Of torch.func, within which the plan found out what it holds."""
+    plan = random_plan(torch.device("cpu"))
+    q, k, v = qkv(plan.tokens)
+    fresh = Plan(plan.slots, plan.keep, plan.block_q, plan.block_k, plan.partial)
+    expected = native.forward(q, k, v, plan, scale=0.3)
+    torch.func.grad(lambda x: fresh.whole.sum() * x.sum())(q)
+    with pytest.raises(RuntimeError, match="data pointer"):
+        fresh.whole.data_ptr()
+    assert torch.equal(native.forward(q, k, v, fresh, scale=0.3), expected)
+
+
+def test_another_default_device(qkv):
+    plan = random_plan(torch.device("cpu"))
+    q, k, v = (x.requires_grad_() for x in qkv(plan.tokens))
+    expected = native.forward(q, k, v, plan, scale=0.3)
+    with torch.device("meta"):
+        found = native.forward(q, k, v, plan, scale=0.3)
+        grads = torch.autograd.grad(found.sum(), (q, k, v))
+    assert torch.equal(found, expected)
+    for one, other in zip(grads, torch.autograd.grad(expected.sum(), (q, k, v)), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("layout", ["tokens first", "one head of many", "numbers apart"])

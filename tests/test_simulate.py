@@ -386,6 +386,7 @@ class TestCommand:
         assert rows[0][:4] == ["18,24,24", "2,8,8", "2,8,8", "2,8,8"]
         assert max(map(len, lines)) <= 80
 
+    @pytest.mark.slow
     def test_a_search(self, tmp_path):
         out = tmp_path / "bounds.json"
         args = ("--density", "0.1", "--is-causal", "true,no,no", "--json", str(out))

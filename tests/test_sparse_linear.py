@@ -479,11 +479,12 @@ class TestParameters:
         "options",
         [
             {},
-            pytest.param({"combine": "alpha", "linear_over": "all"}, marks=pytest.mark.slow),
-            pytest.param({"linear_over": "marginal", "order": "raster"}, marks=pytest.mark.slow),
+            {"combine": "alpha", "linear_over": "all"},
+            {"linear_over": "marginal", "order": "raster"},
         ],
         ids=str,
     )
+    @pytest.mark.slow
     def test_one_graph_equals_eager(self, options):
         torch._dynamo.reset()
         model = transformer(num_layers=1)

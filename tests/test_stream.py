@@ -388,6 +388,7 @@ def on_demo(*args):
     return ("generate", "--model", demo.path(), *args)
 
 
+@pytest.mark.slow
 def test_generated_pixels_are_kept_as_latents_and_decoded_again(run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     kept, out = tmp_path / "kept" / "clip.safetensors", tmp_path / "clip"

@@ -163,6 +163,7 @@ def test_any_scale(scale, device):
     assert_matches_reference(plan, inputs(plan, torch.float32), scale=scale)
 
 
+@pytest.mark.slow
 def test_views_are_read_in_place_and_answered_in_kind(device):
     """Models hand over (B, N, H, D) with two axes swapped, three views of one tensor."""
     plan = random_plan(device, block_q=32, block_k=32)
@@ -272,6 +273,7 @@ def test_tiles_waste_little():
 
 
 @pytest.mark.parametrize("name", QUICK[1:3])
+@pytest.mark.slow
 def test_operator_passes_the_checks_of_torch(name, device):
     plan = PLANS[name](device)
     tensors = [x.requires_grad_() for x in inputs(plan, torch.float32)]
@@ -281,6 +283,7 @@ def test_operator_passes_the_checks_of_torch(name, device):
     torch.library.opcheck(operator, arguments, test_utils=checks)
 
 
+@pytest.mark.slow
 def test_a_compiled_function_sees_one_operator(device):
     plan = odd_plan(device, 16, 32, 64)
     prepared = package.prepare(plan)
@@ -319,7 +322,7 @@ def linear_inputs(dtype, device, slots, dim, block_q, block_k):
     ("dtype", "slots", "dim", "block_q", "block_k"),
     [
         (torch.float32, 144, 16, 36, 24),
-        (torch.bfloat16, 128, 48, 64, 32),
+        pytest.param(torch.bfloat16, 128, 48, 64, 32, marks=pytest.mark.slow),
         pytest.param(torch.float32, 96, 80, 96, 8, marks=pytest.mark.slow),
         pytest.param(torch.float16, 160, 64, 40, 80, marks=pytest.mark.slow),
     ],
@@ -405,6 +408,7 @@ def run_python(*arguments, **variables):
     return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_package_imports_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"

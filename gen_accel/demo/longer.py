@@ -47,7 +47,9 @@ class Sampled:
     def label(self) -> str:
         if self.method is None:
             return "dense, no LoRA"
-        return ", ".join((f"{self.method.split('(')[0].lower()}, LoRA", *self.techniques))
+        kind = f"{self.method.split('(')[0].lower()}, LoRA"
+        guided = "with guidance" if self.guidance_scale > 1 else "that holds guidance"
+        return ", ".join((f"{kind} {guided}", *self.techniques))
 
     def to_dict(self) -> dict[str, Any]:
         found = detect(self.video)
@@ -125,20 +127,20 @@ def notes(report: dict[str, Any]) -> list[str]:
     dense = report["dense"]
     found = [
         f"The model was trained on {report['trained_frames']} frames. At {report['frames']}, as "
-        f"it is, it showed: {dense['shows']}. Denoising took {dense['seconds']:.1f} s."
+        f"it is, it showed: {dense['shows']}. Denoising took {dense['seconds']:.1f} s. It has two "
+        "LoRAs, trained at that length through sparse attention."
     ]
     for name, clip in report["trained"].items():
-        noise = guided = ""
-        if clip["techniques"]:
-            noise = f" and with {', '.join(clip['techniques'])}"
+        how = "is sampled as the model is, with guidance"
         if clip["guidance_scale"] != dense["guidance_scale"]:
-            guided = (
-                " It holds the guidance that the model has to be given, so that a step calls the "
-                "model once and not twice."
+            how = (
+                "holds the guidance that the model has to be given, so that a step calls the "
+                "model once and not twice"
             )
+        if "fresh_noise" in clip["techniques"]:
+            how += ", and gets noise that is drawn anew at each step (fresh_noise)"
         found.append(
-            f"With the LoRA {name}, trained at that length through sparse attention (density "
-            f"{clip['density']:.2f}){noise} it showed: {clip['shows']}. That took "
-            f"{clip['seconds']:.1f} s, {clip['times_as_fast']:.2f} times as fast.{guided}"
+            f"{name} (density {clip['density']:.2f}) {how}. It showed: {clip['shows']}. That took "
+            f"{clip['seconds']:.1f} s, {clip['times_as_fast']:.2f} times as fast."
         )
     return found

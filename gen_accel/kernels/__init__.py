@@ -131,10 +131,14 @@ def native_serves(*tensors: Tensor) -> bool:
         return False
     if not torch.compiler.is_compiling():
         functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-        transformed = functorch.peek_interpreter_stack() is not None
-        if transformed or torch.autograd.forward_ad._current_level >= 0:
+        if functorch.peek_interpreter_stack() is not None or _is_forward_mode():
             return False
     return is_native_built()
+
+
+def _is_forward_mode() -> bool:
+    """Whether forward-mode differentiation is on, of `torch.func.jvp` too."""
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
 def run(
@@ -175,6 +179,11 @@ def _first(
     for place, name in enumerate(order, 1):
         backend = import_module(f"gen_accel.kernels.{name}")
         reasons = backend.unsupported(q, k, v, plan)
+        if name != "reference" and _is_forward_mode():
+            reasons = [
+                *reasons,
+                "it has no forward-mode derivative",
+            ]  # torch would take it for zero
         if not reasons:
             try:
                 out = backend.forward(q, k, v, plan, scale=scale)

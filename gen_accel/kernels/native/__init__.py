@@ -12,7 +12,7 @@ References:
     backward pass that computes the scores anew. Here a tile is cut from a list of key blocks.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -114,14 +114,20 @@ def _lists(plan: Plan) -> Lists:
     route, blocks = plan.partial, (plan.block_q, plan.block_k)
     if isinstance(route, Route):
         none = plan.slots.new_zeros(0)
-        slack = torch.zeros(plan.slots.shape, dtype=torch.float32)
+        slack = plan.slots.new_zeros(plan.slots.shape, dtype=torch.float32)
         slack = slack.masked_fill_(~plan.real, -lists.FAR)
         return Lists(slots, none, none, [slack, route.picks, route.group], None, *blocks)
     gain = None if plan.gain is None else plan.gain.float()
     rule = [x.float() for x in lists.rule(plan)]  # whatever torch's default is
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or any(map(_is_wrapped, (plan.keep, plan.whole))):
         return Lists(slots, *lists.kept_blocks(plan), rule, gain, *blocks)
     return Lists(slots, *kept_blocks(plan.keep, plan.whole), rule, gain, *blocks)
+
+
+def _is_wrapped(x: Tensor) -> bool:
+    """By a transform of `torch.func`, or by one that is over: there are no numbers to point to."""
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return functorch.is_functorch_wrapped_tensor(x)
 
 
 def _run(name: str, call: Call, dtype: torch.dtype) -> None:
@@ -150,8 +156,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """(B, H, N, D), and (2, B, H, N) for the backward pass: see `stats` in attention.cpp."""
     _check(q, k, v)
-    out = torch.empty(q.shape, dtype=q.dtype)
-    stats = torch.empty((2, *q.shape[:3]), dtype=torch.float32)
+    out, stats = q.new_empty(q.shape), q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
     call = Call(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale)
     call.filled(o=out, stats=stats)
     _run("gen_accel_forward", call, q.dtype)
@@ -182,7 +187,7 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(q, k, v)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     call = Call(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale)
     call.strided(grad=grad)
     call.whole(out=out, stats=stats)

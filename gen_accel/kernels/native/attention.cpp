@@ -46,7 +46,7 @@ struct Problem {
   Tokens<In> q, k, v, grad;
   i64 Dp;   // D to whole pairs
   i64 bkp;  // slots of a laid out block
-  bool together;  // blocks that are small or fill their lanes badly, side by side for a product
+  bool together;  // blocks that are small or fill their lanes badly, side by side in a product
   std::vector<std::vector<i64>> members;  // key blocks of each group
   std::vector<char> padded;               // key blocks with padding
 
@@ -54,7 +54,8 @@ struct Problem {
       : a(args), Kq(a.S / a.block_q), Kk(a.S / a.block_k), D(a.D), bk(a.block_k), BH(a.B * a.H),
         q{a.q, a.q_strides, a.slots, a.H, a.D}, k{a.k, a.k_strides, a.slots, a.H, a.D},
         v{a.v, a.v_strides, a.slots, a.H, a.D}, grad{a.grad, a.grad_strides, a.slots, a.H, a.D},
-        Dp(up(a.D, PAIR<T>)), bkp(up(a.block_k, LANES)), together(bk < 64 || (bk <= 128 && 10 * bkp > 11 * bk)) {
+        Dp(up(a.D, PAIR<T>)), bkp(up(a.block_k, LANES)),
+        together(bk < 64 || (bk <= 128 && 10 * bkp > 11 * bk)) {
     if (!a.picks) return;
     members.resize(a.C);
     padded.resize(Kk);
@@ -190,6 +191,10 @@ inline void conceal(float* s, i64 count, const float* excess) {
 template <typename T>
 constexpr i64 STEP = sizeof(T) == 2 ? 16 : 8;
 
+// Columns of one, in the backward pass.
+constexpr i64 COLUMNS = 32;
+static_assert(ROUTED <= 1 << 16 && ROWS <= ROUTED, "rows of a piece are numbered by 16 bits");
+
 // Which of some queries see each group, found in one pass over their picks.
 class Seeing {
  public:
@@ -198,21 +203,14 @@ class Seeing {
   void look(const bool* picks, i64 count) {
     i64 C = found_.size();
     std::fill(found_.begin(), found_.end(), 0);
-    for (i64 i = 0; i < count; i++, picks += C) {
-      for (i64 c = 0; c < C; c += 8) {
-        uint64_t word = 0;
-        std::memcpy(&word, picks + c, std::min<i64>(8, C - c));
-        for (; word; word &= word - 1) add(c + __builtin_ctzll(word) / 8, i);
-      }
-    }
+    for (i64 i = 0; i < count; i++, picks += C)
+      each_set(picks, C, [&](i64 c) { rows_[c * most_ + found_[c]++] = i; });
   }
 
   i64 found(i64 group) const { return found_[group]; }
   const uint16_t* rows(i64 group) const { return rows_.data() + group * most_; }
 
  private:
-  void add(i64 group, i64 row) { rows_[group * most_ + found_[group]++] = row; }
-
   i64 most_;
   std::vector<uint16_t> rows_;
   std::vector<i64> found_;
@@ -328,24 +326,24 @@ struct Forward {
       const auto& blocks = p.members[g];
       if (blocks.empty()) return;
       for (i64 first = 0; first < seeing.found(g); first += ROWS) {
-        const uint16_t* some = seeing.rows(g) + first;
+        const uint16_t* which = seeing.rows(g) + first;
         i64 count = std::min(ROWS, seeing.found(g) - first);
         for (i64 i = 0; i < count; i++)
-          std::memcpy(some_q + i * p.Dp, q + some[i] * p.Dp, p.Dp * sizeof(T));
+          std::memcpy(some_q + i * p.Dp, q + which[i] * p.Dp, p.Dp * sizeof(T));
         std::fill(some_q + count * p.Dp, some_q + up(count, step_q) * p.Dp, T(0));
         tiles(blocks.data(), blocks.size(), 0, p.padded.data(), p.bk, step,
               [&](auto& parts, i64 width) {
-                tile(bh, slot, some, count, parts, width, some_q, nullptr);
+                tile(bh, slot, which, count, parts, width, some_q, nullptr);
               });
       }
     }
 
-    // Some queries against a tile. Row i of `q` is that of slot + rows[i]; what is carried lies at i,
-    // of routed queries at rows[i].
-    void tile(i64 bh, i64 slot, const uint16_t* rows, i64 count, const std::vector<Part>& parts,
-              i64 width, const T* q, const float* gains) {
+    // Some queries against a tile. Row i of `some` is that of slot + which[i]; what is carried lies
+    // at i, of routed queries at which[i].
+    void tile(i64 bh, i64 slot, const uint16_t* which, i64 count, const std::vector<Part>& parts,
+              i64 width, const T* some, const float* gains) {
       const T *K = f.keys + bh * p.Kk * p.bkp * p.Dp, *V = f.values + bh * p.Kk * p.bkp * p.D;
-      scored(parts, width, count, q, K);
+      scored(parts, width, count, some, K);
       // Scaled in the exponent, where nothing is rounded off.
       bool raw = !gains && p.a.scale > TINY, routed = p.a.picks;
       float by = raw ? p.a.scale * LOG2E : LOG2E;
@@ -362,10 +360,10 @@ struct Forward {
           float* t = s + x.column;
           if (!raw) dampen(t, x.count, p.a.scale, gains ? gains[x.block] : 1.f);
           if (!x.masked) continue;
-          hide(p.a, slot + rows[i], true, x.block * p.bk + x.first, x.count, excess);
+          hide(p.a, slot + which[i], true, x.block * p.bk + x.first, x.count, excess);
           conceal(t, x.count, excess);
         }
-        i64 at = routed ? rows[i] : i;
+        i64 at = routed ? which[i] : i;
         float top = highest(s, wide, LOW);
         top = std::max(top > LOW / 2 ? top * by : LOW, high[at]);
         float total = weigh(s, wide, by, top > LOW / 2 ? top : 0.f, weights + i * WIDE);
@@ -383,7 +381,7 @@ struct Forward {
         std::fill(weights + i * WIDE, weights + i * WIDE + wide, T(0));
       weighed(parts, width, count, V, some_o, false);
       for (i64 i = 0; i < count; i++) {
-        float *to = o + rows[i] * p.D, *more = some_o + i * p.D, by = before[i];
+        float *to = o + which[i] * p.D, *more = some_o + i * p.D, by = before[i];
 #pragma omp simd
         for (i64 d = 0; d < p.D; d++) to[d] = to[d] * by + more[d];
       }
@@ -474,7 +472,7 @@ struct Backward {
   struct Worker {
     const Backward& f;
     const Problem<In, T>& p = f.p;
-    i64 most = up(p.a.picks ? ROWS : std::min(ROWS, p.a.block_q), 32);
+    i64 most = up(p.a.picks ? ROWS : std::min(ROWS, p.a.block_q), COLUMNS);
     i64 M = 0;  // columns of what follows, queries and zeros
     T *q, *g, *out, *q_turned, *g_turned, *q_pairs, *g_pairs, *weights, *ds, *ds_pairs;
     float *scores, *above, *dq, *high, *inverse, *delta, *excess, *row;
@@ -522,9 +520,9 @@ struct Backward {
     }
 
     // Some queries, `rows` from `slot` on, and the key blocks that they see.
-    void some(i64 bh, i64 part, i64 slot, const uint16_t* rows, i64 count, const i64* blocks, i64 total,
-              i64 masked, const char* padded, const float* gains) {
-      M = up(count, p.a.picks ? 32 : LANES);  // few shapes, few kernels
+    void some(i64 bh, i64 part, i64 slot, const uint16_t* rows, i64 count, const i64* blocks,
+              i64 total, i64 masked, const char* padded, const float* gains) {
+      M = up(count, p.a.picks ? COLUMNS : LANES);
       for (i64 i = 0; i < M; i++) {
         tokens[i] = i < count ? p.token(slot + rows[i]) : -1;
         delta[i] = 0.f;

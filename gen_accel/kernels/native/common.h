@@ -29,7 +29,7 @@ using i64 = int64_t;
 using Word = uint32_t __attribute__((may_alias));  // two numbers of bf16, or one of fp32
 
 constexpr i64 LANES = 16;  // columns that a product makes at once; a rest costs as much as many
-constexpr i64 AHEAD = 12; // rows that are asked for before they are read
+constexpr i64 AHEAD = 12;  // rows that are asked for before they are read
 constexpr size_t KEPT = size_t(64) << 20;  // bytes that a thread keeps from call to call
 constexpr float LOW = -1e30f;
 constexpr float LOG2E = 1.4426950408889634f;
@@ -118,6 +118,20 @@ class Arena {
   std::vector<std::pair<void**, size_t>> slots_;
   size_t total_ = 0;
 };
+
+// Calls `f` with the place of each of n bytes that is not 0.
+template <typename F>
+void each_set(const void* bytes, i64 n, F&& f) {
+  for (i64 at = 0; at < n; at += 8) {
+    uint64_t word = 0;
+    std::memcpy(&word, static_cast<const char*>(bytes) + at, std::min<i64>(8, n - at));
+    while (word) {
+      i64 byte = __builtin_ctzll(word) / 8;
+      f(at + byte);
+      word &= ~(uint64_t(0xff) << 8 * byte);
+    }
+  }
+}
 
 template <typename T>
 constexpr i64 PAIR = sizeof(T) == 2 ? 2 : 1;  // rows that a product reads interleaved
@@ -291,7 +305,8 @@ inline float dot(const float* x, const float* y, i64 n) {
   __m512 sum = _mm512_setzero_ps();
   for (i64 j = 0; j < n; j += 16) {
     __mmask16 mask = n - j < 16 ? (1u << (n - j)) - 1 : 0xffff;
-    sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, x + j), _mm512_maskz_loadu_ps(mask, y + j), sum);
+    __m512 one = _mm512_maskz_loadu_ps(mask, x + j), other = _mm512_maskz_loadu_ps(mask, y + j);
+    sum = _mm512_fmadd_ps(one, other, sum);
   }
   return _mm512_reduce_add_ps(sum);
 #else

@@ -29,7 +29,7 @@ def linear(
         sets: (B, H, Kq, Kk) bool, the key blocks of each query block; None for all.
         feature_map: number of one of `MAPS`.
     """
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = q.new_empty(q.shape)
     call = _call(q, k, v, slots, sets, block_q, block_k, feature_map, eps)
     call.filled(o=out)
     build.run("gen_accel_linear_forward", call.args, build.DTYPES[q.dtype])
@@ -92,7 +92,7 @@ def _backward(
     feature_map: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     call = _call(q, k, v, slots, sets, block_q, block_k, feature_map, eps)
     call.strided(grad=grad)
     call.filled(dq=dq, dk=dk, dv=dv)

@@ -14,7 +14,7 @@ def block_sums(x: Tensor, slots: Tensor, block: int) -> Tensor:
     """(B, H, S / block, D) fp32 of x (B, H, N, D) and the token of each slot, (S,)."""
     B, H, N, D = x.shape
     _check("tokens of the slots", int(slots.max()) + 1, N)
-    out = torch.empty(B, H, len(slots) // block, D, dtype=torch.float32)
+    out = x.new_empty(B, H, len(slots) // block, D, dtype=torch.float32)
     call = Pointers(SumsArgs(B=B, H=H, D=D, S=len(slots), block=block))
     call.strided(x=x)
     call.whole(slots=slots)
@@ -32,13 +32,13 @@ def _(x, slots, block):
 def kept_blocks(keep: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
     """`kernels.lists.kept_blocks`, of `keep` and `whole` of a plan, (B', H', Kq, Kk) bool."""
     *many, K = keep.shape
-    counts = torch.empty(2, *many, dtype=torch.int64)
+    counts = keep.new_empty(2, *many, dtype=torch.int64)
     call = Pointers(KeptArgs(rows=keep.numel() // K, K=K))
     call.whole(keep=keep, whole=whole)
     call.filled(counts=counts)
     build.run("gen_accel_kept", call.args)
     most = max(int(counts[0].max()), 1)
-    index = torch.empty(*many, most, dtype=torch.int64)
+    index = keep.new_empty(*many, most, dtype=torch.int64)
     call.args.most = most
     call.filled(index=index)
     build.run("gen_accel_kept", call.args)
@@ -75,8 +75,8 @@ def picks(
     R, C = len(slots), means.shape[2]
     _check("rows of the slots", int(slots.max()) + 1, N)
     _check("means", tuple(means.shape), (B, H, C, D))
-    picked = torch.empty(B, H, R, C + 1, dtype=torch.bool)
-    touched = torch.empty(B, H, R // block, C + 1, dtype=torch.bool)
+    picked = rows.new_empty(B, H, R, C + 1, dtype=torch.bool)
+    touched = rows.new_empty(B, H, R // block, C + 1, dtype=torch.bool)
     args = PicksArgs(B=B, H=H, D=D, R=R, C=C, block=block, scope=scope, topk=topk)
     args.threshold = threshold
     call = Pointers(args)
