@@ -195,6 +195,20 @@ constexpr i64 STEP = sizeof(T) == 2 ? 16 : 8;
 constexpr i64 COLUMNS = 32;
 static_assert(ROUTED <= 1 << 16 && ROWS <= ROUTED, "rows of a piece are numbered by 16 bits");
 
+// Calls `f` with the place of each of n bytes that is not 0.
+template <typename F>
+void each_set(const void* bytes, i64 n, F&& f) {
+  for (i64 at = 0; at < n; at += 8) {
+    uint64_t word = 0;
+    std::memcpy(&word, static_cast<const char*>(bytes) + at, std::min<i64>(8, n - at));
+    while (word) {
+      i64 byte = __builtin_ctzll(word) / 8;
+      f(at + byte);
+      word &= ~(uint64_t(0xff) << 8 * byte);
+    }
+  }
+}
+
 // Which of some queries see each group, found in one pass over their picks.
 class Seeing {
  public:

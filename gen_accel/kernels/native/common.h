@@ -119,20 +119,6 @@ class Arena {
   size_t total_ = 0;
 };
 
-// Calls `f` with the place of each of n bytes that is not 0.
-template <typename F>
-void each_set(const void* bytes, i64 n, F&& f) {
-  for (i64 at = 0; at < n; at += 8) {
-    uint64_t word = 0;
-    std::memcpy(&word, static_cast<const char*>(bytes) + at, std::min<i64>(8, n - at));
-    while (word) {
-      i64 byte = __builtin_ctzll(word) / 8;
-      f(at + byte);
-      word &= ~(uint64_t(0xff) << 8 * byte);
-    }
-  }
-}
-
 template <typename T>
 constexpr i64 PAIR = sizeof(T) == 2 ? 2 : 1;  // rows that a product reads interleaved
 template <typename T>

@@ -7,8 +7,6 @@
 
 #include "common.h"
 
-#include <utility>
-
 namespace {
 
 constexpr i64 AT_ONCE = i64(1) << 26;  // scores that are held at once; at least those of one scope
@@ -90,50 +88,40 @@ inline uint32_t ordered(float x) {
 
 constexpr uint32_t TOP = 0xffffffffu;
 
-// Mass by one half of the keys' bits, counted by several threads, each its part.
-class Bins {
- public:
-  explicit Bins(i64 parts) : parts_(parts) {
-    static thread_local Room room;
-    mass_ = room.of<double>(parts * BINS);
-    clear();
-  }
-  void clear() { std::fill(mass_, mass_ + parts_ * BINS, 0.); }
-  double* of(i64 part) { return mass_ + part * BINS; }
-
-  // The highest bin from which upwards there is `need`, and of `need` what those above it leave; -1
-  // where all together do not hold it.
-  i64 reach(double& need) const {
-    double held = 0;
-    for (i64 bin = BINS - 1; bin >= 0; bin--) {
-      double both = held;
-      for (i64 part = 0; part < parts_; part++) both += mass_[part * BINS + bin];
-      if (both >= need) {
-        need -= held;
-        return bin;
+// The greatest key from which upwards the entries hold `need`; 0 where all together do not.
+// `visit(part, f)` calls f(key, mass) for the entries of a part.
+template <typename Visit>
+uint32_t least_taken(double need, i64 parts, Visit&& visit) {
+  std::vector<double> bins(parts * BINS);
+  uint32_t upper = 0;
+  for (bool lower : {false, true}) {
+    std::fill(bins.begin(), bins.end(), 0.);
+    at::parallel_for(0, parts, 1, [&](i64 begin, i64 end) {
+      for (i64 part = begin; part < end; part++) {
+        double* mine = bins.data() + part * BINS;
+        if (lower) {
+          visit(part, [&](uint32_t key, double mass) {
+            if (key >> 16 == upper) mine[key & 0xffff] += mass;
+          });
+        } else {
+          visit(part, [&](uint32_t key, double mass) { mine[key >> 16] += mass; });
+        }
       }
+    });
+    double held = 0;
+    i64 bin = BINS - 1;
+    for (; bin >= 0; bin--) {
+      double both = held;
+      for (i64 part = 0; part < parts; part++) both += bins[part * BINS + bin];
+      if (both >= need) break;
       held = both;
     }
-    return -1;
+    if (bin < 0) return lower ? upper << 16 : 0;
+    if (lower) return upper << 16 | static_cast<uint32_t>(bin);
+    upper = static_cast<uint32_t>(bin);
+    need -= held;
   }
-
- private:
-  i64 parts_;
-  double* mass_;
-};
-
-// The greatest key from which upwards the entries hold `need`, their mass being in `bins` by the
-// upper half; 0 where all together do not. `count(part, upper, mass)` adds to `mass`, by the lower
-// half, the entries of a part that have this upper one.
-template <typename Count>
-uint32_t least_taken(double need, i64 parts, Bins& bins, Count&& count) {
-  i64 upper = bins.reach(need);
-  if (upper < 0) return 0;
-  bins.clear();
-  at::parallel_for(0, parts, 1, [&](i64 begin, i64 end) {
-    for (i64 part = begin; part < end; part++) count(part, upper, bins.of(part));
-  });
-  return upper << 16 | std::max<i64>(0, bins.reach(need));
+  return 0;
 }
 
 template <typename In>
@@ -272,19 +260,9 @@ struct Picking {
   // The score from which upwards there are `topk` for each query, the own chunk before all.
   float cut_of_best(const float* scores, i64 lines, i64 from, i64 to, i64 parts) const {
     double need = double(a.topk) * queries * (lines / a.R);
-    auto visit = [&](i64 part, auto&& add) {
+    uint32_t cut = least_taken(need, parts, [&](i64 part, auto&& add) {
       counting(lines, part, parts, [&](i64 l, i64 r) {
-        for (i64 c = from; c < to; c++) add(a.home[r] == c ? TOP : ordered(scores[l * ld + c]));
-      });
-    };
-    Bins bins(parts);
-    at::parallel_for(0, parts, 1, [&](i64 begin, i64 end) {
-      for (i64 part = begin; part < end; part++)
-        visit(part, [&, mass = bins.of(part)](uint32_t key) { mass[key >> 16] += 1; });
-    });
-    uint32_t cut = least_taken(need, parts, bins, [&](i64 part, i64 upper, double* mass) {
-      visit(part, [&](uint32_t key) {
-        if (key >> 16 == upper) mass[key & 0xffff] += 1;
+        for (i64 c = from; c < to; c++) add(a.home[r] == c ? TOP : ordered(scores[l * ld + c]), 1.);
       });
     });
     return back(cut);
@@ -318,24 +296,23 @@ struct Picking {
       all.low = std::min(all.low, x.low);
       all.high = std::max(all.high, x.high);
     }
-    Bins bins(parts);
     at::parallel_for(0, parts, 1, [&](i64 begin, i64 end) {
       for (i64 part = begin; part < end; part++) {
-        Part& mine = found[part];
-        double* mass = bins.of(part);
+        Part mine;
         counting(lines, part, parts, [&](i64 l, i64 r) {
           float* s = scores + l * ld;
           double sum = 0;
 #pragma omp simd reduction(+ : sum)
           for (i64 c = from; c < to; c++) sum += s[c] = weight(s[c], all.low, all.high);
           mine.total += sum;
-          // 0 is no mass, and none is lower.
-          float own = std::exchange(home(r, from, to, s), 0.f);
-          mine.own += own;
-          mine.most = highest(s + from, to - from, mine.most);
-          for (i64 c = from; c < to; c++) mass[ordered(s[c]) >> 16] += s[c];
-          home(r, from, to, s) = own;
+          for (i64 c = from; c < to; c++) {
+            if (a.home[r] == c) mine.own += s[c];
+            else mine.most = std::max(mine.most, s[c]);
+          }
         });
+        found[part].total = mine.total;
+        found[part].own = mine.own;
+        found[part].most = mine.most;
       }
     });
     for (const Part& x : found) {
@@ -344,27 +321,13 @@ struct Picking {
       all.most = std::max(all.most, x.most);
     }
     double need = std::max(0., a.threshold * all.total - all.own);
-    uint32_t cut = least_taken(need, parts, bins, [&](i64 part, i64 upper, double* mass) {
-      std::vector<char> inside(ld + 8);
+    uint32_t cut = least_taken(need, parts, [&](i64 part, auto&& add) {
       counting(lines, part, parts, [&](i64 l, i64 r) {
-        float* s = scores + l * ld;
-        float own = std::exchange(home(r, from, to, s), 0.f);
-        for (i64 c = from; c < to; c++) inside[c] = ordered(s[c]) >> 16 == upper;
-        each_set(inside.data() + from, to - from, [&](i64 c) {
-          mass[ordered(s[from + c]) & 0xffff] += s[from + c];
-        });
-        home(r, from, to, s) = own;
+        for (i64 c = from; c < to; c++)
+          if (a.home[r] != c) add(ordered(scores[l * ld + c]), scores[l * ld + c]);
       });
     });
     return std::min(back(cut), all.most);  // at least one
-  }
-
-  // The number of the own chunk of a row; where that is not among those looked at, one that none
-  // reads.
-  float& home(i64 row, i64 from, i64 to, float* s) const {
-    static thread_local float none;
-    none = 0.f;
-    return from <= a.home[row] && a.home[row] < to ? s[a.home[row]] : none;
   }
 
   // What `ordered` made of it; below all where nothing was.
