@@ -428,16 +428,13 @@ class TestAttached:
         ("layers", "options"),
         [
             (1, {"partition": "3d"}),
-            pytest.param(3, {}, marks=pytest.mark.slow),
-            pytest.param(1, {"partition": "3d", "routing": "block"}, marks=pytest.mark.slow),
-            pytest.param(
-                1,
-                {"partition": "2d", "select": "topk", "scope": "query_head", "topk": (2, 3, 5)},
-                marks=pytest.mark.slow,
-            ),
+            (3, {}),
+            (1, {"partition": "3d", "routing": "block"}),
+            (1, {"partition": "2d", "select": "topk", "scope": "query_head", "topk": (2, 3, 5)}),
         ],
         ids=str,
     )
+    @pytest.mark.slow
     def test_one_graph_equals_eager(self, layers, options):
         torch._dynamo.reset()
         model = transformer(num_layers=layers)

@@ -275,6 +275,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.slow
 def test_a_measurement_is_a_share(windows, monkeypatch):
     monkeypatch.setattr(f"{module}.interleaved", one_round)
     measured = measure_efficiency(torch.device("cpu"), torch.float32, 16, windows)

@@ -420,6 +420,7 @@ def gradients(case: Case, model: nn.Module) -> dict[str, Tensor]:
 
 
 @every_case
+@pytest.mark.slow
 def test_steps_without_a_pipeline_are_changes_of_the_timestep(case):
     model, grid = model_of(case), case.grids[1]
     with attach(model, WINDOW, schedule=Schedule(dense_steps=1)) as handle:

@@ -106,6 +106,7 @@ def test_generate_by_an_image(run, model, adapter, pictures, tmp_path):
     assert (both != plain).any()
 
 
+@pytest.mark.slow
 def test_each_part_of_the_input_counts(model, adapter, pictures, tmp_path):
     clip = Clip(5, 48, 48, 2)
     made = {}
@@ -152,6 +153,7 @@ def test_a_comparison_and_latents_say_what_image_there_was(
     assert report["image_prompt"].encode() in kept.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_encoder_is_that_of_the_adapter_or_the_one_given(model, pictures, tmp_path):
     vision = image_adapters.vision()
     vision.save_pretrained(tmp_path / "clip")

@@ -169,6 +169,7 @@ def test_tiles_of_a_distilled_model_go_by_the_prompt():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_what_runs_some_rows_alone_is_refused():
     """FasterCache leaves out those of the negative prompt within the model."""
     pipe = PIPED["allegro"].pipeline()
@@ -462,6 +463,7 @@ def test_animatediff_gives_what_diffusers_does(variant, guided, tmp_path):
     assert torch.equal(generate(pipe), without)
 
 
+@pytest.mark.slow
 def test_a_face_on_animatediff(tmp_path):
     """Its LoRA goes where it goes on the UNet that this is made of: diffusers' own loading counts
     the attentions over time too."""

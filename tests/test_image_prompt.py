@@ -278,6 +278,7 @@ def test_adapters_add_up(model):
 @pytest.mark.parametrize("family", [wan, hunyuan], ids=lambda family: family.__name__)
 @pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch")
 @torch.no_grad()
+@pytest.mark.slow
 def test_with_each_method_in_any_order(family, method):
     model = family.transformer()
     before, base = trace(model), family.forward(model)
@@ -711,6 +712,7 @@ def test_gradient_checkpointing(family):
 
 
 @pytest.mark.parametrize("changed", ["features", "keep", "image", "scale", None])
+@pytest.mark.slow
 def test_gradient_checkpointing_of_two_forward_passes(model, changed):
     """The first would be computed again with what the second one was shown."""
     model.train().enable_gradient_checkpointing()
@@ -1125,6 +1127,7 @@ def test_images_go_through_the_encoder_of_the_pipeline():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_encoder_that_the_adapter_names(tmp_path):
     image_adapters.vision().save_pretrained(tmp_path)
     image_adapters.extractor().save_pretrained(tmp_path)

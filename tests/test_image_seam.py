@@ -565,6 +565,7 @@ def test_gradient_checkpointing(method):
         assert (again - grad).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_in_each_family(case):
     model, given = case.build(), case.inputs()
     made, _ = branches(model)
@@ -696,6 +697,7 @@ def test_deepcopy(name):
     assert not torch.allclose(output(model, given), tapped, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_nothing_holds_on_to_a_model():
     model = wan_transformer()
     branches(model)

@@ -681,6 +681,7 @@ def test_continuation_of_hunyuan_video():
     assert pixels.shape[:3] == (1, 33, 3)
 
 
+@pytest.mark.slow
 def test_continuation_gives_what_the_pipeline_gives_unasked():
     pipe = hunyuan.pipeline()  # pictures, where Wan gives arrays
     with extend(pipe, "continuation", **CHUNKED) as longer:

@@ -660,6 +660,7 @@ class TestFromLora:
             pipe.transformer.compile(backend="eager", fullgraph=True)
             assert torch.equal(wan.forward(pipe.transformer), plain)
 
+    @pytest.mark.slow
     def test_the_watch_goes_with_the_pipeline(self, trained, tmp_path, recwarn):
         folder = with_recipe(trained[0], tmp_path / "held", teacher_guidance=3.0)
         pipe = self.loaded(folder)
@@ -1316,6 +1317,7 @@ class TestPrecision:
         objective(clean.to(dtype), noise.to(dtype), sigma.to(dtype), text).backward()
         return {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
 
+    @pytest.mark.slow
     def test_gradient_checkpointing_changes_no_gradient(self):
         """With dropout: what is computed again has to draw the same."""
         plain, saved = self.grads(False), self.grads(True)

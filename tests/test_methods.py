@@ -424,7 +424,14 @@ class TestPublishedRules:
         ids=str,
     )
     @pytest.mark.parametrize(
-        "options", [(1.0, True), (0.25, False), (3.0, True), (0.25, True, 3)], ids=str
+        "options",
+        [
+            (1.0, True),
+            pytest.param((0.25, False), marks=pytest.mark.slow),
+            pytest.param((3.0, True), marks=pytest.mark.slow),
+            (0.25, True, 3),
+        ],
+        ids=str,
     )
     def test_paper_rule_equals_the_loops(self, options, video, block):
         decay_factor, sink, *anchor_every = options

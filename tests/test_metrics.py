@@ -45,12 +45,14 @@ def motion(video, **options):
 
 
 @pytest.mark.parametrize("period", [2, 9, 16])
+@pytest.mark.slow
 def test_a_looping_clip_scores_one_at_its_period(period):
     found = motion(np.tile(noise(period), (4, 1, 1, 1))[: 3 * period + 1])
     assert found.loop_score == pytest.approx(1, abs=1e-6)
     assert found.loop_lag == period
 
 
+@pytest.mark.slow
 def test_a_smooth_loop_is_found_at_its_period():
     there = moving_square(16)
     found = motion(np.concatenate([there, there[::-1]] * 2), lag=32)
@@ -65,6 +67,7 @@ def test_a_clip_that_moves_on_does_not_loop():
     assert 0.5 < found.similarity < 1  # frames next to each other are alike all the same
 
 
+@pytest.mark.slow
 def test_noise_over_a_loop_lowers_its_score():
     loop = np.tile(noise(8, seed=1) // 2, (3, 1, 1, 1))
     coarse = noise(24, 6, 8, seed=2).repeat(8, 1).repeat(8, 2) // 8

@@ -180,6 +180,7 @@ class TestPublished:
         assert plain.speedup < bound.speedup
 
     @pytest.mark.parametrize("tiles", [HOPPER_LINE, BLACKWELL_LINE], ids=str)
+    @pytest.mark.slow
     def test_256_is_the_least_stride_that_is_fully_block_sparse(self, tiles):
         """What NATTEN's own simulator found for 32K tokens and a window of 2048."""
         whole = (

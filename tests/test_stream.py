@@ -127,7 +127,7 @@ STREAMED = {
     ("frames", "dtype"),
     [
         (1, torch.float32),
-        (5, torch.float32),
+        pytest.param(5, torch.float32, marks=pytest.mark.slow),
         pytest.param(8, torch.float32, marks=pytest.mark.slow),
         pytest.param(6, torch.bfloat16, marks=pytest.mark.slow),
     ],

@@ -68,7 +68,8 @@ class Longer:
 
     def side_by_side(self) -> np.ndarray:
         clips = [self.dense, *self.trained.values()]
-        return side_by_side([clip.video for clip in clips], [clip.label for clip in clips])
+        labels = [clip.label for clip in clips]
+        return side_by_side([clip.video for clip in clips], labels, scale=2)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -143,4 +144,8 @@ def notes(report: dict[str, Any]) -> list[str]:
             f"{name} (density {clip['density']:.2f}) {how}. It showed: {clip['shows']}. That took "
             f"{clip['seconds']:.1f} s, {clip['times_as_fast']:.2f} times as fast."
         )
+    found.append(
+        "One clip says little about either: how many of 48 each gets right is in "
+        "docs/longer_videos.md."
+    )
     return found
