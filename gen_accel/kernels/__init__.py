@@ -179,11 +179,8 @@ def _first(
     for place, name in enumerate(order, 1):
         backend = import_module(f"gen_accel.kernels.{name}")
         reasons = backend.unsupported(q, k, v, plan)
-        if name != "reference" and _is_forward_mode():
-            reasons = [
-                *reasons,
-                "it has no forward-mode derivative",
-            ]  # torch would take it for zero
+        if name != "reference" and _is_forward_mode():  # torch would take it for zero
+            reasons = [*reasons, "it has no forward-mode derivative"]
         if not reasons:
             try:
                 out = backend.forward(q, k, v, plan, scale=scale)
