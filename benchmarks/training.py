@@ -2,6 +2,7 @@
 
     python benchmarks/training.py --out benchmarks/results/training_cpu.json
     python benchmarks/training.py --device cuda --model 1.3b --out results.json
+    python benchmarks/training.py --model 1.3b --layers 1 --picture 24 40 --times 4 --rounds 2
 
 A step is the trainer's own: forward and backward of the loss, with a LoRA of rank 16 on every
 attention. First the loss and the gradients through the kernel are held to those of the reference,
@@ -47,6 +48,10 @@ def main() -> None:
     parser.add_argument("--model", choices=SIZES, default="demo")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--layers", type=int, help="of the 1.3b; without: its 30")
+    parser.add_argument(
+        "--picture", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the latents"
+    )
     parser.add_argument("--times", type=int, nargs="+", default=[1, 2, 4], help="of the length")
     parser.add_argument(
         "--set", nargs="+", default=METHOD, metavar="FIELD=VALUE", help="fields of Radial"
@@ -55,10 +60,12 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.layers is not None and (args.model == "demo" or args.layers < 1):
+        parser.error(f"--layers takes 1 or more, of --model 1.3b, got {args.layers}")
     method = method_from("radial", args.set)
     dtype = getattr(torch, args.dtype)
 
-    transformer = build(args.model, dtype, args.device)
+    transformer = build(args, dtype)
     if args.checkpointing:
         transformer.enable_gradient_checkpointing()
     error = parity(transformer, method, args, dtype)
@@ -81,6 +88,8 @@ def main() -> None:
     if args.out is not None:
         report = {
             "model": args.model,
+            "layers": transformer.config.num_layers,
+            "picture": picture(args),
             "dtype": args.dtype,
             "method": repr(method),
             "rounds": args.rounds,
@@ -92,18 +101,25 @@ def main() -> None:
         write_json(args.out, report)
 
 
-def build(name: str, dtype: torch.dtype, device: str) -> Any:
+def picture(args: argparse.Namespace) -> tuple[int, int]:
+    """Height and width of the latents."""
+    size = SIZES[args.model]
+    return tuple(args.picture) if args.picture else (size["height"], size["width"])
+
+
+def build(args: argparse.Namespace, dtype: torch.dtype) -> Any:
     """The demo's transformer, or one of Wan 1.3B's shapes with random weights, with a LoRA."""
     from peft import LoraConfig
 
     torch.manual_seed(0)
-    if name == "demo":
+    if args.model == "demo":
         transformer: Any = WanTransformer3DModel.from_pretrained(
             gen_accel.demo.path(), subfolder="transformer", torch_dtype=dtype
         )
     else:
-        transformer = WanTransformer3DModel(**WAN_1_3B).to(dtype)
-    transformer.requires_grad_(False).to(device)
+        layers = {"num_layers": args.layers} if args.layers else {}
+        transformer = WanTransformer3DModel(**(WAN_1_3B | layers)).to(dtype)
+    transformer.requires_grad_(False).to(args.device)
     targets = target_modules(transformer, ("attention",))
     transformer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=targets))
     for name, parameter in transformer.named_parameters():
@@ -116,7 +132,7 @@ def build(name: str, dtype: torch.dtype, device: str) -> Any:
 
 def batch(frames: int, args: argparse.Namespace, transformer: Any) -> tuple:
     size, config = SIZES[args.model], transformer.config
-    shape = (1, config.in_channels, frames, size["height"], size["width"])
+    shape = (1, config.in_channels, frames, *picture(args))
     g = torch.Generator().manual_seed(frames)
     latents, noise = (torch.randn(shape, generator=g).to(args.device) for _ in range(2))
     text = torch.randn(1, size["text"], config.text_dim, generator=g).to(args.device)
@@ -152,8 +168,8 @@ def measure(
 ) -> dict[str, Any]:
     given = batch(frames, args, transformer)
     patch = transformer.config.patch_size
-    size = SIZES[args.model]
-    video = VideoShape(frames, size["height"] // patch[1], size["width"] // patch[2])
+    height, width = picture(args)
+    video = VideoShape(frames, height // patch[1], width // patch[2])
 
     def whole(chosen: Any) -> Callable[[], None]:
         def run() -> None:
