@@ -843,8 +843,8 @@ def _print_comparison(report: dict[str, Any]) -> None:
         made = report["longer"]
         rows[f"{made['frames']} frames"] = f"{made['dense']['shows']} (dense, no LoRA)"
         for name, clip in made["trained"].items():
-            with_ = "".join(f", {technique}" for technique in clip["techniques"])
-            rows[f"{name}{with_}"] = f"{clip['shows']}, {clip['times_as_fast']:.2f}x as fast"
+            title = ", ".join((name, *clip["techniques"]))
+            rows[title] = f"{clip['shows']}, {clip['times_as_fast']:.2f}x as fast"
     _print_rows(rows)
 
 

@@ -129,9 +129,11 @@ def native_serves(*tensors: Tensor) -> bool:
     kinds = {(x.dtype, x.device.type) for x in tensors}
     if len(kinds) > 1 or not kinds <= {(dtype, "cpu") for dtype in native.DTYPES}:
         return False
+    if _is_forward_mode():
+        return False
     if not torch.compiler.is_compiling():
         functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-        if functorch.peek_interpreter_stack() is not None or _is_forward_mode():
+        if functorch.peek_interpreter_stack() is not None:
             return False
     return is_native_built()
 

@@ -261,8 +261,8 @@ struct Forward {
     const Forward& f;
     const Problem<In, T>& p = f.p;
     i64 most = p.a.picks ? ROUTED : up(std::min(ROWS, p.a.block_q), EVEN<T>);
-    i64 step = p.together ? PAIR<T> : EVEN<T>;      // columns of a part
-    i64 step_q = p.a.picks ? STEP<T> : EVEN<T>;     // rows of a product
+    i64 step = p.together ? PAIR<T> : EVEN<T>;   // columns of a part
+    i64 step_q = p.a.picks ? STEP<T> : EVEN<T>;  // rows of a product
     T *q, *some_q, *weights, *some_keys, *some_values;
     float *scores, *o, *some_o, *high, *sum, *before, *excess;
     std::vector<uint16_t> rows;  // from the slot of a piece on
