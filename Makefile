@@ -38,7 +38,7 @@ lint: venv
 	$(BIN)/pyright
 
 train-demo: venv
-	$(BIN)/python -m gen_accel.demo.train
+	PYTHONPATH=examples $(BIN)/python -m demo_model.train
 
 train-lora: venv
 	$(BIN)/python -m gen_accel.demo.clips --out outputs/clips --frames 129 --count 1200

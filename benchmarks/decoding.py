@@ -64,7 +64,7 @@ def measure(way: str, frames: int, size: int, model: str | None) -> dict:
 
     from gen_accel import demo
     from gen_accel.measure import read_stream
-    from gen_accel.pipelines.sampling import load_decoder
+    from gen_accel.pipelines.generation.loading import load_decoder
 
     pipe = load_decoder(model or demo.path())
     config = pipe.vae.config
@@ -111,7 +111,7 @@ def at_once(pipe, latents, path: Path) -> None:
 
 def streamed(pipe, latents, path: Path) -> None:
     from gen_accel.measure import write_stream
-    from gen_accel.pipelines.decode import decode_stream
+    from gen_accel.pipelines.generation.decode import decode_stream
 
     write_stream(decode_stream(pipe, latents), path, fps=16)
 

@@ -8,8 +8,9 @@ from gen_accel import BlockMixture, Neighborhood, Radial, Schedule, SparseLinear
 from gen_accel.demo import job
 from gen_accel.demo.detector import detect
 from gen_accel.measure import write_json
-from gen_accel.pipelines.compare import compare_with_dense
-from gen_accel.pipelines.sampling import Clip, Loading, filled, load
+from gen_accel.pipelines.generation.compare import compare_with_dense
+from gen_accel.pipelines.generation.loading import Loading, load
+from gen_accel.pipelines.generation.sampling import Clip, filled
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = (

@@ -29,15 +29,15 @@ from PIL import Image
 from rich.progress import track
 
 import gen_accel
+from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.demo import TRAINED_FRAMES, world
 from gen_accel.demo.clips import picture
 from gen_accel.demo.detector import detect, score
+from gen_accel.files import file_sha256
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
-from gen_accel.measure.report import file_sha256
 from gen_accel.pipelines.image_prompt import load_image_prompt
 from gen_accel.pipelines.image_prompt.formats import find_adapter
-from gen_accel.pipelines.schedule import Schedule
 from gen_accel.video import VideoShape
 
 DOCS = Path(__file__).parents[1] / "docs" / "image_prompts.md"

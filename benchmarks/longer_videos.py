@@ -25,15 +25,15 @@ from kept import clip_file, keep_clip, kept_clip, to_make, write_between_marks
 from rich.progress import track
 
 import gen_accel
-from gen_accel.attention_processors.options import method_from
+from gen_accel.attention_processors.attached.recipe import WEIGHTS, read_recipe
+from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.demo import world
 from gen_accel.demo.detector import detect, score, strays
 from gen_accel.demo.evaluate import TRAINED_FRAMES
+from gen_accel.files import file_sha256
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
 from gen_accel.measure.motion import measure_motion
-from gen_accel.measure.report import file_sha256
-from gen_accel.pipelines.recipe import WEIGHTS, read_recipe
 
 DOCS = Path(__file__).parents[1] / "docs" / "longer_videos.md"
 FPS = 16.0

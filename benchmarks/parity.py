@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel import VideoShape, attention
-from gen_accel.attention_processors.stand_in import smooth_qk
+from gen_accel.attention_processors.methods.stand_in import smooth_qk
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARITY_TOKENS = 2048  # the reference holds a matrix of tokens x tokens in fp64

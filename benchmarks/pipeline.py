@@ -40,13 +40,17 @@ from gen_accel import (
     attach,
     kernels,
 )
+from gen_accel.attention_processors.attached.attachment import (
+    Attachment,
+    SilentBranch,
+    layer_method,
+)
+from gen_accel.attention_processors.attached.summary import Summary
 from gen_accel.attention_processors.families import family_of
 from gen_accel.kernels.self_check import SelfCheckFailed, check_rows
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
 from gen_accel.measure.timing import interleaved
-from gen_accel.pipelines.attach import Attachment, SilentBranch, layer_method
-from gen_accel.pipelines.summary import Summary
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"

@@ -25,7 +25,7 @@ from diffusers import WanTransformer3DModel
 
 import gen_accel
 from gen_accel.attention_processors.families import family_of
-from gen_accel.attention_processors.options import method_from
+from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.demo.evaluate import TRAINED_FRAMES
 from gen_accel.functional import attention
 from gen_accel.lora.artefact import target_modules

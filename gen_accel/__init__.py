@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gen_accel import demo
+from gen_accel import demo, moved
 
 if TYPE_CHECKING:
     from gen_accel.attention_processors import (
@@ -14,21 +14,18 @@ if TYPE_CHECKING:
         Radial,
         SparseLinear,
     )
+    from gen_accel.attention_processors.attached import calibrate
     from gen_accel.functional import attention
     from gen_accel.measure.estimate import estimate
-    from gen_accel.pipelines import (
-        Schedule,
-        attach,
-        calibrate,
-        load_processors,
-        save_processors,
-    )
+    from gen_accel.pipelines import Schedule, attach, load_processors, save_processors
     from gen_accel.pipelines.image_prompt import ScaleRange, load_image_prompt
     from gen_accel.pipelines.long_video import extend
     from gen_accel.plan import Plan
     from gen_accel.video import VideoShape
 
-__version__ = "0.1.0"
+moved.install()
+
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "METHODS",

@@ -4,6 +4,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from demo_model.train import new_tokenizer
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
@@ -12,8 +13,6 @@ from diffusers import (
 )
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
-
-from gen_accel.demo.train import new_tokenizer
 
 CHANNELS = 4
 TEXT_WIDTH, POOLED_WIDTH = 8, 12

@@ -55,10 +55,10 @@ from gen_accel import (
     attach,
     attention,
 )
+from gen_accel.attention_processors.attached.clock import Clock
+from gen_accel.attention_processors.attached.extend import owners_of
 from gen_accel.attention_processors.seam import SparseProcessor
 from gen_accel.pipelines import Displaced
-from gen_accel.pipelines.attach import _owners
-from gen_accel.pipelines.clock import Clock
 
 SPARSE = [
     RADIAL,
@@ -709,7 +709,7 @@ def test_processors_that_another_takes_the_place_of():
     handle.detach()
     model.unfuse_qkv_projections()  # which puts ours back
     assert torch.equal(out(), stock)
-    assert not _owners(model)
+    assert not owners_of(model)
     with attach(model, Neighborhood((1, 5, 5))):
         assert torch.equal(out(), sparse)
     assert torch.equal(out(), stock)

@@ -10,7 +10,7 @@ from checks import assert_no_worse
 from wan import forward, generate, gradients, pipeline, processors, transformer
 
 from gen_accel import BlockMixture, Schedule, VideoShape, attach, attention
-from gen_accel.attention_processors import block_mixture
+from gen_accel.attention_processors.methods import block_mixture
 from gen_accel.attention_processors.seam import SparseProcessor
 from gen_accel.kernels import reference
 from gen_accel.plan import unpack

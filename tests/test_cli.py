@@ -12,6 +12,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from demo_model.train import Denoiser, new_autoencoder, new_tokenizer
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     WanPipeline,
@@ -31,13 +32,12 @@ from gen_accel import (
     VideoShape,
     demo,
 )
-from gen_accel.attention_processors.options import method_from
+from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.cli import app
 from gen_accel.demo import job, longer
-from gen_accel.demo.train import Denoiser, new_autoencoder, new_tokenizer
 from gen_accel.kernels.reference import pairs
 from gen_accel.measure import environment, pictures, read_video, video_io
-from gen_accel.pipelines import compare, sampling
+from gen_accel.pipelines.generation import compare, sampling
 
 PROMPT = job.PROMPT
 SMALL = ("--frames", "9", "--height", "48", "--width", "48", "--steps", "2")

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from gen_accel import BlockMixture, Dense, Schedule, SparseLinear, VideoShape, attach, calibrate
 from gen_accel.attention_processors.context_parallel import exchanged
+from gen_accel.attention_processors.context_parallel_plans import PLANS, context_parallel_plan
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.seam import Call, Parallel, add_tap
 from gen_accel.attention_processors.tokens import Tokens
-from gen_accel.pipelines.context_parallel import PLANS, context_parallel_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch")
 

@@ -16,6 +16,7 @@ from tiny import Case, cases
 from torch import Tensor, nn
 
 from gen_accel import Dense, Neighborhood, Schedule, VideoShape, attach, attention
+from gen_accel.attention_processors.attached.attachment import layer_method
 from gen_accel.attention_processors.families import (
     FAMILIES,
     REFUSED,
@@ -26,7 +27,6 @@ from gen_accel.attention_processors.families import (
 from gen_accel.attention_processors.seam import Call, add_tap
 from gen_accel.attention_processors.tokens import Tokens, seen_text
 from gen_accel.pipelines import NothingSaved
-from gen_accel.pipelines.attach import layer_method
 
 METHODS = [RADIAL, WINDOW, MIXTURE, LINEAR]
 CASES = {case.name: case for case in cases()}

@@ -7,8 +7,8 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 import gen_accel
+from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.pipelines.long_video import extend
-from gen_accel.pipelines.schedule import Schedule
 from tests import hunyuan, wan
 
 LONG, TRAINED = {"num_frames": 33, "trained_frames": 17}, {"num_frames": 17}

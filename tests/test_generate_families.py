@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import wan
+from demo_model.train import new_tokenizer
 from diffusers import (
     AnimateDiffPipeline,
     CogVideoXPipeline,
@@ -34,13 +35,12 @@ from tiny import (
 
 from gen_accel.attention_processors.families import FAMILIES, image_family_of
 from gen_accel.attention_processors.image_prompt import new_adapter
-from gen_accel.demo.train import new_tokenizer
 from gen_accel.measure import read_video
 from gen_accel.measure.video_io import video_fps
-from gen_accel.pipelines.decode import load_latents, save_latents
+from gen_accel.pipelines.generation.decode import load_latents, save_latents
+from gen_accel.pipelines.generation.sampling import Clip, filled, sample
 from gen_accel.pipelines.image_prompt.formats import base_of, write_adapter
 from gen_accel.pipelines.image_prompt.projectors import Pixels
-from gen_accel.pipelines.sampling import Clip, filled, sample
 
 pytestmark = pytest.mark.slow
 

@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 from gen_accel import Radial
 from gen_accel.attention_processors.image_prompt import new_adapter
 from gen_accel.cli import app
-from gen_accel.pipelines.generate import generate
+from gen_accel.pipelines.generation.generate import generate
+from gen_accel.pipelines.generation.loading import Loading
+from gen_accel.pipelines.generation.sampling import Clip
 from gen_accel.pipelines.image_prompt.formats import base_of, write_adapter
 from gen_accel.pipelines.image_prompt.projectors import Pixels
-from gen_accel.pipelines.sampling import Clip, Loading
 
 pytestmark = pytest.mark.slow
 

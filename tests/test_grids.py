@@ -26,9 +26,9 @@ from tiny.skyreels import forced_inputs
 from torch import Tensor
 
 from gen_accel import Dense, VideoShape, attach
+from gen_accel.attention_processors.attached.clock import Clock
 from gen_accel.attention_processors.families import ltx as ltx_family
 from gen_accel.attention_processors.families import ltx2
-from gen_accel.pipelines.clock import Clock
 
 META = torch.device("meta")
 TEXT = 6

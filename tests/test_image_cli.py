@@ -15,10 +15,11 @@ from gen_accel.attention_processors.image_prompt import new_adapter
 from gen_accel.demo import clips, image_prompts, world
 from gen_accel.demo.detector import detect
 from gen_accel.measure import read_video
-from gen_accel.pipelines.generate import ImageInput, generate
+from gen_accel.pipelines.generation.generate import generate
+from gen_accel.pipelines.generation.image_input import ImageInput
+from gen_accel.pipelines.generation.sampling import Clip
 from gen_accel.pipelines.image_prompt.formats import base_of, write_adapter
 from gen_accel.pipelines.image_prompt.projectors import Linear, Pixels
-from gen_accel.pipelines.sampling import Clip
 
 PROMPT = "something moves right slowly"
 SMALL = ("--frames", "5", "--height", "48", "--width", "48", "--steps", "2")

@@ -37,6 +37,8 @@ from wan import HEAD_DIM, HEADS, forward, gradients, inputs
 from wan import transformer as wan_transformer
 
 from gen_accel import Dense, attach
+from gen_accel.attention_processors.attached.extend import extend_attention
+from gen_accel.attention_processors.attached.extension import AttentionExtension
 from gen_accel.attention_processors.families import image_classes, image_family_of, tap_image
 from gen_accel.attention_processors.seam import (
     BoundProcessor,
@@ -44,8 +46,6 @@ from gen_accel.attention_processors.seam import (
     TappedProcessor,
     add_tap,
 )
-from gen_accel.pipelines.attach import extend_attention
-from gen_accel.pipelines.extension import AttentionExtension
 
 IMAGE_TOKENS = 4
 UNETS = ("stable_diffusion", "animatediff")

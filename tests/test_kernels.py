@@ -13,9 +13,8 @@ from gen_accel.attention_processors import (
     Neighborhood,
     Radial,
     SparseLinear,
-    neighborhood,
-    radial,
 )
+from gen_accel.attention_processors.methods import neighborhood, radial
 from gen_accel.functional import attention
 from gen_accel.kernels import KERNELS, flex, gather, native, reference, routed
 from gen_accel.plan import Plan, Route, Windows, pack, raster_slots, tile_slots, unpack

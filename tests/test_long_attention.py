@@ -20,14 +20,14 @@ from gen_accel.attention_processors import (
     Radial,
     SparseLinear,
 )
-from gen_accel.attention_processors.full import Full
+from gen_accel.attention_processors.attached.extend import extend_attention
+from gen_accel.attention_processors.attached.extension import AttentionExtension
+from gen_accel.attention_processors.methods.full import Full
 from gen_accel.functional import attention
 from gen_accel.kernels import flex, gather, reference, routed, xformers
 from gen_accel.kernels.self_check import SelfCheckFailed, check_rows
 from gen_accel.kernels.triton import lists
 from gen_accel.pipelines import Schedule, attach
-from gen_accel.pipelines.attach import extend_attention
-from gen_accel.pipelines.extension import AttentionExtension
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.long_video.blocks import key_blocks, query_blocks
 from gen_accel.pipelines.long_video.rotating_anchors import RotatingAnchors

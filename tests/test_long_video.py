@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
 import gen_accel
 from gen_accel.attention_processors.families import wan as family
+from gen_accel.attention_processors.lengths import latent_frames
 from gen_accel.pipelines.long_video import (
     RULES,
     TECHNIQUES,
@@ -24,7 +25,6 @@ from gen_accel.pipelines.long_video import (
     known_trained_frames,
 )
 from gen_accel.pipelines.long_video.continuation import Hold, matched, noised
-from gen_accel.pipelines.long_video.technique import latent_frames
 from tests import hunyuan, wan
 from tests.tiny import skyreels
 

@@ -37,9 +37,18 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import gen_accel
 from gen_accel import Radial, SparseLinear, demo
+from gen_accel.attention_processors.attached.attachment import SilentBranch
+from gen_accel.attention_processors.attached.recipe import (
+    GuidedTwice,
+    OtherAttention,
+    Recipe,
+    read_recipe,
+)
+from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import wan as family
-from gen_accel.attention_processors.options import method_from
+from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.demo.longer import lora_path
+from gen_accel.files import file_sha256
 from gen_accel.lora import TrainConfig, checkpoint, dry_run, print_config, read_config, trainer
 from gen_accel.lora.adapters import active
 from gen_accel.lora.artefact import add_lora, target_modules
@@ -47,14 +56,11 @@ from gen_accel.lora.config import Stage
 from gen_accel.lora.objective import Objective, draw, order, shifted
 from gen_accel.lora.prepare import cache_clips, model_of, prepare
 from gen_accel.lora.validate import _guidance
-from gen_accel.measure.report import file_sha256
 from gen_accel.measure.video_io import read_video, write_video
-from gen_accel.pipelines.attach import SilentBranch
-from gen_accel.pipelines.generate import generate
+from gen_accel.pipelines.generation.generate import generate
+from gen_accel.pipelines.generation.loading import Loading, load
+from gen_accel.pipelines.generation.sampling import Clip
 from gen_accel.pipelines.long_video import apply_rule
-from gen_accel.pipelines.recipe import GuidedTwice, OtherAttention, Recipe, read_recipe
-from gen_accel.pipelines.sampling import Clip, Loading, load
-from gen_accel.pipelines.schedule import Schedule
 
 SHIPPED = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted((SHIPPED / "lora").glob("*.yaml"))
@@ -723,7 +729,7 @@ class TestFromLora:
     def test_generate_goes_by_its_techniques_where_the_video_is_longer(
         self, trained, tmp_path, monkeypatch
     ):
-        from gen_accel.pipelines import generate as generate_module
+        from gen_accel.pipelines.generation import generate as generate_module
 
         filled = generate_module.filled
 

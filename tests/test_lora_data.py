@@ -24,7 +24,8 @@ from gen_accel.lora.data import (
     read_clip,
     survey_clip,
 )
-from gen_accel.lora.latents import LatentCache, cache
+from gen_accel.lora.encode import cache
+from gen_accel.lora.latents import LatentCache
 from gen_accel.measure.video_io import read_video, write_video
 
 SIZE = (32, 48)

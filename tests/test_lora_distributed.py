@@ -11,8 +11,8 @@ import finetuning as ft
 import pytest
 import torch
 
+from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.lora import checkpoint, trainer
-from gen_accel.pipelines.recipe import read_recipe
 
 pytestmark = pytest.mark.slow
 

@@ -13,15 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from gen_accel.attention_processors import (
-    METHODS,
-    Dense,
-    Neighborhood,
-    Radial,
-    method_class,
-    neighborhood,
-    radial,
-)
+from gen_accel.attention_processors import METHODS, Dense, Neighborhood, Radial, method_class
+from gen_accel.attention_processors.methods import neighborhood, radial
 from gen_accel.functional import attention
 from gen_accel.kernels import reference
 from gen_accel.plan import unpack

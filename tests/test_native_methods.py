@@ -221,7 +221,7 @@ class TestInOnePass:
 
     def called(self, monkeypatch):
         """How often the pass runs, as a list."""
-        from gen_accel.attention_processors import sparse_linear
+        from gen_accel.attention_processors.methods import sparse_linear
 
         calls, before = [], sparse_linear.add_projected_linear
 

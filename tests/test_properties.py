@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from wan import forward, transformer
 
 from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear, VideoShape, attach
-from gen_accel.attention_processors import METHODS, Dense, block_mixture
+from gen_accel.attention_processors import METHODS, Dense
+from gen_accel.attention_processors.methods import block_mixture
 from gen_accel.functional import attention
 from gen_accel.kernels import gather, triton
 from gen_accel.kernels.self_check import SelfCheckFailed, check_rows

@@ -41,10 +41,12 @@ from gen_accel import (
     attention,
     kernels,
 )
+from gen_accel.attention_processors.attached import storage
+from gen_accel.attention_processors.attached.attachment import attachment_of
+from gen_accel.attention_processors.attached.calibrate import measure_calibration
 from gen_accel.kernels import linear as linear_kernel
 from gen_accel.kernels import reference
-from gen_accel.pipelines import SilentBranch, storage
-from gen_accel.pipelines.calibrate import attachment_of, measure_calibration
+from gen_accel.pipelines import SilentBranch
 from gen_accel.plan import unpack
 
 RAGGED = VideoShape(3, 5, 6, text=5)  # no block below divides it

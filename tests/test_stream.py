@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from gen_accel import demo
 from gen_accel.measure import read_stream, read_video, write_stream, write_video
 from gen_accel.measure.video_io import video_fps
-from gen_accel.pipelines import generate, sampling
-from gen_accel.pipelines.decode import (
+from gen_accel.pipelines.generation import generate, sampling
+from gen_accel.pipelines.generation.decode import (
     DecodedWhole,
     check_latents_path,
     decode_stream,

@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from demo_model.train import new_tokenizer
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
@@ -25,8 +26,6 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
-
-from gen_accel.demo.train import new_tokenizer
 
 CHANNELS = 16
 TEXT_WIDTH = 8

@@ -19,11 +19,11 @@ Where it is computed, one diffusers model family a file, is in `families`.
 
 from difflib import get_close_matches
 
-from gen_accel.attention_processors.block_mixture import BlockMixture
-from gen_accel.attention_processors.dense import Dense
-from gen_accel.attention_processors.neighborhood import Neighborhood
-from gen_accel.attention_processors.radial import Radial
-from gen_accel.attention_processors.sparse_linear import SparseLinear
+from gen_accel.attention_processors.methods.block_mixture import BlockMixture
+from gen_accel.attention_processors.methods.dense import Dense
+from gen_accel.attention_processors.methods.neighborhood import Neighborhood
+from gen_accel.attention_processors.methods.radial import Radial
+from gen_accel.attention_processors.methods.sparse_linear import SparseLinear
 
 __all__ = [
     "METHODS",

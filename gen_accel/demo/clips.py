@@ -13,8 +13,9 @@ from PIL import Image
 from rich.progress import track
 
 from gen_accel.demo.world import NOT_SHOWN, SCENES, SEEN, Scene, render, scored_scenes, still
+from gen_accel.files import replacing
 from gen_accel.lora.data import TEACHER_SUFFIX
-from gen_accel.measure.video_io import replacing, write_video
+from gen_accel.measure.video_io import write_video
 
 FPS = 16.0
 STILL_SIZE = 48  # pixels

@@ -9,6 +9,7 @@ from PIL import Image
 
 from gen_accel import demo
 from gen_accel.attention_processors import Radial
+from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.demo import job
 from gen_accel.demo.clips import STILL_SIZE
 from gen_accel.demo.detector import detect
@@ -20,11 +21,10 @@ from gen_accel.measure import (
     write_report,
     write_video,
 )
-from gen_accel.pipelines.compare import Comparison, compare_with_dense
-from gen_accel.pipelines.generate import ImageInput
+from gen_accel.pipelines.generation.compare import Comparison, compare_with_dense
+from gen_accel.pipelines.generation.image_input import ImageInput
+from gen_accel.pipelines.generation.sampling import Clip
 from gen_accel.pipelines.image_prompt.encoder import as_rgb
-from gen_accel.pipelines.sampling import Clip
-from gen_accel.pipelines.schedule import Schedule
 
 PROMPT = "something moves right slowly"
 METHOD = Radial()

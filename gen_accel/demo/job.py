@@ -7,6 +7,7 @@ from typing import Any
 
 from gen_accel import demo
 from gen_accel.attention_processors import Dense, Radial
+from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.demo import longer
 from gen_accel.demo.detector import detect
 from gen_accel.demo.evaluate import TRAINED_FRAMES
@@ -19,17 +20,9 @@ from gen_accel.measure import (
     write_video,
 )
 from gen_accel.measure.pictures import mask_picture
-from gen_accel.pipelines.compare import Comparison, compare_with_dense, pair
-from gen_accel.pipelines.sampling import (
-    Clip,
-    Loading,
-    check_fits,
-    filled,
-    find_device,
-    load,
-    token_grid,
-)
-from gen_accel.pipelines.schedule import Schedule
+from gen_accel.pipelines.generation.compare import Comparison, compare_with_dense, pair
+from gen_accel.pipelines.generation.loading import Loading, find_device, load
+from gen_accel.pipelines.generation.sampling import Clip, check_fits, filled, token_grid
 
 PROMPT = "a yellow triangle moves left slowly"
 FRAMES, SIZE = 257, 96  # 9,360 tokens: attention is most of a step
@@ -77,7 +70,7 @@ def run(
     if model is None and not (demo.path() / "model_index.json").exists():
         raise FileNotFoundError(
             f"the demo model is not at {demo.path()}: install the package again, or train it "
-            "with `python -m gen_accel.demo.train`"
+            "with `make train-demo`"
         )
     clip = Clip(frames, SIZE, SIZE, steps, GUIDANCE_SCALE, seed=seed, fps=FPS)
     files = _files(out, type(method).__name__.lower())

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from gen_accel import demo
+from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.demo.detector import detect
 from gen_accel.measure.video_io import side_by_side
 from gen_accel.pipelines.attach import attach
+from gen_accel.pipelines.generation.loading import Loading, load
+from gen_accel.pipelines.generation.sampling import Clip, filled, sample, steps_bar, ticker
 from gen_accel.pipelines.long_video import extend
-from gen_accel.pipelines.recipe import read_recipe
-from gen_accel.pipelines.sampling import Clip, Loading, filled, load, sample, steps_bar, ticker
 
 FRAMES = 4 * (demo.TRAINED_FRAMES - 1) + 1
 DTYPE = "bfloat16"  # of all

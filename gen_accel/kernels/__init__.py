@@ -27,7 +27,8 @@ from torch import Tensor
 
 from gen_accel.kernels import flex, gather, native, routed, triton
 from gen_accel.kernels.failure import KernelFailed
-from gen_accel.plan import Plan, Route
+from gen_accel.plan import Plan, Route, raster_slots
+from gen_accel.video import VideoShape
 
 __all__ = [
     "KERNELS",
@@ -251,3 +252,20 @@ def compute(q: Tensor, k: Tensor, v: Tensor, prepared: tuple[str, Any], *, scale
     kernel, data = prepared
     with torch.autocast(q.device.type, enabled=False):
         return IN_GRAPHS[kernel].compute(q, k, v, data, scale=scale)
+
+
+def check_kernel(name: str, device: torch.device) -> None:
+    """Raises ValueError where a kernel cannot run on `device`, whatever the method."""
+    if name == "auto" or (device.type != "cpu" and not torch.accelerator.is_available()):
+        return
+    video = VideoShape(2, 8, 8)
+    slots = raster_slots(video, 64).to(device)
+    keep = slots.new_ones(1, 1, len(slots) // 64, len(slots) // 64, dtype=torch.bool)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    q = torch.zeros(1, 1, video.tokens, 64, dtype=dtype, device=device)
+    plan = Plan(slots, keep, 64, 64)
+    if name == "routed":  # for plans of another kind
+        return
+    reasons = import_module(f"{__name__}.{name}").unsupported(q, q, q, plan)
+    if reasons:
+        raise ValueError(f"kernel {name!r} cannot run on {device}: {'; '.join(reasons)}")

@@ -10,7 +10,8 @@ from gen_accel.lora.config import Stage, TrainConfig, print_config, read_config
 
 if TYPE_CHECKING:
     from gen_accel.lora.dry_run import dry_run
-    from gen_accel.lora.latents import LatentCache, cache
+    from gen_accel.lora.encode import cache
+    from gen_accel.lora.latents import LatentCache
     from gen_accel.lora.trainer import Trained, train
 
 __all__ = [

@@ -23,6 +23,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from gen_accel.attention_processors.attached.recipe import Recipe, check_base, parse
+from gen_accel.attention_processors.attached.storage import save_processors
 from gen_accel.lora.artefact import (
     TEACHER,
     add_lora,
@@ -39,8 +41,6 @@ from gen_accel.lora.images import ImageCoder, about_images, new_projector, varia
 from gen_accel.lora.latents import as_features
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Draw
-from gen_accel.pipelines.recipe import Recipe, check_base, parse
-from gen_accel.pipelines.storage import save_processors
 
 Write = Callable[[Path], Any]
 

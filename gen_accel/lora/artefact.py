@@ -18,13 +18,19 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from gen_accel.attention_processors.attached.recipe import (
+    CONFIG,
+    KEY,
+    WEIGHTS,
+    Recipe,
+    check_base,
+    read_recipe,
+)
+from gen_accel.attention_processors.attached.storage import WEIGHTS as PROCESSORS
 from gen_accel.attention_processors.families import family_of
-from gen_accel.attention_processors.options import method_from
+from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.files import file_sha256, replacing, write_json
 from gen_accel.lora.config import TrainConfig
-from gen_accel.measure.report import file_sha256, write_json
-from gen_accel.measure.video_io import replacing
-from gen_accel.pipelines.recipe import CONFIG, KEY, WEIGHTS, Recipe, check_base, read_recipe
-from gen_accel.pipelines.storage import WEIGHTS as PROCESSORS
 
 ADAPTER, TEACHER = "default", "teacher"  # of PEFT
 PREFIX = "transformer"  # what diffusers calls it in the file, whichever of two it is

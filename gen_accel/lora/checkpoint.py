@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gen_accel.measure.report import file_sha256, write_json
-from gen_accel.measure.video_io import replacing
+from gen_accel.files import file_sha256, replacing, write_json
 
 TENSORS, STATE = "training.safetensors", "state.json"
 

@@ -203,7 +203,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        from gen_accel.attention_processors.options import method_from
+        from gen_accel.attention_processors.methods.options import method_from
         from gen_accel.kernels import check_name
         from gen_accel.pipelines.long_video import check_names
 
@@ -477,6 +477,6 @@ def _converted(value: Any, hint: Any) -> Any:
 
 
 def _written(hint: Any) -> str:
-    from gen_accel.attention_processors.options import written_type
+    from gen_accel.attention_processors.methods.options import written_type
 
     return written_type(hint)

@@ -21,7 +21,7 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageOps
 
-from gen_accel.measure.report import file_sha256
+from gen_accel.files import file_sha256
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 VIDEO_COLUMNS = ("video", "file_name", "path")

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.families import family_of, served_classes
-from gen_accel.attention_processors.options import method_from
+from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.images import features_shape
 from gen_accel.lora.model import Model
 from gen_accel.lora.trainer import Trained, accelerator_for, run
-from gen_accel.pipelines.sampling import check_fits
+from gen_accel.pipelines.generation.sampling import check_fits
 from gen_accel.video import VideoShape
 
 # Repositories whose class is known without asking the hub.

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.lora.attention_loss import AttentionLoss
 from gen_accel.lora.config import TrainConfig
-from gen_accel.pipelines.long_video.technique import temporal_patch
 
 MOST_DRAWS = 10_000
 SIGMAS = (1e-3, 1 - 1e-3)  # noise levels beyond these teach nothing

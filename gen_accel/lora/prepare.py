@@ -7,7 +7,8 @@ import torch
 from accelerate import Accelerator
 
 from gen_accel import demo
-from gen_accel.attention_processors.options import method_from
+from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
+from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.lora.adapters import read_start
 from gen_accel.lora.artefact import (
     check_guidance,
@@ -17,12 +18,13 @@ from gen_accel.lora.artefact import (
 )
 from gen_accel.lora.attention_loss import text_attentions
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.encode import cache
 from gen_accel.lora.images import ImageCoder, describe_images
-from gen_accel.lora.latents import LatentCache, cache
+from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
+from gen_accel.pipelines.generation.loading import Loading, load
+from gen_accel.pipelines.generation.sampling import Clip, check_fits, filled, token_grid
 from gen_accel.pipelines.long_video import known_trained_frames
-from gen_accel.pipelines.long_video.technique import latent_frames, temporal_patch
-from gen_accel.pipelines.sampling import Clip, Loading, check_fits, filled, load, token_grid
 from gen_accel.video import VideoShape
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}

@@ -17,8 +17,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from gen_accel.measure.report import file_sha256, write_json
-from gen_accel.measure.video_io import replacing
+from gen_accel.files import file_sha256, replacing, write_json
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 VERSION = 1

@@ -21,8 +21,11 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from torch import Tensor, nn
 
+from gen_accel.attention_processors.attached.recipe import Recipe, sizes
+from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import family_for
-from gen_accel.attention_processors.options import method_from, method_name
+from gen_accel.attention_processors.methods.options import method_from, method_name
+from gen_accel.files import replacing
 from gen_accel.lora import checkpoint
 from gen_accel.lora.adapters import fields_of_lora, put_on
 from gen_accel.lora.artefact import held_guidance, teacher_hash
@@ -31,12 +34,9 @@ from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import SIGMAS, Objective, draw, order, seed_of
 from gen_accel.lora.validate import Validation
-from gen_accel.measure.video_io import replacing
 from gen_accel.pipelines.attach import attach
+from gen_accel.pipelines.generation.sampling import steps_bar
 from gen_accel.pipelines.long_video.rope import apply_rule
-from gen_accel.pipelines.recipe import Recipe, sizes
-from gen_accel.pipelines.sampling import steps_bar
-from gen_accel.pipelines.schedule import Schedule
 
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 STEADY = 0.95  # of the running mean that the bar shows

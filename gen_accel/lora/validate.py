@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from gen_accel.lora.artefact import held_guidance
 from gen_accel.lora.config import TrainConfig
 from gen_accel.measure.video_io import read_video, side_by_side, write_video
+from gen_accel.pipelines.generation.sampling import Clip, filled, sample
 from gen_accel.pipelines.long_video import extend
-from gen_accel.pipelines.sampling import Clip, filled, sample
 
 
 class Validation:

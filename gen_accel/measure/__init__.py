@@ -1,7 +1,8 @@
 """What a run costs and what it changes: quality figures, videos, pictures and reports."""
 
-from .motion import Motion, measure_motion
-from .quality import (
+from gen_accel.files import write_json
+from gen_accel.measure.motion import Motion, measure_motion
+from gen_accel.measure.quality import (
     Fidelity,
     lpips,
     measure_fidelity,
@@ -10,8 +11,8 @@ from .quality import (
     ssim,
     ssim_per_frame,
 )
-from .report import write_json, write_report
-from .video_io import (
+from gen_accel.measure.report import write_report
+from gen_accel.measure.video_io import (
     check_writable,
     contact_sheet,
     read_stream,

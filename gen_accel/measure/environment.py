@@ -1,22 +1,24 @@
 """What this machine has: for the foot of a report, and for `gen-accel doctor`."""
 
-import os
 import platform
-import shutil
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gen_accel.kernels.native.build import cpp_compiler
 from gen_accel.measure.timing import device_name
+from gen_accel.moved import signpost
+
+if not TYPE_CHECKING:
+    __getattr__ = signpost("measure.environment")
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "triton", "xformers")
 FIXES = {
     "triton": "pip install triton  (Linux only; triton and flex on a GPU need it)",
     "xformers": 'pip install "gen_accel[xformers]"  (optional, CUDA only: the kernel xformers)',
 }
-COMPILERS = ("g++", "clang++", "c++", "cl")
 GIB = 2**30
 
 
@@ -63,12 +65,6 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def cpp_compiler() -> str | None:
-    """What torch.compile can build CPU code with, from $CXX or the usual names."""
-    named = os.environ.get("CXX")
-    return next(filter(None, map(shutil.which, [named] if named else COMPILERS)), None)
 
 
 def _gpus() -> list[Check]:

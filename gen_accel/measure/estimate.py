@@ -36,11 +36,11 @@ from torch import nn
 
 from gen_accel import demo
 from gen_accel.attention_processors import Dense, Neighborhood, Radial
+from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import wan
+from gen_accel.files import write_json
 from gen_accel.functional import attention
-from gen_accel.measure.report import write_json
 from gen_accel.measure.timing import device_name, interleaved
-from gen_accel.pipelines.schedule import Schedule
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 

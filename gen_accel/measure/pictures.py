@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gen_accel.measure.video_io import replacing
+from gen_accel.files import replacing
 from gen_accel.video import VideoShape
 
 KEPT, LEFT_OUT, GAP = (11, 107, 93), (226, 225, 220), (255, 255, 255)

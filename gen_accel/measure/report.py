@@ -1,17 +1,19 @@
 """What a run found: `report.json` for programs, `report.html` for people."""
 
 import base64
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .video_io import replacing
+from gen_accel.files import replacing
+from gen_accel.moved import signpost
+
+if not TYPE_CHECKING:
+    __getattr__ = signpost("measure.report")
 
 MEDIA_TYPES = {
     ".mp4": "video/mp4",
@@ -143,45 +145,6 @@ def write_report(
     )
     with replacing(Path(path)) as partial:
         partial.write_text(page, encoding="utf-8")
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal; the file is read a part at a time."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def write_json(path: str | Path, data: Any) -> None:
-    """Write `data` as indented JSON.
-
-    numpy numbers and arrays become plain ones, paths become strings. JSON has no infinity, so
-    that of identical videos becomes the string "Infinity", which `float()` reads back.
-
-    Raises:
-        TypeError: `data` holds something else that JSON does not know.
-        OSError: `path` cannot be written.
-    """
-    text = json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with replacing(Path(path)) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    match value:
-        case Mapping():
-            return {str(key): _plain(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_plain(item) for item in value]
-        case np.ndarray() | np.generic():
-            return _plain(value.tolist())
-        case float() if not math.isfinite(value):
-            return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-        case Path():
-            return str(value)
-    return value
 
 
 def _headline(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gen_accel.attention_processors.neighborhood import AXES, Axes, Neighborhood, spans
+from gen_accel.attention_processors.methods.neighborhood import AXES, Axes, Neighborhood, spans
 from gen_accel.video import VideoShape
 
 # Query and key tiles of NATTEN 0.21.7 on Hopper (128 queries) and Blackwell (256 queries) at head

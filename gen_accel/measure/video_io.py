@@ -4,23 +4,25 @@ Every file is written under a temporary name in the same folder and renamed when
 """
 
 import math
-import os
 import re
-import secrets
-import shutil
 import subprocess
-import tempfile
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from gen_accel.files import check_folder, replacing
+from gen_accel.moved import signpost
+
+if not TYPE_CHECKING:
+    __getattr__ = signpost("measure.video_io")
 
 SUFFIXES = (".mp4", ".gif", ".png", "")
 FRAME_NAME = re.compile(r"\d{4,}\.png")
@@ -126,19 +128,6 @@ def check_writable(path: str | Path, *, frames: int | None = None) -> None:
                 f"{target} must be new or hold numbered PNG frames only, it holds {min(others)}"
             )
     check_folder(target.parent)
-
-
-def check_folder(folder: Path) -> None:
-    """Make `folder`; raise OSError if that, or writing to it, fails."""
-    if folder.exists() and not folder.is_dir():
-        raise OSError(f"cannot write to folder {folder}: it is a file")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Permission bits do not tell of read-only file systems, so try.
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write to folder {folder}: {error}") from error
 
 
 def read_video(path: str | Path) -> np.ndarray:
@@ -278,30 +267,6 @@ def contact_sheet(
             _row([np.asarray(t) for t in tiles], gap),
         ]
     return np.concatenate(rows)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A new name beside `path`, with its suffix, that takes the place of `path` at the end.
-
-    Write a file there, or a folder of frames. After an exception it is gone, and what was at
-    `path` is still there.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stem = f".partial-{secrets.token_hex(8)}"
-    partial, earlier = path.with_name(stem + path.suffix), path.with_name(f"{stem}-earlier")
-    try:
-        yield partial
-        if partial.is_dir() and path.is_dir():  # which no rename can replace
-            path.rename(earlier)
-        os.replace(partial, path)
-    finally:
-        if earlier.exists() and not path.exists():
-            earlier.rename(path)
-        shutil.rmtree(earlier, ignore_errors=True)
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
 
 
 def _target(path: Path, frames: int | None) -> Path:

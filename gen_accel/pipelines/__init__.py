@@ -3,17 +3,21 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gen_accel.pipelines.attach import (
+from gen_accel.attention_processors.attached.attachment import (
     Attachment,
     Displaced,
     NothingSaved,
     SilentBranch,
-    attach,
 )
-from gen_accel.pipelines.calibrate import Calibration, calibrate, measure_calibration
-from gen_accel.pipelines.schedule import Schedule
-from gen_accel.pipelines.storage import load_processors, save_processors
-from gen_accel.pipelines.summary import Summary
+from gen_accel.attention_processors.attached.calibrate import (
+    Calibration,
+    calibrate,
+    measure_calibration,
+)
+from gen_accel.attention_processors.attached.schedule import Schedule
+from gen_accel.attention_processors.attached.storage import load_processors, save_processors
+from gen_accel.attention_processors.attached.summary import Summary
+from gen_accel.pipelines.attach import attach
 
 if TYPE_CHECKING:
     from gen_accel.pipelines.image_prompt import ImagePrompt, ScaleRange, load_image_prompt

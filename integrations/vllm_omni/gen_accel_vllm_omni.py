@@ -17,7 +17,7 @@ from torch import Tensor
 
 import gen_accel
 from gen_accel import Dense, Schedule, SparseLinear, VideoShape
-from gen_accel.attention_processors.options import method_from
+from gen_accel.attention_processors.methods.options import method_from
 
 logger = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import wan
+from demo_model.train import new_tokenizer
 from diffusers import (
     AllegroPipeline,
     AllegroTransformer3DModel,
@@ -14,7 +15,6 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 from image_models import noise
 from torch import Tensor
 
-from gen_accel.demo.train import new_tokenizer
 from tiny import Case
 
 CHANNELS, HEADS, HEAD_DIM = 4, 2, 24

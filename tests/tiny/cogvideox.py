@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import wan
+from demo_model.train import new_tokenizer
 from diffusers import (
     AutoencoderKLCogVideoX,
     CogVideoXDDIMScheduler,
@@ -16,7 +17,6 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 
-from gen_accel.demo.train import new_tokenizer
 from tiny import Case
 from tiny.wan import noise
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import wan
+from demo_model.train import new_tokenizer
 from diffusers import Cosmos3OmniPipeline, Cosmos3OmniTransformer
 from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import (
     get_3d_mrope_ids_text_tokens,
@@ -12,7 +13,6 @@ from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import (
 from image_models import noise
 from torch import Tensor, nn
 
-from gen_accel.demo.train import new_tokenizer
 from tiny import Case, Grid
 
 CHANNELS, WORDS, VOCABULARY = 4, 6, 24

@@ -5,11 +5,10 @@ from functools import cache
 from typing import Any
 
 import torch
+from demo_model.train import new_tokenizer
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from transformers import CLIPTextConfig, Qwen3Config, Qwen3ForCausalLM, T5Config, T5EncoderModel
-
-from gen_accel.demo.train import new_tokenizer
 
 GRIDS = ((1, 9, 11), (1, 6, 7))
 HEIGHT, WIDTH = 36, 44  # pixels of what pipelines make: in tokens 9 x 11

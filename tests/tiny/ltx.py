@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import wan
+from demo_model.train import new_tokenizer
 from diffusers import (
     AutoencoderKLLTXVideo,
     FlowMatchEulerDiscreteScheduler,
@@ -16,7 +17,6 @@ from diffusers import (
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from torch import Tensor
 
-from gen_accel.demo.train import new_tokenizer
 from tiny import Case
 from tiny.cogvideox import TEXT_WIDTH, text_encoder
 from tiny.wan import noise

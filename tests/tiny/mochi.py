@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import wan
+from demo_model.train import new_tokenizer
 from diffusers import (
     AutoencoderKLMochi,
     FlowMatchEulerDiscreteScheduler,
@@ -12,7 +13,6 @@ from diffusers import (
 )
 from torch import Tensor
 
-from gen_accel.demo.train import new_tokenizer
 from tiny import Case
 from tiny.cogvideox import TEXT_WIDTH, text_encoder
 from tiny.wan import noise, poke

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import wan
+from demo_model.train import new_tokenizer
 from diffusers import (
     ClassifierFreeGuidance,
     FlowMatchEulerDiscreteScheduler,
@@ -16,7 +17,6 @@ from torch import Tensor
 from transformers import SiglipImageProcessor, T5Gemma2EncoderConfig
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2Encoder
 
-from gen_accel.demo.train import new_tokenizer
 from tiny import Case
 from tiny.hunyuan_video import padding
 from tiny.wan import noise, poke

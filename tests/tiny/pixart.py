@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 import wan
+from demo_model.train import new_tokenizer
 from diffusers import DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from image_adapters import pipeline as image_pipeline
 from image_models import noise
 from torch import Tensor
 
-from gen_accel.demo.train import new_tokenizer
 from tiny import Case
 
 CHANNELS, HEADS, HEAD_DIM = 4, 2, 16

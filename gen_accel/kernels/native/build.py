@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -23,7 +24,6 @@ from gen_accel.kernels.native.arguments import (
     PicksArgs,
     SumsArgs,
 )
-from gen_accel.measure.environment import cpp_compiler
 
 HERE = Path(__file__).parent
 SOURCES = tuple(HERE / f"{name}.cpp" for name in ("attention", "linear", "selection"))
@@ -141,3 +141,12 @@ def _processor() -> str:
         lines = []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return f"{platform.machine()} {flags}"
+
+
+COMPILERS = ("g++", "clang++", "c++", "cl")
+
+
+def cpp_compiler() -> str | None:
+    """What torch.compile can build CPU code with, from $CXX or the usual names."""
+    named = os.environ.get("CXX")
+    return next(filter(None, map(shutil.which, [named] if named else COMPILERS)), None)

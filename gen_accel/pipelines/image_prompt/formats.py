@@ -40,13 +40,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gen_accel.attention_processors.attached.recipe import CONFIG, KEY, sizes
 from gen_accel.attention_processors.families import image_family_of
 from gen_accel.attention_processors.image_prompt import ImageAdapter, KeysValues
-from gen_accel.measure.report import write_json
-from gen_accel.measure.video_io import replacing
+from gen_accel.files import replacing, write_json
+from gen_accel.pipelines.generation.loading import REPOSITORY
 from gen_accel.pipelines.image_prompt import projectors
-from gen_accel.pipelines.recipe import CONFIG, KEY, sizes
-from gen_accel.pipelines.sampling import REPOSITORY
 
 VARIANTS = (
     "base",

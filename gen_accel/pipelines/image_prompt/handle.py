@@ -4,139 +4,47 @@ B rows of a batch, N tokens of video or image, H heads, D dim of a head, I image
 C width of those, E width of a feature.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import ImageAttention, image_family_of, tap_image
+from gen_accel.attention_processors.attached.clock import Clock
+from gen_accel.attention_processors.families import image_family_of, tap_image
 from gen_accel.attention_processors.image_prompt import ImageAdapter, warn_of_other_text
-from gen_accel.attention_processors.seam import is_compiled
-from gen_accel.pipelines.clock import Clock
+from gen_accel.moved import signpost
 from gen_accel.pipelines.image_prompt.branch import (
     Batch,
-    Branch,
     Images,
     Side,
     Term,
-    Turns,
     Watched,
     own_weights,
     spread,
 )
 from gen_accel.pipelines.image_prompt.features import Features, alike, count, mapped, shapes
 from gen_accel.pipelines.image_prompt.guidance import (
-    MODELS,
-    Calls,
     Guidance,
-    How,
     Layout,
     Pipe,
 )
+from gen_accel.pipelines.image_prompt.part import Part
 from gen_accel.pipelines.image_prompt.strength import (
     Masks,
     ScaleRange,
     Scales,
     frame_spans,
-    temporal_factor,
 )
-from gen_accel.pipelines.long_video.technique import temporal_patch
 from gen_accel.video import VideoShape
 
+if not TYPE_CHECKING:
+    __getattr__ = signpost("pipelines.image_prompt.handle")
+
 _LAYOUTS = 8  # arrangements of a batch that keys and values are kept for
-
-
-def load_image_prompt(
-    pipe: Any,
-    source: Any,
-    *,
-    name: str = "default",
-    scale: Any = 1.0,
-    subfolder: str | None = None,
-    weight_name: str | None = None,
-    variant: str | None = None,
-    image_encoder: Any = None,
-    part: str | None = None,
-) -> "ImagePrompt":
-    """Let images prompt a pipeline, beside its text.
-
-        prompt = gen_accel.load_image_prompt(pipe, "h94/IP-Adapter", subfolder="models",
-                                             weight_name="ip-adapter_sd15.safetensors")
-        prompt.set_image("cat.png")
-        image = pipe("on a beach").images[0]
-        prompt.remove()
-
-    Goes with any method of `gen_accel.attach` and with any LoRA, loaded before or after. Several
-    adapters, each with a name of its own, add up. Load before `torch.compile`.
-
-    Args:
-        pipe: a diffusers pipeline; or a transformer or UNet.
-        source: a file, a folder, a repository of the hub, "demo" for the embedded model's (a
-            folder of that name is "./demo"), or an `ImageAdapter`.
-        name: of the adapter on this model.
-        scale: see `ImagePrompt.set_scale`.
-        subfolder, weight_name: where in a folder or repository.
-        variant: what the file is, one of `formats.VARIANTS`, where its keys do not tell:
-            "faceid_plus_v2" for one without "plusv2" in its name.
-        image_encoder: what turns images into the adapter's features: a CLIP vision model, its
-            folder or repository. Without, the one that the adapter's file names, or else the
-            pipeline's own.
-        part: "transformer" or "transformer_2" of a pipeline with both, where the adapter is for
-            one. Without, that which its file says it was trained on, or else both.
-
-    Raises:
-        ValueError: an adapter for another model or of another variant, a name that is taken, a
-            model that is served by no family or compiled already, or a scale that does not fit.
-        FileNotFoundError: nothing at `source`.
-        TypeError: neither a pipeline nor a module.
-    """
-    if not name or "." in name:
-        raise ValueError(f"name must not be empty or hold a dot, got {name!r}")
-    models = _models(pipe)
-    file = None
-    if not isinstance(source, ImageAdapter):
-        from gen_accel.pipelines.image_prompt.formats import (
-            build_adapter,
-            find_adapter,
-            read_adapter,
-        )
-
-        path = find_adapter(source, subfolder, weight_name)
-        file = read_adapter(path, variant=variant)
-        models = _chosen(models, part, file.metadata, pipe, bool(file.start))
-        first = next(iter(models.values()))
-        source = _like(build_adapter(file, first), first).requires_grad_(False).eval()
-    elif variant is not None:
-        raise ValueError(
-            f"variant={variant!r} says what a file is, and an ImageAdapter, here of "
-            f"{source.variant!r}, knows by itself: leave it out"
-        )
-    else:
-        models = _chosen(models, part, source.metadata, pipe, source.start is not None)
-    for key, model in models.items():
-        if is_compiled(model):
-            raise ValueError(
-                f"{key} is compiled already; load it again, then the image prompt, and compile"
-            )
-        if hasattr(model, _child(name)):
-            raise ValueError(
-                f"an image prompt {name!r} is on {key} already: remove it, or give another name"
-            )
-    owner = None if isinstance(pipe, nn.Module) else pipe
-    prompt = ImagePrompt(models, owner, source, name, scale, image_encoder)
-    if file is not None and file.lora:
-        from gen_accel.pipelines.image_prompt.identity_lora import load_identity_lora
-
-        try:
-            prompt.companions.append(load_identity_lora(pipe, file, _child(name)))
-        except BaseException:
-            prompt.remove()
-            raise
-    return prompt
 
 
 class ImagePrompt:
@@ -583,60 +491,6 @@ class _Rows(NamedTuple):
     keep: Tensor | None
 
 
-class Part:
-    """One model of a pipeline.
-
-    Attributes:
-        attentions: how many an image prompt could act in.
-        how: its pipelines run the negative prompt.
-        unet: it attends over smaller and smaller grids.
-        moving: it makes videos.
-        apart: each frame of them is a row of its own in the attentions.
-        factor: pixel frames in a latent frame, see `temporal_factor`.
-        first_alone: but the first, which is of one.
-        patch: latent frames in a token.
-        no_frames: why a call does not tell of which frames its latents are, see families.
-        taps: of the branches, as in `undo`.
-    """
-
-    def __init__(
-        self, name: str, model: nn.Module, family: Any, pipe: Any, adapter: ImageAdapter
-    ) -> None:
-        sites = family.image_attentions(model)
-        _check(adapter, sites, model)
-        warn_of_other_text(adapter, sites)
-        self.name, self.kind, self.attentions = name, type(model).__name__, len(sites)
-        self.branches = [Branch(site) for site in sites if site.number in adapter.layers]
-        self.video_shape, self.timestep = family.video_shape, family.timestep
-        self.rising = getattr(family, "TIMESTEPS_RISE", False)
-        self.no_frames: Callable[..., str | None] | None = getattr(family, "no_frames", None)
-        named = hasattr(model, "cache_context") and getattr(family, "NAMES_CALLS", True)
-        guided = getattr(family, "GUIDED", None)
-        self.how = How(family.GUIDANCE == "batched", named, guided)
-        self.unet = hasattr(model, "down_blocks")
-        self.moving, self.apart = family.KIND != "image", family.KIND == "frames"
-        self.first_alone = getattr(family, "FIRST_FRAME_ALONE", True)
-        self.factor = temporal_factor(pipe, family)
-        self.patch = 1 if self.factor is None else temporal_patch(model)
-        self.calls, self.turns, self.watched = Calls(), Turns(), Watched(())
-        self.undo: list[Callable[[], None]] = []
-        self.taps: list[Any] = []
-
-    def check_taps(self) -> None:
-        """ValueError where something else took the place of what the image is added by."""
-        for branch, tap in zip(self.branches, self.taps, strict=True):
-            if not tap.is_on:
-                raise ValueError(
-                    f"the processor of {branch.site.name} was replaced after the image prompt "
-                    "was loaded, which no longer acts there: remove() it, set processors, slicing "
-                    "or fused projections first, then load it again"
-                )
-
-    def fill(self, terms: Sequence[tuple[Term, ...]]) -> None:
-        for branch, own in zip(self.branches, terms, strict=True):
-            branch.fill(own, self.turns.now)
-
-
 class _Encoder:
     """Makes the encoder of images when it is needed: of the model that was given, else of the one
     that the adapter's file names, as another gives features that mean nothing to it, else of the
@@ -673,85 +527,6 @@ class _Encoder:
         vars(copy).update(vars(self))
         copy._pipe = deepcopy(self._pipe, memo)
         return copy
-
-
-def _models(pipe: Any) -> dict[str, nn.Module]:
-    if isinstance(pipe, nn.Module):
-        return {MODELS[0]: pipe}
-    found = {name: getattr(pipe, name, None) for name in MODELS}
-    models = {name: model for name, model in found.items() if model is not None}
-    if not models:
-        raise TypeError(
-            f"{type(pipe).__name__} is neither a pipeline with a transformer or UNet nor a module"
-        )
-    return models
-
-
-def _chosen(
-    models: dict[str, nn.Module],
-    part: str | None,
-    metadata: Mapping[str, Any],
-    pipe: Any,
-    starts: bool,
-) -> dict[str, nn.Module]:
-    """Those that the adapter is for. Where it has a `start` that is one: of another model, it
-    would subtract what its own layers are no copies of."""
-    if part is not None and part not in models:
-        raise ValueError(f"part must be one of {', '.join(models)}, got {part!r}")
-    if isinstance(pipe, nn.Module):
-        return models
-    recipe = metadata.get("recipe")
-    wanted = part or (recipe.get("part") if isinstance(recipe, Mapping) else None)
-    if wanted is None:
-        if starts and len(models) > 1:
-            raise ValueError(
-                f"the adapter starts from one model, and {type(pipe).__name__} has "
-                f"{' and '.join(models)}: say which by part="
-            )
-        return models
-    if wanted not in models:
-        raise ValueError(
-            f"the adapter is for the {wanted}, and {type(pipe).__name__} has "
-            f"{', '.join(models)}: say where it goes by part="
-        )
-    return {wanted: models[wanted]}
-
-
-def _check(adapter: ImageAdapter, sites: Sequence[ImageAttention], model: nn.Module) -> None:
-    """ValueError for the adapter of another model."""
-    kind, by_number = type(model).__name__, {site.number: site for site in sites}
-    strange = [number for number in adapter.layers if number not in by_number]
-    if strange:
-        raise ValueError(
-            f"the adapter is for another model: it has layers for attentions "
-            f"{', '.join(strange)}, {kind} has {', '.join(by_number)}"
-        )
-    width: Any = adapter.projector.width
-    for number, layer in adapter.layers.items():
-        site = by_number[number]
-        inner = site.heads * site.dim
-        for name in ("to_k", "to_v"):
-            module: Any = layer.get_submodule(name)
-            sizes = module.in_features, module.out_features
-            if sizes != (width, inner):
-                raise ValueError(
-                    f"the adapter is for another model: {name} of its layer {number} takes "
-                    f"{sizes[0]} to {sizes[1]}, the projector makes {width} and {site.name} of "
-                    f"{kind} has {inner}"
-                )
-        if adapter.start is not None and site.width != width:
-            raise ValueError(
-                f"the adapter is for another model: it starts from {site.name} of {kind}, which "
-                f"takes {site.width}, and its projector makes {width}"
-            )
-
-
-def _like(adapter: ImageAdapter, model: Any) -> ImageAdapter:
-    """On the device and in the precision of the model, where it can be computed there."""
-    weight = next(model.parameters())
-    half = weight.dtype in (torch.float16, torch.bfloat16)
-    device = torch.device("cpu") if weight.is_meta else weight.device
-    return adapter.to(device, weight.dtype if half else torch.float32)
 
 
 def _child(name: str) -> str:

@@ -13,18 +13,14 @@ from typing import Any
 from torch import nn
 
 from gen_accel import demo
+from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.families import family_for, family_of
-from gen_accel.pipelines.attach import served_transformers
+from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
 from gen_accel.pipelines.long_video.continuation import Continuation
 from gen_accel.pipelines.long_video.position_interpolation import PositionInterpolation
 from gen_accel.pipelines.long_video.riflex import Riflex
 from gen_accel.pipelines.long_video.rope import RULES, apply_rule
-from gen_accel.pipelines.long_video.technique import (
-    Target,
-    Technique,
-    latent_frames,
-    temporal_patch,
-)
+from gen_accel.pipelines.long_video.technique import Target, Technique
 
 __all__ = [
     "RULES",

@@ -24,9 +24,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gen_accel.pipelines.attach import one_generation
-from gen_accel.pipelines.decode import STREAMED, is_streamed, unscaled
-from gen_accel.pipelines.long_video.technique import Target, latent_frames
+from gen_accel.attention_processors.attached.extend import one_generation
+from gen_accel.attention_processors.lengths import latent_frames
+from gen_accel.pipelines.generation.decode import STREAMED, is_streamed, unscaled
+from gen_accel.pipelines.long_video.technique import Target
 
 NEEDED = ("latents", "num_frames", "output_type", "callback_on_step_end")
 

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from gen_accel.measure import write_json
-from gen_accel.pipelines.sampling import Loading, find_device, folder_of
+from gen_accel.pipelines.generation.loading import Loading, find_device, folder_of
 
 DONE = ".done.json"  # behind the name of an output: what it was made from
 

@@ -11,8 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from gen_accel.attention_processors import method_class
-from gen_accel.attention_processors.options import with_tuples
-from gen_accel.pipelines.schedule import Schedule
+from gen_accel.attention_processors.attached.schedule import Schedule
+from gen_accel.attention_processors.methods.options import with_tuples
 
 WEIGHTS, CONFIG = "pytorch_lora_weights.safetensors", "gen_accel.json"
 KEY = "gen_accel"  # of the metadata, and of PEFT's `auto_mapping`

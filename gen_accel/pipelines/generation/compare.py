@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from gen_accel.attention_processors import Dense
+from gen_accel.attention_processors.attached.attachment import SilentBranch
+from gen_accel.attention_processors.attached.schedule import Schedule
+from gen_accel.attention_processors.attached.summary import Summary
 from gen_accel.kernels import flex
 from gen_accel.measure import psnr, side_by_side, ssim, write_json, write_video
 from gen_accel.measure.environment import environment
-from gen_accel.pipelines.attach import SilentBranch, attach
-from gen_accel.pipelines.decode import is_streamed
-from gen_accel.pipelines.sampling import (
+from gen_accel.pipelines.attach import attach
+from gen_accel.pipelines.generation.decode import is_streamed
+from gen_accel.pipelines.generation.sampling import (
     Clip,
     Sample,
     check_clip,
@@ -20,8 +23,6 @@ from gen_accel.pipelines.sampling import (
     steps_bar,
     ticker,
 )
-from gen_accel.pipelines.schedule import Schedule
-from gen_accel.pipelines.summary import Summary
 
 WARM_UP_FRAMES = 17  # and one step: what is paid once is paid before the clocks start
 SHOWN_WIDTH = 288  # pixels; clips narrower than that are enlarged side by side

@@ -1,4 +1,4 @@
-"""Train the demo model from nothing: `python -m gen_accel.demo.train`.
+"""Train the demo model from nothing: `PYTHONPATH=examples python -m demo_model.train`.
 
 Five stages, each of which leaves its result in the working folder and is skipped when that is
 there: the autoencoder, its decoder alone on long clips, the latents of the training clips, the
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from demo_model import whole_clip
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
@@ -31,7 +32,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from gen_accel.demo import whole_clip
 from gen_accel.demo.world import (
     BACKGROUND,
     COLORS,

@@ -9,9 +9,9 @@ import torch
 
 from gen_accel.attention_processors import METHODS, BlockMixture, Radial, families
 from gen_accel.attention_processors.families import FAMILIES, REFUSED, image_classes
-from gen_accel.attention_processors.options import written_type
+from gen_accel.attention_processors.methods.options import written_type
 from gen_accel.kernels import KERNELS, routed
-from gen_accel.measure.environment import cpp_compiler
+from gen_accel.kernels.native.build import cpp_compiler
 from gen_accel.video import VideoShape
 
 SMALL = VideoShape(4, 8, 8)  # in tokens, to ask the kernels with
@@ -173,16 +173,6 @@ def _reasons(backend: ModuleType, device: str, dtype: torch.dtype, grad: bool) -
     if backend is routed:
         plan = BlockMixture("2d").plan_for(q, k, video=SMALL)
     return backend.unsupported(q, k, v, plan)
-
-
-def check_kernel(name: str, device: torch.device) -> None:
-    """Raises ValueError where a kernel cannot run on `device`, whatever the method."""
-    where = f"{device.type}, generating"
-    for kernel in kernels():
-        if kernel.name == name and kernel.refused.get(where):
-            raise ValueError(
-                f"kernel {name!r} cannot run on {device}: {'; '.join(kernel.refused[where])}"
-            )
 
 
 def _first_line(text: str | None) -> str:

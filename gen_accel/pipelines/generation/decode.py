@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.families import served_classes
-from gen_accel.measure.video_io import check_folder, replacing
-from gen_accel.pipelines.attach import served_transformers
+from gen_accel.files import check_folder, replacing
 
 # Families whose pipelines give latents as `decode_stream` takes them, with the autoencoder that
 # they then decode by.

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.stand_in import smooth_qk
+from gen_accel.attention_processors.methods.stand_in import smooth_qk
 from gen_accel.kernels import native_serves
 from gen_accel.kernels.linear import linear_attention
 from gen_accel.kernels.native.linear import MAPS, add_projected_linear

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
+from gen_accel.cli.app import INTERRUPTED
 from gen_accel.lora.config import TrainConfig, print_config, read_config
 
-INTERRUPTED = 130
 SEVERAL = ("stages", "targets", "betas")  # may also be given in one flag, with commas between
 
 TRAIN = """Train a LoRA through sparse attention, for videos longer than the model was made for.

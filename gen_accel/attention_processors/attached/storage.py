@@ -1,7 +1,6 @@
 """What is attached, on disk: the method and its parameters, as JSON and safetensors."""
 
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,19 +10,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gen_accel.attention_processors import method_class
-from gen_accel.attention_processors.families import family_of
-from gen_accel.attention_processors.options import method_name, with_tuples
-from gen_accel.measure.report import file_sha256, replacing, write_json
-from gen_accel.pipelines.attach import (
+from gen_accel.attention_processors.attached.attachment import (
     Attachment,
-    SilentBranch,
-    attach,
-    is_offloaded,
+    attachment_of,
     layer_method,
-    served_transformers,
+    put_on,
 )
-from gen_accel.pipelines.calibrate import attachment_of
-from gen_accel.pipelines.schedule import Schedule
+from gen_accel.attention_processors.attached.layer import is_offloaded
+from gen_accel.attention_processors.attached.schedule import Schedule
+from gen_accel.attention_processors.attached.transformers import served_transformers
+from gen_accel.attention_processors.families import family_of
+from gen_accel.attention_processors.methods.options import method_name, with_tuples
+from gen_accel.files import file_sha256, replacing, write_json
 
 CONFIG, WEIGHTS = "processors.json", "processors.safetensors"
 VERSION = 1
@@ -98,9 +96,7 @@ def load_processors(pipe_or_transformer: Any, folder: str | Path, **options: Any
     saved = saved | options
     schedule = saved["schedule"] or Schedule()
     _check_fit(pipe_or_transformer, method, schedule, tensors, folder / WEIGHTS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SilentBranch)
-        handle = attach(pipe_or_transformer, method, **saved)
+    handle = put_on(pipe_or_transformer, method, **saved)
     for name, parameter in _parameters(handle).items():
         parameter.copy_(tensors[name])
     return handle

@@ -1,14 +1,10 @@
 """Load any diffusers video pipeline, and sample one clip from it with the time that it took."""
 
 import inspect
-import json
 import math
-import re
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,15 +20,15 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from gen_accel import demo
-from gen_accel.attention_processors.families import family_of, served_classes, video_classes
-from gen_accel.pipelines.attach import TRANSFORMERS, served_transformers
-from gen_accel.pipelines.decode import as_uint8, check_streamed, decode_stream, is_streamed
+from gen_accel.attention_processors.attached.transformers import served_transformers
+from gen_accel.attention_processors.families import family_of
+from gen_accel.pipelines.generation.decode import (
+    as_uint8,
+    decode_stream,
+    is_streamed,
+)
 from gen_accel.video import VideoShape
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OFFLOADS = ("none", "model", "group", "sequential")
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 FPS = 16.0  # where neither the pipeline nor its family knows
 PIXELS = 16  # Wan pipelines take heights and widths that this divides, whatever the autoencoder
 
@@ -76,29 +72,6 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Loading:
-    """Where a pipeline runs, and what is loaded with it.
-
-    Args:
-        dtype: "auto" is float32 on the CPU and bfloat16 elsewhere.
-        device: "auto" is the accelerator where there is one, else the CPU.
-        offload: what waits in the CPU's memory: whole models, groups of layers, or single layers.
-        loras: a folder, file or hub repository each, with ":weight" behind it where it is not 1.
-    """
-
-    dtype: str = "auto"
-    device: str = "auto"
-    offload: str = "none"
-    loras: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.dtype != "auto" and self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.offload not in OFFLOADS:
-            raise ValueError(f"offload must be one of {OFFLOADS}, got {self.offload!r}")
-
-
-@dataclass(frozen=True)
 class Denoised:
     """A clip before it is decoded. latents: (1, C, f, h, w). Includes the text encoder."""
 
@@ -118,126 +91,6 @@ class Sample:
     @property
     def seconds(self) -> float:
         return self.denoise_seconds + self.decode_seconds
-
-
-def check_model(model: str | Path) -> None:
-    """Refuse what no pipeline can be loaded from, by reading one small file at most.
-
-    Raises:
-        ValueError: a folder without a pipeline, or with one that no family serves.
-        FileNotFoundError: neither a folder nor a name that the hub could know.
-    """
-    folder = folder_of(model)
-    if not folder.exists():
-        if REPOSITORY.fullmatch(str(model)):
-            return
-        raise FileNotFoundError(f"no folder at {model}, and no repository is called like that")
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(
-            f"{model} holds no model_index.json: give the folder that a diffusers pipeline was "
-            "saved in"
-        )
-    try:
-        kind, _ = _classes(json.loads(index.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError, LookupError, TypeError) as error:
-        raise ValueError(f"{index} is no index of a pipeline: {error}") from error
-    if kind is not None and kind not in served_classes():
-        raise ValueError(f"no family serves {kind} of {model}; see `gen-accel models`")
-    if kind is not None and kind not in video_classes():
-        raise ValueError(f"{kind} of {model} makes images and no video; attach to it in Python")
-
-
-def check_latents_of(model: str | Path) -> None:
-    """Refuse what gives no latents that could be kept, see `is_streamed`, by the pipeline's index,
-    which is fetched where it is on the hub."""
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-    check_streamed(*_classes(DiffusionPipeline.load_config(_location(model))))
-
-
-def load(model: str | Path, loading: Loading | None = None) -> Any:
-    """The pipeline, on its device, with its LoRAs.
-
-    Raises:
-        ValueError: what `check_model` refuses, a device that is not there, a LoRA that fits
-            nothing.
-        OSError: a file or repository that is not there.
-    """
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-    loading = loading or Loading()
-    source, device, dtype = _source(model, loading)
-    loras = [_lora(text) for text in loading.loras]
-    with warnings.catch_warnings():
-        # Newer diffusers call it `dtype`; older ones ignore that.
-        warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
-        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
-    pipe.set_progress_bar_config(disable=True)
-    if _frames_argument(pipe) not in _parameters(pipe):
-        kind = type(pipe).__name__
-        raise ValueError(f"{kind} makes no video from a prompt alone: it takes no num_frames")
-    if type(pipe.vae).__name__ == "AutoencoderKLAllegro":
-        pipe.vae.enable_tiling()  # without, diffusers cannot decode with it
-    _add_loras(pipe, loras)
-    _place(pipe, loading.offload, device)
-    return pipe
-
-
-def load_decoder(model: str | Path, loading: Loading | None = None) -> Any:
-    """The pipeline with its autoencoder and nothing else, for `decode_stream`.
-
-    Raises:
-        ValueError: what `check_model` refuses, a device that is not there, LoRAs, which do not
-            change how latents are decoded, a pipeline that is not of diffusers, or one that
-            decodes in a way of its own.
-        OSError: a file or repository that is not there.
-    """
-    import diffusers
-
-    loading = loading or Loading()
-    if loading.loras:
-        raise ValueError(f"a LoRA does not change how latents are decoded, got {loading.loras}")
-    source, device, dtype = _source(model, loading)
-    index: Any = diffusers.DiffusionPipeline.load_config(source)
-    name, (transformer, autoencoder) = index.get("_class_name"), _classes(index)
-    if not (hasattr(diffusers, str(name)) and hasattr(diffusers, str(autoencoder))):
-        raise ValueError(f"diffusers has no {name} with {autoencoder}, which {model} asks for")
-    check_streamed(transformer, autoencoder)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
-        vae = getattr(diffusers, str(autoencoder)).from_pretrained(
-            source, subfolder="vae", torch_dtype=dtype
-        )
-    kind = getattr(diffusers, str(name))
-    parts = {
-        part: None
-        for part, parameter in inspect.signature(kind.__init__).parameters.items()
-        if parameter.default is parameter.empty and part != "self"
-    }
-    pipe = kind(**(parts | {"vae": vae}))
-    _place(pipe, loading.offload, device)
-    return pipe
-
-
-def find_device(name: str) -> torch.device:
-    """Raises ValueError for a device that this machine or this torch does not have."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name == "auto":
-        return found or torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device must be auto, cpu, cuda or mps, got {name!r}") from None
-    if device.type == "cpu":
-        return device
-    have = "only the CPU" if found is None else f"the CPU and {found.type}"
-    if found is None or device.type != found.type:
-        raise ValueError(f"device {name!r} is not there: torch {torch.__version__} finds {have}")
-    if (device.index or 0) >= torch.accelerator.device_count():
-        count = torch.accelerator.device_count()
-        raise ValueError(f"device {name!r} is not there: {count} of {found.type}, from 0")
-    return device
 
 
 def filled(pipe: Any, clip: Clip) -> Clip:
@@ -507,53 +360,6 @@ def _parameters(pipe: Any) -> dict[str, inspect.Parameter]:
     return known
 
 
-def _classes(index: Any) -> tuple[str | None, str | None]:
-    """Of the first transformer and the autoencoder, by a pipeline's index."""
-    found = [index.get(name, (None, None))[1] for name in TRANSFORMERS]
-    first = next((kind for kind in found if kind is not None), None)
-    return first, index.get("vae", (None, None))[1]
-
-
-def _location(model: str | Path) -> str:
-    """As `from_pretrained` takes it."""
-    folder = folder_of(model)
-    return str(folder if folder.exists() else model)
-
-
-def folder_of(model: str | Path) -> Path:
-    """Of a pipeline, whether or not it is there; "demo" is the embedded one."""
-    return demo.path() if str(model) == "demo" else Path(model).expanduser()
-
-
-def _source(model: str | Path, loading: Loading) -> tuple[str, torch.device, torch.dtype]:
-    """What to load from, where to and as what; refused before anything is loaded."""
-    check_model(model)
-    device = find_device(loading.device)
-    if loading.offload != "none" and device.type == "cpu":
-        raise ValueError(
-            f"offload {loading.offload!r} needs a GPU to load onto; the device is the CPU"
-        )
-    if loading.dtype == "auto":
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    else:
-        dtype = DTYPES[loading.dtype]
-    return _location(model), device, dtype
-
-
-def _place(pipe: Any, offload: str, device: torch.device) -> None:
-    match offload:
-        case "none":
-            pipe.to(device)
-        case "model":
-            pipe.enable_model_cpu_offload(device=device)
-        case "sequential":
-            pipe.enable_sequential_cpu_offload(device=device)
-        case "group":
-            pipe.enable_group_offload(
-                onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda"
-            )
-
-
 def _vae_factor(pipe: Any, axis: str) -> int:
     """How much smaller latents are; the pipelines have three names for it."""
     for name in ("vae_scale_factor_{}", "vae_{}_compression_ratio", "vae_{}_scale_factor"):
@@ -565,31 +371,6 @@ def _vae_factor(pipe: Any, axis: str) -> int:
 def _nearest(size: int, step: int, least: int) -> str:
     below = least + max(0, size - least) // step * step
     return f"; nearest: {below}" if size < least else f"; nearest: {below} and {below + step}"
-
-
-def _lora(text: str) -> tuple[str, float]:
-    """ "folder:0.5" to the folder and 0.5."""
-    source, colon, weight = text.rpartition(":")
-    try:
-        parsed = (source, float(weight)) if colon else (text, 1.0)
-    except ValueError:  # the colon belongs to the name
-        parsed = (text, 1.0)
-    path = Path(parsed[0]).expanduser()
-    if not path.exists() and not REPOSITORY.fullmatch(parsed[0]):
-        raise FileNotFoundError(f"no LoRA at {parsed[0]}, and no repository is called like that")
-    return (str(path) if path.exists() else parsed[0]), parsed[1]
-
-
-def _add_loras(pipe: Any, loras: Sequence[tuple[str, float]]) -> None:
-    names = []
-    for i, (source, _) in enumerate(loras):
-        name = f"lora_{i}"
-        pipe.load_lora_weights(source, adapter_name=name)
-        if not any(name in adapters for adapters in pipe.get_list_adapters().values()):
-            raise ValueError(f"{source} holds no LoRA for {type(pipe).__name__}")
-        names.append(name)
-    if names:
-        pipe.set_adapters(names, [weight for _, weight in loras])
 
 
 def _now(pipe: Any) -> float:

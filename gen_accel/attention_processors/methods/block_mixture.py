@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.stand_in import smooth_qk
+from gen_accel.attention_processors.methods.stand_in import smooth_qk
 from gen_accel.kernels import native_serves
 from gen_accel.kernels.native.selection import SCOPES
 from gen_accel.kernels.native.selection import picks as native_picks

@@ -9,16 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.seam import SparseProcessor, is_compiled
-from gen_accel.attention_processors.sparse_linear import LinearBranch
-from gen_accel.pipelines.attach import (
-    TRANSFORMERS,
-    Attachment,
-    Layer,
-    is_offloaded,
-    on_device,
-    served_transformers,
-)
+from gen_accel.attention_processors.attached.attachment import Attachment, attachment_of
+from gen_accel.attention_processors.attached.layer import Layer, is_offloaded, on_device
+from gen_accel.attention_processors.attached.transformers import served_transformers
+from gen_accel.attention_processors.methods.sparse_linear import LinearBranch
+from gen_accel.attention_processors.seam import is_compiled
 from gen_accel.plan import widest
 from gen_accel.video import VideoShape
 
@@ -208,18 +203,6 @@ def _observe(
             f"the schedule keeps all of {num_inference_steps} steps dense, so that there is "
             f"nothing to fit: {handle.schedule}"
         )
-
-
-def attachment_of(pipe_or_transformer: Any) -> Attachment:
-    """The handle of what is attached; ValueError where nothing is."""
-    found = [getattr(pipe_or_transformer, name, None) for name in TRANSFORMERS]
-    for module in [pipe_or_transformer, *found]:
-        if isinstance(module, torch.nn.Module):
-            for part in module.modules():
-                processor = getattr(part, "processor", None)
-                if isinstance(processor, SparseProcessor) and not processor.owner.stands_in:
-                    return processor.owner
-    raise ValueError("nothing is attached: call gen_accel.attach first")
 
 
 class _Sums(ABC):

@@ -1,0 +1,40 @@
+"""The transformers of a pipeline and its scheduler."""
+
+from typing import Any
+from weakref import ref
+
+from torch import nn
+
+# As pipelines name them.
+TRANSFORMERS = ("transformer", "transformer_2", "transformer_ref", "unet")
+
+
+def served_transformers(pipe_or_transformer: Any) -> dict[str, nn.Module]:
+    """By the names that a pipeline has for them; TypeError for what has none."""
+    if isinstance(pipe_or_transformer, nn.Module):
+        return {TRANSFORMERS[0]: pipe_or_transformer}
+    found = {name: getattr(pipe_or_transformer, name, None) for name in TRANSFORMERS}
+    transformers = {name: module for name, module in found.items() if module is not None}
+    if not transformers:
+        kind = type(pipe_or_transformer).__name__
+        raise TypeError(f"{kind} is neither a pipeline with a transformer nor a module")
+    return transformers
+
+
+class SchedulerOf:
+    """A pipeline's scheduler, looked up at each call, as users exchange it; weakly, as the
+    pipeline owns the model."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = ref(pipe)
+
+    def __call__(self) -> Any:
+        alive = self._pipe()
+        if alive is None:
+            raise RuntimeError("the pipeline attached to is gone; attach to the one now in use")
+        return alive.scheduler
+
+    def __deepcopy__(self, memo: dict) -> "SchedulerOf":
+        """With a copy of the whole pipeline, that of the copy."""
+        pipe = self._pipe()
+        return SchedulerOf(memo.get(id(pipe), pipe))

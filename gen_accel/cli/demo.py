@@ -1,0 +1,115 @@
+"""`gen-accel demo`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gen_accel.cli import train as commands
+from gen_accel.cli.app import app
+from gen_accel.cli.options import Settings, print_files, print_rows
+
+
+@app.command(short_help="One clip, dense and sparse, side by side.")
+def demo(
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to write to. Without: outputs/demo, or outputs/demo_image with an image.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="A caption such as: a blue square moves up slowly.")
+    ] = None,
+    image_prompt: Annotated[
+        Path | None,
+        typer.Option(metavar="IMAGE", help="What moves is what this picture shows."),
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="1 more than a multiple of 4.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise that both start from.")] = 0,
+    method: Annotated[
+        str | None, typer.Option(help="Without: radial. See `gen-accel list`.")
+    ] = None,
+    settings: Settings = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda or mps. The model is too small for a GPU to gain.")
+    ] = "cpu",
+    model: Annotated[
+        Path | None, typer.Option(help="Another folder than the embedded model.")
+    ] = None,
+    with_lora: Annotated[
+        bool | None,
+        typer.Option(
+            "--with-lora/--without-lora",
+            help="Also 129 frames with the long-video LoRAs and without. [the embedded model]",
+        ),
+    ] = None,
+) -> None:
+    """Generate one clip dense and sparse with the embedded model, and compare them.
+
+    Writes the clips side by side and each alone, a picture of the mask, report.html with
+    everything on one page, and report.json. Needs no GPU and no download.
+
+    \b
+    gen-accel demo
+    gen-accel demo --prompt "a blue square moves up slowly" --seed 3
+    gen-accel demo --frames 129 --steps 10                      shorter, and less to gain
+    gen-accel demo --method radial --set decay_factor=0.5       sparser
+    gen-accel demo --method neighborhood --set window=9,7,7
+    python -m gen_accel.demo.clips --images --out outputs/stills --frames 5 --count 72
+    gen-accel demo --image-prompt outputs/stills/0008.png
+
+    The prompts that the model knows: a COLOUR SHAPE moves DIRECTION SPEED, with red, green, blue
+    or yellow; circle, square or triangle; left, right, up or down; slowly or quickly.
+
+    With --image-prompt, 33 frames of "something moves right slowly", or of --prompt: the text
+    says how it moves, a picture such as those of the first command what does. Without --out, into
+    outputs/demo_image.
+    """
+    commands.quiet()
+    from gen_accel.attention_processors.methods.options import method_from
+
+    given: dict[str, Any] = {"prompt": prompt, "frames": frames, "steps": steps, "model": model}
+    if method is not None or settings:
+        given["method"] = method_from(method or "radial", settings or ())
+    if image_prompt is None:
+        from gen_accel.demo.job import run
+
+        given |= {"out": out, "with_lora": with_lora}
+    else:
+        from gen_accel.demo.image_prompts import run
+
+        if with_lora is not None:
+            raise ValueError("--with-lora and --without-lora do not go with --image-prompt")
+        given |= {"out": out, "image": image_prompt}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    report, files = run(seed=seed, device=device, **chosen)
+    print_comparison(report)
+    print_files(files)
+
+
+def print_comparison(report: dict[str, Any]) -> None:
+    density = report["density"]
+    rows = {
+        "dense": f"{report['dense_seconds']:.1f} s for {report['steps']} steps",
+        "sparse": f"{report['sparse_seconds']:.1f} s, {report['speedup']:.2f}x as fast",
+        "with decoding": f"{report['total_speedup']:.2f}x as fast",
+        "tokens": f"{report['tokens']}",
+        "density": "all dense" if density is None else f"{density:.3f} where sparse",
+        "kernel": report["kernel"],
+        "PSNR, SSIM": f"{report['psnr_db']:.1f} dB, {report['ssim']:.3f} against dense",
+    }
+    if report["compile_seconds"]:
+        rows["compiling"] = f"{report['compile_seconds']:.1f} s, not counted"
+    if "detector" in report:
+        rows["dense shows"] = report["detector"]["dense"]["shows"]
+        rows["sparse shows"] = report["detector"]["sparse"]["shows"]
+    if "longer" in report:
+        made = report["longer"]
+        rows[f"{made['frames']} frames"] = f"{made['dense']['shows']} (dense, no LoRA)"
+        for name, clip in made["trained"].items():
+            title = ", ".join((name, *clip["techniques"]))
+            rows[title] = f"{clip['shows']}, {clip['times_as_fast']:.2f}x as fast"
+    print_rows(rows)

@@ -1,0 +1,270 @@
+"""`gen-accel generate`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gen_accel.cli import train as commands
+from gen_accel.cli.app import app
+from gen_accel.cli.demo import print_comparison
+from gen_accel.cli.options import (
+    DenseEnd,
+    DenseLayers,
+    DenseStart,
+    DenseSteps,
+    Kernel,
+    MethodName,
+    Settings,
+    Steps,
+    print_files,
+    schedule,
+)
+
+
+@app.command(short_help="Videos from prompts, with any served pipeline.")
+def generate(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Option(help="Folder of a diffusers pipeline, a hub repo, or demo: the embedded."),
+    ],
+    out: Annotated[
+        Path, typer.Option(help=".mp4, .gif, .png, or no suffix for a folder of PNG frames.")
+    ] = Path("outputs/video.mp4"),
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to show. May be repeated.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A text file with one prompt on each line; outputs are numbered."
+        ),
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Without: the model's own number.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    steps: Steps = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="1 is without guidance. Without: the model's own, or 1 with a LoRA that holds it."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Each further prompt takes the next.")] = 0,
+    fps: Annotated[
+        float | None,
+        typer.Option(
+            help="Frames a second of the file, which some models are told too. Without: the "
+            "model's own."
+        ),
+    ] = None,
+    method: MethodName = "radial",
+    settings: Settings = None,
+    kernel: Kernel = "auto",
+    dense_start: DenseStart = 0.0,
+    dense_end: DenseEnd = 0.0,
+    dense_steps: DenseSteps = 0,
+    dense_layers: DenseLayers = "0",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also run dense, and report the difference.")
+    ] = False,
+    timed: Annotated[
+        bool, typer.Option("--timed", help="Also measure the seconds spent in attention.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    offload: Annotated[
+        str, typer.Option(help="What waits in CPU memory: none, model, group or sequential.")
+    ] = "none",
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DIR_OR_REPO[:WEIGHT]", help="May be repeated."),
+    ] = None,
+    from_lora: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Load a LoRA of `gen-accel train`, and attach what it knows."
+        ),
+    ] = None,
+    extend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TECHNIQUE[,TECHNIQUE]",
+            help="For video longer than the model was trained on, such as riflex. Without: what "
+            "--from-lora names; none: nothing.",
+        ),
+    ] = None,
+    trained_frames: Annotated[
+        int | None, typer.Option(help="That the model was trained on, where it is not known.")
+    ] = None,
+    image_prompt: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="IMAGE", help="Go by it beside the text. Several act together."),
+    ] = None,
+    image_adapter: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="What reads it: a file, folder, hub repo, or demo."),
+    ] = None,
+    image_scale: Annotated[
+        float | None, typer.Option(help="How strongly; 0 is not at all. Without: 1.")
+    ] = None,
+    image_negative: Annotated[
+        Path | None,
+        typer.Option(metavar="IMAGE", help="What the negative prompt goes by. Without: no image."),
+    ] = None,
+    image_mask: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="White where the image acts. One, or one for each image."
+        ),
+    ] = None,
+    image_encoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR_OR_REPO", help="A CLIP vision model, where the adapter needs one."
+        ),
+    ] = None,
+    save_latents: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also keep the latents, as .safetensors; not of every model."
+        ),
+    ] = None,
+    from_latents: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Decode what --save-latents kept.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Of several prompts, make again what is done.")
+    ] = False,
+) -> None:
+    """Generate videos with any diffusers video pipeline of `gen-accel models`.
+
+    \b
+    gen-accel generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a cat surfs" \\
+        --frames 161 --height 480 --width 832 --dense-start 0.25 --out cat.mp4
+    gen-accel generate --model models/wan --prompt "a cat surfs" --compare --out cat.mp4
+        also cat.dense.mp4, cat.side_by_side.mp4 and cat.json
+    gen-accel generate --model models/wan --prompts prompts.txt --out clips/clip.gif
+        clip-000.gif, clip-001.gif and so on, with seeds 0, 1, ...; again: what is not done yet
+    accelerate launch --num_processes 4 -m gen_accel generate --model models/wan \\
+        --prompts prompts.txt --out clips/clip.mp4
+        the same files, a part from each process, on a GPU of its own
+    gen-accel generate --model models/wan --prompt "a cat" --method neighborhood \\
+        --set window=9,12,12 --set is_causal=true,false,false --kernel flex
+    gen-accel generate --model models/wan --prompt "a cat" --method dense --lora loras/long:0.8
+    gen-accel generate --model models/wan --prompt "a cat" --from-lora outputs/lora/lora
+    gen-accel generate --model models/wan --prompt "a cat" --frames 161 --extend riflex \\
+        --save-latents cat.safetensors --out cat.mp4
+    gen-accel generate --model models/wan --from-latents cat.safetensors --out cat.gif
+    gen-accel generate --model models/wan --prompt "it surfs" --image-prompt cat.png \\
+        --image-adapter outputs/lora/image_prompt --image-scale 0.8 --out cat.mp4
+
+    Keep the first fifth or quarter of the steps dense: they decide what a video shows. With many
+    steps, --dense-start 0.25 is a good start. Sizes that the model cannot make are refused, with
+    the nearest that it can.
+    """
+    commands.quiet()
+    from gen_accel.attention_processors.methods.options import method_from
+    from gen_accel.pipelines.generation.generate import decode_latents, read_prompts
+    from gen_accel.pipelines.generation.generate import generate as run
+    from gen_accel.pipelines.generation.loading import Loading
+    from gen_accel.pipelines.generation.sampling import Clip
+
+    loading = Loading(dtype, device, offload, tuple(lora or ()))
+    if from_latents is not None:
+        _only(context, "from_latents", ("model", "out", "fps", "dtype", "device", "offload"))
+        path = decode_latents(model, from_latents, out=out, fps=fps, loading=loading)
+        print_files({"video": path})
+        return
+    texts = [*(prompt or ()), *(read_prompts(prompts) if prompts is not None else ())]
+    chosen: dict[str, Any] = {
+        "method": method_from(method, settings or ()),
+        "schedule": schedule(dense_start, dense_end, dense_steps, dense_layers),
+    }
+    if from_lora is not None:
+        if method != "radial" or settings:
+            raise ValueError("--from-lora attaches its own method: leave --method and --set out")
+        given = chosen["schedule"]
+        chosen = {"from_lora": from_lora, "schedule": None if given == schedule() else given}
+    made = run(
+        model,
+        texts,
+        out=out,
+        **chosen,
+        kernel=kernel,
+        clip=Clip(
+            frames,
+            height,
+            width,
+            steps,
+            guidance_scale,
+            negative_prompt,
+            seed,
+            fps,
+        ),
+        loading=loading,
+        compare=compare,
+        timed=timed,
+        techniques=_techniques(extend),
+        trained_frames=trained_frames,
+        latents=save_latents,
+        image=_images(
+            image_prompt,
+            image_adapter,
+            scale=image_scale,
+            negative=image_negative,
+            masks=tuple(image_mask or ()),
+            encoder=image_encoder,
+        ),
+        numbered=prompts is not None,
+        resume=not overwrite,
+    )
+    for one in made:
+        typer.echo(f"{one.prompt}  (seed {one.seed}, {one.seconds:.1f} s)")
+        if one.image:
+            typer.echo(one.image)
+        if one.report is None:
+            typer.echo(str(one.summary))
+            if one.extension:
+                typer.echo(one.extension)
+        else:
+            print_comparison(one.report)
+        print_files(one.files)
+
+
+def _only(context: Any, option: str, others: tuple[str, ...]) -> None:
+    """Refuse what the user gave besides `option` and `others`, before it is ignored."""
+    given = [
+        parameter
+        for parameter in context.command.params
+        if getattr(context.get_parameter_source(parameter.name), "name", "") == "COMMANDLINE"
+    ]
+    wrong = [p.opts[0] for p in given if p.name not in (option, *others)]
+    if wrong:
+        allowed = ", ".join(f"--{name}" for name in others)
+        name = option.replace("_", "-")
+        raise ValueError(f"--{name} goes with {allowed} only, got {', '.join(wrong)}")
+
+
+def _techniques(extend: str | None) -> tuple[str, ...] | None:
+    if extend is None:
+        return None
+    return () if extend == "none" else tuple(extend.split(","))
+
+
+def _images(images: list[Path] | None, adapter: str | None, **options: Any) -> Any:
+    """None without an image prompt."""
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    if images and adapter is not None:
+        from gen_accel.pipelines.generation.image_input import ImageInput
+
+        return ImageInput(tuple(images), adapter, **given)
+    # Neither is of use without the other, and the rest not without both.
+    names = [*(["prompt"] if images else []), *(["adapter"] if adapter is not None else [])]
+    names += [name.removesuffix("s") for name in given]
+    if not names:
+        return None
+    wrong = ", ".join(f"--image-{name}" for name in names)
+    raise ValueError(f"an image prompt is --image-prompt and --image-adapter, got {wrong} alone")

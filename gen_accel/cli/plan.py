@@ -1,0 +1,247 @@
+"""`gen-accel show`, `estimate` and `simulate`: what a run will cost, before it."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gen_accel.cli.app import app
+from gen_accel.cli.options import (
+    DenseEnd,
+    DenseLayers,
+    DenseStart,
+    DenseSteps,
+    MethodName,
+    Settings,
+    schedule,
+    whole_numbers,
+)
+
+
+@app.command(short_help="A picture of what a method keeps.")
+def show(
+    method: Annotated[str, typer.Argument(help="See `gen-accel list`.")],
+    frames: Annotated[int, typer.Option(help="In tokens: of the latent video.")],
+    height: Annotated[int, typer.Option(help="In tokens.")],
+    width: Annotated[int, typer.Option(help="In tokens.")],
+    text: Annotated[int, typer.Option(help="Text tokens in the same attention.")] = 0,
+    settings: Settings = None,
+    token: Annotated[
+        str | None,
+        typer.Option(metavar="F,R,C", help="Frame, row and column of the token to look from."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A .png to write instead of drawing here.")
+    ] = None,
+) -> None:
+    """Draw which blocks a method keeps, and what one token sees, before any model runs.
+
+    Of block_mixture and sparse_linear, whose pattern depends on q and k, it is that of smooth
+    random ones.
+
+    Sizes are in tokens. From pixels, for Wan: frames (n - 1) / 4 + 1, height / 16, width / 16,
+    so that 161 frames of 720 x 1280 are 41 x 45 x 80. For the demo model: height / 8, width / 8.
+
+    \b
+    gen-accel show radial --frames 33 --height 12 --width 12
+    gen-accel show radial --frames 41 --height 45 --width 80 --set rule=paper --out mask.png
+    gen-accel show neighborhood --frames 9 --height 12 --width 12 --set window=3,5,5 \\
+        --token 0,0,0 --out corner.png
+    """
+    from gen_accel.attention_processors.methods.options import method_from
+    from gen_accel.measure.pictures import mask_picture, mask_text
+    from gen_accel.video import VideoShape
+
+    chosen = method_from(method, settings or ())
+    video = VideoShape(frames, height, width, text)
+    if out is not None:
+        typer.echo(mask_picture(chosen, video, out, token=_token(token)))
+    elif token is not None:
+        raise ValueError("--token is drawn in a picture only: add --out mask.png")
+    else:
+        typer.echo(mask_text(chosen, video, _terminal_width()))
+
+
+@app.command(short_help="The speed-up to expect, without running.")
+def estimate(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Folder of a Wan pipeline, Wan2.1-T2V-1.3B, Wan2.1-T2V-14B and other names of "
+            "Wan's, or demo: the embedded."
+        ),
+    ],
+    frames: Annotated[int, typer.Option(help="Of the video, not latents.")],
+    height: Annotated[int, typer.Option(help="Pixels.")],
+    width: Annotated[int, typer.Option(help="Pixels.")],
+    method: MethodName = "radial",
+    settings: Settings = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    dense_start: DenseStart = 0.0,
+    dense_end: DenseEnd = 0.0,
+    dense_steps: DenseSteps = 0,
+    dense_layers: DenseLayers = "0",
+    efficiency: Annotated[
+        float | None,
+        typer.Option(help="Share of the ideal speed-up that the kernel reaches; else measured."),
+    ] = None,
+) -> None:
+    """Tokens, FLOPs and the speed-up to expect, without running or loading the model.
+
+    \b
+    gen-accel estimate --model Wan2.1-T2V-14B --height 720 --width 1280 --frames 161
+    gen-accel estimate --model models/wan --height 480 --width 832 --frames 81 \\
+        --set decay_factor=0.2 --dense-start 0.25 --dense-layers 1
+    gen-accel estimate --model Wan2.1-T2V-1.3B --height 480 --width 832 --frames 81 \\
+        --efficiency 0.7
+
+    Kernel efficiency is measured on this machine the first time, which takes seconds.
+    """
+    from gen_accel.attention_processors.methods.options import method_from
+    from gen_accel.measure.estimate import estimate as run
+
+    result = run(
+        model,
+        method_from(method, settings or ()),
+        height=height,
+        width=width,
+        num_frames=frames,
+        schedule=schedule(dense_start, dense_end, dense_steps, dense_layers),
+        steps=steps,
+        efficiency=efficiency,
+    )
+    typer.echo(str(result))
+
+
+@app.command(short_help="The bound that tiles put on a speed-up.")
+def simulate(
+    method: Annotated[str, typer.Argument(help="neighborhood.")],
+    frames: Annotated[int, typer.Option(help="In tokens: of the latent video.")],
+    height: Annotated[int, typer.Option(help="In tokens.")],
+    width: Annotated[int, typer.Option(help="In tokens.")],
+    window: Annotated[
+        str | None, typer.Option(metavar="F,R,C", help="Without: searched under --density.")
+    ] = None,
+    stride: Annotated[
+        str | None, typer.Option(metavar="F,R,C", help="Without: the best are listed.")
+    ] = None,
+    dilation: Annotated[str, typer.Option(metavar="F,R,C")] = "1,1,1",
+    is_causal: Annotated[str, typer.Option(metavar="F,R,C")] = "false,false,false",
+    tile_q: Annotated[
+        str | None,
+        typer.Option(metavar="F,R,C", help="Query tile. Without: NATTEN's on Hopper, Blackwell."),
+    ] = None,
+    tile_k: Annotated[str | None, typer.Option(metavar="F,R,C", help="Key tile.")] = None,
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic", help="Key tiles start at the first key, not on a grid.")
+    ] = False,
+    density: Annotated[
+        float | None, typer.Option(help="Most of the token pairs that may be kept, 0 to 1.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="How many choices to list.")] = 10,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the figures there.")
+    ] = None,
+) -> None:
+    """How much faster neighborhood attention can be, for a stride and tiles, without running.
+
+    A kernel computes whole tiles of keys, so that a window often costs more than the pairs that it
+    keeps. Sizes are in tokens: see `gen-accel show --help`.
+
+    \b
+    gen-accel simulate neighborhood --frames 30 --height 48 --width 80 --window 18,24,24
+        the best strides and tiles for a window
+    gen-accel simulate neighborhood --frames 30 --height 48 --width 80 --density 0.1
+        the best windows too, that keep a tenth of all pairs or a little less
+    gen-accel simulate neighborhood --frames 30 --height 48 --width 80 --window 18,24,24 \\
+        --stride 16,8,8 --tile-q 4,8,8 --tile-k 2,8,8 --json bound.json
+        one choice
+    gen-accel simulate neighborhood --frames 1 --height 256 --width 256 --window 1,80,80 \\
+        --tile-q 1,16,16 --tile-k 1,16,8
+        an image; the best strides for a kernel's tiles
+
+    Of two choices with one bound, take the smaller stride: its windows are centred better.
+    """
+    from gen_accel.attention_processors.methods.options import method_from
+    from gen_accel.measure import write_json
+    from gen_accel.measure.simulate import TILES, best_choices
+    from gen_accel.measure.simulate import simulate as run
+    from gen_accel.video import VideoShape
+
+    if method != "neighborhood":
+        raise ValueError(f"simulate knows the method 'neighborhood', got {method!r}")
+    tiles = _tiles(tile_q, tile_k)
+    if stride is not None and (window is None or not tiles or density is not None):
+        raise ValueError(
+            "--stride is for one choice, with --window, --tile-q and --tile-k, without --density"
+        )
+    given = {"window": window or "1,1,1", "stride": stride or "1,1,1"}
+    given |= {"dilation": dilation, "is_causal": is_causal}
+    chosen = method_from(method, [f"{name}={value}" for name, value in given.items()])
+    video = VideoShape(frames, height, width)
+    if stride is None:
+        bounds = best_choices(
+            video,
+            chosen.window if window else None,
+            density=density,
+            dilation=chosen.dilation,
+            is_causal=chosen.is_causal,
+            tiles=tiles or TILES,
+            dynamic=dynamic,
+            top=top,
+        )
+        _print_bounds(bounds)
+    else:
+        [(query, key)] = tiles
+        bounds = [run(video, chosen, tile_q=query, tile_k=key, dynamic=dynamic)]
+        typer.echo(str(bounds[0]))
+    if json is not None:
+        write_json(json, [bound.to_dict() for bound in bounds])
+        typer.echo(json)
+
+
+def _tiles(query: str | None, key: str | None) -> Any:
+    if query is None and key is None:
+        return ()
+    if query is None or key is None:
+        raise ValueError("--tile-q and --tile-k go together, got one of them")
+    return ((whole_numbers(query, "--tile-q"), whole_numbers(key, "--tile-k")),)
+
+
+def _token(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    numbers = whole_numbers(text, "--token")
+    if len(numbers) != 3:
+        raise ValueError(f"--token needs a frame, a row and a column, as in 0,3,3, got {text!r}")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def _print_bounds(bounds: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    first = bounds[0]
+    typer.echo(f"{first.video} = {first.video.tokens} tokens")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("window")
+    for name in ("stride", "tile-q", "tile-k", "bound", "by FLOPs", "most", "of", "unmasked"):
+        table.add_column(name, justify="left" if "-" in name or name == "stride" else "right")
+    for bound in bounds:
+        sides = (bound.method.window, bound.method.stride, bound.tile_q, bound.tile_k)
+        table.add_row(
+            *(",".join(map(str, side)) for side in sides),
+            f"{bound.speedup:.2f}x",
+            f"{bound.flop_speedup:.2f}x",
+            f"{bound.most}",
+            f"{bound.key_tiles:g}",
+            f"{bound.whole:.0%}",
+        )
+    Console(highlight=False, markup=False).print(table)
+    typer.echo("most of the key tiles that a query tile visits; share of them without a mask")
+
+
+def _terminal_width() -> int:
+    from shutil import get_terminal_size
+
+    return get_terminal_size().columns

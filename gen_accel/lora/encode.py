@@ -1,0 +1,594 @@
+"""Clips and captions encoded once into a cache of latents."""
+
+import hashlib
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor, nn
+
+from gen_accel.attention_processors.families import classes_for, family_of
+from gen_accel.lora.data import (
+    CaptionedVideo,
+    Size,
+    check_teacher_captions,
+    find_videos,
+    nearest_size,
+    open_image,
+)
+from gen_accel.lora.fingerprint import hash_of, model_state, words_state
+from gen_accel.lora.latents import IMAGE, LATENTS, RECIPE, TEXTS_AT_ONCE, Entry
+from gen_accel.lora.shards import (
+    SHARD_BYTES,
+    Shards,
+)
+from gen_accel.pipelines.generation.loading import DTYPES, check_model, find_device
+
+if TYPE_CHECKING:
+    from gen_accel.lora.images import ImageCoder
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run of `cache` did, in clips at one length each, if not said otherwise.
+
+    Args:
+        encoded: now.
+        kept: of those encoded before.
+        removed: that the cache held before and holds no more.
+        texts: captions encoded now, the empty one included.
+        short: clips with fewer frames than the shortest length.
+        broken: clips that could not be read, with the reason.
+        damaged: shards that had to be encoded again.
+        images: encoded now; None where none were asked for.
+    """
+
+    folder: Path
+    encoded: int
+    kept: int
+    removed: int
+    texts: int
+    short: tuple[str, ...] = ()
+    broken: dict[str, str] = field(default_factory=dict)
+    damaged: tuple[str, ...] = ()
+    images: int | None = None
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.encoded} clips encoded",
+            f"{self.kept} kept",
+            f"{self.removed} removed",
+            f"{self.texts} texts encoded",
+            *([] if self.images is None else [f"{self.images} images encoded"]),
+            f"{len(self.short)} too short",
+            f"{len(self.broken)} broken",
+        ]
+        lines = [f"{self.folder}: {', '.join(parts)}"]
+        lines += [f"  {name}: {reason}" for name, reason in self.broken.items()]
+        return "\n".join(lines)
+
+
+def cache(
+    model_or_pipe: Any,
+    data: str | Path | Sequence[CaptionedVideo],
+    out: str | Path,
+    *,
+    frames: Sequence[int],
+    sizes: Sequence[Size],
+    fps: float | None = None,
+    max_tokens: int | None = None,
+    on_broken: Literal["skip", "stop"] = "skip",
+    store: Literal["float16", "bfloat16", "float32"] = "float16",
+    device: str = "auto",
+    dtype: str = "auto",
+    shard_bytes: int = SHARD_BYTES,
+    images: "ImageCoder | None" = None,
+    teacher: bool = False,
+) -> Report:
+    """Encode all clips and captions of a data set that `out` does not hold yet.
+
+        cache("models/Wan2.1", "clips", "cache", frames=(81, 161), sizes=[(480, 832)], fps=16)
+        LatentCache("cache").latents(0)
+
+    All clips are read once before the first is encoded, so that what is wrong with them is said
+    then. A run that is killed leaves its finished shards to the next. Two runs must not write to
+    one folder at the same time.
+
+    Args:
+        model_or_pipe: the folder of a pipeline, a repository on the hub, or a pipeline, which is
+            used as it is. Of a folder the transformer is not loaded.
+        data: see `find_videos`; or the videos themselves.
+        frames: lengths in frames of the video. A clip counts for the longest that it fills and,
+            unless the autoencoder is causal, once more for each shorter one.
+        sizes: (height, width) in pixels; a clip takes the one of the nearest aspect.
+        fps: that clips are resampled to; None keeps the frames that are stored.
+        max_tokens: of the text, the pipeline's `max_sequence_length`.
+        on_broken: whether a clip that cannot be read is left out or ends the run.
+        store: dtype in the shards. Latents have unit variance, for which float16 has eight times
+            the resolution of bfloat16; values that it cannot hold are refused.
+        device: to encode on; "auto" is the accelerator where there is one. The encoders of a
+            pipeline are moved there for as long as they work.
+        dtype: to load the encoders in; "auto" is float32 for the autoencoder and, on a GPU,
+            bfloat16 for the text encoders. Not for a pipeline, which has its own.
+        shard_bytes: how much is held in memory before it is written.
+        images: encode the image prompt of each clip too, its middle frame where it has none.
+        teacher: encode the caption for the teacher of each clip too, which all must have.
+
+    Raises:
+        ValueError: whatever `find_videos` or `check_model` refuses, sizes or lengths that the
+            model cannot take, a length that no clip fills, a pipeline that is offloaded, texts
+            that `store` cannot hold.
+        OSError: a broken clip with on_broken="stop", or a folder that cannot be written.
+    """
+    _check_options(frames, sizes, fps, max_tokens, on_broken, store, shard_bytes)
+    if isinstance(data, str | Path):
+        videos = find_videos(data, images=images is not None)
+    else:
+        videos = list(data)
+    if not videos:
+        raise ValueError("data holds no videos")
+    if teacher:
+        check_teacher_captions(videos)
+    encoders = _encoders(model_or_pipe, device, dtype)
+    _check_fit(encoders, frames, sizes)
+    fps = None if fps is None else float(fps)
+    run = _Run(
+        encoders,
+        tuple(sorted(set(frames))),
+        tuple(sizes),
+        fps,
+        max_tokens,
+        on_broken,
+        store,
+        images,
+        teacher,
+    )
+    with Shards(Path(out), shard_bytes) as shards, _bar() as bar:
+        jobs, known, short = run.read(videos, shards, bar)
+        texts = run.encode_texts(jobs, shards, bar)
+        pictures = run.encode_images(jobs, shards, bar)
+        new = run.encode_clips(jobs, shards, bar)
+        done = [job for job in jobs if all(key in shards for key in job.keys)]
+        if not done:
+            raise ValueError(f"no clip could be encoded: {next(iter(run.broken.values()))}")
+        entries = [_entry(job, encoders.pipe) for job in done]
+        before = {(e["name"], e["pixel_frames"]) for e in shards.earlier.get("entries", ())}
+        manifest = {
+            "model": type(encoders.pipe).__name__,
+            "causal": encoders.family.CAUSAL_VAE,
+            "fps": fps,
+            "store": store,
+            "max_tokens": max_tokens,
+            "clips": known,
+            "empty": run.text_key(""),
+            "entries": [_about(entry) for entry in entries],
+        }
+        used = {run.text_key("")} | {key for job in done for key in job.keys}
+        if images is not None:
+            nothing = run.image_key("nothing")
+            manifest["images"] = {**images.about, "nothing": nothing}
+            used.add(nothing)
+        shards.finish(manifest, used)
+    return Report(
+        folder=shards.folder,
+        encoded=sum(job.latent_key in new for job in done),
+        kept=sum(job.latent_key not in new for job in done),
+        removed=len(before - {(entry.name, entry.pixel_frames) for entry in entries}),
+        texts=texts,
+        short=short,
+        broken=run.broken,
+        damaged=shards.damaged,
+        images=pictures,
+    )
+
+
+class _Job(NamedTuple):
+    """A clip at one length. frames: of the video; size: in pixels."""
+
+    video: CaptionedVideo
+    frames: int
+    size: Size
+    latent_key: str
+    text_key: str
+    image_key: str | None = None
+    teacher_key: str | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        keys = (self.latent_key, self.text_key, self.image_key, self.teacher_key)
+        return tuple(key for key in keys if key is not None)
+
+
+class _Encoders(NamedTuple):
+    """A pipeline without its transformer's weights.
+
+    Args:
+        transformer: for its configuration alone.
+        device: to encode on.
+    """
+
+    pipe: Any
+    transformer: Any
+    device: torch.device
+
+    @property
+    def family(self) -> Any:
+        return family_of(self.transformer)
+
+    @contextmanager
+    def at_work(self, prefix: str) -> Iterator[None]:
+        """Models with names that begin with `prefix` are on the device, then where they were."""
+        models = [m for m in _parts_of(self.pipe, prefix).values() if isinstance(m, nn.Module)]
+        homes = [next(model.parameters()).device for model in models]
+        try:
+            for model in models:
+                model.to(self.device)
+            yield
+        finally:
+            for model, home in zip(models, homes, strict=True):
+                model.to(home)
+
+
+@dataclass
+class _Run:
+    """What one call of `cache` was asked for, and the clips that it found broken."""
+
+    encoders: _Encoders
+    frames: tuple[int, ...]
+    sizes: tuple[Size, ...]
+    fps: float | None
+    max_tokens: int | None
+    on_broken: str
+    store: str
+    images: "ImageCoder | None" = None
+    teacher: bool = False
+    broken: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        pipe, common = self.encoders.pipe, [RECIPE, self.store]
+        self._vae = hash_of([*common, *_states(pipe, "vae")])
+        texts = _states(pipe, "text_encoder", "tokenizer")
+        self._text = hash_of([*common, self.max_tokens, *texts])
+        self._image = None if self.images is None else hash_of([*common, self.images.state()])
+
+    def text_key(self, caption: str) -> str:
+        return hash_of([self._text, caption])
+
+    def image_key(self, *image: Any) -> str:
+        assert self._image is not None
+        return hash_of([self._image, *image])
+
+    def read(
+        self, videos: Sequence[CaptionedVideo], shards: Shards, bar: Progress
+    ) -> tuple[list[_Job], dict[str, Any], tuple[str, ...]]:
+        """What is to be in the cache, what is known of its clips, and those that are too short."""
+        jobs: list[_Job] = []
+        known: dict[str, Any] = {}
+        short = []
+        for video in bar.track(videos, description="reading"):
+            try:
+                digest = video.sha256()
+                clip = f"{digest} {self.fps}"
+                about = self._survey(video, shards.clips.get(clip))
+                picture = self._check_image(video, shards)
+            except OSError as error:
+                self._note(video, error)
+                continue
+            known[clip] = shards.clips[clip] = about
+            size = nearest_size(self.sizes, tuple(about["size"]))
+            lengths = [length for length in self.frames if length <= about["frames"]]
+            if not lengths:
+                short.append(video.name)
+            for length in lengths[-1:] if self.encoders.family.CAUSAL_VAE else lengths:
+                latent_key = hash_of([self._vae, digest, self.fps, length, size])
+                image_key = picture
+                if self.images is not None and image_key is None:
+                    image_key = self.image_key(digest, self.fps, length, size)
+                text_key = self.text_key(video.caption)
+                second = self.text_key(video.teacher_caption) if self.teacher else None
+                keys = latent_key, text_key, image_key, second
+                jobs.append(_Job(video, length, size, *keys))
+        self._check_lengths(known)
+        return jobs, known, tuple(short)
+
+    def encode_texts(self, jobs: Sequence[_Job], shards: Shards, bar: Progress) -> int:
+        """All captions that the shards lack. Returns how many those were."""
+        captions = {job.text_key: job.video.caption for job in jobs} | {self.text_key(""): ""}
+        captions |= {job.teacher_key: job.video.teacher_caption for job in jobs if job.teacher_key}
+        new = [key for key in captions if key not in shards]
+        parts = [new[i : i + TEXTS_AT_ONCE] for i in range(0, len(new), TEXTS_AT_ONCE)]
+        family, pipe = self.encoders.family, self.encoders.pipe
+        with self.encoders.at_work("text_encoder"):
+            for part in bar.track(parts, description="captions"):
+                prompts = [captions[key] for key in part]
+                found = family.encode_prompt(pipe, prompts, self.max_tokens)
+                for i, key in enumerate(part):
+                    tensors = {name: self._stored(x[i]) for name, x in found.items()}
+                    if not all(_finite(x) for x in tensors.values()):
+                        raise ValueError(
+                            f"store {self.store!r} cannot hold the text {prompts[i]!r}; float32 "
+                            "can what the text encoder made"
+                        )
+                    shards.put(key, tensors)
+        return len(new)
+
+    def encode_images(self, jobs: Sequence[_Job], shards: Shards, bar: Progress) -> int | None:
+        """All images that the shards lack. Returns how many those were."""
+        if self.images is None:
+            return None
+        new = {
+            job.image_key: job
+            for job in jobs
+            if job.image_key is not None and job.image_key not in shards
+        }
+        nothing = self.image_key("nothing")
+        with self.images.at_work(self.encoders.device):
+            if nothing not in shards:
+                shards.put(nothing, {IMAGE: self._stored(self.images.nothing())})
+            for key, job in bar.track(list(new.items()), description="images"):
+                try:
+                    found = self._stored(self.images(self._picture(job)))
+                    if not _finite(found):
+                        raise OSError(f"store {self.store!r} cannot hold its image")
+                except OSError as error:
+                    self._note(job.video, error)
+                    continue
+                shards.put(key, {IMAGE: found})
+        return len(new)
+
+    def encode_clips(self, jobs: Sequence[_Job], shards: Shards, bar: Progress) -> set[str]:
+        """All latents that the shards lack. Returns the keys of those."""
+        new = {job.latent_key: job for job in jobs if job.latent_key not in shards}
+        family, pipe = self.encoders.family, self.encoders.pipe
+        with self.encoders.at_work("vae"):
+            for key, job in bar.track(list(new.items()), description="clips"):
+                try:
+                    latents = self._stored(family.encode_video(pipe, self._pixels(job))[0])
+                    if not _finite(latents):
+                        raise OSError(f"store {self.store!r} cannot hold its latents")
+                except OSError as error:
+                    self._note(job.video, error)
+                    continue
+                shards.put(key, {LATENTS: latents})
+        return set(new)
+
+    def _check_image(self, video: CaptionedVideo, shards: Shards) -> str | None:
+        """The key of the image that the clip comes with, which is read; None without."""
+        if self.images is None or video.image is None:
+            return None
+        try:
+            data = video.image_bytes()
+            key = self.image_key(hashlib.sha256(data).hexdigest())
+            if key not in shards:
+                self.images.check(open_image(data))
+        except OSError as error:
+            raise OSError(f"its image cannot be read: {error}") from error
+        return key
+
+    def _picture(self, job: _Job) -> Image.Image:
+        """That which comes with the clip, or the frame in the middle of what is trained on."""
+        if job.video.image is not None:
+            return open_image(job.video.image_bytes())
+        frames = job.video.read(frames=job.frames // 2 + 1, size=job.size, fps=self.fps)
+        return Image.fromarray(frames[-1])
+
+    def _survey(self, video: CaptionedVideo, about: dict[str, Any] | None) -> dict[str, Any]:
+        """Frames that the clip has, of those asked for, and its stored size."""
+        longest = self.frames[-1]
+        if about and (about["frames"] < about["asked"] or about["asked"] >= longest):
+            return about
+        found = video.survey(frames=longest, fps=self.fps)
+        return {"frames": found.frames, "asked": longest, "size": list(found.size)}
+
+    def _check_lengths(self, known: dict[str, Any]) -> None:
+        """Each must have a clip."""
+        if not known:
+            raise ValueError(f"no clip could be read: {next(iter(self.broken.values()))}")
+        longest = max(about["frames"] for about in known.values())
+        for length in self.frames:
+            if length > longest:
+                rate = "" if self.fps is None else f" at {self.fps:g} frames a second"
+                raise ValueError(
+                    f"no clip has {length} frames{rate}: the longest of {len(known)} has {longest}"
+                )
+
+    def _note(self, video: CaptionedVideo, error: OSError) -> None:
+        if self.on_broken == "stop":
+            raise OSError(f"{video.name} is broken: {error}") from error
+        self.broken[video.name] = str(error)
+
+    def _pixels(self, job: _Job) -> Tensor:
+        """(1, 3, F, H, W) in [-1, 1]."""
+        frames = job.video.read(frames=job.frames, size=job.size, fps=self.fps)
+        if len(frames) < job.frames:
+            raise OSError(f"it has {len(frames)} frames now, and had {job.frames}")
+        return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+    def _stored(self, x: Tensor) -> Tensor:
+        return x.to("cpu", DTYPES[self.store] if x.is_floating_point() else x.dtype)
+
+
+def _encoders(model_or_pipe: Any, device: str, dtype: str) -> _Encoders:
+    if not isinstance(model_or_pipe, str | Path):
+        pipe = model_or_pipe
+        if dtype != "auto":
+            raise ValueError(f"dtype is for models to load, got {dtype!r} with a pipeline")
+        found = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+        transformer = next((model for model in found if model is not None), None)
+        if transformer is None:
+            raise ValueError(f"{type(pipe).__name__} has no transformer, which names its family")
+        return _Encoders(pipe, transformer, find_device(device))
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+    check_model(model_or_pipe)
+    target = find_device(device)
+    folder = Path(model_or_pipe).expanduser()
+    source = str(folder)
+    if not folder.exists():
+        source = str(DiffusionPipeline.download(str(model_or_pipe)))
+    # Asked for no transformer, `from_pretrained` loads it nevertheless where it is optional.
+    index: Any = DiffusionPipeline.load_config(source)
+    found = {name: value for name, value in index.items() if isinstance(value, list) and value[0]}
+    stages = [name for name in index if name.startswith("transformer")]
+    wanted = {"vae": DTYPES.get(dtype, torch.float32)}
+    default = DTYPES.get(dtype, torch.float32 if target.type == "cpu" else torch.bfloat16)
+    parts: dict[str, Any] = {
+        name: _loaded(source, name, kind, wanted.get(name, default))
+        for name, kind in found.items()
+        if name not in stages
+    }
+    scalars = {k: v for k, v in index.items() if k[0] != "_" and not isinstance(v, list)}
+    pipe = _class(("diffusers", index["_class_name"]))(**parts, **dict.fromkeys(stages), **scalars)
+    pipe.set_progress_bar_config(disable=True)
+    part = next(name for name in stages if name in found)
+    return _Encoders(pipe, _hollow(source, part, found[part]), target)
+
+
+def _loaded(source: str, name: str, kind: Sequence[str], dtype: torch.dtype) -> Any:
+    """One component of the pipeline in the folder `source`."""
+    found = _class(kind)
+    is_model = isinstance(found, type) and issubclass(found, nn.Module)
+    options = {"torch_dtype": dtype} if is_model else {}
+    with warnings.catch_warnings():
+        # Newer libraries call it `dtype`; older ones do not know that.
+        warnings.filterwarnings("ignore", ".*torch_dtype.*")
+        return _class(kind).from_pretrained(source, subfolder=name, **options)
+
+
+def _hollow(source: str, name: str, kind: Sequence[str]) -> Any:
+    """The model without its weights: it takes no memory and can compute nothing."""
+    from accelerate import init_empty_weights
+
+    found = _class(kind)
+    served = classes_for("training")
+    if found.__name__ not in served:
+        raise ValueError(f"no training for {found.__name__}; served: {', '.join(served)}")
+    with init_empty_weights():
+        return found.from_config(found.load_config(source, subfolder=name))
+
+
+def _class(kind: Sequence[str]) -> Any:
+    """Of a library and a name in it, as `model_index.json` has them."""
+    library, name = kind
+    return getattr(import_module(library), name)
+
+
+def _check_options(
+    frames: Sequence[int],
+    sizes: Sequence[Size],
+    fps: float | None,
+    max_tokens: int | None,
+    on_broken: str,
+    store: str,
+    shard_bytes: int,
+) -> None:
+    if not frames or any(length < 1 for length in frames):
+        raise ValueError(f"frames must be lengths of at least 1, got {list(frames)}")
+    if not sizes or any(side < 1 for size in sizes for side in size):
+        raise ValueError(f"sizes must be pairs of height and width, got {list(sizes)}")
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"fps must be positive and finite, got {fps}")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    if on_broken not in ("skip", "stop"):
+        raise ValueError(f"on_broken must be skip or stop, got {on_broken!r}")
+    if store not in DTYPES:
+        raise ValueError(f"store must be one of {', '.join(DTYPES)}, got {store!r}")
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
+
+
+def _check_fit(encoders: _Encoders, frames: Sequence[int], sizes: Sequence[Size]) -> None:
+    pipe, config = encoders.pipe, encoders.transformer.config
+    time, space = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+    for length in frames:
+        if (length - 1) % time:
+            below = (length - 1) // time * time + 1
+            raise ValueError(
+                f"frames must be {time} n + 1 for this autoencoder, got {length}; nearest: "
+                f"{below} and {below + time}"
+            )
+    patch = config.patch_size
+    patches = tuple(patch)[-2:] if isinstance(patch, list | tuple) else (patch, patch)
+    for size in sizes:
+        if any(side % (space * step) for side, step in zip(size, patches, strict=True)):
+            rule = " and ".join(str(space * step) for step in patches)
+            raise ValueError(f"sizes must be multiples of {rule} (height, width), got {size}")
+    channels = getattr(pipe.vae.config, "z_dim", None) or pipe.vae.config.latent_channels
+    if config.in_channels != channels:
+        raise ValueError(
+            f"the transformer takes {config.in_channels} channels where the latents have "
+            f"{channels}: only models from text to video are trained"
+        )
+
+
+def _entry(job: _Job, pipe: Any) -> Entry:
+    time, space = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+    return Entry(
+        name=job.video.name,
+        caption=job.video.caption,
+        frames=(job.frames - 1) // time + 1,
+        height=job.size[0] // space,
+        width=job.size[1] // space,
+        pixel_frames=job.frames,
+        latent_key=job.latent_key,
+        text_key=job.text_key,
+        image_key=job.image_key,
+        teacher_key=job.teacher_key,
+    )
+
+
+def _about(entry: Entry) -> dict[str, Any]:
+    """Without what it has not: the hash over all is as before there were any of those."""
+    return {name: value for name, value in asdict(entry).items() if value is not None}
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(x.isfinite().all())
+
+
+def _parts_of(pipe: Any, *prefixes: str) -> dict[str, Any]:
+    found = {name: part for name, part in pipe.components.items() if name.startswith(prefixes)}
+    return {name: part for name, part in sorted(found.items()) if part is not None}
+
+
+def _states(pipe: Any, *prefixes: str) -> list[Any]:
+    """What the components whose names begin so compute, as hashes."""
+    parts = _parts_of(pipe, *prefixes)
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in parts):
+            raise ValueError(f"{type(pipe).__name__} was loaded without its {prefix}")
+    return [
+        [name, model_state(name, part) if isinstance(part, nn.Module) else words_state(part)]
+        for name, part in parts.items()
+    ]
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description:<8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

@@ -1,0 +1,115 @@
+"""Import paths of 0.1, which lead to the new ones and warn. They go with the next release."""
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+_ATTACHED = "attention_processors.attached"
+_METHODS = "attention_processors.methods"
+_GENERATION = "pipelines.generation"
+
+# Modules that are no more, to where all that they held is now.
+MODULES = {
+    **{
+        f"attention_processors.{name}": f"{_METHODS}.{name}"
+        for name in (
+            *("block_mixture", "dense", "full", "neighborhood", "options", "radial"),
+            *("sparse_linear", "stand_in"),
+        )
+    },
+    **{
+        f"pipelines.{name}": f"{_ATTACHED}.{name}"
+        for name in (
+            *("calibrate", "clock", "extension", "recipe", "schedule", "storage", "summary"),
+        )
+    },
+    **{
+        f"pipelines.{name}": f"{_GENERATION}.{name}"
+        for name in (*("compare", "decode", "generate", "prompt_list", "sampling"),)
+    },
+    "inventory": "cli.inventory",
+    "lora.commands": "cli.train",
+    "pipelines.context_parallel": "attention_processors.context_parallel_plans",
+    "pipelines.trained": "pipelines.attach",
+}
+
+# Of modules old and new, the names that went elsewhere.
+NAMES: dict[str, dict[str, str]] = {
+    "inventory": {"check_kernel": "kernels"},
+    "lora.latents": {"cache": "lora.encode", "Report": "lora.encode"},
+    "measure.environment": {"cpp_compiler": "kernels.native.build"},
+    "measure.report": {"file_sha256": "files", "write_json": "files"},
+    "measure.video_io": {"check_folder": "files", "replacing": "files"},
+    "pipelines.attach": {
+        "TRANSFORMERS": f"{_ATTACHED}.transformers",
+        "served_transformers": f"{_ATTACHED}.transformers",
+        **dict.fromkeys(
+            (*("Attachment", "Displaced", "NothingSaved", "Options", "SilentBranch"),),
+            f"{_ATTACHED}.attachment",
+        ),
+        **dict.fromkeys(("extend_attention", "one_generation"), f"{_ATTACHED}.extend"),
+    },
+    "pipelines.calibrate": {"attachment_of": f"{_ATTACHED}.attachment"},
+    "pipelines.generate": {"ImageInput": f"{_GENERATION}.image_input"},
+    "pipelines.image_prompt.handle": {"load_image_prompt": "pipelines.image_prompt.load"},
+    "pipelines.long_video.technique": dict.fromkeys(
+        ("latent_frames", "temporal_patch"), "attention_processors.lengths"
+    ),
+    "pipelines.sampling": dict.fromkeys(
+        (
+            *("DTYPES", "Loading", "OFFLOADS", "check_latents_of", "check_model", "find_device"),
+            *("folder_of", "load", "load_decoder"),
+        ),
+        f"{_GENERATION}.loading",
+    ),
+}
+
+
+def signpost(module: str) -> Callable[[str], Any]:
+    """The `__getattr__` of `gen_accel.<module>`, old or still there: what a name is now, with a
+    DeprecationWarning that says where. It raises AttributeError for a name that never was."""
+
+    def found(name: str) -> Any:
+        home = NAMES.get(module, {}).get(name) or MODULES.get(module)
+        old, new = f"gen_accel.{module}", f"gen_accel.{home}"
+        gone = AttributeError(f"module {old!r} has no attribute {name!r}")
+        if home is None or name.startswith("__"):
+            raise gone
+        try:
+            value = getattr(import_module(new), name)
+        except AttributeError:
+            raise gone from None
+        message = f"{old}.{name} is now {new}.{name}; the old path goes with the next release"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return value
+
+    return found
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds the modules of `MODULES`, and nothing else."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, module = fullname.partition(".")
+        return ModuleSpec(fullname, self) if package == "gen_accel" and module in MODULES else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = ModuleType(spec.name)
+        vars(module)["__getattr__"] = signpost(spec.name.removeprefix("gen_accel."))
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+def install() -> None:
+    """Makes the old paths importable; called once, by the package."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())

@@ -1,0 +1,1 @@
+"""Videos made: a pipeline loaded, a clip sampled, compared, decoded and written."""

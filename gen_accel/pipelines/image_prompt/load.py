@@ -1,0 +1,153 @@
+"""An image-prompt adapter put on a live pipeline."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gen_accel.attention_processors.image_prompt import ImageAdapter
+from gen_accel.attention_processors.seam import is_compiled
+from gen_accel.pipelines.image_prompt.guidance import (
+    MODELS,
+)
+from gen_accel.pipelines.image_prompt.handle import ImagePrompt, _child
+
+
+def load_image_prompt(
+    pipe: Any,
+    source: Any,
+    *,
+    name: str = "default",
+    scale: Any = 1.0,
+    subfolder: str | None = None,
+    weight_name: str | None = None,
+    variant: str | None = None,
+    image_encoder: Any = None,
+    part: str | None = None,
+) -> "ImagePrompt":
+    """Let images prompt a pipeline, beside its text.
+
+        prompt = gen_accel.load_image_prompt(pipe, "h94/IP-Adapter", subfolder="models",
+                                             weight_name="ip-adapter_sd15.safetensors")
+        prompt.set_image("cat.png")
+        image = pipe("on a beach").images[0]
+        prompt.remove()
+
+    Goes with any method of `gen_accel.attach` and with any LoRA, loaded before or after. Several
+    adapters, each with a name of its own, add up. Load before `torch.compile`.
+
+    Args:
+        pipe: a diffusers pipeline; or a transformer or UNet.
+        source: a file, a folder, a repository of the hub, "demo" for the embedded model's (a
+            folder of that name is "./demo"), or an `ImageAdapter`.
+        name: of the adapter on this model.
+        scale: see `ImagePrompt.set_scale`.
+        subfolder, weight_name: where in a folder or repository.
+        variant: what the file is, one of `formats.VARIANTS`, where its keys do not tell:
+            "faceid_plus_v2" for one without "plusv2" in its name.
+        image_encoder: what turns images into the adapter's features: a CLIP vision model, its
+            folder or repository. Without, the one that the adapter's file names, or else the
+            pipeline's own.
+        part: "transformer" or "transformer_2" of a pipeline with both, where the adapter is for
+            one. Without, that which its file says it was trained on, or else both.
+
+    Raises:
+        ValueError: an adapter for another model or of another variant, a name that is taken, a
+            model that is served by no family or compiled already, or a scale that does not fit.
+        FileNotFoundError: nothing at `source`.
+        TypeError: neither a pipeline nor a module.
+    """
+    if not name or "." in name:
+        raise ValueError(f"name must not be empty or hold a dot, got {name!r}")
+    models = _models(pipe)
+    file = None
+    if not isinstance(source, ImageAdapter):
+        from gen_accel.pipelines.image_prompt.formats import (
+            build_adapter,
+            find_adapter,
+            read_adapter,
+        )
+
+        path = find_adapter(source, subfolder, weight_name)
+        file = read_adapter(path, variant=variant)
+        models = _chosen(models, part, file.metadata, pipe, bool(file.start))
+        first = next(iter(models.values()))
+        source = _like(build_adapter(file, first), first).requires_grad_(False).eval()
+    elif variant is not None:
+        raise ValueError(
+            f"variant={variant!r} says what a file is, and an ImageAdapter, here of "
+            f"{source.variant!r}, knows by itself: leave it out"
+        )
+    else:
+        models = _chosen(models, part, source.metadata, pipe, source.start is not None)
+    for key, model in models.items():
+        if is_compiled(model):
+            raise ValueError(
+                f"{key} is compiled already; load it again, then the image prompt, and compile"
+            )
+        if hasattr(model, _child(name)):
+            raise ValueError(
+                f"an image prompt {name!r} is on {key} already: remove it, or give another name"
+            )
+    owner = None if isinstance(pipe, nn.Module) else pipe
+    prompt = ImagePrompt(models, owner, source, name, scale, image_encoder)
+    if file is not None and file.lora:
+        from gen_accel.pipelines.image_prompt.identity_lora import load_identity_lora
+
+        try:
+            prompt.companions.append(load_identity_lora(pipe, file, _child(name)))
+        except BaseException:
+            prompt.remove()
+            raise
+    return prompt
+
+
+def _models(pipe: Any) -> dict[str, nn.Module]:
+    if isinstance(pipe, nn.Module):
+        return {MODELS[0]: pipe}
+    found = {name: getattr(pipe, name, None) for name in MODELS}
+    models = {name: model for name, model in found.items() if model is not None}
+    if not models:
+        raise TypeError(
+            f"{type(pipe).__name__} is neither a pipeline with a transformer or UNet nor a module"
+        )
+    return models
+
+
+def _chosen(
+    models: dict[str, nn.Module],
+    part: str | None,
+    metadata: Mapping[str, Any],
+    pipe: Any,
+    starts: bool,
+) -> dict[str, nn.Module]:
+    """Those that the adapter is for. Where it has a `start` that is one: of another model, it
+    would subtract what its own layers are no copies of."""
+    if part is not None and part not in models:
+        raise ValueError(f"part must be one of {', '.join(models)}, got {part!r}")
+    if isinstance(pipe, nn.Module):
+        return models
+    recipe = metadata.get("recipe")
+    wanted = part or (recipe.get("part") if isinstance(recipe, Mapping) else None)
+    if wanted is None:
+        if starts and len(models) > 1:
+            raise ValueError(
+                f"the adapter starts from one model, and {type(pipe).__name__} has "
+                f"{' and '.join(models)}: say which by part="
+            )
+        return models
+    if wanted not in models:
+        raise ValueError(
+            f"the adapter is for the {wanted}, and {type(pipe).__name__} has "
+            f"{', '.join(models)}: say where it goes by part="
+        )
+    return {wanted: models[wanted]}
+
+
+def _like(adapter: ImageAdapter, model: Any) -> ImageAdapter:
+    """On the device and in the precision of the model, where it can be computed there."""
+    weight = next(model.parameters())
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    return adapter.to(device, weight.dtype if half else torch.float32)

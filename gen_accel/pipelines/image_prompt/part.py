@@ -1,0 +1,106 @@
+"""One model of a pipeline that an image prompt is added to."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from gen_accel.attention_processors.families import ImageAttention
+from gen_accel.attention_processors.image_prompt import ImageAdapter, warn_of_other_text
+from gen_accel.attention_processors.lengths import temporal_patch
+from gen_accel.pipelines.image_prompt.branch import (
+    Branch,
+    Term,
+    Turns,
+    Watched,
+)
+from gen_accel.pipelines.image_prompt.guidance import (
+    Calls,
+    How,
+)
+from gen_accel.pipelines.image_prompt.strength import (
+    temporal_factor,
+)
+
+
+class Part:
+    """One model of a pipeline.
+
+    Attributes:
+        attentions: how many an image prompt could act in.
+        how: its pipelines run the negative prompt.
+        unet: it attends over smaller and smaller grids.
+        moving: it makes videos.
+        apart: each frame of them is a row of its own in the attentions.
+        factor: pixel frames in a latent frame, see `temporal_factor`.
+        first_alone: but the first, which is of one.
+        patch: latent frames in a token.
+        no_frames: why a call does not tell of which frames its latents are, see families.
+        taps: of the branches, as in `undo`.
+    """
+
+    def __init__(
+        self, name: str, model: nn.Module, family: Any, pipe: Any, adapter: ImageAdapter
+    ) -> None:
+        sites = family.image_attentions(model)
+        _check(adapter, sites, model)
+        warn_of_other_text(adapter, sites)
+        self.name, self.kind, self.attentions = name, type(model).__name__, len(sites)
+        self.branches = [Branch(site) for site in sites if site.number in adapter.layers]
+        self.video_shape, self.timestep = family.video_shape, family.timestep
+        self.rising = getattr(family, "TIMESTEPS_RISE", False)
+        self.no_frames: Callable[..., str | None] | None = getattr(family, "no_frames", None)
+        named = hasattr(model, "cache_context") and getattr(family, "NAMES_CALLS", True)
+        guided = getattr(family, "GUIDED", None)
+        self.how = How(family.GUIDANCE == "batched", named, guided)
+        self.unet = hasattr(model, "down_blocks")
+        self.moving, self.apart = family.KIND != "image", family.KIND == "frames"
+        self.first_alone = getattr(family, "FIRST_FRAME_ALONE", True)
+        self.factor = temporal_factor(pipe, family)
+        self.patch = 1 if self.factor is None else temporal_patch(model)
+        self.calls, self.turns, self.watched = Calls(), Turns(), Watched(())
+        self.undo: list[Callable[[], None]] = []
+        self.taps: list[Any] = []
+
+    def check_taps(self) -> None:
+        """ValueError where something else took the place of what the image is added by."""
+        for branch, tap in zip(self.branches, self.taps, strict=True):
+            if not tap.is_on:
+                raise ValueError(
+                    f"the processor of {branch.site.name} was replaced after the image prompt "
+                    "was loaded, which no longer acts there: remove() it, set processors, slicing "
+                    "or fused projections first, then load it again"
+                )
+
+    def fill(self, terms: Sequence[tuple[Term, ...]]) -> None:
+        for branch, own in zip(self.branches, terms, strict=True):
+            branch.fill(own, self.turns.now)
+
+
+def _check(adapter: ImageAdapter, sites: Sequence[ImageAttention], model: nn.Module) -> None:
+    """ValueError for the adapter of another model."""
+    kind, by_number = type(model).__name__, {site.number: site for site in sites}
+    strange = [number for number in adapter.layers if number not in by_number]
+    if strange:
+        raise ValueError(
+            f"the adapter is for another model: it has layers for attentions "
+            f"{', '.join(strange)}, {kind} has {', '.join(by_number)}"
+        )
+    width: Any = adapter.projector.width
+    for number, layer in adapter.layers.items():
+        site = by_number[number]
+        inner = site.heads * site.dim
+        for name in ("to_k", "to_v"):
+            module: Any = layer.get_submodule(name)
+            sizes = module.in_features, module.out_features
+            if sizes != (width, inner):
+                raise ValueError(
+                    f"the adapter is for another model: {name} of its layer {number} takes "
+                    f"{sizes[0]} to {sizes[1]}, the projector makes {width} and {site.name} of "
+                    f"{kind} has {inner}"
+                )
+        if adapter.start is not None and site.width != width:
+            raise ValueError(
+                f"the adapter is for another model: it starts from {site.name} of {kind}, which "
+                f"takes {site.width}, and its projector makes {width}"
+            )
