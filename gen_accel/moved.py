@@ -13,6 +13,12 @@ _ATTACHED = "attention_processors.attached"
 _METHODS = "attention_processors.methods"
 _GENERATION = "pipelines.generation"
 
+_OF_ATTACHMENT = ("Attachment", "Displaced", "NothingSaved", "Options", "SilentBranch")
+_OF_LOADING = (
+    *("DTYPES", "Loading", "OFFLOADS", "check_latents_of", "check_model", "find_device"),
+    *("folder_of", "load", "load_decoder"),
+)
+
 # Modules that are no more, to where all that they held is now.
 MODULES = {
     **{
@@ -46,12 +52,8 @@ NAMES: dict[str, dict[str, str]] = {
     "measure.report": {"file_sha256": "files", "write_json": "files"},
     "measure.video_io": {"check_folder": "files", "replacing": "files"},
     "pipelines.attach": {
-        "TRANSFORMERS": f"{_ATTACHED}.transformers",
-        "served_transformers": f"{_ATTACHED}.transformers",
-        **dict.fromkeys(
-            (*("Attachment", "Displaced", "NothingSaved", "Options", "SilentBranch"),),
-            f"{_ATTACHED}.attachment",
-        ),
+        **dict.fromkeys(("TRANSFORMERS", "served_transformers"), f"{_ATTACHED}.transformers"),
+        **dict.fromkeys(_OF_ATTACHMENT, f"{_ATTACHED}.attachment"),
         **dict.fromkeys(("extend_attention", "one_generation"), f"{_ATTACHED}.extend"),
     },
     "pipelines.calibrate": {"attachment_of": f"{_ATTACHED}.attachment"},
@@ -60,13 +62,7 @@ NAMES: dict[str, dict[str, str]] = {
     "pipelines.long_video.technique": dict.fromkeys(
         ("latent_frames", "temporal_patch"), "attention_processors.lengths"
     ),
-    "pipelines.sampling": dict.fromkeys(
-        (
-            *("DTYPES", "Loading", "OFFLOADS", "check_latents_of", "check_model", "find_device"),
-            *("folder_of", "load", "load_decoder"),
-        ),
-        f"{_GENERATION}.loading",
-    ),
+    "pipelines.sampling": dict.fromkeys(_OF_LOADING, f"{_GENERATION}.loading"),
 }
 
 
