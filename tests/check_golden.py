@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from checks import budget, largest_error
+from support.checks import budget, largest_error
 from torch import Tensor
 
 from gen_accel.attention_processors import BlockMixture, Neighborhood, Radial, SparseLinear

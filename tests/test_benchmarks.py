@@ -4,17 +4,16 @@ import argparse
 import importlib
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from support.paths import ROOT
 
 from gen_accel import VideoShape
 from gen_accel.measure import write_json
 
-ROOT = Path(__file__).parents[1]
 METHODS = ["Radial", "Neighborhood", "BlockMixture", "SparseLinear"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")

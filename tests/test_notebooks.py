@@ -1,12 +1,11 @@
-from pathlib import Path
-
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from support.paths import ROOT
 
 from gen_accel.demo import image_prompts
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SHOWS = {
     "quickstart": ("text/html", 1),
     "image_prompt": ("image/png", 2),

@@ -25,7 +25,7 @@ height, width and batch that they take. This page is written by
 `gen-accel models --markdown > docs/models.md`.
 
 {count} classes are served. Each is held, as a tiny random model of diffusers' own class, to the
-same tests (`tests/test_families.py`): with `Dense()` it is the stock model bit for bit; every
+same tests (`test_families.py`): with `Dense()` it is the stock model bit for bit; every
 token lies where the family says; every method is its reference at that place, at sizes that no
 tile divides and at two sizes one after the other; neither the batch nor the padding of a text
 changes a sample; a step of training has finite gradients; detaching leaves no trace. Published

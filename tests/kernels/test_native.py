@@ -1,0 +1,441 @@
+"""The CPU kernel in C++: what test_kernels.py does not ask of every kernel."""
+
+import subprocess
+
+import pytest
+import torch
+from support import wan
+from support.checks import assert_no_worse
+from support.problems import all_picked, assert_gradients_no_worse, random_plan
+
+import gen_accel
+from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear, VideoShape, kernels
+from gen_accel.functional import attention
+from gen_accel.kernels import KernelFailed, lists, native, reference
+from gen_accel.kernels.native import build, selection
+from gen_accel.plan import Plan, Route
+
+pytestmark = pytest.mark.usefixtures("poison", "native_kernel")
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """And taken by "auto", which tests otherwise leave out."""
+    monkeypatch.delenv("GEN_ACCEL_NATIVE")
+
+
+@pytest.fixture
+def threads():
+    """Sets their number, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def by(plan, kernel, scale=0.3):
+    return lambda q, k, v: kernel.forward(q, k, v, plan, scale=scale)
+
+
+@pytest.mark.parametrize("halves", [False, True], ids=["fp32 products", "bf16 products"])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize(
+    ("block_q", "block_k", "dim"),
+    [
+        (300, 90, 33),
+        *(pytest.param(300, 90, dim, marks=pytest.mark.slow) for dim in (8, 64, 256)),
+        *(pytest.param(7, 5, dim, marks=pytest.mark.slow) for dim in (33, 64)),
+        *(pytest.param(30, 600, dim, marks=pytest.mark.slow) for dim in (8, 33, 256)),
+        pytest.param(300, 75, 33, marks=pytest.mark.slow),
+    ],
+)
+def test_any_size_matches_reference(block_q, block_k, dim, dtype, halves, monkeypatch, qkv):
+    """Blocks that divide nothing, longer than a piece of queries or a tile of keys."""
+    if halves and (dtype != BF16 or not native.multiplies_bf16()):
+        pytest.skip("products of bf16 are for bf16, on a processor that has them")
+    monkeypatch.setattr(native, "multiplies_bf16", lambda: halves)
+    slots = 2100 if block_q == 7 else 1800
+    g = torch.Generator().manual_seed(0)
+    keep = torch.rand(1, 2, slots // block_q, slots // block_k, generator=g) < 0.4
+    order = torch.full((slots,), -1)
+    held = torch.randperm(slots, generator=g)[: slots - 11]
+    order[held] = torch.randperm(slots - 11, generator=g)
+    plan = Plan(order, keep, block_q, block_k)
+    q, k, v = qkv(slots - 11, dtype, batch=1, dim=dim)
+    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
+    low = reference.forward(q, k, v, plan, scale=0.3)
+    assert_no_worse(native.forward(q, k, v, plan, scale=0.3), low, exact)
+    if dim in (33, 64) and dtype != FP16:
+        inputs = [x.to(BF16).float() for x in (q, k, v)]
+        assert_gradients_no_worse(by(plan, native), by(plan, reference), inputs, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("block", [50, 75])
+def test_more_queries_of_a_group_than_a_product_takes(block, dtype, qkv):
+    """And more than are looked through at once; a group that none sees, one that all see."""
+    slots = 2100
+    g = torch.Generator().manual_seed(0)
+    group = torch.arange(slots // block) * 5 // (slots // block)
+    picks = torch.rand(1, 2, slots, 5, generator=g) < 0.6
+    picks[..., 1], picks[..., 3] = False, True
+    touched = picks.unflatten(2, (-1, block)).any(3)
+    order = torch.randperm(slots, generator=g)
+    order[torch.randperm(slots, generator=g)[:9]] = -1
+    order[order >= 0] = order[order >= 0].argsort().argsort()
+    plan = Plan(order, touched[..., group], block, block, Route(picks, group, block))
+    q, k, v = qkv(plan.tokens, dtype, batch=1, dim=33)
+    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
+    low = reference.forward(q, k, v, plan, scale=0.3)
+    assert_no_worse(native.forward(q, k, v, plan, scale=0.3), low, exact)
+    inputs = [x.to(BF16).float() for x in (q, k, v)]
+    assert_gradients_no_worse(by(plan, native), by(plan, reference), inputs, dtype)
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_lists_are_those_of_torch(windows):
+    plan = random_plan(torch.device("cpu"), windows=windows)
+    index, counts = lists.kept_blocks(plan)
+    found, held = selection.kept_blocks(plan.keep, plan.whole)
+    assert torch.equal(held, counts)
+    assert found.shape == index.shape
+    used = torch.arange(index.shape[-1]) < counts[0][..., None]
+    assert torch.equal(found[used], index[used])
+    none = torch.zeros_like(plan.keep)
+    found, held = selection.kept_blocks(none, none)
+    assert found.shape[-1] == 1
+    assert not held.any()
+
+
+def test_bools_that_are_not_0_or_1(qkv):
+    """As a view of bytes may hold them."""
+    plan = all_picked(random_plan(torch.device("cpu"), route=True))
+    keep, picks = ((x.byte() * 255).view(torch.bool) for x in (plan.keep, plan.partial.picks))
+    route = Route(picks, plan.partial.group, plan.partial.block)
+    q, k, v = qkv(plan.tokens)
+    for partial, like in ((route, plan.partial), (None, None)):
+        odd = Plan(plan.slots, keep, plan.block_q, plan.block_k, partial)
+        even = Plan(plan.slots, plan.keep, plan.block_q, plan.block_k, like)
+        found, expected = (native.forward(q, k, v, x, scale=0.3) for x in (odd, even))
+        assert torch.equal(found, expected)
+
+
+def test_what_a_transform_left_in_a_plan(qkv):
+    """Of torch.func, within which the plan found out what it holds."""
+    plan = random_plan(torch.device("cpu"))
+    q, k, v = qkv(plan.tokens)
+    fresh = Plan(plan.slots, plan.keep, plan.block_q, plan.block_k, plan.partial)
+    expected = native.forward(q, k, v, plan, scale=0.3)
+    torch.func.grad(lambda x: fresh.whole.sum() * x.sum())(q)
+    with pytest.raises(RuntimeError, match="data pointer"):
+        fresh.whole.data_ptr()
+    assert torch.equal(native.forward(q, k, v, fresh, scale=0.3), expected)
+
+
+def test_another_default_device(qkv):
+    plan = random_plan(torch.device("cpu"))
+    q, k, v = (x.requires_grad_() for x in qkv(plan.tokens))
+    expected = native.forward(q, k, v, plan, scale=0.3)
+    with torch.device("meta"):
+        found = native.forward(q, k, v, plan, scale=0.3)
+        grads = torch.autograd.grad(found.sum(), (q, k, v))
+    assert torch.equal(found, expected)
+    for one, other in zip(grads, torch.autograd.grad(expected.sum(), (q, k, v)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("layout", ["tokens first", "one head of many", "numbers apart"])
+def test_reads_tensors_where_they_lie(layout, qkv):
+    plan = random_plan(torch.device("cpu"), batch=2, heads=2, windows=True)
+    q, k, v = qkv(plan.tokens)
+    if layout == "tokens first":
+        others = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    elif layout == "one head of many":
+        others = [torch.stack([x, -x], 3).select(3, 0) for x in (q, k, v)]
+    else:
+        others = [torch.stack([x, -x], 4).select(4, 0) for x in (q, k, v)]
+    assert not any(x.is_contiguous() for x in others)
+    expected = native.forward(q, k, v, plan, scale=0.3)
+    assert torch.equal(native.forward(*others, plan, scale=0.3), expected)
+
+
+def test_a_gradient_that_lies_elsewhere(qkv):
+    plan = random_plan(torch.device("cpu"), batch=2, heads=2)
+    inputs = qkv(plan.tokens, grad=True)
+    above = torch.randn(2, plan.tokens, 2, 16).transpose(1, 2)
+    plain = torch.autograd.grad(by(plan, native)(*inputs), inputs, above.contiguous())
+    for found, expected in zip(
+        torch.autograd.grad(by(plan, native)(*inputs), inputs, above), plain, strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 3.0])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_any_scale(dtype, scale, qkv):
+    plan = random_plan(torch.device("cpu"), heads=2)
+    inputs = [x.to(BF16).float() for x in qkv(plan.tokens)]
+    q, k, v = (x.to(dtype) for x in inputs)
+    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=scale)
+    low = reference.forward(q, k, v, plan, scale=scale)
+    assert_no_worse(native.forward(q, k, v, plan, scale=scale), low, exact)
+    assert_gradients_no_worse(by(plan, native, scale), by(plan, reference, scale), inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_scores_far_apart_and_far_from_zero(dtype, qkv):
+    plan = random_plan(torch.device("cpu"), heads=2)
+    q, k, v = qkv(plan.tokens)
+    q, k = q * 40, k * 40 + 5
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=1.0)
+    low = reference.forward(q, k, v, plan, scale=1.0)
+    assert_no_worse(native.forward(q, k, v, plan, scale=1.0), low, exact)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_nan_of_a_token_comes_out_where_it_is_seen(which, dtype, qkv):
+    keep = torch.eye(4, dtype=torch.bool)[None, None]
+    plan = Plan(torch.arange(160), keep, 40, 40)
+    inputs = qkv(160, dtype, batch=1, heads=1)
+    inputs[which][0, 0, 50] = torch.nan
+    out = native.forward(*inputs, plan, scale=0.3)[0, 0]
+    hurt = out.isnan().any(-1)
+    assert hurt[50]
+    assert not hurt[:40].any()
+    assert not hurt[80:].any()
+
+
+@pytest.mark.parametrize("route", [False, True], ids=["windows", "route"])
+def test_another_default_of_torch(route, qkv):
+    plan = random_plan(torch.device("cpu"), windows=not route)
+    if route:
+        plan = all_picked(random_plan(torch.device("cpu"), route=True))
+    inputs = qkv(plan.tokens)
+    expected = native.forward(*inputs, plan, scale=0.3)
+    fresh = Plan(plan.slots, plan.keep, plan.block_q, plan.block_k, plan.partial)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(native.forward(*inputs, fresh, scale=0.3), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_what_fails_inside_is_told(monkeypatch, qkv):
+    plan = random_plan(torch.device("cpu"))
+
+    class Failing:
+        def __getitem__(self, name):
+            return lambda *args: 1
+
+        gen_accel_error = staticmethod(lambda: b"std::bad_alloc")
+
+    monkeypatch.setattr(native.build, "library", Failing)
+    with pytest.raises(KernelFailed, match="'native' failed: std::bad_alloc"):
+        native.forward(*qkv(plan.tokens), plan, scale=0.3)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("how", ["dtype", "heads", "tokens", "dim"])
+def test_what_is_not_alike_is_refused(how, which, qkv):
+    plan = random_plan(torch.device("cpu"))
+    inputs = qkv(plan.tokens)
+    x = inputs[which]
+    changed = {"dtype": x.bfloat16(), "heads": x[:, :1], "tokens": x[:, :, 1:], "dim": x[..., 1:]}
+    inputs[which] = changed[how]
+    assert "must be alike" in native.unsupported(*inputs, plan)[0]
+    with pytest.raises(ValueError, match="q, k and v must be alike, got"):
+        native.compute(*inputs, native.prepare(plan), scale=0.3)
+
+
+def test_bf16_where_onednn_is_off(built, qkv):
+    plan = random_plan(torch.device("cpu"))
+    q, k, v = qkv(plan.tokens, BF16)
+    exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
+    low = reference.forward(q, k, v, plan, scale=0.3)
+    told = []
+    with torch.backends.mkldnn.flags(enabled=False):
+        out = kernels.run(q, k, v, plan, scale=0.3, report=told.append)
+    assert_no_worse(out, low, exact)
+    assert told[0].kernel == "native" or "'native' failed: " in str(told[0])
+
+
+@pytest.mark.parametrize("scale", [1e-33, 1e-10, 1e6, 1e9, 1e12])
+def test_scales_beyond_reason(scale, qkv):
+    plan = random_plan(torch.device("cpu"))
+    inputs = [x.requires_grad_() for x in qkv(plan.tokens)]
+    out = native.forward(*inputs, plan, scale=scale)
+    grads = torch.autograd.grad(out.sum(), inputs)
+    assert all(x.isfinite().all() for x in (out, *grads))
+    if scale < 1:
+        exact = reference.forward(*(x.detach().double() for x in inputs), plan, scale=scale)
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    "method", [Radial(block=32), BlockMixture(partition="3d", chunks=(2, 4, 8))]
+)
+def test_any_number_of_threads(method, count, threads, qkv):
+    """Heads are shared out in parts where they are fewer than threads."""
+    video = VideoShape(5, 9, 10)
+    inputs = [x.bfloat16().float() for x in qkv(video.tokens, batch=1, heads=3)]
+
+    def run(kernel):
+        return lambda q, k, v: attention(q, k, v, video=video, method=method, kernel=kernel)
+
+    threads(count)
+    assert_gradients_no_worse(run("native"), run("reference"), inputs)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    grads = [torch.autograd.grad(run("native")(*leaves).sum(), leaves) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    [Neighborhood((2, 3, 2)), BlockMixture(partition="2d"), SparseLinear(critical=0.3)],
+    ids=str,
+)
+def test_inside_a_graph(method, built, qkv):
+    video = VideoShape(4, 8, 8)
+    inputs = qkv(video.tokens)
+    expected = attention(*inputs, video=video, method=method, kernel="native")
+
+    @torch.compile(backend="aot_eager")
+    def inside(q, k, v):
+        return attention(q, k, v, video=video, method=method)
+
+    assert_no_worse(inside(*inputs), expected, expected.double())
+
+
+def test_the_operators_obey_the_rules_of_torch(qkv):
+    plan = random_plan(torch.device("cpu"), block_q=8, block_k=32, windows=True)
+    q, k, v = qkv(plan.tokens)
+    lists = native.prepare(plan)
+    which = "test_schema", "test_faketensor", "test_autograd_registration"
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(native._attention, (*inputs, *lists, 0.25), test_utils=which)
+    out, stats = (x.detach() for x in native._attention(q, k, v, *lists, 0.25))
+    inputs = [torch.ones_like(q), *(x.detach() for x in (q, k, v)), out, stats]
+    torch.library.opcheck(native._backward, (*inputs, *lists, 0.25), test_utils=which[:2])
+
+
+class TestChoice:
+    plan = Plan(torch.arange(64), torch.ones(1, 1, 4, 4, dtype=torch.bool), 16, 16)
+
+    def test_auto_takes_it_where_it_is_built(self, built, qkv):
+        told = []
+        kernels.run(*qkv(64), self.plan, scale=0.3, report=told.append)
+        assert (told[0].kernel, told[0].refused) == ("native", {})
+        assert kernels.prepare(self.plan, torch.device("cpu"))[0] == "native"
+
+    def test_auto_passes_over_it_in_fp64(self, built, qkv):
+        told = []
+        kernels.run(*qkv(64, torch.float64), self.plan, scale=0.3, report=told.append)
+        assert told[0].kernel == "gather"
+        assert "takes float32, bfloat16, float16, got torch.float64" in str(told[0])
+        with pytest.raises(ValueError, match=r"got torch.float64; use 'gather'"):
+            native.compute(*qkv(64, torch.float64), native.prepare(self.plan), scale=0.3)
+
+    def test_where_queries_pick_it_takes_neither_gains_nor_left_out_blocks(self, built, qkv):
+        plan = random_plan(torch.device("cpu"), route=True)
+        damped = plan.changed(gain=torch.full(plan.keep.shape, 0.5))
+        q, k, v = qkv(plan.tokens)
+        assert any("no gain" in why for why in native.unsupported(q, k, v, damped))
+        assert kernels.prepare(damped, q.device)[0] == "gather"
+        with pytest.raises(ValueError, match="'native' takes neither gains nor"):
+            kernels.prepare(damped, q.device, "native")
+
+    def test_it_is_for_the_cpu_in_a_graph_too(self):
+        with pytest.raises(ValueError, match="'native' is for the CPU, got cuda; use 'auto'"):
+            kernels.prepare(self.plan, torch.device("cuda"), "native")
+
+    def test_without_a_library_it_says_how_to_get_one(self, monkeypatch, tmp_path, qkv):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        build.library.cache_clear()
+        try:
+            reasons = native.unsupported(*qkv(64), self.plan)
+            assert reasons == ["it is not built for this machine: gen-accel build"]
+            with pytest.raises(KernelFailed, match="not built for this machine: gen-accel build"):
+                native.forward(*qkv(64), self.plan, scale=0.3)
+        finally:
+            build.library.cache_clear()
+
+
+class TestBuild:
+    @pytest.fixture(autouse=True)
+    def elsewhere(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        build.library.cache_clear()
+        yield
+        build.library.cache_clear()
+
+    @pytest.mark.slow
+    def test_command(self, run):
+        shown = run("build").stdout.strip()
+        assert shown == str(build.path())
+        assert build.library() is not None
+        assert [file.name for file in build.path().parent.iterdir()] == [build.path().name]
+
+    def test_no_compiler(self, refused, monkeypatch):
+        monkeypatch.setattr(build, "cpp_compiler", lambda: None)
+        assert refused("build") == "error: no C++ compiler: apt install g++, or name one in CXX"
+
+    @pytest.mark.parametrize("system", [("Darwin", "arm64"), ("Linux", "aarch64")])
+    def test_another_system(self, system, refused, monkeypatch):
+        monkeypatch.setattr(build.platform, "system", lambda: system[0])
+        monkeypatch.setattr(build.platform, "machine", lambda: system[1])
+        assert f"this is {system[0]} on {system[1]}" in refused("build")
+
+    def test_what_the_compiler_says_is_told_and_nothing_is_left(self, monkeypatch):
+        def fail(command, **options):
+            return subprocess.CompletedProcess(command, 1, "", "attention.cpp:1: no such header")
+
+        monkeypatch.setattr(build.subprocess, "run", fail)
+        with pytest.raises(RuntimeError, match=r"-march=native(.|\n)*no such header"):
+            build.build()
+        assert list(build.path().parent.iterdir()) == []
+
+    def test_a_library_that_does_not_load_counts_as_none(self):
+        build.path().parent.mkdir(parents=True)
+        build.path().write_bytes(b"half a library")
+        assert build.library() is None
+
+    def test_no_home_counts_as_none(self, monkeypatch):
+        def homeless():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(build.Path, "home", homeless)
+        assert build.library() is None
+
+    def test_another_source_lies_elsewhere(self, monkeypatch, tmp_path):
+        before = build.path()
+        other = tmp_path / "common.h"
+        other.write_text(build.READ[-1].read_text() + "\n")
+        monkeypatch.setattr(build, "READ", (*build.READ[:-1], other))
+        assert build.path() != before
+
+
+def test_a_model_runs_through_it_and_trains(built):
+    model = wan.transformer()
+    given = wan.inputs()
+
+    def gradients(kernel):
+        with gen_accel.attach(model, Radial(block=16), kernel=kernel) as handle:
+            out = model(**given, return_dict=False)[0]
+            found = torch.autograd.grad(
+                out.square().mean(), [*model.parameters()], allow_unused=True
+            )
+            kernels_used = handle.summary().to_dict()["kernels"]
+        return kernels_used, [x for x in (out.detach(), *found) if x is not None]
+
+    (used, mine), (_, exact) = gradients("auto"), gradients("reference")
+    assert len(used) == 1
+    assert used[0].startswith("native (not gather: ")
+    for a, b in zip(mine, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,390 @@
+"""Our Triton kernels: interpreted on the CPU, see conftest.py, compiled where there is CUDA."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.checks import assert_no_worse
+from support.problems import CASES, assert_gradients_no_worse, blind, random_plan
+from support.triton_plans import (
+    assert_matches_reference,
+    differentiated,
+    inputs,
+    odd_plan,
+    routed_plan,
+)
+
+from gen_accel.functional import attention
+from gen_accel.kernels import triton as package
+from gen_accel.kernels.triton import autotune, configs, lists, tuned
+from gen_accel.kernels.triton.linear import linear_rest
+from gen_accel.plan import Plan
+from gen_accel.video import VideoShape
+
+pytestmark = pytest.mark.usefixtures("poison", "untuned")
+
+# As in conftest.py, for the interpreter.
+SMALL = [VideoShape(3, 8, 8), VideoShape(3, 7, 9), VideoShape(3, 7, 5, text=13)]
+
+
+@pytest.fixture
+def untuned(tmp_path, monkeypatch):
+    """What was tuned on this machine decides nothing here."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuned.read.cache_clear()
+    yield
+    tuned.read.cache_clear()
+
+
+PLANS = {
+    "heads, small query blocks": lambda device: random_plan(device, 1, 2, 8, 32),
+    "windows, small key blocks": lambda device: random_plan(device, 1, 2, 32, 8, True),
+    "route": lambda device: routed_plan(device, 2, 1),
+    "blocks of 24 and 36": lambda device: odd_plan(device, 24, 36, 144),
+    "one pattern": lambda device: random_plan(device),
+    "batch and heads": lambda device: random_plan(device, batch=2, heads=2),
+    "batch, small key blocks": lambda device: random_plan(device, 2, 1, 32, 8),
+    "windows": lambda device: random_plan(device, windows=True),
+    "windows, blocks of two tiles": lambda device: random_plan(device, 1, 2, 64, 64, True),
+    "route, small key blocks": lambda device: routed_plan(device, 1, 2, 32, 8),
+    "route, key blocks of two tiles": lambda device: routed_plan(device, 2, 1, 16, 64),
+    "blocks of 36 and 57": lambda device: odd_plan(device, 36, 57, 684),
+    "blocks of 72 and 1": lambda device: odd_plan(device, 72, 1, 72),
+    "blocks of 91 and 455": lambda device: odd_plan(device, 91, 455, 455),
+}
+
+QUICK = list(PLANS)[:4]
+REST = [pytest.param(name, marks=pytest.mark.slow) for name in PLANS if name not in QUICK]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICK + REST)
+def test_outputs_and_gradients_match_reference(name, device):
+    plan = PLANS[name](device)
+    assert_matches_reference(plan, inputs(plan, torch.float32), lse_weight=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.bfloat16) for name in PLANS if name != "blocks of 36 and 57"),
+        *((name, torch.float16) for name in QUICK),
+    ],
+    ids=str,
+)
+def test_low_precision_matches_reference(name, dtype, device):
+    plan = PLANS[name](device)
+    assert_matches_reference(plan, inputs(plan, dtype))
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [
+        (1, torch.float32),
+        (48, torch.float32),
+        (64, torch.bfloat16),
+        (80, torch.float16),
+        pytest.param(256, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_any_head_dim(dim, dtype, device):
+    plan = random_plan(device, block_q=32, block_k=16)
+    assert_matches_reference(plan, inputs(plan, dtype, dim), scale=dim**-0.5)
+
+
+@pytest.mark.parametrize("scale", [-0.3, pytest.param(0.0, marks=pytest.mark.slow)])
+def test_any_scale(scale, device):
+    plan = random_plan(device, block_q=32, block_k=32)
+    assert_matches_reference(plan, inputs(plan, torch.float32), scale=scale)
+
+
+@pytest.mark.slow
+def test_views_are_read_in_place_and_answered_in_kind(device):
+    """Models hand over (B, N, H, D) with two axes swapped, three views of one tensor."""
+    plan = random_plan(device, block_q=32, block_k=32)
+    plain = inputs(plan, torch.float32, heads=2)
+    fused = torch.stack([x.transpose(1, 2) for x in plain], dim=3)
+    views = [x.transpose(1, 2) for x in fused.unbind(3)]
+    swapped = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain]
+    wanted = differentiated(lambda *x: package.forward_lse(*x, plan, scale=0.3), plain, None)
+    for given in (views, swapped):
+        actual = differentiated(lambda *x: package.forward_lse(*x, plan, scale=0.3), given, None)
+        assert all(torch.equal(x, y) for x, y in zip(actual, wanted, strict=True))
+    copies = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            copies.append(func.name())
+            return func(*args, **kwargs or {})
+
+    prepared = package.prepare(plan)
+    with torch.no_grad(), Watch():
+        out = package.compute(*swapped, prepared, scale=0.3)
+    assert out.stride() == swapped[0].stride()
+    assert copies == ["gen_accel::triton_attention"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["windows, small key blocks", "batch, small key blocks"])
+def test_a_row_that_sees_nothing_is_zero_and_so_is_its_gradient(name, device):
+    plan = PLANS[name](device)
+    dark = blind(plan)
+    assert dark.any()
+    q, k, v = (x.requires_grad_() for x in inputs(plan, torch.float32, batch=2, heads=2))
+    out, lse = package.forward_lse(q, k, v, plan, scale=0.3)
+    assert (out[dark] == 0).all()
+    assert torch.equal(lse == -torch.inf, dark)
+    # As when two parts are merged by their logsumexp, the gradient at -inf is no number.
+    given = torch.ones_like(lse).masked_fill(dark, torch.nan)
+    grads = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), given))
+    assert (grads[0][dark] == 0).all()
+    assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "video"),
+    # With text, and the others in turns.
+    [(m, SMALL[2]) for m in CASES] + [(m, SMALL[i % 2]) for i, m in enumerate(CASES)],
+    ids=str,
+)
+def test_every_method_matches_reference(method, qkv, video):
+    def by(name):
+        return lambda q, k, v: attention(q, k, v, video=video, method=method, kernel=name)
+
+    inputs = qkv(video.tokens, batch=1, heads=1)
+    exact, low = by("reference")(*(x.double() for x in inputs)), by("reference")(*inputs)
+    assert_no_worse(by("triton")(*inputs), low, exact)
+    assert_gradients_no_worse(by("triton"), by("reference"), inputs)
+
+
+def test_a_plan_that_keeps_nothing_gives_zeros(device):
+    keep = torch.zeros(1, 1, 2, 2, dtype=torch.bool)
+    plan = Plan(torch.arange(64), keep, 32, 32).to(device)
+    results = differentiated(
+        lambda *x: package.forward_lse(*x, plan, scale=0.3), inputs(plan, torch.float32), None
+    )
+    assert (results.pop(1) == -torch.inf).all()
+    assert all((result == 0).all() for result in results)
+
+
+def test_nan_in_blocks_that_are_not_seen_goes_nowhere(device):
+    """Neither token 0, which padding might be mistaken for, nor a dropped block is read."""
+    slots = torch.cat([torch.arange(60), torch.full((4,), -1)])
+    keep = torch.eye(4, dtype=torch.bool)[None, None]
+    plan = Plan(slots, keep, 16, 16).to(device)
+    q, k, v = inputs(plan, torch.float32)
+    for x in (q, k, v):
+        x[:, :, :16] = torch.nan
+    results = differentiated(lambda *x: package.forward_lse(*x, plan, scale=0.3), (q, k, v), None)
+    assert all(torch.isfinite(result[:, :, 16:]).all() for result in results)
+
+
+def test_a_dynamic_plan_does_without_columns_while_generating(device):
+    plan = routed_plan(device)
+    with torch.no_grad():
+        assert lists.prepare(plan).columns is None
+    assert lists.prepare(plan).columns is not None
+
+
+def test_lists_hold_each_kept_block_once_masked_ones_first(device):
+    plan = random_plan(device, 2, 2, 32, 8, windows=True)
+    made = lists.prepare(plan)
+    assert made is lists.prepare(plan)
+    for keep, whole, index, counts in (
+        (plan.keep, plan.whole, made.rows, made.row_counts),
+        (plan.keep.mT, plan.whole.mT, made.columns, made.column_counts),
+    ):
+        rows = zip(*(x.flatten(0, 2).tolist() for x in (keep, whole, index, counts)), strict=True)
+        for kept, full, numbers, (masked, total) in rows:
+            held = [i for i, seen in enumerate(kept) if seen]
+            assert sorted(numbers[:total]) == held
+            assert numbers[:masked] == [i for i in held if not full[i]]
+
+
+def test_tiles_waste_little():
+    wanted = {1: 16, 16: 16, 36: 64, 57: 64, 72: 128, 128: 128, 129: 64, 455: 128, 4096: 128}
+    assert {block: configs.tile(block, 128) for block in wanted} == wanted
+
+
+@pytest.mark.parametrize("name", QUICK[1:3])
+@pytest.mark.slow
+def test_operator_passes_the_checks_of_torch(name, device):
+    plan = PLANS[name](device)
+    tensors = [x.requires_grad_() for x in inputs(plan, torch.float32)]
+    arguments = *tensors, *package.prepare(plan), 0.3
+    checks = "test_schema", "test_faketensor", "test_autograd_registration"
+    operator = torch.ops.gen_accel.triton_attention.default
+    torch.library.opcheck(operator, arguments, test_utils=checks)
+
+
+@pytest.mark.slow
+def test_a_compiled_function_sees_one_operator(device):
+    plan = odd_plan(device, 16, 32, 64)
+    prepared = package.prepare(plan)
+    tensors = inputs(plan, torch.float32)
+
+    def block(q, k, v):
+        return 2 * package.compute(q * 1.5, k, v, prepared, scale=0.3), q.sum(-1)
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for actual, wanted in zip(
+        differentiated(compiled, tensors, None), differentiated(block, tensors, None), strict=True
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)
+
+
+def plain_rest(phi_q, phi_k, v, critical, block_q, block_k, eps):
+    rest = (~critical).repeat_interleave(block_q, -2).repeat_interleave(block_k, -1)
+    weights = (phi_q @ phi_k.mT) * rest
+    out = weights @ v / (weights.sum(-1, keepdim=True) + eps)
+    return torch.where(rest.any(-1, keepdim=True), out, 0.0)
+
+
+def linear_inputs(dtype, device, slots, dim, block_q, block_k):
+    """Softmax features, the last five keys padding, and for the first queries an empty rest."""
+    g = torch.Generator().manual_seed(0)
+    x = [torch.randn(2, 2, slots, dim, generator=g).to(device) for _ in range(3)]
+    phi_q, phi_k, v = x[0].softmax(-1), x[1].softmax(-1), x[2]
+    phi_k[:, :, -5:] = 0.0
+    shape = 2, 1, slots // block_q, slots // block_k
+    critical = (torch.rand(shape, generator=g) < 0.5).to(device)
+    critical[:, :, 0] = True
+    return [phi_q.to(dtype), phi_k.to(dtype), v.to(dtype)], critical
+
+
+@pytest.mark.parametrize(
+    ("dtype", "slots", "dim", "block_q", "block_k"),
+    [
+        (torch.float32, 144, 16, 36, 24),
+        pytest.param(torch.bfloat16, 128, 48, 64, 32, marks=pytest.mark.slow),
+        pytest.param(torch.float32, 96, 80, 96, 8, marks=pytest.mark.slow),
+        pytest.param(torch.float16, 160, 64, 40, 80, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_linear_rest_matches_its_definition(dtype, slots, dim, block_q, block_k, device):
+    tensors, critical = linear_inputs(dtype, device, slots, dim, block_q, block_k)
+    rest = critical, block_q, block_k, 1e-5
+
+    def both(function):
+        return lambda *x: (function(*x, *rest), x[0].sum(-1))
+
+    exact = differentiated(both(plain_rest), tensors, torch.float64)
+    low = differentiated(both(plain_rest), tensors, dtype)
+    actual = differentiated(both(linear_rest), tensors, dtype)
+    assert (actual[0][:, :, :block_q] == 0).all()
+    for result, *others in zip(actual, low, exact, strict=True):
+        assert_no_worse(result, *others)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["all is rest", "no rest"])
+def test_linear_rest_of_all_and_nothing(share, device):
+    tensors, critical = linear_inputs(torch.float32, device, 64, 16, 16, 32)
+    rest = torch.full_like(critical, bool(share)), 16, 32
+    out = linear_rest(*tensors, *rest, 0.0)
+    torch.testing.assert_close(out, plain_rest(*tensors, *rest, 0.0).nan_to_num(0.0))
+
+
+@pytest.mark.slow
+def test_linear_rest_is_one_operator_in_a_graph(device):
+    tensors, critical = linear_inputs(torch.float32, device, 64, 16, 16, 32)
+
+    def block(*x):
+        return 2 * linear_rest(*x, critical, 16, 32, 1e-5), x[0].sum(-1)
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for actual, wanted in zip(
+        differentiated(compiled, tensors, None), differentiated(block, tensors, None), strict=True
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_tuning_keeps_what_later_calls_take(device):
+    plan = Plan(torch.arange(32), torch.ones(1, 1, 1, 1, dtype=torch.bool), 32, 32).to(device)
+    q, k, v = inputs(plan, torch.float32, batch=1, heads=1)
+    found = autotune.tune(q, k, v, plan, scale=0.3)
+    assert [name.split("/")[1] for name in found] == ["forward", "dq", "dkdv"]
+    assert json.loads(tuned.path().read_text()) == {k: list(v) for k, v in found.items()}
+    assert list(tuned.path().parent.iterdir()) == [tuned.path()]
+    name = next(iter(found))
+    tuned.write({name: [16, 64, 4, 1]})
+    assert configs.choose("forward", q, 32, 32, ruled=False) == (16, 64, 4, 1)
+    assert len(tuned.read()) == 3
+    assert_matches_reference(plan, [q, k, v])
+
+
+class TestReasons:
+    plan = Plan(torch.arange(64), torch.ones(1, 1, 4, 4, dtype=torch.bool), 16, 16)
+
+    def reasons(self, dim=16, dtype=torch.float32):
+        return package.unsupported(*[torch.zeros(1, 1, 64, dim, dtype=dtype)] * 3, self.plan)
+
+    def test_interpreted_it_runs_on_the_cpu(self, monkeypatch):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert self.reasons() == []
+
+    def test_all_are_listed(self, monkeypatch):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        assert self.reasons(257, torch.float64) == [
+            "needs a GPU; on the CPU only under TRITON_INTERPRET=1",
+            "takes bfloat16, float16 and float32, got torch.float64",
+            "takes head dims up to 256, got 257",
+        ]
+
+    def test_without_triton(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "triton", None)
+        assert self.reasons() == ["triton is not installed"]
+
+
+def run_python(*arguments, **variables):
+    """A process of its own, in which Triton compiles."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_package_imports_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from gen_accel.kernels import triton\n"
+        "assert 'gen_accel.kernels.triton.block_sparse' not in sys.modules\n"
+    )
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Where processes of this file keep what they compiled, so that it is done once."""
+    return str(tmp_path_factory.mktemp("triton"))
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_hopper_and_spills_nothing(compiled):
+    matrix = "gen_accel.kernels.triton.compile_matrix"
+    done = run_python("-m", matrix, "--arch", "sm_90", TRITON_CACHE_DIR=compiled)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("sm_90 ") == 50
+
+
+@pytest.mark.slow
+def test_a_configuration_that_spills_is_found(compiled):
+    code = (
+        "import sys\n"
+        "from gen_accel.kernels.triton import compile_matrix, configs\n"
+        "forward, *rest = configs.TABLE['sm_90'][64]\n"
+        "configs.TABLE['sm_90'][64] = forward._replace(num_warps=2), *rest\n"
+        "raise SystemExit(compile_matrix.main(sys.argv[1:]))\n"
+    )
+    options = ["--arch", "sm_90", "--dim", "64", "--kernel", "forward none", "delta"]
+    done = run_python("-c", code, *options, TRITON_CACHE_DIR=compiled)
+    assert done.returncode == 1, done.stderr
+    bad = [line for line in done.stdout.splitlines() if line.endswith("!")]
+    assert any("forward none" in line for line in bad)
+    assert all("forward" in line for line in bad)

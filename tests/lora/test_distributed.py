@@ -1,0 +1,154 @@
+"""Training in two processes on the CPU: the same losses, and checkpoints that go on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support import finetuning as ft
+from support.runs import launch
+
+from gen_accel.attention_processors.attached.recipe import read_recipe
+from gen_accel.lora import checkpoint, trainer
+
+pytestmark = pytest.mark.slow
+
+STEPS = 8
+# Without a GPU, "auto" has to find the processes of its own.
+DEVICE = "cpu" if torch.accelerator.is_available() else "auto"
+TEACHER = {"stages": ["9:8"], "objective": "distill", "device": DEVICE}
+LONG = {
+    "stages": ["9:4", "17:4:position_interpolation"],
+    "checkpoint_every": 4,
+    "gradient_accumulation": 2,
+    "ema_decay": 0.9,
+    "schedule": "cosine",
+    "warmup_steps": 2,
+}
+VIDEOS = {
+    "validate_every": 4,
+    "validation_prompts": ["a red square moves right"],
+    "validation_frames": 5,
+    "validation_steps": 1,
+    "guidance_scale": 1.0,
+    "max_tokens": 16,
+}
+
+
+def losses(out):
+    lines = (Path(out) / trainer.METRICS).read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def newest(out):
+    return checkpoint.load_newest(Path(out) / trainer.CHECKPOINTS)
+
+
+def assert_same(out, other):
+    """To the bit."""
+    assert losses(out) == losses(other)
+    a, b = newest(out), newest(other)
+    assert a.state["step"] == b.state["step"] == STEPS
+    assert a.tensors.keys() == b.tensors.keys()
+    assert all(torch.equal(x, b.tensors[name]) for name, x in a.tensors.items())
+
+
+def half(out, to):
+    """As it was after the fourth step."""
+    shutil.copytree(out, to)
+    shutil.rmtree(to / trainer.CHECKPOINTS / f"step-{STEPS:06d}")
+    return to
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def replicated(made):
+    """The model whole in both processes."""
+    launch(out=str(made / "ddp" / "long"), fields=LONG)
+    launch(out=str(made / "ddp" / "teacher"), fields=TEACHER)
+    return made / "ddp"
+
+
+@pytest.fixture(scope="module")
+def sharded(made):
+    """The model cut into two parts, with videos sampled meanwhile."""
+    out = made / "fsdp" / "long"
+    launch(out=str(out), fields=LONG | VIDEOS, sharded=True)
+    return out
+
+
+@pytest.mark.parametrize("name", ["long", "teacher"])
+def test_two_processes_are_one_with_a_batch_of_two(replicated, tmp_path, name):
+    state = newest(replicated / name).state
+    assert (state["processes"], state["optimizer"]) == (2, "MULTI_CPU")
+    fields = {"long": LONG, "teacher": TEACHER}[name]
+    ft.train(ft.config(tmp_path, **(fields | {"batch_size": 2})))
+    assert losses(tmp_path) == pytest.approx(losses(replicated / name), abs=1e-5)
+
+
+def test_a_teacher_with_a_lora(made, tmp_path):
+    """Whole in both processes, in parts, and in one process of two clips."""
+    radial = {"method": "radial", "settings": ["block=4"], "stages": ["9:4"]}
+    teacher = ft.train(ft.config(tmp_path / "teacher", **radial, seed=4)).folder
+    fields = radial | {
+        "objective": "distill",
+        "teacher_lora": str(teacher),
+        "teacher_guidance": 3.0,
+    }
+    ft.train(ft.config(tmp_path / "one", **fields, batch_size=2))
+    for name, parts in (("ddp", False), ("fsdp", True)):
+        out = made / name / "guided"
+        launch(out=str(out), fields=fields, sharded=parts)
+        assert losses(out) == pytest.approx(losses(tmp_path / "one"), abs=1e-5), name
+        assert read_recipe(out / "lora").teacher_guidance == 3.0
+
+
+def test_two_processes_resume(replicated, made):
+    out = half(replicated / "long", made / "resumed")
+    launch(out=str(out), fields=LONG, resume=True)
+    assert_same(out, replicated / "long")
+
+
+def test_another_number_of_processes_is_refused(replicated, tmp_path):
+    out = half(replicated / "long", tmp_path / "run")
+    with pytest.raises(ValueError, match="differs in processes: 2, now 1"):
+        ft.train(ft.config(out, **LONG), resume=True)
+
+
+def test_sharded_losses_are_those_of_the_whole(sharded, replicated):
+    assert newest(sharded).state["optimizer"] == "FSDP"
+    assert losses(sharded) == pytest.approx(losses(replicated / "long"), abs=1e-5)
+    a, b = newest(sharded).tensors, newest(replicated / "long").tensors
+    assert a.keys() == b.keys()
+    for name, x in a.items():
+        assert x.shape == b[name].shape
+        assert torch.allclose(x, b[name], atol=1e-4), name
+
+
+def test_sharded_videos(sharded):
+    names = sorted(path.name for path in (sharded / "validation").rglob("*.mp4"))
+    assert names == ["00.beside_start.mp4"] * 2 + ["00.mp4"] * 3
+
+
+def test_a_sharded_run_resumes(sharded, made):
+    out = half(sharded, made / "fsdp" / "resumed")
+    launch(out=str(out), fields=LONG | VIDEOS, sharded=True, resume=True)
+    assert_same(out, sharded)
+
+
+def test_a_sharded_checkpoint_goes_on_in_one_process(sharded, tmp_path):
+    """Where the one has to stand in for both processes, with a batch of two."""
+    out = half(sharded, tmp_path / "run")
+    given = ft.config(out, **(LONG | {"batch_size": 2, "max_tokens": 16}))
+    path = out / trainer.CHECKPOINTS / "step-000004" / checkpoint.STATE
+    state = json.loads(path.read_text())
+    state["config"]["batch_size"], state["processes"] = 2, 1
+    path.write_text(json.dumps(state))
+    ft.train(given, resume=True)
+    assert losses(out) == pytest.approx(losses(sharded), abs=1e-5)
+    assert list((out / "lora").glob("*.safetensors"))

@@ -1,0 +1,199 @@
+"""Tiny trainings: a Wan transformer with random weights, and clips of random latents."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate import (
+    Accelerator,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    PartialState,
+)
+from support import wan
+from torch import Tensor
+
+from gen_accel.lora import checkpoint
+from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.model import Model
+from gen_accel.lora.objective import Objective
+from gen_accel.lora.trainer import Trained, accelerator_for, run
+
+LATENTS = (4, 8)  # height and width; 2 x 4 tokens a frame
+FRAMES = 5  # latent frames of a clip
+TRAINED = 5  # pixel frames
+SPARSE = ("critical=0.2", "block_q=4", "block_k=4")  # of sparse_linear, so few tokens are sparse
+
+
+class Clips:
+    """In the place of a `LatentCache`: clip i is the same in all processes.
+
+    Args:
+        sizes: height and width of the latents of each clip.
+    """
+
+    causal = True
+
+    def __init__(self, sizes: tuple[tuple[int, int], ...] = (LATENTS,) * 5, frames: int = FRAMES):
+        self.sizes, self.frames = sizes, frames
+        self.digest = f"{sizes} {frames}"
+        self.entries = [SimpleNamespace(pixel_frames=4 * frames - 3) for _ in sizes]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def buckets(self, frames: int) -> dict[tuple[int, int], list[int]]:
+        found: dict[tuple[int, int], list[int]] = {}
+        for i, size in enumerate(self.sizes):
+            if frames <= self.frames:
+                found.setdefault(size, []).append(i)
+        return found
+
+    def latents(self, index: int, frames: int) -> Tensor:
+        g = torch.Generator().manual_seed(index)
+        shape = (wan.CHANNELS, self.frames, *self.sizes[index])
+        return torch.randn(shape, generator=g)[:, :frames]
+
+    def conditions(self, index: int) -> dict[str, Tensor]:
+        g = torch.Generator().manual_seed(100 + index)
+        return {"encoder_hidden_states": torch.randn((6, wan.TEXT_WIDTH), generator=g)}
+
+    def teacher(self, index: int) -> dict[str, Tensor]:
+        return self.conditions(1000 + index)
+
+    @property
+    def empty(self) -> dict[str, Tensor]:
+        return {"encoder_hidden_states": torch.zeros(6, wan.TEXT_WIDTH)}
+
+    def image(self, index: int) -> Tensor:
+        g = torch.Generator().manual_seed(200 + index)
+        return torch.rand((3, 32, 32), generator=g) * 2 - 1
+
+    @property
+    def no_image(self) -> Tensor:
+        return torch.zeros(3, 32, 32)
+
+
+def config(out: str | Path, **fields: Any) -> TrainConfig:
+    small = {
+        "out": str(out),
+        "method": "sparse_linear",
+        "settings": SPARSE,
+        "dense_layers": 0,
+        "stages": ("9:4",),
+        "height": 8 * LATENTS[0],
+        "width": 8 * LATENTS[1],
+        "rank": 2,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "mixed_precision": "no",
+        "log_with": "none",
+        "device": "cpu",
+        "checkpoint_every": 1000,
+    }
+    if fields.get("adapter") == "image_prompt":
+        del small["rank"]
+    return TrainConfig(**(small | fields))
+
+
+# Everything that a continuation has to bring back.
+FULL: dict[str, Any] = {
+    "stages": ("9:4", "17:4:position_interpolation"),
+    "lora_dropout": 0.3,
+    "caption_dropout": 0.3,
+    "batch_size": 1,
+    "gradient_accumulation": 2,
+    "schedule": "cosine",
+    "warmup_steps": 2,
+    "ema_decay": 0.9,
+    "weight_decay": 0.01,
+    "checkpoint_every": 2,
+    "keep_checkpoints": 2,
+}
+
+
+def model(pipe: Any = None, transformer: Any = None, **fields: Any) -> Model:
+    if transformer is None:
+        transformer = wan.transformer() if pipe is None else pipe.transformer
+    made = Model(transformer, pipe, lambda n: (n - 1) // 4 + 1, TRAINED, 3.0)
+    return made._replace(**fields)
+
+
+def train(given: TrainConfig, clips: Any = None, resume: bool = False, **options: Any) -> Trained:
+    """`gen_accel.lora.train` with the tiny model."""
+    made = options.pop("model", None) or model(**options)
+    return run(given, accelerator_for(given), made, clips or Clips(), resume=resume)
+
+
+def stall(marker: Path, at: str) -> None:
+    """Stop for good, after saying so, "step:N" in loss N of this process or in "writing:N"."""
+    place, count = at.split(":")
+    calls = 0
+
+    def halt() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == int(count):
+            marker.touch()
+            time.sleep(600)
+
+    if place == "step":
+        forward = Objective.forward
+
+        def slow_forward(*args: Any) -> Tensor:
+            halt()
+            return forward(*args)
+
+        Objective.forward = slow_forward
+    else:
+        save_file = checkpoint.save_file
+
+        def slow_save(tensors: dict[str, Tensor], path: Path) -> None:
+            save_file(tensors, path)
+            path.write_bytes(path.read_bytes()[:1000])
+            halt()
+            save_file(tensors, path)
+
+        checkpoint.save_file = slow_save
+
+
+def sharded(given: TrainConfig) -> Accelerator:
+    """FSDP2 on the CPU, which `accelerate launch` has for accelerators alone."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+        state_dict_type="FULL_STATE_DICT",
+    )
+    made = Accelerator(
+        cpu=True,
+        gradient_accumulation_steps=given.gradient_accumulation,
+        step_scheduler_with_optimizer=False,
+    )
+    made.state.fsdp_plugin = plugin
+    for state in (made.state, PartialState()):
+        state.distributed_type = DistributedType.FSDP
+    return made
+
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    torch.set_num_threads(job.get("threads", 1))
+    if "stall" in job:
+        stall(Path(job["out"]) / "stalled", job["stall"])
+    given = config(job["out"], **job["fields"])
+    pipe = wan.pipeline() if given.validate_every else None
+    accelerator = sharded(given) if job.get("sharded") else accelerator_for(given)
+    run(given, accelerator, model(pipe), Clips(), resume=job.get("resume", False))
+    if job.get("sharded"):
+        # Torch keeps the mesh, and with it the threads of gloo, until the interpreter ends. Now
+        # and then these threads abort it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

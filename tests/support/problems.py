@@ -1,0 +1,113 @@
+"""Plans and methods that every kernel is held to, and how far a gradient may be off."""
+
+import pytest
+import torch
+from support.checks import assert_no_worse
+
+from gen_accel.attention_processors import (
+    METHODS,
+    BlockMixture,
+    Dense,
+    Neighborhood,
+    Radial,
+    SparseLinear,
+)
+from gen_accel.kernels import reference
+from gen_accel.plan import Plan, Route, Windows, unpack
+
+# Options that suit the small videos of conftest.py; other methods come with their own.
+OPTIONS = {
+    "dense": [Dense()],
+    "radial": [
+        Radial(block=32),
+        Radial("balanced", decay_factor=0.1, sink=False, block=16, anchor_every=3),
+        Radial(decay_factor=0.5, block=64, tile_frames=2),
+        Radial(decay_factor=0.5, sink=False, block=64, anchor_every=2, tile_side=4),
+        Radial("paper", block=16),
+        Radial("code-2025-06", block=16),
+        Radial("code-2025-11", sink=False, block=24),
+    ],
+    "neighborhood": [
+        Neighborhood((-1, 4, 5)),
+        Neighborhood((2, 3, 2), stride=(2, 1, 2), dilation=(1, 2, 2)),
+        Neighborhood((3, 5, 1), stride=(1, 3, 1), is_causal=(True, False, True)),
+    ],
+    "block_mixture": [
+        BlockMixture(partition="3d", chunk_3d=(2, 3, 4), threshold=0.4, block=16),
+        BlockMixture(partition="2d", chunk_2d=(3, 4), scope="query_head", block=16),
+        BlockMixture(partition="1d", select="topk", scope="overall", topk=(2, 2, 2), block=24),
+        BlockMixture(partition="3d", chunks=(2, 4, 8), routing="block", block=8),
+    ],
+    "sparse_linear": [
+        SparseLinear(critical=0.3, block_q=16, block_k=8),
+        SparseLinear(critical=0.2, block_q=16, block_k=24, order="raster"),
+    ],
+}
+
+
+CASES = [case for name, method in METHODS.items() for case in OPTIONS.get(name, [method()])]
+
+
+def assert_gradients_no_worse(forward, other, inputs, low_dtype=torch.float32):
+    """Hold the gradients of `forward` to those of `other`, as to its exact fp64 ones."""
+    weight = torch.linspace(-1, 1, inputs[0].numel(), dtype=torch.float64).to(inputs[0].device)
+
+    def gradients(function, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        out = function(*leaves)
+        return torch.autograd.grad((out * weight.to(dtype).view(out.shape)).sum(), leaves)
+
+    exact, low = gradients(other, torch.float64), gradients(other, low_dtype)
+    for actual, *rest in zip(gradients(forward, low_dtype), low, exact, strict=True):
+        assert_no_worse(actual, *rest)
+
+
+def random_plan(device, batch=1, heads=1, block_q=16, block_k=16, windows=False, route=False):
+    """Tokens out of order among padding, 93 in 128 slots. The first query block sees padding alone
+    and the last sees nothing."""
+    g = torch.Generator().manual_seed(0)
+    S, N = 128, 93
+    held = torch.cat([torch.arange(32), torch.arange(64, S)])[torch.randperm(S - 32, generator=g)]
+    slots = torch.full((S,), -1)
+    slots[held[:N]] = torch.arange(N)
+    keep = torch.rand(batch, heads, S // block_q, S // block_k, generator=g) < 0.5
+    keep[:, :, [0, -1]] = False
+    keep[:, :, 0, 32 // block_k : 64 // block_k] = True
+    partial = None
+    if windows:
+        place = torch.randint(8, (2, S), generator=g, dtype=torch.int32)
+        first = place - torch.randint(-1, 3, (2, S), generator=g)  # some windows are empty
+        last = place + torch.randint(-1, 5, (2, S), generator=g)
+        free = torch.arange(S) >= 64
+        seen = torch.zeros(S, dtype=torch.int64)
+        partial = Windows(first.int(), last.int(), place, free, seen)
+    if route:
+        picks = torch.rand(batch, heads, S, 3, generator=g) < 0.5
+        partial = Route(picks, torch.arange(S // block_k) * 3 * block_k // S, block_k)
+    return Plan(slots, keep, block_q, block_k, partial).to(device)
+
+
+def all_picked(plan):
+    """In which queries see all that they picked, and no less."""
+    keep = plan.partial.touched(plan.real, plan.block_q, plan.block_k)
+    return Plan(plan.slots, keep, plan.block_q, plan.block_k, plan.partial)
+
+
+PLANS = [
+    pytest.param({}, id="one pattern"),
+    pytest.param({"batch": 2, "heads": 2}, id="batch and heads"),
+    pytest.param({"heads": 2, "block_q": 8, "block_k": 32}, id="heads, small query blocks"),
+    pytest.param({"batch": 2, "block_q": 32, "block_k": 8}, id="batch, small key blocks"),
+    pytest.param({"windows": True}, id="windows"),
+    pytest.param({"route": True}, id="route"),
+    pytest.param({"route": True, "batch": 2, "heads": 2, "block_k": 8}, id="route, batch, heads"),
+    pytest.param(
+        {"batch": 2, "heads": 2, "block_q": 32, "block_k": 8, "windows": True},
+        id="windows, batch and heads, small key blocks",
+    ),
+]
+
+
+def blind(plan):
+    """(B, H, N) bool, tokens that see nothing."""
+    return ~unpack(reference.pairs(plan).any(-1, keepdim=True), plan)[..., 0].expand(2, 2, -1)

@@ -1,0 +1,82 @@
+"""What a training has left in its folder."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from support.paths import ROOT, environment
+
+from gen_accel.lora import checkpoint, trainer
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def state(out):
+    """Of the newest checkpoint."""
+    return checkpoint.load_newest(Path(out) / trainer.CHECKPOINTS)
+
+
+def metrics(out):
+    lines = (Path(out) / trainer.METRICS).read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses(out):
+    return [line["loss"] for line in metrics(out)]
+
+
+def assert_same_run(out, other):
+    """Weights, average, optimizer, schedule, losses and the LoRA, to the bit."""
+    a, b = state(out), state(other)
+    assert a.tensors.keys() == b.tensors.keys()
+    for name, x in a.tensors.items():
+        assert torch.equal(x, b.tensors[name]), name
+    for key in ("step", "schedule", "ema_steps", "sha256"):
+        assert a.state[key] == b.state[key], key
+    assert losses(out) == losses(other)
+    assert [line["step"] for line in metrics(out)] == list(range(a.state["step"]))
+    assert_same_lora(out / "lora", other / "lora")
+
+
+def assert_same_lora(folder, other):
+    assert files(folder) == files(other)
+    for name in files(folder):
+        if name.endswith(".json"):
+            assert (folder / name).read_text() == (other / name).read_text()
+            continue
+        a, b = load_file(folder / name), load_file(other / name)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(x, b[key]) for key, x in a.items())
+        assert metadata(folder / name) == metadata(other / name)
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def metadata(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+CONFIG = ROOT / "configs" / "accelerate" / "cpu.yaml"
+
+
+def launch(**job):
+    """One training in two processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
+    command += ["--main_process_port", "0", "--module", "support.finetuning", json.dumps(job)]
+    done = subprocess.run(
+        command,
+        env=environment(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done

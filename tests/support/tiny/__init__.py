@@ -1,0 +1,65 @@
+"""Tiny random models of diffusers' own classes, one file a family, and how they are called.
+
+A file holds `CASES`: each is a class, or a use of one, that the family says it serves.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn
+
+from gen_accel.attention_processors.families import FAMILIES
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and its calls.
+
+    Args:
+        build: the model in evaluation mode, with the same weights each time.
+        inputs: arguments of a forward pass, `inputs(frames, height, width, batch=2, lengths=None,
+            time=700.0)`, the same values each time: grids are in tokens, `lengths` are those of
+            the samples' texts without their padding, and `time` falls from 1000 to 0.
+        poke: changes in place, in arguments of `inputs`, all that the first sample's token at
+            (frame, row, column) is made of, and no other's.
+        latents: the argument that holds the latents.
+        grids: that the tests run. Neither's sides are multiples of a tile's.
+        lengths: of the texts of two samples, where a mask hides the padding.
+        padding: changes in place what the padding of these texts holds.
+        call: of the model; gives a tensor with the samples first.
+        row: the arguments of one sample alone, given all and its number.
+        local: the first attention sees the token of `poke` alone changed. Else its queries change
+            most.
+        pipeline: a pipeline around a model of `build`, where its parts can be tiny.
+        generate: what it makes in two steps, latents, of the same noise and prompt each time.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[..., dict[str, Any]]
+    poke: Callable[[dict[str, Any], int, int, int], None]
+    grids: tuple[Grid, ...] = ((5, 9, 11), (3, 5, 7))
+    lengths: tuple[int, int] | None = None
+    padding: Callable[[dict[str, Any], tuple[int, int]], None] | None = None
+    call: Callable[[nn.Module, dict[str, Any]], Tensor] = field(
+        default=lambda model, inputs: model(**inputs, return_dict=False)[0]
+    )
+    row: Callable[[dict[str, Any], int], dict[str, Any]] = field(
+        default=lambda inputs, row: {name: _row(value, row) for name, value in inputs.items()}
+    )
+    local: bool = True
+    pipeline: Callable[[], Any] | None = None
+    generate: Callable[[Any], Tensor] | None = None
+
+
+def _row(value: Any, row: int) -> Any:
+    return value[row : row + 1] if isinstance(value, Tensor) and value.ndim else value
+
+
+def cases() -> list[Case]:
+    """Of all families."""
+    return [case for family in FAMILIES for case in import_module(f"support.tiny.{family}").CASES]

@@ -1,0 +1,153 @@
+"""MiniMax-H3: one packed sequence, at its end the video."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import MiniMaxH3ModularPipeline, MiniMaxH3Scheduler, MiniMaxH3Transformer3DModel
+from diffusers.modular_pipelines import SequentialPipelineBlocks
+from diffusers.modular_pipelines.minimax_h3.before_denoise import (
+    MiniMaxH3PrepareLayoutStep,
+    MiniMaxH3SetTimestepsStep,
+)
+from diffusers.modular_pipelines.minimax_h3.denoise import MiniMaxH3DenoiseStep
+from support.tiny import Case
+from support.tiny.wan import noise
+from torch import Tensor
+
+CHANNELS, SOUND_CHANNELS = 4, 3
+TEXT, TEXT_WIDTH, SOUND = 9, 8, 5
+VIDEO_TAG, TEXT_TAG, SOUND_TAG = 0, 1, 2
+PATCH = (1, 2, 2)
+
+
+def transformer() -> Any:
+    torch.manual_seed(0)
+    return MiniMaxH3Transformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        hidden_size=32,
+        num_layers=2,
+        num_refiner_layers=1,
+        ffn_dim=32,
+        in_channels=CHANNELS,
+        audio_in_channels=SOUND_CHANNELS,
+        patch_size=PATCH,
+        text_dim=TEXT_WIDTH,
+        freq_dim=16,
+        time_embed_hidden_dim=16,
+        time_embed_dim=16,
+        rope_freq_dim=2,
+    ).eval()
+
+
+def inputs(
+    frames: int,
+    height: int,
+    width: int,
+    *,
+    batch: int = 2,
+    lengths: None = None,
+    time: float = 700.0,
+    anchors: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """In the layout of diffusers' own blocks.
+
+    Args:
+        anchors: "first" and "last" for key frames there.
+    """
+    layout = MiniMaxH3PrepareLayoutStep.build_packed_sequence(
+        text_token_tags=torch.full((TEXT,), TEXT_TAG),
+        num_latent_frames=frames,
+        latent_height=2 * height,
+        latent_width=2 * width,
+        num_audio_latents=SOUND,
+        patch_size=PATCH,
+        audio_channels=2,
+        audio_tag=SOUND_TAG,
+        video_tag=VIDEO_TAG,
+        keyframe_anchors=anchors,
+    )
+    positions, tags, video, sound, text, key_frames, references = layout
+    now = 1 - time / 1000
+    times, places = MiniMaxH3SetTimestepsStep.build_row_timesteps(
+        video, sound, key_frames, references, TEXT, now, now / 2, 0.95, 1.0
+    )
+    return {
+        "hidden_states": noise(batch, len(video), 4 * CHANNELS),
+        "audio_hidden_states": noise(batch, len(sound), SOUND_CHANNELS, seed=3),
+        "encoder_hidden_states": noise(batch, TEXT, TEXT_WIDTH, seed=4),
+        "timestep": times,
+        "timestep_indices": places,
+        "token_tags": tags,
+        "position_ids": positions,
+        "video_indices": video,
+        "audio_indices": sound,
+        "text_indices": text,
+    }
+
+
+def key_inputs(frames: int, height: int, width: int, **options: Any) -> dict[str, Any]:
+    """Between two key frames."""
+    return inputs(frames, height, width, anchors=("first", "last"), **options)
+
+
+def row(given: dict[str, Any], number: int) -> dict[str, Any]:
+    """The layout is that of all samples."""
+    own = slice(number, number + 1)
+    return {name: x[own] if "hidden_states" in name else x for name, x in given.items()}
+
+
+def poke(given: dict[str, Any], frame: int, row: int, column: int) -> None:
+    """What comes before the sound is no part of the grid."""
+    first = int(given["audio_indices"][-1]) + 1
+    times, rows, _ = given["position_ids"][first:].unbind(1)
+    in_frame = times == times[0]
+    side = int((in_frame & (rows == rows[0])).sum())
+    token = frame * int(in_frame.sum()) + row * side + column
+    given["hidden_states"][0, token - len(times)] += 1
+
+
+def pipeline() -> Any:
+    """Its blocks that denoise."""
+    blocks = {"timesteps": MiniMaxH3SetTimestepsStep(), "denoise": MiniMaxH3DenoiseStep()}
+    pipe: Any = MiniMaxH3ModularPipeline(SequentialPipelineBlocks.from_blocks_dict(blocks))
+    pipe.update_components(
+        transformer=transformer(),
+        scheduler=MiniMaxH3Scheduler(shift=12.0),
+        audio_scheduler=MiniMaxH3Scheduler(shift=3.0),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe: Any, make: Callable[..., dict[str, Any]]) -> Tensor:
+    given = make(3, 5, 7, batch=1)
+    names = "token_tags", "position_ids", "video_indices", "audio_indices", "text_indices"
+    layout = {name: given[name] for name in names}
+    return pipe(
+        latents=given["hidden_states"][0].clone(),
+        audio_latents=given["audio_hidden_states"][0].clone(),
+        prompt_embeds=given["encoder_hidden_states"],
+        denoiser_input_fields=layout,
+        **{name: x for name, x in layout.items() if name.endswith("indices")},
+        num_condition_video_rows=len(given["video_indices"]) - 3 * 5 * 7,
+        num_condition_audio_rows=0,
+        num_inference_steps=3,  # its last sigma, which is 0, counted
+        output="latents",
+    )
+
+
+CASES = [
+    Case(
+        name,
+        transformer,
+        make,
+        poke,
+        row=row,
+        pipeline=pipeline,
+        generate=partial(generate, make=make),
+    )
+    for name, make in (("minimax_h3", inputs), ("minimax_h3_key_frames", key_inputs))
+]
