@@ -73,7 +73,11 @@ SETTINGS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--adapter", default="demo", help="what load_image_prompt takes")
+    parser.add_argument(
+        "--adapter",
+        default=gen_accel.demo.image_prompt_path(),
+        help="what load_image_prompt takes",
+    )
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
     parser.add_argument("--frames", type=int, default=TRAINED_FRAMES)
     parser.add_argument("--steps", type=int, default=STEPS)

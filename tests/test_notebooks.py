@@ -3,7 +3,7 @@ import pytest
 from nbclient import NotebookClient
 from support.paths import ROOT
 
-from gen_accel.demo import image_prompts
+from gen_accel import demo
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SHOWS = {
@@ -18,7 +18,7 @@ SHOWS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path):
-    if path.stem == "image_prompt" and not image_prompts.path().is_dir():
+    if path.stem == "image_prompt" and not demo.image_prompt_path().is_dir():
         pytest.skip("the demo model's image prompt is not trained yet")
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()

@@ -20,6 +20,7 @@ from gen_accel.cli.options import (
     print_files,
     schedule,
 )
+from gen_accel.demo import adapter_named, model_named
 
 
 @app.command(short_help="Videos from prompts, with any served pipeline.")
@@ -172,6 +173,7 @@ def generate(
     from gen_accel.pipelines.generation.loading import Loading
     from gen_accel.pipelines.generation.sampling import Clip
 
+    model = model_named(model)
     loading = Loading(dtype, device, offload, tuple(lora or ()))
     if from_latents is not None:
         _only(context, "from_latents", ("model", "out", "fps", "dtype", "device", "offload"))
@@ -260,7 +262,7 @@ def _images(images: list[Path] | None, adapter: str | None, **options: Any) -> A
     if images and adapter is not None:
         from gen_accel.pipelines.generation.image_input import ImageInput
 
-        return ImageInput(tuple(images), adapter, **given)
+        return ImageInput(tuple(images), adapter_named(adapter), **given)
     # Neither is of use without the other, and the rest not without both.
     names = [*(["prompt"] if images else []), *(["adapter"] if adapter is not None else [])]
     names += [name.removesuffix("s") for name in given]

@@ -16,6 +16,7 @@ from gen_accel.cli.options import (
     schedule,
     whole_numbers,
 )
+from gen_accel.demo import model_named
 
 
 @app.command(short_help="A picture of what a method keeps.")
@@ -101,7 +102,7 @@ def estimate(
     from gen_accel.measure.estimate import estimate as run
 
     result = run(
-        model,
+        model_named(model),
         method_from(method, settings or ()),
         height=height,
         width=width,

@@ -1,12 +1,37 @@
-"""The embedded demo model: a real `WanPipeline`, its world, its detector and its training."""
+"""The embedded demo model: a real `WanPipeline`, its world, its detector and its image prompt."""
 
 from pathlib import Path
 
-__all__ = ["TRAINED_FRAMES", "path"]
+__all__ = [
+    "NAME",
+    "TRAINED_FRAMES",
+    "adapter_named",
+    "image_prompt_path",
+    "model_named",
+    "path",
+]
 
-TRAINED_FRAMES = 33  # of its clips
+NAME = "demo"  # what the command line and configs call the model, and its image prompt
+TRAINED_FRAMES = 33  # of its clips, as model/gen_accel.json says
 
 
 def path() -> Path:
     """The folder that `WanPipeline.from_pretrained` loads."""
     return Path(__file__).parent / "model"
+
+
+def image_prompt_path() -> Path:
+    """The folder of the adapter that `gen_accel.load_image_prompt` puts on this model;
+    configs/image_prompt/demo.yaml made it."""
+    return Path(__file__).parent / "image_prompt"
+
+
+def model_named(name: str) -> str:
+    """What to load for a name of the command line or a config: "demo" is the embedded model,
+    whatever lies in a folder of that name, which is "./demo"."""
+    return str(path()) if name == NAME else name
+
+
+def adapter_named(name: str) -> str:
+    """As `model_named`, of an image-prompt adapter."""
+    return str(image_prompt_path()) if name == NAME else name

@@ -14,12 +14,12 @@ from rich.progress import track
 
 from gen_accel.demo.world import NOT_SHOWN, SCENES, SEEN, Scene, render, scored_scenes, still
 from gen_accel.files import replacing
-from gen_accel.lora.data import TEACHER_SUFFIX
 from gen_accel.measure.video_io import write_video
 
 FPS = 16.0
 STILL_SIZE = 48  # pixels
 STILLS = 1 << 40  # from here on, seeds are those of stills
+TEACHER_SUFFIX = ".teacher.txt"  # as `gen-accel train` reads it
 HELD_OUT = 12  # of the scenes that the demo model knows; `world.UNSEEN` is held out as well
 
 

@@ -32,11 +32,6 @@ DENSE_START = 0.25
 SHOWN_FRAMES, SCALE = 5, 2  # of the picture: frames, and pixels that one pixel becomes
 
 
-def path() -> Path:
-    """The adapter that ships with the demo model; configs/image_prompt/demo.yaml made it."""
-    return Path(__file__).parent / "image_prompt"
-
-
 def run(
     out: str | Path = "outputs/demo_image",
     *,
@@ -68,12 +63,14 @@ def run(
     """
     out = Path(out)
     job.check(out, prompt, method, device, known=PROMPT)
-    if adapter is None and not path().is_dir():
-        raise FileNotFoundError(
-            f"the demo model's image prompt is not at {path()}: install the package again, or "
-            "train it with `gen-accel train configs/image_prompt/demo.yaml`"
-        )
-    given = ImageInput((image,), path() if adapter is None else adapter).opened()
+    if adapter is None:
+        adapter = demo.image_prompt_path()
+        if not adapter.is_dir():
+            raise FileNotFoundError(
+                f"the demo model's image prompt is not at {adapter}: install the package again, "
+                "or train it with `gen-accel train configs/image_prompt/demo.yaml`"
+            )
+    given = ImageInput((image,), adapter).opened()
     clip = Clip(frames, SIZE, SIZE, steps, GUIDANCE_SCALE, seed=seed, fps=FPS)
     name = type(method).__name__.lower()
     files = _files(out, name)

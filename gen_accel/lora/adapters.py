@@ -23,6 +23,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from gen_accel import demo
 from gen_accel.attention_processors.attached.recipe import Recipe, check_base, parse
 from gen_accel.attention_processors.attached.storage import save_processors
 from gen_accel.lora.artefact import (
@@ -252,7 +253,7 @@ def read_start(config: TrainConfig, transformer: Any) -> Any:
 
     source = config.init_adapter
     assert source is not None
-    found = read_adapter(find_adapter(source))
+    found = read_adapter(find_adapter(demo.adapter_named(source)))
     if "recipe" in found.metadata:
         check_base(parse(found.metadata["recipe"], source), transformer, "the adapter")
     if found.variant != variant_of(config):

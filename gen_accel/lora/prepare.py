@@ -97,7 +97,7 @@ def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
 
 def load_pipe(config: TrainConfig) -> Any:
     """On the CPU: the transformer goes where it trains later, the rest where it is needed."""
-    source = demo.path() if config.model == "demo" else config.model
+    source = demo.model_named(config.model)
     folder = Path(source).expanduser()
     source = folder if folder.exists() else source
     pipe = load(source, Loading(dtype=PRECISIONS[config.mixed_precision], device="cpu"))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from support import image_adapters, wan
 
-from gen_accel import Radial, VideoShape
+from gen_accel import Radial, VideoShape, demo
 from gen_accel.attention_processors.image_prompt import new_adapter
 from gen_accel.demo import clips, image_prompts, world
 from gen_accel.demo.detector import detect
@@ -81,6 +81,18 @@ def test_help_teaches(run):
         assert f"--image-{option}" in shown
     assert "--image-adapter outputs/lora/image_prompt --image-scale 0.8" in shown
     assert "gen-accel demo --image-prompt outputs/stills/0008.png" in run("demo", "--help").stdout
+
+
+def test_demo_is_a_name_of_the_command_line_alone(refused, model, tmp_path, monkeypatch):
+    assert demo.model_named("demo") == str(demo.path())
+    assert demo.adapter_named("demo") == str(demo.image_prompt_path())
+    assert demo.model_named("./demo") == demo.adapter_named("./demo") == "./demo"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    monkeypatch.setattr(demo, "image_prompt_path", lambda: tmp_path / "embedded")
+    args = ("generate", "--model", model, "--prompt", PROMPT, "--image-prompt", "a.png")
+    assert f"{tmp_path}/embedded" in refused(*args, "--image-adapter", "demo")
+    assert "no image-prompt adapter in demo" in refused(*args, "--image-adapter", "./demo")
 
 
 def test_generate_by_an_image(run, model, adapter, pictures, tmp_path):
@@ -234,7 +246,7 @@ class TestDemo:
 
     @pytest.fixture(autouse=True)
     def embedded(self, adapter, monkeypatch):
-        monkeypatch.setattr(image_prompts, "path", lambda: adapter)
+        monkeypatch.setattr(demo, "image_prompt_path", lambda: adapter)
 
     @pytest.mark.slow
     def test_what_it_writes(self, run, model, tmp_path):
@@ -313,7 +325,7 @@ class TestDemo:
         assert "--with-lora" in refused(*args, still, "--with-lora")
         assert "Dense()" in refused(*args, still, "--method", "dense")
         assert "the prompt is empty" in refused(*args, still, "--prompt", " ")
-        monkeypatch.setattr(image_prompts, "path", lambda: tmp_path / "gone")
+        monkeypatch.setattr(demo, "image_prompt_path", lambda: tmp_path / "gone")
         line = refused(*args, still)
         assert str(tmp_path / "gone") in line
         assert "gen-accel train configs/image_prompt/demo.yaml" in line
@@ -322,7 +334,8 @@ class TestDemo:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not image_prompts.path().is_dir(), reason="the demo model's image prompt is not trained yet"
+    not demo.image_prompt_path().is_dir(),
+    reason="the demo model's image prompt is not trained yet",
 )
 def test_the_embedded_adapter_shows_what_the_image_shows(tmp_path):
     scene = world.Scene("red", "triangle", "right", "slowly")

@@ -16,8 +16,8 @@ class ImageInput:
 
     Args:
         images: several act together.
-        adapter: what reads them, see `load_image_prompt`: a file, a folder, a repository of the
-            hub, or "demo".
+        adapter: what reads them, see `load_image_prompt`: a file, a folder, or a repository of
+            the hub.
         scale: 1 is as it was trained, 0 the model without.
         negative: what the negative prompt goes by; without, "no image".
         masks: white where an image acts, black where it does not: one for all, or one for each.

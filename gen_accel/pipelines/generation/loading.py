@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from gen_accel import demo
 from gen_accel.attention_processors.attached.transformers import TRANSFORMERS
 from gen_accel.attention_processors.families import served_classes, video_classes
 from gen_accel.pipelines.generation.decode import (
@@ -62,7 +61,9 @@ def check_model(model: str | Path) -> None:
     if not folder.exists():
         if REPOSITORY.fullmatch(str(model)):
             return
-        raise FileNotFoundError(f"no folder at {model}, and no repository is called like that")
+        raise FileNotFoundError(
+            f"no folder at {model}, and no repository is called like that{_embedded(model)}"
+        )
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(
@@ -185,8 +186,13 @@ def _location(model: str | Path) -> str:
 
 
 def folder_of(model: str | Path) -> Path:
-    """Of a pipeline, whether or not it is there; "demo" is the embedded one."""
-    return demo.path() if str(model) == "demo" else Path(model).expanduser()
+    """Of a pipeline, whether or not it is there."""
+    return Path(model).expanduser()
+
+
+def _embedded(model: str | Path) -> str:
+    """For a message: "demo" is a name of the command line and of configs."""
+    return "; the demo model is gen_accel.demo.path()" if str(model) == "demo" else ""
 
 
 def _source(model: str | Path, loading: Loading) -> tuple[str, torch.device, torch.dtype]:

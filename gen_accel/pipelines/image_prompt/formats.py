@@ -63,7 +63,6 @@ VARIANTS = (
 WEIGHTS = "image_prompt.safetensors"
 LYNX = ("resampler.safetensors", "ip_layers.safetensors")
 VERSION = 1
-DEMO = "demo"
 
 # What the keys are normalised with, where the adapter's own code does that.
 _KEY_NORMS = {"lynx": "own", "lynx_light": "plain"}
@@ -114,8 +113,7 @@ def find_adapter(
     """Where an adapter lies: a file, or Lynx's folder. Downloads it where `source` is on the hub.
 
     Args:
-        source: file, folder, name of a hub repository, or "demo", which is always the embedded
-            model's: a folder of that name is "./demo".
+        source: file, folder, or name of a hub repository.
         subfolder: in the folder or repository.
         weight_name: of the file there; without it there must be one only.
 
@@ -123,10 +121,6 @@ def find_adapter(
         FileNotFoundError: nothing there.
         ValueError: several files, and none named.
     """
-    if source == DEMO:
-        import gen_accel.demo
-
-        source = Path(gen_accel.demo.__file__).with_name("image_prompt")
     path = Path(source).expanduser()
     if path.is_file():
         if subfolder or weight_name:
@@ -135,7 +129,11 @@ def find_adapter(
     if path.is_dir():
         return _in_folder(path / (subfolder or ""), weight_name)
     if not REPOSITORY.fullmatch(str(source)):
-        raise FileNotFoundError(f"no adapter at {source}, and no repository is called like that")
+        embedded = "; the demo model's is gen_accel.demo.image_prompt_path()"
+        raise FileNotFoundError(
+            f"no adapter at {source}, and no repository is called like that"
+            f"{embedded if str(source) == 'demo' else ''}"
+        )
     return _from_hub(str(source), subfolder, weight_name)
 
 

@@ -39,8 +39,8 @@ def load_image_prompt(
 
     Args:
         pipe: a diffusers pipeline; or a transformer or UNet.
-        source: a file, a folder, a repository of the hub, "demo" for the embedded model's (a
-            folder of that name is "./demo"), or an `ImageAdapter`.
+        source: a file, a folder, a repository of the hub, or an `ImageAdapter`. The demo model's
+            is `gen_accel.demo.image_prompt_path()`.
         name: of the adapter on this model.
         scale: see `ImagePrompt.set_scale`.
         subfolder, weight_name: where in a folder or repository.

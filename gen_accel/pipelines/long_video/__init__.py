@@ -4,6 +4,7 @@ A technique is a frozen dataclass of its options, see `technique.Technique`; `ex
 several on a live pipeline and takes them off again.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib import import_module
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from gen_accel import demo
+from gen_accel.attention_processors.attached.recipe import CONFIG
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.families import family_for, family_of
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
@@ -69,8 +70,8 @@ def extend(
         technique: a name of `TECHNIQUES`, an instance such as `Riflex(k=4)`, or several of them.
         num_frames: of the video asked for, in pixel frames.
         trained_frames: what the model was trained at, in pixel frames. Without: of its family,
-            or of the demo model where it was loaded from `gen_accel.demo.path()`. For a model
-            that was tuned at another length, give it.
+            or what `gen_accel.json` in the model's own folder says, see `known_trained_frames`.
+            For a model that was tuned at another length, give it.
         options: of the technique, where it is one and given by its name.
 
     Raises:
@@ -97,14 +98,16 @@ def check_names(techniques: Sequence[str], what: str = "technique") -> None:
 
 
 def known_trained_frames(transformer: Any) -> int:
-    """The length that a model was trained at, in pixel frames: of the demo model where it was
-    loaded from `gen_accel.demo.path()`, else of its family.
+    """The length that a model was trained at, in pixel frames.
 
-    Raises ValueError where nobody knows, or no family serves the class.
+    The folder that its pipeline was loaded from may say it, in a file `gen_accel.json` with
+    `{"trained_frames": 33}`; else it is what the family was published at.
+
+    Raises ValueError where nobody knows, the file is malformed, or no family serves the class.
     """
-    loaded = transformer.config.get("_name_or_path") or ""
-    if Path(loaded).resolve() == demo.path().resolve() / "transformer":
-        return demo.TRAINED_FRAMES
+    said = _said_by_folder(transformer)
+    if said is not None:
+        return said
     family = family_of(transformer)
     known = getattr(family, "TRAINED_FRAMES", None)
     if hasattr(family, "trained_frames"):
@@ -159,6 +162,26 @@ class Extension:
 
     def __exit__(self, *exc: object) -> None:
         self.remove()
+
+
+def _said_by_folder(transformer: Any) -> int | None:
+    """`trained_frames` of the file beside the folder of the transformer, where there is one."""
+    loaded = transformer.config.get("_name_or_path")
+    file = Path(loaded or ".").expanduser().resolve().parent / CONFIG
+    if not loaded or not file.is_file():
+        return None
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    known = said.get("trained_frames") if isinstance(said, dict) else said
+    if known is None:
+        return None
+    if isinstance(known, bool) or not isinstance(known, int) or known < 1:
+        raise ValueError(
+            f"{file} must hold trained_frames as a whole number from 1 on, got {known!r}"
+        )
+    return known
 
 
 def _techniques(given: Any, options: dict[str, Any]) -> tuple[Technique, ...]:

@@ -415,16 +415,14 @@ def test_finding_a_file(tmp_path):
         find_adapter(folder)
 
 
-def test_demo_is_the_embedded_one(tmp_path, monkeypatch):
-    own, other = tmp_path / "package" / "image_prompt", tmp_path / "demo"
-    for folder in (own, other):
-        folder.mkdir(parents=True)
-        file_of("base", folder)
-    monkeypatch.setattr(gen_accel.demo, "__file__", str(tmp_path / "package" / "__init__.py"))
+def test_demo_is_a_path_in_python(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find_adapter("demo").parent == own
-    for folder in ("./demo", Path("demo")):
-        assert find_adapter(folder).parent == Path("demo")
+    with pytest.raises(FileNotFoundError, match=r"at demo, .*gen_accel\.demo\.image_prompt_path"):
+        find_adapter("demo")
+    (tmp_path / "demo").mkdir()
+    file_of("base", tmp_path / "demo")
+    assert find_adapter("demo").parent == Path("demo")
+    assert find_adapter(gen_accel.demo.image_prompt_path()).is_file()
 
 
 def test_a_repository_on_the_hub(tmp_path, monkeypatch):

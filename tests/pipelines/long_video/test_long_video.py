@@ -9,6 +9,7 @@ from diffusers import (
     SkyReelsV2DiffusionForcingPipeline,
     WanImageToVideoPipeline,
     WanPipeline,
+    WanTransformer3DModel,
 )
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from support import hunyuan, wan
@@ -296,6 +297,7 @@ def test_the_trained_length_is_known_by_family_and_for_the_demo_model(demo_pipe)
     assert family.longest(wan.transformer()) == 32
     assert known_trained_frames(wan.transformer(in_channels=48)) == 121  # Wan 2.2 TI2V-5B
     assert known_trained_frames(demo_pipe.transformer) == 33
+    assert gen_accel.demo.TRAINED_FRAMES == 33
     with extend(demo_pipe, "riflex", num_frames=65) as longer:
         assert (longer.target.trained, longer.target.frames) == (9, 17)
         assert longer.describe() == (
@@ -304,6 +306,25 @@ def test_the_trained_length_is_known_by_family_and_for_the_demo_model(demo_pipe)
     with extend(wan.transformer(), "position_interpolation", num_frames=121) as longer:
         assert (longer.target.trained, longer.target.frames) == (21, 31)
         assert longer.describe().endswith("temporal frequencies times 0.677")
+
+
+def test_a_models_own_folder_says_what_it_was_trained_at(tmp_path):
+    wan.transformer().save_pretrained(tmp_path / "transformer")
+    model = WanTransformer3DModel.from_pretrained(tmp_path / "transformer")
+    file = tmp_path / "gen_accel.json"
+    for text, frames in (("{}", 81), ('{"trained_frames": 49}', 49)):
+        file.write_text(text)
+        assert known_trained_frames(model) == frames
+    for given in ("0", "true", '"9"', "1.5"):
+        file.write_text(f'{{"trained_frames": {given}}}')
+        with pytest.raises(ValueError, match=r"gen_accel\.json must hold trained_frames"):
+            known_trained_frames(model)
+    file.write_text("[]")
+    with pytest.raises(ValueError, match=r"gen_accel\.json must hold trained_frames"):
+        known_trained_frames(model)
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"gen_accel\.json is no JSON"):
+        known_trained_frames(model)
 
 
 @pytest.mark.parametrize("technique", ROTARY)
