@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gen_accel import kernels
+from gen_accel.method import Method, check_method, parts_of
 from gen_accel.video import VideoShape
 
 MOST_DIM = 256  # of a head; no kernel is held to more
@@ -18,7 +19,7 @@ def attention(
     v: Tensor,
     *,
     video: VideoShape,
-    method: Any,
+    method: Method,
     kernel: str = "auto",
     scale: float | None = None,
     branch: nn.Module | None = None,
@@ -39,7 +40,8 @@ def attention(
 
     Raises:
         ValueError: shapes that do not fit, a head dim over 256, a scale that is not finite, an
-            unknown kernel, or one that cannot run this; a branch for a method that has none.
+            unknown kernel, or one that cannot run this; what is no method (see
+            `gen_accel.method.check_method`); a branch for a method that has none.
     """
     if q.ndim != 4 or not q.shape == k.shape == v.shape:
         shapes = [tuple(x.shape) for x in (q, k, v)]
@@ -57,9 +59,11 @@ def attention(
     if not math.isfinite(factor):
         raise ValueError(f"scale must be finite, got {factor}")
     kernels.check_name(kernel)
+    check_method(method)
     run = partial(kernels.run, scale=factor, kernel=kernel)
     if branch is None:
         return method(q, k, v, video=video, kernel=run)
-    if not hasattr(method, "branch"):
+    if parts_of(method).branch is None:
         raise ValueError(f"{type(method).__name__} has no parameters, got branch={branch}")
-    return method(q, k, v, video=video, kernel=run, branch=branch)
+    trained: Any = method  # its call takes a branch, as check_method has seen
+    return trained(q, k, v, video=video, kernel=run, branch=branch)

@@ -12,6 +12,7 @@ PACKAGE = Path(gen_accel.__file__).parent
 FLOORS = (
     ("files", "moved", "video"),
     ("plan",),
+    ("method",),
     ("kernels",),
     ("functional",),
     ("attention_processors",),

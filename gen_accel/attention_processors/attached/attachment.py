@@ -44,6 +44,7 @@ from gen_accel.attention_processors.seam import (
 )
 from gen_accel.attention_processors.tokens import Samples, Tokens, by_text, seen_text
 from gen_accel.kernels.self_check import check_rows
+from gen_accel.method import check_method
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
@@ -60,8 +61,7 @@ def put_on(
     """Attach `method`, as `gen_accel.attach` does, which has the arguments and errors."""
     schedule = schedule or Schedule()
     kernels.check_name(kernel)
-    if isinstance(method, type) or not callable(method):
-        raise ValueError(f"method must be an instance such as Radial(), got {method!r}")
+    check_method(method)
     transformers = served_transformers(pipe_or_transformer)
     scheduler = None
     if not isinstance(pipe_or_transformer, nn.Module):

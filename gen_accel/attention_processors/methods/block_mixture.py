@@ -31,6 +31,7 @@ Routing = Literal["token", "block"]
 Box = tuple[int, int, int]
 
 CYCLE = ("1d", "2d", "3d")
+SCOPES_OVER_HEADS = ("overall", "block")
 SORTED = 1 << 16  # entries of a scope up to which they are sorted: as many as there are bins
 # Scores that are picked from at once, at some 60 bytes each: 1 GB.
 AT_ONCE = 1 << 24
@@ -115,6 +116,15 @@ class BlockMixture:
             raise ValueError("scope 'block' is for select='threshold' alone, got select='topk'")
         if self.block < 1:
             raise ValueError(f"block must be at least 1, got {self.block}")
+
+    @property
+    def needs_all_heads(self) -> str:
+        if self.scope not in SCOPES_OVER_HEADS:
+            return ""
+        return (
+            f"scope={self.scope!r}, in which all heads pick together, while each process holds "
+            "some: use 'head_global' or 'query_head'"
+        )
 
     def for_layer(self, layer: int) -> "BlockMixture":
         """The method of one layer, counted from 0: of the cycle, its own partition."""

@@ -14,6 +14,8 @@ from gen_accel.video import VideoShape
 class Dense:
     """Full attention. Where it is attached, the model's own attention call runs unchanged."""
 
+    is_dense = True
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
     ) -> Tensor:

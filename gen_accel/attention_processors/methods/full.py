@@ -22,6 +22,8 @@ class Full:
     from: it runs where what is dense must still obey a technique for longer video.
     """
 
+    is_dense = True
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
     ) -> Tensor:

@@ -66,6 +66,14 @@ class Neighborhood:
                     f"dilation along {axis} must be at least 1, and 1 for a whole axis, got {d}"
                 )
 
+    @property
+    def least_grid(self) -> Axes:
+        """A window must fit into its axis."""
+        frames, rows, columns = (
+            max(1, w * d) for w, d in zip(self.window, self.dilation, strict=True)
+        )
+        return frames, rows, columns
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
     ) -> Tensor:

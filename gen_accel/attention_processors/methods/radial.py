@@ -70,6 +70,8 @@ class Radial:
     tile_frames: int | None = None
     tile_side: int = 8
 
+    thins_by_time = True
+
     def __post_init__(self) -> None:
         if self.rule not in get_args(Rule):
             raise ValueError(f"rule must be one of {get_args(Rule)}, got {self.rule!r}")

@@ -1,0 +1,278 @@
+"""Method: what to compute. Its contract, with each optional part and its default, in one place.
+
+A method is an instance with `method(q, k, v, *, video, kernel) -> Tensor`, usually
+of a frozen dataclass, whose fields are its options. With `plan`, the call must equal
+`kernel(q, k, v, method.plan(video, q.device))`, which is all that runs inside `torch.compile`.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gen_accel.plan import Plan
+from gen_accel.video import VideoShape
+
+
+class Method(Protocol):
+    """What every method has: a call. Its optional parts are in `MethodParts`."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        video: VideoShape,
+        kernel: Callable[[Tensor, Tensor, Tensor, Plan], Tensor],
+    ) -> Tensor:
+        """Attention over the pairs that the method keeps.
+
+        Args:
+            q, k, v: (B, H, N, D), N == video.tokens, video first, text last.
+            kernel: runs a plan on q, k and v. A method that computes by itself need not call it:
+                it then runs in eager mode, and inside `torch.compile` it is refused.
+
+        Returns:
+            (B, H, N, D) in q's dtype.
+        """
+        ...
+
+
+class MethodParts(NamedTuple):
+    """What a method may have beside its call. A part that it lacks is None, or its default here.
+
+    Args:
+        plan: (video, device) -> Plan, what is kept on a grid. Where q and k decide, the plan of
+            smooth random ones, for pictures and estimates.
+        plan_for: (q, k, *, video) -> Plan, for a method whose pattern depends on q and k.
+        layout: (video, device) -> anything, what such a method derives from the grid alone.
+        laid_out: (q, k, v, *, layout, kernel) -> Tensor, the call with that given, which can run
+            inside `torch.compile`. It goes with `layout`.
+        for_layer: (layer) -> method of one layer, counted from 0. Default: itself.
+        within: (video, whole) -> method for a layer whose grid is smaller than the model's.
+            Default: itself.
+        branch: (heads, dim) -> nn.Module, the parameters of one layer at their start. The call and
+            `laid_out` then take `branch=`. A branch may have `silent() -> bool`: see `is_silent`.
+        parts: (q, k, v, *, video, kernel) -> (O_s, O_l), what `calibrate` fits a branch to.
+        density: (video) -> share of token pairs that are kept. Default: of `plan`.
+        block_mask: (video) -> (Kq, Kk) bool, key blocks of each query block. Default: of `plan`.
+        is_dense: whether it stands for the model's own attention, which runs in its place.
+        thins_by_time: whether it keeps all of a single frame.
+        needs_all_heads: why a process that holds some of the heads cannot run it; "": it can.
+        least_grid: the least (frames, rows, columns) that it can be planned on.
+    """
+
+    plan: Callable[[VideoShape, torch.device], Plan] | None = None
+    plan_for: Callable[..., Plan] | None = None
+    layout: Callable[[VideoShape, torch.device], Any] | None = None
+    laid_out: Callable[..., Tensor] | None = None
+    for_layer: Callable[[int], Any] | None = None
+    within: Callable[[VideoShape, VideoShape], Any] | None = None
+    branch: Callable[[int, int], nn.Module] | None = None
+    parts: Callable[..., tuple[Tensor, Tensor]] | None = None
+    density: Callable[[VideoShape], float] | None = None
+    block_mask: Callable[[VideoShape], Tensor] | None = None
+    is_dense: bool = False
+    thins_by_time: bool = False
+    needs_all_heads: str = ""
+    least_grid: tuple[int, int, int] = (1, 1, 1)
+
+    @property
+    def has_plan(self) -> bool:
+        return self.plan is not None
+
+
+# How each callable part is called: positional arguments, then keywords. With a branch, those of
+# TRAINED take `branch=` as well.
+CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "plan": (("video", "device"), ()),
+    "plan_for": (("q", "k"), ("video",)),
+    "layout": (("video", "device"), ()),
+    "laid_out": (("q", "k", "v"), ("layout", "kernel")),
+    "for_layer": (("layer",), ()),
+    "within": (("video", "whole"), ()),
+    "branch": (("heads", "dim"), ()),
+    "parts": (("q", "k", "v"), ("video", "kernel")),
+    "density": (("video",), ()),
+    "block_mask": (("video",), ()),
+}
+CALL = ("q", "k", "v"), ("video", "kernel")
+TRAINED = ("__call__", "laid_out")
+# A public callable whose name is as near to a part that is missing is taken for it, misspelt.
+NEAR = 0.85
+
+_checked: set[type] = set()
+
+
+def parts_of(method: Any) -> MethodParts:
+    """The parts of `method`, bound to it."""
+    defaults = MethodParts._field_defaults
+    return MethodParts._make(getattr(method, name, default) for name, default in defaults.items())
+
+
+def check_method(method: Any) -> None:
+    """Raise ValueError, in one line, for what breaks the contract: a class, what cannot be called
+    as a method is, a part of another type or with other arguments, one that looks misspelt."""
+    if isinstance(method, type) or not callable(method) or isinstance(method, nn.Module):
+        module = ", a module: its parameters belong in branch(heads, dim)"
+        hint = module if isinstance(method, nn.Module) else ""
+        shown = type(method).__name__ if hint else repr(method)
+        raise ValueError(f"method must be an instance such as Radial(), got {shown}{hint}")
+    if torch.compiler.is_compiling():
+        return
+    kind = type(method)
+    own = any(callable(value) or name in MethodParts._fields for name, value in _own(method))
+    if kind in _checked and not own:
+        return
+    name, parts = _name(method), parts_of(method)
+    _check_call(name, "__call__", method, *CALL, trained=parts.branch is not None)
+    for part, value in zip(MethodParts._fields, parts, strict=True):
+        _check_part(name, part, value, trained=parts.branch is not None)
+    if (parts.layout is None) != (parts.laid_out is None):
+        have, lack = ("layout", "laid_out") if parts.layout else ("laid_out", "layout")
+        raise ValueError(f"{name} has {have} and no {lack}: they go together")
+    _check_names(name, method)
+    try:
+        hash(method)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} must be hashable, as an instance of a frozen dataclass is: {error}"
+        ) from None
+    if not own and kind is not type(check_method):
+        _checked.add(kind)
+
+
+def layer_method(method: Any, layer: int) -> Any:
+    """What runs in a layer, for methods that change from one to the next."""
+    own = parts_of(method).for_layer
+    return method if own is None else own(layer)
+
+
+def layers_differ(method: Any) -> bool:
+    """Whether a layer runs another method than `method` itself."""
+    return parts_of(method).for_layer is not None and layer_method(method, 0) != method
+
+
+def branch_of(method: Any, heads: int, dim: int) -> nn.Module | None:
+    """The parameters of one layer at their start; None for a method that has none."""
+    made = parts_of(method).branch
+    return None if made is None else made(heads, dim)
+
+
+def is_silent(branch: nn.Module) -> bool:
+    """Whether a branch says by `silent()` that it adds nothing. Synchronises the device."""
+    said = getattr(branch, "silent", None)
+    return said is not None and bool(said())
+
+
+def within(method: Any, video: VideoShape, whole: VideoShape) -> Any:
+    """The method for attention over `video` in a model whose grid is `whole`."""
+    own = parts_of(method).within
+    return method if own is None else own(video, whole)
+
+
+def plan_of(method: Any, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
+    """Its plan, on `device`; ValueError for a method that has none."""
+    made = parts_of(method).plan
+    if made is None:
+        raise ValueError(f"{_name(method)} has no plan(video, device)")
+    return made(video, torch.device(device))
+
+
+def density_of(method: Any, video: VideoShape) -> float:
+    """Share of token pairs that are kept, in [0, 1]; ValueError where neither tells it."""
+    parts = parts_of(method)
+    if parts.density is None and parts.plan is None:
+        raise ValueError(f"{_name(method)} has neither plan(video, device) nor density(video)")
+    return plan_of(method, video).density if parts.density is None else parts.density(video)
+
+
+def why_no_graph(method: Any) -> str | None:
+    """Why `method` cannot run inside `torch.compile`; None where it can."""
+    parts, name = parts_of(method), _name(method)
+    if parts.layout is not None:
+        return None
+    if parts.plan is None:
+        return f"{name} has no plan(video, device), without which no graph can run it"
+    if parts.plan_for is not None:
+        return f"{name} has plan_for and no layout and laid_out, without which no graph can run it"
+    if parts.branch is not None:
+        return f"{name} has a branch and no layout and laid_out, without which no graph can run it"
+    return None
+
+
+def _name(method: Any) -> str:
+    return method.__name__ if inspect.isroutine(method) else type(method).__name__
+
+
+def _own(method: Any) -> Iterator[tuple[str, Any]]:
+    """What an instance holds beside its class and its options."""
+    options = {one.name for one in fields(method)} if is_dataclass(method) else set()
+    held = vars(method) if hasattr(method, "__dict__") else {}
+    return ((name, value) for name, value in held.items() if name not in options)
+
+
+def _check_part(kind: str, part: str, value: Any, *, trained: bool) -> None:
+    default = MethodParts._field_defaults[part]
+    if part in CALLS:
+        if value is None:
+            return
+        if not callable(value):
+            written = ", ".join(CALLS[part][0] + CALLS[part][1])
+            raise ValueError(f"{part} of {kind} must be a method {part}({written}), got {value!r}")
+        _check_call(kind, part, value, *CALLS[part], trained=trained and part in TRAINED)
+    elif part == "least_grid":
+        if not (
+            isinstance(value, tuple)
+            and len(value) == 3
+            and all(isinstance(size, int) and size >= 1 for size in value)
+        ):
+            raise ValueError(f"{part} of {kind} must be three positive sizes, got {value!r}")
+    elif not isinstance(value, type(default)):
+        wanted = type(default).__name__
+        raise ValueError(f"{part} of {kind} must be a {wanted}, got {value!r}")
+
+
+def _check_call(
+    kind: str,
+    part: str,
+    value: Callable,
+    positional: tuple[str, ...],
+    keywords: tuple[str, ...],
+    *,
+    trained: bool,
+) -> None:
+    keywords = (*keywords, "branch") if trained else keywords
+    try:
+        taken = inspect.signature(value)
+    except (TypeError, ValueError):  # of what is written in C
+        return
+    try:
+        taken.bind(*positional, **dict.fromkeys(keywords))
+    except TypeError:
+        star = ", *, " if keywords else ""
+        wanted = f"({', '.join(positional)}{star}{', '.join(keywords)})"
+        names = ", ".join(map(str, taken.parameters))
+        raise ValueError(f"{part} of {kind} must take {wanted}, it takes ({names})") from None
+
+
+def _check_names(kind: str, method: Any) -> None:
+    """Refuse public callables, other than options, that look like a part that is missing."""
+    options = {one.name for one in fields(method)} if is_dataclass(method) else set()
+    missing = [name for name in MethodParts._fields if not hasattr(method, name)]
+    for name in dir(method):
+        if name.startswith("_") or name in options or name in MethodParts._fields:
+            continue
+        if not callable(inspect.getattr_static(method, name)):
+            continue
+        near = get_close_matches(name, missing, n=1, cutoff=NEAR)
+        if near:
+            raise ValueError(
+                f"no part of a method is called {name!r}, got {kind}.{name}; did you mean "
+                f"{near[0]!r}? A method of another purpose takes another name, or one with _ first"
+            )
