@@ -9,10 +9,8 @@ from typer.testing import CliRunner
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# What "auto" takes does not depend on what was built on this machine.
-os.environ["GEN_ACCEL_NATIVE"] = "0"
-
 from gen_accel.cli import app
+from gen_accel.kernels.native import build as native_build
 from gen_accel.video import VideoShape
 
 # One shape that divides, one that does not, one with text: the three ways padding goes wrong.
@@ -43,6 +41,23 @@ def qkv(device):
     return make
 
 
+IS_BUILT = native_build.is_built
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_native():
+    """What "auto" takes does not depend on what was built on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_build, "is_built", lambda: False)
+        yield
+
+
+@pytest.fixture
+def built(native_kernel, monkeypatch):
+    """The CPU kernel, and "auto" takes it."""
+    monkeypatch.setattr(native_build, "is_built", IS_BUILT)
+
+
 @pytest.fixture(autouse=True)
 def native_where_it_is_asked_for(request):
     call = getattr(request.node, "callspec", None)
@@ -53,11 +68,9 @@ def native_where_it_is_asked_for(request):
 @pytest.fixture(scope="session")
 def native_kernel():
     """Skip where it cannot be built."""
-    from gen_accel.kernels.native import build
-
-    if build.library() is None:
+    if native_build.library() is None:
         try:
-            build.build()
+            native_build.build()
         except RuntimeError as error:
             pytest.skip(str(error))
 

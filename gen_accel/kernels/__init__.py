@@ -10,12 +10,12 @@ scale)`.
 A backend imports without its optional dependency, and never changes the answer: each is held to
 `reference` by an error budget, forward and gradient.
 
-Beside the backends, `lists` are the kept blocks of a plan as they read them, `linear` is the
-linear branch of sparse-linear attention, `pooling` makes the means of blocks that methods choose
-by, and `self_check` holds some rows of a kernel's answer to the reference.
+Beside the backends, `lists` are the kept blocks of a plan as they read them, and `self_check`
+holds some rows of a kernel's answer to the reference. `linear` is the linear branch of
+sparse-linear attention, `pooling` and `selection` are what methods choose blocks by; `helpers`
+says which code runs them, by the name of the kernel, which a method reads off its `Runner`.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -27,6 +27,9 @@ from torch import Tensor
 
 from gen_accel.kernels import flex, gather, native, routed, triton
 from gen_accel.kernels.failure import KernelFailed
+from gen_accel.kernels.helpers import is_forward_mode
+from gen_accel.kernels.native import build
+from gen_accel.kernels.runner import Runner, name_of
 from gen_accel.plan import Plan, Route, raster_slots
 from gen_accel.video import VideoShape
 
@@ -34,8 +37,10 @@ __all__ = [
     "KERNELS",
     "Choice",
     "KernelFailed",
+    "Runner",
     "check_name",
     "compute",
+    "name_of",
     "preference",
     "prepare",
     "run",
@@ -87,7 +92,7 @@ def preference(q: Tensor, plan: Plan) -> Mapping[str, str]:
     pick for themselves: see benchmarks/results/.
     """
     slow = "it computes every pair"
-    if q.device.type == "cpu" and is_native_built():
+    if q.device.type == "cpu" and build.is_built():
         return {
             "native": "",
             "gather": "it copies keys for each query block",
@@ -115,33 +120,6 @@ def preference(q: Tensor, plan: Plan) -> Mapping[str, str]:
         "gather": "it runs many small operations",
         "reference": slow,
     }
-
-
-@torch.compiler.assume_constant_result
-def is_native_built() -> bool:
-    """Whether `gen-accel build` has run on this machine; GEN_ACCEL_NATIVE=0 says no."""
-    return os.environ.get("GEN_ACCEL_NATIVE") != "0" and native.build.library() is not None
-
-
-def native_serves(*tensors: Tensor) -> bool:
-    """Whether what stands beside attention, the choice of blocks and the linear branch, runs in
-    C++; whichever kernel is named for attention. Not under `torch.func` and forward-mode
-    differentiation, of which C++ knows nothing."""
-    kinds = {(x.dtype, x.device.type) for x in tensors}
-    if len(kinds) > 1 or not kinds <= {(dtype, "cpu") for dtype in native.DTYPES}:
-        return False
-    if _is_forward_mode():
-        return False
-    if not torch.compiler.is_compiling():
-        functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-        if functorch.peek_interpreter_stack() is not None:
-            return False
-    return is_native_built()
-
-
-def _is_forward_mode() -> bool:
-    """Whether forward-mode differentiation is on, of `torch.func.jvp` too."""
-    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
 def run(
@@ -182,7 +160,7 @@ def _first(
     for place, name in enumerate(order, 1):
         backend = import_module(f"gen_accel.kernels.{name}")
         reasons = backend.unsupported(q, k, v, plan)
-        if name != "reference" and _is_forward_mode():  # torch would take it for zero
+        if name != "reference" and is_forward_mode():  # torch would take it for zero
             reasons = [*reasons, "it has no forward-mode derivative"]
         if not reasons:
             try:
@@ -223,7 +201,7 @@ def prepare(plan: Plan, device: torch.device, kernel: str = "auto") -> tuple[str
             kernel = "gather" if triton.device_reasons(device) else "triton"
         elif not (by_query and altered):
             without = "routed" if by_query else "gather"
-            kernel = "native" if is_native_built() else without
+            kernel = "native" if build.is_built() else without
     if kernel not in IN_GRAPHS:
         raise ValueError(
             f"kernel {kernel!r} does not run inside torch.compile; use 'auto' or one of "

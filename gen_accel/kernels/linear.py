@@ -2,21 +2,94 @@
 
     o = f(q) (sum f(k)^T v) / (eps + f(q) . sum f(k)), sums over the keys of the set
 
-`plain` is the meaning, torch alone with autograd; on GPUs a fused kernel does the same, and on
-CPUs native/linear.cpp, with f in it, where that is built. The kernel that is named for attention
-says nothing of which of them runs.
+`plain` is the meaning, torch alone with autograd. On GPUs a Triton kernel does the same, and on
+CPUs native/linear.cpp, with f in it, where it is built. The name of the kernel for attention
+decides which of them runs: see `helpers`.
 """
 
 import torch
 from torch import Tensor
 
-from gen_accel.kernels import triton
+from gen_accel.kernels.helpers import native_serves, triton_serves
+from gen_accel.kernels.native import linear as native
+from gen_accel.plan import Plan
 
 STATES = 1 << 27  # numbers in the states that are made at once, half a gigabyte; at least one head
 
 
+def in_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    sets: Tensor | None,
+    feature_map: str,
+    eps: float,
+    *,
+    kernel: str = "auto",
+) -> Tensor | None:
+    """f and the sums in one pass, (B, H, N, D) in the order of the tokens; None where no kernel
+    serves these tensors.
+
+    Args:
+        q, k, v: (B, H, N, D).
+        plan: whose slots and blocks the sets are for.
+        sets: (B, H, Kq, Kk) bool, the key blocks of each query block; None for all.
+        feature_map: f, "softmax" over the head dim, "elu" plus 1 or "relu".
+        eps: keeps small denominators from zero.
+        kernel: the name of the kernel for attention.
+    """
+    if not native_serves(kernel, q, k, v):
+        return None
+    return native.linear(q, k, v, *_arguments(plan, sets, feature_map), eps)
+
+
+def added(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    sets: Tensor | None,
+    feature_map: str,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor,
+    base: Tensor,
+    *,
+    kernel: str = "auto",
+) -> Tensor | None:
+    """`base` + `in_one` weight^T + bias, without a gradient and, where `base` lies in a row, in
+    its memory; None where no kernel serves these tensors.
+
+    Args:
+        weight, bias: of a linear layer of the head dim.
+        base: (B, H, N, D) in q's dtype.
+    """
+    if not native_serves(kernel, q, k, v, base):
+        return None
+    out = base.contiguous()
+    sizes = _arguments(plan, sets, feature_map)
+    native.add_projected_linear(q, k, v, *sizes, eps, weight, bias, out)
+    return out
+
+
+def _arguments(
+    plan: Plan, sets: Tensor | None, feature_map: str
+) -> tuple[Tensor, Tensor | None, int, int, int]:
+    """What the native branch takes between v and eps."""
+    return plan.slots, sets, plan.block_q, plan.block_k, native.MAPS.index(feature_map)
+
+
 def linear_attention(
-    fq: Tensor, fk: Tensor, v: Tensor, sets: Tensor, block_q: int, block_k: int, *, eps: float
+    fq: Tensor,
+    fk: Tensor,
+    v: Tensor,
+    sets: Tensor,
+    block_q: int,
+    block_k: int,
+    *,
+    eps: float,
+    kernel: str = "auto",
 ) -> Tensor:
     """(B, H, S, D) in slot order; zero where a set holds no token.
 
@@ -25,11 +98,11 @@ def linear_attention(
         v: like them.
         sets: (B, H, Kq, Kk) bool.
         eps: keeps small denominators from zero.
+        kernel: the name of the kernel for attention.
     """
     B, _, S, D = fq.shape
     heads = max(1, STATES // (B * (S // block_k) * D * D))
-    fused = fq.device.type == "cuda" and not triton.device_reasons(fq.device)
-    run = _fused if fused and fq.dtype in triton.DTYPES else plain
+    run = _fused if triton_serves(kernel, fq) else plain
     some = [x.split(heads, 1) for x in (fq, fk, v, sets)]
     return torch.cat(
         [run(q, k, w, s, block_q, block_k, eps=eps) for q, k, w, s in zip(*some, strict=True)], 1

@@ -21,12 +21,6 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @pytest.fixture
-def built(monkeypatch):
-    """And taken by "auto", which tests otherwise leave out."""
-    monkeypatch.delenv("GEN_ACCEL_NATIVE")
-
-
-@pytest.fixture
 def threads():
     """Sets their number, until the test ends."""
     before = torch.get_num_threads()

@@ -1,22 +1,25 @@
 """The choice of blocks and the linear branch in C++, held to torch."""
 
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from support import wan
 from support.checks import assert_no_worse
 from support.problems import assert_gradients_no_worse
 from torch import nn
 
-from gen_accel import BlockMixture, SparseLinear, VideoShape
+from gen_accel import BlockMixture, SparseLinear, VideoShape, attach
 from gen_accel.attention_processors.context_parallel import of_heads
 from gen_accel.functional import attention
-from gen_accel.kernels import native_serves, pooling
-from gen_accel.kernels.native import linear, selection
+from gen_accel.kernels import Runner, pooling
+from gen_accel.kernels.helpers import native_serves
+from gen_accel.kernels.native import build, linear, selection
 from gen_accel.plan import slots_of, tile_slots
 
-pytestmark = pytest.mark.usefixtures("native_kernel")
+pytestmark = pytest.mark.usefixtures("built")
 
 VIDEOS = [
     pytest.param(VideoShape(5, 9, 10), marks=pytest.mark.slow),
@@ -31,31 +34,23 @@ SELECTIONS = [
 ]
 
 
-@pytest.fixture
-def both(monkeypatch):
-    """What a function gives in torch, and in C++."""
-
-    def run(function):
-        monkeypatch.setenv("GEN_ACCEL_NATIVE", "0")
-        plain = function()
-        monkeypatch.delenv("GEN_ACCEL_NATIVE")
-        return plain, function()
-
-    return run
+def nothing(name="auto"):
+    """A kernel of that name that runs none."""
+    return Runner(lambda q, k, v, plan: q, name)
 
 
-@pytest.fixture
-def built(monkeypatch):
-    monkeypatch.delenv("GEN_ACCEL_NATIVE")
+def both(function):
+    """What a function of the kernel's name gives in torch, and in C++."""
+    return function("reference"), function("auto")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("video", VIDEOS, ids=str)
-def test_sums_of_blocks(video, dtype, both, qkv):
+def test_sums_of_blocks(video, dtype, qkv):
     slots = slots_of(tile_slots(video, (2, 4, 4)), 32, 16)
     x = qkv(video.tokens, dtype, dim=33)[0].transpose(1, 2).contiguous().transpose(1, 2)
     for block in (16, 32):
-        plain, found = both(lambda block=block: pooling.block_means(x, slots, block))
+        plain, found = both(lambda name, block=block: pooling.block_means(x, slots, block, name))
         exact = pooling.block_means(x.double(), slots, block)
         assert_no_worse(found, plain, exact)
 
@@ -64,7 +59,7 @@ def test_sums_of_blocks(video, dtype, both, qkv):
 @pytest.mark.parametrize(("select", "scope"), SELECTIONS)
 @pytest.mark.parametrize("partition", ["1d", "2d", "3d"])
 @pytest.mark.parametrize("video", VIDEOS, ids=str)
-def test_queries_pick_the_same(video, partition, select, scope, routing, both, qkv):
+def test_queries_pick_the_same(video, partition, select, scope, routing, qkv):
     q, k, _ = qkv(video.tokens, dim=33)
     for threshold in (0.1, 0.25, 0.9):
         method = BlockMixture(
@@ -76,7 +71,9 @@ def test_queries_pick_the_same(video, partition, select, scope, routing, both, q
             topk=(2, 5, 7),
             chunks=(4, 9, 12),
         )
-        plain, found = both(lambda method=method: method.plan_for(q, k, video=video))
+        plain, found = both(
+            lambda name, method=method: method.plan_for(q, k, video=video, kernel=name)
+        )
         assert torch.equal(plain.keep, found.keep)
         assert plain.density == found.density
         if routing == "token":
@@ -87,21 +84,21 @@ def test_queries_pick_the_same(video, partition, select, scope, routing, both, q
 
 @pytest.mark.parametrize(("select", "scope"), SELECTIONS)
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
-def test_scores_that_are_equal_go_together(value, select, scope, both):
+def test_scores_that_are_equal_go_together(value, select, scope):
     video = VideoShape(4, 8, 8, text=5)
     x = torch.full((2, 2, video.tokens, 16), value)
     method = BlockMixture(partition="3d", select=select, scope=scope, topk=(2, 2, 2))
-    plain, found = both(lambda: method.plan_for(x, x, video=video))
+    plain, found = both(lambda name: method.plan_for(x, x, video=video, kernel=name))
     assert torch.equal(plain.keep, found.keep)
 
 
 @pytest.mark.parametrize("scope", selection.SCOPES)
-def test_many_scores(scope, both):
+def test_many_scores(scope):
     """So many that torch counts them in bins, and more threads than scopes."""
     video = VideoShape(10, 16, 16)
     q, k = torch.randn(2, 1, 1, video.tokens, 16, generator=torch.Generator().manual_seed(0))
     method = BlockMixture(partition="3d", scope=scope, chunks=(4, 9, 40))
-    plain, found = both(lambda: method.plan_for(q, k, video=video))
+    plain, found = both(lambda name: method.plan_for(q, k, video=video, kernel=name))
     real = plain.real
     assert torch.equal(plain.partial.picks[:, :, real], found.partial.picks[:, :, real])
 
@@ -127,32 +124,24 @@ class TestLinearBranch:
             block_k=block_k,
             order=order,
         )
-        return lambda q, k, v: method.parts(q, k, v, video=video, kernel=self.nothing)[1]
+        return lambda name, *qkv: method.parts(*qkv, video=video, kernel=nothing(name))[1]
 
-    @staticmethod
-    def nothing(q, k, v, plan):
-        return q
-
-    def test_forward(self, video, linear_over, feature_map, block_q, block_k, order, both, qkv):
+    def test_forward(self, video, linear_over, feature_map, block_q, block_k, order, qkv):
         function = self.run(video, linear_over, feature_map, block_q, block_k, order)
         for dtype in (torch.float32, torch.bfloat16):
             inputs = qkv(video.tokens, dtype, dim=33)
-            plain, found = both(lambda inputs=inputs: function(*inputs))
-            assert_no_worse(found, plain, function(*(x.double() for x in inputs)))
+            plain, found = both(lambda name, inputs=inputs: function(name, *inputs))
+            exact = function("reference", *(x.double() for x in inputs))
+            assert_no_worse(found, plain, exact)
 
-    def test_gradients(self, video, linear_over, feature_map, block_q, block_k, order, built, qkv):
+    def test_gradients(self, video, linear_over, feature_map, block_q, block_k, order, qkv):
         function = self.run(video, linear_over, feature_map, block_q, block_k, order)
-
-        def plain(q, k, v):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("GEN_ACCEL_NATIVE", "0")
-                return function(q, k, v)
-
         inputs = qkv(video.tokens, dim=33)
-        assert_gradients_no_worse(function, plain, inputs)
+        found, plain = partial(function, "native"), partial(function, "reference")
+        assert_gradients_no_worse(found, plain, inputs)
 
 
-def test_a_query_block_without_linear_keys_does_not_disturb_the_gradients(built, qkv):
+def test_a_query_block_without_linear_keys_does_not_disturb_the_gradients(qkv):
     """Over its denominator, epsilon alone, gradients would be 100,000 times as large."""
     sets = torch.ones(1, 1, 4, 4, dtype=torch.bool)
     sets[0, 0, 1] = False
@@ -171,7 +160,7 @@ def test_a_query_block_without_linear_keys_does_not_disturb_the_gradients(built,
 
 
 @pytest.mark.parametrize("feature_map", linear.MAPS)
-def test_what_is_left_of_much_is_exact(feature_map, both):
+def test_what_is_left_of_much_is_exact(feature_map):
     """The blocks that are left out hold nearly all of what a query sees."""
     g = torch.Generator().manual_seed(0)
     video, centres = VideoShape(8, 8, 8), torch.randn(1, 1, 8, 1, 64, generator=g)
@@ -179,23 +168,23 @@ def test_what_is_left_of_much_is_exact(feature_map, both):
     q, k = (4 * (x.unflatten(2, (8, 64)) * 0.3 + centres).flatten(2, 3) for x in (q, k))
     method = SparseLinear(critical=0.3, feature_map=feature_map, order="raster")
 
-    def branch(*inputs):
-        return method.parts(*inputs, video=video, kernel=TestLinearBranch.nothing)[1]
+    def branch(name, *inputs):
+        return method.parts(*inputs, video=video, kernel=nothing(name))[1]
 
-    plain, found = both(lambda: branch(q, k, v))
-    assert_no_worse(found, plain, branch(q.double(), k.double(), v.double()))
+    plain, found = both(lambda name: branch(name, q, k, v))
+    assert_no_worse(found, plain, branch("reference", q.double(), k.double(), v.double()))
 
 
-def test_equal_scores_are_critical_or_skipped_not_both(both):
+def test_equal_scores_are_critical_or_skipped_not_both():
     video = VideoShape(8, 16, 16)
     x = torch.ones(1, 1, video.tokens, 16)
     method = SparseLinear(critical=0.25, skipped=0.25, linear_over="marginal")
-    for _, sets in both(lambda: method._chosen(x, x, method.layout(video, x.device))):
+    for _, sets in both(lambda name: method._chosen(x, x, method.layout(video, x.device), name)):
         assert (sets.sum(-1) == 16).all()
 
 
 @pytest.mark.parametrize("method", [SparseLinear(critical=0.3), BlockMixture(partition="3d")])
-def test_what_does_not_fit_is_refused(method, built, qkv):
+def test_what_does_not_fit_is_refused(method, qkv):
     video = VideoShape(4, 8, 8)
     q, k, v = qkv(video.tokens)
     for short in ((q[:, :, 1:], k), (q, k[:, :, 1:])):
@@ -205,7 +194,7 @@ def test_what_does_not_fit_is_refused(method, built, qkv):
         with torch.no_grad(), pytest.raises(ValueError, match="heads of 8 numbers, q has 16"):
             attention(q, k, v, video=video, method=method, branch=method.branch(2, 8))
         with pytest.raises(ValueError, match="must be alike"):
-            method.parts(q, k, v[..., 1:], video=video, kernel=TestLinearBranch.nothing)
+            method.parts(q, k, v[..., 1:], video=video, kernel=nothing())
 
 
 class TestInOnePass:
@@ -221,19 +210,17 @@ class TestInOnePass:
 
     def called(self, monkeypatch):
         """How often the pass runs, as a list."""
-        from gen_accel.attention_processors.methods import sparse_linear
-
-        calls, before = [], sparse_linear.add_projected_linear
+        calls, before = [], linear.add_projected_linear
 
         def counted(*args):
             calls.append(args)
             return before(*args)
 
-        monkeypatch.setattr(sparse_linear, "add_projected_linear", counted)
+        monkeypatch.setattr(linear, "add_projected_linear", counted)
         return calls
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_it_is_the_sum_of_both(self, dtype, built, monkeypatch, qkv):
+    def test_it_is_the_sum_of_both(self, dtype, monkeypatch, qkv):
         calls, branch = self.called(monkeypatch), self.branch()
         q, k, v = qkv(self.video.tokens, dtype, heads=3)
         case = {"video": self.video, "method": self.method}
@@ -247,9 +234,7 @@ class TestInOnePass:
         assert_no_worse(found, low.detach(), exact)
 
     @pytest.mark.parametrize("what", ["hook", "adapter", "forward", "alpha", "some heads"])
-    def test_not_where_more_than_numbers_is_asked_of_the_layer(
-        self, what, built, monkeypatch, qkv
-    ):
+    def test_not_where_more_than_numbers_is_asked_of_the_layer(self, what, monkeypatch, qkv):
         calls, branch = self.called(monkeypatch), self.branch()
         seen = []
         if what == "hook":
@@ -273,7 +258,7 @@ class TestInOnePass:
 @pytest.mark.parametrize(
     "method", [BlockMixture(partition="3d", chunks=(2, 4, 8)), SparseLinear(critical=0.2)], ids=str
 )
-def test_any_number_of_threads(method, built, qkv):
+def test_any_number_of_threads(method, qkv):
     video = VideoShape(5, 9, 10)
     inputs = qkv(video.tokens, batch=1, heads=3)
     before = torch.get_num_threads()
@@ -306,13 +291,13 @@ def test_the_operators_obey_the_rules_of_torch(qkv):
     )
 
 
-def test_derivatives_that_it_does_not_know(built, qkv):
+def test_derivatives_that_it_does_not_know(qkv):
     """Under torch.func and forward-mode differentiation torch runs, as without it."""
     video, method = VideoShape(4, 8, 8), SparseLinear(linear_over="all")
     q, k, v = qkv(video.tokens)
 
     def branch(q):
-        return method.parts(q, k, v, video=video, kernel=TestLinearBranch.nothing)[1]
+        return method.parts(q, k, v, video=video, kernel=nothing())[1]
 
     way = v  # not alike in all numbers of a query, which a softmax does not see
     _, found = torch.func.jvp(branch, (q,), (way,))
@@ -321,12 +306,87 @@ def test_derivatives_that_it_does_not_know(built, qkv):
     torch.testing.assert_close(found, close, rtol=1e-2, atol=1e-3)
     assert found.abs().max() > 1e-2
     with torch.autograd.forward_ad.dual_level():
-        assert not native_serves(q)
+        assert not native_serves("auto", q)
 
 
-def test_what_it_serves(built):
+def test_what_it_serves():
     x = torch.ones(1)
-    assert native_serves(x, x)
-    assert not native_serves(x, x.bfloat16())
-    assert not native_serves(x.double())
-    assert not native_serves(x.to("meta"))
+    for kernel in ("auto", "native"):
+        assert native_serves(kernel, x, x)
+        assert not native_serves(kernel, x, x.bfloat16())
+        assert not native_serves(kernel, x.double())
+        assert not native_serves(kernel, x.to("meta"))
+    for kernel in ("reference", "gather", "flex", "routed", "triton", "xformers"):
+        assert not native_serves(kernel, x, x)
+
+
+LIBRARY = [
+    (linear, "linear"),
+    (linear, "add_projected_linear"),
+    (selection, "block_sums"),
+    (selection, "picks"),
+    (selection, "kept_blocks"),
+    (build, "run"),
+]
+
+
+@pytest.fixture
+def cpp(monkeypatch):
+    """The names of the functions of C++ that were called, as a list."""
+    called = []
+
+    def spied(module, name):
+        before = getattr(module, name)
+
+        def call(*args, **kwargs):
+            called.append(name)
+            return before(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in LIBRARY:
+        spied(module, name)
+    return called
+
+
+@pytest.mark.parametrize("kernel", ["reference", "gather"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        BlockMixture(partition="3d", chunks=(2, 4, 8)),
+        BlockMixture(partition="3d", chunks=(2, 4, 8), routing="block"),
+        SparseLinear(critical=0.3),
+        SparseLinear(critical=0.3, linear_over="all", combine="alpha"),
+    ],
+    ids=str,
+)
+def test_the_name_of_a_kernel_decides_for_all_that_runs(method, kernel, cpp, qkv):
+    """The choice of blocks and the linear branch too: with this name nothing of C++ runs."""
+    video = VideoShape(4, 8, 8)
+    q, k, v = qkv(video.tokens)
+    branch = {}
+    if isinstance(method, SparseLinear):
+        branch["branch"] = method.branch(2, 16)
+    case = {"video": video, "method": method, **branch}
+    attention(q, k, v, kernel=kernel, **case)
+    with torch.no_grad():
+        attention(q, k, v, kernel=kernel, **case)
+    assert cpp == []
+    attention(q, k, v, kernel="native", **case)
+    assert "run" in cpp
+
+
+@pytest.mark.parametrize("kernel", ["reference", "native", "auto"])
+def test_the_name_given_to_attach_decides_too(kernel, cpp):
+    model = wan.transformer()
+    with attach(model, BlockMixture(chunks=(2, 4, 8)), kernel=kernel), torch.no_grad():
+        wan.forward(model)
+    assert bool(cpp) == (kernel != "reference")
+
+
+def test_a_kernel_without_a_name_is_auto(cpp, qkv):
+    """As a method of the user's own, or a test, may hand one on."""
+    video = VideoShape(4, 8, 8)
+    method = BlockMixture(partition="3d", chunks=(2, 4, 8))
+    method(*qkv(video.tokens), video=video, kernel=lambda q, k, v, plan: q)
+    assert "picks" in cpp

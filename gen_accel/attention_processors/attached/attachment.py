@@ -405,7 +405,8 @@ class Attachment:
         elif self.observe is not None:
             out = call.stock()
             record.add(call.q.shape, why="observed")
-            run = partial(kernels.run, scale=call.scale, kernel=self.kernel)
+            attend = partial(kernels.run, scale=call.scale, kernel=self.kernel)
+            run = kernels.Runner(attend, self.kernel)
             for some in self._by_text(layer, call, tokens):
                 whole = tokens.complete(call.q), call.k, call.v, tokens.complete(out)
                 q, k, v, dense = (some.of(x) for x in whole)
@@ -455,7 +456,8 @@ class Attachment:
 
         def by_method(q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
             method = self._within(layer.method, video)
-            return method(q, k, v, video=video, kernel=partial(run, video), **trained)
+            kernel = kernels.Runner(partial(run, video), self.kernel)
+            return method(q, k, v, video=video, kernel=kernel, **trained)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
             plans.clear()
@@ -483,7 +485,7 @@ class Attachment:
             constant = self._constant(layer.name, full, *where)
             if not hasattr(layer.method, "layout"):
                 return kernels.compute(q, k, v, constant, scale=call.scale)
-            run_here = partial(run, video)
+            run_here = kernels.Runner(partial(run, video), self.kernel)
             return layer.method.laid_out(q, k, v, layout=constant, kernel=run_here, **trained)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:

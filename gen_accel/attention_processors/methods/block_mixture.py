@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
-from gen_accel.kernels import native_serves
-from gen_accel.kernels.native.selection import SCOPES
-from gen_accel.kernels.native.selection import picks as native_picks
+from gen_accel.kernels import selection
 from gen_accel.kernels.pooling import block_means, block_sums
+from gen_accel.kernels.runner import name_of
 from gen_accel.plan import Plan, Route, Slots, plan_of_call, slots_of, widest
 from gen_accel.video import VideoShape
 
@@ -141,7 +140,7 @@ class BlockMixture:
         self, q: Tensor, k: Tensor, v: Tensor, *, layout: "Layout", kernel: Callable
     ) -> Tensor:
         """The same with the layout given, which depends on the grid alone."""
-        return kernel(q, k, v, self._routed(q, k, layout))
+        return kernel(q, k, v, self._routed(q, k, layout, name_of(kernel)))
 
     def layout(self, video: VideoShape, device: torch.device) -> "Layout":
         method = self.for_layer(0)
@@ -149,9 +148,9 @@ class BlockMixture:
             CYCLE.index(method.partition), _box(method, video), self.block, video, str(device)
         )
 
-    def plan_for(self, q: Tensor, k: Tensor, *, video: VideoShape) -> Plan:
+    def plan_for(self, q: Tensor, k: Tensor, *, video: VideoShape, kernel: str = "auto") -> Plan:
         """What q and k, (B, H, N, D), pick. No gradient, and nothing waits for the device."""
-        return self._routed(q, k, self.layout(video, q.device))
+        return self._routed(q, k, self.layout(video, q.device), kernel)
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
         """What smooth random q and k pick, for pictures and estimates: data decides."""
@@ -168,24 +167,31 @@ class BlockMixture:
         return sum(self.for_layer(i).plan(video).density for i in layers) / len(layers)
 
     @torch.no_grad()
-    def _routed(self, q: Tensor, k: Tensor, layout: "Layout") -> Plan:
+    def _routed(self, q: Tensor, k: Tensor, layout: "Layout", kernel: str) -> Plan:
         with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
-            return self._picked(q, k, layout)
+            return self._picked(q, k, layout, kernel)
 
-    def _picked(self, q: Tensor, k: Tensor, layout: "Layout") -> Plan:
+    def _picked(self, q: Tensor, k: Tensor, layout: "Layout", kernel: str) -> Plan:
         slots, own = layout.slots, layout.chunk.view(-1, layout.slots.block_k)[:, 0]
-        means = _chunk_means(k, layout)
+        means = _chunk_means(k, layout, kernel)
         if self.routing == "block":
-            rows = block_means(q, slots, slots.block_q)
+            rows = block_means(q, slots, slots.block_q, kernel)
             order = torch.arange(len(own), device=q.device)
-            picks = self._picks(rows, order, own, means, 1, layout)[0]
+            picks = self._picks(rows, order, own, means, 1, layout, kernel)[0]
             return plan_of_call(slots, picks[..., own])
         given = q, slots.slots, layout.chunk, means, slots.block_q, layout
-        picks, touched = self._picks(*given)
+        picks, touched = self._picks(*given, kernel)
         return plan_of_call(slots, touched[..., own], Route(picks, own, slots.block_k))
 
     def _picks(
-        self, q: Tensor, order: Tensor, home: Tensor, means: Tensor, block: int, layout: "Layout"
+        self,
+        q: Tensor,
+        order: Tensor,
+        home: Tensor,
+        means: Tensor,
+        block: int,
+        layout: "Layout",
+        kernel: str,
     ) -> tuple[Tensor, Tensor]:
         """What rows pick of chunks and, last, of the text.
 
@@ -202,10 +208,12 @@ class BlockMixture:
         C = means.shape[2]
         topk = min(self.topk[layout.partition], C)
         dense = self.threshold == 1 if self.select == "threshold" else topk == C
-        if native_serves(q) and not dense:
+        if not dense:
             few = topk if self.select == "topk" else 0
-            scope = SCOPES.index(self.scope)
-            return native_picks(q, order, home, means, block, scope, few, self.threshold)
+            by = {"scope": self.scope, "topk": few, "threshold": self.threshold}
+            found = selection.picks(q, order, home, means, block, **by, kernel=kernel)
+            if found is not None:
+                return found
         real = order >= 0
         in_place = self.routing == "block" or layout.slots.is_raster
         rows = q if in_place else q.index_select(2, order.clamp_min(0))
@@ -297,11 +305,11 @@ def _even_box(target: int, free: Box, whole: Box) -> Box:
     return frames, rows, columns
 
 
-def _chunk_means(k: Tensor, layout: Layout) -> Tensor:
+def _chunk_means(k: Tensor, layout: Layout, kernel: str) -> Tensor:
     """(B, H, C, D) fp32 of k (B, H, N, D)."""
     B, H, _, D = k.shape
     block, C = layout.slots.block_k, len(layout.sizes)
-    sums = block_sums(k, layout.slots, block)
+    sums = block_sums(k, layout.slots, block, kernel)
     totals = sums.new_zeros(B, H, C + 1, D)
     totals.index_add_(2, layout.chunk.view(-1, block)[:, 0], sums)
     return totals[:, :, :C] / layout.sizes[:, None]

@@ -19,11 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
-from gen_accel.kernels import native_serves
-from gen_accel.kernels.linear import linear_attention
-from gen_accel.kernels.native.linear import MAPS, add_projected_linear
-from gen_accel.kernels.native.linear import linear as native_linear
+from gen_accel.kernels import linear as linear_kernel
 from gen_accel.kernels.pooling import block_means
+from gen_accel.kernels.runner import name_of
 from gen_accel.plan import (
     Plan,
     Slots,
@@ -148,16 +146,20 @@ class SparseLinear:
     ) -> Tensor:
         """The same with the layout given, which depends on the grid alone. What `kernel` returns
         may be written into."""
-        plan, linear = self._chosen(q, k, layout)
+        name = name_of(kernel)
+        plan, linear = self._chosen(q, k, layout, name)
         o_s = kernel(q, k, v, plan)
         if branch is None:
             return o_s
         proj = _numbers(branch, o_s, q, k, v)
-        if proj is not None and native_serves(q, k, v, o_s):
-            out = o_s.contiguous()
-            add_projected_linear(q, k, v, *self._arguments(plan, linear), *proj, out)
-            return out
-        return branch(o_s, self._linear(q, k, v, plan, linear))
+        if proj is not None:
+            sets = self._sets(linear)
+            out = linear_kernel.added(
+                q, k, v, plan, sets, self.feature_map, EPSILON, *proj, o_s, kernel=name
+            )
+            if out is not None:
+                return out
+        return branch(o_s, self._linear(q, k, v, plan, linear, name))
 
     def layout(self, video: VideoShape, device: torch.device) -> "Layout":
         return _layout(self.block_q, self.block_k, self.order, video, str(device))
@@ -166,12 +168,13 @@ class SparseLinear:
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
     ) -> tuple[Tensor, Tensor]:
         """O_s and O_l, (B, H, N, D) each."""
-        plan, linear = self._chosen(q, k, self.layout(video, q.device))
-        return kernel(q, k, v, plan), self._linear(q, k, v, plan, linear)
+        name = name_of(kernel)
+        plan, linear = self._chosen(q, k, self.layout(video, q.device), name)
+        return kernel(q, k, v, plan), self._linear(q, k, v, plan, linear, name)
 
-    def plan_for(self, q: Tensor, k: Tensor, *, video: VideoShape) -> Plan:
+    def plan_for(self, q: Tensor, k: Tensor, *, video: VideoShape, kernel: str = "auto") -> Plan:
         """The critical blocks of q and k, (B, H, N, D). No gradient, no wait for the device."""
-        return self._chosen(q, k, self.layout(video, q.device))[0]
+        return self._chosen(q, k, self.layout(video, q.device), kernel)[0]
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
         """The critical blocks of smooth random q and k, for pictures and estimates."""
@@ -186,14 +189,17 @@ class SparseLinear:
         return self.plan(video).density
 
     @torch.no_grad()
-    def _chosen(self, q: Tensor, k: Tensor, layout: "Layout") -> tuple[Plan, Tensor]:
+    def _chosen(
+        self, q: Tensor, k: Tensor, layout: "Layout", kernel: str = "auto"
+    ) -> tuple[Plan, Tensor]:
         """The plan of the critical blocks, and the (B, H, Kq, Kk) bool of the linear ones."""
         with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
-            return self._ranked(q, k, layout)
+            return self._ranked(q, k, layout, kernel)
 
-    def _ranked(self, q: Tensor, k: Tensor, layout: "Layout") -> tuple[Plan, Tensor]:
+    def _ranked(self, q: Tensor, k: Tensor, layout: "Layout", kernel: str) -> tuple[Plan, Tensor]:
         slots, text_q, text_k, ranked = layout
-        query, key = block_means(q, slots, slots.block_q), block_means(k, slots, slots.block_k)
+        query = block_means(q, slots, slots.block_q, kernel)
+        key = block_means(k, slots, slots.block_k, kernel)
         # The mean over all shifts a row's scores alike, and spares precision.
         mean = key.mean(2, keepdim=True)
         scores = query @ (key - mean).transpose(-1, -2)
@@ -215,15 +221,21 @@ class SparseLinear:
         occupied = slots.real.view(-1, slots.block_k).any(-1)
         return plan_of_call(slots, keep & occupied), linear & occupied
 
-    def _linear(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, linear: Tensor) -> Tensor:
+    def _linear(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, linear: Tensor, kernel: str
+    ) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):  # sums over many keys need fp32
-            return self._summed(q, k, v, plan, linear)
+            return self._summed(q, k, v, plan, linear, kernel)
 
-    def _summed(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, linear: Tensor) -> Tensor:
-        if native_serves(q, k, v):
-            return native_linear(q, k, v, *self._arguments(plan, linear))
-        fq, fk = (_features(x, self.feature_map) for x in (q, k))
-        if self.linear_over == "all":
+    def _summed(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, linear: Tensor, kernel: str
+    ) -> Tensor:
+        sets, feature_map = self._sets(linear), self.feature_map
+        out = linear_kernel.in_one(q, k, v, plan, sets, feature_map, EPSILON, kernel=kernel)
+        if out is not None:
+            return out
+        fq, fk = (_features(x, feature_map) for x in (q, k))
+        if sets is None:
             wide = torch.promote_types(q.dtype, torch.float32)  # sums over all keys overflow fp16
             fq, fk, v = fq.to(wide), fk.to(wide), v.to(wide)
             state, norm = fk.transpose(-1, -2) @ v, fk.sum(2)[..., None]
@@ -231,13 +243,12 @@ class SparseLinear:
         fq, v = pack(fq, plan), pack(v, plan)
         fk = pack(fk, plan) * plan.real[:, None]
         blocks = plan.block_q, plan.block_k
-        return unpack(linear_attention(fq, fk, v, linear, *blocks, eps=EPSILON), plan)
+        out = linear_kernel.linear_attention(fq, fk, v, sets, *blocks, eps=EPSILON, kernel=kernel)
+        return unpack(out, plan)
 
-    def _arguments(self, plan: Plan, linear: Tensor) -> tuple[Any, ...]:
-        """What the native branch takes beside q, k and v."""
-        sets = None if self.linear_over == "all" else linear
-        feature_map = MAPS.index(self.feature_map)
-        return plan.slots, sets, plan.block_q, plan.block_k, feature_map, EPSILON
+    def _sets(self, linear: Tensor) -> Tensor | None:
+        """The key blocks that the linear branch adds up, (B, H, Kq, Kk) bool; None for all."""
+        return None if self.linear_over == "all" else linear
 
 
 class LinearBranch(nn.Module):

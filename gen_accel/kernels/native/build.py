@@ -110,6 +110,12 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+@torch.compiler.assume_constant_result
+def is_built() -> bool:
+    """Whether "auto" and what stands beside attention may count on `library`."""
+    return library() is not None
+
+
 def run(name: str, args: ctypes.Structure, *more: int) -> None:
     """Call a function of the library. Raises KernelFailed."""
     found = library()

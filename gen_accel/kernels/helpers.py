@@ -1,0 +1,42 @@
+"""Which code runs what stands beside attention: the choice of blocks and the linear branch.
+
+The name of the kernel decides: "auto" and "native" take C++ where it is built and serves, "auto"
+and "triton" a Triton kernel on a GPU that has it, and every other name takes torch alone.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gen_accel.kernels import triton
+from gen_accel.kernels.native import build
+
+
+def native_serves(kernel: str, *tensors: Tensor) -> bool:
+    """Whether C++ runs for these tensors. Not under `torch.func` and forward-mode
+    differentiation, of which C++ knows nothing."""
+    if kernel not in ("auto", "native"):
+        return False
+    kinds = {(x.dtype, x.device.type) for x in tensors}
+    if len(kinds) > 1 or not kinds <= {(dtype, "cpu") for dtype in build.DTYPES}:
+        return False
+    if is_forward_mode():
+        return False
+    if not torch.compiler.is_compiling():
+        functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+        if functorch.peek_interpreter_stack() is not None:
+            return False
+    return build.is_built()
+
+
+def triton_serves(kernel: str, x: Tensor) -> bool:
+    """Whether a Triton kernel runs for this tensor."""
+    if kernel not in ("auto", "triton") or x.device.type != "cuda":
+        return False
+    return x.dtype in triton.DTYPES and not triton.device_reasons(x.device)
+
+
+def is_forward_mode() -> bool:
+    """Whether forward-mode differentiation is on, of `torch.func.jvp` too."""
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0

@@ -1,0 +1,33 @@
+"""What a method is given to run its plan with."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from gen_accel.plan import Plan
+
+Attend = Callable[[Tensor, Tensor, Tensor, Plan], Tensor]
+
+
+class Runner:
+    """`kernel(q, k, v, plan) -> Tensor`, with the name that the user asked for.
+
+    A method calls it, and hands `name` to what stands beside attention: `pooling`, `selection`
+    and `linear`, so that a named kernel decides for these too.
+
+    Args:
+        attend: takes q, k, v (B, H, N, D) and a plan, returns (B, H, N, D).
+        name: "auto" or one of `KERNELS`.
+    """
+
+    def __init__(self, attend: Attend, name: str = "auto") -> None:
+        self.attend = attend
+        self.name = name
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        return self.attend(q, k, v, plan)
+
+
+def name_of(kernel: Attend) -> str:
+    """The name of a `Runner`; "auto" of a plain function, which says nothing of it."""
+    return kernel.name if isinstance(kernel, Runner) else "auto"

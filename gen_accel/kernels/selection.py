@@ -1,0 +1,41 @@
+"""Which chunks queries pick, in one pass; the method that picks holds the same in torch."""
+
+from torch import Tensor
+
+from gen_accel.kernels.helpers import native_serves
+from gen_accel.kernels.native import selection as native
+
+
+def picks(
+    rows: Tensor,
+    slots: Tensor,
+    home: Tensor,
+    means: Tensor,
+    block: int,
+    *,
+    scope: str,
+    topk: int,
+    threshold: float,
+    kernel: str = "auto",
+) -> tuple[Tensor, Tensor] | None:
+    """What rows pick of C chunks by their products with the chunks' means; None where no kernel
+    serves these tensors.
+
+    Args:
+        rows: (B, H, N, D), queries or their means.
+        slots: (R,), the row of each slot; -1 for padding, which picks nothing.
+        home: (R,), the own chunk of each; from C on the one of text, which picks all.
+        means: (B, H, C, D) fp32.
+        block: slots of a block.
+        scope: "query_head", "head_global", "overall" or "block".
+        topk: 0 where `threshold` decides.
+        kernel: the name of the kernel for attention, which decides what runs here: see `helpers`.
+
+    Returns:
+        (B, H, R, C + 1) bool, the last for the text, which all pick; and (B, H, R / block, C + 1),
+        what any row of a block picks.
+    """
+    if not native_serves(kernel, rows):
+        return None
+    number = native.SCOPES.index(scope)
+    return native.picks(rows, slots, home, means, block, number, topk, threshold)
