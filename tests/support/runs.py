@@ -1,13 +1,14 @@
 """What a training has left in its folder."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.paths import ROOT, environment
 
 from gen_accel.lora import checkpoint, trainer
@@ -80,3 +81,33 @@ def launch(**job):
     )
     assert done.returncode == 0, done.stderr
     return done
+
+
+FULL_STEPS = 8
+
+
+def assert_close_lora(folder, other):
+    """All but what one step of next to no length changes."""
+    for name in ("pytorch_lora_weights.safetensors", "processors.safetensors"):
+        a, b = load_file(folder / name), load_file(other / name)
+        assert a.keys() == b.keys()
+        for key, x in a.items():
+            torch.testing.assert_close(x, b[key], rtol=0, atol=1e-20)
+
+
+def assert_apart(a, b):
+    assert (a - b).abs().max() > 1e-3
+
+
+def with_recipe(folder, to, **fields):
+    """A copy of a LoRA with other fields in its recipe."""
+    shutil.copytree(folder, to)
+    with safe_open(to / WEIGHTS, "pt") as file:
+        metadata = dict(file.metadata())
+    for key in ("gen_accel", "lora_adapter_metadata"):
+        told = json.loads(metadata[key])
+        recipe = told if key == "gen_accel" else told["transformer.auto_mapping"]["gen_accel"]
+        recipe |= fields
+        metadata[key] = json.dumps(told)
+    save_file(load_file(to / WEIGHTS), to / WEIGHTS, metadata=metadata)
+    return to

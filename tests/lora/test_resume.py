@@ -1,0 +1,247 @@
+"""Training that is stopped, killed or broken off, and goes on."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from support import finetuning as ft
+from support.paths import environment
+from support.runs import (
+    FULL_STEPS,
+    assert_same_run,
+    losses,
+    metrics,
+    state,
+)
+
+from gen_accel.lora import checkpoint, trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class TestResume:
+    def test_everything_takes_part(self, whole):
+        tensors = state(whole).tensors
+        kinds = {name.split("/")[0] for name in tensors}
+        assert kinds == {"model", "ema", "optimizer"}
+        assert any("lora_A" in name for name in tensors)
+        assert any("processor" in name for name in tensors)
+        averages = {n: x for n, x in tensors.items() if n.startswith("ema/")}
+        assert any(not torch.equal(x, tensors["model/" + n[4:]]) for n, x in averages.items())
+        rates = [line["learning_rate"] for line in metrics(whole)]
+        assert rates[0] == 0 < rates[1] < rates[2] > rates[3] > rates[-1]
+        assert [line["frames"] for line in metrics(whole)] == [9] * 4 + [17] * 4
+        assert [p.name for p in checkpoint.found(whole / trainer.CHECKPOINTS)] == [
+            "step-000006",
+            "step-000008",
+        ]
+
+    def test_in_two_parts(self, whole, tmp_path):
+        first = stopping(tmp_path / "run", after=3)
+        assert first.folder is None
+        assert first.steps == 3
+        assert not (tmp_path / "run" / "lora").exists()
+        rest = ft.train(ft.config(tmp_path / "run", **ft.FULL), resume=True)
+        assert len(rest.losses) == FULL_STEPS - 3
+        assert_same_run(tmp_path / "run", whole)
+
+    @pytest.mark.slow
+    def test_killed_in_a_step_and_while_writing(self, tmp_path):
+        """kill -9, twice: while step 4's checkpoint is half written, then in step 5 or later.
+
+        All runs are processes of their own: in this one other tests have run and compiled before,
+        by which the last bit of a sum may differ.
+        """
+        out, alone = tmp_path / "run", tmp_path / "whole"
+        finished(alone)
+        folder = out / trainer.CHECKPOINTS
+        killed(out, resume=False, stall="writing:2")
+        assert list(folder.glob(".partial-*"))
+        assert [path.name for path in checkpoint.found(folder)] == ["step-000002"]
+        assert len(losses(out)) == 4
+
+        # Two losses a step: from step 2 on, the sixth is in the middle of step 4.
+        killed(out, resume=True, stall="step:6")
+        assert not list(folder.glob(".partial-*"))
+        assert [path.name for path in checkpoint.found(folder)] == ["step-000002", "step-000004"]
+        with (out / trainer.METRICS).open("a") as file:
+            file.write('{"step": 4, "lo')
+        finished(out, resume=True)
+        assert len(losses(out)) == FULL_STEPS
+        assert_same_run(out, alone)
+
+    def test_a_second_signal_ends_at_once(self, tmp_path):
+        with pytest.raises(KeyboardInterrupt):
+            stopping(tmp_path / "run", after=3, signals=2)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    def test_nothing_is_left_to_do(self, whole, tmp_path):
+        out = shutil.copytree(whole, tmp_path / "run")
+        shutil.rmtree(out / "lora")
+        assert ft.train(ft.config(out, **ft.FULL), resume=True).losses == []
+        assert_same_run(out, whole)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("how", ["truncated", "flipped", "no state", "half a state"])
+    def test_a_broken_checkpoint_is_left_out(self, whole, tmp_path, how):
+        out = shutil.copytree(whole, tmp_path / "run")
+        newest = out / trainer.CHECKPOINTS / "step-000008"
+        tensors, about = newest / checkpoint.TENSORS, newest / checkpoint.STATE
+        data = bytearray(tensors.read_bytes())
+        if how == "truncated":
+            tensors.write_bytes(data[: len(data) // 2])
+        elif how == "flipped":
+            data[-100] ^= 1
+            tensors.write_bytes(data)
+        elif how == "no state":
+            about.unlink()
+        else:
+            about.write_text(about.read_text()[:100])
+        with pytest.warns(UserWarning, match="step-000008 is broken and left out"):
+            done = ft.train(ft.config(out, **ft.FULL), resume=True)
+        assert len(done.losses) == 2
+        assert_same_run(out, whole)
+
+    def test_a_broken_checkpoint_does_not_crowd_out_whole_ones(self, whole, tmp_path):
+        out = shutil.copytree(whole, tmp_path / "run")
+        (out / trainer.CHECKPOINTS / "step-000008" / checkpoint.STATE).unlink()
+        given = replace(ft.config(out, **ft.FULL), checkpoint_every=7, keep_checkpoints=1)
+        with pytest.warns(UserWarning, match="step-000008 is broken"):
+            stopping(out, after=7, config=given, resume=True)
+        assert state(out).state["step"] == 7
+        assert [p.name for p in checkpoint.found(out / trainer.CHECKPOINTS)] == ["step-000007"]
+
+    def test_none_is_whole(self, copied):
+        out = copied(6)
+        for path in checkpoint.found(out / trainer.CHECKPOINTS):
+            (path / checkpoint.STATE).unlink()
+        with (
+            pytest.warns(UserWarning, match="step-000006 is broken"),
+            pytest.raises(ValueError, match=r"no checkpoint in .* is whole"),
+        ):
+            ft.train(ft.config(out, **ft.FULL), resume=True)
+
+    def test_a_full_disk(self, whole, copied, monkeypatch):
+        out = copied(6)
+
+        def full(tensors, path):
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save_file", full)
+            with pytest.raises(OSError, match="No space left"):
+                ft.train(ft.config(out, **ft.FULL), resume=True)
+        folder = out / trainer.CHECKPOINTS
+        assert sorted(path.name for path in folder.iterdir()) == ["step-000006"]
+        assert state(out).state["step"] == 6
+        ft.train(ft.config(out, **ft.FULL), resume=True)
+        assert_same_run(out, whole)
+
+    def test_left_overs_are_cleared(self, copied):
+        out = copied(6)
+        for folder in (out, out / trainer.CHECKPOINTS):
+            (folder / ".partial-0").mkdir()
+            (folder / ".partial-0" / "half").touch()
+            (folder / ".partial-1.json").touch()
+        ft.train(ft.config(out, **ft.FULL), resume=True)
+        assert not list(out.rglob(".partial-*"))
+
+    def test_numbers_of_steps_sort_as_numbers(self, tmp_path):
+        for name in ("step-1000000", "step-999999", "step-000007", "step-x"):
+            (tmp_path / name).mkdir()
+        found = [path.name for path in checkpoint.found(tmp_path)]
+        assert found == ["step-000007", "step-999999", "step-1000000"]
+
+    def test_another_config_is_refused_field_by_field(self, copied):
+        out = copied(6)
+        other = ft.config(
+            out, **(ft.FULL | {"rank": 3, "learning_rate": 0.5, "betas": (0.8, 0.9)})
+        )
+        with pytest.raises(ValueError, match="is of another run, which differs in") as caught:
+            ft.train(other, resume=True)
+        for part in (
+            "rank: 2, now 3",
+            "learning_rate: 0.01, now 0.5",
+            "betas: (0.9, 0.99), now (0.8, 0.9)",
+        ):
+            assert part in str(caught.value)
+        assert "warmup_steps" not in str(caught.value)
+
+    def test_other_clips_are_refused(self, copied):
+        out = copied(6)
+        with pytest.raises(ValueError, match=r"differs in data \(clips and captions\)"):
+            ft.train(ft.config(out, **ft.FULL), ft.Clips((ft.LATENTS,) * 4), resume=True)
+
+    def test_what_may_change(self, whole, copied):
+        out = copied(6)
+        given = ft.config(out, **ft.FULL)
+        free = replace(given, keep_checkpoints=1, checkpoint_every=1, gradient_checkpointing=True)
+        ft.train(free, resume=True)
+        assert losses(out) == losses(whole)
+
+    def test_out_is_not_used_twice(self, whole, tmp_path):
+        given = ft.config(whole, **ft.FULL)
+        with pytest.raises(ValueError, match=r"holds a run of step-000008: go on with --resume"):
+            trainer.check_out(given, resume=False)
+        with pytest.raises(ValueError, match="nothing to resume"):
+            trainer.check_out(replace(given, out=str(tmp_path)), resume=True)
+        (tmp_path / "file").touch()
+        with pytest.raises(ValueError, match="out must be a folder"):
+            trainer.check_out(replace(given, out=str(tmp_path / "file")), resume=False)
+
+
+def stopping(out, after, *, config=None, resume=False, signals=1):
+    """Train until a signal comes in the step that makes the steps `after`."""
+
+    class Signalling(ft.Clips):
+        def latents(self, index, frames):
+            if signalling and len(losses_so_far()) == after - 1:
+                for _ in range(signals):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                signalling.clear()
+            return super().latents(index, frames)
+
+    def losses_so_far():
+        return losses(out) if (out / trainer.METRICS).exists() else []
+
+    signalling = [True]
+    given = config or ft.config(out, **ft.FULL)
+    return ft.train(given, Signalling(), resume=resume)
+
+
+def started(out, **job):
+    """A process that trains."""
+    out.mkdir(exist_ok=True)
+    job |= {"out": str(out), "fields": ft.FULL, "threads": torch.get_num_threads()}
+    command = [sys.executable, "-m", "support.finetuning", json.dumps(job)]
+    return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+
+
+def finished(out, **job):
+    """One that trains to the end."""
+    child = started(out, **job)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 0, errors
+
+
+def killed(out, **job):
+    """One that trains until it stalls, and is killed then."""
+    child = started(out, **job)
+    marker, until = out / "stalled", time.monotonic() + 120
+    while not marker.exists() and child.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    reached = marker.exists()
+    child.kill()
+    _, errors = child.communicate()
+    assert reached, errors
+    assert child.returncode == -signal.SIGKILL
+    marker.unlink()
