@@ -4,4 +4,6 @@
 from gen_accel.cli import demo, generate, plan, metrics, machine, train  # noqa: F401, I001
 from gen_accel.cli.app import app, main
 
+train.add_to(app)
+
 __all__ = ["app", "main"]
