@@ -3,12 +3,17 @@
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import torch
 
-from gen_accel.attention_processors import METHODS, BlockMixture, Radial, families
-from gen_accel.attention_processors.families import FAMILIES, REFUSED, image_classes
+from gen_accel.attention_processors import METHODS, BlockMixture, Radial
+from gen_accel.attention_processors.families import (
+    FAMILIES,
+    REFUSED,
+    family_named,
+    image_classes,
+)
 from gen_accel.attention_processors.methods.options import written_type
 from gen_accel.kernels import KERNELS, routed
 from gen_accel.kernels.native.build import cpp_compiler
@@ -114,7 +119,7 @@ def models() -> list[ModelInfo]:
     with_images = image_classes()
     found = []
     for family in FAMILIES:
-        module: Any = import_module(f"{families.__name__}.{family}")
+        module = family_named(family)
         # Radial attention thins out by the distance in time, and keeps all of a single frame.
         methods = tuple(n for n in METHODS if n != "radial" or module.KIND == "video")
         found += [
@@ -124,7 +129,7 @@ def models() -> list[ModelInfo]:
                 module.MODELS,
                 methods,
                 module.ORDER,
-                module.LORA_TARGETS,
+                dict(module.LORA_TARGETS),
                 name in with_images,
             )
             for name in module.CLASSES

@@ -1,74 +1,18 @@
-"""Where it is computed: one diffusers model family a file, with these names.
+"""Where it is computed: one diffusers model family a file, whose parts `contract.Family` names.
 
-MODELS                        the published models that it serves, in words
-CLASSES                       the transformer classes of these
-ATTENTION_CALL                the global name of the attention call in their processors
-ORDER                         what the tokens of their self-attention are, in words and in order
-KIND                          "video", "frames" where each frame of a video attends by itself, or
-                              "image"
-LORA_TARGETS                  names of a group of layers to what they end in, inside the blocks
-self_attentions(transformer)  the attentions over the tokens of video or image, as
-                              `SelfAttention`s
-video_shape(transformer, ...) the token grid, one frame for an image, read from the arguments of a
-                              forward pass, and as its text all other tokens that attend with it
-before(transformer, ...)      how many of those come before the grid; only where some do
-timestep(...)                 of a forward pass, read from its arguments
-TIMESTEPS_RISE                True where it rises from step to step; elsewhere it falls
-FPS                           frames a second that the published models were made for, where their
-                              pipelines do not take it; 16 without
-fps(transformer)              the same of this one, where they are not alike
-text_lengths(transformer, ...) of each sample in tokens, where a mask hides the padding of texts;
-                              None where that is not the end. Graphs of torch.compile need it
-MASKS_ALIKE                   True where each layer makes the same mask anew
-MASK_OF_PAIRS                 True where each makes one of all pairs of tokens, too long to be
-                              read: `text_lengths` are
-
-For training:
-
-CAUSAL_VAE                    the first latents of a long clip are the latents of its beginning
-encode_video(pipe, video, generator) latents as the transformer takes them
-encode_prompt(pipe, prompts, max_tokens) the transformer's arguments, batch first
-predict(transformer, noisy, sigma, conditions) the velocity, noise - clean
-
-For longer video:
-
-TRAINED_FRAMES                that the published models were trained on
-trained_frames(transformer)   the same of this one, where not all were trained alike
-TEMPORAL_FACTOR               frames in a latent frame, all but the first, which is one frame
-longest(transformer)          latent frames that it has positions for, where they are a table
-temporal_frequencies(transformer) of its rotary pairs on the time axis, in rad a latent frame
-set_temporal_frequencies(transformer, freqs) uses these instead, or its own again for None
-
-For image prompts, together with CLASSES, ATTENTION_CALL, `video_shape` and `timestep`, and for
-video TEMPORAL_FACTOR, where it is the same for all models:
-
-GUIDANCE                      how its pipelines run the negative prompt: "batched", as the first
-                              rows of one call, or "sequential", in a call of its own
-NAMES_CALLS                   False where those do not name their calls, though the model has a
-                              `cache_context` to name them by
-GUIDED                        in a run of theirs the variable that says whether there is guidance,
-                              where the pipeline itself does not
-image_attentions(transformer) the attentions that an image prompt is added to, as
-                              `ImageAttention`s; families that share them share adapters
-tap_image(transformer, site, add) in the place of that below, where text attends with video or
-                              image
-FIRST_FRAME_ALONE             False where the first latent is of as many frames as the others; else
-                              it is of one
-no_frames(transformer, ...)   why this forward pass does not tell which frames of the video its
-                              latents are of, None where it does; only where that can be
-
-A family holds geometry and names; the processors' code stays diffusers' own.
+A family holds geometry and names; the processors' code stays diffusers' own. This file has what
+families share, and finds the family of a model.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
-from types import ModuleType
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from gen_accel.attention_processors.families.contract import Family, load
 from gen_accel.attention_processors.seam import Call, add_tap
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
@@ -76,11 +20,13 @@ from gen_accel.video import VideoShape
 __all__ = [
     "FAMILIES",
     "REFUSED",
+    "Family",
     "ImageAttention",
     "SelfAttention",
     "classes_for",
     "encoded",
     "family_for",
+    "family_named",
     "family_of",
     "image_classes",
     "image_family_of",
@@ -105,14 +51,6 @@ FAMILIES = (
     *("flux", "flux2", "flux3", "sd3", "qwenimage", "hidream", "z_image", "pixart"),
     "stable_diffusion",
 )
-
-# What a family has where it serves more than attention.
-USES = {
-    "training": ("CAUSAL_VAE", "encode_video", "encode_prompt", "predict"),
-    "longer video": ("TEMPORAL_FACTOR",),
-    "rules on rotary frequencies": ("temporal_frequencies", "set_temporal_frequencies"),
-    "image prompts": ("image_attentions",),
-}
 
 FEW = 12  # classes that an error lists
 
@@ -293,7 +231,7 @@ def tap_image(
         What takes it off.
     """
     family = image_family_of(transformer)
-    if hasattr(family, "tap_image"):
+    if family.tap_image is not None:
         return family.tap_image(transformer, site, add)
     tap = partial(_first_call, add)
     return add_tap(site.module, family.ATTENTION_CALL, tap, model=transformer)
@@ -346,12 +284,18 @@ def encoded(pipe: Any, video: Tensor, generator: torch.Generator | None) -> Tens
     return latents.float()
 
 
+@cache
+def family_named(name: str) -> Family:
+    """The family in the file `name`; ValueError, at first, where its parts are not right."""
+    return load(name, import_module(f"{__name__}.{name}"))
+
+
 def served_classes() -> dict[str, str]:
     """Transformer class to the family that serves it."""
-    return {name: family for family in FAMILIES for name in _module(family).CLASSES}
+    return {kind: name for name in FAMILIES for kind in family_named(name).CLASSES}
 
 
-def family_of(transformer: Any) -> ModuleType:
+def family_of(transformer: Any) -> Family:
     """Raises ValueError for a class that no family serves, with the reason where it cannot be."""
     for kind in type(transformer).__mro__:
         if kind.__name__ in REFUSED:
@@ -361,20 +305,19 @@ def family_of(transformer: Any) -> ModuleType:
 
 def video_classes() -> list[str]:
     """Of `served_classes`, those that make videos."""
-    return [name for name, family in served_classes().items() if _module(family).KIND != "image"]
+    served = served_classes()
+    return [kind for kind, name in served.items() if family_named(name).KIND != "image"]
 
 
 def classes_for(use: str) -> dict[str, str]:
-    """Of `served_classes`, those whose families have what a key of `USES` takes."""
-    return {
-        name: family
-        for name, family in served_classes().items()
-        if all(hasattr(_module(family), needed) for needed in USES[use])
-    }
+    """Of `served_classes`, those whose families have what a key of `contract.USES` takes."""
+    served = served_classes()
+    return {kind: name for kind, name in served.items() if family_named(name).serves(use)}
 
 
-def family_for(transformer: Any, use: str) -> ModuleType:
-    """`family_of`, for a key of `USES`; ValueError for a class whose family lacks it too."""
+def family_for(transformer: Any, use: str) -> Any:
+    """The `Family` of a model, with the parts that a key of `contract.USES` takes; ValueError for
+    a class whose family lacks them too."""
     family_of(transformer)
     return _of(transformer, classes_for(use), f"no {use} for")
 
@@ -384,19 +327,15 @@ def image_classes() -> dict[str, str]:
     return classes_for("image prompts")
 
 
-def image_family_of(transformer: Any) -> ModuleType:
-    """That which adds image prompts to it; ValueError for a class that none serves."""
+def image_family_of(transformer: Any) -> Any:
+    """The `Family` that adds image prompts to it; ValueError for a class that none serves."""
     return _of(transformer, image_classes(), "no image prompts for")
 
 
-def _of(transformer: Any, served: dict[str, str], refusal: str) -> ModuleType:
+def _of(transformer: Any, served: dict[str, str], refusal: str) -> Family:
     for kind in type(transformer).__mro__:  # sharding makes a subclass with a name of its own
         if kind.__name__ in served:
-            return _module(served[kind.__name__])
+            return family_named(served[kind.__name__])
     name = type(transformer).__name__
     known = ", ".join(sorted(served)) if len(served) <= FEW else "see `gen-accel models`"
     raise ValueError(f"{refusal} {name}; served: {known}")
-
-
-def _module(family: str) -> ModuleType:
-    return import_module(f"{__name__}.{family}")

@@ -24,7 +24,7 @@ CLASSES = ("CogVideoXTransformer3DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "text, video"
 KIND = "video"
-FPS, FPS_15 = 8, 16  # of version 1.0 and 1.5
+FPS, _FPS_15 = 8, 16  # of version 1.0 and 1.5
 GUIDANCE = "batched"
 GUIDED = "do_classifier_free_guidance"
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
@@ -38,7 +38,7 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 
 def fps(transformer: Any) -> int:
     """Version 1.5 is known by its patches of two latent frames."""
-    return FPS if transformer.config.patch_size_t is None else FPS_15
+    return FPS if transformer.config.patch_size_t is None else _FPS_15
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:

@@ -86,13 +86,13 @@ def video_shape(
     **kwargs: Any,
 ) -> VideoShape:
     """The grid of the image, read from the positions of its tokens. Waits for the device."""
-    rows, columns = image_grid(img_ids)
+    rows, columns = _image_grid(img_ids)
     others = hidden_states.shape[1] - rows * columns
     return VideoShape(1, rows, columns, text=encoder_hidden_states.shape[1] + others)
 
 
 @outside_graphs
-def image_grid(ids: Tensor) -> tuple[int, int]:
+def _image_grid(ids: Tensor) -> tuple[int, int]:
     """Rows and columns of the image that comes first, of positions (N, 3 or more) or (B, N, 3 or
     more): which image, row, column. Positions may be scaled. Waits for the device.
 

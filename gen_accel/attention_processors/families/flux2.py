@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import SelfAttention, in_stacks
-from gen_accel.attention_processors.families.flux import image_grid
+from gen_accel.attention_processors.families.flux import _image_grid
 from gen_accel.video import VideoShape
 
 MODELS = "FLUX.2"
@@ -59,7 +59,7 @@ def video_shape(
             f"kv_cache_mode must be None for {type(transformer).__name__} with a method attached, "
             f"got {kv_cache_mode!r}: detach, or use a pipeline that keeps no keys of references"
         )
-    rows, columns = image_grid(img_ids)
+    rows, columns = _image_grid(img_ids)
     others = hidden_states.shape[1] - rows * columns
     return VideoShape(1, rows, columns, text=encoder_hidden_states.shape[1] + others)
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import SelfAttention, in_stacks, without_text
-from gen_accel.attention_processors.families.flux import image_grid
+from gen_accel.attention_processors.families.flux import _image_grid
 from gen_accel.video import VideoShape
 
 MODELS = "FLUX.3"
@@ -49,7 +49,7 @@ def video_shape(
     text = encoder_hidden_states.shape[1]
     if image_cond_hidden_states is not None:
         text += image_cond_hidden_states.shape[1]
-    return VideoShape(1, *image_grid(img_ids), text=text)
+    return VideoShape(1, *_image_grid(img_ids), text=text)
 
 
 def before(

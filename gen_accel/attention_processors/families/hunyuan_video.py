@@ -33,7 +33,7 @@ KIND = "video"
 FPS = 24
 GUIDANCE = "sequential"
 
-BLOCKS = ("transformer_blocks", "single_transformer_blocks")
+_BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 # By what they end in, inside the blocks: the token refiner has some of these names too.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (
@@ -51,13 +51,13 @@ TRAINED_FRAMES = 129  # of the videos that the published model was trained on
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 TEXT_TOKENS = 256  # as the pipelines call it
 # Scale that guidance-distilled models are trained further at: 1 asks for the data as it is.
-DISTILLED_GUIDANCE = 1.0
+_DISTILLED_GUIDANCE = 1.0
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
     config: Any = transformer.config
     heads, dim = config.num_attention_heads, config.attention_head_dim
-    return in_stacks(transformer, BLOCKS, heads, dim)
+    return in_stacks(transformer, _BLOCKS, heads, dim)
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:
@@ -158,10 +158,10 @@ def predict(
         noisy: (B, C, f, h, w) latents.
         sigma: (B,) in [0, 1].
         conditions: of `encode_prompt`; with `guidance` (B,), 1000 times the scale, other than
-            `DISTILLED_GUIDANCE` for models that are distilled for it.
+            `_DISTILLED_GUIDANCE` for models that are distilled for it.
     """
     if transformer.config.guidance_embeds and "guidance" not in conditions:
-        guidance = torch.full_like(sigma, 1000 * DISTILLED_GUIDANCE)
+        guidance = torch.full_like(sigma, 1000 * _DISTILLED_GUIDANCE)
         conditions = {**conditions, "guidance": guidance}
     return transformer(noisy, timestep=sigma * 1000, **conditions, return_dict=False)[0]
 
@@ -183,7 +183,7 @@ def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
             for bit as it was.
     """
     stock = transformer.rope
-    if isinstance(stock, TemporalRotary):
+    if isinstance(stock, _TemporalRotary):
         stock = stock.stock
     if freqs is None:
         transformer.rope = stock
@@ -191,10 +191,10 @@ def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
     pairs = transformer.config.rope_axes_dim[0] // 2
     if freqs.shape != (pairs,):
         raise ValueError(f"freqs must be of shape ({pairs},), got {tuple(freqs.shape)}")
-    transformer.rope = TemporalRotary(stock, freqs)
+    transformer.rope = _TemporalRotary(stock, freqs)
 
 
-class TemporalRotary(nn.Module):
+class _TemporalRotary(nn.Module):
     """The model's rotary table with other frequencies on the time axis.
 
     Args:

@@ -47,10 +47,10 @@ def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:
-    return cross_attentions(transformer, "cross_attention")
+    return _cross_attentions(transformer, "cross_attention")
 
 
-def cross_attentions(transformer: Any, place: str) -> list[ImageAttention]:
+def _cross_attentions(transformer: Any, place: str) -> list[ImageAttention]:
     """
     Args:
         place: of the cross-attention in a block.

@@ -55,7 +55,7 @@ def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:
-    return kandinsky5.cross_attentions(transformer, "video_dec_block.cross_attention")
+    return kandinsky5._cross_attentions(transformer, "video_dec_block.cross_attention")
 
 
 @outside_graphs

@@ -66,7 +66,7 @@ def video_shape(
     """The grid that the pipeline names, or where it gives coordinates instead, that of these, for
     which it waits for the device; ValueError where it gives neither, or none of a grid."""
     if video_coords is not None:
-        return in_coordinates(video_coords).video
+        return _in_coordinates(video_coords).video
     if num_frames is None or height is None or width is None:
         raise ValueError(
             f"num_frames, height and width, or video_coords, must be given to "
@@ -91,11 +91,11 @@ def before(
     **kwargs: Any,
 ) -> int:
     """The tokens of frames that stand before the video."""
-    return 0 if video_coords is None else in_coordinates(video_coords).before
+    return 0 if video_coords is None else _in_coordinates(video_coords).before
 
 
 @outside_graphs
-def in_coordinates(video_coords: Tensor) -> Tokens:
+def _in_coordinates(video_coords: Tensor) -> Tokens:
     """The video among whole frames of one size: it begins at time 0, and goes on as long as the
     time rises from frame to frame. Waits for the device.
 

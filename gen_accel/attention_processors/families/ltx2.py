@@ -73,7 +73,7 @@ def video_shape(
     if num_frames is not None and height is not None and width is not None:
         grid = num_frames, height, width
     elif video_coords is not None:
-        grid = grid_in(video_coords)
+        grid = _grid_in(video_coords)
     else:
         raise ValueError(
             f"num_frames, height and width, or video_coords, must be given to "
@@ -85,7 +85,7 @@ def video_shape(
 
 
 @outside_graphs
-def grid_in(video_coords: Tensor) -> tuple[int, int, int]:
+def _grid_in(video_coords: Tensor) -> tuple[int, int, int]:
     """Of the video, whose tokens come first: it goes on as long as frames begin where those
     before them end. Waits for the device.
 

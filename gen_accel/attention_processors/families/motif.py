@@ -51,7 +51,7 @@ def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
     heads, dim = config.num_attention_heads, config.attention_head_dim
     sites = in_stacks(transformer, ("transformer_blocks", "single_transformer_blocks"), heads, dim)
     first = len(sites) - config.num_decoder_layers
-    return [*sites[:first], *(site._replace(tokens=decoded) for site in sites[first:])]
+    return [*sites[:first], *(site._replace(tokens=_decoded) for site in sites[first:])]
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:
@@ -69,7 +69,7 @@ def image_attentions(transformer: Any) -> list[ImageAttention]:
     return image_sites(transformer, names, norm="norm_k")
 
 
-def decoded(tokens: Tokens, call: Call) -> Tokens:
+def _decoded(tokens: Tokens, call: Call) -> Tokens:
     """Of the last blocks."""
     video = tokens.video
     return Tokens(VideoShape(*video.grid, text=video.video_tokens))

@@ -27,9 +27,9 @@ FPS = 16
 GUIDANCE = "sequential"
 TRAINED_FRAMES = 81  # of the videos that the published models were trained on
 # but Wan 2.2 TI2V-5B: `frame_num` in wan/configs/wan_ti2v_5B.py of github.com/Wan-Video/Wan2.2
-TI2V_FRAMES, TI2V_FPS, TI2V_CHANNELS = 121, 24, 48
+_TI2V_FRAMES, _TI2V_FPS, _TI2V_CHANNELS = 121, 24, 48
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
-ROTARY_BASE = 10_000.0  # of all published models; it is in no configuration
+_ROTARY_BASE = 10_000.0  # of all published models; it is in no configuration
 
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
@@ -43,11 +43,11 @@ TEXT_TOKENS = 512  # as the pipelines call it; `encode_prompt` on its own has an
 def trained_frames(transformer: Any) -> int:
     """Of the videos that it was trained on. The 5B model of Wan 2.2 takes 24 frames a second, and
     is known by the channels of its latents."""
-    return TI2V_FRAMES if transformer.config.in_channels == TI2V_CHANNELS else TRAINED_FRAMES
+    return _TI2V_FRAMES if transformer.config.in_channels == _TI2V_CHANNELS else TRAINED_FRAMES
 
 
 def fps(transformer: Any) -> int:
-    return TI2V_FPS if transformer.config.in_channels == TI2V_CHANNELS else FPS
+    return _TI2V_FPS if transformer.config.in_channels == _TI2V_CHANNELS else FPS
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
@@ -153,7 +153,7 @@ def temporal_frequencies(transformer: Any) -> Tensor:
     """(pairs,) float64: what each rotary pair of the time axis turns by from one latent frame to
     the next, in rad, after `set_temporal_frequencies` too the model's own."""
     dim = _temporal_dim(transformer)
-    return 1 / ROTARY_BASE ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return 1 / _ROTARY_BASE ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
 
 
 def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:

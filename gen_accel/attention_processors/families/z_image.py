@@ -22,7 +22,7 @@ ORDER = "image, filling, text"
 KIND = "image"
 TIMESTEPS_RISE = True
 
-MULTIPLE = 32  # of tokens of an image and of a text
+_MULTIPLE = 32  # of tokens of an image and of a text
 
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
@@ -86,7 +86,7 @@ def text_lengths(
 
 
 def _filled(tokens: int) -> int:
-    return -(-tokens // MULTIPLE) * MULTIPLE
+    return -(-tokens // _MULTIPLE) * _MULTIPLE
 
 
 def timestep(x: list, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -345,8 +345,7 @@ def _frame_rate(pipe: Any, given: float | None) -> float:
 def _published_rate(pipe: Any) -> float:
     module = _transformer(pipe)
     module = getattr(module, "_orig_mod", module)
-    family: Any = family_of(module)
-    return family.fps(module) if hasattr(family, "fps") else getattr(family, "FPS", FPS)
+    return family_of(module).fps(module)
 
 
 def _transformer(pipe: Any) -> Any:

@@ -48,14 +48,13 @@ class Part:
         self.name, self.kind, self.attentions = name, type(model).__name__, len(sites)
         self.branches = [Branch(site) for site in sites if site.number in adapter.layers]
         self.video_shape, self.timestep = family.video_shape, family.timestep
-        self.rising = getattr(family, "TIMESTEPS_RISE", False)
-        self.no_frames: Callable[..., str | None] | None = getattr(family, "no_frames", None)
-        named = hasattr(model, "cache_context") and getattr(family, "NAMES_CALLS", True)
-        guided = getattr(family, "GUIDED", None)
-        self.how = How(family.GUIDANCE == "batched", named, guided)
+        self.rising = family.TIMESTEPS_RISE
+        self.no_frames = family.no_frames
+        named = hasattr(model, "cache_context") and family.NAMES_CALLS
+        self.how = How(family.GUIDANCE == "batched", named, family.GUIDED)
         self.unet = hasattr(model, "down_blocks")
         self.moving, self.apart = family.KIND != "image", family.KIND == "frames"
-        self.first_alone = getattr(family, "FIRST_FRAME_ALONE", True)
+        self.first_alone = family.FIRST_FRAME_ALONE
         self.factor = temporal_factor(pipe, family)
         self.patch = 1 if self.factor is None else temporal_patch(model)
         self.calls, self.turns, self.watched = Calls(), Turns(), Watched(())

@@ -359,4 +359,4 @@ def temporal_factor(pipe: Any, family: Any) -> int | None:
     for name in _FACTORS:
         if getattr(pipe, name, None) is not None:
             return getattr(pipe, name)
-    return getattr(family, "TEMPORAL_FACTOR", None)
+    return family.TEMPORAL_FACTOR

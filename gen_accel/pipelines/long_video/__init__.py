@@ -108,10 +108,7 @@ def known_trained_frames(transformer: Any) -> int:
     said = _said_by_folder(transformer)
     if said is not None:
         return said
-    family = family_of(transformer)
-    known = getattr(family, "TRAINED_FRAMES", None)
-    if hasattr(family, "trained_frames"):
-        known = family.trained_frames(transformer)
+    known = family_of(transformer).trained_frames(transformer)
     if known is None:
         raise ValueError(f"trained_frames must be given for {type(transformer).__name__}")
     return known
@@ -249,7 +246,7 @@ def _target(pipe_or_transformer: Any, num_frames: int, trained_frames: int | Non
 
 def _check_positions(target: Target) -> None:
     for name, transformer in target.transformers.items():
-        longest = getattr(target.families[name], "longest", None)
+        longest = target.families[name].longest
         if longest is not None and target.frames > longest(transformer):
             most = target.pixel_frames(longest(transformer))
             asked = target.pixel_frames(target.frames)

@@ -76,7 +76,8 @@ class Riflex:
 
     def describe(self, target: Target) -> str:
         name, transformer = next(iter(target.transformers.items()))
-        own = target.families[name].temporal_frequencies(transformer)
+        family: Any = target.families[name]
+        own = family.temporal_frequencies(transformer)
         k = self.intrinsic(own, target.trained)
         period = 2 * math.pi / float(own[k - 1])
         made = self.frequencies(own, target.frames, target.trained)[k - 1]

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import nn
 
+from gen_accel.attention_processors.families import Family
 from gen_accel.moved import signpost
 
 if not TYPE_CHECKING:
@@ -20,7 +20,7 @@ class Target:
     Args:
         pipe: None where a transformer alone was given.
         transformers: by their names in the pipeline; both of a pipeline with two.
-        families: the family file of each, by the same names.
+        families: the family of each, by the same names.
         frames: of the video asked for. The live grid may differ from call to call: a technique
             reads it from the call, and does nothing where it is not longer than `trained`.
         trained: the length that the model was trained at.
@@ -30,7 +30,7 @@ class Target:
 
     pipe: Any | None
     transformers: Mapping[str, nn.Module]
-    families: Mapping[str, ModuleType]
+    families: Mapping[str, Family]
     frames: int
     trained: int
     temporal_factor: int = 4

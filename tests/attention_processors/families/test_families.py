@@ -21,6 +21,7 @@ from gen_accel.attention_processors.families import (
     FAMILIES,
     REFUSED,
     SelfAttention,
+    family_named,
     family_of,
     served_classes,
 )
@@ -87,7 +88,7 @@ def run(case: Case, model: nn.Module, grid: Sequence[int], **options: Any) -> Te
 def geometry(case: Case, model: nn.Module, given: dict[str, Any]) -> Tokens:
     """As the family reads it."""
     family: Any = family_of(model)
-    before = getattr(family, "before", None)
+    before = family.before
     tokens = []
 
     def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -341,7 +342,7 @@ masked = pytest.mark.parametrize(
     [
         pytest.param(case, id=name)
         for name, case in CASES.items()
-        if case.lengths is not None and hasattr(family_of(model_of(case)), "text_lengths")
+        if case.lengths is not None and family_of(model_of(case)).text_lengths is not None
     ],
 )
 
@@ -471,18 +472,14 @@ def test_every_class_has_a_case():
 
 
 def test_no_class_is_in_two_families_nor_refused_and_served():
-    found = [name for family in FAMILIES for name in _module(family).CLASSES]
+    found = [name for family in FAMILIES for name in family_named(family).CLASSES]
     assert len(set(found)) == len(found)
     assert not set(found) & set(REFUSED)
 
 
-def _module(family: str) -> Any:
-    return import_module(f"gen_accel.attention_processors.families.{family}")
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_says_what_the_table_shows(name):
-    family = _module(name)
+    family = family_named(name)
     assert family.MODELS
     assert family.ORDER
     assert family.KIND in ("video", "frames", "image")

@@ -167,7 +167,7 @@ def test_frames_hidden_by_causal_blocks_are_refused():
 
 def test_coordinates_that_are_no_whole_frames_are_refused():
     with pytest.raises(ValueError, match="whole frames"):
-        ltx_family.in_coordinates(torch.ones(1, 3, 4))
+        ltx_family._in_coordinates(torch.ones(1, 3, 4))
 
 
 def test_ltx2_needs_a_grid_or_coordinates():

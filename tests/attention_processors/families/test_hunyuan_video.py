@@ -646,5 +646,5 @@ def test_techniques_on_the_time_axis(pipe, technique):
 
 def test_the_family_serves_the_pipeline(pipe):
     assert isinstance(pipe, HunyuanVideoPipeline)
-    assert family_of(pipe.transformer) is hunyuan_video
+    assert family_of(pipe.transformer).module is hunyuan_video
     assert pipe.vae_scale_factor_temporal == hunyuan_video.TEMPORAL_FACTOR

@@ -1,0 +1,347 @@
+"""What a family's file holds, part by part: `Family` names every part once.
+
+A part is a name at the top of the file, a constant in capitals or a function, such as `MODELS` or
+`video_shape`; a part that has a default may be left out. Helpers begin with `_`, also those that
+other families import. `load` checks a file against this list, so that a name that is misspelt, a
+part of the wrong type and a missing part are errors. All code outside the families reads parts
+from a `Family`, whose attributes are always there.
+
+A new part is one line here; a new family is one file, and its name in `FAMILIES`.
+"""
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from types import ModuleType
+from typing import Any, Generic, TypeVar, overload
+
+from torch import Tensor
+
+from gen_accel.video import VideoShape
+
+__all__ = ["USES", "Family", "Part", "load"]
+
+T = TypeVar("T")
+
+REQUIRED: Any = object()
+NUMBER = int, float
+_WORDS = {
+    str: "a string",
+    bool: "True or False",
+    int: "a whole number",
+    NUMBER: "a number",
+    tuple: "a tuple",
+    Mapping: "a mapping",
+    Callable: "a function",
+}
+
+
+class Part(Generic[T]):
+    """One name that a family's file may hold.
+
+    Args:
+        kind: the type of its value; `Callable` for a function.
+        meaning: in words.
+        default: where the file does not hold it. Without, every file must.
+        default_of: gives the default of a family, where it depends on other parts.
+        choices: the only values, where they are few.
+        each: the type of each of its values, where it is a tuple or a mapping.
+    """
+
+    name: str
+
+    def __init__(
+        self,
+        kind: Any,
+        meaning: str,
+        *,
+        default: Any = REQUIRED,
+        default_of: Callable[["Family"], Any] | None = None,
+        choices: tuple[str, ...] = (),
+        each: type | None = None,
+    ) -> None:
+        self.kind, self.meaning, self.choices, self.each = kind, meaning, choices, each
+        self.default, self.default_of = default, default_of
+
+    @property
+    def required(self) -> bool:
+        return self.default is REQUIRED and self.default_of is None
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, family: None, owner: type) -> "Part[T]": ...
+
+    @overload
+    def __get__(self, family: "Family", owner: type) -> T: ...
+
+    def __get__(self, family: "Family | None", owner: type) -> Any:
+        if family is None:
+            return self
+        held = vars(family.module)
+        if self.name in held:
+            return held[self.name]
+        return self.default if self.default_of is None else self.default_of(family)
+
+    def refusal(self, value: Any) -> str | None:
+        """Why `value` cannot be this part; None where it can."""
+        if value is None:
+            return None if self.default is None else f"must be {_WORDS[self.kind]}, got None"
+        if self.choices and value not in self.choices:
+            return f"must be one of {', '.join(map(repr, self.choices))}, got {value!r}"
+        if not isinstance(value, self.kind) or isinstance(value, bool) != (self.kind is bool):
+            return f"must be {_WORDS[self.kind]}, got {type(value).__name__} {value!r}"
+        if self.each is None:
+            return None
+        values = value.values() if isinstance(value, Mapping) else value
+        return next(
+            (
+                f"must be {_WORDS[self.kind]}, each {_WORDS[self.each]}, got {one!r} among them"
+                for one in values
+                if not isinstance(one, self.each)
+            ),
+            None,
+        )
+
+
+class Family:
+    """A family's parts, read from its module at each access, with the defaults filled in.
+
+    Args:
+        name: of its file.
+        module: its file.
+    """
+
+    def __init__(self, name: str, module: ModuleType) -> None:
+        self.name, self.module = name, module
+
+    def __repr__(self) -> str:
+        return f"Family({self.name!r})"
+
+    def __reduce__(self) -> tuple[Callable, tuple[str]]:
+        """A module can be neither copied nor pickled: a copy is the same family again."""
+        from gen_accel.attention_processors.families import family_named
+
+        return family_named, (self.name,)
+
+    def serves(self, use: str) -> bool:
+        """Whether it has all parts that a key of `USES` takes."""
+        return all(getattr(self, part) is not None for part in USES[use])
+
+    # What it is
+
+    MODELS = Part[str](str, "the published models that it serves, in words")
+    CLASSES = Part[tuple[str, ...]](tuple, "the names of their transformer classes", each=str)
+    ATTENTION_CALL = Part[str](str, "the global name of the attention call in their processors")
+    ORDER = Part[str](
+        str, "what the tokens of their self-attention are, in words and in their order"
+    )
+    KIND = Part[str](
+        str,
+        '"frames" is a video of which each frame attends by itself',
+        choices=("video", "frames", "image"),
+    )
+    LORA_TARGETS = Part[Mapping[str, tuple[str, ...]]](
+        Mapping, "names of a group of layers to what they end in, inside the blocks", each=tuple
+    )
+    FPS = Part[float](
+        NUMBER,
+        "frames a second that the published models were made for, where their pipelines take none",
+        default=16,
+    )
+    fps = Part[Callable[[Any], float]](
+        Callable,
+        "(transformer): the same of this one, where they are not alike",
+        default_of=lambda family: lambda transformer: family.FPS,
+    )
+
+    # One forward pass: each function takes its arguments
+
+    self_attentions = Part[Callable[..., list]](
+        Callable,
+        "(transformer): the attentions over the tokens of video or image, as `SelfAttention`s",
+    )
+    video_shape = Part[Callable[..., VideoShape]](
+        Callable,
+        "(transformer, ...): the token grid, one frame for an image, and as its text all other "
+        "tokens that attend with it",
+    )
+    timestep = Part[Callable[..., Tensor]](Callable, "(...): of the forward pass")
+    before = Part[Callable[..., int] | None](
+        Callable,
+        "(transformer, ...): how many of the text's tokens come before the grid; None: none",
+        default=None,
+    )
+    text_lengths = Part[Callable[..., tuple[int, ...] | None] | None](
+        Callable,
+        "(transformer, ...): tokens of each sample's text, where a mask hides its padding, and "
+        "None where the padding is not at its end. Graphs of torch.compile need it",
+        default=None,
+    )
+    TIMESTEPS_RISE = Part[bool](
+        bool, "the timestep rises from step to step; elsewhere it falls", default=False
+    )
+    MASKS_ALIKE = Part[bool](bool, "each layer makes the same mask anew", default=False)
+    MASK_OF_PAIRS = Part[bool](
+        bool,
+        "each layer makes a mask of all pairs of tokens, too long to be read: `text_lengths` are",
+        default=False,
+    )
+
+    # Training
+
+    CAUSAL_VAE = Part[bool | None](
+        bool, "the first latents of a long clip are the latents of its beginning", default=None
+    )
+    encode_video = Part[Callable[..., Tensor] | None](
+        Callable,
+        "(pipe, video, generator): latents as the transformer takes them",
+        default=None,
+    )
+    encode_prompt = Part[Callable[..., dict[str, Tensor]] | None](
+        Callable,
+        "(pipe, prompts, max_tokens): the transformer's arguments, samples first",
+        default=None,
+    )
+    predict = Part[Callable[..., Tensor] | None](
+        Callable,
+        "(transformer, noisy, sigma, conditions): the velocity, noise - clean",
+        default=None,
+    )
+
+    TEXT_TOKENS = Part[int | None](
+        int, "tokens that the pipelines bring every prompt to, unless told otherwise", default=None
+    )
+
+    # Longer video
+
+    TRAINED_FRAMES = Part[int | None](
+        int, "frames of the videos that the published models were trained on", default=None
+    )
+    trained_frames = Part[Callable[[Any], int | None]](
+        Callable,
+        "(transformer): the same of this one, where not all were trained alike",
+        default_of=lambda family: lambda transformer: family.TRAINED_FRAMES,
+    )
+    TEMPORAL_FACTOR = Part[int | None](
+        int,
+        "frames in a latent frame, all but the first, which is one frame; None where the models "
+        "differ",
+        default=None,
+    )
+    longest = Part[Callable[[Any], int] | None](
+        Callable,
+        "(transformer): latent frames that it has positions for, where they are a table",
+        default=None,
+    )
+    temporal_frequencies = Part[Callable[[Any], Tensor] | None](
+        Callable,
+        "(transformer): of its rotary pairs on the time axis, in rad a latent frame",
+        default=None,
+    )
+    set_temporal_frequencies = Part[Callable[[Any, Tensor | None], None] | None](
+        Callable,
+        "(transformer, freqs): use these instead, or its own again for None",
+        default=None,
+    )
+
+    # Image prompts, which take `video_shape`, `timestep` and, for video, TEMPORAL_FACTOR besides
+
+    GUIDANCE = Part[str | None](
+        str,
+        'how the pipelines run the negative prompt: "batched", as the first rows of one call, or '
+        '"sequential", in a call of its own',
+        default=None,
+        choices=("batched", "sequential"),
+    )
+    NAMES_CALLS = Part[bool](
+        bool,
+        "where a model has a `cache_context`, its pipelines name their calls by it",
+        default=True,
+    )
+    GUIDED = Part[str | None](
+        str,
+        "the variable, in a run of the pipelines, that says whether there is guidance, where the "
+        "pipeline itself does not",
+        default=None,
+    )
+    image_attentions = Part[Callable[..., list] | None](
+        Callable,
+        "(transformer): the attentions that an image prompt is added to, as `ImageAttention`s; "
+        "families that share this function share adapters",
+        default=None,
+    )
+    tap_image = Part[Callable[..., Callable[[], None]] | None](
+        Callable,
+        "(transformer, site, add): add an image prompt, where text attends with video or image; "
+        "see `families.tap_image`, which does it elsewhere",
+        default=None,
+    )
+    FIRST_FRAME_ALONE = Part[bool](
+        bool,
+        "the first latent is of one frame; where False, of as many as the others",
+        default=True,
+    )
+    no_frames = Part[Callable[..., str | None] | None](
+        Callable,
+        "(transformer, ...): why this forward pass does not tell which frames of the video its "
+        "latents are of, None where it does; only where that can be",
+        default=None,
+    )
+
+
+# What a family serves beside attention, to the parts that it then holds.
+USES = {
+    "training": ("CAUSAL_VAE", "encode_video", "encode_prompt", "predict"),
+    "longer video": ("TEMPORAL_FACTOR",),
+    "rules on rotary frequencies": ("temporal_frequencies", "set_temporal_frequencies"),
+    "image prompts": ("image_attentions",),
+}
+
+PARTS: dict[str, Part] = {
+    name: part for name, part in vars(Family).items() if isinstance(part, Part)
+}
+
+
+def load(name: str, module: ModuleType) -> Family:
+    """The family in `module`.
+
+    Raises:
+        ValueError: public names that are no parts, with the nearest part; parts of the wrong type;
+            missing parts. A line for each.
+    """
+    held = vars(module)
+    wrong = []
+    for own in _defined(module):
+        if not own.startswith("_") and own not in PARTS:
+            near = get_close_matches(own, PARTS, n=1, cutoff=0.5)
+            nearest = f"; the nearest is {near[0]}" if near else ""
+            wrong.append(f"{own} is no part of a family{nearest}; helpers begin with _")
+    for part in PARTS.values():
+        if part.name not in held:
+            wrong += [f"{part.name} is missing: {part.meaning}"] * part.required
+        elif (refusal := part.refusal(held[part.name])) is not None:
+            wrong.append(f"{part.name} {refusal}")
+    if wrong:
+        raise ValueError("\n".join(f"family {name}: {line}" for line in wrong))
+    return Family(name, module)
+
+
+def _defined(module: ModuleType) -> list[str]:
+    """Constants and functions at the top of a module's file, without what it imports."""
+    names: list[str] = []
+    for statement in ast.parse(inspect.getsource(module)).body:
+        if isinstance(statement, ast.FunctionDef):
+            names.append(statement.name)
+        elif isinstance(statement, ast.Assign | ast.AnnAssign):
+            is_one = isinstance(statement, ast.AnnAssign)
+            targets = [statement.target] if is_one else statement.targets
+            names += [
+                node.id
+                for target in targets
+                for node in ast.walk(target)
+                if isinstance(node, ast.Name)
+            ]
+    return names
