@@ -4,59 +4,52 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.progress import Progress
 from torch import Tensor
 
-from gen_accel import kernels
-from gen_accel.attention_processors import Dense
-from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.summary import Summary
-from gen_accel.kernels import check_kernel
 from gen_accel.measure import write_json, write_video
 from gen_accel.measure.video_io import check_writable, write_stream
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation import prompt_list
 from gen_accel.pipelines.generation.compare import (
-    beside,
     compare_with_dense,
     comparison_files,
     write_comparison,
 )
 from gen_accel.pipelines.generation.decode import (
-    check_latents_path,
     decode_stream,
     is_streamed,
     load_latents,
     save_latents,
 )
 from gen_accel.pipelines.generation.image_input import ImageInput
+from gen_accel.pipelines.generation.job import Job, Video
 from gen_accel.pipelines.generation.loading import (
     Loading,
     check_latents_of,
     check_model,
-    find_device,
     load,
     load_decoder,
 )
+from gen_accel.pipelines.generation.prompt_list import Share
 from gen_accel.pipelines.generation.sampling import (
     FPS,
     Clip,
     Sample,
-    check_clip,
     counted,
     denoise,
-    filled,
     pixel_frames,
     sample,
     steps_bar,
     ticker,
 )
-from gen_accel.pipelines.long_video import check_names, extend
+from gen_accel.pipelines.long_video import extend
 
 
 @dataclass(frozen=True)
@@ -147,92 +140,29 @@ def generate(
             name that will not do, or a technique or latents together with `compare`.
         OSError: a file or repository that is not there, or a folder that cannot be written.
     """
-    clip, loading, named = clip or Clip(), loading or Loading(), False
-    if from_lora is not None:
-        if method is not None or compare:
-            raise ValueError(f"from_lora {from_lora} brings its own method, and has no compare")
-        method, loading, clip = _trained(from_lora, loading, clip)
-        named = techniques is None
-        if named:
-            techniques, trained_frames = _techniques_of(from_lora, trained_frames)
-    elif method is None:
-        raise ValueError("give a method, or from_lora")
-    techniques = techniques or ()
-    if not prompts:
-        raise ValueError("no prompts: give one, or a file with one on each line")
-    if compare:
-        _check_comparison(method, techniques, latents)
-    _check_techniques(techniques, trained_frames)
-    kernels.check_name(kernel)
-    check_model(model)
-    if kernel != "auto":
-        check_kernel(kernel, find_device(loading.device))
-    several = numbered or len(prompts) > 1
-    kept = None if latents is None else Path(latents)
-    jobs = _jobs(prompts, clip, Path(out), kept, several=several)
-    for job in jobs:
-        job.check_files(compare)
-    image = None if image is None else image.opened()
-    request = prompt_list.sources(model, loading, from_lora) | {
-        "image": None if image is None else image.identity(),
-        "method": str(method),
-        "schedule": str(schedule),
-        "techniques": [*techniques],
-        "trained_frames": trained_frames,
-    }
-    if compare:
-        request["compare"] = {"kernel": kernel, "timed": timed, "device": loading.device}
-    left = [*range(len(jobs))]
-    if several and resume:
-        left = [i for i in left if not jobs[i].is_done(request)]
-
-    share, state, rank = left, None, ""
-    if several:
-        state = prompt_list.join(loading.device)
-        state.wait_for_everyone()  # all have seen what is done before one goes on
-        share = left[state.process_index :: state.num_processes]
-        if state.is_main_process and len(left) < len(jobs):
-            print(prompt_list.what_is_done([job.target for job in jobs], left), file=sys.stderr)
-        if state.num_processes > 1:
-            rank = f"{state.process_index}: "
-            device = str(state.device)
-            if loading.device in ("auto", device.partition(":")[0]):
-                loading = replace(loading, device=device)
-    if not share:
-        return prompt_list.gathered({}, state)
-
+    job = Job(
+        model=model,
+        method=method,
+        from_lora=from_lora,
+        schedule=schedule,
+        kernel=kernel,
+        clip=clip or Clip(),
+        loading=loading or Loading(),
+        compare=compare,
+        timed=timed,
+        trained_frames=trained_frames,
+        image=image,
+    ).resolve(prompts, out=out, techniques=techniques, latents=latents, numbered=numbered)
+    left = job.left(resume)
+    share = Share.of(left, job.loading) if job.several else Share(left)
+    if share.is_main_process and len(left) < len(job.videos):
+        targets = [video.target for video in job.videos]
+        print(prompt_list.what_is_done(targets, left), file=sys.stderr)
+    if not share.numbers:
+        return share.gathered({})
     if latents is not None:
         check_latents_of(model)
-    pipe = load(model, loading)
-    clip = filled(pipe, clip)
-    if named and not _is_longer(clip, trained_frames):
-        techniques, trained_frames = (), None
-    if techniques and clip.frames is None:
-        kind = type(pipe).__name__
-        raise ValueError(f"frames must be given with {techniques[0]}: {kind} has no default")
-    check_clip(pipe, clip, method)
-    # The pipeline is this function's own: what is put on it stays.
-    seen = "" if image is None else image.load(pipe).describe()
-    options: dict[str, Any] = {"schedule": schedule, "kernel": kernel, "timed": timed}
-    options |= {"method": method} if from_lora is None else {"from_lora": from_lora}
-    longer: dict[str, Any] = {"techniques": techniques, "trained_frames": trained_frames}
-    about = {"model": str(model), "method": str(method), "techniques": [*techniques]}
-    about |= {"image_prompt": seen} if seen else {}
-
-    made = {}
-    for i in share:
-        job = jobs[i]._replace(clip=replace(clip, seed=jobs[i].clip.seed), rank=rank)
-        prompt_list.forget_done(job.target)
-        if compare:
-            made[i] = _compared(pipe, job, seen, **options)
-        else:
-            made[i] = _made(pipe, job, options=options, about=about, **longer)
-            if stale := [str(file) for file in comparison_files(job.target) if file.exists()]:
-                print(f"of an earlier video: {', '.join(stale)}", file=sys.stderr)
-        if several:
-            files = [*made[i].files.values()]
-            prompt_list.write_done(job.target, jobs[i].asked(request), asdict(job.clip), files)
-    return prompt_list.gathered(made, state)
+    return share.gathered(_run(job, share))
 
 
 def decode_latents(
@@ -285,161 +215,93 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-class _Job(NamedTuple):
-    """One prompt.
-
-    Args:
-        clip: with its own seed.
-        target: of the video.
-        latents: where they are kept.
-        rank: of the process, before the lines of its progress bar.
-    """
-
-    prompt: str
-    clip: Clip
-    target: Path
-    latents: Path | None
-    rank: str = ""
-
-    def asked(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What the video depends on: `request`, which all have in common, and what is its own."""
-        return request | {"prompt": self.prompt, **asdict(self.clip)}
-
-    def is_done(self, request: dict[str, Any]) -> bool:
-        return prompt_list.is_done(self.target, self.asked(request), self.latents)
-
-    def check_files(self, compare: bool) -> None:
-        """Raises now what writing them would raise after the work."""
-        check_writable(self.target, frames=self.clip.frames)
-        if compare:
-            for name in ("dense", "side_by_side"):
-                check_writable(beside(self.target, name), frames=self.clip.frames)
-        if self.latents is not None:
-            check_latents_path(self.latents)
+def _run(job: Job, share: Share) -> dict[int, Generated]:
+    """The videos of this process, by their numbers."""
+    pipe = load(job.model, share.loading(job.loading))
+    fitted = job.fitted(pipe)
+    # The pipeline is this function's own: what is put on it stays.
+    seen = "" if job.image is None else job.image.load(pipe).describe()
+    make = _compared if job.compare else _made
+    made = {}
+    for i in share.numbers:
+        video = job.videos[i]
+        prompt_list.forget_done(video.target)
+        made[i] = make(pipe, fitted, video, seen=seen, rank=share.rank)
+        if job.several:
+            clip, files = asdict(fitted.clip_of(video)), [*made[i].files.values()]
+            prompt_list.write_done(video.target, job.asked(video), clip, files)
+    return made
 
 
-def _jobs(
-    prompts: Sequence[str], clip: Clip, out: Path, latents: Path | None, *, several: bool
-) -> list[_Job]:
-    def names(path: Path) -> list[Path]:
-        return prompt_list.numbered(path, len(prompts)) if several else [path]
+def _compared(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Generated:
+    """Densely and by the method.
 
-    kept = [None] * len(prompts) if latents is None else names(latents)
-    each = zip(prompts, names(out), kept, strict=True)
-    return [
-        _Job(prompt, replace(clip, seed=clip.seed + i), target, path)
-        for i, (prompt, target, path) in enumerate(each)
-    ]
-
-
-def _trained(from_lora: str | Path, loading: Loading, clip: Clip) -> tuple[Any, Loading, Clip]:
-    """The method of a LoRA, what is to be loaded for it, and the clip with its guidance."""
-    recipe = read_recipe(from_lora)
-    if recipe.part != "transformer":
-        raise ValueError(
-            f"from_lora {from_lora} is for {recipe.part}: load it in Python, by "
-            "pipe.load_lora_weights(folder, load_into_transformer_2=True)"
-        )
-    if recipe.rank:  # without, the method's own parameters are all that was trained
-        loading = replace(loading, loras=(*loading.loras, str(from_lora)))
-    if recipe.holds_guidance and clip.guidance_scale is None:
-        if clip.negative_prompt is not None:
-            raise ValueError(
-                f"negative_prompt {clip.negative_prompt!r} needs guidance, and from_lora "
-                f"{from_lora} holds it: leave it out, or give a guidance_scale above 1"
-            )
-        clip = replace(clip, guidance_scale=1.0)
-    return recipe.build_method(), loading, clip
-
-
-def _techniques_of(
-    from_lora: str | Path, trained_frames: int | None
-) -> tuple[Sequence[str], int | None]:
-    """What a LoRA is sampled with, and what its model was trained at."""
-    recipe = read_recipe(from_lora)
-    if not recipe.techniques:
-        return (), trained_frames
-    return recipe.techniques, trained_frames or recipe.trained_frames
-
-
-def _is_longer(clip: Clip, trained_frames: int | None) -> bool:
-    frames = clip.frames
-    return frames is not None and trained_frames is not None and frames > trained_frames
-
-
-def _check_comparison(method: Any, techniques: Sequence[str], latents: str | Path | None) -> None:
-    if isinstance(method, Dense):
-        raise ValueError("compare sets a sparse method beside dense attention, got Dense()")
-    if techniques or latents is not None:
-        raise ValueError(
-            "compare goes with neither long-video techniques nor saved latents, got "
-            f"{', '.join(techniques) or latents}"
-        )
-
-
-def _check_techniques(techniques: Sequence[str], trained_frames: int | None) -> None:
-    check_names(techniques)
-    if trained_frames is not None and not techniques:
-        raise ValueError(f"trained_frames is for a technique, got {trained_frames} and none")
-
-
-def _compared(
-    pipe: Any, job: _Job, seen: str, *, schedule: Schedule | None, **options: Any
-) -> Generated:
-    """
     Args:
         seen: what the image prompt is.
+        rank: of the process, before the lines of its progress bar.
     """
-    options |= {"schedule": schedule or Schedule(), "label": f"{job.rank}{job.target.name}, "}
-    result = compare_with_dense(pipe, job.prompt, job.clip, **options)
-    files = write_comparison(result, job.target)
+    result = compare_with_dense(
+        pipe,
+        video.prompt,
+        job.clip_of(video),
+        method=job.method,
+        schedule=job.schedule or Schedule(),
+        kernel=job.kernel,
+        timed=job.timed,
+        label=f"{rank}{video.target.name}, ",
+    )
+    files = write_comparison(result, video.target)
     seconds, summary, report = result.sparse.seconds, result.summary, result.to_dict()
     if seen:
         report["image_prompt"] = seen
         write_json(files["report"], report)
-    return Generated(job.prompt, job.clip.seed, files, seconds, summary, "", report, seen)
+    return Generated(video.prompt, video.seed, files, seconds, summary, "", report, seen)
 
 
-def _made(
-    pipe: Any,
-    job: _Job,
-    *,
-    options: dict[str, Any],
-    techniques: Sequence[str],
-    trained_frames: int | None,
-    about: dict[str, Any],
-) -> Generated:
-    """
-    Args:
-        options: of `attach`.
-        about: what is kept with the latents beside prompt and clip.
-    """
+def _made(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Generated:
+    """By the method alone; as `_compared`."""
     start, files, extension = time.perf_counter(), {}, ""
-    prompt, clip, target = job.prompt, job.clip, job.target
+    clip, target = job.clip_of(video), video.target
     assert clip.fps is not None
+    options: dict[str, Any] = {"schedule": job.schedule, "kernel": job.kernel, "timed": job.timed}
+    options |= {"method": job.method} if job.from_lora is None else {"from_lora": job.from_lora}
     with steps_bar() as bar:
         with ExitStack() as stack:
             handle = stack.enter_context(attach(pipe, **options))
             longer = None
-            if techniques:
+            if job.techniques:
                 assert clip.frames is not None
-                lengths = {"num_frames": clip.frames, "trained_frames": trained_frames}
-                longer = stack.enter_context(extend(pipe, techniques, **lengths))
+                lengths = {"num_frames": clip.frames, "trained_frames": job.trained_frames}
+                longer = stack.enter_context(extend(pipe, job.techniques, **lengths))
                 extension = longer.describe()
             make = denoise if is_streamed(pipe) else sample
-            tick = ticker(bar, job.rank + target.name)
+            tick = ticker(bar, rank + target.name)
             with handle.gathering():
-                taken = make(pipe, prompt, clip, tick=tick, run=longer)
+                taken = make(pipe, video.prompt, clip, tick=tick, run=longer)
             summary = handle.summary()
         if isinstance(taken, Sample):
             files["video"] = write_video(taken.video, target, fps=clip.fps)
         else:
-            if job.latents is not None:
-                about = {"prompt": prompt, **asdict(clip)} | about
-                files["latents"] = save_latents(job.latents, taken.latents, about)
-            files["video"] = _write(pipe, taken.latents, target, clip.fps, bar, job.rank)
-    seconds, seen = time.perf_counter() - start, about.get("image_prompt", "")
-    return Generated(prompt, clip.seed, files, seconds, summary, extension, image=seen)
+            if video.latents is not None:
+                about = _about(job, video, seen)
+                files["latents"] = save_latents(video.latents, taken.latents, about)
+            files["video"] = _write(pipe, taken.latents, target, clip.fps, bar, rank)
+    seconds = time.perf_counter() - start
+    if stale := [str(file) for file in comparison_files(target) if file.exists()]:
+        print(f"of an earlier video: {', '.join(stale)}", file=sys.stderr)
+    return Generated(video.prompt, video.seed, files, seconds, summary, extension, image=seen)
+
+
+def _about(job: Job, video: Video, seen: str) -> dict[str, Any]:
+    """What is kept with latents."""
+    return {
+        "prompt": video.prompt,
+        **asdict(job.clip_of(video)),
+        "model": str(job.model),
+        "method": str(job.method),
+        "techniques": [*job.techniques],
+        **({"image_prompt": seen} if seen else {}),
+    }
 
 
 def _write(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -115,19 +115,52 @@ def pixels(image: Image.Image) -> str:
     return f"{image.width} x {image.height} {hashlib.sha256(image.tobytes()).hexdigest()}"
 
 
-def join(device: str) -> PartialState:
-    """This process among those of `accelerate launch`, or alone."""
-    # The first to be ready wait for the others' videos.
-    return PartialState(cpu=find_device(device).type == "cpu", timeout=timedelta(days=7))
+class Share(NamedTuple):
+    """What one process makes of a list.
 
+    Args:
+        numbers: of its videos.
+        state: of the processes of `accelerate launch`; None where this one is alone.
+    """
 
-def gathered(made: Mapping[int, Any], state: PartialState | None) -> list[Any]:
-    """Of `Generated`s by their numbers, all processes' in order in the main process, and none in
-    the others."""
-    if state is None or state.num_processes == 1:
-        return [*made.values()]
-    everyones = dict(gather_object([(i, _without_tensors(one)) for i, one in made.items()]))
-    return [everyones[i] for i in sorted(everyones)] if state.is_main_process else []
+    numbers: Sequence[int]
+    state: PartialState | None = None
+
+    @classmethod
+    def of(cls, left: Sequence[int], loading: Loading) -> "Share":
+        """This process's part of the videos that are left, once all processes know them."""
+        on_cpu = find_device(loading.device).type == "cpu"
+        # The first to be ready wait for the others' videos.
+        state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))
+        state.wait_for_everyone()  # all have seen what is done before one goes on
+        return cls(left[state.process_index :: state.num_processes], state)
+
+    @property
+    def is_main_process(self) -> bool:
+        return self.state is None or self.state.is_main_process
+
+    @property
+    def rank(self) -> str:
+        """Before the lines of a progress bar."""
+        if self.state is None or self.state.num_processes == 1:
+            return ""
+        return f"{self.state.process_index}: "
+
+    def loading(self, loading: Loading) -> Loading:
+        """On a device of its own, where there are several processes."""
+        if self.state is None or self.state.num_processes == 1:
+            return loading
+        device = str(self.state.device)
+        is_open = loading.device in ("auto", device.partition(":")[0])
+        return replace(loading, device=device) if is_open else loading
+
+    def gathered(self, made: Mapping[int, Any]) -> list[Any]:
+        """Of `Generated`s by their numbers, all processes' in order in the main process, and none
+        in the others."""
+        if self.state is None or self.state.num_processes == 1:
+            return [*made.values()]
+        everyones = dict(gather_object([(i, _without_tensors(one)) for i, one in made.items()]))
+        return [everyones[i] for i in sorted(everyones)] if self.is_main_process else []
 
 
 def _without_tensors(made: Any) -> Any:

@@ -21,7 +21,7 @@ from support import wan
 from gen_accel import demo
 from gen_accel.measure import read_stream, read_video, write_stream, write_video
 from gen_accel.measure.video_io import video_fps
-from gen_accel.pipelines.generation import generate, sampling
+from gen_accel.pipelines.generation import generate, loading, sampling
 from gen_accel.pipelines.generation.decode import (
     DecodedWhole,
     check_latents_path,
@@ -395,7 +395,7 @@ def test_generated_pixels_are_kept_as_latents_and_decoded_again(run, tmp_path, m
     options = ("--prompt", PROMPT, "--frames", "9", "--fps", "12", *SMALL)
     result = run(*on_demo(*options, "--save-latents", kept, "--out", out))
     assert str(kept) in result.stdout
-    pipe = sampling.load(demo.path(), sampling.Loading("float32", "cpu"))
+    pipe = loading.load(demo.path(), loading.Loading("float32", "cpu"))
     output = pipe(
         prompt=PROMPT,
         height=48,
@@ -474,7 +474,7 @@ def test_what_does_not_go_together_is_refused(run, tmp_path, monkeypatch, args, 
 
 
 def test_an_interrupt_while_decoding_leaves_the_latents_only(run, tmp_path, monkeypatch):
-    calls, load = itertools.count(), sampling.load
+    calls, load = itertools.count(), loading.load
     kept = tmp_path / "clip.safetensors"
 
     def broken(module, args, output):

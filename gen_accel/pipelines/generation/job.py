@@ -1,0 +1,229 @@
+"""What one call of `generate` is to make: resolved once, checked before any work is spent."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gen_accel import kernels
+from gen_accel.attention_processors import Dense
+from gen_accel.attention_processors.attached.recipe import Recipe, read_recipe
+from gen_accel.attention_processors.attached.schedule import Schedule
+from gen_accel.measure.video_io import check_writable
+from gen_accel.pipelines.generation import prompt_list
+from gen_accel.pipelines.generation.compare import beside
+from gen_accel.pipelines.generation.decode import check_latents_path
+from gen_accel.pipelines.generation.image_input import ImageInput
+from gen_accel.pipelines.generation.loading import Loading, check_model, find_device
+from gen_accel.pipelines.generation.sampling import Clip, check_clip, filled
+from gen_accel.pipelines.long_video import check_names
+
+
+class Video(NamedTuple):
+    """One video of a job.
+
+    Args:
+        target: file or folder that it is written to.
+        latents: file that its latents are kept in.
+    """
+
+    prompt: str
+    seed: int
+    target: Path
+    latents: Path | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """Several videos from one pipeline, by one method.
+
+    `resolve` adds what a LoRA brings, the videos and the request; `fitted` what a pipeline says.
+
+    Args:
+        method: what is attached; the LoRA's own where `from_lora` is given.
+        clip: with the first seed. What it leaves open, `fitted` fills.
+        techniques: for video longer than the model was trained on.
+        only_longer: the techniques hold for video longer than `trained_frames` and for no other.
+        several: outputs are numbered, and what each was made from lies beside it.
+        request: what all videos are made from, as `prompt_list.is_done` compares it.
+    """
+
+    model: str | Path
+    method: Any = None
+    from_lora: str | Path | None = None
+    schedule: Schedule | None = None
+    kernel: str = "auto"
+    clip: Clip = field(default_factory=Clip)
+    loading: Loading = field(default_factory=Loading)
+    compare: bool = False
+    timed: bool = False
+    techniques: tuple[str, ...] = ()
+    trained_frames: int | None = None
+    only_longer: bool = False
+    image: ImageInput | None = None
+    videos: tuple[Video, ...] = ()
+    several: bool = False
+    request: Mapping[str, Any] = field(default_factory=dict)
+
+    def resolve(
+        self,
+        prompts: Sequence[str],
+        *,
+        out: str | Path,
+        techniques: Sequence[str] | None = None,
+        latents: str | Path | None = None,
+        numbered: bool = False,
+    ) -> "Job":
+        """With the parts of the LoRA, pictures read, a video for each prompt, and its request.
+
+        Args:
+            techniques: None are the LoRA's own.
+
+        Raises:
+            ValueError, OSError: whatever can be refused before the model is loaded.
+        """
+        job = replace(self, techniques=tuple(techniques or ()))
+        if self.from_lora is not None:
+            job = job._of_lora(self.from_lora, own_techniques=techniques is None)
+        elif self.method is None:
+            raise ValueError("give a method, or from_lora")
+        if not prompts:
+            raise ValueError("no prompts: give one, or a file with one on each line")
+        job._check(latents)
+        several = numbered or len(prompts) > 1
+        job = replace(job, several=several, videos=job._videos(prompts, out, latents, several))
+        for video in job.videos:
+            job._check_files(video)
+        job = replace(job, image=None if job.image is None else job.image.opened())
+        return replace(job, request=job._request())
+
+    def left(self, resume: bool) -> list[int]:
+        """Numbers of the videos that are not done yet; without `resume`, and of one alone, all."""
+        return [
+            i
+            for i, video in enumerate(self.videos)
+            if not (resume and self.several)
+            or not prompt_list.is_done(video.target, self.asked(video), video.latents)
+        ]
+
+    def asked(self, video: Video) -> dict[str, Any]:
+        """What one video is made from: the request, and what is its own."""
+        return {**self.request, "prompt": video.prompt, **asdict(self.clip_of(video))}
+
+    def clip_of(self, video: Video) -> Clip:
+        return replace(self.clip, seed=video.seed)
+
+    def fitted(self, pipe: Any) -> "Job":
+        """With the pipeline's own values for what the clip leaves open, and without techniques
+        that are for longer video.
+
+        Raises ValueError for what the pipeline does not take or would round.
+        """
+        clip = filled(pipe, self.clip)
+        techniques, trained_frames = self.techniques, self.trained_frames
+        if self.only_longer and not _is_longer(clip, trained_frames):
+            techniques, trained_frames = (), None
+        if techniques and clip.frames is None:
+            kind = type(pipe).__name__
+            raise ValueError(f"frames must be given with {techniques[0]}: {kind} has no default")
+        check_clip(pipe, clip, self.method)
+        return replace(self, clip=clip, techniques=techniques, trained_frames=trained_frames)
+
+    def _of_lora(self, from_lora: str | Path, *, own_techniques: bool) -> "Job":
+        """With method, weights, guidance and techniques of a LoRA of `gen_accel.lora`."""
+        if self.method is not None or self.compare:
+            raise ValueError(f"from_lora {from_lora} brings its own method, and has no compare")
+        recipe = read_recipe(from_lora)
+        if recipe.part != "transformer":
+            raise ValueError(
+                f"from_lora {from_lora} is for {recipe.part}: load it in Python, by "
+                "pipe.load_lora_weights(folder, load_into_transformer_2=True)"
+            )
+        job = replace(self, clip=_guided(self.clip, recipe, from_lora), only_longer=own_techniques)
+        if recipe.rank:  # without, the method's own parameters are all that was trained
+            loras = (*self.loading.loras, str(from_lora))
+            job = replace(job, loading=replace(self.loading, loras=loras))
+        if own_techniques and recipe.techniques:
+            frames = self.trained_frames or recipe.trained_frames
+            job = replace(job, techniques=tuple(recipe.techniques), trained_frames=frames)
+        return replace(job, method=recipe.build_method())
+
+    def _check(self, latents: str | Path | None) -> None:
+        """Raises ValueError for parts that do not go together or are not there."""
+        if self.compare:
+            self._check_comparison(latents)
+        check_names(self.techniques)
+        if self.trained_frames is not None and not self.techniques:
+            raise ValueError(
+                f"trained_frames is for a technique, got {self.trained_frames} and none"
+            )
+        kernels.check_name(self.kernel)
+        check_model(self.model)
+        if self.kernel != "auto":
+            kernels.check_kernel(self.kernel, find_device(self.loading.device))
+
+    def _check_comparison(self, latents: str | Path | None) -> None:
+        if isinstance(self.method, Dense):
+            raise ValueError("compare sets a sparse method beside dense attention, got Dense()")
+        if self.techniques or latents is not None:
+            raise ValueError(
+                "compare goes with neither long-video techniques nor saved latents, got "
+                f"{', '.join(self.techniques) or latents}"
+            )
+
+    def _videos(
+        self,
+        prompts: Sequence[str],
+        out: str | Path,
+        latents: str | Path | None,
+        several: bool,
+    ) -> tuple[Video, ...]:
+        def names(path: str | Path) -> list[Path]:
+            return prompt_list.numbered(Path(path), len(prompts)) if several else [Path(path)]
+
+        kept = [None] * len(prompts) if latents is None else names(latents)
+        each = zip(prompts, names(out), kept, strict=True)
+        return tuple(
+            # By a clip, which refuses a seed that is too large.
+            Video(prompt, replace(self.clip, seed=self.clip.seed + i).seed, target, path)
+            for i, (prompt, target, path) in enumerate(each)
+        )
+
+    def _check_files(self, video: Video) -> None:
+        """Raises now what writing them would raise after the work."""
+        check_writable(video.target, frames=self.clip.frames)
+        if self.compare:
+            for name in ("dense", "side_by_side"):
+                check_writable(beside(video.target, name), frames=self.clip.frames)
+        if video.latents is not None:
+            check_latents_path(video.latents)
+
+    def _request(self) -> dict[str, Any]:
+        request = prompt_list.sources(self.model, self.loading, self.from_lora) | {
+            "image": None if self.image is None else self.image.identity(),
+            "method": str(self.method),
+            "schedule": str(self.schedule),
+            "techniques": [*self.techniques],
+            "trained_frames": self.trained_frames,
+        }
+        if self.compare:  # its report states how long it took
+            where = {"kernel": self.kernel, "timed": self.timed, "device": self.loading.device}
+            request["compare"] = where
+        return request
+
+
+def _guided(clip: Clip, recipe: Recipe, from_lora: str | Path) -> Clip:
+    """Without guidance where the LoRA holds it, unless the clip says otherwise."""
+    if not recipe.holds_guidance or clip.guidance_scale is not None:
+        return clip
+    if clip.negative_prompt is not None:
+        raise ValueError(
+            f"negative_prompt {clip.negative_prompt!r} needs guidance, and from_lora "
+            f"{from_lora} holds it: leave it out, or give a guidance_scale above 1"
+        )
+    return replace(clip, guidance_scale=1.0)
+
+
+def _is_longer(clip: Clip, trained_frames: int | None) -> bool:
+    frames = clip.frames
+    return frames is not None and trained_frames is not None and frames > trained_frames
