@@ -37,7 +37,7 @@ from gen_accel.cli import app
 from gen_accel.demo import job, longer
 from gen_accel.kernels.reference import pairs
 from gen_accel.measure import environment, pictures, read_video, video_io
-from gen_accel.pipelines.generation import compare, sampling
+from gen_accel.pipelines.generation import compare, loading, sampling
 
 PROMPT = job.PROMPT
 SMALL = ("--frames", "9", "--height", "48", "--width", "48", "--steps", "2")
@@ -192,7 +192,7 @@ def test_generate_with_a_lora(run, refused, model, tmp_path):
 def test_every_component_is_loaded_in_one_precision(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        pipe = sampling.load(model, sampling.Loading("float32", "cpu"))
+        pipe = loading.load(model, loading.Loading("float32", "cpu"))
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
         assert {p.dtype for p in part.parameters()} == {torch.float32}
 
@@ -321,7 +321,7 @@ def test_a_frozen_long_clip_is_explained(frames):
 
 def test_compilation_is_not_counted(model, monkeypatch):
     """Whatever a kernel spends on it during the sparse run is taken off, and reported."""
-    pipe = sampling.load(model, sampling.Loading("float32", "cpu"))
+    pipe = loading.load(model, loading.Loading("float32", "cpu"))
     clip = sampling.filled(pipe, sampling.Clip(5, 48, 48, 2))
     sample, compiled = compare.sample, 100.0
 
@@ -338,7 +338,7 @@ def test_compilation_is_not_counted(model, monkeypatch):
 
 
 def test_a_method_that_does_not_fit_a_short_clip_is_warmed_up_on_the_whole(model):
-    pipe = sampling.load(model, sampling.Loading("float32", "cpu"))
+    pipe = loading.load(model, loading.Loading("float32", "cpu"))
     clip = sampling.filled(pipe, sampling.Clip(21, 48, 48, 2))
     for window, frames in ((5, 17), (6, 21)):
         warm = compare._warm_up_clip(pipe, clip, Neighborhood(window=(window, 3, 3)))

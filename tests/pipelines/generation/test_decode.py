@@ -18,7 +18,7 @@ from diffusers.video_processor import VideoProcessor
 from safetensors.torch import save_file
 from support import wan
 
-from gen_accel import demo
+from gen_accel import Dense, demo
 from gen_accel.measure import read_stream, read_video, write_stream, write_video
 from gen_accel.measure.video_io import video_fps
 from gen_accel.pipelines.generation import generate, loading, sampling
@@ -426,7 +426,7 @@ def test_each_prompt_keeps_its_own_latents(tmp_path):
         demo.path(),
         [PROMPT, PROMPT],
         out=tmp_path / "clip.gif",
-        method=generate.Dense(),
+        method=Dense(),
         clip=sampling.Clip(5, 48, 48, 1),
         latents=tmp_path / "clip.safetensors",
     )
