@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gen_accel import demo, moved
+from gen_accel.version import __version__
 
 if TYPE_CHECKING:
     from gen_accel.attention_processors import (
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 moved.install()
 
-__version__ = "0.2.0.dev0"
-
 __all__ = [
     "METHODS",
     "BlockMixture",
@@ -38,6 +37,7 @@ __all__ = [
     "Schedule",
     "SparseLinear",
     "VideoShape",
+    "__version__",
     "attach",
     "attention",
     "calibrate",

@@ -10,7 +10,7 @@ PACKAGE = Path(gen_accel.__file__).parent
 
 # From the ground up: a part imports parts of lower floors and itself.
 FLOORS = (
-    ("files", "moved", "video"),
+    ("extras", "files", "moved", "version", "video"),
     ("plan",),
     ("method",),
     ("kernels",),

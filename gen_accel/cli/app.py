@@ -29,7 +29,7 @@ class OneLineErrors(TyperGroup):
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:  # nobody reads on, as in `| head`; the parser ends the program
             raise
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, ImportError) as error:
             if ctx.params.get("traceback"):
                 raise
             message = str(error) or type(error).__name__
@@ -80,9 +80,9 @@ def main() -> None:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
+        from gen_accel.version import __version__
 
-        typer.echo(f"gen-accel {version('gen_accel')}")
+        typer.echo(f"gen-accel {__version__}")
         raise typer.Exit
 
 

@@ -169,7 +169,9 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
 def quiet() -> None:
     """Loading has bars of its own, which say little. Downloads keep theirs."""
     import diffusers.utils.logging
-    import transformers.utils.logging
 
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    if diffusers.utils.is_transformers_available():
+        import transformers.utils.logging
+
+        transformers.utils.logging.disable_progress_bar()

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from rich.progress import track
 
 from gen_accel.demo.world import NOT_SHOWN, SCENES, SEEN, Scene, render, scored_scenes, still
+from gen_accel.extras import needed_for
 from gen_accel.files import replacing
 from gen_accel.measure.video_io import write_video
+
+with needed_for("the demo", extra="video"):
+    from rich.progress import track
 
 FPS = 16.0
 STILL_SIZE = 48  # pixels

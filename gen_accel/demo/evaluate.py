@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import WanPipeline
-from rich.progress import track
 
 from gen_accel.demo import TRAINED_FRAMES, world
 from gen_accel.demo.detector import detect, score
 from gen_accel.demo.world import SPEEDS, Scene
+from gen_accel.extras import needed_for
+
+with needed_for("the demo", extra="video"):
+    from rich.progress import track
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from gen_accel.demo.detector import detect
 from gen_accel.demo.job import FPS, GUIDANCE_SCALE, HEADLINES, SIZE, STEPS, WORDS
 from gen_accel.measure import (
     check_writable,
+    quality,
     side_by_side,
     write_json,
     write_report,
@@ -74,6 +75,7 @@ def run(
     clip = Clip(frames, SIZE, SIZE, steps, GUIDANCE_SCALE, seed=seed, fps=FPS)
     name = type(method).__name__.lower()
     files = _files(out, name)
+    quality.check_installed()
     check_writable(files["dense"])
 
     pipe, clip = job.loaded(model, clip, method, device)

@@ -15,6 +15,7 @@ from gen_accel.demo.world import COLORS, DIRECTIONS, SHAPES, SPEEDS
 from gen_accel.measure import (
     check_writable,
     contact_sheet,
+    quality,
     write_json,
     write_report,
     write_video,
@@ -80,6 +81,7 @@ def run(
         with_lora = model is None
     if not with_lora:
         del files["with LoRA"]
+    quality.check_installed()
     check_writable(files["dense"])
 
     pipe, clip = loaded(model, clip, method, device)

@@ -30,7 +30,7 @@ __all__ = [
 _HOMES = {
     "LatentCache": "latents",
     "Trained": "trainer",
-    "cache": "latents",
+    "cache": "encode",
     "dry_run": "dry_run",
     "train": "trainer",
 }

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from gen_accel import demo
 from gen_accel.attention_processors.attached.recipe import Recipe, check_base, parse
 from gen_accel.attention_processors.attached.storage import save_processors
+from gen_accel.extras import needed_for
 from gen_accel.lora.artefact import (
     TEACHER,
     add_lora,
@@ -42,6 +42,9 @@ from gen_accel.lora.images import ImageCoder, about_images, new_projector, varia
 from gen_accel.lora.latents import as_features
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Draw
+
+with needed_for("a LoRA", extra="train"):
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 Write = Callable[[Path], Any]
 

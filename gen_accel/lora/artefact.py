@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -29,8 +27,13 @@ from gen_accel.attention_processors.attached.recipe import (
 from gen_accel.attention_processors.attached.storage import WEIGHTS as PROCESSORS
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.extras import needed_for
 from gen_accel.files import file_sha256, replacing, write_json
 from gen_accel.lora.config import TrainConfig
+
+with needed_for("a LoRA", extra="train"):
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
 
 ADAPTER, TEACHER = "default", "teacher"  # of PEFT
 PREFIX = "transformer"  # what diffusers calls it in the file, whichever of two it is

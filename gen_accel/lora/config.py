@@ -7,6 +7,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from gen_accel.extras import needed_for
+
 Rule = Literal["none", "riflex", "position_interpolation"]
 EPS = 1e-12
 
@@ -389,8 +391,7 @@ def read_config(
     """
     given: dict[str, Any] = {}
     if path is not None:
-        import yaml
-
+        yaml = _yaml()
         try:
             loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -413,10 +414,15 @@ def read_config(
     return TrainConfig(**values)
 
 
+def _yaml() -> Any:
+    with needed_for("a config file", extra="train"):
+        import yaml
+    return yaml
+
+
 def print_config(config: TrainConfig | None = None) -> str:
     """A YAML file of all fields, with what each means."""
-    import yaml
-
+    yaml = _yaml()
     config, lines, group = config or TrainConfig(), [], None
     for one in fields(TrainConfig):
         if one.metadata["group"] != group:

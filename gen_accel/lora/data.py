@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageOps
 
+from gen_accel.extras import needed_for
 from gen_accel.files import file_sha256
+from gen_accel.measure.video_io import ffmpeg
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 VIDEO_COLUMNS = ("video", "file_name", "path")
@@ -275,7 +276,7 @@ def _resized(pictures: Iterator[np.ndarray], size: Size) -> np.ndarray:
 def _decoding(path: str | Path, frames: int, fps: float | None) -> Iterator[Iterator[np.ndarray]]:
     video_filter = [] if fps is None else ["-vf", f"fps={fps!r}"]
     command = [
-        *(imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-xerror"),
+        *(ffmpeg().get_ffmpeg_exe(), "-v", "error", "-nostdin", "-xerror"),
         *("-i", f"file:{path}", "-map", "0:V:0", *video_filter, "-fps_mode", "passthrough"),
         *("-frames:v", str(frames), "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"),
     ]
@@ -398,13 +399,8 @@ def _column(row: Any, names: tuple[str, ...], where: str) -> str:
 
 
 def _of_datasets(folder: Path, images: bool) -> list[CaptionedVideo]:
-    try:
+    with needed_for(f"{folder}, which was written by save_to_disk,", extra="data"):
         import datasets  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ImportError(
-            f"{folder} was written by save_to_disk, which the datasets library reads: "
-            "pip install datasets"
-        ) from None
     loaded: Any = datasets.load_from_disk(str(folder))
     splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
     videos = []

@@ -12,18 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import classes_for, family_of
+from gen_accel.extras import needed_for
 from gen_accel.lora.data import (
     CaptionedVideo,
     Size,
@@ -39,6 +31,17 @@ from gen_accel.lora.shards import (
     Shards,
 )
 from gen_accel.pipelines.generation.loading import DTYPES, check_model, find_device
+
+with needed_for("encoding clips", extra="train"):
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
 if TYPE_CHECKING:
     from gen_accel.lora.images import ImageCoder
@@ -475,8 +478,8 @@ def _loaded(source: str, name: str, kind: Sequence[str], dtype: torch.dtype) -> 
 
 def _hollow(source: str, name: str, kind: Sequence[str]) -> Any:
     """The model without its weights: it takes no memory and can compute nothing."""
-    from accelerate import init_empty_weights
-
+    with needed_for("encoding clips", extra="train"):
+        from accelerate import init_empty_weights
     found = _class(kind)
     served = classes_for("training")
     if found.__name__ not in served:

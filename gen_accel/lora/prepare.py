@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from gen_accel import demo
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
 from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.extras import needed_for
 from gen_accel.lora.adapters import read_start
 from gen_accel.lora.artefact import (
     check_guidance,
@@ -26,6 +26,9 @@ from gen_accel.pipelines.generation.loading import Loading, load
 from gen_accel.pipelines.generation.sampling import Clip, check_fits, filled, token_grid
 from gen_accel.pipelines.long_video import known_trained_frames
 from gen_accel.video import VideoShape
+
+with needed_for("training", extra="train"):
+    from accelerate import Accelerator
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

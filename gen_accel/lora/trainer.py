@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from torch import Tensor, nn
@@ -25,6 +22,7 @@ from gen_accel.attention_processors.attached.recipe import Recipe, sizes
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import family_for
 from gen_accel.attention_processors.methods.options import method_from, method_name
+from gen_accel.extras import needed_for
 from gen_accel.files import replacing
 from gen_accel.lora import checkpoint
 from gen_accel.lora.adapters import fields_of_lora, put_on
@@ -37,6 +35,11 @@ from gen_accel.lora.validate import Validation
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.sampling import steps_bar
 from gen_accel.pipelines.long_video.rope import apply_rule
+
+with needed_for("training", extra="train"):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 STEADY = 0.95  # of the running mean that the bar shows

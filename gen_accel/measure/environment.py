@@ -10,6 +10,7 @@ import torch
 from gen_accel.kernels.native.build import cpp_compiler
 from gen_accel.measure.timing import device_name
 from gen_accel.moved import signpost
+from gen_accel.version import __version__
 
 if not TYPE_CHECKING:
     __getattr__ = signpost("measure.environment")
@@ -59,6 +60,8 @@ def checks() -> list[Check]:
 
 
 def version(package: str) -> str | None:
+    if package == "gen_accel":  # another may be installed beside a checkout
+        return __version__
     if package == "torch":  # its wheels need not name the build, as in +cu128
         return str(torch.__version__)
     try:
@@ -102,10 +105,10 @@ def _native() -> Check:
 
 
 def _ffmpeg() -> Check:
-    import imageio_ffmpeg
-
     try:
+        import imageio_ffmpeg
+
         found = f"{imageio_ffmpeg.get_ffmpeg_version()}, {imageio_ffmpeg.get_ffmpeg_exe()}"
-    except RuntimeError:
+    except (ImportError, RuntimeError):
         found = None
-    return Check("ffmpeg", found, 'pip install "imageio[ffmpeg]"')
+    return Check("ffmpeg", found, 'pip install "gen_accel[video]"  (videos in and out of files)')

@@ -42,6 +42,7 @@ from gen_accel.files import write_json
 from gen_accel.functional import attention
 from gen_accel.measure.timing import device_name, interleaved
 from gen_accel.plan import Plan
+from gen_accel.version import __version__
 from gen_accel.video import VideoShape
 
 WORTH = 1.1  # the least speed-up that pays for a changed result
@@ -490,8 +491,6 @@ def _search(
 
 def _known_efficiency(model: _Model, windows: bool) -> tuple[float, str]:
     """From the cache, or measured now and kept there; with words on where it comes from."""
-    from gen_accel import __version__
-
     dim, name = model["attention_head_dim"], device_name(model.device)
     dtype = str(model.dtype).removeprefix("torch.")
     key = " | ".join(

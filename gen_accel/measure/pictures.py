@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gen_accel.extras import needed_for
 from gen_accel.files import replacing
 from gen_accel.video import VideoShape
 
@@ -46,7 +47,8 @@ def mask_picture(
     token = token or middle(video)
     seen = seen_by(method, video, token)
 
-    from matplotlib.figure import Figure
+    with needed_for("a picture of a pattern", extra="quality"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 6.4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -16,11 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gen_accel.extras import needed_for
 from gen_accel.measure.video_io import read_stream
 
 PIXELS_AT_ONCE = 2**20  # about 400 MB of working memory for SSIM
 SSIM_MARGIN = 5  # pixels that the 11 x 11 Gaussian window reaches beyond its centre
 LPIPS_SIDE = 32  # pixels: less does not come through the network
+
+
+def check_installed() -> None:
+    """Raise ModuleNotFoundError now, where `psnr` and `ssim` would raise it after the work."""
+    with needed_for("comparing videos", extra="quality"):
+        import torchmetrics  # noqa: F401
 
 
 def psnr(video: np.ndarray, reference: np.ndarray) -> float:
@@ -39,7 +46,8 @@ def psnr(video: np.ndarray, reference: np.ndarray) -> float:
 
 def psnr_per_frame(video: np.ndarray, reference: np.ndarray) -> list[float]:
     """`psnr` of each frame by itself, F numbers in dB; raises as `psnr` does."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio
+    with needed_for("PSNR", extra="quality"):
+        from torchmetrics.functional.image import peak_signal_noise_ratio
 
     _check(video, reference)
     return [
@@ -70,7 +78,8 @@ def ssim(video: np.ndarray, reference: np.ndarray) -> float:
 
 def ssim_per_frame(video: np.ndarray, reference: np.ndarray) -> list[float]:
     """`ssim` of each frame by itself, F numbers; raises as `ssim` does."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
+    with needed_for("SSIM", extra="quality"):
+        from torchmetrics.functional.image import structural_similarity_index_measure
 
     _check(video, reference)
     if min(video.shape[1:3]) <= SSIM_MARGIN:
@@ -171,8 +180,8 @@ class LPIPS:
     """
 
     def __init__(self) -> None:
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
+        with needed_for("LPIPS", extra="quality"):
+            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
         missing = lpips_missing()
         if missing is not None:
             raise ValueError(missing)
@@ -197,7 +206,7 @@ class LPIPS:
 def lpips_missing() -> str | None:
     """Why `lpips` cannot run here, and the way to have it; None where it can."""
     if find_spec("torchvision") is None:
-        return "lpips needs torchvision: pip install torchvision"
+        return 'lpips needs torchvision: pip install "gen_accel[quality]"'
     from torchvision.models import AlexNet_Weights  # pyright: ignore[reportMissingImports]
 
     url = AlexNet_Weights.DEFAULT.url

@@ -14,10 +14,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from gen_accel.extras import needed_for
 from gen_accel.files import check_folder, replacing
 from gen_accel.moved import signpost
 
@@ -99,6 +99,13 @@ def write_stream(chunks: Iterable[np.ndarray], path: str | Path, *, fps: float) 
     return _write(chain(first, frames), _target(path, len(first)), fps)
 
 
+def ffmpeg() -> Any:
+    """The module imageio_ffmpeg, which brings an ffmpeg."""
+    with needed_for("reading or writing a video file", extra="video"):
+        import imageio_ffmpeg
+    return imageio_ffmpeg
+
+
 def check_writable(path: str | Path, *, frames: int | None = None) -> None:
     """Raise now what `write_video` would raise after the work. Makes the folder of `path`.
 
@@ -109,6 +116,7 @@ def check_writable(path: str | Path, *, frames: int | None = None) -> None:
         ValueError: unknown suffix; `path` is a folder but should be a file, or the reverse; the
             folder to replace holds more than numbered frames.
         OSError: the folder of `path` cannot be made or written to.
+        ModuleNotFoundError: imageio_ffmpeg is not installed, and the suffix needs it.
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
@@ -116,6 +124,8 @@ def check_writable(path: str | Path, *, frames: int | None = None) -> None:
             f"{path} ends in {path.suffix!r}; choose .mp4, .gif, .png, "
             f"or no suffix for a folder of PNG frames"
         )
+    if path.suffix.lower() in (".mp4", ".gif"):
+        ffmpeg()
     target = _target(path, frames)
     if target.suffix and target.is_dir():
         raise ValueError(f"{target} must be a file, but it is a folder")
@@ -194,7 +204,7 @@ def video_fps(path: str | Path) -> float | None:
         raise FileNotFoundError(f"no video at {path}")
     if _is_pictures(path):
         return None
-    with closing(imageio_ffmpeg.read_frames(str(path))) as reader:
+    with closing(ffmpeg().read_frames(str(path))) as reader:
         return float(next(reader)["fps"]) or None
 
 
@@ -286,7 +296,7 @@ def _read_pictures(files: Sequence[Path], frames: int) -> Iterator[np.ndarray]:
 
 def _read_film(path: Path, frames: int) -> Iterator[np.ndarray]:
     # Without passthrough, ffmpeg repeats the frames of a GIF to fill its clock.
-    reader = imageio_ffmpeg.read_frames(str(path), output_params=["-fps_mode", "passthrough"])
+    reader = ffmpeg().read_frames(str(path), output_params=["-fps_mode", "passthrough"])
     with closing(reader):
         width, height = next(reader)["size"]
         rows, columns = height, width
@@ -336,7 +346,7 @@ def _encode(
 ) -> None:
     """Send the frames to ffmpeg. size: width and height. options: of imageio_ffmpeg."""
     sent = 0
-    writer = imageio_ffmpeg.write_frames(
+    writer = ffmpeg().write_frames(
         str(path), size, macro_block_size=1, ffmpeg_log_level="error", **options
     )
     with closing(writer):
@@ -346,7 +356,7 @@ def _encode(
             sent += 1
     # The writer ignores how ffmpeg ended: a full disk leaves a short file, or an empty one.
     try:
-        written, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+        written, _ = ffmpeg().count_frames_and_secs(str(path))
     except RuntimeError as error:
         raise OSError(f"ffmpeg wrote no readable {path.suffix} file: {error}") from error
     if written != sent:
@@ -361,7 +371,7 @@ def _write_folder(frames: Iterator[np.ndarray], folder: Path) -> None:
 
 def _stored_size(path: Path, height: int, width: int) -> tuple[int, int]:
     """Height and width before `_write_mp4` repeated an odd edge; as given for any other file."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path)]
+    command = [ffmpeg().get_ffmpeg_exe(), "-v", "error", "-i", str(path)]
     tags = subprocess.run([*command, "-f", "ffmetadata", "-"], capture_output=True, check=True)
     pattern = ODD_SIZE.format(height=r"(\d+)", width=r"(\d+)")
     found = re.search(pattern, tags.stdout.decode(errors="replace"))

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.progress import Progress
 from torch import Tensor
 
 from gen_accel.attention_processors.attached.schedule import Schedule
@@ -50,6 +49,9 @@ from gen_accel.pipelines.generation.sampling import (
     ticker,
 )
 from gen_accel.pipelines.long_video import extend
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -305,7 +307,7 @@ def _about(job: Job, video: Video, seen: str) -> dict[str, Any]:
 
 
 def _write(
-    pipe: Any, latents: Tensor, target: Path, fps: float, bar: Progress, rank: str = ""
+    pipe: Any, latents: Tensor, target: Path, fps: float, bar: "Progress", rank: str = ""
 ) -> Path:
     tick = ticker(bar, f"{rank}{target.name}, decoding", "frames")
     chunks = counted(decode_stream(pipe, latents), tick, pixel_frames(pipe, latents))

@@ -9,6 +9,7 @@ from gen_accel import kernels
 from gen_accel.attention_processors import Dense
 from gen_accel.attention_processors.attached.recipe import Recipe, read_recipe
 from gen_accel.attention_processors.attached.schedule import Schedule
+from gen_accel.measure.quality import check_installed
 from gen_accel.measure.video_io import check_writable
 from gen_accel.pipelines.generation import prompt_list
 from gen_accel.pipelines.generation.compare import beside
@@ -193,6 +194,7 @@ class Job:
         """Raises now what writing them would raise after the work."""
         check_writable(video.target, frames=self.clip.frames)
         if self.compare:
+            check_installed()
             for name in ("dense", "side_by_side"):
                 check_writable(beside(video.target, name), frames=self.clip.frames)
         if video.latents is not None:

@@ -13,6 +13,7 @@ import torch
 
 from gen_accel.attention_processors.attached.transformers import TRANSFORMERS
 from gen_accel.attention_processors.families import served_classes, video_classes
+from gen_accel.extras import needed_for
 from gen_accel.pipelines.generation.decode import (
     check_streamed,
 )
@@ -238,6 +239,9 @@ def _lora(text: str) -> tuple[str, float]:
 
 
 def _add_loras(pipe: Any, loras: Sequence[tuple[str, float]]) -> None:
+    if loras:
+        with needed_for("a LoRA", extra="video"):
+            import peft  # noqa: F401
     names = []
     for i, (source, _) in enumerate(loras):
         name = f"lora_{i}"

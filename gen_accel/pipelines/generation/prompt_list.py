@@ -13,12 +13,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from PIL import Image
 
+from gen_accel.extras import needed_for
 from gen_accel.measure import write_json
 from gen_accel.pipelines.generation.loading import Loading, find_device, folder_of
+
+with needed_for("generating videos", extra="video"):
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
 
 DONE = ".done.json"  # behind the name of an output: what it was made from
 

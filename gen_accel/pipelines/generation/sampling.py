@@ -5,29 +5,24 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
 
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.families import family_of
+from gen_accel.extras import needed_for
 from gen_accel.pipelines.generation.decode import (
     as_uint8,
     decode_stream,
     is_streamed,
 )
 from gen_accel.video import VideoShape
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 FPS = 16.0  # where neither the pipeline nor its family knows
 PIXELS = 16  # Wan pipelines take heights and widths that this divides, whatever the autoencoder
@@ -234,8 +229,18 @@ def counted(chunks: Iterable[np.ndarray], tick: Tick, total: int) -> Iterator[np
         tick(done, total)
 
 
-def steps_bar() -> Progress:
+def steps_bar() -> "Progress":
     """A bar with the time that remains, on stderr."""
+    with needed_for("a progress bar", extra="video"):
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -248,7 +253,7 @@ def steps_bar() -> Progress:
     )
 
 
-def ticker(bar: Progress, label: str, unit: str = "steps") -> Tick:
+def ticker(bar: "Progress", label: str, unit: str = "steps") -> Tick:
     """A new line of `bar`, which starts again where a video is denoised in several parts."""
     task = bar.add_task(label, total=None, unit=unit)
     before = 0

@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from gen_accel.extras import needed_for
 from gen_accel.pipelines.image_prompt.projectors import GREY, IDENTITY, normalised
 
 EMBEDDING = ("base", "flux")
@@ -144,8 +145,8 @@ def load_encoder(source: str | Path) -> tuple[Any, Any]:
     Raises:
         ValueError: another model, or none.
     """
-    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
-
+    with needed_for("an image encoder", extra="video"):
+        from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
     try:
         model = CLIPVisionModelWithProjection.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -216,8 +217,8 @@ def _of_tensor(image: Tensor) -> Image.Image:
 
 def _plain_extractor(model: Any) -> Any:
     """CLIP's preprocessing at the size that the model takes."""
-    from transformers import CLIPImageProcessor
-
+    with needed_for("an image encoder", extra="video"):
+        from transformers import CLIPImageProcessor
     side = model.config.image_size
     return CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
 

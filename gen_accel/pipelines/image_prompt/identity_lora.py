@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_accel.extras import needed_for
 from gen_accel.pipelines.image_prompt.formats import AdapterFile, listed
 
 
@@ -30,9 +31,9 @@ def load_identity_lora(pipe: Any, file: AdapterFile, name: str) -> Callable[[], 
         ValueError: no LoRA in the file, one for another model, a name that is taken, or adapters
             that are merged or switched off.
     """
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
+    with needed_for("an adapter of FaceID", extra="video"):
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import BaseTunerLayer
     unet = getattr(pipe, "unet", pipe)
     matrices = _lora_of(file, unet)
     if name in (getattr(unet, "peft_config", None) or {}):

@@ -1,0 +1,27 @@
+"""What to say when a package is missing that only a part of gen_accel needs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def needed_for(what: str, *, extra: str) -> Iterator[None]:
+    """Name the command that adds a package, where an import inside does not find it.
+
+    >>> with needed_for("writing a video", extra="video"):
+    ...     import imageio_ffmpeg
+
+    Args:
+        what: begins the sentence, as in "writing a video needs imageio_ffmpeg".
+        extra: of pyproject.toml, which brings the package.
+
+    Raises:
+        ModuleNotFoundError: one line, with the package and the command.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "a package").partition(".")[0]
+        raise ModuleNotFoundError(
+            f'{what} needs {package}: pip install "gen_accel[{extra}]"', name=error.name
+        ) from None
