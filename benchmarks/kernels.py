@@ -16,7 +16,6 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear, VideoShape
-from gen_accel.kernels import KERNELS, flex, preference
+from gen_accel.kernels import KERNELS, facts_of, flex, preference, unsupported
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
 from gen_accel.measure.timing import interleaved
@@ -202,8 +201,9 @@ def rows(
 
 def chosen_by_auto(inputs: list[Tensor], plan: Plan) -> str:
     """The first in the order of preference that takes these inputs."""
-    for kernel in preference(inputs[0], plan):
-        if not import_module(f"gen_accel.kernels.{kernel}").unsupported(*inputs, plan):
+    facts = facts_of(*inputs, plan)
+    for kernel in preference(facts):
+        if not unsupported(kernel, facts):
             return kernel
     raise ValueError(f"no kernel takes {plan}")
 

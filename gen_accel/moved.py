@@ -48,7 +48,7 @@ MODULES = {
 NAMES: dict[str, dict[str, str]] = {
     "inventory": {"check_kernel": "kernels"},
     "lora.latents": {"cache": "lora.encode", "Report": "lora.encode"},
-    "measure.environment": {"cpp_compiler": "kernels.native.build"},
+    "measure.environment": {"cpp_compiler": "kernels.compiler"},
     "measure.report": {"file_sha256": "files", "write_json": "files"},
     "measure.video_io": {"check_folder": "files", "replacing": "files"},
     "pipelines.attach": {

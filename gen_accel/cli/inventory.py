@@ -1,13 +1,11 @@
 """What the package offers, and what of it runs on this machine."""
 
 from dataclasses import dataclass, field, fields
-from importlib import import_module
-from types import ModuleType
 from typing import get_type_hints
 
 import torch
 
-from gen_accel.attention_processors import METHODS, BlockMixture, Radial
+from gen_accel.attention_processors import METHODS
 from gen_accel.attention_processors.families import (
     FAMILIES,
     REFUSED,
@@ -15,11 +13,8 @@ from gen_accel.attention_processors.families import (
     image_classes,
 )
 from gen_accel.attention_processors.methods.options import written_type
-from gen_accel.kernels import KERNELS, routed
-from gen_accel.kernels.native.build import cpp_compiler
-from gen_accel.video import VideoShape
+from gen_accel.kernels import KERNELS, kernel_of, refusals
 
-SMALL = VideoShape(4, 8, 8)  # in tokens, to ask the kernels with
 DEVICES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 PAGE = """\
@@ -96,21 +91,18 @@ def methods() -> list[MethodInfo]:
 
 
 def kernels() -> list[KernelInfo]:
-    """Each kernel asked with a small tensor on each kind of device, with and without gradients."""
+    """Each kernel asked about each kind of device, with and without gradients."""
     found = []
     for name in KERNELS:
-        backend = import_module(f"gen_accel.kernels.{name}")
-        refused = {}
+        where = {}
         for device, dtype in DEVICES.items():
             if device == "cuda" and not torch.cuda.is_available():
-                refused[device] = ["no CUDA device"]
+                where[device] = ["no CUDA device"]
                 continue
             for grad in (False, True):
-                reasons = _reasons(backend, device, dtype, grad)
-                if name == "flex" and device == "cpu" and not reasons and cpp_compiler() is None:
-                    reasons = ["no C++ compiler; see gen-accel doctor"]
-                refused[f"{device}, {'training' if grad else 'generating'}"] = reasons
-        found.append(KernelInfo(name, _first_line(backend.__doc__), refused))
+                words = f"{device}, {'training' if grad else 'generating'}"
+                where[words] = refusals(name, torch.device(device), dtype, grad=grad)
+        found.append(KernelInfo(name, _first_line(kernel_of(name).__doc__), where))
     return found
 
 
@@ -169,15 +161,6 @@ def methods_of(model: ModelInfo) -> str:
 def _targets(model: ModelInfo) -> str:
     groups = model.lora_targets.values()
     return "; ".join(", ".join(f"`{name}`" for name in names) for names in groups)
-
-
-def _reasons(backend: ModuleType, device: str, dtype: torch.dtype, grad: bool) -> list[str]:
-    shape = (1, 2, SMALL.tokens, 64)
-    q, k, v = (torch.zeros(shape, dtype=dtype, device=device, requires_grad=grad) for _ in "qkv")
-    plan = Radial().plan(SMALL, q.device)
-    if backend is routed:
-        plan = BlockMixture("2d").plan_for(q, k, video=SMALL)
-    return backend.unsupported(q, k, v, plan)
 
 
 def _first_line(text: str | None) -> str:

@@ -1,16 +1,9 @@
-"""Kernel backends. A backend is one module here with two functions:
+"""Kernels: how a plan is computed, each in a module of its own; `contract` names its parts.
 
-unsupported(q, k, v, plan) -> list[str]           reasons why it cannot run, empty when it can
-forward(q, k, v, plan, *, scale) -> Tensor        (B, H, N, D) in and out
+A new one is one file here and its name in `KERNELS`. Where "auto" tries it, and what speaks
+against it, stands in that file.
 
-Those that also run inside a graph of torch.compile split `forward` in two: `prepare(plan)`, which
-runs while tracing and whose result is a constant of the graph, and `compute(q, k, v, prepared, *,
-scale)`.
-
-A backend imports without its optional dependency, and never changes the answer: each is held to
-`reference` by an error budget, forward and gradient.
-
-Beside the backends, `lists` are the kept blocks of a plan as they read them, and `self_check`
+Beside the kernels, `lists` are the kept blocks of a plan as they read them, and `self_check`
 holds some rows of a kernel's answer to the reference. `linear` is the linear branch of
 sparse-linear attention, `pooling` and `selection` are what methods choose blocks by; `helpers`
 says which code runs them, by the name of the kernel, which a method reads off its `Runner`.
@@ -19,6 +12,7 @@ says which code runs them, by the name of the kernel, which a method reads off i
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -26,24 +20,38 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels import flex, gather, native, routed, triton
+from gen_accel.kernels.contract import (
+    PATTERNS,
+    Facts,
+    Kernel,
+    checked,
+    facts_of,
+    parts_of,
+    why_not,
+)
 from gen_accel.kernels.failure import KernelFailed
-from gen_accel.kernels.helpers import is_forward_mode
 from gen_accel.kernels.native import build
 from gen_accel.kernels.runner import Runner, name_of
-from gen_accel.plan import Plan, Route, raster_slots
-from gen_accel.video import VideoShape
+from gen_accel.plan import Plan, Route
 
 __all__ = [
     "KERNELS",
     "Choice",
+    "Facts",
+    "Kernel",
     "KernelFailed",
     "Runner",
+    "check_kernel",
     "check_name",
     "compute",
+    "facts_of",
+    "kernel_of",
     "name_of",
     "preference",
     "prepare",
+    "refusals",
     "run",
+    "unsupported",
 ]
 
 KERNELS = ("triton", "native", "flex", "xformers", "routed", "gather", "reference")
@@ -84,42 +92,51 @@ def check_name(kernel: str) -> None:
         raise ValueError(f"kernel must be 'auto' or one of {KERNELS}, got {kernel!r}{hint}")
 
 
-def preference(q: Tensor, plan: Plan) -> Mapping[str, str]:
-    """The order in which "auto" tries the kernels, each with what speaks against it.
+@cache
+def kernel_of(name: str) -> Kernel:
+    """The kernel of that name in `KERNELS`, imported and held to the contract the first time.
 
-    On the CPU `native` comes first where it is built. `gather` comes before `flex` because it
-    compiles nothing and was the faster one on radial plans, and `routed` before both where queries
-    pick for themselves: see benchmarks/results/.
+    Raises:
+        ValueError: a module that breaks the contract; the part is named.
     """
-    slow = "it computes every pair"
-    if q.device.type == "cpu" and build.is_built():
-        return {
-            "native": "",
-            "gather": "it copies keys for each query block",
-            "routed": "it is for patterns that each query picks",
-            "flex": "it has to compile first",
-            "triton": "it needs a GPU",
-            "xformers": "it needs CUDA",
-            "reference": slow,
-        }
-    if q.device.type == "cpu":
-        first = {"gather": "", "routed": "it is for patterns that each query picks"}
-        if isinstance(plan.partial, Route):
-            first = {"routed": "", "gather": "it computes what any query of a block picked"}
-        return first | {
-            "flex": "it has to compile first",
-            "triton": "it needs a GPU",
-            "xformers": "it needs CUDA",
-            "native": "it has to be built: gen-accel build",
-            "reference": slow,
-        }
-    return {
-        "triton": "",
-        "flex": "it compiles for each plan, and takes none of a single call",
-        "xformers": "it copies keys that several runs of queries see",
-        "gather": "it runs many small operations",
-        "reference": slow,
-    }
+    return checked(name, import_module(f"{__name__}.{name}"))
+
+
+def preference(facts: Facts) -> Mapping[str, str]:
+    """The order in which "auto" tries the kernels, each with what speaks against it."""
+    places = {name: parts_of(kernel_of(name)).place(facts) for name in KERNELS}
+    known = [(place.order, name, place.against) for name, place in places.items() if place]
+    return {name: against for _, name, against in sorted(known)}
+
+
+def unsupported(name: str, facts: Facts) -> list[str]:
+    """All that speaks against running the named kernel on a call with these facts, in words."""
+    return why_not(name, kernel_of(name), facts)
+
+
+def refusals(
+    name: str, device: torch.device, dtype: torch.dtype, *, grad: bool = False
+) -> list[str]:
+    """Why a kernel runs no plan of any kind on a device; empty where it runs some.
+
+    Args:
+        grad: whether for training.
+    """
+    shape = (1, 2, 256, 64)
+    every = [
+        Facts((shape,) * 3, (dtype,) * 3, (device,) * 3, pattern, grad=grad)
+        for pattern in PATTERNS
+    ]
+    return min((unsupported(name, facts) for facts in every), key=len)
+
+
+def check_kernel(name: str, device: torch.device) -> None:
+    """Raises ValueError where a kernel cannot run on `device`, whatever the method."""
+    if name == "auto" or (device.type != "cpu" and not torch.accelerator.is_available()):
+        return
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if reasons := refusals(name, device, dtype):
+        raise ValueError(f"kernel {name!r} cannot run on {device}: {'; '.join(reasons)}")
 
 
 def run(
@@ -134,6 +151,10 @@ def run(
 ) -> Tensor:
     """Run `plan` by the named kernel, or by the first that can.
 
+    In a function that `torch.compile` has compiled it runs as it does outside, between two
+    graphs. Under autocast, q, k and v of several dtypes are cast to the dtype of autocast, as
+    torch casts them for its own attention.
+
     Args:
         report: is told which kernel ran, and why others did not.
 
@@ -141,9 +162,19 @@ def run(
         ValueError: a plan for other samples, heads or tokens than q has; the named kernel cannot
             run this, or none can, and all reasons are listed.
     """
+    return _outside_graphs(q, k, v, plan, scale, kernel, report)
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *rest: Any) -> Tensor:
+    where = q.device.type
+    if torch.is_autocast_enabled(where) and not q.dtype == k.dtype == v.dtype:
+        q, k, v = (x.to(torch.get_autocast_dtype(where)) for x in (q, k, v))
     _check_fit(q, plan)
-    with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
-        return _first(q, k, v, plan, scale, kernel, report)
+    with torch.autocast(where, enabled=False):  # kernels choose their own precision
+        return _first(q, k, v, plan, *rest)
+
+
+_outside_graphs: Any = torch.compiler.disable(_run)
 
 
 def _first(
@@ -155,24 +186,22 @@ def _first(
     kernel: str,
     report: Callable[[Choice], None] | None,
 ) -> Tensor:
-    refused: dict[str, list[str]] = {}
-    order = preference(q, plan) if kernel == "auto" else {kernel: ""}
+    facts = facts_of(q, k, v, plan)
+    passed: dict[str, list[str]] = {}
+    order = preference(facts) if kernel == "auto" else {kernel: ""}
     for place, name in enumerate(order, 1):
-        backend = import_module(f"gen_accel.kernels.{name}")
-        reasons = backend.unsupported(q, k, v, plan)
-        if name != "reference" and is_forward_mode():  # torch would take it for zero
-            reasons = [*reasons, "it has no forward-mode derivative"]
+        reasons = unsupported(name, facts)
         if not reasons:
             try:
-                out = backend.forward(q, k, v, plan, scale=scale)
+                out = kernel_of(name).forward(q, k, v, plan, scale=scale)
             except KernelFailed as error:
                 reasons = [str(error)]
             else:
-                if report is not None and not torch.compiler.is_compiling():
-                    report(Choice(name, refused, dict(list(order.items())[place:])))
+                if report is not None:
+                    report(Choice(name, passed, dict(list(order.items())[place:])))
                 return out
-        refused[name] = reasons
-    lines = "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in refused.items())
+        passed[name] = reasons
+    lines = "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in passed.items())
     raise ValueError(f"no kernel for q {tuple(q.shape)} {q.dtype} on {q.device}:\n{lines}")
 
 
@@ -230,20 +259,3 @@ def compute(q: Tensor, k: Tensor, v: Tensor, prepared: tuple[str, Any], *, scale
     kernel, data = prepared
     with torch.autocast(q.device.type, enabled=False):
         return IN_GRAPHS[kernel].compute(q, k, v, data, scale=scale)
-
-
-def check_kernel(name: str, device: torch.device) -> None:
-    """Raises ValueError where a kernel cannot run on `device`, whatever the method."""
-    if name == "auto" or (device.type != "cpu" and not torch.accelerator.is_available()):
-        return
-    video = VideoShape(2, 8, 8)
-    slots = raster_slots(video, 64).to(device)
-    keep = slots.new_ones(1, 1, len(slots) // 64, len(slots) // 64, dtype=torch.bool)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    q = torch.zeros(1, 1, video.tokens, 64, dtype=dtype, device=device)
-    plan = Plan(slots, keep, 64, 64)
-    if name == "routed":  # for plans of another kind
-        return
-    reasons = import_module(f"{__name__}.{name}").unsupported(q, q, q, plan)
-    if reasons:
-        raise ValueError(f"kernel {name!r} cannot run on {device}: {'; '.join(reasons)}")

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from gen_accel.kernels.compiler import cpp_compiler
+from gen_accel.kernels.contract import Facts, Place, facts_of
 from gen_accel.kernels.failure import KernelFailed
 from gen_accel.plan import Plan, Route, pack, unpack
 
@@ -27,29 +29,39 @@ _compiled: "WeakKeyDictionary[Plan, dict[tuple, Callable | str]]" = WeakKeyDicti
 _serial = count()
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
+def unsupported(facts: Facts) -> list[str]:
     reasons = []
-    on_cpu = q.device.type == "cpu"
-    if on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    where = facts.device.type
+    if where == "cpu" and facts.grad:
         reasons.append("FlexAttention has no backward on the CPU")
-    if on_cpu and q.dtype == torch.float64:
+    if where == "cpu" and facts.dtype == torch.float64:
         reasons.append("FlexAttention takes no float64 on the CPU")
-    if q.device.type == "cuda":
+    if where == "cuda":
         reasons += [
             f"{name} must be a multiple of 16 on CUDA, got {size}"
-            for name, size in (("block_q", plan.block_q), ("block_k", plan.block_k))
+            for name, size in (("block_q", facts.block_q), ("block_k", facts.block_k))
             if size % 16
         ]
-    if q.device.type not in ("cpu", "cuda", "xpu"):
-        reasons.append(f"FlexAttention has no compiled form on {q.device.type}")
-    if plan.dynamic:
+    if where not in ("cpu", "cuda", "xpu"):
+        reasons.append(f"FlexAttention has no compiled form on {where}")
+    if facts.dynamic:
         reasons.append("it is compiled for a plan, and this one was made for a single call")
-    if plan.gain is not None:
+    if facts.gain:
         reasons.append("it takes no gain on scores")
-    failure = _compiled.get(plan, {}).get(_key(q, k, v))
-    if isinstance(failure, str):
-        reasons.append(failure)
-    return reasons
+    if reasons:
+        return reasons
+    known = None
+    if facts.plan is not None:
+        known = _compiled.get(facts.plan, {}).get(_key(facts))
+    if known is None and where == "cpu" and cpp_compiler() is None:
+        return ["no C++ compiler; see gen-accel doctor"]
+    return [known] if isinstance(known, str) else []
+
+
+def place(facts: Facts) -> Place:
+    if facts.device.type == "cpu":
+        return Place(40, "it has to compile first")
+    return Place(20, "it compiles for each plan, and takes none of a single call")
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
@@ -58,7 +70,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Ten
         packed = packed[0].detach(), packed[1].detach(), packed[2].detach()
     mask = _block_mask(plan)
     known = _compiled.setdefault(plan, {})
-    key = _key(q, k, v)
+    key = _key(facts_of(q, k, v, plan))
     if callable(kept := known.get(key)):
         return unpack(kept(*packed, mask, scale), plan)
     run, start = _fresh(_kernel_options(plan, q.device)), time.perf_counter()
@@ -85,9 +97,8 @@ def compute(q: Tensor, k: Tensor, v: Tensor, prepared: tuple, *, scale: float) -
     return unpack(out, plan)
 
 
-def _key(q: Tensor, k: Tensor, v: Tensor) -> tuple:
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return (*q.shape, q.dtype, q.device, grad)
+def _key(facts: Facts) -> tuple:
+    return (*facts.shapes[0], facts.dtype, facts.device, facts.grad)
 
 
 def _fresh(options: Any) -> Callable:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gen_accel.kernels.contract import Facts, Place
 from gen_accel.kernels.lists import Lists, has_tiles, prepare
 from gen_accel.plan import Plan
 
@@ -34,8 +35,18 @@ LARGE = 192
 LOW = (torch.bfloat16,)
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
+def unsupported(facts: Facts) -> list[str]:
     return []
+
+
+def place(facts: Facts) -> Place:
+    """On the CPU before `flex`: it compiles nothing, and was the faster one on radial plans (see
+    benchmarks/results/)."""
+    if facts.device.type != "cpu":
+        return Place(40, "it runs many small operations")
+    if facts.pattern == "route":
+        return Place(20, "it computes what any query of a block picked")
+    return Place(20, "it copies keys for each query block")
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:

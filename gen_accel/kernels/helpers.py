@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels import triton
+from gen_accel.kernels.contract import is_forward_mode
 from gen_accel.kernels.native import build
 
 
@@ -35,8 +36,3 @@ def triton_serves(kernel: str, x: Tensor) -> bool:
     if kernel not in ("auto", "triton") or x.device.type != "cuda":
         return False
     return x.dtype in triton.DTYPES and not triton.device_reasons(x.device)
-
-
-def is_forward_mode() -> bool:
-    """Whether forward-mode differentiation is on, of `torch.func.jvp` too."""
-    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0

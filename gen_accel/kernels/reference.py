@@ -3,11 +3,18 @@
 import torch
 from torch import Tensor
 
+from gen_accel.kernels.contract import Facts, Place
 from gen_accel.plan import Plan, pack, unpack
 
+FORWARD_MODE = True
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
+
+def unsupported(facts: Facts) -> list[str]:
     return []
+
+
+def place(facts: Facts) -> Place:
+    return Place(100, "it computes every pair")
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:

@@ -13,19 +13,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gen_accel.kernels.contract import Facts, Place
 from gen_accel.plan import Plan, Route
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
-    if not isinstance(plan.partial, Route):
-        return ["it is for plans in which each query picks its key blocks"]
-    if plan.gain is not None:
-        return ["it takes no gain on scores"]
-    if q.device.type != "cpu":
-        return [f"it waits for the device once a group; for the CPU, got {q.device.type}"]
-    if plan.leaves_out_picks:
-        return ["the plan leaves out blocks that its queries picked"]
-    return []
+def unsupported(facts: Facts) -> list[str]:
+    reasons, where = [], facts.device.type
+    if facts.pattern != "route":
+        reasons.append("it is for plans in which each query picks its key blocks")
+    if facts.gain:
+        reasons.append("it takes no gain on scores")
+    if where != "cpu":
+        reasons.append(f"it waits for the device once a group; for the CPU, got {where}")
+    if not reasons and facts.plan is not None and facts.plan.leaves_out_picks:
+        reasons.append("the plan leaves out blocks that its queries picked")
+    return reasons
+
+
+def place(facts: Facts) -> Place | None:
+    if facts.device.type != "cpu":
+        return None
+    if facts.pattern == "route":
+        return Place(15, "it fetches the queries of each group")
+    return Place(30, "it is for patterns that each query picks")
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:

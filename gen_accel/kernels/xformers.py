@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from gen_accel.kernels.contract import Facts, Place
 from gen_accel.plan import Plan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -31,30 +32,36 @@ OPERATORS = ("flash3", "flash", "cutlass", "ck")
 KEYS = 1 << 18  # keys copied for one call: 0.8 GB each of K and V for 12 heads of 128 in bf16
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
+def unsupported(facts: Facts) -> list[str]:
     """Synchronises the device the first time for a plan with a rule on token pairs."""
     reasons = []
     if find_spec("xformers") is None:
         reasons.append('xformers is not installed: pip install "gen_accel[xformers]"')
-    if q.device.type != "cuda":
-        reasons.append(f"xformers runs on CUDA only, got {q.device.type}")
-    if q.dtype not in DTYPES:
-        reasons.append(f"xformers takes float16, bfloat16 and float32, got {q.dtype}")
-    if plan.gain is not None:
+    if facts.device.type != "cuda":
+        reasons.append(f"xformers runs on CUDA only, got {facts.device.type}")
+    if facts.dtype not in DTYPES:
+        reasons.append(f"xformers takes float16, bfloat16 and float32, got {facts.dtype}")
+    if facts.gain:
         reasons.append("it takes no gain on scores")
-    if q.shape[3] % 8:
-        reasons.append(f"head dim must be a multiple of 8, got {q.shape[3]}")
-    if plan.dynamic:
+    if facts.dim % 8:
+        reasons.append(f"head dim must be a multiple of 8, got {facts.dim}")
+    if facts.dynamic:
         reasons.append("it reads the plan back to list lengths, and this one is for a single call")
-    elif cut := _cut_blocks(plan):
+    elif facts.plan is not None and (cut := _cut_blocks(facts.plan)):
         reasons.append(
             f"it takes whole blocks, and a rule on token pairs cuts {cut} of those kept"
         )
-    return reasons or _operators(*_kind(q, k, v))[1]
+    return reasons or _operators(*_kind(facts.dim, facts.dtype, facts.device, facts.grad))[1]
+
+
+def place(facts: Facts) -> Place:
+    if facts.device.type == "cpu":
+        return Place(60, "it needs CUDA")
+    return Place(30, "it copies keys that several runs of queries see")
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    operators, _ = _operators(*_kind(q, k, v))
+    operators, _ = _operators(*_kind(q.shape[3], q.dtype, q.device, _training(q, k, v)))
     attend = partial(_fmha().memory_efficient_attention, scale=scale, op=operators)
     return over_runs(q, k, v, plan, attend)
 
@@ -173,10 +180,9 @@ def _training(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
 
 
-def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple:
+def _kind(dim: int, dtype: torch.dtype, device: torch.device, training: bool) -> tuple:
     """All that decides which operators run."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return q.shape[3], q.dtype, q.device, _training(q, k, v), deterministic
+    return dim, dtype, device, training, torch.are_deterministic_algorithms_enabled()
 
 
 @lru_cache(maxsize=32)

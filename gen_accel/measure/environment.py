@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gen_accel.kernels.native.build import cpp_compiler
+from gen_accel.kernels.compiler import cpp_compiler
 from gen_accel.measure.timing import device_name
 from gen_accel.moved import signpost
 from gen_accel.version import __version__

@@ -22,7 +22,17 @@ from gen_accel.attention_processors import (
 )
 from gen_accel.attention_processors.methods import neighborhood, radial
 from gen_accel.functional import attention
-from gen_accel.kernels import KERNELS, flex, gather, native, reference, routed
+from gen_accel.kernels import (
+    KERNELS,
+    facts_of,
+    flex,
+    gather,
+    kernel_of,
+    native,
+    reference,
+    routed,
+)
+from gen_accel.kernels.contract import parts_of
 from gen_accel.plan import Plan, Route, pack, raster_slots, tile_slots, unpack
 from gen_accel.video import VideoShape
 
@@ -113,10 +123,10 @@ def test_routed_refuses_what_its_queries_did_not_pick_alone(qkv, device):
     inputs = qkv(93)
     plan = random_plan(device, route=True)  # which keeps less than its queries picked
     for kernel in (routed, native):
-        assert "leaves out" in kernel.unsupported(*inputs, plan)[0]
-    assert "each query picks" in routed.unsupported(*inputs, random_plan(device))[0]
+        assert "leaves out" in kernel.unsupported(facts_of(*inputs, plan))[0]
+    assert "each query picks" in routed.unsupported(facts_of(*inputs, random_plan(device)))[0]
     whole = all_picked(plan)
-    assert routed.unsupported(*inputs, whole) == []
+    assert routed.unsupported(facts_of(*inputs, whole)) == []
     exact = reference.forward(*(x.double() for x in inputs), whole, scale=0.3)
     low = reference.forward(*inputs, whole, scale=0.3)
     assert_no_worse(routed.forward(*inputs, whole, scale=0.3), low, exact)
@@ -432,7 +442,8 @@ class TestChoice:
 
         order = ("flex", "gather", "reference")
         monkeypatch.setattr(flex, "_fresh", fresh)
-        monkeypatch.setattr(kernels, "preference", lambda q, plan: dict.fromkeys(order, "slow"))
+        monkeypatch.setattr(flex, "cpp_compiler", lambda: "g++")
+        monkeypatch.setattr(kernels, "preference", lambda facts: dict.fromkeys(order, "slow"))
         return tries
 
     @pytest.fixture
@@ -441,24 +452,26 @@ class TestChoice:
 
     @pytest.mark.parametrize("kernel", KERNELS)
     def test_preference_names_kernels_that_exist(self, kernel, qkv):
-        assert kernel in kernels.preference(qkv(64)[0], self.plan)
+        facts = facts_of(*qkv(64), self.plan)
+        placed = parts_of(kernel_of(kernel)).place(facts) is not None
+        assert (kernel in kernels.preference(facts)) == placed
 
     @pytest.mark.parametrize("kernel", WITHOUT_COMPILER)
     def test_the_compiler_free_ones_refuse_nothing(self, kernel, qkv):
-        backend = {"gather": gather, "reference": reference}[kernel]
-        assert backend.unsupported(*qkv(64, torch.float64, grad=True), self.plan) == []
+        facts = facts_of(*qkv(64, torch.float64, grad=True), self.plan)
+        assert kernels.unsupported(kernel, facts) == []
 
     @pytest.mark.parametrize("which", range(3), ids="qkv".__getitem__)
     def test_flex_says_that_it_has_no_backward(self, which, qkv):
         inputs = qkv(64)
         inputs[which].requires_grad_()
-        assert any("no backward" in why for why in flex.unsupported(*inputs, self.plan))
+        assert any("no backward" in why for why in flex.unsupported(facts_of(*inputs, self.plan)))
         with pytest.raises(ValueError, match=r"flex: FlexAttention has no backward on the CPU"):
             kernels.run(*inputs, self.plan, scale=0.3, kernel="flex")
 
     def test_flex_lists_all_its_reasons(self, qkv):
         inputs = qkv(64, torch.float64, grad=True)
-        assert len(flex.unsupported(*inputs, self.plan)) == 2
+        assert len(flex.unsupported(facts_of(*inputs, self.plan))) == 2
         with pytest.raises(ValueError, match=r"no backward on the CPU; .* no float64"):
             kernels.run(*inputs, self.plan, scale=0.3, kernel="flex")
 
@@ -516,7 +529,7 @@ class TestChoice:
             assert torch.equal(out, gather.forward(*inputs, fresh_plan, scale=0.3))
         assert len(broken) == 1  # the second call knows
         reason = "compilation failed: RuntimeError: cur_qSplitSize7 was not declared"
-        assert flex.unsupported(*inputs, fresh_plan) == [reason]
+        assert flex.unsupported(facts_of(*inputs, fresh_plan)) == [reason]
         assert [choice.kernel for choice in told] == ["gather", "gather"]
         assert [choice.refused for choice in told] == [{"flex": [reason]}] * 2
         assert str(told[0]) == f"gather (not flex: {reason}; reference: slow)"

@@ -11,7 +11,7 @@ from support.problems import all_picked, assert_gradients_no_worse, random_plan
 import gen_accel
 from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear, VideoShape, kernels
 from gen_accel.functional import attention
-from gen_accel.kernels import KernelFailed, lists, native, reference
+from gen_accel.kernels import KernelFailed, facts_of, lists, native, reference
 from gen_accel.kernels.native import build, selection
 from gen_accel.plan import Plan, Route
 
@@ -240,7 +240,7 @@ def test_what_is_not_alike_is_refused(how, which, qkv):
     x = inputs[which]
     changed = {"dtype": x.bfloat16(), "heads": x[:, :1], "tokens": x[:, :, 1:], "dim": x[..., 1:]}
     inputs[which] = changed[how]
-    assert "must be alike" in native.unsupported(*inputs, plan)[0]
+    assert "must be alike" in kernels.unsupported("native", facts_of(*inputs, plan))[0]
     with pytest.raises(ValueError, match="q, k and v must be alike, got"):
         native.compute(*inputs, native.prepare(plan), scale=0.3)
 
@@ -339,7 +339,7 @@ class TestChoice:
         plan = random_plan(torch.device("cpu"), route=True)
         damped = plan.changed(gain=torch.full(plan.keep.shape, 0.5))
         q, k, v = qkv(plan.tokens)
-        assert any("no gain" in why for why in native.unsupported(q, k, v, damped))
+        assert any("no gain" in why for why in native.unsupported(facts_of(q, k, v, damped)))
         assert kernels.prepare(damped, q.device)[0] == "gather"
         with pytest.raises(ValueError, match="'native' takes neither gains nor"):
             kernels.prepare(damped, q.device, "native")
@@ -352,7 +352,7 @@ class TestChoice:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         build.library.cache_clear()
         try:
-            reasons = native.unsupported(*qkv(64), self.plan)
+            reasons = native.unsupported(facts_of(*qkv(64), self.plan))
             assert reasons == ["it is not built for this machine: gen-accel build"]
             with pytest.raises(KernelFailed, match="not built for this machine: gen-accel build"):
                 native.forward(*qkv(64), self.plan, scale=0.3)

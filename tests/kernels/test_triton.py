@@ -18,6 +18,7 @@ from support.triton_plans import (
 )
 
 from gen_accel.functional import attention
+from gen_accel.kernels import facts_of
 from gen_accel.kernels import triton as package
 from gen_accel.kernels.triton import autotune, configs, lists, tuned
 from gen_accel.kernels.triton.linear import linear_rest
@@ -323,7 +324,8 @@ class TestReasons:
     plan = Plan(torch.arange(64), torch.ones(1, 1, 4, 4, dtype=torch.bool), 16, 16)
 
     def reasons(self, dim=16, dtype=torch.float32):
-        return package.unsupported(*[torch.zeros(1, 1, 64, dim, dtype=dtype)] * 3, self.plan)
+        given = [torch.zeros(1, 1, 64, dim, dtype=dtype)] * 3
+        return package.unsupported(facts_of(*given, self.plan))
 
     def test_interpreted_it_runs_on_the_cpu(self, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -10,7 +10,7 @@ from support.checks import assert_no_worse
 from support.problems import PLANS, assert_gradients_no_worse, random_plan
 
 from gen_accel.attention_processors import BlockMixture, Dense, Neighborhood, Radial
-from gen_accel.kernels import reference, run, xformers
+from gen_accel.kernels import facts_of, reference, run, xformers
 from gen_accel.plan import Plan, Route, unpack
 from gen_accel.video import VideoShape
 
@@ -200,7 +200,7 @@ REASONS = {
 @pytest.mark.parametrize(("plan", "options", "words"), REASONS.values(), ids=REASONS)
 def test_what_it_cannot_run_is_refused_with_the_reason(plan, options, words, qkv):
     inputs = [x.cpu() for x in qkv(256, **options)]
-    assert words in "; ".join(xformers.unsupported(*inputs, plan))
+    assert words in "; ".join(xformers.unsupported(facts_of(*inputs, plan)))
     with pytest.raises(ValueError, match="xformers: "):
         run(*inputs, plan, scale=0.3, kernel="xformers")
 
@@ -213,13 +213,14 @@ def test_a_plan_made_for_one_call_is_refused(qkv):
 
 @pytest.mark.parametrize("plan", [*GROUPED, *COPIED, routed(cut=False)])
 def test_a_rule_that_excludes_nothing_is_no_reason(plan, qkv):
-    reasons = "; ".join(xformers.unsupported(*(x.cpu() for x in qkv(plan.tokens)), plan))
+    facts = facts_of(*(x.cpu() for x in qkv(plan.tokens)), plan)
+    reasons = "; ".join(xformers.unsupported(facts))
     assert "token pairs" not in reasons
 
 
 def test_a_missing_library_is_a_reason_and_no_error(monkeypatch, qkv):
     monkeypatch.setitem(sys.modules, "xformers", None)
-    reasons = xformers.unsupported(*qkv(256), WHOLE)
+    reasons = xformers.unsupported(facts_of(*qkv(256), WHOLE))
     assert reasons[0] == 'xformers is not installed: pip install "gen_accel[xformers]"'
 
 
@@ -238,7 +239,7 @@ def test_xformers_own_reasons_are_passed_on():
 def test_xformers_matches_reference(plan, dtype, qkv):
     plan = plan.to(torch.device("cuda"))
     inputs = qkv(plan.tokens, dtype, dim=64, grad=True)
-    if reasons := xformers.unsupported(*inputs, plan):
+    if reasons := xformers.unsupported(facts_of(*inputs, plan)):
         pytest.skip("; ".join(reasons))
 
     def results(function, kind):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels import lists
+from gen_accel.kernels.contract import Facts, Place
 from gen_accel.kernels.lists import has_tiles
 from gen_accel.kernels.native import build
 from gen_accel.kernels.native.arguments import Call
@@ -27,28 +28,29 @@ from gen_accel.kernels.native.selection import kept_blocks
 from gen_accel.plan import Plan, Route
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
+def unsupported(facts: Facts) -> list[str]:
     reasons = []
-    if q.device.type != "cpu":
-        reasons.append(f"it is for the CPU, got {q.device.type}")
+    if facts.device.type != "cpu":
+        reasons.append(f"it is for the CPU, got {facts.device.type}")
     elif build.library() is None:
         reasons.append("it is not built for this machine: gen-accel build")
-    if q.dtype not in DTYPES:
-        reasons.append(f"it takes {_names()}, got {q.dtype}")
-    return reasons or _unlike(q, k, v) or _of_route(plan)
+    if facts.dtype not in DTYPES:
+        reasons.append(f"it takes {_names()}, got {facts.dtype}")
+    return reasons or _of_route(facts)
 
 
-def _unlike(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
-    """Whether q, k and v differ in what the library reads off q alone."""
-    about = [(tuple(x.shape), str(x.dtype), str(x.device)) for x in (q, k, v)]
-    if about[1:] == about[:1] * 2:
-        return []
-    return [f"q, k and v must be alike, got {', '.join(' '.join(map(str, x)) for x in about)}"]
+def place(facts: Facts) -> Place | None:
+    if facts.device.type != "cpu":
+        return None
+    return Place(10) if build.is_built() else Place(70, "it has to be built: gen-accel build")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if reasons := _unlike(q, k, v):
-        raise ValueError(f"kernel 'native': {reasons[0]}")
+    """What the library reads off q alone has to hold for k and v: it reads memory by it."""
+    about = [(tuple(x.shape), x.dtype, x.device) for x in (q, k, v)]
+    if about[1:] != about[:1] * 2:
+        words = ", ".join(" ".join(map(str, x)) for x in about)
+        raise ValueError(f"kernel 'native': q, k and v must be alike, got {words}")
     if q.device.type != "cpu":
         raise ValueError(f"kernel 'native' is for the CPU, got {q.device.type}")
 
@@ -57,13 +59,13 @@ def _names() -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
 
-def _of_route(plan: Plan) -> list[str]:
+def _of_route(facts: Facts) -> list[str]:
     """What speaks against a plan in which each query picks its key blocks."""
-    if not isinstance(plan.partial, Route):
+    if facts.pattern != "route":
         return []
-    if plan.gain is not None:
+    if facts.gain:
         return ["it takes no gain on scores where each query picks its key blocks"]
-    if plan.leaves_out_picks:
+    if facts.plan is not None and facts.plan.leaves_out_picks:
         return ["the plan leaves out blocks that its queries picked"]
     return []
 

@@ -5,7 +5,6 @@ import hashlib
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
+from gen_accel.kernels.compiler import cpp_compiler
 from gen_accel.kernels.failure import KernelFailed
 from gen_accel.kernels.native.arguments import (
     Args,
@@ -147,12 +147,3 @@ def _processor() -> str:
         lines = []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return f"{platform.machine()} {flags}"
-
-
-COMPILERS = ("g++", "clang++", "c++", "cl")
-
-
-def cpp_compiler() -> str | None:
-    """What torch.compile can build CPU code with, from $CXX or the usual names."""
-    named = os.environ.get("CXX")
-    return next(filter(None, map(shutil.which, [named] if named else COMPILERS)), None)

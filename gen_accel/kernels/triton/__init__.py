@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from gen_accel.kernels.contract import Facts, Place
 from gen_accel.kernels.triton.lists import Lists
 from gen_accel.kernels.triton.lists import prepare as _prepare
 from gen_accel.plan import Plan
@@ -22,6 +23,7 @@ __all__ = [
     "forward",
     "forward_lse",
     "installed",
+    "place",
     "prepare",
     "unsupported",
 ]
@@ -49,13 +51,17 @@ def device_reasons(device: torch.device) -> list[str]:
     return []
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
-    reasons = device_reasons(q.device)
-    if q.dtype not in DTYPES:
-        reasons.append(f"takes bfloat16, float16 and float32, got {q.dtype}")
-    if q.shape[3] > LARGEST_DIM:
-        reasons.append(f"takes head dims up to {LARGEST_DIM}, got {q.shape[3]}")
+def unsupported(facts: Facts) -> list[str]:
+    reasons = device_reasons(facts.device)
+    if facts.dtype not in DTYPES:
+        reasons.append(f"takes bfloat16, float16 and float32, got {facts.dtype}")
+    if facts.dim > LARGEST_DIM:
+        reasons.append(f"takes head dims up to {LARGEST_DIM}, got {facts.dim}")
     return reasons
+
+
+def place(facts: Facts) -> Place:
+    return Place(50, "it needs a GPU") if facts.device.type == "cpu" else Place(10)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:

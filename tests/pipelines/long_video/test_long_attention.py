@@ -24,7 +24,7 @@ from gen_accel.attention_processors.attached.extend import extend_attention
 from gen_accel.attention_processors.attached.extension import AttentionExtension
 from gen_accel.attention_processors.methods.full import Full
 from gen_accel.functional import attention
-from gen_accel.kernels import flex, gather, reference, routed, xformers
+from gen_accel.kernels import facts_of, flex, gather, reference, routed, xformers
 from gen_accel.kernels.self_check import SelfCheckFailed, check_rows
 from gen_accel.kernels.triton import lists
 from gen_accel.pipelines import Schedule, attach
@@ -124,7 +124,7 @@ class TestGain:
         plan = PLANS["route"]()
         q, k, v = qkv(plan.tokens)
         for kernel in (flex, routed, xformers):
-            reasons = kernel.unsupported(q, k, v, plan)
+            reasons = kernel.unsupported(facts_of(q, k, v, plan))
             assert any("takes no gain" in reason for reason in reasons)
         chosen = []
         kernels.run(q, k, v, plan, scale=0.3, report=chosen.append)

@@ -1,0 +1,235 @@
+"""Kernel: how to compute a plan. Its contract, with each optional part and its default, in one
+place.
+
+A kernel is a module of this package. It imports without its optional dependency, imports no method
+and no other kernel, and never changes the answer: each is held to `reference` by an error budget,
+forward and gradient.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from gen_accel.plan import Plan, Route
+
+Pattern = Literal["blocks", "windows", "route"]
+PATTERNS: tuple[Pattern, ...] = ("blocks", "windows", "route")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What of a call decides which kernels can run it.
+
+    Args:
+        shapes, dtypes, devices: of q, k and v; the shapes are (B, H, N, D).
+        pattern: what a plan keeps of its blocks: whole "blocks", or by a rule on token pairs,
+            "windows" or a "route" of each query.
+        block_q, block_k: slots in a query and in a key block.
+        gain: the plan dampens scores.
+        dynamic: it was made from the q and k of this call.
+        grad: a gradient of q, k or v is asked for.
+        forward_mode: forward-mode differentiation is on.
+        plan: for what only its numbers tell, which may wait for the device; None where the
+            question is about any plan of this kind.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    devices: tuple[torch.device, ...]
+    pattern: Pattern = "blocks"
+    block_q: int = 64
+    block_k: int = 64
+    gain: bool = False
+    dynamic: bool = False
+    grad: bool = False
+    forward_mode: bool = False
+    plan: Plan | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Of q."""
+        return self.devices[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of q."""
+        return self.dtypes[0]
+
+    @property
+    def dim(self) -> int:
+        """Of a head of q."""
+        return self.shapes[0][-1]
+
+
+def facts_of(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Facts:
+    """The facts of one call. Nothing waits for the device."""
+    given = q, k, v
+    rule = plan.partial
+    return Facts(
+        shapes=tuple(tuple(x.shape) for x in given),
+        dtypes=tuple(x.dtype for x in given),
+        devices=tuple(x.device for x in given),
+        pattern="blocks" if rule is None else "route" if isinstance(rule, Route) else "windows",
+        block_q=plan.block_q,
+        block_k=plan.block_k,
+        gain=plan.gain is not None,
+        dynamic=plan.dynamic,
+        grad=torch.is_grad_enabled() and any(x.requires_grad for x in given),
+        forward_mode=is_forward_mode(),
+        plan=plan,
+    )
+
+
+def is_forward_mode() -> bool:
+    """Whether forward-mode differentiation is on, of `torch.func.jvp` too."""
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+
+
+class Place(NamedTuple):
+    """Where "auto" tries a kernel.
+
+    Args:
+        order: the least is tried first.
+        against: what speaks against it, in a few words, for whoever asks why it came later.
+    """
+
+    order: int
+    against: str = ""
+
+
+class Kernel(Protocol):
+    """What every kernel has. Its optional parts are in `KernelParts`."""
+
+    def unsupported(self, facts: Facts) -> list[str]:
+        """Reasons why it cannot run, in words; empty where it can.
+
+        That q, k and v are alike, and forward-mode differentiation, are asked before: see
+        `why_not`.
+        """
+        ...
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+        """softmax(scale q k^T) v over the plan's pairs, (B, H, N, D) in and out, in q's dtype. A
+        query that sees nothing gets zeros. Backward by autograd.
+
+        Raises:
+            KernelFailed: where only trying tells that it cannot run; "auto" goes on.
+        """
+        ...
+
+
+class KernelParts(NamedTuple):
+    """What a kernel may have beside. A part that it lacks is its default here.
+
+    Args:
+        place: (facts) -> Place, where "auto" tries it, or None where it does not. Default: "auto"
+            never takes it.
+        FORWARD_MODE: whether it has a forward-mode derivative; torch would take the missing one
+            for zero.
+    """
+
+    place: Callable[[Facts], Place | None] = lambda facts: None
+    FORWARD_MODE: bool = False
+
+
+# How each function is called: positional arguments, then keywords.
+CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "unsupported": (("facts",), ()),
+    "forward": (("q", "k", "v", "plan"), ("scale",)),
+    "place": (("facts",), ()),
+}
+REQUIRED = ("unsupported", "forward")
+PARTS = (*REQUIRED, *KernelParts._fields)
+# A public name as near to a part that is missing is taken for it, misspelt.
+NEAR = 0.8
+
+
+def parts_of(kernel: Kernel) -> KernelParts:
+    """The optional parts of `kernel`."""
+    defaults = KernelParts._field_defaults
+    return KernelParts._make(getattr(kernel, name, default) for name, default in defaults.items())
+
+
+def checked(name: str, module: ModuleType) -> Kernel:
+    """The module as a kernel.
+
+    Raises:
+        ValueError: a part that is missing, misspelt, of another type or with other arguments.
+    """
+    own = [one for one, value in vars(module).items() if _is_own(module, one, value)]
+    missing = [part for part in PARTS if not hasattr(module, part)]
+    for other in own:
+        near = [] if other in PARTS else _nearest(other, missing)
+        if near:
+            raise ValueError(
+                f"no part of a kernel is called {other!r}, got kernel {name!r}; did you mean "
+                f"{near[0]!r}? What is of another purpose takes another name, or one with _ first"
+            )
+    for part in REQUIRED:
+        if part in missing:
+            raise ValueError(f"kernel {name!r} has no {part}{_written(part)}")
+    for part in PARTS:
+        if part not in missing:
+            _check_part(name, part, getattr(module, part))
+    return cast(Kernel, module)
+
+
+def why_not(name: str, kernel: Kernel, facts: Facts) -> list[str]:
+    """All that speaks against running a kernel on a call with these facts; empty where it runs."""
+    about = list(zip(facts.shapes, facts.dtypes, facts.devices, strict=True))
+    if any(one != about[0] for one in about):
+        words = ", ".join(f"{shape} {dtype} {device}" for shape, dtype, device in about)
+        return [f"q, k and v must be alike, got {words}"]
+    reasons = kernel.unsupported(facts)
+    if facts.forward_mode and not parts_of(kernel).FORWARD_MODE:
+        reasons = [*reasons, "it has no forward-mode derivative"]
+    return reasons
+
+
+def _is_own(module: ModuleType, name: str, value: Any) -> bool:
+    """Whether a name is public and made there: a function of it, or a constant."""
+    if name.startswith("_"):
+        return False
+    if inspect.isfunction(value):
+        return value.__module__.startswith(module.__name__)
+    return name.isupper()
+
+
+def _nearest(name: str, parts: list[str]) -> list[str]:
+    known = {part.lower(): part for part in parts}
+    return [known[near] for near in get_close_matches(name.lower(), known, n=1, cutoff=NEAR)]
+
+
+def _check_part(name: str, part: str, value: Any) -> None:
+    if part not in CALLS:
+        wanted = type(KernelParts._field_defaults[part])
+        if not isinstance(value, wanted):
+            raise ValueError(
+                f"{part} of kernel {name!r} must be a {wanted.__name__}, got {value!r}"
+            )
+        return
+    if not callable(value):
+        raise ValueError(
+            f"{part} of kernel {name!r} must be a function {part}{_written(part)}, got {value!r}"
+        )
+    positional, keywords = CALLS[part]
+    taken = inspect.signature(value)
+    try:
+        taken.bind(*positional, **dict.fromkeys(keywords))
+    except TypeError:
+        names = ", ".join(map(str, taken.parameters))
+        raise ValueError(
+            f"{part} of kernel {name!r} must take {_written(part)}, it takes ({names})"
+        ) from None
+
+
+def _written(part: str) -> str:
+    positional, keywords = CALLS[part]
+    star = ", *, " if keywords else ""
+    return f"({', '.join(positional)}{star}{', '.join(keywords)})"

@@ -1,0 +1,241 @@
+"""The contract of a kernel, and the one source of what each refuses."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from support.problems import random_plan
+
+from gen_accel import Dense, VideoShape, kernels
+from gen_accel.functional import attention
+from gen_accel.kernels import KERNELS, Facts, facts_of, kernel_of, reference, refusals
+from gen_accel.kernels.contract import PATTERNS, checked
+from gen_accel.plan import Plan
+
+CPU = torch.device("cpu")
+UNSUPPORTED = "def unsupported(facts):\n    return []\n"
+FORWARD = """\
+from gen_accel.kernels import reference
+
+def forward(q, k, v, plan, *, scale):
+    return reference.forward(q, k, v, plan, scale=scale)
+"""
+PLACE = "from gen_accel.kernels.contract import Place\ndef place(facts):\n    return Place(1)\n"
+
+
+def module_of(source):
+    made = ModuleType("gen_accel.kernels.mine")
+    exec(source, vars(made))
+    return made
+
+
+@pytest.fixture
+def plan():
+    return Plan(torch.arange(64), torch.ones(1, 1, 4, 4, dtype=torch.bool), 16, 16)
+
+
+@pytest.fixture
+def added(monkeypatch, tmp_path):
+    """Adds a kernel as its author does: one file, and one name in `KERNELS`."""
+
+    def add(name, source):
+        (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
+        monkeypatch.setattr(kernels, "KERNELS", (*KERNELS, name))
+
+    yield add
+    for name in [name for name in sys.modules if name.startswith("gen_accel.kernels.mine")]:
+        del sys.modules[name]
+    kernel_of.cache_clear()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_keeps_the_contract(name):
+    assert kernel_of(name) is kernel_of(name)
+
+
+BROKEN = {
+    "a required part misspelt": (
+        "def unsuported(facts):\n    return []\n" + FORWARD,
+        r"no part of a kernel is called 'unsuported', got kernel 'mine'; did you mean "
+        r"'unsupported'\?",
+    ),
+    "an optional part misspelt": (
+        UNSUPPORTED + FORWARD + "def plase(facts):\n    return None\n",
+        r"called 'plase', got kernel 'mine'; did you mean 'place'\?",
+    ),
+    "a constant misspelt": (
+        UNSUPPORTED + FORWARD + "FORWARD_MODES = True\n",
+        r"called 'FORWARD_MODES', got kernel 'mine'; did you mean 'FORWARD_MODE'\?",
+    ),
+    "a part missing": (UNSUPPORTED, r"kernel 'mine' has no forward\(q, k, v, plan, \*, scale\)"),
+    "other arguments": (
+        "def unsupported(q, k, v, plan):\n    return []\n" + FORWARD,
+        r"unsupported of kernel 'mine' must take \(facts\), it takes \(q, k, v, plan\)",
+    ),
+    "an argument missing": (
+        UNSUPPORTED + "def forward(q, k, v, plan):\n    return q\n",
+        r"forward of kernel 'mine' must take .*scale\), it takes \(q, k, v, plan\)",
+    ),
+    "another type": (
+        UNSUPPORTED + FORWARD + "FORWARD_MODE = 'yes'\n",
+        r"FORWARD_MODE of kernel 'mine' must be a bool, got 'yes'",
+    ),
+    "no function": (
+        UNSUPPORTED + FORWARD + "place = 3\n",
+        r"place of kernel 'mine' must be a function place\(facts\), got 3",
+    ),
+}
+
+
+@pytest.mark.parametrize(("source", "words"), BROKEN.values(), ids=BROKEN)
+def test_what_breaks_the_contract_is_named(source, words):
+    with pytest.raises(ValueError, match=words):
+        checked("mine", module_of(source))
+
+
+def test_names_of_another_purpose_are_free():
+    source = UNSUPPORTED + FORWARD + PLACE + "LARGE = 3\ndef forward_lse(q):\n    return q\n"
+    assert checked("mine", module_of(source)).unsupported is not None
+
+
+def test_a_new_kernel_is_one_file_and_one_line(added, plan, qkv):
+    added("mine", UNSUPPORTED + FORWARD)
+    told = []
+    inputs = qkv(64)
+    out = kernels.run(*inputs, plan, scale=0.3, kernel="mine", report=told.append)
+    assert torch.equal(out, reference.forward(*inputs, plan, scale=0.3))
+    assert told[0].kernel == "mine"
+    assert "mine" not in kernels.preference(facts_of(*inputs, plan))  # it has no place
+    case = {"video": VideoShape(1, 8, 8), "method": Dense()}
+    assert torch.equal(attention(*inputs, kernel="mine", scale=0.3, **case), out)
+    kernels.check_name("mine")
+
+
+def test_a_new_kernel_says_its_place_itself(added, plan, qkv):
+    added("mine_first", UNSUPPORTED + FORWARD + PLACE)
+    told = []
+    kernels.run(*qkv(64), plan, scale=0.3, report=told.append)
+    assert told[0].kernel == "mine_first"
+    assert next(iter(told[0].behind)) == "gather"
+
+
+def test_a_misspelt_new_kernel_is_refused_at_its_first_use(added, plan, qkv):
+    added("mine_misspelt", BROKEN["a required part misspelt"][0])
+    with pytest.raises(ValueError, match="'unsuported', got kernel 'mine_misspelt'"):
+        kernels.run(*qkv(64), plan, scale=0.3, kernel="mine_misspelt")
+
+
+def test_the_orders_of_auto(monkeypatch):
+    def order(device, pattern="blocks"):
+        where = torch.device(device)
+        facts = Facts(((1, 2, 64, 16),) * 3, (torch.float32,) * 3, (where,) * 3, pattern)
+        return [*kernels.preference(facts)]
+
+    rest = ["flex", "triton", "xformers"]
+    assert order("cpu") == ["gather", "routed", *rest, "native", "reference"]
+    assert order("cpu", "route") == ["routed", "gather", *rest, "native", "reference"]
+    assert order("cuda") == ["triton", "flex", "xformers", "gather", "reference"]
+    monkeypatch.setattr(kernels.build, "is_built", lambda: True)
+    assert order("cpu") == ["native", "gather", "routed", *rest, "reference"]
+    assert order("cuda") == ["triton", "flex", "xformers", "gather", "reference"]
+
+
+@pytest.mark.parametrize("which", range(3), ids="qkv".__getitem__)
+@pytest.mark.parametrize("name", KERNELS)
+def test_inputs_of_several_dtypes_are_refused_by_every_kernel(name, which, plan, qkv):
+    inputs = qkv(64)
+    inputs[which] = inputs[which].bfloat16()
+    words = "q, k and v must be alike, got .*torch.bfloat16"
+    with pytest.raises(ValueError, match=f"{name}: {words}"):
+        kernels.run(*inputs, plan, scale=0.3, kernel=name)
+    (reason,) = kernels.unsupported(name, facts_of(*inputs, plan))
+    assert reason.startswith("q, k and v must be alike")
+
+
+def test_auto_lists_what_every_kernel_says_of_them(plan, qkv):
+    q, k, v = qkv(64)
+    with pytest.raises(ValueError, match="must be alike") as error:
+        kernels.run(q, k.double(), v, plan, scale=0.3)
+    assert str(error.value).count("must be alike") == len(KERNELS)
+
+
+def test_under_autocast_they_become_its_dtype(plan, qkv):
+    """As they do for torch's own attention: layers that norm q and k give fp32 there."""
+    q, k, v = qkv(64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = kernels.run(q, k, v.bfloat16(), plan, scale=0.3)
+        alike = kernels.run(q, k, v, plan, scale=0.3)
+    low = (x.bfloat16() for x in (q, k, v))
+    assert torch.equal(out, kernels.run(*low, plan, scale=0.3))
+    assert alike.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("grad", [False, True], ids=["generating", "training"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_one_source_says_what_is_refused(name, grad, dtype, monkeypatch, qkv):
+    """`run`, `check_kernel` and `gen-accel list` give the same reasons for the same facts."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(kernels.flex, "cpp_compiler", lambda: None)
+    said = refusals(name, CPU, dtype, grad=grad)
+    if not said:
+        return
+    route = {"route": True} if name == "routed" else {}
+    plan = random_plan(CPU, **route)
+    inputs = qkv(plan.tokens, dtype, dim=64, grad=grad)
+    with pytest.raises(ValueError, match="no kernel for") as error:
+        kernels.run(*(x.to(CPU) for x in inputs), plan, scale=0.3, kernel=name)
+    for reason in said:
+        assert reason in str(error.value)
+    if dtype == torch.float32 and not grad:
+        with pytest.raises(ValueError, match=f"kernel '{name}' cannot run on cpu: ") as error:
+            kernels.check_kernel(name, CPU)
+        assert str(error.value).endswith("; ".join(said))
+
+
+def test_a_kernel_for_one_kind_of_plan_runs_somewhere():
+    """`routed` takes routes alone; a question about any plan does not refuse it for that."""
+    facts = Facts(((1, 2, 64, 16),) * 3, (torch.float32,) * 3, (CPU,) * 3)
+    assert kernels.unsupported("routed", facts) != []
+    assert refusals("routed", CPU, torch.float32) == []
+    assert "for the CPU" in refusals("routed", torch.device("meta"), torch.float32)[0]
+
+
+def test_flex_says_that_it_needs_a_compiler_before_it_tries(plan, monkeypatch, qkv):
+    monkeypatch.setattr(kernels.flex, "cpp_compiler", lambda: None)
+    with pytest.raises(ValueError, match="flex: no C\\+\\+ compiler; see gen-accel doctor"):
+        kernels.run(*(x.cpu() for x in qkv(64)), plan, scale=0.3, kernel="flex")
+
+
+def test_facts_are_those_of_the_call(qkv):
+    plan = random_plan(CPU, windows=True)
+    q, k, v = (x.cpu() for x in qkv(plan.tokens))
+    facts = facts_of(q, k.requires_grad_(), v, plan)
+    assert (facts.pattern, facts.dim, facts.grad) == ("windows", 16, True)
+    assert (facts.gain, facts.dynamic, facts.forward_mode) == (False, False, False)
+    with torch.no_grad():
+        assert not facts_of(q, k, v, plan).grad
+    damped = plan.changed(gain=torch.full(plan.keep.shape, 0.5))
+    assert facts_of(q, k, v, damped).gain
+    route = random_plan(CPU, route=True)
+    assert facts_of(q, k, v, route).pattern == "route"
+    assert set(PATTERNS) == {"blocks", "windows", "route"}
+    with torch.autograd.forward_ad.dual_level():
+        assert facts_of(q, k, v, plan).forward_mode
+
+
+@pytest.mark.parametrize("name", ["triton", "xformers", "gater"])
+def test_the_sentence_is_the_same_in_a_graph(name, monkeypatch, qkv):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    inputs = [x.cpu() for x in qkv(64)]
+
+    def call(*inputs):
+        return attention(*inputs, video=VideoShape(1, 8, 8), method=Dense(), kernel=name)
+
+    with pytest.raises(ValueError, match="kernel") as eager:
+        call(*inputs)
+    with pytest.raises(Exception, match="kernel") as compiled:
+        torch.compile(call, backend="eager")(*inputs)
+    assert str(eager.value) in str(compiled.value)
