@@ -39,11 +39,15 @@ from gen_accel.video import VideoShape
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-# FlexAttention is compiled for every plan, at seconds each, and has a list of its own below;
-# Triton needs its interpreter and xformers a GPU, and they have files of their own.
+# FlexAttention is compiled for every plan, at seconds each, and `routed` takes one kind of plan:
+# they have lists of their own below. Triton needs its interpreter and xformers a GPU, and they have
+# files of their own. Any other kernel is held to all that follows.
 WITHOUT_COMPILER = ["gather", "reference"]
-AT_ONCE = [*WITHOUT_COMPILER, "native"]
-AT_ONCE_IN_TIME = [*WITHOUT_COMPILER, pytest.param("native", marks=pytest.mark.slow)]
+ELSEWHERE = ("flex", "routed", "triton", "xformers")
+AT_ONCE = [name for name in KERNELS if name not in ELSEWHERE]
+AT_ONCE_IN_TIME = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "native" else name for name in AT_ONCE
+]
 
 FLEX_CASES = [
     pytest.param(
