@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 
 # FlexAttention is compiled for every plan, at seconds each, and `routed` takes one kind of plan:
-# they have lists of their own below. Triton needs its interpreter and xformers a GPU, and they have
+# they have lists of their own below. Triton needs its interpreter and xformers a GPU: they have
 # files of their own. Any other kernel is held to all that follows.
 WITHOUT_COMPILER = ["gather", "reference"]
 ELSEWHERE = ("flex", "routed", "triton", "xformers")
