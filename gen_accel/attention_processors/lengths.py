@@ -1,12 +1,34 @@
 """Lengths of video, in pixel frames, latent frames and frames after patchify."""
 
+from collections.abc import Mapping
 from typing import Any
+
+# The attributes in which pipelines say how much smaller latents are, {} for an axis.
+FACTORS = "vae_scale_factor_{}", "vae_{}_compression_ratio", "vae_{}_scale_factor"
+
+
+def vae_factor(pipe: Any, axis: str) -> int | None:
+    """Pixels or frames in one latent; None where the pipeline does not say.
+
+    Args:
+        axis: "temporal" or "spatial".
+    """
+    found = (getattr(pipe, name.format(axis), None) for name in FACTORS)
+    return next((factor for factor in found if factor is not None), None)
+
+
+def patch_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Latent frames, rows and columns in one token, of a transformer's config. A UNet has no
+    patches."""
+    patch = config.get("patch_size", 1)
+    if isinstance(patch, int):
+        return config.get("patch_size_t") or 1, patch, patch
+    return tuple(patch)
 
 
 def temporal_patch(transformer: Any) -> int:
-    """Latent frames in one token. A UNet has no patches."""
-    patch = transformer.config.get("patch_size", 1)
-    return transformer.config.get("patch_size_t") or 1 if isinstance(patch, int) else patch[0]
+    """Latent frames in one token."""
+    return patch_of(transformer.config)[0]
 
 
 def latent_frames(name: str, frames: int, factor: int, patch: int = 1) -> int:

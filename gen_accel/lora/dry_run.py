@@ -1,7 +1,6 @@
 """A config tried out without its model: a tiny random one of the same class, and two steps."""
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,13 @@ import diffusers
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.families import family_of, served_classes
+from gen_accel.attention_processors.families import (
+    FAMILIES,
+    family_named,
+    family_of,
+    served_classes,
+)
+from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.images import features_shape
@@ -20,42 +25,8 @@ from gen_accel.lora.trainer import Trained, accelerator_for, run
 from gen_accel.pipelines.generation.sampling import check_fits
 from gen_accel.video import VideoShape
 
-# Repositories whose class is known without asking the hub.
-CLASSES = {
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "WanTransformer3DModel",
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "WanTransformer3DModel",
-    "hunyuanvideo-community/HunyuanVideo": "HunyuanVideoTransformer3DModel",
-}
-CHANNELS, TEXT, WIDTH, POOLED, PATCHES = 16, 6, 8, 8, 5
+TEXT, PATCHES, EMBEDDING = 6, 5, 8
 SMALL = (3, 3, 5)  # tokens; larger where the window of a method is
-SPATIAL = 8  # of the autoencoders of all families served
-
-# How little a model of each family can be; `layers` is put in.
-TINY: Mapping[str, Mapping[str, Any]] = {
-    "wan": {
-        "patch_size": (1, 2, 2),
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "in_channels": CHANNELS,
-        "out_channels": CHANNELS,
-        "text_dim": WIDTH,
-        "freq_dim": 16,
-        "ffn_dim": 32,
-        "rope_max_seq_len": 64,
-    },
-    "hunyuan_video": {
-        "in_channels": CHANNELS,
-        "out_channels": CHANNELS,
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "num_single_layers": 1,
-        "num_refiner_layers": 1,
-        "mlp_ratio": 2.0,
-        "text_embed_dim": WIDTH,
-        "pooled_projection_dim": POOLED,
-        "rope_axes_dim": (4, 6, 6),
-    },
-}
 
 
 def dry_run(config: TrainConfig) -> Trained:
@@ -68,17 +39,17 @@ def dry_run(config: TrainConfig) -> Trained:
     Raises ValueError for whatever does not fit, as a real run would.
     """
     kind = transformer_class(config.model)
-    family = served_classes()[kind]
+    family: Any = family_named(served_classes()[kind])
     torch.manual_seed(config.seed)
-    tiny = dict(TINY[family]) | {"num_layers": config.dense_layers + 2}
+    tiny = dict(family.TINY) | {"num_layers": config.dense_layers + 2}
     transformer = getattr(diffusers, kind)(**tiny)
-    module: Any = family_of(transformer)
-    _check_lengths(config, module)
+    factor, patch = family.TEMPORAL_FACTOR, patch_of(transformer.config)
+    _check_lengths(config, family, patch)
 
     method = method_from(config.method, config.settings)
     lengths = sorted({stage.frames for stage in config.curriculum})
     least = [max(pair) for pair in zip(SMALL, getattr(method, "window", SMALL), strict=True)]
-    short = {frames: 4 * (i + least[0]) - 3 for i, frames in enumerate(lengths)}
+    short = {frames: factor * (i + least[0] - 1) + 1 for i, frames in enumerate(lengths)}
     stages = tuple(
         str(replace(stage, frames=short[stage.frames], steps=1)) for stage in config.curriculum
     )
@@ -101,9 +72,10 @@ def dry_run(config: TrainConfig) -> Trained:
             mixed_precision="no",
             kernel="auto",
         )
-        model = Model(transformer, None, lambda n: (n - 1) // 4 + 1, 5, config.shift or 1.0)
-        features = features_shape(config, patches=PATCHES, embedding=WIDTH)
-        clips: Any = _Noise(family, [*short.values()], (2 * least[1], 2 * least[2]), features)
+        model = Model(transformer, None, lambda n: (n - 1) // factor + 1, 5, config.shift or 1.0)
+        features = features_shape(config, patches=PATCHES, embedding=EMBEDDING)
+        size = patch[1] * least[1], patch[2] * least[2]
+        clips: Any = _Noise(transformer, [*short.values()], size, features)
         return run(small, accelerator_for(small), model, clips)
 
 
@@ -111,36 +83,40 @@ def transformer_class(model: str) -> str:
     """Of the pipeline's transformer; asks the hub for one small file where it has to."""
     from gen_accel import demo
 
-    if model in CLASSES:
-        return CLASSES[model]
+    for name in FAMILIES:
+        family = family_named(name)
+        for preset in family.PRESETS.values():
+            if preset.repository == model and family.TINY is not None:
+                return preset.kind or family.CLASSES[0]
     source = demo.path() if model == "demo" else Path(model).expanduser()
     config: Any = diffusers.DiffusionPipeline.load_config(source if source.exists() else model)
     kind = (config.get("transformer") or [None, None])[1]
-    if kind not in served_classes() or served_classes()[kind] not in TINY:
+    if kind not in served_classes() or family_named(served_classes()[kind]).TINY is None:
         raise ValueError(f"no dry run for {kind} of {model}")
     return kind
 
 
-def _check_lengths(config: TrainConfig, family: Any) -> None:
+def _check_lengths(config: TrainConfig, family: Any, patch: tuple[int, int, int]) -> None:
     """That the method can be planned at the config's own sizes."""
-    factor, patch = family.TEMPORAL_FACTOR, 2 * SPATIAL
+    factor, side = family.TEMPORAL_FACTOR, patch[1] * family.SPATIAL_FACTOR
     method = method_from(config.method, config.settings)
     for name in ("height", "width"):
-        if getattr(config, name) % patch:
-            raise ValueError(f"{name} must be a multiple of {patch}, got {getattr(config, name)}")
+        if getattr(config, name) % side:
+            raise ValueError(f"{name} must be a multiple of {side}, got {getattr(config, name)}")
     for stage in config.curriculum:
         if (stage.frames - 1) % factor:
             raise ValueError(
                 f"frames must be 1 more than a multiple of {factor}, got {stage.frames}"
             )
         frames = (stage.frames - 1) // factor + 1
-        check_fits(method, VideoShape(frames, config.height // patch, config.width // patch))
+        check_fits(method, VideoShape(frames, config.height // side, config.width // side))
 
 
 class _Noise:
     """In the place of a cache: one random clip of each length.
 
     Args:
+        transformer: that takes it.
         frames: of each, as of a video.
         size: height and width in latents.
         features: shape of those of an image.
@@ -149,9 +125,9 @@ class _Noise:
     digest = "dry run"
 
     def __init__(
-        self, family: str, frames: list[int], size: tuple[int, int], features: tuple[int, ...]
+        self, transformer: Any, frames: list[int], size: tuple[int, int], features: tuple[int, ...]
     ) -> None:
-        self.family, self.size, self.features = family, size, features
+        self.transformer, self.size, self.features = transformer, size, features
         self.entries = [SimpleNamespace(pixel_frames=n) for n in frames]
 
     def __len__(self) -> int:
@@ -162,7 +138,8 @@ class _Noise:
 
     def latents(self, index: int, frames: int) -> Tensor:
         generator = torch.Generator().manual_seed(index)
-        return torch.randn(CHANNELS, frames, *self.size, generator=generator)
+        channels = self.transformer.config.in_channels
+        return torch.randn(channels, frames, *self.size, generator=generator)
 
     def image(self, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(10 + index)
@@ -180,8 +157,5 @@ class _Noise:
 
     @property
     def empty(self) -> dict[str, Tensor]:
-        text = {"encoder_hidden_states": torch.zeros(TEXT, WIDTH)}
-        if self.family == "hunyuan_video":
-            text["encoder_attention_mask"] = torch.ones(TEXT, dtype=torch.int64)
-            text["pooled_projections"] = torch.zeros(POOLED)
-        return text
+        family: Any = family_of(self.transformer)
+        return family.tiny_conditions(self.transformer.config, TEXT)

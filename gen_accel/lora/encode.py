@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import classes_for, family_of
+from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.extras import needed_for
 from gen_accel.lora.data import (
     CaptionedVideo,
@@ -529,8 +530,7 @@ def _check_fit(encoders: _Encoders, frames: Sequence[int], sizes: Sequence[Size]
                 f"frames must be {time} n + 1 for this autoencoder, got {length}; nearest: "
                 f"{below} and {below + time}"
             )
-    patch = config.patch_size
-    patches = tuple(patch)[-2:] if isinstance(patch, list | tuple) else (patch, patch)
+    patches = patch_of(config)[1:]
     for size in sizes:
         if any(side % (space * step) for side, step in zip(size, patches, strict=True)):
             rule = " and ".join(str(space * step) for step in patches)

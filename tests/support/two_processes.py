@@ -18,8 +18,9 @@ from torch import Tensor
 
 from gen_accel import BlockMixture, Dense, Schedule, SparseLinear, VideoShape, attach, calibrate
 from gen_accel.attention_processors.context_parallel import exchanged
-from gen_accel.attention_processors.context_parallel_plans import PLANS, context_parallel_plan
+from gen_accel.attention_processors.context_parallel_plans import context_parallel_plan
 from gen_accel.attention_processors.families import family_of
+from gen_accel.attention_processors.families import hunyuan_video as hunyuan_family
 from gen_accel.attention_processors.seam import Call, Parallel, add_tap
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.kernels.native import build
@@ -86,7 +87,7 @@ def longer(model: Any) -> Any:
 
 def text_too() -> dict[str, Any]:
     """Of HunyuanVideo, with each process holding a half of the text too."""
-    plan = dict(PLANS["HunyuanVideoTransformer3DModel"])
+    plan = hunyuan_family.context_parallel(None)
     tokens = ContextParallelInput(split_dim=1, expected_dims=3)
     return plan | {
         "transformer_blocks.0": {"hidden_states": tokens, "encoder_hidden_states": tokens}

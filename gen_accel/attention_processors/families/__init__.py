@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families.contract import Family, load
+from gen_accel.attention_processors.families.contract import Family, Preset, load
 from gen_accel.attention_processors.seam import Call, add_tap
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
@@ -22,6 +22,7 @@ __all__ = [
     "REFUSED",
     "Family",
     "ImageAttention",
+    "Preset",
     "SelfAttention",
     "classes_for",
     "encoded",
@@ -36,6 +37,7 @@ __all__ = [
     "outside_graphs",
     "prefix_lengths",
     "served_classes",
+    "split_tokens",
     "tap_image",
     "tap_joint_attention",
     "video_classes",
@@ -270,6 +272,20 @@ def _video_rows(
     if text_first:
         return torch.cat([out[:, :text], out[:, text:] + added], 1)
     return torch.cat([out[:, : call.tokens] + added, out[:, call.tokens :]], 1)
+
+
+def split_tokens() -> dict[str, Any]:
+    """Of plans of context parallelism, what is split and gathered alike in many models:
+    "tokens" (B, N, width), "rotary", the cosines and sines (N, dim), and "gathered", the output.
+    """
+    from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+
+    rotary = ContextParallelInput(split_dim=0, expected_dims=2)
+    return {
+        "tokens": ContextParallelInput(split_dim=1, expected_dims=3),
+        "rotary": (rotary, rotary),
+        "gathered": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
 
 
 def encoded(pipe: Any, video: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -26,6 +26,7 @@ GUIDED = "do_classifier_free_guidance"
 NAMES_CALLS = False
 FIRST_FRAME_ALONE = False  # with the pipelines' even numbers of frames
 FPS = 15
+TILED_VAE = True
 
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {

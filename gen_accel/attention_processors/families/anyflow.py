@@ -19,6 +19,7 @@ KIND = "video"
 FPS = 16
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 LORA_TARGETS = wan.LORA_TARGETS
+AUTOENCODER = wan.AUTOENCODER
 GUIDANCE = "batched"
 
 self_attentions = wan.self_attentions
@@ -29,6 +30,10 @@ def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: A
     """The grid of (B, frames, C, height, width) latents; ValueError where patches leave a rest."""
     frames, _, *sides = hidden_states.shape[1:]
     return VideoShape(*in_patches((frames, *sides), transformer.config.patch_size))
+
+
+def no_context_parallel(transformer: Any) -> str:
+    return "its rotary embeddings are a dict, which diffusers cannot split"
 
 
 def timestep(hidden_states: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:

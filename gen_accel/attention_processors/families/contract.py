@@ -12,6 +12,7 @@ A new part is one line here; a new family is one file, and its name in `FAMILIES
 import ast
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from types import ModuleType
 from typing import Any, Generic, TypeVar, overload
@@ -20,11 +21,31 @@ from torch import Tensor
 
 from gen_accel.video import VideoShape
 
-__all__ = ["USES", "Family", "Part", "load"]
+__all__ = ["USES", "Family", "Part", "Preset", "load"]
 
 T = TypeVar("T")
 
 REQUIRED: Any = object()
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published model.
+
+    Args:
+        repository: on huggingface.co, where the config is from.
+        config: of its transformer, as far as it differs from the defaults of the class.
+        kind: the class; None for the first of the family.
+        spatial, temporal: pixels a side, and frames, in a latent; None where the family's are.
+    """
+
+    repository: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    kind: str | None = None
+    spatial: int | None = None
+    temporal: int | None = None
+
+
 NUMBER = int, float
 _WORDS = {
     str: "a string",
@@ -34,6 +55,7 @@ _WORDS = {
     tuple: "a tuple",
     Mapping: "a mapping",
     Callable: "a function",
+    Preset: "a Preset",
 }
 
 
@@ -190,6 +212,18 @@ class Family:
         default=False,
     )
 
+    # Several processes
+
+    context_parallel = Part[Callable[[Any], dict[str, Any]] | None](
+        Callable,
+        "(transformer): a plan by which diffusers splits it over processes, where it has none of "
+        "its own; keys are modules, values say which inputs are split and outputs gathered",
+        default=None,
+    )
+    no_context_parallel = Part[Callable[[Any], str | None] | None](
+        Callable, "(transformer): why it cannot be split, None where it can", default=None
+    )
+
     # Training
 
     CAUSAL_VAE = Part[bool | None](
@@ -213,6 +247,52 @@ class Family:
 
     TEXT_TOKENS = Part[int | None](
         int, "tokens that the pipelines bring every prompt to, unless told otherwise", default=None
+    )
+
+    # Generation
+
+    AUTOENCODER = Part[str | None](
+        str,
+        "the class of autoencoder whose latents its pipelines give as `decode_stream` takes them: "
+        "with noise, order and scale of `encode_video`; None where they pack or scale in ways of "
+        "their own",
+        default=None,
+    )
+    decode_parts = Part[Callable[[Any], Callable[..., Any] | None] | None](
+        Callable,
+        "(vae): how AUTOENCODER is decoded a few frames at a time, bit for bit as `vae.decode`: "
+        "(vae, latents (1, C, f, h, w)) to an iterator of (1, 3, F, H, W); None where it cannot "
+        "be, as it is set",
+        default=None,
+    )
+    TILED_VAE = Part[bool](
+        bool, "diffusers decodes with its autoencoder in spatial tiles alone", default=False
+    )
+    FRAMES_ARGUMENT = Part[str](
+        str, "what its pipelines call the number of frames", default="num_frames"
+    )
+    LEAST_STEPS = Part[int](int, "the fewest steps that its pipelines' schedules take", default=1)
+
+    TINY = Part[Mapping[str, Any] | None](
+        Mapping,
+        "how little a model for training can be: the config of one, of `num_layers` blocks, which "
+        "is put in, with as many channels in as out",
+        default=None,
+    )
+    tiny_conditions = Part[Callable[[Any, int], dict[str, Tensor]] | None](
+        Callable,
+        "(config, tokens): `conditions` of `predict` with a text of so many tokens, all zero, of "
+        "one sample, without the axis of samples",
+        default=None,
+    )
+
+    # Published models
+
+    PRESETS = Part[Mapping[str, Preset]](
+        Mapping, "their names to their repositories and configs", default={}, each=Preset
+    )
+    SPATIAL_FACTOR = Part[int | None](
+        int, "pixels, a side, in a latent; of a preset, its own is", default=None
     )
 
     # Longer video

@@ -65,5 +65,11 @@ def before(transformer: Any, *args: Any, **kwargs: Any) -> int:
     return video_shape(transformer, *args, **kwargs).text
 
 
+def no_context_parallel(transformer: Any) -> str | None:
+    if not transformer.config.is_amplify_history:
+        return None
+    return "is_amplify_history=True scales keys by their place among all tokens"
+
+
 def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str:
     return "Helios makes a video chunk after chunk"

@@ -6,7 +6,7 @@ layers are counted through both. The token refiner, which attends over the text 
 it is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.families import (
     ImageAttention,
     ImageBranch,
+    Preset,
     SelfAttention,
     encoded,
     image_sites,
     in_patches,
     in_stacks,
+    split_tokens,
     tap_joint_attention,
 )
 from gen_accel.plan import widest
@@ -49,6 +51,22 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 CAUSAL_VAE = False
 TRAINED_FRAMES = 129  # of the videos that the published model was trained on
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
+AUTOENCODER = "AutoencoderKLHunyuanVideo"
+_SMALL = 16  # channels of the tiny model
+TINY = {
+    "in_channels": _SMALL,
+    "out_channels": _SMALL,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+    "mlp_ratio": 2.0,
+    "text_embed_dim": 8,
+    "pooled_projection_dim": 8,
+    "rope_axes_dim": (4, 6, 6),
+}
+SPATIAL_FACTOR = 8
+PRESETS = {"HunyuanVideo": Preset("hunyuanvideo-community/HunyuanVideo")}
 TEXT_TOKENS = 256  # as the pipelines call it
 # Scale that guidance-distilled models are trained further at: 1 asks for the data as it is.
 _DISTILLED_GUIDANCE = 1.0
@@ -105,6 +123,23 @@ def text_lengths(
     return tuple(encoder_attention_mask.sum(1, dtype=torch.int).tolist())
 
 
+def context_parallel(transformer: Any) -> dict[str, Any]:
+    """The mask of the text's padding is of all tokens: the text stays whole in each process."""
+    split = split_tokens()
+    return {
+        "transformer_blocks.0": {"hidden_states": split["tokens"]},
+        "transformer_blocks.*": {"freqs_cis": split["rotary"]},
+        "single_transformer_blocks.*": {"image_rotary_emb": split["rotary"]},
+        "proj_out": split["gathered"],
+    }
+
+
+def no_context_parallel(transformer: Any) -> str | None:
+    if transformer.config.image_condition_type != "token_replace":
+        return None
+    return "image_condition_type='token_replace' treats the first tokens apart"
+
+
 @torch.no_grad()
 def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Latents scaled as the transformer takes them.
@@ -146,6 +181,14 @@ def encode_prompt(
         "encoder_hidden_states": states,
         "encoder_attention_mask": mask,
         "pooled_projections": pooled,
+    }
+
+
+def tiny_conditions(config: Any, tokens: int) -> dict[str, Tensor]:
+    return {
+        "encoder_hidden_states": torch.zeros(tokens, config.text_embed_dim),
+        "encoder_attention_mask": torch.ones(tokens, dtype=torch.int64),
+        "pooled_projections": torch.zeros(config.pooled_projection_dim),
     }
 
 
@@ -220,3 +263,40 @@ class _TemporalRotary(nn.Module):
             torch.cat([angles.cos().to(cos.dtype), cos[:, rest:]], 1),
             torch.cat([angles.sin().to(sin.dtype), sin[:, rest:]], 1),
         )
+
+
+def decode_parts(vae: Any) -> Callable[[Any, Tensor], Iterator[Tensor]] | None:
+    """The autoencoder decodes windows that overlap in time and blends them, unless that is
+    disabled. The same windows are decoded, and the part that no further window changes is handed
+    on."""
+    return _blended_windows if vae.use_framewise_decoding else None
+
+
+def _blended_windows(vae: Any, z: Tensor) -> Iterator[Tensor]:
+    """As `_temporal_tiled_decode`: each window is blended into the end of the one before."""
+    factor, frames = vae.temporal_compression_ratio, z.shape[2]
+    window = vae.tile_sample_min_num_frames // factor
+    stride = vae.tile_sample_stride_num_frames
+    overlap = vae.tile_sample_min_num_frames - stride
+    if frames <= window:
+        yield vae.decode(z, return_dict=False)[0]
+        return
+    rows = vae.tile_sample_min_height // vae.spatial_compression_ratio
+    columns = vae.tile_sample_min_width // vae.spatial_compression_ratio
+    tiled = vae.use_tiling and (z.shape[-1] > columns or z.shape[-2] > rows)
+    left, before = (frames - 1) * factor + 1, None
+    for i in range(0, frames, stride // factor):
+        part = z[:, :, i : i + window + 1]
+        if tiled:
+            pixels = vae.tiled_decode(part, return_dict=True).sample
+        else:
+            pixels = vae.decoder(vae.post_quant_conv(part))
+        if before is None:
+            done = pixels[:, :, : stride + 1]
+        else:
+            pixels = vae.blend_t(before, pixels[:, :, 1:], overlap)
+            done = pixels[:, :, :stride]
+        done, before = done[:, :, :left], pixels
+        left -= done.shape[2]
+        if done.shape[2]:
+            yield done

@@ -27,6 +27,7 @@ ORDER = "video, each frame by itself"
 KIND = "frames"
 GUIDANCE = "batched"
 NAMES_CALLS = False
+FRAMES_ARGUMENT = "video_length"
 FPS = 8
 TEMPORAL_FACTOR = 1  # frames in a latent frame
 

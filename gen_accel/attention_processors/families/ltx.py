@@ -125,6 +125,10 @@ def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str | None:
     return None
 
 
+def no_context_parallel(transformer: Any) -> str:
+    return "the mask of its text is made for all heads, while a process attends for some"
+
+
 def timestep(
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,

@@ -116,6 +116,9 @@ def no_frames(
     return None
 
 
+no_context_parallel = ltx.no_context_parallel
+
+
 def timestep(
     hidden_states: Tensor,
     audio_hidden_states: Tensor,

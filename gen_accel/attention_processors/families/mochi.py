@@ -27,6 +27,7 @@ ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "video, text"
 KIND = "video"
 FPS = 30
+LEAST_STEPS = 2  # its schedule divides by one less
 TIMESTEPS_RISE = True
 GUIDANCE = "batched"
 TEMPORAL_FACTOR = 6  # frames in a latent frame, all but the first

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gen_accel.attention_processors.families import wan
+from gen_accel.attention_processors.families import split_tokens, wan
 
 MODELS = "SkyReels-V2"
 CLASSES = ("SkyReelsV2Transformer3DModel",)
@@ -19,6 +19,7 @@ KIND = "video"
 FPS = 24
 TEMPORAL_FACTOR = wan.TEMPORAL_FACTOR
 LORA_TARGETS = wan.LORA_TARGETS
+AUTOENCODER = wan.AUTOENCODER
 GUIDANCE = wan.GUIDANCE
 
 self_attentions = wan.self_attentions
@@ -32,6 +33,21 @@ def no_frames(
     if not enable_diffusion_forcing:
         return None
     return "SkyReels-V2 makes a long video in parts where it runs with diffusion forcing"
+
+
+def context_parallel(transformer: Any) -> dict[str, Any]:
+    """In diffusion forcing each token has a timestep of its own, (B, 6, N, width) in the blocks.
+    What the model does after `norm_out` is not in a module, so that no input can be split there.
+    """
+    from diffusers.models._modeling_parallel import ContextParallelInput
+
+    split = split_tokens()
+    return {
+        "rope": wan._split_rotary(),
+        "blocks.0": {"hidden_states": split["tokens"]},
+        "blocks.*": {"temb": ContextParallelInput(split_dim=2, expected_dims=4)},
+        "norm_out": split["gathered"],
+    }
 
 
 def timestep(hidden_states: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -4,6 +4,7 @@ Tokens are the video's alone, in raster order; text and image are seen by cross-
 control blocks run over the same grid, of which its reference images are the first frames.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import (
     ImageAttention,
+    Preset,
     SelfAttention,
     encoded,
     image_sites,
     in_patches,
+    split_tokens,
 )
 from gen_accel.video import VideoShape
 
@@ -37,6 +40,40 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "feed_forward": ("ffn.net.0.proj", "ffn.net.2"),
 }
 CAUSAL_VAE = True  # the first latents of a long clip are the latents of its beginning
+AUTOENCODER = "AutoencoderKLWan"
+_SMALL = 16  # channels of the tiny model
+TINY = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": _SMALL,
+    "out_channels": _SMALL,
+    "text_dim": 8,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "rope_max_seq_len": 64,
+}
+SPATIAL_FACTOR = 8
+# Defaults of the class are those of 14B.
+PRESETS = {
+    "Wan2.1-T2V-1.3B": Preset(
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
+    ),
+    "Wan2.1-T2V-14B": Preset("Wan-AI/Wan2.1-T2V-14B-Diffusers"),
+    "Wan2.2-T2V-A14B": Preset("Wan-AI/Wan2.2-T2V-A14B-Diffusers"),
+    "Wan2.2-TI2V-5B": Preset(
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        {
+            "num_attention_heads": 24,
+            "num_layers": 30,
+            "ffn_dim": 14336,
+            "in_channels": 48,
+            "out_channels": 48,
+        },
+        spatial=16,
+    ),
+}
 TEXT_TOKENS = 512  # as the pipelines call it; `encode_prompt` on its own has another default
 
 
@@ -85,6 +122,27 @@ def timestep(hidden_states: Tensor, timestep: Tensor, *args: Any, **kwargs: Any)
     return timestep
 
 
+def context_parallel(transformer: Any) -> dict[str, Any] | None:
+    """VACE's: diffusers has one of Wan alone."""
+    if not hasattr(transformer, "vace_blocks"):
+        return None
+    split = split_tokens()
+    both = {"hidden_states": split["tokens"], "control_hidden_states": split["tokens"]}
+    return {
+        "rope": _split_rotary(),
+        "vace_blocks.0": both,
+        "blocks.0": {"hidden_states": split["tokens"]},
+        "proj_out": split["gathered"],
+    }
+
+
+def _split_rotary() -> dict[int, Any]:
+    """Cosines and sines (1, N, 1, dim), as they leave their module."""
+    from diffusers.models._modeling_parallel import ContextParallelInput
+
+    return {i: ContextParallelInput(1, expected_dims=4, split_output=True) for i in range(2)}
+
+
 @torch.no_grad()
 def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Latents of zero mean and unit variance a channel, as the transformer takes them.
@@ -129,6 +187,10 @@ def encode_prompt(
         device=next(pipe.text_encoder.parameters()).device,
     )
     return {"encoder_hidden_states": states}
+
+
+def tiny_conditions(config: Any, tokens: int) -> dict[str, Tensor]:
+    return {"encoder_hidden_states": torch.zeros(tokens, config.text_dim)}
 
 
 def predict(
@@ -186,3 +248,84 @@ def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
 def _temporal_dim(transformer: Any) -> int:
     dim = transformer.config.attention_head_dim
     return dim - 4 * (dim // 6)
+
+
+def decode_parts(vae: Any) -> Callable[[Any, Tensor], Iterator[Tensor]]:
+    """The autoencoder decodes one latent frame after the other with a cache of past features. The
+    same calls are made, with a cache that is kept outside the model. Spatial tiles, where they are
+    enabled, keep a cache each."""
+    return _frame_by_frame
+
+
+def _frame_by_frame(vae: Any, z: Tensor) -> Iterator[Tensor]:
+    height, width = z.shape[-2:]
+    factor = vae.spatial_compression_ratio
+    rows, columns = vae.tile_sample_min_height // factor, vae.tile_sample_min_width // factor
+    if vae.use_tiling and (width > columns or height > rows):
+        frames = _tiled(vae, z, rows, columns)
+    else:
+        decode, z = _WanFrames(vae), vae.post_quant_conv(z)
+        frames = (decode(frame) for frame in z.split(1, dim=2))
+    for pixels in frames:
+        yield _unpatchified(vae, pixels).clamp(-1.0, 1.0)
+
+
+class _WanFrames:
+    """The decoder with its cache of past features: one latent frame after the other."""
+
+    def __init__(self, vae: Any) -> None:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+        self.decoder = vae.decoder
+        convolutions = sum(isinstance(m, WanCausalConv3d) for m in self.decoder.modules())
+        self.cache: list[Any] = [None] * convolutions
+        self.first = True
+
+    def __call__(self, frame: Tensor) -> Tensor:
+        pixels = self.decoder(frame, feat_cache=self.cache, feat_idx=[0], first_chunk=self.first)
+        self.first = False
+        return pixels
+
+
+def _tiled(vae: Any, z: Tensor, rows: int, columns: int) -> Iterator[Tensor]:
+    """As `tiled_decode`, whose blending is of one frame at a time too.
+
+    Args:
+        rows, columns: of a tile, in latents.
+    """
+    factor, patch = vae.spatial_compression_ratio, vae.config.patch_size or 1
+    height, width = (n * factor // patch for n in z.shape[-2:])
+    across = range(0, z.shape[-2], vae.tile_sample_stride_height // factor)
+    along = range(0, z.shape[-1], vae.tile_sample_stride_width // factor)
+    stride_height = vae.tile_sample_stride_height // patch
+    stride_width = vae.tile_sample_stride_width // patch
+    if vae.config.patch_size is None:
+        overlap_height = vae.tile_sample_min_height - stride_height
+        overlap_width = vae.tile_sample_min_width - stride_width
+    else:
+        overlap_height = vae.tile_sample_min_height // patch - stride_height
+        overlap_width = vae.tile_sample_min_width // patch - stride_width
+    decoders = {(i, j): _WanFrames(vae) for i in across for j in along}
+    for frame in z.split(1, dim=2):
+        above: list[Tensor] = []
+        bands = []
+        for i in across:
+            row: list[Tensor] = []
+            for n, j in enumerate(along):
+                part = vae.post_quant_conv(frame[..., i : i + rows, j : j + columns])
+                tile = decoders[i, j](part)
+                if above:
+                    tile = vae.blend_v(above[n], tile, overlap_height)
+                if row:
+                    tile = vae.blend_h(row[-1], tile, overlap_width)
+                row.append(tile)
+            bands.append(torch.cat([t[..., :stride_height, :stride_width] for t in row], dim=-1))
+            above = row
+        yield torch.cat(bands, dim=3)[..., :height, :width]
+
+
+def _unpatchified(vae: Any, pixels: Tensor) -> Tensor:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+    size = vae.config.patch_size
+    return pixels if size is None else unpatchify(pixels, patch_size=size)

@@ -23,5 +23,9 @@ video_shape = wan.video_shape
 timestep = wan.timestep
 
 
+def no_context_parallel(transformer: Any) -> str:
+    return "its face adapters need all tokens of a frame"
+
+
 def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str:
     return "Wan 2.2 Animate makes a video in segments, each behind the image of the character"

@@ -10,6 +10,8 @@ from gen_accel.attention_processors import Dense
 from gen_accel.attention_processors.attached.attachment import SilentBranch
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.summary import Summary
+from gen_accel.attention_processors.attached.transformers import served_transformers
+from gen_accel.attention_processors.families import family_of
 from gen_accel.kernels import flex
 from gen_accel.measure import psnr, side_by_side, ssim, write_json, write_video
 from gen_accel.measure.environment import environment
@@ -199,7 +201,9 @@ def pair(result: Comparison) -> Any:
 def _warm_up_clip(pipe: Any, clip: Clip, method: Any) -> Clip:
     """A short one, unless `method` does not fit it, or which lengths are allowed is not known."""
     if not is_streamed(pipe):
-        few = None if clip.steps is None else min(clip.steps, 2)  # Mochi's schedule takes no fewer
+        module = next(iter(served_transformers(pipe).values()))
+        least = family_of(getattr(module, "_orig_mod", module)).LEAST_STEPS
+        few = None if clip.steps is None else min(clip.steps, least)
         return replace(clip, steps=few)
     assert clip.frames is not None
     short = replace(clip, frames=min(clip.frames, WARM_UP_FRAMES), steps=1)

@@ -4,11 +4,7 @@
 each part is handed on as uint8 as soon as it is decoded, so that memory does not grow with the
 number of frames beyond the latents. The pixels are those of `vae.decode`, bit for bit:
 
-- `AutoencoderKLWan` decodes one latent frame after the other with a cache of past features. The
-  same calls are made, with a cache that is kept outside the model. Spatial tiles, where they are
-  enabled, keep a cache each.
-- `AutoencoderKLHunyuanVideo` decodes windows that overlap in time and blends them, unless that is
-  disabled. The same windows are decoded, and the part that no further window changes is handed on.
+- `AutoencoderKLWan` and `AutoencoderKLHunyuanVideo` by `decode_parts` of their families.
 - Any other autoencoder is decoded whole, which warns with `DecodedWhole`.
 """
 
@@ -23,17 +19,9 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.attached.transformers import served_transformers
-from gen_accel.attention_processors.families import served_classes
+from gen_accel.attention_processors.families import FAMILIES, family_named, served_classes
 from gen_accel.files import check_folder, replacing
 
-# Families whose pipelines give latents as `decode_stream` takes them, with the autoencoder that
-# they then decode by.
-STREAMED = {
-    "wan": "AutoencoderKLWan",
-    "skyreels": "AutoencoderKLWan",
-    "anyflow": "AutoencoderKLWan",
-    "hunyuan_video": "AutoencoderKLHunyuanVideo",
-}
 LATENTS = ".safetensors"
 FRAMES_AT_ONCE = 16  # that become uint8 together where a clip is decoded whole
 ABOUT = "gen_accel"  # the key of a latents file's metadata
@@ -53,17 +41,23 @@ def is_streamed(pipe: Any) -> bool:
     return any(streams(kind.__name__, type(pipe.vae).__name__) for kind in kinds)
 
 
+def streamed_families() -> list[str]:
+    """Those whose pipelines give latents as `decode_stream` takes them."""
+    return [name for name in FAMILIES if family_named(name).AUTOENCODER is not None]
+
+
 def streams(transformer: str | None, autoencoder: str | None) -> bool:
     """`is_streamed` by the names of the classes."""
     family = served_classes().get(transformer or "")
-    return family in STREAMED and STREAMED[family] == autoencoder
+    return family in streamed_families() and autoencoder == family_named(family).AUTOENCODER
 
 
 def check_streamed(transformer: str | None, autoencoder: str | None) -> None:
     """Raises ValueError for classes of which `decode_stream` can make nothing of the latents."""
     if not streams(transformer, autoencoder):
+        known = ", ".join(streamed_families())
         raise ValueError(
-            f"latents can be kept of {', '.join(STREAMED)} alone, as pipelines of others decode "
+            f"latents can be kept of {known} alone, as pipelines of others decode "
             f"theirs in ways of their own, got {transformer} with {autoencoder}; generate the "
             "video without keeping latents"
         )
@@ -191,122 +185,22 @@ def unscaled(vae: Any, latents: Tensor, device: torch.device) -> Tensor:
 
 
 def _parts(vae: Any) -> Parts:
-    from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
-
-    if isinstance(vae, AutoencoderKLWan):
-        return _wan
-    if isinstance(vae, AutoencoderKLHunyuanVideo) and vae.use_framewise_decoding:
-        return _hunyuan_video
+    """How the family that has this autoencoder decodes it in parts; whole, with a warning, where
+    none does, or not as it is set."""
+    kinds = [kind.__name__ for kind in type(vae).__mro__]
+    for name in FAMILIES:
+        family = family_named(name)
+        if family.AUTOENCODER in kinds and family.decode_parts is not None:
+            decode = family.decode_parts(vae)
+            if decode is not None:
+                return decode
+            break
     warnings.warn(
         f"{type(vae).__name__} is decoded whole, which takes memory for all frames at once",
         DecodedWhole,
         stacklevel=3,
     )
     return _whole
-
-
-def _wan(vae: Any, z: Tensor) -> Iterator[Tensor]:
-    height, width = z.shape[-2:]
-    factor = vae.spatial_compression_ratio
-    rows, columns = vae.tile_sample_min_height // factor, vae.tile_sample_min_width // factor
-    if vae.use_tiling and (width > columns or height > rows):
-        frames = _wan_tiled(vae, z, rows, columns)
-    else:
-        decode, z = _WanFrames(vae), vae.post_quant_conv(z)
-        frames = (decode(frame) for frame in z.split(1, dim=2))
-    for pixels in frames:
-        yield _unpatchified(vae, pixels).clamp(-1.0, 1.0)
-
-
-class _WanFrames:
-    """The decoder with its cache of past features: one latent frame after the other."""
-
-    def __init__(self, vae: Any) -> None:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-
-        self.decoder = vae.decoder
-        convolutions = sum(isinstance(m, WanCausalConv3d) for m in self.decoder.modules())
-        self.cache: list[Any] = [None] * convolutions
-        self.first = True
-
-    def __call__(self, frame: Tensor) -> Tensor:
-        pixels = self.decoder(frame, feat_cache=self.cache, feat_idx=[0], first_chunk=self.first)
-        self.first = False
-        return pixels
-
-
-def _wan_tiled(vae: Any, z: Tensor, rows: int, columns: int) -> Iterator[Tensor]:
-    """As `tiled_decode`, whose blending is of one frame at a time too.
-
-    Args:
-        rows, columns: of a tile, in latents.
-    """
-    factor, patch = vae.spatial_compression_ratio, vae.config.patch_size or 1
-    height, width = (n * factor // patch for n in z.shape[-2:])
-    across = range(0, z.shape[-2], vae.tile_sample_stride_height // factor)
-    along = range(0, z.shape[-1], vae.tile_sample_stride_width // factor)
-    stride_height = vae.tile_sample_stride_height // patch
-    stride_width = vae.tile_sample_stride_width // patch
-    if vae.config.patch_size is None:
-        overlap_height = vae.tile_sample_min_height - stride_height
-        overlap_width = vae.tile_sample_min_width - stride_width
-    else:
-        overlap_height = vae.tile_sample_min_height // patch - stride_height
-        overlap_width = vae.tile_sample_min_width // patch - stride_width
-    decoders = {(i, j): _WanFrames(vae) for i in across for j in along}
-    for frame in z.split(1, dim=2):
-        above: list[Tensor] = []
-        bands = []
-        for i in across:
-            row: list[Tensor] = []
-            for n, j in enumerate(along):
-                part = vae.post_quant_conv(frame[..., i : i + rows, j : j + columns])
-                tile = decoders[i, j](part)
-                if above:
-                    tile = vae.blend_v(above[n], tile, overlap_height)
-                if row:
-                    tile = vae.blend_h(row[-1], tile, overlap_width)
-                row.append(tile)
-            bands.append(torch.cat([t[..., :stride_height, :stride_width] for t in row], dim=-1))
-            above = row
-        yield torch.cat(bands, dim=3)[..., :height, :width]
-
-
-def _unpatchified(vae: Any, pixels: Tensor) -> Tensor:
-    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-
-    size = vae.config.patch_size
-    return pixels if size is None else unpatchify(pixels, patch_size=size)
-
-
-def _hunyuan_video(vae: Any, z: Tensor) -> Iterator[Tensor]:
-    """As `_temporal_tiled_decode`: each window is blended into the end of the one before."""
-    factor, frames = vae.temporal_compression_ratio, z.shape[2]
-    window = vae.tile_sample_min_num_frames // factor
-    stride = vae.tile_sample_stride_num_frames
-    overlap = vae.tile_sample_min_num_frames - stride
-    if frames <= window:
-        yield vae.decode(z, return_dict=False)[0]
-        return
-    rows = vae.tile_sample_min_height // vae.spatial_compression_ratio
-    columns = vae.tile_sample_min_width // vae.spatial_compression_ratio
-    tiled = vae.use_tiling and (z.shape[-1] > columns or z.shape[-2] > rows)
-    left, before = (frames - 1) * factor + 1, None
-    for i in range(0, frames, stride // factor):
-        part = z[:, :, i : i + window + 1]
-        if tiled:
-            pixels = vae.tiled_decode(part, return_dict=True).sample
-        else:
-            pixels = vae.decoder(vae.post_quant_conv(part))
-        if before is None:
-            done = pixels[:, :, : stride + 1]
-        else:
-            pixels = vae.blend_t(before, pixels[:, :, 1:], overlap)
-            done = pixels[:, :, :stride]
-        done, before = done[:, :, :left], pixels
-        left -= done.shape[2]
-        if done.shape[2]:
-            yield done
 
 
 def _whole(vae: Any, z: Tensor) -> Iterator[Tensor]:

@@ -103,7 +103,8 @@ def generate(
     All that can be refused is refused before the first step. Progress goes to stderr. Frames go
     to the file as they are decoded: memory does not grow with their number, see `decode_stream`,
     but with `compare`, which holds both videos. Pipelines of other families than those of
-    `decode.STREAMED` check frames and sizes when they are called, and decode by themselves.
+    `decode.streamed_families` check frames and sizes when they are called, and decode by
+    themselves.
 
     Under `accelerate launch` the processes share several prompts out among them, each on a device
     of its own; a prompt's seed and files do not depend on how many there are. Beside each of

@@ -17,7 +17,7 @@ from gen_accel.extras import needed_for
 from gen_accel.pipelines.generation.decode import (
     check_streamed,
 )
-from gen_accel.pipelines.generation.sampling import _frames_argument, _parameters
+from gen_accel.pipelines.generation.sampling import _family, _frames_argument, _parameters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -110,8 +110,8 @@ def load(model: str | Path, loading: Loading | None = None) -> Any:
     if _frames_argument(pipe) not in _parameters(pipe):
         kind = type(pipe).__name__
         raise ValueError(f"{kind} makes no video from a prompt alone: it takes no num_frames")
-    if type(pipe.vae).__name__ == "AutoencoderKLAllegro":
-        pipe.vae.enable_tiling()  # without, diffusers cannot decode with it
+    if _family(pipe).TILED_VAE:
+        pipe.vae.enable_tiling()
     _add_loras(pipe, loras)
     _place(pipe, loading.offload, device)
     return pipe

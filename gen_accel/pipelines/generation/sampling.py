@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.attached.transformers import served_transformers
-from gen_accel.attention_processors.families import family_of
+from gen_accel.attention_processors.families import Family, family_of
+from gen_accel.attention_processors.lengths import patch_of, vae_factor
 from gen_accel.extras import needed_for
 from gen_accel.pipelines.generation.decode import (
     as_uint8,
@@ -134,11 +135,7 @@ def token_grid(pipe: Any, clip: Clip) -> VideoShape:
     assert frames is not None
     assert height is not None
     assert width is not None
-    module = _transformer(pipe)
-    patch = getattr(module.config, "patch_size", 1)
-    patch_t = getattr(module.config, "patch_size_t", None) or 1
-    if isinstance(patch, int):
-        patch = (patch_t, patch, patch)
+    patch = patch_of(_transformer(pipe).config)
     temporal, spatial = _vae_factor(pipe, "temporal"), _vae_factor(pipe, "spatial")
     wrong = []
     if (frames - 1) % temporal:
@@ -325,8 +322,7 @@ def _arguments(pipe: Any) -> dict[str, str]:
 
 
 def _frames_argument(pipe: Any) -> str:
-    """Latte has a name of its own."""
-    return "video_length" if "video_length" in _parameters(pipe) else _ARGUMENTS["frames"]
+    return _family(pipe).FRAMES_ARGUMENT
 
 
 def _rate_argument(pipe: Any) -> str | None:
@@ -348,9 +344,12 @@ def _frame_rate(pipe: Any, given: float | None) -> float:
 
 
 def _published_rate(pipe: Any) -> float:
+    return _family(pipe).fps(_transformer(pipe))
+
+
+def _family(pipe: Any) -> Family:
     module = _transformer(pipe)
-    module = getattr(module, "_orig_mod", module)
-    return family_of(module).fps(module)
+    return family_of(getattr(module, "_orig_mod", module))
 
 
 def _transformer(pipe: Any) -> Any:
@@ -365,11 +364,10 @@ def _parameters(pipe: Any) -> dict[str, inspect.Parameter]:
 
 
 def _vae_factor(pipe: Any, axis: str) -> int:
-    """How much smaller latents are; the pipelines have three names for it."""
-    for name in ("vae_scale_factor_{}", "vae_{}_compression_ratio", "vae_{}_scale_factor"):
-        if hasattr(pipe, name.format(axis)):
-            return getattr(pipe, name.format(axis))
-    raise ValueError(f"{type(pipe).__name__} does not say how its autoencoder scales")
+    factor = vae_factor(pipe, axis)
+    if factor is None:
+        raise ValueError(f"{type(pipe).__name__} does not say how its autoencoder scales")
+    return factor
 
 
 def _nearest(size: int, step: int, least: int) -> str:

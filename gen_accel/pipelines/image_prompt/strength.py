@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gen_accel.attention_processors.lengths import vae_factor
 from gen_accel.video import VideoShape
 
 # Of SDXL's UNet. Wang et al., "InstantStyle", 2024, https://arxiv.org/abs/2404.02733.
@@ -347,16 +348,9 @@ def token_weights(
 
 
 # temporal factor of a pipeline's autoencoder, by what pipelines call it
-_FACTORS = (
-    "vae_scale_factor_temporal",
-    "vae_temporal_scale_factor",
-    "vae_temporal_compression_ratio",
-)
 
 
 def temporal_factor(pipe: Any, family: Any) -> int | None:
     """Pixel frames in a latent frame; None where there are none, or only the pipeline knows."""
-    for name in _FACTORS:
-        if getattr(pipe, name, None) is not None:
-            return getattr(pipe, name)
-    return family.TEMPORAL_FACTOR
+    factor = vae_factor(pipe, "temporal")
+    return family.TEMPORAL_FACTOR if factor is None else factor

@@ -16,7 +16,7 @@ from torch import nn
 from gen_accel.attention_processors.attached.recipe import CONFIG
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.families import family_for, family_of
-from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
+from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factor
 from gen_accel.pipelines.long_video.continuation import Continuation
 from gen_accel.pipelines.long_video.position_interpolation import PositionInterpolation
 from gen_accel.pipelines.long_video.riflex import Riflex
@@ -231,7 +231,7 @@ def _target(pipe_or_transformer: Any, num_frames: int, trained_frames: int | Non
     name, transformer = next(iter(transformers.items()))
     if trained_frames is None:
         trained_frames = known_trained_frames(transformer)
-    factor = getattr(pipe, "vae_scale_factor_temporal", families[name].TEMPORAL_FACTOR)
+    factor = vae_factor(pipe, "temporal") or families[name].TEMPORAL_FACTOR
     patch = temporal_patch(transformer)
     return Target(
         pipe,

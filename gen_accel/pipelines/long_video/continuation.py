@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gen_accel.attention_processors.attached.extend import one_generation
 from gen_accel.attention_processors.lengths import latent_frames
-from gen_accel.pipelines.generation.decode import STREAMED, is_streamed, unscaled
+from gen_accel.pipelines.generation.decode import is_streamed, streamed_families, unscaled
 from gen_accel.pipelines.long_video.technique import Target
 
 NEEDED = ("latents", "num_frames", "output_type", "callback_on_step_end")
@@ -83,8 +83,9 @@ class Continuation:
                 "on part by part itself: give it num_frames and overlap_history"
             )
         if not is_streamed(pipe):
+            known = ", ".join(streamed_families())
             raise ValueError(
-                f"continuation joins latents of {', '.join(STREAMED)} alone, as pipelines of "
+                f"continuation joins latents of {known} alone, as pipelines of "
                 f"others pack or scale theirs in ways of their own, got {kind}"
             )
         self._sizes(target)
