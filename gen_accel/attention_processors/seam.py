@@ -59,6 +59,9 @@ class Parallel(NamedTuple):
     alone: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
+# The processor that runs and its call to (B, N, H, D), in a graph.
+Traced = Callable[[Any, Call], Tensor]
+
 # The call and what it gave, (B, N, H, D), to what it is to give.
 Tap = Callable[[Call, Tensor], Tensor]
 
@@ -78,10 +81,17 @@ class BoundProcessor:
         alike: processors that have this in common share graphs of torch.compile, and with None,
             none does. To the compiler, code that is bound anew is what it was: all that it tells
             apart is the class, and what a processor holds.
+        traced: in the place of `attend` in a graph, where the processor that runs comes first.
+            That of the first processor serves all that share its graph.
     """
 
     def __init__(
-        self, stock: Any, name: str, attend: Callable[[Call], Tensor], alike: Hashable = None
+        self,
+        stock: Any,
+        name: str,
+        attend: Callable[[Call], Tensor],
+        alike: Hashable = None,
+        traced: "Traced | None" = None,
     ) -> None:
         if isinstance(stock, nn.Module):
             raise ValueError(
@@ -105,13 +115,10 @@ class BoundProcessor:
         key = (kind, type(stock), name, alike)
         found = None if alike is None else _classes.get(key)
         if found is None:
-            found = _class(kind, type(stock), name, attend)
+            found = _class(kind, type(stock), name, traced or _without_processor(attend))
             if alike is not None:
                 _classes[key] = found
         self.__class__ = found
-
-    def enter(self) -> None:
-        """Before each call: what of this layer a graph that others share is to read."""
 
     def _copy_taps(self, source: "BoundProcessor", memo: dict) -> None:
         """Callable objects and what `functools.partial` holds are copied; plain functions, which
@@ -143,6 +150,11 @@ class SparseProcessor(BoundProcessor):
     Args:
         owner: the handle that puts this on a model.
         alike: among the processors of this owner.
+        layer: what the owner knows of the attention that this is on.
+
+    Attributes:
+        place: (1,) int64 on the CPU, by which `processor_at` finds this one. To a graph it is
+            data, where an attribute of Python would be a constant.
     """
 
     def __init__(
@@ -152,10 +164,15 @@ class SparseProcessor(BoundProcessor):
         attend: Callable[[Call], Tensor],
         owner: Any,
         alike: Hashable = None,
+        traced: Traced | None = None,
+        layer: Any = None,
     ) -> None:
         shared = None if alike is None else (id(owner), alike)
-        BoundProcessor.__init__(self, stock, name, attend, shared)
-        self.owner, self._alike = owner, alike
+        BoundProcessor.__init__(self, stock, name, attend, shared, traced)
+        self.owner, self.layer, self._alike, self._traced = owner, layer, alike, traced
+        with torch.inference_mode(False):
+            self.place = torch.tensor([id(self)])
+        _placed[id(self)] = self
 
     def end(self) -> None:
         """Once it is detached, the model's own attention alone, wherever it is put."""
@@ -165,8 +182,10 @@ class SparseProcessor(BoundProcessor):
         """Bound to the copy of its owner: a function by itself is never copied."""
         twin = memo[id(self)] = object.__new__(type(self))
         stock, attend = deepcopy(self.stock, memo), deepcopy(self._attend, memo)
-        owner = deepcopy(self.owner, memo)
-        SparseProcessor.__init__(twin, stock, self.name, attend, owner, self._alike)
+        owner, layer = deepcopy(self.owner, memo), deepcopy(self.layer, memo)
+        traced = deepcopy(self._traced, memo)
+        own = owner, self._alike, traced, layer
+        SparseProcessor.__init__(twin, stock, self.name, attend, *own)
         twin._copy_taps(self, memo)
         return twin
 
@@ -176,7 +195,7 @@ class TrainableProcessor(SparseProcessor, nn.Module):
     are in `transformer.parameters()` and `state_dict()`, and go where `.to()` sends them.
 
     Args:
-        branch: holds the parameters; `attend` finds it in `owner.branch`.
+        branch: holds the parameters.
     """
 
     def __init__(
@@ -187,20 +206,21 @@ class TrainableProcessor(SparseProcessor, nn.Module):
         owner: Any,
         branch: nn.Module,
         alike: Hashable = None,
+        traced: Traced | None = None,
+        layer: Any = None,
     ) -> None:
         nn.Module.__init__(self)
-        SparseProcessor.__init__(self, stock, name, attend, owner, alike)
+        SparseProcessor.__init__(self, stock, name, attend, owner, alike, traced, layer)
         self.branch = branch
-
-    def enter(self) -> None:
-        self.owner.branch = self.branch
 
     def __deepcopy__(self, memo: dict) -> "TrainableProcessor":
         twin = memo[id(self)] = object.__new__(type(self))
         nn.Module.__init__(twin)
         stock, attend = deepcopy(self.stock, memo), deepcopy(self._attend, memo)
         owner, branch = deepcopy(self.owner, memo), deepcopy(self.branch, memo)
-        TrainableProcessor.__init__(twin, stock, self.name, attend, owner, branch, self._alike)
+        traced, layer = deepcopy(self._traced, memo), deepcopy(self.layer, memo)
+        own = owner, branch, self._alike, traced, layer
+        TrainableProcessor.__init__(twin, stock, self.name, attend, *own)
         twin._copy_taps(self, memo)
         return twin
 
@@ -329,23 +349,35 @@ class _Run:
         self.tokens = self.number = 0
 
 
+# By the address that is their place.
+_placed: WeakValueDictionary[int, SparseProcessor] = WeakValueDictionary()
+
+
+def processor_at(place: Tensor) -> SparseProcessor:
+    """The processor with this `place`."""
+    return _placed[int(place)]
+
+
+def _without_processor(attend: Callable[[Call], Tensor]) -> Traced:
+    return lambda processor, call: attend(call)
+
+
 # Those that processors which are alike have in common, as long as there are some of them.
 _classes: WeakValueDictionary[tuple, type] = WeakValueDictionary()
 
 
-def _class(kind: type, stock: type, name: str, attend: Callable[[Call], Tensor]) -> type:
+def _class(kind: type, stock: type, name: str, traced: Traced) -> type:
     """`kind` with the code of a stock processor bound to ours, and its signature, by which
     diffusers' `Attention` decides which of its arguments to pass on.
 
     Args:
-        attend: of the first processor; graphs of torch.compile, which all of the class share, are
+        traced: of the first processor; graphs of torch.compile, which all of the class share, are
             made with it.
     """
     run = _Run()
-    function = _bound(stock.__call__, name, attend, run)
+    function = _bound(stock.__call__, name, traced, run)
 
     def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
-        self.enter()
         first = args[0] if args else kwargs["hidden_states"]
         run.processor, run.tokens, run.number = self, first.shape[1], 0
         result = function(self.stock, attn, *args, **kwargs)
@@ -368,18 +400,18 @@ def _made_anew(self: Any) -> None:
     )
 
 
-def _bound(stock: Any, name: str, attend: Callable[[Call], Tensor], run: _Run) -> Callable:
+def _bound(stock: Any, name: str, traced: Traced, run: _Run) -> Callable:
     """A function with one name of its globals bound anew."""
     namespace = dict(stock.__globals__)
     first, _, attribute = name.partition(".")
     if attribute:
         module = types.ModuleType(namespace[first].__name__)
         vars(module).update(vars(namespace[first]))
-        call = _bind(getattr(module, attribute), attend, run, heads_first=True)
+        call = _bind(getattr(module, attribute), traced, run, heads_first=True)
         setattr(module, attribute, call)
         namespace[first] = module
     else:
-        namespace[first] = _bind(namespace[first], attend, run)
+        namespace[first] = _bind(namespace[first], traced, run)
     # By its name, torch.compile would look the attention call up in the module itself.
     del namespace["__name__"]
     function = types.FunctionType(
@@ -402,7 +434,7 @@ def _copied(code: types.CodeType) -> types.CodeType:
 
 def _bind(
     stock_call: Callable,
-    attend: Callable[[Call], Tensor],
+    traced: Traced,
     run: _Run,
     *,
     heads_first: bool = False,
@@ -460,7 +492,10 @@ def _bind(
             *(q, k, v, value_or_default, stock, refused, attn_mask, run.tokens, number, parallel)
         )
         # What a processor holds, torch.compile guards, so that layers would not share a graph.
-        out = attend(call) if torch.compiler.is_compiling() else run.processor._attend(call)
+        if torch.compiler.is_compiling():
+            out = traced(run.processor, call)
+        else:
+            out = run.processor._attend(call)
         for tap in run.processor.taps:
             out = tap(call, out)
         return out.transpose(1, 2) if heads_first else out

@@ -1,6 +1,6 @@
 """Which grid, and which denoising step, a transformer call belongs to."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -118,48 +118,3 @@ def _place(scheduler: Any, timestep: Tensor) -> int:
     timesteps = scheduler.timesteps
     found = (timesteps == timestep.max().to(timesteps.device)).nonzero()
     return int(found[0]) if len(found) else 0
-
-
-class Readers(NamedTuple):
-    """What a family reads from the arguments of a forward pass. A module cannot be copied with a
-    model; its functions can."""
-
-    video_shape: Callable
-    timestep: Callable
-    rising: bool
-    mask_of_pairs: bool
-    before: Callable | None
-    text_lengths: Callable | None
-
-    @classmethod
-    def of(cls, family: Any) -> "Readers":
-        return cls(
-            family.video_shape,
-            family.timestep,
-            getattr(family, "TIMESTEPS_RISE", False),
-            getattr(family, "MASK_OF_PAIRS", False),
-            getattr(family, "before", None),
-            getattr(family, "text_lengths", None),
-        )
-
-
-class Pass(NamedTuple):
-    """A forward pass, as its layers have to know it.
-
-    Args:
-        dense_step: why its step is dense.
-        refusal: of its grid.
-    """
-
-    moment: Moment
-    dense_step: str | None
-    refusal: ValueError | None
-
-
-def tensors_of(output: Any) -> Iterator[Tensor]:
-    """In what a model returns: a tensor, or such in lists, tuples and dicts."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, (list, tuple, dict)):
-        for part in output.values() if isinstance(output, dict) else output:
-            yield from tensors_of(part)

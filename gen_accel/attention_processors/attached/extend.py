@@ -7,8 +7,7 @@ from typing import Any
 from torch import nn
 
 from gen_accel.attention_processors.attached.attachment import Attachment, put_on
-from gen_accel.attention_processors.attached.extension import AttentionExtension
-from gen_accel.attention_processors.attached.layer import no_graph
+from gen_accel.attention_processors.attached.extension import AttentionExtension, no_graph
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.methods.full import Full

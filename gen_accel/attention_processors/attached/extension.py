@@ -1,7 +1,8 @@
 """What a technique for longer video changes in attention."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -32,3 +33,39 @@ class AttentionExtension:
     adjust: Adjust | None = None
     around: Around | None = None
     needs_step: bool = False
+
+
+def active(
+    extensions: Sequence[AttentionExtension], video: VideoShape
+) -> list[AttentionExtension]:
+    """The extensions that change something on a grid."""
+    return [one for one in extensions if video.frames > one.trained]
+
+
+def adjusted(
+    plan: Plan,
+    extensions: Sequence[AttentionExtension],
+    video: VideoShape,
+    step: int,
+    steps: int | None,
+) -> Plan:
+    """A plan as all active extensions leave it, one after the other."""
+    for extension in active(extensions, video):
+        if extension.adjust is not None:
+            plan = extension.adjust(plan, video, step, steps)
+    return plan
+
+
+def around(
+    attend: Callable[..., Tensor], extensions: Sequence[AttentionExtension], video: VideoShape
+) -> Callable[..., Tensor]:
+    """`attend(q, k, v, video)` with all active extensions around it, the last one outermost."""
+    for extension in active(extensions, video):
+        if extension.around is not None:
+            attend = partial(extension.around, attend)
+    return attend
+
+
+def no_graph(extension: AttentionExtension) -> str:
+    """Why an extension with `needs_step` does not go with torch.compile."""
+    return f"{extension.name} differs from step to step, which a graph of torch.compile cannot"

@@ -1,31 +1,34 @@
-"""One attention call of a layer that a method was attached to."""
+"""One attention call of a layer that a method was attached to.
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+`attend` decides what runs: the model's own attention, or the method's, by `computed`.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.attached.extension import AttentionExtension
-from gen_accel.attention_processors.seam import (
-    Call,
+from gen_accel import kernels
+from gen_accel.attention_processors import context_parallel
+from gen_accel.attention_processors.attached.extension import (
+    AttentionExtension,
+    active,
+    adjusted,
+    around,
 )
-from gen_accel.attention_processors.tokens import Tokens
+from gen_accel.attention_processors.attached.forward_pass import ForwardPass
+from gen_accel.attention_processors.attached.schedule import Schedule
+from gen_accel.attention_processors.attached.summary import Record
+from gen_accel.attention_processors.methods.full import Full
+from gen_accel.attention_processors.seam import Call
+from gen_accel.attention_processors.tokens import Samples, Tokens, by_text
+from gen_accel.kernels.self_check import check_rows
+from gen_accel.method import parts_of, within
+from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
-
-
-def no_graph(extension: AttentionExtension) -> str:
-    return f"{extension.name} differs from step to step, which a graph of torch.compile cannot"
-
-
-def on_device(branch: nn.Module, device: torch.device) -> nn.Module:
-    """Offloading moves the parameters that it found on a model: those of a branch that came later
-    are moved here. Those that it holds elsewhere it brings itself."""
-    return branch if is_offloaded(branch) else branch.to(device)
-
-
-def is_offloaded(branch: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in branch.parameters())
 
 
 class Layer(NamedTuple):
@@ -35,43 +38,257 @@ class Layer(NamedTuple):
         name: for reports.
         number: of its block.
         branch: the method's parameters in this layer.
-        tokens: see `SelfAttention`.
+        tokens, call: see `SelfAttention`.
+        text_split: whether context parallelism splits the text by itself; asked at its calls.
     """
 
     name: str
     number: int
     method: Any
     branch: Any
-    tokens: Callable[[Tokens, Call], Tokens | None] | None = None
+    tokens: Callable[[Tokens, Call], Tokens] | None = None
+    call: int | None = None
+    text_split: Callable[[], bool] = bool
 
+    def passes_by(self, call: Call) -> bool:
+        """Whether a call is one that the processor makes beside that over the grid."""
+        return self.call is not None and self.call != call.number
 
-def check_tokens(layer: Layer, call: Call, tokens: Tokens) -> None:
-    q, k, video = call.q.shape[1], call.k.shape[1], tokens.video
-    if k != video.tokens or q not in (k, k - tokens.before, video.video_tokens):
+    def refuse(self, call: Call) -> None:
+        """Raises ValueError for arguments that only the model's own attention takes."""
         raise ValueError(
-            f"attention of {layer.name} runs over {k} tokens, the latents make {video}: a size "
-            "that the model's patches do not divide, or a model that this family does not describe"
+            f"sparse attention does not take {', '.join(call.refused)} of {self.name}; "
+            "attach Dense() or detach for this model"
         )
+
+    def tokens_of(self, tokens: Tokens | None, call: Call) -> Tokens | None:
+        """Where the grid lies in a call; None where the grid of the model, `tokens`, is not
+        known."""
+        if tokens is None or self.tokens is None:
+            return tokens
+        return self.tokens(tokens, call)
 
 
 # layer, q, k, v and the dense output (B, H, N, D), the grid, and what runs a plan on q, k, v
 Observer = Callable[[Layer, Tensor, Tensor, Tensor, Tensor, VideoShape, Callable], None]
 
 
-@torch.compiler.disable(
-    reason="the mask of a text is not known in a graph; use the model uncompiled"
-)
-def refuse_mask(layer: str) -> None:
-    """Outside of the graph, which would swallow the error."""
-    raise ValueError(
-        f"the mask of a text is not known in a graph, that of {layer}; use the model uncompiled, "
-        "or texts that need no padding"
-    )
+class Handle(Protocol):
+    """What the calls of all layers read of the handle that put them on, and write there.
+
+    Attributes:
+        observe: sees dense attention beside what the method needs, to fit its parameters.
+        is_paused: nothing of ours runs.
+        records: by layer and step.
+        checked: what the self-check has seen.
+    """
+
+    schedule: Schedule
+    kernel: str
+    timed: bool
+    self_check: bool | None
+    extensions: tuple[AttentionExtension, ...]
+    observe: Observer | None
+    is_paused: bool
+    passing: ForwardPass
+    records: dict[tuple[str, int], Record]
+    checked: set[tuple]
 
 
-@torch.compiler.disable(
-    reason="a technique for longer video that differs from step to step cannot be in a graph"
-)
-def refuse_graph(extension: AttentionExtension) -> None:
-    """Outside of the graph, which would swallow the error."""
-    raise ValueError(no_graph(extension) + "; use the model uncompiled")
+def attend(handle: Handle, layer: Layer, call: Call) -> Tensor:
+    """(B, N, H, D) of one call, by the model's own attention or by the method."""
+    if handle.is_paused or layer.passes_by(call):
+        return call.stock()
+    why, passing = why_dense(handle, layer), handle.passing
+    if passing.refusal is not None and (why is None or handle.extensions):
+        raise passing.refusal
+    tokens = layer.tokens_of(passing.clock.tokens, call)
+    if tokens is None:  # dense, at a grid that is not known
+        return call.stock()
+    extended = bool(active(handle.extensions, tokens.video))
+    own = why is not None and not extended
+    if call.parallel is not None and not (own and context_parallel.stock_is_right(call, tokens)):
+        return over_processes(handle, layer, call, tokens, partial(attend, handle, layer))
+    key = (layer.name, passing.clock.step)
+    record = handle.records.get(key) or Record()
+    start = _now(call.q) if handle.timed else None
+    if own:
+        out = call.stock()
+        record.add(context_parallel.counted_shape(call), why=why)
+    elif handle.observe is not None:
+        out = _observed(handle, handle.observe, layer, call, tokens)
+        record.add(call.q.shape, why="observed")
+    else:
+        out = computed(handle, layer, call, tokens, why=why, record=record)
+    if start is not None:
+        record.seconds = (record.seconds or 0.0) + _now(call.q) - start
+    handle.records[key] = record  # not before the call has succeeded
+    return out
+
+
+def why_dense(handle: Handle, layer: Layer) -> str | None:
+    """Why a layer is dense at the step under way; None where its method runs."""
+    if parts_of(layer.method).is_dense or isinstance(layer.method, Full):
+        return "method is dense"
+    return handle.schedule.why_layer(layer.number) or handle.passing.dense_step
+
+
+def over_processes(
+    handle: Handle,
+    layer: Layer,
+    call: Call,
+    tokens: Tokens,
+    attend: Callable[[Call], Tensor],
+) -> Tensor:
+    """`attend` on all tokens and this process's heads, in context parallelism."""
+    if handle.observe is not None:
+        raise ValueError(
+            "each process of context parallelism sees some heads alone, which nothing can be "
+            "fitted to; calibrate before enable_parallelism"
+        )
+    method = layer.method if why_dense(handle, layer) is None else None
+    options = {"method": method, "text_split": layer.text_split()}
+    return context_parallel.exchanged(call, tokens, attend, **options)
+
+
+def computed(
+    handle: Handle,
+    layer: Layer,
+    call: Call,
+    tokens: Tokens,
+    *,
+    why: str | None = None,
+    record: Record | None = None,
+) -> Tensor:
+    """(B, N, H, D) of the method, by a kernel.
+
+    Args:
+        why: the call is dense, and runs as full attention through a plan, so that techniques for
+            longer video hold in it too.
+        record: counts what ran.
+    """
+    check(layer, call, tokens)
+    if why is not None:
+        layer = layer._replace(method=Full(), branch=None)
+    trained = {}
+    if layer.branch is not None:
+        branch = on_device(layer.branch, call.q.device)
+        trained["branch"] = context_parallel.of_heads(branch, call.heads)
+    clock, extensions = handle.passing.clock, handle.extensions
+    chosen: list[kernels.Choice] = []
+    plans: list[Plan] = []
+
+    def run(video: VideoShape, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        plan = adjusted(plan, extensions, video, clock.step, clock.steps)
+        options: dict[str, Any] = {"scale": call.scale, "kernel": handle.kernel}
+        out = kernels.run(q, k, v, plan, **options, report=chosen.append)
+        plans.append(plan)
+        _check_itself(handle, layer.method, chosen[-1].kernel, (q, k, v, out), plan, call.scale)
+        return out
+
+    def by_method(q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
+        method = layer.method
+        if clock.tokens is not None:  # on the levels of a UNet, the grid is smaller than its own
+            method = within(method, video, clock.tokens.video)
+        kernel = kernels.Runner(partial(run, video), handle.kernel)
+        return method(q, k, v, video=video, kernel=kernel, **trained)
+
+    def whole(q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
+        plans.clear()
+        out = around(by_method, extensions, video)(q, k, v, video)
+        if record is not None:
+            choice = chosen[-1] if chosen else None  # a method may do without a kernel
+            record.add(q.transpose(1, 2).shape, why=why, choice=choice, plans=plans)
+        return out
+
+    return _joined(handle, layer, call, tokens, whole)
+
+
+def check(layer: Layer, call: Call, tokens: Tokens) -> None:
+    """Raises ValueError for a call that a method cannot take the place of."""
+    q, k, video = call.q.shape[1], call.k.shape[1], tokens.video
+    if k != video.tokens or q not in (k, k - tokens.before, video.video_tokens):
+        raise ValueError(
+            f"attention of {layer.name} runs over {k} tokens, the latents make {video}: a size "
+            "that the model's patches do not divide, or a model that this family does not describe"
+        )
+    if call.refused:
+        layer.refuse(call)
+
+
+def _observed(
+    handle: Handle, observe: Observer, layer: Layer, call: Call, tokens: Tokens
+) -> Tensor:
+    check(layer, call, tokens)
+    out = call.stock()
+    plain = partial(kernels.run, scale=call.scale, kernel=handle.kernel)
+    run = kernels.Runner(plain, handle.kernel)
+    for some in _by_text(handle, layer, call, tokens):
+        whole = tokens.complete(call.q), call.k, call.v, tokens.complete(out)
+        q, k, v, dense = (some.of(x) for x in whole)
+        observe(layer, q, k, v, dense, some.video, run)
+    return out
+
+
+def _joined(handle: Handle, layer: Layer, call: Call, tokens: Tokens, attend: Callable) -> Tensor:
+    """(B, N, H, D) of `attend(q, k, v, video)`, which never sees the padding of a text: nor
+    does anything else, so that its own output is zero."""
+    whole = tokens.complete(call.q), call.k, call.v
+    groups = _by_text(handle, layer, call, tokens)
+    outs = [
+        some.back(attend(*(some.of(x) for x in whole), some.video), call.k.shape[1])
+        for some in groups
+    ]
+    out = outs[0]
+    if len(groups) > 1:
+        order = [row for some in groups for row in some.rows]
+        out = torch.cat(outs)[[order.index(row) for row in range(len(order))]]
+    if call.q.shape[1] < out.shape[1]:
+        out = out[:, tokens.before : tokens.before + call.q.shape[1]]
+    return out
+
+
+def _by_text(handle: Handle, layer: Layer, call: Call, tokens: Tokens) -> Sequence[Samples]:
+    seen = None
+    if call.mask is not None:
+        seen = handle.passing.seen(layer.name, call.mask, call.q, tokens)
+    return by_text(tokens, len(call.q), seen, call.q.device)
+
+
+def _check_itself(
+    handle: Handle,
+    method: Any,
+    kernel: str,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    plan: Plan,
+    scale: float,
+) -> None:
+    """Hold some rows of a kernel's answer to the reference, once for each method and shape.
+
+    Args:
+        tensors: q, k, v and the answer, (B, H, N, D).
+    """
+    q, k, v, out = tensors
+    # Not on the CPU, where the tests ran, nor on MPS, which has no fp64 to check with.
+    by_default = q.device.type not in ("cpu", "mps")
+    wanted = by_default if handle.self_check is None else handle.self_check
+    key = (method, kernel, q.shape, q.dtype, q.device, plan.gain is None)
+    if wanted and kernel != "reference" and key not in handle.checked:
+        check_rows(q, k, v, plan, out, scale=scale, kernel=kernel)
+        handle.checked.add(key)
+
+
+def _now(x: Tensor) -> float:
+    if x.device.type != "cpu":
+        torch.accelerator.synchronize(x.device)
+    return time.perf_counter()
+
+
+def on_device(branch: nn.Module, device: torch.device) -> nn.Module:
+    """The parameters of a layer, on `device`. Offloading moves what it found on a model; a branch
+    that came later is moved here."""
+    return branch if is_offloaded(branch) else branch.to(device)
+
+
+def is_offloaded(branch: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in branch.parameters())

@@ -13,7 +13,6 @@ from gen_accel.attention_processors import method_class
 from gen_accel.attention_processors.attached.attachment import (
     Attachment,
     attachment_of,
-    layer_method,
     put_on,
 )
 from gen_accel.attention_processors.attached.layer import is_offloaded
@@ -22,6 +21,7 @@ from gen_accel.attention_processors.attached.transformers import served_transfor
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.methods.options import method_name, with_tuples
 from gen_accel.files import file_sha256, replacing, write_json
+from gen_accel.method import branch_of, layer_method
 
 CONFIG, WEIGHTS = "processors.json", "processors.safetensors"
 VERSION = 1
@@ -145,11 +145,12 @@ def _check_fit(
     for part, transformer in served_transformers(pipe_or_transformer).items():
         for site in family_of(transformer).self_attentions(transformer):
             one = layer_method(method, site.layer)
-            if not hasattr(one, "branch"):
+            branch = branch_of(one, site.heads, site.dim)
+            if branch is None:
                 continue
             found = {
                 f"{part}.{site.name}.{name}": tensor.shape
-                for name, tensor in one.branch(site.heads, site.dim).state_dict().items()
+                for name, tensor in branch.state_dict().items()
             }
             possible |= found
             if schedule.why_layer(site.layer) is None:

@@ -100,8 +100,9 @@ class SelfAttention(NamedTuple):
         layer: the number of its block, which `Schedule.dense_layers` counts.
         heads, dim: attention heads, and the dim of one.
         tokens: what its tokens are, given those of the model and the call, where they differ: for
-            levels of a UNet, attention over frames alone, a text that is cut. None for a call
-            that the processor makes beside that over the grid.
+            levels of a UNet, attention over frames alone, a text that is cut.
+        call: the number of the attention call over the grid, where the processor makes others
+            beside it.
     """
 
     name: str
@@ -109,7 +110,8 @@ class SelfAttention(NamedTuple):
     layer: int
     heads: int
     dim: int
-    tokens: Callable[[Tokens, Call], Tokens | None] | None = None
+    tokens: Callable[[Tokens, Call], Tokens] | None = None
+    call: int | None = None
 
 
 class ImageAttention(NamedTuple):

@@ -12,8 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from gen_accel.attention_processors.families import SelfAttention, in_stacks
-from gen_accel.attention_processors.seam import Call
-from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
 
 MODELS = "Cosmos 3"
@@ -40,12 +38,7 @@ def self_attentions(transformer: Any) -> list[SelfAttention]:
     config = transformer.config
     heads, dim = config.num_attention_heads, config.head_dim
     blocks = in_stacks(transformer, ("layers",), heads, dim, attention="self_attn")
-    return [block._replace(tokens=_generated) for block in blocks]
-
-
-def _generated(tokens: Tokens, call: Call) -> Tokens | None:
-    """The second call's alone."""
-    return tokens if call.number == 1 else None
+    return [block._replace(call=1) for block in blocks]
 
 
 def video_shape(

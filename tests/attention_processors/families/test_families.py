@@ -16,7 +16,6 @@ from support.tiny import Case, cases
 from torch import Tensor, nn
 
 from gen_accel import Dense, Neighborhood, Schedule, VideoShape, attach, attention
-from gen_accel.attention_processors.attached.attachment import layer_method
 from gen_accel.attention_processors.families import (
     FAMILIES,
     REFUSED,
@@ -27,6 +26,7 @@ from gen_accel.attention_processors.families import (
 )
 from gen_accel.attention_processors.seam import Call, add_tap
 from gen_accel.attention_processors.tokens import Tokens, seen_text
+from gen_accel.method import layer_method
 from gen_accel.pipelines import NothingSaved
 
 METHODS = [RADIAL, WINDOW, MIXTURE, LINEAR]

@@ -1,0 +1,184 @@
+"""The forward pass under way: its grid, its denoising step, its texts and their masks."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from gen_accel.attention_processors.attached.clock import Clock, Moment
+from gen_accel.attention_processors.attached.schedule import Schedule
+from gen_accel.attention_processors.seam import is_compiled
+from gen_accel.attention_processors.tokens import Tokens, seen_text
+
+# Text tokens that each sample sees, by their places among the tokens beside the grid.
+Seen = tuple[tuple[int, ...], ...]
+
+
+class Readers(NamedTuple):
+    """What a family reads from the arguments of a forward pass. A module cannot be copied with a
+    model; its functions can."""
+
+    video_shape: Callable
+    timestep: Callable
+    rising: bool
+    mask_of_pairs: bool
+    before: Callable | None
+    text_lengths: Callable | None
+
+    @classmethod
+    def of(cls, family: Any) -> "Readers":
+        return cls(
+            family.video_shape,
+            family.timestep,
+            family.TIMESTEPS_RISE,
+            family.MASK_OF_PAIRS,
+            family.before,
+            family.text_lengths,
+        )
+
+
+class Kept(NamedTuple):
+    """What the blocks of a pass read of it, kept for when gradient checkpointing runs them again.
+
+    Args:
+        dense_step: see `ForwardPass`.
+        refusal: see `ForwardPass`.
+    """
+
+    moment: Moment
+    dense_step: str | None
+    refusal: ValueError | None
+
+
+class ForwardPass:
+    """The forward pass under way, as the layers read it.
+
+    Args:
+        clock: holds the grid, the lengths of the texts and the step.
+        masks_alike: each layer makes the same mask anew, so that reading one is enough.
+
+    Attributes:
+        dense_step: why all layers are dense at this step; None where they are not.
+        refusal: why the grid cannot be told; raised where a method is to run.
+        is_one_graph: the whole model is traced, this pass with it: what it reads are symbols.
+        steps: each step of the generation to `dense_step` there, in their order.
+        passes: how many there were of each step.
+    """
+
+    def __init__(self, clock: Clock, masks_alike: bool) -> None:
+        self.clock = clock
+        self.dense_step: str | None = None
+        self.refusal: ValueError | None = None
+        self.is_one_graph = False
+        self.steps: dict[int, str | None] = {}
+        self.passes: dict[int, int] = {}
+        self._masks_alike = masks_alike
+        self._read: tuple[ref, tuple, Seen | None] | None = None
+
+    def begin(self, read: Readers, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Read the grid, and for graphs the lengths of the texts, from a call's arguments."""
+        traced = torch.compiler.is_compiling()
+        self._read, self.refusal, self.is_one_graph = None, None, traced
+        try:
+            video = read.video_shape(transformer, *args, **kwargs)
+            before = 0 if read.before is None else read.before(transformer, *args, **kwargs)
+            self.clock.tokens = Tokens(video, before)
+        except ValueError as error:
+            self.clock.tokens, self.refusal = None, error
+        self.clock.texts = None
+        if read.text_lengths is None or self.refusal is not None:
+            return
+        if traced or is_compiled(transformer) or read.mask_of_pairs:
+            self._read_texts(read.text_lengths, transformer, args, kwargs)
+
+    @torch.compiler.disable(
+        reason="the lengths of texts need fullgraph=False or compile_repeated_blocks()"
+    )
+    def _read_texts(self, lengths: Callable, transformer: Any, args: tuple, kwargs: dict) -> None:
+        """Outside of a graph, as it waits for the device."""
+        self.clock.texts = lengths(transformer, *args, **kwargs)
+
+    @torch.compiler.disable(
+        reason="a schedule of steps needs fullgraph=False or compile_repeated_blocks()"
+    )
+    def advance(
+        self, timestep: Tensor, *, rising: bool, schedule: Schedule, needed: bool, fresh: bool
+    ) -> bool:
+        """Read the step; whether a new generation begins with it. Outside of a graph, which else
+        would be compiled again for each step.
+
+        Args:
+            needed: an answer depends on the step.
+            fresh: where the scheduler begins anew, so does the generation.
+        """
+        begins = self.clock.advance(timestep, rising=rising) and fresh
+        if needed and self.clock.lost:
+            raise ValueError(
+                "the timestep changes while the scheduler of the pipeline that was attached to "
+                "stands still, so that its steps cannot be told: attach to the pipeline that runs"
+            )
+        if begins:
+            self.forget()
+        step = self.clock.step
+        self.dense_step = schedule.why_step(step, self.clock.steps)
+        self.steps[step] = self.dense_step
+        self.passes[step] = self.passes.get(step, 0) + 1
+        return begins
+
+    def forget(self) -> None:
+        """Drop what was counted of earlier steps."""
+        self.steps, self.passes = {}, {}
+
+    def remember(self, output: Any) -> None:
+        """Come back to this pass as its backward pass begins: gradient checkpointing runs blocks
+        again then, when other forward passes may have gone by."""
+        now = Kept(self.clock.now(), self.dense_step, self.refusal)
+        for tensor in tensors_of(output):
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self._return_to, now))
+
+    def _return_to(self, kept: Kept, grad: Tensor) -> None:
+        self.clock.return_to(kept.moment)
+        self.dense_step, self.refusal, self._read = kept.dense_step, kept.refusal, None
+
+    def seen(self, layer: str, mask: Tensor, q: Tensor, tokens: Tokens) -> Sequence[Sequence[int]]:
+        """Which tokens beside the grid each sample sees; ValueError for a mask that hides others.
+
+        Most models give all layers of a pass one mask, or one after the other the same; it is read
+        once, as reading it waits for the device.
+
+        Args:
+            layer: its name, for the error.
+            mask: as attention calls take it.
+            q: (B, N, H, D).
+        """
+        if self.clock.texts is not None:
+            return tuple(range(n) for n in self.clock.texts)
+        key = tokens, mask.shape, mask.dtype
+        if self._read is None or self._read[1] != key or not self._is_read(mask):
+            self._read = ref(mask), key, seen_text(mask, tokens.complete(q), tokens)
+        seen = self._read[2]
+        if seen is None:
+            raise ValueError(
+                f"sparse attention does not take attn_mask of {layer}, a mask that hides "
+                f"more than padding of the text, got {tuple(mask.shape)} {mask.dtype}; "
+                "attach Dense() or detach for this model"
+            )
+        return seen
+
+    def _is_read(self, mask: Tensor) -> bool:
+        """Whether it is the mask that was read last, or as good as that."""
+        assert self._read is not None
+        return self._masks_alike or self._read[0]() is mask
+
+
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """The tensors of what a model returns: one, or some in lists, tuples and dicts."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (list, tuple, dict)):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from tensors_of(part)

@@ -1,0 +1,237 @@
+"""The attention of a layer in a graph of torch.compile: one operator, for any size.
+
+A graph holds q, k, v and where to find the layer. The grid, the plan, the kernel and the record
+are looked up when it runs, by the code that runs without a graph. So one graph serves every size
+and every length of text, and layers that are alike share it.
+
+The backward pass computes the attention again, as gradient checkpointing does: what kernels keep
+for it cannot leave the operator.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gen_accel.attention_processors import context_parallel
+from gen_accel.attention_processors.attached.extension import active, no_graph
+from gen_accel.attention_processors.attached.layer import (
+    Handle,
+    Layer,
+    computed,
+    over_processes,
+    why_dense,
+)
+from gen_accel.attention_processors.attached.summary import Record
+from gen_accel.attention_processors.seam import Call, SparseProcessor, processor_at
+from gen_accel.attention_processors.tokens import Tokens
+from gen_accel.method import why_no_graph
+from gen_accel.video import VideoShape
+
+
+def attend_in_graph(
+    handle: Handle, layer: Layer, processor: SparseProcessor, call: Call
+) -> Tensor:
+    """(B, N, H, D) of one call, as it is traced: the model's own attention or the operator.
+
+    Args:
+        handle, layer: of the first of the layers that share the graph.
+        processor: the one that runs.
+    """
+    if handle.is_paused or layer.passes_by(call):
+        return call.stock()
+    why, plain = why_dense(handle, layer), call.parallel is None
+    if why is not None and plain and not handle.extensions:
+        return call.stock()
+    if why is not None or not plain:  # the grid decides, and is a constant of the graph
+        tokens = layer.tokens_of(handle.passing.clock.tokens, call)
+        if tokens is None:
+            return call.stock()
+        own = why is not None and not active(handle.extensions, tokens.video)
+        if own and context_parallel.stock_is_right(call, tokens):
+            return call.stock()
+        if not plain:
+            inside = partial(attend_in_graph, handle, layer, processor)
+            return over_processes(handle, layer, call, tokens, inside)
+    if call.refused:
+        layer.refuse(call)
+    parameters = [] if layer.branch is None else list(processor.branch.parameters())
+    heads = [] if call.heads is None else [call.heads.start, call.heads.stop]
+    where = processor.place, parameters, call.scale, call.number, call.tokens, heads
+    return _attend(call.q, call.k, call.v, call.mask, *where, _grid(handle))
+
+
+def _grid(handle: Handle) -> list[int]:
+    """Where the whole model is one graph, the grid that is traced with it: frames, height, width,
+    text, tokens before the grid, and the text tokens of each sample. Else nothing: the pass was
+    read before the graph began."""
+    passing = handle.passing
+    if not passing.is_one_graph or passing.clock.tokens is None:
+        return []
+    video, before = passing.clock.tokens
+    return [*video.grid, video.text, before, *(passing.clock.texts or ())]
+
+
+@torch.library.custom_op("gen_accel::attend", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    place: Tensor,
+    parameters: list[Tensor],
+    scale: float,
+    number: int,
+    tokens: int,
+    heads: list[int],
+    grid: list[int],
+) -> Tensor:
+    """(B, N, H, D) of q, k, v of that shape. CUDA graphs leave it out: they would replay the plan
+    of another grid.
+
+    Args:
+        mask: of the call.
+        place: of the processor.
+        parameters: of the layer, so that they get gradients.
+        scale, number, tokens, heads: see `Call`; of heads the first and the end, or nothing.
+        grid: see `_grid`.
+    """
+    owner, layer, call = _found(q, k, v, mask, place, scale, number, tokens, heads)
+    return _run(owner, layer, call, grid, recorded=True).contiguous()
+
+
+@_attend.register_fake
+def _(q: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op(
+    "gen_accel::attend_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+def _attend_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    place: Tensor,
+    parameters: list[Tensor],
+    scale: float,
+    number: int,
+    tokens: int,
+    heads: list[int],
+    grid: list[int],
+) -> list[Tensor]:
+    """The gradients of q, k, v and the parameters."""
+    with _autograd():
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        owner, layer, call = _found(*inputs, mask, place, scale, number, tokens, heads)
+        out = _run(owner, layer, call, grid, recorded=False)
+        trained = [] if layer.branch is None else [*layer.branch.parameters()]
+        wanted = [*inputs, *(p for p in trained if p.requires_grad)]
+        found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
+    grads = [next(found) if p.requires_grad else None for p in (*inputs, *trained)]
+    return [
+        torch.zeros_like(x, memory_format=torch.contiguous_format)
+        if one is None
+        else one.contiguous()
+        for x, one in zip((q, k, v, *parameters), grads, strict=True)
+    ]
+
+
+@_attend_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    place: Tensor,
+    parameters: list[Tensor],
+    *rest: Any,
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (q, k, v, *parameters)]
+
+
+def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    q, k, v, mask, place, parameters, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, mask, place, *parameters)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple:
+    q, k, v, mask, place, *parameters = ctx.saved_tensors
+    grads = _attend_backward(grad, q, k, v, mask, place, parameters, *ctx.rest)
+    none = ([] if isinstance(x, list) and not x else None for x in ctx.rest)  # as torch has it
+    return (*grads[:3], None, None, grads[3:], *none)
+
+
+_attend.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _found(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    place: Tensor,
+    scale: float,
+    number: int,
+    tokens: int,
+    heads: list[int],
+) -> tuple[Handle, Layer, Call]:
+    """The handle and the layer at a place, and the call as the processor made it."""
+    processor = processor_at(place)
+    some = slice(*heads) if heads else None
+    call = Call(q, k, v, scale, _no_stock, [], mask, tokens, number, heads=some)
+    return processor.owner, processor.layer, call
+
+
+def _run(handle: Handle, layer: Layer, call: Call, grid: list[int], *, recorded: bool) -> Tensor:
+    """`computed`, with the refusals that a graph would swallow."""
+    passing = handle.passing
+    if grid:  # of the graph under way; what the pass holds are symbols
+        passing.clock.tokens = Tokens(VideoShape(*grid[:4]), grid[4])
+        passing.clock.texts = tuple(grid[5:]) or None
+    if passing.refusal is not None:
+        raise passing.refusal
+    refused = why_no_graph(layer.method)
+    if refused is not None:
+        raise ValueError(refused)
+    for extension in handle.extensions:
+        if extension.needs_step:
+            raise ValueError(no_graph(extension) + "; use the model uncompiled")
+    if call.mask is not None and passing.clock.texts is None:
+        raise ValueError(
+            f"the mask of a text is not known in a graph, that of {layer.name}; use the model "
+            "uncompiled, or texts that need no padding"
+        )
+    tokens = layer.tokens_of(passing.clock.tokens, call)
+    assert tokens is not None
+    why = why_dense(handle, layer)
+    if not recorded or grid:  # of one graph, which tells no step from another
+        return computed(handle, layer, call, tokens, why=why)
+    key = (layer.name, passing.clock.step)
+    record = handle.records.get(key) or Record()
+    out = computed(handle, layer, call, tokens, why=why, record=record)
+    handle.records[key] = record
+    return out
+
+
+def _no_stock() -> Tensor:
+    raise AssertionError("in a graph the model's own attention is none of the operator's")
+
+
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """Autograd inside of an operator, the body of which runs below it."""
+    keys: Any = torch._C
+    left_out = keys._dispatch_tls_local_exclude_set()
+    for backend in ("CPU", "CUDA", "XPU", "MPS", "HPU", "PrivateUse1", "Other"):
+        left_out = left_out.remove(getattr(keys.DispatchKey, f"Autograd{backend}"))
+    left_out = left_out.remove(keys.DispatchKey.ADInplaceOrView)
+    taken_in = keys._dispatch_tls_local_include_set()
+    with keys._ForceDispatchKeyGuard(taken_in, left_out), torch.enable_grad():
+        yield
