@@ -43,7 +43,6 @@ from gen_accel import (
 from gen_accel.attention_processors.attached.attachment import (
     Attachment,
     SilentBranch,
-    layer_method,
 )
 from gen_accel.attention_processors.attached.summary import Summary
 from gen_accel.attention_processors.families import family_of

@@ -71,10 +71,11 @@ def put_on(
         warn_of_other_attention(module, method, stacklevel=4)
     by_time = parts_of(method).thins_by_time
     if by_time and all(family.KIND != "video" for family in families.values()):
+        models = ", ".join(type(module).__name__ for module in transformers.values())
         warnings.warn(
-            f"{type(method).__name__} thins out by the distance in time and keeps all of a single frame, so that it "
-            f"saves nothing in {', '.join(type(t).__name__ for t in transformers.values())}; use "
-            "Neighborhood, BlockMixture or SparseLinear",
+            f"{type(method).__name__} thins out by the distance in time and keeps all of a single "
+            f"frame, so that it saves nothing in {models}; use Neighborhood, BlockMixture or "
+            "SparseLinear",
             NothingSaved,
             stacklevel=3,
         )

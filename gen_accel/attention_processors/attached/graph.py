@@ -26,20 +26,18 @@ from gen_accel.attention_processors.attached.layer import (
     why_dense,
 )
 from gen_accel.attention_processors.attached.summary import Record
-from gen_accel.attention_processors.seam import Call, SparseProcessor, processor_at
+from gen_accel.attention_processors.seam import Call, processor_at
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.method import why_no_graph
 from gen_accel.video import VideoShape
 
 
-def attend_in_graph(
-    handle: Handle, layer: Layer, processor: SparseProcessor, call: Call
-) -> Tensor:
+def attend_in_graph(handle: Handle, layer: Layer, processor: Any, call: Call) -> Tensor:
     """(B, N, H, D) of one call, as it is traced: the model's own attention or the operator.
 
     Args:
         handle, layer: of the first of the layers that share the graph.
-        processor: the one that runs.
+        processor: the one that runs, with its own `place` and parameters.
     """
     if handle.is_paused or layer.passes_by(call):
         return call.stock()
@@ -99,7 +97,7 @@ def _attend(
         scale, number, tokens, heads: see `Call`; of heads the first and the end, or nothing.
         grid: see `_grid`.
     """
-    owner, layer, call = _found(q, k, v, mask, place, scale, number, tokens, heads)
+    owner, layer, call = _found((q, k, v), mask, place, scale, number, tokens, heads)
     return _run(owner, layer, call, grid, recorded=True).contiguous()
 
 
@@ -127,8 +125,8 @@ def _attend_backward(
 ) -> list[Tensor]:
     """The gradients of q, k, v and the parameters."""
     with _autograd():
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        owner, layer, call = _found(*inputs, mask, place, scale, number, tokens, heads)
+        inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
+        owner, layer, call = _found(inputs, mask, place, scale, number, tokens, heads)
         out = _run(owner, layer, call, grid, recorded=False)
         trained = [] if layer.branch is None else [*layer.branch.parameters()]
         wanted = [*inputs, *(p for p in trained if p.requires_grad)]
@@ -172,9 +170,7 @@ _attend.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _found(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    inputs: tuple[Tensor, ...],
     mask: Tensor | None,
     place: Tensor,
     scale: float,
@@ -185,6 +181,7 @@ def _found(
     """The handle and the layer at a place, and the call as the processor made it."""
     processor = processor_at(place)
     some = slice(*heads) if heads else None
+    q, k, v = inputs
     call = Call(q, k, v, scale, _no_stock, [], mask, tokens, number, heads=some)
     return processor.owner, processor.layer, call
 
