@@ -50,6 +50,7 @@ from gen_accel.kernels.self_check import SelfCheckFailed, check_rows
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
 from gen_accel.measure.timing import interleaved
+from gen_accel.method import layer_method
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
