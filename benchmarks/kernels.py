@@ -30,6 +30,7 @@ from gen_accel.kernels import KERNELS, facts_of, flex, preference, unsupported
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
 from gen_accel.measure.timing import interleaved
+from gen_accel.method import parts_of, plan_of
 from gen_accel.plan import Plan
 
 ROOT = Path(__file__).parent
@@ -140,9 +141,11 @@ def rows(
     options = {"heads": heads, "dim": dim, "dtype": DTYPES[dtype], "device": args.device}
     inputs = draw(video, method, **options, seed=args.seed)
     small = shrink(video, method)
-    dynamic = hasattr(method, "plan_for")
+    dynamic = parts_of(method).plan_for is not None
     plan = (
-        method.plan_for(*inputs[:2], video=video) if dynamic else method.plan(video, args.device)
+        method.plan_for(*inputs[:2], video=video)
+        if dynamic
+        else plan_of(method, video, args.device)
     )
     head = {
         "video": str(video),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gen_accel import VideoShape, attention
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
+from gen_accel.method import branch_of, parts_of, plan_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARITY_TOKENS = 2048  # the reference holds a matrix of tokens x tokens in fp64
@@ -29,7 +30,7 @@ def draw(
     generator = torch.Generator().manual_seed(seed)
     shape = (1, heads, video.tokens, dim)
     q, k, v = (torch.randn(shape, generator=generator) for _ in range(3))
-    if hasattr(method, "plan_for"):
+    if parts_of(method).plan_for:
         smooth = smooth_qk(video, dim)
         q, k = (0.5 * x + y for x, y in zip((q, k), smooth, strict=True))
     return [x.to(device, dtype) for x in (q, k, v)]
@@ -37,9 +38,8 @@ def draw(
 
 def call(video: VideoShape, method: Any, kernel: str, like: Tensor) -> Callable[..., Tensor]:
     """The public function on q, k and v; a method's parameters are random, as if trained."""
-    branch = None
-    if hasattr(method, "branch"):
-        branch = method.branch(like.shape[1], like.shape[3])
+    branch = branch_of(method, like.shape[1], like.shape[3])
+    if branch is not None:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in branch.parameters():
@@ -108,7 +108,7 @@ def shrink(video: VideoShape, method: Any) -> VideoShape:
 def fits(video: VideoShape, method: Any) -> bool:
     """A window, for one, may not be larger than its axis."""
     try:
-        method.plan(video)
+        plan_of(method, video)
     except ValueError:
         return False
     return True

@@ -50,7 +50,7 @@ from gen_accel.kernels.self_check import SelfCheckFailed, check_rows
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
 from gen_accel.measure.timing import interleaved
-from gen_accel.method import layer_method
+from gen_accel.method import layer_method, parts_of, plan_of
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
@@ -372,10 +372,8 @@ def check(
         check_parity(few, method, "auto", draw(few, method, **size), backward=False)
     for method in in_layers(published(video, len(layers))[name], layers):
         q, k, v = draw(video, method, **size)
-        if hasattr(method, "plan_for"):
-            plan = method.plan_for(q, k, video=video)
-        else:
-            plan = method.plan(video, args.device)
+        chosen = parts_of(method).plan_for
+        plan = chosen(q, k, video=video) if chosen else plan_of(method, video, args.device)
         out = kernels.run(q, k, v, plan, scale=dim**-0.5)
         check_rows(q, k, v, plan, out, scale=dim**-0.5, kernel="auto")
 

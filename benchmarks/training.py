@@ -32,6 +32,7 @@ from gen_accel.lora.artefact import target_modules
 from gen_accel.lora.objective import Objective
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
+from gen_accel.method import parts_of
 from gen_accel.video import VideoShape
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -186,7 +187,7 @@ def measure(
 
     def alone(chosen: Any) -> Callable[[], None]:
         def run() -> None:
-            if isinstance(chosen, gen_accel.Dense):
+            if parts_of(chosen).is_dense:
                 made = torch.nn.functional.scaled_dot_product_attention(q, k, v)
             else:
                 made = attention(q, k, v, video=video, method=chosen)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         Neighborhood,
         Radial,
         SparseLinear,
+        register_method,
     )
     from gen_accel.attention_processors.attached import calibrate
     from gen_accel.functional import attention
@@ -46,6 +47,7 @@ __all__ = [
     "extend",
     "load_image_prompt",
     "load_processors",
+    "register_method",
     "save_processors",
 ]
 
@@ -68,6 +70,7 @@ _HOMES = {
     "extend": "pipelines.long_video",
     "load_image_prompt": "pipelines.image_prompt",
     "load_processors": "pipelines",
+    "register_method": "attention_processors",
     "save_processors": "pipelines",
 }
 _SUBMODULES = (
@@ -76,6 +79,7 @@ _SUBMODULES = (
     "kernels",
     "lora",
     "measure",
+    "method",
     "pipelines",
     "plan",
     "video",

@@ -147,6 +147,22 @@ def check_method(method: Any) -> None:
         _checked.add(kind)
 
 
+def check_class(kind: Any, name: str) -> None:
+    """Raise ValueError, in one line, for what is no class of methods. `name` is what it is called.
+
+    Its call must name `video` and `kernel`, by which a file that says "module:Class" reaches no
+    class of another purpose. An instance is checked by `check_method`.
+    """
+    call = inspect.getattr_static(kind, "__call__", None) if isinstance(kind, type) else None
+    if call is None or issubclass(kind, nn.Module):
+        wanted = "a class with __call__(self, q, k, v, *, video, kernel)"
+        raise ValueError(f"method {name!r} must be {wanted}, got {kind!r}")
+    positional, keywords = CALL
+    _check_call(kind.__name__, "__call__", call, ("self", *positional), keywords, trained=False)
+    if not {*keywords} <= {*inspect.signature(call).parameters}:
+        raise ValueError(f"__call__ of {kind.__name__} must name {' and '.join(keywords)}")
+
+
 def layer_method(method: Any, layer: int) -> Any:
     """What runs in a layer, for methods that change from one to the next."""
     own = parts_of(method).for_layer

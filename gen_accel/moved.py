@@ -46,6 +46,10 @@ MODULES = {
 
 # Of modules old and new, the names that went elsewhere.
 NAMES: dict[str, dict[str, str]] = {
+    "attention_processors.options": {
+        "method_name": "attention_processors",
+        "written_type": "values",
+    },
     "inventory": {"check_kernel": "kernels"},
     "lora.latents": {"cache": "lora.encode", "Report": "lora.encode"},
     "measure.environment": {"cpp_compiler": "kernels.compiler"},

@@ -11,7 +11,7 @@ PACKAGE = Path(gen_accel.__file__).parent
 
 # From the ground up: a part imports parts of lower floors and itself.
 FLOORS = (
-    ("extras", "files", "moved", "version", "video"),
+    ("extras", "files", "moved", "values", "version", "video"),
     ("plan",),
     ("method",),
     ("kernels",),

@@ -1,29 +1,24 @@
-"""What is computed: attention methods. A method is one file with one frozen dataclass:
+"""What is computed, and where: attention methods, one a file, and model families, one a file.
 
-method(q, k, v, *, video, kernel) -> Tensor     where `kernel(q, k, v, plan)` runs a Plan
-method.plan(video, device) -> Plan
-method.block_mask(video), method.density(video)
+A method is an instance with `method(q, k, v, *, video, kernel)`; `gen_accel.method` names all that
+it may have beside. Those of the package are frozen dataclasses in `methods`: the fields are the
+options, the repr is the log line, and the hash is the cache key of the plan. `METHODS` lists them;
+`register_method` adds one of a user's own, and "module:Class" names one without.
 
-Where the pattern depends on q and k, `plan` is that of smooth random ones, and there are also
-
-method.plan_for(q, k, *, video) -> Plan         the pattern of q and k
-method.layout(video, device)                    what depends on the grid alone, and
-method.laid_out(q, k, v, *, layout, kernel)     the call with that given, which a graph can trace
-
-A method that differs from layer to layer has `for_layer(layer)`, and one with parameters
-`branch(heads, dim)`, the module of one layer, which its calls take.
-
-Its fields are its options, its repr is its log line, and its hash is the cache key of its plan.
-Where it is computed, one diffusers model family a file, is in `families`.
+In which layers of a diffusers model a method runs, one model family a file, is in `families`; what
+`attach` puts on a model, in `attached`.
 """
 
 from difflib import get_close_matches
+from typing import Any
 
 from gen_accel.attention_processors.methods.block_mixture import BlockMixture
 from gen_accel.attention_processors.methods.dense import Dense
+from gen_accel.attention_processors.methods.named import class_at, place_of
 from gen_accel.attention_processors.methods.neighborhood import Neighborhood
 from gen_accel.attention_processors.methods.radial import Radial
 from gen_accel.attention_processors.methods.sparse_linear import SparseLinear
+from gen_accel.method import check_class
 
 __all__ = [
     "METHODS",
@@ -33,10 +28,12 @@ __all__ = [
     "Radial",
     "SparseLinear",
     "method_class",
+    "method_name",
+    "register_method",
 ]
 
 # Read by the tests, the command line and the benchmarks.
-METHODS = {
+METHODS: dict[str, type] = {
     "dense": Dense,
     "radial": Radial,
     "neighborhood": Neighborhood,
@@ -44,11 +41,65 @@ METHODS = {
     "sparse_linear": SparseLinear,
 }
 
+_registered: dict[str, type] = {}
 
-def method_class(name: str) -> type:
-    """The method called `name`; ValueError with those that exist and the nearest."""
+
+def register_method(name: str, kind: type) -> None:
+    """Give a class of methods a name, by which it is chosen, saved and loaded.
+
+        gen_accel.register_method("mine", Mine)
+
+    A class may be made and registered anew under its name, as a cell of a notebook that runs twice
+    does.
+
+    Raises:
+        ValueError: a name that is taken or is no word of letters, digits and _, or no class of
+            methods.
+    """
+    if not isinstance(name, str) or not (name.isascii() and name.isidentifier()):
+        raise ValueError(f"a method's name is a word of letters, digits and _, got {name!r}")
+    check_class(kind, name)
+    known = METHODS | _registered
+    taken = known.get(name)
+    if taken is not None and _place(taken) != _place(kind):
+        raise ValueError(f"the name {name!r} is taken, by {taken.__module__}.{taken.__qualname__}")
+    for other, one in known.items():
+        if one is kind and other != name:
+            raise ValueError(f"{kind.__qualname__} has the name {other!r}, got {name!r}")
     if name not in METHODS:
-        near = get_close_matches(name, METHODS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"method must be one of {tuple(METHODS)}, got {name!r}{hint}")
-    return METHODS[name]
+        _registered[name] = kind
+
+
+def method_class(name: str, *, from_file: bool = False) -> type:
+    """The class of the method called `name`, or that at "module:Class".
+
+    Args:
+        from_file: whether a file says the name, which may come from anyone: nothing is imported
+            then, so that the module of a "module:Class" must be imported already.
+
+    Raises:
+        ValueError: there is none; with those that exist, and the nearest.
+    """
+    known = METHODS | _registered
+    if name in known:
+        return known[name]
+    if isinstance(name, str) and ":" in name:
+        return class_at(name, imports=not from_file)
+    near = get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    if from_file:
+        hint += f"; register one of your own first: gen_accel.register_method({name!r}, Class)"
+    raise ValueError(f"method must be one of {tuple(known)}, got {name!r}{hint}")
+
+
+def method_name(method: Any) -> str:
+    """What `method_class` finds the class of `method` by: its name, or else "module:Class".
+
+    Raises ValueError for a class that cannot be found so.
+    """
+    names = {kind: name for name, kind in (METHODS | _registered).items()}
+    return names.get(type(method)) or place_of(method)
+
+
+def _place(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__

@@ -1,6 +1,6 @@
 """What the package offers, and what of it runs on this machine."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import get_type_hints
 
 import torch
@@ -12,8 +12,10 @@ from gen_accel.attention_processors.families import (
     family_named,
     image_classes,
 )
-from gen_accel.attention_processors.methods.options import written_type
+from gen_accel.attention_processors.methods.options import options_of
 from gen_accel.kernels import KERNELS, kernel_of, refusals
+from gen_accel.method import parts_of
+from gen_accel.values import written_type
 
 DEVICES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
@@ -85,7 +87,9 @@ def methods() -> list[MethodInfo]:
     found = []
     for name, kind in METHODS.items():
         hints = get_type_hints(kind)
-        options = {f.name: (_plain(f.default), written_type(hints[f.name])) for f in fields(kind)}
+        options = {
+            f.name: (_plain(f.default), written_type(hints[f.name])) for f in options_of(kind)
+        }
         found.append(MethodInfo(name, _first_line(kind.__doc__), options))
     return found
 
@@ -112,8 +116,12 @@ def models() -> list[ModelInfo]:
     found = []
     for family in FAMILIES:
         module = family_named(family)
-        # Radial attention thins out by the distance in time, and keeps all of a single frame.
-        methods = tuple(n for n in METHODS if n != "radial" or module.KIND == "video")
+        # One that thins out by the distance in time keeps all of a single frame.
+        methods = tuple(
+            name
+            for name, kind in METHODS.items()
+            if module.KIND == "video" or not parts_of(kind()).thins_by_time
+        )
         found += [
             ModelInfo(
                 name,

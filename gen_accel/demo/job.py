@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gen_accel import demo
-from gen_accel.attention_processors import Dense, Radial
+from gen_accel.attention_processors import Radial
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.demo import longer
 from gen_accel.demo.detector import detect
@@ -21,6 +21,7 @@ from gen_accel.measure import (
     write_video,
 )
 from gen_accel.measure.pictures import mask_picture
+from gen_accel.method import parts_of
 from gen_accel.pipelines.generation.compare import Comparison, compare_with_dense, pair
 from gen_accel.pipelines.generation.loading import Loading, find_device, load
 from gen_accel.pipelines.generation.sampling import Clip, check_fits, filled, token_grid
@@ -116,7 +117,7 @@ def check(out: Path, prompt: str, method: Any, device: str, *, known: str) -> No
     Args:
         known: a prompt that would do.
     """
-    if isinstance(method, Dense):
+    if parts_of(method).is_dense:
         raise ValueError("the demo sets a sparse method beside dense attention, got Dense()")
     if not prompt.strip():
         raise ValueError(f"the prompt is empty; one that the model knows: {known!r}")

@@ -30,6 +30,7 @@ from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.extras import needed_for
 from gen_accel.files import file_sha256, replacing, write_json
 from gen_accel.lora.config import TrainConfig
+from gen_accel.method import parts_of
 
 with needed_for("a LoRA", extra="train"):
     from peft import LoraConfig
@@ -125,7 +126,7 @@ def check_teacher(config: TrainConfig, transformer: Any, trained_frames: int | N
         )
     method = method_from(config.method, config.settings)
     theirs = recipe.build_method(), recipe.build_schedule().dense_layers
-    if recipe.method != "dense" and hasattr(method, "branch"):
+    if recipe.method != "dense" and parts_of(method).branch:
         raise ValueError(
             f"teacher_lora {source} was trained through {theirs[0]!r}, whose parameters would be "
             f"those of method {config.method}, which train: take a teacher of method dense"

@@ -1,13 +1,13 @@
 """What a finetuning is asked for: one flat list of fields, from YAML, flags or Python."""
 
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from gen_accel.extras import needed_for
+from gen_accel.values import convert, written_type
 
 Rule = Literal["none", "riflex", "position_interpolation"]
 EPS = 1e-12
@@ -207,6 +207,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         from gen_accel.attention_processors.methods.options import method_from
         from gen_accel.kernels import check_name
+        from gen_accel.method import parts_of
         from gen_accel.pipelines.long_video import check_names
 
         for one in fields(self):
@@ -289,7 +290,7 @@ class TrainConfig:
                 raise ValueError(
                     "objective distill_attention is for adapter image_prompt: take distill"
                 )
-        if self.rank == 0 and not (self.train_processors and hasattr(method, "branch")):
+        if self.rank == 0 and not (self.train_processors and parts_of(method).branch):
             raise ValueError(
                 "rank is 0, which leaves nothing to train: only a method with parameters, such as "
                 f"sparse_linear, trains without a LoRA, and method is {self.method!r}"
@@ -408,9 +409,11 @@ def read_config(
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"there is no field {name!r}{hint}")
         try:
-            values[name] = _converted(value, hints[name])
+            values[name] = convert(value, hints[name])
         except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"{name} must be {_written(hints[name])}, got {value!r}") from None
+            raise ValueError(
+                f"{name} must be {written_type(hints[name])}, got {value!r}"
+            ) from None
     return TrainConfig(**values)
 
 
@@ -449,40 +452,3 @@ def differences(config: TrainConfig, earlier: Mapping[str, Any]) -> dict[str, tu
         if now != before:
             found[one.name] = (before, now)
     return found
-
-
-def _converted(value: Any, hint: Any) -> Any:
-    """YAML reads 1e-4 as a string, and 5 where 5.0 is meant; flags come as they are."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        value = {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
-        if value in inner:
-            return value
-    elif origin in (Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() == "none"):
-            return None
-        return _converted(value, next(part for part in inner if part is not types.NoneType))
-    elif origin is tuple:
-        parts = value if isinstance(value, list | tuple) else [value]
-        if inner[-1] is Ellipsis:
-            return tuple(_converted(part, inner[0]) for part in parts)
-        if len(parts) == len(inner):
-            return tuple(_converted(part, kind) for part, kind in zip(parts, inner, strict=True))
-    elif hint is bool:
-        if isinstance(value, bool):
-            return value
-    elif hint is str:
-        if isinstance(value, str | int | float) and not isinstance(value, bool):
-            return str(value)
-    elif hint is int:
-        if not isinstance(value, bool) and float(value) == int(float(value)):
-            return int(float(value))
-    elif hint is float and not isinstance(value, bool):
-        return float(value)
-    raise ValueError(value)
-
-
-def _written(hint: Any) -> str:
-    from gen_accel.attention_processors.methods.options import written_type
-
-    return written_type(hint)

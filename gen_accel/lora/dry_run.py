@@ -22,6 +22,7 @@ from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.images import features_shape
 from gen_accel.lora.model import Model
 from gen_accel.lora.trainer import Trained, accelerator_for, run
+from gen_accel.method import parts_of
 from gen_accel.pipelines.generation.sampling import check_fits
 from gen_accel.video import VideoShape
 
@@ -48,7 +49,7 @@ def dry_run(config: TrainConfig) -> Trained:
 
     method = method_from(config.method, config.settings)
     lengths = sorted({stage.frames for stage in config.curriculum})
-    least = [max(pair) for pair in zip(SMALL, getattr(method, "window", SMALL), strict=True)]
+    least = [max(pair) for pair in zip(SMALL, parts_of(method).least_grid, strict=True)]
     short = {frames: factor * (i + least[0] - 1) + 1 for i, frames in enumerate(lengths)}
     stages = tuple(
         str(replace(stage, frames=short[stage.frames], steps=1)) for stage in config.curriculum

@@ -18,10 +18,11 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from torch import Tensor, nn
 
+from gen_accel.attention_processors import method_name
 from gen_accel.attention_processors.attached.recipe import Recipe, sizes
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import family_for
-from gen_accel.attention_processors.methods.options import method_from, method_name
+from gen_accel.attention_processors.methods.options import method_from, saved_options
 from gen_accel.extras import needed_for
 from gen_accel.files import replacing
 from gen_accel.lora import checkpoint
@@ -387,7 +388,7 @@ class _Run:
             transformer=sizes(model.transformer),
             part=config.part,
             method=method_name(self.method),
-            options=json.loads(json.dumps(asdict(self.method))),
+            options=saved_options(self.method),
             schedule={"dense_layers": config.dense_layers, "dense_steps": config.dense_steps},
             rope=rules[-1],
             trained_frames=model.trained_frames,

@@ -35,12 +35,13 @@ import torch
 from torch import nn
 
 from gen_accel import demo
-from gen_accel.attention_processors import Dense, Neighborhood, Radial
+from gen_accel.attention_processors import Neighborhood, Radial
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import wan
 from gen_accel.files import write_json
 from gen_accel.functional import attention
 from gen_accel.measure.timing import device_name, interleaved
+from gen_accel.method import check_method, density_of, parts_of, plan_of
 from gen_accel.plan import Plan
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
@@ -220,8 +221,7 @@ def estimate(
             that does not fit them.
     """
     schedule = schedule or Schedule()
-    if isinstance(method, type) or not callable(method):
-        raise ValueError(f"method must be an instance such as Radial(), got {method!r}")
+    check_method(method)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if efficiency is not None and not 0 < efficiency < math.inf:
@@ -230,7 +230,7 @@ def estimate(
     video = _grid(model, height, width, num_frames)
     density, computed, plan = _densities(method, video)  # before the seconds of a measurement
 
-    if isinstance(method, Dense):
+    if parts_of(method).is_dense:
         efficiency, source = 1.0, "the model's own attention"
     elif efficiency is not None:
         source = "given"
@@ -453,12 +453,13 @@ def _flops(model: _Model, video: VideoShape) -> tuple[float, float]:
 
 def _densities(method: Any, video: VideoShape) -> tuple[float, float, Plan | None]:
     """Kept and computed share of the token pairs, and the plan where there is one."""
-    if isinstance(method, Dense):
+    parts = parts_of(method)
+    if parts.is_dense:
         return 1.0, 1.0, None  # runs the model's own attention
-    if not hasattr(method, "plan"):  # depends on the values: its own word must do
-        density = method.density(video)
+    if not parts.has_plan:  # depends on the values: its own word must do
+        density = density_of(method, video)
         return density, density, None
-    plan = method.plan(video)
+    plan = plan_of(method, video)
     return plan.density, plan.computed_density, plan
 
 

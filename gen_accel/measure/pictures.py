@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gen_accel.extras import needed_for
 from gen_accel.files import replacing
+from gen_accel.method import layers_differ, parts_of, plan_of
 from gen_accel.video import VideoShape
 
 KEPT, LEFT_OUT, GAP = (11, 107, 93), (226, 225, 220), (255, 255, 255)
@@ -43,7 +44,7 @@ def mask_picture(
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path} must end in .png")
-    plan = method.plan(video)
+    plan = plan_of(method, video)
     token = token or middle(video)
     seen = seen_by(method, video, token)
 
@@ -95,7 +96,7 @@ def mask_text(method: Any, video: VideoShape, width: int = 80) -> str:
     Args:
         width: characters in a line at most.
     """
-    plan = method.plan(video)
+    plan = plan_of(method, video)
     keep = plan.keep[0, 0]
     rows, columns = keep.shape
     if columns <= width:
@@ -130,7 +131,7 @@ def seen_by(method: Any, video: VideoShape, token: Token) -> Tensor:
     for name, place, size in zip(("frame", "row", "column"), token, video.grid, strict=True):
         if not 0 <= place < size:
             raise ValueError(f"{name} of the token must be from 0 to {size - 1}, got {place}")
-    plan = method.plan(video)
+    plan = plan_of(method, video)
     index = (token[0] * video.height + token[1]) * video.width + token[2]
     slot = plan.places[index]
     row = plan.keep[0, 0, slot // plan.block_q].repeat_interleave(plan.block_k) & plan.real
@@ -147,11 +148,11 @@ def middle(video: VideoShape) -> Token:
 def _notes(method: Any) -> list[str]:
     """What a reader of the picture must know about a method that depends on more than the grid."""
     notes = []
-    if hasattr(method, "plan_for"):
+    if parts_of(method).plan_for:
         notes.append(
             "data decides: this is the pattern of smooth random q and k, not of a model's"
         )
-    if hasattr(method, "for_layer") and method.for_layer(0) != method:
+    if layers_differ(method):
         notes.append("layers differ: this is the first")
     return notes
 

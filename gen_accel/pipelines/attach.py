@@ -14,6 +14,7 @@ from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.storage import CONFIG, load_processors
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
+from gen_accel.method import is_silent
 from gen_accel.moved import signpost
 from gen_accel.pipelines.long_video.rope import apply_rule
 
@@ -88,7 +89,7 @@ def attach(
 
 
 def _warn_of_silence(handle: Attachment) -> None:
-    if handle.branches and all(branch.silent() for branch in handle.branches.values()):
+    if handle.branches and all(is_silent(branch) for branch in handle.branches.values()):
         warnings.warn(
             f"the linear branch of {type(handle.method).__name__} is still silent, so that this "
             "is sparse attention alone: fit it with gen_accel.calibrate, train it, or load it "

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gen_accel
-from gen_accel import Dense, Schedule, SparseLinear, VideoShape
+from gen_accel import BlockMixture, Schedule, VideoShape
 from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.method import layers_differ, parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def attention(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     video = _grid(params)
     reason = _why_step(params) or _why_tokens(q, k, video)
-    if isinstance(method, Dense):
+    if parts_of(method).is_dense:
         reason = "method is dense"
     if reason is not None:
         _say(f"dense: {reason}")
@@ -85,7 +86,7 @@ def attention(
         out = F.scaled_dot_product_attention(q, k, v, scale=softmax_scale, enable_gqa=grouped)
         return out.transpose(1, 2)
     assert video is not None
-    silent = ", without its linear branch" if isinstance(method, SparseLinear) else ""
+    silent = ", without its linear branch" if parts_of(method).branch else ""
     _say(f"sparse: {method} over {video} tokens{silent}")
     kernel = params.get("kernel", "auto")
     options: dict[str, Any] = {"method": method, "kernel": kernel, "scale": softmax_scale}
@@ -154,10 +155,13 @@ def _shared(values: Any, size: int) -> list[int] | None:
 @lru_cache(maxsize=16)
 def _method(name: str, settings: tuple[str, ...]) -> Any:
     method = method_from(name, settings)
-    if getattr(method, "partition", None) == "cycle":
+    if layers_differ(method):
+        cycles = isinstance(method, BlockMixture)
+        what = "partition='cycle'" if cycles else repr(method)
+        instead = ': give "partition=1d", "partition=2d" or "partition=3d" in settings'
         raise ValueError(
-            "partition='cycle' changes from layer to layer, and vLLM-Omni does not tell the layer "
-            'of a call: give "partition=1d", "partition=2d" or "partition=3d" in settings'
+            f"{what} changes from layer to layer, and vLLM-Omni does not tell the layer of a call"
+            f"{instead if cycles else ''}"
         )
     return method
 

@@ -10,9 +10,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from gen_accel.attention_processors import method_class
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.attention_processors.methods.options import with_tuples
+from gen_accel.attention_processors.methods.options import method_of_file, with_tuples
 
 WEIGHTS, CONFIG = "pytorch_lora_weights.safetensors", "gen_accel.json"
 KEY = "gen_accel"  # of the metadata, and of PEFT's `auto_mapping`
@@ -69,7 +68,7 @@ class Recipe:
         return self.teacher_guidance > 1
 
     def build_method(self) -> Any:
-        return method_class(self.method)(**with_tuples(self.options))
+        return method_of_file(self.method, self.options)
 
     def build_schedule(self) -> Schedule:
         return Schedule(**with_tuples(self.schedule))

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gen_accel.attention_processors import method_class
+from gen_accel.attention_processors import method_name
 from gen_accel.attention_processors.attached.attachment import (
     Attachment,
     attachment_of,
@@ -19,7 +19,11 @@ from gen_accel.attention_processors.attached.layer import is_offloaded
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.families import family_of
-from gen_accel.attention_processors.methods.options import method_name, with_tuples
+from gen_accel.attention_processors.methods.options import (
+    method_of_file,
+    saved_options,
+    with_tuples,
+)
 from gen_accel.files import file_sha256, replacing, write_json
 from gen_accel.method import branch_of, layer_method
 
@@ -48,7 +52,8 @@ def save_processors(
         The folder.
 
     Raises:
-        ValueError: nothing is attached, or a method of the user's own.
+        ValueError: nothing is attached, a method that has no name, or options that JSON cannot
+            hold.
         OSError: the folder cannot be written.
     """
     handle = pipe_or_handle
@@ -64,7 +69,7 @@ def save_processors(
     config = {
         "version": VERSION,
         "method": name,
-        "options": asdict(handle.method),
+        "options": saved_options(handle.method),
         "schedule": asdict(handle.schedule),
         "kernel": handle.kernel,
         "sha256": digest,
@@ -108,7 +113,7 @@ def _read(path: Path) -> tuple[Any, dict[str, Any], str]:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config["version"] != VERSION:
             raise ValueError(f"its version is {config['version']}, not {VERSION}")
-        method = method_class(config["method"])(**with_tuples(config["options"]))
+        method = method_of_file(config["method"], config["options"])
         schedule = Schedule(**with_tuples(config["schedule"]))
         return method, {"schedule": schedule, "kernel": config["kernel"]}, config["sha256"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

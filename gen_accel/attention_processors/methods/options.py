@@ -1,14 +1,14 @@
-"""A method from words: its name, and "field=value" for each of its options."""
+"""A method from words, or from a file: its name, and a value for each of its options."""
 
-import types
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
-from gen_accel.attention_processors import METHODS, method_class
-
-TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+from gen_accel.attention_processors import method_class
+from gen_accel.method import check_method
+from gen_accel.values import convert, written_type
 
 
 def method_from(name: str, settings: Sequence[str] = ()) -> Any:
@@ -17,6 +17,7 @@ def method_from(name: str, settings: Sequence[str] = ()) -> Any:
         method_from("neighborhood", ["window=3,8,8", "is_causal=true,false,false"])
 
     Args:
+        name: of `METHODS`, one that is registered, or "module:Class", whose module is imported.
         settings: "field=value" each; a tuple is written "3,8,8".
 
     Raises:
@@ -24,8 +25,8 @@ def method_from(name: str, settings: Sequence[str] = ()) -> Any:
             refuses; the message names what there is, and the nearest.
     """
     kind = method_class(name)
-    hints = get_type_hints(kind)
-    known = [field.name for field in fields(kind)]
+    known = [field.name for field in options_of(kind)]
+    hints = _hints(kind, name) if settings else {}
     values = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -33,74 +34,115 @@ def method_from(name: str, settings: Sequence[str] = ()) -> Any:
         if not equals:
             raise ValueError(f"a setting is written field=value, got {setting!r}")
         if key not in known:
-            near = get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            have = ", ".join(known) or "none"
-            raise ValueError(f"{name} has no field {key!r}; its fields: {have}{hint}")
+            raise _no_field(name, key, known)
         if key in values:
             raise ValueError(f"{key} is set twice")
         try:
-            values[key] = _convert(text.strip(), hints[key])
-        except ValueError:
+            values[key] = convert(text.strip(), hints[key], is_text=True)
+        except (TypeError, ValueError, OverflowError):
             wanted = written_type(hints[key])
             raise ValueError(f"{key} of {name} must be {wanted}, got {text!r}") from None
-    return kind(**values)
+    return _made(kind, name, values)
 
 
-def method_name(method: Any) -> str:
-    """What `method_from` calls it; ValueError for a method of the user's own."""
-    names = {kind: name for name, kind in METHODS.items()}
-    if type(method) not in names:
-        raise ValueError(f"{method!r} is none of the package's methods {tuple(METHODS)}")
-    return names[type(method)]
+def method_of_file(name: str, options: Mapping[str, Any]) -> Any:
+    """The method that a file names, with its options as JSON holds them. It imports nothing.
+
+    Raises:
+        ValueError: no such method or option, or a "module:Class" whose module is not imported.
+    """
+    kind = method_class(name, from_file=True)
+    known = [field.name for field in options_of(kind)]
+    for key in options:
+        if key not in known:
+            raise _no_field(name, key, known)
+    return _made(kind, name, with_tuples(options))
+
+
+def options_of(kind: type) -> tuple[Field[Any], ...]:
+    """The fields that a method of this class is made with; none of what is no dataclass."""
+    return tuple(one for one in fields(kind) if one.init) if is_dataclass(kind) else ()
+
+
+def saved_options(method: Any) -> dict[str, Any]:
+    """Its options, as JSON holds them.
+
+    Raises:
+        ValueError: an option that JSON cannot hold, or what is no dataclass and has state, which
+            would be lost.
+    """
+    kind = type(method)
+    if not is_dataclass(kind):
+        _check_stateless(method)
+        return {}
+    values = {one.name: getattr(method, one.name) for one in options_of(kind)}
+    for name, value in values.items():
+        try:
+            values[name] = json.loads(json.dumps(value))
+        except (TypeError, ValueError):
+            values[name] = None
+        if _with_tuples(values[name]) != getattr(method, name):
+            raise ValueError(
+                f"{name} of {kind.__name__} is not the same after JSON, got "
+                f"{getattr(method, name)!r}: options are numbers, words, booleans, None and tuples"
+            )
+    return values
 
 
 def with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
     """Fields as JSON holds them, with tuples where it has lists."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    return {name: _with_tuples(value) for name, value in options.items()}
 
 
-def written_type(hint: Any) -> str:
-    """How the type of a field reads to a user: "int,int,int"."""
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    if get_origin(hint) is tuple:
-        inner = get_args(hint)
-        if inner[-1] is Ellipsis:
-            return f"any number of {written_type(inner[0])}, with commas between"
-        return ",".join(map(written_type, inner))
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(written_type(part) for part in get_args(hint))
-    if hint is bool:
-        return "true/false"
-    return "none" if hint is types.NoneType else getattr(hint, "__name__", str(hint))
+def _with_tuples(value: Any) -> Any:
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
-def _convert(text: str, hint: Any) -> Any:
-    """Raises ValueError for what is no such type."""
-    if get_origin(hint) is Literal:
-        for option in get_args(hint):
-            if text == str(option):
-                return option
-    elif get_origin(hint) is tuple:
-        inner = get_args(hint)
-        parts = [part.strip() for part in text.strip("()[]").split(",") if part.strip()]
-        if inner[-1] is Ellipsis:
-            inner = (inner[0],) * len(parts)
-        if len(parts) == len(inner):
-            return tuple(_convert(part, kind) for part, kind in zip(parts, inner, strict=True))
-    elif get_origin(hint) in (Union, types.UnionType):
-        for kind in get_args(hint):
-            try:
-                return _convert(text, kind)
-            except ValueError:
-                continue
-    elif hint is bool:
-        if text.lower() in TRUE + FALSE:
-            return text.lower() in TRUE
-    elif hint is types.NoneType:
-        if text.lower() == "none":
-            return None
-    else:
-        return hint(text)
-    raise ValueError(text)
+def _hints(kind: type, name: str) -> dict[str, Any]:
+    try:
+        return get_type_hints(kind)
+    except (NameError, TypeError) as error:
+        raise ValueError(f"the types of the fields of {name} cannot be read: {error}") from error
+
+
+def _no_field(name: str, key: str, known: Sequence[str]) -> ValueError:
+    near = get_close_matches(key, known, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    have = ", ".join(known) or "none"
+    return ValueError(f"{name} has no field {key!r}; its fields: {have}{hint}")
+
+
+def _made(kind: type, name: str, values: Mapping[str, Any]) -> Any:
+    lacking = [
+        one.name
+        for one in options_of(kind)
+        if one.default is one.default_factory is MISSING and one.name not in values
+    ]
+    if lacking:
+        raise ValueError(f"{name} needs a value for {', '.join(lacking)}")
+    try:
+        method = kind(**values)
+    except TypeError as error:
+        if is_dataclass(kind):
+            raise
+        raise ValueError(
+            f"{name} cannot be made without arguments: {error}; the options of a method are the "
+            "fields of a dataclass"
+        ) from error
+    check_method(method)
+    return method
+
+
+def _check_stateless(method: Any) -> None:
+    """Raise ValueError unless `type(method)()` makes the same."""
+    kind = type(method)
+    try:
+        same = bool(vars(kind()) == vars(method))
+    except Exception:  # it cannot be made so, or what it holds cannot be compared
+        same = False
+    if not same:
+        held = ", ".join(f"{name}={value!r}" for name, value in vars(method).items())
+        raise ValueError(
+            f"{kind.__name__} is no dataclass, so that what it holds would be lost, {held}: make "
+            "the class a frozen dataclass, whose fields are saved"
+        )

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gen_accel import kernels
-from gen_accel.attention_processors import Dense
 from gen_accel.attention_processors.attached.recipe import Recipe, read_recipe
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.measure.quality import check_installed
 from gen_accel.measure.video_io import check_writable
+from gen_accel.method import parts_of
 from gen_accel.pipelines.generation import prompt_list
 from gen_accel.pipelines.generation.compare import beside
 from gen_accel.pipelines.generation.decode import check_latents_path
@@ -164,7 +164,7 @@ class Job:
             kernels.check_kernel(self.kernel, find_device(self.loading.device))
 
     def _check_comparison(self, latents: str | Path | None) -> None:
-        if isinstance(self.method, Dense):
+        if parts_of(self.method).is_dense:
             raise ValueError("compare sets a sparse method beside dense attention, got Dense()")
         if self.techniques or latents is not None:
             raise ValueError(

@@ -15,6 +15,7 @@ from gen_accel.attention_processors.attached.transformers import served_transfor
 from gen_accel.attention_processors.families import Family, family_of
 from gen_accel.attention_processors.lengths import patch_of, vae_factor
 from gen_accel.extras import needed_for
+from gen_accel.method import parts_of, plan_of
 from gen_accel.pipelines.generation.decode import (
     as_uint8,
     decode_stream,
@@ -157,8 +158,8 @@ def token_grid(pipe: Any, clip: Clip) -> VideoShape:
 
 def check_fits(method: Any, video: VideoShape) -> None:
     """Raises ValueError for a method that cannot be planned on `video`."""
-    if hasattr(method, "plan"):
-        method.plan(video)
+    if parts_of(method).has_plan:
+        plan_of(method, video)
 
 
 def denoise(
