@@ -1,8 +1,17 @@
+"""Fixtures of all tests, which of them run, and in which order."""
+
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from support.products import NIGHTLY
+from support.videos import VIDEOS
 from typer.testing import CliRunner
+
+# Inductor would start processes of its own, each of which imports torch.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 # Triton decides how a kernel runs when it is defined: set before anything imports Triton. Torch's
 # own Triton kernels, which this concerns too, need a GPU.
@@ -11,10 +20,9 @@ if not torch.cuda.is_available():
 
 from gen_accel.cli import app
 from gen_accel.kernels.native import build as native_build
-from gen_accel.video import VideoShape
 
-# One shape that divides, one that does not, one with text: the three ways padding goes wrong.
-VIDEOS = [VideoShape(4, 8, 8), VideoShape(5, 9, 10), VideoShape(3, 7, 5, text=13)]
+# CPU seconds of each file, as tests/support/profile.py writes them.
+DURATIONS = Path(__file__).with_name("durations.json")
 
 
 @pytest.fixture(params=VIDEOS, ids=str)
@@ -151,10 +159,20 @@ def compiler():
         pytest.skip(f"torch.compile does not work here: {type(error).__name__}")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """What this machine cannot run, or was not asked to, is skipped with the reason."""
+    """What this machine cannot run, or was not asked to, is skipped with the reason. Files whose
+    tests take longest come first, so that no worker begins one when the others are done."""
+    asked = config.option.markexpr
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))
-        if item.get_closest_marker("model") and "model" not in config.option.markexpr:
+        if item.get_closest_marker("model") and "model" not in asked:
             item.add_marker(pytest.mark.skip(reason="downloads a checkpoint; ask with -m model"))
+    if not NIGHTLY and "nightly" not in asked:
+        late = [item for item in items if item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=late)
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+    if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+        seconds = json.loads(DURATIONS.read_text())
+        items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0))

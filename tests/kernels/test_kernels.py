@@ -4,15 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.checks import assert_no_worse
+from support.methods import CASES, TESTED
 from support.problems import (
-    CASES,
-    OPTIONS,
     PLANS,
     all_picked,
     assert_gradients_no_worse,
     blind,
     random_plan,
 )
+from support.products import in_turns, pairs
+from support.videos import VIDEOS
 
 from gen_accel import kernels
 from gen_accel.attention_processors import (
@@ -39,15 +40,13 @@ from gen_accel.video import VideoShape
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-# FlexAttention is compiled for every plan, at seconds each, and `routed` takes one kind of plan:
-# they have lists of their own below. Triton needs its interpreter and xformers a GPU: they have
-# files of their own. Any other kernel is held to all that follows.
-WITHOUT_COMPILER = ["gather", "reference"]
+# FlexAttention is compiled for every plan, at seconds each, and routed takes few plans: both have
+# tests of their own below. Triton needs its interpreter and xformers a GPU: they have files of
+# their own. Any other kernel is held to the reference here.
 ELSEWHERE = ("flex", "routed", "triton", "xformers")
 AT_ONCE = [name for name in KERNELS if name not in ELSEWHERE]
-AT_ONCE_IN_TIME = [
-    pytest.param(name, marks=pytest.mark.slow) if name == "native" else name for name in AT_ONCE
-]
+HELD = [name for name in AT_ONCE if name != "reference"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 FLEX_CASES = [
     pytest.param(
@@ -80,11 +79,12 @@ FLEX_CASES = [
 ]
 
 
-@pytest.mark.parametrize("dim", [16, pytest.param(64, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("method", CASES, ids=str)
-@pytest.mark.parametrize("kernel", AT_ONCE)
-def test_forward_matches_reference(kernel, method, dtype, dim, qkv, video):
+@pytest.mark.parametrize(
+    ("method", "kernel", "video", "dtype", "dim"),
+    pairs(CASES, HELD, VIDEOS, DTYPES, (16, 64)),
+    ids=str,
+)
+def test_forward_matches_reference(kernel, method, video, dtype, dim, qkv):
     q, k, v = qkv(video.tokens, dtype, dim=dim)
     case = {"video": video, "method": method}
     exact = attention(q.double(), k.double(), v.double(), kernel="reference", **case)
@@ -92,10 +92,20 @@ def test_forward_matches_reference(kernel, method, dtype, dim, qkv, video):
     assert_no_worse(attention(q, k, v, kernel=kernel, **case), low, exact)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("method", CASES, ids=str)
-@pytest.mark.parametrize("kernel", AT_ONCE_IN_TIME)
-def test_gradient_matches_reference(kernel, method, dtype, qkv, video):
+@pytest.mark.parametrize(("method", "dtype"), in_turns(CASES, DTYPES), ids=str)
+def test_the_reference_gives_numbers(method, dtype, qkv, video):
+    """All else is held to it, and it to slow loops in test_properties.py and for each method."""
+    q, k, v = qkv(video.tokens, dtype, grad=True)
+    out = attention(q, k, v, video=video, method=method, kernel="reference")
+    assert (out.dtype, out.shape) == (dtype, q.shape)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(torch.isfinite(x).all() for x in (out, *grads))
+
+
+@pytest.mark.parametrize(
+    ("method", "kernel", "video", "dtype"), pairs(CASES, HELD, VIDEOS, DTYPES[:2]), ids=str
+)
+def test_gradient_matches_reference(kernel, method, video, dtype, qkv):
     def by(name):
         return lambda q, k, v: attention(q, k, v, video=video, method=method, kernel=name)
 
@@ -107,7 +117,7 @@ def test_gradient_matches_reference(kernel, method, dtype, qkv, video):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "method",
-    [case for case in OPTIONS["block_mixture"] if case.routing == "token"],
+    [case for case in TESTED["block_mixture"].cases if case.routing == "token"],
     ids=str,
 )
 def test_routed_matches_reference(method, dtype, qkv, video):
@@ -168,7 +178,7 @@ def plan_for(kernel, device, **options):
 
 
 @pytest.mark.parametrize("options", PLANS)
-@pytest.mark.parametrize("kernel", AT_ONCE)
+@pytest.mark.parametrize("kernel", HELD)
 def test_any_plan_matches_reference(kernel, options, qkv, device):
     plan = plan_for(kernel, device, **options)
     q, k, v = qkv(plan.tokens)
@@ -178,7 +188,7 @@ def test_any_plan_matches_reference(kernel, options, qkv, device):
 
 
 @pytest.mark.parametrize("options", PLANS)
-@pytest.mark.parametrize("kernel", AT_ONCE)
+@pytest.mark.parametrize("kernel", HELD)
 def test_gradient_of_any_plan_matches_reference(kernel, options, qkv, device):
     plan = plan_for(kernel, device, **options)
 
@@ -302,10 +312,8 @@ def test_keys_outside_a_window_do_not_change_a_bit(kernel, qkv, video):
     assert not same[:, :, video.video_tokens :].any()  # text sees every frame
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", CASES, ids=str)
-@pytest.mark.parametrize("kernel", AT_ONCE)
-def test_other_samples_do_not_change_the_answer(kernel, method, qkv, video):
+@pytest.mark.parametrize(("method", "kernel", "video"), pairs(CASES, AT_ONCE, VIDEOS), ids=str)
+def test_other_samples_do_not_change_the_answer(kernel, method, video, qkv):
     q, k, v = qkv(video.tokens)
     case = {"video": video, "method": method, "kernel": kernel}
     together = attention(q, k, v, **case)
@@ -348,10 +356,8 @@ def test_every_finite_scale_is_taken(kernel, scale, qkv, video):
     assert_no_worse(attention(q, k, v, **case), low, exact)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", CASES, ids=str)
-@pytest.mark.parametrize("kernel", AT_ONCE)
-def test_a_plan_built_while_sampling_serves_training(kernel, method, qkv, video):
+@pytest.mark.parametrize(("method", "kernel", "video"), pairs(CASES, AT_ONCE, VIDEOS), ids=str)
+def test_a_plan_built_while_sampling_serves_training(kernel, method, video, qkv):
     radial._plan.cache_clear()
     neighborhood._plan.cache_clear()
     case = {"video": video, "method": method, "kernel": kernel}
@@ -460,7 +466,7 @@ class TestChoice:
         placed = parts_of(kernel_of(kernel)).place(facts) is not None
         assert (kernel in kernels.preference(facts)) == placed
 
-    @pytest.mark.parametrize("kernel", WITHOUT_COMPILER)
+    @pytest.mark.parametrize("kernel", ["gather", "reference"])
     def test_the_compiler_free_ones_refuse_nothing(self, kernel, qkv):
         facts = facts_of(*qkv(64, torch.float64, grad=True), self.plan)
         assert kernels.unsupported(kernel, facts) == []

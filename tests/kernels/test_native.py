@@ -7,6 +7,7 @@ import torch
 from support import wan
 from support.checks import assert_no_worse
 from support.problems import all_picked, assert_gradients_no_worse, random_plan
+from support.products import in_turns, slow_after
 
 import gen_accel
 from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear, VideoShape, kernels
@@ -32,22 +33,23 @@ def by(plan, kernel, scale=0.3):
     return lambda q, k, v: kernel.forward(q, k, v, plan, scale=scale)
 
 
-@pytest.mark.parametrize("halves", [False, True], ids=["fp32 products", "bf16 products"])
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
-@pytest.mark.parametrize(
-    ("block_q", "block_k", "dim"),
-    [
-        (300, 90, 33),
-        *(pytest.param(300, 90, dim, marks=pytest.mark.slow) for dim in (8, 64, 256)),
-        *(pytest.param(7, 5, dim, marks=pytest.mark.slow) for dim in (33, 64)),
-        *(pytest.param(30, 600, dim, marks=pytest.mark.slow) for dim in (8, 33, 256)),
-        pytest.param(300, 75, 33, marks=pytest.mark.slow),
-    ],
-)
-def test_any_size_matches_reference(block_q, block_k, dim, dtype, halves, monkeypatch, qkv):
+SIZES = [  # queries and keys in a block, and the head dim
+    (300, 90, 33),
+    *((300, 90, dim) for dim in (8, 64, 256)),
+    *((7, 5, dim) for dim in (33, 64)),
+    *((30, 600, dim) for dim in (8, 33, 256)),
+    (300, 75, 33),
+]
+# And whether products are of bf16, which is for bf16 alone.
+NUMBERS = [(BF16, True), (FP32, False), (BF16, False), (FP16, False)]
+
+
+@pytest.mark.parametrize(("size", "numbers"), slow_after(2, in_turns(SIZES, NUMBERS)), ids=str)
+def test_any_size_matches_reference(size, numbers, monkeypatch, qkv):
     """Blocks that divide nothing, longer than a piece of queries or a tile of keys."""
-    if halves and (dtype != BF16 or not native.multiplies_bf16()):
-        pytest.skip("products of bf16 are for bf16, on a processor that has them")
+    (block_q, block_k, dim), (dtype, halves) = size, numbers
+    if halves and not native.multiplies_bf16():
+        pytest.skip("this processor has no products of bf16")
     monkeypatch.setattr(native, "multiplies_bf16", lambda: halves)
     slots = 2100 if block_q == 7 else 1800
     g = torch.Generator().manual_seed(0)

@@ -6,11 +6,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.checks import assert_no_worse
+from support.methods import TESTED, sides
 from support.wan import forward, transformer
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear, VideoShape, attach
-from gen_accel.attention_processors import METHODS, Dense
+from gen_accel.attention_processors import METHODS
 from gen_accel.attention_processors.methods import block_mixture
 from gen_accel.functional import attention
 from gen_accel.kernels import gather, triton
@@ -30,89 +31,15 @@ RANDOM = settings(
 LUCK = 4.0
 
 
-def sides(*most):
-    return st.tuples(*(st.integers(1, size) for size in most))
-
-
 @st.composite
 def videos(draw):
     return VideoShape(*draw(sides(4, 5, 6)), text=draw(st.sampled_from([0, 0, 1, 5, 9])))
 
 
 @st.composite
-def neighborhoods(draw, video):
-    axes = []
-    for size in video.grid:
-        window = draw(st.sampled_from([-1, *range(1, size + 1)]))
-        stride = draw(st.integers(1, size if window == -1 else window))
-        dilation = 1 if window == -1 else draw(st.integers(1, size // window))
-        axes.append((window, stride, dilation, draw(st.booleans())))
-    return Neighborhood(*zip(*axes, strict=True))
-
-
-@st.composite
-def radials(draw, video):
-    rule = draw(st.sampled_from(["balanced", "paper", "code-2025-06", "code-2025-11"]))
-    return Radial(
-        rule=rule,
-        decay_factor=draw(st.sampled_from([0.01, 0.2, 0.5, 1.0, 4.0])),
-        sink=draw(st.booleans()),
-        block=draw(st.sampled_from([1, 3, 8, 16, 24, 128])),
-        anchor_every=draw(st.none() | st.integers(1, video.frames + 1)),
-        tile_frames=draw(st.none() | st.integers(1, 4)) if rule == "balanced" else None,
-        tile_side=draw(st.integers(1, 12)) if rule == "balanced" else 8,
-    )
-
-
-@st.composite
-def block_mixtures(draw, video):
-    select = draw(st.sampled_from(["threshold", "topk"]))
-    scopes = ["query_head", "head_global", "overall", "block"]
-    return BlockMixture(
-        partition=draw(st.sampled_from(["1d", "2d", "3d"])),
-        chunk_1d=draw(st.none() | st.integers(1, video.frames)),
-        chunk_2d=draw(st.none() | sides(*video.grid[1:])),
-        chunk_3d=draw(st.none() | sides(*video.grid)),
-        chunks=draw(sides(4, 12, 24)),
-        select=select,
-        scope=draw(st.sampled_from(scopes[: 4 if select == "threshold" else 3])),
-        threshold=draw(st.sampled_from([1e-6, 0.1, 0.25, 0.5, 0.9, 1.0])),
-        topk=draw(sides(3, 5, 9)),
-        routing=draw(st.sampled_from(["token", "block"])),
-        block=draw(st.sampled_from([1, 4, 7, 16, 64])),
-    )
-
-
-@st.composite
-def sparse_linears(draw, video):
-    order = draw(st.sampled_from(["tile", "raster"]))
-    blocks = [(8, 8), (16, 8), (4, 12), (64, 64), (1, 1)] + [(12, 8), (5, 7)] * (order == "raster")
-    block_q, block_k = draw(st.sampled_from(blocks))
-    return SparseLinear(
-        critical=draw(st.sampled_from([1e-6, 0.05, 0.3, 0.7])),
-        skipped=draw(st.sampled_from([0.0, 0.1, 0.3])),
-        linear_over=draw(st.sampled_from(["all", "rest", "marginal"])),
-        feature_map=draw(st.sampled_from(["softmax", "elu", "relu"])),
-        combine=draw(st.sampled_from(["project", "alpha"])),
-        block_q=block_q,
-        block_k=block_k,
-        order=order,
-    )
-
-
-OF_METHOD = {
-    "dense": lambda video: st.just(Dense()),
-    "radial": radials,
-    "neighborhood": neighborhoods,
-    "block_mixture": block_mixtures,
-    "sparse_linear": sparse_linears,
-}
-
-
-@st.composite
 def problems(draw):
     video = draw(videos())
-    method = draw(OF_METHOD[draw(st.sampled_from(sorted(METHODS)))](video))
+    method = draw(TESTED[draw(st.sampled_from(sorted(TESTED)))].random(video))
     shape = (
         draw(st.integers(1, 2)),
         draw(st.integers(1, 3)),
@@ -188,21 +115,7 @@ def test_the_random_problems_cover_the_methods():
 
 
 TINY = VideoShape(2, 3, 4, text=3)
-DIFFERENTIATED = [
-    Dense(),
-    Radial(decay_factor=0.2, sink=False, block=4),
-    Neighborhood((1, 2, 3), is_causal=(False, True, False)),
-    BlockMixture(partition="3d", chunk_3d=(1, 2, 3), block=4),
-    BlockMixture(partition="2d", chunk_2d=(2, 3), routing="block", block=4),
-    *(
-        SparseLinear(0.3, 0.3, over, features, combine, block_q=4, block_k=4)
-        for over, features, combine in [
-            ("all", "softmax", "project"),
-            ("rest", "elu", "alpha"),
-            ("marginal", "softmax", "project"),
-        ]
-    ),
-]
+DIFFERENTIATED = [method for row in TESTED.values() for method in row.differentiated]
 
 
 @pytest.mark.parametrize("kernel", ["reference", pytest.param("gather", marks=pytest.mark.slow)])

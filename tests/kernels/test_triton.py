@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 from support.checks import assert_no_worse
-from support.problems import CASES, assert_gradients_no_worse, blind, random_plan
+from support.methods import CASES
+from support.problems import assert_gradients_no_worse, blind, random_plan
+from support.products import NIGHTLY, in_turns
 from support.triton_plans import (
     assert_matches_reference,
     differentiated,
@@ -68,15 +70,13 @@ def test_outputs_and_gradients_match_reference(name, device):
     assert_matches_reference(plan, inputs(plan, torch.float32), lse_weight=0.1)
 
 
+# By day each dtype on half of the small plans and bf16 on one of the others.
+LOW = [(name, dtype) for name in PLANS for dtype in (torch.bfloat16, torch.float16)]
+SOME_LOW = [*in_turns(QUICK, (torch.bfloat16, torch.float16)), ("windows", torch.bfloat16)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        *((name, torch.bfloat16) for name in PLANS if name != "blocks of 36 and 57"),
-        *((name, torch.float16) for name in QUICK),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("name", "dtype"), LOW if NIGHTLY else SOME_LOW, ids=str)
 def test_low_precision_matches_reference(name, dtype, device):
     plan = PLANS[name](device)
     assert_matches_reference(plan, inputs(plan, dtype))
@@ -148,12 +148,7 @@ def test_a_row_that_sees_nothing_is_zero_and_so_is_its_gradient(name, device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "video"),
-    # With text, and the others in turns.
-    [(m, SMALL[2]) for m in CASES] + [(m, SMALL[i % 2]) for i, m in enumerate(CASES)],
-    ids=str,
-)
+@pytest.mark.parametrize(("method", "video"), in_turns(CASES, SMALL[::-1]), ids=str)
 def test_every_method_matches_reference(method, qkv, video):
     def by(name):
         return lambda q, k, v: attention(q, k, v, video=video, method=method, kernel=name)
@@ -367,12 +362,22 @@ def compiled(tmp_path_factory):
     return str(tmp_path_factory.mktemp("triton"))
 
 
+SOME_KERNELS = ["--dim", "128", "--kernel", "forward route", "dq windows", "dkdv route", "delta"]
+
+
 @pytest.mark.slow
-def test_every_kernel_compiles_for_hopper_and_spills_nothing(compiled):
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        pytest.param([*SOME_KERNELS, "states"], 9, id="some"),
+        pytest.param([], 50, id="every", marks=pytest.mark.nightly),
+    ],
+)
+def test_kernels_compile_for_hopper_and_spill_nothing(compiled, options, count):
     matrix = "gen_accel.kernels.triton.compile_matrix"
-    done = run_python("-m", matrix, "--arch", "sm_90", TRITON_CACHE_DIR=compiled)
+    done = run_python("-m", matrix, "--arch", "sm_90", *options, TRITON_CACHE_DIR=compiled)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("sm_90 ") == 50
+    assert done.stdout.count("sm_90 ") == count
 
 
 @pytest.mark.slow

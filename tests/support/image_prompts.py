@@ -1,7 +1,6 @@
 """Image-prompt adapters with random weights for any model, and what they leave behind."""
 
 import torch
-from support.methods import LINEAR, MIXTURE, RADIAL, WINDOW
 from torch import nn
 
 from gen_accel.attention_processors.families import image_family_of
@@ -14,9 +13,6 @@ WIDTH = 5  # of a feature
 
 
 TOKENS = 3
-
-
-METHODS = [RADIAL, WINDOW, MIXTURE, LINEAR]
 
 
 class Projector(nn.Module):

@@ -1,11 +1,216 @@
-"""The methods with blocks so small that they leave something out on the tests' few tokens."""
+"""The methods as all shared tests use them: one row for each of `METHODS`.
 
-from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear
+A method that is new there needs no row: its options are then made small until it leaves something
+out on the tests' few tokens. A row adds cases that suit it better.
+"""
 
-# On so few frames the default keeps every block.
-RADIAL = Radial(decay_factor=0.2)
-WINDOW = Neighborhood(window=(-1, 3, 4))
-MIXTURE = BlockMixture(
-    chunks=(3, 4, 6), select="topk", scope="query_head", topk=(1, 2, 2), block=16
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+from hypothesis import strategies as st
+
+from gen_accel.attention_processors import (
+    METHODS,
+    BlockMixture,
+    Dense,
+    Neighborhood,
+    Radial,
+    SparseLinear,
 )
-LINEAR = SparseLinear(critical=0.2, block_q=16, block_k=16)
+from gen_accel.method import parts_of
+from gen_accel.video import VideoShape
+
+FEW = VideoShape(5, 9, 11)  # tokens of the tiny models, of which `small` leaves some out
+
+
+def small(kind: type) -> Any:
+    """An instance with whole numbers so small that it keeps less than all of FEW."""
+    method = kind()
+    for most in (None, 16, 8, 4, 3, 2, 1):
+        options = {
+            field.name: _at_most(getattr(method, field.name), most) for field in fields(kind)
+        }
+        try:
+            found = replace(method, **options)
+            density = parts_of(found).density
+            if density is None or density(FEW) < 1:
+                return found
+        except ValueError:  # such sizes do not go together
+            continue
+    return method
+
+
+def _at_most(value: Any, most: int | None) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_at_most(x, most) for x in value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return min(value, most) if whole and most is not None else value
+
+
+@st.composite
+def _radials(draw, video):
+    rule = draw(st.sampled_from(["balanced", "paper", "code-2025-06", "code-2025-11"]))
+    return Radial(
+        rule=rule,
+        decay_factor=draw(st.sampled_from([0.01, 0.2, 0.5, 1.0, 4.0])),
+        sink=draw(st.booleans()),
+        block=draw(st.sampled_from([1, 3, 8, 16, 24, 128])),
+        anchor_every=draw(st.none() | st.integers(1, video.frames + 1)),
+        tile_frames=draw(st.none() | st.integers(1, 4)) if rule == "balanced" else None,
+        tile_side=draw(st.integers(1, 12)) if rule == "balanced" else 8,
+    )
+
+
+@st.composite
+def _neighborhoods(draw, video):
+    axes = []
+    for size in video.grid:
+        window = draw(st.sampled_from([-1, *range(1, size + 1)]))
+        stride = draw(st.integers(1, size if window == -1 else window))
+        dilation = 1 if window == -1 else draw(st.integers(1, size // window))
+        axes.append((window, stride, dilation, draw(st.booleans())))
+    return Neighborhood(*zip(*axes, strict=True))
+
+
+def sides(*most: int) -> st.SearchStrategy:
+    return st.tuples(*(st.integers(1, size) for size in most))
+
+
+@st.composite
+def _block_mixtures(draw, video):
+    select = draw(st.sampled_from(["threshold", "topk"]))
+    scopes = ["query_head", "head_global", "overall", "block"]
+    return BlockMixture(
+        partition=draw(st.sampled_from(["1d", "2d", "3d"])),
+        chunk_1d=draw(st.none() | st.integers(1, video.frames)),
+        chunk_2d=draw(st.none() | sides(*video.grid[1:])),
+        chunk_3d=draw(st.none() | sides(*video.grid)),
+        chunks=draw(sides(4, 12, 24)),
+        select=select,
+        scope=draw(st.sampled_from(scopes[: 4 if select == "threshold" else 3])),
+        threshold=draw(st.sampled_from([1e-6, 0.1, 0.25, 0.5, 0.9, 1.0])),
+        topk=draw(sides(3, 5, 9)),
+        routing=draw(st.sampled_from(["token", "block"])),
+        block=draw(st.sampled_from([1, 4, 7, 16, 64])),
+    )
+
+
+@st.composite
+def _sparse_linears(draw, video):
+    order = draw(st.sampled_from(["tile", "raster"]))
+    blocks = [(8, 8), (16, 8), (4, 12), (64, 64), (1, 1)] + [(12, 8), (5, 7)] * (order == "raster")
+    block_q, block_k = draw(st.sampled_from(blocks))
+    return SparseLinear(
+        critical=draw(st.sampled_from([1e-6, 0.05, 0.3, 0.7])),
+        skipped=draw(st.sampled_from([0.0, 0.1, 0.3])),
+        linear_over=draw(st.sampled_from(["all", "rest", "marginal"])),
+        feature_map=draw(st.sampled_from(["softmax", "elu", "relu"])),
+        combine=draw(st.sampled_from(["project", "alpha"])),
+        block_q=block_q,
+        block_k=block_k,
+        order=order,
+    )
+
+
+class Tested(NamedTuple):
+    """How one method is tested.
+
+    Args:
+        few: leaves something out on the grids of the tiny models.
+        cases: on the videos of conftest.py, for every kernel and rule of the method.
+        random: (video) -> a strategy that draws a method for it.
+        differentiated: on 2 x 3 x 4 tokens and a text of 3, for finite differences.
+        longer: on 6 x 5 x 6 tokens, under the techniques for longer video.
+    """
+
+    few: Any
+    cases: tuple[Any, ...] = ()
+    random: Any = None
+    differentiated: tuple[Any, ...] = ()
+    longer: Any = None
+
+    def filled(self) -> "Tested":
+        return Tested(
+            self.few,
+            self.cases or (self.few,),
+            self.random or (lambda video: st.just(self.few)),
+            self.differentiated or (self.few,),
+            self.longer or self.few,
+        )
+
+
+_ROWS = {
+    "dense": Tested(Dense()),
+    "radial": Tested(
+        Radial(decay_factor=0.2),  # on so few frames the default keeps every block
+        (
+            Radial(block=32),
+            Radial("balanced", decay_factor=0.1, sink=False, block=16, anchor_every=3),
+            Radial(decay_factor=0.5, block=64, tile_frames=2),
+            Radial(decay_factor=0.5, sink=False, block=64, anchor_every=2, tile_side=4),
+            Radial("paper", block=16),
+            Radial("code-2025-06", block=16),
+            Radial("code-2025-11", sink=False, block=24),
+        ),
+        _radials,
+        (Radial(decay_factor=0.2, sink=False, block=4),),
+        Radial(block=32),
+    ),
+    "neighborhood": Tested(
+        Neighborhood(window=(-1, 3, 4)),
+        (
+            Neighborhood((-1, 4, 5)),
+            Neighborhood((2, 3, 2), stride=(2, 1, 2), dilation=(1, 2, 2)),
+            Neighborhood((3, 5, 1), stride=(1, 3, 1), is_causal=(True, False, True)),
+        ),
+        _neighborhoods,
+        (Neighborhood((1, 2, 3), is_causal=(False, True, False)),),
+        Neighborhood((2, 3, 3)),
+    ),
+    "block_mixture": Tested(
+        BlockMixture(
+            chunks=(3, 4, 6), select="topk", scope="query_head", topk=(1, 2, 2), block=16
+        ),
+        (
+            BlockMixture(partition="3d", chunk_3d=(2, 3, 4), threshold=0.4, block=16),
+            BlockMixture(partition="2d", chunk_2d=(3, 4), scope="query_head", block=16),
+            BlockMixture(partition="1d", select="topk", scope="overall", topk=(2, 2, 2), block=24),
+            BlockMixture(partition="3d", chunks=(2, 4, 8), routing="block", block=8),
+        ),
+        _block_mixtures,
+        (
+            BlockMixture(partition="3d", chunk_3d=(1, 2, 3), block=4),
+            BlockMixture(partition="2d", chunk_2d=(2, 3), routing="block", block=4),
+        ),
+        BlockMixture(partition="3d", chunk_3d=(2, 3, 4), block=16),
+    ),
+    "sparse_linear": Tested(
+        SparseLinear(critical=0.2, block_q=16, block_k=16),
+        (
+            SparseLinear(critical=0.3, block_q=16, block_k=8),
+            SparseLinear(critical=0.2, block_q=16, block_k=24, order="raster"),
+        ),
+        _sparse_linears,
+        tuple(
+            SparseLinear(0.3, 0.3, over, features, combine, block_q=4, block_k=4)
+            for over, features, combine in (
+                ("all", "softmax", "project"),
+                ("rest", "elu", "alpha"),
+                ("marginal", "softmax", "project"),
+            )
+        ),
+        SparseLinear(critical=0.2, block_q=16, block_k=16, combine="alpha"),
+    ),
+}
+
+TESTED = {
+    name: (_ROWS[name] if name in _ROWS else Tested(small(kind))).filled()
+    for name, kind in METHODS.items()
+}
+CASES = [case for row in TESTED.values() for case in row.cases]
+
+# Sparse ones, small enough for the tiny models, by name and in a list.
+SPARSE = {name: row.few for name, row in TESTED.items() if not parts_of(row.few).is_dense}
+FEW_METHODS = list(SPARSE.values())
+RADIAL, WINDOW = SPARSE["radial"], SPARSE["neighborhood"]
+MIXTURE, LINEAR = SPARSE["block_mixture"], SPARSE["sparse_linear"]

@@ -4,48 +4,8 @@ import pytest
 import torch
 from support.checks import assert_no_worse
 
-from gen_accel.attention_processors import (
-    METHODS,
-    BlockMixture,
-    Dense,
-    Neighborhood,
-    Radial,
-    SparseLinear,
-)
 from gen_accel.kernels import reference
 from gen_accel.plan import Plan, Route, Windows, unpack
-
-# Options that suit the small videos of conftest.py; other methods come with their own.
-OPTIONS = {
-    "dense": [Dense()],
-    "radial": [
-        Radial(block=32),
-        Radial("balanced", decay_factor=0.1, sink=False, block=16, anchor_every=3),
-        Radial(decay_factor=0.5, block=64, tile_frames=2),
-        Radial(decay_factor=0.5, sink=False, block=64, anchor_every=2, tile_side=4),
-        Radial("paper", block=16),
-        Radial("code-2025-06", block=16),
-        Radial("code-2025-11", sink=False, block=24),
-    ],
-    "neighborhood": [
-        Neighborhood((-1, 4, 5)),
-        Neighborhood((2, 3, 2), stride=(2, 1, 2), dilation=(1, 2, 2)),
-        Neighborhood((3, 5, 1), stride=(1, 3, 1), is_causal=(True, False, True)),
-    ],
-    "block_mixture": [
-        BlockMixture(partition="3d", chunk_3d=(2, 3, 4), threshold=0.4, block=16),
-        BlockMixture(partition="2d", chunk_2d=(3, 4), scope="query_head", block=16),
-        BlockMixture(partition="1d", select="topk", scope="overall", topk=(2, 2, 2), block=24),
-        BlockMixture(partition="3d", chunks=(2, 4, 8), routing="block", block=8),
-    ],
-    "sparse_linear": [
-        SparseLinear(critical=0.3, block_q=16, block_k=8),
-        SparseLinear(critical=0.2, block_q=16, block_k=24, order="raster"),
-    ],
-}
-
-
-CASES = [case for name, method in METHODS.items() for case in OPTIONS.get(name, [method()])]
 
 
 def assert_gradients_no_worse(forward, other, inputs, low_dtype=torch.float32):

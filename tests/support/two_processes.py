@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from diffusers import ContextParallelConfig
 from diffusers.models._modeling_parallel import ContextParallelInput
 from support import wan
-from support.methods import LINEAR, MIXTURE, RADIAL, WINDOW
+from support.methods import FEW_METHODS as METHODS
+from support.methods import LINEAR, MIXTURE, RADIAL
 from support.tiny import Case, cases
 from torch import Tensor
 
@@ -29,9 +30,6 @@ PROCESSES = 2
 
 
 ODD = (5, 9, 11)  # in tokens, of which two processes do not hold equally many
-
-
-METHODS = (RADIAL, WINDOW, MIXTURE, LINEAR)
 
 
 TINY = {case.name: case for case in cases()}

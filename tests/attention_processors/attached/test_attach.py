@@ -25,7 +25,7 @@ from diffusers.models.transformers import transformer_wan
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from support.image_adapters import CROSS, sd_unet
-from support.methods import LINEAR, MIXTURE, RADIAL, WINDOW
+from support.methods import FEW_METHODS, LINEAR, MIXTURE, RADIAL, WINDOW
 from support.wan import (
     GRID,
     HEAD_DIM,
@@ -117,7 +117,7 @@ def test_every_pipeline(name):
     stock = generate(pipe, steps)
     with attach(pipe, Dense()):
         assert torch.equal(generate(pipe, steps), stock)
-    for method in (RADIAL, WINDOW, MIXTURE, LINEAR):
+    for method in FEW_METHODS:
         with attach(pipe, method) as handle:
             out = generate(pipe, steps)
             ours = [p for p in processors(pipe) if isinstance(p, SparseProcessor)]
@@ -628,7 +628,7 @@ def test_lora_loaded_from_a_file(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch")
-@pytest.mark.parametrize("method", [RADIAL, WINDOW, MIXTURE, LINEAR], ids=str)
+@pytest.mark.parametrize("method", FEW_METHODS, ids=str)
 def test_gradient_checkpointing(method):
     model = transformer()
     with attach(model, method):

@@ -8,13 +8,13 @@ from collections import Counter
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from support.methods import LINEAR, MIXTURE, RADIAL, WINDOW
+from support.methods import FEW_METHODS as METHODS
+from support.methods import LINEAR, RADIAL
 from support.wan import forward, generate, pipeline, processors, transformer
 
 from gen_accel import Dense, Schedule, attach
 from gen_accel.pipelines.long_video import extend
 
-METHODS = [RADIAL, WINDOW, MIXTURE, LINEAR]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 
 pytestmark = [

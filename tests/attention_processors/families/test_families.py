@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from peft import LoraConfig, inject_adapter_in_model
-from support.methods import LINEAR, MIXTURE, RADIAL, WINDOW
+from support.methods import FEW_METHODS as METHODS
+from support.methods import RADIAL, WINDOW
 from support.paths import ROOT
 from support.tiny import Case, cases
 from torch import Tensor, nn
@@ -29,7 +30,6 @@ from gen_accel.attention_processors.tokens import Tokens, seen_text
 from gen_accel.method import layer_method
 from gen_accel.pipelines import NothingSaved
 
-METHODS = [RADIAL, WINDOW, MIXTURE, LINEAR]
 CASES = {case.name: case for case in cases()}
 # One of each family is run all the time.
 FIRST = {import_module(f"support.tiny.{family}").CASES[0].name for family in FAMILIES}

@@ -29,7 +29,7 @@ from support.hunyuan import (
     pipeline,
     transformer,
 )
-from support.methods import LINEAR, MIXTURE, RADIAL, WINDOW
+from support.methods import FEW_METHODS, LINEAR, MIXTURE, RADIAL, WINDOW
 from support.wan import processors
 from torch._dynamo.testing import CompileCounter
 
@@ -447,7 +447,7 @@ def test_lengths_of_texts_do_not_fit_one_graph(dynamo):
 # Training
 
 
-@pytest.mark.parametrize("method", [RADIAL, WINDOW, MIXTURE, LINEAR], ids=str)
+@pytest.mark.parametrize("method", FEW_METHODS, ids=str)
 def test_a_step_of_training(method):
     model = transformer()
     blocks = tuple(f"{site.name}." for site in hunyuan_video.self_attentions(model))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support import wan
 from support.checks import assert_no_worse
+from support.methods import SPARSE, TESTED
 from support.problems import assert_gradients_no_worse, random_plan
 from support.triton_plans import assert_matches_reference, routed_plan
 from support.triton_plans import inputs as triton_inputs
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from gen_accel import demo, kernels
 from gen_accel.attention_processors import (
-    BlockMixture,
     Dense,
     Neighborhood,
     Radial,
@@ -36,12 +36,7 @@ from gen_accel.pipelines.long_video.window_noise import WindowNoise
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
-METHODS = [
-    Radial(block=32),
-    Neighborhood((2, 3, 3)),
-    BlockMixture(partition="3d", chunk_3d=(2, 3, 4), block=16),
-    SparseLinear(critical=0.2, block_q=16, block_k=16, combine="alpha"),
-]
+METHODS = {name: TESTED[name].longer for name in SPARSE}
 LONG, TRAINED = 21, 9  # pixel frames of the tiny models: 6 and 3 latent frames
 
 
@@ -211,7 +206,7 @@ SIZES = 6, 10, 12  # latents, 6 x 5 x 6 tokens
 
 
 class TestPaused:
-    @pytest.mark.parametrize("method", METHODS, ids=str)
+    @pytest.mark.parametrize("method", METHODS.values(), ids=str)
     def test_runs_the_stock_attention_bit_for_bit(self, clean, method):
         stock = wan.forward(clean, *SIZES)
         with attach(clean, method) as handle:
@@ -261,7 +256,7 @@ def noting(seen, **options) -> AttentionExtension:
 
 class TestSeam:
     def test_every_plan_goes_through_it(self, clean):
-        for method in METHODS:
+        for method in METHODS.values():
             seen = []
             with attach(clean, method, schedule=Schedule(dense_layers=1)):
                 remove = extend_attention(clean, noting(seen))
@@ -343,7 +338,9 @@ class TestSeam:
         assert all(a is b for a, b in zip(wan.processors(pipe), before, strict=True))
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("method", [Radial(block=16), METHODS[3], Dense()], ids=str)
+    @pytest.mark.parametrize(
+        "method", [Radial(block=16), METHODS["sparse_linear"], Dense()], ids=str
+    )
     def test_is_part_of_a_graph(self, clean, method):
         twin = copy.deepcopy(clean)
         with (
@@ -477,7 +474,9 @@ class TestRotatingAnchors:
         assert seen[-4:].all()
         assert seen[:, -4:].all()
 
-    @pytest.mark.parametrize("method", METHODS[1:], ids=str)
+    @pytest.mark.parametrize(
+        "method", [m for m in METHODS.values() if not isinstance(m, Radial)], ids=str
+    )
     def test_nobody_is_left_with_nothing(self, method, qkv):
         video = VideoShape(8, 6, 6)
         technique = RotatingAnchors(window=0, first=0, interval=8)
@@ -639,7 +638,7 @@ class TestOnPipelines:
             dense = wan.generate(pipe, num_frames=LONG)
             assert not torch.equal(dense, plain)
             assert torch.equal(wan.generate(pipe, num_frames=TRAINED), short)
-            for method in METHODS:
+            for method in METHODS.values():
                 schedule = Schedule(dense_layers=1, dense_steps=1)
                 with attach(pipe, method, schedule=schedule) as handle:
                     found = wan.generate(pipe, num_frames=LONG)
@@ -654,9 +653,9 @@ class TestOnPipelines:
     @pytest.mark.parametrize("technique", TECHNIQUES)
     def test_before_and_after_attaching_is_the_same(self, pipe, technique):
         how = {"num_frames": LONG, "trained_frames": TRAINED}
-        with extend(pipe, technique, **how), attach(pipe, METHODS[0]):
+        with extend(pipe, technique, **how), attach(pipe, METHODS["radial"]):
             first = wan.generate(pipe, num_frames=LONG)
-        with attach(pipe, METHODS[0]), extend(pipe, technique, **how):
+        with attach(pipe, METHODS["radial"]), extend(pipe, technique, **how):
             assert torch.equal(wan.generate(pipe, num_frames=LONG), first)
 
     def test_anchors_cost_less_than_the_method(self, pipe):
