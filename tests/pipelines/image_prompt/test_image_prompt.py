@@ -12,7 +12,6 @@ from peft import LoraConfig
 from support import hunyuan, wan
 from support.image_models import output
 from support.image_prompts import (
-    METHODS,
     TOKENS,
     WIDTH,
     Projector,
@@ -24,6 +23,7 @@ from support.image_prompts import (
     sites,
     trace,
 )
+from support.methods import FEW_METHODS
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -188,7 +188,7 @@ def test_adapters_add_up(model):
 # Beside methods and LoRAs
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("method", FEW_METHODS, ids=lambda method: type(method).__name__)
 @pytest.mark.parametrize("family", [wan, hunyuan], ids=lambda family: family.__name__)
 @pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch")
 @torch.no_grad()
