@@ -167,45 +167,27 @@ def generate(
     the nearest that it can.
     """
     commands.quiet()
-    from gen_accel.attention_processors.methods.options import method_from
     from gen_accel.pipelines.generation.generate import decode_latents, read_prompts
     from gen_accel.pipelines.generation.generate import generate as run
     from gen_accel.pipelines.generation.loading import Loading
     from gen_accel.pipelines.generation.sampling import Clip
 
-    model = model_named(model)
+    source = model_named(model)
     loading = Loading(dtype, device, offload, tuple(lora or ()))
     if from_latents is not None:
         _only(context, "from_latents", ("model", "out", "fps", "dtype", "device", "offload"))
-        path = decode_latents(model, from_latents, out=out, fps=fps, loading=loading)
+        path = decode_latents(source, from_latents, out=out, fps=fps, loading=loading)
         print_files({"video": path})
         return
     texts = [*(prompt or ()), *(read_prompts(prompts) if prompts is not None else ())]
-    chosen: dict[str, Any] = {
-        "method": method_from(method, settings or ()),
-        "schedule": schedule(dense_start, dense_end, dense_steps, dense_layers),
-    }
-    if from_lora is not None:
-        if method != "radial" or settings:
-            raise ValueError("--from-lora attaches its own method: leave --method and --set out")
-        given = chosen["schedule"]
-        chosen = {"from_lora": from_lora, "schedule": None if given == schedule() else given}
+    dense = schedule(dense_start, dense_end, dense_steps, dense_layers)
     made = run(
-        model,
+        source,
         texts,
         out=out,
-        **chosen,
+        **_attention(method, settings, dense, from_lora),
         kernel=kernel,
-        clip=Clip(
-            frames,
-            height,
-            width,
-            steps,
-            guidance_scale,
-            negative_prompt,
-            seed,
-            fps,
-        ),
+        clip=Clip(frames, height, width, steps, guidance_scale, negative_prompt, seed, fps),
         loading=loading,
         compare=compare,
         timed=timed,
@@ -224,16 +206,21 @@ def generate(
         resume=not overwrite,
     )
     for one in made:
-        typer.echo(f"{one.prompt}  (seed {one.seed}, {one.seconds:.1f} s)")
-        if one.image:
-            typer.echo(one.image)
-        if one.report is None:
-            typer.echo(str(one.summary))
-            if one.extension:
-                typer.echo(one.extension)
-        else:
-            print_comparison(one.report)
-        print_files(one.files)
+        _print_made(one)
+
+
+def _attention(
+    method: str, settings: list[str] | None, dense: Any, from_lora: Path | None
+) -> dict[str, Any]:
+    """A method with its schedule, or a LoRA, whose own schedule holds where none is given."""
+    from gen_accel.attention_processors.methods.options import method_from
+
+    chosen = method_from(method, settings or ())
+    if from_lora is None:
+        return {"method": chosen, "schedule": dense}
+    if method != "radial" or settings:
+        raise ValueError("--from-lora attaches its own method: leave --method and --set out")
+    return {"from_lora": from_lora, "schedule": None if dense == schedule() else dense}
 
 
 def _only(context: Any, option: str, others: tuple[str, ...]) -> None:
@@ -270,3 +257,16 @@ def _images(images: list[Path] | None, adapter: str | None, **options: Any) -> A
         return None
     wrong = ", ".join(f"--image-{name}" for name in names)
     raise ValueError(f"an image prompt is --image-prompt and --image-adapter, got {wrong} alone")
+
+
+def _print_made(one: Any) -> None:
+    typer.echo(f"{one.prompt}  (seed {one.seed}, {one.seconds:.1f} s)")
+    if one.image:
+        typer.echo(one.image)
+    if one.report is None:
+        typer.echo(str(one.summary))
+        if one.extension:
+            typer.echo(one.extension)
+    else:
+        print_comparison(one.report)
+    print_files(one.files)

@@ -10,7 +10,6 @@ from gen_accel.extras import needed_for
 from gen_accel.values import convert, written_type
 
 Rule = Literal["none", "riflex", "position_interpolation"]
-EPS = 1e-12
 
 
 @dataclass(frozen=True)
@@ -205,10 +204,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        from gen_accel.attention_processors.methods.options import method_from
-        from gen_accel.kernels import check_name
-        from gen_accel.method import parts_of
-        from gen_accel.pipelines.long_video import check_names
+        from gen_accel.lora.checks import check
 
         for one in fields(self):
             if isinstance(getattr(self, one.name), list):
@@ -217,126 +213,10 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 folder = str(Path(getattr(self, name)).expanduser())
                 object.__setattr__(self, name, folder)
-        for name in (
-            "rank",
-            "dense_layers",
-            "dense_steps",
-            "weight_decay",
-            "warmup_steps",
-            "max_grad_norm",
-            "validate_every",
-        ):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two shares from 0 to below 1, got {self.betas}")
-        check_names(self.sample_with, "sample_with")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be from 0 to 2^32 - 1, got {self.seed}")
-        for name in (
-            "height",
-            "width",
-            "batch_size",
-            "gradient_accumulation",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "validation_steps",
-            "image_tokens",
-            "image_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_tokens", "trained_frames", "validation_frames"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("learning_rate", "logit_std"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("fps", "alpha", "shift"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be positive, got {value}")
-        shares = ("caption_dropout", "image_dropout", "both_dropout")
-        for name in ("lora_dropout", "ema_decay", *shares):
-            if not 0 <= getattr(self, name) < 1 + EPS * (name in shares):
-                raise ValueError(f"{name} must be a share from 0 to 1, got {getattr(self, name)}")
-        if not 1 <= self.teacher_guidance < float("inf"):
-            raise ValueError(
-                f"teacher_guidance must be finite and at least 1, got {self.teacher_guidance}"
-            )
-        if self.objective != "distill" or self.adapter != "lora":
-            for name in ("teacher_guidance", "teacher_lora"):
-                if self._is_given(name):
-                    raise ValueError(
-                        f"{name} is for objective distill of adapter lora, got "
-                        f"{getattr(self, name)!r} with {self.objective} of {self.adapter}: leave "
-                        "it out"
-                    )
-        if self.teacher_lora is not None and not self.rank:
-            raise ValueError(
-                f"teacher_lora {self.teacher_lora} teaches a LoRA, and rank is 0: give a rank, or "
-                "leave it out"
-            )
-        if not self.stages:
-            raise ValueError("stages is empty: give at least one, as 81:200")
-        method = method_from(self.method, self.settings)
-        check_name(self.kernel)
-        if self.adapter == "image_prompt":
-            self._check_image_prompt()
-        else:
-            self._check_fields("Image prompt")
-            if self.objective == "distill_attention":
-                raise ValueError(
-                    "objective distill_attention is for adapter image_prompt: take distill"
-                )
-        if self.rank == 0 and not (self.train_processors and parts_of(method).branch):
-            raise ValueError(
-                "rank is 0, which leaves nothing to train: only a method with parameters, such as "
-                f"sparse_linear, trains without a LoRA, and method is {self.method!r}"
-            )
-        if self.rank and not self.targets:
-            raise ValueError("targets is empty: name what the LoRA is put on, as attention")
-        if self.validate_every and not self.validation_prompts:
-            raise ValueError("validate_every needs validation_prompts, got none")
-        self.curriculum  # noqa: B018
+        check(self)
 
-    def _check_image_prompt(self) -> None:
-        self._check_fields("LoRA")
-        if sum(getattr(self, f"{name}_dropout") for name in ("caption", "image", "both")) > 1:
-            raise ValueError(
-                "caption_dropout, image_dropout and both_dropout must not come to more than 1, "
-                f"got {self.caption_dropout}, {self.image_dropout} and {self.both_dropout}"
-            )
-        unread = "image_features" if self.image_encoder is None else "image_size"
-        if self._is_given(unread):
-            raise ValueError(
-                f"{unread} does not apply {'without' if self.image_encoder is None else 'to'} "
-                f"an image_encoder, got {getattr(self, unread)!r}: leave it out"
-            )
-        if self.objective == "distill_attention" and self.gradient_checkpointing:
-            raise ValueError(
-                "gradient_checkpointing saves nothing under objective distill_attention, whose "
-                "gradients stay within each attention: leave it out"
-            )
-        count, prompts = len(self.validation_images), len(self.validation_prompts)
-        if count and count != prompts:
-            raise ValueError(
-                f"validation_images must be as many as validation_prompts, {prompts}, got {count}"
-            )
-
-    def _check_fields(self, group: str) -> None:
-        """Those of the other adapter must be left as they are."""
-        names = [one.name for one in fields(self) if one.metadata["group"] == group]
-        given = [name for name in names if self._is_given(name)]
-        if given:
-            listed = ", ".join(f"{name} {getattr(self, name)!r}" for name in given)
-            raise ValueError(
-                f"adapter {self.adapter} does not use {listed}: leave out what belongs to a "
-                f"{'LoRA' if group == 'LoRA' else 'image prompt'} ({', '.join(names)})"
-            )
-
-    def _is_given(self, name: str) -> bool:
+    def is_given(self, name: str) -> bool:
+        """Whether a field is other than its default."""
         return getattr(self, name) != type(self).__dataclass_fields__[name].default
 
     @property

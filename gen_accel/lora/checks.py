@@ -1,0 +1,152 @@
+"""What the fields of a finetuning refuse, each alone and together, before anything is loaded."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.kernels import check_name
+from gen_accel.method import parts_of
+from gen_accel.pipelines.long_video import check_names
+
+if TYPE_CHECKING:
+    from gen_accel.lora.config import TrainConfig
+
+EPS = 1e-12  # shares that are added up may end a rounding above 1
+
+
+class Limit(NamedTuple):
+    """A rule that each of some fields must hold, None aside.
+
+    Args:
+        must: what the message says after the name.
+    """
+
+    names: tuple[str, ...]
+    holds: Callable[[Any], bool]
+    must: str
+
+
+LIMITS = (
+    Limit(
+        (
+            *("rank", "dense_layers", "dense_steps", "weight_decay", "warmup_steps"),
+            *("max_grad_norm", "validate_every"),
+        ),
+        lambda x: 0 <= x < float("inf"),
+        "not be negative",
+    ),
+    Limit(
+        ("betas",),
+        lambda betas: all(0 <= beta < 1 for beta in betas),
+        "be two shares from 0 to below 1",
+    ),
+    Limit(("seed",), lambda x: 0 <= x < 2**32, "be from 0 to 2^32 - 1"),
+    Limit(
+        (
+            *("height", "width", "batch_size", "gradient_accumulation", "checkpoint_every"),
+            *("keep_checkpoints", "validation_steps", "image_tokens", "image_size"),
+            *("max_tokens", "trained_frames", "validation_frames"),
+        ),
+        lambda x: x >= 1,
+        "be at least 1",
+    ),
+    Limit(
+        ("learning_rate", "logit_std", "fps", "alpha", "shift"),
+        lambda x: 0 < x < float("inf"),
+        "be positive",
+    ),
+    Limit(("lora_dropout", "ema_decay"), lambda x: 0 <= x < 1, "be a share from 0 to 1"),
+    Limit(
+        ("caption_dropout", "image_dropout", "both_dropout"),
+        lambda x: 0 <= x < 1 + EPS,
+        "be a share from 0 to 1",
+    ),
+    Limit(("teacher_guidance",), lambda x: 1 <= x < float("inf"), "be finite and at least 1"),
+)
+
+
+def check(config: "TrainConfig") -> None:
+    """Raises ValueError for a value out of its limits, or for fields that do not go together."""
+    for names, holds, must in LIMITS:
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{name} must {must}, got {value}")
+    check_names(config.sample_with, "sample_with")
+    _check_teacher(config)
+    if not config.stages:
+        raise ValueError("stages is empty: give at least one, as 81:200")
+    method = method_from(config.method, config.settings)
+    check_name(config.kernel)
+    if config.adapter == "image_prompt":
+        _check_image_prompt(config)
+    else:
+        _check_unused(config, "Image prompt")
+        if config.objective == "distill_attention":
+            raise ValueError(
+                "objective distill_attention is for adapter image_prompt: take distill"
+            )
+    if config.rank == 0 and not (config.train_processors and parts_of(method).branch):
+        raise ValueError(
+            "rank is 0, which leaves nothing to train: only a method with parameters, such as "
+            f"sparse_linear, trains without a LoRA, and method is {config.method!r}"
+        )
+    if config.rank and not config.targets:
+        raise ValueError("targets is empty: name what the LoRA is put on, as attention")
+    if config.validate_every and not config.validation_prompts:
+        raise ValueError("validate_every needs validation_prompts, got none")
+    config.curriculum  # noqa: B018  a stage that cannot be read
+
+
+def _check_teacher(config: "TrainConfig") -> None:
+    if config.objective != "distill" or config.adapter != "lora":
+        for name in ("teacher_guidance", "teacher_lora"):
+            if config.is_given(name):
+                raise ValueError(
+                    f"{name} is for objective distill of adapter lora, got "
+                    f"{getattr(config, name)!r} with {config.objective} of {config.adapter}: "
+                    "leave it out"
+                )
+    if config.teacher_lora is not None and not config.rank:
+        raise ValueError(
+            f"teacher_lora {config.teacher_lora} teaches a LoRA, and rank is 0: give a rank, or "
+            "leave it out"
+        )
+
+
+def _check_image_prompt(config: "TrainConfig") -> None:
+    _check_unused(config, "LoRA")
+    if sum(getattr(config, f"{name}_dropout") for name in ("caption", "image", "both")) > 1:
+        raise ValueError(
+            "caption_dropout, image_dropout and both_dropout must not come to more than 1, "
+            f"got {config.caption_dropout}, {config.image_dropout} and {config.both_dropout}"
+        )
+    unread = "image_features" if config.image_encoder is None else "image_size"
+    if config.is_given(unread):
+        raise ValueError(
+            f"{unread} does not apply {'without' if config.image_encoder is None else 'to'} "
+            f"an image_encoder, got {getattr(config, unread)!r}: leave it out"
+        )
+    if config.objective == "distill_attention" and config.gradient_checkpointing:
+        raise ValueError(
+            "gradient_checkpointing saves nothing under objective distill_attention, whose "
+            "gradients stay within each attention: leave it out"
+        )
+    count, prompts = len(config.validation_images), len(config.validation_prompts)
+    if count and count != prompts:
+        raise ValueError(
+            f"validation_images must be as many as validation_prompts, {prompts}, got {count}"
+        )
+
+
+def _check_unused(config: "TrainConfig", group: str) -> None:
+    """Raises ValueError for fields of the other adapter that are not left as they are."""
+    names = [one.name for one in fields(config) if one.metadata["group"] == group]
+    given = [name for name in names if config.is_given(name)]
+    if given:
+        listed = ", ".join(f"{name} {getattr(config, name)!r}" for name in given)
+        raise ValueError(
+            f"adapter {config.adapter} does not use {listed}: leave out what belongs to a "
+            f"{'LoRA' if group == 'LoRA' else 'image prompt'} ({', '.join(names)})"
+        )
