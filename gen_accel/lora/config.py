@@ -227,6 +227,14 @@ class TrainConfig:
     def curriculum(self) -> tuple[Stage, ...]:
         return tuple(Stage.parse(text) for text in self.stages)
 
+    def stage_at(self, step: int) -> tuple[int, Stage, int]:
+        """Number and stage that a step belongs to, and which of its steps it is."""
+        for number, stage in enumerate(self.curriculum):
+            if step < stage.steps:
+                return number, stage, step
+            step -= stage.steps
+        raise IndexError(step)
+
     @property
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.curriculum)

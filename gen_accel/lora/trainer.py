@@ -9,14 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel, cast_training_params
-from torch import Tensor, nn
+from diffusers.training_utils import cast_training_params
 
 from gen_accel.attention_processors import method_name
 from gen_accel.attention_processors.attached.recipe import Recipe, sizes
@@ -28,10 +25,12 @@ from gen_accel.files import replacing
 from gen_accel.lora import checkpoint
 from gen_accel.lora.adapters import fields_of_lora, put_on
 from gen_accel.lora.artefact import held_guidance, teacher_hash
+from gen_accel.lora.batches import Batches, plan_clips
 from gen_accel.lora.config import Stage, TrainConfig, differences
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
-from gen_accel.lora.objective import SIGMAS, Objective, draw, order, seed_of
+from gen_accel.lora.objective import Objective, seed_of
+from gen_accel.lora.state import TrainingState, adamw_8bit, whole
 from gen_accel.lora.validate import Validation
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.sampling import steps_bar
@@ -87,7 +86,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Trained:
 
 def accelerator_for(config: TrainConfig) -> Accelerator:
     if config.optimizer == "adamw8bit":
-        _bitsandbytes()
+        adamw_8bit()
     if not torch.distributed.is_initialized():  # else a second run keeps the first one's precision
         AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
@@ -141,10 +140,10 @@ def run(
     resume: bool = False,
 ) -> Trained:
     """`train` with the model and the latents at hand."""
-    return _Run(config, accelerator, model, cache).go(resume)
+    return Run(config, accelerator, model, cache).go(resume)
 
 
-class _Run:
+class Run:
     """One training, from the first check to what is left on disk."""
 
     def __init__(
@@ -153,7 +152,7 @@ class _Run:
         self.config, self.accelerator, self.model, self.cache = config, accelerator, model, cache
         self.out = Path(config.out)
         self.family: Any = family_for(model.transformer, "training")
-        self.plans = [self._clips(*numbered) for numbered in enumerate(config.curriculum)]
+        self.plans = plan_clips(config, model, cache, accelerator.num_processes)
         self.method = method_from(config.method, config.settings)
         self.recipe = self._recipe()
         self.stopping = False
@@ -181,20 +180,8 @@ class _Run:
         )
         cast_training_params([self.objective], dtype=torch.float32)
         transformer.train()
-        self.names = [n for n, p in self.objective.named_parameters() if p.requires_grad]
-
-        optimizer = self._optimizer()
-        self.schedule = get_scheduler(
-            config.schedule if config.schedule != "constant" else "constant_with_warmup",
-            optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=config.total_steps,
-        )
-        self.wrapped, self.optimizer = accelerator.prepare(self.objective, optimizer)
-        self.ema = None
-        if config.ema_decay:
-            self.ema = EMAModel(self._parameters(), decay=config.ema_decay)
-            self.ema.to(device=accelerator.device)
+        self.batches = Batches(config, model, cache, self.adapter, accelerator)
+        self.state = TrainingState(self.objective, config, accelerator)
 
     def go(self, resume: bool) -> Trained:
         config, accelerator = self.config, self.accelerator
@@ -232,122 +219,50 @@ class _Run:
     @torch.no_grad()
     def _run_outermost(self) -> None:
         """FSDP takes what runs first for the outermost module; validation runs an inner one."""
-        _, stage, _ = self._stage(0)
-        self.wrapped(*self._batch(0, self.plans[0][0], self.model.frames(stage.frames), 0))
+        frames = self.model.frames(self.config.curriculum[0].frames)
+        self.state.wrapped(*self.batches(0, self.plans[0][0], frames, 0))
 
     def _step(self, step: int) -> tuple[float, bool]:
         """One optimizer step; the mean loss over all processes, and whether to stop."""
-        config, accelerator = self.config, self.accelerator
         began = time.perf_counter()
-        number, stage, inside = self._stage(step)
-        clips, mean = self.plans[number][inside], 0.0
-        frames = self.model.frames(stage.frames)
+        number, stage, inside = self.config.stage_at(step)
         # What else draws random numbers, such as dropout, goes by the step too.
-        torch.manual_seed(seed_of(config.seed, step, 1 + accelerator.process_index + 10**9))
+        rank = self.accelerator.process_index
+        torch.manual_seed(seed_of(self.config.seed, step, 1 + rank + 10**9))
         with self._rule(stage):
-            for micro in range(config.gradient_accumulation):
-                with accelerator.accumulate(self.wrapped):
-                    batch = self._batch(step, clips, frames, micro)
-                    loss = self.wrapped(*batch)
-                    mean += loss.item() / config.gradient_accumulation
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        norm = self._clip()
-                    self.optimizer.step()
-                    self.optimizer.zero_grad()
-        told: Any = torch.tensor([mean, float(self.stopping)], device=accelerator.device)
-        told = accelerator.reduce(told, "mean")
+            mean, norm = self._descend(step, stage, self.plans[number][inside])
+        told: Any = torch.tensor([mean, float(self.stopping)], device=self.accelerator.device)
+        told = self.accelerator.reduce(told, "mean")
         loss, stop = told.tolist()
         if not math.isfinite(loss):
             raise ValueError(
                 f"the loss of step {step} is {loss}: lower learning_rate, or use mixed_precision "
                 "bf16 or no; the last checkpoint is untouched"
             )
-        rate = self.schedule.get_last_lr()[0]
-        self.schedule.step()
-        if self.ema is not None:
-            self.ema.step(self._parameters())
         figures = {
             "loss": loss,
-            "learning_rate": rate,
-            "grad_norm": norm,  # pyright: ignore[reportPossiblyUnboundVariable]
+            "learning_rate": self.state.advance(),
+            "grad_norm": norm,
             "frames": stage.frames,
             "seconds": time.perf_counter() - began,
         }
-        accelerator.log(figures, step=step)
-        if accelerator.is_main_process:
+        self.accelerator.log(figures, step=step)
+        if self.accelerator.is_main_process:
             with (self.out / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
         return loss, stop > 0
 
-    def _batch(self, step: int, clips: list[int], frames: int, micro: int) -> tuple:
-        """This process's clips of a micro-step: latents, noise, noise levels, conditions, those of
-        the teacher, those without a caption, and what the adapter is shown beside."""
-        config, accelerator = self.config, self.accelerator
-        size, ranks = config.batch_size, accelerator.num_processes
-        first = (micro * ranks + accelerator.process_index) * size
-        latents, conditions, draws = [], [], []
-        numbers = clips[first : first + size]
-        for place in range(first, first + size):
-            clean = self.cache.latents(clips[place], frames)
-            drawn = draw(
-                config,
-                step,
-                place,
-                clean.shape,
-                shift=self.model.shift,
-                sigmas=_sigmas(config, self.model),
-            )
-            shown = self.cache.conditions(clips[place]) if drawn.captioned else self.cache.empty
-            latents.append(clean)
-            conditions.append(shown)
-            draws.append(drawn)
-        put = partial(torch.Tensor.to, device=accelerator.device)
-
-        def together(each: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-            return {name: put(torch.stack([one[name] for one in each])) for name in each[0]}
-
-        taught = untold = None
-        if config.objective != "flow":
-            taught = self.adapter.taught(self.cache, numbers, draws)
-        if config.teacher_guidance > 1:
-            untold = together([self.cache.empty] * size)
-        return (
-            put(torch.stack(latents)),
-            put(torch.stack([drawn.noise for drawn in draws])),
-            put(torch.tensor([drawn.sigma for drawn in draws])),
-            together(conditions),
-            None if taught is None else together(taught),
-            untold,
-            *map(put, self.adapter.inputs(self.cache, numbers, draws)),
-        )
-
-    def _clip(self) -> float:
-        limit = self.config.max_grad_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self._parameters(), limit)
-        return float(norm) if norm is not None else math.nan
-
-    def _stage(self, step: int) -> tuple[int, Stage, int]:
-        """Number and stage that a step belongs to, and which of its steps it is."""
-        for number, stage in enumerate(self.config.curriculum):
-            if step < stage.steps:
-                return number, stage, step
-            step -= stage.steps
-        raise IndexError(step)
-
-    def _clips(self, number: int, stage: Stage) -> list[list[int]]:
-        """Which clips each step of a stage shows; ValueError where none is long enough."""
-        config, frames = self.config, self.model.frames(stage.frames)
-        buckets = self.cache.buckets(frames)
-        if not buckets:
-            longest = max((entry.pixel_frames for entry in self.cache.entries), default=0)
-            raise ValueError(
-                f"no clip is long enough for stage {stage}: {stage.frames} frames are needed, the "
-                f"longest of {len(self.cache)} has {longest}"
-            )
-        batch = config.batch_size * config.gradient_accumulation * self.accelerator.num_processes
-        chosen = [buckets[size] for size in sorted(buckets)]
-        return order(chosen, stage.steps, batch, seed_of(config.seed, number, stage.steps))
+    def _descend(self, step: int, stage: Stage, clips: list[int]) -> tuple[float, float]:
+        """All micro-steps of a step: this process's mean loss, and the norm of the gradients."""
+        mean, norm, count = 0.0, math.nan, self.config.gradient_accumulation
+        frames = self.model.frames(stage.frames)
+        for micro in range(count):
+            with self.accelerator.accumulate(self.state.wrapped):
+                loss = self.state.wrapped(*self.batches(step, clips, frames, micro))
+                mean += loss.item() / count
+                told = self.state.descend(loss)
+                norm = norm if told is None else told
+        return mean, norm
 
     @contextmanager
     def _rule(self, stage: Stage) -> Iterator[None]:
@@ -365,20 +280,6 @@ class _Run:
             yield
         finally:
             applied.remove()
-
-    def _parameters(self) -> list[nn.Parameter]:
-        """Those that train, in an order that the wrapping does not change."""
-        return [p for p in self.wrapped.parameters() if p.requires_grad]
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        config = self.config
-        kind: Any = torch.optim.AdamW if config.optimizer == "adamw" else _bitsandbytes()
-        return kind(
-            [p for p in self.objective.parameters() if p.requires_grad],
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-        )
 
     def _recipe(self) -> Recipe:
         config, model = self.config, self.model
@@ -407,20 +308,10 @@ class _Run:
 
     def _save(self, done: int) -> None:
         """A checkpoint after `done` steps. All processes take part, one writes."""
-        parameters = dict(zip(self.names, map(_whole, self._parameters()), strict=True))
-        tensors = {f"model/{name}": x for name, x in parameters.items()}
-        if self.ema is not None:
-            average = map(_whole, self.ema.shadow_params)
-            tensors |= {f"ema/{n}": x for n, x in zip(self.names, average, strict=True)}
-        tensors |= self._optimizer_tensors()
-        scaler = self.accelerator.scaler
-        state = {
+        tensors = self.state.tensors()
+        about = {
             "step": done,
-            "config": _plain(self.config),
-            "schedule": self.schedule.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-            "ema_steps": self.ema.optimization_step if self.ema is not None else None,
-            "optimizer": self.accelerator.distributed_type.value,
+            "config": json.loads(json.dumps(asdict(self.config))),
             "data": self.cache.digest,
             "teacher": self.recipe.teacher,
             "processes": self.accelerator.num_processes,
@@ -430,75 +321,41 @@ class _Run:
             checkpoint.save(
                 self.out / CHECKPOINTS,
                 tensors,
-                state,
+                about | self.state.numbers(),
                 keep=self.config.keep_checkpoints,
                 adapter=(self.adapter.FOLDER, artefact),
             )
         self.accelerator.wait_for_everyone()
 
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
-        if self.accelerator.distributed_type.value == "DEEPSPEED":  # it alone knows where they are
-            return {}
-        tensors = {}
-        for name, parameter in zip(self.names, self._parameters(), strict=True):
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                value = value if isinstance(value, Tensor) else torch.tensor(value)
-                tensors[f"optimizer/{name}/{key}"] = _whole(value)
-        return tensors
-
-    @torch.no_grad()
     def _resume(self) -> int:
         """Put everything where the newest whole checkpoint left it; the steps done by then."""
         found = checkpoint.load_newest(self.out / CHECKPOINTS)
         if found is None:
             raise ValueError(f"no checkpoint in {self.out / CHECKPOINTS} is whole")
-        tensors, state = found.tensors, found.state
-        changed = differences(self.config, state["config"])
-        if state["data"] != self.cache.digest:
-            changed["data (clips and captions)"] = (state["data"][:12], self.cache.digest[:12])
-        before, now = state.get("teacher"), self.recipe.teacher
-        if before != now:
-            changed["teacher_lora (its weights)"] = (before and before[:12], now and now[:12])
-        batch = self.accelerator.num_processes * self.config.batch_size
-        if "batch_size" not in changed and state["processes"] * self.config.batch_size != batch:
-            changed["processes"] = (state["processes"], self.accelerator.num_processes)
-        if changed:
+        if changed := self._changes(found.state):
             listed = "; ".join(f"{k}: {a!r}, now {b!r}" for k, (a, b) in changed.items())
             raise ValueError(f"{found.path} is of another run, which differs in {listed}")
-        for name, parameter in zip(self.names, self._parameters(), strict=True):
-            _fill(parameter, tensors[f"model/{name}"])
-        if self.accelerator.state.deepspeed_plugin is not None:  # it trains copies of its own
-            self.optimizer.optimizer.refresh_fp32_params()
-        if self.ema is not None:
-            for name, average in zip(self.names, self.ema.shadow_params, strict=True):
-                _fill(average, tensors[f"ema/{name}"])
-            self.ema.optimization_step = state["ema_steps"]
-        self._resume_optimizer(tensors)
-        self.schedule.load_state_dict(state["schedule"])
-        for group, rate in zip(
-            self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True
-        ):
-            group["lr"] = rate
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.accelerator.print(f"resumed after step {state['step']} from {found.path}")
-        return state["step"]
+        self.state.restore(found.tensors, found.state)
+        self.accelerator.print(f"resumed after step {found.state['step']} from {found.path}")
+        return found.state["step"]
 
-    def _resume_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        if not any(name.startswith("optimizer/") for name in tensors):
-            self.accelerator.print("the optimizer's averages begin anew: DeepSpeed keeps its own")
-            return
-        for name, parameter in zip(self.names, self._parameters(), strict=True):
-            prefix = f"optimizer/{name}/"
-            for key, value in tensors.items():
-                if key.startswith(prefix):
-                    like = _like(parameter, value)
-                    self.optimizer.state[parameter][key.removeprefix(prefix)] = like
+    def _changes(self, earlier: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """What the training depends on and an earlier run had otherwise: name to (then, now)."""
+        changed = differences(self.config, earlier["config"])
+        if earlier["data"] != self.cache.digest:
+            changed["data (clips and captions)"] = (earlier["data"][:12], self.cache.digest[:12])
+        before, now = earlier.get("teacher"), self.recipe.teacher
+        if before != now:
+            changed["teacher_lora (its weights)"] = (before and before[:12], now and now[:12])
+        processes = self.accelerator.num_processes
+        if "batch_size" not in changed and earlier["processes"] != processes:
+            changed["processes"] = (earlier["processes"], processes)
+        return changed
 
     def _artefact(self) -> Callable[[Path], Any]:
         """Writes what trains as it is now, its average where one is kept."""
-        with self._averaged():
-            return self.adapter.writer(_whole)
+        with self.state.averaged():
+            return self.adapter.writer(whole)
 
     def _write(self, folder: Path) -> Path:
         artefact = self._artefact()
@@ -506,19 +363,6 @@ class _Run:
             artefact(folder)
         self.accelerator.wait_for_everyone()
         return folder
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The average in the place of the parameters."""
-        if self.ema is None:
-            yield
-            return
-        self.ema.store(self._parameters())
-        self.ema.copy_to(self._parameters())
-        try:
-            yield
-        finally:
-            self.ema.restore(self._parameters())
 
     def _validation(self) -> Validation | None:
         if not self.config.validate_every:
@@ -538,7 +382,7 @@ class _Run:
         recipe: Any = self.recipe
         as_used = Stage(recipe.frames, 1, recipe.rope), recipe.build_schedule()
         self.model.transformer.eval()
-        with self._averaged(), self._rule(as_used[0]), self.handle.scheduled(as_used[1]):
+        with self.state.averaged(), self._rule(as_used[0]), self.handle.scheduled(as_used[1]):
             validation(done)
         self.model.transformer.train()
 
@@ -576,45 +420,11 @@ class _Run:
             def tick(step: int, loss: float) -> None:
                 nonlocal running
                 running = loss if math.isnan(running) else STEADY * running + (1 - STEADY) * loss
-                _, stage, _ = self._stage(step)
+                _, stage, _ = self.config.stage_at(step)
                 text = f"{stage.frames} frames, loss {running:.4f}"
                 bar.update(task, completed=step + 1, description=text)
 
             yield tick
-
-
-def _sigmas(config: TrainConfig, model: Model) -> tuple[float, float]:
-    if model.boundary is None:
-        return SIGMAS
-    if config.part == "transformer":
-        return model.boundary, SIGMAS[1]
-    return SIGMAS[0], model.boundary
-
-
-def _whole(x: Any) -> Tensor:
-    """On the CPU, put together from the parts that the processes hold."""
-    x = x.detach()
-    return (x.full_tensor() if hasattr(x, "full_tensor") else x).cpu()
-
-
-def _like(parameter: Any, value: Tensor) -> Any:
-    """`value` on the parameter's device, and cut as the parameter is."""
-    if not hasattr(parameter, "full_tensor") or value.shape != parameter.shape:
-        # Counters of steps stay where the optimizer keeps them.
-        return value.clone() if value.ndim == 0 else value.to(parameter.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(
-        value.to(parameter.device), parameter.device_mesh, parameter.placements
-    )
-
-
-def _fill(parameter: Any, value: Tensor) -> None:
-    parameter.copy_(_like(parameter, value))
-
-
-def _plain(config: TrainConfig) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(config)))
 
 
 def _loggable(config: TrainConfig) -> dict[str, Any]:
@@ -638,13 +448,3 @@ def _cut_metrics(path: Path, steps: int) -> None:
             continue
     with replacing(path) as new:
         new.write_text("".join(kept), encoding="utf-8")
-
-
-def _bitsandbytes() -> Any:
-    try:
-        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ValueError(
-            "optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes"
-        ) from None
-    return AdamW8bit

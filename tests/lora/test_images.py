@@ -51,7 +51,7 @@ def begun(given, clips=None, **options):
     """A training before its first step."""
     made = ft.model(**options)
     accelerator = trainer.accelerator_for(given)
-    return trainer._Run(given, accelerator, made, clips or ft.Clips())
+    return trainer.Run(given, accelerator, made, clips or ft.Clips())
 
 
 @pytest.fixture
@@ -261,10 +261,10 @@ class TestTraining:
         given = ft.config(tmp_path, **(RADIAL | {"method": method, "settings": settings}))
         run = begun(given)
         stock = {n: x.clone() for n, x in run.model.transformer.state_dict().items()}
-        loss = run.objective(*run._batch(0, [0, 1], 3, 0))
+        loss = run.objective(*run.batches(0, [0, 1], 3, 0))
         loss.backward()
         trained = {n for n, p in run.objective.named_parameters() if p.requires_grad}
-        assert trained == set(run.names)
+        assert trained == set(run.state.names)
         assert all(name.startswith("image_adapter.") for name in trained)
         kinds = {name.split(".")[1] for name in trained}
         assert kinds == {"projector", "layers"}
@@ -273,7 +273,7 @@ class TestTraining:
                 assert parameter.grad.abs().max() > 0, name
             else:
                 assert parameter.grad is None, name
-        run.optimizer.step()
+        run.state.optimizer.step()
         now = run.model.transformer.state_dict()
         assert all(torch.equal(x, now[name]) for name, x in stock.items())
 
@@ -283,7 +283,7 @@ class TestTraining:
         clips, kept = ft.Clips(), 0
         for step in range(20):
             chosen = [step % 5, (step + 1) % 5, 0, 1]
-            features = run._batch(step, chosen, 3, 0)[6]
+            features = run.batches(step, chosen, 3, 0)[6]
             for place, clip in enumerate(chosen[:2]):
                 drawn = draw(given, step, place, clips.latents(clip, 3).shape, shift=3.0)
                 expected = clips.image(clip) if drawn.pictured else clips.no_image
@@ -296,7 +296,7 @@ class TestTraining:
         run = begun(ft.config(tmp_path, **(FULL | fields)))
         clips, kinds = ft.Clips(), set()
         for step in range(20):
-            *_, taught, _, _ = run._batch(step, [0, 1, 2, 3], 3, 0)
+            *_, taught, _, _ = run.batches(step, [0, 1, 2, 3], 3, 0)
             for place in range(2):
                 drawn = draw(run.config, step, place, clips.latents(place, 3).shape, shift=3.0)
                 kinds.add((drawn.captioned, drawn.pictured))
@@ -309,9 +309,9 @@ class TestTraining:
     def test_without_an_image_there_is_nothing_to_distill(self, tmp_path):
         fields = RADIAL | NO_DROPOUT | {"objective": "distill", "method": "dense"}
         shown = begun(ft.config(tmp_path, **fields))
-        assert shown.objective(*shown._batch(0, [0, 1], 3, 0)).item() > 1e-3
+        assert shown.objective(*shown.batches(0, [0, 1], 3, 0)).item() > 1e-3
         blind = begun(ft.config(tmp_path, **(fields | {"image_dropout": 1.0})))
-        assert blind.objective(*blind._batch(0, [0, 1], 3, 0)).item() < 1e-10
+        assert blind.objective(*blind.batches(0, [0, 1], 3, 0)).item() < 1e-10
 
     def test_it_learns_from_the_teacher(self, tmp_path):
         fields = {"objective": "distill", "stages": ("9:40",), "learning_rate": 3e-3}
@@ -324,7 +324,7 @@ class TestTraining:
     def test_each_attention_is_held_to_what_the_words_would_add(self, tmp_path):
         fields = {"objective": "distill_attention", "batch_size": 2}
         run = begun(ft.config(tmp_path, **(RADIAL | NO_DROPOUT | fields)))
-        batch = run._batch(0, [0, 1], 3, 0)
+        batch = run.batches(0, [0, 1], 3, 0)
         loss = run.objective(*batch)
         expected, at = [], {}
         clean, noise, sigma, conditions, taught, _, image = batch
@@ -361,7 +361,7 @@ class TestTraining:
     def test_without_an_image_attention_is_as_it_was(self, tmp_path):
         fields = {"objective": "distill_attention", "image_dropout": 1.0}
         run = begun(ft.config(tmp_path, **(RADIAL | NO_DROPOUT | fields)))
-        assert run.objective(*run._batch(0, [0, 1], 3, 0)).item() < 1e-10
+        assert run.objective(*run.batches(0, [0, 1], 3, 0)).item() < 1e-10
 
     def test_it_learns_from_attention(self, tmp_path):
         fields = {"objective": "distill_attention", "stages": ("9:40",), "learning_rate": 3e-3}

@@ -116,9 +116,9 @@ class TestGuidedTeacher:
     def test_the_teacher_stays_and_is_not_kept(self, teacher, tmp_path):
         fields = {"objective": "distill", "teacher_lora": str(teacher), "teacher_guidance": 2.0}
         given = ft.config(tmp_path / "a", **self.FIELDS, **fields)
-        run = trainer._Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
+        run = trainer.Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
         saved = load_file(teacher / WEIGHTS)
-        assert not any(".teacher." in name for name in run.names)
+        assert not any(".teacher." in name for name in run.state.names)
         run.go(False)
         transformer = run.model.transformer
         for name, x in get_peft_model_state_dict(transformer, adapter_name="teacher").items():
@@ -154,15 +154,15 @@ class TestGuidedTeacher:
         assert done.losses[0] > 1e-6
         branches = {"method": "sparse_linear", "settings": ft.SPARSE, "stages": ("9:6",)}
         given = ft.config(tmp_path / "d", **branches, **alike)
-        run = trainer._Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
-        assert any("branch" in name for name in run.names)
+        run = trainer.Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
+        assert any("branch" in name for name in run.state.names)
         assert run.go(False).losses[0] > 0
 
     @pytest.mark.parametrize("fails", [False, True], ids=["taught", "failed"])
     def test_teaching_leaves_no_trace(self, teacher, tmp_path, fails):
         fields = {"objective": "distill", "teacher_lora": str(teacher), "teacher_guidance": 2.0}
         given = ft.config(tmp_path / "a", **self.FIELDS, **fields)
-        run = trainer._Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
+        run = trainer.Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
 
         def flags():
             return {n: p.requires_grad for n, p in run.objective.named_parameters()}
@@ -228,12 +228,12 @@ class TestGuidedTeacher:
         (teacher / WEIGHTS).rename(teacher / "other.safetensors")
         file = str(teacher / "other.safetensors")
         given = ft.config(tmp_path / "a", **self.FIELDS, objective="distill", teacher_lora=file)
-        run = trainer._Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
+        run = trainer.Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
         saved = load_file(file)
         own = get_peft_model_state_dict(run.model.transformer, adapter_name="teacher")
         assert {f"transformer.{name}" for name in own} == saved.keys()
         assert all(torch.equal(x, saved[f"transformer.{name}"]) for name, x in own.items())
-        assert all("ff.net" not in name for name in run.names)
+        assert all("ff.net" not in name for name in run.state.names)
 
     def test_without_captions_it_says_what_the_model_says_without(self, tmp_path):
         fields = {"method": "dense", "settings": (), "objective": "distill", "stages": ("9:2",)}
@@ -443,7 +443,7 @@ class TestOrder:
 
     def test_two_stages_alike_show_other_clips(self, tmp_path):
         given = ft.config(tmp_path, stages=("9:4", "9:4:riflex"))
-        made = trainer._Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
+        made = trainer.Run(given, trainer.accelerator_for(given), ft.model(), ft.Clips())
         assert made.plans[0] != made.plans[1]
 
     def test_one_size_a_step_in_proportion(self):

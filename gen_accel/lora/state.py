@@ -1,0 +1,191 @@
+"""What changes while a training goes on: parameters, their average, optimizer, learning rate."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from gen_accel.extras import needed_for
+from gen_accel.lora.config import TrainConfig
+
+with needed_for("training", extra="train"):
+    from accelerate import Accelerator
+
+
+class TrainingState:
+    """The state of one training, which a checkpoint keeps and restores to the bit.
+
+    Attributes:
+        names: of the parameters that train.
+        wrapped: the objective, as the launcher's way of several processes needs it.
+        schedule: of the learning rate.
+        ema: the average of the parameters; None where none is kept.
+    """
+
+    def __init__(
+        self, objective: nn.Module, config: TrainConfig, accelerator: Accelerator
+    ) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.names = [n for n, p in objective.named_parameters() if p.requires_grad]
+        optimizer = _optimizer(objective, config)
+        self.schedule = get_scheduler(
+            config.schedule if config.schedule != "constant" else "constant_with_warmup",
+            optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=config.total_steps,
+        )
+        self.wrapped, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.ema = None
+        if config.ema_decay:
+            self.ema = EMAModel(self.parameters(), decay=config.ema_decay)
+            self.ema.to(device=accelerator.device)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that train, in an order that the wrapping does not change."""
+        return [p for p in self.wrapped.parameters() if p.requires_grad]
+
+    def descend(self, loss: Tensor) -> float | None:
+        """One micro-step backward, and the optimizer's step where it is the last of a step.
+
+        Returns the norm of the gradients at the last, None before.
+        """
+        self.accelerator.backward(loss)
+        norm = self._clip() if self.accelerator.sync_gradients else None
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def advance(self) -> float:
+        """After each step: the learning rate goes on, and the average follows. Returns the rate
+        that the step had."""
+        rate = float(self.schedule.get_last_lr()[0])
+        self.schedule.step()
+        if self.ema is not None:
+            self.ema.step(self.parameters())
+        return rate
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The average, where one is kept, in the place of the parameters."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters())
+        self.ema.copy_to(self.parameters())
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """On the CPU, by names that `restore` finds them by. All processes take part."""
+        parameters = zip(self.names, map(whole, self.parameters()), strict=True)
+        tensors = {f"model/{name}": x for name, x in parameters}
+        if self.ema is not None:
+            average = map(whole, self.ema.shadow_params)
+            tensors |= {f"ema/{n}": x for n, x in zip(self.names, average, strict=True)}
+        return tensors | self._optimizer_tensors()
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest, fit for JSON."""
+        scaler = self.accelerator.scaler
+        return {
+            "schedule": self.schedule.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "ema_steps": self.ema.optimization_step if self.ema is not None else None,
+            "optimizer": self.accelerator.distributed_type.value,
+        }
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Put everything where `tensors` and `numbers` of an earlier run had it."""
+        for name, parameter in zip(self.names, self.parameters(), strict=True):
+            _fill(parameter, tensors[f"model/{name}"])
+        if self.accelerator.state.deepspeed_plugin is not None:  # it trains copies of its own
+            self.optimizer.optimizer.refresh_fp32_params()
+        if self.ema is not None:
+            for name, average in zip(self.names, self.ema.shadow_params, strict=True):
+                _fill(average, tensors[f"ema/{name}"])
+            self.ema.optimization_step = numbers["ema_steps"]
+        self._restore_optimizer(tensors)
+        self.schedule.load_state_dict(numbers["schedule"])
+        for group, rate in zip(
+            self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True
+        ):
+            group["lr"] = rate
+        if self.accelerator.scaler is not None and numbers["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(numbers["scaler"])
+
+    def _clip(self) -> float:
+        limit = self.config.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.parameters(), limit)
+        return float(norm) if norm is not None else math.nan
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        if self.accelerator.distributed_type.value == "DEEPSPEED":  # it alone knows where they are
+            return {}
+        tensors = {}
+        for name, parameter in zip(self.names, self.parameters(), strict=True):
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                value = value if isinstance(value, Tensor) else torch.tensor(value)
+                tensors[f"optimizer/{name}/{key}"] = whole(value)
+        return tensors
+
+    def _restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        if not any(name.startswith("optimizer/") for name in tensors):
+            self.accelerator.print("the optimizer's averages begin anew: DeepSpeed keeps its own")
+            return
+        for name, parameter in zip(self.names, self.parameters(), strict=True):
+            prefix = f"optimizer/{name}/"
+            for key, value in tensors.items():
+                if key.startswith(prefix):
+                    like = _like(parameter, value)
+                    self.optimizer.state[parameter][key.removeprefix(prefix)] = like
+
+
+def adamw_8bit() -> Any:
+    """The class; ValueError where bitsandbytes is not installed."""
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError(
+            "optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes"
+        ) from None
+    return AdamW8bit
+
+
+def whole(x: Any) -> Tensor:
+    """On the CPU, put together from the parts that the processes hold."""
+    x = x.detach()
+    return (x.full_tensor() if hasattr(x, "full_tensor") else x).cpu()
+
+
+def _optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    kind: Any = torch.optim.AdamW if config.optimizer == "adamw" else adamw_8bit()
+    return kind(
+        [p for p in objective.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _like(parameter: Any, value: Tensor) -> Any:
+    """`value` on the parameter's device, and cut as the parameter is."""
+    if not hasattr(parameter, "full_tensor") or value.shape != parameter.shape:
+        # Counters of steps stay where the optimizer keeps them.
+        return value.clone() if value.ndim == 0 else value.to(parameter.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements
+    )
+
+
+def _fill(parameter: Any, value: Tensor) -> None:
+    parameter.copy_(_like(parameter, value))
