@@ -21,6 +21,7 @@ from parity import DTYPES, brief, draw
 
 from gen_accel import Dense, Neighborhood, Radial, VideoShape, attach
 from gen_accel import kernels as backends
+from gen_accel.kernels import lists
 from gen_accel.kernels.self_check import check_rows
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
@@ -183,7 +184,7 @@ def plan(args: argparse.Namespace, save: Callable[[dict], None]) -> None:
             made = method.plan(video)
             built.append(time.perf_counter() - start)
             start = time.perf_counter()
-            backends.prepare(made, torch.device("cpu"), "gather")
+            lists.prepare(made)
             prepared.append(time.perf_counter() - start)
         row = {
             "name": name,

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_accel.kernels import flex, gather, native, routed, triton
 from gen_accel.kernels.contract import (
     PATTERNS,
     Facts,
@@ -30,7 +29,6 @@ from gen_accel.kernels.contract import (
     why_not,
 )
 from gen_accel.kernels.failure import KernelFailed
-from gen_accel.kernels.native import build
 from gen_accel.kernels.runner import Runner, name_of
 from gen_accel.plan import Plan, Route
 
@@ -43,27 +41,16 @@ __all__ = [
     "Runner",
     "check_kernel",
     "check_name",
-    "compute",
     "facts_of",
     "kernel_of",
     "name_of",
     "preference",
-    "prepare",
     "refusals",
     "run",
     "unsupported",
 ]
 
 KERNELS = ("triton", "native", "flex", "xformers", "routed", "gather", "reference")
-
-# Those that run inside a graph of torch.compile.
-IN_GRAPHS = {
-    "triton": triton,
-    "native": native,
-    "flex": flex,
-    "routed": routed,
-    "gather": gather,
-}
 
 
 @dataclass(frozen=True)
@@ -218,44 +205,3 @@ def _check_fit(q: Tensor, plan: Plan) -> None:
                 raise ValueError(f"q has {have} {name}, the plan is for {planned}")
     if plan.tokens != N:
         raise ValueError(f"q has {N} tokens, the plan is for {plan.tokens}")
-
-
-def prepare(plan: Plan, device: torch.device, kernel: str = "auto") -> tuple[str, Any]:
-    """What `compute` needs of a plan inside a graph: the kernel's name and its own data."""
-    by_query = isinstance(plan.partial, Route)
-    altered = plan.gain is not None or plan.trimmed
-    if kernel == "auto":
-        kernel = "gather"
-        if device.type != "cpu":
-            kernel = "gather" if triton.device_reasons(device) else "triton"
-        elif not (by_query and altered):
-            without = "routed" if by_query else "gather"
-            kernel = "native" if build.is_built() else without
-    if kernel not in IN_GRAPHS:
-        raise ValueError(
-            f"kernel {kernel!r} does not run inside torch.compile; use 'auto' or one of "
-            f"{tuple(IN_GRAPHS)}"
-        )
-    if kernel == "flex" and plan.dynamic:
-        raise ValueError(
-            "kernel 'flex' compiles for a plan, and this method makes one a call; use 'auto'"
-        )
-    if plan.gain is not None and kernel in ("flex", "routed"):
-        raise ValueError(f"kernel {kernel!r} takes no gain on scores; use 'auto'")
-    if plan.trimmed and kernel == "routed":
-        raise ValueError("kernel 'routed' takes no plan that leaves out blocks; use 'auto'")
-    if kernel == "native" and device.type != "cpu":
-        raise ValueError(f"kernel 'native' is for the CPU, got {device}; use 'auto'")
-    if by_query and altered and kernel == "native":
-        raise ValueError(
-            "kernel 'native' takes neither gains nor left out blocks where each query picks its "
-            "own; use 'auto'"
-        )
-    return kernel, IN_GRAPHS[kernel].prepare(plan)
-
-
-def compute(q: Tensor, k: Tensor, v: Tensor, prepared: tuple[str, Any], *, scale: float) -> Tensor:
-    """`run` inside a graph of torch.compile."""
-    kernel, data = prepared
-    with torch.autocast(q.device.type, enabled=False):
-        return IN_GRAPHS[kernel].compute(q, k, v, data, scale=scale)

@@ -85,18 +85,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Ten
     return unpack(out, plan)
 
 
-def prepare(plan: Plan) -> tuple[Plan, BlockMask, dict]:
-    return plan, _block_mask(plan), _kernel_options(plan, plan.slots.device)
-
-
-def compute(q: Tensor, k: Tensor, v: Tensor, prepared: tuple, *, scale: float) -> Tensor:
-    """Inside a graph, which compiles FlexAttention with the rest."""
-    plan, mask, options = prepared
-    packed = pack(q, plan), pack(k, plan), pack(v, plan)
-    out = flex_attention(*packed, block_mask=mask, scale=scale, kernel_options=options)
-    return unpack(out, plan)
-
-
 def _key(facts: Facts) -> tuple:
     return (*facts.shapes[0], facts.dtype, facts.device, facts.grad)
 

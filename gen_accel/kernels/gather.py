@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.contract import Facts, Place
-from gen_accel.kernels.lists import Lists, has_tiles, prepare
+from gen_accel.kernels.lists import has_tiles, prepare
 from gen_accel.plan import Plan
 
 # What one thread works on at a time, in bytes: keys, values and scores that stay in its cache from
@@ -50,11 +50,7 @@ def place(facts: Facts) -> Place:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    return compute(q, k, v, prepare(plan), scale=scale)
-
-
-def compute(q: Tensor, k: Tensor, v: Tensor, prepared: Lists, *, scale: float) -> Tensor:
-    order, back, lists = prepared.order, prepared.back, prepared[2:]
+    order, back, *lists = prepare(plan)
     if order is not None:
         q, k, v = (x.index_select(2, order) for x in (q, k, v))
     out = _attention(q, k, v, *lists, scale)

@@ -59,9 +59,7 @@ def kept_blocks(plan: Plan) -> tuple[Tensor, Tensor]:
     rank = 2 - 2 * plan.keep.int() + whole.int()
     index = rank.sort(dim=-1, stable=True).indices
     counts = torch.stack([plan.keep.sum(-1), (plan.keep & ~whole).sum(-1)]).cpu()
-    if not torch.compiler.is_compiling():  # a graph has no use for a size that it must wait for
-        index = index[..., : max(int(counts[0].max()), 1)].contiguous()
-    return index, counts
+    return index[..., : max(int(counts[0].max()), 1)].contiguous(), counts
 
 
 def rule(plan: Plan) -> list[Tensor]:

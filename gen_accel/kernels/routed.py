@@ -39,7 +39,7 @@ def place(facts: Facts) -> Place | None:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    return compute(q, k, v, prepare(plan), scale=scale)
+    return _routed(q, k, v, *_groups_of(plan), scale)[0]
 
 
 class Groups(NamedTuple):
@@ -57,7 +57,7 @@ class Groups(NamedTuple):
 
 
 @torch.inference_mode(False)
-def prepare(plan: Plan) -> Groups:
+def _groups_of(plan: Plan) -> Groups:
     route = plan.partial
     assert isinstance(route, Route)
     group = route.group.repeat_interleave(plan.block_k)[plan.places]
@@ -65,10 +65,6 @@ def prepare(plan: Plan) -> Groups:
     sizes = sizes.scatter_add(0, group, torch.ones_like(group))
     picks = route.picks.index_select(2, plan.places)
     return Groups(picks, torch.argsort(group, stable=True), sizes)
-
-
-def compute(q: Tensor, k: Tensor, v: Tensor, prepared: Groups, *, scale: float) -> Tensor:
-    return _routed(q, k, v, *prepared, scale)[0]
 
 
 @torch.library.custom_op("gen_accel::routed_attention", mutates_args=())

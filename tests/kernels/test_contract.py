@@ -9,8 +9,9 @@ from support.problems import random_plan
 
 from gen_accel import Dense, VideoShape, kernels
 from gen_accel.functional import attention
-from gen_accel.kernels import KERNELS, Facts, facts_of, kernel_of, reference, refusals
+from gen_accel.kernels import KERNELS, Facts, facts_of, flex, kernel_of, reference, refusals
 from gen_accel.kernels.contract import PATTERNS, checked
+from gen_accel.kernels.native import build
 from gen_accel.plan import Plan
 
 CPU = torch.device("cpu")
@@ -137,7 +138,7 @@ def test_the_orders_of_auto(monkeypatch):
     assert order("cpu") == ["gather", "routed", *rest, "native", "reference"]
     assert order("cpu", "route") == ["routed", "gather", *rest, "native", "reference"]
     assert order("cuda") == ["triton", "flex", "xformers", "gather", "reference"]
-    monkeypatch.setattr(kernels.build, "is_built", lambda: True)
+    monkeypatch.setattr(build, "is_built", lambda: True)
     assert order("cpu") == ["native", "gather", "routed", *rest, "reference"]
     assert order("cuda") == ["triton", "flex", "xformers", "gather", "reference"]
 
@@ -178,7 +179,7 @@ def test_under_autocast_they_become_its_dtype(plan, qkv):
 def test_one_source_says_what_is_refused(name, grad, dtype, monkeypatch, qkv):
     """`run`, `check_kernel` and `gen-accel list` give the same reasons for the same facts."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(kernels.flex, "cpp_compiler", lambda: None)
+    monkeypatch.setattr(flex, "cpp_compiler", lambda: None)
     said = refusals(name, CPU, dtype, grad=grad)
     if not said:
         return
@@ -204,7 +205,7 @@ def test_a_kernel_for_one_kind_of_plan_runs_somewhere():
 
 
 def test_flex_says_that_it_needs_a_compiler_before_it_tries(plan, monkeypatch, qkv):
-    monkeypatch.setattr(kernels.flex, "cpp_compiler", lambda: None)
+    monkeypatch.setattr(flex, "cpp_compiler", lambda: None)
     with pytest.raises(ValueError, match="flex: no C\\+\\+ compiler; see gen-accel doctor"):
         kernels.run(*(x.cpu() for x in qkv(64)), plan, scale=0.3, kernel="flex")
 

@@ -34,6 +34,7 @@ from gen_accel.kernels import (
     routed,
 )
 from gen_accel.kernels.contract import parts_of
+from gen_accel.kernels.lists import prepare
 from gen_accel.plan import Plan, Route, pack, raster_slots, tile_slots, unpack
 from gen_accel.video import VideoShape
 
@@ -400,7 +401,7 @@ def test_logsumexp_is_that_of_the_scores(qkv, video):
 def test_the_operator_obeys_the_rules_of_torch(qkv, device):
     plan = random_plan(device, block_q=8, block_k=32, windows=True)
     q, k, v = (pack(x, plan).detach() for x in qkv(plan.tokens))
-    _, _, *lists = gather.prepare(plan)
+    _, _, *lists = prepare(plan)
     which = "test_schema", "test_faketensor", "test_autograd_registration"
     inputs = [x.requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(gather._attention, (*inputs, *lists, 0.25), test_utils=which)
@@ -408,24 +409,24 @@ def test_the_operator_obeys_the_rules_of_torch(qkv, device):
     torch.library.opcheck(gather._backward, (*inputs, *lists, 0.25), test_utils=which[:2])
 
 
+@pytest.mark.parametrize("kernel", AT_ONCE)
 @pytest.mark.parametrize("windows", [False, True], ids=["blocks alone", "windows"])
-def test_a_prepared_plan_runs_inside_a_graph(windows, qkv, device):
+def test_a_compiled_function_runs_it_as_it_is(windows, kernel, qkv, device):
+    """Between two graphs, forward and backward."""
     plan = random_plan(device, heads=2, windows=windows)
-    prepared = kernels.prepare(plan, device, "gather")
-
-    @torch.compile(backend="aot_eager", fullgraph=True)
-    def inside(q, k, v):
-        return kernels.compute(q, k, v, prepared, scale=0.3)
+    told = []
 
     def plain(q, k, v):
-        return reference.forward(q, k, v, plan, scale=0.3)
+        return reference.forward(q * 2, k, v, plan, scale=0.3).cos()
+
+    @torch.compile(backend="aot_eager")
+    def inside(q, k, v):
+        report = told.append
+        out = kernels.run(q * 2, k, v, plan, scale=0.3, kernel=kernel, report=report)
+        return out.cos()
 
     assert_gradients_no_worse(inside, plain, qkv(plan.tokens))
-
-
-def test_a_kernel_that_cannot_run_inside_a_graph_says_so(device):
-    with pytest.raises(ValueError, match=r"'reference' does not run inside torch\.compile"):
-        kernels.prepare(random_plan(device), device, "reference")
+    assert {choice.kernel for choice in told} == {kernel}
 
 
 class TestChoice:

@@ -12,7 +12,7 @@ from support.products import in_turns, slow_after
 import gen_accel
 from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear, VideoShape, kernels
 from gen_accel.functional import attention
-from gen_accel.kernels import KernelFailed, facts_of, lists, native, reference
+from gen_accel.kernels import Facts, KernelFailed, facts_of, lists, native, reference
 from gen_accel.kernels.native import build, selection
 from gen_accel.plan import Plan, Route
 
@@ -244,7 +244,7 @@ def test_what_is_not_alike_is_refused(how, which, qkv):
     inputs[which] = changed[how]
     assert "must be alike" in kernels.unsupported("native", facts_of(*inputs, plan))[0]
     with pytest.raises(ValueError, match="q, k and v must be alike, got"):
-        native.compute(*inputs, native.prepare(plan), scale=0.3)
+        native.forward(*inputs, plan, scale=0.3)
 
 
 def test_bf16_where_onednn_is_off(built, qkv):
@@ -327,28 +327,33 @@ class TestChoice:
         told = []
         kernels.run(*qkv(64), self.plan, scale=0.3, report=told.append)
         assert (told[0].kernel, told[0].refused) == ("native", {})
-        assert kernels.prepare(self.plan, torch.device("cpu"))[0] == "native"
 
     def test_auto_passes_over_it_in_fp64(self, built, qkv):
         told = []
         kernels.run(*qkv(64, torch.float64), self.plan, scale=0.3, report=told.append)
         assert told[0].kernel == "gather"
         assert "takes float32, bfloat16, float16, got torch.float64" in str(told[0])
-        with pytest.raises(ValueError, match=r"got torch.float64; use 'gather'"):
-            native.compute(*qkv(64, torch.float64), native.prepare(self.plan), scale=0.3)
+        with pytest.raises(ValueError, match=r"native: it takes .*, got torch.float64"):
+            kernels.run(*qkv(64, torch.float64), self.plan, scale=0.3, kernel="native")
 
     def test_where_queries_pick_it_takes_neither_gains_nor_left_out_blocks(self, built, qkv):
         plan = random_plan(torch.device("cpu"), route=True)
         damped = plan.changed(gain=torch.full(plan.keep.shape, 0.5))
         q, k, v = qkv(plan.tokens)
         assert any("no gain" in why for why in native.unsupported(facts_of(q, k, v, damped)))
-        assert kernels.prepare(damped, q.device)[0] == "gather"
-        with pytest.raises(ValueError, match="'native' takes neither gains nor"):
-            kernels.prepare(damped, q.device, "native")
+        told = []
+        kernels.run(q, k, v, damped, scale=0.3, report=told.append)
+        assert told[0].kernel == "gather"
+        with pytest.raises(ValueError, match="native: it takes no gain on scores where each"):
+            kernels.run(q, k, v, damped, scale=0.3, kernel="native")
+        with pytest.raises(ValueError, match="native: the plan leaves out blocks that its"):
+            kernels.run(q, k, v, plan, scale=0.3, kernel="native")
 
-    def test_it_is_for_the_cpu_in_a_graph_too(self):
-        with pytest.raises(ValueError, match="'native' is for the CPU, got cuda; use 'auto'"):
-            kernels.prepare(self.plan, torch.device("cuda"), "native")
+    def test_it_is_for_the_cpu(self):
+        where = torch.device("cuda")
+        facts = Facts(((1, 1, 64, 16),) * 3, (torch.float32,) * 3, (where,) * 3)
+        assert native.unsupported(facts) == ["it is for the CPU, got cuda"]
+        assert "native" not in kernels.preference(facts)
 
     def test_without_a_library_it_says_how_to_get_one(self, monkeypatch, tmp_path, qkv):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

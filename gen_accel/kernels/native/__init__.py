@@ -71,13 +71,7 @@ def _of_route(facts: Facts) -> list[str]:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    return compute(q, k, v, prepare(plan), scale=scale)
-
-
-def compute(q: Tensor, k: Tensor, v: Tensor, prepared: "Lists", *, scale: float) -> Tensor:
-    if q.dtype not in DTYPES:
-        raise ValueError(f"kernel 'native' takes {_names()}, got {q.dtype}; use 'gather'")
-    return _attention(q, k, v, *prepared, scale)[0]
+    return _attention(q, k, v, *prepare(plan), scale)[0]
 
 
 class Lists(NamedTuple):
@@ -121,7 +115,7 @@ def _lists(plan: Plan) -> Lists:
         return Lists(slots, none, none, [slack, route.picks, route.group], None, *blocks)
     gain = None if plan.gain is None else plan.gain.float()
     rule = [x.float() for x in lists.rule(plan)]  # whatever torch's default is
-    if torch.compiler.is_compiling() or any(map(_is_wrapped, (plan.keep, plan.whole))):
+    if any(map(_is_wrapped, (plan.keep, plan.whole))):
         return Lists(slots, *lists.kept_blocks(plan), rule, gain, *blocks)
     return Lists(slots, *kept_blocks(plan.keep, plan.whole), rule, gain, *blocks)
 

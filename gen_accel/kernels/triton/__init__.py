@@ -18,7 +18,6 @@ from gen_accel.plan import Plan
 __all__ = [
     "DTYPES",
     "Lists",
-    "compute",
     "device_reasons",
     "forward",
     "forward_lse",
@@ -65,7 +64,7 @@ def place(facts: Facts) -> Place:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    return compute(q, k, v, prepare(plan), scale=scale)
+    return forward_lse(q, k, v, plan, scale=scale)[0]
 
 
 def forward_lse(
@@ -82,7 +81,3 @@ def prepare(plan: Plan) -> Lists:
     from gen_accel.kernels.triton import block_sparse  # noqa: F401  (registers the operator)
 
     return _prepare(plan)
-
-
-def compute(q: Tensor, k: Tensor, v: Tensor, prepared: Lists, *, scale: float) -> Tensor:
-    return torch.ops.gen_accel.triton_attention(q, k, v, *prepared, scale)[0]

@@ -74,8 +74,7 @@ def listed(first: Tensor, second: Tensor, cut: bool) -> tuple[Tensor, Tensor]:
 @torch.inference_mode(False)
 def _lasting_lists(plan: Plan) -> Lists:
     """Lists that serve training too when they are first needed while sampling."""
-    # A graph has no use for a size that it must wait for.
-    return _lists(plan, backward=True, cut=not torch.compiler.is_compiling())
+    return _lists(plan, backward=True, cut=True)
 
 
 def _lists(plan: Plan, backward: bool, cut: bool) -> Lists:

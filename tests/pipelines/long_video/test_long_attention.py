@@ -25,6 +25,7 @@ from gen_accel.attention_processors.attached.extension import AttentionExtension
 from gen_accel.attention_processors.methods.full import Full
 from gen_accel.functional import attention
 from gen_accel.kernels import facts_of, flex, gather, reference, routed, xformers
+from gen_accel.kernels.lists import prepare
 from gen_accel.kernels.self_check import SelfCheckFailed, check_rows
 from gen_accel.kernels.triton import lists
 from gen_accel.pipelines import Schedule, attach
@@ -94,7 +95,7 @@ class TestGain:
         assert torch.autograd.gradcheck(by(gather, plan), inputs, fast_mode=True)
 
     def test_operator_passes_the_checks_of_torch(self, qkv):
-        prepared = gather.prepare(PLANS["one pattern"]())
+        prepared = prepare(PLANS["one pattern"]())
         slots = torch.randn(3, 1, 2, 128, 8).unbind()
         arguments = *(x.requires_grad_() for x in slots), *prepared[2:], 0.3
         checks = "test_schema", "test_faketensor", "test_autograd_registration"
@@ -124,9 +125,8 @@ class TestGain:
         chosen = []
         kernels.run(q, k, v, plan, scale=0.3, report=chosen.append)
         assert chosen[0].kernel == "gather"
-        assert kernels.prepare(plan, q.device)[0] == "gather"
-        with pytest.raises(ValueError, match="'routed' takes no gain"):
-            kernels.prepare(plan, q.device, "routed")
+        with pytest.raises(ValueError, match="routed: it takes no gain"):
+            kernels.run(q, k, v, plan, scale=0.3, kernel="routed")
 
     def test_self_check_knows_gains(self, qkv):
         plan = PLANS["heads, small key blocks"]()
