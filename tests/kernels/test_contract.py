@@ -5,9 +5,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from support import wan
 from support.problems import random_plan
 
-from gen_accel import Dense, VideoShape, kernels
+from gen_accel import BlockMixture, Dense, Radial, VideoShape, attach, kernels
 from gen_accel.functional import attention
 from gen_accel.kernels import KERNELS, Facts, facts_of, flex, kernel_of, reference, refusals
 from gen_accel.kernels.contract import PATTERNS, checked
@@ -240,3 +241,29 @@ def test_the_sentence_is_the_same_in_a_graph(name, monkeypatch, qkv):
     with pytest.raises(Exception, match="kernel") as compiled:
         torch.compile(call, backend="eager")(*inputs)
     assert str(eager.value) in str(compiled.value)
+
+
+@pytest.mark.parametrize("kernel", ["triton", "xformers"])
+@pytest.mark.parametrize(
+    "method", [Radial(block=16), BlockMixture(chunks=(2, 4, 8))], ids=["radial", "mixture"]
+)
+def test_a_compiled_model_says_what_a_model_says(method, kernel, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model = wan.transformer().cpu()
+    with attach(model, method, kernel=kernel), torch.no_grad():
+        with pytest.raises(ValueError, match=f"no kernel for q .*\n  {kernel}: ") as eager:
+            wan.forward(model)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        with pytest.raises(ValueError, match=f"no kernel for q .*\n  {kernel}: ") as in_a_graph:
+            wan.forward(compiled)
+    assert str(in_a_graph.value) == str(eager.value)
+
+
+def test_a_compiled_model_runs_by_a_kernel_that_no_graph_can_hold():
+    """The kernel runs as it does outside: `reference` too."""
+    model = wan.transformer().cpu()
+    with attach(model, Radial(block=16), kernel="reference") as handle, torch.no_grad():
+        plain = wan.forward(model)
+        found = wan.forward(torch.compile(model, fullgraph=True, backend="eager"))
+        assert {record.choice.kernel for record in handle.records.values()} == {"reference"}
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
