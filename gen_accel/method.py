@@ -34,8 +34,9 @@ class Method(Protocol):
 
         Args:
             q, k, v: (B, H, N, D), N == video.tokens, video first, text last.
-            kernel: runs a plan on q, k and v. A method that computes by itself need not call it:
-                it then runs in eager mode, and inside `torch.compile` it is refused.
+            kernel: runs a plan on q, k and v, at the scale of the model. A method that computes by
+                itself need not call it: it then runs in eager mode, and inside `torch.compile` it
+                is refused.
 
         Returns:
             (B, H, N, D) in q's dtype.
@@ -130,9 +131,9 @@ def check_method(method: Any) -> None:
     if kind in _checked and not own:
         return
     name, parts = _name(method), parts_of(method)
-    _check_call(name, "__call__", method, *CALL, trained=parts.branch is not None)
     for part, value in zip(MethodParts._fields, parts, strict=True):
         _check_part(name, part, value, trained=parts.branch is not None)
+    _check_call(name, "__call__", method, *CALL, trained=parts.branch is not None)
     if (parts.layout is None) != (parts.laid_out is None):
         have, lack = ("layout", "laid_out") if parts.layout else ("laid_out", "layout")
         raise ValueError(f"{name} has {have} and no {lack}: they go together")
@@ -153,7 +154,8 @@ def check_class(kind: Any, name: str) -> None:
     Its call must name `video` and `kernel`, by which a file that says "module:Class" reaches no
     class of another purpose. An instance is checked by `check_method`.
     """
-    call = inspect.getattr_static(kind, "__call__", None) if isinstance(kind, type) else None
+    bases = kind.__mro__ if isinstance(kind, type) else ()
+    call = next((vars(base)["__call__"] for base in bases if "__call__" in vars(base)), None)
     if call is None or issubclass(kind, nn.Module):
         wanted = "a class with __call__(self, q, k, v, *, video, kernel)"
         raise ValueError(f"method {name!r} must be {wanted}, got {kind!r}")

@@ -215,12 +215,24 @@ def _attention(
     """A method with its schedule, or a LoRA, whose own schedule holds where none is given."""
     from gen_accel.attention_processors.methods.options import method_from
 
-    chosen = method_from(method, settings or ())
     if from_lora is None:
-        return {"method": chosen, "schedule": dense}
-    if method != "radial" or settings:
-        raise ValueError("--from-lora attaches its own method: leave --method and --set out")
+        return {"method": method_from(method, settings or ()), "schedule": dense}
+    _check_method(from_lora, method, settings)
     return {"from_lora": from_lora, "schedule": None if dense == schedule() else dense}
+
+
+def _check_method(from_lora: Path, method: str, settings: list[str] | None) -> None:
+    """Refuse another method than the LoRA's. A "module:Class" may say where the LoRA's own is, as
+    its file imports nothing."""
+    from gen_accel.attention_processors import method_class
+    from gen_accel.attention_processors.attached.recipe import read_recipe
+
+    other = method != "radial"
+    if ":" in method:
+        kind = method_class(method)
+        other = type(read_recipe(from_lora).build_method()) is not kind
+    if other or settings:
+        raise ValueError("--from-lora attaches its own method: leave --method and --set out")
 
 
 def _only(context: Any, option: str, others: tuple[str, ...]) -> None:

@@ -28,7 +28,8 @@ def class_at(place: str, *, imports: bool) -> type:
     if module is None:
         raise ValueError(
             f"method {place!r} is named by a file, for which nothing is imported: import {home} "
-            "first if you trust it, or register its class with gen_accel.register_method"
+            "first, if you trust it, or register its class with gen_accel.register_method; on a "
+            f"command line, --method {place}"
         )
     found: Any = module
     for part in name.split("."):

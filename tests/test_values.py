@@ -1,0 +1,109 @@
+"""One parser of values by type hint, for command lines and YAML."""
+
+import math
+from typing import Literal
+
+import pytest
+
+from gen_accel.values import convert, written_type
+
+Axes = tuple[int, int, int]
+
+
+@pytest.mark.parametrize(
+    ("text", "hint", "value"),
+    [
+        ("3", int, 3),
+        ("1e-4", float, 1e-4),
+        ("inf", float, math.inf),
+        ("3,8,8", Axes, (3, 8, 8)),
+        ("(3, 8, 8)", Axes, (3, 8, 8)),
+        ("1,2", tuple[float, ...], (1.0, 2.0)),
+        ("", tuple[int, ...], ()),
+        ("yes,off,1", tuple[bool, bool, bool], (True, False, True)),
+        ("none", int | None, None),
+        ("4", int | None, 4),
+        ("4", Axes | int, 4),
+        ("None", str | None, None),
+        ("2d", Literal["1d", "2d"], "2d"),
+        ("2", Literal[1, 2], 2),
+        ("a, b", str, "a, b"),
+    ],
+)
+def test_text(text, hint, value):
+    assert convert(text, hint, is_text=True) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("3.0", int),
+        ("many", int),
+        ("3,8", Axes),
+        ("3,8,x", Axes),
+        ("maybe", bool),
+        ("3d", Literal["1d", "2d"]),
+        ("x", int | None),
+        ("3", list[int]),
+    ],
+)
+def test_text_of_another_type(text, hint):
+    with pytest.raises((TypeError, ValueError)):
+        convert(text, hint, is_text=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "hint", "value"),
+    [
+        ("1e-4", float, 1e-4),
+        (5, float, 5.0),
+        (5.0, int, 5),
+        ("1e3", int, 1000),
+        (5, str, "5"),
+        ("a cat, a dog", tuple[str, ...], ("a cat, a dog",)),  # one prompt
+        ([1, "2"], tuple[int, ...], (1, 2)),
+        (False, Literal["no", "bf16"], "no"),  # as YAML reads no
+        (None, int | None, None),
+        ("none", int | None, None),
+        (True, bool, True),
+    ],
+)
+def test_values_of_yaml(given, hint, value):
+    made = convert(given, hint)
+    assert made == value
+    assert type(made) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("yes", bool),
+        (1, bool),
+        (True, int),
+        (True, float),
+        (True, str),
+        (2.5, int),
+        (math.nan, int),
+        ([1], str),
+        ([1, 2], tuple[float, float, float]),
+        ({}, float),
+        (None, int),
+    ],
+)
+def test_other_values_of_yaml(given, hint):
+    with pytest.raises((TypeError, ValueError)):
+        convert(given, hint)
+
+
+@pytest.mark.parametrize(
+    ("hint", "words"),
+    [
+        (Axes, "int,int,int"),
+        (int | None, "int or none"),
+        (Literal["1d", "2d"], "one of 1d, 2d"),
+        (tuple[str, ...], "any number of str, with commas between"),
+        (bool, "true/false"),
+    ],
+)
+def test_types_in_words(hint, words):
+    assert written_type(hint) == words
