@@ -34,9 +34,10 @@ class Method(Protocol):
 
         Args:
             q, k, v: (B, H, N, D), N == video.tokens, video first, text last.
-            kernel: runs a plan on q, k and v, at the scale of the model. A method that computes by
-                itself need not call it: it then runs in eager mode, and inside `torch.compile` it
-                is refused.
+            kernel: runs a plan on q, k and v, at the scale of the model; a
+                `gen_accel.kernels.Runner`, with the `name` that was asked for. A method that
+                computes by itself need not call it: it then runs in eager mode, and inside
+                `torch.compile` it is refused.
 
         Returns:
             (B, H, N, D) in q's dtype.

@@ -73,6 +73,7 @@ class Choice:
 
 
 def check_name(kernel: str) -> None:
+    """Raise ValueError for a name that is neither "auto" nor in `KERNELS`, with the nearest."""
     if kernel != "auto" and kernel not in KERNELS:
         near = get_close_matches(kernel, KERNELS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -84,8 +85,9 @@ def kernel_of(name: str) -> Kernel:
     """The kernel of that name in `KERNELS`, imported and held to the contract the first time.
 
     Raises:
-        ValueError: a module that breaks the contract; the part is named.
+        ValueError: an unknown name; a module that breaks the contract, whose part is named.
     """
+    check_name(name)
     return checked(name, import_module(f"{__name__}.{name}"))
 
 

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
@@ -150,8 +151,9 @@ PARTS = (*REQUIRED, *KernelParts._fields)
 NEAR = 0.8
 
 
+@cache
 def parts_of(kernel: Kernel) -> KernelParts:
-    """The optional parts of `kernel`."""
+    """The optional parts of `kernel`, read once."""
     defaults = KernelParts._field_defaults
     return KernelParts._make(getattr(kernel, name, default) for name, default in defaults.items())
 
