@@ -1,4 +1,4 @@
-"""Files on disk: written whole or not at all, known by their hash."""
+"""Files on disk: written whole or not at all, known by their hash, kept between runs."""
 
 import hashlib
 import json
@@ -52,6 +52,11 @@ def _plain(value: Any) -> Any:
         case Path():
             return str(value)
     return value
+
+
+def cache_folder() -> Path:
+    """What is kept between runs, for this user: kernels compiled and measured."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gen_accel"
 
 
 def check_folder(folder: Path) -> None:

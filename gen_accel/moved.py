@@ -66,7 +66,10 @@ NAMES: dict[str, dict[str, str]] = {
     "pipelines.long_video.technique": dict.fromkeys(
         ("latent_frames", "temporal_patch"), "attention_processors.lengths"
     ),
-    "pipelines.sampling": dict.fromkeys(_OF_LOADING, f"{_GENERATION}.loading"),
+    "pipelines.sampling": {
+        **dict.fromkeys(_OF_LOADING, f"{_GENERATION}.loading"),
+        **dict.fromkeys(("Tick", "counted", "steps_bar", "ticker"), f"{_GENERATION}.progress"),
+    },
 }
 
 

@@ -1,10 +1,13 @@
-"""Lengths of video, in pixel frames, latent frames and frames after patchify."""
+"""Lengths and sizes of video: in pixels, in latents, and in tokens after patchify."""
 
 from collections.abc import Mapping
 from typing import Any
 
 # The attributes in which pipelines say how much smaller latents are, {} for an axis.
 FACTORS = "vae_scale_factor_{}", "vae_{}_compression_ratio", "vae_{}_scale_factor"
+
+# Pipelines take heights and widths that this divides, whatever the autoencoder.
+PIXELS = 16
 
 
 def vae_factor(pipe: Any, axis: str) -> int | None:
@@ -42,9 +45,15 @@ def latent_frames(name: str, frames: int, factor: int, patch: int = 1) -> int:
     """
     step, first = factor * patch, (patch - 1) * factor + 1
     if frames < first or (frames - first) % step:
-        below = first + max(0, frames - first) // step * step
-        near = f"{below} and {below + step}" if frames > first else str(first)
+        near = " and ".join(map(str, nearest(frames, step, first)))
         raise ValueError(
             f"{name} must be {first} or a multiple of {step} more, got {frames}; nearest: {near}"
         )
     return (frames - first) // step + 1
+
+
+def nearest(size: int, step: int, least: int) -> list[int]:
+    """The one or two sizes next to one that will not do: `least`, or a multiple of `step` above
+    it."""
+    below = least + max(0, size - least) // step * step
+    return [below] if size < least else [below, below + step]

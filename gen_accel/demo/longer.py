@@ -13,7 +13,8 @@ from gen_accel.demo.detector import detect
 from gen_accel.measure.video_io import side_by_side
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.loading import Loading, load
-from gen_accel.pipelines.generation.sampling import Clip, filled, sample, steps_bar, ticker
+from gen_accel.pipelines.generation.progress import steps_bar, ticker
+from gen_accel.pipelines.generation.sampling import Clip, filled, sample
 from gen_accel.pipelines.long_video import extend
 
 FRAMES = 4 * (demo.TRAINED_FRAMES - 1) + 1

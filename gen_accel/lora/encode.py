@@ -2,21 +2,16 @@
 
 import hashlib
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from gen_accel.attention_processors.families import classes_for, family_of
 from gen_accel.attention_processors.lengths import patch_of
-from gen_accel.extras import needed_for
 from gen_accel.lora.data import (
     CaptionedVideo,
     Size,
@@ -25,26 +20,16 @@ from gen_accel.lora.data import (
     nearest_size,
     open_image,
 )
-from gen_accel.lora.fingerprint import hash_of, model_state, words_state
+from gen_accel.lora.encoders import Encoders, load_encoders
+from gen_accel.lora.fingerprint import hash_of
 from gen_accel.lora.latents import IMAGE, LATENTS, RECIPE, TEXTS_AT_ONCE, Entry
-from gen_accel.lora.shards import (
-    SHARD_BYTES,
-    Shards,
-)
-from gen_accel.pipelines.generation.loading import DTYPES, check_model, find_device
-
-with needed_for("encoding clips", extra="train"):
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+from gen_accel.lora.shards import SHARD_BYTES, Shards
+from gen_accel.pipelines.generation.loading import DTYPES
+from gen_accel.pipelines.generation.progress import progress_bar
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from gen_accel.lora.images import ImageCoder
 
 
@@ -149,21 +134,20 @@ def cache(
         raise ValueError("data holds no videos")
     if teacher:
         check_teacher_captions(videos)
-    encoders = _encoders(model_or_pipe, device, dtype)
+    encoders = load_encoders(model_or_pipe, device, dtype)
     _check_fit(encoders, frames, sizes)
-    fps = None if fps is None else float(fps)
     run = _Run(
         encoders,
         tuple(sorted(set(frames))),
         tuple(sizes),
-        fps,
+        None if fps is None else float(fps),
         max_tokens,
         on_broken,
         store,
         images,
         teacher,
     )
-    with Shards(Path(out), shard_bytes) as shards, _bar() as bar:
+    with Shards(Path(out), shard_bytes) as shards, progress_bar() as bar:
         jobs, known, short = run.read(videos, shards, bar)
         texts = run.encode_texts(jobs, shards, bar)
         pictures = run.encode_images(jobs, shards, bar)
@@ -173,22 +157,7 @@ def cache(
             raise ValueError(f"no clip could be encoded: {next(iter(run.broken.values()))}")
         entries = [_entry(job, encoders.pipe) for job in done]
         before = {(e["name"], e["pixel_frames"]) for e in shards.earlier.get("entries", ())}
-        manifest = {
-            "model": type(encoders.pipe).__name__,
-            "causal": encoders.family.CAUSAL_VAE,
-            "fps": fps,
-            "store": store,
-            "max_tokens": max_tokens,
-            "clips": known,
-            "empty": run.text_key(""),
-            "entries": [_about(entry) for entry in entries],
-        }
-        used = {run.text_key("")} | {key for job in done for key in job.keys}
-        if images is not None:
-            nothing = run.image_key("nothing")
-            manifest["images"] = {**images.about, "nothing": nothing}
-            used.add(nothing)
-        shards.finish(manifest, used)
+        shards.finish(run.manifest(entries, known), run.used(done))
     return Report(
         folder=shards.folder,
         encoded=sum(job.latent_key in new for job in done),
@@ -219,41 +188,11 @@ class _Job(NamedTuple):
         return tuple(key for key in keys if key is not None)
 
 
-class _Encoders(NamedTuple):
-    """A pipeline without its transformer's weights.
-
-    Args:
-        transformer: for its configuration alone.
-        device: to encode on.
-    """
-
-    pipe: Any
-    transformer: Any
-    device: torch.device
-
-    @property
-    def family(self) -> Any:
-        return family_of(self.transformer)
-
-    @contextmanager
-    def at_work(self, prefix: str) -> Iterator[None]:
-        """Models with names that begin with `prefix` are on the device, then where they were."""
-        models = [m for m in _parts_of(self.pipe, prefix).values() if isinstance(m, nn.Module)]
-        homes = [next(model.parameters()).device for model in models]
-        try:
-            for model in models:
-                model.to(self.device)
-            yield
-        finally:
-            for model, home in zip(models, homes, strict=True):
-                model.to(home)
-
-
 @dataclass
 class _Run:
     """What one call of `cache` was asked for, and the clips that it found broken."""
 
-    encoders: _Encoders
+    encoders: Encoders
     frames: tuple[int, ...]
     sizes: tuple[Size, ...]
     fps: float | None
@@ -265,9 +204,9 @@ class _Run:
     broken: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        pipe, common = self.encoders.pipe, [RECIPE, self.store]
-        self._vae = hash_of([*common, *_states(pipe, "vae")])
-        texts = _states(pipe, "text_encoder", "tokenizer")
+        common = [RECIPE, self.store]
+        self._vae = hash_of([*common, *self.encoders.states("vae")])
+        texts = self.encoders.states("text_encoder", "tokenizer")
         self._text = hash_of([*common, self.max_tokens, *texts])
         self._image = None if self.images is None else hash_of([*common, self.images.state()])
 
@@ -279,7 +218,7 @@ class _Run:
         return hash_of([self._image, *image])
 
     def read(
-        self, videos: Sequence[CaptionedVideo], shards: Shards, bar: Progress
+        self, videos: Sequence[CaptionedVideo], shards: Shards, bar: "Progress"
     ) -> tuple[list[_Job], dict[str, Any], tuple[str, ...]]:
         """What is to be in the cache, what is known of its clips, and those that are too short."""
         jobs: list[_Job] = []
@@ -311,7 +250,7 @@ class _Run:
         self._check_lengths(known)
         return jobs, known, tuple(short)
 
-    def encode_texts(self, jobs: Sequence[_Job], shards: Shards, bar: Progress) -> int:
+    def encode_texts(self, jobs: Sequence[_Job], shards: Shards, bar: "Progress") -> int:
         """All captions that the shards lack. Returns how many those were."""
         captions = {job.text_key: job.video.caption for job in jobs} | {self.text_key(""): ""}
         captions |= {job.teacher_key: job.video.teacher_caption for job in jobs if job.teacher_key}
@@ -332,7 +271,7 @@ class _Run:
                     shards.put(key, tensors)
         return len(new)
 
-    def encode_images(self, jobs: Sequence[_Job], shards: Shards, bar: Progress) -> int | None:
+    def encode_images(self, jobs: Sequence[_Job], shards: Shards, bar: "Progress") -> int | None:
         """All images that the shards lack. Returns how many those were."""
         if self.images is None:
             return None
@@ -356,7 +295,7 @@ class _Run:
                 shards.put(key, {IMAGE: found})
         return len(new)
 
-    def encode_clips(self, jobs: Sequence[_Job], shards: Shards, bar: Progress) -> set[str]:
+    def encode_clips(self, jobs: Sequence[_Job], shards: Shards, bar: "Progress") -> set[str]:
         """All latents that the shards lack. Returns the keys of those."""
         new = {job.latent_key: job for job in jobs if job.latent_key not in shards}
         family, pipe = self.encoders.family, self.encoders.pipe
@@ -371,6 +310,27 @@ class _Run:
                     continue
                 shards.put(key, {LATENTS: latents})
         return set(new)
+
+    def manifest(self, entries: Sequence[Entry], known: dict[str, Any]) -> dict[str, Any]:
+        """What the cache says of itself. known: of each clip, by its hash and rate."""
+        about = {
+            "model": type(self.encoders.pipe).__name__,
+            "causal": self.encoders.family.CAUSAL_VAE,
+            "fps": self.fps,
+            "store": self.store,
+            "max_tokens": self.max_tokens,
+            "clips": known,
+            "empty": self.text_key(""),
+            "entries": [_about(entry) for entry in entries],
+        }
+        if self.images is not None:
+            about["images"] = {**self.images.about, "nothing": self.image_key("nothing")}
+        return about
+
+    def used(self, done: Sequence[_Job]) -> set[str]:
+        """The keys that stay in the cache."""
+        keys = {self.text_key("")} | {key for job in done for key in job.keys}
+        return keys if self.images is None else keys | {self.image_key("nothing")}
 
     def _check_image(self, video: CaptionedVideo, shards: Shards) -> str | None:
         """The key of the image that the clip comes with, which is read; None without."""
@@ -428,73 +388,6 @@ class _Run:
         return x.to("cpu", DTYPES[self.store] if x.is_floating_point() else x.dtype)
 
 
-def _encoders(model_or_pipe: Any, device: str, dtype: str) -> _Encoders:
-    if not isinstance(model_or_pipe, str | Path):
-        pipe = model_or_pipe
-        if dtype != "auto":
-            raise ValueError(f"dtype is for models to load, got {dtype!r} with a pipeline")
-        found = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
-        transformer = next((model for model in found if model is not None), None)
-        if transformer is None:
-            raise ValueError(f"{type(pipe).__name__} has no transformer, which names its family")
-        return _Encoders(pipe, transformer, find_device(device))
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
-    check_model(model_or_pipe)
-    target = find_device(device)
-    folder = Path(model_or_pipe).expanduser()
-    source = str(folder)
-    if not folder.exists():
-        source = str(DiffusionPipeline.download(str(model_or_pipe)))
-    # Asked for no transformer, `from_pretrained` loads it nevertheless where it is optional.
-    index: Any = DiffusionPipeline.load_config(source)
-    found = {name: value for name, value in index.items() if isinstance(value, list) and value[0]}
-    stages = [name for name in index if name.startswith("transformer")]
-    wanted = {"vae": DTYPES.get(dtype, torch.float32)}
-    default = DTYPES.get(dtype, torch.float32 if target.type == "cpu" else torch.bfloat16)
-    parts: dict[str, Any] = {
-        name: _loaded(source, name, kind, wanted.get(name, default))
-        for name, kind in found.items()
-        if name not in stages
-    }
-    scalars = {k: v for k, v in index.items() if k[0] != "_" and not isinstance(v, list)}
-    pipe = _class(("diffusers", index["_class_name"]))(**parts, **dict.fromkeys(stages), **scalars)
-    pipe.set_progress_bar_config(disable=True)
-    part = next(name for name in stages if name in found)
-    return _Encoders(pipe, _hollow(source, part, found[part]), target)
-
-
-def _loaded(source: str, name: str, kind: Sequence[str], dtype: torch.dtype) -> Any:
-    """One component of the pipeline in the folder `source`."""
-    found = _class(kind)
-    is_model = isinstance(found, type) and issubclass(found, nn.Module)
-    options = {"torch_dtype": dtype} if is_model else {}
-    with warnings.catch_warnings():
-        # Newer libraries call it `dtype`; older ones do not know that.
-        warnings.filterwarnings("ignore", ".*torch_dtype.*")
-        return _class(kind).from_pretrained(source, subfolder=name, **options)
-
-
-def _hollow(source: str, name: str, kind: Sequence[str]) -> Any:
-    """The model without its weights: it takes no memory and can compute nothing."""
-    with needed_for("encoding clips", extra="train"):
-        from accelerate import init_empty_weights
-    found = _class(kind)
-    served = classes_for("training")
-    if found.__name__ not in served:
-        raise ValueError(f"no training for {found.__name__}; served: {', '.join(served)}")
-    with init_empty_weights():
-        return found.from_config(found.load_config(source, subfolder=name))
-
-
-def _class(kind: Sequence[str]) -> Any:
-    """Of a library and a name in it, as `model_index.json` has them."""
-    library, name = kind
-    return getattr(import_module(library), name)
-
-
 def _check_options(
     frames: Sequence[int],
     sizes: Sequence[Size],
@@ -520,7 +413,7 @@ def _check_options(
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
 
 
-def _check_fit(encoders: _Encoders, frames: Sequence[int], sizes: Sequence[Size]) -> None:
+def _check_fit(encoders: Encoders, frames: Sequence[int], sizes: Sequence[Size]) -> None:
     pipe, config = encoders.pipe, encoders.transformer.config
     time, space = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
     for length in frames:
@@ -566,32 +459,3 @@ def _about(entry: Entry) -> dict[str, Any]:
 
 def _finite(x: Tensor) -> bool:
     return bool(x.isfinite().all())
-
-
-def _parts_of(pipe: Any, *prefixes: str) -> dict[str, Any]:
-    found = {name: part for name, part in pipe.components.items() if name.startswith(prefixes)}
-    return {name: part for name, part in sorted(found.items()) if part is not None}
-
-
-def _states(pipe: Any, *prefixes: str) -> list[Any]:
-    """What the components whose names begin so compute, as hashes."""
-    parts = _parts_of(pipe, *prefixes)
-    for prefix in prefixes:
-        if not any(name.startswith(prefix) for name in parts):
-            raise ValueError(f"{type(pipe).__name__} was loaded without its {prefix}")
-    return [
-        [name, model_state(name, part) if isinstance(part, nn.Module) else words_state(part)]
-        for name, part in parts.items()
-    ]
-
-
-def _bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description:<8}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )

@@ -33,7 +33,7 @@ from gen_accel.lora.objective import Objective, seed_of
 from gen_accel.lora.state import TrainingState, adamw_8bit, whole
 from gen_accel.lora.validate import Validation
 from gen_accel.pipelines.attach import attach
-from gen_accel.pipelines.generation.sampling import steps_bar
+from gen_accel.pipelines.generation.progress import steps_bar
 from gen_accel.pipelines.long_video.rope import apply_rule
 
 with needed_for("training", extra="train"):

@@ -22,7 +22,6 @@ and the speed-up is that of the denoising alone.
 
 import json
 import math
-import os
 import statistics
 import warnings
 from collections.abc import Callable, Mapping
@@ -38,7 +37,8 @@ from gen_accel import demo
 from gen_accel.attention_processors import Neighborhood, Radial
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import wan
-from gen_accel.files import write_json
+from gen_accel.attention_processors.lengths import PIXELS, nearest
+from gen_accel.files import cache_folder, write_json
 from gen_accel.functional import attention
 from gen_accel.measure.timing import device_name, interleaved
 from gen_accel.method import check_method, density_of, parts_of, plan_of
@@ -50,7 +50,6 @@ WORTH = 1.1  # the least speed-up that pays for a changed result
 LONGEST = 1024  # frames
 CALLS = 2  # of the transformer in a step: guidance runs it with the prompt and without
 TEXT, IMAGE = 512, 257  # tokens that Wan's cross-attention sees
-PIXELS = 16  # Wan pipelines take heights and widths that this divides, whatever the autoencoder
 # Plans of more block pairs than this take gigabytes: the search for a length stops there.
 MOST_PAIRS = 50_000_000
 
@@ -419,9 +418,7 @@ def _grid(model: _Model, height: int, width: int, num_frames: int) -> VideoShape
 
 
 def _nearest(size: int, step: int, least: int) -> str:
-    """The valid sizes on both sides: `least` and what lies a multiple of `step` above it."""
-    below = least + max(0, size - least) // step * step
-    return f"{below}" if size < least else f"{below} or {below + step}"
+    return " or ".join(map(str, nearest(size, step, least)))
 
 
 def _flops(model: _Model, video: VideoShape) -> tuple[float, float]:
@@ -517,8 +514,7 @@ def _known_efficiency(model: _Model, windows: bool) -> tuple[float, str]:
 
 def cache_file() -> Path:
     """Where measured efficiencies are kept. Delete it to measure anew."""
-    folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(folder).expanduser() / "gen_accel" / "efficiency.json"
+    return cache_folder() / "efficiency.json"
 
 
 def _read_cache(path: Path) -> dict[str, float]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
+from gen_accel.files import cache_folder
 from gen_accel.kernels.compiler import cpp_compiler
 from gen_accel.kernels.failure import KernelFailed
 from gen_accel.kernels.native.arguments import (
@@ -52,10 +53,9 @@ SIZES = {
 
 def path() -> Path:
     """Where the library of this source, torch and processor lies, in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     about = [*(file.read_text() for file in READ), *FLAGS, torch.__version__, _processor()]
     name = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
-    return Path(cache) / "gen_accel" / f"native-{name}.so"
+    return cache_folder() / f"native-{name}.so"
 
 
 def build() -> Path:

@@ -11,14 +11,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gen_accel.files import cache_folder
+
 
 def key(arch: str, kind: str, q: Tensor, block_q: int, block_k: int) -> str:
     return f"{arch}/{kind}/D{q.shape[3]}/{q.dtype}/{block_q}x{block_k}"
 
 
 def path() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "gen_accel" / "triton.json"
+    return cache_folder() / "triton.json"
 
 
 @lru_cache(maxsize=1)

@@ -17,13 +17,12 @@ from gen_accel.measure import psnr, side_by_side, ssim, write_json, write_video
 from gen_accel.measure.environment import environment
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.decode import is_streamed
+from gen_accel.pipelines.generation.progress import steps_bar, ticker
 from gen_accel.pipelines.generation.sampling import (
     Clip,
     Sample,
     check_clip,
     sample,
-    steps_bar,
-    ticker,
 )
 
 WARM_UP_FRAMES = 17  # and one step: what is paid once is paid before the clocks start

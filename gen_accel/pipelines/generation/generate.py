@@ -36,17 +36,15 @@ from gen_accel.pipelines.generation.loading import (
     load,
     load_decoder,
 )
+from gen_accel.pipelines.generation.progress import counted, steps_bar, ticker
 from gen_accel.pipelines.generation.prompt_list import Share
 from gen_accel.pipelines.generation.sampling import (
     FPS,
     Clip,
     Sample,
-    counted,
     denoise,
     pixel_frames,
     sample,
-    steps_bar,
-    ticker,
 )
 from gen_accel.pipelines.long_video import extend
 

@@ -14,10 +14,10 @@ import torch
 from gen_accel.attention_processors.attached.transformers import TRANSFORMERS
 from gen_accel.attention_processors.families import served_classes, video_classes
 from gen_accel.extras import needed_for
+from gen_accel.pipelines.generation.arguments import frames_argument, parameters, served_family
 from gen_accel.pipelines.generation.decode import (
     check_streamed,
 )
-from gen_accel.pipelines.generation.sampling import _family, _frames_argument, _parameters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -107,10 +107,10 @@ def load(model: str | Path, loading: Loading | None = None) -> Any:
         warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
         pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    if _frames_argument(pipe) not in _parameters(pipe):
+    if frames_argument(pipe) not in parameters(pipe):
         kind = type(pipe).__name__
         raise ValueError(f"{kind} makes no video from a prompt alone: it takes no num_frames")
-    if _family(pipe).TILED_VAE:
+    if served_family(pipe).TILED_VAE:
         pipe.vae.enable_tiling()
     _add_loras(pipe, loras)
     _place(pipe, loading.offload, device)

@@ -1,35 +1,33 @@
-"""Load any diffusers video pipeline, and sample one clip from it with the time that it took."""
+"""Sample one clip from any diffusers video pipeline, with the time that it took."""
 
-import inspect
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.attached.transformers import served_transformers
-from gen_accel.attention_processors.families import Family, family_of
-from gen_accel.attention_processors.lengths import patch_of, vae_factor
-from gen_accel.extras import needed_for
+from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of, vae_factor
 from gen_accel.method import parts_of, plan_of
+from gen_accel.pipelines.generation.arguments import (
+    arguments,
+    first_transformer,
+    parameters,
+    rate_argument,
+    served_family,
+)
 from gen_accel.pipelines.generation.decode import (
     as_uint8,
     decode_stream,
     is_streamed,
 )
+from gen_accel.pipelines.generation.progress import Tick
 from gen_accel.video import VideoShape
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
 FPS = 16.0  # where neither the pipeline nor its family knows
-PIXELS = 16  # Wan pipelines take heights and widths that this divides, whatever the autoencoder
-
-Tick = Callable[[int, int], None]  # is told how much is done, steps or frames, and of how many
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def filled(pipe: Any, clip: Clip) -> Clip:
         ValueError: the pipeline does not take what `clip` gives, or cannot be run from a prompt
             alone.
     """
-    known, kind = _parameters(pipe), type(pipe).__name__
+    known, kind = parameters(pipe), type(pipe).__name__
     required = [
         name
         for name, parameter in known.items()
@@ -109,7 +107,7 @@ def filled(pipe: Any, clip: Clip) -> Clip:
     if required:
         raise ValueError(f"{kind} needs {', '.join(required)} besides a prompt; call it in Python")
     values = {}
-    for name, argument in _arguments(pipe).items():
+    for name, argument in arguments(pipe).items():
         value = getattr(clip, name)
         if argument not in known and value is not None:
             raise ValueError(f"{kind} takes no {argument}, got {value!r}")
@@ -136,7 +134,7 @@ def token_grid(pipe: Any, clip: Clip) -> VideoShape:
     assert frames is not None
     assert height is not None
     assert width is not None
-    patch = patch_of(_transformer(pipe).config)
+    patch = patch_of(first_transformer(pipe).config)
     temporal, spatial = _vae_factor(pipe, "temporal"), _vae_factor(pipe, "spatial")
     wrong = []
     if (frames - 1) % temporal:
@@ -184,7 +182,7 @@ def denoise(
     latents, seconds = _run(pipe, prompt, clip, "latent", tick=tick, run=run)
     if not torch.isfinite(latents).all():
         raise ValueError(
-            f"the model made values that are not finite, in {_transformer(pipe).dtype}; try "
+            f"the model made values that are not finite, in {first_transformer(pipe).dtype}; try "
             "dtype float32 or bfloat16"
         )
     return Denoised(latents, seconds)
@@ -218,65 +216,6 @@ def pixel_frames(pipe: Any, latents: Tensor) -> int:
     return (latents.shape[2] - 1) * _vae_factor(pipe, "temporal") + 1
 
 
-def counted(chunks: Iterable[np.ndarray], tick: Tick, total: int) -> Iterator[np.ndarray]:
-    """`chunks`, and `tick` is told the frames that have passed."""
-    done = 0
-    for chunk in chunks:
-        yield chunk
-        done += len(chunk)
-        tick(done, total)
-
-
-def steps_bar() -> "Progress":
-    """A bar with the time that remains, on stderr."""
-    with needed_for("a progress bar", extra="video"):
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-
-
-def ticker(bar: "Progress", label: str, unit: str = "steps") -> Tick:
-    """A new line of `bar`, which starts again where a video is denoised in several parts."""
-    task = bar.add_task(label, total=None, unit=unit)
-    before = 0
-
-    def tick(done: int, total: int) -> None:
-        nonlocal before
-        if done <= before:
-            bar.reset(task)
-        bar.update(task, completed=done, total=total)
-        before = done
-
-    return tick
-
-
-_ARGUMENTS = {  # of a clip, and what diffusers calls it
-    "frames": "num_frames",
-    "height": "height",
-    "width": "width",
-    "steps": "num_inference_steps",
-    "guidance_scale": "guidance_scale",
-    "negative_prompt": "negative_prompt",
-    "max_tokens": "max_sequence_length",
-}
-
-
 def _run(
     pipe: Any,
     prompt: str,
@@ -287,9 +226,9 @@ def _run(
     run: Callable[..., Any] | None,
 ) -> tuple[Any, float]:
     """What the pipeline makes, one sample, and the seconds until its last step."""
-    arguments = {
+    given = {
         argument: getattr(clip, name)
-        for name, argument in _arguments(pipe).items()
+        for name, argument in arguments(pipe).items()
         if getattr(clip, name) is not None
     }
     marks: list[float] = []
@@ -302,66 +241,29 @@ def _run(
             tick(step + 1, total)
         return tensors
 
-    if "callback_on_step_end" in _parameters(pipe):
-        arguments["callback_on_step_end"] = on_step_end
+    if "callback_on_step_end" in parameters(pipe):
+        given["callback_on_step_end"] = on_step_end
     start = _now(pipe)
     made = (run or pipe)(
         prompt=prompt,
         generator=torch.Generator().manual_seed(clip.seed),
         output_type=output_type,
-        **arguments,
+        **given,
     )
     end = marks[-1] if marks else _now(pipe)
     return made.frames if hasattr(made, "frames") else [made.video], end - start
 
 
-def _arguments(pipe: Any) -> dict[str, str]:
-    rate = _rate_argument(pipe)
-    return (
-        _ARGUMENTS | {"frames": _frames_argument(pipe)} | ({} if rate is None else {"fps": rate})
-    )
-
-
-def _frames_argument(pipe: Any) -> str:
-    return _family(pipe).FRAMES_ARGUMENT
-
-
-def _rate_argument(pipe: Any) -> str | None:
-    """What the model is told the frames a second by; most are not told."""
-    known = _parameters(pipe)
-    return next((name for name in ("frame_rate", "fps") if name in known), None)
-
-
 def _frame_rate(pipe: Any, given: float | None) -> float:
     """As the pipeline takes it; where none is given, what the model was published at."""
-    fps = _published_rate(pipe) if given is None else given
-    argument = _rate_argument(pipe)
-    if argument is None or _parameters(pipe)[argument].annotation not in (int, "int"):
+    fps = served_family(pipe).fps(first_transformer(pipe)) if given is None else given
+    argument = rate_argument(pipe)
+    if argument is None or parameters(pipe)[argument].annotation not in (int, "int"):
         return float(fps)
     if fps % 1:
         near = _nearest(int(fps), 1, 1)
         raise ValueError(f"fps must be whole with {type(pipe).__name__}, got {fps:g}{near}")
     return int(fps)
-
-
-def _published_rate(pipe: Any) -> float:
-    return _family(pipe).fps(_transformer(pipe))
-
-
-def _family(pipe: Any) -> Family:
-    module = _transformer(pipe)
-    return family_of(getattr(module, "_orig_mod", module))
-
-
-def _transformer(pipe: Any) -> Any:
-    """The first of those that it has."""
-    return next(iter(served_transformers(pipe).values()))
-
-
-def _parameters(pipe: Any) -> dict[str, inspect.Parameter]:
-    known = dict(inspect.signature(type(pipe).__call__).parameters)
-    del known["self"]
-    return known
 
 
 def _vae_factor(pipe: Any, axis: str) -> int:
@@ -372,8 +274,7 @@ def _vae_factor(pipe: Any, axis: str) -> int:
 
 
 def _nearest(size: int, step: int, least: int) -> str:
-    below = least + max(0, size - least) // step * step
-    return f"; nearest: {below}" if size < least else f"; nearest: {below} and {below + step}"
+    return f"; nearest: {' and '.join(map(str, nearest(size, step, least)))}"
 
 
 def _now(pipe: Any) -> float:

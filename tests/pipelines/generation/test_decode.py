@@ -21,7 +21,7 @@ from support import wan
 from gen_accel import Dense, demo
 from gen_accel.measure import read_stream, read_video, write_stream, write_video
 from gen_accel.measure.video_io import video_fps
-from gen_accel.pipelines.generation import generate, loading, sampling
+from gen_accel.pipelines.generation import generate, loading, progress, sampling
 from gen_accel.pipelines.generation.decode import (
     DecodedWhole,
     check_latents_path,
@@ -346,14 +346,14 @@ def test_files_that_hold_no_latents(tmp_path):
 
 
 def test_a_bar_starts_again_with_each_part_of_a_video():
-    with sampling.steps_bar() as bar:
-        tick = sampling.ticker(bar, "clip")
+    with progress.steps_bar() as bar:
+        tick = progress.ticker(bar, "clip")
         for done in (1, 2, 1):
             tick(done, 2)
         [task] = bar.tasks
         assert (task.completed, task.total, task.finished) == (1, 2, False)
         told = []
-        chunks = sampling.counted(parts(clip(), 1, 4), lambda *args: told.append(args), 7)
+        chunks = progress.counted(parts(clip(), 1, 4), lambda *args: told.append(args), 7)
         assert sum(map(len, chunks)) == 7
         assert told == [(1, 7), (5, 7), (7, 7)]
 

@@ -1,0 +1,139 @@
+"""The models that turn clips and captions into what a transformer reads: loaded without it."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from gen_accel.attention_processors.families import classes_for, family_of
+from gen_accel.extras import needed_for
+from gen_accel.lora.fingerprint import model_state, words_state
+from gen_accel.pipelines.generation.loading import DTYPES, check_model, find_device
+
+
+class Encoders(NamedTuple):
+    """A pipeline without its transformer's weights.
+
+    Args:
+        transformer: for its configuration alone.
+        device: to encode on.
+    """
+
+    pipe: Any
+    transformer: Any
+    device: torch.device
+
+    @property
+    def family(self) -> Any:
+        return family_of(self.transformer)
+
+    def states(self, *prefixes: str) -> list[Any]:
+        """What the components whose names begin so compute, as hashes."""
+        parts = _components(self.pipe, *prefixes)
+        for prefix in prefixes:
+            if not any(name.startswith(prefix) for name in parts):
+                raise ValueError(f"{type(self.pipe).__name__} was loaded without its {prefix}")
+        return [
+            [name, model_state(name, part) if isinstance(part, nn.Module) else words_state(part)]
+            for name, part in parts.items()
+        ]
+
+    @contextmanager
+    def at_work(self, prefix: str) -> Iterator[None]:
+        """Models with names that begin with `prefix` are on the device, then where they were."""
+        models = [m for m in _components(self.pipe, prefix).values() if isinstance(m, nn.Module)]
+        homes = [next(model.parameters()).device for model in models]
+        try:
+            for model in models:
+                model.to(self.device)
+            yield
+        finally:
+            for model, home in zip(models, homes, strict=True):
+                model.to(home)
+
+
+def load_encoders(model_or_pipe: Any, device: str, dtype: str) -> Encoders:
+    """Of a pipeline, or of a folder or hub repository, whose transformer is not loaded.
+
+    Args:
+        device: to encode on.
+        dtype: "auto" is float32 for the autoencoder and, on a GPU, bfloat16 for the others.
+
+    Raises:
+        ValueError: what `check_model` refuses, a class that no family trains, or a dtype together
+            with a pipeline.
+    """
+    if not isinstance(model_or_pipe, str | Path):
+        pipe = model_or_pipe
+        if dtype != "auto":
+            raise ValueError(f"dtype is for models to load, got {dtype!r} with a pipeline")
+        found = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+        transformer = next((model for model in found if model is not None), None)
+        if transformer is None:
+            raise ValueError(f"{type(pipe).__name__} has no transformer, which names its family")
+        return Encoders(pipe, transformer, find_device(device))
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+    check_model(model_or_pipe)
+    target = find_device(device)
+    folder = Path(model_or_pipe).expanduser()
+    source = str(folder)
+    if not folder.exists():
+        source = str(DiffusionPipeline.download(str(model_or_pipe)))
+    # Asked for no transformer, `from_pretrained` loads it nevertheless where it is optional.
+    index: Any = DiffusionPipeline.load_config(source)
+    found = {name: value for name, value in index.items() if isinstance(value, list) and value[0]}
+    stages = [name for name in index if name.startswith("transformer")]
+    wanted = {"vae": DTYPES.get(dtype, torch.float32)}
+    default = DTYPES.get(dtype, torch.float32 if target.type == "cpu" else torch.bfloat16)
+    parts: dict[str, Any] = {
+        name: _loaded(source, name, kind, wanted.get(name, default))
+        for name, kind in found.items()
+        if name not in stages
+    }
+    scalars = {k: v for k, v in index.items() if k[0] != "_" and not isinstance(v, list)}
+    pipe = _class(("diffusers", index["_class_name"]))(**parts, **dict.fromkeys(stages), **scalars)
+    pipe.set_progress_bar_config(disable=True)
+    part = next(name for name in stages if name in found)
+    return Encoders(pipe, _hollow(source, part, found[part]), target)
+
+
+def _loaded(source: str, name: str, kind: Sequence[str], dtype: torch.dtype) -> Any:
+    """One component of the pipeline in the folder `source`."""
+    found = _class(kind)
+    is_model = isinstance(found, type) and issubclass(found, nn.Module)
+    options = {"torch_dtype": dtype} if is_model else {}
+    with warnings.catch_warnings():
+        # Newer libraries call it `dtype`; older ones do not know that.
+        warnings.filterwarnings("ignore", ".*torch_dtype.*")
+        return _class(kind).from_pretrained(source, subfolder=name, **options)
+
+
+def _hollow(source: str, name: str, kind: Sequence[str]) -> Any:
+    """The model without its weights: it takes no memory and can compute nothing."""
+    with needed_for("encoding clips", extra="train"):
+        from accelerate import init_empty_weights
+    found = _class(kind)
+    served = classes_for("training")
+    if found.__name__ not in served:
+        raise ValueError(f"no training for {found.__name__}; served: {', '.join(served)}")
+    with init_empty_weights():
+        return found.from_config(found.load_config(source, subfolder=name))
+
+
+def _class(kind: Sequence[str]) -> Any:
+    """Of a library and a name in it, as `model_index.json` has them."""
+    library, name = kind
+    return getattr(import_module(library), name)
+
+
+def _components(pipe: Any, *prefixes: str) -> dict[str, Any]:
+    found = {name: part for name, part in pipe.components.items() if name.startswith(prefixes)}
+    return {name: part for name, part in sorted(found.items()) if part is not None}
