@@ -163,7 +163,11 @@ def _run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *rest: Any) -> Tensor:
         return _first(q, k, v, plan, *rest)
 
 
-_outside_graphs: Any = torch.compiler.disable(_run)
+_outside_graphs: Any = torch.compiler.disable(
+    _run,
+    reason="a kernel runs between two graphs: compile without fullgraph, or attach a method to a "
+    "model, whose attention is one operator",
+)
 
 
 def _first(

@@ -243,6 +243,12 @@ def test_the_sentence_is_the_same_in_a_graph(name, monkeypatch, qkv):
     assert str(eager.value) in str(compiled.value)
 
 
+def test_a_graph_that_must_not_break_says_what_to_do(plan, qkv):
+    compiled = torch.compile(kernels.run, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile without fullgraph"):
+        compiled(*qkv(64), plan, scale=0.3)
+
+
 @pytest.mark.parametrize("kernel", ["triton", "xformers"])
 @pytest.mark.parametrize(
     "method", [Radial(block=16), BlockMixture(chunks=(2, 4, 8))], ids=["radial", "mixture"]
