@@ -18,9 +18,7 @@ from torch.func import functional_call
 
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Tokens
-
-# Of `BlockMixture`, those in which what a head picks depends on the other heads.
-SCOPES_OVER_HEADS = ("overall", "block")
+from gen_accel.method import parts_of
 
 
 class Stream(NamedTuple):
@@ -157,11 +155,9 @@ def _check(call: Call, config: Any, method: Any) -> None:
             "ulysses_anything=True in training, as its exchange has no gradient: use sizes that "
             "ulysses_degree divides"
         )
-    if getattr(method, "scope", None) in SCOPES_OVER_HEADS:
-        reasons.append(
-            f"scope={method.scope!r}, in which all heads pick together, while each process holds "
-            "some: use 'head_global' or 'query_head'"
-        )
+    alone = parts_of(method).needs_all_heads
+    if alone:
+        reasons.append(alone)
     if reasons:
         raise ValueError(f"context parallelism does not take {'; nor '.join(reasons)}")
 

@@ -30,7 +30,7 @@ Routing = Literal["token", "block"]
 Box = tuple[int, int, int]
 
 CYCLE = ("1d", "2d", "3d")
-SCOPES_OVER_HEADS = ("overall", "block")
+SCOPES_OVER_HEADS = ("overall", "block")  # what a head picks depends on the other heads
 SORTED = 1 << 16  # entries of a scope up to which they are sorted: as many as there are bins
 # Scores that are picked from at once, at some 60 bytes each: 1 GB.
 AT_ONCE = 1 << 24
