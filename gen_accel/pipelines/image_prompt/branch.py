@@ -208,6 +208,25 @@ class Batch:
         self._layout, self._device, self._dtype = layout, x.device, x.dtype
         self._weights: dict[tuple, list[Any]] = {}
 
+    def terms_of(
+        self,
+        place: int,
+        scale: float | tuple[float, ...],
+        grid: Any,
+        spans: Sequence[tuple[int, int]] | None,
+        frames: int | None,
+    ) -> tuple[Term, ...]:
+        """Of the attention at `place`, with weights for this scale.
+
+        Args:
+            grid: of the tokens, where weights need it.
+            spans: see `strength.frame_spans`.
+            frames: that are rows of their own.
+        """
+        weights = self.weights(scale, grid, spans)
+        pairs = zip(self.terms[place], weights, strict=True)
+        return tuple(term._replace(weight=weight, frames=frames) for term, weight in pairs)
+
     def weights(
         self, scale: float | tuple[float, ...], grid: Any, spans: Sequence[tuple[int, int]] | None
     ) -> list[Any]:

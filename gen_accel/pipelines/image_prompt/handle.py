@@ -6,15 +6,14 @@ C width of those, E width of a feature.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.attached.clock import Clock
-from gen_accel.attention_processors.families import image_family_of, tap_image
+from gen_accel.attention_processors.families import image_family_of
 from gen_accel.attention_processors.image_prompt import ImageAdapter, warn_of_other_text
 from gen_accel.moved import signpost
 from gen_accel.pipelines.image_prompt.branch import (
@@ -26,7 +25,7 @@ from gen_accel.pipelines.image_prompt.branch import (
     own_weights,
     spread,
 )
-from gen_accel.pipelines.image_prompt.features import Features, alike, count, mapped, shapes
+from gen_accel.pipelines.image_prompt.features import Features, count, shapes
 from gen_accel.pipelines.image_prompt.guidance import (
     Guidance,
     Layout,
@@ -38,7 +37,9 @@ from gen_accel.pipelines.image_prompt.strength import (
     ScaleRange,
     Scales,
     frame_spans,
+    scale_ranges,
 )
+from gen_accel.pipelines.image_prompt.tokens import EncoderOf, Rows, Tokens
 from gen_accel.video import VideoShape
 
 if not TYPE_CHECKING:
@@ -69,10 +70,11 @@ class ImagePrompt:
         self._pipe = Pipe(pipe)
         self._guidance = Guidance(self._pipe)
         self._clock = Clock(None if pipe is None else self._pipe.scheduler)
-        self._encoder = _Encoder(self._pipe, adapter, image_encoder)
+        self._encoder = EncoderOf(self._pipe, adapter, image_encoder)
+        self._tokens = Tokens(adapter, self._encoder)
         self._removed = self._paused = False
         self._images: Images | None = None
-        self._rows: _Rows | None = None
+        self._rows: Rows | None = None
         families = {part: image_family_of(model) for part, model in models.items()}
         self._parts = {
             part: Part(part, model, families[part], pipe, adapter)
@@ -84,7 +86,8 @@ class ImagePrompt:
         # Nothing is changed before here, so that a refusal leaves the model as it was.
         try:
             for part, model in models.items():
-                self._put(self._parts[part], model)
+                own = self._parts[part]
+                own.put_on(model, self.name, partial(self._prepare, own))
         except BaseException:
             self.remove()
             raise
@@ -154,19 +157,7 @@ class ImagePrompt:
             ValueError: a block that is not there, frames on a model of images, or shares of the
                 steps without a pipeline, which alone knows how many there are.
         """
-        several = isinstance(scale, (list, tuple)) and any(
-            isinstance(one, ScaleRange) for one in scale
-        )
-        if isinstance(scale, ScaleRange):
-            scale, several = [scale], True
-        if several:
-            if frames is not None or steps is not None:
-                raise ValueError("frames and steps are those of each ScaleRange: give them there")
-            ranges = tuple(scale)
-            if not all(isinstance(one, ScaleRange) for one in ranges):
-                raise ValueError(f"scale must hold numbers or ScaleRanges, not both: {scale}")
-        else:
-            ranges = (ScaleRange(scale, frames, steps),)
+        ranges = scale_ranges(scale, frames, steps)
         scales = {}
         for part in self._parts.values():
             scales[part.name] = Scales(ranges, [branch.site.name for branch in part.branches])
@@ -199,7 +190,7 @@ class ImagePrompt:
             raise ValueError(
                 f"keep must be of shape ({count(features)},), got {tuple(keep.shape)}"
             )
-        before, self._rows = self._rows, _Rows(features, keep)
+        before, self._rows = self._rows, Rows(features, keep)
         try:
             yield
         finally:
@@ -237,12 +228,7 @@ class ImagePrompt:
     def remove(self) -> None:
         """Take it off the model, which is then as it was before. Does nothing the second time."""
         for part in self._parts.values():
-            while part.undo:
-                part.undo.pop()()
-            for branch in part.branches:
-                branch.clear()
-            part.turns.forget()
-            part.taps.clear()
+            part.take_off()
         while self.companions:
             self.companions.pop()()
         self._images, self._removed = None, True
@@ -252,18 +238,6 @@ class ImagePrompt:
 
     def __exit__(self, *exc: object) -> None:
         self.remove()
-
-    def _put(self, part: "Part", model: nn.Module) -> None:
-        child = _child(self.name)
-        model.add_module(child, part.calls)
-        part.undo.append(partial(_drop, model, child))
-        _renew(model)
-        for branch in part.branches:
-            tap = tap_image(model, branch.site, branch)
-            part.taps.append(tap)
-            part.undo.append(tap)
-        hook = partial(self._prepare, part)
-        part.undo.append(model.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def _set(
         self, features: Features, negative: Features | None, mask: Any, each: bool, *, seen: bool
@@ -278,8 +252,8 @@ class ImagePrompt:
         masks = None if mask is None else Masks(mask, number)
         images = Images(features, negative, masks, each, seen)
         # What the adapter does not take is refused here.
-        tokens = self._side(images, "positive").tokens
-        if negative is not None and self._side(images, "negative").tokens.shape != tokens.shape:
+        sides = ["positive", *([] if negative is None else ["negative"])]
+        if len({self._tokens.kept(images, side).tokens.shape for side in sides}) > 1:
             raise ValueError(
                 f"negative must be features like those of the image, got {shapes(negative)} for "
                 f"{shapes(features)}"
@@ -289,18 +263,10 @@ class ImagePrompt:
     @torch.compiler.disable(
         reason="an image prompt needs fullgraph=False or compile_repeated_blocks()"
     )
-    def _prepare(self, part: "Part", model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _prepare(self, part: Part, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before a forward pass: what each of its attentions is to add."""
         scales = self._scales[part.name]
-        if self._paused:
-            part.fill([()] * len(part.branches))
-            return
-        if self._images is None and self._rows is None:
-            if not scales.silent:
-                raise ValueError(
-                    f"no image is set for the {self.adapter.variant} adapter {self.name!r}: call "
-                    "set_image or set_embeds, set_scale(0.0), or remove()"
-                )
+        if self._paused or self._is_silent(scales):
             part.fill([()] * len(part.branches))
             return
         if scales.needs_step:
@@ -327,20 +293,26 @@ class ImagePrompt:
             shown = (self._images,) if self._rows is None else self._rows
             part.turns.take(shown, (layout, strengths, grid, frames))
         batch = self._batch(part, layout, x)
-        filled: list[tuple[Term, ...]] = []
-        for strength, terms in zip(strengths, batch.terms, strict=True):
-            if not _acts(strength):
-                filled.append(())
-                continue
-            weights = batch.weights(strength, grid, spans)
-            pairs = zip(terms, weights, strict=True)
-            filled.append(
-                tuple(term._replace(weight=weight, frames=frames) for term, weight in pairs)
+        part.fill(
+            [
+                batch.terms_of(place, strength, grid, spans, frames) if _acts(strength) else ()
+                for place, strength in enumerate(strengths)
+            ]
+        )
+
+    def _is_silent(self, scales: Scales) -> bool:
+        """Whether there are no images; ValueError where some are needed."""
+        if self._images is not None or self._rows is not None:
+            return False
+        if not scales.silent:
+            raise ValueError(
+                f"no image is set for the {self.adapter.variant} adapter {self.name!r}: call "
+                "set_image or set_embeds, set_scale(0.0), or remove()"
             )
-        part.fill(filled)
+        return True
 
     def _strengths(
-        self, part: "Part", scales: Scales, model: nn.Module, args: tuple, kwargs: dict
+        self, part: Part, scales: Scales, model: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[list[Any], Any, Any]:
         """The scale in each attention, and the grid and frames where those are needed: not every
         call tells the grid."""
@@ -365,16 +337,18 @@ class ImagePrompt:
         used = spans if scales.needs_frames else None
         return [scales.of(place, used) for place in range(len(part.branches))], grid, spans
 
-    def _batch(self, part: "Part", layout: Layout, x: Tensor) -> Batch:
+    def _batch(self, part: Part, layout: Layout, x: Tensor) -> Batch:
         """Keys and values for the rows of a call, kept where they may be."""
         images = self._images
         if self._rows is not None:
-            return self._compute(part, layout, x, None, {"training": self._training_side()})
+            return self._compute(
+                part, layout, x, None, {"training": self._tokens.of_rows(self._rows)}
+            )
         assert images is not None
         if torch.is_grad_enabled() and self.adapter.trained:
-            sides = {side: self._projected(images, side) for side, _ in layout}
+            sides = {side: self._tokens.projected(images, side) for side, _ in layout}
             return self._compute(part, layout, x, images, sides)
-        sides = {side: self._side(images, side) for side, _ in layout}
+        sides = {side: self._tokens.kept(images, side) for side, _ in layout}
         own = [x for branch in part.branches for x in own_weights(self.adapter, branch.site)]
         if not part.watched.holds(own):
             if images.batches:  # and not the first call
@@ -392,7 +366,7 @@ class ImagePrompt:
 
     def _compute(
         self,
-        part: "Part",
+        part: Part,
         layout: Layout,
         x: Tensor,
         images: Images | None,
@@ -417,134 +391,6 @@ class ImagePrompt:
             terms.append(tuple(several))
         return Batch(terms, images, layout, x, unet=part.unet)
 
-    def _side(self, images: Images, side: str) -> Side:
-        """Tokens of the images, or of the negative ones, kept while the adapter is the same."""
-        weights = [*self.adapter.parameters(), *self.adapter.buffers()]
-        found = images.sides.get(side)
-        if found is None or not found.watched.holds(weights):
-            images.batches.clear()
-            with torch.inference_mode(False), torch.no_grad():
-                found = images.sides[side] = self._projected(images, side)
-            found.watched = Watched(weights)
-        return found
-
-    def _projected(self, images: Images, side: str) -> Side:
-        features = images.features if side == "positive" else self._negative(images)
-        found = [x for x in self._tokens(features) if x is not None]
-        if len(found[0]) < images.count:
-            found = [x.expand(images.count, -1, -1) for x in found]
-        if images.masks is None and not images.each:  # all in one softmax
-            found = [x.flatten(0, 1)[None] for x in found]
-        return Side(*found)
-
-    def _negative(self, images: Images) -> Features:
-        if images.negative is not None:
-            return images.negative
-        # "base" adapters need no encoder to say that it is zeros.
-        encoder = self._encoder(named=images.seen or self.adapter.variant != "base")
-        if images.seen or encoder.is_there:
-            nothing = encoder.negative()
-            if images.seen or alike(nothing, images.features):
-                return nothing
-        projector: Any = self.adapter.projector
-        return projector.null(images.features)
-
-    def _training_side(self) -> Side:
-        assert self._rows is not None
-        features, keep = self._rows
-        if keep is not None:
-            projector: Any = self.adapter.projector
-            null = projector.null(features)
-            features = mapped(partial(_kept, keep), features, null)
-        return Side(*self._tokens(features))
-
-    def _tokens(self, features: Features) -> tuple[Tensor, Tensor | None]:
-        """(I, T, C), of the projector and of that as training began."""
-        weight = next(self.adapter.projector.parameters(), None)
-        if weight is not None:
-            features = mapped(partial(_placed, weight), features)
-        projector: Any = self.adapter.projector
-        try:
-            tokens = projector(features)
-        except (RuntimeError, KeyError, IndexError, TypeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise ValueError(
-                f"the {self.adapter.variant} adapter does not take features of "
-                f"{shapes(features)}: {error}"
-            ) from error
-        if tokens.ndim != 3 or tokens.shape[-1] != projector.width:
-            raise ValueError(
-                f"the projector must give (images, tokens, {projector.width}), got "
-                f"{tuple(tokens.shape)} for features of {shapes(features)}"
-            )
-        if self.adapter.start is None:
-            return tokens, None
-        with torch.no_grad():
-            return tokens, self.adapter.start(features)
-
-
-class _Rows(NamedTuple):
-    """Of a batch that trains."""
-
-    features: Features
-    keep: Tensor | None
-
-
-class _Encoder:
-    """Makes the encoder of images when it is needed: of the model that was given, else of the one
-    that the adapter's file names, as another gives features that mean nothing to it, else of the
-    pipeline's own. The pipeline's would keep it alive, and does not stay; the others are loaded
-    once."""
-
-    def __init__(self, pipe: "Pipe", adapter: ImageAdapter, given: Any) -> None:
-        self._pipe, self._given = pipe, given
-        self._variant, self._size = adapter.variant, adapter.metadata.get("image_size")
-        self._named = adapter.metadata.get("image_encoder")
-        self._kept: Any = None
-
-    def __call__(self, *, named: bool = True) -> Any:
-        """
-        Args:
-            named: where the user gave none, that of the adapter's file, if it names one.
-        """
-        if self._kept is not None:
-            return self._kept
-        from gen_accel.pipelines.image_prompt.encoder import ImageEncoder
-
-        options = {} if self._size is None else {"size": self._size}
-        given = self._given
-        if given is None:
-            if self._named is None or not named:
-                return ImageEncoder(self._variant, self._pipe(), **options)
-            given = self._named
-        self._kept = ImageEncoder(self._variant, None, given, **options)
-        return self._kept
-
-    def __deepcopy__(self, memo: dict) -> "_Encoder":
-        """The user's encoder is not part of a model, and is shared."""
-        copy = object.__new__(type(self))
-        vars(copy).update(vars(self))
-        copy._pipe = deepcopy(self._pipe, memo)
-        return copy
-
-
-def _child(name: str) -> str:
-    return f"image_prompt_{name}"
-
-
-def _drop(model: nn.Module, child: str) -> None:
-    if hasattr(model, child):
-        delattr(model, child)
-    _renew(model)
-
-
-def _renew(model: nn.Module) -> None:
-    """diffusers remembers which children have hooks."""
-    registry = getattr(model, "_diffusers_hook", None)
-    if registry is not None:
-        registry._child_registries_cache = None
-
 
 def _check_tokens(model: nn.Module, row: Tensor, grid: VideoShape) -> None:
     """Weights are of the grid's tokens alone. Raises ValueError where others come with them.
@@ -566,14 +412,3 @@ def _acts(strength: float | tuple[float, ...]) -> bool:
 
 def _listed(given: Any) -> list[Any]:
     return [*given] if isinstance(given, (list, tuple)) else [given]
-
-
-def _kept(keep: Tensor, features: Tensor, null: Tensor) -> Tensor:
-    shape = (-1,) + (1,) * (features.ndim - 1)
-    return torch.where(keep.to(features.device).view(shape), features, null.to(features))
-
-
-def _placed(weight: Tensor, features: Tensor) -> Tensor:
-    if not features.is_floating_point():
-        return features.to(weight.device)
-    return features.to(weight.device, weight.dtype)

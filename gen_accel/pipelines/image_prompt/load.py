@@ -11,7 +11,8 @@ from gen_accel.attention_processors.seam import is_compiled
 from gen_accel.pipelines.image_prompt.guidance import (
     MODELS,
 )
-from gen_accel.pipelines.image_prompt.handle import ImagePrompt, _child
+from gen_accel.pipelines.image_prompt.handle import ImagePrompt
+from gen_accel.pipelines.image_prompt.part import child_name
 
 
 def load_image_prompt(
@@ -86,7 +87,7 @@ def load_image_prompt(
             raise ValueError(
                 f"{key} is compiled already; load it again, then the image prompt, and compile"
             )
-        if hasattr(model, _child(name)):
+        if hasattr(model, child_name(name)):
             raise ValueError(
                 f"an image prompt {name!r} is on {key} already: remove it, or give another name"
             )
@@ -96,7 +97,7 @@ def load_image_prompt(
         from gen_accel.pipelines.image_prompt.identity_lora import load_identity_lora
 
         try:
-            prompt.companions.append(load_identity_lora(pipe, file, _child(name)))
+            prompt.companions.append(load_identity_lora(pipe, file, child_name(name)))
         except BaseException:
             prompt.remove()
             raise

@@ -1,11 +1,12 @@
 """One model of a pipeline that an image prompt is added to."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from gen_accel.attention_processors.families import ImageAttention
+from gen_accel.attention_processors.families import ImageAttention, tap_image
 from gen_accel.attention_processors.image_prompt import ImageAdapter, warn_of_other_text
 from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.pipelines.image_prompt.branch import (
@@ -61,6 +62,27 @@ class Part:
         self.undo: list[Callable[[], None]] = []
         self.taps: list[Any] = []
 
+    def put_on(self, model: nn.Module, name: str, prepare: Callable[..., None]) -> None:
+        """Add the branches to the attentions, and call `prepare` before each forward pass."""
+        child = child_name(name)
+        model.add_module(child, self.calls)
+        self.undo.append(partial(_drop, model, child))
+        _renew(model)
+        for branch in self.branches:
+            tap = tap_image(model, branch.site, branch)
+            self.taps.append(tap)
+            self.undo.append(tap)
+        self.undo.append(model.register_forward_pre_hook(prepare, with_kwargs=True).remove)
+
+    def take_off(self) -> None:
+        """The model is then as it was before. Does nothing the second time."""
+        while self.undo:
+            self.undo.pop()()
+        for branch in self.branches:
+            branch.clear()
+        self.turns.forget()
+        self.taps.clear()
+
     def check_taps(self) -> None:
         """ValueError where something else took the place of what the image is added by."""
         for branch, tap in zip(self.branches, self.taps, strict=True):
@@ -74,6 +96,11 @@ class Part:
     def fill(self, terms: Sequence[tuple[Term, ...]]) -> None:
         for branch, own in zip(self.branches, terms, strict=True):
             branch.fill(own, self.turns.now)
+
+
+def child_name(name: str) -> str:
+    """Of the model's child that says where an image prompt of this name is."""
+    return f"image_prompt_{name}"
 
 
 def _check(adapter: ImageAdapter, sites: Sequence[ImageAttention], model: nn.Module) -> None:
@@ -103,3 +130,16 @@ def _check(adapter: ImageAdapter, sites: Sequence[ImageAttention], model: nn.Mod
                 f"the adapter is for another model: it starts from {site.name} of {kind}, which "
                 f"takes {site.width}, and its projector makes {width}"
             )
+
+
+def _drop(model: nn.Module, child: str) -> None:
+    if hasattr(model, child):
+        delattr(model, child)
+    _renew(model)
+
+
+def _renew(model: nn.Module) -> None:
+    """diffusers remembers which children have hooks."""
+    registry = getattr(model, "_diffusers_hook", None)
+    if registry is not None:
+        registry._child_registries_cache = None

@@ -72,6 +72,26 @@ class ScaleRange:
         return first <= step < stop
 
 
+def scale_ranges(
+    scale: Any, frames: tuple[int, int] | None, steps: tuple[float, float] | None
+) -> tuple[ScaleRange, ...]:
+    """What `ImagePrompt.set_scale` is given, as ranges.
+
+    Raises ValueError for frames or steps beside ranges, or numbers among them.
+    """
+    if isinstance(scale, ScaleRange):
+        scale = [scale]
+    elif not isinstance(scale, (list, tuple)) or not any(
+        isinstance(one, ScaleRange) for one in scale
+    ):
+        return (ScaleRange(scale, frames, steps),)
+    if frames is not None or steps is not None:
+        raise ValueError("frames and steps are those of each ScaleRange: give them there")
+    if not all(isinstance(one, ScaleRange) for one in scale):
+        raise ValueError(f"scale must hold numbers or ScaleRanges, not both: {scale}")
+    return tuple(scale)
+
+
 class _Resolved(NamedTuple):
     """A range with a scale for each attention."""
 
