@@ -3,12 +3,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo test quick lint train-demo train-lora clean
+.PHONY: help venv demo test nightly quick lint golden versions train-demo train-lora clean
 
 help:
 	@echo "make demo        dense and sparse video side by side, into outputs/demo/"
-	@echo "make test        lint, types and all tests"
+	@echo "make test        lint, types and tests, at most 9 minutes on 2 cores"
 	@echo "make quick       the tests to run all the time, without the slow ones"
+	@echo "make nightly     make test with all combinations, compilations and notebooks as stored"
+	@echo "make versions    the quick tests on the lowest and the highest versions we admit"
 	@echo "make venv        only the environment, in .venv"
 	@echo "make train-demo  train the demo model again, about two hours on 2 cores"
 	@echo "make train-lora  train its LoRA for longer videos again"
@@ -25,12 +27,31 @@ venv: .venv/.ready
 demo: venv
 	@$(BIN)/gen-accel demo
 
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
-	$(BIN)/python tests/check_golden.py tests/golden
+# Whole files go to whichever worker is free, those that take longest first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Lint and the golden outputs beside the tests, and what they say after them.
+test: venv
+	@said=$$(mktemp); trap 'rm -f $$said' EXIT; \
+	$(MAKE) --no-print-directory -k lint golden >$$said 2>&1 & checks=$$!; \
+	$(PYTEST); tests=$$?; \
+	wait $$checks; checks=$$?; \
+	cat $$said; \
+	test $$tests -eq 0 || echo "the tests failed"; \
+	test $$checks -eq 0 || echo "lint or the golden outputs failed"; \
+	test $$tests -eq 0 -a $$checks -eq 0
+
+nightly: venv lint golden
+	NIGHTLY=1 $(PYTEST)
 
 quick: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(PYTEST) -q -m "not slow"
+
+golden: venv
+	$(BIN)/python tests/check_golden.py tests/golden
+
+versions:
+	sh tests/versions.sh
 
 lint: venv
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 from gen_accel.cli import app
 from gen_accel.kernels.native import build as native_build
 
-# CPU seconds of each file, as tests/support/profile.py writes them.
+# CPU seconds of each file, as tests/support/cpu_seconds.py writes them.
 DURATIONS = Path(__file__).with_name("durations.json")
 
 
