@@ -1,3 +1,8 @@
+"""The notebooks: by day small and in this process, by night as they are stored."""
+
+import IPython.display
+import matplotlib
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -6,6 +11,7 @@ from support.paths import ROOT
 from gen_accel import demo
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+# What each shows: kind and number.
 SHOWS = {
     "quickstart": ("text/html", 1),
     "image_prompt": ("image/png", 2),
@@ -13,13 +19,67 @@ SHOWS = {
     "longer_videos": ("image/png", 1),
     "train_lora": ("image/png", 1),
 }
+# What is smaller by day.
+SMALL = {
+    "quickstart": {
+        "num_frames=33": "num_frames=9",
+        "num_inference_steps=8": "num_inference_steps=2",
+    },
+    "image_prompt": {"FRAMES, STEPS = 33, 10": "FRAMES, STEPS = 9, 2"},
+    "attention_methods": {
+        "num_inference_steps=8": "num_inference_steps=5",
+        "num_inference_steps=3": "num_inference_steps=1",
+        "CRITICAL = (0.05, 0.15, 0.4)": "CRITICAL = (0.15,)",
+    },
+    "longer_videos": {
+        "FRAMES, STEPS = 49, 3": "FRAMES, STEPS = 41, 2",
+        '"height": 96': '"height": 48',
+        '"width": 96': '"width": 48',
+    },
+    "train_lora": {
+        "FRAMES, SIZE = 65, 96": "FRAMES, SIZE = 17, 48",
+        "count=8": "count=4",
+        "{FRAMES}:10": "{FRAMES}:3",
+        "checkpoint_every=5": "checkpoint_every=2",
+        "num_inference_steps=4": "num_inference_steps=2",
+    },
+}
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def skip_without_its_adapter(path):
+    if path.stem == "image_prompt" and not demo.image_prompt_path().is_dir():
+        pytest.skip("the demo model's image prompt is not trained yet")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@every_notebook
+def test_notebook_runs_small(path, tmp_path, monkeypatch, one_thread):
+    skip_without_its_adapter(path)
+    matplotlib.use("agg")
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.extend(["image/png"] * len(plt.get_fignums())))
+    monkeypatch.setattr(IPython.display, "display", lambda _: shown.append("text/html"))
+    monkeypatch.chdir(tmp_path)
+    cells = nbformat.read(path, as_version=4).cells
+    sources = [cell.source for cell in cells if cell.cell_type == "code"]
+    for stored, small in SMALL[path.stem].items():
+        assert any(stored in source for source in sources), stored
+        sources = [source.replace(stored, small) for source in sources]
+    names = {"__name__": "__main__"}
+    for i, source in enumerate(sources):
+        exec(compile(source, f"{path.name}, code {i}", "exec"), names)
+        if "image/png" in shown:
+            plt.close("all")
+    kind, count = SHOWS[path.stem]
+    assert shown.count(kind) == count
+
+
+@pytest.mark.nightly
+@every_notebook
 def test_notebook_runs(path, tmp_path):
-    if path.stem == "image_prompt" and not demo.image_prompt_path().is_dir():
-        pytest.skip("the demo model's image prompt is not trained yet")
+    skip_without_its_adapter(path)
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
@@ -27,7 +87,7 @@ def test_notebook_runs(path, tmp_path):
     assert sum(kind in output.get("data", ()) for output in outputs) == count
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@every_notebook
 def test_notebook_is_stored_without_outputs(path):
     cells = nbformat.read(path, as_version=4).cells
     code = [cell for cell in cells if cell.cell_type == "code"]
