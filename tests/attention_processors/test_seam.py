@@ -31,6 +31,7 @@ from support.image_models import (
     unet,
 )
 from support.methods import RADIAL, WINDOW
+from support.products import NIGHTLY
 from support.wan import HEAD_DIM, HEADS, forward, gradients, inputs
 from support.wan import transformer as wan_transformer
 from torch import nn
@@ -51,6 +52,10 @@ IMAGE_TOKENS = 4
 UNETS = ("stable_diffusion", "animatediff")
 FRAMES = ("latte", "animatediff")  # each is a row of its own
 MIXED = ("mochi", "motif")  # the text is in the queries by then
+
+
+# Of each way in which images reach the attention one is compiled by day, the others by night.
+COMPILED = ("wan image", "hunyuan", "cogvideox", "mochi", "flux", "unet", "ltx2", "kandinsky5")
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -586,6 +591,7 @@ def test_gradient_checkpointing_in_each_family(case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", [*CASES] if NIGHTLY else COMPILED, indirect=True)
 def test_compile_as_one_graph(dynamo, case):
     """But Mochi's processor, which reads the lengths of texts."""
     model, given = case.build(), case.inputs()

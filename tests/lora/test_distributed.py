@@ -54,32 +54,58 @@ def assert_same(out, other):
     assert all(torch.equal(x, b.tensors[name]) for name, x in a.tensors.items())
 
 
-def half(out, to):
-    """As it was after the fourth step."""
+def half(out, to, last=STEPS):
+    """As it was before its last checkpoint, that of step `last`."""
     shutil.copytree(out, to)
-    shutil.rmtree(to / trainer.CHECKPOINTS / f"step-{STEPS:06d}")
+    shutil.rmtree(to / trainer.CHECKPOINTS / f"step-{last:06d}")
     return to
+
+
+RADIAL = {"method": "radial", "settings": ["block=4"], "stages": ["9:4"]}
+IMAGES = {k: list(v) if isinstance(v, tuple) else v for k, v in ft.IMAGES_FULL.items()}
+IMAGES |= {"batch_size": 1}
+
+
+def guided(teacher):
+    taught = {"objective": "distill", "teacher_lora": str(teacher), "teacher_guidance": 3.0}
+    return RADIAL | taught
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return tmp_path_factory.mktemp("distributed")
+    """What two processes trained, and two others then resumed half way: the model whole in both
+    (ddp), or cut into two parts (fsdp), with videos sampled meanwhile."""
+    folder = tmp_path_factory.mktemp("distributed")
+    teacher = ft.train(ft.config(folder / "teacher", **RADIAL, seed=4)).folder
+    jobs = [
+        ("ddp/long", LONG, {}),
+        ("ddp/teacher", TEACHER, {}),
+        ("ddp/guided", guided(teacher), {}),
+        ("ddp/images", IMAGES, {}),
+        ("fsdp/long", LONG | VIDEOS, {"sharded": True}),
+        ("fsdp/guided", guided(teacher), {"sharded": True}),
+    ]
+    launch(*({"out": str(folder / name), "fields": f} | more for name, f, more in jobs))
+    for name, last in (("ddp/long", STEPS), ("fsdp/long", STEPS), ("ddp/images", 4)):
+        half(folder / name, folder / f"{name}-resumed", last)
+    again = [jobs[0], jobs[3], jobs[4]]
+    launch(
+        *(
+            {"out": str(folder / f"{name}-resumed"), "fields": f, "resume": True} | more
+            for name, f, more in again
+        )
+    )
+    return folder
 
 
 @pytest.fixture(scope="module")
 def replicated(made):
-    """The model whole in both processes."""
-    launch(out=str(made / "ddp" / "long"), fields=LONG)
-    launch(out=str(made / "ddp" / "teacher"), fields=TEACHER)
     return made / "ddp"
 
 
 @pytest.fixture(scope="module")
 def sharded(made):
-    """The model cut into two parts, with videos sampled meanwhile."""
-    out = made / "fsdp" / "long"
-    launch(out=str(out), fields=LONG | VIDEOS, sharded=True)
-    return out
+    return made / "fsdp" / "long"
 
 
 @pytest.mark.parametrize("name", ["long", "teacher"])
@@ -91,27 +117,24 @@ def test_two_processes_are_one_with_a_batch_of_two(replicated, tmp_path, name):
     assert losses(tmp_path) == pytest.approx(losses(replicated / name), abs=1e-5)
 
 
+def test_an_image_prompt(replicated, tmp_path):
+    ft.train(ft.config(tmp_path, **(IMAGES | {"batch_size": 2})))
+    assert losses(tmp_path) == pytest.approx(losses(replicated / "images"), abs=1e-5)
+    assert losses(replicated / "images-resumed") == losses(replicated / "images")
+
+
 def test_a_teacher_with_a_lora(made, tmp_path):
     """Whole in both processes, in parts, and in one process of two clips."""
-    radial = {"method": "radial", "settings": ["block=4"], "stages": ["9:4"]}
-    teacher = ft.train(ft.config(tmp_path / "teacher", **radial, seed=4)).folder
-    fields = radial | {
-        "objective": "distill",
-        "teacher_lora": str(teacher),
-        "teacher_guidance": 3.0,
-    }
+    fields = guided(made / "teacher" / "lora")
     ft.train(ft.config(tmp_path / "one", **fields, batch_size=2))
-    for name, parts in (("ddp", False), ("fsdp", True)):
+    for name in ("ddp", "fsdp"):
         out = made / name / "guided"
-        launch(out=str(out), fields=fields, sharded=parts)
         assert losses(out) == pytest.approx(losses(tmp_path / "one"), abs=1e-5), name
         assert read_recipe(out / "lora").teacher_guidance == 3.0
 
 
-def test_two_processes_resume(replicated, made):
-    out = half(replicated / "long", made / "resumed")
-    launch(out=str(out), fields=LONG, resume=True)
-    assert_same(out, replicated / "long")
+def test_two_processes_resume(replicated):
+    assert_same(replicated / "long-resumed", replicated / "long")
 
 
 def test_another_number_of_processes_is_refused(replicated, tmp_path):
@@ -136,9 +159,7 @@ def test_sharded_videos(sharded):
 
 
 def test_a_sharded_run_resumes(sharded, made):
-    out = half(sharded, made / "fsdp" / "resumed")
-    launch(out=str(out), fields=LONG | VIDEOS, sharded=True, resume=True)
-    assert_same(out, sharded)
+    assert_same(made / "fsdp" / "long-resumed", sharded)
 
 
 def test_a_sharded_checkpoint_goes_on_in_one_process(sharded, tmp_path):

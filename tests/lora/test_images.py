@@ -13,8 +13,11 @@ from PIL import Image
 from support import finetuning as ft
 from support import hunyuan, wan
 from support.clips import SIZE, footage, refuse
+from support.finetuning import IMAGES as RADIAL
+from support.finetuning import IMAGES_FULL as FULL
+from support.finetuning import NO_DROPOUT
 from support.paths import ROOT
-from support.runs import assert_same_run, files, launch, losses, metadata, state
+from support.runs import assert_same_run, files, metadata, state
 
 import gen_accel
 from gen_accel.demo import clips, world
@@ -29,21 +32,6 @@ from gen_accel.pipelines.image_prompt import load_image_prompt
 from gen_accel.pipelines.image_prompt.formats import WEIGHTS, read_adapter
 
 CONFIGS = sorted((ROOT / "configs" / "image_prompt").glob("*.yaml"))
-RADIAL = {"adapter": "image_prompt", "method": "radial", "settings": ()}
-NO_DROPOUT = {"caption_dropout": 0.0, "image_dropout": 0.0, "both_dropout": 0.0}
-FULL = RADIAL | {
-    "stages": ("9:2", "17:2:position_interpolation"),
-    "batch_size": 2,
-    "gradient_accumulation": 2,
-    "schedule": "cosine",
-    "warmup_steps": 1,
-    "ema_decay": 0.9,
-    "image_dropout": 0.3,
-    "both_dropout": 0.2,
-    "checkpoint_every": 2,
-}
-
-
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
@@ -484,18 +472,6 @@ class TestTraining:
         other = wan.pipeline(transformer=wan.transformer(num_layers=3))
         with pytest.raises(ValueError, match=r"the adapter was trained on another model"):
             model_of(again, other)
-
-    @pytest.mark.slow
-    def test_two_processes_are_one_with_a_batch_of_two(self, tmp_path):
-        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in FULL.items()}
-        fields |= {"batch_size": 1}
-        launch(out=str(tmp_path / "two"), fields=fields)
-        ft.train(ft.config(tmp_path / "one", **(FULL | {"batch_size": 2})))
-        assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
-        resumed = shutil.copytree(tmp_path / "two", tmp_path / "resumed")
-        shutil.rmtree(resumed / trainer.CHECKPOINTS / "step-000004")
-        launch(out=str(resumed), fields=fields, resume=True)
-        assert losses(resumed) == losses(tmp_path / "two")
 
 
 @pytest.fixture(scope="module")

@@ -222,7 +222,7 @@ def started(out, **job):
     """A process that trains."""
     out.mkdir(exist_ok=True)
     job |= {"out": str(out), "fields": ft.FULL, "threads": torch.get_num_threads()}
-    command = [sys.executable, "-m", "support.finetuning", json.dumps(job)]
+    command = [sys.executable, "-m", "support.finetuning", json.dumps([job])]
     return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
 
 

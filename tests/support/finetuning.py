@@ -15,6 +15,7 @@ from accelerate import (
     FullyShardedDataParallelPlugin,
     PartialState,
 )
+from accelerate.state import AcceleratorState, GradientState
 from support import wan
 from torch import Tensor
 
@@ -117,6 +118,22 @@ FULL: dict[str, Any] = {
 }
 
 
+# Of image prompts.
+IMAGES: dict[str, Any] = {"adapter": "image_prompt", "method": "radial", "settings": ()}
+NO_DROPOUT = {"caption_dropout": 0.0, "image_dropout": 0.0, "both_dropout": 0.0}
+IMAGES_FULL = IMAGES | {
+    "stages": ("9:2", "17:2:position_interpolation"),
+    "batch_size": 2,
+    "gradient_accumulation": 2,
+    "schedule": "cosine",
+    "warmup_steps": 1,
+    "ema_decay": 0.9,
+    "image_dropout": 0.3,
+    "both_dropout": 0.2,
+    "checkpoint_every": 2,
+}
+
+
 def model(pipe: Any = None, transformer: Any = None, **fields: Any) -> Model:
     if transformer is None:
         transformer = wan.transformer() if pipe is None else pipe.transformer
@@ -182,16 +199,29 @@ def sharded(given: TrainConfig) -> Accelerator:
     return made
 
 
-if __name__ == "__main__":
-    job = json.loads(sys.argv[1])
-    torch.set_num_threads(job.get("threads", 1))
+def start(job: dict[str, Any]) -> None:
+    """One training."""
     if "stall" in job:
         stall(Path(job["out"]) / "stalled", job["stall"])
     given = config(job["out"], **job["fields"])
     pipe = wan.pipeline() if given.validate_every else None
     accelerator = sharded(given) if job.get("sharded") else accelerator_for(given)
     run(given, accelerator, model(pipe), Clips(), resume=job.get("resume", False))
-    if job.get("sharded"):
+
+
+if __name__ == "__main__":
+    jobs = json.loads(sys.argv[1])
+    torch.set_num_threads(jobs[0].get("threads", 1))
+    # Two processes that part cannot always meet again.
+    leave = torch.distributed.destroy_process_group
+    torch.distributed.destroy_process_group = lambda *args, **kwargs: None
+    for job in jobs:
+        start(job)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    if torch.distributed.is_initialized():
+        leave()
+    if any(job.get("sharded") for job in jobs):
         # Torch keeps the mesh, and with it the threads of gloo, until the interpreter ends. Now
         # and then these threads abort it.
         sys.stdout.flush()

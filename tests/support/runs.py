@@ -67,10 +67,10 @@ def metadata(path):
 CONFIG = ROOT / "configs" / "accelerate" / "cpu.yaml"
 
 
-def launch(**job):
-    """One training in two processes."""
+def launch(*jobs):
+    """Trainings in the same two processes, one after the other."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
-    command += ["--main_process_port", "0", "--module", "support.finetuning", json.dumps(job)]
+    command += ["--main_process_port", "0", "--module", "support.finetuning", json.dumps(jobs)]
     done = subprocess.run(
         command,
         env=environment(OMP_NUM_THREADS="1"),
