@@ -689,6 +689,9 @@ COMPILED_ELSEWHERE = {
 }
 
 
+COMPILED_HERE = [cell for cell in cells("compiled") if cell.values not in COMPILED_ELSEWHERE]
+
+
 @pytest.fixture
 def dynamo():
     torch._dynamo.reset()
