@@ -129,8 +129,11 @@ def _hollow(source: str, name: str, kind: Sequence[str]) -> Any:
 
 
 def _class(kind: Sequence[str]) -> Any:
-    """Of a library and a name in it, as `model_index.json` has them."""
+    """Of a library and a name in it, as `model_index.json` has them. Raises ValueError for other
+    libraries than diffusers and transformers, which would be code that comes with the model."""
     library, name = kind
+    if library not in ("diffusers", "transformers"):
+        raise ValueError(f"models come from diffusers and transformers, got {library}.{name}")
     return getattr(import_module(library), name)
 
 

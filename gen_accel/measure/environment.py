@@ -17,6 +17,7 @@ if not TYPE_CHECKING:
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "triton", "xformers")
 FIXES = {
+    **dict.fromkeys(("transformers", "accelerate", "peft"), 'pip install "gen_accel[video]"'),
     "triton": "pip install triton  (Linux only; triton and flex on a GPU need it)",
     "xformers": 'pip install "gen_accel[xformers]"  (optional, CUDA only: the kernel xformers)',
 }
