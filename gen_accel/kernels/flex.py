@@ -92,7 +92,7 @@ def _key(facts: Facts) -> tuple:
 def _fresh(options: Any) -> Callable:
     """A compiled call with code of its own: Dynamo counts recompilations by code object."""
 
-    def run(q, k, v, block_mask, scale):
+    def run(q: Tensor, k: Tensor, v: Tensor, block_mask: Any, scale: float) -> Any:
         return flex_attention(q, k, v, block_mask=block_mask, scale=scale, kernel_options=options)
 
     code = run.__code__.replace(co_name=f"flex_{next(_serial)}")
@@ -136,7 +136,7 @@ def _mask_mod(plan: Plan) -> Callable:
         picks, group, block = rule.picks, rule.group, rule.block
         each, all_heads = len(picks) > 1, picks.shape[1] == 1
 
-        def by_route(b, h, i, j):
+        def by_route(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             sample, head = (b if each else 0), (0 if all_heads else h)
             return real[j] & picks[sample, head, i, group[j // block]]
 
@@ -144,7 +144,7 @@ def _mask_mod(plan: Plan) -> Callable:
     axes = list(zip(rule.first, rule.last, rule.place, strict=True))
     free = rule.free
 
-    def mask_mod(b, h, i, j):
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         inside = real[j]
         for first, last, place in axes:
             inside = inside & (first[i] <= place[j]) & (place[j] <= last[i])

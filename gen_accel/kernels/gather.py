@@ -9,9 +9,10 @@ it waits for the lengths of the lists of a plan that was made for one call.
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +95,18 @@ def _fuses(q: Tensor, block_q: int) -> bool:
 
 
 @_attention.register_fake
-def _(q, k, v, index, counts, rule, gain, block_q, block_k, scale):
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    counts: Tensor,
+    rule: list[Tensor],
+    gain: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -144,16 +156,28 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, q, k, v, index, counts, rule, gain, block_q, block_k, scale):
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: Tensor,
+    counts: Tensor,
+    rule: list[Tensor],
+    gain: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, index, counts, rule, gain, *ctx.sizes = inputs
     ctx.save_for_backward(q, k, v, index, counts, gain, *rule)
 
 
-def _differentiate(ctx, grad):
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     q, k, v, index, counts, gain, *rule = ctx.saved_tensors
     grads = _backward(grad, q, k, v, index, counts, rule, gain, *ctx.sizes)
     return *grads, None, None, [None] * len(rule), None, None, None, None
@@ -199,13 +223,13 @@ class _Work:
 
     def __init__(
         self,
-        q,
-        k,
-        v,
-        index,
-        counts,
-        rule,
-        gain,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index: Tensor,
+        counts: Tensor,
+        rule: Sequence[Tensor],
+        gain: Tensor | None,
         block_q: int,
         block_k: int,
         scale: float,

@@ -26,7 +26,7 @@ class Lists(NamedTuple):
 
     order: Tensor | None
     back: Tensor | None
-    index: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
     counts: Tensor
     rule: list[Tensor]
     gain: Tensor | None

@@ -8,7 +8,8 @@ one group at a time and not kept; the backward pass fetches and computes them ag
 Counting who picked a group waits for the device, so that this is for the CPU.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,7 +93,9 @@ def _routed(
 
 
 @_routed.register_fake
-def _(q, k, v, picks, tokens, sizes, scale):
+def _(
+    q: Tensor, k: Tensor, v: Tensor, picks: Tensor, tokens: Tensor, sizes: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
@@ -126,16 +129,27 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, q, k, v, out, lse, picks, tokens, sizes, scale):
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    picks: Tensor,
+    tokens: Tensor,
+    sizes: Tensor,
+    scale: float,
+) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, *groups, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, *output, *groups)
 
 
-def _differentiate(ctx, grad, _):
+def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     grads = _backward(grad, *ctx.saved_tensors, ctx.scale)
     return *grads, None, None, None, None
 
@@ -143,11 +157,13 @@ def _differentiate(ctx, grad, _):
 _routed.register_autograd(_differentiate, setup_context=_save)
 
 
-def _heads(q: Tensor):
+def _heads(q: Tensor) -> Iterator[tuple[int, int]]:
     return ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1]))
 
 
-def _groups(picks: Tensor, b: int, h: int, tokens: Tensor, sizes: Tensor):
+def _groups(
+    picks: Tensor, b: int, h: int, tokens: Tensor, sizes: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The queries and the keys of each group in one head, each group once."""
     mine = picks[b if len(picks) > 1 else 0, h if picks.shape[1] > 1 else 0]
     for picked, keys in zip(mine.T.contiguous(), tokens.split(sizes.tolist()), strict=True):

@@ -85,7 +85,7 @@ class Lists(NamedTuple):
     """
 
     slots: Tensor | None
-    index: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
     counts: Tensor
     rule: list[Tensor]
     gain: Tensor | None
@@ -160,7 +160,19 @@ def _attention(
 
 
 @_attention.register_fake
-def _(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale):
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor | None,
+    index: Tensor,
+    counts: Tensor,
+    rule: list[Tensor],
+    gain: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
 
@@ -193,16 +205,31 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, q, k, v, out, stats, slots, index, counts, rule, gain, block_q, block_k, scale):
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    slots: Tensor | None,
+    index: Tensor,
+    counts: Tensor,
+    rule: list[Tensor],
+    gain: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, slots, index, counts, rule, gain, *ctx.sizes = inputs
     ctx.save_for_backward(q, k, v, *output, slots, index, counts, gain, *rule)
 
 
-def _differentiate(ctx, grad, _):
+def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     q, k, v, out, stats, slots, index, counts, gain, *rule = ctx.saved_tensors
     lists = slots, index, counts, rule, gain
     grads = _backward(grad, q, k, v, out, stats, *lists, *ctx.sizes)

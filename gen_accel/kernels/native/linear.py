@@ -1,5 +1,7 @@
 """Linear attention over sets of key blocks, in C++: see linear.cpp."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,17 @@ def linear(
 
 
 @linear.register_fake
-def _(q, k, v, slots, sets, block_q, block_k, feature_map, eps):
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    sets: Tensor | None,
+    block_q: int,
+    block_k: int,
+    feature_map: int,
+    eps: float,
+) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -75,7 +87,20 @@ def add_projected_linear(
 
 
 @add_projected_linear.register_fake
-def _(q, k, v, slots, sets, block_q, block_k, feature_map, eps, weight, bias, base):
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    sets: Tensor | None,
+    block_q: int,
+    block_k: int,
+    feature_map: int,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor,
+    base: Tensor,
+) -> None:
     return None
 
 
@@ -101,7 +126,18 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, q, k, v, slots, sets, block_q, block_k, feature_map, eps):
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    sets: Tensor | None,
+    block_q: int,
+    block_k: int,
+    feature_map: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
@@ -128,12 +164,12 @@ def _call(
     return call
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.block_q, ctx.block_k, ctx.feature_map, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx, grad):
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     sizes = ctx.block_q, ctx.block_k, ctx.feature_map, ctx.eps
     grads = _backward(grad, *ctx.saved_tensors, *sizes)
     return *grads, None, None, None, None, None, None

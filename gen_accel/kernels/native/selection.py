@@ -24,7 +24,7 @@ def block_sums(x: Tensor, slots: Tensor, block: int) -> Tensor:
 
 
 @block_sums.register_fake
-def _(x, slots, block):
+def _(x: Tensor, slots: Tensor, block: int) -> Tensor:
     B, H, _, D = x.shape
     return x.new_empty(B, H, len(slots) // block, D, dtype=torch.float32)
 
@@ -88,7 +88,16 @@ def picks(
 
 
 @picks.register_fake
-def _(rows, slots, home, means, block, scope, topk, threshold):
+def _(
+    rows: Tensor,
+    slots: Tensor,
+    home: Tensor,
+    means: Tensor,
+    block: int,
+    scope: int,
+    topk: int,
+    threshold: float,
+) -> tuple[Tensor, Tensor]:
     B, H = rows.shape[:2]
     R, C = len(slots), means.shape[2] + 1
     picked = rows.new_empty(B, H, R, C, dtype=torch.bool)

@@ -31,10 +31,10 @@ def tune(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> dict[s
     out, lse = block_sparse.attention(q, k, v, *lists, scale)
     given = torch.ones_like(out), torch.ones_like(lse)
 
-    def forward():
+    def forward() -> None:
         block_sparse.attention(q, k, v, *lists, scale)
 
-    def backward():
+    def backward() -> None:
         block_sparse.attention_backward(*given, q, k, v, out, lse, *lists, scale)
 
     ruled = "dkdv rule" if lists.rule or lists.gain is not None else "dkdv"

@@ -9,8 +9,11 @@ Prefixes: i_ index of a program, block or place, o_ offsets, m_ masks, b_ tiles 
 
 # Kernels are a language of their own, which a checker of Python misreads.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -661,7 +664,17 @@ def dkdv_kernel(
     _store_rows(dv + i_b * stride_eb + i_h * stride_eh, stride_en, o_t, b_dv, D, BLOCK_D)
 
 
-def _launch(kind, kernel, tensors, lists, rule, gain, block_q, block_k, scale) -> None:
+def _launch(
+    kind: str,
+    kernel: Any,
+    tensors: Sequence[Tensor],
+    lists: tuple[Tensor, Tensor, Tensor],
+    rule: Sequence[Tensor],
+    gain: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> None:
     """Run one of the three kernels above over the rows of `lists`.
 
     Args:
@@ -738,7 +751,7 @@ def attention(
 
 
 @attention.register_fake
-def _(q, k, v, *rest):
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(_rowwise(q)), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -788,17 +801,19 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(grad, grad_lse, q, k, v, *rest):
+def _(
+    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(_rowwise(x)) for x in (q, k, v))
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, *lists, rule, gain, block_q, block_k, scale = inputs
     ctx.numbers = block_q, block_k, scale
     ctx.save_for_backward(q, k, v, *output, *lists, gain, *rule)
 
 
-def _differentiate(ctx, grad, grad_lse):
+def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     q, k, v, out, lse, *lists = ctx.saved_tensors
     lists, gain, rule = lists[:5], lists[5], lists[6:]
     rest = rule, gain, *ctx.numbers

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -105,12 +105,12 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
             yield Case(label, kernel, {**tiles, flag: on}, config.num_warps, 1)
 
 
-def build(case: Case, arch: str, dtype: torch.dtype):
+def build(case: Case, arch: str, dtype: torch.dtype) -> Any:
     types = {**TYPES, **dict.fromkeys(INPUTS, f"*{DTYPES[dtype]}")}
     rule = case.constants.get("RULE")
     types["rule"] = "*i8" if rule == block_sparse.ROUTE.value else "*i32"
     types["more"] = "*i8" if rule == block_sparse.WINDOWS.value else "*i32"
-    names = case.kernel.arg_names
+    names = case.kernel.arg_names  # pyright: ignore[reportFunctionMemberAccess]
     signature = {
         name: "constexpr" if name in case.constants else types.get(name, "i32") for name in names
     }
@@ -129,7 +129,7 @@ def build(case: Case, arch: str, dtype: torch.dtype):
     return triton.compile(source, target=target, options=options)
 
 
-def usage(compiled) -> Usage:
+def usage(compiled: Any) -> Usage:
     shared = compiled.metadata.shared
     if "amdgcn" in compiled.asm:
         notes = compiled.asm["amdgcn"]

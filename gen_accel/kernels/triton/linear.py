@@ -10,7 +10,10 @@ the sums of its rest. The backward pass is the same three with other arguments.
 """
 
 # Kernels are a language of their own, which a checker of Python misreads.
-# pyright: reportOperatorIssue=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -265,7 +268,7 @@ def apply_transposed_kernel(
         tl.store(p_y, b_y.to(y.dtype.element_ty), mask=mask)
 
 
-def _launch(kernel, x: Tensor, block: int, *arguments, **options) -> None:
+def _launch(kernel: Any, x: Tensor, block: int, *arguments: Any, **options: Any) -> None:
     """One program for each block of x, (B, H, S, D), and each chunk of its columns."""
     D = x.shape[3]
     config = configs.linear(configs.architecture(x.device), D, x.dtype)
@@ -283,7 +286,9 @@ def _launch(kernel, x: Tensor, block: int, *arguments, **options) -> None:
     )
 
 
-def _states(x: Tensor, y: Tensor, block: int, by: Tensor | None, weight: Tensor | None):
+def _states(
+    x: Tensor, y: Tensor, block: int, by: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The states of each block and their totals: h, z, total h, total z; fp32."""
     B, H, S, D = x.shape
     h = x.new_empty((B, H, S // block, D, D), dtype=torch.float32)
@@ -303,7 +308,9 @@ def _states(x: Tensor, y: Tensor, block: int, by: Tensor | None, weight: Tensor 
     return h, z, h.sum(2), z.sum(2)
 
 
-def _lists(index: Tensor, counts: Tensor, x: Tensor, block: int, states) -> tuple:
+def _lists(
+    index: Tensor, counts: Tensor, x: Tensor, block: int, states: Sequence[Tensor]
+) -> tuple:
     return (
         index,
         counts,
@@ -339,7 +346,18 @@ def _linear_rest(
 
 
 @_linear_rest.register_fake
-def _(phi_q, phi_k, v, rows, row_counts, columns, column_counts, block_q, block_k, eps):
+def _(
+    phi_q: Tensor,
+    phi_k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    row_counts: Tensor,
+    columns: Tensor | None,
+    column_counts: Tensor | None,
+    block_q: int,
+    block_k: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(phi_q, memory_format=torch.contiguous_format)
     return out, phi_q.new_empty(phi_q.shape[:3], dtype=torch.float32)
 
@@ -378,18 +396,18 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, phi_q, phi_k, v, *rest):
+def _(grad: Tensor, phi_q: Tensor, phi_k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (phi_q, phi_k, v)
     )
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.block_q, ctx.block_k, _ = inputs
     ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
 
 
-def _differentiate(ctx, grad, _):
+def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     return *_backward(grad, *ctx.saved_tensors, ctx.block_q, ctx.block_k), *[None] * 7
 
 
