@@ -1,8 +1,7 @@
 """Method: what to compute. Its contract, with each optional part and its default, in one place.
 
-A method is an instance with `method(q, k, v, *, video, kernel) -> Tensor`, usually
-of a frozen dataclass, whose fields are its options. With `plan`, the call must equal
-`kernel(q, k, v, method.plan(video, q.device))`, which is all that runs inside `torch.compile`.
+A method is an instance with `method(q, k, v, *, video, kernel) -> Tensor`, usually of a frozen
+dataclass, whose fields are its options. With a call and a `plan` it runs everywhere.
 """
 
 import inspect
@@ -52,14 +51,11 @@ class MethodParts(NamedTuple):
         plan: (video, device) -> Plan, what is kept on a grid. Where q and k decide, the plan of
             smooth random ones, for pictures and estimates.
         plan_for: (q, k, *, video) -> Plan, for a method whose pattern depends on q and k.
-        layout: (video, device) -> anything, what such a method derives from the grid alone.
-        laid_out: (q, k, v, *, layout, kernel) -> Tensor, the call with that given, which can run
-            inside `torch.compile`. It goes with `layout`.
         for_layer: (layer) -> method of one layer, counted from 0. Default: itself.
         within: (video, whole) -> method for a layer whose grid is smaller than the model's.
             Default: itself.
-        branch: (heads, dim) -> nn.Module, the parameters of one layer at their start. The call and
-            `laid_out` then take `branch=`. A branch may have `silent() -> bool`: see `is_silent`.
+        branch: (heads, dim) -> nn.Module, the parameters of one layer at their start. The call
+            then takes `branch=`. A branch may have `silent() -> bool`: see `is_silent`.
         parts: (q, k, v, *, video, kernel) -> (O_s, O_l), what `calibrate` fits a branch to.
         density: (video) -> share of token pairs that are kept. Default: of `plan`.
         block_mask: (video) -> (Kq, Kk) bool, key blocks of each query block. Default: of `plan`.
@@ -71,8 +67,6 @@ class MethodParts(NamedTuple):
 
     plan: Callable[[VideoShape, torch.device], Plan] | None = None
     plan_for: Callable[..., Plan] | None = None
-    layout: Callable[[VideoShape, torch.device], Any] | None = None
-    laid_out: Callable[..., Tensor] | None = None
     for_layer: Callable[[int], Any] | None = None
     within: Callable[[VideoShape, VideoShape], Any] | None = None
     branch: Callable[[int, int], nn.Module] | None = None
@@ -89,13 +83,10 @@ class MethodParts(NamedTuple):
         return self.plan is not None
 
 
-# How each callable part is called: positional arguments, then keywords. With a branch, those of
-# TRAINED take `branch=` as well.
+# How each callable part is called: positional arguments, then keywords.
 CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "plan": (("video", "device"), ()),
     "plan_for": (("q", "k"), ("video",)),
-    "layout": (("video", "device"), ()),
-    "laid_out": (("q", "k", "v"), ("layout", "kernel")),
     "for_layer": (("layer",), ()),
     "within": (("video", "whole"), ()),
     "branch": (("heads", "dim"), ()),
@@ -103,8 +94,7 @@ CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "density": (("video",), ()),
     "block_mask": (("video",), ()),
 }
-CALL = ("q", "k", "v"), ("video", "kernel")
-TRAINED = ("__call__", "laid_out")
+CALL = ("q", "k", "v"), ("video", "kernel")  # with a branch, `branch=` too
 # A public callable whose name is as near to a part that is missing is taken for it, misspelt.
 NEAR = 0.85
 
@@ -133,11 +123,10 @@ def check_method(method: Any) -> None:
         return
     name, parts = _name(method), parts_of(method)
     for part, value in zip(MethodParts._fields, parts, strict=True):
-        _check_part(name, part, value, trained=parts.branch is not None)
-    _check_call(name, "__call__", method, *CALL, trained=parts.branch is not None)
-    if (parts.layout is None) != (parts.laid_out is None):
-        have, lack = ("layout", "laid_out") if parts.layout else ("laid_out", "layout")
-        raise ValueError(f"{name} has {have} and no {lack}: they go together")
+        _check_part(name, part, value)
+    positional, keywords = CALL
+    keywords = keywords if parts.branch is None else (*keywords, "branch")
+    _check_call(name, "__call__", method, positional, keywords)
     _check_names(name, method)
     try:
         hash(method)
@@ -161,7 +150,7 @@ def check_class(kind: Any, name: str) -> None:
         wanted = "a class with __call__(self, q, k, v, *, video, kernel)"
         raise ValueError(f"method {name!r} must be {wanted}, got {kind!r}")
     positional, keywords = CALL
-    _check_call(kind.__name__, "__call__", call, ("self", *positional), keywords, trained=False)
+    _check_call(kind.__name__, "__call__", call, ("self", *positional), keywords)
     if not {*keywords} <= {*inspect.signature(call).parameters}:
         raise ValueError(f"__call__ of {kind.__name__} must name {' and '.join(keywords)}")
 
@@ -213,16 +202,12 @@ def density_of(method: Any, video: VideoShape) -> float:
 
 def why_no_graph(method: Any) -> str | None:
     """Why `method` cannot run inside `torch.compile`; None where it can."""
-    parts, name = parts_of(method), _name(method)
-    if parts.layout is not None:
+    if parts_of(method).has_plan:
         return None
-    if parts.plan is None:
-        return f"{name} has no plan(video, device), without which no graph can run it"
-    if parts.plan_for is not None:
-        return f"{name} has plan_for and no layout and laid_out, without which no graph can run it"
-    if parts.branch is not None:
-        return f"{name} has a branch and no layout and laid_out, without which no graph can run it"
-    return None
+    return (
+        f"{_name(method)} has no plan(video, device), without which no graph can run it; use the "
+        "model uncompiled"
+    )
 
 
 def _name(method: Any) -> str:
@@ -236,7 +221,7 @@ def _own(method: Any) -> Iterator[tuple[str, Any]]:
     return ((name, value) for name, value in held.items() if name not in options)
 
 
-def _check_part(kind: str, part: str, value: Any, *, trained: bool) -> None:
+def _check_part(kind: str, part: str, value: Any) -> None:
     default = MethodParts._field_defaults[part]
     if part in CALLS:
         if value is None:
@@ -244,7 +229,7 @@ def _check_part(kind: str, part: str, value: Any, *, trained: bool) -> None:
         if not callable(value):
             written = ", ".join(CALLS[part][0] + CALLS[part][1])
             raise ValueError(f"{part} of {kind} must be a method {part}({written}), got {value!r}")
-        _check_call(kind, part, value, *CALLS[part], trained=trained and part in TRAINED)
+        _check_call(kind, part, value, *CALLS[part])
     elif part == "least_grid":
         if not (
             isinstance(value, tuple)
@@ -263,10 +248,7 @@ def _check_call(
     value: Callable,
     positional: tuple[str, ...],
     keywords: tuple[str, ...],
-    *,
-    trained: bool,
 ) -> None:
-    keywords = (*keywords, "branch") if trained else keywords
     try:
         taken = inspect.signature(value)
     except (TypeError, ValueError):  # of what is written in C

@@ -97,8 +97,6 @@ def test_no_plan_no_density():
         ("plans", "plan"),
         ("plan_fr", "plan_for"),
         ("planfor", "plan_for"),
-        ("lay_out", "layout"),
-        ("laid_outs", "laid_out"),
         ("for_layers", "for_layer"),
         ("branches", "branch"),
         ("densitys", "density"),
@@ -147,11 +145,6 @@ def test_a_part_of_the_wrong_type_is_named(part):
         (
             {"plan_for": lambda self, q, k, video, more: None},
             r"plan_for of Mine must take \(q, k, \*, video\), it takes \(q, k, video, more\)",
-        ),
-        ({"layout": lambda self, v, d: None}, "Mine has layout and no laid_out: they go together"),
-        (
-            {"laid_out": lambda self, q, k, v, *, layout, kernel: v},
-            "Mine has laid_out and no layout: they go together",
         ),
         (
             {"branch": lambda self, heads, dim: nn.Identity()},
@@ -241,21 +234,37 @@ def test_a_method_may_do_without_a_kernel():
     assert torch.equal(forward(model), stock)
 
 
-def test_what_no_graph_can_run():
-    held = {"plan_for": lambda self, q, k, *, video: None}
-    assert why_no_graph(Alone()).startswith("Alone has no plan(video, device), without which")
-    assert why_no_graph(made(**held)).startswith("Mine has plan_for and no layout and laid_out")
+def test_no_graph_runs_a_method_without_a_plan():
     assert [why_no_graph(method) for method in (*ALL, Shortest())] == [None] * (len(ALL) + 1)
+    model = transformer()
+    with attach(model, Alone()):
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        with pytest.raises(ValueError, match=r"Alone has no plan\(video, device\), .* uncompiled"):
+            forward(model)
+
+
+@pytest.mark.parametrize("kind", ["plan", "plan_for", "branch"])
+def test_a_graph_runs_a_method_of_ones_own_as_eager_does(kind):
+    class Chosen(Shortest):
+        def __call__(self, q, k, v, *, video, kernel):
+            return kernel(q, k, v, self.plan_for(q, k, video=video))
+
+        def plan_for(self, q, k, *, video):
+            return LINEAR.plan_for(q, k, video=video)
 
     class Trained(Shortest):
         def __call__(self, q, k, v, *, video, kernel, branch=None):
-            return v
+            return branch(super().__call__(q, k, v, video=video, kernel=kernel))
 
         def branch(self, heads, dim):
-            return nn.Identity()
+            return nn.Linear(dim, dim)
 
-    check_method(Trained())
-    assert why_no_graph(Trained()).startswith("Trained has a branch and no layout")
+    method = {"plan": Shortest, "plan_for": Chosen, "branch": Trained}[kind]()
+    model = transformer()
+    with attach(model, method):
+        exact = forward(model)
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        assert (forward(model) - exact).abs().max() < 1e-5
 
 
 def test_a_branch_says_whether_it_is_silent():

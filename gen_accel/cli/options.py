@@ -5,7 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-MethodName = Annotated[str, typer.Option("--method", help="See `gen-accel list`.")]
+MethodName = Annotated[
+    str, typer.Option("--method", help="See `gen-accel list`; or module:Class of your own.")
+]
 
 
 Settings = Annotated[

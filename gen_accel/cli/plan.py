@@ -21,7 +21,9 @@ from gen_accel.demo import model_named
 
 @app.command(short_help="A picture of what a method keeps.")
 def show(
-    method: Annotated[str, typer.Argument(help="See `gen-accel list`.")],
+    method: Annotated[
+        str, typer.Argument(help="See `gen-accel list`; or module:Class of your own.")
+    ],
     frames: Annotated[int, typer.Option(help="In tokens: of the latent video.")],
     height: Annotated[int, typer.Option(help="In tokens.")],
     width: Annotated[int, typer.Option(help="In tokens.")],

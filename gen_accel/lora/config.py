@@ -88,7 +88,9 @@ class TrainConfig:
         None, "Length", "Frames that the model was trained on; none: what is known of it."
     )
 
-    method: str = _("radial", "Attention", "See `gen-accel list`; dense trains without.")
+    method: str = _(
+        "radial", "Attention", "See `gen-accel list`, or module:Class; dense: without."
+    )
     settings: tuple[str, ...] = _((), "Attention", "Fields of the method, field=value each.")
     kernel: str = _("auto", "Attention", "auto, or a name that never falls back to another.")
     dense_layers: int = _(2, "Attention", "How many of the first blocks stay dense.")

@@ -134,12 +134,7 @@ class BlockMixture:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
     ) -> Tensor:
-        return self.laid_out(q, k, v, layout=self.layout(video, q.device), kernel=kernel)
-
-    def laid_out(
-        self, q: Tensor, k: Tensor, v: Tensor, *, layout: "Layout", kernel: Callable
-    ) -> Tensor:
-        """The same with the layout given, which depends on the grid alone."""
+        layout = self.layout(video, q.device)
         return kernel(q, k, v, self._routed(q, k, layout, name_of(kernel)))
 
     def layout(self, video: VideoShape, device: torch.device) -> "Layout":

@@ -130,24 +130,10 @@ class SparseLinear:
         kernel: Callable,
         branch: "LinearBranch | None" = None,
     ) -> Tensor:
-        """Without a branch this is O_s alone, as it is with one at its start."""
-        layout = self.layout(video, q.device)
-        return self.laid_out(q, k, v, layout=layout, kernel=kernel, branch=branch)
-
-    def laid_out(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        layout: "Layout",
-        kernel: Callable,
-        branch: "LinearBranch | None" = None,
-    ) -> Tensor:
-        """The same with the layout given, which depends on the grid alone. What `kernel` returns
-        may be written into."""
+        """Without a branch this is O_s alone, as it is with one at its start. What `kernel`
+        returns may be written into."""
         name = name_of(kernel)
-        plan, linear = self._chosen(q, k, layout, name)
+        plan, linear = self._chosen(q, k, self.layout(video, q.device), name)
         o_s = kernel(q, k, v, plan)
         if branch is None:
             return o_s
