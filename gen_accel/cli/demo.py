@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from gen_accel.cli import train as commands
 from gen_accel.cli.app import app
-from gen_accel.cli.options import Settings, print_files, print_rows
+from gen_accel.cli.options import Settings
+from gen_accel.cli.printing import print_comparison, print_files, quiet
 
 
 @app.command(short_help="One clip, dense and sparse, side by side.")
@@ -68,7 +68,7 @@ def demo(
     says how it moves, a picture such as those of the first command what does. Without --out, into
     outputs/demo_image.
     """
-    commands.quiet()
+    quiet()
     from gen_accel.attention_processors.methods.options import method_from
 
     given: dict[str, Any] = {"prompt": prompt, "frames": frames, "steps": steps, "model": model}
@@ -88,28 +88,3 @@ def demo(
     report, files = run(seed=seed, device=device, **chosen)
     print_comparison(report)
     print_files(files)
-
-
-def print_comparison(report: dict[str, Any]) -> None:
-    density = report["density"]
-    rows = {
-        "dense": f"{report['dense_seconds']:.1f} s for {report['steps']} steps",
-        "sparse": f"{report['sparse_seconds']:.1f} s, {report['speedup']:.2f}x as fast",
-        "with decoding": f"{report['total_speedup']:.2f}x as fast",
-        "tokens": f"{report['tokens']}",
-        "density": "all dense" if density is None else f"{density:.3f} where sparse",
-        "kernel": report["kernel"],
-        "PSNR, SSIM": f"{report['psnr_db']:.1f} dB, {report['ssim']:.3f} against dense",
-    }
-    if report["compile_seconds"]:
-        rows["compiling"] = f"{report['compile_seconds']:.1f} s, not counted"
-    if "detector" in report:
-        rows["dense shows"] = report["detector"]["dense"]["shows"]
-        rows["sparse shows"] = report["detector"]["sparse"]["shows"]
-    if "longer" in report:
-        made = report["longer"]
-        rows[f"{made['frames']} frames"] = f"{made['dense']['shows']} (dense, no LoRA)"
-        for name, clip in made["trained"].items():
-            title = ", ".join((name, *clip["techniques"]))
-            rows[title] = f"{clip['shows']}, {clip['times_as_fast']:.2f}x as fast"
-    print_rows(rows)

@@ -5,9 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gen_accel.cli import train as commands
 from gen_accel.cli.app import app
-from gen_accel.cli.demo import print_comparison
 from gen_accel.cli.options import (
     DenseEnd,
     DenseLayers,
@@ -17,9 +15,9 @@ from gen_accel.cli.options import (
     MethodName,
     Settings,
     Steps,
-    print_files,
     schedule,
 )
+from gen_accel.cli.printing import print_comparison, print_files, quiet
 from gen_accel.demo import adapter_named, model_named
 
 
@@ -166,7 +164,7 @@ def generate(
     steps, --dense-start 0.25 is a good start. Sizes that the model cannot make are refused, with
     the nearest that it can.
     """
-    commands.quiet()
+    quiet()
     from gen_accel.pipelines.generation.generate import decode_latents, read_prompts
     from gen_accel.pipelines.generation.generate import generate as run
     from gen_accel.pipelines.generation.loading import Loading

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gen_accel.cli.app import app
-from gen_accel.cli.options import print_rows
+from gen_accel.cli.printing import print_rows
 
 
 @app.command(name="list", short_help="Methods with their options, and kernels.")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from gen_accel.cli.app import app
-from gen_accel.cli.options import print_rows
+from gen_accel.cli.printing import print_rows
 
 
 @app.command(short_help="What a video does over time, or its distance to another.")

@@ -1,6 +1,5 @@
-"""Options that several verbs share, and how their results are printed."""
+"""Options that several verbs share, and what they mean to the library."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +8,6 @@ MethodName = Annotated[
     str, typer.Option("--method", help="See `gen-accel list`; or module:Class of your own.")
 ]
 
-
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -17,23 +15,17 @@ Settings = Annotated[
     ),
 ]
 
-
 Kernel = Annotated[str, typer.Option(help="auto, or a name that never falls back to another.")]
-
 
 DenseStart = Annotated[float, typer.Option(help="Share of the first steps that stay dense.")]
 
-
 DenseEnd = Annotated[float, typer.Option(help="Share of the last steps that stay dense.")]
 
-
 DenseSteps = Annotated[int, typer.Option(help="How many of the first steps stay dense.")]
-
 
 DenseLayers = Annotated[
     str, typer.Option(help="How many of the first layers stay dense, or their numbers: 0,7.")
 ]
-
 
 Steps = Annotated[int | None, typer.Option(help="Denoising steps. Without: the model's own.")]
 
@@ -55,21 +47,3 @@ def whole_numbers(text: str, option: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.strip(",").split(","))
     except ValueError:
         raise ValueError(f"{option} takes whole numbers, as in 0,3,3, got {text!r}") from None
-
-
-def print_files(files: dict[str, Path]) -> None:
-    print_rows({name: str(path) for name, path in files.items()})
-
-
-def print_rows(rows: dict[str, str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console = Console(highlight=False, markup=False)
-    console.print(table)
-    console.print()

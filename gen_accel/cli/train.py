@@ -9,6 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 
 from gen_accel.cli.app import INTERRUPTED
+from gen_accel.cli.printing import quiet
 from gen_accel.lora.config import TrainConfig, print_config, read_config
 
 SEVERAL = ("stages", "targets", "betas")  # may also be given in one flag, with commas between
@@ -164,14 +165,3 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
             value = [part for text in value for part in text.split(",")]
         given[name] = value
     return given
-
-
-def quiet() -> None:
-    """Loading has bars of its own, which say little. Downloads keep theirs."""
-    import diffusers.utils.logging
-
-    diffusers.utils.logging.disable_progress_bar()
-    if diffusers.utils.is_transformers_available():
-        import transformers.utils.logging
-
-        transformers.utils.logging.disable_progress_bar()

@@ -20,11 +20,7 @@ from gen_accel.pipelines.generation.decode import (
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 OFFLOADS = ("none", "model", "group", "sequential")
-
-
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -173,6 +169,11 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def folder_of(model: str | Path) -> Path:
+    """Of a pipeline, whether or not it is there."""
+    return Path(model).expanduser()
+
+
 def _classes(index: Any) -> tuple[str | None, str | None]:
     """Of the first transformer and the autoencoder, by a pipeline's index."""
     found = [index.get(name, (None, None))[1] for name in TRANSFORMERS]
@@ -184,11 +185,6 @@ def _location(model: str | Path) -> str:
     """As `from_pretrained` takes it."""
     folder = folder_of(model)
     return str(folder if folder.exists() else model)
-
-
-def folder_of(model: str | Path) -> Path:
-    """Of a pipeline, whether or not it is there."""
-    return Path(model).expanduser()
 
 
 def _embedded(model: str | Path) -> str:
