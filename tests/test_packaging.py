@@ -11,6 +11,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
+from test_imports import FLOORS
 
 import gen_accel
 from gen_accel.extras import needed_for
@@ -255,3 +256,12 @@ def test_the_linter_has_one_version():
 
 def test_types_are_told_to_checkers():
     assert (PACKAGE / "py.typed").read_bytes() == b""
+
+
+def test_the_design_draws_the_floors_of_the_imports():
+    page = (ROOT / "DESIGN.md").read_text(encoding="utf-8")
+    assert len(page.splitlines()) <= 150
+    picture = page.partition("## Layers")[2].partition("```text\n")[2].partition("```")[0]
+    floors = [line for line in picture.splitlines() if not line.startswith(" │")]
+    drawn = [set(re.split(r"  +", line.strip())[0].split()) for line in floors]
+    assert drawn == [{*parts} for parts in reversed(FLOORS)]
