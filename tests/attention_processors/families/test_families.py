@@ -113,8 +113,8 @@ def observed(case: Case, model: nn.Module, given: dict[str, Any]) -> dict[str, l
         calls = found[site.name] = []
 
         def tap(site: SelfAttention, calls: list, call: Call, out: Tensor) -> Tensor:
-            tokens = whole if site.tokens is None else site.tokens(whole, call)
-            if tokens is not None:
+            if site.call in (None, call.number):  # others beside it are not over the grid
+                tokens = whole if site.tokens is None else site.tokens(whole, call)
                 calls.append((call, tokens, out))
             return out
 
