@@ -1,0 +1,209 @@
+"""The code of README and docs is run: Python in order, page by page, and each command line.
+
+Hub names and `models/...` stand for a tiny saved Wan, heights and widths are cut, and a GPU is
+left out. A block or line that cannot run here has `<!-- not run: the reason -->` on the line
+before its fence: it is skipped with that reason, but its command lines are still parsed.
+"""
+
+import functools
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import typer
+from diffusers import DiffusionPipeline, WanPipeline
+from PIL import Image
+from support import finetuning as ft
+from support import wan
+from support.paths import ROOT
+from typer.testing import CliRunner
+
+from gen_accel.cli import app
+from gen_accel.measure import write_video
+
+PAGES = sorted(
+    path
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    if "```" in path.read_text() and path.name != "your_own.md"  # test_your_own_method.py runs it
+)
+FENCE = re.compile(
+    r"(?:<!-- not run: (?P<reason>.*?) -->\n)?^ *```(?P<language>\w*)\n(?P<text>.*?)^ *```$",
+    re.S | re.M,
+)
+SIDE = 32  # pixels
+# Verbs whose lines are not run here, and why.
+ELSEWHERE = {
+    "train": "training takes hours; the tests in tests/lora train",
+    "demo": "takes a minute; the tests in tests/cli run it",
+}
+NAMES = re.compile(r"(?:Wan-AI/[\w.-]+-Diffusers|models/wan|DIR_OR_REPO)")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+class Block(NamedTuple):
+    page: Path
+    line: int
+    language: str
+    text: str
+    reason: str | None  # why it is not run
+
+
+def blocks(page: Path) -> list[Block]:
+    found = []
+    text = page.read_text()
+    for match in FENCE.finditer(text):
+        line = text.count("\n", 0, match.start()) + 1
+        found.append(Block(page, line, match["language"], match["text"], match["reason"]))
+    return found
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The arguments of each gen-accel line, however it is started."""
+    found = []
+    lines = block.text.replace("\\\n", " ").splitlines()
+    for line in lines:
+        line = line.removeprefix("$ ")
+        started = re.match(r"\s*(?:.*-m gen_accel|gen-accel) (.*)", line)
+        if started:
+            found.append(shlex.split(started[1], comments=True))
+    return found
+
+
+SHELL = [
+    pytest.param(arguments, block.reason, id=f"{name(page)}:{block.line}: {' '.join(arguments)}")
+    for page in PAGES
+    for block in blocks(page)
+    if block.language in ("", "bash", "sh", "console")
+    for arguments in commands(block)
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with all that the pages name: models, LoRAs, pictures, prompts."""
+    folder = tmp_path_factory.mktemp("docs")
+    long = wan.transformer(rope_max_seq_len=128)
+    wan.pipeline(transformer=long).save_pretrained(folder / "models" / "wan")
+    fields = {"method": "radial", "settings": (), "stages": ("9:1",)}
+    ft.train(ft.config(folder / "outputs" / "lora", **fields))
+    ft.train(ft.config(folder / "outputs" / "demo_lora", **fields))
+    images = {"adapter": "image_prompt", "method": "radial", "settings": (), "stages": ("9:1",)}
+    ft.train(ft.config(folder / "images", **images))
+    shutil.copytree(folder / "images" / "image_prompt", folder / "outputs/lora/image_prompt")
+    for style in ("style", "motion"):
+        shutil.copytree(folder / "outputs" / "lora" / "lora", folder / "loras" / style)
+    for picture in ("cat", "dog", "hat", "a", "b", "triangle", "IMAGE"):
+        wan.picture(0).resize((SIDE, SIDE)).save(folder / f"{picture}.png")
+    Image.new("L", (SIDE, SIDE), 255).save(folder / "left.png")
+    (folder / "prompts.txt").write_text("a cat surfs\na dog surfs\n")
+    noise = np.random.default_rng(0).integers(0, 256, (90, SIDE, SIDE, 3), dtype=np.uint8)
+    for video in ("long", "sparse", "dense"):
+        write_video(noise, folder / f"{video}.mp4", fps=16)
+    (folder / "configs").symlink_to(ROOT / "configs")
+    return folder
+
+
+@pytest.fixture
+def small(home, monkeypatch):
+    """In that folder, with pipelines that take two steps and stay on the CPU."""
+    monkeypatch.chdir(home)
+    load, call = DiffusionPipeline.from_pretrained.__func__, WanPipeline.__call__
+
+    def from_pretrained(kind, given, **options):
+        return load(kind, NAMES.sub("models/wan", str(given)), **options)
+
+    @functools.wraps(call)
+    def called(self, *args, **options):
+        options.setdefault("num_inference_steps", 2)
+        options.setdefault("max_sequence_length", 16)
+        return call(self, *args, **options)
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
+    monkeypatch.setattr(WanPipeline, "__call__", called)
+    if not torch.cuda.is_available():
+        move = DiffusionPipeline.to
+
+        def stay(self, *where, **options):
+            return self if where == ("cuda",) else move(self, *where, **options)
+
+        monkeypatch.setattr(DiffusionPipeline, "to", stay)
+    return home
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_python(page, small, capsys):
+    """One page in one namespace, so that a later block may use what an earlier one made."""
+    names: dict = {"__name__": "__main__"}
+    skipped = []
+    found = [block for block in blocks(page) if block.language == "python"]
+    if not found:
+        pytest.skip("the page has no Python")
+    for block in found:
+        if block.reason:
+            compile(block.text, f"{name(page)}:{block.line}", "exec")
+            skipped.append(f"{name(page)}:{block.line}: {block.reason}")
+            continue
+        text = re.sub(r"\b(height|width)=\d+", rf"\1={SIDE}", block.text)
+        text = text.replace("torch.bfloat16", "torch.float32")
+        exec(compile("\n" * block.line + text, name(page), "exec"), names)
+    if skipped:
+        pytest.skip("; ".join(skipped))
+
+
+def smaller(arguments: list[str]) -> list[str]:
+    """The same on the tiny model, in two steps and without a GPU."""
+    given = [
+        NAMES.sub("models/wan", x).replace("window=9,12,12", "window=2,1,1") for x in arguments
+    ]
+    if given[0] != "generate":
+        return given
+    for flag, value in {
+        "--height": SIDE,
+        "--width": SIDE,
+        "--steps": 2,
+    }.items():
+        if flag in given:
+            given[given.index(flag) + 1] = str(value)
+        elif "--from-latents" not in given:
+            given += [flag, str(value)]
+    for flag in ("--device", "--dtype", "--offload"):
+        if flag in given and not torch.cuda.is_available():
+            at = given.index(flag)
+            del given[at : at + 2]
+    if "--frames" not in given and "--from-latents" not in given:
+        given += ["--frames", "9"]
+    return given
+
+
+@pytest.mark.parametrize(("arguments", "reason"), SHELL)
+def test_command_line(arguments, reason, small):
+    verb, *rest = arguments
+    group = typer.main.get_command(app)
+    group.commands[verb].make_context(verb, [*rest])  # all flags exist and take such values
+    if verb in ELSEWHERE and "--dry-run" not in rest:
+        reason = ELSEWHERE[verb]
+    if reason:
+        pytest.skip(reason)
+    result = CliRunner().invoke(app, smaller(arguments))
+    assert result.exit_code == 0, result.output
+
+
+def test_what_was_wrong_once_is_found(small):
+    """UltraViCo lays a gain over scores, which flex does not take."""
+    line = "generate --model models/wan --prompt x --out x.mp4 --frames 161"
+    wrong = [*shlex.split(line), "--extend", "riflex,ultravico", "--kernel", "flex"]
+    assert CliRunner().invoke(app, smaller(wrong)).exit_code == 2
