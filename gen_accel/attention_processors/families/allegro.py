@@ -14,6 +14,7 @@ from gen_accel.attention_processors.families import (
     in_patches,
     in_stacks,
 )
+from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
 MODELS = "Allegro"
@@ -28,11 +29,25 @@ FIRST_FRAME_ALONE = False  # with the pipelines' even numbers of frames
 FPS = 15
 TILED_VAE = True
 
+SPATIAL_FACTOR = 8
+TEXT_TOKENS = 512
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "feed_forward": ("ff.net.0.proj", "ff.net.2"),
 }
+
+
+def layers(transformer: Any) -> Layers:
+    return Layers(
+        {
+            r"time|adaln": "one",
+            r"caption_projection|attn2\.to_[kv]$": "text",
+        },
+        {
+            r"attn2\.to_q$": ("video", "text"),
+        },
+    )
 
 
 def self_attentions(transformer: Any) -> list[SelfAttention]:

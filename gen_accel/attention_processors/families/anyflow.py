@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gen_accel.attention_processors.families import in_patches, wan
+from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
 MODELS = "AnyFlow"
@@ -18,9 +19,24 @@ ORDER = "video"
 KIND = "video"
 FPS = 16
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
+SPATIAL_FACTOR = wan.SPATIAL_FACTOR
+TEXT_TOKENS = wan.TEXT_TOKENS
 LORA_TARGETS = wan.LORA_TARGETS
 AUTOENCODER = wan.AUTOENCODER
 GUIDANCE = "batched"
+
+
+def layers(transformer: Any) -> Layers:
+    return Layers(
+        {
+            r"text_embedder|attn2\.to_[kv]$": "text",
+            r"time|delta_embedder": "frames",
+        },
+        {
+            r"attn2\.to_q$": ("video", "text"),
+        },
+    )
+
 
 self_attentions = wan.self_attentions
 image_attentions = wan.image_attentions

@@ -14,9 +14,12 @@ ATTENTION_CALL = wan.ATTENTION_CALL
 ORDER = wan.ORDER
 KIND = "video"
 TEMPORAL_FACTOR = wan.TEMPORAL_FACTOR  # where there are more than two
+SPATIAL_FACTOR = wan.SPATIAL_FACTOR
+TEXT_TOKENS = wan.TEXT_TOKENS
 LORA_TARGETS = wan.LORA_TARGETS
 GUIDANCE = wan.GUIDANCE
 
+layers = wan.layers
 self_attentions = wan.self_attentions
 image_attentions = wan.image_attentions
 video_shape = wan.video_shape

@@ -17,6 +17,7 @@ from gen_accel.attention_processors.families import (
     in_patches,
     tap_joint_attention,
 )
+from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
 MODELS = "CogVideoX 1.0 and 1.5"
@@ -29,11 +30,26 @@ GUIDANCE = "batched"
 GUIDED = "do_classifier_free_guidance"
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 
+SPATIAL_FACTOR = 8
+TEXT_TOKENS = 226
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "feed_forward": ("ff.net.0.proj", "ff.net.2"),
 }
+
+
+def layers(transformer: Any) -> Layers:
+    return Layers(
+        {
+            r"time|ofs|norm": "one",
+            r"text_proj": "text",
+            r"^patch_embed|^proj_out": "video",
+        },
+        {},
+        beside="text",
+        default="video + text",
+    )
 
 
 def fps(transformer: Any) -> int:

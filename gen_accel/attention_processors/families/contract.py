@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar, overload
 
 from torch import Tensor
 
+from gen_accel.attention_processors.families.layers import Flops, Layers
 from gen_accel.video import VideoShape
 
 __all__ = ["USES", "Family", "Part", "Preset", "load"]
@@ -293,6 +294,20 @@ class Family:
     )
     SPATIAL_FACTOR = Part[int | None](
         int, "pixels, a side, in a latent; of a preset, its own is", default=None
+    )
+
+    # What a forward pass costs
+
+    layers = Part[Callable[[Any], Layers] | None](
+        Callable,
+        "(transformer): which tokens pass its layers, for FLOPs",
+        default=None,
+    )
+    flops = Part[Callable[..., Flops]](
+        Callable,
+        "(transformer, video, lengths): of one call for one sample, where `layers` cannot tell; "
+        "see `layers.Cost`",
+        default=None,
     )
 
     # Longer video

@@ -16,6 +16,7 @@ from gen_accel.attention_processors.families import (
     in_patches,
     in_stacks,
 )
+from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
 MODELS = "Cosmos 1, Predict2, Predict2.5 and Transfer2.5"
@@ -26,11 +27,28 @@ KIND = "video"
 GUIDANCE = "sequential"
 FPS = 16  # of Predict2.5; the pipelines of others take it
 
+SPATIAL_FACTOR = 8
+TEXT_TOKENS = 512
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "feed_forward": ("ff.net.0.proj", "ff.net.2"),
 }
+
+
+def layers(transformer: Any) -> Layers:
+    return Layers(
+        {
+            r"time|norm": "one",
+            r"[kv]_img|img_context": "image",
+            r"crossattn_proj|attn2\.to_[kv]$": "text",
+        },
+        {
+            r"attn2\.to_q$": ("video", "text"),
+            r"attn2\.q_img$": ("video", "image"),
+        },
+        uncounted="the image, controls, and timesteps of single frames",
+    )
 
 
 def self_attentions(transformer: Any) -> list[SelfAttention]:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from gen_accel.attention_processors.families import SelfAttention, in_stacks
+from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
 MODELS = "Cosmos 3"
@@ -21,6 +22,7 @@ ORDER = "text, video, sound, actions"
 KIND = "video"
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 
+SPATIAL_FACTOR = 16
 # By what they end in, inside the blocks. The feed-forward of some has a `gate_proj` too.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (
@@ -32,6 +34,23 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
         *("mlp_moe_gen.up_proj", "mlp_moe_gen.down_proj"),
     ),
 }
+
+
+def layers(transformer: Any) -> Layers:
+    """Text sees itself in a call of its own; the video sees both."""
+    names = [f"layers.{i}" for i in range(transformer.config.num_hidden_layers)]
+    return Layers(
+        {
+            r"lm_head|audio|sound|action": "none",
+            r"^time|^proj_out": "noisy",
+            r"add_[qkv]_proj|to_add_out|mlp_moe_gen|^proj_in": "video",
+            r"^layers": "text",
+        },
+        {r"self_attn\.to_q$": ("text", "text")},
+        pairs=dict.fromkeys(names, ("video", "video + text")),
+        beside="text",
+        uncounted="sound, actions and videos that control the one that is made",
+    )
 
 
 def self_attentions(transformer: Any) -> list[SelfAttention]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import SelfAttention, cogvideox, in_patches
+from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
 MODELS = "EasyAnimate 5.1"
@@ -20,6 +21,8 @@ KIND = "video"
 FPS = 8
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 
+SPATIAL_FACTOR = 8
+TEXT_TOKENS = 256
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (
@@ -28,6 +31,22 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
     ),
     "feed_forward": ("ff.net.0.proj", "ff.net.2", "txt_ff.net.0.proj", "txt_ff.net.2"),
 }
+
+
+def layers(transformer: Any) -> Layers:
+    """Blocks after the first have the same projections for text and video."""
+    config = transformer.config
+    shared = range(config.mmdit_layers, config.num_layers)
+    blocks = "|".join(map(str, shared)) or "(?!)"
+    return Layers(
+        {
+            r"time|norm": "one",
+            r"text_proj|add_[qkv]_proj|to_add_out|txt_ff": "text",
+            rf"^transformer_blocks\.({blocks})\.(attn1\.to_[qkv]$|ff\.)": "video + text",
+        },
+        {},
+        beside="text",
+    )
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:

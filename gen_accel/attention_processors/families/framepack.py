@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.families import hunyuan_video, in_patches
+from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
 MODELS = "FramePack"
@@ -24,7 +25,29 @@ ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "history, video, image features, text"
 KIND = "video"
 TEMPORAL_FACTOR = hunyuan_video.TEMPORAL_FACTOR
+SPATIAL_FACTOR = hunyuan_video.SPATIAL_FACTOR
+TEXT_TOKENS = hunyuan_video.TEXT_TOKENS
 LORA_TARGETS = hunyuan_video.LORA_TARGETS
+
+
+def layers(transformer: Any) -> Layers:
+    return Layers(
+        {
+            r"time|norm|guidance": "one",
+            r"context_embedder": "text",
+            r"image_projection": "image",
+            r"clean_x_embedder": "none",
+            r"add_[qkv]_proj|to_add_out|ff_context": "text + image",
+            r"^single_": "video + text + image + history",
+            r"^transformer_blocks": "video + history",
+        },
+        {
+            r"refiner_blocks.*attn\.to_q$": ("text", "text"),
+        },
+        beside="text + image + history",
+        uncounted="the history of earlier sections and the features of the image",
+    )
+
 
 self_attentions = hunyuan_video.self_attentions
 timestep = hunyuan_video.timestep

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from gen_accel.attention_processors.families import in_patches, wan
+from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
 MODELS = "Helios"
@@ -21,8 +22,27 @@ ORDER = "history, video"
 KIND = "video"
 FPS = 24
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first of a chunk
+SPATIAL_FACTOR = wan.SPATIAL_FACTOR
+TEXT_TOKENS = wan.TEXT_TOKENS
 LORA_TARGETS = wan.LORA_TARGETS
 GUIDANCE = wan.GUIDANCE
+
+
+def layers(transformer: Any) -> Layers:
+    return Layers(
+        {
+            r"text_embedder|attn2\.to_[kv]$": "text",
+            r"time": "one",
+            r"patch_(short|mid|long)": "none",
+            r"attn1\.|ffn\.": "video + history",
+        },
+        {
+            r"attn2\.to_q$": ("video", "text"),
+        },
+        beside="history",
+        uncounted="the history of earlier chunks",
+    )
+
 
 self_attentions = wan.self_attentions
 image_attentions = wan.image_attentions

@@ -24,6 +24,7 @@ from gen_accel.attention_processors.families import (
     split_tokens,
     tap_joint_attention,
 )
+from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.plan import widest
 from gen_accel.video import VideoShape
 
@@ -70,6 +71,21 @@ PRESETS = {"HunyuanVideo": Preset("hunyuanvideo-community/HunyuanVideo")}
 TEXT_TOKENS = 256  # as the pipelines call it
 # Scale that guidance-distilled models are trained further at: 1 asks for the data as it is.
 _DISTILLED_GUIDANCE = 1.0
+
+
+def layers(transformer: Any) -> Layers:
+    return Layers(
+        {
+            r"time|norm|guidance": "one",
+            r"context_embedder": "text",
+            r"add_[qkv]_proj|to_add_out|ff_context": "text",
+            r"^single_": "video + text",
+        },
+        {
+            r"refiner_blocks.*attn\.to_q$": ("text", "text"),
+        },
+        beside="text",
+    )
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import SelfAttention, in_patches, in_stacks
+from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
 MODELS = "HunyuanVideo 1.5"
@@ -24,6 +25,8 @@ FPS = 24
 MASK_OF_PAIRS = True
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 
+SPATIAL_FACTOR = 16
+TEXT_TOKENS = 1000
 # By what they end in, inside the blocks: the token refiner has some of these names too.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (
@@ -32,6 +35,23 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
     ),
     "feed_forward": ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
 }
+
+
+def layers(transformer: Any) -> Layers:
+    return Layers(
+        {
+            r"time|norm": "one",
+            r"context_embedder_2": "glyphs",
+            r"image_embedder": "image",
+            r"context_embedder": "text",
+            r"add_[qkv]_proj|to_add_out|ff_context": "text + glyphs + image",
+        },
+        {
+            r"refiner_blocks.*attn\.to_q$": ("text", "text"),
+        },
+        beside="text + glyphs + image",
+        uncounted="the glyphs and the image beside the prompt",
+    )
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:

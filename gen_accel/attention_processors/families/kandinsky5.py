@@ -17,6 +17,7 @@ from gen_accel.attention_processors.families import (
     in_patches,
     in_stacks,
 )
+from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
 MODELS = "Kandinsky 5"
@@ -28,6 +29,8 @@ GUIDANCE = "sequential"
 FPS = 24
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 
+SPATIAL_FACTOR = 8
+TEXT_TOKENS = 512
 # By what they end in, inside the blocks: other layers are called `out_layer` too.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": tuple(
@@ -37,6 +40,19 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
     ),
     "feed_forward": ("feed_forward.in_layer", "feed_forward.out_layer"),
 }
+
+
+def layers(transformer: Any) -> Layers:
+    return Layers(
+        {
+            r"modulation|time|pooled": "one",
+            r"^text_|cross_attention\.to_(key|value)": "text",
+        },
+        {
+            r"^text_.*to_query$": ("text", "text"),
+            r"cross_attention\.to_query$": ("video", "text"),
+        },
+    )
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:

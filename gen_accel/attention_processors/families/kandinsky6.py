@@ -20,6 +20,7 @@ from gen_accel.attention_processors.families import (
     kandinsky5,
     outside_graphs,
 )
+from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
 MODELS = "Kandinsky 6"
@@ -30,6 +31,8 @@ KIND = "video"
 GUIDANCE = kandinsky5.GUIDANCE
 TEMPORAL_FACTOR = kandinsky5.TEMPORAL_FACTOR
 
+SPATIAL_FACTOR = 8
+TEXT_TOKENS = 1024
 # By what they end in, inside the blocks: those of the video alone.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": tuple(
@@ -42,6 +45,25 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
         "video_dec_block.feed_forward.net.2",
     ),
 }
+
+
+def layers(transformer: Any) -> Layers:
+    return Layers(
+        {
+            r"va_|av_": "none",
+            r"modulation|time|pooled": "one",
+            r"^(video|audio)_text|video_dec_block\.cross_attention\.to_(key|value)": "text",
+            r"audio": "none",
+        },
+        {
+            r"^(video|audio)_text.*to_query$": ("text", "text"),
+            r"video_dec_block\.cross_attention\.to_query$": ("video + image", "text"),
+        },
+        beside="image",
+        default="video + image",
+        uncounted="the sound, and an image to start from",
+    )
+
 
 longest = kandinsky5.longest
 

@@ -16,6 +16,7 @@ from gen_accel.attention_processors.families import (
     in_patches,
     in_stacks,
 )
+from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
@@ -31,11 +32,27 @@ FRAMES_ARGUMENT = "video_length"
 FPS = 8
 TEMPORAL_FACTOR = 1  # frames in a latent frame
 
+SPATIAL_FACTOR = 8
+TEXT_TOKENS = 120
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "feed_forward": ("ff.net.0.proj", "ff.net.2"),
 }
+
+
+def layers(transformer: Any) -> Layers:
+    return Layers(
+        {
+            r"attn2\.to_[kv]$": "frames * text",
+            r"^adaln": "one",
+            r"caption_projection": "text",
+        },
+        {
+            r"^transformer_blocks.*attn2\.to_q$": ("video", "text"),
+            r"^temporal_.*attn1\.to_q$": ("video", "frames"),
+        },
+    )
 
 
 def self_attentions(transformer: Any) -> list[SelfAttention]:

@@ -15,6 +15,7 @@ from gen_accel.attention_processors.families import (
     image_sites,
     outside_graphs,
 )
+from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
 
@@ -26,11 +27,26 @@ KIND = "video"
 GUIDANCE = "batched"
 TEMPORAL_FACTOR = 8  # frames in a latent frame, all but the first
 
+SPATIAL_FACTOR = 32
+TEXT_TOKENS = 128
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "feed_forward": ("ff.net.0.proj", "ff.net.2"),
 }
+
+
+def layers(transformer: Any) -> Layers:
+    return Layers(
+        {
+            r"time": "one",
+            r"caption_projection|attn2\.to_[kv]$": "text",
+        },
+        {
+            r"attn2\.to_q$": ("video", "text"),
+        },
+        uncounted="frames that condition the video",
+    )
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:

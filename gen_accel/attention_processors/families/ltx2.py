@@ -18,6 +18,7 @@ from gen_accel.attention_processors.families import (
     ltx,
     outside_graphs,
 )
+from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
 MODELS = "LTX-2"
@@ -28,6 +29,8 @@ KIND = "video"
 GUIDANCE = ltx.GUIDANCE
 TEMPORAL_FACTOR = ltx.TEMPORAL_FACTOR
 
+SPATIAL_FACTOR = 32
+TEXT_TOKENS = 1024
 # By what they end in, inside the blocks: those of the video alone.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": tuple(
@@ -37,6 +40,27 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
     ),
     "feed_forward": ltx.LORA_TARGETS["feed_forward"],
 }
+
+
+def layers(transformer: Any) -> Layers:
+    return Layers(
+        {
+            r"time_embed|^av_cross_attn|^prompt_adaln": "one",
+            r"caption_projection|attn2\.to_[kv]$": "text",
+            r"video_to_audio_attn\.to_[kv]$": "video",
+            r"audio_to_video_attn\.to_[kv]$": "sound",
+            r"audio_to_video_attn": "video",
+            r"audio": "sound",
+        },
+        {
+            r"\.attn2\.to_q$": ("video", "text"),
+            r"audio_attn2\.to_q$": ("sound", "text"),
+            r"audio_attn1\.to_q$": ("sound", "sound"),
+            r"audio_to_video_attn\.to_q$": ("video", "sound"),
+            r"video_to_audio_attn\.to_q$": ("sound", "video"),
+        },
+        uncounted="the sound, and what conditions the video",
+    )
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:

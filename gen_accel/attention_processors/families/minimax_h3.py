@@ -14,6 +14,7 @@ from gen_accel.attention_processors.families import (
     in_stacks,
     outside_graphs,
 )
+from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
 MODELS = "MiniMax-H3"
@@ -23,11 +24,29 @@ ORDER = "text, key frames or references, sound, video"
 KIND = "video"
 TIMESTEPS_RISE = True
 
+LEAST_STEPS = 2  # its scheduler takes no fewer
 # By what they end in, inside the blocks: the refiner has the same names.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "feed_forward": ("ff.net.0.proj", "ff.net.2"),
 }
+
+
+def layers(transformer: Any) -> Layers:
+    return Layers(
+        {
+            r"time|adaln|norm": "one",
+            r"context_embedder|refiner": "text",
+            r"audio_proj_in": "sound",
+            r"^proj_in": "video",
+        },
+        {
+            r"refiner_blocks.*attn\.to_q$": ("text", "text"),
+        },
+        beside="text + sound",
+        default="video + text + sound",
+        uncounted="the sound, and key frames or references",
+    )
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:

@@ -17,6 +17,7 @@ from gen_accel.attention_processors.families import (
     in_patches,
     tap_joint_attention,
 )
+from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
@@ -32,6 +33,8 @@ TIMESTEPS_RISE = True
 GUIDANCE = "batched"
 TEMPORAL_FACTOR = 6  # frames in a latent frame, all but the first
 
+SPATIAL_FACTOR = 8
+TEXT_TOKENS = 256
 # By what they end in, inside the blocks. The last block gives no text, and has no to_add_out.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (
@@ -40,6 +43,19 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
     ),
     "feed_forward": ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
 }
+
+
+def layers(transformer: Any) -> Layers:
+    return Layers(
+        {
+            r"pooler\.to_kv$": "text + one",
+            r"caption_proj": "text",
+            r"time|norm": "one",
+            r"add_[qkv]_proj|to_add_out|ff_context": "text",
+        },
+        {r"pooler\.to_q$": ("one", "text + one")},
+        beside="text",
+    )
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:

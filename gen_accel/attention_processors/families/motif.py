@@ -8,6 +8,7 @@ without positions, seen by all. Sparse attention leaves the cross-attention to t
 which some blocks have besides; image prompts are added there.
 """
 
+import re
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from gen_accel.attention_processors.families import (
     in_stacks,
     prefix_lengths,
 )
+from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
@@ -33,6 +35,8 @@ GUIDANCE = "sequential"
 FPS = 24
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 
+SPATIAL_FACTOR = 8
+TEXT_TOKENS = 512
 # By what they end in, inside the blocks; `to_q` and the like are those of cross-attention too.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (
@@ -44,6 +48,28 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
         *("proj_mlp", "proj_out"),
     ),
 }
+
+
+def layers(transformer: Any) -> Layers:
+    """The last blocks decode: there the video takes the place of the text."""
+    config = transformer.config
+    first = config.num_single_layers - config.num_decoder_layers
+    last = [f"single_transformer_blocks.{i}" for i in range(first, config.num_single_layers)]
+    decoding = "|".join(rf"^{re.escape(name)}\." for name in last) or "(?!)"
+    return Layers(
+        {
+            r"time|norm": "one",
+            r"^context_embedder|cross_attn\.to_[kv]$": "text",
+            r"image_embedder": "image",
+            r"add_[qkv]_proj|to_add_out|ff_context": "text + image",
+            r"cross_attn": "video",
+            decoding: "video + video",
+            r"^single_": "video + text + image",
+        },
+        {r"cross_attn\.to_q$": ("video", "text")},
+        beside="text + image",
+        pairs=dict.fromkeys(last, ("video + video", "video + video")),
+    )
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:

@@ -18,10 +18,13 @@ ORDER = wan.ORDER
 KIND = "video"
 FPS = 24
 TEMPORAL_FACTOR = wan.TEMPORAL_FACTOR
+SPATIAL_FACTOR = wan.SPATIAL_FACTOR
+TEXT_TOKENS = wan.TEXT_TOKENS
 LORA_TARGETS = wan.LORA_TARGETS
 AUTOENCODER = wan.AUTOENCODER
 GUIDANCE = wan.GUIDANCE
 
+layers = wan.layers
 self_attentions = wan.self_attentions
 image_attentions = wan.image_attentions
 video_shape = wan.video_shape

@@ -19,6 +19,7 @@ from gen_accel.attention_processors.families import (
     in_patches,
     split_tokens,
 )
+from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
 MODELS = "Wan 2.1 and 2.2, VACE"
@@ -75,6 +76,20 @@ PRESETS = {
     ),
 }
 TEXT_TOKENS = 512  # as the pipelines call it; `encode_prompt` on its own has another default
+
+
+def layers(transformer: Any) -> Layers:
+    return Layers(
+        {
+            r"text_embedder|attn2\.to_[kv]$": "text",
+            r"image_embedder|attn2\.add_[kv]_proj$": "image",
+            r"time": "one",
+        },
+        {
+            r"attn2\.to_q$": ("video", "text + image"),
+        },
+        uncounted="the timestep of each token of TI2V-5B",
+    )
 
 
 def trained_frames(transformer: Any) -> int:

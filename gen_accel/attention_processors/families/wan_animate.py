@@ -7,6 +7,7 @@ adapters, in which a frame sees the face at its time, are left as they are.
 from typing import Any
 
 from gen_accel.attention_processors.families import wan
+from gen_accel.attention_processors.families.layers import Layers
 
 MODELS = "Wan 2.2 Animate"
 CLASSES = ("WanAnimateTransformer3DModel",)
@@ -14,8 +15,26 @@ ATTENTION_CALL = wan.ATTENTION_CALL
 ORDER = wan.ORDER
 KIND = "video"
 TEMPORAL_FACTOR = wan.TEMPORAL_FACTOR  # after the first latent, which is the image
+SPATIAL_FACTOR = wan.SPATIAL_FACTOR
+TEXT_TOKENS = wan.TEXT_TOKENS
 LORA_TARGETS = wan.LORA_TARGETS
 GUIDANCE = wan.GUIDANCE
+
+
+def layers(transformer: Any) -> Layers:
+    return Layers(
+        {
+            r"face|pose": "none",
+            r"text_embedder|attn2\.to_[kv]$": "text",
+            r"image_embedder|attn2\.add_[kv]_proj$": "image",
+            r"time": "one",
+        },
+        {
+            r"blocks.*attn2\.to_q$": ("video", "text + image"),
+        },
+        uncounted="the pose and the face",
+    )
+
 
 self_attentions = wan.self_attentions
 image_attentions = wan.image_attentions

@@ -1,0 +1,113 @@
+"""FLOPs of one forward pass, from a model's layers: what passes each, and what attends to what.
+
+Counted, at 2 FLOPs for each multiplication and addition: linear layers and convolutions, and both
+products of each attention. Not counted: norms, activations, rotary embeddings and embeddings by
+table.
+
+Tokens are counted by kind, in expressions such as "video + text" or "frames * text" ("one" is one
+row a sample, "noisy" the tokens of frames that are not given: all of them, unless told). A kind
+whose number is not known counts 0.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from gen_accel.video import VideoShape
+
+LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
+
+
+class Layers(NamedTuple):
+    """What passes the layers of a family's models.
+
+    Args:
+        rows: regular expressions, searched for in the names of linear layers and convolutions, to
+            the tokens that pass them. The first that is found counts; all others see `default`.
+        attends: the same for the query projections of attentions beside those over the grid, to
+            their queries and their keys.
+        beside: what attends together with the grid, in `self_attentions`.
+        pairs: of blocks whose attention over the grid differs, by their names, to its queries and
+            its keys.
+        uncounted: in words, what depends on more than size and text, and counts nothing here.
+    """
+
+    rows: Mapping[str, str]
+    attends: Mapping[str, tuple[str, str]]
+    beside: str = ""
+    pairs: Mapping[str, tuple[str, str]] = {}
+    default: str = "video"
+    uncounted: str = ""
+
+
+class Flops(NamedTuple):
+    """Of one call for one sample.
+
+    Args:
+        attention: both products of the attentions over the grid and what attends with it.
+        rest: everything else, other attention too.
+    """
+
+    attention: float
+    rest: float
+
+
+class Cost:
+    """The work of a model as a function of its tokens.
+
+    Args:
+        model: its layers are looked at; may be on the meta device.
+        sites: its `self_attentions`.
+        frames_apart: each frame attends by itself.
+    """
+
+    def __init__(self, model: nn.Module, layers: Layers, sites: Any, frames_apart: bool) -> None:
+        self.linear: Counter[str] = Counter()  # rows to multiplications of one
+        self.other: Counter[tuple[str, str]] = Counter()  # queries and keys to widths
+        self.grid: Counter[tuple[str, str]] = Counter()
+        for name, layer in model.named_modules():
+            if isinstance(layer, LAYERS):
+                self.linear[_first(layers.rows, name, layers.default)] += layer.weight.numel()
+            pair = _first(layers.attends, name, None)
+            if pair is not None:
+                queries: Any = layer
+                self.other[pair] += queries.out_features
+        together = f"video + {layers.beside}" if layers.beside else "video"
+        apart = "frames * pixels", "pixels"
+        for site in sites:
+            usual = apart if frames_apart else (together, together)
+            self.grid[layers.pairs.get(site.name, usual)] += site.heads * site.dim
+
+    def __call__(self, video: VideoShape, lengths: Mapping[str, int]) -> Flops:
+        """
+        Args:
+            video: its grid counts.
+            lengths: of all other kinds of tokens, such as "text".
+        """
+        pixels = video.height * video.width
+        known = {"one": 1, "frames": video.frames, "pixels": pixels, "noisy": video.video_tokens}
+        known |= {**lengths, "video": video.video_tokens}
+
+        def attention(pairs: Mapping[tuple[str, str], int]) -> float:
+            return sum(
+                4.0 * _count(queries, known) * _count(keys, known) * width
+                for (queries, keys), width in pairs.items()
+            )
+
+        linear = sum(2.0 * _count(rows, known) * size for rows, size in self.linear.items())
+        return Flops(attention(self.grid), linear + attention(self.other))
+
+
+def _first(table: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((found for pattern, found in table.items() if re.search(pattern, name)), default)
+
+
+def _count(expression: str, known: Mapping[str, int]) -> int:
+    return sum(
+        prod(known.get(kind.strip(), 0) for kind in term.split("*"))
+        for term in expression.split("+")
+    )
