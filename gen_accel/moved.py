@@ -52,6 +52,7 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "inventory": {"check_kernel": "kernels"},
     "lora.latents": {"cache": "lora.encode", "Report": "lora.encode"},
+    "measure.estimate": dict.fromkeys(("cache_file", "measure_efficiency"), "measure.efficiency"),
     "measure.environment": {"cpp_compiler": "kernels.compiler"},
     "measure.report": {"file_sha256": "files", "write_json": "files"},
     "measure.video_io": {"check_folder": "files", "replacing": "files"},

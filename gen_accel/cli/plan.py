@@ -70,8 +70,8 @@ def estimate(
     model: Annotated[
         str,
         typer.Option(
-            help="Folder of a Wan pipeline, Wan2.1-T2V-1.3B, Wan2.1-T2V-14B and other names of "
-            "Wan's, or demo: the embedded."
+            help="Folder or hub repository of a pipeline, a published model's name such as "
+            "Wan2.1-T2V-14B, a family or class of `gen-accel models`, or demo: the embedded."
         ),
     ],
     frames: Annotated[int, typer.Option(help="Of the video, not latents.")],
@@ -84,6 +84,10 @@ def estimate(
     dense_end: DenseEnd = 0.0,
     dense_steps: DenseSteps = 0,
     dense_layers: DenseLayers = "0",
+    text: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the prompt; else as many as the pipelines make of any."),
+    ] = None,
     efficiency: Annotated[
         float | None,
         typer.Option(help="Share of the ideal speed-up that the kernel reaches; else measured."),
@@ -93,6 +97,7 @@ def estimate(
 
     \b
     gen-accel estimate --model Wan2.1-T2V-14B --height 720 --width 1280 --frames 161
+    gen-accel estimate --model hunyuan_video --height 720 --width 1280 --frames 129
     gen-accel estimate --model models/wan --height 480 --width 832 --frames 81 \\
         --set decay_factor=0.2 --dense-start 0.25 --dense-layers 1
     gen-accel estimate --model Wan2.1-T2V-1.3B --height 480 --width 832 --frames 81 \\
@@ -110,6 +115,7 @@ def estimate(
         width=width,
         num_frames=frames,
         schedule=schedule(dense_start, dense_end, dense_steps, dense_layers),
+        text=text,
         steps=steps,
         efficiency=efficiency,
     )

@@ -15,12 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gen_accel
 from gen_accel import Dense, Neighborhood, Radial, Schedule
-from gen_accel.measure.estimate import PRESETS, Estimate, cache_file, measure_efficiency
+from gen_accel.measure.efficiency import cache_file, measure_efficiency
+from gen_accel.measure.estimate import Estimate
+from gen_accel.measure.subject import presets
 from gen_accel.measure.timing import interleaved
 
 # The name `gen_accel.measure.estimate` is a module; this is how a user calls it.
 estimate = gen_accel.estimate
-module = "gen_accel.measure.estimate"
+module = "gen_accel.measure.efficiency"
 
 TINY = {
     "patch_size": (1, 2, 2),
@@ -306,7 +308,7 @@ def test_to_dict_is_json_and_complete():
         assert words in str(found)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", presets())
 def test_presets_are_whole(preset):
     found = estimate(preset, Dense(), height=704, width=1280, num_frames=81)
     assert found.model == preset

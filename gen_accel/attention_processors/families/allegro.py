@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gen_accel.attention_processors.families import (
     ImageAttention,
+    Preset,
     SelfAttention,
     image_sites,
     in_patches,
@@ -28,9 +29,10 @@ NAMES_CALLS = False
 FIRST_FRAME_ALONE = False  # with the pipelines' even numbers of frames
 FPS = 15
 TILED_VAE = True
-
 SPATIAL_FACTOR = 8
+PRESETS = {"Allegro": Preset("rhymes-ai/Allegro", 2.77, temporal=4)}
 TEXT_TOKENS = 512
+
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),

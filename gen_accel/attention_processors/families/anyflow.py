@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gen_accel.attention_processors.families import in_patches, wan
+from gen_accel.attention_processors.families import Preset, in_patches, wan
 from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
@@ -20,6 +20,7 @@ KIND = "video"
 FPS = 16
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 SPATIAL_FACTOR = wan.SPATIAL_FACTOR
+PRESETS = {"AnyFlow-Wan2.1-T2V-14B": Preset("nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers", 14.3)}
 TEXT_TOKENS = wan.TEXT_TOKENS
 LORA_TARGETS = wan.LORA_TARGETS
 AUTOENCODER = wan.AUTOENCODER

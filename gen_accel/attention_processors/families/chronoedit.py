@@ -6,7 +6,7 @@ steps, or from the start, the grid is of two frames, the first and the last.
 
 from typing import Any
 
-from gen_accel.attention_processors.families import wan
+from gen_accel.attention_processors.families import Preset, wan
 
 MODELS = "ChronoEdit"
 CLASSES = ("ChronoEditTransformer3DModel",)
@@ -15,6 +15,13 @@ ORDER = wan.ORDER
 KIND = "video"
 TEMPORAL_FACTOR = wan.TEMPORAL_FACTOR  # where there are more than two
 SPATIAL_FACTOR = wan.SPATIAL_FACTOR
+PRESETS = {
+    "ChronoEdit-14B": Preset(
+        "nvidia/ChronoEdit-14B-Diffusers",
+        16.4,
+        {"in_channels": 36, "out_channels": 16, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    ),
+}
 TEXT_TOKENS = wan.TEXT_TOKENS
 LORA_TARGETS = wan.LORA_TARGETS
 GUIDANCE = wan.GUIDANCE

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.families import (
     ImageAttention,
     ImageBranch,
+    Preset,
     SelfAttention,
     image_sites,
     in_patches,
@@ -29,9 +30,21 @@ FPS, _FPS_15 = 8, 16  # of version 1.0 and 1.5
 GUIDANCE = "batched"
 GUIDED = "do_classifier_free_guidance"
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
-
 SPATIAL_FACTOR = 8
+_OF_5B = {
+    "num_attention_heads": 48,
+    "num_layers": 42,
+    "use_rotary_positional_embeddings": True,
+}
+PRESETS = {
+    "CogVideoX-2b": Preset("THUDM/CogVideoX-2b", 1.7),
+    "CogVideoX-5b": Preset("THUDM/CogVideoX-5b", 5.57, _OF_5B),
+    "CogVideoX1.5-5b": Preset(
+        "THUDM/CogVideoX1.5-5B", 5.57, {**_OF_5B, "patch_size_t": 2, "patch_bias": False}
+    ),
+}
 TEXT_TOKENS = 226
+
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),

@@ -34,13 +34,15 @@ class Preset:
     """A published model.
 
     Args:
-        repository: on huggingface.co, where the config is from.
-        config: of its transformer, as far as it differs from the defaults of the class.
+        repository: on huggingface.co.
+        config: of its transformer there, as far as it differs from the defaults of the class.
+        billions: its parameters, to which a test holds the config.
         kind: the class; None for the first of the family.
         spatial, temporal: pixels a side, and frames, in a latent; None where the family's are.
     """
 
     repository: str
+    billions: float
     config: Mapping[str, Any] = field(default_factory=dict)
     kind: str | None = None
     spatial: int | None = None
@@ -292,8 +294,11 @@ class Family:
     PRESETS = Part[Mapping[str, Preset]](
         Mapping, "their names to their repositories and configs", default={}, each=Preset
     )
-    SPATIAL_FACTOR = Part[int | None](
-        int, "pixels, a side, in a latent; of a preset, its own is", default=None
+    SPATIAL_FACTOR = Part[int | None](int, "pixels, a side, in a latent", default=None)
+    spatial_factor = Part[Callable[[Any], int | None]](
+        Callable,
+        "(transformer): the same of this one, where they are not alike",
+        default_of=lambda family: lambda transformer: family.SPATIAL_FACTOR,
     )
 
     # What a forward pass costs

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gen_accel.attention_processors.families import (
     ImageAttention,
+    Preset,
     SelfAttention,
     image_sites,
     in_patches,
@@ -26,9 +27,14 @@ ORDER = "video"
 KIND = "video"
 GUIDANCE = "sequential"
 FPS = 16  # of Predict2.5; the pipelines of others take it
-
 SPATIAL_FACTOR = 8
+PRESETS = {
+    "Cosmos-1.0-Diffusion-7B": Preset(
+        "nvidia/Cosmos-1.0-Diffusion-7B-Text2World", 7.24, temporal=8
+    ),
+}
 TEXT_TOKENS = 512
+
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),

@@ -21,7 +21,6 @@ ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "text, video, sound, actions"
 KIND = "video"
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
-
 SPATIAL_FACTOR = 16
 # By what they end in, inside the blocks. The feed-forward of some has a `gate_proj` too.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {

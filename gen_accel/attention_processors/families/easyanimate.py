@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import SelfAttention, cogvideox, in_patches
+from gen_accel.attention_processors.families import Preset, SelfAttention, cogvideox, in_patches
 from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
@@ -20,9 +20,16 @@ ORDER = "text, video"
 KIND = "video"
 FPS = 8
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
-
 SPATIAL_FACTOR = 8
+PRESETS = {
+    "EasyAnimateV5.1-12b": Preset(
+        "alibaba-pai/EasyAnimateV5.1-12b-zh",
+        11.8,
+        {"in_channels": 16, "out_channels": 16, "patch_size": 2},
+    ),
+}
 TEXT_TOKENS = 256
+
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.families import hunyuan_video, in_patches
+from gen_accel.attention_processors.families import Preset, hunyuan_video, in_patches
 from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
@@ -26,6 +26,7 @@ ORDER = "history, video, image features, text"
 KIND = "video"
 TEMPORAL_FACTOR = hunyuan_video.TEMPORAL_FACTOR
 SPATIAL_FACTOR = hunyuan_video.SPATIAL_FACTOR
+PRESETS = {"FramePackI2V_HY": Preset("lllyasviel/FramePackI2V_HY", 12.8)}
 TEXT_TOKENS = hunyuan_video.TEXT_TOKENS
 LORA_TARGETS = hunyuan_video.LORA_TARGETS
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gen_accel.attention_processors.families import in_patches, wan
+from gen_accel.attention_processors.families import Preset, in_patches, wan
 from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
@@ -23,6 +23,7 @@ KIND = "video"
 FPS = 24
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first of a chunk
 SPATIAL_FACTOR = wan.SPATIAL_FACTOR
+PRESETS = {"Helios-Base": Preset("BestWishYsh/Helios-Base", 14.3)}
 TEXT_TOKENS = wan.TEXT_TOKENS
 LORA_TARGETS = wan.LORA_TARGETS
 GUIDANCE = wan.GUIDANCE

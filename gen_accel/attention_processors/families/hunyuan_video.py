@@ -67,7 +67,7 @@ TINY = {
     "rope_axes_dim": (4, 6, 6),
 }
 SPATIAL_FACTOR = 8
-PRESETS = {"HunyuanVideo": Preset("hunyuanvideo-community/HunyuanVideo")}
+PRESETS = {"HunyuanVideo": Preset("hunyuanvideo-community/HunyuanVideo", 12.8)}
 TEXT_TOKENS = 256  # as the pipelines call it
 # Scale that guidance-distilled models are trained further at: 1 asks for the data as it is.
 _DISTILLED_GUIDANCE = 1.0

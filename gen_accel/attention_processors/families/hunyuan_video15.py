@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import SelfAttention, in_patches, in_stacks
+from gen_accel.attention_processors.families import Preset, SelfAttention, in_patches, in_stacks
 from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
@@ -24,9 +24,12 @@ KIND = "video"
 FPS = 24
 MASK_OF_PAIRS = True
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
-
 SPATIAL_FACTOR = 16
+PRESETS = {
+    "HunyuanVideo-1.5": Preset("hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v", 8.3),
+}
 TEXT_TOKENS = 1000
+
 # By what they end in, inside the blocks: the token refiner has some of these names too.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (
@@ -50,7 +53,7 @@ def layers(transformer: Any) -> Layers:
             r"refiner_blocks.*attn\.to_q$": ("text", "text"),
         },
         beside="text + glyphs + image",
-        uncounted="the glyphs and the image beside the prompt",
+        lengths={"glyphs": 256, "image": 729},  # as its pipelines pad them
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import (
     ImageAttention,
+    Preset,
     SelfAttention,
     image_sites,
     in_patches,
@@ -28,9 +29,16 @@ KIND = "video"
 GUIDANCE = "sequential"
 FPS = 24
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
-
 SPATIAL_FACTOR = 8
+PRESETS = {
+    "Kandinsky-5.0-T2V-Lite": Preset(
+        "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",
+        2.0,
+        {"model_dim": 1792, "ff_dim": 7168, "num_visual_blocks": 32},
+    ),
+}
 TEXT_TOKENS = 512
+
 # By what they end in, inside the blocks: other layers are called `out_layer` too.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": tuple(

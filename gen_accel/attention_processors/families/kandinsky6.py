@@ -30,9 +30,9 @@ ORDER = "video, image"
 KIND = "video"
 GUIDANCE = kandinsky5.GUIDANCE
 TEMPORAL_FACTOR = kandinsky5.TEMPORAL_FACTOR
-
 SPATIAL_FACTOR = 8
 TEXT_TOKENS = 1024
+
 # By what they end in, inside the blocks: those of the video alone.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": tuple(

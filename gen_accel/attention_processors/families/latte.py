@@ -31,9 +31,9 @@ NAMES_CALLS = False
 FRAMES_ARGUMENT = "video_length"
 FPS = 8
 TEMPORAL_FACTOR = 1  # frames in a latent frame
-
 SPATIAL_FACTOR = 8
 TEXT_TOKENS = 120
+
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),

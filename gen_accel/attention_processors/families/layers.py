@@ -33,6 +33,7 @@ class Layers(NamedTuple):
         beside: what attends together with the grid, in `self_attentions`.
         pairs: of blocks whose attention over the grid differs, by their names, to its queries and
             its keys.
+        lengths: numbers of tokens that are the same for all videos, by kind.
         uncounted: in words, what depends on more than size and text, and counts nothing here.
     """
 
@@ -41,6 +42,7 @@ class Layers(NamedTuple):
     beside: str = ""
     pairs: Mapping[str, tuple[str, str]] = {}
     default: str = "video"
+    lengths: Mapping[str, int] = {}
     uncounted: str = ""
 
 
@@ -66,6 +68,7 @@ class Cost:
     """
 
     def __init__(self, model: nn.Module, layers: Layers, sites: Any, frames_apart: bool) -> None:
+        self.lengths = layers.lengths
         self.linear: Counter[str] = Counter()  # rows to multiplications of one
         self.other: Counter[tuple[str, str]] = Counter()  # queries and keys to widths
         self.grid: Counter[tuple[str, str]] = Counter()
@@ -90,7 +93,7 @@ class Cost:
         """
         pixels = video.height * video.width
         known = {"one": 1, "frames": video.frames, "pixels": pixels, "noisy": video.video_tokens}
-        known |= {**lengths, "video": video.video_tokens}
+        known |= {**self.lengths, **lengths, "video": video.video_tokens}
 
         def attention(pairs: Mapping[tuple[str, str], int]) -> float:
             return sum(

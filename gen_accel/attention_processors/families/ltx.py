@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import (
     ImageAttention,
+    Preset,
     SelfAttention,
     image_sites,
     outside_graphs,
@@ -26,9 +27,10 @@ ORDER = "video, with other frames before or after it where they condition it"
 KIND = "video"
 GUIDANCE = "batched"
 TEMPORAL_FACTOR = 8  # frames in a latent frame, all but the first
-
 SPATIAL_FACTOR = 32
+PRESETS = {"LTX-Video": Preset("Lightricks/LTX-Video", 1.92)}
 TEXT_TOKENS = 128
+
 # By what they end in, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import (
     ImageAttention,
+    Preset,
     SelfAttention,
     ltx,
     outside_graphs,
@@ -28,9 +29,10 @@ ORDER = "video, with key frames and other videos after it where they condition i
 KIND = "video"
 GUIDANCE = ltx.GUIDANCE
 TEMPORAL_FACTOR = ltx.TEMPORAL_FACTOR
-
 SPATIAL_FACTOR = 32
+PRESETS = {"LTX-2": Preset("Lightricks/LTX-2", 18.9)}
 TEXT_TOKENS = 1024
+
 # By what they end in, inside the blocks: those of the video alone.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": tuple(

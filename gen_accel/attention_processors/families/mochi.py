@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.families import (
     ImageAttention,
     ImageBranch,
+    Preset,
     SelfAttention,
     image_sites,
     in_patches,
@@ -32,9 +33,10 @@ LEAST_STEPS = 2  # its schedule divides by one less
 TIMESTEPS_RISE = True
 GUIDANCE = "batched"
 TEMPORAL_FACTOR = 6  # frames in a latent frame, all but the first
-
 SPATIAL_FACTOR = 8
+PRESETS = {"mochi-1-preview": Preset("genmo/mochi-1-preview", 10.0)}
 TEXT_TOKENS = 256
+
 # By what they end in, inside the blocks. The last block gives no text, and has no to_add_out.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (

@@ -34,9 +34,9 @@ KIND = "video"
 GUIDANCE = "sequential"
 FPS = 24
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
-
 SPATIAL_FACTOR = 8
 TEXT_TOKENS = 512
+
 # By what they end in, inside the blocks; `to_q` and the like are those of cross-attention too.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (

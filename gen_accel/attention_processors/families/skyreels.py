@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gen_accel.attention_processors.families import split_tokens, wan
+from gen_accel.attention_processors.families import Preset, split_tokens, wan
 
 MODELS = "SkyReels-V2"
 CLASSES = ("SkyReelsV2Transformer3DModel",)
@@ -19,6 +19,13 @@ KIND = "video"
 FPS = 24
 TEMPORAL_FACTOR = wan.TEMPORAL_FACTOR
 SPATIAL_FACTOR = wan.SPATIAL_FACTOR
+PRESETS = {
+    "SkyReels-V2-T2V-14B": Preset(
+        "Skywork/SkyReels-V2-T2V-14B-720P-Diffusers",
+        14.3,
+        {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
+    ),
+}
 TEXT_TOKENS = wan.TEXT_TOKENS
 LORA_TARGETS = wan.LORA_TARGETS
 AUTOENCODER = wan.AUTOENCODER

@@ -59,12 +59,14 @@ SPATIAL_FACTOR = 8
 PRESETS = {
     "Wan2.1-T2V-1.3B": Preset(
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        1.42,
         {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
     ),
-    "Wan2.1-T2V-14B": Preset("Wan-AI/Wan2.1-T2V-14B-Diffusers"),
-    "Wan2.2-T2V-A14B": Preset("Wan-AI/Wan2.2-T2V-A14B-Diffusers"),
+    "Wan2.1-T2V-14B": Preset("Wan-AI/Wan2.1-T2V-14B-Diffusers", 14.3),
+    "Wan2.2-T2V-A14B": Preset("Wan-AI/Wan2.2-T2V-A14B-Diffusers", 14.3),
     "Wan2.2-TI2V-5B": Preset(
         "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        5.0,
         {
             "num_attention_heads": 24,
             "num_layers": 30,
@@ -72,7 +74,6 @@ PRESETS = {
             "in_channels": 48,
             "out_channels": 48,
         },
-        spatial=16,
     ),
 }
 TEXT_TOKENS = 512  # as the pipelines call it; `encode_prompt` on its own has another default
@@ -88,8 +89,14 @@ def layers(transformer: Any) -> Layers:
         {
             r"attn2\.to_q$": ("video", "text + image"),
         },
+        lengths={"image": _image_tokens(transformer.config)},
         uncounted="the timestep of each token of TI2V-5B",
     )
+
+
+def _image_tokens(config: Any) -> int:
+    """Of the image that cross-attention sees beside the text, by CLIP."""
+    return 0 if config.added_kv_proj_dim is None else config.pos_embed_seq_len or 257
 
 
 def trained_frames(transformer: Any) -> int:
@@ -100,6 +107,12 @@ def trained_frames(transformer: Any) -> int:
 
 def fps(transformer: Any) -> int:
     return _TI2V_FPS if transformer.config.in_channels == _TI2V_CHANNELS else FPS
+
+
+def spatial_factor(transformer: Any) -> int:
+    """The autoencoder of the 5B model halves the sides once more."""
+    is_ti2v = transformer.config.in_channels == _TI2V_CHANNELS
+    return 2 * SPATIAL_FACTOR if is_ti2v else SPATIAL_FACTOR
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:

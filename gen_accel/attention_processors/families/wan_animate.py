@@ -6,7 +6,7 @@ adapters, in which a frame sees the face at its time, are left as they are.
 
 from typing import Any
 
-from gen_accel.attention_processors.families import wan
+from gen_accel.attention_processors.families import Preset, wan
 from gen_accel.attention_processors.families.layers import Layers
 
 MODELS = "Wan 2.2 Animate"
@@ -16,6 +16,7 @@ ORDER = wan.ORDER
 KIND = "video"
 TEMPORAL_FACTOR = wan.TEMPORAL_FACTOR  # after the first latent, which is the image
 SPATIAL_FACTOR = wan.SPATIAL_FACTOR
+PRESETS = {"Wan2.2-Animate-14B": Preset("Wan-AI/Wan2.2-Animate-14B-Diffusers", 15.2)}
 TEXT_TOKENS = wan.TEXT_TOKENS
 LORA_TARGETS = wan.LORA_TARGETS
 GUIDANCE = wan.GUIDANCE
@@ -32,6 +33,7 @@ def layers(transformer: Any) -> Layers:
         {
             r"blocks.*attn2\.to_q$": ("video", "text + image"),
         },
+        lengths={"image": wan._image_tokens(transformer.config)},
         uncounted="the pose and the face",
     )
 

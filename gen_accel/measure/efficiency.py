@@ -1,0 +1,94 @@
+"""How much of the ideal speed-up, 1 / computed density, the kernels reach on a device.
+
+It is measured once for a device and kept in a file.
+"""
+
+import json
+import statistics
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gen_accel.attention_processors import Neighborhood, Radial
+from gen_accel.files import cache_folder, write_json
+from gen_accel.functional import attention
+from gen_accel.measure.timing import device_name, interleaved
+from gen_accel.version import __version__
+from gen_accel.video import VideoShape
+
+
+def known_efficiency(
+    device: torch.device, dtype: torch.dtype, head_dim: int, windows: bool
+) -> tuple[float, str]:
+    """From the cache, or measured now and kept there; with words on where it comes from.
+
+    Args:
+        windows: see `measure_efficiency`.
+    """
+    name, kind = device_name(device), str(dtype).removeprefix("torch.")
+    key = " | ".join(
+        [
+            name,
+            f"torch {torch.__version__}",
+            kind,
+            f"head dim {head_dim}",
+            "windows" if windows else "blocks",
+            f"gen_accel {__version__}",
+        ]
+    )
+    path = cache_file()
+    known = _read_cache(path)
+    if key not in known:
+        known[key] = measure_efficiency(device, dtype, head_dim, windows)
+        try:
+            write_json(path, known)
+        except OSError as error:
+            warnings.warn(f"cannot keep the kernel efficiency: {error}", stacklevel=4)
+    return known[key], f"measured on {name}, {kind}"
+
+
+def cache_file() -> Path:
+    """Where measured efficiencies are kept. Delete it to measure anew."""
+    return cache_folder() / "efficiency.json"
+
+
+def _read_cache(path: Path) -> dict[str, float]:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # none yet, or not ours any more: it is only a cache
+    return known if isinstance(known, dict) else {}
+
+
+@torch.no_grad()
+def measure_efficiency(
+    device: torch.device, dtype: torch.dtype, head_dim: int, windows: bool
+) -> float:
+    """Speed-up over dense SDPA times computed density, by the kernel that "auto" picks.
+
+    One small case at a density of about 0.1, whose frames the tiles divide: about 8k tokens on the
+    CPU, where this takes a few seconds, and about 33k on a GPU, which less would not fill.
+
+    Args:
+        windows: for methods with a rule on token pairs inside their blocks, which costs more.
+    """
+    on_cpu = device.type == "cpu"
+    video, heads = (VideoShape(57, 12, 12), 2) if on_cpu else (VideoShape(228, 12, 12), 12)
+    method = Radial(decay_factor=0.15 if on_cpu else 1.5)
+    if windows:
+        method = Neighborhood((-1, 4, 4))
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, heads, video.tokens, head_dim)
+    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+    seconds = interleaved(
+        {
+            "dense": lambda: nn.functional.scaled_dot_product_attention(q, k, v),
+            "sparse": lambda: attention(q, k, v, video=video, method=method),
+        },
+        rounds=3 if on_cpu else 10,
+        device=device,
+    )
+    speedup = statistics.median(seconds["dense"]) / statistics.median(seconds["sparse"])
+    return speedup * method.plan(video).computed_density
