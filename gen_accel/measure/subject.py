@@ -254,8 +254,10 @@ def _check_whole(name: str, config: Mapping[str, Any]) -> None:
     """A config may leave out what does not change the work; defaults are another model's."""
     import diffusers
 
-    made = getattr(diffusers, str(config.get("_class_name", "WanTransformer3DModel")), None)
-    takes = () if made is None else inspect.signature(made.__init__).parameters
+    kind = config.get("_class_name", "WanTransformer3DModel")
+    if kind not in video_classes():
+        return  # refused by name
+    takes = inspect.signature(getattr(diffusers, kind).__init__).parameters
     missing = [key for key in NEEDED if key in takes and key not in config]
     if missing:
         raise ValueError(f"the config of {name} lacks {', '.join(missing)}")

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKLWan,
+    LatteTransformer3DModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -17,7 +18,7 @@ import gen_accel
 from gen_accel import Dense, Neighborhood, Radial, Schedule
 from gen_accel.measure.efficiency import cache_file, measure_efficiency
 from gen_accel.measure.estimate import Estimate
-from gen_accel.measure.subject import presets
+from gen_accel.measure.subject import presets, subject_of
 from gen_accel.measure.timing import interleaved
 
 # The name `gen_accel.measure.estimate` is a module; this is how a user calls it.
@@ -310,5 +311,108 @@ def test_to_dict_is_json_and_complete():
 
 @pytest.mark.parametrize("preset", presets())
 def test_presets_are_whole(preset):
-    found = estimate(preset, Dense(), height=704, width=1280, num_frames=81)
+    """The config makes a model of the published size, and every preset can be estimated."""
+    subject, (_, published) = subject_of(preset), presets()[preset]
+    parameters = sum(p.numel() for p in subject.model.parameters())
+    assert parameters / 1e9 == pytest.approx(published.billions, rel=0.01)
+    size = {"height": 704, "width": 1280, "num_frames": subject.frames(11)}
+    found = estimate(preset, Radial(), **size, efficiency=0.7)
     assert found.model == preset
+    assert found.video.grid[0] == 11
+    assert 0 < found.attention_share < 1
+    assert found.to_dict()["uncounted"] == list(subject.uncounted)
+    assert estimate(published.repository, Dense(), **size).step_flops == found.step_flops
+
+
+def test_a_family_or_class_is_its_first_published_model():
+    size = {"height": 720, "width": 1280, "num_frames": 129}
+    found = estimate("hunyuan_video", Dense(), **size)
+    assert found.model == "HunyuanVideo"
+    assert (found.video.grid, found.video.text) == ((33, 45, 80), 256)
+    assert estimate("HunyuanVideoTransformer3DModel", Dense(), **size) == found
+    assert (
+        estimate("mochi", Dense(), **size | {"num_frames": 127, "height": 704}).video.text == 256
+    )
+
+
+def test_flops_of_hunyuan_video_by_hand():
+    """20 blocks of two streams and 40 of one, 24 heads of 128."""
+    found = estimate("HunyuanVideo", Dense(), height=720, width=1280, num_frames=129)
+    N, T, C = 33 * 45 * 80, 256, 24 * 128
+    attention = 60 * 4 * (N + T) ** 2 * C
+    rest = 2 * (20 * (N + T) * 12 * C * C + 40 * (N + T) * 12 * C * C)
+    assert found.attention_flops == 2 * attention
+    assert found.step_flops == pytest.approx(2 * (attention + rest), rel=0.01)
+
+
+def test_the_text_may_be_another():
+    size = {"height": 480, "width": 832, "num_frames": 81}
+    usual, short = (estimate("hunyuan_video", Dense(), **size, text=n) for n in (None, 32))
+    assert (usual.video.text, short.video.text) == (256, 32)
+    assert short.attention_flops < usual.attention_flops
+
+
+def test_first_frames_and_patches_of_several_latents():
+    size = {"height": 480, "width": 832}
+    assert estimate("allegro", Dense(), **size, num_frames=88).video.frames == 22
+    assert estimate("CogVideoX1.5-5b", Dense(), **size, num_frames=81).video.frames == 11
+    with pytest.raises(ValueError, match="multiple of 4, got 89; nearest: 88 or 92"):
+        estimate("allegro", Dense(), **size, num_frames=89)
+
+
+def test_frames_apart_attend_by_themselves():
+    transformer = LatteTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=16,
+        caption_channels=8,
+        patch_size=2,
+        sample_size=16,
+    )
+    found = estimate(transformer, Dense(), height=128, width=96, num_frames=16)
+    assert found.video.grid == (16, 8, 6)
+    assert found.attention_flops == 2 * 2 * 4 * 16 * 48**2 * 16
+
+
+def test_what_is_left_out_is_said():
+    size = {"height": 704, "width": 1280, "num_frames": 81}
+    assert estimate("Wan2.1-T2V-14B", Dense(), **size).uncounted == ()
+    assert "not counted: the timestep of each token" in str(
+        estimate("Wan2.2-TI2V-5B", Dense(), **size)
+    )
+    assert "the history" in str(estimate("framepack", Dense(), **size))
+
+
+def test_a_family_without_published_sizes_asks_for_a_folder():
+    with pytest.raises(ValueError, match="no published model of minimax_h3 is known here"):
+        estimate("minimax_h3", Dense(), **P480)
+
+
+def test_a_repository_out_of_reach_says_what_is_known(monkeypatch, tmp_path):
+    def unreachable(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    with pytest.raises(ValueError, match=r"config of me/mine is neither .* no network; known"):
+        estimate("me/mine", Dense(), **P480)
+
+
+def test_a_repository_in_the_cache_is_read(monkeypatch, tmp_path):
+    transformer = WanTransformer3DModel(**TINY)
+    pipeline(transformer).save_pretrained(tmp_path)
+
+    def cached(repository, file):
+        assert repository == "me/mine"
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", cached)
+    found = estimate("me/mine", Dense(), **CLIP)
+    assert found.step_flops == estimate(transformer, Dense(), **CLIP).step_flops
+
+
+def test_images_are_refused():
+    with pytest.raises(ValueError, match=r"models that make videos .* got FluxTransformer2DModel"):
+        estimate({"_class_name": "FluxTransformer2DModel"}, Dense(), **P480)

@@ -90,7 +90,7 @@ def layers(transformer: Any) -> Layers:
             r"attn2\.to_q$": ("video", "text + image"),
         },
         lengths={"image": _image_tokens(transformer.config)},
-        uncounted="the timestep of each token of TI2V-5B",
+        uncounted="the timestep of each token" if _is_ti2v(transformer) else "",
     )
 
 
@@ -102,17 +102,20 @@ def _image_tokens(config: Any) -> int:
 def trained_frames(transformer: Any) -> int:
     """Of the videos that it was trained on. The 5B model of Wan 2.2 takes 24 frames a second, and
     is known by the channels of its latents."""
-    return _TI2V_FRAMES if transformer.config.in_channels == _TI2V_CHANNELS else TRAINED_FRAMES
+    return _TI2V_FRAMES if _is_ti2v(transformer) else TRAINED_FRAMES
 
 
 def fps(transformer: Any) -> int:
-    return _TI2V_FPS if transformer.config.in_channels == _TI2V_CHANNELS else FPS
+    return _TI2V_FPS if _is_ti2v(transformer) else FPS
 
 
 def spatial_factor(transformer: Any) -> int:
     """The autoencoder of the 5B model halves the sides once more."""
-    is_ti2v = transformer.config.in_channels == _TI2V_CHANNELS
-    return 2 * SPATIAL_FACTOR if is_ti2v else SPATIAL_FACTOR
+    return 2 * SPATIAL_FACTOR if _is_ti2v(transformer) else SPATIAL_FACTOR
+
+
+def _is_ti2v(transformer: Any) -> bool:
+    return transformer.config.in_channels == _TI2V_CHANNELS
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:

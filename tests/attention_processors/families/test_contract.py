@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_every_family_keeps_the_contract(name):
 
 
 def test_every_file_is_in_the_list():
-    shared = {"__init__", "contract"}
+    shared = {"__init__", "contract", "layers"}
     assert {path.stem for path in FOLDER.glob("*.py")} - shared == set(FAMILIES)
 
 
@@ -127,3 +128,15 @@ def test_uses_name_parts():
 
 def test_every_part_is_explained():
     assert all(part.meaning for part in PARTS.values())
+
+
+def test_nobody_asks_a_family_what_it_has():
+    """Parts are there: no `getattr` with a default, nor `hasattr`, hides a misspelt one."""
+    package = FOLDER.parents[1]
+    asked = [
+        f"{path.relative_to(package)}: {line.strip()}"
+        for path in package.rglob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"(hasattr\(|getattr\()(self\.)?_?famil", line)
+    ]
+    assert not asked
