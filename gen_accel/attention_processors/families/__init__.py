@@ -5,14 +5,13 @@ families share, and finds the family of a model.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from importlib import import_module
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families.contract import Family, Preset, load
+from gen_accel.attention_processors.families.contract import Family, Preset, family_named
 from gen_accel.attention_processors.seam import Call, add_tap
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
@@ -300,12 +299,6 @@ def encoded(pipe: Any, video: Tensor, generator: torch.Generator | None) -> Tens
     posterior = vae.encode(video.to(weight.device, weight.dtype)).latent_dist
     latents = posterior.mode() if generator is None else posterior.sample(generator)
     return latents.float()
-
-
-@cache
-def family_named(name: str) -> Family:
-    """The family in the file `name`; ValueError, at first, where its parts are not right."""
-    return load(name, import_module(f"{__name__}.{name}"))
 
 
 def served_classes() -> dict[str, str]:

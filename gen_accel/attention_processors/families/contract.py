@@ -14,6 +14,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any, Generic, TypeVar, overload
 
@@ -22,7 +24,7 @@ from torch import Tensor
 from gen_accel.attention_processors.families.layers import Flops, Layers
 from gen_accel.video import VideoShape
 
-__all__ = ["USES", "Family", "Part", "Preset", "load"]
+__all__ = ["USES", "Family", "Part", "Preset", "family_named", "load"]
 
 T = TypeVar("T")
 
@@ -147,8 +149,6 @@ class Family:
 
     def __reduce__(self) -> tuple[Callable, tuple[str]]:
         """A module can be neither copied nor pickled: a copy is the same family again."""
-        from gen_accel.attention_processors.families import family_named
-
         return family_named, (self.name,)
 
     def serves(self, use: str) -> bool:
@@ -403,6 +403,12 @@ USES = {
 PARTS: dict[str, Part] = {
     name: part for name, part in vars(Family).items() if isinstance(part, Part)
 }
+
+
+@cache
+def family_named(name: str) -> Family:
+    """The family in the file `name`; ValueError, at first, where its parts are not right."""
+    return load(name, import_module(f"{__package__}.{name}"))
 
 
 def load(name: str, module: ModuleType) -> Family:
