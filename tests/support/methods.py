@@ -17,7 +17,7 @@ from gen_accel.attention_processors import (
     Radial,
     SparseLinear,
 )
-from gen_accel.method import parts_of
+from gen_accel.method import density_of, parts_of
 from gen_accel.video import VideoShape
 
 FEW = VideoShape(5, 9, 11)  # tokens of the tiny models, of which `small` leaves some out
@@ -32,8 +32,7 @@ def small(kind: type) -> Any:
         }
         try:
             found = replace(method, **options)
-            density = parts_of(found).density
-            if density is None or density(FEW) < 1:
+            if density_of(found, FEW) < 1:
                 return found
         except ValueError:  # such sizes do not go together
             continue
