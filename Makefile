@@ -51,7 +51,7 @@ golden: venv
 	$(BIN)/python tests/check_golden.py tests/golden
 
 versions:
-	sh tests/versions.sh
+	tests/versions.sh
 
 lint: venv
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import get_type_hints
 
+import diffusers
 import torch
 
 from gen_accel.attention_processors import METHODS
@@ -61,6 +62,7 @@ class ModelInfo:
         order: of the tokens in its self-attention.
         lora_targets: names of a group of layers to what they end in.
         image_prompts: whether image prompts can be loaded.
+        here: whether the diffusers that is installed has the class.
         refused: why it cannot be served; then the rest is empty.
     """
 
@@ -71,6 +73,7 @@ class ModelInfo:
     order: str = ""
     lora_targets: dict[str, tuple[str, ...]] = field(default_factory=dict)
     image_prompts: bool = False
+    here: bool = True
     refused: str = ""
 
 
@@ -112,7 +115,7 @@ def kernels() -> list[KernelInfo]:
 
 def models() -> list[ModelInfo]:
     """All classes that are served, family by family, and then those that are refused."""
-    with_images = image_classes()
+    with_images, here = image_classes(), {*dir(diffusers), *dir(diffusers.models)}
     found = []
     for family in FAMILIES:
         module = family_named(family)
@@ -131,6 +134,7 @@ def models() -> list[ModelInfo]:
                 module.ORDER,
                 dict(module.LORA_TARGETS),
                 name in with_images,
+                name in here,
             )
             for name in module.CLASSES
         ]

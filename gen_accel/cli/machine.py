@@ -48,6 +48,7 @@ def models(
     gen-accel models
     gen-accel models --markdown > docs/models.md
     """
+    import diffusers
     from rich.console import Console
     from rich.table import Table
 
@@ -68,6 +69,9 @@ def models(
             methods = inventory.methods_of(model)
             table.add_row(model.models, model.name, methods, model.order, targets, images)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+    missing = [model.name for model in found if not model.here]
+    if missing:
+        typer.echo(f"diffusers {diffusers.__version__} does not have: {', '.join(missing)}")
     for model in found:
         if model.refused:
             typer.echo(f"{model.name} cannot be served: {model.refused}")

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Sequence
 from functools import cache, partial
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from support.methods import FEW_METHODS as METHODS
 from support.methods import RADIAL, WINDOW
 from support.paths import ROOT
 from support.products import NIGHTLY
-from support.tiny import Case, cases
+from support.tiny import Case, cases, cases_of
 from torch import Tensor, nn
 
 from gen_accel import Dense, Neighborhood, Schedule, VideoShape, attach, attention
@@ -33,7 +32,7 @@ from gen_accel.pipelines import NothingSaved
 
 CASES = {case.name: case for case in cases()}
 # One of each family is run all the time.
-FIRST = {import_module(f"support.tiny.{family}").CASES[0].name for family in FAMILIES}
+FIRST = {case.name for family in FAMILIES for case in cases_of(family)[:1]}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch"),

@@ -1,0 +1,35 @@
+"""What `gen-accel list` and `gen-accel models` read."""
+
+import diffusers
+import pytest
+
+from gen_accel.cli import inventory
+
+
+def test_classes_that_this_diffusers_lacks_are_named(run, monkeypatch):
+    assert "does not have" not in run("models").stdout
+    gone = "WanVACETransformer3DModel"
+
+    class Older:
+        """`diffusers.models` without one class."""
+
+        def __dir__(self):
+            return [name for name in dir(diffusers_models) if name != gone]
+
+    diffusers_models = diffusers.models
+
+    class Top:
+        __version__ = "0.38.0"
+        models = Older()
+
+        def __dir__(self):
+            return [name for name in dir(diffusers) if name != gone]
+
+    monkeypatch.setattr(inventory, "diffusers", Top())
+    assert [model.name for model in inventory.models() if not model.here] == [gone]
+    assert f"does not have: {gone}" in run("models").stdout
+
+
+@pytest.mark.parametrize("model", [m for m in inventory.models() if m.here and not m.refused])
+def test_classes_are_found_where_diffusers_keeps_them(model):
+    assert hasattr(diffusers, model.name) or hasattr(diffusers.models, model.name)
