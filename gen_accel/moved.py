@@ -55,7 +55,10 @@ NAMES: dict[str, dict[str, str]] = {
     "measure.estimate": dict.fromkeys(("cache_file", "measure_efficiency"), "measure.efficiency"),
     "measure.environment": {"cpp_compiler": "kernels.compiler"},
     "measure.report": {"file_sha256": "files", "write_json": "files"},
-    "measure.video_io": {"check_folder": "files", "replacing": "files"},
+    "measure.video_io": {
+        **dict.fromkeys(("check_folder", "replacing"), "files"),
+        **dict.fromkeys(("contact_sheet", "side_by_side"), "measure.sheets"),
+    },
     "pipelines.attach": {
         **dict.fromkeys(("TRANSFORMERS", "served_transformers"), f"{_ATTACHED}.transformers"),
         **dict.fromkeys(_OF_ATTACHMENT, f"{_ATTACHED}.attachment"),

@@ -10,7 +10,7 @@ import numpy as np
 from gen_accel import demo
 from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.demo.detector import detect
-from gen_accel.measure.video_io import side_by_side
+from gen_accel.measure.sheets import side_by_side
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.loading import Loading, load
 from gen_accel.pipelines.generation.progress import steps_bar, ticker

@@ -11,7 +11,8 @@ import torch
 from gen_accel.extras import needed_for
 from gen_accel.lora.artefact import held_guidance
 from gen_accel.lora.config import TrainConfig
-from gen_accel.measure.video_io import read_video, side_by_side, write_video
+from gen_accel.measure.sheets import side_by_side
+from gen_accel.measure.video_io import read_video, write_video
 from gen_accel.pipelines.generation.sampling import Clip, filled, sample
 from gen_accel.pipelines.long_video import extend
 

@@ -17,12 +17,11 @@ if TYPE_CHECKING:
         ssim_per_frame,
     )
     from gen_accel.measure.report import write_report
+    from gen_accel.measure.sheets import contact_sheet, side_by_side
     from gen_accel.measure.video_io import (
         check_writable,
-        contact_sheet,
         read_stream,
         read_video,
-        side_by_side,
         write_stream,
         write_video,
     )
@@ -53,7 +52,7 @@ _HOMES = {
     "Fidelity": "quality",
     "Motion": "motion",
     "check_writable": "video_io",
-    "contact_sheet": "video_io",
+    "contact_sheet": "sheets",
     "lpips": "quality",
     "measure_fidelity": "quality",
     "measure_motion": "motion",
@@ -61,7 +60,7 @@ _HOMES = {
     "psnr_per_frame": "quality",
     "read_stream": "video_io",
     "read_video": "video_io",
-    "side_by_side": "video_io",
+    "side_by_side": "sheets",
     "ssim": "quality",
     "ssim_per_frame": "quality",
     "write_report": "report",

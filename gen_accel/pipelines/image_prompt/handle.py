@@ -252,12 +252,14 @@ class ImagePrompt:
         masks = None if mask is None else Masks(mask, number)
         images = Images(features, negative, masks, each, seen)
         # What the adapter does not take is refused here.
-        sides = ["positive", *([] if negative is None else ["negative"])]
-        if len({self._tokens.kept(images, side).tokens.shape for side in sides}) > 1:
-            raise ValueError(
-                f"negative must be features like those of the image, got {shapes(negative)} for "
-                f"{shapes(features)}"
-            )
+        tokens = self._tokens.kept(images, "positive").tokens
+        if negative is not None:
+            against = self._tokens.kept(images, "negative").tokens
+            if against.shape != tokens.shape:
+                raise ValueError(
+                    f"negative must be features like those of the image, got {shapes(negative)} "
+                    f"for {shapes(features)}"
+                )
         self._images = images
 
     @torch.compiler.disable(
