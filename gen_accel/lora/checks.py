@@ -2,15 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.kernels import check_name
 from gen_accel.method import parts_of
 from gen_accel.pipelines.long_video import check_names
-
-if TYPE_CHECKING:
-    from gen_accel.lora.config import TrainConfig
 
 EPS = 1e-12  # shares that are added up may end a rounding above 1
 
@@ -66,8 +63,11 @@ LIMITS = (
 )
 
 
-def check(config: "TrainConfig") -> None:
-    """Raises ValueError for a value out of its limits, or for fields that do not go together."""
+def check(config: Any) -> None:
+    """Refuse a `TrainConfig`, which calls this when it is made.
+
+    Raises ValueError for a value out of its limits, or for fields that do not go together.
+    """
     for names, holds, must in LIMITS:
         for name in names:
             value = getattr(config, name)
@@ -99,7 +99,7 @@ def check(config: "TrainConfig") -> None:
     config.curriculum  # noqa: B018  a stage that cannot be read
 
 
-def _check_teacher(config: "TrainConfig") -> None:
+def _check_teacher(config: Any) -> None:
     if config.objective != "distill" or config.adapter != "lora":
         for name in ("teacher_guidance", "teacher_lora"):
             if config.is_given(name):
@@ -115,7 +115,7 @@ def _check_teacher(config: "TrainConfig") -> None:
         )
 
 
-def _check_image_prompt(config: "TrainConfig") -> None:
+def _check_image_prompt(config: Any) -> None:
     _check_unused(config, "LoRA")
     if sum(getattr(config, f"{name}_dropout") for name in ("caption", "image", "both")) > 1:
         raise ValueError(
@@ -140,7 +140,7 @@ def _check_image_prompt(config: "TrainConfig") -> None:
         )
 
 
-def _check_unused(config: "TrainConfig", group: str) -> None:
+def _check_unused(config: Any, group: str) -> None:
     """Raises ValueError for fields of the other adapter that are not left as they are."""
     names = [one.name for one in fields(config) if one.metadata["group"] == group]
     given = [name for name in names if config.is_given(name)]
