@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from gen_accel.attention_processors.attached.transformers import TRANSFORMERS
 from gen_accel.attention_processors.families import classes_for, family_of
 from gen_accel.extras import needed_for
 from gen_accel.lora.fingerprint import model_state, words_state
@@ -72,7 +73,7 @@ def load_encoders(model_or_pipe: Any, device: str, dtype: str) -> Encoders:
         pipe = model_or_pipe
         if dtype != "auto":
             raise ValueError(f"dtype is for models to load, got {dtype!r} with a pipeline")
-        found = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+        found = [getattr(pipe, name, None) for name in TRANSFORMERS[:2]]
         transformer = next((model for model in found if model is not None), None)
         if transformer is None:
             raise ValueError(f"{type(pipe).__name__} has no transformer, which names its family")

@@ -7,8 +7,10 @@ from weakref import ref
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 from torch import nn
 
+from gen_accel.attention_processors.attached.transformers import TRANSFORMERS
+
 # What pipelines call the models that image prompts go on.
-MODELS = ("transformer", "transformer_2", "unet")
+MODELS = tuple(name for name in TRANSFORMERS if name != "transformer_ref")
 
 # The prompt by which a call goes, by what pipelines name it, or a guider as their part; what comes
 # after leaves something of the model out.
