@@ -285,7 +285,7 @@ def local():
         (Sparse(seen=RADIAL), "seen of Sparse is not the same after JSON, got Radial"),
         (Sparse(seen=frozenset((1,))), "seen of Sparse is not the same after JSON"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )
 def test_what_cannot_be_saved(tmp_path, method, error):
     with pytest.raises(ValueError, match=error) as caught:
