@@ -13,7 +13,7 @@ from gen_accel.attention_processors.attached.recipe import GuidedTwice, check_ba
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.storage import CONFIG, load_processors
 from gen_accel.attention_processors.attached.transformers import served_transformers
-from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
+from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factor
 from gen_accel.method import is_silent
 from gen_accel.moved import signpost
 from gen_accel.pipelines.long_video.rope import apply_rule
@@ -121,7 +121,7 @@ def _attach_trained(
         _warn_of_silence(handle)
     if recipe.rope != "none" and recipe.trained_frames is not None:
         patch = temporal_patch(transformer)
-        factor = getattr(pipe_or_transformer, "vae_scale_factor_temporal", 4)
+        factor = vae_factor(pipe_or_transformer, "temporal") or 4
         try:
             lengths = {
                 "frames": latent_frames("frames", recipe.frames, factor, patch),
