@@ -216,6 +216,15 @@ class Plan:
         """Every slot holds the token of its own number: nothing to reorder or to pad."""
         return bool((self.slots == torch.arange(len(self.slots), device=self.slots.device)).all())
 
+    @lasting
+    def held(self) -> tuple[Tensor, Tensor]:
+        """(Kq, 2) and (Kk, 2) fp32: tokens and slots in each query block and each key block."""
+        made = []
+        for block in (self.block_q, self.block_k):
+            tokens = self.real.view(-1, block).sum(-1)
+            made.append(torch.stack([tokens, torch.full_like(tokens, block)], 1).float())
+        return made[0], made[1]
+
     @property
     def whole(self) -> Tensor:
         """`keep` without the blocks in which a pair is padded or excluded by `partial`."""
@@ -315,6 +324,7 @@ class Slots(NamedTuple):
     places: Tensor
     tokens: int
     is_raster: bool
+    held: tuple[Tensor, Tensor]
     block_q: int
     block_k: int
 
@@ -323,7 +333,7 @@ def slots_of(slots: Tensor, block_q: int, block_k: int) -> Slots:
     """Waits for the device; what is made of the result does not."""
     keep = slots.new_zeros(1, 1, len(slots) // block_q, len(slots) // block_k, dtype=torch.bool)
     plan = Plan(slots, keep, block_q, block_k)
-    facts = plan.real, plan.places, plan.tokens, plan.is_raster
+    facts = plan.real, plan.places, plan.tokens, plan.is_raster, plan.held
     return Slots(slots, *facts, block_q, block_k)
 
 
@@ -338,7 +348,7 @@ def plan_of_call(slots: Slots, keep: Tensor, partial: Route | None = None) -> Pl
 def _known(plan: Plan, slots: Plan | Slots) -> Plan:
     """What is known of the slots of another plan is known of this one too."""
     plan.real, plan.places = slots.real, slots.places
-    plan.tokens, plan.is_raster = slots.tokens, slots.is_raster
+    plan.tokens, plan.is_raster, plan.held = slots.tokens, slots.is_raster, slots.held
     return plan
 
 

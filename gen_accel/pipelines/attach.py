@@ -31,6 +31,7 @@ def attach(
     kernel: str = "auto",
     timed: bool = False,
     self_check: bool | None = None,
+    record: bool = True,
 ) -> "Attachment":
     """Make the self-attention of a pipeline's transformers use `method`.
 
@@ -57,6 +58,8 @@ def attach(
         timed: also measure the seconds spent in attention; on a GPU this waits for each call.
         self_check: the first time a kernel meets a method, shape, dtype and device, hold some rows
             of its answer to the reference. Without: everywhere but on the CPU and MPS.
+        record: count what runs, for `summary()` and `explain()`, at up to two small operations a
+            call.
 
     A method with parameters, such as `SparseLinear()`, starts anew each time it is attached.
 
@@ -74,7 +77,7 @@ def attach(
     if from_lora is not None:
         if method is not None:
             raise ValueError(f"give a method or from_lora, got both: {method!r} and {from_lora}")
-        options = {"kernel": kernel, "timed": timed, "self_check": self_check}
+        options = {"kernel": kernel, "timed": timed, "self_check": self_check, "record": record}
         return _attach_trained(pipe_or_transformer, from_lora, schedule=schedule, **options)
     handle = put_on(
         pipe_or_transformer,
@@ -83,6 +86,7 @@ def attach(
         kernel=kernel,
         timed=timed,
         self_check=self_check,
+        record=record,
     )
     _warn_of_silence(handle)
     return handle

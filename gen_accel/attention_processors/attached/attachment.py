@@ -18,7 +18,7 @@ from gen_accel.attention_processors.attached.graph import attend_in_graph
 from gen_accel.attention_processors.attached.layer import Layer, Observer, attend
 from gen_accel.attention_processors.attached.recipe import warn_of_other_attention
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.attention_processors.attached.summary import Record, Summary
+from gen_accel.attention_processors.attached.summary import Record, Silence, Summary
 from gen_accel.attention_processors.attached.transformers import (
     TRANSFORMERS,
     SchedulerOf,
@@ -45,6 +45,7 @@ def put_on(
     kernel: str = "auto",
     timed: bool = False,
     self_check: bool | None = None,
+    record: bool = True,
 ) -> "Attachment":
     """Attach `method`, as `gen_accel.attach` does, which has the arguments and errors."""
     schedule = schedule or Schedule()
@@ -65,7 +66,7 @@ def put_on(
                 f"{name} is compiled already; load it again, attach, and compile then"
             )
     families = {name: family_of(module) for name, module in transformers.items()}
-    options = Options(method, schedule, kernel, timed, self_check)
+    options = Options(method, schedule, kernel, timed, self_check, record)
     handle = Attachment(transformers, families, Clock(scheduler), options)
     for module in transformers.values():
         warn_of_other_attention(module, method, stacklevel=4)
@@ -102,12 +103,14 @@ class Options(NamedTuple):
     kernel: str = "auto"
     timed: bool = False
     self_check: bool | None = None
+    record: bool = True
 
 
 class Attachment:
     """What `attach` returns. It owns the processors and hooks, and all that they remember.
 
     Attributes:
+        is_recording: what runs is counted, for `summary()` and `explain()`.
         branches: the parameters of the method in each layer, by the layer's name.
         observe: see `layer.Handle`.
         extensions: techniques for longer video, laid over the attention of all layers.
@@ -123,7 +126,8 @@ class Attachment:
         clock: Clock,
         options: Options,
     ) -> None:
-        self.method, self.schedule, self.kernel, self.timed, self.self_check = options
+        self.method, self.schedule, self.kernel = options[:3]
+        self.timed, self.self_check, self.is_recording = options[3:]
         alike = all(family.MASKS_ALIKE for family in families.values())
         self.passing = ForwardPass(clock, alike)
         self.records: dict[tuple[str, int], Record] = {}
@@ -197,7 +201,8 @@ class Attachment:
         layer = Layer(full, site.layer, method, branch, site.tokens, site.call, split)
         self._layers[full] = layer
         run, trace = partial(attend, self, layer), partial(attend_in_graph, self, layer)
-        rest = (method, why, site.tokens, site.call), trace, layer
+        alike = parts_of(method).is_dense, why, site.call, branch is None
+        rest = alike, trace, layer
         if branch is None:
             return SparseProcessor(stock, family.ATTENTION_CALL, run, self, *rest)
         return TrainableProcessor(stock, family.ATTENTION_CALL, run, self, branch, *rest)
@@ -298,7 +303,40 @@ class Attachment:
         part, such as Helios', begin it anew for each part: see `gathering`. Without a pipeline
         and a schedule of steps it is all since `attach`.
         """
-        return Summary(self.method, self.schedule, dict(self.records))
+        passing = self.passing
+        layers = {
+            name: self.schedule.why_layer(layer.number) for name, layer in self._layers.items()
+        }
+        said = Silence(
+            displaced=self._displaced_layers(),
+            paused=passing.paused,
+            one_graph=passing.is_one_graph,
+            in_graphs=any(map(is_compiled, self._transformers.values())),
+            recording=self.is_recording,
+        )
+        facts = dict(self.records), layers, dict(passing.steps), dict(passing.passes), said
+        return Summary(self.method, self.schedule, *facts)
+
+    def explain(self, step: int | None = None, layer: str | int | None = None) -> str:
+        """Why the calls of the last generation ran dense or sparse, by which kernel and at which
+        density, in words. See `Summary.explain`."""
+        return self.summary().explain(step, layer)
+
+    def __repr__(self) -> str:
+        state = "" if self.is_attached else ", detached"
+        names = ", ".join(type(module).__name__ for module in self._transformers.values())
+        return (
+            f"<Attachment of {self.method} to {len(self._layers)} attentions of {names}, kernel "
+            f"{self.kernel!r}{state}>"
+        )
+
+    def _displaced_layers(self) -> dict[str, str]:
+        """Layers whose processors were exchanged for others, to the class of those."""
+        return {
+            ours.layer.name: type(module.processor).__name__
+            for module, ours in self._sites
+            if module.processor is not ours
+        }
 
     def __enter__(self) -> "Attachment":
         return self
@@ -308,9 +346,10 @@ class Attachment:
 
     def _begin(self, read: Readers, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Before each forward pass of a transformer."""
-        if self.is_paused:
-            return
         traced = torch.compiler.is_compiling()
+        if self.is_paused:
+            self.passing.paused += not traced
+            return
         if not traced:
             self._warn_of_others()
         self.passing.begin(read, transformer, args, kwargs)
@@ -341,12 +380,12 @@ class Attachment:
     def _warn_of_others(self) -> None:
         if self._displaced:
             return
-        others = [module for module, ours in self._sites if module.processor is not ours]
+        others = self._displaced_layers()
         if others:
             self._displaced = True
             warnings.warn(
                 f"{len(others)} of {len(self._sites)} attentions have other processors than those "
-                f"of attach, such as {type(others[0].processor).__name__}, and run dense: "
+                f"of attach, such as {next(iter(others.values()))}, and run dense: "
                 "detach(), call fuse_qkv_projections() or set_attn_processor(), and attach then",
                 Displaced,
                 stacklevel=2,

@@ -66,6 +66,7 @@ class ForwardPass:
         is_one_graph: the whole model is traced, this pass with it: what it reads are symbols.
         steps: each step of the generation to `dense_step` there, in their order.
         passes: how many there were of each step.
+        paused: how many ran as if nothing were attached.
     """
 
     def __init__(self, clock: Clock, masks_alike: bool) -> None:
@@ -75,6 +76,7 @@ class ForwardPass:
         self.is_one_graph = False
         self.steps: dict[int, str | None] = {}
         self.passes: dict[int, int] = {}
+        self.paused = 0
         self._masks_alike = masks_alike
         self._read: tuple[ref, tuple, Seen | None] | None = None
 
@@ -130,7 +132,7 @@ class ForwardPass:
 
     def forget(self) -> None:
         """Drop what was counted of earlier steps."""
-        self.steps, self.passes = {}, {}
+        self.steps, self.passes, self.paused = {}, {}, 0
 
     def remember(self, output: Any) -> None:
         """Come back to this pass as its backward pass begins: gradient checkpointing runs blocks

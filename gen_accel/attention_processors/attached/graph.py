@@ -36,7 +36,8 @@ def attend_in_graph(handle: Handle, layer: Layer, processor: Any, call: Call) ->
     """(B, N, H, D) of one call, as it is traced: the model's own attention or the operator.
 
     Args:
-        handle, layer: of the first of the layers that share the graph.
+        handle, layer: of the first of the layers that share the graph, which are all dense or
+            none, have parameters or none, and attend over the grid in the same call.
         processor: the one that runs, with its own `place` and parameters.
     """
     if handle.is_paused or layer.passes_by(call):
@@ -45,7 +46,7 @@ def attend_in_graph(handle: Handle, layer: Layer, processor: Any, call: Call) ->
     if why is not None and plain and not handle.extensions:
         return call.stock()
     if why is not None or not plain:  # the grid decides, and is a constant of the graph
-        tokens = layer.tokens_of(handle.passing.clock.tokens, call)
+        tokens = processor.layer.tokens_of(handle.passing.clock.tokens, call)
         if tokens is None:
             return call.stock()
         own = why is not None and not active(handle.extensions, tokens.video)
@@ -200,15 +201,12 @@ def _run(handle: Handle, layer: Layer, call: Call, grid: list[int], *, recorded:
     for extension in handle.extensions:
         if extension.needs_step:
             raise ValueError(no_graph(extension) + "; use the model uncompiled")
-    if call.mask is not None and passing.clock.texts is None:
-        raise ValueError(
-            f"the mask of a text is not known in a graph, that of {layer.name}; use the model "
-            "uncompiled, or texts that need no padding"
-        )
     tokens = layer.tokens_of(passing.clock.tokens, call)
     assert tokens is not None
     why = why_dense(handle, layer)
-    if not recorded or grid:  # of one graph, which tells no step from another
+    if (
+        not (recorded and handle.is_recording) or grid
+    ):  # of one graph, which tells no step from another
         return computed(handle, layer, call, tokens, why=why)
     key = (layer.name, passing.clock.step)
     record = handle.records.get(key) or Record()

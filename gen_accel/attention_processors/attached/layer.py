@@ -79,6 +79,7 @@ class Handle(Protocol):
     Attributes:
         observe: sees dense attention beside what the method needs, to fit its parameters.
         is_paused: nothing of ours runs.
+        is_recording: what runs is counted.
         records: by layer and step.
         checked: what the self-check has seen.
     """
@@ -90,6 +91,7 @@ class Handle(Protocol):
     extensions: tuple[AttentionExtension, ...]
     observe: Observer | None
     is_paused: bool
+    is_recording: bool
     passing: ForwardPass
     records: dict[tuple[str, int], Record]
     checked: set[tuple]
@@ -103,26 +105,29 @@ def attend(handle: Handle, layer: Layer, call: Call) -> Tensor:
     if passing.refusal is not None and (why is None or handle.extensions):
         raise passing.refusal
     tokens = layer.tokens_of(passing.clock.tokens, call)
-    if tokens is None:  # dense, at a grid that is not known
-        return call.stock()
-    extended = bool(active(handle.extensions, tokens.video))
-    own = why is not None and not extended
-    if call.parallel is not None and not (own and context_parallel.stock_is_right(call, tokens)):
-        return over_processes(handle, layer, call, tokens, partial(attend, handle, layer))
+    # Of a dense call the grid need not be known.
+    own = tokens is None or (why is not None and not active(handle.extensions, tokens.video))
+    if tokens is not None and call.parallel is not None:
+        right = own and context_parallel.stock_is_right(call, tokens)
+        if not right:
+            return over_processes(handle, layer, call, tokens, partial(attend, handle, layer))
     key = (layer.name, passing.clock.step)
     record = handle.records.get(key) or Record()
     start = _now(call.q) if handle.timed else None
-    if own:
+    if tokens is None or own:
         out = call.stock()
-        record.add(context_parallel.counted_shape(call), why=why)
+        at = why if tokens is not None else f"{why}, at a grid that is not known"
+        record.add(context_parallel.counted_shape(call), why=at)
     elif handle.observe is not None:
         out = _observed(handle, handle.observe, layer, call, tokens)
         record.add(call.q.shape, why="observed")
     else:
-        out = computed(handle, layer, call, tokens, why=why, record=record)
+        counted = record if handle.is_recording else None
+        out = computed(handle, layer, call, tokens, why=why, record=counted)
     if start is not None:
         record.seconds = (record.seconds or 0.0) + _now(call.q) - start
-    handle.records[key] = record  # not before the call has succeeded
+    if handle.is_recording:
+        handle.records[key] = record  # not before the call has succeeded
     return out
 
 

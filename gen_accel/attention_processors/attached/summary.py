@@ -1,14 +1,19 @@
 """What an attachment did: for each layer and step, which attention ran, and what it cost."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gen_accel.kernels import Choice
-from gen_accel.plan import Plan
+from gen_accel.plan import Plan, Route
+
+# By a layer's name, and the step from 0.
+Key = tuple[str, int]
+
+BY_ITSELF = "its own code, without a kernel"
 
 
 @dataclass
@@ -17,17 +22,26 @@ class Record:
 
     FLOPs count both products of attention, at 2 for each multiply and add; what chooses the
     blocks, and the linear branch of sparse-linear attention, are not counted.
+
+    Attributes:
+        why_dense: None where a method ran.
+        choice: the kernel; None where none ran.
+        by_itself: calls in which the method computed without a kernel, so that nobody knows what
+            it left out: they count as dense.
     """
 
     why_dense: str | None = None
     choice: Choice | None = None
     tokens: int = 0
     calls: int = 0
+    by_itself: int = 0
     dense_flops: float = 0.0
     seconds: float | None = None
-    # Sums over the calls. What q and k decided stays on its device until someone asks.
-    kept: Tensor | float = 0.0
-    computed: Tensor | float = 0.0
+    # Sums over the calls: of what the grid decides, and of what q and k decided, which stays on
+    # its device until someone asks.
+    _kept: float = 0.0
+    _flops: float = 0.0
+    _counts: list["Counts"] = field(default_factory=list, repr=False)
 
     def add(
         self,
@@ -42,39 +56,165 @@ class Record:
         Args:
             shape: (B, N, H, D).
             plans: that made it up, each over all N tokens or a part of them; none where the
-                model's own attention ran.
+                model's own attention ran, or a method by itself.
         """
         B, N, H, D = shape
         dense = 4.0 * B * H * N * N * D
         self.why_dense, self.choice, self.tokens = why, choice, N
         self.calls += 1
         self.dense_flops += dense
-        kept: Tensor | float = 0.0 if plans else 1.0
-        computed: Tensor | float = kept
+        if not plans:
+            self.by_itself += why is None
+            self._kept, self._flops = self._kept + 1.0, self._flops + dense
         for plan in plans:
-            densities = plan.densities() if plan.dynamic else (plan.density, plan.computed_density)
             part = (plan.tokens / N) ** 2
-            kept, computed = kept + part * densities[0], computed + part * densities[1]
-        self.kept = self.kept + kept
-        self.computed = self.computed + computed * dense
+            if plan.dynamic:
+                self._counts.append(Counts.of(plan, part, dense))
+            else:
+                self._kept += part * plan.density
+                self._flops += part * plan.computed_density * dense
+
+    def settle(self) -> None:
+        """Add up what the device counted. Waits for it."""
+        while self._counts:
+            kept, computed, dense = self._counts.pop().shares()
+            self._kept, self._flops = self._kept + kept, self._flops + computed * dense
 
     @property
     def density(self) -> float:
         """Mean over the calls."""
-        return float(self.kept) / self.calls
+        self.settle()
+        return self._kept / self.calls
 
     @property
     def flops(self) -> float:
-        return float(self.computed)
+        self.settle()
+        return self._flops
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a plan made from q and k keeps, counted by at most two operations of its device.
+
+    Args:
+        layout: of the plan.
+        seen: (Kq, 2) fp32, over all patterns and the key blocks that a query block sees: tokens,
+            and slots. With a route instead (), the blocks that are kept.
+        picked: (), the groups that queries picked, of a route.
+        part: share of the N x N pairs that the plan is over.
+        dense: FLOPs of the call as dense attention.
+    """
+
+    layout: "Layout"
+    seen: Tensor
+    picked: Tensor | None
+    part: float
+    dense: float
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, plan: Plan, part: float, dense: float) -> "Counts":
+        layout = Layout.of(plan)
+        with torch.autocast(plan.keep.device.type, enabled=False):
+            if isinstance(plan.partial, Route):
+                return cls(layout, plan.keep.sum(), plan.partial.picks.sum(), part, dense)
+            seen = plan.keep.sum((0, 1), dtype=torch.float32) @ plan.held[1]
+            return cls(layout, seen, None, part, dense)
+
+    def shares(self) -> tuple[float, float, float]:
+        """Of the N x N pairs: those kept and those computed; and `dense`. Of a route both are
+        estimates, with blocks and groups of the mean number of tokens."""
+        layout, scale = self.layout, self.part / self.layout.tokens**2
+        if self.picked is None:
+            rows = layout.held.to(self.seen)
+            kept, computed = (rows * self.seen).double().sum(0).tolist()
+            scale /= layout.patterns
+            return kept * scale, computed * scale, self.dense
+        pair = layout.block_q * layout.block_k
+        computed = min(1.0, int(self.seen) / layout.patterns * pair / layout.tokens**2)
+        rows, groups, patterns = layout.picks
+        kept = int(self.picked) / (rows * groups * patterns)
+        return min(kept, computed) * self.part, computed * self.part, self.dense
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What `Counts` needs of a plan, without holding its pattern.
+
+    Args:
+        held: (Kq, 2), tokens and slots in each query block.
+        patterns: samples times heads that the plan tells apart.
+        picks: slots, groups and patterns of a route.
+    """
+
+    tokens: int
+    patterns: int
+    block_q: int
+    block_k: int
+    held: Tensor
+    picks: tuple[int, int, int] = (1, 1, 1)
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Layout":
+        patterns = plan.keep.shape[0] * plan.keep.shape[1]
+        picks = (1, 1, 1)
+        if isinstance(plan.partial, Route):
+            B, H, S, C = plan.partial.picks.shape
+            picks = (S, C, B * H)
+        return cls(plan.tokens, patterns, plan.block_q, plan.block_k, plan.held[0], picks)
+
+
+@dataclass(frozen=True)
+class Silence:
+    """What ran and left no record.
+
+    Args:
+        displaced: layers whose processors were exchanged, to the class of those there now.
+        paused: forward passes inside `paused()`.
+        one_graph: the whole model is one graph of torch.compile, which tells no step apart.
+        in_graphs: blocks are graphs, in which the model's own attention leaves no record.
+    """
+
+    displaced: Mapping[str, str] = field(default_factory=dict)
+    paused: int = 0
+    one_graph: bool = False
+    in_graphs: bool = False
+    recording: bool = True
+
+    def why_empty(self) -> str:
+        """Why nothing at all was recorded."""
+        if not self.recording:
+            return "nothing was recorded, as record=False says"
+        if self.displaced:
+            return (
+                f"nothing of ours ran: all {len(self.displaced)} attentions have other processors "
+                f"than those of attach, such as {next(iter(self.displaced.values()))}; detach() "
+                "and attach again"
+            )
+        if self.one_graph:
+            return "nothing was recorded: the model is one graph, which tells no step apart"
+        if self.paused:
+            return f"nothing was recorded: all {self.paused} forward passes ran inside paused()"
+        return "nothing ran yet"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Printable; `to_dict()` for a report."""
+    """What ran in a generation. Printable; `to_dict()` for a report, `explain()` for one step.
+
+    Args:
+        layers: all that the method was attached to, by name, and why each is dense at all steps.
+        steps: each step to why all layers are dense there.
+        passes: forward passes of the transformers in each step.
+    """
 
     method: Any
     schedule: Any
-    records: dict[tuple[str, int], Record] = field(repr=False)
+    records: dict[Key, Record] = field(repr=False)
+    layers: Mapping[str, str | None] = field(default_factory=dict, repr=False)
+    steps: Mapping[int, str | None] = field(default_factory=dict, repr=False)
+    passes: Mapping[int, int] = field(default_factory=dict, repr=False)
+    silence: Silence = field(default_factory=Silence, repr=False)
 
     @property
     def density(self) -> float | None:
@@ -95,9 +235,17 @@ class Summary:
         known = [r.seconds for r in self.records.values() if r.seconds is not None]
         return sum(known) if known else None
 
+    @property
+    def kernels(self) -> list[str]:
+        """The kernels that ran, by name."""
+        chosen = {r.choice.kernel for r in self.records.values() if r.choice is not None}
+        own = any(r.by_itself for r in self.records.values())
+        return sorted(chosen) + ([BY_ITSELF] if own else [])
+
     def to_dict(self) -> dict[str, Any]:
         chosen = {str(r.choice) for r in self.records.values() if r.choice is not None}
         return {
+            "verdict": self.verdict(),
             "method": str(self.method),
             "schedule": str(self.schedule),
             "kernels": sorted(chosen),
@@ -112,6 +260,79 @@ class Summary:
                 for layer in dict.fromkeys(layer for layer, _ in self.records)
             },
         }
+
+    def verdict(self) -> str:
+        """One line: how much less work attention was, where, and by what."""
+        share, density = self.flops_share, self.density
+        if share is None:
+            return self.silence.why_empty()
+        sparse = [key for key, record in self.records.items() if record.why_dense is None]
+        if density is None or not sparse:
+            reasons = dict.fromkeys(str(r.why_dense) for r in self.records.values())
+            return f"attention ran dense throughout: {', '.join(reasons)}"
+        if density > 1 - 1e-9 and BY_ITSELF not in self.kernels:
+            return f"nothing is left out at this size: density 1, kernel {self._by()}"
+        names = list(self.layers) or list(dict.fromkeys(name for name, _ in self.records))
+        where = f"{len({name for name, _ in sparse})} of {len(names)} layers sparse"
+        less = f"{1 / share:.1f}x less work" if share < 0.95 else f"{share:.2f} of dense attention"
+        known = "" if self.kernels == [BY_ITSELF] else f", density {density:.2f}"
+        return f"attention {less}: {where} {self._when(sparse)}{known}, kernel {self._by()}"
+
+    def explain(self, step: int | None = None, layer: str | int | None = None) -> str:
+        """What ran and why, in words: at one step, in one layer, or both.
+
+        Args:
+            step: from 0. Without: each that ran.
+            layer: its name, the end of it, or the number of its block. Without: all.
+
+        Raises:
+            ValueError: no layer is called that.
+        """
+        names = self._named(layer)
+        ran = sorted({*self.steps, *(step for _, step in self.records)})
+        if step is not None:
+            return "\n".join(self._at(step, names, ran))
+        if not ran:
+            return self.verdict()
+        return "\n".join(line for one in ran for line in self._at(one, names, ran))
+
+    def __str__(self) -> str:
+        if not self.records:
+            return f"{self.verdict()}\n{self.method}\n{self.schedule}"
+        data = self.to_dict()
+        lines = [data["verdict"], str(self.method), str(self.schedule)]
+        own = [BY_ITSELF] if BY_ITSELF in self.kernels else []
+        lines.append(f"kernel: {', '.join(data['kernels'] + own) or 'none, all dense'}")
+        if self.density is not None:
+            lines.append(
+                f"{data['tokens']} tokens, density {self.density:.3f} "
+                f"(sparsity {1 - self.density:.3f}) where sparse"
+            )
+        share = data["attention_flops_share"]
+        lines.append(
+            f"attention FLOPs executed: {data['attention_flops']:.3g}, {share:.3f} of dense"
+        )
+        if self.seconds is not None:
+            lines.append(f"attention took {self.seconds:.2f} s")
+        lines += self._groups()
+        if self.silence.displaced:
+            lines.append(
+                f"  {len(self.silence.displaced)} layers have other processors, and run "
+                f"dense: {', '.join(self.silence.displaced)}"
+            )
+        return "\n".join(lines)
+
+    def _by(self) -> str:
+        return " and ".join(self.kernels)
+
+    def _when(self, sparse: Sequence[Key]) -> str:
+        steps = sorted({step for _, step in sparse})
+        ran = sorted({step for _, step in self.records})
+        if steps == ran:
+            return "at every step" if len(ran) > 1 else f"at step {ran[0]}"
+        if steps == [step for step in ran if step >= steps[0]]:
+            return f"from step {steps[0]}"
+        return f"at steps {spans(steps)}"
 
     def _steps(self, layer: str) -> dict[int, str]:
         return {
@@ -129,26 +350,100 @@ class Summary:
             "seconds": sum(seconds) if seconds else None,
         }
 
-    def __str__(self) -> str:
-        head = f"{self.method}\n{self.schedule}"
-        if not self.records:
-            return f"{head}\nnothing ran yet (calls inside a compiled graph are not counted)"
-        data = self.to_dict()
-        lines = [head, f"kernel: {', '.join(data['kernels']) or 'none, all dense'}"]
-        if self.density is not None:
-            lines.append(
-                f"{data['tokens']} tokens, density {self.density:.3f} "
-                f"(sparsity {1 - self.density:.3f}) where sparse"
+    def _groups(self) -> Iterator[str]:
+        """A line for each group of layers that did the same at the same steps."""
+        groups: dict[tuple, list[str]] = {}
+        for name in dict.fromkeys(name for name, _ in self.records):
+            steps = self._steps(name)
+            density = round(self._totals(name)["density"], 2)
+            groups.setdefault((tuple(steps.items()), density), []).append(name)
+        for (steps, _), names in groups.items():
+            kinds: dict[str, list[int]] = {}
+            for step, kind in steps:
+                kinds.setdefault(kind, []).append(step)
+            what = "; ".join(
+                f"{len(at)} x {kind}, step{'s' if len(at) > 1 else ''} {spans(at)}"
+                for kind, at in kinds.items()
             )
-        share = data["attention_flops_share"]
-        lines.append(
-            f"attention FLOPs executed: {data['attention_flops']:.3g}, {share:.3f} of dense"
+            totals = [self._totals(name) for name in names]
+            share = sum(total["flops_share"] for total in totals) / len(totals)
+            seconds = [total["seconds"] for total in totals if total["seconds"] is not None]
+            timed = f"  {sum(seconds):.2f} s" if seconds else ""
+            yield f"  {called(names)}: {what}  FLOPs {share:.3f}{timed}"
+
+    def _named(self, layer: str | int | None) -> list[str]:
+        names = list(self.layers) or list(dict.fromkeys(name for name, _ in self.records))
+        if layer is None:
+            return names
+        end = f".{layer}"
+        found = [name for name in names if name == layer or name.endswith(end)]
+        if not found:
+            raise ValueError(f"layer must be one of {', '.join(names)}, got {layer!r}")
+        return found
+
+    def _at(self, step: int, names: Sequence[str], ran: Sequence[int]) -> Iterator[str]:
+        """What ran at a step, layers that did the same together."""
+        if not ran:
+            yield f"step {step}: {self.silence.why_empty()}"
+            return
+        if step not in ran:
+            yield f"step {step} did not run: the last generation had steps {spans(ran)}"
+            return
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(self._why(name, step), []).append(name)
+        for why, some in groups.items():
+            yield f"step {step}, {called(some)}: {why}"
+
+    def _why(self, layer: str, step: int) -> str:
+        record = self.records.get((layer, step))
+        if record is not None and record.why_dense is not None:
+            return f"dense ({record.why_dense})"
+        if record is not None and record.by_itself:
+            return f"{type(self.method).__name__} by {BY_ITSELF}: what it leaves out is not known"
+        if record is not None:
+            if record.density > 1 - 1e-9:
+                return f"sparse by name: nothing is left out at this size, by {record.choice}"
+            return f"sparse, density {record.density:.3f}, by {record.choice}"
+        there = self.silence.displaced.get(layer)
+        if there is not None:
+            return f"dense: a {there} has taken the place of attach's processor; attach again"
+        if self.silence.one_graph:
+            return "not recorded: the model is one graph, which tells no step apart"
+        dense = self.layers.get(layer) or self.steps.get(step)
+        if self.silence.in_graphs and dense is not None:
+            return f"dense ({dense}), in a graph of torch.compile"
+        if self.passes.get(step):
+            return "not called, though its model ran: a cache or a hook skipped this block"
+        return "not called: its model did not run at this step"
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Rising numbers with runs drawn together: "0-9, 12"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+
+
+def called(names: Sequence[str]) -> str:
+    """Names of layers, with numbers of blocks drawn together: "transformer.blocks.0-29"."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    plain = []
+    for name in names:
+        at = next((i for i, part in enumerate(name.split(".")) if part.isdigit()), None)
+        if at is None:
+            plain.append(name)
+            continue
+        parts = name.split(".")
+        groups.setdefault((".".join(parts[:at]), ".".join(parts[at + 1 :])), []).append(
+            int(parts[at])
         )
-        if self.seconds is not None:
-            lines.append(f"attention took {self.seconds:.2f} s")
-        for layer, row in data["layers"].items():
-            kinds = Counter(row["steps"].values())
-            counts = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-            timed = "" if row["seconds"] is None else f"  {row['seconds']:.2f} s"
-            lines.append(f"  {layer:<28} {counts}  FLOPs {row['flops_share']:.3f}{timed}")
-        return "\n".join(lines)
+    drawn = [
+        ".".join(filter(None, (before, spans(sorted(set(numbers))), after)))
+        for (before, after), numbers in groups.items()
+    ]
+    return ", ".join(plain + drawn)

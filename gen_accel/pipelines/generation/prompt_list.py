@@ -167,12 +167,10 @@ class Share(NamedTuple):
 
 
 def _without_tensors(made: Any) -> Any:
-    """Those of the records are on a device that may be another process's own."""
-    records = {
-        key: replace(record, kept=float(record.kept), computed=float(record.computed))
-        for key, record in made.summary.records.items()
-    }
-    return replace(made, summary=replace(made.summary, records=records))
+    """Its records count on a device that may be another process's own."""
+    for record in made.summary.records.values():
+        record.settle()
+    return made
 
 
 def _record(target: Path) -> Path:
