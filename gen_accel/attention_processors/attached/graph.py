@@ -26,7 +26,7 @@ from gen_accel.attention_processors.attached.layer import (
     why_dense,
 )
 from gen_accel.attention_processors.attached.summary import Record
-from gen_accel.attention_processors.seam import Call, processor_at
+from gen_accel.attention_processors.seam import Call, TrainableProcessor, processor_at
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.method import why_no_graph
 from gen_accel.video import VideoShape
@@ -57,7 +57,9 @@ def attend_in_graph(handle: Handle, layer: Layer, processor: Any, call: Call) ->
             return over_processes(handle, layer, call, tokens, inside)
     if call.refused:
         layer.refuse(call)
-    parameters = [] if layer.branch is None else list(processor.branch.parameters())
+    # Not of `layer`, by which the graph would find those of the first layer in all others.
+    trained = isinstance(processor, TrainableProcessor)
+    parameters = list(processor.branch.parameters()) if trained else []
     heads = [] if call.heads is None else [call.heads.start, call.heads.stop]
     where = processor.place, parameters, call.scale, call.number, call.tokens, heads
     return _attend(call.q, call.k, call.v, call.mask, *where, _grid(handle))

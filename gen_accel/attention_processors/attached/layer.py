@@ -203,7 +203,8 @@ def computed(
         out = around(by_method, extensions, video)(q, k, v, video)
         if record is not None:
             choice = chosen[-1] if chosen else None  # a method may do without a kernel
-            record.add(q.transpose(1, 2).shape, why=why, choice=choice, plans=plans)
+            B, H, N, D = q.shape
+            record.add((B, N, H, D), why=why, choice=choice, plans=plans)
         return out
 
     return _joined(handle, layer, call, tokens, whole)

@@ -17,8 +17,10 @@ from gen_accel.attention_processors.families import FAMILIES, family_of
 
 MANY = 40
 
-# Run all the time: text apart, text beside the grid, before it, with padding, and single frames.
-OFTEN = ("wan", "hunyuan_video", "z_image", "flux", "qwenimage")
+# The others' turn comes by night.
+GRIDS = ("wan", "z_image")
+TEXTS = ("hunyuan_video",)
+TRAINING = ("wan", "qwenimage")
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,13 +37,12 @@ def dynamo():
     torch._dynamo.reset()
 
 
-def repeated(names: tuple[str, ...] = FAMILIES) -> list[Any]:
-    """The first case of each family."""
+def repeated(often: tuple[str, ...], names: tuple[str, ...] = FAMILIES) -> list[Any]:
+    """The first case of each family; all but those of `often` by night."""
     found = []
     for family in names:
         case = import_module(f"support.tiny.{family}").CASES[0]
-        often = family in OFTEN
-        marks = () if often else pytest.mark.nightly
+        marks = () if family in often else pytest.mark.nightly
         found.append(pytest.param(case, id=case.name, marks=marks))
     return found
 
@@ -89,7 +90,7 @@ def check_as_few_as_stock(case: Case, given: list[dict[str, Any]], method: Any) 
         assert graphs(model, case, given, exact) <= needed
 
 
-@pytest.mark.parametrize("case", repeated())
+@pytest.mark.parametrize("case", repeated(GRIDS))
 def test_one_graph_for_every_grid(case):
     check_as_few_as_stock(case, [case.inputs(*size) for size in sizes(case)], WINDOW)
 
@@ -136,12 +137,14 @@ def text_tokens(given: dict[str, Any]) -> int:
     return given["encoder_hidden_states"].shape[1]
 
 
-@pytest.mark.parametrize("case", repeated(("hunyuan_video", "z_image", "flux", "qwenimage")))
+@pytest.mark.parametrize(
+    "case", repeated(TEXTS, ("hunyuan_video", "z_image", "flux", "qwenimage"))
+)
 def test_one_graph_for_every_length_of_text(case):
     check_as_few_as_stock(case, texts_of(case), WINDOW)
 
 
-@pytest.mark.parametrize("case", repeated())
+@pytest.mark.parametrize("case", repeated(TRAINING))
 def test_a_training_step_in_a_graph(case):
     """At two grids, the second of which has no graph of its own."""
     model = built(case)
@@ -173,7 +176,7 @@ def test_a_training_step_in_a_graph(case):
 
 @pytest.mark.nightly
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("case", repeated())
+@pytest.mark.parametrize("case", repeated(()))
 def test_by_inductor(case):
     """Three grids, and the gradient of the latents at the last."""
     model = built(case)
@@ -233,7 +236,7 @@ class ByItself:
     ("options", "message"),
     [
         ({"method": ByItself()}, "ByItself has no plan"),
-        ({"method": RADIAL, "kernel": "triton"}, "triton: "),
+        ({"method": RADIAL, "kernel": "xformers"}, "xformers: "),
     ],
     ids=["no plan", "kernel"],
 )
@@ -242,8 +245,8 @@ def test_refusals_keep_their_words(options, message, whole):
     """What a graph cannot run, or no one here, says so as without a graph."""
     case = next(case for case in cases() if case.name == "wan")
     model, given = built(case), case.inputs(*case.grids[0])
-    if options.get("kernel") == "triton" and torch.cuda.is_available():
-        pytest.skip("triton runs here")
+    if "kernel" in options and torch.cuda.is_available():
+        pytest.skip("that kernel may run here")
     with attach(model, **options), torch.no_grad():
         if "kernel" in options:
             with pytest.raises(ValueError, match=message) as eager:
