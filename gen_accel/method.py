@@ -155,18 +155,18 @@ def check_class(kind: Any, name: str) -> None:
         raise ValueError(f"__call__ of {kind.__name__} must name {' and '.join(keywords)}")
 
 
-def layer_method(method: Any, layer: int) -> Any:
+def layer_method(method: Method, layer: int) -> Any:
     """What runs in a layer, for methods that change from one to the next."""
     own = parts_of(method).for_layer
     return method if own is None else own(layer)
 
 
-def layers_differ(method: Any) -> bool:
+def layers_differ(method: Method) -> bool:
     """Whether a layer runs another method than `method` itself."""
     return parts_of(method).for_layer is not None and layer_method(method, 0) != method
 
 
-def branch_of(method: Any, heads: int, dim: int) -> nn.Module | None:
+def branch_of(method: Method, heads: int, dim: int) -> nn.Module | None:
     """The parameters of one layer at their start; None for a method that has none."""
     made = parts_of(method).branch
     return None if made is None else made(heads, dim)
@@ -178,13 +178,13 @@ def is_silent(branch: nn.Module) -> bool:
     return said is not None and bool(said())
 
 
-def within(method: Any, video: VideoShape, whole: VideoShape) -> Any:
+def within(method: Method, video: VideoShape, whole: VideoShape) -> Any:
     """The method for attention over `video` in a model whose grid is `whole`."""
     own = parts_of(method).within
     return method if own is None else own(video, whole)
 
 
-def plan_of(method: Any, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
+def plan_of(method: Method, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
     """Its plan, on `device`; ValueError for a method that has none."""
     made = parts_of(method).plan
     if made is None:
@@ -192,7 +192,7 @@ def plan_of(method: Any, video: VideoShape, device: torch.device | str = "cpu") 
     return made(video, torch.device(device))
 
 
-def density_of(method: Any, video: VideoShape) -> float:
+def density_of(method: Method, video: VideoShape) -> float:
     """Share of token pairs that are kept, in [0, 1]; ValueError where neither tells it."""
     parts = parts_of(method)
     if parts.density is None and parts.plan is None:
@@ -200,7 +200,7 @@ def density_of(method: Any, video: VideoShape) -> float:
     return plan_of(method, video).density if parts.density is None else parts.density(video)
 
 
-def why_no_graph(method: Any) -> str | None:
+def why_no_graph(method: Method) -> str | None:
     """Why `method` cannot run inside `torch.compile`; None where it can."""
     if parts_of(method).has_plan:
         return None

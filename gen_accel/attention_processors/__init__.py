@@ -10,7 +10,6 @@ In which layers of a diffusers model a method runs, one model family a file, is 
 """
 
 from difflib import get_close_matches
-from typing import Any
 
 from gen_accel.attention_processors.methods.block_mixture import BlockMixture
 from gen_accel.attention_processors.methods.dense import Dense
@@ -18,7 +17,7 @@ from gen_accel.attention_processors.methods.named import class_at, place_of
 from gen_accel.attention_processors.methods.neighborhood import Neighborhood
 from gen_accel.attention_processors.methods.radial import Radial
 from gen_accel.attention_processors.methods.sparse_linear import SparseLinear
-from gen_accel.method import check_class
+from gen_accel.method import Method, check_class
 
 __all__ = [
     "METHODS",
@@ -92,7 +91,7 @@ def method_class(name: str, *, from_file: bool = False) -> type:
     raise ValueError(f"method must be one of {tuple(known)}, got {name!r}{hint}")
 
 
-def method_name(method: Any) -> str:
+def method_name(method: Method) -> str:
     """What `method_class` finds the class of `method` by: its name, or else "module:Class".
 
     Raises ValueError for a class that cannot be found so.

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Tokens
-from gen_accel.method import parts_of
+from gen_accel.method import Method, parts_of
 
 
 class Stream(NamedTuple):
@@ -45,7 +45,7 @@ def exchanged(
     tokens: Tokens,
     attend: Callable[[Call], Tensor],
     *,
-    method: Any,
+    method: Method,
     text_split: bool,
 ) -> Tensor:
     """(B, n, H, D) of what `attend` gives for all tokens and this process's share of the heads.
@@ -137,7 +137,7 @@ def counted_shape(call: Call) -> tuple[int, int, int, int]:
     return B, n * degree, -(-H // degree), D
 
 
-def _check(call: Call, config: Any, method: Any) -> None:
+def _check(call: Call, config: Any, method: Method) -> None:
     degree, heads = config.ulysses_degree, call.q.shape[2]
     reasons = []
     if config.ring_degree > 1:

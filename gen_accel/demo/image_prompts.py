@@ -22,6 +22,7 @@ from gen_accel.measure import (
     write_report,
     write_video,
 )
+from gen_accel.method import Method
 from gen_accel.pipelines.generation.compare import Comparison, compare_with_dense
 from gen_accel.pipelines.generation.image_input import ImageInput
 from gen_accel.pipelines.generation.sampling import Clip
@@ -43,7 +44,7 @@ def run(
     seed: int = 0,
     frames: int = demo.TRAINED_FRAMES,
     steps: int = STEPS,
-    method: Any = METHOD,
+    method: Method = METHOD,
     device: str = "cpu",
 ) -> tuple[dict[str, Any], dict[str, Path]]:
     """Generate one clip by an image and a text, densely and with `method`; write both to `out`.

@@ -21,7 +21,7 @@ from gen_accel.measure import (
     write_video,
 )
 from gen_accel.measure.pictures import mask_picture
-from gen_accel.method import parts_of
+from gen_accel.method import Method, parts_of
 from gen_accel.pipelines.generation.compare import Comparison, compare_with_dense, pair
 from gen_accel.pipelines.generation.loading import Loading, find_device, load
 from gen_accel.pipelines.generation.sampling import Clip, check_fits, filled, token_grid
@@ -46,7 +46,7 @@ def run(
     seed: int = 0,
     frames: int = FRAMES,
     steps: int = STEPS,
-    method: Any = METHOD,
+    method: Method = METHOD,
     device: str = "cpu",
     with_lora: bool | None = None,
 ) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -111,7 +111,7 @@ def run(
     return report, files
 
 
-def check(out: Path, prompt: str, method: Any, device: str, *, known: str) -> None:
+def check(out: Path, prompt: str, method: Method, device: str, *, known: str) -> None:
     """Raises ValueError for what a demo can do nothing with, before anything is loaded.
 
     Args:
@@ -126,7 +126,7 @@ def check(out: Path, prompt: str, method: Any, device: str, *, known: str) -> No
         raise ValueError(f"{out} must be a folder, but it is a file")
 
 
-def loaded(model: str | Path | None, clip: Clip, method: Any, device: str) -> tuple[Any, Clip]:
+def loaded(model: str | Path | None, clip: Clip, method: Method, device: str) -> tuple[Any, Clip]:
     """The pipeline, and the clip as it makes it; ValueError where the method does not fit."""
     pipe = load(demo.path() if model is None else model, Loading("float32", device))
     clip = filled(pipe, clip)

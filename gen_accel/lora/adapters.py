@@ -282,7 +282,7 @@ def _adapter(config: TrainConfig, transformer: Any, cache: Any) -> Any:
                 f"image_tokens is {config.image_tokens}"
             )
         return adapter
-    family: Any = image_family_of(transformer)
+    family = image_family_of(transformer)
     widths = {site.width for site in family.image_attentions(transformer)}
     assert len(widths) == 1, widths
     torch.manual_seed(config.seed)

@@ -50,7 +50,7 @@ def target_modules(transformer: nn.Module, targets: tuple[str, ...]) -> list[str
     Raises:
         ValueError: a target that matches no linear layer.
     """
-    family: Any = family_of(transformer)
+    family = family_of(transformer)
     blocks = tuple(f"{site.name}." for site in family.self_attentions(transformer))
     linear = [
         name

@@ -33,7 +33,7 @@ def text_attentions(transformer: nn.Module) -> list[nn.Module]:
             "objective distill_attention compares attentions to the text alone, and those of "
             f"{type(transformer).__name__} are over {order}: take objective distill"
         )
-    family: Any = image_family_of(transformer)
+    family = image_family_of(transformer)
     return [site.module for site in family.image_attentions(transformer)]
 
 

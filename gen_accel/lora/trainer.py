@@ -151,7 +151,7 @@ class Run:
     ) -> None:
         self.config, self.accelerator, self.model, self.cache = config, accelerator, model, cache
         self.out = Path(config.out)
-        self.family: Any = family_for(model.transformer, "training")
+        self.family = family_for(model.transformer, "training")
         self.plans = plan_clips(config, model, cache, accelerator.num_processes)
         self.method = method_from(config.method, config.settings)
         self.recipe = self._recipe()

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.measure.efficiency import known_efficiency
 from gen_accel.measure.subject import Subject, subject_of
-from gen_accel.method import check_method, density_of, parts_of, plan_of
+from gen_accel.method import Method, check_method, density_of, parts_of, plan_of
 from gen_accel.moved import signpost
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
@@ -63,7 +63,7 @@ class Estimate:
     """
 
     model: str
-    method: Any
+    method: Method
     schedule: Schedule
     steps: int
     num_frames: int
@@ -163,7 +163,7 @@ class Estimate:
 
 def estimate(
     pipe_or_config: Any,
-    method: Any,
+    method: Method,
     *,
     height: int,
     width: int,
@@ -261,7 +261,7 @@ class _Gain:
     """The speed-up of a model as a function of the length of its video."""
 
     subject: Subject
-    method: Any
+    method: Method
     sparse_share: float
     efficiency: float
 
@@ -293,7 +293,7 @@ class _Gain:
         return _search(pays, grid.frames, last, speedup >= WORTH, pairs)
 
 
-def _densities(method: Any, video: VideoShape) -> tuple[float, float, Plan | None]:
+def _densities(method: Method, video: VideoShape) -> tuple[float, float, Plan | None]:
     """Kept and computed share of the token pairs, and the plan where there is one."""
     parts = parts_of(method)
     if parts.is_dense:

@@ -3,7 +3,6 @@
 import math
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from gen_accel.extras import needed_for
 from gen_accel.files import replacing
-from gen_accel.method import layers_differ, parts_of, plan_of
+from gen_accel.method import Method, layers_differ, parts_of, plan_of
 from gen_accel.video import VideoShape
 
 KEPT, LEFT_OUT, GAP = (11, 107, 93), (226, 225, 220), (255, 255, 255)
@@ -27,7 +26,7 @@ Token = tuple[int, int, int]
 
 
 def mask_picture(
-    method: Any, video: VideoShape, path: str | Path, *, token: Token | None = None
+    method: Method, video: VideoShape, path: str | Path, *, token: Token | None = None
 ) -> Path:
     """Write a PNG: left which key blocks each query block sees, right what one token sees.
 
@@ -88,7 +87,7 @@ def mask_picture(
     return path
 
 
-def mask_text(method: Any, video: VideoShape, width: int = 80) -> str:
+def mask_text(method: Method, video: VideoShape, width: int = 80) -> str:
     """The same blocks for a terminal: queries down, keys across.
 
     Half blocks show every block where they fit, shades the share that is kept where they do not.
@@ -123,7 +122,7 @@ def mask_text(method: Any, video: VideoShape, width: int = 80) -> str:
     )
 
 
-def seen_by(method: Any, video: VideoShape, token: Token) -> Tensor:
+def seen_by(method: Method, video: VideoShape, token: Token) -> Tensor:
     """(N,) bool: the tokens that the token at (frame, row, column) sees.
 
     One row of the pattern, without the N x N of it.
@@ -145,7 +144,7 @@ def middle(video: VideoShape) -> Token:
     return video.frames // 2, video.height // 2, video.width // 2
 
 
-def _notes(method: Any) -> list[str]:
+def _notes(method: Method) -> list[str]:
     """What a reader of the picture must know about a method that depends on more than the grid."""
     notes = []
     if parts_of(method).plan_for:

@@ -14,7 +14,7 @@ from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.storage import CONFIG, load_processors
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factor
-from gen_accel.method import is_silent
+from gen_accel.method import Method, is_silent
 from gen_accel.moved import signpost
 from gen_accel.pipelines.long_video.rope import apply_rule
 
@@ -24,7 +24,7 @@ if not TYPE_CHECKING:
 
 def attach(
     pipe_or_transformer: Any,
-    method: Any = None,
+    method: Method | None = None,
     *,
     from_lora: str | Path | None = None,
     schedule: Schedule | None = None,

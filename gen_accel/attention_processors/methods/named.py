@@ -7,7 +7,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from gen_accel.method import check_class
+from gen_accel.method import Method, check_class
 
 
 def class_at(place: str, *, imports: bool) -> type:
@@ -45,7 +45,7 @@ def class_at(place: str, *, imports: bool) -> type:
     return found
 
 
-def place_of(method: Any) -> str:
+def place_of(method: Method) -> str:
     """Where `class_at` finds the class of `method`; ValueError where it cannot."""
     kind = type(method)
     place = f"{kind.__module__}:{kind.__qualname__}"

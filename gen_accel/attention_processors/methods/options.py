@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any, get_type_hints
 
 from gen_accel.attention_processors import method_class
-from gen_accel.method import check_method
+from gen_accel.method import Method, check_method
 from gen_accel.values import convert, written_type
 
 
@@ -64,7 +64,7 @@ def options_of(kind: type) -> tuple[Field[Any], ...]:
     return tuple(one for one in fields(kind) if one.init) if is_dataclass(kind) else ()
 
 
-def saved_options(method: Any) -> dict[str, Any]:
+def saved_options(method: Method) -> dict[str, Any]:
     """Its options, as JSON holds them.
 
     Raises:
@@ -133,7 +133,7 @@ def _made(kind: type, name: str, values: Mapping[str, Any]) -> Any:
     return method
 
 
-def _check_stateless(method: Any) -> None:
+def _check_stateless(method: Method) -> None:
     """Raise ValueError unless `type(method)()` makes the same."""
     kind = type(method)
     try:

@@ -15,6 +15,7 @@ from gen_accel.attention_processors.families import family_of
 from gen_accel.kernels import flex
 from gen_accel.measure import psnr, side_by_side, ssim, write_json, write_video
 from gen_accel.measure.environment import environment
+from gen_accel.method import Method
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.decode import is_streamed
 from gen_accel.pipelines.generation.progress import steps_bar, ticker
@@ -115,7 +116,7 @@ def compare_with_dense(
     prompt: str,
     clip: Clip,
     *,
-    method: Any,
+    method: Method,
     schedule: Schedule | None = None,
     kernel: str = "auto",
     timed: bool = False,
@@ -197,7 +198,7 @@ def pair(result: Comparison) -> Any:
     return side_by_side(videos, result.labels, caption=result.caption, scale=scale)
 
 
-def _warm_up_clip(pipe: Any, clip: Clip, method: Any) -> Clip:
+def _warm_up_clip(pipe: Any, clip: Clip, method: Method) -> Clip:
     """A short one, unless `method` does not fit it, or which lengths are allowed is not known."""
     if not is_streamed(pipe):
         module = next(iter(served_transformers(pipe).values()))

@@ -14,6 +14,7 @@ from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.summary import Summary
 from gen_accel.measure import write_json, write_video
 from gen_accel.measure.video_io import check_writable, write_stream
+from gen_accel.method import Method
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation import prompt_list
 from gen_accel.pipelines.generation.compare import (
@@ -79,7 +80,7 @@ def generate(
     prompts: Sequence[str],
     *,
     out: str | Path,
-    method: Any = None,
+    method: Method | None = None,
     from_lora: str | Path | None = None,
     schedule: Schedule | None = None,
     kernel: str = "auto",
@@ -241,6 +242,7 @@ def _compared(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Gen
         seen: what the image prompt is.
         rank: of the process, before the lines of its progress bar.
     """
+    assert job.method is not None, "resolved"
     result = compare_with_dense(
         pipe,
         video.prompt,

@@ -10,7 +10,7 @@ from gen_accel.attention_processors.attached.recipe import Recipe, read_recipe
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.measure.quality import check_installed
 from gen_accel.measure.video_io import check_writable
-from gen_accel.method import parts_of
+from gen_accel.method import Method, parts_of
 from gen_accel.pipelines.generation import prompt_list
 from gen_accel.pipelines.generation.compare import beside
 from gen_accel.pipelines.generation.decode import check_latents_path
@@ -50,7 +50,7 @@ class Job:
     """
 
     model: str | Path
-    method: Any = None
+    method: Method | None = None
     from_lora: str | Path | None = None
     schedule: Schedule | None = None
     kernel: str = "auto"
@@ -127,6 +127,7 @@ class Job:
         if techniques and clip.frames is None:
             kind = type(pipe).__name__
             raise ValueError(f"frames must be given with {techniques[0]}: {kind} has no default")
+        assert self.method is not None, "resolved"
         check_clip(pipe, clip, self.method)
         return replace(self, clip=clip, techniques=techniques, trained_frames=trained_frames)
 

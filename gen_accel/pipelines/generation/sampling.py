@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of, vae_factor
-from gen_accel.method import parts_of, plan_of
+from gen_accel.method import Method, parts_of, plan_of
 from gen_accel.pipelines.generation.arguments import (
     arguments,
     first_transformer,
@@ -117,7 +117,7 @@ def filled(pipe: Any, clip: Clip) -> Clip:
     return replace(clip, **(values | {"fps": _frame_rate(pipe, values.get("fps", clip.fps))}))
 
 
-def check_clip(pipe: Any, clip: Clip, method: Any) -> None:
+def check_clip(pipe: Any, clip: Clip, method: Method) -> None:
     """Raises ValueError for frames and sizes that the pipeline would round, or where `method`
     cannot be planned; of pipelines that decode by themselves, their own checks speak later."""
     if is_streamed(pipe):
@@ -154,7 +154,7 @@ def token_grid(pipe: Any, clip: Clip) -> VideoShape:
     )
 
 
-def check_fits(method: Any, video: VideoShape) -> None:
+def check_fits(method: Method, video: VideoShape) -> None:
     """Raises ValueError for a method that cannot be planned on `video`."""
     if parts_of(method).has_plan:
         plan_of(method, video)

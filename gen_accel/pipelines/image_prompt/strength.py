@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gen_accel.attention_processors.families import Family
 from gen_accel.attention_processors.lengths import vae_factor
 from gen_accel.video import VideoShape
 
@@ -370,7 +371,7 @@ def token_weights(
 # temporal factor of a pipeline's autoencoder, by what pipelines call it
 
 
-def temporal_factor(pipe: Any, family: Any) -> int | None:
+def temporal_factor(pipe: Any, family: Family) -> int | None:
     """Pixel frames in a latent frame; None where there are none, or only the pipeline knows."""
     factor = vae_factor(pipe, "temporal")
     return family.TEMPORAL_FACTOR if factor is None else factor

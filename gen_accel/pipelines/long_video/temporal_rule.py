@@ -77,7 +77,7 @@ class _Hook:
     def __init__(
         self, transformer: nn.Module, frequencies: Frequencies, frames: int, trained: int
     ) -> None:
-        family: Any = family_for(transformer, "rules on rotary frequencies")
+        family = family_for(transformer, "rules on rotary frequencies")
         self._video_shape, self._set = family.video_shape, family.set_temporal_frequencies
         self._own = family.temporal_frequencies(transformer)
         self._frequencies, self._frames, self._trained = frequencies, frames, trained
