@@ -81,7 +81,7 @@ methods = {**gen_accel.METHODS, "neighborhood": lambda: gen_accel.Neighborhood(w
 for name, method in sorted(methods.items()):
     with gen_accel.attach(model, method()) as handle:
         model(*inputs).sample.sum().backward()
-        assert "transformer.blocks.1" in str(handle.summary())
+        assert len(handle.summary().to_dict()["layers"]) == 2
 assert torch.equal(model(*inputs).sample, stock)
 for name in gen_accel.__all__:
     getattr(gen_accel, name)
