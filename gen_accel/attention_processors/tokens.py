@@ -105,11 +105,13 @@ def by_text(
         own = [tuple(seen[row]) for row in rows]
         order = None
         if before or any(places != tuple(range(length)) for places in own):
-            order = (_order if torch.compiler.is_compiling() else _kept)(tokens, (*own,), device)
+            order = _order(tokens, (*own,), device)
         groups.append(Samples(rows, short, len(rows) == batch, before, order))
     return groups
 
 
+@lru_cache(maxsize=16)  # all layers of a pass ask for the same
+@torch.inference_mode(False)
 def _order(tokens: Tokens, seen: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """(b, n) int64, the places of the grid and of what is seen beside it, of each sample."""
     video, before = tokens
@@ -117,10 +119,6 @@ def _order(tokens: Tokens, seen: tuple[tuple[int, ...], ...], device: torch.devi
     others = torch.tensor(seen, device=device, dtype=grid.dtype)
     others = torch.where(others < before, others, others + video.video_tokens)
     return torch.cat([grid.expand(len(seen), -1), others], 1)
-
-
-# All layers of a pass ask for the same.
-_kept = lru_cache(maxsize=16)(torch.inference_mode(False)(_order))
 
 
 def seen_text(mask: Tensor, q: Tensor, tokens: Tokens) -> tuple[tuple[int, ...], ...] | None:
