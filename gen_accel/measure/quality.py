@@ -206,7 +206,7 @@ class LPIPS:
 def lpips_missing() -> str | None:
     """Why `lpips` cannot run here, and the way to have it; None where it can."""
     if find_spec("torchvision") is None:
-        return 'lpips needs torchvision: pip install "gen_accel[quality]"'
+        return 'lpips needs torchvision: pip install "gen_accel[lpips]"'
     from torchvision.models import AlexNet_Weights  # pyright: ignore[reportMissingImports]
 
     url = AlexNet_Weights.DEFAULT.url
