@@ -154,12 +154,19 @@ def run(
     return _outside_graphs(q, k, v, plan, scale, kernel, report)
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *rest: Any) -> Tensor:
+def of_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in the dtype of autocast, where it is on and theirs differ."""
     where = q.device.type
     if torch.is_autocast_enabled(where) and not q.dtype == k.dtype == v.dtype:
-        q, k, v = (x.to(torch.get_autocast_dtype(where)) for x in (q, k, v))
+        dtype = torch.get_autocast_dtype(where)
+        return q.to(dtype), k.to(dtype), v.to(dtype)
+    return q, k, v
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *rest: Any) -> Tensor:
+    q, k, v = of_one_dtype(q, k, v)
     _check_fit(q, plan)
-    with torch.autocast(where, enabled=False):  # kernels choose their own precision
+    with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
         return _first(q, k, v, plan, *rest)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_accel import kernels
 from gen_accel.attention_processors import context_parallel
 from gen_accel.attention_processors.attached.extension import active, no_graph
 from gen_accel.attention_processors.attached.layer import (
@@ -61,8 +62,11 @@ def attend_in_graph(handle: Handle, layer: Layer, processor: Any, call: Call) ->
     trained = isinstance(processor, TrainableProcessor)
     parameters = list(processor.branch.parameters()) if trained else []
     heads = [] if call.heads is None else [call.heads.start, call.heads.stop]
+    q, k, v = kernels.of_one_dtype(call.q, call.k, call.v)
+    device = q.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     where = processor.place, parameters, call.scale, call.number, call.tokens, heads
-    return _attend(call.q, call.k, call.v, call.mask, *where, _grid(handle))
+    return _attend(q, k, v, call.mask, *where, _grid(handle), autocast)
 
 
 def _grid(handle: Handle) -> list[int]:
@@ -89,6 +93,7 @@ def _attend(
     tokens: int,
     heads: list[int],
     grid: list[int],
+    autocast: torch.dtype | None,
 ) -> Tensor:
     """(B, N, H, D) of q, k, v of that shape. CUDA graphs leave it out: they would replay the plan
     of another grid.
@@ -99,9 +104,11 @@ def _attend(
         parameters: of the layer, so that they get gradients.
         scale, number, tokens, heads: see `Call`; of heads the first and the end, or nothing.
         grid: see `_grid`.
+        autocast: its dtype as the graph was traced, which runs without; None where it was off.
     """
     owner, layer, call = _found((q, k, v), mask, place, scale, number, tokens, heads)
-    return _run(owner, layer, call, grid, recorded=True).contiguous()
+    with _as_traced(q, autocast):
+        return _run(owner, layer, call, grid, recorded=True).contiguous()
 
 
 @_attend.register_fake
@@ -125,9 +132,10 @@ def _attend_backward(
     tokens: int,
     heads: list[int],
     grid: list[int],
+    autocast: torch.dtype | None,
 ) -> list[Tensor]:
     """The gradients of q, k, v and the parameters."""
-    with _autograd():
+    with _autograd(), _as_traced(q, autocast):
         inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
         owner, layer, call = _found(inputs, mask, place, scale, number, tokens, heads)
         out = _run(owner, layer, call, grid, recorded=False)
@@ -219,6 +227,11 @@ def _run(handle: Handle, layer: Layer, call: Call, grid: list[int], *, recorded:
 
 def _no_stock() -> Tensor:
     raise AssertionError("in a graph the model's own attention is none of the operator's")
+
+
+def _as_traced(q: Tensor, autocast: torch.dtype | None) -> torch.autocast:
+    """Autocast as it was when the graph was traced."""
+    return torch.autocast(q.device.type, dtype=autocast, enabled=autocast is not None)
 
 
 @contextmanager

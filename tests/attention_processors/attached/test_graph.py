@@ -210,6 +210,32 @@ def test_parameters_of_the_method_get_gradients():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_autocast_goes_into_the_graph(backend):
+    """Where norms give fp32 beside bf16, and the method has parameters in fp32."""
+    case = next(case for case in cases() if case.name == "wan")
+    model, given = built(case), case.inputs(*case.grids[0])
+    for block in model.blocks:
+        block.attn1.norm_q.forward = lambda x: torch.nn.functional.rms_norm(
+            x.float(), x.shape[-1:]
+        )
+    with attach(model, LINEAR) as handle:
+        for branch in handle.branches.values():
+            for parameter in branch.parameters():
+                torch.nn.init.constant_(parameter, 0.1)
+        trained = [p for branch in handle.branches.values() for p in branch.parameters()]
+
+        def step() -> list[Tensor]:
+            with torch.autocast("cpu", torch.bfloat16):
+                out = case.call(model, given)
+            return [out.detach(), *torch.autograd.grad(out.float().square().mean(), trained)]
+
+        exact = step()
+        model.compile_repeated_blocks(backend=backend, fullgraph=True)
+        for one, other in zip(step(), exact, strict=True):
+            torch.testing.assert_close(one, other, rtol=3e-2, atol=3e-2)
+
+
 def test_what_ran_in_graphs_is_recorded():
     case = next(case for case in cases() if case.name == "wan")
     model, given = built(case), case.inputs(*case.grids[0])
