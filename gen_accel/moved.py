@@ -63,6 +63,8 @@ NAMES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("TRANSFORMERS", "served_transformers"), f"{_ATTACHED}.transformers"),
         **dict.fromkeys(_OF_ATTACHMENT, f"{_ATTACHED}.attachment"),
         **dict.fromkeys(("extend_attention", "one_generation"), f"{_ATTACHED}.extend"),
+        **dict.fromkeys(("Layer", "Observer", "is_offloaded", "on_device"), f"{_ATTACHED}.layer"),
+        "layer_method": "method",
     },
     "pipelines.calibrate": {"attachment_of": f"{_ATTACHED}.attachment"},
     "pipelines.generate": {"ImageInput": f"{_GENERATION}.image_input"},
