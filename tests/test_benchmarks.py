@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import shutil
+import sys
 from typing import Any
 
 import diffusers
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def pipeline(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)  # that of the tests
     return importlib.import_module("pipeline")
 
 

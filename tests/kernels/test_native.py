@@ -1,6 +1,7 @@
 """The CPU kernel in C++: what test_kernels.py does not ask of every kernel."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -407,11 +408,11 @@ class TestBuild:
         assert build.library() is None
 
     def test_no_home_counts_as_none(self, monkeypatch):
-        def homeless():
+        def homeless(path):
             raise RuntimeError("Could not determine home directory.")
 
         monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setattr(build.Path, "home", homeless)
+        monkeypatch.setattr(Path, "expanduser", homeless)
         assert build.library() is None
 
     def test_another_source_lies_elsewhere(self, monkeypatch, tmp_path):

@@ -202,9 +202,9 @@ class TestFromLora:
     def test_generate_goes_by_its_techniques_where_the_video_is_longer(
         self, trained, tmp_path, monkeypatch
     ):
-        from gen_accel.pipelines.generation import generate as generate_module
+        from gen_accel.pipelines.generation import job as job_module
 
-        filled = generate_module.filled
+        filled = job_module.filled
 
         def whole(clip):
             return clip if clip.frames is not None else replace(clip, frames=9)
@@ -229,7 +229,7 @@ class TestFromLora:
         assert used(5) == ""
         assert used(9, techniques=()) == ""
         assert used(9, trained_frames=9) == ""
-        monkeypatch.setattr(generate_module, "filled", lambda pipe, c: filled(pipe, whole(c)))
+        monkeypatch.setattr(job_module, "filled", lambda pipe, c: filled(pipe, whole(c)))
         assert "fresh_noise" in used(None)
         assert "fresh_noise" not in used(9, techniques=["riflex"], trained_frames=5)
 
