@@ -68,7 +68,7 @@ FLEX_CASES = [
         VideoShape(5, 9, 10, text=7),
         torch.bfloat16,
         id="raster, with text, bf16",
-        marks=pytest.mark.slow,
+        marks=pytest.mark.nightly,
     ),
     pytest.param(
         Neighborhood((-1, 4, 5), is_causal=(True, False, False)),

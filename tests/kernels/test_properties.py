@@ -80,7 +80,7 @@ def test_gather_is_the_reference(problem):
     hold_to_reference(problem)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("poison")
 @settings(RANDOM, max_examples=1000)
 @given(problems())

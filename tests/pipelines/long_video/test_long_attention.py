@@ -9,6 +9,7 @@ from support import wan
 from support.checks import assert_no_worse
 from support.methods import SPARSE, TESTED
 from support.problems import assert_gradients_no_worse, random_plan
+from support.products import in_turns
 from support.triton_plans import assert_matches_reference, routed_plan
 from support.triton_plans import inputs as triton_inputs
 from torch import Tensor
@@ -103,8 +104,9 @@ class TestGain:
         torch.library.opcheck(operator, arguments, test_utils=checks)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("name", PLANS)
+    @pytest.mark.parametrize(
+        ("name", "dtype"), in_turns(PLANS, [torch.float32, torch.bfloat16]), ids=str
+    )
     def test_triton_matches_reference(self, name, dtype):
         plan = PLANS[name]()
         assert_matches_reference(plan, triton_inputs(plan, dtype), lse_weight=0.1)
