@@ -73,11 +73,11 @@ def loads(run, monkeypatch):
 
 
 def arguments(model, folder, texts=TEXTS, out="clip.gif"):
-    """Of `gen-accel`, for a list of prompts."""
+    """Of `gen-accel`, for a list of prompts; by one kernel, whatever is built."""
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(texts))
     names = ("--model", model, "--prompts", prompts, "--out", folder / out, "--device", DEVICE)
-    return [str(arg) for arg in ("generate", *names, *SMALL)]
+    return [str(arg) for arg in ("generate", *names, "--kernel", "gather", *SMALL)]
 
 
 def paths(folder):
