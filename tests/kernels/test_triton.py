@@ -358,6 +358,18 @@ def test_the_package_imports_without_triton():
     assert done.returncode == 0, done.stderr
 
 
+def test_it_is_the_first_that_a_process_runs():
+    code = (
+        "import torch\n"
+        "from gen_accel import Radial, VideoShape, attention\n"
+        "q = torch.randn(1, 1, 12, 16)\n"
+        "given = {'video': VideoShape(3, 2, 2), 'method': Radial(block=16), 'kernel': 'triton'}\n"
+        "attention(q, q, q, **given)\n"
+    )
+    done = run_python("-c", code, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """Where processes of this file keep what they compiled, so that it is done once."""

@@ -74,7 +74,8 @@ def forward_lse(
 
     A row that sees nothing gives zeros and -inf.
     """
-    return torch.ops.gen_accel.triton_attention(q, k, v, *prepare(plan), scale)
+    lists = prepare(plan)  # which registers the operator
+    return torch.ops.gen_accel.triton_attention(q, k, v, *lists, scale)
 
 
 def prepare(plan: Plan) -> Lists:
