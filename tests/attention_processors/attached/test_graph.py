@@ -2,13 +2,12 @@
 
 import copy
 import itertools
-from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from support.methods import LINEAR, MIXTURE, RADIAL, WINDOW
-from support.tiny import Case, cases
+from support.tiny import Case, cases, cases_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -41,9 +40,8 @@ def repeated(often: tuple[str, ...], names: tuple[str, ...] = FAMILIES) -> list[
     """The first case of each family; all but those of `often` by night."""
     found = []
     for family in names:
-        case = import_module(f"support.tiny.{family}").CASES[0]
         marks = () if family in often else pytest.mark.nightly
-        found.append(pytest.param(case, id=case.name, marks=marks))
+        found += [pytest.param(case, id=case.name, marks=marks) for case in cases_of(family)[:1]]
     return found
 
 

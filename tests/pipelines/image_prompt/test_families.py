@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import ClassifierFreeGuidance, FasterCacheConfig, UNetMotionModel
+from diffusers.pipelines import ltx2 as ltx2_pipelines
 from diffusers.pipelines.free_noise_utils import SplitInferenceModule
-from diffusers.pipelines.ltx2 import LTX2DFRPipeline
-from diffusers.pipelines.ltx2.dfr_layout import epilogue_tiles, resolve_canvas
 from support import image_adapters
 from support.checks import assert_no_worse
 from support.image_adapters import nested
@@ -139,12 +138,13 @@ def test_each_row_goes_by_the_side_of_its_text(case):
 @torch.no_grad()
 def test_tiles_of_a_distilled_model_go_by_the_prompt():
     """Its pipeline is not guided, names no calls, and makes four of them a step."""
+    layout = pytest.importorskip("diffusers.pipelines.ltx2.dfr_layout")
     model = ltx2.transformer()
-    pipe = ltx2.pipeline(model, LTX2DFRPipeline)
+    pipe = ltx2.pipeline(model, ltx2_pipelines.LTX2DFRPipeline)
     prompt = load_image_prompt(pipe, adapter(model))
     prompt.set_embeds(IMAGE, negative=NEGATIVE)
-    canvas, _, _ = resolve_canvas(17, 8)
-    tiles = epilogue_tiles(((canvas - 1) // 8 + 1, 5, 7), 1, [])
+    canvas, _, _ = layout.resolve_canvas(17, 8)
+    tiles = layout.epilogue_tiles(((canvas - 1) // 8 + 1, 5, 7), 1, [])
 
     def generate(pipe: Any) -> None:
         pipe(
