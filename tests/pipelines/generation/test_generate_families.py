@@ -23,7 +23,6 @@ from support.tiny import (
     animatediff,
     cases_of,
     cogvideox,
-    cosmos3,
     helios,
     latte,
     ltx,
@@ -98,10 +97,10 @@ PIPELINES = {
     "latte": Saved(of(latte.CASES), (3, 48, 64), 3, "-1,2,3", "video_length"),
     "allegro": Saved(of(allegro.CASES), (9, 48, 64), 9, "-1,2,3"),
     "helios": Saved(of(helios.CASES), (9, 48, 64), 33, "-1,2,3"),  # whole chunks
-    "cosmos3": Saved(of(cosmos3.CASES), (9, 48, 64), 9, "-1,2,2"),
 }
-if cases_of("anyflow"):
-    PIPELINES["anyflow"] = Saved(of(cases_of("anyflow")), (9, 48, 64), 9, "-1,2,3")
+for family, window in (("anyflow", "-1,2,3"), ("cosmos3", "-1,2,2")):
+    if cases_of(family):  # which an older diffusers lacks
+        PIPELINES[family] = Saved(of(cases_of(family)), (9, 48, 64), 9, window)
 LONG = ("cogvideox", "ltx", "mochi", "helios")  # four runs, more than 2 s
 OTHERS = [name for name in PIPELINES if name not in ("skyreels", "anyflow")]
 
