@@ -22,6 +22,8 @@ def needed_for(what: str, *, extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "a package").partition(".")[0]
+        if package == __package__:  # a fault of ours, which no package mends
+            raise
         raise ModuleNotFoundError(
             f'{what} needs {package}: pip install "gen_accel[{extra}]"', name=error.name
         ) from None

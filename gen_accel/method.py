@@ -95,7 +95,7 @@ CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "block_mask": (("video",), ()),
 }
 CALL = ("q", "k", "v"), ("video", "kernel")  # with a branch, `branch=` too
-# A public callable whose name is as near to a part that is missing is taken for it, misspelt.
+# A public name that is this near to that of a part that a method lacks is taken for it, misspelt.
 NEAR = 0.85
 
 _checked: set[type] = set()
@@ -119,22 +119,25 @@ def check_method(method: Any) -> None:
         return
     kind = type(method)
     own = any(callable(value) or name in MethodParts._fields for name, value in _own(method))
-    if kind in _checked and not own:
-        return
+    # Of a partial or a bound method, the class says nothing of what it calls.
+    lasting = not own and inspect.isfunction(inspect.getattr_static(kind, "__call__", None))
     name, parts = _name(method), parts_of(method)
     for part, value in zip(MethodParts._fields, parts, strict=True):
-        _check_part(name, part, value)
-    positional, keywords = CALL
-    keywords = keywords if parts.branch is None else (*keywords, "branch")
-    _check_call(name, "__call__", method, positional, keywords)
-    _check_names(name, method)
+        if kind not in _checked or not callable(value):
+            _check_part(name, part, value)
     try:
         hash(method)
     except TypeError as error:
         raise ValueError(
             f"{name} must be hashable, as an instance of a frozen dataclass is: {error}"
         ) from None
-    if not own and kind is not type(check_method):
+    if lasting and kind in _checked:
+        return
+    positional, keywords = CALL
+    keywords = keywords if parts.branch is None else (*keywords, "branch")
+    _check_call(name, "__call__", method, positional, keywords)
+    _check_names(name, method)
+    if lasting:
         _checked.add(kind)
 
 
@@ -263,17 +266,19 @@ def _check_call(
 
 
 def _check_names(kind: str, method: Any) -> None:
-    """Refuse public callables, other than options, that look like a part that is missing."""
+    """Refuse public names, other than options, that look like a part that is missing."""
     options = {one.name for one in fields(method)} if is_dataclass(method) else set()
-    missing = [name for name in MethodParts._fields if not hasattr(method, name)]
+    missing = {
+        name.replace("_", ""): name for name in MethodParts._fields if not hasattr(method, name)
+    }
     for name in dir(method):
         if name.startswith("_") or name in options or name in MethodParts._fields:
             continue
-        if not callable(inspect.getattr_static(method, name)):
-            continue
-        near = get_close_matches(name, missing, n=1, cutoff=NEAR)
+        plain = name.replace("_", "").lower()
+        near = get_close_matches(plain, missing, n=1, cutoff=NEAR)
         if near:
             raise ValueError(
                 f"no part of a method is called {name!r}, got {kind}.{name}; did you mean "
-                f"{near[0]!r}? A method of another purpose takes another name, or one with _ first"
+                f"{missing[near[0]]!r}? What has another purpose takes another name, or one with "
+                "_ first"
             )

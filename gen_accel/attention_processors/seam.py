@@ -32,6 +32,7 @@ class Call(NamedTuple):
         number: of the call in this run of the processor.
         parallel: where q, k and v are of some of the tokens only, as other processes hold others.
         heads: of the layer, which q, k and v are of; None for all.
+        trains: whether a gradient is needed, though none is recorded.
     """
 
     q: Tensor
@@ -45,6 +46,7 @@ class Call(NamedTuple):
     number: int = 0
     parallel: "Parallel | None" = None
     heads: slice | None = None
+    trains: bool = False
 
 
 class Parallel(NamedTuple):
@@ -153,6 +155,7 @@ class SparseProcessor(BoundProcessor):
         layer: what the owner knows of the attention that this is on.
 
     Attributes:
+        has_ended: it runs the model's own attention, in graphs too.
         place: (1,) int64 on the CPU, by which `processor_at` finds this one. To a graph it is
             data, where an attribute of Python would be a constant.
     """
@@ -170,13 +173,14 @@ class SparseProcessor(BoundProcessor):
         shared = None if alike is None else (id(owner), alike)
         BoundProcessor.__init__(self, stock, name, attend, shared, traced)
         self.owner, self.layer, self._alike, self._traced = owner, layer, alike, traced
+        self.has_ended = False
         with torch.inference_mode(False):
-            self.place = torch.tensor([id(self)])
+            self.place = torch.tensor([id(self)], device="cpu")
         _placed[id(self)] = self
 
     def end(self) -> None:
         """Once it is detached, the model's own attention alone, wherever it is put."""
-        self._attend = _as_stock
+        self._attend, self.has_ended = _as_stock, True
 
     def __deepcopy__(self, memo: dict) -> "SparseProcessor":
         """Bound to the copy of its owner: a function by itself is never copied."""

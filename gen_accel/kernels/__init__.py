@@ -75,7 +75,7 @@ class Choice:
 def check_name(kernel: str) -> None:
     """Raise ValueError for a name that is neither "auto" nor in `KERNELS`, with the nearest."""
     if kernel != "auto" and kernel not in KERNELS:
-        near = get_close_matches(kernel, KERNELS, n=1)
+        near = get_close_matches(str(kernel), KERNELS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"kernel must be 'auto' or one of {KERNELS}, got {kernel!r}{hint}")
 
@@ -137,6 +137,7 @@ def run(
     scale: float,
     kernel: str = "auto",
     report: Callable[[Choice], None] | None = None,
+    grad: bool | None = None,
 ) -> Tensor:
     """Run `plan` by the named kernel, or by the first that can.
 
@@ -146,12 +147,13 @@ def run(
 
     Args:
         report: is told which kernel ran, and why others did not.
+        grad: whether the kernel has to have a gradient. Without: whether one is recorded.
 
     Raises:
         ValueError: a plan for other samples, heads or tokens than q has; the named kernel cannot
             run this, or none can, and all reasons are listed.
     """
-    return _outside_graphs(q, k, v, plan, scale, kernel, report)
+    return _outside_graphs(q, k, v, plan, scale, kernel, report, grad)
 
 
 def of_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,8 +187,9 @@ def _first(
     scale: float,
     kernel: str,
     report: Callable[[Choice], None] | None,
+    grad: bool | None,
 ) -> Tensor:
-    facts = facts_of(q, k, v, plan)
+    facts = facts_of(q, k, v, plan, grad=grad)
     passed: dict[str, list[str]] = {}
     order = preference(facts) if kernel == "auto" else {kernel: ""}
     for place, name in enumerate(order, 1):

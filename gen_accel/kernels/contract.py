@@ -68,8 +68,13 @@ class Facts:
         return self.shapes[0][-1]
 
 
-def facts_of(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Facts:
-    """The facts of one call. Nothing waits for the device."""
+def facts_of(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, grad: bool | None = None) -> Facts:
+    """The facts of one call. Nothing waits for the device.
+
+    Args:
+        grad: whether a gradient is needed. Without: whether one is recorded.
+    """
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     given = q, k, v
     rule = plan.partial
     return Facts(
@@ -81,7 +86,7 @@ def facts_of(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Facts:
         block_k=plan.block_k,
         gain=plan.gain is not None,
         dynamic=plan.dynamic,
-        grad=torch.is_grad_enabled() and any(x.requires_grad for x in given),
+        grad=recorded if grad is None else grad,
         forward_mode=is_forward_mode(),
         plan=plan,
     )

@@ -167,6 +167,7 @@ class Run:
                 self.method,
                 schedule=Schedule(dense_layers=config.dense_layers),
                 kernel=config.kernel,
+                record=False,
             )
         self.adapter = put_on(config, model, self.handle, self.recipe, cache)
         if config.gradient_checkpointing:

@@ -48,6 +48,10 @@ def put_on(
     record: bool = True,
 ) -> "Attachment":
     """Attach `method`, as `gen_accel.attach` does, which has the arguments and errors."""
+    if timed and not record:
+        raise ValueError(
+            "timed=True writes seconds into the records, which record=False leaves out"
+        )
     schedule = schedule or Schedule()
     kernels.check_name(kernel)
     check_method(method)
@@ -143,7 +147,7 @@ class Attachment:
         self._displaced = False  # that it was warned of
         self._layers: dict[str, Layer] = {}
         self._text_split: dict[str, bool] = {}
-        self._hooks: list[Any] = []
+        self._hooks: dict[str, list[Any]] = {}
         self._sites: list[tuple[Any, SparseProcessor]] = []
         replaced = self._take_places(families)
         self._check_layers()
@@ -155,7 +159,7 @@ class Attachment:
             put_processor(module, processor)
         for name, transformer in transformers.items():
             begin = partial(self._begin, Readers.of(families[name]))
-            self._hooks += [
+            self._hooks[name] = [
                 transformer.register_forward_pre_hook(begin, with_kwargs=True),
                 transformer.register_forward_hook(self._end),
             ]
@@ -198,10 +202,12 @@ class Attachment:
                 branch = made.to(place, transformer.dtype)
             self.branches[full] = branch
         split = partial(self._splits_text, name)
-        layer = Layer(full, site.layer, method, branch, site.tokens, site.call, split)
+        dense = parts_of(method).is_dense or isinstance(method, Full)
+        own = method, branch, site.tokens, site.call, dense, split
+        layer = Layer(full, site.layer, *own)
         self._layers[full] = layer
         run, trace = partial(attend, self, layer), partial(attend_in_graph, self, layer)
-        alike = parts_of(method).is_dense, why, site.call, branch is None
+        alike = dense, why, site.call, branch is None
         rest = alike, trace, layer
         if branch is None:
             return SparseProcessor(stock, family.ATTENTION_CALL, run, self, *rest)
@@ -221,15 +227,14 @@ class Attachment:
 
         With a technique for longer video that is still on, full attention goes on under it.
         """
-        for hook in self._hooks:
-            hook.remove()
+        self._unhook(*list(self._hooks))
         ours = {id(module) for module, processor in self._sites if module.processor is processor}
         models = {id(part): t for t in self._transformers.values() for part in t.modules()}
         for module, processor in self._sites:
             processor.end()  # others that took its place may put it back
             if id(module) in ours:
                 put_processor(module, released(processor, models[id(module)]))
-        self._hooks, self._sites = [], []
+        self._sites = []
         while self.companions:
             self.companions.pop()()
         if self.extensions and ours:
@@ -257,9 +262,17 @@ class Attachment:
         for module, processor in self._sites:
             if module is replaced:
                 processor.end()
+                self._layers.pop(processor.layer.name, None)
         self._sites = [(module, ours) for module, ours in self._sites if module is not replaced]
+        left = {name.partition(".")[0] for name in self._layers}
+        self._unhook(*(name for name in list(self._hooks) if name not in left))
         if not self._sites:
             self.detach()
+
+    def _unhook(self, *transformers: str) -> None:
+        for name in transformers:
+            for hook in self._hooks.pop(name, ()):
+                hook.remove()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -279,10 +292,12 @@ class Attachment:
     def scheduled(self, schedule: Schedule) -> Iterator[None]:
         """Inside, another schedule, with no other layers dense."""
         before, self.schedule = self.schedule, schedule
+        self.passing.set_dense(None)
         try:
             yield
         finally:
-            self.schedule, self.passing.dense_step = before, None
+            self.schedule = before
+            self.passing.set_dense(None)
 
     @contextmanager
     def gathering(self) -> Iterator[None]:
@@ -309,13 +324,22 @@ class Attachment:
         }
         said = Silence(
             displaced=self._displaced_layers(),
+            layers=len(layers),
+            passes=passing.seen_passes,
             paused=passing.paused,
             one_graph=passing.is_one_graph,
             in_graphs=any(map(is_compiled, self._transformers.values())),
             recording=self.is_recording,
         )
-        facts = dict(self.records), layers, dict(passing.steps), dict(passing.passes), said
-        return Summary(self.method, self.schedule, *facts)
+        return Summary.of(
+            self.method,
+            self.schedule,
+            self.records,
+            layers=layers,
+            steps=dict(passing.steps),
+            passes=dict(passing.passes),
+            silence=said,
+        )
 
     def explain(self, step: int | None = None, layer: str | int | None = None) -> str:
         """Why the calls of the last generation ran dense or sparse, by which kernel and at which

@@ -62,27 +62,32 @@ class ForwardPass:
 
     Attributes:
         dense_step: why all layers are dense at this step; None where they are not.
+        is_dense: whether they are. A graph is made for each of the two, and for no reason.
         refusal: why the grid cannot be told; raised where a method is to run.
         is_one_graph: the whole model is traced, this pass with it: what it reads are symbols.
         steps: each step of the generation to `dense_step` there, in their order.
         passes: how many there were of each step.
+        seen_passes: how many there were in all.
         paused: how many ran as if nothing were attached.
     """
 
     def __init__(self, clock: Clock, masks_alike: bool) -> None:
         self.clock = clock
         self.dense_step: str | None = None
+        self.is_dense = False
         self.refusal: ValueError | None = None
         self.is_one_graph = False
         self.steps: dict[int, str | None] = {}
         self.passes: dict[int, int] = {}
-        self.paused = 0
+        self.seen_passes = self.paused = 0
         self._masks_alike = masks_alike
         self._read: tuple[ref, tuple, Seen | None] | None = None
 
     def begin(self, read: Readers, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Read the grid, and for graphs the lengths of the texts, from a call's arguments."""
         traced = torch.compiler.is_compiling()
+        if not traced:
+            self.seen_passes += 1
         self._read, self.refusal, self.is_one_graph = None, None, traced
         try:
             video = read.video_shape(transformer, *args, **kwargs)
@@ -124,15 +129,20 @@ class ForwardPass:
             )
         if begins:
             self.forget()
+            self.seen_passes = 1
         step = self.clock.step
-        self.dense_step = schedule.why_step(step, self.clock.steps)
+        self.set_dense(schedule.why_step(step, self.clock.steps))
         self.steps[step] = self.dense_step
         self.passes[step] = self.passes.get(step, 0) + 1
         return begins
 
+    def set_dense(self, why: str | None) -> None:
+        self.dense_step, self.is_dense = why, why is not None
+
     def forget(self) -> None:
         """Drop what was counted of earlier steps."""
-        self.steps, self.passes, self.paused = {}, {}, 0
+        self.steps, self.passes = {}, {}
+        self.seen_passes = self.paused = 0
 
     def remember(self, output: Any) -> None:
         """Come back to this pass as its backward pass begins: gradient checkpointing runs blocks
@@ -144,7 +154,8 @@ class ForwardPass:
 
     def _return_to(self, kept: Kept, grad: Tensor) -> None:
         self.clock.return_to(kept.moment)
-        self.dense_step, self.refusal, self._read = kept.dense_step, kept.refusal, None
+        self.set_dense(kept.dense_step)
+        self.refusal, self._read = kept.refusal, None
 
     def seen(self, layer: str, mask: Tensor, q: Tensor, tokens: Tokens) -> Sequence[Sequence[int]]:
         """Which tokens beside the grid each sample sees; ValueError for a mask that hides others.

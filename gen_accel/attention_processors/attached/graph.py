@@ -23,7 +23,9 @@ from gen_accel.attention_processors.attached.layer import (
     Handle,
     Layer,
     computed,
+    keep,
     over_processes,
+    timed,
     why_dense,
 )
 from gen_accel.attention_processors.attached.summary import Record
@@ -41,16 +43,17 @@ def attend_in_graph(handle: Handle, layer: Layer, processor: Any, call: Call) ->
             none, have parameters or none, and attend over the grid in the same call.
         processor: the one that runs, with its own `place` and parameters.
     """
-    if handle.is_paused or layer.passes_by(call):
+    if handle.is_paused or processor.has_ended or layer.passes_by(call):
         return call.stock()
-    why, plain = why_dense(handle, layer), call.parallel is None
-    if why is not None and plain and not handle.extensions:
+    always = layer.is_dense or handle.schedule.why_layer(layer.number) is not None
+    dense, plain = always or handle.passing.is_dense, call.parallel is None
+    if dense and plain and not handle.extensions:
         return call.stock()
-    if why is not None or not plain:  # the grid decides, and is a constant of the graph
+    if dense or not plain:  # the grid decides, and is a constant of the graph
         tokens = processor.layer.tokens_of(handle.passing.clock.tokens, call)
         if tokens is None:
             return call.stock()
-        own = why is not None and not active(handle.extensions, tokens.video)
+        own = dense and not active(handle.extensions, tokens.video)
         if own and context_parallel.stock_is_right(call, tokens):
             return call.stock()
         if not plain:
@@ -58,7 +61,7 @@ def attend_in_graph(handle: Handle, layer: Layer, processor: Any, call: Call) ->
             return over_processes(handle, layer, call, tokens, inside)
     if call.refused:
         layer.refuse(call)
-    # Not of `layer`, by which the graph would find those of the first layer in all others.
+    # By `layer`, a graph would find the parameters of the first layer in all others.
     trained = isinstance(processor, TrainableProcessor)
     parameters = list(processor.branch.parameters()) if trained else []
     heads = [] if call.heads is None else [call.heads.start, call.heads.stop]
@@ -66,7 +69,8 @@ def attend_in_graph(handle: Handle, layer: Layer, processor: Any, call: Call) ->
     device = q.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     where = processor.place, parameters, call.scale, call.number, call.tokens, heads
-    return _attend(q, k, v, call.mask, *where, _grid(handle), autocast)
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *parameters))
+    return _attend(q, k, v, call.mask, *where, _grid(handle), autocast, trains)
 
 
 def _grid(handle: Handle) -> list[int]:
@@ -94,6 +98,7 @@ def _attend(
     heads: list[int],
     grid: list[int],
     autocast: torch.dtype | None,
+    trains: bool,
 ) -> Tensor:
     """(B, N, H, D) of q, k, v of that shape. CUDA graphs leave it out: they would replay the plan
     of another grid.
@@ -105,10 +110,13 @@ def _attend(
         scale, number, tokens, heads: see `Call`; of heads the first and the end, or nothing.
         grid: see `_grid`.
         autocast: its dtype as the graph was traced, which runs without; None where it was off.
+        trains: whether a gradient will be asked for.
     """
     owner, layer, call = _found((q, k, v), mask, place, scale, number, tokens, heads)
     with _as_traced(q, autocast):
-        return _run(owner, layer, call, grid, recorded=True).contiguous()
+        out = _run(owner, layer, call._replace(trains=trains), grid, recorded=True).contiguous()
+    given = {x.untyped_storage().data_ptr() for x in (q, k, v)}
+    return out.clone() if out.untyped_storage().data_ptr() in given else out
 
 
 @_attend.register_fake
@@ -133,6 +141,7 @@ def _attend_backward(
     heads: list[int],
     grid: list[int],
     autocast: torch.dtype | None,
+    trains: bool,
 ) -> list[Tensor]:
     """The gradients of q, k, v and the parameters."""
     with _autograd(), _as_traced(q, autocast):
@@ -165,7 +174,7 @@ def _(
     return [x.new_empty(x.shape) for x in (q, k, v, *parameters)]
 
 
-def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     q, k, v, mask, place, parameters, *ctx.rest = inputs
     ctx.save_for_backward(q, k, v, mask, place, *parameters)
 
@@ -177,7 +186,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple:
     return (*grads[:3], None, None, grads[3:], *none)
 
 
-_attend.register_autograd(_differentiate, setup_context=_keep)
+_attend.register_autograd(_differentiate, setup_context=_save)
 
 
 def _found(
@@ -218,10 +227,10 @@ def _run(handle: Handle, layer: Layer, call: Call, grid: list[int], *, recorded:
         not (recorded and handle.is_recording) or grid
     ):  # of one graph, which tells no step from another
         return computed(handle, layer, call, tokens, why=why)
-    key = (layer.name, passing.clock.step)
-    record = handle.records.get(key) or Record()
-    out = computed(handle, layer, call, tokens, why=why, record=record)
-    handle.records[key] = record
+    record = handle.records.get((layer.name, passing.clock.step)) or Record()
+    with timed(handle, record, call.q):
+        out = computed(handle, layer, call, tokens, why=why, record=record)
+    keep(handle, layer, record)
     return out
 
 

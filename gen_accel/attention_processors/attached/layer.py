@@ -4,7 +4,8 @@
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +27,7 @@ from gen_accel.attention_processors.methods.full import Full
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Samples, Tokens, by_text
 from gen_accel.kernels.self_check import check_rows
-from gen_accel.method import parts_of, within
+from gen_accel.method import within
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
@@ -39,6 +40,7 @@ class Layer(NamedTuple):
         number: of its block.
         branch: the method's parameters in this layer.
         tokens, call: see `SelfAttention`.
+        is_dense: the method stands for the model's own attention.
         text_split: whether context parallelism splits the text by itself; asked at its calls.
     """
 
@@ -48,6 +50,7 @@ class Layer(NamedTuple):
     branch: Any
     tokens: Callable[[Tokens, Call], Tokens] | None = None
     call: int | None = None
+    is_dense: bool = False
     text_split: Callable[[], bool] = bool
 
     def passes_by(self, call: Call) -> bool:
@@ -111,29 +114,42 @@ def attend(handle: Handle, layer: Layer, call: Call) -> Tensor:
         right = own and context_parallel.stock_is_right(call, tokens)
         if not right:
             return over_processes(handle, layer, call, tokens, partial(attend, handle, layer))
-    key = (layer.name, passing.clock.step)
-    record = handle.records.get(key) or Record()
-    start = _now(call.q) if handle.timed else None
-    if tokens is None or own:
-        out = call.stock()
-        at = why if tokens is not None else f"{why}, at a grid that is not known"
-        record.add(context_parallel.counted_shape(call), why=at)
-    elif handle.observe is not None:
-        out = _observed(handle, handle.observe, layer, call, tokens)
-        record.add(call.q.shape, why="observed")
-    else:
-        counted = record if handle.is_recording else None
-        out = computed(handle, layer, call, tokens, why=why, record=counted)
-    if start is not None:
-        record.seconds = (record.seconds or 0.0) + _now(call.q) - start
-    if handle.is_recording:
-        handle.records[key] = record  # not before the call has succeeded
+    record = handle.records.get((layer.name, passing.clock.step)) or Record()
+    with timed(handle, record, call.q):
+        if tokens is None or own:
+            out = call.stock()
+            at = why if tokens is not None else f"{why}, at a grid that is not known"
+            record.add(context_parallel.counted_shape(call), why=at)
+        elif handle.observe is not None:
+            out = _observed(handle, handle.observe, layer, call, tokens)
+            record.add(call.q.shape, why="observed")
+        else:
+            counted = record if handle.is_recording else None
+            out = computed(handle, layer, call, tokens, why=why, record=counted)
+    keep(handle, layer, record)  # not before the call has succeeded
     return out
+
+
+def keep(handle: Handle, layer: Layer, record: Record) -> None:
+    """Keep what a layer counted at the step under way."""
+    if handle.is_recording:
+        handle.records[layer.name, handle.passing.clock.step] = record
+
+
+@contextmanager
+def timed(handle: Handle, record: Record, like: Tensor) -> Iterator[None]:
+    """Add the seconds inside to a record, where the handle is timed: those of `like`'s device."""
+    if not handle.timed:
+        yield
+        return
+    start = _now(like)
+    yield
+    record.seconds = (record.seconds or 0.0) + _now(like) - start
 
 
 def why_dense(handle: Handle, layer: Layer) -> str | None:
     """Why a layer is dense at the step under way; None where its method runs."""
-    if parts_of(layer.method).is_dense or isinstance(layer.method, Full):
+    if layer.is_dense:
         return "method is dense"
     return handle.schedule.why_layer(layer.number) or handle.passing.dense_step
 
@@ -186,6 +202,7 @@ def computed(
     def run(video: VideoShape, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         plan = adjusted(plan, extensions, video, clock.step, clock.steps)
         options: dict[str, Any] = {"scale": call.scale, "kernel": handle.kernel}
+        options["grad"] = True if call.trains else None
         out = kernels.run(q, k, v, plan, **options, report=chosen.append)
         plans.append(plan)
         _check_itself(handle, layer.method, chosen[-1].kernel, (q, k, v, out), plan, call.scale)

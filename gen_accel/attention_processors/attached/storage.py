@@ -59,7 +59,7 @@ def save_processors(
     handle = pipe_or_handle
     if not isinstance(handle, Attachment):
         handle = attachment_of(pipe_or_handle)
-    name = method_name(handle.method)
+    name, method_options = method_name(handle.method), saved_options(handle.method)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     held = _parameters(handle) if tensors is None else _by_name(tensors)
@@ -69,7 +69,7 @@ def save_processors(
     config = {
         "version": VERSION,
         "method": name,
-        "options": saved_options(handle.method),
+        "options": method_options,
         "schedule": asdict(handle.schedule),
         "kernel": handle.kernel,
         "sha256": digest,

@@ -13,6 +13,8 @@ from gen_accel.plan import Plan, Route
 # By a layer's name, and the step from 0.
 Key = tuple[str, int]
 
+MOST = 64  # counts that a record leaves on the device, before it waits for them
+
 BY_ITSELF = "its own code, without a kernel"
 
 
@@ -28,6 +30,7 @@ class Record:
         choice: the kernel; None where none ran.
         by_itself: calls in which the method computed without a kernel, so that nobody knows what
             it left out: they count as dense.
+        in_graph: it ran dense in a graph, which leaves no record: this is what others say of it.
     """
 
     why_dense: str | None = None
@@ -35,6 +38,7 @@ class Record:
     tokens: int = 0
     calls: int = 0
     by_itself: int = 0
+    in_graph: bool = False
     dense_flops: float = 0.0
     seconds: float | None = None
     # Sums over the calls: of what the grid decides, and of what q and k decided, which stays on
@@ -70,6 +74,8 @@ class Record:
             part = (plan.tokens / N) ** 2
             if plan.dynamic:
                 self._counts.append(Counts.of(plan, part, dense))
+                if len(self._counts) >= MOST:
+                    self.settle()
             else:
                 self._kept += part * plan.density
                 self._flops += part * plan.computed_density * dense
@@ -79,6 +85,18 @@ class Record:
         while self._counts:
             kept, computed, dense = self._counts.pop().shares()
             self._kept, self._flops = self._kept + kept, self._flops + computed * dense
+
+    def as_dense(self, why: str) -> "Record":
+        """The same calls, had they run dense."""
+        return Record(
+            why,
+            tokens=self.tokens,
+            calls=self.calls,
+            in_graph=True,
+            dense_flops=self.dense_flops,
+            _kept=float(self.calls),
+            _flops=self.dense_flops,
+        )
 
     @property
     def density(self) -> float:
@@ -170,12 +188,16 @@ class Silence:
 
     Args:
         displaced: layers whose processors were exchanged, to the class of those there now.
+        layers: how many there are.
+        passes: forward passes that ran.
         paused: forward passes inside `paused()`.
         one_graph: the whole model is one graph of torch.compile, which tells no step apart.
         in_graphs: blocks are graphs, in which the model's own attention leaves no record.
     """
 
     displaced: Mapping[str, str] = field(default_factory=dict)
+    layers: int = 0
+    passes: int = 0
     paused: int = 0
     one_graph: bool = False
     in_graphs: bool = False
@@ -186,15 +208,21 @@ class Silence:
         if not self.recording:
             return "nothing was recorded, as record=False says"
         if self.displaced:
+            all_of = "all" if len(self.displaced) == self.layers else f"{len(self.displaced)} of"
             return (
-                f"nothing of ours ran: all {len(self.displaced)} attentions have other processors "
+                f"nothing of ours ran: {all_of} {self.layers} attentions have other processors "
                 f"than those of attach, such as {next(iter(self.displaced.values()))}; detach() "
                 "and attach again"
             )
         if self.one_graph:
             return "nothing was recorded: the model is one graph, which tells no step apart"
-        if self.paused:
+        if self.paused and not self.passes:
             return f"nothing was recorded: all {self.paused} forward passes ran inside paused()"
+        if self.in_graphs and self.passes:
+            return (
+                "nothing was recorded: all attention ran dense, in graphs of torch.compile, where "
+                "the model's own leaves no record"
+            )
         return "nothing ran yet"
 
 
@@ -215,6 +243,29 @@ class Summary:
     steps: Mapping[int, str | None] = field(default_factory=dict, repr=False)
     passes: Mapping[int, int] = field(default_factory=dict, repr=False)
     silence: Silence = field(default_factory=Silence, repr=False)
+
+    @classmethod
+    def of(
+        cls, method: Any, schedule: Any, records: Mapping[Key, Record], **facts: Any
+    ) -> "Summary":
+        """The summary of `records`; with those of dense calls in graphs, which leave none, put in
+        by what the others say of their size."""
+        made = cls(method, schedule, dict(records), **facts)
+        if made.silence.in_graphs and not made.silence.one_graph:
+            for name, why in made.layers.items():
+                for step in {*made.steps, *(step for _, step in records)}:
+                    reason = why or made.steps.get(step)
+                    like = made._like(name, step) if reason is not None else None
+                    if like is not None and (name, step) not in records:
+                        made.records[name, step] = like.as_dense(str(reason))
+        return made
+
+    def _like(self, layer: str, step: int) -> Record | None:
+        """A record of the same layer, or of the same step, or any."""
+        found = {key: record for key, record in self.records.items() if record.why_dense is None}
+        near = [record for (name, _), record in found.items() if name == layer]
+        near += [record for (_, at), record in found.items() if at == step]
+        return next(iter([*near, *found.values()]), None)
 
     @property
     def density(self) -> float | None:
@@ -387,7 +438,9 @@ class Summary:
             yield f"step {step}: {self.silence.why_empty()}"
             return
         if step not in ran:
-            yield f"step {step} did not run: the last generation had steps {spans(ran)}"
+            paused = f", and {self.silence.paused} passes inside paused()"
+            also = paused if self.silence.paused else ""
+            yield f"step {step} did not run: the last generation had steps {spans(ran)}{also}"
             return
         groups: dict[str, list[str]] = {}
         for name in names:
@@ -398,7 +451,8 @@ class Summary:
     def _why(self, layer: str, step: int) -> str:
         record = self.records.get((layer, step))
         if record is not None and record.why_dense is not None:
-            return f"dense ({record.why_dense})"
+            where = ", in a graph of torch.compile" if record.in_graph else ""
+            return f"dense ({record.why_dense}){where}"
         if record is not None and record.by_itself:
             return f"{type(self.method).__name__} by {BY_ITSELF}: what it leaves out is not known"
         if record is not None:
@@ -408,12 +462,18 @@ class Summary:
         there = self.silence.displaced.get(layer)
         if there is not None:
             return f"dense: a {there} has taken the place of attach's processor; attach again"
+        if not self.silence.recording:
+            return self.silence.why_empty()
         if self.silence.one_graph:
             return "not recorded: the model is one graph, which tells no step apart"
         dense = self.layers.get(layer) or self.steps.get(step)
         if self.silence.in_graphs and dense is not None:
             return f"dense ({dense}), in a graph of torch.compile"
-        if self.passes.get(step):
+        part = layer.partition(".")[0]
+        beside = any(at == step and name.startswith(f"{part}.") for name, at in self.records)
+        if beside or (
+            self.passes.get(step) and len({n.partition(".")[0] for n in self.layers}) == 1
+        ):
             return "not called, though its model ran: a cache or a hook skipped this block"
         return "not called: its model did not run at this step"
 

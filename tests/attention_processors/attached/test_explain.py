@@ -203,6 +203,42 @@ def test_counts_of_a_plan_with_padding():
     assert Counts.of(plan, 1.0, 1.0).shares()[:2] == pytest.approx((kept, computed))
 
 
+def test_counts_do_not_pile_up():
+    """On a transformer alone, records go on for as long as it is attached."""
+    model = transformer()
+    with attach(model, MIXTURE) as handle, torch.no_grad():
+        for _ in range(70):
+            forward(model)
+        assert all(len(record._counts) < 64 for record in handle.records.values())
+        assert all(record.calls == 70 for record in handle.records.values())
+        assert 0 < handle.summary().density < 1
+
+
+def test_seconds_need_records():
+    with pytest.raises(ValueError, match="timed=True writes seconds into the records"):
+        attach(transformer(), RADIAL, timed=True, record=False)
+
+
+def test_without_records_nothing_is_guessed():
+    pipe = pipeline()
+    with attach(pipe, RADIAL, schedule=Schedule(dense_steps=1), record=False) as handle:
+        generate(pipe, 2)
+    assert handle.explain(step=1).endswith("nothing was recorded, as record=False says")
+
+
+def test_another_attachment_takes_one_transformer_over():
+    """The first one's hooks go with its last attention there."""
+    first, second = transformer(), transformer()
+    both = attach(first, RADIAL, schedule=Schedule(dense_steps=1))
+    hooks = len(first._forward_pre_hooks)
+    attach(first, MIXTURE)
+    assert len(first._forward_pre_hooks) == hooks
+    assert not both.is_attached
+    assert "0 attentions" in repr(both)
+    forward(first)
+    forward(second)
+
+
 def test_names_are_drawn_together():
     assert spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
     names = [f"transformer.blocks.{i}" for i in range(4)] + ["unet.mid.attn"]

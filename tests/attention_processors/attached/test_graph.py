@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from support import wan
 from support.methods import LINEAR, MIXTURE, RADIAL, WINDOW
 from support.tiny import Case, cases, cases_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from gen_accel import Schedule, attach
+from gen_accel import Dense, Schedule, attach, kernels
 from gen_accel.attention_processors.families import FAMILIES, family_of
 
 MANY = 40
@@ -176,15 +177,19 @@ def test_a_training_step_in_a_graph(case):
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("case", repeated(()))
 def test_by_inductor(case):
-    """Three grids, and the gradient of the latents at the last."""
-    model = built(case)
+    """At three grids it errs as much as the stock model does, at most twice."""
+    stock, model = built(case), built(case)
     given = [case.inputs(*size) for size in sizes(case)[:3]]
+
+    def errors(one: nn.Module) -> list[float]:
+        exact = run(one, case, given)
+        one.compile_repeated_blocks(fullgraph=True)
+        found = run(one, case, given)
+        return [(a - b).abs().max().item() for a, b in zip(found, exact, strict=True)]
+
+    allowed = 2 * max(errors(stock)) + 1e-4
     with attach(model, WINDOW):
-        exact = run(model, case, given)
-        model.compile_repeated_blocks(fullgraph=True)
-        for one, expected in zip(given, exact, strict=True):
-            with torch.no_grad():
-                torch.testing.assert_close(case.call(model, one), expected, rtol=1e-3, atol=1e-4)
+        assert max(errors(model)) <= allowed
 
 
 def test_parameters_of_the_method_get_gradients():
@@ -247,6 +252,84 @@ def test_what_ran_in_graphs_is_recorded():
         assert "dense layer" in handle.explain(step=0, layer=0)
         assert "in a graph of torch.compile" in handle.explain(step=0, layer=0)
         assert "sparse, density" in handle.explain(step=0, layer=1)
+
+
+def test_dense_layers_and_steps_of_graphs_count_as_dense():
+    """The verdict of compiled blocks is that of plain ones."""
+    pipe = wan.pipeline()
+    schedule = Schedule(dense_start=0.5, dense_layers=1)
+    with attach(pipe, MIXTURE, schedule=schedule, kernel="gather") as handle:
+        wan.generate(pipe, 4)
+        plain = handle.summary()
+        pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+        wan.generate(pipe, 4)
+        compiled = handle.summary()
+    assert compiled.verdict() == plain.verdict()
+    assert compiled.flops_share == pytest.approx(plain.flops_share)
+
+
+def test_detached_processors_that_are_put_back_run_the_models_own():
+    case = next(case for case in cases() if case.name == "wan")
+    model, given = built(case), case.inputs(*case.grids[0])
+    with torch.no_grad():
+        stock = case.call(model, given)
+        handle = attach(model, WINDOW)
+        ours = [block.attn1.processor for block in model.blocks]
+        case.call(model, given)
+        handle.detach()
+        for block, processor in zip(model.blocks, ours, strict=True):
+            block.attn1.set_processor(processor)
+        assert torch.equal(case.call(model, given), stock)
+        model.compile_repeated_blocks(backend="eager", fullgraph=True)
+        assert torch.equal(case.call(model, given), stock)
+
+
+def test_a_default_device_does_not_move_what_finds_a_layer():
+    case = next(case for case in cases() if case.name == "wan")
+    model, given = built(case), case.inputs(*case.grids[0])
+    with torch.device("meta"):
+        attach(model, WINDOW)
+    with torch.no_grad():
+        sparse = case.call(model, given)
+        model.compile_repeated_blocks(backend="eager", fullgraph=True)
+        assert torch.equal(case.call(model, given), sparse)
+
+
+class Values:
+    """A method whose plan keeps all, and that gives the values themselves."""
+
+    def __call__(self, q, k, v, *, video, kernel):
+        return v
+
+    def plan(self, video, device):
+        return Dense().plan(video, device)
+
+
+def test_an_output_that_is_an_input():
+    case = next(case for case in cases() if case.name == "wan")
+    model, given = built(case), case.inputs(*case.grids[0])
+    with attach(model, Values()), torch.no_grad():
+        plain = case.call(model, given)
+        model.compile_repeated_blocks(backend="eager", fullgraph=True)
+        assert torch.equal(case.call(model, given), plain)
+
+
+def test_a_graph_that_trains_asks_for_a_kernel_with_a_gradient(monkeypatch):
+    case = next(case for case in cases() if case.name == "wan")
+    model, given = built(case), case.inputs(*case.grids[0])
+    asked = []
+    unsupported = kernels.unsupported
+
+    def spy(name: str, facts: Any) -> list[str]:
+        asked.append(facts.grad)
+        return unsupported(name, facts)
+
+    monkeypatch.setattr(kernels, "unsupported", spy)
+    with attach(model, WINDOW, kernel="gather"):
+        model.compile_repeated_blocks(backend="eager", fullgraph=True)
+        case.call(model, given).square().mean().backward()
+    assert asked
+    assert all(asked)
 
 
 class ByItself:
