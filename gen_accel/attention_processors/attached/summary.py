@@ -13,8 +13,6 @@ from gen_accel.plan import Plan, Route
 # By a layer's name, and the step from 0.
 Key = tuple[str, int]
 
-MOST = 64  # counts that a record leaves on the device, before it waits for them
-
 BY_ITSELF = "its own code, without a kernel"
 
 
@@ -45,7 +43,7 @@ class Record:
     # its device until someone asks.
     _kept: float = 0.0
     _flops: float = 0.0
-    _counts: list["Counts"] = field(default_factory=list, repr=False)
+    _tallies: dict["Layout", "Tally"] = field(default_factory=dict, repr=False)
 
     def add(
         self,
@@ -73,18 +71,18 @@ class Record:
         for plan in plans:
             part = (plan.tokens / N) ** 2
             if plan.dynamic:
-                self._counts.append(Counts.of(plan, part, dense))
-                if len(self._counts) >= MOST:
-                    self.settle()
+                layout = Layout.of(plan, part, dense)
+                self._tallies.setdefault(layout, Tally(layout)).add(plan)
             else:
                 self._kept += part * plan.density
                 self._flops += part * plan.computed_density * dense
 
     def settle(self) -> None:
         """Add up what the device counted. Waits for it."""
-        while self._counts:
-            kept, computed, dense = self._counts.pop().shares()
-            self._kept, self._flops = self._kept + kept, self._flops + computed * dense
+        while self._tallies:
+            layout, tally = self._tallies.popitem()
+            kept, computed = tally.shares()
+            self._kept, self._flops = self._kept + kept, self._flops + computed * layout.dense
 
     def as_dense(self, why: str) -> "Record":
         """The same calls, had they run dense."""
@@ -111,75 +109,92 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """What a plan made from q and k keeps, counted by at most two operations of its device.
-
-    Args:
-        layout: of the plan.
-        seen: (Kq, 2) fp32, over all patterns and the key blocks that a query block sees: tokens,
-            and slots. With a route instead (), the blocks that are kept.
-        picked: (), the groups that queries picked, of a route.
-        part: share of the N x N pairs that the plan is over.
-        dense: FLOPs of the call as dense attention.
-    """
-
-    layout: "Layout"
-    seen: Tensor
-    picked: Tensor | None
-    part: float
-    dense: float
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, plan: Plan, part: float, dense: float) -> "Counts":
-        layout = Layout.of(plan)
-        with torch.autocast(plan.keep.device.type, enabled=False):
-            if isinstance(plan.partial, Route):
-                return cls(layout, plan.keep.sum(), plan.partial.picks.sum(), part, dense)
-            seen = plan.keep.sum((0, 1), dtype=torch.float32) @ plan.held[1]
-            return cls(layout, seen, None, part, dense)
-
-    def shares(self) -> tuple[float, float, float]:
-        """Of the N x N pairs: those kept and those computed; and `dense`. Of a route both are
-        estimates, with blocks and groups of the mean number of tokens."""
-        layout, scale = self.layout, self.part / self.layout.tokens**2
-        if self.picked is None:
-            rows = layout.held.to(self.seen)
-            kept, computed = (rows * self.seen).double().sum(0).tolist()
-            scale /= layout.patterns
-            return kept * scale, computed * scale, self.dense
-        pair = layout.block_q * layout.block_k
-        computed = min(1.0, int(self.seen) / layout.patterns * pair / layout.tokens**2)
-        rows, groups, patterns = layout.picks
-        kept = int(self.picked) / (rows * groups * patterns)
-        return min(kept, computed) * self.part, computed * self.part, self.dense
-
-
-@dataclass(frozen=True)
 class Layout:
-    """What `Counts` needs of a plan, without holding its pattern.
+    """What plans made call by call have in common, without their patterns.
 
     Args:
-        held: (Kq, 2), tokens and slots in each query block.
+        tokens: of the plan.
         patterns: samples times heads that the plan tells apart.
-        picks: slots, groups and patterns of a route.
+        routed: slots, groups and patterns of a route; None without one.
+        part: share of the N x N pairs of a call that the plan is over.
+        dense: FLOPs of a call as dense attention.
+        device: of its tensors.
     """
 
     tokens: int
     patterns: int
     block_q: int
     block_k: int
-    held: Tensor
-    picks: tuple[int, int, int] = (1, 1, 1)
+    routed: tuple[int, int, int] | None
+    part: float
+    dense: float
+    device: torch.device
 
     @classmethod
-    def of(cls, plan: Plan) -> "Layout":
+    def of(cls, plan: Plan, part: float, dense: float) -> "Layout":
         patterns = plan.keep.shape[0] * plan.keep.shape[1]
-        picks = (1, 1, 1)
+        routed = None
         if isinstance(plan.partial, Route):
             B, H, S, C = plan.partial.picks.shape
-            picks = (S, C, B * H)
-        return cls(plan.tokens, patterns, plan.block_q, plan.block_k, plan.held[0], picks)
+            routed = (S, C, B * H)
+        blocks = plan.block_q, plan.block_k
+        return cls(plan.tokens, patterns, *blocks, routed, part, dense, plan.keep.device)
+
+
+class Tally:
+    """What plans of one layout keep, counted by two operations of their device a plan.
+
+    Without a route it is exact. With one, the groups that queries picked and the blocks that are
+    kept are counted in turns after the first plan, and taken to be of the mean number of tokens.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._plans = self._plans_seen = self._plans_picked = 0
+        # (Kq, 2) fp32, tokens and slots in the key blocks that a query block sees, over all
+        # patterns and plans; with a route (), blocks.
+        self._seen: Any = None
+        self._picked: Any = None  # (), groups
+        self._held: Any = None  # (Kq, 2), tokens and slots in each query block
+
+    @torch.no_grad()
+    def add(self, plan: Plan) -> None:
+        self._plans += 1
+        if isinstance(plan.partial, Route):
+            self._add_route(plan.keep, plan.partial.picks)
+            return
+        rows, columns = plan.held
+        with torch.autocast(plan.keep.device.type, enabled=False):
+            blocks = plan.keep.sum((0, 1), dtype=torch.float32)
+            first = self._seen is None
+            self._seen = blocks @ columns if first else torch.addmm(self._seen, blocks, columns)
+        self._held = rows
+
+    def _add_route(self, keep: Tensor, picks: Tensor) -> None:
+        if self._seen is None:
+            self._seen, self._picked = keep.sum(), picks.sum()
+            self._plans_seen = self._plans_picked = 1
+        elif self._plans % 2:
+            self._picked = self._picked + picks.sum()
+            self._plans_picked += 1
+        else:
+            self._seen = self._seen + keep.sum()
+            self._plans_seen += 1
+
+    def shares(self) -> tuple[float, float]:
+        """Of the N x N pairs of a call, those kept and those computed, summed over the plans."""
+        layout = self._layout
+        if layout.routed is None:
+            kept, computed = (self._held.to(self._seen) * self._seen).double().sum(0).tolist()
+            scale = layout.part / layout.patterns / layout.tokens**2
+            return kept * scale, computed * scale
+        slots, groups, patterns = layout.routed
+        pair = layout.block_q * layout.block_k / layout.tokens**2
+        blocks = int(self._seen) / self._plans_seen / layout.patterns
+        computed = min(1.0, blocks * pair)
+        kept = int(self._picked) / self._plans_picked / (slots * groups * patterns)
+        scale = layout.part * self._plans
+        return min(kept, computed) * scale, computed * scale
 
 
 @dataclass(frozen=True)

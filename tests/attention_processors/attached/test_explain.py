@@ -8,7 +8,7 @@ from support.wan import LAYERS, forward, generate, pipeline, transformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gen_accel import Neighborhood, Schedule, VideoShape, attach
-from gen_accel.attention_processors.attached.summary import Counts, called, spans
+from gen_accel.attention_processors.attached.summary import Layout, Tally, called, spans
 from gen_accel.plan import Plan
 
 pytestmark = [
@@ -182,6 +182,13 @@ def test_recording_costs_two_operations_a_call(method):
     assert operations(method, record=True) - operations(method, record=False) <= 2 * calls
 
 
+def counted(*plans):
+    tally = Tally(Layout.of(plans[0], 1.0, 1.0))
+    for plan in plans:
+        tally.add(plan)
+    return tally.shares()
+
+
 @pytest.mark.parametrize("method", [MIXTURE, LINEAR], ids=str)
 def test_counts_agree_with_the_plan(method):
     """Exactly without a route; within a few per cent with one, whose groups differ in size."""
@@ -189,8 +196,9 @@ def test_counts_agree_with_the_plan(method):
     q, k = (torch.randn(2, 3, GRID.tokens, 16, generator=generator) for _ in "qk")
     plan = method.plan_for(q, k, video=GRID)
     kept, computed = (x.item() for x in plan.densities())
-    found = Counts.of(plan, 1.0, 1.0).shares()
+    found = counted(plan)
     near = 1e-5 if plan.partial is None else 0.2
+    assert counted(plan, plan, plan, plan) == pytest.approx([4 * share for share in found])
     assert found[0] == pytest.approx(kept, rel=near)
     assert found[1] == pytest.approx(computed, rel=near)
 
@@ -200,7 +208,9 @@ def test_counts_of_a_plan_with_padding():
     keep = torch.tensor([[[[True, False, True], [False, True, False], [True, True, True]]]])
     plan = Plan(slots, keep, 4, 4, dynamic=True)
     kept, computed = (x.item() for x in plan.densities())
-    assert Counts.of(plan, 1.0, 1.0).shares()[:2] == pytest.approx((kept, computed))
+    assert counted(plan) == pytest.approx((kept, computed))
+    twice = tuple(2 * share for share in (kept, computed))
+    assert counted(plan, plan) == pytest.approx(twice)
 
 
 def test_counts_do_not_pile_up():
@@ -209,7 +219,7 @@ def test_counts_do_not_pile_up():
     with attach(model, MIXTURE) as handle, torch.no_grad():
         for _ in range(70):
             forward(model)
-        assert all(len(record._counts) < 64 for record in handle.records.values())
+        assert all(len(record._tallies) == 1 for record in handle.records.values())
         assert all(record.calls == 70 for record in handle.records.values())
         assert 0 < handle.summary().density < 1
 
