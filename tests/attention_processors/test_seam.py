@@ -55,7 +55,7 @@ MIXED = ("mochi", "motif")  # the text is in the queries by then
 
 
 # Of each way in which images reach the attention one is compiled by day, the others by night.
-COMPILED = ("wan image", "hunyuan", "cogvideox", "mochi", "flux", "unet", "ltx2", "kandinsky5")
+COMPILED = ("wan image", "hunyuan", "mochi", "flux", "unet")
 
 
 @pytest.fixture(params=CASES, ids=str)

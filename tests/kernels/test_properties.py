@@ -118,7 +118,9 @@ TINY = VideoShape(2, 3, 4, text=3)
 DIFFERENTIATED = [method for row in TESTED.values() for method in row.differentiated]
 
 
-@pytest.mark.parametrize("kernel", ["reference", pytest.param("gather", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kernel", ["reference", pytest.param("gather", marks=pytest.mark.nightly)]
+)
 @pytest.mark.parametrize(
     "method",
     [
