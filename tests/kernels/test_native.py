@@ -376,7 +376,7 @@ class TestBuild:
         yield
         build.library.cache_clear()
 
-    @pytest.mark.slow
+    @pytest.mark.nightly
     def test_command(self, run):
         shown = run("build").stdout.strip()
         assert shown == str(build.path())

@@ -401,7 +401,7 @@ def test_kernels_compile_for_hopper_and_spill_nothing(compiled, options, count):
     assert done.stdout.count("sm_90 ") == count
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_configuration_that_spills_is_found(compiled):
     code = (
         "import sys\n"

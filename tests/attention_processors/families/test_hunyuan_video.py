@@ -410,7 +410,7 @@ CASES = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compile_repeated_blocks(dynamo):
     """Layers that differ, in being dense, get graphs of their own, and so do lengths of texts."""
     model = transformer()
