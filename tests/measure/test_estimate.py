@@ -310,7 +310,7 @@ def test_to_dict_is_json_and_complete():
         assert words in str(found)
 
 
-@pytest.mark.parametrize("preset", presets() if NIGHTLY else presets()[::4])
+@pytest.mark.parametrize("preset", [*presets()] if NIGHTLY else [*presets()][::4])
 def test_presets_are_whole(preset):
     """The config makes a model of the published size, and every preset can be estimated."""
     subject, (_, published) = subject_of(preset), presets()[preset]
