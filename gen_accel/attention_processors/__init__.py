@@ -1,4 +1,4 @@
-"""What is computed, and where: attention methods, one a file, and model families, one a file.
+"""Attention methods, which say what is computed, and model families, which say where.
 
 A method is an instance with `method(q, k, v, *, video, kernel)`; `gen_accel.method` names all that
 it may have beside. Those of the package are frozen dataclasses in `methods`: the fields are the

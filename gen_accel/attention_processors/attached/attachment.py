@@ -1,4 +1,4 @@
-"""What `attach` returns: the processors and hooks that it put on, and how they come off."""
+"""The handle of `attach`: the processors and hooks that it put on, and how they come off."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -100,7 +100,7 @@ class SilentBranch(UserWarning):
 
 
 class Options(NamedTuple):
-    """What `attach` was asked for."""
+    """The arguments of `attach`."""
 
     method: Any
     schedule: Schedule
@@ -111,7 +111,7 @@ class Options(NamedTuple):
 
 
 class Attachment:
-    """What `attach` returns. It owns the processors and hooks, and all that they remember.
+    """The handle of `attach`. It owns the processors and hooks, and all that they remember.
 
     Attributes:
         is_recording: what runs is counted, for `summary()` and `explain()`.
