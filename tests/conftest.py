@@ -3,10 +3,12 @@
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from support.interpreter import remember_builtins
 from support.products import NIGHTLY
 from support.videos import VIDEOS
 from typer.testing import CliRunner
@@ -58,6 +60,16 @@ def without_native():
     """What "auto" takes does not depend on what was built on this machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native_build, "is_built", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted_faster():
+    if "TRITON_INTERPRET" not in os.environ or not find_spec("triton"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        remember_builtins(patch)
         yield
 
 

@@ -27,12 +27,16 @@ SMALL = {
     },
     "image_prompt": {"FRAMES, STEPS = 33, 10": "FRAMES, STEPS = 9, 2"},
     "attention_methods": {
-        "num_inference_steps=8": "num_inference_steps=5",
+        "MIDDLE = 4": "MIDDLE = 1",
+        "num_inference_steps=8": "num_inference_steps=2",
         "num_inference_steps=3": "num_inference_steps=1",
         "CRITICAL = (0.05, 0.15, 0.4)": "CRITICAL = (0.15,)",
+        "SHARES = (0.05, 0.1, 0.2, 0.4, 0.6)": "SHARES = (0.1, 0.4)",
+        "(0.1, 0.25, 0.5, 1.0, 1.5)": "(0.5,)",
+        "x in (3, 5, 7, 9)": "x in (5,)",
     },
     "longer_videos": {
-        "FRAMES, STEPS = 49, 3": "FRAMES, STEPS = 41, 2",
+        "FRAMES, STEPS = 49, 3": "FRAMES, STEPS = 41, 1",
         '"height": 96': '"height": 48',
         '"width": 96': '"width": 48',
     },

@@ -140,7 +140,8 @@ ONE_LINE = {
 # Each in a copy of one process that has imported what takes long.
 FORKED = """
 import json, os, runpy
-import torch, diffusers
+import torch, diffusers.pipelines.pipeline_utils
+import gen_accel.lora.config, gen_accel.pipelines.generation
 foreign.clear()
 everything = {*absent}
 for name, (present, arguments, _) in json.loads(CASES).items():
@@ -150,7 +151,17 @@ for name, (present, arguments, _) in json.loads(CASES).items():
         words = os.open(f"{OUT}/{name}.txt", os.O_CREAT | os.O_WRONLY)
         os.dup2(words, 1), os.dup2(words, 2)
         sys.argv = ["gen-accel", *arguments.replace("OUT", f"{OUT}/made").split()]
-        runpy.run_module("gen_accel", run_name="__main__")
+        try:
+            runpy.run_module("gen_accel", run_name="__main__")
+        except SystemExit as end:
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(bool(end.code))  # to take all apart that was imported takes a second
+        except BaseException as error:
+            print("Traceback", repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status), name
 """

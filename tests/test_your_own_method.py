@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
@@ -13,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.finetuning import config
+from support.forked import Forked
 from support.methods import RADIAL
 from support.objectives import some_recipe
 from support.paths import ROOT, environment
@@ -390,11 +390,13 @@ def test_in_another_process(here, monkeypatch):
     by_name = saved(method, here / "by_name")
     with attach(model := transformer(), method):
         exact = forward(model).double().sum().item()
-    command = [sys.executable, "-c", FRESH, str(by_name), str(by_place)]
+    (here / "fresh.py").write_text(FRESH)
     places = environment(OMP_NUM_THREADS="1")
     places["PYTHONPATH"] = f"{here}:{places['PYTHONPATH']}"
-    done = subprocess.run(command, env=places, capture_output=True, text=True, check=True)
-    first, second, *loaded = done.stdout.splitlines()
+    started = Forked("fresh", [str(by_name), str(by_place)], places)
+    out, err = started.communicate(timeout=120)
+    assert started.returncode == 0, err
+    first, second, *loaded = out.splitlines()
     assert re.match(r"refused: .*register one of your own first: .*\('mine', Class\)", first)
     assert re.match(r"refused: .*'my_methods:Sliding' is named by a file.*import my_", second)
     for line in loaded:

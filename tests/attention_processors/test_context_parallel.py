@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from support import hunyuan, wan
+from support import forked, hunyuan, wan
 from support.checks import assert_no_worse, budget
 from support.two_processes import (
     PROCESSES,
@@ -25,7 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranc
 def processes(tmp_path_factory):
     """What each of them found; they are started once for all tests."""
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(process, (folder,), nprocs=PROCESSES)
+    torch.multiprocessing.start_processes(
+        process, (folder,), nprocs=PROCESSES, start_method=forked.METHOD
+    )
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 

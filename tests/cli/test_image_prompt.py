@@ -340,6 +340,6 @@ class TestDemo:
 def test_the_embedded_adapter_shows_what_the_image_shows(tmp_path):
     scene = world.Scene("red", "triangle", "right", "slowly")
     still = clips.picture(scene, 3)
-    report, written = image_prompts.run(tmp_path, image=still, steps=10)
+    report, written = image_prompts.run(tmp_path, image=still, steps=6)
     assert report["detector"]["image"] == "a red triangle"
     assert detect(read_video(written["dense"])).color == "red"

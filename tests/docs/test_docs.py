@@ -36,7 +36,13 @@ FENCE = re.compile(
     re.S | re.M,
 )
 SIDE = 32  # pixels
-SMALLER = {"torch.bfloat16": "torch.float32", "step=7": "step=1", "layer=3": "layer=1"}
+SMALLER = {
+    "torch.bfloat16": "torch.float32",
+    "step=7": "step=1",
+    "layer=3": "layer=1",
+    '"num_frames": 33': '"num_frames": 21',
+    "num_inference_steps=8": "num_inference_steps=2",
+}
 # Verbs whose lines are not run here, and why.
 ELSEWHERE = {
     "train": "training takes hours; the tests in tests/lora train",
@@ -188,6 +194,9 @@ def smaller(arguments: list[str]) -> list[str]:
             del given[at : at + 2]
     if "--frames" not in given and "--from-latents" not in given:
         given += ["--frames", "9"]
+    elif "--frames" in given and "--extend" not in given:
+        at = given.index("--frames") + 1
+        given[at] = str(min(int(given[at]), 33))
     return given
 
 

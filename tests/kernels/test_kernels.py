@@ -55,13 +55,14 @@ FLEX_CASES = [
         VideoShape(3, 7, 5, text=13),
         torch.float32,
         id="windows, ragged, with text",
+        marks=pytest.mark.nightly,
     ),
     pytest.param(
         Radial(block=128),
         VideoShape(50, 5, 6),  # two frames of queries in a tile, one of keys
         torch.float32,
         id="different blocks, ragged",
-        marks=pytest.mark.slow,
+        marks=pytest.mark.nightly,
     ),
     pytest.param(
         Radial("code-2025-11", block=32),

@@ -5,14 +5,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 from support import finetuning as ft
+from support.forked import Forked
 from support.paths import environment
 from support.runs import (
     FULL_STEPS,
@@ -222,8 +221,7 @@ def started(out, **job):
     """A process that trains."""
     out.mkdir(exist_ok=True)
     job |= {"out": str(out), "fields": ft.FULL, "threads": torch.get_num_threads()}
-    command = [sys.executable, "-m", "support.finetuning", json.dumps([job])]
-    return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    return Forked("support.finetuning", [json.dumps([job])], environment())
 
 
 def finished(out, **job):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support import forked
 from support.paths import ROOT, environment
 
 from gen_accel.lora import checkpoint, trainer
@@ -80,7 +81,20 @@ def launch(*jobs):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return done
+
+
+def launch_forked(*jobs):
+    """As `launch`, without the launcher."""
+    places = environment(OMP_NUM_THREADS="1")
+    together(forked.ranks(2, "support.finetuning", [json.dumps(jobs)], places))
+
+
+def together(processes):
+    """What processes that wait for each other say; the first error ends them."""
+    said = [one.communicate(timeout=120) for one in processes]
+    for one, (_, err) in zip(processes, said, strict=True):
+        assert one.returncode == 0, err
+    return "".join(out for out, _ in said), "".join(err for _, err in said)
 
 
 FULL_STEPS = 8

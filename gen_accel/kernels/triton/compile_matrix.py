@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gen_accel.kernels.triton import block_sparse, configs, linear
+from gen_accel.kernels.triton import configs, linear, sparse_backward, sparse_forward, tiles
 
 # Shared memory that one program may use, in bytes.
 SHARED = {
@@ -31,7 +31,7 @@ SHARED = {
     "gfx942": 64 << 10,
 }
 
-RULES = {"none": block_sparse.NONE, "windows": block_sparse.WINDOWS, "route": block_sparse.ROUTE}
+RULES = {"none": tiles.NONE, "windows": tiles.WINDOWS, "route": tiles.ROUTE}
 
 # Types of arguments by name; those of the inputs' own type and the integers are not listed.
 TYPES = {
@@ -66,9 +66,9 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     """Every kernel, those that evaluate a rule once for each rule, with and without a gain."""
     dim = {"D": D, "BLOCK_D": configs.padded_dim(D)}
     kernels = {
-        "forward": block_sparse.forward_kernel,
-        "dq": block_sparse.dq_kernel,
-        "dkdv": block_sparse.dkdv_kernel,
+        "forward": sparse_forward.forward_kernel,
+        "dq": sparse_backward.dq_kernel,
+        "dkdv": sparse_backward.dkdv_kernel,
     }
     variants = product(kernels.items(), RULES.items(), (False, True))
     for (kind, kernel), (rule, number), gain in variants:
@@ -91,9 +91,9 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
             config.num_warps,
             config.num_stages,
         )
-    yield Case("delta", block_sparse.delta_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1)
+    yield Case("delta", sparse_backward.delta_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1)
     config = configs.linear(arch, D, dtype)
-    tiles = {**dim, "BLOCK": block, "TILE": config.tile, "CHUNK": config.chunk}
+    sizes = {**dim, "BLOCK": block, "TILE": config.tile, "CHUNK": config.chunk}
     for name, flag in (
         ("states", "SCALED"),
         ("apply", "NORMED"),
@@ -102,14 +102,14 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
         for on in (True, False):
             kernel = getattr(linear, f"{name}_kernel")
             label = f"{name} {flag.lower() if on else 'plain'}"
-            yield Case(label, kernel, {**tiles, flag: on}, config.num_warps, 1)
+            yield Case(label, kernel, {**sizes, flag: on}, config.num_warps, 1)
 
 
 def build(case: Case, arch: str, dtype: torch.dtype) -> Any:
     types = {**TYPES, **dict.fromkeys(INPUTS, f"*{DTYPES[dtype]}")}
     rule = case.constants.get("RULE")
-    types["rule"] = "*i8" if rule == block_sparse.ROUTE.value else "*i32"
-    types["more"] = "*i8" if rule == block_sparse.WINDOWS.value else "*i32"
+    types["rule"] = "*i8" if rule == tiles.ROUTE.value else "*i32"
+    types["more"] = "*i8" if rule == tiles.WINDOWS.value else "*i32"
     names = case.kernel.arg_names  # pyright: ignore[reportFunctionMemberAccess]
     signature = {
         name: "constexpr" if name in case.constants else types.get(name, "i32") for name in names

@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs
-from gen_accel.kernels.triton.block_sparse import INTERPRETED
 from gen_accel.kernels.triton.lists import listed
+from gen_accel.kernels.triton.tiles import INTERPRETED
 
 
 def linear_rest(

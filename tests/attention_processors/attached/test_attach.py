@@ -745,7 +745,7 @@ def test_detach_after_compile(dynamo):
     assert torch.equal(forward(compiled), stock)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compile_by_inductor(dynamo, compiler):
     model = transformer(num_layers=1)
     with attach(model, RADIAL):

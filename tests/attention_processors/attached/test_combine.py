@@ -707,7 +707,7 @@ def dynamo():
         for i, cell in enumerate(
             c for c in cells("compiled") if c.values not in COMPILED_ELSEWHERE
         )
-        if NIGHTLY or i % 3 == 0
+        if NIGHTLY or i % 5 == 0
     ],
 )
 def test_compiled(dynamo, name, family, method):

@@ -17,6 +17,7 @@ from gen_accel import Dense, Schedule, attach, kernels
 from gen_accel.attention_processors.families import FAMILIES, family_of
 
 MANY = 40
+MANY_TEXTS = MANY if NIGHTLY else 16
 
 # The others' turn comes by night.
 GRIDS = ("wan",)
@@ -116,19 +117,19 @@ def shortened(given: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 
 def texts_of(case: Case) -> list[dict[str, Any]]:
-    """`MANY` calls of one grid, each with a text of another length or padding."""
+    """`MANY_TEXTS` calls of one grid, each with a text of another length or padding."""
     grid = case.grids[0]
     if case.lengths is None:
         given = case.inputs(*grid)
         longest = text_tokens(given)
-        return [shortened(given, n) for n in range(longest, 0, -1)][:MANY]
+        return [shortened(given, n) for n in range(longest, 0, -1)][:MANY_TEXTS]
     longest = max(case.lengths)
     pairs = itertools.product(range(1, longest + 1), repeat=2)
     return [
         shortened(case.inputs(*grid, lengths=pair), max(pair) + extra)
         for extra in range(3)
         for pair in pairs
-    ][:MANY]
+    ][:MANY_TEXTS]
 
 
 def text_tokens(given: dict[str, Any]) -> int:

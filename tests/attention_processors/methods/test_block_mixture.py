@@ -427,10 +427,14 @@ class TestAttached:
     @pytest.mark.parametrize(
         ("layers", "options"),
         [
-            (1, {"partition": "3d"}),
+            pytest.param(1, {"partition": "3d"}, marks=pytest.mark.nightly),
             (3, {}),
             (1, {"partition": "3d", "routing": "block"}),
-            (1, {"partition": "2d", "select": "topk", "scope": "query_head", "topk": (2, 3, 5)}),
+            pytest.param(
+                1,
+                {"partition": "2d", "select": "topk", "scope": "query_head", "topk": (2, 3, 5)},
+                marks=pytest.mark.nightly,
+            ),
         ],
         ids=str,
     )

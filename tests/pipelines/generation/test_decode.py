@@ -17,6 +17,7 @@ from diffusers import (
 from diffusers.video_processor import VideoProcessor
 from safetensors.torch import save_file
 from support import wan
+from support.products import in_turns, slow_after
 
 from gen_accel import Dense, demo
 from gen_accel.measure import read_stream, read_video, write_stream, write_video
@@ -122,19 +123,20 @@ STREAMED = {
 }
 
 
-@pytest.mark.parametrize("make", STREAMED.values(), ids=STREAMED)
+# Latent frames and dtype: one frame always, the others in turns.
+DECODED = [(1, torch.float32), (5, torch.float32), (6, torch.bfloat16), (8, torch.float32)]
+
+
 @pytest.mark.parametrize(
-    ("frames", "dtype"),
-    [
-        (1, torch.float32),
-        pytest.param(5, torch.float32, marks=pytest.mark.slow),
-        pytest.param(8, torch.float32, marks=pytest.mark.slow),
-        pytest.param(6, torch.bfloat16, marks=pytest.mark.slow),
-    ],
+    ("name", "clip"),
+    slow_after(
+        len(STREAMED), [*((n, DECODED[0]) for n in STREAMED), *in_turns(STREAMED, DECODED[1:])]
+    ),
     ids=str,
 )
-def test_the_pixels_are_those_of_decoding_at_once(make, frames, dtype):
-    vae = make().to(dtype)
+def test_the_pixels_are_those_of_decoding_at_once(name, clip):
+    frames, dtype = clip
+    vae = STREAMED[name]().to(dtype)
     latents = noise(vae, frames)
     chunks = [*decode_stream(pipe_of(vae), latents)]
     expected = at_once(vae, latents)

@@ -162,7 +162,7 @@ def test_the_video_is_that_of_the_pipeline(run, folder, tmp_path, name):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in PIPELINES],
+    [pytest.param(n, marks=pytest.mark.nightly) if n in LONG else n for n in PIPELINES],
 )
 def test_a_window_is_compared_with_dense(run, folder, tmp_path, name):
     window = ("--method", "neighborhood", "--set", f"window={PIPELINES[name].window}")

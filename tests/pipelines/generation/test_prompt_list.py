@@ -12,8 +12,10 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from support import wan
-from support.paths import ROOT
+from support import runs, wan
+from support.forked import Forked, ranks
+from support.paths import ROOT, environment
+from support.products import NIGHTLY
 from typer.testing import CliRunner
 
 from gen_accel import Radial
@@ -97,25 +99,25 @@ def times(folder):
     return {path.name: path.stat().st_mtime_ns for path in paths(folder)}
 
 
-def start(args, *launcher):
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "gen_accel", *args],
-        # Without a cache they find no kernel that was built here, as conftest.py has it.
-        env=os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": "/nowhere"},
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+# Without a cache processes find no kernel that was built here, as conftest.py has it.
+ALONE = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": "/nowhere"}
 
 
 def launch(args):
-    """What two processes print."""
-    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(CONFIG))
-    running = start(args, *launcher, "--main_process_port", "0")
-    out, err = running.communicate(timeout=120)
-    assert running.returncode == 0, err
-    return out, err
+    """What two processes print: by night those that the launcher starts."""
+    if not NIGHTLY:
+        return runs.together(ranks(2, "gen_accel", args, environment(**ALONE)))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
+    done = subprocess.run(
+        [*launcher, "--main_process_port", "0", "-m", "gen_accel", *args],
+        env=os.environ | ALONE,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
 
 
 def test_what_is_done_is_not_made_again(run, model, tmp_path, monkeypatch):
@@ -362,7 +364,7 @@ def test_a_killed_run_goes_on(run, model, tmp_path):
     killed.mkdir()
     texts = [*TEXTS, *TEXTS]
     run(*arguments(model, whole, texts))
-    running = start(arguments(model, killed, texts))
+    running = Forked("gen_accel", arguments(model, killed, texts), environment(**ALONE), ROOT)
     while not (done := [*killed.glob("*.done.json")]):
         assert running.poll() is None, running.communicate()
         time.sleep(0.001)
@@ -399,7 +401,7 @@ def test_two_processes_make_the_files_of_one(run, model, tmp_path):
 
     (together / "clip-001.mp4").unlink()
     before = times(together)
-    out, err = launch(args)
+    _, err = launch(args)
     assert "2 of 3 are done already: clip-000.mp4, clip-002.mp4\n" in err
     assert err.count("done already") == 1
     assert outputs(together) == outputs(alone)

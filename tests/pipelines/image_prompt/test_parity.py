@@ -105,7 +105,7 @@ def theirs_of_faces(pipe, kind, variant, given, **options):
     [("sd", variant) for variant in UNET]
     + [("sdxl", variant) for variant in SEEN]
     # Their LoRA on each of many attentions takes PEFT a while.
-    + [pytest.param("sdxl", v, marks=pytest.mark.slow) for v in UNET if v not in SEEN],
+    + [pytest.param("sdxl", v, marks=pytest.mark.nightly) for v in UNET if v not in SEEN],
 )
 def test_each_variant(kind, variant, files):
     path = files(kind, variant)

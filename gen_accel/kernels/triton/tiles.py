@@ -1,0 +1,115 @@
+"""Tiles of tokens: cut from a block or a list of blocks, loaded, multiplied, masked, stored.
+
+Tokens are addressed through the plan's slots. The blocks of a list are laid end to end and cut
+into tiles, so that the lengths of blocks and tiles are independent.
+
+Prefixes: i_ index of a program, block or place, o_ offsets, m_ masks, b_ tiles of values.
+"""
+
+# Kernels are a language of their own, which a checker of Python misreads.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportPossiblyUnboundVariable=false
+
+import math
+
+import triton
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+
+LN2 = tl.constexpr(math.log(2))
+LOG2E = tl.constexpr(1 / math.log(2))
+
+# The kinds of rule on token pairs.
+NONE, WINDOWS, ROUTE = (tl.constexpr(kind) for kind in range(3))
+
+
+@triton.jit
+def own_tile(slots, i_block, i_tile, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Slots and tokens of one tile of one block; token -1 for padding and past the block."""
+    o_r = i_tile * TILE + tl.arange(0, TILE)
+    o_s = i_block * BLOCK + tl.minimum(o_r, BLOCK - 1)
+    return o_s, tl.where(o_r < BLOCK, tl.load(slots + o_s), -1)
+
+
+INTERPRETED = tl.constexpr(not isinstance(own_tile, JITFunction))
+
+
+@triton.jit
+def dot(b_x, b_y, b_acc=None):
+    """x y + acc in fp32."""
+    if INTERPRETED:  # the interpreter would multiply the bits of bf16
+        b_x, b_y = b_x.to(tl.float32), b_y.to(tl.float32)
+    return tl.dot(b_x, b_y, b_acc, input_precision="ieee")
+
+
+@triton.jit
+def listed_tile(index, slots, i_p, stop, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Slots and tokens of a tile that starts at place i_p of the listed blocks, laid end to end.
+
+    Token -1 for padding and from place `stop` on. A tile past the end is read, never used.
+    """
+    if BLOCK % TILE == 0:
+        i_p = tl.maximum(tl.minimum(i_p, stop - TILE), 0)
+        o_s = tl.load(index + i_p // BLOCK) * BLOCK + i_p % BLOCK + tl.arange(0, TILE)
+        o_t = tl.load(slots + o_s)
+    else:
+        o_p = i_p + tl.arange(0, TILE)
+        o_in = tl.maximum(tl.minimum(o_p, stop - 1), 0)
+        o_s = tl.load(index + o_in // BLOCK) * BLOCK + o_in % BLOCK
+        o_t = tl.where(o_p < stop, tl.load(slots + o_s), -1)
+    return o_s, o_t
+
+
+@triton.jit
+def load_rows(x, stride, o_t, D: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr):
+    """[tile, BLOCK_D] rows of tokens o_t; zeros for token -1, which only a PADDED tile holds."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_x = x + o_t.to(tl.int64)[:, None] * stride + o_d[None, :]
+    if PADDED and D < BLOCK_D:
+        return tl.load(p_x, mask=(o_t >= 0)[:, None] & (o_d < D)[None, :], other=0.0)
+    elif PADDED:
+        return tl.load(p_x, mask=(o_t >= 0)[:, None], other=0.0)
+    elif D < BLOCK_D:
+        return tl.load(p_x, mask=(o_d < D)[None, :], other=0.0)
+    else:
+        return tl.load(p_x)
+
+
+@triton.jit
+def store_rows(x, stride, o_t, b_x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    o_d = tl.arange(0, BLOCK_D)
+    p_x = x + o_t.to(tl.int64)[:, None] * stride + o_d[None, :]
+    mask = (o_t >= 0)[:, None] & (o_d < D)[None, :]
+    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def obey(b_s, o_q, o_k, o_block, rule, more, S, C, RULE: tl.constexpr, AXES: tl.constexpr):
+    """Scores, -inf where the rule hides a key.
+
+    o_q and o_k have the two axes of the scores, one of them of size 1; o_block is the key block
+    of all keys, a scalar, or of each, like o_k.
+    """
+    if RULE == ROUTE:
+        o_c = tl.load(more + o_block)
+        m_s = tl.load(rule + o_q.to(tl.int64) * C + o_c) != 0
+        b_s = tl.where(m_s, b_s, -float("inf"))
+    if RULE == WINDOWS:
+        m_k = tl.load(more + o_k) != 0
+        # Twice for the first axis, so as to start from a mask in the shape of the scores.
+        m_s = tl.load(rule + o_q) <= tl.load(rule + 2 * AXES * S + o_k)
+        for a in tl.static_range(AXES):
+            b_place = tl.load(rule + (2 * AXES + a) * S + o_k)
+            m_s &= tl.load(rule + a * S + o_q) <= b_place
+            m_s &= b_place <= tl.load(rule + (AXES + a) * S + o_q)
+        b_s = tl.where(m_s | m_k, b_s, -float("inf"))
+    return b_s
+
+
+@triton.jit
+def listed_block(index, o_s, i_p, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """The block of the tile at place i_p if it is one, else that of each column."""
+    if BLOCK % TILE == 0:
+        return tl.load(index + i_p // BLOCK)
+    else:
+        return o_s[None, :] // BLOCK
