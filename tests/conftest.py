@@ -1,5 +1,6 @@
 """Fixtures of all tests, which of them run, and in which order."""
 
+import gc
 import json
 import os
 import sys
@@ -177,6 +178,16 @@ def compiler():
         torch.compile(lambda x: x + 1, dynamic=False)(torch.ones(3))
     except Exception as error:  # whatever a missing or broken compiler makes torch throw
         pytest.skip(f"torch.compile does not work here: {type(error).__name__}")
+
+
+def pytest_collection_finish(session):
+    """What all tests share is never garbage: collections need not look through it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session):
+    gc.unfreeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -69,8 +69,7 @@ def test_any_size_matches_reference(size, numbers, monkeypatch, qkv):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize("block", [50, 75])
+@pytest.mark.parametrize(("dtype", "block"), in_turns([FP32, BF16], [50, 75]), ids=str)
 def test_more_queries_of_a_group_than_a_product_takes(block, dtype, qkv):
     """And more than are looked through at once; a group that none sees, one that all see."""
     slots = 2100

@@ -5,6 +5,9 @@ are addressed through the plan's slots, so that nothing is reordered or copied, 
 blocks and tiles are independent: the blocks of a list are laid end to end and cut into tiles.
 """
 
+# Launches of kernels, which a checker of Python misreads.
+# pyright: reportCallIssue=false
+
 import math
 from collections.abc import Sequence
 from typing import Any

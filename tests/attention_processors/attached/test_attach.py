@@ -781,7 +781,11 @@ def test_compile_with_a_schedule_of_steps(dynamo, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [RADIAL, MIXTURE, LINEAR], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [LINEAR, *(pytest.param(m, marks=pytest.mark.nightly) for m in (RADIAL, MIXTURE))],
+    ids=str,
+)
 @pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch")
 def test_compile_repeated_blocks_tells_layers_apart(dynamo, method):
     """Blocks share their code. Layers that are dense, those of another partition and those of a

@@ -46,6 +46,13 @@ every_case = pytest.mark.parametrize(
         for name, case in CASES.items()
     ],
 )
+first_cases = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=() if name in FIRST else pytest.mark.nightly)
+        for name, case in CASES.items()
+    ],
+)
 # There, the methods take turns from case to case; by night all of them run in each.
 some_methods = pytest.mark.parametrize(
     ("case", "method"),
@@ -310,7 +317,7 @@ def test_controls_of_cosmos3_come_before_the_video():
 
 
 @pytest.mark.slow
-@every_case
+@first_cases
 def test_kernels_agree(case):
     model, grid = model_of(case), case.grids[0]
     with attach(model, WINDOW, kernel="reference"):
@@ -429,9 +436,19 @@ def test_steps_without_a_pipeline_are_changes_of_the_timestep(case):
     assert steps == {0: "first steps", 1: None, 2: None}
 
 
+# The first of each family that has a pipeline.
+PIPED = {
+    found[0].name
+    for family in FAMILIES
+    if (found := [case for case in cases_of(family) if case.pipeline is not None])
+}
 piped = pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id=name) for name, case in CASES.items() if case.pipeline is not None],
+    [
+        pytest.param(case, id=name, marks=() if name in PIPED else pytest.mark.nightly)
+        for name, case in CASES.items()
+        if case.pipeline is not None
+    ],
 )
 
 
