@@ -36,6 +36,7 @@ def toy(pipeline: Any, family: str) -> Any:
     return pipeline.small(next(p for p in pipeline.CUDA_PROBLEMS if p.family == family))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["wan", "hunyuan_video", "cogvideox", "ltx", "mochi", "flux"])
 def test_every_family_runs_dense_and_by_every_method(pipeline, family):
     problem = toy(pipeline, family)

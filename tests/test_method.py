@@ -234,6 +234,7 @@ def test_a_method_may_do_without_a_kernel():
     assert torch.equal(forward(model), stock)
 
 
+@pytest.mark.slow
 def test_no_graph_runs_a_method_without_a_plan():
     assert [why_no_graph(method) for method in (*ALL, Shortest())] == [None] * (len(ALL) + 1)
     model = transformer()
@@ -243,6 +244,7 @@ def test_no_graph_runs_a_method_without_a_plan():
             forward(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plan", "plan_for", "branch"])
 def test_a_graph_runs_a_method_of_ones_own_as_eager_does(kind):
     class Chosen(Shortest):

@@ -42,6 +42,7 @@ def test_a_name_that_never_was_is_refused():
         import_module("gen_accel.pipelines.nothing")
 
 
+@pytest.mark.slow
 def test_the_warning_points_at_the_import():
     code = "import warnings; warnings.simplefilter('always')\n"
     code += "from gen_accel.attention_processors.radial import Radial\n"

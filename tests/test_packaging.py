@@ -91,6 +91,7 @@ print("attached", sorted(gen_accel.METHODS))
 """
 
 
+@pytest.mark.slow
 def test_attach_needs_the_core_alone():
     done = run(ATTACHED)
     assert done.returncode == 0, done.stderr
@@ -177,6 +178,7 @@ def words(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_LINE)
 def test_a_missing_package_is_named_with_its_command(name, words):
     said = (words / f"{name}.txt").read_text()
@@ -219,6 +221,7 @@ def imported() -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_every_package_of_an_extra_is_imported():
     project = optional()
     assert names(project["dependencies"]) == {*CORE} - {"gen_accel"}

@@ -86,6 +86,7 @@ def test_the_page_is_short():
     assert len(PAGE.read_text(encoding="utf-8").splitlines()) <= 60
 
 
+@pytest.mark.slow
 def test_the_page_runs(here, monkeypatch, capsys, run):
     (here / "my_methods.py").write_text(FILE)
     monkeypatch.syspath_prepend(here)

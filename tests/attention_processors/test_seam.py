@@ -434,6 +434,7 @@ def at(model):
     return [block.attn1 for block in model.blocks]
 
 
+@pytest.mark.slow
 def test_any_order_restores_the_model():
     model, given = wan_transformer(), inputs(3, 10, 14)
     before, stock = processors(model), output(model, given)

@@ -120,6 +120,7 @@ def test_version(run):
     assert run("--version").stdout.strip() == f"gen-accel {gen_accel.__version__}"
 
 
+@pytest.mark.slow
 def test_generate_mp4_with_a_comparison(run, model, tmp_path):
     out = tmp_path / "new" / "clip.mp4"
     args = ("--prompt", PROMPT, "--dense-steps", "1", "--compare", "--timed", "--out", out)
@@ -170,6 +171,7 @@ def test_generate_frames_that_a_seed_repeats(run, model, tmp_path):
     assert (a != c).any()
 
 
+@pytest.mark.slow
 def test_generate_with_a_lora(run, refused, model, tmp_path):
     from peft import LoraConfig
 
@@ -197,6 +199,7 @@ def test_every_component_is_loaded_in_one_precision(model):
         assert {p.dtype for p in part.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_demo(run, model, tmp_path):
     out = tmp_path / "demo"
     result = run("demo", "--model", model, "--frames", "9", "--steps", "5", "--out", out)
@@ -319,6 +322,7 @@ def test_a_frozen_long_clip_is_explained(frames):
     assert "2.0 s of compilation are not counted" in notes
 
 
+@pytest.mark.slow
 def test_compilation_is_not_counted(model, monkeypatch):
     """Whatever a kernel spends on it during the sparse run is taken off, and reported."""
     pipe = loading.load(model, loading.Loading("float32", "cpu"))

@@ -95,6 +95,7 @@ def test_demo_is_a_name_of_the_command_line_alone(refused, model, tmp_path, monk
     assert "no image-prompt adapter in demo" in refused(*args, "--image-adapter", "./demo")
 
 
+@pytest.mark.slow
 def test_generate_by_an_image(run, model, adapter, pictures, tmp_path):
     def video(name, *args):
         out = tmp_path / name

@@ -228,6 +228,7 @@ def test_facts_are_those_of_the_call(qkv):
         assert facts_of(q, k, v, plan).forward_mode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["triton", "xformers", "gater"])
 def test_the_sentence_is_the_same_in_a_graph(name, monkeypatch, qkv):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -249,6 +250,7 @@ def test_a_graph_that_must_not_break_says_what_to_do(plan, qkv):
         compiled(*qkv(64), plan, scale=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["triton", "xformers"])
 @pytest.mark.parametrize(
     "method", [Radial(block=16), BlockMixture(chunks=(2, 4, 8))], ids=["radial", "mixture"]
@@ -265,6 +267,7 @@ def test_a_compiled_model_says_what_a_model_says(method, kernel, monkeypatch):
     assert str(in_a_graph.value) == str(eager.value)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_runs_by_a_kernel_that_no_graph_can_hold():
     """The kernel runs as it does outside: `reference` too."""
     model = wan.transformer().cpu()

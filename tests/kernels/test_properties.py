@@ -73,6 +73,7 @@ def hold_to_reference(problem):
         assert_no_worse(actual, *rest, factor=LUCK)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poison")
 @RANDOM
 @given(problems())
@@ -88,6 +89,7 @@ def test_gather_is_the_reference_on_a_thousand_problems(problem):
     hold_to_reference(problem)
 
 
+@pytest.mark.slow
 def test_the_random_problems_cover_the_methods():
     seen: dict[str, int] = {}
 

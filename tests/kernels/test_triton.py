@@ -313,6 +313,7 @@ def test_linear_rest_is_one_operator_in_a_graph(device):
         torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_tuning_keeps_what_later_calls_take(device):
     plan = Plan(torch.arange(32), torch.ones(1, 1, 1, 1, dtype=torch.bool), 32, 32).to(device)
     q, k, v = inputs(plan, torch.float32, batch=1, heads=1)
@@ -368,6 +369,7 @@ def test_the_package_imports_without_triton():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_it_is_the_first_that_a_process_runs():
     code = (
         "import torch\n"

@@ -153,6 +153,7 @@ class TestCommands:
         assert re.fullmatch(r"error: .*\n?", result.stderr)
         assert message in result.stderr
 
+    @pytest.mark.slow
     def test_cache_train_and_resume(self, run, on_disk, tmp_path):
         path = written(tmp_path, print_config(on_disk(stages=("9:1",))))
         assert "3 clips encoded" in run("cache", path).stdout

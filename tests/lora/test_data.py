@@ -29,6 +29,8 @@ from gen_accel.lora.encode import cache
 from gen_accel.lora.latents import LatentCache
 from gen_accel.measure.video_io import read_video, write_video
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
@@ -98,7 +100,6 @@ def test_the_layout_of_videofolder(folder):
     assert found == [("a.mp4", "one"), ("sub/c.mp4", "three")]
 
 
-@pytest.mark.slow
 def test_videos_without_a_caption_are_all_counted(folder):
     for i in range(7):
         write_video(footage(1), folder / f"silent{i}.mp4", fps=24)
@@ -339,7 +340,6 @@ def test_what_is_stored_is_rounded_once(pipe, build, folder, tmp_path, store):
     assert found.empty["encoder_hidden_states"].dtype == torch.float32
 
 
-@pytest.mark.slow
 def test_fitting_entries_by_size(build, folder, tmp_path):
     path = write_video(footage(9, 48, 32), folder / "tall.mp4", fps=24)
     path.with_suffix(".txt").write_text("a red square moves down")
@@ -448,7 +448,6 @@ def test_a_longer_length_encodes_what_fills_it(build, tmp_path):
     assert [entry.pixel_frames for entry in LatentCache(tmp_path / "cache").entries] == [9, 13, 5]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shard_bytes", [1, 2**20])
 def test_an_interrupted_run_goes_on(build, folder, tmp_path, monkeypatch, shard_bytes):
     write_video(footage(9, seed=9), folder / "d.mp4", fps=24)
@@ -480,7 +479,6 @@ def test_an_interrupted_run_goes_on(build, folder, tmp_path, monkeypatch, shard_
         assert torch.equal(resumed.latents(i), whole.latents(i))
 
 
-@pytest.mark.slow
 def test_the_earlier_cache_stays_whole_until_the_new_one_is(build, folder, tmp_path, monkeypatch):
     build()
     before = LatentCache(tmp_path / "cache").digest
@@ -662,7 +660,6 @@ def test_shards_do_not_wait_for_long(build, tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").glob("shard-*"))) == 7
 
 
-@pytest.mark.slow
 def test_shards_do_not_change_the_digest(build, tmp_path):
     build(shard_bytes=1)
     build(out=tmp_path / "other")

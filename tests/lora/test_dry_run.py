@@ -22,6 +22,7 @@ LAUNCHES = sorted((SHIPPED / "accelerate").glob("*.yaml"))
 
 
 class TestDryRun:
+    @pytest.mark.slow
     @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
     def test_every_config_that_is_shipped(self, path):
         given = read_config(path)

@@ -142,7 +142,6 @@ class TestCache:
         with pytest.raises(ValueError, match="holds no images: cache again"):
             found.image(0)
 
-    @pytest.mark.slow
     @pytest.mark.parametrize("damage", ["text", "cut", "16 bits"])
     def test_broken_images_are_left_out_by_name(self, build, folder, tmp_path, damage):
         path = folder / "a.png"

@@ -71,6 +71,7 @@ class TestDistill:
                 assert parameter.grad.isfinite().all()
                 assert parameter.grad.abs().max() > 0, name
 
+    @pytest.mark.slow
     def test_it_comes_closer_to_the_dense_model(self, tmp_path):
         done = ft.train(ft.config(tmp_path, objective="distill", stages=("17:24",)))
         assert sum(done.losses[-8:]) < sum(done.losses[:8])
@@ -158,6 +159,7 @@ class TestGuidedTeacher:
         assert any("branch" in name for name in run.state.names)
         assert run.go(False).losses[0] > 0
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("fails", [False, True], ids=["taught", "failed"])
     def test_teaching_leaves_no_trace(self, teacher, tmp_path, fails):
         fields = {"objective": "distill", "teacher_lora": str(teacher), "teacher_guidance": 2.0}
@@ -209,6 +211,7 @@ class TestGuidedTeacher:
         with pytest.raises(ValueError, match="differs in teacher_lora"):
             ft.train(replace(given, teacher_lora=None), resume=True)
 
+    @pytest.mark.slow
     def test_guidance_is_passed_on_and_not_doubled(self, teacher, tmp_path):
         held = str(with_recipe(teacher, tmp_path / "held", teacher_guidance=3.0))
         given = ft.config(tmp_path / "a", **self.FIELDS, objective="distill", teacher_lora=held)

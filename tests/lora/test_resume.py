@@ -43,6 +43,7 @@ class TestResume:
             "step-000008",
         ]
 
+    @pytest.mark.slow
     def test_in_two_parts(self, whole, tmp_path):
         first = stopping(tmp_path / "run", after=3)
         assert first.folder is None

@@ -195,6 +195,7 @@ class TestValidation:
 class TestTrain:
     """From the pipeline and the clips on disk."""
 
+    @pytest.mark.slow
     def test_caches_trains_and_resumes(self, on_disk, tmp_path):
         given = on_disk(checkpoint_every=2)
         done = gen_accel.lora.train(given)
@@ -214,6 +215,7 @@ class TestTrain:
         pipe = wan.WanPipeline.from_pretrained(given.model)
         pipe.load_lora_weights(again.folder)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
@@ -233,12 +235,14 @@ class TestTrain:
         with pytest.raises(ValueError, match=r"trained_frames must be .* got 80"):
             gen_accel.lora.train(given)
 
+    @pytest.mark.slow
     def test_a_dry_run_before_does_no_harm(self, on_disk):
         """What Accelerate remembers of it is another precision."""
         given = on_disk(mixed_precision="bf16", stages=("9:1",))
         assert dry_run(given).steps == 2
         assert math.isfinite(gen_accel.lora.train(given).losses[0])
 
+    @pytest.mark.slow
     def test_tensorboard(self, on_disk, tmp_path):
         pytest.importorskip("tensorboard")
         gen_accel.lora.train(on_disk(log_with="tensorboard", stages=("9:1",)))

@@ -130,6 +130,7 @@ def test_speedup_follows_the_formula():
     assert found.sparse_attention_flops == pytest.approx(executed)
 
 
+@pytest.mark.slow
 def test_pays_from_is_where_the_speedup_begins():
     def at(num_frames):
         size = P480 | {"num_frames": num_frames}
@@ -310,6 +311,7 @@ def test_to_dict_is_json_and_complete():
         assert words in str(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", [*presets()] if NIGHTLY else [*presets()][::4])
 def test_presets_are_whole(preset):
     """The config makes a model of the published size, and every preset can be estimated."""
@@ -325,6 +327,7 @@ def test_presets_are_whole(preset):
     assert estimate(published.repository, Dense(), **size).step_flops == found.step_flops
 
 
+@pytest.mark.slow
 def test_a_family_or_class_is_its_first_published_model():
     size = {"height": 720, "width": 1280, "num_frames": 129}
     found = estimate("hunyuan_video", Dense(), **size)

@@ -61,6 +61,7 @@ def test_a_smooth_loop_is_found_at_its_period():
     assert found.similarity == pytest.approx(found.loop_score)
 
 
+@pytest.mark.slow
 def test_a_clip_that_moves_on_does_not_loop():
     found = motion(moving_square(24, 2), lag=1)
     assert (found.loop_score, found.loop_lag) == (0, None)
@@ -128,6 +129,7 @@ def test_flicker_is_the_mean_difference():
     assert motion(video).flicker == pytest.approx(1 - 10 / 255)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_flow_is_the_pixels_that_the_fastest_part_moves(step):
     """The threshold at 64 pixels is 1.5 from one sampled frame to the next."""
@@ -283,6 +285,7 @@ def run(tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_metrics_of_one_file(run, tmp_path):
     result = run(tmp_path / "a.mp4", "--lag", "2", "--json", tmp_path / "a.json")
     found = measure_file(tmp_path / "a.mp4", lag=2)

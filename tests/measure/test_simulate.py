@@ -285,6 +285,7 @@ class TestBestChoices:
         assert {(bound.tile_q, bound.tile_k) for bound in found} == {BLACKWELL_VIDEO}
         assert found[0].method.stride == (16, 8, 8)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("is_causal", [(False, False, False), (True, False, False)], ids=str)
     @pytest.mark.parametrize("density", [0.05, 0.1, 0.5])
     def test_searched_windows_use_the_density(self, density, is_causal):

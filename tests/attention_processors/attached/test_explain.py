@@ -140,6 +140,7 @@ def test_a_method_that_computes_by_itself_is_recorded_as_such():
     assert "what it leaves out is not known" in handle.explain(step=0, layer=0)
 
 
+@pytest.mark.slow
 def test_one_graph_is_the_cause():
     torch._dynamo.reset()
     model = transformer()
@@ -213,6 +214,7 @@ def test_counts_of_a_plan_with_padding():
     assert counted(plan, plan) == pytest.approx(twice)
 
 
+@pytest.mark.slow
 def test_counts_do_not_pile_up():
     """On a transformer alone, records go on for as long as it is attached."""
     model = transformer()

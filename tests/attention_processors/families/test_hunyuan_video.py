@@ -96,6 +96,7 @@ def ran(handle):
 # The answer
 
 
+@pytest.mark.slow
 def test_dense_is_stock_and_detach_leaves_no_trace(model):
     original, stock, grads = processors(model), forward(model), gradients(model)
     with attach(model, Dense()):
@@ -164,6 +165,7 @@ def test_each_sample_is_attention_over_its_own_text(model, place, method):
             assert_no_worse(actual[row : row + 1, : low.shape[1]], low, exact, factor=4.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", SPARSE, ids=str)
 def test_kernels_agree_when_attached(model, method):
     with attach(model, method, kernel="reference"):
@@ -447,6 +449,7 @@ def test_lengths_of_texts_do_not_fit_one_graph(dynamo):
 # Training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", FEW_METHODS, ids=str)
 def test_a_step_of_training(method):
     model = transformer()

@@ -114,6 +114,7 @@ def test_flops_are_those_of_a_run(name):
         assert by_family.rest == pytest.approx(run.rest, rel=0.05)
 
 
+@pytest.mark.slow
 def test_flops_of_animatediff_are_those_of_a_run():
     assert sum(told("animatediff")) == sum(counted("animatediff"))
 

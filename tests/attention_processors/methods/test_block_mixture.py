@@ -473,6 +473,7 @@ class TestAttached:
             out = forward(model)
         assert torch.isfinite(out).all()
 
+    @pytest.mark.slow
     def test_many_calls_leave_one_record_of_one_size(self):
         """Without steps to count, as in training, nothing ever clears it."""
         model = transformer()

@@ -45,6 +45,7 @@ def token_pairs(plan):
 
 
 class TestGolden:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["radial_masks", "natten", "sla", "vmoba"])
     def test_our_answers_are_those_of_the_public_code(self, name):
         verdict = check_golden.check_file(GOLDEN / name)

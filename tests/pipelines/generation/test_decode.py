@@ -305,6 +305,7 @@ def test_write_stream_refuses_before_it_asks_for_frames(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip"])
 def test_reading_in_chunks(tmp_path, name):
     path = write_video(clip(height=40, width=48)[:, 1:], tmp_path / name, fps=12.5)

@@ -310,6 +310,7 @@ def test_masks_where_other_images_stand_beside_the_image():
         output(model, given)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_frames_that_come_before_the_video():
     pipe = wan.PIPELINES["control"]()

@@ -630,6 +630,7 @@ class TestOnPipelines:
     def pipe(self):
         return wan.pipeline()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("technique", TECHNIQUES)
     def test_goes_with_every_method_and_leaves_no_trace(self, pipe, technique):
         before = wan.processors(pipe)
