@@ -252,17 +252,19 @@ def _check_call(
     positional: tuple[str, ...],
     keywords: tuple[str, ...],
 ) -> None:
+    star = ", *, " if keywords else ""
+    must = f"{part} of {kind} must take ({', '.join(positional)}{star}{', '.join(keywords)})"
     try:
         taken = inspect.signature(value)
     except (TypeError, ValueError):  # of what is written in C
+        if inspect.isbuiltin(value):
+            raise ValueError(f"{must}, it is a builtin") from None
         return
     try:
         taken.bind(*positional, **dict.fromkeys(keywords))
     except TypeError:
-        star = ", *, " if keywords else ""
-        wanted = f"({', '.join(positional)}{star}{', '.join(keywords)})"
         names = ", ".join(map(str, taken.parameters))
-        raise ValueError(f"{part} of {kind} must take {wanted}, it takes ({names})") from None
+        raise ValueError(f"{must}, it takes ({names})") from None
 
 
 def _check_names(kind: str, method: Any) -> None:

@@ -18,8 +18,11 @@ from diffusers import (
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from support.hunyuan import inputs as hunyuan_inputs
 from support.hunyuan import transformer as hunyuan_transformer
+from support.tiny import is_here
 from support.wan import HEAD_DIM, HEADS, IMAGE_WIDTH, TEXT_WIDTH, inputs
 from support.wan import transformer as wan_transformer
+
+from gen_accel.attention_processors.families import family_named
 
 
 def noise(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -205,7 +208,7 @@ def of(family: str, place: int = 0, grid: tuple = (3, 3, 4), **more: Any) -> Cas
 
 WAN_IMAGE = {"image_dim": IMAGE_WIDTH, "added_kv_proj_dim": HEADS * HEAD_DIM}
 WAN_VACE = {"kind": WanVACETransformer3DModel, "vace_layers": [0, 1], "vace_in_channels": 8}
-CASES = {
+_ALL = {
     "wan": Case("wan", wan_transformer, lambda: inputs(2, 6, 8), (2, 3, 4)),
     "wan image": Case("wan", partial(wan_transformer, **WAN_IMAGE), wan_with_image, (2, 3, 4)),
     "vace": Case("wan", partial(wan_transformer, **WAN_VACE), vace_inputs, (2, 3, 4)),
@@ -250,5 +253,10 @@ CASES = {
     "cosmos image": of("cosmos", 2),
     "animatediff": of("animatediff", grid=(3, 4, 6)),
     "pixart": of("pixart", grid=(1, 3, 4)),
+}
+CASES = {
+    name: case
+    for name, case in _ALL.items()
+    if any(map(is_here, family_named(case.family).CLASSES))
 }
 JOINT = ["hunyuan", "cogvideox", "cogvideox rotary", "cogvideox 1.5", "mochi", "flux"]

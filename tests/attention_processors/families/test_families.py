@@ -13,7 +13,7 @@ from support.methods import FEW_METHODS as METHODS
 from support.methods import RADIAL, WINDOW
 from support.paths import ROOT
 from support.products import NIGHTLY
-from support.tiny import Case, cases, cases_of
+from support.tiny import Case, cases, cases_of, is_here
 from torch import Tensor, nn
 
 from gen_accel import Dense, Neighborhood, Schedule, VideoShape, attach, attention
@@ -308,6 +308,7 @@ def test_processors_that_diffusers_makes_for_image_prompts_are_refused():
         attn.set_processor(own)
 
 
+@pytest.mark.skipif("cosmos3" not in CASES, reason="not in this diffusers")
 def test_controls_of_cosmos3_come_before_the_video():
     family: Any = family_of(model_of(CASES["cosmos3"]))
     sizes = [(2, 3, 4), (5, 6, 7)]
@@ -482,7 +483,7 @@ def test_a_pipeline_keeps_its_first_step_dense(case):
 
 def test_every_class_has_a_case():
     tested = {type(model_of(case)).__name__ for case in CASES.values()}
-    assert tested == set(served_classes())
+    assert tested == {*filter(is_here, served_classes())}
 
 
 def test_no_class_is_in_two_families_nor_refused_and_served():

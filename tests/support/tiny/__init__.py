@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
+import diffusers
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import FAMILIES
@@ -58,6 +59,11 @@ class Case:
 
 def _row(value: Any, row: int) -> Any:
     return value[row : row + 1] if isinstance(value, Tensor) and value.ndim else value
+
+
+def is_here(kind: str) -> bool:
+    """Whether this diffusers has the class."""
+    return hasattr(diffusers, kind) or hasattr(diffusers.models, kind)
 
 
 def cases() -> list[Case]:
