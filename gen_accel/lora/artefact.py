@@ -212,6 +212,18 @@ def lora_state(transformer: Any) -> dict[str, Tensor]:
     return get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
 
 
+def portable(lora: LoraConfig) -> dict[str, Any]:
+    """Its options as JSON, without those at their defaults: an older PEFT refuses what it does
+    not know."""
+    plain = LoraConfig().to_dict()
+    always = "peft_type", "r", "lora_alpha", "target_modules"
+    return {
+        name: sorted(value) if isinstance(value, set) else value
+        for name, value in lora.to_dict().items()
+        if name in always or value != plain.get(name)
+    }
+
+
 def write_lora(
     folder: Path,
     transformer: Any,
@@ -231,11 +243,11 @@ def write_lora(
         partial.mkdir(parents=True)
         metadata = {"format": "pt", KEY: text}
         if state:
-            lora = transformer.peft_config[ADAPTER].to_dict()
+            lora = portable(transformer.peft_config[ADAPTER])
             lora["auto_mapping"] = {KEY: recipe.to_dict()}
             lora["lora_dropout"] = 0.0  # diffusers leaves the layers that it adds in training mode
             metadata["lora_adapter_metadata"] = json.dumps(
-                {f"{PREFIX}.{k}": sorted(v) if isinstance(v, set) else v for k, v in lora.items()}
+                {f"{PREFIX}.{k}": v for k, v in lora.items()}
             )
         tensors = {
             f"{PREFIX}.{name}": x.detach().to("cpu", torch.float32).contiguous()

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from support import checks, wan
 from support import finetuning as ft
@@ -23,6 +24,7 @@ from gen_accel import SparseLinear
 from gen_accel.attention_processors.attached.recipe import (
     read_recipe,
 )
+from gen_accel.lora.artefact import portable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -91,6 +93,23 @@ class TestArtefact:
         assert (recipe.height, recipe.width, recipe.steps) == (32, 64, FULL_STEPS)
         assert recipe.stages == ("9:4", "17:4:position_interpolation")
         assert recipe.data == ft.Clips().digest
+
+    def test_options_at_their_defaults_are_left_out(self, whole):
+        """A PEFT that does not know an option refuses its name, whatever the value."""
+        said = json.loads(metadata(whole / "lora" / WEIGHTS)["lora_adapter_metadata"])
+        options = {name.removeprefix("transformer."): value for name, value in said.items()}
+        assert options.pop("auto_mapping")
+        assert {*options} <= {
+            *("peft_type", "r", "lora_alpha", "target_modules", "lora_dropout"),
+            "base_model_name_or_path",
+        }
+        assert portable(LoraConfig(r=4, use_rslora=True, target_modules=["b", "a"])) == {
+            "peft_type": "LORA",
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ["a", "b"],
+            "use_rslora": True,
+        }
 
     def test_it_holds_the_average(self, whole):
         tensors = state(whole).tensors
