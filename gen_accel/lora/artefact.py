@@ -216,7 +216,7 @@ def portable(lora: LoraConfig) -> dict[str, Any]:
     """Its options as JSON, without those at their defaults: an older PEFT refuses what it does
     not know."""
     plain = LoraConfig().to_dict()
-    always = "peft_type", "r", "lora_alpha", "target_modules"
+    always = "peft_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"
     return {
         name: sorted(value) if isinstance(value, set) else value
         for name, value in lora.to_dict().items()

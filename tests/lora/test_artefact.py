@@ -101,13 +101,15 @@ class TestArtefact:
         assert options.pop("auto_mapping")
         assert {*options} <= {
             *("peft_type", "r", "lora_alpha", "target_modules", "lora_dropout"),
-            "base_model_name_or_path",
+            *("base_model_name_or_path", "rank_pattern", "alpha_pattern"),
         }
         assert portable(LoraConfig(r=4, use_rslora=True, target_modules=["b", "a"])) == {
             "peft_type": "LORA",
             "r": 4,
             "lora_alpha": 8,
             "target_modules": ["a", "b"],
+            "rank_pattern": {},
+            "alpha_pattern": {},
             "use_rslora": True,
         }
 
