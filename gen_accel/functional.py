@@ -36,7 +36,7 @@ def attention(
         branch: the parameters of a method that has some, as its `branch(heads, dim)` makes them.
 
     Returns:
-        (B, H, N, D) in q's dtype.
+        (B, H, N, D) in q's dtype, under autocast in its dtype.
 
     Raises:
         ValueError: shapes that do not fit, a head dim over 256, a scale that is not finite, an
@@ -50,6 +50,7 @@ def attention(
         raise ValueError(f"q, k and v must not be empty, got {tuple(q.shape)}")
     if q.shape[2] != video.tokens:
         raise ValueError(f"q has {q.shape[2]} tokens, the video {video} has {video.tokens}")
+    q, k, v = kernels.as_autocast(q, k, v)
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         kinds = [f"{x.dtype} on {x.device}" for x in (q, k, v)]
         raise ValueError(f"q, k and v must share one dtype and device, got {kinds}")

@@ -142,8 +142,8 @@ def run(
     """Run `plan` by the named kernel, or by the first that can.
 
     In a function that `torch.compile` has compiled it runs as it does outside, between two
-    graphs. Under autocast, q, k and v of several dtypes are cast to the dtype of autocast, as
-    torch casts them for its own attention.
+    graphs. Under autocast, q, k and v are cast to its dtype, as torch casts them for its own
+    attention.
 
     Args:
         report: is told which kernel ran, and why others did not.
@@ -156,17 +156,19 @@ def run(
     return _outside_graphs(q, k, v, plan, scale, kernel, report, grad)
 
 
-def of_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in the dtype of autocast, where it is on and theirs differ."""
+def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in the dtype of autocast where it is on, as torch casts them for its own
+    attention: all but float64."""
     where = q.device.type
-    if torch.is_autocast_enabled(where) and not q.dtype == k.dtype == v.dtype:
-        dtype = torch.get_autocast_dtype(where)
-        return q.to(dtype), k.to(dtype), v.to(dtype)
+    if not torch.is_autocast_enabled(where):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(where)
+    q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     return q, k, v
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *rest: Any) -> Tensor:
-    q, k, v = of_one_dtype(q, k, v)
+    q, k, v = as_autocast(q, k, v)
     _check_fit(q, plan)
     with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
         return _first(q, k, v, plan, *rest)

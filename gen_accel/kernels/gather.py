@@ -179,7 +179,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     q, k, v, index, counts, gain, *rule = ctx.saved_tensors
-    grads = _backward(grad, q, k, v, index, counts, rule, gain, *ctx.sizes)
+    with torch.autocast(q.device.type, enabled=False):  # `backward` may be called inside of it
+        grads = _backward(grad, q, k, v, index, counts, rule, gain, *ctx.sizes)
     return *grads, None, None, [None] * len(rule), None, None, None, None
 
 

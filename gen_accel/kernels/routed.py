@@ -150,7 +150,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    grads = _backward(grad, *ctx.saved_tensors, ctx.scale)
+    with torch.autocast(grad.device.type, enabled=False):  # `backward` may be called inside of it
+        grads = _backward(grad, *ctx.saved_tensors, ctx.scale)
     return *grads, None, None, None, None
 
 

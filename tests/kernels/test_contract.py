@@ -169,9 +169,12 @@ def test_under_autocast_they_become_its_dtype(plan, qkv):
     with torch.autocast("cpu", torch.bfloat16):
         out = kernels.run(q, k, v.bfloat16(), plan, scale=0.3)
         alike = kernels.run(q, k, v, plan, scale=0.3)
+        exact = kernels.run(*(x.double() for x in (q, k, v)), plan, scale=0.3)
+        stock = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     low = (x.bfloat16() for x in (q, k, v))
     assert torch.equal(out, kernels.run(*low, plan, scale=0.3))
-    assert alike.dtype == torch.float32
+    assert torch.equal(alike, out)
+    assert (out.dtype, exact.dtype) == (stock.dtype, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -276,3 +279,48 @@ def test_a_compiled_model_runs_by_a_kernel_that_no_graph_can_hold():
         found = wan.forward(torch.compile(model, fullgraph=True, backend="eager"))
         assert {record.choice.kernel for record in handle.records.values()} == {"reference"}
     torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def norms_of_cuda(monkeypatch):
+    """RMSNorm gives float32 under autocast, as on CUDA, where it stands in autocast's list."""
+    own = torch.nn.RMSNorm.forward
+
+    def forward(self, x):
+        if not torch.is_autocast_enabled(x.device.type):
+            return own(self, x)
+        with torch.autocast(x.device.type, enabled=False):
+            return own(self, x.float())
+
+    monkeypatch.setattr(torch.nn.RMSNorm, "forward", forward)
+
+
+SEEN_BY = {name: Radial(block=16) for name in ("reference", "gather", "native", "triton")}
+SEEN_BY["routed"] = BlockMixture(chunks=(2, 4, 8), block=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", SEEN_BY)
+def test_a_model_whose_norms_give_fp32_trains_under_autocast(kernel, norms_of_cuda, monkeypatch):
+    """Queries and keys come in fp32, values in bf16: what comes out is of bf16, near to fp32's."""
+    model, seen = wan.transformer(), []
+
+    def step():
+        out = wan.forward(model, 3, 6, 8, batch=1)
+        loss = out.float().square().mean()
+        return [out.detach().float(), *torch.autograd.grad(loss, trained)]
+
+    trained = [p for n, p in model.named_parameters() if "attn1.to_" in n and p.ndim == 2]
+    with attach(model, SEEN_BY[kernel], kernel=kernel) as handle:
+        exact = step()
+        cast = kernels.as_autocast
+        monkeypatch.setattr(
+            kernels, "as_autocast", lambda *x: (seen.append([y.dtype for y in x]), cast(*x))[1]
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            found = step()
+        assert handle.summary().to_dict()["kernels"] == [kernel]
+    assert seen == [[torch.float32, torch.float32, torch.bfloat16]] * wan.LAYERS
+    for one, other in zip(found, exact, strict=True):
+        assert torch.isfinite(one).all()
+        assert (one - other).norm() < 0.05 * other.norm()

@@ -1,9 +1,11 @@
 """Our Triton kernels: interpreted on the CPU, see conftest.py, compiled where there is CUDA."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +22,17 @@ from support.triton_plans import (
 )
 
 from gen_accel.functional import attention
-from gen_accel.kernels import facts_of
+from gen_accel.kernels import Facts, facts_of
 from gen_accel.kernels import triton as package
-from gen_accel.kernels.triton import autotune, configs, lists, tuned
+from gen_accel.kernels.triton import (
+    autotune,
+    block_sparse,
+    configs,
+    launch,
+    linear,
+    lists,
+    tuned,
+)
 from gen_accel.kernels.triton.linear import linear_rest
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
@@ -328,6 +338,63 @@ def test_tuning_keeps_what_later_calls_take(device):
     assert_matches_reference(plan, [q, k, v])
 
 
+def test_every_launch_is_on_the_device_of_its_tensor(device, monkeypatch):
+    """Forward and backward of both operators; nothing is launched in another way."""
+    inside, launched = [], []
+
+    class Recorded:
+        def __init__(self, x):
+            self.x = x
+
+        def __enter__(self):
+            inside.append(self.x.device)
+
+        def __exit__(self, *raised):
+            inside.pop()
+
+    class Seen:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, programs):
+            launched.append((self.kernel.__name__, inside[-1]))
+            return self.kernel[programs]
+
+    own = launch.launch
+    monkeypatch.setattr(launch, "device_of", Recorded)
+    for module in (block_sparse, linear):
+        monkeypatch.setattr(module, "launch", lambda kernel, *x, **y: own(Seen(kernel), *x, **y))
+    plan = random_plan(device, block_q=32, block_k=32)
+    tensors = inputs(plan, torch.float32)
+    differentiated(lambda *x: package.forward_lse(*x, plan, scale=0.3), tensors, None)
+    rest, critical = linear_inputs(torch.float32, device, 64, 16, 16, 32)
+    differentiated(lambda *x: (linear_rest(*x, critical, 16, 32, 1e-5),) * 2, rest, None)
+    assert {name for name, _ in launched} == {
+        *("forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"),
+        *("states_kernel", "apply_kernel", "apply_transposed_kernel"),
+    }
+    assert {place for _, place in launched} == {tensors[0].device}
+
+
+def test_kernels_are_launched_in_one_place():
+    """A kernel in square brackets, called, stands in launch.py alone."""
+    for path in Path(package.__file__).parent.glob("*.py"):
+        calls = [
+            node
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+        ]
+        assert len(calls) == (path.name == "launch.py"), path.name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_another_device_than_the_current_one():
+    plan = random_plan(torch.device("cuda:1"), block_q=32, block_k=32)
+    assert torch.cuda.current_device() == 0
+    assert_matches_reference(plan, inputs(plan, torch.bfloat16))
+
+
 class TestReasons:
     plan = Plan(torch.arange(64), torch.ones(1, 1, 4, 4, dtype=torch.bool), 16, 16)
 
@@ -346,6 +413,12 @@ class TestReasons:
             "takes bfloat16, float16 and float32, got torch.float64",
             "takes head dims up to 256, got 257",
         ]
+
+    def test_more_heads_than_a_grid_has_programs(self, monkeypatch):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        facts = Facts(((2, 40_000, 64, 16),) * 3, (torch.float32,) * 3, (torch.device("cpu"),) * 3)
+        said = ["takes up to 65,535 heads of all samples, got 2 x 40,000"]
+        assert package.unsupported(facts) == said
 
     def test_without_triton(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "triton", None)

@@ -65,7 +65,7 @@ def attend_in_graph(handle: Handle, layer: Layer, processor: Any, call: Call) ->
     trained = isinstance(processor, TrainableProcessor)
     parameters = list(processor.branch.parameters()) if trained else []
     heads = [] if call.heads is None else [call.heads.start, call.heads.stop]
-    q, k, v = kernels.of_one_dtype(call.q, call.k, call.v)
+    q, k, v = kernels.as_autocast(call.q, call.k, call.v)
     device = q.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     where = processor.place, parameters, call.scale, call.number, call.tokens, heads

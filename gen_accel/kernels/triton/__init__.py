@@ -29,6 +29,7 @@ __all__ = [
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_DIM = 256
+MOST_HEADS = 65535  # of all samples: the second axis of CUDA's grids
 
 
 def installed() -> bool:
@@ -56,6 +57,11 @@ def unsupported(facts: Facts) -> list[str]:
         reasons.append(f"takes bfloat16, float16 and float32, got {facts.dtype}")
     if facts.dim > LARGEST_DIM:
         reasons.append(f"takes head dims up to {LARGEST_DIM}, got {facts.dim}")
+    samples, heads = facts.shapes[0][:2]
+    if samples * heads > MOST_HEADS:
+        reasons.append(
+            f"takes up to {MOST_HEADS:,} heads of all samples, got {samples:,} x {heads:,}"
+        )
     return reasons
 
 

@@ -73,7 +73,8 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
             start = time.perf_counter()
             run()
             return time.perf_counter() - start
-        milliseconds = triton.testing.do_bench(run, return_mode="median")
+        with torch.accelerator.device_index(device.index):
+            milliseconds = triton.testing.do_bench(run, return_mode="median")
         assert isinstance(milliseconds, float)
         return milliseconds / 1000
     except (OutOfResources, CompilationError, PTXASError):

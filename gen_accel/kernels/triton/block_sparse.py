@@ -5,9 +5,6 @@ are addressed through the plan's slots, so that nothing is reordered or copied, 
 blocks and tiles are independent: the blocks of a list are laid end to end and cut into tiles.
 """
 
-# Launches of kernels, which a checker of Python misreads.
-# pyright: reportCallIssue=false
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +14,7 @@ import triton
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs
+from gen_accel.kernels.triton.launch import launch
 from gen_accel.kernels.triton.sparse_backward import delta_kernel, dkdv_kernel, dq_kernel
 from gen_accel.kernels.triton.sparse_forward import forward_kernel
 from gen_accel.kernels.triton.tiles import NONE, ROUTE, WINDOWS
@@ -48,7 +46,10 @@ def _launch(
     facts = {"ruled": mode != NONE.value, "gain": gain is not None}
     config = configs.choose(kind, q, block_q, block_k, **facts)
     block, tile = (block_k, config.tile_n) if kind == "dkdv" else (block_q, config.tile_m)
-    kernel[index.shape[2] * triton.cdiv(block, tile), B * H](
+    launch(
+        kernel,
+        (index.shape[2] * triton.cdiv(block, tile), B * H),
+        q,
         *tensors,
         *lists,
         *(rule or (slots, slots)),
@@ -136,7 +137,10 @@ def attention_backward(
     q, k, v, grad = (_rowwise(x) for x in (q, k, v, grad))
     B, H, N, D = q.shape
     delta = torch.empty_like(lse)
-    delta_kernel[triton.cdiv(N, configs.DELTA_TILE), B * H](
+    launch(
+        delta_kernel,
+        (triton.cdiv(N, configs.DELTA_TILE), B * H),
+        q,
         out,
         grad,
         lse,

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs
+from gen_accel.kernels.triton.launch import launch
 from gen_accel.kernels.triton.lists import listed
 from gen_accel.kernels.triton.tiles import INTERPRETED
 
@@ -273,7 +274,10 @@ def _launch(kernel: Any, x: Tensor, block: int, *arguments: Any, **options: Any)
     D = x.shape[3]
     config = configs.linear(configs.architecture(x.device), D, x.dtype)
     chunk = min(config.chunk, configs.padded_dim(D))
-    kernel[x.shape[:3].numel() // block, triton.cdiv(D, chunk)](
+    launch(
+        kernel,
+        (x.shape[:3].numel() // block, triton.cdiv(D, chunk)),
+        x,
         *arguments,
         D=D,
         BLOCK_D=configs.padded_dim(D),

@@ -1,0 +1,20 @@
+"""The one place where a Triton kernel is launched."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def device_of(x: Tensor) -> torch.accelerator.device_index:
+    """A context in which the device of `x` is the current one; nothing on the CPU."""
+    return torch.accelerator.device_index(None if x.device.type == "cpu" else x.device.index)
+
+
+def launch(
+    kernel: Any, programs: tuple[int, int], x: Tensor, *arguments: Any, **options: Any
+) -> None:
+    """Launch a kernel on the device of `x`. Triton by itself launches on the current device, which
+    is another one where a model lies on cuda:1."""
+    with device_of(x):
+        kernel[programs](*arguments, **options)
