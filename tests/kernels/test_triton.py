@@ -31,6 +31,7 @@ from gen_accel.kernels.triton import (
     launch,
     linear,
     lists,
+    sass,
     tuned,
 )
 from gen_accel.kernels.triton.linear import linear_rest
@@ -461,7 +462,8 @@ def compiled(tmp_path_factory):
     return str(tmp_path_factory.mktemp("triton"))
 
 
-SOME_KERNELS = ["--dim", "128", "--kernel", "forward route", "dq windows", "delta"]
+SOME_KERNELS = ["--dim", "128", "--block", "64", "--kernel"]
+SOME_KERNELS += ["forward route", "dq windows", "delta"]
 
 
 @pytest.mark.slow
@@ -469,7 +471,7 @@ SOME_KERNELS = ["--dim", "128", "--kernel", "forward route", "dq windows", "delt
     ("options", "count"),
     [
         pytest.param([*SOME_KERNELS, "states"], 7, id="some"),
-        pytest.param([], 50, id="every", marks=pytest.mark.nightly),
+        pytest.param([], 100, id="every", marks=pytest.mark.nightly),
     ],
 )
 def test_kernels_compile_for_hopper_and_spill_nothing(compiled, options, count):
@@ -477,6 +479,55 @@ def test_kernels_compile_for_hopper_and_spill_nothing(compiled, options, count):
     done = run_python("-m", matrix, "--arch", "sm_90", *options, TRITON_CACHE_DIR=compiled)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("sm_90 ") == count
+
+
+LISTING = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0020*/                   LDGSTS.E.128 [R3], [R4.64] ;
+        /*0030*/                   HGMMA.64x128x16.F32.BF16 R56, R8, gdesc[UR12], R56, gsb0 ;
+        /*0040*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0050*/               @P0 BRA 0x10 ;
+        /*0060*/              @!P1 BRA `(.L_x_0) 0x0 ;
+        /*0070*/                   EXIT ;
+"""
+
+
+def test_products_of_the_inner_loop_are_counted():
+    [loop] = sass.inner_loops(LISTING)
+    assert [text.split(".")[0] for text in loop[:2]] == ["HGMMA", "LDGSTS"]
+    four = 64 * 64 * 16 + 64 * 128 * 16
+    assert sass.multiply_adds(loop, 8) == 2 * four + 8 * 16 * 8 * 16
+    assert sass.multiply_adds([], 8) == 0
+
+
+def test_short_blocks_have_configurations_of_their_own():
+    def chosen(block, *more):
+        return configs.from_table("sm_90", "forward", 128, torch.bfloat16, block, *more)
+
+    assert chosen(128) == configs.TABLE["sm_90"][128][0]
+    assert chosen(64) == chosen(57) == configs.SHORT["sm_90", 128][0]
+    gained = configs.from_table("sm_80", "forward", 128, torch.bfloat16, 64, True)
+    assert gained == configs.WITH_GAIN["sm_80", 128, "forward", True]
+    assert configs.cut("dkdv", chosen(128), 32).tile_n == 32
+
+
+@pytest.mark.nightly
+def test_a_configuration_that_computes_twice_is_found(compiled):
+    """As eight warps do with the 64 rows that four of them could work off."""
+    code = (
+        "import sys\n"
+        "from gen_accel.kernels.triton import compile_matrix, configs\n"
+        "forward, *rest = configs.SHORT['sm_90', 64]\n"
+        "configs.SHORT['sm_90', 64] = forward._replace(num_warps=8), *rest\n"
+        "raise SystemExit(compile_matrix.main(sys.argv[1:]))\n"
+    )
+    options = ["--arch", "sm_90", "--dim", "64", "--kernel", "forward none", "delta"]
+    done = run_python("-c", code, *options, TRITON_CACHE_DIR=compiled)
+    assert done.returncode == 1, done.stderr
+    bad = [line.split() for line in done.stdout.splitlines() if line.endswith("!")]
+    assert {line[2] for line in bad} == {"64"}
+    assert all(float(line[-2]) == 1.5 for line in bad)
 
 
 @pytest.mark.nightly

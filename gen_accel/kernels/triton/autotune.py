@@ -44,7 +44,10 @@ def tune(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> dict[s
     for kind, run in (("forward", forward), ("dq", backward), (ruled, backward)):
         name = tuned.key(arch, kind, q, plan.block_q, plan.block_k)
         seconds = {}
-        for config in _candidates(configs.from_table(arch, kind, q.shape[3], q.dtype, gain)):
+        block = plan.block_k if kind.startswith("dkdv") else plan.block_q
+        for config in _candidates(
+            configs.from_table(arch, kind, q.shape[3], q.dtype, block, gain)
+        ):
             kept[name] = list(config)
             seconds[config] = _seconds(run, q.device)
         found[name] = min(seconds, key=lambda config: seconds[config])

@@ -1,4 +1,5 @@
-"""Compile every kernel without a GPU, and refuse configurations that spill or do not fit.
+"""Compile every kernel without a GPU, and refuse configurations that spill, do not fit or compute
+a matrix product twice.
 
     python -m gen_accel.kernels.triton.compile_matrix --arch sm_90
 
@@ -6,13 +7,11 @@ Registers and spills come from the cuobjdump in Triton's package, or from AMD's 
 """
 
 import argparse
+import math
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gen_accel.kernels.triton import configs, linear, sparse_backward, sparse_forward, tiles
+from gen_accel.kernels.triton import configs, linear, sass, sparse_backward, sparse_forward, tiles
 
 # Shared memory that one program may use, in bytes.
 SHARED = {
@@ -52,28 +51,34 @@ class Case(NamedTuple):
     constants: dict
     num_warps: int
     num_stages: int
+    products: int = 0  # of each turn of its loop, with tiles of queries, keys and the head dim
 
 
 class Usage(NamedTuple):
-    """Registers of a thread, spilled bytes (NVIDIA) or registers (AMD) of it, shared bytes."""
+    """Registers of a thread, spilled bytes (NVIDIA) or registers (AMD) of it, shared bytes, and
+    the products that the dearest turn of a loop computes in multiples of those that it needs; 0
+    where they are not counted."""
 
     registers: int
     spilled: int
     shared: int
+    products: float
 
 
 def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     """Every kernel, those that evaluate a rule once for each rule, with and without a gain."""
     dim = {"D": D, "BLOCK_D": configs.padded_dim(D)}
-    kernels = {
-        "forward": sparse_forward.forward_kernel,
-        "dq": sparse_backward.dq_kernel,
-        "dkdv": sparse_backward.dkdv_kernel,
+    kernels = {  # and the products of a turn
+        "forward": (sparse_forward.forward_kernel, 2),
+        "dq": (sparse_backward.dq_kernel, 3),
+        "dkdv": (sparse_backward.dkdv_kernel, 4),
     }
     variants = product(kernels.items(), RULES.items(), (False, True))
-    for (kind, kernel), (rule, number), gain in variants:
+    for (kind, (kernel, products)), (rule, number), gain in variants:
         ruled = kind == "dkdv" and (rule != "none" or gain)
-        config = configs.from_table(arch, "dkdv rule" if ruled else kind, D, dtype, gain)
+        row = "dkdv rule" if ruled else kind
+        config = configs.from_table(arch, row, D, dtype, block, gain)
+        config = configs.cut(kind, config, block)
         constants = {
             **dim,
             "BLOCK_Q": block,
@@ -90,6 +95,7 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
             constants,
             config.num_warps,
             config.num_stages,
+            products,
         )
     yield Case("delta", sparse_backward.delta_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1)
     config = configs.linear(arch, D, dtype)
@@ -129,7 +135,7 @@ def build(case: Case, arch: str, dtype: torch.dtype) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
-def usage(compiled: Any) -> Usage:
+def usage(case: Case, compiled: Any) -> Usage:
     shared = compiled.metadata.shared
     if "amdgcn" in compiled.asm:
         notes = compiled.asm["amdgcn"]
@@ -137,44 +143,50 @@ def usage(compiled: Any) -> Usage:
             int(re.findall(rf"\.{name}:\s*(\d+)", notes)[-1])
             for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
         )
-        return Usage(registers, max(spills), shared)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        command = [tool, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return Usage(registers, max(spills), shared, 0)
+    text = sass.cuobjdump(compiled, "--dump-resource-usage")
     found = (re.search(rf"{name}:(\d+)", text) for name in ("REG", "STACK", "LOCAL"))
     registers, stack, local = (int(match[1]) for match in found if match)
-    return Usage(registers, stack + local, shared)
+    issued = 0
+    if case.products:
+        loops = sass.inner_loops(sass.cuobjdump(compiled, "--dump-sass"))
+        issued = max((sass.multiply_adds(loop, case.num_warps) for loop in loops), default=0)
+    sizes = (case.constants.get(name, 1) for name in ("TILE_M", "TILE_N", "BLOCK_D"))
+    needed = max(case.products, 1) * math.prod(sizes)
+    return Usage(registers, stack + local, shared, issued / needed)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a line for each kernel; 1 if one of them spills or does not fit."""
+    """Print a line for each kernel; 1 if one of them spills, does not fit or computes twice."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=SHARED, default=list(SHARED))
     parser.add_argument("--dim", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES.values(), default=["bf16"])
-    parser.add_argument("--block", type=int, default=128, help="slots in a block of the plan")
+    parser.add_argument(
+        "--block", nargs="+", type=int, default=[64, 128], help="slots in a block of the plan"
+    )
     parser.add_argument(
         "--kernel", nargs="+", default=[""], help='only those that begin so, such as "dq windows"'
     )
     options = parser.parse_args(arguments)
     bad = count = 0
     titles = "".join(f"{name:>10}" for name in Usage._fields)
-    print(f"{'arch':8}{'D':>5} {'dtype':6}{'kernel':26}{titles}")
-    for arch, D, short in product(options.arch, options.dim, options.dtype):
+    print(f"{'arch':8}{'D':>5} {'block':>5} {'dtype':6}{'kernel':26}{titles}")
+    for arch, D, block, short in product(options.arch, options.dim, options.block, options.dtype):
         dtype = next(dtype for dtype, name in DTYPES.items() if name == short)
-        for case in cases(arch, D, dtype, options.block):
+        for case in cases(arch, D, dtype, block):
             if not case.name.startswith(tuple(options.kernel)):
                 continue
-            used = usage(build(case, arch, dtype))
-            fits = used.spilled == 0 and used.shared <= SHARED[arch]
+            used = usage(case, build(case, arch, dtype))
+            fits = used.spilled == 0 and used.shared <= SHARED[arch] and used.products <= 1
             bad += not fits
             count += 1
-            numbers = "".join(f"{number:10}" for number in used)
-            print(f"{arch:8}{D:5} {short:6}{case.name:26}{numbers}{'' if fits else '  !'}")
-    print(f"{bad} of {count} kernels spill or do not fit")
+            *whole, products = used
+            numbers = "".join(f"{number:10}" for number in whole)
+            numbers += f"{products:10.2f}" if products else f"{'-':>10}"
+            about = f"{arch:8}{D:5} {block:5} {short:6}{case.name:26}"
+            print(f"{about}{numbers}{'' if fits else '  !'}", flush=True)
+    print(f"{bad} of {count} kernels spill, do not fit or compute products twice")
     return int(bad > 0 or count == 0)
 
 

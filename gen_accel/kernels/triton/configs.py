@@ -36,8 +36,8 @@ DELTA_TILE = 16  # rows of one program that only reads two tensors; not timed
 _C = Config
 
 # Each row holds the configurations of KINDS: a rule on token pairs takes registers, of which the
-# kernel for keys and values has the fewest to spare. Chosen by the registers, spills and shared
-# memory that compile_matrix reports, the largest tiles that fit; not timed.
+# kernel for keys and values has the fewest to spare. Chosen by what compile_matrix reports, the
+# largest tiles that spill nothing and compute no product twice; not timed.
 TABLE = {
     "sm_80": {
         64: (_C(128, 64, 8, 3), _C(128, 32, 8, 3), _C(32, 128, 8, 2), _C(32, 128, 8, 2)),
@@ -46,7 +46,7 @@ TABLE = {
     },
     "sm_90": {
         64: (_C(128, 64, 8, 3), _C(128, 64, 8, 3), _C(64, 128, 8, 3), _C(64, 128, 8, 3)),
-        128: (_C(128, 64, 8, 3), _C(128, 64, 8, 2), _C(64, 64, 8, 2), _C(32, 64, 4, 2)),
+        128: (_C(128, 64, 8, 3), _C(128, 64, 8, 2), _C(32, 128, 8, 2), _C(32, 64, 4, 2)),
         256: (_C(64, 64, 8, 2), _C(64, 32, 8, 2), _C(32, 32, 8, 2), _C(32, 32, 8, 2)),
     },
     "sm_100": {
@@ -55,8 +55,8 @@ TABLE = {
         256: (_C(64, 64, 8, 2), _C(32, 32, 8, 2), _C(32, 32, 8, 2), _C(32, 32, 8, 2)),
     },
     "sm_120": {
-        64: (_C(64, 64, 4, 3), _C(64, 64, 4, 2), _C(32, 64, 4, 2), _C(32, 64, 4, 2)),
-        128: (_C(128, 32, 8, 2), _C(64, 64, 8, 2), _C(32, 64, 8, 1), _C(32, 64, 8, 1)),
+        64: (_C(64, 64, 4, 3), _C(64, 32, 4, 2), _C(32, 64, 4, 2), _C(32, 64, 4, 2)),
+        128: (_C(128, 32, 8, 2), _C(64, 64, 8, 2), _C(32, 64, 4, 1), _C(32, 64, 4, 1)),
         256: (_C(32, 32, 8, 1), _C(32, 32, 8, 1), _C(16, 32, 8, 1), _C(16, 32, 8, 1)),
     },
     "gfx942": {
@@ -66,11 +66,24 @@ TABLE = {
     },
 }
 
-# In their place where a plan has a gain and they would spill.
+# In their place where blocks are shorter than the tiles that work them off: as many warps as the
+# tile has rows for, since more of them compute the same products twice.
+SHORT = {
+    ("sm_80", 64): (_C(64, 64, 4, 2), _C(64, 32, 4, 2), _C(32, 64, 4, 2), _C(32, 64, 4, 2)),
+    ("sm_80", 128): (_C(64, 32, 4, 3), _C(64, 64, 8, 2), _C(64, 64, 8, 2), _C(64, 64, 8, 2)),
+    ("sm_90", 64): (_C(64, 64, 4, 3), _C(64, 64, 4, 3), _C(64, 64, 4, 2), _C(64, 64, 4, 2)),
+    ("sm_90", 128): (_C(64, 64, 4, 3), _C(64, 32, 4, 3), _C(32, 64, 4, 2), _C(32, 64, 4, 2)),
+    ("sm_100", 64): (_C(64, 64, 8, 3), _C(64, 64, 8, 3), _C(64, 64, 8, 2), _C(64, 64, 4, 2)),
+    ("sm_120", 128): (_C(64, 32, 4, 2), _C(64, 64, 8, 2), _C(32, 64, 4, 1), _C(32, 64, 4, 1)),
+}
+
+# In their place where a plan has a gain and they would spill; the last number: for short blocks.
 WITH_GAIN = {
-    ("sm_100", 128, "dq"): _C(64, 64, 8, 2),
-    ("sm_120", 64, "dq"): _C(64, 64, 8, 2),
-    ("sm_120", 64, "dkdv rule"): _C(32, 64, 4, 1),
+    ("sm_80", 128, "forward", True): _C(64, 32, 4, 1),
+    ("sm_100", 128, "dq", False): _C(64, 64, 8, 2),
+    ("sm_100", 128, "dkdv rule", False): _C(32, 64, 4, 2),
+    ("sm_120", 64, "dkdv rule", False): _C(32, 64, 4, 1),
+    ("sm_120", 128, "dkdv rule", False): _C(64, 32, 4, 1),
 }
 
 # Exact fp32 products, without tensor cores: small tiles fit every architecture of a maker, and by
@@ -119,22 +132,37 @@ def choose(
         kind = "dkdv rule"
     arch = architecture(q.device)
     config = tuned.read().get(tuned.key(arch, kind, q, block_q, block_k))
+    block = block_k if kind.startswith("dkdv") else block_q
     if config is None:
-        config = from_table(arch, kind, q.shape[3], q.dtype, gain)
-    config = Config(*config)
-    if kind.startswith("dkdv"):
-        return config._replace(tile_n=tile(block_k, config.tile_n))
-    return config._replace(tile_m=tile(block_q, config.tile_m))
+        config = from_table(arch, kind, q.shape[3], q.dtype, block, gain)
+    return cut(kind, Config(*config), block)
 
 
-def from_table(arch: str, kind: str, D: int, dtype: torch.dtype, gain: bool = False) -> Config:
+def from_table(
+    arch: str, kind: str, D: int, dtype: torch.dtype, block: int, gain: bool = False
+) -> Config:
+    """The configuration of one of KINDS.
+
+    Args:
+        block: slots in the blocks that a program works off: of keys for "dkdv", else of queries.
+    """
     if arch == "interpreted":
         return INTERPRETED
-    maker = "cuda" if arch.startswith("sm_") else "hip"
-    if gain and dtype != torch.float32 and (arch, bucket(D), kind) in WITH_GAIN:
-        return WITH_GAIN[arch, bucket(D), kind]
-    rows = FP32[maker] if dtype == torch.float32 else TABLE[arch]
-    return rows[bucket(D)][KINDS.index(kind)]
+    place = KINDS.index(kind)
+    if dtype == torch.float32:
+        return FP32["cuda" if arch.startswith("sm_") else "hip"][bucket(D)][place]
+    config = TABLE[arch][bucket(D)][place]
+    short = cut(kind, config, block) != config and (arch, bucket(D)) in SHORT
+    if short:
+        config = SHORT[arch, bucket(D)][place]
+    return WITH_GAIN.get((arch, bucket(D), kind, short), config) if gain else config
+
+
+def cut(kind: str, config: Config, block: int) -> Config:
+    """The same with the tile that works off a block cut to the block."""
+    if kind.startswith("dkdv"):
+        return config._replace(tile_n=tile(block, config.tile_n))
+    return config._replace(tile_m=tile(block, config.tile_m))
 
 
 def linear(arch: str, D: int, dtype: torch.dtype) -> LinearConfig:

@@ -1,0 +1,56 @@
+"""Machine code of compiled kernels for NVIDIA's cards: what one turn of a loop computes.
+
+Matrix products are instructions of a warp (HMMA, mma.sync) or of four warps together (HGMMA,
+wgmma). Those of tensor memory (UTCHMMA, tcgen05) are issued once for a whole program, whatever its
+warps, and carry their shape in a register: they are not counted.
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);")
+BRANCH = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
+WGMMA = re.compile(r"\bHGMMA\.64x(\d+)x(\d+)")
+MMA = re.compile(r"\bHMMA\.16(8\d+)")  # 16 rows, 8 columns and the depth
+
+
+def cuobjdump(compiled: Any, *options: str) -> str:
+    """What the tool in Triton's package says of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [tool, *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def inner_loops(code: str) -> list[list[str]]:
+    """Instructions of each loop that holds no other one, from a listing of `cuobjdump -sass`."""
+    listed = [(int(place, 16), text) for place, text in INSTRUCTION.findall(code)]
+    spans = [
+        (int(found[1], 16), place)
+        for place, text in listed
+        if (found := BRANCH.search(text)) and int(found[1], 16) < place
+    ]
+    inner = [
+        (first, last)
+        for first, last in spans
+        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in spans)
+    ]
+    return [[text for place, text in listed if first <= place <= last] for first, last in inner]
+
+
+def multiply_adds(loop: list[str], num_warps: int) -> int:
+    """Of the matrix products of one turn, over all warps of a program."""
+    total = 0
+    for text in loop:
+        if found := WGMMA.search(text):
+            total += 64 * int(found[1]) * int(found[2]) * (num_warps // 4)
+        elif found := MMA.search(text):
+            total += 16 * 8 * int(found[1][1:]) * num_warps
+    return total
