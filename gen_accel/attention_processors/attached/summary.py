@@ -156,6 +156,7 @@ class Tally:
         self._seen: Any = None
         self._picked: Any = None  # (), groups
         self._held: Any = None  # (Kq, 2), tokens and slots in each query block
+        self._before: Any = 0.0  # (2,), pairs of grids of as many tokens that came before
 
     @torch.no_grad()
     def add(self, plan: Plan) -> None:
@@ -164,11 +165,17 @@ class Tally:
             self._add_route(plan.keep, plan.partial.picks)
             return
         rows, columns = plan.held
+        if self._held is not None and self._held is not rows:
+            self._before, self._seen = self._pairs(), None
         with torch.autocast(plan.keep.device.type, enabled=False):
             blocks = plan.keep.sum((0, 1), dtype=torch.float32)
             first = self._seen is None
             self._seen = blocks @ columns if first else torch.addmm(self._seen, blocks, columns)
         self._held = rows
+
+    def _pairs(self) -> Tensor:
+        """(2,) fp64: kept, and computed for them."""
+        return self._before + (self._held.to(self._seen) * self._seen).double().sum(0)
 
     def _add_route(self, keep: Tensor, picks: Tensor) -> None:
         if self._seen is None:
@@ -185,7 +192,7 @@ class Tally:
         """Of the N x N pairs of a call, those kept and those computed, summed over the plans."""
         layout = self._layout
         if layout.routed is None:
-            kept, computed = (self._held.to(self._seen) * self._seen).double().sum(0).tolist()
+            kept, computed = self._pairs().tolist()
             scale = layout.part / layout.patterns / layout.tokens**2
             return kept * scale, computed * scale
         slots, groups, patterns = layout.routed

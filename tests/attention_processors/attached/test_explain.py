@@ -7,7 +7,7 @@ from support.methods import LINEAR, MIXTURE, RADIAL
 from support.wan import LAYERS, forward, generate, pipeline, transformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gen_accel import Neighborhood, Schedule, VideoShape, attach
+from gen_accel import Neighborhood, Schedule, SparseLinear, VideoShape, attach
 from gen_accel.attention_processors.attached.summary import Layout, Tally, called, spans
 from gen_accel.plan import Plan
 
@@ -212,6 +212,17 @@ def test_counts_of_a_plan_with_padding():
     assert counted(plan) == pytest.approx((kept, computed))
     twice = tuple(2 * share for share in (kept, computed))
     assert counted(plan, plan) == pytest.approx(twice)
+
+
+def test_counts_of_grids_of_as_many_tokens():
+    """In turns, with as many blocks that hold others, and with more blocks."""
+    q, k = (torch.randn(1, 2, 120, 16, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    method = SparseLinear(critical=0.3, block_q=8, block_k=8)
+    grids = [VideoShape(2, 6, 10), VideoShape(3, 5, 8), VideoShape(5, 3, 7, text=15)]
+    plans = [method.plan_for(q, k, video=grid) for grid in grids * 2]
+    assert len({plan.keep.shape for plan in plans}) > 1
+    exact = torch.tensor([[x.item() for x in plan.densities()] for plan in plans]).sum(0)
+    assert counted(*plans) == pytest.approx(tuple(exact.tolist()))
 
 
 @pytest.mark.slow
