@@ -356,6 +356,7 @@ def test_equals_the_adapters_of_diffusers(name):
     assert (found - exact).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_two_image_prompts_add_up(case):
     model, given = case.build(), case.inputs()
     tap_all(model, lambda site, q, samples: 0.3 * q)

@@ -94,6 +94,7 @@ def test_forward_matches_reference(kernel, method, video, dtype, dim, qkv):
     assert_no_worse(attention(q, k, v, kernel=kernel, **case), low, exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "dtype"), in_turns(CASES, DTYPES), ids=str)
 def test_the_reference_gives_numbers(method, dtype, qkv, video):
     """All else is held to it, and it to slow loops in test_properties.py and for each method."""
@@ -116,6 +117,7 @@ def test_gradient_matches_reference(kernel, method, video, dtype, qkv):
     assert_gradients_no_worse(by(kernel), by("reference"), inputs, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "method",
@@ -358,6 +360,7 @@ def test_every_finite_scale_is_taken(kernel, scale, qkv, video):
     assert_no_worse(attention(q, k, v, **case), low, exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "kernel", "video"), pairs(CASES, AT_ONCE, VIDEOS), ids=str)
 def test_a_plan_built_while_sampling_serves_training(kernel, method, video, qkv):
     radial._plan.cache_clear()

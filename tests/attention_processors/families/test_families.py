@@ -138,6 +138,7 @@ def observed(case: Case, model: nn.Module, given: dict[str, Any]) -> dict[str, l
 # Where the tokens are
 
 
+@pytest.mark.slow
 @every_case
 def test_all_attention_over_the_grid_is_found(case):
     model = model_of(case)

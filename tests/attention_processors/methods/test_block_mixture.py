@@ -178,6 +178,7 @@ class TestPicks:
         assert plan.density == pytest.approx(want.double().mean().item(), abs=1e-12)
         assert plan.computed_density >= plan.density
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("select", "scope"), SELECTIONS)
     @pytest.mark.parametrize("threshold", [0.05, 0.6, 0.99])
     def test_counting_in_bins_equals_the_loops(self, select, scope, threshold, monkeypatch):

@@ -432,6 +432,7 @@ class TestPublishedRules:
         method = Radial("paper", decay_factor, sink, block, *anchor_every)
         assert torch.equal(method.block_mask(video), blocks_of_the_paper(method, video))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("rule", "tokens", "frames", "decay_factor", "sink", "block", "sparsity"),
         [

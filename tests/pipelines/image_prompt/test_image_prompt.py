@@ -38,6 +38,7 @@ from gen_accel.attention_processors.image_prompt import (
 # What is added
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_scale_0_is_the_base_model(case):
     model, given = case.build(), case.inputs()
@@ -58,6 +59,7 @@ def test_scale_0_is_the_base_model(case):
     assert torch.equal(output(model, given), base)
 
 
+@pytest.mark.slow
 def test_training_begins_at_the_base_model_and_moves_all(case):
     model, given = case.build().requires_grad_(False), case.inputs()
     for layer in model.modules():  # tiny models whose last layer is zero would stop any gradient
