@@ -270,10 +270,9 @@ def _check_call(
 def _check_names(kind: str, method: Any) -> None:
     """Refuse public names, other than options, that look like a part that is missing."""
     options = {one.name for one in fields(method)} if is_dataclass(method) else set()
-    missing = {
-        name.replace("_", ""): name for name in MethodParts._fields if not hasattr(method, name)
-    }
-    for name in dir(method):
+    there = dir(method)
+    missing = {name.replace("_", ""): name for name in MethodParts._fields if name not in there}
+    for name in there:
         if name.startswith("_") or name in options or name in MethodParts._fields:
             continue
         plain = name.replace("_", "").lower()

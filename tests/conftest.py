@@ -180,13 +180,13 @@ def compiler():
         pytest.skip(f"torch.compile does not work here: {type(error).__name__}")
 
 
-def pytest_collection_finish(session):
+def pytest_collection_finish():
     """What all tests share is never garbage: collections need not look through it each time."""
     gc.collect()
     gc.freeze()
 
 
-def pytest_sessionfinish(session):
+def pytest_sessionfinish():
     gc.unfreeze()
 
 

@@ -512,36 +512,35 @@ def test_short_blocks_have_configurations_of_their_own():
     assert configs.cut("dkdv", chosen(128), 32).tile_n == 32
 
 
-@pytest.mark.nightly
-def test_a_configuration_that_computes_twice_is_found(compiled):
-    """As eight warps do with the 64 rows that four of them could work off."""
+def flagged(compiled, row, **changed):
+    """Lines of kernels that compile_matrix refuses once the first configuration of a row differs.
+
+    Args:
+        row: of `configs`, as Python.
+    """
     code = (
         "import sys\n"
         "from gen_accel.kernels.triton import compile_matrix, configs\n"
-        "forward, *rest = configs.SHORT['sm_90', 64]\n"
-        "configs.SHORT['sm_90', 64] = forward._replace(num_warps=8), *rest\n"
+        f"forward, *rest = configs.{row}\n"
+        f"configs.{row} = forward._replace(**{changed}), *rest\n"
         "raise SystemExit(compile_matrix.main(sys.argv[1:]))\n"
     )
     options = ["--arch", "sm_90", "--dim", "64", "--kernel", "forward none", "delta"]
     done = run_python("-c", code, *options, TRITON_CACHE_DIR=compiled)
     assert done.returncode == 1, done.stderr
-    bad = [line.split() for line in done.stdout.splitlines() if line.endswith("!")]
+    return [line for line in done.stdout.splitlines() if line.endswith("!")]
+
+
+@pytest.mark.nightly
+def test_a_configuration_that_computes_twice_is_found(compiled):
+    """As eight warps do with the 64 rows that four of them could work off."""
+    bad = [line.split() for line in flagged(compiled, "SHORT['sm_90', 64]", num_warps=8)]
     assert {line[2] for line in bad} == {"64"}
     assert all(float(line[-2]) == 1.5 for line in bad)
 
 
 @pytest.mark.nightly
 def test_a_configuration_that_spills_is_found(compiled):
-    code = (
-        "import sys\n"
-        "from gen_accel.kernels.triton import compile_matrix, configs\n"
-        "forward, *rest = configs.TABLE['sm_90'][64]\n"
-        "configs.TABLE['sm_90'][64] = forward._replace(num_warps=2), *rest\n"
-        "raise SystemExit(compile_matrix.main(sys.argv[1:]))\n"
-    )
-    options = ["--arch", "sm_90", "--dim", "64", "--kernel", "forward none", "delta"]
-    done = run_python("-c", code, *options, TRITON_CACHE_DIR=compiled)
-    assert done.returncode == 1, done.stderr
-    bad = [line for line in done.stdout.splitlines() if line.endswith("!")]
+    bad = flagged(compiled, "TABLE['sm_90'][64]", num_warps=2)
     assert any("forward none" in line for line in bad)
     assert all("forward" in line for line in bad)

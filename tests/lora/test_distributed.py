@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import finetuning as ft
-from support.runs import launch, launch_forked
+from support.runs import launch
 
 from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.lora import checkpoint, trainer
@@ -89,11 +89,12 @@ def made(tmp_path_factory):
     for name, last in (("ddp/long", STEPS), ("fsdp/long", STEPS), ("ddp/images", 4)):
         half(folder / name, folder / f"{name}-resumed", last)
     again = [jobs[0], jobs[3], jobs[4]]
-    launch_forked(
+    launch(
         *(
             {"out": str(folder / f"{name}-resumed"), "fields": f, "resume": True} | more
             for name, f, more in again
-        )
+        ),
+        launcher=False,
     )
     return folder
 

@@ -4,15 +4,17 @@ They are forked from a server that has imported both, and nothing of the process
 them. Where there is no fork, they are started as any other.
 """
 
-import contextlib
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import torch
 
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 CONTEXT = multiprocessing.get_context(METHOD)
@@ -50,7 +52,7 @@ class Forked:
         env: Mapping[str, str],
         folder: Path | None = None,
     ):
-        self._said = [Path(tempfile.mkstemp()[1]) for _ in range(2)]
+        self._said = Path(tempfile.mkdtemp())
         given = module, [*arguments], {**env}, str(folder or Path.cwd()), self._said
         self._process = CONTEXT.Process(target=_become, args=given)
         self._process.start()
@@ -66,33 +68,29 @@ class Forked:
         self._process.kill()
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """What it said on stdout and stderr, once it ended."""
+        """Wait for its end, or make one; stdout and stderr."""
         self._process.join(timeout)
         if self.returncode is None:
             self.kill()
             self._process.join()
-        out, err = (path.read_text() for path in self._said)
-        for path in self._said:
-            path.unlink()
+        out, err = ((self._said / name).read_text() for name in ("1", "2"))
+        shutil.rmtree(self._said)
         return out, err
 
 
 def _become(
-    module: str, arguments: list[str], env: dict[str, str], folder: str, said: list[Path]
+    module: str, arguments: list[str], env: dict[str, str], folder: str, said: Path
 ) -> None:
     """Leave what is of the server, and run."""
-    for path, number in zip(said, (1, 2), strict=True):
-        with path.open("w") as file:
+    for number in (1, 2):
+        with (said / str(number)).open("w") as file:
             os.dup2(file.fileno(), number)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
     sys.path[:0] = ["", *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv = [module, *arguments]
-    with contextlib.suppress(ImportError):
-        import torch
-
-        torch.set_num_threads(int(env.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    torch.set_num_threads(int(env.get("OMP_NUM_THREADS", torch.get_num_threads())))
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -68,33 +68,31 @@ def metadata(path):
 CONFIG = ROOT / "configs" / "accelerate" / "cpu.yaml"
 
 
-def launch(*jobs):
-    """Trainings in the same two processes, one after the other."""
+def two_processes(module, arguments, env, launcher=True):
+    """Output and errors of a module that two processes run, each with the same arguments.
+
+    Args:
+        launcher: `accelerate launch` starts them; without, they are forked, which takes less.
+    """
+    if not launcher:
+        ranks = forked.ranks(2, module, arguments, env)
+        said = [one.communicate(timeout=120) for one in ranks]
+        for one, (_, errors) in zip(ranks, said, strict=True):
+            assert one.returncode == 0, errors
+        return "".join(out for out, _ in said), "".join(errors for _, errors in said)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
-    command += ["--main_process_port", "0", "--module", "support.finetuning", json.dumps(jobs)]
+    command += ["--main_process_port", "0", "--module", module, *arguments]
     done = subprocess.run(
-        command,
-        env=environment(OMP_NUM_THREADS="1"),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        command, env=env, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
 
 
-def launch_forked(*jobs):
-    """As `launch`, without the launcher."""
+def launch(*jobs, launcher=True):
+    """Trainings in the same two processes, one after the other."""
     places = environment(OMP_NUM_THREADS="1")
-    together(forked.ranks(2, "support.finetuning", [json.dumps(jobs)], places))
-
-
-def together(processes):
-    """What processes that wait for each other say; the first error ends them."""
-    said = [one.communicate(timeout=120) for one in processes]
-    for one, (_, err) in zip(processes, said, strict=True):
-        assert one.returncode == 0, err
-    return "".join(out for out, _ in said), "".join(err for _, err in said)
+    two_processes("support.finetuning", [json.dumps(jobs)], places, launcher)
 
 
 FULL_STEPS = 8

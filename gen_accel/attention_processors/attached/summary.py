@@ -110,7 +110,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Layout:
-    """What plans made call by call have in common, without their patterns.
+    """Facts that plans made call by call have in common, without their patterns.
 
     Args:
         tokens: of the plan.
@@ -142,7 +142,7 @@ class Layout:
 
 
 class Tally:
-    """What plans of one layout keep, counted by two operations of their device a plan.
+    """Counts of the pairs that plans of one layout keep, by two operations of their device a plan.
 
     Without a route it is exact. With one, the groups that queries picked and the blocks that are
     kept are counted in turns after the first plan, and taken to be of the mean number of tokens.
@@ -189,7 +189,7 @@ class Tally:
             self._plans_seen += 1
 
     def shares(self) -> tuple[float, float]:
-        """Of the N x N pairs of a call, those kept and those computed, summed over the plans."""
+        """Shares of the N x N pairs of a call, kept and computed, summed over the plans."""
         layout = self._layout
         if layout.routed is None:
             kept, computed = self._pairs().tolist()

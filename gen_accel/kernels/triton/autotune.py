@@ -37,14 +37,14 @@ def tune(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> dict[s
     def backward() -> None:
         block_sparse.attention_backward(*given, q, k, v, out, lse, *lists, scale)
 
-    ruled = "dkdv rule" if lists.rule or lists.gain is not None else "dkdv"
+    ruled = configs.row("dkdv", bool(lists.rule) or lists.gain is not None)
     arch, gain = configs.architecture(q.device), lists.gain is not None
     kept = tuned.read()
     found = {}
     for kind, run in (("forward", forward), ("dq", backward), (ruled, backward)):
         name = tuned.key(arch, kind, q, plan.block_q, plan.block_k)
         seconds = {}
-        block = plan.block_k if kind.startswith("dkdv") else plan.block_q
+        block = configs.worked_off(kind, plan.block_q, plan.block_k)
         for config in _candidates(
             configs.from_table(arch, kind, q.shape[3], q.dtype, block, gain)
         ):

@@ -75,8 +75,7 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     }
     variants = product(kernels.items(), RULES.items(), (False, True))
     for (kind, (kernel, products)), (rule, number), gain in variants:
-        ruled = kind == "dkdv" and (rule != "none" or gain)
-        row = "dkdv rule" if ruled else kind
+        row = configs.row(kind, rule != "none" or gain)
         config = configs.from_table(arch, row, D, dtype, block, gain)
         config = configs.cut(kind, config, block)
         constants = {

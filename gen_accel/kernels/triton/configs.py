@@ -77,7 +77,7 @@ SHORT = {
     ("sm_120", 128): (_C(64, 32, 4, 2), _C(64, 64, 8, 2), _C(32, 64, 4, 1), _C(32, 64, 4, 1)),
 }
 
-# In their place where a plan has a gain and they would spill; the last number: for short blocks.
+# In their place where a plan has a gain and they would spill; True for those of short blocks.
 WITH_GAIN = {
     ("sm_80", 128, "forward", True): _C(64, 32, 4, 1),
     ("sm_100", 128, "dq", False): _C(64, 64, 8, 2),
@@ -128,14 +128,23 @@ def choose(
         ruled: the plan has a rule on token pairs.
         gain: it has a gain.
     """
-    if kind == "dkdv" and (ruled or gain):
-        kind = "dkdv rule"
+    kind = row(kind, ruled or gain)
     arch = architecture(q.device)
     config = tuned.read().get(tuned.key(arch, kind, q, block_q, block_k))
-    block = block_k if kind.startswith("dkdv") else block_q
+    block = worked_off(kind, block_q, block_k)
     if config is None:
         config = from_table(arch, kind, q.shape[3], q.dtype, block, gain)
     return cut(kind, Config(*config), block)
+
+
+def row(kind: str, ruled: bool) -> str:
+    """The one of KINDS for "forward", "dq" or "dkdv"; `ruled`: with a rule or a gain."""
+    return "dkdv rule" if kind == "dkdv" and ruled else kind
+
+
+def worked_off(kind: str, block_q: int, block_k: int) -> int:
+    """The length of the blocks that a program works off: of keys for "dkdv", else of queries."""
+    return block_k if kind.startswith("dkdv") else block_q
 
 
 def from_table(
@@ -144,7 +153,7 @@ def from_table(
     """The configuration of one of KINDS.
 
     Args:
-        block: slots in the blocks that a program works off: of keys for "dkdv", else of queries.
+        block: of `worked_off`.
     """
     if arch == "interpreted":
         return INTERPRETED

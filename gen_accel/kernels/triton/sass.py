@@ -20,7 +20,7 @@ MMA = re.compile(r"\bHMMA\.16(8\d+)")  # 16 rows, 8 columns and the depth
 
 
 def cuobjdump(compiled: Any, *options: str) -> str:
-    """What the tool in Triton's package says of a compiled kernel."""
+    """The output of the tool in Triton's package for a compiled kernel."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -46,7 +46,7 @@ def inner_loops(code: str) -> list[list[str]]:
 
 
 def multiply_adds(loop: list[str], num_warps: int) -> int:
-    """Of the matrix products of one turn, over all warps of a program."""
+    """Count those of the matrix products of one turn, over all warps of a program."""
     total = 0
     for text in loop:
         if found := WGMMA.search(text):

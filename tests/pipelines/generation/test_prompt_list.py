@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 
 import pytest
@@ -12,10 +10,11 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from support import runs, wan
-from support.forked import Forked, ranks
+from support import wan
+from support.forked import Forked
 from support.paths import ROOT, environment
 from support.products import NIGHTLY
+from support.runs import two_processes
 from typer.testing import CliRunner
 
 from gen_accel import Radial
@@ -29,7 +28,6 @@ from gen_accel.pipelines.image_prompt.projectors import Pixels
 
 pytestmark = pytest.mark.slow
 
-CONFIG = ROOT / "configs" / "accelerate" / "cpu.yaml"
 SMALL = ("--frames", "5", "--height", "16", "--width", "16", "--steps", "1")
 TEXTS = ["a red square moves right", "a blue circle", "a green triangle moves up"]
 # Without a GPU, "auto" has to find the processes of its own.
@@ -105,19 +103,7 @@ ALONE = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": "/nowhere"}
 
 def launch(args):
     """What two processes print: by night those that the launcher starts."""
-    if not NIGHTLY:
-        return runs.together(ranks(2, "gen_accel", args, environment(**ALONE)))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
-    done = subprocess.run(
-        [*launcher, "--main_process_port", "0", "-m", "gen_accel", *args],
-        env=os.environ | ALONE,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
+    return two_processes("gen_accel", args, environment(**ALONE), launcher=NIGHTLY)
 
 
 def test_what_is_done_is_not_made_again(run, model, tmp_path, monkeypatch):
