@@ -171,6 +171,8 @@ class Plan:
         gain: (B or 1, H or 1, Kq, Kk) floats in (0, 1] that dampen the scores of a pair of blocks:
             a scaled product s becomes min(s, gain s). None where all are 1.
         trimmed: `keep` leaves out blocks in which `partial` would see pairs.
+        entries: how many pairs of blocks one pattern of `keep` holds at most, where that is known
+            without looking: as long are the lists of a plan that is made call by call.
     """
 
     slots: Tensor
@@ -181,6 +183,7 @@ class Plan:
     dynamic: bool = False
     gain: Tensor | None = None
     trimmed: bool = False
+    entries: int | None = None
 
     def __post_init__(self) -> None:
         S = self.slots.numel()
@@ -284,7 +287,8 @@ class Plan:
         slots, keep = self.slots.to(device), self.keep.to(device)
         gain = None if self.gain is None else self.gain.to(device)
         blocks = self.block_q, self.block_k
-        return Plan(slots, keep, *blocks, partial, self.dynamic, gain, self.trimmed)
+        rest = self.dynamic, gain, self.trimmed, self.entries
+        return Plan(slots, keep, *blocks, partial, *rest)
 
     def changed(
         self,
@@ -309,6 +313,7 @@ class Plan:
             self.dynamic,
             gain,
             trimmed,
+            self.entries if keep is None else None,
         )
         return _known(plan, self)
 
@@ -337,10 +342,13 @@ def slots_of(slots: Tensor, block_q: int, block_k: int) -> Slots:
     return Slots(slots, *facts, block_q, block_k)
 
 
-def plan_of_call(slots: Slots, keep: Tensor, partial: Route | None = None) -> Plan:
+def plan_of_call(
+    slots: Slots, keep: Tensor, partial: Route | None = None, entries: int | None = None
+) -> Plan:
     """What the q and k of one call keep, (B or 1, H or 1, Kq, Kk): with a route, all blocks of
     what is picked."""
-    plan = Plan(slots.slots, keep, slots.block_q, slots.block_k, partial, dynamic=True)
+    blocks = slots.block_q, slots.block_k
+    plan = Plan(slots.slots, keep, *blocks, partial, dynamic=True, entries=entries)
     plan.leaves_out_picks = False
     return _known(plan, slots)
 

@@ -14,7 +14,7 @@ from gen_accel.kernels.helpers import native_serves, triton_serves
 from gen_accel.kernels.native import linear as native
 from gen_accel.plan import Plan
 
-STATES = 1 << 27  # numbers in the states that are made at once, half a gigabyte; at least one head
+STATES = 1 << 27  # numbers in the states and sums that are made at once; at least one head
 
 
 def in_one(
@@ -101,7 +101,8 @@ def linear_attention(
         kernel: the name of the kernel for attention.
     """
     B, _, S, D = fq.shape
-    heads = max(1, STATES // (B * (S // block_k) * D * D))
+    states = S // block_k + S // block_q
+    heads = max(1, STATES // (B * states * D * D))
     run = _fused if triton_serves(kernel, fq) else plain
     some = [x.split(heads, 1) for x in (fq, fk, v, sets)]
     return torch.cat(
@@ -128,7 +129,7 @@ def plain(
 def _fused(
     fq: Tensor, fk: Tensor, v: Tensor, sets: Tensor, block_q: int, block_k: int, *, eps: float
 ) -> Tensor:
-    from gen_accel.kernels.triton.linear import linear_rest  # imports triton, which may be missing
+    from gen_accel.kernels.triton.linear import linear_sets  # imports triton, which may be missing
 
     fk, v = fk.to(fq.dtype).contiguous(), v.to(fq.dtype).contiguous()
-    return linear_rest(fq.contiguous(), fk, v, ~sets, block_q, block_k, eps)
+    return linear_sets(fq.contiguous(), fk, v, sets, block_q, block_k, eps)

@@ -30,11 +30,12 @@ from gen_accel.kernels.triton import (
     configs,
     launch,
     linear,
+    listing,
     lists,
     sass,
     tuned,
 )
-from gen_accel.kernels.triton.linear import linear_rest
+from gen_accel.kernels.triton.linear import linear_sets
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
@@ -210,19 +211,45 @@ def test_a_dynamic_plan_does_without_columns_while_generating(device):
     assert lists.prepare(plan).columns is not None
 
 
+def assert_lists(keep, whole, index, counts):
+    """Each row has a list of its own of what it keeps, masked blocks first, in order."""
+    patterns = zip(*(x.flatten(0, 1).tolist() for x in (keep, whole, index, counts)), strict=True)
+    for kept, full, entries, numbers in patterns:
+        ends = 0
+        assert sorted(turn for *_, turn in numbers) == list(range(len(numbers)))
+        for row, of_row, (masked, total, start, _) in zip(kept, full, numbers, strict=True):
+            held = [i for i, seen in enumerate(row) if seen]
+            some = [i for i in held if not of_row[i]]
+            assert start == (ends if total else 0)
+            start = ends
+            ends += total
+            assert entries[start:ends] == some + [i for i in held if i not in some]
+            assert masked == len(some)
+
+
 def test_lists_hold_each_kept_block_once_masked_ones_first(device):
     plan = random_plan(device, 2, 2, 32, 8, windows=True)
     made = lists.prepare(plan)
     assert made is lists.prepare(plan)
-    for keep, whole, index, counts in (
-        (plan.keep, plan.whole, made.rows, made.row_counts),
-        (plan.keep.mT, plan.whole.mT, made.columns, made.column_counts),
-    ):
-        rows = zip(*(x.flatten(0, 2).tolist() for x in (keep, whole, index, counts)), strict=True)
-        for kept, full, numbers, (masked, total) in rows:
-            held = [i for i, seen in enumerate(kept) if seen]
-            assert sorted(numbers[:total]) == held
-            assert numbers[:masked] == [i for i in held if not full[i]]
+    assert_lists(plan.keep, plan.whole, made.rows, made.row_counts)
+    assert_lists(plan.keep.mT, plan.whole.mT, made.columns, made.column_counts)
+    total = made.row_counts[..., 1]
+    assert (total.gather(-1, made.row_counts[..., 3].long()).diff() <= 0).all(), "longest first"
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 1, 40, 70), (1, 2, 33, 129)], ids=str)
+def test_lists_by_counting_hold_what_those_by_sorting_hold(shape, device):
+    generator = torch.Generator().manual_seed(0)
+    keep, whole = (torch.rand(shape, generator=generator).to(device) < p for p in (0.3, 0.5))
+    whole = whole[:, :, :1].expand(shape) & keep
+    for kept, full in ((keep, whole), (keep.mT, whole.mT)):
+        made = listing.block_lists(kept, full, shape[2] * shape[3])
+        assert_lists(kept, full, *made)
+        index, counts = lists.listed(kept & ~full, kept)
+        assert_lists(kept, full, index, counts)
+        assert torch.equal(made[1][..., :3], counts[..., :3])
+        tight = listing.block_lists(kept, full, index.shape[2])
+        assert_lists(kept, full, *tight)
 
 
 def test_tiles_waste_little():
@@ -258,23 +285,23 @@ def test_a_compiled_function_sees_one_operator(device):
         torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)
 
 
-def plain_rest(phi_q, phi_k, v, critical, block_q, block_k, eps):
-    rest = (~critical).repeat_interleave(block_q, -2).repeat_interleave(block_k, -1)
-    weights = (phi_q @ phi_k.mT) * rest
+def plain_sets(phi_q, phi_k, v, sets, block_q, block_k, eps):
+    given = sets.repeat_interleave(block_q, -2).repeat_interleave(block_k, -1)
+    weights = (phi_q @ phi_k.mT) * given
     out = weights @ v / (weights.sum(-1, keepdim=True) + eps)
-    return torch.where(rest.any(-1, keepdim=True), out, 0.0)
+    return torch.where(given.any(-1, keepdim=True), out, 0.0)
 
 
 def linear_inputs(dtype, device, slots, dim, block_q, block_k):
-    """Softmax features, the last five keys padding, and for the first queries an empty rest."""
+    """Softmax features, the last five keys padding, and for the first queries an empty set."""
     g = torch.Generator().manual_seed(0)
     x = [torch.randn(2, 2, slots, dim, generator=g).to(device) for _ in range(3)]
     phi_q, phi_k, v = x[0].softmax(-1), x[1].softmax(-1), x[2]
     phi_k[:, :, -5:] = 0.0
     shape = 2, 1, slots // block_q, slots // block_k
-    critical = (torch.rand(shape, generator=g) < 0.5).to(device)
-    critical[:, :, 0] = True
-    return [phi_q.to(dtype), phi_k.to(dtype), v.to(dtype)], critical
+    sets = (torch.rand(shape, generator=g) < 0.5).to(device)
+    sets[:, :, 0] = False
+    return [phi_q.to(dtype), phi_k.to(dtype), v.to(dtype)], sets
 
 
 @pytest.mark.parametrize(
@@ -287,35 +314,35 @@ def linear_inputs(dtype, device, slots, dim, block_q, block_k):
     ],
     ids=str,
 )
-def test_linear_rest_matches_its_definition(dtype, slots, dim, block_q, block_k, device):
-    tensors, critical = linear_inputs(dtype, device, slots, dim, block_q, block_k)
-    rest = critical, block_q, block_k, 1e-5
+def test_linear_branch_matches_its_definition(dtype, slots, dim, block_q, block_k, device):
+    tensors, sets = linear_inputs(dtype, device, slots, dim, block_q, block_k)
+    given = sets, block_q, block_k, 1e-5
 
     def both(function):
-        return lambda *x: (function(*x, *rest), x[0].sum(-1))
+        return lambda *x: (function(*x, *given), x[0].sum(-1))
 
-    exact = differentiated(both(plain_rest), tensors, torch.float64)
-    low = differentiated(both(plain_rest), tensors, dtype)
-    actual = differentiated(both(linear_rest), tensors, dtype)
+    exact = differentiated(both(plain_sets), tensors, torch.float64)
+    low = differentiated(both(plain_sets), tensors, dtype)
+    actual = differentiated(both(linear_sets), tensors, dtype)
     assert (actual[0][:, :, :block_q] == 0).all()
     for result, *others in zip(actual, low, exact, strict=True):
         assert_no_worse(result, *others)
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0], ids=["all is rest", "no rest"])
-def test_linear_rest_of_all_and_nothing(share, device):
-    tensors, critical = linear_inputs(torch.float32, device, 64, 16, 16, 32)
-    rest = torch.full_like(critical, bool(share)), 16, 32
-    out = linear_rest(*tensors, *rest, 0.0)
-    torch.testing.assert_close(out, plain_rest(*tensors, *rest, 0.0).nan_to_num(0.0))
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["none", "all"])
+def test_linear_branch_of_all_and_nothing(share, device):
+    tensors, sets = linear_inputs(torch.float32, device, 64, 16, 16, 32)
+    given = torch.full_like(sets, bool(share)), 16, 32
+    out = linear_sets(*tensors, *given, 0.0)
+    torch.testing.assert_close(out, plain_sets(*tensors, *given, 0.0).nan_to_num(0.0))
 
 
 @pytest.mark.slow
-def test_linear_rest_is_one_operator_in_a_graph(device):
-    tensors, critical = linear_inputs(torch.float32, device, 64, 16, 16, 32)
+def test_linear_branch_is_one_operator_in_a_graph(device):
+    tensors, sets = linear_inputs(torch.float32, device, 64, 16, 16, 32)
 
     def block(*x):
-        return 2 * linear_rest(*x, critical, 16, 32, 1e-5), x[0].sum(-1)
+        return 2 * linear_sets(*x, sets, 16, 32, 1e-5), x[0].sum(-1)
 
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     for actual, wanted in zip(
@@ -368,11 +395,11 @@ def test_every_launch_is_on_the_device_of_its_tensor(device, monkeypatch):
     plan = random_plan(device, block_q=32, block_k=32)
     tensors = inputs(plan, torch.float32)
     differentiated(lambda *x: package.forward_lse(*x, plan, scale=0.3), tensors, None)
-    rest, critical = linear_inputs(torch.float32, device, 64, 16, 16, 32)
-    differentiated(lambda *x: (linear_rest(*x, critical, 16, 32, 1e-5),) * 2, rest, None)
+    given, sets = linear_inputs(torch.float32, device, 64, 16, 16, 32)
+    differentiated(lambda *x: (linear_sets(*x, sets, 16, 32, 1e-5),) * 2, given, None)
     assert {name for name, _ in launched} == {
         *("forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"),
-        *("states_kernel", "apply_kernel", "apply_transposed_kernel"),
+        *("states_kernel", "sums_kernel", "apply_kernel", "apply_transposed_kernel"),
     }
     assert {place for _, place in launched} == {tensors[0].device}
 

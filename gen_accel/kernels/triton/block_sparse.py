@@ -39,7 +39,7 @@ def _launch(
     """
     q = tensors[0]
     B, H, N, D = q.shape
-    slots, index, _ = lists
+    slots, index, counts = lists
     picks = rule[0] if rule and rule[0].ndim == 4 else None
     mode = (NONE if not rule else WINDOWS if picks is None else ROUTE).value
     windows = mode == WINDOWS.value
@@ -48,7 +48,7 @@ def _launch(
     block, tile = (block_k, config.tile_n) if kind == "dkdv" else (block_q, config.tile_m)
     launch(
         kernel,
-        (index.shape[2] * triton.cdiv(block, tile), B * H),
+        (counts.shape[2] * triton.cdiv(block, tile), B * H),
         q,
         *tensors,
         *lists,
@@ -58,7 +58,7 @@ def _launch(
         *configs.pattern_strides(index),
         *((0, 0) if picks is None else configs.pattern_strides(picks)),
         *((0, 0) if gain is None else configs.pattern_strides(gain)),
-        index.shape[3],
+        index.shape[2],
         H,
         N,
         slots.numel(),

@@ -19,7 +19,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gen_accel.kernels.triton import configs, linear, sass, sparse_backward, sparse_forward, tiles
+from gen_accel.kernels.triton import (
+    configs,
+    linear,
+    listing,
+    sass,
+    sparse_backward,
+    sparse_forward,
+    tiles,
+)
 
 # Shared memory that one program may use, in bytes.
 SHARED = {
@@ -35,8 +43,8 @@ RULES = {"none": tiles.NONE, "windows": tiles.WINDOWS, "route": tiles.ROUTE}
 # Types of arguments by name; those of the inputs' own type and the integers are not listed.
 TYPES = {
     **dict.fromkeys(("lse", "delta", "grad_lse", "gain", "by", "weight"), "*fp32"),
-    **dict.fromkeys(("h", "z", "total_h", "total_z"), "*fp32"),
     **dict.fromkeys(("slots", "index", "counts"), "*i32"),
+    **dict.fromkeys(("keep", "whole", "sets"), "*u8"),
     **dict.fromkeys(("scale", "eps"), "fp32"),
 }
 INPUTS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv", "x", "y")
@@ -51,7 +59,7 @@ class Case(NamedTuple):
     constants: dict
     num_warps: int
     num_stages: int
-    products: int = 0  # of each turn of its loop, with tiles of queries, keys and the head dim
+    needed: int = 0  # multiply-adds in each turn of its loop
 
 
 class Usage(NamedTuple):
@@ -94,9 +102,23 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
             constants,
             config.num_warps,
             config.num_stages,
-            products,
+            products * config.tile_m * config.tile_n * configs.padded_dim(D),
         )
     yield Case("delta", sparse_backward.delta_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1)
+    yield from _linear_cases(arch, D, dtype, block)
+    lists = {"ROWS": listing.ROWS, "CHUNK": listing.CHUNK}
+    yield Case("lists count", listing.count_kernel, lists, 4, 3)
+    yield Case("lists starts", listing.starts_kernel, {"STEP": listing.STEP}, 4, 3)
+    yield Case("lists fill", listing.fill_kernel, lists, 4, 3)
+
+
+def _linear_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
+    dim = {"D": D, "BLOCK_D": configs.padded_dim(D)}
+    sums = configs.sums(arch, dtype)
+    sizes = {"TILE_M": sums.tile_m, "TILE_N": sums.tile_n, "TILE_K": sums.tile_k}
+    needed = math.prod(sizes.values())
+    sizes |= {"SIZE": D * D + D, "PRECISION": linear.precision(dtype)}
+    yield Case("sums", linear.sums_kernel, sizes, sums.num_warps, sums.num_stages, needed)
     config = configs.linear(arch, D, dtype)
     sizes = {**dim, "BLOCK": block, "TILE": config.tile, "CHUNK": config.chunk}
     for name, flag in (
@@ -112,6 +134,7 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
 
 def build(case: Case, arch: str, dtype: torch.dtype) -> Any:
     types = {**TYPES, **dict.fromkeys(INPUTS, f"*{DTYPES[dtype]}")}
+    types |= dict.fromkeys(("state", "total"), f"*{DTYPES[linear.state_dtype(dtype)]}")
     rule = case.constants.get("RULE")
     types["rule"] = "*i8" if rule == tiles.ROUTE.value else "*i32"
     types["more"] = "*i8" if rule == tiles.WINDOWS.value else "*i32"
@@ -147,12 +170,10 @@ def usage(case: Case, compiled: Any) -> Usage:
     found = (re.search(rf"{name}:(\d+)", text) for name in ("REG", "STACK", "LOCAL"))
     registers, stack, local = (int(match[1]) for match in found if match)
     issued = 0
-    if case.products:
+    if case.needed:
         loops = sass.inner_loops(sass.cuobjdump(compiled, "--dump-sass"))
         issued = max((sass.multiply_adds(loop, case.num_warps) for loop in loops), default=0)
-    sizes = (case.constants.get(name, 1) for name in ("TILE_M", "TILE_N", "BLOCK_D"))
-    needed = max(case.products, 1) * math.prod(sizes)
-    return Usage(registers, stack + local, shared, issued / needed)
+    return Usage(registers, stack + local, shared, issued / max(case.needed, 1))
 
 
 def main(arguments: list[str] | None = None) -> int:

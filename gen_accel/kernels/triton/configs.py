@@ -26,6 +26,16 @@ class LinearConfig(NamedTuple):
     num_warps: int
 
 
+class SumsConfig(NamedTuple):
+    """Tiles of the product of sets and states: sets, numbers of a state, blocks; warps; stages."""
+
+    tile_m: int
+    tile_n: int
+    tile_k: int
+    num_warps: int
+    num_stages: int
+
+
 # Head dims up to 64, 128 and 256.
 BUCKETS = (64, 128, 256)
 
@@ -116,6 +126,13 @@ LINEAR_FP32 = {
     256: LinearConfig(16, 16, 8),
 }
 
+# For every architecture: spills nothing according to compile_matrix; not timed.
+SUMS = {
+    torch.bfloat16: SumsConfig(128, 128, 32, 8, 3),
+    torch.float16: SumsConfig(128, 128, 32, 8, 2),
+    torch.float32: SumsConfig(32, 32, 32, 8, 1),
+}
+
 
 def choose(
     kind: str, q: Tensor, block_q: int, block_k: int, ruled: bool, gain: bool = False
@@ -178,6 +195,10 @@ def linear(arch: str, D: int, dtype: torch.dtype) -> LinearConfig:
     if arch == "interpreted":
         return LinearConfig(32, 32, 4)
     return (LINEAR_FP32 if dtype == torch.float32 else LINEAR)[bucket(D)]
+
+
+def sums(arch: str, dtype: torch.dtype) -> SumsConfig:
+    return SumsConfig(32, 32, 32, 4, 1) if arch == "interpreted" else SUMS[dtype]
 
 
 def bucket(D: int) -> int:

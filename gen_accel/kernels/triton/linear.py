@@ -1,18 +1,21 @@
-"""Linear attention over the blocks that a sparse branch leaves out, forward and backward.
+"""Linear attention of each query block over its own set of key blocks, forward and backward.
 
-The linear branch of SLA (Zhang et al., 2025, https://arxiv.org/abs/2509.24006), over all blocks
-that are not critical. Unlike there, an empty rest gives zeros, the denominator takes an eps, sums
-are fp32, and a query block adds up the rest instead of subtracting from the total where the rest
-is the shorter list.
+The linear branch of SLA (Zhang et al., 2025, https://arxiv.org/abs/2509.24006), over any sets of
+blocks. Unlike there, an empty set gives zeros, the denominator takes an eps, and sums are fp32.
 
-Three kernels: sums over each block of an outer product of rows, and two that apply to each block
-the sums of its rest. The backward pass is the same three with other arguments.
+Four kernels. The state of a block is the sum over its rows of an outer product, and of one of the
+factors. `states_kernel` makes the states of all blocks, `sums_kernel` adds them up for each set,
+by one product of matrices, and two kernels apply the sums to the rows of each block. The backward
+pass is the same four with other arguments.
+
+States and their sums are bf16 where the inputs are, and fp32 where they are fp16, whose range is
+too small, or fp32.
 """
 
 # Kernels are a language of their own, which a checker of Python misreads.
 # pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+# pyright: reportArgumentType=false
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,45 +25,29 @@ from torch import Tensor
 
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.launch import launch
-from gen_accel.kernels.triton.lists import listed
 from gen_accel.kernels.triton.tiles import INTERPRETED
 
 
-def linear_rest(
+def linear_sets(
     phi_q: Tensor,
     phi_k: Tensor,
     v: Tensor,
-    critical: Tensor,
+    sets: Tensor,
     block_q: int,
     block_k: int,
     eps: float,
 ) -> Tensor:
-    """phi_q h / (eps + phi_q z), h = phi_k^T v and z = sum(phi_k) over the keys of the rest.
+    """phi_q h / (eps + phi_q z), h = phi_k^T v and z = sum(phi_k) over the keys of the set.
 
     Args:
         phi_q, phi_k, v: (B, H, S, D) in slot order, one dtype; phi_k is 0 where a slot is padding.
-        critical: (B or 1, H or 1, Kq, Kk) bool, the key blocks that are not in a query's rest.
+        sets: (B or 1, H or 1, Kq, Kk) bool, the key blocks of each query block.
         eps: keeps small denominators from zero.
 
     Returns:
-        (B, H, S, D); zero where the rest is empty.
+        (B, H, S, D); zero where the set holds no token.
     """
-    rows = _shorter(critical)
-    columns = _shorter(critical.transpose(-1, -2)) if torch.is_grad_enabled() else (None, None)
-    return _linear_rest(phi_q, phi_k, v, *rows, *columns, block_q, block_k, eps)[0]
-
-
-def _shorter(critical: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row the list of what is critical, or of the rest if that is shorter.
-
-    Returns:
-        (B', H', K, K') int32 numbers, the unused ones last, and (B', H', K, 2) int32: how many
-        are used, and whether they are to be subtracted from the total.
-    """
-    count = critical.sum(-1, keepdim=True)
-    subtract = 2 * count <= critical.shape[-1]
-    index, counts = listed(critical == subtract, torch.zeros_like(critical), cut=False)
-    return index, torch.stack([counts[..., 0], subtract[..., 0].int()], dim=-1)
+    return _linear_sets(phi_q, phi_k, v, sets, block_q, block_k, eps)[0]
 
 
 @triton.jit
@@ -88,8 +75,7 @@ def states_kernel(
     y,
     by,
     weight,
-    h,
-    z,
+    state,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -99,7 +85,7 @@ def states_kernel(
 ):
     """h = (by x)^T y and z = sum(by weight x) over each block; by and weight are 1 if not SCALED.
 
-    A program makes CHUNK columns of one block's h, [D, D].
+    A program makes CHUNK columns of one block's h, [D, D], after which z lies, [D].
     """
     i_block, i_chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     x += i_block * BLOCK * D
@@ -122,50 +108,66 @@ def states_kernel(
             b_z += tl.sum(b_x.to(tl.float32), 0)
             b_h = _dot(tl.trans(b_x), b_y, b_h)
     mask = (o_d < D)[:, None] & (o_c < D)[None, :]
-    tl.store(h + (i_block * D + o_d[:, None]) * D + o_c[None, :], b_h, mask=mask)
+    state += i_block * (D * D + D)
+    b_h, b_z = b_h.to(state.dtype.element_ty), b_z.to(state.dtype.element_ty)
+    tl.store(state + o_d[:, None] * D + o_c[None, :], b_h, mask=mask)
     if i_chunk == 0:
-        tl.store(z + i_block * D + o_d, b_z, mask=o_d < D)
+        tl.store(state + D * D + o_d, b_z, mask=o_d < D)
 
 
 @triton.jit
-def _list(index, counts, pattern_b, pattern_h, width, i_x, H, K):
-    """Where block i_x, numbered over all samples and heads, has its list, how many it holds, and
-    whether they are subtracted; also the first block of the other kind in its head."""
-    i_head, i_block = i_x // K, i_x % K
-    i_row = ((i_head // H) * pattern_b + (i_head % H) * pattern_h) * K + i_block
-    used, subtract = tl.load(counts + 2 * i_row), tl.load(counts + 2 * i_row + 1)
-    return index + i_row * width, used, subtract != 0, i_head
+def sums_kernel(
+    sets,
+    state,
+    total,
+    sets_b,
+    sets_h,
+    sets_r,
+    sets_c,
+    H,
+    R,
+    C,
+    SIZE: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """total = sets @ state: for each of R blocks, the sum of the states, of SIZE numbers, of those
+    of C blocks that its set holds.
 
-
-@triton.jit
-def _rest(x, total, index, used, subtract, size, o_x, mask):
-    """Sum of a state over a block's rest. `size` is that of one block's state."""
-    b_sum = tl.zeros(o_x.shape, tl.float32)
-    for i_p in range(used):
-        p_x = x + tl.load(index + i_p).to(tl.int64) * size + o_x
-        b_sum += tl.load(p_x, mask=mask, other=0.0)
-    if subtract:
-        b_sum = tl.load(total + o_x, mask=mask, other=0.0) - b_sum
-    return b_sum
+    A program makes TILE_N numbers of TILE_M blocks. Those of the same numbers run side by side, so
+    that states are read from memory once.
+    """
+    i_m, i_n = tl.program_id(0) % tl.cdiv(R, TILE_M), tl.program_id(0) // tl.cdiv(R, TILE_M)
+    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    o_m = i_m * TILE_M + tl.arange(0, TILE_M)
+    o_n = i_n * TILE_N + tl.arange(0, TILE_N)
+    sets += i_b * sets_b + i_h * sets_h + o_m.to(tl.int64)[:, None] * sets_r
+    state += tl.program_id(1).to(tl.int64) * C * SIZE
+    b_total = tl.zeros([TILE_M, TILE_N], tl.float32)
+    for i_k in range(0, C, TILE_K):
+        o_k = i_k + tl.arange(0, TILE_K)
+        m_set = (o_m < R)[:, None] & (o_k < C)[None, :]
+        b_set = tl.load(sets + o_k.to(tl.int64)[None, :] * sets_c, mask=m_set, other=0)
+        m_state = (o_k < C)[:, None] & (o_n < SIZE)[None, :]
+        p_state = state + o_k.to(tl.int64)[:, None] * SIZE + o_n[None, :]
+        b_state = tl.load(p_state, mask=m_state, other=0.0)
+        if INTERPRETED:
+            b_state = b_state.to(tl.float32)
+        b_set = b_set.to(b_state.dtype)
+        b_total = tl.dot(b_set, b_state, b_total, input_precision=PRECISION)
+    total += (tl.program_id(1).to(tl.int64) * R + o_m[:, None]) * SIZE + o_n[None, :]
+    mask = (o_m < R)[:, None] & (o_n < SIZE)[None, :]
+    tl.store(total, b_total.to(total.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def apply_kernel(
     x,
-    h,
-    z,
-    total_h,
-    total_z,
+    total,
     y,
     by,
-    index,
-    counts,
-    pattern_b,
-    pattern_h,
-    width,
-    H,
-    K,
-    K_OTHER,
     eps,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -174,23 +176,18 @@ def apply_kernel(
     CHUNK: tl.constexpr,
     NORMED: tl.constexpr,
 ):
-    """y = x h, with h summed over the block's rest; by 1 / (eps + x z), which is kept, if NORMED.
+    """y = x h, with the sum h of the block's set; by 1 / (eps + x z), which is kept, if NORMED.
 
     A program makes CHUNK columns of one block's y.
     """
     i_block, i_chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    index, used, subtract, i_head = _list(
-        index, counts, pattern_b, pattern_h, width, i_block, H, K
-    )
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
-    o_h = o_d[:, None] * D + o_c[None, :]
+    total += i_block * (D * D + D)
     m_h = (o_d < D)[:, None] & (o_c < D)[None, :]
-    h += i_head * K_OTHER * D * D
-    b_h = _rest(h, total_h + i_head * D * D, index, used, subtract, D * D, o_h, m_h)
+    b_h = tl.load(total + o_d[:, None] * D + o_c[None, :], mask=m_h, other=0.0)
     if NORMED:
-        z += i_head * K_OTHER * D
-        b_z = _rest(z, total_z + i_head * D, index, used, subtract, D, o_d, o_d < D)
+        b_z = tl.load(total + D * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     x += i_block * BLOCK * D
     y += i_block * BLOCK * D
     for i_row in range(0, BLOCK, TILE):
@@ -198,7 +195,7 @@ def apply_kernel(
         b_x = _tile(x, i_row, BLOCK, TILE, o_d, D)
         b_y = _dot(b_x, b_h, tl.zeros([TILE, CHUNK], tl.float32))
         if NORMED:
-            # Nothing but padding in the rest: 1 / eps would swamp all else that goes backward.
+            # Nothing but padding in the set: 1 / eps would swamp all else that goes backward.
             b_sum = tl.sum(b_x.to(tl.float32) * b_z[None, :], 1) + eps
             b_sum = tl.where(tl.max(tl.abs(b_z), 0) > 0.0, b_sum, 0.0)
             m_by = b_sum != 0.0
@@ -214,21 +211,10 @@ def apply_kernel(
 @triton.jit
 def apply_transposed_kernel(
     x,
-    h,
-    z,
-    total_h,
-    total_z,
+    total,
     y,
     by,
     weight,
-    index,
-    counts,
-    pattern_b,
-    pattern_h,
-    width,
-    H,
-    K,
-    K_OTHER,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -236,22 +222,17 @@ def apply_transposed_kernel(
     CHUNK: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """y = by (x h^T + weight z), with h and z summed over the block's rest.
+    """y = by (x h^T + weight z), with the sums h and z of the block's set.
 
     by and weight are 1 if not SCALED. A program makes CHUNK columns of one block's y.
     """
     i_block, i_chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    index, used, subtract, i_head = _list(
-        index, counts, pattern_b, pattern_h, width, i_block, H, K
-    )
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
-    o_h = o_c[:, None] * D + o_d[None, :]
+    total += i_block * (D * D + D)
     m_h = (o_c < D)[:, None] & (o_d < D)[None, :]
-    h += i_head * K_OTHER * D * D
-    z += i_head * K_OTHER * D
-    b_h = _rest(h, total_h + i_head * D * D, index, used, subtract, D * D, o_h, m_h)
-    b_z = _rest(z, total_z + i_head * D, index, used, subtract, D, o_c, o_c < D)
+    b_h = tl.load(total + o_c[:, None] * D + o_d[None, :], mask=m_h, other=0.0)
+    b_z = tl.load(total + D * D + o_c, mask=o_c < D, other=0.0).to(tl.float32)
     x += i_block * BLOCK * D
     y += i_block * BLOCK * D
     for i_row in range(0, BLOCK, TILE):
@@ -290,51 +271,65 @@ def _launch(kernel: Any, x: Tensor, block: int, *arguments: Any, **options: Any)
     )
 
 
-def _states(
-    x: Tensor, y: Tensor, block: int, by: Tensor | None, weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The states of each block and their totals: h, z, total h, total z; fp32."""
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the states of inputs of a dtype."""
+    return dtype if dtype == torch.bfloat16 else torch.float32
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of the sums of their states."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def _sums(
+    x: Tensor,
+    y: Tensor,
+    sets: Tensor,
+    block: int,
+    by: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """The sums of the states of x and y over each set, (B, H, R, D D + D).
+
+    Args:
+        sets: (B', H', R, C) bool of any strides, blocks of x.
+    """
     B, H, S, D = x.shape
-    h = x.new_empty((B, H, S // block, D, D), dtype=torch.float32)
-    z = x.new_empty((B, H, S // block, D), dtype=torch.float32)
-    _launch(
-        states_kernel,
+    size = D * D + D
+    kept = state_dtype(x.dtype)
+    state = x.new_empty((B, H, S // block, size), dtype=kept)
+    scales = state if by is None else by, state if weight is None else weight
+    _launch(states_kernel, x, block, x, y, *scales, state, SCALED=by is not None)
+    total = x.new_empty((B, H, sets.shape[2], size), dtype=kept)
+    config = configs.sums(configs.architecture(x.device), x.dtype)
+    steps = (n if length > 1 else 0 for n, length in zip(sets.stride(), sets.shape, strict=True))
+    launch(
+        sums_kernel,
+        (triton.cdiv(sets.shape[2], config.tile_m) * triton.cdiv(size, config.tile_n), B * H),
         x,
-        block,
-        x,
-        y,
-        z if by is None else by,
-        z if weight is None else weight,
-        h,
-        z,
-        SCALED=by is not None,
+        sets.view(torch.uint8),
+        state,
+        total,
+        *steps,
+        H,
+        *sets.shape[2:],
+        SIZE=size,
+        TILE_M=config.tile_m,
+        TILE_N=config.tile_n,
+        TILE_K=config.tile_k,
+        PRECISION=precision(x.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
-    return h, z, h.sum(2), z.sum(2)
+    return total
 
 
-def _lists(
-    index: Tensor, counts: Tensor, x: Tensor, block: int, states: Sequence[Tensor]
-) -> tuple:
-    return (
-        index,
-        counts,
-        *configs.pattern_strides(index),
-        index.shape[3],
-        x.shape[1],
-        x.shape[2] // block,
-        states[0].shape[2],
-    )
-
-
-@torch.library.custom_op("gen_accel::triton_linear_rest", mutates_args=())
-def _linear_rest(
+@torch.library.custom_op("gen_accel::triton_linear_sets", mutates_args=())
+def _linear_sets(
     phi_q: Tensor,
     phi_k: Tensor,
     v: Tensor,
-    rows: Tensor,
-    row_counts: Tensor,
-    columns: Tensor | None,
-    column_counts: Tensor | None,
+    sets: Tensor,
     block_q: int,
     block_k: int,
     eps: float,
@@ -343,21 +338,17 @@ def _linear_rest(
     phi_q, phi_k, v = (x.contiguous() for x in (phi_q, phi_k, v))
     out = torch.empty_like(phi_q)
     by = phi_q.new_empty(phi_q.shape[:3], dtype=torch.float32)
-    states = _states(phi_k, v, block_k, None, None)
-    lists = _lists(rows, row_counts, phi_q, block_q, states)
-    _launch(apply_kernel, phi_q, block_q, phi_q, *states, out, by, *lists, eps, NORMED=True)
+    total = _sums(phi_k, v, sets, block_k)
+    _launch(apply_kernel, phi_q, block_q, phi_q, total, out, by, eps, NORMED=True)
     return out, by
 
 
-@_linear_rest.register_fake
+@_linear_sets.register_fake
 def _(
     phi_q: Tensor,
     phi_k: Tensor,
     v: Tensor,
-    rows: Tensor,
-    row_counts: Tensor,
-    columns: Tensor | None,
-    column_counts: Tensor | None,
+    sets: Tensor,
     block_q: int,
     block_k: int,
     eps: float,
@@ -366,36 +357,28 @@ def _(
     return out, phi_q.new_empty(phi_q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("gen_accel::triton_linear_rest_backward", mutates_args=())
+@torch.library.custom_op("gen_accel::triton_linear_sets_backward", mutates_args=())
 def _backward(
     grad: Tensor,
     phi_q: Tensor,
     phi_k: Tensor,
     v: Tensor,
+    sets: Tensor,
     out: Tensor,
     by: Tensor,
-    rows: Tensor,
-    row_counts: Tensor,
-    columns: Tensor,
-    column_counts: Tensor,
     block_q: int,
     block_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, phi_q, phi_k, v = (x.contiguous() for x in (grad, phi_q, phi_k, v))
     dphi_q, dphi_k, dv = (torch.empty_like(x) for x in (phi_q, phi_k, v))
     weight = -(grad.float() * out.float()).sum(-1)  # the gradient of eps + phi_q z, over `by`
-
-    states = _states(phi_k, v, block_k, None, None)
-    lists = _lists(rows, row_counts, phi_q, block_q, states)
-    arguments = grad, *states, dphi_q, by, weight, *lists
+    total = _sums(phi_k, v, sets, block_k)
+    arguments = grad, total, dphi_q, by, weight
     _launch(apply_transposed_kernel, phi_q, block_q, *arguments, SCALED=True)
-
-    states = _states(phi_q, grad, block_q, by, weight)
-    lists = _lists(columns, column_counts, phi_k, block_k, states)
-    arguments = v, *states, dphi_k, by, by, *lists
+    total = _sums(phi_q, grad, sets.mT, block_q, by, weight)
+    arguments = v, total, dphi_k, by, by
     _launch(apply_transposed_kernel, phi_k, block_k, *arguments, SCALED=False)
-    arguments = phi_k, *states, dv, by, *lists
-    _launch(apply_kernel, phi_k, block_k, *arguments, 0.0, NORMED=False)
+    _launch(apply_kernel, phi_k, block_k, phi_k, total, dv, by, 0.0, NORMED=False)
     return dphi_q, dphi_k, dv
 
 
@@ -408,11 +391,11 @@ def _(grad: Tensor, phi_q: Tensor, phi_k: Tensor, v: Tensor, *rest: Any) -> tupl
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.block_q, ctx.block_k, _ = inputs
-    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    return *_backward(grad, *ctx.saved_tensors, ctx.block_q, ctx.block_k), *[None] * 7
+    return *_backward(grad, *ctx.saved_tensors, ctx.block_q, ctx.block_k), *[None] * 4
 
 
-_linear_rest.register_autograd(_differentiate, setup_context=_save)
+_linear_sets.register_autograd(_differentiate, setup_context=_save)

@@ -18,9 +18,12 @@ class Lists(NamedTuple):
 
     Args:
         slots: (S,) int32, the token of each slot, -1 for padding.
-        rows: (B', H', Kq, most) int32 for the B' x H' patterns of `keep`, the key blocks of each
-            query block: first those that need a mask, then the whole ones; the rest is unused.
-        row_counts: (B', H', Kq, 2) int32, key blocks that need a mask, and key blocks in all.
+        rows: (B', H', entries) int32 for the B' x H' patterns of `keep`, the key blocks of each
+            query block, one list after the other: first those that need a mask, then the whole
+            ones; the rest is unused.
+        row_counts: (B', H', Kq, 4) int32 of each query block: key blocks that need a mask, key
+            blocks in all, and where its list starts; the last number, of the i-th, is the block
+            that has the i-th turn, the longest first where that is known.
         columns, column_counts: the same for each key block, with the query blocks that see it.
             None where no gradient can be asked for.
         rule: empty, or for windows (3, A, S) int32 with first, last and place and (S,) int8 with
@@ -45,47 +48,69 @@ _cache: "WeakKeyDictionary[Plan, Lists]" = WeakKeyDictionary()
 def prepare(plan: Plan) -> Lists:
     """Made anew for a dynamic plan, without waiting for the device; else made once and kept."""
     if plan.dynamic:
-        return _lists(plan, backward=torch.is_grad_enabled(), cut=False)
+        return _counted(plan, backward=torch.is_grad_enabled())
     if plan not in _cache:
-        _cache[plan] = _lasting_lists(plan)
+        _cache[plan] = _sorted(plan)
     return _cache[plan]
 
 
-def listed(first: Tensor, second: Tensor, cut: bool) -> tuple[Tensor, Tensor]:
-    """Numbers of the columns where `first` holds, then of those where only `second` does.
+def listed(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of the columns where `first` holds, then of those where only `second` does, for each
+    row; as `listing.block_lists` makes them by counting. Waits for the device.
 
     Args:
-        first, second: (..., K) bool.
-        cut: shorten the lists to the longest one, which waits for the device.
+        first, second: (B', H', R, C) bool.
 
     Returns:
-        (..., most) int32, with unused numbers at the end, and (..., 2) int32: how many are in
-        `first`, and in all.
+        (B', H', entries) int32, one row's list after the other, as long as the longest of a
+        pattern; and (B', H', R, 4) int32: how many are in `first`, in all, where the list starts,
+        and which row has the i-th turn, the longest first.
     """
     either = first | second
     rank = 2 - either.to(torch.uint8) - first.to(torch.uint8)
-    index = rank.sort(dim=-1, stable=True).indices.int()
-    counts = torch.stack([first.sum(-1), either.sum(-1)], dim=-1).int()
-    if cut:
-        index = index[..., : max(int(counts.max()), 1)]
-    return index.contiguous(), counts
+    order = rank.sort(dim=-1, stable=True).indices.int()
+    total = either.sum(-1)
+    used = torch.arange(either.shape[-1], device=either.device) < total[..., None]
+    patterns = zip(order.flatten(0, 1), used.flatten(0, 1), strict=True)
+    lists = [rows[some] for rows, some in patterns]
+    index = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True)
+    if not index.shape[1]:
+        index = index.new_zeros(len(lists), 1)
+    turns = total.argsort(dim=-1, descending=True, stable=True)
+    starts = (total.cumsum(-1) - total).masked_fill(total == 0, 0)  # kernels read ahead
+    counts = [first.sum(-1), total, starts, turns]
+    return index.unflatten(0, either.shape[:2]), torch.stack(counts, dim=-1).int()
 
 
 @torch.inference_mode(False)
-def _lasting_lists(plan: Plan) -> Lists:
+def _sorted(plan: Plan) -> Lists:
     """Lists that serve training too when they are first needed while sampling."""
-    return _lists(plan, backward=True, cut=True)
-
-
-def _lists(plan: Plan, backward: bool, cut: bool) -> Lists:
     masked = plan.keep & ~plan.whole
-    rows = listed(masked, plan.keep, cut)
+    rows = listed(masked, plan.keep)
+    columns = listed(masked.transpose(-1, -2), plan.keep.transpose(-1, -2))
+    return _with_rest(plan, rows, columns)
+
+
+def _counted(plan: Plan, backward: bool) -> Lists:
+    from gen_accel.kernels.triton.listing import block_lists  # imports triton
+
+    keep, whole = plan.keep, plan.whole.expand(plan.keep.shape)
+    entries = plan.entries or keep.shape[2] * keep.shape[3]
+    rows = block_lists(keep, whole, entries)
     columns = None, None
     if backward:
-        columns = listed(masked.transpose(-1, -2), plan.keep.transpose(-1, -2), cut)
+        columns = block_lists(keep.mT, whole.mT, entries)
+    return _with_rest(plan, rows, columns)
+
+
+def _with_rest(
+    plan: Plan,
+    rows: tuple[Tensor, Tensor],
+    columns: tuple[Tensor, Tensor] | tuple[None, None],
+) -> Lists:
     gain = None if plan.gain is None else plan.gain.float().contiguous()
     rest = _rule(plan), gain, plan.block_q, plan.block_k
-    return Lists(plan.slots.int(), *rows, *columns, *rest)
+    return Lists(plan.slots.int(), rows[0], rows[1], columns[0], columns[1], *rest)
 
 
 def _rule(plan: Plan) -> list[Tensor]:

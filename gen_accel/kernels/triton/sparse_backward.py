@@ -13,6 +13,7 @@ from gen_accel.kernels.triton.tiles import (
     NONE,
     dot,
     listed_block,
+    listed_blocks,
     listed_tile,
     load_rows,
     obey,
@@ -155,7 +156,7 @@ def dq_kernel(
     route_h,
     gain_b,
     gain_h,
-    width,
+    entries,
     H,
     N,
     S,
@@ -172,12 +173,12 @@ def dq_kernel(
     GAIN: tl.constexpr,
 ):
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
-    i_block, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    i_turn, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    i_row = (i_b * pattern_b + i_h * pattern_h) * (S // BLOCK_Q) + i_block
-    index += i_row * width
-    masked = tl.load(counts + 2 * i_row) * BLOCK_K
-    total = tl.load(counts + 2 * i_row + 1) * BLOCK_K
+    i_pattern = i_b * pattern_b + i_h * pattern_h
+    i_block, index, masked, total = listed_blocks(
+        index, counts, i_pattern, i_turn, S // BLOCK_Q, entries, BLOCK_K
+    )
     k += i_b * stride_kb + i_h * stride_kh
     v += i_b * stride_vb + i_h * stride_vh
     rule += (i_b * route_b + i_h * route_h) * S * C
@@ -326,7 +327,7 @@ def dkdv_kernel(
     route_h,
     gain_b,
     gain_h,
-    width,
+    entries,
     H,
     N,
     S,
@@ -343,12 +344,12 @@ def dkdv_kernel(
     GAIN: tl.constexpr,
 ):
     TILES: tl.constexpr = (BLOCK_K + TILE_N - 1) // TILE_N
-    i_block, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    i_turn, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    i_row = (i_b * pattern_b + i_h * pattern_h) * (S // BLOCK_K) + i_block
-    index += i_row * width
-    masked = tl.load(counts + 2 * i_row) * BLOCK_Q
-    total = tl.load(counts + 2 * i_row + 1) * BLOCK_Q
+    i_pattern = i_b * pattern_b + i_h * pattern_h
+    i_block, index, masked, total = listed_blocks(
+        index, counts, i_pattern, i_turn, S // BLOCK_K, entries, BLOCK_Q
+    )
     q += i_b * stride_qb + i_h * stride_qh
     grad += i_b * stride_gb + i_h * stride_gh
     rule += (i_b * route_b + i_h * route_h) * S * C

@@ -11,6 +11,7 @@ from gen_accel.kernels.triton.tiles import (
     LN2,
     dot,
     listed_block,
+    listed_blocks,
     listed_tile,
     load_rows,
     obey,
@@ -110,7 +111,7 @@ def forward_kernel(
     route_h,
     gain_b,
     gain_h,
-    width,
+    entries,
     H,
     N,
     S,
@@ -127,12 +128,12 @@ def forward_kernel(
     GAIN: tl.constexpr,
 ):
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
-    i_block, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    i_turn, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    i_row = (i_b * pattern_b + i_h * pattern_h) * (S // BLOCK_Q) + i_block
-    index += i_row * width
-    masked = tl.load(counts + 2 * i_row) * BLOCK_K
-    total = tl.load(counts + 2 * i_row + 1) * BLOCK_K
+    i_pattern = i_b * pattern_b + i_h * pattern_h
+    i_block, index, masked, total = listed_blocks(
+        index, counts, i_pattern, i_turn, S // BLOCK_Q, entries, BLOCK_K
+    )
     k += i_b * stride_kb + i_h * stride_kh
     v += i_b * stride_vb + i_h * stride_vh
     rule += (i_b * route_b + i_h * route_h) * S * C

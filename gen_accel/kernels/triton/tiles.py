@@ -43,6 +43,17 @@ def dot(b_x, b_y, b_acc=None):
 
 
 @triton.jit
+def listed_blocks(index, counts, i_pattern, i_turn, K, entries, BLOCK: tl.constexpr):
+    """The block whose turn it is, of the K of a pattern, its list, and how many places of the list
+    need a mask and how many there are, in slots of the listed blocks."""
+    counts += i_pattern * K * 4
+    i_block = tl.load(counts + 4 * i_turn + 3)
+    counts += 4 * i_block
+    index += i_pattern * entries + tl.load(counts + 2)
+    return i_block, index, tl.load(counts) * BLOCK, tl.load(counts + 1) * BLOCK
+
+
+@triton.jit
 def listed_tile(index, slots, i_p, stop, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Slots and tokens of a tile that starts at place i_p of the listed blocks, laid end to end.
 
