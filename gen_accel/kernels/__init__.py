@@ -9,6 +9,7 @@ sparse-linear attention, `pooling` and `selection` are what methods choose block
 says which code runs them, by the name of the kernel, which a method reads off its `Runner`.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -30,6 +31,7 @@ from gen_accel.kernels.contract import (
 )
 from gen_accel.kernels.failure import KernelFailed
 from gen_accel.kernels.runner import Runner, name_of
+from gen_accel.kernels.self_check import NotFinite, SelfCheck, SelfCheckFailed
 from gen_accel.plan import Plan, Route
 
 __all__ = [
@@ -38,7 +40,10 @@ __all__ = [
     "Facts",
     "Kernel",
     "KernelFailed",
+    "NotFinite",
     "Runner",
+    "SelfCheck",
+    "SelfCheckFailed",
     "check_kernel",
     "check_name",
     "facts_of",
@@ -138,6 +143,7 @@ def run(
     kernel: str = "auto",
     report: Callable[[Choice], None] | None = None,
     grad: bool | None = None,
+    self_check: SelfCheck | None = None,
 ) -> Tensor:
     """Run `plan` by the named kernel, or by the first that can.
 
@@ -148,12 +154,15 @@ def run(
     Args:
         report: is told which kernel ran, and why others did not.
         grad: whether the kernel has to have a gradient. Without: whether one is recorded.
+        self_check: hold some rows of the answer to the reference, where they were not yet. One
+            that errs is refused, and on a GPU "auto" warns and goes on to the next.
 
     Raises:
+        SelfCheckFailed, NotFinite: by `self_check`, with the figures.
         ValueError: a plan for other samples, heads or tokens than q has; the named kernel cannot
             run this, or none can, and all reasons are listed.
     """
-    return _outside_graphs(q, k, v, plan, scale, kernel, report, grad)
+    return _outside_graphs(q, k, v, plan, scale, kernel, report, grad, self_check)
 
 
 def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,15 +199,25 @@ def _first(
     kernel: str,
     report: Callable[[Choice], None] | None,
     grad: bool | None,
+    self_check: SelfCheck | None,
 ) -> Tensor:
     facts = facts_of(q, k, v, plan, grad=grad)
     passed: dict[str, list[str]] = {}
     order = preference(facts) if kernel == "auto" else {kernel: ""}
     for place, name in enumerate(order, 1):
         reasons = unsupported(name, facts)
+        if not reasons and self_check is not None:
+            reasons = self_check.distrusts(name)
         if not reasons:
             try:
                 out = kernel_of(name).forward(q, k, v, plan, scale=scale)
+                if self_check is not None:
+                    self_check.check(q, k, v, plan, out, scale, name)
+            except SelfCheckFailed as error:
+                if self_check is None or not self_check.falls_back:
+                    raise
+                warnings.warn(f"{error}; going on with another kernel", stacklevel=2)
+                reasons = [str(error)]
             except KernelFailed as error:
                 reasons = [str(error)]
             else:

@@ -18,8 +18,9 @@ def place(facts: Facts) -> Place:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    # A row that sees nothing is zero, as in the block kernels, not NaN.
-    weights = scores(q, k, plan, scale=scale).softmax(-1).nan_to_num(0.0)
+    # A row that sees nothing is zero; NaN and inf of q and k come out as NaN.
+    sees = pairs(plan).any(-1, keepdim=True)
+    weights = scores(q, k, plan, scale=scale).softmax(-1).where(sees, 0.0)
     out = weights @ pack(v, plan).to(weights.dtype)
     return unpack(out, plan).to(q.dtype)
 

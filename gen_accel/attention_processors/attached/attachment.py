@@ -1,7 +1,7 @@
 """The handle of `attach`: the processors and hooks that it put on, and how they come off."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -135,7 +135,7 @@ class Attachment:
         alike = all(family.MASKS_ALIKE for family in families.values())
         self.passing = ForwardPass(clock, alike)
         self.records: dict[tuple[str, int], Record] = {}
-        self.checked: set[tuple] = set()
+        self.checked: dict[tuple[Hashable, str], str | None] = {}
         self.branches: dict[str, Any] = {}
         self.observe: Observer | None = None
         self.extensions: tuple[AttentionExtension, ...] = ()

@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -26,7 +26,7 @@ from gen_accel.attention_processors.attached.summary import Record
 from gen_accel.attention_processors.methods.full import Full
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Samples, Tokens, by_text
-from gen_accel.kernels.self_check import check_rows
+from gen_accel.kernels.self_check import SelfCheck
 from gen_accel.method import within
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
@@ -97,7 +97,7 @@ class Handle(Protocol):
     is_recording: bool
     passing: ForwardPass
     records: dict[tuple[str, int], Record]
-    checked: set[tuple]
+    checked: dict[tuple[Hashable, str], str | None]
 
 
 def attend(handle: Handle, layer: Layer, call: Call) -> Tensor:
@@ -203,9 +203,9 @@ def computed(
         plan = adjusted(plan, extensions, video, clock.step, clock.steps)
         options: dict[str, Any] = {"scale": call.scale, "kernel": handle.kernel}
         options["grad"] = True if call.trains else None
+        options["self_check"] = _self_check(handle, layer.method, q, plan)
         out = kernels.run(q, k, v, plan, **options, report=chosen.append)
         plans.append(plan)
-        _check_itself(handle, layer.method, chosen[-1].kernel, (q, k, v, out), plan, call.scale)
         return out
 
     def by_method(q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
@@ -278,27 +278,14 @@ def _by_text(handle: Handle, layer: Layer, call: Call, tokens: Tokens) -> Sequen
     return by_text(tokens, len(call.q), seen, call.q.device)
 
 
-def _check_itself(
-    handle: Handle,
-    method: Any,
-    kernel: str,
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    plan: Plan,
-    scale: float,
-) -> None:
-    """Hold some rows of a kernel's answer to the reference, once for each method and shape.
-
-    Args:
-        tensors: q, k, v and the answer, (B, H, N, D).
-    """
-    q, k, v, out = tensors
+def _self_check(handle: Handle, method: Any, q: Tensor, plan: Plan) -> SelfCheck | None:
+    """Of a call of a method on q, (B, H, N, D); None where no check is wanted."""
     # Not on the CPU, where the tests ran, nor on MPS, which has no fp64 to check with.
     by_default = q.device.type not in ("cpu", "mps")
-    wanted = by_default if handle.self_check is None else handle.self_check
-    key = (method, kernel, q.shape, q.dtype, q.device, plan.gain is None)
-    if wanted and kernel != "reference" and key not in handle.checked:
-        check_rows(q, k, v, plan, out, scale=scale, kernel=kernel)
-        handle.checked.add(key)
+    if not (by_default if handle.self_check is None else handle.self_check):
+        return None
+    about = (method, q.shape, q.dtype, q.device, plan.gain is None)
+    return SelfCheck(handle.checked, about, handle.kernel == "auto" and q.device.type != "cpu")
 
 
 def _now(x: Tensor) -> float:

@@ -154,6 +154,7 @@ def build(case: Case, arch: str, dtype: torch.dtype) -> Any:
     else:
         target = GPUTarget("hip", arch, 64)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options["enable_fp_fusion"] = True
     return triton.compile(source, target=target, options=options)
 
 

@@ -50,6 +50,10 @@ def linear_sets(
     return _linear_sets(phi_q, phi_k, v, sets, block_q, block_k, eps)[0]
 
 
+# Sizes that change from clip to clip: a kernel that was compiled for one serves all.
+SIZES = ("sets_b", "sets_h", "sets_r", "sets_c", "H", "R", "C")
+
+
 @triton.jit
 def _dot(b_x, b_y, b_acc):
     """x y + acc. TF32 where one is fp32: sums over many keys are beyond fp16's range."""
@@ -115,7 +119,7 @@ def states_kernel(
         tl.store(state + D * D + o_d, b_z, mask=o_d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sums_kernel(
     sets,
     state,

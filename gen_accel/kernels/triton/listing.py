@@ -6,6 +6,7 @@ lists. `lists.listed` is the same in torch.
 
 # Kernels are a language of their own, which a checker of Python misreads.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false
 
 import torch
 import triton
@@ -17,6 +18,10 @@ from gen_accel.kernels.triton.launch import launch
 ROWS, CHUNK = 32, 64  # of one step of a program: sectors of memory are read whole either way
 STEP = 1024  # counts that are added up at once
 
+# Sizes that change from clip to clip: a kernel that was compiled for one serves all.
+STRIDES = (f"{name}_{axis}" for name in ("keep", "whole") for axis in "bhrc")
+SIZES = (*STRIDES, "H", "R", "C", "entries")
+
 
 @triton.jit
 def _kept(keep, whole, o_keep, o_whole, m_x):
@@ -26,7 +31,7 @@ def _kept(keep, whole, o_keep, o_whole, m_x):
     return b_keep - b_whole, b_whole
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def count_kernel(
     keep,
     whole,
@@ -45,7 +50,7 @@ def count_kernel(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Count the masked blocks of each row and all of them; its turn is from the last row to the first."""
+    """Count the masked blocks of each row and all of them, and write the row of each turn."""
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     keep += i_b * keep_b + i_h * keep_h + o_r.to(tl.int64)[:, None] * keep_r
@@ -65,13 +70,13 @@ def count_kernel(
     tl.store(counts + 4 * o_row + 3, R - 1 - o_r, mask=o_r < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("R", "entries"))
 def starts_kernel(counts, index, R, entries, STEP: tl.constexpr):
-    """Write where the list of each row starts: an empty one at 0, where a number stands in any case,
-    since kernels read ahead."""
+    """Write where the list of each row starts, an empty one at 0. A number stands there in any
+    case, since kernels read ahead."""
     counts += tl.program_id(0).to(tl.int64) * R * 4
     tl.store(index + tl.program_id(0).to(tl.int64) * entries, 0)
-    start = 0
+    start = tl.full((), 0, tl.int32)
     for i_r in range(0, R, STEP):
         o_r = i_r + tl.arange(0, STEP)
         b_total = tl.load(counts + 4 * o_r + 1, mask=o_r < R, other=0)
@@ -80,7 +85,7 @@ def starts_kernel(counts, index, R, entries, STEP: tl.constexpr):
         start += tl.sum(b_total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def fill_kernel(
     keep,
     whole,

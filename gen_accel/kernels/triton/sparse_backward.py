@@ -11,6 +11,7 @@ from gen_accel.kernels.triton.tiles import (
     LN2,
     LOG2E,
     NONE,
+    SIZES,
     dot,
     listed_block,
     listed_blocks,
@@ -22,7 +23,7 @@ from gen_accel.kernels.triton.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("H", "N"))
 def delta_kernel(
     out,
     grad,
@@ -120,7 +121,7 @@ def _dq_phase(
     return b_dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def dq_kernel(
     q,
     k,
@@ -287,7 +288,7 @@ def _dkdv_phase(
     return b_dk, b_dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def dkdv_kernel(
     q,
     k,

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from gen_accel.kernels.triton.tiles import (
     LN2,
+    SIZES,
     dot,
     listed_block,
     listed_blocks,
@@ -80,7 +81,7 @@ def _forward_phase(
     return b_acc, b_sum, b_max
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q,
     k,

@@ -19,6 +19,12 @@ from triton.runtime.jit import JITFunction
 LN2 = tl.constexpr(math.log(2))
 LOG2E = tl.constexpr(1 / math.log(2))
 
+# Sizes that change from clip to clip: a kernel that was compiled for one serves all.
+SIZES = (
+    *("pattern_b", "pattern_h", "route_b", "route_h", "gain_b", "gain_h"),
+    *("entries", "H", "N", "S", "C"),
+)
+
 # The kinds of rule on token pairs.
 NONE, WINDOWS, ROUTE = (tl.constexpr(kind) for kind in range(3))
 

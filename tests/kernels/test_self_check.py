@@ -1,0 +1,97 @@
+"""The self-check: what it blames on a kernel, what on the model, and what "auto" does then."""
+
+import warnings
+
+import pytest
+import torch
+from support.problems import random_plan
+
+from gen_accel import kernels
+from gen_accel.kernels import gather, reference
+from gen_accel.kernels.self_check import NotFinite, SelfCheck, check_rows
+from gen_accel.plan import Plan
+
+
+@pytest.fixture
+def erring(monkeypatch):
+    """Make `gather` answer half as much again, and "auto" try it first."""
+    right = gather.forward
+    monkeypatch.setattr(gather, "forward", lambda *x, **options: 1.5 * right(*x, **options))
+    monkeypatch.setattr(kernels, "preference", lambda facts: {"gather": "", "reference": ""})
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_numbers_of_the_model_that_are_not_finite_are_named_as_its(qkv, name):
+    plan = random_plan(torch.device("cpu"))
+    tensors = dict(zip("qkv", qkv(plan.tokens), strict=True))
+    tensors[name][0, 0, 3, 5] = torch.inf
+    out = torch.zeros_like(tensors["q"])
+    said = rf"{name} of head 0, torch.float32 on cpu, holds NaN or inf in 1 of [\d,]+ numbers"
+    with pytest.raises(NotFinite, match=said):
+        check_rows(*tensors.values(), plan, out, scale=0.3, kernel="gather")
+
+
+def test_where_it_may_fall_back_it_warns_once_and_goes_on(qkv, erring):
+    plan, known, chosen = random_plan(torch.device("cpu")), {}, []
+    tensors = qkv(plan.tokens)
+    options = {"scale": 0.3, "report": chosen.append}
+    check = SelfCheck(known, "this call", falls_back=True)
+    with pytest.warns(UserWarning, match="'gather' errs by .* going on with another kernel"):
+        out = kernels.run(*tensors, plan, **options, self_check=check)
+    assert torch.equal(out, reference.forward(*tensors, plan, scale=0.3))
+    with warnings.catch_warnings(action="error"):
+        kernels.run(*tensors, plan, **options, self_check=check)
+    assert [one.kernel for one in chosen] == ["reference"] * 2
+    assert all("errs by" in one.refused["gather"][0] for one in chosen)
+
+
+def test_a_named_kernel_that_errs_is_refused_each_time(qkv, erring):
+    plan, known = random_plan(torch.device("cpu")), {}
+    check = SelfCheck(known, "this call", falls_back=False)
+    for _ in range(2):
+        with pytest.raises(kernels.SelfCheckFailed, match="'gather' errs by"):
+            kernels.run(*qkv(plan.tokens), plan, scale=0.3, kernel="gather", self_check=check)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_may_be_rounded_as_tensor_cores_take_them(dtype, qkv):
+    """Over rows of 4,096 keys, whose errors in sum outgrow the rounding of the result."""
+
+    plan = Plan(torch.arange(4096), torch.ones(1, 1, 1, 1, dtype=torch.bool), 4096, 4096)
+    q, k, v = qkv(4096, dtype, batch=1, heads=1)
+    weights = (q.float() @ k.float().mT * 0.3).softmax(-1)
+    out = (weights.to(dtype).float() @ v.float()).to(dtype)
+    check_rows(q, k, v, plan, out, scale=0.3, kernel="some")
+
+
+@pytest.mark.parametrize("kernel", ["gather", "native", "triton"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("which", [0, 1], ids=["q", "k"])
+def test_numbers_that_are_not_finite_come_out_where_the_reference_has_them(
+    which, number, kernel, qkv
+):
+    plan = random_plan(torch.device("cpu"))
+    tensors = qkv(plan.tokens, batch=1, heads=1)
+    facts = kernels.facts_of(*tensors, plan)
+    if reasons := kernels.unsupported(kernel, facts):
+        pytest.skip("; ".join(reasons))
+    tensors[which][0, 0, 7, 2] = number
+    want, out = (
+        kernels.kernel_of(name).forward(*tensors, plan, scale=0.3)
+        for name in ("reference", kernel)
+    )
+    assert want.isnan().any()
+    assert torch.equal(out.isnan().any(-1), want.isnan().any(-1))
+    torch.testing.assert_close(out, want, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+def test_the_reference_is_zero_only_where_a_row_sees_nothing(qkv):
+    plan = random_plan(torch.device("cpu"))
+    plan = plan.changed(keep=plan.keep & (torch.arange(plan.keep.shape[2]) > 0)[:, None])
+    q, k, v = qkv(plan.tokens, batch=1, heads=1)
+    blind = ~reference.pairs(plan).any(-1)[0, 0, plan.places]
+    k[0, 0, :, 0] = torch.nan
+    out = reference.forward(q, k, v, plan, scale=0.3)[0, 0]
+    assert blind.any()
+    assert (out[blind] == 0).all()
+    assert out[~blind].isnan().all()
