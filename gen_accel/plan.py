@@ -215,6 +215,21 @@ class Plan:
         return torch.argsort(self.slots)[self.slots.numel() - self.tokens :]
 
     @lasting
+    def slots_int32(self) -> Tensor:
+        """`slots`, as kernels read them."""
+        return self.slots.int()
+
+    @lasting
+    def full_keys(self) -> Tensor:
+        """(Kk,) bool, key blocks in which nothing is padding."""
+        return self.real.view(-1, self.block_k).all(-1)
+
+    @lasting
+    def is_padded(self) -> bool:
+        """Some slots hold no token. Synchronises the device the first time."""
+        return self.tokens < len(self.slots)
+
+    @lasting
     def is_raster(self) -> bool:
         """Every slot holds the token of its own number: nothing to reorder or to pad."""
         return bool((self.slots == torch.arange(len(self.slots), device=self.slots.device)).all())
@@ -238,10 +253,10 @@ class Plan:
         return self._whole_blocks()
 
     def _whole_blocks(self) -> Tensor:
-        full = self.real.view(-1, self.block_k).all(-1).expand(self.keep.shape)
+        whole = self.keep & self.full_keys if self.is_padded else self.keep
         if self.partial is not None:
-            full = full & self.partial.whole(self.real, self.block_q, self.block_k)
-        return self.keep & full
+            whole = whole & self.partial.whole(self.real, self.block_q, self.block_k)
+        return whole
 
     @lasting
     def leaves_out_picks(self) -> bool:
@@ -328,8 +343,11 @@ class Slots(NamedTuple):
     real: Tensor
     places: Tensor
     tokens: int
+    is_padded: bool
     is_raster: bool
     held: tuple[Tensor, Tensor]
+    slots_int32: Tensor
+    full_keys: Tensor
     block_q: int
     block_k: int
 
@@ -338,8 +356,8 @@ def slots_of(slots: Tensor, block_q: int, block_k: int) -> Slots:
     """Waits for the device; what is made of the result does not."""
     keep = slots.new_zeros(1, 1, len(slots) // block_q, len(slots) // block_k, dtype=torch.bool)
     plan = Plan(slots, keep, block_q, block_k)
-    facts = plan.real, plan.places, plan.tokens, plan.is_raster, plan.held
-    return Slots(slots, *facts, block_q, block_k)
+    facts = plan.real, plan.places, plan.tokens, plan.is_padded, plan.is_raster, plan.held
+    return Slots(slots, *facts, plan.slots_int32, plan.full_keys, block_q, block_k)
 
 
 def plan_of_call(
@@ -356,7 +374,8 @@ def plan_of_call(
 def _known(plan: Plan, slots: Plan | Slots) -> Plan:
     """What is known of the slots of another plan is known of this one too."""
     plan.real, plan.places = slots.real, slots.places
-    plan.tokens, plan.is_raster, plan.held = slots.tokens, slots.is_raster, slots.held
+    plan.tokens, plan.is_padded, plan.is_raster = slots.tokens, slots.is_padded, slots.is_raster
+    plan.held, plan.slots_int32, plan.full_keys = slots.held, slots.slots_int32, slots.full_keys
     return plan
 
 

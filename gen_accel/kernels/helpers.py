@@ -1,7 +1,8 @@
 """Which code runs what stands beside attention: the choice of blocks and the linear branch.
 
 The name of the kernel decides: "auto" and "native" take C++ where it is built and serves, "auto"
-and "triton" a Triton kernel on a GPU that has it, and every other name takes torch alone.
+and "triton" a Triton kernel on a GPU that has it, "triton" under its interpreter too, and
+every other name takes torch alone.
 """
 
 from typing import Any
@@ -33,6 +34,7 @@ def native_serves(kernel: str, *tensors: Tensor) -> bool:
 
 def triton_serves(kernel: str, x: Tensor) -> bool:
     """Whether a Triton kernel runs for this tensor."""
-    if kernel not in ("auto", "triton") or x.device.type != "cuda":
+    asked = kernel == "triton" or (kernel == "auto" and x.device.type == "cuda")
+    if not asked or is_forward_mode():
         return False
     return x.dtype in triton.DTYPES and not triton.device_reasons(x.device)

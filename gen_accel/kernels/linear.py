@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gen_accel.kernels.helpers import native_serves, triton_serves
 from gen_accel.kernels.native import linear as native
-from gen_accel.plan import Plan
+from gen_accel.plan import Plan, pack, unpack
 
 STATES = 1 << 27  # numbers in the states and sums that are made at once; at least one head
 
@@ -84,52 +84,64 @@ def linear_attention(
     fq: Tensor,
     fk: Tensor,
     v: Tensor,
-    sets: Tensor,
-    block_q: int,
-    block_k: int,
+    plan: Plan,
+    sets: Tensor | None,
     *,
     eps: float,
     kernel: str = "auto",
 ) -> Tensor:
-    """(B, H, S, D) in slot order; zero where a set holds no token.
+    """(B, H, N, D); zero where a set holds no token.
 
     Args:
-        fq, fk: features of q and k, (B, H, S, D) in slot order; fk is zero for padding.
+        fq, fk: features of q and k, (B, H, N, D).
         v: like them.
-        sets: (B, H, Kq, Kk) bool.
+        plan: whose slots and blocks the sets are for.
+        sets: (B, H, Kq, Kk) bool; None for all.
         eps: keeps small denominators from zero.
         kernel: the name of the kernel for attention.
     """
-    B, _, S, D = fq.shape
-    states = S // block_k + S // block_q
+    B, H, _, D = fq.shape
+    fused = triton_serves(kernel, fq)
+    if sets is None:
+        if not fused:
+            return over_all(fq, fk, v, eps=eps)
+        sets = torch.ones_like(plan.keep[:1, :1])
+    states = sets.shape[2] + sets.shape[3]
     heads = max(1, STATES // (B * states * D * D))
-    run = _fused if triton_serves(kernel, fq) else plain
-    some = [x.split(heads, 1) for x in (fq, fk, v, sets)]
-    return torch.cat(
-        [run(q, k, w, s, block_q, block_k, eps=eps) for q, k, w, s in zip(*some, strict=True)], 1
-    )
+    run = _fused if fused else plain
+    if heads >= H:
+        return run(fq, fk, v, plan, sets, eps=eps)
+    some = [x.split(heads, 1) for x in (fq, fk, v, sets.expand(-1, H, -1, -1))]
+    parts = zip(*some, strict=True)
+    return torch.cat([run(q, k, w, plan, chosen, eps=eps) for q, k, w, chosen in parts], 1)
 
 
-def plain(
-    fq: Tensor, fk: Tensor, v: Tensor, sets: Tensor, block_q: int, block_k: int, *, eps: float
-) -> Tensor:
+def over_all(fq: Tensor, fk: Tensor, v: Tensor, *, eps: float) -> Tensor:
+    """The same over all keys."""
+    wide = torch.promote_types(fq.dtype, torch.float32)  # sums over all keys overflow fp16
+    queries, keys, values = fq.to(wide), fk.to(wide), v.to(wide)
+    state, norm = keys.transpose(-1, -2) @ values, keys.sum(2)[..., None]
+    return ((queries @ state) / (queries @ norm + eps)).to(fq.dtype)
+
+
+def plain(fq: Tensor, fk: Tensor, v: Tensor, plan: Plan, sets: Tensor, *, eps: float) -> Tensor:
     """The states of the key blocks are made once, and added up for each query block by one product
     with the map of the sets."""
     wide = torch.promote_types(fq.dtype, torch.float32)  # sums over many keys overflow fp16
-    keys, values = (x.to(wide).unflatten(2, (-1, block_k)) for x in (fk, v))
+    real = plan.real[:, None].to(wide)
+    keys = (pack(fk, plan).to(wide) * real).unflatten(2, (-1, plan.block_k))
+    values = pack(v, plan).to(wide).unflatten(2, (-1, plan.block_k))
     states = keys.transpose(-1, -2) @ values  # (B, H, Kk, D, D)
     weights = sets.to(wide)
     state = (weights @ states.flatten(3)).unflatten(3, states.shape[3:])
     norm = weights @ keys.sum(3)  # (B, H, Kq, D)
-    queries = fq.to(wide).unflatten(2, (-1, block_q))
+    queries = pack(fq, plan).to(wide).unflatten(2, (-1, plan.block_q))
     out = (queries @ state) / (queries @ norm[..., None] + eps)
-    return out.flatten(2, 3).to(fq.dtype)
+    return unpack(out.flatten(2, 3).to(fq.dtype), plan)
 
 
-def _fused(
-    fq: Tensor, fk: Tensor, v: Tensor, sets: Tensor, block_q: int, block_k: int, *, eps: float
-) -> Tensor:
+def _fused(fq: Tensor, fk: Tensor, v: Tensor, plan: Plan, sets: Tensor, *, eps: float) -> Tensor:
     from gen_accel.kernels.triton.linear import linear_sets  # imports triton, which may be missing
 
-    fk, v = fk.to(fq.dtype).contiguous(), v.to(fq.dtype).contiguous()
-    return linear_sets(fq.contiguous(), fk, v, sets, block_q, block_k, eps)
+    fk, v = fk.to(fq.dtype), v.to(fq.dtype)
+    return linear_sets(fq, fk, v, plan.slots_int32, sets, plan.block_q, plan.block_k, eps)

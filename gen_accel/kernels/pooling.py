@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.helpers import native_serves
+from gen_accel.kernels.helpers import native_serves, triton_serves
 from gen_accel.kernels.native import selection as native
 from gen_accel.plan import Slots, pack
 
@@ -17,6 +17,8 @@ def block_sums(x: Tensor, slots: Slots, block: int, kernel: str = "auto") -> Ten
     """
     if native_serves(kernel, x):
         return native.block_sums(x, slots.slots, block)
+    if _triton_serves(kernel, x):
+        return _by_triton(x, slots, block, mean=False)
     tokens = pack(x, slots).unflatten(2, (-1, block))
     if slots.tokens < len(slots.slots):
         tokens = tokens * slots.real.view(-1, block, 1).to(x.dtype)
@@ -25,7 +27,21 @@ def block_sums(x: Tensor, slots: Slots, block: int, kernel: str = "auto") -> Ten
 
 def block_means(x: Tensor, slots: Slots, block: int, kernel: str = "auto") -> Tensor:
     """The same, over how many tokens each block holds; zero where none."""
+    if _triton_serves(kernel, x):
+        return _by_triton(x, slots, block, mean=True)
     sums = block_sums(x, slots, block, kernel)
     if slots.tokens == len(slots.slots):
         return sums / block
     return sums / slots.real.view(-1, block, 1).sum(1).clamp_min(1)
+
+
+def _triton_serves(kernel: str, x: Tensor) -> bool:
+    """Whether Triton runs, which has no gradient of these sums."""
+    needs_grad = x.requires_grad and torch.is_grad_enabled()
+    return triton_serves(kernel, x) and not needs_grad
+
+
+def _by_triton(x: Tensor, slots: Slots, block: int, *, mean: bool) -> Tensor:
+    from gen_accel.kernels.triton import pooling  # imports triton, which may be missing
+
+    return pooling.block_sums(x, slots.slots_int32, block, mean)

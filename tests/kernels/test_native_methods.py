@@ -179,8 +179,9 @@ def test_equal_scores_are_critical_or_skipped_not_both():
     video = VideoShape(8, 16, 16)
     x = torch.ones(1, 1, video.tokens, 16)
     method = SparseLinear(critical=0.25, skipped=0.25, linear_over="marginal")
-    for _, sets in both(lambda name: method._chosen(x, x, method.layout(video, x.device), name)):
-        assert (sets.sum(-1) == 16).all()
+    layout = method.layout(video, x.device)
+    for plan, skipped in both(lambda name: method._chosen(x, x, layout, name)):
+        assert (method._sets(plan, skipped, layout).sum(-1) == 16).all()
 
 
 @pytest.mark.parametrize("method", [SparseLinear(critical=0.3), BlockMixture(partition="3d")])

@@ -25,12 +25,10 @@ from gen_accel.kernels.runner import name_of
 from gen_accel.plan import (
     Plan,
     Slots,
-    pack,
     plan_of_call,
     raster_slots,
     slots_of,
     tile_slots,
-    unpack,
 )
 from gen_accel.video import VideoShape
 
@@ -39,6 +37,7 @@ FeatureMap = Literal["softmax", "elu", "relu"]
 Combine = Literal["project", "alpha"]
 Order = Literal["tile", "raster"]
 
+SCORES = 1 << 24  # of pairs of blocks, made at once: heads go in groups that fit, at least one
 EPSILON = 1e-5  # of the public code, added to the linear branch's denominator
 
 
@@ -133,19 +132,20 @@ class SparseLinear:
         """Without a branch this is O_s alone, as it is with one at its start. What `kernel`
         returns may be written into."""
         name = name_of(kernel)
-        plan, linear = self._chosen(q, k, self.layout(video, q.device), name)
+        layout = self.layout(video, q.device)
+        plan, skipped = self._chosen(q, k, layout, name)
         o_s = kernel(q, k, v, plan)
         if branch is None:
             return o_s
         proj = _numbers(branch, o_s, q, k, v)
         if proj is not None:
-            sets = self._sets(linear)
+            sets = self._sets(plan, skipped, layout)
             out = linear_kernel.added(
                 q, k, v, plan, sets, self.feature_map, EPSILON, *proj, o_s, kernel=name
             )
             if out is not None:
                 return out
-        return branch(o_s, self._linear(q, k, v, plan, linear, name))
+        return branch(o_s, self._linear(q, k, v, plan, skipped, layout, name))
 
     def layout(self, video: VideoShape, device: torch.device) -> "Layout":
         return _layout(self.block_q, self.block_k, self.order, video, str(device))
@@ -155,8 +155,9 @@ class SparseLinear:
     ) -> tuple[Tensor, Tensor]:
         """O_s and O_l, (B, H, N, D) each."""
         name = name_of(kernel)
-        plan, linear = self._chosen(q, k, self.layout(video, q.device), name)
-        return kernel(q, k, v, plan), self._linear(q, k, v, plan, linear, name)
+        layout = self.layout(video, q.device)
+        plan, skipped = self._chosen(q, k, layout, name)
+        return kernel(q, k, v, plan), self._linear(q, k, v, plan, skipped, layout, name)
 
     def plan_for(self, q: Tensor, k: Tensor, *, video: VideoShape, kernel: str = "auto") -> Plan:
         """The critical blocks of q and k, (B, H, N, D). No gradient, no wait for the device."""
@@ -177,64 +178,69 @@ class SparseLinear:
     @torch.no_grad()
     def _chosen(
         self, q: Tensor, k: Tensor, layout: "Layout", kernel: str = "auto"
-    ) -> tuple[Plan, Tensor]:
-        """The plan of the critical blocks, and the (B, H, Kq, Kk) bool of the linear ones."""
+    ) -> tuple[Plan, Tensor | None]:
+        """The plan of the critical blocks, and the (B, H, Kq, Kk) bool of those that the linear
+        branch leaves out beside them; None where it leaves out none."""
         with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
             return self._ranked(q, k, layout, kernel)
 
-    def _ranked(self, q: Tensor, k: Tensor, layout: "Layout", kernel: str) -> tuple[Plan, Tensor]:
-        slots, text_q, text_k, ranked = layout
+    def _ranked(
+        self, q: Tensor, k: Tensor, layout: "Layout", kernel: str
+    ) -> tuple[Plan, Tensor | None]:
+        slots, ranked = layout.slots, layout.ranked
         query = block_means(q, slots, slots.block_q, kernel)
         key = block_means(k, slots, slots.block_k, kernel)
         # The mean over all shifts a row's scores alike, and spares precision.
-        mean = key.mean(2, keepdim=True)
-        scores = query @ (key - mean).transpose(-1, -2)
+        key = key - key.mean(2, keepdim=True)
         blocks = len(ranked)
         count = min(max(1, int(self.critical * blocks)), blocks)
         worst = 0
         if self.linear_over == "marginal":
             worst = min(int(self.skipped * blocks), blocks - count)
-        some = scores[..., ranked]
-        best = some.topk(count, sorted=False).indices
-        none = torch.zeros_like(scores, dtype=torch.bool)
-        critical = none.scatter(-1, ranked[best], True)
-        keep = critical | text_k | text_q[:, None]
-        linear = ~keep
-        if worst:
-            others = some.scatter(-1, best, torch.inf)  # of equal ones, none is both
-            rest = others.topk(worst, largest=False, sorted=False).indices
-            linear = linear & ~none.scatter(-1, ranked[rest], True)
-        occupied = slots.real.view(-1, slots.block_k).any(-1)
-        return plan_of_call(slots, keep & occupied), linear & occupied
+        B, H, Kq, _ = query.shape
+        keep = layout.always.expand(B, H, -1, -1).clone()
+        skipped = torch.zeros_like(keep) if worst else None
+        heads = max(1, SCORES // max(1, B * Kq * blocks))
+        for i in range(0, H, heads):
+            some = slice(i, i + heads)
+            ranks = key[:, some] if layout.is_first else key[:, some].index_select(2, ranked)
+            scores = query[:, some] @ ranks[:, :, :blocks].transpose(-1, -2)
+            best = scores.topk(count, sorted=False).indices
+            keep[:, some].scatter_(-1, best if layout.is_first else ranked[best], True)
+            if skipped is not None:
+                scores.scatter_(-1, best, torch.inf)  # of equal ones, none is both
+                rest = scores.topk(worst, largest=False, sorted=False).indices
+                skipped[:, some].scatter_(-1, rest if layout.is_first else ranked[rest], True)
+        entries = layout.entries + count * layout.video_rows
+        return plan_of_call(slots, keep, entries=entries), skipped
 
     def _linear(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, linear: Tensor, kernel: str
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        skipped: Tensor | None,
+        layout: "Layout",
+        kernel: str,
     ) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):  # sums over many keys need fp32
-            return self._summed(q, k, v, plan, linear, kernel)
+            sets, feature_map = self._sets(plan, skipped, layout), self.feature_map
+            out = linear_kernel.in_one(q, k, v, plan, sets, feature_map, EPSILON, kernel=kernel)
+            if out is not None:
+                return out
+            fq, fk = (_features(x, feature_map) for x in (q, k))
+            return linear_kernel.linear_attention(
+                fq, fk, v, plan, sets, eps=EPSILON, kernel=kernel
+            )
 
-    def _summed(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, linear: Tensor, kernel: str
-    ) -> Tensor:
-        sets, feature_map = self._sets(linear), self.feature_map
-        out = linear_kernel.in_one(q, k, v, plan, sets, feature_map, EPSILON, kernel=kernel)
-        if out is not None:
-            return out
-        fq, fk = (_features(x, feature_map) for x in (q, k))
-        if sets is None:
-            wide = torch.promote_types(q.dtype, torch.float32)  # sums over all keys overflow fp16
-            fq, fk, v = fq.to(wide), fk.to(wide), v.to(wide)
-            state, norm = fk.transpose(-1, -2) @ v, fk.sum(2)[..., None]
-            return ((fq @ state) / (fq @ norm + EPSILON)).to(q.dtype)
-        fq, v = pack(fq, plan), pack(v, plan)
-        fk = pack(fk, plan) * plan.real[:, None]
-        blocks = plan.block_q, plan.block_k
-        out = linear_kernel.linear_attention(fq, fk, v, sets, *blocks, eps=EPSILON, kernel=kernel)
-        return unpack(out, plan)
-
-    def _sets(self, linear: Tensor) -> Tensor | None:
+    @torch.no_grad()
+    def _sets(self, plan: Plan, skipped: Tensor | None, layout: "Layout") -> Tensor | None:
         """The key blocks that the linear branch adds up, (B, H, Kq, Kk) bool; None for all."""
-        return None if self.linear_over == "all" else linear
+        if self.linear_over == "all":
+            return None
+        sets = ~plan.keep if skipped is None else ~(plan.keep | skipped)
+        return sets & layout.occupied if layout.has_empty else sets
 
 
 class LinearBranch(nn.Module):
@@ -301,13 +307,27 @@ def _features(x: Tensor, name: FeatureMap) -> Tensor:
 
 
 class Layout(NamedTuple):
-    """text_q (Kq,), text_k (Kk,): blocks that hold text. ranked: the numbers of
-    the key blocks that scores are for, those with the video's tokens alone."""
+    """What the grid decides.
+
+    Args:
+        ranked: the numbers of the key blocks that scores are for, those with the video's tokens
+            alone.
+        is_first: they are the first ones, 0 to their count.
+        always: (Kq, Kk) bool, what is critical by itself: text sees and is seen by all.
+        entries: how many pairs of blocks that is.
+        video_rows: query blocks that have critical blocks beside.
+        occupied: (Kk,) bool, key blocks that hold a token.
+        has_empty: not all do.
+    """
 
     slots: Slots
-    text_q: Tensor
-    text_k: Tensor
     ranked: Tensor
+    is_first: bool
+    always: Tensor
+    entries: int
+    video_rows: int
+    occupied: Tensor
+    has_empty: bool
 
 
 @lru_cache(maxsize=32)
@@ -320,8 +340,12 @@ def _layout(block_q: int, block_k: int, order: Order, video: VideoShape, device:
     laid = slots_of(slots.to(device), block_q, block_k)
     text = laid.slots >= video.video_tokens
     text_q, text_k = (text.view(-1, block).any(-1) for block in (block_q, block_k))
-    ranked = (laid.real.view(-1, block_k).any(-1) & ~text_k).nonzero()[:, 0]
-    return Layout(laid, text_q, text_k, ranked)
+    occupied = laid.real.view(-1, block_k).any(-1)
+    ranked = (occupied & ~text_k).nonzero()[:, 0]
+    is_first = bool((ranked == torch.arange(len(ranked), device=ranked.device)).all())
+    always = (text_k | text_q[:, None]) & occupied
+    sizes = int(always.sum()), int((~text_q).sum())
+    return Layout(laid, ranked, is_first, always, *sizes, occupied, not bool(occupied.all()))
 
 
 def _tile(video: VideoShape, block_q: int, block_k: int) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs
-from gen_accel.kernels.triton.launch import launch
+from gen_accel.kernels.triton.launch import launch, rowwise
 from gen_accel.kernels.triton.sparse_backward import delta_kernel, dkdv_kernel, dq_kernel
 from gen_accel.kernels.triton.sparse_forward import forward_kernel
 from gen_accel.kernels.triton.tiles import NONE, ROUTE, WINDOWS
@@ -78,11 +78,6 @@ def _launch(
     )
 
 
-def _rowwise(x: Tensor) -> Tensor:
-    """The kernels take any strides but one: the numbers of a head lie side by side."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 @torch.library.custom_op("gen_accel::triton_attention", mutates_args=())
 def attention(
     q: Tensor,
@@ -100,7 +95,7 @@ def attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The output, (B, H, N, D) laid out like q, and the logsumexp, (B, H, N) fp32."""
-    q, k, v = (_rowwise(x) for x in (q, k, v))
+    q, k, v = (rowwise(x) for x in (q, k, v))
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     tensors = q, k, v, out, lse
@@ -111,7 +106,7 @@ def attention(
 
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(_rowwise(q)), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return torch.empty_like(rowwise(q)), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("gen_accel::triton_attention_backward", mutates_args=())
@@ -134,7 +129,7 @@ def attention_backward(
     block_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, grad = (_rowwise(x) for x in (q, k, v, grad))
+    q, k, v, grad = (rowwise(x) for x in (q, k, v, grad))
     B, H, N, D = q.shape
     delta = torch.empty_like(lse)
     launch(
@@ -166,7 +161,7 @@ def attention_backward(
 def _(
     grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(_rowwise(x)) for x in (q, k, v))
+    return tuple(torch.empty_like(rowwise(x)) for x in (q, k, v))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -23,6 +23,7 @@ from gen_accel.kernels.triton import (
     configs,
     linear,
     listing,
+    pooling,
     sass,
     sparse_backward,
     sparse_forward,
@@ -107,6 +108,8 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     yield Case("delta", sparse_backward.delta_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1)
     yield from _linear_cases(arch, D, dtype, block)
     lists = {"ROWS": listing.ROWS, "CHUNK": listing.CHUNK}
+    sizes = {**dim, "BLOCK": block, "TILE": pooling.TILE, "MEAN": True}
+    yield Case("pooled", pooling.sums_kernel, sizes, pooling.WARPS, 3)
     yield Case("lists count", listing.count_kernel, lists, 4, 3)
     yield Case("lists starts", listing.starts_kernel, {"STEP": listing.STEP}, 4, 3)
     yield Case("lists fill", listing.fill_kernel, lists, 4, 3)

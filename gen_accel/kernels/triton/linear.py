@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs
-from gen_accel.kernels.triton.launch import launch
+from gen_accel.kernels.triton.launch import launch, rowwise
 from gen_accel.kernels.triton.tiles import INTERPRETED
 
 
@@ -32,6 +32,7 @@ def linear_sets(
     phi_q: Tensor,
     phi_k: Tensor,
     v: Tensor,
+    slots: Tensor,
     sets: Tensor,
     block_q: int,
     block_k: int,
@@ -40,18 +41,19 @@ def linear_sets(
     """phi_q h / (eps + phi_q z), h = phi_k^T v and z = sum(phi_k) over the keys of the set.
 
     Args:
-        phi_q, phi_k, v: (B, H, S, D) in slot order, one dtype; phi_k is 0 where a slot is padding.
+        phi_q, phi_k, v: (B, H, N, D), one dtype.
+        slots: (S,) int32, the token of each slot, -1 for padding.
         sets: (B or 1, H or 1, Kq, Kk) bool, the key blocks of each query block.
         eps: keeps small denominators from zero.
 
     Returns:
-        (B, H, S, D); zero where the set holds no token.
+        (B, H, N, D), laid out like `phi_q`; zero where the set holds no token.
     """
-    return _linear_sets(phi_q, phi_k, v, sets, block_q, block_k, eps)[0]
+    return _linear_sets(phi_q, phi_k, v, slots, sets, block_q, block_k, eps)[0]
 
 
 # Sizes that change from clip to clip: a kernel that was compiled for one serves all.
-SIZES = ("sets_b", "sets_h", "sets_r", "sets_c", "H", "R", "C")
+SIZES = ("sets_b", "sets_h", "sets_r", "sets_c", "H", "N", "K", "R", "C")
 
 
 @triton.jit
@@ -66,20 +68,45 @@ def _dot(b_x, b_y, b_acc):
 
 
 @triton.jit
-def _tile(x, i_row, BLOCK: tl.constexpr, TILE: tl.constexpr, o_d, D: tl.constexpr):
-    """[TILE, len(o_d)] of a block's rows from the i_row-th on, zeros past the block and past D."""
+def _tokens(slots, i_block, i_row, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """[TILE] tokens of a block from its i_row-th slot on, -1 for padding and past the block."""
     o_r = i_row + tl.arange(0, TILE)
-    mask = (o_r < BLOCK)[:, None] & (o_d < D)[None, :]
-    return tl.load(x + o_r[:, None] * D + o_d[None, :], mask=mask, other=0.0)
+    return tl.load(slots + i_block * BLOCK + o_r, mask=o_r < BLOCK, other=-1)
 
 
 @triton.jit
+def _rows(x, stride, o_t, o_d, D: tl.constexpr):
+    """[len(o_t), len(o_d)] of tokens, zeros for token -1 and past D."""
+    mask = (o_t >= 0)[:, None] & (o_d < D)[None, :]
+    return tl.load(x + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _place(H, D: tl.constexpr, CHUNK: tl.constexpr):
+    """The block, the chunk of columns, the sample and the head of a program."""
+    CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
+    i_block, i_chunk = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
+    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    return i_block, i_chunk, i_b, i_h
+
+
+@triton.jit(do_not_specialize=SIZES)
 def states_kernel(
     x,
     y,
     by,
     weight,
     state,
+    slots,
+    stride_xb,
+    stride_xh,
+    stride_xn,
+    stride_yb,
+    stride_yh,
+    stride_yn,
+    H,
+    N,
+    K,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -91,20 +118,21 @@ def states_kernel(
 
     A program makes CHUNK columns of one block's h, [D, D], after which z lies, [D].
     """
-    i_block, i_chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    x += i_block * BLOCK * D
-    y += i_block * BLOCK * D
+    i_block, i_chunk, i_b, i_h = _place(H, D, CHUNK)
+    x += i_b * stride_xb + i_h * stride_xh
+    y += i_b * stride_yb + i_h * stride_yh
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
     b_h = tl.zeros([BLOCK_D, CHUNK], tl.float32)
     b_z = tl.zeros([BLOCK_D], tl.float32)
     for i_row in range(0, BLOCK, TILE):
-        b_x = _tile(x, i_row, BLOCK, TILE, o_d, D)
-        b_y = _tile(y, i_row, BLOCK, TILE, o_c, D)
+        o_t = _tokens(slots, i_block, i_row, BLOCK, TILE)
+        b_x = _rows(x, stride_xn, o_t, o_d, D)
+        b_y = _rows(y, stride_yn, o_t, o_c, D)
         if SCALED:
-            o_r = i_row + tl.arange(0, TILE)
-            b_by = tl.load(by + i_block * BLOCK + o_r, mask=o_r < BLOCK, other=0.0)
-            b_w = tl.load(weight + i_block * BLOCK + o_r, mask=o_r < BLOCK, other=0.0)
+            o_n = (i_b * H + i_h) * N + o_t
+            b_by = tl.load(by + o_n, mask=o_t >= 0, other=0.0)
+            b_w = tl.load(weight + o_n, mask=o_t >= 0, other=0.0)
             b_scaled = b_x.to(tl.float32) * b_by[:, None]
             b_z += tl.sum(b_scaled * b_w[:, None], 0)
             b_h = _dot(tl.trans(b_scaled), b_y, b_h)
@@ -112,7 +140,7 @@ def states_kernel(
             b_z += tl.sum(b_x.to(tl.float32), 0)
             b_h = _dot(tl.trans(b_x), b_y, b_h)
     mask = (o_d < D)[:, None] & (o_c < D)[None, :]
-    state += i_block * (D * D + D)
+    state += ((i_b * H + i_h) * K + i_block) * (D * D + D)
     b_h, b_z = b_h.to(state.dtype.element_ty), b_z.to(state.dtype.element_ty)
     tl.store(state + o_d[:, None] * D + o_c[None, :], b_h, mask=mask)
     if i_chunk == 0:
@@ -166,12 +194,22 @@ def sums_kernel(
     tl.store(total, b_total.to(total.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def apply_kernel(
     x,
     total,
     y,
     by,
+    slots,
+    stride_xb,
+    stride_xh,
+    stride_xn,
+    stride_yb,
+    stride_yh,
+    stride_yn,
+    H,
+    N,
+    K,
     eps,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -184,19 +222,19 @@ def apply_kernel(
 
     A program makes CHUNK columns of one block's y.
     """
-    i_block, i_chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_block, i_chunk, i_b, i_h = _place(H, D, CHUNK)
+    x += i_b * stride_xb + i_h * stride_xh
+    y += i_b * stride_yb + i_h * stride_yh
+    total += ((i_b * H + i_h) * K + i_block) * (D * D + D)
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
-    total += i_block * (D * D + D)
     m_h = (o_d < D)[:, None] & (o_c < D)[None, :]
     b_h = tl.load(total + o_d[:, None] * D + o_c[None, :], mask=m_h, other=0.0)
     if NORMED:
         b_z = tl.load(total + D * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-    x += i_block * BLOCK * D
-    y += i_block * BLOCK * D
     for i_row in range(0, BLOCK, TILE):
-        o_r = i_row + tl.arange(0, TILE)
-        b_x = _tile(x, i_row, BLOCK, TILE, o_d, D)
+        o_t = _tokens(slots, i_block, i_row, BLOCK, TILE)
+        b_x = _rows(x, stride_xn, o_t, o_d, D)
         b_y = _dot(b_x, b_h, tl.zeros([TILE, CHUNK], tl.float32))
         if NORMED:
             # Nothing but padding in the set: 1 / eps would swamp all else that goes backward.
@@ -206,19 +244,29 @@ def apply_kernel(
             b_by = tl.where(m_by, 1.0 / tl.where(m_by, b_sum, 1.0), 0.0)
             b_y *= b_by[:, None]
             if i_chunk == 0:
-                tl.store(by + i_block * BLOCK + o_r, b_by, mask=o_r < BLOCK)
-        mask = (o_r < BLOCK)[:, None] & (o_c < D)[None, :]
-        p_y = y + o_r[:, None] * D + o_c[None, :]
+                tl.store(by + (i_b * H + i_h) * N + o_t, b_by, mask=o_t >= 0)
+        mask = (o_t >= 0)[:, None] & (o_c < D)[None, :]
+        p_y = y + o_t.to(tl.int64)[:, None] * stride_yn + o_c[None, :]
         tl.store(p_y, b_y.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def apply_transposed_kernel(
     x,
     total,
     y,
     by,
     weight,
+    slots,
+    stride_xb,
+    stride_xh,
+    stride_xn,
+    stride_yb,
+    stride_yh,
+    stride_yn,
+    H,
+    N,
+    K,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -230,40 +278,55 @@ def apply_transposed_kernel(
 
     by and weight are 1 if not SCALED. A program makes CHUNK columns of one block's y.
     """
-    i_block, i_chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_block, i_chunk, i_b, i_h = _place(H, D, CHUNK)
+    x += i_b * stride_xb + i_h * stride_xh
+    y += i_b * stride_yb + i_h * stride_yh
+    total += ((i_b * H + i_h) * K + i_block) * (D * D + D)
     o_d = tl.arange(0, BLOCK_D)
     o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
-    total += i_block * (D * D + D)
     m_h = (o_c < D)[:, None] & (o_d < D)[None, :]
     b_h = tl.load(total + o_c[:, None] * D + o_d[None, :], mask=m_h, other=0.0)
     b_z = tl.load(total + D * D + o_c, mask=o_c < D, other=0.0).to(tl.float32)
-    x += i_block * BLOCK * D
-    y += i_block * BLOCK * D
     for i_row in range(0, BLOCK, TILE):
-        o_r = i_row + tl.arange(0, TILE)
-        b_x = _tile(x, i_row, BLOCK, TILE, o_d, D)
+        o_t = _tokens(slots, i_block, i_row, BLOCK, TILE)
+        b_x = _rows(x, stride_xn, o_t, o_d, D)
         b_y = _dot(b_x, tl.trans(b_h), tl.zeros([TILE, CHUNK], tl.float32))
         if SCALED:
-            b_w = tl.load(weight + i_block * BLOCK + o_r, mask=o_r < BLOCK, other=0.0)
-            b_by = tl.load(by + i_block * BLOCK + o_r, mask=o_r < BLOCK, other=0.0)
+            o_n = (i_b * H + i_h) * N + o_t
+            b_w = tl.load(weight + o_n, mask=o_t >= 0, other=0.0)
+            b_by = tl.load(by + o_n, mask=o_t >= 0, other=0.0)
             b_y = (b_y + b_w[:, None] * b_z[None, :]) * b_by[:, None]
         else:
             b_y += b_z[None, :]
-        mask = (o_r < BLOCK)[:, None] & (o_c < D)[None, :]
-        p_y = y + o_r[:, None] * D + o_c[None, :]
+        mask = (o_t >= 0)[:, None] & (o_c < D)[None, :]
+        p_y = y + o_t.to(tl.int64)[:, None] * stride_yn + o_c[None, :]
         tl.store(p_y, b_y.to(y.dtype.element_ty), mask=mask)
 
 
-def _launch(kernel: Any, x: Tensor, block: int, *arguments: Any, **options: Any) -> None:
-    """One program for each block of x, (B, H, S, D), and each chunk of its columns."""
-    D = x.shape[3]
+def _launch(
+    kernel: Any, x: Tensor, y: Tensor, slots: Tensor, block: int, *arguments: Any, **options: Any
+) -> None:
+    """One program for each block of x, (B, H, N, D), and each chunk of columns.
+
+    Args:
+        y: what the kernel reads or writes beside x, by stride.
+        arguments: of the kernel before `slots`.
+    """
+    B, H, N, D = x.shape
     config = configs.linear(configs.architecture(x.device), D, x.dtype)
     chunk = min(config.chunk, configs.padded_dim(D))
+    blocks = len(slots) // block
     launch(
         kernel,
-        (x.shape[:3].numel() // block, triton.cdiv(D, chunk)),
+        (blocks * triton.cdiv(D, chunk), B * H),
         x,
         *arguments,
+        slots,
+        *x.stride()[:3],
+        *y.stride()[:3],
+        H,
+        N,
+        blocks,
         D=D,
         BLOCK_D=configs.padded_dim(D),
         BLOCK=block,
@@ -288,6 +351,7 @@ def precision(dtype: torch.dtype) -> str:
 def _sums(
     x: Tensor,
     y: Tensor,
+    slots: Tensor,
     sets: Tensor,
     block: int,
     by: Tensor | None = None,
@@ -298,12 +362,12 @@ def _sums(
     Args:
         sets: (B', H', R, C) bool of any strides, blocks of x.
     """
-    B, H, S, D = x.shape
-    size = D * D + D
-    kept = state_dtype(x.dtype)
-    state = x.new_empty((B, H, S // block, size), dtype=kept)
+    B, H, _, D = x.shape
+    size, kept = D * D + D, state_dtype(x.dtype)
+    state = x.new_empty((B, H, sets.shape[3], size), dtype=kept)
     scales = state if by is None else by, state if weight is None else weight
-    _launch(states_kernel, x, block, x, y, *scales, state, SCALED=by is not None)
+    arguments = x, y, *scales, state
+    _launch(states_kernel, x, y, slots, block, *arguments, SCALED=by is not None)
     total = x.new_empty((B, H, sets.shape[2], size), dtype=kept)
     config = configs.sums(configs.architecture(x.device), x.dtype)
     steps = (n if length > 1 else 0 for n, length in zip(sets.stride(), sets.shape, strict=True))
@@ -333,31 +397,25 @@ def _linear_sets(
     phi_q: Tensor,
     phi_k: Tensor,
     v: Tensor,
+    slots: Tensor,
     sets: Tensor,
     block_q: int,
     block_k: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The output and what each row was multiplied by, (B, H, S) fp32."""
-    phi_q, phi_k, v = (x.contiguous() for x in (phi_q, phi_k, v))
+    """The output, laid out like phi_q, and what each row was multiplied by, (B, H, N) fp32."""
+    phi_q, phi_k, v = (rowwise(x) for x in (phi_q, phi_k, v))
     out = torch.empty_like(phi_q)
     by = phi_q.new_empty(phi_q.shape[:3], dtype=torch.float32)
-    total = _sums(phi_k, v, sets, block_k)
-    _launch(apply_kernel, phi_q, block_q, phi_q, total, out, by, eps, NORMED=True)
+    total = _sums(phi_k, v, slots, sets, block_k)
+    arguments = phi_q, total, out, by
+    _launch(apply_kernel, phi_q, out, slots, block_q, *arguments, eps=eps, NORMED=True)
     return out, by
 
 
 @_linear_sets.register_fake
-def _(
-    phi_q: Tensor,
-    phi_k: Tensor,
-    v: Tensor,
-    sets: Tensor,
-    block_q: int,
-    block_k: int,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(phi_q, memory_format=torch.contiguous_format)
+def _(phi_q: Tensor, phi_k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(rowwise(phi_q))
     return out, phi_q.new_empty(phi_q.shape[:3], dtype=torch.float32)
 
 
@@ -367,30 +425,30 @@ def _backward(
     phi_q: Tensor,
     phi_k: Tensor,
     v: Tensor,
+    slots: Tensor,
     sets: Tensor,
     out: Tensor,
     by: Tensor,
     block_q: int,
     block_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad, phi_q, phi_k, v = (x.contiguous() for x in (grad, phi_q, phi_k, v))
+    grad, phi_q, phi_k, v = (rowwise(x) for x in (grad, phi_q, phi_k, v))
     dphi_q, dphi_k, dv = (torch.empty_like(x) for x in (phi_q, phi_k, v))
     weight = -(grad.float() * out.float()).sum(-1)  # the gradient of eps + phi_q z, over `by`
-    total = _sums(phi_k, v, sets, block_k)
-    arguments = grad, total, dphi_q, by, weight
-    _launch(apply_transposed_kernel, phi_q, block_q, *arguments, SCALED=True)
-    total = _sums(phi_q, grad, sets.mT, block_q, by, weight)
+    total = _sums(phi_k, v, slots, sets, block_k)
+    arguments = grad, total, dphi_q, by, weight.contiguous()
+    _launch(apply_transposed_kernel, grad, dphi_q, slots, block_q, *arguments, SCALED=True)
+    total = _sums(phi_q, grad, slots, sets.mT, block_q, by, weight.contiguous())
     arguments = v, total, dphi_k, by, by
-    _launch(apply_transposed_kernel, phi_k, block_k, *arguments, SCALED=False)
-    _launch(apply_kernel, phi_k, block_k, phi_k, total, dv, by, 0.0, NORMED=False)
+    _launch(apply_transposed_kernel, v, dphi_k, slots, block_k, *arguments, SCALED=False)
+    arguments = phi_k, total, dv, by
+    _launch(apply_kernel, phi_k, dv, slots, block_k, *arguments, eps=0.0, NORMED=False)
     return dphi_q, dphi_k, dv
 
 
 @_backward.register_fake
 def _(grad: Tensor, phi_q: Tensor, phi_k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (phi_q, phi_k, v)
-    )
+    return tuple(torch.empty_like(rowwise(x)) for x in (phi_q, phi_k, v))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -399,7 +457,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    return *_backward(grad, *ctx.saved_tensors, ctx.block_q, ctx.block_k), *[None] * 4
+    return *_backward(grad, *ctx.saved_tensors, ctx.block_q, ctx.block_k), *[None] * 5
 
 
 _linear_sets.register_autograd(_differentiate, setup_context=_save)

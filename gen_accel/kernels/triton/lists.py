@@ -110,7 +110,7 @@ def _with_rest(
 ) -> Lists:
     gain = None if plan.gain is None else plan.gain.float().contiguous()
     rest = _rule(plan), gain, plan.block_q, plan.block_k
-    return Lists(plan.slots.int(), rows[0], rows[1], columns[0], columns[1], *rest)
+    return Lists(plan.slots_int32, rows[0], rows[1], columns[0], columns[1], *rest)
 
 
 def _rule(plan: Plan) -> list[Tensor]:

@@ -44,10 +44,11 @@ from gen_accel import (
 from gen_accel.attention_processors.attached import storage
 from gen_accel.attention_processors.attached.attachment import attachment_of
 from gen_accel.attention_processors.attached.calibrate import measure_calibration
+from gen_accel.attention_processors.methods import sparse_linear
 from gen_accel.kernels import linear as linear_kernel
 from gen_accel.kernels import reference
 from gen_accel.pipelines import SilentBranch
-from gen_accel.plan import unpack
+from gen_accel.plan import Plan, unpack
 
 RAGGED = VideoShape(3, 5, 6, text=5)  # no block below divides it
 SEMANTICS = ["all", "rest", "marginal"]
@@ -172,11 +173,34 @@ class TestParts:
     def test_heads_at_a_time_give_the_same(self, monkeypatch):
         fq, fk, v = (torch.rand(2, 3, 64, 8) for _ in "qkv")
         sets = torch.rand(2, 3, 4, 8) < 0.5
-        whole = linear_kernel.plain(fq, fk, v, sets, 16, 8, eps=1e-5)
+        plan = Plan(torch.arange(64).flip(0), sets, 16, 8)
+        whole = linear_kernel.plain(fq, fk, v, plan, sets, eps=1e-5)
         monkeypatch.setattr(linear_kernel, "STATES", 1)
-        assert torch.allclose(
-            linear_kernel.linear_attention(fq, fk, v, sets, 16, 8, eps=1e-5), whole
+        parts = linear_kernel.linear_attention(fq, fk, v, plan, sets, eps=1e-5)
+        assert torch.allclose(parts, whole)
+
+    def test_scores_of_heads_at_a_time_choose_the_same(self, monkeypatch):
+        video = VideoShape(4, 8, 8, text=9)
+        q, k = (torch.randn(2, 5, video.tokens, 8) for _ in "qk")
+        method = SparseLinear(critical=0.2, linear_over="marginal", block_q=16, block_k=8)
+        layout = method.layout(video, q.device)
+        plan, skipped = method._chosen(q, k, layout)
+        monkeypatch.setattr(sparse_linear, "SCORES", 1000)
+        some, others = method._chosen(q, k, layout)
+        assert torch.equal(plan.keep, some.keep)
+        assert torch.equal(skipped, others)
+
+    @pytest.mark.parametrize("order", ["tile", "raster"])
+    @pytest.mark.parametrize("text", [0, 9])
+    def test_no_pattern_keeps_more_than_its_lists_hold(self, text, order):
+        video = VideoShape(5, 7, 6, text=text)
+        q, k = (torch.randn(2, 3, video.tokens, 8) for _ in "qk")
+        plan = SparseLinear(critical=0.2, block_q=16, block_k=8, order=order).plan_for(
+            q, k, video=video
         )
+        kept = plan.keep.sum((-1, -2))
+        assert (kept <= plan.entries).all()
+        assert plan.entries < 2 * kept.max()
 
     @pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
     @pytest.mark.parametrize("linear_over", SEMANTICS)

@@ -1,0 +1,86 @@
+"""Sums over blocks of tokens, in one pass over them where they lie."""
+
+# Kernels are a language of their own, which a checker of Python misreads.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gen_accel.kernels.triton import configs
+from gen_accel.kernels.triton.launch import launch, rowwise
+
+TILE = 32  # rows that a program holds at a time
+WARPS = 4
+
+
+@triton.jit(do_not_specialize=("H", "K"))
+def sums_kernel(
+    x,
+    out,
+    slots,
+    stride_b,
+    stride_h,
+    stride_n,
+    H,
+    K,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    MEAN: tl.constexpr,
+):
+    """Sum, or average, the tokens of each block: zero where it holds none."""
+    i_block, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    x += (i_head // H) * stride_b + (i_head % H) * stride_h
+    o_d = tl.arange(0, BLOCK_D)
+    b_sum = tl.zeros([BLOCK_D], tl.float32)
+    held = tl.full((), 0, tl.int32)
+    for i_row in range(0, BLOCK, TILE):
+        o_r = i_row + tl.arange(0, TILE)
+        o_t = tl.load(slots + i_block * BLOCK + o_r, mask=o_r < BLOCK, other=-1)
+        mask = (o_t >= 0)[:, None] & (o_d < D)[None, :]
+        p_x = x + o_t.to(tl.int64)[:, None] * stride_n + o_d[None, :]
+        b_sum += tl.sum(tl.load(p_x, mask=mask, other=0.0).to(tl.float32), 0)
+        held += tl.sum((o_t >= 0).to(tl.int32), 0)
+    if MEAN:
+        b_sum = b_sum / tl.maximum(held, 1).to(tl.float32)
+    tl.store(out + (i_head * K + i_block) * D + o_d, b_sum, mask=o_d < D)
+
+
+@torch.library.custom_op("gen_accel::triton_block_sums", mutates_args=())
+def block_sums(x: Tensor, slots: Tensor, block: int, mean: bool) -> Tensor:
+    """(B, H, S / block, D) fp32 of x (B, H, N, D); without a gradient.
+
+    Args:
+        slots: (S,) int32, the token of each slot, -1 for padding.
+        mean: over how many tokens each block holds.
+    """
+    B, H, _, D = x.shape
+    x, blocks = rowwise(x), len(slots) // block
+    out = x.new_empty((B, H, blocks, D), dtype=torch.float32)
+    launch(
+        sums_kernel,
+        (blocks, B * H),
+        x,
+        x,
+        out,
+        slots,
+        *x.stride()[:3],
+        H,
+        blocks,
+        D=D,
+        BLOCK_D=configs.padded_dim(D),
+        BLOCK=block,
+        TILE=TILE,
+        MEAN=mean,
+        num_warps=WARPS,
+    )
+    return out
+
+
+@block_sums.register_fake
+def _(x: Tensor, slots: Tensor, block: int, mean: bool) -> Tensor:
+    B, H, _, D = x.shape
+    return x.new_empty((B, H, len(slots) // block, D), dtype=torch.float32)
