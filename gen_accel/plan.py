@@ -253,10 +253,17 @@ class Plan:
         return self._whole_blocks()
 
     def _whole_blocks(self) -> Tensor:
-        whole = self.keep & self.full_keys if self.is_padded else self.keep
-        if self.partial is not None:
-            whole = whole & self.partial.whole(self.real, self.block_q, self.block_k)
-        return whole
+        if self.partial is None and not self.is_padded:
+            return self.keep
+        return self.keep & self.maskless()
+
+    def maskless(self) -> Tensor:
+        """Bool like `keep`, or (Kk,): pairs of blocks in which no pair of tokens is padded or
+        excluded by `partial`, kept or not."""
+        if self.partial is None:
+            return self.full_keys
+        whole = self.partial.whole(self.real, self.block_q, self.block_k)
+        return whole & self.full_keys if self.is_padded else whole
 
     @lasting
     def leaves_out_picks(self) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,13 +26,19 @@ class Dense:
         self, video: VideoShape, device: torch.device | str = "cpu", block: int = 128
     ) -> Plan:
         """One plan in which every block is kept."""
-        slots = raster_slots(video, block)
-        blocks = slots.numel() // block
-        keep = torch.ones(1, 1, blocks, blocks, dtype=torch.bool)
-        return Plan(slots, keep, block, block).to(torch.device(device))
+        return _plan(video, torch.device(device), block)
 
     def block_mask(self, video: VideoShape) -> Tensor:
         return self.plan(video).keep[0, 0]
 
     def density(self, video: VideoShape) -> float:
         return 1.0
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a plan built while sampling must serve training too
+def _plan(video: VideoShape, device: torch.device, block: int) -> Plan:
+    slots = raster_slots(video, block)
+    blocks = slots.numel() // block
+    keep = torch.ones(1, 1, blocks, blocks, dtype=torch.bool)
+    return Plan(slots, keep, block, block).to(device)

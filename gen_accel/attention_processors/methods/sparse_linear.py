@@ -37,7 +37,7 @@ FeatureMap = Literal["softmax", "elu", "relu"]
 Combine = Literal["project", "alpha"]
 Order = Literal["tile", "raster"]
 
-SCORES = 1 << 24  # of pairs of blocks, made at once: heads go in groups that fit, at least one
+SCORES = 1 << 23  # of pairs of blocks, made at once: heads go in groups that fit, at least one
 EPSILON = 1e-5  # of the public code, added to the linear branch's denominator
 
 
@@ -137,15 +137,15 @@ class SparseLinear:
         o_s = kernel(q, k, v, plan)
         if branch is None:
             return o_s
+        sets = self._sets(plan, skipped, layout)
         proj = _numbers(branch, o_s, q, k, v)
         if proj is not None:
-            sets = self._sets(plan, skipped, layout)
             out = linear_kernel.added(
                 q, k, v, plan, sets, self.feature_map, EPSILON, *proj, o_s, kernel=name
             )
             if out is not None:
                 return out
-        return branch(o_s, self._linear(q, k, v, plan, skipped, layout, name))
+        return branch(o_s, self._linear(q, k, v, plan, sets, name))
 
     def layout(self, video: VideoShape, device: torch.device) -> "Layout":
         return _layout(self.block_q, self.block_k, self.order, video, str(device))
@@ -157,7 +157,8 @@ class SparseLinear:
         name = name_of(kernel)
         layout = self.layout(video, q.device)
         plan, skipped = self._chosen(q, k, layout, name)
-        return kernel(q, k, v, plan), self._linear(q, k, v, plan, skipped, layout, name)
+        sets = self._sets(plan, skipped, layout)
+        return kernel(q, k, v, plan), self._linear(q, k, v, plan, sets, name)
 
     def plan_for(self, q: Tensor, k: Tensor, *, video: VideoShape, kernel: str = "auto") -> Plan:
         """The critical blocks of q and k, (B, H, N, D). No gradient, no wait for the device."""
@@ -211,6 +212,7 @@ class SparseLinear:
                 scores.scatter_(-1, best, torch.inf)  # of equal ones, none is both
                 rest = scores.topk(worst, largest=False, sorted=False).indices
                 skipped[:, some].scatter_(-1, rest if layout.is_first else ranked[rest], True)
+            del scores, best  # before those of the next heads are made
         entries = layout.entries + count * layout.video_rows
         return plan_of_call(slots, keep, entries=entries), skipped
 
@@ -220,12 +222,11 @@ class SparseLinear:
         k: Tensor,
         v: Tensor,
         plan: Plan,
-        skipped: Tensor | None,
-        layout: "Layout",
+        sets: Tensor | None,
         kernel: str,
     ) -> Tensor:
+        feature_map = self.feature_map
         with torch.autocast(q.device.type, enabled=False):  # sums over many keys need fp32
-            sets, feature_map = self._sets(plan, skipped, layout), self.feature_map
             out = linear_kernel.in_one(q, k, v, plan, sets, feature_map, EPSILON, kernel=kernel)
             if out is not None:
                 return out
@@ -266,7 +267,7 @@ class LinearBranch(nn.Module):
         """(B, H, N, D) each, and so is the result, in the dtype of `o_s`."""
         if self.alpha is not None:
             alpha = self.alpha[:, None, None].to(o_s.dtype)
-            return alpha * o_s + (1 - alpha) * o_l.to(o_s.dtype)
+            return torch.lerp(o_l.to(o_s.dtype), o_s, alpha)
         assert self.proj is not None
         weight = self.proj.weight
         if weight.dtype.itemsize > 1:  # fp8 is how it is stored, not what it is used in

@@ -134,7 +134,7 @@ def block_lists(keep: Tensor, whole: Tensor, entries: int) -> tuple[Tensor, Tens
     text, the longest, lie at the end.
 
     Args:
-        keep, whole: (B', H', R, C) bool, of any strides; what is not kept is not whole.
+        keep, whole: (B', H', R, C) bool, of any strides: what is kept, and what needs no mask.
         entries: what one pattern keeps at most.
 
     Returns:

@@ -94,7 +94,7 @@ def _sorted(plan: Plan) -> Lists:
 def _counted(plan: Plan, backward: bool) -> Lists:
     from gen_accel.kernels.triton.listing import block_lists  # imports triton
 
-    keep, whole = plan.keep, plan.whole.expand(plan.keep.shape)
+    keep, whole = plan.keep, plan.maskless().expand(plan.keep.shape)
     entries = plan.entries or keep.shape[2] * keep.shape[3]
     rows = block_lists(keep, whole, entries)
     columns = None, None

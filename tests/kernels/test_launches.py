@@ -1,0 +1,117 @@
+"""What a call of a method gives a GPU to do: never a wait, nothing random, few launches."""
+
+import pytest
+import torch
+from support.launches import Launches, Peak, record
+from support.methods import CASES
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gen_accel import SparseLinear, VideoShape
+from gen_accel.functional import attention
+from gen_accel.kernels import helpers
+from gen_accel.kernels.triton import listing, lists
+
+pytestmark = pytest.mark.slow
+
+VIDEO = VideoShape(5, 9, 10, text=7)
+
+
+@pytest.fixture(autouse=True)
+def triton_alone(monkeypatch):
+    """No kernel in C++, which no GPU has."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(helpers.build, "is_built", lambda: False)
+
+
+def call(method, heads=2, dim=16, grad=False, **options):
+    """Attention by Triton, a second time, under the counter."""
+    shape = 1, heads, VIDEO.tokens, dim
+    tensors = [torch.randn(shape, requires_grad=grad) for _ in "qkv"]
+
+    def run():
+        out = attention(*tensors, video=VIDEO, method=method, kernel="triton", **options)
+        return torch.autograd.grad(out.sum(), tensors) if grad else out
+
+    return run
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("method", CASES, ids=str)
+def test_nothing_waits_and_nothing_is_random(method, grad, monkeypatch):
+    """So that CUDA graphs can hold it, and two runs are one."""
+    counted = Launches()
+    record(monkeypatch, counted)
+    run = call(method, grad=grad)
+    run()  # the layout of the grid and the lists of static plans are made once, and may wait
+    counted.done.clear()
+    with counted:
+        run()
+    assert "forward_kernel" in counted.done
+    assert counted.waits == []
+    assert counted.random == []
+
+
+def test_the_counter_sees_into_operators(monkeypatch):
+    """Each kind of wait that it looks for, within a body, is found."""
+    counted = Launches()
+    record(monkeypatch, counted)
+    own = listing.block_lists._init_fn
+
+    def waiting(keep, whole, entries):
+        keep.sum().item()
+        keep.nonzero()
+        keep[keep]
+        keep.float().cumsum(-1)
+        return own(keep, whole, entries)
+
+    monkeypatch.setattr(listing.block_lists, "_init_fn", waiting)
+    run = call(SparseLinear(critical=0.3, block_q=16, block_k=16))
+    with torch.no_grad(), counted:
+        run()
+    found = ["aten::_local_scalar_dense", "aten::nonzero", "aten::index"]
+    assert [name for name in counted.waits if name in found][-3:] == found
+    assert counted.random == ["aten::cumsum"]
+
+
+@pytest.mark.parametrize("combine", ["project", "alpha"])
+@pytest.mark.parametrize("heads", [2, 12, 40])
+def test_sparse_linear_launches_little_at_any_number_of_heads(heads, combine, monkeypatch):
+    counted = Launches()
+    record(monkeypatch, counted)
+    method = SparseLinear(critical=0.3, block_q=32, block_k=16, combine=combine)
+    branch = method.branch(heads, 16).requires_grad_(False)
+    run = call(method, heads, branch=branch)
+    with torch.no_grad():
+        run()
+        counted.done.clear()
+        with counted:
+            run()
+    assert counted.done["apply_kernel"] == 1
+    assert counted.count <= 23, counted.done  # with the record of attach, two more
+
+
+# What a plan may take at its largest moment, in bytes, by the numbers that its tensors would hold
+# on a GPU: HunyuanVideo's clip of 129 frames at 720p, and Wan 14B's of four times the length.
+LARGE = [
+    ("HunyuanVideo", VideoShape(33, 45, 80, text=256), 24, 0.2e9),
+    ("Wan 14B, four times as long", VideoShape(81, 45, 80, text=0), 40, 1e9),
+]
+
+
+@pytest.mark.parametrize(("video", "heads", "most"), [row[1:] for row in LARGE], ids=lambda x: "")
+def test_choosing_and_listing_fit_beside_a_large_model(video, heads, most, monkeypatch):
+    """Counted from shapes: no tensor of these sizes is made."""
+    method = SparseLinear(critical=0.05, block_q=128)
+    method.layout(video, torch.device("cpu"))
+    counted = Launches()
+    record(monkeypatch, counted)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        q, k = (torch.empty(1, heads, video.tokens, 128, dtype=torch.bfloat16) for _ in "qk")
+        with Peak() as peak:
+            plan = method.plan_for(q, k, video=video, kernel="triton")
+            with torch.enable_grad():
+                made = lists.prepare(plan)
+    saved = sum(x.untyped_storage().nbytes() for x in made[1:5])
+    print(f"{peak.bytes:,} bytes at most, {saved:,} saved")
+    assert peak.bytes <= most
+    assert saved <= 0.25 * most
