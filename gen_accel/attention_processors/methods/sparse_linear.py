@@ -81,7 +81,7 @@ class SparseLinear:
     linear_over: LinearOver = "rest"
     feature_map: FeatureMap = "softmax"
     combine: Combine = "project"
-    block_q: int = 64
+    block_q: int = 128
     block_k: int = 64
     order: Order = "tile"
 
