@@ -1,0 +1,240 @@
+"""Nothing is timed that is not right: parity, a second device, autocast, CUDA graphs."""
+
+import itertools
+import math
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import training
+from kernels import Case, How, drawn
+from ledger import Failed, Kind, Line, Skipped
+from parity import DTYPES, ParityFailed, brief, call, hold
+from torch import Tensor
+
+from gen_accel.attention_processors import METHODS
+from gen_accel.kernels import facts_of, run, unsupported
+from gen_accel.plan import Plan, Route, Windows
+
+from .setting import COMPILES, FEW, Setting, kind
+
+RULES = ("none", "windows", "route", "gain")
+KEPT = 0.4  # share of the block pairs, and of the picks
+NEAR = (2, 4, 5)  # frames, rows and columns of a window to each side
+
+
+def first_parity(at: Setting) -> Iterator[Line]:
+    """In bf16 at the head dim of the goals."""
+    for block, rule, kernel in itertools.product(at.blocks, RULES, at.held):
+        if not _waits(at, block, rule, kernel):
+            yield parity_line(at, kernel, "bf16", at.dims[0], block, rule)
+
+
+def other_parity(at: Setting) -> Iterator[Line]:
+    """All the rest; of a dry run a sample."""
+    rest = [
+        (kernel, dtype, dim, block, rule)
+        for dtype, dim, block, rule, kernel in itertools.product(
+            ("bf16", "fp16"), at.dims, at.blocks, RULES, at.held
+        )
+        if (dtype, dim) != ("bf16", at.dims[0]) or _waits(at, block, rule, kernel)
+    ]
+    for one in rest[:: 7 if at.dry else 1]:
+        yield parity_line(at, *one)
+
+
+def _waits(at: Setting, block: int, rule: str, kernel: str) -> bool:
+    """Compiling for seconds each, it has two cases among the first."""
+    return kernel in COMPILES and (block != at.blocks[0] or rule not in RULES[:2])
+
+
+def parity_line(at: Setting, kernel: str, dtype: str, dim: int, block: int, rule: str) -> Line:
+    name = f"{kernel} {dtype} D{dim} blocks of {block} {rule}"
+    holds = Kind(kernel, dtype, dim, rule, True)
+    cap = 60.0 if kernel in COMPILES else 25.0
+    return Line(name, cap, partial(parity, at, holds, block), holds=holds)
+
+
+def parity(at: Setting, holds: Kind, block: int, device: torch.device | None = None) -> dict:
+    """Hold a kernel to the reference on plans without and with text, forward and, where it has
+    a backward pass, the gradients. Fresh memory is NaN, so that nothing unwritten passes."""
+    device = device or at.device
+    shares: dict[str, float] = {}
+    backward = False
+    for text in (0, at.text):
+        plan = plan_of_rule(at.grid, text, block, holds.rule, at.heads).to(device)
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (1, at.heads, plan.tokens, holds.dim)
+        inputs = [
+            torch.randn(shape, generator=generator, device=device).to(DTYPES[holds.dtype])
+            for _ in range(3)
+        ]
+        reasons = unsupported(holds.kernel, facts_of(*inputs, plan, grad=False))
+        if reasons:
+            raise Skipped("; ".join(reasons))
+        backward = not unsupported(holds.kernel, facts_of(*inputs, plan, grad=True))
+        with poisoned():
+            for name, share in _held(holds, plan, inputs, backward).items():
+                shares[name] = max(share, shares.get(name, 0.0))
+    worst = max(shares.values())
+    said = f"at most {worst:.2f} of the error that is allowed"
+    return {"shares": shares, "backward": backward, "says": said}
+
+
+def _held(holds: Kind, plan: Plan, inputs: list[Tensor], backward: bool) -> dict[str, float]:
+    def by(kernel: str) -> Callable[..., Tensor]:
+        return lambda q, k, v: run(q, k, v, plan, scale=holds.dim**-0.5, kernel=kernel)
+
+    try:
+        return hold(holds.kernel, by(holds.kernel), by("reference"), inputs, backward)
+    except ParityFailed as error:
+        raise Failed(str(error), fails=error.what) from error
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of each operation without a deterministic form
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def plan_of_rule(grid: tuple[int, int, int], text: int, block: int, rule: str, heads: int) -> Plan:
+    """A plan on the CPU with padding, tokens out of order, and one of RULES."""
+    g = torch.Generator().manual_seed(block)
+    video = math.prod(grid)
+    shuffled = rule != "windows"  # of tokens in order, windows leave something out
+    order = torch.randperm(video, generator=g) if shuffled else torch.arange(video)
+    words = _padded(torch.arange(video, video + text), block)
+    slots = torch.cat([_padded(order, block), words])
+    S = len(slots)
+    blocks = S // block
+    keep = torch.rand(1, heads, blocks, blocks, generator=g) < KEPT
+    keep |= torch.eye(blocks, dtype=torch.bool)
+    real = slots >= 0
+    if rule == "windows":
+        windows = _windows(grid, slots, len(words))
+        return Plan(slots, windows.touched(real, block, block)[None, None], block, block, windows)
+    if rule == "route":
+        group = torch.arange(blocks) // 2
+        picks = torch.rand(1, heads, S, int(group[-1]) + 1, generator=g) < KEPT
+        route = Route(picks, group, block)
+        return Plan(slots, route.touched(real, block, block), block, block, route)
+    gain = None
+    if rule == "gain":
+        gain = 0.3 + 0.7 * torch.rand(1, 1, blocks, blocks, generator=g)
+    return Plan(slots, keep, block, block, gain=gain)
+
+
+def _padded(tokens: Tensor, block: int) -> Tensor:
+    return torch.nn.functional.pad(tokens, (0, -len(tokens) % block), value=-1)
+
+
+def _windows(grid: tuple[int, int, int], slots: Tensor, words: int) -> Windows:
+    """Around each token of the video; the last `words` slots are of the text."""
+    video = math.prod(grid)
+    sides = torch.stack(torch.unravel_index(slots.clamp(0, video - 1), grid)).int()
+    near = torch.tensor(NEAR, dtype=torch.int32)[:, None]
+    every = torch.arange(len(slots))
+    free = every >= len(slots) - words
+    rule = Windows(sides - near, sides + near, sides, free, torch.zeros_like(slots))
+    seen = (rule.allows(every[:, None], every) & (slots >= 0)).sum(1)
+    return replace(rule, seen=seen)
+
+
+def another_device(at: Setting) -> Line:
+    """On cuda:1, while cuda:0 is the current device."""
+
+    def measured() -> dict[str, Any]:
+        if torch.cuda.device_count() < 2:
+            raise Skipped("there is one GPU, or none")
+        holds = Kind("triton", "bf16", at.dims[0], "none", True)
+        return parity(at, holds, at.blocks[0], torch.device("cuda:1"))
+
+    return Line("tensors on cuda:1", 30.0, measured)
+
+
+def autocast_step(at: Setting) -> Line:
+    """The trainer's own step of a LoRA, its gradients held to those by the reference."""
+
+    def measured() -> dict[str, Any]:
+        if find_spec("peft") is None:
+            raise Skipped('needs peft: pip install "gen_accel[train]"')
+        args, dtype = trained(at, layers=2), torch.bfloat16
+        method = METHODS["radial"](**(FEW["radial"] if at.dry else {"decay_factor": 0.2}))
+        error = training.parity(training.build(args, dtype), method, args, dtype)
+        said = f"the worst gradient is off by {error:.1e} of the largest"
+        if not error <= training.TOLERANCE[dtype]:
+            raise Failed(f"{said}, allowed are {training.TOLERANCE[dtype]:.0e}")
+        return {"worst_gradient_error": error, "says": said}
+
+    return Line("training step under autocast", 60.0, measured)
+
+
+def trained(at: Setting, layers: int | None = None) -> Namespace:
+    """What `training` is told: Wan 1.3B, or the demo's model on a few tokens."""
+    if at.dry:
+        return Namespace(model="demo", device=at.device, layers=None, picture=(4, 4), rounds=1)
+    return Namespace(model="1.3b", device=at.device, layers=layers, picture=None, rounds=2)
+
+
+def graphs(at: Setting) -> Iterator[Line]:
+    """A call of each method, captured once and replayed on other inputs."""
+    how = at.how("forward")
+    for case in at.goals():
+        few = case._replace(heads=min(case.heads, at.heads))
+        name = f"graph of {brief(case.method)} on {case.video}"
+        yield Line(name, 40.0, partial(_graph, few, how), partial(_needs, few, how))
+
+
+def _needs(case: Case, how: How) -> list[Kind]:
+    return [kind(case, how)]
+
+
+@torch.no_grad()
+def _graph(case: Case, how: How) -> dict[str, Any]:
+    first, other = drawn(case, how), drawn(case, how._replace(seed=1))
+    attend = call(case.video, case.method, "auto", first[0])
+    replay = captured(attend, first)
+    error, largest = 0.0, 0.0
+    for given in (other, first):
+        wanted = attend(*given)
+        error = max(error, (replay(*given) - wanted).abs().max().item())
+        largest = max(largest, wanted.abs().max().item())
+    if not error <= torch.finfo(first[0].dtype).eps * largest:
+        raise Failed(f"replayed on other inputs it is off by {error:.1e} of {largest:.1e}")
+    return {"error": error, "says": "replayed on other inputs it is the same"}
+
+
+def captured(attend: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[..., Tensor]:
+    """A CUDA graph of the call, to be run on inputs of the same shapes; on a CPU the call."""
+    if inputs[0].device.type != "cuda":
+        return attend
+    static = [x.clone() for x in inputs]
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            attend(*static)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(*static)
+
+    def replay(*given: Tensor) -> Tensor:
+        for place, x in zip(static, given, strict=True):
+            place.copy_(x)
+        graph.replay()
+        return out.clone()
+
+    return replay
