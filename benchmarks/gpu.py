@@ -10,6 +10,7 @@ says what the stages are and what to do with the file.
 """
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -37,6 +38,8 @@ def main() -> int:
     if not (args.dry_run or torch.cuda.is_available()):
         print("torch finds no CUDA device; --dry-run walks through all stages on the CPU")
         return 2
+    if args.dry_run:
+        torch.set_num_threads(1)  # more only get into each other's way at such sizes
     signal.signal(signal.SIGTERM, _stop)
     return measured(args, torch.device("cpu" if args.dry_run else "cuda"), start)
 
@@ -63,18 +66,20 @@ def measured(args: argparse.Namespace, device: Any, start: float) -> int:
     path = args.out or place(made_on["card"], dry=args.dry_run)
     left = 60 * args.minutes - (time.monotonic() - start)
     say = partial(print, flush=True)
+    named = stages(setting(device, dry=args.dry_run), max(1.0, args.minutes / MINUTES))
+    gc.freeze()  # what is imported is no garbage: collections between lines need not look
     ledger = Ledger(path, made_on, left, recover=partial(recover, device), say=say)
     print(f"{made_on['card']}, torch {made_on['torch']}, results in {path}")
     if args.resume:
         print(ledger.take_up())
-    at = setting(device, dry=args.dry_run)
     try:
-        ledger.run(stages(at, max(1.0, args.minutes / MINUTES)))
+        ledger.run(named)
     except KeyboardInterrupt:
         print("stopped; --resume goes on from here")
     except DeviceLost as error:
         print(f"the device is lost: {error}")
-        again(args, path, ledger.left)
+        again(path, ledger.left)
+    gc.unfreeze()
     print(ledger.table())
     print(f"results in {path}")
     return 0
@@ -141,8 +146,6 @@ def stages(at: Any, stretch: float) -> list[Any]:
 
 def recover(device: Any) -> str:
     """Give back what a line that failed held; why nothing more can run, or empty."""
-    import gc
-
     import torch
 
     gc.collect()
@@ -156,7 +159,7 @@ def recover(device: Any) -> str:
     return ""
 
 
-def again(args: argparse.Namespace, path: Path, left: float) -> None:
+def again(path: Path, left: float) -> None:
     """Go on in the place of this process, whose device is lost, with what is left of the time."""
     if left <= 0:
         return

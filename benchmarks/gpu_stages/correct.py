@@ -67,7 +67,7 @@ def parity(at: Setting, holds: Kind, block: int, device: torch.device | None = N
     device = device or at.device
     shares: dict[str, float] = {}
     backward = False
-    for text in (0, at.text):
+    for text in at.texts:
         plan = plan_of_rule(at.grid, text, block, holds.rule, at.heads).to(device)
         generator = torch.Generator(device).manual_seed(0)
         shape = (1, at.heads, plan.tokens, holds.dim)

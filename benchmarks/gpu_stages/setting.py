@@ -35,7 +35,7 @@ class Setting:
     Args:
         dry: whether it walks through all stages at tiny sizes.
         grid: of the plans that parity is held on, in tokens.
-        text: of the other half of them.
+        texts: after them, one plan each.
         dims: of a head; the first is that of the goals.
         blocks: slots of a query and of a key block.
         held: the kernels that parity is held of.
@@ -47,7 +47,7 @@ class Setting:
     device: torch.device
     dry: bool
     grid: tuple[int, int, int]
-    text: int
+    texts: tuple[int, ...]
     dims: tuple[int, ...]
     blocks: tuple[int, ...]
     held: tuple[str, ...]
@@ -79,7 +79,7 @@ class Setting:
 def setting(device: torch.device, *, dry: bool) -> Setting:
     """Of this machine: the kernels that run there."""
     if dry:
-        sizes = (2, 3, 4), 5, (16,), (16, 32, 14)
+        sizes = (2, 3, 4), (5,), (16,), (16, 32, 14)
         return Setting(device, dry, *sizes, ("triton", "gather"), ("triton",), 1, 1)
     held = tuple(
         name
@@ -87,7 +87,7 @@ def setting(device: torch.device, *, dry: bool) -> Setting:
         if name != "reference" and not refusals(name, device, torch.bfloat16)
     )
     timed = tuple(name for name in held if name not in TORCH_ALONE)
-    return Setting(device, dry, (8, 14, 18), 30, (128, 64), (128, 64, 56), held, timed, 10, 2)
+    return Setting(device, dry, (8, 14, 18), (0, 30), (128, 64), (128, 64, 56), held, timed, 10, 2)
 
 
 def kind(case: Case, how: How) -> Kind:
