@@ -98,10 +98,10 @@ CUDA_REST = (
 )
 # The longer clips that the methods are for: minutes each, so they come last.
 LONG_CASES = (
-    Case(VideoShape(21, 45, 80), 40, Radial()),
     Case(VideoShape(81, 30, 52), 12, Radial()),
-    Case(VideoShape(120, 48, 80), 24, Radial()),
+    Case(VideoShape(21, 45, 80), 40, Radial()),
     Case(VideoShape(81, 45, 80), 40, Radial()),
+    Case(VideoShape(120, 48, 80), 24, Radial()),
 )
 
 # 4k to 16k tokens on 12 x 12 frames, at a density of about 0.1 and at the methods' defaults; of

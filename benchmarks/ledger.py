@@ -279,15 +279,16 @@ class Ledger:
 
 def _lines(stage: Stage) -> Iterator[Line]:
     """Those of a stage; what goes wrong in making them is a line that fails."""
-    made = iter(stage.lines())
+    made: Iterator[Line] | None = None
     while True:
         try:
-            yield next(made)
+            made = iter(stage.lines()) if made is None else made
+            line = next(made)
         except StopIteration:
             return
         except Exception as error:
-            yield Line("making its lines", 1.0, _raising(error))
-            return
+            line, made = Line("making its lines", 1.0, _raising(error)), iter(())
+        yield line
 
 
 def _raising(error: Exception) -> Callable[[], dict[str, Any]]:

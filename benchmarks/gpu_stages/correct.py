@@ -26,7 +26,7 @@ from .setting import COMPILES, FEW, Setting, kind
 
 RULES = ("none", "windows", "route", "gain")
 KEPT = 0.4  # share of the block pairs, and of the picks
-NEAR = (2, 4, 5)  # frames, rows and columns of a window to each side
+NEAR = 4  # windows reach this part of the grid to each side
 
 
 def first_parity(at: Setting) -> Iterator[Line]:
@@ -144,7 +144,7 @@ def _windows(grid: tuple[int, int, int], slots: Tensor, words: int) -> Windows:
     """Around each token of the video; the last `words` slots are of the text."""
     video = math.prod(grid)
     sides = torch.stack(torch.unravel_index(slots.clamp(0, video - 1), grid)).int()
-    near = torch.tensor(NEAR, dtype=torch.int32)[:, None]
+    near = torch.tensor(grid, dtype=torch.int32)[:, None] // NEAR
     every = torch.arange(len(slots))
     free = every >= len(slots) - words
     rule = Windows(sides - near, sides + near, sides, free, torch.zeros_like(slots))
