@@ -41,7 +41,7 @@ def main() -> int:
     if args.dry_run:
         torch.set_num_threads(1)  # more only get into each other's way at such sizes
     signal.signal(signal.SIGTERM, _stop)
-    return measured(args, torch.device("cpu" if args.dry_run else "cuda"), start)
+    return measured(args, torch.device("cpu") if args.dry_run else torch.device("cuda", 0), start)
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -68,11 +68,19 @@ def measured(args: argparse.Namespace, device: Any, start: float) -> int:
     say = partial(print, flush=True)
     named = stages(setting(device, dry=args.dry_run), max(1.0, args.minutes / MINUTES))
     gc.freeze()  # what is imported is no garbage: collections between lines need not look
-    ledger = Ledger(path, made_on, left, recover=partial(recover, device), say=say)
+    ledger = Ledger(
+        path,
+        made_on,
+        left,
+        recover=partial(recover, device),
+        stuck=lambda: again(path, ledger.left),
+        say=say,
+    )
     print(f"{made_on['card']}, torch {made_on['torch']}, results in {path}")
     if args.resume:
         print(ledger.take_up())
     try:
+        ledger.write()
         ledger.run(named)
     except KeyboardInterrupt:
         print("stopped; --resume goes on from here")
@@ -160,11 +168,9 @@ def recover(device: Any) -> str:
 
 
 def again(path: Path, left: float) -> None:
-    """Go on in the place of this process, whose device is lost, with what is left of the time."""
-    if left <= 0:
-        return
-    print("starting anew after that line", flush=True)
-    command = [sys.executable, __file__, "--resume", "--minutes", f"{left / 60:.3f}"]
+    """Go on in the place of this process, which can do no more, with what is left of the time."""
+    print("\nstarting anew after that line", flush=True)
+    command = [sys.executable, __file__, "--resume", "--minutes", f"{max(left, 1) / 60:.3f}"]
     os.execv(sys.executable, [*command, "--out", str(path)])
 
 

@@ -7,6 +7,7 @@ that was cut off had is kept, and taken up by the next one on the same machine a
 import json
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from gen_accel.files import write_json
 DONE, FAILED, REFUSED, SKIPPED, RUNNING = "done", "failed", "refused", "skipped", "running"
 KEPT = (DONE, FAILED)  # what a later run need not do again
 TRIES = 2  # of a line during which the process ended
+GRACE = 60.0  # seconds beyond its cap, after which a line is stuck where Python does not run
 TRACE = 4000  # characters of a traceback that are kept
 
 
@@ -83,6 +85,10 @@ class Skipped(Exception):
     """Why a line cannot be measured here."""
 
 
+class _Refused(Exception):
+    """A parity that the line needs has failed."""
+
+
 class OverCap(BaseException):
     """A line took longer than it may. No Exception, so that nobody else's handler takes it."""
 
@@ -121,6 +127,7 @@ class Ledger:
         made_on: what figures depend on: card, versions, revision of the source.
         seconds: the budget of the run.
         recover: called after a failure; says why nothing more can run, or "".
+        stuck: called from another thread when a line is; has to end the process.
         say: prints, with `end=`.
     """
 
@@ -131,13 +138,14 @@ class Ledger:
         seconds: float,
         *,
         recover: Callable[[], str] = lambda: "",
+        stuck: Callable[[], None] = lambda: None,
         say: Callable[..., None] = print,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.path, self.made_on, self.seconds = path, made_on, seconds
         self.records: dict[tuple[str, str], dict[str, Any]] = {}
         self.taken_up = 0
-        self._recover, self._say, self._clock = recover, say, clock
+        self._recover, self._stuck, self._say, self._clock = recover, stuck, say, clock
         self._start = clock()
 
     @property
@@ -193,9 +201,8 @@ class Ledger:
 
     def _one(self, stage: Stage, line: Line, of_stage: float) -> None:
         started = f"[{self.seconds - self.left:6.1f} s] {stage.name}: {line.name}: "
-        status, reason = self._why_not(line, of_stage)
-        if reason:
-            self._record(stage, line, status, 0.0, {"reason": reason})
+        if reason := self._too_little(line, of_stage):
+            self._record(stage, line, SKIPPED, 0.0, {"reason": reason})
             self._say(started + reason)
             return
         tries = self.records.get((stage.name, line.name), {}).get("tries", 0)
@@ -204,7 +211,8 @@ class Ledger:
         start = self._clock()
         said = ""
         try:
-            with capped(line.cap):
+            with self._watched(stage, line), capped(line.cap):
+                self._check_needs(line)
                 result = line.run()
             said = result.pop("says", "")
             found = {"status": DONE, "result": result}
@@ -214,6 +222,8 @@ class Ledger:
             raise
         except Skipped as error:
             found = {"status": SKIPPED, "reason": str(error)}
+        except _Refused as error:
+            found = {"status": REFUSED, "reason": str(error)}
         except (Exception, OverCap) as error:
             found = _failure(error)
         seconds = self._clock() - start
@@ -224,15 +234,35 @@ class Ledger:
         if lost:
             raise DeviceLost(lost)
 
-    def _why_not(self, line: Line, of_stage: float) -> tuple[str, str]:
-        """Too little is left of the budget, or a parity that it needs has failed; else empty."""
+    def _too_little(self, line: Line, of_stage: float) -> str:
+        """Of the budget, in words; empty where there is enough."""
         for left, whose in ((of_stage, "stage"), (self.left, "run")):
             if left < line.cap:
-                left = max(left, 0.0)
-                return SKIPPED, f"may take {line.cap:.3g} s, {left:.3g} s of the {whose} are left"
-        if not any("fails" in record for record in self._all()):  # asking for needs costs time
-            return "", ""
-        return REFUSED, next(filter(None, map(self.refusal, line.needs())), "")
+                return f"may take {line.cap:.3g} s, {max(left, 0):.3g} s of the {whose} are left"
+        return ""
+
+    @contextmanager
+    def _watched(self, stage: Stage, line: Line) -> Iterator[None]:
+        """Give a line up that no alarm ends, as a kernel that never comes back."""
+
+        def give_up() -> None:
+            reason = f"stuck {GRACE:.3g} s after its cap"
+            self._record(stage, line, FAILED, line.cap + GRACE, {"reason": reason})
+            self._stuck()
+
+        watch = threading.Timer(line.cap + GRACE, give_up)
+        watch.daemon = True
+        watch.start()
+        try:
+            yield
+        finally:
+            watch.cancel()
+
+    def _check_needs(self, line: Line) -> None:
+        if any("fails" in record for record in self._all()):  # asking for needs costs time
+            reason = next(filter(None, map(self.refusal, line.needs())), "")
+            if reason:
+                raise _Refused(reason)
 
     def refusal(self, kind: Kind) -> str:
         """Which parity speaks against timing this; empty where none does.

@@ -5,7 +5,9 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +39,7 @@ def ledger(imported):
 @pytest.fixture
 def new(ledger, tmp_path):
     """A ledger whose clock is `time` and whose words are in `said`."""
-    world = SimpleNamespace(time=0.0, said=[], lost="")
+    world = SimpleNamespace(time=0.0, said=[], lost="", stuck=lambda: None)
 
     def make(seconds=100.0, card=CARD):
         made = ledger.Ledger(
@@ -45,6 +47,7 @@ def new(ledger, tmp_path):
             card,
             seconds,
             recover=lambda: world.lost,
+            stuck=lambda: world.stuck(),
             say=lambda *words, end="\n": world.said.append(" ".join(words)),
             clock=lambda: world.time,
         )
@@ -211,6 +214,25 @@ def test_after_a_line_that_breaks_the_device_nothing_runs(ledger, new):
     assert statuses(later) == {"breaks": "failed", "next": "done"}
 
 
+def test_a_line_that_no_alarm_ends_is_given_up(ledger, new, monkeypatch):
+    monkeypatch.setattr(ledger, "GRACE", 0.05)
+    monkeypatch.setattr(ledger, "capped", lambda seconds: nullcontext())
+    made, world = new()
+    given_up = threading.Event()
+    world.stuck = given_up.set
+
+    def deaf():
+        assert given_up.wait(30)
+        record = json.loads(made.path.read_text())["lines"][0]
+        return {"then": [record["status"], record["reason"]]}
+
+    made.run([stage(ledger, one(ledger, run=deaf, cap=0.05))])
+    assert made.records["a stage", "a line"]["result"]["then"] == [
+        "failed",
+        "stuck 0.05 s after its cap",
+    ]
+
+
 @pytest.mark.parametrize(
     ("fails", "refused"),
     [("output", {"forward", "both", "tuned"}), ("gradient", {"both", "tuned"})],
@@ -229,9 +251,10 @@ def test_what_fails_parity_is_not_timed_on_such_plans(ledger, new, fails, refuse
     }
     lines = [one(ledger, name, needs=lambda k=k: [k]) for name, k in kinds.items()]
     lines.append(one(ledger, "tuned", needs=lambda: [kinds["another rule"], kind]))
+    lines.append(one(ledger, "unknown", needs=raising(LookupError("no such kernel"))))
     made.run([stage(ledger, parity, *lines)])
     found = statuses(made)
-    assert found.pop("parity") == "failed"
+    assert [found.pop(name) for name in ("parity", "unknown")] == ["failed", "failed"]
     assert {name for name, status in found.items() if status == "refused"} == refused
     assert set(found.values()) == {"refused", "done"}
     assert made.records["a stage", "both"]["reason"] == "not timed: errs by 1"
@@ -244,8 +267,7 @@ def test_what_fails_parity_is_not_timed_on_such_plans(ledger, new, fails, refuse
 @pytest.mark.parametrize("rule", ["none", "windows", "route", "gain"])
 @pytest.mark.parametrize("text", [0, 5])
 def test_plans_of_parity_have_their_rule_padding_and_text(imported, rule, text):
-    correct = imported("gpu_stages.correct")
-    plan = correct.plan_of_rule((3, 4, 6), text, 14, rule, 2)
+    plan = imported("gpu_stages.plans").plan_of_rule((3, 4, 6), text, 14, rule, 2)
     assert plan.tokens == 3 * 4 * 6 + text
     assert not plan.real.all()
     seen = reference.pairs(plan) & plan.real[:, None]
@@ -261,6 +283,7 @@ def test_plans_of_parity_have_their_rule_padding_and_text(imported, rule, text):
         assert seen[..., words][..., plan.real, :].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", ["output", "gradient"])
 def test_parity_sees_a_kernel_that_is_wrong(imported, monkeypatch, fails):
     correct, setting = imported("gpu_stages.correct"), imported("gpu_stages.setting")
@@ -281,6 +304,7 @@ def test_parity_sees_a_kernel_that_is_wrong(imported, monkeypatch, fails):
     assert caught.value.fails == fails
 
 
+@pytest.mark.slow
 def test_all_of_what_parity_promises_is_held_once(imported):
     correct, setting = imported("gpu_stages.correct"), imported("gpu_stages.setting")
     kernels = ("triton", "flex")
@@ -309,9 +333,11 @@ def test_a_dense_attention_that_throws_is_left_out_with_its_reason(imported):
     dense = imported("dense")
     q = torch.randn(1, 1, 8, 4)
     found = dense.baselines(q.device) | {"broken": dense.Baseline(raising_call)}
+    found["FA4"] = dense.Baseline(raising_call, lambda: dense._activated("FA4"))
     runs, reasons = dense.tried(found, [q, q, q], True)
     assert list(runs) == ["SDPA"]
-    assert reasons == {"broken": "KeyError: 'anything'"}
+    assert reasons["broken"] == "KeyError: 'anything'"
+    assert reasons["FA4"].split(":")[0] in ("ModuleNotFoundError", "ImportError")
     assert dense.best([q, q, q], True)[0] == "SDPA"
 
 
@@ -341,6 +367,24 @@ def test_outcomes_of_tests_are_counted_also_when_they_were_cut_off(imported):
         suite.summed_up("no module named pytest\n", False)
 
 
+def test_clocks_are_those_that_nvidia_smi_says(imported, tmp_path, monkeypatch):
+    machine, skipped = imported("gpu_stages.machine"), imported("ledger").Skipped
+    monkeypatch.setenv("PATH", str(tmp_path))
+    line = machine.clocks("clocks")
+    with pytest.raises(skipped, match="nvidia-smi is not there"):
+        line.run()
+    said = ", ".join(f"{name} said" for name in machine.QUERY)
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '{said}'\n")
+    tool.chmod(0o755)
+    found = line.run()
+    assert found["cards"] == [{name: f"{name} said" for name in machine.QUERY}]
+    assert found["says"] == "clocks.sm said"
+    tool.write_text("#!/bin/sh\necho 'no driver' >&2\nexit 9\n")
+    with pytest.raises(skipped, match="nvidia-smi says: no driver"):
+        line.run()
+
+
 def test_the_file_is_named_after_the_card(imported):
     machine = imported("gpu_stages.machine")
     assert machine.slug("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3"
@@ -354,6 +398,36 @@ def test_a_changed_source_is_another_revision(imported, tmp_path):
     before = machine.revision(tmp_path)
     file.write_text("x = 2")
     assert machine.revision(tmp_path) != before
+
+
+def test_events_are_read_in_turn_after_flushes_that_let_the_host_go_ahead(imported, monkeypatch):
+    clock = imported("clock")
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.place = len(done)
+
+        def elapsed_time(self, end):
+            return float(end.place - self.place)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    properties = SimpleNamespace(L2_cache_size=1 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(clock, "_leads", lambda calls, other, device: dict.fromkeys(calls, 2))
+    flushes = []
+    zero = torch.Tensor.zero_
+    monkeypatch.setattr(torch.Tensor, "zero_", lambda x: (flushes.append(len(done)), zero(x))[1])
+    calls = {"a": lambda: done.append("a"), "b": lambda: done.extend("bb")}
+    whole = {"a": [0.001] * 3, "b": [1.0] * 3}
+    found = clock._by_events(calls, whole, torch.device("cpu"))
+    assert found == {"a": [0.001] * 3, "b": [0.002] * 3}
+    assert done == [*"abb"] * 3
+    assert flushes == [0, 0, 1, 3, 3, 4, 6, 6, 7]
 
 
 @pytest.mark.gpu

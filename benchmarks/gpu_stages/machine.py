@@ -1,5 +1,6 @@
 """What figures depend on: the card, its clocks, the versions and the source."""
 
+import gc
 import hashlib
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from .setting import Setting
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ("gen_accel/**/*.py", "gen_accel/**/*.cpp", "gen_accel/**/*.h", "benchmarks/**/*.py")
-OTHERS = ("triton", "flash-attn-4", "flash-attn", "natten", "xformers", "nvidia-cudnn-cu12")
+OTHERS = ("triton", "flash-attn-4", "flash-attn", "natten", "xformers")
 QUERY = (
     *("name", "driver_version", "pstate", "temperature.gpu", "power.draw", "power.limit"),
     *("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem"),
@@ -33,6 +34,7 @@ def made_on(device: torch.device, *, dry: bool) -> dict[str, Any]:
         "card": device_name(device),
         "dry_run": dry,
         "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
         **versions,
         "revision": revision(ROOT),
     }
@@ -57,6 +59,13 @@ def lines(at: Setting) -> Iterator[Line]:
     yield Line("versions", 10.0, partial(_versions, at))
     yield clocks("clocks at rest")
     yield Line("doctor", 15.0, _doctor)
+
+
+def cleared(device: torch.device) -> None:
+    """Give back what the line before held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def clocks(name: str) -> Line:

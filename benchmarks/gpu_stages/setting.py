@@ -96,7 +96,8 @@ def kind(case: Case, how: How) -> Kind:
     inputs = drawn(few, how)
     plan, backward = planned(few, inputs), how.direction == "both"
     facts = facts_of(*inputs, plan, grad=backward)
-    rule = "gain" if facts.gain else {"blocks": "none"}.get(facts.pattern, facts.pattern)
+    rule = "none" if facts.pattern == "blocks" else facts.pattern
+    rule = "gain" if facts.gain else rule
     names = how.kernels or [name for name in preference(facts) if not unsupported(name, facts)]
     return Kind(names[0], how.dtype, how.dim, rule, backward)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ledger import Failed, Line, Skipped
 
-from .machine import ROOT
+from .machine import ROOT, cleared
 from .setting import Setting
 
 TRITON = "tests/kernels/test_triton.py"
@@ -22,20 +22,21 @@ OUTCOME = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.M)
 
 def lines(at: Setting) -> Iterator[Line]:
     if at.dry:
-        yield _line("tests of values", ["--noconftest", "tests/test_values.py"], 60.0)
+        yield _line(at, "tests of values", ["--noconftest", "tests/test_values.py"], 60.0)
         return
-    yield _line("tests marked gpu", ["tests", "-m", "gpu"], 150.0)
-    yield _line("Triton tests", [TRITON], 240.0)
+    yield _line(at, "tests marked gpu", ["tests", "-m", "gpu"], 150.0)
+    yield _line(at, "Triton tests", [TRITON], 240.0)
 
 
-def _line(name: str, arguments: Sequence[str], cap: float) -> Line:
-    return Line(name, cap, partial(_tests, arguments, cap - SPARE))
+def _line(at: Setting, name: str, arguments: Sequence[str], cap: float) -> Line:
+    return Line(name, cap, partial(_tests, at, arguments, cap - SPARE))
 
 
-def _tests(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
+def _tests(at: Setting, arguments: Sequence[str], seconds: float) -> dict[str, Any]:
     """How many passed and which failed, of those that were done in time."""
     if find_spec("pytest") is None or not (ROOT / "tests").is_dir():
         raise Skipped("needs pytest and the tests of a checkout")
+    cleared(at.device)  # the memory is theirs now
     command = [
         sys.executable,
         "-m",
