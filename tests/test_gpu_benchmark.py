@@ -283,6 +283,12 @@ def test_plans_of_parity_have_their_rule_padding_and_text(imported, rule, text):
         assert seen[..., words][..., plan.real, :].all()
 
 
+def test_windows_are_also_held_on_plans_of_the_method(imported):
+    plan = imported("gpu_stages.plans").plan_of_rule((3, 4, 6), 5, 0, "windows", 2)
+    assert plan.tokens == 3 * 4 * 6 + 5
+    assert plan.partial.seen[plan.slots == 0].item() == 2 * 2 * 3 + 5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fails", ["output", "gradient"])
 def test_parity_sees_a_kernel_that_is_wrong(imported, monkeypatch, fails):
@@ -316,7 +322,7 @@ def test_all_of_what_parity_promises_is_held_once(imported):
     assert first[0].name == "triton bf16 D128 blocks of 128 none"
     assert sum(line.holds.kernel == "flex" for line in first) == 2
     names = [line.name for line in (*first, *rest)]
-    assert len(set(names)) == len(names) == 2 * 2 * 2 * 3 * 4
+    assert len(set(names)) == len(names) == 2 * 2 * 2 * (3 * 4 + 1)
 
 
 def test_goals_are_of_every_method_that_there_is(imported, monkeypatch):

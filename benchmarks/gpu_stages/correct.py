@@ -20,13 +20,13 @@ from gen_accel.attention_processors import METHODS
 from gen_accel.kernels import facts_of, run, unsupported
 from gen_accel.plan import Plan
 
-from .plans import RULES, plan_of_rule
+from .plans import OF_METHOD, RULES, plan_of_rule
 from .setting import COMPILES, FEW, Setting, kind
 
 
 def first_parity(at: Setting) -> Iterator[Line]:
     """In bf16 at the head dim of the goals."""
-    for block, rule, kernel in itertools.product(at.blocks, RULES, at.held):
+    for block, rule, kernel in _plans(at):
         if not _waits(at, block, rule, kernel):
             yield parity_line(at, kernel, "bf16", at.dims[0], block, rule)
 
@@ -35,13 +35,18 @@ def other_parity(at: Setting) -> Iterator[Line]:
     """All the rest; of a dry run a sample."""
     rest = [
         (kernel, dtype, dim, block, rule)
-        for dtype, dim, block, rule, kernel in itertools.product(
-            ("bf16", "fp16"), at.dims, at.blocks, RULES, at.held
-        )
+        for dtype, dim in itertools.product(("bf16", "fp16"), at.dims)
+        for block, rule, kernel in _plans(at)
         if (dtype, dim) != ("bf16", at.dims[0]) or _waits(at, block, rule, kernel)
     ]
     for one in rest[:: 7 if at.dry else 1]:
         yield parity_line(at, *one)
+
+
+def _plans(at: Setting) -> list[tuple[int, str, str]]:
+    """Blocks, rule and kernel."""
+    every = [*itertools.product(at.blocks, RULES), (OF_METHOD, "windows")]
+    return [(*one, kernel) for one in every for kernel in at.held]
 
 
 def _waits(at: Setting, block: int, rule: str, kernel: str) -> bool:
@@ -50,7 +55,8 @@ def _waits(at: Setting, block: int, rule: str, kernel: str) -> bool:
 
 
 def parity_line(at: Setting, kernel: str, dtype: str, dim: int, block: int, rule: str) -> Line:
-    name = f"{kernel} {dtype} D{dim} blocks of {block} {rule}"
+    blocks = "Neighborhood's" if block == OF_METHOD else f"blocks of {block}"
+    name = f"{kernel} {dtype} D{dim} {blocks} {rule}"
     holds = Kind(kernel, dtype, dim, rule, True)
     cap = 60.0 if kernel in COMPILES else 25.0
     return Line(name, cap, partial(parity, at, holds, block), holds=holds)

@@ -6,15 +6,25 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gen_accel import Neighborhood, VideoShape
 from gen_accel.plan import Plan, Route, Windows
 
+OF_METHOD = 0  # in the place of a block's size: the plan is one of Neighborhood's
 RULES = ("none", "windows", "route", "gain")
 KEPT = 0.4  # share of the block pairs, and of the picks
 NEAR = 4  # windows reach this part of the grid to each side
 
 
 def plan_of_rule(grid: tuple[int, int, int], text: int, block: int, rule: str, heads: int) -> Plan:
-    """A plan on the CPU with padding, tokens out of order, and one of RULES."""
+    """A plan on the CPU with padding, tokens out of order, and one of RULES.
+
+    Args:
+        block: slots of a query and of a key block, or OF_METHOD.
+    """
+    if block == OF_METHOD:
+        half = [max(2, size // 2) for size in grid]
+        window = Neighborhood((half[0], half[1], half[2]))
+        return window.plan(VideoShape(*grid, text=text))
     g = torch.Generator().manual_seed(block)
     video = math.prod(grid)
     shuffled = rule != "windows"  # of tokens in order, windows leave something out
