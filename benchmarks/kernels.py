@@ -372,9 +372,10 @@ def write_page() -> None:
         ]
         if not rows:
             continue
+        threads = f"{report['threads']} threads, " if report["threads"] else ""
         measured |= {row["dense_kernel"] for row in rows}
         parts.append(
-            f"## {report['device']}, {path.stem}\n\n{report['threads']} threads, "
+            f"## {report['device']}, {path.stem}\n\n{threads}"
             f"torch {report['torch']}, medians of {report['rounds']} rounds, "
             f"[results/{path.name}](../benchmarks/results/{path.name}).\n\n" + _table(rows)
         )
@@ -387,12 +388,12 @@ def write_page() -> None:
 
 
 def _as_report(report: dict) -> dict:
-    """What gpu.py wrote, in the form of what this file writes."""
+    """What gpu.py wrote, in the form of what this file writes; of two lines of a name the later
+    one, which is the tuned one."""
     if "lines" not in report:
         return report
     known = {line["name"]: line.get("result", {}) for line in report["lines"]}
-    head = {"threads": None, "rounds": 10} | known.get("versions", {})
-    made_on = report["made_on"]
+    head, made_on = {"threads": None, "rounds": "up to 10"}, report["made_on"]
     rows = [] if made_on["dry_run"] else [*known.values()]
     return head | {"device": made_on["card"], "torch": made_on["torch"], "rows": rows}
 

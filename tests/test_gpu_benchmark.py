@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,10 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.forked import Forked
 from support.paths import ROOT
 
-from gen_accel import Radial
+from gen_accel import Radial, VideoShape
 from gen_accel.kernels import reference
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -325,6 +325,24 @@ def test_all_of_what_parity_promises_is_held_once(imported):
     assert len(set(names)) == len(names) == 2 * 2 * 2 * (3 * 4 + 1)
 
 
+@pytest.mark.slow
+def test_every_line_fits_into_its_stage_and_has_a_name_of_its_own(imported):
+    gpu, setting = imported("gpu"), imported("gpu_stages.setting")
+    kernels = ("triton", "flex", "gather")
+    sizes = (8, 14, 18), (0, 30), (128, 64), (128, 64, 56)
+    at = setting.Setting(torch.device("cpu"), False, *sizes, kernels, kernels[:2], 10, 2)
+    found = gpu.stages(at, 1.0)
+    for stage in found:
+        lines = list(stage.lines())
+        assert len({line.name for line in lines}) == len(lines) > 0
+        assert max(line.cap for line in lines) <= stage.cap
+    goals = next(place for place, stage in enumerate(found) if "both" in stage.name)
+    assert sum(stage.cap for stage in found[: goals + 1]) == pytest.approx(
+        60 * gpu.MINUTES, abs=30
+    )
+    assert [stage.cap for stage in gpu.stages(at, 2.0)] == [2 * stage.cap for stage in found]
+
+
 def test_goals_are_of_every_method_that_there_is(imported, monkeypatch):
     kernels = imported("kernels")
     timed = {type(case.method) for case in kernels.goals()}
@@ -349,6 +367,31 @@ def test_a_dense_attention_that_throws_is_left_out_with_its_reason(imported):
 
 def raising_call(q, k, v):
     raise KeyError("anything")
+
+
+def test_the_page_on_performance_has_what_was_measured_and_nothing_of_a_dry_run(
+    imported, ledger, tmp_path, monkeypatch
+):
+    kernels = imported("kernels")
+    monkeypatch.setattr(kernels, "PAGE", tmp_path / "performance.md")
+    monkeypatch.setattr(kernels, "RESULTS", tmp_path)
+    (tmp_path / "performance.md").write_text("before\n## A whole step\nstays\n")
+    case = kernels.Case(VideoShape(2, 3, 4), 1, Radial())
+    how = kernels.How(torch.device("cpu"), "fp32", 16, "forward", 1, ("gather",))
+    (row,) = kernels.rows(case, how)
+    row["dense_kernel"] = "SDPA CUDNN_ATTENTION"
+    for dry in (False, True):
+        card = {"card": f"a card, dry {dry}", "torch": "2.13", "dry_run": dry}
+        path = tmp_path / f"gpu_{dry}.json"
+        made = ledger.Ledger(path, card, 60.0, say=lambda *words, **options: None)
+        made.run([stage(ledger, one(ledger, "a goal", lambda: dict(row)), one(ledger, "other"))])
+    kernels.write_page()
+    page = (tmp_path / "performance.md").read_text()
+    assert "## a card, dry False, gpu_False\n\ntorch 2.13, " in page
+    assert page.count("| 24 | `Radial()` | fp32 | forward | gather |") == 1
+    assert "dry True" not in page
+    assert "Not measured" not in page
+    assert page.endswith("\n## A whole step\nstays\n")
 
 
 def test_short_calls_get_ten_rounds_and_giants_two(imported):
@@ -436,6 +479,55 @@ def test_events_are_read_in_turn_after_flushes_that_let_the_host_go_ahead(import
     assert flushes == [0, 0, 1, 3, 3, 4, 6, 6, 7]
 
 
+@pytest.mark.slow
+def test_a_graph_is_replayed_on_copies_of_what_it_is_given(imported, monkeypatch):
+    correct, did = imported("gpu_stages.correct"), []
+
+    class Stream:
+        def wait_stream(self, other):
+            did.append("wait")
+
+    class Graph:
+        def replay(self):
+            did.append([x.item() for x in seen])
+
+    seen = []
+
+    def attend(*given):
+        seen[:] = given
+        did.append("call")
+        return torch.zeros(1)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
+    first = [torch.tensor(x) for x in (1.0, 2.0, 3.0)]
+    replay = correct.captured(attend, first)
+    assert did == ["wait", *["call"] * 3, "wait", "call"]
+    replay(*(x + 10 for x in first))
+    assert did[-1] == [11.0, 12.0, 13.0]
+    assert [x.item() for x in first] == [1.0, 2.0, 3.0]
+
+
+def test_a_lost_device_is_known_and_another_process_goes_on(imported, monkeypatch, tmp_path):
+    gpu, cuda = imported("gpu"), torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert gpu.recover(cuda) == ""
+    error = RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: raising(error)())
+    assert gpu.recover(cuda) == "CUDA error: an illegal memory access was encountered"
+    started = []
+    monkeypatch.setattr(os, "execv", lambda *command: started.append(command))
+    gpu.again(tmp_path / "a.json", 90.0)
+    ((program, command),) = started
+    assert program == command[0] == sys.executable
+    args = gpu.parsed(command[2:])
+    assert (args.resume, args.minutes, args.out) == (True, 1.5, tmp_path / "a.json")
+
+
 @pytest.mark.gpu
 def test_kernel_time_is_taken_beside_that_of_the_call(imported):
     x = torch.randn(1024, 1024, device="cuda")
@@ -445,11 +537,12 @@ def test_kernel_time_is_taken_beside_that_of_the_call(imported):
     assert all(min(one.kernel) > 0 and len(one.kernel) == 10 for one in taken.values())
 
 
-def dry_run(path: Path, *options: str) -> Forked:
-    env = dict(os.environ)
-    paths = [str(BENCHMARKS), str(ROOT), env.get("PYTHONPATH", "")]
-    env |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    return Forked("gpu", ["--dry-run", "--out", str(path), *options], env, ROOT)
+def dry_run(path: Path, *options: str) -> subprocess.Popen:
+    """As on the command line: a fork knows the folder of these tests as `kernels`."""
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--dry-run", "--out", str(path)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *options], env=env, **pipes)
 
 
 @pytest.mark.slow
@@ -458,7 +551,7 @@ def test_all_stages_run_dry_after_a_run_that_was_cut_off(tmp_path):
     cut_off = dry_run(path)
     while cut_off.poll() is None:
         if path.exists() and len(json.loads(path.read_text())["lines"]) > 6:
-            os.kill(cut_off._process.pid, signal.SIGTERM)
+            cut_off.terminate()
             break
         time.sleep(0.02)
     said, errors = cut_off.communicate(timeout=60)

@@ -19,13 +19,15 @@ from .correct import trained
 from .machine import cleared
 from .setting import FEW, Setting, kind, problem_case
 
+SHORT = 21  # frames in tokens, of 81 in pixels
+
 
 def step_lines(at: Setting) -> Iterator[Line]:
     """A denoising step, dense and sparse taking turns."""
-    for place, (problem, names) in enumerate(at.steps()):
+    for problem, names in at.steps():
         for name in names:
             words = f"{problem.name}, {name}"
-            cap = 60.0 if place == 0 else 150.0
+            cap = 45.0 if problem.grid[0] <= SHORT else 100.0
             run = partial(_step, at, problem, name)
             yield Line(words, cap, run, partial(_needs, at, problem, name))
 
@@ -59,7 +61,7 @@ def training_lines(at: Setting) -> Iterator[Line]:
     method = METHODS["radial"](**(FEW["radial"] if at.dry else {}))
     yield Line(
         f"training step, {brief(method)}",
-        150.0,
+        120.0,
         partial(_train, at, method),
         partial(_training_needs, at, method),
     )

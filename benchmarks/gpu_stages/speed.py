@@ -21,7 +21,7 @@ from .setting import COMPILES, Setting, kind
 
 DIRECTIONS = ("forward", "both")
 BACKWARD = 3.5  # products of a forward and backward pass, in those of a forward pass
-COMPILING = 45.0  # seconds that a kernel takes which is compiled for each plan
+COMPILING = 30.0  # seconds that a kernel takes which is compiled for each plan
 DENSITY = 0.2  # of the plan that is tuned on
 TUNED_TOKENS, TUNED_HEADS = 32_768, 12
 
@@ -32,7 +32,7 @@ def dense_lines(at: Setting) -> Iterator[Line]:
     for direction in DIRECTIONS:
         for case in shapes.values():
             name = f"dense on {case.video}, {case.heads} heads, {direction}"
-            yield Line(name, 90.0, partial(_dense, at, case, at.how(direction)))
+            yield Line(name, 45.0, partial(_dense, at, case, at.how(direction)))
 
 
 def _dense(at: Setting, case: Case, how: How) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def goal_lines(
     cases: Sequence[Case],
     kernels: Sequence[str],
     *,
-    cap: float = 45.0,
+    cap: float = 35.0,
     rounds: int | None = None,
 ) -> Iterator[Line]:
     """Each kernel on each case, beside dense attention, the first kernel on all of them first."""
@@ -109,7 +109,7 @@ def tune_lines(at: Setting) -> Iterator[Line]:
         for dim, block in sizes[: 1 if at.dry else None]:
             words = "with a rule" if ruled else "whole blocks"
             name = f"tune D{dim} blocks of {block}, {words}"
-            yield Line(name, 120.0, partial(_tune, at, dim, block, ruled))
+            yield Line(name, 90.0, partial(_tune, at, dim, block, ruled))
 
 
 def _tune(at: Setting, dim: int, block: int, ruled: bool) -> dict[str, Any]:
