@@ -287,13 +287,18 @@ class Ledger:
         if line.holds is not None:
             record["holds"] = line.holds._asdict()
         self.records[stage.name, line.name] = record | found
-        self.write()
+        try:
+            self.write()
+        except TypeError as error:  # something that JSON does not know
+            reason = f"{error}, in {found!r}"[:TRACE]
+            self.records[stage.name, line.name] = record | {"status": FAILED, "reason": reason}
+            self.write()
 
     def write(self) -> None:
         write_json(self.path, {"made_on": self.made_on, "lines": [*self._all()]})
 
     def table(self) -> str:
-        """Lines by stage and status, those that failed with their reasons, and how many."""
+        """Lines by stage and status, the failed ones with their reasons, and how many."""
         stages = list(dict.fromkeys(record["stage"] for record in self._all()))
         statuses = (DONE, FAILED, REFUSED, SKIPPED)
         rows = [f"{'stage':<34}" + "".join(f"{status:>9}" for status in statuses) + f"{'s':>9}"]

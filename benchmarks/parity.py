@@ -103,8 +103,8 @@ def hold(
 ) -> dict[str, float]:
     """Errors as shares of what is allowed, of the output and with `backward` of the gradients.
 
-    Error is the largest distance from the reference in fp64. Twice that of the reference in the
-    dtype of the inputs is allowed, and one spacing of floats.
+    Error is the largest distance from the reference in fp64. Twice as much as the
+    reference errs in the dtype of the inputs is allowed, and one spacing of floats.
 
     Raises:
         ParityFailed: for one that is above 1, or no number.

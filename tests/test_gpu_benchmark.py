@@ -27,7 +27,7 @@ CARD = {"card": "a card", "revision": "1"}
 def imported(monkeypatch):
     """Modules of benchmarks/ by name."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.delitem(sys.modules, "kernels", raising=False)  # that of the tests
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)  # a folder of these tests
     return importlib.import_module
 
 
@@ -140,6 +140,14 @@ def test_the_file_has_every_line_as_soon_as_it_is_there(ledger, new):
     made.run([stage(ledger, one(ledger, "first"), one(ledger, "second", read))])
     (_, second) = json.loads(made.path.read_text())["lines"]
     assert second["result"]["seen"] == [["first", "done"], ["second", "running"]]
+
+
+def test_figures_that_json_does_not_know_fail_their_line_alone(ledger, new):
+    made, _ = new()
+    lines = [one(ledger, "odd", lambda: {"figure": object()}), one(ledger, "next")]
+    made.run([stage(ledger, *lines)])
+    assert statuses(made) == {"odd": "failed", "next": "done"}
+    assert "object" in json.loads(made.path.read_text())["lines"][0]["reason"]
 
 
 def test_what_an_interrupt_leaves_is_taken_up(ledger, new):

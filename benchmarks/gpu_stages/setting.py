@@ -36,12 +36,12 @@ class Setting:
         dry: whether it walks through all stages at tiny sizes.
         grid: of the plans that parity is held on, in tokens.
         texts: after them, one plan each.
-        dims: of a head; the first is that of the goals.
+        dims: of a head; the goals have the first.
         blocks: slots of a query and of a key block.
         held: the kernels that parity is held of.
         timed: those whose time counts.
         rounds: see `clock.turns`.
-        heads: of what is not timed.
+        heads: of calls that are held and not timed.
     """
 
     device: torch.device
@@ -96,7 +96,8 @@ def setting(device: torch.device, *, dry: bool) -> Setting:
 
 
 def kind(case: Case, how: How) -> Kind:
-    """What has to be right for a case to be timed, by the kernel of `how` or that of "auto"."""
+    """What has to be right for a case to be timed, by the kernel of `how` or by the
+    one that "auto" takes."""
     few = Case(shrink(case.video, case.method), 2, case.method)
     inputs = drawn(few, how)
     plan, backward = planned(few, inputs), how.direction == "both"

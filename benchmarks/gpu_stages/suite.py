@@ -33,7 +33,7 @@ def _line(at: Setting, name: str, arguments: Sequence[str], cap: float) -> Line:
 
 
 def _tests(at: Setting, arguments: Sequence[str], seconds: float) -> dict[str, Any]:
-    """How many passed and which failed, of those that were done in time."""
+    """How many passed and which failed, of the tests that were done in time."""
     if find_spec("pytest") is None or not (ROOT / "tests").is_dir():
         raise Skipped("needs pytest and the tests of a checkout")
     cleared(at.device)  # the memory is theirs now
