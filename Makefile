@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo test nightly quick lint golden versions train-demo train-lora clean
+.PHONY: help venv demo test nightly quick lint golden versions gpu train-demo train-lora clean
 
 help:
 	@echo "make demo        dense and sparse video side by side, into outputs/demo/"
@@ -11,6 +11,7 @@ help:
 	@echo "make quick       the tests to run all the time, without the slow ones"
 	@echo "make nightly     make test with all combinations, compilations and notebooks as stored"
 	@echo "make versions    the quick tests on the lowest and the highest versions we admit"
+	@echo "make gpu         everything a GPU can tell, in MINUTES=9; more of it by RESUME=1"
 	@echo "make venv        only the environment, in .venv"
 	@echo "make train-demo  train the demo model again, about two hours on 2 cores"
 	@echo "make train-lora  train its LoRA for longer videos again"
@@ -52,6 +53,9 @@ golden: venv
 
 versions:
 	tests/versions.sh
+
+gpu: venv
+	@$(BIN)/python benchmarks/gpu.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(RESUME),--resume)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
-from kernels import HEADER, line, rows
+from kernels import HEADER, Case, How, line, rows
 from parity import DTYPES, brief, draw
 
 from gen_accel import Dense, Neighborhood, Radial, VideoShape, attach
@@ -100,7 +100,7 @@ def scaling(args: argparse.Namespace, save: Callable[[dict], None]) -> None:
         timed = [
             row
             for video in videos
-            for row in rows(args, video, args.heads, Radial(), dtype, "forward")
+            for row in rows(Case(video, args.heads, Radial()), how(args, dtype))
         ]
         for row in timed:
             save(row)
@@ -119,6 +119,11 @@ def scaling(args: argparse.Namespace, save: Callable[[dict], None]) -> None:
                 f"{kernel}, {dtype}: time ~ tokens^{slopes['slope']:.2f}, "
                 f"dense ~ tokens^{slopes['dense_slope']:.2f}"
             )
+
+
+def how(args: argparse.Namespace, dtype: str) -> How:
+    dim = 64 if args.device.type == "cpu" else 128
+    return How(args.device, dtype, dim, "forward", args.rounds, args.kernels, args.seed)
 
 
 @torch.no_grad()

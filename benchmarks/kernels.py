@@ -12,24 +12,24 @@ import ctypes
 import gc
 import itertools
 import json
-import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import dense
 import torch
-import torch.nn.functional as F
+from clock import Taken, turns
 from parity import DTYPES, brief, call, check_parity, draw, shrink, step
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear, VideoShape
+from gen_accel.attention_processors import METHODS
 from gen_accel.kernels import KERNELS, facts_of, flex, preference, unsupported
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
-from gen_accel.measure.timing import interleaved
 from gen_accel.method import parts_of, plan_of
 from gen_accel.plan import Plan
 
@@ -37,51 +37,102 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 PAGE = ROOT.parent / "docs" / "performance.md"
 
-# Published shapes at published densities, and the longer clips that they are for.
-CUDA_CASES = (
-    (VideoShape(21, 30, 52), 12, Radial()),
-    (VideoShape(81, 30, 52), 12, Radial()),
-    (VideoShape(21, 45, 80), 40, Radial()),
-    (VideoShape(81, 45, 80), 40, Radial()),
-    (VideoShape(30, 48, 80), 24, Radial()),
-    (VideoShape(120, 48, 80), 24, Radial()),
-    (VideoShape(21, 30, 52), 12, Radial("code-2025-11", decay_factor=0.2)),
-    (VideoShape(30, 48, 80), 24, Neighborhood((18, 24, 24), stride=(16, 8, 8))),
-    (VideoShape(30, 48, 80), 24, Neighborhood((18, 24, 24))),
-    (VideoShape(21, 30, 52), 12, SparseLinear(critical=0.05)),
-    (VideoShape(21, 30, 52), 12, SparseLinear(critical=0.05, linear_over="all")),
-    (VideoShape(21, 30, 52), 12, SparseLinear(critical=0.05, linear_over="marginal")),
+
+class Case(NamedTuple):
+    """What is timed, on one sample.
+
+    Args:
+        video: its tokens.
+        heads: of the model.
+    """
+
+    video: VideoShape
+    heads: int
+    method: Any
+
+
+class How(NamedTuple):
+    """How it is timed.
+
+    Args:
+        dtype: a name in DTYPES.
+        dim: of a head.
+        direction: "forward", or "both" with the backward pass.
+        kernels: by name; None for the one that "auto" takes.
+        rounds: see `clock.turns`.
+    """
+
+    device: torch.device
+    dtype: str
+    dim: int
+    direction: str
+    rounds: int
+    kernels: Sequence[str] | None = None
+    seed: int = 0
+
+
+WAN, HUNYUAN = VideoShape(21, 30, 52), VideoShape(30, 48, 80)
+
+# Published shapes at published densities, the most telling ones first. A method that is not here
+# is timed at its defaults, on the first shape.
+GOALS: tuple[tuple[str, dict[str, Any], VideoShape, int], ...] = (
+    ("neighborhood", {"window": (18, 24, 24), "stride": (16, 8, 8)}, HUNYUAN, 24),
+    ("radial", {}, WAN, 12),
+    ("radial", {}, HUNYUAN, 24),
+    ("sparse_linear", {"critical": 0.05}, WAN, 12),
+    ("block_mixture", {"partition": "3d", "routing": "block"}, WAN, 12),
+    ("block_mixture", {"partition": "3d", "routing": "token"}, WAN, 12),
+)
+CUDA_REST = (
+    Case(HUNYUAN, 24, Neighborhood((18, 24, 24))),
+    Case(WAN, 12, Radial("code-2025-11", decay_factor=0.2)),
+    Case(WAN, 12, SparseLinear(critical=0.05, linear_over="all")),
+    Case(WAN, 12, SparseLinear(critical=0.05, linear_over="marginal")),
     *(
-        (video, 12, BlockMixture(partition=partition, routing=routing))
-        for video in (VideoShape(21, 30, 52), VideoShape(24, 36, 64))
+        Case(video, 12, BlockMixture(partition=partition, routing=routing))
+        for video in (WAN, VideoShape(24, 36, 64))
         for partition in ("1d", "2d", "3d")
         for routing in ("token", "block")
+        if (video, partition) != (WAN, "3d")
     ),
+)
+# The longer clips that the methods are for: minutes each, so they come last.
+LONG_CASES = (
+    Case(VideoShape(81, 30, 52), 12, Radial()),
+    Case(VideoShape(21, 45, 80), 40, Radial()),
+    Case(VideoShape(81, 45, 80), 40, Radial()),
+    Case(VideoShape(120, 48, 80), 24, Radial()),
 )
 
 # 4k to 16k tokens on 12 x 12 frames, at a density of about 0.1 and at the methods' defaults; of
 # radial attention also with whole frames as tiles, which processors that multiply tiles ask for.
 CPU_CASES = (
-    (VideoShape(28, 12, 12), 2, Radial()),
-    (VideoShape(28, 12, 12), 2, SparseLinear(critical=0.1)),
-    (VideoShape(57, 12, 12), 2, Radial()),
-    (VideoShape(57, 12, 12), 2, Radial(decay_factor=0.15)),
-    (VideoShape(57, 12, 12), 2, Radial(decay_factor=0.1, block=432, tile_frames=3, tile_side=12)),
-    (VideoShape(57, 12, 12), 2, Neighborhood((-1, 4, 4))),
-    (VideoShape(57, 12, 12), 2, SparseLinear(critical=0.1)),
-    (VideoShape(57, 12, 12), 2, SparseLinear(critical=0.1, block_q=128)),
-    (VideoShape(57, 12, 12), 2, BlockMixture(partition="1d")),
-    (VideoShape(57, 12, 12), 2, BlockMixture(partition="2d")),
-    (VideoShape(57, 12, 12), 2, BlockMixture(partition="3d")),
-    (VideoShape(57, 12, 12), 2, BlockMixture(partition="3d", routing="block")),
-    (VideoShape(114, 12, 12), 2, Radial()),
-    (VideoShape(114, 12, 12), 2, Radial(decay_factor=0.65)),
-    (VideoShape(114, 12, 12), 2, Radial(decay_factor=0.3, block=864, tile_frames=6, tile_side=12)),
-    (VideoShape(114, 12, 12), 2, Neighborhood((-1, 4, 4))),
-    (VideoShape(114, 12, 12), 2, SparseLinear(critical=0.1, block_q=128)),
-    (VideoShape(114, 12, 12), 2, BlockMixture(partition="3d")),
-    (VideoShape(114, 12, 12), 2, BlockMixture(partition="3d", routing="block")),
-    (VideoShape(11, 30, 52), 2, Neighborhood((-1, 10, 17))),
+    Case(VideoShape(28, 12, 12), 2, Radial()),
+    Case(VideoShape(28, 12, 12), 2, SparseLinear(critical=0.1)),
+    Case(VideoShape(57, 12, 12), 2, Radial()),
+    Case(VideoShape(57, 12, 12), 2, Radial(decay_factor=0.15)),
+    Case(
+        VideoShape(57, 12, 12), 2, Radial(decay_factor=0.1, block=432, tile_frames=3, tile_side=12)
+    ),
+    Case(VideoShape(57, 12, 12), 2, Neighborhood((-1, 4, 4))),
+    Case(VideoShape(57, 12, 12), 2, SparseLinear(critical=0.1)),
+    Case(VideoShape(57, 12, 12), 2, SparseLinear(critical=0.1, block_q=128)),
+    Case(VideoShape(57, 12, 12), 2, BlockMixture(partition="1d")),
+    Case(VideoShape(57, 12, 12), 2, BlockMixture(partition="2d")),
+    Case(VideoShape(57, 12, 12), 2, BlockMixture(partition="3d")),
+    Case(VideoShape(57, 12, 12), 2, BlockMixture(partition="3d", routing="block")),
+    Case(VideoShape(114, 12, 12), 2, Radial()),
+    Case(VideoShape(114, 12, 12), 2, Radial(decay_factor=0.65)),
+    Case(
+        VideoShape(114, 12, 12),
+        2,
+        Radial(decay_factor=0.3, block=864, tile_frames=6, tile_side=12),
+    ),
+    Case(VideoShape(114, 12, 12), 2, Neighborhood((-1, 4, 4))),
+    Case(VideoShape(114, 12, 12), 2, SparseLinear(critical=0.1, block_q=128)),
+    Case(VideoShape(114, 12, 12), 2, BlockMixture(partition="3d")),
+    Case(VideoShape(114, 12, 12), 2, BlockMixture(partition="3d", routing="block")),
+    Case(VideoShape(11, 30, 52), 2, Neighborhood((-1, 10, 17))),
 )
 
 
@@ -94,7 +145,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, help="default: what auto takes")
     parser.add_argument("--directions", nargs="+", choices=("forward", "both"))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="default: 5; on a GPU up to 10 of short calls")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--name", help="of the JSON file in results/ (default: the device)")
@@ -107,64 +158,55 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     on_gpu = args.device.type != "cpu"
     args.dtypes = args.dtypes or (["bf16"] if on_gpu else ["fp32", "bf16"])
+    rounds = args.rounds or (10 if on_gpu else 5)
 
-    report = environment(args.device) | {"rounds": args.rounds, "seed": args.seed, "rows": []}
+    report = environment(args.device) | {"rounds": rounds, "seed": args.seed, "rows": []}
     slug = "_".join(report["device"].split()) if on_gpu else "cpu"
     path = RESULTS / f"{args.name or slug}.json"
     print(f"{report['device']}, {report['threads']} threads, torch {report['torch']}")
     print(HEADER)
-    cases = CUDA_CASES if on_gpu else CPU_CASES
-    for (video, heads, method), dtype, direction in itertools.product(
+    cases = (*goals(), *CUDA_REST, *LONG_CASES) if on_gpu else CPU_CASES
+    for case, dtype, direction in itertools.product(
         cases, args.dtypes, args.directions or ("forward", "both")
     ):
-        known = not args.methods or type(method).__name__ in args.methods
-        if known and args.least_tokens <= video.tokens <= args.most_tokens:
-            for row in rows(args, video, heads, method, dtype, direction):
-                report["rows"].append(row)
-                write_json(path, report)
-                print(line(row), flush=True)
+        known = not args.methods or type(case.method).__name__ in args.methods
+        if not known or not args.least_tokens <= case.video.tokens <= args.most_tokens:
+            continue
+        dim = 128 if on_gpu else 64
+        how = How(args.device, dtype, dim, direction, rounds, args.kernels, args.seed)
+        for row in rows(case, how):
+            report["rows"].append(row)
+            write_json(path, report)
+            print(line(row), flush=True)
     print(f"written to {path}")
     if any("refused" in row for row in report["rows"]):
         sys.exit("some kernels were refused")
 
 
-def rows(
-    args: argparse.Namespace,
-    video: VideoShape,
-    heads: int,
-    method: Any,
-    dtype: str,
-    direction: str,
-) -> Iterator[dict]:
-    """One row a kernel. The time of a method whose pattern depends on q and k includes it."""
-    dim, backward = (128 if args.device.type != "cpu" else 64), direction == "both"
-    options = {"heads": heads, "dim": dim, "dtype": DTYPES[dtype], "device": args.device}
-    inputs = draw(video, method, **options, seed=args.seed)
-    small = shrink(video, method)
-    dynamic = parts_of(method).plan_for is not None
-    plan = (
-        method.plan_for(*inputs[:2], video=video)
-        if dynamic
-        else plan_of(method, video, args.device)
-    )
-    head = {
-        "video": str(video),
-        "tokens": video.tokens,
-        "heads": heads,
-        "dim": dim,
-        "dtype": dtype,
-        "direction": direction,
-        "method": brief(method),
-        "density": plan.density,
-        "computed_density": plan.computed_density,
-    }
-    dense = best_dense(inputs, backward, args.device)
-    calls, refused, compiled = {"dense": dense[1]}, {}, {}
-    kernels = args.kernels or [chosen_by_auto(inputs, plan)]
+def goals() -> list[Case]:
+    """`GOALS`, of the methods that there are."""
+    others = [name for name in METHODS if name not in ("dense", *(goal[0] for goal in GOALS))]
+    rest = [(name, {}, WAN, 12) for name in others]
+    return [
+        Case(video, heads, METHODS[name](**options))
+        for name, options, video, heads in (*GOALS, *rest)
+        if name in METHODS
+    ]
+
+
+def rows(case: Case, how: How) -> Iterator[dict]:
+    """One row a kernel, dense attention and all of them taking turns. The time of a method whose
+    pattern depends on q and k includes choosing it."""
+    video, _, method = case
+    inputs = drawn(case, how)
+    plan = planned(case, inputs)
+    backward = how.direction == "both"
+    dense_name, baseline = dense.best(inputs, backward)
+    calls, refused, compiled = {"dense": step(baseline.run, inputs, backward)}, {}, {}
+    kernels = how.kernels or [chosen_by_auto(inputs, plan)]
     for kernel in kernels:
         try:
-            few = draw(small, method, **options | {"heads": min(heads, 2)}, seed=args.seed)
-            check_parity(small, method, kernel, few, backward)
+            check(case, how, kernel)
             before = len(flex.compile_seconds)
             calls[kernel] = step(call(video, method, kernel, inputs[0]), inputs, backward)
             calls[kernel]()
@@ -173,33 +215,92 @@ def rows(
             calls.pop(kernel, None)
             refused[kernel] = str(error)
     chosen = {}
-    if dynamic:
-        calls["selection"] = lambda: method.plan_for(*inputs[:2], video=video)
-        with peak_memory(args.device) as chosen:
+    if parts_of(method).plan_for is not None:
+        calls["selection"] = partial(planned, case, inputs)
+        with peak_memory(how.device) as chosen:
             calls["selection"]()
-    turns = interleaved(calls, rounds=args.rounds, device=args.device)
-    ms = {name: 1e3 * statistics.median(values) for name, values in turns.items()}
+    with baseline.active():
+        taken = turns(calls, rounds=how.rounds, device=how.device)
+    head = described(case, how, plan)
     for kernel in kernels:
         if kernel in refused:
             yield {**head, "kernel": kernel, "refused": refused[kernel]}
             continue
-        with peak_memory(args.device) as used:
+        with peak_memory(how.device) as used:
             calls[kernel]()
-        speedup = ms["dense"] / ms[kernel]
         yield {
             **head,
             "kernel": kernel,
-            "dense_kernel": dense[0],
-            "dense_ms": ms["dense"],
-            "ms": ms[kernel],
-            "speedup": speedup,
-            "share_of_ideal": speedup * plan.density,
-            "kernel_efficiency": speedup * plan.computed_density,
-            "selection_ms": ms.get("selection"),
+            "dense_kernel": dense_name,
+            **compared(taken, kernel, plan, how.device),
             "selection_mb": chosen.get("mb"),
             "peak_mb": used.get("mb"),
             "compile_s": compiled[kernel],
         }
+
+
+def drawn(case: Case, how: How) -> list[Tensor]:
+    size = {"heads": case.heads, "dim": how.dim, "dtype": DTYPES[how.dtype]}
+    return draw(case.video, case.method, **size, device=how.device, seed=how.seed)
+
+
+def planned(case: Case, inputs: list[Tensor]) -> Plan:
+    """Of the q and k of a call, where these decide."""
+    chosen = parts_of(case.method).plan_for
+    if chosen is not None:
+        return chosen(*inputs[:2], video=case.video)
+    return plan_of(case.method, case.video, inputs[0].device)
+
+
+def check(case: Case, how: How, kernel: str) -> None:
+    """Hold the kernel to the reference, on a smaller grid of the same kind and two heads.
+
+    Raises:
+        ValueError: it errs too much, or cannot run that.
+    """
+    few = Case(shrink(case.video, case.method), min(case.heads, 2), case.method)
+    check_parity(few.video, case.method, kernel, drawn(few, how), how.direction == "both")
+
+
+def described(case: Case, how: How, plan: Plan) -> dict[str, Any]:
+    """The head of a row."""
+    return {
+        "video": str(case.video),
+        "tokens": case.video.tokens,
+        "heads": case.heads,
+        "dim": how.dim,
+        "dtype": how.dtype,
+        "direction": how.direction,
+        "method": brief(case.method),
+        "density": plan.density,
+        "computed_density": plan.computed_density,
+    }
+
+
+def compared(
+    taken: dict[str, Taken], kernel: str, plan: Plan, device: torch.device
+) -> dict[str, Any]:
+    """A kernel beside dense attention: whole calls, and on a GPU the kernels alone."""
+    ours, theirs = taken[kernel], taken["dense"]
+    speedup = theirs.ms / ours.ms
+    found = {
+        "dense_ms": theirs.ms,
+        "ms": ours.ms,
+        "speedup": speedup,
+        "share_of_ideal": speedup * plan.density,
+        "kernel_efficiency": speedup * plan.computed_density,
+        "selection_ms": taken["selection"].ms if "selection" in taken else None,
+    }
+    if device.type == "cuda":
+        alone = theirs.kernel_ms / ours.kernel_ms
+        found |= {
+            "dense_kernel_ms": theirs.kernel_ms,
+            "kernel_ms": ours.kernel_ms,
+            "kernel_speedup": alone,
+            "kernel_share_of_ideal": alone * plan.density,
+            "rounds": len(ours.whole),
+        }
+    return found
 
 
 def chosen_by_auto(inputs: list[Tensor], plan: Plan) -> str:
@@ -209,32 +310,6 @@ def chosen_by_auto(inputs: list[Tensor], plan: Plan) -> str:
         if not unsupported(kernel, facts):
             return kernel
     raise ValueError(f"no kernel takes {plan}")
-
-
-def best_dense(
-    inputs: list[Tensor], backward: bool, device: torch.device
-) -> tuple[str, Callable[[], Any]]:
-    """The fastest dense attention that torch has here, and its name."""
-    plain = step(F.scaled_dot_product_attention, inputs, backward)
-    if device.type == "cpu":
-        return "SDPA", plain
-    found = {}
-    for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
-
-        def run(q: Tensor, k: Tensor, v: Tensor, backend: str = name) -> Tensor:
-            with sdpa_kernel(getattr(SDPBackend, backend)):
-                return F.scaled_dot_product_attention(q, k, v)
-
-        found[name] = step(run, inputs, backward)
-        try:
-            found[name]()
-        except RuntimeError:  # this build or dtype has no such kernel
-            del found[name]
-    if not found:
-        return "SDPA", plain
-    seconds = interleaved(found, rounds=3, device=device)
-    best = min(found, key=lambda name: statistics.median(seconds[name]))
-    return f"SDPA {best}", found[best]
 
 
 @contextmanager
@@ -289,7 +364,7 @@ def write_page() -> None:
     parts = [PREFACE]
     measured = set()
     for path in sorted(RESULTS.glob("*.json")):
-        report = json.loads(path.read_text())
+        report = _as_report(json.loads(path.read_text()))
         rows = [
             row
             for row in report.get("rows", ())
@@ -297,9 +372,10 @@ def write_page() -> None:
         ]
         if not rows:
             continue
+        threads = f"{report['threads']} threads, " if report["threads"] else ""
         measured |= {row["dense_kernel"] for row in rows}
         parts.append(
-            f"## {report['device']}, {path.stem}\n\n{report['threads']} threads, "
+            f"## {report['device']}, {path.stem}\n\n{threads}"
             f"torch {report['torch']}, medians of {report['rounds']} rounds, "
             f"[results/{path.name}](../benchmarks/results/{path.name}).\n\n" + _table(rows)
         )
@@ -309,6 +385,17 @@ def write_page() -> None:
     _, mark, rest = PAGE.read_text(encoding="utf-8").partition("\n## A whole step\n")
     PAGE.write_text("\n\n".join(parts) + "\n" + mark + rest, encoding="utf-8")
     print(PAGE)
+
+
+def _as_report(report: dict) -> dict:
+    """What gpu.py wrote, in the form of what this file writes; of two lines of a name the later
+    one, which is the tuned one."""
+    if "lines" not in report:
+        return report
+    known = {line["name"]: line.get("result", {}) for line in report["lines"]}
+    head, made_on = {"threads": None, "rounds": "up to 10"}, report["made_on"]
+    rows = [] if made_on["dry_run"] else [*known.values()]
+    return head | {"device": made_on["card"], "torch": made_on["torch"], "rows": rows}
 
 
 def _table(rows: list[dict]) -> str:
@@ -354,8 +441,8 @@ speed-up is 1 / density, and the share of it that was reached is speed-up x dens
 UNMEASURED = """\
 ## GPUs
 
-Not measured. `python benchmarks/kernels.py --device cuda` is ready; the Triton kernels have been
-held to the reference under Triton's interpreter and compiled for five architectures
+Not measured yet: [GPUs](gpu.md) has the one command that does it, `make gpu`. The Triton kernels
+have been held to the reference under Triton's interpreter and compiled for five architectures
 (`python -m gen_accel.kernels.triton.compile_matrix`), and have not run on a GPU."""
 
 

@@ -25,15 +25,18 @@ def draw(
     device: torch.device,
     seed: int = 0,
 ) -> list[Tensor]:
-    """q, k and v, (1, H, N, D). Random, but where q and k make the pattern smooth over the grid:
-    in noise no block is better than another."""
-    generator = torch.Generator().manual_seed(seed)
+    """q, k and v, (1, H, N, D), made on the device. Random, but where q and k make the pattern
+    smooth over the grid: in noise no block is better than another."""
+    generator = torch.Generator(device).manual_seed(seed)
     shape = (1, heads, video.tokens, dim)
-    q, k, v = (torch.randn(shape, generator=generator) for _ in range(3))
-    if parts_of(method).plan_for:
-        smooth = smooth_qk(video, dim)
-        q, k = (0.5 * x + y for x, y in zip((q, k), smooth, strict=True))
-    return [x.to(device, dtype) for x in (q, k, v)]
+    smooth = smooth_qk(video, dim) if parts_of(method).plan_for else ()
+    drawn = []
+    for place in range(3):  # one after the other, so that one at a time is there in fp32
+        x = torch.randn(shape, generator=generator, device=device)
+        if place < len(smooth):
+            x = 0.5 * x + smooth[place].to(device)
+        drawn.append(x.to(dtype))
+    return drawn
 
 
 def call(video: VideoShape, method: Any, kernel: str, like: Tensor) -> Callable[..., Tensor]:
@@ -58,8 +61,8 @@ def step(run: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> Ca
     if not backward:
         return torch.no_grad()(lambda: [run(*inputs)])
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    weight = torch.linspace(-1, 1, leaves[0].numel(), dtype=torch.float64)
-    weight = weight.view(leaves[0].shape).to(leaves[0])
+    weight = torch.linspace(-1, 1, leaves[0].numel(), device=leaves[0].device)
+    weight = weight.view(leaves[0].shape).to(leaves[0].dtype)
 
     def both() -> list[Tensor]:
         out = run(*leaves)
@@ -68,27 +71,60 @@ def step(run: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> Ca
     return both
 
 
+class ParityFailed(ValueError):
+    """A kernel errs more than it may.
+
+    Args:
+        what: "output", or "gradient" where the output is right.
+    """
+
+    def __init__(self, message: str, what: str) -> None:
+        super().__init__(message)
+        self.what = what
+
+
 def check_parity(
     video: VideoShape, method: Any, kernel: str, inputs: list[Tensor], backward: bool
 ) -> None:
-    """Raises ValueError where a kernel errs more than twice as much as the reference in its dtype.
-
-    Error is the largest distance from the reference in fp64; one spacing of floats is allowed.
-    """
+    """Raises ParityFailed where a kernel errs more than twice as much as the reference in its
+    dtype."""
     reference = call(video, method, "reference", inputs[0])
+    hold(
+        f"{kernel} at {video}", call(video, method, kernel, inputs[0]), reference, inputs, backward
+    )
+
+
+def hold(
+    who: str,
+    actual: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: list[Tensor],
+    backward: bool,
+) -> dict[str, float]:
+    """Errors as shares of what is allowed, of the output and with `backward` of the gradients.
+
+    Error is the largest distance from the reference in fp64. Twice as much as the
+    reference errs in the dtype of the inputs is allowed, and one spacing of floats.
+
+    Raises:
+        ParityFailed: for one that is above 1, or no number.
+    """
     exact = step(reference, [x.double() for x in inputs], backward)()
     low = step(reference, inputs, backward)()
-    actual = step(call(video, method, kernel, inputs[0]), inputs, backward)()
+    ours = step(actual, inputs, backward)()
     names = ("output", "gradient of q", "gradient of k", "gradient of v")
-    for name, x, y, z in zip(names, actual, low, exact, strict=False):
+    shares = {}
+    for name, x, y, z in zip(names, ours, low, exact, strict=False):
         error = (x.double() - z).abs().max().item()
         spacing = torch.finfo(inputs[0].dtype).eps * z.abs().max().item()
         budget = 2 * ((y.double() - z).abs().max().item() + spacing)
         if not error <= budget:
-            raise ValueError(
-                f"{kernel} fails parity at {video}: {name} errs by {error:.2e}, "
-                f"allowed are {budget:.2e}"
+            raise ParityFailed(
+                f"{who} fails parity: {name} errs by {error:.2e}, allowed are {budget:.2e}",
+                name.split()[0],
             )
+        shares[name] = error / budget if budget else 0.0
+    return shares
 
 
 def shrink(video: VideoShape, method: Any) -> VideoShape:

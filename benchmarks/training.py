@@ -13,7 +13,6 @@ The share of the ideal is taken of attention alone: `attention speed-up x densit
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from kernels import peak_memory
 
 import gen_accel
 from gen_accel.attention_processors.families import family_of
@@ -32,6 +32,7 @@ from gen_accel.lora.artefact import target_modules
 from gen_accel.lora.objective import Objective
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
+from gen_accel.measure.timing import interleaved
 from gen_accel.method import parts_of
 from gen_accel.video import VideoShape
 
@@ -41,13 +42,14 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 METHOD = ("tile_side=12", "tile_frames=3", "block=432")  # that of the demo's LoRA
 WAN_1_3B = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
+PARITY_PICTURE = (24, 40)  # the largest height and width of latents there
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest gradient
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", choices=SIZES, default="demo")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--layers", type=int, help="of the 1.3b; without: its 30")
     parser.add_argument(
@@ -108,6 +110,11 @@ def picture(args: argparse.Namespace) -> tuple[int, int]:
     return tuple(args.picture) if args.picture else (size["height"], size["width"])
 
 
+def smaller(size: tuple[int, int]) -> tuple[int, int]:
+    height, width = (min(side, most) for side, most in zip(size, PARITY_PICTURE, strict=True))
+    return height, width
+
+
 def build(args: argparse.Namespace, dtype: torch.dtype) -> Any:
     """The demo's transformer, or one of Wan 1.3B's shapes with random weights, with a LoRA."""
     from peft import LoraConfig
@@ -119,7 +126,8 @@ def build(args: argparse.Namespace, dtype: torch.dtype) -> Any:
         )
     else:
         layers = {"num_layers": args.layers} if args.layers else {}
-        transformer = WanTransformer3DModel(**(WAN_1_3B | layers)).to(dtype)
+        with args.device:
+            transformer = WanTransformer3DModel(**(WAN_1_3B | layers)).to(dtype)
     transformer.requires_grad_(False).to(args.device)
     targets = target_modules(transformer, ("attention",))
     transformer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=targets))
@@ -134,9 +142,9 @@ def build(args: argparse.Namespace, dtype: torch.dtype) -> Any:
 def batch(frames: int, args: argparse.Namespace, transformer: Any) -> tuple:
     size, config = SIZES[args.model], transformer.config
     shape = (1, config.in_channels, frames, *picture(args))
-    g = torch.Generator().manual_seed(frames)
-    latents, noise = (torch.randn(shape, generator=g).to(args.device) for _ in range(2))
-    text = torch.randn(1, size["text"], config.text_dim, generator=g).to(args.device)
+    drawn = {"generator": torch.Generator(args.device).manual_seed(frames), "device": args.device}
+    latents, noise = (torch.randn(shape, **drawn) for _ in range(2))
+    text = torch.randn(1, size["text"], config.text_dim, **drawn)
     sigma = torch.tensor([0.7], device=args.device)
     return latents, noise, sigma, {"encoder_hidden_states": text}
 
@@ -153,8 +161,11 @@ def step(transformer: Any, given: tuple, dtype: torch.dtype) -> float:
 
 
 def parity(transformer: Any, method: Any, args: argparse.Namespace, dtype: torch.dtype) -> float:
-    """The worst gradient's distance between the kernel and the reference, over the largest."""
-    given, gradients = batch(5, args, transformer), []
+    """The worst gradient's distance between the kernel and the reference, over the largest.
+
+    On a picture of which the reference can hold all pairs of tokens in every layer."""
+    few = argparse.Namespace(**{**vars(args), "picture": smaller(picture(args))})
+    given, gradients = batch(5, few, transformer), []
     for kernel in ("reference", "auto"):
         with gen_accel.attach(transformer, method, kernel=kernel):
             step(transformer, given, dtype)
@@ -196,17 +207,19 @@ def measure(
         return run
 
     dense = gen_accel.Dense()
-    taken = in_turns(
-        {
-            "dense": whole(dense),
-            "radial": whole(method),
-            "attention_dense": alone(dense),
-            "attention_radial": alone(method),
-        },
-        args,
-    )
-    with gen_accel.attach(transformer, method) as handle:
-        step(transformer, given, dtype)
+    calls = {
+        "dense": whole(dense),
+        "radial": whole(method),
+        "attention_dense": alone(dense),
+        "attention_radial": alone(method),
+    }
+    seconds = interleaved(calls, rounds=args.rounds, device=args.device)
+    taken = {name: statistics.median(values) for name, values in seconds.items()}
+    peak: dict[str, float | None] = {}
+    for name, chosen in (("dense", dense), ("radial", method)):
+        with gen_accel.attach(transformer, chosen) as handle, peak_memory(args.device) as used:
+            step(transformer, given, dtype)
+        peak[f"{name}_peak_mb"] = used.get("mb")
         kernels = handle.summary().to_dict()["kernels"]
     density = method.density(video)
     attention_speedup = taken["attention_dense"] / taken["attention_radial"]
@@ -215,25 +228,12 @@ def measure(
         "tokens": video.tokens,
         "density": density,
         "kernels": kernels,
+        **peak,
         **{f"{name}_ms": 1000 * seconds for name, seconds in taken.items()},
         "speedup": taken["dense"] / taken["radial"],
         "attention_speedup": attention_speedup,
         "share_of_ideal": attention_speedup * density,
     }
-
-
-def in_turns(calls: dict[str, Callable[[], None]], args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of each, after one call that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(args.rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if args.device != "cpu":
-                torch.accelerator.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
 if __name__ == "__main__":

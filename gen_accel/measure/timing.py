@@ -10,14 +10,19 @@ import torch
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]], *, rounds: int, device: torch.device
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    device: torch.device,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of each call in each round, in turn, A B A B: what slows one slows the other.
 
-    Each runs once before the clock starts. On a GPU every call is waited for.
+    Each runs once before the clock starts, unless they are `warm` already. On a GPU every call is
+    waited for.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
+    for call in () if warm else calls.values():
         call()
     for _ in range(rounds):
         for name, call in calls.items():
