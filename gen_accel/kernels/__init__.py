@@ -50,7 +50,7 @@ __all__ = [
     "unsupported",
 ]
 
-KERNELS = ("triton", "native", "flex", "xformers", "routed", "gather", "reference")
+KERNELS = ("fa4", "triton", "native", "flex", "xformers", "routed", "gather", "reference")
 
 
 @dataclass(frozen=True)

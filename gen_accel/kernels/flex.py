@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from gen_accel.kernels.compiler import cpp_compiler
 from gen_accel.kernels.contract import Facts, Place, facts_of
 from gen_accel.kernels.failure import KernelFailed
+from gen_accel.kernels.lists import left_packed
 from gen_accel.plan import Plan, Route, pack, unpack
 
 compile_seconds: list[float] = []  # one entry for each compilation of this process
@@ -118,8 +119,8 @@ def _block_mask(plan: Plan) -> BlockMask:
     if plan not in _masks:
         S = plan.slots.numel()
         _masks[plan] = BlockMask.from_kv_blocks(
-            *_lists(plan.keep & ~plan.whole),
-            *_lists(plan.whole),
+            *left_packed(plan.keep & ~plan.whole),
+            *left_packed(plan.whole),
             BLOCK_SIZE=(plan.block_q, plan.block_k),
             mask_mod=_mask_mod(plan),
             seq_lengths=(S, S),
@@ -151,9 +152,3 @@ def _mask_mod(plan: Plan) -> Callable:
         return inside | (real[j] & (free[i] | free[j]))
 
     return mask_mod
-
-
-def _lists(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts (B, H, Kq) and left-packed key blocks (B, H, Kq, Kk), both int32."""
-    order = keep.int().sort(dim=-1, descending=True, stable=True).indices
-    return keep.sum(-1, dtype=torch.int32), order.int()

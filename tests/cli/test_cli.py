@@ -446,6 +446,7 @@ def test_doctor(run, monkeypatch, wheel):
         "peft",
         "triton",
         "xformers",
+        "flash-attn-4",
         "C++ compiler",
         "CPU kernel",
         "ffmpeg",

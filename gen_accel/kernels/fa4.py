@@ -1,0 +1,450 @@
+"""FlashAttention-4 on Hopper and Blackwell: block-sparse, forward and backward, an optional
+dependency.
+
+q, k and v are put in the order of the plan's slots, so that blocks are runs of them. Each query
+block has two lists of key blocks: those in which a mask decides pair by pair, and those seen
+whole. The backward pass takes the lists of each key block, and adds up the gradient of q in no
+fixed order.
+
+References:
+    Dao-AILab, flash-attention, `flash_attn/cute`, read in flash-attn-4 4.0.0b36:
+    `interface.flash_attn_func`, `block_sparsity.BlockSparseTensorsTorch` (lists that are shorter
+    than the blocks are many are allowed), `mask.call_mask_mod`. Which blocks fit its tiles stands
+    in `interface._tile_size_fwd_sm90`, `_fit_sm90_fwd_tile_to_block_sparsity`,
+    `_tile_size_bwd_sm90`, `_get_fwd_config` and `block_sparsity.normalize_block_sparse_config`.
+    Other cards are refused: on sm_80 the lists are taken and never read, on sm_120 asserted away.
+"""
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gen_accel.kernels.contract import Facts, Place, facts_of
+from gen_accel.kernels.failure import KernelFailed
+from gen_accel.kernels.lists import left_packed
+from gen_accel.plan import Plan, Route, Windows
+
+INSTALL = 'pip install "flash-attn-4>=4.0.0b36"'
+DTYPES = (torch.bfloat16, torch.float16)
+LARGEST_DIM = 128
+SERVED = (9, 10)  # majors of the compute capability
+# What we pass to `flash_attn_func`, which older releases lack in part.
+ARGUMENTS = ("mask_mod", "aux_tensors", "block_sparse_tensors", "block_sparse_tensors_bwd")
+
+_failed: dict[tuple, str] = {}
+
+
+def unsupported(facts: Facts) -> list[str]:
+    reasons = []
+    if not _installed():
+        reasons.append(f"flash-attn-4 is not installed: {INSTALL}")
+    major = _major(facts.device)
+    if major not in SERVED:
+        reasons.append(
+            "FlashAttention-4 reads lists of blocks on CUDA devices of capability 9.x and 10.x, "
+            f"got {_written(facts.device)}"
+        )
+    if facts.dtype not in DTYPES:
+        reasons.append(f"it takes bfloat16 and float16, got {facts.dtype}")
+    if facts.dim % 8 or facts.dim > LARGEST_DIM:
+        reasons.append(f"head dim must be a multiple of 8 up to {LARGEST_DIM}, got {facts.dim}")
+    if facts.gain:
+        reasons.append("it takes no gain on scores")
+    if facts.grad and _must_be_deterministic():
+        reasons.append(
+            "its backward adds up in no fixed order, which torch.use_deterministic_algorithms bars"
+        )
+    if major in SERVED:
+        reasons += _block_reasons(facts, major)
+    return reasons or [*_library_reasons(), *filter(None, [_failed.get(_key(facts))])]
+
+
+def _block_reasons(facts: Facts, major: int) -> list[str]:
+    """Which of its tiles do not divide the plan's blocks."""
+    where, step, reasons = f"on sm_{major}0", 64, []
+    if major == 10:
+        step = 256  # two tiles of queries share a list
+    elif facts.grad and facts.dim <= 64:
+        step = 128
+    if facts.block_q % step:
+        training = " to train" if facts.grad else ""
+        reasons.append(
+            f"block_q must be a multiple of {step} {where}{training}, got {facts.block_q}"
+        )
+    if major == 10 and facts.block_k % 128:
+        reasons.append(f"block_k must be a multiple of 128 {where}, got {facts.block_k}")
+    if major == 9 and facts.grad and facts.block_k != 128:
+        reasons.append(f"block_k must be 128 {where} to train, got {facts.block_k}")
+    elif major == 9 and (facts.block_k % 16 or facts.block_k > 128):
+        reasons.append(f"block_k must be a multiple of 16 up to 128 {where}, got {facts.block_k}")
+    return reasons
+
+
+def place(facts: Facts) -> Place:
+    if _major(facts.device) in SERVED:
+        return Place(5)
+    needs = "it needs a Hopper or a Blackwell GPU of a data centre"
+    return Place(55 if facts.device.type == "cpu" else 35, needs)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+    return _attend(q, k, v, plan, scale, return_lse=False)[0]
+
+
+def forward_lse(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output and each row's natural logsumexp, (B, H, N) fp32; both have gradients.
+
+    A row that sees nothing gives zeros and -inf.
+    """
+    lists = prepare(plan)
+    out, lse = _attend(q, k, v, plan, scale, return_lse=True)
+    return out, lse if lists.order is None else _Unpacked.apply(lse, 2, lists.back)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, *, return_lse: bool
+) -> tuple[Tensor, Any]:
+    """(B, H, N, D), and the logsumexp of the slots, (B, H, S), which need not be there without
+    `return_lse`."""
+    lists, library = prepare(plan), _library()
+    packed = [x.transpose(1, 2) for x in (q, k, v)]
+    if lists.order is not None:
+        packed = [_Packed.apply(x, lists.order, lists.back) for x in packed]
+    aux = [x.expand(len(q), q.shape[1], -1, -1) if x.ndim == 4 else x for x in lists.aux]
+    blocks = plan.block_q, plan.block_k
+    key = _key(facts_of(q, k, v, plan))
+    try:
+        with torch.cuda.device_of(q):  # it launches on the current device
+            out, lse = library.attend(
+                *packed,
+                softmax_scale=scale,
+                mask_mod=None if lists.rule is None else library.mask(lists.rule),
+                aux_tensors=aux or None,
+                block_sparse_tensors=library.lists(**lists.rows._asdict(), block_size=blocks),
+                block_sparse_tensors_bwd=None
+                if lists.columns is None
+                else library.lists(**lists.columns._asdict(), block_size=blocks),
+                return_lse=return_lse,
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever its compiler may throw
+        last = str(error).strip().splitlines() or [""]
+        _failed[key] = f"FlashAttention-4 failed: {type(error).__name__}: {last[0]}"
+        raise KernelFailed(_failed[key]) from error
+    if lists.order is not None:
+        out = _Unpacked.apply(out, 1, lists.back)
+    return out.transpose(1, 2), lse
+
+
+def _key(facts: Facts) -> tuple:
+    """All that decides which code is compiled."""
+    blocks = facts.block_q, facts.block_k
+    return facts.dim, facts.dtype, facts.device, facts.pattern, blocks, facts.grad
+
+
+class _Packed(torch.autograd.Function):
+    """Token order to slot order. The gradient of padding, which is none, is not read."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        """(B, N, H, D) to (B, S, H, D), contiguous."""
+        ctx.save_for_backward(back)
+        return x.index_select(1, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (back,) = ctx.saved_tensors
+        return grad.index_select(1, back), None, None
+
+
+class _Unpacked(torch.autograd.Function):
+    """Slot order back to token order along an axis. Padding gets a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: int, back: Tensor) -> Tensor:
+        ctx.shape, ctx.axis = x.shape, axis
+        ctx.save_for_backward(back)
+        return x.index_select(axis, back)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (back,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).index_copy_(ctx.axis, back, grad), None, None
+
+
+class Blocks(NamedTuple):
+    """The four lists of FlashAttention-4, by its own names: for each query block its key blocks,
+    or the other way about.
+
+    Args:
+        mask_block_cnt, full_block_cnt: (B', H', K) int32, how many need the mask, and how many
+            are seen whole.
+        mask_block_idx, full_block_idx: (B', H', K, most) int32, which ones, in ascending order;
+            the rest is unused.
+    """
+
+    mask_block_cnt: Tensor
+    mask_block_idx: Tensor
+    full_block_cnt: Tensor
+    full_block_idx: Tensor
+
+
+class Lists(NamedTuple):
+    """What a call reads of a plan.
+
+    Args:
+        order, back: (S,) and (N,) int64, the token of each slot, 0 for padding, and the slot of
+            each token. None where every slot holds the token of its own number.
+        rows: of the query blocks.
+        columns: of the key blocks; None where no gradient can be asked for.
+        rule: the mask, by its name in `RULES`; None where all pairs of kept blocks are seen.
+        aux: what the mask reads.
+    """
+
+    order: Tensor | None
+    back: Tensor | None
+    rows: Blocks
+    columns: Blocks | None
+    rule: str | None
+    aux: list[Tensor]
+
+
+_cache: "WeakKeyDictionary[Plan, Lists]" = WeakKeyDictionary()
+
+
+def prepare(plan: Plan) -> Lists:
+    """Made anew for a dynamic plan, without waiting for the device; else made once and kept."""
+    if plan.dynamic:
+        return _lists(plan, backward=torch.is_grad_enabled(), cut=False)
+    if plan not in _cache:
+        with torch.inference_mode(False):  # so that they serve training too
+            _cache[plan] = _lists(plan, backward=True, cut=True)
+    return _cache[plan]
+
+
+def _lists(plan: Plan, *, backward: bool, cut: bool) -> Lists:
+    whole = plan.whole
+    masked = plan.keep & ~whole
+    is_cut = plan.partial is not None or plan.tokens < len(plan.slots)
+    if is_cut and cut:
+        is_cut = bool(masked.any())
+    rule, aux = _mask_of(plan) if is_cut else (None, [])
+    if not is_cut:
+        masked = masked.new_zeros(1, 1, *masked.shape[2:])
+
+    def blocks(masked: Tensor, whole: Tensor) -> Blocks:
+        first = left_packed(masked, cut=cut) if is_cut else _none(masked)
+        return Blocks(*first, *left_packed(whole, cut=cut))
+
+    rows, columns = blocks(masked, whole), None
+    if backward:
+        columns = blocks(masked.mT, whole.mT)
+    if plan.is_raster:
+        return Lists(None, None, rows, columns, rule, aux)
+    return Lists(plan.slots.clamp_min(0), plan.places, rows, columns, rule, aux)
+
+
+def _none(masked: Tensor) -> tuple[Tensor, Tensor]:
+    """Lists that are all empty."""
+    counts = masked.new_zeros(masked.shape[:3], dtype=torch.int32)
+    return counts, counts[..., None].clone()
+
+
+class Rule(NamedTuple):
+    """A mask: slot `query` sees slot `key` where `bits(aux, b, h, query, key) == seen`.
+
+    `bits` is computed by operators and subscripts alone, so that one function serves integer
+    tensors of torch, which broadcast, and scalars of CuTe, while FlashAttention-4 compiles.
+    """
+
+    bits: Callable[[Any, Any, Any, Any, Any], Any]
+    seen: int
+
+
+# Windows of three axes in one int32: fields of nine bits, each below a guard bit. The guard
+# outlives the subtraction of a field that is no larger, and so two of them compare three axes.
+FIELD = 10
+FARTHEST = 2 ** (FIELD - 1) - 1
+SHORT = sum(1 << (FIELD * (axis + 1) - 1) for axis in range(3))
+# One axis in one int32, where places do not fit.
+LONG = 1 << 30
+
+
+def _padding(aux: Any, b: Any, h: Any, query: Any, key: Any) -> Any:
+    """aux: (S,) int32, 1 where a slot holds a token."""
+    return aux[0][key]
+
+
+def _route(aux: Any, b: Any, h: Any, query: Any, key: Any) -> Any:
+    """aux: (S,) int32, twice the group of a key and 1 where its slot holds a token; (B, H, S, C)
+    uint8, the groups that a query picked."""
+    word = aux[0][key]
+    return aux[1][b, h, query, word >> 1] & word & 1
+
+
+def _in_windows(aux: Any, query: Any, key: Any) -> Any:
+    """The guards of all axes that hold in every word. aux: four times (S,) int32 for each word, as
+    in `_words`."""
+    bits = -1
+    for i in range(0, len(aux), 4):
+        first, last, low, high = aux[i], aux[i + 1], aux[i + 2], aux[i + 3]
+        bits = (high[key] - first[query]) & (last[query] - low[key]) & bits
+    return bits
+
+
+def _short_windows(aux: Any, b: Any, h: Any, query: Any, key: Any) -> Any:
+    return _in_windows(aux, query, key) & SHORT
+
+
+def _long_windows(aux: Any, b: Any, h: Any, query: Any, key: Any) -> Any:
+    return _in_windows(aux, query, key) & LONG
+
+
+RULES = {
+    "padding": Rule(_padding, 1),
+    "route": Rule(_route, 1),
+    "short windows": Rule(_short_windows, SHORT),
+    "long windows": Rule(_long_windows, LONG),
+}
+
+
+def _mask_of(plan: Plan) -> tuple[str, list[Tensor]]:
+    """The name of the mask and what it reads."""
+    rule, real = plan.partial, plan.real
+    if rule is None:
+        return "padding", [real.int()]
+    if isinstance(rule, Route):
+        word = 2 * rule.group.repeat_interleave(rule.block) + real
+        picks = rule.picks
+        if picks.shape[3] == 1:  # CuTe wants one axis alone to have a stride of one
+            picks = torch.nn.functional.pad(picks, (0, 1))
+        return "route", [word.int(), picks.contiguous().view(torch.uint8)]
+    place = rule.place - rule.place.amin(1, keepdim=True)
+    if not plan.dynamic and int(place.max()) < FARTHEST:
+        return "short windows", _words(rule, real, axes=3, farthest=FARTHEST)
+    return "long windows", _words(rule, real, axes=1, farthest=LONG - 1)
+
+
+def _words(rule: Windows, real: Tensor, *, axes: int, farthest: int) -> list[Tensor]:
+    """first, last, low and high of each word, all (S,) int32.
+
+    A query sees a key if first <= high and low <= last in every field. Both of a key are its
+    place; those of a free key meet any window, and a padded one's low lies past them all. Guard
+    bits stand in last and high.
+
+    Args:
+        axes: in a word.
+        farthest: the largest number of a field; places are below it.
+    """
+    least = rule.place.amin(1, keepdim=True)
+    place, first, last = rule.place - least, rule.first - least, rule.last - least
+    never = last < 0
+    first = first.clamp(0, farthest).masked_fill(never, farthest).masked_fill(rule.free, 0)
+    last = last.clamp(0, farthest - 1).masked_fill(rule.free, farthest - 1)
+    low = place.masked_fill(rule.free, 0).masked_fill(~real, farthest)
+    high = place.masked_fill(rule.free, farthest)
+    width, words = farthest.bit_length() + 1, []
+    for start in range(0, len(place), axes):
+        fields = range(start, min(start + axes, len(place)))
+        shifts = [(axis, width * (axis - start)) for axis in fields]
+        guard = SHORT if axes == 3 else LONG
+        # Axes that are not there: 0 <= 0 in every field.
+        for numbers, bits in ((first, 0), (last, guard), (low, 0), (high, guard)):
+            word = torch.full_like(numbers[0], bits)
+            for axis, shift in shifts:
+                word = word + (numbers[axis] << shift)
+            words.append(word.int())
+    return words
+
+
+class Library(NamedTuple):
+    """What we use of FlashAttention-4.
+
+    Args:
+        attend: `flash_attn_func`; q, k and v are (B, S, H, D).
+        lists: `BlockSparseTensorsTorch`, the four lists and `block_size`.
+        mask: from a name in `RULES` to a `mask_mod`.
+    """
+
+    attend: Callable[..., Any]
+    lists: Callable[..., Any]
+    mask: Callable[[str], Any]
+
+
+@cache
+def _library() -> Library:
+    """Raises ImportError where it, or what it needs, is missing."""
+    attend = import_module("flash_attn.cute").flash_attn_func
+    lists = import_module("flash_attn.cute.block_sparsity").BlockSparseTensorsTorch
+    return Library(attend, lists, _mask_mod)
+
+
+@cache
+def _library_reasons() -> list[str]:
+    try:
+        known = inspect.signature(_library().attend).parameters
+    except ImportError as error:
+        return [f"flash-attn-4 cannot be imported: {error}"]
+    if missing := [name for name in ARGUMENTS if name not in known]:
+        return [f"this flash-attn-4 has no {', '.join(missing)}: {INSTALL}"]
+    return []
+
+
+@cache
+def _mask_mod(name: str) -> Callable:
+    """A rule as FlashAttention-4 calls it: for one pair, by vectors of one int32."""
+    cutlass, cute = import_module("cutlass"), import_module("cutlass.cute")
+    vector = import_module("flash_attn.cute.utils").scalar_to_ssa
+    bits, seen = RULES[name]
+
+    @cute.jit
+    def mask_mod(  # noqa: ANN202
+        batch: Any, head: Any, query: Any, key: Any, seqlen_info: Any, aux_tensors: Any
+    ):
+        found = bits(aux_tensors, batch[0], head[0], query[0], key[0])
+        return vector(found, cutlass.Int32) == vector(seen, cutlass.Int32)
+
+    # By this, it knows compiled kernels again. Its own hash would tell rules by their addresses.
+    source = inspect.getsource(sys.modules[__name__])
+    mask_mod.__cute_hash__ = f"{__name__} {name} {hashlib.sha256(source.encode()).hexdigest()}"
+    return mask_mod
+
+
+def _installed() -> bool:
+    try:
+        return find_spec("flash_attn.cute") is not None
+    except (ImportError, ValueError):  # no `flash_attn`, or an older one that does not import
+        return False
+
+
+def _must_be_deterministic() -> bool:
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled() and not warns
+
+
+def _major(device: torch.device) -> int | None:
+    """Of the compute capability; None where there is no such device here."""
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def _written(device: torch.device) -> str:
+    if _major(device) is None:
+        return f"{device.type} under ROCm" if torch.version.hip else device.type
+    return ".".join(map(str, torch.cuda.get_device_capability(device)))
