@@ -8,11 +8,8 @@ fixed order.
 
 References:
     Dao-AILab, flash-attention, `flash_attn/cute`, read in flash-attn-4 4.0.0b36:
-    `interface.flash_attn_func`, `block_sparsity.BlockSparseTensorsTorch` (lists that are shorter
-    than the blocks are many are allowed), `mask.call_mask_mod`. Which blocks fit its tiles stands
-    in `interface._tile_size_fwd_sm90`, `_fit_sm90_fwd_tile_to_block_sparsity`,
-    `_tile_size_bwd_sm90`, `_get_fwd_config` and `block_sparsity.normalize_block_sparse_config`.
-    Other cards are refused: on sm_80 the lists are taken and never read, on sm_120 asserted away.
+    `interface.flash_attn_func`, `block_sparsity.BlockSparseTensorsTorch` (lists may be shorter
+    than there are blocks), `mask.call_mask_mod`.
 """
 
 import hashlib
@@ -21,7 +18,6 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -29,15 +25,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gen_accel.kernels import flash4
 from gen_accel.kernels.contract import Facts, Place, facts_of
 from gen_accel.kernels.failure import KernelFailed
 from gen_accel.kernels.lists import left_packed
 from gen_accel.plan import Plan, Route, Windows
 
-INSTALL = 'pip install "flash-attn-4>=4.0.0b36"'
-DTYPES = (torch.bfloat16, torch.float16)
-LARGEST_DIM = 128
-SERVED = (9, 10)  # majors of the compute capability
 # What we pass to `flash_attn_func`, which older releases lack in part.
 ARGUMENTS = ("mask_mod", "aux_tensors", "block_sparse_tensors", "block_sparse_tensors_bwd")
 
@@ -45,53 +38,14 @@ _failed: dict[tuple, str] = {}
 
 
 def unsupported(facts: Facts) -> list[str]:
-    reasons = []
-    if not _installed():
-        reasons.append(f"flash-attn-4 is not installed: {INSTALL}")
-    major = _major(facts.device)
-    if major not in SERVED:
-        reasons.append(
-            "FlashAttention-4 reads lists of blocks on CUDA devices of capability 9.x and 10.x, "
-            f"got {_written(facts.device)}"
-        )
-    if facts.dtype not in DTYPES:
-        reasons.append(f"it takes bfloat16 and float16, got {facts.dtype}")
-    if facts.dim % 8 or facts.dim > LARGEST_DIM:
-        reasons.append(f"head dim must be a multiple of 8 up to {LARGEST_DIM}, got {facts.dim}")
+    reasons = flash4.reasons(facts)
     if facts.gain:
         reasons.append("it takes no gain on scores")
-    if facts.grad and _must_be_deterministic():
-        reasons.append(
-            "its backward adds up in no fixed order, which torch.use_deterministic_algorithms bars"
-        )
-    if major in SERVED:
-        reasons += _block_reasons(facts, major)
     return reasons or [*_library_reasons(), *filter(None, [_failed.get(_key(facts))])]
 
 
-def _block_reasons(facts: Facts, major: int) -> list[str]:
-    """Which of its tiles do not divide the plan's blocks."""
-    where, step, reasons = f"on sm_{major}0", 64, []
-    if major == 10:
-        step = 256  # two tiles of queries share a list
-    elif facts.grad and facts.dim <= 64:
-        step = 128
-    if facts.block_q % step:
-        training = " to train" if facts.grad else ""
-        reasons.append(
-            f"block_q must be a multiple of {step} {where}{training}, got {facts.block_q}"
-        )
-    if major == 10 and facts.block_k % 128:
-        reasons.append(f"block_k must be a multiple of 128 {where}, got {facts.block_k}")
-    if major == 9 and facts.grad and facts.block_k != 128:
-        reasons.append(f"block_k must be 128 {where} to train, got {facts.block_k}")
-    elif major == 9 and (facts.block_k % 16 or facts.block_k > 128):
-        reasons.append(f"block_k must be a multiple of 16 up to 128 {where}, got {facts.block_k}")
-    return reasons
-
-
 def place(facts: Facts) -> Place:
-    if _major(facts.device) in SERVED:
+    if flash4.serves(facts.device):
         return Place(5)
     needs = "it needs a Hopper or a Blackwell GPU of a data centre"
     return Place(55 if facts.device.type == "cpu" else 35, needs)
@@ -401,7 +355,7 @@ def _library_reasons() -> list[str]:
     except ImportError as error:
         return [f"flash-attn-4 cannot be imported: {error}"]
     if missing := [name for name in ARGUMENTS if name not in known]:
-        return [f"this flash-attn-4 has no {', '.join(missing)}: {INSTALL}"]
+        return [f"this flash-attn-4 has no {', '.join(missing)}: {flash4.INSTALL}"]
     return []
 
 
@@ -423,28 +377,3 @@ def _mask_mod(name: str) -> Callable:
     source = inspect.getsource(sys.modules[__name__])
     mask_mod.__cute_hash__ = f"{__name__} {name} {hashlib.sha256(source.encode()).hexdigest()}"
     return mask_mod
-
-
-def _installed() -> bool:
-    try:
-        return find_spec("flash_attn.cute") is not None
-    except (ImportError, ValueError):  # no `flash_attn`, or an older one that does not import
-        return False
-
-
-def _must_be_deterministic() -> bool:
-    warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    return torch.are_deterministic_algorithms_enabled() and not warns
-
-
-def _major(device: torch.device) -> int | None:
-    """Of the compute capability; None where there is no such device here."""
-    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
-        return None
-    return torch.cuda.get_device_capability(device)[0]
-
-
-def _written(device: torch.device) -> str:
-    if _major(device) is None:
-        return f"{device.type} under ROCm" if torch.version.hip else device.type
-    return ".".join(map(str, torch.cuda.get_device_capability(device)))
