@@ -1,4 +1,4 @@
-"""Which calls FlashAttention-4 takes, on cards that are pretended, and which `flex` hands to it."""
+"""Which calls FlashAttention-4 takes, on cards that are pretended, and which `flex` gives it."""
 
 import pytest
 import torch
@@ -82,6 +82,7 @@ class TestRefusals:
         card(9)
         assert list(kernels.preference(facts()))[:2] == ["fa4", "triton"]
 
+    @pytest.mark.usefixtures("poison")  # which takes the setting back
     def test_deterministic_algorithms(self, card):
         card(9)
         torch.use_deterministic_algorithms(True)
