@@ -50,7 +50,9 @@ __all__ = [
     "unsupported",
 ]
 
-KERNELS = ("fa4", "triton", "native", "flex", "xformers", "routed", "gather", "reference")
+KERNELS = (
+    *("natten", "fa4", "triton", "native", "flex", "xformers", "routed", "gather", "reference"),
+)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 import torch
 
-from gen_accel.kernels.contract import Facts
+from gen_accel.kernels.contract import Facts, must_be_deterministic
 
 INSTALL = 'pip install "flash-attn-4>=4.0.0b36"'
 DTYPES = (torch.bfloat16, torch.float16)
@@ -35,7 +35,7 @@ def reasons(facts: Facts) -> list[str]:
         found.append(f"it takes bfloat16 and float16, got {facts.dtype}")
     if facts.dim % 8 or facts.dim > LARGEST_DIM:
         found.append(f"head dim must be a multiple of 8 up to {LARGEST_DIM}, got {facts.dim}")
-    if facts.grad and _must_be_deterministic():
+    if facts.grad and must_be_deterministic():
         found.append(
             "its backward adds up in no fixed order, which torch.use_deterministic_algorithms bars"
         )
@@ -88,8 +88,3 @@ def _written(device: torch.device) -> str:
     if _major(device) is None:
         return f"{device.type} under ROCm" if torch.version.hip else device.type
     return ".".join(map(str, torch.cuda.get_device_capability(device)))
-
-
-def _must_be_deterministic() -> bool:
-    warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    return torch.are_deterministic_algorithms_enabled() and not warns

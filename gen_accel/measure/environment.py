@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gen_accel.kernels import flash4
+from gen_accel.kernels import flash4, natten
 from gen_accel.kernels.compiler import cpp_compiler
 from gen_accel.measure.timing import device_name
 from gen_accel.moved import signpost
@@ -18,13 +18,14 @@ if not TYPE_CHECKING:
 
 PACKAGES = (
     *("torch", "diffusers", "transformers", "accelerate", "peft", "triton", "xformers"),
-    "flash-attn-4",
+    *("flash-attn-4", "natten"),
 )
 FIXES = {
     **dict.fromkeys(("transformers", "accelerate", "peft"), 'pip install "gen_accel[video]"'),
     "triton": "pip install triton  (Linux only; triton and flex on a GPU need it)",
     "xformers": 'pip install "gen_accel[xformers]"  (optional, CUDA only: the kernel xformers)',
     "flash-attn-4": f"{flash4.INSTALL}  (optional, Hopper and Blackwell: the kernel fa4)",
+    "natten": f"{natten.INSTALL}  (optional, CUDA only: the kernel natten)",
 }
 GIB = 2**30
 

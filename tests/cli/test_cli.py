@@ -447,6 +447,7 @@ def test_doctor(run, monkeypatch, wheel):
         "triton",
         "xformers",
         "flash-attn-4",
+        "natten",
         "C++ compiler",
         "CPU kernel",
         "ffmpeg",

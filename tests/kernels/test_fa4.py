@@ -369,6 +369,7 @@ def real_plan(name, device):
         picks = rule.picks.repeat_interleave(16, 2)
         rule = Route(picks, rule.group.repeat_interleave(2), 128)
     elif rule is not None:
-        rule = Windows(*(wide(getattr(rule, one)) for one in Windows.__dataclass_fields__))
+        given = rule.first, rule.last, rule.place, rule.free, rule.seen
+        rule = Windows(*map(wide, given))
     slots = raster_slots(VideoShape(1, 1, S - 100), S)
     return Plan(slots, small.keep.repeat_interleave(2, -1), 256, 128, rule).to(device)
