@@ -4,7 +4,8 @@ dependency.
 q, k and v are put in the order of the plan's slots, so that blocks are runs of them. Each query
 block has two lists of key blocks: those in which a mask decides pair by pair, and those seen
 whole. The backward pass takes the lists of each key block, and adds up the gradient of q in no
-fixed order.
+fixed order. Where its tiles are larger than the plan's blocks, several blocks make one of the
+lists, in which the mask also says which of them are kept.
 
 References:
     Dao-AILab, flash-attention, `flash_attn/cute`, read in flash-attn-4 4.0.0b36:
@@ -14,14 +15,17 @@ References:
 
 import hashlib
 import inspect
+import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -38,7 +42,8 @@ _failed: dict[tuple, str] = {}
 
 
 def unsupported(facts: Facts) -> list[str]:
-    reasons = flash4.reasons(facts)
+    block_q, block_k = flash4.blocks(facts)
+    reasons = flash4.reasons(replace(facts, block_q=block_q, block_k=block_k))
     if facts.gain:
         reasons.append("it takes no gain on scores")
     return reasons or [*_library_reasons(), *filter(None, [_failed.get(_key(facts))])]
@@ -46,13 +51,19 @@ def unsupported(facts: Facts) -> list[str]:
 
 def place(facts: Facts) -> Place:
     if flash4.serves(facts.device):
+        if flash4.is_hopper(facts.device) and flash4.blocks(facts) != (
+            facts.block_q,
+            facts.block_k,
+        ):
+            return Place(11, "it would merge blocks of the plan")
         return Place(5)
     needs = "it needs a Hopper or a Blackwell GPU of a data centre"
     return Place(55 if facts.device.type == "cpu" else 35, needs)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    return _attend(q, k, v, plan, scale, return_lse=False)[0]
+    lists = prepare(plan, flash4.blocks(facts_of(q, k, v, plan)))
+    return _attend(q, k, v, plan, lists, scale, return_lse=False)[0]
 
 
 def forward_lse(
@@ -62,29 +73,35 @@ def forward_lse(
 
     A row that sees nothing gives zeros and -inf.
     """
-    lists = prepare(plan)
-    out, lse = _attend(q, k, v, plan, scale, return_lse=True)
+    lists = prepare(plan, flash4.blocks(facts_of(q, k, v, plan)))
+    out, lse = _attend(q, k, v, plan, lists, scale, return_lse=True)
     return out, lse if lists.order is None else _Unpacked.apply(lse, 2, lists.back)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, *, return_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    lists: "Lists",
+    scale: float,
+    *,
+    return_lse: bool,
 ) -> tuple[Tensor, Any]:
     """(B, H, N, D), and the logsumexp of the slots, (B, H, S), which need not be there without
     `return_lse`."""
-    lists, library = prepare(plan), _library()
+    library, blocks = _library(), lists.blocks
     packed = [x.transpose(1, 2) for x in (q, k, v)]
     if lists.order is not None:
         packed = [_Packed.apply(x, lists.order, lists.back) for x in packed]
     aux = [x.expand(len(q), q.shape[1], -1, -1) if x.ndim == 4 else x for x in lists.aux]
-    blocks = plan.block_q, plan.block_k
     key = _key(facts_of(q, k, v, plan))
     try:
         with torch.cuda.device_of(q):  # it launches on the current device
             out, lse = library.attend(
                 *packed,
                 softmax_scale=scale,
-                mask_mod=None if lists.rule is None else library.mask(lists.rule),
+                mask_mod=None if lists.mask is None else library.mask(lists.mask),
                 aux_tensors=aux or None,
                 block_sparse_tensors=library.lists(**lists.rows._asdict(), block_size=blocks),
                 block_sparse_tensors_bwd=None
@@ -166,57 +183,124 @@ class Lists(NamedTuple):
             each token. None where every slot holds the token of its own number.
         rows: of the query blocks.
         columns: of the key blocks; None where no gradient can be asked for.
-        rule: the mask, by its name in `RULES`; None where all pairs of kept blocks are seen.
+        mask: None where all pairs of kept blocks are seen.
         aux: what the mask reads.
+        blocks: slots in a query and in a key block.
     """
 
     order: Tensor | None
     back: Tensor | None
     rows: Blocks
     columns: Blocks | None
-    rule: str | None
+    mask: "Mask | None"
     aux: list[Tensor]
+    blocks: tuple[int, int]
 
 
-_cache: "WeakKeyDictionary[Plan, Lists]" = WeakKeyDictionary()
+_cache: "WeakKeyDictionary[Plan, dict[tuple[int, int], Lists]]" = WeakKeyDictionary()
 
 
-def prepare(plan: Plan) -> Lists:
-    """Made anew for a dynamic plan, without waiting for the device; else made once and kept."""
+def prepare(plan: Plan, blocks: tuple[int, int]) -> Lists:
+    """Made anew for a dynamic plan, without waiting for the device; else made once and kept.
+
+    Args:
+        blocks: slots in a query and in a key block, multiples of the plan's.
+    """
     if plan.dynamic:
-        return _lists(plan, backward=torch.is_grad_enabled(), cut=False)
-    if plan not in _cache:
+        return _lists(plan, blocks, backward=torch.is_grad_enabled(), cut=False)
+    known = _cache.setdefault(plan, {})
+    if blocks not in known:
         with torch.inference_mode(False):  # so that they serve training too
-            _cache[plan] = _lists(plan, backward=True, cut=True)
-    return _cache[plan]
+            known[blocks] = _lists(plan, blocks, backward=True, cut=True)
+    return known[blocks]
 
 
-def _lists(plan: Plan, *, backward: bool, cut: bool) -> Lists:
-    whole = plan.whole
-    masked = plan.keep & ~whole
-    is_cut = plan.partial is not None or plan.tokens < len(plan.slots)
+def _lists(plan: Plan, blocks: tuple[int, int], *, backward: bool, cut: bool) -> Lists:
+    merges = blocks[0] // plan.block_q, blocks[1] // plan.block_k
+    is_merged = merges != (1, 1)
+    if is_merged:
+        plan = _padded(plan, math.lcm(*blocks))
+    keep, whole = _merged(plan.keep, plan.whole, *merges)
+    masked = keep & ~whole
+    is_cut = is_merged or plan.partial is not None or plan.tokens < len(plan.slots)
     if is_cut and cut:
         is_cut = bool(masked.any())
-    rule, aux = _mask_of(plan) if is_cut else (None, [])
+    mask, aux = _mask_of(plan, is_merged) if is_cut else (None, [])
     if not is_cut:
         masked = masked.new_zeros(1, 1, *masked.shape[2:])
 
-    def blocks(masked: Tensor, whole: Tensor) -> Blocks:
+    def lists(masked: Tensor, whole: Tensor) -> Blocks:
         first = left_packed(masked, cut=cut) if is_cut else _none(masked)
         return Blocks(*first, *left_packed(whole, cut=cut))
 
-    rows, columns = blocks(masked, whole), None
+    rows, columns = lists(masked, whole), None
     if backward:
-        columns = blocks(masked.mT, whole.mT)
-    if plan.is_raster:
-        return Lists(None, None, rows, columns, rule, aux)
-    return Lists(plan.slots.clamp_min(0), plan.places, rows, columns, rule, aux)
+        columns = lists(masked.mT, whole.mT)
+    moved = (None, None) if plan.is_raster else (plan.slots.clamp_min(0), plan.places)
+    return Lists(*moved, rows, columns, mask, aux, blocks)
+
+
+def _padded(plan: Plan, multiple: int) -> Plan:
+    """With padding at its end, to a multiple of so many slots."""
+    more = -len(plan.slots) % multiple
+    if not more:
+        return plan
+    rule = plan.partial
+    more_q, more_k = more // plan.block_q, more // plan.block_k
+    if isinstance(rule, Route):
+        picks = F.pad(rule.picks, (0, 0, 0, more))
+        rule = Route(picks, F.pad(rule.group, (0, more_k)), rule.block)
+    elif rule is not None:
+        given = rule.first, rule.last, rule.place, rule.free, rule.seen
+        first, last, place, free, seen = (F.pad(x, (0, more)) for x in given)
+        rule = Windows(first, last, place, free, seen)
+    slots = F.pad(plan.slots, (0, more), value=-1)
+    keep = F.pad(plan.keep, (0, more_k, 0, more_q))
+    made = Plan(slots, keep, plan.block_q, plan.block_k, rule, plan.dynamic)
+    made.tokens, made.places, made.is_raster = plan.tokens, plan.places, False
+    return made
+
+
+def _merged(keep: Tensor, whole: Tensor, query: int, key: int) -> tuple[Tensor, Tensor]:
+    """(B, H, Kq, Kk) bool, for blocks of `query` and `key` blocks each: kept where one of them is,
+    whole where all are."""
+    if (query, key) == (1, 1):
+        return keep, whole
+    parts = [x.unflatten(3, (-1, key)).unflatten(2, (-1, query)) for x in (keep, whole)]
+    return parts[0].any(5).any(3), parts[1].all(5).all(3)
 
 
 def _none(masked: Tensor) -> tuple[Tensor, Tensor]:
     """Lists that are all empty."""
     counts = masked.new_zeros(masked.shape[:3], dtype=torch.int32)
     return counts, counts[..., None].clone()
+
+
+class Mask(NamedTuple):
+    """Which pairs of slots are seen.
+
+    Args:
+        rule: its name in `RULES`.
+        blocks: slots in the plan's own blocks, where several make one; the mask then reads too
+            which of them are kept.
+    """
+
+    rule: str
+    blocks: tuple[int, int] | None = None
+
+    def bits(self) -> "Rule":
+        """As it is computed."""
+        bits, seen = RULES[self.rule]
+        if self.blocks is None:
+            return Rule(bits, seen)
+        block_q, block_k = self.blocks
+
+        def kept_too(aux: Any, b: Any, h: Any, query: Any, key: Any) -> Any:
+            """aux: (B, H, Kq, Kk) int8, -1 for blocks that are kept, and what `bits` reads."""
+            kept = aux[0][b, h, query // block_q, key // block_k]
+            return bits(aux[1:], b, h, query, key) & kept
+
+        return Rule(kept_too, seen)
 
 
 class Rule(NamedTuple):
@@ -277,21 +361,36 @@ RULES = {
 }
 
 
-def _mask_of(plan: Plan) -> tuple[str, list[Tensor]]:
-    """The name of the mask and what it reads."""
+def _mask_of(plan: Plan, is_merged: bool = False) -> tuple[Mask, list[Tensor]]:
+    """The mask and what it reads.
+
+    Args:
+        is_merged: several blocks of the plan make one of the lists.
+    """
+    name, aux = _rule_of(plan)
+    if not is_merged:
+        return Mask(name), aux
+    kept = _with_leading_axis(plan.keep.to(torch.int8).neg())
+    return Mask(name, (plan.block_q, plan.block_k)), [kept, *aux]
+
+
+def _rule_of(plan: Plan) -> tuple[str, list[Tensor]]:
     rule, real = plan.partial, plan.real
     if rule is None:
         return "padding", [real.int()]
     if isinstance(rule, Route):
         word = 2 * rule.group.repeat_interleave(rule.block) + real
-        picks = rule.picks
-        if picks.shape[3] == 1:  # CuTe wants one axis alone to have a stride of one
-            picks = torch.nn.functional.pad(picks, (0, 1))
-        return "route", [word.int(), picks.contiguous().view(torch.uint8)]
+        picks = rule.picks.contiguous().view(torch.uint8)
+        return "route", [word.int(), _with_leading_axis(picks)]
     place = rule.place - rule.place.amin(1, keepdim=True)
     if not plan.dynamic and int(place.max()) < FARTHEST:
         return "short windows", _words(rule, real, axes=3, farthest=FARTHEST)
     return "long windows", _words(rule, real, axes=1, farthest=LONG - 1)
+
+
+def _with_leading_axis(x: Tensor) -> Tensor:
+    """Contiguous, and of two columns at least: CuTe wants one axis alone to have a stride of 1."""
+    return F.pad(x, (0, 1)) if x.shape[-1] == 1 else x.contiguous()
 
 
 def _words(rule: Windows, real: Tensor, *, axes: int, farthest: int) -> list[Tensor]:
@@ -332,12 +431,12 @@ class Library(NamedTuple):
     Args:
         attend: `flash_attn_func`; q, k and v are (B, S, H, D).
         lists: `BlockSparseTensorsTorch`, the four lists and `block_size`.
-        mask: from a name in `RULES` to a `mask_mod`.
+        mask: to a `mask_mod`.
     """
 
     attend: Callable[..., Any]
     lists: Callable[..., Any]
-    mask: Callable[[str], Any]
+    mask: Callable[[Mask], Any]
 
 
 @cache
@@ -360,11 +459,11 @@ def _library_reasons() -> list[str]:
 
 
 @cache
-def _mask_mod(name: str) -> Callable:
-    """A rule as FlashAttention-4 calls it: for one pair, by vectors of one int32."""
+def _mask_mod(mask: Mask) -> Callable:
+    """A mask as FlashAttention-4 calls it: for one pair, by vectors of one int32."""
     cutlass, cute = import_module("cutlass"), import_module("cutlass.cute")
     vector = import_module("flash_attn.cute.utils").scalar_to_ssa
-    bits, seen = RULES[name]
+    bits, seen = mask.bits()
 
     @cute.jit
     def mask_mod(  # noqa: ANN202
@@ -373,7 +472,7 @@ def _mask_mod(name: str) -> Callable:
         found = bits(aux_tensors, batch[0], head[0], query[0], key[0])
         return vector(found, cutlass.Int32) == vector(seen, cutlass.Int32)
 
-    # By this, it knows compiled kernels again. Its own hash would tell rules by their addresses.
+    # By this, it knows compiled kernels again. Its own hash would tell masks by their addresses.
     source = inspect.getsource(sys.modules[__name__])
-    mask_mod.__cute_hash__ = f"{__name__} {name} {hashlib.sha256(source.encode()).hexdigest()}"
+    mask_mod.__cute_hash__ = f"{__name__} {mask} {hashlib.sha256(source.encode()).hexdigest()}"
     return mask_mod

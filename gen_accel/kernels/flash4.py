@@ -8,6 +8,7 @@ References:
     are none.
 """
 
+import math
 from functools import cache
 from importlib.util import find_spec
 
@@ -19,6 +20,7 @@ INSTALL = 'pip install "flash-attn-4>=4.0.0b36"'
 DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_DIM = 128
 MAJORS = (9, 10)  # of the compute capability
+MOST_MERGED = 4
 
 
 def reasons(facts: Facts) -> list[str]:
@@ -40,6 +42,23 @@ def reasons(facts: Facts) -> list[str]:
             "its backward adds up in no fixed order, which torch.use_deterministic_algorithms bars"
         )
     return found + _block_reasons(facts) if serves(facts.device) else found
+
+
+def blocks(facts: Facts) -> tuple[int, int]:
+    """Slots of a query and a key block as it takes them: the least that are made of whole blocks
+    of the plan, of at most `MOST_MERGED` along an axis. The plan's own where there are none."""
+    major, own = _major(facts.device), (facts.block_q, facts.block_k)
+    if major == 10:
+        steps = 256, 128
+    elif major == 9:
+        steps = (128 if facts.dim <= 64 else 64, 128) if facts.grad else (64, 16)
+    else:
+        return own
+    made = [math.lcm(block, step) for block, step in zip(own, steps, strict=True)]
+    query, key = (
+        new if new <= MOST_MERGED * block else block for new, block in zip(made, own, strict=True)
+    )
+    return query, key
 
 
 def _block_reasons(facts: Facts) -> list[str]:
@@ -75,6 +94,10 @@ def installed() -> bool:
 def serves(device: torch.device) -> bool:
     """Whether its block-sparse kernels run on this device."""
     return _major(device) in MAJORS
+
+
+def is_hopper(device: torch.device) -> bool:
+    return _major(device) == 9
 
 
 def _major(device: torch.device) -> int | None:

@@ -45,7 +45,6 @@ SM90 = [
     ({"dim": 256}, "head dim must be a multiple of 8 up to 128, got 256"),
     ({"dim": 36}, "head dim must be a multiple of 8 up to 128, got 36"),
     ({"dtype": torch.float32}, "it takes bfloat16 and float16, got torch.float32"),
-    ({"gain": True}, "it takes no gain on scores"),
 ]
 SM100 = [
     ({"block_q": 256}, ""),
@@ -59,7 +58,7 @@ class TestRefusals:
     @pytest.mark.parametrize(("options", "reason"), SM90, ids=str)
     def test_on_hopper(self, options, reason, card):
         card(9)
-        assert fa4.unsupported(facts(**options)) == ([reason] if reason else [])
+        assert flash4.reasons(facts(**options)) == ([reason] if reason else [])
 
     @pytest.mark.parametrize(("options", "reason"), SM100, ids=str)
     def test_on_blackwell(self, options, reason, card):
@@ -89,6 +88,41 @@ class TestRefusals:
         assert flash4.reasons(facts()) == []
         (reason,) = flash4.reasons(facts(grad=True))
         assert "torch.use_deterministic_algorithms" in reason
+
+
+MERGED = [
+    ({}, (128, 128), (256, 128)),
+    ({"grad": True}, (128, 128), (256, 128)),
+    ({"block_q": 64, "block_k": 64}, (64, 64), (256, 128)),
+    ({"block_q": 64, "block_k": 64, "grad": True}, (64, 128), (256, 128)),
+    ({"block_q": 64, "block_k": 64, "grad": True, "dim": 64}, (128, 128), (256, 128)),
+    ({"block_q": 32, "block_k": 8}, (64, 16), (32, 8)),
+    ({"block_q": 96, "block_k": 96, "grad": True}, (192, 384), (96, 384)),
+    ({"block_q": 56}, (56, 128), (56, 128)),
+]
+
+
+class TestMergedBlocks:
+    @pytest.mark.parametrize(("options", "hopper", "blackwell"), MERGED, ids=str)
+    def test_are_the_least_that_it_takes(self, options, hopper, blackwell, card):
+        for major, blocks in ((9, hopper), (10, blackwell)):
+            card(major)
+            assert flash4.blocks(facts(**options)) == blocks
+
+    def test_are_not_refused(self, card):
+        card(10)
+        assert flash4.reasons(facts(block_q=64, block_k=64, grad=True))
+        assert fa4.unsupported(facts(block_q=64, block_k=64, grad=True)) == []
+        (reason,) = fa4.unsupported(facts(block_q=56))
+        assert reason == "block_q must be a multiple of 256 on sm_100, got 56"
+        assert fa4.unsupported(facts(gain=True)) == ["it takes no gain on scores"]
+
+    def test_come_after_triton_on_hopper(self, card):
+        small = facts(block_q=64, block_k=64, grad=True)
+        card(9)
+        assert list(kernels.preference(small))[:2] == ["triton", "fa4"]
+        card(10)
+        assert list(kernels.preference(small))[:2] == ["fa4", "triton"]
 
 
 class TestFlex:

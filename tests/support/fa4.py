@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gen_accel.kernels.fa4 import RULES, Library, _mask_mod
+from gen_accel.kernels.fa4 import RULES, Library, Mask, _mask_mod
 
 
 class BlockSparse(NamedTuple):
@@ -41,7 +41,7 @@ def library(calls: list | None = None) -> Library:
 
 
 def compile_all(block_q: int, block_k: int, dim: int, backward: bool = True) -> None:
-    """Compile the real kernels with each mask, without a GPU, and print the name of each.
+    """Compile the real kernels with each mask, without a GPU, and print each.
 
     For the card of the environment's FLASH_ATTENTION_ARCH, which is read once a process.
     """
@@ -58,26 +58,32 @@ def compile_all(block_q: int, block_k: int, dim: int, backward: bool = True) -> 
         return sparse(*masked, whole(B, H, rows), whole(B, H, rows, columns), block_size=blocks)
 
     aux = {"padding": 1, "route": 1, "short windows": 4, "long windows": 8}
-    for name in (None, *RULES):
+    own = block_q // 2, block_k // 2
+    masks = [None, *map(Mask, RULES), *(Mask(name, own) for name in ("padding", "route"))]
+    for one in masks:
+        name = one and one.rule
         with FakeTensorMode():
             q, k, v, grad = torch.empty(4, B, S, H, dim, dtype=torch.bfloat16, device="cuda")
             mask = {"mask_mod": None, "aux_tensors": None}
-            if name is not None:
-                mask = {"mask_mod": _mask_mod(name), "aux_tensors": [whole(S)] * aux[name]}
+            if one is not None:
+                mask = {"mask_mod": _mask_mod(one), "aux_tensors": [whole(S)] * aux[name]}
             if name == "route":
                 picks = torch.empty(1, 1, S, 4, dtype=torch.uint8, device="cuda")
                 mask["aux_tensors"].append(picks.expand(B, H, -1, -1))
+            if one is not None and one.blocks:
+                kept = torch.empty(1, 1, 2 * Kq, 2 * Kk, dtype=torch.int8, device="cuda")
+                mask["aux_tensors"].insert(0, kept.expand(B, H, -1, -1))
             given = {"block_sparse_tensors": lists(Kq, Kk), "return_lse": True, **mask}
             out, lse, *_ = real._flash_attn_fwd(q, k, v, softmax_scale=0.3, **given)
             if backward:
                 given = {"block_sparse_tensors": lists(Kk, Kq), "dlse": lse, **mask}
                 real._flash_attn_bwd(q, k, v, out, grad, lse, 0.3, False, 0.0, **given)
-        print(name or "none", flush=True)
+        print(one, flush=True)
 
 
-def twin(name: str):
-    """A rule of `RULES` on tensors that broadcast."""
-    bits, seen = RULES[name]
+def twin(mask: Mask):
+    """A mask on tensors that broadcast."""
+    bits, seen = mask.bits()
     return lambda b, h, query, key, aux: bits(aux, b, h, query, key) == seen
 
 
@@ -132,7 +138,7 @@ def _scores(q, k, options, which):
     pairs = whole | masked
     if options["mask_mod"] is not None:
         for x in aux:
-            assert x.dtype in (torch.int32, torch.uint8)
+            assert x.dtype in (torch.int32, torch.uint8, torch.int8)
             unit = [n for n, step in zip(x.shape, x.stride(), strict=True) if step == 1]
             assert len(unit) == 1, "CuTe finds no leading dimension"
         b, h, s = torch.arange(B), torch.arange(H), torch.arange(S)
