@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 KERNELS = (
-    *("natten", "fa4", "triton", "native", "flex", "xformers", "routed", "gather", "reference"),
+    *("triton", "fa4", "natten", "native", "flex", "xformers", "routed", "gather", "reference"),
 )
 
 
