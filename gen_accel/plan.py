@@ -32,6 +32,26 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+class Boxes(NamedTuple):
+    """Windows of one size over a grid, as one who makes them states them; see `Neighborhood`.
+
+    Each option is for (frames, rows, columns).
+
+    Args:
+        grid: sizes of the axes; its tokens come first, in raster order.
+        text: tokens after the grid, which see and are seen by all.
+        window: tokens seen along each axis, a whole axis by its size.
+        stride, dilation, is_causal: as there.
+    """
+
+    grid: tuple[int, int, int]
+    text: int
+    window: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    dilation: tuple[int, int, int]
+    is_causal: tuple[bool, bool, bool]
+
+
 @dataclass(frozen=True, eq=False)
 class Windows:
     """A rule on token pairs: a query sees the keys that lie in its window on every axis.
@@ -44,6 +64,7 @@ class Windows:
         free: (S,) bool, tokens that see and are seen by all: text. Never mixed with others in
             one block.
         seen: (S,) int64, how many tokens each query sees, so that density needs no enumeration.
+        boxes: the same rule as numbers, where they are known.
     """
 
     first: Tensor
@@ -51,6 +72,7 @@ class Windows:
     place: Tensor
     free: Tensor
     seen: Tensor
+    boxes: Boxes | None = None
 
     def allows(self, query: Tensor, key: Tensor) -> Tensor:
         """Whether slot `query` sees slot `key`: int64 that broadcast, bool of that shape."""
@@ -106,7 +128,14 @@ class Windows:
         return count.to(widest(real.device)) / len(kept)
 
     def to(self, device: torch.device) -> "Windows":
-        return Windows(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return Windows(
+            self.first.to(device),
+            self.last.to(device),
+            self.place.to(device),
+            self.free.to(device),
+            self.seen.to(device),
+            self.boxes,
+        )
 
 
 @dataclass(frozen=True, eq=False)

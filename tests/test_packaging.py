@@ -85,7 +85,9 @@ for name, method in sorted(methods.items()):
 assert torch.equal(model(*inputs).sample, stock)
 for name in gen_accel.__all__:
     getattr(gen_accel, name)
-for kernel in ("flex", "gather", "native", "reference", "routed", "triton", "xformers"):
+for kernel in (
+    *("fa4", "flex", "gather", "native", "natten", "reference", "routed", "triton", "xformers"),
+):
     __import__(f"gen_accel.kernels.{kernel}")
 print("attached", sorted(gen_accel.METHODS))
 """

@@ -55,7 +55,9 @@ __all__ = [
     "unsupported",
 ]
 
-KERNELS = ("triton", "native", "flex", "xformers", "routed", "gather", "reference")
+KERNELS = (
+    *("triton", "fa4", "natten", "native", "flex", "xformers", "routed", "gather", "reference"),
+)
 
 
 @dataclass(frozen=True)

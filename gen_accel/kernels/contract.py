@@ -97,6 +97,12 @@ def is_forward_mode() -> bool:
     return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
+def must_be_deterministic() -> bool:
+    """Whether `torch.use_deterministic_algorithms` bars sums in no fixed order."""
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled() and not warns
+
+
 class Place(NamedTuple):
     """Where "auto" tries a kernel.
 

@@ -4,6 +4,8 @@
 2.13) as soon as a mask indexes a tensor or a second shape comes along, so every shape is compiled
 by itself. Compiled FlexAttention trusts the lists of whole and partial blocks; the eager one reads
 `mask_mod` alone, and is never run here.
+
+On Hopper and Blackwell its blocks go to FlashAttention-4, where that is installed and takes them.
 """
 
 import time
@@ -17,11 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from gen_accel.kernels import flash4
 from gen_accel.kernels.compiler import cpp_compiler
 from gen_accel.kernels.contract import Facts, Place, facts_of
 from gen_accel.kernels.failure import KernelFailed
+from gen_accel.kernels.lists import left_packed
 from gen_accel.plan import Plan, Route, pack, unpack
 
+FLASH_SINCE = "2.13"  # torch, whose BACKEND="FLASH" was read there
 compile_seconds: list[float] = []  # one entry for each compilation of this process
 
 _masks: "WeakKeyDictionary[Plan, BlockMask]" = WeakKeyDictionary()
@@ -61,7 +66,18 @@ def unsupported(facts: Facts) -> list[str]:
 def place(facts: Facts) -> Place:
     if facts.device.type == "cpu":
         return Place(40, "it has to compile first")
-    return Place(20, "it compiles for each plan, and takes none of a single call")
+    against = "it compiles for each plan, and takes none of a single call"
+    if flash4.serves(facts.device) and (reasons := flash_reasons(facts)):
+        against += f"; not by FlashAttention-4: {', '.join(reasons)}"
+    return Place(20, against)
+
+
+def flash_reasons(facts: Facts) -> list[str]:
+    """Why FlexAttention does not hand its blocks to FlashAttention-4; empty where it does."""
+    reasons = flash4.reasons(facts)
+    if torch.__version__ < FLASH_SINCE:
+        reasons.append(f"torch {FLASH_SINCE} has it, this is {torch.__version__}")
+    return reasons
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
@@ -69,20 +85,29 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Ten
     if not torch.is_grad_enabled():  # on the CPU FlexAttention looks at `requires_grad` alone
         packed = packed[0].detach(), packed[1].detach(), packed[2].detach()
     mask = _block_mask(plan)
-    known = _compiled.setdefault(plan, {})
-    key = _key(facts_of(q, k, v, plan))
+    known, facts = _compiled.setdefault(plan, {}), facts_of(q, k, v, plan)
+    key = _key(facts)
     if callable(kept := known.get(key)):
         return unpack(kept(*packed, mask, scale), plan)
-    run, start = _fresh(_kernel_options(plan, q.device)), time.perf_counter()
-    try:
-        out = run(*packed, mask, scale)
-    except Exception as error:  # whatever a compiler may throw
-        last = str(error).strip().splitlines() or [type(error).__name__]
-        known[key] = f"compilation failed: {type(error).__name__}: {last[0]}"
-        raise KernelFailed(known[key]) from error
-    compile_seconds.append(time.perf_counter() - start)
-    known[key] = run
-    return unpack(out, plan)
+    failure: Exception | None = None
+    for options in _ways(facts, plan):
+        run, start = _fresh(options), time.perf_counter()
+        try:
+            out = run(*packed, mask, scale)
+        except Exception as error:  # whatever a compiler may throw
+            last = str(error).strip().splitlines() or [type(error).__name__]
+            known[key], failure = f"compilation failed: {type(error).__name__}: {last[0]}", error
+            continue
+        compile_seconds.append(time.perf_counter() - start)
+        known[key] = run
+        return unpack(out, plan)
+    raise KernelFailed(known[key]) from failure
+
+
+def _ways(facts: Facts, plan: Plan) -> list[Any]:
+    """The kernel options to try, one after the other."""
+    own = _kernel_options(plan, facts.device)
+    return [own] if flash_reasons(facts) else [{"BACKEND": "FLASH"}, own]
 
 
 def _key(facts: Facts) -> tuple:
@@ -118,8 +143,8 @@ def _block_mask(plan: Plan) -> BlockMask:
     if plan not in _masks:
         S = plan.slots.numel()
         _masks[plan] = BlockMask.from_kv_blocks(
-            *_lists(plan.keep & ~plan.whole),
-            *_lists(plan.whole),
+            *left_packed(plan.keep & ~plan.whole),
+            *left_packed(plan.whole),
             BLOCK_SIZE=(plan.block_q, plan.block_k),
             mask_mod=_mask_mod(plan),
             seq_lengths=(S, S),
@@ -151,9 +176,3 @@ def _mask_mod(plan: Plan) -> Callable:
         return inside | (real[j] & (free[i] | free[j]))
 
     return mask_mod
-
-
-def _lists(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts (B, H, Kq) and left-packed key blocks (B, H, Kq, Kk), both int32."""
-    order = keep.int().sort(dim=-1, descending=True, stable=True).indices
-    return keep.sum(-1, dtype=torch.int32), order.int()

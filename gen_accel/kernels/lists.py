@@ -62,6 +62,24 @@ def kept_blocks(plan: Plan) -> tuple[Tensor, Tensor]:
     return index[..., : max(int(counts[0].max()), 1)].contiguous(), counts
 
 
+def left_packed(blocks: Tensor, *, cut: bool = False) -> tuple[Tensor, Tensor]:
+    """Counts (..., K) and numbers (..., K, most) of the columns that hold in each row, both int32.
+
+    Args:
+        blocks: (..., K, columns) bool.
+        cut: shorten the lists to the longest one, which waits for the device.
+
+    Returns:
+        Numbers ascend; those past the count of a row are unused.
+    """
+    counts = blocks.sum(-1, dtype=torch.int32)
+    ones = blocks.to(torch.uint8, memory_format=torch.contiguous_format)
+    index = ones.sort(dim=-1, descending=True, stable=True).indices.int()
+    if cut:
+        index = index[..., : max(int(counts.max()), 1)].contiguous()
+    return counts, index
+
+
 def rule(plan: Plan) -> list[Tensor]:
     """What decides whether a slot sees another, as numbers to subtract: a fraction of the time of
     comparisons, whose results are not of the scores' type.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gen_accel.kernels import flash4, natten
 from gen_accel.kernels.compiler import cpp_compiler
 from gen_accel.measure.timing import device_name
 from gen_accel.moved import signpost
@@ -15,11 +16,16 @@ from gen_accel.version import __version__
 if not TYPE_CHECKING:
     __getattr__ = signpost("measure.environment")
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "triton", "xformers")
+PACKAGES = (
+    *("torch", "diffusers", "transformers", "accelerate", "peft", "triton", "xformers"),
+    *("flash-attn-4", "natten"),
+)
 FIXES = {
     **dict.fromkeys(("transformers", "accelerate", "peft"), 'pip install "gen_accel[video]"'),
     "triton": "pip install triton  (Linux only; triton and flex on a GPU need it)",
     "xformers": 'pip install "gen_accel[xformers]"  (optional, CUDA only: the kernel xformers)',
+    "flash-attn-4": f"{flash4.INSTALL}  (optional, Hopper and Blackwell: the kernel fa4)",
+    "natten": f"{natten.INSTALL}  (optional, CUDA only: the kernel natten)",
 }
 GIB = 2**30
 

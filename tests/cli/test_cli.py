@@ -446,6 +446,8 @@ def test_doctor(run, monkeypatch, wheel):
         "peft",
         "triton",
         "xformers",
+        "flash-attn-4",
+        "natten",
         "C++ compiler",
         "CPU kernel",
         "ffmpeg",

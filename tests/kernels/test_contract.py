@@ -135,13 +135,13 @@ def test_the_orders_of_auto(monkeypatch):
         facts = Facts(((1, 2, 64, 16),) * 3, (torch.float32,) * 3, (where,) * 3, pattern)
         return [*kernels.preference(facts)]
 
-    rest = ["flex", "triton", "xformers"]
+    rest = ["flex", "triton", "fa4", "xformers", "natten"]
     assert order("cpu") == ["gather", "routed", *rest, "native", "reference"]
     assert order("cpu", "route") == ["routed", "gather", *rest, "native", "reference"]
-    assert order("cuda") == ["triton", "flex", "xformers", "gather", "reference"]
+    assert order("cuda") == ["triton", "flex", "xformers", "fa4", "natten", "gather", "reference"]
     monkeypatch.setattr(build, "is_built", lambda: True)
     assert order("cpu") == ["native", "gather", "routed", *rest, "reference"]
-    assert order("cuda") == ["triton", "flex", "xformers", "gather", "reference"]
+    assert order("cuda") == ["triton", "flex", "xformers", "fa4", "natten", "gather", "reference"]
 
 
 @pytest.mark.parametrize("which", range(3), ids="qkv".__getitem__)

@@ -42,9 +42,9 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 
 # FlexAttention is compiled for every plan, at seconds each, and routed takes few plans: both have
-# tests of their own below. Triton needs its interpreter and xformers a GPU: they have files of
-# their own. Any other kernel is held to the reference here.
-ELSEWHERE = ("flex", "routed", "triton", "xformers")
+# tests of their own below. Triton needs its interpreter, fa4, natten and xformers a GPU: they have
+# files of their own. Any other kernel is held to the reference here.
+ELSEWHERE = ("fa4", "flex", "natten", "routed", "triton", "xformers")
 AT_ONCE = [name for name in KERNELS if name not in ELSEWHERE]
 HELD = [name for name in AT_ONCE if name != "reference"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -505,7 +505,9 @@ class TestChoice:
             "routed",
             "flex",
             "triton",
+            "fa4",
             "xformers",
+            "natten",
             "native",
             "reference",
         ]

@@ -317,7 +317,7 @@ def test_what_it_serves():
         assert not native_serves(kernel, x, x.bfloat16())
         assert not native_serves(kernel, x.double())
         assert not native_serves(kernel, x.to("meta"))
-    for kernel in ("reference", "gather", "flex", "routed", "triton", "xformers"):
+    for kernel in ("reference", "gather", "fa4", "flex", "natten", "routed", "triton", "xformers"):
         assert not native_serves(kernel, x, x)
 
 

@@ -17,7 +17,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from gen_accel.plan import Plan, Windows, tile_slots
+from gen_accel.plan import Boxes, Plan, Windows, tile_slots
 from gen_accel.video import VideoShape
 
 Axes = tuple[int, int, int]
@@ -124,9 +124,18 @@ def _plan(method: Neighborhood, video: VideoShape, device: torch.device) -> Plan
     inside = torch.stack([axis.seen[i] for axis, i in zip(axes, index, strict=True)]).prod(0)
     seen = torch.where(free, video.tokens, inside + video.text)
     limits = torch.cat([axis.limits[:, :, i] for axis, i in zip(axes, index, strict=True)])
-    rule = _windows(limits, free, seen)
+    rule = replace(_windows(limits, free, seen), boxes=_boxes(method, video))
     keep = rule.touched(slots >= 0, block_q, block_k)[None, None]
     return Plan(slots, keep, block_q, block_k, rule).to(device)
+
+
+def _boxes(method: Neighborhood, video: VideoShape) -> Boxes:
+    frames, rows, columns = (
+        size if window == -1 else window
+        for size, window in zip(video.grid, method.window, strict=True)
+    )
+    options = method.stride, method.dilation, method.is_causal
+    return Boxes(video.grid, video.text, (frames, rows, columns), *options)
 
 
 @dataclass(frozen=True, eq=False)

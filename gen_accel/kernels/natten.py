@@ -1,0 +1,150 @@
+"""NATTEN's kernels for windows over a grid: CUDA only, an optional dependency.
+
+It takes the numbers of `Neighborhood`, which the plan carries in `Windows.boxes`, and reads q, k
+and v in the order of the tokens: no lists, no padding. Text is additional keys and values to it,
+and queries of the text, which see all, are torch's own attention beside it.
+
+References:
+    Hassani et al., "Generalized Neighborhood Attention", 2025, https://arxiv.org/abs/2504.16922.
+    NATTEN 0.21.7, `natten.functional` (`na1d`, `na2d`, `na3d`, `attention`). Windows are shifted
+    inwards at borders, an even one has one token more before than after, and the queries of a
+    stride share the window of their middle one, or of their last where causal: as here, see
+    `spans` of the method. Unlike here, a window has at least two tokens.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gen_accel.kernels.contract import Facts, Place, must_be_deterministic
+from gen_accel.kernels.failure import KernelFailed
+from gen_accel.plan import Boxes, Plan, Windows
+
+INSTALL = "pip install natten --no-build-isolation"
+DTYPES = (torch.bfloat16, torch.float16)
+AXES = ("frames", "rows", "columns")
+# Majors of the compute capability that it has kernels of their own for. Those for older cards are
+# of the generation of FlashAttention-2, without its speed.
+FAST = (9, 10)
+
+
+def unsupported(facts: Facts) -> list[str]:
+    reasons = []
+    if not installed():
+        reasons.append(f"natten is not installed: {INSTALL}; wheels: https://natten.org/install")
+    if facts.device.type != "cuda" or torch.version.hip:
+        reasons.append(f"NATTEN's kernels run on CUDA only, got {facts.device.type}")
+    if facts.dtype not in DTYPES:
+        reasons.append(f"it takes bfloat16 and float16, got {facts.dtype}")
+    if facts.dim % 8:
+        reasons.append(f"head dim must be a multiple of 8, got {facts.dim}")
+    if facts.gain:
+        reasons.append("it takes no gain on scores")
+    if facts.grad and must_be_deterministic():
+        reasons.append(
+            "its backward adds up in no fixed order, which torch.use_deterministic_algorithms bars"
+        )
+    if facts.pattern != "windows":
+        reasons.append("it takes windows over a grid alone, as Neighborhood makes them")
+    elif facts.plan is not None:
+        reasons += _plan_reasons(facts.plan)
+    return reasons or _library_reasons()
+
+
+def _plan_reasons(plan: Plan) -> list[str]:
+    assert isinstance(plan.partial, Windows)
+    boxes = plan.partial.boxes
+    if boxes is None:
+        return ["the windows of this plan are no boxes of one size"]
+    if plan.trimmed:
+        return ["this plan leaves out pairs of its windows"]
+    single = [
+        f"a window must have at least 2 {name}, got 1 of {size}"
+        for name, size, window in zip(AXES, boxes.grid, boxes.window, strict=True)
+        if window == 1 < size
+    ]
+    return single or ([] if max(boxes.grid) > 1 else ["the grid is a single token"])
+
+
+def place(facts: Facts) -> Place:
+    if facts.device.type == "cpu":
+        return Place(65, "it needs CUDA")
+    if facts.pattern != "windows":
+        return Place(36, "it takes windows over a grid alone")
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(facts.device)[0] in FAST:
+        return Place(4)
+    return Place(12, "its kernels for this card are an older generation's")
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+    assert isinstance(plan.partial, Windows)
+    assert plan.partial.boxes is not None
+    if scale == 0:
+        raise KernelFailed("NATTEN takes a scale of 0 for its default")
+    try:
+        with torch.cuda.device_of(q):
+            return over_grid(q, k, v, plan.partial.boxes, scale=scale)
+    except NotImplementedError as error:
+        raise KernelFailed(f"NATTEN has no kernel for this: {error}") from error
+
+
+def over_grid(q: Tensor, k: Tensor, v: Tensor, boxes: Boxes, *, scale: float) -> Tensor:
+    """Attention of the windows, (B, H, N, D) in and out."""
+    video = q.shape[2] - boxes.text
+    on_grid = [_gridded(x[:, :, :video], boxes) for x in (q, k, v)]
+    options: dict[str, Any] = {}
+    if boxes.text:
+        keys, values = (x[:, :, video:].transpose(1, 2).contiguous() for x in (k, v))
+        options = {"additional_keys": keys, "additional_values": values}
+    # An axis of one token is none to NATTEN.
+    long = [axis for axis, size in enumerate(boxes.grid) if size > 1]
+    for name, numbers in (
+        ("kernel_size", boxes.window),
+        ("stride", boxes.stride),
+        ("dilation", boxes.dilation),
+        ("is_causal", boxes.is_causal),
+    ):
+        options[name] = tuple(numbers[axis] for axis in long)
+    out = _library(len(long))(*on_grid, scale=scale, **options)
+    out = out.flatten(1, len(long)).transpose(1, 2)
+    if not boxes.text:
+        return out
+    text = F.scaled_dot_product_attention(q[:, :, video:], k, v, scale=scale)
+    return torch.cat([out, text], dim=2)
+
+
+def _gridded(x: Tensor, boxes: Boxes) -> Tensor:
+    """(B, H, tokens of the grid, D) to (B, axes that are longer than one, H, D)."""
+    sizes = [size for size in boxes.grid if size > 1]
+    return x.transpose(1, 2).unflatten(1, sizes).contiguous()
+
+
+def _library(axes: int) -> Callable[..., Tensor]:
+    """`na1d`, `na2d` or `na3d`."""
+    natten = import_module("natten")
+    return (natten.na1d, natten.na2d, natten.na3d)[axes - 1]
+
+
+@cache
+def _library_reasons() -> list[str]:
+    try:
+        natten = import_module("natten")
+    except ImportError as error:
+        return [f"natten cannot be imported: {error}"]
+    if not natten.HAS_LIBNATTEN:
+        return [f"this natten was built without its CUDA kernels: {INSTALL}"]
+    return []
+
+
+@cache
+def installed() -> bool:
+    try:
+        return find_spec("natten") is not None
+    except ValueError:  # barred by hand, as `None` among the modules
+        return False
