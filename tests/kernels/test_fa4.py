@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import fa4 as stand_in
+from support import wan
 from support.checks import assert_no_worse
 from support.methods import CASES
 from support.problems import PLANS, assert_gradients_no_worse, random_plan
@@ -29,6 +30,7 @@ from gen_accel.attention_processors import (
 )
 from gen_accel.functional import attention
 from gen_accel.kernels import fa4, facts_of, flash4, reference
+from gen_accel.pipelines import attach
 from gen_accel.plan import Plan, Route, Windows, raster_slots
 from gen_accel.video import VideoShape
 
@@ -149,6 +151,23 @@ def test_large_blocks_match_the_reference(method, video, qkv):
     exact = by_name("reference")(*(x.double() for x in inputs))
     assert_no_worse(by_name("fa4")(*inputs), by_name("reference")(*inputs), exact)
     assert_gradients_no_worse(by_name("fa4"), by_name("reference"), inputs)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_by_it(calls):
+    """Forward and backward, in a graph as outside of one."""
+    model, grads = wan.transformer().cpu(), []
+    with attach(model, Radial(block=16), kernel="fa4") as handle:
+        for run in (model, torch.compile(model, fullgraph=True, backend="eager")):
+            model.zero_grad()
+            wan.forward(run).square().sum().backward()
+            grads.append([x.grad.clone() for x in model.parameters() if x.grad is not None])
+            assert calls
+            calls.clear()
+        assert "fa4" in str(handle.summary())
+    assert grads[0]
+    for eager, compiled in zip(*grads, strict=True):
+        torch.testing.assert_close(eager, compiled)
 
 
 def masks():
