@@ -52,6 +52,8 @@ def place(facts: Facts) -> Place:
     if not flash4.serves(facts.device):
         needs = "it needs a Hopper or a Blackwell GPU of a data centre"
         return Place(55 if facts.device.type == "cpu" else 35, needs)
+    if facts.dynamic:
+        return Place(11, "lists of a single call would be as wide as the plan")
     merges = flash4.blocks(facts) != (facts.block_q, facts.block_k)
     # By estimate, our own kernel has a third of its speed on Blackwell and most of it on Hopper.
     if merges and flash4.is_hopper(facts.device):

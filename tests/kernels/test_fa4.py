@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -29,7 +30,7 @@ from gen_accel.attention_processors import (
     SparseLinear,
 )
 from gen_accel.functional import attention
-from gen_accel.kernels import fa4, facts_of, flash4, reference
+from gen_accel.kernels import Facts, fa4, facts_of, flash4, reference, triton
 from gen_accel.pipelines import attach
 from gen_accel.plan import Plan, Route, Windows, raster_slots
 from gen_accel.video import VideoShape
@@ -416,3 +417,12 @@ def real_plan(name, device):
         rule = Windows(*map(wide, given))
     slots = raster_slots(VideoShape(1, 1, S - 100), S)
     return Plan(slots, small.keep.repeat_interleave(2, -1), 256, 128, rule).to(device)
+
+
+def test_lists_of_a_single_call_come_after_our_own_kernel(monkeypatch):
+    monkeypatch.setattr(flash4, "serves", lambda device: True)
+    monkeypatch.setattr(flash4, "is_hopper", lambda device: True)
+    shape, device = (1, 2, 4096, 128), torch.device("cuda")
+    facts = Facts((shape,) * 3, (torch.bfloat16,) * 3, (device,) * 3, block_q=128, block_k=128)
+    assert fa4.place(facts).order < triton.place(facts).order
+    assert fa4.place(replace(facts, dynamic=True)).order > triton.place(facts).order
