@@ -19,7 +19,7 @@ def block_sums(x: Tensor, slots: Slots, block: int, kernel: str = "auto") -> Ten
         return native.block_sums(x, slots.slots, block)
     tokens = pack(x, slots).unflatten(2, (-1, block))
     if slots.tokens < len(slots.slots):
-        tokens = tokens * slots.real.view(-1, block, 1).to(x.dtype)
+        tokens = tokens * slots.real.view(-1, block, 1)
     return tokens.sum(3, dtype=torch.float32)
 
 

@@ -218,15 +218,16 @@ class BlockMixture:
             found = selection.picks(q, *places, **by, kernel=kernel)
             if found is not None:
                 return found
-        videos = len(rows.home_of_row)
-        # After the rows of the video one for text, which picks all, and one for padding.
-        table = torch.ones(B, H, videos + 2, C + 1, dtype=torch.bool, device=q.device)
-        table[:, :, -1] = False
+        shape = B, H, rows.last + 1, C + 1
+        picks = torch.ones(shape, dtype=torch.bool, device=q.device)  # by text, and of it
         if not dense:
-            own = q[:, :, :videos], means, rows.home_of_row
+            at_home = rows.home_of_row[:, None] == layout.chunks
             rule = Rule(self.scope, few, self.threshold)
-            pick(*own, rule, table[:, :, :videos, :C])
-        picks = table.index_select(2, rows.row)
+            videos = len(at_home)
+            pick(q[:, :, :videos], means, at_home, rule, picks[:, :, :videos, :C])
+        if rows.row is not None:
+            picks[:, :, -1] = False
+            picks = picks.index_select(2, rows.row)
         return picks, picks if block == 1 else picks.unflatten(2, (-1, block)).any(3)
 
 
@@ -244,14 +245,20 @@ class Rows(NamedTuple):
         places: (R,), the row of each place; -1 for padding.
         home: (R,), the own chunk; C for text.
         home_of_row: (video's rows,), the own chunk of each row.
-        row: (R,), the row of each place, where one after the last of the video stands for all of
-            text and two after it for padding.
+        row: (R,), the row of each place, where the one after the video's stands for all of text
+            and the `last` for padding. None where there is a row for each place, and no padding.
     """
 
     places: Tensor
     home: Tensor
     home_of_row: Tensor
-    row: Tensor
+    row: Tensor | None
+    last: int
+
+    def to(self, device: str) -> "Rows":
+        row = None if self.row is None else self.row.to(device)
+        given = self.places, self.home, self.home_of_row
+        return Rows._make([*(x.to(device) for x in given), row, self.last])
 
 
 class Layout(NamedTuple):
@@ -261,9 +268,10 @@ class Layout(NamedTuple):
         slots: chunk by chunk, text last.
         chunk: (S,), the chunk of each slot, C for the text's.
         of_block: (K,), that of each block.
+        chunks: (C,), their numbers.
         sizes: (C,), tokens in each chunk.
-        index: (C * most,), the blocks of each chunk, the last again where it has fewer than most.
-        held: (C * most, 1) fp32, 0 there and 1 else.
+        members: (C * most,), the blocks of each chunk, the last again where there are fewer.
+        held: (C * most, 1) fp32, 0 there and 1 else. None where all have as many.
         tokens, blocks: who picks.
         partition: 0, 1 or 2.
     """
@@ -271,9 +279,10 @@ class Layout(NamedTuple):
     slots: Slots
     chunk: Tensor
     of_block: Tensor
+    chunks: Tensor
     sizes: Tensor
-    index: Tensor
-    held: Tensor
+    members: Tensor
+    held: Tensor | None
     tokens: Rows
     blocks: Rows
     partition: int
@@ -308,21 +317,16 @@ def _layout(partition: int, box: Box, most: int, video: VideoShape, device: str)
     nth = torch.arange(int(blocks.max()))
     held = (nth < blocks[:, None]).float().view(-1, 1)
     first = blocks.cumsum(0) - blocks
-    index = (first[:, None] + nth.minimum(blocks[:, None] - 1)).flatten()
-    tokens = _rows(slots, chunk, of_token)
-    means = _rows(torch.arange(len(of_block)), of_block, of_block[of_block < C])
-    return Layout(
-        laid,
-        *(x.to(device) for x in (chunk, of_block, sizes, index, held)),
-        *(Rows(*(x.to(device) for x in rows)) for rows in (tokens, means)),
-        partition,
-    )
-
-
-def _rows(places: Tensor, home: Tensor, home_of_row: Tensor) -> Rows:
-    text = places >= len(home_of_row)
-    row = places.masked_fill(text, len(home_of_row))
-    return Rows(places, home, home_of_row, row.masked_fill(places < 0, len(home_of_row) + 1))
+    members = (first[:, None] + nth.minimum(blocks[:, None] - 1)).flatten()
+    text = slots >= video.video_tokens
+    row = slots.masked_fill(text, video.video_tokens)
+    row = row.masked_fill(slots < 0, video.video_tokens + 1)
+    tokens = Rows(slots, chunk, of_token, row, video.video_tokens + 1)
+    K = len(of_block)
+    means = Rows(torch.arange(K), of_block, of_block[of_block < C], None, K - 1)
+    there = [x.to(device) for x in (chunk, of_block, torch.arange(C), sizes, members)]
+    rest = tokens.to(device), means.to(device), partition
+    return Layout._make([laid, *there, None if held.all() else held.to(device), *rest])
 
 
 def _box(method: BlockMixture, video: VideoShape) -> Box:
@@ -360,8 +364,12 @@ def _chunk_means(k: Tensor, layout: Layout, kernel: str) -> Tensor:
     """(B, H, C, D) fp32 of k (B, H, N, D), the same from run to run."""
     slots = layout.slots
     sums = block_sums(k, slots, slots.block_k, kernel)
-    given = sums.index_select(2, layout.index) * layout.held
-    return given.unflatten(2, (len(layout.sizes), -1)).sum(3) / layout.sizes[:, None]
+    C = len(layout.sizes)
+    if layout.held is None:
+        of_chunk = sums[:, :, : len(layout.members)]
+    else:
+        of_chunk = sums.index_select(2, layout.members) * layout.held
+    return of_chunk.unflatten(2, (C, -1)).sum(3) / layout.sizes[:, None]
 
 
 @lru_cache(maxsize=16)

@@ -34,21 +34,19 @@ class Rule(NamedTuple):
     threshold: float
 
 
-def pick(rows: Tensor, means: Tensor, home: Tensor, rule: Rule, out: Tensor) -> None:
+def pick(rows: Tensor, means: Tensor, at_home: Tensor, rule: Rule, out: Tensor) -> None:
     """Write what rows pick by their products with the chunks' means, the own chunk in any case.
 
     Args:
         rows: (B, H, R, D), queries or their means, each of which counts.
         means: (B, H, C, D) fp32.
-        home: (R,), the own chunk of each.
+        at_home: (R, C) bool, the own chunk of each.
         out: (B, H, R, C) bool, of any strides.
     """
     B, H, R, C = out.shape
-    at_home = home[:, None] == torch.arange(C, device=home.device)
     heads = H if rule.scope in SCOPES_OVER_HEADS else max(1, AT_ONCE // (B * R * C))
-    for some, of_chunks, found in zip(
-        *(x.split(heads, 1) for x in (rows, means, out)), strict=True
-    ):
+    parts = zip(*(x.split(heads, 1) for x in (rows, means, out)), strict=True)
+    for some, of_chunks, found in parts:
         scores = some.float() @ of_chunks.transpose(-1, -2)
         keys, cut = _by_topk(scores, at_home, rule) if rule.topk else _by(scores, at_home, rule)
         torch.ge(keys, cut, out=found)
@@ -60,15 +58,14 @@ def _by(scores: Tensor, at_home: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     low, high = _together(scores, rule.scope).aminmax(dim=-1, keepdim=True)
     low, high = (_apart(x, scores, rule.scope) for x in (low, high))
     weight = scores.sub_(low).div_(high - low).nan_to_num_(1.0)  # 1 where all are equal
-    mass = (weight * UNITS).long()
-    total = _together(mass, rule.scope).sum(-1, dtype=widest(scores.device))
+    weight *= UNITS  # exactly
+    total = _together(weight, rule.scope).sum(-1, dtype=widest(scores.device))
     slack = (total - rule.threshold * total).long()
+    weight.masked_fill_(at_home, 0.0)
     keys = weight.view(torch.int32)  # which are in the order of floats that are not negative
-    mass.masked_fill_(at_home, 0)
-    keys.masked_fill_(at_home, 0)
-    given = (_together(x, rule.scope) for x in (keys, mass))
-    cut = least_taken(*given, slack, keys_from=0)
-    cut = torch.minimum(cut, _together(keys, rule.scope).amax(-1))  # at least one
+    of_scope = _together(keys, rule.scope)
+    cut = least_taken(of_scope, _together(weight, rule.scope).long(), slack, keys_from=0)
+    cut = torch.minimum(cut, of_scope.amax(-1))  # at least one
     return keys, _apart(cut[..., None], scores, rule.scope)
 
 
@@ -77,9 +74,9 @@ def _by_topk(scores: Tensor, at_home: Tensor, rule: Rule) -> tuple[Tensor, Tenso
     keys = ordered(scores)
     mass = (~at_home).long().expand(B, H, R, C)
     rows = {"query_head": 1, "head_global": R, "overall": H * R}[rule.scope]
-    given = [_together(x, rule.scope) for x in (keys, mass)]
-    slack = given[0].new_full(given[0].shape[:-1], rows * (C - rule.topk), dtype=torch.int64)
-    cut = least_taken(*given, slack)
+    of_scope = _together(keys, rule.scope)
+    slack = of_scope.new_full(of_scope.shape[:-1], rows * (C - rule.topk), dtype=torch.int64)
+    cut = least_taken(of_scope, _together(mass, rule.scope), slack)
     return keys, _apart(cut[..., None], scores, rule.scope)
 
 
@@ -145,7 +142,8 @@ def least_taken(keys: Tensor, mass: Tensor, slack: Tensor, keys_from: int = _LOW
     mass = mass.masked_fill(high != upper, 0)
     slack = slack[..., None] - below.gather(-1, upper)
     lower = _last_within(_below(rank & 0xFFFF, mass), slack[..., 0])
-    return torch.add(lower, upper, alpha=1 << 16)[..., 0] + keys_from
+    cut = torch.add(lower, upper, alpha=1 << 16)[..., 0]
+    return cut + keys_from if keys_from else cut
 
 
 def _below(bins: Tensor, mass: Tensor) -> Tensor:

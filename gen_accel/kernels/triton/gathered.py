@@ -26,8 +26,13 @@ from gen_accel.plan import Plan, Route
 # Slots of a group in the mean from which on queries are gathered. Each time that a query meets a
 # group its sums are read and written, which costs as much as some tens of keys.
 LEAST = 64
-OWNED, INTERPRETED = 1024, 64  # slots of a program; fewer fill their tiles less, more balance less
+OWNED, INTERPRETED = 2048, 64  # slots of a program; fewer fill their tiles less, more balance less
 TILE = 64  # the most queries in a tile, for the same reason
+# Where those of the block kernels would spill, according to compile_matrix; not timed.
+INSTEAD = {
+    ("sm_80", 64, "dq"): configs.Config(64, 32, 4, 1),
+    ("sm_120", 64, "forward"): configs.Config(64, 32, 4, 2),
+}
 HELD = 1 << 30  # bytes of sums and lists that are held at once; at least those of one head
 
 
@@ -60,8 +65,17 @@ def owned_slots(device: torch.device) -> int:
     return INTERPRETED if device.type == "cpu" else OWNED
 
 
+def from_table(arch: str, kind: str, D: int, dtype: torch.dtype, block_k: int) -> configs.Config:
+    """The configuration for "forward", "dq" or "dkdv", with tiles for short blocks."""
+    block = min(block_k, TILE) if kind == "dkdv" else TILE
+    config = configs.from_table(arch, kind, D, dtype, block)
+    if dtype != torch.float32:
+        config = INSTEAD.get((arch, configs.bucket(D), kind), config)
+    return configs.cut(kind, config, block)
+
+
 def _config(kind: str, q: Tensor, block_k: int) -> configs.Config:
-    return configs.choose(kind, q, TILE, block_k, ruled=True)
+    return from_table(configs.architecture(q.device), kind, q.shape[3], q.dtype, block_k)
 
 
 def _by_heads(q: Tensor, picks: Tensor, extra: int) -> Iterator[tuple[slice, slice]]:
@@ -165,7 +179,7 @@ def _launch_dkdv(
     q = tensors[0]
     B, H, N, D = q.shape
     index, counts = columns
-    config = configs.choose("dkdv", q, 1, block_k, ruled=False)
+    config = _config("dkdv", q, block_k)
     launch(
         dkdv_kernel,
         (counts.shape[2] * triton.cdiv(block_k, config.tile_n), B * H),

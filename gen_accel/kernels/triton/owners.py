@@ -6,6 +6,7 @@ wait. Each list is in the order of the slots.
 
 # Kernels are a language of their own, which a checker of Python misreads.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false
 
 import torch
 import triton
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from gen_accel.kernels.triton.launch import launch
 
-ROWS, CHUNK = 64, 64  # of one step of a program
+ROWS, CHUNK = 32, 64  # of one step of a program
 
 
 @triton.jit
