@@ -52,6 +52,8 @@ class MethodParts(NamedTuple):
             smooth random ones, for pictures and estimates.
         plan_for: (q, k, *, video) -> Plan, for a method whose pattern depends on q and k.
         for_layer: (layer) -> method of one layer, counted from 0. Default: itself.
+        for_device: (device) -> method with what a device decides filled in: what a file keeps.
+            Default: itself.
         within: (video, whole) -> method for a layer whose grid is smaller than the model's.
             Default: itself.
         branch: (heads, dim) -> nn.Module, the parameters of one layer at their start. The call
@@ -68,6 +70,7 @@ class MethodParts(NamedTuple):
     plan: Callable[[VideoShape, torch.device], Plan] | None = None
     plan_for: Callable[..., Plan] | None = None
     for_layer: Callable[[int], Any] | None = None
+    for_device: Callable[[torch.device], Any] | None = None
     within: Callable[[VideoShape, VideoShape], Any] | None = None
     branch: Callable[[int, int], nn.Module] | None = None
     parts: Callable[..., tuple[Tensor, Tensor]] | None = None
@@ -88,6 +91,7 @@ CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "plan": (("video", "device"), ()),
     "plan_for": (("q", "k"), ("video",)),
     "for_layer": (("layer",), ()),
+    "for_device": (("device",), ()),
     "within": (("video", "whole"), ()),
     "branch": (("heads", "dim"), ()),
     "parts": (("q", "k", "v"), ("video", "kernel")),
@@ -162,6 +166,12 @@ def layer_method(method: Method, layer: int) -> Any:
     """What runs in a layer, for methods that change from one to the next."""
     own = parts_of(method).for_layer
     return method if own is None else own(layer)
+
+
+def on_device(method: Method, device: torch.device) -> Any:
+    """What runs on a device, for methods whose defaults differ from one kind to the next."""
+    own = parts_of(method).for_device
+    return method if own is None else own(device)
 
 
 def layers_differ(method: Method) -> bool:

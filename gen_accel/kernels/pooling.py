@@ -21,7 +21,7 @@ def block_sums(x: Tensor, slots: Slots, block: int, kernel: str = "auto") -> Ten
         return _by_triton(x, slots, block, mean=False)
     tokens = pack(x, slots).unflatten(2, (-1, block))
     if slots.tokens < len(slots.slots):
-        tokens = tokens * slots.real.view(-1, block, 1).to(x.dtype)
+        tokens = tokens * slots.real.view(-1, block, 1)
     return tokens.sum(3, dtype=torch.float32)
 
 

@@ -30,7 +30,7 @@ from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.extras import needed_for
 from gen_accel.files import file_sha256, replacing, write_json
 from gen_accel.lora.config import TrainConfig
-from gen_accel.method import parts_of
+from gen_accel.method import on_device, parts_of
 
 with needed_for("a LoRA", extra="train"):
     from peft import LoraConfig
@@ -124,7 +124,9 @@ def check_teacher(config: TrainConfig, transformer: Any, trained_frames: int | N
             f"teacher_lora {source} holds a guidance of {recipe.teacher_guidance:g} already, "
             f"teacher_guidance is {config.teacher_guidance:g}: leave it out"
         )
-    method = method_from(config.method, config.settings)
+    given = None if config.device == "cpu" else torch.accelerator.current_accelerator(True)
+    device = given or torch.device("cpu")
+    method = on_device(method_from(config.method, config.settings), device)
     theirs = recipe.build_method(), recipe.build_schedule().dense_layers
     if recipe.method != "dense" and parts_of(method).branch:
         raise ValueError(

@@ -32,6 +32,7 @@ from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Objective, seed_of
 from gen_accel.lora.state import TrainingState, adamw_8bit, whole
 from gen_accel.lora.validate import Validation
+from gen_accel.method import on_device
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.progress import steps_bar
 from gen_accel.pipelines.long_video.rope import apply_rule
@@ -153,7 +154,7 @@ class Run:
         self.out = Path(config.out)
         self.family = family_for(model.transformer, "training")
         self.plans = plan_clips(config, model, cache, accelerator.num_processes)
-        self.method = method_from(config.method, config.settings)
+        self.method = on_device(method_from(config.method, config.settings), accelerator.device)
         self.recipe = self._recipe()
         self.stopping = False
 

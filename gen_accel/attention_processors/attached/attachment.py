@@ -34,7 +34,7 @@ from gen_accel.attention_processors.seam import (
     put_processor,
     released,
 )
-from gen_accel.method import branch_of, check_method, layer_method, parts_of
+from gen_accel.method import branch_of, check_method, layer_method, on_device, parts_of
 
 
 def put_on(
@@ -331,8 +331,9 @@ class Attachment:
             in_graphs=any(map(is_compiled, self._transformers.values())),
             recording=self.is_recording,
         )
+        devices = [record.device for record in self.records.values() if record.device]
         return Summary.of(
-            self.method,
+            on_device(self.method, devices[0]) if devices else self.method,
             self.schedule,
             self.records,
             layers=layers,

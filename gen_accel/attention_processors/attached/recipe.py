@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.options import method_of_file, with_tuples
+from gen_accel.method import on_device
 
 WEIGHTS, CONFIG = "pytorch_lora_weights.safetensors", "gen_accel.json"
 KEY = "gen_accel"  # of the metadata, and of PEFT's `auto_mapping`
@@ -173,11 +174,11 @@ def recipes_of(transformer: Any) -> dict[str, Recipe]:
 def warn_of_other_attention(transformer: Any, method: Any, stacklevel: int = 2) -> None:
     """For each active adapter that was trained with another method than `method`."""
     for name, recipe in recipes_of(transformer).items():
-        trained = recipe.build_method()
-        if trained == method:
+        trained, run = recipe.build_method(), on_device(method, transformer.device)
+        if trained in (method, run):
             continue
         warnings.warn(
-            f"the LoRA {name!r} was trained with {trained!r} and runs with {method!r}; "
+            f"the LoRA {name!r} was trained with {trained!r} and runs with {run!r}; "
             "gen_accel.attach(pipe, from_lora=folder) attaches what it was trained with",
             OtherAttention,
             stacklevel=stacklevel,

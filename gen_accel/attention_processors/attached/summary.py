@@ -29,6 +29,7 @@ class Record:
         by_itself: calls in which the method computed without a kernel, so that nobody knows what
             it left out: they count as dense.
         in_graph: it ran dense in a graph, which leaves no record: this is what others say of it.
+        device: where a plan ran; None where none did.
     """
 
     why_dense: str | None = None
@@ -39,6 +40,7 @@ class Record:
     in_graph: bool = False
     dense_flops: float = 0.0
     seconds: float | None = None
+    device: torch.device | None = None
     # Sums over the calls: of what the grid decides, and of what q and k decided, which stays on
     # its device until someone asks.
     _kept: float = 0.0
@@ -69,6 +71,7 @@ class Record:
             self.by_itself += why is None
             self._kept, self._flops = self._kept + 1.0, self._flops + dense
         for plan in plans:
+            self.device = plan.slots.device
             part = (plan.tokens / N) ** 2
             if plan.dynamic:
                 layout = Layout.of(plan, part, dense)

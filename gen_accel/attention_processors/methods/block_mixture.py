@@ -16,24 +16,25 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from gen_accel.attention_processors.methods.picking import (
+    SCOPES_OVER_HEADS,
+    Rule,
+    Scope,
+    Select,
+    pick,
+)
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
 from gen_accel.kernels import selection
-from gen_accel.kernels.pooling import block_means, block_sums
+from gen_accel.kernels.pooling import block_sums
 from gen_accel.kernels.runner import name_of
-from gen_accel.plan import Plan, Route, Slots, plan_of_call, slots_of, widest
+from gen_accel.plan import Plan, Route, Slots, plan_of_call, slots_of
 from gen_accel.video import VideoShape
 
 Partition = Literal["cycle", "1d", "2d", "3d"]
-Select = Literal["threshold", "topk"]
-Scope = Literal["query_head", "head_global", "overall", "block"]
-Routing = Literal["token", "block"]
+Routing = Literal["auto", "token", "block"]
 Box = tuple[int, int, int]
 
 CYCLE = ("1d", "2d", "3d")
-SCOPES_OVER_HEADS = ("overall", "block")  # what a head picks depends on the other heads
-SORTED = 1 << 16  # entries of a scope up to which they are sorted: as many as there are bins
-# Scores that are picked from at once, at some 60 bytes each: 1 GB.
-AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,10 @@ class BlockMixture:
         threshold: share of a scope's sum, in (0, 1].
         topk: chunks for 1d, 2d and 3d; more than there are means all.
         routing: whether each "token" picks, or a whole query "block" by its mean query, which is
-            less exact and cheaper.
-        block: most tokens in a query and in a key block of the kernels.
+            less exact and cheaper. "auto" is "block" on GPUs, whose kernels compute what any query
+            of a block picked, and "token" on the CPU.
+        block: most tokens in a query and in a key block of the kernels. Without, 128 on GPUs,
+            whose tiles are so long, and 64 on the CPU.
     """
 
     partition: Partition = "cycle"
@@ -83,8 +86,8 @@ class BlockMixture:
     scope: Scope = "head_global"
     threshold: float = 0.25
     topk: Box = (2, 10, 18)
-    routing: Routing = "token"
-    block: int = 64
+    routing: Routing = "auto"
+    block: int | None = None
 
     def __post_init__(self) -> None:
         for name, options in (
@@ -113,7 +116,7 @@ class BlockMixture:
             raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
         if self.select == "topk" and self.scope == "block":
             raise ValueError("scope 'block' is for select='threshold' alone, got select='topk'")
-        if self.block < 1:
+        if self.block is not None and self.block < 1:
             raise ValueError(f"block must be at least 1, got {self.block}")
 
     @property
@@ -131,6 +134,20 @@ class BlockMixture:
             return self
         return replace(self, partition=CYCLE[layer % 3])
 
+    def for_device(self, device: torch.device) -> "BlockMixture":
+        """With the routing and the length of blocks that it takes on a device."""
+        return replace(self, routing=self._routing(device), block=self._block(device))
+
+    def _routing(self, device: torch.device) -> Routing:
+        if self.routing != "auto":
+            return self.routing
+        return "token" if device.type == "cpu" else "block"
+
+    def _block(self, device: torch.device) -> int:
+        if self.block is not None:
+            return self.block
+        return 64 if device.type == "cpu" else 128
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
     ) -> Tensor:
@@ -139,9 +156,8 @@ class BlockMixture:
 
     def layout(self, video: VideoShape, device: torch.device) -> "Layout":
         method = self.for_layer(0)
-        return _layout(
-            CYCLE.index(method.partition), _box(method, video), self.block, video, str(device)
-        )
+        cut = CYCLE.index(method.partition), _box(method, video)
+        return _layout(*cut, self._block(device), video, str(device))
 
     def plan_for(self, q: Tensor, k: Tensor, *, video: VideoShape, kernel: str = "auto") -> Plan:
         """What q and k, (B, H, N, D), pick. No gradient, and nothing waits for the device."""
@@ -149,7 +165,8 @@ class BlockMixture:
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
         """What smooth random q and k pick, for pictures and estimates: data decides."""
-        return _example(self, video).to(torch.device(device))
+        device = torch.device(device)
+        return _example(self.for_device(device), video).to(device)
 
     def block_mask(self, video: VideoShape) -> Tensor:
         """(Kq, Kk) bool, key blocks that some token of each query block sees, as in `plan`."""
@@ -167,61 +184,51 @@ class BlockMixture:
             return self._picked(q, k, layout, kernel)
 
     def _picked(self, q: Tensor, k: Tensor, layout: "Layout", kernel: str) -> Plan:
-        slots, own = layout.slots, layout.chunk.view(-1, layout.slots.block_k)[:, 0]
+        slots, of_block = layout.slots, layout.of_block
         means = _chunk_means(k, layout, kernel)
-        if self.routing == "block":
-            rows = block_means(q, slots, slots.block_q, kernel)
-            order = torch.arange(len(own), device=q.device)
-            picks = self._picks(rows, order, own, means, 1, layout, kernel)[0]
-            return plan_of_call(slots, picks[..., own])
-        given = q, slots.slots, layout.chunk, means, slots.block_q, layout
-        picks, touched = self._picks(*given, kernel)
-        return plan_of_call(slots, touched[..., own], Route(picks, own, slots.block_k))
+        if self._routing(q.device) == "block":
+            # No block is without tokens.
+            rows = block_sums(q, slots, slots.block_q, kernel) / slots.held[0][:, :1]
+            picks = self._picks(rows, layout.blocks, means, 1, layout, kernel)[0]
+            return plan_of_call(slots, picks[..., of_block])
+        picks, touched = self._picks(q, layout.tokens, means, slots.block_q, layout, kernel)
+        return plan_of_call(slots, touched[..., of_block], Route(picks, of_block, slots.block_k))
 
     def _picks(
-        self,
-        q: Tensor,
-        order: Tensor,
-        home: Tensor,
-        means: Tensor,
-        block: int,
-        layout: "Layout",
-        kernel: str,
+        self, q: Tensor, rows: "Rows", means: Tensor, block: int, layout: "Layout", kernel: str
     ) -> tuple[Tensor, Tensor]:
         """What rows pick of chunks and, last, of the text.
 
         Args:
-            q: (B, H, N, D).
-            order: (R,), the row of each place; -1 for padding, which may get anything.
-            home: (R,), the own chunk; from C on that of text, which sees all.
+            q: (B, H, N, D), queries or their means.
+            rows: which of them are where.
             means: (B, H, C, D).
             block: places in a block.
 
         Returns:
             (B, H, R, C + 1) bool, and (B, H, R / block, C + 1), what any row of a block picks.
         """
-        C = means.shape[2]
+        B, H, C, _ = means.shape
         topk = min(self.topk[layout.partition], C)
         dense = self.threshold == 1 if self.select == "threshold" else topk == C
+        few = topk if self.select == "topk" else 0
         if not dense:
-            few = topk if self.select == "topk" else 0
             by = {"scope": self.scope, "topk": few, "threshold": self.threshold}
-            found = selection.picks(q, order, home, means, block, **by, kernel=kernel)
+            places = rows.places, rows.home, means, block
+            found = selection.picks(q, *places, **by, kernel=kernel)
             if found is not None:
                 return found
-        real = order >= 0
-        in_place = self.routing == "block" or layout.slots.is_raster
-        rows = q if in_place else q.index_select(2, order.clamp_min(0))
-        scores = rows.float() @ means.transpose(-1, -2)  # (B, H, R, C)
-        at_home = home[:, None] == torch.arange(C, device=q.device)
-        free = home >= C
-        if dense:
-            picks = torch.ones_like(scores, dtype=torch.bool)
-        else:
-            picks = _pick(self, scores, at_home, real & ~free, topk)
-        picks = picks | at_home | free[:, None]
-        picks = torch.cat([picks, torch.ones_like(picks[..., :1])], -1)  # the text, seen by all
-        return picks, (picks & real[:, None]).unflatten(2, (-1, block)).any(3)
+        shape = B, H, rows.last + 1, C + 1
+        picks = torch.ones(shape, dtype=torch.bool, device=q.device)  # by text, and of it
+        if not dense:
+            at_home = rows.home_of_row[:, None] == layout.chunks
+            rule = Rule(self.scope, few, self.threshold)
+            videos = len(at_home)
+            pick(q[:, :, :videos], means, at_home, rule, picks[:, :, :videos, :C])
+        if rows.row is not None:
+            picks[:, :, -1] = False
+            picks = picks.index_select(2, rows.row)
+        return picks, picks if block == 1 else picks.unflatten(2, (-1, block)).any(3)
 
 
 def _are_sizes(value: object, length: int) -> bool:
@@ -231,13 +238,53 @@ def _are_sizes(value: object, length: int) -> bool:
     return all(isinstance(size, int) and size >= 1 for size in value)
 
 
+class Rows(NamedTuple):
+    """What picks: tokens in their order, or means of blocks, those of the video first.
+
+    Args:
+        places: (R,), the row of each place; -1 for padding.
+        home: (R,), the own chunk; C for text.
+        home_of_row: (video's rows,), the own chunk of each row.
+        row: (R,), the row of each place, where the one after the video's stands for all of text
+            and the `last` for padding. None where there is a row for each place, and no padding.
+    """
+
+    places: Tensor
+    home: Tensor
+    home_of_row: Tensor
+    row: Tensor | None
+    last: int
+
+    def to(self, device: str) -> "Rows":
+        row = None if self.row is None else self.row.to(device)
+        given = self.places, self.home, self.home_of_row
+        return Rows._make([*(x.to(device) for x in given), row, self.last])
+
+
 class Layout(NamedTuple):
-    """slots: chunk by chunk. chunk: (S,), the chunk of each slot, C for the text's. sizes: (C,),
-    tokens in each chunk. partition: 0, 1 or 2."""
+    """How a video is cut.
+
+    Args:
+        slots: chunk by chunk, text last.
+        chunk: (S,), the chunk of each slot, C for the text's.
+        of_block: (K,), that of each block.
+        chunks: (C,), their numbers.
+        sizes: (C,), tokens in each chunk.
+        members: (C * most,), the blocks of each chunk, the last again where there are fewer.
+        held: (C * most, 1) fp32, 0 there and 1 else. None where all have as many.
+        tokens, blocks: who picks.
+        partition: 0, 1 or 2.
+    """
 
     slots: Slots
     chunk: Tensor
+    of_block: Tensor
+    chunks: Tensor
     sizes: Tensor
+    members: Tensor
+    held: Tensor | None
+    tokens: Rows
+    blocks: Rows
     partition: int
 
 
@@ -266,7 +313,20 @@ def _layout(partition: int, box: Box, most: int, video: VideoShape, device: str)
     slots[starts[C] : starts[C] + video.text] = torch.arange(video.video_tokens, video.tokens)
 
     laid = slots_of(slots.to(device), block, block)
-    return Layout(laid, chunk.to(device), sizes.to(device), partition)
+    of_block, blocks = chunk[::block], room[:C] // block
+    nth = torch.arange(int(blocks.max()))
+    held = (nth < blocks[:, None]).float().view(-1, 1)
+    first = blocks.cumsum(0) - blocks
+    members = (first[:, None] + nth.minimum(blocks[:, None] - 1)).flatten()
+    text = slots >= video.video_tokens
+    row = slots.masked_fill(text, video.video_tokens)
+    row = row.masked_fill(slots < 0, video.video_tokens + 1)
+    tokens = Rows(slots, chunk, of_token, row, video.video_tokens + 1)
+    K = len(of_block)
+    means = Rows(torch.arange(K), of_block, of_block[of_block < C], None, K - 1)
+    there = [x.to(device) for x in (chunk, of_block, torch.arange(C), sizes, members)]
+    rest = tokens.to(device), means.to(device), partition
+    return Layout._make([laid, *there, None if held.all() else held.to(device), *rest])
 
 
 def _box(method: BlockMixture, video: VideoShape) -> Box:
@@ -301,108 +361,15 @@ def _even_box(target: int, free: Box, whole: Box) -> Box:
 
 
 def _chunk_means(k: Tensor, layout: Layout, kernel: str) -> Tensor:
-    """(B, H, C, D) fp32 of k (B, H, N, D)."""
-    B, H, _, D = k.shape
-    block, C = layout.slots.block_k, len(layout.sizes)
-    sums = block_sums(k, layout.slots, block, kernel)
-    totals = sums.new_zeros(B, H, C + 1, D)
-    totals.index_add_(2, layout.chunk.view(-1, block)[:, 0], sums)
-    return totals[:, :, :C] / layout.sizes[:, None]
-
-
-def _pick(
-    method: BlockMixture, scores: Tensor, at_home: Tensor, counted: Tensor, topk: int
-) -> Tensor:
-    """(B, H, rows, C) bool from scores of that shape.
-
-    Args:
-        at_home: (rows, C), the own chunk of each row.
-        counted: (rows,), rows that hold a query of the video; the others may get anything.
-        topk: chunks of a query; not all.
-    """
-    B, H, R, C = scores.shape
-    wide = widest(scores.device)
-    if method.scope in ("query_head", "head_global") and H > 1 and scores.numel() > AT_ONCE:
-        heads = scores.split(1, 1)  # no scope spans two of them
-        return torch.cat([_pick(method, x, at_home, counted, topk) for x in heads], 1)
-    # Scopes as rows of their own.
-    forth = {
-        "query_head": lambda x: x.reshape(B, H * R, C),
-        "head_global": lambda x: x.reshape(B, H, R * C),
-        "overall": lambda x: x.reshape(B, 1, H * R * C),
-        "block": lambda x: x.permute(0, 3, 1, 2).reshape(B, C, H * R),
-    }[method.scope]
-    valid = counted[:, None].expand(R, C)
-    if method.scope == "query_head":  # each row is its own scope, so none disturbs another
-        valid = torch.ones_like(valid)
-    scores, valid, at_home = (forth(x.expand(B, H, R, C)) for x in (scores, valid, at_home))
-    if method.select == "topk":
-        keys = _ordered(scores).masked_fill(at_home, _TOP).masked_fill(~valid, _BOTTOM)
-        queries = counted.sum() * (H if method.scope == "overall" else 1)
-        if method.scope == "query_head":
-            queries = torch.ones_like(queries)
-        need = (topk * queries).to(wide)
-        cut = _least_taken(keys, valid.to(wide), need.expand(keys.shape[:2]))
+    """(B, H, C, D) fp32 of k (B, H, N, D), the same from run to run."""
+    slots = layout.slots
+    sums = block_sums(k, slots, slots.block_k, kernel)
+    C = len(layout.sizes)
+    if layout.held is None:
+        of_chunk = sums[:, :, : len(layout.members)]
     else:
-        low = scores.masked_fill(~valid, torch.inf).amin(-1, keepdim=True)
-        high = scores.masked_fill(~valid, -torch.inf).amax(-1, keepdim=True)
-        weight = ((scores - low) / (high - low)).nan_to_num(1.0) * valid  # 1 where all are equal
-        total = weight.sum(-1, dtype=wide)
-        need = method.threshold * total - (weight * at_home).sum(-1, dtype=wide)
-        others = valid & ~at_home
-        keys = _ordered(weight).masked_fill(~others, _BOTTOM)
-        cut = _least_taken(keys, weight.to(wide) * others, need.clamp_min(0))
-        cut = torch.minimum(cut, keys.amax(-1))  # at least one
-    picks = keys >= cut[..., None]
-    if method.scope == "block":
-        return picks.view(B, C, H, R).permute(0, 2, 3, 1)
-    return picks.view(B, H, R, C)
-
-
-_TOP, _BOTTOM = 2**31 - 1, -(2**31)
-
-
-def _ordered(x: Tensor) -> Tensor:
-    """int32 that sort as the fp32 `x` do."""
-    bits = x.contiguous().view(torch.int32)
-    return bits ^ ((bits >> 31) & _TOP)
-
-
-def _least_taken(keys: Tensor, mass: Tensor, need: Tensor) -> Tensor:
-    """The greatest key such that the entries from it upwards hold `need`; the lowest int32 where
-    all together do not, and any above the last where nothing is needed.
-
-    Short rows are sorted. In long ones the mass is counted by the upper half of the keys, then
-    within the decisive half by the lower: two passes, where sorting takes dozens.
-
-    Args:
-        keys, mass: (..., n).
-        need: (...), and so is the result.
-    """
-    if keys.shape[-1] <= SORTED:
-        ordered, index = keys.sort(dim=-1, descending=True)
-        reached = mass.gather(-1, index).cumsum(-1) >= need[..., None]
-        first = reached.int().argmax(-1, keepdim=True)
-        cut = ordered.gather(-1, first)[..., 0]
-        return cut.masked_fill(~reached[..., -1], _BOTTOM)
-    high, low = (keys >> 16) + (1 << 15), keys & 0xFFFF
-    upper, above, found = _decisive_bin(high, mass, need)
-    inside = mass * (high == upper[..., None])
-    lower, _, _ = _decisive_bin(low, inside, need - above)
-    cut = ((upper - (1 << 15)) << 16) | lower
-    return cut.int().masked_fill(~found, _BOTTOM)
-
-
-def _decisive_bin(bins: Tensor, mass: Tensor, need: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The highest of 2^16 bins from which upwards `need` is held, the mass above it, and whether
-    there is one."""
-    count = mass.new_zeros(*bins.shape[:-1], 1 << 16)
-    count.scatter_add_(-1, bins.long(), mass)
-    held = count.flip(-1).cumsum(-1)
-    reached = held >= need[..., None]
-    first = reached.int().argmax(-1, keepdim=True)
-    above = held.gather(-1, (first - 1).clamp_min(0)).masked_fill(first == 0, 0.0)
-    return ((1 << 16) - 1 - first)[..., 0], above[..., 0], reached[..., -1]
+        of_chunk = sums.index_select(2, layout.members) * layout.held
+    return of_chunk.unflatten(2, (C, -1)).sum(3) / layout.sizes[:, None]
 
 
 @lru_cache(maxsize=16)

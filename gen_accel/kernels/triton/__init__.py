@@ -78,8 +78,13 @@ def forward_lse(
 ) -> tuple[Tensor, Tensor]:
     """The output and each row's natural logsumexp, (B, H, N) fp32; both have gradients.
 
-    A row that sees nothing gives zeros and -inf.
+    A row that sees nothing gives zeros and -inf. Queries that pick long groups of keys for
+    themselves are gathered, see `gathered.serves`; all other plans go block by block.
     """
+    from gen_accel.kernels.triton import gathered  # imports triton
+
+    if gathered.serves(plan):
+        return gathered.forward_lse(q, k, v, plan, scale=scale)
     lists = prepare(plan)  # which registers the operator
     return torch.ops.gen_accel.triton_attention(q, k, v, *lists, scale)
 

@@ -21,8 +21,11 @@ from triton.compiler import ASTSource
 
 from gen_accel.kernels.triton import (
     configs,
+    gathered,
+    gathered_kernels,
     linear,
     listing,
+    owners,
     pooling,
     sass,
     sparse_backward,
@@ -45,7 +48,9 @@ RULES = {"none": tiles.NONE, "windows": tiles.WINDOWS, "route": tiles.ROUTE}
 TYPES = {
     **dict.fromkeys(("lse", "delta", "grad_lse", "gain", "by", "weight"), "*fp32"),
     **dict.fromkeys(("slots", "index", "counts"), "*i32"),
-    **dict.fromkeys(("keep", "whole", "sets"), "*u8"),
+    **dict.fromkeys(("ranges", "blocks", "members"), "*i32"),
+    **dict.fromkeys(("keep", "whole", "sets", "picks"), "*u8"),
+    **{"acc": "*fp32", "picked": "*i16"},
     **dict.fromkeys(("scale", "eps"), "fp32"),
 }
 INPUTS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv", "x", "y")
@@ -107,6 +112,7 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
         )
     yield Case("delta", sparse_backward.delta_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1)
     yield from _linear_cases(arch, D, dtype, block)
+    yield from _gathered_cases(arch, D, dtype, block)
     lists = {"ROWS": listing.ROWS, "CHUNK": listing.CHUNK}
     sizes = {**dim, "BLOCK": block, "TILE": pooling.TILE, "MEAN": True}
     yield Case("pooled", pooling.sums_kernel, sizes, pooling.WARPS, 3)
@@ -135,9 +141,34 @@ def _linear_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator
             yield Case(label, kernel, {**sizes, flag: on}, config.num_warps, 1)
 
 
+def _gathered_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
+    """Those whose programs own queries, and that for keys over lists of single queries."""
+    owned = {"OWNED": gathered.OWNED}
+    sizes = {"D": D, "BLOCK_D": configs.padded_dim(D), "BLOCK_K": block}
+    for kind, kernel, products in (
+        ("forward", gathered_kernels.gathered_forward_kernel, 2),
+        ("dq", gathered_kernels.gathered_dq_kernel, 3),
+    ):
+        config = gathered.from_table(arch, kind, D, dtype, block)
+        tiles_of = {"TILE_M": config.tile_m, "TILE_N": config.tile_n}
+        needed = products * config.tile_m * config.tile_n * configs.padded_dim(D)
+        constants = {**sizes, **owned, **tiles_of}
+        stages = config.num_warps, config.num_stages
+        yield Case(f"gathered {kind}", kernel, constants, *stages, needed)
+    config = gathered.from_table(arch, "dkdv", D, dtype, block)
+    constants = {**sizes, "BLOCK_Q": 1, "TILE_M": config.tile_m, "TILE_N": config.tile_n}
+    constants |= {"RULE": tiles.NONE.value, "AXES": 0, "GAIN": False}
+    needed = 4 * config.tile_m * config.tile_n * configs.padded_dim(D)
+    stages = config.num_warps, config.num_stages
+    yield Case("gathered dkdv", sparse_backward.dkdv_kernel, constants, *stages, needed)
+    steps = {"ROWS": owners.ROWS, "CHUNK": owners.CHUNK}
+    yield Case("gathered owners", owners.owners_kernel, {**owned, **steps}, 4, 3)
+
+
 def build(case: Case, arch: str, dtype: torch.dtype) -> Any:
     types = {**TYPES, **dict.fromkeys(INPUTS, f"*{DTYPES[dtype]}")}
-    types |= dict.fromkeys(("state", "total"), f"*{DTYPES[linear.state_dtype(dtype)]}")
+    state = DTYPES[torch.float32 if "OWNED" in case.constants else linear.state_dtype(dtype)]
+    types |= dict.fromkeys(("state", "total"), f"*{state}")
     rule = case.constants.get("RULE")
     types["rule"] = "*i8" if rule == tiles.ROUTE.value else "*i32"
     types["more"] = "*i8" if rule == tiles.WINDOWS.value else "*i32"

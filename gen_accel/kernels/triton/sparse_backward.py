@@ -57,7 +57,7 @@ def delta_kernel(
 
 
 @triton.jit
-def _statistics(lse, delta, o_t):
+def statistics(lse, delta, o_t):
     """The base-2 logsumexp and delta of tokens; +inf and 0 where a row sees nothing or is padding,
     which makes its weights zero."""
     b_lse = tl.load(lse + o_t, mask=o_t >= 0, other=-float("inf"))
@@ -66,7 +66,7 @@ def _statistics(lse, delta, o_t):
 
 
 @triton.jit
-def _dq_phase(
+def dq_phase(
     b_dq,
     b_q,
     b_grad,
@@ -191,10 +191,10 @@ def dq_kernel(
     o_q, o_t = own_tile(slots, i_block, i_tile, BLOCK_Q, TILE_M)
     b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_t, D, BLOCK_D, True)
     b_grad = load_rows(grad + i_b * stride_gb + i_h * stride_gh, stride_gn, o_t, D, BLOCK_D, True)
-    b_lse, b_delta = _statistics(lse, delta, o_t)
+    b_lse, b_delta = statistics(lse, delta, o_t)
     b_dq = tl.zeros([TILE_M, BLOCK_D], tl.float32)
     for MASKED in tl.static_range(1, -1, -1):
-        b_dq = _dq_phase(
+        b_dq = dq_phase(
             b_dq,
             b_q,
             b_grad,
@@ -268,7 +268,7 @@ def _dkdv_phase(
     for i_p in range(start, stop, TILE_M):
         b_q = load_rows(q, stride_q, o_t, D, BLOCK_D, True)
         b_grad = load_rows(grad, stride_g, o_t, D, BLOCK_D, True)
-        b_lse, b_delta = _statistics(lse, delta, o_t)
+        b_lse, b_delta = statistics(lse, delta, o_t)
         # [TILE_N, TILE_M]
         b_s = dot(b_k, tl.trans(b_q)) * scale
         if GAIN:

@@ -22,7 +22,7 @@ from gen_accel.kernels.triton.tiles import (
 
 
 @triton.jit
-def _forward_phase(
+def forward_phase(
     b_acc,
     b_sum,
     b_max,
@@ -147,7 +147,7 @@ def forward_kernel(
     b_sum = tl.zeros([TILE_M], tl.float32)
     b_max = tl.full([TILE_M], -float("inf"), tl.float32)
     for MASKED in tl.static_range(1, -1, -1):
-        b_acc, b_sum, b_max = _forward_phase(
+        b_acc, b_sum, b_max = forward_phase(
             b_acc,
             b_sum,
             b_max,

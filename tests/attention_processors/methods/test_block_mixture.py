@@ -10,7 +10,7 @@ from support.checks import assert_no_worse
 from support.wan import forward, generate, gradients, pipeline, processors, transformer
 
 from gen_accel import BlockMixture, Schedule, VideoShape, attach, attention
-from gen_accel.attention_processors.methods import block_mixture
+from gen_accel.attention_processors.methods import block_mixture, picking
 from gen_accel.attention_processors.seam import SparseProcessor
 from gen_accel.kernels import reference
 from gen_accel.plan import unpack
@@ -183,7 +183,7 @@ class TestPicks:
     @pytest.mark.parametrize("threshold", [0.05, 0.6, 0.99])
     def test_counting_in_bins_equals_the_loops(self, select, scope, threshold, monkeypatch):
         """The way of long scopes, which are otherwise those of whole videos."""
-        monkeypatch.setattr(block_mixture, "SORTED", 0)
+        monkeypatch.setattr(picking, "SORTED", 0)
         method = method_of(
             "3d", chunk_3d=(1, 3, 2), select=select, scope=scope, threshold=threshold
         )
@@ -308,7 +308,7 @@ class TestLeastTaken:
 
     @pytest.fixture(params=["sorted", "in bins"])
     def way(self, request, monkeypatch):
-        monkeypatch.setattr(block_mixture, "SORTED", 1 << 16 if request.param == "sorted" else 0)
+        monkeypatch.setattr(picking, "SORTED", 1 << 16 if request.param == "sorted" else 0)
 
     @pytest.mark.parametrize("seed", range(12))
     def test_it_equals_the_loops(self, way, seed):
@@ -316,11 +316,12 @@ class TestLeastTaken:
         g = torch.Generator().manual_seed(seed)
         reach = (3, 1 << 17, (1 << 31) - 1)[seed % 3]
         keys = torch.randint(-reach, reach, (4, 40), generator=g).int()
-        mass = torch.randint(0, 4, (4, 40), generator=g).double()
-        need = (mass.sum(-1) * torch.tensor([0.1, 0.5, 1.0, 0.9])).floor().clamp_min(1)
-        cut = block_mixture._least_taken(keys, mass, need)
+        mass = torch.randint(0, 4, (4, 40), generator=g)
+        total = mass.sum(-1)
+        need = (total * torch.tensor([0.1, 0.5, 1.0, 0.9])).long().clamp_min(1)
+        cut = picking.least_taken(keys, mass, total - need)
         for row in range(4):
-            held, last = 0.0, None
+            held, last = 0, None
             entries = zip(keys[row].tolist(), mass[row].tolist(), strict=True)
             for key, amount in sorted(entries, reverse=True):
                 held, last = held + amount, key
@@ -328,20 +329,23 @@ class TestLeastTaken:
                     break
             assert cut[row].item() == last
 
-    def test_what_is_never_reached_takes_all(self, way):
-        keys = torch.tensor([[5, -(2**31) + 1, 2**31 - 2]], dtype=torch.int32)
-        mass = torch.ones(1, 3, dtype=torch.double)
-        cut = block_mixture._least_taken(keys, mass, torch.tensor([3.5], dtype=torch.double))
-        assert (keys >= cut).all()
+    @pytest.mark.parametrize("least", [-(2**31), 0])
+    def test_keys_may_begin_anywhere(self, way, least):
+        keys = torch.tensor([[least, least + 70_000, 2**31 - 1, least + 70_000]]).int()
+        mass = torch.tensor([[5, 1, 1, 1]])
+        for slack, wanted in ((0, 0), (4, 0), (5, 1), (6, 1), (7, 2)):
+            cut = picking.least_taken(keys, mass, torch.tensor([slack]), least)
+            assert cut.item() == keys[0, wanted]
 
-    def test_a_need_of_nothing_takes_at_most_the_greatest(self, way):
-        keys = torch.tensor([[5, -7, 9]], dtype=torch.int32)
-        cut = block_mixture._least_taken(keys, torch.ones(1, 3).double(), torch.zeros(1).double())
-        assert cut.item() >= 9
+    def test_where_all_together_are_too_little_none_is_taken(self, way):
+        keys = torch.tensor([[5, -(2**31) + 1, 2**31 - 1]], dtype=torch.int32)
+        mass = torch.ones(1, 3, dtype=torch.int64)
+        assert not (keys >= picking.least_taken(keys, mass, torch.tensor([3]))).any()
+        assert (keys >= picking.least_taken(keys, 0 * mass + 2, torch.tensor([1]))).all()
 
     def test_keys_are_in_the_order_of_the_floats(self):
         x = torch.tensor([-torch.inf, -3e38, -1.0, -1e-40, 0.0, 1e-40, 1e-3, 7.0, torch.inf])
-        keys = block_mixture._ordered(x)
+        keys = picking.ordered(x)
         assert keys.dtype == torch.int32
         assert (keys[1:] > keys[:-1]).all()
 
@@ -352,7 +356,7 @@ class TestLeastTaken:
         ({"partition": "4d"}, r"partition must be one of .*'cycle'.*, got '4d'"),
         ({"select": "best"}, r"select must be one of .*, got 'best'"),
         ({"scope": "head"}, r"scope must be one of .*, got 'head'"),
-        ({"routing": "tile"}, r"routing must be one of .*, got 'tile'"),
+        ({"routing": "tile"}, r"routing must be one of .*'auto'.*, got 'tile'"),
         ({"chunk_1d": 0}, r"chunk_1d must hold 1 positive sizes, got 0"),
         ({"chunk_2d": (3,)}, r"chunk_2d must hold 2 positive sizes"),
         ({"chunk_3d": (1, 2, -1)}, r"chunk_3d must hold 3 positive sizes"),
@@ -494,10 +498,11 @@ class TestAttached:
         q, k = (torch.randn(2, 3, video.tokens, 16) for _ in "qk")
         for scope in ("query_head", "head_global"):
             method = BlockMixture(partition="3d", chunks=(2, 4, 8), scope=scope)
-            monkeypatch.setattr(block_mixture, "AT_ONCE", at_once)
-            picks = method.plan_for(q, k, video=video).partial.picks
-            monkeypatch.setattr(block_mixture, "AT_ONCE", 1 << 30)
-            assert torch.equal(method.plan_for(q, k, video=video).partial.picks, picks)
+            monkeypatch.setattr(picking, "AT_ONCE", at_once)
+            given = {"video": video, "kernel": "reference"}
+            picks = method.plan_for(q, k, **given).partial.picks
+            monkeypatch.setattr(picking, "AT_ONCE", 1 << 30)
+            assert torch.equal(method.plan_for(q, k, **given).partial.picks, picks)
 
     def test_lists_are_tuples_and_numbers_are_refused_by_name(self):
         assert BlockMixture(chunk_2d=[4, 4], topk=[2, 10, 18]) == BlockMixture(chunk_2d=(4, 4))

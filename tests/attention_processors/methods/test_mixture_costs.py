@@ -1,0 +1,145 @@
+"""Block mixture on a GPU, as far as a CPU can tell: launches, order of sums, pairs computed."""
+
+import pytest
+import torch
+from support.operations import Operations
+
+from gen_accel import BlockMixture, VideoShape, kernels
+from gen_accel.attention_processors.attached.summary import Record
+from gen_accel.attention_processors.methods import picking
+from gen_accel.attention_processors.methods.stand_in import smooth_qk
+from gen_accel.kernels import Runner
+from gen_accel.kernels.triton import block_sparse, gathered, listing, owners
+
+SELECTIONS = [
+    {},
+    {"scope": "query_head"},
+    {"scope": "overall"},
+    {"scope": "block"},
+    {"select": "topk", "scope": "query_head"},
+    {"select": "topk", "scope": "overall"},
+]
+
+
+@pytest.fixture
+def in_bins(monkeypatch):
+    """As scopes of whole videos are searched."""
+    monkeypatch.setattr(picking, "SORTED", 64)
+
+
+def asked(method, q, k, v, video):
+    """Operations of one call through `triton` with its record, whose attention is not computed:
+    all of it is one or two operators."""
+    plans = []
+
+    def run(q, k, v, plan):
+        plans.append(plan)
+        return kernels.run(q, k, v, plan, scale=0.3, kernel="triton")
+
+    method.layout(video, q.device)  # once for all calls
+    record = Record()
+    with torch.no_grad(), Operations() as operations:
+        method(q, k, v, video=video, kernel=Runner(run, "triton"))
+        record.add((len(q), video.tokens, *q.shape[1::2]), plans=plans)
+    return operations.names
+
+
+@pytest.fixture
+def unlaunched(monkeypatch):
+    """Operators allocate what they return, and launch nothing."""
+    for module in (block_sparse, gathered, listing, owners):
+        monkeypatch.setattr(module, "launch", lambda *given, **options: None)
+
+
+@pytest.mark.usefixtures("in_bins", "unlaunched")
+@pytest.mark.parametrize("routing", ["token", "block"])
+@pytest.mark.parametrize("heads", [4, 12, 40])
+def test_a_call_is_few_launches_at_any_number_of_heads(heads, routing):
+    video = VideoShape(4, 9, 10, text=9)
+    for options in SELECTIONS:
+        method = BlockMixture("3d", chunks=(2, 2, 5), routing=routing, topk=(1, 2, 2), **options)
+        given = torch.randn(3, 1, heads, video.tokens, 16).bfloat16()
+        names = asked(method, *given, video)
+        assert len(names) <= 60, names
+        assert any(name.startswith("triton_") for name in names)
+
+
+@pytest.mark.parametrize(("size", "heads"), [((21, 30, 52), 12), ((30, 48, 80), 24)], ids=str)
+def test_heads_pick_in_groups_that_fit_the_budget(size, heads, monkeypatch):
+    """Not one by one: on meta tensors, as many products as the budget asks for."""
+    groups = []
+    by = picking._by
+    monkeypatch.setattr(picking, "_by", lambda x, *rest: groups.append(x.shape) or by(x, *rest))
+    R, C = size[0] * size[1] * size[2], 72
+    rows, means = (torch.empty(1, heads, n, 64, device="meta") for n in (R, C))
+    out = torch.empty(1, heads, R, C, dtype=torch.bool, device="meta")
+    at_home = torch.empty(R, C, dtype=torch.bool, device="meta")
+    picking.pick(rows, means, at_home, picking.Rule("head_global", 0, 0.25), out)
+    assert sum(shape[1] for shape in groups) == heads
+    assert all(shape.numel() <= max(picking.AT_ONCE, R * C) for shape in groups)
+    assert len(groups) <= -(-heads * R * C // picking.AT_ONCE) + 1
+
+
+class TestOrder:
+    def test_what_depends_on_the_order_of_sums_is_found(self):
+        with pytest.raises(AssertionError, match="scatter_add_"), Operations():
+            torch.zeros(3).scatter_add_(0, torch.tensor([1, 1]), torch.ones(2))
+        with pytest.raises(AssertionError, match="cumsum"), Operations():
+            torch.ones(3).cumsum(0)
+        with pytest.raises(AssertionError, match="waits"), Operations():
+            torch.ones(3).sum().item()
+
+    @pytest.mark.usefixtures("in_bins")
+    @pytest.mark.parametrize("options", SELECTIONS, ids=str)
+    def test_picks_of_heads_and_samples_are_those_of_each_alone(self, options):
+        """Also the same twice, and under torch.use_deterministic_algorithms."""
+        video = VideoShape(5, 6, 7, text=3)
+        g = torch.Generator().manual_seed(0)
+        q, k = torch.randn(2, 2, 3, video.tokens, 16, generator=g)
+        method = BlockMixture("3d", chunk_3d=(2, 4, 3), routing="token", topk=(2, 3, 5), **options)
+        given = {"video": video, "kernel": "reference"}
+        picks = method.plan_for(q, k, **given).partial.picks
+        torch.use_deterministic_algorithms(True)
+        try:
+            again = method.plan_for(q, k, **given).partial.picks
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert torch.equal(again, picks)
+        if method.scope not in picking.SCOPES_OVER_HEADS:
+            alone = method.plan_for(q[1:, 2:], k[1:, 2:], **given).partial.picks
+            assert torch.equal(alone, picks[1:, 2:])
+
+    def test_masses_in_another_order_make_the_same_cut(self):
+        g = torch.Generator().manual_seed(0)
+        keys = torch.randint(0, 1 << 30, (2, 100_000), generator=g).int()
+        mass = torch.randint(0, picking.UNITS, keys.shape, generator=g)
+        slack = mass.sum(-1) // 3
+        order = torch.randperm(keys.shape[1], generator=g)
+        cut = picking.least_taken(keys, mass, slack)
+        assert torch.equal(picking.least_taken(keys[:, order], mass[:, order], slack), cut)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("partition", ["1d", "2d", "3d"])
+def test_few_pairs_are_computed_that_no_query_picked(partition):
+    """Of token routing at 33k tokens, in the layout of GPUs, where block unions compute 3 to 4
+    times what is kept."""
+    video = VideoShape(21, 30, 52)
+    method = BlockMixture(partition, routing="token", block=128)
+    g = torch.Generator().manual_seed(1)
+    q, k = smooth_qk(video)
+    noise = torch.randn(1, 1, video.tokens, q.shape[3], generator=g)
+    q = torch.cat([q, q + noise], 1)  # two heads
+    plan = method.plan_for(q, k.expand(q.shape), video=video)
+    assert gathered.serves(plan)
+    route, owned, tile = plan.partial, gathered.OWNED, gathered.TILE
+    picks = torch.nn.functional.pad(route.picks, (0, 0, 0, -len(plan.slots) % owned))
+    queries = picks.unflatten(2, (-1, owned)).sum(3)
+    blocks = torch.zeros(picks.shape[3], dtype=torch.int64)
+    blocks.index_add_(0, route.group, torch.ones_like(route.group))
+    keys = -(-blocks * plan.block_k // tile) * tile
+    computed = (-(-queries // tile) * tile * keys).sum() / picks.shape[1]
+    kept = plan.density * video.tokens**2
+    assert 0.1 < plan.density < 0.3
+    assert computed / kept <= 1.3
+    assert plan.computed_density > 3 * plan.density
