@@ -46,7 +46,7 @@ def test_nothing_waits_and_nothing_is_random(method, grad, monkeypatch):
     counted.done.clear()
     with counted:
         run()
-    assert "forward_kernel" in counted.done
+    assert any(name.endswith("forward_kernel") for name in counted.done)
     assert counted.waits == []
     assert counted.random == []
 
