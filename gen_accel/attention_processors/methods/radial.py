@@ -62,9 +62,9 @@ class Radial:
             does not tell where something that moves has got to. None: no frame but the sink.
         tile_frames: frames that a query tile of the balanced rule spans, if that many fit into a
             block. It sees what any of them must see: more, but kernels take larger blocks faster.
-            None: one for each 24 of the clip, and two at least on GPUs, where it is a power of two.
-        tile_side: the most rows and columns of a tile of the balanced rule; on GPUs a tile holds as
-            many tokens as the largest power of two that fits into this square.
+            None: one for each 24 of the clip; on GPUs, where it is a power of two, two at least.
+        tile_side: the most rows and columns of a tile of the balanced rule; on GPUs its square is
+            the most tokens, cut to a power of two.
     """
 
     rule: Rule = "balanced"
@@ -235,7 +235,7 @@ def gpu_tiles(method: Radial, video: VideoShape) -> tuple[list[int], int, int]:
 
 
 def _tokens_of_tiles(counts: Sequence[int], tokens: int, video: VideoShape) -> Tensor:
-    """(T, tokens) int64, the tokens of each tile of the first frame, -1 in the end of the last one.
+    """(T, tokens) int64, the tokens of each tile of the first frame, then -1 in the last one.
 
     A band holds the next tokens of the raster, and a tile the next of its band, column by column.
     """

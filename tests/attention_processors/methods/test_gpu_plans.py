@@ -5,8 +5,8 @@ from itertools import product
 import pytest
 import torch
 
-from gen_accel.attention_processors import Radial
-from gen_accel.attention_processors.methods import radial
+from gen_accel.attention_processors import Neighborhood, Radial
+from gen_accel.attention_processors.methods import neighborhood, radial
 from gen_accel.kernels import reference
 from gen_accel.plan import unpack
 from gen_accel.video import VideoShape
@@ -130,5 +130,42 @@ def test_the_device_decides_the_layout_of_radial(rule):
     plan = method.plan(video, "meta")
     wanted = radial.gpu_plan(method, video) if rule == "balanced" else method.plan(video)
     assert plan.slots.device.type == plan.keep.device.type == "meta"
+    assert (plan.block_q, plan.block_k) == (wanted.block_q, wanted.block_k)
+    assert plan.keep.shape == wanted.keep.shape
+
+
+@pytest.mark.parametrize(
+    ("grid", "window", "most"),
+    [
+        ((21, 30, 52), (-1, 8, 8), 1.6),
+        ((21, 30, 52), (-1, 15, 26), 1.25),
+        ((21, 45, 80), (-1, 8, 8), 1.65),
+        ((30, 48, 80), (-1, 8, 8), 1.55),
+        ((30, 48, 80), (18, 24, 24), 1.7),
+        ((65, 12, 12), (-1, 8, 8), 1.6),
+    ],
+    ids=str,
+)
+def test_neighborhood_computes_little_more_than_it_keeps(grid, window, most):
+    method = Neighborhood(window)
+    plan = neighborhood.plan_for_device(method, VideoShape(*grid), gpu=True)
+    assert (plan.block_q, plan.block_k) == (128, 64)
+    assert plan.computed_density <= most * plan.density
+
+
+def test_strides_of_a_tile_need_no_mask():
+    """Generalized neighborhood attention's own case for HunyuanVideo."""
+    method = Neighborhood((18, 24, 24), stride=(16, 8, 8))
+    plan = neighborhood.plan_for_device(method, VideoShape(30, 48, 80), gpu=True)
+    assert (plan.block_q, plan.block_k) == (128, 64)
+    assert torch.equal(plan.whole, plan.keep)
+    assert plan.computed_density == plan.density
+
+
+def test_the_device_decides_the_layout_of_neighborhood():
+    video, method = VideoShape(5, 9, 10, text=3), Neighborhood((-1, 3, 3))
+    plan = method.plan(video, "meta")
+    wanted = neighborhood.plan_for_device(method, video, gpu=True)
+    assert plan.slots.device.type == plan.partial.first.device.type == "meta"
     assert (plan.block_q, plan.block_k) == (wanted.block_q, wanted.block_k)
     assert plan.keep.shape == wanted.keep.shape
