@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from gen_accel.attention_processors.methods.full_tiles import full_tiles, tokens_of_tile
 from gen_accel.plan import Plan, raster_slots, tile_slots
 from gen_accel.video import VideoShape
 
@@ -25,8 +26,6 @@ Rule = Literal["balanced", "paper", "code-2025-06", "code-2025-11"]
 
 # By default a query tile of the balanced rule spans one frame for each so many of the clip.
 TILE_FRAMES = 24
-# Least key block on GPUs where a frame has as many tokens: the length of their kernels' tiles.
-GPU_TILE = 64
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Radial:
             n-th frame instead. A token always sees its own frame and, with `sink`, the first. No
             tile spans two frames of keys, so the pattern does not depend on how a frame's token
             count relates to the block size, on any shape. On GPUs, whose kernels are fastest with
-            full blocks of powers of two, the tiles are those of `gpu_plan`: as many tokens each,
+            full blocks of powers of two, the tiles are those of `full_tiles`: as many tokens each,
             in bands of rows, so that little is padded on any grid.
         "paper": equation 4: a band of s / 2^b raster positions to each side, then every n-th
             frame's diagonal. A block is kept when it holds a kept pair. The paper's decay has no
@@ -192,25 +191,16 @@ def _balanced(method: Radial, video: VideoShape) -> Plan:
 
 
 def gpu_plan(method: Radial, video: VideoShape) -> Plan:
-    """The plan of the balanced rule in blocks that suit the kernels of GPUs, on the CPU.
+    """The plan of the balanced rule in blocks that suit the kernels of GPUs, made on the CPU.
 
-    Key blocks are tiles of as many tokens as a power of two, all full but the last of a frame, and
-    query blocks are two of them or more: a tile in neighbouring frames. So little is padded
-    whatever the grid, and few blocks need a mask.
+    So little is padded on any grid, and so few blocks need a mask, that a block computes what it
+    keeps. A query block sees what its nearest frame must see.
     """
-    counts, block_k, in_a_row = gpu_tiles(method, video)
-    T, block_q = sum(counts), in_a_row * block_k
-    # Frames forth and back from tile to tile: neighbours in this order differ in one or the other.
-    frame = torch.arange(video.frames).expand(T, -1).clone()
-    frame[1::2] = frame[1::2].flip(1)
-    frame, tile = frame.flatten(), torch.arange(T).repeat_interleave(video.frames)
-
-    held = _tokens_of_tiles(counts, block_k, video)[tile]
-    held = torch.where(
-        held < 0, -1, held + (frame * video.height * video.width)[:, None]
-    ).flatten()
-    text = torch.arange(video.video_tokens, video.tokens)
-    parts = [torch.cat([x, x.new_full((-len(x) % block_q,), -1)]) for x in (held, text)]
+    tokens = tokens_of_tile(video, method.tile_side**2)
+    most = method.block // tokens, method.tile_frames or max(2, video.frames // TILE_FRAMES)
+    most = max(1, min(*most, -(-video.video_tokens // tokens)))
+    in_a_row = 1 << most.bit_length() - 1
+    slots, counts, frame, tile, *blocks = full_tiles(video, tokens, in_a_row)
 
     last = torch.full((-len(tile) % in_a_row,), len(tile) - 1)
     members = torch.cat([torch.arange(len(tile)), last]).view(-1, in_a_row)
@@ -218,35 +208,7 @@ def gpu_plan(method: Radial, video: VideoShape) -> Plan:
     window = _windows(method, video, tiles_of(counts))
     near = torch.stack([window[distance, tile[i][:, None]] for i in members.T]).any(0)
     near[:, method.whole_frames(video.frames)] = True  # (query blocks, frames, tiles)
-    return _with_text(torch.cat(parts), near[:, frame, tile], block_q, block_k)
-
-
-def gpu_tiles(method: Radial, video: VideoShape) -> tuple[list[int], int, int]:
-    """Tiles in each band of rows of a frame, tokens in a tile, and tiles in a query block."""
-    frame = video.height * video.width
-    least = 1 << (min(frame, GPU_TILE) - 1).bit_length()
-    tokens = min(1 << (method.tile_side**2).bit_length() - 1, -(-frame // least) * least)
-    tiles = -(-frame // tokens)
-    bands = max(1, min(tiles, video.height, round((tiles * video.height / video.width) ** 0.5)))
-    counts = [tiles * (i + 1) // bands - tiles * i // bands for i in range(bands)]
-    frames = method.tile_frames or max(2, video.frames // TILE_FRAMES)
-    in_a_row = max(1, min(method.block // tokens, frames, tiles * video.frames))
-    return counts, tokens, 1 << in_a_row.bit_length() - 1
-
-
-def _tokens_of_tiles(counts: Sequence[int], tokens: int, video: VideoShape) -> Tensor:
-    """(T, tokens) int64, the tokens of each tile of the first frame, then -1 in the last one.
-
-    A band holds the next tokens of the raster, and a tile the next of its band, column by column.
-    """
-    frame = video.height * video.width
-    place = torch.arange(frame)
-    ends = torch.tensor(counts).cumsum(0) * tokens
-    band = torch.bucketize(place, ends, right=True)
-    row, column = place // video.width, place % video.width
-    order = ((band * video.width + column) * video.height + row).argsort()
-    padding = torch.full((sum(counts) * tokens - frame,), -1)
-    return torch.cat([order, padding]).view(-1, tokens)
+    return _with_text(slots, near[:, frame, tile], *blocks)
 
 
 def _with_text(slots: Tensor, video_keep: Tensor, block_q: int, block_k: int) -> Plan:

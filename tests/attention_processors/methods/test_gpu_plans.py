@@ -7,8 +7,11 @@ import torch
 
 from gen_accel.attention_processors import Neighborhood, Radial
 from gen_accel.attention_processors.methods import neighborhood, radial
+from gen_accel.attention_processors.methods.full_tiles import full_tiles, tokens_of_tile
 from gen_accel.kernels import reference
-from gen_accel.plan import unpack
+from gen_accel.pipelines.long_video.rotating_anchors import RotatingAnchors
+from gen_accel.pipelines.long_video.ultravico import UltraViCo
+from gen_accel.plan import Windows, unpack
 from gen_accel.video import VideoShape
 
 # Sizes of frames in tokens of Wan, HunyuanVideo, CogVideoX and LTX, and what divides by nothing.
@@ -85,14 +88,27 @@ def test_a_key_tile_of_radial_lies_in_one_frame(video):
     assert (frame.masked_fill(~inside, -1).amax(-1) <= low).all()
 
 
-def test_tiles_of_radial_are_compact():
-    """64 tokens of a frame of 45 x 80 lie within 9 rows and 12 columns."""
-    video = VideoShape(1, 45, 80)
-    counts, tokens, _ = radial.gpu_tiles(Radial(), video)
-    tiles = radial._tokens_of_tiles(counts, tokens, video)[:-1]
-    row, column = tiles // 80, tiles % 80
-    assert (row.amax(-1) - row.amin(-1)).max() < 9
-    assert (column.amax(-1) - column.amin(-1)).max() < 12
+@pytest.mark.parametrize("frame", FRAMES, ids=str)
+def test_full_tiles_are_full_and_compact(frame):
+    video = VideoShape(3, *frame, text=70)
+    made = full_tiles(video, tokens_of_tile(video, 64), 2)
+    assert (made.block_q, made.block_k) == (128, 64)
+    T, blocks = sum(made.counts), made.slots.view(-1, 64)
+    held = (blocks >= 0).sum(-1)
+    assert (held[: 3 * T][made.tile < T - 1] == 64).all()
+    assert (held[: 3 * T] > 0).all()
+    assert len(blocks) == -(-3 * T // 2) * 2 + 2, "tiles and text in query blocks"
+    whole = blocks[: 3 * T][made.tile < T - 1]
+    row, column = whole // frame[1] % frame[0], whole % frame[1]
+    assert (row.amax(-1) - row.amin(-1)).max() <= 10
+    assert (column.amax(-1) - column.amin(-1)).max() <= 11
+    step = made.frame.diff().abs() + made.tile.diff()
+    assert (step == 1).all(), "in neighbouring frames or side by side"
+
+
+def test_an_image_has_query_blocks_of_two_tiles_side_by_side():
+    plan = radial.gpu_plan(Radial(), VideoShape(1, 30, 52))
+    assert (plan.block_q, plan.block_k) == (128, 64)
 
 
 def test_options_of_radial_decide_the_blocks():
@@ -140,8 +156,8 @@ def test_the_device_decides_the_layout_of_radial(rule):
         ((21, 30, 52), (-1, 8, 8), 1.6),
         ((21, 30, 52), (-1, 15, 26), 1.25),
         ((21, 45, 80), (-1, 8, 8), 1.65),
-        ((30, 48, 80), (-1, 8, 8), 1.55),
-        ((30, 48, 80), (18, 24, 24), 1.7),
+        pytest.param((30, 48, 80), (-1, 8, 8), 1.55, marks=pytest.mark.slow),
+        pytest.param((30, 48, 80), (18, 24, 24), 1.7, marks=pytest.mark.slow),
         ((65, 12, 12), (-1, 8, 8), 1.6),
     ],
     ids=str,
@@ -153,6 +169,7 @@ def test_neighborhood_computes_little_more_than_it_keeps(grid, window, most):
     assert plan.computed_density <= most * plan.density
 
 
+@pytest.mark.slow
 def test_strides_of_a_tile_need_no_mask():
     """Generalized neighborhood attention's own case for HunyuanVideo."""
     method = Neighborhood((18, 24, 24), stride=(16, 8, 8))
@@ -162,10 +179,43 @@ def test_strides_of_a_tile_need_no_mask():
     assert plan.computed_density == plan.density
 
 
+@pytest.mark.parametrize("method", [Radial(), Neighborhood((-1, 3, 3))], ids=str)
+def test_a_method_called_on_a_gpu_makes_its_plan_there(method):
+    """What a call of attention does, with tensors of a device that is none."""
+    video, plans = VideoShape(5, 9, 10, text=3), []
+    q = torch.empty(1, 2, video.tokens, 16, device="meta")
+    method(q, q, q, video=video, kernel=lambda q, k, v, plan: plans.append(plan))
+    [plan] = plans
+    assert plan is method.plan(video, q.device)
+    assert plan.slots.device == q.device
+    assert (plan.block_q, plan.block_k) == (128, 64)
+
+
+@pytest.mark.parametrize("method", [Radial(), Neighborhood((-1, 3, 3))], ids=str)
+def test_techniques_for_longer_videos_keep_the_blocks_of_a_gpu(method):
+    """A gain by frames and a window of frames, on the plan that the call makes."""
+    video = VideoShape(12, 9, 10, text=3)
+    if isinstance(method, Radial):
+        plan = radial.gpu_plan(method, video)
+    else:
+        plan = neighborhood.plan_for_device(method, video, gpu=True)
+    dampened = UltraViCo().adjusted(plan, video, 4)
+    windowed = RotatingAnchors().adjusted(plan, video, 4, 1)
+    for changed in (dampened, windowed):
+        assert (changed.block_q, changed.block_k) == (128, 64)
+        assert torch.equal(changed.slots, plan.slots)
+    assert dampened.gain is not None
+    assert dampened.gain.shape == plan.keep.shape
+    if isinstance(method, Radial):  # a tile of the other holds all frames
+        assert 0 < dampened.gain.min() < dampened.gain.max() == 1
+        assert windowed.keep.sum() < plan.keep.sum()
+
+
 def test_the_device_decides_the_layout_of_neighborhood():
     video, method = VideoShape(5, 9, 10, text=3), Neighborhood((-1, 3, 3))
     plan = method.plan(video, "meta")
     wanted = neighborhood.plan_for_device(method, video, gpu=True)
+    assert isinstance(plan.partial, Windows)
     assert plan.slots.device.type == plan.partial.first.device.type == "meta"
     assert (plan.block_q, plan.block_k) == (wanted.block_q, wanted.block_k)
     assert plan.keep.shape == wanted.keep.shape
