@@ -17,7 +17,7 @@ from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.launch import launch, rowwise
 from gen_accel.kernels.triton.sparse_backward import delta_kernel, dkdv_kernel, dq_kernel
 from gen_accel.kernels.triton.sparse_forward import forward_kernel
-from gen_accel.kernels.triton.tiles import NONE, ROUTE, WINDOWS
+from gen_accel.kernels.triton.tiles import BITS, NONE, ROUTE, WINDOWS
 
 
 def _launch(
@@ -40,8 +40,10 @@ def _launch(
     q = tensors[0]
     B, H, N, D = q.shape
     slots, index, counts = lists
-    picks = rule[0] if rule and rule[0].ndim == 4 else None
-    mode = (NONE if not rule else WINDOWS if picks is None else ROUTE).value
+    mode = mode_of(rule)
+    if mode == BITS.value:
+        rule = rule[2:] if kind == "dkdv" else rule[:2]
+    picks = rule[0] if mode == ROUTE.value else None
     windows = mode == WINDOWS.value
     facts = {"ruled": mode != NONE.value, "gain": gain is not None}
     config = configs.choose(kind, q, block_q, block_k, **facts)
@@ -76,6 +78,15 @@ def _launch(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+def mode_of(rule: Sequence[Tensor]) -> int:
+    """Which of the kinds of rule in `tiles` the one of `Lists` is."""
+    if not rule:
+        return NONE.value
+    if len(rule) == 4:
+        return BITS.value
+    return (ROUTE if rule[0].ndim == 4 else WINDOWS).value
 
 
 @torch.library.custom_op("gen_accel::triton_attention", mutates_args=())

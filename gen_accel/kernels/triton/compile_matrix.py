@@ -42,7 +42,12 @@ SHARED = {
     "gfx942": 64 << 10,
 }
 
-RULES = {"none": tiles.NONE, "windows": tiles.WINDOWS, "route": tiles.ROUTE}
+RULES = {
+    "none": tiles.NONE,
+    "windows": tiles.WINDOWS,
+    "route": tiles.ROUTE,
+    "bits": tiles.BITS,
+}
 
 # Types of arguments by name; those of the inputs' own type and the integers are not listed.
 TYPES = {
