@@ -121,12 +121,9 @@ def test_blocks_of_three_words_and_tiles_of_two_match_reference(device, monkeypa
     monkeypatch.setattr(configs, "INTERPRETED", configs.Config(64, 64, 4, 1))
     small = random_plan(device, windows=True)
     slots = torch.nn.functional.pad(small.slots, (0, 64), value=-1)
-    rule = Windows(
-        *(
-            torch.nn.functional.pad(getattr(small.partial, name), (0, 64))
-            for name in Windows.__dataclass_fields__
-        )
-    )
+    names = "first", "last", "place", "free", "seen"
+    parts = (torch.nn.functional.pad(getattr(small.partial, name), (0, 64)) for name in names)
+    rule = Windows(*parts)
     keep = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=device)
     plan = Plan(slots, keep, 96, 96, rule)
     assert rule_of(plan) == BITS

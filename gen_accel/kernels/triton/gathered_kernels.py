@@ -13,7 +13,7 @@ import triton.language as tl
 
 from gen_accel.kernels.triton.sparse_backward import dq_phase, statistics
 from gen_accel.kernels.triton.sparse_forward import forward_phase
-from gen_accel.kernels.triton.tiles import LN2, NONE, load_rows, store_rows
+from gen_accel.kernels.triton.tiles import LN2, NONE, SIZES, load_rows, store_rows
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _group(ranges, members, i_c, BLOCK_K: tl.constexpr):
     return start, tl.where(blocks > 0, count, 0), first, blocks * BLOCK_K
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gathered_forward_kernel(
     q,
     k,
@@ -132,6 +132,7 @@ def gathered_forward_kernel(
                 scale,
                 D,
                 BLOCK_D,
+                TILE_M,
                 BLOCK_K,
                 TILE_N,
                 NONE,
@@ -154,7 +155,7 @@ def gathered_forward_kernel(
         tl.store(lse + o_t, b_lse, mask=o_t >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gathered_dq_kernel(
     q,
     k,
@@ -249,6 +250,7 @@ def gathered_dq_kernel(
                 scale,
                 D,
                 BLOCK_D,
+                TILE_M,
                 BLOCK_K,
                 TILE_N,
                 NONE,

@@ -29,7 +29,7 @@ def _picked(picks, slots, i_s, o_r, o_c, picks_s, picks_c, S, C, OWNED: tl.const
     return (tl.load(picks + o_x, mask=m_x, other=0) != 0).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("picks_b", "picks_h", "picks_s", "picks_c", "H", "S", "C"))
 def owners_kernel(
     picks,
     slots,
