@@ -31,6 +31,8 @@ TILE = 64  # the most queries in a tile, for the same reason
 # Where those of the block kernels would spill, according to compile_matrix; not timed.
 INSTEAD = {
     ("sm_80", 64, "dq"): configs.Config(64, 32, 4, 1),
+    ("sm_100", 64, "forward"): configs.Config(64, 64, 4, 2),
+    ("sm_100", 64, "dq"): configs.Config(64, 64, 4, 2),
     ("sm_120", 64, "forward"): configs.Config(64, 32, 4, 2),
 }
 HELD = 1 << 30  # bytes of sums and lists that are held at once; at least those of one head

@@ -11,8 +11,10 @@ from support.wan import forward, generate, gradients, pipeline, processors, tran
 
 from gen_accel import BlockMixture, Schedule, VideoShape, attach, attention
 from gen_accel.attention_processors.methods import block_mixture, picking
+from gen_accel.attention_processors.methods.options import method_of_file, saved_options
 from gen_accel.attention_processors.seam import SparseProcessor
 from gen_accel.kernels import reference
+from gen_accel.method import on_device
 from gen_accel.plan import unpack
 
 CPU = torch.device("cpu")
@@ -372,6 +374,41 @@ class TestLeastTaken:
 def test_bad_options_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         BlockMixture(**options)
+
+
+class TestDevices:
+    """What "auto" and None stand for is the device's, and the file's once it has been settled."""
+
+    def test_gpus_route_blocks_of_their_tiles(self):
+        cuda, cpu = (BlockMixture().for_device(torch.device(name)) for name in ("cuda", "cpu"))
+        assert (cuda.routing, cuda.block) == ("block", 128)
+        assert (cpu.routing, cpu.block) == ("token", 64)
+        given = BlockMixture(routing="token", block=32)
+        assert given.for_device(torch.device("cuda")) == given
+
+    @pytest.mark.parametrize("routing", ["auto", "token", "block"])
+    def test_a_call_runs_what_its_device_says(self, routing):
+        q, k = random_qk(RAGGED)
+        plan = method_of("3d", routing=routing).plan_for(q, k, video=RAGGED)
+        assert (plan.partial is None) == (routing == "block")
+
+    def test_summary_names_the_routing_that_ran(self):
+        model = transformer()
+        with attach(model, ATTACHED) as handle:
+            before = str(handle.summary())
+            forward(model)
+        assert "routing='auto'" in before
+        assert "routing='token'" in str(handle.summary())
+        assert "routing='auto'" in repr(handle)
+
+    def test_a_recipe_holds_what_ran(self):
+        """So that a LoRA means the same on a CPU as on the GPU that it was trained on."""
+        trained = on_device(BlockMixture(), torch.device("cuda"))
+        options = saved_options(trained)
+        assert (options["routing"], options["block"]) == ("block", 128)
+        again = method_of_file("block_mixture", options)
+        assert again == trained
+        assert all(again.for_device(torch.device(name)) == trained for name in ("cpu", "cuda"))
 
 
 class TestAttached:
