@@ -1,0 +1,556 @@
+// Block-sparse attention with products of 8 bits on the CPU, forward alone: SageAttention over lists
+// of key blocks.
+//
+// Once a head, the mean key of each block is taken off its keys and the mean value off its values,
+// and what is left becomes numbers of 8 bits, keys at a scale for each token, values at a scale for
+// each channel of a block. A query becomes 8 bits too. What the means add is added in fp32: the
+// product of the query as it was with the mean key, and the mean value by the weight of its block.
+// Both products run on the processor's sums of four products of bytes (VNNI), a few queries at a
+// time against a tile of keys: scores, weights and results of those queries stay in the L1 cache.
+// Weights are rounded to 1/255 of the largest of their query and block.
+//
+// Called through ctypes. Letters as in plan.py and blocks.h; a "panel" is a few queries.
+
+#include "blocks.h"
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+
+namespace {
+
+constexpr i64 AT_ONCE = 6;     // queries of a panel
+constexpr i64 KEYS = 1024;     // of a tile
+constexpr i64 PARTS = KEYS / LANES;
+constexpr i64 BYTES = 4;       // that are multiplied and added up in a lane
+constexpr float MOST = 127.f;  // of 8 bits with a sign
+constexpr float NONE = 1e-30f;  // a range below is of nothing but zeros
+constexpr float LOG2_255 = 7.994353436858858f;
+
+using Floats = float __attribute__((vector_size(64), aligned(4), may_alias));
+using Ints = int32_t __attribute__((vector_size(64), aligned(4), may_alias));
+
+// LANES numbers of 32 bits, each four bytes or their sum, and panels of them in a row: as many as
+// registers hold sums for.
+#ifdef __AVX512VNNI__
+constexpr i64 WIDEST = 4;
+struct Words {
+  __m512i x;
+};
+inline Words words(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline Words words_at(const void* from) { return {_mm512_loadu_si512(from)}; }
+inline Words dot(Words sum, Words plain, Words with_sign) {
+  return {_mm512_dpbusd_epi32(sum.x, plain.x, with_sign.x)};
+}
+#else
+constexpr i64 WIDEST = 1;
+struct Words {
+  __m256i low, high;
+};
+inline Words words(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline Words words_at(const void* from) {
+  const __m256i* at = static_cast<const __m256i*>(from);
+  return {_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)};
+}
+inline Words dot(Words sum, Words plain, Words with_sign) {
+  return {_mm256_dpbusd_avx_epi32(sum.low, plain.low, with_sign.low),
+          _mm256_dpbusd_avx_epi32(sum.high, plain.high, with_sign.high)};
+}
+#endif
+inline Floats floats(const Words& sum) {
+  Ints whole;
+  std::memcpy(&whole, &sum, sizeof whole);
+  return __builtin_convertvector(whole, Floats);
+}
+inline Floats floats_at(const float* from) { return *reinterpret_cast<const Floats*>(from); }
+inline void put_at(float* to, Floats x) { *reinterpret_cast<Floats*>(to) = x; }
+
+// Calls `work` with n, 1 to N, as a constant.
+template <i64 N, typename F>
+void as_constant(i64 n, F&& work) {
+  if constexpr (N > 1) {
+    if (n < N) return as_constant<N - 1>(n, work);
+  }
+  work(std::integral_constant<i64, N>());
+}
+
+// Sums of products of R rows with C panels of LANES columns. SIGNED: it is the rows that have a
+// sign. steps: numbers in a row by BYTES; stride: bytes of a panel.
+template <bool SIGNED, i64 R, i64 C, typename Row>
+inline void multiply(const Row* const* rows, const void* panels, i64 stride, i64 steps,
+                     Words (&sum)[R][C]) {
+  const char* from = static_cast<const char*>(panels);
+  for (i64 t = 0; t < steps; t++, from += LANES * BYTES) {
+    Words right[C];
+#pragma GCC unroll 8
+    for (i64 c = 0; c < C; c++) right[c] = words_at(from + c * stride);
+#pragma GCC unroll 8
+    for (i64 r = 0; r < R; r++) {
+      int32_t four;
+      std::memcpy(&four, rows[r] + t * BYTES, sizeof four);
+      Words left = words(four);
+#pragma GCC unroll 8
+      for (i64 c = 0; c < C; c++)
+        sum[r][c] = SIGNED ? dot(sum[r][c], right[c], left) : dot(sum[r][c], left, right[c]);
+    }
+  }
+}
+
+// 0, or NaN where a number of the row is none or infinite.
+inline float flaw(const float* x, i64 n) {
+  float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+  for (i64 d = 0; d < n; d++) sum += x[d] * 0.f;
+  return sum;
+}
+
+inline float range(const float* x, i64 n) {
+  float most = 0.f;
+#pragma omp simd reduction(max : most)
+  for (i64 d = 0; d < n; d++) most = std::max(most, std::fabs(x[d]));
+  return most;
+}
+
+// Nearest whole numbers to x times, of which the low byte is kept; ties go to the even one.
+inline void rounded_bytes(const float* x, i64 n, float times, int32_t shift, uint8_t* to) {
+#pragma omp simd
+  for (i64 d = 0; d < n; d++) {
+    float magic = x[d] * times + 12582912.f;
+    uint32_t bits;
+    std::memcpy(&bits, &magic, 4);
+    to[d] = static_cast<uint8_t>(bits + shift);
+  }
+}
+
+// Weights 2^(s - high) of n scores, n whole LANES, as bytes in units of 1/255; returns their sum in
+// these units, before the rounding.
+inline float weigh_bytes(const float* s, i64 n, float high, uint8_t* to) {
+  float shift = high - LOG2_255;
+#ifdef __AVX512F__
+  __m512 sum = _mm512_setzero_ps(), less = _mm512_set1_ps(shift);
+  for (i64 j = 0; j < n; j += LANES) {
+    __m512 w = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(s + j), less), true);
+    sum = _mm512_add_ps(sum, w);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j),
+                     _mm512_cvtusepi32_epi8(_mm512_cvtps_epu32(w)));
+  }
+  return _mm512_reduce_add_ps(sum);
+#else
+  float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+  for (i64 j = 0; j < n; j++) {
+    float w = exp2_of(s[j] - shift);
+    sum += w;
+    to[j] = static_cast<uint8_t>(std::min(w, 255.f) + 0.5f);
+  }
+  return sum;
+#endif
+}
+
+// Blocks of keys and values as the products read them, of each head and block.
+struct Laid {
+  i64 D, bk, bkp, steps, Dv;
+  uint8_t* keys;             // (bkp / LANES, steps, LANES, BYTES), 128 more than they are
+  float *key_scale, *means;  // (bkp,), (D,)
+  int8_t* values;            // (Dv / LANES, bkp / BYTES, LANES, BYTES)
+  float *value_scale, *value_means;  // (Dv,) each
+
+  Laid(i64 D, i64 bk)
+      : D(D), bk(bk), bkp(up(bk, LANES)), steps(up(D, BYTES) / BYTES), Dv(up(D, LANES)) {}
+
+  void want(Arena& arena, i64 blocks) {
+    arena.want(keys, blocks * bkp * steps * BYTES);
+    arena.want(key_scale, blocks * bkp);
+    arena.want(means, blocks * D);
+    arena.want(values, blocks * bkp * Dv);
+    arena.want(value_scale, blocks * Dv);
+    arena.want(value_means, blocks * Dv);
+  }
+};
+
+// Lays out one block after the other.
+class Layer {
+ public:
+  explicit Layer(const Laid& laid)
+      : to_(laid), bytes_(BYTES * std::max(laid.Dv, laid.steps * BYTES)), range_(laid.Dv) {}
+
+  // rows: (bk, D), which are overwritten; real: whether a slot holds a token.
+  void keys(i64 block, float* rows, const char* real) {
+    float* mean = to_.means + block * to_.D;
+    take_mean(rows, real, mean);
+    Word* target = reinterpret_cast<Word*>(to_.keys) + block * to_.bkp * to_.steps;
+    const Word* four = reinterpret_cast<const Word*>(bytes_.data());
+    for (i64 s = 0; s < to_.bkp; s++) {
+      float scale = 0.f;
+      std::fill(bytes_.begin(), bytes_.end(), 128);
+      if (s < to_.bk && real[s]) {
+        float* row = rows + s * to_.D;
+        float most = range(row, to_.D), bad = flaw(row, to_.D);
+        if (most > NONE && bad == 0.f) rounded_bytes(row, to_.D, MOST / most, 128, bytes_.data());
+        scale = most / MOST + bad;
+      }
+      to_.key_scale[block * to_.bkp + s] = scale;
+      Word* lane = target + s / LANES * to_.steps * LANES + s % LANES;
+      for (i64 t = 0; t < to_.steps; t++) lane[t * LANES] = four[t];
+    }
+  }
+
+  void values(i64 block, float* rows, const char* real) {
+    float* mean = to_.value_means + block * to_.Dv;
+    std::fill(mean, mean + to_.Dv, 0.f);
+    take_mean(rows, real, mean);
+    float* scale = to_.value_scale + block * to_.Dv;
+    std::fill(scale, scale + to_.Dv, 0.f);
+    std::fill(range_.begin(), range_.end(), 0.f);
+    for (i64 s = 0; s < to_.bk; s++) {
+      const float* row = rows + s * to_.D;
+#pragma omp simd
+      for (i64 d = 0; d < to_.D; d++) {
+        range_[d] = std::max(range_[d], std::fabs(row[d]));
+        scale[d] += row[d] * 0.f;
+      }
+    }
+    for (i64 d = 0; d < to_.D; d++) {
+      bool some = range_[d] > NONE && scale[d] == 0.f;
+      scale[d] += range_[d] / MOST;
+      range_[d] = some ? MOST / range_[d] : 0.f;
+    }
+    Word* target = reinterpret_cast<Word*>(to_.values + block * to_.bkp * to_.Dv);
+    for (i64 s = 0; s < to_.bkp; s += BYTES) {
+      std::fill(bytes_.begin(), bytes_.end(), 0);
+      for (i64 n = 0; n < BYTES && s + n < to_.bk; n++) channels(rows + (s + n) * to_.D, n);
+      const uint8_t* four = bytes_.data();
+      for (i64 d = 0; d < to_.Dv; d += LANES) {
+        Word* lanes = target + (d / LANES * to_.bkp + s) / BYTES * LANES;
+        for (i64 l = 0; l < LANES; l++) {
+          uint32_t a = four[d + l], b = four[to_.Dv + d + l];
+          uint32_t c = four[2 * to_.Dv + d + l], e = four[3 * to_.Dv + d + l];
+          lanes[l] = a | b << 8 | c << 16 | e << 24;
+        }
+      }
+    }
+  }
+
+ private:
+  // Takes the mean of the real rows off each of them. One that holds no number has no part in it.
+  void take_mean(float* rows, const char* real, float* mean) {
+    i64 count = 0;
+    std::fill(mean, mean + to_.D, 0.f);
+    for (i64 s = 0; s < to_.bk; s++) {
+      const float* row = rows + s * to_.D;
+      if (!real[s] || flaw(row, to_.D) != 0.f) continue;
+      count++;
+      for (i64 d = 0; d < to_.D; d++) mean[d] += row[d];
+    }
+    for (i64 d = 0; d < to_.D && count; d++) mean[d] /= count;
+    for (i64 s = 0; s < to_.bk; s++)
+      for (i64 d = 0; d < to_.D && real[s]; d++) rows[s * to_.D + d] -= mean[d];
+  }
+
+  void channels(const float* row, i64 n) {
+    uint8_t* to = bytes_.data() + n * to_.Dv;
+#pragma omp simd
+    for (i64 d = 0; d < to_.D; d++) {
+      float magic = (range_[d] > 0.f ? row[d] * range_[d] : 0.f) + 12582912.f;
+      uint32_t bits;
+      std::memcpy(&bits, &magic, 4);
+      to[d] = static_cast<uint8_t>(bits);
+    }
+  }
+
+  const Laid& to_;
+  std::vector<uint8_t> bytes_;
+  std::vector<float> range_;
+};
+
+template <typename In>
+struct Int8 {
+  Problem<In, float> p;
+  Laid laid;
+
+  explicit Int8(const Args& a) : p(a), laid(a.D, a.block_k) {}
+
+  struct Worker {
+    const Int8& f;
+    const Problem<In, float>& p = f.p;
+    const Laid& laid = f.laid;
+    i64 most = p.a.picks ? ROUTED : std::min(ROWS, p.a.block_q);
+    // Of each query of a piece: as bytes, their sum by -128, what a product of bytes is worth; as
+    // it was, by scale and log2(e); what is carried.
+    int8_t* q;
+    int32_t* start;
+    float *worth, *exact, *o, *high, *sum;
+    // Of a panel: scores, weights, and by parts of a tile what the mean keys add to the scores, the
+    // factor of the weights and their sum.
+    float *scores, *shift, *factor, *mass;
+    uint8_t* weights;
+    float *turned, *excess;  // the mean keys of a tile, (PARTS / LANES, D, LANES); (KEYS,)
+    std::vector<uint16_t> rows;
+    Seeing seeing{p.a.picks ? p.a.C : 0, ROUTED};
+
+    explicit Worker(const Int8& forward) : f(forward), rows(most) {
+      static thread_local Room room;
+      Arena arena;
+      arena.want(q, most * laid.steps * BYTES);
+      arena.want(start, most);
+      arena.want(worth, most);
+      arena.want(exact, most * p.D);
+      arena.want(o, most * laid.Dv);
+      arena.want(high, most);
+      arena.want(sum, most);
+      arena.want(scores, AT_ONCE * KEYS);
+      arena.want(shift, AT_ONCE * PARTS);
+      arena.want(factor, AT_ONCE * PARTS);
+      arena.want(mass, AT_ONCE * PARTS);
+      arena.want(weights, AT_ONCE * KEYS);
+      arena.want(turned, PARTS * p.D);
+      arena.want(excess, KEYS);
+      arena.fill(room);
+    }
+    Worker(const Worker&) = delete;
+
+    void operator()(i64 bh, i64 slot, i64 count) {
+      i64 held = 0;
+      for (i64 i = 0; i < count; i++) {
+        i64 t = p.token(slot + i);
+        if (t < 0) continue;
+        if (p.a.slots && i + AHEAD < count) foresee(p.q, bh, slot + i + AHEAD);
+        query(bh, t, i);
+        rows[held++] = i;
+      }
+      if (p.a.picks) {
+        seeing.look(p.picks(bh) + slot * p.a.C, count);
+        for (i64 g = 0; g < p.a.C; g++) {
+          const auto& blocks = p.members[g];
+          if (!seeing.found(g) || blocks.empty()) continue;
+          tiles(blocks.data(), blocks.size(), 0, p.padded.data(), p.bk, LANES, KEYS,
+                [&](auto& parts, i64 width) {
+                  tile(bh, slot, seeing.rows(g), seeing.found(g), parts, width, nullptr);
+                });
+        }
+      } else if (held) {
+        i64 block = slot / p.a.block_q, masked;
+        const i64* total = p.counts(bh, block, &masked);
+        tiles(p.blocks(bh, block), *total, masked, nullptr, p.bk, LANES, KEYS,
+              [&](auto& parts, i64 width) {
+                tile(bh, slot, rows.data(), held, parts, width, p.gains(bh, block));
+              });
+      }
+      In* out = static_cast<In*>(p.a.o) + bh * p.a.N * p.D;
+      for (i64 n = 0; n < held; n++) {
+        i64 i = rows[n];
+        float *row = o + i * laid.Dv;
+        float inverse = sum[i] > 0.f || sum[i] != sum[i] ? 1.f / sum[i] : 0.f;
+        for (i64 d = 0; d < p.D; d++) row[d] *= inverse;
+        store(out + p.token(slot + i) * p.D, row, p.D);
+      }
+    }
+
+    void query(i64 bh, i64 token, i64 i) {
+      float* row = exact + i * p.D;
+      uint8_t* bytes = reinterpret_cast<uint8_t*>(q + i * laid.steps * BYTES);
+      p.row(p.q, bh, token, row);
+      float most = range(row, p.D), bad = flaw(row, p.D);
+      std::fill(bytes, bytes + laid.steps * BYTES, 0);
+      if (most > NONE && bad == 0.f) rounded_bytes(row, p.D, MOST / most, 0, bytes);
+      int32_t total = 0;
+      for (i64 d = 0; d < p.D; d++) total += q[i * laid.steps * BYTES + d];
+      start[i] = -128 * total;
+      worth[i] = (most / MOST + bad) * p.a.scale * LOG2E;
+      for (i64 d = 0; d < p.D; d++) row[d] *= p.a.scale * LOG2E;
+      std::fill(o + i * laid.Dv, o + (i + 1) * laid.Dv, 0.f);
+      high[i] = LOW;
+      sum[i] = 0.f;
+    }
+
+    // Some queries of a piece, those in slots `slot + which[i]`, against a tile.
+    void tile(i64 bh, i64 slot, const uint16_t* which, i64 count, const std::vector<Part>& parts,
+              i64 width, const float* gains) {
+      i64 base = bh * p.Kk;
+      for (i64 n = 0; n < i64(parts.size()); n++) {
+        const float* mean = laid.means + (base + parts[n].block) * p.D;
+        float* to = turned + n / LANES * p.D * LANES + n % LANES;
+        for (i64 d = 0; d < p.D; d++) to[d * LANES] = mean[d];
+      }
+      for (i64 first = 0; first < count; first += AT_ONCE)
+        as_constant<AT_ONCE>(std::min(AT_ONCE, count - first), [&](auto R) {
+          panel<R>(base, slot, which + first, parts, width, gains);
+        });
+    }
+
+    template <i64 R>
+    void panel(i64 base, i64 slot, const uint16_t* which, const std::vector<Part>& parts,
+               i64 width, const float* gains) {
+      i64 count = parts.size();
+      for (i64 n = 0; n < count; n += LANES) shifts<R>(which, n);
+      for (i64 n = 0; n < count; n++) {
+        i64 panels = up(parts[n].count, LANES) / LANES;
+        for (i64 c = 0; c < panels; c += WIDEST)
+          as_constant<WIDEST>(std::min(WIDEST, panels - c), [&](auto C) {
+            score<R, C>(base, which, parts[n], n, c);
+          });
+      }
+      for (i64 r = 0; r < R; r++) weigh_row(r, which[r], slot, parts, gains);
+      for (i64 c = 0; c < laid.Dv / LANES; c += WIDEST)
+        as_constant<WIDEST>(std::min(WIDEST, laid.Dv / LANES - c), [&](auto C) {
+          for (i64 n = 0; n < count; n++) add<R, C>(base, which, parts[n], n, c);
+        });
+    }
+
+    // What the mean keys of parts n to n + LANES add to the scores.
+    template <i64 R>
+    void shifts(const uint16_t* which, i64 n) {
+      Floats sums[R] = {};
+      const float* from = turned + n * p.D;
+      for (i64 d = 0; d < p.D; d++) {
+        Floats mean = floats_at(from + d * LANES);
+#pragma GCC unroll 8
+        for (i64 r = 0; r < R; r++) sums[r] += mean * exact[which[r] * p.D + d];
+      }
+      for (i64 r = 0; r < R; r++) put_at(shift + r * PARTS + n, sums[r]);
+    }
+
+    // Scores, by log2(e), of C panels of keys from panel `c` of a part on.
+    template <i64 R, i64 C>
+    void score(i64 base, const uint16_t* which, const Part& part, i64 n, i64 c) {
+      const int8_t* queries[R];
+      Words sums[R][C];
+      i64 stride = laid.steps * LANES * BYTES, key = (base + part.block) * laid.bkp + part.first;
+#pragma GCC unroll 8
+      for (i64 r = 0; r < R; r++) {
+        queries[r] = q + which[r] * laid.steps * BYTES;
+#pragma GCC unroll 8
+        for (i64 k = 0; k < C; k++) sums[r][k] = words(start[which[r]]);
+      }
+      key += c * LANES;
+      multiply<true, R, C>(queries, laid.keys + key * laid.steps * BYTES, stride, laid.steps, sums);
+#pragma GCC unroll 8
+      for (i64 r = 0; r < R; r++) {
+        float times = worth[which[r]], more = shift[r * PARTS + n];
+        float* to = scores + r * KEYS + part.column + c * LANES;
+#pragma GCC unroll 8
+        for (i64 k = 0; k < C; k++) {
+          Floats s = floats(sums[r][k]) * floats_at(laid.key_scale + key + k * LANES);
+          put_at(to + k * LANES, s * times + more);
+        }
+      }
+    }
+
+    // Scores of a query to weights, part by part, and what is carried of it.
+    void weigh_row(i64 r, i64 i, i64 slot, const std::vector<Part>& parts, const float* gains) {
+      float top = high[i], total = 0.f;
+      for (i64 n = 0; n < i64(parts.size()); n++) {
+        const Part& x = parts[n];
+        float* s = scores + r * KEYS + x.column;
+        std::fill(s + x.count, s + up(x.count, LANES), LOW);
+        if (gains) dampen(s, x.count, 1.f, gains[x.block]);
+        if (x.masked) {
+          hide(p.a, slot + i, true, x.block * p.bk + x.first, x.count, excess);
+          conceal(s, x.count, excess);
+        }
+        factor[r * PARTS + n] = highest(s, up(x.count, LANES), LOW);
+        top = std::max(top, factor[r * PARTS + n]);
+      }
+      for (i64 n = 0; n < i64(parts.size()); n++) {
+        const Part& x = parts[n];
+        float &by = factor[r * PARTS + n], most = by;
+        by = exp2_of(most - top);
+        i64 from = r * KEYS + x.column;
+        float of_part = weigh_bytes(scores + from, up(x.count, LANES),
+                                    most > LOW / 2 ? most : 0.f, weights + from);
+        total += mass[r * PARTS + n] = by * of_part;
+      }
+      float before = exp2_of(high[i] - top);
+      sum[i] = sum[i] * before + total;
+      high[i] = top;
+      if (before == 1.f) return;
+      for (i64 d = 0; d < laid.Dv; d++) o[i * laid.Dv + d] *= before;
+    }
+
+    // Adds the weighted values of a part, C panels of channels from panel `c` on.
+    template <i64 R, i64 C>
+    void add(i64 base, const uint16_t* which, const Part& part, i64 n, i64 c) {
+      const uint8_t* left[R];
+      Words sums[R][C];
+#pragma GCC unroll 8
+      for (i64 r = 0; r < R; r++) {
+        left[r] = weights + r * KEYS + part.column;
+#pragma GCC unroll 8
+        for (i64 k = 0; k < C; k++) sums[r][k] = words(0);
+      }
+      i64 block = base + part.block, stride = laid.bkp * LANES;
+      const int8_t* V = laid.values + block * laid.bkp * laid.Dv + c * stride + part.first * LANES;
+      multiply<false, R, C>(left, V, stride, up(part.count, BYTES) / BYTES, sums);
+      const float* scale = laid.value_scale + block * laid.Dv + c * LANES;
+      const float* mean = laid.value_means + block * laid.Dv + c * LANES;
+#pragma GCC unroll 8
+      for (i64 r = 0; r < R; r++) {
+        float by = factor[r * PARTS + n], all = mass[r * PARTS + n];
+        float* to = o + which[r] * laid.Dv + c * LANES;
+#pragma GCC unroll 8
+        for (i64 k = 0; k < C; k++) {
+          Floats more = floats(sums[r][k]) * (floats_at(scale + k * LANES) * by);
+          Floats x = floats_at(to + k * LANES) + floats_at(mean + k * LANES) * all;
+          put_at(to + k * LANES, x + more);
+        }
+      }
+    }
+  };
+
+  void run() {
+    static thread_local Room room;
+    Arena arena;
+    laid.want(arena, p.BH * p.Kk);
+    arena.fill(room);
+    at::parallel_for(0, p.BH * p.Kk, 1, [&](i64 begin, i64 end) {
+      Layer layer(laid);
+      std::vector<float> some(p.bk * p.D);
+      std::vector<char> real(p.bk);
+      for (i64 n = begin; n < end; n++) {
+        i64 bh = n / p.Kk, slot = n % p.Kk * p.bk;
+        for (i64 s = 0; s < p.bk; s++) real[s] = p.token(slot + s) >= 0;
+        p.rows(p.k, bh, slot, p.bk, some.data());
+        layer.keys(n, some.data(), real.data());
+        p.rows(p.v, bh, slot, p.bk, some.data());
+        layer.values(n, some.data(), real.data());
+      }
+    });
+    Pieces pieces(p, p.a.picks ? ROUTED : ROWS);
+    each(p.BH * pieces.per_head, [&] {
+      return [&, worker = Worker(*this)](i64 n) mutable {
+        pieces.with(n % pieces.per_head,
+                    [&](i64 slot, i64 count) { worker(n / pieces.per_head, slot, count); });
+      };
+    });
+    room.trim();
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// What keeps this processor from it, in words; null where it runs.
+const char* gen_accel_int8_lacks() {
+#ifdef __AVX512VNNI__
+  return __builtin_cpu_supports("avx512vnni") ? nullptr : "AVX512_VNNI";
+#else
+  return __builtin_cpu_supports("avx2") ? nullptr : "AVX_VNNI";
+#endif
+}
+
+int gen_accel_int8(const Args* a, int dtype) {
+  return guarded([&] { with_type(dtype, [&](auto in) { Int8<decltype(in)>(*a).run(); }); });
+}
+}
+
+#else
+
+extern "C" {
+
+const char* gen_accel_int8_lacks() { return "AVX512_VNNI and AVX_VNNI"; }
+
+int gen_accel_int8(const Args*, int) {
+  return guarded([] { throw std::runtime_error("this processor multiplies no bytes"); });
+}
+}
+
+#endif
