@@ -26,20 +26,22 @@ constexpr float NONE = 1e-30f;  // a range below is of nothing but zeros
 constexpr float LOG2_255 = 7.994353436858858f;
 
 using Floats = float __attribute__((vector_size(64), aligned(4), may_alias));
-using Ints = int32_t __attribute__((vector_size(64), aligned(4), may_alias));
+using Ints = int32_t __attribute__((vector_size(64)));
+#define INLINE __attribute__((always_inline))
 
 // LANES numbers of 32 bits, each four bytes or their sum, and panels of them in a row: as many as
 // registers hold sums for.
 #ifdef __AVX512VNNI__
 constexpr i64 WIDEST = 4;
 struct Words {
-  __m512i x;
+  Ints x;  // as __m512i, GCC would move each sum from register to register
 };
-inline Words words(int32_t x) { return {_mm512_set1_epi32(x)}; }
-inline Words words_at(const void* from) { return {_mm512_loadu_si512(from)}; }
+inline Words words(int32_t x) { return {(Ints)_mm512_set1_epi32(x)}; }
+inline Words words_at(const void* from) { return {(Ints)_mm512_loadu_si512(from)}; }
 inline Words dot(Words sum, Words plain, Words with_sign) {
-  return {_mm512_dpbusd_epi32(sum.x, plain.x, with_sign.x)};
+  return {(Ints)_mm512_dpbusd_epi32((__m512i)sum.x, (__m512i)plain.x, (__m512i)with_sign.x)};
 }
+inline Floats floats(Words sum) { return __builtin_convertvector(sum.x, Floats); }
 #else
 constexpr i64 WIDEST = 1;
 struct Words {
@@ -54,12 +56,13 @@ inline Words dot(Words sum, Words plain, Words with_sign) {
   return {_mm256_dpbusd_avx_epi32(sum.low, plain.low, with_sign.low),
           _mm256_dpbusd_avx_epi32(sum.high, plain.high, with_sign.high)};
 }
-#endif
-inline Floats floats(const Words& sum) {
-  Ints whole;
-  std::memcpy(&whole, &sum, sizeof whole);
-  return __builtin_convertvector(whole, Floats);
+inline Floats floats(Words sum) {
+  __m256 halves[2] = {_mm256_cvtepi32_ps(sum.low), _mm256_cvtepi32_ps(sum.high)};
+  Floats all;
+  std::memcpy(&all, halves, sizeof all);
+  return all;
 }
+#endif
 inline Floats floats_at(const float* from) { return *reinterpret_cast<const Floats*>(from); }
 inline void put_at(float* to, Floats x) { *reinterpret_cast<Floats*>(to) = x; }
 
@@ -72,25 +75,31 @@ void as_constant(i64 n, F&& work) {
   work(std::integral_constant<i64, N>());
 }
 
+// Calls `work` with 0 to N - 1 as constants: loops written out, so that sums stay in registers.
+template <i64 N, typename F>
+INLINE inline void unrolled(F&& work) {
+  [&]<i64... I>(std::integer_sequence<i64, I...>) INLINE {
+    (work(std::integral_constant<i64, I>()), ...);
+  }(std::make_integer_sequence<i64, N>());
+}
+
 // Sums of products of R rows with C panels of LANES columns. SIGNED: it is the rows that have a
 // sign. steps: numbers in a row by BYTES; stride: bytes of a panel.
 template <bool SIGNED, i64 R, i64 C, typename Row>
-inline void multiply(const Row* const* rows, const void* panels, i64 stride, i64 steps,
-                     Words (&sum)[R][C]) {
+INLINE inline void multiply(const Row* const (&rows)[R], const void* panels,
+                                            i64 stride, i64 steps, Words (&sums)[R][C]) {
   const char* from = static_cast<const char*>(panels);
   for (i64 t = 0; t < steps; t++, from += LANES * BYTES) {
     Words right[C];
-#pragma GCC unroll 8
-    for (i64 c = 0; c < C; c++) right[c] = words_at(from + c * stride);
-#pragma GCC unroll 8
-    for (i64 r = 0; r < R; r++) {
+    unrolled<C>([&](auto c) INLINE { right[c] = words_at(from + c * stride); });
+    unrolled<R>([&](auto r) INLINE {
       int32_t four;
       std::memcpy(&four, rows[r] + t * BYTES, sizeof four);
       Words left = words(four);
-#pragma GCC unroll 8
-      for (i64 c = 0; c < C; c++)
-        sum[r][c] = SIGNED ? dot(sum[r][c], right[c], left) : dot(sum[r][c], left, right[c]);
-    }
+      unrolled<C>([&](auto c) INLINE {
+        sums[r][c] = SIGNED ? dot(sums[r][c], right[c], left) : dot(sums[r][c], left, right[c]);
+      });
+    });
   }
 }
 
@@ -399,13 +408,14 @@ struct Int8 {
     template <i64 R>
     void shifts(const uint16_t* which, i64 n) {
       Floats sums[R] = {};
+      const float* rows[R];
+      unrolled<R>([&](auto r) INLINE { rows[r] = exact + which[r] * p.D; });
       const float* from = turned + n * p.D;
       for (i64 d = 0; d < p.D; d++) {
         Floats mean = floats_at(from + d * LANES);
-#pragma GCC unroll 8
-        for (i64 r = 0; r < R; r++) sums[r] += mean * exact[which[r] * p.D + d];
+        unrolled<R>([&](auto r) INLINE { sums[r] += mean * rows[r][d]; });
       }
-      for (i64 r = 0; r < R; r++) put_at(shift + r * PARTS + n, sums[r]);
+      unrolled<R>([&](auto r) INLINE { put_at(shift + r * PARTS + n, sums[r]); });
     }
 
     // Scores, by log2(e), of C panels of keys from panel `c` of a part on.
@@ -414,24 +424,20 @@ struct Int8 {
       const int8_t* queries[R];
       Words sums[R][C];
       i64 stride = laid.steps * LANES * BYTES, key = (base + part.block) * laid.bkp + part.first;
-#pragma GCC unroll 8
-      for (i64 r = 0; r < R; r++) {
+      unrolled<R>([&](auto r) INLINE {
         queries[r] = q + which[r] * laid.steps * BYTES;
-#pragma GCC unroll 8
-        for (i64 k = 0; k < C; k++) sums[r][k] = words(start[which[r]]);
-      }
+        unrolled<C>([&](auto k) INLINE { sums[r][k] = words(start[which[r]]); });
+      });
       key += c * LANES;
       multiply<true, R, C>(queries, laid.keys + key * laid.steps * BYTES, stride, laid.steps, sums);
-#pragma GCC unroll 8
-      for (i64 r = 0; r < R; r++) {
+      unrolled<R>([&](auto r) INLINE {
         float times = worth[which[r]], more = shift[r * PARTS + n];
         float* to = scores + r * KEYS + part.column + c * LANES;
-#pragma GCC unroll 8
-        for (i64 k = 0; k < C; k++) {
+        unrolled<C>([&](auto k) INLINE {
           Floats s = floats(sums[r][k]) * floats_at(laid.key_scale + key + k * LANES);
           put_at(to + k * LANES, s * times + more);
-        }
-      }
+        });
+      });
     }
 
     // Scores of a query to weights, part by part, and what is carried of it.
@@ -470,28 +476,24 @@ struct Int8 {
     void add(i64 base, const uint16_t* which, const Part& part, i64 n, i64 c) {
       const uint8_t* left[R];
       Words sums[R][C];
-#pragma GCC unroll 8
-      for (i64 r = 0; r < R; r++) {
+      unrolled<R>([&](auto r) INLINE {
         left[r] = weights + r * KEYS + part.column;
-#pragma GCC unroll 8
-        for (i64 k = 0; k < C; k++) sums[r][k] = words(0);
-      }
+        unrolled<C>([&](auto k) INLINE { sums[r][k] = words(0); });
+      });
       i64 block = base + part.block, stride = laid.bkp * LANES;
       const int8_t* V = laid.values + block * laid.bkp * laid.Dv + c * stride + part.first * LANES;
       multiply<false, R, C>(left, V, stride, up(part.count, BYTES) / BYTES, sums);
       const float* scale = laid.value_scale + block * laid.Dv + c * LANES;
       const float* mean = laid.value_means + block * laid.Dv + c * LANES;
-#pragma GCC unroll 8
-      for (i64 r = 0; r < R; r++) {
+      unrolled<R>([&](auto r) INLINE {
         float by = factor[r * PARTS + n], all = mass[r * PARTS + n];
         float* to = o + which[r] * laid.Dv + c * LANES;
-#pragma GCC unroll 8
-        for (i64 k = 0; k < C; k++) {
+        unrolled<C>([&](auto k) INLINE {
           Floats more = floats(sums[r][k]) * (floats_at(scale + k * LANES) * by);
           Floats x = floats_at(to + k * LANES) + floats_at(mean + k * LANES) * all;
           put_at(to + k * LANES, x + more);
-        }
-      }
+        });
+      });
     }
   };
 
