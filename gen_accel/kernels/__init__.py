@@ -50,7 +50,7 @@ __all__ = [
     "unsupported",
 ]
 
-KERNELS = ("triton", "native", "flex", "xformers", "routed", "gather", "reference")
+KERNELS = ("triton", "native", "flex", "xformers", "routed", "gather", "int8", "reference")
 
 
 @dataclass(frozen=True)

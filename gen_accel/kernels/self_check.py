@@ -1,8 +1,12 @@
 """Some rows of a kernel's answer, held to the reference on the user's own tensors."""
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
+from gen_accel.kernels import kernel_of
+from gen_accel.kernels.contract import KernelParts, parts_of
 from gen_accel.plan import Plan, pack
 
 ROWS = 64  # of the first and the last head of the first sample: a small share of one attention
@@ -19,7 +23,7 @@ def check_rows(
     """Hold `out`, (B, H, N, D), to the reference on a sample of its rows. Waits for the device.
 
     The largest error against fp64 may be twice that of the reference in q's dtype, and one spacing
-    of floats more.
+    of floats more; where a kernel has an allowance, by that more.
 
     Raises:
         SelfCheckFailed: with the figures.
@@ -27,14 +31,14 @@ def check_rows(
     count = min(ROWS, plan.tokens)
     tokens = torch.linspace(0, plan.tokens - 1, count, device=q.device).long()
     for head in sorted({0, q.shape[1] - 1}):
-        one = [x[:1, head : head + 1] for x in (q, k, v)]
-        allowed = _seen(plan, plan.places[tokens], head)
-        rest = tokens, allowed, _gains(plan, plan.places[tokens], head), scale
-        exact = _rows(one, torch.float64, plan, *rest)
-        low = _rows(one, torch.float32, plan, *rest).to(q.dtype)
+        one = _head(q, k, v, plan, 0, head, tokens)
+        rest = plan, plan.places[tokens], 0, head, scale
+        exact = _weights(one, torch.float64, *rest) @ one[2].double()
+        low = (_weights(one, torch.float32, *rest) @ one[2].float()).to(q.dtype)
         error = (out[0, head, tokens].double() - exact).abs().max().item()
         spacing = torch.finfo(q.dtype).eps * exact.abs().max().item()
         budget = 2 * ((low.double() - exact).abs().max().item() + spacing)
+        budget += _allowance(kernel, one, *rest)
         if not error <= budget:
             raise SelfCheckFailed(
                 f"kernel {kernel!r} errs by {error:.2e} on q {tuple(q.shape)} {q.dtype} on "
@@ -42,40 +46,79 @@ def check_rows(
             )
 
 
-def _seen(plan: Plan, slots: Tensor, head: int) -> Tensor:
-    """(rows, S) bool: what the queries in `slots` see, in one head of the first sample."""
-    keep = plan.keep[0, head if plan.keep.shape[1] > 1 else 0]
+@torch.no_grad()
+def allowance(
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float
+) -> float:
+    """The largest allowance of a kernel for any query of a call, in units of v: see `KernelParts`.
+
+    Waits for the device, and holds the weights of a head in fp64: for small inputs.
+    """
+    if not _rounds_coarsely(kernel):
+        return 0.0
+    found = 0.0
+    for sample, head in product(*map(range, q.shape[:2])):
+        one = _head(q, k, v, plan, sample, head, torch.arange(plan.tokens, device=q.device))
+        found = max(found, _allowance(kernel, one, plan, plan.places, sample, head, scale))
+    return found
+
+
+def _rounds_coarsely(kernel: str) -> bool:
+    default = KernelParts._field_defaults["allowance"]
+    return parts_of(kernel_of(kernel)).allowance is not default
+
+
+Head = tuple[Tensor, Tensor, Tensor]  # some queries (R, D), keys and values in slot order (S, D)
+
+
+def _head(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, sample: int, head: int, tokens: Tensor
+) -> Head:
+    keys, values = (pack(x[sample, head][None, None], plan)[0, 0] for x in (k, v))
+    return q[sample, head, tokens], keys, values
+
+
+def _allowance(
+    kernel: str, one: Head, plan: Plan, slots: Tensor, sample: int, head: int, scale: float
+) -> float:
+    if not _rounds_coarsely(kernel):
+        return 0.0
+    weights = _weights(one, torch.float64, plan, slots, sample, head, scale)
+    return parts_of(kernel_of(kernel)).allowance(*one, weights, plan=plan, scale=scale)
+
+
+def _weights(
+    one: Head,
+    dtype: torch.dtype,
+    plan: Plan,
+    slots: Tensor,
+    sample: int,
+    head: int,
+    scale: float,
+) -> Tensor:
+    """(R, S), what the queries in `slots` weigh the keys by."""
+    q, keys = (x.to(dtype) for x in one[:2])
+    with torch.autocast(q.device.type, enabled=False):
+        scores = q @ keys.T * scale
+        if plan.gain is not None:
+            gain = _pattern(plan.gain, sample, head)[slots // plan.block_q]
+            gain = gain.repeat_interleave(plan.block_k, -1)
+            scores = torch.where(scores > 0, scores * gain, scores)
+        allowed = _seen(plan, slots, sample, head)
+        return scores.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0)
+
+
+def _pattern(x: Tensor, sample: int, head: int) -> Tensor:
+    """One of B' x H' patterns, of which 1 stands for all."""
+    return x[sample if len(x) > 1 else 0, head if x.shape[1] > 1 else 0]
+
+
+def _seen(plan: Plan, slots: Tensor, sample: int, head: int) -> Tensor:
+    """(R, S) bool: what the queries in `slots` see, in one head of a sample."""
+    keep = _pattern(plan.keep, sample, head)
     seen = keep[slots // plan.block_q].repeat_interleave(plan.block_k, -1) & plan.real
     if plan.partial is None:
         return seen
     keys = torch.arange(len(plan.slots), device=slots.device)
     allowed = plan.partial.allows(slots[:, None], keys)
-    if allowed.ndim == 4:
-        allowed = allowed[0, head if allowed.shape[1] > 1 else 0]
-    return seen & allowed
-
-
-def _gains(plan: Plan, slots: Tensor, head: int) -> Tensor | None:
-    """(rows, S): the gains of the queries in `slots`, in one head of the first sample."""
-    if plan.gain is None:
-        return None
-    gain = plan.gain[0, head if plan.gain.shape[1] > 1 else 0]
-    return gain[slots // plan.block_q].repeat_interleave(plan.block_k, -1)
-
-
-def _rows(
-    one: list[Tensor],
-    dtype: torch.dtype,
-    plan: Plan,
-    tokens: Tensor,
-    allowed: Tensor,
-    gains: Tensor | None,
-    scale: float,
-) -> Tensor:
-    q, k, v = (x.to(dtype) for x in one)
-    with torch.autocast(q.device.type, enabled=False):
-        scores = q[0, 0, tokens] @ pack(k, plan)[0, 0].T * scale
-        if gains is not None:
-            scores = torch.where(scores > 0, scores * gains, scores)
-        weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0)
-        return weights @ pack(v, plan)[0, 0]
+    return seen & (_pattern(allowed, sample, head) if allowed.ndim == 4 else allowed)

@@ -116,13 +116,13 @@ def is_built() -> bool:
     return library() is not None
 
 
-def run(name: str, args: ctypes.Structure, *more: int) -> None:
-    """Call a function of the library. Raises KernelFailed."""
+def run(name: str, args: ctypes.Structure, *more: int, kernel: str = "native") -> None:
+    """Call a function of the library. Raises KernelFailed, which names the kernel."""
     found = library()
     if found is None:
         raise KernelFailed("the CPU kernel is not built for this machine: gen-accel build")
     if found[name](ctypes.byref(args), *more):
-        raise KernelFailed(f"kernel 'native' failed: {found.gen_accel_error().decode()}")
+        raise KernelFailed(f"kernel {kernel!r} failed: {found.gen_accel_error().decode()}")
 
 
 def _call(command: Sequence[str]) -> None:
