@@ -85,7 +85,7 @@ for name, method in sorted(methods.items()):
 assert torch.equal(model(*inputs).sample, stock)
 for name in gen_accel.__all__:
     getattr(gen_accel, name)
-for kernel in ("flex", "gather", "native", "reference", "routed", "triton", "xformers"):
+for kernel in ("flex", "gather", "int8", "native", "reference", "routed", "triton", "xformers"):
     __import__(f"gen_accel.kernels.{kernel}")
 print("attached", sorted(gen_accel.METHODS))
 """
