@@ -13,6 +13,7 @@
 
 #include "blocks.h"
 
+// GEN_ACCEL_NARROW: 256 bits at once where 512 would go, so that a test can run this too.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 
 namespace {
@@ -31,7 +32,7 @@ using Ints = int32_t __attribute__((vector_size(64)));
 
 // LANES numbers of 32 bits, each four bytes or their sum, and panels of them in a row: as many as
 // registers hold sums for.
-#ifdef __AVX512VNNI__
+#if defined(__AVX512VNNI__) && !defined(GEN_ACCEL_NARROW)
 constexpr i64 WIDEST = 4;
 struct Words {
   Ints x;  // as __m512i, GCC would move each sum from register to register
@@ -53,8 +54,8 @@ inline Words words_at(const void* from) {
   return {_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)};
 }
 inline Words dot(Words sum, Words plain, Words with_sign) {
-  return {_mm256_dpbusd_avx_epi32(sum.low, plain.low, with_sign.low),
-          _mm256_dpbusd_avx_epi32(sum.high, plain.high, with_sign.high)};
+  return {_mm256_dpbusd_epi32(sum.low, plain.low, with_sign.low),
+          _mm256_dpbusd_epi32(sum.high, plain.high, with_sign.high)};
 }
 inline Floats floats(Words sum) {
   __m256 halves[2] = {_mm256_cvtepi32_ps(sum.low), _mm256_cvtepi32_ps(sum.high)};
@@ -270,6 +271,195 @@ class Layer {
   std::vector<float> range_;
 };
 
+// The queries of a piece, against tiles of keys.
+struct Piece {
+  const Args& a;
+  const Laid& laid;
+  i64 Kk = a.S / a.block_k;
+  i64 most = a.picks ? ROUTED : std::min(ROWS, a.block_q);
+  // Of each query: as bytes, their sum by -128, what a product of bytes is worth; as it was, by
+  // scale and log2(e); what is carried.
+  int8_t* q;
+  int32_t* start;
+  float *worth, *exact, *o, *high, *sum;
+  // Of a panel: scores, weights, and by parts of a tile what the mean keys add to the scores, the
+  // factor of the weights and their sum.
+  float *scores, *shift, *factor, *mass;
+  uint8_t* weights;
+  float *turned, *excess;  // the mean keys of a tile, (PARTS / LANES, D, LANES); (KEYS,)
+
+  Piece(const Args& args, const Laid& blocks) : a(args), laid(blocks) {
+    static thread_local Room room;
+    Arena arena;
+    arena.want(q, most * laid.steps * BYTES);
+    arena.want(start, most);
+    arena.want(worth, most);
+    arena.want(exact, most * laid.D);
+    arena.want(o, most * laid.Dv);
+    arena.want(high, most);
+    arena.want(sum, most);
+    arena.want(scores, AT_ONCE * KEYS);
+    arena.want(shift, AT_ONCE * PARTS);
+    arena.want(factor, AT_ONCE * PARTS);
+    arena.want(mass, AT_ONCE * PARTS);
+    arena.want(weights, AT_ONCE * KEYS);
+    arena.want(turned, PARTS * laid.D);
+    arena.want(excess, KEYS);
+    arena.fill(room);
+  }
+  Piece(const Piece&) = delete;
+
+  // Takes query i, which lies in `exact`.
+  void begin(i64 i) {
+    float* row = exact + i * laid.D;
+    int8_t* bytes = q + i * laid.steps * BYTES;
+    float most = range(row, laid.D), bad = flaw(row, laid.D);
+    std::fill(bytes, bytes + laid.steps * BYTES, 0);
+    if (most > NONE && bad == 0.f)
+      rounded_bytes(row, laid.D, MOST / most, 0, reinterpret_cast<uint8_t*>(bytes));
+    start[i] = 0;
+    for (i64 d = 0; d < laid.D; d++) start[i] -= 128 * bytes[d];
+    worth[i] = (most / MOST + bad) * a.scale * LOG2E;
+    for (i64 d = 0; d < laid.D; d++) row[d] *= a.scale * LOG2E;
+    std::fill(o + i * laid.Dv, o + (i + 1) * laid.Dv, 0.f);
+    high[i] = LOW;
+    sum[i] = 0.f;
+  }
+
+  // The answer to it, D numbers.
+  const float* finished(i64 i) {
+    float inverse = sum[i] > 0.f || sum[i] != sum[i] ? 1.f / sum[i] : 0.f, *row = o + i * laid.Dv;
+    for (i64 d = 0; d < laid.D; d++) row[d] *= inverse;
+    return row;
+  }
+
+  // Some queries, those in slots `slot + which[i]`, against a tile of head `bh`.
+  void tile(i64 bh, i64 slot, const uint16_t* which, i64 count, const std::vector<Part>& parts,
+            const float* gains) {
+    i64 base = bh * Kk;
+    for (i64 n = 0; n < i64(parts.size()); n++) {
+      const float* mean = laid.means + (base + parts[n].block) * laid.D;
+      float* to = turned + n / LANES * laid.D * LANES + n % LANES;
+      for (i64 d = 0; d < laid.D; d++) to[d * LANES] = mean[d];
+    }
+    for (i64 first = 0; first < count; first += AT_ONCE)
+      as_constant<AT_ONCE>(std::min(AT_ONCE, count - first), [&](auto R) {
+        panel<R>(base, slot, which + first, parts, gains);
+      });
+  }
+
+  template <i64 R>
+  void panel(i64 base, i64 slot, const uint16_t* which, const std::vector<Part>& parts,
+             const float* gains) {
+    i64 count = parts.size();
+    for (i64 n = 0; n < count; n += LANES) shifts<R>(which, n);
+    for (i64 n = 0; n < count; n++) {
+      i64 panels = up(parts[n].count, LANES) / LANES;
+      for (i64 c = 0; c < panels; c += WIDEST)
+        as_constant<WIDEST>(std::min(WIDEST, panels - c), [&](auto C) {
+          score<R, C>(base, which, parts[n], n, c);
+        });
+    }
+    for (i64 r = 0; r < R; r++) weigh_row(r, which[r], slot, parts, gains);
+    for (i64 c = 0; c < laid.Dv / LANES; c += WIDEST)
+      as_constant<WIDEST>(std::min(WIDEST, laid.Dv / LANES - c), [&](auto C) {
+        for (i64 n = 0; n < count; n++) add<R, C>(base, which, parts[n], n, c);
+      });
+  }
+
+  // What the mean keys of parts n to n + LANES add to the scores.
+  template <i64 R>
+  void shifts(const uint16_t* which, i64 n) {
+    Floats sums[R] = {};
+    const float* rows[R];
+    unrolled<R>([&](auto r) INLINE { rows[r] = exact + which[r] * laid.D; });
+    const float* from = turned + n * laid.D;
+    for (i64 d = 0; d < laid.D; d++) {
+      Floats mean = floats_at(from + d * LANES);
+      unrolled<R>([&](auto r) INLINE { sums[r] += mean * rows[r][d]; });
+    }
+    unrolled<R>([&](auto r) INLINE { put_at(shift + r * PARTS + n, sums[r]); });
+  }
+
+  // Scores, by log2(e), of C panels of keys from panel `c` of a part on.
+  template <i64 R, i64 C>
+  void score(i64 base, const uint16_t* which, const Part& part, i64 n, i64 c) {
+    const int8_t* queries[R];
+    Words sums[R][C];
+    i64 stride = laid.steps * LANES * BYTES, key = (base + part.block) * laid.bkp + part.first;
+    unrolled<R>([&](auto r) INLINE {
+      queries[r] = q + which[r] * laid.steps * BYTES;
+      unrolled<C>([&](auto k) INLINE { sums[r][k] = words(start[which[r]]); });
+    });
+    key += c * LANES;
+    multiply<true, R, C>(queries, laid.keys + key * laid.steps * BYTES, stride, laid.steps, sums);
+    unrolled<R>([&](auto r) INLINE {
+      float times = worth[which[r]], more = shift[r * PARTS + n];
+      float* to = scores + r * KEYS + part.column + c * LANES;
+      unrolled<C>([&](auto k) INLINE {
+        Floats s = floats(sums[r][k]) * floats_at(laid.key_scale + key + k * LANES);
+        put_at(to + k * LANES, s * times + more);
+      });
+    });
+  }
+
+  // Scores of a query to weights, part by part, and what is carried of it.
+  void weigh_row(i64 r, i64 i, i64 slot, const std::vector<Part>& parts, const float* gains) {
+    float top = high[i], total = 0.f;
+    for (i64 n = 0; n < i64(parts.size()); n++) {
+      const Part& x = parts[n];
+      float* s = scores + r * KEYS + x.column;
+      std::fill(s + x.count, s + up(x.count, LANES), LOW);
+      if (gains) dampen(s, x.count, 1.f, gains[x.block]);
+      if (x.masked) {
+        hide(a, slot + i, true, x.block * laid.bk + x.first, x.count, excess);
+        conceal(s, x.count, excess);
+      }
+      factor[r * PARTS + n] = highest(s, up(x.count, LANES), LOW);
+      top = std::max(top, factor[r * PARTS + n]);
+    }
+    for (i64 n = 0; n < i64(parts.size()); n++) {
+      const Part& x = parts[n];
+      float &by = factor[r * PARTS + n], most = by;
+      by = exp2_of(most - top);
+      i64 from = r * KEYS + x.column;
+      float of_part = weigh_bytes(scores + from, up(x.count, LANES),
+                                  most > LOW / 2 ? most : 0.f, weights + from);
+      total += mass[r * PARTS + n] = by * of_part;
+    }
+    float before = exp2_of(high[i] - top);
+    sum[i] = sum[i] * before + total;
+    high[i] = top;
+    if (before == 1.f) return;
+    for (i64 d = 0; d < laid.Dv; d++) o[i * laid.Dv + d] *= before;
+  }
+
+  // Adds the weighted values of a part, C panels of channels from panel `c` on.
+  template <i64 R, i64 C>
+  void add(i64 base, const uint16_t* which, const Part& part, i64 n, i64 c) {
+    const uint8_t* left[R];
+    Words sums[R][C];
+    unrolled<R>([&](auto r) INLINE {
+      left[r] = weights + r * KEYS + part.column;
+      unrolled<C>([&](auto k) INLINE { sums[r][k] = words(0); });
+    });
+    i64 block = base + part.block, stride = laid.bkp * LANES;
+    const int8_t* V = laid.values + block * laid.bkp * laid.Dv + c * stride + part.first * LANES;
+    multiply<false, R, C>(left, V, stride, up(part.count, BYTES) / BYTES, sums);
+    const float* scale = laid.value_scale + block * laid.Dv + c * LANES;
+    const float* mean = laid.value_means + block * laid.Dv + c * LANES;
+    unrolled<R>([&](auto r) INLINE {
+      float by = factor[r * PARTS + n], all = mass[r * PARTS + n];
+      float* to = o + which[r] * laid.Dv + c * LANES;
+      unrolled<C>([&](auto k) INLINE {
+        Floats more = floats(sums[r][k]) * (floats_at(scale + k * LANES) * by);
+        Floats x = floats_at(to + k * LANES) + floats_at(mean + k * LANES) * all;
+        put_at(to + k * LANES, x + more);
+      });
+    });
+  }
+};
+
 template <typename In>
 struct Int8 {
   Problem<In, float> p;
@@ -280,41 +470,11 @@ struct Int8 {
   struct Worker {
     const Int8& f;
     const Problem<In, float>& p = f.p;
-    const Laid& laid = f.laid;
-    i64 most = p.a.picks ? ROUTED : std::min(ROWS, p.a.block_q);
-    // Of each query of a piece: as bytes, their sum by -128, what a product of bytes is worth; as
-    // it was, by scale and log2(e); what is carried.
-    int8_t* q;
-    int32_t* start;
-    float *worth, *exact, *o, *high, *sum;
-    // Of a panel: scores, weights, and by parts of a tile what the mean keys add to the scores, the
-    // factor of the weights and their sum.
-    float *scores, *shift, *factor, *mass;
-    uint8_t* weights;
-    float *turned, *excess;  // the mean keys of a tile, (PARTS / LANES, D, LANES); (KEYS,)
+    Piece piece{p.a, f.laid};
     std::vector<uint16_t> rows;
     Seeing seeing{p.a.picks ? p.a.C : 0, ROUTED};
 
-    explicit Worker(const Int8& forward) : f(forward), rows(most) {
-      static thread_local Room room;
-      Arena arena;
-      arena.want(q, most * laid.steps * BYTES);
-      arena.want(start, most);
-      arena.want(worth, most);
-      arena.want(exact, most * p.D);
-      arena.want(o, most * laid.Dv);
-      arena.want(high, most);
-      arena.want(sum, most);
-      arena.want(scores, AT_ONCE * KEYS);
-      arena.want(shift, AT_ONCE * PARTS);
-      arena.want(factor, AT_ONCE * PARTS);
-      arena.want(mass, AT_ONCE * PARTS);
-      arena.want(weights, AT_ONCE * KEYS);
-      arena.want(turned, PARTS * p.D);
-      arena.want(excess, KEYS);
-      arena.fill(room);
-    }
-    Worker(const Worker&) = delete;
+    explicit Worker(const Int8& forward) : f(forward), rows(piece.most) {}
 
     void operator()(i64 bh, i64 slot, i64 count) {
       i64 held = 0;
@@ -322,7 +482,8 @@ struct Int8 {
         i64 t = p.token(slot + i);
         if (t < 0) continue;
         if (p.a.slots && i + AHEAD < count) foresee(p.q, bh, slot + i + AHEAD);
-        query(bh, t, i);
+        p.row(p.q, bh, t, piece.exact + i * p.D);
+        piece.begin(i);
         rows[held++] = i;
       }
       if (p.a.picks) {
@@ -331,169 +492,21 @@ struct Int8 {
           const auto& blocks = p.members[g];
           if (!seeing.found(g) || blocks.empty()) continue;
           tiles(blocks.data(), blocks.size(), 0, p.padded.data(), p.bk, LANES, KEYS,
-                [&](auto& parts, i64 width) {
-                  tile(bh, slot, seeing.rows(g), seeing.found(g), parts, width, nullptr);
+                [&](auto& parts, i64) {
+                  piece.tile(bh, slot, seeing.rows(g), seeing.found(g), parts, nullptr);
                 });
         }
       } else if (held) {
         i64 block = slot / p.a.block_q, masked;
         const i64* total = p.counts(bh, block, &masked);
         tiles(p.blocks(bh, block), *total, masked, nullptr, p.bk, LANES, KEYS,
-              [&](auto& parts, i64 width) {
-                tile(bh, slot, rows.data(), held, parts, width, p.gains(bh, block));
+              [&](auto& parts, i64) {
+                piece.tile(bh, slot, rows.data(), held, parts, p.gains(bh, block));
               });
       }
       In* out = static_cast<In*>(p.a.o) + bh * p.a.N * p.D;
-      for (i64 n = 0; n < held; n++) {
-        i64 i = rows[n];
-        float *row = o + i * laid.Dv;
-        float inverse = sum[i] > 0.f || sum[i] != sum[i] ? 1.f / sum[i] : 0.f;
-        for (i64 d = 0; d < p.D; d++) row[d] *= inverse;
-        store(out + p.token(slot + i) * p.D, row, p.D);
-      }
-    }
-
-    void query(i64 bh, i64 token, i64 i) {
-      float* row = exact + i * p.D;
-      uint8_t* bytes = reinterpret_cast<uint8_t*>(q + i * laid.steps * BYTES);
-      p.row(p.q, bh, token, row);
-      float most = range(row, p.D), bad = flaw(row, p.D);
-      std::fill(bytes, bytes + laid.steps * BYTES, 0);
-      if (most > NONE && bad == 0.f) rounded_bytes(row, p.D, MOST / most, 0, bytes);
-      int32_t total = 0;
-      for (i64 d = 0; d < p.D; d++) total += q[i * laid.steps * BYTES + d];
-      start[i] = -128 * total;
-      worth[i] = (most / MOST + bad) * p.a.scale * LOG2E;
-      for (i64 d = 0; d < p.D; d++) row[d] *= p.a.scale * LOG2E;
-      std::fill(o + i * laid.Dv, o + (i + 1) * laid.Dv, 0.f);
-      high[i] = LOW;
-      sum[i] = 0.f;
-    }
-
-    // Some queries of a piece, those in slots `slot + which[i]`, against a tile.
-    void tile(i64 bh, i64 slot, const uint16_t* which, i64 count, const std::vector<Part>& parts,
-              i64 width, const float* gains) {
-      i64 base = bh * p.Kk;
-      for (i64 n = 0; n < i64(parts.size()); n++) {
-        const float* mean = laid.means + (base + parts[n].block) * p.D;
-        float* to = turned + n / LANES * p.D * LANES + n % LANES;
-        for (i64 d = 0; d < p.D; d++) to[d * LANES] = mean[d];
-      }
-      for (i64 first = 0; first < count; first += AT_ONCE)
-        as_constant<AT_ONCE>(std::min(AT_ONCE, count - first), [&](auto R) {
-          panel<R>(base, slot, which + first, parts, width, gains);
-        });
-    }
-
-    template <i64 R>
-    void panel(i64 base, i64 slot, const uint16_t* which, const std::vector<Part>& parts,
-               i64 width, const float* gains) {
-      i64 count = parts.size();
-      for (i64 n = 0; n < count; n += LANES) shifts<R>(which, n);
-      for (i64 n = 0; n < count; n++) {
-        i64 panels = up(parts[n].count, LANES) / LANES;
-        for (i64 c = 0; c < panels; c += WIDEST)
-          as_constant<WIDEST>(std::min(WIDEST, panels - c), [&](auto C) {
-            score<R, C>(base, which, parts[n], n, c);
-          });
-      }
-      for (i64 r = 0; r < R; r++) weigh_row(r, which[r], slot, parts, gains);
-      for (i64 c = 0; c < laid.Dv / LANES; c += WIDEST)
-        as_constant<WIDEST>(std::min(WIDEST, laid.Dv / LANES - c), [&](auto C) {
-          for (i64 n = 0; n < count; n++) add<R, C>(base, which, parts[n], n, c);
-        });
-    }
-
-    // What the mean keys of parts n to n + LANES add to the scores.
-    template <i64 R>
-    void shifts(const uint16_t* which, i64 n) {
-      Floats sums[R] = {};
-      const float* rows[R];
-      unrolled<R>([&](auto r) INLINE { rows[r] = exact + which[r] * p.D; });
-      const float* from = turned + n * p.D;
-      for (i64 d = 0; d < p.D; d++) {
-        Floats mean = floats_at(from + d * LANES);
-        unrolled<R>([&](auto r) INLINE { sums[r] += mean * rows[r][d]; });
-      }
-      unrolled<R>([&](auto r) INLINE { put_at(shift + r * PARTS + n, sums[r]); });
-    }
-
-    // Scores, by log2(e), of C panels of keys from panel `c` of a part on.
-    template <i64 R, i64 C>
-    void score(i64 base, const uint16_t* which, const Part& part, i64 n, i64 c) {
-      const int8_t* queries[R];
-      Words sums[R][C];
-      i64 stride = laid.steps * LANES * BYTES, key = (base + part.block) * laid.bkp + part.first;
-      unrolled<R>([&](auto r) INLINE {
-        queries[r] = q + which[r] * laid.steps * BYTES;
-        unrolled<C>([&](auto k) INLINE { sums[r][k] = words(start[which[r]]); });
-      });
-      key += c * LANES;
-      multiply<true, R, C>(queries, laid.keys + key * laid.steps * BYTES, stride, laid.steps, sums);
-      unrolled<R>([&](auto r) INLINE {
-        float times = worth[which[r]], more = shift[r * PARTS + n];
-        float* to = scores + r * KEYS + part.column + c * LANES;
-        unrolled<C>([&](auto k) INLINE {
-          Floats s = floats(sums[r][k]) * floats_at(laid.key_scale + key + k * LANES);
-          put_at(to + k * LANES, s * times + more);
-        });
-      });
-    }
-
-    // Scores of a query to weights, part by part, and what is carried of it.
-    void weigh_row(i64 r, i64 i, i64 slot, const std::vector<Part>& parts, const float* gains) {
-      float top = high[i], total = 0.f;
-      for (i64 n = 0; n < i64(parts.size()); n++) {
-        const Part& x = parts[n];
-        float* s = scores + r * KEYS + x.column;
-        std::fill(s + x.count, s + up(x.count, LANES), LOW);
-        if (gains) dampen(s, x.count, 1.f, gains[x.block]);
-        if (x.masked) {
-          hide(p.a, slot + i, true, x.block * p.bk + x.first, x.count, excess);
-          conceal(s, x.count, excess);
-        }
-        factor[r * PARTS + n] = highest(s, up(x.count, LANES), LOW);
-        top = std::max(top, factor[r * PARTS + n]);
-      }
-      for (i64 n = 0; n < i64(parts.size()); n++) {
-        const Part& x = parts[n];
-        float &by = factor[r * PARTS + n], most = by;
-        by = exp2_of(most - top);
-        i64 from = r * KEYS + x.column;
-        float of_part = weigh_bytes(scores + from, up(x.count, LANES),
-                                    most > LOW / 2 ? most : 0.f, weights + from);
-        total += mass[r * PARTS + n] = by * of_part;
-      }
-      float before = exp2_of(high[i] - top);
-      sum[i] = sum[i] * before + total;
-      high[i] = top;
-      if (before == 1.f) return;
-      for (i64 d = 0; d < laid.Dv; d++) o[i * laid.Dv + d] *= before;
-    }
-
-    // Adds the weighted values of a part, C panels of channels from panel `c` on.
-    template <i64 R, i64 C>
-    void add(i64 base, const uint16_t* which, const Part& part, i64 n, i64 c) {
-      const uint8_t* left[R];
-      Words sums[R][C];
-      unrolled<R>([&](auto r) INLINE {
-        left[r] = weights + r * KEYS + part.column;
-        unrolled<C>([&](auto k) INLINE { sums[r][k] = words(0); });
-      });
-      i64 block = base + part.block, stride = laid.bkp * LANES;
-      const int8_t* V = laid.values + block * laid.bkp * laid.Dv + c * stride + part.first * LANES;
-      multiply<false, R, C>(left, V, stride, up(part.count, BYTES) / BYTES, sums);
-      const float* scale = laid.value_scale + block * laid.Dv + c * LANES;
-      const float* mean = laid.value_means + block * laid.Dv + c * LANES;
-      unrolled<R>([&](auto r) INLINE {
-        float by = factor[r * PARTS + n], all = mass[r * PARTS + n];
-        float* to = o + which[r] * laid.Dv + c * LANES;
-        unrolled<C>([&](auto k) INLINE {
-          Floats more = floats(sums[r][k]) * (floats_at(scale + k * LANES) * by);
-          Floats x = floats_at(to + k * LANES) + floats_at(mean + k * LANES) * all;
-          put_at(to + k * LANES, x + more);
-        });
-      });
+      for (i64 n = 0; n < held; n++)
+        store(out + p.token(slot + rows[n]) * p.D, piece.finished(rows[n]), p.D);
     }
   };
 
