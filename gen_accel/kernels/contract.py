@@ -4,7 +4,7 @@ place.
 A kernel is a module of this package. It imports without its optional dependency, imports no method
 and no other kernel, and never changes the answer: each is held to `reference` by an error budget,
 forward and gradient. The budget is twice the error of the reference in the same dtype; a kernel
-that rounds more coarsely than that dtype, and says so by its name, adds what its rounding comes to.
+that rounds more coarsely than that dtype, and says so by its name, adds its `allowance`.
 """
 
 import inspect

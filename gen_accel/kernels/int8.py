@@ -1,4 +1,4 @@
-"""Attention with products of 8 bits in C++, for generating on a CPU; only by its name.
+"""Attention with products of 8 bits in C++, for generating on a CPU; rounds, so only by its name.
 
 The first kernel whose answer differs by more than the order of its sums: what q, k, v and the
 weights lose to 8 bits stands in `quantised`, which derives how far an answer may be off. So "auto"

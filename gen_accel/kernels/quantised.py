@@ -8,8 +8,8 @@ they do in the reference, with a gain on the scores too.
 
 References:
     Zhang et al., "SageAttention", arXiv 2410.02367: products of 8 bits with one scale a token or a
-    block, and the mean key taken off. There the mean is of a whole head and is left out; of a block
-    it leaves less to round, and no key counts that a query does not see.
+    block, and the mean key taken off. There it is the mean of a head; of a block it leaves less to
+    round, and no key counts that a query does not see.
     Zhang et al., "SageAttention2", arXiv 2411.10958: means that are taken off block by block and
     come back as a product of their own; there of queries.
 """
@@ -47,8 +47,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> T
 def allowance(
     q: Tensor, k: Tensor, v: Tensor, weights: Tensor, *, plan: Plan, scale: float
 ) -> float:
-    """How far the rounding to 8 bits may take an answer: see `KernelParts`. At most from one end to
-    the other of the values of a channel, of which an answer is a mean."""
+    """How far the rounding to 8 bits may take an answer: see `KernelParts`. At most from the least
+    to the largest value of a channel, of which an answer is a mean."""
     deviations = deviation(q, k, v, weights, plan=plan, scale=scale)
     values = v[plan.real.to(v.device)].double()
     span = values.amax(0) - values.amin(0)
@@ -68,8 +68,8 @@ def deviation(
 
     for the rounding of q, k, the weights and v, with k' and v' without the mean of their block and
     w_max the largest weight of the block. Beyond first order a weight is off by the factor exp(e),
-    so that with x = var e the first two terms grow by (exp(2x) - 2 exp(x / 2) + 1) / x, here at the
-    largest x of a query.
+    so that with x = var e the first two terms grow by (exp(2x) - 2 exp(x / 2) + 1) / x, here at
+    the largest x of a query.
 
     Args:
         q: (R, D), some queries of one head.

@@ -47,9 +47,7 @@ def check_rows(
 
 
 @torch.no_grad()
-def allowance(
-    kernel: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float
-) -> float:
+def allowance(kernel: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> float:
     """The largest allowance of a kernel for any query of a call, in units of v: see `KernelParts`.
 
     Waits for the device, and holds the weights of a head in fp64: for small inputs.

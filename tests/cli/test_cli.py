@@ -448,6 +448,7 @@ def test_doctor(run, monkeypatch, wheel):
         "xformers",
         "C++ compiler",
         "CPU kernel",
+        "int8 kernel",
         "ffmpeg",
         "CPU",
         "GPU",

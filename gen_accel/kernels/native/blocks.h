@@ -1,5 +1,5 @@
-// What attention.cpp and int8.cpp share: a call, its blocks in tiles, its queries in pieces, and what
-// hides a key from a query.
+// What attention.cpp and int8.cpp share: a call, its blocks in tiles, its queries in pieces, and
+// what hides a key from a query.
 //
 // Letters as in plan.py; a "piece" is a run of slots of one block.
 

@@ -1,5 +1,5 @@
-// Block-sparse attention with products of 8 bits on the CPU, forward alone: SageAttention over lists
-// of key blocks.
+// Block-sparse attention with products of 8 bits on the CPU, forward alone: SageAttention over
+// lists of key blocks.
 //
 // Once a head, the mean key of each block is taken off its keys and the mean value off its values,
 // and what is left becomes numbers of 8 bits, keys at a scale for each token, values at a scale for
@@ -180,7 +180,8 @@ struct Laid {
 class Layer {
  public:
   explicit Layer(const Laid& laid)
-      : to_(laid), bytes_(BYTES * std::max(laid.Dv, laid.steps * BYTES)), range_(laid.Dv) {}
+      : to_(laid), bytes_(BYTES * std::max(laid.Dv, laid.steps * BYTES)), range_(laid.Dv),
+        count_(laid.D) {}
 
   // rows: (bk, D), which are overwritten; real: whether a slot holds a token.
   void keys(i64 block, float* rows, const char* real) {
@@ -240,17 +241,21 @@ class Layer {
   }
 
  private:
-  // Takes the mean of the real rows off each of them. One that holds no number has no part in it.
+  // Takes the mean of the real rows off each of them. What is no number or infinite has no part in
+  // it.
   void take_mean(float* rows, const char* real, float* mean) {
-    i64 count = 0;
     std::fill(mean, mean + to_.D, 0.f);
+    std::fill(count_.begin(), count_.end(), 0.f);
     for (i64 s = 0; s < to_.bk; s++) {
       const float* row = rows + s * to_.D;
-      if (!real[s] || flaw(row, to_.D) != 0.f) continue;
-      count++;
-      for (i64 d = 0; d < to_.D; d++) mean[d] += row[d];
+#pragma omp simd
+      for (i64 d = 0; d < to_.D; d++) {
+        bool counts = real[s] && row[d] * 0.f == 0.f;
+        mean[d] += counts ? row[d] : 0.f;
+        count_[d] += counts ? 1.f : 0.f;
+      }
     }
-    for (i64 d = 0; d < to_.D && count; d++) mean[d] /= count;
+    for (i64 d = 0; d < to_.D; d++) mean[d] /= std::max(count_[d], 1.f);
     for (i64 s = 0; s < to_.bk; s++)
       for (i64 d = 0; d < to_.D && real[s]; d++) rows[s * to_.D + d] -= mean[d];
   }
@@ -268,7 +273,7 @@ class Layer {
 
   const Laid& to_;
   std::vector<uint8_t> bytes_;
-  std::vector<float> range_;
+  std::vector<float> range_, count_;
 };
 
 // The queries of a piece, against tiles of keys.
