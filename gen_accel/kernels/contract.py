@@ -142,7 +142,8 @@ class KernelParts(NamedTuple):
         allowance: (q, k, v, weights, *, plan, scale) -> float, how much more than twice the error
             of the reference in q's dtype the answers of some queries of one head may be off, in
             units of v. q is (R, D), k and v (S, D) in the order of the plan's slots, and weights
-            (R, S) what the queries weigh the keys by; a row that sees nothing is zero. Default: 0.
+            (R, S) what the queries weigh the keys by; a row that sees nothing is zero. With one,
+            a kernel has no place. Default: 0.
     """
 
     place: Callable[[Facts], Place | None] = lambda facts: None
@@ -191,6 +192,11 @@ def checked(name: str, module: ModuleType) -> Kernel:
     for part in PARTS:
         if part not in missing:
             _check_part(name, part, getattr(module, part))
+    if "place" not in missing and "allowance" not in missing:
+        raise ValueError(
+            f"kernel {name!r} has an allowance and a place: what rounds more coarsely than its "
+            f"inputs runs by its name alone; leave out the place"
+        )
     return cast(Kernel, module)
 
 

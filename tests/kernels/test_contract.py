@@ -88,6 +88,13 @@ BROKEN = {
         UNSUPPORTED + FORWARD + "def allowance(q, k, v, weights, *, scale):\n    return 0.1\n",
         r"allowance of kernel 'mine' must take \(q, k, v, weights, \*, plan, scale\), it takes ",
     ),
+    "an allowance and a place": (
+        UNSUPPORTED
+        + FORWARD
+        + PLACE
+        + "def allowance(q, k, v, weights, *, plan, scale):\n    return 0.1\n",
+        r"kernel 'mine' has an allowance and a place: .* runs by its name alone",
+    ),
     "no function": (
         UNSUPPORTED + FORWARD + "place = 3\n",
         r"place of kernel 'mine' must be a function place\(facts\), got 3",
