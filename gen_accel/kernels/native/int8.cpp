@@ -130,14 +130,16 @@ inline void rounded_bytes(const float* x, i64 n, float times, int32_t shift, uin
   }
 }
 
-// Weights 2^(s - high) of n scores, n whole LANES, as bytes in units of 1/255; returns their sum in
-// these units, before the rounding.
+// Weights 2^(s - high) of n scores as bytes in units of 1/255, and zeros to whole LANES; returns the
+// sum of the weights in these units, before the rounding.
 inline float weigh_bytes(const float* s, i64 n, float high, uint8_t* to) {
   float shift = high - LOG2_255;
 #ifdef __AVX512F__
   __m512 sum = _mm512_setzero_ps(), less = _mm512_set1_ps(shift);
   for (i64 j = 0; j < n; j += LANES) {
+    __mmask16 mask = n - j < LANES ? (1u << (n - j)) - 1 : 0xffff;
     __m512 w = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(s + j), less), true);
+    w = _mm512_maskz_mov_ps(mask, w);
     sum = _mm512_add_ps(sum, w);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j),
                      _mm512_cvtusepi32_epi8(_mm512_cvtps_epu32(w)));
@@ -151,6 +153,7 @@ inline float weigh_bytes(const float* s, i64 n, float high, uint8_t* to) {
     sum += w;
     to[j] = static_cast<uint8_t>(std::min(w, 255.f) + 0.5f);
   }
+  std::fill(to + n, to + up(n, LANES), 0);
   return sum;
 #endif
 }
@@ -410,27 +413,31 @@ struct Piece {
 
   // Scores of a query to weights, part by part, and what is carried of it.
   void weigh_row(i64 r, i64 i, i64 slot, const std::vector<Part>& parts, const float* gains) {
-    float top = high[i], total = 0.f;
-    for (i64 n = 0; n < i64(parts.size()); n++) {
+    i64 count = parts.size(), wide = up(count, LANES);
+    float *by = factor + r * PARTS, *held = mass + r * PARTS, top = high[i], total = 0.f;
+    for (i64 n = 0; n < count; n++) {
       const Part& x = parts[n];
       float* s = scores + r * KEYS + x.column;
-      std::fill(s + x.count, s + up(x.count, LANES), LOW);
       if (gains) dampen(s, x.count, 1.f, gains[x.block]);
       if (x.masked) {
         hide(a, slot + i, true, x.block * laid.bk + x.first, x.count, excess);
         conceal(s, x.count, excess);
       }
-      factor[r * PARTS + n] = highest(s, up(x.count, LANES), LOW);
-      top = std::max(top, factor[r * PARTS + n]);
+      by[n] = highest(s, x.count, LOW);
     }
-    for (i64 n = 0; n < i64(parts.size()); n++) {
-      const Part& x = parts[n];
-      float &by = factor[r * PARTS + n], most = by;
-      by = exp2_of(most - top);
-      i64 from = r * KEYS + x.column;
-      float of_part = weigh_bytes(scores + from, up(x.count, LANES),
-                                  most > LOW / 2 ? most : 0.f, weights + from);
-      total += mass[r * PARTS + n] = by * of_part;
+    for (i64 n = 0; n < count; n++) {
+      i64 from = r * KEYS + parts[n].column;
+      float most = by[n] > LOW / 2 ? by[n] : 0.f;
+      held[n] = weigh_bytes(scores + from, parts[n].count, most, weights + from);
+    }
+    std::fill(by + count, by + wide, LOW);
+    std::fill(held + count, held + wide, 0.f);
+    top = highest(by, count, top);
+#pragma omp simd reduction(+ : total)
+    for (i64 n = 0; n < wide; n++) {
+      by[n] = exp2_of(by[n] - top);
+      held[n] *= by[n];
+      total += held[n];
     }
     float before = exp2_of(high[i] - top);
     sum[i] = sum[i] * before + total;
