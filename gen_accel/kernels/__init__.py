@@ -5,8 +5,9 @@ against it, stands in that file.
 
 Beside the kernels, `lists` are the kept blocks of a plan as they read them, and `self_check`
 holds some rows of a kernel's answer to the reference. `linear` is the linear branch of
-sparse-linear attention, `pooling` and `selection` are what methods choose blocks by; `helpers`
-says which code runs them, by the name of the kernel, which a method reads off its `Runner`.
+sparse-linear attention, `quantised` what the kernel int8 computes and may err, `pooling` and
+`selection` are what methods choose blocks by; `helpers` says which code runs them, by the name of
+the kernel, which a method reads off its `Runner`.
 """
 
 from collections.abc import Callable, Mapping
