@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gen_accel import VideoShape, attention
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
+from gen_accel.kernels.allowance import allowance
 from gen_accel.method import branch_of, parts_of, plan_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,11 +88,16 @@ def check_parity(
     video: VideoShape, method: Any, kernel: str, inputs: list[Tensor], backward: bool
 ) -> None:
     """Raises ParityFailed where a kernel errs more than twice as much as the reference in its
-    dtype."""
+    dtype, and its own allowance for the output."""
     reference = call(video, method, "reference", inputs[0])
-    hold(
-        f"{kernel} at {video}", call(video, method, kernel, inputs[0]), reference, inputs, backward
-    )
+    ours = call(video, method, kernel, inputs[0])
+    plan_for, scale = parts_of(method).plan_for, inputs[0].shape[3] ** -0.5
+    if plan_for is None:
+        plan = plan_of(method, video, inputs[0].device)
+    else:
+        plan = plan_for(*inputs[:2], video=video)
+    more = allowance(kernel, *inputs, plan, scale=scale)
+    hold(f"{kernel} at {video}", ours, reference, inputs, backward, more=more)
 
 
 def hold(
@@ -100,11 +106,16 @@ def hold(
     reference: Callable[..., Tensor],
     inputs: list[Tensor],
     backward: bool,
+    *,
+    more: float = 0.0,
 ) -> dict[str, float]:
     """Errors as shares of what is allowed, of the output and with `backward` of the gradients.
 
     Error is the largest distance from the reference in fp64. Twice as much as the
     reference errs in the dtype of the inputs is allowed, and one spacing of floats.
+
+    Args:
+        more: what is allowed to the output beside, by the kernel.
 
     Raises:
         ParityFailed: for one that is above 1, or no number.
@@ -118,6 +129,7 @@ def hold(
         error = (x.double() - z).abs().max().item()
         spacing = torch.finfo(inputs[0].dtype).eps * z.abs().max().item()
         budget = 2 * ((y.double() - z).abs().max().item() + spacing)
+        budget += more if name == "output" else 0.0
         if not error <= budget:
             raise ParityFailed(
                 f"{who} fails parity: {name} errs by {error:.2e}, allowed are {budget:.2e}",

@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
 
 from gen_accel.cli import app
 from gen_accel.kernels.native import build as native_build
+from gen_accel.kernels.native import int8
 
 # CPU seconds of each file, as tests/support/cpu_seconds.py writes them.
 DURATIONS = Path(__file__).with_name("durations.json")
@@ -83,8 +84,9 @@ def built(native_kernel, monkeypatch):
 @pytest.fixture(autouse=True)
 def native_where_it_is_asked_for(request):
     call = getattr(request.node, "callspec", None)
-    if call is not None and call.params.get("kernel") == "native":
-        request.getfixturevalue("native_kernel")
+    kernel = None if call is None else call.params.get("kernel")
+    if kernel in ("native", "int8"):
+        request.getfixturevalue(f"{kernel}_kernel")
 
 
 @pytest.fixture(scope="session")
@@ -95,6 +97,13 @@ def native_kernel():
             native_build.build()
         except RuntimeError as error:
             pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def int8_kernel(native_kernel):
+    """Skip where the processor cannot run it."""
+    if missing := int8.lacks():
+        pytest.skip(f"this processor lacks {missing}")
 
 
 @pytest.fixture

@@ -86,7 +86,8 @@ assert torch.equal(model(*inputs).sample, stock)
 for name in gen_accel.__all__:
     getattr(gen_accel, name)
 for kernel in (
-    *("fa4", "flex", "gather", "native", "natten", "reference", "routed", "triton", "xformers"),
+    *("fa4", "flex", "gather", "int8", "native", "natten", "reference", "routed", "triton"),
+    "xformers",
 ):
     __import__(f"gen_accel.kernels.{kernel}")
 print("attached", sorted(gen_accel.METHODS))

@@ -5,8 +5,9 @@ against it, stands in that file.
 
 Beside the kernels, `lists` are the kept blocks of a plan as they read them, and `self_check`
 holds some rows of a kernel's answer to the reference. `linear` is the linear branch of
-sparse-linear attention, `pooling` and `selection` are what methods choose blocks by; `helpers`
-says which code runs them, by the name of the kernel, which a method reads off its `Runner`.
+sparse-linear attention, `quantised` what the kernel int8 computes and may err, `pooling` and
+`selection` are what methods choose blocks by; `helpers` says which code runs them, by the name of
+the kernel, which a method reads off its `Runner`.
 """
 
 import warnings
@@ -56,7 +57,8 @@ __all__ = [
 ]
 
 KERNELS = (
-    *("triton", "fa4", "natten", "native", "flex", "xformers", "routed", "gather", "reference"),
+    *("triton", "fa4", "natten", "native", "flex", "xformers", "routed", "gather", "int8"),
+    "reference",
 )
 
 
@@ -214,7 +216,9 @@ def _first(
             try:
                 out = kernel_of(name).forward(q, k, v, plan, scale=scale)
                 if self_check is not None:
-                    self_check.check(q, k, v, plan, out, scale, name)
+                    allowed = parts_of(kernel_of(name)).allowance
+                    facts_of_answer: dict[str, Any] = {"scale": scale, "kernel": name}
+                    self_check.check(q, k, v, plan, out, **facts_of_answer, allowance=allowed)
             except SelfCheckFailed as error:
                 if self_check is None or not self_check.falls_back:
                     raise

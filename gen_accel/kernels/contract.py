@@ -3,7 +3,8 @@ place.
 
 A kernel is a module of this package. It imports without its optional dependency, imports no method
 and no other kernel, and never changes the answer: each is held to `reference` by an error budget,
-forward and gradient.
+forward and gradient. The budget is twice the error of the reference in the same dtype; a kernel
+that rounds more coarsely than that dtype, and says so by its name, adds its `allowance`.
 """
 
 import inspect
@@ -144,10 +145,16 @@ class KernelParts(NamedTuple):
             never takes it.
         FORWARD_MODE: whether it has a forward-mode derivative; torch would take the missing one
             for zero.
+        allowance: (q, k, v, weights, *, plan, scale) -> float, how much more than twice the error
+            of the reference in q's dtype the answers of some queries of one head may be off, in
+            units of v. q is (R, D), k and v (S, D) in the order of the plan's slots, and weights
+            (R, S) what the queries weigh the keys by; a row that sees nothing is zero. With one,
+            a kernel has no place. Default: 0.
     """
 
     place: Callable[[Facts], Place | None] = lambda facts: None
     FORWARD_MODE: bool = False
+    allowance: Callable[..., float] = lambda q, k, v, weights, *, plan, scale: 0.0
 
 
 # How each function is called: positional arguments, then keywords.
@@ -155,6 +162,7 @@ CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unsupported": (("facts",), ()),
     "forward": (("q", "k", "v", "plan"), ("scale",)),
     "place": (("facts",), ()),
+    "allowance": (("q", "k", "v", "weights"), ("plan", "scale")),
 }
 REQUIRED = ("unsupported", "forward")
 PARTS = (*REQUIRED, *KernelParts._fields)
@@ -190,6 +198,11 @@ def checked(name: str, module: ModuleType) -> Kernel:
     for part in PARTS:
         if part not in missing:
             _check_part(name, part, getattr(module, part))
+    if "place" not in missing and "allowance" not in missing:
+        raise ValueError(
+            f"kernel {name!r} has an allowance and a place: what rounds more coarsely than its "
+            f"inputs runs by its name alone; leave out the place"
+        )
     return cast(Kernel, module)
 
 

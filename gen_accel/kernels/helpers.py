@@ -1,7 +1,7 @@
 """Which code runs what stands beside attention: the choice of blocks and the linear branch.
 
-The name of the kernel decides: "auto" and "native" take C++ where it is built and serves, "auto"
-and "triton" a Triton kernel on a GPU that has it, "triton" under its interpreter too, and
+The name of the kernel decides: "auto", "native" and "int8" take C++ where it is built and serves,
+"auto" and "triton" a Triton kernel on a GPU that has it, "triton" under its interpreter too, and
 every other name takes torch alone.
 """
 
@@ -18,7 +18,7 @@ from gen_accel.kernels.native import build
 def native_serves(kernel: str, *tensors: Tensor) -> bool:
     """Whether C++ runs for these tensors. Not under `torch.func` and forward-mode
     differentiation, of which C++ knows nothing."""
-    if kernel not in ("auto", "native"):
+    if kernel not in ("auto", "native", "int8"):
         return False
     kinds = {(x.dtype, x.device.type) for x in tensors}
     if len(kinds) > 1 or not kinds <= {(dtype, "cpu") for dtype in build.DTYPES}:

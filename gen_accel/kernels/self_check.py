@@ -1,7 +1,8 @@
 """Some rows of a kernel's answer, held to the reference on the user's own tensors."""
 
-from collections.abc import Hashable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,13 +40,23 @@ class SelfCheck(NamedTuple):
         return [] if words is None or not self.falls_back else [words]
 
     def check(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, out: Tensor, scale: float, kernel: str
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        out: Tensor,
+        *,
+        scale: float,
+        kernel: str,
+        allowance: Callable[..., float],
     ) -> None:
         """`check_rows`, the first time."""
         if kernel == "reference" or (self.about, kernel) in self.known:
             return
         try:
-            check_rows(q, k, v, plan, out, scale=scale, kernel=kernel)
+            facts: dict[str, Any] = {"scale": scale, "kernel": kernel, "allowance": allowance}
+            check_rows(q, k, v, plan, out, **facts)
         except SelfCheckFailed as error:
             if self.falls_back:
                 self.known[self.about, kernel] = str(error)
@@ -55,12 +66,25 @@ class SelfCheck(NamedTuple):
 
 @torch.no_grad()
 def check_rows(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, out: Tensor, *, scale: float, kernel: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    out: Tensor,
+    *,
+    scale: float,
+    kernel: str,
+    allowance: Callable[..., float] | None = None,
 ) -> None:
     """Hold `out`, (B, H, N, D), to the reference on a sample of its rows. Waits for the device.
 
     The largest error against fp64 may be twice the error of the reference, whose weights and
-    result are rounded to q's dtype, and one spacing of floats more.
+    result are rounded to q's dtype, and one spacing of floats more; where a kernel has an
+    allowance, by that more.
+
+    Args:
+        kernel: the name of the one that ran.
+        allowance: of that kernel, where it has one: see `contract.KernelParts`.
 
     Raises:
         SelfCheckFailed: with the figures.
@@ -69,15 +93,17 @@ def check_rows(
     count = min(ROWS, plan.tokens)
     tokens = torch.linspace(0, plan.tokens - 1, count, device=q.device).long()
     for head in sorted({0, q.shape[1] - 1}):
-        one = [x[:1, head : head + 1] for x in (q, k, v)]
-        _check_finite(one, head)
-        allowed = _seen(plan, plan.places[tokens], head)
-        rest = tokens, allowed, _gains(plan, plan.places[tokens], head), scale
-        exact = _rows(one, torch.float64, plan, *rest, rounded=torch.float64)
-        low = _rows(one, torch.float32, plan, *rest, rounded=q.dtype).to(q.dtype)
+        _check_finite((q, k, v), head)
+        one = _head(q, k, v, plan, 0, head, tokens)
+        rest = plan, plan.places[tokens], 0, head, scale
+        exact = _weights(one, torch.float64, *rest) @ one[2].double()
+        rounded = _weights(one, torch.float32, *rest).to(q.dtype)  # as tensor cores take them
+        low = (rounded.float() @ one[2].float()).to(q.dtype)
         error = (out[0, head, tokens].double() - exact).abs().max().item()
         spacing = torch.finfo(q.dtype).eps * exact.abs().max().item()
         budget = 2 * ((low.double() - exact).abs().max().item() + spacing)
+        if allowance is not None:
+            budget += _allowed(allowance, one, *rest)
         if not error <= budget:
             raise SelfCheckFailed(
                 f"kernel {kernel!r} errs by {error:.2e} on q {tuple(q.shape)} {q.dtype} on "
@@ -85,55 +111,99 @@ def check_rows(
             )
 
 
-def _check_finite(one: list[Tensor], head: int) -> None:
-    for name, x in zip("qkv", one, strict=True):
-        if bad := int((~x.isfinite()).sum()):
+@torch.no_grad()
+def most_allowed(
+    allowance: Callable[..., float],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+) -> float:
+    """The largest allowance of a kernel for any query of a call, in units of v.
+
+    Waits for the device, and holds the weights of a head in fp64: for small inputs.
+
+    Args:
+        allowance: of the kernel, see `contract.KernelParts`.
+    """
+    found = 0.0
+    for sample, head in product(*map(range, q.shape[:2])):
+        one = _head(q, k, v, plan, sample, head, torch.arange(plan.tokens, device=q.device))
+        rest = plan, plan.places, sample, head, scale
+        found = max(found, _allowed(allowance, one, *rest))
+    return found
+
+
+def _check_finite(tensors: tuple[Tensor, Tensor, Tensor], head: int) -> None:
+    for name, x in zip("qkv", tensors, strict=True):
+        one = x[0, head]
+        if bad := int((~one.isfinite()).sum()):
             raise NotFinite(
                 f"{name} of head {head}, {x.dtype} on {x.device}, holds NaN or inf in {bad:,} of "
-                f"{x.numel():,} numbers before any kernel has run: it is the model, its weights, "
-                "dtype or input, and would be so without sparse attention; look there, try "
-                "another torch_dtype, or go on with self_check=False"
+                f"{one.numel():,} numbers before any kernel has run: it is the model, its "
+                "weights, dtype or input, and would be so without sparse attention; look there, "
+                "try another torch_dtype, or go on with self_check=False"
             )
 
 
-def _seen(plan: Plan, slots: Tensor, head: int) -> Tensor:
-    """(rows, S) bool: what the queries in `slots` see, in one head of the first sample."""
-    keep = plan.keep[0, head if plan.keep.shape[1] > 1 else 0]
+Head = tuple[Tensor, Tensor, Tensor]  # some queries (R, D), keys and values in slot order (S, D)
+
+
+def _head(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, sample: int, head: int, tokens: Tensor
+) -> Head:
+    keys, values = (pack(x[sample, head][None, None], plan)[0, 0] for x in (k, v))
+    return q[sample, head, tokens], keys, values
+
+
+def _allowed(
+    allowance: Callable[..., float],
+    one: Head,
+    plan: Plan,
+    slots: Tensor,
+    sample: int,
+    head: int,
+    scale: float,
+) -> float:
+    weights = _weights(one, torch.float64, plan, slots, sample, head, scale)
+    return allowance(*one, weights, plan=plan, scale=scale)
+
+
+def _weights(
+    one: Head,
+    dtype: torch.dtype,
+    plan: Plan,
+    slots: Tensor,
+    sample: int,
+    head: int,
+    scale: float,
+) -> Tensor:
+    """(R, S), what the queries in `slots` weigh the keys by."""
+    q, keys = (x.to(dtype) for x in one[:2])
+    with torch.autocast(q.device.type, enabled=False):
+        scores = q @ keys.T * scale
+        if plan.gain is not None:
+            gain = _pattern(plan.gain, sample, head)[slots // plan.block_q]
+            gain = gain.repeat_interleave(plan.block_k, -1)
+            scores = torch.where(scores > 0, scores * gain, scores)
+        allowed = _seen(plan, slots, sample, head)
+        weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+        return weights.where(allowed.any(-1, keepdim=True), 0.0)
+
+
+def _pattern(x: Tensor, sample: int, head: int) -> Tensor:
+    """One of B' x H' patterns, of which 1 stands for all."""
+    return x[sample if len(x) > 1 else 0, head if x.shape[1] > 1 else 0]
+
+
+def _seen(plan: Plan, slots: Tensor, sample: int, head: int) -> Tensor:
+    """(R, S) bool: what the queries in `slots` see, in one head of a sample."""
+    keep = _pattern(plan.keep, sample, head)
     seen = keep[slots // plan.block_q].repeat_interleave(plan.block_k, -1) & plan.real
     if plan.partial is None:
         return seen
     keys = torch.arange(len(plan.slots), device=slots.device)
     allowed = plan.partial.allows(slots[:, None], keys)
-    if allowed.ndim == 4:
-        allowed = allowed[0, head if allowed.shape[1] > 1 else 0]
-    return seen & allowed
-
-
-def _gains(plan: Plan, slots: Tensor, head: int) -> Tensor | None:
-    """(rows, S): the gains of the queries in `slots`, in one head of the first sample."""
-    if plan.gain is None:
-        return None
-    gain = plan.gain[0, head if plan.gain.shape[1] > 1 else 0]
-    return gain[slots // plan.block_q].repeat_interleave(plan.block_k, -1)
-
-
-def _rows(
-    one: list[Tensor],
-    dtype: torch.dtype,
-    plan: Plan,
-    tokens: Tensor,
-    allowed: Tensor,
-    gains: Tensor | None,
-    scale: float,
-    *,
-    rounded: torch.dtype,
-) -> Tensor:
-    """Attention in `dtype`, with weights that are `rounded` as tensor cores take them."""
-    q, k, v = (x.to(dtype) for x in one)
-    with torch.autocast(q.device.type, enabled=False):
-        scores = q[0, 0, tokens] @ pack(k, plan)[0, 0].T * scale
-        if gains is not None:
-            scores = torch.where(scores > 0, scores * gains, scores)
-        weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
-        weights = weights.where(allowed.any(-1, keepdim=True), 0.0)
-        return weights.to(rounded).to(dtype) @ pack(v, plan)[0, 0]
+    return seen & (_pattern(allowed, sample, head) if allowed.ndim == 4 else allowed)

@@ -62,7 +62,7 @@ def checks() -> list[Check]:
     for name in PACKAGES:
         found.append(Check(name, version(name), FIXES.get(name, f"pip install {name}")))
     cores = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
-    found += [Check("CPU", cores), *_gpus(), _compiler(), _native(), _ffmpeg()]
+    found += [Check("CPU", cores), *_gpus(), _compiler(), _native(), _int8(), _ffmpeg()]
     return found
 
 
@@ -109,6 +109,16 @@ def _native() -> Check:
 
     found = None if library() is None else str(path())
     return Check("CPU kernel", found, "gen-accel build  (native; gather and routed go without)")
+
+
+def _int8() -> Check:
+    from gen_accel.kernels.native.build import library
+    from gen_accel.kernels.native.int8 import lacks
+
+    fix = "gen-accel build  (int8, by name alone)"
+    if missing := lacks():
+        fix = f"the processor lacks {missing}  (int8; native goes without)"
+    return Check("int8 kernel", "ready" if library() and not missing else None, fix)
 
 
 def _ffmpeg() -> Check:

@@ -450,6 +450,7 @@ def test_doctor(run, monkeypatch, wheel):
         "natten",
         "C++ compiler",
         "CPU kernel",
+        "int8 kernel",
         "ffmpeg",
         "CPU",
         "GPU",

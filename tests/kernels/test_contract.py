@@ -84,6 +84,17 @@ BROKEN = {
         UNSUPPORTED + FORWARD + "FORWARD_MODE = 'yes'\n",
         r"FORWARD_MODE of kernel 'mine' must be a bool, got 'yes'",
     ),
+    "an allowance that takes no plan": (
+        UNSUPPORTED + FORWARD + "def allowance(q, k, v, weights, *, scale):\n    return 0.1\n",
+        r"allowance of kernel 'mine' must take \(q, k, v, weights, \*, plan, scale\), it takes ",
+    ),
+    "an allowance and a place": (
+        UNSUPPORTED
+        + FORWARD
+        + PLACE
+        + "def allowance(q, k, v, weights, *, plan, scale):\n    return 0.1\n",
+        r"kernel 'mine' has an allowance and a place: .* runs by its name alone",
+    ),
     "no function": (
         UNSUPPORTED + FORWARD + "place = 3\n",
         r"place of kernel 'mine' must be a function place\(facts\), got 3",
@@ -156,11 +167,12 @@ def test_inputs_of_several_dtypes_are_refused_by_every_kernel(name, which, plan,
     assert reason.startswith("q, k and v must be alike")
 
 
-def test_auto_lists_what_every_kernel_says_of_them(plan, qkv):
+def test_auto_lists_what_each_that_it_tries_says_of_them(plan, qkv):
     q, k, v = qkv(64)
     with pytest.raises(ValueError, match="must be alike") as error:
         kernels.run(q, k.double(), v, plan, scale=0.3)
-    assert str(error.value).count("must be alike") == len(KERNELS)
+    tried = kernels.preference(facts_of(q, k, v, plan))
+    assert str(error.value).count("must be alike") == len(tried)
 
 
 def test_under_autocast_they_become_its_dtype(plan, qkv):

@@ -8,8 +8,10 @@ from support.methods import CASES, TESTED
 from support.problems import (
     PLANS,
     all_picked,
+    allowed,
     assert_gradients_no_worse,
     blind,
+    differentiates,
     random_plan,
 )
 from support.products import in_turns, pairs
@@ -32,6 +34,7 @@ from gen_accel.kernels import (
     native,
     reference,
     routed,
+    self_check,
 )
 from gen_accel.kernels.contract import parts_of
 from gen_accel.kernels.lists import prepare
@@ -47,6 +50,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 ELSEWHERE = ("fa4", "flex", "natten", "routed", "triton", "xformers")
 AT_ONCE = [name for name in KERNELS if name not in ELSEWHERE]
 HELD = [name for name in AT_ONCE if name != "reference"]
+TRAINED = [name for name in HELD if differentiates(name)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 FLEX_CASES = [
@@ -91,7 +95,8 @@ def test_forward_matches_reference(kernel, method, video, dtype, dim, qkv):
     case = {"video": video, "method": method}
     exact = attention(q.double(), k.double(), v.double(), kernel="reference", **case)
     low = attention(q, k, v, kernel="reference", **case)
-    assert_no_worse(attention(q, k, v, kernel=kernel, **case), low, exact)
+    more = allowed(kernel, method, video, q, k, v)
+    assert_no_worse(attention(q, k, v, kernel=kernel, **case), low, exact, more=more)
 
 
 @pytest.mark.slow
@@ -106,7 +111,7 @@ def test_the_reference_gives_numbers(method, dtype, qkv, video):
 
 
 @pytest.mark.parametrize(
-    ("method", "kernel", "video", "dtype"), pairs(CASES, HELD, VIDEOS, DTYPES[:2]), ids=str
+    ("method", "kernel", "video", "dtype"), pairs(CASES, TRAINED, VIDEOS, DTYPES[:2]), ids=str
 )
 def test_gradient_matches_reference(kernel, method, video, dtype, qkv):
     def by(name):
@@ -176,7 +181,7 @@ def test_long_clip_matches_reference(method, qkv):
 def plan_for(kernel, device, **options):
     """A random plan that the kernel takes."""
     plan = random_plan(device, **options)
-    if kernel == "native" and isinstance(plan.partial, Route):
+    if kernel in ("native", "int8") and isinstance(plan.partial, Route):
         return all_picked(plan)
     return plan
 
@@ -188,11 +193,13 @@ def test_any_plan_matches_reference(kernel, options, qkv, device):
     q, k, v = qkv(plan.tokens)
     exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
     low = reference.forward(q, k, v, plan, scale=0.3)
-    assert_no_worse(kernels.run(q, k, v, plan, scale=0.3, kernel=kernel), low, exact)
+    more = self_check.allowance(kernel, q, k, v, plan, scale=0.3)
+    out = kernels.run(q, k, v, plan, scale=0.3, kernel=kernel)
+    assert_no_worse(out, low, exact, more=more)
 
 
 @pytest.mark.parametrize("options", PLANS)
-@pytest.mark.parametrize("kernel", HELD)
+@pytest.mark.parametrize("kernel", TRAINED)
 def test_gradient_of_any_plan_matches_reference(kernel, options, qkv, device):
     plan = plan_for(kernel, device, **options)
 
@@ -209,10 +216,13 @@ def test_a_query_that_sees_nothing_is_zero_and_so_is_its_gradient(kernel, option
     dark = blind(plan)
     assert dark.any(-1).all()
     assert (~dark).any(-1).all()
-    q, k, v = qkv(plan.tokens, grad=True)
+    q, k, v = qkv(plan.tokens, grad=differentiates(kernel))
     out = kernels.run(q, k, v, plan, scale=0.3, kernel=kernel)
-    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert torch.isfinite(out).all()
     assert (out[dark] == 0).all()
+    if not differentiates(kernel):
+        return
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
     assert (grads[0][dark] == 0).all()
     assert all(torch.isfinite(grad).all() for grad in grads)
 
@@ -221,9 +231,11 @@ def test_a_query_that_sees_nothing_is_zero_and_so_is_its_gradient(kernel, option
 def test_a_plan_that_keeps_nothing_gives_zeros(kernel, qkv, device):
     keep = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
     plan = Plan(torch.arange(64), keep, 16, 16).to(device)
-    q, k, v = qkv(64, grad=True)
+    q, k, v = qkv(64, grad=differentiates(kernel))
     out = kernels.run(q, k, v, plan, scale=0.3, kernel=kernel)
     assert (out == 0).all()
+    if not differentiates(kernel):
+        return
     assert all((grad == 0).all() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
@@ -285,7 +297,8 @@ def test_views_of_a_projection_are_taken_as_they_are(kernel, qkv, video):
         return lambda q, k, v: attention(q, k, v, video=video, method=method, kernel=name)
 
     torch.testing.assert_close(by(kernel)(*views), by(kernel)(*plain), rtol=0, atol=0)
-    assert_gradients_no_worse(by(kernel), by("reference"), views)
+    if differentiates(kernel):
+        assert_gradients_no_worse(by(kernel), by("reference"), views)
 
 
 @pytest.mark.parametrize("kernel", AT_ONCE)
@@ -347,7 +360,8 @@ def test_a_full_window_is_dense_attention(kernel, method, qkv, video):
     q, k, v = qkv(video.tokens)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     out = attention(q, k, v, video=video, method=method, kernel=kernel)
-    assert_no_worse(out, F.scaled_dot_product_attention(q, k, v), exact)
+    more = allowed(kernel, method, video, q, k, v)
+    assert_no_worse(out, F.scaled_dot_product_attention(q, k, v), exact, more=more)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.5, 2.0])
@@ -357,11 +371,14 @@ def test_every_finite_scale_is_taken(kernel, scale, qkv, video):
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=scale)
     low = F.scaled_dot_product_attention(q, k, v, scale=scale)
     case = {"video": video, "method": Dense(), "kernel": kernel, "scale": scale}
-    assert_no_worse(attention(q, k, v, **case), low, exact)
+    more = allowed(kernel, Dense(), video, q, k, v, scale)
+    assert_no_worse(attention(q, k, v, **case), low, exact, more=more)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "kernel", "video"), pairs(CASES, AT_ONCE, VIDEOS), ids=str)
+@pytest.mark.parametrize(
+    ("method", "kernel", "video"), pairs(CASES, [*TRAINED, "reference"], VIDEOS), ids=str
+)
 def test_a_plan_built_while_sampling_serves_training(kernel, method, video, qkv):
     radial._plan.cache_clear()
     neighborhood._plan.cache_clear()
@@ -376,7 +393,7 @@ def test_a_plan_built_while_sampling_serves_training(kernel, method, video, qkv)
     assert all(torch.isfinite(grad).all() for grad in grads)
 
 
-@pytest.mark.parametrize("kernel", ["auto", "gather", "native"])
+@pytest.mark.parametrize("kernel", ["auto", "gather", "native", "int8"])
 def test_forward_mode_is_for_the_reference(kernel, qkv):
     """Whose tangents are right; torch takes those of the others for zero."""
     video, method = VideoShape(3, 4, 5, text=3), Radial(block=16)
@@ -429,7 +446,12 @@ def test_a_compiled_function_runs_it_as_it_is(windows, kernel, qkv, device):
         out = kernels.run(q * 2, k, v, plan, scale=0.3, kernel=kernel, report=report)
         return out.cos()
 
-    assert_gradients_no_worse(inside, plain, qkv(plan.tokens))
+    if differentiates(kernel):
+        assert_gradients_no_worse(inside, plain, qkv(plan.tokens))
+    else:
+        q, k, v = qkv(plan.tokens)
+        out = kernels.run(q * 2, k, v, plan, scale=0.3, kernel=kernel)
+        assert torch.equal(inside(q, k, v), out.cos())
     assert {choice.kernel for choice in told} == {kernel}
 
 

@@ -312,7 +312,7 @@ def test_derivatives_that_it_does_not_know(qkv):
 
 def test_what_it_serves():
     x = torch.ones(1)
-    for kernel in ("auto", "native"):
+    for kernel in ("auto", "native", "int8"):
         assert native_serves(kernel, x, x)
         assert not native_serves(kernel, x, x.bfloat16())
         assert not native_serves(kernel, x.double())

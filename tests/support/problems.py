@@ -4,7 +4,8 @@ import pytest
 import torch
 from support.checks import assert_no_worse
 
-from gen_accel.kernels import reference
+from gen_accel.kernels import Facts, kernel_of, reference, self_check
+from gen_accel.method import parts_of, plan_of
 from gen_accel.plan import Plan, Route, Windows, unpack
 
 
@@ -20,6 +21,25 @@ def assert_gradients_no_worse(forward, other, inputs, low_dtype=torch.float32):
     exact, low = gradients(other, torch.float64), gradients(other, low_dtype)
     for actual, *rest in zip(gradients(forward, low_dtype), low, exact, strict=True):
         assert_no_worse(actual, *rest)
+
+
+def differentiates(kernel):
+    """Whether a gradient is no reason for a kernel to refuse."""
+    where = (torch.device("cpu"),) * 3
+    facts = [
+        Facts(((1, 2, 64, 16),) * 3, (torch.float32,) * 3, where, grad=grad)
+        for grad in (False, True)
+    ]
+    without, with_one = map(kernel_of(kernel).unsupported, facts)
+    return without == with_one
+
+
+def allowed(kernel, method, video, q, k, v, scale=None):
+    """What the kernel may err more than its dtype makes it, for a method's plan of this call."""
+    make = parts_of(method).plan_for
+    plan = plan_of(method, video, q.device) if make is None else make(q, k, video=video)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return self_check.allowance(kernel, q, k, v, plan, scale=scale)
 
 
 def random_plan(device, batch=1, heads=1, block_q=16, block_k=16, windows=False, route=False):

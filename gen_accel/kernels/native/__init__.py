@@ -45,14 +45,14 @@ def place(facts: Facts) -> Place | None:
     return Place(10) if build.is_built() else Place(70, "it has to be built: gen-accel build")
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_alike(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """What the library reads off q alone has to hold for k and v: it reads memory by it."""
     about = [(tuple(x.shape), x.dtype, x.device) for x in (q, k, v)]
     if about[1:] != about[:1] * 2:
         words = ", ".join(" ".join(map(str, x)) for x in about)
-        raise ValueError(f"kernel 'native': q, k and v must be alike, got {words}")
+        raise ValueError(f"kernel {kernel!r}: q, k and v must be alike, got {words}")
     if q.device.type != "cpu":
-        raise ValueError(f"kernel 'native' is for the CPU, got {q.device.type}")
+        raise ValueError(f"kernel {kernel!r} is for the CPU, got {q.device.type}")
 
 
 def _names() -> str:
@@ -151,7 +151,7 @@ def _attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """(B, H, N, D), and (2, B, H, N) for the backward pass: see `stats` in attention.cpp."""
-    _check(q, k, v)
+    check_alike("native", q, k, v)
     out, stats = q.new_empty(q.shape), q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
     call = Call(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale)
     call.filled(o=out, stats=stats)
@@ -194,7 +194,7 @@ def _backward(
     block_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(q, k, v)
+    check_alike("native", q, k, v)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     call = Call(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale)
     call.strided(grad=grad)

@@ -27,8 +27,8 @@ from gen_accel.kernels.native.arguments import (
 )
 
 HERE = Path(__file__).parent
-SOURCES = tuple(HERE / f"{name}.cpp" for name in ("attention", "linear", "selection"))
-READ = (*SOURCES, HERE / "common.h")
+SOURCES = tuple(HERE / f"{name}.cpp" for name in ("attention", "int8", "linear", "selection"))
+READ = (*SOURCES, HERE / "blocks.h", HERE / "common.h")
 FLAGS = (
     *(
         "-std=c++20",
@@ -116,13 +116,13 @@ def is_built() -> bool:
     return library() is not None
 
 
-def run(name: str, args: ctypes.Structure, *more: int) -> None:
-    """Call a function of the library. Raises KernelFailed."""
+def run(name: str, args: ctypes.Structure, *more: int, kernel: str = "native") -> None:
+    """Call a function of the library. Raises KernelFailed, which names the kernel."""
     found = library()
     if found is None:
         raise KernelFailed("the CPU kernel is not built for this machine: gen-accel build")
     if found[name](ctypes.byref(args), *more):
-        raise KernelFailed(f"kernel 'native' failed: {found.gen_accel_error().decode()}")
+        raise KernelFailed(f"kernel {kernel!r} failed: {found.gen_accel_error().decode()}")
 
 
 def _call(command: Sequence[str]) -> None:
@@ -133,7 +133,7 @@ def _call(command: Sequence[str]) -> None:
 
 def _load(file: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(file))
-    found.gen_accel_error.restype = ctypes.c_char_p
+    found.gen_accel_error.restype = found.gen_accel_int8_lacks.restype = ctypes.c_char_p
     if any(found[name]() != ctypes.sizeof(kind) for name, kind in SIZES.items()):
         raise OSError(f"{file} takes other arguments than this version passes")
     return found
