@@ -34,8 +34,8 @@ from gen_accel.kernels import (
     native,
     reference,
     routed,
-    self_check,
 )
+from gen_accel.kernels.allowance import allowance
 from gen_accel.kernels.contract import parts_of
 from gen_accel.kernels.lists import prepare
 from gen_accel.plan import Plan, Route, pack, raster_slots, tile_slots, unpack
@@ -193,7 +193,7 @@ def test_any_plan_matches_reference(kernel, options, qkv, device):
     q, k, v = qkv(plan.tokens)
     exact = reference.forward(q.double(), k.double(), v.double(), plan, scale=0.3)
     low = reference.forward(q, k, v, plan, scale=0.3)
-    more = self_check.allowance(kernel, q, k, v, plan, scale=0.3)
+    more = allowance(kernel, q, k, v, plan, scale=0.3)
     out = kernels.run(q, k, v, plan, scale=0.3, kernel=kernel)
     assert_no_worse(out, low, exact, more=more)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.operations import Operations
+from support.launches import Launches, record
 from support.problems import assert_gradients_no_worse
 from support.triton_plans import assert_matches_reference, differentiated, inputs
 
@@ -107,23 +107,27 @@ class TestRule:
         monkeypatch.setattr(gathered, "LEAST", 65)
         assert not gathered.serves(plan), "short groups"
 
-    def test_which_kernel_runs(self, device):
+    def test_which_kernel_runs(self, device, monkeypatch):
+        counted = Launches()
+        record(monkeypatch, counted)
         plan = plan_of(device, 16, [0, 0, 1, 1])
         assert not plan.leaves_out_picks  # asked once of a plan made by hand
         names = []
         for one in (plan, plan.changed(keep=plan.keep)):
-            with torch.no_grad(), Operations() as operations:
+            counted.done.clear()
+            with torch.no_grad(), counted:
                 package.forward(*inputs(plan, torch.float32), one, scale=0.3)
-            names.append({name for name in operations.names if name.startswith("triton")})
-        assert names == [{"triton_gathered"}, {"triton_attention", "triton_block_lists"}]
+            names.append([name for name in counted.done if name.endswith("forward_kernel")])
+        assert names == [["gathered_forward_kernel"], ["forward_kernel"]]
 
     def test_nothing_waits_for_plans_of_methods(self, device):
         method = BlockMixture("1d", chunk_1d=1, routing="token", threshold=0.3)
         video = VideoShape(3, 6, 6)
         q, k = torch.randn(2, 1, 1, video.tokens, 16, device=device)
         plan = method.plan_for(q, k, video=video, kernel="triton")
-        with Operations():
+        with Launches() as counted:
             assert gathered.serves(plan)
+        assert counted.waits == []
 
 
 @pytest.mark.slow

@@ -4,7 +4,8 @@ import pytest
 import torch
 from support.checks import assert_no_worse
 
-from gen_accel.kernels import Facts, kernel_of, reference, self_check
+from gen_accel.kernels import Facts, kernel_of, reference
+from gen_accel.kernels.allowance import allowance
 from gen_accel.method import parts_of, plan_of
 from gen_accel.plan import Plan, Route, Windows, unpack
 
@@ -39,7 +40,7 @@ def allowed(kernel, method, video, q, k, v, scale=None):
     make = parts_of(method).plan_for
     plan = plan_of(method, video, q.device) if make is None else make(q, k, video=video)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    return self_check.allowance(kernel, q, k, v, plan, scale=scale)
+    return allowance(kernel, q, k, v, plan, scale=scale)
 
 
 def random_plan(device, batch=1, heads=1, block_q=16, block_k=16, windows=False, route=False):
