@@ -17,6 +17,7 @@ from gen_accel.kernels.triton.tiles import (
     listed_block,
     listed_blocks,
     listed_tile,
+    listed_words,
     load_rows,
     obey,
     obey_bits,
@@ -113,7 +114,8 @@ def dq_phase(
         if PADDED and not (MASKED and RULE == BITS):
             b_s = tl.where((o_t >= 0)[None, :], b_s, -float("inf"))
         if MASKED and RULE == BITS:
-            b_s = obey_bits(b_s, rule, o_q, i_p, stop, BLOCK_Q, BLOCK_K, TILE_N)
+            b_w = listed_words(rule, o_q, i_p, stop, BLOCK_Q, BLOCK_K, TILE_N)
+            b_s = obey_bits(b_s, b_w, i_p, stop, BLOCK_K, TILE_N)
         elif MASKED:
             o_block = listed_block(index, o_k, i_p, BLOCK_K, TILE_N)
             b_s = obey(b_s, o_q[:, None], o_k[None, :], o_block, rule, more, S, C, RULE, AXES)
@@ -289,7 +291,8 @@ def _dkdv_phase(
             b_gain = tl.load(gain + o_block * (S // BLOCK_K))
             b_s = tl.where(b_s > 0, b_s * b_gain, b_s)
         if MASKED and RULE == BITS:
-            b_s = obey_bits(b_s, rule, o_k, i_p, stop, BLOCK_K, BLOCK_Q, TILE_M)
+            b_w = listed_words(rule, o_k, i_p, stop, BLOCK_K, BLOCK_Q, TILE_M)
+            b_s = obey_bits(b_s, b_w, i_p, stop, BLOCK_Q, TILE_M)
         elif MASKED:
             b_s = obey(b_s, o_q[None, :], o_k[:, None], i_block, rule, more, S, C, RULE, AXES)
         b_p = tl.exp2(b_s - b_lse[None, :])

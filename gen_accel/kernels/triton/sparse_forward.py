@@ -15,6 +15,7 @@ from gen_accel.kernels.triton.tiles import (
     listed_block,
     listed_blocks,
     listed_tile,
+    listed_words,
     load_rows,
     obey,
     obey_bits,
@@ -56,9 +57,13 @@ def forward_phase(
     MASKED: tl.constexpr,
 ):
     PADDED: tl.constexpr = MASKED or BLOCK_K % TILE_N != 0
+    # With many rows no register is left to hold words while scores are made.
+    EARLY: tl.constexpr = MASKED and RULE == BITS and BLOCK_Q < 128
     # Places are fetched one tile ahead, so that loads of keys depend on no load of their own turn.
     o_k, o_t = listed_tile(index, slots, start, stop, BLOCK_K, TILE_N)
     for i_p in range(start, stop, TILE_N):
+        if EARLY:
+            b_w = listed_words(rule, o_q, i_p, stop, BLOCK_Q, BLOCK_K, TILE_N)
         b_k = load_rows(k, stride_k, o_t, D, BLOCK_D, PADDED)
         # [TILE_M, TILE_N]
         b_s = dot(b_q, tl.trans(b_k)) * scale
@@ -68,7 +73,9 @@ def forward_phase(
         if PADDED and not (MASKED and RULE == BITS):
             b_s = tl.where((o_t >= 0)[None, :], b_s, -float("inf"))
         if MASKED and RULE == BITS:
-            b_s = obey_bits(b_s, rule, o_q, i_p, stop, BLOCK_Q, BLOCK_K, TILE_N)
+            if not EARLY:
+                b_w = listed_words(rule, o_q, i_p, stop, BLOCK_Q, BLOCK_K, TILE_N)
+            b_s = obey_bits(b_s, b_w, i_p, stop, BLOCK_K, TILE_N)
         elif MASKED:
             o_block = listed_block(index, o_k, i_p, BLOCK_K, TILE_N)
             b_s = obey(b_s, o_q[:, None], o_k[None, :], o_block, rule, more, S, C, RULE, AXES)

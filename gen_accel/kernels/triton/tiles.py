@@ -138,17 +138,10 @@ def own_bits(words, first, i_own, BLOCK: tl.constexpr, LISTED: tl.constexpr):
 
 
 @triton.jit
-def obey_bits(
-    b_s,
-    words,
-    o_r,
-    i_p,
-    stop,
-    BLOCK: tl.constexpr,
-    LISTED: tl.constexpr,
-    TILE: tl.constexpr,
+def listed_words(
+    words, o_r, i_p, stop, BLOCK: tl.constexpr, LISTED: tl.constexpr, TILE: tl.constexpr
 ):
-    """Scores, -inf where the bit of a pair is 0 and from place `stop` on.
+    """[rows, TILE] int32: for each pair the word that holds its bit, see `obey_bits`.
 
     o_r are the rows' places in the own block of length BLOCK; the columns are a tile of the listed
     blocks of length LISTED from place i_p on.
@@ -162,12 +155,21 @@ def obey_bits(
             b_w = tl.where((o_c < i * WORD)[None, :], b_w, b_next)
         if TILE < WORD:  # half of it, as the least tile is
             b_w = b_w >> (i_p // TILE % 2 * TILE)
+    else:
+        o_in = tl.minimum(i_p + o_c, stop - 1)
+        b_w = tl.load(words + (o_in // WORD * BLOCK)[None, :] + o_r[:, None])
+    return b_w
+
+
+@triton.jit
+def obey_bits(b_s, b_w, i_p, stop, LISTED: tl.constexpr, TILE: tl.constexpr):
+    """Scores, -inf where the bit of a pair is 0 and from place `stop` on."""
+    o_c = tl.arange(0, TILE)
+    if LISTED % TILE == 0:
         m_s = (b_w & (1 << o_c % WORD)[None, :]) != 0
     else:
         o_p = i_p + o_c
-        o_in = tl.minimum(o_p, stop - 1)
-        b_w = tl.load(words + (o_in // WORD * BLOCK)[None, :] + o_r[:, None])
-        m_s = ((b_w & (1 << o_in % WORD)[None, :]) != 0) & (o_p < stop)[None, :]
+        m_s = ((b_w & (1 << o_p % WORD)[None, :]) != 0) & (o_p < stop)[None, :]
     return tl.where(m_s, b_s, -float("inf"))
 
 
