@@ -29,6 +29,7 @@ class Lists(NamedTuple):
         rule: empty, or for windows (3, A, S) int32 with first, last and place and (S,) int8 with
             the free tokens, or for a route (B', H', S, C) int8 picks and (Kk,) int32 groups.
         gain: of the plan, contiguous fp32; None where it has none.
+        raster: slots are in the order of the tokens, without padding.
     """
 
     slots: Tensor
@@ -40,6 +41,7 @@ class Lists(NamedTuple):
     gain: Tensor | None
     block_q: int
     block_k: int
+    raster: bool
 
 
 _cache: "WeakKeyDictionary[Plan, Lists]" = WeakKeyDictionary()
@@ -109,7 +111,7 @@ def _with_rest(
     columns: tuple[Tensor, Tensor] | tuple[None, None],
 ) -> Lists:
     gain = None if plan.gain is None else plan.gain.float().contiguous()
-    rest = _rule(plan), gain, plan.block_q, plan.block_k
+    rest = _rule(plan), gain, plan.block_q, plan.block_k, plan.is_raster
     return Lists(plan.slots.int(), rows[0], rows[1], columns[0], columns[1], *rest)
 
 
