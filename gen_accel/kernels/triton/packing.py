@@ -247,4 +247,4 @@ def pack_queries(
         TILE=TILE,
         COPY=copy,
     )
-    return *packed, base2, delta
+    return packed[0], packed[1], base2, delta
