@@ -95,37 +95,36 @@ def _launch(
     )
 
 
-def packs(
+def way(
     direction: str,
     tensors: Sequence[Tensor],
+    slots: Tensor,
     rows: Tensor,
     gain: Tensor | None,
     block_q: int,
     block_k: int,
     raster: bool,
-    S: int,
     scale: float,
-) -> bool:
-    """Whether one direction runs over packed operands. Their kernels take maxima of scores before
-    the scale, and so no negative one.
+) -> str:
+    """What stands before the kinds of one direction: `configs.PACKING` where packing pays and the
+    kernels for it serve, and nothing else. They take maxima before the scale, and so no negative
+    one.
 
     Args:
         direction: "forward" or "backward".
         tensors: what would be packed.
-        rows: of `Lists`.
     """
     x = tensors[0]
+    B, H, _, D = x.shape
     arch = configs.architecture(x.device)
     kinds = ("forward",) if direction == "forward" else ("dq", "dkdv")
+    facts = D, x.dtype, block_q, block_k, gain is not None
+    if scale < 0 or not all(configs.packs(arch, configs.PACKING + kind, *facts) for kind in kinds):
+        return ""
     ready = raster and all(map(packing.in_place, tensors))
-    facts = x.shape[3], x.dtype, block_q, block_k, gain is not None
     pairs = rows.shape[2] * block_q * block_k
-    heads = x.shape[0] * x.shape[1]
-    return (
-        scale >= 0
-        and all(configs.packs(arch, configs.PACKING + kind, *facts) for kind in kinds)
-        and packing.pays(direction, arch, heads, S, x.shape[3], x.element_size(), pairs, ready)
-    )
+    sizes = B * H, slots.numel(), D, x.element_size(), pairs
+    return configs.PACKING if packing.pays(direction, arch, *sizes, ready) else ""
 
 
 def _rowwise(x: Tensor) -> Tensor:
@@ -155,11 +154,11 @@ def attention(
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     lists = slots, rows, row_counts
-    kind = "forward"
-    if packs(kind, (k, v), rows, gain, block_q, block_k, raster, slots.numel(), scale):
-        kind = "packed forward"
+    how = way("forward", (k, v), slots, rows, gain, block_q, block_k, raster, scale)
+    if how == configs.PACKING:
         k, v = packing.pack(k, v, slots, raster)
-    _launch(kind, (q, k, v, out, lse), lists, rule, gain, block_q, block_k, scale)
+    tensors = q, k, v, out, lse
+    _launch(how + "forward", tensors, lists, rule, gain, block_q, block_k, scale)
     return out, lse
 
 
@@ -193,8 +192,8 @@ def attention_backward(
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     rest = rule, gain, block_q, block_k, scale
     by_row, by_column = (slots, rows, row_counts), (slots, columns, column_counts)
-    packed = (k, v, q, grad), rows, gain, block_q, block_k, raster, slots.numel(), scale
-    if packs("backward", *packed):
+    how = way("backward", (k, v, q, grad), slots, rows, gain, block_q, block_k, raster, scale)
+    if how == configs.PACKING:
         q_S, grad_S, *sums = packing.pack_queries(q, out, grad, lse, grad_lse, slots, raster)
         k_S, v_S = packing.pack(k, v, slots, raster)
         _launch("packed dq", (q, k_S, v_S, grad, dq, *sums), by_row, *rest)

@@ -50,15 +50,29 @@ START = 5e-6  # seconds until a further kernel runs and the next one follows
 TRAFFIC = {"forward": 4, "backward": 7}
 
 
+def seconds_saved(direction: str, arch: str) -> float:
+    """For each pair of a query and a key: `saved / 16` instructions of a warp, of which a card
+    issues four in each cycle of each multiprocessor."""
+    card = CARDS[arch]
+    rate = ISSUED * card.multiprocessors * card.clock
+    return card.saved[direction] / WARP_ROWS / rate
+
+
+def even_queries(direction: str, arch: str, D: int, size: int) -> float:
+    """How many queries have to read each key until packing has saved what it costs: of one slot
+    `D size TRAFFIC` bytes that are moved.
+
+    On an H100 some 2,700 at head dim 128 forward: a plan of N tokens pays from the density
+    2,700 / N on, which is 0.08 at 33k tokens.
+    """
+    moved = D * size * TRAFFIC[direction] / CARDS[arch].bandwidth
+    return moved / seconds_saved(direction, arch)
+
+
 def pays(
     direction: str, arch: str, heads: int, S: int, D: int, size: int, pairs: int, ready: bool
 ) -> bool:
     """Whether packing costs less than it saves, in seconds by a model of the card.
-
-    The copies of all heads move `heads S D size TRAFFIC` bytes. Each pair of a query and a key
-    spares `saved / 16` instructions of a warp, of which the card issues four in each cycle of each
-    multiprocessor. At head dim 128 an H100 is even when a key is read by some 20 tiles of 128
-    queries; the density of a plan of N tokens is then 2,600 / N.
 
     Args:
         direction: "forward" or "backward".
@@ -69,12 +83,8 @@ def pays(
     """
     if arch not in CARDS:
         return False
-    card = CARDS[arch]
-    if ready:
-        return True
-    rate = ISSUED * card.multiprocessors * card.clock
-    saved = heads * pairs * card.saved[direction] / WARP_ROWS / rate
-    return heads * S * D * size * TRAFFIC[direction] / card.bandwidth + START < saved
+    gained = pairs - S * even_queries(direction, arch, D, size)
+    return ready or heads * gained * seconds_saved(direction, arch) > START
 
 
 def in_place(x: Tensor) -> bool:
