@@ -28,6 +28,7 @@ from gen_accel.kernels import triton as package
 from gen_accel.kernels.triton import (
     autotune,
     block_sparse,
+    compile_matrix,
     configs,
     launch,
     linear,
@@ -481,7 +482,7 @@ SOME_KERNELS += ["forward route", "dq windows", "delta"]
     ("options", "count"),
     [
         pytest.param([*SOME_KERNELS, "states"], 7, id="some"),
-        pytest.param([], 100, id="every", marks=pytest.mark.nightly),
+        pytest.param([], 184, id="every", marks=pytest.mark.nightly),
     ],
 )
 def test_kernels_compile_for_hopper_and_spill_nothing(compiled, options, count):
@@ -489,6 +490,46 @@ def test_kernels_compile_for_hopper_and_spill_nothing(compiled, options, count):
     done = run_python("-m", matrix, "--arch", "sm_90", *options, TRITON_CACHE_DIR=compiled)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("sm_90 ") == count
+
+
+@pytest.mark.slow
+def test_packed_keys_take_few_instructions_and_no_fences(compiled):
+    """By which compile_matrix refuses the loop over whole blocks."""
+    matrix = "gen_accel.kernels.triton.compile_matrix"
+    options = ["--arch", "sm_90", "--dim", "128", "--block", "128"]
+    options += ["--kernel", "packed forward none"]
+    done = run_python("-m", matrix, *options, TRITON_CACHE_DIR=compiled)
+    assert done.returncode == 0, done.stdout + done.stderr
+    plain = next(
+        line for line in done.stdout.splitlines() if "gain" not in line and "sm_90" in line
+    )
+    products, per_key, copies = map(float, plain.split()[-3:])
+    assert products == 1
+    assert 3 < per_key <= compile_matrix.MOST["sm_90", 128, 128] == 4.3
+    assert copies == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "good"),
+    [
+        ({}, True),
+        ({"per_key": 4.4}, False),
+        ({"copies": 1}, False),
+        ({"spilled": 8}, False),
+        ({"products": 1.5}, False),
+        ({"shared": 228 << 10}, False),
+    ],
+    ids=str,
+)
+def test_what_compile_matrix_refuses(changed, good):
+    [case] = [
+        case
+        for case in compile_matrix.cases("sm_90", 128, torch.bfloat16, 128)
+        if case.name == "packed forward none"
+    ]
+    assert case.keys == 128
+    used = compile_matrix.Usage(205, 0, 160 << 10, 1.0, 4.2, 0)._replace(**changed)
+    assert compile_matrix.fits(case, used, "sm_90") == good
 
 
 LISTING = """
@@ -509,6 +550,7 @@ def test_products_of_the_inner_loop_are_counted():
     four = 64 * 64 * 16 + 64 * 128 * 16
     assert sass.multiply_adds(loop, 8) == 2 * four + 8 * 16 * 8 * 16
     assert sass.multiply_adds([], 8) == 0
+    assert sass.copies(loop) == 1
 
 
 def test_short_blocks_have_configurations_of_their_own():

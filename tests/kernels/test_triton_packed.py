@@ -201,11 +201,11 @@ class TestChoice:
     def served(self, arch="sm_90", D=128, dtype=torch.bfloat16, blocks=(128, 128), kind="forward"):
         return configs.packs(arch, f"packed {kind}", D, dtype, *blocks, False)
 
-    @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
     @pytest.mark.parametrize("blocks", [(128, 128), (64, 64), (128, 64), (64, 192), (57, 64)])
-    def test_whole_loads_are_served(self, arch, blocks):
-        assert self.served(arch, blocks=blocks)
-        assert self.served(arch, 80, torch.float16, blocks)
+    def test_whole_loads_are_served(self, blocks):
+        assert self.served(blocks=blocks)
+        assert self.served(D=80, dtype=torch.float16, blocks=blocks)
+        assert self.served("sm_100", blocks=blocks) == (blocks[0] == 128)
 
     @pytest.mark.parametrize(
         "facts",

@@ -97,9 +97,10 @@ WITH_GAIN = {
     ("sm_100", 128, "dkdv rule", False): _C(32, 64, 4, 2),
     ("sm_120", 64, "dkdv rule", False): _C(32, 64, 4, 1),
     ("sm_120", 128, "dkdv rule", False): _C(64, 32, 4, 1),
+    ("sm_90", 64, "packed dq", False): _C(128, 64, 8, 2),
     ("sm_90", 128, "packed dq", False): _C(128, 64, 8, 2),
     ("sm_90", 128, "packed dkdv rule", False): _C(32, 128, 8, 2),
-    ("sm_100", 128, "packed dq", False): _C(128, 64, 8, 2),
+    ("sm_100", 128, "packed dq", False): _C(64, 64, 4, 2),
     ("sm_100", 128, "packed dkdv rule", False): _C(32, 128, 8, 2),
 }
 
@@ -118,9 +119,9 @@ PACKED = {
 SHORT_PACKED = {
     ("sm_90", 64): (_C(64, 128, 4, 2), _C(64, 64, 4, 2), _C(64, 64, 4, 2), _C(64, 64, 4, 2)),
     ("sm_90", 128): (_C(64, 128, 4, 2), _C(64, 64, 4, 2), _C(32, 64, 4, 2), _C(32, 64, 4, 2)),
-    ("sm_100", 64): (_C(64, 128, 4, 2), _C(64, 64, 4, 2), _C(64, 64, 4, 2), _C(64, 64, 4, 2)),
-    ("sm_100", 128): (_C(64, 128, 4, 2), _C(64, 64, 4, 2), _C(32, 64, 4, 2), _C(32, 64, 4, 2)),
 }
+# Rows that a tile has at least; fewer spare nothing by compile_matrix.
+PACKED_ROWS = {"interpreted": 16, "sm_90": 64, "sm_100": 128}
 
 # Exact fp32 products, without tensor cores: small tiles fit every architecture of a maker, and by
 # compile_matrix spill 8 bytes a thread at most; not timed.
@@ -240,8 +241,8 @@ def packs(
     arch: str, kind: str, D: int, dtype: torch.dtype, block_q: int, block_k: int, gain: bool
 ) -> bool:
     """Whether there is a kernel over packed operands: for 16 bits on architectures of PACKED, head
-    dims whose rows start at multiples of 16 bytes, blocks worked off by tiles of 64 rows or more,
-    and loads of half a tile at least.
+    dims whose rows start at multiples of 16 bytes, blocks worked off by tiles of PACKED_ROWS or
+    more, and loads of half a tile at least.
 
     Args:
         kind: one of KINDS, with "packed " before it.
@@ -255,7 +256,7 @@ def packs(
     config = cut(kind, from_table(arch, kind, D, dtype, block, gain), block)
     load = sizes(kind, config, block_q, block_k)["LOAD"]
     own, other = (config.tile_n, config.tile_m)[:: 1 if of_keys(kind) else -1]
-    return 2 * load >= other and (interpreted or own >= 64)
+    return 2 * load >= other and own >= PACKED_ROWS[arch]
 
 
 def linear(arch: str, D: int, dtype: torch.dtype) -> LinearConfig:

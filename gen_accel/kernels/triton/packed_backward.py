@@ -63,7 +63,7 @@ def _dq_phase(
         b_s = dot(b_q, tl.trans(b_k))
         if GAIN:
             b_gain = tl.load(gain + i_k)
-            b_s = tl.where(b_s > 0, b_s * b_gain, b_s)
+            b_s = tl.minimum(b_s, b_s * b_gain)
         b_w = tl.fma(b_s, scale, -b_lse[:, None])
         if MASKED:
             o_k = i_s + tl.arange(0, LOAD)
@@ -218,7 +218,7 @@ def _dkdv_phase(
         b_s = dot(b_k, tl.trans(b_q))
         if GAIN:
             b_gain = tl.load(gain + i_q * (S // BLOCK_K))
-            b_s = tl.where(b_s > 0, b_s * b_gain, b_s)
+            b_s = tl.minimum(b_s, b_s * b_gain)
         b_w = tl.fma(b_s, scale, -b_lse[None, :])
         if MASKED:
             b_w = obey(b_w, o_q[None, :], o_k[:, None], i_block, rule, more, S, C, RULE, AXES)

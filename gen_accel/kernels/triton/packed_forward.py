@@ -64,7 +64,7 @@ def _masked_phase(
         # [TILE_M, LOAD]
         b_s = dot(b_q, tl.trans(packed_tile(k, i_b, i_h, i_s, LOAD, BLOCK_D))) * scale
         if GAIN:
-            b_s = tl.where(b_s > 0, b_s * tl.load(gain + i_k), b_s)
+            b_s = tl.minimum(b_s, b_s * tl.load(gain + i_k))
         o_k = i_s + tl.arange(0, LOAD)
         b_s = tl.where((tl.load(slots + o_k) >= 0)[None, :], b_s, -float("inf"))
         b_s = obey(b_s, o_q[:, None], o_k[None, :], i_k, rule, more, S, C, RULE, AXES)
@@ -112,12 +112,12 @@ def _whole_phase(
         # [TILE_M, LOAD], not scaled
         b_s = dot(b_q, tl.trans(b_k))
         if GAIN:
-            b_s = tl.where(b_s > 0, b_s * tl.load(gain + i_k), b_s)
+            b_s = tl.minimum(b_s, b_s * tl.load(gain + i_k))
         b_most = b_s
         if LOADS == 2:
             b_s2 = dot(b_q, tl.trans(b_k2))
             if GAIN:
-                b_s2 = tl.where(b_s2 > 0, b_s2 * tl.load(gain + i_k2), b_s2)
+                b_s2 = tl.minimum(b_s2, b_s2 * tl.load(gain + i_k2))
             b_most = tl.maximum(b_s, b_s2)
         b_new = tl.maximum(b_max, tl.max(b_most, 1) * scale)
         if tl.max((b_new - b_max > SLACK).to(tl.int32), 0) > 0:
