@@ -98,8 +98,7 @@ def _launch(
 def way(
     direction: str,
     tensors: Sequence[Tensor],
-    slots: Tensor,
-    rows: Tensor,
+    lists: tuple[Tensor, Tensor, Tensor],
     gain: Tensor | None,
     block_q: int,
     block_k: int,
@@ -113,8 +112,9 @@ def way(
     Args:
         direction: "forward" or "backward".
         tensors: what would be packed.
+        lists: slots, rows and their counts.
     """
-    x = tensors[0]
+    x, (slots, rows, _) = tensors[0], lists
     B, H, _, D = x.shape
     arch = configs.architecture(x.device)
     kinds = ("forward",) if direction == "forward" else ("dq", "dkdv")
@@ -154,7 +154,7 @@ def attention(
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     lists = slots, rows, row_counts
-    how = way("forward", (k, v), slots, rows, gain, block_q, block_k, raster, scale)
+    how = way("forward", (k, v), lists, gain, block_q, block_k, raster, scale)
     if how == configs.PACKING:
         k, v = packing.pack(k, v, slots, raster)
     tensors = q, k, v, out, lse
@@ -192,7 +192,7 @@ def attention_backward(
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     rest = rule, gain, block_q, block_k, scale
     by_row, by_column = (slots, rows, row_counts), (slots, columns, column_counts)
-    how = way("backward", (k, v, q, grad), slots, rows, gain, block_q, block_k, raster, scale)
+    how = way("backward", (k, v, q, grad), by_row, gain, block_q, block_k, raster, scale)
     if how == configs.PACKING:
         q_S, grad_S, *sums = packing.pack_queries(q, out, grad, lse, grad_lse, slots, raster)
         k_S, v_S = packing.pack(k, v, slots, raster)
