@@ -14,6 +14,7 @@ from support.methods import CASES, TESTED
 from support.problems import assert_gradients_no_worse, blind, random_plan
 from support.products import NIGHTLY, in_turns
 from support.triton_plans import (
+    PLANS,
     assert_matches_reference,
     differentiated,
     inputs,
@@ -27,6 +28,7 @@ from gen_accel.kernels import triton as package
 from gen_accel.kernels.triton import (
     autotune,
     block_sparse,
+    compile_matrix,
     configs,
     launch,
     linear,
@@ -53,24 +55,6 @@ def untuned(tmp_path, monkeypatch):
     yield
     tuned.read.cache_clear()
 
-
-PLANS = {
-    "heads, small query blocks": lambda device: random_plan(device, 1, 2, 8, 32),
-    "windows, small key blocks": lambda device: random_plan(device, 1, 2, 32, 8, True),
-    "route": lambda device: routed_plan(device, 2, 1),
-    "blocks of 24 and 36": lambda device: odd_plan(device, 24, 36, 144),
-    "one pattern": lambda device: random_plan(device),
-    "batch and heads": lambda device: random_plan(device, batch=2, heads=2),
-    "batch, small key blocks": lambda device: random_plan(device, 2, 1, 32, 8),
-    "windows": lambda device: random_plan(device, windows=True),
-    "windows, blocks of two tiles": lambda device: random_plan(device, 1, 2, 64, 64, True),
-    "route, small key blocks": lambda device: routed_plan(device, 1, 2, 32, 8),
-    "route, key blocks of two tiles": lambda device: routed_plan(device, 2, 1, 16, 64),
-    "blocks of 36 and 57": lambda device: odd_plan(device, 36, 57, 684),
-    "blocks of 72 and 1": lambda device: odd_plan(device, 72, 1, 72),
-    "blocks of 20 and 1": lambda device: odd_plan(device, 20, 1, 40),
-    "blocks of 91 and 455": lambda device: odd_plan(device, 91, 455, 455),
-}
 
 QUICK = list(PLANS)[:4]
 # More than a second each in the interpreter, by night.
@@ -503,7 +487,7 @@ SOME_KERNELS += ["forward route", "forward bits", "dq windows", "delta"]
     ("options", "count"),
     [
         pytest.param([*SOME_KERNELS, "states"], 9, id="some"),
-        pytest.param([], 124, id="every", marks=pytest.mark.nightly),
+        pytest.param([], 184, id="every", marks=pytest.mark.nightly),
     ],
 )
 def test_kernels_compile_for_hopper_and_spill_nothing(compiled, options, count):
@@ -511,6 +495,46 @@ def test_kernels_compile_for_hopper_and_spill_nothing(compiled, options, count):
     done = run_python("-m", matrix, "--arch", "sm_90", *options, TRITON_CACHE_DIR=compiled)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("sm_90 ") == count
+
+
+@pytest.mark.slow
+def test_packed_keys_take_few_instructions_and_no_fences(compiled):
+    """By which compile_matrix refuses the loop over whole blocks."""
+    matrix = "gen_accel.kernels.triton.compile_matrix"
+    options = ["--arch", "sm_90", "--dim", "128", "--block", "128"]
+    options += ["--kernel", "packed forward none"]
+    done = run_python("-m", matrix, *options, TRITON_CACHE_DIR=compiled)
+    assert done.returncode == 0, done.stdout + done.stderr
+    plain = next(
+        line for line in done.stdout.splitlines() if "gain" not in line and "sm_90" in line
+    )
+    products, per_key, copies = map(float, plain.split()[-3:])
+    assert products == 1
+    assert 3 < per_key <= compile_matrix.MOST["sm_90", 128, 128] == 4.3
+    assert copies == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "good"),
+    [
+        ({}, True),
+        ({"per_key": 4.4}, False),
+        ({"copies": 1}, False),
+        ({"spilled": 8}, False),
+        ({"products": 1.5}, False),
+        ({"shared": 228 << 10}, False),
+    ],
+    ids=str,
+)
+def test_what_compile_matrix_refuses(changed, good):
+    [case] = [
+        case
+        for case in compile_matrix.cases("sm_90", 128, torch.bfloat16, 128)
+        if case.name == "packed forward none"
+    ]
+    assert case.keys == 128
+    used = compile_matrix.Usage(205, 0, 160 << 10, 1.0, 4.2, 0)._replace(**changed)
+    assert compile_matrix.fits(case, used, "sm_90") == good
 
 
 LISTING = """
@@ -531,6 +555,7 @@ def test_products_of_the_inner_loop_are_counted():
     four = 64 * 64 * 16 + 64 * 128 * 16
     assert sass.multiply_adds(loop, 8) == 2 * four + 8 * 16 * 8 * 16
     assert sass.multiply_adds([], 8) == 0
+    assert sass.copies(loop) == 1
 
 
 def test_short_blocks_have_configurations_of_their_own():

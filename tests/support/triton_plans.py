@@ -30,6 +30,25 @@ def odd_plan(device, block_q, block_k, slots):
     return Plan(order, keep, block_q, block_k).to(device)
 
 
+PLANS = {
+    "heads, small query blocks": lambda device: random_plan(device, 1, 2, 8, 32),
+    "windows, small key blocks": lambda device: random_plan(device, 1, 2, 32, 8, True),
+    "route": lambda device: routed_plan(device, 2, 1),
+    "blocks of 24 and 36": lambda device: odd_plan(device, 24, 36, 144),
+    "one pattern": lambda device: random_plan(device),
+    "batch and heads": lambda device: random_plan(device, batch=2, heads=2),
+    "batch, small key blocks": lambda device: random_plan(device, 2, 1, 32, 8),
+    "windows": lambda device: random_plan(device, windows=True),
+    "windows, blocks of two tiles": lambda device: random_plan(device, 1, 2, 64, 64, True),
+    "route, small key blocks": lambda device: routed_plan(device, 1, 2, 32, 8),
+    "route, key blocks of two tiles": lambda device: routed_plan(device, 2, 1, 16, 64),
+    "blocks of 36 and 57": lambda device: odd_plan(device, 36, 57, 684),
+    "blocks of 72 and 1": lambda device: odd_plan(device, 72, 1, 72),
+    "blocks of 20 and 1": lambda device: odd_plan(device, 20, 1, 40),
+    "blocks of 91 and 455": lambda device: odd_plan(device, 91, 455, 455),
+}
+
+
 def inputs(plan, dtype, dim=16, batch=None, heads=None):
     """One head and sample for each pattern of the plan without `batch` and `heads`."""
     g = torch.Generator().manual_seed(0)

@@ -1,6 +1,7 @@
 """Our own Triton kernels for block-sparse attention, forward and backward.
 
-q, k and v are read where they lie, by stride and through the plan's slots: nothing is packed.
+q, k and v are read where they lie, by stride and through the plan's slots. On Hopper and Blackwell
+they are first copied into slot order where that costs less than it saves, see `packing.pays`.
 Importing this package imports no triton, which may be missing.
 """
 

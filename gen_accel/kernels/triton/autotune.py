@@ -37,11 +37,19 @@ def tune(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> dict[s
     def backward() -> None:
         block_sparse.attention_backward(*given, q, k, v, out, lse, *lists, scale)
 
-    ruled = configs.row("dkdv", bool(lists.rule) or lists.gain is not None)
     arch, gain = configs.architecture(q.device), lists.gain is not None
+    ruled = bool(lists.rule) or gain
+    rest = lists.rule, lists.gain, lists.block_q, lists.block_k, lists.raster, scale
+    one = block_sparse.way("forward", (k, v), lists[:3], *rest)
+    two = block_sparse.way("backward", (k, v, q, given[0]), lists[:3], *rest)
     kept = tuned.read()
     found = {}
-    for kind, run in (("forward", forward), ("dq", backward), (ruled, backward)):
+    for kind, run in (
+        (one + "forward", forward),
+        (two + "dq", backward),
+        (two + "dkdv", backward),
+    ):
+        kind = configs.row(kind, ruled)
         name = tuned.key(arch, kind, q, plan.block_q, plan.block_k)
         seconds = {}
         block = configs.worked_off(kind, plan.block_q, plan.block_k)

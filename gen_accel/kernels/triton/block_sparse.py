@@ -3,6 +3,7 @@
 Dao, 2023, https://arxiv.org/abs/2307.08691. Unlike there, keys come from a list of blocks, tokens
 are addressed through the plan's slots, so that nothing is reordered or copied, and the lengths of
 blocks and tiles are independent: the blocks of a list are laid end to end and cut into tiles.
+On Hopper and Blackwell, what a loop reads is first copied into slot order where that pays.
 """
 
 import math
@@ -13,16 +14,28 @@ import torch
 import triton
 from torch import Tensor
 
-from gen_accel.kernels.triton import configs
+from gen_accel.kernels.triton import configs, packing
 from gen_accel.kernels.triton.launch import launch, rowwise
+from gen_accel.kernels.triton.packed_backward import packed_dkdv_kernel, packed_dq_kernel
+from gen_accel.kernels.triton.packed_forward import packed_forward_kernel
 from gen_accel.kernels.triton.sparse_backward import delta_kernel, dkdv_kernel, dq_kernel
 from gen_accel.kernels.triton.sparse_forward import forward_kernel
 from gen_accel.kernels.triton.tiles import BITS, NONE, ROUTE, WINDOWS
 
+KERNELS: dict[str, Any] = {
+    "forward": forward_kernel,
+    "dq": dq_kernel,
+    "dkdv": dkdv_kernel,
+    "packed forward": packed_forward_kernel,
+    "packed dq": packed_dq_kernel,
+    "packed dkdv": packed_dkdv_kernel,
+}
+# Which tensors of a kernel are packed, and loaded by descriptor.
+PACKED = {"packed forward": (1, 2), "packed dq": (1, 2), "packed dkdv": (0, 3)}
+
 
 def _launch(
     kind: str,
-    kernel: Any,
     tensors: Sequence[Tensor],
     lists: tuple[Tensor, Tensor, Tensor],
     rule: Sequence[Tensor],
@@ -31,14 +44,16 @@ def _launch(
     block_k: int,
     scale: float,
 ) -> None:
-    """Run one of the three kernels over the rows of `lists`.
+    """Run one of KERNELS over the rows of `lists`.
 
     Args:
-        tensors: what the kernel takes before `slots`; those of four axes are given by stride.
+        tensors: what the kernel takes before `slots`; those of four axes are given by stride, or
+            by descriptor where they are packed.
         lists: slots, index and counts.
     """
-    q = tensors[0]
-    B, H, N, D = q.shape
+    packed = PACKED.get(kind, ())
+    by_stride = [x for i, x in enumerate(tensors) if x.ndim == 4 and i not in packed]
+    B, H, N, D = by_stride[0].shape
     slots, index, counts = lists
     mode = mode_of(rule)
     if mode == BITS.value:
@@ -46,17 +61,22 @@ def _launch(
     picks = rule[0] if mode == ROUTE.value else None
     windows = mode == WINDOWS.value
     facts = {"ruled": mode != NONE.value, "gain": gain is not None}
-    config = configs.choose(kind, q, block_q, block_k, **facts)
-    block, tile = (block_k, config.tile_n) if kind == "dkdv" else (block_q, config.tile_m)
+    config = configs.choose(kind, by_stride[0], block_q, block_k, **facts)
+    sizes = configs.sizes(kind, config, block_q, block_k)
+    block = configs.worked_off(kind, block_q, block_k)
+    tile = config.tile_n if configs.of_keys(kind) else config.tile_m
     launch(
-        kernel,
+        KERNELS[kind],
         (counts.shape[2] * triton.cdiv(block, tile), B * H),
-        q,
-        *tensors,
+        by_stride[0],
+        *(
+            packing.described(x, sizes["LOAD"]) if i in packed else x
+            for i, x in enumerate(tensors)
+        ),
         *lists,
         *(rule or (slots, slots)),
         slots if gain is None else gain,
-        *(step for x in tensors if x.ndim == 4 for step in x.stride()[:3]),
+        *(step for x in by_stride for step in x.stride()[:3]),
         *configs.pattern_strides(index),
         *((0, 0) if picks is None else configs.pattern_strides(picks)),
         *((0, 0) if gain is None else configs.pattern_strides(gain)),
@@ -68,10 +88,7 @@ def _launch(
         scale / math.log(2),
         D=D,
         BLOCK_D=configs.padded_dim(D),
-        BLOCK_Q=block_q,
-        BLOCK_K=block_k,
-        TILE_M=config.tile_m,
-        TILE_N=config.tile_n,
+        **sizes,
         RULE=mode,
         AXES=rule[0].shape[1] if windows else 0,
         GAIN=gain is not None,
@@ -89,6 +106,41 @@ def mode_of(rule: Sequence[Tensor]) -> int:
     return (ROUTE if rule[0].ndim == 4 else WINDOWS).value
 
 
+def way(
+    direction: str,
+    tensors: Sequence[Tensor],
+    lists: tuple[Tensor, Tensor, Tensor],
+    rule: Sequence[Tensor],
+    gain: Tensor | None,
+    block_q: int,
+    block_k: int,
+    raster: bool,
+    scale: float,
+) -> str:
+    """What stands before the kinds of one direction: `configs.PACKING` where packing pays and the
+    kernels for it serve, and nothing else. They take maxima before the scale, and so no negative
+    one, and read no bits.
+
+    Args:
+        direction: "forward" or "backward".
+        tensors: what would be packed.
+        lists: slots, rows and their counts.
+    """
+    x, (slots, rows, _) = tensors[0], lists
+    B, H, _, D = x.shape
+    arch = configs.architecture(x.device)
+    kinds = ("forward",) if direction == "forward" else ("dq", "dkdv")
+    facts = D, x.dtype, block_q, block_k, gain is not None
+    if scale < 0 or mode_of(rule) == BITS.value:
+        return ""
+    if not all(configs.packs(arch, configs.PACKING + kind, *facts) for kind in kinds):
+        return ""
+    ready = raster and all(map(packing.in_place, tensors))
+    pairs = rows.shape[2] * block_q * block_k
+    sizes = B * H, slots.numel(), D, x.element_size(), pairs
+    return configs.PACKING if packing.pays(direction, arch, *sizes, ready) else ""
+
+
 @torch.library.custom_op("gen_accel::triton_attention", mutates_args=())
 def attention(
     q: Tensor,
@@ -103,15 +155,19 @@ def attention(
     gain: Tensor | None,
     block_q: int,
     block_k: int,
+    raster: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The output, (B, H, N, D) laid out like q, and the logsumexp, (B, H, N) fp32."""
     q, k, v = (rowwise(x) for x in (q, k, v))
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    tensors = q, k, v, out, lse
     lists = slots, rows, row_counts
-    _launch("forward", forward_kernel, tensors, lists, rule, gain, block_q, block_k, scale)
+    how = way("forward", (k, v), lists, rule, gain, block_q, block_k, raster, scale)
+    if how == configs.PACKING:
+        k, v = packing.pack(k, v, slots, raster)
+    tensors = q, k, v, out, lse
+    _launch(how + "forward", tensors, lists, rule, gain, block_q, block_k, scale)
     return out, lse
 
 
@@ -138,9 +194,28 @@ def attention_backward(
     gain: Tensor | None,
     block_q: int,
     block_k: int,
+    raster: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, grad = (rowwise(x) for x in (q, k, v, grad))
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    rest = rule, gain, block_q, block_k, scale
+    by_row, by_column = (slots, rows, row_counts), (slots, columns, column_counts)
+    how = way("backward", (k, v, q, grad), by_row, rule, gain, block_q, block_k, raster, scale)
+    if how == configs.PACKING:
+        q_S, grad_S, *sums = packing.pack_queries(q, out, grad, lse, grad_lse, slots, raster)
+        k_S, v_S = packing.pack(k, v, slots, raster)
+        _launch("packed dq", (q, k_S, v_S, grad, dq, *sums), by_row, *rest)
+        _launch("packed dkdv", (q_S, k, v, grad_S, dk, dv, *sums), by_column, *rest)
+        return dq, dk, dv
+    delta = _delta(q, out, grad, lse, grad_lse)
+    _launch("dq", (q, k, v, grad, dq, lse, delta), by_row, *rest)
+    _launch("dkdv", (q, k, v, grad, dk, dv, lse, delta), by_column, *rest)
+    return dq, dk, dv
+
+
+def _delta(q: Tensor, out: Tensor, grad: Tensor, lse: Tensor, grad_lse: Tensor) -> Tensor:
+    """(B, H, N) fp32: what the softmax takes from the gradients of a row's scores."""
     B, H, N, D = q.shape
     delta = torch.empty_like(lse)
     launch(
@@ -160,12 +235,7 @@ def attention_backward(
         BLOCK_D=configs.padded_dim(D),
         TILE=configs.DELTA_TILE,
     )
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    rest = rule, gain, block_q, block_k, scale
-    _launch("dq", dq_kernel, (q, k, v, grad, dq, lse, delta), (slots, rows, row_counts), *rest)
-    tensors = q, k, v, grad, dk, dv, lse, delta
-    _launch("dkdv", dkdv_kernel, tensors, (slots, columns, column_counts), *rest)
-    return dq, dk, dv
+    return delta
 
 
 @attention_backward.register_fake
@@ -176,8 +246,8 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, *lists, rule, gain, block_q, block_k, scale = inputs
-    ctx.numbers = block_q, block_k, scale
+    q, k, v, *lists, rule, gain, block_q, block_k, raster, scale = inputs
+    ctx.numbers = block_q, block_k, raster, scale
     ctx.save_for_backward(q, k, v, *output, *lists, gain, *rule)
 
 
@@ -186,7 +256,7 @@ def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     lists, gain, rule = lists[:5], lists[5], lists[6:]
     rest = rule, gain, *ctx.numbers
     grads = attention_backward(grad, grad_lse, q, k, v, out, lse, *lists, *rest)
-    return *grads, *[None] * 5, [None] * len(rule), *[None] * 4
+    return *grads, *[None] * 5, [None] * len(rule), *[None] * 5
 
 
 attention.register_autograd(_differentiate, setup_context=_save)

@@ -1,5 +1,6 @@
 """Tile sizes, warps and pipeline stages of the kernels, for each architecture."""
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -40,6 +41,8 @@ class SumsConfig(NamedTuple):
 BUCKETS = (64, 128, 256)
 
 KINDS = ("forward", "dq", "dkdv", "dkdv rule")
+# Before the kind of a kernel over packed operands.
+PACKING = "packed "
 
 DELTA_TILE = 16  # rows of one program that only reads two tensors; not timed
 
@@ -96,7 +99,31 @@ WITH_GAIN = {
     ("sm_100", 128, "dkdv rule", False): _C(32, 64, 4, 2),
     ("sm_120", 64, "dkdv rule", False): _C(32, 64, 4, 1),
     ("sm_120", 128, "dkdv rule", False): _C(64, 32, 4, 1),
+    ("sm_90", 64, "packed dq", False): _C(128, 64, 8, 2),
+    ("sm_90", 128, "packed dq", False): _C(128, 64, 8, 2),
+    ("sm_90", 128, "packed dkdv rule", False): _C(32, 128, 8, 2),
+    ("sm_100", 128, "packed dq", False): _C(64, 64, 4, 2),
+    ("sm_100", 128, "packed dkdv rule", False): _C(32, 128, 8, 2),
 }
+
+# Of the kernels over packed operands: the tile that a loop runs over is cut into loads, of which a
+# turn has one or two. Chosen like TABLE and SHORT.
+PACKED = {
+    "sm_90": {
+        64: (_C(128, 128, 8, 2), _C(128, 128, 8, 2), _C(64, 128, 8, 2), _C(64, 128, 8, 2)),
+        128: (_C(128, 128, 8, 2), _C(128, 128, 8, 2), _C(64, 128, 8, 2), _C(64, 128, 8, 2)),
+    },
+    "sm_100": {
+        64: (_C(128, 128, 8, 2), _C(128, 128, 8, 2), _C(64, 128, 8, 2), _C(64, 128, 8, 2)),
+        128: (_C(128, 128, 8, 2), _C(128, 128, 8, 2), _C(64, 128, 8, 2), _C(64, 128, 8, 2)),
+    },
+}
+SHORT_PACKED = {
+    ("sm_90", 64): (_C(64, 128, 4, 2), _C(64, 64, 4, 2), _C(64, 64, 4, 2), _C(64, 64, 4, 2)),
+    ("sm_90", 128): (_C(64, 128, 4, 2), _C(64, 64, 4, 2), _C(32, 64, 4, 2), _C(32, 64, 4, 2)),
+}
+# Rows that a tile has at least; fewer spare nothing by compile_matrix.
+PACKED_ROWS = {"interpreted": 16, "sm_90": 64, "sm_100": 128}
 
 # Exact fp32 products, without tensor cores: small tiles fit every architecture of a maker, and by
 # compile_matrix spill 8 bytes a thread at most; not timed.
@@ -142,7 +169,7 @@ def choose(
     """The configuration of a kernel, with the tile that works off one block cut to the block.
 
     Args:
-        kind: "forward", "dq" or "dkdv".
+        kind: "forward", "dq" or "dkdv", for one that `packs` with "packed " before it.
         q: (B, H, N, D), for its head dim, dtype and device.
         ruled: the plan has a rule on token pairs.
         gain: it has a gain.
@@ -158,12 +185,17 @@ def choose(
 
 def row(kind: str, ruled: bool) -> str:
     """The one of KINDS for "forward", "dq" or "dkdv"; `ruled`: with a rule or a gain."""
-    return "dkdv rule" if kind == "dkdv" and ruled else kind
+    return f"{kind} rule" if of_keys(kind) and ruled else kind
+
+
+def of_keys(kind: str) -> bool:
+    """Whether a program works off keys and its loop runs over queries, and not the reverse."""
+    return kind.removeprefix(PACKING).startswith("dkdv")
 
 
 def worked_off(kind: str, block_q: int, block_k: int) -> int:
     """The length of the blocks that a program works off: of keys for "dkdv", else of queries."""
-    return block_k if kind.startswith("dkdv") else block_q
+    return block_k if of_keys(kind) else block_q
 
 
 def from_table(
@@ -176,21 +208,57 @@ def from_table(
     """
     if arch == "interpreted":
         return INTERPRETED
-    place = KINDS.index(kind)
+    place = KINDS.index(kind.removeprefix(PACKING))
     if dtype == torch.float32:
         return FP32["cuda" if arch.startswith("sm_") else "hip"][bucket(D)][place]
-    config = TABLE[arch][bucket(D)][place]
-    short = cut(kind, config, block) != config and (arch, bucket(D)) in SHORT
+    table, shorter = (PACKED, SHORT_PACKED) if kind.startswith(PACKING) else (TABLE, SHORT)
+    config = table[arch][bucket(D)][place]
+    short = cut(kind, config, block) != config and (arch, bucket(D)) in shorter
     if short:
-        config = SHORT[arch, bucket(D)][place]
+        config = shorter[arch, bucket(D)][place]
     return WITH_GAIN.get((arch, bucket(D), kind, short), config) if gain else config
 
 
 def cut(kind: str, config: Config, block: int) -> Config:
     """The same with the tile that works off a block cut to the block."""
-    if kind.startswith("dkdv"):
+    if of_keys(kind):
         return config._replace(tile_n=tile(block, config.tile_n))
     return config._replace(tile_m=tile(block, config.tile_m))
+
+
+def sizes(kind: str, config: Config, block_q: int, block_k: int) -> dict[str, int]:
+    """The constants of a kernel that name its blocks, tiles and loads."""
+    blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k}
+    if not kind.startswith(PACKING):
+        return {**blocks, "TILE_M": config.tile_m, "TILE_N": config.tile_n}
+    if of_keys(kind):
+        return {**blocks, "TILE_N": config.tile_n, "LOAD": math.gcd(config.tile_m, block_q)}
+    # Masked loads are worked off one by one, for which 64 rows have registers for as many keys.
+    load = math.gcd(config.tile_n, block_k, config.tile_m)
+    made = {**blocks, "TILE_M": config.tile_m, "LOAD": load}
+    return made if kind.endswith("dq") else {**made, "LOADS": min(config.tile_n // load, 2)}
+
+
+def packs(
+    arch: str, kind: str, D: int, dtype: torch.dtype, block_q: int, block_k: int, gain: bool
+) -> bool:
+    """Whether there is a kernel over packed operands: for 16 bits on architectures of PACKED, head
+    dims whose rows start at multiples of 16 bytes, blocks worked off by tiles of PACKED_ROWS or
+    more, and loads of half a tile at least.
+
+    Args:
+        kind: one of KINDS, with "packed " before it.
+    """
+    if D * dtype.itemsize % 16:
+        return False
+    interpreted = arch == "interpreted"
+    if not interpreted and (dtype == torch.float32 or bucket(D) not in PACKED.get(arch, {})):
+        return False
+    block = worked_off(kind, block_q, block_k)
+    config = cut(kind, from_table(arch, kind, D, dtype, block, gain), block)
+    load = sizes(kind, config, block_q, block_k)["LOAD"]
+    own, other = (config.tile_n, config.tile_m)[:: 1 if of_keys(kind) else -1]
+    return 2 * load >= other and own >= PACKED_ROWS[arch]
 
 
 def linear(arch: str, D: int, dtype: torch.dtype) -> LinearConfig:

@@ -31,6 +31,7 @@ class Lists(NamedTuple):
             the free tokens, or in their place what `bits.rule_of` holds, or for a route
             (B', H', S, C) int8 picks and (Kk,) int32 groups.
         gain: of the plan, contiguous fp32; None where it has none.
+        raster: slots are in the order of the tokens, without padding.
     """
 
     slots: Tensor
@@ -42,6 +43,7 @@ class Lists(NamedTuple):
     gain: Tensor | None
     block_q: int
     block_k: int
+    raster: bool
 
 
 _cache: "WeakKeyDictionary[Plan, Lists]" = WeakKeyDictionary()
@@ -115,7 +117,7 @@ def _with_rest(
     columns: tuple[Tensor, Tensor] | tuple[None, None],
 ) -> Lists:
     gain = None if plan.gain is None else plan.gain.float().contiguous()
-    rest = _rule(plan), gain, plan.block_q, plan.block_k
+    rest = _rule(plan), gain, plan.block_q, plan.block_k, plan.is_raster
     return Lists(plan.slots_int32, rows[0], rows[1], columns[0], columns[1], *rest)
 
 

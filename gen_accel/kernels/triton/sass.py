@@ -17,6 +17,8 @@ INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);")
 BRANCH = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
 WGMMA = re.compile(r"\bHGMMA\.64x(\d+)x(\d+)")
 MMA = re.compile(r"\bHMMA\.16(8\d+)")  # 16 rows, 8 columns and the depth
+# Asynchronous copies by threads, and the fences that products wait for after them.
+COPIES = re.compile(r"\b(LDGSTS|FENCE\.VIEW\.ASYNC|MEMBAR)\b")
 
 
 def cuobjdump(compiled: Any, *options: str) -> str:
@@ -54,3 +56,8 @@ def multiply_adds(loop: list[str], num_warps: int) -> int:
         elif found := MMA.search(text):
             total += 16 * 8 * int(found[1][1:]) * num_warps
     return total
+
+
+def copies(loop: list[str]) -> int:
+    """Count the COPIES of one turn."""
+    return sum(bool(COPIES.search(text)) for text in loop)

@@ -180,3 +180,18 @@ def listed_block(index, o_s, i_p, BLOCK: tl.constexpr, TILE: tl.constexpr):
         return tl.load(index + i_p // BLOCK)
     else:
         return o_s[None, :] // BLOCK
+
+
+@triton.jit
+def listed_load(index, i_p, BLOCK: tl.constexpr, LOAD: tl.constexpr):
+    """The block and the first slot of the i_p-th load of the listed blocks, laid end to end; LOAD
+    divides BLOCK."""
+    i_block = tl.load(index + i_p // (BLOCK // LOAD))
+    return i_block, i_block * BLOCK + i_p % (BLOCK // LOAD) * LOAD
+
+
+@triton.jit
+def packed_tile(x, i_b, i_h, i_s, TILE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[TILE, BLOCK_D] rows of one head from slot i_s on, by a descriptor of (B, H, S, D); zeros
+    past D."""
+    return x.load([i_b.to(tl.int32), i_h.to(tl.int32), i_s, 0]).reshape(TILE, BLOCK_D)
