@@ -18,6 +18,7 @@ import triton.language as tl
 
 from gen_accel.kernels.triton.tiles import (
     LN2,
+    NONE,
     dot,
     listed_blocks,
     listed_load,
@@ -45,6 +46,7 @@ def _masked_phase(
     i_h,
     slots,
     index,
+    start,
     stop,
     rule,
     more,
@@ -59,7 +61,7 @@ def _masked_phase(
     AXES: tl.constexpr,
     GAIN: tl.constexpr,
 ):
-    for i_p in range(0, stop):
+    for i_p in range(start, stop):
         i_k, i_s = listed_load(index, i_p, BLOCK_K, LOAD)
         # [TILE_M, LOAD]
         b_s = dot(b_q, tl.trans(packed_tile(k, i_b, i_h, i_s, LOAD, BLOCK_D))) * scale
@@ -184,7 +186,7 @@ def packed_forward_kernel(
     i_block, index, masked, total = listed_blocks(
         index, counts, i_pattern, i_turn, S // BLOCK_Q, entries, BLOCK_K // LOAD
     )
-    masked += (total - masked) % LOADS  # a load that is left over without another one
+    whole = masked + (total - masked) % LOADS  # a load is left over that has no other for its turn
     rule += (i_b * route_b + i_h * route_h) * S * C
     if GAIN:
         gain += ((i_b * gain_b + i_h * gain_h) * (S // BLOCK_Q) + i_block) * (S // BLOCK_K)
@@ -194,32 +196,34 @@ def packed_forward_kernel(
     b_acc = tl.zeros([TILE_M, BLOCK_D], tl.float32)
     b_sum = tl.zeros([TILE_M], tl.float32)
     b_max = tl.full([TILE_M], -float("inf"), tl.float32)
-    b_acc, b_sum, b_max = _masked_phase(
-        b_acc,
-        b_sum,
-        b_max,
-        b_q,
-        o_q,
-        k,
-        v,
-        i_b,
-        i_h,
-        slots,
-        index,
-        masked,
-        rule,
-        more,
-        gain,
-        S,
-        C,
-        scale,
-        BLOCK_D,
-        BLOCK_K,
-        LOAD,
-        RULE,
-        AXES,
-        GAIN,
-    )
+    for LEFT in tl.static_range(LOADS if RULE != NONE else 1):
+        b_acc, b_sum, b_max = _masked_phase(
+            b_acc,
+            b_sum,
+            b_max,
+            b_q,
+            o_q,
+            k,
+            v,
+            i_b,
+            i_h,
+            slots,
+            index,
+            masked if LEFT else 0,
+            whole if LEFT or RULE == NONE else masked,
+            rule,
+            more,
+            gain,
+            S,
+            C,
+            scale,
+            BLOCK_D,
+            BLOCK_K,
+            LOAD,
+            NONE if LEFT else RULE,
+            AXES,
+            GAIN,
+        )
     b_acc, b_sum, b_max = _whole_phase(
         b_acc,
         b_sum,
@@ -230,7 +234,7 @@ def packed_forward_kernel(
         i_b,
         i_h,
         index,
-        masked,
+        whole,
         total,
         gain,
         scale,
