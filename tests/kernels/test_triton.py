@@ -474,15 +474,15 @@ def compiled(tmp_path_factory):
 
 
 SOME_KERNELS = ["--dim", "128", "--block", "64", "--kernel"]
-SOME_KERNELS += ["forward route", "dq windows", "delta"]
+SOME_KERNELS += ["forward route", "forward bits", "dq windows", "delta"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "count"),
     [
-        pytest.param([*SOME_KERNELS, "states"], 7, id="some"),
-        pytest.param([], 184, id="every", marks=pytest.mark.nightly),
+        pytest.param([*SOME_KERNELS, "states"], 9, id="some"),
+        pytest.param([], 232, id="every", marks=pytest.mark.nightly),
     ],
 )
 def test_kernels_compile_for_hopper_and_spill_nothing(compiled, options, count):

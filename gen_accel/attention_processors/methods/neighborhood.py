@@ -17,7 +17,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from gen_accel.plan import Plan, Windows, tile_slots
+from gen_accel.plan import Plan, Windows
 from gen_accel.video import VideoShape
 
 Axes = tuple[int, int, int]
@@ -27,7 +27,8 @@ AXES = ("frames", "rows", "columns")
 TILE_Q, TILE_K = 128, 64
 LEAST_K = 32  # on a CPU, so that lists of blocks stay short
 # What a pair in a block that needs a mask costs beside one that needs none, and what a key costs a
-# query block beside one pair: to be fetched. Rough, from a CPU; they choose tiles, no more.
+# query block beside one pair: to be fetched. Rough, from a CPU, and by the instructions of a GPU
+# kernel's loops much the same (546 and 443 on sm_90); they choose tiles, no more.
 MASKED, FETCH = 1.25, 12
 
 
@@ -114,10 +115,16 @@ class Neighborhood:
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # a plan built while sampling must serve training too
 def _plan(method: Neighborhood, video: VideoShape, device: torch.device) -> Plan:
+    return plan_for_device(method, video, gpu=device.type != "cpu").to(device)
+
+
+def plan_for_device(method: Neighborhood, video: VideoShape, *, gpu: bool) -> Plan:
+    """The plan in blocks that suit the kernels of GPUs or of CPUs, made on the CPU."""
     axes = [_axis(*along) for along in method.by_axis(video)]
-    tile_q, tile_k = _tiles(axes, even=device.type != "cpu")
-    slots = tile_slots(video, tile_q, [axis.order for axis in axes])
-    block_q, block_k = math.prod(tile_q), math.prod(tile_k)
+    tile_q, tile_k = (_gpu_tiles if gpu else _tiles)(axes)
+    block_k = _power(math.prod(tile_k)) if gpu else math.prod(tile_k)
+    block_q = math.prod(tile_q) // math.prod(tile_k) * block_k
+    slots = _slots(video, tile_q, tile_k, block_k, [axis.order for axis in axes])
 
     free = slots >= video.video_tokens
     index = torch.unravel_index(slots.clamp(0, video.video_tokens - 1), video.grid)
@@ -126,7 +133,31 @@ def _plan(method: Neighborhood, video: VideoShape, device: torch.device) -> Plan
     limits = torch.cat([axis.limits[:, :, i] for axis, i in zip(axes, index, strict=True)])
     rule = _windows(limits, free, seen)
     keep = rule.touched(slots >= 0, block_q, block_k)[None, None]
-    return Plan(slots, keep, block_q, block_k, rule).to(device)
+    return Plan(slots, keep, block_q, block_k, rule)
+
+
+def _slots(
+    video: VideoShape, tile_q: Axes, tile_k: Axes, block_k: int, orders: Sequence[Tensor]
+) -> Tensor:
+    """Slots of a video cut into query tiles and these into key tiles, each padded to a key block;
+    text in query blocks of its own.
+
+    Args:
+        orders: for each axis the (length,) order in which its indices are laid out.
+    """
+    counts = [-(-size // step) for size, step in zip(video.grid, tile_q, strict=True)]
+    padded = torch.full([n * t for n, t in zip(counts, tile_q, strict=True)], -1)
+    tokens = torch.arange(video.video_tokens).view(video.grid)
+    for axis, order in enumerate(orders):
+        tokens = tokens.index_select(axis, order)
+    padded[: video.frames, : video.height, : video.width] = tokens
+    inner = [q // k for q, k in zip(tile_q, tile_k, strict=True)]
+    cut = padded.view([n for sides in zip(counts, inner, tile_k, strict=True) for n in sides])
+    tiles = cut.permute(0, 3, 6, 1, 4, 7, 2, 5, 8).reshape(-1, math.prod(tile_k))
+    blocks = torch.nn.functional.pad(tiles, (0, block_k - tiles.shape[1]), value=-1).flatten()
+    text = torch.arange(video.video_tokens, video.tokens)
+    padding = torch.full((-video.text % (math.prod(inner) * block_k),), -1)
+    return torch.cat([blocks, text, padding])
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,35 +234,70 @@ def _windows(limits: Tensor, free: Tensor, seen: Tensor) -> Windows:
     return Windows(first, last, place, free, seen)
 
 
-def _tiles(axes: Sequence[_Axis], *, even: bool) -> tuple[Axes, Axes]:
-    """The query and key tile with which a kernel has least to do.
+def _tiles(axes: Sequence[_Axis]) -> tuple[Axes, Axes]:
+    """The query and key tile with which a kernel has least to do on a CPU.
 
     Key tiles in a row along the frames make a query tile, so that both are runs of slots.
-
-    Args:
-        even: sides and so blocks are powers of two, as GPU kernels need them, where on a CPU any
-            will do.
     """
     sizes = [len(axis.order) for axis in axes]
-    if even:
-        sides = [[2**i for i in range((n - 1).bit_length() + 1)] for n in sizes]
-        most_k = least_k = min(TILE_K, math.prod(options[-1] for options in sides))
-    else:
-        sides = [sorted({-(-n // parts) for parts in range(1, n + 1)}) for n in sizes]
-        most_k, least_k = TILE_Q, min(LEAST_K, math.prod(sizes))
+    least = min(LEAST_K, math.prod(sizes))
+    tiles = [
+        ((frames * in_a_row, rows, columns), (frames, rows, columns))
+        for frames, rows, columns in product(*map(_sides, sizes))
+        if least <= frames * rows * columns <= TILE_Q
+        for in_a_row in (1, 2, 4)
+        if in_a_row == 1
+        or (in_a_row * frames * rows * columns <= TILE_Q and in_a_row * frames < 2 * sizes[0])
+    ]
+    return _least_work(axes, tiles, padded=False)
+
+
+def _gpu_tiles(axes: Sequence[_Axis]) -> tuple[Axes, Axes]:
+    """The same for GPUs: blocks of as many slots as kernels like, some of them padding where tiles
+    that divide the grid hold fewer tokens.
+
+    Two key tiles side by side along any axis make a query tile.
+    """
+    sizes = [len(axis.order) for axis in axes]
+    volume = math.prod(sizes)
+    block_k = min(TILE_K, _power(volume))
+    in_a_row = 2 if volume > TILE_K else 1
+    tiles = []
+    for tile in product(*map(_sides, sizes)):
+        if _power(math.prod(tile)) == block_k:
+            for axis in range(3):
+                wide = list(tile)
+                wide[axis] *= in_a_row
+                tiles.append(((wide[0], wide[1], wide[2]), tile))
+    return _least_work(axes, tiles, padded=True)
+
+
+def _power(number: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << (number - 1).bit_length()
+
+
+def _sides(size: int) -> list[int]:
+    """The sides of tiles that cut an axis as evenly as possible."""
+    return sorted({-(-size // parts) for parts in range(1, size + 1)})
+
+
+def _least_work(
+    axes: Sequence[_Axis], tiles: Sequence[tuple[Axes, Axes]], *, padded: bool
+) -> tuple[Axes, Axes]:
+    """The one of `tiles`, of queries and keys, with which a kernel has least to do.
+
+    Args:
+        padded: blocks are padded to a power of two.
+    """
     pairs = [cache(axis.pairs) for axis in axes]
 
     def work(tile_q: Axes, tile_k: Axes) -> float:
         counts = [count(*shape) for count, *shape in zip(pairs, tile_q, tile_k, strict=True)]
         computed, whole = (math.prod(numbers) for numbers in zip(*counts, strict=True))
+        block = math.prod(tile_k)
+        if padded and _power(block) > block:
+            computed, whole = computed * (_power(block) / block) ** 2, 0
         return (MASKED * computed - (MASKED - 1) * whole) * (1 + FETCH / math.prod(tile_q))
 
-    tiles = [
-        ((frames * in_a_row, rows, columns), (frames, rows, columns))
-        for frames, rows, columns in product(*sides)
-        if least_k <= frames * rows * columns <= most_k
-        for in_a_row in (1, 2, 4)
-        if in_a_row == 1
-        or (in_a_row * frames * rows * columns <= TILE_Q and in_a_row * frames < 2 * sizes[0])
-    ]
     return min(tiles, key=lambda both: work(*both))

@@ -10,14 +10,15 @@ floor(log2(max(d, 1))) == b.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from gen_accel.attention_processors.methods.full_tiles import full_tiles, tokens_of_tile
 from gen_accel.plan import Plan, raster_slots, tile_slots
 from gen_accel.video import VideoShape
 
@@ -38,7 +39,9 @@ class Radial:
             the query's own tile. A band whose share falls below one tile keeps that tile in every
             n-th frame instead. A token always sees its own frame and, with `sink`, the first. No
             tile spans two frames of keys, so the pattern does not depend on how a frame's token
-            count relates to the block size, on any shape.
+            count relates to the block size, on any shape. On GPUs, whose kernels are fastest with
+            full blocks of powers of two, the tiles are those of `full_tiles`: as many tokens each,
+            in bands of rows, so that little is padded on any grid.
         "paper": equation 4: a band of s / 2^b raster positions to each side, then every n-th
             frame's diagonal. A block is kept when it holds a kept pair. The paper's decay has no
             factor; ours scales the width.
@@ -58,8 +61,9 @@ class Radial:
             does not tell where something that moves has got to. None: no frame but the sink.
         tile_frames: frames that a query tile of the balanced rule spans, if that many fit into a
             block. It sees what any of them must see: more, but kernels take larger blocks faster.
-            None: one for each 24 of the clip.
-        tile_side: the most rows and columns of a tile of the balanced rule.
+            None: one for each 24 of the clip; on GPUs, where it is a power of two, two at least.
+        tile_side: the most rows and columns of a tile of the balanced rule; on GPUs its square is
+            the most tokens, cut to a power of two.
     """
 
     rule: Rule = "balanced"
@@ -116,7 +120,8 @@ class Radial:
 @torch.inference_mode(False)  # a plan built while sampling must serve training too
 def _plan(method: Radial, video: VideoShape, device: torch.device) -> Plan:
     if device.type != "cpu":
-        return _plan(method, video, torch.device("cpu")).to(device)
+        made = gpu_plan(method, video) if method.rule == "balanced" else method.plan(video)
+        return made.to(device)
     if method.rule == "balanced":
         return _balanced(method, video)
     slots = raster_slots(video, method.block)
@@ -128,6 +133,29 @@ def _plan(method: Radial, video: VideoShape, device: torch.device) -> Plan:
     fill = _paper if method.rule == "paper" else _code
     fill(method, video, keep)
     return Plan(slots, keep[None, None], method.block, method.block)
+
+
+class Tiles(NamedTuple):
+    """Where the tiles of a frame lie: in bands of rows, from left to right.
+
+    Args:
+        bands: how many there are.
+        band, column: (T,) int64, the band of each tile and its place in it.
+        columns: (T,) int64, how many tiles its band holds.
+    """
+
+    bands: int
+    band: Tensor
+    column: Tensor
+    columns: Tensor
+
+
+def tiles_of(counts: Sequence[int]) -> Tiles:
+    """Tiles numbered band by band, of which each band holds one of `counts`."""
+    columns = torch.tensor(counts)
+    band = torch.arange(len(counts)).repeat_interleave(columns)
+    column = torch.arange(len(band)) - (columns.cumsum(0) - columns)[band]
+    return Tiles(len(counts), band, column, columns[band])
 
 
 def tile_shape(method: Radial, video: VideoShape) -> tuple[int, int, int]:
@@ -153,20 +181,48 @@ def _balanced(method: Radial, video: VideoShape) -> Plan:
     frame = torch.arange(groups * tile[0])
     distance = torch.maximum(first - frame, frame - last).clamp_min(0)
 
-    window = torch.stack(
-        [_near_tiles(rows, columns, _share(method, d), d) for d in range(video.frames)]
-    )
+    window = _windows(method, video, tiles_of([columns] * rows))
     near = window[distance.clamp_max(video.frames - 1)]  # (groups, frames, tiles, tiles)
     near[:, method.whole_frames(video.frames)] = True
     # A block of queries is (group, tile), one of keys is (group, tile, frame in the group).
     near = near.unflatten(1, (groups, tile[0])).permute(0, 3, 1, 4, 2)
     size = near.shape[0] * near.shape[1]
-    video_keep = near.reshape(size, -1)
+    return _with_text(slots, near.reshape(size, -1), block_q, block_k)
 
+
+def gpu_plan(method: Radial, video: VideoShape) -> Plan:
+    """The plan of the balanced rule in blocks that suit the kernels of GPUs, made on the CPU.
+
+    So little is padded on any grid, and so few blocks need a mask, that a block computes what it
+    keeps. A query block sees what its nearest frame must see.
+    """
+    tokens = tokens_of_tile(video, method.tile_side**2)
+    most = method.block // tokens, method.tile_frames or max(2, video.frames // TILE_FRAMES)
+    most = max(1, min(*most, -(-video.video_tokens // tokens)))
+    in_a_row = 1 << most.bit_length() - 1
+    slots, counts, frame, tile, *blocks = full_tiles(video, tokens, in_a_row)
+
+    last = torch.full((-len(tile) % in_a_row,), len(tile) - 1)
+    members = torch.cat([torch.arange(len(tile)), last]).view(-1, in_a_row)
+    distance = (frame[members][:, :, None] - torch.arange(video.frames)).abs().amin(1)
+    window = _windows(method, video, tiles_of(counts))
+    near = torch.stack([window[distance, tile[i][:, None]] for i in members.T]).any(0)
+    near[:, method.whole_frames(video.frames)] = True  # (query blocks, frames, tiles)
+    return _with_text(slots, near[:, frame, tile], *blocks)
+
+
+def _with_text(slots: Tensor, video_keep: Tensor, block_q: int, block_k: int) -> Plan:
+    """A plan in which all blocks after those of the video see all and are seen by all."""
     keep = torch.ones(slots.numel() // block_q, slots.numel() // block_k, dtype=torch.bool)
-    keep[:size, : video_keep.shape[1]] = video_keep
+    keep[: video_keep.shape[0], : video_keep.shape[1]] = video_keep
     occupied = (slots >= 0).view(-1, block_k).any(-1)  # frames past the last are padding alone
     return Plan(slots, (keep & occupied)[None, None], block_q, block_k)
+
+
+def _windows(method: Radial, video: VideoShape, tiles: Tiles) -> Tensor:
+    """(frames, T, T) bool, which tiles are seen of a frame at each distance."""
+    distances = range(video.frames)
+    return torch.stack([_near_tiles(tiles, _share(method, d), d) for d in distances])
 
 
 def _share(method: Radial, distance: int) -> float:
@@ -176,30 +232,36 @@ def _share(method: Radial, distance: int) -> float:
     return min(1.0, method.decay_factor * 0.5 ** (distance.bit_length() - 1))
 
 
-def _near_tiles(rows: int, columns: int, share: float, distance: int) -> Tensor:
-    """(tiles, tiles) bool: a window of about share x tiles about each tile of one frame.
+def _near_tiles(tiles: Tiles, share: float, distance: int) -> Tensor:
+    """(T, T) bool: a window of about share x T tiles about each tile of one frame.
 
     The window is shifted at the border rather than cut, so that every tile sees as many.
     """
-    tiles = share * rows * columns
-    if tiles < 1:
-        every = round(1 / tiles)
-        return torch.eye(rows * columns, dtype=torch.bool) & (distance % every == 0)
-    # Where the split is uneven, odd distances favour the other axis.
-    sizes = {"rows": rows, "columns": columns}
-    lead, other = ("rows", "columns") if distance % 2 == 0 else ("columns", "rows")
-    extent = {lead: min(sizes[lead], max(1, round(share**0.5 * sizes[lead])))}
-    extent[other] = min(sizes[other], max(1, round(tiles / extent[lead])))
-    near_rows = _window(rows, extent["rows"])
-    near_columns = _window(columns, extent["columns"])
-    return torch.kron(near_rows.int(), near_columns.int()).bool()
+    T = len(tiles.band)
+    wanted = share * T
+    if wanted < 1:
+        every = round(1 / wanted)
+        return torch.eye(T, dtype=torch.bool) & (distance % every == 0)
+    # In a band that holds one tile more than another, as much of its width. Where the split is
+    # uneven, odd distances favour the other axis.
+    bands, columns = tiles.bands, tiles.columns.double()
+    if distance % 2 == 0:
+        rows = min(bands, max(1, round(share**0.5 * bands)))
+        wide = ((wanted / rows) * (columns * bands / T)).round()
+    else:
+        wide = (share**0.5 * columns).round().clamp_min(1)
+        rows = min(bands, max(1, round(wanted / wide[tiles.column == 0].mean().item())))
+    place = (2 * tiles.column + 1)[:, None] * tiles.columns // (2 * tiles.columns[:, None])
+    extent = wide.long().clamp_min(1).minimum(tiles.columns)
+    near = _window(tiles.column, place, extent, tiles.columns)
+    return near & _window(tiles.band, tiles.band[:, None], rows, bands)
 
 
-def _window(size: int, extent: int) -> Tensor:
-    """(size, size) bool: `extent` places about each place, shifted inwards at both ends."""
-    place = torch.arange(size)
-    start = (place - extent // 2).clamp(0, size - extent)[:, None]
-    return (start <= place) & (place < start + extent)
+def _window(key: Tensor, place: Tensor, extent: Tensor | int, size: Tensor | int) -> Tensor:
+    """Whether `key`, of `size` places, is one of `extent` about `place`, shifted inwards at both
+    ends."""
+    start = (place - extent // 2).clamp(torch.tensor(0), torch.as_tensor(size - extent))
+    return (start <= key) & (key < start + extent)
 
 
 def _paper(method: Radial, video: VideoShape, keep: Tensor) -> None:

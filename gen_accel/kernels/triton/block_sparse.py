@@ -20,7 +20,7 @@ from gen_accel.kernels.triton.packed_backward import packed_dkdv_kernel, packed_
 from gen_accel.kernels.triton.packed_forward import packed_forward_kernel
 from gen_accel.kernels.triton.sparse_backward import delta_kernel, dkdv_kernel, dq_kernel
 from gen_accel.kernels.triton.sparse_forward import forward_kernel
-from gen_accel.kernels.triton.tiles import NONE, ROUTE, WINDOWS
+from gen_accel.kernels.triton.tiles import BITS, NONE, ROUTE, WINDOWS
 
 KERNELS: dict[str, Any] = {
     "forward": forward_kernel,
@@ -55,8 +55,10 @@ def _launch(
     by_stride = [x for i, x in enumerate(tensors) if x.ndim == 4 and i not in packed]
     B, H, N, D = by_stride[0].shape
     slots, index, counts = lists
-    picks = rule[0] if rule and rule[0].ndim == 4 else None
-    mode = (NONE if not rule else WINDOWS if picks is None else ROUTE).value
+    mode = mode_of(rule)
+    if mode == BITS.value:
+        rule = rule[2:] if configs.of_keys(kind) else rule[:2]
+    picks = rule[0] if mode == ROUTE.value else None
     windows = mode == WINDOWS.value
     facts = {"ruled": mode != NONE.value, "gain": gain is not None}
     config = configs.choose(kind, by_stride[0], block_q, block_k, **facts)
@@ -125,6 +127,15 @@ def way(
     pairs = rows.shape[2] * block_q * block_k
     sizes = B * H, slots.numel(), D, x.element_size(), pairs
     return configs.PACKING if packing.pays(direction, arch, *sizes, ready) else ""
+
+
+def mode_of(rule: Sequence[Tensor]) -> int:
+    """Which of the kinds of rule in `tiles` the one of `Lists` is."""
+    if not rule:
+        return NONE.value
+    if len(rule) == 4:
+        return BITS.value
+    return (ROUTE if rule[0].ndim == 4 else WINDOWS).value
 
 
 def _rowwise(x: Tensor) -> Tensor:

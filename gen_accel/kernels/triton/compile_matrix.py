@@ -45,7 +45,12 @@ SHARED = {
 # `sass.COPIES`.
 MOST = {("sm_90", 128, 128): 4.3, ("sm_90", 128, 64): 4.8}
 
-RULES = {"none": tiles.NONE, "windows": tiles.WINDOWS, "route": tiles.ROUTE}
+RULES = {
+    "none": tiles.NONE,
+    "windows": tiles.WINDOWS,
+    "route": tiles.ROUTE,
+    "bits": tiles.BITS,
+}
 
 # Types of arguments by name; those of the inputs' own type and the integers are not listed.
 TYPES = {

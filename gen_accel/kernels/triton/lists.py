@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from gen_accel.kernels.triton import bits
 from gen_accel.plan import Plan, Route
 
 
@@ -27,7 +28,8 @@ class Lists(NamedTuple):
         columns, column_counts: the same for each key block, with the query blocks that see it.
             None where no gradient can be asked for.
         rule: empty, or for windows (3, A, S) int32 with first, last and place and (S,) int8 with
-            the free tokens, or for a route (B', H', S, C) int8 picks and (Kk,) int32 groups.
+            the free tokens, or in their place what `bits.rule_of` holds, or for a route
+            (B', H', S, C) int8 picks and (Kk,) int32 groups.
         gain: of the plan, contiguous fp32; None where it has none.
         raster: slots are in the order of the tokens, without padding.
     """
@@ -90,7 +92,11 @@ def _sorted(plan: Plan) -> Lists:
     masked = plan.keep & ~plan.whole
     rows = listed(masked, plan.keep)
     columns = listed(masked.transpose(-1, -2), plan.keep.transpose(-1, -2))
-    return _with_rest(plan, rows, columns)
+    made = _with_rest(plan, rows, columns)
+    if not masked.any():
+        return made._replace(rule=[])
+    rule = bits.rule_of(plan, masked)
+    return made if rule is None else made._replace(rule=rule)
 
 
 def _counted(plan: Plan, backward: bool) -> Lists:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from gen_accel.kernels.triton.tiles import (
+    BITS,
     LN2,
     LOG2E,
     NONE,
@@ -15,8 +16,11 @@ from gen_accel.kernels.triton.tiles import (
     listed_block,
     listed_blocks,
     listed_tile,
+    listed_words,
     load_rows,
     obey,
+    obey_bits,
+    own_bits,
     own_tile,
     store_rows,
 )
@@ -88,6 +92,7 @@ def _dq_phase(
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILE_N: tl.constexpr,
     RULE: tl.constexpr,
@@ -105,9 +110,12 @@ def _dq_phase(
         if GAIN:
             b_gain = tl.load(gain + listed_block(index, o_k, i_p, BLOCK_K, TILE_N))
             b_s = tl.where(b_s > 0, b_s * b_gain, b_s)
-        if PADDED:
+        if PADDED and not (MASKED and RULE == BITS):
             b_s = tl.where((o_t >= 0)[None, :], b_s, -float("inf"))
-        if MASKED:
+        if MASKED and RULE == BITS:
+            b_w = listed_words(rule, o_q, i_p, stop, BLOCK_Q, BLOCK_K, TILE_N)
+            b_s = obey_bits(b_s, b_w, i_p, stop, BLOCK_K, TILE_N)
+        elif MASKED:
             o_block = listed_block(index, o_k, i_p, BLOCK_K, TILE_N)
             b_s = obey(b_s, o_q[:, None], o_k[None, :], o_block, rule, more, S, C, RULE, AXES)
         b_p = tl.exp2(b_s - b_lse[:, None])
@@ -181,7 +189,11 @@ def dq_kernel(
     )
     k += i_b * stride_kb + i_h * stride_kh
     v += i_b * stride_vb + i_h * stride_vh
-    rule += (i_b * route_b + i_h * route_h) * S * C
+    if RULE == BITS:
+        i_list = i_pattern * (S // BLOCK_Q) + i_block
+        rule = own_bits(rule, more, i_list, BLOCK_Q, BLOCK_K)
+    else:
+        rule += (i_b * route_b + i_h * route_h) * S * C
     if GAIN:
         gain += ((i_b * gain_b + i_h * gain_h) * (S // BLOCK_Q) + i_block) * (S // BLOCK_K)
     lse += (i_b * H + i_h) * N
@@ -191,6 +203,8 @@ def dq_kernel(
     b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_t, D, BLOCK_D, True)
     b_grad = load_rows(grad + i_b * stride_gb + i_h * stride_gh, stride_gn, o_t, D, BLOCK_D, True)
     b_lse, b_delta = _statistics(lse, delta, o_t)
+    if RULE == BITS:
+        o_q -= i_block * BLOCK_Q
     b_dq = tl.zeros([TILE_M, BLOCK_D], tl.float32)
     for MASKED in tl.static_range(1, -1, -1):
         b_dq = _dq_phase(
@@ -216,6 +230,7 @@ def dq_kernel(
             scale,
             D,
             BLOCK_D,
+            BLOCK_Q,
             BLOCK_K,
             TILE_N,
             RULE,
@@ -274,7 +289,10 @@ def _dkdv_phase(
             o_block = listed_block(index, o_q, i_p, BLOCK_Q, TILE_M)
             b_gain = tl.load(gain + o_block * (S // BLOCK_K))
             b_s = tl.where(b_s > 0, b_s * b_gain, b_s)
-        if MASKED:
+        if MASKED and RULE == BITS:
+            b_w = listed_words(rule, o_k, i_p, stop, BLOCK_K, BLOCK_Q, TILE_M)
+            b_s = obey_bits(b_s, b_w, i_p, stop, BLOCK_Q, TILE_M)
+        elif MASKED:
             b_s = obey(b_s, o_q[None, :], o_k[:, None], i_block, rule, more, S, C, RULE, AXES)
         b_p = tl.exp2(b_s - b_lse[None, :])
         b_dv = dot(b_p.to(b_grad.dtype), b_grad, b_dv)
@@ -352,7 +370,11 @@ def dkdv_kernel(
     )
     q += i_b * stride_qb + i_h * stride_qh
     grad += i_b * stride_gb + i_h * stride_gh
-    rule += (i_b * route_b + i_h * route_h) * S * C
+    if RULE == BITS:
+        i_list = i_pattern * (S // BLOCK_K) + i_block
+        rule = own_bits(rule, more, i_list, BLOCK_K, BLOCK_Q)
+    else:
+        rule += (i_b * route_b + i_h * route_h) * S * C
     if GAIN:
         gain += (i_b * gain_b + i_h * gain_h) * (S // BLOCK_Q) * (S // BLOCK_K) + i_block
     lse += (i_b * H + i_h) * N
@@ -361,6 +383,8 @@ def dkdv_kernel(
     o_k, o_t = own_tile(slots, i_block, i_tile, BLOCK_K, TILE_N)
     b_k = load_rows(k + i_b * stride_kb + i_h * stride_kh, stride_kn, o_t, D, BLOCK_D, True)
     b_v = load_rows(v + i_b * stride_vb + i_h * stride_vh, stride_vn, o_t, D, BLOCK_D, True)
+    if RULE == BITS:
+        o_k -= i_block * BLOCK_K
     b_dk = tl.zeros([TILE_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([TILE_N, BLOCK_D], tl.float32)
     for MASKED in tl.static_range(0 if RULE == NONE else 1, -1, -1):

@@ -8,13 +8,17 @@ import triton
 import triton.language as tl
 
 from gen_accel.kernels.triton.tiles import (
+    BITS,
     LN2,
     dot,
     listed_block,
     listed_blocks,
     listed_tile,
+    listed_words,
     load_rows,
     obey,
+    obey_bits,
+    own_bits,
     own_tile,
     store_rows,
 )
@@ -43,6 +47,7 @@ def _forward_phase(
     scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILE_N: tl.constexpr,
     RULE: tl.constexpr,
@@ -51,18 +56,26 @@ def _forward_phase(
     MASKED: tl.constexpr,
 ):
     PADDED: tl.constexpr = MASKED or BLOCK_K % TILE_N != 0
+    # With many rows no register is left to hold words while scores are made.
+    EARLY: tl.constexpr = MASKED and RULE == BITS and BLOCK_Q < 128
     # Places are fetched one tile ahead, so that loads of keys depend on no load of their own turn.
     o_k, o_t = listed_tile(index, slots, start, stop, BLOCK_K, TILE_N)
     for i_p in range(start, stop, TILE_N):
+        if EARLY:
+            b_w = listed_words(rule, o_q, i_p, stop, BLOCK_Q, BLOCK_K, TILE_N)
         b_k = load_rows(k, stride_k, o_t, D, BLOCK_D, PADDED)
         # [TILE_M, TILE_N]
         b_s = dot(b_q, tl.trans(b_k)) * scale
         if GAIN:
             b_gain = tl.load(gain + listed_block(index, o_k, i_p, BLOCK_K, TILE_N))
             b_s = tl.where(b_s > 0, b_s * b_gain, b_s)
-        if PADDED:
+        if PADDED and not (MASKED and RULE == BITS):
             b_s = tl.where((o_t >= 0)[None, :], b_s, -float("inf"))
-        if MASKED:
+        if MASKED and RULE == BITS:
+            if not EARLY:
+                b_w = listed_words(rule, o_q, i_p, stop, BLOCK_Q, BLOCK_K, TILE_N)
+            b_s = obey_bits(b_s, b_w, i_p, stop, BLOCK_K, TILE_N)
+        elif MASKED:
             o_block = listed_block(index, o_k, i_p, BLOCK_K, TILE_N)
             b_s = obey(b_s, o_q[:, None], o_k[None, :], o_block, rule, more, S, C, RULE, AXES)
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
@@ -136,12 +149,18 @@ def forward_kernel(
     )
     k += i_b * stride_kb + i_h * stride_kh
     v += i_b * stride_vb + i_h * stride_vh
-    rule += (i_b * route_b + i_h * route_h) * S * C
+    if RULE == BITS:
+        i_list = i_pattern * (S // BLOCK_Q) + i_block
+        rule = own_bits(rule, more, i_list, BLOCK_Q, BLOCK_K)
+    else:
+        rule += (i_b * route_b + i_h * route_h) * S * C
     if GAIN:
         gain += ((i_b * gain_b + i_h * gain_h) * (S // BLOCK_Q) + i_block) * (S // BLOCK_K)
 
     o_q, o_t = own_tile(slots, i_block, i_tile, BLOCK_Q, TILE_M)
     b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_t, D, BLOCK_D, True)
+    if RULE == BITS:
+        o_q -= i_block * BLOCK_Q
     b_acc = tl.zeros([TILE_M, BLOCK_D], tl.float32)
     b_sum = tl.zeros([TILE_M], tl.float32)
     b_max = tl.full([TILE_M], -float("inf"), tl.float32)
@@ -168,6 +187,7 @@ def forward_kernel(
             scale,
             D,
             BLOCK_D,
+            BLOCK_Q,
             BLOCK_K,
             TILE_N,
             RULE,

@@ -20,7 +20,9 @@ LN2 = tl.constexpr(math.log(2))
 LOG2E = tl.constexpr(1 / math.log(2))
 
 # The kinds of rule on token pairs.
-NONE, WINDOWS, ROUTE = (tl.constexpr(kind) for kind in range(3))
+NONE, WINDOWS, ROUTE, BITS = (tl.constexpr(kind) for kind in range(4))
+
+WORD = tl.constexpr(32)  # pairs in a number of BITS
 
 
 @triton.jit
@@ -115,6 +117,54 @@ def obey(b_s, o_q, o_k, o_block, rule, more, S, C, RULE: tl.constexpr, AXES: tl.
             m_s &= b_place <= tl.load(rule + (AXES + a) * S + o_q)
         b_s = tl.where(m_s | m_k, b_s, -float("inf"))
     return b_s
+
+
+@triton.jit
+def own_bits(words, first, i_own, BLOCK: tl.constexpr, LISTED: tl.constexpr):
+    """Where the bits of the first pair of blocks of a list start.
+
+    Args:
+        words: int32, for each pair that needs a mask (LISTED / WORD, BLOCK) of them: a row of the
+            own block has a bit for each of the listed one.
+        first: int32, which pair is the first of each list.
+    """
+    return words + tl.load(first + i_own).to(tl.int64) * (BLOCK * LISTED // WORD)
+
+
+@triton.jit
+def listed_words(
+    words, o_r, i_p, stop, BLOCK: tl.constexpr, LISTED: tl.constexpr, TILE: tl.constexpr
+):
+    """[rows, TILE] int32: for each pair the word that holds its bit, see `obey_bits`.
+
+    o_r are the rows' places in the own block of length BLOCK; the columns are a tile of the listed
+    blocks of length LISTED from place i_p on.
+    """
+    o_c = tl.arange(0, TILE)
+    if LISTED % TILE == 0:
+        p_w = words + i_p // WORD * BLOCK + o_r
+        b_w = tl.load(p_w)[:, None]
+        for i in tl.static_range(1, TILE // WORD):
+            b_next = tl.load(p_w + i * BLOCK)[:, None]
+            b_w = tl.where((o_c < i * WORD)[None, :], b_w, b_next)
+        if TILE < WORD:  # half of it, as the least tile is
+            b_w = b_w >> (i_p // TILE % 2 * TILE)
+    else:
+        o_in = tl.minimum(i_p + o_c, stop - 1)
+        b_w = tl.load(words + (o_in // WORD * BLOCK)[None, :] + o_r[:, None])
+    return b_w
+
+
+@triton.jit
+def obey_bits(b_s, b_w, i_p, stop, LISTED: tl.constexpr, TILE: tl.constexpr):
+    """Scores, -inf where the bit of a pair is 0 and from place `stop` on."""
+    o_c = tl.arange(0, TILE)
+    if LISTED % TILE == 0:
+        m_s = (b_w & (1 << o_c % WORD)[None, :]) != 0
+    else:
+        o_p = i_p + o_c
+        m_s = ((b_w & (1 << o_p % WORD)[None, :]) != 0) & (o_p < stop)[None, :]
+    return tl.where(m_s, b_s, -float("inf"))
 
 
 @triton.jit

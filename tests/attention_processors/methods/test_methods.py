@@ -549,29 +549,12 @@ class TestNeighborhood:
         assert method.within(VideoShape(2, 7, 4), whole) == small
         assert method.within(VideoShape(2, 7, 4), VideoShape(2, 7, 4)) == method
 
-    @pytest.fixture
-    def even(self, monkeypatch):
-        """Plans as a GPU gets them, on the CPU."""
-        choose = neighborhood._tiles
-        monkeypatch.setattr(neighborhood, "_tiles", lambda axes, even: choose(axes, even=True))
-        neighborhood._plan.cache_clear()
-        yield
-        neighborhood._plan.cache_clear()
-
     @pytest.mark.parametrize("seed", range(20))
-    def test_blocks_of_a_gpu_are_powers_of_two_and_change_nothing(self, even, seed):
+    def test_blocks_of_a_gpu_are_powers_of_two_and_change_nothing(self, seed):
         video, method = random_neighborhood(seed)
-        plan = method.plan(video)
+        plan = neighborhood.plan_for_device(method, video, gpu=True)
         assert plan.block_q & (plan.block_q - 1) == plan.block_k & (plan.block_k - 1) == 0
         assert torch.equal(token_pairs(plan), pairs_of_windows(method, video))
-
-    @pytest.mark.parametrize(
-        "grid", [(21, 30, 52), (30, 48, 80), (33, 45, 80), (65, 12, 12)], ids=str
-    )
-    def test_blocks_of_a_gpu_are_as_large_as_its_kernels_like(self, even, grid):
-        plan = Neighborhood((-1, 8, 8)).plan(VideoShape(*grid))
-        assert plan.block_k == 64
-        assert plan.block_q in (64, 128)
 
     @pytest.mark.parametrize("grid", [(65, 12, 12), (21, 30, 52), (31, 22, 40)], ids=str)
     def test_a_window_over_all_frames_computes_little_more_than_it_keeps(self, grid):
