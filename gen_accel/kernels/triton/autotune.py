@@ -39,7 +39,7 @@ def tune(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> dict[s
 
     arch, gain = configs.architecture(q.device), lists.gain is not None
     ruled = bool(lists.rule) or gain
-    rest = lists.rule, lists.gain, lists.block_q, lists.block_k, lists.raster, scale
+    rest = lists.gain, lists.block_q, lists.block_k, lists.raster, scale
     one = block_sparse.way("forward", (k, v), lists[:3], *rest)
     two = block_sparse.way("backward", (k, v, q, given[0]), lists[:3], *rest)
     kept = tuned.read()

@@ -57,7 +57,7 @@ def _launch(
     slots, index, counts = lists
     mode = mode_of(rule)
     if mode == BITS.value:
-        rule = rule[2:] if kind == "dkdv" else rule[:2]
+        rule = rule[2:] if configs.of_keys(kind) else rule[:2]
     picks = rule[0] if mode == ROUTE.value else None
     windows = mode == WINDOWS.value
     facts = {"ruled": mode != NONE.value, "gain": gain is not None}
@@ -110,7 +110,6 @@ def way(
     direction: str,
     tensors: Sequence[Tensor],
     lists: tuple[Tensor, Tensor, Tensor],
-    rule: Sequence[Tensor],
     gain: Tensor | None,
     block_q: int,
     block_k: int,
@@ -119,7 +118,7 @@ def way(
 ) -> str:
     """What stands before the kinds of one direction: `configs.PACKING` where packing pays and the
     kernels for it serve, and nothing else. They take maxima before the scale, and so no negative
-    one, and read no bits.
+    one.
 
     Args:
         direction: "forward" or "backward".
@@ -131,9 +130,7 @@ def way(
     arch = configs.architecture(x.device)
     kinds = ("forward",) if direction == "forward" else ("dq", "dkdv")
     facts = D, x.dtype, block_q, block_k, gain is not None
-    if scale < 0 or mode_of(rule) == BITS.value:
-        return ""
-    if not all(configs.packs(arch, configs.PACKING + kind, *facts) for kind in kinds):
+    if scale < 0 or not all(configs.packs(arch, configs.PACKING + kind, *facts) for kind in kinds):
         return ""
     ready = raster and all(map(packing.in_place, tensors))
     pairs = rows.shape[2] * block_q * block_k
@@ -163,11 +160,11 @@ def attention(
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     lists = slots, rows, row_counts
-    how = way("forward", (k, v), lists, rule, gain, block_q, block_k, raster, scale)
+    how = way("forward", (k, v), lists, gain, block_q, block_k, raster, scale)
     if how == configs.PACKING:
         k, v = packing.pack(k, v, slots, raster)
     tensors = q, k, v, out, lse
-    _launch(how + "forward", tensors, lists, rule, gain, block_q, block_k, scale)
+    _launch(how + "forward", tensors, lists, gain, block_q, block_k, scale)
     return out, lse
 
 
@@ -201,7 +198,7 @@ def attention_backward(
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     rest = rule, gain, block_q, block_k, scale
     by_row, by_column = (slots, rows, row_counts), (slots, columns, column_counts)
-    how = way("backward", (k, v, q, grad), by_row, rule, gain, block_q, block_k, raster, scale)
+    how = way("backward", (k, v, q, grad), by_row, gain, block_q, block_k, raster, scale)
     if how == configs.PACKING:
         q_S, grad_S, *sums = packing.pack_queries(q, out, grad, lse, grad_lse, slots, raster)
         k_S, v_S = packing.pack(k, v, slots, raster)
@@ -246,7 +243,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, *lists, rule, gain, block_q, block_k, raster, scale = inputs
+    q, k, v, *lists, gain, block_q, block_k, raster, scale = inputs
     ctx.numbers = block_q, block_k, raster, scale
     ctx.save_for_backward(q, k, v, *output, *lists, gain, *rule)
 

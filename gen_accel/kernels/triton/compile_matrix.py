@@ -109,8 +109,7 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     for kind, rule, gain in product(block_sparse.KERNELS, RULES, (False, True)):
         row = configs.row(kind, rule != "none" or gain)
         facts = arch, row, D, dtype, block, block, gain
-        reads = kind not in block_sparse.PACKED or rule != "bits"  # which packed kernels do not
-        if reads and (kind not in block_sparse.PACKED or configs.packs(*facts)):
+        if kind not in block_sparse.PACKED or configs.packs(*facts):
             yield _sparse_case(arch, D, dtype, block, kind, rule, gain)
     dim = {"D": D, "BLOCK_D": configs.padded_dim(D)}
     yield Case("delta", sparse_backward.delta_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1)

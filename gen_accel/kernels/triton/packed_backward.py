@@ -12,13 +12,17 @@ import triton
 import triton.language as tl
 
 from gen_accel.kernels.triton.tiles import (
+    BITS,
     LN2,
     NONE,
     dot,
     listed_blocks,
     listed_load,
+    listed_words,
     load_rows,
     obey,
+    obey_bits,
+    own_bits,
     own_tile,
     packed_tile,
     store_rows,
@@ -48,6 +52,7 @@ def _dq_phase(
     C,
     scale,
     BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LOAD: tl.constexpr,
     RULE: tl.constexpr,
@@ -65,7 +70,11 @@ def _dq_phase(
             b_gain = tl.load(gain + i_k)
             b_s = tl.minimum(b_s, b_s * b_gain)
         b_w = tl.fma(b_s, scale, -b_lse[:, None])
-        if MASKED:
+        if MASKED and RULE == BITS:
+            o_row, i_at = o_q % BLOCK_Q, i_p * LOAD
+            b_bits = listed_words(rule, o_row, i_at, stop * LOAD, BLOCK_Q, BLOCK_K, LOAD)
+            b_w = obey_bits(b_w, b_bits, i_at, stop * LOAD, BLOCK_K, LOAD)
+        elif MASKED:
             o_k = i_s + tl.arange(0, LOAD)
             b_w = tl.where((tl.load(slots + o_k) >= 0)[None, :], b_w, -float("inf"))
             b_w = obey(b_w, o_q[:, None], o_k[None, :], i_k, rule, more, S, C, RULE, AXES)
@@ -130,7 +139,11 @@ def packed_dq_kernel(
     i_block, index, masked, total = listed_blocks(
         index, counts, i_pattern, i_turn, S // BLOCK_Q, entries, BLOCK_K // LOAD
     )
-    rule += (i_b * route_b + i_h * route_h) * S * C
+    if RULE == BITS:
+        i_list = i_pattern * (S // BLOCK_Q) + i_block
+        rule = own_bits(rule, more, i_list, BLOCK_Q, BLOCK_K)
+    else:
+        rule += (i_b * route_b + i_h * route_h) * S * C
     if GAIN:
         gain += ((i_b * gain_b + i_h * gain_h) * (S // BLOCK_Q) + i_block) * (S // BLOCK_K)
 
@@ -163,6 +176,7 @@ def packed_dq_kernel(
             C,
             scale,
             BLOCK_D,
+            BLOCK_Q,
             BLOCK_K,
             LOAD,
             RULE,
@@ -220,7 +234,11 @@ def _dkdv_phase(
             b_gain = tl.load(gain + i_q * (S // BLOCK_K))
             b_s = tl.minimum(b_s, b_s * b_gain)
         b_w = tl.fma(b_s, scale, -b_lse[None, :])
-        if MASKED:
+        if MASKED and RULE == BITS:
+            o_row, i_at = o_k % BLOCK_K, i_p * LOAD
+            b_bits = listed_words(rule, o_row, i_at, stop * LOAD, BLOCK_K, BLOCK_Q, LOAD)
+            b_w = obey_bits(b_w, b_bits, i_at, stop * LOAD, BLOCK_Q, LOAD)
+        elif MASKED:
             b_w = obey(b_w, o_q[None, :], o_k[:, None], i_block, rule, more, S, C, RULE, AXES)
         b_p = tl.exp2(b_w)
         b_dv = dot(b_p.to(b_grad.dtype), b_grad, b_dv)
@@ -288,7 +306,11 @@ def packed_dkdv_kernel(
     i_block, index, masked, total = listed_blocks(
         index, counts, i_pattern, i_turn, S // BLOCK_K, entries, BLOCK_Q // LOAD
     )
-    rule += (i_b * route_b + i_h * route_h) * S * C
+    if RULE == BITS:
+        i_list = i_pattern * (S // BLOCK_K) + i_block
+        rule = own_bits(rule, more, i_list, BLOCK_K, BLOCK_Q)
+    else:
+        rule += (i_b * route_b + i_h * route_h) * S * C
     if GAIN:
         gain += (i_b * gain_b + i_h * gain_h) * (S // BLOCK_Q) * (S // BLOCK_K) + i_block
     lse += (i_b * H + i_h) * S

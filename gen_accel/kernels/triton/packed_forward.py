@@ -17,13 +17,17 @@ import triton
 import triton.language as tl
 
 from gen_accel.kernels.triton.tiles import (
+    BITS,
     LN2,
     NONE,
     dot,
     listed_blocks,
     listed_load,
+    listed_words,
     load_rows,
     obey,
+    obey_bits,
+    own_bits,
     own_tile,
     packed_tile,
     store_rows,
@@ -55,6 +59,7 @@ def _masked_phase(
     C,
     scale,
     BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LOAD: tl.constexpr,
     RULE: tl.constexpr,
@@ -67,9 +72,14 @@ def _masked_phase(
         b_s = dot(b_q, tl.trans(packed_tile(k, i_b, i_h, i_s, LOAD, BLOCK_D))) * scale
         if GAIN:
             b_s = tl.minimum(b_s, b_s * tl.load(gain + i_k))
-        o_k = i_s + tl.arange(0, LOAD)
-        b_s = tl.where((tl.load(slots + o_k) >= 0)[None, :], b_s, -float("inf"))
-        b_s = obey(b_s, o_q[:, None], o_k[None, :], i_k, rule, more, S, C, RULE, AXES)
+        if RULE == BITS:
+            o_row, i_at = o_q % BLOCK_Q, i_p * LOAD
+            b_bits = listed_words(rule, o_row, i_at, stop * LOAD, BLOCK_Q, BLOCK_K, LOAD)
+            b_s = obey_bits(b_s, b_bits, i_at, stop * LOAD, BLOCK_K, LOAD)
+        else:
+            o_k = i_s + tl.arange(0, LOAD)
+            b_s = tl.where((tl.load(slots + o_k) >= 0)[None, :], b_s, -float("inf"))
+            b_s = obey(b_s, o_q[:, None], o_k[None, :], i_k, rule, more, S, C, RULE, AXES)
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)  # nothing seen so far
         b_p = tl.exp2(b_s - b_shift[:, None])
@@ -187,7 +197,11 @@ def packed_forward_kernel(
         index, counts, i_pattern, i_turn, S // BLOCK_Q, entries, BLOCK_K // LOAD
     )
     whole = masked + (total - masked) % LOADS  # a load is left over that has no other for its turn
-    rule += (i_b * route_b + i_h * route_h) * S * C
+    if RULE == BITS:
+        i_list = i_pattern * (S // BLOCK_Q) + i_block
+        rule = own_bits(rule, more, i_list, BLOCK_Q, BLOCK_K)
+    else:
+        rule += (i_b * route_b + i_h * route_h) * S * C
     if GAIN:
         gain += ((i_b * gain_b + i_h * gain_h) * (S // BLOCK_Q) + i_block) * (S // BLOCK_K)
 
@@ -218,6 +232,7 @@ def packed_forward_kernel(
             C,
             scale,
             BLOCK_D,
+            BLOCK_Q,
             BLOCK_K,
             LOAD,
             NONE if LEFT else RULE,
