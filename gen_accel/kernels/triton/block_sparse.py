@@ -164,7 +164,7 @@ def attention(
     if how == configs.PACKING:
         k, v = packing.pack(k, v, slots, raster)
     tensors = q, k, v, out, lse
-    _launch(how + "forward", tensors, lists, gain, block_q, block_k, scale)
+    _launch(how + "forward", tensors, lists, rule, gain, block_q, block_k, scale)
     return out, lse
 
 
@@ -243,7 +243,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, *lists, gain, block_q, block_k, raster, scale = inputs
+    q, k, v, *lists, rule, gain, block_q, block_k, raster, scale = inputs
     ctx.numbers = block_q, block_k, raster, scale
     ctx.save_for_backward(q, k, v, *output, *lists, gain, *rule)
 
