@@ -1,7 +1,7 @@
 """Which chunks rows pick by their scores: the definition in torch, which C++ is held to.
 
-Shares are counted in whole units, so that no sum depends on its order: picks are the same from
-run to run, also where many threads add to one number. Nothing waits for the device.
+Weights are added up in bins as whole units, so that threads that add to one bin may come in any
+order: picks are the same from run to run. Nothing waits for the device.
 """
 
 from typing import Literal, NamedTuple
@@ -16,7 +16,7 @@ Scope = Literal["query_head", "head_global", "overall", "block"]
 
 SCOPES_OVER_HEADS = ("overall", "block")  # what a head picks depends on the other heads
 SORTED = 1 << 16  # entries of a scope up to which they are sorted: as many as there are bins
-# Scores that are picked from at once, at some 32 bytes each: 1 GB.
+# Scores that are picked from at once, at some 40 bytes each: 1.3 GB.
 AT_ONCE = 1 << 25
 UNITS = 1 << 30  # in a weight of 1; as many entries of a scope as an int64 has room for besides
 
@@ -101,16 +101,13 @@ def _apart(x: Tensor, scores: Tensor, scope: Scope) -> Tensor:
     return x.view(shape)
 
 
-_LOW = -(2**31)
-
-
 def ordered(x: Tensor) -> Tensor:
     """int32 that sort as the fp32 `x` do."""
     bits = x.contiguous().view(torch.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def least_taken(keys: Tensor, mass: Tensor, slack: Tensor, keys_from: int = _LOW) -> Tensor:
+def least_taken(keys: Tensor, mass: Tensor, slack: Tensor, keys_from: int = -(2**31)) -> Tensor:
     """The greatest key below which lies no more than `slack` of the mass; one above all keys where
     not even all together are more.
 
@@ -141,7 +138,8 @@ def least_taken(keys: Tensor, mass: Tensor, slack: Tensor, keys_from: int = _LOW
     upper = _last_within(below, slack)
     mass = mass.masked_fill(high != upper, 0)
     slack = slack[..., None] - below.gather(-1, upper)
-    lower = _last_within(_below(rank & 0xFFFF, mass), slack[..., 0])
+    rank &= 0xFFFF
+    lower = _last_within(_below(rank, mass), slack[..., 0])
     cut = torch.add(lower, upper, alpha=1 << 16)[..., 0]
     return cut + keys_from if keys_from else cut
 

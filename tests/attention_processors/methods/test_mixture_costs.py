@@ -53,11 +53,20 @@ def unlaunched(monkeypatch):
 
 @pytest.mark.usefixtures("in_bins", "unlaunched")
 @pytest.mark.parametrize("routing", ["token", "block"])
-@pytest.mark.parametrize("heads", [4, 12, 40])
-def test_a_call_is_few_launches_at_any_number_of_heads(heads, routing):
-    video = VideoShape(4, 9, 10, text=9)
+@pytest.mark.parametrize(
+    ("heads", "video"),
+    [
+        (4, VideoShape(4, 9, 16, text=9)),  # with more blocks in some chunks than in others
+        (12, VideoShape(6, 10, 16)),
+        (40, VideoShape(6, 10, 16, text=9)),
+    ],
+    ids=str,
+)
+def test_a_call_is_few_launches_at_any_number_of_heads(heads, video, routing):
     for options in SELECTIONS:
-        method = BlockMixture("3d", chunks=(2, 2, 5), routing=routing, topk=(1, 2, 2), **options)
+        method = BlockMixture(
+            "3d", chunk_3d=(3, 5, 16), block=16, routing=routing, topk=(1, 2, 2), **options
+        )
         given = torch.randn(3, 1, heads, video.tokens, 16).bfloat16()
         names = asked(method, *given, video)
         assert len(names) <= 60, names
