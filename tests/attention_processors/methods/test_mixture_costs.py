@@ -8,8 +8,8 @@ from gen_accel import BlockMixture, VideoShape, kernels
 from gen_accel.attention_processors.attached.summary import Record
 from gen_accel.attention_processors.methods import picking
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
-from gen_accel.kernels import Runner
-from gen_accel.kernels.triton import block_sparse, gathered, listing, owners
+from gen_accel.kernels import Runner, selection
+from gen_accel.kernels.triton import bins, block_sparse, gathered, listing, owners
 
 SELECTIONS = [
     {},
@@ -47,7 +47,7 @@ def asked(method, q, k, v, video):
 @pytest.fixture
 def unlaunched(monkeypatch):
     """Operators allocate what they return, and launch nothing."""
-    for module in (block_sparse, gathered, listing, owners):
+    for module in (bins, block_sparse, gathered, listing, owners):
         monkeypatch.setattr(module, "launch", lambda *given, **options: None)
 
 
@@ -71,6 +71,42 @@ def test_a_call_is_few_launches_at_any_number_of_heads(heads, video, routing):
         names = asked(method, *given, video)
         assert len(names) <= 60, names
         assert any(name.startswith("triton_") for name in names)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch, in_bins):
+    """The kernel that counts in bins serves as it does on a GPU."""
+    monkeypatch.setattr(selection, "triton_serves", lambda kernel, x: kernel == "triton")
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("options", SELECTIONS, ids=str)
+def test_a_gpu_counts_in_place_and_picks_the_same(options):
+    video = VideoShape(4, 6, 6, text=3)
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 2, 3, video.tokens, 16, generator=g)
+    method = BlockMixture("3d", chunk_3d=(2, 3, 3), routing="token", topk=(2, 3, 3), **options)
+    method.layout(video, q.device)
+    with Operations() as operations:
+        plan = method.plan_for(q, k, video=video, kernel="triton")
+    assert ("triton_least_taken" in operations.names) == (method.scope != "query_head")
+    wanted = method.plan_for(q, k, video=video, kernel="reference")
+    assert torch.equal(plan.partial.picks, wanted.partial.picks)
+
+
+@pytest.mark.usefixtures("on_gpu", "unlaunched")
+@pytest.mark.parametrize(("size", "heads"), [((21, 30, 52), 40), ((21, 45, 80), 40)], ids=str)
+def test_on_a_gpu_heads_of_whole_videos_pick_together(size, heads):
+    """All of Wan 14B at 480p and at 720p, on meta tensors: 1 GB of scores."""
+    R, C = size[0] * size[1] * size[2], 72
+    rows, means = (torch.empty(1, heads, n, 64, device="meta") for n in (R, C))
+    out = torch.empty(1, heads, R, C, dtype=torch.bool, device="meta")
+    at_home = torch.empty(R, C, dtype=torch.bool, device="meta")
+    rule = picking.Rule("head_global", 0, 0.25)
+    with Operations() as operations:
+        picking.pick(rows, means, at_home, rule, out, "triton")
+    assert operations.names.count("triton_least_taken") == 1
+    assert 4 * heads * R * C < 1.1e9
 
 
 @pytest.mark.parametrize(("size", "heads"), [((21, 30, 52), 12), ((30, 48, 80), 24)], ids=str)
