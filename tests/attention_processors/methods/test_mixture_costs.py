@@ -58,7 +58,7 @@ def unlaunched(monkeypatch):
     [
         (4, VideoShape(4, 9, 16, text=9)),  # with more blocks in some chunks than in others
         (12, VideoShape(6, 10, 16)),
-        (40, VideoShape(6, 10, 16, text=9)),
+        pytest.param(40, VideoShape(6, 10, 16, text=9), marks=pytest.mark.slow),
     ],
     ids=str,
 )
