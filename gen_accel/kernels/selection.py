@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from gen_accel.kernels.helpers import native_serves
+from gen_accel.kernels.helpers import native_serves, triton_serves
 from gen_accel.kernels.native import selection as native
 
 
@@ -39,3 +39,25 @@ def picks(
         return None
     number = native.SCOPES.index(scope)
     return native.picks(rows, slots, home, means, block, number, topk, threshold)
+
+
+def cuts_in_place(scores: Tensor, kernel: str = "auto") -> bool:
+    """Whether `least_taken` serves scores (B, H, R, C) fp32, in the memory that they take."""
+    return triton_serves(kernel, scores)
+
+
+def least_taken(keys: Tensor, slack: Tensor, weighted: bool) -> Tensor:
+    """The greatest key below which lies no more than `slack` of the mass; one above all keys where
+    not even all together are more.
+
+    Args:
+        keys: (..., n) int32. `weighted`: the bits of fp32 that are not negative, whose whole parts
+            are the masses; else each counts 1.
+        slack: (...) int64, not negative.
+
+    Returns:
+        (...) int64.
+    """
+    from gen_accel.kernels.triton import bins  # imports triton
+
+    return bins.least_taken(keys.contiguous(), slack, weighted)

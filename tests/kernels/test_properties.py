@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear, VideoShape, attach
 from gen_accel.attention_processors import METHODS
-from gen_accel.attention_processors.methods import block_mixture
+from gen_accel.attention_processors.methods import picking
 from gen_accel.functional import attention
 from gen_accel.kernels import gather, triton
 from gen_accel.kernels.self_check import SelfCheckFailed, check_rows
@@ -259,7 +259,7 @@ class TestSelfCheck:
 )
 def test_choosing_never_waits_for_the_device(method, monkeypatch):
     """Tensors without values stand in for those of a device: to ask for a value is an error."""
-    monkeypatch.setattr(block_mixture, "SORTED", 0)
+    monkeypatch.setattr(picking, "SORTED", 0)
     video = VideoShape(5, 9, 10, text=7)
     method.plan_for(*(torch.randn(2, 2, video.tokens, 16) for _ in "qk"), video=video)
     with FakeTensorMode(allow_non_fake_inputs=True):

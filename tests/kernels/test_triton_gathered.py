@@ -7,8 +7,9 @@ from support.problems import assert_gradients_no_worse
 from support.triton_plans import assert_matches_reference, differentiated, inputs
 
 from gen_accel import BlockMixture, VideoShape, attention
+from gen_accel.attention_processors.methods import picking
 from gen_accel.kernels import triton as package
-from gen_accel.kernels.triton import gathered, owners, tuned
+from gen_accel.kernels.triton import bins, gathered, owners, tuned
 from gen_accel.plan import Plan, Route
 
 pytestmark = pytest.mark.usefixtures("poison", "untuned")
@@ -150,3 +151,22 @@ def test_operator_passes_the_checks_of_torch(device):
     given = *tensors, plan.slots, plan.partial.picks, plan.partial.group, 16, 0.3
     checks = "test_schema", "test_faketensor", "test_autograd_registration"
     torch.library.opcheck(torch.ops.gen_accel.triton_gathered.default, given, test_utils=checks)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_least_key_taken_is_that_of_torch(weighted, device):
+    """The way that scopes of whole videos are searched on a GPU."""
+    g = torch.Generator().manual_seed(0)
+    keys = torch.randint(-(1 << 31), 1 << 31, (2, 3, 1500), generator=g).int()
+    if weighted:
+        keys = (torch.rand(keys.shape, generator=g) * picking.UNITS).view(torch.int32)
+    keys = torch.cat([keys, keys[..., :600]], -1).to(device)  # ties
+    mass = keys.view(torch.float32).long() if weighted else torch.ones_like(keys).long()
+    shares = torch.tensor([[0.0, 0.3, 0.9], [0.999, 1.0, 0.5]], device=device)
+    slack = (mass.sum(-1) * shares.double()).long()
+    wanted = picking.least_taken(keys, mass, slack)
+    found = bins.least_taken(keys, slack, weighted)
+    some = shares < 1
+    assert torch.equal(found[some], wanted[some])
+    for cut in (found, wanted):
+        assert not (keys >= cut[..., None])[~some].any(), "none where all are within the slack"

@@ -34,13 +34,14 @@ class Launches(TorchDispatchMode):
 
     Attributes:
         done: how often each operation of torch or kernel of Triton was launched.
+        operators: how often each operator of this package was called.
         waits: those that wait for the device.
         random: those that are not the same at each run on a GPU.
     """
 
     def __init__(self):
         super().__init__()
-        self.done, self.waits, self.random = Counter(), [], []
+        self.done, self.operators, self.waits, self.random = Counter(), Counter(), [], []
 
     @property
     def count(self):
@@ -49,6 +50,7 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func._schema.name, kwargs or {}
         if name.startswith("gen_accel::"):
+            self.operators[name.removeprefix("gen_accel::")] += 1
             with self:
                 return OPDEFS[name]._init_fn(*args, **kwargs)
         if not (func.is_view or name in FREE):

@@ -224,7 +224,7 @@ class BlockMixture:
             at_home = rows.home_of_row[:, None] == layout.chunks
             rule = Rule(self.scope, few, self.threshold)
             videos = len(at_home)
-            pick(q[:, :, :videos], means, at_home, rule, picks[:, :, :videos, :C])
+            pick(q[:, :, :videos], means, at_home, rule, picks[:, :, :videos, :C], kernel)
         if rows.row is not None:
             picks[:, :, -1] = False
             picks = picks.index_select(2, rows.row)

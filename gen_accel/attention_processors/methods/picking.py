@@ -1,7 +1,7 @@
 """Which chunks rows pick by their scores: the definition in torch, which C++ is held to.
 
-Shares are counted in whole units, so that no sum depends on its order: picks are the same from
-run to run, also where many threads add to one number. Nothing waits for the device.
+Weights are added up in bins as whole units, so that threads that add to one bin may come in any
+order: picks are the same from run to run. Nothing waits for the device.
 """
 
 from typing import Literal, NamedTuple
@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from gen_accel.kernels import selection
 from gen_accel.plan import widest
 
 Select = Literal["threshold", "topk"]
@@ -16,8 +17,10 @@ Scope = Literal["query_head", "head_global", "overall", "block"]
 
 SCOPES_OVER_HEADS = ("overall", "block")  # what a head picks depends on the other heads
 SORTED = 1 << 16  # entries of a scope up to which they are sorted: as many as there are bins
-# Scores that are picked from at once, at some 32 bytes each: 1 GB.
+# Scores that are picked from at once: at some 40 bytes each, or where a kernel counts in the place
+# of the scores at 5, about 1.3 GB.
 AT_ONCE = 1 << 25
+AT_ONCE_IN_PLACE = 1 << 28
 UNITS = 1 << 30  # in a weight of 1; as many entries of a scope as an int64 has room for besides
 
 
@@ -34,7 +37,14 @@ class Rule(NamedTuple):
     threshold: float
 
 
-def pick(rows: Tensor, means: Tensor, at_home: Tensor, rule: Rule, out: Tensor) -> None:
+def pick(
+    rows: Tensor,
+    means: Tensor,
+    at_home: Tensor,
+    rule: Rule,
+    out: Tensor,
+    kernel: str = "auto",
+) -> None:
     """Write what rows pick by their products with the chunks' means, the own chunk in any case.
 
     Args:
@@ -42,18 +52,24 @@ def pick(rows: Tensor, means: Tensor, at_home: Tensor, rule: Rule, out: Tensor) 
         means: (B, H, C, D) fp32.
         at_home: (R, C) bool, the own chunk of each.
         out: (B, H, R, C) bool, of any strides.
+        kernel: the name of the kernel for attention, which decides what runs here: see
+            `kernels.helpers`.
     """
     B, H, R, C = out.shape
-    heads = H if rule.scope in SCOPES_OVER_HEADS else max(1, AT_ONCE // (B * R * C))
+    size = C if rule.scope == "query_head" else H * R if rule.scope == "block" else R * C
+    in_place = size > SORTED and selection.cuts_in_place(means, kernel)
+    most = AT_ONCE_IN_PLACE if in_place else AT_ONCE
+    heads = H if rule.scope in SCOPES_OVER_HEADS else max(1, most // (B * R * C))
+    by = _by_topk if rule.topk else _by
     parts = zip(*(x.split(heads, 1) for x in (rows, means, out)), strict=True)
     for some, of_chunks, found in parts:
         scores = some.float() @ of_chunks.transpose(-1, -2)
-        keys, cut = _by_topk(scores, at_home, rule) if rule.topk else _by(scores, at_home, rule)
+        keys, cut = by(scores, at_home, rule, in_place)
         torch.ge(keys, cut, out=found)
     out |= at_home
 
 
-def _by(scores: Tensor, at_home: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+def _by(scores: Tensor, at_home: Tensor, rule: Rule, in_place: bool) -> tuple[Tensor, Tensor]:
     """Keys of the scores, which are overwritten, and the least key that is taken of each scope."""
     low, high = _together(scores, rule.scope).aminmax(dim=-1, keepdim=True)
     low, high = (_apart(x, scores, rule.scope) for x in (low, high))
@@ -64,19 +80,24 @@ def _by(scores: Tensor, at_home: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     weight.masked_fill_(at_home, 0.0)
     keys = weight.view(torch.int32)  # which are in the order of floats that are not negative
     of_scope = _together(keys, rule.scope)
-    cut = least_taken(of_scope, _together(weight, rule.scope).long(), slack, keys_from=0)
+    if in_place:
+        cut = selection.least_taken(of_scope, slack, True)
+    else:
+        cut = least_taken(of_scope, _together(weight, rule.scope).long(), slack, keys_from=0)
     cut = torch.minimum(cut, of_scope.amax(-1))  # at least one
     return keys, _apart(cut[..., None], scores, rule.scope)
 
 
-def _by_topk(scores: Tensor, at_home: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    B, H, R, C = scores.shape
-    keys = ordered(scores)
-    mass = (~at_home).long().expand(B, H, R, C)
+def _by_topk(scores: Tensor, at_home: Tensor, rule: Rule, in_place: bool) -> tuple[Tensor, Tensor]:
+    _, H, R, C = scores.shape
+    keys = ordered(scores).masked_fill_(at_home, 0x7FFFFFFF)  # which are counted before all
     rows = {"query_head": 1, "head_global": R, "overall": H * R}[rule.scope]
     of_scope = _together(keys, rule.scope)
     slack = of_scope.new_full(of_scope.shape[:-1], rows * (C - rule.topk), dtype=torch.int64)
-    cut = least_taken(of_scope, _together(mass, rule.scope), slack)
+    if in_place:
+        cut = selection.least_taken(of_scope, slack, False)
+    else:
+        cut = least_taken(of_scope, torch.ones_like(of_scope, dtype=torch.int64), slack)
     return keys, _apart(cut[..., None], scores, rule.scope)
 
 
@@ -101,16 +122,13 @@ def _apart(x: Tensor, scores: Tensor, scope: Scope) -> Tensor:
     return x.view(shape)
 
 
-_LOW = -(2**31)
-
-
 def ordered(x: Tensor) -> Tensor:
     """int32 that sort as the fp32 `x` do."""
     bits = x.contiguous().view(torch.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def least_taken(keys: Tensor, mass: Tensor, slack: Tensor, keys_from: int = _LOW) -> Tensor:
+def least_taken(keys: Tensor, mass: Tensor, slack: Tensor, keys_from: int = -(2**31)) -> Tensor:
     """The greatest key below which lies no more than `slack` of the mass; one above all keys where
     not even all together are more.
 
@@ -141,7 +159,8 @@ def least_taken(keys: Tensor, mass: Tensor, slack: Tensor, keys_from: int = _LOW
     upper = _last_within(below, slack)
     mass = mass.masked_fill(high != upper, 0)
     slack = slack[..., None] - below.gather(-1, upper)
-    lower = _last_within(_below(rank & 0xFFFF, mass), slack[..., 0])
+    rank &= 0xFFFF
+    lower = _last_within(_below(rank, mass), slack[..., 0])
     cut = torch.add(lower, upper, alpha=1 << 16)[..., 0]
     return cut + keys_from if keys_from else cut
 

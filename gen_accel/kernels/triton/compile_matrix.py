@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gen_accel.kernels.triton import (
+    bins,
     block_sparse,
     configs,
     gathered,
@@ -62,7 +63,7 @@ TYPES = {
     **dict.fromkeys(("slots", "index", "counts"), "*i32"),
     **dict.fromkeys(("ranges", "blocks", "members"), "*i32"),
     **dict.fromkeys(("keep", "whole", "sets", "picks"), "*u8"),
-    **{"acc": "*fp32", "picked": "*i16"},
+    **{"acc": "*fp32", "picked": "*i16", "keys": "*i32", "upper": "*i64", "count": "*i64"},
     **dict.fromkeys(("scale", "eps"), "fp32"),
 }
 INPUTS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv", "x", "y")
@@ -206,6 +207,10 @@ def _gathered_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterat
     yield Case("gathered dkdv", sparse_backward.dkdv_kernel, constants, *stages, needed)
     steps = {"ROWS": owners.ROWS, "CHUNK": owners.CHUNK}
     yield Case("gathered owners", owners.owners_kernel, {**owned, **steps}, 4, 3)
+    for weighted in (True, False):
+        for lower in (True, False):
+            flags = {"WEIGHTED": weighted, "LOWER": lower, "BLOCK": bins.BLOCK}
+            yield Case("bins", bins.bins_kernel, flags, 4, 3)
 
 
 def build(case: Case, arch: str, dtype: torch.dtype) -> Any:

@@ -8,7 +8,7 @@ from gen_accel import BlockMixture, VideoShape, kernels
 from gen_accel.attention_processors.attached.summary import Record
 from gen_accel.attention_processors.methods import picking
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
-from gen_accel.kernels import Runner
+from gen_accel.kernels import Runner, selection
 from gen_accel.kernels.triton import gathered
 
 SELECTIONS = [
@@ -44,13 +44,22 @@ def asked(method, q, k, v, video, counted):
 
 @pytest.mark.usefixtures("in_bins")
 @pytest.mark.parametrize("routing", ["token", "block"])
-@pytest.mark.parametrize("heads", [4, 12, 40])
-def test_a_call_is_few_launches_at_any_number_of_heads(heads, routing, monkeypatch):
+@pytest.mark.parametrize(
+    ("heads", "video"),
+    [
+        (4, VideoShape(4, 9, 16, text=9)),  # with more blocks in some chunks than in others
+        (12, VideoShape(6, 10, 16)),
+        pytest.param(40, VideoShape(6, 10, 16, text=9), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_call_is_few_launches_at_any_number_of_heads(heads, video, routing, monkeypatch):
     counted = Launches()
     record(monkeypatch, counted)
-    video = VideoShape(4, 9, 10, text=9)
     for options in SELECTIONS:
-        method = BlockMixture("3d", chunks=(2, 2, 5), routing=routing, topk=(1, 2, 2), **options)
+        method = BlockMixture(
+            "3d", chunk_3d=(3, 5, 16), block=16, routing=routing, topk=(1, 2, 2), **options
+        )
         given = torch.randn(3, 1, heads, video.tokens, 16).bfloat16()
         counted.done.clear()
         asked(method, *given, video, counted)
@@ -58,6 +67,44 @@ def test_a_call_is_few_launches_at_any_number_of_heads(heads, routing, monkeypat
         assert any(name.endswith("forward_kernel") for name in counted.done)
     assert counted.waits == []
     assert counted.random == []
+
+
+@pytest.fixture
+def on_gpu(monkeypatch, in_bins):
+    """The kernel that counts in bins serves as it does on a GPU."""
+    monkeypatch.setattr(selection, "triton_serves", lambda kernel, x: kernel == "triton")
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("options", SELECTIONS, ids=str)
+def test_a_gpu_counts_in_place_and_picks_the_same(options):
+    video = VideoShape(4, 6, 6, text=3)
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 2, 3, video.tokens, 16, generator=g)
+    method = BlockMixture("3d", chunk_3d=(2, 3, 3), routing="token", topk=(2, 3, 3), **options)
+    method.layout(video, q.device)
+    with Launches() as counted:
+        plan = method.plan_for(q, k, video=video, kernel="triton")
+    assert ("triton_least_taken" in counted.operators) == (method.scope != "query_head")
+    wanted = method.plan_for(q, k, video=video, kernel="reference")
+    assert torch.equal(plan.partial.picks, wanted.partial.picks)
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize(("size", "heads"), [((21, 30, 52), 40), ((21, 45, 80), 40)], ids=str)
+def test_on_a_gpu_heads_of_whole_videos_pick_together(size, heads, monkeypatch):
+    """All of Wan 14B at 480p and at 720p, on meta tensors: 1 GB of scores."""
+    R, C = size[0] * size[1] * size[2], 72
+    rows, means = (torch.empty(1, heads, n, 64, device="meta") for n in (R, C))
+    out = torch.empty(1, heads, R, C, dtype=torch.bool, device="meta")
+    at_home = torch.empty(R, C, dtype=torch.bool, device="meta")
+    rule = picking.Rule("head_global", 0, 0.25)
+    counted = Launches()
+    record(monkeypatch, counted)
+    with counted:
+        picking.pick(rows, means, at_home, rule, out, "triton")
+    assert counted.operators["triton_least_taken"] == 1
+    assert 4 * heads * R * C < 1.1e9
 
 
 @pytest.mark.parametrize(("size", "heads"), [((21, 30, 52), 12), ((30, 48, 80), 24)], ids=str)
