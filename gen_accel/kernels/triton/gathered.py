@@ -65,6 +65,8 @@ def owned_slots(device: torch.device) -> int:
 def from_table(arch: str, kind: str, D: int, dtype: torch.dtype, block_k: int) -> configs.Config:
     """The configuration for "forward", "dq" or "dkdv", with tiles for short blocks."""
     block = min(block_k, TILE) if kind == "dkdv" else TILE
+    if dtype == torch.float32 and kind != "dkdv":
+        D = configs.BUCKETS[-1]  # the least tiles, since sums and indices take registers too
     config = configs.from_table(arch, kind, D, dtype, block)
     if dtype != torch.float32:
         config = INSTEAD.get((arch, configs.bucket(D), kind), config)
