@@ -26,7 +26,8 @@ class Card(NamedTuple):
         multiprocessors, clock: how many, and their cycles a second under load.
         bandwidth: bytes a second from and to memory, four fifths of what is on paper.
         saved: for "forward" and "backward", instructions that a warp is spared for each key of its
-            16 rows: by compile_matrix the least over blocks of 64 and of 128 at head dim 128.
+            16 rows: by compile_matrix the least over rules and blocks of 64 and of 128 at head dim
+            128.
     """
 
     multiprocessors: int
@@ -38,7 +39,7 @@ class Card(NamedTuple):
 # H100 and B200 by NVIDIA's data sheets; the rest of their families is nearer to them than to the
 # point where the choice turns.
 CARDS = {
-    "sm_90": Card(132, 1.7e9, 0.8 * 3.35e12, {"forward": 2.0, "backward": 8.0}),
+    "sm_90": Card(132, 1.7e9, 0.8 * 3.35e12, {"forward": 2.0, "backward": 6.4}),
     "sm_100": Card(148, 1.85e9, 0.8 * 8.0e12, {"forward": 1.8, "backward": 4.5}),
 }
 ISSUED = 4  # instructions of different warps in a cycle of a multiprocessor
