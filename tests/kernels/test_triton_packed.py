@@ -113,7 +113,7 @@ def test_blocks_without_whole_loads_are_gathered(device, launched):
 @pytest.mark.parametrize(
     ("scale", "kinds"),
     [(3.0, EVERY), (0.0, EVERY), (-0.3, {"forward", "dq", "dkdv"})],
-    ids=str,
+    ids=("positive", "zero", "negative"),
 )
 def test_any_scale(scale, kinds, device, launched):
     """The largest makes maxima grow by more than the slack in some turns and by less in others."""
