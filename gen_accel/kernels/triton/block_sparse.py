@@ -63,6 +63,8 @@ def _launch(
     facts = {"ruled": mode != NONE.value, "gain": gain is not None}
     config = configs.choose(kind, by_stride[0], block_q, block_k, **facts)
     sizes = configs.sizes(kind, config, block_q, block_k)
+    if kind == "forward":
+        sizes["WIDTH"] = configs.width(configs.architecture(slots.device), config, D)
     block = configs.worked_off(kind, block_q, block_k)
     tile = config.tile_n if configs.of_keys(kind) else config.tile_m
     launch(

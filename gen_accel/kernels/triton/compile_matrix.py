@@ -136,6 +136,8 @@ def _sparse_case(
     row = configs.row(kind, rule != "none" or gain)
     config = configs.cut(row, configs.from_table(arch, row, D, dtype, block, gain), block)
     sizes = configs.sizes(kind, config, block, block)
+    if kind == "forward":
+        sizes["WIDTH"] = configs.width(arch, config, D)
     own, loop = (config.tile_n, config.tile_m)[:: 1 if configs.of_keys(kind) else -1]
     keys = sizes["LOAD"] * sizes.get("LOADS", 1) if kind in block_sparse.PACKED else loop
     products = {"forward": 2, "dq": 3, "dkdv": 4}[kind.removeprefix(configs.PACKING)]
@@ -197,6 +199,8 @@ def _gathered_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterat
         tiles_of = {"TILE_M": config.tile_m, "TILE_N": config.tile_n}
         needed = products * config.tile_m * config.tile_n * configs.padded_dim(D)
         constants = {**sizes, **owned, **tiles_of}
+        if kind == "forward":
+            constants["WIDTH"] = configs.width(arch, config, D)
         stages = config.num_warps, config.num_stages
         yield Case(f"gathered {kind}", kernel, constants, *stages, needed)
     config = gathered.from_table(arch, "dkdv", D, dtype, block)

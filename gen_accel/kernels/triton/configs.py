@@ -90,6 +90,9 @@ SHORT = {
     ("sm_120", 128): (_C(64, 32, 4, 2), _C(64, 64, 8, 2), _C(32, 64, 4, 1), _C(32, 64, 4, 1)),
 }
 
+# Architectures on which each warp multiplies for itself; and the interpreter, so that it is tested.
+HALVED = ("sm_80", "sm_120", "interpreted")
+
 # In their place where a plan has a gain and they would spill; True for those of short blocks.
 WITH_GAIN = {
     ("sm_80", 128, "forward", True): _C(64, 32, 4, 1),
@@ -236,6 +239,17 @@ def sizes(kind: str, config: Config, block_q: int, block_k: int) -> dict[str, in
     load = math.gcd(config.tile_n, block_k, config.tile_m)
     made = {**blocks, "TILE_M": config.tile_m, "LOAD": load}
     return made if kind.endswith("dq") else {**made, "LOADS": min(config.tile_n // load, 2)}
+
+
+def width(arch: str, config: Config, D: int) -> int:
+    """How many columns of the values a product of the forward pass takes.
+
+    Where warps multiply for themselves, Triton lays out a product along its longer side. With more
+    columns than rows they would have to exchange the weights of each tile.
+    """
+    block_d = padded_dim(D)
+    halved = arch in HALVED and config.tile_m < block_d
+    return block_d // 2 if halved else block_d
 
 
 def packs(

@@ -138,6 +138,11 @@ def _launch(
         OWNED=owned,
         TILE_M=config.tile_m,
         TILE_N=config.tile_n,
+        **(
+            {"WIDTH": configs.width(configs.architecture(q.device), config, D)}
+            if kind == "forward"
+            else {}
+        ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

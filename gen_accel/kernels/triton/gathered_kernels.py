@@ -80,7 +80,9 @@ def gathered_forward_kernel(
     OWNED: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
+    FIRST: tl.constexpr = D if D < WIDTH else WIDTH
     i_owner = tl.num_programs(0) - 1 - tl.program_id(0)  # text, which sees all, lies at the end
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     i_list = (i_b * pattern_b + i_h * pattern_h) * tl.num_programs(0) + i_owner
@@ -107,11 +109,15 @@ def gathered_forward_kernel(
         for i_p in range(0, count, TILE_M):
             o_t = _gathered_tokens(slots, picked + start, i_s, i_p, count, TILE_M)
             b_q = load_rows(q, stride_qn, o_t, D, BLOCK_D, True)
-            b_acc = load_rows(acc, D, o_t, D, BLOCK_D, True)
+            b_acc = load_rows(acc, D, o_t, FIRST, WIDTH, True)
+            b_high = b_acc
+            if WIDTH < BLOCK_D:
+                b_high = load_rows(acc + WIDTH, D, o_t, D - WIDTH, WIDTH, True)
             b_sum = tl.load(total + o_t, mask=o_t >= 0, other=0.0)
             b_max = tl.load(lse + o_t, mask=o_t >= 0, other=-float("inf"))
-            b_acc, b_sum, b_max = forward_phase(
+            b_acc, b_high, b_sum, b_max = forward_phase(
                 b_acc,
+                b_high,
                 b_sum,
                 b_max,
                 b_q,
@@ -135,12 +141,15 @@ def gathered_forward_kernel(
                 TILE_M,
                 BLOCK_K,
                 TILE_N,
+                WIDTH,
                 NONE,
                 0,
                 False,
                 True,
             )
-            store_rows(acc, D, o_t, b_acc, D, BLOCK_D)
+            store_rows(acc, D, o_t, b_acc, FIRST, WIDTH)
+            if WIDTH < BLOCK_D:
+                store_rows(acc + WIDTH, D, o_t, b_high, D - WIDTH, WIDTH)
             tl.store(total + o_t, b_sum, mask=o_t >= 0)
             tl.store(lse + o_t, b_max, mask=o_t >= 0)
     tl.debug_barrier()

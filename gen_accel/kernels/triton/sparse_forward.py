@@ -28,6 +28,7 @@ from gen_accel.kernels.triton.tiles import (
 @triton.jit
 def forward_phase(
     b_acc,
+    b_high,
     b_sum,
     b_max,
     b_q,
@@ -51,11 +52,15 @@ def forward_phase(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILE_N: tl.constexpr,
+    WIDTH: tl.constexpr,
     RULE: tl.constexpr,
     AXES: tl.constexpr,
     GAIN: tl.constexpr,
     MASKED: tl.constexpr,
 ):
+    """Sums over the places of a list from `start` to `stop`: of the columns of v up to WIDTH, and in
+    `b_high` of the others, of as many; with WIDTH of BLOCK_D there are none, and it is not used."""
+    FIRST: tl.constexpr = D if D < WIDTH else WIDTH
     PADDED: tl.constexpr = MASKED or BLOCK_K % TILE_N != 0
     # With many rows no register is left to hold words while scores are made.
     EARLY: tl.constexpr = MASKED and RULE == BITS and BLOCK_Q < 128
@@ -86,12 +91,16 @@ def forward_phase(
         b_p = tl.exp2(b_s - b_shift[:, None])
         b_decay = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-        b_v = load_rows(v, stride_v, o_t, D, BLOCK_D, PADDED)
+        b_v = load_rows(v, stride_v, o_t, FIRST, WIDTH, PADDED)
         b_acc = b_acc * b_decay[:, None]
         b_acc = dot(b_p.to(b_v.dtype), b_v, b_acc)
+        if WIDTH < BLOCK_D:
+            b_v = load_rows(v + WIDTH, stride_v, o_t, D - WIDTH, WIDTH, PADDED)
+            b_high = b_high * b_decay[:, None]
+            b_high = dot(b_p.to(b_v.dtype), b_v, b_high)
         b_max = b_new
         o_k, o_t = listed_tile(index, slots, i_p + TILE_N, stop, BLOCK_K, TILE_N)
-    return b_acc, b_sum, b_max
+    return b_acc, b_high, b_sum, b_max
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -137,10 +146,12 @@ def forward_kernel(
     BLOCK_K: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
+    WIDTH: tl.constexpr,
     RULE: tl.constexpr,
     AXES: tl.constexpr,
     GAIN: tl.constexpr,
 ):
+    FIRST: tl.constexpr = D if D < WIDTH else WIDTH
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
     i_turn, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
@@ -162,12 +173,14 @@ def forward_kernel(
     b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_t, D, BLOCK_D, True)
     if RULE == BITS:
         o_q -= i_block * BLOCK_Q
-    b_acc = tl.zeros([TILE_M, BLOCK_D], tl.float32)
+    b_acc = tl.zeros([TILE_M, WIDTH], tl.float32)
+    b_high = tl.zeros([TILE_M, WIDTH if WIDTH < BLOCK_D else 1], tl.float32)
     b_sum = tl.zeros([TILE_M], tl.float32)
     b_max = tl.full([TILE_M], -float("inf"), tl.float32)
     for MASKED in tl.static_range(1, -1, -1):
-        b_acc, b_sum, b_max = forward_phase(
+        b_acc, b_high, b_sum, b_max = forward_phase(
             b_acc,
+            b_high,
             b_sum,
             b_max,
             b_q,
@@ -191,13 +204,17 @@ def forward_kernel(
             BLOCK_Q,
             BLOCK_K,
             TILE_N,
+            WIDTH,
             RULE,
             AXES,
             GAIN,
             MASKED,
         )
     b_safe = tl.where(b_sum == 0.0, 1.0, b_sum)
-    b_out = b_acc / b_safe[:, None]
-    store_rows(out + i_b * stride_ob + i_h * stride_oh, stride_on, o_t, b_out, D, BLOCK_D)
+    out += i_b * stride_ob + i_h * stride_oh
+    store_rows(out, stride_on, o_t, b_acc / b_safe[:, None], FIRST, WIDTH)
+    if WIDTH < BLOCK_D:
+        b_high = b_high / b_safe[:, None]
+        store_rows(out + WIDTH, stride_on, o_t, b_high, D - WIDTH, WIDTH)
     b_lse = tl.where(b_sum == 0.0, -float("inf"), (b_max + tl.log2(b_safe)) * LN2)
     tl.store(lse + (i_b * H + i_h) * N + o_t, b_lse, mask=o_t >= 0)
