@@ -154,8 +154,8 @@ def test_the_device_decides_the_layout_of_radial(rule):
     ("grid", "window", "most"),
     [
         ((21, 30, 52), (-1, 8, 8), 1.6),
-        ((21, 30, 52), (-1, 15, 26), 1.25),
-        ((21, 45, 80), (-1, 8, 8), 1.65),
+        pytest.param((21, 30, 52), (-1, 15, 26), 1.25, marks=pytest.mark.slow),
+        pytest.param((21, 45, 80), (-1, 8, 8), 1.65, marks=pytest.mark.slow),
         pytest.param((30, 48, 80), (-1, 8, 8), 1.55, marks=pytest.mark.slow),
         pytest.param((30, 48, 80), (18, 24, 24), 1.7, marks=pytest.mark.slow),
         ((65, 12, 12), (-1, 8, 8), 1.6),
