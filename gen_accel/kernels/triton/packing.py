@@ -40,7 +40,7 @@ class Card(NamedTuple):
 # point where the choice turns.
 CARDS = {
     "sm_90": Card(132, 1.7e9, 0.8 * 3.35e12, {"forward": 2.0, "backward": 6.4}),
-    "sm_100": Card(148, 1.85e9, 0.8 * 8.0e12, {"forward": 1.8, "backward": 4.5}),
+    "sm_100": Card(148, 1.85e9, 0.8 * 8.0e12, {"forward": 1.8, "backward": 3.0}),
 }
 ISSUED = 4  # instructions of different warps in a cycle of a multiprocessor
 WARP_ROWS = 16  # that a warp holds of a tile
