@@ -1,5 +1,9 @@
 """What a call of a method gives a GPU to do: never a wait, nothing random, few launches."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from support.launches import Launches, Peak, record
@@ -115,3 +119,29 @@ def test_choosing_and_listing_fit_beside_a_large_model(video, heads, most, monke
     print(f"{peak.bytes:,} bytes at most, {saved:,} saved")
     assert peak.bytes <= most
     assert saved <= 0.25 * most
+
+
+def test_a_kernel_is_not_compiled_anew_for_another_clip():
+    """Only strides, whose alignment matters, and pointers are looked at."""
+    code = """
+import importlib, pkgutil
+from triton.runtime.jit import JITFunction
+from gen_accel.kernels import triton as package
+found = []
+for one in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+    for name, kernel in vars(importlib.import_module(one.name)).items():
+        if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
+            found.append(name)
+            for one in kernel.params:
+                sized = one.name in SIZES or one.name.endswith(("_b", "_h"))
+                sized = sized and not one.name.startswith("stride")
+                if sized and not one.is_constexpr and not one.do_not_specialize:
+                    print(kernel.module, name, one.name)
+assert len(set(found)) > 15, found
+"""
+    sizes = ("entries", "H", "N", "S", "C", "K", "R")
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", code.replace("SIZES", repr(sizes))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""

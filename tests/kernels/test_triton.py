@@ -508,10 +508,24 @@ def test_packed_keys_take_few_instructions_and_no_fences(compiled):
     plain = next(
         line for line in done.stdout.splitlines() if "gain" not in line and "sm_90" in line
     )
-    products, per_key, copies = map(float, plain.split()[-3:])
+    products, per_key, copies, _ = map(float, plain.split()[-4:])
     assert products == 1
     assert 3 < per_key <= compile_matrix.MOST["sm_90", 128, 128] == 4.3
     assert copies == 0
+
+
+def test_compile_matrix_refuses_weights_that_move_from_warp_to_warp():
+    """As they do with 64 queries and all columns of 128 at once on cards without wgmma."""
+    [case] = [
+        case
+        for case in compile_matrix.cases("sm_80", 128, torch.bfloat16, 64)
+        if case.name == "forward none"
+    ]
+    assert case.constants["WIDTH"] == 64
+    assert case.shuffles == 8
+    used = compile_matrix.Usage(205, 0, 80 << 10, 1.0, 12.0, 8, 8)
+    assert compile_matrix.fits(case, used, "sm_80")
+    assert not compile_matrix.fits(case, used._replace(shuffles=64), "sm_80")
 
 
 @pytest.mark.parametrize(
@@ -541,6 +555,7 @@ LISTING = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
         /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;
         /*0020*/                   LDGSTS.E.128 [R3], [R4.64] ;
+        /*0028*/                   SHFL.BFLY PT, R9, R8, 0x2, 0x1f ;
         /*0030*/                   HGMMA.64x128x16.F32.BF16 R56, R8, gdesc[UR12], R56, gsb0 ;
         /*0040*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
         /*0050*/               @P0 BRA 0x10 ;
@@ -555,6 +570,7 @@ def test_products_of_the_inner_loop_are_counted():
     four = 64 * 64 * 16 + 64 * 128 * 16
     assert sass.multiply_adds(loop, 8) == 2 * four + 8 * 16 * 8 * 16
     assert sass.multiply_adds([], 8) == 0
+    assert sass.shuffles(loop) == 1
     assert sass.copies(loop) == 1
 
 

@@ -79,6 +79,7 @@ class Case(NamedTuple):
         keys: that a turn works off, queries where the kernel works off keys.
         packed: places of the arguments that are descriptors.
         most: instructions of a warp for each key.
+        shuffles: how often the threads of a warp may exchange numbers in a turn.
     """
 
     name: str
@@ -90,12 +91,14 @@ class Case(NamedTuple):
     keys: int = 0
     packed: tuple[int, ...] = ()
     most: float = math.inf
+    shuffles: float = math.inf
 
 
 class Usage(NamedTuple):
     """Registers of a thread, spilled bytes (NVIDIA) or registers (AMD) of it, shared bytes; of the
     turn that computes most, 0 where they are not counted: its products in multiples of those that
-    it needs, and instructions of a warp for each key and copies with fences over whole blocks."""
+    it needs, and over whole blocks instructions of a warp for each key, copies with fences, and
+    exchanges among the threads of a warp."""
 
     registers: int
     spilled: int
@@ -103,6 +106,7 @@ class Usage(NamedTuple):
     products: float = 0.0
     per_key: float = 0.0
     copies: int = 0
+    shuffles: int = 0
 
 
 def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
@@ -159,7 +163,17 @@ def _sparse_case(
         keys,
         block_sparse.PACKED.get(kind, ()),
         MOST.get((arch, D, block), math.inf) if limited else math.inf,
+        _exchanges(arch, kind, config, dtype),
     )
+
+
+def _exchanges(arch: str, kind: str, config: configs.Config, dtype: torch.dtype) -> float:
+    """How many a turn needs where warps multiply for themselves: two for the maximum and two for
+    the sum of each row that a thread holds, of 16 rows a warp two. More of them move the weights
+    from warp to warp, as happens where a product is laid out along its columns."""
+    if arch not in configs.HALVED or dtype == torch.float32:
+        return math.inf
+    return 8 * max(1, config.tile_m // (16 * config.num_warps)) if kind == "forward" else 0
 
 
 def _release() -> tuple[int, ...]:
@@ -270,13 +284,16 @@ def usage(case: Case, compiled: Any) -> Usage:
         return used
     # A loop over masked blocks computes no more than one over whole blocks, and takes longer.
     whole = min((loop for count, loop in counted if count == issued), key=len)
-    return used._replace(per_key=len(whole) / case.keys, copies=sass.copies(whole))
+    per_key = len(whole) / case.keys
+    return used._replace(per_key=per_key, copies=sass.copies(whole), shuffles=sass.shuffles(whole))
 
 
 def fits(case: Case, used: Usage, arch: str) -> bool:
     if used.spilled or used.shared > SHARED[arch] or used.products > 1:
         return False
-    return used.per_key <= case.most and not (used.copies and case.most < math.inf)
+    if used.per_key > case.most or used.shuffles > case.shuffles:
+        return False
+    return not (used.copies and case.most < math.inf)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -306,7 +323,8 @@ def main(arguments: list[str] | None = None) -> int:
             count += 1
             numbers = "".join(f"{number:10}" for number in used[:3])
             numbers += "".join(f"{x:10.2f}" if x else f"{'-':>10}" for x in used[3:5])
-            numbers += f"{used.copies if used.per_key else '-':>10}"
+            for number in used[5:]:
+                numbers += f"{number if used.per_key else '-':>10}"
             about = f"{arch:8}{D:5} {block:5} {short:6}{case.name:28}"
             print(f"{about}{numbers}{'' if good else '  !'}", flush=True)
     print(f"{bad} of {count} kernels spill, do not fit, compute products twice or take too long")

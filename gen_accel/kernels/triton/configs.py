@@ -90,12 +90,12 @@ SHORT = {
     ("sm_120", 128): (_C(64, 32, 4, 2), _C(64, 64, 8, 2), _C(32, 64, 4, 1), _C(32, 64, 4, 1)),
 }
 
-# Architectures on which each warp multiplies for itself; and the interpreter, so that it is tested.
+# Where each warp multiplies for itself; and the interpreter, so that it is tested.
 HALVED = ("sm_80", "sm_120", "interpreted")
 
 # In their place where a plan has a gain and they would spill; True for those of short blocks.
 WITH_GAIN = {
-    ("sm_80", 128, "forward", True): _C(64, 32, 4, 1),
+    ("sm_80", 128, "forward", True): _C(64, 32, 4, 2),
     ("sm_90", 64, "dkdv rule", False): _C(32, 128, 8, 2),
     ("sm_90", 64, "dkdv rule", True): _C(32, 64, 4, 2),
     ("sm_100", 128, "dq", False): _C(64, 64, 8, 2),

@@ -15,6 +15,7 @@ from gen_accel.kernels.triton.tiles import (
     BITS,
     LN2,
     NONE,
+    SIZES,
     dot,
     listed_blocks,
     listed_load,
@@ -86,7 +87,7 @@ def _dq_phase(
     return b_dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def packed_dq_kernel(
     q,
     k,
@@ -249,7 +250,7 @@ def _dkdv_phase(
     return b_dk, b_dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def packed_dkdv_kernel(
     q,
     k,

@@ -20,6 +20,7 @@ from gen_accel.kernels.triton.tiles import (
     BITS,
     LN2,
     NONE,
+    SIZES,
     dot,
     listed_blocks,
     listed_load,
@@ -147,7 +148,7 @@ def _whole_phase(
     return b_acc, b_sum, b_max
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def packed_forward_kernel(
     q,
     k,

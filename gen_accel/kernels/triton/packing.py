@@ -110,7 +110,7 @@ def _store_slots(packed, i_head, o_s, b_x, S, D: tl.constexpr, BLOCK_D: tl.const
     tl.store(p_x, b_x, mask=(o_s < S)[:, None] & (o_d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("H", "S"))
 def pack_kernel(
     x,
     y,
@@ -139,7 +139,7 @@ def pack_kernel(
     _store_slots(packed_y, tl.program_id(1), o_s, b_y, S, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("H", "N", "S"))
 def pack_queries_kernel(
     q,
     out,

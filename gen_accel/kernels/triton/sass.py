@@ -58,6 +58,11 @@ def multiply_adds(loop: list[str], num_warps: int) -> int:
     return total
 
 
+def shuffles(loop: list[str]) -> int:
+    """Count the exchanges among the threads of a warp of one turn."""
+    return sum("SHFL." in text for text in loop)
+
+
 def copies(loop: list[str]) -> int:
     """Count the COPIES of one turn."""
     return sum(bool(COPIES.search(text)) for text in loop)

@@ -58,8 +58,8 @@ def forward_phase(
     GAIN: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Sums over the places of a list from `start` to `stop`: of the columns of v up to WIDTH, and in
-    `b_high` of the others, of as many; with WIDTH of BLOCK_D there are none, and it is not used."""
+    """Sums over the places of a list from `start` to `stop`, of the first WIDTH columns of v, and
+    in `b_high` of the others, which are as many or none."""
     FIRST: tl.constexpr = D if D < WIDTH else WIDTH
     PADDED: tl.constexpr = MASKED or BLOCK_K % TILE_N != 0
     # With many rows no register is left to hold words while scores are made.
