@@ -7,6 +7,9 @@ CPUs native/linear.cpp, with f in it, where it is built. The name of the kernel 
 decides which of them runs: see `helpers`.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -39,9 +42,12 @@ def in_one(
         eps: keeps small denominators from zero.
         kernel: the name of the kernel for attention.
     """
-    if not native_serves(kernel, q, k, v):
+    if native_serves(kernel, q, k, v):
+        return native.linear(q, k, v, *_arguments(plan, sets, feature_map), eps)
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if not triton_serves(kernel, q) or trains:
         return None
-    return native.linear(q, k, v, *_arguments(plan, sets, feature_map), eps)
+    return _by_heads(q, k, v, plan, sets, partial(_fused, eps=eps, feature=feature_map))
 
 
 def added(
@@ -100,20 +106,30 @@ def linear_attention(
         eps: keeps small denominators from zero.
         kernel: the name of the kernel for attention.
     """
-    B, H, _, D = fq.shape
     fused = triton_serves(kernel, fq)
+    if sets is None and not fused:
+        return over_all(fq, fk, v, eps=eps)
+    return _by_heads(fq, fk, v, plan, sets, partial(_fused if fused else plain, eps=eps))
+
+
+def _by_heads(
+    fq: Tensor,
+    fk: Tensor,
+    v: Tensor,
+    plan: Plan,
+    sets: Tensor | None,
+    run: Callable[..., Tensor],
+) -> Tensor:
+    """`run(fq, fk, v, plan, sets)` of as many heads at once as STATES allows; all sets without."""
+    B, H, _, D = fq.shape
     if sets is None:
-        if not fused:
-            return over_all(fq, fk, v, eps=eps)
         sets = torch.ones_like(plan.keep[:1, :1])
     states = sets.shape[2] + sets.shape[3]
     heads = max(1, STATES // (B * states * D * D))
-    run = _fused if fused else plain
     if heads >= H:
-        return run(fq, fk, v, plan, sets, eps=eps)
+        return run(fq, fk, v, plan, sets)
     some = [x.split(heads, 1) for x in (fq, fk, v, sets.expand(-1, H, -1, -1))]
-    parts = zip(*some, strict=True)
-    return torch.cat([run(q, k, w, plan, chosen, eps=eps) for q, k, w, chosen in parts], 1)
+    return torch.cat([run(q, k, w, plan, one) for q, k, w, one in zip(*some, strict=True)], 1)
 
 
 def over_all(fq: Tensor, fk: Tensor, v: Tensor, *, eps: float) -> Tensor:
@@ -140,8 +156,18 @@ def plain(fq: Tensor, fk: Tensor, v: Tensor, plan: Plan, sets: Tensor, *, eps: f
     return unpack(out.flatten(2, 3).to(fq.dtype), plan)
 
 
-def _fused(fq: Tensor, fk: Tensor, v: Tensor, plan: Plan, sets: Tensor, *, eps: float) -> Tensor:
+def _fused(
+    fq: Tensor,
+    fk: Tensor,
+    v: Tensor,
+    plan: Plan,
+    sets: Tensor,
+    *,
+    eps: float,
+    feature: str = "",
+) -> Tensor:
     from gen_accel.kernels.triton.linear import linear_sets  # imports triton, which may be missing
 
     fk, v = fk.to(fq.dtype), v.to(fq.dtype)
-    return linear_sets(fq, fk, v, plan.slots_int32, sets, plan.block_q, plan.block_k, eps)
+    sizes = plan.slots_int32, sets, plan.block_q, plan.block_k
+    return linear_sets(fq, fk, v, *sizes, eps, feature)

@@ -6,14 +6,15 @@ import sys
 
 import pytest
 import torch
+from support import wan
 from support.launches import Launches, Peak, record
 from support.methods import CASES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gen_accel import SparseLinear, VideoShape
+from gen_accel import SparseLinear, VideoShape, attach
 from gen_accel.functional import attention
 from gen_accel.kernels import helpers
-from gen_accel.kernels.triton import listing, lists
+from gen_accel.kernels.triton import linear, listing, lists
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +24,8 @@ VIDEO = VideoShape(5, 9, 10, text=7)
 @pytest.fixture(autouse=True)
 def triton_alone(monkeypatch):
     """No kernel in C++, which no GPU has."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(helpers.build, "is_built", lambda: False)
 
 
@@ -53,6 +55,46 @@ def test_nothing_waits_and_nothing_is_random(method, grad, monkeypatch):
     assert any(name.endswith("forward_kernel") for name in counted.done)
     assert counted.waits == []
     assert counted.random == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("method", CASES, ids=str)
+def test_a_cuda_graph_holds_a_call(method):
+    """Captured once, and replayed on other inputs."""
+    shape = 1, 2, VIDEO.tokens, 64
+    given, other = torch.randn(2, 3, *shape, device="cuda", dtype=torch.bfloat16)
+
+    def run(q, k, v):
+        return attention(q, k, v, video=VIDEO, method=method, kernel="triton")
+
+    static, aside = given.clone(), torch.cuda.Stream()
+    with torch.no_grad():
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            run(*static)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run(*static)
+        static.copy_(other)
+        graph.replay()
+        assert torch.equal(out, run(*other))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_model_with_less_overhead_gives_the_same():
+    """torch.compile leaves our operator out of its CUDA graphs, and holds the rest in them."""
+    model, given = wan.transformer().to("cuda"), {"return_dict": False}
+    for name, x in wan.inputs().items():
+        given[name] = x.to("cuda") if isinstance(x, torch.Tensor) else x
+    with attach(model, SparseLinear(critical=0.3, block_q=16, block_k=16), kernel="triton"):
+        with torch.no_grad():
+            want = model(**given)
+            model.compile(mode="reduce-overhead")
+            for _ in range(3):
+                torch.testing.assert_close(model(**given), want, rtol=1e-3, atol=1e-3)
 
 
 def test_the_counter_sees_into_operators(monkeypatch):
@@ -145,3 +187,42 @@ assert len(set(found)) > 15, found
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+
+
+# Of an H100: bytes a second of its memory, and multiply-adds a second that loops over lists of
+# blocks reach by estimate, docs/gpu.md. A kernel takes the longer of the two.
+BYTES, MULTIPLY_ADDS = 3.35e12, 2e14
+
+
+@pytest.mark.parametrize(
+    ("video", "heads"),
+    [(VideoShape(21, 30, 52), 12), (LARGE[0][1], 24), (VideoShape(21, 45, 80), 40)],
+    ids=["Wan 1.3B", "HunyuanVideo", "Wan 14B"],
+)
+def test_the_linear_branch_costs_at_most_half_of_the_sparse_part(video, heads, monkeypatch):
+    """At a sparsity of 0.95, while generating, by a model from what kernels are launched with."""
+    seconds = {}
+
+    def note(kernel, programs, x, *arguments, **sizes):
+        tensors = {id(one): one for one in arguments if isinstance(one, torch.Tensor)}
+        moved = sum(one.nbytes for one in tensors.values())
+        multiply_adds = 0
+        if kernel.__name__ == "sums_kernel":
+            sets, state = arguments[0], arguments[1]
+            multiply_adds = sets.shape[2] * state.numel()
+        seconds[kernel.__name__] = max(moved / BYTES, multiply_adds / MULTIPLY_ADDS)
+
+    monkeypatch.setattr(linear, "launch", note)
+    method = SparseLinear(critical=0.05)
+    slots = method.layout(video, torch.device("cpu")).slots
+    blocks = [len(slots.slots) // block for block in (slots.block_q, slots.block_k)]
+    shape = 1, heads, video.tokens, 128
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q, k, v = (torch.empty(shape, dtype=torch.bfloat16) for _ in "qkv")
+        sets = torch.empty(1, heads, *blocks, dtype=torch.bool)
+        sizes = slots.block_q, slots.block_k, 1e-5, linear.FEATURES.index("softmax")
+        linear._linear_sets._init_fn(q, k, v, slots.slots_int32, sets, *sizes)
+    assert set(seconds) == {"states_kernel", "sums_kernel", "apply_kernel"}
+    sparse = 2 * 0.05 * video.tokens**2 * heads * 128 / MULTIPLY_ADDS
+    print(f"{sum(seconds.values()) / sparse:.2f} of the sparse part")
+    assert sum(seconds.values()) <= 0.5 * sparse

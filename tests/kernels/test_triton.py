@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.checks import assert_no_worse
 from support.methods import CASES, TESTED
 from support.problems import assert_gradients_no_worse, blind, random_plan
@@ -324,6 +325,18 @@ def test_linear_branch_of_all_and_nothing(share, device):
     given = sets[0], torch.full_like(sets[1], bool(share)), 16, 32
     out = linear_sets(*tensors, *given, 0.0)
     torch.testing.assert_close(out, plain_sets(*tensors, *given, 0.0).nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("feature", ["softmax", "elu", "relu"])
+def test_features_are_made_where_they_are_used(feature, device):
+    """As torch makes them, with a head dim that is no power of two and rows of padding."""
+    (q, k, v), (slots, sets) = linear_inputs(torch.float32, device, 96, 24, 16, 32)
+    q, k = q * 30 - 1, k * 30 - 1
+    made = {"softmax": lambda x: x.softmax(-1), "elu": lambda x: F.elu(x) + 1, "relu": F.relu}
+    fq, fk = made[feature](q), made[feature](k)
+    want = linear_sets(fq, fk, v, slots, sets, 16, 32, 1e-5)
+    out = linear_sets(q, k, v, slots, sets, 16, 32, 1e-5, feature)
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

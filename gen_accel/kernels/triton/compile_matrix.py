@@ -198,7 +198,12 @@ def _linear_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator
         for on in (True, False):
             kernel = getattr(linear, f"{name}_kernel")
             label = f"{name} {flag.lower() if on else 'plain'}"
-            yield Case(label, kernel, {**sizes, flag: on}, config.num_warps, 1)
+            constants = {**sizes, flag: on}
+            if (
+                name != "apply_transposed"
+            ):  # softmax, of the features the dearest, while generating
+                constants["FEATURE"] = int(on == (name == "apply"))
+            yield Case(label, kernel, constants, config.num_warps, 1)
 
 
 def _gathered_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:

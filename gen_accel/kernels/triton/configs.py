@@ -148,7 +148,7 @@ INTERPRETED = _C(32, 32, 4, 1)
 # By head dim, for every architecture: spills nothing according to compile_matrix; not timed.
 LINEAR = {
     64: LinearConfig(64, 64, 4),
-    128: LinearConfig(64, 64, 8),
+    128: LinearConfig(32, 128, 8),
     256: LinearConfig(32, 32, 8),
 }
 LINEAR_FP32 = {

@@ -14,7 +14,7 @@ too small, or fp32.
 
 # Kernels are a language of their own, which a checker of Python misreads.
 # pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from typing import Any
 
@@ -37,6 +37,7 @@ def linear_sets(
     block_q: int,
     block_k: int,
     eps: float,
+    feature: str = "",
 ) -> Tensor:
     """phi_q h / (eps + phi_q z), h = phi_k^T v and z = sum(phi_k) over the keys of the set.
 
@@ -45,12 +46,16 @@ def linear_sets(
         slots: (S,) int32, the token of each slot, -1 for padding.
         sets: (B or 1, H or 1, Kq, Kk) bool, the key blocks of each query block.
         eps: keeps small denominators from zero.
+        feature: one of FEATURES, which makes phi_q and phi_k of what is given; without a gradient.
 
     Returns:
         (B, H, N, D), laid out like `phi_q`; zero where the set holds no token.
     """
-    return _linear_sets(phi_q, phi_k, v, slots, sets, block_q, block_k, eps)[0]
+    number = FEATURES.index(feature)
+    return _linear_sets(phi_q, phi_k, v, slots, sets, block_q, block_k, eps, number)[0]
 
+
+FEATURES = ("", "softmax", "elu", "relu")  # of the head dim; "elu" plus 1
 
 # Sizes that change from clip to clip: a kernel that was compiled for one serves all.
 SIZES = ("sets_b", "sets_h", "sets_r", "sets_c", "H", "N", "K", "R", "C")
@@ -79,6 +84,24 @@ def _rows(x, stride, o_t, o_d, D: tl.constexpr):
     """[len(o_t), len(o_d)] of tokens, zeros for token -1 and past D."""
     mask = (o_t >= 0)[:, None] & (o_d < D)[None, :]
     return tl.load(x + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _features(b_x, o_t, o_d, D: tl.constexpr, FEATURE: tl.constexpr):
+    """The features of whole rows, in their dtype; zeros for token -1 and past D."""
+    if FEATURE == 0:
+        return b_x
+    m_x = (o_t >= 0)[:, None] & (o_d < D)[None, :]
+    b_f = b_x.to(tl.float32)
+    if FEATURE == 1:
+        b_f = tl.where((o_d < D)[None, :], b_f, -float("inf"))
+        b_f = tl.exp(b_f - tl.max(b_f, 1)[:, None])
+        b_f = b_f / tl.sum(b_f, 1)[:, None]
+    if FEATURE == 2:
+        b_f = tl.where(b_f > 0, b_f + 1, tl.exp(tl.minimum(b_f, 0.0)))
+    if FEATURE == 3:
+        b_f = tl.maximum(b_f, 0.0)
+    return tl.where(m_x, b_f, 0.0).to(b_x.dtype)
 
 
 @triton.jit
@@ -113,6 +136,7 @@ def states_kernel(
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     SCALED: tl.constexpr,
+    FEATURE: tl.constexpr,
 ):
     """h = (by x)^T y and z = sum(by weight x) over each block; by and weight are 1 if not SCALED.
 
@@ -127,7 +151,7 @@ def states_kernel(
     b_z = tl.zeros([BLOCK_D], tl.float32)
     for i_row in range(0, BLOCK, TILE):
         o_t = _tokens(slots, i_block, i_row, BLOCK, TILE)
-        b_x = _rows(x, stride_xn, o_t, o_d, D)
+        b_x = _features(_rows(x, stride_xn, o_t, o_d, D), o_t, o_d, D, FEATURE)
         b_y = _rows(y, stride_yn, o_t, o_c, D)
         if SCALED:
             o_n = (i_b * H + i_h) * N + o_t
@@ -217,6 +241,7 @@ def apply_kernel(
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     NORMED: tl.constexpr,
+    FEATURE: tl.constexpr,
 ):
     """y = x h, with the sum h of the block's set; by 1 / (eps + x z), which is kept, if NORMED.
 
@@ -234,7 +259,7 @@ def apply_kernel(
         b_z = tl.load(total + D * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     for i_row in range(0, BLOCK, TILE):
         o_t = _tokens(slots, i_block, i_row, BLOCK, TILE)
-        b_x = _rows(x, stride_xn, o_t, o_d, D)
+        b_x = _features(_rows(x, stride_xn, o_t, o_d, D), o_t, o_d, D, FEATURE)
         b_y = _dot(b_x, b_h, tl.zeros([TILE, CHUNK], tl.float32))
         if NORMED:
             # Nothing but padding in the set: 1 / eps would swamp all else that goes backward.
@@ -356,18 +381,20 @@ def _sums(
     block: int,
     by: Tensor | None = None,
     weight: Tensor | None = None,
+    feature: int = 0,
 ) -> Tensor:
     """The sums of the states of x and y over each set, (B, H, R, D D + D).
 
     Args:
         sets: (B', H', R, C) bool of any strides, blocks of x.
+        feature: which of FEATURES is made of x first.
     """
     B, H, _, D = x.shape
     size, kept = D * D + D, state_dtype(x.dtype)
     state = x.new_empty((B, H, sets.shape[3], size), dtype=kept)
     scales = state if by is None else by, state if weight is None else weight
     arguments = x, y, *scales, state
-    _launch(states_kernel, x, y, slots, block, *arguments, SCALED=by is not None)
+    _launch(states_kernel, x, y, slots, block, *arguments, SCALED=by is not None, FEATURE=feature)
     total = x.new_empty((B, H, sets.shape[2], size), dtype=kept)
     config = configs.sums(configs.architecture(x.device), x.dtype)
     steps = (n if length > 1 else 0 for n, length in zip(sets.stride(), sets.shape, strict=True))
@@ -402,14 +429,16 @@ def _linear_sets(
     block_q: int,
     block_k: int,
     eps: float,
+    feature: int,
 ) -> tuple[Tensor, Tensor]:
     """The output, laid out like phi_q, and what each row was multiplied by, (B, H, N) fp32."""
     phi_q, phi_k, v = (rowwise(x) for x in (phi_q, phi_k, v))
     out = torch.empty_like(phi_q)
     by = phi_q.new_empty(phi_q.shape[:3], dtype=torch.float32)
-    total = _sums(phi_k, v, slots, sets, block_k)
+    total = _sums(phi_k, v, slots, sets, block_k, feature=feature)
     arguments = phi_q, total, out, by
-    _launch(apply_kernel, phi_q, out, slots, block_q, *arguments, eps=eps, NORMED=True)
+    flags = {"NORMED": True, "FEATURE": feature}
+    _launch(apply_kernel, phi_q, out, slots, block_q, *arguments, eps=eps, **flags)
     return out, by
 
 
@@ -442,7 +471,7 @@ def _backward(
     arguments = v, total, dphi_k, by, by
     _launch(apply_transposed_kernel, v, dphi_k, slots, block_k, *arguments, SCALED=False)
     arguments = phi_k, total, dv, by
-    _launch(apply_kernel, phi_k, dv, slots, block_k, *arguments, eps=0.0, NORMED=False)
+    _launch(apply_kernel, phi_k, dv, slots, block_k, *arguments, eps=0.0, NORMED=False, FEATURE=0)
     return dphi_q, dphi_k, dv
 
 
@@ -452,12 +481,13 @@ def _(grad: Tensor, phi_q: Tensor, phi_k: Tensor, v: Tensor, *rest: Any) -> tupl
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.block_q, ctx.block_k, _ = inputs
+    *tensors, ctx.block_q, ctx.block_k, _, feature = inputs
+    assert not feature
     ctx.save_for_backward(*tensors, *output)
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    return *_backward(grad, *ctx.saved_tensors, ctx.block_q, ctx.block_k), *[None] * 5
+    return *_backward(grad, *ctx.saved_tensors, ctx.block_q, ctx.block_k), *[None] * 6
 
 
 _linear_sets.register_autograd(_differentiate, setup_context=_save)
