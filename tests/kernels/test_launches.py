@@ -89,12 +89,12 @@ def test_a_model_with_less_overhead_gives_the_same():
     model, given = wan.transformer().to("cuda"), {"return_dict": False}
     for name, x in wan.inputs().items():
         given[name] = x.to("cuda") if isinstance(x, torch.Tensor) else x
-    with attach(model, SparseLinear(critical=0.3, block_q=16, block_k=16), kernel="triton"):
-        with torch.no_grad():
-            want = model(**given)
-            model.compile(mode="reduce-overhead")
-            for _ in range(3):
-                torch.testing.assert_close(model(**given), want, rtol=1e-3, atol=1e-3)
+    method = SparseLinear(critical=0.3, block_q=16, block_k=16)
+    with attach(model, method, kernel="triton"), torch.no_grad():
+        want = model(**given)
+        model.compile(mode="reduce-overhead")
+        for _ in range(3):
+            torch.testing.assert_close(model(**given), want, rtol=1e-3, atol=1e-3)
 
 
 def test_the_counter_sees_into_operators(monkeypatch):
