@@ -46,6 +46,9 @@ MODULES = {
 
 # Of modules old and new, the names that went elsewhere.
 NAMES: dict[str, dict[str, str]] = {
+    "attention_processors.block_mixture": dict.fromkeys(
+        ("AT_ONCE", "SORTED"), "attention_processors.methods.picking"
+    ),
     "attention_processors.options": {
         "method_name": "attention_processors",
         "written_type": "values",

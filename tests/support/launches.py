@@ -19,6 +19,7 @@ FREE |= {"aten::new_empty_strided", "aten::detach", "aten::lift_fresh", "aten::_
 # What asks the device for a number, and so waits for it.
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
 WAITS |= {"aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::is_nonzero"}
+WAITS |= {"aten::item"}  # the former where some library has it in one piece
 WAITS |= {"aten::_pin_memory", "aten::repeat_interleave", "aten::bincount", "aten::allclose"}
 
 # What raises on CUDA under torch.use_deterministic_algorithms(True), of the list in the
