@@ -216,3 +216,14 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
         seconds = json.loads(DURATIONS.read_text())
         items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0))
+
+
+@pytest.fixture
+def untuned(tmp_path, monkeypatch):
+    """What was tuned on this machine decides nothing here."""
+    from gen_accel.kernels.triton import tuned
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuned.read.cache_clear()
+    yield
+    tuned.read.cache_clear()

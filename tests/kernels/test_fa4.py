@@ -15,11 +15,11 @@ import torch
 from support import fa4 as stand_in
 from support import wan
 from support.checks import assert_no_worse
+from support.launches import Launches
 from support.methods import CASES
 from support.problems import PLANS, assert_gradients_no_worse, random_plan
 from support.products import in_turns
 from support.videos import VIDEOS
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gen_accel import kernels
 from gen_accel.attention_processors import (
@@ -275,30 +275,10 @@ class TestLists:
         plan = Plan(torch.arange(64), torch.ones(1, 1, 4, 4, dtype=torch.bool), 16, 16)
         assert plan.is_raster
         q, k, v = qkv(64)
-        moved = Operations()
-        with torch.no_grad(), moved:
+        with torch.no_grad(), Launches() as counted:
             fa4.forward(q, k, v, plan, scale=0.3)
-        assert not moved.names & {"aten::index_select", "aten::copy_"}
+        assert not {"aten::index_select", "aten::copy_"} & set(counted.done)
         assert len(calls) == 1
-
-
-# What waits for the device: numbers read on the host, and shapes that depend on values.
-WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::_to_copy", "aten::is_nonzero"}
-
-
-class Operations(TorchDispatchMode):
-    """The names of those that run, and those of them that move a tensor to another device."""
-
-    def __init__(self):
-        super().__init__()
-        self.names, self.moves = set(), []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().split(".")[0]
-        self.names.add(name)
-        if (kwargs or {}).get("device") is not None and name == "aten::_to_copy":
-            self.moves.append(name)
-        return func(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("options", [{}, {"route": True}, {"windows": True}], ids=str)
@@ -306,13 +286,11 @@ def test_lists_of_a_dynamic_plan_wait_for_nothing(options):
     plan = random_plan("cpu", batch=2, heads=2, **options)
     plan.dynamic = True
     plan.tokens, plan.places, plan.is_raster  # noqa: B018  what the layout knows
-    ran = Operations()
-    with ran:
+    with Launches() as counted:
         fa4.prepare(plan, OWN)
         fa4.prepare(plan, (48, 32))
-    assert ran.names
-    assert not ran.names & (WAITS - {"aten::_to_copy"})
-    assert not ran.moves
+    assert counted.done
+    assert counted.waits == []
 
 
 class TestRefusals:

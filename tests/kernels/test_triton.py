@@ -48,15 +48,6 @@ pytestmark = pytest.mark.usefixtures("poison", "untuned")
 SMALL = [VideoShape(3, 8, 8), VideoShape(3, 7, 9), VideoShape(3, 7, 5, text=13)]
 
 
-@pytest.fixture
-def untuned(tmp_path, monkeypatch):
-    """What was tuned on this machine decides nothing here."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tuned.read.cache_clear()
-    yield
-    tuned.read.cache_clear()
-
-
 QUICK = list(PLANS)[:4]
 # More than a second each in the interpreter, by night.
 LARGE = (

@@ -12,22 +12,13 @@ from support.triton_plans import assert_matches_reference, differentiated, input
 from gen_accel.attention_processors import Neighborhood, Radial
 from gen_accel.attention_processors.methods import neighborhood, radial
 from gen_accel.kernels import triton as package
-from gen_accel.kernels.triton import bits, block_sparse, configs, lists, tiles, tuned
+from gen_accel.kernels.triton import bits, block_sparse, configs, lists, tiles
 from gen_accel.plan import Plan, Windows
 from gen_accel.video import VideoShape
 
 pytestmark = pytest.mark.usefixtures("poison", "untuned")
 
 BITS, WINDOWS, NONE = tiles.BITS.value, tiles.WINDOWS.value, tiles.NONE.value
-
-
-@pytest.fixture
-def untuned(tmp_path, monkeypatch):
-    """What was tuned on this machine decides nothing here."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tuned.read.cache_clear()
-    yield
-    tuned.read.cache_clear()
 
 
 @pytest.fixture

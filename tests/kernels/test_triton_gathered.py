@@ -9,18 +9,10 @@ from support.triton_plans import assert_matches_reference, differentiated, input
 from gen_accel import BlockMixture, VideoShape, attention
 from gen_accel.attention_processors.methods import picking
 from gen_accel.kernels import triton as package
-from gen_accel.kernels.triton import bins, gathered, owners, tuned
+from gen_accel.kernels.triton import bins, gathered, owners
 from gen_accel.plan import Plan, Route
 
 pytestmark = pytest.mark.usefixtures("poison", "untuned")
-
-
-@pytest.fixture
-def untuned(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tuned.read.cache_clear()
-    yield
-    tuned.read.cache_clear()
 
 
 def plan_of(device, block, group, *, batch=1, heads=1, share=0.4, padding=5, seed=0):

@@ -13,10 +13,10 @@ from support.triton_plans import (
 )
 
 from gen_accel.kernels import triton as package
-from gen_accel.kernels.triton import autotune, block_sparse, configs, packing, tuned
+from gen_accel.kernels.triton import autotune, block_sparse, configs, packing
 from gen_accel.plan import Plan
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "untuned")
 
 EVERY = {"packed forward", "packed dq", "packed dkdv"}
 # Those whose blocks have whole loads of half a tile, on both sides; the others are gathered.
@@ -31,14 +31,6 @@ SERVED = {
     },
 }
 QUICK = ["windows, blocks of two tiles", "route, two loads"]
-
-
-@pytest.fixture(autouse=True)
-def untuned(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tuned.read.cache_clear()
-    yield
-    tuned.read.cache_clear()
 
 
 @pytest.fixture
