@@ -26,7 +26,7 @@ import diffusers
 import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from kept import write_between_marks
-from kernels import peak_memory
+from memory import peak_memory
 from parity import DTYPES, brief, check_parity, draw, shrink
 from torch import Tensor
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from kernels import peak_memory
+from memory import peak_memory
 
 import gen_accel
 from gen_accel.attention_processors.families import family_of

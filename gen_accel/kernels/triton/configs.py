@@ -281,7 +281,7 @@ def linear(arch: str, D: int, dtype: torch.dtype) -> LinearConfig:
 
 
 def sums(arch: str, dtype: torch.dtype) -> SumsConfig:
-    return SumsConfig(32, 32, 32, 4, 1) if arch == "interpreted" else SUMS[dtype]
+    return SumsConfig(32, 1024, 32, 4, 1) if arch == "interpreted" else SUMS[dtype]
 
 
 def bucket(D: int) -> int:
