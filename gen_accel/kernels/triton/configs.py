@@ -153,7 +153,10 @@ LINEAR = {
     256: LinearConfig(32, 32, 8),
 }
 # In their place where they would spill.
-LINEAR_INSTEAD = {("sm_100", 128): LinearConfig(32, 64, 8)}
+LINEAR_INSTEAD = {
+    ("sm_100", 128): LinearConfig(32, 64, 8),
+    ("gfx942", 128): LinearConfig(64, 64, 8),
+}
 LINEAR_FP32 = {
     64: LinearConfig(32, 32, 8),
     128: LinearConfig(32, 32, 8),
