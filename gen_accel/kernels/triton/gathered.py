@@ -32,6 +32,7 @@ TILE = 64  # the most queries in a tile, for the same reason
 INSTEAD = {
     ("sm_80", 64, "dq"): configs.Config(64, 32, 4, 1),
     ("sm_80", 128, "forward"): configs.Config(64, 32, 4, 1),
+    ("sm_90", 128, "forward"): configs.Config(64, 32, 4, 2),
     ("sm_100", 64, "forward"): configs.Config(64, 64, 4, 2),
     ("sm_100", 64, "dq"): configs.Config(64, 64, 4, 2),
     ("sm_120", 64, "forward"): configs.Config(64, 32, 4, 2),
