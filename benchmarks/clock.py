@@ -73,7 +73,7 @@ def needed(seconds: list[float], rounds: int) -> int:
 def _by_events(
     calls: Mapping[str, Callable[[], Any]], whole: dict[str, list[float]], device: torch.device
 ) -> dict[str, list[float]]:
-    """As many rounds as by the clock on the wall."""
+    """Seconds by CUDA events, of as many rounds as by the clock on the wall."""
     size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
     other = torch.empty(max(size, 1 << 26), dtype=torch.uint8, device=device)
     short = {name: call for name, call in calls.items() if min(whole[name]) < LONG}

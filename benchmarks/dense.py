@@ -53,7 +53,7 @@ def compiled_flex(backend: str) -> Baseline:
 def tried(
     found: dict[str, Baseline], inputs: list[Tensor], backward: bool
 ) -> tuple[dict[str, Baseline], dict[str, str]]:
-    """Which run on these inputs, and why the others do not."""
+    """The ones of `found` that run on these inputs, and why the others do not."""
     runs, reasons = {}, {}
     for name, baseline in found.items():
         try:

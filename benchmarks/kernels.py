@@ -20,7 +20,7 @@ import dense
 import torch
 from clock import Taken, turns
 from memory import peak_memory
-from parity import DTYPES, brief, call, check_parity, draw, shrink, step
+from parity import DTYPES, brief, call, check_parity, draw, planned, shrink, step
 from torch import Tensor
 
 from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear, VideoShape
@@ -28,7 +28,7 @@ from gen_accel.attention_processors import METHODS
 from gen_accel.kernels import KERNELS, facts_of, flex, preference, unsupported
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
-from gen_accel.method import parts_of, plan_of
+from gen_accel.method import parts_of
 from gen_accel.plan import Plan
 
 ROOT = Path(__file__).parent
@@ -197,7 +197,7 @@ def rows(case: Case, how: How) -> Iterator[dict]:
     pattern depends on q and k includes choosing it."""
     video, _, method = case
     inputs = drawn(case, how)
-    plan = planned(case, inputs)
+    plan = planned(video, method, inputs)
     backward = how.direction == "both"
     dense_name, baseline = dense.best(inputs, backward)
     calls, refused, compiled = {"dense": step(baseline.run, inputs, backward)}, {}, {}
@@ -214,7 +214,7 @@ def rows(case: Case, how: How) -> Iterator[dict]:
             refused[kernel] = str(error)
     chosen = {}
     if parts_of(method).plan_for is not None:
-        calls["selection"] = partial(planned, case, inputs)
+        calls["selection"] = partial(planned, video, method, inputs)
         with peak_memory(how.device) as chosen:
             calls["selection"]()
     with baseline.active():
@@ -240,14 +240,6 @@ def rows(case: Case, how: How) -> Iterator[dict]:
 def drawn(case: Case, how: How) -> list[Tensor]:
     size = {"heads": case.heads, "dim": how.dim, "dtype": DTYPES[how.dtype]}
     return draw(case.video, case.method, **size, device=how.device, seed=how.seed)
-
-
-def planned(case: Case, inputs: list[Tensor]) -> Plan:
-    """Of the q and k of a call, where these decide."""
-    chosen = parts_of(case.method).plan_for
-    if chosen is not None:
-        return chosen(*inputs[:2], video=case.video)
-    return plan_of(case.method, case.video, inputs[0].device)
 
 
 def check(case: Case, how: How, kernel: str) -> None:

@@ -11,6 +11,7 @@ from gen_accel import VideoShape, attention
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
 from gen_accel.kernels.allowance import allowance
 from gen_accel.method import branch_of, parts_of, plan_of
+from gen_accel.plan import Plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARITY_TOKENS = 2048  # the reference holds a matrix of tokens x tokens in fp64
@@ -72,6 +73,14 @@ def step(run: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> Ca
     return both
 
 
+def planned(video: VideoShape, method: Any, inputs: list[Tensor]) -> Plan:
+    """The plan of a method for one call, of its q and k where these decide."""
+    chosen = parts_of(method).plan_for
+    if chosen is not None:
+        return chosen(*inputs[:2], video=video)
+    return plan_of(method, video, inputs[0].device)
+
+
 class ParityFailed(ValueError):
     """A kernel errs more than it may.
 
@@ -91,12 +100,8 @@ def check_parity(
     dtype, and its own allowance for the output."""
     reference = call(video, method, "reference", inputs[0])
     ours = call(video, method, kernel, inputs[0])
-    plan_for, scale = parts_of(method).plan_for, inputs[0].shape[3] ** -0.5
-    if plan_for is None:
-        plan = plan_of(method, video, inputs[0].device)
-    else:
-        plan = plan_for(*inputs[:2], video=video)
-    more = allowance(kernel, *inputs, plan, scale=scale)
+    plan = planned(video, method, inputs)
+    more = allowance(kernel, *inputs, plan, scale=inputs[0].shape[3] ** -0.5)
     hold(f"{kernel} at {video}", ours, reference, inputs, backward, more=more)
 
 

@@ -27,7 +27,7 @@ import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from kept import write_between_marks
 from memory import peak_memory
-from parity import DTYPES, brief, check_parity, draw, shrink
+from parity import DTYPES, brief, check_parity, draw, planned, shrink
 from torch import Tensor
 
 from gen_accel import (
@@ -50,7 +50,7 @@ from gen_accel.kernels.self_check import SelfCheckFailed, check_rows
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
 from gen_accel.measure.timing import interleaved
-from gen_accel.method import layer_method, parts_of, plan_of
+from gen_accel.method import layer_method
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
@@ -376,9 +376,8 @@ def check(
     for method in in_layers(published(few, len(layers))[name], layers):
         check_parity(few, method, "auto", draw(few, method, **size), backward=False)
     for method in in_layers(published(video, len(layers))[name], layers):
-        q, k, v = draw(video, method, **size)
-        chosen = parts_of(method).plan_for
-        plan = chosen(q, k, video=video) if chosen else plan_of(method, video, args.device)
+        q, k, v = inputs = draw(video, method, **size)
+        plan = planned(video, method, inputs)
         out = kernels.run(q, k, v, plan, scale=dim**-0.5)
         check_rows(q, k, v, plan, out, scale=dim**-0.5, kernel="auto")
 

@@ -140,7 +140,7 @@ def autocast_step(at: Setting) -> Line:
 
 
 def trained(at: Setting, layers: int | None = None) -> Namespace:
-    """What `training` is told: Wan 1.3B, or the demo's model on a few tokens."""
+    """Options of `training`: Wan 1.3B, or the demo's model on a few tokens."""
     if at.dry:
         return Namespace(model="demo", device=at.device, layers=None, picture=(4, 4), rounds=1)
     return Namespace(model="1.3b", device=at.device, layers=layers, picture=None, rounds=2)

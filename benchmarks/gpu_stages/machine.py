@@ -1,4 +1,4 @@
-"""What figures depend on: the card, its clocks, the versions and the source."""
+"""The card, its clocks, the versions and the source, on which figures depend."""
 
 import gc
 import hashlib
@@ -28,7 +28,7 @@ QUERY = (
 
 
 def made_on(device: torch.device, *, dry: bool) -> dict[str, Any]:
-    """What has to be equal for figures to go together."""
+    """Card, versions and source, which have to be equal for figures to go together."""
     versions = {name: version(name) for name in ("torch", "diffusers", *OTHERS)}
     return {
         "card": device_name(device),

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kernels import LONG_CASES, Case, How, drawn, goals, planned
+from kernels import LONG_CASES, Case, How, drawn, goals
 from ledger import Kind
-from parity import shrink
+from parity import planned, shrink
 from pipeline import CUDA_PROBLEMS, Problem, small
 
 from gen_accel import VideoShape
@@ -100,7 +100,7 @@ def kind(case: Case, how: How) -> Kind:
     one that "auto" takes."""
     few = Case(shrink(case.video, case.method), 2, case.method)
     inputs = drawn(few, how)
-    plan, backward = planned(few, inputs), how.direction == "both"
+    plan, backward = planned(few.video, few.method, inputs), how.direction == "both"
     facts = facts_of(*inputs, plan, grad=backward)
     rule = "none" if facts.pattern == "blocks" else facts.pattern
     rule = "gain" if facts.gain else rule

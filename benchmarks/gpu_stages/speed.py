@@ -7,9 +7,9 @@ from typing import Any
 import dense
 import torch
 from clock import turns
-from kernels import Case, How, chosen_by_auto, drawn, planned, rows
+from kernels import Case, How, chosen_by_auto, drawn, rows
 from ledger import Failed, Kind, Line, Skipped
-from parity import brief, step
+from parity import brief, planned, step
 from torch import Tensor
 
 from gen_accel.kernels import facts_of, unsupported
@@ -79,7 +79,7 @@ def _needs(case: Case, how: How) -> list[Kind]:
 
 def _goal(case: Case, how: How, kernel: str) -> dict[str, Any]:
     inputs = drawn(case, how)
-    plan = planned(case, inputs)
+    plan = planned(case.video, case.method, inputs)
     facts = facts_of(*inputs, plan, grad=how.direction == "both")
     if reasons := unsupported(kernel, facts):
         raise Skipped("; ".join(reasons))
@@ -128,8 +128,9 @@ def _tune(at: Setting, dim: int, block: int, ruled: bool) -> dict[str, Any]:
     finally:  # a candidate that was tried when the time was over is in memory
         tuned.read.cache_clear()
     kept = {name: list(config) for name, config in found.items()}
-    row = table_row({name.split("/")[1]: config for name, config in found.items()}, q, block)
-    return {"found": kept, "row": row, "says": row}
+    by_kind = {name.split("/")[1]: config for name, config in found.items()}
+    rows = table_rows(by_kind, configs.architecture(q.device), q, block)
+    return {"found": kept, "rows": rows, "says": "; ".join(rows)}
 
 
 def _plan_to_tune(at: Setting, block: int, ruled: bool) -> Plan:
@@ -143,12 +144,21 @@ def _plan_to_tune(at: Setting, block: int, ruled: bool) -> Plan:
     return Plan(torch.arange(TUNED_TOKENS), keep, block, block)
 
 
-def table_row(found: dict[str, configs.Config], q: Tensor, block: int) -> str:
-    """A row for TABLE, or for SHORT where tiles are cut to the block; kinds that were not tuned
-    stay as they are."""
-    arch, D = configs.architecture(q.device), q.shape[3]
-    made = []
-    for name in configs.KINDS:
-        config = found.get(name) or configs.from_table(arch, name, D, q.dtype, block)
-        made.append(f"_C({', '.join(map(str, config))})")
-    return f'"{arch}" {configs.bucket(D)}: ({", ".join(made)}), of blocks of {block}'
+def table_rows(found: dict[str, configs.Config], arch: str, q: Tensor, block: int) -> list[str]:
+    """Rows for TABLE and PACKED of what was tuned, or for their short forms where tiles are cut to
+    the block; kinds that were not tuned stay as they are.
+
+    Args:
+        found: by kind, with "packed " before those over packed operands.
+    """
+    D, rows = q.shape[3], []
+    for table, before in (("TABLE", ""), ("PACKED", configs.PACKING)):
+        kinds = [before + kind for kind in configs.KINDS]
+        if not found.keys() & set(kinds):
+            continue
+        chosen = [
+            found.get(kind) or configs.from_table(arch, kind, D, q.dtype, block) for kind in kinds
+        ]
+        made = ", ".join(f"_C({', '.join(map(str, config))})" for config in chosen)
+        rows.append(f'{table} "{arch}" {configs.bucket(D)}: ({made}), of blocks of {block}')
+    return rows

@@ -575,6 +575,7 @@ def test_products_of_the_inner_loop_are_counted():
     assert sass.multiply_adds(loop, 8) == 2 * four + 8 * 16 * 8 * 16
     assert sass.multiply_adds([], 8) == 0
     assert sass.shuffles(loop) == 1
+    assert sass.instructions(LISTING)[1:-2] == loop
     assert sass.copies(loop) == 1
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 
 import torch
 from torch._library.custom_ops import OPDEFS
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gen_accel.kernels import triton as package
@@ -19,8 +20,11 @@ FREE |= {"aten::new_empty_strided", "aten::detach", "aten::lift_fresh", "aten::_
 # What asks the device for a number, and so waits for it.
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
 WAITS |= {"aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::is_nonzero"}
-WAITS |= {"aten::item"}  # the former where some library has it in one piece
+WAITS |= {"aten::item"}  # as `_local_scalar_dense`, where it is not taken apart before
 WAITS |= {"aten::_pin_memory", "aten::repeat_interleave", "aten::bincount", "aten::allclose"}
+
+# The same of tensors on the CPU does nothing, and is seen by its call alone.
+COPIES = {"cpu", "numpy", "tolist", "pin_memory", "tensor", "as_tensor", "from_numpy"}
 
 # What raises on CUDA under torch.use_deterministic_algorithms(True), of the list in the
 # documentation of that function, or draws what it writes from a race without it.
@@ -28,6 +32,25 @@ RANDOM = {"aten::kthvalue", "aten::histc", "aten::bincount", "aten::put_", "aten
 RANDOM |= {"aten::scatter_reduce", "aten::scatter_reduce_", "aten::median", "aten::index_reduce"}
 SUMMED = {"aten::cumsum", "aten::cumsum_", "aten::scatter_add", "aten::scatter_add_"}
 SUMMED |= {"aten::index_add", "aten::index_add_", "aten::index_put", "aten::index_put_"}
+
+
+class Copies(TorchFunctionMode):
+    """Notes calls that copy from or to the host where tensors are on a GPU.
+
+    Args:
+        waits: what it notes them in.
+    """
+
+    def __init__(self, waits):
+        super().__init__()
+        self._waits = waits
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func.__name__, kwargs or {}
+        moved = name == "to" and "cpu" in [x for x in (*args, *kwargs.values()) if type(x) is str]
+        if name in COPIES or moved:
+            self._waits.append(name)
+        return func(*args, **kwargs)
 
 
 class Launches(TorchDispatchMode):
@@ -43,6 +66,15 @@ class Launches(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.done, self.operators, self.waits, self.random = Counter(), Counter(), [], []
+        self._copies = Copies(self.waits)
+
+    def __enter__(self):
+        self._copies.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        super().__exit__(*raised)
+        self._copies.__exit__(*raised)
 
     @property
     def count(self):

@@ -80,6 +80,7 @@ class Case(NamedTuple):
         packed: places of the arguments that are descriptors.
         most: instructions of a warp for each key.
         shuffles: how often the threads of a warp may exchange numbers in a turn.
+        turns: that stand one after the other where the compiler has made no loop of them.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Case(NamedTuple):
     packed: tuple[int, ...] = ()
     most: float = math.inf
     shuffles: float = math.inf
+    turns: int = 1
 
 
 class Usage(NamedTuple):
@@ -190,6 +192,7 @@ def _linear_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator
     yield Case("sums", linear.sums_kernel, sizes, sums.num_warps, sums.num_stages, needed)
     config = configs.linear(arch, D, dtype)
     sizes = {**dim, "BLOCK": block, "TILE": config.tile, "CHUNK": config.chunk}
+    needed = config.tile * configs.padded_dim(D) * config.chunk
     for name, flag in (
         ("states", "SCALED"),
         ("apply", "NORMED"),
@@ -203,7 +206,8 @@ def _linear_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator
                 name != "apply_transposed"
             ):  # softmax, of the features the dearest, while generating
                 constants["FEATURE"] = int(on == (name == "apply"))
-            yield Case(label, kernel, constants, config.num_warps, 1)
+            case = Case(label, kernel, constants, config.num_warps, 1, needed)
+            yield case._replace(turns=math.ceil(block / config.tile))
 
 
 def _gathered_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
@@ -281,10 +285,13 @@ def usage(case: Case, compiled: Any) -> Usage:
     used = Usage(registers, stack + local, shared)
     if not case.needed:
         return used
-    loops = sass.inner_loops(sass.cuobjdump(compiled, "--dump-sass"))
+    code = sass.cuobjdump(compiled, "--dump-sass")
+    loops, needed = sass.inner_loops(code), case.needed
+    if not loops:
+        loops, needed = [sass.instructions(code)], case.needed * case.turns
     counted = [(sass.multiply_adds(loop, case.num_warps), loop) for loop in loops]
     issued = max((count for count, _ in counted), default=0)
-    used = used._replace(products=issued / case.needed)
+    used = used._replace(products=issued / needed)
     if not issued or not case.keys:
         return used
     # A loop over masked blocks computes no more than one over whole blocks, and takes longer.

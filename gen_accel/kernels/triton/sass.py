@@ -31,6 +31,11 @@ def cuobjdump(compiled: Any, *options: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def instructions(code: str) -> list[str]:
+    """All that a listing of `cuobjdump -sass` holds."""
+    return [text for _, text in INSTRUCTION.findall(code)]
+
+
 def inner_loops(code: str) -> list[list[str]]:
     """Instructions of each loop that holds no other one, from a listing of `cuobjdump -sass`."""
     listed = [(int(place, 16), text) for place, text in INSTRUCTION.findall(code)]
