@@ -33,8 +33,10 @@ def native_serves(kernel: str, *tensors: Tensor) -> bool:
 
 
 def triton_serves(kernel: str, x: Tensor) -> bool:
-    """Whether a Triton kernel runs for this tensor."""
+    """Whether a Triton kernel runs for this tensor, (B, H, ...)."""
     asked = kernel == "triton" or (kernel == "auto" and x.device.type == "cuda")
     if not asked or is_forward_mode():
         return False
-    return x.dtype in triton.DTYPES and not triton.device_reasons(x.device)
+    if x.dtype not in triton.DTYPES or x.shape[:2].numel() > triton.MOST_HEADS:
+        return False
+    return not triton.device_reasons(x.device)

@@ -24,7 +24,7 @@ from support.triton_plans import (
 )
 
 from gen_accel.functional import attention
-from gen_accel.kernels import Facts, facts_of
+from gen_accel.kernels import Facts, facts_of, helpers
 from gen_accel.kernels import triton as package
 from gen_accel.kernels.triton import (
     autotune,
@@ -440,6 +440,12 @@ class TestReasons:
         facts = Facts(((2, 40_000, 64, 16),) * 3, (torch.float32,) * 3, (torch.device("cpu"),) * 3)
         said = ["takes up to 65,535 heads of all samples, got 2 x 40,000"]
         assert package.unsupported(facts) == said
+
+    def test_what_stands_beside_attention_takes_no_more_either(self, monkeypatch):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        few, many = (torch.zeros(1).expand(2, heads, 4, 16) for heads in (7, 40_000))
+        assert helpers.triton_serves("triton", few)
+        assert not helpers.triton_serves("triton", many)
 
     def test_without_triton(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "triton", None)

@@ -18,6 +18,7 @@ from gen_accel.plan import Plan
 
 __all__ = [
     "DTYPES",
+    "MOST_HEADS",
     "Lists",
     "device_reasons",
     "forward",
