@@ -61,7 +61,7 @@ def attention(
         raise ValueError(f"scale must be finite, got {factor}")
     kernels.check_name(kernel)
     check_method(method)
-    run = kernels.Runner(partial(kernels.run, scale=factor, kernel=kernel), kernel)
+    run = kernels.Runner(partial(kernels.run, scale=factor, kernel=kernel), kernel, factor)
     if branch is None:
         return method(q, k, v, video=video, kernel=run)
     if parts_of(method).branch is None:

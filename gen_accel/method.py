@@ -8,7 +8,8 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any, NamedTuple, Protocol
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,56 @@ class Method(Protocol):
         ...
 
 
+class Memory(Protocol):
+    """What a method keeps from one denoising step of a run for the next, made empty by the part
+    `memory`: one for each layer and for each call of it in a step, as guidance makes two.
+
+    It belongs to whoever runs the model, as attention that is attached does: the method itself
+    holds nothing. At a step that is dense, the memory is shown what dense attention gave; at those
+    that follow, the method's call gets it as `memory=`. A call that asks for a gradient gets none.
+    What was learned is dropped at a new run, at another grid, batch, dtype or device, after an
+    exception in the model, and when the method is detached.
+
+    Attributes:
+        every: steps after which it is to learn anew; 0: not in the same run.
+        refuses_training: why no gradient can do without it; "": one can.
+        for_less: what to do where it is too large, as the end of an error.
+    """
+
+    every: int
+    refuses_training: str
+    for_less: str
+
+    def learn(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dense: Tensor,
+        *,
+        video: VideoShape,
+        kernel: Callable[[Tensor, Tensor, Tensor, Plan], Tensor],
+        first: Self | None,
+    ) -> None:
+        """Keep what the steps to come need.
+
+        Args:
+            q, k, v: (B, H, N, D), as for the call of the method.
+            dense: (B, H, N, D), dense attention.
+            first: what the first call of this step learned; None in that call itself.
+        """
+        ...
+
+    def size(self, shape: tuple[int, int, int, int], itemsize: int) -> int:
+        """Bytes on the model's device after `learn` on q of shape (B, H, N, D), without what is
+        as small as a plan."""
+        ...
+
+    def host_size(self, shape: tuple[int, int, int, int], itemsize: int) -> int:
+        """Bytes in the memory of the host, where that is another; as in `size`."""
+        ...
+
+
 class MethodParts(NamedTuple):
     """What a method may have beside its call. A part that it lacks is None, or its default here.
 
@@ -52,12 +103,20 @@ class MethodParts(NamedTuple):
             smooth random ones, for pictures and estimates.
         plan_for: (q, k, *, video) -> Plan, for a method whose pattern depends on q and k.
         for_layer: (layer) -> method of one layer, counted from 0. Default: itself.
+        at: (progress) -> method at one step, from 0 at the first step that is not dense to 1 at
+            the last; 0 where nobody knows how many steps there are. It takes the parameters that
+            the method has. Default: itself.
         for_device: (device) -> method with what a device decides filled in: what a file keeps.
             Default: itself.
         within: (video, whole) -> method for a layer whose grid is smaller than the model's.
             Default: itself.
+        tiled: (tile) -> method whose blocks are that box, (frames, rows, columns), for one that
+            leaves the box to `calibrate`.
+        tile_tokens: the least tokens of that box, up to twice as many; 0: it is chosen already.
         branch: (heads, dim) -> nn.Module, the parameters of one layer at their start. The call
             then takes `branch=`. A branch may have `silent() -> bool`: see `is_silent`.
+        memory: () -> Memory, empty: what is kept from step to step. The call then takes
+            `memory=`, and does without where there is none. A method has a branch or a memory.
         parts: (q, k, v, *, video, kernel) -> (O_s, O_l), what `calibrate` fits a branch to.
         density: (video) -> share of token pairs that are kept. Default: of `plan`.
         block_mask: (video) -> (Kq, Kk) bool, key blocks of each query block. Default: of `plan`.
@@ -70,9 +129,12 @@ class MethodParts(NamedTuple):
     plan: Callable[[VideoShape, torch.device], Plan] | None = None
     plan_for: Callable[..., Plan] | None = None
     for_layer: Callable[[int], Any] | None = None
+    at: Callable[[float], Any] | None = None
     for_device: Callable[[torch.device], Any] | None = None
     within: Callable[[VideoShape, VideoShape], Any] | None = None
+    tiled: Callable[[tuple[int, int, int]], Any] | None = None
     branch: Callable[[int, int], nn.Module] | None = None
+    memory: Callable[[], Memory] | None = None
     parts: Callable[..., tuple[Tensor, Tensor]] | None = None
     density: Callable[[VideoShape], float] | None = None
     block_mask: Callable[[VideoShape], Tensor] | None = None
@@ -80,6 +142,7 @@ class MethodParts(NamedTuple):
     thins_by_time: bool = False
     needs_all_heads: str = ""
     least_grid: tuple[int, int, int] = (1, 1, 1)
+    tile_tokens: int = 0
 
     @property
     def has_plan(self) -> bool:
@@ -91,14 +154,19 @@ CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "plan": (("video", "device"), ()),
     "plan_for": (("q", "k"), ("video",)),
     "for_layer": (("layer",), ()),
+    "at": (("progress",), ()),
     "for_device": (("device",), ()),
     "within": (("video", "whole"), ()),
+    "tiled": (("tile",), ()),
     "branch": (("heads", "dim"), ()),
+    "memory": ((), ()),
     "parts": (("q", "k", "v"), ("video", "kernel")),
     "density": (("video",), ()),
     "block_mask": (("video",), ()),
 }
-CALL = ("q", "k", "v"), ("video", "kernel")  # with a branch, `branch=` too
+CALL = ("q", "k", "v"), ("video", "kernel")  # with a branch, `branch=` too; or `memory=`
+LEARN = ("q", "k", "v", "dense"), ("video", "kernel", "first")
+SIZE = ("shape", "itemsize"), ()
 # A public name that is this near to that of a part that a method lacks is taken for it, misspelt.
 NEAR = 0.85
 
@@ -139,6 +207,9 @@ def check_method(method: Any) -> None:
         return
     positional, keywords = CALL
     keywords = keywords if parts.branch is None else (*keywords, "branch")
+    if parts.memory is not None:
+        _check_memory(name, parts)
+        keywords = (*keywords, "memory")
     _check_call(name, "__call__", method, positional, keywords)
     _check_names(name, method)
     if lasting:
@@ -168,6 +239,17 @@ def layer_method(method: Method, layer: int) -> Any:
     return method if own is None else own(layer)
 
 
+@lru_cache(maxsize=256)
+def method_at(method: Method, progress: float) -> Any:
+    """What runs at a step, for methods that change over a run: see `at` of `MethodParts`."""
+    own = parts_of(method).at
+    if own is None:
+        return method
+    made = own(progress)
+    check_method(made)
+    return made
+
+
 def on_device(method: Method, device: torch.device) -> Any:
     """What runs on a device, for methods whose defaults differ from one kind to the next."""
     own = parts_of(method).for_device
@@ -185,10 +267,22 @@ def branch_of(method: Method, heads: int, dim: int) -> nn.Module | None:
     return None if made is None else made(heads, dim)
 
 
+def memory_of(method: Method) -> Memory | None:
+    """An empty memory; None for a method that keeps nothing from step to step."""
+    made = parts_of(method).memory
+    return None if made is None else made()
+
+
 def is_silent(branch: nn.Module) -> bool:
     """Whether a branch says by `silent()` that it adds nothing. Synchronises the device."""
     said = getattr(branch, "silent", None)
     return said is not None and bool(said())
+
+
+def tiled(method: Method, tile: tuple[int, int, int]) -> Any:
+    """The method with blocks of this box, (frames, rows, columns)."""
+    own = parts_of(method).tiled
+    return method if own is None else own(tile)
 
 
 def within(method: Method, video: VideoShape, whole: VideoShape) -> Any:
@@ -203,6 +297,14 @@ def plan_of(method: Method, video: VideoShape, device: torch.device | str = "cpu
     if made is None:
         raise ValueError(f"{_name(method)} has no plan(video, device)")
     return made(video, torch.device(device))
+
+
+def check_grid(method: Method, video: VideoShape) -> None:
+    """Raise ValueError, in the words of its plan, for a method that does not fit the grid."""
+    parts = parts_of(method)
+    small = any(least > size for least, size in zip(parts.least_grid, video.grid, strict=True))
+    if small and parts.has_plan:
+        plan_of(method, video)
 
 
 def density_of(method: Method, video: VideoShape) -> float:
@@ -253,6 +355,24 @@ def _check_part(kind: str, part: str, value: Any) -> None:
     elif not isinstance(value, type(default)):
         wanted = type(default).__name__
         raise ValueError(f"{part} of {kind} must be a {wanted}, got {value!r}")
+
+
+def _check_memory(kind: str, parts: MethodParts) -> None:
+    assert parts.memory is not None
+    if parts.branch is not None:
+        raise ValueError(f"{kind} must have a branch or a memory, got both")
+    memory: Any = parts.memory()
+    name = f"the memory of {kind}"
+    for part, wanted in (("every", int), ("refuses_training", str), ("for_less", str)):
+        value = getattr(memory, part, None)
+        if not isinstance(value, wanted) or value is True or value is False:
+            raise ValueError(f"{part} of {name} must be of type {wanted.__name__}, got {value!r}")
+    for part, call in (("learn", LEARN), ("size", SIZE), ("host_size", SIZE)):
+        value = getattr(memory, part, None)
+        if not callable(value):
+            written = ", ".join(call[0] + call[1])
+            raise ValueError(f"{name} must have {part}({written}), got {value!r}")
+        _check_call(name, part, value, *call)
 
 
 def _check_call(

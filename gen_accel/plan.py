@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -184,6 +184,47 @@ class Route:
         return Route(self.picks.to(device), self.group.to(device), self.block)
 
 
+Centre = Literal["query", "key"]
+RestOrder = Literal["zeroth", "first"]
+
+
+@dataclass(frozen=True)
+class Rest:
+    """The key blocks that a query block does not keep, each pooled to one key and one value.
+
+    They take part in the softmax of the kept keys. With n_j tokens in block j:
+
+        "key"    query t weighs block j by exp(scale q_t . kmean_j + ln n_j), with value vmean_j
+        "query"  by exp(l_ij + scale (q_t - qmean_i) . k_ij), with value v_ij, where p_ij is the
+                 softmax over block j of the scores of the mean query of t's block i, l_ij their
+                 logarithm of summed exponentials, k_ij = sum p_ij k and v_ij = sum p_ij v
+
+    The first is exact where the keys of a block are equal, the second where they are or where
+    the queries of a block are. With `order="first"` the output gains r_t scale (q_t H) / N, where
+    r_t is what query t weighs the rest by and H = sum_t (k_t - kmean)^T v_t over all keys.
+
+    Args:
+        centre: whose mean it is pooled around; see above.
+        order: "first" adds the slope, for `centre="key"`.
+
+    References:
+        "key" is the rest of PISA (https://arxiv.org/abs/2602.01077) and of Sol-Attn
+        (https://arxiv.org/abs/2607.24027); the first order is PISA's. "query" is our own.
+    """
+
+    centre: Centre = "query"
+    order: RestOrder = "zeroth"
+
+    def __post_init__(self) -> None:
+        for name, options in (("centre", Centre), ("order", RestOrder)):
+            if getattr(self, name) not in get_args(options):
+                raise ValueError(
+                    f"{name} must be one of {get_args(options)}, got {getattr(self, name)!r}"
+                )
+        if self.order == "first" and self.centre != "key":
+            raise ValueError(f"order='first' is for centre='key', got centre={self.centre!r}")
+
+
 # Not frozen, but never changed: of a frozen one that is made in its graph, torch.compile would
 # read the fields alone.
 @dataclass(eq=False)
@@ -202,6 +243,8 @@ class Plan:
         trimmed: `keep` leaves out blocks in which `partial` would see pairs.
         entries: how many pairs of blocks one pattern of `keep` holds at most, where that is known
             without looking: as long are the lists of a plan that is made call by call.
+        rest: how the blocks that are not kept come back, pooled; None where they are dropped. For
+            plans of whole blocks, without a gain.
     """
 
     slots: Tensor
@@ -213,6 +256,7 @@ class Plan:
     gain: Tensor | None = None
     trimmed: bool = False
     entries: int | None = None
+    rest: Rest | None = None
 
     def __post_init__(self) -> None:
         S = self.slots.numel()
@@ -227,6 +271,27 @@ class Plan:
                 f"gain must be (B, H, {blocks[0]}, {blocks[1]}) like keep, got "
                 f"{tuple(self.gain.shape)}"
             )
+        if self.rest is not None and self.partial is not None:
+            raise ValueError(
+                "a rest is for plans of whole blocks: of a block that a rule on token pairs keeps "
+                f"in part nothing can be pooled, got {type(self.partial).__name__}"
+            )
+        if self.rest is not None and self.gain is not None:
+            raise ValueError(
+                "a plan with a rest takes no gain on scores: use rest=None, or no technique that "
+                "dampens scores"
+            )
+
+    @property
+    def kept(self) -> "Plan":
+        """This plan without its rest: the kept blocks alone."""
+        return self if self.rest is None else self._kept  # a plan that held itself would linger
+
+    @lasting
+    def _kept(self) -> "Plan":
+        blocks = self.block_q, self.block_k
+        facts = {"dynamic": self.dynamic, "entries": self.entries}
+        return _known(Plan(self.slots, self.keep, *blocks, **facts), self)
 
     @lasting
     def tokens(self) -> int:
@@ -311,8 +376,8 @@ class Plan:
 
     @lasting
     def computed_density(self) -> float:
-        """Share of the N x N token pairs that a block kernel computes, padding included.
-        Synchronises the device."""
+        """Share of the N x N token pairs that a block kernel computes, padding included, and what
+        the rest costs in such pairs. Synchronises the device."""
         return self.densities()[1].item()
 
     def densities(self) -> tuple[Tensor, Tensor]:
@@ -324,7 +389,17 @@ class Plan:
             kept = partial.pairs_within(self.keep, self.real, self.block_q, self.block_k)
         else:
             kept = partial.pairs(self.real)
-        return kept / pairs, self._pairs(torch.ones_like(self.slots, dtype=wide)) / pairs
+        computed = self._pairs(torch.ones_like(self.slots, dtype=wide)) + self._pooled_pairs()
+        return kept / pairs, computed / pairs
+
+    def _pooled_pairs(self) -> Tensor | float:
+        """What the rest costs, in token pairs of two products each: a pooled key is a pair with
+        every query of a block that leaves it out, and to pool a block of keys around a mean query
+        takes three products a key."""
+        if self.rest is None:
+            return 0.0
+        cost = self.block_q + (1.5 * self.block_k if self.rest.centre == "query" else 0.0)
+        return cost * (~self.keep).flatten(0, 1).sum((1, 2)).to(widest(self.slots.device)).mean()
 
     def _pairs(self, weight: Tensor) -> Tensor:
         query, key = (weight.view(-1, block).sum(-1) for block in (self.block_q, self.block_k))
@@ -338,8 +413,8 @@ class Plan:
         slots, keep = self.slots.to(device), self.keep.to(device)
         gain = None if self.gain is None else self.gain.to(device)
         blocks = self.block_q, self.block_k
-        rest = self.dynamic, gain, self.trimmed, self.entries
-        return Plan(slots, keep, *blocks, partial, *rest)
+        facts = self.dynamic, gain, self.trimmed, self.entries, self.rest
+        return Plan(slots, keep, *blocks, partial, *facts)
 
     def changed(
         self,
@@ -365,8 +440,21 @@ class Plan:
             gain,
             trimmed,
             self.entries if keep is None else None,
+            self.rest,
         )
         return _known(plan, self)
+
+    def keeping(self, keep: Tensor, *, dynamic: bool) -> "Plan":
+        """In the same layout and with the same rest, gain and windows: of whole blocks where this
+        one has a route.
+
+        Args:
+            dynamic: for one call, as `keep` was made from its q and k; else for many.
+        """
+        windows = None if isinstance(self.partial, Route) else self.partial
+        facts: dict[str, Any] = {"gain": self.gain, "rest": self.rest, "dynamic": dynamic}
+        facts |= {"partial": windows, "trimmed": windows is not None}
+        return _known(Plan(self.slots, keep, self.block_q, self.block_k, **facts), self)
 
 
 class Slots(NamedTuple):
@@ -397,12 +485,16 @@ def slots_of(slots: Tensor, block_q: int, block_k: int) -> Slots:
 
 
 def plan_of_call(
-    slots: Slots, keep: Tensor, partial: Route | None = None, entries: int | None = None
+    slots: Slots,
+    keep: Tensor,
+    partial: Route | None = None,
+    entries: int | None = None,
+    rest: Rest | None = None,
 ) -> Plan:
     """What the q and k of one call keep, (B or 1, H or 1, Kq, Kk): with a route, all blocks of
     what is picked."""
     blocks = slots.block_q, slots.block_k
-    plan = Plan(slots.slots, keep, *blocks, partial, dynamic=True, entries=entries)
+    plan = Plan(slots.slots, keep, *blocks, partial, dynamic=True, entries=entries, rest=rest)
     plan.leaves_out_picks = False
     return _known(plan, slots)
 

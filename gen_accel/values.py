@@ -52,6 +52,14 @@ def convert(value: Any, hint: Any, *, is_text: bool = False) -> Any:
     raise ValueError(value)
 
 
+def check_choices(options: Any, **kinds: Any) -> None:
+    """Raise ValueError for a field of `options` that is none of the values of its Literal."""
+    for name, kind in kinds.items():
+        known, value = get_args(kind), getattr(options, name)
+        if value not in known:
+            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+
+
 def written_type(hint: Any) -> str:
     """How the type of a field reads to a user: "int,int,int"."""
     if get_origin(hint) is Literal:

@@ -592,9 +592,10 @@ def test_all_stages_run_dry_after_a_run_that_was_cut_off(tmp_path):
         "tuning",
         "goals, tuned, forward",
         "goals, tuned, both directions",
+        "the pooled rest",
         "a denoising step",
         "a training step",
-        "parity of the rest",
+        "parity, continued",
         "tests",
         "long clips",
     ]

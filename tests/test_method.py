@@ -21,6 +21,7 @@ from gen_accel.method import (
     is_silent,
     layer_method,
     layers_differ,
+    memory_of,
     parts_of,
     plan_of,
     why_no_graph,
@@ -101,6 +102,7 @@ def test_no_plan_no_density():
         ("branches", "branch"),
         ("densitys", "density"),
         ("blockmask", "block_mask"),
+        ("memorys", "memory"),
     ],
 )
 def test_a_misspelt_part_is_named_with_the_nearest(name, near):
@@ -272,3 +274,67 @@ def test_a_graph_runs_a_method_of_ones_own_as_eager_does(kind):
 def test_a_branch_says_whether_it_is_silent():
     assert is_silent(branch_of(LINEAR, 2, 16))
     assert not is_silent(nn.Linear(2, 2))
+
+
+class Knows:
+    """A memory that learns nothing."""
+
+    every, refuses_training, for_less = 0, "", "use less"
+
+    def learn(self, q, k, v, dense, *, video, kernel, first):
+        pass
+
+    def size(self, shape, itemsize):
+        return 0
+
+    host_size = size
+
+
+class Remembers(Shortest):
+    def __call__(self, q, k, v, *, video, kernel, memory=None):
+        return kernel(q, k, v, self.plan(video, q.device))
+
+    def memory(self):
+        return Knows()
+
+
+def test_a_method_of_ones_own_may_have_a_memory():
+    check_method(Remembers())
+    assert isinstance(memory_of(Remembers()), Knows)
+    assert memory_of(Shortest()) is None
+    model = transformer()
+    with torch.no_grad(), attach(model, Remembers()) as handle:
+        stock = forward(model, time=900.0)
+        forward(model, time=800.0)
+        assert handle.summary().learned == [0]
+        assert handle.summary().reused == [1]
+    with torch.no_grad():
+        assert torch.equal(forward(model, time=900.0), stock)
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ({"every": "no"}, r"^every of the memory of Mine must be of type int, got 'no'$"),
+        (
+            {"learn": None},
+            r"^the memory of Mine must have learn\(q, k, v, dense, video, kernel, ",
+        ),
+        ({"size": lambda self: 0}, r"^size of the memory of Mine must take \(shape, itemsize\)"),
+        ({"for_less": None}, r"^for_less of the memory of Mine must be of type str, got None$"),
+    ],
+)
+def test_a_memory_that_breaks_the_contract_is_refused(held, message):
+    memory = type("Wrong", (Knows,), held)()
+    mine = type("Mine", (Remembers,), {"memory": lambda self: memory})()
+    with pytest.raises(ValueError, match=message):
+        check_method(mine)
+
+
+def test_the_call_takes_what_the_parts_promise():
+    mine = type("Mine", (Shortest,), {"memory": lambda self: Knows()})()
+    with pytest.raises(ValueError, match=r"^__call__ of Mine must take .*memory\), it takes"):
+        check_method(mine)
+    both = type("Mine", (Remembers,), {"branch": lambda self, heads, dim: nn.Linear(dim, dim)})()
+    with pytest.raises(ValueError, match=r"^Mine must have a branch or a memory, got both$"):
+        check_method(both)

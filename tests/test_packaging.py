@@ -77,7 +77,11 @@ model = WanTransformer3DModel(
 )
 inputs = torch.randn(1, 4, 5, 8, 8), torch.tensor([10]), torch.randn(1, 6, 16)
 stock = model(*inputs).sample
-methods = {**gen_accel.METHODS, "neighborhood": lambda: gen_accel.Neighborhood(window=(-1, 3, 3))}
+methods = {
+    **gen_accel.METHODS,
+    "neighborhood": lambda: gen_accel.Neighborhood(window=(-1, 3, 3)),
+    "reuse": lambda: gen_accel.Reuse(residual=False),  # a residual has no gradient
+}
 for name, method in sorted(methods.items()):
     with gen_accel.attach(model, method()) as handle:
         model(*inputs).sample.sum().backward()

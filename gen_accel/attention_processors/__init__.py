@@ -15,7 +15,9 @@ from gen_accel.attention_processors.methods.block_mixture import BlockMixture
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.named import class_at, place_of
 from gen_accel.attention_processors.methods.neighborhood import Neighborhood
+from gen_accel.attention_processors.methods.piecewise import Piecewise
 from gen_accel.attention_processors.methods.radial import Radial
+from gen_accel.attention_processors.methods.reuse import Reuse
 from gen_accel.attention_processors.methods.sparse_linear import SparseLinear
 from gen_accel.method import Method, check_class
 
@@ -24,7 +26,9 @@ __all__ = [
     "BlockMixture",
     "Dense",
     "Neighborhood",
+    "Piecewise",
     "Radial",
+    "Reuse",
     "SparseLinear",
     "method_class",
     "method_name",
@@ -38,6 +42,8 @@ METHODS: dict[str, type] = {
     "neighborhood": Neighborhood,
     "block_mixture": BlockMixture,
     "sparse_linear": SparseLinear,
+    "piecewise": Piecewise,
+    "reuse": Reuse,
 }
 
 _registered: dict[str, type] = {}

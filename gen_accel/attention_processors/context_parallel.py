@@ -108,6 +108,13 @@ def splits_text(transformer: nn.Module) -> bool:
     return any("encoder_hidden_states" in getattr(hook, "metadata", ()) for hook in hooks)
 
 
+def degree_of(transformer: Any) -> int:
+    """Number of processes that the heads of a model are spread over."""
+    config = getattr(transformer, "_parallel_config", None)  # put there by enable_parallelism
+    split = None if config is None else config.context_parallel_config
+    return 1 if split is None else split.ulysses_degree
+
+
 def stock_is_right(call: Call, tokens: Tokens) -> bool:
     """Whether diffusers' own exchange does for the model's own attention. It takes what arrives
     as it comes: text that each process holds would count once for each, and a mask of all tokens

@@ -178,6 +178,10 @@ class SparseProcessor(BoundProcessor):
             self.place = torch.tensor([id(self)], device="cpu")
         _placed[id(self)] = self
 
+    def exchange(self, layer: Any, attend: Callable[[Call], Tensor]) -> None:
+        """Another layer and what computes it, for the next call."""
+        self.layer, self._attend = layer, attend
+
     def end(self) -> None:
         """Once it is detached, the model's own attention alone, wherever it is put."""
         self._attend, self.has_ended = _as_stock, True

@@ -8,6 +8,7 @@ import typer
 from gen_accel.cli.app import app
 from gen_accel.cli.options import (
     DenseEnd,
+    DenseKernel,
     DenseLayers,
     DenseStart,
     DenseSteps,
@@ -62,6 +63,7 @@ def generate(
     method: MethodName = "radial",
     settings: Settings = None,
     kernel: Kernel = "auto",
+    dense_kernel: DenseKernel = None,
     dense_start: DenseStart = 0.0,
     dense_end: DenseEnd = 0.0,
     dense_steps: DenseSteps = 0,
@@ -185,6 +187,7 @@ def generate(
         out=out,
         **_attention(method, settings, dense, from_lora),
         kernel=kernel,
+        dense_kernel=dense_kernel,
         clip=Clip(frames, height, width, steps, guidance_scale, negative_prompt, seed, fps),
         loading=loading,
         compare=compare,

@@ -1,12 +1,12 @@
 """What the package offers, and what of it runs on this machine."""
 
 from dataclasses import dataclass, field
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import diffusers
 import torch
 
-from gen_accel.attention_processors import METHODS
+from gen_accel.attention_processors import METHODS, method_name
 from gen_accel.attention_processors.families import (
     FAMILIES,
     REFUSED,
@@ -15,7 +15,7 @@ from gen_accel.attention_processors.families import (
 )
 from gen_accel.attention_processors.methods.options import options_of
 from gen_accel.kernels import KERNELS, kernel_of, refusals
-from gen_accel.method import parts_of
+from gen_accel.method import Method, parts_of
 from gen_accel.values import written_type
 
 DEVICES = {"cpu": torch.float32, "cuda": torch.bfloat16}
@@ -90,9 +90,7 @@ def methods() -> list[MethodInfo]:
     found = []
     for name, kind in METHODS.items():
         hints = get_type_hints(kind)
-        options = {
-            f.name: (_plain(f.default), written_type(hints[f.name])) for f in options_of(kind)
-        }
+        options = {f.name: (_plain(f.default), _type(hints[f.name])) for f in options_of(kind)}
         found.append(MethodInfo(name, _first_line(kind.__doc__), options))
     return found
 
@@ -179,8 +177,14 @@ def _first_line(text: str | None) -> str:
     return (text or "").strip().split("\n")[0]
 
 
+def _type(hint: Any) -> str:
+    return "the name of a method" if hint is Method else written_type(hint)
+
+
 def _plain(default: object) -> str:
     """As it is written after `--set field=`."""
+    if type(default) in METHODS.values():
+        return method_name(default)  # pyright: ignore[reportArgumentType]
     if isinstance(default, tuple):
         return ",".join(_plain(item) for item in default)
     return str(default).lower() if isinstance(default, bool) else str(default)

@@ -17,6 +17,14 @@ Settings = Annotated[
 
 Kernel = Annotated[str, typer.Option(help="auto, or a name that never falls back to another.")]
 
+DenseKernel = Annotated[
+    str | None,
+    typer.Option(
+        help="What dense steps and layers run by: auto, or a name. Without: the model's own "
+        "attention."
+    ),
+]
+
 DenseStart = Annotated[float, typer.Option(help="Share of the first steps that stay dense.")]
 
 DenseEnd = Annotated[float, typer.Option(help="Share of the last steps that stay dense.")]

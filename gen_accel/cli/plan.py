@@ -39,8 +39,8 @@ def show(
 ) -> None:
     """Draw which blocks a method keeps, and what one token sees, before any model runs.
 
-    Of block_mixture and sparse_linear, whose pattern depends on q and k, it is that of smooth
-    random ones.
+    Of block_mixture, piecewise, sparse_linear, and reuse around them, whose pattern depends on q
+    and k, it is that of smooth random ones.
 
     Sizes are in tokens. From pixels, for Wan: frames (n - 1) / 4 + 1, height / 16, width / 16,
     so that 161 frames of 720 x 1280 are 41 x 45 x 80. For the demo model: height / 8, width / 8.

@@ -4,10 +4,12 @@ A new one is one file here and its name in `KERNELS`. Where "auto" tries it, and
 against it, stands in that file.
 
 Beside the kernels, `lists` are the kept blocks of a plan as they read them, and `self_check`
-holds some rows of a kernel's answer to the reference. `linear` is the linear branch of
-sparse-linear attention, `quantised` what the kernel int8 computes and may err, `pooling` and
-`selection` are what methods choose blocks by; `helpers` says which code runs them, by the name of
-the kernel, which a method reads off its `Runner`.
+holds some rows of a kernel's answer to the reference. `rest` adds what a plan pools, for every
+kernel that gives its log-sum-exp. `linear` is the linear branch of sparse-linear attention,
+`quantised` what the kernel int8 computes and may err. `pooling`, `spread`, `selection` and `mass`
+are what methods choose blocks by, and `dense` knows which kernel beats torch's own attention.
+`helpers` says which code runs them, by the name of the kernel, which a method reads off its
+`Runner`.
 """
 
 import warnings
@@ -16,11 +18,12 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from gen_accel.kernels import rest as pooled_rest
 from gen_accel.kernels.contract import (
     PATTERNS,
     Facts,
@@ -81,12 +84,16 @@ class Choice:
         return f"{self.kernel} (not {why})" if why else self.kernel
 
 
-def check_name(kernel: str) -> None:
-    """Raise ValueError for a name that is neither "auto" nor in `KERNELS`, with the nearest."""
+def check_name(kernel: str, what: str = "kernel") -> None:
+    """Raise ValueError for a name that is neither "auto" nor in `KERNELS`, with the nearest.
+
+    Args:
+        what: the argument that holds it.
+    """
     if kernel != "auto" and kernel not in KERNELS:
         near = get_close_matches(str(kernel), KERNELS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"kernel must be 'auto' or one of {KERNELS}, got {kernel!r}{hint}")
+        raise ValueError(f"{what} must be 'auto' or one of {KERNELS}, got {kernel!r}{hint}")
 
 
 @cache
@@ -137,6 +144,7 @@ def check_kernel(name: str, device: torch.device) -> None:
         raise ValueError(f"kernel {name!r} cannot run on {device}: {'; '.join(reasons)}")
 
 
+@overload
 def run(
     q: Tensor,
     k: Tensor,
@@ -148,7 +156,39 @@ def run(
     report: Callable[[Choice], None] | None = None,
     grad: bool | None = None,
     self_check: SelfCheck | None = None,
-) -> Tensor:
+    with_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    kernel: str = "auto",
+    report: Callable[[Choice], None] | None = None,
+    grad: bool | None = None,
+    self_check: SelfCheck | None = None,
+    with_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    kernel: str = "auto",
+    report: Callable[[Choice], None] | None = None,
+    grad: bool | None = None,
+    self_check: SelfCheck | None = None,
+    with_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Run `plan` by the named kernel, or by the first that can.
 
     In a function that `torch.compile` has compiled it runs as it does outside, between two
@@ -160,13 +200,15 @@ def run(
         grad: whether the kernel has to have a gradient. Without: whether one is recorded.
         self_check: hold some rows of the answer to the reference, where they were not yet. One
             that errs is refused, and on a GPU "auto" warns and goes on to the next.
+        with_lse: return the natural log-sum-exp of each row too, (B, H, N) fp32 or wider, with
+            its gradient: of the kept keys, and of the rest where the plan has one.
 
     Raises:
         SelfCheckFailed, NotFinite: by `self_check`, with the figures.
         ValueError: a plan for other samples, heads or tokens than q has; the named kernel cannot
             run this, or none can, and all reasons are listed.
     """
-    return _outside_graphs(q, k, v, plan, scale, kernel, report, grad, self_check)
+    return _outside_graphs(q, k, v, plan, scale, kernel, report, grad, self_check, with_lse)
 
 
 def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,11 +222,11 @@ def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
     return q, k, v
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *rest: Any) -> Tensor:
+def _run(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *options: Any) -> Any:
     q, k, v = as_autocast(q, k, v)
     _check_fit(q, plan)
     with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
-        return _first(q, k, v, plan, *rest)
+        return _first(q, k, v, plan, *options)
 
 
 _outside_graphs: Any = torch.compiler.disable(
@@ -204,8 +246,9 @@ def _first(
     report: Callable[[Choice], None] | None,
     grad: bool | None,
     self_check: SelfCheck | None,
-) -> Tensor:
-    facts = facts_of(q, k, v, plan, grad=grad)
+    with_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    facts = facts_of(q, k, v, plan, grad=grad, lse=with_lse)
     passed: dict[str, list[str]] = {}
     order = preference(facts) if kernel == "auto" else {kernel: ""}
     for place, name in enumerate(order, 1):
@@ -214,7 +257,10 @@ def _first(
             reasons = self_check.distrusts(name)
         if not reasons:
             try:
-                out = kernel_of(name).forward(q, k, v, plan, scale=scale)
+                # Where the first choice runs, what was asked for decides what adds a rest to it:
+                # of "auto" the fastest code there is. One that was passed over may be that code.
+                beside = name if passed else kernel
+                out, lse = _answer(name, q, k, v, plan, scale, with_lse, beside)
                 if self_check is not None:
                     allowed = parts_of(kernel_of(name)).allowance
                     facts_of_answer: dict[str, Any] = {"scale": scale, "kernel": name}
@@ -229,10 +275,38 @@ def _first(
             else:
                 if report is not None:
                     report(Choice(name, passed, dict(list(order.items())[place:])))
-                return out
+                return (out, lse) if lse is not None else out
         passed[name] = reasons
     lines = "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in passed.items())
     raise ValueError(f"no kernel for q {tuple(q.shape)} {q.dtype} on {q.device}:\n{lines}")
+
+
+def _answer(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    scale: float,
+    with_lse: bool,
+    beside: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Output and log-sum-exp by the named kernel; the latter None where nobody asked.
+
+    Args:
+        beside: the name that decides what adds a rest, see `helpers`.
+    """
+    kernel = kernel_of(name)
+    if plan.rest is None and not with_lse:
+        return kernel.forward(q, k, v, plan, scale=scale), None
+    parts = parts_of(kernel)
+    assert parts.forward_lse is not None  # as `why_not` has seen
+    if plan.rest is None or parts.RESTS:
+        out, lse = parts.forward_lse(q, k, v, plan, scale=scale)
+    else:
+        facts: dict[str, Any] = {"scale": scale, "kernel": beside}
+        out, lse = pooled_rest.attention(parts.forward_lse, q, k, v, plan, **facts)
+    return out, lse if with_lse else None
 
 
 def _check_fit(q: Tensor, plan: Plan) -> None:

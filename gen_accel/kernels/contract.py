@@ -37,6 +37,8 @@ class Facts:
         dynamic: it was made from the q and k of this call.
         grad: a gradient of q, k or v is asked for.
         forward_mode: forward-mode differentiation is on.
+        lse: the log-sum-exp of each row is asked for, too.
+        rest: the plan pools the blocks that it does not keep.
         plan: for what only its numbers tell, which may wait for the device; None where the
             question is about any plan of this kind.
     """
@@ -51,6 +53,8 @@ class Facts:
     dynamic: bool = False
     grad: bool = False
     forward_mode: bool = False
+    lse: bool = False
+    rest: bool = False
     plan: Plan | None = None
 
     @property
@@ -69,11 +73,20 @@ class Facts:
         return self.shapes[0][-1]
 
 
-def facts_of(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, grad: bool | None = None) -> Facts:
+def facts_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    grad: bool | None = None,
+    lse: bool = False,
+) -> Facts:
     """The facts of one call. Nothing waits for the device.
 
     Args:
         grad: whether a gradient is needed. Without: whether one is recorded.
+        lse: whether the log-sum-exp is asked for.
     """
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     given = q, k, v
@@ -89,6 +102,8 @@ def facts_of(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, grad: bool | None =
         dynamic=plan.dynamic,
         grad=recorded if grad is None else grad,
         forward_mode=is_forward_mode(),
+        lse=lse,
+        rest=plan.rest is not None,
         plan=plan,
     )
 
@@ -141,6 +156,15 @@ class KernelParts(NamedTuple):
     """What a kernel may have beside. A part that it lacks is its default here.
 
     Args:
+        forward_lse: (q, k, v, plan, *, scale, wide=False) -> (Tensor, Tensor), the output as
+            `forward` has it and the natural log-sum-exp of each row's scaled scores, (B, H, N)
+            fp32 or wider. Both have gradients where `forward` has one, or `unsupported` refuses
+            them. A row that sees nothing gives zeros and -inf, and the gradient that comes for
+            its -inf is not read: where two parts are merged it is no number. With `wide` the
+            output is fp32 or wider, before it is rounded, where the kernel can give it so. The
+            rest of a plan is added to these two by `gen_accel.kernels.rest`, for every kernel
+            that has them. Default: None.
+        RESTS: whether `forward` and `forward_lse` take plans with a rest as they are.
         place: (facts) -> Place, where "auto" tries it, or None where it does not. Default: "auto"
             never takes it.
         FORWARD_MODE: whether it has a forward-mode derivative; torch would take the missing one
@@ -152,6 +176,8 @@ class KernelParts(NamedTuple):
             a kernel has no place. Default: 0.
     """
 
+    forward_lse: Callable[..., tuple[Tensor, Tensor]] | None = None
+    RESTS: bool = False
     place: Callable[[Facts], Place | None] = lambda facts: None
     FORWARD_MODE: bool = False
     allowance: Callable[..., float] = lambda q, k, v, weights, *, plan, scale: 0.0
@@ -161,6 +187,7 @@ class KernelParts(NamedTuple):
 CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unsupported": (("facts",), ()),
     "forward": (("q", "k", "v", "plan"), ("scale",)),
+    "forward_lse": (("q", "k", "v", "plan"), ("scale", "wide")),
     "place": (("facts",), ()),
     "allowance": (("q", "k", "v", "weights"), ("plan", "scale")),
 }
@@ -213,6 +240,9 @@ def why_not(name: str, kernel: Kernel, facts: Facts) -> list[str]:
         words = ", ".join(f"{shape} {dtype} {device}" for shape, dtype, device in about)
         return [f"q, k and v must be alike, got {words}"]
     reasons = kernel.unsupported(facts)
+    if (facts.lse or facts.rest) and parts_of(kernel).forward_lse is None:
+        what = "adds no rest" if facts.rest else "gives no log-sum-exp"
+        reasons = [*reasons, f"it {what}"]
     if facts.forward_mode and not parts_of(kernel).FORWARD_MODE:
         reasons = [*reasons, "it has no forward-mode derivative"]
     return reasons

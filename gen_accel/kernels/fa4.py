@@ -67,7 +67,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Ten
 
 
 def forward_lse(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The output and each row's natural logsumexp, (B, H, N) fp32; both have gradients.
 

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from gen_accel.kernels import flash4
 from gen_accel.kernels.compiler import cpp_compiler
@@ -39,6 +39,8 @@ def unsupported(facts: Facts) -> list[str]:
     where = facts.device.type
     if where == "cpu" and facts.grad:
         reasons.append("FlexAttention has no backward on the CPU")
+    if where == "cpu" and (facts.lse or facts.rest):
+        reasons.append("FlexAttention gives no log-sum-exp on the CPU")
     if where == "cpu" and facts.dtype == torch.float64:
         reasons.append("FlexAttention takes no float64 on the CPU")
     if where == "cuda":
@@ -57,7 +59,7 @@ def unsupported(facts: Facts) -> list[str]:
         return reasons
     known = None
     if facts.plan is not None:
-        known = _compiled.get(facts.plan, {}).get(_key(facts))
+        known = _compiled.get(facts.plan.kept, {}).get(_key(facts))
     if known is None and where == "cpu" and cpp_compiler() is None:
         return ["no C++ compiler; see gen-accel doctor"]
     return [known] if isinstance(known, str) else []
@@ -75,23 +77,38 @@ def place(facts: Facts) -> Place:
 def flash_reasons(facts: Facts) -> list[str]:
     """Why FlexAttention does not hand its blocks to FlashAttention-4; empty where it does."""
     reasons = flash4.reasons(facts)
+    if facts.grad and (facts.lse or facts.rest):
+        reasons.append("it has no gradient of the log-sum-exp")
     if torch.__version__ < FLASH_SINCE:
         reasons.append(f"torch {FLASH_SINCE} has it, this is {torch.__version__}")
     return reasons
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+    return unpack(_attend(q, k, v, plan, scale, lse=False), plan)
+
+
+def forward_lse(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The wide output is rounded too: FlexAttention writes it in q's dtype."""
+    out, aux = _attend(q, k, v, plan, scale, lse=True)
+    return unpack(out, plan), unpack(aux.lse[..., None], plan)[..., 0]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, *, lse: bool) -> Any:
+    """What FlexAttention returns, of slots."""
     packed = pack(q, plan), pack(k, plan), pack(v, plan)
     if not torch.is_grad_enabled():  # on the CPU FlexAttention looks at `requires_grad` alone
         packed = packed[0].detach(), packed[1].detach(), packed[2].detach()
     mask = _block_mask(plan)
-    known, facts = _compiled.setdefault(plan, {}), facts_of(q, k, v, plan)
+    known, facts = _compiled.setdefault(plan, {}), facts_of(q, k, v, plan, lse=lse)
     key = _key(facts)
     if callable(kept := known.get(key)):
-        return unpack(kept(*packed, mask, scale), plan)
+        return kept(*packed, mask, scale)
     failure: Exception | None = None
     for options in _ways(facts, plan):
-        run, start = _fresh(options), time.perf_counter()
+        run, start = _fresh(options, lse=lse), time.perf_counter()
         try:
             out = run(*packed, mask, scale)
         except Exception as error:  # whatever a compiler may throw
@@ -100,7 +117,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Ten
             continue
         compile_seconds.append(time.perf_counter() - start)
         known[key] = run
-        return unpack(out, plan)
+        return out
     raise KernelFailed(known[key]) from failure
 
 
@@ -111,18 +128,25 @@ def _ways(facts: Facts, plan: Plan) -> list[Any]:
 
 
 def _key(facts: Facts) -> tuple:
-    return (*facts.shapes[0], facts.dtype, facts.device, facts.grad)
+    return (*facts.shapes[0], facts.dtype, facts.device, facts.grad, facts.lse or facts.rest)
 
 
-def _fresh(options: Any) -> Callable:
+def _fresh(options: Any, *, lse: bool) -> Callable:
     """A compiled call with code of its own: Dynamo counts recompilations by code object."""
-
-    def run(q: Tensor, k: Tensor, v: Tensor, block_mask: Any, scale: float) -> Any:
-        return flex_attention(q, k, v, block_mask=block_mask, scale=scale, kernel_options=options)
-
+    run = _call(options, lse=lse)
     code = run.__code__.replace(co_name=f"flex_{next(_serial)}")
     fresh = types.FunctionType(code, run.__globals__, closure=run.__closure__)
     return torch.compile(fresh, dynamic=False, fullgraph=True)
+
+
+def _call(options: Any, *, lse: bool) -> Any:
+    aux = AuxRequest(lse=True) if lse else None
+
+    def run(q: Tensor, k: Tensor, v: Tensor, block_mask: Any, scale: float) -> Any:
+        more: Any = {"kernel_options": options, "return_aux": aux}
+        return flex_attention(q, k, v, block_mask=block_mask, scale=scale, **more)
+
+    return run
 
 
 def _kernel_options(plan: Plan, device: torch.device) -> Any:

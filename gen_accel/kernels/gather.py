@@ -51,11 +51,33 @@ def place(facts: Facts) -> Place:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+    return _of_tokens(q, k, v, plan, scale)[0]
+
+
+def forward_lse(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Where one operator makes products and softmax of bf16, it has rounded the wide output."""
+    return _of_tokens(q, k, v, plan, scale, lse=True, wide=wide)
+
+
+def _of_tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    scale: float,
+    *,
+    lse: bool = False,
+    wide: bool = False,
+) -> tuple[Tensor, Tensor]:
     order, back, *lists = prepare(plan)
     if order is not None:
         q, k, v = (x.index_select(2, order) for x in (q, k, v))
-    out = _attention(q, k, v, *lists, scale)
-    return out if back is None else out.index_select(2, back)
+    out, total = _attention(q, k, v, *lists, scale, lse, wide)
+    if back is None:
+        return out, total
+    return out.index_select(2, back), total.index_select(2, back) if lse else total
 
 
 @torch.library.custom_op("gen_accel::gather_attention", mutates_args=())
@@ -70,22 +92,31 @@ def _attention(
     block_q: int,
     block_k: int,
     scale: float,
-) -> Tensor:
-    """Attention in slot order, (B, H, S, D). One opaque operator: a compiler sees no loop."""
+    lse: bool,
+    wide: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention in slot order, (B, H, S, D), in fp32 at least if it is to be `wide`, and its
+    log-sum-exp, (B, H, S), empty where it is not asked for. One opaque operator: a compiler sees
+    no loop."""
     fused = gain is None and _fuses(q, block_q)
-    wide = q.dtype if fused else torch.promote_types(q.dtype, torch.float32)
+    most = torch.promote_types(q.dtype, torch.float32)
+    compute = q.dtype if fused else most
     with _scratch(q.device) as memory:
-        inputs = q.to(wide), k.to(wide), v, index, counts, rule, gain, block_q, block_k, scale
-        work = _Work(*inputs, memory, fused=fused)
-        out = work.unset(q.dtype)
-        for rows, total in work.parts():
+        tensors = q.to(compute), k.to(compute), v.to(compute) if wide else v
+        options = index, counts, rule, gain, block_q, block_k, scale, memory
+        work = _Work(*tensors, *options, fused=fused, lse=lse)
+        out = work.unset(work.q.shape, most if wide else q.dtype)
+        total = work.unset(work.q.shape[:2], most, -torch.inf) if lse else q.new_empty(0)
+        for rows, length in work.parts():
             if fused:
-                found = work.fused(rows, total)
+                found, sums = work.fused(rows, length)
             else:
-                group = work.group(rows, total)
-                found = work.product("out", group.weights, group.v)
-            out.index_copy_(0, work.order[rows], found)
-        return out.view(q.shape)
+                group = work.group(rows, length)
+                found, sums = work.product("out", group.weights, group.v), group.lse
+            out.index_copy_(0, work.order[rows], found.to(out.dtype))
+            if sums is not None:
+                total.index_copy_(0, work.order[rows], sums.to(most))
+        return out.view(q.shape), total.view(q.shape[:3]) if lse else total
 
 
 def _fuses(q: Tensor, block_q: int) -> bool:
@@ -106,13 +137,18 @@ def _(
     block_q: int,
     block_k: int,
     scale: float,
-) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse: bool,
+    wide: bool,
+) -> tuple[Tensor, Tensor]:
+    most = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_empty(q.shape, dtype=most if wide else q.dtype)
+    return out, q.new_empty(q.shape[:3], dtype=most) if lse else q.new_empty(0)
 
 
 @torch.library.custom_op("gen_accel::gather_attention_backward", mutates_args=())
 def _backward(
     grad: Tensor,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -131,7 +167,8 @@ def _backward(
     with _scratch(q.device) as memory:
         work = _Work(q, k, v, index, counts, rule, gain, block_q, block_k, scale, memory)
         grad, low_q, low_out = (x.reshape(work.q.shape) for x in (grad, low_q, low_out))
-        dq = work.unset(low)
+        of_lse = None if grad_lse is None else grad_lse.to(wide).reshape(work.q.shape[:2])
+        dq = work.unset(work.q.shape, low)
         dk, dv = (torch.zeros_like(x) for x in (work.k, work.v))
         for rows, total in work.parts():
             group, places = work.group(rows, total), work.order[rows]
@@ -139,6 +176,8 @@ def _backward(
             above = outs = work.fetched("grad", grad, places, len(p))
             ds = work.product("ds", above, group.v.transpose(1, 2))
             torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
+            if of_lse is not None:
+                ds.addcmul_(p, of_lse[places][..., None])
             ds.mul_(scale)
             if group.slope is not None:
                 ds.mul_(group.slope)
@@ -158,6 +197,7 @@ def _backward(
 @_backward.register_fake
 def _(
     grad: Tensor,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -173,15 +213,17 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, index, counts, rule, gain, *ctx.sizes = inputs
-    ctx.save_for_backward(q, k, v, index, counts, gain, *rule)
+    q, k, v, index, counts, rule, gain, *ctx.sizes, ctx.lse, _ = inputs
+    ctx.save_for_backward(q, k, v, output[1], index, counts, gain, *rule)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    q, k, v, index, counts, gain, *rule = ctx.saved_tensors
+def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    q, k, v, lse, index, counts, gain, *rule = ctx.saved_tensors
+    # Where two parts are merged, the gradient at -inf is no number.
+    above = grad, grad_lse.masked_fill(lse.isneginf(), 0.0) if ctx.lse else None
     with torch.autocast(q.device.type, enabled=False):  # `backward` may be called inside of it
-        grads = _backward(grad, q, k, v, index, counts, rule, gain, *ctx.sizes)
-    return *grads, None, None, [None] * len(rule), None, None, None, None
+        grads = _backward(*above, q, k, v, index, counts, rule, gain, *ctx.sizes)
+    return *grads, None, None, [None] * len(rule), None, None, None, None, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
@@ -197,6 +239,7 @@ class _Group:
     v: Tensor
     weights: Tensor  # (G, block_q, n * block_k), the softmax
     slope: Tensor | None  # like the weights, what a gain multiplied each score by
+    lse: Tensor | None  # (G, block_q)
 
 
 _kept = threading.local()
@@ -237,11 +280,12 @@ class _Work:
         memory: Memory,
         *,
         fused: bool = False,
+        lse: bool = False,
     ) -> None:
         B, H, S, D = q.shape
         self.dtype = v.dtype
         self.k, self.v = (x.reshape(-1, block_k, D) for x in (k, v))
-        self.scale = scale
+        self.scale, self.lse = scale, lse
         self.slack, *self.windows = rule
         self.route = None
         if len(rule) == 3:
@@ -268,10 +312,10 @@ class _Work:
         self.memory = memory
         self.views: dict[tuple, Tensor] = {}
 
-    def unset(self, dtype: torch.dtype) -> Tensor:
-        """Room for a result of each query block, zero already where one sees nothing."""
-        out = torch.empty(self.q.shape, dtype=dtype, device=self.q.device)
-        return out.index_fill_(0, self.order[: self.totals.count(0)], 0)
+    def unset(self, shape: Sequence[int], dtype: torch.dtype, blind: float = 0.0) -> Tensor:
+        """Room for a result of each query block, `blind` already where one sees nothing."""
+        out = torch.empty(shape, dtype=dtype, device=self.q.device)
+        return out.index_fill_(0, self.order[: self.totals.count(0)], blind)
 
     def parts(self) -> Iterator[tuple[slice, int]]:
         """The rows of each group, of all B x H x Kq query blocks in `order`, and how many key
@@ -320,19 +364,23 @@ class _Work:
         slope = None if self.gain is None else self._dampened(scores, rows, lists[:, :total])
         masked = self.masked[rows.stop - 1]
         if not masked:
-            return _Group(blocks, q, k, v, self._weights(scores), slope)
+            weights, lse = self._weights(scores)
+            return _Group(blocks, q, k, v, weights, slope, lse)
         excess = self._excess(self.order[rows], lists[:, :masked])
         hide = self.space("hide", *excess.shape, dtype=torch.float32)
         torch.clamp_min(excess, 0, out=hide)
         lowest = torch.finfo(scores.dtype).min
         scores[..., : masked * self.block_k].add_(hide.to(scores.dtype), alpha=lowest)
-        weights = self._weights(scores)
+        weights, lse = self._weights(scores)
         if masked == total:  # a query that sees nothing gets zeros
-            weights.masked_fill_((excess > 0).all(-1, keepdim=True), 0.0)
-        return _Group(blocks, q, k, v, weights, slope)
+            blind = (excess > 0).all(-1, keepdim=True)
+            weights.masked_fill_(blind, 0.0)
+            lse = None if lse is None else lse.masked_fill_(blind[..., 0], -torch.inf)
+        return _Group(blocks, q, k, v, weights, slope, lse)
 
-    def fused(self, rows: slice, total: int) -> Tensor:
-        """Products and softmax in one operator, which holds scores in fp32 and rounds weights."""
+    def fused(self, rows: slice, total: int) -> tuple[Tensor, Tensor | None]:
+        """Products and softmax in one operator, which holds scores in fp32 and rounds weights;
+        with the log-sum-exp of each row where it is asked for."""
         blocks = self.index[rows, :total].flatten()
         q = self.fetched("q", self.q, self.order[rows], rows.stop - rows.start)[:, None]
         k = self.fetched("k", self.k, blocks, len(q))[:, None]
@@ -349,8 +397,12 @@ class _Work:
                 blind = (excess > 0).all(-1, keepdim=True)
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         bias = None if mask is None else mask[:, None]
-        found = attend(q, k, v, 0.0, False, attn_mask=bias, scale=self.scale)[0][:, 0]
-        return found if blind is None else found.masked_fill(blind, 0.0)
+        found, lse = attend(q, k, v, 0.0, False, attn_mask=bias, scale=self.scale)
+        found, lse = found[:, 0], lse[:, 0]
+        if blind is not None:
+            found = found.masked_fill(blind, 0.0)
+            lse = lse.masked_fill(blind[..., 0], -torch.inf)
+        return found, lse if self.lse else None
 
     def _dampened(self, scores: Tensor, rows: slice, blocks: Tensor) -> Tensor:
         """Multiply the positive scores by their gains in place; the slope, of the same shape."""
@@ -365,12 +417,16 @@ class _Work:
         scores.mul_(slope)
         return slope
 
-    def _weights(self, scores: Tensor) -> Tensor:
-        """The softmax in the dtype of v, in the memory of the scores where that is theirs."""
+    def _weights(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The softmax in the dtype of v, in the memory of the scores where that is theirs, and
+        the log-sum-exp where it is asked for."""
+        highest = scores.amax(-1) if self.lse else None
         torch.softmax(scores, -1, out=scores)
+        # The largest weight is exp(highest - lse).
+        lse = None if highest is None else highest.sub_(scores.amax(-1).log_())
         if scores.dtype == self.dtype:
-            return scores
-        return self.rounded("weights", scores, self.dtype)
+            return scores, lse
+        return self.rounded("weights", scores, self.dtype), lse
 
     def _excess(self, rows: Tensor, blocks: Tensor) -> Tensor:
         """(G, block_q or 1, masked * block_k) fp32, above 0 where a query does not see a key."""

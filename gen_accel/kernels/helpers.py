@@ -32,11 +32,17 @@ def native_serves(kernel: str, *tensors: Tensor) -> bool:
     return build.is_built()
 
 
-def triton_serves(kernel: str, x: Tensor) -> bool:
-    """Whether a Triton kernel runs for this tensor, (B, H, ...)."""
+def triton_serves(kernel: str, x: Tensor, dim: int = 0) -> bool:
+    """Whether a Triton kernel runs for this tensor, (B, H, ...).
+
+    Args:
+        dim: of the heads that it multiplies.
+    """
     asked = kernel == "triton" or (kernel == "auto" and x.device.type == "cuda")
     if not asked or is_forward_mode():
         return False
     if x.dtype not in triton.DTYPES or x.shape[:2].numel() > triton.MOST_HEADS:
+        return False
+    if dim > triton.LARGEST_DIM:
         return False
     return not triton.device_reasons(x.device)

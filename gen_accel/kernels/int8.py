@@ -18,4 +18,10 @@ def unsupported(facts: Facts) -> list[str]:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    return quantised.attention(q, k, v, plan, scale=scale)
+    return quantised.attention(q, k, v, plan, scale=scale)[0]
+
+
+def forward_lse(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
+) -> tuple[Tensor, Tensor]:
+    return quantised.attention(q, k, v, plan, scale=scale, wide=wide)

@@ -45,7 +45,7 @@ def in_one(
     if native_serves(kernel, q, k, v):
         return native.linear(q, k, v, *_arguments(plan, sets, feature_map), eps)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if not triton_serves(kernel, q) or trains:
+    if not triton_serves(kernel, q, q.shape[3]) or trains:
         return None
     return _by_heads(q, k, v, plan, sets, partial(_fused, eps=eps, feature=feature_map))
 
@@ -106,7 +106,7 @@ def linear_attention(
         eps: keeps small denominators from zero.
         kernel: the name of the kernel for attention.
     """
-    fused = triton_serves(kernel, fq)
+    fused = triton_serves(kernel, fq, fq.shape[3])
     if sets is None and not fused:
         return over_all(fq, fk, v, eps=eps)
     return _by_heads(fq, fk, v, plan, sets, partial(_fused if fused else plain, eps=eps))

@@ -9,13 +9,16 @@ References:
     NATTEN 0.21.7, `natten.functional` (`na1d`, `na2d`, `na3d`, `attention`). Windows are shifted
     inwards at borders, an even one has one token more before than after, and the queries of a
     stride share the window of their middle one, or of their last where causal: as here, see
-    `spans` of the method. Unlike here, a window has at least two tokens.
+    `spans` of the method. Unlike here, a window has at least two tokens. The log-sum-exp, natural
+    and of the grid and the additional keys together, is left out of its backward passes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
@@ -46,6 +49,8 @@ def unsupported(facts: Facts) -> list[str]:
         reasons.append(f"head dim must be a multiple of 8, got {facts.dim}")
     if facts.gain:
         reasons.append("it takes no gain on scores")
+    if facts.grad and facts.lse:
+        reasons.append("its log-sum-exp has no gradient")
     if facts.grad and must_be_deterministic():
         reasons.append(
             "its backward adds up in no fixed order, which torch.use_deterministic_algorithms bars"
@@ -54,7 +59,7 @@ def unsupported(facts: Facts) -> list[str]:
         reasons.append("it takes windows over a grid alone, as Neighborhood makes them")
     elif facts.plan is not None:
         reasons += _plan_reasons(facts.plan)
-    return reasons or _library_reasons()
+    return reasons or _library_reasons(facts.lse)
 
 
 def _plan_reasons(plan: Plan) -> list[str]:
@@ -83,25 +88,67 @@ def place(facts: Facts) -> Place:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+    with _on_its_device(q, scale):
+        return over_grid(q, k, v, _boxes(plan), scale=scale)
+
+
+def forward_lse(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Without a gradient. The wide output is rounded too: the library writes it in q's dtype."""
+    with _on_its_device(q, scale), torch.no_grad():
+        return over_grid_lse(q, k, v, _boxes(plan), scale=scale)
+
+
+def _boxes(plan: Plan) -> Boxes:
     assert isinstance(plan.partial, Windows)
     assert plan.partial.boxes is not None
+    return plan.partial.boxes
+
+
+@contextmanager
+def _on_its_device(q: Tensor, scale: float) -> Iterator[None]:
     if scale == 0:
         raise KernelFailed("NATTEN takes a scale of 0 for its default")
     try:
         with torch.cuda.device_of(q):
-            return over_grid(q, k, v, plan.partial.boxes, scale=scale)
+            yield
     except NotImplementedError as error:
         raise KernelFailed(f"NATTEN has no kernel for this: {error}") from error
 
 
 def over_grid(q: Tensor, k: Tensor, v: Tensor, boxes: Boxes, *, scale: float) -> Tensor:
     """Attention of the windows, (B, H, N, D) in and out."""
+    (out,) = _of_grid(q, k, v, boxes, scale)
+    if not boxes.text:
+        return out
+    text = F.scaled_dot_product_attention(q[:, :, -boxes.text :], k, v, scale=scale)
+    return torch.cat([out, text], dim=2)
+
+
+def over_grid_lse(
+    q: Tensor, k: Tensor, v: Tensor, boxes: Boxes, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same, and the log-sum-exp of each row, (B, H, N) fp32."""
+    out, lse = _of_grid(q, k, v, boxes, scale, return_lse=True)
+    lse = lse.flatten(1, -2).transpose(1, 2)
+    if not boxes.text:
+        return out, lse
+    given = (x.transpose(1, 2).contiguous() for x in (q[:, :, -boxes.text :], k, v))
+    text, total = _dense()(*given, scale=scale, return_lse=True)
+    return torch.cat([out, text.transpose(1, 2)], 2), torch.cat([lse, total.transpose(1, 2)], 2)
+
+
+def _of_grid(
+    q: Tensor, k: Tensor, v: Tensor, boxes: Boxes, scale: float, **options: Any
+) -> list[Tensor]:
+    """What the library gives for the queries of the grid: the output, (B, H, tokens of the grid,
+    D), and with `return_lse=True` the log-sum-exp, (B, axes that are longer than one, H)."""
     video = q.shape[2] - boxes.text
     on_grid = [_gridded(x[:, :, :video], boxes) for x in (q, k, v)]
-    options: dict[str, Any] = {}
     if boxes.text:
         keys, values = (x[:, :, video:].transpose(1, 2).contiguous() for x in (k, v))
-        options = {"additional_keys": keys, "additional_values": values}
+        options |= {"additional_keys": keys, "additional_values": values}
     # An axis of one token is none to NATTEN.
     long = [axis for axis, size in enumerate(boxes.grid) if size > 1]
     for name, numbers in (
@@ -111,12 +158,9 @@ def over_grid(q: Tensor, k: Tensor, v: Tensor, boxes: Boxes, *, scale: float) ->
         ("is_causal", boxes.is_causal),
     ):
         options[name] = tuple(numbers[axis] for axis in long)
-    out = _library(len(long))(*on_grid, scale=scale, **options)
-    out = out.flatten(1, len(long)).transpose(1, 2)
-    if not boxes.text:
-        return out
-    text = F.scaled_dot_product_attention(q[:, :, video:], k, v, scale=scale)
-    return torch.cat([out, text], dim=2)
+    made = _library(len(long))(*on_grid, scale=scale, **options)
+    out, *lse = made if isinstance(made, tuple) else (made,)
+    return [out.flatten(1, len(long)).transpose(1, 2), *lse]
 
 
 def _gridded(x: Tensor, boxes: Boxes) -> Tensor:
@@ -125,20 +169,27 @@ def _gridded(x: Tensor, boxes: Boxes) -> Tensor:
     return x.transpose(1, 2).unflatten(1, sizes).contiguous()
 
 
-def _library(axes: int) -> Callable[..., Tensor]:
+def _library(axes: int) -> Callable[..., Any]:
     """`na1d`, `na2d` or `na3d`."""
     natten = import_module("natten")
     return (natten.na1d, natten.na2d, natten.na3d)[axes - 1]
 
 
+def _dense() -> Callable[..., tuple[Tensor, Tensor]]:
+    """`attention` of the library, (B, N, H, D), of which torch's own gives no log-sum-exp."""
+    return import_module("natten").attention
+
+
 @cache
-def _library_reasons() -> list[str]:
+def _library_reasons(lse: bool = False) -> list[str]:
     try:
         natten = import_module("natten")
     except ImportError as error:
         return [f"natten cannot be imported: {error}"]
     if not natten.HAS_LIBNATTEN:
         return [f"this natten was built without its CUDA kernels: {INSTALL}"]
+    if lse and "return_lse" not in signature(natten.na3d).parameters:
+        return ["this natten gives no log-sum-exp, as 0.21.5 and later do"]
     return []
 
 

@@ -39,9 +39,11 @@ def reasons(facts: Facts) -> list[str]:
     return found
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    """(B, H, N, D), without a gradient."""
-    return int8.attention(q, k, v, plan, scale=scale)
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(B, H, N, D), fp32 where `wide`, and log-sum-exps (B, H, N) fp32, without a gradient."""
+    return int8.attention(q, k, v, plan, scale=scale, wide=wide)
 
 
 def allowance(

@@ -1,5 +1,7 @@
 """Dense masked attention: the meaning of a Plan. Slow, any device, any dtype, autograd."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from gen_accel.kernels.contract import Facts, Place
 from gen_accel.plan import Plan, pack, unpack
 
 FORWARD_MODE = True
+RESTS = True
 
 
 def unsupported(facts: Facts) -> list[str]:
@@ -18,15 +21,32 @@ def place(facts: Facts) -> Place:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
+    return forward_lse(q, k, v, plan, scale=scale)[0]
+
+
+def forward_lse(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
+) -> tuple[Tensor, Tensor]:
+    exact = scores(q, k, plan, scale=scale)
+    rest = None if plan.rest is None else pooled(q, k, v, plan, scale=scale)
+    every = exact if rest is None else torch.cat([exact, rest.scores], -1)
+    lse = every.logsumexp(-1, keepdim=True)
     # A row that sees nothing is zero; NaN and inf of q and k come out as NaN.
-    sees = pairs(plan).any(-1, keepdim=True)
-    weights = scores(q, k, plan, scale=scale).softmax(-1).where(sees, 0.0)
-    out = weights @ pack(v, plan).to(weights.dtype)
-    return unpack(out, plan).to(q.dtype)
+    sees = (pairs(plan) if rest is None else ~every.isneginf()).any(-1, keepdim=True)
+    weights = every.softmax(-1).where(sees, 0.0)
+    values = pack(v, plan).to(weights.dtype)
+    out = weights[..., : exact.shape[-1]] @ values
+    if rest is not None:
+        by_rest = weights[..., exact.shape[-1] :].unflatten(2, (-1, plan.block_q))
+        out = out + (by_rest @ rest.values).flatten(2, 3)
+        if rest.slope is not None:
+            share = by_rest.sum(-1).flatten(2, 3)[..., None]
+            out = out + share * (pack(q, plan).to(out.dtype) @ rest.slope) * scale / plan.tokens
+    return unpack(out, plan).to(out.dtype if wide else q.dtype), unpack(lse, plan)[..., 0]
 
 
 def logsumexp(q: Tensor, k: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    """Natural logarithm of each row's softmax denominator, (B, H, N)."""
+    """Natural logarithm of each row's softmax denominator over the kept keys, (B, H, N)."""
     return unpack(scores(q, k, plan, scale=scale).logsumexp(-1, keepdim=True), plan)[..., 0]
 
 
@@ -37,6 +57,51 @@ def scores(q: Tensor, k: Tensor, plan: Plan, *, scale: float) -> Tensor:
     if plan.gain is not None:
         products = torch.where(products > 0, products * by_pair(plan.gain, plan), products)
     return products.masked_fill(~pairs(plan), -torch.inf)
+
+
+class Pooled(NamedTuple):
+    """The rest of a plan, see `Rest`.
+
+    Args:
+        scores: (B, H, S, Kk), -inf for blocks that are kept or hold nothing.
+        values: (B, H, 1 or Kq, Kk, D), for all query blocks or for each.
+        slope: (B, H, D, D), H there; None in zeroth order.
+    """
+
+    scores: Tensor
+    values: Tensor
+    slope: Tensor | None
+
+
+def pooled(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Pooled:
+    """The pooled keys and values of all blocks, in fp32 or wider."""
+    assert plan.rest is not None
+    compute = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (pack(x, plan).to(compute) for x in (q, k, v))
+    queries, real_q = q.unflatten(2, (-1, plan.block_q)), plan.real.view(-1, plan.block_q, 1)
+    keys, values = (x.unflatten(2, (-1, plan.block_k)) for x in (k, v))
+    real_k = plan.real.view(-1, plan.block_k, 1)
+    count = real_k.sum(1)  # (Kk, 1)
+    slope = None
+    if plan.rest.centre == "key":
+        key, value = ((x * real_k).sum(3) / count.clamp_min(1) for x in (keys, values))
+        weighed = (queries @ key.mT[:, :, None] * scale + count[:, 0].to(compute).log()).flatten(
+            2, 3
+        )
+        value = value[:, :, None]
+        if plan.rest.order == "first":
+            slope = ((keys - key[:, :, :, None]) * real_k).flatten(2, 3).mT @ v
+    else:
+        query = (queries * real_q).sum(3) / real_q.sum(1).clamp_min(1)  # (B, H, Kq, D)
+        score = torch.einsum("bhid,bhjtd->bhijt", query, keys) * scale
+        score = score.masked_fill(~real_k[..., 0], -torch.inf)
+        lse, weight = score.logsumexp(-1), score.softmax(-1).where(real_k[..., 0], 0.0)
+        key, value = (torch.einsum("bhijt,bhjtd->bhijd", weight, x) for x in (keys, values))
+        weighed = (queries - query[:, :, :, None]) @ key.mT * scale + lse[:, :, :, None]
+        weighed = weighed.flatten(2, 3)
+    left_out = ~plan.keep & (count[:, 0] > 0)
+    left_out = left_out.repeat_interleave(plan.block_q, 2)
+    return Pooled(weighed.masked_fill(~left_out, -torch.inf), value, slope)
 
 
 def by_pair(blocks: Tensor, plan: Plan) -> Tensor:

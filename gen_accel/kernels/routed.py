@@ -40,7 +40,13 @@ def place(facts: Facts) -> Place | None:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    return _routed(q, k, v, *_groups_of(plan), scale)[0]
+    return _routed(q, k, v, *_groups_of(plan), scale, False)[0]
+
+
+def forward_lse(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
+) -> tuple[Tensor, Tensor]:
+    return _routed(q, k, v, *_groups_of(plan), scale, wide)
 
 
 class Groups(NamedTuple):
@@ -70,14 +76,22 @@ def _groups_of(plan: Plan) -> Groups:
 
 @torch.library.custom_op("gen_accel::routed_attention", mutates_args=())
 def _routed(
-    q: Tensor, k: Tensor, v: Tensor, picks: Tensor, tokens: Tensor, sizes: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    picks: Tensor,
+    tokens: Tensor,
+    sizes: Tensor,
+    scale: float,
+    wide: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(B, H, N, D) in q's dtype, and the logsumexp (B, H, N), both computed in fp32 or wider."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    out = torch.zeros(q.shape, dtype=wide, device=q.device)
-    lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
+    """(B, H, N, D) and the log-sum-exp (B, H, N), both computed in fp32 or wider; the former is
+    rounded to q's dtype where it is not to be `wide`."""
+    compute = torch.promote_types(q.dtype, torch.float32)
+    out = torch.zeros(q.shape, dtype=compute, device=q.device)
+    lse = torch.full(q.shape[:3], -torch.inf, dtype=compute, device=q.device)
     for b, h in _heads(q):
-        Q, K, V = (x[b, h].to(wide) for x in (q, k, v))
+        Q, K, V = (x[b, h].to(compute) for x in (q, k, v))
         o, total = out[b, h], lse[b, h]
         for rows, keys in _groups(picks, b, h, tokens, sizes):
             scores = torch.mm(Q[rows] * scale, K[keys].T)
@@ -89,20 +103,29 @@ def _routed(
             kept, new = (before - both).exp_(), (part - both).exp_()
             o[rows] = o[rows] * kept[:, None] + torch.mm(weights, V[keys]) * new[:, None]
             total[rows] = both
-    return out.to(q.dtype), lse
+    return out if wide else out.to(q.dtype), lse
 
 
 @_routed.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, picks: Tensor, tokens: Tensor, sizes: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    picks: Tensor,
+    tokens: Tensor,
+    sizes: Tensor,
+    scale: float,
+    wide: bool,
 ) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    compute = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_empty(q.shape, dtype=compute if wide else q.dtype)
+    return out, q.new_empty(q.shape[:3], dtype=compute)
 
 
 @torch.library.custom_op("gen_accel::routed_attention_backward", mutates_args=())
 def _backward(
     grad: Tensor,
+    grad_lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -114,7 +137,7 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = lse.dtype
-    delta = (grad.to(wide) * out.to(wide)).sum(-1)
+    delta = (grad.to(wide) * out.to(wide)).sum(-1) - grad_lse
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
     for b, h in _heads(q):
         Q, K, V, G = (x[b, h].to(wide) for x in (q, k, v, grad))
@@ -131,6 +154,7 @@ def _backward(
 @_backward.register_fake
 def _(
     grad: Tensor,
+    grad_lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -145,14 +169,14 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, *groups, ctx.scale = inputs
+    q, k, v, *groups, ctx.scale, _ = inputs
     ctx.save_for_backward(q, k, v, *output, *groups)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     with torch.autocast(grad.device.type, enabled=False):  # `backward` may be called inside of it
-        grads = _backward(grad, *ctx.saved_tensors, ctx.scale)
-    return *grads, None, None, None, None
+        grads = _backward(grad, grad_lse, *ctx.saved_tensors, ctx.scale)
+    return *grads, None, None, None, None, None
 
 
 _routed.register_autograd(_differentiate, setup_context=_save)

@@ -18,11 +18,13 @@ class Runner:
     Args:
         attend: takes q, k, v (B, H, N, D) and a plan, returns (B, H, N, D).
         name: "auto" or one of `KERNELS`.
+        scale: of the products that `attend` takes the softmax of. None: 1 / sqrt(D).
     """
 
-    def __init__(self, attend: Attend, name: str = "auto") -> None:
+    def __init__(self, attend: Attend, name: str = "auto", scale: float | None = None) -> None:
         self.attend = attend
         self.name = name
+        self.scale = scale
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         return self.attend(q, k, v, plan)
@@ -31,3 +33,14 @@ class Runner:
 def name_of(kernel: Attend) -> str:
     """The name of a `Runner`; "auto" of a plain function, which says nothing of it."""
     return kernel.name if isinstance(kernel, Runner) else "auto"
+
+
+def scale_of(kernel: Attend, q: Tensor) -> float:
+    """What `kernel` multiplies the products of q, (B, H, N, D), and k by: 1 / sqrt(D) for a plain
+    function, which says nothing of it."""
+    return scale_or_default(kernel.scale if isinstance(kernel, Runner) else None, q)
+
+
+def scale_or_default(scale: float | None, q: Tensor) -> float:
+    """1 / sqrt(D) of q, (B, H, N, D), without one."""
+    return q.shape[-1] ** -0.5 if scale is None else scale

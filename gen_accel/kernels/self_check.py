@@ -79,8 +79,8 @@ def check_rows(
     """Hold `out`, (B, H, N, D), to the reference on a sample of its rows. Waits for the device.
 
     The largest error against fp64 may be twice the error of the reference, whose weights and
-    result are rounded to q's dtype, and one spacing of floats more; where a kernel has an
-    allowance, by that more.
+    result, and the keys and values of whose rest, are rounded to q's dtype, and one spacing of
+    floats more; where a kernel has an allowance, by that more.
 
     Args:
         kernel: the name of the one that ran.
@@ -94,16 +94,14 @@ def check_rows(
     tokens = torch.linspace(0, plan.tokens - 1, count, device=q.device).long()
     for head in sorted({0, q.shape[1] - 1}):
         _check_finite((q, k, v), head)
-        one = _head(q, k, v, plan, 0, head, tokens)
-        rest = plan, plan.places[tokens], 0, head, scale
-        exact = _weights(one, torch.float64, *rest) @ one[2].double()
-        rounded = _weights(one, torch.float32, *rest).to(q.dtype)  # as tensor cores take them
-        low = (rounded.float() @ one[2].float()).to(q.dtype)
+        rows = _rows(q, k, v, plan, 0, head, tokens, scale)
+        exact = _answer(rows, torch.float64)
+        low = _answer(rows, torch.float32, rounded=q.dtype).to(q.dtype)
         error = (out[0, head, tokens].double() - exact).abs().max().item()
         spacing = torch.finfo(q.dtype).eps * exact.abs().max().item()
         budget = 2 * ((low.double() - exact).abs().max().item() + spacing)
         if allowance is not None:
-            budget += _allowed(allowance, one, *rest)
+            budget += _allowed(allowance, rows)
         if not error <= budget:
             raise SelfCheckFailed(
                 f"kernel {kernel!r} errs by {error:.2e} on q {tuple(q.shape)} {q.dtype} on "
@@ -128,11 +126,10 @@ def most_allowed(
     Args:
         allowance: of the kernel, see `contract.KernelParts`.
     """
-    found = 0.0
+    found, tokens = 0.0, torch.arange(plan.tokens, device=q.device)
     for sample, head in product(*map(range, q.shape[:2])):
-        one = _head(q, k, v, plan, sample, head, torch.arange(plan.tokens, device=q.device))
-        rest = plan, plan.places, sample, head, scale
-        found = max(found, _allowed(allowance, one, *rest))
+        rows = _rows(q, k, v, plan, sample, head, tokens, scale)
+        found = max(found, _allowed(allowance, rows))
     return found
 
 
@@ -148,49 +145,138 @@ def _check_finite(tensors: tuple[Tensor, Tensor, Tensor], head: int) -> None:
             )
 
 
-Head = tuple[Tensor, Tensor, Tensor]  # some queries (R, D), keys and values in slot order (S, D)
+class _Rows(NamedTuple):
+    """Some queries of one head of a sample, and all that they may see.
+
+    Args:
+        q: (R, D), and `slots` (R,), where they lie.
+        queries, keys, values: (S, D), of the whole head in the order of the plan's slots.
+    """
+
+    q: Tensor
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    plan: Plan
+    slots: Tensor
+    sample: int
+    head: int
+    scale: float
 
 
-def _head(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, sample: int, head: int, tokens: Tensor
-) -> Head:
-    keys, values = (pack(x[sample, head][None, None], plan)[0, 0] for x in (k, v))
-    return q[sample, head, tokens], keys, values
-
-
-def _allowed(
-    allowance: Callable[..., float],
-    one: Head,
+def _rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     plan: Plan,
-    slots: Tensor,
     sample: int,
     head: int,
+    tokens: Tensor,
     scale: float,
-) -> float:
-    weights = _weights(one, torch.float64, plan, slots, sample, head, scale)
-    return allowance(*one, weights, plan=plan, scale=scale)
+) -> _Rows:
+    queries, keys, values = (pack(x[sample, head][None, None], plan)[0, 0] for x in (q, k, v))
+    whole, slots = (queries, keys, values), plan.places[tokens]
+    return _Rows(q[sample, head, tokens], *whole, plan, slots, sample, head, scale)
 
 
-def _weights(
-    one: Head,
-    dtype: torch.dtype,
-    plan: Plan,
-    slots: Tensor,
-    sample: int,
-    head: int,
-    scale: float,
-) -> Tensor:
-    """(R, S), what the queries in `slots` weigh the keys by."""
-    q, keys = (x.to(dtype) for x in one[:2])
-    with torch.autocast(q.device.type, enabled=False):
-        scores = q @ keys.T * scale
-        if plan.gain is not None:
-            gain = _pattern(plan.gain, sample, head)[slots // plan.block_q]
-            gain = gain.repeat_interleave(plan.block_k, -1)
-            scores = torch.where(scores > 0, scores * gain, scores)
-        allowed = _seen(plan, slots, sample, head)
-        weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
-        return weights.where(allowed.any(-1, keepdim=True), 0.0)
+def _allowed(allowance: Callable[..., float], rows: _Rows) -> float:
+    """By the weights of the keys that are kept, which with a rest add up to less than 1."""
+    with torch.autocast(rows.q.device.type, enabled=False):
+        weights = _weights(rows, torch.float64, _pooled(rows, torch.float64))
+    kept = weights[:, : len(rows.keys)]
+    facts: dict[str, Any] = {"plan": rows.plan, "scale": rows.scale}
+    return allowance(rows.q, rows.keys, rows.values, kept, **facts)
+
+
+def _answer(rows: _Rows, dtype: torch.dtype, rounded: torch.dtype | None = None) -> Tensor:
+    """(R, D), computed in `dtype`.
+
+    Args:
+        rounded: what weights, and the keys and values of the rest, are rounded to, as tensor
+            cores take them.
+    """
+    with torch.autocast(rows.q.device.type, enabled=False):
+        rest = _pooled(rows, dtype)
+        if rest is not None and rounded is not None:
+            rest = rest._replace(
+                keys=rest.keys.to(rounded).to(dtype), values=rest.values.to(rounded).to(dtype)
+            )
+        weights = _weights(rows, dtype, rest)
+        if rounded is not None:
+            weights = weights.to(rounded).to(dtype)
+        kept, of_rest = weights[:, : len(rows.keys)], weights[:, len(rows.keys) :]
+        out = kept @ rows.values.to(dtype)
+        if rest is None:
+            return out
+        out = out + (of_rest[:, None] @ rest.values)[:, 0]
+        if rest.slope is None:
+            return out
+        slope = rows.q.to(dtype) @ rest.slope * (rows.scale / rows.plan.tokens)
+        return out + of_rest.sum(-1, keepdim=True) * slope
+
+
+class _Pooled(NamedTuple):
+    """The rest of a plan for some queries, see `Rest`; `reference.pooled` for all of them.
+
+    Args:
+        queries: (R, D), what the keys are weighed by.
+        keys, values: (R or 1, Kk, D).
+        more: (R or 1, Kk), added to the scores; -inf for blocks that are kept or hold nothing.
+        slope: (D, D), H there; None in zeroth order.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    more: Tensor
+    slope: Tensor | None = None
+
+
+def _pooled(rows: _Rows, dtype: torch.dtype) -> _Pooled | None:
+    plan = rows.plan
+    if plan.rest is None:
+        return None
+    q, keys, values = (x.to(dtype) for x in (rows.q, rows.keys, rows.values))
+    keys, values = (x.unflatten(0, (-1, plan.block_k)) for x in (keys, values))
+    real = plan.real.view(-1, plan.block_k, 1)
+    count = real.sum(1)[:, 0]
+    left_out = ~_pattern(plan.keep, rows.sample, rows.head) & (count > 0)
+    left_out = left_out[rows.slots // plan.block_q]
+    if plan.rest.centre == "key":
+        key, value = ((x * real).sum(1) / count.clamp_min(1)[:, None] for x in (keys, values))
+        more = count.to(dtype).log().where(left_out, -torch.inf)
+        pooled = _Pooled(q, key[None], value[None], more)
+        if plan.rest.order == "zeroth":
+            return pooled
+        slope = ((keys - key[:, None]) * real).flatten(0, 1).T @ values.flatten(0, 1)
+        return pooled._replace(slope=slope)
+    blocks, row = (rows.slots // plan.block_q).unique(return_inverse=True)
+    real_q = plan.real.view(-1, plan.block_q, 1)[blocks]
+    query = rows.queries.unflatten(0, (-1, plan.block_q))[blocks].to(dtype)
+    query = (query * real_q).sum(1) / real_q.sum(1)
+    score = (query @ keys.flatten(0, 1).T * rows.scale).unflatten(1, (-1, plan.block_k))
+    score = score.masked_fill(~real[..., 0], -torch.inf)
+    weight = score.softmax(-1).where(real[..., 0], 0.0).transpose(0, 1)
+    key, value = ((weight @ x).transpose(0, 1)[row] for x in (keys, values))
+    more = score.logsumexp(-1)[row].where(left_out, -torch.inf)
+    return _Pooled(q - query[row], key, value, more)
+
+
+def _weights(rows: _Rows, dtype: torch.dtype, rest: _Pooled | None) -> Tensor:
+    """(R, S), what the queries weigh the keys by, or (R, S + Kk) with those of the rest."""
+    plan = rows.plan
+    scores = rows.q.to(dtype) @ rows.keys.to(dtype).T * rows.scale
+    if plan.gain is not None:
+        gain = _pattern(plan.gain, rows.sample, rows.head)[rows.slots // plan.block_q]
+        gain = gain.repeat_interleave(plan.block_k, -1)
+        scores = torch.where(scores > 0, scores * gain, scores)
+    allowed = _seen(rows)
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    if rest is not None:
+        more = (rest.keys @ rest.queries[..., None])[..., 0] * rows.scale + rest.more
+        scores = torch.cat([scores, more], -1)
+        allowed = torch.cat([allowed, ~rest.more.isneginf()], -1)
+    return scores.softmax(-1).where(allowed.any(-1, keepdim=True), 0.0)
 
 
 def _pattern(x: Tensor, sample: int, head: int) -> Tensor:
@@ -198,12 +284,13 @@ def _pattern(x: Tensor, sample: int, head: int) -> Tensor:
     return x[sample if len(x) > 1 else 0, head if x.shape[1] > 1 else 0]
 
 
-def _seen(plan: Plan, slots: Tensor, sample: int, head: int) -> Tensor:
-    """(R, S) bool: what the queries in `slots` see, in one head of a sample."""
-    keep = _pattern(plan.keep, sample, head)
+def _seen(rows: _Rows) -> Tensor:
+    """(R, S) bool."""
+    plan, slots = rows.plan, rows.slots
+    keep = _pattern(plan.keep, rows.sample, rows.head)
     seen = keep[slots // plan.block_q].repeat_interleave(plan.block_k, -1) & plan.real
     if plan.partial is None:
         return seen
     keys = torch.arange(len(plan.slots), device=slots.device)
     allowed = plan.partial.allows(slots[:, None], keys)
-    return seen & (_pattern(allowed, sample, head) if allowed.ndim == 4 else allowed)
+    return seen & (_pattern(allowed, rows.sample, rows.head) if allowed.ndim == 4 else allowed)

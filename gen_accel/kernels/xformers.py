@@ -9,13 +9,16 @@ training keeps the copies until the backward pass.
 References:
     Lefaudeux et al., "xFormers", 2022, https://github.com/facebookresearch/xformers
     (`ops.fmha.attn_bias.BlockDiagonalMask`, the same from 0.0.30 to 0.0.35). Its masks for padded
-    keys are left aside: its FlashAttention has no backward for them.
+    keys are left aside: its FlashAttention has no backward for them. The log-sum-exp comes from
+    `memory_efficient_attention_forward_requires_grad`, natural and without a gradient, packed or
+    run by run as the operator says by `VARLEN_LSE_PACKED`.
 """
 
 from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -51,6 +54,8 @@ def unsupported(facts: Facts) -> list[str]:
         reasons.append(
             f"it takes whole blocks, and a rule on token pairs cuts {cut} of those kept"
         )
+    if facts.grad and (facts.lse or facts.rest):
+        reasons.append("its log-sum-exp has no gradient")
     return reasons or _operators(*_kind(facts.dim, facts.dtype, facts.device, facts.grad))[1]
 
 
@@ -64,6 +69,58 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Ten
     operators, _ = _operators(*_kind(q.shape[3], q.dtype, q.device, _training(q, k, v)))
     attend = partial(_fmha().memory_efficient_attention, scale=scale, op=operators)
     return over_runs(q, k, v, plan, attend)
+
+
+def forward_lse(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Without a gradient. The wide output is rounded too: the library writes it in q's dtype."""
+    (operator, _), _ = _operators(*_kind(q.shape[3], q.dtype, q.device, False))
+    attend = _fmha().memory_efficient_attention_forward_requires_grad
+
+    def both(*given: Tensor, attn_bias: Any) -> tuple[Tensor, Tensor]:
+        out, lse = attend(*given, attn_bias=attn_bias, scale=scale, op=operator)
+        return out, _of_queries(lse, attn_bias, is_packed=operator.VARLEN_LSE_PACKED)
+
+    with torch.no_grad():
+        return over_runs_lse(q, k, v, plan, both)
+
+
+def over_runs_lse(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, attend: Callable
+) -> tuple[Tensor, Tensor]:
+    """`over_runs`, and the log-sum-exp of each row, (B, H, N), by an `attend` that returns its
+    own, (T, H), too."""
+    sums = []
+
+    def noting(*given: Tensor, attn_bias: Any) -> Tensor:
+        out, lse = attend(*given, attn_bias=attn_bias)
+        sums.append(lse)
+        return out
+
+    out = over_runs(q, k, v, plan, noting)
+    B, H, N, _ = q.shape
+    own_patterns = plan.keep.shape[1] > 1
+    samples, heads = (B * H, 1) if own_patterns else (B, H)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = torch.full((samples * N, heads), -torch.inf, dtype=wide, device=q.device)
+    if sums:
+        lse.index_copy_(0, _runs(plan, samples).seeing, torch.cat(sums).to(wide))
+    return out, lse.view(B, H, N) if own_patterns else lse.view(B, N, H).transpose(1, 2)
+
+
+def _of_queries(lse: Tensor, mask: Any, *, is_packed: bool) -> Tensor:
+    """The log-sum-exp of an operator by query, (T, H).
+
+    Args:
+        lse: (1, H, T or more) where it is packed, else (runs, H, the longest run or more).
+        mask: of the runs.
+    """
+    starts = mask.q_seqinfo.seqstart_py
+    if is_packed:
+        return lse[0, :, : starts[-1]].T
+    lengths = [stop - start for start, stop in pairwise(starts)]
+    return torch.cat([row[:, :length].T for row, length in zip(lse, lengths, strict=True)])
 
 
 def over_runs(q: Tensor, k: Tensor, v: Tensor, plan: Plan, attend: Callable) -> Tensor:

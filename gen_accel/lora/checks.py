@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.kernels import check_name
-from gen_accel.method import parts_of
+from gen_accel.method import memory_of, parts_of
 from gen_accel.pipelines.long_video import check_names
 
 EPS = 1e-12  # shares that are added up may end a rounding above 1
@@ -78,6 +78,9 @@ def check(config: Any) -> None:
     if not config.stages:
         raise ValueError("stages is empty: give at least one, as 81:200")
     method = method_from(config.method, config.settings)
+    memory = memory_of(method)
+    if memory is not None and memory.refuses_training:
+        raise ValueError(f"method {config.method!r} does not train: {memory.refuses_training}")
     check_name(config.kernel)
     if config.adapter == "image_prompt":
         _check_image_prompt(config)

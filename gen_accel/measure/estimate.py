@@ -8,9 +8,12 @@ The model of time is as simple as it can be:
 
 `share` is self-attention's part of a step's FLOPs, `sparse` the part of all (layer, step) pairs
 that the schedule leaves to the method. `computed density` is the share of token pairs that a block
-kernel computes, padding included. `efficiency` is the achieved share of the ideal 1 / computed
-density: how much faster than dense attention the kernel is on this device, times its computed
-density. It is measured once for a device and kept.
+kernel computes, padding and what a pooled rest costs included. `efficiency` is the achieved share
+of the ideal 1 / computed density: how much faster than dense attention the kernel is on this
+device, times its computed density. It is measured once for a device and kept.
+
+A method that keeps a memory is dense at the steps too in which it learns, and `memory` says how
+large that is.
 
 FLOPs are counted as `families.layers` says: linear layers, convolutions and the products of all
 attention. Not counted: norms, activations, rotary embeddings, the text encoder, the autoencoder,
@@ -20,14 +23,26 @@ that of the denoising alone.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from gen_accel.attention_processors.attached.room import Needed, as_gigabytes, needed_by
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.measure.efficiency import known_efficiency
 from gen_accel.measure.subject import Subject, subject_of
-from gen_accel.method import Method, check_method, density_of, parts_of, plan_of
+from gen_accel.method import (
+    Memory,
+    Method,
+    check_method,
+    density_of,
+    layer_method,
+    memory_of,
+    parts_of,
+    plan_of,
+)
 from gen_accel.moved import signpost
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
@@ -53,7 +68,10 @@ class Estimate:
         attention_flops, sparse_attention_flops: of all self-attention in one step, both guidance
             calls, with every layer dense and with every layer sparse.
         step_flops: of the whole transformer in one dense step, both guidance calls.
-        sparse_share: of the (layer, step) pairs, those that the schedule leaves sparse.
+        sparse_share: of the (layer, step) pairs, those that the schedule leaves sparse, and in
+            which no method learns.
+        memory: bytes that a method keeps from step to step, on the model's device and in that of
+            the host, for both guidance calls of one sample in `dtype`; None: nothing.
         efficiency: achieved share of the ideal 1 / computed density; `efficiency_from` says where
             it comes from.
         speedup: of the denoising.
@@ -82,6 +100,8 @@ class Estimate:
     pays_from: int | None
     searched_to: int
     uncounted: tuple[str, ...] = ()
+    memory: Needed | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def tokens(self) -> int:
@@ -128,6 +148,8 @@ class Estimate:
             "pays": self.pays,
             "pays_from_frames": self.pays_from,
             "searched_to_frames": self.searched_to,
+            "memory_bytes": 0 if self.memory is None else self.memory.device,
+            "host_memory_bytes": 0 if self.memory is None else self.memory.host,
             "uncounted": list(self.uncounted),
         }
 
@@ -147,9 +169,19 @@ class Estimate:
                 f"of {self.efficiency:.2f} ({self.efficiency_from}); free attention would give "
                 f"{self.limit:.2f}x",
                 *(f"not counted: {what}" for what in self.uncounted),
+                *self._remembered(),
                 self._verdict(),
             ]
         )
+
+    def _remembered(self) -> Iterator[str]:
+        places = ("the model's device", "the host")
+        for size, place in zip(self.memory or (0, 0), places, strict=True):
+            if size:
+                yield (
+                    f"memory kept from step to step on {place}, both guidance calls: "
+                    f"{as_gigabytes(size)} a sample in {self.dtype}"
+                )
 
     def _verdict(self) -> str:
         if self.pays:
@@ -212,7 +244,7 @@ def estimate(
     reached, source = 1.0, "the model's own attention"
     if not parts_of(method).is_dense:
         reached, source = _efficiency(efficiency, subject, plan)
-    sparse_share = _sparse_share(subject, schedule, steps)
+    sparse_share = _sparse_share(subject, schedule, steps, method)
     gain = _Gain(subject, method, sparse_share, reached)
     speedup = gain.speedup(grid, computed)
     pays_from, searched = gain.pays_from(grid, speedup, plan)
@@ -238,6 +270,8 @@ def estimate(
         pays_from=None if pays_from is None else subject.frames(pays_from),
         searched_to=subject.frames(searched),
         uncounted=subject.uncounted,
+        memory=_memory(subject, method, schedule, subject.seen(grid)),
+        dtype=subject.dtype,
     )
 
 
@@ -249,11 +283,39 @@ def _efficiency(given: float | None, subject: Subject, plan: Plan | None) -> tup
     return known_efficiency(subject.device, subject.dtype, subject.head_dim, windows)
 
 
-def _sparse_share(subject: Subject, schedule: Schedule, steps: int) -> float:
-    """Of all pairs of an attention and a step, those that are not kept dense."""
-    sparse = sum(schedule.why_layer(site.layer) is None for site in subject.sites)
-    sparse_steps = sum(schedule.why_step(step, steps) is None for step in range(steps))
-    return sparse * sparse_steps / (len(subject.sites) * steps)
+def _sparse_share(subject: Subject, schedule: Schedule, steps: int, method: Method) -> float:
+    """Share of all pairs of an attention and a step that are not dense."""
+    layers = [site.layer for site in subject.sites if schedule.why_layer(site.layer) is None]
+    memories = [memory_of(layer_method(method, layer)) for layer in layers]
+    sparse = sum(steps - len(_dense_steps(schedule, steps, memory)) for memory in memories)
+    return sparse / (len(subject.sites) * steps)
+
+
+def _dense_steps(schedule: Schedule, steps: int, memory: Memory | None) -> set[int]:
+    """Those of the schedule, and those in which a method with a memory learns."""
+    dense = {step for step in range(steps) if schedule.why_step(step, steps) is not None}
+    if memory is None:
+        return dense
+    learned = None
+    for step in range(steps):
+        if schedule.is_last_at_start(step, steps):
+            learned = step
+        elif step not in dense:
+            due = learned is None or (memory.every and step - learned >= memory.every)
+            learned = step if due else learned
+            dense |= {step} if due else set()
+    return dense
+
+
+def _memory(subject: Subject, method: Method, schedule: Schedule, video: VideoShape) -> Needed:
+    """Bytes kept from step to step for one sample, in both guidance calls."""
+    sites = [
+        (layer_method(method, site.layer), site.heads, site.dim)
+        for site in subject.sites
+        if schedule.why_layer(site.layer) is None
+    ]
+    one = needed_by(sites, 1, video.tokens, subject.dtype.itemsize)
+    return Needed(*(CALLS * size for size in one))
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ def attach(
     from_lora: str | Path | None = None,
     schedule: Schedule | None = None,
     kernel: str = "auto",
+    dense_kernel: str | None = None,
     timed: bool = False,
     self_check: bool | None = None,
     record: bool = True,
@@ -55,6 +56,9 @@ def attach(
         schedule: layers and steps that stay dense. Without a pipeline, steps are told apart by
             changes of the timestep, and shares of them cannot be given.
         kernel: "auto" or a name from `gen_accel.kernels.KERNELS`, which then never falls back.
+        dense_kernel: what dense layers and steps run by, and all of `Dense()`: a name from
+            `KERNELS`, or "auto" for the fastest that is as exact as torch's own attention, which
+            may be that. Without: the model's own attention, bit for bit.
         timed: also measure the seconds spent in attention; on a GPU this waits for each call.
         self_check: the first time a kernel meets a method, shape, dtype and device, hold some rows
             of its answer to the reference. Without: everywhere but on the CPU and MPS.
@@ -77,13 +81,15 @@ def attach(
     if from_lora is not None:
         if method is not None:
             raise ValueError(f"give a method or from_lora, got both: {method!r} and {from_lora}")
-        options = {"kernel": kernel, "timed": timed, "self_check": self_check, "record": record}
+        options = {"kernel": kernel, "dense_kernel": dense_kernel, "timed": timed}
+        options |= {"self_check": self_check, "record": record}
         return _attach_trained(pipe_or_transformer, from_lora, schedule=schedule, **options)
     handle = put_on(
         pipe_or_transformer,
         method,
         schedule=schedule,
         kernel=kernel,
+        dense_kernel=dense_kernel,
         timed=timed,
         self_check=self_check,
         record=record,

@@ -18,7 +18,7 @@ from torch import Tensor
 import gen_accel
 from gen_accel import BlockMixture, Schedule, VideoShape
 from gen_accel.attention_processors.methods.options import method_from
-from gen_accel.method import layers_differ, parts_of
+from gen_accel.method import layers_differ, memory_of, parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +155,11 @@ def _shared(values: Any, size: int) -> list[int] | None:
 @lru_cache(maxsize=16)
 def _method(name: str, settings: tuple[str, ...]) -> Any:
     method = method_from(name, settings)
+    if memory_of(method) is not None:
+        raise ValueError(
+            f"{name} learns from dense steps, and vLLM-Omni tells neither the step nor the layer "
+            "of a call: give the method that it wraps"
+        )
     if layers_differ(method):
         cycles = isinstance(method, BlockMixture)
         what = "partition='cycle'" if cycles else repr(method)

@@ -148,6 +148,7 @@ def test_generate_each_prompt_of_a_file_as_a_gif(run, model, tmp_path):
     prompts.write_text(f"{PROMPT}\n\n  a blue square moves up slowly  \n", encoding="utf-8-sig")
     out = tmp_path / "clips" / "clip.gif"
     options = ("--method", "neighborhood", "--set", "window=-1,3,3", "--kernel", "reference")
+    options += ("--dense-layers", "1", "--dense-kernel", "gather")
     result = run(
         "generate", "--model", model, *SMALL, "--prompts", prompts, *options, "--out", out
     )
@@ -155,7 +156,7 @@ def test_generate_each_prompt_of_a_file_as_a_gif(run, model, tmp_path):
     assert files(out.parent) == sorted([*names, *(f"{name}.done.json" for name in names)])
     assert "(seed 0, " in result.stdout
     assert "a blue square moves up slowly  (seed 1, " in result.stdout
-    assert "kernel: reference" in result.stdout
+    assert "kernel: gather, reference" in result.stdout
     first, second = (read_video(out.parent / name) for name in names)
     assert first.shape == second.shape == (9, 48, 48, 3)
     assert (first != second).any()
@@ -361,7 +362,8 @@ def test_show_in_the_terminal(run):
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_show_says_where_data_or_the_layer_decide(run, method):
     shown = run("show", method, *GRID).stdout
-    assert ("smooth random q and k" in shown) == (method in ("block_mixture", "sparse_linear"))
+    by_data = "block_mixture", "piecewise", "reuse", "sparse_linear"
+    assert ("smooth random q and k" in shown) == (method in by_data)
     assert ("layers differ" in shown) == (method == "block_mixture")
 
 
@@ -486,6 +488,10 @@ def test_settings_become_fields():
 BAD_OPTIONS = {
     "method": (("--method", "radail"), ("'radail'", "did you mean 'radial'")),
     "kernel": (("--kernel", "gatherer"), ("'gatherer'", "did you mean 'gather'")),
+    "dense kernel": (
+        ("--dense-kernel", "gatherer"),
+        ("dense_kernel must be", "'gatherer'", "did you mean 'gather'"),
+    ),
     "field": (("--set", "decay=2"), ("'decay'", "decay_factor", "did you mean")),
     "no value": (("--set", "sink"), ("'sink'", "field=value")),
     "bool": (("--set", "sink=maybe"), ("sink", "true/false", "'maybe'")),
@@ -518,8 +524,9 @@ def test_bad_options_are_refused(refused, model, no_loading, tmp_path, monkeypat
 
 def test_a_kernel_that_cannot_run_there_is_refused(refused, no_loading, tmp_path):
     given = ("--model", "demo", "--prompt", "a", "--out", tmp_path / "a.mp4")
-    error = refused("generate", *given, "--kernel", "xformers", "--device", "cpu")
-    assert "kernel 'xformers' cannot run on cpu: " in error
+    for option in ("--kernel", "--dense-kernel"):
+        error = refused("generate", *given, option, "xformers", "--device", "cpu")
+        assert "kernel 'xformers' cannot run on cpu: " in error
 
 
 @pytest.mark.slow

@@ -146,6 +146,8 @@ def test_what_it_cannot_do_is_refused(dispatch, tensors):
         dispatch(*tensors, method="radail")
     with pytest.raises(ValueError, match=r"no parameter 'setings'; did you mean 'settings'"):
         dispatch(*tensors, setings=["decay_factor=0.5"])
+    with pytest.raises(ValueError, match=r"reuse learns from dense steps.* that it wraps"):
+        dispatch(*tensors, method="reuse")
     with pytest.raises(ValueError, match="dense_layers cannot be kept"):
         dispatch(*tensors, dense_layers=2)
     for unknown in ("topk", "layer"):

@@ -1,6 +1,8 @@
 """The contract of a kernel, and the one source of what each refuses."""
 
 import sys
+from dataclasses import replace
+from functools import partial
 from types import ModuleType
 
 import pytest
@@ -13,7 +15,7 @@ from gen_accel.functional import attention
 from gen_accel.kernels import KERNELS, Facts, facts_of, flex, kernel_of, reference, refusals
 from gen_accel.kernels.contract import PATTERNS, checked
 from gen_accel.kernels.native import build
-from gen_accel.plan import Plan
+from gen_accel.plan import Plan, Rest
 
 CPU = torch.device("cpu")
 UNSUPPORTED = "def unsupported(facts):\n    return []\n"
@@ -22,6 +24,11 @@ from gen_accel.kernels import reference
 
 def forward(q, k, v, plan, *, scale):
     return reference.forward(q, k, v, plan, scale=scale)
+"""
+FORWARD_LSE = """\
+def forward_lse(q, k, v, plan, *, scale, wide=False):
+    assert plan.rest is None
+    return reference.forward_lse(q, k, v, plan, scale=scale, wide=wide)
 """
 PLACE = "from gen_accel.kernels.contract import Place\ndef place(facts):\n    return Place(1)\n"
 
@@ -84,6 +91,18 @@ BROKEN = {
         UNSUPPORTED + FORWARD + "FORWARD_MODE = 'yes'\n",
         r"FORWARD_MODE of kernel 'mine' must be a bool, got 'yes'",
     ),
+    "a log-sum-exp misspelt": (
+        UNSUPPORTED + FORWARD + FORWARD_LSE.replace("forward_lse", "forward_lce", 1),
+        r"called 'forward_lce', got kernel 'mine'; did you mean 'forward_lse'\?",
+    ),
+    "a log-sum-exp that cannot be wide": (
+        UNSUPPORTED + FORWARD + FORWARD_LSE.replace(", wide=False", "", 1),
+        r"forward_lse of kernel 'mine' must take \(q, k, v, plan, \*, scale, wide\), it takes ",
+    ),
+    "rests that are no bool": (
+        UNSUPPORTED + FORWARD + "RESTS = ('query',)\n",
+        r"RESTS of kernel 'mine' must be a bool, got \('query',\)",
+    ),
     "an allowance that takes no plan": (
         UNSUPPORTED + FORWARD + "def allowance(q, k, v, weights, *, scale):\n    return 0.1\n",
         r"allowance of kernel 'mine' must take \(q, k, v, weights, \*, plan, scale\), it takes ",
@@ -109,7 +128,7 @@ def test_what_breaks_the_contract_is_named(source, words):
 
 
 def test_names_of_another_purpose_are_free():
-    source = UNSUPPORTED + FORWARD + PLACE + "LARGE = 3\ndef forward_lse(q):\n    return q\n"
+    source = UNSUPPORTED + FORWARD + PLACE + "LARGE = 3\ndef backward_pass(q):\n    return q\n"
     assert checked("mine", module_of(source)).unsupported is not None
 
 
@@ -132,6 +151,39 @@ def test_a_new_kernel_says_its_place_itself(added, plan, qkv):
     kernels.run(*qkv(64), plan, scale=0.3, report=told.append)
     assert told[0].kernel == "mine_first"
     assert next(iter(told[0].behind)) == "gather"
+
+
+def test_a_new_kernel_with_a_log_sum_exp_adds_the_rest(added, plan, qkv):
+    added("mine_lse", UNSUPPORTED + FORWARD + FORWARD_LSE)
+    inputs, asked = qkv(64), replace(plan, keep=plan.keep.tril(), rest=Rest())
+    run = partial(kernels.run, *inputs, scale=0.3, with_lse=True)
+    found, wanted = (run(asked, kernel=name) for name in ("mine_lse", "reference"))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    kept, wanted = (run(asked.kept, kernel=name) for name in ("mine_lse", "reference"))
+    assert all(map(torch.equal, kept, wanted))
+
+
+def test_a_new_kernel_that_takes_rests_is_given_them(added, plan, qkv):
+    source = UNSUPPORTED + FORWARD + FORWARD_LSE.replace("plan.rest is None", "plan.rest")
+    added("mine_rests", source + "RESTS = True\n")
+    inputs, asked = qkv(64), replace(plan, keep=plan.keep.tril(), rest=Rest())
+    out = kernels.run(*inputs, asked, scale=0.3, kernel="mine_rests")
+    assert torch.equal(out, reference.forward(*inputs, asked, scale=0.3))
+
+
+@pytest.mark.parametrize(
+    ("rest", "words"), [(None, "it gives no log-sum-exp"), (Rest(), "it adds no rest")], ids=str
+)
+def test_a_new_kernel_without_a_log_sum_exp_is_passed_over(rest, words, added, plan, qkv):
+    added("mine_plain", UNSUPPORTED + FORWARD + PLACE)
+    told, asked = [], replace(plan, keep=plan.keep.tril(), rest=rest)
+    run = partial(kernels.run, *qkv(64), asked, scale=0.3, with_lse=True)
+    with pytest.raises(ValueError, match=f"mine_plain: {words}"):
+        run(kernel="mine_plain")
+    run(report=told.append)
+    assert told[0].kernel == "gather"
+    assert told[0].refused == {"mine_plain": [words]}
 
 
 def test_a_misspelt_new_kernel_is_refused_at_its_first_use(added, plan, qkv):
@@ -234,6 +286,10 @@ def test_facts_are_those_of_the_call(qkv):
     assert (facts.gain, facts.dynamic, facts.forward_mode) == (False, False, False)
     with torch.no_grad():
         assert not facts_of(q, k, v, plan).grad
+    assert facts_of(q, k, v, plan, lse=True).lse
+    assert not facts_of(q, k, v, plan).lse
+    assert not facts.rest
+    assert facts_of(q, k, v, random_plan(CPU, rest=Rest())).rest
     damped = plan.changed(gain=torch.full(plan.keep.shape, 0.5))
     assert facts_of(q, k, v, damped).gain
     route = random_plan(CPU, route=True)

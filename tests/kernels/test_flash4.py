@@ -171,11 +171,21 @@ class TestFlex:
         assert len(self.ways()) == 1
         assert "torch 2.13 has it, this is 2.12.1+cu130" in flex.place(facts()).against
 
+    @pytest.mark.parametrize("asked", [{"lse": True}, {"rest": True}], ids=str)
+    def test_a_gradient_of_the_log_sum_exp_is_left_to_the_others(self, asked, card, monkeypatch):
+        card(9)
+        monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+        assert flex.flash_reasons(facts(**asked)) == []
+        said = flex.flash_reasons(facts(**asked, grad=True))
+        assert said == ["it has no gradient of the log-sum-exp"]
+        assert self.ways(**asked)[0] == {"BACKEND": "FLASH"}
+        assert len(self.ways(**asked, grad=True)) == 1
+
     @pytest.mark.parametrize("broken", [1, 2])
     def test_one_that_does_not_compile_is_left_for_the_next(self, broken, monkeypatch, qkv):
         tried = []
 
-        def fresh(options):
+        def fresh(options, *, lse):
             tried.append(options)
 
             def run(q, k, v, mask, scale):

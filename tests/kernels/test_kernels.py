@@ -419,14 +419,17 @@ def test_logsumexp_is_that_of_the_scores(qkv, video):
     torch.testing.assert_close(got, (0.25 * q @ k.mT).logsumexp(-1))
 
 
-def test_the_operator_obeys_the_rules_of_torch(qkv, device):
+@pytest.mark.parametrize("asked", [(False, False), (True, False), (True, True)], ids=str)
+def test_the_operator_obeys_the_rules_of_torch(asked, qkv, device):
+    """`asked`: for the log-sum-exp, and for a wide output."""
     plan = random_plan(device, block_q=8, block_k=32, windows=True)
     q, k, v = (pack(x, plan).detach() for x in qkv(plan.tokens))
     _, _, *lists = prepare(plan)
     which = "test_schema", "test_faketensor", "test_autograd_registration"
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(gather._attention, (*inputs, *lists, 0.25), test_utils=which)
-    inputs = [torch.ones_like(q), *(x.detach() for x in inputs)]
+    torch.library.opcheck(gather._attention, (*inputs, *lists, 0.25, *asked), test_utils=which)
+    lse = torch.ones(q.shape[:3]) if any(asked) else None
+    inputs = [torch.ones_like(q), lse, *(x.detach() for x in inputs)]
     torch.library.opcheck(gather._backward, (*inputs, *lists, 0.25), test_utils=which[:2])
 
 
@@ -470,7 +473,7 @@ class TestChoice:
         """A FlexAttention that fails to compile, and that "auto" likes best; counts the tries."""
         tries = []
 
-        def fresh(options):
+        def fresh(options, *, lse):
             def run(*args):
                 tries.append(options)
                 raise RuntimeError("cur_qSplitSize7 was not declared\nand much more")

@@ -314,9 +314,9 @@ def test_the_operators_obey_the_rules_of_torch(qkv):
     lists = native.prepare(plan)
     which = "test_schema", "test_faketensor", "test_autograd_registration"
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(native._attention, (*inputs, *lists, 0.25), test_utils=which)
-    out, stats = (x.detach() for x in native._attention(q, k, v, *lists, 0.25))
-    inputs = [torch.ones_like(q), *(x.detach() for x in (q, k, v)), out, stats]
+    torch.library.opcheck(native._attention, (*inputs, *lists, 0.25, False), test_utils=which)
+    out, lse, stats = (x.detach() for x in native._attention(q, k, v, *lists, 0.25, False))
+    inputs = [torch.ones_like(q), lse, *(x.detach() for x in (q, k, v)), out, stats]
     torch.library.opcheck(native._backward, (*inputs, *lists, 0.25), test_utils=which[:2])
 
 

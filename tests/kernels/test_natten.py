@@ -49,6 +49,7 @@ def calls(monkeypatch):
     """The axes of each call of the stand-in."""
     given = []
     monkeypatch.setattr(natten, "_library", stand_in.library(given))
+    monkeypatch.setattr(natten, "_dense", lambda: stand_in.dense)
     monkeypatch.setattr(natten, "unsupported", lambda facts: natten._plan_reasons(facts.plan))
     return given
 
@@ -67,6 +68,22 @@ def test_it_matches_the_reference(method, video, qkv, calls):
         assert_no_worse(ours(*given), its(*given), its(*(x.double() for x in given)))
     assert_gradients_no_worse(ours, its, inputs)
     assert set(calls) == {sum(size > 1 for size in video.grid)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("method", "video"), CASES[-5:])
+def test_the_log_sum_exp_is_that_of_the_reference(method, video, dtype, qkv, calls):
+    """Of the grid, with its additional keys, and of the text."""
+    plan, inputs = method.plan(video), [x.cpu() for x in qkv(video.tokens, dtype)]
+
+    def both(name, *x):
+        run = kernels.kernel_of(name).forward_lse
+        return run(*x, plan, scale=0.3)
+
+    exact = both("reference", *(x.double() for x in inputs))
+    for three in zip(both("natten", *inputs), both("reference", *inputs), exact, strict=True):
+        assert_no_worse(*three)
+    assert calls
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -106,6 +123,24 @@ class TestRefusals:
         video = VideoShape(3, 4, 4)
         with pytest.raises(ValueError, match="run on CUDA only, got cpu"):
             by("natten", Neighborhood((2, 2, 2)), video)(*qkv(video.tokens))
+
+    def test_a_gradient_of_the_log_sum_exp(self, qkv):
+        video = VideoShape(3, 4, 4)
+        plan = Neighborhood((2, 2, 2)).plan(video)
+        for grad, lse in ((True, True), (True, False), (False, True)):
+            facts = facts_of(*qkv(video.tokens), plan, grad=grad, lse=lse)
+            said = "its log-sum-exp has no gradient" in natten.unsupported(facts)
+            assert said == (grad and lse)
+
+    def test_a_version_that_gives_no_log_sum_exp(self, monkeypatch):
+        library = SimpleNamespace(HAS_LIBNATTEN=True, na3d=lambda query, *, scale: query)
+        monkeypatch.setitem(sys.modules, "natten", library)
+        natten._library_reasons.cache_clear()
+        assert natten._library_reasons() == []
+        assert natten._library_reasons(lse=True) == [
+            "this natten gives no log-sum-exp, as 0.21.5 and later do"
+        ]
+        natten._library_reasons.cache_clear()
 
     def test_other_patterns(self, qkv):
         video = VideoShape(3, 4, 4)

@@ -4,12 +4,14 @@ import warnings
 
 import pytest
 import torch
-from support.problems import random_plan
+from support.problems import RESTS, random_plan, with_rest
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gen_accel import kernels
 from gen_accel.kernels import gather, reference
 from gen_accel.kernels.self_check import NotFinite, SelfCheck, check_rows
-from gen_accel.plan import Plan
+from gen_accel.plan import Plan, Rest
 
 
 @pytest.fixture
@@ -95,3 +97,66 @@ def test_the_reference_is_zero_only_where_a_row_sees_nothing(qkv):
     assert blind.any()
     assert (out[blind] == 0).all()
     assert out[~blind].isnan().all()
+
+
+class TestRest:
+    """Plans that pool what they do not keep."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("asked", RESTS)
+    def test_a_right_answer_passes(self, asked, dtype, qkv):
+        for shape in ({"batch": 2, "heads": 2}, {"heads": 2, "block_q": 8, "block_k": 32}):
+            plan = random_plan(torch.device("cpu"), **shape, rest=RESTS[asked])
+            check = SelfCheck({}, "this call", falls_back=False)
+            tensors = [x.cpu() for x in qkv(plan.tokens, dtype)]
+            options = {"scale": 0.3, "kernel": "gather", "self_check": check}
+            kernels.run(*tensors, plan, **options)
+            assert check.known == {("this call", "gather"): None}
+
+    @pytest.mark.parametrize(
+        ("asked", "other"),
+        [
+            (Rest("query"), None),
+            (Rest("query"), Rest("key")),
+            (Rest("key"), Rest("query")),
+            (Rest("key"), Rest("key", "first")),
+            (Rest("key", "first"), Rest("key")),
+        ],
+        ids=str,
+    )
+    def test_another_rest_is_refused(self, asked, other, qkv):
+        plan = random_plan(torch.device("cpu"), heads=2, rest=asked)
+        tensors = [x.cpu() for x in qkv(plan.tokens)]
+        out = reference.forward(*tensors, with_rest(plan, other), scale=0.3)
+        with pytest.raises(kernels.SelfCheckFailed, match="'some' errs by"):
+            check_rows(*tensors, plan, out, scale=0.3, kernel="some")
+
+    @pytest.mark.parametrize("head", [0, 1])
+    def test_a_head_that_errs_is_found(self, head, qkv):
+        plan = random_plan(torch.device("cpu"), heads=2, rest=Rest())
+        tensors = [x.cpu() for x in qkv(plan.tokens)]
+        out = reference.forward(*tensors, plan, scale=0.3)
+        check_rows(*tensors, plan, out, scale=0.3, kernel="some")
+        out[:, head] *= 1.001
+        with pytest.raises(kernels.SelfCheckFailed, match="'some' errs by"):
+            check_rows(*tensors, plan, out, scale=0.3, kernel="some")
+
+    @pytest.mark.parametrize("asked", RESTS)
+    def test_nothing_is_as_large_as_all_pairs(self, asked, qkv):
+        S = 2048
+        keep = torch.eye(S // 64, dtype=torch.bool)[None, None]
+        plan = Plan(torch.arange(S), keep, 64, 64, rest=RESTS[asked])
+        tensors = [x.cpu() for x in qkv(S, batch=1, heads=1)]
+        out = kernels.run(*tensors, plan, scale=0.3, kernel="gather")
+        largest = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                made = func(*args, **kwargs or {})
+                sizes = [x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
+                largest.append(max(sizes, default=0))
+                return made
+
+        with Watch():
+            check_rows(*tensors, plan, out, scale=0.3, kernel="gather")
+        assert max(largest) <= S * S // 16

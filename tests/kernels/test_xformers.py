@@ -3,15 +3,17 @@
 import sys
 from dataclasses import replace
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
+from support import xformers as stand_in
 from support.checks import assert_no_worse
-from support.problems import PLANS, assert_gradients_no_worse, random_plan
+from support.problems import PLANS, RESTS, assert_gradients_no_worse, random_plan
 
 from gen_accel.attention_processors import BlockMixture, Dense, Neighborhood, Radial
-from gen_accel.kernels import facts_of, reference, run, xformers
-from gen_accel.plan import Plan, Route, unpack
+from gen_accel.kernels import facts_of, reference, rest, run, xformers
+from gen_accel.plan import Plan, Rest, Route, unpack
 from gen_accel.video import VideoShape
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -110,6 +112,64 @@ def test_forward_matches_reference(plan, dtype, qkv):
 def test_gradient_matches_reference(plan, qkv):
     inputs = [x.cpu() for x in qkv(plan.tokens)]
     assert_gradients_no_worse(on_paper(plan), by_reference(plan), inputs)
+
+
+@pytest.fixture(params=[True, False], ids=["packed", "run by run"])
+def fmha(request, monkeypatch):
+    """A library whose operator gives its log-sum-exp in either form."""
+    made = stand_in.library(request.param)
+    monkeypatch.setattr(xformers, "_fmha", lambda: made)
+    monkeypatch.setattr(xformers, "_operators", lambda *kind: (made.operators, []))
+    monkeypatch.setattr(xformers, "_cache", WeakKeyDictionary())
+
+
+@pytest.mark.usefixtures("fmha")
+@pytest.mark.parametrize("keys", [1 << 18, 300], ids="{} keys at once".format)
+@pytest.mark.parametrize(
+    "options", [{}, {"batch": 2, "heads": 2}, {"heads": 2, "block_q": 8, "block_k": 32}], ids=str
+)
+def test_the_log_sum_exp_matches_the_reference(options, keys, qkv, monkeypatch):
+    monkeypatch.setattr(xformers, "KEYS", keys)
+    plan = random_plan("cpu", **options)
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [x.cpu() for x in qkv(plan.tokens, dtype)]
+        exact = reference.forward_lse(*(x.double() for x in inputs), plan, scale=0.3)
+        low = reference.forward_lse(*inputs, plan, scale=0.3)
+        out, lse = xformers.forward_lse(*inputs, plan, scale=0.3)
+        assert_no_worse(out, low[0], exact[0])
+        dark = exact[1].isneginf()
+        assert dark.any()
+        assert torch.equal(lse.isneginf(), dark)
+        assert_no_worse(*(x.masked_fill(dark, 0.0) for x in (lse, low[1], exact[1])))
+
+
+@pytest.mark.usefixtures("fmha")
+@pytest.mark.parametrize("asked", RESTS)
+def test_a_rest_is_added(asked, qkv):
+    plan = random_plan("cpu", heads=2, rest=RESTS[asked])
+    inputs = [x.cpu() for x in qkv(plan.tokens)]
+    found = rest.attention(xformers.forward_lse, *inputs, plan, scale=0.3, kernel="xformers")
+    low = reference.forward_lse(*inputs, plan, scale=0.3)
+    exact = reference.forward_lse(*(x.double() for x in inputs), plan, scale=0.3)
+    for three in zip(found, low, exact, strict=True):
+        assert_no_worse(*three)
+
+
+@pytest.mark.usefixtures("fmha")
+def test_a_plan_that_keeps_nothing_has_no_log_sum_exp(qkv):
+    plan = Plan(torch.arange(64), torch.zeros(1, 1, 4, 4, dtype=torch.bool), 16, 16)
+    out, lse = xformers.forward_lse(*(x.cpu() for x in qkv(64)), plan, scale=0.3)
+    assert (out == 0).all()
+    assert lse.isneginf().all()
+
+
+def test_a_gradient_of_the_log_sum_exp_is_refused(qkv):
+    inputs = [x.cpu() for x in qkv(93)]
+    said = "its log-sum-exp has no gradient"
+    for one, lse in ((None, True), (Rest(), False)):
+        plan = random_plan("cpu", rest=one)
+        assert said in xformers.unsupported(facts_of(*inputs, plan, grad=True, lse=lse))
+        assert said not in xformers.unsupported(facts_of(*inputs, plan, lse=lse))
 
 
 @pytest.mark.usefixtures("library")

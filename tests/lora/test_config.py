@@ -65,6 +65,7 @@ class TestConfig:
             ("", "must hold fields as `name: value`, got None"),
             ("rank: [", "is not YAML"),
             ("rank: 0", "leaves nothing to train"),
+            ("method: reuse", "method 'reuse' does not train: a residual of an earlier step has"),
         ],
         ids=str,
     )

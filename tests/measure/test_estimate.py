@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import gen_accel
-from gen_accel import Dense, Neighborhood, Radial, Schedule
+from gen_accel import Dense, Neighborhood, Radial, Reuse, Schedule
 from gen_accel.measure.efficiency import cache_file, measure_efficiency
 from gen_accel.measure.estimate import Estimate
 from gen_accel.measure.subject import presets, subject_of
@@ -158,6 +158,25 @@ def test_what_does_not_pay_is_said_plainly():
     slow = estimate(TINY, Radial(), **CLIP, efficiency=0.01)
     assert slow.speedup < 1
     assert slow.pays_from is None
+
+
+def test_what_is_kept_from_step_to_step_is_counted():
+    given = {"schedule": Schedule(dense_layers=3, dense_start=0.2), "steps": 10, "efficiency": 0.8}
+    inner = Radial()
+    plain, found, held = (
+        estimate("Wan2.1-T2V-1.3B", method, **P480, **given)
+        for method in (inner, Reuse(inner, every=4), Reuse(inner, residual="cpu", layers=(3, 4)))
+    )
+    assert plain.sparse_share == held.sparse_share == pytest.approx(27 / 30 * 8 / 10)
+    assert found.sparse_share == pytest.approx(27 / 30 * 6 / 10)  # without steps 5 and 9
+    bytes_of_layer = 32760 * 12 * 128 * torch.float32.itemsize * 2  # calls
+    assert found.to_dict()["memory_bytes"] == 27 * bytes_of_layer
+    assert held.to_dict()["host_memory_bytes"] == 2 * bytes_of_layer
+    assert "on the model's device, both guidance calls: 10.9 GB a sample in torch." in str(found)
+    assert "kept from step" not in str(plain)
+    never = Schedule(dense_layers=3)
+    first = estimate("Wan2.1-T2V-1.3B", Reuse(inner), **P480, **given | {"schedule": never})
+    assert first.sparse_share == pytest.approx(27 / 30 * 9 / 10)
 
 
 def test_dense_neither_gains_nor_measures():

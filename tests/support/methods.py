@@ -14,7 +14,9 @@ from gen_accel.attention_processors import (
     BlockMixture,
     Dense,
     Neighborhood,
+    Piecewise,
     Radial,
+    Reuse,
     SparseLinear,
 )
 from gen_accel.method import density_of, parts_of
@@ -111,6 +113,32 @@ def _sparse_linears(draw, video):
     )
 
 
+@st.composite
+def _piecewises(draw, video):
+    by_threshold, centre = draw(st.booleans()), draw(st.sampled_from(["query", "key"]))
+    raster, boxes = draw(st.booleans()), st.just("auto") | sides(*video.grid)
+    blocks = [(8, 8), (16, 8), (4, 12), (64, 64), (1, 1)] + [(12, 8), (5, 7)] * raster
+    block_q, block_k = draw(st.sampled_from(blocks))
+    chosen = {"critical": draw(st.sampled_from([1e-6, 0.05, 0.3, 0.7]))}
+    if by_threshold:
+        chosen = {
+            "select": "threshold",
+            "tau": draw(st.sampled_from([-1e6, -0.5, 0.0, 1.0, 1e6])),
+            "threshold": draw(st.sampled_from(["diag", "exact"])),
+        }
+    return Piecewise(
+        **chosen,
+        band=draw(st.none() | st.integers(0, 2)),
+        sink=draw(st.integers(0, video.frames + 1)),
+        score=draw(st.sampled_from(["spread", "mean"])),
+        centre=centre,
+        order="zeroth" if centre == "query" else draw(st.sampled_from(["zeroth", "first"])),
+        tile="raster" if raster else draw(boxes),
+        block_q=block_q,
+        block_k=block_k,
+    )
+
+
 class Tested(NamedTuple):
     """How one method is tested.
 
@@ -200,7 +228,47 @@ _ROWS = {
         ),
         SparseLinear(critical=0.2, block_q=16, block_k=16, combine="alpha"),
     ),
+    "piecewise": Tested(
+        Piecewise(critical=0.2, block_q=16, block_k=16),
+        (
+            Piecewise(critical=0.3, block_q=16, block_k=8),
+            Piecewise(0.2, score="mean", centre="key", order="first", tile=(1, 3, 5)),
+            Piecewise(
+                select="threshold",
+                tau=0.5,
+                band=0,
+                sink=1,
+                score="mean",
+                centre="key",
+                tile="raster",
+                block_q=16,
+                block_k=24,
+            ),
+        ),
+        _piecewises,
+        (
+            Piecewise(critical=0.3, block_q=4, block_k=4),
+            Piecewise(critical=0.3, centre="key", order="first", block_q=4, block_k=4),
+        ),
+        # What dampens scores does not go with a rest.
+        Piecewise(critical=0.2, rest=None, block_q=16, block_k=16),
+    ),
 }
+
+
+def _reuses(video: VideoShape) -> st.SearchStrategy:
+    return st.builds(Reuse, _sparse_linears(video) | _block_mixtures(video))
+
+
+_ROWS["reuse"] = Tested(
+    Reuse(_ROWS["sparse_linear"].few),
+    (
+        Reuse(Piecewise(0.2, block_q=16, block_k=8)),
+        Reuse(BlockMixture(partition="3d", chunks=(2, 4, 8), routing="block", block=8)),
+    ),
+    _reuses,
+    (Reuse(SparseLinear(critical=0.3, block_q=4, block_k=4)),),
+)
 
 TESTED = {
     name: (_ROWS[name] if name in _ROWS else Tested(small(kind))).filled()
@@ -208,8 +276,13 @@ TESTED = {
 }
 CASES = [case for row in TESTED.values() for case in row.cases]
 
-# Sparse ones, small enough for the tiny models, by name and in a list.
-SPARSE = {name: row.few for name, row in TESTED.items() if not parts_of(row.few).is_dense}
+# Sparse ones, small enough for the tiny models, by name and in a list. Without those that keep a
+# memory, whose calls in a model depend on those before: see test_reuse.py.
+SPARSE = {
+    name: row.few
+    for name, row in TESTED.items()
+    if not parts_of(row.few).is_dense and parts_of(row.few).memory is None
+}
 FEW_METHODS = list(SPARSE.values())
 RADIAL, WINDOW = SPARSE["radial"], SPARSE["neighborhood"]
 MIXTURE, LINEAR = SPARSE["block_mixture"], SPARSE["sparse_linear"]

@@ -39,8 +39,10 @@ def attend(
     scale,
     additional_keys=None,
     additional_values=None,
+    return_lse=False,
 ):
-    """`na1d`, `na2d` and `na3d`: (B, sizes of the axes, H, D)."""
+    """`na1d`, `na2d` and `na3d`: (B, sizes of the axes, H, D), with `return_lse` the natural
+    log-sum-exp too, (B, sizes of the axes, H)."""
     assert query.shape == key.shape == value.shape
     assert all(x.ndim == axes + 3 for x in (query, key, value))
     sizes = query.shape[1 : axes + 1]
@@ -58,9 +60,22 @@ def attend(
         more = torch.ones(prod(sizes), additional_keys.shape[1], dtype=torch.bool)
         seen = torch.cat([seen, more], 1)
     wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(wide) @ k.to(wide).mT * scale).masked_fill(~seen, -torch.inf)
+    out = (scores.softmax(-1) @ v.to(wide)).transpose(1, 2).reshape(query.shape).to(query.dtype)
+    if not return_lse:
+        return out
+    return out, scores.logsumexp(-1).transpose(1, 2).reshape(query.shape[:-1])
+
+
+def dense(query, key, value, *, scale, return_lse):
+    """`attention`: (B, N, H, D), and the log-sum-exp, (B, N, H)."""
+    assert return_lse
+    assert all(x.is_contiguous() for x in (query, key, value))
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    wide = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(wide) @ k.to(wide).mT * scale
-    out = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.to(wide)
-    return out.transpose(1, 2).reshape(query.shape).to(query.dtype)
+    out = (scores.softmax(-1) @ v.to(wide)).to(q.dtype)
+    return out.transpose(1, 2), scores.logsumexp(-1).transpose(1, 2)
 
 
 def axis(size, window, stride, dilation, is_causal):

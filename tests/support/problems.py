@@ -1,13 +1,15 @@
 """Plans and methods that every kernel is held to, and how far a gradient may be off."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.checks import assert_no_worse
 
-from gen_accel.kernels import Facts, kernel_of, reference
+from gen_accel.kernels import Facts, contract, kernel_of, reference
 from gen_accel.kernels.allowance import allowance
 from gen_accel.method import parts_of, plan_of
-from gen_accel.plan import Plan, Route, Windows, unpack
+from gen_accel.plan import Plan, Rest, Route, Windows, unpack
 
 
 def assert_gradients_no_worse(forward, other, inputs, low_dtype=torch.float32):
@@ -43,7 +45,9 @@ def allowed(kernel, method, video, q, k, v, scale=None):
     return allowance(kernel, q, k, v, plan, scale=scale)
 
 
-def random_plan(device, batch=1, heads=1, block_q=16, block_k=16, windows=False, route=False):
+def random_plan(
+    device, batch=1, heads=1, block_q=16, block_k=16, windows=False, route=False, rest=None
+):
     """Tokens out of order among padding, 93 in 128 slots. The first query block sees padding alone
     and the last sees nothing."""
     g = torch.Generator().manual_seed(0)
@@ -65,13 +69,59 @@ def random_plan(device, batch=1, heads=1, block_q=16, block_k=16, windows=False,
     if route:
         picks = torch.rand(batch, heads, S, 3, generator=g) < 0.5
         partial = Route(picks, torch.arange(S // block_k) * 3 * block_k // S, block_k)
-    return Plan(slots, keep, block_q, block_k, partial).to(device)
+    return Plan(slots, keep, block_q, block_k, partial, rest=rest).to(device)
 
 
 def all_picked(plan):
     """In which queries see all that they picked, and no less."""
     keep = plan.partial.touched(plan.real, plan.block_q, plan.block_k)
     return Plan(plan.slots, keep, plan.block_q, plan.block_k, plan.partial)
+
+
+RESTS = {
+    "around queries": Rest(),
+    "around keys": Rest("key"),
+    "around keys, first order": Rest("key", "first"),
+}
+
+
+def with_rest(plan, rest):
+    return replace(plan, rest=rest)
+
+
+def gives_lse(kernel):
+    return contract.parts_of(kernel_of(kernel)).forward_lse is not None
+
+
+def lse_slack(dtype):
+    """What a log-sum-exp may be off more than the reference's, which is of fp32: by an error e of
+    it all weights of a row are off by the factor exp(e), a sixteenth of the spacing of `dtype`."""
+    return torch.finfo(dtype).eps / 16
+
+
+def answers(function, inputs, dtype):
+    """Output and log-sum-exp by `function(q, k, v)`, the gradients of a weighted sum of both, and
+    where a row sees nothing; the log-sum-exp is 0 there, and its gradient no number, as where two
+    parts are merged."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    out, lse = function(*leaves)
+    dark = lse.isneginf()
+    over_out = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out)
+    over_lse = torch.linspace(1, -2, lse.numel()).view(lse.shape).to(lse)
+    above = over_out, over_lse.masked_fill(dark, torch.nan)
+    grads = torch.autograd.grad((out, lse), leaves, above)
+    return [out.detach(), lse.detach().masked_fill(dark, 0.0), *grads], dark
+
+
+def assert_answers_no_worse(function, other, inputs, more=0.0):
+    """Hold all of `answers` of one to those of `other`, the reference's."""
+    dtype = inputs[0].dtype
+    (exact, dark), (low, _) = (answers(other, inputs, x) for x in (torch.float64, dtype))
+    actual, found = answers(function, inputs, dtype)
+    assert torch.equal(found, dark)
+    slack = [more, lse_slack(dtype), 0.0, 0.0, 0.0]
+    for *three, extra in zip(actual, low, exact, slack, strict=True):
+        assert_no_worse(*three, more=extra)
 
 
 PLANS = [

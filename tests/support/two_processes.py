@@ -17,7 +17,16 @@ from support.methods import LINEAR, MIXTURE, RADIAL
 from support.tiny import Case, cases
 from torch import Tensor
 
-from gen_accel import BlockMixture, Dense, Schedule, SparseLinear, VideoShape, attach, calibrate
+from gen_accel import (
+    BlockMixture,
+    Dense,
+    Reuse,
+    Schedule,
+    SparseLinear,
+    VideoShape,
+    attach,
+    calibrate,
+)
 from gen_accel.attention_processors.context_parallel import exchanged
 from gen_accel.attention_processors.context_parallel_plans import context_parallel_plan
 from gen_accel.attention_processors.families import family_of
@@ -37,7 +46,7 @@ TINY = {case.name: case for case in cases()}
 
 @dataclass(frozen=True)
 class Run:
-    """One model, called once.
+    """One model, called once, or at two steps.
 
     Args:
         model: a case of `tiny`.
@@ -46,6 +55,7 @@ class Run:
         attach_last: after `enable_parallelism`.
         plan: ours or diffusers' without.
         text: tokens that the text is cut to.
+        again: another call follows, at a later step, and is what counts.
     """
 
     model: str
@@ -58,6 +68,7 @@ class Run:
     gradients: bool = False
     plan: dict[str, Any] | None = None
     text: int | None = None
+    again: bool = False
 
 
 def even(case: Case) -> tuple[int, int, int]:
@@ -145,6 +156,10 @@ RUNS |= {
     "halves of the text, dense": Run(HUNYUAN, Dense(), plan=text_too(), text=8),
     "text first": Run("flux", RADIAL, gradients=True, text=4),
     "text first, dense": Run("flux", Dense(), gradients=True, text=4),
+    "a memory": Run(HUNYUAN, Reuse(LINEAR, residual=False), again=True),
+    "a memory of a dense step": Run(
+        "wan", Reuse(LINEAR), schedule=Schedule(dense_steps=1), again=True
+    ),
     "odd": Run("wan", LINEAR, ODD, ANYTHING, change=three_heads),
     "odd, parameters of each head": Run("wan", PER_HEAD, ODD, ANYTHING, change=three_heads),
     "odd, all of the text": Run(HUNYUAN, MIXTURE, ODD, ANYTHING),
@@ -198,6 +213,9 @@ def outcome(run: Run, dtype: torch.dtype, *, parallel: bool) -> dict[str, Any]:
     add_tap(site, family.ATTENTION_CALL, partial(noted, shapes))
     with torch.set_grad_enabled(run.gradients):
         out = case.call(model, given)
+        if run.again:
+            given["timestep"] = given["timestep"] * 0.9
+            out = case.call(model, given)
     found: dict[str, Any] = {"out": out.detach(), "shape": shapes[0]}
     found["flops"] = sum(record.dense_flops for record in handle.records.values())
     if run.gradients:

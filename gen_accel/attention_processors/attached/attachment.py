@@ -13,10 +13,20 @@ from gen_accel import kernels
 from gen_accel.attention_processors import context_parallel
 from gen_accel.attention_processors.attached.clock import Clock
 from gen_accel.attention_processors.attached.extension import AttentionExtension
-from gen_accel.attention_processors.attached.forward_pass import ForwardPass, Readers
+from gen_accel.attention_processors.attached.forward_pass import (
+    STEPS,
+    ForwardPass,
+    Readers,
+)
 from gen_accel.attention_processors.attached.graph import attend_in_graph
 from gen_accel.attention_processors.attached.layer import Layer, Observer, attend
+from gen_accel.attention_processors.attached.memories import Memories
 from gen_accel.attention_processors.attached.recipe import warn_of_other_attention
+from gen_accel.attention_processors.attached.room import (
+    check_room,
+    first_tensor,
+    needed_by,
+)
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.summary import Record, Silence, Summary
 from gen_accel.attention_processors.attached.transformers import (
@@ -34,7 +44,15 @@ from gen_accel.attention_processors.seam import (
     put_processor,
     released,
 )
-from gen_accel.method import branch_of, check_method, layer_method, on_device, parts_of
+from gen_accel.method import (
+    branch_of,
+    check_grid,
+    check_method,
+    layer_method,
+    on_device,
+    parts_of,
+)
+from gen_accel.video import VideoShape
 
 
 def put_on(
@@ -46,6 +64,7 @@ def put_on(
     timed: bool = False,
     self_check: bool | None = None,
     record: bool = True,
+    dense_kernel: str | None = None,
 ) -> "Attachment":
     """Attach `method`, as `gen_accel.attach` does, which has the arguments and errors."""
     if timed and not record:
@@ -54,6 +73,8 @@ def put_on(
         )
     schedule = schedule or Schedule()
     kernels.check_name(kernel)
+    if dense_kernel is not None:
+        kernels.check_name(dense_kernel, "dense_kernel")
     check_method(method)
     transformers = served_transformers(pipe_or_transformer)
     scheduler = None
@@ -70,7 +91,7 @@ def put_on(
                 f"{name} is compiled already; load it again, attach, and compile then"
             )
     families = {name: family_of(module) for name, module in transformers.items()}
-    options = Options(method, schedule, kernel, timed, self_check, record)
+    options = Options(method, schedule, kernel, timed, self_check, record, dense_kernel)
     handle = Attachment(transformers, families, Clock(scheduler), options)
     for module in transformers.values():
         warn_of_other_attention(module, method, stacklevel=4)
@@ -79,8 +100,8 @@ def put_on(
         models = ", ".join(type(module).__name__ for module in transformers.values())
         warnings.warn(
             f"{type(method).__name__} thins out by the distance in time and keeps all of a single "
-            f"frame, so that it saves nothing in {models}; use Neighborhood, BlockMixture or "
-            "SparseLinear",
+            f"frame, so that it saves nothing in {models}; use Neighborhood, BlockMixture, "
+            "SparseLinear or Piecewise",
             NothingSaved,
             stacklevel=3,
         )
@@ -108,6 +129,7 @@ class Options(NamedTuple):
     timed: bool = False
     self_check: bool | None = None
     record: bool = True
+    dense_kernel: str | None = None
 
 
 class Attachment:
@@ -120,6 +142,7 @@ class Attachment:
         extensions: techniques for longer video, laid over the attention of all layers.
         companions: called when this is detached.
         passing: the forward pass under way.
+        memories: what the method keeps from step to step; None where it keeps nothing.
         stands_in: full attention, in the place of the model's own, for an extension.
     """
 
@@ -131,7 +154,7 @@ class Attachment:
         options: Options,
     ) -> None:
         self.method, self.schedule, self.kernel = options[:3]
-        self.timed, self.self_check, self.is_recording = options[3:]
+        self.timed, self.self_check, self.is_recording, self.dense_kernel = options[3:]
         alike = all(family.MASKS_ALIKE for family in families.values())
         self.passing = ForwardPass(clock, alike)
         self.records: dict[tuple[str, int], Record] = {}
@@ -140,16 +163,19 @@ class Attachment:
         self.observe: Observer | None = None
         self.extensions: tuple[AttentionExtension, ...] = ()
         self.companions: list[Callable[[], None]] = []
+        self.memories = None if parts_of(self.method).memory is None else Memories()
         self.stands_in = isinstance(self.method, Full)
         self.is_paused = False
         self._transformers = transformers
         self._gathering = False
+        self._fitting: VideoShape | None = None  # the grid that the method was last held to
         self._displaced = False  # that it was warned of
         self._layers: dict[str, Layer] = {}
         self._text_split: dict[str, bool] = {}
         self._hooks: dict[str, list[Any]] = {}
         self._sites: list[tuple[Any, SparseProcessor]] = []
         replaced = self._take_places(families)
+        self._changes = any(layer.changes for layer in self._layers.values())
         self._check_layers()
         # Nothing is changed before here, so that a refusal leaves the model as it was.
         for handle, module in replaced:
@@ -203,7 +229,8 @@ class Attachment:
             self.branches[full] = branch
         split = partial(self._splits_text, name)
         dense = parts_of(method).is_dense or isinstance(method, Full)
-        own = method, branch, site.tokens, site.call, dense, split
+        changes = parts_of(method).at is not None
+        own = method, branch, site.tokens, site.call, dense, changes, split, site.heads, site.dim
         layer = Layer(full, site.layer, *own)
         self._layers[full] = layer
         run, trace = partial(attend, self, layer), partial(attend_in_graph, self, layer)
@@ -228,6 +255,8 @@ class Attachment:
         With a technique for longer video that is still on, full attention goes on under it.
         """
         self._unhook(*list(self._hooks))
+        if self.memories is not None:
+            self.memories.forget()
         ours = {id(module) for module, processor in self._sites if module.processor is processor}
         models = {id(part): t for t in self._transformers.values() for part in t.modules()}
         for module, processor in self._sites:
@@ -249,9 +278,21 @@ class Attachment:
             if modules & {id(part) for part in transformer.modules()}
         }
         families = {name: family_of(module) for name, module in left.items()}
-        options = Options(Full(), Schedule(), self.kernel)
+        options = Options(Full(), Schedule(), self.kernel, dense_kernel=self.dense_kernel)
         stand_in = Attachment(left, families, Clock(self.clock.scheduler), options)
         stand_in.extensions = self.extensions
+
+    def exchange(self, method: Any) -> None:
+        """Run `method` from now on: one that differs in what no parameter depends on."""
+        self.method = method
+        self._fitting = None
+        if self.memories is not None:
+            self.memories.forget()
+        for _, processor in self._sites:
+            known = processor.layer
+            layer = known._replace(method=layer_method(method, known.number))
+            self._layers[layer.name] = layer
+            processor.exchange(layer, partial(attend, self, layer))
 
     @property
     def is_attached(self) -> bool:
@@ -350,9 +391,10 @@ class Attachment:
     def __repr__(self) -> str:
         state = "" if self.is_attached else ", detached"
         names = ", ".join(type(module).__name__ for module in self._transformers.values())
+        dense = "" if self.dense_kernel is None else f", dense by {self.dense_kernel!r}"
         return (
             f"<Attachment of {self.method} to {len(self._layers)} attentions of {names}, kernel "
-            f"{self.kernel!r}{state}>"
+            f"{self.kernel!r}{dense}{state}>"
         )
 
     def _displaced_layers(self) -> dict[str, str]:
@@ -378,9 +420,13 @@ class Attachment:
         if not traced:
             self._warn_of_others()
         self.passing.begin(read, transformer, args, kwargs)
+        if not traced:
+            self._check_grid()
         # Without a schedule of steps they are counted for the records, which a graph has not.
         recorded = self.clock.scheduler is not None and not traced
         needed = self.schedule.needs_step or any(e.needs_step for e in self.extensions)
+        needed = needed or self.memories is not None
+        needed = needed or (self._changes and self.clock.scheduler is not None)
         if recorded or needed:
             begins = self.passing.advance(
                 read.timestep(*args, **kwargs),
@@ -388,15 +434,65 @@ class Attachment:
                 schedule=self.schedule,
                 needed=needed,
                 fresh=not self._gathering,
+                learning=self.memories is not None,
             )
             if begins:
                 self.records.clear()
+        if self.memories is not None:
+            self._remember(self.memories, transformer, args, kwargs)
+
+    def _check_grid(self) -> None:
+        """Raise ValueError for a method that does not fit, however many steps are dense before
+        it is to run."""
+        video = None if self.clock.tokens is None else self.clock.tokens.video
+        if video is None or video == self._fitting:
+            return
+        sparse = [
+            layer.method
+            for layer in self._layers.values()
+            if layer.tokens is None  # else its calls alone know the grid
+            and self.schedule.why_layer(layer.number) is None
+        ]
+        for method in dict.fromkeys(sparse):
+            check_grid(method, video)
+        self._fitting = video
+
+    @torch.compiler.disable(reason=STEPS)
+    def _remember(self, memories: Memories, transformer: Any, args: tuple, kwargs: dict) -> None:
+        """Say to what is remembered that a forward pass begins.
+
+        Raises:
+            ValueError: it would be more than fits, by the size of the first passes of a run.
+        """
+        fresh = memories.begin(transformer, self.clock, learns=self.passing.learns)
+        latents, tokens = first_tensor(args, kwargs), self.clock.tokens
+        if not fresh or latents is None or tokens is None or torch.is_grad_enabled():
+            return
+        name = next(name for name, one in self._transformers.items() if one is transformer)
+        share = context_parallel.degree_of(transformer)
+        sites = [
+            (layer.method, -(-layer.heads // share), layer.dim)
+            for layer in self._layers.values()
+            if layer.name.startswith(f"{name}.")
+            and layer.tokens is None  # else of a grid that only its calls know
+            and self.schedule.why_layer(layer.number) is None
+        ]
+        sizes = len(latents), tokens.video.tokens, transformer.dtype.itemsize
+        passes, learned = memories.passes
+        facts = {"method": self.method, "passes": passes, "learned": learned}
+        check_room(needed_by(sites, *sizes), latents.device, **facts)
 
     def _end(self, transformer: nn.Module, args: tuple, output: Any) -> None:
         """After each forward pass of a transformer."""
+        if self.memories is not None and not self.is_paused:
+            self._ended(self.memories)
         if self.is_paused or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         self.passing.remember(output)
+
+    @torch.compiler.disable(reason=STEPS)
+    def _ended(self, memories: Memories) -> None:
+        memories.end()
 
     def _forget(self) -> None:
         self.records.clear()

@@ -1,19 +1,32 @@
-"""Fit the parameters of sparse-linear attention to a model, without training it."""
+"""Fit a method to a model, without training it: its tile, and the parameters of its layers."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.attached.attachment import Attachment, attachment_of
-from gen_accel.attention_processors.attached.layer import Layer, is_offloaded, on_device
+from gen_accel.attention_processors.attached.layer import (
+    Layer,
+    Observer,
+    is_offloaded,
+    on_device,
+)
+from gen_accel.attention_processors.attached.purity import (
+    Purest,
+    TileErrors,
+    TileFit,
+)
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.methods.sparse_linear import LinearBranch
 from gen_accel.attention_processors.seam import is_compiled
+from gen_accel.method import parts_of, tiled
 from gen_accel.plan import widest
 from gen_accel.video import VideoShape
 
@@ -39,31 +52,43 @@ class LayerFit:
 @dataclass(frozen=True)
 class Calibration:
     """Printable; `to_dict()` for a report. Of `calibrate`, errors are those on the samples of the
-    fit."""
+    fit.
+
+    Args:
+        layers: of a method with parameters, those that were fitted; else none.
+        tile: the box that was chosen; None where that was not left open.
+    """
 
     layers: tuple[LayerFit, ...]
+    tile: TileFit | None = None
 
     @property
     def before(self) -> float:
-        """Mean over the layers."""
-        return sum(layer.before for layer in self.layers) / len(self.layers)
+        """Mean over the layers, NaN of none."""
+        return fmean(layer.before for layer in self.layers) if self.layers else math.nan
 
     @property
     def after(self) -> float:
-        return sum(layer.after for layer in self.layers) / len(self.layers)
+        return fmean(layer.after for layer in self.layers) if self.layers else math.nan
 
     def to_dict(self) -> dict[str, Any]:
         layers = {
             layer.name: {"before": layer.before, "after": layer.after} for layer in self.layers
         }
-        return {"before": self.before, "after": self.after, "layers": layers}
+        tile = None if self.tile is None else asdict(self.tile)
+        if not self.layers:
+            return {"tile": tile}
+        return {"before": self.before, "after": self.after, "layers": layers, "tile": tile}
 
     def __str__(self) -> str:
+        if not self.layers:
+            return str(self.tile or "nothing was fitted: no box of as many tokens fits the grid")
         width = max(len(layer.name) for layer in self.layers)
         lines = [f"{'relative L2 error':<{width}}  before   after"]
         rows = [*((x.name, x.before, x.after) for x in self.layers)]
         rows.append(("mean", self.before, self.after))
         lines += [f"{name:<{width}}  {before:.4f}  {after:.4f}" for name, before, after in rows]
+        lines += [] if self.tile is None else [str(self.tile)]
         return "\n".join(lines)
 
 
@@ -75,30 +100,43 @@ def calibrate(
     seed: int = 0,
     **call: Any,
 ) -> Calibration:
-    """Fit `proj` or `alpha` of every layer to the dense attention of a few generations.
+    """Choose the tile of the attached method, and fit `proj` or `alpha` of every layer to dense
+    attention.
 
         handle = gen_accel.attach(pipe, SparseLinear())
         prompts = ["a cat surfs", "a dog runs through snow"]
         print(gen_accel.calibrate(pipe, prompts, height=480, width=832, num_frames=81))
         video = pipe("a dog surfs", height=480, width=832, num_frames=81).frames
 
-    The pipeline generates each prompt densely. In each sparse layer and step the difference
-    between the dense output and O_s is regressed on O_l, for all heads together (proj), or for
-    each head (alpha, within [0, 1]): least squares in closed form, for proj with the penalty that
-    does best on prompts (of a single one, on steps) that are left out in turn. Sums are kept in
-    fp64 and no batch is, so that it takes as much memory as one generation.
+    A tile that is "auto" becomes the box with which the method's attention errs least against
+    dense, of the six boxes within which keys vary least and of the one that "auto" stands for.
+    Boxes hold as many tokens as the smaller block to twice as many, fit the grid and pad it by an
+    eighth at most, where there are some that do. One step of the first prompt tells, the first
+    that the schedule leaves sparse. The handle then runs and saves the method with that tile.
+
+    For parameters, the pipeline generates each prompt densely. In each sparse layer and step the
+    difference between the dense output and O_s is regressed on O_l, for all heads together (proj),
+    or for each head (alpha, within [0, 1]): least squares in closed form, for proj with the
+    penalty that does best on prompts (of a single one, on steps) that are left out in turn. Sums
+    are kept in fp64 and no batch is, so that it takes as much memory as one generation.
 
     Args:
-        pipe: a pipeline with `SparseLinear` attached. Layers and steps that its schedule keeps
-            dense are left out.
+        pipe: a pipeline with `SparseLinear` or `Piecewise` attached. Layers and steps that its
+            schedule keeps dense are left out.
         prompts: what the model is used for; a handful, at least two.
         num_inference_steps: few suffice, as they span all noise levels.
         seed: of the first prompt's noise; each further prompt takes the next.
         call: what else the pipeline is called with: sizes, guidance scale, an image.
 
     Raises:
-        ValueError: nothing to fit: no `SparseLinear` attached, no prompt, or no sparse step.
+        ValueError: nothing to fit: neither parameters nor a tile, no prompt, or no sparse step.
     """
+    handle = attachment_of(pipe)
+    _check(handle, pipe, prompts)
+    steps = num_inference_steps
+    tile = _fit_tile(handle, pipe, prompts[0], steps, seed, call)
+    if not handle.branches:
+        return Calibration((), tile)
     kinds = {"project": _ProjSums, "alpha": _AlphaSums}
     sums: dict[str, _Sums] = {}
 
@@ -108,11 +146,9 @@ def calibrate(
             sums[layer.name] = kinds[layer.method.combine](o_s)
         sums[layer.name].add(o_s, o_l, dense, fold)
 
-    handle = attachment_of(pipe)
-    _observe(handle, pipe, prompts, add, num_inference_steps, seed, call)
-    return Calibration(
-        tuple(total.fit(name, handle.branches[name]) for name, total in sums.items())
-    )
+    _observe(handle, pipe, prompts, add, steps, seed, call)
+    fits = tuple(total.fit(name, handle.branches[name]) for name, total in sums.items())
+    return Calibration(fits, tile)
 
 
 def measure_calibration(
@@ -136,7 +172,11 @@ def measure_calibration(
         squares = torch.stack([error.to(widest(error.device)).square().sum() for error in errors])
         sums[layer.name] = sums.get(layer.name, 0) + squares
 
-    _observe(attachment_of(pipe), pipe, prompts, add, num_inference_steps, seed, call)
+    handle = attachment_of(pipe)
+    _check(handle, pipe, prompts)
+    if not handle.branches:
+        raise ValueError(f"{handle.method} has no parameters whose errors could be measured")
+    _observe(handle, pipe, prompts, add, num_inference_steps, seed, call)
     fits = []
     for name, squares in sums.items():
         before, after = (squares[:2] / squares[2]).sqrt().tolist()
@@ -155,22 +195,7 @@ def _observe(
 ) -> None:
     """Generate densely, and show `add` O_s, O_l and the dense output, (B, H, N, D), of each sparse
     layer and step, and the number of the prompt."""
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts must be a list that holds at least one, got {prompts!r}")
-    if not handle.branches:
-        raise ValueError(
-            f"{handle.method} has nothing to fit: attach SparseLinear(), with a schedule that "
-            f"leaves layers sparse, got {handle.schedule}"
-        )
-    for name, branch in handle.branches.items():
-        if is_offloaded(branch):
-            raise ValueError(
-                f"the parameters of {name} are offloaded: calibrate before the model is"
-            )
-    for name, transformer in served_transformers(pipe).items():
-        if is_compiled(transformer):
-            raise ValueError(f"{name} is compiled already: calibrate first, and compile then")
-    seen, current = 0, 0
+    current = 0
 
     def observe(
         layer: Layer,
@@ -181,28 +206,114 @@ def _observe(
         video: VideoShape,
         run: Callable,
     ) -> None:
-        nonlocal seen
-        seen += 1
         o_s, o_l = layer.method.parts(q, k, v, video=video, kernel=run)
         add(layer, o_s, o_l, dense, current)
 
-    handle.observe = observe
-    try:
+    with _observing(handle, observe, num_inference_steps):
         for current, prompt in enumerate(prompts):
-            pipe(
-                prompt=prompt,
-                num_inference_steps=num_inference_steps,
-                generator=torch.Generator("cpu").manual_seed(seed + current),
-                output_type="latent",
-                **call,
+            _generate(pipe, prompt, num_inference_steps, seed + current, call)
+
+
+def _fit_tile(
+    handle: Attachment,
+    pipe: Any,
+    prompt: str,
+    num_inference_steps: int,
+    seed: int,
+    call: dict[str, Any],
+) -> TileFit | None:
+    """Run one step twice, densely, and let the method have the tile that errs least there."""
+    tokens = parts_of(handle.method).tile_tokens
+    if not tokens:
+        return None
+    purest = Purest(tokens)
+
+    def look(layer: Layer, q: Tensor, k: Tensor, v: Tensor, dense: Tensor, *rest: Any) -> None:
+        purest.add(k, rest[0])
+
+    def first_step(observe: Observer) -> None:
+        with _observing(handle, _once(handle, observe), num_inference_steps), suppress(_Enough):
+            _generate(pipe, prompt, num_inference_steps, seed, call)
+
+    first_step(look)
+    tiles = purest.found()
+    if not tiles:
+        return None
+    errors = TileErrors(tiles)
+    first_step(lambda layer, *given: errors.add(layer.method, *given))
+    fit = errors.fit()
+    handle.exchange(tiled(handle.method, fit.tile))
+    return fit
+
+
+def _once(handle: Attachment, observe: Observer) -> Observer:
+    """`observe` in the first step that is seen; raises _Enough in the next."""
+    first: int | None = None
+
+    def watch(*call: Any) -> None:
+        nonlocal first
+        if first is not None and handle.clock.step != first:
+            raise _Enough
+        first = handle.clock.step
+        observe(*call)
+
+    return watch
+
+
+class _Enough(Exception):
+    """Ends a generation of which one step was wanted."""
+
+
+def _check(handle: Attachment, pipe: Any, prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts must be a list that holds at least one, got {prompts!r}")
+    parts = parts_of(handle.method)
+    if not handle.branches and (parts.branch is not None or not parts.tile_tokens):
+        raise ValueError(
+            f"{handle.method} has nothing to fit: attach SparseLinear(), or Piecewise() for its "
+            f"tile, with a schedule that leaves layers sparse, got {handle.schedule}"
+        )
+    for name, branch in handle.branches.items():
+        if is_offloaded(branch):
+            raise ValueError(
+                f"the parameters of {name} are offloaded: calibrate before the model is"
             )
+    for name, transformer in served_transformers(pipe).items():
+        if is_compiled(transformer):
+            raise ValueError(f"{name} is compiled already: calibrate first, and compile then")
+
+
+@contextmanager
+def _observing(handle: Attachment, observe: Observer, steps: int) -> Iterator[None]:
+    """Inside, `observe` sees the sparse layers and steps, which run dense; ValueError where there
+    was none."""
+    seen = False
+
+    def watch(*call: Any) -> None:
+        nonlocal seen
+        seen = True
+        observe(*call)
+
+    handle.observe = watch
+    try:
+        yield
     finally:
         handle.observe = None
     if not seen:
         raise ValueError(
-            f"the schedule keeps all of {num_inference_steps} steps dense, so that there is "
-            f"nothing to fit: {handle.schedule}"
+            f"the schedule keeps all of {steps} steps dense, so that there is nothing to fit: "
+            f"{handle.schedule}"
         )
+
+
+def _generate(pipe: Any, prompt: str, steps: int, seed: int, call: dict[str, Any]) -> None:
+    pipe(
+        prompt=prompt,
+        num_inference_steps=steps,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        output_type="latent",
+        **call,
+    )
 
 
 class _Sums(ABC):

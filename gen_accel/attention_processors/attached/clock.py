@@ -32,6 +32,7 @@ class Clock:
         self.texts: tuple[int, ...] | None = None  # text tokens of each sample, for graphs
         self.step = 0
         self.steps: int | None = None
+        self.runs = 0  # that have begun
         self.lost = False  # whether another scheduler than this steps
         self._count = 0
         self._timestep: float | None = None
@@ -54,6 +55,7 @@ class Clock:
             new = before is None or now > before
             self._count = 0 if new else self._count + (now != before)
             self.step = self._count
+            self.runs += new
             return new
         scheduler = self.scheduler()
         new = scheduler.timesteps is not self._timesteps  # set anew for each run
@@ -63,6 +65,7 @@ class Clock:
         self.step = _taken(scheduler, timestep, self._begin)
         self.steps = len(scheduler.timesteps) - self._begin
         self.lost = self._stands_still(scheduler, timestep)
+        self.runs += new
         return new
 
     def _stands_still(self, scheduler: Any, timestep: Tensor) -> bool:

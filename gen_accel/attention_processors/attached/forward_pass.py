@@ -13,6 +13,12 @@ from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.seam import is_compiled
 from gen_accel.attention_processors.tokens import Tokens, seen_text
 
+# Why the step of a pass is read outside of a graph.
+STEPS = (
+    "a schedule of steps, or a method that follows them, needs fullgraph=False or "
+    "compile_repeated_blocks()"
+)
+
 # Text tokens that each sample sees, by their places among the tokens beside the grid.
 Seen = tuple[tuple[int, ...], ...]
 
@@ -44,12 +50,13 @@ class Kept(NamedTuple):
     """What the blocks of a pass read of it, kept for when gradient checkpointing runs them again.
 
     Args:
-        dense_step: see `ForwardPass`.
-        refusal: see `ForwardPass`.
+        dense_step, is_dense, progress, refusal: see `ForwardPass`.
     """
 
     moment: Moment
     dense_step: str | None
+    is_dense: bool
+    progress: float
     refusal: ValueError | None
 
 
@@ -62,8 +69,12 @@ class ForwardPass:
 
     Attributes:
         dense_step: why all layers are dense at this step; None where they are not.
-        is_dense: whether they are. A graph is made for each of the two, and for no reason.
+        is_dense: whether they are, and nothing is learned from it. A graph is made for each of the
+            two, and for no reason.
+        learns: methods with a memory learn at this step, the last that is dense at the start.
+        progress: of the run, see `Schedule.progress`; graphs read it when they run.
         refusal: why the grid cannot be told; raised where a method is to run.
+        knows_grid: that it can, which a graph may depend on without holding the grid.
         is_one_graph: the whole model is traced, this pass with it: what it reads are symbols.
         steps: each step of the generation to `dense_step` there, in their order.
         passes: how many there were of each step.
@@ -74,8 +85,10 @@ class ForwardPass:
     def __init__(self, clock: Clock, masks_alike: bool) -> None:
         self.clock = clock
         self.dense_step: str | None = None
-        self.is_dense = False
+        self.is_dense = self.learns = False
+        self.progress = 0.0
         self.refusal: ValueError | None = None
+        self.knows_grid = False
         self.is_one_graph = False
         self.steps: dict[int, str | None] = {}
         self.passes: dict[int, int] = {}
@@ -95,6 +108,7 @@ class ForwardPass:
             self.clock.tokens = Tokens(video, before)
         except ValueError as error:
             self.clock.tokens, self.refusal = None, error
+        self.knows_grid = self.refusal is None
         self.clock.texts = None
         if read.text_lengths is None or self.refusal is not None:
             return
@@ -108,11 +122,16 @@ class ForwardPass:
         """Outside of a graph, as it waits for the device."""
         self.clock.texts = lengths(transformer, *args, **kwargs)
 
-    @torch.compiler.disable(
-        reason="a schedule of steps needs fullgraph=False or compile_repeated_blocks()"
-    )
+    @torch.compiler.disable(reason=STEPS)
     def advance(
-        self, timestep: Tensor, *, rising: bool, schedule: Schedule, needed: bool, fresh: bool
+        self,
+        timestep: Tensor,
+        *,
+        rising: bool,
+        schedule: Schedule,
+        needed: bool,
+        fresh: bool,
+        learning: bool,
     ) -> bool:
         """Read the step; whether a new generation begins with it. Outside of a graph, which else
         would be compiled again for each step.
@@ -120,6 +139,7 @@ class ForwardPass:
         Args:
             needed: an answer depends on the step.
             fresh: where the scheduler begins anew, so does the generation.
+            learning: the method has a memory.
         """
         begins = self.clock.advance(timestep, rising=rising) and fresh
         if needed and self.clock.lost:
@@ -130,14 +150,16 @@ class ForwardPass:
         if begins:
             self.forget()
             self.seen_passes = 1
-        step = self.clock.step
-        self.set_dense(schedule.why_step(step, self.clock.steps))
+        step, steps = self.clock.step, self.clock.steps
+        self.learns = learning and schedule.is_last_at_start(step, steps)
+        self.set_dense(schedule.why_step(step, steps))
+        self.progress = schedule.progress(step, steps)
         self.steps[step] = self.dense_step
         self.passes[step] = self.passes.get(step, 0) + 1
         return begins
 
     def set_dense(self, why: str | None) -> None:
-        self.dense_step, self.is_dense = why, why is not None
+        self.dense_step, self.is_dense = why, why is not None and not self.learns
 
     def forget(self) -> None:
         """Drop what was counted of earlier steps."""
@@ -147,15 +169,16 @@ class ForwardPass:
     def remember(self, output: Any) -> None:
         """Come back to this pass as its backward pass begins: gradient checkpointing runs blocks
         again then, when other forward passes may have gone by."""
-        now = Kept(self.clock.now(), self.dense_step, self.refusal)
+        kept = self.dense_step, self.is_dense, self.progress, self.refusal
+        now = Kept(self.clock.now(), *kept)
         for tensor in tensors_of(output):
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._return_to, now))
 
     def _return_to(self, kept: Kept, grad: Tensor) -> None:
         self.clock.return_to(kept.moment)
-        self.set_dense(kept.dense_step)
-        self.refusal, self._read = kept.refusal, None
+        self.dense_step, self.is_dense = kept.dense_step, kept.is_dense
+        self.progress, self.refusal, self._read = kept.progress, kept.refusal, None
 
     def seen(self, layer: str, mask: Tensor, q: Tensor, tokens: Tokens) -> Sequence[Sequence[int]]:
         """Which tokens beside the grid each sample sees; ValueError for a mask that hides others.

@@ -23,8 +23,10 @@ from gen_accel.attention_processors.attached.layer import (
     Handle,
     Layer,
     computed,
+    dense_kernel_of,
     keep,
     over_processes,
+    recall,
     timed,
     why_dense,
 )
@@ -47,13 +49,15 @@ def attend_in_graph(handle: Handle, layer: Layer, processor: Any, call: Call) ->
         return call.stock()
     always = layer.is_dense or handle.schedule.why_layer(layer.number) is not None
     dense, plain = always or handle.passing.is_dense, call.parallel is None
+    by_kernel = dense_kernel_of(handle, call) is not None
     if dense and plain and not handle.extensions:
-        return call.stock()
-    if dense or not plain:  # the grid decides, and is a constant of the graph
+        if not (by_kernel and handle.passing.knows_grid):
+            return call.stock()
+    elif dense or not plain:  # the grid decides, and is a constant of the graph
         tokens = processor.layer.tokens_of(handle.passing.clock.tokens, call)
         if tokens is None:
             return call.stock()
-        own = dense and not active(handle.extensions, tokens.video)
+        own = dense and not active(handle.extensions, tokens.video) and not by_kernel
         if own and context_parallel.stock_is_right(call, tokens):
             return call.stock()
         if not plain:
@@ -223,14 +227,18 @@ def _run(handle: Handle, layer: Layer, call: Call, grid: list[int], *, recorded:
     tokens = layer.tokens_of(passing.clock.tokens, call)
     assert tokens is not None
     why = why_dense(handle, layer)
+    recalled = recall(handle, layer, call, tokens, why)
+    why = why or (None if recalled is None else recalled.why)
+    known: dict[str, Any] = {"why": why, "recalled": recalled}
     if (
         not (recorded and handle.is_recording) or grid
     ):  # of one graph, which tells no step from another
-        return computed(handle, layer, call, tokens, why=why)
-    record = handle.records.get((layer.name, passing.clock.step)) or Record()
-    with timed(handle, record, call.q):
-        out = computed(handle, layer, call, tokens, why=why, record=record)
-    keep(handle, layer, record)
+        out, record = computed(handle, layer, call, tokens, **known), None
+    else:
+        record = handle.records.get((layer.name, passing.clock.step)) or Record()
+        with timed(handle, record, call.q):
+            out = computed(handle, layer, call, tokens, **known, record=record)
+    keep(handle, layer, record, recalled)
     return out
 
 

@@ -21,13 +21,21 @@ from gen_accel.attention_processors.attached.extension import (
     around,
 )
 from gen_accel.attention_processors.attached.forward_pass import ForwardPass
+from gen_accel.attention_processors.attached.memories import (
+    Memories,
+    Recalled,
+    about_call,
+)
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.summary import Record
+from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.full import Full
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Samples, Tokens, by_text
+from gen_accel.kernels.contract import Facts
+from gen_accel.kernels.dense import faster
 from gen_accel.kernels.self_check import SelfCheck
-from gen_accel.method import within
+from gen_accel.method import memory_of, method_at, parts_of, within
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
@@ -39,9 +47,11 @@ class Layer(NamedTuple):
         name: for reports.
         number: of its block.
         branch: the method's parameters in this layer.
+        changes: the method is another one at other steps.
         tokens, call: see `SelfAttention`.
         is_dense: the method stands for the model's own attention.
         text_split: whether context parallelism splits the text by itself; asked at its calls.
+        heads, dim: attention heads, and the dim of one.
     """
 
     name: str
@@ -51,7 +61,10 @@ class Layer(NamedTuple):
     tokens: Callable[[Tokens, Call], Tokens] | None = None
     call: int | None = None
     is_dense: bool = False
+    changes: bool = False
     text_split: Callable[[], bool] = bool
+    heads: int = 0
+    dim: int = 0
 
     def passes_by(self, call: Call) -> bool:
         """Whether a call is one that the processor makes beside that over the grid."""
@@ -80,15 +93,18 @@ class Handle(Protocol):
     """What the calls of all layers read of the handle that put them on, and write there.
 
     Attributes:
+        dense_kernel: what dense calls run by; None for the model's own attention.
         observe: sees dense attention beside what the method needs, to fit its parameters.
         is_paused: nothing of ours runs.
         is_recording: what runs is counted.
         records: by layer and step.
         checked: what the self-check has seen.
+        memories: what the method keeps from step to step; None where it keeps nothing.
     """
 
     schedule: Schedule
     kernel: str
+    dense_kernel: str | None
     timed: bool
     self_check: bool | None
     extensions: tuple[AttentionExtension, ...]
@@ -98,6 +114,7 @@ class Handle(Protocol):
     passing: ForwardPass
     records: dict[tuple[str, int], Record]
     checked: dict[tuple[Hashable, str], str | None]
+    memories: Memories | None
 
 
 def attend(handle: Handle, layer: Layer, call: Call) -> Tensor:
@@ -108,31 +125,39 @@ def attend(handle: Handle, layer: Layer, call: Call) -> Tensor:
     if passing.refusal is not None and (why is None or handle.extensions):
         raise passing.refusal
     tokens = layer.tokens_of(passing.clock.tokens, call)
-    # Of a dense call the grid need not be known.
-    own = tokens is None or (why is not None and not active(handle.extensions, tokens.video))
     if tokens is not None and call.parallel is not None:
-        right = own and context_parallel.stock_is_right(call, tokens)
-        if not right:
+        plain = why is not None and runs_stock(handle, call, tokens)
+        right = plain and context_parallel.stock_is_right(call, tokens)
+        if not right or learns_at(handle, layer):
             return over_processes(handle, layer, call, tokens, partial(attend, handle, layer))
+    recalled = recall(handle, layer, call, tokens, why)
+    why = why or (None if recalled is None else recalled.why)
+    # Of a dense call the grid need not be known.
+    own = tokens is None or (why is not None and runs_stock(handle, call, tokens))
     record = handle.records.get((layer.name, passing.clock.step)) or Record()
     with timed(handle, record, call.q):
         if tokens is None or own:
             out = call.stock()
             at = why if tokens is not None else f"{why}, at a grid that is not known"
             record.add(context_parallel.counted_shape(call), why=at)
+            if tokens is not None and recalled is not None and recalled.learns:
+                learn(handle, layer, call, tokens, out, recalled)
         elif handle.observe is not None:
             out = _observed(handle, handle.observe, layer, call, tokens)
             record.add(call.q.shape, why="observed")
         else:
             counted = record if handle.is_recording else None
-            out = computed(handle, layer, call, tokens, why=why, record=counted)
-    keep(handle, layer, record)  # not before the call has succeeded
+            out = computed(handle, layer, call, tokens, why=why, recalled=recalled, record=counted)
+    keep(handle, layer, record, recalled)  # not before the call has succeeded
     return out
 
 
-def keep(handle: Handle, layer: Layer, record: Record) -> None:
-    """Keep what a layer counted at the step under way."""
-    if handle.is_recording:
+def keep(handle: Handle, layer: Layer, record: Record | None, recalled: Recalled | None) -> None:
+    """Keep what a layer counted at the step under way, and what it learned."""
+    if recalled is not None and handle.memories is not None:
+        handle.memories.keep(layer.name, recalled)
+    if record is not None and handle.is_recording:
+        record.learned += recalled is not None and recalled.learns
         handle.records[layer.name, handle.passing.clock.step] = record
 
 
@@ -154,6 +179,70 @@ def why_dense(handle: Handle, layer: Layer) -> str | None:
     return handle.schedule.why_layer(layer.number) or handle.passing.dense_step
 
 
+def runs_stock(handle: Handle, call: Call, tokens: Tokens) -> bool:
+    """Whether it is the model's own attention that runs a dense call over a grid."""
+    return not active(handle.extensions, tokens.video) and dense_kernel_of(handle, call) is None
+
+
+def dense_kernel_of(handle: Handle, call: Call) -> str | None:
+    """The kernel that a dense call runs by; None for the model's own attention."""
+    named = None if handle.observe is not None else handle.dense_kernel
+    if named != "auto":
+        return named
+    return None if call.refused else _faster(call.q.device, call.q.dtype, call.q.shape[3])
+
+
+@torch.compiler.assume_constant_result
+def _faster(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+    shape = 1, 1, 128, dim
+    return faster(Facts((shape,) * 3, (dtype,) * 3, (device,) * 3, block_q=128, block_k=128))
+
+
+def learns_at(handle: Handle, layer: Layer) -> bool:
+    """Whether a layer learns at a dense step of the schedule that is under way."""
+    always = layer.is_dense or handle.schedule.why_layer(layer.number) is not None
+    return not always and handle.memories is not None and handle.memories.learns
+
+
+def recall(
+    handle: Handle, layer: Layer, call: Call, tokens: Tokens | None, why: str | None
+) -> Recalled | None:
+    """What is remembered for a call; None where nothing is remembered, or nothing is asked.
+
+    Args:
+        why: the schedule keeps the call dense.
+
+    Raises:
+        ValueError: a gradient is asked for, and the method cannot do without its memory.
+    """
+    if handle.memories is None or tokens is None or handle.observe is not None:
+        return None
+    if why is not None and not handle.memories.learns:
+        return None  # before a mask is read, which may be one that no method takes
+    empty = None if layer.is_dense else memory_of(layer.method)
+    if empty is None or handle.schedule.why_layer(layer.number) is not None:
+        return None
+    if call.trains or (torch.is_grad_enabled() and call.q.requires_grad):
+        if empty.refuses_training and why is None:
+            raise ValueError(f"{type(layer.method).__name__}: {empty.refuses_training}")
+        return None
+    about = about_call(call, tokens, _by_text(handle, layer, call, tokens))
+    return handle.memories.recall(layer.name, empty.every, about, why is not None)
+
+
+def learn(
+    handle: Handle, layer: Layer, call: Call, tokens: Tokens, out: Tensor, recalled: Recalled
+) -> None:
+    """Learn from the output of the model's own attention, (B, N, H, D)."""
+    check(layer, call, tokens)
+    whole = tokens.complete(call.q), call.k, call.v, tokens.complete(out)
+    for some in _by_text(handle, layer, call, tokens):
+        q, k, v, dense = (some.of(x) for x in whole)
+        method = _within(handle, layer, some.video)
+        kernel = runner(handle, method, call, some.video, handle.kernel)
+        recalled.learn(method, q, k, v, dense, video=some.video, kernel=kernel)
+
+
 def over_processes(
     handle: Handle,
     layer: Layer,
@@ -167,7 +256,8 @@ def over_processes(
             "each process of context parallelism sees some heads alone, which nothing can be "
             "fitted to; calibrate before enable_parallelism"
         )
-    method = layer.method if why_dense(handle, layer) is None else None
+    sparse = why_dense(handle, layer) is None or learns_at(handle, layer)
+    method = layer.method if sparse else None
     options = {"method": method, "text_split": layer.text_split()}
     return context_parallel.exchanged(call, tokens, attend, **options)
 
@@ -179,45 +269,45 @@ def computed(
     tokens: Tokens,
     *,
     why: str | None = None,
+    recalled: Recalled | None = None,
     record: Record | None = None,
 ) -> Tensor:
     """(B, N, H, D) of the method, by a kernel.
 
     Args:
-        why: the call is dense, and runs as full attention through a plan, so that techniques for
-            longer video hold in it too.
+        why: the call is dense, and runs as full attention through a plan: so that techniques for
+            longer video hold in it too, or by the kernel for dense calls.
+        recalled: what a method with a memory knows; without, it has none in this call.
         record: counts what ran.
     """
     check(layer, call, tokens)
-    if why is not None:
-        layer = layer._replace(method=Full(), branch=None)
+    remembers = recalled is not None and (why is None or recalled.learns)
+    name = handle.kernel if why is None else dense_kernel_of(handle, call) or handle.kernel
+    if why is not None and not remembers:
+        method = Full() if active(handle.extensions, tokens.video) else Dense()
+        layer = layer._replace(method=method, branch=None, changes=False)
     trained = {}
     if layer.branch is not None:
         branch = on_device(layer.branch, call.q.device)
         trained["branch"] = context_parallel.of_heads(branch, call.heads)
-    clock, extensions = handle.passing.clock, handle.extensions
     chosen: list[kernels.Choice] = []
     plans: list[Plan] = []
 
-    def run(video: VideoShape, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-        plan = adjusted(plan, extensions, video, clock.step, clock.steps)
-        options: dict[str, Any] = {"scale": call.scale, "kernel": handle.kernel}
-        options["grad"] = True if call.trains else None
-        options["self_check"] = _self_check(handle, layer.method, q, plan)
-        out = kernels.run(q, k, v, plan, **options, report=chosen.append)
-        plans.append(plan)
-        return out
-
     def by_method(q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
-        method = layer.method
-        if clock.tokens is not None:  # on the levels of a UNet, the grid is smaller than its own
-            method = within(method, video, clock.tokens.video)
-        kernel = kernels.Runner(partial(run, video), handle.kernel)
-        return method(q, k, v, video=video, kernel=kernel, **trained)
+        def runner_of(method: Any, *, counted: bool = True) -> kernels.Runner:
+            by = name if parts_of(method).is_dense else handle.kernel
+            if not counted:
+                return runner(handle, method, call, video, by)
+            return runner(handle, method, call, video, by, chosen.append, plans.append)
+
+        method = _within(handle, layer, video)
+        if recalled is not None and remembers:
+            return recalled.attend(method, q, k, v, video=video, runner=runner_of)
+        return method(q, k, v, video=video, kernel=runner_of(layer.method), **trained)
 
     def whole(q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
         plans.clear()
-        out = around(by_method, extensions, video)(q, k, v, video)
+        out = around(by_method, handle.extensions, video)(q, k, v, video)
         if record is not None:
             choice = chosen[-1] if chosen else None  # a method may do without a kernel
             B, H, N, D = q.shape
@@ -225,6 +315,45 @@ def computed(
         return out
 
     return _joined(handle, layer, call, tokens, whole)
+
+
+def runner(
+    handle: Handle,
+    method: Any,
+    call: Call,
+    video: VideoShape,
+    kernel: str,
+    chosen: Callable[[kernels.Choice], None] | None = None,
+    planned: Callable[[Plan], None] | None = None,
+) -> kernels.Runner:
+    """What runs the plans of a method in a call, over a grid that may be a part of its own.
+
+    Args:
+        kernel: the name of the one that runs, or "auto".
+        chosen, planned: are told the kernel and the plan of each run.
+    """
+    clock, extensions = handle.passing.clock, handle.extensions
+
+    def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        plan = adjusted(plan, extensions, video, clock.step, clock.steps)
+        options: dict[str, Any] = {"scale": call.scale, "kernel": kernel}
+        options["grad"] = True if call.trains else None
+        options["self_check"] = _self_check(handle, kernel, method, q, plan)
+        out = kernels.run(q, k, v, plan, **options, report=chosen)
+        if planned is not None:
+            planned(plan)
+        return out
+
+    return kernels.Runner(run, kernel, call.scale)
+
+
+def _within(handle: Handle, layer: Layer, video: VideoShape) -> Any:
+    """A layer's method at the step under way, and on the levels of a UNet, whose grid is smaller
+    than its own."""
+    method, tokens = layer.method, handle.passing.clock.tokens
+    if layer.changes:
+        method = method_at(method, handle.passing.progress)
+    return method if tokens is None else within(method, video, tokens.video)
 
 
 def check(layer: Layer, call: Call, tokens: Tokens) -> None:
@@ -245,7 +374,7 @@ def _observed(
     check(layer, call, tokens)
     out = call.stock()
     plain = partial(kernels.run, scale=call.scale, kernel=handle.kernel)
-    run = kernels.Runner(plain, handle.kernel)
+    run = kernels.Runner(plain, handle.kernel, call.scale)
     for some in _by_text(handle, layer, call, tokens):
         whole = tokens.complete(call.q), call.k, call.v, tokens.complete(out)
         q, k, v, dense = (some.of(x) for x in whole)
@@ -278,14 +407,16 @@ def _by_text(handle: Handle, layer: Layer, call: Call, tokens: Tokens) -> Sequen
     return by_text(tokens, len(call.q), seen, call.q.device)
 
 
-def _self_check(handle: Handle, method: Any, q: Tensor, plan: Plan) -> SelfCheck | None:
+def _self_check(
+    handle: Handle, kernel: str, method: Any, q: Tensor, plan: Plan
+) -> SelfCheck | None:
     """Of a call of a method on q, (B, H, N, D); None where no check is wanted."""
     # Not on the CPU, where the tests ran, nor on MPS, which has no fp64 to check with.
     by_default = q.device.type not in ("cpu", "mps")
     if not (by_default if handle.self_check is None else handle.self_check):
         return None
     about = (method, q.shape, q.dtype, q.device, plan.gain is None)
-    return SelfCheck(handle.checked, about, handle.kernel == "auto" and q.device.type != "cpu")
+    return SelfCheck(handle.checked, about, kernel == "auto" and q.device.type != "cpu")
 
 
 def _now(x: Tensor) -> float:

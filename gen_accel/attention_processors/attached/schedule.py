@@ -52,6 +52,14 @@ class Schedule:
     def needs_total(self) -> bool:
         return self.dense_start > 0 or self.dense_end > 0
 
+    def progress(self, step: int, steps: int | None) -> float:
+        """How far a run is at `step`, among its steps that are not dense: 0 at the first, 1 at
+        the last. 0 where `steps` is not known, and where there are no two of these."""
+        sparse = [i for i in range(steps or 0) if self.why_step(i, steps) is None]
+        if len(sparse) < 2:
+            return 0.0
+        return min(1.0, sum(i < step for i in sparse) / (len(sparse) - 1))
+
     def why_layer(self, layer: int) -> str | None:
         """The reason why `layer` is dense at all steps, counted from 0; None if it is not."""
         layers = self.dense_layers
@@ -69,3 +77,9 @@ class Schedule:
             if self.dense_end and step >= steps - math.ceil(self.dense_end * steps - 1e-9):
                 return "last steps"
         return None
+
+    def is_last_at_start(self, step: int, steps: int | None) -> bool:
+        """Whether `step` is dense and the one after it is not."""
+        more = steps is None or step + 1 < steps
+        dense = self.why_step(step, steps) is not None
+        return dense and more and self.why_step(step + 1, steps) is None

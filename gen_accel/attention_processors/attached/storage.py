@@ -72,6 +72,7 @@ def save_processors(
         "options": method_options,
         "schedule": asdict(handle.schedule),
         "kernel": handle.kernel,
+        "dense_kernel": handle.dense_kernel,
         "sha256": digest,
     }
     write_json(folder / CONFIG, config)
@@ -82,8 +83,9 @@ def load_processors(pipe_or_transformer: Any, folder: str | Path, **options: Any
     """Attach what `save_processors` wrote, with its parameters.
 
     Args:
-        options: of `attach`, instead of those that were saved: schedule, kernel, timed. Layers
-            that are dense have no parameters, so that no more may be sparse than were.
+        options: of `attach`, instead of those that were saved: schedule, kernel, dense_kernel,
+            timed. Layers that are dense have no parameters, so that no more may be sparse than
+            were.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -115,7 +117,9 @@ def _read(path: Path) -> tuple[Any, dict[str, Any], str]:
             raise ValueError(f"its version is {config['version']}, not {VERSION}")
         method = method_of_file(config["method"], config["options"])
         schedule = Schedule(**with_tuples(config["schedule"]))
-        return method, {"schedule": schedule, "kernel": config["kernel"]}, config["sha256"]
+        options = {"schedule": schedule, "kernel": config["kernel"]}
+        options["dense_kernel"] = config.get("dense_kernel")  # which early files do not name
+        return method, options, config["sha256"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not what save_processors writes: {error}") from error
 

@@ -1,13 +1,14 @@
 """What an attachment did: for each layer and step, which attention ran, and what it cost."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gen_accel.kernels import Choice
+from gen_accel.method import parts_of
 from gen_accel.plan import Plan, Route
 
 # By a layer's name, and the step from 0.
@@ -28,6 +29,7 @@ class Record:
         choice: the kernel; None where none ran.
         by_itself: calls in which the method computed without a kernel, so that nobody knows what
             it left out: they count as dense.
+        learned: calls that a method with a memory learned from; they are dense.
         in_graph: it ran dense in a graph, which leaves no record: this is what others say of it.
         device: where a plan ran; None where none did.
     """
@@ -37,6 +39,7 @@ class Record:
     tokens: int = 0
     calls: int = 0
     by_itself: int = 0
+    learned: int = 0
     in_graph: bool = False
     dense_flops: float = 0.0
     seconds: float | None = None
@@ -312,6 +315,17 @@ class Summary:
         return sum(known) if known else None
 
     @property
+    def learned(self) -> list[int]:
+        """The steps at which a method with a memory learned."""
+        return sorted({step for (_, step), record in self.records.items() if record.learned})
+
+    @property
+    def reused(self) -> list[int]:
+        """The steps at which what it had learned ran."""
+        sparse = {step for (_, step), r in self.records.items() if r.why_dense is None}
+        return sorted(sparse) if parts_of(self.method).memory is not None else []
+
+    @property
     def kernels(self) -> list[str]:
         """The kernels that ran, by name."""
         chosen = {r.choice.kernel for r in self.records.values() if r.choice is not None}
@@ -331,6 +345,7 @@ class Summary:
             "attention_flops": sum(record.flops for record in self.records.values()),
             "attention_flops_share": self.flops_share,
             "attention_seconds": self.seconds,
+            **self._remembered(),
             "layers": {
                 layer: {"steps": self._steps(layer), **self._totals(layer)}
                 for layer in dict.fromkeys(layer for layer, _ in self.records)
@@ -345,7 +360,8 @@ class Summary:
         sparse = [key for key, record in self.records.items() if record.why_dense is None]
         if density is None or not sparse:
             reasons = dict.fromkeys(str(r.why_dense) for r in self.records.values())
-            return f"attention ran dense throughout: {', '.join(reasons)}"
+            by = f", kernel {' and '.join(self.kernels)}" if self.kernels else ""
+            return f"attention ran dense throughout: {', '.join(reasons)}{by}"
         if density > 1 - 1e-9 and BY_ITSELF not in self.kernels:
             return f"nothing is left out at this size: density 1, kernel {self._by()}"
         names = list(self.layers) or list(dict.fromkeys(name for name, _ in self.records))
@@ -390,6 +406,12 @@ class Summary:
         )
         if self.seconds is not None:
             lines.append(f"attention took {self.seconds:.2f} s")
+        if parts_of(self.method).memory is not None:
+            made, used = (
+                f"{len(steps)} steps ({spans(steps)})" if steps else "no step"
+                for steps in (self.learned, self.reused)
+            )
+            lines.append(f"learned at {made}, reused at {used}")
         lines += self._groups()
         if self.silence.displaced:
             lines.append(
@@ -398,8 +420,15 @@ class Summary:
             )
         return "\n".join(lines)
 
+    def _remembered(self) -> dict[str, list[int]]:
+        if parts_of(self.method).memory is None:
+            return {}
+        return {"learned_steps": self.learned, "reused_steps": self.reused}
+
     def _by(self) -> str:
-        return " and ".join(self.kernels)
+        """What ran the sparse calls."""
+        sparse = {key: one for key, one in self.records.items() if one.why_dense is None}
+        return " and ".join(replace(self, records=sparse).kernels)
 
     def _when(self, sparse: Sequence[Key]) -> str:
         steps = sorted({step for _, step in sparse})
@@ -477,7 +506,9 @@ class Summary:
         record = self.records.get((layer, step))
         if record is not None and record.why_dense is not None:
             where = ", in a graph of torch.compile" if record.in_graph else ""
-            return f"dense ({record.why_dense}){where}"
+            what = ", and learned from" if record.learned else ""
+            by = "" if record.choice is None else f", by {record.choice}"
+            return f"dense ({record.why_dense}){what}{by}{where}"
         if record is not None and record.by_itself:
             return f"{type(self.method).__name__} by {BY_ITSELF}: what it leaves out is not known"
         if record is not None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +23,13 @@ from gen_accel.attention_processors.methods.picking import (
     Select,
     pick,
 )
+from gen_accel.attention_processors.methods.pooled import Pool, rest_of
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
 from gen_accel.kernels import selection
 from gen_accel.kernels.pooling import block_sums
 from gen_accel.kernels.runner import name_of
-from gen_accel.plan import Plan, Route, Slots, plan_of_call, slots_of
+from gen_accel.plan import Centre, Plan, Route, Slots, plan_of_call, slots_of
+from gen_accel.values import check_choices
 from gen_accel.video import VideoShape
 
 Partition = Literal["cycle", "1d", "2d", "3d"]
@@ -75,6 +77,9 @@ class BlockMixture:
             of a block picked, and "token" on the CPU.
         block: most tokens in a query and in a key block of the kernels. Without, 128 on GPUs,
             whose tiles are so long, and 64 on the CPU.
+        rest, centre: "means" adds the chunks that are not picked to the softmax, pooled block by
+            block around the mean "query" of each query block or the mean "key" of each key block:
+            see `gen_accel.plan.Rest`. For routing="block".
     """
 
     partition: Partition = "cycle"
@@ -88,18 +93,11 @@ class BlockMixture:
     topk: Box = (2, 10, 18)
     routing: Routing = "auto"
     block: int | None = None
+    rest: Pool | None = None
+    centre: Centre = "query"
 
     def __post_init__(self) -> None:
-        for name, options in (
-            ("partition", Partition),
-            ("select", Select),
-            ("scope", Scope),
-            ("routing", Routing),
-        ):
-            if getattr(self, name) not in get_args(options):
-                raise ValueError(
-                    f"{name} must be one of {get_args(options)}, got {getattr(self, name)!r}"
-                )
+        check_choices(self, partition=Partition, select=Select, scope=Scope, routing=Routing)
         for name in ("chunk_2d", "chunk_3d", "chunks", "topk"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -118,6 +116,11 @@ class BlockMixture:
             raise ValueError("scope 'block' is for select='threshold' alone, got select='topk'")
         if self.block is not None and self.block < 1:
             raise ValueError(f"block must be at least 1, got {self.block}")
+        if rest_of(self.rest, self.centre) is not None and self.routing != "block":
+            raise ValueError(
+                "rest='means' is for routing='block': where each token picks, a block may be kept "
+                f"in part, of which nothing can be pooled; got routing={self.routing!r}"
+            )
 
     @property
     def needs_all_heads(self) -> str:
@@ -190,7 +193,8 @@ class BlockMixture:
             # No block is without tokens.
             rows = block_sums(q, slots, slots.block_q, kernel) / slots.held[0][:, :1]
             picks = self._picks(rows, layout.blocks, means, 1, layout, kernel)[0]
-            return plan_of_call(slots, picks[..., of_block])
+            rest = rest_of(self.rest, self.centre)
+            return plan_of_call(slots, picks[..., of_block], rest=rest)
         picks, touched = self._picks(q, layout.tokens, means, slots.block_q, layout, kernel)
         return plan_of_call(slots, touched[..., of_block], Route(picks, of_block, slots.block_k))
 

@@ -17,7 +17,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from gen_accel.plan import Boxes, Plan, Windows
+from gen_accel.attention_processors.methods.pooled import Pool, rest_of
+from gen_accel.plan import Boxes, Centre, Plan, Windows
 from gen_accel.video import VideoShape
 
 Axes = tuple[int, int, int]
@@ -44,12 +45,17 @@ class Neighborhood:
         stride: tokens that share the window of one of them; at most the window.
         dilation: step between the tokens of a window.
         is_causal: whether a token sees none after itself along that axis.
+        rest, centre: "means" adds what is not kept to the softmax, pooled around the mean "query"
+            of each query block or the mean "key" of each key block: see `gen_accel.plan.Rest`.
+            Blocks that a window touches are then kept whole, which is more than the window.
     """
 
     window: Axes = (-1, 8, 8)
     stride: Axes = (1, 1, 1)
     dilation: Axes = (1, 1, 1)
     is_causal: tuple[bool, bool, bool] = (False, False, False)
+    rest: Pool | None = None
+    centre: Centre = "query"
 
     def __post_init__(self) -> None:
         for name in ("window", "stride", "dilation", "is_causal"):
@@ -57,6 +63,11 @@ class Neighborhood:
                 raise ValueError(
                     f"{name} needs one value for each of {AXES}, got {getattr(self, name)}"
                 )
+        if rest_of(self.rest, self.centre) is not None and any(self.is_causal):
+            raise ValueError(
+                "rest='means' pools what is left out, later tokens too, got "
+                f"is_causal={self.is_causal}"
+            )
         for axis, w, s, d in zip(AXES, self.window, self.stride, self.dilation, strict=True):
             if w != -1 and w < 1:
                 raise ValueError(f"window along {axis} must be positive or -1, got {w}")
@@ -133,7 +144,8 @@ def plan_for_device(method: Neighborhood, video: VideoShape, *, gpu: bool) -> Pl
     limits = torch.cat([axis.limits[:, :, i] for axis, i in zip(axes, index, strict=True)])
     rule = replace(_windows(limits, free, seen), boxes=_boxes(method, video))
     keep = rule.touched(slots >= 0, block_q, block_k)[None, None]
-    return Plan(slots, keep, block_q, block_k, rule)
+    rest = rest_of(method.rest, method.centre)
+    return Plan(slots, keep, block_q, block_k, rule if rest is None else None, rest=rest)
 
 
 def _slots(

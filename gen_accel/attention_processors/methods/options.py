@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any, get_type_hints
 
-from gen_accel.attention_processors import method_class
+from gen_accel.attention_processors import method_class, method_name
 from gen_accel.method import Method, check_method
 from gen_accel.values import convert, written_type
 
@@ -15,34 +15,57 @@ def method_from(name: str, settings: Sequence[str] = ()) -> Any:
     """The method called `name` with some fields set.
 
         method_from("neighborhood", ["window=3,8,8", "is_causal=true,false,false"])
+        method_from("reuse", ["method=radial", "method.decay_factor=0.5", "every=5"])
 
     Args:
         name: of `METHODS`, one that is registered, or "module:Class", whose module is imported.
-        settings: "field=value" each; a tuple is written "3,8,8".
+        settings: "field=value" each; a tuple is written "3,8,8". A field that holds a method is
+            set by its name, and a field of that one as "field.of_method=value".
 
     Raises:
         ValueError: no such method or field, a value of the wrong type, or one that the method
             refuses; the message names what there is, and the nearest.
     """
     kind = method_class(name)
+    return _made(kind, name, _values(kind, name, settings))
+
+
+def _values(kind: type, name: str, settings: Sequence[str]) -> dict[str, Any]:
+    """The fields of `kind` that `settings` give, as they hold them."""
     known = [field.name for field in options_of(kind)]
     hints = _hints(kind, name) if settings else {}
-    values = {}
+    values: dict[str, Any] = {}
+    inner: dict[str, list[str]] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
-        key = key.strip()
+        key, text = key.strip(), text.strip()
+        key, dot, of_inner = key.partition(".")
         if not equals:
             raise ValueError(f"a setting is written field=value, got {setting!r}")
         if key not in known:
             raise _no_field(name, key, known)
+        if dot:
+            if hints[key] is not Method:
+                raise ValueError(f"{key} of {name} holds no method, got {setting!r}")
+            inner.setdefault(key, []).append(f"{of_inner}={text}")
+            continue
         if key in values:
             raise ValueError(f"{key} is set twice")
+        if hints[key] is Method:
+            values[key] = method_from(text)
+            continue
         try:
-            values[key] = convert(text.strip(), hints[key], is_text=True)
+            values[key] = convert(text, hints[key], is_text=True)
         except (TypeError, ValueError, OverflowError):
             wanted = written_type(hints[key])
             raise ValueError(f"{key} of {name} must be {wanted}, got {text!r}") from None
-    return _made(kind, name, values)
+    defaults = {one.name: one.default for one in options_of(kind)}
+    for key, some in inner.items():
+        method: Any = values.get(key, defaults[key])
+        if method is MISSING:
+            raise ValueError(f"{name} needs a value for {key}, before {key}.{some[0]}")
+        values[key] = replace(method, **_values(type(method), method_name(method), some))
+    return values
 
 
 def method_of_file(name: str, options: Mapping[str, Any]) -> Any:
@@ -56,7 +79,13 @@ def method_of_file(name: str, options: Mapping[str, Any]) -> Any:
     for key in options:
         if key not in known:
             raise _no_field(name, key, known)
-    return _made(kind, name, with_tuples(options))
+    values = with_tuples(options)
+    for key in _holding_methods(kind) & values.keys():
+        held = values[key]
+        if not isinstance(held, Mapping) or {*held} != {"name", "options"}:
+            raise ValueError(f"{key} of {name} must hold a name and options, got {held!r}")
+        values[key] = method_of_file(held["name"], held["options"])
+    return _made(kind, name, values)
 
 
 def options_of(kind: type) -> tuple[Field[Any], ...]:
@@ -76,7 +105,11 @@ def saved_options(method: Method) -> dict[str, Any]:
         _check_stateless(method)
         return {}
     values = {one.name: getattr(method, one.name) for one in options_of(kind)}
+    inner = _holding_methods(kind)
     for name, value in values.items():
+        if name in inner:
+            values[name] = {"name": method_name(value), "options": saved_options(value)}
+            continue
         try:
             values[name] = json.loads(json.dumps(value))
         except (TypeError, ValueError):
@@ -87,6 +120,15 @@ def saved_options(method: Method) -> dict[str, Any]:
                 f"{getattr(method, name)!r}: options are numbers, words, booleans, None and tuples"
             )
     return values
+
+
+def _holding_methods(kind: type) -> set[str]:
+    """The options of a class that hold a method."""
+    try:
+        hints = get_type_hints(kind)
+    except (NameError, TypeError):  # of a class of one's own, whose options are saved as they are
+        return set()
+    return {one.name for one in options_of(kind) if hints[one.name] is Method}
 
 
 def with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:

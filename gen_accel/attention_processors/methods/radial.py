@@ -11,7 +11,7 @@ floor(log2(max(d, 1))) == b.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.methods.full_tiles import full_tiles, tokens_of_tile
-from gen_accel.plan import Plan, raster_slots, tile_slots
+from gen_accel.attention_processors.methods.pooled import Pool, rest_of
+from gen_accel.plan import Centre, Plan, raster_slots, tile_slots
 from gen_accel.video import VideoShape
 
 Rule = Literal["balanced", "paper", "code-2025-06", "code-2025-11"]
@@ -64,6 +65,9 @@ class Radial:
             None: one for each 24 of the clip; on GPUs, where it is a power of two, two at least.
         tile_side: the most rows and columns of a tile of the balanced rule; on GPUs its square is
             the most tokens, cut to a power of two.
+        rest, centre: "means" adds what is not kept to the softmax, pooled around the mean "query"
+            of each query block or the mean "key" of each key block: see `gen_accel.plan.Rest`.
+            Ours, as nothing else of far frames comes back.
     """
 
     rule: Rule = "balanced"
@@ -73,6 +77,8 @@ class Radial:
     anchor_every: int | None = None
     tile_frames: int | None = None
     tile_side: int = 8
+    rest: Pool | None = None
+    centre: Centre = "query"
 
     thins_by_time = True
 
@@ -90,6 +96,7 @@ class Radial:
         for name in ("tile_frames", "tile_side"):
             if self.rule != "balanced" and getattr(self, name) != getattr(Radial, name):
                 raise ValueError(f"{name} is for the balanced rule, got rule={self.rule!r}")
+        rest_of(self.rest, self.centre)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
@@ -119,11 +126,16 @@ class Radial:
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # a plan built while sampling must serve training too
 def _plan(method: Radial, video: VideoShape, device: torch.device) -> Plan:
-    if device.type != "cpu":
-        made = gpu_plan(method, video) if method.rule == "balanced" else method.plan(video)
-        return made.to(device)
+    if device.type != "cpu" and method.rule != "balanced":
+        return method.plan(video).to(device)
+    make = _by_raster
     if method.rule == "balanced":
-        return _balanced(method, video)
+        make = _balanced if device.type == "cpu" else gpu_plan
+    return replace(make(method, video), rest=rest_of(method.rest, method.centre)).to(device)
+
+
+def _by_raster(method: Radial, video: VideoShape) -> Plan:
+    """The plan of the other rules."""
     slots = raster_slots(video, method.block)
     blocks = slots.numel() // method.block
     keep = torch.zeros(blocks, blocks, dtype=torch.bool)

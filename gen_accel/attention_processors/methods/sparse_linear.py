@@ -7,29 +7,30 @@ References:
     outputs and gradients the golden cases hold, and branch SLA-1 at 325cc75.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gen_accel.attention_processors.methods.blocks import (
+    Box,
+    Layout,
+    Tile,
+    check_blocks,
+    layout_of,
+)
+from gen_accel.attention_processors.methods.budget import Budget, By, check_budget, chosen
+from gen_accel.attention_processors.methods.pooled import Pool, rest_of
+from gen_accel.attention_processors.methods.scores import Scores
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
 from gen_accel.kernels import linear as linear_kernel
-from gen_accel.kernels.pooling import block_means
-from gen_accel.kernels.runner import name_of
-from gen_accel.plan import (
-    Plan,
-    Slots,
-    plan_of_call,
-    raster_slots,
-    slots_of,
-    tile_slots,
-)
+from gen_accel.kernels.runner import name_of, scale_of, scale_or_default
+from gen_accel.plan import Centre, Plan, plan_of_call
+from gen_accel.values import check_choices
 from gen_accel.video import VideoShape
 
 LinearOver = Literal["all", "rest", "marginal"]
@@ -37,7 +38,6 @@ FeatureMap = Literal["softmax", "elu", "relu"]
 Combine = Literal["project", "alpha"]
 Order = Literal["tile", "raster"]
 
-SCORES = 1 << 23  # of pairs of blocks, made at once: heads go in groups that fit, at least one
 EPSILON = 1e-5  # of the public code, added to the linear branch's denominator
 
 
@@ -74,6 +74,11 @@ class SparseLinear:
         block_q, block_k: tokens in a query and in a key block.
         order: whether blocks are compact "tile"s in space and time, which are purer, or runs of
             tokens in "raster" order, as in the public code.
+        tile: the box of the smaller block, see `Piecewise`.
+        budget, mass, alike: how many blocks are critical, see `Piecewise`.
+        rest, centre: "means" adds what is not critical to the softmax, pooled around the mean
+            "query" of each query block or the mean "key" of each key block: see
+            `gen_accel.plan.Rest`. The linear branch, if fitted, then corrects what is left.
     """
 
     critical: float = 0.05
@@ -84,20 +89,24 @@ class SparseLinear:
     block_q: int = 128
     block_k: int = 64
     order: Order = "tile"
+    tile: Literal["auto"] | Box = "auto"
+    budget: By = "row"
+    mass: float | None = None
+    alike: float | None = None
+    rest: Pool | None = None
+    centre: Centre = "query"
 
     def __post_init__(self) -> None:
-        for name, options in (
-            ("linear_over", LinearOver),
-            ("feature_map", FeatureMap),
-            ("combine", Combine),
-            ("order", Order),
-        ):
-            if getattr(self, name) not in get_args(options):
-                raise ValueError(
-                    f"{name} must be one of {get_args(options)}, got {getattr(self, name)!r}"
-                )
-        if not 0 < self.critical <= 1:
-            raise ValueError(f"critical must be in (0, 1], got {self.critical}")
+        check_choices(
+            self,
+            linear_over=LinearOver,
+            feature_map=FeatureMap,
+            combine=Combine,
+            order=Order,
+            budget=By,
+        )
+        check_budget(self._budget, SparseLinear.critical)
+        rest_of(self.rest, self.centre)
         if not 0 <= self.skipped < 1:
             raise ValueError(f"skipped must be in [0, 1), got {self.skipped}")
         if self.linear_over == "marginal" and self.critical + self.skipped > 1:
@@ -105,15 +114,38 @@ class SparseLinear:
                 f"critical and skipped must not exceed 1 together, got {self.critical} and "
                 f"{self.skipped}"
             )
-        for name in ("block_q", "block_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        large, small = max(self.block_q, self.block_k), min(self.block_q, self.block_k)
-        if self.order == "tile" and large % small:
+        if self.linear_over == "marginal" and self.budget != "row":
             raise ValueError(
-                "in order 'tile' one of block_q and block_k must be a multiple of the other, got "
-                f"{self.block_q} and {self.block_k}; or use order='raster'"
+                "linear_over='marginal' skips the worst blocks of each row, for budget='row', got "
+                f"{self.budget!r}"
             )
+        if isinstance(self.tile, list):
+            object.__setattr__(self, "tile", tuple(self.tile))
+        if self.order == "raster" and self.tile != "auto":
+            raise ValueError(f"tile is for order='tile', got {self.tile} and order='raster'")
+        check_blocks(self.block_q, self.block_k, self._tile)
+
+    @property
+    def _tile(self) -> Tile:
+        return "raster" if self.order == "raster" else self.tile
+
+    @property
+    def _budget(self) -> Budget:
+        return Budget(self.critical, self.budget, self.mass, self.alike)
+
+    @property
+    def tile_tokens(self) -> int:
+        """The least of a box that `gen_accel.calibrate` may choose; 0 where the tile is given."""
+        return min(self.block_q, self.block_k) if self._tile == "auto" else 0
+
+    def tiled(self, tile: Box) -> "SparseLinear":
+        """The same method with blocks of this box."""
+        return replace(self, tile=tile)
+
+    @property
+    def least_grid(self) -> Box:
+        """The tile, which must fit into the grid; one token where it is not given."""
+        return (1, 1, 1) if self.tile == "auto" else self.tile
 
     def branch(self, heads: int, dim: int) -> "LinearBranch":
         """The trainable part of one layer, at its start."""
@@ -133,7 +165,7 @@ class SparseLinear:
         returns may be written into."""
         name = name_of(kernel)
         layout = self.layout(video, q.device)
-        plan, skipped = self._chosen(q, k, layout, name)
+        plan, skipped = self._chosen(q, k, layout, name, scale_of(kernel, q))
         o_s = kernel(q, k, v, plan)
         if branch is None:
             return o_s
@@ -147,8 +179,8 @@ class SparseLinear:
                 return out
         return branch(o_s, self._linear(q, k, v, plan, sets, name))
 
-    def layout(self, video: VideoShape, device: torch.device) -> "Layout":
-        return _layout(self.block_q, self.block_k, self.order, video, str(device))
+    def layout(self, video: VideoShape, device: torch.device) -> Layout:
+        return layout_of(video, device, self.block_q, self.block_k, self._tile)
 
     def parts(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
@@ -156,13 +188,23 @@ class SparseLinear:
         """O_s and O_l, (B, H, N, D) each."""
         name = name_of(kernel)
         layout = self.layout(video, q.device)
-        plan, skipped = self._chosen(q, k, layout, name)
+        plan, skipped = self._chosen(q, k, layout, name, scale_of(kernel, q))
         sets = self._sets(plan, skipped, layout)
         return kernel(q, k, v, plan), self._linear(q, k, v, plan, sets, name)
 
-    def plan_for(self, q: Tensor, k: Tensor, *, video: VideoShape, kernel: str = "auto") -> Plan:
-        """The critical blocks of q and k, (B, H, N, D). No gradient, no wait for the device."""
-        return self._chosen(q, k, self.layout(video, q.device), kernel)[0]
+    def plan_for(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        video: VideoShape,
+        kernel: str = "auto",
+        scale: float | None = None,
+    ) -> Plan:
+        """The critical blocks of q and k, (B, H, N, D), at a scale of their products, 1 / sqrt(D)
+        without. No gradient, no wait for the device."""
+        scale = scale_or_default(scale, q)
+        return self._chosen(q, k, self.layout(video, q.device), kernel, scale)[0]
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
         """The critical blocks of smooth random q and k, for pictures and estimates."""
@@ -178,43 +220,19 @@ class SparseLinear:
 
     @torch.no_grad()
     def _chosen(
-        self, q: Tensor, k: Tensor, layout: "Layout", kernel: str = "auto"
+        self, q: Tensor, k: Tensor, layout: Layout, kernel: str = "auto", scale: float = 1.0
     ) -> tuple[Plan, Tensor | None]:
         """The plan of the critical blocks, and the (B, H, Kq, Kk) bool of those that the linear
         branch leaves out beside them; None where it leaves out none."""
-        with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
-            return self._ranked(q, k, layout, kernel)
-
-    def _ranked(
-        self, q: Tensor, k: Tensor, layout: "Layout", kernel: str
-    ) -> tuple[Plan, Tensor | None]:
-        slots, ranked = layout.slots, layout.ranked
-        query = block_means(q, slots, slots.block_q, kernel)
-        key = block_means(k, slots, slots.block_k, kernel)
-        # The mean over all shifts a row's scores alike, and spares precision.
-        key = key - key.mean(2, keepdim=True)
-        blocks = len(ranked)
-        count = min(max(1, int(self.critical * blocks)), blocks)
         worst = 0
         if self.linear_over == "marginal":
-            worst = min(int(self.skipped * blocks), blocks - count)
-        B, H, Kq, _ = query.shape
-        keep = layout.always.expand(B, H, -1, -1).clone()
-        skipped = torch.zeros_like(keep) if worst else None
-        heads = max(1, SCORES // max(1, B * Kq * blocks))
-        for i in range(0, H, heads):
-            some = slice(i, i + heads)
-            ranks = key[:, some] if layout.is_first else key[:, some].index_select(2, ranked)
-            scores = query[:, some] @ ranks[:, :, :blocks].transpose(-1, -2)
-            best = scores.topk(count, sorted=False).indices
-            keep[:, some].scatter_(-1, best if layout.is_first else ranked[best], True)
-            if skipped is not None:
-                scores.scatter_(-1, best, torch.inf)  # of equal ones, none is both
-                rest = scores.topk(worst, largest=False, sorted=False).indices
-                skipped[:, some].scatter_(-1, rest if layout.is_first else ranked[rest], True)
-            del scores, best  # before those of the next heads are made
-        entries = layout.entries + count * layout.video_rows
-        return plan_of_call(slots, keep, entries=entries), skipped
+            blocks = len(layout.ranked)
+            worst = min(int(self.skipped * blocks), blocks - layout.count(self.critical))
+        with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
+            by = Scores(q, k, layout, scale=scale, kernel=kernel)
+            keep, skipped, entries = chosen(by, q, self._budget, worst)
+        rest = rest_of(self.rest, self.centre)
+        return plan_of_call(layout.slots, keep, entries=entries, rest=rest), skipped
 
     def _linear(
         self,
@@ -236,7 +254,7 @@ class SparseLinear:
             )
 
     @torch.no_grad()
-    def _sets(self, plan: Plan, skipped: Tensor | None, layout: "Layout") -> Tensor | None:
+    def _sets(self, plan: Plan, skipped: Tensor | None, layout: Layout) -> Tensor | None:
         """The key blocks that the linear branch adds up, (B, H, Kq, Kk) bool; None for all."""
         if self.linear_over == "all":
             return None
@@ -305,69 +323,6 @@ def _features(x: Tensor, name: FeatureMap) -> Tensor:
     if name == "softmax":
         return x.softmax(-1)
     return F.relu(x) if name == "relu" else F.elu(x) + 1
-
-
-class Layout(NamedTuple):
-    """What the grid decides.
-
-    Args:
-        ranked: the numbers of the key blocks that scores are for, those with the video's tokens
-            alone.
-        is_first: they are the first ones, 0 to their count.
-        always: (Kq, Kk) bool, what is critical by itself: text sees and is seen by all.
-        entries: how many pairs of blocks that is.
-        video_rows: query blocks that have critical blocks beside.
-        occupied: (Kk,) bool, key blocks that hold a token.
-        has_empty: not all do.
-    """
-
-    slots: Slots
-    ranked: Tensor
-    is_first: bool
-    always: Tensor
-    entries: int
-    video_rows: int
-    occupied: Tensor
-    has_empty: bool
-
-
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)  # made while sampling, it must serve training too
-def _layout(block_q: int, block_k: int, order: Order, video: VideoShape, device: str) -> Layout:
-    if order == "tile":
-        slots = tile_slots(video, _tile(video, block_q, block_k))
-    else:
-        slots = raster_slots(video, math.lcm(block_q, block_k))
-    laid = slots_of(slots.to(device), block_q, block_k)
-    text = laid.slots >= video.video_tokens
-    text_q, text_k = (text.view(-1, block).any(-1) for block in (block_q, block_k))
-    occupied = laid.real.view(-1, block_k).any(-1)
-    ranked = (occupied & ~text_k).nonzero()[:, 0]
-    is_first = bool((ranked == torch.arange(len(ranked), device=ranked.device)).all())
-    always = (text_k | text_q[:, None]) & occupied
-    sizes = int(always.sum()), int((~text_q).sum())
-    return Layout(laid, ranked, is_first, always, *sizes, occupied, not bool(occupied.all()))
-
-
-def _tile(video: VideoShape, block_q: int, block_k: int) -> tuple[int, int, int]:
-    """The box of the larger block, made of boxes of the smaller one in a row along the frames.
-
-    Of all boxes with as many tokens, the one that pads the grid least, then the most even.
-    """
-    small = min(block_q, block_k)
-    in_a_row = max(block_q, block_k) // small
-    divisors = [n for n in range(1, small + 1) if small % n == 0]
-
-    def badness(box: tuple[int, int, int]) -> tuple[float, float]:
-        sides = (box[0] * in_a_row, *box[1:])
-        both = zip(video.grid, sides, strict=True)
-        padded = math.prod(-(-size // side) * side for size, side in both)
-        return padded, max(box) / min(box)
-
-    sides = product(divisors, divisors, divisors)
-    boxes = [box for box in sides if math.prod(box) == small]
-    frames, rows, columns = min(boxes, key=badness)
-    return frames * in_a_row, rows, columns
 
 
 @lru_cache(maxsize=16)

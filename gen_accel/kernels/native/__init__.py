@@ -71,7 +71,14 @@ def _of_route(facts: Facts) -> list[str]:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    return _attention(q, k, v, *prepare(plan), scale)[0]
+    return _attention(q, k, v, *prepare(plan), scale, False)[0]
+
+
+def forward_lse(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
+) -> tuple[Tensor, Tensor]:
+    out, lse, _ = _attention(q, k, v, *prepare(plan), scale, wide)
+    return out, lse
 
 
 class Lists(NamedTuple):
@@ -149,14 +156,23 @@ def _attention(
     block_q: int,
     block_k: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """(B, H, N, D), and (2, B, H, N) for the backward pass: see `stats` in attention.cpp."""
+    wide: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, H, N, D), fp32 where `wide`, else in q's dtype; log-sum-exps (B, H, N) fp32; and
+    (2, B, H, N) for the backward pass: see `stats` in blocks.h."""
     check_alike("native", q, k, v)
-    out, stats = q.new_empty(q.shape), q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
+    out, lse, stats = _results(q, wide)
     call = Call(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale)
-    call.filled(o=out, stats=stats)
+    call.args.wide = wide
+    call.filled(o=out, lse=lse, stats=stats)
     _run("gen_accel_forward", call, q.dtype)
-    return out, stats
+    return out, lse, stats
+
+
+def _results(q: Tensor, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
+    out = q.new_empty(q.shape, dtype=torch.float32 if wide else q.dtype)
+    lse, stats = (q.new_empty((*n, *q.shape[:3]), dtype=torch.float32) for n in ((), (2,)))
+    return out, lse, stats
 
 
 @_attention.register_fake
@@ -172,14 +188,15 @@ def _(
     block_q: int,
     block_k: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
+    wide: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _results(q, wide)
 
 
 @torch.library.custom_op("gen_accel::native_attention_backward", mutates_args=())
 def _backward(
     grad: Tensor,
+    of_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -197,8 +214,9 @@ def _backward(
     check_alike("native", q, k, v)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     call = Call(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale)
-    call.strided(grad=grad)
-    call.whole(out=out, stats=stats)
+    call.args.wide = out.dtype == torch.float32
+    call.strided(grad=grad.to(q.dtype))
+    call.whole(out=out, stats=stats, of_lse=of_lse)
     call.filled(dq=dq, dk=dk, dv=dv)
     _run("gen_accel_backward", call, q.dtype)
     return dq, dk, dv
@@ -207,6 +225,7 @@ def _backward(
 @_backward.register_fake
 def _(
     grad: Tensor,
+    of_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -225,15 +244,22 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, slots, index, counts, rule, gain, *ctx.sizes = inputs
-    ctx.save_for_backward(q, k, v, *output, slots, index, counts, gain, *rule)
+    q, k, v, slots, index, counts, rule, gain, *ctx.sizes, _ = inputs
+    out, _, stats = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, stats, slots, index, counts, gain, *rule)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+def _differentiate(
+    ctx: Any, grad: Tensor | None, of_lse: Tensor | None, _: Any
+) -> tuple[Any, ...]:
     q, k, v, out, stats, slots, index, counts, gain, *rule = ctx.saved_tensors
     lists = slots, index, counts, rule, gain
-    grads = _backward(grad, q, k, v, out, stats, *lists, *ctx.sizes)
-    return *grads, None, None, None, [None] * len(rule), None, None, None, None
+    grad = torch.zeros_like(out) if grad is None else grad
+    if of_lse is not None:  # of a row that sees nothing it may be any number
+        of_lse = of_lse.masked_fill(stats[1] == 0, 0.0)
+    grads = _backward(grad, of_lse, q, k, v, out, stats, *lists, *ctx.sizes)
+    return *grads, None, None, None, [None] * len(rule), None, None, None, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)

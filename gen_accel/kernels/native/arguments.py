@@ -11,14 +11,14 @@ class Args(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "grad")),
-        *((name, ctypes.c_void_p) for name in ("o", "dq", "dk", "dv", "stats")),
+        *((name, ctypes.c_void_p) for name in ("o", "dq", "dk", "dv", "stats", "lse", "of_lse")),
         *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("q", "k", "v", "grad")),
         *((name, ctypes.c_void_p) for name in ("slots", "index", "counts", "slack")),
         *((name, ctypes.c_void_p) for name in ("center", "half", "place")),
         *((name, ctypes.c_void_p) for name in ("picks", "group", "gain")),
         *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S", "block_q", "block_k")),
         *((name, ctypes.c_int64) for name in ("PB", "PH", "most", "axes", "RB", "RH", "C")),
-        *((name, ctypes.c_int64) for name in ("GB", "GH")),
+        *((name, ctypes.c_int64) for name in ("GB", "GH", "wide")),
         ("scale", ctypes.c_float),
     ]
 
@@ -33,6 +33,33 @@ class LinearArgs(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S")),
         *((name, ctypes.c_int64) for name in ("block_q", "block_k", "map")),
         ("eps", ctypes.c_float),
+    ]
+
+
+class RestArgs(ctypes.Structure):
+    """`RestArgs` of rest.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "grad", "out", "lse", "of_total")),
+        *((name, ctypes.c_void_p) for name in ("o", "total", "dq", "dk", "dv", "dout", "dlse")),
+        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("q", "k", "v", "grad")),
+        *((name, ctypes.c_void_p) for name in ("slots", "keep")),
+        *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S", "block_q", "block_k")),
+        *((name, ctypes.c_int64) for name in ("PB", "PH", "around_queries", "wide")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class SpreadArgs(ctypes.Structure):
+    """`Spread` of spread.cpp."""
+
+    _fields_ = [
+        ("means", ctypes.c_void_p),
+        ("k", ctypes.c_void_p),
+        ("k_strides", ctypes.c_int64 * 3),
+        *((name, ctypes.c_void_p) for name in ("slots", "out")),
+        *((name, ctypes.c_int64) for name in ("B", "H", "D", "S", "Kq", "block")),
+        ("scale", ctypes.c_float),
     ]
 
 

@@ -90,13 +90,12 @@ struct Forward {
                   tile(bh, slot, rows.data(), count, parts, width, q, p.gains(bh, block));
                 });
       }
-      In* out = static_cast<In*>(p.a.o) + bh * p.a.N * p.D;
       for (i64 i = 0; i < count; i++) {
         i64 t = p.token(slot + rows[i]);
         if (t < 0) continue;
         float inverse = sum[i] > 0.f || sum[i] != sum[i] ? 1.f / sum[i] : 0.f;
         for (i64 d = 0; d < p.D; d++) o[i * p.D + d] *= inverse;
-        store(out + t * p.D, o + i * p.D, p.D);
+        answer<In>(p.a, bh, t, o + i * p.D, high[i], sum[i]);
         // Kept apart: in their sum, the logsumexp, as much is rounded off as the highest is large.
         float* stats = p.a.stats + bh * p.a.N + t;
         stats[0] = inverse == 0.f ? 0.f : high[i];
@@ -322,11 +321,11 @@ struct Backward {
         if (t < 0) continue;
         p.row(p.q, bh, t, q + i * p.Dp);
         p.row(p.grad, bh, t, g + i * p.Dp);
-        const In* o = static_cast<const In*>(p.a.out) + (bh * p.a.N + t) * p.D;
+        i64 at = bh * p.a.N + t;
         const In* up = p.grad.row(bh, t);
-        float sum = 0.f;
-        for (i64 d = 0; d < p.D; d++) sum += load(o + d) * load(up + d);
-        delta[i] = sum;
+        delta[i] = p.a.wide ? dot_of(static_cast<const float*>(p.a.out) + at * p.D, up, p.D)
+                            : dot_of(static_cast<const In*>(p.a.out) + at * p.D, up, p.D);
+        if (p.a.of_lse) delta[i] -= p.a.of_lse[at];
         high[i] = p.a.stats[bh * p.a.N + t];
         inverse[i] = p.a.stats[(p.BH + bh) * p.a.N + t];
       }
@@ -465,17 +464,6 @@ struct Backward {
     });
   }
 };
-
-// oneDNN may be told to leave out what the processor has.
-bool multiplies_bf16() try {
-  BFloat16 a[16 * 32] = {}, b[32 * 16] = {};
-  float c[16 * 16];
-  product<BFloat16>(16, 16, 32, a, 32, b, 16, c, 16, false);
-  finish(a);
-  return true;
-} catch (const std::exception&) {
-  return false;
-}
 
 template <template <typename, typename> class Pass>
 int dispatch(const Args& a, int dtype, bool halves) {

@@ -17,6 +17,8 @@ struct Args {
   const void *q, *k, *v, *out, *grad;
   void *o, *dq, *dk, *dv;
   float* stats;         // (2, B, H, N): highest score by log2(e), one over the sum of weights
+  float* lse;           // (B, H, N), the logarithm of that sum and more; null where nobody asks
+  const float* of_lse;  // its gradient, null where it has none
   i64 q_strides[3], k_strides[3], v_strides[3], grad_strides[3];
   const i64* slots;     // (S,), -1 for padding; null where slot = token
   const i64* index;     // (PB, PH, Kq, most)
@@ -27,6 +29,7 @@ struct Args {
   const i64* group;     // (Kk,)
   const float* gain;    // (GB, GH, Kq, Kk)
   i64 B, H, N, D, S, block_q, block_k, PB, PH, most, axes, RB, RH, C, GB, GH;
+  i64 wide;             // o and out are fp32
   float scale;
 };
 
@@ -60,23 +63,11 @@ struct Problem {
   i64 token(i64 slot) const { return a.slots ? a.slots[slot] : slot; }
 
   // A token as Dp numbers.
-  void row(const Tokens<In>& x, i64 bh, i64 token, T* to) const {
-    const In* from = x.row(bh, token);
-    if constexpr (std::is_same_v<In, T>) {
-      std::memcpy(to, from, D * sizeof(T));
-    } else {
-      for (i64 d = 0; d < D; d++) to[d] = load(from + d);
-    }
-    std::fill(to + D, to + Dp, T(0));
-  }
+  void row(const Tokens<In>& x, i64 bh, i64 token, T* to) const { x.one(bh, token, to, Dp); }
 
   // Those of some slots; zeros for padding.
   void rows(const Tokens<In>& x, i64 bh, i64 slot, i64 count, T* to) const {
-    for (i64 i = 0; i < count; i++, to += Dp) {
-      if (a.slots && i + AHEAD < count) foresee(x, bh, slot + i + AHEAD);
-      if (i64 t = token(slot + i); t < 0) std::fill(to, to + Dp, T(0));
-      else row(x, bh, t, to);
-    }
+    x.read(bh, slot, count, to, Dp);
   }
 
   const i64* counts(i64 bh, i64 block, i64* masked) const {
@@ -177,6 +168,15 @@ inline void dampen(float* s, i64 count, float scale, float gain) {
 inline void conceal(float* s, i64 count, const float* excess) {
 #pragma omp simd
   for (i64 j = 0; j < count; j++) s[j] = excess[j] > 0.f ? LOW : s[j];
+}
+
+// Writes the answer to query t of head bh, and its log-sum-exp where that is asked for.
+template <typename In>
+void answer(const Args& a, i64 bh, i64 t, const float* o, float high, float sum) {
+  i64 at = bh * a.N + t;
+  if (a.wide) store(static_cast<float*>(a.o) + at * a.D, o, a.D);
+  else store(static_cast<In*>(a.o) + at * a.D, o, a.D);
+  if (a.lse) a.lse[at] = sum == 0.f ? -INFINITY : (high + std::log2(sum)) / LOG2E;
 }
 
 // Calls `f` with the place of each of n bytes that is not 0.

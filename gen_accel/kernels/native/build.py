@@ -23,12 +23,15 @@ from gen_accel.kernels.native.arguments import (
     KeptArgs,
     LinearArgs,
     PicksArgs,
+    RestArgs,
+    SpreadArgs,
     SumsArgs,
 )
 
 HERE = Path(__file__).parent
-SOURCES = tuple(HERE / f"{name}.cpp" for name in ("attention", "int8", "linear", "selection"))
-READ = (*SOURCES, HERE / "blocks.h", HERE / "common.h")
+NAMES = ("attention", "int8", "linear", "rest", "selection", "spread")
+SOURCES = tuple(HERE / f"{name}.cpp" for name in NAMES)
+READ = (*SOURCES, HERE / "blocks.h", HERE / "common.h", HERE / "rest.h")
 FLAGS = (
     *(
         "-std=c++20",
@@ -45,6 +48,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SIZES = {
     "gen_accel_size": Args,
     "gen_accel_linear_size": LinearArgs,
+    "gen_accel_rest_size": RestArgs,
+    "gen_accel_spread_size": SpreadArgs,
     "gen_accel_sums_size": SumsArgs,
     "gen_accel_picks_size": PicksArgs,
     "gen_accel_kept_size": KeptArgs,

@@ -156,17 +156,25 @@ struct Tokens {
     return static_cast<const In*>(x) + bh / H * strides[0] + bh % H * strides[1] +
            token * strides[2];
   }
-  // (count, D) fp32; zeros for padding.
-  void read(i64 bh, i64 slot, i64 count, float* to) const {
-    for (i64 i = 0; i < count; i++, to += D) {
-      if (slots && i + AHEAD < count) foresee(*this, bh, slot + i + AHEAD);
-      if (i64 t = token(slot + i); t < 0) {
-        std::fill(to, to + D, 0.f);
-      } else {
-        const In* from = row(bh, t);
+  // A token as `wide` numbers, of which those after D are zero.
+  template <typename T>
+  void one(i64 bh, i64 token, T* to, i64 wide) const {
+    const In* from = row(bh, token);
+    if constexpr (std::is_same_v<In, T>) {
+      std::memcpy(to, from, D * sizeof(T));
+    } else {
 #pragma omp simd
-        for (i64 d = 0; d < D; d++) to[d] = load(from + d);
-      }
+      for (i64 d = 0; d < D; d++) to[d] = load(from + d);
+    }
+    std::fill(to + D, to + wide, T(0));
+  }
+  // Those of some slots, (count, wide); zeros for padding.
+  template <typename T>
+  void read(i64 bh, i64 slot, i64 count, T* to, i64 wide) const {
+    for (i64 i = 0; i < count; i++, to += wide) {
+      if (slots && i + AHEAD < count) foresee(*this, bh, slot + i + AHEAD);
+      if (i64 t = token(slot + i); t < 0) std::fill(to, to + wide, T(0));
+      else one(bh, t, to, wide);
     }
   }
 };
@@ -289,6 +297,36 @@ inline float highest(const float* x, i64 n, float top) {
 #endif
 }
 
+// Of each of n columns: x by a factor and more; the highest to `top`, unless it is NaN.
+inline void raise(float* x, i64 n, float by, float more, float* top) {
+#pragma omp simd
+  for (i64 j = 0; j < n; j++) {
+    float y = x[j] * by + more;
+    x[j] = y;
+    top[j] = y > top[j] ? y : top[j];
+  }
+}
+
+// Of each of n columns, a whole number of LANES: weights 2^(x - top) in the place of x, added to
+// `sum`. `brief`: they will be rounded to bf16.
+inline void weigh_columns(float* x, i64 n, const float* top, float* sum, bool brief) {
+#ifdef __AVX512F__
+  for (i64 j = 0; j < n; j += 16) {
+    __m512 y = _mm512_sub_ps(_mm512_loadu_ps(x + j), _mm512_loadu_ps(top + j));
+    __m512 w = exp2_of(_mm512_min_ps(_mm512_set1_ps(1.f), y), brief);  // of a NaN the second
+    _mm512_storeu_ps(x + j, w);
+    _mm512_storeu_ps(sum + j, _mm512_add_ps(_mm512_loadu_ps(sum + j), w));
+  }
+#else
+#pragma omp simd
+  for (i64 j = 0; j < n; j++) {
+    float y = x[j] - top[j], w = exp2_of(y > 1.f ? 1.f : y);
+    x[j] = w;
+    sum[j] += w;
+  }
+#endif
+}
+
 inline float dot(const float* x, const float* y, i64 n) {
 #ifdef __AVX512F__
   __m512 sum = _mm512_setzero_ps();
@@ -306,6 +344,15 @@ inline float dot(const float* x, const float* y, i64 n) {
 #endif
 }
 
+// The same of numbers of any type.
+template <typename X, typename Y>
+float dot_of(const X* x, const Y* y, i64 n) {
+  float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+  for (i64 j = 0; j < n; j++) sum += load(x + j) * load(y + j);
+  return sum;
+}
+
 // C (M, N) = or += A (M, K) B; B interleaved by PAIR: element (k, n) at (k / P * ldb + n) * P + k % P.
 template <typename T>
 void product(i64 M, i64 N, i64 K, const T* A, i64 lda, const T* B, i64 ldb, float* C, i64 ldc,
@@ -314,6 +361,17 @@ void product(i64 M, i64 N, i64 K, const T* A, i64 lda, const T* B, i64 ldb, floa
 }
 inline void finish(const float*) {}
 inline void finish(const BFloat16*) { at::native::cpublas::brgemm_release(); }
+
+// oneDNN may be told to leave out what the processor has.
+inline bool multiplies_bf16() try {
+  BFloat16 a[16 * 32] = {}, b[32 * 16] = {};
+  float c[16 * 16];
+  product<BFloat16>(16, 16, 32, a, 32, b, 16, c, 16, false);
+  finish(a);
+  return true;
+} catch (const std::exception&) {
+  return false;
+}
 
 // A few numbers, an even count of halves.
 template <typename T>
@@ -350,6 +408,52 @@ void interleave(const T* rows, i64 ld, i64 K, i64 K_padded, i64 N, T* to) {
   for (i64 n = 0; n < N && k < K; n++) to[k * N + n * PAIR<T>] = rows[k * ld + n];
 }
 
+#ifdef __AVX512F__
+// 16 rows of 16 numbers to columns.
+inline void transpose(__m512 (&x)[LANES]) {
+  __m512 y[LANES];
+  for (i64 i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+  }
+  for (i64 i = 0; i < 16; i += 4)
+    for (i64 j = 0; j < 2; j++) {
+      __m512d low = _mm512_castps_pd(y[i + j]), high = _mm512_castps_pd(y[i + 2 + j]);
+      x[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      x[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  for (i64 i = 0; i < 16; i += 8)
+    for (i64 j = 0; j < 4; j++) {
+      y[i + j] = _mm512_shuffle_f32x4(x[i + j], x[i + 4 + j], 0x88);
+      y[i + 4 + j] = _mm512_shuffle_f32x4(x[i + j], x[i + 4 + j], 0xdd);
+    }
+  for (i64 j = 0; j < 8; j++) {
+    x[j] = _mm512_shuffle_f32x4(y[j], y[8 + j], 0x88);
+    x[8 + j] = _mm512_shuffle_f32x4(y[j], y[8 + j], 0xdd);
+  }
+}
+#endif
+
+// The transpose of (rows, columns), whole numbers of LANES both.
+template <typename T>
+void turn(const float* from, i64 ld, i64 rows, i64 columns, T* to, i64 ld_to) {
+  for (i64 r = 0; r < rows; r += LANES)
+    for (i64 c = 0; c < columns; c += LANES) {
+#ifdef __AVX512F__
+      __m512 x[LANES];
+      for (i64 i = 0; i < LANES; i++) x[i] = _mm512_loadu_ps(from + (r + i) * ld + c);
+      transpose(x);
+      for (i64 i = 0; i < LANES; i++) put(to + (c + i) * ld_to + r, 0xffff, x[i]);
+#else
+      float row[LANES];
+      for (i64 i = 0; i < LANES; i++) {
+        for (i64 j = 0; j < LANES; j++) row[j] = from[(r + j) * ld + c + i];
+        store(to + (c + i) * ld_to + r, row, LANES);
+      }
+#endif
+    }
+}
+
 // The right factor whose transpose is `rows` (N, K), K a whole number of pairs.
 template <typename T>
 void interleave_transposed(const T* rows, i64 ld, i64 K, i64 N, i64 N_ld, T* to) {
@@ -357,9 +461,21 @@ void interleave_transposed(const T* rows, i64 ld, i64 K, i64 N, i64 N_ld, T* to)
   constexpr i64 P = PAIR<T>;
   const Word* from = reinterpret_cast<const Word*>(rows);
   Word* target = reinterpret_cast<Word*>(to);
-  for (i64 n0 = 0; n0 < N; n0 += 16)
-    for (i64 k = 0; k < K / P; k++)
-      for (i64 n = n0; n < std::min(N, n0 + 16); n++) target[k * N_ld + n] = from[n * (ld / P) + k];
+  K /= P, ld /= P;
+  for (i64 n0 = 0; n0 < N; n0 += LANES) {
+    i64 k0 = 0;
+#ifdef __AVX512F__
+    for (; n0 + LANES <= N && k0 + LANES <= K; k0 += LANES) {
+      __m512 x[LANES];
+      for (i64 i = 0; i < LANES; i++) x[i] = _mm512_loadu_ps(from + (n0 + i) * ld + k0);
+      transpose(x);
+      for (i64 i = 0; i < LANES; i++) _mm512_storeu_ps(target + (k0 + i) * N_ld + n0, x[i]);
+    }
+#endif
+    for (i64 k = k0; k < K; k++)
+      for (i64 n = n0; n < std::min(N, n0 + LANES); n++)
+        target[k * N_ld + n] = from[n * ld + k];
+  }
 }
 
 }  // namespace

@@ -24,6 +24,7 @@ constexpr i64 PARTS = KEYS / LANES;
 constexpr i64 BYTES = 4;       // that are multiplied and added up in a lane
 constexpr float MOST = 127.f;  // of 8 bits with a sign
 constexpr float NONE = 1e-30f;  // a range below is of nothing but zeros
+constexpr float STEPS = 255.f;  // of weights
 constexpr float LOG2_255 = 7.994353436858858f;
 
 using Floats = float __attribute__((vector_size(64), aligned(4), may_alias));
@@ -516,9 +517,11 @@ struct Int8 {
                 piece.tile(bh, slot, rows.data(), held, parts, p.gains(bh, block));
               });
       }
-      In* out = static_cast<In*>(p.a.o) + bh * p.a.N * p.D;
-      for (i64 n = 0; n < held; n++)
-        store(out + p.token(slot + rows[n]) * p.D, piece.finished(rows[n]), p.D);
+      for (i64 n = 0; n < held; n++) {
+        i64 i = rows[n];
+        answer<In>(p.a, bh, p.token(slot + i), piece.finished(i), piece.high[i],
+                   piece.sum[i] / STEPS);
+      }
     }
   };
 

@@ -16,9 +16,12 @@ def lacks() -> str | None:
     return None if missing is None else missing.decode()
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    """(B, H, N, D), without a gradient."""
-    return _attention(q, k, v, *prepare(plan), scale)
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(B, H, N, D), fp32 where `wide`, else in q's dtype, and log-sum-exps (B, H, N) fp32,
+    without a gradient."""
+    return _attention(q, k, v, *prepare(plan), scale, wide)
 
 
 @torch.library.custom_op("gen_accel::native_int8", mutates_args=())
@@ -34,13 +37,20 @@ def _attention(
     block_q: int,
     block_k: int,
     scale: float,
-) -> Tensor:
+    wide: bool,
+) -> tuple[Tensor, Tensor]:
     check_alike("int8", q, k, v)
     call = Call(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale)
-    out = q.new_empty(q.shape)
-    call.filled(o=out)
+    out, lse = _results(q, wide)
+    call.args.wide = wide
+    call.filled(o=out, lse=lse)
     build.run("gen_accel_int8", call.args, build.DTYPES[q.dtype], kernel="int8")
-    return out
+    return out, lse
+
+
+def _results(q: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
+    out = q.new_empty(q.shape, dtype=torch.float32 if wide else q.dtype)
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @_attention.register_fake
@@ -56,5 +66,6 @@ def _(
     block_q: int,
     block_k: int,
     scale: float,
-) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    wide: bool,
+) -> tuple[Tensor, Tensor]:
+    return _results(q, wide)

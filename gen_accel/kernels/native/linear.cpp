@@ -87,7 +87,7 @@ struct Attention {
 
   // f of some tokens; zeros for padding.
   void mapped(const Tokens<In>& tokens, i64 bh, i64 slot, i64 count, float* x, float* f) const {
-    tokens.read(bh, slot, count, x);
+    tokens.read(bh, slot, count, x, D);
     for (i64 i = 0; i < count; i++) {
       if (tokens.token(slot + i) < 0) std::fill(f + i * D, f + (i + 1) * D, 0.f);
       else features(a.map, x + i * D, D, f + i * D);
@@ -173,7 +173,7 @@ struct Attention {
       return [&, s = Scratch(a.block_k, D)](i64 n) mutable {
         i64 bh = first + n / Kk, slot = n % Kk * a.block_k;
         mapped(k, bh, slot, a.block_k, s.x, s.f);
-        v.read(bh, slot, a.block_k, s.y);
+        v.read(bh, slot, a.block_k, s.y, D);
         state_of(s.f, s.y, nullptr, a.block_k, s.turned, states + n * size);
       };
     });
@@ -251,7 +251,7 @@ struct Attention {
     i64 rows = a.block_q, slot = i * rows;
     bool any = queried(bh, i, states, all, s);
     product(rows, D, D, s.f, D, s.state, D, s.y, D, false);
-    grad.read(bh, slot, rows, s.above);
+    grad.read(bh, slot, rows, s.above, D);
     // Nothing over eps has no slope, and in the sum of all it would swamp the others.
     if (!any) std::fill(s.above, s.above + rows * D, 0.f);
     for (i64 r = 0; r < rows; r++) {
@@ -276,7 +276,7 @@ struct Attention {
     auto in = [&](i64 i) { return has(bh, i, j); };
     add_up(slopes, all, Kq, in, s.sum.data(), s.state);
     mapped(k, bh, slot, rows, s.x, s.f);
-    v.read(bh, slot, rows, s.y);
+    v.read(bh, slot, rows, s.y, D);
     product(rows, D, D, s.f, D, s.state, D, s.turned, D, false);
     put(a.dv, bh, slot, rows, s.turned);
     transpose(s.state, D, D, s.state_turned);

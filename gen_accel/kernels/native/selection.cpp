@@ -169,7 +169,7 @@ struct Picking {
       std::vector<float> rows(TILE * a.D);
       for (i64 n = begin; n < end; n++) {
         i64 row = n % cuts * TILE, height = std::min(TILE, a.R - row);
-        tokens.read(first + n / cuts, row, height, rows.data());
+        tokens.read(first + n / cuts, row, height, rows.data(), tokens.D);
         product(height, ld, a.D, rows.data(), a.D, turned.data() + n / cuts * a.D * ld, ld,
                 scores + (n / cuts * a.R + row) * ld, ld, false);
       }

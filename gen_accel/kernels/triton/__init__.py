@@ -18,6 +18,7 @@ from gen_accel.plan import Plan
 
 __all__ = [
     "DTYPES",
+    "LARGEST_DIM",
     "MOST_HEADS",
     "Lists",
     "device_reasons",
@@ -76,19 +77,22 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Ten
 
 
 def forward_lse(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The output and each row's natural logsumexp, (B, H, N) fp32; both have gradients.
 
     A row that sees nothing gives zeros and -inf. Queries that pick long groups of keys for
     themselves are gathered, see `gathered.serves`; all other plans go block by block.
+
+    Args:
+        wide: the output in fp32, as it is before it is rounded.
     """
     from gen_accel.kernels.triton import gathered  # imports triton
 
     if gathered.serves(plan):
-        return gathered.forward_lse(q, k, v, plan, scale=scale)
+        return gathered.forward_lse(q, k, v, plan, scale=scale, wide=wide)
     lists = prepare(plan)  # which registers the operator
-    return torch.ops.gen_accel.triton_attention(q, k, v, *lists, scale)
+    return torch.ops.gen_accel.triton_attention(q, k, v, *lists, scale, wide=wide)
 
 
 def prepare(plan: Plan) -> Lists:

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from gen_accel.kernels.triton import configs, packing
-from gen_accel.kernels.triton.launch import launch, rowwise
+from gen_accel.kernels.triton.launch import empty_out, launch, rowwise
 from gen_accel.kernels.triton.packed_backward import packed_dkdv_kernel, packed_dq_kernel
 from gen_accel.kernels.triton.packed_forward import packed_forward_kernel
 from gen_accel.kernels.triton.sparse_backward import delta_kernel, dkdv_kernel, dq_kernel
@@ -156,10 +156,16 @@ def attention(
     block_k: int,
     raster: bool,
     scale: float,
+    *,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The output, (B, H, N, D) laid out like q, and the logsumexp, (B, H, N) fp32."""
+    """The output, (B, H, N, D) laid out like q, and the logsumexp, (B, H, N) fp32.
+
+    Args:
+        wide: the output in fp32.
+    """
     q, k, v = (rowwise(x) for x in (q, k, v))
-    out = torch.empty_like(q)
+    out = empty_out(q, wide)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     lists = slots, rows, row_counts
     how = way("forward", (k, v), lists, gain, block_q, block_k, raster, scale)
@@ -171,8 +177,8 @@ def attention(
 
 
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(rowwise(q)), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any, wide: bool = False) -> tuple[Tensor, Tensor]:
+    return empty_out(rowwise(q), wide), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("gen_accel::triton_attention_backward", mutates_args=())
@@ -196,7 +202,7 @@ def attention_backward(
     raster: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, grad = (rowwise(x) for x in (q, k, v, grad))
+    q, k, v, grad = (rowwise(x) for x in (q, k, v, grad.to(q.dtype)))
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     rest = rule, gain, block_q, block_k, scale
     by_row, by_column = (slots, rows, row_counts), (slots, columns, column_counts)
@@ -244,7 +250,7 @@ def _(
     return tuple(torch.empty_like(rowwise(x)) for x in (q, k, v))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: Any) -> None:
     q, k, v, *lists, rule, gain, block_q, block_k, raster, scale = inputs
     ctx.numbers = block_q, block_k, raster, scale
     ctx.save_for_backward(q, k, v, *output, *lists, gain, *rule)

@@ -30,6 +30,8 @@ from gen_accel.kernels.triton import (
     owners,
     packing,
     pooling,
+    rest_columns,
+    rest_pooling,
     sass,
     sparse_backward,
     tiles,
@@ -43,6 +45,8 @@ SHARED = {
     "sm_120": 99 << 10,
     "gfx942": 64 << 10,
 }
+
+COLUMNS = 512  # of a head: blocks of 64 of 33k tokens
 
 # Instructions of a warp for each key of the packed forward pass, in its loop over whole blocks, by
 # architecture, head dim and length of the blocks, by the compiler of Triton 3.9: that of 3.5 takes
@@ -65,9 +69,13 @@ TYPES = {
     **dict.fromkeys(("keep", "whole", "sets", "picks"), "*u8"),
     **{"acc": "*fp32", "picked": "*i16", "keys": "*i32", "upper": "*i64", "count": "*i64"},
     **dict.fromkeys(("scale", "eps"), "fp32"),
+    **dict.fromkeys(("kept", "joint", "joint_lse", "dkept", "dlse", "held", "bias"), "*fp32"),
+    **dict.fromkeys(("dmeans", "dbias", "shifts", "spreads", "wide_means"), "*fp32"),
+    **dict.fromkeys(("dk_sums", "dv_sums"), "*fp32"),
 }
 INPUTS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv", "x", "y")
 INPUTS += tuple(f"packed_{name}" for name in ("x", "y", "q", "grad"))
+INPUTS += ("means", "dmean_parts", *(f"pooled_{name}" for name in ("k", "v", "dk", "dv")))
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -128,6 +136,8 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
             yield Case(name, packing.pack_queries_kernel, {**sizes, "COPY": copy}, 4, 1)
     yield from _linear_cases(arch, D, dtype, block)
     yield from _gathered_cases(arch, D, dtype, block)
+    yield from _column_cases(arch, D, dtype, block)
+    yield from _pool_cases(arch, D, dtype, block)
     lists = {"ROWS": listing.ROWS, "CHUNK": listing.CHUNK}
     sizes = {**dim, "BLOCK": block, "TILE": pooling.TILE, "MEAN": True}
     yield Case("pooled", pooling.sums_kernel, sizes, pooling.WARPS, 3)
@@ -238,6 +248,67 @@ def _gathered_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterat
         for lower in (True, False):
             flags = {"WEIGHTED": weighted, "LOWER": lower, "BLOCK": bins.BLOCK}
             yield Case("bins", bins.bins_kernel, flags, 4, 3)
+
+
+def _column_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
+    """Of the rest, over as many columns as tiles are long, and more."""
+    dim = {"D": D, "BLOCK_D": configs.padded_dim(D)}
+    yield Case(
+        "rest shares", rest_columns.shares_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1
+    )
+    for kind, centred in product(("forward", "dq", "dkdv", "dpooled"), (False, True)):
+        if centred == (kind == "dkdv") and kind in ("dkdv", "dpooled"):
+            continue  # one for each centre
+        config = configs.columns(arch, kind, D, dtype, block, COLUMNS)
+        constants = {**dim, "TILE_M": config.tile_m, "TILE_N": config.tile_n, "BLOCK_Q": block}
+        keys, shuffles, products = config.tile_m, math.inf, 4
+        if kind == "dkdv":
+            constants["BLOCK_K"] = block
+        else:
+            constants["GROUP"] = (
+                configs.pool(arch, "pool", D, dtype, block).tile_m if centred else 1
+            )
+        if kind in ("forward", "dq"):
+            constants["CENTRED"] = centred
+            keys, products = config.tile_n, 3
+        if kind == "forward":
+            constants["WIDTH"], products = configs.width(arch, config, D), 2
+            shuffles = _exchanges(arch, kind, config, dtype) + config.tile_n // 4  # of biases
+        yield Case(
+            f"rest {kind} {'queries' if centred else 'keys'}",
+            getattr(rest_columns, f"columns_{kind}_kernel"),
+            constants,
+            config.num_warps,
+            config.num_stages,
+            products * config.tile_m * config.tile_n * dim["BLOCK_D"],
+            keys,
+            shuffles=shuffles,
+        )
+
+
+def _pool_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
+    """Of the rest, pooled around mean queries."""
+    dim = {"D": D, "BLOCK_D": configs.padded_dim(D)}
+    group = configs.pool(arch, "pool", D, dtype, block).tile_m
+    parts = 1 if dtype == torch.float32 else 2  # of the mean queries
+    for kind, products in zip(configs.POOLS, (3, 7, parts), strict=True):
+        config = configs.pool(arch, kind, D, dtype, block)
+        constants = {**dim, "BLOCK_K": block, "GROUP": config.tile_m, "TILE_N": config.tile_n}
+        keys = config.tile_n
+        if kind == "pool backward":
+            constants |= {"GROUP": group, "TILE_M": config.tile_m}
+            keys = config.tile_m
+        else:
+            constants["BLOCKS"] = configs.POOL_BLOCKS
+        yield Case(
+            f"rest {kind}",
+            getattr(rest_pooling, f"{kind.replace(' ', '_')}_kernel"),
+            constants,
+            config.num_warps,
+            config.num_stages,
+            products * config.tile_m * config.tile_n * dim["BLOCK_D"],
+            keys,
+        )
 
 
 def build(case: Case, arch: str, dtype: torch.dtype) -> Any:

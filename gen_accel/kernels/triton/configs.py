@@ -146,6 +146,65 @@ FP32 = {
 # Small enough that small problems have several tiles.
 INTERPRETED = _C(32, 32, 4, 1)
 
+# Over the columns of a rest, where the tiles of blocks would spill: of "forward", "dq", "dkdv" of
+# mean keys, and "dpooled", the same of keys pooled around mean queries.
+COLUMNS = {
+    ("sm_80", 128, "dkdv"): _C(64, 64, 8, 1),
+    ("sm_80", 128, "dpooled"): _C(64, 64, 8, 2),
+    ("sm_90", 64, "dkdv"): _C(64, 64, 4, 1),
+    ("sm_90", 128, "dpooled"): _C(16, 128, 8, 2),
+    ("sm_100", 128, "forward"): _C(128, 64, 8, 2),
+    ("sm_120", 128, "dpooled"): _C(64, 64, 8, 1),
+}
+
+# Pooling around mean queries: rows of mean queries, keys of a load; warps; stages. In turn for
+# "pool", "pool backward" and "spread". Chosen like TABLE.
+POOL = {
+    "sm_80": {
+        64: (_C(64, 32, 4, 1), _C(32, 32, 4, 1), _C(64, 64, 4, 2)),
+        128: (_C(64, 64, 8, 1), _C(64, 32, 8, 1), _C(64, 64, 4, 2)),
+        256: (_C(32, 32, 8, 1), _C(16, 16, 4, 1), _C(32, 32, 4, 1)),
+    },
+    "sm_90": {
+        64: (_C(64, 64, 4, 2), _C(32, 64, 4, 1), _C(64, 64, 4, 2)),
+        128: (_C(64, 64, 4, 1), _C(64, 32, 8, 1), _C(64, 64, 4, 2)),
+        256: (_C(64, 32, 8, 1), _C(32, 32, 8, 1), _C(64, 32, 4, 1)),
+    },
+    "sm_100": {
+        64: (_C(64, 64, 4, 2), _C(64, 64, 8, 1), _C(64, 64, 4, 2)),
+        128: (_C(64, 64, 8, 2), _C(64, 64, 8, 1), _C(64, 64, 4, 2)),
+        256: (_C(64, 32, 8, 1), _C(32, 32, 8, 1), _C(64, 32, 4, 1)),
+    },
+    "sm_120": {
+        64: (_C(64, 32, 4, 1), _C(32, 32, 4, 1), _C(64, 64, 4, 2)),
+        128: (_C(64, 64, 8, 1), _C(64, 32, 8, 1), _C(64, 64, 4, 2)),
+        256: (_C(32, 32, 8, 1), _C(16, 16, 4, 1), _C(32, 32, 4, 1)),
+    },
+    "gfx942": {
+        64: (_C(64, 64, 4, 1), _C(32, 64, 4, 1), _C(64, 64, 4, 1)),
+        128: (_C(64, 64, 4, 1), _C(32, 32, 4, 1), _C(64, 64, 4, 1)),
+        256: (_C(32, 32, 4, 1), _C(16, 32, 4, 1), _C(32, 32, 4, 1)),
+    },
+}
+POOL_FP32 = {
+    64: (_C(32, 32, 8, 1), _C(32, 32, 8, 1), _C(32, 32, 8, 1)),
+    128: (_C(32, 16, 8, 1), _C(16, 16, 8, 1), _C(32, 16, 8, 1)),
+    256: (_C(16, 16, 8, 1), _C(16, 16, 8, 1), _C(16, 16, 8, 1)),
+}
+POOLS = ("pool", "pool backward", "spread")
+POOL_BLOCKS = 4  # key blocks that a program pools one after the other; not timed
+
+# Bytes of pooled keys and values that are held at once: about half of the last cache by the data
+# sheets, so that what one kernel writes the next one finds there.
+CACHED = {
+    "sm_80": 20 << 20,
+    "sm_90": 32 << 20,
+    "sm_100": 64 << 20,
+    "sm_120": 40 << 20,
+    "gfx942": 128 << 20,
+    "interpreted": 1 << 12,
+}
+
 # By head dim: spills nothing according to compile_matrix; not timed.
 LINEAR = {
     64: LinearConfig(64, 64, 4),
@@ -280,6 +339,33 @@ def packs(
     return 2 * load >= other and own >= PACKED_ROWS[arch]
 
 
+def columns(arch: str, kind: str, D: int, dtype: torch.dtype, block_q: int, blocks: int) -> Config:
+    """The configuration of a kernel over columns of a rest: "forward", "dq", "dkdv" or "dpooled".
+
+    Args:
+        blocks: Kk, how many columns there are.
+    """
+    like = "dkdv" if kind == "dpooled" else kind
+    # A set of mean keys is worked off by few programs, which short tiles make more of.
+    block = worked_off(like, block_q, min(blocks, 128 if kind == "dpooled" else 64))
+    # The least tiles, for it holds two sets of sums.
+    wide = dtype == torch.float32 and kind == "forward"
+    config = from_table(arch, like, BUCKETS[-1] if wide else D, dtype, block)
+    if dtype != torch.float32:
+        config = COLUMNS.get((arch, bucket(D), kind), config)
+    return cut(like, config, block)
+
+
+def pool(arch: str, kind: str, D: int, dtype: torch.dtype, block_k: int) -> Config:
+    """The configuration of one of POOLS, with the load cut to the block."""
+    if arch == "interpreted":
+        config = INTERPRETED
+    else:
+        table = POOL_FP32 if dtype == torch.float32 else POOL[arch]
+        config = table[bucket(D)][POOLS.index(kind)]
+    return config._replace(tile_n=tile(block_k, config.tile_n))
+
+
 def linear(arch: str, D: int, dtype: torch.dtype) -> LinearConfig:
     if arch == "interpreted":
         return LinearConfig(32, 32, 4)
@@ -323,7 +409,7 @@ def pattern_strides(x: Tensor) -> tuple[int, int]:
 @lru_cache(maxsize=16)
 def architecture(device: torch.device) -> str:
     """The row of TABLE: the device's own, or that of the next older or smaller one."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         return "interpreted"
     if torch.version.hip is not None:
         return "gfx942"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.gathered_kernels import gathered_dq_kernel, gathered_forward_kernel
-from gen_accel.kernels.triton.launch import launch, rowwise
+from gen_accel.kernels.triton.launch import empty_out, launch, rowwise
 from gen_accel.kernels.triton.listing import block_lists
 from gen_accel.kernels.triton.owners import owners_of
 from gen_accel.kernels.triton.sparse_backward import delta_kernel, dkdv_kernel
@@ -51,13 +51,17 @@ def serves(plan: Plan) -> bool:
 
 
 def forward_lse(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The output and each row's natural logsumexp, (B, H, N) fp32; both have gradients."""
+    """The output and each row's natural logsumexp, (B, H, N) fp32; both have gradients.
+
+    Args:
+        wide: the output in fp32.
+    """
     route = plan.partial
     assert isinstance(route, Route)
     given = plan.slots, route.picks, route.group, plan.block_k, scale
-    return torch.ops.gen_accel.triton_gathered(q, k, v, *given)
+    return torch.ops.gen_accel.triton_gathered(q, k, v, *given, wide=wide)
 
 
 def owned_slots(device: torch.device) -> int:
@@ -225,6 +229,8 @@ def attention(
     group: Tensor,
     block_k: int,
     scale: float,
+    *,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The output, (B, H, N, D) laid out like q, and the logsumexp, (B, H, N) fp32.
 
@@ -232,9 +238,10 @@ def attention(
         slots: (S,), the token of each slot, -1 for padding.
         picks: (B or 1, H or 1, S, C) bool, whether a slot sees a group.
         group: (S / block_k,), that of each key block.
+        wide: the output in fp32.
     """
     q, k, v = (rowwise(x) for x in (q, k, v))
-    out = torch.empty_like(q)
+    out = empty_out(q, wide)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     slots = slots.int()
     members = _members(group, picks.shape[3])
@@ -250,8 +257,8 @@ def attention(
 
 
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(rowwise(q)), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any, wide: bool = False) -> tuple[Tensor, Tensor]:
+    return empty_out(rowwise(q), wide), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("gen_accel::triton_gathered_backward", mutates_args=())
@@ -269,7 +276,7 @@ def attention_backward(
     block_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, grad = (rowwise(x) for x in (q, k, v, grad))
+    q, k, v, grad = (rowwise(x) for x in (q, k, v, grad.to(q.dtype)))
     delta = _delta(out, grad, lse, grad_lse)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     slots = slots.int()
@@ -304,7 +311,7 @@ def _(
     return tuple(torch.empty_like(rowwise(x)) for x in (q, k, v))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Any, output: Any) -> None:
     *tensors, ctx.block_k, ctx.scale = inputs
     ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
 

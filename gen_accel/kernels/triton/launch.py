@@ -24,3 +24,8 @@ def launch(
 def rowwise(x: Tensor) -> Tensor:
     """The kernels take any strides but one: the numbers of a head lie side by side."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def empty_out(q: Tensor, wide: bool) -> Tensor:
+    """A tensor laid out like q for what a kernel puts out, in fp32 where it is `wide`."""
+    return torch.empty_like(q, dtype=torch.float32 if wide else None)

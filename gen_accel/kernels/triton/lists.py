@@ -92,7 +92,7 @@ def _sorted(plan: Plan) -> Lists:
     masked = plan.keep & ~plan.whole
     rows = listed(masked, plan.keep)
     columns = listed(masked.transpose(-1, -2), plan.keep.transpose(-1, -2))
-    made = _with_rest(plan, rows, columns)
+    made = _as_lists(plan, rows, columns)
     if not masked.any():
         return made._replace(rule=[])
     rule = bits.rule_of(plan, masked)
@@ -108,10 +108,10 @@ def _counted(plan: Plan, backward: bool) -> Lists:
     columns = None, None
     if backward:
         columns = block_lists(keep.mT, whole.mT, entries)
-    return _with_rest(plan, rows, columns)
+    return _as_lists(plan, rows, columns)
 
 
-def _with_rest(
+def _as_lists(
     plan: Plan,
     rows: tuple[Tensor, Tensor],
     columns: tuple[Tensor, Tensor] | tuple[None, None],

@@ -58,8 +58,25 @@ def block_sums(x: Tensor, slots: Tensor, block: int, mean: bool) -> Tensor:
         mean: over how many tokens each block holds.
     """
     B, H, _, D = x.shape
-    x, blocks = rowwise(x), len(slots) // block
-    out = x.new_empty((B, H, blocks, D), dtype=torch.float32)
+    out = x.new_empty((B, H, len(slots) // block, D), dtype=torch.float32)
+    launch_sums(rowwise(x), slots, block, out, mean=mean)
+    return out
+
+
+@block_sums.register_fake
+def _(x: Tensor, slots: Tensor, block: int, mean: bool) -> Tensor:
+    B, H, _, D = x.shape
+    return x.new_empty((B, H, len(slots) // block, D), dtype=torch.float32)
+
+
+def launch_sums(x: Tensor, slots: Tensor, block: int, out: Tensor, *, mean: bool) -> None:
+    """Write the sums or means into `out`, (B, H, S / block, D) of any dtype.
+
+    Args:
+        x: (B, H, N, D), see `rowwise`.
+    """
+    B, H, _, D = x.shape
+    blocks = out.shape[2]
     launch(
         sums_kernel,
         (blocks, B * H),
@@ -77,10 +94,3 @@ def block_sums(x: Tensor, slots: Tensor, block: int, mean: bool) -> Tensor:
         MEAN=mean,
         num_warps=WARPS,
     )
-    return out
-
-
-@block_sums.register_fake
-def _(x: Tensor, slots: Tensor, block: int, mean: bool) -> Tensor:
-    B, H, _, D = x.shape
-    return x.new_empty((B, H, len(slots) // block, D), dtype=torch.float32)

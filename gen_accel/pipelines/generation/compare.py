@@ -119,6 +119,7 @@ def compare_with_dense(
     method: Method,
     schedule: Schedule | None = None,
     kernel: str = "auto",
+    dense_kernel: str | None = None,
     timed: bool = False,
     earlier: Comparison | None = None,
     label: str = "",
@@ -128,12 +129,15 @@ def compare_with_dense(
     Both are run once on a short clip first. `clip` comes without gaps, see `sampling.filled`.
 
     Args:
+        dense_kernel: of what the schedule keeps dense; the dense half is by the model's own
+            attention.
         label: before the lines of the progress bar.
         earlier: a comparison of this prompt and clip in this process, whose dense half serves
             again.
     """
     device = pipe._execution_device
-    options: dict[str, Any] = {"schedule": schedule, "kernel": kernel, "timed": timed}
+    by = {"kernel": kernel, "dense_kernel": dense_kernel}
+    options: dict[str, Any] = {"schedule": schedule, "timed": timed, **by}
     name = type(method).__name__.lower()
     with steps_bar() as bar:
         short = _warm_up_clip(pipe, clip, method)
@@ -142,7 +146,7 @@ def compare_with_dense(
                 sample(pipe, prompt, short, tick=ticker(bar, f"{label}dense, warm-up"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SilentBranch)  # the run that counts says it
-            handle = attach(pipe, method, kernel=kernel)
+            handle = attach(pipe, method, **by)
         with handle:
             sample(pipe, prompt, short, tick=ticker(bar, f"{label}{name}, warm-up"))
         if earlier is None:

@@ -84,6 +84,7 @@ def generate(
     from_lora: str | Path | None = None,
     schedule: Schedule | None = None,
     kernel: str = "auto",
+    dense_kernel: str | None = None,
     clip: Clip | None = None,
     loading: Loading | None = None,
     compare: bool = False,
@@ -117,6 +118,8 @@ def generate(
             and what it was trained with is attached. One that holds its guidance runs without,
             unless `clip` says otherwise, and one that names techniques runs with these where the
             video is longer than the model's, unless `techniques` are given.
+        dense_kernel: of the dense layers and steps, see `attach`; the dense half of a comparison
+            is the model's own attention.
         compare: also generate densely from the same seed, and write `out.dense.mp4`,
             `out.side_by_side.mp4` and `out.json` with speed-up, density, PSNR and SSIM.
         timed: also measure the seconds spent in attention; on a GPU that waits for each call.
@@ -148,6 +151,7 @@ def generate(
         from_lora=from_lora,
         schedule=schedule,
         kernel=kernel,
+        dense_kernel=dense_kernel,
         clip=clip or Clip(),
         loading=loading or Loading(),
         compare=compare,
@@ -250,6 +254,7 @@ def _compared(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Gen
         method=job.method,
         schedule=job.schedule or Schedule(),
         kernel=job.kernel,
+        dense_kernel=job.dense_kernel,
         timed=job.timed,
         label=f"{rank}{video.target.name}, ",
     )
@@ -267,6 +272,7 @@ def _made(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Generat
     clip, target = job.clip_of(video), video.target
     assert clip.fps is not None
     options: dict[str, Any] = {"schedule": job.schedule, "kernel": job.kernel, "timed": job.timed}
+    options["dense_kernel"] = job.dense_kernel
     options |= {"method": job.method} if job.from_lora is None else {"from_lora": job.from_lora}
     with steps_bar() as bar:
         with ExitStack() as stack:

@@ -54,6 +54,7 @@ class Job:
     from_lora: str | Path | None = None
     schedule: Schedule | None = None
     kernel: str = "auto"
+    dense_kernel: str | None = None
     clip: Clip = field(default_factory=Clip)
     loading: Loading = field(default_factory=Loading)
     compare: bool = False
@@ -159,10 +160,13 @@ class Job:
             raise ValueError(
                 f"trained_frames is for a technique, got {self.trained_frames} and none"
             )
-        kernels.check_name(self.kernel)
+        named = {"kernel": self.kernel, "dense_kernel": self.dense_kernel or "auto"}
+        for what, kernel in named.items():
+            kernels.check_name(kernel, what)
         check_model(self.model)
-        if self.kernel != "auto":
-            kernels.check_kernel(self.kernel, find_device(self.loading.device))
+        for kernel in named.values():
+            if kernel != "auto":
+                kernels.check_kernel(kernel, find_device(self.loading.device))
 
     def _check_comparison(self, latents: str | Path | None) -> None:
         if parts_of(self.method).is_dense:
@@ -211,6 +215,8 @@ class Job:
         }
         if self.compare:  # its report states how long it took
             where = {"kernel": self.kernel, "timed": self.timed, "device": self.loading.device}
+            if self.dense_kernel is not None:
+                where["dense_kernel"] = self.dense_kernel
             request["compare"] = where
         return request
 

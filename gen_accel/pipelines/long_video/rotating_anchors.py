@@ -106,7 +106,16 @@ class RotatingAnchors:
 
 
 def _within(plan: Plan, allowed: Tensor) -> Plan:
-    """The plan in the blocks allowed, (Kq, Kk) bool; its own block for a query with no other."""
+    """The plan in the blocks allowed, (Kq, Kk) bool; its own block for a query with no other.
+
+    Raises:
+        ValueError: a plan with a rest, by which what is not allowed would come back.
+    """
+    if plan.rest is not None:
+        raise ValueError(
+            "rotating_anchors hides frames, which a rest would bring back pooled: use rest=None "
+            "of the method, or no rotating_anchors"
+        )
     keep, own = plan.keep & allowed, _own_blocks(plan)
     if not isinstance(plan.partial, Route):
         empty = ~keep.any(-1, keepdim=True)

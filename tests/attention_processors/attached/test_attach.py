@@ -49,6 +49,7 @@ from torch._dynamo.testing import CompileCounter
 from gen_accel import (
     Dense,
     Neighborhood,
+    Piecewise,
     Radial,
     Schedule,
     VideoShape,
@@ -1014,6 +1015,16 @@ def test_a_window_larger_than_the_video(model, window, message):
         with pytest.raises(ValueError, match=message):
             forward(model)
         forward(model, 7, 30, 30)
+
+
+@pytest.mark.parametrize("method", [Neighborhood((6, 3, 3)), Piecewise(tile=(6, 3, 3))], ids=str)
+def test_what_does_not_fit_is_refused_before_the_dense_steps(model, method):
+    with attach(model, method, schedule=Schedule(dense_steps=5)):
+        with pytest.raises(ValueError, match="is larger than the"):
+            forward(model)
+        forward(model, 7, 30, 30)
+    with attach(model, method, schedule=Schedule(dense_layers=LAYERS)):
+        forward(model)  # no layer is to run it
 
 
 class NoCall:

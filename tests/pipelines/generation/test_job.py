@@ -52,9 +52,11 @@ def test_the_request_is_what_a_video_depends_on(tmp_path):
     plain = request()
     assert json.loads(json.dumps(plain)) == plain
     assert request(kernel="reference", timed=True, loading=Loading(device="cpu")) == plain
+    assert request(dense_kernel="reference") == plain
     for fields in ({"method": Radial(decay_factor=0.5)}, {"loading": Loading(dtype="float16")}):
         assert request(**fields) != plain
     assert request(compare=True) != request(compare=True, timed=True)
+    assert request(compare=True) != request(compare=True, dense_kernel="reference")
 
 
 def test_a_lora_brings_its_method_weights_guidance_and_techniques(tmp_path):
@@ -99,6 +101,7 @@ def test_techniques_of_a_lora_hold_for_longer_video_alone(tmp_path, monkeypatch,
         ({}, {"techniques": ["riflexx"]}, "technique must be one of"),
         ({"trained_frames": 81}, {}, "trained_frames is for a technique"),
         ({"kernel": "flexx"}, {}, "flexx"),
+        ({"dense_kernel": "flexx"}, {}, "dense_kernel must be .*flexx"),
         ({"clip": Clip(seed=2**63 - 1)}, {"prompts": ["a", "b"]}, "seed must be from 0"),
         ({}, {"prompts": []}, "no prompts"),
         ({}, {"out": "a.avi"}, "avi"),

@@ -98,7 +98,7 @@ class TestGain:
     def test_operator_passes_the_checks_of_torch(self, qkv):
         prepared = prepare(PLANS["one pattern"]())
         slots = torch.randn(3, 1, 2, 128, 8).unbind()
-        arguments = *(x.requires_grad_() for x in slots), *prepared[2:], 0.3
+        arguments = *(x.requires_grad_() for x in slots), *prepared[2:], 0.3, True, False
         checks = "test_schema", "test_faketensor", "test_autograd_registration"
         operator = torch.ops.gen_accel.gather_attention.default
         torch.library.opcheck(operator, arguments, test_utils=checks)
@@ -447,6 +447,13 @@ def attended(plan: Plan) -> Tensor:
 
 
 class TestRotatingAnchors:
+    def test_a_rest_is_refused(self):
+        """It would bring back what is hidden."""
+        video = VideoShape(9, 4, 4)
+        plan = Radial(rest="means").plan(video)
+        with pytest.raises(ValueError, match=r"^rotating_anchors hides frames, which a rest"):
+            RotatingAnchors().adjusted(plan, video, 3, 0)
+
     def test_every_frame_is_an_anchor_once_in_an_interval(self):
         technique = RotatingAnchors(window=1, first=2, interval=4)
         turns = torch.stack([technique.anchors(11, 5, step) for step in range(4)])

@@ -1,0 +1,230 @@
+"""How tokens lie in blocks, for methods that choose key blocks by q and k."""
+
+import math
+from functools import lru_cache
+from itertools import product
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gen_accel.plan import Slots, raster_slots, slots_of, tile_slots
+from gen_accel.video import VideoShape
+
+Box = tuple[int, int, int]
+Tile = Literal["auto", "raster"] | Box
+
+
+class Always(NamedTuple):
+    """What is exact by itself, beside text.
+
+    Args:
+        band: key blocks so near to the query block, in the order of slots, 0 for its own alone.
+            None: none.
+        sink: the first frames, or (first token, tokens), whose keys all queries see.
+        sink_queries: they see all, too.
+    """
+
+    band: int | None = None
+    sink: int | tuple[int, int] = 0
+    sink_queries: bool = False
+
+
+NOTHING = Always()
+
+
+class Layout(NamedTuple):
+    """What the grid decides.
+
+    Args:
+        ranked: the numbers of the key blocks that scores are for, those with the video's tokens
+            alone.
+        is_first: they are the first ones, 0 to their count.
+        always: (Kq, Kk) bool, what is exact by itself: text sees and is seen by all.
+        entries: how many pairs of blocks that is.
+        video_rows: query blocks that choose, those without text.
+        rows: (Kq,) bool, those of them that hold a token.
+        held_rows: how many.
+        occupied: (Kk,) bool, key blocks that hold a token.
+        has_empty: not all do.
+    """
+
+    slots: Slots
+    ranked: Tensor
+    is_first: bool
+    always: Tensor
+    entries: int
+    video_rows: int
+    rows: Tensor
+    held_rows: int
+    occupied: Tensor
+    has_empty: bool
+
+    def of_ranked(self, x: Tensor, dim: int) -> Tensor:
+        """What `x` holds for the key blocks that are ranked, along `dim`."""
+        if self.is_first:
+            return x.narrow(dim, 0, len(self.ranked))
+        return x.index_select(dim, self.ranked)
+
+    def numbers(self, places: Tensor) -> Tensor:
+        """The numbers of key blocks that lie at `places` among those ranked."""
+        return places if self.is_first else self.ranked[places]
+
+    def add(self, keep: Tensor, more: Tensor) -> None:
+        """Keep `more`, (B, H, Kq, R) bool of the ranked blocks, in `keep`, (B, H, Kq, Kk)."""
+        if self.is_first:
+            keep[..., : len(self.ranked)] |= more
+        else:
+            keep.index_copy_(-1, self.ranked, keep.index_select(-1, self.ranked) | more)
+
+    def count(self, share: float) -> int:
+        """How many of the ranked key blocks are `share` of them, at least one."""
+        blocks = len(self.ranked)
+        return min(max(1, int(share * blocks)), blocks)
+
+
+def layout_of(
+    video: VideoShape,
+    device: torch.device,
+    block_q: int,
+    block_k: int,
+    tile: Tile = "auto",
+    always: Always = NOTHING,
+) -> Layout:
+    """Blocks that are boxes of the grid, or runs of tokens, text in blocks of its own.
+
+    Args:
+        block_q, block_k: slots in a query and in a key block.
+        tile: "auto", `even_tile`; "raster", runs of tokens, in which the last of the video and the
+            first of the text may share a block; or the box of the smaller block, which then holds
+            as many slots as the box, and the larger block as many times as many as before.
+
+    Raises:
+        ValueError: a box larger than the grid, or a sink beyond the last token.
+    """
+    return _layout(video, str(device), block_q, block_k, tile, always)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # made while sampling, it must serve training too
+def _layout(
+    video: VideoShape, device: str, block_q: int, block_k: int, tile: Tile, always: Always
+) -> Layout:
+    if tile == "raster":
+        slots = raster_slots(video, math.lcm(block_q, block_k))
+    else:
+        small = min(block_q, block_k)
+        in_a_row = max(block_q, block_k) // small
+        if tile == "auto":
+            tile = even_tile(video, small, in_a_row)
+        else:
+            check_tile(tile, video)
+        block_q, block_k = (block // small * math.prod(tile) for block in (block_q, block_k))
+        slots = tile_slots(video, (tile[0] * in_a_row, *tile[1:]))
+    laid = slots_of(slots.to(device), block_q, block_k)
+    text = laid.slots >= video.video_tokens
+    text_q, text_k = (text.view(-1, block).any(-1) for block in (block_q, block_k))
+    held_q, occupied = (laid.real.view(-1, block).any(-1) for block in (block_q, block_k))
+    ranked = (occupied & ~text_k).nonzero()[:, 0]
+    is_first = bool((ranked == torch.arange(len(ranked), device=ranked.device)).all())
+    kept = (text_k | text_q[:, None] | _kept(always, laid, video)) & occupied
+    rows = held_q & ~text_q
+    facts = int(kept.sum()), int((~text_q).sum()), rows, int(rows.sum())
+    return Layout(laid, ranked, is_first, kept, *facts, occupied, not bool(occupied.all()))
+
+
+def check_blocks(block_q: int, block_k: int, tile: Tile) -> None:
+    """Raise ValueError for sizes that do not go together, or what is no box."""
+    for name, size in (("block_q", block_q), ("block_k", block_k)):
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a whole number from 1 on, got {size!r}")
+    large, small = max(block_q, block_k), min(block_q, block_k)
+    if tile != "raster" and large % small:
+        raise ValueError(
+            "in tiles one of block_q and block_k must be a multiple of the other, got "
+            f"{block_q} and {block_k}; or lay tokens in 'raster' order"
+        )
+    if tile not in ("auto", "raster") and not (
+        isinstance(tile, tuple)
+        and len(tile) == 3
+        and all(isinstance(side, int) and side >= 1 for side in tile)
+    ):
+        raise ValueError(
+            f"tile must be 'auto', 'raster' or positive (frames, rows, columns), got {tile!r}"
+        )
+
+
+def check_always(always: Always) -> None:
+    """Raise ValueError for a band or a sink that is none."""
+    band, sink, sink_queries = always
+    if band is not None and (not isinstance(band, int) or band < 0):
+        raise ValueError(f"band must be None or key blocks from 0 on, got {band!r}")
+    if isinstance(sink, int):
+        if sink < 0:
+            raise ValueError(f"sink must count frames from 0 on, got {sink}")
+    elif not (
+        isinstance(sink, tuple)
+        and len(sink) == 2
+        and all(isinstance(number, int) for number in sink)
+        and sink[0] >= 0
+        and sink[1] >= 1
+    ):
+        raise ValueError(f"sink must be frames, or (first token, tokens), got {sink!r}")
+    if sink_queries and sink == 0:
+        raise ValueError("sink_queries is for a sink, got sink=0")
+
+
+def check_tile(tile: Box, video: VideoShape) -> None:
+    """Raise ValueError for a box larger than the grid."""
+    if any(side > size for side, size in zip(tile, video.grid, strict=True)):
+        raise ValueError(
+            f"tile {tile} is larger than the grid {video.grid} of the video; each is frames, rows "
+            "and columns in tokens"
+        )
+
+
+def _kept(always: Always, laid: Slots, video: VideoShape) -> Tensor:
+    """(Kq, Kk) bool, or what broadcasts."""
+    device, blocks = laid.slots.device, (laid.block_q, laid.block_k)
+    first, tokens = _sink(always, video)
+    in_sink = (laid.slots >= first) & (laid.slots < first + tokens)
+    sink_q, sink_k = (in_sink.view(-1, block).any(-1) for block in blocks)
+    kept = sink_k | sink_q[:, None] if always.sink_queries else sink_k[None]
+    if always.band is None:
+        return kept
+    Kq, Kk = (len(laid.slots) // block for block in blocks)
+    query, key = (torch.arange(count, device=device) for count in (Kq, Kk))
+    low = query * laid.block_q // laid.block_k - always.band
+    high = ((query + 1) * laid.block_q - 1) // laid.block_k + always.band
+    return kept | (low[:, None] <= key) & (key <= high[:, None])
+
+
+def _sink(always: Always, video: VideoShape) -> tuple[int, int]:
+    """First token and number of tokens."""
+    if isinstance(always.sink, int):
+        first, tokens = 0, min(always.sink, video.frames) * video.height * video.width
+    else:
+        first, tokens = always.sink
+    if first + tokens > video.tokens:
+        raise ValueError(
+            f"sink must lie within the {video.tokens} tokens of {video}, got {always.sink}"
+        )
+    return first, tokens
+
+
+def even_tile(video: VideoShape, tokens: int, in_a_row: int = 1) -> Box:
+    """The box of so many tokens, of which so many in a row along the frames pad the grid least,
+    and then the most even.
+
+    Where no box of so many tokens fits into a small grid, one that sticks out of it.
+    """
+    divisors = [n for n in range(1, tokens + 1) if tokens % n == 0]
+
+    def badness(box: Box) -> tuple[float, float]:
+        sides = (box[0] * in_a_row, *box[1:])
+        both = zip(video.grid, sides, strict=True)
+        padded = math.prod(-(-size // side) * side for size, side in both)
+        return padded, max(box) / min(box)
+
+    sides = product(divisors, divisors, divisors)
+    return min((box for box in sides if math.prod(box) == tokens), key=badness)

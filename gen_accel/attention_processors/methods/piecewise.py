@@ -1,0 +1,307 @@
+"""Piecewise attention: exact where it matters most, and the rest pooled in the same softmax.
+
+References:
+    Li et al., "PISA: Piecewise Sparse Attention Is Wiser for Efficient Diffusion Transformers",
+    2026, https://arxiv.org/abs/2602.01077; public code xie-lab-ml/piecewise-sparse-attention at
+    8604494 (MIT).
+    "Sol-Attn", 2026, https://arxiv.org/abs/2607.24027; public kernels of NVlabs/Sana, branch
+    sol-engine at 44b9354 (Apache-2.0).
+    The golden cases hold the answers of both. The rest around mean queries and the score by all
+    keys are our own.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gen_accel.attention_processors.methods.blocks import (
+    Always,
+    Box,
+    Layout,
+    Tile,
+    check_always,
+    check_blocks,
+    layout_of,
+)
+from gen_accel.attention_processors.methods.budget import Budget, By, check_budget, chosen
+from gen_accel.attention_processors.methods.pooled import (
+    Around,
+    Pool,
+    centre_of_call,
+    rest_of,
+)
+from gen_accel.attention_processors.methods.scores import Deviation, Score, Scores
+from gen_accel.attention_processors.methods.stand_in import smooth_qk
+from gen_accel.kernels.runner import name_of, scale_of, scale_or_default
+from gen_accel.plan import Plan, Rest, RestOrder, plan_of_call
+from gen_accel.values import check_choices
+from gen_accel.video import VideoShape
+
+Select = Literal["topk", "threshold"]
+
+# Of Sol-Attn's code, added to the variance of scores: 1e-6 of their base-2 logarithms.
+FLOOR = 1e-6 * math.log(2) ** 2
+
+
+@dataclass(frozen=True)
+class Piecewise:
+    """Exact attention to the blocks that score best, and to all others by pooled keys and values.
+
+    Query and key blocks are compact boxes of the video. A query block keeps the key blocks that
+    score best. Each of the others takes part in the same softmax as one key with one value: see
+    `gen_accel.plan.Rest`. Text blocks are kept by all, and text queries keep all.
+
+    Score of key block j for the mean query m_i of a query block, at the scale s of the model:
+        "spread": ln sum_t exp(s m_i . k_t) over the tokens t of the block.
+        "mean": s m_i . k_j with the mean key k_j.
+        "norm": that and ln ||sum_t (k_t - k_j)^T v_t||, PISA's `use_bias`.
+
+    Selection:
+        "topk": the best, as many as `budget` says.
+        "threshold": the scores above mean + tau sigma of the query block's scores over the video's
+            key blocks, Sol-Attn's rule. sigma is their own ("exact"), or that of s m_i . k_j with
+            the channels of the mean keys taken as uncorrelated ("diag").
+
+    PISA is `Piecewise(density, centre="key", order="first", score="mean", tile="raster")`, and
+    Sol-Attn `Piecewise(select="threshold", centre="key", score="mean", band=1, tile="raster")`.
+
+    Unlike PISA: text, batches with texts of several lengths, any head dim and dtype, gradients;
+    means are fp32. Unlike Sol-Attn: means and variances are fp32 and over the video's blocks
+    alone, of which a text, whose keys are outliers, would move every threshold; text queries see
+    all.
+
+    Args:
+        critical: share of the key blocks that are exact under "topk", in (0, 1]; at least one is.
+        budget: what shares them: each query block has as many ("row"), or the fewest that hold
+            `mass` of its attention by the scores ("mass"), or a head has the best of all its pairs
+            of blocks, and each query block one ("head").
+        mass: share of a mean query's attention that budget="mass" keeps, in (0, 1].
+        alike: blocks whose tokens have a mean cosine of at most this, of keys after their mean is
+            taken off, are exact for all: no mean stands for them. None: none are.
+        select, score: see above.
+        tau: standard deviations above the mean; finite. About 0.2 of the blocks lie above 1.
+        tau_end: tau of the last sparse step, to which it goes in equal steps. None: no change.
+        threshold: see above.
+        band: key blocks so near to the query block, in the order of slots, are exact: 0 for its
+            own alone, 1 for the neighbours too. None: by their scores.
+        sink: the first frames, or (first token, tokens), whose keys are exact for all queries.
+        sink_queries: the queries of the sink keep all, too.
+        rest: None drops what is not kept.
+        centre: what it is pooled around: the mean "query" of each query block, or the mean "key".
+            "auto" is "query", but on GPUs, where the budget says how much is kept ("row" or
+            "head", without `alike`), what `gen_accel.kernels.rest_cost.centre_of` says of the
+            size of the call and the density. For training name one: a file of a LoRA that was
+            trained on a GPU keeps "auto".
+        order: "first" adds PISA's slope, for centre="key".
+        tile: the box of the smaller block as (frames, rows, columns); blocks then hold as many
+            tokens as it. "auto": of all boxes of as many tokens as the smaller block, the one that
+            pads the grid least, and then the most even. "raster": blocks are runs of tokens.
+        block_q, block_k: tokens in a query and in a key block.
+    """
+
+    critical: float = 0.1
+    select: Select = "topk"
+    tau: float = 1.0
+    tau_end: float | None = None
+    threshold: Deviation = "diag"
+    band: int | None = None
+    sink: int | tuple[int, int] = 0
+    sink_queries: bool = False
+    score: Score = "spread"
+    rest: Pool | None = "means"
+    centre: Around = "query"
+    order: RestOrder = "zeroth"
+    tile: Tile = "auto"
+    block_q: int = 64
+    block_k: int = 64
+    budget: By = "row"
+    mass: float | None = None
+    alike: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choices(
+            self, select=Select, threshold=Deviation, score=Score, centre=Around, budget=By
+        )
+        for name in ("tile", "sink"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.centre == "auto" and self.order == "first":
+            raise ValueError("order='first' is for centre='key', got centre='auto'")
+        rest_of(self.rest, "query" if self.centre == "auto" else self.centre, self.order)
+        check_budget(self._budget, Piecewise.critical)
+        for name in ("tau", "tau_end"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
+        check_always(self._always)
+        check_blocks(self.block_q, self.block_k, self.tile)
+        ignored = {
+            "threshold": ("critical", "budget", "alike"),
+            "topk": ("tau", "tau_end", "threshold"),
+        }
+        for name in ignored[self.select]:
+            if getattr(self, name) != getattr(Piecewise, name):
+                other = "topk" if self.select == "threshold" else "threshold"
+                raise ValueError(
+                    f"{name} is for select={other!r}, got {name}={getattr(self, name)!r} and "
+                    f"select={self.select!r}"
+                )
+
+    @property
+    def tile_tokens(self) -> int:
+        """The least of a box that `gen_accel.calibrate` may choose; 0 where the tile is given."""
+        return min(self.block_q, self.block_k) if self.tile == "auto" else 0
+
+    def tiled(self, tile: Box) -> "Piecewise":
+        """The same method with blocks of this box."""
+        return replace(self, tile=tile)
+
+    @property
+    def least_grid(self) -> Box:
+        """The tile, which must fit into the grid; one token where it is not given."""
+        return self.tile if isinstance(self.tile, tuple) else (1, 1, 1)
+
+    def for_device(self, device: torch.device) -> "Piecewise":
+        """With the centre that it takes on a device, where every call takes the same."""
+        if self.centre != "auto" or device.type == "cuda":
+            return self
+        return replace(self, centre="query")
+
+    @property
+    def at(self) -> Callable[[float], "Piecewise"] | None:
+        """(progress) -> the method of a step, by how far the sparse steps have come, from 0 to 1;
+        None where no step differs, so that nobody need know which it is."""
+        return None if self.tau_end is None else self._at
+
+    def _at(self, progress: float) -> "Piecewise":
+        assert self.tau_end is not None
+        tau = self.tau + (self.tau_end - self.tau) * progress
+        return replace(self, tau=tau, tau_end=None)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
+    ) -> Tensor:
+        layout = self.layout(video, q.device)
+        plan = self._chosen(q, k, v, layout, scale_of(kernel, q), name_of(kernel))
+        return kernel(q, k, v, plan)
+
+    def layout(self, video: VideoShape, device: torch.device) -> Layout:
+        return layout_of(video, device, self.block_q, self.block_k, self.tile, self._always)
+
+    @property
+    def _budget(self) -> Budget:
+        return Budget(self.critical, self.budget, self.mass, self.alike)
+
+    @property
+    def _always(self) -> Always:
+        return Always(self.band, self.sink, self.sink_queries)
+
+    def plan_for(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None = None,
+        *,
+        video: VideoShape,
+        kernel: str = "auto",
+        scale: float | None = None,
+    ) -> Plan:
+        """What q and k, (B, H, N, D), keep. No gradient, no wait for the device.
+
+        Args:
+            v: for score="norm", which looks at values too.
+            scale: of their products; 1 / sqrt(D) without.
+        """
+        scale = scale_or_default(scale, q)
+        return self._chosen(q, k, v, self.layout(video, q.device), scale, kernel)
+
+    def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
+        """What smooth random q and k keep, for pictures and estimates."""
+        return _example(self, video).to(torch.device(device))
+
+    def block_mask(self, video: VideoShape) -> Tensor:
+        """(Kq, Kk) bool, the exact blocks as in `plan`."""
+        return self.plan(video).keep[0, 0]
+
+    def density(self, video: VideoShape) -> float:
+        """Share of token pairs that are exact, in [0, 1]; 1 - density is the sparsity."""
+        return self.plan(video).density
+
+    @torch.no_grad()
+    def thresholds(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        video: VideoShape,
+        kernel: str = "auto",
+        scale: float | None = None,
+    ) -> Tensor:
+        """What the scores of kept blocks exceed under "threshold", (B, H, Kq) fp32."""
+        scale = scale_or_default(scale, q)
+        with torch.autocast(q.device.type, enabled=False):
+            by = self._scores(q, k, None, self.layout(video, q.device), scale, kernel)
+            cuts = [self._cut(by, by.of(some), some) for some in by.groups()]
+            return torch.cat(cuts, 1)[..., 0] + by.left_off()
+
+    @torch.no_grad()
+    def _chosen(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        layout: Layout,
+        scale: float,
+        kernel: str,
+    ) -> Plan:
+        with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
+            by = self._scores(q, k, v, layout, scale, kernel)
+            if self.select == "topk":
+                keep, _, entries = chosen(by, q, self._budget)
+            else:
+                keep, entries = self._above(by), None
+        rest = self._rest(q, layout, entries)
+        return plan_of_call(layout.slots, keep, entries=entries, rest=rest)
+
+    def _rest(self, q: Tensor, layout: Layout, entries: int | None) -> Rest | None:
+        if self.rest is None:
+            return None
+        centre = centre_of_call(self.centre, q, layout.slots, entries)
+        return rest_of(self.rest, centre, self.order)
+
+    def _above(self, by: Scores) -> Tensor:
+        """(B, H, Kq, Kk) bool, what is kept by itself and what scores above the threshold."""
+        keep = by.layout.always.expand(*by.shape[:2], -1, -1).clone()
+        for some in by.groups():
+            scores = by.of(some)
+            by.layout.add(keep[:, some], scores > self._cut(by, scores, some))
+            del scores  # before those of the next heads are made
+        return keep
+
+    def _scores(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        layout: Layout,
+        scale: float,
+        kernel: str,
+    ) -> Scores:
+        return Scores(q, k, layout, v=v, kind=self.score, scale=scale, kernel=kernel)
+
+    def _cut(self, by: Scores, scores: Tensor, some: slice) -> Tensor:
+        """(B, h, Kq, 1), of scores as `by` gives them."""
+        variance = by.variance(scores, some, self.threshold)
+        return scores.mean(-1, keepdim=True) + self.tau * (variance + FLOOR).sqrt()
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _example(method: Piecewise, video: VideoShape) -> Plan:
+    q, k = smooth_qk(video)
+    return method.plan_for(q, k, k, video=video)

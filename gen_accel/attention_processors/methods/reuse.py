@@ -1,0 +1,311 @@
+"""Reuse: what the last dense step knew, for the steps that follow.
+
+References:
+    The pattern of a dense step: Wang et al., "SparseD: Sparse Attention for Diffusion Language
+    Models", 2025, https://arxiv.org/abs/2509.24014; public code INV-WZQ/SparseD at 52155b4, whose
+    patterns the golden cases hold. Kin: TidalDecode, https://arxiv.org/abs/2410.05076.
+    The residual: Yuan et al., "DiTFastAttn: Attention Compression for Diffusion Transformer
+    Models", 2024, https://arxiv.org/abs/2406.08552; public code thu-nics/DiTFastAttn at 91bfbae
+    (MIT), whose outputs the golden cases hold.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from gen_accel.attention_processors.methods.piecewise import Piecewise
+from gen_accel.kernels.mass import block_mass, heaviest
+from gen_accel.kernels.runner import scale_of
+from gen_accel.method import (
+    Method,
+    check_method,
+    layer_method,
+    method_at,
+    on_device,
+    parts_of,
+    tiled,
+    within,
+)
+from gen_accel.plan import Plan, Route
+from gen_accel.video import VideoShape
+
+Guidance = Literal["own", "shared"]
+Residual = bool | Literal["cpu"]
+
+WRAPPED = Piecewise()
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """Attention over the blocks that were heaviest in the last dense step, and what they lacked.
+
+        keep = in each row as many blocks as `method` chooses, with the greatest mass of
+               softmax(q k^T) in the dense step; text is kept, and so is the rest of `method`,
+               whose band and sink count like all other blocks
+        O    = O_s + (O_dense - O_s of the dense step), with a residual
+
+    It learns in the last step that the schedule keeps dense at the start, in the first step where
+    there is none, and after each `every` steps in one that is dense for it. From then on the plan
+    is static. A method whose plan does not depend on q and k keeps its own, and uses the residual
+    alone. Of `SparseLinear` it takes the choice of blocks; a linear branch has no place beside it.
+
+    The steps that it learns in run the model's own attention; in graphs of torch.compile, a kernel
+    with all blocks.
+
+    Without a memory, as in `gen_accel.attention` and where a gradient is asked for, the heaviest
+    blocks are those of the call itself, and there is no residual.
+
+    Unlike SparseD: the scale is that of the model, and not 1 / sqrt(heads); rows of scores are
+    made in parts; the pattern belongs to a run, a layer and a branch of guidance. Unlike
+    DiTFastAttn: both branches of guidance have a residual of their own, and steps are given and
+    not searched for.
+
+    Args:
+        method: what is reused: any, but one that is dense, keeps a memory itself or looks at
+            values to choose (`Piecewise` with score="norm").
+        every: steps after which a dense one refreshes what is known; 0: none does.
+        residual: whether what the sparse output lacked is kept and added, in the model's dtype;
+            "cpu": in the memory of the host, from which each sparse call fetches it. It ages:
+            where a run has few steps, neighbours differ too much for one that is held long.
+        guidance: whether each call of a step learns its own pattern, or takes that of the first
+            ("shared"), as the branches of guidance come one after the other. Residuals, and the
+            samples of a batch, are always apart.
+        layers: blocks that have a residual, by number; None: all. The others keep the pattern.
+    """
+
+    method: Method = WRAPPED
+    every: int = 0
+    residual: Residual = True
+    guidance: Guidance = "own"
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
+        inner = parts_of(self.method)
+        if inner.is_dense or inner.memory is not None:
+            raise ValueError(f"method must be sparse and without a memory, got {self.method!r}")
+        if isinstance(self.method, Piecewise) and self.method.score == "norm":
+            raise ValueError(
+                "method must choose by q and k alone, got score='norm', which ranks by values: "
+                "use score='spread', as blocks are ranked by their mass in any case"
+            )
+        if not isinstance(self.every, int) or self.every < 0:
+            raise ValueError(f"every must be a number of steps from 0 on, got {self.every!r}")
+        if not isinstance(self.residual, bool) and self.residual != "cpu":
+            raise ValueError(f"residual must be True, False or 'cpu', got {self.residual!r}")
+        if self.guidance not in get_args(Guidance):
+            raise ValueError(f"guidance must be 'own' or 'shared', got {self.guidance!r}")
+        if isinstance(self.layers, list | range):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        if self.layers is not None and not (
+            isinstance(self.layers, tuple)
+            and all(isinstance(layer, int) and layer >= 0 for layer in self.layers)
+        ):
+            raise ValueError(f"layers must be numbers of blocks from 0 on, got {self.layers!r}")
+        if inner.plan_for is None and not self.residual:
+            raise ValueError(
+                f"the plan of {self.method!r} never changes, so that without a residual there is "
+                "nothing to reuse: attach the method itself, or use residual=True"
+            )
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        video: VideoShape,
+        kernel: Callable,
+        memory: "Learned | None" = None,
+    ) -> Tensor:
+        if memory is None:
+            plan = self.pattern(q, k, video, scale_of(kernel, q), lasts=False)
+            return self.sparse(q, k, v, plan, video, kernel)
+        out = self.sparse(q, k, v, memory.plan, video, kernel)
+        if memory.residual is None:
+            return out
+        return out + memory.residual.to(out.device, out.dtype, non_blocking=True)
+
+    def memory(self) -> "Learned":
+        """An empty memory."""
+        return Learned(self)
+
+    def sparse(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan | None,
+        video: VideoShape,
+        kernel: Callable,
+    ) -> Tensor:
+        """(B, H, N, D) by the pattern, or by the method where there is none."""
+        if plan is None:
+            return self.method(q, k, v, video=video, kernel=kernel)
+        return kernel(q, k, v, plan)
+
+    @torch.no_grad()
+    def pattern(
+        self, q: Tensor, k: Tensor, video: VideoShape, scale: float, *, lasts: bool = True
+    ) -> Plan | None:
+        """The heaviest blocks of q and k; None where the method's plan never changes.
+
+        Args:
+            lasts: the plan is for the steps to come, and not for this call alone.
+        """
+        chooses = parts_of(self.method).plan_for
+        if chooses is None:
+            return None
+        chosen = chooses(q, k, video=video)
+        mass = block_mass(q, k, chosen, scale=scale)
+        text = chosen.slots >= video.video_tokens
+        text_q, text_k = (text.view(-1, b).any(-1) for b in (chosen.block_q, chosen.block_k))
+        occupied = chosen.real.view(-1, chosen.block_k).any(-1)
+        always = (text_k | text_q[:, None]) & occupied
+        mass = mass.masked_fill_(~occupied, -1.0)
+        keep = heaviest(mass, _counts(chosen, occupied), always)
+        return chosen.keeping(keep, dynamic=not lasts)
+
+    # What the wrapped method is, this is too.
+
+    @property
+    def plan_for(self) -> Callable[..., Plan] | None:
+        """(q, k, *, video) -> the heaviest blocks of q and k at the scale 1 / sqrt(D)."""
+        return None if parts_of(self.method).plan_for is None else self._plan_for
+
+    def _plan_for(self, q: Tensor, k: Tensor, *, video: VideoShape) -> Plan:
+        plan = self.pattern(q, k, video, q.shape[-1] ** -0.5, lasts=False)
+        assert plan is not None
+        return plan
+
+    @property
+    def plan(self) -> Any:
+        """The plan of the method, which keeps as many pairs."""
+        return parts_of(self.method).plan
+
+    @property
+    def density(self) -> Any:
+        return parts_of(self.method).density
+
+    @property
+    def block_mask(self) -> Any:
+        return parts_of(self.method).block_mask
+
+    @property
+    def thins_by_time(self) -> bool:
+        return parts_of(self.method).thins_by_time
+
+    @property
+    def needs_all_heads(self) -> str:
+        return parts_of(self.method).needs_all_heads
+
+    @property
+    def least_grid(self) -> tuple[int, int, int]:
+        return parts_of(self.method).least_grid
+
+    @property
+    def tile_tokens(self) -> int:
+        return parts_of(self.method).tile_tokens
+
+    @property
+    def tiled(self) -> Callable[[tuple[int, int, int]], "Reuse"] | None:
+        """(tile) -> itself around the method with blocks of that box; None where that has none."""
+        return None if parts_of(self.method).tiled is None else self._tiled
+
+    def _tiled(self, tile: tuple[int, int, int]) -> "Reuse":
+        return replace(self, method=tiled(self.method, tile))
+
+    @property
+    def at(self) -> Callable[[float], "Reuse"] | None:
+        """(progress) -> itself around what the method is at a step; None where that is one."""
+        return None if parts_of(self.method).at is None else self._at
+
+    def _at(self, progress: float) -> "Reuse":
+        return replace(self, method=method_at(self.method, progress))
+
+    def for_layer(self, layer: int) -> Any:
+        own = replace(self, method=layer_method(self.method, layer), layers=None)
+        if self.layers is None or layer in self.layers:
+            return own
+        if parts_of(own.method).plan_for is None:
+            return own.method
+        return replace(own, residual=False)
+
+    def for_device(self, device: torch.device) -> "Reuse":
+        return replace(self, method=on_device(self.method, device))
+
+    def within(self, video: VideoShape, whole: VideoShape) -> "Reuse":
+        inner = within(self.method, video, whole)
+        return self if inner == self.method else replace(self, method=inner)
+
+
+class Learned:
+    """What one call of a layer learned in a dense step; see `gen_accel.method.Memory`.
+
+    Attributes:
+        plan: the pattern; None where the method's never changes.
+        residual: (B, H, N, D), what the sparse output lacked; None where none is kept.
+    """
+
+    def __init__(self, reuse: Reuse) -> None:
+        self.reuse, self.every = reuse, reuse.every
+        self.plan: Plan | None = None
+        self.residual: Tensor | None = None
+
+    @property
+    def for_less(self) -> str:
+        elsewhere = "residual='cpu', " if self.reuse.residual is True else ""
+        return f"use {elsewhere}residual in some layers= alone, or residual=False"
+
+    @property
+    def refuses_training(self) -> str:
+        if not self.reuse.residual:
+            return ""
+        return "a residual of an earlier step has no gradient: use residual=False"
+
+    @torch.no_grad()
+    def learn(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dense: Tensor,
+        *,
+        video: VideoShape,
+        kernel: Callable,
+        first: "Learned | None",
+    ) -> None:
+        reuse = self.reuse
+        if reuse.guidance == "shared" and first is not None:
+            self.plan = first.plan
+        else:
+            self.plan = reuse.pattern(q, k, video, scale_of(kernel, q))
+        if not reuse.residual:
+            return
+        # By the kernel and in the dtype of the steps to come, so that its rounding cancels too.
+        lacking = dense - reuse.sparse(q, k, v, self.plan, video, kernel)
+        self.residual = lacking.cpu() if reuse.residual == "cpu" else lacking
+
+    def size(self, shape: tuple[int, int, int, int], itemsize: int) -> int:
+        return prod(shape) * itemsize if self.reuse.residual is True else 0
+
+    def host_size(self, shape: tuple[int, int, int, int], itemsize: int) -> int:
+        return prod(shape) * itemsize if self.reuse.residual == "cpu" else 0
+
+
+def _counts(chosen: Plan, occupied: Tensor) -> Tensor:
+    """(B or 1, H or 1, Kq) int64: how many key blocks each query block keeps; with a route, the
+    mean of its queries, rounded."""
+    if not isinstance(chosen.partial, Route):
+        return (chosen.keep & occupied).sum(-1)
+    picks, groups = chosen.partial.picks, chosen.partial.group
+    sizes = torch.zeros(picks.shape[-1], device=picks.device)
+    sizes.index_add_(0, groups, occupied.to(sizes))
+    real = chosen.real.view(-1, chosen.block_q).to(sizes)
+    seen = (picks.to(sizes) @ sizes).unflatten(2, (-1, chosen.block_q))
+    mean = (seen * real).sum(-1) / real.sum(-1).clamp_min(1)
+    return mean.round().long()

@@ -1,0 +1,211 @@
+"""The rest of a plan, added to attention over what it keeps, in C++: see rest.cpp. And what the
+blocks of such a plan are chosen by: see spread.cpp."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gen_accel.kernels.native import build, multiplies_bf16
+from gen_accel.kernels.native.arguments import Pointers, RestArgs, SpreadArgs
+from gen_accel.plan import Plan, Slots
+
+
+def added(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`kernels.rest.added`: the zeroth order, merged into `out` and `lse`.
+
+    Returns:
+        (B, H, N, D), rounded to q's dtype where no slope comes on top; and (B, H, N) fp32.
+    """
+    assert plan.rest is not None
+    slots = None if plan.is_raster else plan.slots
+    blocks = plan.block_q, plan.block_k
+    how = plan.rest.centre == "query", plan.rest.order == "first"
+    return _added(out.float(), lse.float(), q, k, v, slots, plan.keep, *blocks, *how, scale)
+
+
+@torch.library.custom_op("gen_accel::native_rest", mutates_args=())
+def _added(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor | None,
+    keep: Tensor,
+    block_q: int,
+    block_k: int,
+    around_queries: bool,
+    wide: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(B, H, N, D), fp32 where `wide`, else in q's dtype, and (B, H, N) fp32."""
+    joint = q.new_empty(q.shape, dtype=torch.float32 if wide else q.dtype)
+    total = q.new_empty(q.shape[:3], dtype=torch.float32)
+    call = _call(out, lse, q, k, v, slots, keep, block_q, block_k, around_queries, wide, scale)
+    call.filled(o=joint, total=total)
+    _run("gen_accel_rest_forward", call, q.dtype)
+    return joint, total
+
+
+@_added.register_fake
+def _(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor | None,
+    keep: Tensor,
+    block_q: int,
+    block_k: int,
+    around_queries: bool,
+    wide: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    joint = q.new_empty(q.shape, dtype=torch.float32 if wide else q.dtype)
+    return joint, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("gen_accel::native_rest_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    of_total: Tensor,
+    joint: Tensor,
+    total: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor | None,
+    keep: Tensor,
+    block_q: int,
+    block_k: int,
+    around_queries: bool,
+    wide: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of out, lse, q, k and v from those of the two results."""
+    grads = [x.new_empty(x.shape) for x in (out, lse, q, k, v)]
+    call = _call(out, lse, q, k, v, slots, keep, block_q, block_k, around_queries, wide, scale)
+    call.strided(grad=grad.to(q.dtype))
+    call.whole(of_total=of_total, o=joint, total=total)
+    call.filled(**dict(zip(("dout", "dlse", "dq", "dk", "dv"), grads, strict=True)))
+    _run("gen_accel_rest_backward", call, q.dtype)
+    dout, dlse, dq, dk, dv = grads
+    return dout, dlse, dq, dk, dv
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    of_total: Tensor,
+    joint: Tensor,
+    total: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor | None,
+    keep: Tensor,
+    block_q: int,
+    block_k: int,
+    around_queries: bool,
+    wide: bool,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    kinds = torch.contiguous_format
+    return tuple(torch.empty_like(x, memory_format=kinds) for x in (out, lse, q, k, v))
+
+
+def _call(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor | None,
+    keep: Tensor,
+    block_q: int,
+    block_k: int,
+    around_queries: bool,
+    wide: bool,
+    scale: float,
+) -> Pointers:
+    B, H, N, D = q.shape
+    PB, PH, Kq, _ = keep.shape
+    _check(out, lse, q, k, v)
+    args = RestArgs(B=B, H=H, N=N, D=D, S=Kq * block_q, block_q=block_q, block_k=block_k)
+    args.PB, args.PH, args.scale = PB, PH, scale
+    args.around_queries, args.wide = around_queries, wide
+    call = Pointers(args)
+    call.strided(q=q, k=k, v=v)
+    call.whole(out=out, lse=lse, slots=slots, keep=keep)
+    return call
+
+
+def _check(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """The library reads memory by the sizes of q."""
+    if not q.shape == k.shape == v.shape == out.shape or lse.shape != q.shape[:3]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (out, lse, q, k, v))
+        raise ValueError(f"out, lse, q, k and v must be of the same tokens, got {shapes}")
+
+
+def _run(name: str, call: Pointers, dtype: torch.dtype) -> None:
+    build.run(name, call.args, build.DTYPES[dtype], int(multiplies_bf16()))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.block_q, ctx.block_k, ctx.around_queries, ctx.wide, ctx.scale = inputs
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _differentiate(ctx: Any, grad: Tensor, of_total: Tensor) -> tuple[Any, ...]:
+    sizes = ctx.block_q, ctx.block_k, ctx.around_queries, ctx.wide, ctx.scale
+    grads = _backward(grad, of_total, *ctx.saved_tensors, *sizes)
+    return *grads, None, None, None, None, None, None, None
+
+
+_added.register_autograd(_differentiate, setup_context=_save)
+
+
+def spread(query_means: Tensor, k: Tensor, slots: Slots, *, scale: float) -> Tensor:
+    """`kernels.spread.block_spread`."""
+    order = None if slots.is_raster else slots.slots
+    return _spread(query_means, k, order, len(slots.slots), slots.block_k, scale)
+
+
+@torch.library.custom_op("gen_accel::native_spread", mutates_args=())
+def _spread(
+    query_means: Tensor, k: Tensor, slots: Tensor | None, count: int, block: int, scale: float
+) -> Tensor:
+    """(B, H, Kq, count / block) fp32."""
+    B, H, Kq, D = query_means.shape
+    if k.shape[:2] != (B, H) or k.shape[3] != D:
+        raise ValueError(
+            f"query means and k must be of the same heads, got {tuple(query_means.shape)} and "
+            f"{tuple(k.shape)}"
+        )
+    tokens = count if slots is None else int(slots.max()) + 1
+    if k.shape[2] != tokens:
+        raise ValueError(f"k must have the {tokens} tokens of the slots, got {k.shape[2]}")
+    out = k.new_empty(B, H, Kq, count // block, dtype=torch.float32)
+    call = Pointers(SpreadArgs(B=B, H=H, D=D, S=count, Kq=Kq, block=block))
+    call.args.scale = scale
+    call.whole(means=query_means.float(), slots=slots)
+    call.strided(k=k)
+    call.filled(out=out)
+    build.run("gen_accel_spread", call.args, build.DTYPES[k.dtype])
+    return out
+
+
+@_spread.register_fake
+def _(
+    query_means: Tensor, k: Tensor, slots: Tensor | None, count: int, block: int, scale: float
+) -> Tensor:
+    B, H, Kq, _ = query_means.shape
+    return k.new_empty(B, H, Kq, count // block, dtype=torch.float32)

@@ -1,0 +1,165 @@
+"""What the rest of a plan costs on a device, by a model of products and bytes, and which centre it
+had better be pooled around.
+
+A kernel takes the longest of its products, its bytes from memory and those through the last cache,
+and a moment to start. With N tokens and D numbers a head, Kq query and Kk key blocks:
+
+    kept          4 density N N D products; K and V once from memory, once a query block from cache
+    around keys   4 N Kk D products; K and V once, the output of the kept keys read and written
+    around queries  the same, and 6 Kq N D for pooling, whose 2 Kq Kk D numbers are written to the
+                  cache and read again, in chunks of as many pairs as it holds
+
+Nothing here is measured: rates are from the makers' data sheets, times what attention reaches of
+them. A device without a row is taken by its products alone.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from gen_accel.kernels.triton import configs
+from gen_accel.plan import Centre
+
+MULTIPLY_ADD = 2  # operations
+ROWS = 64  # mean queries that pool a key block together
+
+
+class Card(NamedTuple):
+    """Operations a second of attention in 16 bits; bytes a second from and to memory and the last
+    cache; and seconds until a further kernel runs."""
+
+    flops: float
+    memory: float = math.inf
+    cache: float = math.inf
+    start: float = 0.0
+
+
+# Half of the products and four fifths of the bytes that are on paper; of caches what others
+# measured of the same generation, to a factor of 1.5 or so.
+CARDS = {
+    "sm_80": Card(156e12, 0.8 * 1.56e12, 4.0e12, 3e-6),
+    "sm_90": Card(495e12, 0.8 * 3.35e12, 5.5e12, 3e-6),
+    "sm_100": Card(1125e12, 0.8 * 8.0e12, 10e12, 3e-6),
+    "sm_120": Card(82e12, 0.8 * 1.01e12, 4.0e12, 3e-6),
+    "gfx942": Card(650e12, 0.8 * 5.3e12, 10e12, 5e-6),
+}
+UNKNOWN = Card(1e12)  # of which ratios alone are asked
+
+# How many times the density a plan with mean keys needs to come as near to dense attention as one
+# with mean queries: in PSNR of whole clips of the demo model, four prompts, blocks of 128 queries.
+# At density 0.1 between 1.2 and 1.4, at 0.2 more than 2.
+WORTH = 1.3
+
+
+class Problem(NamedTuple):
+    """One call: heads of all samples, tokens, numbers of a head, slots of a block, bytes of a
+    number."""
+
+    heads: int
+    tokens: int
+    dim: int
+    block_q: int = 128
+    block_k: int = 64
+    size: int = 2
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Kq and Kk."""
+        return -(-self.tokens // self.block_q), -(-self.tokens // self.block_k)
+
+    @property
+    def one(self) -> int:
+        """Bytes of one of q, k and v."""
+        return self.heads * self.tokens * self.dim * self.size
+
+
+class Work(NamedTuple):
+    """Of one kernel, or of all chunks of it: operations, bytes from and to memory, bytes through
+    the cache, launches."""
+
+    flops: float
+    memory: float
+    cache: float
+    launches: int = 1
+
+
+def kept(problem: Problem, density: float) -> list[Work]:
+    heads, N, D = problem[:3]
+    flops = 2 * MULTIPLY_ADD * density * heads * N * N * D
+    return [Work(flops, 4 * problem.one, 2 * problem.blocks[0] * density * problem.one)]
+
+
+def around_keys(problem: Problem) -> list[Work]:
+    """The means of k, those of v, and the columns."""
+    means = Work(0, problem.one, problem.one)
+    return [means, means, _columns(problem, 2 * problem.one * _share(problem))]
+
+
+def around_queries(problem: Problem, cached: int) -> list[Work]:
+    """The means of q; pooling; the columns.
+
+    Args:
+        cached: bytes of pooled keys and values in a chunk.
+    """
+    heads, N, D = problem[:3]
+    Kq, _ = problem.blocks
+    pairs = pooled_bytes(problem)
+    chunks = max(1, math.ceil(pairs / cached))
+    flops = 3 * MULTIPLY_ADD * heads * Kq * N * D
+    reads = 2 * problem.one * math.ceil(Kq / ROWS)
+    pool = Work(flops, 2 * problem.one, reads + pairs, chunks)
+    means = Work(0, problem.one, problem.one)
+    return [means, pool, _columns(problem, pairs)._replace(launches=chunks)]
+
+
+def pooled_bytes(problem: Problem) -> int:
+    """Of the keys and values of all pairs, which are never there at once."""
+    Kq, Kk = problem.blocks
+    return 2 * problem.heads * Kq * Kk * problem.dim * problem.size
+
+
+def _share(problem: Problem) -> float:
+    """Of the tokens, how many mean keys there are, which each query block reads."""
+    return problem.blocks[0] / problem.block_k
+
+
+def _columns(problem: Problem, cache: float) -> Work:
+    heads, N, D = problem[:3]
+    flops = 2 * MULTIPLY_ADD * heads * N * problem.blocks[1] * D
+    # q, and the output before and after in fp32
+    return Work(flops, problem.one + 2 * problem.one * 4 / problem.size, cache)
+
+
+def seconds(works: list[Work], card: Card) -> float:
+    return sum(
+        max(work.flops / card.flops, work.memory / card.memory, work.cache / card.cache)
+        + work.launches * card.start
+        for work in works
+    )
+
+
+def dearer(problem: Problem, arch: str) -> float:
+    """Seconds that pooling around mean queries takes longer than around mean keys.
+
+    Args:
+        arch: a row of CARDS, or another name where none is known.
+    """
+    card, cached = CARDS.get(arch, UNKNOWN), configs.CACHED.get(arch, 1 << 40)
+    both = around_queries(problem, cached), around_keys(problem)
+    queries, keys = (seconds(works, card) for works in both)
+    return queries - keys
+
+
+def even_density(problem: Problem, arch: str) -> float:
+    """From which density on mean queries are the faster way to one quality: where what they cost
+    more is what mean keys would need in kept keys, `WORTH - 1` times as many again."""
+    card = CARDS.get(arch, UNKNOWN)
+    of_one = seconds(kept(problem, 1.0), card._replace(start=0.0))
+    return dearer(problem, arch) / ((WORTH - 1) * of_one)
+
+
+def centre_of(problem: Problem, density: float, device: torch.device) -> Centre:
+    """What `centre="auto"` takes, for a plan of this density, in (0, 1]."""
+    arch = configs.architecture(device)
+    return "query" if density >= even_density(problem, arch) else "key"

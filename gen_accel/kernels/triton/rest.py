@@ -1,0 +1,232 @@
+"""The rest of a plan: what it does not keep, pooled, in the softmax of what it keeps.
+
+`added` is `gen_accel.kernels.rest.added` for both centres. Around mean keys there is one set of
+columns for a head. Around mean queries there is one for each pair of a head and a query block,
+more than the size of q together; pairs are taken in chunks whose pooled keys and values stay in
+the cache, `configs.CACHED`: one kernel writes them, and the next one reads them. The backward pass
+makes them again. No atomics: each sum is added to by one program, in a fixed order.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from gen_accel.kernels.triton import configs
+from gen_accel.kernels.triton import rest_launches as launches
+from gen_accel.kernels.triton.launch import launch, rowwise
+from gen_accel.kernels.triton.rest_pooling import spread_kernel
+from gen_accel.plan import Plan, Slots
+
+HELD = 1 << 30  # bytes of sums that the backward pass holds at once; at least those of one head
+
+
+def added(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The zeroth order of the rest, merged into attention over the kept keys.
+
+    Args:
+        out, lse: (B, H, N, D) and (B, H, N) fp32 of the kept keys.
+
+    Returns:
+        The same of kept keys and rest, in fp32, differentiable in all five tensors. A row that
+        nothing is left out of comes back bit for bit.
+    """
+    assert plan.rest is not None
+    keep = plan.keep.expand(*q.shape[:2], -1, -1)
+    around_queries = plan.rest.centre == "query"
+    given = keep, plan.slots_int32, *plan.held, plan.block_q, plan.block_k, around_queries, scale
+    return torch.ops.gen_accel.triton_rest(out, lse, q, k, v, *given)
+
+
+@torch.library.custom_op("gen_accel::triton_rest", mutates_args=())
+def rest(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    slots: Tensor,
+    held_q: Tensor,
+    held_k: Tensor,
+    block_q: int,
+    block_k: int,
+    around_queries: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The output, (B, H, N, D) fp32 laid out like `out`, and the logsumexp, (B, H, N) fp32.
+
+    Args:
+        keep: (B, H, Kq, Kk) bool.
+        slots: (S,) int32, the token of each slot, -1 for padding.
+        held_q, held_k: (Kq, 2) and (Kk, 2) fp32, tokens and slots of each block.
+    """
+    call = _call(q, k, v, keep, slots, held_q, held_k, block_q, block_k, scale)
+    out, lse = rowwise(out), lse.contiguous()
+    joint = torch.empty_like(out, dtype=torch.float32)
+    total = torch.empty_like(lse)
+    if not around_queries:
+        chunk, pooled = launches.around_keys(call)
+        launches.forward(call, chunk, pooled, out, lse, joint, total)
+        return joint, total
+    means = launches.means_of(call.q, call, call.block_q)
+    pooled = launches.room(call)
+    for chunk in launches.chunks(call):
+        launches.pool(call, chunk, means, pooled)
+        launches.forward(call, chunk, pooled, out, lse, joint, total)
+    return joint, total
+
+
+@rest.register_fake
+def _(out: Tensor, lse: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(rowwise(out), dtype=torch.float32), lse.new_empty(lse.shape)
+
+
+@torch.library.custom_op("gen_accel::triton_rest_backward", mutates_args=())
+def rest_backward(
+    grad: Tensor,
+    grad_total: Tensor,
+    joint: Tensor,
+    total: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    slots: Tensor,
+    held_q: Tensor,
+    held_k: Tensor,
+    block_q: int,
+    block_k: int,
+    around_queries: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of out, lse, q, k and v."""
+    call = _call(q, k, v, keep, slots, held_q, held_k, block_q, block_k, scale)
+    grad = rowwise(grad.to(q.dtype))
+    dout, dlse, delta = launches.shares(grad, grad_total, joint, total, rowwise(out), lse)
+    dq, dk, dv = (torch.empty_like(x) for x in (call.q, call.k, call.v))
+    if not around_queries:
+        chunk, pooled = launches.around_keys(call)
+        launches.dq_of(call, chunk, pooled, grad, None, dq, total, delta)
+        launches.dkdv_of(call, pooled, grad, dk, dv, total, delta)
+        return dout, dlse, dq, dk, dv
+    for some in _heads(call):
+        given = (x[:, some] for x in (grad, dq, total, delta))
+        sums = _backward(call.of_heads(some), *given)
+        dk[:, some], dv[:, some] = sums
+    return dout, dlse, dq, dk, dv
+
+
+@rest_backward.register_fake
+def _(
+    grad: Tensor,
+    grad_total: Tensor,
+    joint: Tensor,
+    total: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *given: Any,
+) -> tuple[Tensor, ...]:
+    dout, *grads = (torch.empty_like(rowwise(x)) for x in (out, q, k, v))
+    return dout, lse.new_empty(lse.shape), *grads
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.block_q, ctx.block_k, ctx.around_queries, ctx.scale = inputs
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _differentiate(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Any, ...]:
+    numbers = ctx.block_q, ctx.block_k, ctx.around_queries, ctx.scale
+    grads = rest_backward(grad, grad_total, *ctx.saved_tensors, *numbers)
+    return *grads, *[None] * 8
+
+
+rest.register_autograd(_differentiate, setup_context=_save)
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *given: Any) -> launches.Call:
+    return launches.Call(rowwise(q), rowwise(k), rowwise(v), keep.view(torch.uint8), *given)
+
+
+def _heads(call: launches.Call) -> Iterator[slice]:
+    """Heads whose sums of gradients fit into HELD, some at a time."""
+    B, H, N, D = call.q.shape
+    some = max(1, HELD // (8 * B * N * D))
+    return (slice(first, first + some) for first in range(0, H, some))
+
+
+def _backward(
+    call: launches.Call, grad: Tensor, dq: Tensor, total: Tensor, delta: Tensor
+) -> Tensor:
+    """Write dq, and return the gradients of k and v, (2, B, H, N, D) fp32."""
+    total, delta = total.contiguous(), delta.contiguous()
+    means = launches.means_of(call.q, call, call.block_q)
+    pooled, grads = launches.room(call), launches.room(call)
+    parts = launches.parts_of_means(call)
+    sums = torch.zeros(2, *call.q.shape, dtype=torch.float32, device=call.q.device)
+    for chunk in launches.chunks(call):
+        launches.pool(call, chunk, means, pooled)
+        launches.dpooled_of(call, chunk, means, pooled, grads, grad, total, delta)
+        launches.pool_backward(call, chunk, means, pooled, grads, parts, sums)
+        dmeans = parts[: chunk.pairs].sum(1, dtype=torch.float32)
+        launches.dq_of(call, chunk, pooled, grad, dmeans, dq, total, delta)
+    return sums
+
+
+def spread(query_means: Tensor, k: Tensor, slots: Slots | Plan, *, scale: float) -> Tensor:
+    """(B, H, Kq, Kk) fp32, without a gradient: ln sum_t exp(scale q_i . k_t) over the tokens t of
+    each key block, -inf where it holds none.
+
+    Args:
+        query_means: (B, H, Kq, D) fp32, of blocks of `slots.block_q`.
+        k: (B, H, N, D).
+    """
+    given = slots.slots_int32, slots.block_k, scale
+    return torch.ops.gen_accel.triton_spread(query_means, k, *given)
+
+
+@torch.library.custom_op("gen_accel::triton_spread", mutates_args=())
+def _spread(query_means: Tensor, k: Tensor, slots: Tensor, block_k: int, scale: float) -> Tensor:
+    k, query_means = rowwise(k), query_means.float().contiguous()
+    B, H, Kq, D = query_means.shape
+    Kk = slots.numel() // block_k
+    made = query_means.new_empty(B, H, Kq, Kk)
+    arch = configs.architecture(k.device)
+    config = configs.pool(arch, "spread", D, k.dtype, block_k)
+    size = configs.tile(Kq, config.tile_m)
+    groups, blocks = triton.cdiv(Kq, size), configs.POOL_BLOCKS
+    launch(
+        spread_kernel,
+        (groups * triton.cdiv(Kk, blocks), B * H),
+        k,
+        *(query_means, k, made, slots),
+        *k.stride()[:3],
+        *(groups, H, Kq, Kk),
+        scale / math.log(2),
+        D=D,
+        BLOCK_D=configs.padded_dim(D),
+        BLOCK_K=block_k,
+        GROUP=size,
+        TILE_N=config.tile_n,
+        BLOCKS=blocks,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return made
+
+
+@_spread.register_fake
+def _(query_means: Tensor, k: Tensor, slots: Tensor, block_k: int, scale: float) -> Tensor:
+    shape = *query_means.shape[:3], slots.numel() // block_k
+    return query_means.new_empty(shape, dtype=torch.float32)

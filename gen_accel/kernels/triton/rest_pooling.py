@@ -1,0 +1,242 @@
+"""Key blocks pooled around the mean queries of query blocks; prefixes of names as in `tiles`.
+
+With a_s = scale qmean_i . k_s in powers of two, the scores of block j's tokens for the mean query
+of query block i, a pair (i, j) has l = log2 sum_s 2^a_s, weights p_s = 2^(a_s - l), a key sum p k
+and a value sum p v. A program takes the mean queries of a group of query blocks as the rows of one
+product. Its bias for a query q_t, which sees 2^(l + scale (q_t - qmean_i) . key), is what does not
+depend on t: l - scale qmean_i . key. It is -inf where query block i keeps j.
+"""
+
+# Kernels are a language of their own, which a checker of Python misreads.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportPossiblyUnboundVariable=false
+
+import triton
+import triton.language as tl
+
+from gen_accel.kernels.triton.rest_columns import SIZES
+from gen_accel.kernels.triton.tiles import LN2, dot, load_rows, own_tile, store_rows
+
+
+@triton.jit
+def _renewed(b_s, b_max, b_sum):
+    """Weights of a further tile of scores, and the sums of all, by the new largest one."""
+    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+    b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)
+    b_p = tl.exp2(b_s - b_shift[:, None])
+    b_decay = tl.exp2(b_max - b_shift)
+    return b_p, b_decay, b_sum * b_decay + tl.sum(b_p, 1), b_new
+
+
+@triton.jit
+def _total(b_max, b_sum):
+    return tl.where(
+        b_sum == 0.0, -float("inf"), b_max + tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum))
+    )
+
+
+@triton.jit(do_not_specialize=SIZES)
+def pool_kernel(
+    means,
+    k,
+    v,
+    pooled_k,
+    pooled_v,
+    bias,
+    spreads,
+    keep,
+    slots,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    keep_b,
+    keep_h,
+    keep_r,
+    keep_c,
+    first,
+    groups,
+    H,
+    R,
+    C,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE_N: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Pool BLOCKS key blocks for one group of query blocks: their keys, values, biases and l."""
+    TILES: tl.constexpr = (BLOCK_K + TILE_N - 1) // TILE_N
+    i_group = first + tl.program_id(1)
+    i_head = (i_group // groups).to(tl.int64)
+    i_b, i_h = i_head // H, i_head % H
+    o_i = i_group % groups * GROUP + tl.arange(0, GROUP)
+    o_i = tl.where(o_i < R, o_i, -1)
+    b_mean = load_rows(means + i_head * R * D, D, o_i, D, BLOCK_D, True)
+    o_p = tl.program_id(1).to(tl.int64) * GROUP + tl.arange(0, GROUP)  # the rows of the pairs
+    o_in = tl.where(o_i >= 0, o_p, -1)
+    k += i_b * stride_kb + i_h * stride_kh
+    v += i_b * stride_vb + i_h * stride_vh
+    keep += i_b * keep_b + i_h * keep_h + o_i * keep_r
+    i_first = tl.program_id(0) * BLOCKS
+    for i_c in range(i_first, tl.minimum(i_first + BLOCKS, C)):
+        b_key = tl.zeros([GROUP, BLOCK_D], tl.float32)
+        b_value = tl.zeros([GROUP, BLOCK_D], tl.float32)
+        b_own = tl.zeros([GROUP], tl.float32)
+        b_sum = tl.zeros([GROUP], tl.float32)
+        b_max = tl.full([GROUP], -float("inf"), tl.float32)
+        for i_tile in range(TILES):
+            _, o_t = own_tile(slots, i_c, i_tile, BLOCK_K, TILE_N)
+            b_k = load_rows(k, stride_kn, o_t, D, BLOCK_D, True)
+            b_v = load_rows(v, stride_vn, o_t, D, BLOCK_D, True)
+            # [GROUP, TILE_N]
+            b_s = dot(b_mean, tl.trans(b_k)) * scale
+            b_s = tl.where((o_t >= 0)[None, :], b_s, -float("inf"))
+            b_p, b_decay, b_sum, b_max = _renewed(b_s, b_max, b_sum)
+            # scale qmean . key is the mean of the scores by the weights
+            b_s = tl.where((o_t >= 0)[None, :], b_s, 0.0)
+            b_own = b_own * b_decay + tl.sum(b_p * b_s, 1)
+            b_p = b_p.to(b_v.dtype)
+            b_key = dot(b_p, b_k, b_key * b_decay[:, None])
+            b_value = dot(b_p, b_v, b_value * b_decay[:, None])
+        b_safe = tl.where(b_sum == 0.0, 1.0, b_sum)
+        store_rows(pooled_k + i_c * D, C * D, o_in, b_key / b_safe[:, None], D, BLOCK_D)
+        store_rows(pooled_v + i_c * D, C * D, o_in, b_value / b_safe[:, None], D, BLOCK_D)
+        b_l = _total(b_max, b_sum)
+        tl.store(spreads + o_p * C + i_c, b_l, mask=o_i >= 0)
+        b_kept = tl.load(keep + i_c * keep_c, mask=o_i >= 0, other=1)
+        b_bias = tl.where(b_kept != 0, -float("inf"), b_l - b_own / b_safe)
+        tl.store(bias + o_p * C + i_c, b_bias, mask=o_i >= 0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def pool_backward_kernel(
+    means,
+    k,
+    v,
+    pooled_dk,
+    pooled_dv,
+    dbias,
+    shifts,
+    spreads,
+    dk_sums,
+    dv_sums,
+    dmean_parts,
+    slots,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    first,
+    last,
+    groups,
+    H,
+    N,
+    R,
+    C,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+):
+    """Add to the gradients of a tile of keys and values what groups `first` to `last` of one head
+    give, and write for each of these pairs its part of the gradient of the mean query."""
+    TILES: tl.constexpr = (BLOCK_K + TILE_N - 1) // TILE_N
+    i_part = tl.program_id(0)
+    i_c, i_tile = i_part // TILES, i_part % TILES
+    i_head = (first // groups + tl.program_id(1)).to(tl.int64)
+    i_b, i_h = i_head // H, i_head % H
+    means += i_head * R * D
+    _, o_t = own_tile(slots, i_c, i_tile, BLOCK_K, TILE_N)
+    b_k = load_rows(k + i_b * stride_kb + i_h * stride_kh, stride_kn, o_t, D, BLOCK_D, True)
+    b_v = load_rows(v + i_b * stride_vb + i_h * stride_vh, stride_vn, o_t, D, BLOCK_D, True)
+    b_dk = load_rows(dk_sums + i_head * N * D, D, o_t, D, BLOCK_D, True)
+    b_dv = load_rows(dv_sums + i_head * N * D, D, o_t, D, BLOCK_D, True)
+    pooled_dk += i_c * D
+    pooled_dv += i_c * D
+    dmean_parts += i_part * D
+    i_own = (first // groups + tl.program_id(1)) * groups  # the first group of the head
+    start = tl.maximum(first, i_own) * GROUP
+    stop = tl.minimum(last, i_own + groups) * GROUP
+    for i_row in range(start, stop, TILE_M):
+        o_i = i_row - i_own * GROUP + tl.arange(0, TILE_M)
+        o_p = (i_row - first * GROUP + tl.arange(0, TILE_M)).to(tl.int64)
+        o_in = tl.where(o_i < R, o_p, -1)
+        b_mean = load_rows(means, D, tl.where(o_i < R, o_i, -1), D, BLOCK_D, True)
+        b_dkey = load_rows(pooled_dk, C * D, o_in, D, BLOCK_D, True)
+        b_dvalue = load_rows(pooled_dv, C * D, o_in, D, BLOCK_D, True)
+        p_pair = o_p * C + i_c
+        b_l = tl.load(spreads + p_pair, mask=o_i < R, other=float("inf"))
+        b_shift = tl.load(shifts + p_pair, mask=o_i < R, other=0.0)
+        b_dl = tl.load(dbias + p_pair, mask=o_i < R, other=0.0)
+        # [TILE_N, TILE_M]
+        b_s = dot(b_k, tl.trans(b_mean)) * scale
+        b_p = tl.where((o_t >= 0)[:, None], tl.exp2(b_s - b_l[None, :]), 0.0)
+        b_x = dot(b_v, tl.trans(b_dvalue), dot(b_k, tl.trans(b_dkey)))
+        b_x = b_p * (b_x - b_shift[None, :])
+        b_da = ((b_x + b_p * b_dl[None, :]) * (scale * LN2)).to(b_mean.dtype)
+        b_x = (b_x * (scale * LN2)).to(b_k.dtype)
+        b_p = b_p.to(b_k.dtype)
+        b_dv = dot(b_p, b_dvalue, b_dv)
+        b_dk = dot(b_p, b_dkey, b_dk)
+        b_dk = dot(b_da, b_mean, b_dk)
+        # The keys' mean, which l gives, and which the bias takes from it, are the same.
+        store_rows(dmean_parts, C * TILES * D, o_in, dot(tl.trans(b_x), b_k), D, BLOCK_D)
+    store_rows(dk_sums + i_head * N * D, D, o_t, b_dk, D, BLOCK_D)
+    store_rows(dv_sums + i_head * N * D, D, o_t, b_dv, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def spread_kernel(
+    wide_means,
+    k,
+    spreads,
+    slots,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    groups,
+    H,
+    R,
+    C,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE_N: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Write ln sum_s exp(a_s) of BLOCKS key blocks and one group of mean queries, in fp32: of 16
+    bits they are taken in two parts, the second what the first leaves."""
+    TILES: tl.constexpr = (BLOCK_K + TILE_N - 1) // TILE_N
+    i_head = tl.program_id(1).to(tl.int64)
+    k += i_head // H * stride_kb + i_head % H * stride_kh
+    o_i = tl.program_id(0) % groups * GROUP + tl.arange(0, GROUP)
+    o_in = tl.where(o_i < R, o_i, -1)
+    b_wide = load_rows(wide_means + i_head * R * D, D, o_in, D, BLOCK_D, True)
+    b_mean = b_wide.to(k.dtype.element_ty)
+    b_more = (b_wide - b_mean.to(tl.float32)).to(k.dtype.element_ty)
+    spreads += i_head * R * C + o_i.to(tl.int64) * C
+    i_first = tl.program_id(0) // groups * BLOCKS
+    for i_c in range(i_first, tl.minimum(i_first + BLOCKS, C)):
+        b_sum = tl.zeros([GROUP], tl.float32)
+        b_max = tl.full([GROUP], -float("inf"), tl.float32)
+        for i_tile in range(TILES):
+            _, o_t = own_tile(slots, i_c, i_tile, BLOCK_K, TILE_N)
+            b_k = load_rows(k, stride_kn, o_t, D, BLOCK_D, True)
+            b_s = dot(b_mean, tl.trans(b_k))
+            if k.dtype.element_ty != tl.float32:
+                b_s = dot(b_more, tl.trans(b_k), b_s)
+            b_s = tl.where((o_t >= 0)[None, :], b_s * scale, -float("inf"))
+            _, _, b_sum, b_max = _renewed(b_s, b_max, b_sum)
+        tl.store(spreads + i_c, _total(b_max, b_sum) * LN2, mask=o_i < R)

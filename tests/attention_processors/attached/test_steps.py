@@ -1,0 +1,152 @@
+"""Methods that are told how far a run is: their part `at`."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from support.methods import RADIAL
+from support.wan import GRID, LAYERS, forward, generate, pipeline, transformer
+
+from gen_accel import Neighborhood, Schedule, VideoShape, attach
+from gen_accel.method import method_at
+
+pytestmark = [pytest.mark.usefixtures("one_thread")]
+asked = []
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """Windows that lose two rows and columns over a run."""
+
+    window: int = 5
+
+    def __call__(self, q, k, v, *, video, kernel):
+        return kernel(q, k, v, self.plan(video, q.device))
+
+    def plan(self, video, device):
+        return Neighborhood((-1, self.window, self.window)).plan(video, device)
+
+    def at(self, progress):
+        asked.append(progress)
+        return replace(self, window=self.window - round(2 * progress))
+
+    def density(self, video):
+        return self.plan(video, "cpu").density
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    method_at.cache_clear()
+    asked.clear()
+
+
+def densities(handle):
+    """By step; all layers of a step have the same."""
+    found = {}
+    for (_, step), record in handle.records.items():
+        if record.why_dense is None:
+            found.setdefault(step, set()).add(round(record.density, 6))
+    assert all(len(some) == 1 for some in found.values())
+    return {step: some.pop() for step, some in sorted(found.items())}
+
+
+def expected(*windows):
+    return [round(Narrowing(window).density(VideoShape(*GRID)), 6) for window in windows]
+
+
+def test_progress_runs_over_the_sparse_steps():
+    assert [Schedule().progress(i, 5) for i in range(5)] == [0, 0.25, 0.5, 0.75, 1]
+    some = Schedule(dense_start=0.2, dense_end=0.2, dense_steps=2)
+    assert [some.progress(i, 5) for i in range(5)] == [0, 0, 0, 1, 1]
+    assert Schedule(dense_layers=3).progress(1, 3) == 0.5
+    assert [Schedule().progress(i, None) for i in range(3)] == [0, 0, 0]
+    assert Schedule().progress(0, 1) == Schedule(dense_steps=4).progress(3, 4) == 0
+
+
+def test_each_step_runs_its_own():
+    """Guidance makes two calls of a step, and each layer one: they ask once."""
+    pipe = pipeline()
+    with attach(pipe, Narrowing(), schedule=Schedule(dense_steps=1), kernel="gather") as handle:
+        generate(pipe, 4)
+        assert [*densities(handle).values()] == expected(5, 4, 3)
+        assert asked == [0.0, 0.5, 1.0]
+        assert handle.summary().method == Narrowing()
+        generate(pipe, 3)
+        assert [*densities(handle).values()] == expected(5, 3)
+    assert asked == [0.0, 0.5, 1.0]
+
+
+def test_an_answer_is_that_of_the_method_of_the_step():
+    model = transformer()
+    with attach(model, Narrowing(4), kernel="gather"):
+        wanted = forward(model)
+    with attach(model, Narrowing(5), kernel="gather") as handle:
+        first = forward(model)
+        handle.passing.progress = 0.5
+        assert torch.equal(forward(model), wanted)
+    assert not torch.equal(first, wanted)
+
+
+def test_without_a_pipeline_nobody_knows_how_many_steps_there_are():
+    model = transformer()
+    with attach(model, Narrowing(), kernel="gather") as handle, torch.no_grad():
+        for time in (900.0, 500.0, 100.0):
+            forward(model, time=time)
+        assert len({*densities(handle).values()}) == 1
+    assert asked == [0.0]
+
+
+def test_gradient_checkpointing_comes_back_to_the_step():
+    model = transformer()
+    with attach(model, Narrowing(), kernel="gather") as handle:
+        out = forward(model)
+        handle.passing.progress = 1.0
+        out.sum().backward()
+        assert handle.passing.progress == 0.0
+
+
+@pytest.mark.slow
+def test_graphs_see_it_when_they_run():
+    """No step has a graph of its own."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    pipe, counter = pipeline(), CompileCounter()
+    with attach(pipe, Narrowing(), kernel="gather") as handle:
+        exact = generate(pipe, 3)
+        pipe.transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
+        torch.testing.assert_close(generate(pipe, 3), exact, rtol=1e-3, atol=1e-4)
+        assert [*densities(handle).values()] == expected(5, 4, 3)
+    assert counter.frame_count <= LAYERS
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_a_model_that_is_one_graph_says_that_steps_cannot_be_told():
+    torch._dynamo.reset()
+    pipe = pipeline()
+    with attach(pipe, Narrowing(), kernel="gather"):
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager", fullgraph=True)
+        words = "a method that follows them, needs fullgraph=False"
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=words):
+            generate(pipe, 2)
+    torch._dynamo.reset()
+
+
+def test_a_method_without_it_is_itself():
+    assert method_at(RADIAL, 0.5) is RADIAL
+    assert method_at(Narrowing(), 1.0) == Narrowing(3)
+
+
+def test_what_it_returns_must_be_a_method():
+    @dataclass(frozen=True)
+    class Wrong(Narrowing):
+        def at(self, progress):
+            return progress
+
+    pipe = pipeline()
+    with (
+        attach(pipe, Wrong(), kernel="gather"),
+        pytest.raises(ValueError, match=r"method must be an instance such as Radial\(\), got 0.0"),
+    ):
+        generate(pipe, 2)

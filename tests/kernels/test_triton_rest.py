@@ -1,0 +1,218 @@
+"""Our Triton kernels for the rest of a plan, held to the reference; interpreted on the CPU."""
+
+import pytest
+import torch
+from support.checks import assert_no_worse
+from support.launches import Launches, record
+from support.products import NIGHTLY
+from support.triton_plans import differentiated, inputs, odd_plan, routed_plan
+
+from gen_accel.kernels import reference
+from gen_accel.kernels import rest as dispatch
+from gen_accel.kernels import triton as package
+from gen_accel.kernels.triton import configs, packing, rest, rest_launches
+from gen_accel.plan import Plan, Rest
+
+pytestmark = pytest.mark.usefixtures("poison", "untuned")
+
+CENTRES = ("key", "query")
+
+
+def plan_of(centre, device, batch=1, heads=1, block_q=16, block_k=16, slots=64, padding=0):
+    """Tokens out of order, `padding` slots of the last block and all of the first one empty. The
+    first query blocks keep all, the last ones nothing."""
+    g = torch.Generator().manual_seed(0)
+    order = torch.full((slots,), -1)
+    first = block_k if padding else 0
+    order[first : slots - padding] = torch.randperm(slots - first - padding, generator=g)
+    keep = torch.rand(batch, heads, slots // block_q, slots // block_k, generator=g) < 0.4
+    keep[:, :, :2] = True
+    keep[:, :, -1] = False
+    return Plan(order, keep, block_q, block_k, rest=Rest(centre)).to(device)
+
+
+# Blocks that their tiles divide; blocks of two tiles, a pattern for each head; short and odd ones.
+PLANS = {
+    "divide": {},
+    "two tiles": {"heads": 2, "block_q": 48, "block_k": 48, "slots": 144, "padding": 7},
+    "odd": {"block_q": 24, "block_k": 12, "slots": 72, "padding": 5},
+    "a batch": {"batch": 2, "block_q": 8, "block_k": 32, "padding": 3},
+}
+LOW = [("odd", "key", torch.float16, 24), ("divide", "query", torch.bfloat16, 24)]
+SOME = [("divide", "key", torch.float32, 16), ("odd", "query", torch.float32, 24), *LOW]
+EVERY = [(name, centre, torch.float32, 16) for name in PLANS for centre in CENTRES]
+EVERY += [
+    (name, centre, dtype, 40)
+    for name in PLANS
+    for centre in CENTRES
+    for dtype in (torch.bfloat16, torch.float16)
+]
+
+
+def by_triton(plan, scale=0.3):
+    def run(*leaves):
+        given = {"scale": scale, "kernel": "triton"}
+        return dispatch.attention(package.forward_lse, *leaves, plan, **given)
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "centre", "dtype", "dim"), SOME + (EVERY if NIGHTLY else []), ids=str
+)
+def test_outputs_and_gradients_match_reference(name, centre, dtype, dim, device):
+    plan = plan_of(centre, device, **PLANS[name])
+    tensors = inputs(plan, dtype, dim, heads=2)
+
+    def by_reference(*leaves):
+        return reference.forward_lse(*leaves, plan, scale=0.3)
+
+    exact = differentiated(by_reference, tensors, torch.float64, lse_weight=0.1)
+    low = differentiated(by_reference, tensors, dtype, lse_weight=0.1)
+    actual = differentiated(by_triton(plan), tensors, dtype, lse_weight=0.1)
+    assert actual[1].dtype == torch.float32
+    for results in (exact, low, actual):
+        # Pooled keys are rounded to q's dtype, and so the log-sum-exp is no better.
+        results[1] = results[1].to(torch.float64 if results is exact else dtype)
+    for result, *others in zip(actual, low, exact, strict=True):
+        assert_no_worse(result, *others)
+
+
+@pytest.mark.parametrize("centre", CENTRES)
+def test_rows_that_nothing_is_left_out_of_are_as_they_were(centre, device):
+    """Bit for bit, in both directions, as what came there has no gradient but its own."""
+    plan = plan_of(centre, device, heads=1, padding=4)
+    q, k, v = inputs(plan, torch.float32)
+    out, lse = (x.requires_grad_() for x in reference.forward_lse(q, k, v, plan.kept, scale=0.3))
+    joint, total = rest.added(out, lse, q, k, v, plan, scale=0.3)
+    whole = plan.slots[16:32]  # the first query block is padding
+    assert (whole >= 0).all()
+    assert torch.equal(joint[:, :, whole], out[:, :, whole])
+    assert torch.equal(total[:, :, whole], lse[:, :, whole])
+    others = plan.slots[32:][plan.slots[32:] >= 0]
+    assert (total[:, :, others] > lse[:, :, others]).all()
+    given = torch.randn(joint.shape).to(device), torch.randn(total.shape).to(device)
+    grads = torch.autograd.grad((joint, total), (out, lse), given)
+    for grad, wanted in zip(grads, given, strict=True):
+        assert torch.equal(grad[:, :, whole], wanted[:, :, whole])
+
+
+def test_a_plan_that_keeps_nothing_is_all_rest(device):
+    """And one of no keys at all gives zeros."""
+    plan = plan_of("key", device)
+    plan = Plan(plan.slots, torch.zeros_like(plan.keep), 16, 16, rest=plan.rest)
+    tensors = inputs(plan, torch.float32)
+    out, lse = by_triton(plan)(*tensors)
+    wanted, total = reference.forward_lse(*tensors, plan, scale=0.3)
+    torch.testing.assert_close((out, lse), (wanted, total))
+
+
+def test_chunks_and_heads_at_a_time_decide_nothing(device, monkeypatch):
+    """Four chunks of half a head, by the small cache of the interpreter; then in one, and in the
+    backward pass head by head."""
+    plan = plan_of("query", device, block_q=12, block_k=12, slots=36, padding=3)
+    tensors = inputs(plan, torch.float32, heads=2)
+    monkeypatch.setattr(rest_launches, "_group", lambda call: 2)  # of three query blocks
+    monkeypatch.setattr(configs, "CACHED", {"interpreted": 800})
+    launched = []
+    own = rest_launches.launch
+
+    def watched(kernel, *given, **sizes):
+        launched.append(kernel.__name__)
+        return own(kernel, *given, **sizes)
+
+    monkeypatch.setattr(rest_launches, "launch", watched)
+    some = differentiated(by_triton(plan), tensors, None, lse_weight=0.1)
+    assert launched.count("pool_kernel") == 4 + 4
+    launched.clear()
+    monkeypatch.setattr(configs, "CACHED", {"interpreted": 1 << 30})
+    monkeypatch.setattr(rest, "HELD", 1)
+    others = differentiated(by_triton(plan), tensors, None, lse_weight=0.1)
+    assert launched.count("pool_kernel") == 1 + 2
+    torch.testing.assert_close(some, others)
+
+
+@pytest.mark.parametrize("centre", CENTRES)
+def test_views_are_read_where_they_lie(centre, device):
+    """Of models, (B, N, H, D) with two axes swapped, and a pattern that all heads share."""
+    plan = plan_of(centre, device, block_q=32, block_k=16)
+    plain = inputs(plan, torch.float32, heads=2)
+    swapped = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain]
+    results = [
+        differentiated(by_triton(plan), tensors, None, lse_weight=0.1)
+        for tensors in (plain, swapped)
+    ]
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("centre", CENTRES)
+def test_nothing_waits_and_nothing_is_random(centre, device, monkeypatch):
+    plan = plan_of(centre, device, block_q=32, block_k=16)
+    plan.held, plan.tokens, plan.slots_int32, plan.is_raster  # noqa: B018  (made once)
+    tensors = [x.requires_grad_() for x in inputs(plan, torch.bfloat16, heads=2)]
+    out, lse = (
+        x.detach() for x in reference.forward_lse(*tensors, plan.kept, scale=0.3, wide=True)
+    )
+    counted = Launches()
+    record(monkeypatch, counted)
+    with counted:
+        joint, total = rest.added(out, lse, *tensors, plan, scale=0.3)
+        forward = counted.count
+        torch.autograd.grad(joint.sum() + total.sum(), tensors)
+    assert forward == {"key": 4, "query": 1 + 2 * 2}[centre], counted.done
+    assert counted.done["sums_kernel"] == {"key": 4, "query": 2}[centre]
+    assert counted.waits == []
+    assert counted.random == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_spread_is_the_log_sum_exp_of_mean_queries(dtype, device):
+    """In 16 bits, too, with what the mean query has beyond them."""
+    plan = plan_of("query", device, heads=1, block_q=24, block_k=12, slots=72, padding=5)
+    q, k, _ = inputs(plan, dtype, 24, heads=2)
+    means = q[:, :, :3].double() * 1.001
+    scores = (means @ k.double().mT * 0.3)[..., plan.slots.clamp_min(0)]
+    scores = scores.masked_fill(~plan.real, -torch.inf).unflatten(-1, (-1, 12))
+    made = rest.spread(means.float(), k, plan, scale=0.3)
+    assert made.dtype == torch.float32
+    assert (made[..., 0] == -torch.inf).all()
+    wanted = scores.logsumexp(-1)
+    error = (made[..., 1:].double() - wanted[..., 1:]).abs().max()
+    assert error < (1e-6 if dtype == torch.float32 else 3e-5)
+
+
+@pytest.mark.slow
+def test_the_operator_passes_the_checks_of_torch(device):
+    plan = plan_of("query", device, block_q=32, block_k=16)
+    tensors = [x.requires_grad_() for x in inputs(plan, torch.float32)]
+    out, lse = reference.forward_lse(*tensors, plan.kept, scale=0.3)
+    given = plan.keep, plan.slots_int32, *plan.held, 32, 16, True, 0.3
+    arguments = out.detach().requires_grad_(), lse.detach().requires_grad_(), *tensors, *given
+    checks = "test_schema", "test_faketensor", "test_autograd_registration"
+    operator = torch.ops.gen_accel.triton_rest.default
+    torch.library.opcheck(operator, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("way", ["gathered tokens", "packed", "gathered queries"])
+def test_wide_outputs_are_those_before_rounding(way, device, monkeypatch):
+    monkeypatch.setattr(packing, "pays", lambda *facts: way == "packed")
+    plan = odd_plan(device, 32, 32, 64)
+    if way == "gathered queries":
+        plan = routed_plan(device, 1, 1, 16, 16)
+        plan.leaves_out_picks = False
+    tensors = inputs(plan, torch.bfloat16)
+
+    def run(wide):
+        def both(*leaves):
+            return package.forward_lse(*leaves, plan, scale=0.3, wide=wide)
+
+        return differentiated(both, tensors, None, lse_weight=0.1)
+
+    (wide, *others), (out, *same) = run(True), run(False)
+    assert wide.dtype == torch.float32
+    torch.testing.assert_close(wide, out.float(), rtol=2**-7, atol=0.0)
+    assert not torch.equal(wide, out.float())
+    assert torch.equal(others[0], same[0])
+    for x, y in zip(others[1:], same[1:], strict=True):
+        torch.testing.assert_close(x, y, rtol=0.05, atol=0.02)

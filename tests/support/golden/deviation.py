@@ -1,0 +1,89 @@
+"""What a golden is, and how far a result may be from it."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from support.checks import budget, largest_error
+from torch import Tensor
+
+from gen_accel.kernels import native
+
+Arrays = Mapping[str, np.ndarray]
+
+# Those that run everywhere at once. FlexAttention would be compiled for every case.
+KERNELS = ("reference", "gather", *(["native"] if native.build.library() is not None else []))
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far one result is from what it has to be."""
+
+    what: str
+    error: float
+    budget: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.budget  # False for NaN
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.error:.2g} (budget {self.budget:.2g})"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of golden.
+
+    Args:
+        method: what the line printed for a file calls it.
+        keys: those every case has.
+        arrays: the names of the arrays of a case.
+        check: yields how far each result of one case deviates.
+    """
+
+    method: str
+    keys: frozenset[str]
+    arrays: Callable[[dict], Sequence[str]]
+    check: Callable[[dict, Arrays], Iterator[Deviation]]
+
+
+def by_id(*letters: str) -> Callable[[dict], Sequence[str]]:
+    """The names of arrays that are letters before the case's id."""
+    return lambda case: [f"{letter}{case['id']}" for letter in letters]
+
+
+def bits(packed: np.ndarray, shape: Sequence[int]) -> Tensor:
+    """The bool tensor of a shape that `numpy.packbits` packed."""
+    count = math.prod(shape)
+    if packed.shape != (-(-count // 8),):
+        raise ValueError(
+            f"{count} bits of {tuple(shape)} must be packed, got {packed.shape} bytes"
+        )
+    return torch.from_numpy(np.unpackbits(packed, count=count).astype(bool)).view(*shape)
+
+
+def wrong_blocks(keep: Tensor, want: Tensor) -> Deviation:
+    """Blocks of two masks that differ, of which none may."""
+    wrong = (keep.expand(want.shape) != want).sum().item()
+    return Deviation("wrong blocks", wrong, 0)
+
+
+def both_sides(
+    results: Mapping[str, Tensor], golden: Tensor, exact: Tensor, of: str = ""
+) -> Iterator[Deviation]:
+    """What each kernel and the golden err against `exact`, ours in fp64.
+
+    Both sides are held to it: ours may err twice as much as the golden, and the golden twice as
+    much as our fp32 reference, each with one spacing of floats to spare. So a golden that answers
+    another question fails, instead of setting itself a large budget.
+    """
+    for kernel, result in results.items():
+        yield _deviation(f"error of {kernel}{of}", result, golden, exact)
+    yield _deviation(f"error of the golden{of}", golden, results["reference"], exact)
+
+
+def _deviation(what: str, result: Tensor, other: Tensor, exact: Tensor) -> Deviation:
+    return Deviation(what, largest_error(result, exact), budget(other, exact))

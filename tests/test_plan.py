@@ -1,0 +1,70 @@
+"""What a plan counts and refuses."""
+
+import pytest
+import torch
+
+from gen_accel.kernels import reference
+from gen_accel.plan import Plan, Rest, Route
+
+S, BLOCK_Q, BLOCK_K = 96, 16, 8
+
+
+@pytest.fixture
+def keep():
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(2, 3, S // BLOCK_Q, S // BLOCK_K, generator=generator) < 0.3
+
+
+@pytest.mark.parametrize(("centre", "products"), [("key", 0), ("query", 3)])
+def test_the_rest_costs_pooled_keys_and_their_pooling(keep, centre, products):
+    plan = Plan(torch.arange(S), keep, BLOCK_Q, BLOCK_K, rest=Rest(centre))
+    left_out = int((~keep).sum())
+    # Two products of D a pair: each query with a pooled key and value, and what pools a block.
+    numbers = left_out * (2 * BLOCK_Q + products * BLOCK_K)
+    dense = 2 * S * S * 6
+    wanted = plan.kept.computed_density + numbers / dense
+    assert plan.computed_density == pytest.approx(wanted)
+    assert plan.density == pytest.approx(plan.kept.density)
+
+
+def test_kept_blocks_alone_are_the_plan_without_its_rest(keep):
+    plan = Plan(torch.arange(S), keep, BLOCK_Q, BLOCK_K, rest=Rest(), dynamic=True, entries=9)
+    assert plan.kept.rest is None
+    assert plan.kept is plan.kept
+    assert (plan.kept.dynamic, plan.kept.entries) == (True, 9)
+    q, k, v = torch.randn(3, 2, 3, S, 4)
+    bare = Plan(torch.arange(S), keep, BLOCK_Q, BLOCK_K)
+    answers = (reference.forward(q, k, v, one, scale=0.5) for one in (plan.kept, bare))
+    assert torch.equal(*answers)
+
+
+def test_a_rest_outlives_a_change_of_what_is_kept(keep):
+    plan = Plan(torch.arange(S), keep, BLOCK_Q, BLOCK_K, rest=Rest("key"))
+    assert plan.changed(keep=~keep).rest == Rest("key")
+    assert plan.to(torch.device("meta")).rest == Rest("key")
+
+
+def test_what_keeps_blocks_in_part_has_no_rest(keep):
+    picks = torch.ones(1, 1, S, S // BLOCK_K, dtype=torch.bool)
+    route = Route(picks, torch.arange(S // BLOCK_K), BLOCK_K)
+    with pytest.raises(ValueError, match=r"a rest is for plans of whole blocks: .* got Route"):
+        Plan(torch.arange(S), keep, BLOCK_Q, BLOCK_K, route, rest=Rest())
+
+
+def test_a_gain_and_a_rest_exclude_each_other(keep):
+    plan = Plan(torch.arange(S), keep, BLOCK_Q, BLOCK_K, rest=Rest())
+    with pytest.raises(ValueError, match="a plan with a rest takes no gain on scores"):
+        plan.changed(gain=torch.full_like(keep, 0.5, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"centre": "keys"}, r"centre must be one of \('query', 'key'\), got 'keys'"),
+        ({"order": "second"}, r"order must be one of \('zeroth', 'first'\), got 'second'"),
+        ({"order": "first"}, r"order='first' is for centre='key', got centre='query'"),
+    ],
+)
+def test_bad_rests_are_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        Rest(**options)
