@@ -108,7 +108,7 @@ def stages(at: Any, stretch: float) -> list[Any]:
         at: a `Setting`.
         stretch: of the caps.
     """
-    from gpu_stages import correct, machine, models, speed, suite
+    from gpu_stages import correct, machine, models, rest, speed, suite
     from ledger import Stage
 
     def goals(direction: str, kernels: Any) -> Any:
@@ -145,9 +145,10 @@ def stages(at: Any, stretch: float) -> list[Any]:
         ("tuning", 180, partial(speed.tune_lines, at)),
         ("goals, tuned, forward", 70, few("forward")),
         ("goals, tuned, both directions", 70, few("both")),
+        ("the pooled rest", 120, partial(rest.lines, at)),
         ("a denoising step", 240, partial(models.step_lines, at)),
         ("a training step", 150, partial(models.training_lines, at)),
-        ("parity of the rest", 150, partial(correct.other_parity, at)),
+        ("parity, continued", 150, partial(correct.other_parity, at)),
         ("tests", 400, partial(suite.lines, at)),
         ("long clips", 600, long_clips),
     ]

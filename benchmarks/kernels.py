@@ -23,7 +23,7 @@ from memory import peak_memory
 from parity import DTYPES, brief, call, check_parity, draw, planned, shrink, step
 from torch import Tensor
 
-from gen_accel import BlockMixture, Neighborhood, Radial, SparseLinear, VideoShape
+from gen_accel import BlockMixture, Neighborhood, Piecewise, Radial, SparseLinear, VideoShape
 from gen_accel.attention_processors import METHODS
 from gen_accel.kernels import KERNELS, facts_of, flex, preference, unsupported
 from gen_accel.measure import write_json
@@ -78,6 +78,7 @@ GOALS: tuple[tuple[str, dict[str, Any], VideoShape, int], ...] = (
     ("radial", {}, WAN, 12),
     ("radial", {}, HUNYUAN, 24),
     ("sparse_linear", {"critical": 0.05}, WAN, 12),
+    ("piecewise", {"critical": 0.1, "block_q": 128}, WAN, 12),
     ("block_mixture", {"partition": "3d", "routing": "block"}, WAN, 12),
     ("block_mixture", {"partition": "3d", "routing": "token"}, WAN, 12),
 )
@@ -115,6 +116,9 @@ CPU_CASES = (
     Case(VideoShape(57, 12, 12), 2, Neighborhood((-1, 4, 4))),
     Case(VideoShape(57, 12, 12), 2, SparseLinear(critical=0.1)),
     Case(VideoShape(57, 12, 12), 2, SparseLinear(critical=0.1, block_q=128)),
+    Case(VideoShape(57, 12, 12), 2, Piecewise(0.1)),
+    Case(VideoShape(57, 12, 12), 2, Piecewise(0.1, block_q=128)),
+    Case(VideoShape(57, 12, 12), 2, Piecewise(0.1, centre="key", score="mean")),
     Case(VideoShape(57, 12, 12), 2, BlockMixture(partition="1d")),
     Case(VideoShape(57, 12, 12), 2, BlockMixture(partition="2d")),
     Case(VideoShape(57, 12, 12), 2, BlockMixture(partition="3d")),
@@ -128,6 +132,8 @@ CPU_CASES = (
     ),
     Case(VideoShape(114, 12, 12), 2, Neighborhood((-1, 4, 4))),
     Case(VideoShape(114, 12, 12), 2, SparseLinear(critical=0.1, block_q=128)),
+    Case(VideoShape(114, 12, 12), 2, Piecewise(0.1)),
+    Case(VideoShape(114, 12, 12), 2, Piecewise(0.1, block_q=128)),
     Case(VideoShape(114, 12, 12), 2, BlockMixture(partition="3d")),
     Case(VideoShape(114, 12, 12), 2, BlockMixture(partition="3d", routing="block")),
     Case(VideoShape(11, 30, 52), 2, Neighborhood((-1, 10, 17))),
@@ -182,8 +188,9 @@ def main() -> None:
 
 
 def goals() -> list[Case]:
-    """`GOALS`, of the methods that there are."""
-    others = [name for name in METHODS if name not in ("dense", *(goal[0] for goal in GOALS))]
+    """`GOALS`, and every other method that is one by itself: `reuse` is what it wraps."""
+    known = "dense", "reuse", *(goal[0] for goal in GOALS)
+    others = [name for name in METHODS if name not in known]
     rest = [(name, {}, WAN, 12) for name in others]
     return [
         Case(video, heads, METHODS[name](**options))

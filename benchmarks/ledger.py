@@ -31,7 +31,7 @@ class Kind(NamedTuple):
     Args:
         dtype: a short name, such as "bf16".
         dim: of a head.
-        rule: "none", "windows", "route" or "gain".
+        rule: "none", "windows", "route" or "gain"; or the centre of a rest, "query" or "key".
         backward: gradients too.
     """
 

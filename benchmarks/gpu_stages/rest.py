@@ -1,0 +1,74 @@
+"""The rest of a plan, pooled around mean keys and mean queries: parity, then its price."""
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from clock import turns
+from ledger import Kind, Line
+from parity import DTYPES, step
+
+from gen_accel.kernels import rest_cost, run
+from gen_accel.plan import Centre, Plan, Rest
+
+from .correct import parity_line
+from .plans import CENTRES
+from .setting import Setting
+
+TOKENS, HEADS, DENSITY = 32_768, 12, 0.1
+BLOCK_Q, BLOCK_K = 128, 64
+
+
+def lines(at: Setting) -> Iterator[Line]:
+    """Each centre held to the reference, then timed beside attention over the kept keys alone."""
+    if "triton" not in at.timed:
+        return
+    for block, centre in itertools.product(at.blocks[: 1 if at.dry else None], CENTRES):
+        yield parity_line(at, "triton", "bf16", at.dims[0], block, centre)
+    for direction, centre in itertools.product(("forward", "both"), CENTRES):
+        holds = Kind("triton", "bf16", at.dims[0], centre, direction == "both")
+        name = f"rest around each {centre}'s mean, {direction}"
+        yield Line(name, 25.0, partial(_timed, at, centre, direction), partial(list, [holds]))
+
+
+def _timed(at: Setting, centre: Centre, direction: str) -> dict[str, Any]:
+    plan, heads, dim = _plan(at, centre), at.heads if at.dry else HEADS, at.dims[0]
+    generator = torch.Generator(at.device).manual_seed(0)
+    shape = (1, heads, plan.tokens, dim)
+    inputs = [
+        torch.randn(shape, generator=generator, device=at.device).to(DTYPES["bf16"])
+        for _ in range(3)
+    ]
+    calls = {
+        name: step(
+            partial(run, plan=some, scale=dim**-0.5, kernel="triton"), inputs, direction == "both"
+        )
+        for name, some in (("kept", plan.kept), ("with the rest", plan))
+    }
+    taken = turns(calls, rounds=at.rounds, device=at.device)
+    kept, whole = (one.kernel_ms for one in taken.values())
+    said = f"kept keys {kept:.2f} ms, with the rest {whole:.2f} ms, {whole / kept:.2f} times"
+    return {
+        "ms": {name: one.ms for name, one in taken.items()},
+        "kernel_ms": {name: one.kernel_ms for name, one in taken.items()},
+        "density": plan.density,
+        "says": f"{said}; by the model from density {_even(at, plan, heads):.2f} around queries",
+    }
+
+
+def _even(at: Setting, plan: Plan, heads: int) -> float:
+    from gen_accel.kernels.triton import configs
+
+    problem = rest_cost.Problem(heads, plan.tokens, at.dims[0], plan.block_q, plan.block_k)
+    return rest_cost.even_density(problem, configs.architecture(at.device))
+
+
+def _plan(at: Setting, centre: Centre) -> Plan:
+    """Blocks at random, the same for all heads."""
+    tokens, block_q, block_k = (64, 32, 16) if at.dry else (TOKENS, BLOCK_Q, BLOCK_K)
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.rand(1, 1, tokens // block_q, tokens // block_k, generator=generator) < DENSITY
+    keep[..., 0] = True  # no row of a dry run sees nothing
+    return Plan(torch.arange(tokens), keep, block_q, block_k, rest=Rest(centre)).to(at.device)

@@ -1,0 +1,223 @@
+"""Quality of every method on the demo model, beside dense attention and beside one another.
+
+    python benchmarks/methods.py --errors      # of attention, on captured q, k and v
+    python benchmarks/methods.py --ablation    # what each part of a pooled rest buys
+    python benchmarks/methods.py --clips       # PSNR of whole clips; --worker 1/2, 2/2 share them
+    python benchmarks/methods.py --others      # ways that were measured and not built
+    python benchmarks/methods.py --docs        # tables and the picture in docs/ from the results
+
+Prompts are the first scenes of the list that the demo model is scored by, the i-th with seed i:
+they were fixed before any clip was made. Alpha and tau are found on prompts that are not measured.
+See README.md.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from study import ablation, captured, clips, errors, others, page, settings
+from study.variants import Variant
+
+from gen_accel import SparseLinear, attach
+from gen_accel.measure import write_json
+from gen_accel.measure.environment import environment
+from gen_accel.pipelines import calibrate
+
+RESULTS = Path(__file__).parent / "results"
+KEPT = Path("outputs/methods")  # clips and rows so far
+MEASURED, FITTED = (0, 1, 2, 3, 4, 5), (6, 7)  # prompts
+FEWER_LAYERS = 0, 1, 3, 4  # of the six, for errors of the ablation
+FEWER = 3  # of those measured, for clips of a cell of the ablation
+STEPS_SEEN = 5, 12
+ROUNDS = 7
+# Of --clips, by density.
+POOLED = {0.2: settings.POOLED, 0.1: ("Piecewise", "PISA", "Sol-Attn"), 0.05: ("Piecewise",)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    mode = parser.add_mutually_exclusive_group(required=True)
+    for name in ("errors", "ablation", "clips", "others", "docs"):
+        mode.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--frames", type=int, default=captured.FRAMES)
+    parser.add_argument("--prompts", type=int, nargs="+", default=MEASURED)
+    parser.add_argument("--only", nargs="+", help="settings of --clips with this in their names")
+    parser.add_argument("--worker", default="1/1", help="K/N: every N-th setting from K (--clips)")
+    parser.add_argument("--whole", action="store_true", help="all combinations of --ablation")
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.docs:
+        page.write()
+        return
+    modes = {"errors": of_errors, "ablation": of_ablation, "clips": of_clips, "others": of_others}
+    run = next(run for name, run in modes.items() if getattr(args, name))
+    prompts = [captured.PROMPTS[i] for i in args.prompts]
+    run(args, environment() | {"frames": args.frames, "prompts": prompts})
+
+
+def of_errors(args: argparse.Namespace, head: dict[str, Any]) -> None:
+    """Every method at every density: error, density, milliseconds in turns with dense."""
+    pipe, video = captured.pipeline(), captured.grid(args.frames)
+    some = args.prompts[:2]
+    calls = captured.capture(pipe, some, STEPS_SEEN, args.frames)
+    others = captured.capture(pipe, FITTED[:1], STEPS_SEEN, args.frames)
+    report = head | {"steps": STEPS_SEEN, "prompts_seen": some, "rows": []}
+    for density in settings.DENSITIES:
+        made = settings.pooled(density, lambda x: errors.density_of(x, others, video))
+        methods = settings.old(density, video) | made
+        branches = fitted(pipe, methods["SparseLinear"], args.frames)
+        taken = errors.milliseconds(methods, calls[0], video, ROUNDS, branches)
+        for name, method in methods.items():
+            known = branches if isinstance(method, SparseLinear) else None
+            found = errors.error_of(method, calls, video, known)
+            row = {"method": name, "asked": density, "options": str(method), **found}
+            row |= {"ms": taken[name], "dense_ms": taken["dense"]}
+            keep_row(report, row, RESULTS / f"methods_errors_{args.frames}.json")
+        for rest in ("none", "key", "query"):
+            found = errors.oracle(density, rest, calls, video)
+            row = {"method": f"oracle's choice, rest {rest}", "asked": density, **found}
+            keep_row(report, row, RESULTS / f"methods_errors_{args.frames}.json")
+
+
+def fitted(pipe: Any, method: SparseLinear, frames: int) -> dict[int, Any]:
+    """The branches of each layer, fitted to prompts that are not measured."""
+    call = captured.arguments(0, frames)
+    for name in ("prompt", "num_inference_steps", "generator"):
+        del call[name]
+    with attach(pipe, method) as handle:
+        calibrate(pipe, fit_prompts(), num_inference_steps=clips.FIT_STEPS, seed=1000, **call)
+        return dict(enumerate(handle.branches.values()))
+
+
+def fit_prompts() -> list[str]:
+    return [captured.PROMPTS[i] for i in FITTED]
+
+
+def of_ablation(args: argparse.Namespace, head: dict[str, Any]) -> None:
+    pipe, video = captured.pipeline(), captured.grid(args.frames)
+    steps = (ablation.MADE_AT, *STEPS_SEEN)
+    calls = captured.capture(pipe, args.prompts[:2], steps, args.frames)
+    calls = [call for call in calls if call.layer in FEWER_LAYERS]
+    facts = {"steps": STEPS_SEEN, "made_at": ablation.MADE_AT, "layers": FEWER_LAYERS}
+    report = head | facts | {"rows": []}
+    for row in ablation.cells(calls, video, whole=args.whole):
+        keep_row(report, row, RESULTS / "methods_ablation.json")
+
+
+def of_clips(args: argparse.Namespace, head: dict[str, Any]) -> None:
+    """Each setting is a file of its own until it stands in the results: a run goes on where
+    another ended, and several share the work."""
+    folder, path = KEPT / f"{args.frames}", RESULTS / f"methods_clips_{args.frames}.json"
+    pipe = captured.pipeline()
+    every = clip_settings(pipe, args.frames)
+    names = [n for n in every if args.only is None or any(word in n for word in args.only)]
+    first, workers = map(int, args.worker.split("/"))
+    for name in names[first - 1 :: workers]:
+        if name in collected(path, folder, head):
+            continue
+        clips.keep_dense(pipe, folder, args.prompts, args.frames)
+        method, fit = every[name]()
+        known = fit_prompts() if fit else ()
+        some = args.prompts[: FEWER if isinstance(method, Variant) else None]
+        rows = clips.measured(pipe, method, some, args.frames, folder, known)
+        made = {"setting": name, "options": str(method), "device": head["device"], "rows": rows}
+        write_json(folder / f"{name}.json", made)
+        print(clip_line(name, rows), flush=True)
+    found = collected(path, folder, head)
+    some = [found[name] for name in every if name in found]
+    write_json(path, head | {"settings": some})
+
+
+def collected(path: Path, folder: Path, head: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings by name, of the results so far on this device and in the folder of this run."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    same = all(known.get(key) == head[key] for key in ("device", "frames", "prompts"))
+    there = known["settings"] if same else []
+    made = [json.loads(one.read_text(encoding="utf-8")) for one in folder.glob("*.json")]
+    there += [one for one in made if one["device"] == head["device"]]
+    return {setting["setting"]: setting for setting in there}
+
+
+def of_others(args: argparse.Namespace, head: dict[str, Any]) -> None:
+    pipe, video = captured.pipeline(), captured.grid(args.frames)
+    calls = captured.capture(pipe, args.prompts[:2], STEPS_SEEN, args.frames)
+    report = head | {"steps": STEPS_SEEN, "density": 0.2, "rows": []}
+    for row in others.rows(calls, video, 0.2):
+        keep_row(report, row, RESULTS / "methods_others.json")
+
+
+def clip_settings(pipe: Any, frames: int) -> dict[str, Callable[[], tuple[Any, bool]]]:
+    """By name, what makes the method, and whether its parameters are fitted first."""
+    video = captured.grid(frames)
+    found: dict[str, Callable[[], tuple[Any, bool]]] = {}
+    for density, names in POOLED.items():
+        for name in names:
+            found[f"{name} {density}"] = lambda name=name, density=density: (
+                pooled_at(pipe, density, frames)[name],
+                False,
+            )
+    for name, method in settings.old(0.2, video).items():
+        fit = isinstance(method, SparseLinear)
+        found[f"{name} 0.2"] = lambda method=method, fit=fit: (method, fit)
+    parts = {
+        "choice mean": Variant("mean"),
+        "choice threshold": Variant("threshold"),
+        "choice oracle": Variant("oracle"),
+        "rest none": Variant(rest="none"),
+        "rest key": Variant(rest="key"),
+        "rest key + slope": Variant(rest="key + slope"),
+        "rest mixed": Variant(rest="mixed"),
+        "tile 1 x 6 x 12": Variant(tile=(1, 6, 12)),
+        "tile raster": Variant(tile="raster"),
+        "query block 128": Variant(block_q=128),
+        "query block 256": Variant(block_q=256),
+    }
+    for name, variant in parts.items():
+        found[name] = lambda variant=variant: (at_density(variant, pipe, frames), False)
+    return found
+
+
+def at_density(variant: Variant, pipe: Any, frames: int, density: float = 0.2) -> Variant:
+    """A cell of the ablation at a density, as `pooled_at`."""
+    calls = seen(pipe, frames)
+    layout = variant.layout(captured.grid(frames))
+    scores = [variant.scores(call.q, call.k, layout) for call in calls]
+    return replace(variant, **ablation.setting(variant, density, layout, scores))
+
+
+@cache
+def pooled_at(pipe: Any, density: float, frames: int) -> dict[str, Any]:
+    """The methods with a rest at a density, found on a prompt that is not measured."""
+    calls, video = seen(pipe, frames), captured.grid(frames)
+    return settings.pooled(density, lambda x: errors.density_of(x, calls, video))
+
+
+@cache
+def seen(pipe: Any, frames: int) -> list[captured.Captured]:
+    """Calls of a prompt that is not measured."""
+    return captured.capture(pipe, FITTED[:1], STEPS_SEEN[:1], frames)
+
+
+def clip_line(name: str, rows: list[dict[str, Any]]) -> str:
+    found = [row["psnr_db"] for row in rows]
+    return f"{name:<24}{sum(found) / len(found):6.2f} dB, {min(found):6.2f} worst"
+
+
+def keep_row(report: dict[str, Any], row: dict[str, Any], path: Path) -> None:
+    report["rows"].append(row)
+    write_json(path, report)
+    told = {key: round(x, 4) if isinstance(x, float) else x for key, x in row.items()}
+    print("  ".join(f"{key} {x}" for key, x in told.items() if key != "options"), flush=True)
+
+
+if __name__ == "__main__":
+    main()

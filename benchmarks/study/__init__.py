@@ -1,0 +1,1 @@
+"""What `methods.py` measures: quality on the demo model, of attention and of whole clips."""

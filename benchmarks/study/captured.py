@@ -1,0 +1,90 @@
+"""q, k and v of the demo model while it generates densely, to take errors of attention on."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import WanPipeline
+from torch import Tensor
+
+from gen_accel import Radial, VideoShape, attach, demo
+from gen_accel.demo import world
+
+SIZE, STEPS, GUIDANCE, TEXT = 96, 20, 3.0, 16
+FRAMES = 129
+# The first scenes of the list that the demo model is scored by, fixed before any was generated.
+PROMPTS = tuple(scene.caption for scene in world.scored_scenes(8))
+
+
+class Captured(NamedTuple):
+    """One attention call of one layer, all of (1, H, N, D).
+
+    Args:
+        prompt: its number in `PROMPTS`, which is also the seed.
+        step: of the denoising, counted from 0.
+    """
+
+    prompt: int
+    step: int
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dense: Tensor
+
+
+def pipeline() -> Any:
+    """The demo model in fp32, without progress bars."""
+    pipe = WanPipeline.from_pretrained(demo.path(), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def arguments(prompt: int, frames: int) -> dict[str, Any]:
+    """What the pipeline is called with for one of `PROMPTS`."""
+    return {
+        "prompt": PROMPTS[prompt],
+        "height": SIZE,
+        "width": SIZE,
+        "num_frames": frames,
+        "num_inference_steps": STEPS,
+        "guidance_scale": GUIDANCE,
+        "max_sequence_length": TEXT,
+        "generator": torch.Generator().manual_seed(prompt),
+    }
+
+
+def grid(frames: int) -> VideoShape:
+    """Tokens of a clip of so many frames."""
+    return VideoShape(frames // 4 + 1, SIZE // 8, SIZE // 8)
+
+
+def capture(
+    pipe: Any, prompts: Sequence[int], steps: Sequence[int], frames: int = FRAMES
+) -> list[Captured]:
+    """The prompted call of each layer, not the unguided one, at the given steps."""
+    found: list[Captured] = []
+    calls: set[tuple[int, int, int]] = set()
+    with attach(pipe, Radial()) as handle:
+        for prompt in prompts:
+
+            def observe(
+                layer: Any,
+                q: Tensor,
+                k: Tensor,
+                v: Tensor,
+                dense: Tensor,
+                *_: Any,
+                of: int = prompt,
+            ) -> None:
+                call = of, handle.clock.step, layer.number
+                if call[1] in steps and call not in calls:
+                    calls.add(call)
+                    found.append(Captured(*call, *(x.clone() for x in (q, k, v, dense))))
+
+            handle.observe = observe
+            try:
+                pipe(**arguments(prompt, frames), output_type="latent")
+            finally:
+                handle.observe = None
+    return found

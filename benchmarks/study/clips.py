@@ -1,0 +1,66 @@
+"""PSNR of whole clips to dense ones of the same prompt and seed, setting by setting."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from kept import clip_file, keep_clip, kept_clip
+
+from gen_accel import Schedule, attach
+from gen_accel.measure import psnr
+from gen_accel.measure.quality import psnr_per_frame
+from gen_accel.pipelines import calibrate
+from study.captured import arguments
+
+SCHEDULE = Schedule(dense_start=0.2)
+FIT_STEPS = 4
+
+
+def keep_dense(pipe: Any, folder: Path, prompts: Sequence[int], frames: int) -> None:
+    """Make the dense clips that `folder` lacks."""
+    for prompt in prompts:
+        if not clip_file(folder, prompt).exists():
+            keep_clip(folder, prompt, _clip(pipe, prompt, frames))
+
+
+def measured(
+    pipe: Any,
+    method: Any,
+    prompts: Sequence[int],
+    frames: int,
+    dense: Path,
+    fit: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """One row a prompt: PSNR in dB of the clip and of its worst frame, and the density.
+
+    Args:
+        dense: the folder of `keep_dense`.
+        fit: prompts that the method's parameters are fitted to first.
+    """
+    rows = []
+    with attach(pipe, method, schedule=SCHEDULE) as handle, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a branch which was not fitted adds nothing
+        if fit:
+            call = arguments(0, frames)
+            for name in ("prompt", "num_inference_steps", "generator"):
+                del call[name]
+            calibrate(pipe, fit, num_inference_steps=FIT_STEPS, seed=1000, **call)
+        for prompt in prompts:
+            clip, wanted = _clip(pipe, prompt, frames), kept_clip(dense, prompt)
+            rows.append(
+                {
+                    "prompt": prompt,
+                    "psnr_db": psnr(clip, wanted),
+                    "worst_frame_db": min(psnr_per_frame(clip, wanted)),
+                    "density": handle.summary().density,
+                }
+            )
+    return rows
+
+
+def _clip(pipe: Any, prompt: int, frames: int) -> np.ndarray:
+    """(F, H, W, 3) uint8."""
+    made = pipe(**arguments(prompt, frames), output_type="np").frames[0]
+    return (made * 255).round().astype("uint8")

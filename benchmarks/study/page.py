@@ -1,0 +1,183 @@
+"""Tables and pictures in docs/methods from the results of `methods.py`."""
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from kept import write_between_marks
+
+BENCHMARKS = Path(__file__).parent.parent
+RESULTS = BENCHMARKS / "results"
+DOCS = BENCHMARKS.parent / "docs" / "methods"
+LINK = "../../benchmarks/results"
+SLICE = {"choice": "spread", "rest": "query", "tile": [4, 4, 4], "block_q": 64, "asked": 0.2}
+# First words of settings that are cells of an ablation.
+PARTS = ("choice", "rest", "tile", "query")
+RESTS = ("none", "key", "key + slope", "mixed", "query")
+
+
+def write() -> None:
+    """All pages and pictures that have results."""
+    clips, errors = reports("clips"), reports("errors")
+    parts = [line for report in clips for line in clip_table(report)]
+    parts += [line for report in errors for line in error_table(report)]
+    write_between_marks(DOCS / "choose.md", ["", *parts])
+    parts = [] if (found := result("ablation")) is None else ablation_tables(found)
+    parts += part_clips(clips[0]) if clips else []
+    write_between_marks(DOCS / "piecewise.md", ["", *parts])
+    if (found := result("others")) is not None:
+        write_between_marks(DOCS / "index.md", ["", *other_table(found)])
+    for report in errors:
+        picture(report, DOCS / f"error_{report['frames']}.png")
+
+
+def reports(kind: str) -> list[dict[str, Any]]:
+    """Results of one mode, by length of clip."""
+    paths = RESULTS.glob(f"methods_{kind}_*.json")
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return sorted(found, key=lambda report: report["frames"])
+
+
+def result(mode: str) -> dict[str, Any] | None:
+    """Results of a mode that has one file; None where it has not run."""
+    path = RESULTS / f"methods_{mode}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def clip_table(report: dict[str, Any]) -> list[str]:
+    """PSNR of clips: mean, worst prompt and worst frame of each setting of a method."""
+    prompts = len(report["prompts"])
+    lines = [
+        f"### Clips of {report['frames']} frames",
+        "",
+        f"PSNR in dB to the dense clip, {prompts} prompts, the first fifth of the steps dense, "
+        f"{report['device']}, [result file]({LINK}/methods_clips_{report['frames']}.json).",
+        "",
+        "| method | density | PSNR, mean | worst prompt | worst frame |",
+        "|---|---|---|---|---|",
+    ]
+    for setting in report["settings"]:
+        name = setting["setting"]
+        if name.split()[0] not in PARTS:
+            lines.append(f"| {name.rsplit(' ', 1)[0]} | {_of_clips(setting['rows'])} |")
+    return [*lines, ""]
+
+
+def error_table(report: dict[str, Any]) -> list[str]:
+    """Error of attention by method and density."""
+    asked = sorted({row["asked"] for row in report["rows"]})
+    names = list(dict.fromkeys(row["method"] for row in report["rows"]))
+    heads = " | ".join(f"{density}" for density in asked)
+    lines = [
+        f"### Error of attention, {report['frames']} frames",
+        "",
+        "Relative L2 error to dense attention on captured q, k and v; in brackets the density "
+        f"that came out and the speed against dense attention. {report['device']}, "
+        f"[result file]({LINK}/methods_errors_{report['frames']}.json).",
+        "",
+        f"| method, at density | {heads} |",
+        "|---|" + "---|" * len(asked),
+    ]
+    for name in names:
+        cells = []
+        for density in asked:
+            rows = [r for r in report["rows"] if (r["method"], r["asked"]) == (name, density)]
+            cells.append(_error_cell(rows[0]) if rows else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _error_cell(row: dict[str, Any]) -> str:
+    speed = f", {row['dense_ms'] / row['ms']:.1f}x" if "ms" in row else ""
+    return f"{row['error']:.3f} ({row['density']:.2f}{speed})"
+
+
+def ablation_tables(report: dict[str, Any]) -> list[str]:
+    """For each part, its values in rows and the rests in columns, all else as in `SLICE`."""
+    lines = [
+        f"Relative L2 error of attention, {report['frames']} frames, {report['device']}, "
+        f"[result file]({LINK}/methods_ablation.json). All else is choice by spread, boxes of "
+        "4 x 4 x 4, query blocks of 64, density 0.2.",
+        "",
+    ]
+    names = {"choice": "choice", "tile": "tile", "block_q": "query block", "asked": "density"}
+    for part, title in names.items():
+        fixed = {key: x for key, x in SLICE.items() if key not in (part, "rest")}
+        rows = [row for row in report["rows"] if all(row[key] == x for key, x in fixed.items())]
+        values = list(dict.fromkeys(str(row[part]) for row in rows))
+        lines += [f"| {title} | {' | '.join(f'rest {rest}' for rest in RESTS)} |"]
+        lines += ["|---|" + "---|" * len(RESTS)]
+        for value in values:
+            own = {row["rest"]: row["error"] for row in rows if str(row[part]) == value}
+            cells = " | ".join(f"{own[rest]:.3f}" for rest in RESTS)
+            lines.append(f"| {value.strip('[]').replace(', ', ' x ')} | {cells} |")
+        lines.append("")
+    return lines
+
+
+def other_table(report: dict[str, Any]) -> list[str]:
+    """Error of attention by ways that were not built, beside ours."""
+    lines = [
+        f"Relative L2 error of attention on the demo model, {report['frames']} frames, density "
+        f"{report['density']}, [result file]({LINK}/methods_others.json).",
+        "",
+        "| | rest dropped | rest around mean queries |",
+        "|---|---|---|",
+    ]
+    for row in report["rows"]:
+        cells = [f"{row[key]:.3f}" if key in row else "" for key in ("dropped", "query")]
+        if "whole" in row:
+            cells[0] = f"{row['whole']:.3f}"
+        lines.append(f"| {row['way']} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def part_clips(report: dict[str, Any]) -> list[str]:
+    """PSNR of clips of each part at density 0.2, beside the method as it is, on one set of
+    prompts."""
+    own = [one for one in report["settings"] if one["setting"].split()[0] in PARTS]
+    if not own:
+        return []
+    prompts = {row["prompt"] for one in own for row in one["rows"]}
+    lines = [
+        f"| clips, density 0.2, {len(prompts)} prompts | density | PSNR, mean | worst prompt | "
+        "worst frame |",
+        "|---|---|---|---|---|",
+    ]
+    whole = [one for one in report["settings"] if one["setting"] == "Piecewise 0.2"]
+    for setting in (*whole, *own):
+        rows = [row for row in setting["rows"] if row["prompt"] in prompts]
+        lines.append(f"| {setting['setting']} | {_of_clips(rows)} |")
+    return [*lines, ""]
+
+
+def _of_clips(rows: list[dict[str, Any]]) -> str:
+    """Mean density, mean PSNR, PSNR of the worst prompt and of the worst frame."""
+    found = [row["psnr_db"] for row in rows]
+    return (
+        f"{mean(row['density'] for row in rows):.3f} | {mean(found):.1f} | {min(found):.1f} | "
+        f"{min(row['worst_frame_db'] for row in rows):.1f}"
+    )
+
+
+def picture(report: dict[str, Any], path: Path) -> None:
+    """Error against time of one attention call, as a share of dense attention's."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.8), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(row["method"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["method"] == name and "ms" in row]
+        if not rows:
+            continue
+        share = [row["ms"] / row["dense_ms"] for row in rows]
+        wide = 2.4 if name == "Piecewise" else 1.2
+        axes.plot(share, [row["error"] for row in rows], marker="o", linewidth=wide, label=name)
+    axes.set_xlabel("time of one attention call, dense = 1")
+    axes.set_ylabel("relative L2 error of attention")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    axes.set_title(f"{report['frames']} frames, density 0.05 to 0.3", fontsize=10)
+    figure.savefig(path)

@@ -1,0 +1,145 @@
+"""Choice of blocks x rest x tile x query block x density, each as a method that can be attached.
+
+What the package has is taken from there. The oracle's choice and the mixed rest are made here:
+they are for comparison.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from gen_accel import VideoShape
+from gen_accel.attention_processors.methods.blocks import Layout, layout_of
+from gen_accel.kernels import rest as pooled_rest
+from gen_accel.kernels import run
+from gen_accel.kernels.pooling import block_means
+from gen_accel.kernels.spread import block_spread
+from gen_accel.plan import Plan, Rest, pack, plan_of_call, unpack
+
+Choice = Literal["mean", "spread", "threshold", "reuse", "oracle"]
+Pooling = Literal["none", "key", "key + slope", "query", "mixed"]
+RESTS: dict[str, Rest | None] = {
+    "none": None,
+    "key": Rest("key"),
+    "key + slope": Rest("key", "first"),
+    "query": Rest("query"),
+}
+EPSILON = 1e-6  # of Sol-Attn's variance, in units of squared log2 scores
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One cell of the ablation.
+
+    Args:
+        choice: by the product of "mean" query and mean key, by the "spread" of a block under the
+            mean query, by Sol-Attn's "threshold" on the former, or by the true mass, "oracle".
+            "reuse" is the oracle's of an earlier step, see `keep`.
+        rest: "mixed" weighs blocks by their mean keys, and takes values under the softmax of the
+            mean query.
+        tile: a box of tokens, or "raster".
+        share: of the key blocks; with "threshold", what `tau` comes to.
+    """
+
+    choice: Choice = "spread"
+    rest: Pooling = "query"
+    tile: tuple[int, int, int] | Literal["raster"] = (4, 4, 4)
+    block_q: int = 64
+    share: float = 0.2
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        assert self.choice in get_args(Choice), self.choice
+        assert self.rest in get_args(Pooling), self.rest
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
+    ) -> Tensor:
+        layout = self.layout(video)
+        scores = self.scores(q, k, layout)
+        return self.attend(q, k, v, self.planned(scores, layout), kernel)
+
+    def plan(self, video: VideoShape, device: torch.device) -> Plan:
+        """All of it: what the package asks a plan for is of no use here."""
+        layout = self.layout(video)
+        return plan_of_call(layout.slots, torch.ones_like(layout.always)[None, None])
+
+    def layout(self, video: VideoShape) -> Layout:
+        return layout_of(video, torch.device("cpu"), self.block_q, 64, self.tile)
+
+    @torch.no_grad()
+    def scores(self, q: Tensor, k: Tensor, layout: Layout) -> Tensor:
+        """(B, H, Kq, Kk) fp32, by which key blocks are ranked."""
+        slots, scale = layout.slots, q.shape[3] ** -0.5
+        query = block_means(q, slots, slots.block_q)
+        if self.choice == "spread":
+            return block_spread(query, k, slots, scale=scale)
+        if self.choice in ("oracle", "reuse"):
+            return true_mass(q, k, layout)
+        return scale * query @ block_means(k, slots, slots.block_k).mT
+
+    @torch.no_grad()
+    def planned(self, scores: Tensor, layout: Layout) -> Plan:
+        return plan_of_call(layout.slots, self.keep(scores, layout), rest=RESTS.get(self.rest))
+
+    def keep(self, scores: Tensor, layout: Layout) -> Tensor:
+        """(B, H, Kq, Kk) bool.
+
+        Args:
+            scores: of this step, or of an earlier one, whose pattern is used again.
+        """
+        ranked = layout.of_ranked(scores, 3)
+        if self.choice == "threshold":
+            kept = ranked > self.threshold(ranked)
+        else:
+            best = ranked.topk(layout.count(self.share), -1).indices
+            kept = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, best, True)
+        keep = layout.always.expand(*scores.shape).clone()
+        keep[..., layout.ranked] |= kept
+        return keep
+
+    def threshold(self, scores: Tensor) -> Tensor:
+        """(B, H, Kq, 1), Sol-Attn's "exact": mean and deviation of the scores of a row."""
+        spread = scores.var(-1, keepdim=True, correction=0)
+        log2 = torch.log(torch.tensor(2.0))
+        return scores.mean(-1, keepdim=True) + self.tau * (spread + EPSILON * log2**2).sqrt()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, kernel: Callable) -> Tensor:
+        if self.rest != "mixed":
+            return kernel(q, k, v, plan)
+        scale = q.shape[3] ** -0.5
+        return mixed(*run(q, k, v, plan, scale=scale, with_lse=True), q, k, v, plan)
+
+
+def true_mass(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
+    """(B, H, Kq, Kk): what the queries of a block weigh the keys of another by, summed."""
+    slots, found = layout.slots, []
+    queries, keys = pack(q, slots), pack(k, slots)
+    for head in range(q.shape[1]):  # a matrix of tokens x tokens at a time
+        scores = queries[:, head] @ keys[:, head].mT * q.shape[3] ** -0.5
+        weights = scores.masked_fill_(~slots.real, -torch.inf).softmax(-1)
+        of_keys = weights.unflatten(2, (-1, slots.block_k)).sum(3) * slots.real[:, None]
+        found.append(of_keys.unflatten(1, (-1, slots.block_q)).sum(2))
+    return torch.stack(found, 1)
+
+
+def mixed(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+    """Attention over the kept keys, with blocks of the rest that weigh what their mean keys do and
+    have the values that their block's mean query sees."""
+    scale, real = q.shape[3] ** -0.5, plan.real.view(-1, plan.block_k)
+    key, _ = pooled_rest.means(pack(k, plan), pack(v, plan), plan)
+    queries = pack(q, plan).unflatten(2, (-1, plan.block_q))
+    held = plan.real.view(-1, plan.block_q, 1)
+    query = (queries * held).sum(3) / held.sum(1).clamp_min(1)
+    score = (query @ pack(k, plan).mT * scale).unflatten(3, (-1, plan.block_k))
+    weight = score.masked_fill(~real, torch.finfo(score.dtype).min).softmax(-1).transpose(2, 3)
+    value = (weight @ pack(v, plan).unflatten(2, (-1, plan.block_k))).transpose(2, 3)
+    scores = queries @ key.mT[:, :, None] * scale + real.sum(1).log()
+    rows = (pack(x, plan).unflatten(2, (-1, plan.block_q)) for x in (out, lse[..., None]))
+    kept, total = rows
+    left_out = (~plan.keep & (real.sum(1) > 0))[:, :, :, None]
+    made, _ = pooled_rest.merged(kept, total[..., 0], scores, value, left_out)
+    return unpack(made.flatten(2, 3), plan)
