@@ -82,18 +82,18 @@ def plain(
     assert plan.rest is not None
     wide = torch.promote_types(lse.dtype, torch.float32)
     q, k, v, out = (pack(x, plan).to(wide) for x in (q, k, v, out))
-    blocks, per_head = plan.block_q, plan.keep.shape[3] * q.shape[3] * 2
+    B, H, _, D = q.shape
+    Kk = plan.keep.shape[3]
     if plan.rest.centre == "key":
-        given, run = means(k, v, plan), partial(_around_keys, plan, scale)
-        per_head = blocks * plan.keep.shape[3]
+        given, run, numbers = means(k, v, plan), _around_keys, plan.block_q * Kk
     else:
-        given, run = (k, v), partial(_around_queries, plan, scale)
-    rows = q.unflatten(2, (-1, blocks)), out.unflatten(2, (-1, blocks))
-    total = pack(lse[..., None], plan)[..., 0].to(wide).unflatten(2, (-1, blocks))
-    step = max(1, NUMBERS // (q.shape[0] * q.shape[1] * per_head))
-    joint, lse = _InGroups.apply(run, step, *rows, total, *given)
-    joint, lse = joint.flatten(2, 3), lse.flatten(2, 3)
-    return unpack(joint, plan), unpack(lse[..., None], plan)[..., 0]
+        given, run, numbers = (k, v), _around_queries, 2 * Kk * D  # of one query block
+    row = pack(lse[..., None], plan)[..., 0].to(wide)
+    rows = (x.unflatten(2, (-1, plan.block_q)) for x in (q, out, row))
+    step = max(1, NUMBERS // (B * H * numbers))
+    joint, total = _InGroups.apply(partial(run, plan, scale), step, *rows, *given)
+    joint, total = joint.flatten(2, 3), total.flatten(2, 3)
+    return unpack(joint, plan), unpack(total[..., None], plan)[..., 0]
 
 
 def means(k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ class Part(NamedTuple):
     memory: Memory
 
 
-class Kept(NamedTuple):
+class Lesson(NamedTuple):
     """What a layer learned in one pass.
 
     Args:
@@ -55,7 +55,7 @@ class Recalled:
     """
 
     def __init__(
-        self, kept: Kept | None, about: tuple[Any, ...], learns: bool, why: str | None
+        self, kept: Lesson | None, about: tuple[Any, ...], learns: bool, why: str | None
     ) -> None:
         self.learns, self.why, self.about = learns, why, about
         self.old = [] if kept is None or learns else kept.parts
@@ -119,7 +119,7 @@ class Memories:
 
     def __init__(self) -> None:
         self.learns = False
-        self._kept: dict[tuple[int, int], dict[str, Kept]] = {}  # by transformer and pass
+        self._kept: dict[tuple[int, int], dict[str, Lesson]] = {}  # by transformer and pass
         self._run: int | None = None
         self._model = 0
         self._step = self._pass = -1
@@ -187,7 +187,7 @@ class Memories:
 
         Args:
             every: see `Memory`.
-            about: see `Kept`.
+            about: see `Lesson`.
             dense: the schedule keeps it so, in a pass that `learns`.
         """
         if self._pass >= MOST_PASSES:
@@ -214,7 +214,7 @@ class Memories:
         if recalled.parts and recalled.parts != recalled.old:
             of_pass = self._kept.setdefault((self._model, self._pass), {})
             step = self._step if recalled.step is None else recalled.step
-            of_pass[layer] = Kept(recalled.about, step, recalled.parts)
+            of_pass[layer] = Lesson(recalled.about, step, recalled.parts)
 
 
 def about_call(call: Call, tokens: Tokens, groups: Sequence[Samples]) -> tuple[Any, ...]:

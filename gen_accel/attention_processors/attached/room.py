@@ -10,6 +10,7 @@ from torch import Tensor
 from gen_accel.method import memory_of
 
 HOST = torch.device("cpu")
+GROUP = Path("/sys/fs/cgroup")
 
 
 class Needed(NamedTuple):
@@ -78,20 +79,22 @@ def free_bytes(device: torch.device) -> int | None:
 
 def _free_of_host() -> int | None:
     """Bytes that Linux has left within the limit of the container; None elsewhere."""
-    known = []
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         rows = dict(line.split(":", 1) for line in lines)
-        known.append(int(rows["MemAvailable"].split()[0]) * 1024)
+        free = int(rows["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
-    group = Path("/sys/fs/cgroup")
+    limit, used = (_number_in(GROUP / f"memory.{name}") for name in ("max", "current"))
+    return free if limit is None or used is None else min(free, max(0, limit - used))
+
+
+def _number_in(file: Path) -> int | None:
+    """None where there is no such file, or no limit, which is written "max"."""
     try:
-        limit, used = ((group / f"memory.{x}").read_text() for x in ("max", "current"))
-        known.append(max(0, int(limit) - int(used)))
-    except (OSError, ValueError):  # no limit
-        pass
-    return min(known)
+        return int(file.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
 
 
 def first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:

@@ -42,31 +42,22 @@ def _added(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """(B, H, N, D), fp32 where `wide`, else in q's dtype, and (B, H, N) fp32."""
-    joint = q.new_empty(q.shape, dtype=torch.float32 if wide else q.dtype)
-    total = q.new_empty(q.shape[:3], dtype=torch.float32)
+    joint, total = _results(q, wide)
     call = _call(out, lse, q, k, v, slots, keep, block_q, block_k, around_queries, wide, scale)
     call.filled(o=joint, total=total)
     _run("gen_accel_rest_forward", call, q.dtype)
     return joint, total
 
 
-@_added.register_fake
-def _(
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slots: Tensor | None,
-    keep: Tensor,
-    block_q: int,
-    block_k: int,
-    around_queries: bool,
-    wide: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _results(q: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
     joint = q.new_empty(q.shape, dtype=torch.float32 if wide else q.dtype)
     return joint, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@_added.register_fake
+def _(out: Tensor, lse: Tensor, q: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    *_, wide, _ = given
+    return _results(q, wide)
 
 
 @torch.library.custom_op("gen_accel::native_rest_backward", mutates_args=())
@@ -101,25 +92,9 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    grad: Tensor,
-    of_total: Tensor,
-    joint: Tensor,
-    total: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slots: Tensor | None,
-    keep: Tensor,
-    block_q: int,
-    block_k: int,
-    around_queries: bool,
-    wide: bool,
-    scale: float,
+    grad: Tensor, of_total: Tensor, joint: Tensor, total: Tensor, *given: Any
 ) -> tuple[Tensor, ...]:
-    kinds = torch.contiguous_format
-    return tuple(torch.empty_like(x, memory_format=kinds) for x in (out, lse, q, k, v))
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in given[:5])
 
 
 def _call(

@@ -32,6 +32,7 @@ from gen_accel.kernels.triton import (
     pooling,
     rest_columns,
     rest_pooling,
+    rest_shares,
     sass,
     sparse_backward,
     tiles,
@@ -253,9 +254,7 @@ def _gathered_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterat
 def _column_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     """Of the rest, over as many columns as tiles are long, and more."""
     dim = {"D": D, "BLOCK_D": configs.padded_dim(D)}
-    yield Case(
-        "rest shares", rest_columns.shares_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1
-    )
+    yield Case("rest shares", rest_shares.shares_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1)
     for kind, centred in product(("forward", "dq", "dkdv", "dpooled"), (False, True)):
         if centred == (kind == "dkdv") and kind in ("dkdv", "dpooled"):
             continue  # one for each centre

@@ -1,8 +1,8 @@
 """How the kernels for the rest of a plan are launched: what a call is, its chunks, each kernel."""
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,9 +15,9 @@ from gen_accel.kernels.triton.rest_columns import (
     columns_dpooled_kernel,
     columns_dq_kernel,
     columns_forward_kernel,
-    shares_kernel,
 )
 from gen_accel.kernels.triton.rest_pooling import pool_backward_kernel, pool_kernel
+from gen_accel.kernels.triton.rest_shares import shares_kernel
 
 PAIRS = 1 << 15  # the most in a chunk, which the second axis of a grid numbers
 
@@ -83,14 +83,20 @@ class Chunk(NamedTuple):
 
 
 class Pooled(NamedTuple):
-    """Columns: keys and values (sets, Kk, D) in the dtype of q, and biases, (sets, Kk) fp32 in
-    powers of two; of mean keys one set a head, and (Kk,) biases for all. `spreads` are the
-    log-sum-exps that the biases were made of, None of mean keys."""
+    """Columns.
+
+    Args:
+        keys, values: (sets, Kk, D) in the dtype of q; of mean keys, one set a head.
+        bias: (sets, Kk) fp32 in powers of two; of mean keys (Kk,), for all.
+        spreads: the log-sum-exps that the biases were made of; of mean keys the biases.
+        centred: around mean queries.
+    """
 
     keys: Tensor
     values: Tensor
     bias: Tensor
-    spreads: Tensor | None
+    spreads: Tensor
+    centred: bool
 
 
 def chunks(call: Call) -> Iterator[Chunk]:
@@ -132,8 +138,39 @@ def _strides(*tensors: Tensor) -> Iterator[int]:
     return (step for x in tensors for step in x.stride()[:3])
 
 
-def _stages(config: configs.Config) -> dict[str, int]:
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
+def _launch(
+    kernel: Any,
+    programs: tuple[int, int],
+    call: Call,
+    config: configs.Config,
+    *,
+    tensors: Sequence[Tensor],
+    strided: Sequence[Tensor],
+    numbers: Sequence[int],
+    **sizes: int,
+) -> None:
+    """Run a kernel of this package's rest, all of which take their arguments in one order.
+
+    Args:
+        tensors: all that it reads and writes.
+        strided: those of (B, H, N, D), given by stride.
+        numbers: between the strides and the scale.
+        sizes: constants beside the dim of a head.
+    """
+    launch(
+        kernel,
+        programs,
+        call.q,
+        *tensors,
+        *_strides(*strided),
+        *numbers,
+        call.scale / math.log(2),
+        **call.dim,
+        **sizes,
+        TILE_N=config.tile_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
 
 def means_of(x: Tensor, call: Call, block: int) -> Tensor:
@@ -146,7 +183,8 @@ def means_of(x: Tensor, call: Call, block: int) -> Tensor:
 def around_keys(call: Call) -> tuple[Chunk, Pooled]:
     keys, values = (means_of(x, call, call.block_k).flatten(0, 1) for x in (call.k, call.v))
     chunk = Chunk(0, call.heads * call.blocks[0], call.blocks[0], 1)
-    return chunk, Pooled(keys, values, call.held_k[:, 0].log2(), None)
+    bias = call.held_k[:, 0].log2()
+    return chunk, Pooled(keys, values, bias, bias, centred=False)
 
 
 def room(call: Call) -> Pooled:
@@ -154,7 +192,7 @@ def room(call: Call) -> Pooled:
     pairs, Kk = _most_pairs(call), call.blocks[1]
     columns = call.q.new_empty(2, pairs, Kk, call.q.shape[3])
     numbers = call.q.new_empty(2, pairs, Kk, dtype=torch.float32)
-    return Pooled(*columns, *numbers)
+    return Pooled(*columns, *numbers, centred=True)
 
 
 def parts_of_means(call: Call) -> Tensor:
@@ -165,23 +203,19 @@ def parts_of_means(call: Call) -> Tensor:
 
 
 def pool(call: Call, chunk: Chunk, means: Tensor, pooled: Pooled) -> None:
-    config = _pool_config("pool", call)
     H, _, Kq, Kk = call.sizes
     blocks = configs.POOL_BLOCKS
-    launch(
+    _launch(
         pool_kernel,
         (triton.cdiv(Kk, blocks), chunk.last - chunk.first),
-        call.k,
-        *(means, call.k, call.v, *pooled, call.keep, call.slots),
-        *_strides(call.k, call.v),
-        *(*call.keep.stride(), chunk.first, chunk.groups, H, Kq, Kk),
-        call.scale / math.log(2),
-        **call.dim,
+        call,
+        _pool_config("pool", call),
+        tensors=(means, call.k, call.v, *pooled[:4], call.keep, call.slots),
+        strided=(call.k, call.v),
+        numbers=(*call.keep.stride(), chunk.first, chunk.groups, H, Kq, Kk),
         BLOCK_K=call.block_k,
         GROUP=chunk.size,
-        TILE_N=config.tile_n,
         BLOCKS=blocks,
-        **_stages(config),
     )
 
 
@@ -195,22 +229,19 @@ def forward(
     total: Tensor,
 ) -> None:
     config = _columns_config("forward", call)
-    launch(
+    _launch(
         columns_forward_kernel,
         (chunk.pairs * triton.cdiv(call.block_q, config.tile_m), 1),
-        call.q,
-        *(call.q, *pooled[:3], out, lse, joint, total, call.keep, call.slots),
-        *_strides(call.q, out, joint),
-        *(*call.keep.stride(), chunk.first, chunk.groups, *call.sizes),
-        call.scale / math.log(2),
-        **call.dim,
+        call,
+        config,
+        tensors=(call.q, *pooled[:3], out, lse, joint, total, call.keep, call.slots),
+        strided=(call.q, out, joint),
+        numbers=(*call.keep.stride(), chunk.first, chunk.groups, *call.sizes),
         BLOCK_Q=call.block_q,
         GROUP=chunk.size,
         TILE_M=config.tile_m,
-        TILE_N=config.tile_n,
         WIDTH=configs.width(_arch(call), config, call.q.shape[3]),
-        CENTRED=pooled.spreads is not None,
-        **_stages(config),
+        CENTRED=pooled.centred,
     )
 
 
@@ -249,22 +280,22 @@ def dq_of(
 ) -> None:
     """Write dq, to which the gradients of the mean queries are added, `dmeans` (pairs, D) fp32."""
     config = _columns_config("dq", call)
-    launch(
+    of_means = call.held_q if dmeans is None else dmeans  # not read without
+    _launch(
         columns_dq_kernel,
         (chunk.pairs * triton.cdiv(call.block_q, config.tile_m), 1),
-        call.q,
-        *(call.q, grad, *pooled[:3], call.held_q if dmeans is None else dmeans, call.held_q),
-        *(dq, total, delta, call.keep, call.slots),
-        *_strides(call.q, grad, dq),
-        *(*call.keep.stride(), chunk.first, chunk.groups, *call.sizes),
-        call.scale / math.log(2),
-        **call.dim,
+        call,
+        config,
+        tensors=(
+            *(call.q, grad, *pooled[:3], of_means, call.held_q),
+            *(dq, total, delta, call.keep, call.slots),
+        ),
+        strided=(call.q, grad, dq),
+        numbers=(*call.keep.stride(), chunk.first, chunk.groups, *call.sizes),
         BLOCK_Q=call.block_q,
         GROUP=chunk.size,
         TILE_M=config.tile_m,
-        TILE_N=config.tile_n,
-        CENTRED=pooled.spreads is not None,
-        **_stages(config),
+        CENTRED=pooled.centred,
     )
 
 
@@ -278,20 +309,17 @@ def dkdv_of(
     delta: Tensor,
 ) -> None:
     config = _columns_config("dkdv", call)
-    launch(
+    _launch(
         columns_dkdv_kernel,
         (triton.cdiv(call.blocks[1], config.tile_n), call.heads),
-        call.q,
-        *(call.q, grad, *pooled[:3], dk, dv, total, delta, call.keep, call.slots),
-        *_strides(call.q, grad, dk, dv),
-        *(*call.keep.stride(), *call.sizes),
-        call.scale / math.log(2),
-        **call.dim,
+        call,
+        config,
+        tensors=(call.q, grad, *pooled[:3], dk, dv, total, delta, call.keep, call.slots),
+        strided=(call.q, grad, dk, dv),
+        numbers=(*call.keep.stride(), *call.sizes),
         BLOCK_Q=call.block_q,
         BLOCK_K=call.block_k,
         TILE_M=config.tile_m,
-        TILE_N=config.tile_n,
-        **_stages(config),
     )
 
 
@@ -306,20 +334,17 @@ def dpooled_of(
     delta: Tensor,
 ) -> None:
     config = _columns_config("dpooled", call)
-    launch(
+    _launch(
         columns_dpooled_kernel,
         (triton.cdiv(call.blocks[1], config.tile_n), chunk.pairs),
-        call.q,
-        *(call.q, grad, means, *pooled[:3], *grads, total, delta, call.slots),
-        *_strides(call.q, grad),
-        *(chunk.first, chunk.groups, *call.sizes),
-        call.scale / math.log(2),
-        **call.dim,
+        call,
+        config,
+        tensors=(call.q, grad, means, *pooled[:3], *grads[:4], total, delta, call.slots),
+        strided=(call.q, grad),
+        numbers=(chunk.first, chunk.groups, *call.sizes),
         BLOCK_Q=call.block_q,
         GROUP=chunk.size,
         TILE_M=config.tile_m,
-        TILE_N=config.tile_n,
-        **_stages(config),
     )
 
 
@@ -334,19 +359,15 @@ def pool_backward(
 ) -> None:
     config = _pool_config("pool backward", call)
     heads = (chunk.last - 1) // chunk.groups - chunk.first // chunk.groups + 1
-    tiles = call.blocks[1] * triton.cdiv(call.block_k, config.tile_n)
-    launch(
+    _launch(
         pool_backward_kernel,
-        (tiles, heads),
-        call.k,
-        *(means, call.k, call.v, *grads, pooled.spreads, *sums, parts, call.slots),
-        *_strides(call.k, call.v),
-        *(chunk.first, chunk.last, chunk.groups, *call.sizes),
-        call.scale / math.log(2),
-        **call.dim,
+        (call.blocks[1] * triton.cdiv(call.block_k, config.tile_n), heads),
+        call,
+        config,
+        tensors=(means, call.k, call.v, *grads[:4], pooled.spreads, *sums, parts, call.slots),
+        strided=(call.k, call.v),
+        numbers=(chunk.first, chunk.last, chunk.groups, *call.sizes),
         BLOCK_K=call.block_k,
         GROUP=chunk.size,
         TILE_M=min(config.tile_m, chunk.size),
-        TILE_N=config.tile_n,
-        **_stages(config),
     )
