@@ -26,7 +26,6 @@ from study.variants import Variant
 from gen_accel import SparseLinear, attach
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
-from gen_accel.pipelines import calibrate
 
 RESULTS = Path(__file__).parent / "results"
 KEPT = Path("outputs/methods")  # clips and rows so far
@@ -90,11 +89,8 @@ def of_errors(args: argparse.Namespace, head: dict[str, Any]) -> None:
 
 def fitted(pipe: Any, method: SparseLinear, frames: int) -> dict[int, Any]:
     """The branches of each layer, fitted to prompts that are not measured."""
-    call = captured.arguments(0, frames)
-    for name in ("prompt", "num_inference_steps", "generator"):
-        del call[name]
     with attach(pipe, method) as handle:
-        calibrate(pipe, fit_prompts(), num_inference_steps=clips.FIT_STEPS, seed=1000, **call)
+        clips.fit_to(pipe, fit_prompts(), frames)
         return dict(enumerate(handle.branches.values()))
 
 
@@ -156,7 +152,7 @@ def of_others(args: argparse.Namespace, head: dict[str, Any]) -> None:
 
 
 def clip_settings(pipe: Any, frames: int) -> dict[str, Callable[[], tuple[Any, bool]]]:
-    """By name, what makes the method, and whether its parameters are fitted first."""
+    """Settings by name: what makes the method, and whether its parameters are fitted first."""
     video = captured.grid(frames)
     found: dict[str, Callable[[], tuple[Any, bool]]] = {}
     for density, names in POOLED.items():

@@ -1,4 +1,4 @@
-"""What the pooled rest of a plan costs beside the attention over what it keeps.
+"""Cost of the pooled rest of a plan beside the attention over what it keeps.
 
     python benchmarks/rest.py
     python benchmarks/rest.py --tokens 16384 --dims 128 --directions both
@@ -33,7 +33,7 @@ CENTRES = ("key", "query")
 
 
 class Case(NamedTuple):
-    """What is timed: one sample of random numbers, with the same share of blocks a query block.
+    """A call that is timed: one sample of random numbers, as many blocks for each query block.
 
     Args:
         block: slots of a query and of a key block.

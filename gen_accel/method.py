@@ -46,7 +46,7 @@ class Method(Protocol):
 
 
 class Memory(Protocol):
-    """What a method keeps from one denoising step of a run for the next, made empty by the part
+    """Memory of a method from one denoising step of a run to the next, made empty by the part
     `memory`: one for each layer and for each call of it in a step, as guidance makes two.
 
     It belongs to whoever runs the model, as attention that is attached does: the method itself
@@ -241,7 +241,7 @@ def layer_method(method: Method, layer: int) -> Any:
 
 @lru_cache(maxsize=256)
 def method_at(method: Method, progress: float) -> Any:
-    """What runs at a step, for methods that change over a run: see `at` of `MethodParts`."""
+    """Method of a step, for methods that change over a run: see `at` of `MethodParts`."""
     own = parts_of(method).at
     if own is None:
         return method

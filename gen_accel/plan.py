@@ -393,7 +393,7 @@ class Plan:
         return kept / pairs, computed / pairs
 
     def _pooled_pairs(self) -> Tensor | float:
-        """What the rest costs, in token pairs of two products each: a pooled key is a pair with
+        """Cost of the rest, in token pairs of two products each: a pooled key is a pair with
         every query of a block that leaves it out, and to pool a block of keys around a mean query
         takes three products a key."""
         if self.rest is None:
@@ -445,8 +445,8 @@ class Plan:
         return _known(plan, self)
 
     def keeping(self, keep: Tensor, *, dynamic: bool) -> "Plan":
-        """In the same layout and with the same rest, gain and windows: of whole blocks where this
-        one has a route.
+        """Plan in the same layout, with the same rest, gain and windows; of whole blocks where
+        this one has a route.
 
         Args:
             dynamic: for one call, as `keep` was made from its q and k; else for many.

@@ -56,8 +56,8 @@ def qkv(device):
 
 @pytest.fixture(autouse=True)
 def folder_that_is_no_module():
-    """What looks for the package `kernels` finds tests/kernels, a namespace without a file, at
-    which torch.compile stops while it looks for the module of a tensor."""
+    """Forget tests/kernels as a module: transformers looks for a package `kernels` and finds that
+    folder, a namespace without a file, at which torch.compile stops."""
     found = sys.modules.get("kernels")
     if found is not None and getattr(found, "__file__", None) is None:
         del sys.modules["kernels"]

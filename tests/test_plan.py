@@ -1,4 +1,4 @@
-"""What a plan counts and refuses."""
+"""Counts and refusals of a plan."""
 
 import pytest
 import torch

@@ -1,1 +1,1 @@
-"""What `methods.py` measures: quality on the demo model, of attention and of whole clips."""
+"""Measurements of `methods.py`: quality on the demo model, of attention and of whole clips."""

@@ -1,4 +1,4 @@
-"""What each part of a pooled rest buys: choice x rest x tile x query block x density."""
+"""Ablation of a pooled rest: choice x rest x tile x query block x density."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

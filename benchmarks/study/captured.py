@@ -40,18 +40,22 @@ def pipeline() -> Any:
     return pipe
 
 
-def arguments(prompt: int, frames: int) -> dict[str, Any]:
-    """What the pipeline is called with for one of `PROMPTS`."""
+def sizes(frames: int) -> dict[str, Any]:
+    """Arguments of the pipeline for any prompt, without the number of steps."""
     return {
-        "prompt": PROMPTS[prompt],
         "height": SIZE,
         "width": SIZE,
         "num_frames": frames,
-        "num_inference_steps": STEPS,
         "guidance_scale": GUIDANCE,
         "max_sequence_length": TEXT,
-        "generator": torch.Generator().manual_seed(prompt),
     }
+
+
+def arguments(prompt: int, frames: int) -> dict[str, Any]:
+    """Arguments of the pipeline for one of `PROMPTS`."""
+    noise = torch.Generator().manual_seed(prompt)
+    steps = {"num_inference_steps": STEPS, "generator": noise}
+    return {"prompt": PROMPTS[prompt], **steps, **sizes(frames)}
 
 
 def grid(frames: int) -> VideoShape:

@@ -12,7 +12,7 @@ from gen_accel import Schedule, attach
 from gen_accel.measure import psnr
 from gen_accel.measure.quality import psnr_per_frame
 from gen_accel.pipelines import calibrate
-from study.captured import arguments
+from study.captured import arguments, sizes
 
 SCHEDULE = Schedule(dense_start=0.2)
 FIT_STEPS = 4
@@ -43,10 +43,7 @@ def measured(
     with attach(pipe, method, schedule=SCHEDULE) as handle, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a branch which was not fitted adds nothing
         if fit:
-            call = arguments(0, frames)
-            for name in ("prompt", "num_inference_steps", "generator"):
-                del call[name]
-            calibrate(pipe, fit, num_inference_steps=FIT_STEPS, seed=1000, **call)
+            fit_to(pipe, fit, frames)
         for prompt in prompts:
             clip, wanted = _clip(pipe, prompt, frames), kept_clip(dense, prompt)
             rows.append(
@@ -58,6 +55,11 @@ def measured(
                 }
             )
     return rows
+
+
+def fit_to(pipe: Any, prompts: Sequence[str], frames: int) -> None:
+    """Fit what is attached, from seeds that no clip has."""
+    calibrate(pipe, prompts, num_inference_steps=FIT_STEPS, seed=1000, **sizes(frames))
 
 
 def _clip(pipe: Any, prompt: int, frames: int) -> np.ndarray:

@@ -1,16 +1,17 @@
-"""How far attention is off on captured q, k and v, and what it costs in time."""
+"""Errors of attention on captured q, k and v, and its cost in time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import mean, median
 from typing import Any
 
 import torch
+from parity import planned
 from torch import Tensor
 
 from gen_accel import SparseLinear, VideoShape, attention
 from gen_accel.measure.timing import interleaved
-from gen_accel.method import layer_method, parts_of, plan_of
+from gen_accel.method import layer_method
 from study.captured import Captured
 from study.variants import Variant
 
@@ -34,16 +35,15 @@ def error_of(
         branch = None if branches is None else branches[call.layer]
         out = attention(call.q, call.k, call.v, video=video, method=own, branch=branch)
         errors.append(relative_error(out, call.dense))
-        chosen = parts_of(own).plan_for
-        plan = plan_of(own, video) if chosen is None else chosen(call.q, call.k, video=video)
+        plan = planned(video, own, [call.q, call.k])
         densities.append(plan.density)
     return {"error": mean(errors), "worst_error": max(errors), "density": mean(densities)}
 
 
 def density_of(method: Any, calls: Sequence[Captured], video: VideoShape) -> float:
     """Mean share of token pairs that a method keeps in the calls."""
-    kept = (layer_method(method, x.layer).plan_for(x.q, x.k, x.v, video=video) for x in calls)
-    return mean(plan.density for plan in kept)
+    plans = (planned(video, layer_method(method, x.layer), [x.q, x.k]) for x in calls)
+    return mean(plan.density for plan in plans)
 
 
 def oracle(density: float, rest: Any, calls: Sequence[Captured], video: VideoShape) -> dict:
@@ -59,7 +59,7 @@ def oracle(density: float, rest: Any, calls: Sequence[Captured], video: VideoSha
 def milliseconds(
     methods: dict[str, Any], call: Captured, video: VideoShape, rounds: int, branches: Any
 ) -> dict[str, float]:
-    """Of one attention call, dense ("dense") and by each method, in turns; medians.
+    """Milliseconds of one call, dense ("dense") and by each method, in turns; medians.
 
     Args:
         branches: by the number of a layer, the parameters of `SparseLinear`.
@@ -75,9 +75,3 @@ def milliseconds(
     with torch.no_grad():
         seconds = interleaved(calls, rounds=rounds, device=q.device)
     return {name: 1e3 * median(found) for name, found in seconds.items()}
-
-
-def by_prompt(calls: Sequence[Captured]) -> Iterator[tuple[int, list[Captured]]]:
-    """The calls of each prompt."""
-    for prompt in sorted({call.prompt for call in calls}):
-        yield prompt, [call for call in calls if call.prompt == prompt]

@@ -14,12 +14,13 @@ from torch import Tensor
 from gen_accel import VideoShape
 from gen_accel.attention_processors.methods.blocks import Layout
 from gen_accel.kernels import run
+from gen_accel.kernels.mass import block_mass
 from gen_accel.kernels.pooling import block_means
 from gen_accel.kernels.spread import block_spread
 from gen_accel.plan import Plan, Rest, plan_of_call
 from study.captured import Captured
 from study.errors import relative_error
-from study.variants import Variant, true_mass
+from study.variants import Variant
 
 LEVELS, BEAM = 4, 2  # of the hierarchical choice: a side of four blocks, twice as many are opened
 BITS = 8  # of the hash
@@ -64,7 +65,7 @@ def ours(q: Tensor, k: Tensor, layout: Layout, density: float) -> Tensor:
 
 def ceiling(q: Tensor, k: Tensor, layout: Layout, density: float) -> Tensor:
     """The true mass of each block: what a learned gate (SeerAttention) is trained to guess."""
-    return true_mass(q, k, layout)
+    return block_mass(q, k, layout.slots, scale=q.shape[3] ** -0.5)
 
 
 def int4(q: Tensor, k: Tensor, layout: Layout, density: float) -> Tensor:

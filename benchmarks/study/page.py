@@ -94,7 +94,7 @@ def _error_cell(row: dict[str, Any]) -> str:
 
 
 def ablation_tables(report: dict[str, Any]) -> list[str]:
-    """For each part, its values in rows and the rests in columns, all else as in `SLICE`."""
+    """Tables, one for each part: its values in rows, rests in columns, all else as in `SLICE`."""
     lines = [
         f"Relative L2 error of attention, {report['frames']} frames, {report['device']}, "
         f"[result file]({LINK}/methods_ablation.json). All else is choice by spread, boxes of "

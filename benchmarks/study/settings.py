@@ -35,7 +35,7 @@ def old(density: float, video: VideoShape) -> dict[str, Any]:
 
 
 def pooled(density: float, densities: Callable[[Any], float]) -> dict[str, Any]:
-    """Those with one: ours, and the rules of PISA and of Sol-Attn in boxes and in raster order.
+    """Methods with a rest: ours, and PISA's and Sol-Attn's rules, in boxes and in raster order.
 
     Args:
         densities: of a method, measured: shares of key blocks are not shares of token pairs.
@@ -67,7 +67,7 @@ def sol(tau: float, **options: Any) -> Piecewise:
 
 
 def solved(rising: Callable[[float], float], target: float, low: float, high: float) -> float:
-    """Where a function comes to `target` and does not yet exceed it, by bisection."""
+    """Place where a function comes to `target` and does not yet exceed it, by bisection."""
     for _ in range(10):
         middle = (low + high) / 2
         low, high = (low, middle) if rising(middle) > target else (middle, high)
@@ -75,7 +75,7 @@ def solved(rising: Callable[[float], float], target: float, low: float, high: fl
 
 
 def radial(density: float, video: VideoShape) -> Radial:
-    """With the factor of decay that comes nearest."""
+    """Radial attention with the factor of decay that comes nearest."""
     factors = [1.3**power for power in range(-12, 9)]
     return min(
         (Radial(decay_factor=round(factor, 3)) for factor in factors),
@@ -84,7 +84,7 @@ def radial(density: float, video: VideoShape) -> Radial:
 
 
 def neighborhood(density: float, video: VideoShape) -> Neighborhood:
-    """Of the windows whose sides are alike shares of the grid, the nearest."""
+    """Neighborhood attention of the nearest window whose sides are alike shares of the grid."""
     frames, rows, columns = video.grid
     sides = product({-1, *range(3, frames + 1, 2)}, range(2, rows + 1))
     windows = ((f if f < frames else -1, r, min(r, columns)) for f, r in sides)

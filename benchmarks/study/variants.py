@@ -13,10 +13,11 @@ from torch import Tensor
 
 from gen_accel import VideoShape
 from gen_accel.attention_processors.methods.blocks import Layout, layout_of
+from gen_accel.attention_processors.methods.piecewise import FLOOR
+from gen_accel.attention_processors.methods.scores import Scores
 from gen_accel.kernels import rest as pooled_rest
 from gen_accel.kernels import run
-from gen_accel.kernels.pooling import block_means
-from gen_accel.kernels.spread import block_spread
+from gen_accel.kernels.mass import block_mass
 from gen_accel.plan import Plan, Rest, pack, plan_of_call, unpack
 
 Choice = Literal["mean", "spread", "threshold", "reuse", "oracle"]
@@ -27,7 +28,6 @@ RESTS: dict[str, Rest | None] = {
     "key + slope": Rest("key", "first"),
     "query": Rest("query"),
 }
-EPSILON = 1e-6  # of Sol-Attn's variance, in units of squared log2 scores
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,12 @@ class Variant:
 
     @torch.no_grad()
     def scores(self, q: Tensor, k: Tensor, layout: Layout) -> Tensor:
-        """(B, H, Kq, Kk) fp32, by which key blocks are ranked."""
-        slots, scale = layout.slots, q.shape[3] ** -0.5
-        query = block_means(q, slots, slots.block_q)
-        if self.choice == "spread":
-            return block_spread(query, k, slots, scale=scale)
+        """(B, H, Kq, R) fp32, by which the key blocks are ranked that have no text."""
+        scale = q.shape[3] ** -0.5
         if self.choice in ("oracle", "reuse"):
-            return true_mass(q, k, layout)
-        return scale * query @ block_means(k, slots, slots.block_k).mT
+            return layout.of_ranked(block_mass(q, k, layout.slots, scale=scale), 3)
+        kind = "spread" if self.choice == "spread" else "mean"
+        return Scores(q, k, layout, kind=kind, scale=scale).of(slice(None))
 
     @torch.no_grad()
     def planned(self, scores: Tensor, layout: Layout) -> Plan:
@@ -91,39 +89,25 @@ class Variant:
         Args:
             scores: of this step, or of an earlier one, whose pattern is used again.
         """
-        ranked = layout.of_ranked(scores, 3)
         if self.choice == "threshold":
-            kept = ranked > self.threshold(ranked)
+            more = scores > self.threshold(scores)
         else:
-            best = ranked.topk(layout.count(self.share), -1).indices
-            kept = torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, best, True)
-        keep = layout.always.expand(*scores.shape).clone()
-        keep[..., layout.ranked] |= kept
+            best = scores.topk(layout.count(self.share), -1).indices
+            more = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+        keep = layout.always.expand(*scores.shape[:3], -1).clone()
+        layout.add(keep, more)
         return keep
 
     def threshold(self, scores: Tensor) -> Tensor:
         """(B, H, Kq, 1), Sol-Attn's "exact": mean and deviation of the scores of a row."""
         spread = scores.var(-1, keepdim=True, correction=0)
-        log2 = torch.log(torch.tensor(2.0))
-        return scores.mean(-1, keepdim=True) + self.tau * (spread + EPSILON * log2**2).sqrt()
+        return scores.mean(-1, keepdim=True) + self.tau * (spread + FLOOR).sqrt()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, kernel: Callable) -> Tensor:
         if self.rest != "mixed":
             return kernel(q, k, v, plan)
         scale = q.shape[3] ** -0.5
         return mixed(*run(q, k, v, plan, scale=scale, with_lse=True), q, k, v, plan)
-
-
-def true_mass(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
-    """(B, H, Kq, Kk): what the queries of a block weigh the keys of another by, summed."""
-    slots, found = layout.slots, []
-    queries, keys = pack(q, slots), pack(k, slots)
-    for head in range(q.shape[1]):  # a matrix of tokens x tokens at a time
-        scores = queries[:, head] @ keys[:, head].mT * q.shape[3] ** -0.5
-        weights = scores.masked_fill_(~slots.real, -torch.inf).softmax(-1)
-        of_keys = weights.unflatten(2, (-1, slots.block_k)).sum(3) * slots.real[:, None]
-        found.append(of_keys.unflatten(1, (-1, slots.block_q)).sum(2))
-    return torch.stack(found, 1)
 
 
 def mixed(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:

@@ -97,7 +97,7 @@ def forward_lse(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, *, lse: bool) -> Any:
-    """What FlexAttention returns, of slots."""
+    """Results of FlexAttention, of slots."""
     packed = pack(q, plan), pack(k, plan), pack(v, plan)
     if not torch.is_grad_enabled():  # on the CPU FlexAttention looks at `requires_grad` alone
         packed = packed[0].detach(), packed[1].detach(), packed[2].detach()

@@ -57,7 +57,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Ten
 def forward_lse(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Where one operator makes products and softmax of bf16, it has rounded the wide output."""
+    """Return output and log-sum-exp. One operator for products and softmax, of bf16, has rounded
+    the wide output."""
     return _of_tokens(q, k, v, plan, scale, lse=True, wide=wide)
 
 

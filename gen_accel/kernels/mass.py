@@ -1,4 +1,4 @@
-"""Which blocks hold the mass of dense attention: what a method chooses by that has seen it.
+"""Mass of dense attention by blocks, which a method chooses by that has seen it.
 
 Torch alone, on any device.
 """

@@ -129,7 +129,7 @@ def over_grid(q: Tensor, k: Tensor, v: Tensor, boxes: Boxes, *, scale: float) ->
 def over_grid_lse(
     q: Tensor, k: Tensor, v: Tensor, boxes: Boxes, *, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The same, and the log-sum-exp of each row, (B, H, N) fp32."""
+    """Output, and the log-sum-exp of each row, (B, H, N) fp32."""
     out, lse = _of_grid(q, k, v, boxes, scale, return_lse=True)
     lse = lse.flatten(1, -2).transpose(1, 2)
     if not boxes.text:
@@ -142,7 +142,7 @@ def over_grid_lse(
 def _of_grid(
     q: Tensor, k: Tensor, v: Tensor, boxes: Boxes, scale: float, **options: Any
 ) -> list[Tensor]:
-    """What the library gives for the queries of the grid: the output, (B, H, tokens of the grid,
+    """Results of the library for the queries of the grid: the output, (B, H, tokens of the grid,
     D), and with `return_lse=True` the log-sum-exp, (B, axes that are longer than one, H)."""
     video = q.shape[2] - boxes.text
     on_grid = [_gridded(x[:, :, :video], boxes) for x in (q, k, v)]

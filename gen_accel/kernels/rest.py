@@ -130,7 +130,7 @@ def _around_queries(
     k: Tensor,
     v: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The same, against keys and values of slots, (B, H, S, D), pooled for these blocks."""
+    """Some query blocks against keys and values of slots, (B, H, S, D), pooled for them."""
     real_q, real_k = plan.real.view(-1, plan.block_q, 1)[some], plan.real.view(-1, plan.block_k)
     query = (q * real_q).sum(3) / real_q.sum(1).clamp_min(1)
     score = (query @ k.mT * scale).unflatten(3, (-1, plan.block_k))

@@ -1,4 +1,4 @@
-"""What the rest of a plan costs on a device, by a model of products and bytes, and which centre it
+"""Cost of the rest of a plan on a device, by a model of products and bytes, and the centre that it
 had better be pooled around.
 
 A kernel takes the longest of its products, its bytes from memory and those through the last cache,
@@ -75,8 +75,8 @@ class Problem(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Of one kernel, or of all chunks of it: operations, bytes from and to memory, bytes through
-    the cache, launches."""
+    """Work of one kernel, or of all chunks of it: operations, bytes from and to memory, bytes
+    through the cache, launches."""
 
     flops: float
     memory: float
@@ -114,13 +114,13 @@ def around_queries(problem: Problem, cached: int) -> list[Work]:
 
 
 def pooled_bytes(problem: Problem) -> int:
-    """Of the keys and values of all pairs, which are never there at once."""
+    """Bytes of the keys and values of all pairs, which are never there at once."""
     Kq, Kk = problem.blocks
     return 2 * problem.heads * Kq * Kk * problem.dim * problem.size
 
 
 def _share(problem: Problem) -> float:
-    """Of the tokens, how many mean keys there are, which each query block reads."""
+    """Share of mean keys that all query blocks read, of the tokens."""
     return problem.blocks[0] / problem.block_k
 
 
@@ -152,14 +152,14 @@ def dearer(problem: Problem, arch: str) -> float:
 
 
 def even_density(problem: Problem, arch: str) -> float:
-    """From which density on mean queries are the faster way to one quality: where what they cost
-    more is what mean keys would need in kept keys, `WORTH - 1` times as many again."""
+    """Density from which mean queries are the faster way to one quality: there they cost as much
+    more as mean keys would need in kept keys, `WORTH - 1` times as many again."""
     card = CARDS.get(arch, UNKNOWN)
     of_one = seconds(kept(problem, 1.0), card._replace(start=0.0))
     return dearer(problem, arch) / ((WORTH - 1) * of_one)
 
 
 def centre_of(problem: Problem, density: float, device: torch.device) -> Centre:
-    """What `centre="auto"` takes, for a plan of this density, in (0, 1]."""
+    """Centre that "auto" takes, for a plan of this density, in (0, 1]."""
     arch = configs.architecture(device)
     return "query" if density >= even_density(problem, arch) else "key"

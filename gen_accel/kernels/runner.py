@@ -36,7 +36,7 @@ def name_of(kernel: Attend) -> str:
 
 
 def scale_of(kernel: Attend, q: Tensor) -> float:
-    """What `kernel` multiplies the products of q, (B, H, N, D), and k by: 1 / sqrt(D) for a plain
+    """Scale of the products of q, (B, H, N, D), and k in `kernel`: 1 / sqrt(D) for a plain
     function, which says nothing of it."""
     return scale_or_default(kernel.scale if isinstance(kernel, Runner) else None, q)
 

@@ -180,7 +180,7 @@ def _rows(
 
 
 def _allowed(allowance: Callable[..., float], rows: _Rows) -> float:
-    """By the weights of the keys that are kept, which with a rest add up to less than 1."""
+    """Allowance by the weights of the kept keys, which with a rest add up to less than 1."""
     with torch.autocast(rows.q.device.type, enabled=False):
         weights = _weights(rows, torch.float64, _pooled(rows, torch.float64))
     kept = weights[:, : len(rows.keys)]

@@ -1,4 +1,4 @@
-"""How much each key block would weigh to the mean query of a block, which methods choose by."""
+"""Spread: how much each key block weighs to the mean query of a block. Methods choose by it."""
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def block_spread(
 
 
 def plain(query_means: Tensor, k: Tensor, slots: Slots, *, scale: float) -> Tensor:
-    """The same in torch, some key blocks at once: the scores of all are never stored."""
+    """Spread in torch, some key blocks at once: the scores of all are never stored."""
     keys = pack(k, slots).unflatten(2, (-1, slots.block_k))
     real = slots.real.view(-1, slots.block_k)
     B, H, Kq, _ = query_means.shape

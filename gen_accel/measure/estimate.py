@@ -292,7 +292,7 @@ def _sparse_share(subject: Subject, schedule: Schedule, steps: int, method: Meth
 
 
 def _dense_steps(schedule: Schedule, steps: int, memory: Memory | None) -> set[int]:
-    """Those of the schedule, and those in which a method with a memory learns."""
+    """Dense steps of the schedule, and steps in which a method with a memory learns."""
     dense = {step for step in range(steps) if schedule.why_step(step, steps) is not None}
     if memory is None:
         return dense

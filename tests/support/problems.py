@@ -94,8 +94,8 @@ def gives_lse(kernel):
 
 
 def lse_slack(dtype):
-    """What a log-sum-exp may be off more than the reference's, which is of fp32: by an error e of
-    it all weights of a row are off by the factor exp(e), a sixteenth of the spacing of `dtype`."""
+    """Slack of a log-sum-exp beside the reference's, which is of fp32. An error e of it puts all
+    weights of a row off by the factor exp(e): a sixteenth of the spacing of `dtype`."""
     return torch.finfo(dtype).eps / 16
 
 

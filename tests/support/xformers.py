@@ -34,7 +34,7 @@ class BlockDiagonalMask:
 
 
 def library(is_packed):
-    """What `gen_accel.kernels.xformers._fmha()` is, with one operator."""
+    """Stand-in for `gen_accel.kernels.xformers._fmha()`, with one operator."""
     operator = SimpleNamespace(VARLEN_LSE_PACKED=is_packed)
 
     def attend(query, key, value, *, attn_bias, scale, op):

@@ -207,7 +207,7 @@ def learns_at(handle: Handle, layer: Layer) -> bool:
 def recall(
     handle: Handle, layer: Layer, call: Call, tokens: Tokens | None, why: str | None
 ) -> Recalled | None:
-    """What is remembered for a call; None where nothing is remembered, or nothing is asked.
+    """Recollection of a call; None where nothing is remembered, or nothing is asked.
 
     Args:
         why: the schedule keeps the call dense.
@@ -326,7 +326,7 @@ def runner(
     chosen: Callable[[kernels.Choice], None] | None = None,
     planned: Callable[[Plan], None] | None = None,
 ) -> kernels.Runner:
-    """What runs the plans of a method in a call, over a grid that may be a part of its own.
+    """Runner of a method's plans in a call, over a grid that may be a part of its own.
 
     Args:
         kernel: the name of the one that runs, or "auto".

@@ -1,4 +1,4 @@
-"""What methods remember while a model runs: by run, transformer, call of a step, and layer.
+"""Memories of methods while a model runs: by run, transformer, call of a step, and layer.
 
 A branch of guidance is known by its place among the forward passes of a step; where one pass holds
 both as halves of a batch, they are samples of one memory. Passes that a cache skips leave what is
@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """What a layer learned in one pass.
+    """A lesson: what a layer learned in one pass.
 
     Args:
         about: the sizes, dtype and device of the call.
@@ -47,7 +47,7 @@ class Lesson(NamedTuple):
 
 
 class Recalled:
-    """What a call of a layer knows of its memory.
+    """Recollection of one call of a layer.
 
     Attributes:
         learns: dense attention runs in it, from which it learns.
@@ -111,7 +111,7 @@ class Recalled:
 
 
 class Memories:
-    """What all layers of an attachment remember. A copy is empty: it is of another model.
+    """Memories of all layers of an attachment. A copy is empty: it is of another model.
 
     Attributes:
         learns: the pass under way is the last that the schedule keeps dense.
@@ -183,7 +183,7 @@ class Memories:
     def recall(
         self, layer: str, every: int, about: tuple[Any, ...], dense: bool
     ) -> Recalled | None:
-        """What a call of a layer knows; None for one that is dense, and one too many to learn.
+        """Recollection of a call of a layer; None for a dense one that is one too many to learn.
 
         Args:
             every: see `Memory`.
@@ -218,7 +218,7 @@ class Memories:
 
 
 def about_call(call: Call, tokens: Tokens, groups: Sequence[Samples]) -> tuple[Any, ...]:
-    """What has to be the same for a memory to fit a call."""
+    """Facts that have to be the same for a memory to fit a call."""
     device = call.q.device
     heads = None if call.heads is None else (call.heads.start, call.heads.stop)
     texts = tuple((tuple(some.rows), some.video) for some in groups)

@@ -1,4 +1,4 @@
-"""Which boxes of the video hold tokens that are alike, so that one mean stands for them well.
+"""Boxes of the video whose tokens are alike, so that one mean stands for them well.
 
 The variance of keys within boxes costs next to nothing and names the few that are worth a try: on
 the demo model, that of values orders them wrongly. Which of those is best depends on the method as
@@ -45,7 +45,7 @@ def fits(box: Box, video: VideoShape) -> bool:
 
 
 def slots(box: Box, video: VideoShape) -> int:
-    """How many a grid takes, cut into boxes."""
+    """Number of slots that a grid takes, cut into boxes."""
     return math.prod(-(-n // side) * side for n, side in zip(video.grid, box, strict=True))
 
 

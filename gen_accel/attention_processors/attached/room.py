@@ -1,4 +1,4 @@
-"""Whether what a method remembers fits into memory, before it is there."""
+"""Room for what a method remembers, asked for before it is there."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,7 +98,7 @@ def _number_in(file: Path) -> int | None:
 
 
 def first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """What a forward pass is given first: the latents, a row for each sample, on the device that
+    """Latents, which a forward pass is given first: a row for each sample, on the device that
     computes, where weights may still be elsewhere."""
     given = (*args, *kwargs.values())
     return next((x for x in given if isinstance(x, Tensor) and x.ndim), None)

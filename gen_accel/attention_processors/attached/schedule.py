@@ -53,7 +53,7 @@ class Schedule:
         return self.dense_start > 0 or self.dense_end > 0
 
     def progress(self, step: int, steps: int | None) -> float:
-        """How far a run is at `step`, among its steps that are not dense: 0 at the first, 1 at
+        """Progress of a run at `step`, among its steps that are not dense: 0 at the first, 1 at
         the last. 0 where `steps` is not known, and where there are no two of these."""
         sparse = [i for i in range(steps or 0) if self.why_step(i, steps) is None]
         if len(sparse) < 2:

@@ -426,7 +426,7 @@ class Summary:
         return {"learned_steps": self.learned, "reused_steps": self.reused}
 
     def _by(self) -> str:
-        """What ran the sparse calls."""
+        """Kernels of the sparse calls."""
         sparse = {key: one for key, one in self.records.items() if one.why_dense is None}
         return " and ".join(replace(self, records=sparse).kernels)
 

@@ -1,4 +1,4 @@
-"""How tokens lie in blocks, for methods that choose key blocks by q and k."""
+"""Layout of tokens in blocks, for methods that choose key blocks by q and k."""
 
 import math
 from functools import lru_cache
@@ -16,7 +16,7 @@ Tile = Literal["auto", "raster"] | Box
 
 
 class Always(NamedTuple):
-    """What is exact by itself, beside text.
+    """Keys and queries that are exact by themselves, beside text.
 
     Args:
         band: key blocks so near to the query block, in the order of slots, 0 for its own alone.
@@ -34,7 +34,7 @@ NOTHING = Always()
 
 
 class Layout(NamedTuple):
-    """What the grid decides.
+    """Layout of a grid.
 
     Args:
         ranked: the numbers of the key blocks that scores are for, those with the video's tokens
@@ -61,7 +61,7 @@ class Layout(NamedTuple):
     has_empty: bool
 
     def of_ranked(self, x: Tensor, dim: int) -> Tensor:
-        """What `x` holds for the key blocks that are ranked, along `dim`."""
+        """Part of `x` for the key blocks that are ranked, along `dim`."""
         if self.is_first:
             return x.narrow(dim, 0, len(self.ranked))
         return x.index_select(dim, self.ranked)
@@ -78,7 +78,7 @@ class Layout(NamedTuple):
             keep.index_copy_(-1, self.ranked, keep.index_select(-1, self.ranked) | more)
 
     def count(self, share: float) -> int:
-        """How many of the ranked key blocks are `share` of them, at least one."""
+        """Number of ranked key blocks that `share` of them is, at least one."""
         blocks = len(self.ranked)
         return min(max(1, int(share * blocks)), blocks)
 

@@ -1,4 +1,4 @@
-"""How many key blocks each query block keeps of those that score best.
+"""Budgets: how many of the best key blocks each query block keeps.
 
 References:
     "row" is the usual top-k. "mass" is the rule of Zhang et al., "SpargeAttn: Accurate Sparse
@@ -46,7 +46,7 @@ class Budget(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What query blocks keep.
+    """Budget of query blocks.
 
     Args:
         keep: (B, H, Kq, Kk) bool.
@@ -79,7 +79,7 @@ def check_budget(budget: Budget, critical: float) -> None:
 
 
 def chosen(by: Scores, q: Tensor, budget: Budget, worst: int = 0) -> Chosen:
-    """What the scores of q, (B, H, N, D), choose within a budget, beside what is always kept.
+    """Choice by the scores of q, (B, H, N, D), within a budget, beside what is always kept.
 
     Args:
         worst: how many of each row to name as skipped.

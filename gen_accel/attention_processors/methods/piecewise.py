@@ -158,7 +158,7 @@ class Piecewise:
         return min(self.block_q, self.block_k) if self.tile == "auto" else 0
 
     def tiled(self, tile: Box) -> "Piecewise":
-        """The same method with blocks of this box."""
+        """Method with blocks of this box."""
         return replace(self, tile=tile)
 
     @property
@@ -167,7 +167,7 @@ class Piecewise:
         return self.tile if isinstance(self.tile, tuple) else (1, 1, 1)
 
     def for_device(self, device: torch.device) -> "Piecewise":
-        """With the centre that it takes on a device, where every call takes the same."""
+        """Method with the centre that it takes on a device, where every call takes the same."""
         if self.centre != "auto" or device.type == "cuda":
             return self
         return replace(self, centre="query")
@@ -211,7 +211,7 @@ class Piecewise:
         kernel: str = "auto",
         scale: float | None = None,
     ) -> Plan:
-        """What q and k, (B, H, N, D), keep. No gradient, no wait for the device.
+        """Plan of what q and k, (B, H, N, D), keep. No gradient, no wait for the device.
 
         Args:
             v: for score="norm", which looks at values too.
@@ -221,7 +221,7 @@ class Piecewise:
         return self._chosen(q, k, v, self.layout(video, q.device), scale, kernel)
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-        """What smooth random q and k keep, for pictures and estimates."""
+        """Plan of what smooth random q and k keep, for pictures and estimates."""
         return _example(self, video).to(torch.device(device))
 
     def block_mask(self, video: VideoShape) -> Tensor:
@@ -242,7 +242,7 @@ class Piecewise:
         kernel: str = "auto",
         scale: float | None = None,
     ) -> Tensor:
-        """What the scores of kept blocks exceed under "threshold", (B, H, Kq) fp32."""
+        """Thresholds that scores of kept blocks exceed under "threshold", (B, H, Kq) fp32."""
         scale = scale_or_default(scale, q)
         with torch.autocast(q.device.type, enabled=False):
             by = self._scores(q, k, None, self.layout(video, q.device), scale, kernel)

@@ -14,7 +14,7 @@ Around = Literal["query", "key", "auto"]
 def rest_of(
     rest: Pool | None, centre: Centre = "query", order: RestOrder = "zeroth"
 ) -> Rest | None:
-    """What a plan holds, for the options `rest`, `centre` and `order` of a method.
+    """Rest of a plan, by the options `rest`, `centre` and `order` of a method.
 
     Raises:
         ValueError: none of their values, a first order around queries, or options of a rest that
@@ -32,7 +32,7 @@ def rest_of(
 
 
 def centre_of_call(centre: Around, q: Tensor, slots: Slots, entries: int | None) -> Centre:
-    """What a centre stands for in a call: "auto" is, on GPUs, the one that a model of their
+    """Centre of a call: "auto" is, on GPUs, the one that a model of their
     products and bytes calls faster for the same quality; elsewhere it is "query".
 
     Nothing waits for the device.

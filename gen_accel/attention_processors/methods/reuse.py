@@ -244,7 +244,7 @@ class Reuse:
 
 
 class Learned:
-    """What one call of a layer learned in a dense step; see `gen_accel.method.Memory`.
+    """Memory of one call of a layer, learned in a dense step; see `gen_accel.method.Memory`.
 
     Attributes:
         plan: the pattern; None where the method's never changes.

@@ -139,7 +139,7 @@ class SparseLinear:
         return min(self.block_q, self.block_k) if self._tile == "auto" else 0
 
     def tiled(self, tile: Box) -> "SparseLinear":
-        """The same method with blocks of this box."""
+        """Method with blocks of this box."""
         return replace(self, tile=tile)
 
     @property

@@ -252,7 +252,7 @@ def _gathered_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterat
 
 
 def _column_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
-    """Of the rest, over as many columns as tiles are long, and more."""
+    """Kernels of the rest, over as many columns as tiles are long, and more."""
     dim = {"D": D, "BLOCK_D": configs.padded_dim(D)}
     yield Case("rest shares", rest_shares.shares_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1)
     for kind, centred in product(("forward", "dq", "dkdv", "dpooled"), (False, True)):
@@ -286,7 +286,7 @@ def _column_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator
 
 
 def _pool_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
-    """Of the rest, pooled around mean queries."""
+    """Kernels of the rest that pool around mean queries."""
     dim = {"D": D, "BLOCK_D": configs.padded_dim(D)}
     group = configs.pool(arch, "pool", D, dtype, block).tile_m
     parts = 1 if dtype == torch.float32 else 2  # of the mean queries

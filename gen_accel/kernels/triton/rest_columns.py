@@ -32,7 +32,7 @@ def pair_at(first, groups, i_pair, GROUP: tl.constexpr):
 
 @triton.jit
 def column_bias(bias, keep, keep_c, o_c, C, CENTRED: tl.constexpr):
-    """In powers of two; -inf for columns that are hidden, and past the last.
+    """Bias in powers of two; -inf for columns that are hidden, and past the last.
 
     Args:
         keep: the row of a query block. Not read of CENTRED ones, whose bias hides them.
@@ -85,7 +85,7 @@ def columns_forward_kernel(
     WIDTH: tl.constexpr,
     CENTRED: tl.constexpr,
 ):
-    """Where a query block has no column the answer is what came, bit for bit."""
+    """Continue the softmax over all columns. Without one the answer is what came, bit for bit."""
     FIRST: tl.constexpr = D if D < WIDTH else WIDTH
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
     i_pair, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
@@ -255,7 +255,7 @@ def _columns_sums(
     TILE_N: tl.constexpr,
     CENTRED: tl.constexpr,
 ):
-    """Of the tiles of query blocks from `start` to `stop`, each column's sums of queries and of
+    """Sum up, over tiles of query blocks from `start` to `stop`, each column's queries and
     gradients of outputs, weighed by the gradient of its scores and by its weights; and if CENTRED
     the gradient of its bias."""
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M

@@ -1,4 +1,4 @@
-"""How the kernels for the rest of a plan are launched: what a call is, its chunks, each kernel."""
+"""Launches of the kernels for the rest of a plan: a call, its chunks, each kernel."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ PAIRS = 1 << 15  # the most in a chunk, which the second axis of a grid numbers
 
 
 class Call(NamedTuple):
-    """What all kernels of one call read.
+    """Call whose tensors all kernels read.
 
     Args:
         q, k, v: (B, H, N, D), rows of one stride.
@@ -49,7 +49,7 @@ class Call(NamedTuple):
 
     @property
     def heads(self) -> int:
-        """Of all samples."""
+        """Heads of all samples."""
         return self.q.shape[0] * self.q.shape[1]
 
     @property
@@ -100,7 +100,7 @@ class Pooled(NamedTuple):
 
 
 def chunks(call: Call) -> Iterator[Chunk]:
-    """Those of all heads: as many groups at once as fit into the cache, at least one."""
+    """Chunks of all heads: as many groups at once as fit into the cache, at least one."""
     (Kq, _), size = call.blocks, _group(call)
     groups = -(-Kq // size)
     step = _most_pairs(call) // size
@@ -109,7 +109,7 @@ def chunks(call: Call) -> Iterator[Chunk]:
 
 
 def _most_pairs(call: Call) -> int:
-    """How many a chunk has at most, whole groups: no more than there are."""
+    """Number of pairs that a chunk has at most, in whole groups: no more than there are."""
     (Kq, Kk), size = call.blocks, _group(call)
     fit = configs.CACHED[_arch(call)] // (2 * Kk * call.q.shape[3] * call.q.element_size())
     there = -(-Kq // size) * size * call.heads
@@ -117,7 +117,7 @@ def _most_pairs(call: Call) -> int:
 
 
 def _group(call: Call) -> int:
-    """How many query blocks of a head are the rows of one product."""
+    """Number of query blocks of a head that are the rows of one product."""
     return configs.tile(call.blocks[0], _pool_config("pool", call).tile_m)
 
 

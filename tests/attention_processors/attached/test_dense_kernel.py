@@ -1,4 +1,4 @@
-"""What is dense, run by a kernel instead of the model's own attention."""
+"""Dense calls, run by a kernel instead of the model's own attention."""
 
 import pytest
 import torch

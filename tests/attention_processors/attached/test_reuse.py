@@ -1,4 +1,4 @@
-"""What Reuse, the method that remembers, keeps from step to step of a run, on tiny models."""
+"""Reuse, the method that remembers, from step to step of a run, on tiny models."""
 
 import threading
 from copy import deepcopy

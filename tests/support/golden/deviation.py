@@ -1,4 +1,4 @@
-"""What a golden is, and how far a result may be from it."""
+"""Formats of goldens, and how far a result may be from one."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ KERNELS = ("reference", "gather", *(["native"] if native.build.library() is not 
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far one result is from what it has to be."""
+    """Deviation of one result from what it has to be."""
 
     what: str
     error: float
@@ -74,7 +74,7 @@ def wrong_blocks(keep: Tensor, want: Tensor) -> Deviation:
 def both_sides(
     results: Mapping[str, Tensor], golden: Tensor, exact: Tensor, of: str = ""
 ) -> Iterator[Deviation]:
-    """What each kernel and the golden err against `exact`, ours in fp64.
+    """Errors of each kernel and of the golden against `exact`, ours in fp64.
 
     Both sides are held to it: ours may err twice as much as the golden, and the golden twice as
     much as our fp32 reference, each with one spacing of floats to spare. So a golden that answers

@@ -13,7 +13,7 @@ from gen_accel.video import VideoShape
 
 
 def check(case: dict, arrays: Arrays) -> Iterator[Deviation]:
-    """Which blocks are alike, and the map, of blocks that are not short: of a short one the
+    """Blocks that are alike, and the map, without short blocks: of a short one the
     original is never sure."""
     q, k = (torch.from_numpy(arrays[f"{name}{case['id']}"]).float() for name in "qk")
     if case["smooth_k"]:
@@ -39,7 +39,7 @@ def check(case: dict, arrays: Arrays) -> Iterator[Deviation]:
 
 
 def _kept(case: dict, shares: Tensor) -> Tensor:
-    """By its rules: the entry that crosses is left out, and a count is of all blocks."""
+    """Blocks kept by its rules: the entry that crosses is left out, a count is of all blocks."""
     order = shares.argsort(-1, descending=True)
     if "topk" in case:
         counts = torch.full_like(shares[..., :1], int(case["topk"] * case["shape"][3]))
