@@ -110,8 +110,8 @@ class MethodParts(NamedTuple):
             Default: itself.
         within: (video, whole) -> method for a layer whose grid is smaller than the model's.
             Default: itself.
-        tiled: (tile) -> method whose blocks are that box, (frames, rows, columns), for one that
-            leaves the box to `calibrate`.
+        tiled: (tile) -> method whose blocks are that box, (frames, rows, columns), or one of
+            several for each layer, for one that leaves the box to `calibrate`.
         tile_tokens: the least tokens of that box, up to twice as many; 0: it is chosen already.
         branch: (heads, dim) -> nn.Module, the parameters of one layer at their start. The call
             then takes `branch=`. A branch may have `silent() -> bool`: see `is_silent`.
@@ -132,7 +132,7 @@ class MethodParts(NamedTuple):
     at: Callable[[float], Any] | None = None
     for_device: Callable[[torch.device], Any] | None = None
     within: Callable[[VideoShape, VideoShape], Any] | None = None
-    tiled: Callable[[tuple[int, int, int]], Any] | None = None
+    tiled: Callable[[Any], Any] | None = None
     branch: Callable[[int, int], nn.Module] | None = None
     memory: Callable[[], Memory] | None = None
     parts: Callable[..., tuple[Tensor, Tensor]] | None = None
@@ -279,8 +279,8 @@ def is_silent(branch: nn.Module) -> bool:
     return said is not None and bool(said())
 
 
-def tiled(method: Method, tile: tuple[int, int, int]) -> Any:
-    """The method with blocks of this box, (frames, rows, columns)."""
+def tiled(method: Method, tile: tuple[int, int, int] | tuple[tuple[int, int, int], ...]) -> Any:
+    """The method with blocks of this box, (frames, rows, columns), or of one for each layer."""
     own = parts_of(method).tiled
     return method if own is None else own(tile)
 

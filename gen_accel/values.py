@@ -13,8 +13,9 @@ def convert(value: Any, hint: Any, *, is_text: bool = False) -> Any:
         value: as YAML gives it, which reads 1e-4 as a string, 5 where 5.0 is meant, and one item
             where a list of one is.
         hint: a class, or a Literal, Union or tuple of some.
-        is_text: whether it is a string as on a command line: a tuple with commas, "3,8,8", and a
-            boolean in words, "true" or "no". Whole numbers are then without a point.
+        is_text: whether it is a string as on a command line: a tuple with commas, "3,8,8",
+            several with semicolons, "3,8,8;4,4,4", and a boolean in words, "true" or "no". Whole
+            numbers are then without a point.
 
     Raises:
         ValueError, TypeError, OverflowError: it is no value of that type.
@@ -67,7 +68,8 @@ def written_type(hint: Any) -> str:
     if get_origin(hint) is tuple:
         inner = get_args(hint)
         if inner[-1] is Ellipsis:
-            return f"any number of {written_type(inner[0])}, with commas between"
+            between = {",": "commas", ";": "semicolons"}[_between(inner)]
+            return f"any number of {written_type(inner[0])}, with {between} between"
         return ",".join(map(written_type, inner))
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(written_type(part) for part in get_args(hint))
@@ -91,9 +93,15 @@ def _one_of(value: Any, hints: tuple[Any, ...], is_text: bool) -> Any:
     raise ValueError(value)
 
 
+def _between(hints: tuple[Any, ...]) -> str:
+    """What parts a tuple in a text: of tuples with commas, semicolons."""
+    return ";" if get_origin(hints[0]) is tuple else ","
+
+
 def _tuple(value: Any, hints: tuple[Any, ...], is_text: bool) -> tuple[Any, ...]:
     if is_text:
-        value = [part.strip() for part in value.strip("()[]").split(",") if part.strip()]
+        parts = value.strip("()[]").split(_between(hints))
+        value = [part.strip() for part in parts if part.strip()]
     parts = value if isinstance(value, list | tuple) else [value]
     if hints[-1] is Ellipsis:
         hints = (hints[0],) * len(parts)

@@ -61,8 +61,9 @@ def test_a_gain_and_a_rest_exclude_each_other(keep):
     ("options", "words"),
     [
         ({"centre": "keys"}, r"centre must be one of \('query', 'key'\), got 'keys'"),
-        ({"order": "second"}, r"order must be one of \('zeroth', 'first'\), got 'second'"),
+        ({"order": "third"}, r"order must be one of \('zeroth', 'first', 'second'\), got 'third'"),
         ({"order": "first"}, r"order='first' is for centre='key', got centre='query'"),
+        ({"centre": "key", "order": "second"}, r"order='second' is for centre='query', got "),
     ],
 )
 def test_bad_rests_are_named(options, words):

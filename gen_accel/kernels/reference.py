@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.kernels.contract import Facts, Place
-from gen_accel.plan import Plan, pack, unpack
+from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, pack, unpack
 
 FORWARD_MODE = True
 RESTS = True
@@ -98,10 +98,39 @@ def pooled(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Pool
         lse, weight = score.logsumexp(-1), score.softmax(-1).where(real_k[..., 0], 0.0)
         key, value = (torch.einsum("bhijt,bhjtd->bhijd", weight, x) for x in (keys, values))
         weighed = (queries - query[:, :, :, None]) @ key.mT * scale + lse[:, :, :, None]
+        if plan.rest.order == "second":
+            both = ~plan.keep & (real_q[..., 0].sum(1) > 0)[:, None] & (count[:, 0] > 0)
+            a, w = bend(queries, keys, both, plan, scale)
+            off = (keys[:, :, None] - key[:, :, :, :, None]).square()
+            s = torch.einsum("bhijt,bhijtd,bhd->bhij", weight, off, w)
+            gained = CURVATURE * a[..., None] * s[:, :, :, None]
+            weighed = weighed + gained.clamp_max(MOST_GAINED)
         weighed = weighed.flatten(2, 3)
     left_out = ~plan.keep & (count[:, 0] > 0)
     left_out = left_out.repeat_interleave(plan.block_q, 2)
     return Pooled(weighed.masked_fill(~left_out, -torch.inf), value, slope)
+
+
+def bend(
+    queries: Tensor, keys: Tensor, left_out: Tensor, plan: Plan, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The numbers a_t, (..., Kq, block_q), and w, (..., D), of the second order of `Rest`.
+
+    Args:
+        queries, keys: (..., Kq, block_q, D) and (..., Kk, block_k, D) of slots.
+        left_out: (..., Kq, Kk) bool, of blocks that both hold tokens.
+    """
+    sides = []
+    for x, count in ((queries, left_out.sum(-1)), (keys, left_out.sum(-2))):
+        real = plan.real.view(-1, x.shape[-2], 1)
+        mean = (x * real).sum(-2, keepdim=True) / real.sum(-2, keepdim=True).clamp_min(1)
+        off = ((x - mean) * real).square()
+        tokens = (count * real.sum((-1, -2))).sum(-1, keepdim=True).clamp_min(1)
+        sides.append((off, (off * count[..., None, None]).sum((-2, -3)) / tokens))
+    (off, w), (_, u) = sides
+    a = scale**2 * (off * u[..., None, None, :]).sum(-1)
+    both = (w * u).sum(-1)[..., None, None]
+    return (a / both.where(both > 0, 1.0)).where(both > 0, 0.0), w
 
 
 def by_pair(blocks: Tensor, plan: Plan) -> Tensor:

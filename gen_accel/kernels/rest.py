@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_accel.kernels.curve import Curve, curve_of
 from gen_accel.kernels.helpers import native_serves, triton_serves
 from gen_accel.kernels.native import rest as native
-from gen_accel.plan import Plan, pack, unpack
+from gen_accel.kernels.packed import Packed
+from gen_accel.plan import MOST_GAINED, Plan, pack, unpack
 
 NUMBERS = 1 << 24  # of scores, pooled keys and pooled values that are made at once
 
@@ -57,7 +59,7 @@ def added(
     scale: float,
     kernel: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The zeroth order of the rest, merged into attention over the kept keys by log-sum-exps.
+    """The rest without a slope, merged into attention over the kept keys by log-sum-exps.
 
     Args:
         out, lse: (B, H, N, D) and (B, H, N), as `forward_lse` of a kernel gives them.
@@ -65,17 +67,26 @@ def added(
     Returns:
         The same of kept keys and rest, differentiable in all five tensors.
     """
+    curve = curve_of(q, k, plan, scale, kernel)
     if native_serves(kernel, q, k, v):
-        return native.added(out, lse, q, k, v, plan, scale=scale)
+        return native.added(out, lse, q, k, v, plan, curve, scale=scale)
     if triton_serves(kernel, q, q.shape[3]):
         from gen_accel.kernels.triton import rest as by_triton  # imports triton
 
-        return by_triton.added(out, lse, q, k, v, plan, scale=scale)
-    return plain(out, lse, q, k, v, plan, scale=scale)
+        return by_triton.added(out, lse, q, k, v, plan, curve, scale=scale)
+    return plain(out, lse, q, k, v, plan, curve, scale=scale)
 
 
 def plain(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    curve: Curve | None = None,
+    *,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """`added` in torch, query blocks in groups. The backward pass makes each group anew, so that
     nothing of the size of the scores is kept."""
@@ -88,10 +99,14 @@ def plain(
         given, run, numbers = means(k, v, plan), _around_keys, plan.block_q * Kk
     else:
         given, run, numbers = (k, v), _around_queries, 2 * Kk * D  # of one query block
-    row = pack(lse[..., None], plan)[..., 0].to(wide)
-    rows = (x.unflatten(2, (-1, plan.block_q)) for x in (q, out, row))
+    rows = [q, out, pack(lse[..., None], plan)[..., 0].to(wide)]
+    if curve is not None:
+        rows.append(pack(curve.rise[..., None], plan)[..., 0])
+        given = *given, curve.weight
+    rows = [x.unflatten(2, (-1, plan.block_q)) for x in rows]
     step = max(1, NUMBERS // (B * H * numbers))
-    joint, total = _InGroups.apply(partial(run, plan, scale), step, *rows, *given)
+    make = partial(run, plan, scale)
+    joint, total = _InGroups.apply(make, step, len(rows), *rows, *given)
     joint, total = joint.flatten(2, 3), total.flatten(2, 3)
     return unpack(joint, plan), unpack(total[..., None], plan)[..., 0]
 
@@ -104,44 +119,68 @@ def means(k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     return key, value
 
 
+Tensors = tuple[Tensor, ...]
+
+
 def _around_keys(
-    plan: Plan,
-    scale: float,
-    some: slice,
-    q: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    key: Tensor,
-    value: Tensor,
+    plan: Plan, scale: float, some: slice, rows: Tensors, given: Tensors
 ) -> tuple[Tensor, Tensor]:
-    """Some query blocks, q (B, H, n, block_q, D), against the mean keys (B, H, Kk, D)."""
+    """Some query blocks against all mean keys.
+
+    Args:
+        rows: of these blocks, q (B, H, n, block_q, D), the output and the log-sum-exp so far.
+        given: mean keys and values, (B, H, Kk, D).
+    """
+    (q, out, lse), (key, value) = rows, given
     count = plan.real.view(-1, plan.block_k).sum(1)
     scores = q @ key.mT[:, :, None] * scale + count.to(q.dtype).log()
     return merged(out, lse, scores, value[:, :, None], _left_out(plan, some, count))
 
 
 def _around_queries(
-    plan: Plan,
-    scale: float,
-    some: slice,
-    q: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    k: Tensor,
-    v: Tensor,
+    plan: Plan, scale: float, some: slice, rows: Tensors, given: Tensors
 ) -> tuple[Tensor, Tensor]:
-    """Some query blocks against keys and values of slots, (B, H, S, D), pooled for them."""
+    """Some query blocks against keys and values that are pooled for them.
+
+    Args:
+        rows: as above, and the rise of a curve, (B, H, n, block_q), where there is one.
+        given: keys and values of slots, (B, H, S, D), and the weight of a curve, (B, H, D).
+    """
+    (q, out, lse, *rise), (k, v, *weight) = rows, given
     real_q, real_k = plan.real.view(-1, plan.block_q, 1)[some], plan.real.view(-1, plan.block_k)
     query = (q * real_q).sum(3) / real_q.sum(1).clamp_min(1)
     score = (query @ k.mT * scale).unflatten(3, (-1, plan.block_k))
     lowest = torch.finfo(score.dtype).min
     score = score.masked_fill(~real_k, lowest)
-    total, weight = score.logsumexp(-1), score.softmax(-1).transpose(2, 3)
+    total, shares = score.logsumexp(-1), score.softmax(-1).transpose(2, 3)
+    keys, values = (x.unflatten(2, (-1, plan.block_k)) for x in (k, v))
     # (B, H, Kk, n, D), a product for each key block
-    key, value = (weight @ x.unflatten(2, (-1, plan.block_k)) for x in (k, v))
-    key, value = key.transpose(2, 3), value.transpose(2, 3)
-    scores = (q - query[:, :, :, None]) @ key.mT * scale + total[:, :, :, None]
-    return merged(out, lse, scores, value, _left_out(plan, some, real_k.sum(1)))
+    key, value = (shares @ x for x in (keys, values))
+    scores = (q - query[:, :, :, None]) @ key.permute(0, 1, 3, 4, 2) * scale
+    scores = scores + total[:, :, :, None]
+    if rise:
+        spans = _variances(shares, keys, key, weight[0], real_k).transpose(2, 3)
+        scores = scores + (rise[0][..., None] * spans[:, :, :, None]).clamp_max(MOST_GAINED)
+    return merged(out, lse, scores, value.transpose(2, 3), _left_out(plan, some, real_k.sum(1)))
+
+
+def _variances(shares: Tensor, keys: Tensor, key: Tensor, weight: Tensor, real: Tensor) -> Tensor:
+    """(B, H, Kk, n), the variance of each block's keys for each query block, weighed and summed
+    over the channels.
+
+    Args:
+        shares: (B, H, Kk, n, block_k) of the keys in the pooled one.
+        keys: (B, H, Kk, block_k, D) of slots.
+        key: (B, H, Kk, n, D), pooled.
+        weight: (B, H, D).
+        real: (Kk, block_k) bool, the slots that hold tokens.
+    """
+    # Off the mean of a block, or most digits would cancel.
+    held = real.sum(1)[:, None, None].clamp_min(1)
+    mean = ((keys * real[..., None]).sum(3, keepdim=True) / held).detach()
+    weight = weight[:, :, None, None]
+    squares = ((keys - mean).square() * weight).sum(-1, keepdim=True)
+    return (shares @ squares)[..., 0] - ((key - mean).square() * weight).sum(-1)
 
 
 def _left_out(plan: Plan, some: slice, count: Tensor) -> Tensor:
@@ -177,40 +216,36 @@ class _InGroups(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        run: Callable,
-        step: int,
-        q: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        key: Tensor,
-        value: Tensor,
+        ctx: Any, run: Callable, step: int, count: int, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.run, ctx.step = run, step
-        ctx.save_for_backward(q, out, lse, key, value)
+        """Run it on `count` tensors of rows, and on the others whole."""
+        ctx.run, ctx.step, ctx.count = run, step, count
+        ctx.save_for_backward(*tensors)
+        rows, given = tensors[:count], tensors[count:]
         made = [
-            run(some, q[:, :, some], out[:, :, some], lse[:, :, some], key, value)
-            for some in _groups(q.shape[2], step)
+            run(some, tuple(x[:, :, some] for x in rows), given)
+            for some in _groups(rows[0].shape[2], step)
         ]
         return torch.cat([one for one, _ in made], 2), torch.cat([one for _, one in made], 2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, out, lse, *given = ctx.saved_tensors
-        of_rows: list[tuple[Tensor, ...]] = []
+        saved = ctx.saved_tensors  # read once: a checkpoint gives them once
+        rows, given = saved[: ctx.count], saved[ctx.count :]
+        of_rows: list[Tensors] = []
         of_given = [torch.zeros_like(x) for x in given]
-        for some in _groups(q.shape[2], ctx.step):
-            rows = [x[:, :, some].detach().requires_grad_() for x in (q, out, lse)]
-            leaves = [x.detach().requires_grad_() for x in given]
+        for some in _groups(rows[0].shape[2], ctx.step):
+            own = tuple(x[:, :, some].detach().requires_grad_() for x in rows)
+            leaves = tuple(x.detach().requires_grad_() for x in given)
             # `backward` may be called inside of autocast.
-            with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
-                made = ctx.run(some, *rows, *leaves)
+            with torch.enable_grad(), torch.autocast(rows[0].device.type, enabled=False):
+                made = ctx.run(some, own, leaves)
                 grads = grad[:, :, some], grad_lse[:, :, some]
-                *own, key, value = torch.autograd.grad(made, [*rows, *leaves], grads)
-            of_rows.append(tuple(own))
-            for target, part in zip(of_given, (key, value), strict=True):
+                found = torch.autograd.grad(made, [*own, *leaves], grads)
+            of_rows.append(found[: ctx.count])
+            for target, part in zip(of_given, found[ctx.count :], strict=True):
                 target += part
-        return None, None, *(torch.cat(x, 2) for x in zip(*of_rows, strict=True)), *of_given
+        return None, None, None, *(torch.cat(x, 2) for x in zip(*of_rows, strict=True)), *of_given
 
 
 def _groups(blocks: int, step: int) -> list[slice]:
@@ -226,24 +261,10 @@ def _first_order(
         lse, total: log-sum-exps of the kept keys, and of these and the rest.
     """
     q, k, v = (x.to(total.dtype) for x in (q, k, v))
-    k, v = (_Packed.apply(x, plan) for x in (k, v))
+    k, v = (Packed.apply(x, plan) for x in (k, v))
     key, _ = means(k, v, plan)
     real = plan.real.view(-1, plan.block_k, 1)
     centred = (k.unflatten(2, (-1, plan.block_k)) - key[:, :, :, None]) * real
     slope = centred.flatten(2, 3).mT @ v
     share = -torch.expm1(lse - total)
     return (share * (scale / plan.tokens))[..., None] * (q @ slope)
-
-
-class _Packed(torch.autograd.Function):
-    """`pack`, for what leaves padding out. Its gradient adds up nothing, and so is the same from
-    run to run on a GPU."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: Plan) -> Tensor:
-        ctx.plan = plan
-        return pack(x, plan)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return unpack(grad, ctx.plan), None

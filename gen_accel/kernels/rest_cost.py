@@ -23,6 +23,7 @@ from gen_accel.plan import Centre
 
 MULTIPLY_ADD = 2  # operations
 ROWS = 64  # mean queries that pool a key block together
+CURVE_STARTS = 10  # of kernels that read no tokens: eight by torch, two of ours
 
 
 class Card(NamedTuple):
@@ -111,6 +112,21 @@ def around_queries(problem: Problem, cached: int) -> list[Work]:
     pool = Work(flops, 2 * problem.one, reads + pairs, chunks)
     means = Work(0, problem.one, problem.one)
     return [means, pool, _columns(problem, pairs)._replace(launches=chunks)]
+
+
+def second_order(problem: Problem) -> list[Work]:
+    """What the second order adds to `around_queries`: the curve, the means of k, the squares of
+    what k is off them, and the pooled keys once more through the cache."""
+    once = Work(0, problem.one, problem.one)
+    return [*curve(problem), once, once, Work(0, 0, pooled_bytes(problem) / 2, launches=0)]
+
+
+def curve(problem: Problem) -> list[Work]:
+    """Squares of q and of k off the means of their blocks, and the rise of q: each reads its rows
+    from memory, and once more from the cache. The rest is small: counts of the blocks that are
+    left out, and means of squares over them."""
+    twice = Work(0, problem.one, 2 * problem.one)
+    return [twice, twice, twice, Work(0, 0, 0, launches=CURVE_STARTS)]
 
 
 def pooled_bytes(problem: Problem) -> int:

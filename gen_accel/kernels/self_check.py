@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gen_accel.plan import Plan, pack
+from gen_accel.kernels import reference
+from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, pack
 
 ROWS = 64  # of the first and the last head of the first sample: a small share of one attention
 
@@ -258,8 +259,30 @@ def _pooled(rows: _Rows, dtype: torch.dtype) -> _Pooled | None:
     score = score.masked_fill(~real[..., 0], -torch.inf)
     weight = score.softmax(-1).where(real[..., 0], 0.0).transpose(0, 1)
     key, value = ((weight @ x).transpose(0, 1)[row] for x in (keys, values))
-    more = score.logsumexp(-1)[row].where(left_out, -torch.inf)
-    return _Pooled(q - query[row], key, value, more)
+    more = score.logsumexp(-1)[row]
+    if plan.rest.order == "second":
+        more = more + _bent(rows, dtype, weight.transpose(0, 1)[row], key)
+    return _Pooled(q - query[row], key, value, more.where(left_out, -torch.inf))
+
+
+def _bent(rows: _Rows, dtype: torch.dtype, shares: Tensor, key: Tensor) -> Tensor:
+    """The second order of `Rest`, (R, Kk).
+
+    Args:
+        shares: (R, Kk, block_k), of the keys in the pooled one.
+        key: (R, Kk, D), it.
+    """
+    plan = rows.plan
+    queries = rows.queries.to(dtype).unflatten(0, (-1, plan.block_q))
+    keys = rows.keys.to(dtype).unflatten(0, (-1, plan.block_k))
+    held_q, held_k = (plan.real.view(-1, size).any(1) for size in (plan.block_q, plan.block_k))
+    left_out = ~_pattern(plan.keep, rows.sample, rows.head) & held_q[:, None] & held_k
+    a, w = reference.bend(queries, keys, left_out, plan, rows.scale)
+    # Off a number near to both, or most digits would cancel.
+    centre = keys.mean(1)
+    squares = ((keys - centre[:, None]).square() * w).sum(-1)
+    s = (shares * squares).sum(-1) - ((key - centre).square() * w).sum(-1)
+    return (CURVATURE * a.flatten()[rows.slots, None] * s).clamp_max(MOST_GAINED)
 
 
 def _weights(rows: _Rows, dtype: torch.dtype, rest: _Pooled | None) -> Tensor:

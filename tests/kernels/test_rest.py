@@ -23,7 +23,8 @@ from gen_accel import kernels
 from gen_accel.kernels import KERNELS, facts_of, flex, gather, reference, rest, routed
 from gen_accel.kernels.allowance import allowance
 from gen_accel.kernels.contract import parts_of
-from gen_accel.plan import Plan, Rest
+from gen_accel.kernels.curve import curve_of
+from gen_accel.plan import CURVATURE, MOST_GAINED, ORDERS, Plan, Rest
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 
@@ -54,6 +55,7 @@ PLANS = {
     "ragged, small query blocks": partial(ragged, heads=2, block_q=8, block_k=32),
     "ragged, small key blocks": partial(ragged, batch=2, block_q=32, block_k=8),
 }
+OWN = [Rest("query"), Rest("key"), Rest("query", "second")]  # that our own kernels add
 ASKED = {"the log-sum-exp alone": None, **RESTS}
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -211,6 +213,8 @@ def by_hand(q, k, v, plan, head):
     slope = sum(
         torch.outer(k[t] - k[block].mean(0), v[t]) for block in blocks_k for t in block
     ) / len(every)
+    bent = plan.rest.order == "second"
+    w, u = mean_squares(q, k, blocks_q, blocks_k, plan.keep[0, head]) if bent else (0, 0)
     out, lse = torch.empty_like(v), torch.empty(len(v), dtype=v.dtype)
     for i, mine in enumerate(blocks_q):
         for t in mine:
@@ -228,7 +232,13 @@ def by_hand(q, k, v, plan, head):
                     mean = q[mine].mean(0)
                     each = SCALE * k[block] @ mean
                     p = each.softmax(0)
-                    scores.append(each.logsumexp(0) + SCALE * (q[t] - mean) @ (p @ k[block]))
+                    key, off = p @ k[block], q[t] - mean
+                    score = each.logsumexp(0) + SCALE * off @ key
+                    if bent:
+                        variance = p @ (k[block] - key) ** 2
+                        a = SCALE**2 * (u @ off**2) / (w @ u)
+                        score = score + min(CURVATURE * a * (w @ variance), MOST_GAINED)
+                    scores.append(score)
                     values.append(p @ v[block])
                     of_rest.append(True)
             scores, of_rest = torch.stack(scores), torch.tensor(of_rest)
@@ -237,6 +247,17 @@ def by_hand(q, k, v, plan, head):
             if plan.rest.order == "first":
                 out[t] += weights[of_rest].sum() * SCALE * q[t] @ slope
     return out, lse
+
+
+def mean_squares(q, k, blocks_q, blocks_k, keep):
+    """w and u of `Rest`, as it is written: over the pairs of blocks that are left out."""
+    queries, keys = [], []
+    for mine, row in zip(blocks_q, keep.tolist(), strict=True):
+        for block, kept in zip(blocks_k, row, strict=True):
+            if not kept and mine and block:
+                queries += [(q[t] - q[mine].mean(0)) ** 2 for t in mine]
+                keys += [(k[t] - k[block].mean(0)) ** 2 for t in block]
+    return torch.stack(queries).mean(0), torch.stack(keys).mean(0)
 
 
 def smooth(shape, g, sharpness=1.0):
@@ -363,23 +384,26 @@ class TestGradients:
         run, fast = by(kernel, with_rest(plan, RESTS[asked])), kernel == "gather"
         assert torch.autograd.gradcheck(run, self.leaves(3, 1, 2, 19, 2), fast_mode=fast)
 
-    @pytest.mark.parametrize("centre", ["query", "key"])
+    @pytest.mark.parametrize("own", OWN, ids=str)
     @pytest.mark.parametrize("step", [1, 1 << 24], ids="{} numbers at once".format)
-    def test_of_what_is_added_in_torch(self, step, centre, plan, monkeypatch):
+    def test_of_what_is_added_in_torch(self, step, own, plan, monkeypatch):
         """In the output and the log-sum-exp that it is added to, too."""
         monkeypatch.setattr(rest, "NUMBERS", step)
         q, k, v, out = self.leaves(4, 1, 2, 19, 2)
         (lse,) = self.leaves(1, 1, 2, 19)
 
-        def run(*x):
-            return rest.plain(*x, with_rest(plan, Rest(centre)), scale=SCALE)
+        asked = with_rest(plan, own)
+
+        def run(out, lse, q, k, v):
+            curve = curve_of(q, k, asked, SCALE)
+            return rest.plain(out, lse, q, k, v, asked, curve, scale=SCALE)
 
         assert torch.autograd.gradcheck(run, (out, lse, q, k, v), fast_mode=step == 1)
 
-    @pytest.mark.parametrize("centre", ["query", "key"])
-    def test_the_backward_pass_is_the_same_inside_of_autocast(self, centre, plan, qkv):
+    @pytest.mark.parametrize("own", OWN, ids=str)
+    def test_the_backward_pass_is_the_same_inside_of_autocast(self, own, plan, qkv):
         leaves = [x.cpu().requires_grad_() for x in qkv(plan.tokens, batch=1)]
-        out, lse = by("gather", with_rest(plan, Rest(centre)))(*leaves)
+        out, lse = by("gather", with_rest(plan, own))(*leaves)
         asked = partial(torch.autograd.grad, out.square().sum() + lse.sum(), leaves)
         outside = asked(retain_graph=True)
         with torch.autocast("cpu", torch.bfloat16):
@@ -399,11 +423,14 @@ class TestRefusals:
         with pytest.raises(ValueError, match="a plan with a rest takes no gain on scores"):
             whole(rest=Rest()).changed(gain=torch.full((1, 1, 8, 8), 0.5))
 
-    def test_the_first_order_around_queries(self):
-        with pytest.raises(ValueError, match=r"order='first' is for centre='key', got .*'query'"):
-            Rest(order="first")
+    @pytest.mark.parametrize(("order", "own"), ORDERS.items())
+    def test_an_order_of_the_other_centre(self, order, own):
+        other = "key" if own == "query" else "query"
+        words = f"order='{order}' is for centre='{own}', got .*'{other}'"
+        with pytest.raises(ValueError, match=words):
+            Rest(other, order)
 
-    @pytest.mark.parametrize(("name", "value"), [("centre", "both"), ("order", "second")])
+    @pytest.mark.parametrize(("name", "value"), [("centre", "both"), ("order", "third")])
     def test_other_names(self, name, value):
         with pytest.raises(ValueError, match=rf"{name} must be one of \(.*\), got '{value}'"):
             Rest(**{name: value})

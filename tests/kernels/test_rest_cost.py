@@ -28,6 +28,10 @@ def test_products_and_bytes_are_those_of_the_kernels():
     assert pool.flops == 3 * 2 * (2 * 4 * 512 * 16)
     assert pool.cache == 2 * (2 * 512 * 16 * 2) + pairs
     assert (pool.launches, columns.launches) == (2, 2)
+    more = rest_cost.second_order(problem)
+    assert sum(work.memory for work in more) == (2 + 3) * (2 * 512 * 16 * 2)
+    assert sum(work.cache for work in more) == (2 + 6) * (2 * 512 * 16 * 2) + pairs / 2
+    assert sum(work.launches for work in more) == 2 + 13
 
 
 def test_a_kernel_takes_the_longest_of_what_it_does():
@@ -57,3 +61,11 @@ def test_the_page_has_what_the_model_says(arch):
     page = (ROOT / "docs/gpu.md").read_text()
     [row] = re.findall(rf"^\|[^|]*{arch}[^|]*\|([\d. |]+)\|$", page, re.MULTILINE)
     assert [cell.strip() for cell in row.split("|")[:4]] == figures
+
+
+def test_the_page_has_what_the_second_order_takes():
+    more = 1e3 * rest_cost.seconds(rest_cost.second_order(GOAL), CARDS["sm_90"])
+    launches = sum(work.launches for work in rest_cost.curve(GOAL))
+    page = (ROOT / "docs/gpu.md").read_text()
+    assert f"takes {more:.2f} ms more on an H100" in page
+    assert f"[{launches} launches]" in page

@@ -121,6 +121,8 @@ class TestRest:
             (Rest("key"), Rest("query")),
             (Rest("key"), Rest("key", "first")),
             (Rest("key", "first"), Rest("key")),
+            (Rest("query", "second"), Rest("query")),
+            (Rest("query"), Rest("query", "second")),
         ],
         ids=str,
     )

@@ -10,15 +10,16 @@ from support.triton_plans import differentiated, inputs, odd_plan, routed_plan
 from gen_accel.kernels import reference
 from gen_accel.kernels import rest as dispatch
 from gen_accel.kernels import triton as package
+from gen_accel.kernels.curve import Curve, curve_of
 from gen_accel.kernels.triton import configs, packing, rest, rest_launches
 from gen_accel.plan import Plan, Rest
 
 pytestmark = pytest.mark.usefixtures("poison", "untuned")
 
-CENTRES = ("key", "query")
+RESTS = {"key": Rest("key"), "query": Rest("query"), "second": Rest("query", "second")}
 
 
-def plan_of(centre, device, batch=1, heads=1, block_q=16, block_k=16, slots=64, padding=0):
+def plan_of(rest, device, batch=1, heads=1, block_q=16, block_k=16, slots=64, padding=0):
     """Tokens out of order, `padding` slots of the last block and all of the first one empty. The
     first query blocks keep all, the last ones nothing."""
     g = torch.Generator().manual_seed(0)
@@ -28,7 +29,7 @@ def plan_of(centre, device, batch=1, heads=1, block_q=16, block_k=16, slots=64, 
     keep = torch.rand(batch, heads, slots // block_q, slots // block_k, generator=g) < 0.4
     keep[:, :, :2] = True
     keep[:, :, -1] = False
-    return Plan(order, keep, block_q, block_k, rest=Rest(centre)).to(device)
+    return Plan(order, keep, block_q, block_k, rest=RESTS[rest]).to(device)
 
 
 # Blocks that their tiles divide; blocks of two tiles, a pattern for each head; short and odd ones.
@@ -39,12 +40,14 @@ PLANS = {
     "a batch": {"batch": 2, "block_q": 8, "block_k": 32, "padding": 3},
 }
 LOW = [("odd", "key", torch.float16, 24), ("divide", "query", torch.bfloat16, 24)]
+LOW += [("two tiles", "second", torch.bfloat16, 64)]
 SOME = [("divide", "key", torch.float32, 16), ("odd", "query", torch.float32, 24), *LOW]
-EVERY = [(name, centre, torch.float32, 16) for name in PLANS for centre in CENTRES]
+SOME += [("a batch", "second", torch.float32, 24)]
+EVERY = [(name, rest, torch.float32, 16) for name in PLANS for rest in RESTS]
 EVERY += [
-    (name, centre, dtype, 40)
+    (name, rest, dtype, 40)
     for name in PLANS
-    for centre in CENTRES
+    for rest in RESTS
     for dtype in (torch.bfloat16, torch.float16)
 ]
 
@@ -57,20 +60,19 @@ def by_triton(plan, scale=0.3):
     return run
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "centre", "dtype", "dim"), SOME + (EVERY if NIGHTLY else []), ids=str
-)
-def test_outputs_and_gradients_match_reference(name, centre, dtype, dim, device):
-    plan = plan_of(centre, device, **PLANS[name])
-    tensors = inputs(plan, dtype, dim, heads=2)
+def added(*given):
+    return dispatch.added(*given, scale=0.3, kernel="triton")
+
+
+def assert_matches_reference(plan, tensors, scale=0.3):
+    dtype = tensors[0].dtype
 
     def by_reference(*leaves):
-        return reference.forward_lse(*leaves, plan, scale=0.3)
+        return reference.forward_lse(*leaves, plan, scale=scale)
 
     exact = differentiated(by_reference, tensors, torch.float64, lse_weight=0.1)
     low = differentiated(by_reference, tensors, dtype, lse_weight=0.1)
-    actual = differentiated(by_triton(plan), tensors, dtype, lse_weight=0.1)
+    actual = differentiated(by_triton(plan, scale), tensors, dtype, lse_weight=0.1)
     assert actual[1].dtype == torch.float32
     for results in (exact, low, actual):
         # Pooled keys are rounded to q's dtype, and so the log-sum-exp is no better.
@@ -79,13 +81,52 @@ def test_outputs_and_gradients_match_reference(name, centre, dtype, dim, device)
         assert_no_worse(result, *others)
 
 
-@pytest.mark.parametrize("centre", CENTRES)
-def test_rows_that_nothing_is_left_out_of_are_as_they_were(centre, device):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kind", "dtype", "dim"), SOME + (EVERY if NIGHTLY else []), ids=str
+)
+def test_outputs_and_gradients_match_reference(name, kind, dtype, dim, device):
+    plan = plan_of(kind, device, **PLANS[name])
+    assert_matches_reference(plan, inputs(plan, dtype, dim, heads=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "mean"), [(torch.float32, 60.0), (torch.bfloat16, 4.0)])
+def test_what_keys_have_in_common_takes_no_digits_of_their_variance(dtype, mean, device):
+    """Nor of the gradients. In 16 bits a larger one takes digits of the pooled keys."""
+    plan = plan_of("second", device, **PLANS["odd"])
+    q, k, v = inputs(plan, dtype, 24, heads=2)
+    assert_matches_reference(plan, [q, k + mean, v], scale=0.1)
+
+
+def test_gradients_of_a_curve_match_those_of_torch(device):
+    """Of a curve that is given, apart from what it is made of."""
+    plan = plan_of("second", device, **PLANS["odd"])
+    q, k, v = inputs(plan, torch.float32, heads=2)
+    kept = reference.forward_lse(q, k, v, plan.kept, scale=0.3)
+
+    def gradients(added, dtype):
+        def run(rise, weight, *qkv):
+            given = (x.to(dtype) for x in kept)
+            return added(*given, *qkv, plan, Curve(rise, weight), scale=0.3)
+
+        leaves = *curve_of(q, k, plan, 0.3), q, k, v
+        return differentiated(run, leaves, dtype, lse_weight=0.1)
+
+    exact = gradients(dispatch.plain, torch.float64)
+    low = gradients(dispatch.plain, torch.float32)
+    actual = gradients(rest.added, torch.float32)
+    for result, *others in zip(actual, low, exact, strict=True):
+        assert_no_worse(result, *others)
+
+
+@pytest.mark.parametrize("kind", RESTS)
+def test_rows_that_nothing_is_left_out_of_are_as_they_were(kind, device):
     """Bit for bit, in both directions, as what came there has no gradient but its own."""
-    plan = plan_of(centre, device, heads=1, padding=4)
+    plan = plan_of(kind, device, heads=1, padding=4)
     q, k, v = inputs(plan, torch.float32)
     out, lse = (x.requires_grad_() for x in reference.forward_lse(q, k, v, plan.kept, scale=0.3))
-    joint, total = rest.added(out, lse, q, k, v, plan, scale=0.3)
+    joint, total = added(out, lse, q, k, v, plan)
     whole = plan.slots[16:32]  # the first query block is padding
     assert (whole >= 0).all()
     assert torch.equal(joint[:, :, whole], out[:, :, whole])
@@ -111,7 +152,7 @@ def test_a_plan_that_keeps_nothing_is_all_rest(device):
 def test_chunks_and_heads_at_a_time_decide_nothing(device, monkeypatch):
     """Four chunks of half a head, by the small cache of the interpreter; then in one, and in the
     backward pass head by head."""
-    plan = plan_of("query", device, block_q=12, block_k=12, slots=36, padding=3)
+    plan = plan_of("second", device, block_q=12, block_k=12, slots=36, padding=3)
     tensors = inputs(plan, torch.float32, heads=2)
     monkeypatch.setattr(rest_launches, "_group", lambda call: 2)  # of three query blocks
     monkeypatch.setattr(configs, "CACHED", {"interpreted": 800})
@@ -133,10 +174,10 @@ def test_chunks_and_heads_at_a_time_decide_nothing(device, monkeypatch):
     torch.testing.assert_close(some, others)
 
 
-@pytest.mark.parametrize("centre", CENTRES)
-def test_views_are_read_where_they_lie(centre, device):
+@pytest.mark.parametrize("kind", RESTS)
+def test_views_are_read_where_they_lie(kind, device):
     """Of models, (B, N, H, D) with two axes swapped, and a pattern that all heads share."""
-    plan = plan_of(centre, device, block_q=32, block_k=16)
+    plan = plan_of(kind, device, block_q=32, block_k=16)
     plain = inputs(plan, torch.float32, heads=2)
     swapped = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain]
     results = [
@@ -146,22 +187,25 @@ def test_views_are_read_where_they_lie(centre, device):
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("centre", CENTRES)
-def test_nothing_waits_and_nothing_is_random(centre, device, monkeypatch):
-    plan = plan_of(centre, device, block_q=32, block_k=16)
+@pytest.mark.parametrize("kind", RESTS)
+def test_nothing_waits_and_nothing_is_random(kind, device, monkeypatch):
+    plan = plan_of(kind, device, block_q=32, block_k=16)
     plan.held, plan.tokens, plan.slots_int32, plan.is_raster  # noqa: B018  (made once)
     tensors = [x.requires_grad_() for x in inputs(plan, torch.bfloat16, heads=2)]
     out, lse = (
         x.detach() for x in reference.forward_lse(*tensors, plan.kept, scale=0.3, wide=True)
     )
+    curve = curve_of(*tensors[:2], plan, 0.3)
+    if curve is not None:
+        curve = Curve(*(x.detach().requires_grad_() for x in curve))
     counted = Launches()
     record(monkeypatch, counted)
     with counted:
-        joint, total = rest.added(out, lse, *tensors, plan, scale=0.3)
+        joint, total = rest.added(out, lse, *tensors, plan, curve, scale=0.3)
         forward = counted.count
-        torch.autograd.grad(joint.sum() + total.sum(), tensors)
-    assert forward == {"key": 4, "query": 1 + 2 * 2}[centre], counted.done
-    assert counted.done["sums_kernel"] == {"key": 4, "query": 2}[centre]
+        torch.autograd.grad(joint.sum() + total.sum(), [*tensors, *(curve or ())])
+    assert forward == {"key": 4, "query": 1 + 2 * 2, "second": 3 + 2 * 2}[kind], counted.done
+    assert counted.done["sums_kernel"] == {"key": 4, "query": 2, "second": 4}[kind]
     assert counted.waits == []
     assert counted.random == []
 
@@ -184,10 +228,11 @@ def test_spread_is_the_log_sum_exp_of_mean_queries(dtype, device):
 
 @pytest.mark.slow
 def test_the_operator_passes_the_checks_of_torch(device):
-    plan = plan_of("query", device, block_q=32, block_k=16)
+    plan = plan_of("second", device, block_q=32, block_k=16)
     tensors = [x.requires_grad_() for x in inputs(plan, torch.float32)]
     out, lse = reference.forward_lse(*tensors, plan.kept, scale=0.3)
-    given = plan.keep, plan.slots_int32, *plan.held, 32, 16, True, 0.3
+    curve = (x.detach().requires_grad_() for x in curve_of(*tensors[:2], plan, 0.3))
+    given = plan.keep, plan.slots_int32, *plan.held, *curve, 32, 16, True, 0.3
     arguments = out.detach().requires_grad_(), lse.detach().requires_grad_(), *tensors, *given
     checks = "test_schema", "test_faketensor", "test_autograd_registration"
     operator = torch.ops.gen_accel.triton_rest.default

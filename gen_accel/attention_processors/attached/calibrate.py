@@ -56,7 +56,7 @@ class Calibration:
 
     Args:
         layers: of a method with parameters, those that were fitted; else none.
-        tile: the box that was chosen; None where that was not left open.
+        tile: the boxes that were chosen; None where that was not left open.
     """
 
     layers: tuple[LayerFit, ...]
@@ -108,11 +108,12 @@ def calibrate(
         print(gen_accel.calibrate(pipe, prompts, height=480, width=832, num_frames=81))
         video = pipe("a dog surfs", height=480, width=832, num_frames=81).frames
 
-    A tile that is "auto" becomes the box with which the method's attention errs least against
-    dense, of the six boxes within which keys vary least and of the one that "auto" stands for.
-    Boxes hold as many tokens as the smaller block to twice as many, fit the grid and pad it by an
-    eighth at most, where there are some that do. One step of the first prompt tells, the first
-    that the schedule leaves sparse. The handle then runs and saves the method with that tile.
+    A tile that is "auto" becomes, for each layer, the box with which the method's attention errs
+    least against dense, of the six boxes within which its keys vary least and of the one that
+    "auto" stands for. Boxes hold as many tokens as the smaller block to twice as many, fit the
+    grid and pad it by an eighth at most, where there are some that do. One step of the first
+    prompt tells, the first that the schedule leaves sparse. The handle then runs and saves the
+    method with these tiles.
 
     For parameters, the pipeline generates each prompt densely. In each sparse layer and step the
     difference between the dense output and O_s is regressed on O_l, for all heads together (proj),
@@ -124,7 +125,8 @@ def calibrate(
         pipe: a pipeline with `SparseLinear` or `Piecewise` attached. Layers and steps that its
             schedule keeps dense are left out.
         prompts: what the model is used for; a handful, at least two.
-        num_inference_steps: few suffice, as they span all noise levels.
+        num_inference_steps: few suffice for parameters, as they span all noise levels. For tiles
+            as many as will be used: they are chosen by one step.
         seed: of the first prompt's noise; each further prompt takes the next.
         call: what else the pipeline is called with: sizes, guidance scale, an image.
 
@@ -229,7 +231,7 @@ def _fit_tile(
     purest = Purest(tokens)
 
     def look(layer: Layer, q: Tensor, k: Tensor, v: Tensor, dense: Tensor, *rest: Any) -> None:
-        purest.add(k, rest[0])
+        purest.add(layer.number, k, rest[0])
 
     def first_step(observe: Observer) -> None:
         with _observing(handle, _once(handle, observe), num_inference_steps), suppress(_Enough):
@@ -240,7 +242,7 @@ def _fit_tile(
     if not tiles:
         return None
     errors = TileErrors(tiles)
-    first_step(lambda layer, *given: errors.add(layer.method, *given))
+    first_step(lambda layer, *given: errors.add(layer.number, layer.method, *given))
     fit = errors.fit()
     handle.exchange(tiled(handle.method, fit.tile))
     return fit

@@ -6,9 +6,10 @@ well, and is measured.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
+from statistics import mode
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def slots(box: Box, video: VideoShape) -> int:
 
 
 class Purest:
-    """The boxes within which keys vary least, over the calls that are seen.
+    """The boxes within which the keys of each layer vary least, over the calls that are seen.
 
     Args:
         tokens: the least of a box.
@@ -59,56 +60,71 @@ class Purest:
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
         self.video: VideoShape | None = None  # of the first call; on a UNet, others differ
-        self.within: dict[Box, float] = {}
+        self.within: dict[int, dict[Box, float]] = {}  # by the number of a layer
 
-    def add(self, k: Tensor, video: VideoShape) -> None:
+    def add(self, layer: int, k: Tensor, video: VideoShape) -> None:
         """The keys of a call, (B, H, N, D), of some of the heads, one at a time."""
         if self.video is None:
             self.video = video
-            self.within = dict.fromkeys(boxes(video, self.tokens, k.device), 0.0)
-        if video.grid == self.video.grid:
-            for head in k.split(1, 1)[:: -(-k.shape[1] // HEADS)]:
-                purity = Purity(head, video)
-                for box in self.within:
-                    self.within[box] += purity.within(box).mean().item()
+        if video.grid != self.video.grid:
+            return
+        every = boxes(video, self.tokens, k.device)
+        within = self.within.setdefault(layer, dict.fromkeys(every, 0.0))
+        for head in k.split(1, 1)[:: -(-k.shape[1] // HEADS)]:
+            purity = Purity(head, video)
+            for box in within:
+                within[box] += purity.within(box).mean().item()
 
-    def found(self) -> list[Box]:
-        """The purest few, and `even_tile` if it fits; none where no box does."""
+    def found(self) -> dict[int, list[Box]]:
+        """By the number of a layer, its purest few, and `even_tile` if it fits; no layer where no
+        box does."""
         if self.video is None:
-            return []
-        few = sorted(self.within, key=lambda box: (self.within[box], box))[:FEW]
+            return {}
         even = even_tile(self.video, self.tokens)
-        more = [even] if few and fits(even, self.video) else []
-        return [*dict.fromkeys([*few, *more])]
+        more = [even] if fits(even, self.video) else []
+        return {
+            layer: [*dict.fromkeys([*sorted(within, key=lambda x: (within[x], x))[:FEW], *more])]
+            for layer, within in self.within.items()
+            if within
+        }
 
 
 @dataclass(frozen=True)
 class TileFit:
-    """The box that was chosen. Printable.
+    """The boxes that were chosen. Printable.
 
     Args:
-        tile: it, as (frames, rows, columns).
-        errors: relative L2 error of the method's attention against dense, of the boxes that were
-            tried, the best first.
+        tile: one, as (frames, rows, columns), or one for each layer where they differ. A layer
+            that was not seen has the box that most others have.
+        errors: by the number of a layer, relative L2 errors of the method's attention against
+            dense, of the boxes that were tried, the best first.
     """
 
-    tile: Box
-    errors: tuple[tuple[Box, float], ...]
+    tile: Box | tuple[Box, ...]
+    errors: dict[int, tuple[tuple[Box, float], ...]]
 
     def __str__(self) -> str:
-        tried = (f"{' x '.join(map(str, box))}: {error:.4f}" for box, error in self.errors)
-        return f"relative L2 error by tile  {', '.join(tried)}"
+        lines = ["layer  relative L2 error by tile"]
+        for layer, tried in self.errors.items():
+            told = (f"{' x '.join(map(str, box))}: {error:.4f}" for box, error in tried)
+            lines.append(f"{layer:<5}  {', '.join(told)}")
+        return "\n".join(lines)
 
 
 class TileErrors:
-    """Errors of a method's attention with each of some boxes, over the calls that are seen."""
+    """Errors of a method's attention with each of some boxes, over the calls that are seen.
 
-    def __init__(self, tiles: Sequence[Box]) -> None:
-        self.squares = dict.fromkeys(tiles, 0.0)
-        self.dense = 0.0
+    Args:
+        tiles: by the number of a layer.
+    """
+
+    def __init__(self, tiles: dict[int, list[Box]]) -> None:
+        self.squares = {layer: dict.fromkeys(some, 0.0) for layer, some in tiles.items()}
+        self.dense = dict.fromkeys(tiles, 0.0)
 
     def add(
         self,
+        layer: int,
         method: Any,
         q: Tensor,
         k: Tensor,
@@ -118,18 +134,25 @@ class TileErrors:
         run: Callable,
     ) -> None:
         """A call, (B, H, N, D) each. One on a grid that some box does not fit is left out."""
-        if not all(fits(box, video) for box in self.squares):
+        squares = self.squares.get(layer, {})
+        if not squares or not all(fits(box, video) for box in squares):
             return
         wide = widest(dense.device)
-        self.dense += dense.to(wide).square().sum().item()
-        for box in self.squares:
+        self.dense[layer] += dense.to(wide).square().sum().item()
+        for box in squares:
             out = tiled(method, box)(q, k, v, video=video, kernel=run)
-            self.squares[box] += (out - dense).to(wide).square().sum().item()
+            squares[box] += (out - dense).to(wide).square().sum().item()
 
     def fit(self) -> TileFit:
-        errors = {box: math.sqrt(total / self.dense) for box, total in self.squares.items()}
-        ranked = sorted(errors.items(), key=lambda one: (one[1], one[0]))
-        return TileFit(ranked[0][0], tuple(ranked))
+        errors: dict[int, tuple[tuple[Box, float], ...]] = {}
+        for layer, squares in sorted(self.squares.items()):
+            by = {box: math.sqrt(total / self.dense[layer]) for box, total in squares.items()}
+            errors[layer] = tuple(sorted(by.items(), key=lambda one: (one[1], one[0])))
+        best = {layer: tried[0][0] for layer, tried in errors.items()}
+        usual = mode(best.values())
+        if len(set(best.values())) == 1:
+            return TileFit(usual, errors)
+        return TileFit(tuple(best.get(n, usual) for n in range(max(best) + 1)), errors)
 
 
 class Purity:

@@ -3,7 +3,7 @@
 import math
 from functools import lru_cache
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from gen_accel.video import VideoShape
 
 Box = tuple[int, int, int]
 Tile = Literal["auto", "raster"] | Box
+# Of a model: for all layers, or a box for each, of which layers past the last take the last.
+Tiles = Tile | tuple[Box, ...]
 
 
 class Always(NamedTuple):
@@ -133,7 +135,31 @@ def _layout(
     return Layout(laid, ranked, is_first, kept, *facts, occupied, not bool(occupied.all()))
 
 
-def check_blocks(block_q: int, block_k: int, tile: Tile) -> None:
+def as_tiles(tile: Any) -> Any:
+    """Boxes as tuples, where a file has lists."""
+    return tuple(as_tiles(x) for x in tile) if isinstance(tile, (list, tuple)) else tile
+
+
+def boxes_of(tile: Tiles) -> tuple[Box, ...]:
+    """The boxes that are given: one for all layers, one for each, or none."""
+    if isinstance(tile, str):
+        return ()
+    return tile if isinstance(tile[0], tuple) else (tile,)  # pyright: ignore[reportReturnType]
+
+
+def tile_of(tile: Tiles, layer: int) -> Tile:
+    """Tile of one layer, counted from 0."""
+    boxes = boxes_of(tile)
+    return boxes[min(layer, len(boxes) - 1)] if boxes else tile  # pyright: ignore[reportReturnType]
+
+
+def least_grid_of(tile: Tiles) -> Box:
+    """The least (frames, rows, columns) that all boxes fit into; one token where none is given."""
+    frames, rows, columns = zip(*boxes_of(tile), (1, 1, 1), strict=True)
+    return max(frames), max(rows), max(columns)
+
+
+def check_blocks(block_q: int, block_k: int, tile: Tiles) -> None:
     """Raise ValueError for sizes that do not go together, or what is no box."""
     for name, size in (("block_q", block_q), ("block_k", block_k)):
         if not isinstance(size, int) or size < 1:
@@ -144,14 +170,21 @@ def check_blocks(block_q: int, block_k: int, tile: Tile) -> None:
             "in tiles one of block_q and block_k must be a multiple of the other, got "
             f"{block_q} and {block_k}; or lay tokens in 'raster' order"
         )
-    if tile not in ("auto", "raster") and not (
-        isinstance(tile, tuple)
-        and len(tile) == 3
-        and all(isinstance(side, int) and side >= 1 for side in tile)
-    ):
+    if tile in ("auto", "raster") or _is_box(tile):
+        return
+    if not (isinstance(tile, tuple) and tile and all(map(_is_box, tile))):
         raise ValueError(
-            f"tile must be 'auto', 'raster' or positive (frames, rows, columns), got {tile!r}"
+            "tile must be 'auto', 'raster', positive (frames, rows, columns) or one such box for "
+            f"each layer, got {tile!r}"
         )
+
+
+def _is_box(x: object) -> bool:
+    return (
+        isinstance(x, tuple)
+        and len(x) == 3
+        and all(isinstance(side, int) and side >= 1 for side in x)
+    )
 
 
 def check_always(always: Always) -> None:

@@ -23,22 +23,27 @@ from gen_accel.attention_processors.methods.blocks import (
     Always,
     Box,
     Layout,
-    Tile,
+    Tiles,
+    as_tiles,
     check_always,
     check_blocks,
     layout_of,
+    least_grid_of,
+    tile_of,
 )
 from gen_accel.attention_processors.methods.budget import Budget, By, check_budget, chosen
 from gen_accel.attention_processors.methods.pooled import (
     Around,
+    Order,
     Pool,
     centre_of_call,
+    order_in,
     rest_of,
 )
 from gen_accel.attention_processors.methods.scores import Deviation, Score, Scores
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
 from gen_accel.kernels.runner import name_of, scale_of, scale_or_default
-from gen_accel.plan import Plan, Rest, RestOrder, plan_of_call
+from gen_accel.plan import ORDERS, Plan, Rest, plan_of_call
 from gen_accel.values import check_choices
 from gen_accel.video import VideoShape
 
@@ -58,6 +63,8 @@ class Piecewise:
 
     Score of key block j for the mean query m_i of a query block, at the scale s of the model:
         "spread": ln sum_t exp(s m_i . k_t) over the tokens t of the block.
+        "loss": that and half the logarithm of the mean square of the block's values off their
+            mean: what is lost where one value stands for them.
         "mean": s m_i . k_j with the mean key k_j.
         "norm": that and ln ||sum_t (k_t - k_j)^T v_t||, PISA's `use_bias`.
 
@@ -97,10 +104,13 @@ class Piecewise:
             "head", without `alike`), what `gen_accel.kernels.rest_cost.centre_of` says of the
             size of the call and the density. For training name one: a file of a LoRA that was
             trained on a GPU keeps "auto".
-        order: "first" adds PISA's slope, for centre="key".
+        order: of its expansion: "first" adds PISA's slope around keys, "second" the variance of a
+            block's keys around queries, "zeroth" neither. "auto": "second" around queries,
+            "zeroth" around keys and in runs of tokens, whose queries lie far from their mean.
         tile: the box of the smaller block as (frames, rows, columns); blocks then hold as many
             tokens as it. "auto": of all boxes of as many tokens as the smaller block, the one that
-            pads the grid least, and then the most even. "raster": blocks are runs of tokens.
+            pads the grid least, and then the most even. "raster": blocks are runs of tokens. Or a
+            box for each layer: those past the last take the last, and estimates the first.
         block_q, block_k: tokens in a query and in a key block.
     """
 
@@ -112,11 +122,11 @@ class Piecewise:
     band: int | None = None
     sink: int | tuple[int, int] = 0
     sink_queries: bool = False
-    score: Score = "spread"
+    score: Score = "loss"
     rest: Pool | None = "means"
     centre: Around = "query"
-    order: RestOrder = "zeroth"
-    tile: Tile = "auto"
+    order: Order = "auto"
+    tile: Tiles = "auto"
     block_q: int = 64
     block_k: int = 64
     budget: By = "row"
@@ -127,11 +137,13 @@ class Piecewise:
         check_choices(
             self, select=Select, threshold=Deviation, score=Score, centre=Around, budget=By
         )
-        for name in ("tile", "sink"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.centre == "auto" and self.order == "first":
-            raise ValueError("order='first' is for centre='key', got centre='auto'")
+        object.__setattr__(self, "tile", as_tiles(self.tile))
+        if isinstance(self.sink, list):
+            object.__setattr__(self, "sink", tuple(self.sink))
+        if self.centre == "auto" and self.order in ORDERS:
+            raise ValueError(
+                f"order={self.order!r} is for centre={ORDERS[self.order]!r}, got centre='auto'"
+            )
         rest_of(self.rest, "query" if self.centre == "auto" else self.centre, self.order)
         check_budget(self._budget, Piecewise.critical)
         for name in ("tau", "tau_end"):
@@ -157,14 +169,19 @@ class Piecewise:
         """The least of a box that `gen_accel.calibrate` may choose; 0 where the tile is given."""
         return min(self.block_q, self.block_k) if self.tile == "auto" else 0
 
-    def tiled(self, tile: Box) -> "Piecewise":
-        """Method with blocks of this box."""
+    def tiled(self, tile: Box | tuple[Box, ...]) -> "Piecewise":
+        """Method with blocks of this box, or of one for each layer."""
         return replace(self, tile=tile)
+
+    def for_layer(self, layer: int) -> "Piecewise":
+        """Method with the tile of one layer, counted from 0."""
+        tile = tile_of(self.tile, layer)
+        return self if tile == self.tile else replace(self, tile=tile)
 
     @property
     def least_grid(self) -> Box:
         """The tile, which must fit into the grid; one token where it is not given."""
-        return self.tile if isinstance(self.tile, tuple) else (1, 1, 1)
+        return least_grid_of(self.tile)
 
     def for_device(self, device: torch.device) -> "Piecewise":
         """Method with the centre that it takes on a device, where every call takes the same."""
@@ -191,7 +208,8 @@ class Piecewise:
         return kernel(q, k, v, plan)
 
     def layout(self, video: VideoShape, device: torch.device) -> Layout:
-        return layout_of(video, device, self.block_q, self.block_k, self.tile, self._always)
+        tile = tile_of(self.tile, 0)
+        return layout_of(video, device, self.block_q, self.block_k, tile, self._always)
 
     @property
     def _budget(self) -> Budget:
@@ -214,7 +232,8 @@ class Piecewise:
         """Plan of what q and k, (B, H, N, D), keep. No gradient, no wait for the device.
 
         Args:
-            v: for score="norm", which looks at values too.
+            v: for the scores "loss" and "norm", which look at values too. Without, "loss" is
+                "spread", and "norm" an error.
             scale: of their products; 1 / sqrt(D) without.
         """
         scale = scale_or_default(scale, q)
@@ -272,7 +291,7 @@ class Piecewise:
         if self.rest is None:
             return None
         centre = centre_of_call(self.centre, q, layout.slots, entries)
-        return rest_of(self.rest, centre, self.order)
+        return rest_of(self.rest, centre, order_in(self.tile, self.order))
 
     def _above(self, by: Scores) -> Tensor:
         """(B, H, Kq, Kk) bool, what is kept by itself and what scores above the threshold."""

@@ -1,6 +1,6 @@
 """The option of block methods by which what they leave out comes back, pooled."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -9,21 +9,28 @@ from gen_accel.plan import Centre, Rest, RestOrder, Slots
 
 Pool = Literal["means"]
 Around = Literal["query", "key", "auto"]
+Order = RestOrder | Literal["auto"]
 
 
-def rest_of(
-    rest: Pool | None, centre: Centre = "query", order: RestOrder = "zeroth"
-) -> Rest | None:
-    """Rest of a plan, by the options `rest`, `centre` and `order` of a method.
+def order_in(tile: Any, order: Order = "auto") -> Order:
+    """Order of a rest by what its blocks are: queries of runs of tokens, a "raster" tile, lie too
+    far from their mean for a second order, and "auto" is "zeroth" there."""
+    return "zeroth" if order == "auto" and tile == "raster" else order
+
+
+def rest_of(rest: Pool | None, centre: Centre = "query", order: Order = "auto") -> Rest | None:
+    """Rest of a plan, by the options `rest`, `centre` and `order` of a method. The order "auto" is
+    "second" around queries and "zeroth" around keys.
 
     Raises:
-        ValueError: none of their values, a first order around queries, or options of a rest that
+        ValueError: none of their values, an order of the other centre, or options of a rest that
             is not asked for.
     """
-    made = Rest(centre, order)
+    by_centre: dict[Centre, RestOrder] = {"query": "second", "key": "zeroth"}
+    made = Rest(centre, by_centre.get(centre, "zeroth") if order == "auto" else order)
     if rest not in (None, "means"):
         raise ValueError(f"rest must be None or 'means', got {rest!r}")
-    if rest is None and made != Rest():
+    if rest is None and (centre, order) != ("query", "auto"):
         raise ValueError(
             f"centre and order are for rest='means', got centre={centre!r} and order={order!r} "
             "with rest=None"

@@ -212,11 +212,11 @@ class Reuse:
         return parts_of(self.method).tile_tokens
 
     @property
-    def tiled(self) -> Callable[[tuple[int, int, int]], "Reuse"] | None:
+    def tiled(self) -> Callable[[Any], "Reuse"] | None:
         """(tile) -> itself around the method with blocks of that box; None where that has none."""
         return None if parts_of(self.method).tiled is None else self._tiled
 
-    def _tiled(self, tile: tuple[int, int, int]) -> "Reuse":
+    def _tiled(self, tile: Any) -> "Reuse":
         return replace(self, method=tiled(self.method, tile))
 
     @property

@@ -11,7 +11,7 @@ from gen_accel.kernels.pooling import block_means
 from gen_accel.kernels.spread import block_spread
 from gen_accel.plan import pack
 
-Score = Literal["spread", "mean", "norm"]
+Score = Literal["spread", "loss", "mean", "norm"]
 Deviation = Literal["diag", "exact"]
 
 AT_ONCE = 1 << 23  # pairs of blocks: heads go in groups that fit, at least one
@@ -24,13 +24,15 @@ class Scores:
 
     With the mean query m_i of a query block and the mean key k_j of a key block:
         "spread": ln sum_t exp(scale m_i . k_t) over the tokens t of block j.
+        "loss": that and ln sqrt(sum_t |v_t - v_j|^2 / n_j), v_j the mean of the n_j values.
         "mean": scale m_i . k_j.
         "norm": that and ln ||sum_t (k_t - k_j)^T v_t||.
 
     Made and read under `torch.no_grad`, with autocast off.
 
     Args:
-        q, k, v: (B, H, N, D); v for "norm" alone.
+        q, k, v: (B, H, N, D); v for "loss" and "norm" alone: without, values count
+            as equally apart in all blocks, which "norm" refuses.
         scale: of the products of queries and keys.
         kernel: the name of the kernel for attention, which decides what runs here.
     """
@@ -53,6 +55,13 @@ class Scores:
             if v is None:
                 raise ValueError("score 'norm' looks at the values too, got no v")
             self.norms = _slope_norms(k, v, layout)
+        elif kind == "loss" and v is not None:
+            self.norms = _value_deviations(v, layout, kernel)
+
+    @property
+    def by_all_keys(self) -> bool:
+        """Whether a score looks at every key of a block, not at their mean alone."""
+        return self.kind in ("spread", "loss")
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -72,13 +81,14 @@ class Scores:
     def of(self, some: slice) -> Tensor:
         """(B, h, Kq, R) of some heads; each row less a constant, see `left_off`."""
         query, layout = self.query[:, some], self.layout
-        if self.kind == "spread":
+        if self.by_all_keys:
             slots = layout.slots
             known = {"scale": self.scale, "kernel": self.kernel}
-            return layout.of_ranked(block_spread(query, self.k[:, some], slots, **known), 3)
-        if self.scale != 1:
-            query = query * self.scale
-        scores = query @ self._ranked_keys[:, some].transpose(-1, -2)
+            scores = layout.of_ranked(block_spread(query, self.k[:, some], slots, **known), 3)
+        else:
+            if self.scale != 1:
+                query = query * self.scale
+            scores = query @ self._ranked_keys[:, some].transpose(-1, -2)
         return scores if self.norms is None else scores + self.norms[:, some, None]
 
     def shares(self, scores: Tensor) -> Tensor:
@@ -91,7 +101,7 @@ class Scores:
 
     def left_off(self) -> Tensor:
         """(B, H, Kq), what `of` leaves off the scores of each row."""
-        if self.kind == "spread":
+        if self.by_all_keys:
             return torch.zeros_like(self.query[..., 0])
         return (self.query * self._mean_key).sum(-1) * self.scale
 
@@ -118,6 +128,20 @@ class Scores:
     @property
     def _ranked_keys(self) -> Tensor:
         return self._keys[1]
+
+
+def _value_deviations(v: Tensor, layout: Layout, kernel: str) -> Tensor:
+    """ln sqrt(mean |v_t - v_j|^2) of the ranked blocks, (B, H, R), in fp32.
+
+    From sums of squares: where values are equal but for rounding, a 1000th of their size.
+    """
+    slots = layout.slots
+    mean = block_means(v, slots, slots.block_k, kernel)
+    wide = torch.promote_types(v.dtype, torch.float32)
+    squares = torch.linalg.vector_norm(v, dim=-1, keepdim=True, dtype=wide).square()
+    square = block_means(squares, slots, slots.block_k, "gather")[..., 0]
+    apart = (square - mean.square().sum(-1)).maximum(1e-6 * square)
+    return layout.of_ranked(apart.clamp_min(torch.finfo(apart.dtype).tiny).log() / 2, 2)
 
 
 def _slope_norms(k: Tensor, v: Tensor, layout: Layout) -> Tensor:

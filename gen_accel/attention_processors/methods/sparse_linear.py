@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.methods.blocks import (
     Box,
     Layout,
-    Tile,
+    Tiles,
+    as_tiles,
     check_blocks,
     layout_of,
+    least_grid_of,
+    tile_of,
 )
 from gen_accel.attention_processors.methods.budget import Budget, By, check_budget, chosen
-from gen_accel.attention_processors.methods.pooled import Pool, rest_of
+from gen_accel.attention_processors.methods.pooled import Pool, order_in, rest_of
 from gen_accel.attention_processors.methods.scores import Scores
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
 from gen_accel.kernels import linear as linear_kernel
@@ -89,7 +92,7 @@ class SparseLinear:
     block_q: int = 128
     block_k: int = 64
     order: Order = "tile"
-    tile: Literal["auto"] | Box = "auto"
+    tile: Literal["auto"] | Box | tuple[Box, ...] = "auto"
     budget: By = "row"
     mass: float | None = None
     alike: float | None = None
@@ -119,14 +122,13 @@ class SparseLinear:
                 "linear_over='marginal' skips the worst blocks of each row, for budget='row', got "
                 f"{self.budget!r}"
             )
-        if isinstance(self.tile, list):
-            object.__setattr__(self, "tile", tuple(self.tile))
+        object.__setattr__(self, "tile", as_tiles(self.tile))
         if self.order == "raster" and self.tile != "auto":
             raise ValueError(f"tile is for order='tile', got {self.tile} and order='raster'")
         check_blocks(self.block_q, self.block_k, self._tile)
 
     @property
-    def _tile(self) -> Tile:
+    def _tile(self) -> Tiles:
         return "raster" if self.order == "raster" else self.tile
 
     @property
@@ -138,14 +140,19 @@ class SparseLinear:
         """The least of a box that `gen_accel.calibrate` may choose; 0 where the tile is given."""
         return min(self.block_q, self.block_k) if self._tile == "auto" else 0
 
-    def tiled(self, tile: Box) -> "SparseLinear":
-        """Method with blocks of this box."""
+    def tiled(self, tile: Box | tuple[Box, ...]) -> "SparseLinear":
+        """Method with blocks of this box, or of one for each layer."""
         return replace(self, tile=tile)
+
+    def for_layer(self, layer: int) -> "SparseLinear":
+        """Method with the tile of one layer, counted from 0."""
+        tile = tile_of(self.tile, layer)
+        return self if tile == self.tile else replace(self, tile=tile)
 
     @property
     def least_grid(self) -> Box:
         """The tile, which must fit into the grid; one token where it is not given."""
-        return (1, 1, 1) if self.tile == "auto" else self.tile
+        return least_grid_of(self.tile)
 
     def branch(self, heads: int, dim: int) -> "LinearBranch":
         """The trainable part of one layer, at its start."""
@@ -180,7 +187,8 @@ class SparseLinear:
         return branch(o_s, self._linear(q, k, v, plan, sets, name))
 
     def layout(self, video: VideoShape, device: torch.device) -> Layout:
-        return layout_of(video, device, self.block_q, self.block_k, self._tile)
+        tile = tile_of(self._tile, 0)
+        return layout_of(video, device, self.block_q, self.block_k, tile)
 
     def parts(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
@@ -231,7 +239,9 @@ class SparseLinear:
         with torch.autocast(q.device.type, enabled=False):  # scores are fp32, whatever q and k are
             by = Scores(q, k, layout, scale=scale, kernel=kernel)
             keep, skipped, entries = chosen(by, q, self._budget, worst)
-        rest = rest_of(self.rest, self.centre)
+        rest = None
+        if self.rest is not None:
+            rest = rest_of(self.rest, self.centre, order_in(self._tile))
         return plan_of_call(layout.slots, keep, entries=entries, rest=rest), skipped
 
     def _linear(

@@ -42,11 +42,26 @@ class RestArgs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "grad", "out", "lse", "of_total")),
         *((name, ctypes.c_void_p) for name in ("o", "total", "dq", "dk", "dv", "dout", "dlse")),
+        *((name, ctypes.c_void_p) for name in ("rise", "weight", "drise", "dweight")),
         *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("q", "k", "v", "grad")),
         *((name, ctypes.c_void_p) for name in ("slots", "keep")),
         *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S", "block_q", "block_k")),
         *((name, ctypes.c_int64) for name in ("PB", "PH", "around_queries", "wide")),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("scale", "most")),
+    ]
+
+
+class CurveArgs(ctypes.Structure):
+    """`Curve` of curve.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k")),
+        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("q", "k")),
+        *((name, ctypes.c_void_p) for name in ("slots", "of_q", "of_k")),
+        *((name, ctypes.c_void_p) for name in ("rise", "weight", "by", "of_rise", "of_weight")),
+        *((name, ctypes.c_void_p) for name in ("dq", "dk")),
+        *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S", "block_q", "block_k")),
+        ("factor", ctypes.c_float),
     ]
 
 

@@ -20,6 +20,7 @@ from gen_accel.kernels.compiler import cpp_compiler
 from gen_accel.kernels.failure import KernelFailed
 from gen_accel.kernels.native.arguments import (
     Args,
+    CurveArgs,
     KeptArgs,
     LinearArgs,
     PicksArgs,
@@ -29,9 +30,9 @@ from gen_accel.kernels.native.arguments import (
 )
 
 HERE = Path(__file__).parent
-NAMES = ("attention", "int8", "linear", "rest", "selection", "spread")
+NAMES = ("attention", "curve", "int8", "linear", "rest", "selection", "spread")
 SOURCES = tuple(HERE / f"{name}.cpp" for name in NAMES)
-READ = (*SOURCES, HERE / "blocks.h", HERE / "common.h", HERE / "rest.h")
+READ = (*SOURCES, HERE / "blocks.h", HERE / "common.h", HERE / "rest.h", HERE / "rest_backward.h")
 FLAGS = (
     *(
         "-std=c++20",
@@ -49,6 +50,7 @@ SIZES = {
     "gen_accel_size": Args,
     "gen_accel_linear_size": LinearArgs,
     "gen_accel_rest_size": RestArgs,
+    "gen_accel_curve_size": CurveArgs,
     "gen_accel_spread_size": SpreadArgs,
     "gen_accel_sums_size": SumsArgs,
     "gen_accel_picks_size": PicksArgs,

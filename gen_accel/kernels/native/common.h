@@ -478,4 +478,25 @@ void interleave_transposed(const T* rows, i64 ld, i64 K, i64 N, i64 N_ld, T* to)
   }
 }
 
+// How many tokens each block holds.
+inline std::vector<i64> held(const i64* slots, i64 S, i64 block) {
+  std::vector<i64> counts(S / block);
+  for (i64 s = 0; s < S; s++) counts[s / block] += !slots || slots[s] >= 0;
+  return counts;
+}
+
+// The mean of `held` tokens in some slots, `wide` numbers; zeros where there are none.
+template <typename In>
+void mean_of(const Tokens<In>& x, i64 bh, i64 slot, i64 count, i64 held, float* to, i64 wide) {
+  std::fill(to, to + wide, 0.f);
+  for (i64 s = slot; s < slot + count; s++) {
+    i64 t = x.token(s);
+    if (t < 0) continue;
+    const In* from = x.row(bh, t);
+#pragma omp simd
+    for (i64 d = 0; d < x.D; d++) to[d] += load(from + d);
+  }
+  for (i64 d = 0; d < x.D && held; d++) to[d] /= held;
+}
+
 }  // namespace

@@ -11,6 +11,9 @@ namespace {
 
 constexpr i64 GROUP = 2 * LANES;  // query blocks whose mean queries are the columns of a product
 constexpr i64 MOST_ROWS = 2048;   // queries of a group
+constexpr i64 CHUNK = 16;  // key blocks at once
+constexpr i64 CHUNK_KEYS = 64;  // the same around keys
+static_assert(CHUNK % LANES == 0 && CHUNK_KEYS % LANES == 0);
 
 struct RestArgs {
   const void *q, *k, *v, *grad;  // grad: of o
@@ -19,6 +22,8 @@ struct RestArgs {
   float* total;
   void *dq, *dk, *dv;
   float *dout, *dlse;
+  const float *rise, *weight;  // (B, H, N) and (B, H, D), see curve.py; null without a curve
+  float *drise, *dweight;
   i64 q_strides[3], k_strides[3], v_strides[3], grad_strides[3];
   const i64* slots;  // (S,), -1 for padding; null where slot = token
   const bool* keep;  // (PB, PH, Kq, Kk)
@@ -26,14 +31,8 @@ struct RestArgs {
   i64 around_queries;
   i64 wide;  // o is fp32
   float scale;
+  float most;  // that a curve adds to a score
 };
-
-// How many tokens each block holds.
-inline std::vector<i64> held(const i64* slots, i64 S, i64 block) {
-  std::vector<i64> counts(S / block);
-  for (i64 s = 0; s < S; s++) counts[s / block] += !slots || slots[s] >= 0;
-  return counts;
-}
 
 // x as the products read it, and what that is times y, summed.
 inline float rounded_dot(const float* x, const float* y, i64 n, BFloat16* to) {
@@ -65,7 +64,8 @@ struct RestProblem {
   i64 group = a.around_queries ? std::clamp<i64>(MOST_ROWS / bq, 1, GROUP) : 1;
   i64 groups = (Kq + group - 1) / group;
   i64 columns = up(group, LANES);
-  float by = a.scale * LOG2E;
+  bool curved = a.rise != nullptr;
+  float by = a.scale * LOG2E, most = a.most * LOG2E;
   Tokens<In> q{a.q, a.q_strides, a.slots, a.H, D}, k{a.k, a.k_strides, a.slots, a.H, D};
   Tokens<In> v{a.v, a.v_strides, a.slots, a.H, D}, grad{a.grad, a.grad_strides, a.slots, a.H, D};
   std::vector<i64> held_q = held(a.slots, a.S, bq), held_k = held(a.slots, a.S, bk);
@@ -74,26 +74,44 @@ struct RestProblem {
     i64 pattern = (a.PB > 1 ? bh / a.H : 0) * a.PH + (a.PH > 1 ? bh % a.H : 0);
     return !a.keep[(pattern * Kq + i) * Kk + j] && held_k[j];
   }
-};
 
-// The mean of `held` tokens in some slots, `wide` numbers; zeros where there are none.
-template <typename In>
-void mean_of(const Tokens<In>& x, i64 bh, i64 slot, i64 count, i64 held, float* to, i64 wide) {
-  std::fill(to, to + wide, 0.f);
-  for (i64 s = slot; s < slot + count; s++) {
-    i64 t = x.token(s);
-    if (t < 0) continue;
-    const In* from = x.row(bh, t);
-#pragma omp simd
-    for (i64 d = 0; d < x.D; d++) to[d] += load(from + d);
+  // What the queries of block i rise by, bqp numbers.
+  void rises(i64 bh, i64 i, float* to) const {
+    std::fill(to, to + bqp, 0.f);
+    for (i64 r = 0; r < bq; r++)
+      if (i64 t = q.token(i * bq + r); t >= 0) to[r] = a.rise[bh * a.N + t];
   }
-  for (i64 d = 0; d < x.D && held; d++) to[d] /= held;
-}
+};
 
 // Asks for n numbers before they are read.
 template <typename T>
 void ask(const T* from, i64 n) {
   for (i64 d = 0; d < n; d += 64 / i64(sizeof(T))) __builtin_prefetch(from + d, 0, 2);
+}
+
+// `raise` of common.h of scores that also gain `span` times what `rise` has for each, at most
+// `most`.
+inline void raise(float* x, i64 n, float by, float more, float span, const float* rise, float most,
+                  float* top) {
+#pragma omp simd
+  for (i64 j = 0; j < n; j++) {
+    float gained = span * rise[j];
+    float y = x[j] * by + more + (gained < most ? gained : most);
+    x[j] = y;
+    top[j] = y > top[j] ? y : top[j];
+  }
+}
+
+// sum_d weight_d (by x_d - y_d)^2.
+template <typename T>
+float distance(const T* x, float by, const float* y, const float* weight, i64 n) {
+  float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+  for (i64 d = 0; d < n; d++) {
+    float off = load(x + d) * by - y[d];
+    sum += weight[d] * off * off;
+  }
+  return sum;
 }
 
 // Pooled keys and values of one query block, some key blocks in a row, as the products read them,
@@ -102,6 +120,7 @@ template <typename T>
 struct Tile {
   const T *keys, *values, *key_pairs, *value_pairs;
   const float* bias;
+  const float* spans;  // weighed variances; null without a curve
 };
 
 // Keys, or values, as the products read them: a left factor of Dp numbers a row, and a right factor
@@ -160,18 +179,24 @@ struct Laid {
   bool backward;
   Side<In, T> keys{p, p.k, true}, values{p, p.v, backward};
   std::vector<float> bias = std::vector<float>(p.Kk);  // of the scores with the mean of each block
+  // Of a curve: what each slot is off the mean of its block, squared and weighed, and the means.
+  float *squares, *centres;
 
   void want(Arena& arena) {
     keys.want(arena);
     values.want(arena);
+    arena.want(squares, p.curved ? p.BH * p.a.S : 0);
+    arena.want(centres, p.curved ? p.BH * p.Kk * p.Dp : 0);
   }
 
   void fill() {
     at::parallel_for(0, p.BH * p.Kk, 1, [&](i64 begin, i64 end) {
       std::vector<T> some(p.bk * p.Dp);
       std::vector<float> mean(p.Dp);
-      for (i64 n = begin; n < end; n++)
+      for (i64 n = begin; n < end; n++) {
         for (auto* x : {&keys, &values}) x->lay(n / p.Kk, n % p.Kk, some, mean);
+        if (p.curved) centre(n / p.Kk, n % p.Kk);
+      }
     });
     if (p.a.around_queries) return;
     for (i64 j = 0; j < p.Kk; j++) bias[j] = std::log2(std::max<float>(p.held_k[j], 1));
@@ -179,10 +204,19 @@ struct Laid {
       for (auto* x : {&keys, &values}) x->lay_all(bh);
   }
 
+  void centre(i64 bh, i64 j) const {
+    float *mean = centres + (bh * p.Kk + j) * p.Dp, *to = squares + bh * p.a.S + j * p.bk;
+    mean_of(p.k, bh, j * p.bk, p.bk, p.held_k[j], mean, p.Dp);
+    for (i64 s = 0; s < p.bk; s++) {
+      i64 t = p.k.token(j * p.bk + s);
+      to[s] = t < 0 ? 0.f : distance(p.k.row(bh, t), 1.f, mean, p.a.weight + bh * p.D, p.D);
+    }
+  }
+
   // From block j on, where these are means.
   Tile<T> tile(i64 bh, i64 j) const {
     return {keys.left(bh, j), values.left(bh, j), keys.right(bh, j), values.right(bh, j),
-            bias.data() + j};
+            bias.data() + j, nullptr};
   }
 };
 
@@ -196,7 +230,7 @@ struct Pool {
   // Of pooled keys from query block to query block: no power of two, or they would take the same
   // places of a cache.
   i64 apart = chunk * p.D + 2 * LANES;
-  float *means, *shares, *keys, *values, *level, *bias;
+  float *means, *shares, *keys, *values, *level, *bias, *spans;
   T *turned, *weights, *low_keys, *low_values, *pairs;
 
   void want(Arena& arena) {
@@ -208,6 +242,7 @@ struct Pool {
     for (float** x : {&keys, &values}) arena.want(*x, p.columns * apart);
     arena.want(level, p.columns * chunk);
     arena.want(bias, chunk);
+    arena.want(spans, p.curved ? p.columns * chunk : 0);
     if (PAIR<T> == 1) return;
     for (T** x : {&low_keys, &low_values, &pairs}) arena.want(*x, chunk * p.Dp);
   }
@@ -254,6 +289,25 @@ struct Pool {
       float* to = (is_key ? keys : values) + c * p.D;
       product(up(count, EVEN<T>), p.D, p.bke, weights, p.bkp, right, p.D, to, apart, false);
     }
+    if (p.curved) span(bh, count, j, c);
+  }
+
+  // The variance of the keys of block j under the shares of each mean query, weighed. Of the shares
+  // as the product read them, whose sum is not 1 in bf16.
+  void span(i64 bh, i64 count, i64 j, i64 c) {
+    const float *squares = laid.squares + bh * p.a.S + j * p.bk, *weight = p.a.weight + bh * p.D;
+    const float* mean = laid.centres + (bh * p.Kk + j) * p.Dp;
+    for (i64 g = 0; g < count; g++) {
+      const T* share = weights + g * p.bkp;
+      float sum = 0.f, all = 0.f;
+#pragma omp simd reduction(+ : sum, all)
+      for (i64 t = 0; t < p.bk; t++) {
+        all += load(share + t);
+        sum += load(share + t) * squares[t];
+      }
+      float off = distance(keys + g * apart + c * p.D, 1.f / all, mean, weight, p.D);
+      spans[g * chunk + c] = sum / all - off;
+    }
   }
 
   // Number c of the chunk, of which nobody asks: numbers that do no harm.
@@ -262,6 +316,7 @@ struct Pool {
       i64 at = g * apart + c * p.D;
       for (float* x : {keys, values}) std::fill(x + at, x + at + p.D, 0.f);
       level[g * chunk + c] = 0.f;
+      if (p.curved) spans[g * chunk + c] = 0.f;
     }
   }
 
@@ -278,9 +333,9 @@ struct Pool {
   // weighs as much as a query is off the mean.
   Tile<T> tile(i64 g, i64 n) {
     float *k = keys + g * apart, *v = values + g * apart;
-    const float* mean = means + g * p.Dp;
+    const float *mean = means + g * p.Dp, *curve = p.curved ? spans + g * chunk : nullptr;
     if constexpr (PAIR<T> == 1) {
-      return {k, v, k, v, level + g * chunk};
+      return {k, v, k, v, level + g * chunk, curve};
     } else {
       for (i64 c = 0; c < n; c++) {
         T *low = low_keys + c * p.Dp, *value = low_values + c * p.Dp;
@@ -290,9 +345,39 @@ struct Pool {
         std::fill(value + p.D, value + p.Dp, T(0));
       }
       interleave(laid.backward ? low_keys : low_values, p.Dp, n, up(n, EVEN<T>), p.D, pairs);
-      return {low_keys, low_values, pairs, pairs, bias};
+      return {low_keys, low_values, pairs, pairs, bias, curve};
     }
   }
+};
+
+// Who of a group leaves out what, chunk by chunk.
+template <typename P>
+struct Left {
+  const P& p;
+  i64 chunk;
+  std::vector<char> who = std::vector<char>(GROUP * chunk);
+  char some[GROUP];
+
+  // Calls `one` with each of n key blocks from j on, by its number and whether any of `count`
+  // query blocks from `first` on leaves it out. False where none is left out.
+  template <typename F>
+  bool find(i64 bh, i64 first, i64 count, i64 j, i64 n, F&& one) {
+    std::vector<char> any(n);
+    bool found = false;
+    for (i64 g = 0; g < count; g++) {
+      some[g] = false;
+      for (i64 c = 0; c < n; c++) {
+        bool out = p.leaves_out(bh, first + g, j + c);
+        who[g * chunk + c] = out;
+        some[g] |= out;
+        any[c] |= out;
+      }
+      found |= some[g];
+    }
+    for (i64 c = 0; c < n && found; c++) one(c, any[c]);
+    return found;
+  }
+  const char* of(i64 g) const { return who.data() + g * chunk; }
 };
 
 }  // namespace

@@ -6,15 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_accel.kernels.curve import Curve
 from gen_accel.kernels.native import build, multiplies_bf16
 from gen_accel.kernels.native.arguments import Pointers, RestArgs, SpreadArgs
-from gen_accel.plan import Plan, Slots
+from gen_accel.plan import MOST_GAINED, Plan, Slots
 
 
 def added(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    curve: Curve | None = None,
+    *,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.rest.added`: the zeroth order, merged into `out` and `lse`.
+    """`kernels.rest.added`.
 
     Returns:
         (B, H, N, D), rounded to q's dtype where no slope comes on top; and (B, H, N) fp32.
@@ -23,7 +32,8 @@ def added(
     slots = None if plan.is_raster else plan.slots
     blocks = plan.block_q, plan.block_k
     how = plan.rest.centre == "query", plan.rest.order == "first"
-    return _added(out.float(), lse.float(), q, k, v, slots, plan.keep, *blocks, *how, scale)
+    bend = (None, None) if curve is None else (curve.rise.float(), curve.weight.float())
+    return _added(out.float(), lse.float(), q, k, v, *bend, slots, plan.keep, *blocks, *how, scale)
 
 
 @torch.library.custom_op("gen_accel::native_rest", mutates_args=())
@@ -33,6 +43,8 @@ def _added(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    rise: Tensor | None,
+    weight: Tensor | None,
     slots: Tensor | None,
     keep: Tensor,
     block_q: int,
@@ -43,7 +55,9 @@ def _added(
 ) -> tuple[Tensor, Tensor]:
     """(B, H, N, D), fp32 where `wide`, else in q's dtype, and (B, H, N) fp32."""
     joint, total = _results(q, wide)
-    call = _call(out, lse, q, k, v, slots, keep, block_q, block_k, around_queries, wide, scale)
+    call = _call(
+        out, lse, q, k, v, rise, weight, slots, keep, block_q, block_k, around_queries, wide, scale
+    )
     call.filled(o=joint, total=total)
     _run("gen_accel_rest_forward", call, q.dtype)
     return joint, total
@@ -71,6 +85,8 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    rise: Tensor | None,
+    weight: Tensor | None,
     slots: Tensor | None,
     keep: Tensor,
     block_q: int,
@@ -78,23 +94,32 @@ def _backward(
     around_queries: bool,
     wide: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of out, lse, q, k and v from those of the two results."""
-    grads = [x.new_empty(x.shape) for x in (out, lse, q, k, v)]
-    call = _call(out, lse, q, k, v, slots, keep, block_q, block_k, around_queries, wide, scale)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of out, lse, q, k, v, rise and weight from those of the two results; empty ones of
+    what is not there."""
+    grads = _empty(out, lse, q, k, v, rise, weight)
+    call = _call(
+        out, lse, q, k, v, rise, weight, slots, keep, block_q, block_k, around_queries, wide, scale
+    )
     call.strided(grad=grad.to(q.dtype))
     call.whole(of_total=of_total, o=joint, total=total)
-    call.filled(**dict(zip(("dout", "dlse", "dq", "dk", "dv"), grads, strict=True)))
+    names = "dout", "dlse", "dq", "dk", "dv", "drise", "dweight"
+    call.filled(**dict(zip(names, grads, strict=True)))
     _run("gen_accel_rest_backward", call, q.dtype)
-    dout, dlse, dq, dk, dv = grads
-    return dout, dlse, dq, dk, dv
+    return grads
+
+
+def _empty(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Uninitialised tensors of the same shapes; of none, without a number."""
+    there = next(x for x in tensors if x is not None)
+    return tuple(there.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
 
 @_backward.register_fake
 def _(
     grad: Tensor, of_total: Tensor, joint: Tensor, total: Tensor, *given: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in given[:5])
+    return _empty(*given[:7])
 
 
 def _call(
@@ -103,6 +128,8 @@ def _call(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    rise: Tensor | None,
+    weight: Tensor | None,
     slots: Tensor | None,
     keep: Tensor,
     block_q: int,
@@ -114,12 +141,14 @@ def _call(
     B, H, N, D = q.shape
     PB, PH, Kq, _ = keep.shape
     _check(out, lse, q, k, v)
+    if rise is not None and weight is not None:
+        _check_curve(rise, weight, q)
     args = RestArgs(B=B, H=H, N=N, D=D, S=Kq * block_q, block_q=block_q, block_k=block_k)
-    args.PB, args.PH, args.scale = PB, PH, scale
+    args.PB, args.PH, args.scale, args.most = PB, PH, scale, MOST_GAINED
     args.around_queries, args.wide = around_queries, wide
     call = Pointers(args)
     call.strided(q=q, k=k, v=v)
-    call.whole(out=out, lse=lse, slots=slots, keep=keep)
+    call.whole(out=out, lse=lse, rise=rise, weight=weight, slots=slots, keep=keep)
     return call
 
 
@@ -128,6 +157,15 @@ def _check(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.shape == k.shape == v.shape == out.shape or lse.shape != q.shape[:3]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (out, lse, q, k, v))
         raise ValueError(f"out, lse, q, k and v must be of the same tokens, got {shapes}")
+
+
+def _check_curve(rise: Tensor, weight: Tensor, q: Tensor) -> None:
+    B, H, N, D = q.shape
+    if rise.shape != (B, H, N) or weight.shape != (B, H, D):
+        raise ValueError(
+            f"the rise and the weight of a curve must be {(B, H, N)} and {(B, H, D)}, got "
+            f"{tuple(rise.shape)} and {tuple(weight.shape)}"
+        )
 
 
 def _run(name: str, call: Pointers, dtype: torch.dtype) -> None:
@@ -141,8 +179,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor, of_total: Tensor) -> tuple[Any, ...]:
     sizes = ctx.block_q, ctx.block_k, ctx.around_queries, ctx.wide, ctx.scale
-    grads = _backward(grad, of_total, *ctx.saved_tensors, *sizes)
-    return *grads, None, None, None, None, None, None, None
+    *grads, drise, dweight = _backward(grad, of_total, *ctx.saved_tensors, *sizes)
+    bend = (drise, dweight) if drise.numel() else (None, None)
+    return *grads, *bend, *[None] * 7
 
 
 _added.register_autograd(_differentiate, setup_context=_save)

@@ -23,6 +23,7 @@ from gen_accel.kernels.triton import (
     bins,
     block_sparse,
     configs,
+    curve,
     gathered,
     gathered_kernels,
     linear,
@@ -31,6 +32,7 @@ from gen_accel.kernels.triton import (
     packing,
     pooling,
     rest_columns,
+    rest_columns_backward,
     rest_pooling,
     rest_shares,
     sass,
@@ -72,9 +74,11 @@ TYPES = {
     **dict.fromkeys(("scale", "eps"), "fp32"),
     **dict.fromkeys(("kept", "joint", "joint_lse", "dkept", "dlse", "held", "bias"), "*fp32"),
     **dict.fromkeys(("dmeans", "dbias", "shifts", "spreads", "wide_means"), "*fp32"),
-    **dict.fromkeys(("dk_sums", "dv_sums"), "*fp32"),
+    **dict.fromkeys(("dk_sums", "dv_sums", "dweight_sums", "dweight_parts"), "*fp32"),
+    **dict.fromkeys(("rise", "drise", "curves", "dcurves", "key_means", "squares"), "*fp32"),
+    **dict.fromkeys(("times", "totals", "mean", "sums", "dweight"), "*fp32"),
 }
-INPUTS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv", "x", "y")
+INPUTS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv", "x", "y", "dx")
 INPUTS += tuple(f"packed_{name}" for name in ("x", "y", "q", "grad"))
 INPUTS += ("means", "dmean_parts", *(f"pooled_{name}" for name in ("k", "v", "dk", "dv")))
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -139,6 +143,7 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     yield from _gathered_cases(arch, D, dtype, block)
     yield from _column_cases(arch, D, dtype, block)
     yield from _pool_cases(arch, D, dtype, block)
+    yield from _curve_cases(D, block)
     lists = {"ROWS": listing.ROWS, "CHUNK": listing.CHUNK}
     sizes = {**dim, "BLOCK": block, "TILE": pooling.TILE, "MEAN": True}
     yield Case("pooled", pooling.sums_kernel, sizes, pooling.WARPS, 3)
@@ -255,27 +260,30 @@ def _column_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator
     """Kernels of the rest, over as many columns as tiles are long, and more."""
     dim = {"D": D, "BLOCK_D": configs.padded_dim(D)}
     yield Case("rest shares", rest_shares.shares_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1)
-    for kind, centred in product(("forward", "dq", "dkdv", "dpooled"), (False, True)):
-        if centred == (kind == "dkdv") and kind in ("dkdv", "dpooled"):
-            continue  # one for each centre
-        config = configs.columns(arch, kind, D, dtype, block, COLUMNS)
+    around_keys = (("forward", "dq", "dkdv"), (False,), (False,))
+    around_queries = (("forward", "dq", "dpooled"), (True,), (False, True))
+    for kind, centred, curved in (*product(*around_keys), *product(*around_queries)):
+        config = configs.columns(arch, kind, D, dtype, block, COLUMNS, curved)
         constants = {**dim, "TILE_M": config.tile_m, "TILE_N": config.tile_n, "BLOCK_Q": block}
         keys, shuffles, products = config.tile_m, math.inf, 4
+        module = rest_columns if kind == "forward" else rest_columns_backward
         if kind == "dkdv":
             constants["BLOCK_K"] = block
         else:
+            constants["CURVED"] = curved
             constants["GROUP"] = (
-                configs.pool(arch, "pool", D, dtype, block).tile_m if centred else 1
+                configs.pool(arch, "pool", D, dtype, block, curved).tile_m if centred else 1
             )
         if kind in ("forward", "dq"):
             constants["CENTRED"] = centred
             keys, products = config.tile_n, 3
         if kind == "forward":
             constants["WIDTH"], products = configs.width(arch, config, D), 2
-            shuffles = _exchanges(arch, kind, config, dtype) + config.tile_n // 4  # of biases
+            shuffles = _exchanges(arch, kind, config, dtype)
+            shuffles += (1 + curved) * config.tile_n // 4  # of biases and variances
         yield Case(
-            f"rest {kind} {'queries' if centred else 'keys'}",
-            getattr(rest_columns, f"columns_{kind}_kernel"),
+            f"rest {kind} {'queries' if centred else 'keys'}{' curved' if curved else ''}",
+            getattr(module, f"columns_{kind}_kernel"),
             constants,
             config.num_warps,
             config.num_stages,
@@ -288,26 +296,45 @@ def _column_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator
 def _pool_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     """Kernels of the rest that pool around mean queries."""
     dim = {"D": D, "BLOCK_D": configs.padded_dim(D)}
-    group = configs.pool(arch, "pool", D, dtype, block).tile_m
     parts = 1 if dtype == torch.float32 else 2  # of the mean queries
-    for kind, products in zip(configs.POOLS, (3, 7, parts), strict=True):
-        config = configs.pool(arch, kind, D, dtype, block)
+    needed = dict(zip(configs.POOLS, (3, 7, parts), strict=True))
+    for kind, curved in product(configs.POOLS, (False, True)):
+        if kind == "spread" and curved:
+            continue  # it pools no keys
+        config = configs.pool(arch, kind, D, dtype, block, curved)
         constants = {**dim, "BLOCK_K": block, "GROUP": config.tile_m, "TILE_N": config.tile_n}
         keys = config.tile_n
         if kind == "pool backward":
+            group = configs.pool(arch, "pool", D, dtype, block, curved).tile_m
             constants |= {"GROUP": group, "TILE_M": config.tile_m}
             keys = config.tile_m
         else:
             constants["BLOCKS"] = configs.POOL_BLOCKS
+        if kind != "spread":
+            constants["CURVED"] = curved
         yield Case(
-            f"rest {kind}",
+            f"rest {kind}{' curved' if curved else ''}",
             getattr(rest_pooling, f"{kind.replace(' ', '_')}_kernel"),
             constants,
             config.num_warps,
             config.num_stages,
-            products * config.tile_m * config.tile_n * dim["BLOCK_D"],
+            needed[kind] * config.tile_m * config.tile_n * dim["BLOCK_D"],
             keys,
         )
+    sizes = {**dim, "BLOCK_K": block, "TILE": pooling.TILE}
+    yield Case("rest squares", rest_pooling.squares_kernel, sizes, pooling.WARPS, 3)
+
+
+def _curve_cases(D: int, block: int) -> Iterator[Case]:
+    dim = {"D": D, "BLOCK_D": configs.padded_dim(D), "TILE": curve.TILE}
+    yield Case("curve mean squares", curve.mean_squares_kernel, dim, curve.WARPS, 3)
+    sizes = {**dim, "BLOCK": block}
+    yield Case("curve rise", curve.rise_kernel, sizes, curve.WARPS, 3)
+    for kind, flag in (("block_squares", "WEIGHED"), ("off_means_backward", "QUERIES")):
+        for on in (False, True):
+            name = f"curve {kind.replace('_', ' ')}{f' {flag.lower()}' if on else ''}"
+            kernel = getattr(curve, f"{kind}_kernel")
+            yield Case(name, kernel, {**sizes, flag: on}, curve.WARPS, 3)
 
 
 def build(case: Case, arch: str, dtype: torch.dtype) -> Any:

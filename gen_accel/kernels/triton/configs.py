@@ -192,6 +192,19 @@ POOL_FP32 = {
     256: (_C(16, 16, 8, 1), _C(16, 16, 8, 1), _C(16, 16, 8, 1)),
 }
 POOLS = ("pool", "pool backward", "spread")
+
+# In place of those for columns and for pooling where a curve, which takes registers, would spill.
+WITH_CURVE = {
+    ("sm_80", 128, "dpooled"): _C(64, 64, 8, 1),
+    ("sm_90", 64, "dpooled"): _C(32, 128, 8, 2),
+    ("sm_90", 64, "pool"): _C(64, 64, 4, 1),
+    ("sm_90", 128, "dpooled"): _C(64, 32, 4, 1),
+    ("sm_90", 128, "pool"): _C(64, 32, 4, 1),
+    ("sm_100", 128, "forward"): _C(128, 32, 8, 2),
+    ("sm_100", 128, "pool backward"): _C(32, 64, 8, 1),
+    ("sm_120", 64, "dpooled"): _C(64, 32, 4, 1),
+    ("sm_120", 128, "dpooled"): _C(64, 32, 4, 1),
+}
 POOL_BLOCKS = 4  # key blocks that a program pools one after the other; not timed
 
 # Bytes of pooled keys and values that are held at once: about half of the last cache by the data
@@ -339,11 +352,20 @@ def packs(
     return 2 * load >= other and own >= PACKED_ROWS[arch]
 
 
-def columns(arch: str, kind: str, D: int, dtype: torch.dtype, block_q: int, blocks: int) -> Config:
+def columns(
+    arch: str,
+    kind: str,
+    D: int,
+    dtype: torch.dtype,
+    block_q: int,
+    blocks: int,
+    curved: bool = False,
+) -> Config:
     """The configuration of a kernel over columns of a rest: "forward", "dq", "dkdv" or "dpooled".
 
     Args:
         blocks: Kk, how many columns there are.
+        curved: with the second order.
     """
     like = "dkdv" if kind == "dpooled" else kind
     # A set of mean keys is worked off by few programs, which short tiles make more of.
@@ -353,16 +375,25 @@ def columns(arch: str, kind: str, D: int, dtype: torch.dtype, block_q: int, bloc
     config = from_table(arch, like, BUCKETS[-1] if wide else D, dtype, block)
     if dtype != torch.float32:
         config = COLUMNS.get((arch, bucket(D), kind), config)
+        config = WITH_CURVE.get((arch, bucket(D), kind), config) if curved else config
     return cut(like, config, block)
 
 
-def pool(arch: str, kind: str, D: int, dtype: torch.dtype, block_k: int) -> Config:
-    """The configuration of one of POOLS, with the load cut to the block."""
+def pool(
+    arch: str, kind: str, D: int, dtype: torch.dtype, block_k: int, curved: bool = False
+) -> Config:
+    """The configuration of one of POOLS, with the load cut to the block.
+
+    Args:
+        curved: as above.
+    """
     if arch == "interpreted":
         config = INTERPRETED
     else:
         table = POOL_FP32 if dtype == torch.float32 else POOL[arch]
         config = table[bucket(D)][POOLS.index(kind)]
+        if curved and dtype != torch.float32:
+            config = WITH_CURVE.get((arch, bucket(D), kind), config)
     return config._replace(tile_n=tile(block_k, config.tile_n))
 
 

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from gen_accel.kernels.curve import Curve
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton import rest_launches as launches
 from gen_accel.kernels.triton.launch import launch, rowwise
@@ -25,22 +26,33 @@ HELD = 1 << 30  # bytes of sums that the backward pass holds at once; at least t
 
 
 def added(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    curve: Curve | None,
+    *,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The zeroth order of the rest, merged into attention over the kept keys.
+    """The rest without a slope, merged into attention over the kept keys.
 
     Args:
         out, lse: (B, H, N, D) and (B, H, N) fp32 of the kept keys.
+        curve: of a rest of the second order, else None.
 
     Returns:
-        The same of kept keys and rest, in fp32, differentiable in all five tensors. A row that
-        nothing is left out of comes back bit for bit.
+        The same of kept keys and rest, in fp32, differentiable in all tensors. A row that nothing
+        is left out of comes back bit for bit.
     """
     assert plan.rest is not None
     keep = plan.keep.expand(*q.shape[:2], -1, -1)
     around_queries = plan.rest.centre == "query"
-    given = keep, plan.slots_int32, *plan.held, plan.block_q, plan.block_k, around_queries, scale
-    return torch.ops.gen_accel.triton_rest(out, lse, q, k, v, *given)
+    rise, weight = curve or (None, None)
+    given = keep, plan.slots_int32, *plan.held, rise, weight
+    numbers = plan.block_q, plan.block_k, around_queries, scale
+    return torch.ops.gen_accel.triton_rest(out, lse, q, k, v, *given, *numbers)
 
 
 @torch.library.custom_op("gen_accel::triton_rest", mutates_args=())
@@ -54,6 +66,8 @@ def rest(
     slots: Tensor,
     held_q: Tensor,
     held_k: Tensor,
+    rise: Tensor | None,
+    weight: Tensor | None,
     block_q: int,
     block_k: int,
     around_queries: bool,
@@ -65,6 +79,7 @@ def rest(
         keep: (B, H, Kq, Kk) bool.
         slots: (S,) int32, the token of each slot, -1 for padding.
         held_q, held_k: (Kq, 2) and (Kk, 2) fp32, tokens and slots of each block.
+        rise, weight: of a `Curve`, around queries alone.
     """
     call = _call(q, k, v, keep, slots, held_q, held_k, block_q, block_k, scale)
     out, lse = rowwise(out), lse.contiguous()
@@ -74,6 +89,8 @@ def rest(
         chunk, pooled = launches.around_keys(call)
         launches.forward(call, chunk, pooled, out, lse, joint, total)
         return joint, total
+    if rise is not None and weight is not None:
+        call = launches.with_curve(call, rise, weight)
     means = launches.means_of(call.q, call, call.block_q)
     pooled = launches.room(call)
     for chunk in launches.chunks(call):
@@ -102,26 +119,36 @@ def rest_backward(
     slots: Tensor,
     held_q: Tensor,
     held_k: Tensor,
+    rise: Tensor | None,
+    weight: Tensor | None,
     block_q: int,
     block_k: int,
     around_queries: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of out, lse, q, k and v."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of out, lse, q, k, v, rise and weight, empty for these where there is none."""
     call = _call(q, k, v, keep, slots, held_q, held_k, block_q, block_k, scale)
     grad = rowwise(grad.to(q.dtype))
     dout, dlse, delta = launches.shares(grad, grad_total, joint, total, rowwise(out), lse)
     dq, dk, dv = (torch.empty_like(x) for x in (call.q, call.k, call.v))
+    drise, dweight = total.new_empty(_shape(rise)), total.new_empty(_shape(weight))
     if not around_queries:
         chunk, pooled = launches.around_keys(call)
-        launches.dq_of(call, chunk, pooled, grad, None, dq, total, delta)
+        launches.dq_of(call, chunk, pooled, grad, None, dq, None, total, delta)
         launches.dkdv_of(call, pooled, grad, dk, dv, total, delta)
-        return dout, dlse, dq, dk, dv
+        return dout, dlse, dq, dk, dv, drise, dweight
+    if rise is not None and weight is not None:
+        call = launches.with_curve(call, rise, weight)
     for some in _heads(call):
         given = (x[:, some] for x in (grad, dq, total, delta))
-        sums = _backward(call.of_heads(some), *given)
-        dk[:, some], dv[:, some] = sums
-    return dout, dlse, dq, dk, dv
+        (dk[:, some], dv[:, some]), curve = _backward(call.of_heads(some), *given)
+        if curve is not None:
+            drise[:, some], dweight[:, some] = curve.rise, curve.weight
+    return dout, dlse, dq, dk, dv, drise, dweight
+
+
+def _shape(x: Tensor | None) -> tuple[int, ...]:
+    return (0,) if x is None else x.shape
 
 
 @rest_backward.register_fake
@@ -138,7 +165,8 @@ def _(
     *given: Any,
 ) -> tuple[Tensor, ...]:
     dout, *grads = (torch.empty_like(rowwise(x)) for x in (out, q, k, v))
-    return dout, lse.new_empty(lse.shape), *grads
+    of_curve = (total.new_empty(_shape(x)) for x in given[4:6])
+    return dout, lse.new_empty(lse.shape), *grads, *of_curve
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -148,8 +176,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Any, ...]:
     numbers = ctx.block_q, ctx.block_k, ctx.around_queries, ctx.scale
-    grads = rest_backward(grad, grad_total, *ctx.saved_tensors, *numbers)
-    return *grads, *[None] * 8
+    *grads, drise, dweight = rest_backward(grad, grad_total, *ctx.saved_tensors, *numbers)
+    of_curve = (drise, dweight) if ctx.saved_tensors[-1] is not None else (None, None)
+    return *grads, *[None] * 4, *of_curve, *[None] * 4
 
 
 rest.register_autograd(_differentiate, setup_context=_save)
@@ -168,20 +197,21 @@ def _heads(call: launches.Call) -> Iterator[slice]:
 
 def _backward(
     call: launches.Call, grad: Tensor, dq: Tensor, total: Tensor, delta: Tensor
-) -> Tensor:
-    """Write dq, and return the gradients of k and v, (2, B, H, N, D) fp32."""
+) -> tuple[Tensor, launches.CurveGrads | None]:
+    """Write dq, and return the gradients of k and v, (2, B, H, N, D) fp32, and of the curve."""
     total, delta = total.contiguous(), delta.contiguous()
     means = launches.means_of(call.q, call, call.block_q)
     pooled, grads = launches.room(call), launches.room(call)
-    parts = launches.parts_of_means(call)
+    parts, curve = launches.parts_of_means(call), launches.curve_grads(call)
+    drise, of_tokens, of_pairs = curve or (None, None, None)
     sums = torch.zeros(2, *call.q.shape, dtype=torch.float32, device=call.q.device)
     for chunk in launches.chunks(call):
         launches.pool(call, chunk, means, pooled)
-        launches.dpooled_of(call, chunk, means, pooled, grads, grad, total, delta)
-        launches.pool_backward(call, chunk, means, pooled, grads, parts, sums)
+        launches.dpooled_of(call, chunk, means, pooled, grads, grad, of_pairs, total, delta)
+        launches.pool_backward(call, chunk, means, pooled, grads, parts, sums, of_tokens)
         dmeans = parts[: chunk.pairs].sum(1, dtype=torch.float32)
-        launches.dq_of(call, chunk, pooled, grad, dmeans, dq, total, delta)
-    return sums
+        launches.dq_of(call, chunk, pooled, grad, dmeans, dq, drise, total, delta)
+    return sums, curve
 
 
 def spread(query_means: Tensor, k: Tensor, slots: Slots | Plan, *, scale: float) -> Tensor:

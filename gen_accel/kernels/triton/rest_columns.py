@@ -3,22 +3,26 @@
 A column is what stands for a key block: a key, a value and a bias in powers of two. A set of
 columns serves a whole head (the mean keys, whose bias is log2 of how many tokens they stand for),
 or where it is CENTRED one query block of a head: a pair. Columns of blocks that the query block
-keeps, or that hold nothing, are hidden.
+keeps, or that hold nothing, are hidden. If CURVED, the score of a query gains its rise times the
+curve of the column, a variance in powers of two.
 """
 
 # Kernels are a language of their own, which a checker of Python misreads.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportPossiblyUnboundVariable=false
 
+import math
+
 import triton
 import triton.language as tl
 
-from gen_accel.kernels.triton.sparse_backward import statistics
 from gen_accel.kernels.triton.tiles import LN2, LOG2E, dot, load_rows, own_tile, store_rows
+from gen_accel.plan import MOST_GAINED
 
 # Sizes that change from clip to clip, and the strides of `keep`.
 SIZES = ("keep_b", "keep_h", "keep_r", "keep_c", "first", "last", "groups", "H", "N", "R", "C")
 
+MOST = tl.constexpr(MOST_GAINED / math.log(2))  # that a curve adds to a score
 COUNTED = tl.constexpr(256)  # columns that are looked at together
 
 
@@ -44,12 +48,24 @@ def column_bias(bias, keep, keep_c, o_c, C, CENTRED: tl.constexpr):
     return b_bias
 
 
+@triton.jit
+def column_curve(curves, o_c, C):
+    return tl.load(curves + o_c, mask=o_c < C, other=0.0)
+
+
+@triton.jit
+def rises(rise, o_t):
+    return tl.load(rise + o_t, mask=o_t >= 0, other=0.0)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def columns_forward_kernel(
     q,
     pooled_k,
     pooled_v,
     bias,
+    curves,
+    rise,
     kept,
     lse,
     joint,
@@ -84,6 +100,7 @@ def columns_forward_kernel(
     TILE_N: tl.constexpr,
     WIDTH: tl.constexpr,
     CENTRED: tl.constexpr,
+    CURVED: tl.constexpr,
 ):
     """Continue the softmax over all columns. Without one the answer is what came, bit for bit."""
     FIRST: tl.constexpr = D if D < WIDTH else WIDTH
@@ -97,6 +114,7 @@ def columns_forward_kernel(
     if CENTRED:
         i_set = i_pair.to(tl.int64)
         bias += i_set * C
+        curves += i_set * C
     else:
         i_set = i_head
     pooled_k += i_set * C * D
@@ -115,6 +133,8 @@ def columns_forward_kernel(
     b_high = b_acc
     if WIDTH < BLOCK_D:
         b_high = load_rows(kept + WIDTH, stride_on, o_t, D - WIDTH, WIDTH, True).to(tl.float32)
+    if CURVED:
+        b_rise = rises(rise + i_head * N, o_t)
     b_lse = tl.load(lse + i_head * N + o_t, mask=o_t >= 0, other=-float("inf"))
     b_max = b_lse * LOG2E
     b_sum = tl.where(b_lse == -float("inf"), 0.0, 1.0)
@@ -125,6 +145,8 @@ def columns_forward_kernel(
         b_bias = column_bias(bias, keep, keep_c, o_c, C, CENTRED)
         # [TILE_M, TILE_N]
         b_s = dot(b_q, tl.trans(b_k)) * scale + b_bias[None, :]
+        if CURVED:
+            b_s += tl.minimum(b_rise[:, None] * column_curve(curves, o_c, C)[None, :], MOST)
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)  # nothing seen so far
         b_p = tl.exp2(b_s - b_shift[:, None])
@@ -144,317 +166,3 @@ def columns_forward_kernel(
     b_total = tl.where(b_sum == 0.0, -float("inf"), (b_max + tl.log2(b_safe)) * LN2)
     b_total = tl.where(left > 0, b_total, b_lse)
     tl.store(joint_lse + i_head * N + o_t, b_total, mask=o_t >= 0)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def columns_dq_kernel(
-    q,
-    grad,
-    pooled_k,
-    pooled_v,
-    bias,
-    dmeans,
-    held,
-    dq,
-    lse,
-    delta,
-    keep,
-    slots,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_gb,
-    stride_gh,
-    stride_gn,
-    stride_db,
-    stride_dh,
-    stride_dn,
-    keep_b,
-    keep_h,
-    keep_r,
-    keep_c,
-    first,
-    groups,
-    H,
-    N,
-    R,
-    C,
-    scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    GROUP: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    CENTRED: tl.constexpr,
-):
-    """The gradient of queries; of CENTRED columns with their part of the gradient of the mean."""
-    TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
-    i_pair, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    i_head, i_block = pair_at(first, groups, i_pair, GROUP)
-    if i_block >= R:
-        return
-    i_b, i_h = i_head // H, i_head % H
-    keep += i_b * keep_b + i_h * keep_h + i_block * keep_r
-    if CENTRED:
-        i_set = i_pair.to(tl.int64)
-        bias += i_set * C
-    else:
-        i_set = i_head
-    pooled_k += i_set * C * D
-    pooled_v += i_set * C * D
-
-    _, o_t = own_tile(slots, i_block, i_tile, BLOCK_Q, TILE_M)
-    b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_t, D, BLOCK_D, True)
-    b_grad = load_rows(grad + i_b * stride_gb + i_h * stride_gh, stride_gn, o_t, D, BLOCK_D, True)
-    b_lse, b_delta = statistics(lse + i_head * N, delta + i_head * N, o_t)
-    b_dq = tl.zeros([TILE_M, BLOCK_D], tl.float32)
-    for i_c in range(0, C, TILE_N):
-        o_c = i_c + tl.arange(0, TILE_N)
-        o_in = tl.where(o_c < C, o_c, -1)
-        b_k = load_rows(pooled_k, D, o_in, D, BLOCK_D, True)
-        b_v = load_rows(pooled_v, D, o_in, D, BLOCK_D, True)
-        b_bias = column_bias(bias, keep, keep_c, o_c, C, CENTRED)
-        # [TILE_M, TILE_N]
-        b_s = dot(b_q, tl.trans(b_k)) * scale + b_bias[None, :]
-        b_p = tl.exp2(b_s - b_lse[:, None])
-        b_ds = b_p * (dot(b_grad, tl.trans(b_v)) - b_delta[:, None])
-        b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
-    b_dq *= scale * LN2
-    if CENTRED:
-        o_d = tl.arange(0, BLOCK_D)
-        b_dmean = tl.load(dmeans + i_set * D + o_d, mask=o_d < D, other=0.0)
-        b_dq += b_dmean[None, :] / tl.maximum(tl.load(held + 2 * i_block), 1.0)
-    store_rows(dq + i_b * stride_db + i_h * stride_dh, stride_dn, o_t, b_dq, D, BLOCK_D)
-
-
-@triton.jit
-def _columns_sums(
-    q,
-    grad,
-    b_k,
-    b_v,
-    o_c,
-    bias,
-    lse,
-    delta,
-    keep,
-    slots,
-    stride_q,
-    stride_g,
-    keep_r,
-    keep_c,
-    start,
-    stop,
-    C,
-    scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    CENTRED: tl.constexpr,
-):
-    """Sum up, over tiles of query blocks from `start` to `stop`, each column's queries and
-    gradients of outputs, weighed by the gradient of its scores and by its weights; and if CENTRED
-    the gradient of its bias."""
-    TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
-    b_dk = tl.zeros([TILE_N, BLOCK_D], tl.float32)
-    b_dv = tl.zeros([TILE_N, BLOCK_D], tl.float32)
-    b_dbias = tl.zeros([TILE_N], tl.float32)
-    # Places are fetched one tile ahead, so that loads depend on no load of their own turn.
-    _, o_t = own_tile(slots, start // TILES, start % TILES, BLOCK_Q, TILE_M)
-    for i in range(start, stop):
-        b_q = load_rows(q, stride_q, o_t, D, BLOCK_D, True)
-        b_grad = load_rows(grad, stride_g, o_t, D, BLOCK_D, True)
-        b_lse, b_delta = statistics(lse, delta, o_t)
-        row = keep + i // TILES * keep_r
-        b_bias = column_bias(bias, row, keep_c, o_c, C, CENTRED)
-        # [TILE_N, TILE_M]
-        b_s = dot(b_k, tl.trans(b_q)) * scale + b_bias[:, None]
-        b_p = tl.exp2(b_s - b_lse[None, :])
-        b_dv = dot(b_p.to(b_grad.dtype), b_grad, b_dv)
-        b_ds = b_p * (dot(b_v, tl.trans(b_grad)) - b_delta[None, :])
-        b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk)
-        if CENTRED:
-            b_dbias += tl.sum(b_ds, 1)
-        i_next = tl.minimum(i + 1, stop - 1)
-        _, o_t = own_tile(slots, i_next // TILES, i_next % TILES, BLOCK_Q, TILE_M)
-    return b_dk, b_dv, b_dbias
-
-
-@triton.jit(do_not_specialize=SIZES)
-def columns_dkdv_kernel(
-    q,
-    grad,
-    pooled_k,
-    pooled_v,
-    bias,
-    dk,
-    dv,
-    lse,
-    delta,
-    keep,
-    slots,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_gb,
-    stride_gh,
-    stride_gn,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    keep_b,
-    keep_h,
-    keep_r,
-    keep_c,
-    H,
-    N,
-    R,
-    C,
-    scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-):
-    """The gradients of mean keys and values, to the tokens of their blocks in equal parts."""
-    TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
-    i_head = tl.program_id(1).to(tl.int64)
-    i_b, i_h = i_head // H, i_head % H
-    o_c = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    o_in = tl.where(o_c < C, o_c, -1)
-    b_k = load_rows(pooled_k + i_head * C * D, D, o_in, D, BLOCK_D, True)
-    b_v = load_rows(pooled_v + i_head * C * D, D, o_in, D, BLOCK_D, True)
-    b_dk, b_dv, _ = _columns_sums(
-        q + i_b * stride_qb + i_h * stride_qh,
-        grad + i_b * stride_gb + i_h * stride_gh,
-        b_k,
-        b_v,
-        o_c,
-        bias,
-        lse + i_head * N,
-        delta + i_head * N,
-        keep + i_b * keep_b + i_h * keep_h,
-        slots,
-        stride_qn,
-        stride_gn,
-        keep_r,
-        keep_c,
-        0,
-        R * TILES,
-        C,
-        scale,
-        D,
-        BLOCK_D,
-        BLOCK_Q,
-        TILE_M,
-        TILE_N,
-        False,
-    )
-    b_part = tl.exp2(-tl.maximum(tl.load(bias + o_c, mask=o_c < C, other=0.0), 0.0))
-    b_dk *= (b_part * (scale * LN2))[:, None]
-    b_dv *= b_part[:, None]
-    dk += i_b * stride_kb + i_h * stride_kh
-    dv += i_b * stride_vb + i_h * stride_vh
-    for i_r in range(BLOCK_K):
-        o_t = tl.load(slots + o_c * BLOCK_K + i_r, mask=o_c < C, other=-1)
-        store_rows(dk, stride_kn, o_t, b_dk, D, BLOCK_D)
-        store_rows(dv, stride_vn, o_t, b_dv, D, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def columns_dpooled_kernel(
-    q,
-    grad,
-    means,
-    pooled_k,
-    pooled_v,
-    bias,
-    pooled_dk,
-    pooled_dv,
-    dbias,
-    shifts,
-    lse,
-    delta,
-    slots,
-    stride_qb,
-    stride_qh,
-    stride_qn,
-    stride_gb,
-    stride_gh,
-    stride_gn,
-    first,
-    groups,
-    H,
-    N,
-    R,
-    C,
-    scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    GROUP: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-):
-    """The gradients of CENTRED keys, values and log-sum-exps, of which the bias is made, and what
-    the softmax over the tokens of a block takes from each token's: `shifts`."""
-    TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
-    i_pair = tl.program_id(1)
-    i_head, i_block = pair_at(first, groups, i_pair, GROUP)
-    if i_block >= R:
-        return
-    i_b, i_h = i_head // H, i_head % H
-    i_set = i_pair.to(tl.int64)
-    o_c = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    o_in = tl.where(o_c < C, o_c, -1)
-    b_k = load_rows(pooled_k + i_set * C * D, D, o_in, D, BLOCK_D, True)
-    b_v = load_rows(pooled_v + i_set * C * D, D, o_in, D, BLOCK_D, True)
-    b_dk, b_dv, b_dbias = _columns_sums(
-        q + i_b * stride_qb + i_h * stride_qh,
-        grad + i_b * stride_gb + i_h * stride_gh,
-        b_k,
-        b_v,
-        o_c,
-        bias + i_set * C,
-        lse + i_head * N,
-        delta + i_head * N,
-        slots,  # no mask
-        slots,
-        stride_qn,
-        stride_gn,
-        0,
-        0,
-        i_block * TILES,
-        i_block * TILES + TILES,
-        C,
-        scale,
-        D,
-        BLOCK_D,
-        BLOCK_Q,
-        TILE_M,
-        TILE_N,
-        True,
-    )
-    o_d = tl.arange(0, BLOCK_D)
-    b_mean = tl.load(means + (i_head * R + i_block) * D + o_d, mask=o_d < D, other=0.0)
-    b_dk -= b_dbias[:, None] * b_mean.to(tl.float32)[None, :]
-    # As they are stored, so that what a token's gradient is shifted by is their very mean.
-    b_dk = (b_dk * (scale * LN2)).to(b_k.dtype)
-    b_dv = b_dv.to(b_v.dtype)
-    store_rows(pooled_dk + i_set * C * D, D, o_in, b_dk, D, BLOCK_D)
-    store_rows(pooled_dv + i_set * C * D, D, o_in, b_dv, D, BLOCK_D)
-    # Read again, so that no register holds them throughout the loop.
-    b_k = load_rows(pooled_k + i_set * C * D, D, o_in, D, BLOCK_D, True)
-    b_shift = tl.sum(b_dk.to(tl.float32) * b_k.to(tl.float32), 1)
-    b_v = load_rows(pooled_v + i_set * C * D, D, o_in, D, BLOCK_D, True)
-    b_shift += tl.sum(b_dv.to(tl.float32) * b_v.to(tl.float32), 1)
-    tl.store(dbias + i_set * C + o_c, b_dbias, mask=o_c < C)
-    tl.store(shifts + i_set * C + o_c, b_shift, mask=o_c < C)

@@ -10,16 +10,54 @@ from torch import Tensor
 
 from gen_accel.kernels.triton import configs, pooling
 from gen_accel.kernels.triton.launch import launch
-from gen_accel.kernels.triton.rest_columns import (
+from gen_accel.kernels.triton.rest_columns import columns_forward_kernel
+from gen_accel.kernels.triton.rest_columns_backward import (
     columns_dkdv_kernel,
     columns_dpooled_kernel,
     columns_dq_kernel,
-    columns_forward_kernel,
 )
-from gen_accel.kernels.triton.rest_pooling import pool_backward_kernel, pool_kernel
+from gen_accel.kernels.triton.rest_pooling import (
+    pool_backward_kernel,
+    pool_kernel,
+    squares_kernel,
+)
 from gen_accel.kernels.triton.rest_shares import shares_kernel
 
 PAIRS = 1 << 15  # the most in a chunk, which the second axis of a grid numbers
+
+
+class Curved(NamedTuple):
+    """What the second order of `Rest` takes beside q, k and v, all in fp32.
+
+    Args:
+        rise, weight: of `kernels.curve.Curve`, (B, H, N) and (B, H, D).
+        key_means: (B, H, Kk, D), of key blocks.
+        squares: (B, H, N), of what keys are off these means, weighed and summed over the channels.
+    """
+
+    rise: Tensor
+    weight: Tensor
+    key_means: Tensor
+    squares: Tensor
+
+
+class CurveGrads(NamedTuple):
+    """Sums of the gradients of a curve, in fp32.
+
+    Args:
+        rise: (B, H, N).
+        of_tokens: (B, H, parts, D), what each tile of keys gives to the weight's.
+        of_pairs: (B, H, Kq, parts, D), what the pooled keys of each tile of columns take from it.
+    """
+
+    rise: Tensor
+    of_tokens: Tensor
+    of_pairs: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """(B, H, D)."""
+        return self.of_tokens.sum(2) - self.of_pairs.sum((2, 3))
 
 
 class Call(NamedTuple):
@@ -30,6 +68,7 @@ class Call(NamedTuple):
         keep: (B, H, Kq, Kk) uint8, of any strides.
         slots: (S,) int32.
         held_q, held_k: (Kq, 2) and (Kk, 2) fp32, tokens and slots of each block.
+        curve: None where there is no second order.
     """
 
     q: Tensor
@@ -42,10 +81,21 @@ class Call(NamedTuple):
     block_q: int
     block_k: int
     scale: float
+    curve: Curved | None = None
 
     def of_heads(self, some: slice) -> "Call":
         q, k, v, keep = (x[:, some] for x in (self.q, self.k, self.v, self.keep))
-        return self._replace(q=q, k=k, v=v, keep=keep)
+        curve = self.curve and Curved(*(x[:, some].contiguous() for x in self.curve))
+        return self._replace(q=q, k=k, v=v, keep=keep, curve=curve)
+
+    @property
+    def curved(self) -> bool:
+        return self.curve is not None
+
+    @property
+    def curve_or_any(self) -> Curved:
+        """For kernels that do not read it where there is none."""
+        return self.curve or Curved(*[self.held_k] * len(Curved._fields))
 
     @property
     def heads(self) -> int:
@@ -89,6 +139,7 @@ class Pooled(NamedTuple):
         keys, values: (sets, Kk, D) in the dtype of q; of mean keys, one set a head.
         bias: (sets, Kk) fp32 in powers of two; of mean keys (Kk,), for all.
         spreads: the log-sum-exps that the biases were made of; of mean keys the biases.
+        curves: (sets, Kk) fp32 in powers of two, the variances; without a curve the spreads.
         centred: around mean queries.
     """
 
@@ -96,6 +147,7 @@ class Pooled(NamedTuple):
     values: Tensor
     bias: Tensor
     spreads: Tensor
+    curves: Tensor
     centred: bool
 
 
@@ -126,12 +178,13 @@ def _arch(call: Call) -> str:
 
 
 def _pool_config(kind: str, call: Call) -> configs.Config:
-    return configs.pool(_arch(call), kind, call.q.shape[3], call.q.dtype, call.block_k)
+    facts = _arch(call), kind, call.q.shape[3], call.q.dtype
+    return configs.pool(*facts, call.block_k, call.curved)
 
 
 def _columns_config(kind: str, call: Call) -> configs.Config:
     facts = _arch(call), kind, call.q.shape[3], call.q.dtype
-    return configs.columns(*facts, call.block_q, call.blocks[1])
+    return configs.columns(*facts, call.block_q, call.blocks[1], call.curved)
 
 
 def _strides(*tensors: Tensor) -> Iterator[int]:
@@ -173,49 +226,89 @@ def _launch(
     )
 
 
-def means_of(x: Tensor, call: Call, block: int) -> Tensor:
-    """(B, H, S / block, D) in the dtype of x."""
-    made = x.new_empty(*x.shape[:2], call.slots.numel() // block, x.shape[3])
+def means_of(x: Tensor, call: Call, block: int, dtype: torch.dtype | None = None) -> Tensor:
+    """(B, H, S / block, D), in the dtype of x if not in another."""
+    made = x.new_empty(*x.shape[:2], call.slots.numel() // block, x.shape[3], dtype=dtype)
     pooling.launch_sums(x, call.slots, block, made, mean=True)
     return made
+
+
+def with_curve(call: Call, rise: Tensor, weight: Tensor) -> Call:
+    """The call with the means of its key blocks and the squares off them, made once for it."""
+    rise, weight = rise.float().contiguous(), weight.float().contiguous()
+    key_means = means_of(call.k, call, call.block_k, torch.float32)
+    squares = torch.empty_like(rise)
+    H, N, _, Kk = call.sizes
+    launch(
+        squares_kernel,
+        (Kk, call.heads),
+        call.k,
+        *(call.k, key_means, weight, squares, call.slots),
+        *_strides(call.k),
+        *(H, N, Kk),
+        **call.dim,
+        BLOCK_K=call.block_k,
+        TILE=pooling.TILE,
+        num_warps=pooling.WARPS,
+    )
+    return call._replace(curve=Curved(rise, weight, key_means, squares))
 
 
 def around_keys(call: Call) -> tuple[Chunk, Pooled]:
     keys, values = (means_of(x, call, call.block_k).flatten(0, 1) for x in (call.k, call.v))
     chunk = Chunk(0, call.heads * call.blocks[0], call.blocks[0], 1)
     bias = call.held_k[:, 0].log2()
-    return chunk, Pooled(keys, values, bias, bias, centred=False)
+    return chunk, Pooled(keys, values, bias, bias, bias, centred=False)
 
 
 def room(call: Call) -> Pooled:
     """Uninitialised, for the pairs of a chunk."""
     pairs, Kk = _most_pairs(call), call.blocks[1]
-    columns = call.q.new_empty(2, pairs, Kk, call.q.shape[3])
-    numbers = call.q.new_empty(2, pairs, Kk, dtype=torch.float32)
-    return Pooled(*columns, *numbers, centred=True)
+    keys, values = call.q.new_empty(2, pairs, Kk, call.q.shape[3])
+    numbers = call.q.new_empty(2 + call.curved, pairs, Kk, dtype=torch.float32)
+    return Pooled(keys, values, numbers[0], numbers[1], numbers[-1], centred=True)
 
 
 def parts_of_means(call: Call) -> Tensor:
     """Uninitialised, (pairs, parts, D): what each tile of keys gives to the gradient of a pair's
     mean query."""
-    tiles = triton.cdiv(call.block_k, _pool_config("pool backward", call).tile_n)
-    return call.q.new_empty(_most_pairs(call), call.blocks[1] * tiles, call.q.shape[3])
+    return call.q.new_empty(_most_pairs(call), _key_tiles(call), call.q.shape[3])
+
+
+def _key_tiles(call: Call) -> int:
+    """Number of tiles of a head's keys."""
+    tile = _pool_config("pool backward", call).tile_n
+    return call.blocks[1] * triton.cdiv(call.block_k, tile)
+
+
+def curve_grads(call: Call) -> CurveGrads | None:
+    """Of a call with a curve; `of_tokens` zero, the others uninitialised."""
+    if call.curve is None:
+        return None
+    B, H, _, D = call.q.shape
+    (Kq, Kk), rise = call.blocks, call.curve.rise
+    tiles = triton.cdiv(Kk, _columns_config("dpooled", call).tile_n)
+    of_pairs, of_tokens = rise.new_empty(B, H, Kq, tiles, D), (B, H, _key_tiles(call), D)
+    return CurveGrads(torch.empty_like(rise), rise.new_zeros(of_tokens), of_pairs)
 
 
 def pool(call: Call, chunk: Chunk, means: Tensor, pooled: Pooled) -> None:
-    H, _, Kq, Kk = call.sizes
-    blocks = configs.POOL_BLOCKS
+    blocks, curve = configs.POOL_BLOCKS, call.curve_or_any
     _launch(
         pool_kernel,
-        (triton.cdiv(Kk, blocks), chunk.last - chunk.first),
+        (triton.cdiv(call.blocks[1], blocks), chunk.last - chunk.first),
         call,
         _pool_config("pool", call),
-        tensors=(means, call.k, call.v, *pooled[:4], call.keep, call.slots),
+        tensors=(
+            *(means, call.k, call.v, *pooled[:5]),
+            *(curve.squares, curve.key_means, curve.weight, call.keep, call.slots),
+        ),
         strided=(call.k, call.v),
-        numbers=(*call.keep.stride(), chunk.first, chunk.groups, H, Kq, Kk),
+        numbers=(*call.keep.stride(), chunk.first, chunk.groups, *call.sizes),
         BLOCK_K=call.block_k,
         GROUP=chunk.size,
         BLOCKS=blocks,
+        CURVED=call.curved,
     )
 
 
@@ -234,7 +327,10 @@ def forward(
         (chunk.pairs * triton.cdiv(call.block_q, config.tile_m), 1),
         call,
         config,
-        tensors=(call.q, *pooled[:3], out, lse, joint, total, call.keep, call.slots),
+        tensors=(
+            *(call.q, *pooled[:3], pooled.curves, call.curve_or_any.rise),
+            *(out, lse, joint, total, call.keep, call.slots),
+        ),
         strided=(call.q, out, joint),
         numbers=(*call.keep.stride(), chunk.first, chunk.groups, *call.sizes),
         BLOCK_Q=call.block_q,
@@ -242,6 +338,7 @@ def forward(
         TILE_M=config.tile_m,
         WIDTH=configs.width(_arch(call), config, call.q.shape[3]),
         CENTRED=pooled.centred,
+        CURVED=call.curved,
     )
 
 
@@ -275,10 +372,12 @@ def dq_of(
     grad: Tensor,
     dmeans: Tensor | None,
     dq: Tensor,
+    drise: Tensor | None,
     total: Tensor,
     delta: Tensor,
 ) -> None:
-    """Write dq, to which the gradients of the mean queries are added, `dmeans` (pairs, D) fp32."""
+    """Write dq, to which the gradients of the mean queries are added, `dmeans` (pairs, D) fp32,
+    and of a call with a curve drise."""
     config = _columns_config("dq", call)
     of_means = call.held_q if dmeans is None else dmeans  # not read without
     _launch(
@@ -287,8 +386,9 @@ def dq_of(
         call,
         config,
         tensors=(
-            *(call.q, grad, *pooled[:3], of_means, call.held_q),
-            *(dq, total, delta, call.keep, call.slots),
+            *(call.q, grad, *pooled[:3], pooled.curves, call.curve_or_any.rise),
+            *(of_means, call.held_q, dq, total if drise is None else drise),
+            *(total, delta, call.keep, call.slots),
         ),
         strided=(call.q, grad, dq),
         numbers=(*call.keep.stride(), chunk.first, chunk.groups, *call.sizes),
@@ -296,6 +396,7 @@ def dq_of(
         GROUP=chunk.size,
         TILE_M=config.tile_m,
         CENTRED=pooled.centred,
+        CURVED=call.curved,
     )
 
 
@@ -330,21 +431,28 @@ def dpooled_of(
     pooled: Pooled,
     grads: Pooled,
     grad: Tensor,
+    dweights: Tensor | None,
     total: Tensor,
     delta: Tensor,
 ) -> None:
-    config = _columns_config("dpooled", call)
+    """Write `grads`, and of a call with a curve `dweights` as `CurveGrads.of_pairs`."""
+    config, curve = _columns_config("dpooled", call), call.curve_or_any
     _launch(
         columns_dpooled_kernel,
         (triton.cdiv(call.blocks[1], config.tile_n), chunk.pairs),
         call,
         config,
-        tensors=(call.q, grad, means, *pooled[:3], *grads[:4], total, delta, call.slots),
+        tensors=(
+            *(call.q, grad, means, *pooled[:3], pooled.curves),
+            *(curve.rise, curve.key_means, curve.weight),
+            *(*grads[:5], total if dweights is None else dweights, total, delta, call.slots),
+        ),
         strided=(call.q, grad),
         numbers=(chunk.first, chunk.groups, *call.sizes),
         BLOCK_Q=call.block_q,
         GROUP=chunk.size,
         TILE_M=config.tile_m,
+        CURVED=call.curved,
     )
 
 
@@ -356,18 +464,26 @@ def pool_backward(
     grads: Pooled,
     parts: Tensor,
     sums: Tensor,
+    dweights: Tensor | None,
 ) -> None:
-    config = _pool_config("pool backward", call)
+    """Add to `sums`, write `parts`, and of a call with a curve add to `dweights`, which are
+    `CurveGrads.of_tokens`."""
+    config, curve = _pool_config("pool backward", call), call.curve_or_any
     heads = (chunk.last - 1) // chunk.groups - chunk.first // chunk.groups + 1
     _launch(
         pool_backward_kernel,
         (call.blocks[1] * triton.cdiv(call.block_k, config.tile_n), heads),
         call,
         config,
-        tensors=(means, call.k, call.v, *grads[:4], pooled.spreads, *sums, parts, call.slots),
+        tensors=(
+            *(means, call.k, call.v, *grads[:5], pooled.spreads),
+            *(curve.squares, curve.key_means, curve.weight, *sums, parts),
+            *(pooled.spreads if dweights is None else dweights, call.slots),
+        ),
         strided=(call.k, call.v),
         numbers=(chunk.first, chunk.last, chunk.groups, *call.sizes),
         BLOCK_K=call.block_k,
         GROUP=chunk.size,
         TILE_M=min(config.tile_m, chunk.size),
+        CURVED=call.curved,
     )

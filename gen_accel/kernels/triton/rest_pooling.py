@@ -5,6 +5,11 @@ of query block i, a pair (i, j) has l = log2 sum_s 2^a_s, weights p_s = 2^(a_s -
 and a value sum p v. A program takes the mean queries of a group of query blocks as the rows of one
 product. Its bias for a query q_t, which sees 2^(l + scale (q_t - qmean_i) . key), is what does not
 depend on t: l - scale qmean_i . key. It is -inf where query block i keeps j.
+
+If CURVED, the logarithm of what the query sees gains rise_t times the pair's variance, in powers
+of two log2(e) (sum_s p_s e_s - sum_d w_d (key - kmean_j)_d^2). Here kmean_j is the mean key of
+block j, on which the variance does not depend, and e_s = sum_d w_d (k_s - kmean_j)_d^2. Without it
+most digits would cancel.
 """
 
 # Kernels are a language of their own, which a checker of Python misreads.
@@ -15,7 +20,7 @@ import triton
 import triton.language as tl
 
 from gen_accel.kernels.triton.rest_columns import SIZES
-from gen_accel.kernels.triton.tiles import LN2, dot, load_rows, own_tile, store_rows
+from gen_accel.kernels.triton.tiles import LN2, LOG2E, dot, load_rows, own_tile, store_rows
 
 
 @triton.jit
@@ -44,6 +49,10 @@ def pool_kernel(
     pooled_v,
     bias,
     spreads,
+    curves,
+    squares,
+    key_means,
+    weight,
     keep,
     slots,
     stride_kb,
@@ -59,6 +68,7 @@ def pool_kernel(
     first,
     groups,
     H,
+    N,
     R,
     C,
     scale,
@@ -68,8 +78,10 @@ def pool_kernel(
     GROUP: tl.constexpr,
     TILE_N: tl.constexpr,
     BLOCKS: tl.constexpr,
+    CURVED: tl.constexpr,
 ):
-    """Pool BLOCKS key blocks for one group of query blocks: their keys, values, biases and l."""
+    """Pool BLOCKS key blocks for one group of query blocks: their keys, values, biases and l; if
+    CURVED their variances."""
     TILES: tl.constexpr = (BLOCK_K + TILE_N - 1) // TILE_N
     i_group = first + tl.program_id(1)
     i_head = (i_group // groups).to(tl.int64)
@@ -82,11 +94,16 @@ def pool_kernel(
     k += i_b * stride_kb + i_h * stride_kh
     v += i_b * stride_vb + i_h * stride_vh
     keep += i_b * keep_b + i_h * keep_h + o_i * keep_r
+    squares += i_head * N
+    key_means += i_head * C * D
+    weight += i_head * D
+    o_d = tl.arange(0, BLOCK_D)
     i_first = tl.program_id(0) * BLOCKS
     for i_c in range(i_first, tl.minimum(i_first + BLOCKS, C)):
         b_key = tl.zeros([GROUP, BLOCK_D], tl.float32)
         b_value = tl.zeros([GROUP, BLOCK_D], tl.float32)
         b_own = tl.zeros([GROUP], tl.float32)
+        b_square = tl.zeros([GROUP], tl.float32)
         b_sum = tl.zeros([GROUP], tl.float32)
         b_max = tl.full([GROUP], -float("inf"), tl.float32)
         for i_tile in range(TILES):
@@ -100,6 +117,9 @@ def pool_kernel(
             # scale qmean . key is the mean of the scores by the weights
             b_s = tl.where((o_t >= 0)[None, :], b_s, 0.0)
             b_own = b_own * b_decay + tl.sum(b_p * b_s, 1)
+            if CURVED:
+                b_e = tl.load(squares + o_t, mask=o_t >= 0, other=0.0)
+                b_square = b_square * b_decay + tl.sum(b_p * b_e[None, :], 1)
             b_p = b_p.to(b_v.dtype)
             b_key = dot(b_p, b_k, b_key * b_decay[:, None])
             b_value = dot(b_p, b_v, b_value * b_decay[:, None])
@@ -111,6 +131,14 @@ def pool_kernel(
         b_kept = tl.load(keep + i_c * keep_c, mask=o_i >= 0, other=1)
         b_bias = tl.where(b_kept != 0, -float("inf"), b_l - b_own / b_safe)
         tl.store(bias + o_p * C + i_c, b_bias, mask=o_i >= 0)
+        if CURVED:
+            tl.debug_barrier()  # keys are read again, by which fewer registers hold them
+            b_key = load_rows(pooled_k + i_c * D, C * D, o_in, D, BLOCK_D, True).to(tl.float32)
+            b_mid = tl.load(key_means + i_c * D + o_d, mask=o_d < D, other=0.0)
+            b_apart = b_key - b_mid[None, :]
+            b_weight = tl.load(weight + o_d, mask=o_d < D, other=0.0)
+            b_curve = b_square / b_safe - tl.sum(b_apart * b_apart * b_weight[None, :], 1)
+            tl.store(curves + o_p * C + i_c, b_curve * LOG2E, mask=o_i >= 0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -122,10 +150,15 @@ def pool_backward_kernel(
     pooled_dv,
     dbias,
     shifts,
+    dcurves,
     spreads,
+    squares,
+    key_means,
+    weight,
     dk_sums,
     dv_sums,
     dmean_parts,
+    dweight_sums,
     slots,
     stride_kb,
     stride_kh,
@@ -147,9 +180,11 @@ def pool_backward_kernel(
     GROUP: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
+    CURVED: tl.constexpr,
 ):
     """Add to the gradients of a tile of keys and values what groups `first` to `last` of one head
-    give, and write for each of these pairs its part of the gradient of the mean query."""
+    give, and write for each of these pairs its part of the gradient of the mean query. If CURVED,
+    add also to the gradient of w what the tile gives by its tokens' squares."""
     TILES: tl.constexpr = (BLOCK_K + TILE_N - 1) // TILE_N
     i_part = tl.program_id(0)
     i_c, i_tile = i_part // TILES, i_part % TILES
@@ -161,6 +196,10 @@ def pool_backward_kernel(
     b_v = load_rows(v + i_b * stride_vb + i_h * stride_vh, stride_vn, o_t, D, BLOCK_D, True)
     b_dk = load_rows(dk_sums + i_head * N * D, D, o_t, D, BLOCK_D, True)
     b_dv = load_rows(dv_sums + i_head * N * D, D, o_t, D, BLOCK_D, True)
+    b_e = tl.zeros([TILE_N], tl.float32)
+    b_de = tl.zeros([TILE_N], tl.float32)
+    if CURVED:
+        b_e = tl.load(squares + i_head * N + o_t, mask=o_t >= 0, other=0.0)
     pooled_dk += i_c * D
     pooled_dv += i_c * D
     dmean_parts += i_part * D
@@ -182,6 +221,10 @@ def pool_backward_kernel(
         b_s = dot(b_k, tl.trans(b_mean)) * scale
         b_p = tl.where((o_t >= 0)[:, None], tl.exp2(b_s - b_l[None, :]), 0.0)
         b_x = dot(b_v, tl.trans(b_dvalue), dot(b_k, tl.trans(b_dkey)))
+        if CURVED:
+            b_dcurve = tl.load(dcurves + p_pair, mask=o_i < R, other=0.0)
+            b_x += b_e[:, None] * b_dcurve[None, :]
+            b_de += tl.sum(b_p * b_dcurve[None, :], 1)
         b_x = b_p * (b_x - b_shift[None, :])
         b_da = ((b_x + b_p * b_dl[None, :]) * (scale * LN2)).to(b_mean.dtype)
         b_x = (b_x * (scale * LN2)).to(b_k.dtype)
@@ -191,8 +234,49 @@ def pool_backward_kernel(
         b_dk = dot(b_da, b_mean, b_dk)
         # The keys' mean, which l gives, and which the bias takes from it, are the same.
         store_rows(dmean_parts, C * TILES * D, o_in, dot(tl.trans(b_x), b_k), D, BLOCK_D)
+    if CURVED:
+        o_d = tl.arange(0, BLOCK_D)
+        b_weight = tl.load(weight + i_head * D + o_d, mask=o_d < D, other=0.0)
+        b_mid = tl.load(key_means + (i_head * C + i_c) * D + o_d, mask=o_d < D, other=0.0)
+        b_off = b_k.to(tl.float32) - b_mid[None, :]
+        b_dk += 2 * b_de[:, None] * b_weight[None, :] * b_off
+        p_sum = dweight_sums + (i_head * C * TILES + i_part) * D + o_d
+        b_sum = tl.load(p_sum, mask=o_d < D, other=0.0)
+        b_sum += tl.sum(b_de[:, None] * b_off * b_off, 0)
+        tl.store(p_sum, b_sum, mask=o_d < D)
     store_rows(dk_sums + i_head * N * D, D, o_t, b_dk, D, BLOCK_D)
     store_rows(dv_sums + i_head * N * D, D, o_t, b_dv, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def squares_kernel(
+    k,
+    key_means,
+    weight,
+    squares,
+    slots,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    H,
+    N,
+    C,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Write e of the tokens of one key block."""
+    i_c, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    k += i_head // H * stride_kb + i_head % H * stride_kh
+    o_d = tl.arange(0, BLOCK_D)
+    b_mid = tl.load(key_means + (i_head * C + i_c) * D + o_d, mask=o_d < D, other=0.0)
+    b_weight = tl.load(weight + i_head * D + o_d, mask=o_d < D, other=0.0)
+    for i_tile in range((BLOCK_K + TILE - 1) // TILE):
+        _, o_t = own_tile(slots, i_c, i_tile, BLOCK_K, TILE)
+        b_off = load_rows(k, stride_kn, o_t, D, BLOCK_D, True).to(tl.float32) - b_mid[None, :]
+        b_e = tl.sum(b_off * b_off * b_weight[None, :], 1)
+        tl.store(squares + i_head * N + o_t, b_e, mask=o_t >= 0)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -18,6 +18,7 @@ from gen_accel import (
     save_processors,
 )
 from gen_accel.attention_processors.attached import purity
+from gen_accel.method import layer_method
 
 SAMPLED = {
     "height": HEIGHT,
@@ -37,13 +38,16 @@ class TestTile:
 
     def test_the_tile_that_errs_least_is_run_and_saved(self, tmp_path):
         pipe, handle, fit = self.calibrated(Piecewise(critical=0.3, block_q=8, block_k=8))
-        tried = dict(fit.tile.errors)
-        assert fit.tile.tile == handle.method.tile == min(tried, key=tried.get)
-        assert len(tried) > 2
-        assert all(8 <= math.prod(box) <= 16 for box in tried)
-        assert str(fit).count(": ") == len(tried)
+        errors = {layer: dict(tried) for layer, tried in fit.tile.errors.items()}
+        assert len(errors) == len(handle._layers) > 1
+        best = {layer: min(tried, key=tried.get) for layer, tried in errors.items()}
+        assert {layer.number: layer.method.tile for layer in handle._layers.values()} == best
+        assert handle.method.tile == fit.tile.tile
+        for tried in errors.values():
+            assert len(tried) > 2
+            assert all(8 <= math.prod(box) <= 16 for box in tried)
+        assert str(fit).count(": ") == sum(map(len, errors.values()))
         generate(pipe)
-        assert {layer.method.tile for layer in handle._layers.values()} == {fit.tile.tile}
         save_processors(handle, tmp_path)
         handle.detach()
         assert load_processors(pipe, tmp_path).method == handle.method
@@ -57,18 +61,38 @@ class TestTile:
     def test_its_error_is_that_of_the_method(self):
         """Of the first step, held to the same step observed by hand."""
         _, _, fit = self.calibrated(Piecewise(critical=0.3, block_q=8, block_k=8))
-        pipe, seen = pipeline(), []
+        pipe, seen = pipeline(), {}
         handle = attach(pipe, Piecewise(critical=0.3, tile=fit.tile.tile))
 
         def observe(layer, q, k, v, dense, video, run):
             if handle.clock.step == 0:
-                out = handle.method(q, k, v, video=video, kernel=run)
-                seen.append([x.double().square().sum().item() for x in (out - dense, dense)])
+                out = layer.method(q, k, v, video=video, kernel=run)
+                error, whole = (x.double().square().sum().item() for x in (out - dense, dense))
+                seen[layer.number] = math.sqrt(error / whole)
 
         handle.observe = observe
         pipe("a", generator=torch.Generator().manual_seed(0), output_type="latent", **SAMPLED)
-        error, dense = (sum(x) for x in zip(*seen, strict=True))
-        assert fit.tile.errors[0][1] == pytest.approx(math.sqrt(error / dense), rel=1e-4)
+        assert {n: tried[0][1] for n, tried in fit.tile.errors.items()} == pytest.approx(
+            seen, rel=1e-4
+        )
+
+    def test_layers_have_tiles_of_their_own(self, tmp_path):
+        """Those that were not seen have the usual one, and layers past the last the last."""
+        errors = purity.TileErrors({0: [(2, 2, 2)], 1: [(1, 2, 4)], 3: [(2, 2, 2)]})
+        errors.squares = {n: dict.fromkeys(some, 1.0) for n, some in errors.squares.items()}
+        errors.dense = dict.fromkeys(errors.dense, 1.0)
+        tile = errors.fit().tile
+        assert tile == ((2, 2, 2), (1, 2, 4), (2, 2, 2), (2, 2, 2))
+        method = Piecewise(critical=0.3, block_q=8, block_k=8, tile=[list(box) for box in tile])
+        assert method.tile == tile
+        assert [layer_method(method, n).tile for n in (1, 2, 9)] == [tile[1], tile[2], tile[3]]
+        assert method.least_grid == (2, 2, 4)
+        pipe = pipeline()
+        handle = attach(pipe, method)
+        assert {x.method.tile for x in handle._layers.values() if x.number == 1} == {tile[1]}
+        save_processors(handle, tmp_path)
+        handle.detach()
+        assert load_processors(pipe, tmp_path).method == method
 
     def test_only_one_step_runs(self):
         pipe, steps = pipeline(), []

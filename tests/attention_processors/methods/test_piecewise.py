@@ -14,11 +14,12 @@ from gen_accel.kernels.rest_cost import Problem, even_density
 from gen_accel.kernels.spread import block_spread
 from gen_accel.kernels.triton import configs
 from gen_accel.method import method_at, parts_of
-from gen_accel.plan import Plan, Rest
+from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, Rest
 
 SMALL = {"block_q": 16, "block_k": 16}
 OPTIONS = [
     Piecewise(critical=0.3, **SMALL),
+    Piecewise(critical=0.3, score="spread", order="zeroth", **SMALL),
     Piecewise(critical=0.3, block_q=16, block_k=8, score="mean", centre="key", order="first"),
     Piecewise(critical=0.3, score="norm", centre="key", tile=(2, 3, 2)),
     Piecewise(select="threshold", tau=0.3, band=0, sink=(7, 9), tile="raster", **SMALL),
@@ -44,8 +45,12 @@ def blocks_of(plan):
 def score_by_loops(method, query, keys, values):
     """Of one key block, for a mean query."""
     scale = len(query) ** -0.5
-    if method.score == "spread":
-        return math.log(sum(map(math.exp, (scale * keys @ query).tolist())))
+    if method.score in ("spread", "loss"):
+        spread = math.log(sum(map(math.exp, (scale * keys @ query).tolist())))
+        if method.score == "spread":
+            return spread
+        off = (values - values.mean(0)).square().sum(1).mean().item()
+        return spread + math.log(off) / 2
     score = scale * (query @ keys.mean(0)).item()
     if method.score == "norm":
         slope = (keys - keys.mean(0)).T @ values
@@ -97,15 +102,35 @@ def best_by_loops(method, query, scores, means):
     return {j for j, score in scores.items() if score > cut}
 
 
-def rest_by_loops(method, q, rows, keys, values):
-    """ln of the weight of one block for each of some queries, and its value."""
+def rest_by_loops(method, q, rows, keys, values, bend):
+    """ln of the weight of one block for each of some queries, and its value.
+
+    Args:
+        bend: w and u of `Rest`, where it has a second order.
+    """
     scale, n = q.shape[1] ** -0.5, len(keys)
     if method.centre == "key":
         return scale * (q[rows] @ keys.mean(0)) + math.log(n), values.mean(0)
     query = q[rows].mean(0)
     p = (scale * (keys @ query)).softmax(0)
     total = (scale * (keys @ query)).logsumexp(0)
-    return total + scale * ((q[rows] - query) @ (p @ keys)), p @ values
+    weight = total + scale * ((q[rows] - query) @ (p @ keys))
+    if bend is not None:
+        (w, u), variance = bend, p @ (keys - p @ keys).square()
+        rise = scale**2 * ((q[rows] - query).square() @ u) / (w @ u)
+        weight = weight + (CURVATURE * rise * (w @ variance)).clamp_max(MOST_GAINED)
+    return weight, p @ values
+
+
+def bend_by_loops(q, k, rows, columns, kept):
+    """w and u of `Rest`."""
+    queries, keys = [], []
+    for tokens, blocks in zip(rows, kept, strict=True):
+        for j, held in enumerate(columns):
+            if tokens and held and j not in blocks:
+                queries.append((q[tokens] - q[tokens].mean(0)).square())
+                keys.append((k[held] - k[held].mean(0)).square())
+    return (torch.cat(queries).mean(0), torch.cat(keys).mean(0)) if queries else None
 
 
 def head_by_loops(method, q, k, v, rows, columns, kept):
@@ -115,12 +140,14 @@ def head_by_loops(method, q, k, v, rows, columns, kept):
     for held in columns:
         means[held] = k[held].mean(0)
     slope = (k - means).T @ v
+    second = method.centre == "query" and method.order == "auto" and method.tile != "raster"
+    bend = bend_by_loops(q, k, rows, columns, kept) if second else None
     for tokens, blocks in zip(rows, kept, strict=True):
         if not tokens:
             continue
         exact = [t for j in blocks for t in columns[j]]
         left = [held for j, held in enumerate(columns) if held and j not in blocks]
-        rest = [rest_by_loops(method, q, tokens, k[held], v[held]) for held in left]
+        rest = [rest_by_loops(method, q, tokens, k[held], v[held], bend) for held in left]
         scores = torch.cat(
             [scale * q[tokens] @ k[exact].T, *(weight[:, None] for weight, _ in rest)], 1
         )
@@ -221,7 +248,7 @@ class TestChoice:
     def test_a_norm_needs_values(self):
         q, k, _ = random_qkv(PLAIN)
         with pytest.raises(ValueError, match="'norm' looks at the values too"):
-            OPTIONS[2].plan_for(q, k, video=PLAIN)
+            Piecewise(score="norm").plan_for(q, k, video=PLAIN)
 
 
 @pytest.mark.parametrize("method", OPTIONS, ids=str)
@@ -316,8 +343,10 @@ class TestRefusals:
             ({"sink": -1}, "sink must count frames from 0 on, got -1"),
             ({"sink": (4, 0)}, "sink must be frames, or"),
             ({"sink_queries": True}, "sink_queries is for a sink"),
-            ({"tile": (0, 4, 4)}, "tile must be 'auto', 'raster' or positive"),
-            ({"tile": "even"}, "tile must be 'auto', 'raster' or positive"),
+            ({"tile": (0, 4, 4)}, "tile must be 'auto', 'raster', positive"),
+            ({"tile": ((4, 4, 4), (4, 4))}, "tile must be 'auto', 'raster', positive"),
+            ({"tile": ()}, "tile must be 'auto', 'raster', positive"),
+            ({"tile": "even"}, "tile must be 'auto', 'raster', positive"),
             ({"block_k": 0}, "block_k must be a whole number from 1 on, got 0"),
             ({"block_q": 64.0}, "block_q must be a whole number from 1 on, got 64.0"),
             ({"block_q": 48}, "one of block_q and block_k must be a multiple of the other"),

@@ -1,0 +1,133 @@
+"""The second order of a rest, as its kernel takes it, in C++: see curve.cpp."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gen_accel.kernels.native import build
+from gen_accel.kernels.native.arguments import CurveArgs, Pointers
+from gen_accel.plan import CURVATURE, Plan
+
+
+def curve_of(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+    """Rise and weight of `kernels.curve.Curve`, in fp32."""
+    counts = (x.expand(*q.shape[:2], -1).contiguous() for x in plan.left_out_counts())
+    slots = None if plan.is_raster else plan.slots
+    blocks = plan.block_q, plan.block_k
+    rise, weight, _ = _curve(q, k, *counts, slots, len(plan.slots), *blocks, scale)
+    return rise, weight
+
+
+@torch.library.custom_op("gen_accel::native_curve", mutates_args=())
+def _curve(
+    q: Tensor,
+    k: Tensor,
+    of_q: Tensor,
+    of_k: Tensor,
+    slots: Tensor | None,
+    count: int,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rise (B, H, N), weight and the mean squares of k, (B, H, D), all fp32.
+
+    Args:
+        of_q, of_k: (B, H, Kq) and (B, H, Kk) fp32, how often each block counts.
+    """
+    made = _results(q)
+    call = _call(q, k, of_q, of_k, slots, count, block_q, block_k, scale)
+    call.filled(**dict(zip(("rise", "weight", "by"), made, strict=True)))
+    build.run("gen_accel_curve_forward", call.args, build.DTYPES[q.dtype])
+    return made
+
+
+def _results(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, N, D = q.shape
+    rise, weight, by = (q.new_empty(B, H, x, dtype=torch.float32) for x in (N, D, D))
+    return rise, weight, by
+
+
+@_curve.register_fake
+def _(q: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _results(q)
+
+
+@torch.library.custom_op("gen_accel::native_curve_backward", mutates_args=())
+def _backward(
+    of_rise: Tensor,
+    of_weight: Tensor,
+    weight: Tensor,
+    by: Tensor,
+    q: Tensor,
+    k: Tensor,
+    of_q: Tensor,
+    of_k: Tensor,
+    slots: Tensor | None,
+    count: int,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k."""
+    dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    call = _call(q, k, of_q, of_k, slots, count, block_q, block_k, scale)
+    call.whole(of_rise=of_rise, of_weight=of_weight, weight=weight, by=by)
+    call.filled(dq=dq, dk=dk)
+    build.run("gen_accel_curve_backward", call.args, build.DTYPES[q.dtype])
+    return dq, dk
+
+
+@_backward.register_fake
+def _(
+    of_rise: Tensor,
+    of_weight: Tensor,
+    weight: Tensor,
+    by: Tensor,
+    q: Tensor,
+    k: Tensor,
+    *given: Any,
+) -> tuple[Tensor, Tensor]:
+    dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    return dq, dk
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    of_q: Tensor,
+    of_k: Tensor,
+    slots: Tensor | None,
+    count: int,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> Pointers:
+    B, H, N, D = q.shape
+    if q.shape != k.shape or of_q.shape != (B, H, count // block_q):
+        raise ValueError(
+            f"q and k must be of the same tokens, and of_q of {count // block_q} blocks, got "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(of_q.shape)}"
+        )
+    if of_k.shape != (B, H, count // block_k):
+        raise ValueError(f"of_k must be of {count // block_k} blocks, got {tuple(of_k.shape)}")
+    args = CurveArgs(B=B, H=H, N=N, D=D, S=count, block_q=block_q, block_k=block_k)
+    args.factor = CURVATURE * scale**2
+    call = Pointers(args)
+    call.strided(q=q, k=k)
+    call.whole(slots=slots, of_q=of_q, of_k=of_k)
+    return call
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.count, ctx.block_q, ctx.block_k, ctx.scale = inputs
+    ctx.save_for_backward(*output[1:], *tensors)
+
+
+def _differentiate(ctx: Any, of_rise: Tensor, of_weight: Tensor, of_by: Tensor) -> tuple[Any, ...]:
+    sizes = ctx.count, ctx.block_q, ctx.block_k, ctx.scale
+    return *_backward(of_rise, of_weight, *ctx.saved_tensors, *sizes), *[None] * 7
+
+
+_curve.register_autograd(_differentiate, setup_context=_save)

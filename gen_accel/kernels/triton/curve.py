@@ -1,0 +1,459 @@
+"""Curve of a rest of the second order, forward and backward; prefixes of names as in `tiles`.
+
+Of queries, and likewise of keys, let e_t be what token t is off the mean of its block, n_i how
+many tokens block i holds, and l_i how often it is in a pair of blocks that is left out. With w of
+queries, u of keys and s = CURVATURE scale^2:
+
+    w_d = sum_i l_i sum_{t in i} e_td^2 / sum_i l_i n_i
+    rise_t = c sum_d u_d e_td^2, over queries, with c = s / (w . u), 0 where w . u is
+
+A program takes one block of one head, whose rows it reads once for the mean and, from the cache,
+once or twice more. No atomics: each sum is written by one program, in a fixed order.
+
+Backward, with g_t the gradient of rise_t and a_d = sum_t g_t e_td^2 over queries, w gains
+-c (u . a) / (w . u) u, and u has c a - c (u . a) / (w . u) w. A token has 2 e_t times what its
+square is worth, less the mean over its block.
+"""
+
+# Kernels are a language of their own, which a checker of Python misreads.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gen_accel.kernels.triton import configs
+from gen_accel.kernels.triton.launch import launch, rowwise
+from gen_accel.kernels.triton.tiles import load_rows, own_tile, store_rows
+from gen_accel.plan import CURVATURE, Plan
+
+TILE = 32  # rows that a program holds at a time
+WARPS = 4
+SIZES = ("H", "N", "K", "times_b", "times_h")
+
+
+@triton.jit
+def _block(
+    x,
+    stride_b,
+    stride_h,
+    stride_n,
+    slots,
+    H,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The program's block and head, where this starts in x, and the mean of the block's tokens,
+    [BLOCK_D] fp32, with their number, at least 1."""
+    i_block, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    x += i_head // H * stride_b + i_head % H * stride_h
+    b_sum = tl.zeros([BLOCK_D], tl.float32)
+    b_held = tl.full((), 0, tl.int32)
+    for i_tile in range((BLOCK + TILE - 1) // TILE):
+        _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
+        b_sum += tl.sum(load_rows(x, stride_n, o_t, D, BLOCK_D, True).to(tl.float32), 0)
+        b_held += tl.sum((o_t >= 0).to(tl.int32), 0)
+    b_held = tl.maximum(b_held, 1).to(tl.float32)
+    return i_block, i_head, x, b_sum / b_held, b_held
+
+
+@triton.jit
+def _off(x, stride_n, o_t, b_mean, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[TILE, BLOCK_D] fp32: what tokens o_t are off the mean of their block; 0 for token -1."""
+    b_x = load_rows(x, stride_n, o_t, D, BLOCK_D, True).to(tl.float32)
+    return tl.where((o_t >= 0)[:, None], b_x - b_mean[None, :], 0.0)
+
+
+@triton.jit
+def _of_head(x, i_head, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK_D], a row of (heads, D)."""
+    o_d = tl.arange(0, BLOCK_D)
+    return tl.load(x + i_head * D + o_d, mask=o_d < D, other=0.0)
+
+
+@triton.jit
+def _factors(weight, by, i_head, scale, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """w, u, w . u, 1 in place of 0, and c."""
+    b_w, b_u = _of_head(weight, i_head, D, BLOCK_D), _of_head(by, i_head, D, BLOCK_D)
+    b_both = tl.sum(b_w * b_u, 0)
+    b_safe = tl.where(b_both > 0.0, b_both, 1.0)
+    return b_w, b_u, b_safe, tl.where(b_both > 0.0, scale / b_safe, 0.0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def block_squares_kernel(
+    x,
+    drise,
+    squares,
+    slots,
+    stride_b,
+    stride_h,
+    stride_n,
+    H,
+    N,
+    K,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    WEIGHED: tl.constexpr,
+):
+    """Sum the squares of what the tokens of each block are off their mean, if WEIGHED by drise."""
+    i_block, i_head, x, b_mean, _held = _block(
+        x, stride_b, stride_h, stride_n, slots, H, D, BLOCK_D, BLOCK, TILE
+    )
+    b_sum = tl.zeros([BLOCK_D], tl.float32)
+    for i_tile in range((BLOCK + TILE - 1) // TILE):
+        _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
+        b_off = _off(x, stride_n, o_t, b_mean, D, BLOCK_D)
+        b_square = b_off * b_off
+        if WEIGHED:
+            b_g = tl.load(drise + i_head * N + o_t, mask=o_t >= 0, other=0.0)
+            b_square *= b_g[:, None]
+        b_sum += tl.sum(b_square, 0)
+    o_d = tl.arange(0, BLOCK_D)
+    tl.store(squares + (i_head * K + i_block) * D + o_d, b_sum, mask=o_d < D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def mean_squares_kernel(
+    squares,
+    times,
+    held,
+    mean,
+    totals,
+    times_b,
+    times_h,
+    H,
+    K,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Write the mean of the squares of one head over its tokens, each as often as its block is
+    counted, and how many they come to, at least 1."""
+    i_head = tl.program_id(0).to(tl.int64)
+    times += i_head // H * times_b + i_head % H * times_h
+    squares += i_head * K * D
+    b_sum = tl.zeros([BLOCK_D], tl.float32)
+    b_total = tl.full((), 0.0, tl.float32)
+    for i_row in range(0, K, TILE):
+        o_k = i_row + tl.arange(0, TILE)
+        b_times = tl.load(times + o_k, mask=o_k < K, other=0.0)
+        b_total += tl.sum(b_times * tl.load(held + 2 * o_k, mask=o_k < K, other=0.0), 0)
+        b_squares = load_rows(squares, D, tl.where(o_k < K, o_k, -1), D, BLOCK_D, True)
+        b_sum += tl.sum(b_times[:, None] * b_squares, 0)
+    b_total = tl.maximum(b_total, 1.0)
+    o_d = tl.arange(0, BLOCK_D)
+    tl.store(mean + i_head * D + o_d, b_sum / b_total, mask=o_d < D)
+    tl.store(totals + i_head, b_total)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def rise_kernel(
+    x,
+    weight,
+    by,
+    rise,
+    slots,
+    stride_b,
+    stride_h,
+    stride_n,
+    H,
+    N,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Write the rise of the queries of each block. `scale` is s."""
+    i_block, i_head, x, b_mean, _held = _block(
+        x, stride_b, stride_h, stride_n, slots, H, D, BLOCK_D, BLOCK, TILE
+    )
+    _w, b_u, _safe, b_c = _factors(weight, by, i_head, scale, D, BLOCK_D)
+    b_u *= b_c
+    for i_tile in range((BLOCK + TILE - 1) // TILE):
+        _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
+        b_off = _off(x, stride_n, o_t, b_mean, D, BLOCK_D)
+        b_rise = tl.sum(b_off * b_off * b_u[None, :], 1)
+        tl.store(rise + i_head * N + o_t, b_rise, mask=o_t >= 0)
+
+
+@triton.jit
+def _slope(drise, o_t, b_own, b_all, QUERIES: tl.constexpr):
+    """What the squares of tokens o_t are worth: as much for `b_all` of the block, and of QUERIES
+    for their own rise."""
+    if QUERIES:
+        b_g = tl.load(drise + o_t, mask=o_t >= 0, other=0.0)
+        return b_g[:, None] * b_own[None, :] + b_all[None, :]
+    else:
+        return b_all[None, :]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def off_means_backward_kernel(
+    x,
+    drise,
+    weight,
+    by,
+    dweight,
+    sums,
+    times,
+    totals,
+    dx,
+    slots,
+    stride_b,
+    stride_h,
+    stride_n,
+    stride_db,
+    stride_dh,
+    stride_dn,
+    times_b,
+    times_h,
+    H,
+    N,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    """Write the gradients of the QUERIES, or of the keys, of each block. `sums` are a."""
+    i_block, i_head, x, b_mean, b_held = _block(
+        x, stride_b, stride_h, stride_n, slots, H, D, BLOCK_D, BLOCK, TILE
+    )
+    b_w, b_u, b_safe, b_c = _factors(weight, by, i_head, scale, D, BLOCK_D)
+    b_a = _of_head(sums, i_head, D, BLOCK_D)
+    b_less = b_c * tl.sum(b_u * b_a, 0) / b_safe
+    if QUERIES:
+        b_all = _of_head(dweight, i_head, D, BLOCK_D) - b_less * b_u
+    else:
+        b_all = b_c * b_a - b_less * b_w
+    times += i_head // H * times_b + i_head % H * times_h
+    b_all *= tl.load(times + i_block) / tl.load(totals + i_head)
+    b_own = b_c * b_u
+    drise += i_head * N
+    dx += i_head // H * stride_db + i_head % H * stride_dh
+    # Without a rise it is 0 but for the rounding of the mean, which so goes out of the gradient.
+    b_sum = tl.zeros([BLOCK_D], tl.float32)
+    for i_tile in range((BLOCK + TILE - 1) // TILE):
+        _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
+        b_off = _off(x, stride_n, o_t, b_mean, D, BLOCK_D)
+        b_sum += tl.sum(b_off * _slope(drise, o_t, b_own, b_all, QUERIES), 0)
+    b_sum /= b_held
+    for i_tile in range((BLOCK + TILE - 1) // TILE):
+        _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
+        b_off = _off(x, stride_n, o_t, b_mean, D, BLOCK_D)
+        b_dx = b_off * _slope(drise, o_t, b_own, b_all, QUERIES) - b_sum[None, :]
+        store_rows(dx, stride_dn, o_t, 2 * b_dx, D, BLOCK_D)
+
+
+def curve_of(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+    """Rise and weight of a `kernels.curve.Curve`, in fp32, differentiable in q and k."""
+    times = (x.contiguous().expand(*q.shape[:2], -1) for x in plan.left_out_counts())
+    numbers = plan.block_q, plan.block_k, scale
+    given = plan.slots_int32, *times, *plan.held, *numbers
+    rise, weight, *_ = torch.ops.gen_accel.triton_curve(q, k, *given)
+    return rise, weight
+
+
+class _Side(NamedTuple):
+    """Queries or keys.
+
+    Args:
+        x: (B, H, N, D), rows of one stride.
+        slots: (S,) int32.
+        times: (B, H, K) fp32, how often each block is in a pair that is left out.
+        block: slots in a block.
+    """
+
+    x: Tensor
+    slots: Tensor
+    times: Tensor
+    block: int
+
+
+@torch.library.custom_op("gen_accel::triton_curve", mutates_args=())
+def curve(
+    q: Tensor,
+    k: Tensor,
+    slots: Tensor,
+    times_q: Tensor,
+    times_k: Tensor,
+    held_q: Tensor,
+    held_k: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """In fp32 the rise, (B, H, N), and w, (B, H, D); without a gradient u, (B, H, D), and how many
+    tokens w and u are means of, at least 1, (2, B, H).
+
+    Args:
+        slots: (S,) int32, the token of each slot, -1 for padding.
+        times_q, times_k: (B, H, Kq) and (B, H, Kk) fp32, how often each block is in a pair that is
+            left out; rows side by side.
+        held_q, held_k: (Kq, 2) and (Kk, 2) fp32, tokens and slots of each block.
+        scale: of the products of q and k.
+    """
+    queries = _Side(rowwise(q), slots, times_q, block_q)
+    keys = _Side(rowwise(k), slots, times_k, block_k)
+    rise, weight, by, totals = _like(q)
+    _mean_squares(queries, held_q, weight, totals[0])
+    _mean_squares(keys, held_k, by, totals[1])
+    tensors = queries.x, weight, by, rise
+    _launch(rise_kernel, queries, tensors, numbers=(*q.shape[1:3], _of_products(scale)))
+    return rise, weight, by, totals
+
+
+def _like(q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a call gives, uninitialised."""
+    B, H, N, D = q.shape
+    shapes = (B, H, N), (B, H, D), (B, H, D), (2, B, H)
+    rise, weight, by, totals = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return rise, weight, by, totals
+
+
+@curve.register_fake
+def _(q: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _like(q)
+
+
+@torch.library.custom_op("gen_accel::triton_curve_backward", mutates_args=())
+def curve_backward(
+    drise: Tensor,
+    dweight: Tensor,
+    weight: Tensor,
+    by: Tensor,
+    totals: Tensor,
+    q: Tensor,
+    k: Tensor,
+    slots: Tensor,
+    times_q: Tensor,
+    times_k: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of q and k."""
+    drise, dweight = drise.contiguous(), dweight.contiguous()
+    queries = _Side(rowwise(q), slots, times_q, block_q)
+    keys = _Side(rowwise(k), slots, times_k, block_k)
+    sums = _block_squares(queries, drise).sum(2)
+    made = []
+    for side, total in zip((queries, keys), totals, strict=True):
+        dx = torch.empty_like(side.x)
+        _launch(
+            off_means_backward_kernel,
+            side,
+            (side.x, drise, weight, by, dweight, sums, side.times, total, dx),
+            strided=(dx,),
+            numbers=(*side.times.stride()[:2], *q.shape[1:3], _of_products(scale)),
+            QUERIES=side is queries,
+        )
+        made.append(dx)
+    return made[0], made[1]
+
+
+@curve_backward.register_fake
+def _(
+    drise: Tensor,
+    dweight: Tensor,
+    weight: Tensor,
+    by: Tensor,
+    totals: Tensor,
+    q: Tensor,
+    k: Tensor,
+    *given: Any,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(rowwise(q)), torch.empty_like(rowwise(k))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, slots, times_q, times_k, _, _, *ctx.numbers = inputs
+    _, *of_heads = output
+    ctx.mark_non_differentiable(*of_heads[1:])
+    ctx.save_for_backward(*of_heads, q, k, slots, times_q, times_k)
+
+
+def _differentiate(ctx: Any, drise: Tensor, dweight: Tensor, *unused: Any) -> tuple[Any, ...]:
+    grads = curve_backward(drise, dweight, *ctx.saved_tensors, *ctx.numbers)
+    return *grads, *[None] * 8
+
+
+curve.register_autograd(_differentiate, setup_context=_save)
+
+
+def _of_products(scale: float) -> float:
+    """s."""
+    return CURVATURE * scale**2
+
+
+def _mean_squares(side: _Side, held: Tensor, means: Tensor, totals: Tensor) -> None:
+    squares = _block_squares(side)
+    heads, (H, K) = side.x.shape[:2].numel(), side.times.shape[1:]
+    launch(
+        mean_squares_kernel,
+        (heads, 1),
+        side.x,
+        *(squares, side.times, held, means, totals),
+        *(*side.times.stride()[:2], H, K),
+        **_dim(side.x),
+        TILE=TILE,
+        num_warps=WARPS,
+    )
+
+
+def _block_squares(side: _Side, drise: Tensor | None = None) -> Tensor:
+    """(B, H, K, D) fp32."""
+    H, N, D = side.x.shape[1:]
+    squares = side.x.new_empty(*side.times.shape, D, dtype=torch.float32)
+    by = squares if drise is None else drise  # not read without
+    numbers = H, N, side.times.shape[2]
+    tensors, weighed = (side.x, by, squares), drise is not None
+    _launch(block_squares_kernel, side, tensors, numbers=numbers, WEIGHED=weighed)
+    return squares
+
+
+def _launch(
+    kernel: Any,
+    side: _Side,
+    tensors: Sequence[Tensor],
+    *,
+    strided: Sequence[Tensor] = (),
+    numbers: Sequence[float],
+    **flags: bool,
+) -> None:
+    """Run a kernel with a program for each block of each head.
+
+    Args:
+        tensors: all but the slots.
+        strided: those of (B, H, N, D) beside x, given by stride.
+    """
+    launch(
+        kernel,
+        (side.times.shape[2], side.x.shape[:2].numel()),
+        side.x,
+        *(*tensors, side.slots),
+        *(step for x in (side.x, *strided) for step in x.stride()[:3]),
+        *numbers,
+        **_dim(side.x),
+        BLOCK=side.block,
+        TILE=TILE,
+        num_warps=WARPS,
+        **flags,
+    )
+
+
+def _dim(x: Tensor) -> dict[str, int]:
+    D = x.shape[3]
+    return {"D": D, "BLOCK_D": configs.padded_dim(D)}

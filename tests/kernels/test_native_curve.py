@@ -1,0 +1,110 @@
+"""The second order of a rest as its kernel takes it, in C++."""
+
+import pytest
+import torch
+from support.checks import assert_no_worse
+
+from gen_accel.kernels import curve
+from gen_accel.kernels.native import curve as native
+from gen_accel.plan import Plan, Rest
+
+pytestmark = pytest.mark.usefixtures("poison", "built")
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SCALE = 0.3
+
+
+def plan_of(block_q, block_k, slots, patterns=(1, 2), density=0.3):
+    """Tokens out of order among padding; a query block that keeps all, and one without tokens."""
+    g = torch.Generator().manual_seed(0)
+    keep = torch.rand(*patterns, slots // block_q, slots // block_k, generator=g) < density
+    keep[:, :, 0] = True
+    order = torch.full((slots,), -1)
+    held = torch.randperm(slots - block_q, generator=g)[: slots - block_q - 7]
+    order[held] = torch.randperm(len(held), generator=g)
+    return Plan(order, keep, block_q, block_k, rest=Rest("query", "second"))
+
+
+def made(run, inputs, dtype, plan):
+    """Rise, weight and the gradients of both."""
+    q, k = (x.to(dtype).requires_grad_() for x in inputs)
+    rise, weight = run(q, k, plan, SCALE)
+    above = [torch.linspace(-1, 1, x.numel()).view(x.shape).to(x.dtype) for x in (rise, weight)]
+    return rise.detach(), weight.detach(), *torch.autograd.grad((rise, weight), (q, k), above)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "patterns"),
+    [
+        ((16, 32, 192), FP32, (1, 2)),
+        ((30, 50, 300), BF16, (2, 2)),
+        ((7, 5, 245), FP16, (1, 1)),
+        ((64, 64, 384), BF16, (2, 1)),
+    ],
+    ids=str,
+)
+def test_matches_torch(sizes, dtype, patterns, qkv):
+    plan = plan_of(*sizes, patterns)
+    q, k, _ = qkv(plan.tokens, batch=2, heads=2)
+    inputs = [x.to(BF16).float() for x in (q, k + 20)]
+    exact, low = (made(curve.plain, inputs, x, plan) for x in (torch.float64, dtype))
+    for found, *others in zip(made(native.curve_of, inputs, dtype, plan), low, exact, strict=True):
+        assert_no_worse(found, *others)
+
+
+def test_reads_tensors_where_they_lie(qkv):
+    plan = plan_of(16, 32, 192)
+    inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(plan.tokens)[:2]]
+    for found, want in zip(
+        native.curve_of(*inputs, plan, SCALE),
+        native.curve_of(*(x.contiguous() for x in inputs), plan, SCALE),
+        strict=True,
+    ):
+        assert torch.equal(found, want)
+
+
+def test_nothing_rises_where_nothing_is_left_out_or_queries_are_equal(qkv):
+    q, k, _ = qkv(192 - 16 - 7, batch=1)
+    whole = plan_of(16, 32, 192, density=1.1)
+    rise, _, *grads = made(native.curve_of, (q, k), FP32, whole)
+    assert not any(x.any() for x in (rise, *grads))
+    same = torch.ones_like(q)
+    rise, weight, *grads = made(native.curve_of, (same, k), FP32, plan_of(16, 32, 192))
+    assert not any(x.any() for x in (rise, weight))
+    assert all(x.isfinite().all() for x in grads)
+
+
+def test_the_number_of_threads_changes_no_answer(qkv):
+    plan = plan_of(8, 16, 512)
+    inputs = qkv(plan.tokens)[:2]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = made(native.curve_of, inputs, FP32, plan)
+        torch.set_num_threads(3)
+        found = made(native.curve_of, inputs, FP32, plan)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(*x) for x in zip(found, expected, strict=True))
+
+
+def test_the_operators_obey_the_rules_of_torch(qkv):
+    plan = plan_of(16, 32, 192)
+    q, k, _ = (x.requires_grad_() for x in qkv(plan.tokens))
+    counts = [x.expand(*q.shape[:2], -1).contiguous() for x in plan.left_out_counts()]
+    options = *counts, plan.slots, 192, 16, 32, SCALE
+    which = "test_schema", "test_faketensor", "test_autograd_registration"
+    torch.library.opcheck(native._curve, (q, k, *options), test_utils=which)
+    found = [x.detach() for x in native._curve(q, k, *options)]
+    given = *found[:2], *found[1:], q.detach(), k.detach()
+    torch.library.opcheck(native._backward, (*given, *options), test_utils=which[:2])
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_counts_of_other_blocks_are_refused(which, qkv):
+    plan = plan_of(16, 32, 192)
+    q, k, _ = qkv(plan.tokens)
+    counts = [x.expand(*q.shape[:2], -1).contiguous() for x in plan.left_out_counts()]
+    counts[which] = counts[which][..., 1:]
+    with pytest.raises(ValueError, match=r"of_[qk] .*blocks, got"):
+        native._curve(q, k, *counts, plan.slots, 192, 16, 32, SCALE)

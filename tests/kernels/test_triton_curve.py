@@ -1,0 +1,132 @@
+"""Our Triton kernels for the curve of a rest, held to torch; interpreted on the CPU."""
+
+from functools import partial
+
+import pytest
+import torch
+from support.checks import assert_no_worse
+from support.launches import Launches, record
+from support.triton_plans import differentiated, inputs
+
+from gen_accel.kernels import rest_cost
+from gen_accel.kernels.curve import curve_of, plain
+from gen_accel.kernels.triton import curve
+from gen_accel.plan import Plan, Rest
+
+pytestmark = pytest.mark.usefixtures("poison", "untuned")
+
+SCALE = 0.3
+
+
+def plan_of(device, batch=1, heads=1, block_q=24, block_k=12, kept=0.4):
+    """144 slots in any order. The first block of queries and that of keys are padding, and the end
+    of the last ones; the second query block keeps all."""
+    g = torch.Generator().manual_seed(0)
+    slots, empty = torch.full((144,), -1), max(block_q, block_k)
+    slots[empty:-5] = torch.randperm(144 - empty - 5, generator=g)
+    keep = torch.rand(batch, heads, 144 // block_q, 144 // block_k, generator=g) < kept
+    keep[:, :, 1] = True
+    return Plan(slots, keep, block_q, block_k, rest=Rest("query", "second")).to(device)
+
+
+def by_torch(q, k, plan):
+    return plain(q, k, plan, SCALE)
+
+
+def by_triton(q, k, plan):
+    made = curve_of(q, k, plan, SCALE, "triton")
+    assert made is not None
+    return made
+
+
+def results(make, tensors, dtype, plan):
+    """Of a curve, and the gradients of q and k through both of it."""
+    return differentiated(partial(make, plan=plan), tensors, dtype, lse_weight=0.1)
+
+
+def assert_matches_torch(plan, tensors):
+    exact = results(by_torch, tensors, torch.float64, plan)
+    low = results(by_torch, tensors, tensors[0].dtype, plan)
+    actual = results(by_triton, tensors, tensors[0].dtype, plan)
+    for result, *others in zip(actual, low, exact, strict=True):
+        assert_no_worse(result, *others)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "blocks", "dtype", "dim"),
+    [
+        ((1, 1), (24, 12), torch.float32, 24),
+        ((2, 2), (12, 36), torch.float32, 64),  # key blocks of two tiles
+        ((2, 2), (36, 12), torch.bfloat16, 24),
+        ((1, 1), (24, 24), torch.bfloat16, 64),
+    ],
+    ids=str,
+)
+def test_curves_and_gradients_match_torch(pattern, blocks, dtype, dim, device):
+    plan = plan_of(device, *pattern, *blocks)
+    assert_matches_torch(plan, inputs(plan, dtype, dim, batch=2, heads=2)[:2])
+
+
+def test_what_keys_have_in_common_takes_no_digits(device):
+    plan = plan_of(device)
+    q, k, _ = inputs(plan, torch.float32, 24)
+    assert_matches_torch(plan, [q, k + 20])
+
+
+def test_where_all_is_kept_there_is_no_curve(device):
+    plan = plan_of(device, kept=1.0)
+    for x in results(by_triton, inputs(plan, torch.float32, batch=2)[:2], None, plan):
+        assert torch.equal(x, torch.zeros_like(x))
+
+
+def test_keys_that_are_alike_leave_no_rise_and_a_weight(device):
+    plan = plan_of(device)
+    q, k, _ = inputs(plan, torch.float32)
+    k = torch.ones_like(k)
+    assert_matches_torch(plan, [q, k])
+    rise, weight, dq, dk = results(by_triton, [q, k], None, plan)
+    assert not rise.any()
+    assert weight.all()
+    assert dq.any()
+    assert not dk.any()
+
+
+def test_views_are_read_where_they_lie(device):
+    """Of models, (B, N, H, D) with two axes swapped."""
+    plan = plan_of(device, 2, 2)
+    tensors = inputs(plan, torch.float32)[:2]
+    swapped = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+    both = (results(by_triton, given, None, plan) for given in (tensors, swapped))
+    assert all(torch.equal(x, y) for x, y in zip(*both, strict=True))
+
+
+def test_nothing_waits_and_nothing_is_random(device, monkeypatch):
+    plan = plan_of(device)
+    results(by_triton, inputs(plan, torch.bfloat16)[:2], None, plan)  # what is made once
+    q, k, _ = (x.requires_grad_() for x in inputs(plan, torch.bfloat16, heads=2))
+    modelled = rest_cost.curve(rest_cost.Problem(2, plan.tokens, 16))
+    counted = Launches()
+    record(monkeypatch, counted)
+    with counted:
+        made = by_triton(q, k, plan)
+        forward = counted.count
+        torch.autograd.grad([x.sum() for x in made], [q, k])
+    kernels = {name: times for name, times in counted.done.items() if name.endswith("_kernel")}
+    assert forward == sum(work.launches for work in modelled), counted.done
+    assert kernels == {
+        "block_squares_kernel": 3,
+        "mean_squares_kernel": 2,
+        "rise_kernel": 1,
+        "off_means_backward_kernel": 2,
+    }
+    assert counted.waits == []
+    assert counted.random == []
+
+
+def test_the_operator_passes_the_checks_of_torch(device):
+    plan = plan_of(device)
+    q, k, _ = (x.requires_grad_() for x in inputs(plan, torch.float32))
+    times = (torch.ones(1, 1, 144 // block, device=device) for block in (24, 12))
+    arguments = q, k, plan.slots_int32, *times, *plan.held, 24, 12, SCALE
+    checks = "test_schema", "test_faketensor", "test_autograd_registration"
+    torch.library.opcheck(curve.curve, arguments, test_utils=checks)
