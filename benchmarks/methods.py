@@ -23,7 +23,7 @@ import torch
 from study import ablation, captured, clips, errors, others, page, settings
 from study.variants import Variant
 
-from gen_accel import SparseLinear, attach
+from gen_accel import Piecewise, SparseLinear, attach
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
 
@@ -35,7 +35,17 @@ FEWER = 3  # of those measured, for clips of a cell of the ablation
 STEPS_SEEN = 5, 12
 ROUNDS = 7
 # Of --clips, by density.
-POOLED = {0.2: settings.POOLED, 0.1: ("Piecewise", "PISA", "Sol-Attn"), 0.05: ("Piecewise",)}
+POOLED = {
+    0.2: settings.POOLED,
+    0.1: ("Piecewise", "PISA", "Sol-Attn"),
+    0.05: ("Piecewise",),
+    0.3: ("Piecewise",),
+}
+CALIBRATED = {  # their tiles are chosen first
+    0.2: ("Piecewise", "PISA", "Sol-Attn"),
+    0.1: ("Piecewise",),
+    0.05: ("Piecewise",),
+}
 
 
 def main() -> None:
@@ -70,9 +80,13 @@ def of_errors(args: argparse.Namespace, head: dict[str, Any]) -> None:
     calls = captured.capture(pipe, some, STEPS_SEEN, args.frames)
     others = captured.capture(pipe, FITTED[:1], STEPS_SEEN, args.frames)
     report = head | {"steps": STEPS_SEEN, "prompts_seen": some, "rows": []}
+    tile = None
     for density in settings.DENSITIES:
         made = settings.pooled(density, lambda x: errors.density_of(x, others, video))
         methods = settings.old(density, video) | made
+        if tile is None:
+            tile = calibrated_tile(pipe, methods["Piecewise"], args.frames)
+        methods["Piecewise, calibrated"] = methods["Piecewise"].tiled(tile)
         branches = fitted(pipe, methods["SparseLinear"], args.frames)
         taken = errors.milliseconds(methods, calls[0], video, ROUNDS, branches)
         for name, method in methods.items():
@@ -81,7 +95,7 @@ def of_errors(args: argparse.Namespace, head: dict[str, Any]) -> None:
             row = {"method": name, "asked": density, "options": str(method), **found}
             row |= {"ms": taken[name], "dense_ms": taken["dense"]}
             keep_row(report, row, RESULTS / f"methods_errors_{args.frames}.json")
-        for rest in ("none", "key", "query"):
+        for rest in ("none", "key", "query + variance"):
             found = errors.oracle(density, rest, calls, video)
             row = {"method": f"oracle's choice, rest {rest}", "asked": density, **found}
             keep_row(report, row, RESULTS / f"methods_errors_{args.frames}.json")
@@ -92,6 +106,13 @@ def fitted(pipe: Any, method: SparseLinear, frames: int) -> dict[int, Any]:
     with attach(pipe, method) as handle:
         clips.fit_to(pipe, fit_prompts(), frames)
         return dict(enumerate(handle.branches.values()))
+
+
+def calibrated_tile(pipe: Any, method: Any, frames: int) -> Any:
+    """The boxes that `calibrate` chooses on a prompt that is not measured."""
+    with attach(pipe, method, schedule=clips.SCHEDULE) as handle:
+        clips.fit_to(pipe, fit_prompts()[:1], frames, captured.STEPS)
+        return handle.method.tile
 
 
 def fit_prompts() -> list[str]:
@@ -123,8 +144,9 @@ def of_clips(args: argparse.Namespace, head: dict[str, Any]) -> None:
         clips.keep_dense(pipe, folder, args.prompts, args.frames)
         method, fit = every[name]()
         known = fit_prompts() if fit else ()
+        steps = captured.STEPS if isinstance(method, Piecewise) else clips.FIT_STEPS
         some = args.prompts[: FEWER if isinstance(method, Variant) else None]
-        rows = clips.measured(pipe, method, some, args.frames, folder, known)
+        rows = clips.measured(pipe, method, some, args.frames, folder, known, steps)
         made = {"setting": name, "options": str(method), "device": head["device"], "rows": rows}
         write_json(folder / f"{name}.json", made)
         print(clip_line(name, rows), flush=True)
@@ -152,7 +174,7 @@ def of_others(args: argparse.Namespace, head: dict[str, Any]) -> None:
 
 
 def clip_settings(pipe: Any, frames: int) -> dict[str, Callable[[], tuple[Any, bool]]]:
-    """Settings by name: what makes the method, and whether its parameters are fitted first."""
+    """Settings by name: what makes the method, and whether it is calibrated first."""
     video = captured.grid(frames)
     found: dict[str, Callable[[], tuple[Any, bool]]] = {}
     for density, names in POOLED.items():
@@ -161,18 +183,31 @@ def clip_settings(pipe: Any, frames: int) -> dict[str, Callable[[], tuple[Any, b
                 pooled_at(pipe, density, frames)[name],
                 False,
             )
+    for density, names in CALIBRATED.items():
+        for name in names:
+            found[f"{name}, calibrated {density}"] = lambda name=name, density=density: (
+                pooled_at(pipe, density, frames)[name],
+                True,
+            )
     for name, method in settings.old(0.2, video).items():
         fit = isinstance(method, SparseLinear)
         found[f"{name} 0.2"] = lambda method=method, fit=fit: (method, fit)
+    for name, density in equal_times(frames).items():
+        method = settings.old(density, video)[name]
+        fit = isinstance(method, SparseLinear)
+        found[f"{name}, as slow as Piecewise 0.2"] = lambda method=method, fit=fit: (method, fit)
     parts = {
         "choice mean": Variant("mean"),
+        "choice spread": Variant("spread"),
         "choice threshold": Variant("threshold"),
         "choice oracle": Variant("oracle"),
         "rest none": Variant(rest="none"),
         "rest key": Variant(rest="key"),
         "rest key + slope": Variant(rest="key + slope"),
         "rest mixed": Variant(rest="mixed"),
+        "rest query": Variant(rest="query"),
         "tile 1 x 6 x 12": Variant(tile=(1, 6, 12)),
+        "tile 33 x 2 x 1": Variant(tile=(33, 2, 1)),
         "tile raster": Variant(tile="raster"),
         "query block 128": Variant(block_q=128),
         "query block 256": Variant(block_q=256),
@@ -182,11 +217,20 @@ def clip_settings(pipe: Any, frames: int) -> dict[str, Callable[[], tuple[Any, b
     return found
 
 
+def equal_times(frames: int) -> dict[str, float]:
+    """Densities of the old methods at which a call takes as long as Piecewise's at 0.2, where
+    `--errors` has measured it."""
+    path = RESULTS / f"methods_errors_{frames}.json"
+    if not path.exists():
+        return {}
+    return settings.equal_time(json.loads(path.read_text(encoding="utf-8"))["rows"], 0.2)
+
+
 def at_density(variant: Variant, pipe: Any, frames: int, density: float = 0.2) -> Variant:
     """A cell of the ablation at a density, as `pooled_at`."""
     calls = seen(pipe, frames)
     layout = variant.layout(captured.grid(frames))
-    scores = [variant.scores(call.q, call.k, layout) for call in calls]
+    scores = [variant.scores(call.q, call.k, call.v, layout) for call in calls]
     return replace(variant, **ablation.setting(variant, density, layout, scores))
 
 

@@ -17,9 +17,9 @@ from study.errors import relative_error
 from study.settings import DENSITIES, solved
 from study.variants import Choice, Pooling, Variant
 
-TILES = ((4, 4, 4), (1, 6, 12), "raster")
+TILES = ((4, 4, 4), (1, 6, 12), (33, 2, 1), "raster")
 GROUPS = (64, 128, 256)
-OWN: dict[str, Any] = {"choice": "spread", "tile": (4, 4, 4), "block_q": 64, "density": 0.2}
+OWN: dict[str, Any] = {"choice": "loss", "tile": (4, 4, 4), "block_q": 64, "density": 0.2}
 MADE_AT = 3  # the step, counted from 0, whose pattern "reuse" takes
 
 
@@ -39,7 +39,7 @@ def cells(
             continue
         first = Variant(choice, tile=tile, block_q=group)  # pyright: ignore[reportArgumentType]
         layout = first.layout(video)
-        known = {(c.prompt, c.step, c.layer): first.scores(c.q, c.k, layout) for c in calls}
+        known = {(c.prompt, c.step, c.layer): first.scores(c.q, c.k, c.v, layout) for c in calls}
         measured = [call for call in calls if call.step != MADE_AT]
         for density in DENSITIES:
             if whole or not others or density == OWN["density"]:

@@ -32,18 +32,20 @@ def measured(
     frames: int,
     dense: Path,
     fit: Sequence[str] = (),
+    fit_steps: int = FIT_STEPS,
 ) -> list[dict[str, Any]]:
     """One row a prompt: PSNR in dB of the clip and of its worst frame, and the density.
 
     Args:
         dense: the folder of `keep_dense`.
-        fit: prompts that the method's parameters are fitted to first.
+        fit: prompts that the method is calibrated to first.
+        fit_steps: of these.
     """
     rows = []
     with attach(pipe, method, schedule=SCHEDULE) as handle, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a branch which was not fitted adds nothing
         if fit:
-            fit_to(pipe, fit, frames)
+            fit_to(pipe, fit, frames, fit_steps)
         for prompt in prompts:
             clip, wanted = _clip(pipe, prompt, frames), kept_clip(dense, prompt)
             rows.append(
@@ -57,9 +59,9 @@ def measured(
     return rows
 
 
-def fit_to(pipe: Any, prompts: Sequence[str], frames: int) -> None:
+def fit_to(pipe: Any, prompts: Sequence[str], frames: int, steps: int = FIT_STEPS) -> None:
     """Fit what is attached, from seeds that no clip has."""
-    calibrate(pipe, prompts, num_inference_steps=FIT_STEPS, seed=1000, **sizes(frames))
+    calibrate(pipe, prompts, num_inference_steps=steps, seed=1000, **sizes(frames))
 
 
 def _clip(pipe: Any, prompt: int, frames: int) -> np.ndarray:

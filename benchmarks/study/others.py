@@ -33,7 +33,7 @@ def rows(calls: Sequence[Captured], video: VideoShape, density: float) -> list[d
     found = []
     for name, scores in CHOICES.items():
         row: dict[str, Any] = {"way": name}
-        for title, rest in (("dropped", None), ("query", Rest())):
+        for title, rest in (("dropped", None), ("query", Rest("query", "second"))):
             errors = [_error(call, _plan(scores, call, layout, density, rest)) for call in calls]
             row[title] = mean(errors)
         found.append(row)

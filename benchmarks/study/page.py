@@ -3,18 +3,26 @@
 import json
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, get_args
 
 from kept import write_between_marks
+
+from study.variants import Pooling
 
 BENCHMARKS = Path(__file__).parent.parent
 RESULTS = BENCHMARKS / "results"
 DOCS = BENCHMARKS.parent / "docs" / "methods"
 LINK = "../../benchmarks/results"
-SLICE = {"choice": "spread", "rest": "query", "tile": [4, 4, 4], "block_q": 64, "asked": 0.2}
+SLICE = {
+    "choice": "loss",
+    "rest": "query + variance",
+    "tile": [4, 4, 4],
+    "block_q": 64,
+    "asked": 0.2,
+}
 # First words of settings that are cells of an ablation.
 PARTS = ("choice", "rest", "tile", "query")
-RESTS = ("none", "key", "key + slope", "mixed", "query")
+RESTS = get_args(Pooling)
 
 
 def write() -> None:
@@ -25,11 +33,15 @@ def write() -> None:
     write_between_marks(DOCS / "choose.md", ["", *parts])
     parts = [] if (found := result("ablation")) is None else ablation_tables(found)
     parts += part_clips(clips[0]) if clips else []
+    parts += cost_table(made) if (made := rest_costs()) else []
     write_between_marks(DOCS / "piecewise.md", ["", *parts])
     if (found := result("others")) is not None:
         write_between_marks(DOCS / "index.md", ["", *other_table(found)])
     for report in errors:
         picture(report, DOCS / f"error_{report['frames']}.png")
+        for made in clips:
+            if made["frames"] == report["frames"]:
+                clip_picture(made, report, DOCS / f"clips_{report['frames']}.png")
 
 
 def reports(kind: str) -> list[dict[str, Any]]:
@@ -43,6 +55,30 @@ def result(mode: str) -> dict[str, Any] | None:
     """Results of a mode that has one file; None where it has not run."""
     path = RESULTS / f"methods_{mode}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def rest_costs() -> dict[str, Any] | None:
+    """Results of rest.py; None where it has not run."""
+    path = RESULTS / "rest.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def cost_table(report: dict[str, Any]) -> list[str]:
+    """How many times as long a call takes with the rest as without."""
+    facts = ("tokens", "dim", "block", "dtype")
+    heads = (*facts, "density", "around keys", "around queries", "second order")
+    lines = [
+        f"Time of one call over that of the kept blocks alone, {report['seconds']}, "
+        f"{report['device']}, kernel native, [result file]({LINK}/rest.json).",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
+    ]
+    for row in report["rows"]:
+        ratios = (f"{row[name]:.2f}" for name in ("key", "query", "second"))
+        cells = [*(row[name] for name in facts), f"{row['density']:.2f}", *ratios]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return [*lines, ""]
 
 
 def clip_table(report: dict[str, Any]) -> list[str]:
@@ -97,7 +133,7 @@ def ablation_tables(report: dict[str, Any]) -> list[str]:
     """Tables, one for each part: its values in rows, rests in columns, all else as in `SLICE`."""
     lines = [
         f"Relative L2 error of attention, {report['frames']} frames, {report['device']}, "
-        f"[result file]({LINK}/methods_ablation.json). All else is choice by spread, boxes of "
+        f"[result file]({LINK}/methods_ablation.json). All else is choice by loss, boxes of "
         "4 x 4 x 4, query blocks of 64, density 0.2.",
         "",
     ]
@@ -161,23 +197,58 @@ def _of_clips(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def clip_picture(clips: dict[str, Any], errors: dict[str, Any], path: Path) -> None:
+    """PSNR of clips against time of one attention call, as a share of dense attention's: settings
+    whose calls were timed."""
+    share = {
+        (row["method"], str(row["asked"])): row["ms"] / row["dense_ms"]
+        for row in errors["rows"]
+        if "ms" in row
+    }
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for setting in clips["settings"]:
+        name, _, density = setting["setting"].rpartition(" ")
+        name, _, same = name.partition(", as slow as ")
+        time = share.get((same or name, density))
+        if time is not None:
+            found = mean(row["psnr_db"] for row in setting["rows"])
+            lines.setdefault(name, []).append((time, found))
+    figure, axes = _axes("PSNR to the dense clip, dB")
+    for name, points in lines.items():
+        wide = 2.4 if name.startswith("Piecewise") else 1.2
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", linewidth=wide, label=name)
+    _finish(
+        figure, axes, f"{clips['frames']} frames, means over {len(clips['prompts'])} prompts", path
+    )
+
+
 def picture(report: dict[str, Any], path: Path) -> None:
     """Error against time of one attention call, as a share of dense attention's."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4.8), dpi=110, layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _axes("relative L2 error of attention")
     for name in dict.fromkeys(row["method"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["method"] == name and "ms" in row]
         if not rows:
             continue
         share = [row["ms"] / row["dense_ms"] for row in rows]
-        wide = 2.4 if name == "Piecewise" else 1.2
+        wide = 2.4 if name.startswith("Piecewise") else 1.2
         axes.plot(share, [row["error"] for row in rows], marker="o", linewidth=wide, label=name)
-    axes.set_xlabel("time of one attention call, dense = 1")
-    axes.set_ylabel("relative L2 error of attention")
     axes.set_yscale("log")
+    _finish(figure, axes, f"{report['frames']} frames, density 0.05 to 0.3", path)
+
+
+def _axes(what: str) -> tuple[Any, Any]:
+    """Figure and axes of what is drawn against the time of a call."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.8), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel("time of one attention call, dense = 1")
+    axes.set_ylabel(what)
+    return figure, axes
+
+
+def _finish(figure: Any, axes: Any, title: str, path: Path) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
-    axes.set_title(f"{report['frames']} frames, density 0.05 to 0.3", fontsize=10)
+    axes.set_title(title, fontsize=10)
     figure.savefig(path)

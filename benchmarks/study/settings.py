@@ -1,7 +1,8 @@
 """The methods at a density, as far as their options reach it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
+from statistics import linear_regression
 from typing import Any
 
 from gen_accel import (
@@ -16,6 +17,7 @@ from gen_accel import (
 DENSITIES = (0.05, 0.1, 0.2, 0.3)
 BOX = (4, 4, 4)
 CHUNKS = (8, 48, 72)
+UNPOOLED = ("Radial", "Neighborhood", "BlockMixture", "SparseLinear")
 POOLED = ("Piecewise", "PISA", "PISA, raster", "Sol-Attn", "Sol-Attn, raster")
 
 
@@ -58,6 +60,31 @@ def pooled(density: float, densities: Callable[[Any], float]) -> dict[str, Any]:
         "Sol-Attn": by_tau(),
         "Sol-Attn, raster": by_tau(tile="raster"),
     }
+
+
+def equal_time(rows: Sequence[dict[str, Any]], density: float) -> dict[str, float]:
+    """Densities at which the methods without a rest take as long as `Piecewise` at `density`.
+
+    Args:
+        rows: of errors, which hold the milliseconds of a call. The time of a method is taken as
+            linear in its density.
+    """
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if "ms" in row:
+            points.setdefault(row["method"], []).append(
+                (row["density"], row["ms"] / row["dense_ms"])
+            )
+    wanted = next(
+        row["ms"] / row["dense_ms"]
+        for row in rows
+        if (row["method"], row["asked"]) == ("Piecewise", density)
+    )
+    found = {}
+    for name in UNPOOLED:
+        slope, start = linear_regression(*zip(*points[name], strict=True))
+        found[name] = round((wanted - start) / slope, 3)
+    return found
 
 
 def sol(tau: float, **options: Any) -> Piecewise:

@@ -20,13 +20,14 @@ from gen_accel.kernels import run
 from gen_accel.kernels.mass import block_mass
 from gen_accel.plan import Plan, Rest, pack, plan_of_call, unpack
 
-Choice = Literal["mean", "spread", "threshold", "reuse", "oracle"]
-Pooling = Literal["none", "key", "key + slope", "query", "mixed"]
+Choice = Literal["mean", "spread", "loss", "threshold", "reuse", "oracle"]
+Pooling = Literal["none", "key", "key + slope", "mixed", "query", "query + variance"]
 RESTS: dict[str, Rest | None] = {
     "none": None,
     "key": Rest("key"),
     "key + slope": Rest("key", "first"),
     "query": Rest("query"),
+    "query + variance": Rest("query", "second"),
 }
 
 
@@ -36,7 +37,8 @@ class Variant:
 
     Args:
         choice: by the product of "mean" query and mean key, by the "spread" of a block under the
-            mean query, by Sol-Attn's "threshold" on the former, or by the true mass, "oracle".
+            mean query, by that and the deviation of its values ("loss"), by Sol-Attn's "threshold"
+            on the first, or by the true mass, "oracle".
             "reuse" is the oracle's of an earlier step, see `keep`.
         rest: "mixed" weighs blocks by their mean keys, and takes values under the softmax of the
             mean query.
@@ -44,8 +46,8 @@ class Variant:
         share: of the key blocks; with "threshold", what `tau` comes to.
     """
 
-    choice: Choice = "spread"
-    rest: Pooling = "query"
+    choice: Choice = "loss"
+    rest: Pooling = "query + variance"
     tile: tuple[int, int, int] | Literal["raster"] = (4, 4, 4)
     block_q: int = 64
     share: float = 0.2
@@ -59,7 +61,7 @@ class Variant:
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
     ) -> Tensor:
         layout = self.layout(video)
-        scores = self.scores(q, k, layout)
+        scores = self.scores(q, k, v, layout)
         return self.attend(q, k, v, self.planned(scores, layout), kernel)
 
     def plan(self, video: VideoShape, device: torch.device) -> Plan:
@@ -71,13 +73,13 @@ class Variant:
         return layout_of(video, torch.device("cpu"), self.block_q, 64, self.tile)
 
     @torch.no_grad()
-    def scores(self, q: Tensor, k: Tensor, layout: Layout) -> Tensor:
+    def scores(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         """(B, H, Kq, R) fp32, by which the key blocks are ranked that have no text."""
         scale = q.shape[3] ** -0.5
         if self.choice in ("oracle", "reuse"):
             return layout.of_ranked(block_mass(q, k, layout.slots, scale=scale), 3)
-        kind = "spread" if self.choice == "spread" else "mean"
-        return Scores(q, k, layout, kind=kind, scale=scale).of(slice(None))
+        kind = self.choice if self.choice in ("spread", "loss") else "mean"
+        return Scores(q, k, layout, v=v, kind=kind, scale=scale).of(slice(None))
 
     @torch.no_grad()
     def planned(self, scores: Tensor, layout: Layout) -> Plan:
