@@ -31,7 +31,8 @@ class Kind(NamedTuple):
     Args:
         dtype: a short name, such as "bf16".
         dim: of a head.
-        rule: "none", "windows", "route" or "gain"; or the centre of a rest, "query" or "key".
+        rule: "none", "windows", "route" or "gain"; or a rest, around each
+            "query" or "key", or of the "second" order.
         backward: gradients too.
     """
 

@@ -87,7 +87,7 @@ def of_errors(args: argparse.Namespace, head: dict[str, Any]) -> None:
         if tile is None:
             tile = calibrated_tile(pipe, methods["Piecewise"], args.frames)
         methods["Piecewise, calibrated"] = methods["Piecewise"].tiled(tile)
-        branches = fitted(pipe, methods["SparseLinear"], args.frames)
+        methods["SparseLinear"], branches = fitted(pipe, methods["SparseLinear"], args.frames)
         taken = errors.milliseconds(methods, calls[0], video, ROUNDS, branches)
         for name, method in methods.items():
             known = branches if isinstance(method, SparseLinear) else None
@@ -101,11 +101,12 @@ def of_errors(args: argparse.Namespace, head: dict[str, Any]) -> None:
             keep_row(report, row, RESULTS / f"methods_errors_{args.frames}.json")
 
 
-def fitted(pipe: Any, method: SparseLinear, frames: int) -> dict[int, Any]:
-    """The branches of each layer, fitted to prompts that are not measured."""
+def fitted(pipe: Any, method: SparseLinear, frames: int) -> tuple[Any, dict[int, Any]]:
+    """The method with its tiles, and the branches of each layer, fitted to prompts that are not
+    measured."""
     with attach(pipe, method) as handle:
         clips.fit_to(pipe, fit_prompts(), frames)
-        return dict(enumerate(handle.branches.values()))
+        return handle.method, dict(enumerate(handle.branches.values()))
 
 
 def calibrated_tile(pipe: Any, method: Any, frames: int) -> Any:

@@ -2,23 +2,23 @@
 
 import math
 from dataclasses import replace
-from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
 from gen_accel import Neighborhood, VideoShape
-from gen_accel.plan import Centre, Plan, Rest, Route, Windows
+from gen_accel.plan import Plan, Rest, Route, Windows
 
 OF_METHOD = 0  # in the place of a block's size: the plan is one of Neighborhood's
 RULES = ("none", "windows", "route", "gain")
-CENTRES = get_args(Centre)  # of a rest, in the place of a rule
+# In the place of a rule.
+RESTS = {"query": Rest("query"), "key": Rest("key"), "second": Rest("query", "second")}
 KEPT = 0.4  # share of the block pairs, and of the picks
 NEAR = 4  # windows reach this part of the grid to each side
 
 
 def plan_of_rule(grid: tuple[int, int, int], text: int, block: int, rule: str, heads: int) -> Plan:
-    """A plan on the CPU with padding, tokens out of order, and one of RULES or CENTRES.
+    """A plan on the CPU with padding, tokens out of order, and one of RULES or RESTS.
 
     Args:
         block: slots of a query and of a key block, or OF_METHOD.
@@ -49,8 +49,7 @@ def plan_of_rule(grid: tuple[int, int, int], text: int, block: int, rule: str, h
     gain = None
     if rule == "gain":
         gain = 0.3 + 0.7 * torch.rand(1, 1, blocks, blocks, generator=g)
-    rest = Rest(cast(Centre, rule)) if rule in CENTRES else None
-    return Plan(slots, keep, block, block, gain=gain, rest=rest)
+    return Plan(slots, keep, block, block, gain=gain, rest=RESTS.get(rule))
 
 
 def _padded(tokens: Tensor, block: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""The rest of a plan, pooled around mean keys and mean queries: parity, then its price."""
+"""The rest of a plan, pooled around mean keys, and around mean queries with the second order and
+without: parity, then its price."""
 
 import itertools
 from collections.abc import Iterator
@@ -11,10 +12,10 @@ from ledger import Kind, Line
 from parity import DTYPES, step
 
 from gen_accel.kernels import rest_cost, run
-from gen_accel.plan import Centre, Plan, Rest
+from gen_accel.plan import Plan, Rest
 
 from .correct import parity_line
-from .plans import CENTRES
+from .plans import RESTS
 from .setting import Setting
 
 TOKENS, HEADS, DENSITY = 32_768, 12, 0.1
@@ -22,19 +23,19 @@ BLOCK_Q, BLOCK_K = 128, 64
 
 
 def lines(at: Setting) -> Iterator[Line]:
-    """Each centre held to the reference, then timed beside attention over the kept keys alone."""
+    """Each rest held to the reference, then timed beside attention over the kept keys alone."""
     if "triton" not in at.timed:
         return
-    for block, centre in itertools.product(at.blocks[: 1 if at.dry else None], CENTRES):
-        yield parity_line(at, "triton", "bf16", at.dims[0], block, centre)
-    for direction, centre in itertools.product(("forward", "both"), CENTRES):
-        holds = Kind("triton", "bf16", at.dims[0], centre, direction == "both")
-        name = f"rest around each {centre}'s mean, {direction}"
-        yield Line(name, 25.0, partial(_timed, at, centre, direction), partial(list, [holds]))
+    for block, kind in itertools.product(at.blocks[: 1 if at.dry else None], RESTS):
+        yield parity_line(at, "triton", "bf16", at.dims[0], block, kind)
+    for direction, (kind, rest) in itertools.product(("forward", "both"), RESTS.items()):
+        holds = Kind("triton", "bf16", at.dims[0], kind, direction == "both")
+        name = f"rest around each {rest.centre}'s mean, {rest.order} order, {direction}"
+        yield Line(name, 25.0, partial(_timed, at, rest, direction), partial(list, [holds]))
 
 
-def _timed(at: Setting, centre: Centre, direction: str) -> dict[str, Any]:
-    plan, heads, dim = _plan(at, centre), at.heads if at.dry else HEADS, at.dims[0]
+def _timed(at: Setting, rest: Rest, direction: str) -> dict[str, Any]:
+    plan, heads, dim = _plan(at, rest), at.heads if at.dry else HEADS, at.dims[0]
     generator = torch.Generator(at.device).manual_seed(0)
     shape = (1, heads, plan.tokens, dim)
     inputs = [
@@ -65,10 +66,10 @@ def _even(at: Setting, plan: Plan, heads: int) -> float:
     return rest_cost.even_density(problem, configs.architecture(at.device))
 
 
-def _plan(at: Setting, centre: Centre) -> Plan:
+def _plan(at: Setting, rest: Rest) -> Plan:
     """Blocks at random, the same for all heads."""
     tokens, block_q, block_k = (64, 32, 16) if at.dry else (TOKENS, BLOCK_Q, BLOCK_K)
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand(1, 1, tokens // block_q, tokens // block_k, generator=generator) < DENSITY
     keep[..., 0] = True  # no row of a dry run sees nothing
-    return Plan(torch.arange(tokens), keep, block_q, block_k, rest=Rest(centre)).to(at.device)
+    return Plan(torch.arange(tokens), keep, block_q, block_k, rest=rest).to(at.device)

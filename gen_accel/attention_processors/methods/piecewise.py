@@ -290,8 +290,9 @@ class Piecewise:
     def _rest(self, q: Tensor, layout: Layout, entries: int | None) -> Rest | None:
         if self.rest is None:
             return None
-        centre = centre_of_call(self.centre, q, layout.slots, entries)
-        return rest_of(self.rest, centre, order_in(self.tile, self.order))
+        order = order_in(self.tile, self.order)
+        centre = centre_of_call(self.centre, order, q, layout.slots, entries)
+        return rest_of(self.rest, centre, order)
 
     def _above(self, by: Scores) -> Tensor:
         """(B, H, Kq, Kk) bool, what is kept by itself and what scores above the threshold."""

@@ -26,8 +26,7 @@ def rest_of(rest: Pool | None, centre: Centre = "query", order: Order = "auto") 
         ValueError: none of their values, an order of the other centre, or options of a rest that
             is not asked for.
     """
-    by_centre: dict[Centre, RestOrder] = {"query": "second", "key": "zeroth"}
-    made = Rest(centre, by_centre.get(centre, "zeroth") if order == "auto" else order)
+    made = Rest(centre, _order_around(centre, order))
     if rest not in (None, "means"):
         raise ValueError(f"rest must be None or 'means', got {rest!r}")
     if rest is None and (centre, order) != ("query", "auto"):
@@ -38,13 +37,22 @@ def rest_of(rest: Pool | None, centre: Centre = "query", order: Order = "auto") 
     return None if rest is None else made
 
 
-def centre_of_call(centre: Around, q: Tensor, slots: Slots, entries: int | None) -> Centre:
+def _order_around(centre: Centre, order: Order) -> RestOrder:
+    if order != "auto":
+        return order
+    return "second" if centre == "query" else "zeroth"
+
+
+def centre_of_call(
+    centre: Around, order: Order, q: Tensor, slots: Slots, entries: int | None
+) -> Centre:
     """Centre of a call: "auto" is, on GPUs, the one that a model of their
     products and bytes calls faster for the same quality; elsewhere it is "query".
 
     Nothing waits for the device.
 
     Args:
+        order: of the rest, which around queries costs more.
         q: (B, H, N, D).
         slots: how its tokens lie in blocks.
         entries: how many pairs of blocks a head keeps at most. None: their scores alone tell,
@@ -57,4 +65,5 @@ def centre_of_call(centre: Around, q: Tensor, slots: Slots, entries: int | None)
     B, H, N, D = q.shape
     blocks = slots.block_q, slots.block_k
     pairs = (len(slots.slots) // blocks[0]) * (len(slots.slots) // blocks[1])
-    return centre_of(Problem(B * H, N, D, *blocks), min(entries / pairs, 1.0), q.device)
+    problem, density = Problem(B * H, N, D, *blocks), min(entries / pairs, 1.0)
+    return centre_of(problem, density, q.device, _order_around("query", order))

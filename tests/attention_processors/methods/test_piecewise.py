@@ -378,7 +378,7 @@ class TestCentres:
         with FakeTensorMode():
             q = torch.empty(1, 12, self.VIDEO.tokens, 128, device=device)
             entries = None if density is None else round(density * 256 * 512)
-            return pooled.centre_of_call(method.centre, q, slots, entries)
+            return pooled.centre_of_call(method.centre, method.order, q, slots, entries)
 
     @pytest.mark.parametrize(("share", "centre"), [(0.98, "key"), (1.02, "query")])
     def test_gpus_go_by_the_model_of_what_they_take(self, share, centre, monkeypatch):
@@ -403,7 +403,7 @@ class TestCentres:
         method = Piecewise(0.3, centre="auto", budget=budget, **SMALL)
         q, k, _ = random_qkv(RAGGED)
         plan = method.plan_for(q, k, video=RAGGED)
-        (_, _, slots, entries) = said[0]
+        *_, slots, entries = said[0]
         most = plan.keep.sum((2, 3)).max()
         assert plan.rest == Rest("key")
         assert len(slots.slots) == len(plan.slots)
