@@ -116,8 +116,8 @@ def around_queries(problem: Problem, cached: int) -> list[Work]:
 
 
 def second_order(problem: Problem) -> list[Work]:
-    """What the second order adds to `around_queries`: the curve, the means of k, the squares of
-    what k is off them, and the pooled keys once more through the cache."""
+    """Work that the second order adds to `around_queries`: the curve, the means of k, the squares
+    of what k is off them, and the pooled keys once more through the cache."""
     once = Work(0, problem.one, problem.one)
     return [*curve(problem), once, once, Work(0, 0, pooled_bytes(problem) / 2, launches=0)]
 

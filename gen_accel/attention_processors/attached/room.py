@@ -90,7 +90,7 @@ def _free_of_host() -> int | None:
 
 
 def _number_in(file: Path) -> int | None:
-    """None where there is no such file, or no limit, which is written "max"."""
+    """Number in a file; None where there is no such file, or no limit, which is written "max"."""
     try:
         return int(file.read_text(encoding="ascii"))
     except (OSError, ValueError):

@@ -1,5 +1,5 @@
-// Second order of a rest around queries, as rest.cpp takes it, in two passes over q and one over k,
-// and its gradients: see kernels/curve.py.
+// Second order of a rest around queries, as rest.cpp takes it, and its gradients: see
+// kernels/curve.py. Forward it reads q twice and k once.
 //
 // Called through ctypes. Letters as in plan.py.
 
@@ -42,7 +42,7 @@ struct Side {
     }
   }
 
-  // Calls `one` with each block, of all heads, and memory of D numbers twice.
+  // Calls `one` with each block of all heads, and memory for its mean and what a token is off it.
   template <typename F>
   void blocks_of_all(F&& one) const {
     at::parallel_for(0, BH * blocks, 1, [&](i64 begin, i64 end) {
@@ -58,7 +58,7 @@ struct Side {
     return std::max(sum, 1.0);
   }
 
-  // (B x H, D): over all blocks, each times what `weigh` gives it for a token, over `total`.
+  // (B x H, D): the sums over all tokens of a head, each times what `weigh` gives for it.
   template <typename F>
   std::vector<float> sums(F&& weigh) const {
     std::vector<float> parts(BH * blocks * a.D), made(BH * a.D);
@@ -77,7 +77,10 @@ struct Side {
 
   void mean_squares(float* to) const {
     auto made = sums([&](i64 bh, i64 j, i64) { return counts[bh * blocks + j]; });
-    for (i64 n = 0; n < BH * a.D; n++) to[n] = made[n] / total(n / a.D);
+    for (i64 bh = 0; bh < BH; bh++) {
+      float all = total(bh);
+      for (i64 n = bh * a.D; n < (bh + 1) * a.D; n++) to[n] = made[n] / all;
+    }
   }
 
   // Gradients of x: 2 off by what `weigh` gives each channel of a token, less their mean.
@@ -135,9 +138,10 @@ struct Sides {
       i64 at = bh * a.D;
       float over = inverse(a, bh), factor = factors[bh] = a.factor * over;
       float own = factor * dot(by_rise.data() + at, a.by + at, a.D) * over;
+      float of_q = q.total(bh), of_k = k.total(bh);
       for (i64 d = at; d < at + a.D; d++) {
-        dweight[d] = (a.of_weight[d] - own * a.by[d]) / q.total(bh);
-        dby[d] = (factor * by_rise[d] - own * a.weight[d]) / k.total(bh);
+        dweight[d] = (a.of_weight[d] - own * a.by[d]) / of_q;
+        dby[d] = (factor * by_rise[d] - own * a.weight[d]) / of_k;
       }
     }
     q.gradients(a.dq, [&](i64 bh, i64 i, i64 t, float* row) {

@@ -71,7 +71,7 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q and k."""
-    dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    dq, dk = _gradients(q, k)
     call = _call(q, k, of_q, of_k, slots, count, block_q, block_k, scale)
     call.whole(of_rise=of_rise, of_weight=of_weight, weight=weight, by=by)
     call.filled(dq=dq, dk=dk)
@@ -89,6 +89,10 @@ def _(
     k: Tensor,
     *given: Any,
 ) -> tuple[Tensor, Tensor]:
+    return _gradients(q, k)
+
+
+def _gradients(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
     return dq, dk
 

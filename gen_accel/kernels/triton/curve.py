@@ -189,8 +189,8 @@ def rise_kernel(
 
 @triton.jit
 def _slope(drise, o_t, b_own, b_all, QUERIES: tl.constexpr):
-    """What the squares of tokens o_t are worth: as much for `b_all` of the block, and of QUERIES
-    for their own rise."""
+    """Slope by the squares of tokens o_t: `b_all` of their block, and of QUERIES that by their own
+    rise."""
     if QUERIES:
         b_g = tl.load(drise + o_t, mask=o_t >= 0, other=0.0)
         return b_g[:, None] * b_own[None, :] + b_all[None, :]
@@ -316,7 +316,7 @@ def curve(
 
 
 def _like(q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a call gives, uninitialised."""
+    """Results of a call, uninitialised."""
     B, H, N, D = q.shape
     shapes = (B, H, N), (B, H, D), (B, H, D), (2, B, H)
     rise, weight, by, totals = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)

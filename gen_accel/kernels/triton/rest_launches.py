@@ -27,7 +27,7 @@ PAIRS = 1 << 15  # the most in a chunk, which the second axis of a grid numbers
 
 
 class Curved(NamedTuple):
-    """What the second order of `Rest` takes beside q, k and v, all in fp32.
+    """Tensors that the second order of `Rest` takes beside q, k and v, all in fp32.
 
     Args:
         rise, weight: of `kernels.curve.Curve`, (B, H, N) and (B, H, D).
