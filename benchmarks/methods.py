@@ -2,6 +2,7 @@
 
     python benchmarks/methods.py --errors      # of attention, on captured q, k and v
     python benchmarks/methods.py --ablation    # what each part of a pooled rest buys
+    python benchmarks/methods.py --random      # the same on a Wan with random weights
     python benchmarks/methods.py --clips       # PSNR of whole clips; --worker 1/2, 2/2 share them
     python benchmarks/methods.py --others      # ways that were measured and not built
     python benchmarks/methods.py --docs        # tables and the picture in docs/ from the results
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study import ablation, captured, clips, errors, others, page, settings
+from study import ablation, captured, clips, errors, others, page, random_wan, settings
 from study.variants import Variant
 
 from gen_accel import Piecewise, SparseLinear, attach
@@ -31,6 +32,7 @@ RESULTS = Path(__file__).parent / "results"
 KEPT = Path("outputs/methods")  # clips and rows so far
 MEASURED, FITTED = (0, 1, 2, 3, 4, 5), (6, 7)  # prompts
 FEWER_LAYERS = 0, 1, 3, 4  # of the six, for errors of the ablation
+RANDOM_LAYERS = 0, 3  # of the four of `random_wan`
 FEWER = 3  # of those measured, for clips of a cell of the ablation
 STEPS_SEEN = 5, 12
 ROUNDS = 7
@@ -53,7 +55,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     mode = parser.add_mutually_exclusive_group(required=True)
-    for name in ("errors", "ablation", "clips", "others", "docs"):
+    for name in ("errors", "ablation", "random", "clips", "others", "docs"):
         mode.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--frames", type=int, default=captured.FRAMES)
     parser.add_argument("--prompts", type=int, nargs="+", default=MEASURED)
@@ -67,7 +69,13 @@ def main() -> None:
     if args.docs:
         page.write()
         return
-    modes = {"errors": of_errors, "ablation": of_ablation, "clips": of_clips, "others": of_others}
+    modes = {
+        "errors": of_errors,
+        "ablation": of_ablation,
+        "random": of_random,
+        "clips": of_clips,
+        "others": of_others,
+    }
     run = next(run for name, run in modes.items() if getattr(args, name))
     prompts = [captured.PROMPTS[i] for i in args.prompts]
     run(args, environment() | {"frames": args.frames, "prompts": prompts})
@@ -95,7 +103,7 @@ def of_errors(args: argparse.Namespace, head: dict[str, Any]) -> None:
             row = {"method": name, "asked": density, "options": str(method), **found}
             row |= {"ms": taken[name], "dense_ms": taken["dense"]}
             keep_row(report, row, RESULTS / f"methods_errors_{args.frames}.json")
-        for rest in ("none", "key", "query + variance"):
+        for rest in ("none", "key", "second order"):
             found = errors.oracle(density, rest, calls, video)
             row = {"method": f"oracle's choice, rest {rest}", "asked": density, **found}
             keep_row(report, row, RESULTS / f"methods_errors_{args.frames}.json")
@@ -129,6 +137,16 @@ def of_ablation(args: argparse.Namespace, head: dict[str, Any]) -> None:
     report = head | facts | {"rows": []}
     for row in ablation.cells(calls, video, whole=args.whole):
         keep_row(report, row, RESULTS / "methods_ablation.json")
+
+
+def of_random(args: argparse.Namespace, head: dict[str, Any]) -> None:
+    """The cells of the ablation on calls of a model that nobody trained."""
+    video, steps = captured.grid(args.frames), (ablation.MADE_AT, *STEPS_SEEN)
+    calls = [c for c in random_wan.capture(steps, video) if c.layer in RANDOM_LAYERS]
+    facts = {"steps": STEPS_SEEN, "made_at": ablation.MADE_AT, "layers": RANDOM_LAYERS}
+    report = head | {"prompts": [], "model": random_wan.CONFIG} | facts | {"rows": []}
+    for row in ablation.cells(calls, video, whole=args.whole):
+        keep_row(report, row, RESULTS / "methods_random.json")
 
 
 def of_clips(args: argparse.Namespace, head: dict[str, Any]) -> None:

@@ -186,7 +186,8 @@ class Route:
 
 Centre = Literal["query", "key"]
 RestOrder = Literal["zeroth", "first", "second"]
-ORDERS: dict[RestOrder, Centre] = {"first": "key", "second": "query"}
+# Orders that are for one centre alone.
+ORDERS: dict[RestOrder, Centre] = {"second": "query"}
 
 # What of the second order is added: 1/2 in the expansion. A little less came nearer to dense
 # attention in most boxes of the demo model: a sharp softmax grows less than its variance says.
@@ -211,11 +212,14 @@ class Rest:
     The first is exact where the keys of a block are equal, the second where they are or where
     the queries of a block are.
 
-    "key" has a first order, PISA's: the output gains r_t scale (q_t H) / N, where r_t is what
-    query t weighs the rest by and H = sum_t (k_t - kmean)^T v_t over all keys.
+    In first order the values of a block change with the query, by one slope for a head: the output
+    gains r_t scale (x_t H) / N, where r_t is what query t weighs the rest by, H = sum_t
+    (k_t - kmean)^T v_t over all keys, and x_t is how far the query is from the one that is pooled
+    around: q_t around keys, as PISA has it, and q_t - qmean_i around queries.
 
-    "query" has a second order: the logarithm of what query t of block i weighs block j by gains
-    CURVATURE a_t s_ij, at most MOST_GAINED (from where on its gradient is 0), with
+    "query" has a second order, which adds one for weights: the logarithm of what query t of block
+    i weighs block j by gains CURVATURE a_t s_ij, at most MOST_GAINED (from where on its gradient
+    is 0), with
 
         s_ij = sum_d w_d var_ijd
         a_t = scale^2 sum_d u_d (q_td - qmean_id)^2 / sum_d w_d u_d
@@ -229,11 +233,12 @@ class Rest:
 
     Args:
         centre: whose mean it is pooled around; see above.
-        order: "first" is for `centre="key"`, "second" for `centre="query"`.
+        order: each has what those before it have; "second" is for `centre="query"`.
 
     References:
         "key" is the rest of PISA (https://arxiv.org/abs/2602.01077) and of Sol-Attn
-        (https://arxiv.org/abs/2607.24027); the first order is PISA's. "query" is our own.
+        (https://arxiv.org/abs/2607.24027), the first order around keys is PISA's. All else is our
+        own.
     """
 
     centre: Centre = "query"

@@ -57,7 +57,7 @@ def _error(call: Captured, plan: Plan) -> float:
     return relative_error(out, call.dense)
 
 
-def ours(q: Tensor, k: Tensor, layout: Layout, density: float) -> Tensor:
+def spread(q: Tensor, k: Tensor, layout: Layout, density: float) -> Tensor:
     """The score "spread" of `Piecewise`."""
     query = block_means(q, layout.slots, layout.slots.block_q)
     return block_spread(query, k, layout.slots, scale=q.shape[3] ** -0.5)
@@ -69,8 +69,8 @@ def ceiling(q: Tensor, k: Tensor, layout: Layout, density: float) -> Tensor:
 
 
 def int4(q: Tensor, k: Tensor, layout: Layout, density: float) -> Tensor:
-    """`ours` on queries and keys of four bits, one scale a token (SALE)."""
-    return ours(_rounded(q), _rounded(k), layout, density)
+    """`spread` on queries and keys of four bits, one scale a token (SALE)."""
+    return spread(_rounded(q), _rounded(k), layout, density)
 
 
 def _rounded(x: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def agents(q: Tensor, k: Tensor, v: Tensor, layout: Layout, density: float) -> T
 
 
 CHOICES: dict[str, Callable[[Tensor, Tensor, Layout, float], Tensor]] = {
-    "spread, ours": ours,
+    "spread": spread,
     "true mass, the ceiling of a learned gate": ceiling,
     "spread on int4": int4,
     "hierarchical means": hierarchical,

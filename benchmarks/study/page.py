@@ -15,7 +15,7 @@ DOCS = BENCHMARKS.parent / "docs" / "methods"
 LINK = "../../benchmarks/results"
 SLICE = {
     "choice": "loss",
-    "rest": "query + variance",
+    "rest": "second order",
     "tile": [4, 4, 4],
     "block_q": 64,
     "asked": 0.2,
@@ -31,9 +31,11 @@ def write() -> None:
     parts = [line for report in clips for line in clip_table(report)]
     parts += [line for report in errors for line in error_table(report)]
     write_between_marks(DOCS / "choose.md", ["", *parts])
-    parts = [] if (found := result("ablation")) is None else ablation_tables(found)
+    parts = [] if (found := result("ablation")) is None else ablation_tables(found, "ablation")
     parts += part_clips(clips[0]) if clips else []
     parts += cost_table(made) if (made := rest_costs()) else []
+    if (found := result("random")) is not None:
+        parts += ["### A Wan with random weights", "", *ablation_tables(found, "random")]
     write_between_marks(DOCS / "piecewise.md", ["", *parts])
     if (found := result("others")) is not None:
         write_between_marks(DOCS / "index.md", ["", *other_table(found)])
@@ -129,11 +131,15 @@ def _error_cell(row: dict[str, Any]) -> str:
     return f"{row['error']:.3f} ({row['density']:.2f}{speed})"
 
 
-def ablation_tables(report: dict[str, Any]) -> list[str]:
-    """Tables, one for each part: its values in rows, rests in columns, all else as in `SLICE`."""
+def ablation_tables(report: dict[str, Any], mode: str) -> list[str]:
+    """Tables, one for each part: its values in rows, rests in columns, all else as in `SLICE`.
+
+    Args:
+        mode: of methods.py, which names the result file.
+    """
     lines = [
         f"Relative L2 error of attention, {report['frames']} frames, {report['device']}, "
-        f"[result file]({LINK}/methods_ablation.json). All else is choice by loss, boxes of "
+        f"[result file]({LINK}/methods_{mode}.json). All else is choice by loss, boxes of "
         "4 x 4 x 4, query blocks of 64, density 0.2.",
         "",
     ]

@@ -21,13 +21,14 @@ from gen_accel.kernels.mass import block_mass
 from gen_accel.plan import Plan, Rest, pack, plan_of_call, unpack
 
 Choice = Literal["mean", "spread", "loss", "threshold", "reuse", "oracle"]
-Pooling = Literal["none", "key", "key + slope", "mixed", "query", "query + variance"]
+Pooling = Literal["none", "key", "key + slope", "mixed", "query", "query + slope", "second order"]
 RESTS: dict[str, Rest | None] = {
     "none": None,
     "key": Rest("key"),
     "key + slope": Rest("key", "first"),
     "query": Rest("query"),
-    "query + variance": Rest("query", "second"),
+    "query + slope": Rest("query", "first"),
+    "second order": Rest("query", "second"),
 }
 
 
@@ -47,7 +48,7 @@ class Variant:
     """
 
     choice: Choice = "loss"
-    rest: Pooling = "query + variance"
+    rest: Pooling = "second order"
     tile: tuple[int, int, int] | Literal["raster"] = (4, 4, 4)
     block_q: int = 64
     share: float = 0.2

@@ -41,7 +41,7 @@ def forward_lse(
         out = out + (by_rest @ rest.values).flatten(2, 3)
         if rest.slope is not None:
             share = by_rest.sum(-1).flatten(2, 3)[..., None]
-            out = out + share * (pack(q, plan).to(out.dtype) @ rest.slope) * scale / plan.tokens
+            out = out + share * (rest.off.flatten(2, 3) @ rest.slope) * scale / plan.tokens
     return unpack(out, plan).to(out.dtype if wide else q.dtype), unpack(lse, plan)[..., 0]
 
 
@@ -65,11 +65,13 @@ class Pooled(NamedTuple):
     Args:
         scores: (B, H, S, Kk), -inf for blocks that are kept or hold nothing.
         values: (B, H, 1 or Kq, Kk, D), for all query blocks or for each.
+        off: (B, H, Kq, block_q, D), each query off the one that is pooled around, x there.
         slope: (B, H, D, D), H there; None in zeroth order.
     """
 
     scores: Tensor
     values: Tensor
+    off: Tensor
     slope: Tensor | None
 
 
@@ -82,33 +84,31 @@ def pooled(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Pool
     keys, values = (x.unflatten(2, (-1, plan.block_k)) for x in (k, v))
     real_k = plan.real.view(-1, plan.block_k, 1)
     count = real_k.sum(1)  # (Kk, 1)
-    slope = None
+    kmean, vmean = ((x * real_k).sum(3) / count.clamp_min(1) for x in (keys, values))
     if plan.rest.centre == "key":
-        key, value = ((x * real_k).sum(3) / count.clamp_min(1) for x in (keys, values))
-        weighed = (queries @ key.mT[:, :, None] * scale + count[:, 0].to(compute).log()).flatten(
-            2, 3
-        )
-        value = value[:, :, None]
-        if plan.rest.order == "first":
-            slope = ((keys - key[:, :, :, None]) * real_k).flatten(2, 3).mT @ v
+        off, value = queries, vmean[:, :, None]
+        weighed = off @ kmean.mT[:, :, None] * scale + count[:, 0].to(compute).log()
     else:
         query = (queries * real_q).sum(3) / real_q.sum(1).clamp_min(1)  # (B, H, Kq, D)
+        off = queries - query[:, :, :, None]
         score = torch.einsum("bhid,bhjtd->bhijt", query, keys) * scale
         score = score.masked_fill(~real_k[..., 0], -torch.inf)
         lse, weight = score.logsumexp(-1), score.softmax(-1).where(real_k[..., 0], 0.0)
         key, value = (torch.einsum("bhijt,bhjtd->bhijd", weight, x) for x in (keys, values))
-        weighed = (queries - query[:, :, :, None]) @ key.mT * scale + lse[:, :, :, None]
+        weighed = off @ key.mT * scale + lse[:, :, :, None]
         if plan.rest.order == "second":
             both = ~plan.keep & (real_q[..., 0].sum(1) > 0)[:, None] & (count[:, 0] > 0)
             a, w = bend(queries, keys, both, plan, scale)
-            off = (keys[:, :, None] - key[:, :, :, :, None]).square()
-            s = torch.einsum("bhijt,bhijtd,bhd->bhij", weight, off, w)
+            apart = (keys[:, :, None] - key[:, :, :, :, None]).square()
+            s = torch.einsum("bhijt,bhijtd,bhd->bhij", weight, apart, w)
             gained = CURVATURE * a[..., None] * s[:, :, :, None]
             weighed = weighed + gained.clamp_max(MOST_GAINED)
-        weighed = weighed.flatten(2, 3)
+    slope = None
+    if plan.rest.order != "zeroth":
+        slope = ((keys - kmean[:, :, :, None]) * real_k).flatten(2, 3).mT @ v
     left_out = ~plan.keep & (count[:, 0] > 0)
     left_out = left_out.repeat_interleave(plan.block_q, 2)
-    return Pooled(weighed.masked_fill(~left_out, -torch.inf), value, slope)
+    return Pooled(weighed.flatten(2, 3).masked_fill(~left_out, -torch.inf), value, off, slope)
 
 
 def bend(

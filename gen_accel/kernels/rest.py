@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_accel.kernels import slope
 from gen_accel.kernels.curve import Curve, curve_of
 from gen_accel.kernels.helpers import native_serves, triton_serves
 from gen_accel.kernels.native import rest as native
-from gen_accel.kernels.packed import Packed
 from gen_accel.plan import MOST_GAINED, Plan, pack, unpack
 
 NUMBERS = 1 << 24  # of scores, pooled keys and pooled values that are made at once
@@ -43,8 +43,6 @@ def attention(
     assert plan.rest is not None
     out, lse = forward_lse(q, k, v, plan.kept, scale=scale, wide=True)
     joint, total = added(out, lse, q, k, v, plan, scale=scale, kernel=kernel)
-    if plan.rest.order == "first":
-        joint = joint + _first_order(lse, total, q, k, v, plan, scale)
     return joint.to(q.dtype), total
 
 
@@ -59,7 +57,7 @@ def added(
     scale: float,
     kernel: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The rest without a slope, merged into attention over the kept keys by log-sum-exps.
+    """The rest, merged into attention over the kept keys by log-sum-exps.
 
     Args:
         out, lse: (B, H, N, D) and (B, H, N), as `forward_lse` of a kernel gives them.
@@ -73,8 +71,13 @@ def added(
     if triton_serves(kernel, q, q.shape[3]):
         from gen_accel.kernels.triton import rest as by_triton  # imports triton
 
-        return by_triton.added(out, lse, q, k, v, plan, curve, scale=scale)
-    return plain(out, lse, q, k, v, plan, curve, scale=scale)
+        joint, total = by_triton.added(out, lse, q, k, v, plan, curve, scale=scale)
+    else:
+        joint, total = plain(out, lse, q, k, v, plan, curve, scale=scale)
+    assert plan.rest is not None
+    if plan.rest.order != "zeroth":
+        joint = slope.added(joint, lse, total, q, k, v, plan, scale=scale)
+    return joint, total
 
 
 def plain(
@@ -88,8 +91,8 @@ def plain(
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`added` in torch, query blocks in groups. The backward pass makes each group anew, so that
-    nothing of the size of the scores is kept."""
+    """`added` in torch, without a slope and with query blocks in groups. The backward pass makes
+    each group anew, so that nothing of the size of the scores is kept."""
     assert plan.rest is not None
     wide = torch.promote_types(lse.dtype, torch.float32)
     q, k, v, out = (pack(x, plan).to(wide) for x in (q, k, v, out))
@@ -250,21 +253,3 @@ class _InGroups(torch.autograd.Function):
 
 def _groups(blocks: int, step: int) -> list[slice]:
     return [slice(i, i + step) for i in range(0, blocks, step)]
-
-
-def _first_order(
-    lse: Tensor, total: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float
-) -> Tensor:
-    """The slope of `Rest`, (B, H, N, D).
-
-    Args:
-        lse, total: log-sum-exps of the kept keys, and of these and the rest.
-    """
-    q, k, v = (x.to(total.dtype) for x in (q, k, v))
-    k, v = (Packed.apply(x, plan) for x in (k, v))
-    key, _ = means(k, v, plan)
-    real = plan.real.view(-1, plan.block_k, 1)
-    centred = (k.unflatten(2, (-1, plan.block_k)) - key[:, :, :, None]) * real
-    slope = centred.flatten(2, 3).mT @ v
-    share = -torch.expm1(lse - total)
-    return (share * (scale / plan.tokens))[..., None] * (q @ slope)

@@ -51,7 +51,7 @@ UNKNOWN = Card(1e12)  # of which ratios alone are asked
 # with mean queries, by the order of these: in PSNR of whole clips of the demo model. Zeroth, four
 # prompts, blocks of 128 queries: 1.2 to 1.4 at density 0.1, more than 2 at 0.2. Second, six
 # prompts, blocks of 64: 1.8 at 0.1, and no density up to 0.2 is enough at 0.2.
-WORTH: dict[RestOrder, float] = {"zeroth": 1.3, "second": 1.7}
+WORTH: dict[RestOrder, float] = {"zeroth": 1.3, "first": 1.3, "second": 1.7}
 
 
 class Problem(NamedTuple):

@@ -212,7 +212,7 @@ def _answer(rows: _Rows, dtype: torch.dtype, rounded: torch.dtype | None = None)
         out = out + (of_rest[:, None] @ rest.values)[:, 0]
         if rest.slope is None:
             return out
-        slope = rows.q.to(dtype) @ rest.slope * (rows.scale / rows.plan.tokens)
+        slope = rest.queries @ rest.slope * (rows.scale / rows.plan.tokens)
         return out + of_rest.sum(-1, keepdim=True) * slope
 
 
@@ -220,7 +220,7 @@ class _Pooled(NamedTuple):
     """The rest of a plan for some queries, see `Rest`; `reference.pooled` for all of them.
 
     Args:
-        queries: (R, D), what the keys are weighed by.
+        queries: (R, D), each off the one that is pooled around: what the keys are weighed by.
         keys, values: (R or 1, Kk, D).
         more: (R or 1, Kk), added to the scores; -inf for blocks that are kept or hold nothing.
         slope: (D, D), H there; None in zeroth order.
@@ -243,14 +243,13 @@ def _pooled(rows: _Rows, dtype: torch.dtype) -> _Pooled | None:
     count = real.sum(1)[:, 0]
     left_out = ~_pattern(plan.keep, rows.sample, rows.head) & (count > 0)
     left_out = left_out[rows.slots // plan.block_q]
-    if plan.rest.centre == "key":
-        key, value = ((x * real).sum(1) / count.clamp_min(1)[:, None] for x in (keys, values))
-        more = count.to(dtype).log().where(left_out, -torch.inf)
-        pooled = _Pooled(q, key[None], value[None], more)
-        if plan.rest.order == "zeroth":
-            return pooled
+    key, value = ((x * real).sum(1) / count.clamp_min(1)[:, None] for x in (keys, values))
+    slope = None
+    if plan.rest.order != "zeroth":
         slope = ((keys - key[:, None]) * real).flatten(0, 1).T @ values.flatten(0, 1)
-        return pooled._replace(slope=slope)
+    if plan.rest.centre == "key":
+        more = count.to(dtype).log().where(left_out, -torch.inf)
+        return _Pooled(q, key[None], value[None], more, slope)
     blocks, row = (rows.slots // plan.block_q).unique(return_inverse=True)
     real_q = plan.real.view(-1, plan.block_q, 1)[blocks]
     query = rows.queries.unflatten(0, (-1, plan.block_q))[blocks].to(dtype)
@@ -262,7 +261,7 @@ def _pooled(rows: _Rows, dtype: torch.dtype) -> _Pooled | None:
     more = score.logsumexp(-1)[row]
     if plan.rest.order == "second":
         more = more + _bent(rows, dtype, weight.transpose(0, 1)[row], key)
-    return _Pooled(q - query[row], key, value, more.where(left_out, -torch.inf))
+    return _Pooled(q - query[row], key, value, more.where(left_out, -torch.inf), slope)
 
 
 def _bent(rows: _Rows, dtype: torch.dtype, shares: Tensor, key: Tensor) -> Tensor:

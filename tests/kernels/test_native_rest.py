@@ -19,9 +19,10 @@ RESTS = {
     "query": Rest("query"),
     "key": Rest("key"),
     "second": Rest("query", "second"),
-    "first": Rest("key", "first"),
+    "first": Rest("query", "first"),
+    "key, first": Rest("key", "first"),
 }
-KINDS = ["query", "key", "second"]
+KINDS = ["query", "key", "second", "first", "key, first"]
 SCALE = 0.3
 
 
@@ -112,15 +113,21 @@ def test_queries_and_keys_far_from_zero(kind, dtype, qkv):
     assert_gradients_no_worse(with_rest(plan), by_reference(plan), inputs, dtype)
 
 
-def test_a_slope_on_top_is_added_before_the_answer_is_rounded(qkv):
-    plan = plan_of("first", 16, 32, 192)
-    inputs = [x.to(BF16).float() for x in qkv(plan.tokens, batch=1)]
-    q, k, v = (x.to(BF16) for x in inputs)
-    given = native.forward_lse(q, k, v, plan.kept, scale=SCALE, wide=True)
-    assert rest.added(*given, q, k, v, plan, scale=SCALE)[0].dtype == FP32
-    exact = by_reference(plan)(q.double(), k.double(), v.double())
-    assert_no_worse(with_rest(plan)(q, k, v), by_reference(plan)(q, k, v), exact)
-    assert_gradients_no_worse(with_rest(plan), by_reference(plan), inputs, BF16)
+@pytest.mark.parametrize("blocks", [(16, 32, 192), (7, 5, 245)], ids=str)
+@pytest.mark.parametrize("centre", ["query", "key"])
+def test_where_all_are_equal_but_for_the_slope(centre, blocks, qkv):
+    """Keys whose scores are all 0 weigh alike; what is left is the slope of the values."""
+    plan = plan_of("first", *blocks)
+    plan.rest = Rest(centre, "first")
+    q, k, v = qkv(plan.tokens, batch=1)
+    q[..., 3:], k[..., :3] = 0, 0  # no score, and no slope; then one that is small
+    run = with_rest(plan)
+    torch.testing.assert_close(run(q, k, v), by_reference(plan)(q, k, v))
+    k[..., :3] = 1e-3 * torch.randn(k[..., :3].shape)
+    inputs = [x.to(BF16).float() for x in (q, k, v)]
+    exact = by_reference(plan)(*(x.double() for x in inputs))
+    assert_no_worse(run(*inputs), by_reference(plan)(*inputs), exact)
+    assert_gradients_no_worse(run, by_reference(plan), inputs, FP32)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -136,7 +143,7 @@ def test_where_nothing_is_left_out_the_answer_stays_bit_for_bit(kind, dtype, qkv
         out, total = rest.added(kept, lse, q, k, v, plan, curve_of(q, k, plan, SCALE), scale=SCALE)
         same = plan.places < (16 if density == 0.3 else 384)
         assert same.sum() > 10
-        assert torch.equal(out[:, :, same], kept[:, :, same].to(dtype))
+        assert torch.equal(out[:, :, same], kept[:, :, same].to(out.dtype))
         assert torch.equal(total[:, :, same], lse[:, :, same])
         assert (total[:, :, ~same] > lse[:, :, ~same]).all()
     above = torch.ones_like(out), torch.ones_like(total)
@@ -152,15 +159,14 @@ def test_gradients_of_both_results_reach_all_five_tensors(kind, qkv):
     q, k, v = qkv(plan.tokens, batch=1)
     inputs = [v.flip(2), k[..., 0] + 1, q, k, v]
 
-    def gradients(run, dtype):
+    def gradients(kernel, dtype):
         leaves = [x.to(dtype).requires_grad_() for x in inputs]
-        curve = curve_of(leaves[2], leaves[3], plan, SCALE)
-        out, total = run(*leaves, plan, curve, scale=SCALE)
+        out, total = pooled.added(*leaves, plan, scale=SCALE, kernel=kernel)
         above = torch.linspace(-1, 1, out.numel()).to(dtype).view(out.shape)
         return torch.autograd.grad((out, total), leaves, (above, above[..., 3]))
 
-    exact, low = (gradients(pooled.plain, dtype) for dtype in (torch.float64, FP32))
-    for found, *others in zip(gradients(rest.added, FP32), low, exact, strict=True):
+    exact, low = (gradients("gather", dtype) for dtype in (torch.float64, FP32))
+    for found, *others in zip(gradients("native", FP32), low, exact, strict=True):
         assert_no_worse(found, *others)
 
 

@@ -244,8 +244,9 @@ def by_hand(q, k, v, plan, head):
             scores, of_rest = torch.stack(scores), torch.tensor(of_rest)
             weights = scores.softmax(0)
             out[t], lse[t] = weights @ torch.stack(values), scores.logsumexp(0)
-            if plan.rest.order == "first":
-                out[t] += weights[of_rest].sum() * SCALE * q[t] @ slope
+            if plan.rest.order != "zeroth":
+                off = q[t] if plan.rest.centre == "key" else q[t] - q[mine].mean(0)
+                out[t] += weights[of_rest].sum() * SCALE * off @ slope
     return out, lse
 
 

@@ -132,7 +132,7 @@ def _piecewises(draw, video):
         sink=draw(st.integers(0, video.frames + 1)),
         score=draw(st.sampled_from(["spread", "mean"])),
         centre=centre,
-        order="zeroth" if centre == "query" else draw(st.sampled_from(["zeroth", "first"])),
+        order=draw(st.sampled_from(["zeroth", "first"])),
         tile="raster" if raster else draw(boxes),
         block_q=block_q,
         block_k=block_k,

@@ -80,6 +80,7 @@ def all_picked(plan):
 
 RESTS = {
     "around queries": Rest(),
+    "around queries, first order": Rest("query", "first"),
     "around queries, second order": Rest("query", "second"),
     "around keys": Rest("key"),
     "around keys, first order": Rest("key", "first"),

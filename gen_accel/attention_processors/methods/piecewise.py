@@ -37,7 +37,7 @@ from gen_accel.attention_processors.methods.pooled import (
     Order,
     Pool,
     centre_of_call,
-    order_in,
+    order_around,
     rest_of,
 )
 from gen_accel.attention_processors.methods.scores import Deviation, Score, Scores
@@ -104,9 +104,10 @@ class Piecewise:
             "head", without `alike`), what `gen_accel.kernels.rest_cost.centre_of` says of the
             size of the call and the density. For training name one: a file of a LoRA that was
             trained on a GPU keeps "auto".
-        order: of its expansion: "first" adds PISA's slope around keys, "second" the variance of a
-            block's keys around queries, "zeroth" neither. "auto": "second" around queries,
-            "zeroth" around keys and in runs of tokens, whose queries lie far from their mean.
+        order: of its expansion around that mean: "first" adds a slope of the values, "second",
+            around queries alone, the variance of a block's keys, too. "auto" around queries:
+            "second", and "first" in runs of tokens, whose queries lie far from their mean. Around
+            keys: "zeroth".
         tile: the box of the smaller block as (frames, rows, columns); blocks then hold as many
             tokens as it. "auto": of all boxes of as many tokens as the smaller block, the one that
             pads the grid least, and then the most even. "raster": blocks are runs of tokens. Or a
@@ -290,9 +291,10 @@ class Piecewise:
     def _rest(self, q: Tensor, layout: Layout, entries: int | None) -> Rest | None:
         if self.rest is None:
             return None
-        order = order_in(self.tile, self.order)
+        flat = self.tile == "raster"
+        order = order_around("query", self.order, flat=flat)
         centre = centre_of_call(self.centre, order, q, layout.slots, entries)
-        return rest_of(self.rest, centre, order)
+        return rest_of(self.rest, centre, self.order, flat=flat)
 
     def _above(self, by: Scores) -> Tensor:
         """(B, H, Kq, Kk) bool, what is kept by itself and what scores above the threshold."""

@@ -1,6 +1,6 @@
 """The option of block methods by which what they leave out comes back, pooled."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -12,21 +12,20 @@ Around = Literal["query", "key", "auto"]
 Order = RestOrder | Literal["auto"]
 
 
-def order_in(tile: Any, order: Order = "auto") -> Order:
-    """Order of a rest by what its blocks are: queries of runs of tokens, a "raster" tile, lie too
-    far from their mean for a second order, and "auto" is "zeroth" there."""
-    return "zeroth" if order == "auto" and tile == "raster" else order
+def rest_of(
+    rest: Pool | None, centre: Centre = "query", order: Order = "auto", *, flat: bool = False
+) -> Rest | None:
+    """Rest of a plan, by the options `rest`, `centre` and `order` of a method.
 
-
-def rest_of(rest: Pool | None, centre: Centre = "query", order: Order = "auto") -> Rest | None:
-    """Rest of a plan, by the options `rest`, `centre` and `order` of a method. The order "auto" is
-    "second" around queries and "zeroth" around keys.
+    Args:
+        flat: blocks are runs of tokens, or lie within a frame: their queries are too far from
+            their mean for the second order, which the order "auto" is else around queries.
 
     Raises:
         ValueError: none of their values, an order of the other centre, or options of a rest that
             is not asked for.
     """
-    made = Rest(centre, _order_around(centre, order))
+    made = Rest(centre, order_around(centre, order, flat=flat))
     if rest not in (None, "means"):
         raise ValueError(f"rest must be None or 'means', got {rest!r}")
     if rest is None and (centre, order) != ("query", "auto"):
@@ -37,14 +36,17 @@ def rest_of(rest: Pool | None, centre: Centre = "query", order: Order = "auto") 
     return None if rest is None else made
 
 
-def _order_around(centre: Centre, order: Order) -> RestOrder:
+def order_around(centre: Centre, order: Order, *, flat: bool) -> RestOrder:
+    """Order that "auto" stands for; any other is itself."""
     if order != "auto":
         return order
-    return "second" if centre == "query" else "zeroth"
+    if centre == "key":
+        return "zeroth"
+    return "first" if flat else "second"
 
 
 def centre_of_call(
-    centre: Around, order: Order, q: Tensor, slots: Slots, entries: int | None
+    centre: Around, order: RestOrder, q: Tensor, slots: Slots, entries: int | None
 ) -> Centre:
     """Centre of a call: "auto" is, on GPUs, the one that a model of their
     products and bytes calls faster for the same quality; elsewhere it is "query".
@@ -52,7 +54,7 @@ def centre_of_call(
     Nothing waits for the device.
 
     Args:
-        order: of the rest, which around queries costs more.
+        order: of the rest if it is around queries.
         q: (B, H, N, D).
         slots: how its tokens lie in blocks.
         entries: how many pairs of blocks a head keeps at most. None: their scores alone tell,
@@ -66,4 +68,4 @@ def centre_of_call(
     blocks = slots.block_q, slots.block_k
     pairs = (len(slots.slots) // blocks[0]) * (len(slots.slots) // blocks[1])
     problem, density = Problem(B * H, N, D, *blocks), min(entries / pairs, 1.0)
-    return centre_of(problem, density, q.device, _order_around("query", order))
+    return centre_of(problem, density, q.device, order)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gen_accel.attention_processors.methods.full_tiles import full_tiles, tokens_of_tile
 from gen_accel.attention_processors.methods.pooled import Pool, rest_of
-from gen_accel.plan import Centre, Plan, Rest, raster_slots, tile_slots
+from gen_accel.plan import Centre, Plan, raster_slots, tile_slots
 from gen_accel.video import VideoShape
 
 Rule = Literal["balanced", "paper", "code-2025-06", "code-2025-11"]
@@ -132,7 +132,7 @@ def _plan(method: Radial, video: VideoShape, device: torch.device) -> Plan:
     if method.rule == "balanced":
         make = _balanced if device.type == "cpu" else gpu_plan
     # Blocks within a frame are flat: queries lie far from their mean, too far for a second order.
-    rest = None if method.rest is None else Rest(method.centre)
+    rest = rest_of(method.rest, method.centre, flat=True)
     return replace(make(method, video), rest=rest).to(device)
 
 

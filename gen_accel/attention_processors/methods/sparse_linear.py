@@ -27,7 +27,7 @@ from gen_accel.attention_processors.methods.blocks import (
     tile_of,
 )
 from gen_accel.attention_processors.methods.budget import Budget, By, check_budget, chosen
-from gen_accel.attention_processors.methods.pooled import Pool, order_in, rest_of
+from gen_accel.attention_processors.methods.pooled import Pool, rest_of
 from gen_accel.attention_processors.methods.scores import Scores
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
 from gen_accel.kernels import linear as linear_kernel
@@ -241,7 +241,7 @@ class SparseLinear:
             keep, skipped, entries = chosen(by, q, self._budget, worst)
         rest = None
         if self.rest is not None:
-            rest = rest_of(self.rest, self.centre, order_in(self._tile))
+            rest = rest_of(self.rest, self.centre, flat=self._tile == "raster")
         return plan_of_call(layout.slots, keep, entries=entries, rest=rest), skipped
 
     def _linear(

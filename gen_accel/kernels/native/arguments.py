@@ -46,8 +46,10 @@ class RestArgs(ctypes.Structure):
         *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("q", "k", "v", "grad")),
         *((name, ctypes.c_void_p) for name in ("slots", "keep")),
         *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S", "block_q", "block_k")),
-        *((name, ctypes.c_int64) for name in ("PB", "PH", "around_queries", "wide")),
+        *((name, ctypes.c_int64) for name in ("PB", "PH", "around_queries")),
         *((name, ctypes.c_float) for name in ("scale", "most")),
+        ("slope", ctypes.c_void_p),
+        ("factor", ctypes.c_float),
     ]
 
 
@@ -61,6 +63,20 @@ class CurveArgs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("rise", "weight", "by", "of_rise", "of_weight")),
         *((name, ctypes.c_void_p) for name in ("dq", "dk")),
         *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S", "block_q", "block_k")),
+        ("factor", ctypes.c_float),
+    ]
+
+
+class SlopeArgs(ctypes.Structure):
+    """`Slope` of slope.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "grad")),
+        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("q", "k", "v", "grad")),
+        *((name, ctypes.c_void_p) for name in ("slots", "lse", "total", "slope")),
+        *((name, ctypes.c_void_p) for name in ("dlse", "more", "dq", "dk", "dv")),
+        *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S", "block_q", "block_k")),
+        ("around_queries", ctypes.c_int64),
         ("factor", ctypes.c_float),
     ]
 

@@ -25,12 +25,13 @@ from gen_accel.kernels.native.arguments import (
     LinearArgs,
     PicksArgs,
     RestArgs,
+    SlopeArgs,
     SpreadArgs,
     SumsArgs,
 )
 
 HERE = Path(__file__).parent
-NAMES = ("attention", "curve", "int8", "linear", "rest", "selection", "spread")
+NAMES = ("attention", "curve", "int8", "linear", "rest", "selection", "slope", "spread")
 SOURCES = tuple(HERE / f"{name}.cpp" for name in NAMES)
 READ = (*SOURCES, HERE / "blocks.h", HERE / "common.h", HERE / "rest.h", HERE / "rest_backward.h")
 FLAGS = (
@@ -51,6 +52,7 @@ SIZES = {
     "gen_accel_linear_size": LinearArgs,
     "gen_accel_rest_size": RestArgs,
     "gen_accel_curve_size": CurveArgs,
+    "gen_accel_slope_size": SlopeArgs,
     "gen_accel_spread_size": SpreadArgs,
     "gen_accel_sums_size": SumsArgs,
     "gen_accel_picks_size": PicksArgs,

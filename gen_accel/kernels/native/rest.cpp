@@ -17,6 +17,23 @@ template <typename In, typename T>
 struct Forward {
   RestProblem<In, T> p;
   Laid<In, T> laid{p, false};
+  i64 De = up(p.D, EVEN<T>);
+  std::vector<T> slopes;  // of each head, as the products read it
+
+  // What the values of a head rise by with the query.
+  const T* slope(i64 bh) const { return slopes.data() + bh * De * p.D; }
+
+  void lay_slopes() {
+    if (!p.a.slope) return;
+    slopes.resize(p.BH * De * p.D);
+    at::parallel_for(0, p.BH, 1, [&](i64 begin, i64 end) {
+      std::vector<T> low(p.D * p.D);
+      for (i64 bh = begin; bh < end; bh++) {
+        store(low.data(), p.a.slope + bh * p.D * p.D, p.D * p.D);
+        interleave(low.data(), p.D, p.D, De, p.D, slopes.data() + bh * De * p.D);
+      }
+    });
+  }
 
   struct Worker {
     const Forward& f;
@@ -28,7 +45,7 @@ struct Forward {
     T* q;
     float *o, *high, *sum, *kept, *rise;
     T *row, *weights;
-    float *scores, *top;
+    float *scores, *top, *sloped;
 
     explicit Worker(const Forward& forward) : f(forward) {
       static thread_local Room room;
@@ -43,6 +60,7 @@ struct Forward {
       arena.want(weights, rows * chunk);
       arena.want(scores, chunk * rows);
       arena.want(top, rows);
+      arena.want(sloped, p.a.slope ? rows * p.D : 0);
       if (p.a.around_queries) pool.want(arena);
       arena.fill(room);
     }
@@ -124,7 +142,22 @@ struct Forward {
               p.D, !first);
     }
 
+    // What the values of query block i gain for each query, where the rest weighs all.
+    void rise_by_slope(i64 bh, i64 i, i64 g) {
+      const float* mean = pool.means + g * p.Dp;
+      std::vector<float> off(p.Dp);
+      for (i64 r = 0; r < p.bq; r++) {
+        i64 t = p.q.token(i * p.bq + r);
+        std::fill(off.begin(), off.end(), 0.f);
+        if (t >= 0) p.q.one(bh, t, off.data(), p.Dp);
+        for (i64 d = 0; d < p.D && t >= 0 && p.a.around_queries; d++) off[d] -= mean[d];
+        store(row + r * p.Dp, off.data(), p.Dp);
+      }
+      product(up(p.bq, EVEN<T>), p.D, f.De, row, p.Dp, f.slope(bh), p.D, sloped, p.D, false);
+    }
+
     void end(i64 bh, i64 i, i64 g, bool touched) {
+      if (p.a.slope && touched) rise_by_slope(bh, i, g);
       for (i64 r = 0; r < p.bq; r++) {
         i64 t = p.q.token(i * p.bq + r);
         if (t < 0) continue;
@@ -138,14 +171,17 @@ struct Forward {
         const float* own = p.a.out + at * p.D;
         float share = exp2_of(kept[g * rows + r] - high[g * rows + r]) * inverse;
         for (i64 d = 0; d < p.D; d++) x[d] = x[d] * inverse + own[d] * share;
+        if (p.a.slope) {
+          float by = p.a.factor * (1.f - share);
+          for (i64 d = 0; d < p.D; d++) x[d] += by * sloped[r * p.D + d];
+        }
         put(at, x);
         p.a.total[at] = (high[g * rows + r] + std::log2(all)) / LOG2E;
       }
     }
 
     void put(i64 at, const float* x) {
-      if (p.a.wide) store(static_cast<float*>(p.a.o) + at * p.D, x, p.D);
-      else store(static_cast<In*>(p.a.o) + at * p.D, x, p.D);
+      store(static_cast<In*>(p.a.o) + at * p.D, x, p.D);
     }
   };
 
@@ -155,6 +191,7 @@ struct Forward {
     laid.want(arena);
     arena.fill(room);
     laid.fill();
+    lay_slopes();
     each(p.BH * p.groups, [&] {
       return [worker = Worker(*this)](i64 n) mutable { worker(n); };
     });

@@ -29,9 +29,10 @@ struct RestArgs {
   const bool* keep;  // (PB, PH, Kq, Kk)
   i64 B, H, N, D, S, block_q, block_k, PB, PH;
   i64 around_queries;
-  i64 wide;  // o is fp32
   float scale;
   float most;  // that a curve adds to a score
+  const float* slope;  // (B, H, D, D), H of `Rest`, see slope.cpp; null in zeroth order
+  float factor;        // that it counts by
 };
 
 // x as the products read it, and what that is times y, summed.

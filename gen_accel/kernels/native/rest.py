@@ -9,6 +9,8 @@ from torch import Tensor
 from gen_accel.kernels.curve import Curve
 from gen_accel.kernels.native import build, multiplies_bf16
 from gen_accel.kernels.native.arguments import Pointers, RestArgs, SpreadArgs
+from gen_accel.kernels.native.slope import gradients as slope_gradients
+from gen_accel.kernels.native.slope import slope_of
 from gen_accel.plan import MOST_GAINED, Plan, Slots
 
 
@@ -23,17 +25,15 @@ def added(
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.rest.added`.
-
-    Returns:
-        (B, H, N, D), rounded to q's dtype where no slope comes on top; and (B, H, N) fp32.
-    """
+    """`kernels.rest.added`: (B, H, N, D) in q's dtype and (B, H, N) fp32."""
     assert plan.rest is not None
     slots = None if plan.is_raster else plan.slots
-    blocks = plan.block_q, plan.block_k
-    how = plan.rest.centre == "query", plan.rest.order == "first"
+    # By how much the slope of the first order counts; 0 where there is none.
+    factor = 0.0 if plan.rest.order == "zeroth" else scale / plan.tokens
+    how = plan.block_q, plan.block_k, plan.rest.centre == "query", factor
     bend = (None, None) if curve is None else (curve.rise.float(), curve.weight.float())
-    return _added(out.float(), lse.float(), q, k, v, *bend, slots, plan.keep, *blocks, *how, scale)
+    given = q, k, v, *bend, slots, plan.keep
+    return _added(out.float(), lse.float(), *given, *how, scale)[:2]
 
 
 @torch.library.custom_op("gen_accel::native_rest", mutates_args=())
@@ -50,28 +50,34 @@ def _added(
     block_q: int,
     block_k: int,
     around_queries: bool,
-    wide: bool,
+    factor: float,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """(B, H, N, D), fp32 where `wide`, else in q's dtype, and (B, H, N) fp32."""
-    joint, total = _results(q, wide)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, H, N, D) in q's dtype, (B, H, N) fp32, and the slope (B, H, D, D) fp32, empty where
+    `factor` is 0."""
+    joint, total, slope = _results(q, factor)
     call = _call(
-        out, lse, q, k, v, rise, weight, slots, keep, block_q, block_k, around_queries, wide, scale
+        out, lse, q, k, v, rise, weight, slots, keep, block_q, block_k, around_queries, scale
     )
+    if factor:
+        slope = slope_of(k, v, slots, call.args.S, block_q, block_k)
+        call.args.factor = factor
+        call.filled(slope=slope)
     call.filled(o=joint, total=total)
     _run("gen_accel_rest_forward", call, q.dtype)
-    return joint, total
+    return joint, total, slope
 
 
-def _results(q: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
-    joint = q.new_empty(q.shape, dtype=torch.float32 if wide else q.dtype)
-    return joint, q.new_empty(q.shape[:3], dtype=torch.float32)
+def _results(q: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, N, D = q.shape
+    joint, total = q.new_empty(q.shape), q.new_empty(B, H, N, dtype=torch.float32)
+    return joint, total, q.new_empty((B, H, D, D) if factor else 0, dtype=torch.float32)
 
 
 @_added.register_fake
-def _(out: Tensor, lse: Tensor, q: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-    *_, wide, _ = given
-    return _results(q, wide)
+def _(out: Tensor, lse: Tensor, q: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, factor, _ = given
+    return _results(q, factor)
 
 
 @torch.library.custom_op("gen_accel::native_rest_backward", mutates_args=())
@@ -80,6 +86,7 @@ def _backward(
     of_total: Tensor,
     joint: Tensor,
     total: Tensor,
+    slope: Tensor,
     out: Tensor,
     lse: Tensor,
     q: Tensor,
@@ -92,20 +99,31 @@ def _backward(
     block_q: int,
     block_k: int,
     around_queries: bool,
-    wide: bool,
+    factor: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of out, lse, q, k, v, rise and weight from those of the two results; empty ones of
     what is not there."""
     grads = _empty(out, lse, q, k, v, rise, weight)
     call = _call(
-        out, lse, q, k, v, rise, weight, slots, keep, block_q, block_k, around_queries, wide, scale
+        out, lse, q, k, v, rise, weight, slots, keep, block_q, block_k, around_queries, scale
     )
-    call.strided(grad=grad.to(q.dtype))
+    sloped = ()
+    if factor:
+        blocks = call.args.S, block_q, block_k
+        dlse, more, *sloped = slope_gradients(
+            grad, slope, lse, total, q, k, v, slots, *blocks, around_queries, factor
+        )
+        # joint holds what the slope adds, which is no part of the softmax.
+        of_total = of_total + more
+        sloped = dlse, *sloped
+    call.strided(grad=grad)
     call.whole(of_total=of_total, o=joint, total=total)
     names = "dout", "dlse", "dq", "dk", "dv", "drise", "dweight"
     call.filled(**dict(zip(names, grads, strict=True)))
     _run("gen_accel_rest_backward", call, q.dtype)
+    for whole, part in zip(grads[1:5], sloped, strict=False):
+        whole += part
     return grads
 
 
@@ -117,7 +135,7 @@ def _empty(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 @_backward.register_fake
 def _(
-    grad: Tensor, of_total: Tensor, joint: Tensor, total: Tensor, *given: Any
+    grad: Tensor, of_total: Tensor, joint: Tensor, total: Tensor, slope: Tensor, *given: Any
 ) -> tuple[Tensor, ...]:
     return _empty(*given[:7])
 
@@ -135,7 +153,6 @@ def _call(
     block_q: int,
     block_k: int,
     around_queries: bool,
-    wide: bool,
     scale: float,
 ) -> Pointers:
     B, H, N, D = q.shape
@@ -145,7 +162,7 @@ def _call(
         _check_curve(rise, weight, q)
     args = RestArgs(B=B, H=H, N=N, D=D, S=Kq * block_q, block_q=block_q, block_k=block_k)
     args.PB, args.PH, args.scale, args.most = PB, PH, scale, MOST_GAINED
-    args.around_queries, args.wide = around_queries, wide
+    args.around_queries = around_queries
     call = Pointers(args)
     call.strided(q=q, k=k, v=v)
     call.whole(out=out, lse=lse, rise=rise, weight=weight, slots=slots, keep=keep)
@@ -173,12 +190,12 @@ def _run(name: str, call: Pointers, dtype: torch.dtype) -> None:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.block_q, ctx.block_k, ctx.around_queries, ctx.wide, ctx.scale = inputs
+    *tensors, ctx.block_q, ctx.block_k, ctx.around_queries, ctx.factor, ctx.scale = inputs
     ctx.save_for_backward(*output, *tensors)
 
 
-def _differentiate(ctx: Any, grad: Tensor, of_total: Tensor) -> tuple[Any, ...]:
-    sizes = ctx.block_q, ctx.block_k, ctx.around_queries, ctx.wide, ctx.scale
+def _differentiate(ctx: Any, grad: Tensor, of_total: Tensor, of_slope: Tensor) -> tuple[Any, ...]:
+    sizes = ctx.block_q, ctx.block_k, ctx.around_queries, ctx.factor, ctx.scale
     *grads, drise, dweight = _backward(grad, of_total, *ctx.saved_tensors, *sizes)
     bend = (drise, dweight) if drise.numel() else (None, None)
     return *grads, *bend, *[None] * 7

@@ -121,8 +121,7 @@ struct Backward {
         if (t < 0) continue;
         level[n * rows + r] = p.a.total[at] * LOG2E;
         const In* x = p.grad.row(bh, t);
-        float sum = p.a.wide ? dot_of(static_cast<const float*>(p.a.o) + at * p.D, x, p.D)
-                             : dot_of(static_cast<const In*>(p.a.o) + at * p.D, x, p.D);
+        float sum = dot_of(static_cast<const In*>(p.a.o) + at * p.D, x, p.D);
         delta[n * rows + r] = sum - p.a.of_total[at];
       }
     }

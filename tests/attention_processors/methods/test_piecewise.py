@@ -140,8 +140,11 @@ def head_by_loops(method, q, k, v, rows, columns, kept):
     for held in columns:
         means[held] = k[held].mean(0)
     slope = (k - means).T @ v
-    second = method.centre == "query" and method.order == "auto" and method.tile != "raster"
-    bend = bend_by_loops(q, k, rows, columns, kept) if second else None
+    order = method.order
+    if order == "auto":
+        around = "first" if method.tile == "raster" else "second"
+        order = around if method.centre == "query" else "zeroth"
+    bend = bend_by_loops(q, k, rows, columns, kept) if order == "second" else None
     for tokens, blocks in zip(rows, kept, strict=True):
         if not tokens:
             continue
@@ -153,9 +156,10 @@ def head_by_loops(method, q, k, v, rows, columns, kept):
         )
         weights = scores.softmax(1)
         out[tokens] = weights @ torch.cat([v[exact], *(value[None] for _, value in rest)])
-        if method.order == "first":
+        if order != "zeroth":
             share = weights[:, len(exact) :].sum(1, keepdim=True)
-            out[tokens] += share * (q[tokens] @ slope) * scale / len(k)
+            off = q[tokens] - (q[tokens].mean(0) if method.centre == "query" else 0.0)
+            out[tokens] += share * (off @ slope) * scale / len(k)
     return out
 
 
@@ -326,15 +330,18 @@ class TestRefusals:
             ({"select": "best"}, "select must be one of"),
             ({"score": "max"}, "score must be one of"),
             ({"centre": "value"}, "centre must be one of"),
-            (
-                {"centre": "auto", "order": "first"},
-                "order='first' is for centre='key', got centre='auto'",
-            ),
             ({"tau": 2.0}, "tau is for select='threshold', got tau=2.0"),
             ({"tau_end": 0.8}, "tau_end is for select='threshold'"),
             ({"threshold": "exact"}, "threshold is for select='threshold'"),
             ({"select": "threshold", "critical": 0.2}, "critical is for select='topk'"),
-            ({"order": "first"}, "order='first' is for centre='key', got centre='query'"),
+            (
+                {"centre": "auto", "order": "second"},
+                "order='second' is for centre='query', got centre='auto'",
+            ),
+            (
+                {"centre": "key", "order": "second"},
+                "order='second' is for centre='query', got centre='key'",
+            ),
             ({"rest": None, "centre": "key"}, "centre and order are for rest='means'"),
             ({"rest": "all"}, "rest must be None or 'means', got 'all'"),
             ({"band": -1}, "band must be None or key blocks from 0 on, got -1"),
@@ -378,7 +385,8 @@ class TestCentres:
         with FakeTensorMode():
             q = torch.empty(1, 12, self.VIDEO.tokens, 128, device=device)
             entries = None if density is None else round(density * 256 * 512)
-            return pooled.centre_of_call(method.centre, method.order, q, slots, entries)
+            order = pooled.order_around("query", method.order, flat=False)
+            return pooled.centre_of_call(method.centre, order, q, slots, entries)
 
     @pytest.mark.parametrize(("share", "centre"), [(0.98, "key"), (1.02, "query")])
     def test_gpus_go_by_the_model_of_what_they_take(self, share, centre, monkeypatch):

@@ -1,0 +1,62 @@
+"""The slope of the first order of a rest, in C++: see slope.cpp."""
+
+import torch
+from torch import Tensor
+
+from gen_accel.kernels.native import build
+from gen_accel.kernels.native.arguments import Pointers, SlopeArgs
+
+
+def slope_of(
+    k: Tensor, v: Tensor, slots: Tensor | None, count: int, block_q: int, block_k: int
+) -> Tensor:
+    """H of `Rest`, (B, H, D, D) fp32.
+
+    Args:
+        k, v: (B, H, N, D).
+        slots: (count,) int64; None where slot = token.
+    """
+    B, H, N, D = k.shape
+    made = k.new_empty(B, H, D, D, dtype=torch.float32)
+    args = SlopeArgs(B=B, H=H, N=N, D=D, S=count, block_q=block_q, block_k=block_k)
+    call = Pointers(args)
+    call.strided(k=k, v=v)
+    call.whole(slots=slots)
+    call.filled(slope=made)
+    build.run("gen_accel_slope_forward", call.args, build.DTYPES[k.dtype])
+    return made
+
+
+def gradients(
+    grad: Tensor,
+    slope: Tensor,
+    lse: Tensor,
+    total: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor | None,
+    count: int,
+    block_q: int,
+    block_k: int,
+    around_queries: bool,
+    factor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of lse, of total, q, k and v from grad, that of what the slope adds, y. To the
+    second y . grad is added.
+
+    Args:
+        grad: (B, H, N, D) in q's dtype.
+        factor: scale / N.
+    """
+    B, H, N, D = q.shape
+    args = SlopeArgs(B=B, H=H, N=N, D=D, S=count, block_q=block_q, block_k=block_k)
+    args.around_queries, args.factor = around_queries, factor
+    call = Pointers(args)
+    call.strided(q=q, k=k, v=v, grad=grad)
+    call.whole(slots=slots, lse=lse, total=total, slope=slope)
+    dlse, more = lse.new_empty(lse.shape), lse.new_empty(lse.shape)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    call.filled(dlse=dlse, more=more, dq=dq, dk=dk, dv=dv)
+    build.run("gen_accel_slope_backward", call.args, build.DTYPES[q.dtype])
+    return dlse, more, dq, dk, dv
