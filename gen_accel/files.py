@@ -1,5 +1,6 @@
 """Files on disk: written whole or not at all, known by their hash, kept between runs."""
 
+import errno
 import hashlib
 import json
 import math
@@ -7,12 +8,44 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from gen_accel import owners
+from gen_accel.endings import unwinding
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PARTIAL, EARLIER = ".partial-", "-earlier"
+LONG_SUFFIX = 20  # characters, which formats do not have
+
+
+class NoRoom(OSError):
+    """A full disk, a quota or a limit on the size of files.
+
+    Args:
+        path: of the file that was being written.
+        needs: its bytes; None where they are not known.
+    """
+
+    def __init__(self, path: Path, needs: int | None, number: int | None) -> None:
+        super().__init__(number, os.strerror(number or errno.ENOSPC), str(path))
+        self.path, self.needs = path, needs
+
+    def __str__(self) -> str:
+        size = "" if self.needs is None else f", which needs {megabytes(self.needs)}"
+        reason = (self.strerror or "").lower()
+        return f"no room for {self.path}{size}: {reason}; what was there before is still there"
+
+    def at(self, path: Path) -> "NoRoom":
+        return NoRoom(path, self.needs, self.errno)
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def file_sha256(path: Path) -> str:
@@ -34,19 +67,20 @@ def write_json(path: str | Path, data: Any) -> None:
         TypeError: `data` holds something else that JSON does not know.
         OSError: `path` cannot be written.
     """
-    text = json.dumps(_plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with replacing(Path(path)) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """`data` as `write_json` writes it, and as it is read back."""
     match value:
         case Mapping():
-            return {str(key): _plain(item) for key, item in value.items()}
+            return {str(key): plain(item) for key, item in value.items()}
         case list() | tuple():
-            return [_plain(item) for item in value]
+            return [plain(item) for item in value]
         case np.ndarray() | np.generic():
-            return _plain(value.tolist())
+            return plain(value.tolist())
         case float() if not math.isfinite(value):
             return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
         case Path():
@@ -73,24 +107,94 @@ def check_folder(folder: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, needs: int | None = None) -> Iterator[Path]:
     """A new name beside `path`, with its suffix, that takes the place of `path` at the end.
 
-    Write a file there, or a folder of frames. After an exception it is gone, and what was at
-    `path` is still there.
+    Write a file there, or a folder of frames. After an exception, Ctrl-C, SIGTERM or SIGHUP it is
+    gone, and what was at `path` is still there. What a process that was killed left of `path` is
+    removed first.
+
+    Args:
+        needs: bytes that are written, for the message where there is no room.
+
+    Raises:
+        NoRoom: in place of whatever OSError a full disk raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    stem = f".partial-{secrets.token_hex(8)}"
-    partial, earlier = path.with_name(stem + path.suffix), path.with_name(f"{stem}-earlier")
-    try:
-        yield partial
-        if partial.is_dir() and path.is_dir():  # which no rename can replace
-            path.rename(earlier)
-        os.replace(partial, path)
-    finally:
-        if earlier.exists() and not path.exists():
-            earlier.rename(path)
-        shutil.rmtree(earlier, ignore_errors=True)
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
+    clear_killed(path)
+    stem = f"{_begin(path)}{owners.mark()}-{secrets.token_hex(4)}"
+    suffix = path.suffix if len(path.suffix) < LONG_SUFFIX else ""
+    partial, earlier = path.with_name(stem + suffix), path.with_name(stem + EARLIER)
+    with unwinding():
+        try:
+            yield partial
+            if partial.is_dir() and path.is_dir():  # which no rename can replace
+                path.rename(earlier)
+            os.replace(partial, path)
+        except NoRoom as error:
+            if not error.path.is_relative_to(partial):
+                raise
+            raise error.at(path / error.path.relative_to(partial)) from None
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise NoRoom(path, needs, error.errno) from error
+        finally:
+            if earlier.exists() and not path.exists():
+                earlier.rename(path)
+            _remove(earlier)
+            _remove(partial)
+
+
+def clear_killed(path: Path) -> None:
+    """Remove what processes that were killed left of `path`, half written. What they had put
+    aside to replace it is put back."""
+    for left in path.parent.glob(f"{_begin(path)}*"):
+        if _is_dead(left):
+            if left.name.endswith(EARLIER) and not path.exists():
+                left.rename(path)
+            _remove(left)
+
+
+def clear_partial(folder: Path, *, alone: bool) -> None:
+    """Remove what processes that were killed left half written in `folder`.
+
+    Args:
+        alone: no other process writes there, so that all of it is a killed one's; else that whose
+            process is known to have ended.
+    """
+    for left in folder.glob(f"{PARTIAL}*"):
+        if (alone or _is_dead(left)) and not left.name.endswith(EARLIER):
+            _remove(left)
+
+
+def flush(path: Path) -> None:
+    """To the disk itself, so that a rename does not outlive what it names."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def folder_sha256(files: Iterable[Path]) -> str:
+    """Over names and bytes, in the order given."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _begin(path: Path) -> str:
+    """Of the names of what is half written of `path`, all of which are short."""
+    return f"{PARTIAL}{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}-"
+
+
+def _is_dead(left: Path) -> bool:
+    """Whether the process that was writing ended, by a name that `replacing` made."""
+    machine, pid, started = [*left.name.split("-"), *[""] * 5][2:5]
+    return owners.is_dead(f"{machine}-{pid}-{started}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

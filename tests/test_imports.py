@@ -11,7 +11,9 @@ PACKAGE = Path(gen_accel.__file__).parent
 
 # From the ground up: a part imports parts of lower floors and itself.
 FLOORS = (
-    ("extras", "files", "moved", "values", "version", "video"),
+    ("endings", "extras", "moved", "owners", "values", "version", "video"),
+    ("files",),
+    ("tensor_files",),
     ("plan",),
     ("method",),
     ("kernels",),

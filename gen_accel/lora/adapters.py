@@ -42,6 +42,7 @@ from gen_accel.lora.images import ImageCoder, about_images, new_projector, varia
 from gen_accel.lora.latents import as_features
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Draw
+from gen_accel.tensor_files import check_finite
 
 with needed_for("a LoRA", extra="train"):
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -190,7 +191,12 @@ class ImagePromptAdapter:
         made = deepcopy(self._hollow)
         made.load_state_dict(state, assign=True)
         about = self._about
-        return lambda folder: write_adapter(folder, made, about)
+
+        def write(folder: Path) -> Path:
+            check_finite(state, f"the image prompt for {folder}")
+            return write_adapter(folder, made, about)
+
+        return write
 
     def _of_validation(self, index: int) -> Tensor:
         """(1, ...) features."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.attached.recipe import (
@@ -24,13 +24,15 @@ from gen_accel.attention_processors.attached.recipe import (
     check_base,
     read_recipe,
 )
-from gen_accel.attention_processors.attached.storage import WEIGHTS as PROCESSORS
+from gen_accel.attention_processors.attached.storage import weights_of
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.extras import needed_for
 from gen_accel.files import file_sha256, replacing, write_json
 from gen_accel.lora.config import TrainConfig
 from gen_accel.method import on_device, parts_of
+from gen_accel.pipelines.generation.lora_fit import check_fit, under
+from gen_accel.tensor_files import check_finite, save_tensors
 
 with needed_for("a LoRA", extra="train"):
     from peft import LoraConfig
@@ -195,7 +197,9 @@ def check_guidance(config: TrainConfig, transformer: Any, boundary: float | None
 def add_teacher(transformer: Any, config: TrainConfig, trained_frames: int | None) -> Recipe:
     """Load `teacher_lora` beside the LoRA that trains; raises as `check_teacher` does."""
     recipe = check_teacher(config, transformer, trained_frames)
-    file = weights_file(config.teacher_lora)  # pyright: ignore[reportArgumentType]
+    source = str(config.teacher_lora)
+    file = weights_file(source)
+    check_fit(f"teacher_lora {source}", transformer, under(PREFIX, load_file(file)), {})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two are meant
         transformer.load_lora_adapter(
@@ -239,7 +243,12 @@ def write_lora(
         state: of `lora_state`; empty where the processors trained alone.
         processors: writes the method's own parameters into the folder it is given; None where it
             has none.
+
+    Raises:
+        ValueError: weights that are not finite.
+        OSError: the disk is full, or cannot be written; what was there before is still there.
     """
+    check_finite(state, f"the LoRA for {folder}")
     text = json.dumps(recipe.to_dict())
     with replacing(folder) as partial:
         partial.mkdir(parents=True)
@@ -255,7 +264,7 @@ def write_lora(
             f"{PREFIX}.{name}": x.detach().to("cpu", torch.float32).contiguous()
             for name, x in state.items()
         }
-        save_file(tensors, partial / WEIGHTS, metadata=metadata)
+        save_tensors(tensors, partial / WEIGHTS, metadata)
         write_json(partial / CONFIG, recipe.to_dict())
         if processors is not None:
             processors(partial)
@@ -306,7 +315,7 @@ def load_branches(branches: Mapping[str, nn.Module], folder: str | Path) -> None
     Raises:
         ValueError: some are missing there or of another shape.
     """
-    path = _folder(folder) / PROCESSORS
+    path = weights_of(_folder(folder))
     if not branches or not path.is_file():
         return
     saved = load_file(path)

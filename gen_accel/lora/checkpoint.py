@@ -3,26 +3,28 @@
     step-000200/
       lora/                  the LoRA as it was then, which diffusers loads; or image_prompt/
       training.safetensors   parameters, average and optimizer
-      state.json             step, config, schedule, and the hash of the file before
+      state.json             step, config, schedule, the hash of the file before, and its own
 
 A checkpoint is written under another name and renamed when all of it is on the disk. The newest
-whose hash is right is taken.
+is taken whose hashes are right and whose tensors are finite.
 """
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from gen_accel.files import file_sha256, replacing, write_json
+from gen_accel.files import file_sha256, flush, plain, replacing, write_json
+from gen_accel.lora.fingerprint import hash_of
+from gen_accel.tensor_files import check_finite, named, not_finite, save_tensors
 
 TENSORS, STATE = "training.safetensors", "state.json"
+OWN = "state_sha256"  # in the state: of all else in it
 
 
 class Checkpoint(NamedTuple):
@@ -48,18 +50,21 @@ def save(
         adapter: what its folder is called, and what writes it into the folder it is given.
 
     Raises:
+        ValueError: tensors that are not finite.
         OSError: the disk is full, or cannot be written; what was there before is still there.
     """
-    target = folder / f"step-{state['step']:06d}"
+    target = folder / _name(state["step"])
+    check_finite(tensors, f"the state after step {state['step']}")
     with replacing(target) as partial:
         partial.mkdir()
         name, write = adapter
         write(partial / name)
-        save_file({name: x.contiguous() for name, x in tensors.items()}, partial / TENSORS)
-        write_json(partial / STATE, state | {"sha256": file_sha256(partial / TENSORS)})
+        save_tensors(tensors, partial / TENSORS)
+        known = plain(state | {"sha256": file_sha256(partial / TENSORS)})
+        write_json(partial / STATE, known | {OWN: hash_of(known)})
         for file in partial.rglob("*"):
             if file.is_file():
-                _flush(file)
+                flush(file)
     whole = found(folder)
     last = whole.index(target)
     # Later ones are of a run that went on from here because they are broken.
@@ -75,28 +80,31 @@ def found(folder: Path) -> list[Path]:
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
-    """The newest that is whole; a warning names each that is not. None where there is none."""
+    """The newest that is whole and finite; a warning names each that is not. None where there is
+    none."""
     for path in reversed(found(folder)):
         try:
-            state = json.loads((path / STATE).read_text(encoding="utf-8"))
-            if file_sha256(path / TENSORS) != state["sha256"]:
-                raise ValueError(f"{TENSORS} is not the file that was written")
-            return Checkpoint(path, load_file(path / TENSORS), state)
+            return _load(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             warnings.warn(f"{path} is broken and left out: {error}", stacklevel=2)
     return None
 
 
-def clear_partial(folder: Path) -> None:
-    """Remove what a killed run left half written."""
-    for path in folder.glob(".partial-*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+def _load(path: Path) -> Checkpoint:
+    """Raises ValueError for what is not as it was written, or not finite."""
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    # Earlier versions wrote no hash of the state: the folder's name vouches for the step alone.
+    if OWN in state and state.pop(OWN) != hash_of(state):
+        raise ValueError(f"{STATE} is not the file that was written")
+    if path.name != _name(state["step"]):
+        raise ValueError(f"{STATE} is of step {state['step']}")
+    if file_sha256(path / TENSORS) != state["sha256"]:
+        raise ValueError(f"{TENSORS} is not the file that was written")
+    tensors = load_file(path / TENSORS)
+    if wrong := not_finite(tensors):
+        raise ValueError(f"it is not finite: {named(wrong)}")
+    return Checkpoint(path, tensors, state)
 
 
-def _flush(path: Path) -> None:
-    """To the disk itself, so that a rename does not outlive what it names."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _name(step: int) -> str:
+    return f"step-{step:06d}"

@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from gen_accel.attention_processors.lengths import patch_of
+from gen_accel.endings import unwinding
+from gen_accel.files import clear_partial
 from gen_accel.lora.data import (
     CaptionedVideo,
     Size,
@@ -24,6 +26,7 @@ from gen_accel.lora.encoders import Encoders, load_encoders
 from gen_accel.lora.fingerprint import hash_of
 from gen_accel.lora.latents import IMAGE, LATENTS, RECIPE, TEXTS_AT_ONCE, Entry
 from gen_accel.lora.shards import SHARD_BYTES, Shards
+from gen_accel.owners import locked
 from gen_accel.pipelines.generation.loading import DTYPES
 from gen_accel.pipelines.generation.progress import progress_bar
 
@@ -96,8 +99,8 @@ def cache(
         LatentCache("cache").latents(0)
 
     All clips are read once before the first is encoded, so that what is wrong with them is said
-    then. A run that is killed leaves its finished shards to the next. Two runs must not write to
-    one folder at the same time.
+    then. A run that is killed leaves its finished shards to the next. A second run in the same
+    folder is refused while the first one lasts.
 
     Args:
         model_or_pipe: the folder of a pipeline, a repository on the hub, or a pipeline, which is
@@ -123,7 +126,8 @@ def cache(
         ValueError: whatever `find_videos` or `check_model` refuses, sizes or lengths that the
             model cannot take, a length that no clip fills, a pipeline that is offloaded, texts
             that `store` cannot hold.
-        OSError: a broken clip with on_broken="stop", or a folder that cannot be written.
+        OSError: a broken clip with on_broken="stop", a folder that cannot be written, or that
+            another run writes to.
     """
     _check_options(frames, sizes, fps, max_tokens, on_broken, store, shard_bytes)
     if isinstance(data, str | Path):
@@ -134,20 +138,28 @@ def cache(
         raise ValueError("data holds no videos")
     if teacher:
         check_teacher_captions(videos)
-    encoders = load_encoders(model_or_pipe, device, dtype)
-    _check_fit(encoders, frames, sizes)
-    run = _Run(
-        encoders,
-        tuple(sorted(set(frames))),
-        tuple(sizes),
-        None if fps is None else float(fps),
-        max_tokens,
-        on_broken,
-        store,
-        images,
-        teacher,
-    )
-    with Shards(Path(out), shard_bytes) as shards, progress_bar() as bar:
+    folder = Path(out)
+    with unwinding(), locked(folder) as alone:
+        clear_partial(folder, alone=alone)
+        encoders = load_encoders(model_or_pipe, device, dtype)
+        _check_fit(encoders, frames, sizes)
+        run = _Run(
+            encoders,
+            tuple(sorted(set(frames))),
+            tuple(sizes),
+            None if fps is None else float(fps),
+            max_tokens,
+            on_broken,
+            store,
+            images,
+            teacher,
+        )
+        return _fill(folder, run, videos, shard_bytes)
+
+
+def _fill(folder: Path, run: "_Run", videos: Sequence[CaptionedVideo], shard_bytes: int) -> Report:
+    """Encode what the folder lacks, and write its manifest."""
+    with Shards(folder, shard_bytes) as shards, progress_bar() as bar:
         jobs, known, short = run.read(videos, shards, bar)
         texts = run.encode_texts(jobs, shards, bar)
         pictures = run.encode_images(jobs, shards, bar)
@@ -155,7 +167,7 @@ def cache(
         done = [job for job in jobs if all(key in shards for key in job.keys)]
         if not done:
             raise ValueError(f"no clip could be encoded: {next(iter(run.broken.values()))}")
-        entries = [_entry(job, encoders.pipe) for job in done]
+        entries = [_entry(job, run.encoders.pipe) for job in done]
         before = {(e["name"], e["pixel_frames"]) for e in shards.earlier.get("entries", ())}
         shards.finish(run.manifest(entries, known), run.used(done))
     return Report(

@@ -1,5 +1,6 @@
 """From a config to a model and its cached clips, with all that can be refused refused first."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from gen_accel.lora.encode import cache
 from gen_accel.lora.images import ImageCoder, describe_images
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
+from gen_accel.lora.processes import by_main
+from gen_accel.owners import check_free
 from gen_accel.pipelines.generation.loading import Loading, load
 from gen_accel.pipelines.generation.sampling import Clip, check_fits, filled, token_grid
 from gen_accel.pipelines.long_video import known_trained_frames
@@ -43,12 +46,12 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
         )
     if config.data is not None and not Path(config.data).expanduser().exists():
         raise FileNotFoundError(f"data: there is nothing at {config.data}")
+    if config.data is not None:
+        by_main(accelerator, partial(check_free, folder))
     pipe = load_pipe(config)
     model = model_of(config, pipe)
     if config.data is not None:
-        with accelerator.main_process_first():
-            if accelerator.is_main_process:
-                cache_clips(config, pipe)
+        by_main(accelerator, partial(cache_clips, config, pipe))
     latents = LatentCache(folder)
     check_cache(config, pipe, latents)
     if not config.validate_every:
@@ -182,6 +185,8 @@ def cache_folder(config: TrainConfig) -> Path:
 def cache_clips(config: TrainConfig, pipe: Any = None) -> Any:
     """Encode what is not encoded yet, and return the report."""
     assert config.data is not None
+    if pipe is None:
+        check_free(cache_folder(config))
     return cache(
         pipe if pipe is not None else load_pipe(config),
         config.data,

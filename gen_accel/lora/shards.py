@@ -45,6 +45,7 @@ class Shards:
         self.files: dict[str, dict[str, Any]] = {}
         self.clips: dict[str, Any] = {}
         folder.mkdir(parents=True, exist_ok=True)
+        self._found = {path.name for path in folder.iterdir()}
         self.earlier = _read_or_none(folder / MANIFEST) or {}
         listed: dict[str, dict[str, Any]] = {}
         for known in (self.earlier, _read_or_none(folder / PROGRESS) or {}):
@@ -90,8 +91,9 @@ class Shards:
         data = safetensors.torch.save(self._pending)
         digest = hashlib.sha256(data).hexdigest()
         name = f"shard-{digest}.safetensors"
-        with replacing(self.folder / name) as partial:
+        with replacing(self.folder / name, needs=len(data)) as partial:
             partial.write_bytes(data)
+        self._found.add(name)
         self.files[name] = {
             "sha256": digest,
             "bytes": len(data),
@@ -102,7 +104,10 @@ class Shards:
         write_json(self.folder / PROGRESS, progress)
 
     def finish(self, manifest: dict[str, Any], keys: set[str]) -> None:
-        """Write the manifest, then delete the shards of which no tensor is among `keys`."""
+        """Write the manifest, then delete the shards of which no tensor is among `keys`.
+
+        What came into the folder since this run began is another's, and stays.
+        """
         self.flush()
         self.files = {
             name: about
@@ -112,10 +117,9 @@ class Shards:
         listed = {"version": VERSION, "shards": self.files, "clips": self.clips}
         write_json(self.folder / MANIFEST, listed | manifest)
         (self.folder / PROGRESS).unlink(missing_ok=True)
-        for path in self.folder.iterdir():
-            stale = SHARD_NAME.fullmatch(path.name) and path.name not in self.files
-            if stale or path.name.startswith(".partial-"):
-                path.unlink()
+        for name in self._found - set(self.files):
+            if SHARD_NAME.fullmatch(name):
+                (self.folder / name).unlink(missing_ok=True)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

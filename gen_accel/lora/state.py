@@ -49,16 +49,25 @@ class TrainingState:
         """Those that train, in an order that the wrapping does not change."""
         return [p for p in self.wrapped.parameters() if p.requires_grad]
 
-    def descend(self, loss: Tensor) -> float | None:
-        """One micro-step backward, and the optimizer's step where it is the last of a step.
+    def clip(self) -> float | None:
+        """Limit the gradients of a whole step. Returns their norm before, None where the launcher
+        does not tell."""
+        limit = self.config.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.parameters(), limit)
+        return float(norm) if norm is not None else None
 
-        Returns the norm of the gradients at the last, None before.
-        """
-        self.accelerator.backward(loss)
-        norm = self._clip() if self.accelerator.sync_gradients else None
+    @property
+    def scales_down(self) -> bool:
+        """Whether gradients that are not finite may come of the scale of the loss in float16: the
+        optimizer leaves the step out then, and the scale is halved. A scale of 1 changes
+        nothing."""
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() > 1
+
+    def update(self) -> None:
+        """The optimizer's step, where the micro-step is the last of one."""
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return norm
 
     def advance(self) -> float:
         """After each step: the learning rate goes on, and the average follows. Returns the rate
@@ -120,11 +129,6 @@ class TrainingState:
             group["lr"] = rate
         if self.accelerator.scaler is not None and numbers["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])
-
-    def _clip(self) -> float:
-        limit = self.config.max_grad_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.parameters(), limit)
-        return float(norm) if norm is not None else math.nan
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         if self.accelerator.distributed_type.value == "DEEPSPEED":  # it alone knows where they are

@@ -6,9 +6,10 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from gen_accel.attention_processors.attached.recipe import Recipe, sizes
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import family_for
 from gen_accel.attention_processors.methods.options import method_from, saved_options
+from gen_accel.endings import answered, leave_closed_terminal
 from gen_accel.extras import needed_for
 from gen_accel.files import replacing
 from gen_accel.lora import checkpoint
@@ -30,6 +32,7 @@ from gen_accel.lora.config import Stage, TrainConfig, differences
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Objective, seed_of
+from gen_accel.lora.processes import alone_in, by_main
 from gen_accel.lora.state import TrainingState, adamw_8bit, whole
 from gen_accel.lora.validate import Validation
 from gen_accel.method import on_device
@@ -65,8 +68,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> Trained:
     """Cache what is not cached yet, train, and leave a LoRA in `config.out/lora`, or an image
     prompt in `config.out/image_prompt`.
 
-    Runs by itself or under `accelerate launch`. An interruption (Ctrl-C, SIGTERM) is answered
-    with a checkpoint after the step under way; a second one ends at once.
+    Runs by itself or under `accelerate launch`. An interruption (Ctrl-C, SIGTERM, a terminal that
+    is closed) is answered with a checkpoint after the step under way; a second one ends at once.
+    A second run in the same `config.out` is refused while the first one lasts.
 
     Args:
         resume: go on from the newest whole checkpoint in `config.out`, bit by bit as if nothing
@@ -74,15 +78,19 @@ def train(config: TrainConfig, *, resume: bool = False) -> Trained:
 
     Raises:
         ValueError: whatever in `config` does not fit the model, the clips or an earlier run, all
-            of it before the first step.
-        OSError: a model, folder or file that is not there.
+            of it before the first step; during the training, a loss, a gradient or parameters
+            that are not finite, which are neither stepped by nor written.
+        OSError: a model, folder or file that is not there, a disk that is full, or an `out` that
+            another run is at work in.
     """
     from gen_accel.lora.prepare import prepare
 
     check_out(config, resume)
     accelerator = accelerator_for(config)
-    model, cache = prepare(config, accelerator)
-    return run(config, accelerator, model, cache, resume=resume)
+    with _alone(config, accelerator):
+        check_out(config, resume)  # another run may have ended since
+        model, cache = prepare(config, accelerator)
+        return Run(config, accelerator, model, cache).go(resume)
 
 
 def accelerator_for(config: TrainConfig) -> Accelerator:
@@ -141,7 +149,13 @@ def run(
     resume: bool = False,
 ) -> Trained:
     """`train` with the model and the latents at hand."""
-    return Run(config, accelerator, model, cache).go(resume)
+    with _alone(config, accelerator):
+        return Run(config, accelerator, model, cache).go(resume)
+
+
+def _alone(config: TrainConfig, accelerator: Accelerator) -> AbstractContextManager[None]:
+    out = Path(config.out)
+    return alone_in(out, accelerator, own=[out / CHECKPOINTS])
 
 
 class Run:
@@ -190,8 +204,6 @@ class Run:
         start = self._resume() if resume else 0
         if accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
-            checkpoint.clear_partial(self.out)
-            checkpoint.clear_partial(self.out / CHECKPOINTS)
             _cut_metrics(self.out / METRICS, start)
         validation = self._validation()
         accelerator.init_trackers("gen_accel", config=_loggable(config))
@@ -232,15 +244,7 @@ class Run:
         rank = self.accelerator.process_index
         torch.manual_seed(seed_of(self.config.seed, step, 1 + rank + 10**9))
         with self._rule(stage):
-            mean, norm = self._descend(step, stage, self.plans[number][inside])
-        told: Any = torch.tensor([mean, float(self.stopping)], device=self.accelerator.device)
-        told = self.accelerator.reduce(told, "mean")
-        loss, stop = told.tolist()
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss of step {step} is {loss}: lower learning_rate, or use mixed_precision "
-                "bf16 or no; the last checkpoint is untouched"
-            )
+            loss, norm, stop = self._descend(step, stage, self.plans[number][inside])
         figures = {
             "loss": loss,
             "learning_rate": self.state.advance(),
@@ -252,19 +256,48 @@ class Run:
         if self.accelerator.is_main_process:
             with (self.out / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
-        return loss, stop > 0
+        return loss, stop
 
-    def _descend(self, step: int, stage: Stage, clips: list[int]) -> tuple[float, float]:
-        """All micro-steps of a step: this process's mean loss, and the norm of the gradients."""
-        mean, norm, count = 0.0, math.nan, self.config.gradient_accumulation
-        frames = self.model.frames(stage.frames)
+    def _descend(self, step: int, stage: Stage, clips: list[int]) -> tuple[float, float, bool]:
+        """All micro-steps of a step: the mean loss over all processes, the norm of the gradients,
+        and whether to stop after it."""
+        mean, norm, count = 0.0, None, self.config.gradient_accumulation
+        told, frames = (math.nan, False), self.model.frames(stage.frames)
         for micro in range(count):
             with self.accelerator.accumulate(self.state.wrapped):
                 loss = self.state.wrapped(*self.batches(step, clips, frames, micro))
                 mean += loss.item() / count
-                told = self.state.descend(loss)
-                norm = norm if told is None else told
-        return mean, norm
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    norm = self.state.clip()
+                    told = self._agree(step, mean, norm)
+                self.state.update()
+        return told[0], math.nan if norm is None else norm, told[1]
+
+    def _agree(self, step: int, mean: float, norm: float | None) -> tuple[float, bool]:
+        """What all processes know before any of them changes a parameter: the mean of their
+        losses, and whether one was told to stop.
+
+        Raises ValueError in all of them for a loss or a gradient that is not finite.
+        """
+        broken = norm is not None and not math.isfinite(norm) and not self.state.scales_down
+        own = [mean, float(self.stopping), float(broken)]
+        told: Any = torch.tensor(own, device=self.accelerator.device)
+        told = self.accelerator.reduce(told, "mean")
+        loss, stopping, breaking = told.tolist()
+        if not math.isfinite(loss):
+            raise ValueError(self._diverged(f"the loss of step {step} is {loss}"))
+        if breaking:
+            raise ValueError(self._diverged(f"the gradient of step {step} is not finite"))
+        return loss, stopping > 0
+
+    def _diverged(self, what: str) -> str:
+        saved = checkpoint.found(self.out / CHECKPOINTS)
+        back = f"--resume goes on from {saved[-1].name}" if saved else "no checkpoint is there yet"
+        return (
+            f"{what}: lower learning_rate, or use mixed_precision bf16 or no, in a new run, which "
+            f"may start from the {self.adapter.FOLDER} of a checkpoint; {back}"
+        )
 
     @contextmanager
     def _rule(self, stage: Stage) -> Iterator[None]:
@@ -318,22 +351,21 @@ class Run:
             "teacher": self.recipe.teacher,
             "processes": self.accelerator.num_processes,
         }
-        artefact = self._artefact()
-        if self.accelerator.is_main_process:
-            checkpoint.save(
-                self.out / CHECKPOINTS,
-                tensors,
-                about | self.state.numbers(),
-                keep=self.config.keep_checkpoints,
-                adapter=(self.adapter.FOLDER, artefact),
-            )
-        self.accelerator.wait_for_everyone()
+        save = partial(
+            checkpoint.save,
+            self.out / CHECKPOINTS,
+            tensors,
+            about | self.state.numbers(),
+            keep=self.config.keep_checkpoints,
+            adapter=(self.adapter.FOLDER, self._artefact()),
+        )
+        by_main(self.accelerator, save)
 
     def _resume(self) -> int:
         """Put everything where the newest whole checkpoint left it; the steps done by then."""
         found = checkpoint.load_newest(self.out / CHECKPOINTS)
         if found is None:
-            raise ValueError(f"no checkpoint in {self.out / CHECKPOINTS} is whole")
+            raise ValueError(f"no checkpoint in {self.out / CHECKPOINTS} is whole and finite")
         if changed := self._changes(found.state):
             listed = "; ".join(f"{k}: {a!r}, now {b!r}" for k, (a, b) in changed.items())
             raise ValueError(f"{found.path} is of another run, which differs in {listed}")
@@ -360,10 +392,7 @@ class Run:
             return self.adapter.writer(whole)
 
     def _write(self, folder: Path) -> Path:
-        artefact = self._artefact()
-        if self.accelerator.is_main_process:
-            artefact(folder)
-        self.accelerator.wait_for_everyone()
+        by_main(self.accelerator, partial(self._artefact(), folder))
         return folder
 
     def _validation(self) -> Validation | None:
@@ -390,9 +419,11 @@ class Run:
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM ends the training after the step; the second at once."""
+        """The first Ctrl-C, SIGTERM or SIGHUP ends the training after the step; the second at
+        once."""
 
         def ask(number: int, frame: Any) -> None:
+            leave_closed_terminal()
             if self.stopping:
                 raise KeyboardInterrupt
             self.stopping = True
@@ -400,7 +431,7 @@ class Run:
 
         before = {}
         with suppress(ValueError):  # not the main thread, as in a notebook's worker
-            before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+            before = {s: signal.signal(s, ask) for s in (signal.SIGINT, *answered())}
         try:
             yield
         finally:

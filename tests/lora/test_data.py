@@ -28,6 +28,7 @@ from gen_accel.lora.data import (
 from gen_accel.lora.encode import cache
 from gen_accel.lora.latents import LatentCache
 from gen_accel.measure.video_io import read_video, write_video
+from gen_accel.owners import locked
 
 pytestmark = pytest.mark.slow
 
@@ -499,6 +500,18 @@ def test_the_earlier_cache_stays_whole_until_the_new_one_is(build, folder, tmp_p
     found.verify()
     assert found.digest == before
     assert (build().encoded, len(calls)) == (1, 3)
+
+
+def test_a_second_run_in_one_cache_is_refused(build, tmp_path, monkeypatch):
+    """Whose model is not loaded either."""
+    with locked(tmp_path / "cache"), pytest.raises(BlockingIOError, match="cache is in use by"):
+        build(pipe="/nowhere")
+    assert not (tmp_path / "cache").exists()
+    build()
+    (tmp_path / "cache" / ".partial-0.safetensors").touch()
+    report = build()
+    assert (report.encoded, report.kept) == (0, 3)
+    assert not [*(tmp_path / "cache").glob(".*")]
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])

@@ -11,6 +11,7 @@ from support.runs import launch
 
 from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.lora import checkpoint, trainer
+from gen_accel.owners import locked
 
 pytestmark = pytest.mark.slow
 
@@ -88,14 +89,15 @@ def made(tmp_path_factory):
     launch(*({"out": str(folder / name), "fields": f} | more for name, f, more in jobs))
     for name, last in (("ddp/long", STEPS), ("fsdp/long", STEPS), ("ddp/images", 4)):
         half(folder / name, folder / f"{name}-resumed", last)
-    again = [jobs[0], jobs[3], jobs[4]]
-    launch(
-        *(
-            {"out": str(folder / f"{name}-resumed"), "fields": f, "resume": True} | more
-            for name, f, more in again
-        ),
-        launcher=False,
-    )
+    again = [
+        {"out": str(folder / f"{name}-resumed"), "fields": f, "resume": True} | more
+        for name, f, more in (jobs[0], jobs[3], jobs[4])
+    ]
+    refused = {"fields": RADIAL | {"checkpoint_every": 1}, "refused": True}
+    poisoned = {"out": str(folder / "poisoned"), "poison": [2, 1]} | refused
+    with locked(folder / "busy"):
+        out, _ = launch({"out": str(folder / "busy")} | refused, poisoned, *again, launcher=False)
+    (folder / "said").write_text(out)
     return folder
 
 
@@ -107,6 +109,19 @@ def replicated(made):
 @pytest.fixture(scope="module")
 def sharded(made):
     return made / "fsdp" / "long"
+
+
+def test_all_processes_end_where_one_does(made):
+    """None waits for one that is gone: a gradient that is broken in the second process alone, and
+    a folder that the first one could not lock."""
+    said = (made / "said").read_text().splitlines()
+    for rank in "01":
+        told = [line for line in said if line.startswith(f"{rank}: ")]
+        assert "is in use by process" in told[0]
+        assert "the gradient of step 2 is not finite" in told[1]
+        assert len(told) == 2
+    assert not (made / "busy").exists()
+    assert newest(made / "poisoned").state["step"] == 2
 
 
 @pytest.mark.parametrize("name", ["long", "teacher"])
@@ -169,6 +184,7 @@ def test_a_sharded_checkpoint_goes_on_in_one_process(sharded, tmp_path):
     given = ft.config(out, **(LONG | {"batch_size": 2, "max_tokens": 16}))
     path = out / trainer.CHECKPOINTS / "step-000004" / checkpoint.STATE
     state = json.loads(path.read_text())
+    del state[checkpoint.OWN]
     state["config"]["batch_size"], state["processes"] = 2, 1
     path.write_text(json.dumps(state))
     ft.train(given, resume=True)

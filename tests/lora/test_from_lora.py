@@ -1,6 +1,7 @@
 """`attach(from_lora=)`: the method, schedule and parameters that a LoRA was trained with."""
 
 import gc
+import shutil
 import warnings
 from copy import deepcopy
 from dataclasses import replace
@@ -8,12 +9,14 @@ from weakref import ref
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import finetuning as ft
 from support import wan
 from support.paths import ROOT
 from support.runs import (
+    WEIGHTS,
     assert_apart,
+    metadata,
     state,
     with_recipe,
 )
@@ -272,6 +275,20 @@ class TestFromLora:
     def test_a_lora_from_elsewhere_is_refused(self, style):
         with pytest.raises(ValueError, match="does not say what attention it was trained with"):
             gen_accel.attach(wan.pipeline(), from_lora=style)
+
+    def test_a_teacher_that_fits_in_part_is_refused(self, trained, tmp_path):
+        folder = shutil.copytree(trained[0], tmp_path / "part")
+        renamed = {k.replace("attn1", "attn9"): x for k, x in load_file(folder / WEIGHTS).items()}
+        save_file(renamed, folder / WEIGHTS, metadata=metadata(folder / WEIGHTS))
+        given = ft.config(
+            tmp_path / "run",
+            method="radial",
+            settings=(),
+            objective="distill",
+            teacher_lora=str(folder),
+        )
+        with pytest.raises(ValueError, match=r"teacher_lora .* does not fit Wan.* are not in the"):
+            ft.train(given)
 
     def test_processors_alone(self, tmp_path):
         made = ft.model()

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -10,17 +11,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import finetuning as ft
 from support.forked import Forked
 from support.paths import environment
 from support.runs import (
     FULL_STEPS,
     assert_same_run,
+    files,
     losses,
     metrics,
     state,
 )
 
+from gen_accel import owners
+from gen_accel.files import file_sha256
 from gen_accel.lora import checkpoint, trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,7 +50,7 @@ class TestResume:
 
     @pytest.mark.slow
     def test_in_two_parts(self, whole, tmp_path):
-        first = stopping(tmp_path / "run", after=3)
+        first = stopping(tmp_path / "run", after=3, kind=signal.SIGHUP)
         assert first.folder is None
         assert first.steps == 3
         assert not (tmp_path / "run" / "lora").exists()
@@ -90,7 +95,13 @@ class TestResume:
         assert_same_run(out, whole)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("how", ["truncated", "flipped", "no state", "half a state"])
+    @pytest.mark.parametrize(
+        "how",
+        [
+            *("truncated", "flipped", "no state", "half a state", "not finite"),
+            *("an earlier step", "a later step", "another rate", "an earlier version's"),
+        ],
+    )
     def test_a_broken_checkpoint_is_left_out(self, whole, tmp_path, how):
         out = shutil.copytree(whole, tmp_path / "run")
         newest = out / trainer.CHECKPOINTS / "step-000008"
@@ -103,8 +114,12 @@ class TestResume:
             tensors.write_bytes(data)
         elif how == "no state":
             about.unlink()
-        else:
+        elif how == "half a state":
             about.write_text(about.read_text()[:100])
+        elif how == "not finite":
+            poison(newest)
+        else:
+            change(about, how)
         with pytest.warns(UserWarning, match="step-000008 is broken and left out"):
             done = ft.train(ft.config(out, **ft.FULL), resume=True)
         assert len(done.losses) == 2
@@ -137,8 +152,8 @@ class TestResume:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "save_file", full)
-            with pytest.raises(OSError, match="No space left"):
+            patch.setattr(checkpoint, "save_tensors", full)
+            with pytest.raises(OSError, match=r"no room for .*step-000008.*: no space left"):
                 ft.train(ft.config(out, **ft.FULL), resume=True)
         folder = out / trainer.CHECKPOINTS
         assert sorted(path.name for path in folder.iterdir()) == ["step-000006"]
@@ -146,14 +161,41 @@ class TestResume:
         ft.train(ft.config(out, **ft.FULL), resume=True)
         assert_same_run(out, whole)
 
-    def test_left_overs_are_cleared(self, copied):
+    def test_a_checkpoint_of_an_earlier_version(self, whole, copied, recwarn):
+        """Its state has no hash."""
         out = copied(6)
-        for folder in (out, out / trainer.CHECKPOINTS):
-            (folder / ".partial-0").mkdir()
-            (folder / ".partial-0" / "half").touch()
-            (folder / ".partial-1.json").touch()
+        about = out / trainer.CHECKPOINTS / "step-000006" / checkpoint.STATE
+        change(about, {checkpoint.OWN: None})
+        assert state(out).state["step"] == 6
+        assert not recwarn
+
+    def test_left_overs_are_cleared(self, copied):
+        """In the folder of checkpoints all; beside other programs' files, those of the dead."""
+        out = copied(6)
+        dead = owners.mark().replace(str(os.getpid()), str(2**30))
+        for folder, name in (
+            (out, f".partial-0-{dead}-0"),
+            (out / trainer.CHECKPOINTS, ".partial-0"),
+        ):
+            (folder / name).mkdir()
+            (folder / name / "half").touch()
+            (folder / f"{name}.json").touch()
+        live = out / f".partial-0-{owners.mark()}-0.mp4"
+        live.touch()
         ft.train(ft.config(out, **ft.FULL), resume=True)
-        assert not list(out.rglob(".partial-*"))
+        assert list(out.rglob(".partial-*")) == [live]
+        assert not (out / owners.LOCK).exists()
+
+    def test_a_second_run_in_one_folder_is_refused(self, copied, tmp_path):
+        """Whether it is another one or goes on, and before it is looked at further."""
+        for out, resume in ((copied(6), True), (tmp_path / "new", False)):
+            with owners.locked(out):
+                before = files(out)
+                with pytest.raises(BlockingIOError, match=f"{out} is in use by process"):
+                    ft.train(ft.config(out, **ft.FULL), resume=resume)
+                with pytest.raises(BlockingIOError, match=f"{out} is in use by process"):
+                    trainer.train(ft.config(out, **ft.FULL, model="nowhere"), resume=resume)
+                assert files(out) == before
 
     def test_numbers_of_steps_sort_as_numbers(self, tmp_path):
         for name in ("step-1000000", "step-999999", "step-000007", "step-x"):
@@ -199,14 +241,37 @@ class TestResume:
             trainer.check_out(replace(given, out=str(tmp_path / "file")), resume=False)
 
 
-def stopping(out, after, *, config=None, resume=False, signals=1):
+def poison(folder):
+    """A checkpoint of a version that did not look for NaN, with hashes that are right."""
+    tensors = load_file(folder / checkpoint.TENSORS)
+    next(iter(tensors.values())).view(-1)[0] = math.nan
+    save_file(tensors, folder / checkpoint.TENSORS)
+    new = {"sha256": file_sha256(folder / checkpoint.TENSORS), checkpoint.OWN: None}
+    change(folder / checkpoint.STATE, new)
+
+
+def change(about, how):
+    """Other values in a state, None for none."""
+    told = json.loads(about.read_text())
+    if how == "another rate":
+        told["schedule"]["last_epoch"] = 3
+    elif how == "an earlier version's":
+        told |= {"step": 10**9, checkpoint.OWN: None}
+    elif isinstance(how, str):
+        told["step"] = {"an earlier step": 2, "a later step": 10**9}[how]
+    else:
+        told |= how
+    about.write_text(json.dumps({name: x for name, x in told.items() if x is not None}))
+
+
+def stopping(out, after, *, config=None, resume=False, kind=signal.SIGTERM, signals=1):
     """Train until a signal comes in the step that makes the steps `after`."""
 
     class Signalling(ft.Clips):
         def latents(self, index, frames):
             if signalling and len(losses_so_far()) == after - 1:
                 for _ in range(signals):
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    os.kill(os.getpid(), kind)
                 signalling.clear()
             return super().latents(index, frames)
 

@@ -4,6 +4,7 @@ import math
 import shutil
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,10 +26,13 @@ from gen_accel.attention_processors.attached.recipe import (
     read_recipe,
 )
 from gen_accel.attention_processors.attached.schedule import Schedule
-from gen_accel.lora import dry_run, trainer
-from gen_accel.lora.artefact import target_modules
+from gen_accel.lora import checkpoint, dry_run, trainer
+from gen_accel.lora.artefact import target_modules, write_lora
+from gen_accel.lora.checkpoint import TENSORS
 from gen_accel.lora.objective import Objective
 from gen_accel.lora.prepare import cache_clips, model_of, prepare
+from gen_accel.lora.state import TrainingState
+from gen_accel.lora.trainer import CHECKPOINTS
 from gen_accel.measure.video_io import read_video
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,6 +108,69 @@ class TestPrecision:
         assert state(tmp_path).state["step"] == 3
         assert all(x.isfinite().all() for x in state(tmp_path).tensors.values())
         assert len(ft.train(given, resume=True).losses) == 1
+
+    @pytest.mark.parametrize(("step", "fields"), [(3, {}), (1, {"max_grad_norm": 0})])
+    def test_a_gradient_that_is_not_finite_ends_the_run(self, tmp_path, monkeypatch, step, fields):
+        """With a finite loss, at the last step and before; nothing of it is written."""
+        given = ft.config(tmp_path / "run", checkpoint_every=1, keep_checkpoints=1, **fields)
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainingState, "clip", TrainingState.clip)  # as it was, afterwards
+            ft.poison(step)
+            with pytest.raises(ValueError, match=f"gradient of step {step} is not finite") as told:
+                ft.train(given)
+        assert f"--resume goes on from step-{step:06d}" in str(told.value)
+        assert len(losses(tmp_path / "run")) == state(tmp_path / "run").state["step"] == step
+        assert not (tmp_path / "run" / "lora").exists()
+        assert len(ft.train(given, resume=True).losses) == 4 - step
+
+    @pytest.mark.parametrize("scale", [4.0, 1.0])
+    def test_a_step_that_float16_leaves_out(self, tmp_path, monkeypatch, scale):
+        """The scale of the loss is halved then; one of 1 is to blame for nothing."""
+        given = ft.config(tmp_path, checkpoint_every=1, keep_checkpoints=4)
+        accelerator = trainer.accelerator_for(given)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        monkeypatch.setattr(TrainingState, "clip", TrainingState.clip)
+        ft.poison(2)
+        if scale == 1:
+            with pytest.raises(ValueError, match="gradient of step 2 is not finite"):
+                trainer.run(given, accelerator, ft.model(), ft.Clips())
+            return
+        assert len(trainer.run(given, accelerator, ft.model(), ft.Clips()).losses) == 4
+        assert accelerator.scaler.get_scale() == scale / 2
+        saved = [load_file(path / TENSORS) for path in checkpoint.found(tmp_path / CHECKPOINTS)]
+        same = [
+            all(torch.equal(x, b[name]) for name, x in a.items() if name.startswith("model/"))
+            for a, b in pairwise(saved)
+        ]
+        assert same == [False, True, False]
+
+    @pytest.mark.parametrize("what", ["model", "ema", "optimizer"])
+    def test_what_is_not_finite_is_not_saved(self, tmp_path, monkeypatch, what):
+        advance, calls = TrainingState.advance, []
+
+        def broken(self):
+            rate = advance(self)
+            calls.append(1)
+            if len(calls) == 2:
+                first = self.parameters()[0]
+                average = self.ema.shadow_params[0]
+                moment = self.optimizer.state[first]["exp_avg"]
+                with torch.no_grad():
+                    {"model": first, "ema": average, "optimizer": moment}[what].fill_(math.inf)
+            return rate
+
+        monkeypatch.setattr(TrainingState, "advance", broken)
+        given = ft.config(tmp_path, checkpoint_every=1, keep_checkpoints=1, ema_decay=0.9)
+        with pytest.raises(ValueError, match=f"state after step 2 is not finite.*: {what}/"):
+            ft.train(given)
+        assert state(tmp_path).state["step"] == 1
+
+    def test_a_lora_that_is_not_finite_is_not_written(self, tmp_path, trained):
+        folder, transformer = trained
+        weights = {"blocks.0.attn1.to_q.lora_A.weight": torch.full((2, 2), math.nan)}
+        with pytest.raises(ValueError, match=r"the LoRA for .* is not finite.*blocks\.0\.attn1"):
+            write_lora(tmp_path / "lora", transformer, weights, None, read_recipe(folder))
+        assert not list(tmp_path.iterdir())
 
     def test_the_length_of_the_gradient_is_limited(self, tmp_path):
         """With SGD's step the parameters would move by at most that; AdamW hides it, the log

@@ -23,6 +23,7 @@ from gen_accel.lora import checkpoint
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Objective
+from gen_accel.lora.state import TrainingState
 from gen_accel.lora.trainer import Trained, accelerator_for, run
 
 LATENTS = (4, 8)  # height and width; 2 x 4 tokens a frame
@@ -168,15 +169,31 @@ def stall(marker: Path, at: str) -> None:
 
         Objective.forward = slow_forward
     else:
-        save_file = checkpoint.save_file
+        save_tensors = checkpoint.save_tensors
 
         def slow_save(tensors: dict[str, Tensor], path: Path) -> None:
-            save_file(tensors, path)
+            save_tensors(tensors, path)
             path.write_bytes(path.read_bytes()[:1000])
             halt()
-            save_file(tensors, path)
+            save_tensors(tensors, path)
 
-        checkpoint.save_file = slow_save
+        checkpoint.save_tensors = slow_save
+
+
+def poison(step: int, rank: int | None = None) -> None:
+    """One entry of the gradient becomes NaN in a step, counted from here, of one process or of
+    all."""
+    clip, calls = TrainingState.clip, 0
+
+    def poisoned(state: TrainingState) -> float | None:
+        nonlocal calls
+        if calls == step and rank in (None, state.accelerator.process_index):
+            grad: Any = state.parameters()[0].grad
+            grad.view(-1)[0] = torch.nan
+        calls += 1
+        return clip(state)
+
+    TrainingState.clip = poisoned
 
 
 def sharded(given: TrainConfig) -> Accelerator:
@@ -200,13 +217,27 @@ def sharded(given: TrainConfig) -> Accelerator:
 
 
 def start(job: dict[str, Any]) -> None:
-    """One training."""
+    """One training.
+
+    Args:
+        job: `out`, `fields` of the config, and what else there is of `stall`, `sharded`, `resume`,
+            the arguments of `poison`, and `refused`, so that an error is printed.
+    """
     if "stall" in job:
         stall(Path(job["out"]) / "stalled", job["stall"])
     given = config(job["out"], **job["fields"])
     pipe = wan.pipeline() if given.validate_every else None
     accelerator = sharded(given) if job.get("sharded") else accelerator_for(given)
-    run(given, accelerator, model(pipe), Clips(), resume=job.get("resume", False))
+    clip = TrainingState.clip
+    if "poison" in job:
+        poison(*job["poison"])
+    try:
+        run(given, accelerator, model(pipe), Clips(), resume=job.get("resume", False))
+    except (OSError, ValueError) as error:
+        if "refused" not in job:
+            raise
+        print(f"{accelerator.process_index}: {error}")
+    TrainingState.clip = clip
 
 
 if __name__ == "__main__":

@@ -90,9 +90,9 @@ def two_processes(module, arguments, env, launcher=True):
 
 
 def launch(*jobs, launcher=True):
-    """Trainings in the same two processes, one after the other."""
+    """Trainings in the same two processes, one after the other: what they print."""
     places = environment(OMP_NUM_THREADS="1")
-    two_processes("support.finetuning", [json.dumps(jobs)], places, launcher)
+    return two_processes("support.finetuning", [json.dumps(jobs)], places, launcher)
 
 
 FULL_STEPS = 8

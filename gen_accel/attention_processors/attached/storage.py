@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gen_accel.attention_processors import method_name
@@ -24,10 +24,12 @@ from gen_accel.attention_processors.methods.options import (
     saved_options,
     with_tuples,
 )
-from gen_accel.files import file_sha256, replacing, write_json
+from gen_accel.files import file_sha256, flush, replacing, write_json
 from gen_accel.method import branch_of, layer_method
+from gen_accel.tensor_files import check_finite, save_tensors
 
 CONFIG, WEIGHTS = "processors.json", "processors.safetensors"
+NEXT = "processors.next.safetensors"  # parameters that the JSON does not name yet
 VERSION = 1
 
 
@@ -40,8 +42,9 @@ def save_processors(
     """Write the attached method, its schedule, and the parameters of its layers.
 
     `processors.json` names the method with its options, and the hash of `processors.safetensors`,
-    which holds the parameters. Both are written under another name first, and the JSON last: a run
-    that is killed in between leaves a pair that `load_processors` refuses, never a wrong mixture.
+    which holds the parameters. These are written first, by a name of their own, and take that one
+    when the JSON names them: a run that is killed at any point leaves the earlier pair or this
+    one, and `load_processors` finds it.
 
     Args:
         pipe_or_handle: a pipeline or transformer with a method attached, or the handle.
@@ -52,8 +55,8 @@ def save_processors(
         The folder.
 
     Raises:
-        ValueError: nothing is attached, a method that has no name, or options that JSON cannot
-            hold.
+        ValueError: nothing is attached, a method that has no name, options that JSON cannot
+            hold, or parameters that are not finite.
         OSError: the folder cannot be written.
     """
     handle = pipe_or_handle
@@ -63,8 +66,11 @@ def save_processors(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     held = _parameters(handle) if tensors is None else _by_name(tensors)
-    with replacing(folder / WEIGHTS) as partial:
-        save_file({name: x.detach().cpu().contiguous() for name, x in held.items()}, partial)
+    check_finite(held, f"what is attached, for {folder},")
+    _settle(folder)  # a save that was killed
+    with replacing(folder / NEXT) as partial:
+        save_tensors({name: x.cpu() for name, x in held.items()}, partial)
+        flush(partial)
         digest = file_sha256(partial)
     config = {
         "version": VERSION,
@@ -75,8 +81,23 @@ def save_processors(
         "dense_kernel": handle.dense_kernel,
         "sha256": digest,
     }
-    write_json(folder / CONFIG, config)
+    try:
+        write_json(folder / CONFIG, config)
+    finally:
+        _settle(folder)
     return folder
+
+
+def weights_of(folder: Path) -> Path:
+    """The parameters that belong to the JSON of `folder`, whether or not they have their name yet,
+    or are there."""
+    following = folder / NEXT
+    try:
+        named = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["sha256"]
+        belongs = file_sha256(following) == named
+    except (OSError, ValueError, KeyError, TypeError):
+        belongs = False
+    return following if belongs else folder / WEIGHTS
 
 
 def load_processors(pipe_or_transformer: Any, folder: str | Path, **options: Any) -> Attachment:
@@ -93,20 +114,28 @@ def load_processors(pipe_or_transformer: Any, folder: str | Path, **options: Any
             that do not fit this model, which are named; nothing is attached then.
     """
     folder = Path(folder)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing; save_processors writes it")
+    weights = weights_of(folder)
+    for path in (folder / CONFIG, weights):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; save_processors writes it")
     method, saved, digest = _read(folder / CONFIG)
-    if file_sha256(folder / WEIGHTS) != digest:
+    if file_sha256(weights) != digest:
         raise ValueError(f"{CONFIG} and {WEIGHTS} in {folder} do not belong together; save again")
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_file(weights)
     saved = saved | options
     schedule = saved["schedule"] or Schedule()
-    _check_fit(pipe_or_transformer, method, schedule, tensors, folder / WEIGHTS)
+    _check_fit(pipe_or_transformer, method, schedule, tensors, weights)
     handle = put_on(pipe_or_transformer, method, **saved)
     for name, parameter in _parameters(handle).items():
         parameter.copy_(tensors[name])
     return handle
+
+
+def _settle(folder: Path) -> None:
+    """Give the parameters that the JSON names their name, and remove those that it does not."""
+    if weights_of(folder) == folder / NEXT:
+        (folder / NEXT).replace(folder / WEIGHTS)
+    (folder / NEXT).unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Any], str]:

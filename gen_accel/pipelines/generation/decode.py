@@ -21,6 +21,7 @@ from torch import Tensor
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.families import FAMILIES, family_named, served_classes
 from gen_accel.files import check_folder, replacing
+from gen_accel.tensor_files import save_tensors
 
 LATENTS = ".safetensors"
 FRAMES_AT_ONCE = 16  # that become uint8 together where a clip is decoded whole
@@ -97,14 +98,12 @@ def save_latents(path: str | Path, latents: Tensor, about: dict[str, Any]) -> Pa
 
     Raises:
         ValueError, OSError: what `check_latents_path` refuses.
+        NoRoom: a full disk.
     """
-    from safetensors.torch import save_file
-
     path = Path(path)
     check_latents_path(path)
     with replacing(path) as partial:
-        tensors = {"latents": latents.detach().cpu().contiguous()}
-        save_file(tensors, partial, metadata={ABOUT: json.dumps(about)})
+        save_tensors({"latents": latents.cpu()}, partial, {ABOUT: json.dumps(about)})
     return path
 
 

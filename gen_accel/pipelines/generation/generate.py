@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.summary import Summary
+from gen_accel.endings import unwinding
 from gen_accel.measure import write_json, write_video
 from gen_accel.measure.video_io import check_writable, write_stream
 from gen_accel.method import Method
@@ -168,7 +169,9 @@ def generate(
         return share.gathered({})
     if latents is not None:
         check_latents_of(model)
-    return share.gathered(_run(job, share))
+    with unwinding():
+        made = _run(job, share)
+    return share.gathered(made)
 
 
 def decode_latents(

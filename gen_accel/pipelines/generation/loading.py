@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from gen_accel.attention_processors.attached.transformers import TRANSFORMERS
 from gen_accel.attention_processors.families import served_classes, video_classes
@@ -18,6 +19,8 @@ from gen_accel.pipelines.generation.arguments import frames_argument, parameters
 from gen_accel.pipelines.generation.decode import (
     check_streamed,
 )
+from gen_accel.pipelines.generation.lora_fit import check_lora
+from gen_accel.tensor_files import named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OFFLOADS = ("none", "model", "group", "sequential")
@@ -89,8 +92,8 @@ def load(model: str | Path, loading: Loading | None = None) -> Any:
     """The pipeline, on its device, with its LoRAs.
 
     Raises:
-        ValueError: what `check_model` refuses, a device that is not there, a LoRA that fits
-            nothing.
+        ValueError: what `check_model` refuses, a device that is not there, a LoRA that does not
+            fit or fits in part, weights of the transformer that are whole numbers.
         OSError: a file or repository that is not there.
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -98,6 +101,7 @@ def load(model: str | Path, loading: Loading | None = None) -> Any:
     loading = loading or Loading()
     source, device, dtype = _source(model, loading)
     loras = [_lora(text) for text in loading.loras]
+    _check_floats(Path(source))
     with warnings.catch_warnings():
         # Newer diffusers call it `dtype`; older ones ignore that.
         warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
@@ -234,6 +238,23 @@ def _lora(text: str) -> tuple[str, float]:
     return (str(path) if path.exists() else parsed[0]), parsed[1]
 
 
+def _check_floats(folder: Path) -> None:
+    """Refuse whole numbers as weights of a transformer, which diffusers would cast."""
+    for file in (one for part in TRANSFORMERS for one in folder.glob(f"{part}/*.safetensors")):
+        config = file.with_name("config.json")
+        if config.is_file() and "quantization_config" in config.read_text(encoding="utf-8"):
+            continue
+        try:
+            with safe_open(file, framework="pt") as held:
+                kinds = {key: held.get_slice(key).get_dtype() for key in held.keys()}  # noqa: SIM118
+        except SafetensorError:
+            continue  # diffusers says what is wrong with it
+        wrong = [key for key in kinds if key.endswith((".weight", ".bias"))]
+        wrong = [key for key in wrong if kinds[key].startswith(("I", "U", "BOOL"))]
+        if wrong:
+            raise ValueError(f"{file} holds weights of {kinds[wrong[0]]}: {named(wrong)}")
+
+
 def _add_loras(pipe: Any, loras: Sequence[tuple[str, float]]) -> None:
     if loras:
         with needed_for("a LoRA", extra="video"):
@@ -241,6 +262,7 @@ def _add_loras(pipe: Any, loras: Sequence[tuple[str, float]]) -> None:
     names = []
     for i, (source, _) in enumerate(loras):
         name = f"lora_{i}"
+        check_lora(pipe, source)
         pipe.load_lora_weights(source, adapter_name=name)
         if not any(name in adapters for adapters in pipe.get_list_adapters().values()):
             raise ValueError(f"{source} holds no LoRA for {type(pipe).__name__}")

@@ -1,12 +1,13 @@
 """A list of prompts: which of them are done, and how processes share the others.
 
-Beside each output lies a small file with what it was made from and how large its files are. A
+Beside each output lies a small file with what it was made from and the hashes of its files. A
 prompt is done when these files are there, and were made from what is asked for now.
 """
 
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from gen_accel.extras import needed_for
+from gen_accel.files import file_sha256, folder_sha256
 from gen_accel.measure import write_json
 from gen_accel.pipelines.generation.loading import Loading, find_device, folder_of
 
@@ -34,6 +36,8 @@ def numbered(path: Path, count: int) -> list[Path]:
 def is_done(target: Path, asked: Mapping[str, Any], latents: Path | None = None) -> bool:
     """Whether all files of `target` are there whole, and were made from what is asked.
 
+    A warning tells of files that an earlier version made, and knew by their size alone.
+
     Args:
         latents: that are to be among these files.
     """
@@ -44,19 +48,30 @@ def is_done(target: Path, asked: Mapping[str, Any], latents: Path | None = None)
         return False
     if not isinstance(found, dict):
         return False
-    before, clip, sizes = (found.get(part) for part in ("asked", "clip", "bytes"))
-    if not (isinstance(before, dict) and isinstance(clip, dict) and isinstance(sizes, dict)):
+    by_size = "sha256" not in found
+    before, clip = found.get("asked"), found.get("clip")
+    files = found.get("bytes" if by_size else "sha256")
+    if not (isinstance(before, dict) and isinstance(clip, dict) and isinstance(files, dict)):
         return False
-    if not sizes or (latents is not None and _beside(latents, target) not in sizes):
+    if not files or (latents is not None and _beside(latents, target) not in files):
         return False
     # What the pipeline filled in before is the same as its number given now.
     same = all(
         before.get(name) == value or (value is not None and clip.get(name) == value)
         for name, value in asked.items()
     )
-    return same and all(
-        size is not None and _bytes(record.parent / name) == size for name, size in sizes.items()
-    )
+    known = _bytes if by_size else _sha256
+    if not same or not all(
+        value is not None and known(record.parent / name) == value for name, value in files.items()
+    ):
+        return False
+    if by_size:
+        warnings.warn(
+            f"{target} counts as done by its size alone, as an earlier version kept no hash: look "
+            "at it, or make it again without resuming",
+            stacklevel=2,
+        )
+    return True
 
 
 def write_done(
@@ -68,8 +83,8 @@ def write_done(
         clip: as it was made, without gaps.
         files: all that was made for `target`.
     """
-    sizes = {_beside(file, target): _bytes(file) for file in files}
-    write_json(_record(target), {"asked": asked, "clip": clip, "bytes": sizes})
+    hashes = {_beside(file, target): _sha256(file) for file in files}
+    write_json(_record(target), {"asked": asked, "clip": clip, "sha256": hashes})
 
 
 def forget_done(target: Path) -> None:
@@ -180,6 +195,13 @@ def _record(target: Path) -> Path:
 def _beside(file: Path, target: Path) -> str:
     """The path of `file` from the folder of `target`, however both are written."""
     return os.path.relpath(file.parent.resolve() / file.name, target.parent.resolve())
+
+
+def _sha256(path: Path) -> str | None:
+    """Of a file, or of all files in a folder with their names; None where neither is."""
+    if path.is_dir():
+        return folder_sha256(sorted(file for file in path.iterdir() if file.is_file()))
+    return file_sha256(path) if path.exists() else None
 
 
 def _bytes(path: Path) -> int | None:

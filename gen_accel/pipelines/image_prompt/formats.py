@@ -37,7 +37,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.attached.recipe import CONFIG, KEY, sizes
@@ -46,6 +45,7 @@ from gen_accel.attention_processors.image_prompt import ImageAdapter, KeysValues
 from gen_accel.files import replacing, write_json
 from gen_accel.pipelines.generation.loading import REPOSITORY
 from gen_accel.pipelines.image_prompt import projectors
+from gen_accel.tensor_files import save_tensors
 
 VARIANTS = (
     "base",
@@ -268,11 +268,11 @@ def write_adapter(
     tensors = {k: x.detach().to("cpu", dtype).clone().contiguous() for k, x in held.items()}
     if path.suffix == ".safetensors":
         with replacing(path) as partial:
-            save_file(tensors, partial, metadata=text)
+            save_tensors(tensors, partial, text)
         return path
     with replacing(path) as partial:
         partial.mkdir(parents=True)
-        save_file(tensors, partial / WEIGHTS, metadata=text)
+        save_tensors(tensors, partial / WEIGHTS, text)
         write_json(partial / CONFIG, known)
     return path / WEIGHTS
 

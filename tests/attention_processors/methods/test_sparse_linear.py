@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import os
+import shutil
+import signal
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -45,6 +48,7 @@ from gen_accel import (
 from gen_accel.attention_processors.attached import storage
 from gen_accel.attention_processors.attached.attachment import attachment_of
 from gen_accel.attention_processors.attached.calibrate import measure_calibration
+from gen_accel.attention_processors.attached.storage import CONFIG, WEIGHTS, save_processors
 from gen_accel.attention_processors.methods import scores
 from gen_accel.kernels import linear as linear_kernel
 from gen_accel.kernels import reference
@@ -59,6 +63,26 @@ BOTH = pytest.mark.parametrize("method", [PROJECT, ALPHA], ids=["project", "alph
 PLACE = "transformer.blocks.0"
 
 quiet = pytest.mark.filterwarnings("ignore::gen_accel.pipelines.SilentBranch")
+
+
+def killed_at_rename(n, work):
+    """Do it in another process, which ends with no time to tidy up at its n-th rename."""
+    pid = os.fork()
+    if pid == 0:
+        replace, calls = os.replace, []
+
+        def last(*names):
+            calls.append(names)
+            if len(calls) == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(*names)
+
+        os.replace = last
+        try:
+            work()
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
 def random_qkv(video, batch=2, heads=2, dim=8, seed=0, dtype=torch.float32):
@@ -740,28 +764,26 @@ class TestStorage:
             gen_accel.load_processors(other, tmp_path)
         assert attachment_of(other) is earlier
 
-    @pytest.mark.parametrize("second", [PROJECT, ALPHA, Radial()], ids=str)
-    def test_an_interrupted_save_is_refused(self, second, tmp_path, monkeypatch):
-        model = transformer()
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process of its own")
+    @pytest.mark.parametrize("second", [ALPHA, Radial()], ids=str)
+    def test_a_save_that_is_killed_leaves_the_earlier_pair_or_its_own(self, second, tmp_path):
+        """At each of its renames; the next save goes through."""
+        model, other = transformer(), transformer()
         stir(attach(model, PROJECT))
-        gen_accel.save_processors(model, tmp_path)
-        handle = attach(model, second)
-        stir(handle)
-        for branch in handle.branches.values():
-            stirred(branch, seed=5)
-
-        def killed(*args):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(storage, "write_json", killed)
-        with pytest.raises(KeyboardInterrupt):
-            gen_accel.save_processors(model, tmp_path)
-        with pytest.raises(ValueError, match=r"processors\.json and .* do not belong together"):
-            gen_accel.load_processors(model, tmp_path)
-        assert attachment_of(model) is handle
-        monkeypatch.undo()
-        gen_accel.save_processors(model, tmp_path)
-        assert gen_accel.load_processors(model, tmp_path).method == second
+        expected = {PROJECT: forward(model)}
+        before = gen_accel.save_processors(model, tmp_path / "before")
+        stir(attach(model, second))
+        expected[second] = forward(model)
+        seen = []
+        for n in range(1, 4):
+            folder = shutil.copytree(before, tmp_path / str(n))
+            killed_at_rename(n, lambda folder=folder: save_processors(model, folder))
+            seen.append(gen_accel.load_processors(other, folder).method)
+            assert torch.equal(forward(other), expected[seen[-1]])
+            gen_accel.save_processors(model, folder)
+            assert sorted(path.name for path in folder.iterdir()) == [CONFIG, WEIGHTS]
+            assert gen_accel.load_processors(other, folder).method == second
+        assert seen == [PROJECT, PROJECT, second]
 
     def test_a_save_that_fails_early_keeps_the_earlier_one(self, tmp_path, monkeypatch):
         model = transformer()
@@ -773,7 +795,7 @@ class TestStorage:
         def full(*args):
             raise OSError("no space left")
 
-        monkeypatch.setattr(storage, "save_file", full)
+        monkeypatch.setattr(storage, "save_tensors", full)
         stirred(handle.branches[PLACE], seed=5)
         with pytest.raises(OSError, match="no space"):
             gen_accel.save_processors(model, tmp_path)

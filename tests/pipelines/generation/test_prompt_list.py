@@ -200,22 +200,39 @@ def test_all_may_be_moved_together(run, loads, model, tmp_path):
     assert not loads([arg.replace(str(here), str(there)) for arg in args])
 
 
-UNFIT = ["", "[]", "null", '"asked"', "{}", '{"asked": [], "clip": {}, "bytes": {}}']
+UNFIT = ["", "[]", "null", '"asked"', "{}", '{"asked": [], "clip": {}, "sha256": {}}']
 
 
-@pytest.mark.parametrize("text", [*UNFIT, "without files", "without a size"])
+@pytest.mark.parametrize("text", [*UNFIT, "without files", "without a hash"])
 def test_what_is_no_record_says_nothing_is_done(loads, finished, text):
     folder, args = finished
     record = folder / "clip-000.gif.done.json"
     before = record.read_text()
-    sizes = {"without files": {}, "without a size": {"nothing": None}}
-    unfit = json.dumps(json.loads(before) | {"bytes": sizes[text]}) if text in sizes else text
+    hashes = {"without files": {}, "without a hash": {"nothing": None}}
+    unfit = json.dumps(json.loads(before) | {"sha256": hashes[text]}) if text in hashes else text
     try:
         record.write_text(unfit)
         assert loads(args)
     finally:
         record.write_text(before)
     assert not loads(args)
+
+
+def test_an_earlier_record_knows_a_file_by_its_size(loads, finished):
+    """What counted as done goes on to, and a warning says by what."""
+    folder, args = finished
+    record, video = folder / "clip-000.gif.done.json", folder / "clip-000.gif"
+    before, data = record.read_text(), video.read_bytes()
+    told = {k: x for k, x in json.loads(before).items() if k != "sha256"}
+    try:
+        record.write_text(json.dumps(told | {"bytes": {"clip-000.gif": len(data)}}))
+        with pytest.warns(UserWarning, match=r"clip-000\.gif counts as done by its size alone"):
+            assert not loads(args)
+        video.write_bytes(data[:-1])
+        assert loads(args)
+    finally:
+        record.write_text(before)
+        video.write_bytes(data)
 
 
 def test_a_record_knows_the_frames_a_second(finished):
@@ -283,7 +300,7 @@ def test_all_files_of_a_prompt_have_to_be_there_whole(
     made = outputs(tmp_path)
     assert len(made) == 2 * files
     for name, data in made.items():
-        (tmp_path / name).write_bytes(data[:-1])
+        (tmp_path / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         assert loads(args), name
         (tmp_path / name).unlink()
         assert loads(args), name

@@ -1,0 +1,60 @@
+"""What the processes of one training do as one: the main one works, and all go on or none."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from gen_accel.endings import unwinding
+from gen_accel.extras import needed_for
+from gen_accel.files import clear_partial
+from gen_accel.owners import locked
+
+with needed_for("training", extra="train"):
+    from accelerate import Accelerator
+    from accelerate.utils import broadcast_object_list
+
+
+def by_main(accelerator: Accelerator, work: Callable[[], Any]) -> None:
+    """Let the main process `work`, and the others wait for its end.
+
+    Raises:
+        Exception: in the main process what `work` raises, which ends the others by a ValueError
+            of the same words. None of them waits for one that is gone.
+    """
+    failed: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            work()
+        except Exception as error:
+            failed = error
+    [told] = broadcast_object_list([None if failed is None else str(failed)])
+    if failed is not None:
+        raise failed
+    if told is not None:
+        raise ValueError(told)
+
+
+@contextmanager
+def alone_in(folder: Path, accelerator: Accelerator, *, own: Sequence[Path]) -> Iterator[None]:
+    """Inside, the main process keeps other runs out of `folder`, for all processes.
+
+    What killed runs left half written in it is removed.
+
+    Args:
+        own: folders in it that no other program writes to.
+
+    Raises:
+        BlockingIOError: another run is at work there; a ValueError in the other processes.
+        OSError: the folder cannot be made or written to.
+    """
+    with unwinding(), ExitStack() as stack:
+
+        def take() -> None:
+            held = stack.enter_context(locked(folder))
+            clear_partial(folder, alone=False)
+            for one in own:
+                clear_partial(one, alone=held)
+
+        by_main(accelerator, take)
+        yield

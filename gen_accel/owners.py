@@ -1,0 +1,156 @@
+"""Which process a folder or a half-written file belongs to, and whether it still runs."""
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows, where folders are not locked
+    fcntl = None
+
+LOCK = ".lock"
+HELD = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)  # EACCES where NFS emulates it
+
+
+def mark() -> str:
+    """This process for the name of a file: machine, number and start, with dashes between."""
+    return f"{_machine()}-{os.getpid()}-{_started(os.getpid())}"
+
+
+def is_dead(marked: str) -> bool:
+    """Whether the process of a `mark` ended. False where nothing is known of it: on another
+    machine, in another container, or before this machine started anew."""
+    machine, _, rest = marked.partition("-")
+    number, _, started = rest.partition("-")
+    if machine != _machine() or not number.isdigit() or sys.platform == "win32":
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    now = _started(int(number))
+    return bool(now and started) and now != started  # the number went to another process
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Keep other runs out of `folder`, which is made where it is missing.
+
+    The lock is the kernel's, on the file `.lock`, and goes with the process however that ends.
+
+    Yields:
+        Whether it is held. Where the system or the disk has no such locks, a warning says so and
+        other runs are not kept out.
+
+    Raises:
+        BlockingIOError: another run holds it, which is named as far as it is known.
+        OSError: the folder cannot be made or written to.
+    """
+    made = not folder.exists()
+    path, file = folder / LOCK, None
+    try:
+        file = _taken(path)
+        yield file is not None
+    finally:
+        if file is not None:
+            path.unlink(missing_ok=True)  # while it is held: see `_taken`
+            file.close()
+        if made:
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
+
+
+def check_free(folder: Path) -> None:
+    """Raises BlockingIOError for a folder that another run holds, before work is spent."""
+    with locked(folder):
+        pass
+
+
+def _taken(path: Path) -> IO[str] | None:
+    """The locked file with this process in it; None where there are no locks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        return None
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _opened(path)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            said = file.read()
+            file.close()
+            if error.errno in HELD:
+                raise BlockingIOError(
+                    f"{path.parent} is in use by {_told(said)}: wait for it or end it, or take "
+                    "another folder"
+                ) from None
+            warnings.warn(
+                f"{path.parent} cannot be locked ({error.strerror}): start no second run in it",
+                stacklevel=4,
+            )
+            path.unlink(missing_ok=True)
+            return None
+        if _is_at(path, file):
+            break
+        file.close()  # its owner removed it in the meantime
+    about = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")}
+    with suppress(OSError):  # a full disk: the lock holds without a name
+        file.truncate(0)
+        file.write(json.dumps(about))
+        file.flush()
+    return file
+
+
+def _opened(path: Path) -> IO[str]:
+    try:
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")
+    except PermissionError:  # left by another user; to lock it, reading is enough
+        return path.open(encoding="utf-8")
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _told(said: str) -> str:
+    try:
+        about = json.loads(said)
+        return f"process {about['pid']} on {about['host']} since {about['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "another run"
+
+
+@cache
+def _machine() -> str:
+    """A machine since it started, and of its containers this one, in eight digits."""
+    facts = [platform.node()]
+    with suppress(OSError):
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
+    with suppress(OSError):
+        facts.append(str(Path("/proc/self/ns/pid").stat().st_ino))
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
+
+
+def _started(number: int) -> str:
+    """When a process started, in ticks since the machine did; "" where that is not known."""
+    try:
+        about = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")
+        return about.rpartition(")")[2].split()[19]  # after the name, which may hold anything
+    except (OSError, IndexError):
+        return ""

@@ -1,0 +1,112 @@
+"""Whether a LoRA is one for the model that it is loaded into: all of it or none."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from gen_accel.tensor_files import named
+
+# What a file calls the two matrices of a layer: PEFT, diffusers before it, kohya.
+PARTS = re.compile(r"(.+?)\.(?:lora_(A|B)|lora\.(down|up)|lora_(down|up))\.weight")
+DOWN = ("A", "down")
+
+
+def check_lora(pipe: Any, source: str) -> None:
+    """Refuse a LoRA that diffusers would load in part, with a warning in its log alone.
+
+    Raises:
+        ValueError: layers that the model does not have, layers of which one matrix is missing, or
+            that the file names without any, other sizes, or weights that are whole numbers.
+        OSError: no LoRA there.
+    """
+    from diffusers.loaders.lora_base import LoraBaseMixin
+
+    if not isinstance(pipe, LoraBaseMixin):
+        raise ValueError(f"{type(pipe).__name__} takes no LoRA, got {source}")
+    loader: Any = pipe
+    options = {"unet_config": loader.unet.config} if "unet" in pipe._lora_loadable_modules else {}
+    found = loader.lora_state_dict(source, return_lora_metadata=True, **options)
+    tensors, about = (found[0], found[-1]) if isinstance(found, tuple) else (found, None)
+    # Without being asked, pipelines load nothing into the second of two transformers.
+    parts = [name for name in pipe._lora_loadable_modules if name != "transformer_2"]
+    models = {name: getattr(pipe, name, None) for name in parts}
+    rest = [key for key in tensors if models.get(key.partition(".")[0]) is None]
+    if len(rest) == len(tensors):
+        raise ValueError(f"{source} holds no LoRA for {type(pipe).__name__}")
+    if rest:
+        raise ValueError(
+            f"{source} does not fit {type(pipe).__name__}, which has no place for {len(rest)} of "
+            f"its {len(tensors)} tensors, such as {named(rest)}"
+        )
+    for name, model in models.items():
+        if model is not None and not name.startswith("text_encoder"):
+            check_fit(source, model, under(name, tensors), under(name, about or {}))
+
+
+def check_fit(
+    source: str, model: nn.Module, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
+) -> None:
+    """`check_lora` of one model.
+
+    Args:
+        tensors: by their names in the model.
+        about: options that the file keeps for PEFT, where it does.
+    """
+    whole = [key for key, x in tensors.items() if not x.is_floating_point()]
+    if whole:
+        kind = str(tensors[whole[0]].dtype).removeprefix("torch.")
+        raise ValueError(f"{source} holds weights of {kind}: {named(whole)}")
+    layers = {name: module for name, module in model.named_modules() if name}
+    down, up = _matrices(tensors)
+    have = down.keys() | up.keys()
+    asked = have | (layers.keys() & _targets(about))
+    wrong = {
+        "are not in the model": have - layers.keys(),
+        "have no weights or half of them": asked - (down.keys() & up.keys()),
+        "are of another size": {
+            name
+            for name in down.keys() & up.keys() & layers.keys()
+            if not _fits(down[name], up[name], layers[name])
+        },
+    }
+    said = [f"{len(ns)} {what}, such as {named(sorted(ns))}" for what, ns in wrong.items() if ns]
+    if said:
+        raise ValueError(
+            f"{source} does not fit {type(model).__name__}: of its {len(asked)} layers "
+            f"{'; '.join(said)}"
+        )
+
+
+def under(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those whose names begin so, without it."""
+    begin = f"{prefix}."
+    return {k.removeprefix(begin): x for k, x in values.items() if k.startswith(begin)}
+
+
+def _matrices(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Down and up, by layer. What has other names, as biases and alphas, is left out."""
+    down: dict[str, Tensor] = {}
+    up: dict[str, Tensor] = {}
+    for key, x in tensors.items():
+        if match := PARTS.fullmatch(key):
+            layer, *which = match.groups()
+            (down if any(one in DOWN for one in which) else up)[layer] = x
+    return down, up
+
+
+def _targets(about: Mapping[str, Any]) -> set[str]:
+    """The names of layers in the file's options for PEFT; of ends of names nothing follows."""
+    targets = about.get("target_modules") or ()
+    return set() if isinstance(targets, str) else set(targets)
+
+
+def _fits(down: Tensor, up: Tensor, layer: nn.Module) -> bool:
+    """Whether the product of the two is as large as the layer's weight, where that is known."""
+    weight = getattr(layer, "weight", None)
+    if min(down.ndim, up.ndim) < 2 or down.shape[0] != up.shape[1]:
+        return False
+    if not isinstance(weight, Tensor) or weight.ndim < 2 or not weight.is_floating_point():
+        return True  # quantised weights lie packed
+    return (up.shape[0], down.shape[1]) == tuple(weight.shape[:2])
