@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -89,8 +90,47 @@ def plain(value: Any) -> Any:
 
 
 def cache_folder() -> Path:
-    """What is kept between runs, for this user: kernels compiled and measured."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gen_accel"
+    """What is kept between runs, for this user: kernels compiled and measured.
+
+    A relative XDG_CACHE_HOME is ignored, as the XDG Base Directory Specification demands: the
+    folder that a program starts in must not decide what it loads.
+    """
+    named = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
+    home = Path(named) if os.path.isabs(named) else Path("~/.cache").expanduser()
+    return home / "gen_accel"
+
+
+def make_cache_folder() -> Path:
+    """Make `cache_folder`, writable by this user alone whatever the umask allows."""
+    folder = cache_folder()
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    return folder
+
+
+def distrust(about: os.stat_result, what: str | Path) -> str | None:
+    """Why another user may have written a file or folder, with the fix; None where only this one
+    and root can.
+
+    Access lists of POSIX are covered: what they allow at most shows as the rights of the group.
+    """
+    own = os.geteuid()
+    if about.st_uid not in (0, own):
+        return f"{what} belongs to user {about.st_uid}, not to {own} or root: remove it"
+    if mode := stat.S_IMODE(about.st_mode) & (stat.S_IWGRP | stat.S_IWOTH):
+        others = "its group" if mode == stat.S_IWGRP else "every user"
+        return f"{what} may be written by {others}: chmod go-w {what}"
+    return None
+
+
+def trusted_text(path: Path) -> str | None:
+    """What a file of `cache_folder` holds; None where there is none that can be read, or where
+    `distrust` speaks against it or its folder."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            known = os.fstat(file.fileno()), path.parent.stat()
+            return None if any(distrust(about, path) for about in known) else file.read()
+    except (OSError, ValueError):
+        return None
 
 
 def check_folder(folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from gen_accel.video import VideoShape
 
@@ -73,6 +74,14 @@ class Windows:
     free: Tensor
     seen: Tensor
     boxes: Boxes | None = None
+
+    def check(self, slots: int, key_blocks: int) -> None:
+        """Raise ValueError where tensors are not for so many slots."""
+        A = len(self.first)
+        shapes = {"first": (A, slots), "last": (A, slots), "place": (A, slots)}
+        shapes |= {"free": (slots,), "seen": (slots,)}
+        for name, shape in shapes.items():
+            _check_shape(f"{name} of windows", getattr(self, name), shape)
 
     def allows(self, query: Tensor, key: Tensor) -> Tensor:
         """Whether slot `query` sees slot `key`: int64 that broadcast, bool of that shape."""
@@ -151,6 +160,16 @@ class Route:
     picks: Tensor
     group: Tensor
     block: int
+
+    def check(self, slots: int, key_blocks: int) -> None:
+        """Raise ValueError where tensors are not for so many slots and key blocks."""
+        _check_shape("picks of a route", self.picks, (*self.picks.shape[:2], slots, self.groups))
+        _check_shape("group of a route", self.group, (key_blocks,))
+
+    @property
+    def groups(self) -> int:
+        """C."""
+        return self.picks.shape[-1]
 
     def allows(self, query: Tensor, key: Tensor) -> Tensor:
         """Whether slot `query` sees slot `key`: int64 that broadcast, bool (B, H, *that shape)."""
@@ -277,6 +296,10 @@ class Plan:
             without looking: as long are the lists of a plan that is made call by call.
         rest: how the blocks that are not kept come back, pooled; None where they are dropped. For
             plans of whole blocks, without a gain.
+
+    Raises:
+        ValueError: shapes that do not belong together; slots on the CPU that do not hold each
+            token once, elsewhere the first time that their numbers are asked for.
     """
 
     slots: Tensor
@@ -292,17 +315,31 @@ class Plan:
 
     def __post_init__(self) -> None:
         S = self.slots.numel()
+        if self.slots.shape != (S,) or self.slots.dtype != torch.int64 or not S:
+            raise ValueError(
+                f"slots must be (S,) int64, got {tuple(self.slots.shape)} {self.slots.dtype}"
+            )
+        if min(self.block_q, self.block_k) < 1:
+            raise ValueError(
+                f"block_q and block_k must be at least 1, got {self.block_q} and {self.block_k}"
+            )
         blocks = (S // self.block_q, S // self.block_k)
         if S % self.block_q or S % self.block_k or self.keep.shape[2:] != blocks:
             raise ValueError(
                 f"keep must be (B, H, S / block_q, S / block_k) for S={S}, "
                 f"block_q={self.block_q}, block_k={self.block_k}, got {tuple(self.keep.shape)}"
             )
+        if self.keep.ndim != 4 or self.keep.dtype != torch.bool:
+            raise ValueError(f"keep must be bool in four dimensions, got {self.keep.dtype}")
         if self.gain is not None and self.gain.shape[2:] != blocks:
             raise ValueError(
                 f"gain must be (B, H, {blocks[0]}, {blocks[1]}) like keep, got "
                 f"{tuple(self.gain.shape)}"
             )
+        if self.partial is not None:
+            self.partial.check(S, blocks[1])
+        if _can_be_read(self.slots):
+            _tokens_of(self.slots)
         if self.rest is not None and self.partial is not None:
             raise ValueError(
                 "a rest is for plans of whole blocks: of a block that a rule on token pairs keeps "
@@ -328,7 +365,7 @@ class Plan:
     @lasting
     def tokens(self) -> int:
         """N. Synchronises the device the first time."""
-        return int(self.slots.max()) + 1
+        return _tokens_of(self.slots)
 
     @lasting
     def real(self) -> Tensor:
@@ -515,6 +552,45 @@ class Slots(NamedTuple):
     block_k: int
 
 
+def count_tokens(slots: Tensor) -> int:
+    """N of slots, (S,) int64. Waits for the device.
+
+    Raises:
+        ValueError: slots that do not hold each token from 0 on once, and -1 beside: what is in
+            none would get no answer.
+    """
+    S, (low, high) = len(slots), slots.aminmax()
+    held = slots.new_zeros(S + 1, dtype=torch.bool)
+    held.index_fill_(0, slots.clamp(-1, S - 1) + 1, True)
+    facts = torch.stack([low, high, (slots >= 0).sum(), held[1:].sum()])
+    least, most, real, different = facts.tolist()  # waits once
+    if least < -1 or most < 0 or not most + 1 == real == different:
+        raise ValueError(
+            "slots must hold each token once, from 0 on, and -1 for padding: they hold numbers "
+            f"from {least} to {most}, {real} tokens, of which {different} differ"
+        )
+    return real
+
+
+# N of slots, by identity: many plans share them.
+_counted: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _can_be_read(slots: Tensor) -> bool:
+    """Whether its numbers are there without waiting: not on a device, and not in a graph."""
+    compiling = torch.compiler.is_compiling()
+    return not compiling and type(slots) is Tensor and slots.device.type == "cpu"
+
+
+def _tokens_of(slots: Tensor) -> int:
+    """`count_tokens`, once."""
+    if torch.compiler.is_compiling() or type(slots) is not Tensor:
+        return count_tokens(slots)
+    if slots not in _counted:
+        _counted[slots] = count_tokens(slots)
+    return _counted[slots]
+
+
 def slots_of(slots: Tensor, block_q: int, block_k: int) -> Slots:
     """Waits for the device; what is made of the result does not."""
     keep = slots.new_zeros(1, 1, len(slots) // block_q, len(slots) // block_k, dtype=torch.bool)
@@ -588,6 +664,11 @@ def tile_slots(
     text = torch.full((-(-video.text // block) * block,), -1)
     text[: video.text] = torch.arange(video.video_tokens, video.tokens)
     return torch.cat([boxes.permute(0, 2, 4, 1, 3, 5).reshape(-1), text])
+
+
+def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} must be {shape}, got {tuple(x.shape)}")
 
 
 def _extremes(values: Tensor, real: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gen_accel import plan
 from gen_accel.kernels import reference
 from gen_accel.plan import Plan, Rest, Route
 
@@ -68,3 +69,57 @@ def test_a_gain_and_a_rest_exclude_each_other(keep):
 def test_bad_rests_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         Rest(**options)
+
+
+SOUND = {"slots": torch.arange(8), "keep": torch.ones(1, 1, 2, 4, dtype=torch.bool)}
+SOUND |= {"block_q": 4, "block_k": 2}
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [
+        [0, 1, 2, 3, 4, 5, 6, -5],
+        [0, 1, 2, 3, 4, 5, 6, 6],
+        [0, 1, 2, 3, 4, 5, 6, 8],
+        [0, 1, 2, 3, 4, 5, 6, 1 << 60],
+        [-1] * 8,
+        [1, 2, 3, 4, 5, 6, 7, -1],
+    ],
+    ids=["below -1", "twice", "not there", "far off", "none", "without 0"],
+)
+def test_slots_that_do_not_hold_each_token_once_are_refused(slots):
+    with pytest.raises(ValueError, match="slots must hold each token once, from 0 on"):
+        Plan(**SOUND | {"slots": torch.tensor(slots)})
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"slots": torch.arange(8).int()}, r"slots must be \(S,\) int64"),
+        ({"slots": torch.arange(8)[None]}, r"slots must be \(S,\) int64"),
+        ({"slots": torch.zeros(0, dtype=torch.int64)}, r"slots must be \(S,\) int64, got \(0,\)"),
+        ({"block_q": 0}, "block_q and block_k must be at least 1, got 0 and 2"),
+        ({"block_k": 3}, "keep must be .* block_k=3"),
+        ({"keep": SOUND["keep"][0]}, "keep must be"),
+        ({"keep": SOUND["keep"].float()}, "keep must be bool"),
+        (
+            {"partial": Route(torch.ones(1, 1, 8, 3, dtype=torch.bool), torch.zeros(3), 2)},
+            r"group of a route must be \(4,\), got \(3,\)",
+        ),
+        (
+            {"partial": Route(torch.ones(1, 1, 7, 3, dtype=torch.bool), torch.zeros(4), 2)},
+            r"picks of a route must be \(1, 1, 8, 3\), got \(1, 1, 7, 3\)",
+        ),
+    ],
+)
+def test_shapes_that_do_not_belong_together_are_refused(changed, words):
+    with pytest.raises(ValueError, match=words):
+        Plan(**SOUND | changed)
+
+
+def test_slots_that_many_plans_share_are_looked_at_once(monkeypatch):
+    seen = []
+    monkeypatch.setattr(plan, "count_tokens", lambda slots: seen.append(slots) or 8)
+    slots = torch.arange(8)
+    assert [Plan(**SOUND | {"slots": slots}).tokens for _ in range(3)] == [8] * 3
+    assert len(seen) == 1

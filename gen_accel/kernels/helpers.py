@@ -13,6 +13,7 @@ from torch import Tensor
 from gen_accel.kernels import triton
 from gen_accel.kernels.contract import is_forward_mode
 from gen_accel.kernels.native import build
+from gen_accel.kernels.native.bounds import DTYPES
 
 
 def native_serves(kernel: str, *tensors: Tensor) -> bool:
@@ -21,7 +22,7 @@ def native_serves(kernel: str, *tensors: Tensor) -> bool:
     if kernel not in ("auto", "native", "int8"):
         return False
     kinds = {(x.dtype, x.device.type) for x in tensors}
-    if len(kinds) > 1 or not kinds <= {(dtype, "cpu") for dtype in build.DTYPES}:
+    if len(kinds) > 1 or not kinds <= {(dtype, "cpu") for dtype in DTYPES}:
         return False
     if is_forward_mode():
         return False

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from gen_accel.attention_processors.families import classes_for, family_of
 from gen_accel.extras import needed_for
 from gen_accel.lora.fingerprint import model_state, words_state
 from gen_accel.pipelines.generation.loading import DTYPES, check_model, find_device
+from gen_accel.pipelines.generation.model_index import check_index, part_class, pipeline_class
 
 
 class Encoders(NamedTuple):
@@ -66,8 +66,8 @@ def load_encoders(model_or_pipe: Any, device: str, dtype: str) -> Encoders:
         dtype: "auto" is float32 for the autoencoder and, on a GPU, bfloat16 for the others.
 
     Raises:
-        ValueError: what `check_model` refuses, a class that no family trains, or a dtype together
-            with a pipeline.
+        ValueError: what `check_model` and `check_index` refuse, a class that no family trains, or
+            a dtype together with a pipeline.
     """
     if not isinstance(model_or_pipe, str | Path):
         pipe = model_or_pipe
@@ -90,6 +90,7 @@ def load_encoders(model_or_pipe: Any, device: str, dtype: str) -> Encoders:
         source = str(DiffusionPipeline.download(str(model_or_pipe)))
     # Asked for no transformer, `from_pretrained` loads it nevertheless where it is optional.
     index: Any = DiffusionPipeline.load_config(source)
+    check_index(index, source)
     found = {name: value for name, value in index.items() if isinstance(value, list) and value[0]}
     stages = [name for name in index if name.startswith("transformer")]
     wanted = {"vae": DTYPES.get(dtype, torch.float32)}
@@ -100,7 +101,8 @@ def load_encoders(model_or_pipe: Any, device: str, dtype: str) -> Encoders:
         if name not in stages
     }
     scalars = {k: v for k, v in index.items() if k[0] != "_" and not isinstance(v, list)}
-    pipe = _class(("diffusers", index["_class_name"]))(**parts, **dict.fromkeys(stages), **scalars)
+    kind: Any = pipeline_class(index["_class_name"])
+    pipe = kind(**parts, **dict.fromkeys(stages), **scalars)
     pipe.set_progress_bar_config(disable=True)
     part = next(name for name in stages if name in found)
     return Encoders(pipe, _hollow(source, part, found[part]), target)
@@ -108,34 +110,25 @@ def load_encoders(model_or_pipe: Any, device: str, dtype: str) -> Encoders:
 
 def _loaded(source: str, name: str, kind: Sequence[str], dtype: torch.dtype) -> Any:
     """One component of the pipeline in the folder `source`."""
-    found = _class(kind)
-    is_model = isinstance(found, type) and issubclass(found, nn.Module)
+    found: Any = part_class(kind, name)
+    is_model = issubclass(found, nn.Module)
     options = {"torch_dtype": dtype} if is_model else {}
     with warnings.catch_warnings():
         # Newer libraries call it `dtype`; older ones do not know that.
         warnings.filterwarnings("ignore", ".*torch_dtype.*")
-        return _class(kind).from_pretrained(source, subfolder=name, **options)
+        return found.from_pretrained(source, subfolder=name, **options)
 
 
 def _hollow(source: str, name: str, kind: Sequence[str]) -> Any:
     """The model without its weights: it takes no memory and can compute nothing."""
     with needed_for("encoding clips", extra="train"):
         from accelerate import init_empty_weights
-    found = _class(kind)
+    found: Any = part_class(kind, name)
     served = classes_for("training")
     if found.__name__ not in served:
         raise ValueError(f"no training for {found.__name__}; served: {', '.join(served)}")
     with init_empty_weights():
         return found.from_config(found.load_config(source, subfolder=name))
-
-
-def _class(kind: Sequence[str]) -> Any:
-    """Of a library and a name in it, as `model_index.json` has them. Raises ValueError for other
-    libraries than diffusers and transformers, which would be code that comes with the model."""
-    library, name = kind
-    if library not in ("diffusers", "transformers"):
-        raise ValueError(f"models come from diffusers and transformers, got {library}.{name}")
-    return getattr(import_module(library), name)
 
 
 def _components(pipe: Any, *prefixes: str) -> dict[str, Any]:

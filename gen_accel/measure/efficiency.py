@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gen_accel.attention_processors import Neighborhood, Radial
-from gen_accel.files import cache_folder, write_json
+from gen_accel.files import cache_folder, make_cache_folder, trusted_text, write_json
 from gen_accel.functional import attention
 from gen_accel.measure.timing import device_name, interleaved
 from gen_accel.version import __version__
@@ -43,6 +43,7 @@ def known_efficiency(
     if key not in known:
         known[key] = measure_efficiency(device, dtype, head_dim, windows)
         try:
+            make_cache_folder()
             write_json(path, known)
         except OSError as error:
             warnings.warn(f"cannot keep the kernel efficiency: {error}", stacklevel=4)
@@ -56,9 +57,9 @@ def cache_file() -> Path:
 
 def _read_cache(path: Path) -> dict[str, float]:
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # none yet, or not ours any more: it is only a cache
+        known = json.loads(trusted_text(path) or "{}")
+    except ValueError:
+        return {}  # not ours any more: it is only a cache
     return known if isinstance(known, dict) else {}
 
 

@@ -105,10 +105,10 @@ def _compiler() -> Check:
 
 
 def _native() -> Check:
-    from gen_accel.kernels.native.build import library, path
+    from gen_accel.kernels.native.build import library, path, why_not
 
     found = None if library() is None else str(path())
-    return Check("CPU kernel", found, "gen-accel build  (native; gather and routed go without)")
+    return Check("CPU kernel", found, f"{why_not()}  (native; gather and routed go without)")
 
 
 def _int8() -> Check:

@@ -248,10 +248,9 @@ class TestRefusals:
         assert "the processor lacks AVX512_VNNI and AVX_VNNI  (int8" in run("doctor").stdout
 
     def test_a_library_that_is_not_built(self, monkeypatch):
-        monkeypatch.setattr(build, "library", lambda: None)
-        assert kernel.unsupported(self.facts()) == [
-            "it is not built for this machine: gen-accel build"
-        ]
+        none = build._Found(None, build.NOT_BUILT)
+        monkeypatch.setattr(build, "_found", lambda: none)
+        assert kernel.unsupported(self.facts()) == [build.NOT_BUILT]
 
     def test_tensors_that_are_not_alike(self, qkv):
         plan = random_plan(CPU)

@@ -6,6 +6,7 @@ from support.checks import assert_no_worse
 from support.problems import assert_gradients_no_worse, random_plan
 from support.products import in_turns
 
+from gen_accel import kernels
 from gen_accel.kernels import native, reference, spread
 from gen_accel.kernels import rest as pooled
 from gen_accel.kernels.curve import Curve, curve_of
@@ -222,11 +223,11 @@ def test_what_is_not_of_the_same_tokens_is_refused(qkv):
     plan = plan_of("query", 16, 32, 192)
     q, k, v = qkv(plan.tokens)
     lse = torch.zeros(q.shape[:3])
-    for out, other in ((q[:, :, 1:], lse), (q, lse[:, :, 1:])):
-        with pytest.raises(ValueError, match="must be of the same tokens, got"):
+    for out, other, name in ((q[:, :, 1:], lse, "out"), (q, lse[:, :, 1:], "lse")):
+        with pytest.raises(ValueError, match=f"{name} must be .* on the CPU, got"):
             rest.added(out, other, q, k, v, plan, scale=SCALE)
     for curve in (Curve(lse[:, :, 1:], q[:, :, 0]), Curve(lse, q[:, 0])):
-        with pytest.raises(ValueError, match="the rise and the weight of a curve must be"):
+        with pytest.raises(ValueError, match=r"(rise|weight) must be .* on the CPU, got"):
             rest.added(q, lse, q, k, v, plan, curve, scale=SCALE)
 
 
@@ -338,11 +339,32 @@ def test_spreads(dtype):
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
-        ((1, 1, 64, 8), "must be of the same heads, got"),
-        ((1, 2, 63, 8), "k must have the 64 tokens of the slots, got 63"),
+        ((1, 1, 64, 8), "query means must be .* on the CPU, got"),
+        ((1, 2, 63, 8), "slots? must (be from -1 to 62, got 63|hold each of 63 tokens once)"),
     ],
 )
 def test_spreads_of_other_keys_are_refused(shape, words, slots):
     slots = slots_of(slots, 16, 16)
     with pytest.raises(ValueError, match=words):
         spread.block_spread(torch.zeros(1, 2, 4, 8), torch.zeros(shape), slots, scale=1.0)
+
+
+@pytest.mark.parametrize("scale", [1e8, 1e9, 1e12])
+@pytest.mark.parametrize("rest", [Rest("key"), Rest(), Rest("query", "second")], ids=str)
+def test_vast_scores_are_told_apart(rest, scale, qkv):
+    """The softmax takes one key or one pooled key, forward and backward."""
+    known = plan_of("query", 16, 32, 192)
+    plan = Plan(known.slots, known.keep, 16, 32, rest=rest)
+    inputs = qkv(plan.tokens)
+    made = []
+    for kernel, dtype in (
+        ("native", torch.float32),
+        ("reference", torch.float32),
+        ("reference", torch.float64),
+    ):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = kernels.run(*leaves, plan, scale=scale, kernel=kernel)
+        above = torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape)
+        made.append((out.detach(), *torch.autograd.grad(out, leaves, above)))
+    for found, low, exact in zip(*made, strict=True):
+        assert_no_worse(found, low, exact)

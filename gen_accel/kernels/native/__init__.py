@@ -23,7 +23,7 @@ from gen_accel.kernels.contract import Facts, Place
 from gen_accel.kernels.lists import has_tiles
 from gen_accel.kernels.native import build
 from gen_accel.kernels.native.arguments import Call
-from gen_accel.kernels.native.build import DTYPES
+from gen_accel.kernels.native.bounds import DTYPES, check, check_alike, names
 from gen_accel.kernels.native.selection import kept_blocks
 from gen_accel.plan import Plan, Route
 
@@ -33,30 +33,16 @@ def unsupported(facts: Facts) -> list[str]:
     if facts.device.type != "cpu":
         reasons.append(f"it is for the CPU, got {facts.device.type}")
     elif build.library() is None:
-        reasons.append("it is not built for this machine: gen-accel build")
+        reasons.append(build.why_not())
     if facts.dtype not in DTYPES:
-        reasons.append(f"it takes {_names()}, got {facts.dtype}")
+        reasons.append(f"it takes {names()}, got {facts.dtype}")
     return reasons or _of_route(facts)
 
 
 def place(facts: Facts) -> Place | None:
     if facts.device.type != "cpu":
         return None
-    return Place(10) if build.is_built() else Place(70, "it has to be built: gen-accel build")
-
-
-def check_alike(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """What the library reads off q alone has to hold for k and v: it reads memory by it."""
-    about = [(tuple(x.shape), x.dtype, x.device) for x in (q, k, v)]
-    if about[1:] != about[:1] * 2:
-        words = ", ".join(" ".join(map(str, x)) for x in about)
-        raise ValueError(f"kernel {kernel!r}: q, k and v must be alike, got {words}")
-    if q.device.type != "cpu":
-        raise ValueError(f"kernel {kernel!r} is for the CPU, got {q.device.type}")
-
-
-def _names() -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    return Place(10) if build.is_built() else Place(70, build.why_not())
 
 
 def _of_route(facts: Facts) -> list[str]:
@@ -212,6 +198,10 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_alike("native", q, k, v)
+    check("grad", grad, grad.dtype, q.shape)
+    check("out", out, torch.float32 if out.dtype == torch.float32 else q.dtype, q.shape)
+    check("stats", stats, torch.float32, (2, *q.shape[:3]))
+    check("of_lse", of_lse, torch.float32, q.shape[:3])
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     call = Call(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale)
     call.args.wide = out.dtype == torch.float32

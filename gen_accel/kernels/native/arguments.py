@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from gen_accel.kernels.native.bounds import check_lists
+
 
 class Args(ctypes.Structure):
     """`Args` of attention.cpp, field by field."""
@@ -89,7 +91,7 @@ class SpreadArgs(ctypes.Structure):
         ("k", ctypes.c_void_p),
         ("k_strides", ctypes.c_int64 * 3),
         *((name, ctypes.c_void_p) for name in ("slots", "out")),
-        *((name, ctypes.c_int64) for name in ("B", "H", "D", "S", "Kq", "block")),
+        *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S", "Kq", "block")),
         ("scale", ctypes.c_float),
     ]
 
@@ -101,7 +103,7 @@ class SumsArgs(ctypes.Structure):
         ("x", ctypes.c_void_p),
         ("x_strides", ctypes.c_int64 * 3),
         *((name, ctypes.c_void_p) for name in ("slots", "out")),
-        *((name, ctypes.c_int64) for name in ("B", "H", "D", "S", "block")),
+        *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S", "block")),
     ]
 
 
@@ -113,7 +115,7 @@ class PicksArgs(ctypes.Structure):
         ("rows_strides", ctypes.c_int64 * 3),
         *((name, ctypes.c_void_p) for name in ("slots", "home", "means", "picks", "touched")),
         ("threshold", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("B", "H", "D", "R", "C")),
+        *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "R", "C")),
         *((name, ctypes.c_int64) for name in ("block", "scope", "topk")),
     ]
 
@@ -160,6 +162,9 @@ class Call(Pointers):
     Args:
         q, k, v: (B, H, N, D).
         rest: as `Lists` names them.
+
+    Raises:
+        ValueError: what `check_lists` refuses.
     """
 
     def __init__(
@@ -177,6 +182,7 @@ class Call(Pointers):
         scale: float,
     ) -> None:
         super().__init__(Args())
+        check_lists(q, slots, index, counts, rule, gain, block_q, block_k)
         args = self.args
         args.B, args.H, args.N, args.D = q.shape
         args.S = len(rule[0])

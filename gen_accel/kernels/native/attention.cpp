@@ -17,7 +17,9 @@ constexpr i64 COLS = 512;        // keys of a tile
 constexpr i64 SUMMED = 256;      // of them, summed up at once
 constexpr i64 WIDE = COLS + 16;  // room of a row of scores
 constexpr i64 MOST_SUMS = i64(1) << 30;  // bytes of gradients of keys and values, of all threads
-constexpr float TINY = 1e-20f;  // a scale below takes LOW too near to 0
+
+// The highest score of a query, unless it saw nothing: then any number far above LOW, which it has.
+inline float shown(float high) { return high > LOW / 2 ? high : 0.f; }
 
 // Rows of a product of compressed queries: few shapes, few kernels.
 template <typename T>
@@ -85,7 +87,7 @@ struct Forward {
         start(count);
         const i64* total = p.counts(bh, block, &masked);
         if (count)
-          tiles(p.blocks(bh, block), *total, masked, nullptr, p.bk, step, COLS,
+          tiles(p.blocks(bh, block), *total, masked, nullptr, p.Kk, p.bk, step, COLS,
                 [&](auto& parts, i64 width) {
                   tile(bh, slot, rows.data(), count, parts, width, q, p.gains(bh, block));
                 });
@@ -95,7 +97,7 @@ struct Forward {
         if (t < 0) continue;
         float inverse = sum[i] > 0.f || sum[i] != sum[i] ? 1.f / sum[i] : 0.f;
         for (i64 d = 0; d < p.D; d++) o[i * p.D + d] *= inverse;
-        answer<In>(p.a, bh, t, o + i * p.D, high[i], sum[i]);
+        answer<In>(p.a, bh, t, o + i * p.D, high[i] * p.by, sum[i]);
         // Kept apart: in their sum, the logsumexp, as much is rounded off as the highest is large.
         float* stats = p.a.stats + bh * p.a.N + t;
         stats[0] = inverse == 0.f ? 0.f : high[i];
@@ -120,7 +122,7 @@ struct Forward {
         for (i64 i = 0; i < count; i++)
           std::memcpy(some_q + i * p.Dp, q + which[i] * p.Dp, p.Dp * sizeof(T));
         std::fill(some_q + count * p.Dp, some_q + up(count, step_q) * p.Dp, T(0));
-        tiles(blocks.data(), blocks.size(), 0, p.padded.data(), p.bk, step, COLS,
+        tiles(blocks.data(), blocks.size(), 0, p.padded.data(), p.Kk, p.bk, step, COLS,
               [&](auto& parts, i64 width) {
                 tile(bh, slot, which, count, parts, width, some_q, nullptr);
               });
@@ -133,9 +135,7 @@ struct Forward {
               i64 width, const T* some, const float* gains) {
       const T *K = f.keys + bh * p.Kk * p.bkp * p.Dp, *V = f.values + bh * p.Kk * p.bkp * p.D;
       scored(parts, width, count, some, K);
-      // Scaled in the exponent, where nothing is rounded off.
-      bool raw = !gains && p.a.scale > TINY, routed = p.a.picks;
-      float by = raw ? p.a.scale * LOG2E : LOG2E;
+      bool routed = p.a.picks;
       i64 wide = p.together ? up(width, LANES) : width;
       // Before anything is read: what was just written in parts is slow to read whole.
       for (i64 i = 0; i < count; i++) {
@@ -147,16 +147,15 @@ struct Forward {
         float* s = scores + i * WIDE;
         for (const Part& x : parts) {
           float* t = s + x.column;
-          if (!raw) dampen(t, x.count, p.a.scale, gains ? gains[x.block] : 1.f);
+          if (!p.raw) dampen(t, x.count, p.a.scale, gains ? gains[x.block] : 1.f);
           if (!x.masked) continue;
           hide(p.a, slot + which[i], true, x.block * p.bk + x.first, x.count, excess);
           conceal(t, x.count, excess);
         }
         i64 at = routed ? which[i] : i;
-        float top = highest(s, wide, LOW);
-        top = std::max(top > LOW / 2 ? top * by : LOW, high[at]);
-        float total = weigh(s, wide, by, top > LOW / 2 ? top : 0.f, weights + i * WIDE);
-        before[i] = exp2_of(high[at] - top);
+        float top = highest(s, wide, high[at]);
+        float total = weigh(s, wide, p.by, shown(top), weights + i * WIDE);
+        before[i] = exp2_of((high[at] - top) * p.by);
         sum[at] = sum[at] * before[i] + total;
         high[at] = top;
         if (routed || before[i] == 1.f) continue;
@@ -258,6 +257,22 @@ struct Backward {
     parts = std::max<i64>(1, std::min({parts, queries, MOST_SUMS / std::max<i64>(1, both)}));
   }
 
+  // Queries of a piece and the key blocks that they all see, as `tiles` takes them.
+  struct Seen {
+    const uint16_t* rows;
+    i64 count;
+    const i64* blocks;
+    i64 total, masked;
+    const char* padded;
+    const float* gains;
+  };
+
+  // Of the queries of a piece: highest score, sum of weights, and what comes from above, weighed.
+  struct Levels {
+    std::vector<float> high, sum, mean;
+    explicit Levels(i64 count) : high(count, LOW), sum(count), mean(count) {}
+  };
+
   struct Worker {
     const Backward& f;
     const Problem<In, T>& p = f.p;
@@ -265,6 +280,7 @@ struct Backward {
     i64 M = 0;  // columns of what follows, queries and zeros
     T *q, *g, *out, *q_turned, *g_turned, *q_pairs, *g_pairs, *weights, *ds, *ds_pairs;
     float *scores, *above, *dq, *high, *inverse, *delta, *excess, *row;
+    float *known_high, *known_inverse, *known_delta;  // of all queries of a piece
     std::vector<uint16_t> whole;  // the rows of a piece whose queries are not routed
     std::vector<i64> tokens;
     Seeing seeing{p.a.picks ? p.a.C : 0, ROUTED};
@@ -283,6 +299,8 @@ struct Backward {
       arena.want(delta, most);
       arena.want(excess, most);
       arena.want(row, p.D);
+      for (float** x : {&known_high, &known_inverse, &known_delta})
+        arena.want(*x, p.a.picks ? ROUTED : most);
       arena.fill(room);
       std::iota(whole.begin(), whole.end(), 0);
     }
@@ -291,11 +309,41 @@ struct Backward {
     ~Worker() { finish(q); }
 
     void operator()(i64 bh, i64 part, i64 slot, i64 count) {
+      bool vast = begin(bh, slot, count);
+      if (vast) {
+        Levels found(count);
+        visit(bh, slot, count, [&](const Seen& seen) { look(bh, slot, seen, found); });
+        settle(bh, slot, count, found);
+      }
+      visit(bh, slot, count, [&](const Seen& seen) { some(bh, part, slot, seen); });
+    }
+
+    // What is known of the queries of a piece; whether their scores are vast.
+    bool begin(i64 bh, i64 slot, i64 count) {
+      bool vast = false;
+      for (i64 i = 0; i < count; i++) {
+        known_high[i] = known_inverse[i] = known_delta[i] = 0.f;
+        i64 t = p.token(slot + i), at = bh * p.a.N + t;
+        if (t < 0) continue;
+        const In* up = p.grad.row(bh, t);
+        float sum = p.a.wide ? dot_of(static_cast<const float*>(p.a.out) + at * p.D, up, p.D)
+                             : dot_of(static_cast<const In*>(p.a.out) + at * p.D, up, p.D);
+        known_delta[i] = sum - (p.a.of_lse ? p.a.of_lse[at] : 0.f);
+        known_high[i] = p.a.stats[at];
+        known_inverse[i] = p.a.stats[p.BH * p.a.N + at];
+        vast |= std::fabs(known_high[i] * p.by) > VAST;
+      }
+      return vast;
+    }
+
+    // Calls `f` with the queries of a piece and the key blocks that they see, some after others.
+    template <typename F>
+    void visit(i64 bh, i64 slot, i64 count, F&& f) {
       if (!p.a.picks) {
         i64 block = slot / p.a.block_q, masked;
         const i64* total = p.counts(bh, block, &masked);
-        some(bh, part, slot, whole.data(), count, p.blocks(bh, block), *total, masked, nullptr,
-             p.gains(bh, block));
+        f(Seen{whole.data(), count, p.blocks(bh, block), *total, masked, nullptr,
+               p.gains(bh, block)});
         return;
       }
       seeing.look(p.picks(bh) + slot * p.a.C, count);
@@ -303,41 +351,91 @@ struct Backward {
         const auto& blocks = p.members[g];
         i64 found = seeing.found(g);
         for (i64 i = 0; i < found && !blocks.empty(); i += ROWS)
-          some(bh, part, slot, seeing.rows(g) + i, std::min(ROWS, found - i), blocks.data(),
-               blocks.size(), 0, p.padded.data(), nullptr);
+          f(Seen{seeing.rows(g) + i, std::min(ROWS, found - i), blocks.data(),
+                 i64(blocks.size()), 0, p.padded.data(), nullptr});
       }
     }
 
-    // Some queries, `rows` from `slot` on, and the key blocks that they see.
-    void some(i64 bh, i64 part, i64 slot, const uint16_t* rows, i64 count, const i64* blocks,
-              i64 total, i64 masked, const char* padded, const float* gains) {
-      M = up(count, p.a.picks ? COLUMNS : LANES);
+    // Highest score, sum of weights and what comes from above by their means, anew: of vast scores
+    // those of the forward pass, whose products are summed up in another order, are of others.
+    void look(i64 bh, i64 slot, const Seen& x, Levels& found) {
+      gather(bh, slot, x);
+      std::vector<float> top(M, LOW), sum(M), mean(M);
+      for (i64 i = 0; i < x.count; i++) {
+        i64 r = x.rows[i];
+        top[i] = found.high[r], sum[i] = found.sum[r], mean[i] = found.mean[r];
+      }
+      each_part(x, [&](const Part& part) {
+        scored(bh, slot, x, part);
+        std::vector<float> high = top;
+        for (i64 j = 0; j < part.count; j++)
+          raise(scores + part.column * M + j * M, M, 1.f, 0.f, high.data());
+        for (i64 i = 0; i < M; i++) {
+          float before = exp2_of((top[i] - high[i]) * p.by);
+          sum[i] *= before, mean[i] *= before, top[i] = high[i];
+        }
+        for (i64 j = 0; j < part.count; j++) {
+          const float *s = scores + (part.column + j) * M, *d = above + (part.column + j) * M;
+          for (i64 i = 0; i < M; i++) {
+            float w = exp2_of((s[i] - shown(top[i])) * p.by);
+            sum[i] += w, mean[i] += w * d[i];
+          }
+        }
+      });
+      for (i64 i = 0; i < x.count; i++) {
+        i64 r = x.rows[i];
+        found.high[r] = top[i], found.sum[r] = sum[i], found.mean[r] = mean[i];
+      }
+    }
+
+    void settle(i64 bh, i64 slot, i64 count, const Levels& found) {
+      for (i64 i = 0; i < count; i++) {
+        i64 t = p.token(slot + i);
+        if (t < 0 || found.sum[i] == 0.f) continue;
+        known_high[i] = found.high[i];
+        known_inverse[i] = 1.f / found.sum[i];
+        known_delta[i] = found.mean[i] / found.sum[i];
+        if (p.a.of_lse) known_delta[i] -= p.a.of_lse[bh * p.a.N + t];
+      }
+    }
+
+    // Rows of queries as the products read them.
+    void gather(i64 bh, i64 slot, const Seen& x) {
+      M = up(x.count, p.a.picks ? COLUMNS : LANES);
       for (i64 i = 0; i < M; i++) {
-        tokens[i] = i < count ? p.token(slot + rows[i]) : -1;
-        delta[i] = 0.f;
-        high[i] = inverse[i] = 0.f;
-        for (T* x : {q, g}) std::fill(x + i * p.Dp, x + (i + 1) * p.Dp, T(0));
-        i64 t = tokens[i];
-        if (t < 0) continue;
-        p.row(p.q, bh, t, q + i * p.Dp);
-        p.row(p.grad, bh, t, g + i * p.Dp);
-        i64 at = bh * p.a.N + t;
-        const In* up = p.grad.row(bh, t);
-        delta[i] = p.a.wide ? dot_of(static_cast<const float*>(p.a.out) + at * p.D, up, p.D)
-                            : dot_of(static_cast<const In*>(p.a.out) + at * p.D, up, p.D);
-        if (p.a.of_lse) delta[i] -= p.a.of_lse[at];
-        high[i] = p.a.stats[bh * p.a.N + t];
-        inverse[i] = p.a.stats[(p.BH + bh) * p.a.N + t];
+        tokens[i] = i < x.count ? p.token(slot + x.rows[i]) : -1;
+        for (T* to : {q, g}) std::fill(to + i * p.Dp, to + (i + 1) * p.Dp, T(0));
+        high[i] = inverse[i] = delta[i] = 0.f;
+        if (tokens[i] < 0) continue;
+        p.row(p.q, bh, tokens[i], q + i * p.Dp);
+        p.row(p.grad, bh, tokens[i], g + i * p.Dp);
+        i64 r = x.rows[i];
+        high[i] = known_high[r], inverse[i] = known_inverse[r], delta[i] = known_delta[r];
       }
       interleave_transposed(q, p.Dp, p.Dp, M, M, q_turned);
       interleave_transposed(g, p.Dp, p.Dp, M, M, g_turned);
+    }
+
+    template <typename F>
+    void each_part(const Seen& x, F&& f) {
+      tiles(x.blocks, x.total, x.masked, x.padded, p.Kk, p.bk, EVEN<T>, COLS,
+            [&](auto& cut, i64) {
+              for (const Part& part : cut) f(part);
+            });
+    }
+
+    // Some queries of a piece, and the key blocks that they see.
+    void some(i64 bh, i64 part, i64 slot, const Seen& x) {
+      gather(bh, slot, x);
       interleave(q, p.Dp, M, M, p.D, q_pairs);
       interleave(g, p.Dp, M, M, p.D, g_pairs);
       std::fill(dq, dq + p.D * M, 0.f);
-      tiles(blocks, total, masked, padded, p.bk, EVEN<T>, COLS,
-            [&](auto& cut, i64) { tile(bh, part, slot, count, cut, gains); });
+      each_part(x, [&](const Part& cut) {
+        scored(bh, slot, x, cut);
+        fold(bh, part, cut, x.gains ? x.gains[cut.block] : 1.f);
+      });
       In* to = static_cast<In*>(p.a.dq) + bh * p.a.N * p.D;
-      for (i64 i = 0; i < count; i++) {
+      for (i64 i = 0; i < x.count; i++) {
         if (tokens[i] < 0) continue;
         if (p.a.picks) {
           // Groups add up in a buffer of floats, see run().
@@ -350,53 +448,53 @@ struct Backward {
       }
     }
 
-    void tile(i64 bh, i64 part, i64 slot, i64 count, const std::vector<Part>& cut,
-              const float* gains) {
-      const i64 base = bh * p.Kk;
-      float* dk = f.dk + (part * p.BH + bh) * p.a.S * p.D;
-      float* dv = f.dv + (part * p.BH + bh) * p.a.S * p.D;
-      for (const Part& x : cut) {
-        i64 at = (x.block * p.bk + x.first) * p.Dp, from = x.column * M;
-        const T *K = f.keys + base * p.bk * p.Dp + at, *V = f.values + base * p.bk * p.Dp + at;
-        product(x.count, M, p.Dp, K, p.Dp, q_turned, M, scores + from, M, false);
-        product(x.count, M, p.Dp, V, p.Dp, g_turned, M, above + from, M, false);
-        float gain = gains ? gains[x.block] : 1.f;
-        bool raw = !gains && p.a.scale > TINY;
-        float by = raw ? p.a.scale * LOG2E : LOG2E;
-        for (i64 j = 0; j < x.count; j++) {
-          float *s = scores + from + j * M, *d = above + from + j * M;
-          i64 key = x.block * p.bk + x.first + j;
-          if (!raw) dampen(s, count, p.a.scale, gain);
-          if (x.masked) {
-            hide(p.a, key, false, slot, count, excess);
-            conceal(s, count, excess);
-          }
-          slopes(s, d, by, gain);
-          store(weights + from + j * M, s, M);
-          store(ds + from + j * M, d, M);
-        }
-        i64 keys = up(x.count, EVEN<T>);
-        if (keys > x.count) std::fill(ds + from + x.count * M, ds + from + keys * M, T(0));
-        const T* d = ds + from;
-        if (PAIR<T> > 1) {
-          for (i64 j = 0; j < keys; j += 2) pair_up(d + j * M, d + j * M + M, M, ds_pairs + j * M);
-          d = ds_pairs;
-        }
-        const T* KT = f.turned + (base + x.block) * p.D * p.bkp + x.first;
-        product(p.D, M, keys, KT, p.bkp, d, M, dq, M, true);
-        i64 row = (x.block * p.bk + x.first) * p.D;
-        product(x.count, p.D, M, weights + from, M, g_pairs, p.D, dv + row, p.D, true);
-        product(x.count, p.D, M, ds + from, M, q_pairs, p.D, dk + row, p.D, true);
+    // Scores of the keys of a part, and what comes from above by their values, (count, M) each.
+    void scored(i64 bh, i64 slot, const Seen& seen, const Part& x) {
+      i64 at = (bh * p.Kk * p.bk + x.block * p.bk + x.first) * p.Dp, from = x.column * M;
+      product(x.count, M, p.Dp, f.keys + at, p.Dp, q_turned, M, scores + from, M, false);
+      product(x.count, M, p.Dp, f.values + at, p.Dp, g_turned, M, above + from, M, false);
+      for (i64 j = 0; j < x.count; j++) {
+        float* s = scores + from + j * M;
+        if (!p.raw)
+          dampen(s, seen.count, p.a.scale, seen.gains ? seen.gains[x.block] : 1.f);
+        if (!x.masked) continue;
+        hide(p.a, x.block * p.bk + x.first + j, false, slot, seen.count, excess);
+        conceal(s, seen.count, excess);
       }
     }
 
-    // Scores to weights, 2^(s by - high) over their sum, and what comes from above to the gradients
-    // of the products.
-    void slopes(float* s, float* d, float by, float gain) const {
-      float scale = p.a.scale;
+    // Their weights, and what these add to the gradients.
+    void fold(i64 bh, i64 part, const Part& x, float gain) {
+      float* dk = f.dk + (part * p.BH + bh) * p.a.S * p.D;
+      float* dv = f.dv + (part * p.BH + bh) * p.a.S * p.D;
+      i64 from = x.column * M;
+      for (i64 j = 0; j < x.count; j++) {
+        float *s = scores + from + j * M, *d = above + from + j * M;
+        slopes(s, d, gain);
+        store(weights + from + j * M, s, M);
+        store(ds + from + j * M, d, M);
+      }
+      i64 keys = up(x.count, EVEN<T>);
+      if (keys > x.count) std::fill(ds + from + x.count * M, ds + from + keys * M, T(0));
+      const T* d = ds + from;
+      if (PAIR<T> > 1) {
+        for (i64 j = 0; j < keys; j += 2) pair_up(d + j * M, d + j * M + M, M, ds_pairs + j * M);
+        d = ds_pairs;
+      }
+      const T* KT = f.turned + (bh * p.Kk + x.block) * p.D * p.bkp + x.first;
+      product(p.D, M, keys, KT, p.bkp, d, M, dq, M, true);
+      i64 row = (x.block * p.bk + x.first) * p.D;
+      product(x.count, p.D, M, weights + from, M, g_pairs, p.D, dv + row, p.D, true);
+      product(x.count, p.D, M, ds + from, M, q_pairs, p.D, dk + row, p.D, true);
+    }
+
+    // Scores to weights, 2^((s - high) by) over their sum, and what comes from above to the
+    // gradients of the products.
+    void slopes(float* s, float* d, float gain) const {
+      float scale = p.a.scale, by = p.by;
 #pragma omp simd
       for (i64 i = 0; i < M; i++) {
-        float x = s[i] * by - high[i];  // above 0 by what huge scores were rounded
+        float x = (s[i] - high[i]) * by;  // above 0 by what scores were rounded
         float w = exp2_of(x > 1.f ? 1.f : x) * inverse[i];
         float slope = s[i] > 0.f ? scale * gain : scale;
         d[i] = w * (d[i] - delta[i]) * slope;

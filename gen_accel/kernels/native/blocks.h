@@ -10,13 +10,14 @@
 namespace {
 
 constexpr i64 ROWS = 256;     // queries of a piece
+constexpr float TINY = 1e-20f;  // a scale below takes LOW too near to 0
 constexpr i64 ROUTED = 1024;  // queries that are looked through at once for those of a group
 static_assert(ROUTED <= 1 << 16 && ROWS <= ROUTED, "rows of a piece are numbered by 16 bits");
 
 struct Args {
   const void *q, *k, *v, *out, *grad;
   void *o, *dq, *dk, *dv;
-  float* stats;         // (2, B, H, N): highest score by log2(e), one over the sum of weights
+  float* stats;         // (2, B, H, N): highest score, one over the sum of weights
   float* lse;           // (B, H, N), the logarithm of that sum and more; null where nobody asks
   const float* of_lse;  // its gradient, null where it has none
   i64 q_strides[3], k_strides[3], v_strides[3], grad_strides[3];
@@ -41,6 +42,10 @@ struct Problem {
   Tokens<In> q, k, v, grad;
   i64 Dp;   // D to whole pairs
   i64 bkp;  // slots of a laid out block
+  // Scores are products as they are, which a weight scales in its exponent, where nothing is
+  // rounded off; or scaled before. And what a difference of scores is by log2(e).
+  bool raw;
+  float by;
   bool together;  // blocks that are small or fill their lanes badly, side by side in a product
   std::vector<std::vector<i64>> members;  // key blocks of each group
   std::vector<char> padded;               // key blocks with padding
@@ -50,11 +55,14 @@ struct Problem {
         q{a.q, a.q_strides, a.slots, a.H, a.D}, k{a.k, a.k_strides, a.slots, a.H, a.D},
         v{a.v, a.v_strides, a.slots, a.H, a.D}, grad{a.grad, a.grad_strides, a.slots, a.H, a.D},
         Dp(up(a.D, PAIR<T>)), bkp(up(a.block_k, LANES)),
+        raw(!a.gain && a.scale > TINY), by(raw ? a.scale * LOG2E : LOG2E),
         together(bk < 64 || (bk <= 128 && 10 * bkp > 11 * bk)) {
+    check_slots(a.slots, a.S, a.N);
     if (!a.picks) return;
     members.resize(a.C);
     padded.resize(Kk);
     for (i64 b = 0; b < Kk; b++) {
+      check_within(a.group[b], 0, a.C, "the group of a key block");
       members[a.group[b]].push_back(b);
       for (i64 s = 0; s < bk; s++) padded[b] |= a.slack[b * bk + s] < 0;
     }
@@ -73,6 +81,7 @@ struct Problem {
   const i64* counts(i64 bh, i64 block, i64* masked) const {
     i64 pattern = pattern_of(bh, a.PB, a.PH) * Kq + block;
     *masked = a.counts[a.PB * a.PH * Kq + pattern];
+    check_within(a.counts[pattern], 0, a.most + 1, "a count of key blocks");
     return a.counts + pattern;
   }
   const i64* blocks(i64 bh, i64 block) const {
@@ -95,12 +104,13 @@ struct Part {
 
 // Cuts key blocks into tiles of at most `most` columns, each part at a multiple of `step`.
 template <typename F>
-void tiles(const i64* blocks, i64 total, i64 masked, const char* padded, i64 bk, i64 step,
+void tiles(const i64* blocks, i64 total, i64 masked, const char* padded, i64 Kk, i64 bk, i64 step,
            i64 most, F&& run) {
   std::vector<Part> parts;
   i64 width = 0;
   for (i64 n = 0; n < total; n++) {
     i64 block = blocks[n];
+    check_within(block, 0, Kk, "a key block");
     for (i64 first = 0; first < bk; first += most) {
       i64 count = std::min(most, bk - first), room = up(count, step);
       if (width + room > most) {

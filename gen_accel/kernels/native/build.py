@@ -5,17 +5,21 @@ import hashlib
 import os
 import platform
 import shlex
+import shutil
+import stat
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.utils import cpp_extension
 
-from gen_accel.files import cache_folder
+from gen_accel.files import cache_folder, distrust, make_cache_folder, replacing
 from gen_accel.kernels.compiler import cpp_compiler
 from gen_accel.kernels.failure import KernelFailed
 from gen_accel.kernels.native.arguments import (
@@ -45,7 +49,8 @@ FLAGS = (
     ),
     *("-fopenmp", "-DAT_PARALLEL_OPENMP=1", "-fPIC"),
 )
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+REFUSED = 2  # what a function returns that refuses its arguments
+NOT_BUILT = "it is not built for this machine: gen-accel build"
 # What the library says the size of each kind of arguments is, to be compared with.
 SIZES = {
     "gen_accel_size": Args,
@@ -71,8 +76,8 @@ def build() -> Path:
     """Compile the library; a moment later `library` has it, in this process and in others.
 
     Raises:
-        RuntimeError: no compiler, another system than Linux on x86_64, what the compiler says, or
-            a library that does not load.
+        RuntimeError: no compiler, another system than Linux on x86_64, what the compiler says, a
+            library that does not load, or a cache that others may write.
         OSError: the cache cannot be written.
     """
     where = f"{platform.system()} on {platform.machine()}"
@@ -82,41 +87,67 @@ def build() -> Path:
     if tool is None:
         raise RuntimeError("no C++ compiler: apt install g++, or name one in CXX")
     target = path()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(".so", ".partial-", target.parent)
-    os.close(descriptor)
-    partial = Path(name)
+    if reason := distrust(make_cache_folder().stat(), target.parent):
+        raise RuntimeError(f"no library is kept where others could change it: {reason}")
     includes = [f"-I{folder}" for folder in cpp_extension.include_paths()]
     folders = cpp_extension.library_paths()
     links = [*(f"-L{folder}" for folder in folders), "-ltorch_cpu", "-lc10"]
-    try:
-        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
-            objects = [str(Path(folder) / f"{source.stem}.o") for source in SOURCES]
-            compiling = [
-                [tool, *FLAGS, *includes, "-c", str(source), "-o", made]
-                for source, made in zip(SOURCES, objects, strict=True)
-            ]
-            list(pool.map(_call, compiling))  # raises what one of them raised
-            _call([tool, *FLAGS, "-shared", *objects, "-o", str(partial), *links])
-        try:
-            _load(partial)
-        except (OSError, AttributeError) as error:
-            raise RuntimeError(f"{target} was built and does not load: {error}") from error
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-    library.cache_clear()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in SOURCES]
+        compiling = [
+            [tool, *FLAGS, *includes, "-c", str(source), "-o", made]
+            for source, made in zip(SOURCES, objects, strict=True)
+        ]
+        list(pool.map(_call, compiling))  # raises what one of them raised
+        linked = Path(folder) / target.name
+        _call([tool, *FLAGS, "-shared", *objects, "-o", str(linked), *links])
+        with replacing(target) as partial:
+            _publish(linked, partial)
+            try:
+                _load(partial)
+            except (OSError, AttributeError) as error:
+                raise RuntimeError(f"{target} was built and does not load: {error}") from error
+    _found.cache_clear()
     return target
 
 
-@lru_cache(maxsize=1)
+def _publish(linked: Path, target: Path) -> None:
+    """Copy it to a new file that others may read, as a cache that is shared needs, and that the
+    owner alone may write, whatever mode the linker gave."""
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o755)
+    with linked.open("rb") as source, open(descriptor, "wb") as file:
+        shutil.copyfileobj(source, file)
+
+
+class _Found(NamedTuple):
+    """The library, or the words on why there is none."""
+
+    library: ctypes.CDLL | None
+    reason: str = ""
+
+
 def library() -> ctypes.CDLL | None:
-    """What `build` made for this machine; None where it did not, or where it does not load."""
+    """What `build` made for this machine; None where `why_not` says why."""
+    return _found().library
+
+
+def why_not() -> str:
+    """Why `library` has none: not built, not loadable, or not trusted; empty where it has one."""
+    return _found().reason
+
+
+@lru_cache(maxsize=1)
+def _found() -> _Found:
     try:
         target = path()
-        return _load(target) if target.is_file() else None
+        return _Found(_load(target))
+    except (FileNotFoundError, NotADirectoryError):
+        return _Found(None, NOT_BUILT)
+    except PermissionError as error:  # not ours, or not to be read: it is there, and said once
+        warnings.warn(f"the CPU kernel is not loaded: {error}", stacklevel=2)
+        return _Found(None, f"it is not loaded: {error}")
     except (OSError, RuntimeError, AttributeError):  # no home, another system's file, half a file
-        return None
+        return _Found(None, NOT_BUILT)
 
 
 @torch.compiler.assume_constant_result
@@ -126,12 +157,20 @@ def is_built() -> bool:
 
 
 def run(name: str, args: ctypes.Structure, *more: int, kernel: str = "native") -> None:
-    """Call a function of the library. Raises KernelFailed, which names the kernel."""
+    """Call a function of the library.
+
+    Raises:
+        KernelFailed: with the name of the kernel.
+        ValueError: numbers in tensors that point out of other tensors.
+    """
     found = library()
     if found is None:
-        raise KernelFailed("the CPU kernel is not built for this machine: gen-accel build")
-    if found[name](ctypes.byref(args), *more):
-        raise KernelFailed(f"kernel {kernel!r} failed: {found.gen_accel_error().decode()}")
+        raise KernelFailed(f"the CPU kernel cannot run: {why_not()}")
+    if code := found[name](ctypes.byref(args), *more):
+        said = found.gen_accel_error().decode()
+        if code == REFUSED:
+            raise ValueError(f"kernel {kernel!r}: {said}")
+        raise KernelFailed(f"kernel {kernel!r} failed: {said}")
 
 
 def _call(command: Sequence[str]) -> None:
@@ -141,7 +180,27 @@ def _call(command: Sequence[str]) -> None:
 
 
 def _load(file: Path) -> ctypes.CDLL:
-    found = ctypes.CDLL(str(file))
+    """Load a library that only this user or root can have written.
+
+    What is loaded is the open file that was looked at, so that no other can take its place in
+    between. It stays open: dlopen knows libraries by name, and this name must not come again.
+
+    Raises:
+        PermissionError: another owner of file or folder, or others may write there.
+        OSError: no file, or what dlopen says.
+    """
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise PermissionError(f"{file} is no regular file")
+        for what, known in ((file, about), (file.parent, file.parent.stat())):
+            if reason := distrust(known, what):
+                raise PermissionError(reason)
+        found = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+    except BaseException:
+        os.close(descriptor)
+        raise
     found.gen_accel_error.restype = found.gen_accel_int8_lacks.restype = ctypes.c_char_p
     if any(found[name]() != ctypes.sizeof(kind) for name, kind in SIZES.items()):
         raise OSError(f"{file} takes other arguments than this version passes")

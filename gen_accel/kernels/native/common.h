@@ -36,6 +36,9 @@ constexpr i64 AHEAD = 12;  // rows that are asked for before they are read
 constexpr size_t KEPT = size_t(64) << 20;  // bytes that a thread keeps from call to call
 constexpr float LOW = -1e30f;
 constexpr float LOG2E = 1.4426950408889634f;
+// Scores by log2(e) of which no weight can be told by what another pass kept: their own rounding,
+// and that of a product summed up in another order, is as large as a weight.
+constexpr float VAST = 4096.f;
 
 }  // namespace
 
@@ -44,15 +47,44 @@ inline thread_local std::string gen_accel_failure;
 
 namespace {
 
-// 0, or 1 where `work` throws.
+// 0; 2 where `work` refuses its arguments, 1 where it fails otherwise.
 template <typename F>
 int guarded(F&& work) try {
   work();
   gen_accel_failure.clear();
   return 0;
+} catch (const std::invalid_argument& thrown) {
+  gen_accel_failure = thrown.what();
+  return 2;
 } catch (const std::exception& thrown) {
   gen_accel_failure = thrown.what();
   return 1;
+}
+
+// Refuses a number that is not from `low` up to, but not including, `high`: where it counts memory,
+// it comes from tensors that anyone may have made.
+inline void check_within(i64 x, i64 low, i64 high, const char* what) {
+  if (x >= low && x < high) return;
+  throw std::invalid_argument(std::string(what) + " must be from " + std::to_string(low) + " to " +
+                              std::to_string(high - 1) + ", got " + std::to_string(x));
+}
+
+// Refuses slots that do not hold each of N tokens once, beside padding. Of another token nothing
+// could be read, and of one without a slot nothing would be written.
+inline void check_slots(const i64* slots, i64 S, i64 N) {
+  i64 found = 0;
+  std::vector<char> held(slots ? N : 0);
+  for (i64 s = 0; s < S && slots; s++) {
+    if (slots[s] == -1) continue;
+    check_within(slots[s], -1, N, "a slot");
+    found += !held[slots[s]];
+    if (held[slots[s]]++)
+      throw std::invalid_argument("token " + std::to_string(slots[s]) + " lies in two slots");
+  }
+  if (!slots) found = S;
+  if (found != N)
+    throw std::invalid_argument("slots must hold each of " + std::to_string(N) +
+                                " tokens once, they hold " + std::to_string(found));
 }
 
 // Runs `work(n)` for n below `total` on all threads, each with what `make` gives it. A thread takes
@@ -253,14 +285,15 @@ inline void put(BFloat16* to, __mmask16 mask, __m512 x) {
 }
 #endif
 
-// Weights 2^(s by - shift) of scores; their sum.
+// Weights 2^((s - top) by) of scores; their sum. The difference comes first: of huge scores, a
+// product would be off the one with the highest by more than a weight has.
 template <typename T>
-float weigh(const float* s, i64 n, float by, float shift, T* to) {
+float weigh(const float* s, i64 n, float by, float top, T* to) {
 #ifdef __AVX512F__
-  __m512 sum = _mm512_setzero_ps(), times = _mm512_set1_ps(by), less = _mm512_set1_ps(shift);
+  __m512 sum = _mm512_setzero_ps(), times = _mm512_set1_ps(by), less = _mm512_set1_ps(top);
   for (i64 j = 0; j < n; j += 16) {
     __mmask16 mask = n - j < 16 ? (1u << (n - j)) - 1 : 0xffff;
-    __m512 x = _mm512_fmsub_ps(_mm512_maskz_loadu_ps(mask, s + j), times, less);
+    __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, s + j), less), times);
     x = _mm512_min_ps(_mm512_set1_ps(1.f), x);  // of a NaN the second
     __m512 w = exp2_of(x, sizeof(T) == 2);
     sum = _mm512_mask_add_ps(sum, mask, sum, w);
@@ -271,7 +304,7 @@ float weigh(const float* s, i64 n, float by, float shift, T* to) {
   float sum = 0.f;
 #pragma omp simd reduction(+ : sum)
   for (i64 j = 0; j < n; j++) {
-    float x = s[j] * by - shift;
+    float x = (s[j] - top) * by;
     float w = exp2_of(x > 1.f ? 1.f : x);
     sum += w;
     if constexpr (sizeof(T) == 2) reinterpret_cast<uint16_t*>(to)[j] = rounded(w);

@@ -117,6 +117,7 @@ struct Sides {
   Side<In> k{a, {a.k, a.k_strides, a.slots, a.H, a.D}, a.of_k, a.block_k};
 
   void forward() {
+    check_slots(a.slots, a.S, a.N);
     q.mean_squares(a.weight);
     k.mean_squares(a.by);
     q.blocks_of_all([&](i64 bh, i64 i, auto& mean, auto& off) {
@@ -132,6 +133,7 @@ struct Sides {
   }
 
   void backward() {
+    check_slots(a.slots, a.S, a.N);
     auto by_rise = q.sums([&](i64 bh, i64, i64 t) { return a.of_rise[bh * a.N + t]; });
     std::vector<float> factors(q.BH), dweight(q.BH * a.D), dby(q.BH * a.D);
     for (i64 bh = 0; bh < q.BH; bh++) {

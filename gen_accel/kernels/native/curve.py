@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gen_accel.kernels.native import build
 from gen_accel.kernels.native.arguments import CurveArgs, Pointers
+from gen_accel.kernels.native.bounds import DTYPES, blocks_of, check, check_alike, check_slots
 from gen_accel.plan import CURVATURE, Plan
 
 
@@ -39,7 +40,7 @@ def _curve(
     made = _results(q)
     call = _call(q, k, of_q, of_k, slots, count, block_q, block_k, scale)
     call.filled(**dict(zip(("rise", "weight", "by"), made, strict=True)))
-    build.run("gen_accel_curve_forward", call.args, build.DTYPES[q.dtype])
+    build.run("gen_accel_curve_forward", call.args, DTYPES[q.dtype])
     return made
 
 
@@ -73,9 +74,13 @@ def _backward(
     """Gradients of q and k."""
     dq, dk = _gradients(q, k)
     call = _call(q, k, of_q, of_k, slots, count, block_q, block_k, scale)
+    (B, H, N, D), wide = q.shape, torch.float32
+    check("of_rise", of_rise, wide, (B, H, N))
+    for name, x in (("of_weight", of_weight), ("weight", weight), ("by", by)):
+        check(name, x, wide, (B, H, D))
     call.whole(of_rise=of_rise, of_weight=of_weight, weight=weight, by=by)
     call.filled(dq=dq, dk=dk)
-    build.run("gen_accel_curve_backward", call.args, build.DTYPES[q.dtype])
+    build.run("gen_accel_curve_backward", call.args, DTYPES[q.dtype])
     return dq, dk
 
 
@@ -109,13 +114,11 @@ def _call(
     scale: float,
 ) -> Pointers:
     B, H, N, D = q.shape
-    if q.shape != k.shape or of_q.shape != (B, H, count // block_q):
-        raise ValueError(
-            f"q and k must be of the same tokens, and of_q of {count // block_q} blocks, got "
-            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(of_q.shape)}"
-        )
-    if of_k.shape != (B, H, count // block_k):
-        raise ValueError(f"of_k must be of {count // block_k} blocks, got {tuple(of_k.shape)}")
+    check_alike("native", q, k)
+    Kq, Kk = blocks_of(count, block_q, block_k)
+    check("of_q", of_q, torch.float32, (B, H, Kq))
+    check("of_k", of_k, torch.float32, (B, H, Kk))
+    check_slots(slots, count)
     args = CurveArgs(B=B, H=H, N=N, D=D, S=count, block_q=block_q, block_k=block_k)
     args.factor = CURVATURE * scale**2
     call = Pointers(args)

@@ -134,12 +134,13 @@ inline void rounded_bytes(const float* x, i64 n, float times, int32_t shift, uin
 // Weights 2^(s - high) of n scores as bytes in units of 1/255, and zeros to whole LANES; returns the
 // sum of the weights in these units, before the rounding.
 inline float weigh_bytes(const float* s, i64 n, float high, uint8_t* to) {
-  float shift = high - LOG2_255;
 #ifdef __AVX512F__
-  __m512 sum = _mm512_setzero_ps(), less = _mm512_set1_ps(shift);
+  __m512 sum = _mm512_setzero_ps(), less = _mm512_set1_ps(high), more = _mm512_set1_ps(LOG2_255);
   for (i64 j = 0; j < n; j += LANES) {
     __mmask16 mask = n - j < LANES ? (1u << (n - j)) - 1 : 0xffff;
-    __m512 w = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(s + j), less), true);
+    // In this order: a huge highest swallows what is added to it.
+    __m512 x = _mm512_sub_ps(_mm512_loadu_ps(s + j), less);
+    __m512 w = exp2_of(_mm512_add_ps(x, more), true);
     w = _mm512_maskz_mov_ps(mask, w);
     sum = _mm512_add_ps(sum, w);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j),
@@ -150,7 +151,7 @@ inline float weigh_bytes(const float* s, i64 n, float high, uint8_t* to) {
   float sum = 0.f;
 #pragma omp simd reduction(+ : sum)
   for (i64 j = 0; j < n; j++) {
-    float w = exp2_of(s[j] - shift);
+    float w = exp2_of((s[j] - high) + LOG2_255);
     sum += w;
     to[j] = static_cast<uint8_t>(std::min(w, 255.f) + 0.5f);
   }
@@ -504,7 +505,7 @@ struct Int8 {
         for (i64 g = 0; g < p.a.C; g++) {
           const auto& blocks = p.members[g];
           if (!seeing.found(g) || blocks.empty()) continue;
-          tiles(blocks.data(), blocks.size(), 0, p.padded.data(), p.bk, LANES, KEYS,
+          tiles(blocks.data(), blocks.size(), 0, p.padded.data(), p.Kk, p.bk, LANES, KEYS,
                 [&](auto& parts, i64) {
                   piece.tile(bh, slot, seeing.rows(g), seeing.found(g), parts, nullptr);
                 });
@@ -512,7 +513,7 @@ struct Int8 {
       } else if (held) {
         i64 block = slot / p.a.block_q, masked;
         const i64* total = p.counts(bh, block, &masked);
-        tiles(p.blocks(bh, block), *total, masked, nullptr, p.bk, LANES, KEYS,
+        tiles(p.blocks(bh, block), *total, masked, nullptr, p.Kk, p.bk, LANES, KEYS,
               [&](auto& parts, i64) {
                 piece.tile(bh, slot, rows.data(), held, parts, p.gains(bh, block));
               });

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from gen_accel.kernels.native import build, check_alike, prepare
+from gen_accel.kernels.native import build, prepare
 from gen_accel.kernels.native.arguments import Call
+from gen_accel.kernels.native.bounds import DTYPES, check_alike
 from gen_accel.plan import Plan
 
 
@@ -44,7 +45,7 @@ def _attention(
     out, lse = _results(q, wide)
     call.args.wide = wide
     call.filled(o=out, lse=lse)
-    build.run("gen_accel_int8", call.args, build.DTYPES[q.dtype], kernel="int8")
+    build.run("gen_accel_int8", call.args, DTYPES[q.dtype], kernel="int8")
     return out, lse
 
 

@@ -27,10 +27,15 @@ struct Linear {
   float eps;
 };
 
+void check_linear(const Linear& a) {
+  check_slots(a.slots, a.S, a.N);
+  check_within(a.map, SOFTMAX, RELU + 1, "the feature map");
+}
+
 // f of a row of n numbers.
 inline void features(i64 map, const float* x, i64 n, float* to) {
   if (map == SOFTMAX) {
-    float inverse = 1.f / weigh(x, n, LOG2E, highest(x, n, x[0]) * LOG2E, to);
+    float inverse = 1.f / weigh(x, n, LOG2E, highest(x, n, x[0]), to);
     for (i64 d = 0; d < n; d++) to[d] *= inverse;
   } else if (map == ELU) {
 #pragma omp simd
@@ -329,11 +334,13 @@ int gen_accel_linear_size() { return sizeof(Linear); }
 
 int gen_accel_linear_forward(const Linear* a, int dtype) {
   return guarded([&] {
+    check_linear(*a);
     with_type(dtype, [&](auto in) { Attention<decltype(in)>{*a}.forward(); });
   });
 }
 int gen_accel_linear_backward(const Linear* a, int dtype) {
   return guarded([&] {
+    check_linear(*a);
     with_type(dtype, [&](auto in) { Attention<decltype(in)>{*a}.backward(); });
   });
 }

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gen_accel.kernels.native import build
 from gen_accel.kernels.native.arguments import LinearArgs, Pointers
+from gen_accel.kernels.native.bounds import DTYPES, blocks_of, check, check_alike, check_slots
 
 MAPS = ("softmax", "elu", "relu")
 
@@ -34,7 +35,7 @@ def linear(
     out = q.new_empty(q.shape)
     call = _call(q, k, v, slots, sets, block_q, block_k, feature_map, eps)
     call.filled(o=out)
-    build.run("gen_accel_linear_forward", call.args, build.DTYPES[q.dtype])
+    build.run("gen_accel_linear_forward", call.args, DTYPES[q.dtype])
     return out
 
 
@@ -76,14 +77,17 @@ def add_projected_linear(
         base: contiguous (B, H, N, D) in q's dtype.
     """
     D = q.shape[3]
-    if weight.shape != (D, D) or bias.shape != (D,) or base.shape != q.shape:
+    if weight.shape != (D, D) or bias.shape != (D,):
         raise ValueError(
             f"the branch is for heads of {weight.shape[0]} numbers, q has {D} in {tuple(q.shape)}"
         )
+    check("base", base, q.dtype, q.shape)
+    if not base.is_contiguous():
+        raise ValueError(f"base must be contiguous, got strides {base.stride()}")
     call = _call(q, k, v, slots, sets, block_q, block_k, feature_map, eps)
     call.whole(weight=weight.float().T, bias=bias.float())
     call.filled(o=base)
-    build.run("gen_accel_linear_forward", call.args, build.DTYPES[q.dtype])
+    build.run("gen_accel_linear_forward", call.args, DTYPES[q.dtype])
 
 
 @add_projected_linear.register_fake
@@ -119,9 +123,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     call = _call(q, k, v, slots, sets, block_q, block_k, feature_map, eps)
+    check("grad", grad, q.dtype, q.shape)
     call.strided(grad=grad)
     call.filled(dq=dq, dk=dk, dv=dv)
-    build.run("gen_accel_linear_backward", call.args, build.DTYPES[q.dtype])
+    build.run("gen_accel_linear_backward", call.args, DTYPES[q.dtype])
     return dq, dk, dv
 
 
@@ -153,9 +158,10 @@ def _call(
     eps: float,
 ) -> Pointers:
     B, H, N, D = q.shape
-    if not q.shape == k.shape == v.shape or int(slots.max()) + 1 != N:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"q, k and v must be alike, for {int(slots.max()) + 1} tokens: {shapes}")
+    check_alike("native", q, k, v)
+    sizes = blocks_of(len(slots), block_q, block_k)
+    check_slots(slots, len(slots))
+    check("sets", sets, torch.bool, (B, H, *sizes))
     args = LinearArgs(B=B, H=H, N=N, D=D, S=len(slots), block_q=block_q, block_k=block_k)
     args.map, args.eps = feature_map, eps
     call = Pointers(args)

@@ -202,6 +202,7 @@ struct Forward {
 template <template <typename, typename> class Pass>
 int dispatch_rest(const RestArgs& a, int dtype, bool halves) {
   return guarded([&] {
+    check_slots(a.slots, a.S, a.N);
     if (dtype == 1 && halves && multiplies_bf16()) Pass<BFloat16, BFloat16>{{a}}.run();
     else with_type(dtype, [&](auto in) { Pass<decltype(in), float>{{a}}.run(); });
   });

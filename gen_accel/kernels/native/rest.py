@@ -9,6 +9,14 @@ from torch import Tensor
 from gen_accel.kernels.curve import Curve
 from gen_accel.kernels.native import build, multiplies_bf16
 from gen_accel.kernels.native.arguments import Pointers, RestArgs, SpreadArgs
+from gen_accel.kernels.native.bounds import (
+    DTYPES,
+    blocks_of,
+    check,
+    check_alike,
+    check_rows,
+    check_slots,
+)
 from gen_accel.kernels.native.slope import gradients as slope_gradients
 from gen_accel.kernels.native.slope import slope_of
 from gen_accel.plan import MOST_GAINED, Plan, Slots
@@ -108,6 +116,10 @@ def _backward(
     call = _call(
         out, lse, q, k, v, rise, weight, slots, keep, block_q, block_k, around_queries, scale
     )
+    check("grad", grad, q.dtype, q.shape)
+    check("of_total", of_total, torch.float32, q.shape[:3])
+    check("joint", joint, q.dtype, q.shape)
+    check("total", total, torch.float32, q.shape[:3])
     sloped = ()
     if factor:
         blocks = call.args.S, block_q, block_k
@@ -157,9 +169,17 @@ def _call(
 ) -> Pointers:
     B, H, N, D = q.shape
     PB, PH, Kq, _ = keep.shape
-    _check(out, lse, q, k, v)
-    if rise is not None and weight is not None:
-        _check_curve(rise, weight, q)
+    wide_float = torch.float32
+    check_alike("native", q, k, v)
+    Kk = blocks_of(Kq * block_q, block_q, block_k)[1]
+    check("keep", keep, torch.bool, ((1, B), (1, H), Kq, Kk))
+    check_slots(slots, Kq * block_q)
+    check("out", out, wide_float, q.shape)
+    check("lse", lse, wide_float, (B, H, N))
+    if (rise is None) != (weight is None):
+        raise ValueError("a curve has a rise and a weight, got one of them")
+    check("rise", rise, wide_float, (B, H, N))
+    check("weight", weight, wide_float, (B, H, D))
     args = RestArgs(B=B, H=H, N=N, D=D, S=Kq * block_q, block_q=block_q, block_k=block_k)
     args.PB, args.PH, args.scale, args.most = PB, PH, scale, MOST_GAINED
     args.around_queries = around_queries
@@ -169,24 +189,8 @@ def _call(
     return call
 
 
-def _check(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """The library reads memory by the sizes of q."""
-    if not q.shape == k.shape == v.shape == out.shape or lse.shape != q.shape[:3]:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (out, lse, q, k, v))
-        raise ValueError(f"out, lse, q, k and v must be of the same tokens, got {shapes}")
-
-
-def _check_curve(rise: Tensor, weight: Tensor, q: Tensor) -> None:
-    B, H, N, D = q.shape
-    if rise.shape != (B, H, N) or weight.shape != (B, H, D):
-        raise ValueError(
-            f"the rise and the weight of a curve must be {(B, H, N)} and {(B, H, D)}, got "
-            f"{tuple(rise.shape)} and {tuple(weight.shape)}"
-        )
-
-
 def _run(name: str, call: Pointers, dtype: torch.dtype) -> None:
-    build.run(name, call.args, build.DTYPES[dtype], int(multiplies_bf16()))
+    build.run(name, call.args, DTYPES[dtype], int(multiplies_bf16()))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -216,21 +220,17 @@ def _spread(
 ) -> Tensor:
     """(B, H, Kq, count / block) fp32."""
     B, H, Kq, D = query_means.shape
-    if k.shape[:2] != (B, H) or k.shape[3] != D:
-        raise ValueError(
-            f"query means and k must be of the same heads, got {tuple(query_means.shape)} and "
-            f"{tuple(k.shape)}"
-        )
-    tokens = count if slots is None else int(slots.max()) + 1
-    if k.shape[2] != tokens:
-        raise ValueError(f"k must have the {tokens} tokens of the slots, got {k.shape[2]}")
+    check_rows("native", k)
+    check("query means", query_means, query_means.dtype, (*k.shape[:2], Kq, k.shape[3]))
+    blocks_of(count, block, block)
+    check_slots(slots, count)
     out = k.new_empty(B, H, Kq, count // block, dtype=torch.float32)
-    call = Pointers(SpreadArgs(B=B, H=H, D=D, S=count, Kq=Kq, block=block))
+    call = Pointers(SpreadArgs(B=B, H=H, N=k.shape[2], D=D, S=count, Kq=Kq, block=block))
     call.args.scale = scale
     call.whole(means=query_means.float(), slots=slots)
     call.strided(k=k)
     call.filled(out=out)
-    build.run("gen_accel_spread", call.args, build.DTYPES[k.dtype])
+    build.run("gen_accel_spread", call.args, DTYPES[k.dtype])
     return out
 
 

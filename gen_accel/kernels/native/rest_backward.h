@@ -31,10 +31,14 @@ struct Backward {
     i64 chunk = p.a.around_queries ? CHUNK : CHUNK_KEYS, rows = p.bqp;
     Pool<In, T> pool{f.laid, chunk};
     Left<RestProblem<In, T>> left{p, chunk};
+    std::vector<char> needed = std::vector<char>(chunk);  // key blocks of a chunk
     // Of the query blocks of a group: queries and what comes from above, in columns and as right
     // factors, log-sum-exps, and what is taken off the gradients of weights.
     T *q, *g, *q_pairs, *g_pairs;
     float *dq, *level, *delta;
+    // What weights relative to `level` are divided by, and what is summed up while scores are
+    // looked through.
+    float *inverse, *sum, *mean;
     // Of a query block against a chunk.
     T *row, *weights, *slopes, *turned;
     float *scores, *above;
@@ -51,7 +55,8 @@ struct Backward {
       Arena arena;
       for (T** x : {&q, &g, &q_pairs, &g_pairs}) arena.want(*x, p.group * rows * p.Dp);
       arena.want(dq, p.group * rows * p.D);
-      for (float** x : {&level, &delta}) arena.want(*x, p.group * rows);
+      for (float** x : {&level, &delta, &inverse, &sum, &mean})
+        arena.want(*x, p.group * rows);
       arena.want(row, rows * p.Dp);
       for (T** x : {&weights, &slopes, &turned}) arena.want(*x, rows * chunk);
       for (float** x : {&scores, &above}) arena.want(*x, rows * chunk);
@@ -76,8 +81,37 @@ struct Backward {
       float *dk = f.dk + sums, *dv = f.dv + sums;
       float* dweight = p.curved ? f.dweight + (part * p.BH + bh) * p.D : nullptr;
       if (p.a.around_queries) begin_pool(bh, first, count);
-      for (i64 n = 0; n < count; n++) begin(bh, first + n, n);
-      std::vector<char> touched(count), needed(chunk);
+      bool vast = false;
+      for (i64 n = 0; n < count; n++) vast |= begin(bh, first + n, n);
+      if (vast) {
+        for (i64 n = 0; n < count; n++) begin_look(bh, first + n, n);
+        chunks(bh, first, count, [&](i64 j, i64 some) {
+          for (i64 n = 0; n < count; n++)
+            if (left.some[n]) look(n, some, tile(bh, n, j, some));
+        });
+        for (i64 n = 0; n < count; n++) settle(bh, first + n, n);
+      }
+      std::vector<char> touched(count);
+      chunks(bh, first, count, [&](i64 j, i64 some) {
+        for (i64 n = 0; n < count; n++) {
+          if (!left.some[n]) {
+            if (p.a.around_queries) nothing(n, some);
+            continue;
+          }
+          if (p.a.around_queries) around_query(bh, n, j, some, !touched[n], dweight);
+          else fold(n, some, tile(bh, n, j, some), dk + j * p.D, dv + j * p.D, p.D, !touched[n]);
+          touched[n] = true;
+        }
+        for (i64 c = 0; c < some && p.a.around_queries; c++)
+          if (needed[c]) unpool(bh, count, j + c, c, dk, dv, dweight);
+      });
+      for (i64 n = 0; n < count; n++) end(bh, first + n, n, touched[n], vast);
+    }
+
+    // Calls `f` with the first key block and the length of each chunk of which any is left out, the
+    // keys pooled.
+    template <typename F>
+    void chunks(i64 bh, i64 first, i64 count, F&& f) {
       for (i64 j = 0; j < p.Kk; j += chunk) {
         i64 some = std::min(chunk, p.Kk - j);
         bool found = left.find(bh, first, count, j, some, [&](i64 c, bool any) {
@@ -86,22 +120,66 @@ struct Backward {
           if (any) pool(bh, count, j + c, c);
           else pool.blank(count, c);
         });
-        for (i64 n = 0; n < count && found; n++) {
-          if (!left.some[n]) {
-            if (p.a.around_queries) nothing(n, some);
-            continue;
-          }
-          if (p.a.around_queries) around_query(bh, n, j, some, !touched[n], dweight);
-          else fold(n, some, f.laid.tile(bh, j), dk + j * p.D, dv + j * p.D, p.D, !touched[n]);
-          touched[n] = true;
-        }
-        for (i64 c = 0; c < some && found && p.a.around_queries; c++)
-          if (needed[c]) unpool(bh, count, j + c, c, dk, dv, dweight);
+        if (found) f(j, some);
       }
-      for (i64 n = 0; n < count; n++) end(bh, first + n, n, touched[n]);
     }
 
-    void begin(i64 bh, i64 i, i64 n) {
+    Tile<T> tile(i64 bh, i64 n, i64 j, i64 some) {
+      return p.a.around_queries ? pool.tile(n, some) : f.laid.tile(bh, j);
+    }
+
+    // What a query's kept keys weigh it by, by log2(e); LOW where it sees none.
+    float kept(i64 at) const {
+      return p.a.lse[at] == -INFINITY ? LOW : p.a.lse[at] * LOG2E;
+    }
+
+    // Highest score, sum of weights and what comes from above by their means, anew, where `total`
+    // says too little of them: see VAST. At first of the kept keys alone.
+    void begin_look(i64 bh, i64 i, i64 n) {
+      for (i64 r = 0; r < rows; r++) {
+        i64 t = r < p.bq ? p.q.token(i * p.bq + r) : -1, at = bh * p.a.N + t, x = n * rows + r;
+        sum[x] = mean[x] = 0.f;
+        if (t < 0) continue;
+        level[x] = kept(at);
+        if (level[x] == LOW) continue;
+        sum[x] = 1.f;
+        mean[x] = dot_of(p.a.out + at * p.D, p.grad.row(bh, t), p.D);
+      }
+    }
+
+    // Takes the pooled keys in that query block n leaves out.
+    void look(i64 n, i64 some, const Tile<T>& tile) {
+      const char* out = left.of(n);
+      float *high = level + n * rows, *all = sum + n * rows, *by_mean = mean + n * rows;
+      products(n, some, tile);
+      std::vector<float> top(high, high + rows);
+      for (i64 c = 0; c < some; c++)
+        if (out[c]) scored(scores + c * rows, tile, c, n, top.data());
+      for (i64 r = 0; r < rows; r++) {
+        float before = exp2_of(high[r] - top[r]);
+        all[r] *= before, by_mean[r] *= before, high[r] = top[r];
+      }
+      for (i64 c = 0; c < some; c++) {
+        const float *s = scores + c * rows, *d = above + c * rows;
+        for (i64 r = 0; r < rows && out[c]; r++) {
+          float w = exp2_of(s[r] - high[r]);
+          all[r] += w, by_mean[r] += w * d[r];
+        }
+      }
+    }
+
+    void settle(i64 bh, i64 i, i64 n) {
+      for (i64 r = 0; r < p.bq; r++) {
+        i64 t = p.q.token(i * p.bq + r), x = n * rows + r;
+        if (t < 0 || sum[x] == 0.f) continue;
+        inverse[x] = 1.f / sum[x];
+        delta[x] = mean[x] * inverse[x] - p.a.of_total[bh * p.a.N + t];
+      }
+    }
+
+    // Takes query block i as number n of the group; whether its scores are vast.
+    bool begin(i64 bh, i64 i, i64 n) {
+      bool vast = false;
       for (bool of_q : {true, false}) {
         i64 to = n * rows * p.Dp;
         std::fill(row + p.bq * p.Dp, row + rows * p.Dp, T(0));
@@ -112,6 +190,7 @@ struct Backward {
       }
       std::fill(level + n * rows, level + (n + 1) * rows, -LOW);
       std::fill(delta + n * rows, delta + (n + 1) * rows, 0.f);
+      std::fill(inverse + n * rows, inverse + (n + 1) * rows, 1.f);
       if (p.curved) {
         p.rises(bh, i, rise + n * rows);
         std::fill(drise + n * rows, drise + (n + 1) * rows, 0.f);
@@ -120,10 +199,12 @@ struct Backward {
         i64 t = p.q.token(i * p.bq + r), at = bh * p.a.N + t;
         if (t < 0) continue;
         level[n * rows + r] = p.a.total[at] * LOG2E;
+        vast |= std::fabs(level[n * rows + r]) > VAST && p.a.total[at] != -INFINITY;
         const In* x = p.grad.row(bh, t);
         float sum = dot_of(static_cast<const In*>(p.a.o) + at * p.D, x, p.D);
         delta[n * rows + r] = sum - p.a.of_total[at];
       }
+      return vast;
     }
 
     void begin_pool(i64 bh, i64 first, i64 count) {
@@ -171,22 +252,32 @@ struct Backward {
       }
     }
 
+    // Query block n against `some` pooled keys: scores, and what comes from above by their values.
+    void products(i64 n, i64 some, const Tile<T>& tile) {
+      i64 at = n * rows * p.Dp;
+      product(some, rows, p.Dp, tile.keys, p.Dp, q + at, rows, scores, rows, false);
+      product(some, rows, p.Dp, tile.values, p.Dp, g + at, rows, above, rows, false);
+    }
+
+    // Scores of key c of a tile, by log2(e), in the place of products; the highest to `top`.
+    void scored(float* s, const Tile<T>& tile, i64 c, i64 n, float* top) const {
+      if (!tile.spans) raise(s, rows, p.by, tile.bias[c], top);
+      else raise(s, rows, p.by, tile.bias[c], tile.spans[c] * LOG2E, rise + n * rows, p.most, top);
+    }
+
     // Query block n against `some` pooled keys. The gradients of these, by scale, and of their
     // values go to (some, D); they are added where `add`.
     void fold(i64 n, i64 some, const Tile<T>& tile, float* of_k, float* of_v, bool add,
               bool first) {
       const char* out = left.of(n);
       i64 at = n * rows * p.Dp, wide = up(some, LANES);
-      product(some, rows, p.Dp, tile.keys, p.Dp, q + at, rows, scores, rows, false);
-      product(some, rows, p.Dp, tile.values, p.Dp, g + at, rows, above, rows, false);
+      products(n, some, tile);
+      std::vector<float> top(rows, LOW);
       for (i64 c = 0; c < wide; c++) {
         float *s = scores + c * rows, *d = above + c * rows;
         if (c < some && out[c]) {
-          if (tile.spans) {
-            curved_slope(s, d, tile.bias[c], tile.spans[c], n);
-          } else {
-            slope(s, d, tile.bias[c], level + n * rows, delta + n * rows);
-          }
+          scored(s, tile, c, n, top.data());
+          slope(s, d, n);
         } else {
           std::fill(s, s + rows, 0.f);
           std::fill(d, d + rows, 0.f);
@@ -212,26 +303,12 @@ struct Backward {
     }
 
     // Scores to weights, and what comes from above to the gradients of the scores.
-    void slope(float* s, float* d, float bias, const float* level, const float* delta) const {
-      float by = p.by;
+    void slope(float* s, float* d, i64 n) const {
+      const float *high = level + n * rows, *off = delta + n * rows, *by = inverse + n * rows;
 #pragma omp simd
       for (i64 r = 0; r < rows; r++) {
-        float x = s[r] * by + bias - level[r];
-        float w = exp2_of(x > 1.f ? 1.f : x);
-        d[r] = w * (d[r] - delta[r]);
-        s[r] = w;
-      }
-    }
-
-    // The same of scores that gain span times what the queries of block n rise by.
-    void curved_slope(float* s, float* d, float bias, float span, i64 n) const {
-      const float *top = level + n * rows, *off = delta + n * rows, *rises = rise + n * rows;
-      float by = p.by, more = span * LOG2E, most = p.most;
-#pragma omp simd
-      for (i64 r = 0; r < rows; r++) {
-        float gained = more * rises[r];
-        float x = s[r] * by + bias + (gained < most ? gained : most) - top[r];
-        float w = exp2_of(x > 1.f ? 1.f : x);
+        float x = s[r] - high[r];
+        float w = exp2_of(x > 1.f ? 1.f : x) * by[r];
         d[r] = w * (d[r] - off[r]);
         s[r] = w;
       }
@@ -317,7 +394,7 @@ struct Backward {
       std::fill(to + p.D, to + p.Dp, T(0));
     }
 
-    void end(i64 bh, i64 i, i64 n, bool touched) {
+    void end(i64 bh, i64 i, i64 n, bool touched, bool vast) {
       std::vector<float> x(p.D);
       for (i64 r = 0; r < p.bq; r++) {
         i64 t = p.q.token(i * p.bq + r), at = bh * p.a.N + t;
@@ -325,6 +402,7 @@ struct Backward {
         const float *own = p.a.out + at * p.D, *dmean = dmeans + n * p.D;
         const float* slope = dq + (n * rows + r) * p.D;
         float share = std::exp(p.a.lse[at] - p.a.total[at]), even = 1.f / p.held_q[i];
+        if (vast) share = exp2_of(kept(at) - level[n * rows + r]) * inverse[n * rows + r];
         if (!touched) share = 1.f;
         for (i64 d = 0; d < p.D; d++) {
           x[d] = touched ? p.a.scale * slope[d] : 0.f;

@@ -18,11 +18,12 @@ struct Sums {
   i64 x_strides[3];
   const i64* slots;
   float* out;  // (B, H, S / block, D)
-  i64 B, H, D, S, block;
+  i64 B, H, N, D, S, block;
 };
 
 template <typename In>
 void sum_blocks(const Sums& a) {
+  check_slots(a.slots, a.S, a.N);
   Tokens<In> tokens{a.x, a.x_strides, a.slots, a.H, a.D};
   i64 K = a.S / a.block;
   at::parallel_for(0, a.B * a.H * K, 1, [&](i64 begin, i64 end) {
@@ -76,7 +77,7 @@ struct Picks {
   bool* picks;         // (B, H, R, C + 1), the last always; none for padding
   bool* touched;       // (B, H, R / block, C + 1), what any row of a block picked
   double threshold;
-  i64 B, H, D, R, C, block, scope, topk;  // topk: 0 with a threshold
+  i64 B, H, N, D, R, C, block, scope, topk;  // topk: 0 with a threshold
 };
 
 // Numbers whose order is that of the floats.
@@ -135,24 +136,39 @@ struct Picking {
   explicit Picking(const Picks& args)
       : a(args), tokens{args.rows, args.rows_strides, args.slots, args.H, args.D},
         ld(up(args.C, LANES)), counted(args.R) {
+    check_slots(a.slots, a.R, a.N);
+    check_within(a.scope, QUERY_HEAD, BLOCK + 1, "the scope");
+    check_within(a.topk, 0, a.C + 1, "topk");
     for (i64 r = 0; r < a.R; r++) {
+      if (tokens.token(r) >= 0) check_within(a.home[r], 0, INT64_MAX, "the own chunk of a row");
       counted[r] = tokens.token(r) >= 0 && a.home[r] < a.C;
       queries += counted[r];
     }
   }
 
+  // Many samples are shared out whole, each to one thread, where calls below run alone: a region of
+  // all threads for each step of each sample would cost more than small steps, and on a busy machine
+  // a time slice. Few samples are worked off one by one, by all threads together.
   void run() {
-    static thread_local Room room;
     bool within = a.scope == QUERY_HEAD || a.scope == HEAD_GLOBAL;
+    i64 threads = at::get_num_threads(), row = a.H * a.R * ld;
+    if (a.B >= 2 * threads && threads * row <= AT_ONCE) {
+      each(a.B, [&] { return [&](i64 b) { sample(b, a.H); }; });
+      return;
+    }
     i64 heads = within ? std::max<i64>(1, std::min(AT_ONCE / (a.R * ld + 1), a.H)) : a.H;
+    for (i64 b = 0; b < a.B; b++) sample(b, heads);
+  }
+
+  // `heads` at once.
+  void sample(i64 b, i64 heads) {
+    static thread_local Room room;
     float* scores = room.of<float>(heads * a.R * ld);
-    for (i64 b = 0; b < a.B; b++) {
-      for (i64 h = 0; h < a.H; h += heads) {
-        i64 count = std::min(heads, a.H - h);
-        score(b * a.H + h, count, scores);
-        if (a.scope == QUERY_HEAD) each_row(b * a.H + h, count, scores);
-        else scopes(b * a.H + h, count, scores);
-      }
+    for (i64 h = 0; h < a.H; h += heads) {
+      i64 count = std::min(heads, a.H - h);
+      score(b * a.H + h, count, scores);
+      if (a.scope == QUERY_HEAD) each_row(b * a.H + h, count, scores);
+      else scopes(b * a.H + h, count, scores);
     }
     room.trim();
   }
@@ -226,7 +242,7 @@ struct Picking {
   void scopes(i64 first, i64 count, float* scores) {
     i64 lines = a.scope == HEAD_GLOBAL ? a.R : count * a.R;
     i64 total = a.scope == BLOCK ? a.C : count * a.R / lines;
-    i64 threads = at::get_num_threads();
+    i64 threads = at::in_parallel_region() ? 1 : at::get_num_threads();
     std::vector<float> cuts(total);
     auto one = [&](i64 n, i64 parts) {
       float* own = a.scope == BLOCK ? scores : scores + n * lines * ld;

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from gen_accel.kernels.native import build
 from gen_accel.kernels.native.arguments import KeptArgs, PicksArgs, Pointers, SumsArgs
+from gen_accel.kernels.native.bounds import DTYPES, blocks_of, check, check_rows, check_slots
 
 SCOPES = ("query_head", "head_global", "overall", "block")
 
@@ -12,14 +13,16 @@ SCOPES = ("query_head", "head_global", "overall", "block")
 @torch.library.custom_op("gen_accel::native_block_sums", mutates_args=())
 def block_sums(x: Tensor, slots: Tensor, block: int) -> Tensor:
     """(B, H, S / block, D) fp32 of x (B, H, N, D) and the token of each slot, (S,)."""
+    check_rows("native", x)
+    blocks_of(len(slots), block, block)
+    check_slots(slots, len(slots))
     B, H, N, D = x.shape
-    _check("tokens of the slots", int(slots.max()) + 1, N)
     out = x.new_empty(B, H, len(slots) // block, D, dtype=torch.float32)
-    call = Pointers(SumsArgs(B=B, H=H, D=D, S=len(slots), block=block))
+    call = Pointers(SumsArgs(B=B, H=H, N=N, D=D, S=len(slots), block=block))
     call.strided(x=x)
     call.whole(slots=slots)
     call.filled(out=out)
-    build.run("gen_accel_block_sums", call.args, build.DTYPES[x.dtype])
+    build.run("gen_accel_block_sums", call.args, DTYPES[x.dtype])
     return out
 
 
@@ -31,6 +34,8 @@ def _(x: Tensor, slots: Tensor, block: int) -> Tensor:
 
 def kept_blocks(keep: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
     """`kernels.lists.kept_blocks`, of `keep` and `whole` of a plan, (B', H', Kq, Kk) bool."""
+    check("keep", keep, torch.bool, keep.shape)
+    check("whole", whole, torch.bool, keep.shape)
     *many, K = keep.shape
     counts = keep.new_empty(2, *many, dtype=torch.int64)
     call = Pointers(KeptArgs(rows=keep.numel() // K, K=K))
@@ -71,19 +76,22 @@ def picks(
         (B, H, R, C + 1) bool, the last for the text, which all pick; and (B, H, R / block, C + 1),
         what any row of a block picks.
     """
+    check_rows("native", rows)
     B, H, N, D = rows.shape
     R, C = len(slots), means.shape[2]
-    _check("rows of the slots", int(slots.max()) + 1, N)
-    _check("means", tuple(means.shape), (B, H, C, D))
+    blocks_of(R, block, block)
+    check_slots(slots, R)
+    check("home", home, torch.int64, (R,))
+    check("means", means, torch.float32, (B, H, C, D))
     picked = rows.new_empty(B, H, R, C + 1, dtype=torch.bool)
     touched = rows.new_empty(B, H, R // block, C + 1, dtype=torch.bool)
-    args = PicksArgs(B=B, H=H, D=D, R=R, C=C, block=block, scope=scope, topk=topk)
+    args = PicksArgs(B=B, H=H, N=N, D=D, R=R, C=C, block=block, scope=scope, topk=topk)
     args.threshold = threshold
     call = Pointers(args)
     call.strided(rows=rows)
     call.whole(slots=slots, home=home, means=means)
     call.filled(picks=picked, touched=touched)
-    build.run("gen_accel_picks", call.args, build.DTYPES[rows.dtype])
+    build.run("gen_accel_picks", call.args, DTYPES[rows.dtype])
     return picked, touched
 
 
@@ -102,8 +110,3 @@ def _(
     R, C = len(slots), means.shape[2] + 1
     picked = rows.new_empty(B, H, R, C, dtype=torch.bool)
     return picked, rows.new_empty(B, H, R // block, C, dtype=torch.bool)
-
-
-def _check(name: str, found: object, wanted: object) -> None:
-    if found != wanted:
-        raise ValueError(f"{name}: q and k are for {wanted}, got {found}")

@@ -121,6 +121,7 @@ struct Sloped {
   }
 
   void forward() const {
+    check_slots(a.slots, a.S, a.N);
     sums(a.S / a.block_k, a.block_k, a.slope, [&](i64 bh, i64 j, Scratch& s) {
       centred_keys(bh, j, s.x);
       v.read(bh, j * a.block_k, a.block_k, s.y, D);
@@ -128,6 +129,7 @@ struct Sloped {
   }
 
   void backward() const {
+    check_slots(a.slots, a.S, a.N);
     std::vector<float> of_slope(BH * size), slope = turned(a.slope);
     sums(a.S / a.block_q, a.block_q, of_slope.data(), [&](i64 bh, i64 i, Scratch& s) {
       queries_back(bh, i, slope.data() + bh * size, s);

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from gen_accel.kernels.native import build
 from gen_accel.kernels.native.arguments import Pointers, SlopeArgs
+from gen_accel.kernels.native.bounds import DTYPES, check
 
 
 def slope_of(
@@ -23,7 +24,7 @@ def slope_of(
     call.strided(k=k, v=v)
     call.whole(slots=slots)
     call.filled(slope=made)
-    build.run("gen_accel_slope_forward", call.args, build.DTYPES[k.dtype])
+    build.run("gen_accel_slope_forward", call.args, DTYPES[k.dtype])
     return made
 
 
@@ -52,11 +53,12 @@ def gradients(
     B, H, N, D = q.shape
     args = SlopeArgs(B=B, H=H, N=N, D=D, S=count, block_q=block_q, block_k=block_k)
     args.around_queries, args.factor = around_queries, factor
+    check("slope", slope, torch.float32, (B, H, D, D))
     call = Pointers(args)
     call.strided(q=q, k=k, v=v, grad=grad)
     call.whole(slots=slots, lse=lse, total=total, slope=slope)
     dlse, more = lse.new_empty(lse.shape), lse.new_empty(lse.shape)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     call.filled(dlse=dlse, more=more, dq=dq, dk=dk, dv=dv)
-    build.run("gen_accel_slope_backward", call.args, build.DTYPES[q.dtype])
+    build.run("gen_accel_slope_backward", call.args, DTYPES[q.dtype])
     return dlse, more, dq, dk, dv

@@ -16,12 +16,13 @@ struct Spread {
   i64 k_strides[3];
   const i64* slots;
   float* out;  // (B, H, Kq, Kk)
-  i64 B, H, D, S, Kq, block;
+  i64 B, H, N, D, S, Kq, block;
   float scale;
 };
 
 template <typename In>
 void spread(const Spread& a) {
+  check_slots(a.slots, a.S, a.N);
   i64 Kk = a.S / a.block, columns = up(a.Kq, LANES), BH = a.B * a.H;
   Tokens<In> k{a.k, a.k_strides, a.slots, a.H, a.D};
   static thread_local Room room;

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gen_accel.files import cache_folder
+from gen_accel.files import cache_folder, make_cache_folder, trusted_text
 
 
 def key(arch: str, kind: str, q: Tensor, block_q: int, block_k: int) -> str:
@@ -26,8 +26,8 @@ def path() -> Path:
 def read() -> dict[str, list[int]]:
     """The kept configurations by `key`; empty where nothing was tuned yet."""
     try:
-        return json.loads(path().read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        return json.loads(trusted_text(path()) or "{}")
+    except json.JSONDecodeError:
         return {}
 
 
@@ -35,8 +35,7 @@ def write(found: dict[str, list[int]]) -> None:
     """Add to the kept configurations; a reader sees the old file or the new one."""
     read.cache_clear()
     target = path()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:
+    with tempfile.NamedTemporaryFile("w", dir=make_cache_folder(), delete=False) as file:
         json.dump({**read(), **found}, file, indent=1, sort_keys=True)
     os.replace(file.name, target)
     read.cache_clear()

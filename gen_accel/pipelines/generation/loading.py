@@ -20,6 +20,7 @@ from gen_accel.pipelines.generation.decode import (
     check_streamed,
 )
 from gen_accel.pipelines.generation.lora_fit import check_lora
+from gen_accel.pipelines.generation.model_index import check_index, part_class, pipeline_class
 from gen_accel.tensor_files import named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -92,8 +93,9 @@ def load(model: str | Path, loading: Loading | None = None) -> Any:
     """The pipeline, on its device, with its LoRAs.
 
     Raises:
-        ValueError: what `check_model` refuses, a device that is not there, a LoRA that does not
-            fit or fits in part, weights of the transformer that are whole numbers.
+        ValueError: what `check_model` and `check_index` refuse, a device that is not there, a
+            LoRA that does not fit or fits in part, weights of the transformer that are whole
+            numbers.
         OSError: a file or repository that is not there.
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -102,6 +104,8 @@ def load(model: str | Path, loading: Loading | None = None) -> Any:
     source, device, dtype = _source(model, loading)
     loras = [_lora(text) for text in loading.loras]
     _check_floats(Path(source))
+    index: Any = DiffusionPipeline.load_config(source)
+    check_index(index, source)
     with warnings.catch_warnings():
         # Newer diffusers call it `dtype`; older ones ignore that.
         warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
@@ -121,28 +125,25 @@ def load_decoder(model: str | Path, loading: Loading | None = None) -> Any:
     """The pipeline with its autoencoder and nothing else, for `decode_stream`.
 
     Raises:
-        ValueError: what `check_model` refuses, a device that is not there, LoRAs, which do not
-            change how latents are decoded, a pipeline that is not of diffusers, or one that
-            decodes in a way of its own.
+        ValueError: what `check_model` and `check_index` refuse, a device that is not there, LoRAs,
+            which do not change how latents are decoded, or a pipeline that decodes in a way of
+            its own.
         OSError: a file or repository that is not there.
     """
-    import diffusers
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     loading = loading or Loading()
     if loading.loras:
         raise ValueError(f"a LoRA does not change how latents are decoded, got {loading.loras}")
     source, device, dtype = _source(model, loading)
-    index: Any = diffusers.DiffusionPipeline.load_config(source)
-    name, (transformer, autoencoder) = index.get("_class_name"), _classes(index)
-    if not (hasattr(diffusers, str(name)) and hasattr(diffusers, str(autoencoder))):
-        raise ValueError(f"diffusers has no {name} with {autoencoder}, which {model} asks for")
-    check_streamed(transformer, autoencoder)
+    index: Any = DiffusionPipeline.load_config(source)
+    check_index(index, source)
+    kind: Any = pipeline_class(index.get("_class_name"))
+    decoder: Any = part_class(index.get("vae") or (None, None), "vae")
+    check_streamed(*_classes(index))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
-        vae = getattr(diffusers, str(autoencoder)).from_pretrained(
-            source, subfolder="vae", torch_dtype=dtype
-        )
-    kind = getattr(diffusers, str(name))
+        vae = decoder.from_pretrained(source, subfolder="vae", torch_dtype=dtype)
     parts = {
         part: None
         for part, parameter in inspect.signature(kind.__init__).parameters.items()
