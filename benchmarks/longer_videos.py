@@ -84,7 +84,10 @@ def main() -> None:
     parser.add_argument("--lora", type=Path, help="folder of the LoRA; without: its settings not")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS])
     parser.add_argument(
-        "--set", nargs="+", default=METHOD, metavar="FIELD=VALUE", help="fields of Radial"
+        "--method", default="radial", help="sparse method, in the place of radial in --settings"
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=METHOD, metavar="FIELD=VALUE", help="fields of the method"
     )
     parser.add_argument("--frames", type=int, default=FRAMES)
     parser.add_argument("--steps", type=int, default=STEPS)
@@ -123,25 +126,30 @@ def main() -> None:
         "steps": args.steps,
         "first_seed": args.seed,
         "dtype": "bfloat16",
-        "method": repr(radial(args)),
+        "method": repr(sparse(args)),
         "environment": environment(),
-        "settings": {name: figures(name, args) for name in names},
+        "settings": {title(name, args): figures(name, args) for name in names},
     }
     if args.timed:
         for name, timing in timings(names, args).items():
-            report["settings"][name] |= timing
+            report["settings"][title(name, args)] |= timing
     drawn = [measure_motion([video], fps=FPS) for video in world_clips(args)]
     report["world"] = {"motion": mean_motion([one.to_dict() for one in drawn])}
     if args.out is not None:
         write_json(args.out, report)
     for name in names:
-        print(line(name, report["settings"][name]))
+        print(line(title(name, args), report["settings"][title(name, args)]))
     if args.docs:
         write_table(report)
 
 
-def radial(args: argparse.Namespace) -> Any:
-    return method_from("radial", args.set)
+def sparse(args: argparse.Namespace) -> Any:
+    return method_from(args.method, args.set)
+
+
+def title(name: str, args: argparse.Namespace) -> str:
+    """Name of a setting with the method that was asked for."""
+    return name.replace("radial", args.method)
 
 
 def held_out() -> tuple[world.Scene, ...]:
@@ -157,7 +165,7 @@ def folder_of(name: str, args: argparse.Namespace) -> Path:
     if SETTINGS[name].sparse:
         which += "-" + "-".join(args.set)
     size = f"{args.frames}x{args.steps}" + (f"-{args.seed}" if args.seed else "")
-    return args.work / size / (name.replace(" ", "") + which)
+    return args.work / size / (title(name, args).replace(" ", "") + which)
 
 
 def scale_of(name: str, args: argparse.Namespace) -> float:
@@ -176,7 +184,7 @@ def make(name: str, args: argparse.Namespace) -> None:
         return
     with ExitStack() as stack:
         call = prepare(SETTINGS[name], args, stack)
-        for part in track(parts, description=name):
+        for part in track(parts, description=title(name, args)):
             made = clips(call, scenes, part, args, scale_of(name, args))
             for i, video in zip(part, made, strict=True):
                 keep_clip(folder, i, video)
@@ -195,7 +203,7 @@ def prepare(setting: Setting, args: argparse.Namespace, stack: ExitStack) -> Cal
         rope = read_recipe(args.lora).rope
         techniques = ([] if rope == "none" else [rope]) + techniques
     if setting.sparse:
-        stack.enter_context(gen_accel.attach(pipe, radial(args)))
+        stack.enter_context(gen_accel.attach(pipe, sparse(args)))
     if not techniques:
         return pipe
     return stack.enter_context(gen_accel.extend(pipe, techniques, num_frames=args.frames))

@@ -63,13 +63,14 @@ def rest():
     keep = torch.eye(KQ, dtype=torch.bool).repeat_interleave(BQ // BK, 1)[None, None]
     given = {"out": rows(B, H, N, D), "lse": rows(B, H, N), **qkv()}
     given |= {"rise": rows(B, H, N), "weight": rows(B, H, D), "slots": slots(), "keep": keep}
-    sizes = {"block_q": BQ, "block_k": BK, "around_queries": True, "wide": False, "scale": 0.3}
+    sizes = {"block_q": BQ, "block_k": BK, "around_queries": True, "factor": 0.1, "scale": 0.3}
     return given | sizes
 
 
 def rest_backward():
     given = {"grad": rows(B, H, N, D), "of_total": rows(B, H, N)}
-    return given | {"joint": rows(B, H, N, D), "total": rows(B, H, N)} | rest()
+    given |= {"joint": rows(B, H, N, D), "total": rows(B, H, N)}
+    return given | {"slope": rows(B, H, D, D), "shares": rows(B, H, N)} | rest()
 
 
 def curve():

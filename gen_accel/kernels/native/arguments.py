@@ -50,7 +50,7 @@ class RestArgs(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S", "block_q", "block_k")),
         *((name, ctypes.c_int64) for name in ("PB", "PH", "around_queries")),
         *((name, ctypes.c_float) for name in ("scale", "most")),
-        ("slope", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("slope", "shares")),
         ("factor", ctypes.c_float),
     ]
 
@@ -75,7 +75,7 @@ class SlopeArgs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "grad")),
         *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("q", "k", "v", "grad")),
-        *((name, ctypes.c_void_p) for name in ("slots", "lse", "total", "slope")),
+        *((name, ctypes.c_void_p) for name in ("slots", "shares", "slope")),
         *((name, ctypes.c_void_p) for name in ("dlse", "more", "dq", "dk", "dv")),
         *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S", "block_q", "block_k")),
         ("around_queries", ctypes.c_int64),

@@ -163,6 +163,7 @@ struct Forward {
         if (t < 0) continue;
         i64 at = bh * p.a.N + t;
         if (!touched) {
+          if (p.a.slope) p.a.shares[at] = 0.f;
           put(at, p.a.out + at * p.D);
           p.a.total[at] = p.a.lse[at];
           continue;
@@ -172,6 +173,7 @@ struct Forward {
         float share = exp2_of(kept[g * rows + r] - high[g * rows + r]) * inverse;
         for (i64 d = 0; d < p.D; d++) x[d] = x[d] * inverse + own[d] * share;
         if (p.a.slope) {
+          p.a.shares[at] = 1.f - share;
           float by = p.a.factor * (1.f - share);
           for (i64 d = 0; d < p.D; d++) x[d] += by * sloped[r * p.D + d];
         }

@@ -32,7 +32,8 @@ struct RestArgs {
   float scale;
   float most;  // that a curve adds to a score
   const float* slope;  // (B, H, D, D), H of `Rest`, see slope.cpp; null in zeroth order
-  float factor;        // that it counts by
+  float* shares;       // (B, H, N), what the rest weighs; null likewise
+  float factor;        // that the slope counts by
 };
 
 // x as the products read it, and what that is times y, summed.

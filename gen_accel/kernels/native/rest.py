@@ -60,30 +60,31 @@ def _added(
     around_queries: bool,
     factor: float,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, H, N, D) in q's dtype, (B, H, N) fp32, and the slope (B, H, D, D) fp32, empty where
-    `factor` is 0."""
-    joint, total, slope = _results(q, factor)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(B, H, N, D) in q's dtype and (B, H, N); and, empty where `factor` is 0, the slope
+    (B, H, D, D) and what queries weigh the rest by, (B, H, N). All but the first are fp32."""
+    joint, total, slope, shares = _results(q, factor)
     call = _call(
         out, lse, q, k, v, rise, weight, slots, keep, block_q, block_k, around_queries, scale
     )
     if factor:
         slope = slope_of(k, v, slots, call.args.S, block_q, block_k)
         call.args.factor = factor
-        call.filled(slope=slope)
+        call.filled(slope=slope, shares=shares)
     call.filled(o=joint, total=total)
     _run("gen_accel_rest_forward", call, q.dtype)
-    return joint, total, slope
+    return joint, total, slope, shares
 
 
-def _results(q: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+def _results(q: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, H, N, D = q.shape
-    joint, total = q.new_empty(q.shape), q.new_empty(B, H, N, dtype=torch.float32)
-    return joint, total, q.new_empty((B, H, D, D) if factor else 0, dtype=torch.float32)
+    shapes = (B, H, N), (B, H, D, D) if factor else 0, (B, H, N) if factor else 0
+    total, slope, shares = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return q.new_empty(q.shape), total, slope, shares
 
 
 @_added.register_fake
-def _(out: Tensor, lse: Tensor, q: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(out: Tensor, lse: Tensor, q: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *_, factor, _ = given
     return _results(q, factor)
 
@@ -95,6 +96,7 @@ def _backward(
     joint: Tensor,
     total: Tensor,
     slope: Tensor,
+    shares: Tensor,
     out: Tensor,
     lse: Tensor,
     q: Tensor,
@@ -124,7 +126,7 @@ def _backward(
     if factor:
         blocks = call.args.S, block_q, block_k
         dlse, more, *sloped = slope_gradients(
-            grad, slope, lse, total, q, k, v, slots, *blocks, around_queries, factor
+            grad, slope, shares, q, k, v, slots, *blocks, around_queries, factor
         )
         # joint holds what the slope adds, which is no part of the softmax.
         of_total = of_total + more
@@ -147,9 +149,9 @@ def _empty(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 @_backward.register_fake
 def _(
-    grad: Tensor, of_total: Tensor, joint: Tensor, total: Tensor, slope: Tensor, *given: Any
+    grad: Tensor, of_total: Tensor, joint: Tensor, total: Tensor, *given: Any
 ) -> tuple[Tensor, ...]:
-    return _empty(*given[:7])
+    return _empty(*given[2:9])
 
 
 def _call(
@@ -198,7 +200,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*output, *tensors)
 
 
-def _differentiate(ctx: Any, grad: Tensor, of_total: Tensor, of_slope: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad: Tensor, of_total: Tensor, *of_more: Tensor) -> tuple[Any, ...]:
     sizes = ctx.block_q, ctx.block_k, ctx.around_queries, ctx.factor, ctx.scale
     *grads, drise, dweight = _backward(grad, of_total, *ctx.saved_tensors, *sizes)
     bend = (drise, dweight) if drise.numel() else (None, None)

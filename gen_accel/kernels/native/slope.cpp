@@ -18,7 +18,7 @@ struct Slope {
   const void *q, *k, *v, *grad;
   i64 q_strides[3], k_strides[3], v_strides[3], grad_strides[3];
   const i64* slots;                  // (S,), -1 for padding; null where slot = token
-  const float *lse, *total;          // (B, H, N)
+  const float* shares;               // (B, H, N), r
   float* slope;                      // (B, H, D, D), H
   float *dlse, *more;  // gradient of lse; gradient of total, and y . grad
   void *dq, *dk, *dv;
@@ -67,17 +67,13 @@ struct Sloped {
 
   void centred_keys(i64 bh, i64 j, float* to) const {
     k.read(bh, j * a.block_k, a.block_k, to, D);
-    centre(k, j * a.block_k, a.block_k, to);
+    // Twice, as H adds up over all tokens by how much the first mean was rounded.
+    for (int n = 0; n < 2; n++) centre(k, j * a.block_k, a.block_k, to);
   }
 
   void centred_queries(i64 bh, i64 i, float* to) const {
     q.read(bh, i * a.block_q, a.block_q, to, D);
     if (a.around_queries) centre(q, i * a.block_q, a.block_q, to);
-  }
-
-  // r_t, 0 where nothing is left out.
-  float share(i64 at) const {
-    return a.total[at] > a.lse[at] ? -std::expm1(a.lse[at] - a.total[at]) : 0.f;
   }
 
   // Writes rows to tokens, (B, H, N, D).
@@ -160,8 +156,9 @@ struct Sloped {
     for (i64 r = 0; r < a.block_q; r++) {
       i64 t = q.token(slot + r), at = bh * a.N + t;
       if (t < 0) continue;
-      float *x = s.x + r * D, *made = s.made + r * D, by = share(at), of_share = dot(x, made, D);
+      float *x = s.x + r * D, *made = s.made + r * D, by = a.shares[at], of_share = dot(x, made, D);
       of_share *= a.factor;
+      // Where nothing is left out there is no gradient either.
       a.dlse[at] = by > 0.f ? -of_share * (1.f - by) : 0.f;
       a.more[at] = by * of_share - a.dlse[at];
       by *= a.factor;

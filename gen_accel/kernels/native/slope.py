@@ -31,8 +31,7 @@ def slope_of(
 def gradients(
     grad: Tensor,
     slope: Tensor,
-    lse: Tensor,
-    total: Tensor,
+    shares: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -48,16 +47,18 @@ def gradients(
 
     Args:
         grad: (B, H, N, D) in q's dtype.
+        shares: (B, H, N) fp32, what each query weighs the rest by.
         factor: scale / N.
     """
     B, H, N, D = q.shape
     args = SlopeArgs(B=B, H=H, N=N, D=D, S=count, block_q=block_q, block_k=block_k)
     args.around_queries, args.factor = around_queries, factor
     check("slope", slope, torch.float32, (B, H, D, D))
+    check("shares", shares, torch.float32, (B, H, N))
     call = Pointers(args)
     call.strided(q=q, k=k, v=v, grad=grad)
-    call.whole(slots=slots, lse=lse, total=total, slope=slope)
-    dlse, more = lse.new_empty(lse.shape), lse.new_empty(lse.shape)
+    call.whole(slots=slots, shares=shares, slope=slope)
+    dlse, more = shares.new_empty(shares.shape), shares.new_empty(shares.shape)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     call.filled(dlse=dlse, more=more, dq=dq, dk=dk, dv=dv)
     build.run("gen_accel_slope_backward", call.args, DTYPES[q.dtype])
