@@ -26,6 +26,7 @@ from gen_accel.kernels.self_check import check_rows
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
 from gen_accel.measure.timing import interleaved
+from gen_accel.recall import RECALL
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -184,7 +185,7 @@ def plan(args: argparse.Namespace, save: Callable[[dict], None]) -> None:
     for (name, video), method in itertools.product(PLANS.items(), PLAN_METHODS):
         built, prepared = [], []
         for _ in range(args.rounds):
-            sys.modules[type(method).__module__]._plan.cache_clear()
+            RECALL.forget()
             start = time.perf_counter()
             made = method.plan(video)
             built.append(time.perf_counter() - start)

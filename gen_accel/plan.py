@@ -6,16 +6,18 @@ Letters used in names and comments of this package:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gen_accel.runs import Runs
 from gen_accel.video import VideoShape
+from gen_accel.window_blocks import WindowBlocks, extremes
 
 PAIRS = 1 << 22  # token pairs that are counted at once
 
@@ -93,29 +95,27 @@ class Windows:
 
     def whole(self, real: Tensor, block_q: int, block_k: int) -> Tensor:
         """(Kq, Kk) bool: pairs of blocks in which every query sees every key."""
-        free = self._free_blocks(block_q, block_k)
-        inside = ~free
-        for first, last, place in zip(self.first, self.last, self.place, strict=True):
-            low, high = _extremes(place, real, block_k)
-            after = _extremes(first, real, block_q)[1][:, None] <= low
-            before = high <= _extremes(last, real, block_q)[0][:, None]
-            inside = inside & after & before
-        return inside | free
+        return self.blocks_seen(real, block_q, block_k).mask()
 
     def touched(self, real: Tensor, block_q: int, block_k: int) -> Tensor:
         """(Kq, Kk) bool: pairs of blocks in which some query may see some key."""
-        free = self._free_blocks(block_q, block_k)
-        meet = ~free
-        for first, last, place in zip(self.first, self.last, self.place, strict=True):
-            low, high = _extremes(place, real, block_k)
-            after = _extremes(first, real, block_q)[0][:, None] <= high
-            before = low <= _extremes(last, real, block_q)[1][:, None]
-            meet = meet & after & before
-        return meet | free
+        return self.blocks_touched(real, block_q, block_k).mask()
 
-    def _free_blocks(self, block_q: int, block_k: int) -> Tensor:
+    def blocks_seen(self, real: Tensor, block_q: int, block_k: int) -> WindowBlocks:
+        """What decides `whole`."""
+        low, high = extremes(self.place, real, block_k)
+        first, last = extremes(self.first, real, block_q)[1], extremes(self.last, real, block_q)[0]
+        return WindowBlocks(first, last, low, high, *self._free_blocks(block_q, block_k))
+
+    def blocks_touched(self, real: Tensor, block_q: int, block_k: int) -> WindowBlocks:
+        """What decides `touched`."""
+        low, high = extremes(self.place, real, block_k)
+        first, last = extremes(self.first, real, block_q)[0], extremes(self.last, real, block_q)[1]
+        return WindowBlocks(first, last, high, low, *self._free_blocks(block_q, block_k))
+
+    def _free_blocks(self, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
         query, key = (self.free.view(-1, block).any(-1) for block in (block_q, block_k))
-        return query[:, None] | key
+        return query, key
 
     def pairs(self, real: Tensor) -> Tensor:
         """How many token pairs are kept, 0-d."""
@@ -284,7 +284,8 @@ class Plan:
 
     Args:
         slots: (S,) int64, the token held by each slot; -1 marks padding, which is never seen.
-        keep: (B or 1, H or 1, Kq, Kk) bool, which key blocks each query block sees.
+        keep: (B or 1, H or 1, Kq, Kk) bool, which key blocks each query block sees; given as
+            `Runs`, the mask is made when it is first asked for.
         block_q, block_k: slots in a query and in a key block; both divide S.
         partial: the rule on token pairs inside the kept blocks, where a method has one.
         dynamic: made from the q and k of one call, so that nothing is worth compiling for it and
@@ -303,7 +304,7 @@ class Plan:
     """
 
     slots: Tensor
-    keep: Tensor
+    keep: Tensor  # or Runs: what is read is a tensor
     block_q: int
     block_k: int
     partial: Windows | Route | None = None
@@ -313,7 +314,24 @@ class Plan:
     entries: int | None = None
     rest: Rest | None = None
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """`keep`, of a plan of runs. Waits for the device."""
+            if name != "keep":
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            self.keep = torch.inference_mode(False)(self.runs.mask)()
+            return self.keep
+
     def __post_init__(self) -> None:
+        self._check()
+        self.patterns = self.keep.shape[:2]
+        self._prepared: dict[Any, Any] = {}
+        self.runs = self.keep if isinstance(self.keep, Runs) else None
+        if self.runs is not None:
+            del self.keep
+
+    def _check(self) -> None:
         S = self.slots.numel()
         if self.slots.shape != (S,) or self.slots.dtype != torch.int64 or not S:
             raise ValueError(
@@ -329,7 +347,9 @@ class Plan:
                 f"keep must be (B, H, S / block_q, S / block_k) for S={S}, "
                 f"block_q={self.block_q}, block_k={self.block_k}, got {tuple(self.keep.shape)}"
             )
-        if self.keep.ndim != 4 or self.keep.dtype != torch.bool:
+        if isinstance(self.keep, Tensor) and (
+            self.keep.ndim != 4 or self.keep.dtype != torch.bool
+        ):
             raise ValueError(f"keep must be bool in four dimensions, got {self.keep.dtype}")
         if self.gain is not None and self.gain.shape[2:] != blocks:
             raise ValueError(
@@ -352,6 +372,19 @@ class Plan:
             )
 
     @property
+    def blocks(self) -> Any:
+        """`keep` as it was given: a tensor or `Runs`."""
+        return self.keep if self.runs is None else self.runs
+
+    def prepared(self, kind: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returned when it was first asked for this kind: what a kernel reads. It
+        lives as long as the plan, and serves training even if first needed while sampling."""
+        if kind not in self._prepared:
+            with torch.inference_mode(False):
+                self._prepared[kind] = make()
+        return self._prepared[kind]
+
+    @property
     def kept(self) -> "Plan":
         """This plan without its rest: the kept blocks alone."""
         return self if self.rest is None else self._kept  # a plan that held itself would linger
@@ -360,7 +393,7 @@ class Plan:
     def _kept(self) -> "Plan":
         blocks = self.block_q, self.block_k
         facts = {"dynamic": self.dynamic, "entries": self.entries}
-        return _known(Plan(self.slots, self.keep, *blocks, **facts), self)
+        return _known(Plan(self.slots, self.blocks, *blocks, **facts), self)
 
     @lasting
     def tokens(self) -> int:
@@ -410,6 +443,10 @@ class Plan:
         """(B or 1, H or 1, Kq) and (B or 1, H or 1, Kk) fp32: how many blocks with tokens each
         query block leaves out, and how many query blocks with tokens leave each key block out."""
         some_q, some_k = (held[:, 0] > 0 for held in self.held)
+        if self.runs is not None:
+            of_q = some_q * (some_k.sum() - self.runs.sums(some_k.long()))
+            of_k = some_k * (some_q.sum() - self.runs.column_sums(some_q.long()))
+            return of_q[None, None].float(), of_k[None, None].float()
         left_out = (~self.keep & some_q[:, None] & some_k).float()
         return left_out.sum(3), left_out.sum(2)
 
@@ -432,8 +469,39 @@ class Plan:
         excluded by `partial`, kept or not."""
         if self.partial is None:
             return self.full_keys
-        whole = self.partial.whole(self.real, self.block_q, self.block_k)
+        blocks = self.block_q, self.block_k
+        if self.dynamic or isinstance(self.partial, Route):
+            whole = self.partial.whole(self.real, *blocks)
+        else:
+            whole = self.partial.blocks_seen(self.real, *blocks).rows(slice(None))
         return whole & self.full_keys if self.is_padded else whole
+
+    def keep_of(self, sample: int, head: int, blocks: Tensor) -> Tensor:
+        """(n, Kk) bool, what a few query blocks see in one sample and head.
+
+        Args:
+            blocks: (n,) int64, their numbers.
+        """
+        if self.runs is not None:
+            return self.runs.rows(blocks)
+        pattern = self.keep[sample if self.patterns[0] > 1 else 0]
+        return pattern[head if self.patterns[1] > 1 else 0][blocks]
+
+    def slices(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Of a plan of runs, some query blocks at a time: which, and their kept pairs in ascending
+        order, (P,) each: the query block, counted from the first of these, the key block, and
+        whether it is in `whole`. Waits for the device."""
+        assert self.runs is not None
+        assert not isinstance(self.partial, Route)
+        seen = None
+        if self.partial is not None:
+            seen = self.partial.blocks_seen(self.real, self.block_q, self.block_k)
+        for rows in self.runs.slices():
+            row, column = self.runs.pairs(rows)
+            whole = self.full_keys[column]
+            if seen is not None:
+                whole &= seen.rows(rows)[row, column]
+            yield rows, row, column, whole
 
     @lasting
     def leaves_out_picks(self) -> bool:
@@ -465,8 +533,13 @@ class Plan:
             kept = partial.pairs_within(self.keep, self.real, self.block_q, self.block_k)
         else:
             kept = partial.pairs(self.real)
-        computed = self._pairs(torch.ones_like(self.slots, dtype=wide)) + self._pooled_pairs()
-        return kept / pairs, computed / pairs
+        return kept / pairs, (self._computed_pairs() + self._pooled_pairs()) / pairs
+
+    def _computed_pairs(self) -> Tensor:
+        wide = widest(self.slots.device)
+        if self.runs is not None:
+            return (self.runs.counts.sum() * (self.block_q * self.block_k)).to(wide)
+        return self._pairs(torch.ones_like(self.slots, dtype=wide))
 
     def _pooled_pairs(self) -> Tensor | float:
         """Cost of the rest, in token pairs of two products each: a pooled key is a pair with
@@ -475,10 +548,15 @@ class Plan:
         if self.rest is None:
             return 0.0
         cost = self.block_q + (1.5 * self.block_k if self.rest.centre == "query" else 0.0)
+        if self.runs is not None:
+            left_out = math.prod(self.runs.shape) - self.runs.counts.sum()
+            return cost * left_out.to(widest(self.slots.device))
         return cost * (~self.keep).flatten(0, 1).sum((1, 2)).to(widest(self.slots.device)).mean()
 
     def _pairs(self, weight: Tensor) -> Tensor:
         query, key = (weight.view(-1, block).sum(-1) for block in (self.block_q, self.block_k))
+        if self.runs is not None:
+            return (self.runs.sums(key.long()) * query.long()).sum().to(weight.dtype)
         rows = torch.stack([row.to(key.dtype) @ key for row in self.keep.flatten(0, 1)])
         return (rows @ query).mean()
 
@@ -486,7 +564,7 @@ class Plan:
         if self.slots.device == torch.device(device):
             return self
         partial = None if self.partial is None else self.partial.to(device)
-        slots, keep = self.slots.to(device), self.keep.to(device)
+        slots, keep = self.slots.to(device), self.blocks.to(device)
         gain = None if self.gain is None else self.gain.to(device)
         blocks = self.block_q, self.block_k
         facts = self.dynamic, gain, self.trimmed, self.entries, self.rest
@@ -508,7 +586,7 @@ class Plan:
             gain = gain * self.gain
         plan = Plan(
             self.slots,
-            self.keep if keep is None else keep,
+            self.blocks if keep is None else keep,
             self.block_q,
             self.block_k,
             partial or self.partial,
@@ -669,11 +747,3 @@ def tile_slots(
 def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
     if x.shape != shape:
         raise ValueError(f"{name} must be {shape}, got {tuple(x.shape)}")
-
-
-def _extremes(values: Tensor, real: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Least and greatest value of the real slots of each block, (S,) to two of (K,)."""
-    limits = torch.iinfo(values.dtype)
-    low = values.masked_fill(~real, limits.max).view(-1, block).amin(-1)
-    high = values.masked_fill(~real, limits.min).view(-1, block).amax(-1)
-    return low, high

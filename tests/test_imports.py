@@ -11,7 +11,18 @@ PACKAGE = Path(gen_accel.__file__).parent
 
 # From the ground up: a part imports parts of lower floors and itself.
 FLOORS = (
-    ("endings", "extras", "moved", "owners", "values", "version", "video"),
+    (
+        "endings",
+        "extras",
+        "moved",
+        "owners",
+        "recall",
+        "runs",
+        "values",
+        "version",
+        "video",
+        "window_blocks",
+    ),
     ("files",),
     ("tensor_files",),
     ("plan",),

@@ -311,13 +311,13 @@ def _answer(
 
 def _check_fit(q: Tensor, plan: Plan) -> None:
     B, H, N, _ = q.shape
-    patterns = [plan.keep]
+    patterns = [plan.patterns]
     if isinstance(plan.partial, Route):
-        patterns.append(plan.partial.picks)
+        patterns.append(plan.partial.picks.shape)
     if plan.gain is not None:
-        patterns.append(plan.gain)
+        patterns.append(plan.gain.shape)
     for pattern in patterns:
-        for name, have, planned in zip(("samples", "heads"), (B, H), pattern.shape, strict=False):
+        for name, have, planned in zip(("samples", "heads"), (B, H), pattern, strict=False):
             if planned not in (1, have):
                 raise ValueError(f"q has {have} {name}, the plan is for {planned}")
     if plan.tokens != N:

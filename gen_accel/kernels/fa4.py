@@ -21,7 +21,6 @@ from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -197,9 +196,6 @@ class Lists(NamedTuple):
     blocks: tuple[int, int]
 
 
-_cache: "WeakKeyDictionary[Plan, dict[tuple[int, int], Lists]]" = WeakKeyDictionary()
-
-
 def prepare(plan: Plan, blocks: tuple[int, int]) -> Lists:
     """Made anew for a dynamic plan, without waiting for the device; else made once and kept.
 
@@ -208,11 +204,7 @@ def prepare(plan: Plan, blocks: tuple[int, int]) -> Lists:
     """
     if plan.dynamic:
         return _lists(plan, blocks, backward=torch.is_grad_enabled(), cut=False)
-    known = _cache.setdefault(plan, {})
-    if blocks not in known:
-        with torch.inference_mode(False):  # so that they serve training too
-            known[blocks] = _lists(plan, blocks, backward=True, cut=True)
-    return known[blocks]
+    return plan.prepared((Lists, blocks), lambda: _lists(plan, blocks, backward=True, cut=True))
 
 
 def _lists(plan: Plan, blocks: tuple[int, int], *, backward: bool, cut: bool) -> Lists:

@@ -1,10 +1,10 @@
 """The kept blocks of a plan as index lists, which several kernels read; what a CPU is good at."""
 
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gen_accel.plan import Plan, Route
 
@@ -34,16 +34,11 @@ class Lists(NamedTuple):
     block_k: int
 
 
-_cache: "WeakKeyDictionary[Plan, Lists]" = WeakKeyDictionary()
-
-
 @torch.inference_mode(False)
 def prepare(plan: Plan) -> Lists:
     if plan.dynamic:
         return _lists(plan)
-    if plan not in _cache:
-        _cache[plan] = _lists(plan)
-    return _cache[plan]
+    return plan.prepared(Lists, lambda: _lists(plan))
 
 
 def _lists(plan: Plan) -> Lists:
@@ -55,11 +50,44 @@ def _lists(plan: Plan) -> Lists:
 
 def kept_blocks(plan: Plan) -> tuple[Tensor, Tensor]:
     """`index` and `counts` of `Lists`."""
+    if plan.runs is not None:
+        return blocks_of_runs(plan, torch.int64)
     whole = plan.whole
     rank = 2 - 2 * plan.keep.int() + whole.int()
     index = rank.sort(dim=-1, stable=True).indices
     counts = torch.stack([plan.keep.sum(-1), (plan.keep & ~whole).sum(-1)]).cpu()
     return index[..., : max(int(counts[0].max()), 1)].contiguous(), counts
+
+
+def blocks_of_runs(plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`kept_blocks` of a plan of runs, without its mask, the numbers in `dtype`."""
+    assert plan.runs is not None
+    totals = plan.runs.counts
+    masked = torch.zeros_like(totals)
+    most = max(int(totals.max()), 1)
+    index = torch.zeros(len(totals), most, dtype=dtype, device=totals.device)
+    for rows, row, column, whole in plan.slices():
+        places, masked[rows] = masked_first(row, whole, totals[rows])
+        index[rows].view(-1)[row * most + places] = column.to(dtype)
+    return index[None, None], torch.stack([totals, masked])[:, None, None].cpu()
+
+
+def masked_first(row: Tensor, whole: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
+    """Places in its row's list of each kept pair, (P,), pairs that need a mask before the whole
+    ones and else in the order given; and how many need one in each row, (rows,).
+
+    Args:
+        row: (P,) in ascending order.
+        whole: (P,) bool.
+        totals: (rows,) int64, how many pairs lie in each row.
+    """
+    start = pad(totals.cumsum(0), (1, 0))
+    masked = pad((~whole).cumsum(0), (1, 0))  # before each pair
+    before = masked[start]
+    place = torch.arange(len(row), device=row.device) - start[row]
+    earlier = masked[:-1] - before[row]
+    counts = before.diff()
+    return torch.where(whole, counts[row] + place - earlier, earlier), counts
 
 
 def left_packed(blocks: Tensor, *, cut: bool = False) -> tuple[Tensor, Tensor]:

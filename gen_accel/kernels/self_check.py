@@ -241,8 +241,7 @@ def _pooled(rows: _Rows, dtype: torch.dtype) -> _Pooled | None:
     keys, values = (x.unflatten(0, (-1, plan.block_k)) for x in (keys, values))
     real = plan.real.view(-1, plan.block_k, 1)
     count = real.sum(1)[:, 0]
-    left_out = ~_pattern(plan.keep, rows.sample, rows.head) & (count > 0)
-    left_out = left_out[rows.slots // plan.block_q]
+    left_out = ~plan.keep_of(rows.sample, rows.head, rows.slots // plan.block_q) & (count > 0)
     key, value = ((x * real).sum(1) / count.clamp_min(1)[:, None] for x in (keys, values))
     slope = None
     if plan.rest.order != "zeroth":
@@ -309,8 +308,8 @@ def _pattern(x: Tensor, sample: int, head: int) -> Tensor:
 def _seen(rows: _Rows) -> Tensor:
     """(R, S) bool."""
     plan, slots = rows.plan, rows.slots
-    keep = _pattern(plan.keep, rows.sample, rows.head)
-    seen = keep[slots // plan.block_q].repeat_interleave(plan.block_k, -1) & plan.real
+    keep = plan.keep_of(rows.sample, rows.head, slots // plan.block_q)
+    seen = keep.repeat_interleave(plan.block_k, -1) & plan.real
     if plan.partial is None:
         return seen
     keys = torch.arange(len(plan.slots), device=slots.device)

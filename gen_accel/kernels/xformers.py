@@ -100,7 +100,7 @@ def over_runs_lse(
 
     out = over_runs(q, k, v, plan, noting)
     B, H, N, _ = q.shape
-    own_patterns = plan.keep.shape[1] > 1
+    own_patterns = plan.patterns[1] > 1
     samples, heads = (B * H, 1) if own_patterns else (B, H)
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = torch.full((samples * N, heads), -torch.inf, dtype=wide, device=q.device)
@@ -131,7 +131,7 @@ def over_runs(q: Tensor, k: Tensor, v: Tensor, plan: Plan, attend: Callable) -> 
             each run of T see its own of U. Returns (1, T, H, D).
     """
     B, H, N, D = q.shape
-    own_patterns = plan.keep.shape[1] > 1  # then each head counts as a sample of one head
+    own_patterns = plan.patterns[1] > 1  # then each head counts as a sample of one head
     wide = torch.promote_types(q.dtype, torch.float32) if _training(q, k, v) else q.dtype
     if not own_patterns:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

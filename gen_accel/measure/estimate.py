@@ -341,7 +341,7 @@ class _Gain:
         last = max(grid.frames, (LONGEST - 1) // per_token + 1)
         if self.speedup(VideoShape(last, grid.height, grid.width), 0.0) < WORTH:
             return None, last  # not even if sparse attention took no time
-        pairs = 0 if plan is None else plan.keep.numel()
+        pairs = 0 if plan is None else math.prod(plan.blocks.shape)
 
         def pays(frames: int) -> tuple[bool, int]:
             clip = VideoShape(frames, grid.height, grid.width)
@@ -350,7 +350,7 @@ class _Gain:
             except ValueError:
                 return False, 0  # a window longer than so short a clip
             good = self.speedup(clip, computed) >= WORTH
-            return good, 0 if plan is None else plan.keep.numel()
+            return good, 0 if plan is None else math.prod(plan.blocks.shape)
 
         return _search(pays, grid.frames, last, speedup >= WORTH, pairs)
 

@@ -23,7 +23,6 @@ from gen_accel.attention_processors import (
     Neighborhood,
     Radial,
 )
-from gen_accel.attention_processors.methods import neighborhood, radial
 from gen_accel.functional import attention
 from gen_accel.kernels import (
     KERNELS,
@@ -39,6 +38,7 @@ from gen_accel.kernels.allowance import allowance
 from gen_accel.kernels.contract import parts_of
 from gen_accel.kernels.lists import prepare
 from gen_accel.plan import Plan, Route, pack, raster_slots, tile_slots, unpack
+from gen_accel.recall import RECALL
 from gen_accel.video import VideoShape
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -380,8 +380,7 @@ def test_every_finite_scale_is_taken(kernel, scale, qkv, video):
     ("method", "kernel", "video"), pairs(CASES, [*TRAINED, "reference"], VIDEOS), ids=str
 )
 def test_a_plan_built_while_sampling_serves_training(kernel, method, video, qkv):
-    radial._plan.cache_clear()
-    neighborhood._plan.cache_clear()
+    RECALL.forget()
     case = {"video": video, "method": method, "kernel": kernel}
     with torch.inference_mode():
         attention(*qkv(video.tokens), **case)

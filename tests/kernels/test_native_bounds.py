@@ -37,7 +37,7 @@ def qkv():
 
 
 def lists(**more):
-    index = torch.arange(3).expand(B, 1, KQ, 3).contiguous()
+    index = torch.arange(3, dtype=torch.int32).expand(B, 1, KQ, 3).contiguous()
     counts = torch.tensor([3, 1])[:, None, None, None].expand(2, B, 1, KQ).contiguous()
     given = {"slots": slots(), "index": index, "counts": counts, "rule": [rows(S)], "gain": None}
     return given | {"block_q": BQ, "block_k": BK, "scale": 0.3} | more
@@ -131,7 +131,12 @@ CASES = {
     "picks": (OPS.native_picks, picks),
 }
 # What points into other tensors, and what it may not hold: out of range on either side.
-POINTING = {"slots": (-5, N, BIG), "index": (-1, KK, BIG), "counts": (-1, 4, BIG), "home": (-1,)}
+POINTING = {
+    "slots": (-5, N, BIG),
+    "index": (-1, KK, 1 << 30),
+    "counts": (-1, 4, BIG),
+    "home": (-1,),
+}
 # Numbers that are sizes or choose.
 SIZES = {"block_q": (0, -16, 48), "block_k": (0, -8, 48), "block": (0, -8, 48), "count": (0, 56)}
 SIZES |= {"feature_map": (-1, 3), "scope": (-1, 4), "topk": (-1, C + 1)}
@@ -160,7 +165,8 @@ def shorter(x, axis):
 def changed(x, how):
     match how, x:
         case "type", _:
-            return x.to(torch.float64 if x.is_floating_point() else torch.int32)
+            whole = LONG if x.dtype == torch.int32 else torch.int32
+            return x.to(torch.float64 if x.is_floating_point() else whole)
         case str(), list():
             i, _, axis = how.split()
             return [shorter(one, int(axis)) if n == int(i) else one for n, one in enumerate(x)]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -52,6 +53,7 @@ from gen_accel.method import (
     on_device,
     parts_of,
 )
+from gen_accel.recall import RECALL
 from gen_accel.video import VideoShape
 
 
@@ -132,6 +134,10 @@ class Options(NamedTuple):
     dense_kernel: str | None = None
 
 
+# Those that are on: with the last one, plans are forgotten.
+_attached: "WeakSet[Attachment]" = WeakSet()
+
+
 class Attachment:
     """The handle of `attach`. It owns the processors and hooks, and all that they remember.
 
@@ -178,6 +184,7 @@ class Attachment:
         self._changes = any(layer.changes for layer in self._layers.values())
         self._check_layers()
         # Nothing is changed before here, so that a refusal leaves the model as it was.
+        _attached.add(self)
         for handle, module in replaced:
             self.extensions = tuple(dict.fromkeys((*self.extensions, *handle.extensions)))
             handle._give_up(module)
@@ -269,6 +276,9 @@ class Attachment:
         if self.extensions and ours:
             self._leave_full_attention(ours)
         self.extensions = ()
+        _attached.discard(self)
+        if not _attached:
+            RECALL.forget()
 
     def _leave_full_attention(self, modules: set[int]) -> None:
         """For the extensions that are on, where this one was: `modules` are their ids."""

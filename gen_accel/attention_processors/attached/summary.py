@@ -138,13 +138,13 @@ class Layout:
 
     @classmethod
     def of(cls, plan: Plan, part: float, dense: float) -> "Layout":
-        patterns = plan.keep.shape[0] * plan.keep.shape[1]
+        patterns = plan.patterns[0] * plan.patterns[1]
         routed = None
         if isinstance(plan.partial, Route):
             B, H, S, C = plan.partial.picks.shape
             routed = (S, C, B * H)
         blocks = plan.block_q, plan.block_k
-        return cls(plan.tokens, patterns, *blocks, routed, part, dense, plan.keep.device)
+        return cls(plan.tokens, patterns, *blocks, routed, part, dense, plan.slots.device)
 
 
 class Tally:

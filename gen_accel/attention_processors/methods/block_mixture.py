@@ -9,7 +9,6 @@ References:
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import product
 from typing import Literal, NamedTuple
 
@@ -29,6 +28,7 @@ from gen_accel.kernels import selection
 from gen_accel.kernels.pooling import block_sums
 from gen_accel.kernels.runner import name_of
 from gen_accel.plan import Centre, Plan, Route, Slots, plan_of_call, slots_of
+from gen_accel.recall import recalled
 from gen_accel.values import check_choices
 from gen_accel.video import VideoShape
 
@@ -292,7 +292,7 @@ class Layout(NamedTuple):
     partition: int
 
 
-@lru_cache(maxsize=32)
+@recalled
 @torch.inference_mode(False)  # made while sampling, it must serve training too
 def _layout(partition: int, box: Box, most: int, video: VideoShape, device: str) -> Layout:
     counts = [-(-size // side) for size, side in zip(video.grid, box, strict=True)]
@@ -376,7 +376,7 @@ def _chunk_means(k: Tensor, layout: Layout, kernel: str) -> Tensor:
     return of_chunk.unflatten(2, (C, -1)).sum(3) / layout.sizes[:, None]
 
 
-@lru_cache(maxsize=16)
+@recalled
 @torch.inference_mode(False)
 def _example(method: BlockMixture, video: VideoShape) -> Plan:
     return method.plan_for(*smooth_qk(video), video=video)

@@ -1,7 +1,6 @@
 """Layout of tokens in blocks, for methods that choose key blocks by q and k."""
 
 import math
-from functools import lru_cache
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.plan import Slots, raster_slots, slots_of, tile_slots
+from gen_accel.recall import recalled
 from gen_accel.video import VideoShape
 
 Box = tuple[int, int, int]
@@ -107,7 +107,7 @@ def layout_of(
     return _layout(video, str(device), block_q, block_k, tile, always)
 
 
-@lru_cache(maxsize=32)
+@recalled
 @torch.inference_mode(False)  # made while sampling, it must serve training too
 def _layout(
     video: VideoShape, device: str, block_q: int, block_k: int, tile: Tile, always: Always

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from gen_accel.plan import Plan, raster_slots
+from gen_accel.recall import recalled
 from gen_accel.video import VideoShape
 
 
@@ -35,7 +35,7 @@ class Dense:
         return 1.0
 
 
-@lru_cache(maxsize=16)
+@recalled
 @torch.inference_mode(False)  # a plan built while sampling must serve training too
 def _plan(video: VideoShape, device: torch.device, block: int) -> Plan:
     slots = raster_slots(video, block)

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from gen_accel.plan import Plan
+from gen_accel.recall import recalled
 from gen_accel.video import VideoShape
 
 LARGEST = 128  # slots in a block
@@ -33,7 +33,7 @@ class Full:
         return _plan(video, torch.device(device))
 
 
-@lru_cache(maxsize=16)
+@recalled
 @torch.inference_mode(False)  # a plan built while sampling must serve training too
 def _plan(video: VideoShape, device: torch.device) -> Plan:
     frame = video.height * video.width

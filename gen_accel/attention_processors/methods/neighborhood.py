@@ -11,7 +11,7 @@ References:
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
 from itertools import product
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from gen_accel.attention_processors.methods.pooled import Pool, rest_of
 from gen_accel.plan import Boxes, Centre, Plan, Windows
+from gen_accel.recall import recalled
+from gen_accel.runs import mask_or_runs, slices_of
 from gen_accel.video import VideoShape
 
 Axes = tuple[int, int, int]
@@ -123,7 +125,7 @@ class Neighborhood:
         return self.plan(video).density
 
 
-@lru_cache(maxsize=16)
+@recalled
 @torch.inference_mode(False)  # a plan built while sampling must serve training too
 def _plan(method: Neighborhood, video: VideoShape, device: torch.device) -> Plan:
     return plan_for_device(method, video, gpu=device.type != "cpu").to(device)
@@ -141,9 +143,11 @@ def plan_for_device(method: Neighborhood, video: VideoShape, *, gpu: bool) -> Pl
     index = torch.unravel_index(slots.clamp(0, video.video_tokens - 1), video.grid)
     inside = torch.stack([axis.seen[i] for axis, i in zip(axes, index, strict=True)]).prod(0)
     seen = torch.where(free, video.tokens, inside + video.text)
-    limits = torch.cat([axis.limits[:, :, i] for axis, i in zip(axes, index, strict=True)])
+    limits = torch.cat([axis.limits.int()[:, :, i] for axis, i in zip(axes, index, strict=True)])
     rule = replace(_windows(limits, free, seen), boxes=_boxes(method, video))
-    keep = rule.touched(slots >= 0, block_q, block_k)[None, None]
+    touched = rule.blocks_touched(slots >= 0, block_q, block_k)
+    size = len(slots) // block_q, len(slots) // block_k
+    keep = mask_or_runs(map(touched.rows, slices_of(*size)), *size)
     rest = rest_of(method.rest, method.centre)
     return Plan(slots, keep, block_q, block_k, rule if rest is None else None, rest=rest)
 

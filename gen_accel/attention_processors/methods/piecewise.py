@@ -13,7 +13,6 @@ References:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -44,6 +43,7 @@ from gen_accel.attention_processors.methods.scores import Deviation, Score, Scor
 from gen_accel.attention_processors.methods.stand_in import smooth_qk
 from gen_accel.kernels.runner import name_of, scale_of, scale_or_default
 from gen_accel.plan import ORDERS, Plan, Rest, plan_of_call
+from gen_accel.recall import recalled
 from gen_accel.values import check_choices
 from gen_accel.video import VideoShape
 
@@ -322,7 +322,7 @@ class Piecewise:
         return scores.mean(-1, keepdim=True) + self.tau * (variance + FLOOR).sqrt()
 
 
-@lru_cache(maxsize=16)
+@recalled
 @torch.inference_mode(False)
 def _example(method: Piecewise, video: VideoShape) -> Plan:
     q, k = smooth_qk(video)

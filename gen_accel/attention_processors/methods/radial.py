@@ -10,9 +10,9 @@ floor(log2(max(d, 1))) == b.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from gen_accel.attention_processors.methods.full_tiles import full_tiles, tokens_of_tile
 from gen_accel.attention_processors.methods.pooled import Pool, rest_of
-from gen_accel.plan import Centre, Plan, raster_slots, tile_slots
+from gen_accel.plan import Centre, Plan, Rest, raster_slots, tile_slots
+from gen_accel.recall import recalled
+from gen_accel.runs import mask_or_runs, slices_of
 from gen_accel.video import VideoShape
 
 Rule = Literal["balanced", "paper", "code-2025-06", "code-2025-11"]
@@ -123,7 +125,7 @@ class Radial:
         ]
 
 
-@lru_cache(maxsize=16)
+@recalled
 @torch.inference_mode(False)  # a plan built while sampling must serve training too
 def _plan(method: Radial, video: VideoShape, device: torch.device) -> Plan:
     if device.type != "cpu" and method.rule != "balanced":
@@ -131,22 +133,43 @@ def _plan(method: Radial, video: VideoShape, device: torch.device) -> Plan:
     make = _by_raster
     if method.rule == "balanced":
         make = _balanced if device.type == "cpu" else gpu_plan
+    return make(method, video).to(device)
+
+
+def _rest(method: Radial) -> Rest | None:
     # Blocks within a frame are flat: queries lie far from their mean, too far for a second order.
-    rest = rest_of(method.rest, method.centre, flat=True)
-    return replace(make(method, video), rest=rest).to(device)
+    return rest_of(method.rest, method.centre, flat=True)
 
 
 def _by_raster(method: Radial, video: VideoShape) -> Plan:
     """The plan of the other rules."""
     slots = raster_slots(video, method.block)
     blocks = slots.numel() // method.block
-    keep = torch.zeros(blocks, blocks, dtype=torch.bool)
+    keep = mask_or_runs(_raster_rows(method, video, blocks), blocks, blocks)
+    return Plan(slots, keep, method.block, method.block, rest=_rest(method))
+
+
+def _raster_rows(method: Radial, video: VideoShape, blocks: int) -> Iterator[Tensor]:
+    """The mask of the other rules, in slices of whole frames of queries: the block that a frame
+    shares with the next one comes with the next."""
+    s, B = video.height * video.width, method.block
     # The block that holds the first token after the video, and all that follow, see and are seen.
-    border = video.video_tokens // method.block
-    keep[border:], keep[:, border:] = True, True
-    fill = _paper if method.rule == "paper" else _code
-    fill(method, video, keep)
-    return Plan(slots, keep[None, None], method.block, method.block)
+    border = video.video_tokens // B
+    fill = _paper if method.rule == "paper" else partial(_code, shrink=cache(_shrink))
+    keep = torch.zeros(0, blocks, dtype=torch.bool)
+    for some in slices_of(video.frames, -(-s // B) * blocks):
+        top = some.start * s // B
+        done = some.stop == video.frames
+        end, stop = _span(some.stop - 1, s, B).stop, some.stop * s // B
+        keep = torch.cat(
+            [keep, keep.new_zeros((blocks if done else end) - top - len(keep), blocks)]
+        )
+        fill(method, video, range(some.start, some.stop), top, keep)
+        keep[:, border:] = True
+        if done:
+            keep[max(0, border - top) :] = True
+        yield keep if done else keep[: stop - top]
+        keep = keep[stop - top :]
 
 
 class Tiles(NamedTuple):
@@ -196,12 +219,17 @@ def _balanced(method: Radial, video: VideoShape) -> Plan:
     distance = torch.maximum(first - frame, frame - last).clamp_min(0)
 
     window = _windows(method, video, tiles_of([columns] * rows))
-    near = window[distance.clamp_max(video.frames - 1)]  # (groups, frames, tiles, tiles)
-    near[:, method.whole_frames(video.frames)] = True
-    # A block of queries is (group, tile), one of keys is (group, tile, frame in the group).
-    near = near.unflatten(1, (groups, tile[0])).permute(0, 3, 1, 4, 2)
-    size = near.shape[0] * near.shape[1]
-    return _with_text(slots, near.reshape(size, -1), block_q, block_k)
+    whole = method.whole_frames(video.frames)
+
+    def rows_of(some: slice) -> Tensor:
+        near = window[distance[some].clamp_max(video.frames - 1)]  # (some, frames, tiles, tiles)
+        near[:, whole] = True
+        # A block of queries is (group, tile), one of keys is (group, tile, frame in the group).
+        near = near.unflatten(1, (groups, tile[0])).permute(0, 3, 1, 4, 2)
+        return near.reshape(near.shape[0] * near.shape[1], -1)
+
+    some = slices_of(groups, rows * columns * (slots.numel() // block_k))
+    return _with_text(method, slots, map(rows_of, some), block_q, block_k)
 
 
 def gpu_plan(method: Radial, video: VideoShape) -> Plan:
@@ -218,19 +246,45 @@ def gpu_plan(method: Radial, video: VideoShape) -> Plan:
 
     last = torch.full((-len(tile) % in_a_row,), len(tile) - 1)
     members = torch.cat([torch.arange(len(tile)), last]).view(-1, in_a_row)
-    distance = (frame[members][:, :, None] - torch.arange(video.frames)).abs().amin(1)
     window = _windows(method, video, tiles_of(counts))
-    near = torch.stack([window[distance, tile[i][:, None]] for i in members.T]).any(0)
-    near[:, method.whole_frames(video.frames)] = True  # (query blocks, frames, tiles)
-    return _with_text(slots, near[:, frame, tile], *blocks)
+    whole, place = method.whole_frames(video.frames), (frame * sum(counts) + tile).numpy()
+
+    def rows_of(some: slice) -> Tensor:
+        of_frame = frame[members[some]][:, :, None] - torch.arange(video.frames)
+        distance = of_frame.abs().amin(1)
+        near = window[distance, tile[members[some, :1]]]  # (some, frames, tiles)
+        for i in range(1, in_a_row):
+            near |= window[distance, tile[members[some, i : i + 1]]]
+        near[:, whole] = True
+        # numpy gathers bytes at more than twice torch's rate.
+        return torch.from_numpy(near.flatten(1).numpy().take(place, axis=1))
+
+    some = slices_of(len(members), slots.numel() // blocks[1])
+    return _with_text(method, slots, map(rows_of, some), *blocks)
 
 
-def _with_text(slots: Tensor, video_keep: Tensor, block_q: int, block_k: int) -> Plan:
-    """A plan in which all blocks after those of the video see all and are seen by all."""
-    keep = torch.ones(slots.numel() // block_q, slots.numel() // block_k, dtype=torch.bool)
-    keep[: video_keep.shape[0], : video_keep.shape[1]] = video_keep
+def _with_text(
+    method: Radial, slots: Tensor, slices: Iterable[Tensor], block_q: int, block_k: int
+) -> Plan:
+    """A plan in which all blocks after those of the video see all and are seen by all.
+
+    Args:
+        slices: (some query blocks of the video, its key blocks) bool each, in order.
+    """
     occupied = (slots >= 0).view(-1, block_k).any(-1)  # frames past the last are padding alone
-    return Plan(slots, (keep & occupied)[None, None], block_q, block_k)
+    size = slots.numel() // block_q, slots.numel() // block_k
+
+    def rows() -> Iterator[Tensor]:
+        left = size[0]
+        for some in slices:
+            left -= len(some)
+            keep = occupied.repeat(len(some), 1)
+            keep[:, : some.shape[1]] &= some
+            yield keep
+        if left:
+            yield occupied.repeat(left, 1)
+
+    return Plan(slots, mask_or_runs(rows(), *size), block_q, block_k, rest=_rest(method))
 
 
 def _windows(method: Radial, video: VideoShape, tiles: Tiles) -> Tensor:
@@ -278,18 +332,19 @@ def _window(key: Tensor, place: Tensor, extent: Tensor | int, size: Tensor | int
     return (start <= key) & (key < start + extent)
 
 
-def _paper(method: Radial, video: VideoShape, keep: Tensor) -> None:
+def _paper(method: Radial, video: VideoShape, frames: range, top: int, keep: Tensor) -> None:
+    """Keep what the queries of some frames see, in the rows of the mask from `top` on."""
     s, B = video.height * video.width, method.block
-    position = torch.arange(keep.shape[0])
+    position = torch.arange(keep.shape[1])
     whole = set(method.whole_frames(video.frames))
-    for i in range(video.frames):
+    for i in frames:
         queries = _span(i, s, B)
         for j in range(video.frames):
             keys = _span(j, s, B)
             d = abs(i - j)
             band = max(d, 1).bit_length() - 1
             if j in whole or band == 0:
-                keep[queries, keys] = True
+                keep[_below(queries, top), keys] = True
                 continue
             reach = s * method.decay_factor / 2**band - 1
             if reach < 0:
@@ -300,7 +355,11 @@ def _paper(method: Radial, video: VideoShape, keep: Tensor) -> None:
             low_q, high_q = _inside(position[queries], i, s, B)
             low_k, high_k = _inside(position[keys], j, s, B)
             gap = torch.maximum(low_q[:, None] - high_k, low_k - high_q[:, None]).clamp_min(0)
-            keep[queries, keys] |= gap <= reach
+            keep[_below(queries, top), keys] |= gap <= reach
+
+
+def _below(blocks: slice, top: int) -> slice:
+    return slice(blocks.start - top, blocks.stop - top)
 
 
 def _span(frame: int, s: int, B: int) -> slice:
@@ -314,13 +373,15 @@ def _inside(block: Tensor, frame: int, s: int, B: int) -> tuple[Tensor, Tensor]:
     return start.clamp_min(0), (start + B - 1).clamp_max(s - 1)
 
 
-def _code(method: Radial, video: VideoShape, keep: Tensor) -> None:
-    """The public code's masks, from the few distinct pairs of frames instead of all of them."""
+def _code(
+    method: Radial, video: VideoShape, frames: range, top: int, keep: Tensor, shrink: Callable
+) -> None:
+    """The public code's masks, as in `_paper`, from the few distinct pairs of frames instead of
+    all of them: `shrink` is `_shrink` that remembers."""
     s, B = video.height * video.width, method.block
     power = 2 ** s.bit_length()
     whole = set(method.whole_frames(video.frames))
-    cache: dict[tuple, Tensor] = {}
-    for i in range(video.frames):
+    for i in frames:
         for j in range(video.frames):
             d = abs(i - j)
             decay = power / 2 ** d.bit_length()
@@ -334,11 +395,8 @@ def _code(method: Radial, video: VideoShape, keep: Tensor) -> None:
                 width = float(s)
             else:
                 width = max(decay * method.decay_factor, float(B))
-            key = (math.floor(width), i * s % B, j * s % B)
-            if key not in cache:
-                cache[key] = _shrink(s, B, *key)
-            blocks = cache[key]
-            row, column = i * s // B, j * s // B
+            blocks = shrink(s, B, math.floor(width), i * s % B, j * s % B)
+            row, column = i * s // B - top, j * s // B
             target = keep[row : row + blocks.shape[0], column : column + blocks.shape[1]]
             # The code runs past the end of the mask here, and stops with an error; we cut.
             target |= blocks[: target.shape[0], : target.shape[1]]

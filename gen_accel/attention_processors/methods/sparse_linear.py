@@ -9,7 +9,6 @@ References:
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -33,6 +32,7 @@ from gen_accel.attention_processors.methods.stand_in import smooth_qk
 from gen_accel.kernels import linear as linear_kernel
 from gen_accel.kernels.runner import name_of, scale_of, scale_or_default
 from gen_accel.plan import Centre, Plan, plan_of_call
+from gen_accel.recall import recalled
 from gen_accel.values import check_choices
 from gen_accel.video import VideoShape
 
@@ -335,7 +335,7 @@ def _features(x: Tensor, name: FeatureMap) -> Tensor:
     return F.relu(x) if name == "relu" else F.elu(x) + 1
 
 
-@lru_cache(maxsize=16)
+@recalled
 @torch.inference_mode(False)
 def _example(method: SparseLinear, video: VideoShape) -> Plan:
     return method.plan_for(*smooth_qk(video), video=video)

@@ -13,7 +13,6 @@ References:
 """
 
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -72,7 +71,8 @@ class Lists(NamedTuple):
 
     Args:
         slots: of the plan; None where every slot holds the token of its own number.
-        index, counts, gain: as in `lists.Lists`; index and counts are empty with a route.
+        index, counts, gain: as in `lists.Lists`, but index in int32; index and counts are empty
+            with a route.
         rule: slack (S,); with windows also center, half and place, all (A, S) fp32; with a route
             also picks (B', H', S, C) bool and group (Kk,).
     """
@@ -86,16 +86,11 @@ class Lists(NamedTuple):
     block_k: int
 
 
-_cache: "WeakKeyDictionary[Plan, Lists]" = WeakKeyDictionary()
-
-
 @torch.inference_mode(False)
 def prepare(plan: Plan) -> Lists:
     if plan.dynamic:
         return _lists(plan)
-    if plan not in _cache:
-        _cache[plan] = _lists(plan)
-    return _cache[plan]
+    return plan.prepared(Lists, lambda: _lists(plan))
 
 
 def _lists(plan: Plan) -> Lists:
@@ -108,9 +103,16 @@ def _lists(plan: Plan) -> Lists:
         return Lists(slots, none, none, [slack, route.picks, route.group], None, *blocks)
     gain = None if plan.gain is None else plan.gain.float()
     rule = [x.float() for x in lists.rule(plan)]  # whatever torch's default is
+    return Lists(slots, *_kept_blocks(plan), rule, gain, *blocks)
+
+
+def _kept_blocks(plan: Plan) -> tuple[Tensor, Tensor]:
+    if plan.runs is not None:
+        return lists.blocks_of_runs(plan, torch.int32)
     if any(map(_is_wrapped, (plan.keep, plan.whole))):
-        return Lists(slots, *lists.kept_blocks(plan), rule, gain, *blocks)
-    return Lists(slots, *kept_blocks(plan.keep, plan.whole), rule, gain, *blocks)
+        index, counts = lists.kept_blocks(plan)
+        return index.int(), counts
+    return kept_blocks(plan.keep, plan.whole)
 
 
 def _is_wrapped(x: Tensor) -> bool:

@@ -261,7 +261,7 @@ struct Backward {
   struct Seen {
     const uint16_t* rows;
     i64 count;
-    const i64* blocks;
+    const Block* blocks;
     i64 total, masked;
     const char* padded;
     const float* gains;

@@ -22,7 +22,7 @@ struct Args {
   const float* of_lse;  // its gradient, null where it has none
   i64 q_strides[3], k_strides[3], v_strides[3], grad_strides[3];
   const i64* slots;     // (S,), -1 for padding; null where slot = token
-  const i64* index;     // (PB, PH, Kq, most)
+  const Block* index;   // (PB, PH, Kq, most)
   const i64* counts;    // (2, PB, PH, Kq): key blocks in all, and those that need a mask
   const float* slack;   // (S,)
   const float *center, *half, *place;  // (axes, S)
@@ -47,7 +47,7 @@ struct Problem {
   bool raw;
   float by;
   bool together;  // blocks that are small or fill their lanes badly, side by side in a product
-  std::vector<std::vector<i64>> members;  // key blocks of each group
+  std::vector<std::vector<Block>> members;  // key blocks of each group
   std::vector<char> padded;               // key blocks with padding
 
   explicit Problem(const Args& args)
@@ -63,7 +63,7 @@ struct Problem {
     padded.resize(Kk);
     for (i64 b = 0; b < Kk; b++) {
       check_within(a.group[b], 0, a.C, "the group of a key block");
-      members[a.group[b]].push_back(b);
+      members[a.group[b]].push_back(static_cast<Block>(b));
       for (i64 s = 0; s < bk; s++) padded[b] |= a.slack[b * bk + s] < 0;
     }
   }
@@ -84,7 +84,7 @@ struct Problem {
     check_within(a.counts[pattern], 0, a.most + 1, "a count of key blocks");
     return a.counts + pattern;
   }
-  const i64* blocks(i64 bh, i64 block) const {
+  const Block* blocks(i64 bh, i64 block) const {
     return a.index + (pattern_of(bh, a.PB, a.PH) * Kq + block) * a.most;
   }
   i64 pattern_of(i64 bh, i64 PB, i64 PH) const {
@@ -104,7 +104,7 @@ struct Part {
 
 // Cuts key blocks into tiles of at most `most` columns, each part at a multiple of `step`.
 template <typename F>
-void tiles(const i64* blocks, i64 total, i64 masked, const char* padded, i64 Kk, i64 bk, i64 step,
+void tiles(const Block* blocks, i64 total, i64 masked, const char* padded, i64 Kk, i64 bk, i64 step,
            i64 most, F&& run) {
   std::vector<Part> parts;
   i64 width = 0;

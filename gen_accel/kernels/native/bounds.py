@@ -97,5 +97,5 @@ def check_lists(
         raise ValueError(f"a rule has 1, 3 or 4 tensors, got {len(rule)}")
     for name, x in zip(("center", "half", "place"), more, strict=False):
         check(name, x, wide, (more[0].shape[0], S))
-    check("index", index, torch.int64, (*patterns, Kq, index.shape[-1]))
+    check("index", index, torch.int32, (*patterns, Kq, index.shape[-1]))
     check("counts", counts, torch.int64, (2, *index.shape[:2], Kq))

@@ -29,6 +29,7 @@ namespace {
 
 using at::BFloat16;
 using i64 = int64_t;
+using Block = int32_t;  // the number of a block in a list
 using Word = uint32_t __attribute__((may_alias));  // two numbers of bf16, or one of fp32
 
 constexpr i64 LANES = 16;  // columns that a product makes at once; a rest costs as much as many

@@ -44,7 +44,7 @@ void sum_blocks(const Sums& a) {
 
 struct Kept {
   const uint8_t *keep, *whole;  // (rows, K), bools
-  i64* index;                   // (rows, most), those that need a mask before the whole ones
+  Block* index;                 // (rows, most), those that need a mask before the whole ones
   i64* counts;                  // (2, rows), all and those that need a mask
   i64 rows, K, most;
 };
@@ -61,9 +61,9 @@ void list_row(const Kept& a, i64 row) {
     a.counts[a.rows + row] = masked;
     return;
   }
-  i64 *first = a.index + row * a.most, *then = first + a.counts[a.rows + row];
+  Block *first = a.index + row * a.most, *then = first + a.counts[a.rows + row];
   for (i64 j = 0; j < a.K; j++)
-    if (keep[j]) *(whole[j] ? then : first)++ = j;
+    if (keep[j]) *(whole[j] ? then : first)++ = static_cast<Block>(j);
 }
 
 enum Scope { QUERY_HEAD, HEAD_GLOBAL, OVERALL, BLOCK };

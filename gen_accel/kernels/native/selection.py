@@ -33,7 +33,8 @@ def _(x: Tensor, slots: Tensor, block: int) -> Tensor:
 
 
 def kept_blocks(keep: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.lists.kept_blocks`, of `keep` and `whole` of a plan, (B', H', Kq, Kk) bool."""
+    """`kernels.lists.kept_blocks` of `keep` and `whole` of a plan, (B', H', Kq, Kk) bool, with an
+    index in int32."""
     check("keep", keep, torch.bool, keep.shape)
     check("whole", whole, torch.bool, keep.shape)
     *many, K = keep.shape
@@ -43,7 +44,7 @@ def kept_blocks(keep: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
     call.filled(counts=counts)
     build.run("gen_accel_kept", call.args)
     most = max(int(counts[0].max()), 1)
-    index = keep.new_empty(*many, most, dtype=torch.int64)
+    index = keep.new_empty(*many, most, dtype=torch.int32)
     call.args.most = most
     call.filled(index=index)
     build.run("gen_accel_kept", call.args)

@@ -5,11 +5,11 @@ kept, waits for the device.
 """
 
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from gen_accel.kernels.lists import masked_first
 from gen_accel.kernels.triton import bits
 from gen_accel.plan import Plan, Route
 
@@ -46,16 +46,11 @@ class Lists(NamedTuple):
     raster: bool
 
 
-_cache: "WeakKeyDictionary[Plan, Lists]" = WeakKeyDictionary()
-
-
 def prepare(plan: Plan) -> Lists:
     """Made anew for a dynamic plan, without waiting for the device; else made once and kept."""
     if plan.dynamic:
         return _counted(plan, backward=torch.is_grad_enabled())
-    if plan not in _cache:
-        _cache[plan] = _sorted(plan)
-    return _cache[plan]
+    return plan.prepared(Lists, lambda: _sorted(plan))
 
 
 def listed(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,9 +81,10 @@ def listed(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return index.unflatten(0, either.shape[:2]), torch.stack(counts, dim=-1).int()
 
 
-@torch.inference_mode(False)
 def _sorted(plan: Plan) -> Lists:
-    """Lists that serve training too when they are first needed while sampling."""
+    """Waits for the device."""
+    if plan.runs is not None:
+        return _of_runs(plan)
     masked = plan.keep & ~plan.whole
     rows = listed(masked, plan.keep)
     columns = listed(masked.transpose(-1, -2), plan.keep.transpose(-1, -2))
@@ -97,6 +93,40 @@ def _sorted(plan: Plan) -> Lists:
         return made._replace(rule=[])
     rule = bits.rule_of(plan, masked)
     return made if rule is None else made._replace(rule=rule)
+
+
+def _of_runs(plan: Plan) -> Lists:
+    """The same of a plan of runs, without its mask."""
+    found = [(row + rows.start, *pair) for rows, row, *pair in plan.slices()]
+    row, column, whole = (torch.cat(parts) for parts in zip(*found, strict=True))
+    *_, Kq, Kk = plan.blocks.shape
+    rows = listed_pairs(row, column, whole, Kq)
+    order = column.sort(stable=True).indices
+    made = _as_lists(plan, rows, listed_pairs(column[order], row[order], whole[order], Kk))
+    if whole.all():
+        return made._replace(rule=[])
+    rule = None
+    if bits.size_of(plan, ~whole) <= bits.MOST:
+        rule = bits.rule_of(plan, plan.keep & ~plan.whole)
+    return made if rule is None else made._replace(rule=rule)
+
+
+def listed_pairs(row: Tensor, column: Tensor, whole: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """`listed` of the kept pairs of blocks alone: those that need a mask, then the whole ones.
+
+    Args:
+        row, column: (P,) int64, row by row.
+        whole: (P,) bool.
+        rows: R.
+    """
+    total = torch.bincount(row, minlength=rows)
+    places, masked = masked_first(row, whole, total)
+    starts = total.cumsum(0) - total
+    index = torch.zeros(max(1, len(row)), dtype=torch.int32, device=row.device)
+    index[starts[row] + places] = column.int()
+    turns = total.argsort(descending=True, stable=True)
+    counts = torch.stack([masked, total, starts.masked_fill(total == 0, 0), turns], dim=-1)
+    return index[None, None], counts[None, None].int()
 
 
 def _counted(plan: Plan, backward: bool) -> Lists:

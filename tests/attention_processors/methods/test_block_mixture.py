@@ -10,12 +10,13 @@ from support.checks import assert_no_worse
 from support.wan import forward, generate, gradients, pipeline, processors, transformer
 
 from gen_accel import BlockMixture, Schedule, VideoShape, attach, attention
-from gen_accel.attention_processors.methods import block_mixture, picking
+from gen_accel.attention_processors.methods import picking
 from gen_accel.attention_processors.methods.options import method_of_file, saved_options
 from gen_accel.attention_processors.seam import SparseProcessor
 from gen_accel.kernels import reference
 from gen_accel.method import on_device
 from gen_accel.plan import unpack
+from gen_accel.recall import RECALL
 
 CPU = torch.device("cpu")
 RAGGED = VideoShape(5, 6, 7, text=3)  # no chunk below divides it
@@ -448,7 +449,7 @@ class TestAttached:
 
     def test_training_after_sampling(self):
         """What was laid out in inference mode serves a backward pass."""
-        block_mixture._layout.cache_clear()
+        RECALL.forget()
         model = transformer()
         with attach(model, ATTACHED):
             with torch.inference_mode():

@@ -1,0 +1,107 @@
+"""What is made for a method and a grid, remembered as far as memory allows: plans and layouts."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from functools import wraps
+from threading import RLock
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+# Bytes that all functions remember together. A result that takes more is remembered alone, until
+# the next one is asked for.
+MOST = 512 << 20
+# Bytes that a result takes beside its tensors, at least.
+LEAST = 1 << 14
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Recall:
+    """Results of functions by their arguments, the least recently used forgotten first.
+
+    A result may grow after it was made, as a plan does when a kernel prepares it: all are weighed
+    anew when one is added. What is forgotten lives on where it is in use.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._known: OrderedDict[tuple, Any] = OrderedDict()
+        self._lock = RLock()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """The result known by `key`, which is hashable, or else what `make` returns."""
+        with self._lock:
+            if key in self._known:
+                self._known.move_to_end(key)
+                return self._known[key]
+        made = make()
+        with self._lock:
+            self._known[key] = made
+            self._shrink()
+        return made
+
+    def forget(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._known.clear()
+
+    def bytes(self) -> int:
+        """What all results take together."""
+        with self._lock:
+            return sum(map(bytes_of, self._known.values()))
+
+    def _shrink(self) -> None:
+        sizes = {key: bytes_of(made) for key, made in self._known.items()}
+        total = sum(sizes.values())
+        while total > self.most and len(self._known) > 1:
+            key, _ = self._known.popitem(last=False)
+            total -= sizes[key]
+
+
+RECALL = Recall(MOST)
+
+
+def recalled(function: Function) -> Function:
+    """A function whose results `RECALL` remembers, by its arguments, which are positional and
+    hashable. In a graph of torch.compile it runs each time it is traced."""
+
+    @wraps(function)
+    def recall(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args)
+        return RECALL.get((function, *args), lambda: function(*args))
+
+    made: Any = recall
+    return made
+
+
+def bytes_of(result: Any) -> int:
+    """Bytes of the tensors that a result holds, each storage once, and `LEAST`."""
+    return LEAST + sum(dict(map(_storage, _tensors(result))).values())
+
+
+def _storage(x: Tensor) -> tuple[int, int]:
+    """By what the storage of a tensor is known, and its bytes."""
+    try:
+        storage = x.untyped_storage()
+    except NotImplementedError:  # of what torch.func wraps
+        return id(x), x.numel() * x.element_size()
+    return storage._cdata, storage.nbytes()
+
+
+def _tensors(held: Any) -> Iterator[Tensor]:
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, (tuple, list)):
+        for one in held:
+            yield from _tensors(one)
+    elif isinstance(held, dict):
+        yield from _tensors([*held.values()])
+    elif is_dataclass(held):
+        yield from _tensors(vars(held))

@@ -1,0 +1,182 @@
+"""A mask over pairs of blocks as runs of neighbours, for plans whose mask would be too large.
+
+Letters as in `gen_accel.plan`: Kq and Kk query and key blocks. R runs.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+# Pairs of blocks from which on a plan holds runs in the place of a mask. Below, the mask is small
+# and faster to read.
+DENSE = 1 << 24
+# Pairs of blocks in a slice of a mask: as many bytes as stay in a cache.
+SLICE = 1 << 21
+# Kept pairs of blocks that are listed at once.
+LISTED = 1 << 19
+RUNS = 1 << 19  # that are added up at once
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Key blocks that each query block sees, as runs of neighbours.
+
+    Args:
+        edges: (R, 2) int32, the first key block of each run and the one past its last, the runs of
+            one query block after those of the one before, in ascending order. No two touch.
+        starts: (Kq + 1,) int64, where the runs of each query block begin, and R.
+        columns: Kk.
+    """
+
+    edges: Tensor
+    starts: Tensor
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(1, 1, Kq, Kk), of the mask."""
+        return 1, 1, len(self.starts) - 1, self.columns
+
+    def to(self, device: torch.device) -> "Runs":
+        return Runs(self.edges.to(device), self.starts.to(device), self.columns)
+
+    def mask(self) -> Tensor:
+        """(1, 1, Kq, Kk) bool."""
+        made = torch.zeros(self.shape, dtype=torch.bool, device=self.edges.device)
+        for rows in self.slices():
+            row, column = self.pairs(rows)
+            made[0, 0, rows][row, column] = True
+        return made
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """(Kq,) int64, how many key blocks each query block sees."""
+        return self.sums()
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """(n, Kk) bool, what a few query blocks see. Waits for the device.
+
+        Args:
+            numbers: (n,) int64.
+        """
+        some, which = numbers.unique(return_inverse=True)
+        made = some.new_zeros(len(some), self.columns, dtype=torch.bool)
+        for keep, number in zip(made, some.tolist(), strict=True):
+            keep[self.pairs(slice(number, number + 1))[1]] = True
+        return made[which]
+
+    def slices(self) -> Iterator[slice]:
+        """Query blocks in order, in parts of about `LISTED` kept pairs and one query block at
+        least. Waits for the device."""
+        yield from _slices(self.counts.cumsum(0).cpu(), LISTED)
+
+    def pairs(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Kept pairs of some query blocks in ascending order: (P,) int64 each, the query block,
+        counted from the first one, and the key block. Waits for the device."""
+        starts = self.starts[rows.start : rows.stop + 1]
+        first, last = self.edges[int(starts[0]) : int(starts[-1])].long().unbind(1)
+        lengths = last - first
+        ends = lengths.cumsum(0)
+        total = int(ends[-1]) if len(ends) else 0
+        # A key block is its number among the pairs, plus what is the same for all of a run.
+        of_run = torch.stack([_spread(starts.diff()), first - ends + lengths])
+        row, shift = of_run.repeat_interleave(lengths, 1, output_size=total)
+        return row, shift + torch.arange(total, device=shift.device)
+
+    def sums(self, weight: Tensor | None = None) -> Tensor:
+        """(Kq,) int64, what the key blocks that each query block sees weigh together.
+
+        Args:
+            weight: (Kk,) int64; how many they are without.
+        """
+        below = None if weight is None else pad(weight.cumsum(0), (1, 0))
+        made = []
+        for rows, edges in self._parts():
+            first, last = edges if below is None else (below[edges[0]], below[edges[1]])
+            total = pad((last - first).cumsum(0, dtype=torch.int64), (1, 0))
+            made.append(total[self.starts[rows] - self.starts[rows.start]].diff())
+        return torch.cat(made)
+
+    def column_sums(self, weight: Tensor) -> Tensor:
+        """(Kk,) int64, what the query blocks that see each key block weigh together.
+
+        Args:
+            weight: (Kq,) int64.
+        """
+        change = weight.new_zeros(self.columns + 1)
+        for rows, edges in self._parts():
+            some = slice(rows.start, rows.stop - 1)
+            of_run = weight[some].repeat_interleave(self.starts[rows].diff())
+            for edge, sign in zip(edges, (1, -1), strict=True):
+                change.index_add_(0, edge, of_run, alpha=sign)
+        return change.cumsum(0)[:-1]
+
+    def _parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Query blocks of about `RUNS` runs at a time, as the slice of their `starts`, and their
+        (2, some R) edges. Waits for the device."""
+        ends = self.starts[1:].cpu()
+        for rows in _slices(ends, RUNS):
+            begin, end = (int(ends[i - 1]) if i else 0 for i in (rows.start, rows.stop))
+            yield slice(rows.start, rows.stop + 1), self.edges[begin:end].T
+
+
+def _slices(ends: Tensor, most: int) -> Iterator[slice]:
+    """Entries in order, in parts that hold `most` together, or one entry that holds more.
+
+    Args:
+        ends: (n,) on the CPU, what the entries hold, summed up.
+    """
+    begin, before = 0, 0
+    while begin < len(ends):
+        end = int(torch.searchsorted(ends, before + most, right=True))
+        yield slice(begin, end := max(begin + 1, end))
+        begin, before = end, int(ends[end - 1])
+
+
+def _spread(counts: Tensor) -> Tensor:
+    """Number of each entry, as often as it counts."""
+    return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+
+
+def is_large(rows: int, columns: int) -> bool:
+    """Whether a mask of this size is held as runs."""
+    return rows * columns > DENSE
+
+
+def slices_of(rows: int, columns: int) -> Iterator[slice]:
+    """Rows of a mask in order, all at once where it is not large."""
+    some = max(1, SLICE // columns) if is_large(rows, columns) else rows
+    return (slice(first, min(first + some, rows)) for first in range(0, rows, some))
+
+
+def mask_or_runs(slices: Iterable[Tensor], rows: int, columns: int) -> Any:
+    """`keep` of a plan: (1, 1, rows, columns) bool, or `Runs` where that is large.
+
+    Args:
+        slices: (some rows, columns) bool each, on the CPU, in order.
+    """
+    if is_large(rows, columns):
+        return runs_of(slices, columns)
+    made = [*slices]
+    return (made[0] if len(made) == 1 else torch.cat(made))[None, None]
+
+
+def runs_of(slices: Iterable[Tensor], columns: int) -> Runs:
+    """Runs of a mask that comes in slices, as in `mask_or_runs`."""
+    edges, counts = bytearray(), []  # grows in its place, where parts would be held twice
+    for some in slices:
+        # A column that is never kept ends the runs of each row.
+        padded = pad(some, (0, 1)).flatten()
+        changes = padded ^ pad(padded[:-1], (1, 0))
+        found = torch.from_numpy(changes.numpy().nonzero()[0]).view(-1, 2)
+        row = found[:, 0] // (columns + 1)
+        edges += (found - (row * (columns + 1))[:, None]).int().numpy().data
+        counts.append(torch.bincount(row, minlength=len(some)))
+    starts = pad(torch.cat(counts).cumsum(0), (1, 0))
+    held = torch.frombuffer(edges, dtype=torch.int32) if edges else torch.empty(0).int()
+    return Runs(held.view(-1, 2), starts, columns)

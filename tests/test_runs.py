@@ -1,0 +1,160 @@
+"""Plans of runs are the plans of masks, in less memory."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from gen_accel import Neighborhood, Radial, VideoShape, kernels, runs
+from gen_accel.attention_processors.methods.neighborhood import plan_for_device
+from gen_accel.attention_processors.methods.radial import gpu_plan
+from gen_accel.kernels import lists
+from gen_accel.kernels.self_check import check_rows
+from gen_accel.kernels.triton import lists as by_triton
+from gen_accel.recall import RECALL, bytes_of
+
+VIDEOS = (VideoShape(9, 10, 14), VideoShape(13, 11, 9, 5), VideoShape(20, 9, 11, 77))
+RADIALS = (
+    Radial(),
+    Radial(rest="means", sink=False, anchor_every=4),
+    Radial(tile_frames=3, tile_side=4, decay_factor=0.3),
+    Radial("paper", block=48, anchor_every=5),
+    Radial("paper", block=256, rest="means"),
+    Radial("code-2025-06", sink=False),
+    Radial("code-2025-11", block=48),
+)
+WINDOWS = (
+    Neighborhood((-1, 4, 4)),
+    Neighborhood((3, 5, -1), is_causal=(True, False, True)),
+    Neighborhood((5, 3, 3), stride=(2, 3, 1)),
+    Neighborhood((2, 2, 3), dilation=(2, 2, 1)),
+    Neighborhood((3, 3, 3), rest="means"),
+)
+
+
+def ways():
+    """Each way to make a plan: of a video, afresh."""
+    for method in (*RADIALS, *WINDOWS):
+        yield pytest.param(method.plan, id=str(method))
+    for method in RADIALS[:3]:
+        yield pytest.param(partial(gpu_plan, method), id=f"GPU, {method}")
+    for method in WINDOWS:
+        yield pytest.param(partial(plan_for_device, method, gpu=True), id=f"GPU, {method}")
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """The plan with a mask, and the one with runs made in slices and read in parts."""
+
+    def make(way, video, step=3000):
+        RECALL.forget()
+        dense = way(video)
+        RECALL.forget()
+        for name, value in (("SLICE", step), ("LISTED", 400), ("RUNS", 100)):
+            monkeypatch.setattr(runs, name, value)
+        with monkeypatch.context() as patch:
+            patch.setattr(runs, "DENSE", 0)
+            held = way(video)
+        RECALL.forget()
+        assert dense.runs is None
+        assert not has_mask(held)
+        return dense, held
+
+    return make
+
+
+def has_mask(plan):
+    return "keep" in vars(plan)
+
+
+def used(index, counts):
+    """The lists, each as long as it is used."""
+    return [row[:n].tolist() for row, n in zip(index[0, 0], counts.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("way", [*ways()])
+def test_a_plan_of_runs_is_the_plan_of_the_mask(both, way):
+    for video, step in zip(VIDEOS, (1, 3000, 700), strict=True):
+        dense, held = both(way, video, step)
+        assert torch.equal(dense.slots, held.slots)
+        assert (dense.density, dense.computed_density) == (held.density, held.computed_density)
+        for wanted, found in zip(dense.left_out_counts(), held.left_out_counts(), strict=True):
+            assert torch.equal(wanted, found)
+            assert wanted.dtype == found.dtype
+        some = torch.tensor([len(dense.keep[0, 0]) - 1, 0, 0])
+        assert torch.equal(held.keep_of(0, 0, some), dense.keep[0, 0, some])
+
+        index, counts = lists.kept_blocks(dense)
+        found, held_counts = lists.blocks_of_runs(held, torch.int32)
+        assert torch.equal(counts, held_counts)
+        assert found.dtype == torch.int32
+        assert used(index, counts[0, 0, 0]) == used(found, counts[0, 0, 0])
+        assert not has_mask(held)
+        assert not has_mask(held.kept)
+
+        assert torch.equal(dense.keep, held.keep)
+        assert torch.equal(dense.whole, held.whole)
+        if dense.partial is not None:
+            rule, blocks = dense.partial, (dense.real, dense.block_q, dense.block_k)
+            assert torch.equal(dense.keep[0, 0], rule.touched(*blocks))
+            assert torch.equal(dense.maskless(), rule.whole(*blocks) & dense.full_keys)
+
+
+@pytest.mark.parametrize("method", [*RADIALS[1:4], *WINDOWS[1:4]], ids=str)
+def test_lists_of_gpus_are_those_of_the_mask(both, method, monkeypatch):
+    monkeypatch.setattr(by_triton.bits, "MOST", 0)  # as of a plan that is large
+    dense, held = both(method.plan, VIDEOS[1])
+    wanted, found = (by_triton.prepare(plan) for plan in (dense, held))
+    assert not has_mask(held)
+    for name in ("rows", "row_counts", "columns", "column_counts", "rule", "slots"):
+        pair = getattr(wanted, name), getattr(found, name)
+        assert all(map(torch.equal, *(x if name == "rule" else [x] for x in pair))), name
+
+
+def test_bits_of_a_plan_of_runs_are_those_of_the_mask(both):
+    way = partial(plan_for_device, Neighborhood((3, 5, 7)), gpu=True)
+    dense, held = both(way, VIDEOS[1])
+    wanted, found = (by_triton.prepare(plan).rule for plan in (dense, held))
+    assert len(wanted) == len(found) == 4
+    assert all(map(torch.equal, wanted, found))
+
+
+def test_a_call_makes_no_mask(both):
+    dense, held = both(Radial().plan, VIDEOS[1])
+    q, k, v = torch.randn(3, 1, 2, VIDEOS[1].tokens, 8)
+    wanted = kernels.run(q, k, v, dense, scale=0.3, kernel="gather")
+    found = kernels.run(q, k, v, held, scale=0.3, kernel="gather")
+    assert torch.equal(wanted, found)
+    check_rows(q, k, v, held, found, scale=0.3, kernel="gather")
+    assert not has_mask(held)
+
+
+def test_what_is_changed_or_moved_keeps_its_runs(both):
+    _, held = both(Radial().plan, VIDEOS[0])
+    gain = torch.full(held.runs.shape, 0.5)
+    assert held.changed(gain=gain).runs is held.runs
+    moved = held.to(torch.device("meta"))
+    assert moved.runs.shape == held.runs.shape
+    assert not has_mask(held)
+    assert held.keeping(held.keep, dynamic=False).runs is None
+
+
+def test_nothing_kept_is_no_run():
+    made = runs.runs_of([torch.zeros(2, 5, dtype=torch.bool)], 5)
+    assert made.shape == (1, 1, 2, 5)
+    assert made.counts.tolist() == [0, 0]
+    assert not made.mask().any()
+
+
+def test_a_plan_of_878_thousand_tokens_holds_no_mask():
+    """Of 110 million pairs of blocks."""
+    plan = Radial().plan(VideoShape(61, 90, 160))
+    assert 0.15 < plan.density < plan.computed_density < 0.25
+    assert not has_mask(plan)
+    assert bytes_of(plan) < 70e6
+    RECALL.forget()
+
+
+def test_a_missing_attribute_is_named():
+    with pytest.raises(AttributeError, match="'Plan' object has no attribute 'kep'"):
+        getattr(Radial().plan(VIDEOS[0]), "kep")  # noqa: B009
