@@ -18,6 +18,7 @@ import numpy as np
 
 from gen_accel import owners
 from gen_accel.endings import unwinding
+from gen_accel.paths import check_replaceable, expanded, real
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PARTIAL, EARLIER = ".partial-", "-earlier"
@@ -69,8 +70,9 @@ def write_json(path: str | Path, data: Any) -> None:
         OSError: `path` cannot be written.
     """
     text = json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with replacing(Path(path)) as partial:
-        partial.write_text(text, encoding="utf-8")
+    with replacing(expanded(path)) as partial:
+        # A name of a file that is no UTF-8 becomes the escape that JSON has for it.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def plain(value: Any) -> Any:
@@ -96,8 +98,7 @@ def cache_folder() -> Path:
     folder that a program starts in must not decide what it loads.
     """
     named = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
-    home = Path(named) if os.path.isabs(named) else Path("~/.cache").expanduser()
-    return home / "gen_accel"
+    return expanded(named if os.path.isabs(named) else "~/.cache") / "gen_accel"
 
 
 def make_cache_folder() -> Path:
@@ -152,14 +153,17 @@ def replacing(path: Path, *, needs: int | None = None) -> Iterator[Path]:
 
     Write a file there, or a folder of frames. After an exception, Ctrl-C, SIGTERM or SIGHUP it is
     gone, and what was at `path` is still there. What a process that was killed left of `path` is
-    removed first.
+    removed first. A link at `path` stays, and the file that it leads to is replaced.
 
     Args:
         needs: bytes that are written, for the message where there is no room.
 
     Raises:
+        ValueError, OSError: what `paths.check_replaceable` refuses.
         NoRoom: in place of whatever OSError a full disk raises.
     """
+    check_replaceable(path)
+    path = real(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_killed(path)
     stem = f"{_begin(path)}{owners.mark()}-{secrets.token_hex(4)}"

@@ -1,13 +1,14 @@
 """The one public attention function: checks, then method, then kernel."""
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gen_accel import kernels
-from gen_accel.method import Method, check_method, parts_of
+from gen_accel.method import Method, branch_of, check_method, parts_of
 from gen_accel.video import VideoShape
 
 MOST_DIM = 256  # of a head; no kernel is held to more
@@ -39,10 +40,19 @@ def attention(
         (B, H, N, D) in q's dtype, under autocast in its dtype.
 
     Raises:
-        ValueError: shapes that do not fit, a head dim over 256, a scale that is not finite, an
-            unknown kernel, or one that cannot run this; what is no method (see
-            `gen_accel.method.check_method`); a branch for a method that has none.
+        ValueError: what is no tensor, or of whole numbers; shapes that do not fit, a head dim over
+            256, a scale that is not finite, an unknown kernel, or one that cannot run this; what
+            is no method (see `gen_accel.method.check_method`); a branch for a method that has
+            none, or of other heads.
     """
+    given = {"q": q, "k": k, "v": v}
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be of a floating dtype, got {x.dtype}")
+    if not isinstance(video, VideoShape):
+        raise ValueError(f"video must be a VideoShape, such as VideoShape(5, 7, 6), got {video!r}")
     if q.ndim != 4 or not q.shape == k.shape == v.shape:
         shapes = [tuple(x.shape) for x in (q, k, v)]
         raise ValueError(f"q, k and v must share one (B, H, N, D) shape, got {shapes}")
@@ -66,5 +76,30 @@ def attention(
         return method(q, k, v, video=video, kernel=run)
     if parts_of(method).branch is None:
         raise ValueError(f"{type(method).__name__} has no parameters, got branch={branch}")
+    _check_branch(branch, method, q.shape[1], q.shape[3])
     trained: Any = method  # its call takes a branch, as check_method has seen
     return trained(q, k, v, video=video, kernel=run, branch=branch)
+
+
+def _check_branch(branch: Any, method: Method, heads: int, dim: int) -> None:
+    """Raise ValueError for a branch of other heads, or of another method."""
+    if torch.compiler.is_compiling():
+        return
+    if not isinstance(branch, nn.Module):
+        raise ValueError(f"branch must be a module, got {type(branch).__name__}")
+    wanted = _shapes(method, heads, dim)
+    have = tuple((name, tuple(x.shape)) for name, x in branch.state_dict().items())
+    if have != wanted:
+        raise ValueError(
+            f"branch must be as {type(method).__name__}.branch({heads}, {dim}) makes it, with the "
+            f"shapes {dict(wanted)}, got {dict(have)}"
+        )
+
+
+@lru_cache(maxsize=64)
+def _shapes(method: Method, heads: int, dim: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Of the parameters of a branch, by name; none of them is made."""
+    with torch.device("meta"):
+        made = branch_of(method, heads, dim)
+    assert made is not None, "the method has one"
+    return tuple((name, tuple(x.shape)) for name, x in made.state_dict().items())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel.plan import Plan
+from gen_accel.room import check_room
 from gen_accel.video import VideoShape
 
 
@@ -167,6 +168,9 @@ CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 CALL = ("q", "k", "v"), ("video", "kernel")  # with a branch, `branch=` too; or `memory=`
 LEARN = ("q", "k", "v", "dense"), ("video", "kernel", "first")
 SIZE = ("shape", "itemsize"), ()
+# Bytes of a plan, at the least: the place of a token, to and fro, and a pair of blocks; and of
+# smooth q and k for a token, with the waves and the noise that they are made of.
+PLACE, MOST_BLOCK, QK = 8, 256, 5 * 64 * 4
 # A public name that is this near to that of a part that a method lacks is taken for it, misspelt.
 NEAR = 0.85
 
@@ -292,11 +296,26 @@ def within(method: Method, video: VideoShape, whole: VideoShape) -> Any:
 
 
 def plan_of(method: Method, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-    """Its plan, on `device`; ValueError for a method that has none."""
-    made = parts_of(method).plan
+    """Its plan, on `device`; ValueError for a method that has none, or too large a grid."""
+    parts = parts_of(method)
+    made = parts.plan
     if made is None:
         raise ValueError(f"{_name(method)} has no plan(video, device)")
+    _check_room(method, video, smooth=parts.plan_for is not None)
     return made(video, torch.device(device))
+
+
+def _check_room(method: Method, video: VideoShape, *, smooth: bool) -> None:
+    """Refuse a grid of which no plan can fit in memory.
+
+    Args:
+        smooth: q and k are made for it.
+    """
+    tokens = video.tokens
+    size = 2 * PLACE * tokens + (tokens // MOST_BLOCK) ** 2
+    size += QK * tokens if smooth else 0
+    what = f"a plan of {_name(method)} for {video} = {tokens} tokens"
+    check_room(what, size, "ask for fewer tokens")
 
 
 def check_grid(method: Method, video: VideoShape) -> None:

@@ -1,7 +1,11 @@
 """Values by type hint: what a user writes for a field of a dataclass, as what the field holds."""
 
 import types
-from typing import Any, Literal, Union, get_args, get_origin
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import lru_cache
+from numbers import Integral, Real
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -53,6 +57,55 @@ def convert(value: Any, hint: Any, *, is_text: bool = False) -> Any:
     raise ValueError(value)
 
 
+def fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the type `hint` as it is, without being converted.
+
+    Lists count as tuples, as JSON has no others, and a whole number as a float. What is neither a
+    number, text, None, nor holds some, is not looked at.
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return any(value is option or value == option for option in inner)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        hints = (inner[0],) * len(value) if inner[-1] is Ellipsis else inner
+        return len(hints) == len(value) and all(map(fits, value, hints))
+    if origin is dict:
+        return isinstance(value, Mapping)
+    if hint in (int, float):
+        kind = Integral if hint is int else Real
+        return isinstance(value, kind) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (bool, str, types.NoneType) else True
+
+
+def check_types(options: Any) -> None:
+    """Raise ValueError for a field of the dataclass `options` that is not of its type, as it would
+    fail much later and in other words. A Literal is left to `check_choices`."""
+    kind = type(options)
+    given = {one.name: getattr(options, one.name) for one in fields(options)}
+    check_fields(given, kind, kind.__name__)
+
+
+def check_fields(given: Mapping[str, Any], kind: type, origin: str) -> None:
+    """`check_types` before anything is made: for the fields of the dataclass `kind` that `given`
+    has, which came from `origin`."""
+    for name, hint in _hints(kind).items():
+        if name in given and get_origin(hint) is not Literal and not fits(given[name], hint):
+            raise ValueError(
+                f"{name} of {origin} must be {written_type(hint)}, got {given[name]!r}"
+            )
+
+
+@lru_cache(maxsize=64)
+def _hints(kind: type) -> dict[str, Any]:
+    """Of the fields of a dataclass."""
+    known = get_type_hints(kind)
+    return {one.name: known[one.name] for one in fields(kind)}
+
+
 def check_choices(options: Any, **kinds: Any) -> None:
     """Raise ValueError for a field of `options` that is none of the values of its Literal."""
     for name, kind in kinds.items():
@@ -73,6 +126,8 @@ def written_type(hint: Any) -> str:
         return ",".join(map(written_type, inner))
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(written_type(part) for part in get_args(hint))
+    if get_origin(hint) is dict:
+        return "names with values"
     if hint is bool:
         return "true/false"
     return "none" if hint is types.NoneType else getattr(hint, "__name__", str(hint))

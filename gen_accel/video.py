@@ -17,6 +17,10 @@ class VideoShape:
     text: int = 0
 
     def __post_init__(self) -> None:
+        # By what they are not: in a graph they are symbols.
+        for size in (*self.grid, self.text):
+            if size is None or isinstance(size, bool | float | str):
+                raise ValueError(f"video sizes must be whole numbers, got {self}")
         if min(self.frames, self.height, self.width) < 1 or self.text < 0:
             raise ValueError(f"video sizes must be at least 1 and text at least 0, got {self}")
 

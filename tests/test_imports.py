@@ -12,16 +12,8 @@ PACKAGE = Path(gen_accel.__file__).parent
 # From the ground up: a part imports parts of lower floors and itself.
 FLOORS = (
     (
-        "endings",
-        "extras",
-        "moved",
-        "owners",
-        "recall",
-        "runs",
-        "values",
-        "version",
-        "video",
-        "window_blocks",
+        *("endings", "extras", "hub", "json_files", "moved", "names", "owners", "paths", "recall"),
+        *("room", "runs", "values", "version", "video", "window_blocks"),
     ),
     ("files",),
     ("tensor_files",),

@@ -1,10 +1,14 @@
 """One parser of values by type hint, for command lines and YAML."""
 
 import math
+import re
 from typing import Literal
 
+import numpy as np
 import pytest
 
+from gen_accel import Neighborhood, Radial, Schedule, VideoShape
+from gen_accel.pipelines.generation.sampling import Clip
 from gen_accel.values import convert, written_type
 
 Axes = tuple[int, int, int]
@@ -111,3 +115,30 @@ def test_other_values_of_yaml(given, hint):
 )
 def test_types_in_words(hint, words):
     assert written_type(hint) == words
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "words"),
+    [
+        (Radial, {"block": 1.5}, "block of Radial must be int, got 1.5"),
+        (Radial, {"decay_factor": "a"}, "decay_factor of Radial must be float, got 'a'"),
+        (Radial, {"sink": 1}, "sink of Radial must be true/false, got 1"),
+        (Neighborhood, {"window": (3.5, 3, 3)}, "window of Neighborhood must be int,int,int, got"),
+        (Neighborhood, {"window": 3}, "window of Neighborhood must be int,int,int, got 3"),
+        (Schedule, {"dense_steps": 1.5}, "dense_steps of Schedule must be int, got 1.5"),
+        (Schedule, {"dense_layers": "2"}, "dense_layers of Schedule must be int or any number"),
+        (Clip, {"frames": 2.5}, "frames of Clip must be int or none, got 2.5"),
+        (VideoShape, {"frames": 5, "height": 7.5, "width": 6}, "must be whole numbers, got"),
+        (VideoShape, {"frames": math.nan, "height": 1, "width": 1}, "must be whole numbers"),
+    ],
+    ids=str,
+)
+def test_fields_of_another_type_are_refused_when_they_are_given(kind, given, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        kind(**given)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert Radial(block=np.int64(64)).block == 64
+    assert Schedule(dense_start=np.float32(0.5)).dense_start == 0.5
+    assert Neighborhood(window=(np.int32(3), 3, 3)).window == (3, 3, 3)

@@ -10,9 +10,11 @@ while methods are attached and detached under them.
 """
 
 import inspect
+import pickle
 import types
 from collections.abc import Callable, Hashable
 from copy import deepcopy
+from threading import get_ident
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary, ref
 
@@ -186,6 +188,12 @@ class SparseProcessor(BoundProcessor):
         """Once it is detached, the model's own attention alone, wherever it is put."""
         self._attend, self.has_ended = _as_stock, True
 
+    def __reduce__(self) -> Any:
+        raise pickle.PicklingError(
+            "a model with a method attached cannot be pickled: detach() first, and attach again "
+            "where it is loaded; save_processors keeps the method and its parameters"
+        )
+
     def __deepcopy__(self, memo: dict) -> "SparseProcessor":
         """Bound to the copy of its owner: a function by itself is never copied."""
         twin = memo[id(self)] = object.__new__(type(self))
@@ -350,6 +358,7 @@ class _Run:
     """What the attention calls of a processor's run have to know of it, and nothing after."""
 
     def __init__(self) -> None:
+        self.thread: int | None = None  # of the last run; None of one in a graph
         self.clear()
 
     def clear(self) -> None:
@@ -388,6 +397,7 @@ def _class(kind: type, stock: type, name: str, traced: Traced) -> type:
     def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
         first = args[0] if args else kwargs["hidden_states"]
         run.processor, run.tokens, run.number = self, first.shape[1], 0
+        run.thread = None if torch.compiler.is_compiling() else get_ident()
         result = function(self.stock, attn, *args, **kwargs)
         run.clear()
         for finish in self.finishes:
@@ -499,12 +509,18 @@ def _bind(
         call = Call(
             *(q, k, v, value_or_default, stock, refused, attn_mask, run.tokens, number, parallel)
         )
+        processor = run.processor
         # What a processor holds, torch.compile guards, so that layers would not share a graph.
         if torch.compiler.is_compiling():
-            out = traced(run.processor, call)
+            out = traced(processor, call)
+        elif processor is None or run.thread not in (None, get_ident()):
+            raise RuntimeError(
+                "the model runs in two threads at once, which neither its scheduler nor what is "
+                "attached goes with: load a pipeline for each thread, or take turns"
+            )
         else:
-            out = run.processor._attend(call)
-        for tap in run.processor.taps:
+            out = processor._attend(call)
+        for tap in processor.taps:
             out = tap(call, out)
         return out.transpose(1, 2) if heads_first else out
 

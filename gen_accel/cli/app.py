@@ -1,16 +1,23 @@
 """The command `gen-accel`: its help, and how what it refuses is said."""
 
 import sys
+import tempfile
+import traceback as tracebacks
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-BAD_INPUT, INTERRUPTED = 2, 130
+OUR_FAULT, BAD_INPUT, INTERRUPTED = 1, 2, 130
+MOST_SAID = 2000  # characters of a message, of which a library may make many
 
 
 class OneLineErrors(TyperGroup):
-    """What the library or the parser refuses becomes one line on stderr, without a traceback."""
+    """What ends a command becomes one line on stderr.
+
+    What the library or the parser refuses says what to do instead, and ends with 2. All else is a
+    fault of the program, whose traceback goes to a file, and ends with 1.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta["args"] = [*args]
@@ -29,14 +36,66 @@ class OneLineErrors(TyperGroup):
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:  # nobody reads on, as in `| head`; the parser ends the program
             raise
-        except (ValueError, TypeError, OSError, ImportError) as error:
-            if ctx.params.get("traceback"):
-                raise
-            message = str(error) or type(error).__name__
         except _USAGE_ERROR as error:
             message = error.format_message() + _what_came(error, ctx.meta["args"])
-        typer.echo(f"error: {' '.join(message.split())}", err=True)
+        except typer.Abort:
+            raise
+        except Exception as error:
+            if ctx.params.get("traceback"):
+                raise
+            message = _refusal(error)
+            if message is None:
+                typer.echo(f"error: {_fault(error, ctx.meta['args'])}", err=True)
+                raise typer.Exit(OUR_FAULT) from None
+        typer.echo(f"error: {_line(message)}", err=True)
         raise typer.Exit(BAD_INPUT)
+
+
+def _refusal(error: Exception) -> str | None:
+    """What was wrong with the input or the machine; None for a fault of the program."""
+    if isinstance(error, MemoryError) or _is_of_allocator(error):
+        return f"out of memory: {_line(str(error)) or 'ask for less'}; ask for fewer frames, " + (
+            "fewer pixels or a smaller model"
+        )
+    if isinstance(error, (ValueError, OSError, ImportError)):
+        return str(error) or type(error).__name__
+    return None
+
+
+def _is_of_allocator(error: Exception) -> bool:
+    """Whether torch found no memory; on the CPU it has no class of its own for that."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def _fault(error: Exception, args: list[str]) -> str:
+    """Write the traceback to a file; a line that says so."""
+    from gen_accel.version import __version__
+
+    kind, said = type(error).__name__, _line(str(error))
+    told = f"{kind}: {said}" if said else kind
+    lines = tracebacks.format_exception(error)
+    text = f"gen-accel {__version__} {args}\n\n{''.join(lines)}"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w",
+            prefix="gen-accel-",
+            suffix=".txt",
+            delete=False,
+            encoding="utf-8",
+            errors="backslashreplace",
+        ) as file:
+            file.write(text)
+    except OSError:  # a full disk, or none to write to
+        return f"a fault of gen-accel: {told}; --traceback before the verb shows where"
+    return f"a fault of gen-accel, please report it with {file.name}, where it arose: {told}"
+
+
+def _line(message: str) -> str:
+    line = " ".join(message.split())
+    return line if len(line) <= MOST_SAID else f"{line[:MOST_SAID]}..."
 
 
 # ClickException, of whichever Click it is that typer carries.

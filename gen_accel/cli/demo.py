@@ -5,9 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
+from gen_accel.cli import early
 from gen_accel.cli.app import app
 from gen_accel.cli.options import Settings
 from gen_accel.cli.printing import print_comparison, print_files, quiet
+from gen_accel.demo import NAME
+from gen_accel.paths import expanded
 
 
 @app.command(short_help="One clip, dense and sparse, side by side.")
@@ -68,6 +71,11 @@ def demo(
     says how it moves, a picture such as those of the first command what does. Without --out, into
     outputs/demo_image.
     """
+    early.check_names(method=method or "radial", device=device)
+    early.check_model(NAME if model is None else str(model))
+    early.check_files("image", [image_prompt])
+    out = None if out is None else expanded(out)
+    early.announce()
     quiet()
     from gen_accel.attention_processors.methods.options import method_from
 

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from gen_accel import names
+from gen_accel.cli import early
 from gen_accel.cli.app import app
 from gen_accel.cli.options import (
     DenseEnd,
@@ -166,6 +168,23 @@ def generate(
     steps, --dense-start 0.25 is a good start. Sizes that the model cannot make are refused, with
     the nearest that it can.
     """
+    techniques = _techniques(extend)
+    early.check_outputs(out)
+    early.check_outputs(save_latents, suffix=".safetensors")
+    early.check_model(model)
+    early.check_names(
+        method=method,
+        kernels={"kernel": kernel, "dense_kernel": dense_kernel},
+        device=device,
+        techniques=techniques or (),
+    )
+    names.check_loading(dtype, offload)
+    early.check_loras(lora or ())
+    early.check_files("LoRA", [from_lora])
+    early.check_files("file of latents", [from_latents])
+    early.check_files("file of prompts", [prompts])
+    early.check_files("image", [*(image_prompt or ()), *(image_mask or ()), image_negative])
+    early.announce("torch, diffusers and the model")
     quiet()
     from gen_accel.pipelines.generation.generate import decode_latents, read_prompts
     from gen_accel.pipelines.generation.generate import generate as run
@@ -192,7 +211,7 @@ def generate(
         loading=loading,
         compare=compare,
         timed=timed,
-        techniques=_techniques(extend),
+        techniques=techniques,
         trained_frames=trained_frames,
         latents=save_latents,
         image=_images(

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gen_accel.cli import early
 from gen_accel.cli.app import app
 from gen_accel.cli.printing import print_rows
 
@@ -34,6 +35,10 @@ def metrics(
     Frames are read once, a few at a time, so that any length fits. LPIPS needs torchvision and
     its weights on this machine; nothing is downloaded.
     """
+    early.check_files("video", [video, reference])
+    if reference is not None and lag is not None:
+        raise ValueError(f"--lag is for a video without a reference, got {lag}")
+    early.announce("torch")
     from gen_accel.measure import write_json
     from gen_accel.measure.motion import measure_file
     from gen_accel.measure.quality import compare_files
@@ -42,8 +47,6 @@ def metrics(
         found: Any = measure_file(video, lag=lag)
         _print_motion(found)
     else:
-        if lag is not None:
-            raise ValueError(f"--lag is for a video without a reference, got {lag}")
         found = compare_files(video, reference)
         _print_fidelity(found)
     if json is not None:

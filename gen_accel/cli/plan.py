@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gen_accel.cli import early
 from gen_accel.cli.app import app
 from gen_accel.cli.options import (
     DenseEnd,
@@ -51,6 +52,9 @@ def show(
     gen-accel show neighborhood --frames 9 --height 12 --width 12 --set window=3,5,5 \\
         --token 0,0,0 --out corner.png
     """
+    early.check_names(method=method)
+    early.check_outputs(out, suffix=".png")
+    early.announce("torch")
     from gen_accel.attention_processors.methods.options import method_from
     from gen_accel.measure.pictures import mask_picture, mask_text
     from gen_accel.video import VideoShape
@@ -105,6 +109,8 @@ def estimate(
 
     Kernel efficiency is measured on this machine the first time, which takes seconds.
     """
+    early.check_names(method=method)
+    early.announce()
     from gen_accel.attention_processors.methods.options import method_from
     from gen_accel.measure.estimate import estimate as run
 
@@ -171,14 +177,15 @@ def simulate(
 
     Of two choices with one bound, take the smaller stride: its windows are centred better.
     """
+    if method != "neighborhood":
+        raise ValueError(f"simulate knows the method 'neighborhood', got {method!r}")
+    early.announce("torch")
     from gen_accel.attention_processors.methods.options import method_from
     from gen_accel.measure import write_json
     from gen_accel.measure.simulate import TILES, best_choices
     from gen_accel.measure.simulate import simulate as run
     from gen_accel.video import VideoShape
 
-    if method != "neighborhood":
-        raise ValueError(f"simulate knows the method 'neighborhood', got {method!r}")
     tiles = _tiles(tile_q, tile_k)
     if stride is not None and (window is None or not tiles or density is not None):
         raise ValueError(

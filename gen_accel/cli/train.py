@@ -8,9 +8,10 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
+from gen_accel.cli import early
 from gen_accel.cli.app import INTERRUPTED
 from gen_accel.cli.printing import quiet
-from gen_accel.lora.config import TrainConfig, print_config, read_config
+from gen_accel.lora.config import TrainConfig, print_config, read_values
 
 SEVERAL = ("stages", "targets", "betas")  # may also be given in one flag, with commas between
 
@@ -49,10 +50,14 @@ clip is encoded too: the column image, clip.png beside clip.mp4, or else its mid
 def train(
     config: Path | None, resume: bool, dry_run: bool, print_config_: bool, **flags: Any
 ) -> None:
+    values = read_values(config, _given(flags))
     if print_config_:
-        typer.echo(print_config(read_config(config, _given(flags))), nl=False)
+        typer.echo(print_config(TrainConfig(**values)), nl=False)
         return
-    chosen = read_config(config, _given(flags))
+    if not dry_run:
+        early.check_training(values)
+    early.announce("torch, diffusers and the model")
+    chosen = TrainConfig(**values)
     quiet()
     if dry_run:
         if resume:
@@ -73,11 +78,12 @@ def train(
 
 
 def cache(config: Path | None, **flags: Any) -> None:
-    chosen = read_config(config, _given(flags))
-    if chosen.data is None:
+    values = read_values(config, _given(flags))
+    if values.get("data") is None:
         raise ValueError("data is not given: a folder of videos, a manifest or a datasets folder")
-    if not Path(chosen.data).expanduser().exists():
-        raise FileNotFoundError(f"data: there is nothing at {chosen.data}")
+    early.check_training(values)
+    early.announce("torch, diffusers and the model")
+    chosen = TrainConfig(**values)
     quiet()
     from gen_accel.lora.prepare import cache_clips
 

@@ -24,7 +24,7 @@ from gen_accel.measure.pictures import mask_picture
 from gen_accel.method import Method, parts_of
 from gen_accel.pipelines.generation.compare import Comparison, compare_with_dense, pair
 from gen_accel.pipelines.generation.loading import Loading, find_device, load
-from gen_accel.pipelines.generation.sampling import Clip, check_fits, filled, token_grid
+from gen_accel.pipelines.generation.sampling import Clip, check_clip, filled, token_grid
 
 PROMPT = "a yellow triangle moves left slowly"
 FRAMES, SIZE = 257, 96  # 9,360 tokens: attention is most of a step
@@ -130,7 +130,7 @@ def loaded(model: str | Path | None, clip: Clip, method: Method, device: str) ->
     """The pipeline, and the clip as it makes it; ValueError where the method does not fit."""
     pipe = load(demo.path() if model is None else model, Loading("float32", device))
     clip = filled(pipe, clip)
-    check_fits(method, token_grid(pipe, clip))
+    check_clip(pipe, clip, method)
     return pipe, clip
 
 

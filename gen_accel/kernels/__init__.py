@@ -1,7 +1,7 @@
 """Kernels: how a plan is computed, each in a module of its own; `contract` names its parts.
 
-A new one is one file here and its name in `KERNELS`. Where "auto" tries it, and what speaks
-against it, stands in that file.
+A new one is one file here and its name in `KERNELS`, of `names`. Where "auto" tries it, and what
+speaks against it, stands in that file.
 
 Beside the kernels, `lists` are the kept blocks of a plan as they read them, and `self_check`
 holds some rows of a kernel's answer to the reference. `rest` adds what a plan pools, for every
@@ -15,7 +15,6 @@ are what methods choose blocks by, and `dense` knows which kernel beats torch's 
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from typing import Any, Literal, overload
@@ -36,6 +35,8 @@ from gen_accel.kernels.contract import (
 from gen_accel.kernels.failure import KernelFailed
 from gen_accel.kernels.runner import Runner, name_of
 from gen_accel.kernels.self_check import NotFinite, SelfCheck, SelfCheckFailed
+from gen_accel.names import KERNELS
+from gen_accel.names import check_kernel as check_name
 from gen_accel.plan import Plan, Route
 
 __all__ = [
@@ -59,11 +60,6 @@ __all__ = [
     "unsupported",
 ]
 
-KERNELS = (
-    *("triton", "fa4", "natten", "native", "flex", "xformers", "routed", "gather", "int8"),
-    "reference",
-)
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -82,18 +78,6 @@ class Choice:
         reasons = {name: ", ".join(reasons) for name, reasons in self.refused.items()}
         why = "; ".join(f"{name}: {reason}" for name, reason in {**reasons, **self.behind}.items())
         return f"{self.kernel} (not {why})" if why else self.kernel
-
-
-def check_name(kernel: str, what: str = "kernel") -> None:
-    """Raise ValueError for a name that is neither "auto" nor in `KERNELS`, with the nearest.
-
-    Args:
-        what: the argument that holds it.
-    """
-    if kernel != "auto" and kernel not in KERNELS:
-        near = get_close_matches(str(kernel), KERNELS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{what} must be 'auto' or one of {KERNELS}, got {kernel!r}{hint}")
 
 
 @cache

@@ -42,6 +42,7 @@ from gen_accel.lora.images import ImageCoder, about_images, new_projector, varia
 from gen_accel.lora.latents import as_features
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Draw
+from gen_accel.paths import expanded
 from gen_accel.tensor_files import check_finite
 
 with needed_for("a LoRA", extra="train"):
@@ -204,7 +205,7 @@ class ImagePromptAdapter:
         if not files:
             return self._cache.image(index % len(self._cache))[None]
         if index not in self._of_files:
-            found = self._coder(open_image(Path(files[index]).expanduser().read_bytes()))
+            found = self._coder(open_image(expanded(files[index]).read_bytes()))
             self._of_files[index] = as_features(found)[None]
         return self._of_files[index]
 

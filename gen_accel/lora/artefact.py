@@ -31,6 +31,7 @@ from gen_accel.extras import needed_for
 from gen_accel.files import file_sha256, replacing, write_json
 from gen_accel.lora.config import TrainConfig
 from gen_accel.method import on_device, parts_of
+from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.lora_fit import check_fit, under
 from gen_accel.tensor_files import check_finite, save_tensors
 
@@ -332,13 +333,13 @@ def load_branches(branches: Mapping[str, nn.Module], folder: str | Path) -> None
 
 def weights_file(given: str | Path) -> Path:
     """Of a LoRA given by its folder or its file."""
-    path = Path(given).expanduser()
+    path = expanded(given)
     return path if path.is_file() else path / WEIGHTS
 
 
 def _folder(given: str | Path) -> Path:
     """Of a LoRA given by its folder or its file."""
-    path = Path(given).expanduser()
+    path = expanded(given)
     return path.parent if path.is_file() else path
 
 

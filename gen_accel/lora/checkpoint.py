@@ -9,7 +9,6 @@ A checkpoint is written under another name and renamed when all of it is on the 
 is taken whose hashes are right and whose tensors are finite.
 """
 
-import json
 import shutil
 import warnings
 from collections.abc import Callable
@@ -20,11 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gen_accel.files import file_sha256, flush, plain, replacing, write_json
+from gen_accel.json_files import read_fields, typed
 from gen_accel.lora.fingerprint import hash_of
 from gen_accel.tensor_files import check_finite, named, not_finite, save_tensors
 
 TENSORS, STATE = "training.safetensors", "state.json"
 OWN = "state_sha256"  # in the state: of all else in it
+KINDS = {"sha256": str, "step": int, "config": dict, "data": str, "processes": int}  # of a state
 
 
 class Checkpoint(NamedTuple):
@@ -92,7 +93,9 @@ def load_newest(folder: Path) -> Checkpoint | None:
 
 def _load(path: Path) -> Checkpoint:
     """Raises ValueError for what is not as it was written, or not finite."""
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    state = read_fields(path / STATE)
+    for name, kind in KINDS.items():
+        typed(state, name, kind, origin=STATE)
     # Earlier versions wrote no hash of the state: the folder's name vouches for the step alone.
     if OWN in state and state.pop(OWN) != hash_of(state):
         raise ValueError(f"{STATE} is not the file that was written")

@@ -6,9 +6,12 @@ from typing import Any, NamedTuple
 
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.kernels import check_name
+from gen_accel.lora.size import check_config
 from gen_accel.method import memory_of, parts_of
 from gen_accel.pipelines.long_video import check_names
 
+MOST_LAYERS = 1000  # which no model has
+MOST_RATE = 1e3  # from which a step is no step any more, long before float32 ends
 EPS = 1e-12  # shares that are added up may end a rounding above 1
 
 
@@ -38,6 +41,8 @@ LIMITS = (
         lambda betas: all(0 <= beta < 1 for beta in betas),
         "be two shares from 0 to below 1",
     ),
+    Limit(("dense_layers",), lambda x: x <= MOST_LAYERS, f"be at most {MOST_LAYERS}"),
+    Limit(("learning_rate",), lambda x: x <= MOST_RATE, f"be at most {MOST_RATE:g}"),
     Limit(("seed",), lambda x: 0 <= x < 2**32, "be from 0 to 2^32 - 1"),
     Limit(
         (
@@ -99,7 +104,7 @@ def check(config: Any) -> None:
         raise ValueError("targets is empty: name what the LoRA is put on, as attention")
     if config.validate_every and not config.validation_prompts:
         raise ValueError("validate_every needs validation_prompts, got none")
-    config.curriculum  # noqa: B018  a stage that cannot be read
+    check_config(config)
 
 
 def _check_teacher(config: Any) -> None:

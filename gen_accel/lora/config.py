@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from gen_accel.extras import needed_for
+from gen_accel.paths import expanded
 from gen_accel.values import convert, written_type
 
 Rule = Literal["none", "riflex", "position_interpolation"]
@@ -213,7 +214,7 @@ class TrainConfig:
                 object.__setattr__(self, one.name, tuple(getattr(self, one.name)))
         for name in ("out", "cache"):
             if getattr(self, name) is not None:
-                folder = str(Path(getattr(self, name)).expanduser())
+                folder = str(expanded(getattr(self, name)))
                 object.__setattr__(self, name, folder)
         check(self)
 
@@ -273,18 +274,31 @@ FREE_TO_CHANGE = (
 def read_config(
     path: str | Path | None, overrides: Mapping[str, Any] | None = None
 ) -> TrainConfig:
-    """The fields of a YAML file, with `overrides` in place of what it says.
+    """The config of a YAML file, with `overrides` in place of what it says.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_values`, or a value that `TrainConfig` refuses.
+    """
+    return TrainConfig(**read_values(path, overrides))
+
+
+def read_values(
+    path: str | Path | None, overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The fields that a YAML file and `overrides` give, of their types; no library is imported.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no YAML mapping, a field that there is not (the nearest is named), a
-            value of the wrong type, or one that `TrainConfig` refuses.
+        ValueError: it is no YAML mapping, a field that there is not (the nearest is named), or a
+            value of the wrong type.
     """
     given: dict[str, Any] = {}
     if path is not None:
         yaml = _yaml()
         try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            loaded = yaml.safe_load(expanded(path).read_text(encoding="utf-8"))
+        except RecursionError:
+            raise ValueError(f"{path} is no config: it is nested too deep") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not YAML: {error}") from error
         if not isinstance(loaded, Mapping):
@@ -304,7 +318,7 @@ def read_config(
             raise ValueError(
                 f"{name} must be {written_type(hints[name])}, got {value!r}"
             ) from None
-    return TrainConfig(**values)
+    return values
 
 
 def _yaml() -> Any:

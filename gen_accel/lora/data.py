@@ -6,7 +6,6 @@ Frames are decoded by ffmpeg, only as many as are needed, and shrunk one at a ti
 import csv
 import hashlib
 import io
-import json
 import math
 import re
 import subprocess
@@ -22,7 +21,9 @@ from PIL import Image, ImageOps
 
 from gen_accel.extras import needed_for
 from gen_accel.files import file_sha256
+from gen_accel.json_files import parse_json
 from gen_accel.measure.video_io import ffmpeg
+from gen_accel.paths import expanded
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 VIDEO_COLUMNS = ("video", "file_name", "path")
@@ -137,7 +138,7 @@ def find_videos(data: str | Path, *, images: bool = False) -> list[CaptionedVide
         ValueError: no videos, videos without a caption, or a manifest that cannot be understood.
         ImportError: `datasets` is needed and not installed.
     """
-    data = Path(data).expanduser()
+    data = expanded(data)
     if data.is_file():
         videos = _of_manifest(data, data.parent, images)
     elif not data.is_dir():
@@ -355,8 +356,7 @@ def _of_manifest(manifest: Path, root: Path, images: bool) -> list[CaptionedVide
         case ".jsonl":
             rows = _json_rows(manifest)
         case ".csv":
-            with manifest.open(encoding="utf-8-sig", newline="") as file:
-                rows = list(enumerate(csv.DictReader(file), 2))
+            rows = _csv_rows(manifest)
         case _:
             raise ValueError(f"{manifest} must be .jsonl or .csv to be read as a manifest")
     videos = []
@@ -365,25 +365,32 @@ def _of_manifest(manifest: Path, root: Path, images: bool) -> list[CaptionedVide
         file_name = _column(row, VIDEO_COLUMNS, where)
         if not file_name:
             raise ValueError(f"{where} names no video")
-        path = manifest.parent / Path(file_name).expanduser()
+        path = manifest.parent / expanded(file_name)
         name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
         image = None
         if images and row.get(IMAGE_COLUMN):
-            image = manifest.parent / Path(_column(row, (IMAGE_COLUMN,), where)).expanduser()
+            image = manifest.parent / expanded(_column(row, (IMAGE_COLUMN,), where))
         caption = _column(row, CAPTION_COLUMNS, where)
         teacher = _column(row, (TEACHER_COLUMN,), where) if TEACHER_COLUMN in row else ""
         videos.append(CaptionedVideo(name, caption, path, image, teacher))
     return videos
 
 
+def _csv_rows(manifest: Path) -> list[tuple[int, Any]]:
+    try:
+        with manifest.open(encoding="utf-8-sig", newline="") as file:
+            return list(enumerate(csv.DictReader(file), 2))
+    except csv.Error as error:
+        raise ValueError(f"{manifest} is no table of text: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{manifest} is not UTF-8 text: {error}") from error
+
+
 def _json_rows(manifest: Path) -> list[tuple[int, Any]]:
     rows = []
-    for line, text in enumerate(_text(manifest).splitlines(), 1):
+    for line, text in enumerate(_text(manifest).split("\n"), 1):
         if text.strip():
-            try:
-                rows.append((line, json.loads(text)))
-            except ValueError as error:
-                raise ValueError(f"line {line} of {manifest} is no JSON: {error}") from error
+            rows.append((line, parse_json(text, f"line {line} of {manifest}")))
     return rows
 
 

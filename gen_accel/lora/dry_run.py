@@ -2,7 +2,6 @@
 
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,8 +20,10 @@ from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.images import features_shape
 from gen_accel.lora.model import Model
+from gen_accel.lora.size import check_batch
 from gen_accel.lora.trainer import Trained, accelerator_for, run
 from gen_accel.method import parts_of
+from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.sampling import check_fits
 from gen_accel.video import VideoShape
 
@@ -76,6 +77,7 @@ def dry_run(config: TrainConfig) -> Trained:
         model = Model(transformer, None, lambda n: (n - 1) // factor + 1, 5, config.shift or 1.0)
         features = features_shape(config, patches=PATCHES, embedding=EMBEDDING)
         size = patch[1] * least[1], patch[2] * least[2]
+        check_batch(small, transformer, least[0] * least[1] * least[2])
         clips: Any = _Noise(transformer, [*short.values()], size, features)
         return run(small, accelerator_for(small), model, clips)
 
@@ -89,7 +91,7 @@ def transformer_class(model: str) -> str:
         for preset in family.PRESETS.values():
             if preset.repository == model and family.TINY is not None:
                 return preset.kind or family.CLASSES[0]
-    source = demo.path() if model == "demo" else Path(model).expanduser()
+    source = demo.path() if model == "demo" else expanded(model)
     config: Any = diffusers.DiffusionPipeline.load_config(source if source.exists() else model)
     kind = (config.get("transformer") or [None, None])[1]
     if kind not in served_classes() or family_named(served_classes()[kind]).TINY is None:

@@ -13,6 +13,7 @@ from gen_accel.attention_processors.attached.transformers import TRANSFORMERS
 from gen_accel.attention_processors.families import classes_for, family_of
 from gen_accel.extras import needed_for
 from gen_accel.lora.fingerprint import model_state, words_state
+from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import DTYPES, check_model, find_device
 from gen_accel.pipelines.generation.model_index import check_index, part_class, pipeline_class
 
@@ -84,7 +85,7 @@ def load_encoders(model_or_pipe: Any, device: str, dtype: str) -> Encoders:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
     check_model(model_or_pipe)
     target = find_device(device)
-    folder = Path(model_or_pipe).expanduser()
+    folder = expanded(model_or_pipe)
     source = str(folder)
     if not folder.exists():
         source = str(DiffusionPipeline.download(str(model_or_pipe)))

@@ -14,15 +14,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from gen_accel.json_files import fields_of, typed
 from gen_accel.lora.fingerprint import hash_of
 from gen_accel.lora.shards import (
     MANIFEST,
     check_bytes,
+    check_shard,
     check_sizes,
     read_manifest,
 )
 from gen_accel.moved import signpost
 from gen_accel.pipelines.image_prompt.projectors import normalised
+from gen_accel.values import check_fields
 
 if not TYPE_CHECKING:
     __getattr__ = signpost("lora.latents")
@@ -31,6 +34,14 @@ LATENTS = "latents"  # what the tensor of a clip is called after its key
 IMAGE = "image"
 RECIPE = 1  # of decoding and encoding; another one makes all keys new
 TEXTS_AT_ONCE = 8
+NONE = type(None)
+KINDS = {  # of a manifest
+    "shards": (dict,),
+    "entries": (list,),
+    "empty": (str,),
+    "causal": (bool,),
+    "fps": (float, NONE),
+}
 
 
 @dataclass(frozen=True)
@@ -77,9 +88,13 @@ class LatentCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         manifest = read_manifest(self.folder / MANIFEST)
+        for name, kinds in KINDS.items():
+            typed(manifest, name, *kinds, origin=self.folder / MANIFEST)
+        for about in manifest["shards"].values():
+            check_shard(about, self.folder / MANIFEST)
         check_sizes(self.folder, manifest["shards"])
         self._files: dict[str, dict[str, Any]] = manifest["shards"]
-        self.entries = tuple(Entry(**entry) for entry in manifest["entries"])
+        self.entries = tuple(_entry(one, self.folder / MANIFEST) for one in manifest["entries"])
         self.causal: bool = manifest["causal"]
         self.fps: float | None = manifest["fps"]
         self.digest = hash_of([manifest["entries"], manifest["empty"], self.causal, self.fps])
@@ -189,6 +204,16 @@ class LatentCache:
         if name not in self._open:
             self._open[name] = safe_open(self.folder / name, framework="pt")
         return self._open[name]
+
+
+def _entry(data: Any, origin: Path) -> Entry:
+    """Raises ValueError for what is no entry of a manifest."""
+    what = f"an entry of {origin}"
+    check_fields(fields_of(data, what), Entry, what)
+    try:
+        return Entry(**data)
+    except TypeError as error:
+        raise ValueError(f"{what} is not what cache writes: {error}") from error
 
 
 def as_features(stored: Tensor) -> Tensor:

@@ -24,7 +24,9 @@ from gen_accel.lora.images import ImageCoder, describe_images
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
 from gen_accel.lora.processes import by_main
+from gen_accel.lora.size import check_adapter, check_batch
 from gen_accel.owners import check_free
+from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import Loading, load
 from gen_accel.pipelines.generation.sampling import Clip, check_fits, filled, token_grid
 from gen_accel.pipelines.long_video import known_trained_frames
@@ -44,7 +46,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
             f"data is not given and {folder} holds no cache: give the videos, or a cache made "
             "with `gen-accel cache`"
         )
-    if config.data is not None and not Path(config.data).expanduser().exists():
+    if config.data is not None and not expanded(config.data).exists():
         raise FileNotFoundError(f"data: there is nothing at {config.data}")
     if config.data is not None:
         by_main(accelerator, partial(check_free, folder))
@@ -104,7 +106,7 @@ def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
 def load_pipe(config: TrainConfig) -> Any:
     """On the CPU: the transformer goes where it trains later, the rest where it is needed."""
     source = demo.model_named(config.model)
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     source = folder if folder.exists() else source
     pipe = load(source, Loading(dtype=PRECISIONS[config.mixed_precision], device="cpu"))
     if getattr(pipe, "vae", None) is not None and pipe.vae.dtype != torch.float32:
@@ -131,8 +133,11 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
     lengths = {stage.frames for stage in config.curriculum}
     if config.validate_every and config.validation_frames is not None:
         lengths.add(config.validation_frames)
+    check_adapter(config, transformer)
     for frames in sorted(lengths):
-        check_fits(method, grid(config, pipe, frames))
+        video = grid(config, pipe, frames)
+        check_batch(config, transformer, video.tokens)
+        check_fits(method, video)
     trained = config.trained_frames
     if trained is None:
         try:
@@ -168,7 +173,7 @@ def _check_image_prompt(config: TrainConfig, transformer: Any) -> None:
     if config.init_adapter is not None:
         read_start(config, transformer)
     for file in config.validation_images:
-        if not Path(file).expanduser().is_file():
+        if not expanded(file).is_file():
             raise FileNotFoundError(f"validation_images: there is no file at {file}")
 
 

@@ -7,7 +7,6 @@ of all that they depend on.
 """
 
 import hashlib
-import json
 import re
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ import safetensors.torch
 from torch import Tensor
 
 from gen_accel.files import file_sha256, replacing, write_json
+from gen_accel.json_files import fields_of, read_fields, typed
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 VERSION = 1
@@ -127,13 +127,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; cache writes it")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["version"]
-    except (ValueError, KeyError, TypeError) as error:
+        manifest = read_fields(path)
+        version = typed(manifest, "version", int, origin=path)
+    except ValueError as error:
         raise ValueError(f"{path} is not what cache writes: {error}") from error
     if version != VERSION:
         raise ValueError(f"{path} has version {version}, not {VERSION}: cache again")
     return manifest
+
+
+def check_shard(about: Any, origin: Path) -> None:
+    """Raise ValueError for what the manifest `origin` says of a shard, if `Shards` did not write
+    it."""
+    what = f"a shard in {origin}"
+    for name, kind in (("bytes", int), ("sha256", str), ("tensors", list)):
+        typed(fields_of(about, what), name, kind, origin=what)
+    if not all(isinstance(name, str) and "." in name for name in about["tensors"]):
+        raise ValueError(f"tensors in {what} must be names, got {about['tensors']!r}")
 
 
 def check_sizes(folder: Path, files: dict[str, dict[str, Any]]) -> None:

@@ -3,7 +3,6 @@
 It is measured once for a device and kept in a file.
 """
 
-import json
 import statistics
 import warnings
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 from gen_accel.attention_processors import Neighborhood, Radial
 from gen_accel.files import cache_folder, make_cache_folder, trusted_text, write_json
 from gen_accel.functional import attention
+from gen_accel.json_files import fields_of, parse_json, typed
 from gen_accel.measure.timing import device_name, interleaved
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
@@ -57,10 +57,10 @@ def cache_file() -> Path:
 
 def _read_cache(path: Path) -> dict[str, float]:
     try:
-        known = json.loads(trusted_text(path) or "{}")
+        known = fields_of(parse_json(trusted_text(path) or "{}", path), path)
+        return {key: typed(known, key, float, origin=path) for key in known}
     except ValueError:
         return {}  # not ours any more: it is only a cache
-    return known if isinstance(known, dict) else {}
 
 
 @torch.no_grad()

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gen_accel.attention_processors.attached.room import Needed, as_gigabytes, needed_by
-from gen_accel.attention_processors.attached.schedule import Schedule
+from gen_accel.attention_processors.attached.room import Needed, needed_by
+from gen_accel.attention_processors.attached.schedule import Schedule, as_schedule
 from gen_accel.measure.efficiency import known_efficiency
 from gen_accel.measure.subject import Subject, subject_of
 from gen_accel.method import (
@@ -45,6 +45,7 @@ from gen_accel.method import (
 )
 from gen_accel.moved import signpost
 from gen_accel.plan import Plan
+from gen_accel.room import in_words
 from gen_accel.video import VideoShape
 
 if not TYPE_CHECKING:
@@ -180,7 +181,7 @@ class Estimate:
             if size:
                 yield (
                     f"memory kept from step to step on {place}, both guidance calls: "
-                    f"{as_gigabytes(size)} a sample in {self.dtype}"
+                    f"{in_words(size)} a sample in {self.dtype}"
                 )
 
     def _verdict(self) -> str:
@@ -231,13 +232,14 @@ def estimate(
         ValueError: a model that makes no videos or is unknown, sizes that it cannot make, or a
             method that does not fit them.
     """
-    schedule = schedule or Schedule()
+    schedule = as_schedule(schedule)
     check_method(method)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if efficiency is not None and not 0 < efficiency < math.inf:
         raise ValueError(f"efficiency must be positive, got {efficiency}")
     subject = subject_of(pipe_or_config, text)
+    schedule.check_layers(subject.blocks)
     grid = subject.grid(height, width, num_frames)
     density, computed, plan = _densities(method, subject.seen(grid))  # before a measurement
 
@@ -287,24 +289,24 @@ def _sparse_share(subject: Subject, schedule: Schedule, steps: int, method: Meth
     """Share of all pairs of an attention and a step that are not dense."""
     layers = [site.layer for site in subject.sites if schedule.why_layer(site.layer) is None]
     memories = [memory_of(layer_method(method, layer)) for layer in layers]
-    sparse = sum(steps - len(_dense_steps(schedule, steps, memory)) for memory in memories)
+    sparse = sum(_sparse_steps(schedule, steps, memory) for memory in memories)
     return sparse / (len(subject.sites) * steps)
 
 
-def _dense_steps(schedule: Schedule, steps: int, memory: Memory | None) -> set[int]:
-    """Dense steps of the schedule, and steps in which a method with a memory learns."""
-    dense = {step for step in range(steps) if schedule.why_step(step, steps) is not None}
-    if memory is None:
-        return dense
-    learned = None
-    for step in range(steps):
-        if schedule.is_last_at_start(step, steps):
-            learned = step
-        elif step not in dense:
-            due = learned is None or (memory.every and step - learned >= memory.every)
-            learned = step if due else learned
-            dense |= {step} if due else set()
-    return dense
+def _sparse_steps(schedule: Schedule, steps: int, memory: Memory | None) -> int:
+    """How many steps are sparse: neither dense by the schedule nor one in which a memory learns.
+
+    It learns at the last dense step of the start, which costs nothing, or else at the first; then
+    again where `every` steps have passed.
+    """
+    sparse = schedule.sparse_steps(steps)
+    if memory is None or not sparse:
+        return len(sparse)
+    learned = 1 if sparse.start == 0 else 0
+    if memory.every:
+        since = len(sparse) if sparse.start else len(sparse) - 1
+        learned += since // memory.every
+    return len(sparse) - learned
 
 
 def _memory(subject: Subject, method: Method, schedule: Schedule, video: VideoShape) -> Needed:

@@ -12,6 +12,8 @@ from torch import Tensor
 from gen_accel.extras import needed_for
 from gen_accel.files import replacing
 from gen_accel.method import Method, layers_differ, parts_of, plan_of
+from gen_accel.paths import expanded
+from gen_accel.room import check_room
 from gen_accel.video import VideoShape
 
 KEPT, LEFT_OUT, GAP = (11, 107, 93), (226, 225, 220), (255, 255, 255)
@@ -40,7 +42,7 @@ def mask_picture(
         ValueError: a token outside of the video, or `path` without .png.
         OSError: `path` cannot be written.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path} must end in .png")
     plan = plan_of(method, video)
@@ -158,6 +160,8 @@ def _notes(method: Method) -> list[str]:
 
 def _pooled(keep: Tensor, rows: int, columns: int) -> Tensor:
     """(Kq, Kk) bool to (rows, columns) in [0, 1], the share that is kept."""
+    blocks = " x ".join(map(str, keep.shape))
+    check_room(f"a picture of {blocks} blocks", 4 * keep.numel(), "ask for fewer tokens")
     return F.adaptive_avg_pool2d(keep[None, None].float(), (rows, columns))[0, 0]
 
 

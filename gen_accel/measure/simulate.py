@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gen_accel.attention_processors.methods.neighborhood import AXES, Axes, Neighborhood, spans
+from gen_accel.room import check_room
 from gen_accel.video import VideoShape
 
 # Query and key tiles of NATTEN 0.21.7 on Hopper (128 queries) and Blackwell (256 queries) at head
@@ -213,6 +214,8 @@ def best_choices(
 
 
 def _check(video: VideoShape, tiles: Sequence[tuple[Axes, Axes]]) -> None:
+    longest = max(video.grid)
+    check_room(f"an axis of {longest} tokens", 80 * longest, "ask for a smaller grid")
     if video.text:
         raise ValueError(f"video must be without text tokens, got {video}")
     for pair in tiles:

@@ -1,7 +1,6 @@
 """A model as its config: from a name, a folder, the hub, a config or the model itself."""
 
 import inspect
-import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,6 +24,9 @@ from gen_accel.attention_processors.families import (
 )
 from gen_accel.attention_processors.families.layers import Cost, Flops
 from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of
+from gen_accel.hub import fetched
+from gen_accel.json_files import read_fields, typed
+from gen_accel.paths import expanded
 from gen_accel.video import VideoShape
 
 NEEDED = ("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "patch_size")
@@ -54,6 +56,11 @@ class Subject:
     sites: list[SelfAttention] = field(repr=False)
     cost: Cost | None = field(repr=False)
     uncounted: tuple[str, ...] = ()
+
+    @property
+    def blocks(self) -> set[int]:
+        """Numbers of the layers with self-attention."""
+        return {site.layer for site in self.sites}
 
     @property
     def head_dim(self) -> int:
@@ -167,7 +174,7 @@ def subject_of(source: Any, text: int | None = None) -> Subject:
 
 
 def _named(name: str, text: int | None) -> Subject:
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         return _in_folder(folder, text)
     preset = name.removeprefix("Wan-AI/").removesuffix("-Diffusers")
@@ -221,31 +228,24 @@ def _in_folder(folder: Path, text: int | None) -> Subject:
 
 
 def _on_hub(name: str, text: int | None) -> Subject:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
     for part in TRANSFORMERS:
         try:
-            config = Path(hf_hub_download(name, f"{part}/config.json"))
-        except EntryNotFoundError:
+            config = fetched(name, f"{part}/config.json")
+        except FileNotFoundError:
             continue
-        except Exception as error:
-            said = str(error).strip().split("\n")[0]
-            raise ValueError(
-                f"the config of {name} is neither in the hub's cache here nor can it be fetched: "
-                f"{said}; known without it: {_known()}"
-            ) from error
+        except OSError as error:
+            raise ValueError(f"{error}; known without it: {_known()}") from error
         vae = None
-        with suppress(Exception):  # some pipelines have none; the family's sizes are taken
-            vae = Path(hf_hub_download(name, "vae/config.json"))
+        with suppress(OSError):  # some pipelines have none; the family's sizes are taken
+            vae = fetched(name, "vae/config.json")
         return _read(name, config, vae, text)
     raise ValueError(f"{name} on the hub holds no transformer/config.json")
 
 
 def _read(name: str, config: Path, vae: Path | None, text: int | None) -> Subject:
-    known = json.loads(config.read_text(encoding="utf-8"))
-    sizes = {} if vae is None else json.loads(vae.read_text(encoding="utf-8"))
-    kind = known.get("_class_name", "WanTransformer3DModel")
+    known = read_fields(config)
+    sizes = {} if vae is None else read_fields(vae)
+    kind = typed(known, "_class_name", str, origin=config, default="WanTransformer3DModel")
     _check_whole(name, known)
     return _built(kind, known, sizes, text=text, name=name)
 
@@ -288,6 +288,8 @@ def _built(
     family = family_named(served_classes()[kind])
     model = _without_values(kind, config)
     sites = family.self_attentions(model)
+    if not sites:
+        raise ValueError(f"{name} has no layers of self-attention, by its config")
     layers = None if family.layers is None else family.layers(model)
     apart = family.KIND == "frames"
     text = family.TEXT_TOKENS if text is None else text

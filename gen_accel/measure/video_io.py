@@ -3,11 +3,10 @@
 Every file is written under a temporary name in the same folder and renamed when it is whole.
 """
 
-import math
 import re
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +16,21 @@ from PIL import Image
 
 from gen_accel.extras import needed_for
 from gen_accel.files import check_folder, replacing
+from gen_accel.measure.ffmpeg_words import why
 from gen_accel.moved import signpost
+from gen_accel.paths import (
+    VIDEO_SUFFIXES,
+    check_replaceable,
+    check_video_suffix,
+    expanded,
+    for_ffmpeg,
+    real,
+)
 
 if not TYPE_CHECKING:
     __getattr__ = signpost("measure.video_io")
 
-SUFFIXES = (".mp4", ".gif", ".png", "")
+SUFFIXES = VIDEO_SUFFIXES
 FRAME_NAME = re.compile(r"\d{4,}\.png")
 
 # Untagged files are decoded as BT.601 by some players and as BT.709 by others.
@@ -30,6 +38,7 @@ MP4_FILTER = (
     "scale=out_color_matrix=bt709:out_range=tv,"
     "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
 )
+RATES = (0.01, 1000.0)  # frames a second that each format can state; ffmpeg refuses others late
 FRAMES_AT_ONCE = 16  # that are read; 44 MB at 720 x 1280
 GIF_FILTER = "split[frames][sample];[sample]palettegen[palette];[frames][palette]paletteuse"
 ODD_SIZE = "gen_accel size {height}x{width}"  # the comment in an mp4 with a padded edge
@@ -57,10 +66,9 @@ def write_video(frames: np.ndarray, path: str | Path, *, fps: float) -> Path:
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.size == 0 or frames.dtype != np.uint8:
         raise ValueError(f"frames must be (F, H, W, 3) uint8, got {frames.shape} {frames.dtype}")
-    if not 0 < fps < math.inf:
-        raise ValueError(f"fps must be positive and finite, got {fps}")
+    check_rate(fps)
     check_writable(path, frames=len(frames))
-    return _write(iter(frames), _target(Path(path), len(frames)), fps)
+    return _write(iter(frames), Path(path), len(frames), fps)
 
 
 def write_stream(chunks: Iterable[np.ndarray], path: str | Path, *, fps: float) -> Path:
@@ -80,8 +88,7 @@ def write_stream(chunks: Iterable[np.ndarray], path: str | Path, *, fps: float) 
         ValueError: no frame, wrong chunks or fps, or whatever `check_writable` refuses.
         OSError: the disk or ffmpeg failed. What was at `path` before is still there.
     """
-    if not 0 < fps < math.inf:
-        raise ValueError(f"fps must be positive and finite, got {fps}")
+    check_rate(fps)
     path = Path(path)
     if path.suffix.lower() != ".png":  # a file or a folder, by how many frames there are
         check_writable(path)
@@ -90,7 +97,14 @@ def write_stream(chunks: Iterable[np.ndarray], path: str | Path, *, fps: float) 
     if not first:
         raise ValueError("chunks must hold a frame, got none")
     check_writable(path, frames=len(first))
-    return _write(chain(first, frames), _target(path, len(first)), fps)
+    return _write(chain(first, frames), path, len(first), fps)
+
+
+def check_rate(fps: float) -> None:
+    """Raises ValueError for frames a second that no file can state."""
+    least, most = RATES
+    if not least <= fps <= most:
+        raise ValueError(f"fps must be from {least:g} to {most:g}, got {fps:g}")
 
 
 def ffmpeg() -> Any:
@@ -103,27 +117,27 @@ def ffmpeg() -> Any:
 def check_writable(path: str | Path, *, frames: int | None = None) -> None:
     """Raise now what `write_video` would raise after the work. Makes the folder of `path`.
 
+    A link is followed: the file that it leads to is written.
+
     Args:
         frames: how many there will be, when known: with 1 a `.png` is a file, else a folder.
 
     Raises:
         ValueError: unknown suffix; `path` is a folder but should be a file, or the reverse; the
-            folder to replace holds more than numbered frames.
-        OSError: the folder of `path` cannot be made or written to.
+            folder to replace holds more than numbered frames; a name that is too long.
+        OSError: the folder of `path` cannot be made or written to, or a file there is read-only.
         ModuleNotFoundError: imageio_ffmpeg is not installed, and the suffix needs it.
     """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(
-            f"{path} ends in {path.suffix!r}; choose .mp4, .gif, .png, "
-            f"or no suffix for a folder of PNG frames"
-        )
+    check_video_suffix(path)
     if path.suffix.lower() in (".mp4", ".gif"):
         ffmpeg()
     target = _target(path, frames)
-    if target.suffix and target.is_dir():
-        raise ValueError(f"{target} must be a file, but it is a folder")
-    if not target.suffix and target.exists():
+    check_replaceable(target)
+    if not _is_folder(path, frames):
+        if target.is_dir():
+            raise ValueError(f"{target} must be a file, but it is a folder")
+    elif target.exists():
         if not target.is_dir():
             raise ValueError(f"{target} must be a folder of frames, but it is a file")
         others = [p.name for p in target.iterdir() if not FRAME_NAME.fullmatch(p.name)]
@@ -131,7 +145,7 @@ def check_writable(path: str | Path, *, frames: int | None = None) -> None:
             raise ValueError(
                 f"{target} must be new or hold numbered PNG frames only, it holds {min(others)}"
             )
-    check_folder(target.parent)
+    check_folder(real(target).parent)
 
 
 def read_video(path: str | Path) -> np.ndarray:
@@ -156,7 +170,7 @@ def read_stream(path: str | Path, *, frames: int = FRAMES_AT_ONCE) -> Iterator[n
     """
     if frames < 1:
         raise ValueError(f"frames must be at least 1, got {frames}")
-    path = Path(path)
+    path = expanded(path)
     if not path.exists():
         raise FileNotFoundError(f"no video at {path}")
     if not _is_pictures(path):
@@ -193,18 +207,23 @@ def video_fps(path: str | Path) -> float | None:
     Raises:
         FileNotFoundError, OSError: as `read_video`.
     """
-    path = Path(path)
+    path = expanded(path)
     if not path.exists():
         raise FileNotFoundError(f"no video at {path}")
     if _is_pictures(path):
         return None
-    with closing(ffmpeg().read_frames(str(path))) as reader:
+    with _reading(path), closing(ffmpeg().read_frames(for_ffmpeg(path))) as reader:
         return float(next(reader)["fps"]) or None
 
 
 def _target(path: Path, frames: int | None) -> Path:
     """Where the frames go: `path`, or the folder that a PNG sequence makes of it."""
-    return path.with_suffix("") if path.suffix.lower() == ".png" and frames != 1 else path
+    return path.with_suffix("") if path.suffix and _is_folder(path, frames) else path
+
+
+def _is_folder(path: Path, frames: int | None) -> bool:
+    """Whether the frames go to a folder, whatever dots there are in its name."""
+    return not path.suffix or (path.suffix.lower() == ".png" and frames != 1)
 
 
 def _is_pictures(path: Path) -> bool:
@@ -214,13 +233,33 @@ def _is_pictures(path: Path) -> bool:
 def _read_pictures(files: Sequence[Path], frames: int) -> Iterator[np.ndarray]:
     for start in range(0, len(files), frames):
         part = files[start : start + frames]
-        yield np.stack([np.asarray(Image.open(file).convert("RGB")) for file in part])
+        yield np.stack([_picture(file) for file in part])
+
+
+def _picture(file: Path) -> np.ndarray:
+    try:
+        with Image.open(file) as opened:
+            return np.asarray(opened.convert("RGB"))
+    except Image.DecompressionBombError as error:
+        raise OSError(f"{file} is refused: {error}") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise OSError(f"{file} cannot be read: {error}") from error
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """One line with the file and the reason, of what ffmpeg says inside."""
+    try:
+        yield
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        said = error.stderr.decode(errors="replace") if hasattr(error, "stderr") else error  # pyright: ignore[reportAttributeAccessIssue]
+        raise OSError(f"{path} cannot be read: {why(said)}") from error
 
 
 def _read_film(path: Path, frames: int) -> Iterator[np.ndarray]:
     # Without passthrough, ffmpeg repeats the frames of a GIF to fill its clock.
-    reader = ffmpeg().read_frames(str(path), output_params=["-fps_mode", "passthrough"])
-    with closing(reader):
+    reader = ffmpeg().read_frames(for_ffmpeg(path), output_params=["-fps_mode", "passthrough"])
+    with _reading(path), closing(reader):
         width, height = next(reader)["size"]
         rows, columns = height, width
         if path.suffix.lower() == ".mp4":
@@ -230,9 +269,10 @@ def _read_film(path: Path, frames: int) -> Iterator[np.ndarray]:
             yield np.stack(pixels)[:, :rows, :columns]
 
 
-def _write(frames: Iterator[np.ndarray], target: Path, fps: float) -> Path:
+def _write(frames: Iterator[np.ndarray], path: Path, count: int, fps: float) -> Path:
+    target = _target(path, count)
     with replacing(target) as partial:
-        match target.suffix.lower():
+        match "" if _is_folder(path, count) else path.suffix.lower():
             case ".mp4":
                 _write_mp4(frames, partial, fps)
             case ".gif":
@@ -270,7 +310,7 @@ def _encode(
     """Send the frames to ffmpeg. size: width and height. options: of imageio_ffmpeg."""
     sent = 0
     writer = ffmpeg().write_frames(
-        str(path), size, macro_block_size=1, ffmpeg_log_level="error", **options
+        for_ffmpeg(path), size, macro_block_size=1, ffmpeg_log_level="error", **options
     )
     with closing(writer):
         writer.send(None)
@@ -279,9 +319,9 @@ def _encode(
             sent += 1
     # The writer ignores how ffmpeg ended: a full disk leaves a short file, or an empty one.
     try:
-        written, _ = ffmpeg().count_frames_and_secs(str(path))
+        written, _ = ffmpeg().count_frames_and_secs(for_ffmpeg(path))
     except RuntimeError as error:
-        raise OSError(f"ffmpeg wrote no readable {path.suffix} file: {error}") from error
+        raise OSError(f"ffmpeg wrote no readable {path.suffix} file: {why(error)}") from error
     if written != sent:
         raise OSError(f"ffmpeg wrote {written} of {sent} frames to the {path.suffix} file")
 
@@ -294,7 +334,7 @@ def _write_folder(frames: Iterator[np.ndarray], folder: Path) -> None:
 
 def _stored_size(path: Path, height: int, width: int) -> tuple[int, int]:
     """Height and width before `_write_mp4` repeated an odd edge; as given for any other file."""
-    command = [ffmpeg().get_ffmpeg_exe(), "-v", "error", "-i", str(path)]
+    command = [ffmpeg().get_ffmpeg_exe(), "-v", "error", "-i", for_ffmpeg(path)]
     tags = subprocess.run([*command, "-f", "ffmetadata", "-"], capture_output=True, check=True)
     pattern = ODD_SIZE.format(height=r"(\d+)", width=r"(\d+)")
     found = re.search(pattern, tags.stdout.decode(errors="replace"))

@@ -16,6 +16,7 @@ from gen_accel.attention_processors.attached.transformers import served_transfor
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factor
 from gen_accel.method import Method, is_silent
 from gen_accel.moved import signpost
+from gen_accel.paths import expanded
 from gen_accel.pipelines.long_video.rope import apply_rule
 
 if not TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _attach_trained(
     **options: Any,
 ) -> Attachment:
     """`gen_accel.attach(pipe, from_lora=folder)`."""
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     folder = folder.parent if folder.is_file() else folder
     recipe = read_recipe(folder)
     transformers = served_transformers(pipe_or_transformer)

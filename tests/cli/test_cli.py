@@ -509,7 +509,7 @@ BAD_OPTIONS = {
     "device": (("--device", "gpu"), ("'gpu'", "cuda")),
     "offload": (("--offload", "disk"), ("'disk'", "sequential")),
     "suffix": (("--out", "clip.avi"), ("clip.avi", ".mp4")),
-    "fps": (("--fps", "0"), ("fps", "positive")),
+    "fps": (("--fps", "0"), ("fps", "0.01")),
     "compare dense": (("--method", "dense", "--compare"), ("Dense()",)),
 }
 

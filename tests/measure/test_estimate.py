@@ -419,7 +419,7 @@ def test_a_repository_out_of_reach_says_what_is_known(monkeypatch, tmp_path):
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
-    with pytest.raises(ValueError, match=r"config of me/mine is neither .* no network; known"):
+    with pytest.raises(ValueError, match=r"me/mine is not in .* \(no network\).*; known without"):
         estimate("me/mine", Dense(), **P480)
 
 

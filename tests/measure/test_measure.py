@@ -14,6 +14,7 @@ from gen_accel import files
 from gen_accel.measure import (
     check_writable,
     contact_sheet,
+    ffmpeg_words,
     psnr,
     psnr_per_frame,
     quality,
@@ -166,7 +167,7 @@ def break_the_writer(monkeypatch, error):
     """Make the third frame fail, in ffmpeg's pipe and in Pillow."""
 
     def write_frames(path, *args, **kwargs):
-        with open(path, "wb") as file:
+        with open(path.removeprefix("file:"), "wb") as file:
             for _ in range(2):
                 file.write((yield).tobytes())
             yield
@@ -235,7 +236,7 @@ def test_write_video_refuses_other_frames(tmp_path, video):
         write_video(video / 255, tmp_path / "clip.mp4", fps=8)
     with pytest.raises(ValueError, match=r"\(0, 32, 48, 3\)"):
         write_video(video[:0], tmp_path / "clip.mp4", fps=8)
-    with pytest.raises(ValueError, match="fps must be positive"):
+    with pytest.raises(ValueError, match="fps must be from"):
         write_video(video, tmp_path / "clip.mp4", fps=0)
 
 
@@ -484,3 +485,51 @@ def test_json_is_strict_and_atomic(tmp_path):
         write_json(path, {"method": object()})
     assert path.read_text(encoding="utf-8") == before
     assert [p.name for p in path.parent.iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize("name", ["13:30/clip.mp4", "pipe:1/clip.gif"])
+def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch, video, name):
+    monkeypatch.chdir(tmp_path)
+    path = write_video(video, name, fps=8)
+    assert path.is_file()
+    assert read_video(name).shape == video.shape
+    assert video_io.video_fps(name) == pytest.approx(8, rel=0.05)
+
+
+def test_a_folder_with_a_dot_is_written_again(tmp_path, video):
+    for _ in range(2):
+        folder = write_video(video, tmp_path / "v1.5.png", fps=8)
+        assert folder == tmp_path / "v1.5"
+        np.testing.assert_array_equal(read_video(folder), video)
+
+
+@pytest.mark.parametrize("fps", [1e-300, 1e300, float("nan"), float("inf"), 0, -1])
+def test_rates_that_no_file_states_are_refused(tmp_path, video, fps):
+    with pytest.raises(ValueError, match=r"^fps must be from 0\.01 to 1000, got"):
+        write_video(video, tmp_path / "clip.mp4", fps=fps)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_ffmpeg_is_quoted_in_one_line(tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"not a video")
+    for read in (read_video, video_io.video_fps):
+        with pytest.raises(OSError, match=r"^\S*bad\.mp4 cannot be read: [^\n]{5,100}$"):
+            read(tmp_path / "bad.mp4")
+
+
+def test_a_picture_that_is_a_bomb_is_refused(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 40)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(OSError, match=r"bomb\.png is refused: Image size \(1600 pixels\)"):
+        read_video(tmp_path / "bomb.png")
+
+
+def test_the_line_of_ffmpeg_that_tells_why():
+    said = """ffmpeg version 7.0.2-static Copyright (c) 2000-2024
+  built with gcc 8
+  configuration: --enable-gpl
+[mov,mp4 @ 0x55d0] moov atom not found
+Error opening input files: Invalid data found when processing input
+"""
+    assert ffmpeg_words.why(said) == "moov atom not found"
+    assert ffmpeg_words.why("") == "ffmpeg does not say why"

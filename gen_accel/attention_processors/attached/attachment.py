@@ -28,7 +28,7 @@ from gen_accel.attention_processors.attached.room import (
     first_tensor,
     needed_by,
 )
-from gen_accel.attention_processors.attached.schedule import Schedule
+from gen_accel.attention_processors.attached.schedule import Schedule, as_schedule
 from gen_accel.attention_processors.attached.summary import Record, Silence, Summary
 from gen_accel.attention_processors.attached.transformers import (
     TRANSFORMERS,
@@ -73,7 +73,7 @@ def put_on(
         raise ValueError(
             "timed=True writes seconds into the records, which record=False leaves out"
         )
-    schedule = schedule or Schedule()
+    schedule = as_schedule(schedule)
     kernels.check_name(kernel)
     if dense_kernel is not None:
         kernels.check_name(dense_kernel, "dense_kernel")
@@ -182,7 +182,7 @@ class Attachment:
         self._sites: list[tuple[Any, SparseProcessor]] = []
         replaced = self._take_places(families)
         self._changes = any(layer.changes for layer in self._layers.values())
-        self._check_layers()
+        self.schedule.check_layers({layer.number for layer in self._layers.values()})
         # Nothing is changed before here, so that a refusal leaves the model as it was.
         _attached.add(self)
         for handle, module in replaced:
@@ -246,15 +246,6 @@ class Attachment:
         if branch is None:
             return SparseProcessor(stock, family.ATTENTION_CALL, run, self, *rest)
         return TrainableProcessor(stock, family.ATTENTION_CALL, run, self, branch, *rest)
-
-    def _check_layers(self) -> None:
-        blocks = {layer.number for layer in self._layers.values()}
-        unknown = set(self.schedule.named_layers) - blocks
-        if unknown:
-            raise ValueError(
-                f"dense_layers must name blocks that attend over the grid, {min(blocks)} to "
-                f"{max(blocks)} here, got {', '.join(map(str, sorted(unknown)))}"
-            )
 
     def detach(self) -> None:
         """Put the stock processors back. Does nothing the second time.

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,10 @@ from safetensors import SafetensorError, safe_open
 
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.options import method_of_file, with_tuples
+from gen_accel.json_files import fields_of, parse_json
 from gen_accel.method import on_device
+from gen_accel.paths import expanded
+from gen_accel.values import check_fields
 
 WEIGHTS, CONFIG = "pytorch_lora_weights.safetensors", "gen_accel.json"
 KEY = "gen_accel"  # of the metadata, and of PEFT's `auto_mapping`
@@ -97,7 +99,7 @@ def read_recipe(source: str | Path) -> Recipe:
         FileNotFoundError: no LoRA there.
         ValueError: a LoRA that was not trained here, or a recipe of another version.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     path = path / WEIGHTS if path.is_dir() or not path.suffix else path
     if not path.is_file():
         raise FileNotFoundError(f"no LoRA at {path}")
@@ -111,13 +113,23 @@ def read_recipe(source: str | Path) -> Recipe:
             f"{path} does not say what attention it was trained with: it is from elsewhere. "
             "Give the method itself"
         )
-    return parse(json.loads(text), path)
+    return parse(parse_json(text, f"the recipe in {path}"), path)
 
 
-def parse(data: Mapping[str, Any], origin: Any) -> Recipe:
+def parse(data: Any, origin: Any) -> Recipe:
+    """What a LoRA says of its training.
+
+    Args:
+        data: as JSON holds it.
+        origin: file or adapter that it is of.
+
+    Raises ValueError for what this version did not write.
+    """
     try:
+        fields_of(data, "it")
         if data["version"] != VERSION:
             raise ValueError(f"its version is {data['version']}, not {VERSION}")
+        check_fields(data, Recipe, "it")
         known = {one.name for one in fields(Recipe)}
         recipe = Recipe(**{k: v for k, v in with_tuples(dict(data)).items() if k in known})
         recipe.build_method()

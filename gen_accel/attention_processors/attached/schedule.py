@@ -1,7 +1,11 @@
 """Which layers and denoising steps stay dense."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
+
+from gen_accel.values import check_types
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Schedule:
     dense_end: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         layers = self.dense_layers
         numbers = (layers,) if isinstance(layers, int) else tuple(layers)
         if any(number < 0 for number in numbers):
@@ -44,6 +49,21 @@ class Schedule:
         """Blocks that are dense by their numbers."""
         return () if isinstance(self.dense_layers, int) else self.dense_layers
 
+    def check_layers(self, blocks: Collection[int]) -> None:
+        """Refuse layers that a model with self-attention in these `blocks` does not have."""
+        layers = self.dense_layers
+        if isinstance(layers, int) and layers > max(blocks) + 1:
+            raise ValueError(
+                f"dense_layers must be at most {max(blocks) + 1}, the layers of this model, got "
+                f"{layers}"
+            )
+        unknown = set(self.named_layers) - {*blocks}
+        if unknown:
+            raise ValueError(
+                f"dense_layers must name blocks that attend over the grid, {min(blocks)} to "
+                f"{max(blocks)} here, got {', '.join(map(str, sorted(unknown)))}"
+            )
+
     @property
     def needs_step(self) -> bool:
         return self.dense_steps > 0 or self.needs_total
@@ -55,10 +75,17 @@ class Schedule:
     def progress(self, step: int, steps: int | None) -> float:
         """Progress of a run at `step`, among its steps that are not dense: 0 at the first, 1 at
         the last. 0 where `steps` is not known, and where there are no two of these."""
-        sparse = [i for i in range(steps or 0) if self.why_step(i, steps) is None]
+        sparse = self.sparse_steps(steps or 0)
         if len(sparse) < 2:
             return 0.0
-        return min(1.0, sum(i < step for i in sparse) / (len(sparse) - 1))
+        before = min(max(step - sparse.start, 0), len(sparse))
+        return min(1.0, before / (len(sparse) - 1))
+
+    def sparse_steps(self, steps: int) -> range:
+        """Those of `steps` that are not dense, which lie together."""
+        first = max(self.dense_steps, math.ceil(self.dense_start * steps - 1e-9))
+        last = steps - math.ceil(self.dense_end * steps - 1e-9)
+        return range(min(first, steps), max(last, min(first, steps)))
 
     def why_layer(self, layer: int) -> str | None:
         """The reason why `layer` is dense at all steps, counted from 0; None if it is not."""
@@ -83,3 +110,12 @@ class Schedule:
         more = steps is None or step + 1 < steps
         dense = self.why_step(step, steps) is not None
         return dense and more and self.why_step(step + 1, steps) is None
+
+
+def as_schedule(given: Any) -> Schedule:
+    """`given`, or no dense layers and steps for None; ValueError for what is no schedule."""
+    if given is None:
+        return Schedule()
+    if not isinstance(given, Schedule):
+        raise ValueError(f"schedule must be a Schedule, such as {Schedule(2)}, got {given!r}")
+    return given

@@ -1,6 +1,5 @@
 """What is attached, on disk: the method and its parameters, as JSON and safetensors."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,7 @@ from gen_accel.attention_processors.methods.options import (
     with_tuples,
 )
 from gen_accel.files import file_sha256, flush, replacing, write_json
+from gen_accel.json_files import read_fields, typed
 from gen_accel.method import branch_of, layer_method
 from gen_accel.tensor_files import check_finite, save_tensors
 
@@ -93,7 +93,7 @@ def weights_of(folder: Path) -> Path:
     or are there."""
     following = folder / NEXT
     try:
-        named = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["sha256"]
+        named = read_fields(folder / CONFIG)["sha256"]
         belongs = file_sha256(following) == named
     except (OSError, ValueError, KeyError, TypeError):
         belongs = False
@@ -141,15 +141,16 @@ def _settle(folder: Path) -> None:
 def _read(path: Path) -> tuple[Any, dict[str, Any], str]:
     """The method, the options of `attach`, and the hash of the weights."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_fields(path)
         if config["version"] != VERSION:
             raise ValueError(f"its version is {config['version']}, not {VERSION}")
-        method = method_of_file(config["method"], config["options"])
-        schedule = Schedule(**with_tuples(config["schedule"]))
+        options = typed(config, "options", dict, origin=path)
+        method = method_of_file(typed(config, "method", str, origin=path), options)
+        schedule = Schedule(**with_tuples(typed(config, "schedule", dict, origin=path)))
         options = {"schedule": schedule, "kernel": config["kernel"]}
         options["dense_kernel"] = config.get("dense_kernel")  # which early files do not name
         return method, options, config["sha256"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what save_processors writes: {error}") from error
 
 

@@ -1,5 +1,6 @@
 """The transformers of a pipeline and its scheduler."""
 
+import pickle
 from typing import Any
 from weakref import ref
 
@@ -33,6 +34,12 @@ class SchedulerOf:
         if alive is None:
             raise RuntimeError("the pipeline attached to is gone; attach to the one now in use")
         return alive.scheduler
+
+    def __reduce__(self) -> Any:
+        raise pickle.PicklingError(
+            "a pipeline with a method attached cannot be pickled: detach() first, and attach "
+            "again where it is loaded"
+        )
 
     def __deepcopy__(self, memo: dict) -> "SchedulerOf":
         """With a copy of the whole pipeline, that of the copy."""

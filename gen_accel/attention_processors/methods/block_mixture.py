@@ -29,7 +29,7 @@ from gen_accel.kernels.pooling import block_sums
 from gen_accel.kernels.runner import name_of
 from gen_accel.plan import Centre, Plan, Route, Slots, plan_of_call, slots_of
 from gen_accel.recall import recalled
-from gen_accel.values import check_choices
+from gen_accel.values import check_choices, check_types
 from gen_accel.video import VideoShape
 
 Partition = Literal["cycle", "1d", "2d", "3d"]
@@ -97,6 +97,7 @@ class BlockMixture:
     centre: Centre = "query"
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_choices(self, partition=Partition, select=Select, scope=Scope, routing=Routing)
         for name in ("chunk_2d", "chunk_3d", "chunks", "topk"):
             if isinstance(getattr(self, name), list):

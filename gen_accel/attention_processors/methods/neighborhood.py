@@ -21,6 +21,7 @@ from gen_accel.attention_processors.methods.pooled import Pool, rest_of
 from gen_accel.plan import Boxes, Centre, Plan, Windows
 from gen_accel.recall import recalled
 from gen_accel.runs import mask_or_runs, slices_of
+from gen_accel.values import check_types
 from gen_accel.video import VideoShape
 
 Axes = tuple[int, int, int]
@@ -60,6 +61,7 @@ class Neighborhood:
     centre: Centre = "query"
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("window", "stride", "dilation", "is_causal"):
             if len(getattr(self, name)) != 3:
                 raise ValueError(

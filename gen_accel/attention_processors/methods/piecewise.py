@@ -44,7 +44,7 @@ from gen_accel.attention_processors.methods.stand_in import smooth_qk
 from gen_accel.kernels.runner import name_of, scale_of, scale_or_default
 from gen_accel.plan import ORDERS, Plan, Rest, plan_of_call
 from gen_accel.recall import recalled
-from gen_accel.values import check_choices
+from gen_accel.values import check_choices, check_types
 from gen_accel.video import VideoShape
 
 Select = Literal["topk", "threshold"]
@@ -135,6 +135,7 @@ class Piecewise:
     alike: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_choices(
             self, select=Select, threshold=Deviation, score=Score, centre=Around, budget=By
         )

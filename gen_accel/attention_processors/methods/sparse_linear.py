@@ -33,7 +33,7 @@ from gen_accel.kernels import linear as linear_kernel
 from gen_accel.kernels.runner import name_of, scale_of, scale_or_default
 from gen_accel.plan import Centre, Plan, plan_of_call
 from gen_accel.recall import recalled
-from gen_accel.values import check_choices
+from gen_accel.values import check_choices, check_types
 from gen_accel.video import VideoShape
 
 LinearOver = Literal["all", "rest", "marginal"]
@@ -100,6 +100,7 @@ class SparseLinear:
     centre: Centre = "query"
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_choices(
             self,
             linear_over=LinearOver,

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from gen_accel.files import cache_folder, make_cache_folder, trusted_text
+from gen_accel.json_files import fields_of, parse_json, typed
 
 
 def key(arch: str, kind: str, q: Tensor, block_q: int, block_k: int) -> str:
@@ -26,8 +27,9 @@ def path() -> Path:
 def read() -> dict[str, list[int]]:
     """The kept configurations by `key`; empty where nothing was tuned yet."""
     try:
-        return json.loads(trusted_text(path()) or "{}")
-    except json.JSONDecodeError:
+        found = fields_of(parse_json(trusted_text(path()) or "{}", path()), path())
+        return {name: typed(found, name, list, origin=path()) for name in found}
+    except ValueError:
         return {}
 
 

@@ -185,8 +185,11 @@ def write_comparison(result: Comparison, target: Path) -> dict[str, Path]:
 
 def comparison_files(target: Path) -> tuple[Path, Path, Path]:
     """What `write_comparison` writes beside `target`: dense, side by side, and the report."""
-    report = target.with_name(f"{target.stem}.json")
-    return beside(target, "dense"), beside(target, "side_by_side"), report
+    return beside(target, "dense"), beside(target, "side_by_side"), report_of(target)
+
+
+def report_of(target: Path) -> Path:
+    return target.with_name(f"{target.stem}.json")
 
 
 def beside(target: Path, name: str) -> Path:

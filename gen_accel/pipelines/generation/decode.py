@@ -21,6 +21,8 @@ from torch import Tensor
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.families import FAMILIES, family_named, served_classes
 from gen_accel.files import check_folder, replacing
+from gen_accel.json_files import fields_of, parse_json, typed
+from gen_accel.paths import check_replaceable, expanded, real
 from gen_accel.tensor_files import save_tensors
 
 LATENTS = ".safetensors"
@@ -117,9 +119,10 @@ def check_latents_path(path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() != LATENTS:
         raise ValueError(f"a file of latents must end in {LATENTS}, got {path}")
+    check_replaceable(path)
     if path.is_dir():
         raise ValueError(f"{path} must be a file, but it is a folder")
-    check_folder(path.parent)
+    check_folder(real(path).parent)
 
 
 def load_latents(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
@@ -131,14 +134,16 @@ def load_latents(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
+    path = expanded(path)
+    if not path.is_file():
         raise FileNotFoundError(f"no file of latents at {path}")
     try:
         with safe_open(path, framework="pt") as file:
             latents = file.get_tensor("latents")
             if latents.ndim != 5:
                 raise ValueError(f"latents must be (1, C, f, h, w), got {tuple(latents.shape)}")
-            about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
+            about = fields_of(parse_json((file.metadata() or {}).get(ABOUT, "{}"), path), path)
+            typed(about, "fps", float, type(None), origin=path, default=None)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no file of latents: {error}") from error
     return latents, about

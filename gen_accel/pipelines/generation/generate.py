@@ -1,5 +1,6 @@
 """Generate videos with any diffusers video pipeline: load, attach, denoise, decode into a file."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from gen_accel.endings import unwinding
 from gen_accel.measure import write_json, write_video
 from gen_accel.measure.video_io import check_writable, write_stream
 from gen_accel.method import Method
+from gen_accel.paths import expanded
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation import prompt_list
 from gen_accel.pipelines.generation.compare import (
@@ -199,7 +201,7 @@ def decode_latents(
     """
     values, about = load_latents(latents)
     check_model(model)
-    target = Path(out)
+    target = expanded(out)
     check_writable(target, frames=1 if values.shape[2] == 1 else None)
     rate = about.get("fps") if fps is None else fps
     rate = FPS if rate is None else rate
@@ -215,7 +217,8 @@ def read_prompts(path: str | Path) -> list[str]:
     Raises ValueError for a file without any, or that is not UTF-8.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        # Not by `splitlines`, which cuts at what a prompt may hold, such as U+2028.
+        lines = expanded(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
@@ -299,7 +302,7 @@ def _made(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Generat
                 files["latents"] = save_latents(video.latents, taken.latents, about)
             files["video"] = _write(pipe, taken.latents, target, clip.fps, bar, rank)
     seconds = time.perf_counter() - start
-    if stale := [str(file) for file in comparison_files(target) if file.exists()]:
+    if stale := [str(file) for file in comparison_files(target) if os.path.exists(file)]:
         print(f"of an earlier video: {', '.join(stale)}", file=sys.stderr)
     return Generated(video.prompt, video.seed, files, seconds, summary, extension, image=seen)
 

@@ -11,12 +11,13 @@ from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.measure.quality import check_installed
 from gen_accel.measure.video_io import check_writable
 from gen_accel.method import Method, parts_of
+from gen_accel.paths import check_replaceable, expanded
 from gen_accel.pipelines.generation import prompt_list
-from gen_accel.pipelines.generation.compare import beside
+from gen_accel.pipelines.generation.compare import beside, report_of
 from gen_accel.pipelines.generation.decode import check_latents_path
 from gen_accel.pipelines.generation.image_input import ImageInput
 from gen_accel.pipelines.generation.loading import Loading, check_model, find_device
-from gen_accel.pipelines.generation.sampling import Clip, check_clip, filled
+from gen_accel.pipelines.generation.sampling import Clip, check_clip, check_text, filled
 from gen_accel.pipelines.long_video import check_names
 
 
@@ -91,6 +92,8 @@ class Job:
             raise ValueError("give a method, or from_lora")
         if not prompts:
             raise ValueError("no prompts: give one, or a file with one on each line")
+        for prompt in prompts:
+            check_text("prompt", prompt)
         job._check(latents)
         several = numbered or len(prompts) > 1
         job = replace(job, several=several, videos=job._videos(prompts, out, latents, several))
@@ -185,7 +188,8 @@ class Job:
         several: bool,
     ) -> tuple[Video, ...]:
         def names(path: str | Path) -> list[Path]:
-            return prompt_list.numbered(Path(path), len(prompts)) if several else [Path(path)]
+            path = expanded(path)
+            return prompt_list.numbered(path, len(prompts)) if several else [path]
 
         kept = [None] * len(prompts) if latents is None else names(latents)
         each = zip(prompts, names(out), kept, strict=True)
@@ -202,6 +206,9 @@ class Job:
             check_installed()
             for name in ("dense", "side_by_side"):
                 check_writable(beside(video.target, name), frames=self.clip.frames)
+            check_replaceable(report_of(video.target))
+        if self.several:
+            check_replaceable(prompt_list.record_of(video.target))
         if video.latents is not None:
             check_latents_path(video.latents)
 

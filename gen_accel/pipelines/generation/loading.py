@@ -1,20 +1,26 @@
 """A pipeline loaded from a folder or a hub name, with its LoRAs, dtype, device and offloading."""
 
 import inspect
-import json
-import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
+from gen_accel import names
 from gen_accel.attention_processors.attached.transformers import TRANSFORMERS
 from gen_accel.attention_processors.families import served_classes, video_classes
 from gen_accel.extras import needed_for
+from gen_accel.hub import check_there, fetched, parted, silenced
+from gen_accel.json_files import read_fields
+from gen_accel.names import OFFLOADS as OFFLOADS
+from gen_accel.names import check_loading
+from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.arguments import frames_argument, parameters, served_family
 from gen_accel.pipelines.generation.decode import (
     check_streamed,
@@ -23,9 +29,8 @@ from gen_accel.pipelines.generation.lora_fit import check_lora
 from gen_accel.pipelines.generation.model_index import check_index, part_class, pipeline_class
 from gen_accel.tensor_files import named
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OFFLOADS = ("none", "model", "group", "sequential")
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+DTYPES = {name: getattr(torch, name) for name in names.DTYPES}
+MOST_SAID = 400  # characters of what a library says
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,7 @@ class Loading:
     loras: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.dtype != "auto" and self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.offload not in OFFLOADS:
-            raise ValueError(f"offload must be one of {OFFLOADS}, got {self.offload!r}")
+        check_loading(self.dtype, self.offload)
 
 
 def check_model(model: str | Path) -> None:
@@ -60,21 +62,15 @@ def check_model(model: str | Path) -> None:
     """
     folder = folder_of(model)
     if not folder.exists():
-        if REPOSITORY.fullmatch(str(model)):
-            return
-        raise FileNotFoundError(
-            f"no folder at {model}, and no repository is called like that{_embedded(model)}"
-        )
+        check_there(model, "folder")
+        return
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(
             f"{model} holds no model_index.json: give the folder that a diffusers pipeline was "
             "saved in"
         )
-    try:
-        kind, _ = _classes(json.loads(index.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError, LookupError, TypeError) as error:
-        raise ValueError(f"{index} is no index of a pipeline: {error}") from error
+    kind, _ = _classes(read_fields(index), index)
     if kind is not None and kind not in served_classes():
         raise ValueError(f"no family serves {kind} of {model}; see `gen-accel models`")
     if kind is not None and kind not in video_classes():
@@ -86,7 +82,9 @@ def check_latents_of(model: str | Path) -> None:
     which is fetched where it is on the hub."""
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    check_streamed(*_classes(DiffusionPipeline.load_config(_location(model))))
+    with _one_line(model):
+        index = DiffusionPipeline.load_config(_location(model))
+    check_streamed(*_classes(index, model))
 
 
 def load(model: str | Path, loading: Loading | None = None) -> Any:
@@ -104,12 +102,14 @@ def load(model: str | Path, loading: Loading | None = None) -> Any:
     source, device, dtype = _source(model, loading)
     loras = [_lora(text) for text in loading.loras]
     _check_floats(Path(source))
-    index: Any = DiffusionPipeline.load_config(source)
+    with _one_line(model):
+        index: Any = DiffusionPipeline.load_config(source)
     check_index(index, source)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _one_line(model):
         # Newer diffusers call it `dtype`; older ones ignore that.
         warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
         pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+    _check_complete(pipe, model)
     pipe.set_progress_bar_config(disable=True)
     if frames_argument(pipe) not in parameters(pipe):
         kind = type(pipe).__name__
@@ -136,12 +136,13 @@ def load_decoder(model: str | Path, loading: Loading | None = None) -> Any:
     if loading.loras:
         raise ValueError(f"a LoRA does not change how latents are decoded, got {loading.loras}")
     source, device, dtype = _source(model, loading)
-    index: Any = DiffusionPipeline.load_config(source)
+    with _one_line(model):
+        index: Any = DiffusionPipeline.load_config(source)
     check_index(index, source)
     kind: Any = pipeline_class(index.get("_class_name"))
     decoder: Any = part_class(index.get("vae") or (None, None), "vae")
-    check_streamed(*_classes(index))
-    with warnings.catch_warnings():
+    check_streamed(*_classes(index, model))
+    with warnings.catch_warnings(), _one_line(model):
         warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
         vae = decoder.from_pretrained(source, subfolder="vae", torch_dtype=dtype)
     parts = {
@@ -176,14 +177,52 @@ def find_device(name: str) -> torch.device:
 
 def folder_of(model: str | Path) -> Path:
     """Of a pipeline, whether or not it is there."""
-    return Path(model).expanduser()
+    return expanded(model)
 
 
-def _classes(index: Any) -> tuple[str | None, str | None]:
-    """Of the first transformer and the autoencoder, by a pipeline's index."""
-    found = [index.get(name, (None, None))[1] for name in TRANSFORMERS]
+def _classes(index: Any, origin: Any) -> tuple[str | None, str | None]:
+    """Of the first transformer and the autoencoder, by a pipeline's index, which is `origin`."""
+    found = [_class_in(index, name, origin) for name in TRANSFORMERS]
     first = next((kind for kind in found if kind is not None), None)
-    return first, index.get("vae", (None, None))[1]
+    return first, _class_in(index, "vae", origin)
+
+
+def _class_in(index: Any, name: str, origin: Any) -> str | None:
+    pair = index.get(name)
+    if pair is None:
+        return None
+    whole = isinstance(pair, list | tuple) and len(pair) == 2
+    if not whole or not isinstance(pair[1], str | None):
+        raise ValueError(f"{name} in {origin} must be a library and a class, got {pair!r}")
+    return pair[1]
+
+
+@contextmanager
+def _one_line(source: Any) -> Iterator[None]:
+    """What a library says of files that cannot be loaded, as one line that names them."""
+    try:
+        with silenced("diffusers"):  # pages of names, where one is told
+            yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # Of a list of what does not fit, the head says that, and the next is an example.
+        said = " ".join(lines[:2])[:MOST_SAID] or type(error).__name__
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{source} cannot be loaded: {said}") from error
+
+
+def _check_complete(pipe: Any, model: str | Path) -> None:
+    """Refuse a model of which a file lacks weights, which are left without values."""
+    for name, part in pipe.components.items():
+        parameters = part.named_parameters() if isinstance(part, nn.Module) else ()
+        lacking = [key for key, value in parameters if value.is_meta]
+        if lacking:
+            raise ValueError(
+                f"{name} of {model} lacks {len(lacking)} of its weights, such as {lacking[0]}: "
+                "its files are not whole, fetch or save them again"
+            )
 
 
 def _location(model: str | Path) -> str:
@@ -192,14 +231,11 @@ def _location(model: str | Path) -> str:
     return str(folder if folder.exists() else model)
 
 
-def _embedded(model: str | Path) -> str:
-    """For a message: "demo" is a name of the command line and of configs."""
-    return "; the demo model is gen_accel.demo.path()" if str(model) == "demo" else ""
-
-
 def _source(model: str | Path, loading: Loading) -> tuple[str, torch.device, torch.dtype]:
     """What to load from, where to and as what; refused before anything is loaded."""
     check_model(model)
+    if not folder_of(model).exists():
+        fetched(str(model), "model_index.json")
     device = find_device(loading.device)
     if loading.offload != "none" and device.type == "cpu":
         raise ValueError(
@@ -228,15 +264,10 @@ def _place(pipe: Any, offload: str, device: torch.device) -> None:
 
 def _lora(text: str) -> tuple[str, float]:
     """ "folder:0.5" to the folder and 0.5."""
-    source, colon, weight = text.rpartition(":")
-    try:
-        parsed = (source, float(weight)) if colon else (text, 1.0)
-    except ValueError:  # the colon belongs to the name
-        parsed = (text, 1.0)
-    path = Path(parsed[0]).expanduser()
-    if not path.exists() and not REPOSITORY.fullmatch(parsed[0]):
-        raise FileNotFoundError(f"no LoRA at {parsed[0]}, and no repository is called like that")
-    return (str(path) if path.exists() else parsed[0]), parsed[1]
+    source, weight = parted(text)
+    check_there(source, "LoRA")
+    path = expanded(source)
+    return (str(path) if path.exists() else source), weight
 
 
 def _check_floats(folder: Path) -> None:
@@ -264,7 +295,8 @@ def _add_loras(pipe: Any, loras: Sequence[tuple[str, float]]) -> None:
     for i, (source, _) in enumerate(loras):
         name = f"lora_{i}"
         check_lora(pipe, source)
-        pipe.load_lora_weights(source, adapter_name=name)
+        with _one_line(source):
+            pipe.load_lora_weights(source, adapter_name=name)
         if not any(name in adapters for adapters in pipe.get_list_adapters().values()):
             raise ValueError(f"{source} holds no LoRA for {type(pipe).__name__}")
         names.append(name)

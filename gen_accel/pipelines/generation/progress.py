@@ -1,7 +1,10 @@
-"""Progress on stderr: bars with the time that remains, and what moves them on."""
+"""Progress on stderr, and what moves it on: bars with the time that remains, or lines now and then
+where no terminal shows bars, as in the log of a job."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,11 +13,14 @@ from gen_accel.extras import needed_for
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+EVERY = 10.0  # seconds between two lines of a task
+
 Tick = Callable[[int, int], None]  # is told how much is done, steps or frames, and of how many
 
 
 def progress_bar(*, units: bool = False) -> "Progress":
-    """A bar with the time that remains.
+    """A bar with the time that remains; without a terminal a line at the first step, every ten
+    seconds, and at the end of each task.
 
     Args:
         units: each task names what it counts, as in `bar.add_task("clip", unit="steps")`.
@@ -29,6 +35,9 @@ def progress_bar(*, units: bool = False) -> "Progress":
             TimeElapsedColumn,
             TimeRemainingColumn,
         )
+    console = Console(stderr=True)
+    if not (console.is_terminal or console.is_jupyter):
+        return _lines(console)
     return Progress(
         TextColumn("{task.description:<8}"),
         BarColumn(),
@@ -37,8 +46,74 @@ def progress_bar(*, units: bool = False) -> "Progress":
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
     )
+
+
+def _lines(console: Any) -> "Progress":
+    """A `Progress` that prints lines."""
+    from rich.progress import Progress, TaskID
+
+    class Lines(Progress):
+        def __init__(self) -> None:
+            super().__init__(console=console, disable=True)
+            self._said: dict[TaskID, tuple[float, float]] = {}  # when, and how much was done
+            self._begun: dict[TaskID, float] = {}  # how much was done before this run
+
+        def track(
+            self,
+            sequence: Iterable[Any],
+            total: float | None = None,
+            completed: int = 0,
+            task_id: TaskID | None = None,
+            description: str = "Working...",
+            update_period: float = 0.1,
+        ) -> Iterator[Any]:
+            """`Progress.track`, which without a display says the last item alone."""
+            items = [*sequence]
+            if task_id is None:
+                task_id = self.add_task(description, total=total or len(items))
+            for item in items:
+                yield item
+                self.advance(task_id)
+
+        def update(self, task_id: TaskID, **fields: Any) -> None:
+            self._begun.setdefault(task_id, self._tasks[task_id].completed)
+            super().update(task_id, **fields)
+            self._say(task_id)
+
+        def advance(self, task_id: TaskID, advance: float = 1) -> None:
+            super().advance(task_id, advance)
+            self._say(task_id)
+
+        def _say(self, task_id: TaskID) -> None:
+            task, now = self._tasks[task_id], time.monotonic()
+            when, done = self._said.get(task_id, (-EVERY, -1.0))
+            ends = task.total is not None and task.completed >= task.total
+            if task.completed == done or not (ends or now - when >= EVERY):
+                return
+            self._said[task_id] = now, task.completed
+            line = _line(task, min(self._begun.get(task_id, 0.0), task.completed))
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    return Lines()
+
+
+def _line(task: Any, begun: float) -> str:
+    """ "cat.mp4 3/50 steps, 0:00:12, left 0:03:08".
+
+    Args:
+        begun: how much was done before the clock started.
+    """
+    total = "?" if task.total is None else f"{task.total:g}"
+    unit = task.fields.get("unit", "")
+    line = f"{task.description} {task.completed:g}/{total} {unit}".rstrip()
+    elapsed = task.elapsed or 0.0
+    line += f", {timedelta(seconds=round(elapsed))}"
+    if task.total is None or task.completed <= begun or task.completed >= task.total:
+        return line
+    left = elapsed / (task.completed - begun) * (task.total - task.completed)
+    return f"{line}, left {timedelta(seconds=round(left))}"
 
 
 def steps_bar() -> "Progress":

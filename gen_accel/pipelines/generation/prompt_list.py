@@ -18,7 +18,9 @@ from PIL import Image
 
 from gen_accel.extras import needed_for
 from gen_accel.files import file_sha256, folder_sha256
+from gen_accel.json_files import read_fields, typed
 from gen_accel.measure import write_json
+from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import Loading, find_device, folder_of
 
 with needed_for("generating videos", extra="video"):
@@ -41,17 +43,15 @@ def is_done(target: Path, asked: Mapping[str, Any], latents: Path | None = None)
     Args:
         latents: that are to be among these files.
     """
-    record = _record(target)
+    record = record_of(target)
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
+        found = read_fields(record)
+        by_size = "sha256" not in found
+        kept = "bytes" if by_size else "sha256"
+        before, clip, files = (
+            typed(found, part, dict, origin=record) for part in ("asked", "clip", kept)
+        )
     except (FileNotFoundError, ValueError):  # a power cut may leave it empty
-        return False
-    if not isinstance(found, dict):
-        return False
-    by_size = "sha256" not in found
-    before, clip = found.get("asked"), found.get("clip")
-    files = found.get("bytes" if by_size else "sha256")
-    if not (isinstance(before, dict) and isinstance(clip, dict) and isinstance(files, dict)):
         return False
     if not files or (latents is not None and _beside(latents, target) not in files):
         return False
@@ -84,12 +84,12 @@ def write_done(
         files: all that was made for `target`.
     """
     hashes = {_beside(file, target): _sha256(file) for file in files}
-    write_json(_record(target), {"asked": asked, "clip": clip, "sha256": hashes})
+    write_json(record_of(target), {"asked": asked, "clip": clip, "sha256": hashes})
 
 
 def forget_done(target: Path) -> None:
     """Before its files are written again."""
-    _record(target).unlink(missing_ok=True)
+    record_of(target).unlink(missing_ok=True)
 
 
 def what_is_done(targets: Sequence[Path], left: Sequence[int]) -> str:
@@ -120,7 +120,7 @@ def sources(
 
 def identity(source: Any) -> str:
     """Of files, a hash of their names, sizes and times; of a repository on the hub, its name."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.exists():
         return str(source)
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
@@ -188,7 +188,8 @@ def _without_tensors(made: Any) -> Any:
     return made
 
 
-def _record(target: Path) -> Path:
+def record_of(target: Path) -> Path:
+    """The small file beside `target`."""
     return target.with_name(target.name + DONE)
 
 
@@ -214,6 +215,6 @@ def _bytes(path: Path) -> int | None:
 def _identity_of_lora(lora: str) -> str:
     """Of "folder:0.5", where the colon is not a part of the name, with its weight."""
     source, colon, weight = lora.rpartition(":")
-    if not colon or Path(lora).expanduser().exists():
+    if not colon or expanded(lora).exists():
         return identity(lora)
     return f"{identity(source)}:{weight}"

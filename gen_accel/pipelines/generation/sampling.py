@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of, vae_factor
+from gen_accel.measure.video_io import check_rate
 from gen_accel.method import Method, parts_of, plan_of
 from gen_accel.pipelines.generation.arguments import (
     arguments,
@@ -25,8 +26,11 @@ from gen_accel.pipelines.generation.decode import (
     is_streamed,
 )
 from gen_accel.pipelines.generation.progress import Tick
+from gen_accel.room import check_room
+from gen_accel.values import check_types
 from gen_accel.video import VideoShape
 
+ACTIVATIONS = 5  # that a block holds at once: its input, q, k, v and the output
 FPS = 16.0  # where neither the pipeline nor its family knows
 
 
@@ -54,16 +58,32 @@ class Clip:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("frames", "height", "width", "steps", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.fps is not None and not 0 < self.fps < math.inf:
-            raise ValueError(f"fps must be positive, got {self.fps}")
+        if self.fps is not None:
+            check_rate(self.fps)
+        if self.negative_prompt is not None:
+            check_text("negative_prompt", self.negative_prompt)
+        if self.steps is not None:
+            check_room(f"a list of {self.steps} steps", 16 * self.steps, "ask for fewer")
+        if self.max_tokens is not None:  # text encoders mask each pair of tokens
+            check_room(f"max_tokens {self.max_tokens}", self.max_tokens**2, "ask for fewer")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale must be finite, got {self.guidance_scale}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises ValueError for text that is not UTF-8, as a terminal may pass on, which neither a
+    tokenizer nor a report takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} must be UTF-8 text, got {text!r}") from None
 
 
 @dataclass(frozen=True)
@@ -121,7 +141,29 @@ def check_clip(pipe: Any, clip: Clip, method: Method) -> None:
     """Raises ValueError for frames and sizes that the pipeline would round, or where `method`
     cannot be planned; of pipelines that decode by themselves, their own checks speak later."""
     if is_streamed(pipe):
-        check_fits(method, token_grid(pipe, clip))
+        video = token_grid(pipe, clip)
+        _check_room(pipe, clip, video)
+        check_fits(method, video)
+    elif clip.frames and clip.height and clip.width:  # decoded whole, in float32
+        pixels = 12 * clip.frames * clip.height * clip.width
+        check_room(_size(clip), pixels, "ask for fewer frames or pixels")
+
+
+def _check_room(pipe: Any, clip: Clip, video: VideoShape) -> None:
+    """Refuse a clip of which not even one block of the model can hold the tokens."""
+    module = first_transformer(pipe)
+    sites = served_family(pipe).self_attentions(module)
+    width = max(site.heads * site.dim for site in sites)
+    check_room(
+        f"{_size(clip)}, {video.tokens} tokens,",
+        ACTIVATIONS * video.tokens * width * module.dtype.itemsize,
+        "ask for fewer frames or pixels",
+        pipe._execution_device,
+    )
+
+
+def _size(clip: Clip) -> str:
+    return f"{clip.frames} frames of {clip.height} x {clip.width}"
 
 
 def token_grid(pipe: Any, clip: Clip) -> VideoShape:

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from gen_accel.extras import needed_for
+from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt.projectors import GREY, IDENTITY, normalised
 
 EMBEDDING = ("base", "flux")
@@ -171,13 +172,15 @@ def as_rgb(image: Picture) -> Image.Image:
     if isinstance(image, Tensor):
         return _of_tensor(image)
     if isinstance(image, str | Path):
-        path = Path(image).expanduser()
+        path = expanded(image)
         try:
             with Image.open(path) as opened:
                 opened.load()
                 image = opened
         except UnidentifiedImageError as error:
             raise ValueError(f"{path} is no image: {error}") from error
+        except (Image.DecompressionBombError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{path} is a broken image: {error}") from error
         except OSError as error:
             if not path.is_file():
                 raise FileNotFoundError(f"no image at {path}") from error

@@ -43,7 +43,9 @@ from gen_accel.attention_processors.attached.recipe import CONFIG, KEY, sizes
 from gen_accel.attention_processors.families import image_family_of
 from gen_accel.attention_processors.image_prompt import ImageAdapter, KeysValues
 from gen_accel.files import replacing, write_json
-from gen_accel.pipelines.generation.loading import REPOSITORY
+from gen_accel.hub import REPOSITORY
+from gen_accel.json_files import fields_of, parse_json, typed
+from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt import projectors
 from gen_accel.tensor_files import save_tensors
 
@@ -121,7 +123,7 @@ def find_adapter(
         FileNotFoundError: nothing there.
         ValueError: several files, and none named.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         if subfolder or weight_name:
             raise ValueError(f"{source} is a file: leave out subfolder and weight_name")
@@ -147,7 +149,7 @@ def read_adapter(path: str | Path, *, variant: str | None = None) -> AdapterFile
         FileNotFoundError: no such file.
         ValueError: not an adapter, a broken file, or keys of another variant than `variant`.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if variant is not None and variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     if path.is_dir():
@@ -247,7 +249,7 @@ def write_adapter(
     Returns:
         The file.
     """
-    path = Path(folder_or_path).expanduser()
+    path = expanded(folder_or_path)
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise ValueError(f"adapters are written as .safetensors, got {path.name}")
     held = {f"image_proj.{k}": x for k, x in adapter.projector.state_dict().items()}
@@ -347,18 +349,16 @@ def _metadata(text: str | None, path: Path) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        data = json.loads(text)
-        if "variant" not in data:
+        data = parse_json(text, "it")
+        if "variant" not in fields_of(data, "it"):
             return {}
-        if data["version"] != VERSION:
+        if typed(data, "version", int, origin="it") != VERSION:
             raise ValueError(f"its version is {data['version']}, not {VERSION}")
-        if data["variant"] not in VARIANTS:
+        if typed(data, "variant", str, origin="it") not in VARIANTS:
             raise ValueError(f"its variant is {data['variant']!r}, none of {', '.join(VARIANTS)}")
-        if not isinstance(data.get("blocks", {}), dict):
-            raise ValueError(f"its blocks are {data['blocks']!r}, no names by number")
-        if not isinstance(data.get("image_encoder", ""), str):
-            raise ValueError(f"its image_encoder is {data['image_encoder']!r}, no name of one")
-    except (KeyError, TypeError, ValueError) as error:
+        typed(data, "blocks", dict, origin="it", default={})
+        typed(data, "image_encoder", str, origin="it", default="")
+    except ValueError as error:
         raise ValueError(f"what {path} says of itself cannot be read: {error}") from error
     return data
 

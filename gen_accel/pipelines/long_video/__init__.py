@@ -4,11 +4,10 @@ A technique is a frozen dataclass of its options, see `technique.Technique`; `ex
 several on a live pipeline and takes them off again.
 """
 
-import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -17,6 +16,10 @@ from gen_accel.attention_processors.attached.recipe import CONFIG
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.families import family_for, family_of
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factor
+from gen_accel.attention_processors.seam import is_compiled
+from gen_accel.json_files import read_json
+from gen_accel.names import TECHNIQUES, check_techniques
+from gen_accel.paths import expanded
 from gen_accel.pipelines.long_video.continuation import Continuation
 from gen_accel.pipelines.long_video.position_interpolation import PositionInterpolation
 from gen_accel.pipelines.long_video.riflex import Riflex
@@ -28,6 +31,7 @@ __all__ = [
     "TECHNIQUES",
     "Continuation",
     "Extension",
+    "NeverCalled",
     "PositionInterpolation",
     "Riflex",
     "Target",
@@ -47,7 +51,6 @@ _CLASSES = {
     "continuation": "Continuation",
     "fresh_noise": "FreshNoise",
 }
-TECHNIQUES = tuple(_CLASSES)
 
 
 def extend(
@@ -90,9 +93,7 @@ def extend(
 def check_names(techniques: Sequence[str], what: str = "technique") -> None:
     """Raises ValueError for a name that is not in `TECHNIQUES`, and for some that do not go
     together."""
-    for name in techniques:
-        if name not in TECHNIQUES:
-            raise ValueError(f"{what} must be one of {', '.join(TECHNIQUES)}, got {name!r}")
+    check_techniques(techniques, what)
     if techniques:
         _techniques(techniques, {})
 
@@ -114,11 +115,17 @@ def known_trained_frames(transformer: Any) -> int:
     return known
 
 
+class NeverCalled(UserWarning):
+    """A technique was put on a pipeline, and taken off before anything was generated."""
+
+
 class Extension:
-    """What `extend` returns. Call it as the pipeline; `remove()`, or leave its `with`."""
+    """What `extend` returns. Call it as the pipeline; `remove()`, or leave its `with`, which warns
+    with `NeverCalled` where nothing ran."""
 
     def __init__(self, techniques: tuple[Technique, ...], target: Target) -> None:
         self.techniques, self.target = techniques, target
+        self._called = False
         self._undo: list[Callable[[], None]] = []
         try:
             for technique in techniques:
@@ -135,6 +142,7 @@ class Extension:
         """
         if not self._undo:
             raise RuntimeError("the extension was removed; call gen_accel.extend again")
+        self._called = True
         if self.target.pipe is None:
             raise TypeError(
                 "a transformer alone generates nothing: extend the pipeline to call it"
@@ -155,22 +163,37 @@ class Extension:
             self._undo.pop()()
 
     def __enter__(self) -> "Extension":
+        if not any(hasattr(technique, "generate") for technique in self.techniques):
+            # These act on any call of the model, by whomever.
+            for module in self.target.transformers.values():
+                if is_compiled(module):  # a hook would make its graphs anew
+                    self._called = True
+                else:
+                    self._undo.append(module.register_forward_pre_hook(self._mark).remove)
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def _mark(self, module: nn.Module, args: tuple) -> None:
+        self._called = True
+
+    def __exit__(self, kind: Any, *exc: object) -> None:
         self.remove()
+        if kind is None and not self._called:
+            names = ", ".join(technique.name for technique in self.techniques)
+            warnings.warn(
+                f"{names} was put on and never called: call what `extend` returns in the place of "
+                "the pipeline",
+                NeverCalled,
+                stacklevel=2,
+            )
 
 
 def _said_by_folder(transformer: Any) -> int | None:
     """`trained_frames` of the file beside the folder of the transformer, where there is one."""
     loaded = transformer.config.get("_name_or_path")
-    file = Path(loaded or ".").expanduser().resolve().parent / CONFIG
+    file = expanded(loaded or ".").resolve().parent / CONFIG
     if not loaded or not file.is_file():
         return None
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
+    said = read_json(file)
     known = said.get("trained_frames") if isinstance(said, dict) else said
     if known is None:
         return None

@@ -54,7 +54,7 @@ def finished(model, tmp_path_factory):
 def loads(run, monkeypatch):
     """Whether a command line has something to make; it is not made."""
 
-    class Loaded(Exception):
+    class Loaded(BaseException):
         pass
 
     def fail(*args, **kwargs):

@@ -1,0 +1,81 @@
+"""Files of repositories on the hub, and what to do where it cannot be reached."""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gen_accel.paths import expanded
+
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def check_there(source: str | Path, what: str) -> None:
+    """Raise FileNotFoundError for `what` that is neither on this machine nor a name that the hub
+    could know."""
+    if expanded(source).exists() or REPOSITORY.fullmatch(str(source)):
+        return
+    # For a message: "demo" is a name of the command line and of configs.
+    hint = "; the demo model is gen_accel.demo.path()" if str(source) == "demo" else ""
+    raise FileNotFoundError(f"no {what} at {source}, and no repository is called like that{hint}")
+
+
+def parted(text: str) -> tuple[str, float]:
+    """ "folder:0.5" to the folder and 0.5; a colon may also belong to the name."""
+    source, colon, weight = text.rpartition(":")
+    try:
+        return (source, float(weight)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def fetched(repository: str, name: str) -> Path:
+    """A small file of `repository`: as the hub has it, or else from the cache.
+
+    Raises:
+        FileNotFoundError: the repository has no such file.
+        OSError: it is neither in the cache nor can it be fetched.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        with silenced("huggingface_hub"):  # which says each time that it tries again
+            return Path(hf_hub_download(repository, name))
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            raise OSError(why_not(repository, error)) from error
+        raise FileNotFoundError(f"{repository} on the hub holds no {name}") from error
+    except Exception as error:
+        raise OSError(why_not(repository, error)) from error
+
+
+@contextmanager
+def silenced(library: str) -> Iterator[None]:
+    """Inside, nothing below an error is logged by `library`, as what went wrong is raised."""
+    logger = logging.getLogger(library)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def why_not(repository: str, error: Exception) -> str:
+    """A line: where it was looked for, what the hub said, and the command that fetches it."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    where = f"{repository} is not in the hub's cache, {constants.HF_HUB_CACHE}"
+    if isinstance(error, GatedRepoError):
+        return f"{where}, and the hub asks who you are: accept its terms, then `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{where}, and the hub has none of that name that you may read"
+    cause = error.__cause__ or error
+    said = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
+    return (
+        f"{where}, and cannot be fetched ({said}): run `hf download {repository}` where there is "
+        "a network, or give a folder"
+    )

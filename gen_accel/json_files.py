@@ -1,0 +1,94 @@
+"""JSON of files: read with the name of the file in each refusal, and the type of each field.
+
+What another program wrote, or a hand, or a crash, may hold anything. Whoever reads it asks for the
+fields by `typed`, so that a wrong one is refused by its name and never met further on.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+REQUIRED: Any = object()
+KINDS = {
+    dict: "names with values",
+    list: "a list",
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+SHOWN = 60  # characters of a wrong value
+
+
+def read_json(path: str | Path) -> Any:
+    """What the file at `path` holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no UTF-8, no JSON, or too deep.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    return parse_json(text, path)
+
+
+def parse_json(text: str, origin: Any) -> Any:
+    """What `text` of the file `origin` holds.
+
+    Raises ValueError, which names `origin`, for what is no JSON, or too deep to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{origin} is no JSON of ours: it is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{origin} is no JSON: {error}") from error
+
+
+def read_fields(path: str | Path) -> dict[str, Any]:
+    """`read_json` of a file that must hold names with values."""
+    return fields_of(read_json(path), path)
+
+
+def fields_of(data: Any, origin: Any) -> dict[str, Any]:
+    """`data`, which must be names with values; ValueError, which names `origin`, else."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{origin} must hold {KINDS[dict]}, got {_shown(data)}")
+    return data
+
+
+def typed(
+    data: Mapping[str, Any], name: str, *kinds: type, origin: Any, default: Any = REQUIRED
+) -> Any:
+    """`data[name]`, of one of `kinds`. A bool is no int here, and an int is a float.
+
+    Args:
+        origin: file that `data` is of.
+        default: where there is no such field; without, it must be there.
+
+    Raises ValueError, which names `origin`, the field and what came.
+    """
+    if name not in data:
+        if default is REQUIRED:
+            raise ValueError(f"{origin} has no {name}")
+        return default
+    value = data[name]
+    if not any(_is(value, kind) for kind in kinds):
+        wanted = " or ".join(KINDS[kind] for kind in kinds)
+        raise ValueError(f"{name} in {origin} must be {wanted}, got {_shown(value)}")
+    return value
+
+
+def _is(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -1,0 +1,155 @@
+"""What the command line says: one line for what is refused, another for a fault of the program."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from torch import nn
+from typer.testing import CliRunner
+
+from gen_accel import METHODS, names
+from gen_accel.cli import app, inventory
+from gen_accel.pipelines.generation import loading
+from gen_accel.pipelines.long_video import _CLASSES
+
+# Refused with neither torch nor diffusers there to be imported, all in one process.
+EARLY = {
+    "generate --model /nope --prompt a": "no folder at /nope",
+    "generate --model demo --prompt a --out a.xyz": "ends in '.xyz'; choose .mp4",
+    "generate --model demo --prompt a --kernel nope": "kernel must be 'auto' or one of",
+    "generate --model demo --prompt a --method radail": "did you mean 'radial'?",
+    "generate --model demo --prompt a --dtype nope": "dtype must be auto",
+    "generate --model demo --prompt a --device nope": "device must be auto",
+    "generate --model demo --prompt a --offload nope": "offload must be one of",
+    "generate --model demo --prompt a --extend nope": "technique must be one of riflex",
+    "generate --model demo --prompt a --lora /nope:0.5": "no LoRA at /nope,",
+    "generate --model demo --prompt a --from-lora /nope": "no LoRA at /nope",
+    "generate --model demo --prompts /nope": "no file of prompts at /nope",
+    "generate --model demo --prompt a --save-latents a.txt": "must end in .safetensors",
+    "generate --model ~nosuchuser/a --prompt a": "a user who is not known here",
+    "show nope --frames 1 --height 1 --width 1": "method must be one of",
+    "show radial --frames 1 --height 1 --width 1 --out a.txt": "must end in .png",
+    "simulate nope --frames 1 --height 1 --width 1": "simulate knows the method",
+    "metrics /nope.mp4": "no video at /nope.mp4",
+    "train --model /nope": "no folder at /nope",
+    "train --data /nope": "data: there is nothing at /nope",
+    "cache --data /nope": "data: there is nothing at /nope",
+    "demo --device nope": "device must be auto",
+}
+
+
+def test_what_can_be_seen_at_once_is_refused_before_torch_is_imported():
+    program = f"""
+import sys
+sys.modules.update(torch=None, diffusers=None, transformers=None)
+from typer.testing import CliRunner
+from gen_accel.cli import app
+for line in {[*EARLY]!r}:
+    done = CliRunner().invoke(app, line.split())
+    print(done.exit_code, done.stderr.strip().replace(chr(10), " // "))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(EARLY)
+    for said, (command, words) in zip(lines, EARLY.items(), strict=True):
+        assert said.startswith("2 error: "), command
+        assert "//" not in said, command
+        assert words in said, command
+
+
+def test_the_names_known_early_are_those_that_there_are():
+    assert tuple(METHODS) == names.METHODS
+    assert tuple(_CLASSES) == names.TECHNIQUES
+
+
+def failing(monkeypatch, error):
+    """The exit code and lines on stderr of a verb that fails with `error`."""
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(inventory, "methods", fail)
+    done = CliRunner().invoke(app, ["list"])
+    return done.exit_code, done.stderr.strip().splitlines()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [AttributeError("x has\nno y"), KeyError("a"), RecursionError(), ZeroDivisionError("by 0")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_fault_of_the_program_is_one_line_with_a_file(monkeypatch, tmp_path, error):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code, [line] = failing(monkeypatch, error)
+    assert code == 1
+    assert line.startswith("error: a fault of gen-accel, please report it with ")
+    [file] = re.findall(r"with (\S+\.txt), where it arose: ", line)
+    text = Path(file).read_text(encoding="utf-8")
+    assert "Traceback" in text
+    assert type(error).__name__ in text
+    assert type(error).__name__ in line
+
+
+def test_a_fault_is_said_too_where_no_file_can_be_written(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    code, [line] = failing(monkeypatch, KeyError("a"))
+    assert code == 1
+    said = "KeyError: 'a'; --traceback before the verb shows where"
+    assert line == f"error: a fault of gen-accel: {said}"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            MemoryError("no room for 7 TiB"),
+            "error: out of memory: no room for 7 TiB",
+        ),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate"),
+            "error: out of memory: ",
+        ),
+        (ValueError("a\nb"), "error: a b"),
+        (ValueError("a " * 5000), "error: a a "),
+        (OSError(), "error: OSError"),
+    ],
+    ids=["numpy", "torch", "lines", "long", "silent"],
+)
+def test_what_is_known_is_one_line(monkeypatch, error, words):
+    code, [line] = failing(monkeypatch, error)
+    assert code == 2
+    assert line.startswith(words)
+    assert len(line) < 2100
+
+
+def test_a_repository_out_of_reach_names_the_cache_and_the_command(refused, monkeypatch, tmp_path):
+    def unreachable(*args, **kwargs):
+        raise OSError("no network\nand much more")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    monkeypatch.chdir(tmp_path)
+    line = refused("generate", "--model", "me/mine", "--prompt", "a", "--out", "a.mp4")
+    assert "me/mine is not in the hub's cache, /" in line
+    assert "(no network): run `hf download me/mine` where there is a network" in line
+
+
+def test_what_a_library_says_of_files_is_cut_short(tmp_path):
+    said = "Error(s) in loading state_dict:\n" + "\tsize mismatch for a: 1 and 2\n" * 97
+    refused = pytest.raises(ValueError, match=r"^lora cannot be loaded: Error\(s\) in")
+    with refused as caught, loading._one_line("lora"):
+        raise RuntimeError(said)
+    assert len(str(caught.value)) < 500
+    missing = pytest.raises(OSError, match=r"^lora cannot be loaded: FileNotFoundError$")
+    with missing, loading._one_line("lora"):
+        raise FileNotFoundError
+
+
+def test_a_model_that_lacks_weights_is_refused():
+    part = nn.Linear(2, 2, device="meta")
+    pipe = SimpleNamespace(components={"transformer": part, "scheduler": None})
+    with pytest.raises(ValueError, match=r"^transformer of half lacks 2 of its weights, such as"):
+        loading._check_complete(pipe, "half")
