@@ -12,7 +12,12 @@ from gen_accel.plan import Plan, Rest, Route, Windows
 OF_METHOD = 0  # in the place of a block's size: the plan is one of Neighborhood's
 RULES = ("none", "windows", "route", "gain")
 # In the place of a rule.
-RESTS = {"query": Rest("query"), "key": Rest("key"), "second": Rest("query", "second")}
+RESTS = {
+    "query": Rest("query"),
+    "key": Rest("key"),
+    "first": Rest("query", "first"),
+    "second": Rest("query", "second"),
+}
 KEPT = 0.4  # share of the block pairs, and of the picks
 NEAR = 4  # windows reach this part of the grid to each side
 

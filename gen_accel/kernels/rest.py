@@ -63,20 +63,23 @@ def added(
         out, lse: (B, H, N, D) and (B, H, N), as `forward_lse` of a kernel gives them.
 
     Returns:
-        The same of kept keys and rest, differentiable in all five tensors.
+        The same of kept keys and rest, differentiable in all five tensors; the first is in q's
+        dtype or a wider one.
     """
     curve = curve_of(q, k, plan, scale, kernel)
     if native_serves(kernel, q, k, v):
         return native.added(out, lse, q, k, v, plan, curve, scale=scale)
+    add, add_slope = plain, slope.added
     if triton_serves(kernel, q, q.shape[3]):
-        from gen_accel.kernels.triton import rest as by_triton  # imports triton
+        # They import triton.
+        from gen_accel.kernels.triton import rest as by_triton
+        from gen_accel.kernels.triton import slope as slope_by_triton
 
-        joint, total = by_triton.added(out, lse, q, k, v, plan, curve, scale=scale)
-    else:
-        joint, total = plain(out, lse, q, k, v, plan, curve, scale=scale)
+        add, add_slope = by_triton.added, slope_by_triton.added
+    joint, total = add(out, lse, q, k, v, plan, curve, scale=scale)
     assert plan.rest is not None
     if plan.rest.order != "zeroth":
-        joint = slope.added(joint, lse, total, q, k, v, plan, scale=scale)
+        joint = add_slope(joint, lse, total, q, k, v, plan, scale=scale)
     return joint, total
 
 

@@ -8,6 +8,7 @@ and a moment to start. With N tokens and D numbers a head, Kq query and Kk key b
     around keys   4 N Kk D products; K and V once, the output of the kept keys read and written
     around queries  the same, and 6 Kq N D for pooling, whose 2 Kq Kk D numbers are written to the
                   cache and read again, in chunks of as many pairs as it holds
+    first order   4 N D D, to make a slope of K and V and to add what it says of each query
 
 Nothing here is measured: rates are from the makers' data sheets, times what attention reaches of
 them. A device without a row is taken by its products alone.
@@ -115,9 +116,27 @@ def around_queries(problem: Problem, cached: int) -> list[Work]:
     return [means, pool, _columns(problem, pairs)._replace(launches=chunks)]
 
 
+def first_order(problem: Problem) -> list[Work]:
+    """Work that the first order adds to either centre: the slope in parts, their sum, and what it
+    adds to each query. K and Q are read once more from the cache for means, and so is the slope
+    for each query block."""
+    heads, N, D = problem[:3]
+    flops = MULTIPLY_ADD * heads * N * D * D
+    one, wide = problem.one, problem.one * 4 / problem.size
+    rows = configs.part_blocks(D, problem.block_k) * problem.block_k
+    parts = 4 * heads * D * D * math.ceil(N / rows)
+    slopes = problem.blocks[0] * heads * D * D * problem.size
+    return [
+        Work(flops, 2 * one + parts, 3 * one + parts),
+        Work(0, parts, parts, launches=2),
+        # The output before in fp32, after as q.
+        Work(flops, 2 * one + wide, 3 * one + wide + slopes),
+    ]
+
+
 def second_order(problem: Problem) -> list[Work]:
-    """Work that the second order adds to `around_queries`: the curve, the means of k, the squares
-    of what k is off them, and the pooled keys once more through the cache."""
+    """Work that the second order adds to the first one around queries: the curve, the means of k,
+    the squares of what k is off them, and the pooled keys once more through the cache."""
     once = Work(0, problem.one, problem.one)
     return [*curve(problem), once, once, Work(0, 0, pooled_bytes(problem) / 2, launches=0)]
 
@@ -165,8 +184,10 @@ def dearer(problem: Problem, arch: str, order: RestOrder = "second") -> float:
     """
     card, cached = CARDS.get(arch, UNKNOWN), configs.CACHED.get(arch, 1 << 40)
     queries = around_queries(problem, cached)
+    if order != "zeroth":
+        queries += first_order(problem)
     if order == "second":
-        queries = queries + second_order(problem)
+        queries += second_order(problem)
     return seconds(queries, card) - seconds(around_keys(problem), card)
 
 

@@ -30,6 +30,12 @@ def test_products_and_bytes_are_those_of_the_kernels():
     assert pool.flops == 3 * 2 * (2 * 4 * 512 * 16)
     assert pool.cache == 2 * (2 * 512 * 16 * 2) + pairs
     assert (pool.launches, columns.launches) == (2, 2)
+    slope, total, add = rest_cost.first_order(problem)
+    assert slope.flops == add.flops == 2 * (2 * 512 * 16 * 16)
+    one, parts = 2 * 512 * 16 * 2, 2 * 4 * 16 * 16 * 4  # of 128 tokens each
+    assert (slope.memory, slope.cache) == (2 * one + parts, 3 * one + parts)
+    assert (total.memory, total.launches) == (parts, 2)
+    assert (add.memory, add.cache) == (4 * one, 5 * one + 4 * (2 * 16 * 16 * 2))
     more = rest_cost.second_order(problem)
     assert sum(work.memory for work in more) == (2 + 3) * (2 * 512 * 16 * 2)
     assert sum(work.cache for work in more) == (2 + 6) * (2 * 512 * 16 * 2) + pairs / 2
@@ -41,7 +47,7 @@ def test_a_kernel_takes_the_longest_of_what_it_does():
     assert rest_cost.seconds([Work(20, 5, 1), Work(0, 0, 8, launches=3)], card) == 2 + 1 + 4 + 3
 
 
-@pytest.mark.parametrize("order", ["zeroth", "second"])
+@pytest.mark.parametrize("order", ["zeroth", "first", "second"])
 def test_mean_queries_are_for_plans_that_keep_enough(order, monkeypatch):
     device = torch.device("cpu")
     for arch in (*CARDS, "interpreted"):
@@ -72,12 +78,13 @@ def test_mean_queries_are_worth_what_clips_say():
 def test_the_page_has_what_the_model_says(arch):
     card, cached = CARDS[arch], configs.CACHED[arch]
     works = rest_cost.kept(GOAL, 0.1), rest_cost.around_keys(GOAL)
-    works += (rest_cost.around_queries(GOAL, cached), rest_cost.second_order(GOAL))
+    works += (rest_cost.around_queries(GOAL, cached), rest_cost.first_order(GOAL))
+    works += (rest_cost.second_order(GOAL),)
     figures = [f"{1e3 * rest_cost.seconds(work, card):.2f}" for work in works]
     figures.append(f"{rest_cost.even_density(GOAL, arch):.2f}")
     page = (ROOT / "docs/gpu.md").read_text()
     [row] = re.findall(rf"^\|[^|]*{arch}[^|]*\|([\d. |]+)\|$", page, re.MULTILINE)
-    assert [cell.strip() for cell in row.split("|")[:5]] == figures
+    assert [cell.strip() for cell in row.split("|")[:6]] == figures
 
 
 def test_the_page_has_what_is_said_of_the_second_order():

@@ -36,6 +36,7 @@ from gen_accel.kernels.triton import (
     rest_pooling,
     rest_shares,
     sass,
+    slope,
     sparse_backward,
     tiles,
 )
@@ -77,6 +78,7 @@ TYPES = {
     **dict.fromkeys(("dk_sums", "dv_sums", "dweight_sums", "dweight_parts"), "*fp32"),
     **dict.fromkeys(("rise", "drise", "curves", "dcurves", "key_means", "squares"), "*fp32"),
     **dict.fromkeys(("times", "totals", "mean", "sums", "dweight"), "*fp32"),
+    **dict.fromkeys(("parts", "dtotal"), "*fp32"),
 }
 INPUTS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv", "x", "y", "dx")
 INPUTS += tuple(f"packed_{name}" for name in ("x", "y", "q", "grad"))
@@ -144,6 +146,7 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     yield from _column_cases(arch, D, dtype, block)
     yield from _pool_cases(arch, D, dtype, block)
     yield from _curve_cases(D, block)
+    yield from _slope_cases(arch, D, dtype, block)
     lists = {"ROWS": listing.ROWS, "CHUNK": listing.CHUNK}
     sizes = {**dim, "BLOCK": block, "TILE": pooling.TILE, "MEAN": True}
     yield Case("pooled", pooling.sums_kernel, sizes, pooling.WARPS, 3)
@@ -337,9 +340,31 @@ def _curve_cases(D: int, block: int) -> Iterator[Case]:
             yield Case(name, kernel, {**sizes, flag: on}, curve.WARPS, 3)
 
 
+def _slope_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
+    """Around queries; around keys the kernels take no mean of the queries."""
+    config = configs.linear(arch, D, dtype)
+    sizes = {"D": D, "BLOCK_D": configs.padded_dim(D), "BLOCK": block}
+    sizes |= {"TILE": configs.tile(block, config.tile), "CHUNK": config.chunk}
+    needed = sizes["TILE"] * sizes["BLOCK_D"] * config.chunk
+    part = {"BLOCKS": configs.part_blocks(D, block), "CENTRED": True}
+    for kind, flags in (
+        ("parts", {**part, "WEIGHED": False}),
+        ("parts", {**part, "WEIGHED": True}),
+        ("add", {"CENTRED": True}),
+        ("queries_backward", {"CENTRED": True}),
+        ("keys_backward", {"TRANSPOSED": False}),
+        ("keys_backward", {"TRANSPOSED": True}),
+    ):
+        flag, on = next(reversed(flags.items()))
+        name = f"slope {kind.replace('_', ' ')}{f' {flag.lower()}' if on else ''}"
+        kernel = getattr(slope, f"slope_{kind}_kernel")
+        case = Case(name, kernel, {**sizes, **flags}, config.num_warps, 1, needed, sizes["TILE"])
+        yield case._replace(turns=math.ceil(block / sizes["TILE"]))
+
+
 def build(case: Case, arch: str, dtype: torch.dtype) -> Any:
     types = {**TYPES, **dict.fromkeys(INPUTS, f"*{DTYPES[dtype]}")}
-    state = DTYPES[torch.float32 if "OWNED" in case.constants else linear.state_dtype(dtype)]
+    state = DTYPES[torch.float32 if "OWNED" in case.constants else configs.state_dtype(dtype)]
     types |= dict.fromkeys(("state", "total"), f"*{state}")
     rule = case.constants.get("RULE")
     types["rule"] = "*i8" if rule == tiles.ROUTE.value else "*i32"

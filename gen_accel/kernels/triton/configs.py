@@ -235,6 +235,10 @@ LINEAR_FP32 = {
     256: LinearConfig(16, 16, 8),
 }
 
+# Rows that a part of a rest's slope sums up, for each number of a head: it has an eighth of the
+# bytes of its tokens; not timed.
+PART_ROWS = 8
+
 # For every architecture: spills nothing according to compile_matrix; not timed.
 SUMS = {
     torch.bfloat16: SumsConfig(128, 128, 32, 8, 3),
@@ -403,6 +407,16 @@ def linear(arch: str, D: int, dtype: torch.dtype) -> LinearConfig:
     if dtype == torch.float32:
         return LINEAR_FP32[bucket(D)]
     return LINEAR_INSTEAD.get((arch, bucket(D)), LINEAR[bucket(D)])
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the states of inputs of a dtype: sums over many tokens are beyond the range of fp16."""
+    return dtype if dtype == torch.bfloat16 else torch.float32
+
+
+def part_blocks(D: int, block: int) -> int:
+    """Number of blocks in a part, whatever else the call holds: its sums are always the same."""
+    return max(1, PART_ROWS * D // block)
 
 
 def sums(arch: str, dtype: torch.dtype) -> SumsConfig:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.launch import launch, rowwise
+from gen_accel.kernels.triton.off_means import block_mean, off_mean
 from gen_accel.kernels.triton.tiles import load_rows, own_tile, store_rows
 from gen_accel.plan import CURVATURE, Plan
 
@@ -54,21 +55,15 @@ def _block(
     [BLOCK_D] fp32, with their number, at least 1."""
     i_block, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     x += i_head // H * stride_b + i_head % H * stride_h
-    b_sum = tl.zeros([BLOCK_D], tl.float32)
-    b_held = tl.full((), 0, tl.int32)
-    for i_tile in range((BLOCK + TILE - 1) // TILE):
-        _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
-        b_sum += tl.sum(load_rows(x, stride_n, o_t, D, BLOCK_D, True).to(tl.float32), 0)
-        b_held += tl.sum((o_t >= 0).to(tl.int32), 0)
-    b_held = tl.maximum(b_held, 1).to(tl.float32)
-    return i_block, i_head, x, b_sum / b_held, b_held
+    o_d = tl.arange(0, BLOCK_D)
+    b_mean, b_held = block_mean(x, stride_n, slots, i_block, o_d, D, BLOCK, TILE)
+    return i_block, i_head, x, b_mean, b_held
 
 
 @triton.jit
 def _off(x, stride_n, o_t, b_mean, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[TILE, BLOCK_D] fp32: what tokens o_t are off the mean of their block; 0 for token -1."""
-    b_x = load_rows(x, stride_n, o_t, D, BLOCK_D, True).to(tl.float32)
-    return tl.where((o_t >= 0)[:, None], b_x - b_mean[None, :], 0.0)
+    """Whole rows of `off_mean`."""
+    return off_mean(x, stride_n, o_t, tl.arange(0, BLOCK_D), b_mean, D)
 
 
 @triton.jit

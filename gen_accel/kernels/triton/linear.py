@@ -25,7 +25,13 @@ from torch import Tensor
 
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.launch import launch, rowwise
-from gen_accel.kernels.triton.tiles import INTERPRETED
+from gen_accel.kernels.triton.tiles import (
+    INTERPRETED,
+    load_columns,
+    mixed_dot,
+    place_of_chunk,
+    store_columns,
+)
 
 
 def linear_sets(
@@ -62,28 +68,10 @@ SIZES = ("sets_b", "sets_h", "sets_r", "sets_c", "H", "N", "K", "R", "C")
 
 
 @triton.jit
-def _dot(b_x, b_y, b_acc):
-    """x y + acc. TF32 where one is fp32: sums over many keys are beyond fp16's range."""
-    if b_x.dtype == tl.float32 and b_y.dtype == tl.float32:
-        return tl.dot(b_x, b_y, b_acc, input_precision="ieee")
-    elif INTERPRETED or b_x.dtype != b_y.dtype:
-        return tl.dot(b_x.to(tl.float32), b_y.to(tl.float32), b_acc, input_precision="tf32")
-    else:
-        return tl.dot(b_x, b_y, b_acc)
-
-
-@triton.jit
 def _tokens(slots, i_block, i_row, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """[TILE] tokens of a block from its i_row-th slot on, -1 for padding and past the block."""
     o_r = i_row + tl.arange(0, TILE)
     return tl.load(slots + i_block * BLOCK + o_r, mask=o_r < BLOCK, other=-1)
-
-
-@triton.jit
-def _rows(x, stride, o_t, o_d, D: tl.constexpr):
-    """[len(o_t), len(o_d)] of tokens, zeros for token -1 and past D."""
-    mask = (o_t >= 0)[:, None] & (o_d < D)[None, :]
-    return tl.load(x + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -102,15 +90,6 @@ def _features(b_x, o_t, o_d, D: tl.constexpr, FEATURE: tl.constexpr):
     if FEATURE == 3:
         b_f = tl.maximum(b_f, 0.0)
     return tl.where(m_x, b_f, 0.0).to(b_x.dtype)
-
-
-@triton.jit
-def _place(H, D: tl.constexpr, CHUNK: tl.constexpr):
-    """The block, the chunk of columns, the sample and the head of a program."""
-    CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
-    i_block, i_chunk = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
-    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    return i_block, i_chunk, i_b, i_h
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -142,7 +121,7 @@ def states_kernel(
 
     A program makes CHUNK columns of one block's h, [D, D], after which z lies, [D].
     """
-    i_block, i_chunk, i_b, i_h = _place(H, D, CHUNK)
+    i_block, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
     x += i_b * stride_xb + i_h * stride_xh
     y += i_b * stride_yb + i_h * stride_yh
     o_d = tl.arange(0, BLOCK_D)
@@ -151,18 +130,18 @@ def states_kernel(
     b_z = tl.zeros([BLOCK_D], tl.float32)
     for i_row in range(0, BLOCK, TILE):
         o_t = _tokens(slots, i_block, i_row, BLOCK, TILE)
-        b_x = _features(_rows(x, stride_xn, o_t, o_d, D), o_t, o_d, D, FEATURE)
-        b_y = _rows(y, stride_yn, o_t, o_c, D)
+        b_x = _features(load_columns(x, stride_xn, o_t, o_d, D), o_t, o_d, D, FEATURE)
+        b_y = load_columns(y, stride_yn, o_t, o_c, D)
         if SCALED:
             o_n = (i_b * H + i_h) * N + o_t
             b_by = tl.load(by + o_n, mask=o_t >= 0, other=0.0)
             b_w = tl.load(weight + o_n, mask=o_t >= 0, other=0.0)
             b_scaled = b_x.to(tl.float32) * b_by[:, None]
             b_z += tl.sum(b_scaled * b_w[:, None], 0)
-            b_h = _dot(tl.trans(b_scaled), b_y, b_h)
+            b_h = mixed_dot(tl.trans(b_scaled), b_y, b_h)
         else:
             b_z += tl.sum(b_x.to(tl.float32), 0)
-            b_h = _dot(tl.trans(b_x), b_y, b_h)
+            b_h = mixed_dot(tl.trans(b_x), b_y, b_h)
     mask = (o_d < D)[:, None] & (o_c < D)[None, :]
     state += ((i_b * H + i_h) * K + i_block) * (D * D + D)
     b_h, b_z = b_h.to(state.dtype.element_ty), b_z.to(state.dtype.element_ty)
@@ -247,7 +226,7 @@ def apply_kernel(
 
     A program makes CHUNK columns of one block's y.
     """
-    i_block, i_chunk, i_b, i_h = _place(H, D, CHUNK)
+    i_block, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
     x += i_b * stride_xb + i_h * stride_xh
     y += i_b * stride_yb + i_h * stride_yh
     total += ((i_b * H + i_h) * K + i_block) * (D * D + D)
@@ -259,8 +238,8 @@ def apply_kernel(
         b_z = tl.load(total + D * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     for i_row in range(0, BLOCK, TILE):
         o_t = _tokens(slots, i_block, i_row, BLOCK, TILE)
-        b_x = _features(_rows(x, stride_xn, o_t, o_d, D), o_t, o_d, D, FEATURE)
-        b_y = _dot(b_x, b_h, tl.zeros([TILE, CHUNK], tl.float32))
+        b_x = _features(load_columns(x, stride_xn, o_t, o_d, D), o_t, o_d, D, FEATURE)
+        b_y = mixed_dot(b_x, b_h, tl.zeros([TILE, CHUNK], tl.float32))
         if NORMED:
             # Nothing but padding in the set: 1 / eps would swamp all else that goes backward.
             b_sum = tl.sum(b_x.to(tl.float32) * b_z[None, :], 1) + eps
@@ -270,9 +249,7 @@ def apply_kernel(
             b_y *= b_by[:, None]
             if i_chunk == 0:
                 tl.store(by + (i_b * H + i_h) * N + o_t, b_by, mask=o_t >= 0)
-        mask = (o_t >= 0)[:, None] & (o_c < D)[None, :]
-        p_y = y + o_t.to(tl.int64)[:, None] * stride_yn + o_c[None, :]
-        tl.store(p_y, b_y.to(y.dtype.element_ty), mask=mask)
+        store_columns(y, stride_yn, o_t, o_c, b_y, D)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -303,7 +280,7 @@ def apply_transposed_kernel(
 
     by and weight are 1 if not SCALED. A program makes CHUNK columns of one block's y.
     """
-    i_block, i_chunk, i_b, i_h = _place(H, D, CHUNK)
+    i_block, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
     x += i_b * stride_xb + i_h * stride_xh
     y += i_b * stride_yb + i_h * stride_yh
     total += ((i_b * H + i_h) * K + i_block) * (D * D + D)
@@ -314,8 +291,8 @@ def apply_transposed_kernel(
     b_z = tl.load(total + D * D + o_c, mask=o_c < D, other=0.0).to(tl.float32)
     for i_row in range(0, BLOCK, TILE):
         o_t = _tokens(slots, i_block, i_row, BLOCK, TILE)
-        b_x = _rows(x, stride_xn, o_t, o_d, D)
-        b_y = _dot(b_x, tl.trans(b_h), tl.zeros([TILE, CHUNK], tl.float32))
+        b_x = load_columns(x, stride_xn, o_t, o_d, D)
+        b_y = mixed_dot(b_x, tl.trans(b_h), tl.zeros([TILE, CHUNK], tl.float32))
         if SCALED:
             o_n = (i_b * H + i_h) * N + o_t
             b_w = tl.load(weight + o_n, mask=o_t >= 0, other=0.0)
@@ -323,9 +300,7 @@ def apply_transposed_kernel(
             b_y = (b_y + b_w[:, None] * b_z[None, :]) * b_by[:, None]
         else:
             b_y += b_z[None, :]
-        mask = (o_t >= 0)[:, None] & (o_c < D)[None, :]
-        p_y = y + o_t.to(tl.int64)[:, None] * stride_yn + o_c[None, :]
-        tl.store(p_y, b_y.to(y.dtype.element_ty), mask=mask)
+        store_columns(y, stride_yn, o_t, o_c, b_y, D)
 
 
 def _launch(
@@ -363,11 +338,6 @@ def _launch(
     )
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the states of inputs of a dtype."""
-    return dtype if dtype == torch.bfloat16 else torch.float32
-
-
 def precision(dtype: torch.dtype) -> str:
     """Of the sums of their states."""
     return "ieee" if dtype == torch.float32 else "tf32"
@@ -390,7 +360,7 @@ def _sums(
         feature: which of FEATURES is made of x first.
     """
     B, H, _, D = x.shape
-    size, kept = D * D + D, state_dtype(x.dtype)
+    size, kept = D * D + D, configs.state_dtype(x.dtype)
     state = x.new_empty((B, H, sets.shape[3], size), dtype=kept)
     scales = state if by is None else by, state if weight is None else weight
     arguments = x, y, *scales, state

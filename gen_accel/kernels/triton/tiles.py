@@ -32,6 +32,15 @@ WORD = tl.constexpr(32)  # pairs in a number of BITS
 
 
 @triton.jit
+def place_of_chunk(H, D: tl.constexpr, CHUNK: tl.constexpr):
+    """The block, the chunk of columns, the sample and the head of a program."""
+    CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
+    i_block, i_chunk = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
+    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    return i_block, i_chunk, i_b, i_h
+
+
+@triton.jit
 def own_tile(slots, i_block, i_tile, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Slots and tokens of one tile of one block; token -1 for padding and past the block."""
     o_r = i_tile * TILE + tl.arange(0, TILE)
@@ -48,6 +57,17 @@ def dot(b_x, b_y, b_acc=None):
     if INTERPRETED:  # the interpreter would multiply the bits of bf16
         b_x, b_y = b_x.to(tl.float32), b_y.to(tl.float32)
     return tl.dot(b_x, b_y, b_acc, input_precision="ieee")
+
+
+@triton.jit
+def mixed_dot(b_x, b_y, b_acc):
+    """x y + acc. TF32 where one is fp32: sums over many keys are beyond fp16's range."""
+    if b_x.dtype == tl.float32 and b_y.dtype == tl.float32:
+        return tl.dot(b_x, b_y, b_acc, input_precision="ieee")
+    elif INTERPRETED or b_x.dtype != b_y.dtype:
+        return tl.dot(b_x.to(tl.float32), b_y.to(tl.float32), b_acc, input_precision="tf32")
+    else:
+        return tl.dot(b_x, b_y, b_acc)
 
 
 @triton.jit
@@ -97,6 +117,20 @@ def load_rows(x, stride, o_t, D: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl
 @triton.jit
 def store_rows(x, stride, o_t, b_x, D: tl.constexpr, BLOCK_D: tl.constexpr):
     o_d = tl.arange(0, BLOCK_D)
+    p_x = x + o_t.to(tl.int64)[:, None] * stride + o_d[None, :]
+    mask = (o_t >= 0)[:, None] & (o_d < D)[None, :]
+    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_columns(x, stride, o_t, o_d, D: tl.constexpr):
+    """[len(o_t), len(o_d)] of tokens, zeros for token -1 and past D."""
+    mask = (o_t >= 0)[:, None] & (o_d < D)[None, :]
+    return tl.load(x + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_columns(x, stride, o_t, o_d, b_x, D: tl.constexpr):
     p_x = x + o_t.to(tl.int64)[:, None] * stride + o_d[None, :]
     mask = (o_t >= 0)[:, None] & (o_d < D)[None, :]
     tl.store(p_x, b_x.to(x.dtype.element_ty), mask=mask)

@@ -1,0 +1,516 @@
+"""First order of a rest, what the slope of its values adds: see `Rest`. Prefixes of names as in
+`tiles`.
+
+With x_t a query, around queries off the mean of its block, k'_t and v'_t a key and a value off the
+means of theirs, and r_t = 1 - exp(lse_t - total_t):
+
+    y_t = r_t factor x_t H,  H = sum_t k'_t^T v_t,  factor = scale / N
+
+Backward, with g_t the gradient of y_t:
+
+    dr_t = factor x_t . (g_t H^T)
+    dq_t = factor (r_t g_t - m) H^T, with m around queries the mean of r g over the block, else 0
+    G = sum_t r_t x_t^T g_t
+    dv_t = factor k'_t G
+    dk_t = factor v'_t G^T
+
+A mean is taken off before the product where the gradient of one off the mean is asked for: both
+are linear.
+
+H and G are made in parts of as many tokens, each by one program, and then added up: no atomics,
+and always in one order. A program makes CHUNK columns of its result. Where inputs are bf16, H and
+G are too; where they are fp16, whose range is too small for these sums, they are fp32.
+"""
+
+# Kernels are a language of their own, which a checker of Python misreads.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gen_accel.kernels.triton import configs
+from gen_accel.kernels.triton.launch import launch, rowwise
+from gen_accel.kernels.triton.off_means import block_mean, off_mean
+from gen_accel.kernels.triton.tiles import (
+    LOG2E,
+    load_columns,
+    mixed_dot,
+    own_tile,
+    place_of_chunk,
+    store_columns,
+)
+from gen_accel.plan import Plan
+
+SIZES = ("H", "N", "K")
+
+
+@triton.jit
+def _mean(
+    x,
+    stride,
+    slots,
+    i_block,
+    o_d,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    CENTRED: tl.constexpr,
+):
+    """Columns o_d of the mean of a block's tokens; 0 if not CENTRED."""
+    if CENTRED:
+        return block_mean(x, stride, slots, i_block, o_d, D, BLOCK, TILE)[0]
+    else:
+        return tl.zeros([o_d.shape[0]], tl.float32)
+
+
+@triton.jit
+def _shares(lse, joint_lse, o_t):
+    """r of tokens o_t, 0 where nothing is left out."""
+    b_lse = tl.load(lse + o_t, mask=o_t >= 0, other=0.0)
+    b_total = tl.load(joint_lse + o_t, mask=o_t >= 0, other=0.0)
+    return tl.where(b_total > b_lse, 1.0 - tl.exp2((b_lse - b_total) * LOG2E), 0.0)
+
+
+@triton.jit
+def _matrix(x, o_r, o_c, D: tl.constexpr):
+    """[len(o_r), len(o_c)] of a matrix (D, D); zeros past D."""
+    mask = (o_r < D)[:, None] & (o_c < D)[None, :]
+    return tl.load(x + o_r[:, None] * D + o_c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def slope_parts_kernel(
+    x,
+    y,
+    lse,
+    joint_lse,
+    parts,
+    slots,
+    stride_xb,
+    stride_xh,
+    stride_xn,
+    stride_yb,
+    stride_yh,
+    stride_yn,
+    H,
+    N,
+    K,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    CENTRED: tl.constexpr,
+    WEIGHED: tl.constexpr,
+):
+    """Sum x^T y over the tokens of BLOCKS blocks, x off its mean if CENTRED and times r if
+    WEIGHED."""
+    i_part, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
+    i_head = i_b * H + i_h
+    x += i_b * stride_xb + i_h * stride_xh
+    y += i_b * stride_yb + i_h * stride_yh
+    o_d = tl.arange(0, BLOCK_D)
+    o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
+    b_sum = tl.zeros([BLOCK_D, CHUNK], tl.float32)
+    for i_block in range(i_part * BLOCKS, tl.minimum((i_part + 1) * BLOCKS, K)):
+        b_mean = _mean(x, stride_xn, slots, i_block, o_d, D, BLOCK, TILE, CENTRED)
+        for i_tile in range((BLOCK + TILE - 1) // TILE):
+            _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
+            b_x = off_mean(x, stride_xn, o_t, o_d, b_mean, D)
+            if WEIGHED:
+                b_x *= _shares(lse + i_head * N, joint_lse + i_head * N, o_t)[:, None]
+            b_y = load_columns(y, stride_yn, o_t, o_c, D)
+            b_sum = mixed_dot(tl.trans(b_x.to(b_y.dtype)), b_y, b_sum)
+    CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
+    parts += (i_head * (tl.num_programs(0) // CHUNKS) + i_part) * D * D
+    mask = (o_d < D)[:, None] & (o_c < D)[None, :]
+    tl.store(parts + o_d[:, None] * D + o_c[None, :], b_sum, mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def slope_add_kernel(
+    joint,
+    lse,
+    joint_lse,
+    q,
+    state,
+    out,
+    slots,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_jb,
+    stride_jh,
+    stride_jn,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    H,
+    N,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CENTRED: tl.constexpr,
+):
+    """Write joint + y of one query block; `state` is H and `scale` the factor."""
+    i_block, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
+    i_head = i_b * H + i_h
+    q += i_b * stride_qb + i_h * stride_qh
+    joint += i_b * stride_jb + i_h * stride_jh
+    out += i_b * stride_ob + i_h * stride_oh
+    o_d = tl.arange(0, BLOCK_D)
+    o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
+    b_mean = _mean(q, stride_qn, slots, i_block, o_d, D, BLOCK, TILE, CENTRED)
+    b_h = _matrix(state + i_head * D * D, o_d, o_c, D)
+    for i_tile in range((BLOCK + TILE - 1) // TILE):
+        _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
+        b_x = off_mean(q, stride_qn, o_t, o_d, b_mean, D).to(q.dtype.element_ty)
+        b_y = mixed_dot(b_x, b_h, tl.zeros([TILE, CHUNK], tl.float32))
+        b_r = _shares(lse + i_head * N, joint_lse + i_head * N, o_t)
+        b_joint = load_columns(joint, stride_jn, o_t, o_c, D)
+        b_out = b_joint + (scale * b_r)[:, None] * b_y
+        # Bit for bit where nothing is left out, whatever y is there.
+        b_out = tl.where((b_r > 0.0)[:, None], b_out, b_joint)
+        store_columns(out, stride_on, o_t, o_c, b_out, D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def slope_queries_backward_kernel(
+    grad,
+    lse,
+    joint_lse,
+    q,
+    state,
+    dtotal,
+    dq,
+    slots,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_db,
+    stride_dh,
+    stride_dn,
+    H,
+    N,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CENTRED: tl.constexpr,
+):
+    """Write dq of one query block, and what CHUNK columns give to the gradient of joint_lse."""
+    i_block, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
+    i_head = i_b * H + i_h
+    lse += i_head * N
+    joint_lse += i_head * N
+    dtotal += (i_chunk * tl.num_programs(1).to(tl.int64) + i_head) * N
+    q += i_b * stride_qb + i_h * stride_qh
+    grad += i_b * stride_gb + i_h * stride_gh
+    dq += i_b * stride_db + i_h * stride_dh
+    o_d = tl.arange(0, BLOCK_D)
+    o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
+    b_h = _matrix(state + i_head * D * D, o_c, o_d, D)
+    b_mean = tl.zeros([CHUNK], tl.float32)
+    b_less = tl.zeros([CHUNK], tl.float32)
+    if CENTRED:
+        b_mean, b_held = block_mean(q, stride_qn, slots, i_block, o_c, D, BLOCK, TILE)
+        b_sum = tl.zeros([BLOCK_D], tl.float32)
+        for i_tile in range((BLOCK + TILE - 1) // TILE):
+            _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
+            b_g = load_columns(grad, stride_gn, o_t, o_d, D).to(tl.float32)
+            b_sum += tl.sum(_shares(lse, joint_lse, o_t)[:, None] * b_g, 0)
+        b_less = tl.sum(b_h.to(tl.float32) * (b_sum / b_held)[None, :], 1)
+    for i_tile in range((BLOCK + TILE - 1) // TILE):
+        _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
+        b_g = load_columns(grad, stride_gn, o_t, o_d, D)
+        b_made = mixed_dot(b_g, tl.trans(b_h), tl.zeros([TILE, CHUNK], tl.float32))
+        b_r = _shares(lse, joint_lse, o_t)
+        b_x = off_mean(q, stride_qn, o_t, o_c, b_mean, D)
+        b_dtotal = scale * (1.0 - b_r) * tl.sum(b_x * b_made, 1)
+        tl.store(dtotal + o_t, tl.where(b_r > 0.0, b_dtotal, 0.0), mask=o_t >= 0)
+        b_dq = scale * (b_r[:, None] * b_made - b_less[None, :])
+        store_columns(dq, stride_dn, o_t, o_c, b_dq, D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def slope_keys_backward_kernel(
+    x,
+    state,
+    y,
+    slots,
+    stride_xb,
+    stride_xh,
+    stride_xn,
+    stride_yb,
+    stride_yh,
+    stride_yn,
+    H,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Write `scale` x G of one key block, or x G^T if TRANSPOSED, x off its mean; `state` is G."""
+    i_block, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
+    x += i_b * stride_xb + i_h * stride_xh
+    y += i_b * stride_yb + i_h * stride_yh
+    state += (i_b * H + i_h) * D * D
+    o_d = tl.arange(0, BLOCK_D)
+    o_c = i_chunk * CHUNK + tl.arange(0, CHUNK)
+    b_mean, _held = block_mean(x, stride_xn, slots, i_block, o_d, D, BLOCK, TILE)
+    b_g = tl.trans(_matrix(state, o_c, o_d, D)) if TRANSPOSED else _matrix(state, o_d, o_c, D)
+    for i_tile in range((BLOCK + TILE - 1) // TILE):
+        _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
+        b_x = off_mean(x, stride_xn, o_t, o_d, b_mean, D).to(x.dtype.element_ty)
+        b_y = scale * mixed_dot(b_x, b_g, tl.zeros([TILE, CHUNK], tl.float32))
+        store_columns(y, stride_yn, o_t, o_c, b_y, D)
+
+
+def added(
+    joint: Tensor,
+    lse: Tensor,
+    total: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+) -> Tensor:
+    """`kernels.slope.added`, in q's dtype; `joint` is fp32. A row that nothing is left out of is
+    rounded, and else comes back bit for bit."""
+    assert plan.rest is not None
+    numbers = plan.block_q, plan.block_k, plan.rest.centre == "query", scale / plan.tokens
+    given = joint, lse, total, q, k, v, plan.slots_int32
+    return torch.ops.gen_accel.triton_slope(*given, *numbers)[0]
+
+
+class _Side(NamedTuple):
+    """Blocks of queries or of keys.
+
+    Args:
+        slots: (S,) int32.
+        block: slots in one.
+        centred: their tokens are taken off its mean.
+    """
+
+    slots: Tensor
+    block: int
+    centred: bool = True
+
+    @property
+    def blocks(self) -> int:
+        return self.slots.numel() // self.block
+
+
+@torch.library.custom_op("gen_accel::triton_slope", mutates_args=())
+def slope(
+    joint: Tensor,
+    lse: Tensor,
+    total: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    block_q: int,
+    block_k: int,
+    around_queries: bool,
+    factor: float,
+) -> tuple[Tensor, Tensor]:
+    """The output, laid out like `joint`, in q's dtype; without a gradient H, (B, H, D, D).
+
+    Args:
+        joint: (B, H, N, D) fp32.
+        lse, total: (B, H, N) fp32.
+        slots: (S,) int32, the token of each slot, -1 for padding.
+    """
+    joint, q, k, v = (rowwise(x) for x in (joint, q, k, v))
+    shares = lse.contiguous(), total.contiguous()
+    made = _sum_of_products(k, v, _Side(slots, block_k), shares, weighed=False)
+    out = torch.empty_like(joint, dtype=q.dtype)
+    _launch(
+        slope_add_kernel,
+        _Side(slots, block_q, around_queries),
+        (joint, *shares, q, made, out),
+        strided=(q, joint, out),
+        numbers=(*q.shape[1:3], factor),
+        CENTRED=around_queries,
+    )
+    return out, made
+
+
+@slope.register_fake
+def _(joint: Tensor, lse: Tensor, total: Tensor, q: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(rowwise(joint), dtype=q.dtype), _matrices(q)
+
+
+@torch.library.custom_op("gen_accel::triton_slope_backward", mutates_args=())
+def slope_backward(
+    grad: Tensor,
+    made: Tensor,
+    lse: Tensor,
+    total: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    block_q: int,
+    block_k: int,
+    around_queries: bool,
+    factor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of lse, total, q, k and v.
+
+    Args:
+        made: H.
+    """
+    grad, q, k, v = (rowwise(x) for x in (grad, q, k, v))
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    shares = lse.contiguous(), total.contiguous()
+    queries, keys = _Side(slots, block_q, around_queries), _Side(slots, block_k)
+    dtotal = total.new_empty(_chunks(q), *total.shape)
+    _launch(
+        slope_queries_backward_kernel,
+        queries,
+        (grad, *shares, q, made, dtotal, dq),
+        strided=(q, grad, dq),
+        numbers=(*q.shape[1:3], factor),
+        CENTRED=around_queries,
+    )
+    back = _sum_of_products(q, grad, queries, shares, weighed=True)
+    for x, dx, transposed in ((k, dv, False), (v, dk, True)):
+        _launch(
+            slope_keys_backward_kernel,
+            keys,
+            (x, back, dx),
+            strided=(x, dx),
+            numbers=(q.shape[1], factor),
+            TRANSPOSED=transposed,
+        )
+    dtotal = dtotal.sum(0)
+    return -dtotal, dtotal, dq, dk, dv
+
+
+@slope_backward.register_fake
+def _(
+    grad: Tensor,
+    made: Tensor,
+    lse: Tensor,
+    total: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *given: Any,
+) -> tuple[Tensor, ...]:
+    of_rows = (lse.new_empty(lse.shape) for _ in range(2))
+    return *of_rows, *(torch.empty_like(rowwise(x)) for x in (q, k, v))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, *tensors, ctx.block_q, ctx.block_k, ctx.around_queries, ctx.factor = inputs
+    made = output[1]
+    ctx.mark_non_differentiable(made)
+    ctx.save_for_backward(made, *tensors)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    numbers = ctx.block_q, ctx.block_k, ctx.around_queries, ctx.factor
+    grads = slope_backward(grad, *ctx.saved_tensors, *numbers)
+    return grad.float(), *grads, *[None] * 5
+
+
+slope.register_autograd(_differentiate, setup_context=_save)
+
+
+def _matrices(x: Tensor) -> Tensor:
+    """(B, H, D, D), uninitialised."""
+    B, H, _, D = x.shape
+    return x.new_empty(B, H, D, D, dtype=configs.state_dtype(x.dtype))
+
+
+def _sum_of_products(
+    x: Tensor, y: Tensor, side: _Side, shares: Sequence[Tensor], *, weighed: bool
+) -> Tensor:
+    """(B, H, D, D): sum of x^T y over all tokens, x off its means where the side is centred.
+
+    Args:
+        shares: lse and total, by which x is weighed if it is.
+    """
+    B, H, N, D = x.shape
+    blocks = configs.part_blocks(D, side.block)
+    count = triton.cdiv(side.blocks, blocks)
+    parts = x.new_empty(B, H, count, D, D, dtype=torch.float32)
+    _launch(
+        slope_parts_kernel,
+        side,
+        (x, y, *shares, parts),
+        strided=(x, y),
+        numbers=(H, N, side.blocks),
+        programs=count,
+        BLOCKS=blocks,
+        CENTRED=side.centred,
+        WEIGHED=weighed,
+    )
+    return _matrices(x).copy_(parts.sum(2))
+
+
+def _chunks(x: Tensor) -> int:
+    config = configs.linear(configs.architecture(x.device), x.shape[3], x.dtype)
+    return triton.cdiv(x.shape[3], config.chunk)
+
+
+def _launch(
+    kernel: Any,
+    side: _Side,
+    tensors: Sequence[Tensor],
+    *,
+    strided: Sequence[Tensor],
+    numbers: Sequence[float],
+    programs: int | None = None,
+    **flags: int,
+) -> None:
+    """Run a kernel with a program for each block and each chunk of columns of each head.
+
+    Args:
+        tensors: all but the slots.
+        strided: those of (B, H, N, D) that are given by stride, of q's dtype the first.
+        programs: in place of the blocks.
+    """
+    x = strided[0]
+    D = x.shape[3]
+    config = configs.linear(configs.architecture(x.device), D, x.dtype)
+    chunk = min(config.chunk, configs.padded_dim(D))
+    launch(
+        kernel,
+        ((programs or side.blocks) * triton.cdiv(D, chunk), x.shape[:2].numel()),
+        x,
+        *(*tensors, side.slots),
+        *(step for one in strided for step in one.stride()[:3]),
+        *numbers,
+        D=D,
+        BLOCK_D=configs.padded_dim(D),
+        BLOCK=side.block,
+        TILE=configs.tile(side.block, config.tile),
+        CHUNK=chunk,
+        num_warps=config.num_warps,
+        num_stages=1,
+        **flags,
+    )

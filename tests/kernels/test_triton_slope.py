@@ -1,0 +1,151 @@
+"""Our Triton kernels for the first order of a rest, held to torch; interpreted on the CPU."""
+
+import pytest
+import torch
+from support.checks import assert_no_worse
+from support.launches import Launches, record
+from support.triton_plans import inputs
+
+from gen_accel.kernels import rest_cost
+from gen_accel.kernels import slope as by_torch
+from gen_accel.kernels.triton import configs, slope
+from gen_accel.plan import Plan, Rest
+
+pytestmark = pytest.mark.usefixtures("poison", "untuned", "several_parts")
+
+SCALE = 0.3
+
+
+@pytest.fixture
+def several_parts(monkeypatch):
+    monkeypatch.setattr(configs, "PART_ROWS", 1)
+
+
+def plan_of(device, centre="query", block_q=24, block_k=12, order="first"):
+    """72 slots in any order. The first block of queries and that of keys are padding, and the end
+    of the last ones."""
+    g = torch.Generator().manual_seed(0)
+    slots, empty = torch.full((72,), -1), max(block_q, block_k)
+    slots[empty:-5] = torch.randperm(72 - empty - 5, generator=g)
+    keep = torch.ones(1, 1, 72 // block_q, 72 // block_k, dtype=torch.bool)
+    return Plan(slots, keep, block_q, block_k, rest=Rest(centre, order)).to(device)
+
+
+def given(plan, dtype, dim=16, batch=1, heads=1):
+    """joint, lse, total, q, k and v. A third of the rows leave nothing out, and one keeps
+    nothing."""
+    tensors = inputs(plan, dtype, dim, batch, heads)
+    g = torch.Generator().manual_seed(1)
+    joint = torch.randn(tensors[0].shape, generator=g)
+    lse, more = torch.randn(2, *joint.shape[:3], generator=g)
+    total = lse + more.add(0.5).clamp_min(0.0)
+    lse[..., 0] = -torch.inf
+    return [*(x.to(plan.slots.device) for x in (joint, lse, total)), *tensors]
+
+
+def results(added, plan, tensors, dtype):
+    """The output and the gradients of all six tensors, all in q's dtype."""
+    wide = torch.promote_types(dtype, torch.float32)
+    leaves = [x.detach().to(wide).requires_grad_() for x in tensors[:3]]
+    leaves += [x.detach().to(dtype).requires_grad_() for x in tensors[3:]]
+    out = added(*leaves, plan, scale=SCALE)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=out.device)
+    grads = torch.autograd.grad((out * weight.view(out.shape)).sum(), leaves)
+    assert [x.dtype for x in grads] == [x.dtype for x in leaves]
+    return [x.detach().to(dtype) for x in (out, *grads)]
+
+
+def assert_matches_torch(plan, tensors):
+    dtype = tensors[-1].dtype
+    exact = results(by_torch.added, plan, tensors, torch.float64)
+    low = results(by_torch.added, plan, tensors, dtype)
+    actual = results(slope.added, plan, tensors, dtype)
+    for result, *others in zip(actual, low, exact, strict=True):
+        assert_no_worse(result, *others)
+
+
+@pytest.mark.parametrize(
+    ("centre", "blocks", "dtype", "dim", "shape"),
+    [
+        ("query", (24, 12), torch.float32, 24, (2, 1)),
+        ("key", (12, 36), torch.float32, 64, (1, 1)),  # two tiles in a block, two chunks
+        ("query", (36, 12), torch.bfloat16, 40, (1, 2)),
+        ("key", (24, 24), torch.float16, 16, (1, 1)),
+    ],
+    ids=str,
+)
+def test_outputs_and_gradients_match_torch(centre, blocks, dtype, dim, shape, device):
+    plan = plan_of(device, centre, *blocks)
+    assert_matches_torch(plan, given(plan, dtype, dim, *shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_tokens_have_in_common_takes_no_digits(dtype, device):
+    """Of keys, and around queries of these, whose means are taken off."""
+    plan = plan_of(device)
+    *others, q, k, v = given(plan, dtype)
+    assert_matches_torch(plan, [*others, q + 20, k + 20, v])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_nothing_is_left_out_of_are_as_they_were(dtype, device):
+    """Bit for bit, whatever the slope is, and around keys they have no gradient."""
+    plan = plan_of(device, "key")
+    joint, lse, total, q, k, v = given(plan, dtype)
+    whole, joint = lse == total, joint.to(dtype)  # which the interpreter rounds its own way
+    v[..., 0, 0] = torch.nan
+    out = slope.added(joint.float(), lse, total, q, k, v, plan, scale=SCALE)
+    assert torch.equal(out[whole], joint[whole])
+    assert out[~whole].isnan().any()
+    _, _, dlse, dtotal, dq, _, _ = results(slope.added, plan, given(plan, dtype), dtype)
+    for x in (dlse, dtotal, dq):
+        assert not x[whole].any()
+        assert x[~whole].any()
+
+
+def test_views_are_read_where_they_lie(device):
+    """Of models, (B, N, H, D) with two axes swapped."""
+    plan = plan_of(device)
+    tensors = given(plan, torch.float32, heads=2)
+    swapped = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+    both = (results(slope.added, plan, x, torch.float32) for x in (tensors, swapped))
+    assert all(torch.equal(x, y) for x, y in zip(*both, strict=True))
+
+
+def test_sums_of_a_head_are_the_same_beside_others(device):
+    """To the last bit, at any number of heads."""
+    plan = plan_of(device)
+    tensors = given(plan, torch.float32, heads=2)
+    alone = slope.added(*(x[:, :1] for x in tensors), plan, scale=SCALE)
+    assert torch.equal(slope.added(*tensors, plan, scale=SCALE)[:, :1], alone)
+
+
+def test_nothing_waits_and_nothing_is_random(device, monkeypatch):
+    plan = plan_of(device)
+    plan.tokens, plan.slots_int32  # noqa: B018  (made once)
+    tensors = [x.requires_grad_() for x in given(plan, torch.bfloat16, heads=2)]
+    modelled = rest_cost.first_order(rest_cost.Problem(2, plan.tokens, 16))
+    counted = Launches()
+    record(monkeypatch, counted)
+    with counted:
+        out = slope.added(*tensors, plan, scale=SCALE)
+        forward = counted.count
+        torch.autograd.grad(out.sum(), tensors)
+    kernels = {name: times for name, times in counted.done.items() if name.endswith("_kernel")}
+    assert forward == sum(work.launches for work in modelled), counted.done
+    assert kernels == {
+        "slope_parts_kernel": 2,
+        "slope_add_kernel": 1,
+        "slope_queries_backward_kernel": 1,
+        "slope_keys_backward_kernel": 2,
+    }
+    assert counted.waits == []
+    assert counted.random == []
+
+
+def test_the_operator_passes_the_checks_of_torch(device):
+    plan = plan_of(device)
+    tensors = [x.requires_grad_() for x in given(plan, torch.float32)]
+    arguments = *tensors, plan.slots_int32, 24, 12, True, SCALE / plan.tokens
+    checks = "test_schema", "test_faketensor", "test_autograd_registration"
+    torch.library.opcheck(slope.slope, arguments, test_utils=checks)
