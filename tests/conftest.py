@@ -208,6 +208,19 @@ def pytest_sessionfinish():
     gc.unfreeze()
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What tests have to tell beside that they passed: `record_property("told", ...)`."""
+    reports = [
+        one
+        for kind in ("passed", "failed", "skipped")
+        for one in terminalreporter.stats.get(kind, ())
+    ]
+    for report in reports:
+        for name, text in getattr(report, "user_properties", ()):
+            if name == "told":
+                terminalreporter.write_line(text)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """What this machine cannot run, or was not asked to, is skipped with the reason. Files whose

@@ -1,0 +1,446 @@
+"""Cases of hostile input, how each is run, and what may come of it.
+
+A case prints as the line that goes into `tests/fuzz/corpus.txt`.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from support import damaged, fault_jobs, wan
+from support.cell import Cell, Limits, Outcome, command_line
+from support.operations import Fault, Operations
+
+import gen_accel
+from gen_accel import METHODS, Radial, Schedule, VideoShape
+
+LIMITS = Limits(cpu=10, memory=1 << 30)
+TINY = ("--frames", "5", "--height", "32", "--width", "32", "--steps", "1")
+RADIAL = Radial()
+DEPTH = 3000  # of lists in lists, beyond what Python's stack holds
+REMOVED, DEEP = "<removed>", "<deep>"  # in the place of a value of JSON
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line; {home} is the folder with models and clips."""
+
+    args: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A config of `train` with these fields besides what is small.
+
+    Args:
+        text: the file itself instead.
+        verb: what reads it: "print", "dry" or "cache".
+    """
+
+    fields: Mapping[str, Any]
+    verb: str = "print"
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A file of ours that was changed.
+
+    Args:
+        of: a key of `ARTEFACTS`.
+        changes: path in the JSON, and the value there, or `REMOVED` or `DEEP`.
+        text: the file itself instead.
+    """
+
+    of: str
+    changes: tuple[tuple[tuple[str | int, ...], Any], ...] = ()
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call from Python: a key of `CALLS`, and arguments other than those that are good."""
+
+    name: str
+    given: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Odd:
+    """An argument that no text can write."""
+
+    name: str
+
+    @property
+    def value(self) -> Any:
+        match self.name:
+            case "numpy":
+                return np.arange(3)
+            case "tensor":
+                return torch.arange(3)
+            case "object":
+                return object()
+            case "class":
+                return Radial
+        return Path(self.name)
+
+
+Case = Command | Config | Artefact | Call
+
+
+def read_corpus(path: Path) -> list[Case]:
+    """Its lines that are no headings."""
+    known = {kind.__name__: kind for kind in (Command, Config, Artefact, Call, Odd)}
+    names = known | {"nan": float("nan"), "inf": float("inf")}
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return [eval(line, {}, names) for line in lines if line and not line.startswith("#")]
+
+
+def prepare(home: Path) -> None:
+    """In the server, after `fault_jobs.prepare`."""
+    global HOME
+    HOME = home
+    os.environ["HOME"] = str(home)
+    _measured()
+
+
+HOME = Path()
+
+
+def _measured() -> None:
+    """The efficiency of a kernel, once for all that estimate."""
+    gen_accel.estimate("Wan2.1-T2V-1.3B", RADIAL, height=32, width=32, num_frames=5, steps=2)
+
+
+def made(cell: Cell, home: Path) -> None:
+    """What `ARTEFACTS` change: a training, a cache, a list of prompts, what was saved."""
+    commands = {
+        "trained": fault_jobs.TRAIN,
+        "cached": ("cache", "{home}/train.yaml", "--data", "{home}/one"),
+        "listed": fault_jobs.JOBS["gif"].earlier[0],
+        "processors": ("save", "processors", "0"),
+        "adapter": ("save", "adapter", "0"),
+    }
+    for name, command in commands.items():
+        (home / name).mkdir()
+        outcome = cell(fault_jobs.act, command, folder=home / name)
+        assert outcome.code == 0, outcome.err
+    (home / "latents").mkdir()
+    shutil.copy(home / "l.safetensors", home / "latents")
+    damaged.write(home / "damaged", home)
+
+
+def run_apart(case: Case) -> None:
+    """`run` in a process that cannot write where others read."""
+    Operations(HOME, Fault("EROFS", 0, goes_on=True)).watch()
+    run(case)
+
+
+def run(case: Case) -> None:
+    """In a folder that is empty."""
+    match case:
+        case Command(args):
+            command_line([arg.replace("{home}", str(HOME)) for arg in args])
+        case Config():
+            _run_config(case)
+        case Artefact():
+            ARTEFACTS[case.of].run(case)
+        case Call(name, given):
+            plain = {k: v.value if isinstance(v, Odd) else v for k, v in given.items()}
+            _said_in_one_line(lambda: CALLS[name](**plain))
+
+
+def grown(cases: Sequence[Case], rounds: int) -> tuple[int, int]:
+    """Bytes and descriptors that a process has more after some rounds of these cases than after
+    two, in which it imports and keeps what it will need again."""
+    held = []
+    for _ in range(rounds + 2):
+        for case in cases:
+            with contextlib.suppress(SystemExit):
+                run(case)
+        gc.collect()
+        held.append(_held())
+    return held[-1][0] - held[1][0], held[-1][1] - held[1][1]
+
+
+def _held() -> tuple[int, int]:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))
+
+
+def _run_config(case: Config) -> None:
+    import yaml
+
+    small = {"out": "run", "stages": ["9:2"], "height": 32, "width": 64, "rank": 2}
+    small |= {"warmup_steps": 0, "mixed_precision": "no", "log_with": "none", "device": "cpu"}
+    small |= {"model": str(HOME / "model"), "max_tokens": 8, "data": str(HOME / "one")}
+    text = yaml.safe_dump({**small, **case.fields}) if case.text is None else case.text
+    Path("c.yaml").write_text(text, encoding="utf-8", errors="surrogateescape")
+    verbs = {"print": ["train", "c.yaml", "--print-config"], "cache": ["cache", "c.yaml"]}
+    verbs["dry"] = ["train", "c.yaml", "--dry-run"]
+    command_line(verbs[case.verb])
+
+
+def _said_in_one_line(call: Callable[[], Any]) -> None:
+    """What the library tells a caller of Python, as the command line says it."""
+    try:
+        call()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        message = " ".join(str(error).split())
+        print("error:", message or type(error).__name__, file=sys.stderr)
+        sys.exit(2)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file.
+
+    Args:
+        source: the folder of a good one, under HOME.
+        file: what is changed in it: JSON, or the metadata of a safetensors file.
+        use: reads it from the folder "it".
+        key: of the metadata.
+    """
+
+    source: str
+    file: str
+    use: Callable[[], Any]
+    key: str | None = None
+
+    def good(self, home: Path) -> Any:
+        path = home / self.source / self.file
+        if self.key is None:
+            return json.loads(path.read_text(encoding="utf-8"))
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()[self.key])
+
+    def run(self, case: Artefact) -> None:
+        shutil.copytree(HOME / self.source, "it")
+        text = case.text if case.text is not None else changed(self.good(HOME), case.changes)
+        path = Path("it") / self.file
+        if self.key is None:
+            path.write_text(text, encoding="utf-8", errors="surrogateescape")
+        else:
+            from safetensors import safe_open
+            from safetensors.torch import load_file, save_file
+
+            with safe_open(path, "pt") as file:
+                about = dict(file.metadata())
+            save_file(load_file(path), path, metadata=about | {self.key: text})
+        self.use()
+
+
+def changed(good: Any, changes: tuple[tuple[tuple[str | int, ...], Any], ...]) -> str:
+    """As JSON."""
+    for path, value in changes:
+        if not path:
+            good = value
+            continue
+        place = good
+        for key in path[:-1]:
+            place = place[key]
+        if value == REMOVED:
+            del place[path[-1]]
+        else:
+            place[path[-1]] = value
+    return json.dumps(good).replace(f'"{DEEP}"', "[" * DEPTH + "]" * DEPTH)
+
+
+def _generate(*more: str) -> None:
+    model = ("generate", "--model", str(HOME / "model"))
+    command_line([*model, *TINY, *more])
+
+
+def _read_cache() -> None:
+    from gen_accel.lora.latents import LatentCache
+
+    def read() -> None:
+        cache = LatentCache("it/run/cache")
+        cache.verify()
+        for i in range(len(cache)):
+            cache.latents(i)
+            cache.conditions(i)
+
+    _said_in_one_line(read)
+
+
+def _resume() -> None:
+    os.rename("it/run", "run")
+    command_line(["train", str(HOME / "train.yaml"), "--resume"])
+
+
+def _load_processors() -> None:
+    _said_in_one_line(lambda: gen_accel.load_processors(wan.transformer(), "it/saved"))
+
+
+def _load_adapter() -> None:
+    _said_in_one_line(lambda: gen_accel.load_image_prompt(wan.pipeline(), "it/saved"))
+
+
+def _estimate() -> None:
+    sizes = ("--frames", "5", "--height", "32", "--width", "32")
+    command_line(["estimate", "--model", "it", *sizes])
+
+
+def _list_again() -> None:
+    os.rename("it/clips", "clips")
+    made = ("--prompts", str(HOME / "prompts.txt"), "--out", "clips/c.gif", "--seed", "0")
+    _generate("--method", "dense", *made)
+
+
+def _decode() -> None:
+    model = ("generate", "--model", str(HOME / "model"))
+    command_line([*model, "--from-latents", "it/l.safetensors", "--out", "a.gif"])
+
+
+LORA = "pytorch_lora_weights.safetensors"
+ARTEFACTS = {
+    "recipe": Kind(
+        "trained/run/lora",
+        LORA,
+        lambda: _generate("--prompt", "a", "--from-lora", "it", "--out", "a.gif"),
+        "gen_accel",
+    ),
+    "cache": Kind("cached", "run/cache/manifest.json", _read_cache),
+    "state": Kind("trained", "run/checkpoints/step-000003/state.json", _resume),
+    "processors": Kind("processors", "saved/processors.json", _load_processors),
+    "adapter": Kind("adapter", "saved/image_prompt.safetensors", _load_adapter, "gen_accel"),
+    "index": Kind("model", "model_index.json", _estimate),
+    "transformer": Kind("model", "transformer/config.json", _estimate),
+    "done": Kind("listed", "clips/c-000.gif.done.json", _list_again),
+    "latents": Kind("latents", "l.safetensors", _decode, "gen_accel"),
+}
+
+
+def _attention(**given: Any) -> None:
+    video = VideoShape(2, 3, 4)
+    x = torch.ones(1, 1, video.tokens, 8)
+    good: dict[str, Any] = {"q": x, "k": x, "v": x, "video": video, "method": Radial(block=4)}
+    gen_accel.attention(**(good | given))
+
+
+def _attach(**given: Any) -> None:
+    model = wan.transformer()
+    good: dict[str, Any] = {"method": Radial(block=4)}
+    gen_accel.attach(model, **(good | given))
+    wan.forward(model, 3, 4, 6)
+
+
+def _estimated(**given: Any) -> None:
+    good: dict[str, Any] = {"pipe_or_config": "Wan2.1-T2V-1.3B", "method": RADIAL, "steps": 2}
+    good |= {"height": 32, "width": 32, "num_frames": 5, "efficiency": 0.5}
+    str(gen_accel.estimate(**(good | given)))
+
+
+def _extended(**given: Any) -> None:
+    pipe = wan.pipeline()
+    good: dict[str, Any] = {"techniques": "riflex", "num_frames": 17, "trained_frames": 9}
+    gen_accel.extend(pipe, **(good | given))
+
+
+def _scheduled(**given: Any) -> None:
+    schedule = Schedule(**given)
+    schedule.why_layer(1)
+    if schedule.dense_steps < 100:
+        schedule.why_step(0, 5)
+
+
+def _shaped(**given: Any) -> None:
+    good: dict[str, Any] = {"frames": 2, "height": 3, "width": 4}
+    video = VideoShape(**(good | given))
+    if video.tokens < 10**4:
+        Radial(block=4).plan(video)
+
+
+def _clipped(**given: Any) -> None:
+    from gen_accel.pipelines.generation.sampling import Clip
+
+    Clip(**given)
+
+
+def _loading(**given: Any) -> None:
+    from gen_accel.pipelines.generation.loading import Loading
+
+    Loading(**given)
+
+
+def _configured(**given: Any) -> None:
+    from gen_accel.lora.config import TrainConfig
+
+    TrainConfig(**given)
+
+
+def _method(name: str) -> Callable[..., None]:
+    """Made, planned and used."""
+
+    def use(**given: Any) -> None:
+        video = VideoShape(2, 3, 4)
+        q, k, v = torch.randn(
+            (3, 1, 2, video.tokens, 8), generator=torch.Generator().manual_seed(0)
+        )
+        method = METHODS[name](**given)
+        hash(method)
+        gen_accel.attention(q, k, v, video=video, method=method, kernel="reference")
+
+    return use
+
+
+CALLS: dict[str, Callable[..., None]] = {
+    "attention": _attention,
+    "attach": _attach,
+    "estimate": _estimated,
+    "extend": _extended,
+    "Schedule": _scheduled,
+    "VideoShape": _shaped,
+    "Clip": _clipped,
+    "Loading": _loading,
+    "TrainConfig": _configured,
+    **{name: _method(name) for name in METHODS},
+}
+
+
+# What Python and other libraries say in the place of name, rule and value.
+FOREIGN = re.compile(
+    r"object (is not|has no|does not)|not supported between|unsupported operand|Expecting "
+    r"|unexpected keyword|positional argument|to unpack|must be real number|indices must be"
+    r"|maximum recursion|DefaultCPUAllocator|ffmpeg version|codec can't|not subscriptable"
+)
+BAR = re.compile(r"━|\d:\d\d:\d\d left")  # of a bar of progress
+
+
+def verdict(case: Case, outcome: Outcome, folder: Path) -> str | None:
+    """What is wrong with how a case ended; None: nothing."""
+    lines = [line for line in outcome.err.splitlines() if line.strip() and not BAR.search(line)]
+    last = (lines or [""])[-1].strip()
+    if left := [*folder.rglob(".partial-*")]:
+        return f"left {left[0].name}"
+    if outcome.opened:
+        return f"left open: {outcome.opened}"
+    if outcome.code == 0:
+        return None
+    if outcome.code < 0:
+        return f"ended by signal {-outcome.code} after {outcome.seconds:.0f} s of CPU"
+    if outcome.code != 2:
+        return f"code {outcome.code}: {last[:160]}"
+    said = [line for line in lines if line.startswith("error: ")]
+    if "Traceback" in outcome.err or len(said) != 1:
+        return f"{len(lines)} lines: {last[:160]}"
+    if len(lines) != 1:
+        return f"{len(lines)} lines: {lines[0][:160]}"
+    if not isinstance(case, Call) and FOREIGN.search(said[0]):
+        return f"another's words: {said[0][:160]}"
+    if len(said[0]) > 1000:
+        return f"{len(said[0])} characters: {said[0][:160]}"
+    return None
