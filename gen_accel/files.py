@@ -1,5 +1,6 @@
 """Files on disk: written whole or not at all, known by their hash, kept between runs."""
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -173,6 +174,8 @@ def replacing(path: Path, *, needs: int | None = None) -> Iterator[Path]:
         try:
             yield partial
             if partial.is_dir() and path.is_dir():  # which no rename can replace
+                if _exchange(partial, path):
+                    return
                 path.rename(earlier)
             os.replace(partial, path)
         except NoRoom as error:
@@ -188,6 +191,17 @@ def replacing(path: Path, *, needs: int | None = None) -> Iterator[Path]:
                 earlier.rename(path)
             _remove(earlier)
             _remove(partial)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change names at once, so that neither is gone at any time. False where the
+    system or the file system cannot."""
+    try:
+        exchange = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return exchange(here, os.fsencode(one), here, os.fsencode(other), both) == 0
 
 
 def clear_killed(path: Path) -> None:

@@ -45,7 +45,10 @@ def parse_json(text: str, origin: Any) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError(f"{origin} is no JSON of ours: it is nested too deep") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{origin} is no JSON from {where} on") from error
+    except ValueError as error:  # a number of more digits than Python reads
         raise ValueError(f"{origin} is no JSON: {error}") from error
 
 

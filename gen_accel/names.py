@@ -19,15 +19,15 @@ OFFLOADS = ("none", "model", "group", "sequential")
 DEVICES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "mtia")
 
 
-def check_kernel(kernel: str, what: str = "kernel") -> None:
-    """Raise ValueError for a name that is neither "auto" nor in `KERNELS`, with the nearest.
+def check_kernel(kernel: str, what: str = "kernel", known: Sequence[str] = KERNELS) -> None:
+    """Raise ValueError for a name that is neither "auto" nor in `known`, with the nearest.
 
     Args:
         what: the argument that holds it.
     """
-    if kernel != "auto" and kernel not in KERNELS:
-        hint = nearest_to(kernel, KERNELS)
-        raise ValueError(f"{what} must be 'auto' or one of {KERNELS}, got {kernel!r}{hint}")
+    if kernel != "auto" and kernel not in known:
+        hint = nearest_to(kernel, known)
+        raise ValueError(f"{what} must be 'auto' or one of {known}, got {kernel!r}{hint}")
 
 
 def check_techniques(names: Sequence[str], what: str = "technique") -> None:

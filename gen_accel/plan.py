@@ -358,7 +358,7 @@ class Plan:
             )
         if self.partial is not None:
             self.partial.check(S, blocks[1])
-        if _can_be_read(self.slots):
+        if not self.dynamic and _can_be_read(self.slots):
             _tokens_of(self.slots)
         if self.rest is not None and self.partial is not None:
             raise ValueError(

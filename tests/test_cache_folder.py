@@ -1,5 +1,6 @@
 """Where files of this user lie, and whether others may have written them."""
 
+import json
 import os
 
 import pytest
@@ -62,13 +63,14 @@ def test_who_owns(tmp_path):
 @pytest.mark.parametrize("what", ["file", "folder"])
 def test_what_was_measured_is_read_where_others_cannot_write(what, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for path, read in (
-        (tuned.path(), lambda: tuned.read.__wrapped__()),
-        (efficiency.cache_file(), lambda: efficiency._read_cache(efficiency.cache_file())),
+    cached = efficiency.cache_file()
+    for path, read, known in (
+        (tuned.path(), lambda: tuned.read.__wrapped__(), {"a": [1]}),
+        (cached, lambda: efficiency._read_cache(cached), {"a": 0.5}),
     ):
         files.make_cache_folder().chmod(0o755)
-        path.write_text('{"a": [1]}')
+        path.write_text(json.dumps(known))
         path.chmod(0o644)
-        assert read() == {"a": [1]}
+        assert read() == known
         (path if what == "file" else path.parent).chmod(0o777)
         assert read() == {}

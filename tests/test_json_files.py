@@ -10,8 +10,8 @@ from gen_accel.json_files import fields_of, parse_json, read_fields, read_json, 
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "is no JSON: Expecting value"),
-        (b"{'a': 1}", "is no JSON: Expecting property name"),
+        (b"", "is no JSON from line 1, column 1 on"),
+        (b"{'a': 1}", "is no JSON from line 1, column 2 on"),
         (b"[" * 100_000, "is nested too deep"),
         (b'"\xff"', "is not UTF-8 text"),
         (b"[]", "must hold names with values, got []"),

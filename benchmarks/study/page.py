@@ -3,11 +3,9 @@
 import json
 from pathlib import Path
 from statistics import mean
-from typing import Any, get_args
+from typing import Any
 
 from kept import write_between_marks
-
-from study.variants import Pooling
 
 BENCHMARKS = Path(__file__).parent.parent
 RESULTS = BENCHMARKS / "results"
@@ -22,7 +20,6 @@ SLICE = {
 }
 # First words of settings that are cells of an ablation.
 PARTS = ("choice", "rest", "tile", "query")
-RESTS = get_args(Pooling)
 
 
 def write() -> None:
@@ -144,15 +141,16 @@ def ablation_tables(report: dict[str, Any], mode: str) -> list[str]:
         "",
     ]
     names = {"choice": "choice", "tile": "tile", "block_q": "query block", "asked": "density"}
+    rests = list(dict.fromkeys(row["rest"] for row in report["rows"]))
     for part, title in names.items():
         fixed = {key: x for key, x in SLICE.items() if key not in (part, "rest")}
         rows = [row for row in report["rows"] if all(row[key] == x for key, x in fixed.items())]
         values = list(dict.fromkeys(str(row[part]) for row in rows))
-        lines += [f"| {title} | {' | '.join(f'rest {rest}' for rest in RESTS)} |"]
-        lines += ["|---|" + "---|" * len(RESTS)]
+        lines += [f"| {title} | {' | '.join(f'rest {rest}' for rest in rests)} |"]
+        lines += ["|---|" + "---|" * len(rests)]
         for value in values:
             own = {row["rest"]: row["error"] for row in rows if str(row[part]) == value}
-            cells = " | ".join(f"{own[rest]:.3f}" for rest in RESTS)
+            cells = " | ".join(f"{own[rest]:.3f}" for rest in rests)
             lines.append(f"| {value.strip('[]').replace(', ', ' x ')} | {cells} |")
         lines.append("")
     return lines

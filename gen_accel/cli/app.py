@@ -1,8 +1,10 @@
 """The command `gen-accel`: its help, and how what it refuses is said."""
 
+import re
 import sys
 import tempfile
 import traceback as tracebacks
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -54,9 +56,11 @@ class OneLineErrors(TyperGroup):
 def _refusal(error: Exception) -> str | None:
     """What was wrong with the input or the machine; None for a fault of the program."""
     if isinstance(error, MemoryError) or _is_of_allocator(error):
-        return f"out of memory: {_line(str(error)) or 'ask for less'}; ask for fewer frames, " + (
-            "fewer pixels or a smaller model"
-        )
+        # torch's own words on the CPU name places in its code.
+        asked = re.search(r"Allocator: .*allocate ([\d.]+ \w+)", str(error))
+        told = f"{asked[1]} more were asked for" if asked else _line(str(error))
+        less = "ask for fewer frames, fewer pixels or a smaller model"
+        return f"out of memory: {told}; {less}" if told else f"out of memory: {less}"
     if isinstance(error, (ValueError, OSError, ImportError)):
         return str(error) or type(error).__name__
     return None
@@ -130,7 +134,13 @@ app = typer.Typer(
 )
 
 
+def _warning_line(message: Warning | str, *where: Any, **more: Any) -> str:
+    """A warning without its place in the code."""
+    return f"warning: {_line(str(message))}\n"
+
+
 def main() -> None:
+    warnings.formatwarning = _warning_line
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # terminals that know no block characters
             stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]

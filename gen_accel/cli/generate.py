@@ -181,6 +181,8 @@ def generate(
     names.check_loading(dtype, offload)
     early.check_loras(lora or ())
     early.check_files("LoRA", [from_lora])
+    if from_latents is not None:
+        _only(context, "from_latents", ("model", "out", "fps", "dtype", "device", "offload"))
     early.check_files("file of latents", [from_latents])
     early.check_files("file of prompts", [prompts])
     early.check_files("image", [*(image_prompt or ()), *(image_mask or ()), image_negative])
@@ -194,7 +196,6 @@ def generate(
     source = model_named(model)
     loading = Loading(dtype, device, offload, tuple(lora or ()))
     if from_latents is not None:
-        _only(context, "from_latents", ("model", "out", "fps", "dtype", "device", "offload"))
         path = decode_latents(source, from_latents, out=out, fps=fps, loading=loading)
         print_files({"video": path})
         return

@@ -36,7 +36,7 @@ from gen_accel.kernels.failure import KernelFailed
 from gen_accel.kernels.runner import Runner, name_of
 from gen_accel.kernels.self_check import NotFinite, SelfCheck, SelfCheckFailed
 from gen_accel.names import KERNELS
-from gen_accel.names import check_kernel as check_name
+from gen_accel.names import check_kernel as check_known
 from gen_accel.plan import Plan, Route
 
 __all__ = [
@@ -78,6 +78,11 @@ class Choice:
         reasons = {name: ", ".join(reasons) for name, reasons in self.refused.items()}
         why = "; ".join(f"{name}: {reason}" for name, reason in {**reasons, **self.behind}.items())
         return f"{self.kernel} (not {why})" if why else self.kernel
+
+
+def check_name(kernel: str, what: str = "kernel") -> None:
+    """`names.check_kernel`, by what is in `KERNELS` here."""
+    check_known(kernel, what, KERNELS)
 
 
 @cache

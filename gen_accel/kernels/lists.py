@@ -65,7 +65,8 @@ def blocks_of_runs(plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     totals = plan.runs.counts
     masked = torch.zeros_like(totals)
     most = max(int(totals.max()), 1)
-    index = torch.zeros(len(totals), most, dtype=dtype, device=totals.device)
+    # Not filled: of one long list among short ones most is never touched, and takes no memory.
+    index = torch.empty(len(totals), most, dtype=dtype, device=totals.device)
     for rows, row, column, whole in plan.slices():
         places, masked[rows] = masked_first(row, whole, totals[rows])
         index[rows].view(-1)[row * most + places] = column.to(dtype)

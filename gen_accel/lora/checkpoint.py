@@ -66,12 +66,17 @@ def save(
         for file in partial.rglob("*"):
             if file.is_file():
                 flush(file)
-    whole = found(folder)
-    last = whole.index(target)
-    # Later ones are of a run that went on from here because they are broken.
-    for old in whole[: max(last + 1 - keep, 0)] + whole[last + 1 :]:
-        shutil.rmtree(old, ignore_errors=True)
+    prune(folder, target, keep=keep)
     return target
+
+
+def prune(folder: Path, last: Path, *, keep: int) -> None:
+    """Delete the checkpoints before `last` but the newest, `keep` with it, and all after it, which
+    are broken where a run went on from there."""
+    there = found(folder)
+    number = there.index(last)
+    for old in there[: max(number + 1 - keep, 0)] + there[number + 1 :]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def found(folder: Path) -> list[Path]:

@@ -42,7 +42,7 @@ LIMITS = (
         "be two shares from 0 to below 1",
     ),
     Limit(("dense_layers",), lambda x: x <= MOST_LAYERS, f"be at most {MOST_LAYERS}"),
-    Limit(("learning_rate",), lambda x: x <= MOST_RATE, f"be at most {MOST_RATE:g}"),
+    Limit(("learning_rate",), lambda x: not x > MOST_RATE, f"be at most {MOST_RATE:g}"),
     Limit(("seed",), lambda x: 0 <= x < 2**32, "be from 0 to 2^32 - 1"),
     Limit(
         (

@@ -370,6 +370,8 @@ class Run:
             listed = "; ".join(f"{k}: {a!r}, now {b!r}" for k, (a, b) in changed.items())
             raise ValueError(f"{found.path} is of another run, which differs in {listed}")
         self.state.restore(found.tensors, found.state)
+        if self.accelerator.is_main_process:  # a run that was killed may have begun to
+            checkpoint.prune(found.path.parent, found.path, keep=self.config.keep_checkpoints)
         self.accelerator.print(f"resumed after step {found.state['step']} from {found.path}")
         return found.state["step"]
 

@@ -56,6 +56,7 @@ LONGEST = 1024  # frames
 CALLS = 2  # of the transformer in a step: guidance runs it with the prompt and without
 # Plans of more block pairs than this take gigabytes: the search for a length stops there.
 MOST_PAIRS = 50_000_000
+MOST_STEPS = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +237,8 @@ def estimate(
     check_method(method)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if steps > MOST_STEPS:
+        raise ValueError(f"steps must be at most {MOST_STEPS:,}, got {steps:,}")
     if efficiency is not None and not 0 < efficiency < math.inf:
         raise ValueError(f"efficiency must be positive, got {efficiency}")
     subject = subject_of(pipe_or_config, text)

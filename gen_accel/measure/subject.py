@@ -31,6 +31,8 @@ from gen_accel.video import VideoShape
 
 NEEDED = ("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "patch_size")
 
+MOST_LAYERS = 10_000  # of a config that is tried, which takes a second a thousand
+
 
 @dataclass(frozen=True, eq=False)
 class Subject:
@@ -324,11 +326,15 @@ def _without_values(kind: str, config: Mapping[str, Any]) -> nn.Module:
 
     made: Any = getattr(diffusers, kind)
     known = {key: value for key, value in dict(config).items() if not key.startswith("_")}
+    for key, value in known.items():
+        if "layers" in key and isinstance(value, int) and value > MOST_LAYERS:
+            raise ValueError(f"{key} of {kind} must be at most {MOST_LAYERS}, got {value}")
     try:
         with torch.device("meta"):
             return made.from_config(known)
     except Exception as error:
-        raise ValueError(f"no {kind} can be made of its config: {error}") from error
+        why = f": {error}" if isinstance(error, ValueError) else ""
+        raise ValueError(f"no {kind} can be made of its config{why}") from error
 
 
 def _runs_on(module: Any, device: torch.device | None) -> tuple[torch.device, torch.dtype]:

@@ -40,6 +40,7 @@ MP4_FILTER = (
 )
 RATES = (0.01, 1000.0)  # frames a second that each format can state; ffmpeg refuses others late
 FRAMES_AT_ONCE = 16  # that are read; 44 MB at 720 x 1280
+GIF_END = b";"  # the trailer, a byte
 GIF_FILTER = "split[frames][sample];[sample]palettegen[palette];[frames][palette]paletteuse"
 ODD_SIZE = "gen_accel size {height}x{width}"  # the comment in an mp4 with a padded edge
 
@@ -324,6 +325,9 @@ def _encode(
         raise OSError(f"ffmpeg wrote no readable {path.suffix} file: {why(error)}") from error
     if written != sent:
         raise OSError(f"ffmpeg wrote {written} of {sent} frames to the {path.suffix} file")
+    # A last frame that is cut off is counted all the same.
+    if path.suffix.lower() == ".gif" and path.read_bytes()[-1:] != GIF_END:
+        raise OSError("ffmpeg wrote no end to the .gif file: is the disk full?")
 
 
 def _write_folder(frames: Iterator[np.ndarray], folder: Path) -> None:

@@ -89,6 +89,7 @@ def test_demo_is_a_name_of_the_command_line_alone(refused, model, tmp_path, monk
     assert demo.model_named("./demo") == demo.adapter_named("./demo") == "./demo"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
+    Image.new("RGB", (8, 8)).save("a.png")
     monkeypatch.setattr(demo, "image_prompt_path", lambda: tmp_path / "embedded")
     args = ("generate", "--model", model, "--prompt", PROMPT, "--image-prompt", "a.png")
     assert f"{tmp_path}/embedded" in refused(*args, "--image-adapter", "demo")

@@ -417,7 +417,8 @@ FOREIGN = re.compile(
     r"|unexpected keyword|positional argument|to unpack|must be real number|indices must be"
     r"|maximum recursion|DefaultCPUAllocator|ffmpeg version|codec can't|not subscriptable"
 )
-BAR = re.compile(r"━|\d:\d\d:\d\d left")  # of a bar of progress
+# Of a bar of progress, a line in its place, what takes long, and warnings.
+BAR = re.compile(r"━|\d:\d\d:\d\d left|\d+/\d+ .*\d:\d\d:\d\d|^loading |^warning: ")
 
 
 def verdict(case: Case, outcome: Outcome, folder: Path) -> str | None:
@@ -426,8 +427,9 @@ def verdict(case: Case, outcome: Outcome, folder: Path) -> str | None:
     last = (lines or [""])[-1].strip()
     if left := [*folder.rglob(".partial-*")]:
         return f"left {left[0].name}"
-    if outcome.opened:
-        return f"left open: {outcome.opened}"
+    # Fonts are mapped into memory by matplotlib, once a process.
+    if opened := [where for where in outcome.opened if "mpl-data" not in where]:
+        return f"left open: {opened}"
     if outcome.code == 0:
         return None
     if outcome.code < 0:

@@ -146,7 +146,12 @@ def _found() -> _Found:
     except PermissionError as error:  # not ours, or not to be read: it is there, and said once
         warnings.warn(f"the CPU kernel is not loaded: {error}", stacklevel=2)
         return _Found(None, f"it is not loaded: {error}")
-    except (OSError, RuntimeError, AttributeError):  # no home, another system's file, half a file
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        AttributeError,
+    ):  # no home, another system's file, half a file
         return _Found(None, NOT_BUILT)
 
 

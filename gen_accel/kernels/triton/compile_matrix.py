@@ -342,24 +342,25 @@ def _curve_cases(D: int, block: int) -> Iterator[Case]:
 
 def _slope_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     """Around queries; around keys the kernels take no mean of the queries."""
-    config = configs.linear(arch, D, dtype)
-    sizes = {"D": D, "BLOCK_D": configs.padded_dim(D), "BLOCK": block}
-    sizes |= {"TILE": configs.tile(block, config.tile), "CHUNK": config.chunk}
-    needed = sizes["TILE"] * sizes["BLOCK_D"] * config.chunk
+    config = configs.slope(arch, D, dtype)
+    sizes = {"D": D, "BLOCK_D": configs.padded_dim(D), "BLOCK": block, "CHUNK": config.chunk}
     part = {"BLOCKS": configs.part_blocks(D, block), "CENTRED": True}
-    for kind, flags in (
-        ("parts", {**part, "WEIGHED": False}),
-        ("parts", {**part, "WEIGHED": True}),
-        ("add", {"CENTRED": True}),
-        ("queries_backward", {"CENTRED": True}),
-        ("keys_backward", {"TRANSPOSED": False}),
-        ("keys_backward", {"TRANSPOSED": True}),
+    part_tile, tile = configs.part_tile(arch, dtype, block), configs.tile(block, config.tile)
+    for kind, rows, flags in (
+        ("parts", part_tile, {**part, "WEIGHED": False}),
+        ("parts", part_tile, {**part, "WEIGHED": True}),
+        ("add", tile, {"CENTRED": True}),
+        ("queries_backward", tile, {"CENTRED": True}),
+        ("keys_backward", tile, {"TRANSPOSED": False}),
+        ("keys_backward", tile, {"TRANSPOSED": True}),
     ):
         flag, on = next(reversed(flags.items()))
         name = f"slope {kind.replace('_', ' ')}{f' {flag.lower()}' if on else ''}"
         kernel = getattr(slope, f"slope_{kind}_kernel")
-        case = Case(name, kernel, {**sizes, **flags}, config.num_warps, 1, needed, sizes["TILE"])
-        yield case._replace(turns=math.ceil(block / sizes["TILE"]))
+        needed = rows * sizes["BLOCK_D"] * config.chunk
+        constants = {**sizes, "TILE": rows, **flags}
+        case = Case(name, kernel, constants, config.num_warps, 1, needed, rows)
+        yield case._replace(turns=math.ceil(block / rows))
 
 
 def build(case: Case, arch: str, dtype: torch.dtype) -> Any:
@@ -409,12 +410,13 @@ def usage(case: Case, compiled: Any) -> Usage:
         return used
     code = sass.cuobjdump(compiled, "--dump-sass")
     loops, needed = sass.inner_loops(code), case.needed
-    if not loops:
+    looped = any(sass.multiply_adds(loop, case.num_warps) for loop in loops)
+    if not loops or (case.turns > 1 and not looped):
         loops, needed = [sass.instructions(code)], case.needed * case.turns
     counted = [(sass.multiply_adds(loop, case.num_warps), loop) for loop in loops]
     issued = max((count for count, _ in counted), default=0)
     used = used._replace(products=issued / needed)
-    if not issued or not case.keys:
+    if not looped or not case.keys:
         return used
     # A loop over masked blocks computes no more than one over whole blocks, and takes longer.
     whole = min((loop for count, loop in counted if count == issued), key=len)

@@ -238,6 +238,10 @@ LINEAR_FP32 = {
 # Rows that a part of a rest's slope sums up, for each number of a head: it has an eighth of the
 # bytes of its tokens; not timed.
 PART_ROWS = 8
+# Of these rows a program holds so many at a time, so that by compile_matrix nothing spills.
+PART_TILE = {"sm_80": 32, "sm_90": 32, "sm_100": 64, "sm_120": 16, "gfx942": 32}
+# In place of LINEAR for what the slope adds and its gradients, as it would spill.
+SLOPE_INSTEAD = {("sm_100", 64): LinearConfig(32, 64, 4)}
 
 # For every architecture: spills nothing according to compile_matrix; not timed.
 SUMS = {
@@ -417,6 +421,18 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 def part_blocks(D: int, block: int) -> int:
     """Number of blocks in a part, whatever else the call holds: its sums are always the same."""
     return max(1, PART_ROWS * D // block)
+
+
+def part_tile(arch: str, dtype: torch.dtype, block: int) -> int:
+    """The tile of a part; of the interpreter and in fp32 the least one."""
+    return tile(block, 16 if dtype == torch.float32 else PART_TILE.get(arch, 16))
+
+
+def slope(arch: str, D: int, dtype: torch.dtype) -> LinearConfig:
+    """Of a rest's first order; parts have tiles of their own."""
+    config = linear(arch, D, dtype)
+    narrow = dtype != torch.float32
+    return SLOPE_INSTEAD.get((arch, bucket(D)), config) if narrow else config
 
 
 def sums(arch: str, dtype: torch.dtype) -> SumsConfig:

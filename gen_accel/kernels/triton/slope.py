@@ -465,6 +465,7 @@ def _sum_of_products(
         strided=(x, y),
         numbers=(H, N, side.blocks),
         programs=count,
+        TILE=configs.part_tile(configs.architecture(x.device), x.dtype, side.block),
         BLOCKS=blocks,
         CENTRED=side.centred,
         WEIGHED=weighed,
@@ -473,7 +474,7 @@ def _sum_of_products(
 
 
 def _chunks(x: Tensor) -> int:
-    config = configs.linear(configs.architecture(x.device), x.shape[3], x.dtype)
+    config = configs.slope(configs.architecture(x.device), x.shape[3], x.dtype)
     return triton.cdiv(x.shape[3], config.chunk)
 
 
@@ -496,8 +497,9 @@ def _launch(
     """
     x = strided[0]
     D = x.shape[3]
-    config = configs.linear(configs.architecture(x.device), D, x.dtype)
+    config = configs.slope(configs.architecture(x.device), D, x.dtype)
     chunk = min(config.chunk, configs.padded_dim(D))
+    flags = {"TILE": configs.tile(side.block, config.tile), **flags}
     launch(
         kernel,
         ((programs or side.blocks) * triton.cdiv(D, chunk), x.shape[:2].numel()),
@@ -508,7 +510,6 @@ def _launch(
         D=D,
         BLOCK_D=configs.padded_dim(D),
         BLOCK=side.block,
-        TILE=configs.tile(side.block, config.tile),
         CHUNK=chunk,
         num_warps=config.num_warps,
         num_stages=1,

@@ -356,7 +356,8 @@ def _metadata(text: str | None, path: Path) -> dict[str, Any]:
             raise ValueError(f"its version is {data['version']}, not {VERSION}")
         if typed(data, "variant", str, origin="it") not in VARIANTS:
             raise ValueError(f"its variant is {data['variant']!r}, none of {', '.join(VARIANTS)}")
-        typed(data, "blocks", dict, origin="it", default={})
+        for name in ("blocks", "heads", "transformer"):
+            typed(data, name, dict, origin="it", default={})
         typed(data, "image_encoder", str, origin="it", default="")
     except ValueError as error:
         raise ValueError(f"what {path} says of itself cannot be read: {error}") from error

@@ -588,10 +588,10 @@ class TestNeighborhood:
     @pytest.mark.parametrize(
         ("options", "match"),
         [
-            ({"window": (3, 3)}, r"window needs one value for each of .*rows.*, got \(3, 3\)"),
-            ({"stride": (1, 1, 1, 1)}, r"stride needs one value"),
-            ({"dilation": (1,)}, r"dilation needs one value"),
-            ({"is_causal": (True,)}, r"is_causal needs one value"),
+            ({"window": (3, 3)}, r"window of Neighborhood must be int,int,int, got \(3, 3\)"),
+            ({"stride": (1, 1, 1, 1)}, r"stride .* must be int,int,int, got \(1, 1, 1, 1\)"),
+            ({"dilation": (1,)}, r"dilation .* must be int,int,int, got \(1,\)"),
+            ({"is_causal": (True,)}, r"is_causal .* must be true/false,.*, got \(True,\)"),
             ({"window": (0, 3, 3)}, r"window along frames must be positive or -1, got 0"),
             ({"window": (3, -2, 3)}, r"window along rows must be positive or -1, got -2"),
             ({"stride": (1, 1, 9)}, r"stride along columns must be from 1 to the window 8, got 9"),

@@ -74,7 +74,11 @@ class TestRestOfOthers:
             (BlockMixture, {"rest": "means", "routing": "token"}, "got routing='token'"),
             (Neighborhood, {"rest": "means", "is_causal": (True, False, False)}, "later tokens"),
             (Radial, {"centre": "key"}, "centre and order are for rest='means'"),
-            (SparseLinear, {"rest": "mean"}, "rest must be None or 'means', got 'mean'"),
+            (
+                SparseLinear,
+                {"rest": "mean"},
+                "rest of SparseLinear must be one of means or none, got 'mean'",
+            ),
         ],
     )
     def test_what_cannot_be_pooled_is_refused(self, kind, options, why):
