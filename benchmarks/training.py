@@ -1,6 +1,7 @@
-"""What a training step costs, dense against radial, taking turns in one run.
+"""What a training step costs, dense against sparse, taking turns in one run.
 
     python benchmarks/training.py --out benchmarks/results/training_cpu.json
+    python benchmarks/training.py --method piecewise --beside sparse_linear:critical=0.1 --times 4
     python benchmarks/training.py --device cuda --model 1.3b --out results.json
     python benchmarks/training.py --model 1.3b --layers 1 --picture 24 40 --times 4 --rounds 2
 
@@ -56,8 +57,16 @@ def main() -> None:
         "--picture", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the latents"
     )
     parser.add_argument("--times", type=int, nargs="+", default=[1, 2, 4], help="of the length")
+    parser.add_argument("--method", default="radial", help="its name on the command line")
     parser.add_argument(
-        "--set", nargs="+", default=METHOD, metavar="FIELD=VALUE", help="fields of Radial"
+        "--set", nargs="+", metavar="FIELD=VALUE", help="its fields; of radial by default METHOD"
+    )
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        default=[],
+        metavar="METHOD[:FIELD=VALUE]",
+        help="methods whose step is timed in the same turns",
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--checkpointing", action="store_true")
@@ -65,13 +74,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.layers is not None and (args.model == "demo" or args.layers < 1):
         parser.error(f"--layers takes 1 or more, of --model 1.3b, got {args.layers}")
-    method = method_from("radial", args.set)
+    settings = args.set or (METHOD if args.method == "radial" else ())
+    method = method_from(args.method, settings)
+    beside = {one: method_from(*split_method(one)) for one in args.beside}
     dtype = getattr(torch, args.dtype)
 
     transformer = build(args, dtype)
     if args.checkpointing:
         transformer.enable_gradient_checkpointing()
-    error = parity(transformer, method, args, dtype)
+    errors = [parity(transformer, one, args, dtype) for one in (method, *beside.values())]
+    error = max(errors)
     print(f"parity: worst gradient off by {error:.1e} of the largest")
     if error > TOLERANCE[dtype]:
         raise SystemExit(f"not timed: {error:.1e} is over {TOLERANCE[dtype]:.0e}")
@@ -79,15 +91,17 @@ def main() -> None:
     rows = []
     for times in args.times:
         frames = times * (SIZES[args.model]["trained"] - 1) + 1
-        row = measure(transformer, method, frames, args, dtype)
+        row = measure(transformer, method, beside, frames, args, dtype)
         rows.append(row)
         print(
             f"{frames} latent frames, {row['tokens']} tokens: dense {row['dense_ms']:.0f} ms, "
-            f"radial {row['radial_ms']:.0f} ms, {row['speedup']:.2f}x; density "
+            f"{args.method} {row['sparse_ms']:.0f} ms, {row['speedup']:.2f}x; density "
             f"{row['density']:.3f}, attention {row['attention_speedup']:.2f}x, "
             f"{row['share_of_ideal']:.2f} of the ideal",
             flush=True,
         )
+        for name, ms in row["beside_ms"].items():
+            print(f"    {name} {ms:.0f} ms, {row['sparse_ms'] / ms:.2f} of it", flush=True)
     if args.out is not None:
         report = {
             "model": args.model,
@@ -102,6 +116,13 @@ def main() -> None:
             "rows": rows,
         }
         write_json(args.out, report)
+
+
+def split_method(text: str) -> tuple[str, list[str]]:
+    """Name and settings of what `--beside` takes: NAME, or NAME:FIELD=VALUE with several divided
+    by colons."""
+    name, *settings = text.split(":")
+    return name, settings
 
 
 def picture(args: argparse.Namespace) -> tuple[int, int]:
@@ -176,7 +197,12 @@ def parity(transformer: Any, method: Any, args: argparse.Namespace, dtype: torch
 
 
 def measure(
-    transformer: Any, method: Any, frames: int, args: argparse.Namespace, dtype: torch.dtype
+    transformer: Any,
+    method: Any,
+    beside: dict[str, Any],
+    frames: int,
+    args: argparse.Namespace,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     given = batch(frames, args, transformer)
     patch = transformer.config.patch_size
@@ -209,28 +235,30 @@ def measure(
     dense = gen_accel.Dense()
     calls = {
         "dense": whole(dense),
-        "radial": whole(method),
+        "sparse": whole(method),
         "attention_dense": alone(dense),
-        "attention_radial": alone(method),
+        "attention_sparse": alone(method),
     }
+    calls |= {f"beside {name}": whole(other) for name, other in beside.items()}
     seconds = interleaved(calls, rounds=args.rounds, device=args.device)
     taken = {name: statistics.median(values) for name, values in seconds.items()}
     peak: dict[str, float | None] = {}
-    for name, chosen in (("dense", dense), ("radial", method)):
+    for name, chosen in (("dense", dense), ("sparse", method)):
         with gen_accel.attach(transformer, chosen) as handle, peak_memory(args.device) as used:
             step(transformer, given, dtype)
         peak[f"{name}_peak_mb"] = used.get("mb")
         kernels = handle.summary().to_dict()["kernels"]
     density = method.density(video)
-    attention_speedup = taken["attention_dense"] / taken["attention_radial"]
+    attention_speedup = taken["attention_dense"] / taken["attention_sparse"]
     return {
         "latent_frames": frames,
         "tokens": video.tokens,
         "density": density,
         "kernels": kernels,
         **peak,
-        **{f"{name}_ms": 1000 * seconds for name, seconds in taken.items()},
-        "speedup": taken["dense"] / taken["radial"],
+        **{f"{x}_ms": 1000 * taken[x] for x in taken if not x.startswith("beside ")},
+        "beside_ms": {name: 1000 * taken[f"beside {name}"] for name in beside},
+        "speedup": taken["dense"] / taken["sparse"],
         "attention_speedup": attention_speedup,
         "share_of_ideal": attention_speedup * density,
     }

@@ -117,15 +117,15 @@ def test_a_training_step_is_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     training = importlib.import_module("training")
     out = tmp_path / "a.json"
-    monkeypatch.setattr(
-        "sys.argv", ["training.py", "--times", "1", "--rounds", "1", "--out", str(out)]
-    )
+    line = ["training.py", "--times", "1", "--rounds", "1", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", [*line, "--beside", "sparse_linear:critical=0.2"])
     training.main()
     report = json.loads(out.read_text())
     assert report["worst_gradient_error"] < training.TOLERANCE[torch.bfloat16]
     (row,) = report["rows"]
     assert (row["tokens"], row["latent_frames"]) == (1296, 9)
-    assert min(row["dense_ms"], row["radial_ms"], row["attention_radial_ms"]) > 0
+    assert min(row["dense_ms"], row["sparse_ms"], row["attention_sparse_ms"]) > 0
+    assert row["beside_ms"]["sparse_linear:critical=0.2"] > 0
     assert "of the ideal" in capsys.readouterr().out
 
 

@@ -83,11 +83,11 @@ def _train(at: Setting, method: Any) -> dict[str, Any]:
     transformer = training.build(args, torch.bfloat16)
     transformer.enable_gradient_checkpointing()
     frames = 5 if at.dry else training.SIZES[args.model]["trained"]
-    row = training.measure(transformer, method, frames, args, torch.bfloat16)
+    row = training.measure(transformer, method, {}, frames, args, torch.bfloat16)
     said = (
-        f"{row['dense_ms']:.0f} ms dense, {row['radial_ms']:.0f} ms, {row['speedup']:.2f}x; "
+        f"{row['dense_ms']:.0f} ms dense, {row['sparse_ms']:.0f} ms, {row['speedup']:.2f}x; "
         f"attention {row['attention_speedup']:.2f}x at density {row['density']:.3f}"
     )
-    if row["radial_peak_mb"] is not None:
-        said += f"; {row['dense_peak_mb']:.0f} MB dense, {row['radial_peak_mb']:.0f} MB"
+    if row["sparse_peak_mb"] is not None:
+        said += f"; {row['dense_peak_mb']:.0f} MB dense, {row['sparse_peak_mb']:.0f} MB"
     return {"worst_gradient_error": error, "gradient_checkpointing": True, **row, "says": said}
