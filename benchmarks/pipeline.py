@@ -34,6 +34,7 @@ from gen_accel import (
     BlockMixture,
     Dense,
     Neighborhood,
+    Piecewise,
     Radial,
     SparseLinear,
     VideoShape,
@@ -259,7 +260,8 @@ def main() -> None:
 
 def published(video: VideoShape, layers: int) -> dict[str, Any]:
     """The methods at their published settings, which for neighborhood attention are a window of
-    18 x 24 x 24 in 30 x 48 x 80 tokens, and here the same shares of the grid.
+    18 x 24 x 24 in 30 x 48 x 80 tokens, and here the same shares of the grid. Piecewise attention
+    keeps a tenth.
 
     Radial attention keeps all of an image, which is one frame, as block mixture does in one of the
     three partitions that it goes through from layer to layer. There, and in models of fewer
@@ -273,6 +275,7 @@ def published(video: VideoShape, layers: int) -> dict[str, Any]:
         "Neighborhood": Neighborhood((frames, rows, columns)),
         "BlockMixture": BlockMixture("2d" if image or layers < 3 else "cycle"),
         "SparseLinear": SparseLinear(),
+        "Piecewise": Piecewise(0.1),
     }
     if image:
         del methods["Radial"]

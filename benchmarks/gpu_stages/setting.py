@@ -74,10 +74,10 @@ class Setting:
         if self.dry:
             return [(small(first), ("SparseLinear",))]
         return [
-            (first, ("Radial", "SparseLinear")),
+            (first, ("Piecewise", "Radial")),
+            (last, ("Piecewise",)),
+            (first, ("SparseLinear", "Neighborhood")),
             (last, ("Radial",)),
-            (first, ("Neighborhood", "BlockMixture")),
-            (last, ("SparseLinear",)),
         ]
 
 

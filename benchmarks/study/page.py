@@ -7,9 +7,12 @@ from typing import Any
 
 from kept import write_between_marks
 
+from study import front
+
 BENCHMARKS = Path(__file__).parent.parent
 RESULTS = BENCHMARKS / "results"
 DOCS = BENCHMARKS.parent / "docs" / "methods"
+README = BENCHMARKS.parent / "README.md"
 LINK = "../../benchmarks/results"
 SLICE = {
     "choice": "loss",
@@ -23,7 +26,7 @@ PARTS = ("choice", "rest", "tile", "query")
 
 
 def write() -> None:
-    """All pages and pictures that have results."""
+    """All pages, README and pictures that have results."""
     clips, errors = reports("clips"), reports("errors")
     parts = [line for report in clips for line in clip_table(report)]
     parts += [line for report in errors for line in error_table(report)]
@@ -34,6 +37,7 @@ def write() -> None:
     if (found := result("random")) is not None:
         parts += ["### A Wan with random weights", "", *ablation_tables(found, "random")]
     write_between_marks(DOCS / "piecewise.md", ["", *parts])
+    write_between_marks(README, front.table())
     if (found := result("others")) is not None:
         write_between_marks(DOCS / "index.md", ["", *other_table(found)])
     for report in errors:

@@ -42,6 +42,7 @@ SMALLER = {
     "layer=3": "layer=1",
     '"num_frames": 33': '"num_frames": 21',
     "num_inference_steps=8": "num_inference_steps=2",
+    '"num_inference_steps": 50': '"num_inference_steps": 3',
 }
 # Verbs whose lines are not run here, and why.
 ELSEWHERE = {
