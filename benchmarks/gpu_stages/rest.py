@@ -1,5 +1,5 @@
-"""The rest of a plan, pooled around mean keys, and around mean queries with the second order and
-without: parity, then its price."""
+"""The rest of a plan, pooled around mean keys, and around mean queries in each order: parity, then
+its price."""
 
 import itertools
 from collections.abc import Iterator
@@ -51,19 +51,22 @@ def _timed(at: Setting, rest: Rest, direction: str) -> dict[str, Any]:
     taken = turns(calls, rounds=at.rounds, device=at.device)
     kept, whole = (one.kernel_ms for one in taken.values())
     said = f"kept keys {kept:.2f} ms, with the rest {whole:.2f} ms, {whole / kept:.2f} times"
+    even = _even(at, plan, heads, rest)
     return {
         "ms": {name: one.ms for name, one in taken.items()},
         "kernel_ms": {name: one.kernel_ms for name, one in taken.items()},
         "density": plan.density,
-        "says": f"{said}; by the model from density {_even(at, plan, heads):.2f} around queries",
+        "says": f"{said}; by the model from density {even:.2f} around queries",
     }
 
 
-def _even(at: Setting, plan: Plan, heads: int) -> float:
+def _even(at: Setting, plan: Plan, heads: int, rest: Rest) -> float:
+    """Of its own order; of mean keys beside mean queries in the second one."""
     from gen_accel.kernels.triton import configs
 
     problem = rest_cost.Problem(heads, plan.tokens, at.dims[0], plan.block_q, plan.block_k)
-    return rest_cost.even_density(problem, configs.architecture(at.device))
+    order = rest.order if rest.centre == "query" else "second"
+    return rest_cost.even_density(problem, configs.architecture(at.device), order)
 
 
 def _plan(at: Setting, rest: Rest) -> Plan:

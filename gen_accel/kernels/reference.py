@@ -102,7 +102,8 @@ def pooled(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Pool
             apart = (keys[:, :, None] - key[:, :, :, :, None]).square()
             s = torch.einsum("bhijt,bhijtd,bhd->bhij", weight, apart, w)
             gained = CURVATURE * a[..., None] * s[:, :, :, None]
-            weighed = weighed + gained.clamp_max(MOST_GAINED)
+            # At the bound clamp_max still has a gradient, which `Rest` has not.
+            weighed = weighed + gained.masked_fill(gained >= MOST_GAINED, MOST_GAINED)
     slope = None
     if plan.rest.order != "zeroth":
         slope = ((keys - kmean[:, :, :, None]) * real_k).flatten(2, 3).mT @ v

@@ -166,7 +166,9 @@ def _around_queries(
     scores = scores + total[:, :, :, None]
     if rise:
         spans = _variances(shares, keys, key, weight[0], real_k).transpose(2, 3)
-        scores = scores + (rise[0][..., None] * spans[:, :, :, None]).clamp_max(MOST_GAINED)
+        gained = rise[0][..., None] * spans[:, :, :, None]
+        # At the bound clamp_max still has a gradient, which `Rest` has not.
+        scores = scores + gained.masked_fill(gained >= MOST_GAINED, MOST_GAINED)
     return merged(out, lse, scores, value.transpose(2, 3), _left_out(plan, some, real_k.sum(1)))
 
 

@@ -5,7 +5,8 @@ A kernel takes the longest of its products, its bytes from memory and those thro
 and a moment to start. With N tokens and D numbers a head, Kq query and Kk key blocks:
 
     kept          4 density N N D products; K and V once from memory, once a query block from cache
-    around keys   4 N Kk D products; K and V once, the output of the kept keys read and written
+    around keys   4 N Kk D products; K and V once, the output of the kept keys read and written; a
+                  start for what the keys of a head have in common, as around queries
     around queries  the same, and 6 Kq N D for pooling, whose 2 Kq Kk D numbers are written to the
                   cache and read again, in chunks of as many pairs as it holds
     first order   4 N D D, to make a slope of K and V and to add what it says of each query
@@ -87,6 +88,9 @@ class Work(NamedTuple):
     launches: int = 1
 
 
+COMMON = Work(0, 0, 0)  # reads a few keys of each head
+
+
 def kept(problem: Problem, density: float) -> list[Work]:
     heads, N, D = problem[:3]
     flops = 2 * MULTIPLY_ADD * density * heads * N * N * D
@@ -94,13 +98,13 @@ def kept(problem: Problem, density: float) -> list[Work]:
 
 
 def around_keys(problem: Problem) -> list[Work]:
-    """The means of k, those of v, and the columns."""
+    """The common keys, the means of k, those of v, and the columns."""
     means = Work(0, problem.one, problem.one)
-    return [means, means, _columns(problem, 2 * problem.one * _share(problem))]
+    return [COMMON, means, means, _columns(problem, 2 * problem.one * _share(problem))]
 
 
 def around_queries(problem: Problem, cached: int) -> list[Work]:
-    """The means of q; pooling; the columns.
+    """The common keys; the means of q; pooling; the columns.
 
     Args:
         cached: bytes of pooled keys and values in a chunk.
@@ -113,7 +117,7 @@ def around_queries(problem: Problem, cached: int) -> list[Work]:
     reads = 2 * problem.one * math.ceil(Kq / ROWS)
     pool = Work(flops, 2 * problem.one, reads + pairs, chunks)
     means = Work(0, problem.one, problem.one)
-    return [means, pool, _columns(problem, pairs)._replace(launches=chunks)]
+    return [COMMON, means, pool, _columns(problem, pairs)._replace(launches=chunks)]
 
 
 def first_order(problem: Problem) -> list[Work]:

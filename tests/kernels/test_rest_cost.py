@@ -22,11 +22,11 @@ def test_products_and_bytes_are_those_of_the_kernels():
     (one,) = rest_cost.kept(problem, 0.25)
     assert one.flops == 2 * 2 * (2 * 512 * 128 * 16)
     *means, columns = rest_cost.around_keys(problem)
-    assert [work.flops for work in means] == [0, 0]
+    assert [work.flops for work in means] == [0, 0, 0]
     assert columns.flops == 2 * 2 * (2 * 512 * 8 * 16)
     assert columns.cache == 2 * 4 * (2 * 8 * 16 * 2)  # keys and values, once a query block
     pairs = rest_cost.pooled_bytes(problem)
-    _, pool, columns = rest_cost.around_queries(problem, cached=pairs // 2)
+    *_, pool, columns = rest_cost.around_queries(problem, cached=pairs // 2)
     assert pool.flops == 3 * 2 * (2 * 4 * 512 * 16)
     assert pool.cache == 2 * (2 * 512 * 16 * 2) + pairs
     assert (pool.launches, columns.launches) == (2, 2)
@@ -74,17 +74,43 @@ def test_mean_queries_are_worth_what_clips_say():
     assert rest_cost.WORTH["second"] <= (low[0] + share * (high[0] - low[0])) / ours
 
 
+def modelled(cached, density=0.1):
+    """Columns of the tables of the page: kept keys, both centres, and what either order adds."""
+    queries = rest_cost.around_queries(GOAL, cached)
+    more = rest_cost.first_order(GOAL), rest_cost.second_order(GOAL)
+    return rest_cost.kept(GOAL, density), rest_cost.around_keys(GOAL), queries, *more
+
+
+def row_of_the_page(name):
+    """Cells of the row that begins so, or that names an architecture."""
+    page = (ROOT / "docs/gpu.md").read_text()
+    [row] = re.findall(rf"^\|[^|]*{name}[^|]*\|([\d. |]+)\|$", page, re.MULTILINE)
+    return [cell.strip() for cell in row.split("|")]
+
+
 @pytest.mark.parametrize("arch", CARDS)
 def test_the_page_has_what_the_model_says(arch):
-    card, cached = CARDS[arch], configs.CACHED[arch]
-    works = rest_cost.kept(GOAL, 0.1), rest_cost.around_keys(GOAL)
-    works += (rest_cost.around_queries(GOAL, cached), rest_cost.first_order(GOAL))
-    works += (rest_cost.second_order(GOAL),)
-    figures = [f"{1e3 * rest_cost.seconds(work, card):.2f}" for work in works]
+    works = modelled(configs.CACHED[arch])
+    figures = [f"{1e3 * rest_cost.seconds(work, CARDS[arch]):.2f}" for work in works]
     figures.append(f"{rest_cost.even_density(GOAL, arch):.2f}")
-    page = (ROOT / "docs/gpu.md").read_text()
-    [row] = re.findall(rf"^\|[^|]*{arch}[^|]*\|([\d. |]+)\|$", page, re.MULTILINE)
-    assert [cell.strip() for cell in row.split("|")[:6]] == figures
+    assert row_of_the_page(arch) == figures
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "unit", "digits"),
+    [
+        ("operations", "flops", 1e9, 0),
+        ("from and to memory", "memory", 1e9, 2),
+        ("through the cache", "cache", 1e9, 2),
+        ("launches", "launches", 1, 0),
+    ],
+)
+def test_the_page_has_the_work_that_the_model_counts(name, field, unit, digits):
+    sums = (
+        sum(getattr(work, field) for work in works) / unit
+        for works in modelled(configs.CACHED["sm_90"])
+    )
+    assert row_of_the_page(name) == [f"{x:.{digits}f}" for x in sums]
 
 
 def test_the_page_has_what_is_said_of_the_second_order():

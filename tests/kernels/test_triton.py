@@ -2,8 +2,6 @@
 
 import ast
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.checks import assert_no_worse
+from support.interpreter import run_python
 from support.methods import CASES, TESTED
 from support.problems import assert_gradients_no_worse, blind, random_plan
 from support.products import NIGHTLY, in_turns
@@ -30,14 +29,12 @@ from gen_accel.kernels.spread import block_spread
 from gen_accel.kernels.triton import (
     autotune,
     block_sparse,
-    compile_matrix,
     configs,
     launch,
     linear,
     listing,
     lists,
     rest,
-    sass,
     tuned,
 )
 from gen_accel.kernels.triton.linear import linear_sets
@@ -463,10 +460,15 @@ class TestReasons:
         assert self.reasons() == ["triton is not installed"]
 
 
-def run_python(*arguments, **variables):
-    """A process of its own, in which Triton compiles."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
-    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
+def test_short_blocks_have_configurations_of_their_own():
+    def chosen(block, *more):
+        return configs.from_table("sm_90", "forward", 128, torch.bfloat16, block, *more)
+
+    assert chosen(128) == configs.TABLE["sm_90"][128][0]
+    assert chosen(64) == chosen(57) == configs.SHORT["sm_90", 128][0]
+    gained = configs.from_table("sm_80", "forward", 128, torch.bfloat16, 64, True)
+    assert gained == configs.WITH_GAIN["sm_80", 128, "forward", True]
+    assert configs.cut("dkdv", chosen(128), 32).tile_n == 32
 
 
 @pytest.mark.slow
@@ -491,151 +493,3 @@ def test_it_is_the_first_that_a_process_runs():
     )
     done = run_python("-c", code, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Where processes of this file keep what they compiled, so that it is done once."""
-    return str(tmp_path_factory.mktemp("triton"))
-
-
-SOME_KERNELS = ["--dim", "128", "--block", "64", "--kernel"]
-SOME_KERNELS += ["forward bits gain", "dq windows gain", "delta", "sums"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "count"),
-    [
-        pytest.param(SOME_KERNELS, 4, id="some"),
-        pytest.param([], 372, id="every", marks=pytest.mark.nightly),
-    ],
-)
-def test_kernels_compile_for_hopper_and_spill_nothing(compiled, options, count):
-    matrix = "gen_accel.kernels.triton.compile_matrix"
-    done = run_python("-m", matrix, "--arch", "sm_90", *options, TRITON_CACHE_DIR=compiled)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("sm_90 ") == count
-
-
-@pytest.mark.slow
-def test_packed_keys_take_few_instructions_and_no_fences(compiled):
-    """By which compile_matrix refuses the loop over whole blocks."""
-    matrix = "gen_accel.kernels.triton.compile_matrix"
-    options = ["--arch", "sm_90", "--dim", "128", "--block", "128"]
-    options += ["--kernel", "packed forward none"]
-    done = run_python("-m", matrix, *options, TRITON_CACHE_DIR=compiled)
-    assert done.returncode == 0, done.stdout + done.stderr
-    plain = next(
-        line for line in done.stdout.splitlines() if "gain" not in line and "sm_90" in line
-    )
-    products, per_key, copies, _ = map(float, plain.split()[-4:])
-    assert products == 1
-    assert 3 < per_key <= compile_matrix.MOST["sm_90", 128, 128] == 4.3
-    assert copies == 0
-
-
-def test_compile_matrix_refuses_weights_that_move_from_warp_to_warp():
-    """As they do with 64 queries and all columns of 128 at once on cards without wgmma."""
-    [case] = [
-        case
-        for case in compile_matrix.cases("sm_80", 128, torch.bfloat16, 64)
-        if case.name == "forward none"
-    ]
-    assert case.constants["WIDTH"] == 64
-    assert case.shuffles == 8
-    used = compile_matrix.Usage(205, 0, 80 << 10, 1.0, 12.0, 8, 8)
-    assert compile_matrix.fits(case, used, "sm_80")
-    assert not compile_matrix.fits(case, used._replace(shuffles=64), "sm_80")
-
-
-@pytest.mark.parametrize(
-    ("changed", "good"),
-    [
-        ({}, True),
-        ({"per_key": 4.4}, False),
-        ({"copies": 1}, False),
-        ({"spilled": 8}, False),
-        ({"products": 1.5}, False),
-        ({"shared": 228 << 10}, False),
-    ],
-    ids=str,
-)
-def test_what_compile_matrix_refuses(changed, good):
-    [case] = [
-        case
-        for case in compile_matrix.cases("sm_90", 128, torch.bfloat16, 128)
-        if case.name == "packed forward none"
-    ]
-    assert case.keys == 128
-    used = compile_matrix.Usage(205, 0, 160 << 10, 1.0, 4.2, 0)._replace(**changed)
-    assert compile_matrix.fits(case, used, "sm_90") == good
-
-
-LISTING = """
-        /*0000*/                   MOV R1, c[0x0][0x28] ;
-        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;
-        /*0020*/                   LDGSTS.E.128 [R3], [R4.64] ;
-        /*0028*/                   SHFL.BFLY PT, R9, R8, 0x2, 0x1f ;
-        /*0030*/                   HGMMA.64x128x16.F32.BF16 R56, R8, gdesc[UR12], R56, gsb0 ;
-        /*0040*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
-        /*0050*/               @P0 BRA 0x10 ;
-        /*0060*/              @!P1 BRA `(.L_x_0) 0x0 ;
-        /*0070*/                   EXIT ;
-"""
-
-
-def test_products_of_the_inner_loop_are_counted():
-    [loop] = sass.inner_loops(LISTING)
-    assert [text.split(".")[0] for text in loop[:2]] == ["HGMMA", "LDGSTS"]
-    four = 64 * 64 * 16 + 64 * 128 * 16
-    assert sass.multiply_adds(loop, 8) == 2 * four + 8 * 16 * 8 * 16
-    assert sass.multiply_adds([], 8) == 0
-    assert sass.shuffles(loop) == 1
-    assert sass.instructions(LISTING)[1:-2] == loop
-    assert sass.copies(loop) == 1
-
-
-def test_short_blocks_have_configurations_of_their_own():
-    def chosen(block, *more):
-        return configs.from_table("sm_90", "forward", 128, torch.bfloat16, block, *more)
-
-    assert chosen(128) == configs.TABLE["sm_90"][128][0]
-    assert chosen(64) == chosen(57) == configs.SHORT["sm_90", 128][0]
-    gained = configs.from_table("sm_80", "forward", 128, torch.bfloat16, 64, True)
-    assert gained == configs.WITH_GAIN["sm_80", 128, "forward", True]
-    assert configs.cut("dkdv", chosen(128), 32).tile_n == 32
-
-
-def flagged(compiled, row, **changed):
-    """Lines of kernels that compile_matrix refuses once the first configuration of a row differs.
-
-    Args:
-        row: of `configs`, as Python.
-    """
-    code = (
-        "import sys\n"
-        "from gen_accel.kernels.triton import compile_matrix, configs\n"
-        f"forward, *rest = configs.{row}\n"
-        f"configs.{row} = forward._replace(**{changed}), *rest\n"
-        "raise SystemExit(compile_matrix.main(sys.argv[1:]))\n"
-    )
-    options = ["--arch", "sm_90", "--dim", "64", "--kernel", "forward none", "delta"]
-    done = run_python("-c", code, *options, TRITON_CACHE_DIR=compiled)
-    assert done.returncode == 1, done.stderr
-    return [line for line in done.stdout.splitlines() if line.endswith("!")]
-
-
-@pytest.mark.nightly
-def test_a_configuration_that_computes_twice_is_found(compiled):
-    """As eight warps do with the 64 rows that four of them could work off."""
-    bad = [line.split() for line in flagged(compiled, "SHORT['sm_90', 64]", num_warps=8)]
-    assert {line[2] for line in bad} == {"64"}
-    assert all(float(line[-2]) == 1.5 for line in bad)
-
-
-@pytest.mark.nightly
-def test_a_configuration_that_spills_is_found(compiled):
-    bad = flagged(compiled, "TABLE['sm_90'][64]", num_warps=2)
-    assert any("forward none" in line for line in bad)
-    assert all("forward" in line for line in bad)

@@ -1,8 +1,17 @@
-"""Triton's interpreter, a quarter faster."""
+"""Triton's interpreter, a quarter faster, and processes without it."""
 
 import functools
 import inspect
+import os
+import subprocess
+import sys
 from typing import Any
+
+
+def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, in which Triton compiles."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
 
 
 def remember_builtins(patch: Any) -> None:

@@ -33,6 +33,7 @@ from gen_accel.kernels.triton import (
     pooling,
     rest_columns,
     rest_columns_backward,
+    rest_common,
     rest_pooling,
     rest_shares,
     sass,
@@ -78,7 +79,7 @@ TYPES = {
     **dict.fromkeys(("dk_sums", "dv_sums", "dweight_sums", "dweight_parts"), "*fp32"),
     **dict.fromkeys(("rise", "drise", "curves", "dcurves", "key_means", "squares"), "*fp32"),
     **dict.fromkeys(("times", "totals", "mean", "sums", "dweight"), "*fp32"),
-    **dict.fromkeys(("parts", "dtotal"), "*fp32"),
+    **dict.fromkeys(("parts", "dtotal", "common", "of_rest", "low_lse"), "*fp32"),
 }
 INPUTS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv", "x", "y", "dx")
 INPUTS += tuple(f"packed_{name}" for name in ("x", "y", "q", "grad"))
@@ -96,6 +97,7 @@ class Case(NamedTuple):
         most: instructions of a warp for each key.
         shuffles: how often the threads of a warp may exchange numbers in a turn.
         turns: that stand one after the other where the compiler has made no loop of them.
+        nested: the loop lies in another one, which then holds all turns.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Case(NamedTuple):
     most: float = math.inf
     shuffles: float = math.inf
     turns: int = 1
+    nested: bool = False
 
 
 class Usage(NamedTuple):
@@ -148,7 +151,7 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     yield from _curve_cases(D, block)
     yield from _slope_cases(arch, D, dtype, block)
     lists = {"ROWS": listing.ROWS, "CHUNK": listing.CHUNK}
-    sizes = {**dim, "BLOCK": block, "TILE": pooling.TILE, "MEAN": True}
+    sizes = {**dim, "BLOCK": block, "TILE": pooling.TILE, "MEAN": True, "LESS": True}
     yield Case("pooled", pooling.sums_kernel, sizes, pooling.WARPS, 3)
     yield Case("lists count", listing.count_kernel, lists, 4, 3)
     yield Case("lists starts", listing.starts_kernel, {"STEP": listing.STEP}, 4, 3)
@@ -262,6 +265,7 @@ def _gathered_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterat
 def _column_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
     """Kernels of the rest, over as many columns as tiles are long, and more."""
     dim = {"D": D, "BLOCK_D": configs.padded_dim(D)}
+    yield Case("rest common", rest_common.common_kernel, {**dim, "SOME": rest_common.SOME}, 4, 3)
     yield Case("rest shares", rest_shares.shares_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1)
     around_keys = (("forward", "dq", "dkdv"), (False,), (False,))
     around_queries = (("forward", "dq", "dpooled"), (True,), (False, True))
@@ -360,7 +364,7 @@ def _slope_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[
         needed = rows * sizes["BLOCK_D"] * config.chunk
         constants = {**sizes, "TILE": rows, **flags}
         case = Case(name, kernel, constants, config.num_warps, 1, needed, rows)
-        yield case._replace(turns=math.ceil(block / rows))
+        yield case._replace(turns=math.ceil(block / rows), nested=kind == "parts")
 
 
 def build(case: Case, arch: str, dtype: torch.dtype) -> Any:
@@ -406,21 +410,27 @@ def usage(case: Case, compiled: Any) -> Usage:
     found = (re.search(rf"{name}:(\d+)", text) for name in ("REG", "STACK", "LOCAL"))
     registers, stack, local = (int(match[1]) for match in found if match)
     used = Usage(registers, stack + local, shared)
-    if not case.needed:
-        return used
-    code = sass.cuobjdump(compiled, "--dump-sass")
-    loops, needed = sass.inner_loops(code), case.needed
-    looped = any(sass.multiply_adds(loop, case.num_warps) for loop in loops)
-    if not loops or (case.turns > 1 and not looped):
-        loops, needed = [sass.instructions(code)], case.needed * case.turns
-    counted = [(sass.multiply_adds(loop, case.num_warps), loop) for loop in loops]
-    issued = max((count for count, _ in counted), default=0)
-    used = used._replace(products=issued / needed)
-    if not looped or not case.keys:
+    return counted(case, used, sass.cuobjdump(compiled, "--dump-sass")) if case.needed else used
+
+
+def counted(case: Case, used: Usage, code: str) -> Usage:
+    """The same with what a turn computes, from a listing of `cuobjdump -sass`."""
+    found, turns = sass.inner_loops(code), 1
+    loops = [loop.code for loop in found]
+    held = [loop.held for loop in found if sass.multiply_adds(loop.code, case.num_warps)]
+    if not loops or (case.turns > 1 and not held):
+        loops, turns = [sass.instructions(code)], case.turns
+    elif case.nested and not any(held):
+        turns = case.turns
+    products = [sass.multiply_adds(loop, case.num_warps) for loop in loops]
+    issued = max(products, default=0)
+    used = used._replace(products=issued / (case.needed * turns))
+    if not held or not case.keys:
         return used
     # A loop over masked blocks computes no more than one over whole blocks, and takes longer.
-    whole = min((loop for count, loop in counted if count == issued), key=len)
-    per_key = len(whole) / case.keys
+    most = (loop for count, loop in zip(products, loops, strict=True) if count == issued)
+    whole = min(most, key=len)
+    per_key = len(whole) / (case.keys * turns)
     return used._replace(per_key=per_key, copies=sass.copies(whole), shuffles=sass.shuffles(whole))
 
 

@@ -167,7 +167,7 @@ POOL = {
     },
     "sm_90": {
         64: (_C(64, 64, 4, 2), _C(32, 64, 4, 1), _C(64, 64, 4, 2)),
-        128: (_C(64, 64, 4, 1), _C(64, 32, 8, 1), _C(64, 64, 4, 2)),
+        128: (_C(64, 32, 4, 1), _C(64, 32, 8, 1), _C(64, 64, 4, 2)),
         256: (_C(64, 32, 8, 1), _C(32, 32, 8, 1), _C(64, 32, 4, 1)),
     },
     "sm_100": {
@@ -199,7 +199,6 @@ WITH_CURVE = {
     ("sm_90", 64, "dpooled"): _C(32, 128, 8, 2),
     ("sm_90", 64, "pool"): _C(64, 64, 4, 1),
     ("sm_90", 128, "dpooled"): _C(64, 32, 4, 1),
-    ("sm_90", 128, "pool"): _C(64, 32, 4, 1),
     ("sm_100", 128, "forward"): _C(128, 32, 8, 2),
     ("sm_100", 128, "pool backward"): _C(32, 64, 8, 1),
     ("sm_120", 64, "dpooled"): _C(64, 32, 4, 1),
@@ -242,6 +241,8 @@ PART_ROWS = 8
 PART_TILE = {"sm_80": 32, "sm_90": 32, "sm_100": 64, "sm_120": 16, "gfx942": 32}
 # In place of LINEAR for what the slope adds and its gradients, as it would spill.
 SLOPE_INSTEAD = {("sm_100", 64): LinearConfig(32, 64, 4)}
+# The same in fp16, whose sums are fp32.
+SLOPE_FP16 = {("sm_100", 128): LinearConfig(32, 64, 4)}
 
 # For every architecture: spills nothing according to compile_matrix; not timed.
 SUMS = {
@@ -430,9 +431,11 @@ def part_tile(arch: str, dtype: torch.dtype, block: int) -> int:
 
 def slope(arch: str, D: int, dtype: torch.dtype) -> LinearConfig:
     """Of a rest's first order; parts have tiles of their own."""
-    config = linear(arch, D, dtype)
-    narrow = dtype != torch.float32
-    return SLOPE_INSTEAD.get((arch, bucket(D)), config) if narrow else config
+    config, row = linear(arch, D, dtype), (arch, bucket(D))
+    if dtype == torch.float32:
+        return config
+    config = SLOPE_INSTEAD.get(row, config)
+    return SLOPE_FP16.get(row, config) if dtype == torch.float16 else config
 
 
 def sums(arch: str, dtype: torch.dtype) -> SumsConfig:

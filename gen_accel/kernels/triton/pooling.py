@@ -18,6 +18,7 @@ WARPS = 4
 @triton.jit(do_not_specialize=("H", "K"))
 def sums_kernel(
     x,
+    common,
     out,
     slots,
     stride_b,
@@ -30,8 +31,10 @@ def sums_kernel(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     MEAN: tl.constexpr,
+    LESS: tl.constexpr,
 ):
-    """Sum, or average, the tokens of each block: zero where it holds none."""
+    """Sum, or average, the tokens of each block, zero where it holds none; if LESS, take `common`
+    of the head off."""
     i_block, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     x += (i_head // H) * stride_b + (i_head % H) * stride_h
     o_d = tl.arange(0, BLOCK_D)
@@ -46,6 +49,8 @@ def sums_kernel(
         held += tl.sum((o_t >= 0).to(tl.int32), 0)
     if MEAN:
         b_sum = b_sum / tl.maximum(held, 1).to(tl.float32)
+    if LESS:
+        b_sum -= tl.load(common + i_head * D + o_d, mask=o_d < D, other=0.0)
     tl.store(out + (i_head * K + i_block) * D + o_d, b_sum, mask=o_d < D)
 
 
@@ -69,11 +74,20 @@ def _(x: Tensor, slots: Tensor, block: int, mean: bool) -> Tensor:
     return x.new_empty((B, H, len(slots) // block, D), dtype=torch.float32)
 
 
-def launch_sums(x: Tensor, slots: Tensor, block: int, out: Tensor, *, mean: bool) -> None:
+def launch_sums(
+    x: Tensor,
+    slots: Tensor,
+    block: int,
+    out: Tensor,
+    *,
+    mean: bool,
+    common: Tensor | None = None,
+) -> None:
     """Write the sums or means into `out`, (B, H, S / block, D) of any dtype.
 
     Args:
         x: (B, H, N, D), see `rowwise`.
+        common: (B, H, D) fp32, taken off each.
     """
     B, H, _, D = x.shape
     blocks = out.shape[2]
@@ -81,9 +95,7 @@ def launch_sums(x: Tensor, slots: Tensor, block: int, out: Tensor, *, mean: bool
         sums_kernel,
         (blocks, B * H),
         x,
-        x,
-        out,
-        slots,
+        *(x, out if common is None else common, out, slots),
         *x.stride()[:3],
         H,
         blocks,
@@ -92,5 +104,6 @@ def launch_sums(x: Tensor, slots: Tensor, block: int, out: Tensor, *, mean: bool
         BLOCK=block,
         TILE=TILE,
         MEAN=mean,
+        LESS=common is not None,
         num_warps=WARPS,
     )

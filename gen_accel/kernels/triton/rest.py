@@ -19,6 +19,7 @@ from gen_accel.kernels.curve import Curve
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton import rest_launches as launches
 from gen_accel.kernels.triton.launch import launch, rowwise
+from gen_accel.kernels.triton.rest_common import common_of
 from gen_accel.kernels.triton.rest_pooling import spread_kernel
 from gen_accel.plan import Plan, Slots
 
@@ -129,18 +130,19 @@ def rest_backward(
     """The gradients of out, lse, q, k, v, rise and weight, empty for these where there is none."""
     call = _call(q, k, v, keep, slots, held_q, held_k, block_q, block_k, scale)
     grad = rowwise(grad.to(q.dtype))
-    dout, dlse, delta = launches.shares(grad, grad_total, joint, total, rowwise(out), lse)
+    dout, dlse, back = launches.shares(call, grad, grad_total, joint, total, rowwise(out), lse)
     dq, dk, dv = (torch.empty_like(x) for x in (call.q, call.k, call.v))
     drise, dweight = total.new_empty(_shape(rise)), total.new_empty(_shape(weight))
     if not around_queries:
         chunk, pooled = launches.around_keys(call)
-        launches.dq_of(call, chunk, pooled, grad, None, dq, None, total, delta)
-        launches.dkdv_of(call, pooled, grad, dk, dv, total, delta)
+        launches.dq_of(call, chunk, pooled, grad, None, dq, None, back)
+        launches.dkdv_of(call, pooled, grad, dk, dv, back)
         return dout, dlse, dq, dk, dv, drise, dweight
     if rise is not None and weight is not None:
         call = launches.with_curve(call, rise, weight)
     for some in _heads(call):
-        given = (x[:, some] for x in (grad, dq, total, delta))
+        own = launches.Shares(*(x[:, some].contiguous() for x in back))
+        given = grad[:, some], dq[:, some], own
         (dk[:, some], dv[:, some]), curve = _backward(call.of_heads(some), *given)
         if curve is not None:
             drise[:, some], dweight[:, some] = curve.rise, curve.weight
@@ -184,8 +186,19 @@ def _differentiate(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Any, ...
 rest.register_autograd(_differentiate, setup_context=_save)
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *given: Any) -> launches.Call:
-    return launches.Call(rowwise(q), rowwise(k), rowwise(v), keep.view(torch.uint8), *given)
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    slots: Tensor,
+    held_q: Tensor,
+    held_k: Tensor,
+    *numbers: Any,
+) -> launches.Call:
+    q, k, v = rowwise(q), rowwise(k), rowwise(v)
+    held = slots, held_q, held_k
+    return launches.Call(q, k, v, keep.view(torch.uint8), *held, common_of(k), *numbers)
 
 
 def _heads(call: launches.Call) -> Iterator[slice]:
@@ -196,10 +209,9 @@ def _heads(call: launches.Call) -> Iterator[slice]:
 
 
 def _backward(
-    call: launches.Call, grad: Tensor, dq: Tensor, total: Tensor, delta: Tensor
+    call: launches.Call, grad: Tensor, dq: Tensor, back: launches.Shares
 ) -> tuple[Tensor, launches.CurveGrads | None]:
     """Write dq, and return the gradients of k and v, (2, B, H, N, D) fp32, and of the curve."""
-    total, delta = total.contiguous(), delta.contiguous()
     means = launches.means_of(call.q, call, call.block_q)
     pooled, grads = launches.room(call), launches.room(call)
     parts, curve = launches.parts_of_means(call), launches.curve_grads(call)
@@ -207,10 +219,10 @@ def _backward(
     sums = torch.zeros(2, *call.q.shape, dtype=torch.float32, device=call.q.device)
     for chunk in launches.chunks(call):
         launches.pool(call, chunk, means, pooled)
-        launches.dpooled_of(call, chunk, means, pooled, grads, grad, of_pairs, total, delta)
+        launches.dpooled_of(call, chunk, means, pooled, grads, grad, of_pairs, back)
         launches.pool_backward(call, chunk, means, pooled, grads, parts, sums, of_tokens)
         dmeans = parts[: chunk.pairs].sum(1, dtype=torch.float32)
-        launches.dq_of(call, chunk, pooled, grad, dmeans, dq, drise, total, delta)
+        launches.dq_of(call, chunk, pooled, grad, dmeans, dq, drise, back)
     return sums, curve
 
 

@@ -1,6 +1,7 @@
 """The softmax of queries over kept keys, continued over columns; prefixes of names as in `tiles`.
 
-A column is what stands for a key block: a key, a value and a bias in powers of two. A set of
+A column is what stands for a key block: a key, which is stored off what all keys of the head have
+in common, see `rest_common`, a value and a bias in powers of two. A set of
 columns serves a whole head (the mean keys, whose bias is log2 of how many tokens they stand for),
 or where it is CENTRED one query block of a head: a pair. Columns of blocks that the query block
 keeps, or that hold nothing, are hidden. If CURVED, the score of a query gains its rise times the
@@ -16,6 +17,7 @@ import math
 import triton
 import triton.language as tl
 
+from gen_accel.kernels.triton.rest_common import common_key, common_scores
 from gen_accel.kernels.triton.tiles import LN2, LOG2E, dot, load_rows, own_tile, store_rows
 from gen_accel.plan import MOST_GAINED
 
@@ -66,6 +68,7 @@ def columns_forward_kernel(
     bias,
     curves,
     rise,
+    common,
     kept,
     lse,
     joint,
@@ -136,7 +139,8 @@ def columns_forward_kernel(
     if CURVED:
         b_rise = rises(rise + i_head * N, o_t)
     b_lse = tl.load(lse + i_head * N + o_t, mask=o_t >= 0, other=-float("inf"))
-    b_max = b_lse * LOG2E
+    b_less = common_scores(b_q, common_key(common, i_head, D, BLOCK_D), scale)
+    b_max = b_lse * LOG2E - b_less
     b_sum = tl.where(b_lse == -float("inf"), 0.0, 1.0)
     for i_c in range(0, stop, TILE_N):
         o_c = i_c + tl.arange(0, TILE_N)
@@ -163,6 +167,6 @@ def columns_forward_kernel(
     store_rows(joint, stride_jn, o_t, b_acc / b_safe[:, None], FIRST, WIDTH)
     if WIDTH < BLOCK_D:
         store_rows(joint + WIDTH, stride_jn, o_t, b_high / b_safe[:, None], D - WIDTH, WIDTH)
-    b_total = tl.where(b_sum == 0.0, -float("inf"), (b_max + tl.log2(b_safe)) * LN2)
+    b_total = tl.where(b_sum == 0.0, -float("inf"), (b_max + b_less + tl.log2(b_safe)) * LN2)
     b_total = tl.where(left > 0, b_total, b_lse)
     tl.store(joint_lse + i_head * N + o_t, b_total, mask=o_t >= 0)

@@ -15,6 +15,7 @@ from gen_accel.kernels.triton.rest_columns import (
     pair_at,
     rises,
 )
+from gen_accel.kernels.triton.rest_common import common_key
 from gen_accel.kernels.triton.sparse_backward import statistics
 from gen_accel.kernels.triton.tiles import LN2, dot, load_rows, own_tile, store_rows
 
@@ -28,6 +29,8 @@ def columns_dq_kernel(
     bias,
     curves,
     rise,
+    common,
+    of_rest,
     dmeans,
     held,
     dq,
@@ -108,6 +111,8 @@ def columns_dq_kernel(
         if CURVED:
             b_drise += tl.sum(tl.where(b_gain < MOST, b_ds * b_curve[None, :], 0.0), 1)
         b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
+    b_given = tl.load(of_rest + i_head * N + o_t, mask=o_t >= 0, other=0.0)
+    b_dq += b_given[:, None] * common_key(common, i_head, D, BLOCK_D)[None, :]
     b_dq *= scale * LN2
     if CENTRED:
         o_d = tl.arange(0, BLOCK_D)
@@ -284,6 +289,7 @@ def columns_dpooled_kernel(
     bias,
     curves,
     rise,
+    common,
     key_means,
     weight,
     pooled_dk,
@@ -370,10 +376,11 @@ def columns_dpooled_kernel(
     store_rows(pooled_dv + i_set * C * D, D, o_in, b_dv, D, BLOCK_D)
     b_v = load_rows(pooled_v + i_set * C * D, D, o_in, D, BLOCK_D, True)
     b_shift = tl.sum(b_dv.to(tl.float32) * b_v.to(tl.float32), 1)
+    b_common = common_key(common, i_head, D, BLOCK_D)
     if CURVED:
         b_key = load_rows(pooled_k + i_set * C * D, D, o_in, D, BLOCK_D, True).to(tl.float32)
         b_mid = load_rows(key_means + i_head * C * D, D, o_in, D, BLOCK_D, True).to(tl.float32)
-        b_apart = b_key - b_mid
+        b_apart = b_key + (b_common[None, :] - b_mid)
         p_part = (i_head * R + i_block) * tl.num_programs(0) + tl.program_id(0)
         b_part = tl.sum(b_dcurve[:, None] * b_apart * b_apart, 0)
         tl.store(dweight_parts + p_part * D + o_d, b_part, mask=o_d < D)
@@ -386,6 +393,6 @@ def columns_dpooled_kernel(
     b_dk = b_dk.to(b_k.dtype)
     store_rows(pooled_dk + i_set * C * D, D, o_in, b_dk, D, BLOCK_D)
     b_k = load_rows(pooled_k + i_set * C * D, D, o_in, D, BLOCK_D, True)
-    b_shift += tl.sum(b_dk.to(tl.float32) * b_k.to(tl.float32), 1)
+    b_shift += tl.sum(b_dk.to(tl.float32) * (b_k.to(tl.float32) + b_common[None, :]), 1)
     tl.store(dbias + p_pair, b_dbias, mask=o_c < C)
     tl.store(shifts + p_pair, b_shift, mask=o_c < C)

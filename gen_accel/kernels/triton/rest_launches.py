@@ -60,6 +60,20 @@ class CurveGrads(NamedTuple):
         return self.of_tokens.sum(2) - self.of_pairs.sum((2, 3))
 
 
+class Shares(NamedTuple):
+    """Numbers of each query that the gradients of the rest are made of, (B, H, N) fp32.
+
+    Args:
+        delta: what the softmax takes from the gradient of each score.
+        of_rest: what the gradients of the scores of the rest add up to.
+        low_lse: the joint log-sum-exp without the score of the common key.
+    """
+
+    delta: Tensor
+    of_rest: Tensor
+    low_lse: Tensor
+
+
 class Call(NamedTuple):
     """Call whose tensors all kernels read.
 
@@ -68,6 +82,7 @@ class Call(NamedTuple):
         keep: (B, H, Kq, Kk) uint8, of any strides.
         slots: (S,) int32.
         held_q, held_k: (Kq, 2) and (Kk, 2) fp32, tokens and slots of each block.
+        common: (B, H, D) fp32, see `rest_common`.
         curve: None where there is no second order.
     """
 
@@ -78,6 +93,7 @@ class Call(NamedTuple):
     slots: Tensor
     held_q: Tensor
     held_k: Tensor
+    common: Tensor
     block_q: int
     block_k: int
     scale: float
@@ -85,8 +101,9 @@ class Call(NamedTuple):
 
     def of_heads(self, some: slice) -> "Call":
         q, k, v, keep = (x[:, some] for x in (self.q, self.k, self.v, self.keep))
+        common = self.common[:, some].contiguous()
         curve = self.curve and Curved(*(x[:, some].contiguous() for x in self.curve))
-        return self._replace(q=q, k=k, v=v, keep=keep, curve=curve)
+        return self._replace(q=q, k=k, v=v, keep=keep, common=common, curve=curve)
 
     @property
     def curved(self) -> bool:
@@ -136,7 +153,8 @@ class Pooled(NamedTuple):
     """Columns.
 
     Args:
-        keys, values: (sets, Kk, D) in the dtype of q; of mean keys, one set a head.
+        keys, values: (sets, Kk, D) in the dtype of q, keys off the common one; of mean keys, one
+            set a head.
         bias: (sets, Kk) fp32 in powers of two; of mean keys (Kk,), for all.
         spreads: the log-sum-exps that the biases were made of; of mean keys the biases.
         curves: (sets, Kk) fp32 in powers of two, the variances; without a curve the spreads.
@@ -226,10 +244,16 @@ def _launch(
     )
 
 
-def means_of(x: Tensor, call: Call, block: int, dtype: torch.dtype | None = None) -> Tensor:
-    """(B, H, S / block, D), in the dtype of x if not in another."""
+def means_of(
+    x: Tensor,
+    call: Call,
+    block: int,
+    dtype: torch.dtype | None = None,
+    common: Tensor | None = None,
+) -> Tensor:
+    """(B, H, S / block, D), in the dtype of x if not in another, off `common` if there is one."""
     made = x.new_empty(*x.shape[:2], call.slots.numel() // block, x.shape[3], dtype=dtype)
-    pooling.launch_sums(x, call.slots, block, made, mean=True)
+    pooling.launch_sums(x, call.slots, block, made, mean=True, common=common)
     return made
 
 
@@ -255,7 +279,8 @@ def with_curve(call: Call, rise: Tensor, weight: Tensor) -> Call:
 
 
 def around_keys(call: Call) -> tuple[Chunk, Pooled]:
-    keys, values = (means_of(x, call, call.block_k).flatten(0, 1) for x in (call.k, call.v))
+    keys = means_of(call.k, call, call.block_k, common=call.common).flatten(0, 1)
+    values = means_of(call.v, call, call.block_k).flatten(0, 1)
     chunk = Chunk(0, call.heads * call.blocks[0], call.blocks[0], 1)
     bias = call.held_k[:, 0].log2()
     return chunk, Pooled(keys, values, bias, bias, bias, centred=False)
@@ -300,7 +325,7 @@ def pool(call: Call, chunk: Chunk, means: Tensor, pooled: Pooled) -> None:
         call,
         _pool_config("pool", call),
         tensors=(
-            *(means, call.k, call.v, *pooled[:5]),
+            *(means, call.k, call.v, *pooled[:5], call.common),
             *(curve.squares, curve.key_means, curve.weight, call.keep, call.slots),
         ),
         strided=(call.k, call.v),
@@ -328,7 +353,7 @@ def forward(
         call,
         config,
         tensors=(
-            *(call.q, *pooled[:3], pooled.curves, call.curve_or_any.rise),
+            *(call.q, *pooled[:3], pooled.curves, call.curve_or_any.rise, call.common),
             *(out, lse, joint, total, call.keep, call.slots),
         ),
         strided=(call.q, out, joint),
@@ -343,26 +368,30 @@ def forward(
 
 
 def shares(
-    grad: Tensor, grad_total: Tensor, joint: Tensor, total: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of out and lse, and (B, H, N) fp32, what the softmax takes from the gradient
-    of each score of a row."""
-    B, H, N, D = out.shape
-    dout = torch.empty_like(out)
-    dlse, delta = total.new_empty(2, B, H, N)
+    call: Call,
+    grad: Tensor,
+    grad_total: Tensor,
+    joint: Tensor,
+    total: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Shares]:
+    """The gradients of out and lse, and what those of the rest are made of."""
+    B, H, N = total.shape
+    dout, dlse = torch.empty_like(out), torch.empty_like(total)
+    back = Shares(*total.new_empty(3, B, H, N))
     launch(
         shares_kernel,
         (triton.cdiv(N, configs.DELTA_TILE), B * H),
         out,
-        *(grad, out, joint, dout, lse.contiguous(), total, grad_total.contiguous(), dlse, delta),
-        *_strides(grad, out, joint, dout),
-        H,
-        N,
-        D=D,
-        BLOCK_D=configs.padded_dim(D),
+        *(call.q, call.common, grad, out, joint, dout, lse.contiguous(), total),
+        *(grad_total.contiguous(), dlse, *back),
+        *_strides(call.q, grad, out, joint, dout),
+        *(H, N, call.scale),
+        **call.dim,
         TILE=configs.DELTA_TILE,
     )
-    return dout, dlse, delta
+    return dout, dlse, back
 
 
 def dq_of(
@@ -373,8 +402,7 @@ def dq_of(
     dmeans: Tensor | None,
     dq: Tensor,
     drise: Tensor | None,
-    total: Tensor,
-    delta: Tensor,
+    back: Shares,
 ) -> None:
     """Write dq, to which the gradients of the mean queries are added, `dmeans` (pairs, D) fp32,
     and of a call with a curve drise."""
@@ -387,8 +415,9 @@ def dq_of(
         config,
         tensors=(
             *(call.q, grad, *pooled[:3], pooled.curves, call.curve_or_any.rise),
-            *(of_means, call.held_q, dq, total if drise is None else drise),
-            *(total, delta, call.keep, call.slots),
+            *(call.common, back.of_rest, of_means, call.held_q, dq),
+            *(back.low_lse if drise is None else drise, back.low_lse, back.delta),
+            *(call.keep, call.slots),
         ),
         strided=(call.q, grad, dq),
         numbers=(*call.keep.stride(), chunk.first, chunk.groups, *call.sizes),
@@ -406,8 +435,7 @@ def dkdv_of(
     grad: Tensor,
     dk: Tensor,
     dv: Tensor,
-    total: Tensor,
-    delta: Tensor,
+    back: Shares,
 ) -> None:
     config = _columns_config("dkdv", call)
     _launch(
@@ -415,7 +443,10 @@ def dkdv_of(
         (triton.cdiv(call.blocks[1], config.tile_n), call.heads),
         call,
         config,
-        tensors=(call.q, grad, *pooled[:3], dk, dv, total, delta, call.keep, call.slots),
+        tensors=(
+            *(call.q, grad, *pooled[:3], dk, dv),
+            *(back.low_lse, back.delta, call.keep, call.slots),
+        ),
         strided=(call.q, grad, dk, dv),
         numbers=(*call.keep.stride(), *call.sizes),
         BLOCK_Q=call.block_q,
@@ -432,8 +463,7 @@ def dpooled_of(
     grads: Pooled,
     grad: Tensor,
     dweights: Tensor | None,
-    total: Tensor,
-    delta: Tensor,
+    back: Shares,
 ) -> None:
     """Write `grads`, and of a call with a curve `dweights` as `CurveGrads.of_pairs`."""
     config, curve = _columns_config("dpooled", call), call.curve_or_any
@@ -444,8 +474,9 @@ def dpooled_of(
         config,
         tensors=(
             *(call.q, grad, means, *pooled[:3], pooled.curves),
-            *(curve.rise, curve.key_means, curve.weight),
-            *(*grads[:5], total if dweights is None else dweights, total, delta, call.slots),
+            *(curve.rise, call.common, curve.key_means, curve.weight, *grads[:5]),
+            *(back.low_lse if dweights is None else dweights, back.low_lse, back.delta),
+            call.slots,
         ),
         strided=(call.q, grad),
         numbers=(chunk.first, chunk.groups, *call.sizes),
@@ -476,7 +507,7 @@ def pool_backward(
         call,
         config,
         tensors=(
-            *(means, call.k, call.v, *grads[:5], pooled.spreads),
+            *(means, call.k, call.v, *grads[:5], pooled.spreads, call.common),
             *(curve.squares, curve.key_means, curve.weight, *sums, parts),
             *(pooled.spreads if dweights is None else dweights, call.slots),
         ),

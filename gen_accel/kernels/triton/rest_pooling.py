@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from gen_accel.kernels.triton.rest_columns import SIZES
+from gen_accel.kernels.triton.rest_common import common_key
 from gen_accel.kernels.triton.tiles import LN2, LOG2E, dot, load_rows, own_tile, store_rows
 
 
@@ -50,6 +51,7 @@ def pool_kernel(
     bias,
     spreads,
     curves,
+    common,
     squares,
     key_means,
     weight,
@@ -105,6 +107,7 @@ def pool_kernel(
         b_own = tl.zeros([GROUP], tl.float32)
         b_square = tl.zeros([GROUP], tl.float32)
         b_sum = tl.zeros([GROUP], tl.float32)
+        b_all = tl.zeros([GROUP], tl.float32)
         b_max = tl.full([GROUP], -float("inf"), tl.float32)
         for i_tile in range(TILES):
             _, o_t = own_tile(slots, i_c, i_tile, BLOCK_K, TILE_N)
@@ -116,15 +119,20 @@ def pool_kernel(
             b_p, b_decay, b_sum, b_max = _renewed(b_s, b_max, b_sum)
             # scale qmean . key is the mean of the scores by the weights
             b_s = tl.where((o_t >= 0)[None, :], b_s, 0.0)
+            b_low = b_p.to(b_v.dtype)
+            b_p = b_low.to(tl.float32)
+            b_all = b_all * b_decay + tl.sum(b_p, 1)
             b_own = b_own * b_decay + tl.sum(b_p * b_s, 1)
             if CURVED:
                 b_e = tl.load(squares + o_t, mask=o_t >= 0, other=0.0)
                 b_square = b_square * b_decay + tl.sum(b_p * b_e[None, :], 1)
-            b_p = b_p.to(b_v.dtype)
-            b_key = dot(b_p, b_k, b_key * b_decay[:, None])
-            b_value = dot(b_p, b_v, b_value * b_decay[:, None])
-        b_safe = tl.where(b_sum == 0.0, 1.0, b_sum)
-        store_rows(pooled_k + i_c * D, C * D, o_in, b_key / b_safe[:, None], D, BLOCK_D)
+            b_key = dot(b_low, b_k, b_key * b_decay[:, None])
+            b_value = dot(b_low, b_v, b_value * b_decay[:, None])
+        # Of weights as products read them, whose sum in 16 bits is another one.
+        b_safe = tl.where(b_all == 0.0, 1.0, b_all)
+        b_common = common_key(common, i_head, D, BLOCK_D)
+        b_key = b_key / b_safe[:, None] - b_common[None, :]
+        store_rows(pooled_k + i_c * D, C * D, o_in, b_key, D, BLOCK_D)
         store_rows(pooled_v + i_c * D, C * D, o_in, b_value / b_safe[:, None], D, BLOCK_D)
         b_l = _total(b_max, b_sum)
         tl.store(spreads + o_p * C + i_c, b_l, mask=o_i >= 0)
@@ -135,7 +143,7 @@ def pool_kernel(
             tl.debug_barrier()  # keys are read again, by which fewer registers hold them
             b_key = load_rows(pooled_k + i_c * D, C * D, o_in, D, BLOCK_D, True).to(tl.float32)
             b_mid = tl.load(key_means + i_c * D + o_d, mask=o_d < D, other=0.0)
-            b_apart = b_key - b_mid[None, :]
+            b_apart = b_key + (b_common - b_mid)[None, :]
             b_weight = tl.load(weight + o_d, mask=o_d < D, other=0.0)
             b_curve = b_square / b_safe - tl.sum(b_apart * b_apart * b_weight[None, :], 1)
             tl.store(curves + o_p * C + i_c, b_curve * LOG2E, mask=o_i >= 0)
@@ -152,6 +160,7 @@ def pool_backward_kernel(
     shifts,
     dcurves,
     spreads,
+    common,
     squares,
     key_means,
     weight,
@@ -196,6 +205,7 @@ def pool_backward_kernel(
     b_v = load_rows(v + i_b * stride_vb + i_h * stride_vh, stride_vn, o_t, D, BLOCK_D, True)
     b_dk = load_rows(dk_sums + i_head * N * D, D, o_t, D, BLOCK_D, True)
     b_dv = load_rows(dv_sums + i_head * N * D, D, o_t, D, BLOCK_D, True)
+    b_own = (b_k.to(tl.float32) - common_key(common, i_head, D, BLOCK_D)[None, :]).to(b_k.dtype)
     b_e = tl.zeros([TILE_N], tl.float32)
     b_de = tl.zeros([TILE_N], tl.float32)
     if CURVED:
@@ -232,8 +242,9 @@ def pool_backward_kernel(
         b_dv = dot(b_p, b_dvalue, b_dv)
         b_dk = dot(b_p, b_dkey, b_dk)
         b_dk = dot(b_da, b_mean, b_dk)
-        # The keys' mean, which l gives, and which the bias takes from it, are the same.
-        store_rows(dmean_parts, C * TILES * D, o_in, dot(tl.trans(b_x), b_k), D, BLOCK_D)
+        # The keys' mean, which l gives, and which the bias takes from it, are the same. Columns
+        # of b_x sum up to 0, so that what keys have in common adds rounding alone.
+        store_rows(dmean_parts, C * TILES * D, o_in, dot(tl.trans(b_x), b_own), D, BLOCK_D)
     if CURVED:
         o_d = tl.arange(0, BLOCK_D)
         b_weight = tl.load(weight + i_head * D + o_d, mask=o_d < D, other=0.0)

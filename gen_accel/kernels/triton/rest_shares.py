@@ -7,11 +7,14 @@
 import triton
 import triton.language as tl
 
+from gen_accel.kernels.triton.rest_common import common_key, common_scores
 from gen_accel.kernels.triton.tiles import LOG2E, load_rows, store_rows
 
 
 @triton.jit(do_not_specialize=("H", "N"))
 def shares_kernel(
+    q,
+    common,
     grad,
     kept,
     joint,
@@ -21,6 +24,11 @@ def shares_kernel(
     grad_lse,
     dlse,
     delta,
+    of_rest,
+    low_lse,
+    stride_qb,
+    stride_qh,
+    stride_qn,
     stride_gb,
     stride_gh,
     stride_gn,
@@ -35,12 +43,14 @@ def shares_kernel(
     stride_dn,
     H,
     N,
+    scale,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """The gradients of what came of the kept keys, by their share in the softmax, and delta as in
-    `sparse_backward`, of the joint output."""
+    `sparse_backward`, of the joint output; for the rest, what the gradients of its scores add up
+    to, and the joint log-sum-exp without the score of the common key."""
     i_head = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_head // H, i_head % H
     o_n = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -62,5 +72,9 @@ def shares_kernel(
     b_share = tl.where(m_alone, 1.0, tl.exp2((b_lse - b_total) * LOG2E))
     b_dlse = b_share * (tl.sum(b_grad * b_kept.to(tl.float32), 1) - b_delta)
     tl.store(dlse + o_row, tl.where(m_alone, b_given, b_dlse), mask=o_n < N)
+    tl.store(of_rest + o_row, tl.where(m_alone, 0.0, b_given - b_dlse), mask=o_n < N)
+    b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_t, D, BLOCK_D, True)
+    b_less = common_scores(b_q, common_key(common, i_head, D, BLOCK_D), scale)
+    tl.store(low_lse + o_row, b_total - b_less, mask=o_n < N)
     dkept += i_b * stride_db + i_h * stride_dh
     store_rows(dkept, stride_dn, o_t, b_share[:, None] * b_grad, D, BLOCK_D)

@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 
@@ -19,6 +19,13 @@ WGMMA = re.compile(r"\bHGMMA\.64x(\d+)x(\d+)")
 MMA = re.compile(r"\bHMMA\.16(8\d+)")  # 16 rows, 8 columns and the depth
 # Asynchronous copies by threads, and the fences that products wait for after them.
 COPIES = re.compile(r"\b(LDGSTS|FENCE\.VIEW\.ASYNC|MEMBAR)\b")
+
+
+class Loop(NamedTuple):
+    """Instructions of a loop; `held` by another one."""
+
+    code: list[str]
+    held: bool
 
 
 def cuobjdump(compiled: Any, *options: str) -> str:
@@ -36,20 +43,22 @@ def instructions(code: str) -> list[str]:
     return [text for _, text in INSTRUCTION.findall(code)]
 
 
-def inner_loops(code: str) -> list[list[str]]:
-    """Instructions of each loop that holds no other one, from a listing of `cuobjdump -sass`."""
+def inner_loops(code: str) -> list[Loop]:
+    """Loops that hold no other one, from a listing of `cuobjdump -sass`."""
     listed = [(int(place, 16), text) for place, text in INSTRUCTION.findall(code)]
     spans = [
         (int(found[1], 16), place)
         for place, text in listed
         if (found := BRANCH.search(text)) and int(found[1], 16) < place
     ]
-    inner = [
-        (first, last)
-        for first, last in spans
-        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in spans)
-    ]
-    return [[text for place, text in listed if first <= place <= last] for first, last in inner]
+    loops = []
+    for first, last in spans:
+        others = [span for span in spans if span != (first, last)]
+        if any(first <= a and b <= last for a, b in others):
+            continue
+        inside = [text for place, text in listed if first <= place <= last]
+        loops.append(Loop(inside, any(a <= first and last <= b for a, b in others)))
+    return loops
 
 
 def multiply_adds(loop: list[str], num_warps: int) -> int:

@@ -1,0 +1,77 @@
+"""What the keys of a head have in common, which pooled keys are stored without; prefixes of names
+as in `tiles`.
+
+A key c that is added to all keys of a head adds scale q_t . c to all scores of query t, kept and
+pooled, and changes no weight. In 16 bits it takes digits of what pooled keys differ by. So these
+are stored off c, and the log-sum-exp of the kept keys has scale q_t . c taken off before columns
+continue it: both are exact for any c. It need not be the mean, but near to the keys.
+"""
+
+# Kernels are a language of their own, which a checker of Python misreads.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gen_accel.kernels.triton import configs
+from gen_accel.kernels.triton.launch import launch
+from gen_accel.kernels.triton.tiles import load_rows
+
+SOME = 64  # keys that c is the mean of
+WARPS = 4
+
+
+@triton.jit
+def common_key(common, i_head, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """c of a head, [BLOCK_D] fp32; zeros past D."""
+    o_d = tl.arange(0, BLOCK_D)
+    return tl.load(common + i_head * D + o_d, mask=o_d < D, other=0.0)
+
+
+@triton.jit
+def common_scores(b_q, b_common, scale):
+    """Scores of queries for c."""
+    return scale * tl.sum(b_q.to(tl.float32) * b_common[None, :], 1)
+
+
+@triton.jit(do_not_specialize=("H", "N"))
+def common_kernel(
+    k,
+    common,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    H,
+    N,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SOME: tl.constexpr,
+):
+    """Write the mean of SOME keys of one head, spread over its tokens."""
+    i_head = tl.program_id(0).to(tl.int64)
+    k += i_head // H * stride_kb + i_head % H * stride_kh
+    o_t = tl.arange(0, SOME).to(tl.int64) * N // SOME
+    b_k = load_rows(k, stride_kn, o_t, D, BLOCK_D, False).to(tl.float32)
+    o_d = tl.arange(0, BLOCK_D)
+    tl.store(common + i_head * D + o_d, tl.sum(b_k, 0) / SOME, mask=o_d < D)
+
+
+def common_of(k: Tensor) -> Tensor:
+    """(B, H, D) fp32 of keys (B, H, N, D), rows of one stride."""
+    B, H, N, D = k.shape
+    made = k.new_empty(B, H, D, dtype=torch.float32)
+    launch(
+        common_kernel,
+        (B * H, 1),
+        k,
+        *(k, made),
+        *k.stride()[:3],
+        *(H, N),
+        D=D,
+        BLOCK_D=configs.padded_dim(D),
+        SOME=SOME,
+        num_warps=WARPS,
+    )
+    return made
