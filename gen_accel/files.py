@@ -7,9 +7,11 @@ import json
 import math
 import os
 import secrets
+import shlex
 import shutil
 import stat
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -193,6 +195,18 @@ def replacing(path: Path, *, needs: int | None = None) -> Iterator[Path]:
             _remove(partial)
 
 
+@contextmanager
+def room_told(path: Path) -> Iterator[None]:
+    """Raise NoRoom, which names `path`, in place of what a full disk raises inside: the error of a
+    write, unlike that of an open, has no name of a file."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, NoRoom) or error.errno not in FULL:
+            raise
+        raise NoRoom(path, None, error.errno) from error
+
+
 def _exchange(one: Path, other: Path) -> bool:
     """Let two paths change names at once, so that neither is gone at any time. False where the
     system or the file system cannot."""
@@ -206,24 +220,46 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def clear_killed(path: Path) -> None:
     """Remove what processes that were killed left of `path`, half written. What they had put
-    aside to replace it is put back."""
-    for left in path.parent.glob(f"{_begin(path)}*"):
+    aside to replace it is put back. Of what another machine left, a warning tells."""
+    for left in sorted(path.parent.glob(f"{_begin(path)}*")):
         if _is_dead(left):
             if left.name.endswith(EARLIER) and not path.exists():
                 left.rename(path)
             _remove(left)
+        elif owners.is_elsewhere(_mark_of(left)):
+            _tell_of(left, path)
 
 
 def clear_partial(folder: Path, *, alone: bool) -> None:
-    """Remove what processes that were killed left half written in `folder`.
+    """Remove what processes that were killed left half written in `folder`. Of what another
+    machine left, a warning tells.
 
     Args:
         alone: no other process writes there, so that all of it is a killed one's; else that whose
             process is known to have ended.
     """
     for left in folder.glob(f"{PARTIAL}*"):
-        if (alone or _is_dead(left)) and not left.name.endswith(EARLIER):
+        if left.name.endswith(EARLIER):
+            continue
+        if alone or _is_dead(left):
             _remove(left)
+        elif owners.is_elsewhere(_mark_of(left)):
+            _tell_of(left)
+
+
+def _tell_of(left: Path, path: Path | None = None) -> None:
+    """Warn of a file that a run elsewhere began, with the command that removes it.
+
+    Args:
+        path: where it was to be; what it had put aside from there may be all that is left.
+    """
+    lost = path is not None and left.name.endswith(EARLIER) and not path.exists()
+    what = f"is what was at {path} before" if lost else "is half written"
+    warnings.warn(
+        f"{left} {what}, of a run on another machine or from before this one started anew; where "
+        f"none is at it any more, remove it: rm -r {shlex.quote(str(left))}",
+        stacklevel=3,
+    )
 
 
 def flush(path: Path) -> None:
@@ -247,8 +283,11 @@ def _begin(path: Path) -> str:
 
 def _is_dead(left: Path) -> bool:
     """Whether the process that was writing ended, by a name that `replacing` made."""
-    machine, pid, started = [*left.name.split("-"), *[""] * 5][2:5]
-    return owners.is_dead(f"{machine}-{pid}-{started}")
+    return owners.is_dead(_mark_of(left))
+
+
+def _mark_of(left: Path) -> str:
+    return "-".join([*left.name.split("-"), *[""] * 5][2:5])
 
 
 def _remove(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Files of repositories on the hub, and what to do where it cannot be reached."""
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from gen_accel.paths import expanded
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+TIMEOUT, PATIENCE = "HF_HUB_ETAG_TIMEOUT", 5.0  # seconds for an answer, where that is not set
 
 
 def check_there(source: str | Path, what: str) -> None:
@@ -37,18 +39,47 @@ def fetched(repository: str, name: str) -> Path:
         FileNotFoundError: the repository has no such file.
         OSError: it is neither in the cache nor can it be fetched.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub import try_to_load_from_cache as cached
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         with silenced("huggingface_hub"):  # which says each time that it tries again
-            return Path(hf_hub_download(repository, name))
+            if not isinstance(cached(repository, name), str):
+                # Without a network, downloading would try six times, for 23 seconds.
+                get_hf_file_metadata(hf_hub_url(repository, name), timeout=_patience())
+            return Path(hf_hub_download(repository, name, etag_timeout=_patience()))
     except EntryNotFoundError as error:
         if isinstance(error, LocalEntryNotFoundError):
             raise OSError(why_not(repository, error)) from error
         raise FileNotFoundError(f"{repository} on the hub holds no {name}") from error
     except Exception as error:
         raise OSError(why_not(repository, error)) from error
+
+
+def reachable(repository: str) -> str:
+    """`repository`, where the hub answers for it, or else the folder that the cache has of it.
+
+    Raises:
+        OSError: neither; within seconds, where loading it by its name would try for 23.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        HfApi().model_info(repository, timeout=_patience())
+    except Exception as error:
+        try:
+            return snapshot_download(repository, local_files_only=True)
+        except Exception:  # nothing of it is there, or a part
+            raise OSError(why_not(repository, error)) from error
+    return repository
+
+
+def _patience() -> float:
+    """Seconds for the hub to answer; what the user set for its own library counts here too."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_ETAG_TIMEOUT if os.environ.get(TIMEOUT) else PATIENCE
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gen_accel.text_files import read_text
+
 REQUIRED: Any = object()
 KINDS = {
     dict: "names with values",
@@ -29,11 +31,7 @@ def read_json(path: str | Path) -> Any:
         OSError: it cannot be read.
         ValueError: it is no UTF-8, no JSON, or too deep.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    return parse_json(text, path)
+    return parse_json(read_text(path), path)
 
 
 def parse_json(text: str, origin: Any) -> Any:

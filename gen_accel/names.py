@@ -6,6 +6,23 @@ from difflib import get_close_matches
 METHODS = (
     *("dense", "radial", "neighborhood", "block_mixture", "sparse_linear", "piecewise", "reuse"),
 )
+FAMILIES = (
+    *("wan", "skyreels", "wan_animate", "chronoedit", "helios", "anyflow"),
+    *("hunyuan_video", "hunyuan_video15", "framepack"),
+    *("kandinsky5", "kandinsky6", "motif", "minimax_h3"),
+    *("cogvideox", "consisid", "ltx", "ltx2", "mochi", "easyanimate"),
+    *("allegro", "latte", "cosmos", "cosmos3", "animatediff"),
+    *("flux", "flux2", "flux3", "sd3", "qwenimage", "hidream", "z_image", "pixart"),
+    "stable_diffusion",
+)
+PUBLISHED = (  # models whose sizes the families know, for `estimate`
+    *("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.2-T2V-A14B", "Wan2.2-TI2V-5B"),
+    *("SkyReels-V2-T2V-14B", "Wan2.2-Animate-14B", "ChronoEdit-14B", "Helios-Base"),
+    *("AnyFlow-Wan2.1-T2V-14B", "HunyuanVideo", "HunyuanVideo-1.5", "FramePackI2V_HY"),
+    *("Kandinsky-5.0-T2V-Lite", "CogVideoX-2b", "CogVideoX-5b", "CogVideoX1.5-5b"),
+    *("LTX-Video", "LTX-2", "mochi-1-preview", "EasyAnimateV5.1-12b", "Allegro"),
+    "Cosmos-1.0-Diffusion-7B",
+)
 KERNELS = (
     *("triton", "fa4", "natten", "native", "flex", "xformers", "routed", "gather", "int8"),
     "reference",
@@ -43,6 +60,14 @@ def check_loading(dtype: str, offload: str) -> None:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
     if offload not in OFFLOADS:
         raise ValueError(f"offload must be one of {OFFLOADS}, got {offload!r}")
+
+
+def no_model(name: str) -> ValueError:
+    """For a name that is neither a folder, a repository, nor in `PUBLISHED` or `FAMILIES`."""
+    return ValueError(
+        "model must be the folder of a saved pipeline, a repository or one of "
+        f"{', '.join(PUBLISHED)}, got {name!r}{nearest_to(name, (*PUBLISHED, *FAMILIES))}"
+    )
 
 
 def nearest_to(name: object, known: Sequence[str]) -> str:

@@ -45,6 +45,12 @@ def is_dead(marked: str) -> bool:
     return bool(now and started) and now != started  # the number went to another process
 
 
+def is_elsewhere(marked: str) -> bool:
+    """Whether the process of a `mark` is of another machine, of another container or of this
+    machine before it started anew, so that nobody here knows whether it runs."""
+    return marked.partition("-")[0] != _machine()
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
     """Keep other runs out of `folder`, which is made where it is missing.

@@ -2,7 +2,7 @@
 
 import types
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -92,11 +92,21 @@ def check_types(options: Any) -> None:
 def check_fields(given: Mapping[str, Any], kind: type, origin: str) -> None:
     """`check_types` before anything is made: for the fields of the dataclass `kind` that `given`
     has, which came from `origin`."""
+    defaults = {one.name: one.default for one in fields(kind)}
     for name, hint in _hints(kind).items():
         if name in given and get_origin(hint) is not Literal and not fits(given[name], hint):
-            raise ValueError(
-                f"{name} of {origin} must be {written_type(hint)}, got {given[name]!r}"
-            )
+            right = f"{name}={example(hint, defaults[name])!r}"
+            raise wrong_type(f"{name} of {origin}", hint, given[name], right)
+
+
+def wrong_type(what: str, hint: Any, came: Any, right: str) -> ValueError:
+    """The refusal of a value that is not of its type.
+
+    Args:
+        what: the field, and what it is of.
+        right: how one is written that would do.
+    """
+    return ValueError(f"{what} must be {written_type(hint)}, got {came!r}; such as {right}")
 
 
 @lru_cache(maxsize=64)
@@ -112,6 +122,28 @@ def check_choices(options: Any, **kinds: Any) -> None:
         known, value = get_args(kind), getattr(options, name)
         if value not in known:
             raise ValueError(f"{name} must be one of {known}, got {value!r}")
+
+
+def example(hint: Any, default: Any = None) -> Any:
+    """A value of the type `hint`: `default`, where that says how one looks."""
+    if default not in (None, (), MISSING) and fits(default, hint):
+        return default
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return inner[0]
+    if origin in (Union, types.UnionType):
+        return example(next(one for one in inner if one is not types.NoneType))
+    if origin is tuple:
+        return tuple(example(one) for one in inner if one is not Ellipsis)
+    return {int: 8, float: 0.5, bool: True, str: "name"}.get(hint, {})
+
+
+def as_text(value: Any) -> str:
+    """As `convert` reads it from a text."""
+    if isinstance(value, tuple):
+        between = ";" if value and isinstance(value[0], tuple) else ","
+        return between.join(map(as_text, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def written_type(hint: Any) -> str:

@@ -116,10 +116,24 @@ def test_leftovers_of_others_stay(tmp_path):
     }
     for name in {dead, reused} | kept:
         (tmp_path / name).touch()
-    clear_partial(tmp_path, alone=False)
+    with pytest.warns(UserWarning, match=r"rm -r \S+/\.partial-0") as told:
+        clear_partial(tmp_path, alone=False)
+    assert len(told) == 2
     assert set(names(tmp_path)) == (kept | {reused} if not started else kept)
     clear_partial(tmp_path, alone=True)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("aside", [False, True], ids=["half written", "put aside"])
+def test_what_another_machine_left_is_told_with_the_command(tmp_path, aside):
+    path = tmp_path / "lora"
+    left = f"{files._begin(path)}00000000-1-2-3" + files.EARLIER * aside
+    (tmp_path / left).mkdir()
+    what = f"is what was at {path} before" if aside else "is half written"
+    words = f"^{tmp_path}/{left} {what}, of a run on another machine .*: rm -r {tmp_path}/{left}$"
+    with pytest.warns(UserWarning, match=words), replacing(path) as partial:
+        partial.mkdir()
+    assert names(tmp_path) == [left, "lora"]
 
 
 def test_names_are_short_enough_for_every_name_there_is(tmp_path):

@@ -13,7 +13,7 @@ PACKAGE = Path(gen_accel.__file__).parent
 FLOORS = (
     (
         *("endings", "extras", "hub", "json_files", "moved", "names", "owners", "paths", "recall"),
-        *("room", "runs", "values", "version", "video", "window_blocks"),
+        *("room", "runs", "text_files", "values", "version", "video", "window_blocks"),
     ),
     ("files",),
     ("tensor_files",),

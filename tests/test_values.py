@@ -123,7 +123,7 @@ def test_types_in_words(hint, words):
         (Radial, {"block": 1.5}, "block of Radial must be int, got 1.5"),
         (Radial, {"decay_factor": "a"}, "decay_factor of Radial must be float, got 'a'"),
         (Radial, {"sink": 1}, "sink of Radial must be true/false, got 1"),
-        (Neighborhood, {"window": (3.5, 3, 3)}, "window of Neighborhood must be int,int,int, got"),
+        (Neighborhood, {"window": (3.5, 3, 3)}, "got (3.5, 3, 3); such as window=(-1, 8, 8)"),
         (Neighborhood, {"window": 3}, "window of Neighborhood must be int,int,int, got 3"),
         (Schedule, {"dense_steps": 1.5}, "dense_steps of Schedule must be int, got 1.5"),
         (Schedule, {"dense_layers": "2"}, "dense_layers of Schedule must be int or any number"),

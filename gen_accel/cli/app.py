@@ -110,11 +110,12 @@ def _what_came(error: Any, args: list[str]) -> str:
     """The value that an option refused, which the parser's own messages leave out."""
     if not isinstance(error, typer.BadParameter):
         return ""
-    for name in getattr(error.param, "opts", ()):
-        for i, arg in enumerate(args[:-1]):
-            if arg == name:
-                return f", got {args[i + 1]!r}"
-    return ""
+    came = None
+    for arg, after in zip(args, [*args[1:], None], strict=True):
+        name, equals, value = arg.partition("=")
+        if name in getattr(error.param, "opts", ()):
+            came = value if equals else after  # the last one counts
+    return "" if came is None else f", got {came!r}"
 
 
 def _leave() -> None:

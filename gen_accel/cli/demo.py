@@ -7,7 +7,7 @@ import typer
 
 from gen_accel.cli import early
 from gen_accel.cli.app import app
-from gen_accel.cli.options import Settings
+from gen_accel.cli.options import Settings, method_of
 from gen_accel.cli.printing import print_comparison, print_files, quiet
 from gen_accel.demo import NAME
 from gen_accel.paths import expanded
@@ -74,14 +74,13 @@ def demo(
     early.check_names(method=method or "radial", device=device)
     early.check_model(NAME if model is None else str(model))
     early.check_files("image", [image_prompt])
+    early.check_folder("out", out)
     out = None if out is None else expanded(out)
     early.announce()
     quiet()
-    from gen_accel.attention_processors.methods.options import method_from
-
     given: dict[str, Any] = {"prompt": prompt, "frames": frames, "steps": steps, "model": model}
     if method is not None or settings:
-        given["method"] = method_from(method or "radial", settings or ())
+        given["method"] = method_of(method or "radial", settings)
     if image_prompt is None:
         from gen_accel.demo.job import run
 

@@ -3,6 +3,7 @@
 The library checks all of this again, as it does for Python; here it is only sooner.
 """
 
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,10 @@ import typer
 from gen_accel import names
 from gen_accel.demo import NAME
 from gen_accel.hub import check_there, parted
+from gen_accel.lora.config import Stage
 from gen_accel.paths import check_replaceable, check_video_suffix, expanded
+
+_CLASS = re.compile(r"[A-Z]\w+(Model|Transformer)")  # of diffusers
 
 
 def check_names(
@@ -55,46 +59,105 @@ def check_model(model: str) -> None:
         )
 
 
+def check_subject(model: str) -> None:
+    """Raise ValueError or FileNotFoundError for a model of `gen-accel estimate`, which needs no
+    more than a name that the families know, or that of a class, which only they can tell of."""
+    if model == NAME or expanded(model).exists():
+        return
+    if "/" in model:
+        check_there(model, "folder")
+    known = (*names.PUBLISHED, *names.FAMILIES)
+    if model.removesuffix("-Diffusers") not in known and not _CLASS.fullmatch(model):
+        raise names.no_model(model)
+
+
 def check_loras(loras: Iterable[str]) -> None:
     for lora in loras:
         check_there(parted(lora)[0], "LoRA")
 
 
-def check_files(what: str, files: Iterable[Path | None]) -> None:
+def check_files(what: str, files: Iterable[str | Path | None]) -> None:
     """Raise FileNotFoundError for a file or folder that is given and not there."""
     for file in files:
         if file is not None and not expanded(file).exists():
             raise FileNotFoundError(f"no {what} at {file}")
 
 
-def check_outputs(*paths: Path | None, suffix: str | None = None) -> None:
-    """Raise ValueError or OSError for a file that cannot be written.
+def check_sources(what: str, *sources: str | None) -> None:
+    """Raise FileNotFoundError for what is neither here nor on the hub; "demo" is embedded."""
+    for source in sources:
+        if source is not None and source != NAME:
+            check_there(source, what)
+
+
+def check_video(path: Path) -> None:
+    """Raise ValueError or OSError for a video that cannot be written at `path`."""
+    check_video_suffix(path)
+    if path.suffix.lower() in (".png", ""):  # a folder, or one picture
+        _check_place(path)
+    else:
+        check_output(path)
+
+
+def check_output(path: Path | None, suffix: str = "") -> None:
+    """Raise ValueError or OSError for a file that cannot be written at `path`.
 
     Args:
-        suffix: that each must have; None: one of a video.
+        suffix: that it must have.
     """
-    for path in paths:
-        if path is None:
-            continue
-        if suffix is None:
-            check_video_suffix(path)
-        elif path.suffix.lower() != suffix:
-            raise ValueError(f"{path} must end in {suffix}")
-        check_replaceable(expanded(path))
+    if path is None:
+        return
+    if suffix and path.suffix.lower() != suffix:
+        raise ValueError(f"{path} must end in {suffix}")
+    if expanded(path).is_dir():
+        raise ValueError(f"{path} must be a file, but it is a folder")
+    _check_place(path)
 
 
-def check_training(given: Mapping[str, Any]) -> None:
-    """The fields of a config that name what has to be there."""
-    text = {name: value for name, value in given.items() if isinstance(value, str)}
+def check_folder(what: str, path: str | Path | None) -> None:
+    """Raise ValueError for a folder that cannot be made at `path`, as a file is there."""
+    if path is None:
+        return
+    if expanded(path).is_file():
+        raise ValueError(f"{what} must be a folder, but {path} is a file")
+    _check_place(path)
+
+
+def _check_place(path: str | Path) -> None:
+    place = expanded(path).absolute()
+    above = next(folder for folder in place.parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"cannot write to {path}: {above} is a file and no folder")
+    check_replaceable(place)
+
+
+def check_config(given: Mapping[str, Any]) -> None:
+    """The fields of a training's config that name one of several."""
+    names.check_techniques(given.get("sample_with", ()), "sample_with")
+    for stage in given.get("stages", ()):
+        Stage.parse(stage)
     check_names(
-        method=text.get("method", "radial"),
-        kernels={"kernel": text.get("kernel")},
-        device=text.get("device", "auto"),
+        method=given.get("method", "radial"),
+        kernels={"kernel": given.get("kernel")},
+        device=given.get("device", "auto"),
     )
-    check_model(text.get("model", NAME))
-    data = text.get("data")
+    check_model(given.get("model", NAME))
+
+
+def check_places(given: Mapping[str, Any]) -> None:
+    """The fields of a training's config that name what has to be there."""
+    data = given.get("data")
     if data is not None and not expanded(data).exists():
         raise FileNotFoundError(f"data: there is nothing at {data}")
+    for name in ("out", "cache"):
+        check_folder(name, given.get(name))
+    for name in ("init_lora", "teacher_lora"):
+        check_files(f"LoRA for {name}", [given.get(name)])
+    check_sources("adapter for init_adapter", given.get("init_adapter"))
+    check_sources("image encoder", given.get("image_encoder"))
+    for file in given.get("validation_images", ()):
+        if not expanded(file).is_file():
+            raise FileNotFoundError(f"validation_images: there is no file at {file}")
 
 
 def announce(what: str = "torch and diffusers") -> None:

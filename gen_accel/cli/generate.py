@@ -18,6 +18,7 @@ from gen_accel.cli.options import (
     MethodName,
     Settings,
     Steps,
+    method_of,
     schedule,
 )
 from gen_accel.cli.printing import print_comparison, print_files, quiet
@@ -169,8 +170,8 @@ def generate(
     the nearest that it can.
     """
     techniques = _techniques(extend)
-    early.check_outputs(out)
-    early.check_outputs(save_latents, suffix=".safetensors")
+    early.check_video(out)
+    early.check_output(save_latents, ".safetensors")
     early.check_model(model)
     early.check_names(
         method=method,
@@ -185,6 +186,8 @@ def generate(
         _only(context, "from_latents", ("model", "out", "fps", "dtype", "device", "offload"))
     early.check_files("file of latents", [from_latents])
     early.check_files("file of prompts", [prompts])
+    early.check_sources("adapter", image_adapter)
+    early.check_sources("image encoder", image_encoder)
     early.check_files("image", [*(image_prompt or ()), *(image_mask or ()), image_negative])
     early.announce("torch, diffusers and the model")
     quiet()
@@ -234,10 +237,8 @@ def _attention(
     method: str, settings: list[str] | None, dense: Any, from_lora: Path | None
 ) -> dict[str, Any]:
     """A method with its schedule, or a LoRA, whose own schedule holds where none is given."""
-    from gen_accel.attention_processors.methods.options import method_from
-
     if from_lora is None:
-        return {"method": method_from(method, settings or ()), "schedule": dense}
+        return {"method": method_of(method, settings), "schedule": dense}
     _check_method(from_lora, method, settings)
     return {"from_lora": from_lora, "schedule": None if dense == schedule() else dense}
 

@@ -16,7 +16,7 @@ from gen_accel.attention_processors.families import (
 from gen_accel.attention_processors.methods.options import options_of
 from gen_accel.kernels import KERNELS, kernel_of, refusals
 from gen_accel.method import Method, parts_of
-from gen_accel.values import written_type
+from gen_accel.values import as_text, written_type
 
 DEVICES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
@@ -185,6 +185,4 @@ def _plain(default: object) -> str:
     """As it is written after `--set field=`."""
     if type(default) in METHODS.values():
         return method_name(default)  # pyright: ignore[reportArgumentType]
-    if isinstance(default, tuple):
-        return ",".join(_plain(item) for item in default)
-    return str(default).lower() if isinstance(default, bool) else str(default)
+    return as_text(default)

@@ -36,6 +36,7 @@ def metrics(
     its weights on this machine; nothing is downloaded.
     """
     early.check_files("video", [video, reference])
+    early.check_output(json)
     if reference is not None and lag is not None:
         raise ValueError(f"--lag is for a video without a reference, got {lag}")
     early.announce("torch")

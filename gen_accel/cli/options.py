@@ -1,5 +1,6 @@
 """Options that several verbs share, and what they mean to the library."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -36,6 +37,18 @@ DenseLayers = Annotated[
 ]
 
 Steps = Annotated[int | None, typer.Option(help="Denoising steps. Without: the model's own.")]
+
+
+def method_of(name: str, settings: Sequence[str] | None) -> Any:
+    """`method_from` of what a command line gives: a refusal begins with the option as typed."""
+    from gen_accel.attention_processors.methods.options import method_from
+
+    try:
+        return method_from(name, settings or ())
+    except ValueError as error:
+        about = [one for one in settings or () if one.partition("=")[0].strip() in str(error)]
+        typed = " ".join(f"--set {one}" for one in about)
+        raise ValueError(f"{typed}: {error}" if typed else str(error)) from error
 
 
 def schedule(start: float = 0.0, end: float = 0.0, steps: int = 0, layers: str = "0") -> Any:

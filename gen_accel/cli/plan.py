@@ -14,6 +14,7 @@ from gen_accel.cli.options import (
     DenseSteps,
     MethodName,
     Settings,
+    method_of,
     schedule,
     whole_numbers,
 )
@@ -53,18 +54,18 @@ def show(
         --token 0,0,0 --out corner.png
     """
     early.check_names(method=method)
-    early.check_outputs(out, suffix=".png")
+    early.check_output(out, ".png")
+    seen_from = _token(token)
+    if out is None and token is not None:
+        raise ValueError("--token is drawn in a picture only: add --out mask.png")
     early.announce("torch")
-    from gen_accel.attention_processors.methods.options import method_from
     from gen_accel.measure.pictures import mask_picture, mask_text
     from gen_accel.video import VideoShape
 
-    chosen = method_from(method, settings or ())
+    chosen = method_of(method, settings)
     video = VideoShape(frames, height, width, text)
     if out is not None:
-        typer.echo(mask_picture(chosen, video, out, token=_token(token)))
-    elif token is not None:
-        raise ValueError("--token is drawn in a picture only: add --out mask.png")
+        typer.echo(mask_picture(chosen, video, out, token=seen_from))
     else:
         typer.echo(mask_text(chosen, video, _terminal_width()))
 
@@ -109,14 +110,14 @@ def estimate(
 
     Kernel efficiency is measured on this machine the first time, which takes seconds.
     """
+    early.check_subject(model)
     early.check_names(method=method)
     early.announce()
-    from gen_accel.attention_processors.methods.options import method_from
     from gen_accel.measure.estimate import estimate as run
 
     result = run(
         model_named(model),
-        method_from(method, settings or ()),
+        method_of(method, settings),
         height=height,
         width=width,
         num_frames=frames,
@@ -179,6 +180,12 @@ def simulate(
     """
     if method != "neighborhood":
         raise ValueError(f"simulate knows the method 'neighborhood', got {method!r}")
+    early.check_output(json)
+    tiles = _tiles(tile_q, tile_k)
+    if stride is not None and (window is None or not tiles or density is not None):
+        raise ValueError(
+            "--stride is for one choice, with --window, --tile-q and --tile-k, without --density"
+        )
     early.announce("torch")
     from gen_accel.attention_processors.methods.options import method_from
     from gen_accel.measure import write_json
@@ -186,11 +193,6 @@ def simulate(
     from gen_accel.measure.simulate import simulate as run
     from gen_accel.video import VideoShape
 
-    tiles = _tiles(tile_q, tile_k)
-    if stride is not None and (window is None or not tiles or density is not None):
-        raise ValueError(
-            "--stride is for one choice, with --window, --tile-q and --tile-k, without --density"
-        )
     given = {"window": window or "1,1,1", "stride": stride or "1,1,1"}
     given |= {"dilation": dilation, "is_causal": is_causal}
     chosen = method_from(method, [f"{name}={value}" for name, value in given.items()])

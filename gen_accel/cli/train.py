@@ -54,8 +54,9 @@ def train(
     if print_config_:
         typer.echo(print_config(TrainConfig(**values)), nl=False)
         return
+    early.check_config(values)
     if not dry_run:
-        early.check_training(values)
+        early.check_places(values)
     early.announce("torch, diffusers and the model")
     chosen = TrainConfig(**values)
     quiet()
@@ -81,7 +82,8 @@ def cache(config: Path | None, **flags: Any) -> None:
     values = read_values(config, _given(flags))
     if values.get("data") is None:
         raise ValueError("data is not given: a folder of videos, a manifest or a datasets folder")
-    early.check_training(values)
+    early.check_config(values)
+    early.check_places(values)
     early.announce("torch, diffusers and the model")
     chosen = TrainConfig(**values)
     quiet()

@@ -205,7 +205,8 @@ class ImagePromptAdapter:
         if not files:
             return self._cache.image(index % len(self._cache))[None]
         if index not in self._of_files:
-            found = self._coder(open_image(expanded(files[index]).read_bytes()))
+            file = expanded(files[index])
+            found = self._coder(open_image(file.read_bytes(), file))
             self._of_files[index] = as_features(found)[None]
         return self._of_files[index]
 

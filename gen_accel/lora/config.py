@@ -1,5 +1,6 @@
 """What a finetuning is asked for: one flat list of fields, from YAML, flags or Python."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -8,7 +9,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from gen_accel.extras import needed_for
 from gen_accel.paths import expanded
-from gen_accel.values import convert, written_type
+from gen_accel.text_files import read_text
+from gen_accel.values import as_text, convert, example, wrong_type
 
 Rule = Literal["none", "riflex", "position_interpolation"]
 
@@ -296,16 +298,17 @@ def read_values(
     if path is not None:
         yaml = _yaml()
         try:
-            loaded = yaml.safe_load(expanded(path).read_text(encoding="utf-8"))
+            loaded = yaml.safe_load(read_text(path))
         except RecursionError:
             raise ValueError(f"{path} is no config: it is nested too deep") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except yaml.YAMLError as error:
             raise ValueError(f"{path} is not YAML: {error}") from error
         if not isinstance(loaded, Mapping):
             raise ValueError(f"{path} must hold fields as `name: value`, got {loaded!r}")
         given.update(loaded)
     given.update(overrides or {})
     hints = get_type_hints(TrainConfig)
+    defaults = {one.name: one.default for one in fields(TrainConfig)}
     values = {}
     for name, value in given.items():
         if name not in hints:
@@ -315,9 +318,10 @@ def read_values(
         try:
             values[name] = convert(value, hints[name])
         except (TypeError, ValueError, OverflowError):
-            raise ValueError(
-                f"{name} must be {written_type(hints[name])}, got {value!r}"
-            ) from None
+            good = example(hints[name], defaults[name])
+            flag = f"--{name.replace('_', '-')} {as_text(good)}"
+            right = flag if name in (overrides or ()) else f"{name}: {json.dumps(good)}"
+            raise wrong_type(name, hints[name], value, right) from None
     return values
 
 

@@ -22,8 +22,10 @@ from PIL import Image, ImageOps
 from gen_accel.extras import needed_for
 from gen_accel.files import file_sha256
 from gen_accel.json_files import parse_json
-from gen_accel.measure.video_io import ffmpeg
+from gen_accel.measure.ffmpeg_process import ffmpeg
+from gen_accel.measure.picture_files import read_picture
 from gen_accel.paths import expanded
+from gen_accel.text_files import ENCODING, not_text, read_text
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 VIDEO_COLUMNS = ("video", "file_name", "path")
@@ -63,6 +65,11 @@ class CaptionedVideo:
                 frames = np.ascontiguousarray(self.source)
                 return hashlib.sha256(repr(frames.shape).encode() + frames.tobytes()).hexdigest()
         return hashlib.sha256(self.source()).hexdigest()
+
+    @property
+    def image_name(self) -> str:
+        """Of the image, for messages."""
+        return str(self.image) if isinstance(self.image, Path) else f"the image of {self.name}"
 
     def image_bytes(self) -> bytes:
         """Of the file of the image. Raises OSError where it is not there."""
@@ -204,16 +211,15 @@ def nearest_size(sizes: Sequence[Size], stored: Size) -> Size:
     return min(sizes, key=order)
 
 
-def open_image(data: bytes) -> Image.Image:
-    """Decoded, and turned as a viewer shows it. Raises OSError for what is no whole image."""
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except Image.DecompressionBombError as error:
-        raise OSError(str(error)) from error
-    except (SyntaxError, ValueError) as error:  # of a damaged PNG
-        raise OSError(f"it is damaged: {error}") from error
+def open_image(data: bytes, name: object) -> Image.Image:
+    """Decoded, and turned as a viewer shows it.
+
+    Args:
+        name: of its file, for messages.
+
+    Raises OSError for what is no whole image, or one that is too large.
+    """
+    return ImageOps.exif_transpose(read_picture(io.BytesIO(data), name))
 
 
 def survey_clip(path: str | Path, *, frames: int, fps: float | None = None) -> Survey:
@@ -330,9 +336,9 @@ def _of_folder(folder: Path) -> list[CaptionedVideo]:
     for path in _files(folder):
         if path.suffix.lower() in SUFFIXES:
             text = path.with_suffix(".txt")
-            caption = _text(text).strip() if text.is_file() else ""
+            caption = read_text(text).strip() if text.is_file() else ""
             second = path.with_suffix(TEACHER_SUFFIX)
-            teacher = _text(second).strip() if second.is_file() else ""
+            teacher = read_text(second).strip() if second.is_file() else ""
             name = path.relative_to(folder).as_posix()
             videos.append(CaptionedVideo(name, caption, path, teacher_caption=teacher))
     return videos
@@ -378,17 +384,17 @@ def _of_manifest(manifest: Path, root: Path, images: bool) -> list[CaptionedVide
 
 def _csv_rows(manifest: Path) -> list[tuple[int, Any]]:
     try:
-        with manifest.open(encoding="utf-8-sig", newline="") as file:
+        with manifest.open(encoding=ENCODING, newline="") as file:
             return list(enumerate(csv.DictReader(file), 2))
     except csv.Error as error:
         raise ValueError(f"{manifest} is no table of text: {error}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{manifest} is not UTF-8 text: {error}") from error
+        raise not_text(manifest, error) from error
 
 
 def _json_rows(manifest: Path) -> list[tuple[int, Any]]:
     rows = []
-    for line, text in enumerate(_text(manifest).split("\n"), 1):
+    for line, text in enumerate(read_text(manifest).split("\n"), 1):
         if text.strip():
             rows.append((line, parse_json(text, f"line {line} of {manifest}")))
     return rows
@@ -456,13 +462,6 @@ def _files(folder: Path) -> Iterator[Path]:
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if path.is_file() and not hidden:
             yield path
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _some(names: Sequence[str]) -> str:

@@ -17,6 +17,8 @@ from gen_accel.attention_processors.families import (
 )
 from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.hub import fetched
+from gen_accel.json_files import read_fields
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.images import features_shape
 from gen_accel.lora.model import Model
@@ -92,7 +94,8 @@ def transformer_class(model: str) -> str:
             if preset.repository == model and family.TINY is not None:
                 return preset.kind or family.CLASSES[0]
     source = demo.path() if model == "demo" else expanded(model)
-    config: Any = diffusers.DiffusionPipeline.load_config(source if source.exists() else model)
+    index = source / "model_index.json" if source.exists() else fetched(model, "model_index.json")
+    config = read_fields(index)
     kind = (config.get("transformer") or [None, None])[1]
     if kind not in served_classes() or family_named(served_classes()[kind]).TINY is None:
         raise ValueError(f"no dry run for {kind} of {model}")

@@ -352,7 +352,7 @@ class _Run:
             data = video.image_bytes()
             key = self.image_key(hashlib.sha256(data).hexdigest())
             if key not in shards:
-                self.images.check(open_image(data))
+                self.images.check(open_image(data, video.image_name))
         except OSError as error:
             raise OSError(f"its image cannot be read: {error}") from error
         return key
@@ -360,7 +360,7 @@ class _Run:
     def _picture(self, job: _Job) -> Image.Image:
         """That which comes with the clip, or the frame in the middle of what is trained on."""
         if job.video.image is not None:
-            return open_image(job.video.image_bytes())
+            return open_image(job.video.image_bytes(), job.video.image_name)
         frames = job.video.read(frames=job.frames // 2 + 1, size=job.size, fps=self.fps)
         return Image.fromarray(frames[-1])
 

@@ -12,6 +12,7 @@ from torch import nn
 from gen_accel.attention_processors.attached.transformers import TRANSFORMERS
 from gen_accel.attention_processors.families import classes_for, family_of
 from gen_accel.extras import needed_for
+from gen_accel.hub import fetched
 from gen_accel.lora.fingerprint import model_state, words_state
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import DTYPES, check_model, find_device
@@ -86,9 +87,10 @@ def load_encoders(model_or_pipe: Any, device: str, dtype: str) -> Encoders:
     check_model(model_or_pipe)
     target = find_device(device)
     folder = expanded(model_or_pipe)
-    source = str(folder)
+    source = str(folder if folder.exists() else model_or_pipe)
     if not folder.exists():
-        source = str(DiffusionPipeline.download(str(model_or_pipe)))
+        fetched(source, "model_index.json")
+        source = str(DiffusionPipeline.download(source))
     # Asked for no transformer, `from_pretrained` loads it nevertheless where it is optional.
     index: Any = DiffusionPipeline.load_config(source)
     check_index(index, source)

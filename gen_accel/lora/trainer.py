@@ -23,7 +23,7 @@ from gen_accel.attention_processors.families import family_for
 from gen_accel.attention_processors.methods.options import method_from, saved_options
 from gen_accel.endings import answered, leave_closed_terminal
 from gen_accel.extras import needed_for
-from gen_accel.files import replacing
+from gen_accel.files import replacing, room_told
 from gen_accel.lora import checkpoint
 from gen_accel.lora.adapters import fields_of_lora, put_on
 from gen_accel.lora.artefact import held_guidance, teacher_hash
@@ -252,10 +252,10 @@ class Run:
             "frames": stage.frames,
             "seconds": time.perf_counter() - began,
         }
-        self.accelerator.log(figures, step=step)
+        with room_told(self.out / "logs"):
+            self.accelerator.log(figures, step=step)
         if self.accelerator.is_main_process:
-            with (self.out / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **figures}) + "\n")
+            note(self.out / METRICS, {"step": step, **figures})
         return loss, stop
 
     def _descend(self, step: int, stage: Stage, clips: list[int]) -> tuple[float, float, bool]:
@@ -468,6 +468,12 @@ def _loggable(config: TrainConfig) -> dict[str, Any]:
         k: v if isinstance(v, int | float | str | bool) else str(v)
         for k, v in asdict(config).items()
     }
+
+
+def note(path: Path, figures: dict[str, Any]) -> None:
+    """Add a line of JSON to a file. Raises OSError; of a full disk NoRoom, which names it."""
+    with room_told(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(figures) + "\n")
 
 
 def _cut_metrics(path: Path, steps: int) -> None:

@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from gen_accel.attention_processors.families.layers import Cost, Flops
 from gen_accel.attention_processors.lengths import PIXELS, nearest, patch_of
 from gen_accel.hub import fetched
 from gen_accel.json_files import read_fields, typed
+from gen_accel.names import no_model
 from gen_accel.paths import expanded
 from gen_accel.video import VideoShape
 
@@ -200,12 +200,7 @@ def _named(name: str, text: int | None) -> Subject:
         return _built(kind, found.config, sizes, text=text, name=key)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _on_hub(name, text)
-    near = get_close_matches(preset, [*published, *FAMILIES], n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(
-        f"model must be the folder of a saved pipeline, a repository or one of {_known()}, "
-        f"got {name!r}{hint}"
-    )
+    raise no_model(name)
 
 
 def _is(family: Family, preset: Preset, name: str) -> bool:

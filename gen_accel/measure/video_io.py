@@ -9,14 +9,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from gen_accel.extras import needed_for
 from gen_accel.files import check_folder, replacing
+from gen_accel.hub import silenced
+from gen_accel.measure.ffmpeg_process import encode, ffmpeg
 from gen_accel.measure.ffmpeg_words import why
+from gen_accel.measure.picture_files import read_picture
 from gen_accel.moved import signpost
 from gen_accel.paths import (
     VIDEO_SUFFIXES,
@@ -38,7 +40,9 @@ MP4_FILTER = (
     "scale=out_color_matrix=bt709:out_range=tv,"
     "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
 )
-RATES = (0.01, 1000.0)  # frames a second that each format can state; ffmpeg refuses others late
+RATES = (0.01, 1000.0)  # frames a second that are shown; ffmpeg takes some more, others fail late
+H264 = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "15")
+GIF = ("-c:v", "gif", "-pix_fmt", "pal8")
 FRAMES_AT_ONCE = 16  # that are read; 44 MB at 720 x 1280
 GIF_END = b";"  # the trailer, a byte
 GIF_FILTER = "split[frames][sample];[sample]palettegen[palette];[frames][palette]paletteuse"
@@ -50,7 +54,8 @@ def write_video(frames: np.ndarray, path: str | Path, *, fps: float) -> Path:
 
     - `.mp4`: H.264, yuv420p, which only knows even sizes. An odd edge is repeated once, never
       rescaled, and `read_video` takes it off again.
-    - `.gif`: one palette of 256 colours for the whole clip; time in hundredths of a second.
+    - `.gif`: one palette of 256 colours for the whole clip; time in hundredths of a second, so
+      that more than 100 frames a second are shown as 100.
     - `.png`: one frame is one picture; more go to a folder, `clip.png` to `clip/0000.png` and on.
     - no suffix: a folder of PNG frames. An earlier folder of numbered frames is replaced.
 
@@ -105,14 +110,9 @@ def check_rate(fps: float) -> None:
     """Raises ValueError for frames a second that no file can state."""
     least, most = RATES
     if not least <= fps <= most:
-        raise ValueError(f"fps must be from {least:g} to {most:g}, got {fps:g}")
-
-
-def ffmpeg() -> Any:
-    """The module imageio_ffmpeg, which brings an ffmpeg."""
-    with needed_for("reading or writing a video file", extra="video"):
-        import imageio_ffmpeg
-    return imageio_ffmpeg
+        raise ValueError(
+            f"fps must be from {least:g} to {most:g}, got {fps:g}: no player shows other rates"
+        )
 
 
 def check_writable(path: str | Path, *, frames: int | None = None) -> None:
@@ -238,20 +238,15 @@ def _read_pictures(files: Sequence[Path], frames: int) -> Iterator[np.ndarray]:
 
 
 def _picture(file: Path) -> np.ndarray:
-    try:
-        with Image.open(file) as opened:
-            return np.asarray(opened.convert("RGB"))
-    except Image.DecompressionBombError as error:
-        raise OSError(f"{file} is refused: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise OSError(f"{file} cannot be read: {error}") from error
+    return np.asarray(read_picture(file, file).convert("RGB"))
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """One line with the file and the reason, of what ffmpeg says inside."""
     try:
-        yield
+        with silenced("imageio_ffmpeg"):  # which says when it ends a slow one early
+            yield
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         said = error.stderr.decode(errors="replace") if hasattr(error, "stderr") else error  # pyright: ignore[reportAttributeAccessIssue]
         raise OSError(f"{path} cannot be read: {why(said)}") from error
@@ -293,32 +288,24 @@ def _write_mp4(frames: Iterator[np.ndarray], path: Path, fps: float) -> None:
         options += ["-metadata", "comment=" + ODD_SIZE.format(height=height, width=width)]
     even = ((0, height % 2), (0, width % 2), (0, 0))
     padded = (np.pad(frame, even, mode="edge") for frame in chain([first], frames))
-    size = (width + width % 2, height + height % 2)
-    _encode(padded, path, size, fps=fps, quality=7, output_params=options)
+    _encode(padded, path, (width + width % 2, height + height % 2), fps, [*H264, *options])
 
 
 def _write_gif(frames: Iterator[np.ndarray], path: Path, fps: float) -> None:
     first = next(frames)
     size = (first.shape[1], first.shape[0])
-    gif = {"codec": "gif", "pix_fmt_out": "pal8", "quality": None}
-    options = ["-vf", GIF_FILTER]
-    _encode(chain([first], frames), path, size, fps=fps, **gif, output_params=options)
+    _encode(chain([first], frames), path, size, fps, [*GIF, "-vf", GIF_FILTER])
 
 
 def _encode(
-    frames: Iterator[np.ndarray], path: Path, size: tuple[int, int], **options: Any
+    frames: Iterator[np.ndarray],
+    path: Path,
+    size: tuple[int, int],
+    fps: float,
+    options: Sequence[str],
 ) -> None:
-    """Send the frames to ffmpeg. size: width and height. options: of imageio_ffmpeg."""
-    sent = 0
-    writer = ffmpeg().write_frames(
-        for_ffmpeg(path), size, macro_block_size=1, ffmpeg_log_level="error", **options
-    )
-    with closing(writer):
-        writer.send(None)
-        for frame in frames:
-            writer.send(np.ascontiguousarray(frame))
-            sent += 1
-    # The writer ignores how ffmpeg ended: a full disk leaves a short file, or an empty one.
+    """`encode`, and a look at what came out: of a disk that is full, ffmpeg may not know."""
+    sent = encode(frames, path, size, fps=fps, options=options)
     try:
         written, _ = ffmpeg().count_frames_and_secs(for_ffmpeg(path))
     except RuntimeError as error:

@@ -498,8 +498,11 @@ BAD_OPTIONS = {
     "int": (("--set", "block=1.5"), ("block", "int", "'1.5'")),
     "choice": (("--set", "rule=best"), ("rule", "balanced", "'best'")),
     "twice": (("--set", "block=1", "--set", "block=2"), ("block", "twice")),
-    "value": (("--set", "block=0"), ("block", "at least 1")),
-    "tuple": (("--method", "neighborhood", "--set", "window=3,x,3"), ("int,int,int", "'3,x,3'")),
+    "value": (("--set", "block=0"), ("error: --set block=0: block", "at least 1")),
+    "tuple": (
+        ("--method", "neighborhood", "--set", "window=3,x,3"),
+        ("error: --set window=3,x,3: window", "int,int,int, got '3,x,3'; such as window=-1,8,8"),
+    ),
     "length": (("--method", "neighborhood", "--set", "window=3,3"), ("int,int,int", "'3,3'")),
     "schedule": (("--dense-start", "5"), ("dense_start", "dense_steps")),
     "layers": (("--dense-layers", "a"), ("--dense-layers", "'a'")),
@@ -593,7 +596,7 @@ def test_no_prompts_are_refused(refused, no_loading, model, tmp_path):
 def test_a_place_that_cannot_be_written_is_refused(refused, no_loading, model, tmp_path):
     (tmp_path / "file").write_text("mine")
     args = ("generate", "--model", model, "--prompt", PROMPT, "--out")
-    assert "cannot write to folder" in refused(*args, tmp_path / "file" / "clip.mp4")
+    assert "is a file and no folder" in refused(*args, tmp_path / "file" / "clip.mp4")
     assert "is a file" in refused("demo", "--model", model, "--out", tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 

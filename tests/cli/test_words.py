@@ -5,21 +5,35 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import typer
 from torch import nn
 from typer.testing import CliRunner
 
 from gen_accel import METHODS, names
 from gen_accel.cli import app, inventory
+from gen_accel.measure.subject import presets
 from gen_accel.pipelines.generation import loading
 from gen_accel.pipelines.long_video import _CLASSES
 
+TO_SHOW = "--frames 1 --height 1 --width 1"
 # Refused with neither torch nor diffusers there to be imported, all in one process.
 EARLY = {
+    "demo --device nope": "device must be auto",
+    "demo --method nope": "method must be one of",
+    "demo --model /nope": "no folder at /nope",
+    "demo --image-prompt /nope": "no image at /nope",
+    "demo --out FILE": "out must be a folder, but FILE is a file",
+    "estimate --model /nope TO_SHOW": "no folder at /nope",
+    "estimate --model Wan2.1-T2V-1.3 TO_SHOW": "did you mean 'Wan2.1-T2V-1.3B'?",
+    "estimate --model wan --method nope TO_SHOW": "method must be one of",
     "generate --model /nope --prompt a": "no folder at /nope",
     "generate --model demo --prompt a --out a.xyz": "ends in '.xyz'; choose .mp4",
+    "generate --model demo --prompt a --out FILE/a.png": "a.png: FILE is a file and no folder",
     "generate --model demo --prompt a --kernel nope": "kernel must be 'auto' or one of",
+    "generate --model demo --prompt a --dense-kernel nope": "dense_kernel must be 'auto' or one",
     "generate --model demo --prompt a --method radail": "did you mean 'radial'?",
     "generate --model demo --prompt a --dtype nope": "dtype must be auto",
     "generate --model demo --prompt a --device nope": "device must be auto",
@@ -29,41 +43,90 @@ EARLY = {
     "generate --model demo --prompt a --from-lora /nope": "no LoRA at /nope",
     "generate --model demo --prompts /nope": "no file of prompts at /nope",
     "generate --model demo --prompt a --save-latents a.txt": "must end in .safetensors",
+    "generate --model demo --from-latents /nope": "no file of latents at /nope",
+    "generate --model demo --prompt a --image-prompt /nope": "no image at /nope",
+    "generate --model demo --prompt a --image-mask /nope": "no image at /nope",
+    "generate --model demo --prompt a --image-negative /nope": "no image at /nope",
+    "generate --model demo --prompt a --image-adapter /nope": "no adapter at /nope",
+    "generate --model demo --prompt a --image-encoder /nope": "no image encoder at /nope",
     "generate --model ~nosuchuser/a --prompt a": "a user who is not known here",
-    "show nope --frames 1 --height 1 --width 1": "method must be one of",
-    "show radial --frames 1 --height 1 --width 1 --out a.txt": "must end in .png",
-    "simulate nope --frames 1 --height 1 --width 1": "simulate knows the method",
+    "show nope TO_SHOW": "method must be one of",
+    "show radial TO_SHOW --out a.txt": "must end in .png",
+    "show radial TO_SHOW --width=x": "'--width': Input should be a valid integer",
+    "show radial TO_SHOW --token 1": "needs a frame, a row and a column",
+    "simulate nope TO_SHOW": "simulate knows the method",
+    "simulate neighborhood TO_SHOW --json /": "/ must be a file, but it is a folder",
+    "simulate neighborhood TO_SHOW --tile-q 1,x,1 --tile-k 1,1,1": "takes whole numbers",
     "metrics /nope.mp4": "no video at /nope.mp4",
-    "train --model /nope": "no folder at /nope",
-    "train --data /nope": "data: there is nothing at /nope",
+    "metrics FILE /nope.mp4": "no video at /nope.mp4",
+    "metrics FILE --json /": "/ must be a file, but it is a folder",
+    "train /nope.yaml": "/nope.yaml",
+    "cache /nope.yaml": "/nope.yaml",
     "cache --data /nope": "data: there is nothing at /nope",
-    "demo --device nope": "device must be auto",
+    "train --dry-run --method nope": "method must be one of",
+}
+# Whatever these verbs take besides is refused too where it is FILE/nope: no number, no name, and
+# nowhere to read or write.
+GIVEN = {
+    "demo": "",
+    "estimate": "--model wan TO_SHOW",
+    "generate": "--model demo --prompt a",
+    "show": "radial TO_SHOW --out a.png",
+    "simulate": "neighborhood TO_SHOW --tile-q 1,1,1 --tile-k 1,1,1",
+    "metrics": "FILE",
+    "train": "",
+    "cache": "--data .",
+}
+# Free text, or words that only a class of the library can judge.
+FREE = {
+    *("prompt", "negative_prompt", "settings", "dense_layers", "targets", "validation_prompts"),
+    *("window", "stride", "dilation", "is_causal"),
+    "from_latents",  # goes without a prompt, as above
 }
 
 
-def test_what_can_be_seen_at_once_is_refused_before_torch_is_imported():
+def with_nope() -> list[str]:
+    verbs: Any = typer.main.get_command(app)
+    return [
+        f"{verb} {given} {option.opts[0]} FILE/nope"
+        for verb, given in GIVEN.items()
+        for option in verbs.commands[verb].params
+        if option.param_type_name == "option" and not option.is_flag and option.name not in FREE
+    ]
+
+
+def test_what_can_be_seen_at_once_is_refused_before_torch_is_imported(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    asked = EARLY | dict.fromkeys(with_nope(), "FILE/nope")
+    assert len(asked) > 150
+    commands = [line.replace("FILE", str(file)).replace("TO_SHOW", TO_SHOW) for line in asked]
     program = f"""
 import sys
 sys.modules.update(torch=None, diffusers=None, transformers=None)
-from typer.testing import CliRunner
+from functools import cache
+from typer import testing
 from gen_accel.cli import app
-for line in {[*EARLY]!r}:
-    done = CliRunner().invoke(app, line.split())
+testing._get_command = cache(testing._get_command)  # made once
+for line in {commands!r}:
+    done = testing.CliRunner().invoke(app, line.split())
     print(done.exit_code, done.stderr.strip().replace(chr(10), " // "))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == len(EARLY)
-    for said, (command, words) in zip(lines, EARLY.items(), strict=True):
-        assert said.startswith("2 error: "), command
-        assert "//" not in said, command
-        assert words in said, command
+    lines = done.stdout.replace(str(file), "FILE").splitlines()
+    wrong = [
+        f"{command}: {said}"
+        for said, (command, words) in zip(lines, asked.items(), strict=True)
+        if not said.startswith("2 error: ") or "//" in said or words not in said
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_the_names_known_early_are_those_that_there_are():
     assert tuple(METHODS) == names.METHODS
     assert tuple(_CLASSES) == names.TECHNIQUES
+    assert tuple(presets()) == names.PUBLISHED
 
 
 def failing(monkeypatch, error):
@@ -130,7 +193,7 @@ def test_a_repository_out_of_reach_names_the_cache_and_the_command(refused, monk
     def unreachable(*args, **kwargs):
         raise OSError("no network\nand much more")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
     monkeypatch.chdir(tmp_path)
     line = refused("generate", "--model", "me/mine", "--prompt", "a", "--out", "a.mp4")
     assert "me/mine is not in the hub's cache, /" in line

@@ -15,6 +15,8 @@ from gen_accel.lora.config import Stage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+NESTED = "lora.yaml is no config: it is nested too deep"
+
 
 def written(tmp_path, text):
     path = tmp_path / "lora.yaml"
@@ -52,7 +54,7 @@ class TestConfig:
             ("rank: [1]", "rank must be int, got"),
             ("learning_rate: true", "learning_rate must be float, got True"),
             ("gradient_checkpointing: 1", "gradient_checkpointing must be true/false, got 1"),
-            ("betas: [0.9]", "betas must be float,float, got"),
+            ("betas: [0.9]", r"betas must be float,float, .*; such as betas: \[0\.9, 0\.99\]$"),
             (
                 "objective: flows",
                 "objective must be one of flow, distill, distill_attention, got 'flows'",
@@ -64,6 +66,11 @@ class TestConfig:
             ("rank", "must hold fields as `name: value`, got 'rank'"),
             ("", "must hold fields as `name: value`, got None"),
             ("rank: [", "is not YAML"),
+            pytest.param(f"rank: {'[' * 1000}{']' * 1000}", NESTED, id="lists"),
+            pytest.param(f"rank: {'{a: ' * 1000}1{'}' * 1000}", NESTED, id="mappings"),
+            ("rank: &a [*a]", r"rank must be int, got \[\[\.\.\.\]\]"),
+            ("targets: &a [*a]", r"targets must be any number of str, .* got \[\[\.\.\.\]\]"),
+            ("&a {rank: *a}", r"rank must be int, got {'rank': {\.\.\.}}"),
             ("rank: 0", "leaves nothing to train"),
             ("method: reuse", "method 'reuse' does not train: a residual of an earlier step has"),
         ],
@@ -75,7 +82,7 @@ class TestConfig:
 
     def test_not_text_and_not_there(self, tmp_path):
         (tmp_path / "lora.yaml").write_bytes(b"\xff\xfe\xfa")
-        with pytest.raises(ValueError, match="is not YAML"):
+        with pytest.raises(ValueError, match=r"lora\.yaml is not UTF-8 text, from byte 0"):
             read_config(tmp_path / "lora.yaml")
         with pytest.raises(FileNotFoundError):
             read_config(tmp_path / "other.yaml")
@@ -141,8 +148,8 @@ class TestCommands:
     @pytest.mark.parametrize(
         ("args", "message"),
         [
-            (("--rank", "x"), "rank must be int"),
-            (("--betas", "0.9,x"), "betas must be float,float"),
+            (("--rank", "x"), "rank must be int, got 'x'; such as --rank 128"),
+            (("--betas", "0.9,x"), "got ['0.9', 'x']; such as --betas 0.9,0.99"),
             (("nowhere.yaml",), "nowhere.yaml"),
             (("--dry-run", "--resume"), "leave --resume out"),
             (("--data", "nowhere"), "data: there is nothing at nowhere"),

@@ -111,6 +111,9 @@ def test_videos_without_a_caption_are_all_counted(folder):
     assert "silent5" not in str(caught.value)
 
 
+LONG = f"video,caption\na.mp4,{'x' * 200_000}\n"  # a field of more than Python's csv takes
+
+
 @pytest.mark.parametrize(
     ("name", "text", "error", "message"),
     [
@@ -122,12 +125,16 @@ def test_videos_without_a_caption_are_all_counted(folder):
         ("m.jsonl", "", ValueError, "no videos"),
         ("m.csv", "video,caption\nz.mp4,x\n", FileNotFoundError, "1 videos .* not there: .*z.mp4"),
         ("m.csv", "video,caption\na.mp4,\n", ValueError, "1 of 1 videos .* no caption: a.mp4"),
+        pytest.param("m.csv", LONG, ValueError, r"m\.csv is no table of text: field", id="long"),
+        pytest.param("metadata.csv", LONG, ValueError, r"a\.csv is no table of", id="long too"),
+        ("m.csv", "video,caption\na.mp4,\udcff\n", ValueError, r"m\.csv is not UTF-8 text, from"),
+        ("m.jsonl", '{"text": "\udcff"}', ValueError, r"m\.jsonl is not UTF-8 text, from byte 10"),
         ("m.xml", "<a>", ValueError, "must be .jsonl or .csv"),
         ("metadata.parquet", "", ValueError, "must be .jsonl or .csv"),
     ],
 )
 def test_manifests_that_will_not_do(folder, name, text, error, message):
-    (folder / name).write_text(text)
+    (folder / name).write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(error, match=message):
         find_videos(folder if name.startswith("metadata") else folder / name)
 

@@ -25,7 +25,7 @@ from support.runs import (
 )
 
 from gen_accel import owners
-from gen_accel.files import file_sha256
+from gen_accel.files import NoRoom, file_sha256
 from gen_accel.lora import checkpoint, trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,6 +160,15 @@ class TestResume:
         assert state(out).state["step"] == 6
         ft.train(ft.config(out, **ft.FULL), resume=True)
         assert_same_run(out, whole)
+
+    def test_a_disk_without_room_for_a_line(self, tmp_path, monkeypatch):
+        def full(path, steps):
+            path.symlink_to("/dev/full")
+
+        monkeypatch.setattr(trainer, "_cut_metrics", full)
+        file = tmp_path / trainer.METRICS
+        with pytest.raises(NoRoom, match=f"no room for {file}: no space left on device"):
+            ft.train(ft.config(tmp_path))
 
     def test_a_checkpoint_of_an_earlier_version(self, whole, copied, recwarn):
         """Its state has no hash."""

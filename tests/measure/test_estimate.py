@@ -237,6 +237,7 @@ def test_sizes_that_cannot_be_made_name_the_nearest():
         (torch.nn.Linear(1, 1), {}, "WanTransformer3DModel.*got Linear"),
         ({"_class_name": "WanPipeline"}, {}, "got WanPipeline"),
         ({"num_layers": 2}, {}, "lacks num_attention_heads, attention_head_dim, ffn_dim"),
+        (TINY | {"num_layers": 0}, {}, "has no layers of self-attention, by its config"),
         (TINY | {"patch_size": (2, 2, 2)}, {}, "patch_size must be 1 in time"),
         (TINY, {"steps": 0}, "steps must be at least 1, got 0"),
         (TINY, {"efficiency": 0.0}, "efficiency must be positive, got 0.0"),
@@ -418,7 +419,7 @@ def test_a_repository_out_of_reach_says_what_is_known(monkeypatch, tmp_path):
     def unreachable(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
     with pytest.raises(ValueError, match=r"me/mine is not in .* \(no network\).*; known without"):
         estimate("me/mine", Dense(), **P480)
 
@@ -427,10 +428,11 @@ def test_a_repository_in_the_cache_is_read(monkeypatch, tmp_path):
     transformer = WanTransformer3DModel(**TINY)
     pipeline(transformer).save_pretrained(tmp_path)
 
-    def cached(repository, file):
+    def cached(repository, file, **kwargs):
         assert repository == "me/mine"
         return str(tmp_path / file)
 
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", cached)
     found = estimate("me/mine", Dense(), **CLIP)
     assert found.step_flops == estimate(transformer, Dense(), **CLIP).step_flops

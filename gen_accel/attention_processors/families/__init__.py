@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.families.contract import Family, Preset, family_named
 from gen_accel.attention_processors.seam import Call, add_tap
 from gen_accel.attention_processors.tokens import Tokens
+from gen_accel.names import FAMILIES
 from gen_accel.video import VideoShape
 
 __all__ = [
@@ -42,16 +43,6 @@ __all__ = [
     "video_classes",
     "without_text",
 ]
-
-FAMILIES = (
-    *("wan", "skyreels", "wan_animate", "chronoedit", "helios", "anyflow"),
-    *("hunyuan_video", "hunyuan_video15", "framepack"),
-    *("kandinsky5", "kandinsky6", "motif", "minimax_h3"),
-    *("cogvideox", "consisid", "ltx", "ltx2", "mochi", "easyanimate"),
-    *("allegro", "latte", "cosmos", "cosmos3", "animatediff"),
-    *("flux", "flux2", "flux3", "sd3", "qwenimage", "hidream", "z_image", "pixart"),
-    "stable_diffusion",
-)
 
 FEW = 12  # classes that an error lists
 

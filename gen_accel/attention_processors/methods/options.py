@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from gen_accel.attention_processors import method_class, method_name
 from gen_accel.method import Method, check_method
-from gen_accel.values import convert, written_type
+from gen_accel.values import as_text, convert, example, wrong_type
 
 
 def method_from(name: str, settings: Sequence[str] = ()) -> Any:
@@ -32,7 +32,8 @@ def method_from(name: str, settings: Sequence[str] = ()) -> Any:
 
 def _values(kind: type, name: str, settings: Sequence[str]) -> dict[str, Any]:
     """The fields of `kind` that `settings` give, as they hold them."""
-    known = [field.name for field in options_of(kind)]
+    defaults = {one.name: one.default for one in options_of(kind)}
+    known = [*defaults]
     hints = _hints(kind, name) if settings else {}
     values: dict[str, Any] = {}
     inner: dict[str, list[str]] = {}
@@ -57,9 +58,8 @@ def _values(kind: type, name: str, settings: Sequence[str]) -> dict[str, Any]:
         try:
             values[key] = convert(text, hints[key], is_text=True)
         except (TypeError, ValueError, OverflowError):
-            wanted = written_type(hints[key])
-            raise ValueError(f"{key} of {name} must be {wanted}, got {text!r}") from None
-    defaults = {one.name: one.default for one in options_of(kind)}
+            right = f"{key}={as_text(example(hints[key], defaults[key]))}"
+            raise wrong_type(f"{key} of {name}", hints[key], text, right) from None
     for key, some in inner.items():
         method: Any = values.get(key, defaults[key])
         if method is MISSING:

@@ -51,6 +51,7 @@ from gen_accel.pipelines.generation.sampling import (
     sample,
 )
 from gen_accel.pipelines.long_video import extend
+from gen_accel.text_files import read_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -216,11 +217,8 @@ def read_prompts(path: str | Path) -> list[str]:
 
     Raises ValueError for a file without any, or that is not UTF-8.
     """
-    try:
-        # Not by `splitlines`, which cuts at what a prompt may hold, such as U+2028.
-        lines = expanded(path).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    # Not by `splitlines`, which cuts at what a prompt may hold, such as U+2028.
+    lines = read_text(path).split("\n")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompts: write one on each line")

@@ -16,7 +16,7 @@ from gen_accel import names
 from gen_accel.attention_processors.attached.transformers import TRANSFORMERS
 from gen_accel.attention_processors.families import served_classes, video_classes
 from gen_accel.extras import needed_for
-from gen_accel.hub import check_there, fetched, parted, silenced
+from gen_accel.hub import check_there, fetched, parted, reachable, silenced
 from gen_accel.json_files import read_fields
 from gen_accel.names import OFFLOADS as OFFLOADS
 from gen_accel.names import check_loading
@@ -82,8 +82,9 @@ def check_latents_of(model: str | Path) -> None:
     which is fetched where it is on the hub."""
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+    source = _location(model)
     with _one_line(model):
-        index = DiffusionPipeline.load_config(_location(model))
+        index = DiffusionPipeline.load_config(source)
     check_streamed(*_classes(index, model))
 
 
@@ -226,16 +227,17 @@ def _check_complete(pipe: Any, model: str | Path) -> None:
 
 
 def _location(model: str | Path) -> str:
-    """As `from_pretrained` takes it."""
+    """As `from_pretrained` takes it. Raises OSError for what is out of reach."""
     folder = folder_of(model)
-    return str(folder if folder.exists() else model)
+    if folder.exists():
+        return str(folder)
+    fetched(str(model), "model_index.json")
+    return str(model)
 
 
 def _source(model: str | Path, loading: Loading) -> tuple[str, torch.device, torch.dtype]:
     """What to load from, where to and as what; refused before anything is loaded."""
     check_model(model)
-    if not folder_of(model).exists():
-        fetched(str(model), "model_index.json")
     device = find_device(loading.device)
     if loading.offload != "none" and device.type == "cpu":
         raise ValueError(
@@ -267,7 +269,7 @@ def _lora(text: str) -> tuple[str, float]:
     source, weight = parted(text)
     check_there(source, "LoRA")
     path = expanded(source)
-    return (str(path) if path.exists() else source), weight
+    return (str(path) if path.exists() else reachable(source)), weight
 
 
 def _check_floats(folder: Path) -> None:

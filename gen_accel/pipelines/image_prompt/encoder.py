@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from gen_accel.extras import needed_for
+from gen_accel.hub import REPOSITORY, reachable
+from gen_accel.measure.picture_files import read_picture
 from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt.projectors import GREY, IDENTITY, normalised
 
@@ -145,9 +147,12 @@ def load_encoder(source: str | Path) -> tuple[Any, Any]:
 
     Raises:
         ValueError: another model, or none.
+        OSError: a repository that is neither in the hub's cache nor can be fetched.
     """
     with needed_for("an image encoder", extra="video"):
         from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+    if not expanded(source).exists() and REPOSITORY.fullmatch(str(source)):
+        source = reachable(str(source))
     try:
         model = CLIPVisionModelWithProjection.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -167,24 +172,18 @@ def as_rgb(image: Picture) -> Image.Image:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no image, or one with more than 8 bits.
+        ValueError: no image, a broken one, or one that is too large or has more than 8 bits.
     """
     if isinstance(image, Tensor):
         return _of_tensor(image)
     if isinstance(image, str | Path):
         path = expanded(image)
         try:
-            with Image.open(path) as opened:
-                opened.load()
-                image = opened
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{path} is no image: {error}") from error
-        except (Image.DecompressionBombError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{path} is a broken image: {error}") from error
+            image = read_picture(path, path)
         except OSError as error:
             if not path.is_file():
                 raise FileNotFoundError(f"no image at {path}") from error
-            raise ValueError(f"{path} is a broken image: {error}") from error
+            raise ValueError(str(error)) from error
     if not isinstance(image, Image.Image):
         raise ValueError(
             f"an image is a PIL image, a path or a tensor, got {type(image).__name__}"

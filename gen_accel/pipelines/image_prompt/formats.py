@@ -43,7 +43,7 @@ from gen_accel.attention_processors.attached.recipe import CONFIG, KEY, sizes
 from gen_accel.attention_processors.families import image_family_of
 from gen_accel.attention_processors.image_prompt import ImageAdapter, KeysValues
 from gen_accel.files import replacing, write_json
-from gen_accel.hub import REPOSITORY
+from gen_accel.hub import REPOSITORY, reachable
 from gen_accel.json_files import fields_of, parse_json, typed
 from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt import projectors
@@ -294,6 +294,10 @@ def _in_folder(folder: Path, weight_name: str | None) -> Path:
 
 def _from_hub(repository: str, subfolder: str | None, weight_name: str | None) -> Path:
     from huggingface_hub import HfApi, hf_hub_download
+
+    source = reachable(repository)
+    if source != repository:
+        return _in_folder(Path(source) / (subfolder or ""), weight_name)
 
     def fetch(name: str) -> Path:
         return Path(hf_hub_download(repository, name, subfolder=subfolder or None))

@@ -432,6 +432,8 @@ def test_a_repository_on_the_hub(tmp_path, monkeypatch):
     files += ["lynx/resampler.safetensors", "lynx/ip_layers.safetensors"]
 
     class Hub:
+        def model_info(self, repository, *, timeout): ...
+
         def list_repo_files(self, repository):
             return files
 

@@ -1,0 +1,71 @@
+"""What the hub has, and how soon one hears that it cannot be reached."""
+
+import re
+
+import pytest
+
+from gen_accel.hub import fetched, reachable
+from gen_accel.lora.dry_run import transformer_class
+from gen_accel.lora.encoders import load_encoders
+from gen_accel.pipelines.generation import loading
+from gen_accel.pipelines.image_prompt.encoder import load_encoder
+from gen_accel.pipelines.image_prompt.formats import find_adapter
+
+WAYS_IN = {
+    "file": lambda name: fetched(name, "model_index.json"),
+    "repository": reachable,
+    "model": loading.load,
+    "decoder": loading.load_decoder,
+    "latents": loading.check_latents_of,
+    "LoRA": loading._lora,
+    "adapter": find_adapter,
+    "image encoder": load_encoder,
+    "encoders": lambda name: load_encoders(name, "cpu", "auto"),
+    "dry run": transformer_class,
+}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A cache without a network, in which nobody waits to try again; the folder of the cache."""
+
+    def sleep(seconds):
+        pytest.fail("tries again")
+
+    def set_constant(name, value):
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+
+    set_constant("ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    set_constant("HF_HUB_OFFLINE", False)
+    set_constant("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("time.sleep", sleep)
+    return tmp_path
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+def test_a_repository_out_of_reach_is_refused_at_the_first_try(hub, way):
+    words = f"me/mine is not in the hub's cache, {hub}, and cannot be fetched"
+    with pytest.raises((OSError, ValueError), match=re.escape(words)) as caught:
+        WAYS_IN[way]("me/mine")
+    assert "run `hf download me/mine` where there is a network" in str(caught.value)
+
+
+def test_what_the_cache_has_needs_no_network(hub):
+    held = hub / "models--me--mine"
+    snapshot = held / "snapshots" / ("a" * 40)
+    for path, text in ((snapshot / "config.json", "{}"), (held / "refs" / "main", "a" * 40)):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    assert fetched("me/mine", "config.json") == snapshot / "config.json"
+    assert reachable("me/mine") == str(snapshot)
+
+
+def test_the_hub_says_that_there_is_no_such_file(monkeypatch):
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def missing(*args, **kwargs):
+        raise EntryNotFoundError("404")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", missing)
+    with pytest.raises(FileNotFoundError, match=r"me/mine on the hub holds no a\.json"):
+        fetched("me/mine", "a.json")
