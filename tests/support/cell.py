@@ -177,14 +177,15 @@ def _import_all() -> None:
     for module in (*IMPORTED, *OTHERS, *ours):
         with contextlib.suppress(ImportError):  # an extra that is not here
             import_module(module)
-    # The parser too is built once, which takes longer than most calls.
+    # The parser and the families too are made once, which takes longer than most calls.
     import typer.main
-    from typer.testing import CliRunner
 
+    from gen_accel.attention_processors.families import served_classes
     from gen_accel.cli import app
 
     typer.main.get_command = functools.cache(typer.main.get_command)
-    CliRunner().invoke(app, ["no verb"])
+    typer.main.get_command(app)
+    served_classes()
 
 
 class Running:

@@ -22,7 +22,7 @@ from gen_accel.kernels.contract import Facts, Place
 from gen_accel.kernels.lists import has_tiles
 from gen_accel.kernels.native import build
 from gen_accel.kernels.native.arguments import Call
-from gen_accel.kernels.native.bounds import DTYPES, check, check_alike, names
+from gen_accel.kernels.native.bounds import DTYPES, check, check_alike, check_if_given, names
 from gen_accel.kernels.native.selection import kept_blocks
 from gen_accel.plan import Plan, Route
 
@@ -200,10 +200,12 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_alike("native", q, k, v)
-    check("grad", grad, grad.dtype, q.shape)
-    check("out", out, torch.float32 if out.dtype == torch.float32 else q.dtype, q.shape)
+    check("grad", grad, None, q.shape)
+    check("out", out, None, q.shape)
+    if out.dtype != torch.float32:
+        check("out", out, q.dtype, q.shape)
     check("stats", stats, torch.float32, (2, *q.shape[:3]))
-    check("of_lse", of_lse, torch.float32, q.shape[:3])
+    check_if_given("of_lse", of_lse, torch.float32, q.shape[:3])
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     call = Call(q, k, v, slots, index, counts, rule, gain, block_q, block_k, scale)
     call.args.wide = out.dtype == torch.float32

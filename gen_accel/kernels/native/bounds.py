@@ -5,6 +5,8 @@ numbers in them that point into other tensors, slots, blocks and groups, are che
 they are read. So no argument of an operator reads or writes elsewhere, nor leaves a result unset.
 """
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
@@ -16,22 +18,34 @@ Sizes = tuple[int | tuple[int, int], ...]
 
 def check_alike(kernel: str, *tensors: Tensor) -> None:
     """q, k, v and what has their shape: the library reads sizes off the first alone."""
+    for x in tensors:
+        check_rows(kernel, x)
     first = tensors[0]
-    about = first.shape, first.dtype, first.device
-    if any((x.shape, x.dtype, x.device) != about for x in tensors):
-        words = ", ".join(f"{tuple(x.shape)} {x.dtype} {x.device}" for x in tensors)
+    if any((x.shape, x.dtype) != (first.shape, first.dtype) for x in tensors):
+        words = ", ".join(map(_told, tensors))
         raise ValueError(f"kernel {kernel!r}: q, k and v must be alike, got {words}")
-    check_rows(kernel, first)
 
 
-def check_rows(kernel: str, x: Tensor) -> None:
+def check_rows(kernel: str, x: Tensor | None) -> None:
     """Rows of tokens, (B, H, N, D), of a type that the library reads."""
-    if not x.is_cpu:
-        raise ValueError(f"kernel {kernel!r} is for the CPU, got {x.device.type}")
-    if x.ndim != 4 or not x.shape[3] or x.dtype not in DTYPES:
-        raise ValueError(
-            f"kernel {kernel!r} takes (B, H, N, D) of {names()}, got {tuple(x.shape)} {x.dtype}"
-        )
+    if _is_read(x) and x.ndim == 4 and x.shape[2] and x.shape[3] and x.dtype in DTYPES:
+        return
+    raise ValueError(
+        f"kernel {kernel!r} takes dense (B, H, N, D) of {names()} on the CPU, got {_told(x)}"
+    )
+
+
+def _is_read(x: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether there are numbers in memory. Operators get None for any tensor that is missing,
+    whatever their signatures say."""
+    return x is not None and x.is_cpu and x.layout is torch.strided
+
+
+def _told(x: Tensor | None) -> str:
+    if x is None:
+        return "None"
+    layout = "" if x.layout is torch.strided else f" {x.layout}"
+    return f"{tuple(x.shape)} {x.dtype} on {x.device}{layout}"
 
 
 def names() -> str:
@@ -39,23 +53,37 @@ def names() -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
 
-def check(name: str, x: Tensor | None, dtype: torch.dtype, sizes: Sizes) -> None:
-    """Whether a tensor that may be missing is of this type and these sizes, of which each is one
+def check(name: str, x: Tensor | None, dtype: torch.dtype | None, sizes: Sizes) -> None:
+    """Whether a tensor is of this type, None for any, and of these sizes, of which each is one
     number or one of two."""
-    if x is None or (x.shape == sizes and x.dtype == dtype and x.is_cpu):
+    if _is_read(x) and dtype in (x.dtype, None) and _fits(x.shape, sizes):
         return
-    fits = len(x.shape) == len(sizes) and all(
-        have in want if isinstance(want, tuple) else have == want
-        for have, want in zip(x.shape, sizes, strict=True)
+    wanted = ", ".join(
+        " or ".join(map(str, want)) if isinstance(want, tuple) else str(want) for want in sizes
     )
-    if not fits or x.dtype != dtype or x.device.type != "cpu":
-        wanted = ", ".join(
-            " or ".join(map(str, want)) if isinstance(want, tuple) else str(want) for want in sizes
-        )
-        raise ValueError(
-            f"{name} must be ({wanted}) {dtype} on the CPU, got {tuple(x.shape)} {x.dtype} on "
-            f"{x.device}"
-        )
+    kind = "" if dtype is None else f" {dtype}"
+    raise ValueError(f"{name} must be dense ({wanted}){kind} on the CPU, got {_told(x)}")
+
+
+def _fits(shape: torch.Size, sizes: Sizes) -> bool:
+    if shape == sizes:
+        return True
+    return len(shape) == len(sizes) and all(
+        have in want if isinstance(want, tuple) else have == want
+        for have, want in zip(shape, sizes, strict=True)
+    )
+
+
+def check_if_given(name: str, x: Tensor | None, dtype: torch.dtype | None, sizes: Sizes) -> None:
+    if x is not None:
+        check(name, x, dtype, sizes)
+
+
+def shape_of(name: str, x: Tensor | None, axes: int) -> torch.Size:
+    """The sizes of a tensor. Raises ValueError where it has not as many axes."""
+    if x is None or x.ndim != axes:
+        raise ValueError(f"{name} must be a tensor of {axes} axes, got {_told(x)}")
+    return x.shape
 
 
 def blocks_of(slots: int, block_q: int, block_k: int) -> tuple[int, int]:
@@ -66,8 +94,11 @@ def blocks_of(slots: int, block_q: int, block_k: int) -> tuple[int, int]:
     return slots // block_q, slots // block_k
 
 
-def check_slots(slots: Tensor | None, count: int) -> None:
-    check("slots", slots, torch.int64, (count,))
+def check_slots(slots: Tensor | None, count: int, tokens: int) -> None:
+    """Slots that may be missing, then each holds the token of its own number."""
+    check_if_given("slots", slots, torch.int64, (count,))
+    if slots is None and count != tokens:
+        raise ValueError(f"slots must be given where {count} of them hold {tokens} tokens")
 
 
 def check_lists(
@@ -81,21 +112,25 @@ def check_lists(
     block_k: int,
 ) -> None:
     """What attention.cpp and int8.cpp take of a plan, as `Lists` names it."""
-    (B, H, _, _), S, wide = q.shape, rule[0].numel(), torch.float32
+    if len(rule) not in (1, 3, 4):
+        raise ValueError(f"a rule has 1, 3 or 4 tensors, got {len(rule)}")
+    (slack, *more), wide = rule, torch.float32
+    (B, H, N, _), (S,) = q.shape, shape_of("slack", slack, 1)
     Kq, Kk = blocks_of(S, block_q, block_k)
     patterns = (1, B), (1, H)
-    check_slots(slots, S)
-    slack, *more = rule
+    check_slots(slots, S, N)
     check("slack", slack, wide, (S,))
-    check("gain", gain, wide, (*patterns, Kq, Kk))
+    check_if_given("gain", gain, wide, (*patterns, Kq, Kk))
     if len(more) == 2:
         picks, group = more
-        check("picks", picks, torch.bool, (*patterns, S, picks.shape[-1]))
+        C = shape_of("picks", picks, 4)[-1]
+        check("picks", picks, torch.bool, (*patterns, S, C))
+        if not C:  # without a number, they would count as missing
+            raise ValueError(f"picks must be of one group or more, got {tuple(picks.shape)}")
         check("group", group, torch.int64, (Kk,))
         return
-    if len(more) not in (0, 3):
-        raise ValueError(f"a rule has 1, 3 or 4 tensors, got {len(rule)}")
     for name, x in zip(("center", "half", "place"), more, strict=False):
-        check(name, x, wide, (more[0].shape[0], S))
-    check("index", index, torch.int32, (*patterns, Kq, index.shape[-1]))
+        check(name, x, wide, (shape_of("center", more[0], 2)[0], S))
+    most = shape_of("index", index, 4)[-1]
+    check("index", index, torch.int32, (*patterns, Kq, most))
     check("counts", counts, torch.int64, (2, *index.shape[:2], Kq))

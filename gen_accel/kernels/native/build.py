@@ -37,7 +37,8 @@ from gen_accel.kernels.native.arguments import (
 HERE = Path(__file__).parent
 NAMES = ("attention", "curve", "int8", "linear", "rest", "selection", "slope", "spread")
 SOURCES = tuple(HERE / f"{name}.cpp" for name in NAMES)
-READ = (*SOURCES, HERE / "blocks.h", HERE / "common.h", HERE / "rest.h", HERE / "rest_backward.h")
+HEADERS = ("blocks", "common", "rest", "rest_backward", "watched")
+READ = (*SOURCES, *(HERE / f"{name}.h" for name in HEADERS))
 FLAGS = (
     *(
         "-std=c++20",

@@ -25,6 +25,8 @@
 #include <immintrin.h>
 #endif
 
+#include "watched.h"
+
 namespace {
 
 using at::BFloat16;
@@ -120,6 +122,7 @@ class Room {
       if (!data_) throw std::bad_alloc();
       size_ = bytes;
     }
+    allow(data_, count * sizeof(T), size_);
     return static_cast<T*>(data_);
   }
   void trim() {
@@ -142,16 +145,24 @@ class Arena {
  public:
   template <typename T>
   void want(T*& part, size_t count) {
-    slots_.push_back({reinterpret_cast<void**>(&part), total_});
-    total_ += (count * sizeof(T) + 63) / 64 * 64;
+    size_t bytes = count * sizeof(T), room = (bytes + 63) / 64 * 64 + GAP;
+    slots_.push_back({reinterpret_cast<void**>(&part), total_, bytes, room});
+    total_ += room;
   }
   void fill(Room& room) {
     char* base = room.of<char>(std::max<size_t>(total_, 64));
-    for (auto& slot : slots_) *slot.first = base + slot.second;
+    for (auto& slot : slots_) {
+      *slot.part = base + slot.at;
+      allow(base + slot.at, slot.bytes, slot.room);
+    }
   }
 
  private:
-  std::vector<std::pair<void**, size_t>> slots_;
+  struct Slot {
+    void** part;
+    size_t at, bytes, room;
+  };
+  std::vector<Slot> slots_;
   size_t total_ = 0;
 };
 
@@ -391,7 +402,19 @@ float dot_of(const X* x, const Y* y, i64 n) {
 template <typename T>
 void product(i64 M, i64 N, i64 K, const T* A, i64 lda, const T* B, i64 ldb, float* C, i64 ldc,
              bool add) {
-  at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, A, B, C, PAIR<T> > 1);
+  if constexpr (WATCHED) {
+    constexpr i64 P = PAIR<T>;
+    for (i64 m = 0; m < M; m++) {
+      for (i64 n = 0; n < N; n++) {
+        float sum = add ? C[m * ldc + n] : 0.f;
+        for (i64 k = 0; k < K; k++)
+          sum += load(A + m * lda + k) * load(B + (k / P * ldb + n) * P + k % P);
+        C[m * ldc + n] = sum;
+      }
+    }
+  } else {
+    at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, A, B, C, PAIR<T> > 1);
+  }
 }
 inline void finish(const float*) {}
 inline void finish(const BFloat16*) { at::native::cpublas::brgemm_release(); }

@@ -37,8 +37,8 @@ def _curve(
     Args:
         of_q, of_k: (B, H, Kq) and (B, H, Kk) fp32, how often each block counts.
     """
-    made = _results(q)
     call = _call(q, k, of_q, of_k, slots, count, block_q, block_k, scale)
+    made = _results(q)
     call.filled(**dict(zip(("rise", "weight", "by"), made, strict=True)))
     build.run("gen_accel_curve_forward", call.args, DTYPES[q.dtype])
     return made
@@ -72,8 +72,8 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q and k."""
-    dq, dk = _gradients(q, k)
     call = _call(q, k, of_q, of_k, slots, count, block_q, block_k, scale)
+    dq, dk = _gradients(q, k)
     (B, H, N, D), wide = q.shape, torch.float32
     check("of_rise", of_rise, wide, (B, H, N))
     for name, x in (("of_weight", of_weight), ("weight", weight), ("by", by)):
@@ -113,14 +113,14 @@ def _call(
     block_k: int,
     scale: float,
 ) -> Pointers:
-    B, H, N, D = q.shape
     check_alike("native", q, k)
+    B, H, N, D = q.shape
     Kq, Kk = blocks_of(count, block_q, block_k)
     check("of_q", of_q, torch.float32, (B, H, Kq))
     check("of_k", of_k, torch.float32, (B, H, Kk))
-    check_slots(slots, count)
+    check_slots(slots, count, N)
     args = CurveArgs(B=B, H=H, N=N, D=D, S=count, block_q=block_q, block_k=block_k)
-    args.factor = CURVATURE * scale**2
+    args.factor = CURVATURE * (scale * scale)
     call = Pointers(args)
     call.strided(q=q, k=k)
     call.whole(slots=slots, of_q=of_q, of_k=of_k)

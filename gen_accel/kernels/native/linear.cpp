@@ -20,7 +20,7 @@ struct Linear {
   void *o, *dq, *dk, *dv;
   i64 q_strides[3], k_strides[3], v_strides[3], grad_strides[3];
   const i64* slots;
-  const bool* sets;  // (B, H, Kq, Kk); null: all
+  const uint8_t* sets;  // (B, H, Kq, Kk), bools of any bytes; null: all
   // Where there are, o is projected by them, (D, D) and (D,), and added to what is at `o`.
   const float *weight, *bias;
   i64 B, H, N, D, S, block_q, block_k, map;
@@ -171,7 +171,7 @@ struct Attention {
     });
   }
 
-  bool has(i64 bh, i64 i, i64 j) const { return !a.sets || a.sets[(bh * Kq + i) * Kk + j]; }
+  bool has(i64 bh, i64 i, i64 j) const { return !a.sets || a.sets[(bh * Kq + i) * Kk + j] != 0; }
 
   void key_states(i64 first, i64 some, float* states, double* all) const {
     each(some * Kk, [&] {

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from gen_accel.kernels.native import build
 from gen_accel.kernels.native.arguments import LinearArgs, Pointers
-from gen_accel.kernels.native.bounds import DTYPES, blocks_of, check, check_alike, check_slots
+from gen_accel.kernels.native.bounds import (
+    DTYPES,
+    blocks_of,
+    check,
+    check_alike,
+    check_if_given,
+    shape_of,
+)
 
 MAPS = ("softmax", "elu", "relu")
 
@@ -32,8 +39,8 @@ def linear(
         sets: (B, H, Kq, Kk) bool, the key blocks of each query block; None for all.
         feature_map: number of one of `MAPS`.
     """
-    out = q.new_empty(q.shape)
     call = _call(q, k, v, slots, sets, block_q, block_k, feature_map, eps)
+    out = q.new_empty(q.shape)
     call.filled(o=out)
     build.run("gen_accel_linear_forward", call.args, DTYPES[q.dtype])
     return out
@@ -76,15 +83,13 @@ def add_projected_linear(
         weight, bias: of a linear layer of the head dim.
         base: contiguous (B, H, N, D) in q's dtype.
     """
-    D = q.shape[3]
-    if weight.shape != (D, D) or bias.shape != (D,):
-        raise ValueError(
-            f"the branch is for heads of {weight.shape[0]} numbers, q has {D} in {tuple(q.shape)}"
-        )
+    call = _call(q, k, v, slots, sets, block_q, block_k, feature_map, eps)
+    D = call.args.D
+    check("weight", weight, None, (D, D))
+    check("bias", bias, None, (D,))
     check("base", base, q.dtype, q.shape)
     if not base.is_contiguous():
         raise ValueError(f"base must be contiguous, got strides {base.stride()}")
-    call = _call(q, k, v, slots, sets, block_q, block_k, feature_map, eps)
     call.whole(weight=weight.float().T, bias=bias.float())
     call.filled(o=base)
     build.run("gen_accel_linear_forward", call.args, DTYPES[q.dtype])
@@ -121,9 +126,9 @@ def _backward(
     feature_map: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     call = _call(q, k, v, slots, sets, block_q, block_k, feature_map, eps)
     check("grad", grad, q.dtype, q.shape)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     call.strided(grad=grad)
     call.filled(dq=dq, dk=dk, dv=dv)
     build.run("gen_accel_linear_backward", call.args, DTYPES[q.dtype])
@@ -157,12 +162,11 @@ def _call(
     feature_map: int,
     eps: float,
 ) -> Pointers:
-    B, H, N, D = q.shape
     check_alike("native", q, k, v)
-    sizes = blocks_of(len(slots), block_q, block_k)
-    check_slots(slots, len(slots))
-    check("sets", sets, torch.bool, (B, H, *sizes))
-    args = LinearArgs(B=B, H=H, N=N, D=D, S=len(slots), block_q=block_q, block_k=block_k)
+    (B, H, N, D), (S,) = q.shape, shape_of("slots", slots, 1)
+    check("slots", slots, torch.int64, (S,))
+    check_if_given("sets", sets, torch.bool, (B, H, *blocks_of(S, block_q, block_k)))
+    args = LinearArgs(B=B, H=H, N=N, D=D, S=S, block_q=block_q, block_k=block_k)
     args.map, args.eps = feature_map, eps
     call = Pointers(args)
     call.strided(q=q, k=k, v=v)

@@ -26,7 +26,7 @@ struct RestArgs {
   float *drise, *dweight;
   i64 q_strides[3], k_strides[3], v_strides[3], grad_strides[3];
   const i64* slots;  // (S,), -1 for padding; null where slot = token
-  const bool* keep;  // (PB, PH, Kq, Kk)
+  const uint8_t* keep;  // (PB, PH, Kq, Kk), bools of any bytes
   i64 B, H, N, D, S, block_q, block_k, PB, PH;
   i64 around_queries;
   float scale;

@@ -14,8 +14,10 @@ from gen_accel.kernels.native.bounds import (
     blocks_of,
     check,
     check_alike,
+    check_if_given,
     check_rows,
     check_slots,
+    shape_of,
 )
 from gen_accel.kernels.native.slope import gradients as slope_gradients
 from gen_accel.kernels.native.slope import slope_of
@@ -63,10 +65,10 @@ def _added(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(B, H, N, D) in q's dtype and (B, H, N); and, empty where `factor` is 0, the slope
     (B, H, D, D) and what queries weigh the rest by, (B, H, N). All but the first are fp32."""
-    joint, total, slope, shares = _results(q, factor)
     call = _call(
         out, lse, q, k, v, rise, weight, slots, keep, block_q, block_k, around_queries, scale
     )
+    joint, total, slope, shares = _results(q, factor)
     if factor:
         slope = slope_of(k, v, slots, call.args.S, block_q, block_k)
         call.args.factor = factor
@@ -114,10 +116,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of out, lse, q, k, v, rise and weight from those of the two results; empty ones of
     what is not there."""
-    grads = _empty(out, lse, q, k, v, rise, weight)
     call = _call(
         out, lse, q, k, v, rise, weight, slots, keep, block_q, block_k, around_queries, scale
     )
+    grads = _empty(out, lse, q, k, v, rise, weight)
     check("grad", grad, q.dtype, q.shape)
     check("of_total", of_total, torch.float32, q.shape[:3])
     check("joint", joint, q.dtype, q.shape)
@@ -169,19 +171,19 @@ def _call(
     around_queries: bool,
     scale: float,
 ) -> Pointers:
-    B, H, N, D = q.shape
-    PB, PH, Kq, _ = keep.shape
-    wide_float = torch.float32
     check_alike("native", q, k, v)
+    B, H, N, D = q.shape
+    PB, PH, Kq, _ = shape_of("keep", keep, 4)
+    wide_float = torch.float32
     Kk = blocks_of(Kq * block_q, block_q, block_k)[1]
     check("keep", keep, torch.bool, ((1, B), (1, H), Kq, Kk))
-    check_slots(slots, Kq * block_q)
+    check_slots(slots, Kq * block_q, N)
     check("out", out, wide_float, q.shape)
     check("lse", lse, wide_float, (B, H, N))
     if (rise is None) != (weight is None):
         raise ValueError("a curve has a rise and a weight, got one of them")
-    check("rise", rise, wide_float, (B, H, N))
-    check("weight", weight, wide_float, (B, H, D))
+    check_if_given("rise", rise, wide_float, (B, H, N))
+    check_if_given("weight", weight, wide_float, (B, H, D))
     args = RestArgs(B=B, H=H, N=N, D=D, S=Kq * block_q, block_q=block_q, block_k=block_k)
     args.PB, args.PH, args.scale, args.most = PB, PH, scale, MOST_GAINED
     args.around_queries = around_queries
@@ -221,13 +223,13 @@ def _spread(
     query_means: Tensor, k: Tensor, slots: Tensor | None, count: int, block: int, scale: float
 ) -> Tensor:
     """(B, H, Kq, count / block) fp32."""
-    B, H, Kq, D = query_means.shape
     check_rows("native", k)
-    check("query means", query_means, query_means.dtype, (*k.shape[:2], Kq, k.shape[3]))
-    blocks_of(count, block, block)
-    check_slots(slots, count)
-    out = k.new_empty(B, H, Kq, count // block, dtype=torch.float32)
-    call = Pointers(SpreadArgs(B=B, H=H, N=k.shape[2], D=D, S=count, Kq=Kq, block=block))
+    (B, H, N, D), Kq = k.shape, shape_of("query means", query_means, 4)[2]
+    check("query means", query_means, None, (B, H, Kq, D))
+    Kk = blocks_of(count, block, block)[1]
+    check_slots(slots, count, N)
+    out = k.new_empty(B, H, Kq, Kk, dtype=torch.float32)
+    call = Pointers(SpreadArgs(B=B, H=H, N=N, D=D, S=count, Kq=Kq, block=block))
     call.args.scale = scale
     call.whole(means=query_means.float(), slots=slots)
     call.strided(k=k)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from gen_accel.kernels.native import build
 from gen_accel.kernels.native.arguments import KeptArgs, PicksArgs, Pointers, SumsArgs
-from gen_accel.kernels.native.bounds import DTYPES, blocks_of, check, check_rows, check_slots
+from gen_accel.kernels.native.bounds import DTYPES, blocks_of, check, check_rows, shape_of
 
 SCOPES = ("query_head", "head_global", "overall", "block")
 
@@ -14,11 +14,11 @@ SCOPES = ("query_head", "head_global", "overall", "block")
 def block_sums(x: Tensor, slots: Tensor, block: int) -> Tensor:
     """(B, H, S / block, D) fp32 of x (B, H, N, D) and the token of each slot, (S,)."""
     check_rows("native", x)
-    blocks_of(len(slots), block, block)
-    check_slots(slots, len(slots))
-    B, H, N, D = x.shape
-    out = x.new_empty(B, H, len(slots) // block, D, dtype=torch.float32)
-    call = Pointers(SumsArgs(B=B, H=H, N=N, D=D, S=len(slots), block=block))
+    (B, H, N, D), (S,) = x.shape, shape_of("slots", slots, 1)
+    check("slots", slots, torch.int64, (S,))
+    K = blocks_of(S, block, block)[1]
+    out = x.new_empty(B, H, K, D, dtype=torch.float32)
+    call = Pointers(SumsArgs(B=B, H=H, N=N, D=D, S=S, block=block))
     call.strided(x=x)
     call.whole(slots=slots)
     call.filled(out=out)
@@ -35,15 +35,17 @@ def _(x: Tensor, slots: Tensor, block: int) -> Tensor:
 def kept_blocks(keep: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
     """`kernels.lists.kept_blocks` of `keep` and `whole` of a plan, (B', H', Kq, Kk) bool, with an
     index in int32."""
+    *many, K = shape_of("keep", keep, 4)
     check("keep", keep, torch.bool, keep.shape)
     check("whole", whole, torch.bool, keep.shape)
-    *many, K = keep.shape
+    if not K:
+        raise ValueError(f"keep must have key blocks, got {tuple(keep.shape)}")
     counts = keep.new_empty(2, *many, dtype=torch.int64)
     call = Pointers(KeptArgs(rows=keep.numel() // K, K=K))
     call.whole(keep=keep, whole=whole)
     call.filled(counts=counts)
     build.run("gen_accel_kept", call.args)
-    most = max(int(counts[0].max()), 1)
+    most = max(int(counts[0].max()), 1) if counts.numel() else 1
     index = keep.new_empty(*many, most, dtype=torch.int32)
     call.args.most = most
     call.filled(index=index)
@@ -79,13 +81,13 @@ def picks(
     """
     check_rows("native", rows)
     B, H, N, D = rows.shape
-    R, C = len(slots), means.shape[2]
-    blocks_of(R, block, block)
-    check_slots(slots, R)
+    (R,), C = shape_of("slots", slots, 1), shape_of("means", means, 4)[2]
+    Kq = blocks_of(R, block, block)[0]
+    check("slots", slots, torch.int64, (R,))
     check("home", home, torch.int64, (R,))
     check("means", means, torch.float32, (B, H, C, D))
     picked = rows.new_empty(B, H, R, C + 1, dtype=torch.bool)
-    touched = rows.new_empty(B, H, R // block, C + 1, dtype=torch.bool)
+    touched = rows.new_empty(B, H, Kq, C + 1, dtype=torch.bool)
     args = PicksArgs(B=B, H=H, N=N, D=D, R=R, C=C, block=block, scope=scope, topk=topk)
     args.threshold = threshold
     call = Pointers(args)
