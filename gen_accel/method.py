@@ -5,7 +5,7 @@ dataclass, whose fields are its options. With a call and a `plan` it runs everyw
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -102,7 +102,9 @@ class MethodParts(NamedTuple):
     Args:
         plan: (video, device) -> Plan, what is kept on a grid. Where q and k decide, the plan of
             smooth random ones, for pictures and estimates.
-        plan_for: (q, k, *, video) -> Plan, for a method whose pattern depends on q and k.
+        plan_for: (q, k, *, video, scale, kernel) -> Plan, for a method whose pattern depends on q
+            and k: at a scale of their products, None for 1 / sqrt(D), and by a kernel's name,
+            "auto" by default. One whose choice does not depend on them takes them too.
         for_layer: (layer) -> method of one layer, counted from 0. Default: itself.
         at: (progress) -> method at one step, from 0 at the first step that is not dense to 1 at
             the last; 0 where nobody knows how many steps there are. It takes the parameters that
@@ -125,6 +127,8 @@ class MethodParts(NamedTuple):
         thins_by_time: whether it keeps all of a single frame.
         needs_all_heads: why a process that holds some of the heads cannot run it; "": it can.
         least_grid: the least (frames, rows, columns) that it can be planned on.
+        named_layers: layers that its options name, counted from 0; a model without them is
+            refused.
     """
 
     plan: Callable[[VideoShape, torch.device], Plan] | None = None
@@ -144,6 +148,7 @@ class MethodParts(NamedTuple):
     needs_all_heads: str = ""
     least_grid: tuple[int, int, int] = (1, 1, 1)
     tile_tokens: int = 0
+    named_layers: tuple[int, ...] = ()
 
     @property
     def has_plan(self) -> bool:
@@ -153,7 +158,7 @@ class MethodParts(NamedTuple):
 # How each callable part is called: positional arguments, then keywords.
 CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "plan": (("video", "device"), ()),
-    "plan_for": (("q", "k"), ("video",)),
+    "plan_for": (("q", "k"), ("video", "scale", "kernel")),
     "for_layer": (("layer",), ()),
     "at": (("progress",), ()),
     "for_device": (("device",), ()),
@@ -252,6 +257,21 @@ def method_at(method: Method, progress: float) -> Any:
     made = own(progress)
     check_method(made)
     return made
+
+
+def check_layers(method: Method, blocks: Collection[int]) -> None:
+    """Refuse layers that a model with self-attention in these `blocks` does not have."""
+    check_named(f"layers of {_name(method)}", parts_of(method).named_layers, blocks)
+
+
+def check_named(option: str, named: Collection[int], blocks: Collection[int]) -> None:
+    """Raise ValueError where an option names a block that is not among `blocks`."""
+    unknown = sorted({*named} - {*blocks})
+    if unknown:
+        raise ValueError(
+            f"{option} must name blocks that attend over the grid, {min(blocks)} to "
+            f"{max(blocks)} here, got {', '.join(map(str, unknown))}"
+        )
 
 
 def on_device(method: Method, device: torch.device) -> Any:

@@ -145,8 +145,8 @@ def test_a_part_of_the_wrong_type_is_named(part):
         ),
         ({"for_layer": lambda self: self}, r"for_layer of Mine must take \(layer\), it takes \("),
         (
-            {"plan_for": lambda self, q, k, video, more: None},
-            r"plan_for of Mine must take \(q, k, \*, video\), it takes \(q, k, video, more\)",
+            {"plan_for": lambda self, q, k, *, video: None},
+            r"plan_for of Mine must take .*video, scale, kernel\), it takes \(q, k, video\)",
         ),
         (
             {"branch": lambda self, heads, dim: nn.Identity()},
@@ -253,8 +253,8 @@ def test_a_graph_runs_a_method_of_ones_own_as_eager_does(kind):
         def __call__(self, q, k, v, *, video, kernel):
             return kernel(q, k, v, self.plan_for(q, k, video=video))
 
-        def plan_for(self, q, k, *, video):
-            return LINEAR.plan_for(q, k, video=video)
+        def plan_for(self, q, k, *, video, scale=None, kernel="auto"):
+            return LINEAR.plan_for(q, k, video=video, scale=scale, kernel=kernel)
 
     class Trained(Shortest):
         def __call__(self, q, k, v, *, video, kernel, branch=None):

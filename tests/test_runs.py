@@ -4,14 +4,16 @@ from functools import partial
 
 import pytest
 import torch
+from support.checks import assert_no_worse
 
 from gen_accel import Neighborhood, Radial, VideoShape, kernels, runs
 from gen_accel.attention_processors.methods.neighborhood import plan_for_device
 from gen_accel.attention_processors.methods.radial import gpu_plan
-from gen_accel.kernels import lists
+from gen_accel.kernels import fa4, facts_of, flex, lists, reference, xformers
 from gen_accel.kernels.self_check import check_rows
 from gen_accel.kernels.triton import lists as by_triton
 from gen_accel.recall import RECALL, bytes_of
+from gen_accel.room import in_words
 
 VIDEOS = (VideoShape(9, 10, 14), VideoShape(13, 11, 9, 5), VideoShape(20, 9, 11, 77))
 RADIALS = (
@@ -117,6 +119,91 @@ def test_bits_of_a_plan_of_runs_are_those_of_the_mask(both):
     wanted, found = (by_triton.prepare(plan).rule for plan in (dense, held))
     assert len(wanted) == len(found) == 4
     assert all(map(torch.equal, wanted, found))
+
+
+@pytest.mark.parametrize("way", [*ways()])
+def test_lists_by_kind_are_those_of_the_mask(both, way):
+    """Of query blocks and of key blocks, as FlexAttention and FlashAttention-4 read them."""
+    dense, held = both(way, VIDEOS[1], 700)
+    found = lists.split_of_runs(held)
+    assert not has_mask(held)
+    whole, masked = dense.whole, dense.keep & ~dense.whole
+    for side, (a, b) in zip(found, ((masked, whole), (masked.mT, whole.mT)), strict=True):
+        wanted = (*lists.left_packed(a), *lists.left_packed(b))
+        for counts, index, *pair in (side[:2] + wanted[:2], side[2:] + wanted[2:]):
+            assert torch.equal(counts, pair[0])
+            assert (counts.dtype, index.dtype) == (torch.int32, torch.int32)
+            assert used(index, counts[0, 0]) == used(pair[1], counts[0, 0])
+            assert index.shape[3] == max(1, counts.max())
+
+
+def test_a_block_mask_of_runs_says_what_that_of_the_mask_says(both):
+    for method in (RADIALS[1], WINDOWS[1]):
+        dense, held = both(method.plan, VIDEOS[1])
+        wanted, found = map(flex._block_mask, (dense, held))
+        assert not has_mask(held)
+        assert (found.shape, found.BLOCK_SIZE) == (wanted.shape, wanted.BLOCK_SIZE)
+        for name in ("kv", "full_kv", "q", "full_q"):
+            counts, index = (getattr(found, f"{name}_{x}") for x in ("num_blocks", "indices"))
+            assert torch.equal(counts, getattr(wanted, f"{name}_num_blocks"))
+            pair = (
+                used(index, counts[0, 0]),
+                used(getattr(wanted, f"{name}_indices"), counts[0, 0]),
+            )
+            assert pair[0] == pair[1]
+        # The code for CPUs asks for lists as wide as the plan.
+        assert found.kv_indices.shape[3] == held.blocks.shape[3]
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("method", [RADIALS[1], WINDOWS[1]], ids=str)
+def test_compiled_flex_matches_the_reference(both, method):
+    dense, held = both(method.plan, VIDEOS[1])
+    inputs = torch.randn(3, 1, 2, VIDEOS[1].tokens, 16)
+    exact, low = (reference.forward(*x, dense, scale=0.3) for x in (inputs.double(), inputs))
+    assert_no_worse(kernels.run(*inputs, held, scale=0.3, kernel="flex"), low, exact)
+    assert not has_mask(held)
+
+
+class TestRefusals:
+    """Of kernels that would need as much memory as a mask, or more."""
+
+    @pytest.fixture
+    def facts(self, both, monkeypatch):
+        for name in ("reasons", "serves"):
+            monkeypatch.setattr(fa4.flash4, name, lambda facts: [])
+        monkeypatch.setattr(fa4, "_library_reasons", lambda: [])
+        q, k, v = torch.zeros(3, 1, 2, VIDEOS[1].tokens, 16)
+        return facts_of(q, k, v, both(RADIALS[2].plan, VIDEOS[1])[1])
+
+    @pytest.mark.parametrize("kernel", [flex, fa4])
+    def test_lists_that_are_too_long(self, kernel, facts, monkeypatch):
+        assert kernel.unsupported(facts) == []
+        numbers = sum(
+            x.numel()
+            for side in lists.split_of_runs(facts.plan)
+            for x in (side.masked, side.whole)
+        )
+        monkeypatch.setattr(lists, "MOST", 4 * numbers)
+        assert kernel.unsupported(facts) == []
+        monkeypatch.setattr(lists, "MOST", 4 * numbers - 1)
+        (reason,) = kernel.unsupported(facts)
+        size = in_words(4 * numbers)
+        assert reason.startswith(
+            f"its lists of blocks, all as long as the longest, would take {size}"
+        )
+        assert not has_mask(facts.plan)
+
+    def test_tiles_of_several_blocks(self, facts, monkeypatch):
+        monkeypatch.setattr(fa4.flash4, "blocks", lambda facts: (256, 128))
+        (reason,) = fa4.unsupported(facts)
+        assert "256 x 128 hold several blocks of the plan, whose whole mask they would" in reason
+
+    def test_rows_that_are_compared(self, facts):
+        reasons = xformers.unsupported(facts)
+        assert any("compares the rows of the whole mask of blocks" in why for why in reasons)
+        assert not has_mask(facts.plan)
 
 
 def test_a_call_makes_no_mask(both):

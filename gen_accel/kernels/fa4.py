@@ -30,8 +30,9 @@ from torch.autograd.function import once_differentiable
 from gen_accel.kernels import flash4
 from gen_accel.kernels.contract import Facts, Place, facts_of
 from gen_accel.kernels.failure import KernelFailed
-from gen_accel.kernels.lists import left_packed
+from gen_accel.kernels.lists import left_packed, split_of_runs, why_too_long
 from gen_accel.plan import Plan, Route, Windows
+from gen_accel.room import in_words
 
 # What we pass to `flash_attn_func`, which older releases lack in part.
 ARGUMENTS = ("mask_mod", "aux_tensors", "block_sparse_tensors", "block_sparse_tensors_bwd")
@@ -44,7 +45,20 @@ def unsupported(facts: Facts) -> list[str]:
     reasons = flash4.reasons(replace(facts, block_q=block_q, block_k=block_k))
     if facts.gain:
         reasons.append("it takes no gain on scores")
-    return reasons or [*_library_reasons(), *filter(None, [_failed.get(_key(facts))])]
+    reasons = reasons or [*_library_reasons(), *filter(None, [_failed.get(_key(facts))])]
+    return reasons or _of_runs(facts, (block_q, block_k))
+
+
+def _of_runs(facts: Facts, blocks: tuple[int, int]) -> list[str]:
+    """What speaks against a plan that holds runs in the place of a mask."""
+    if facts.plan is None or facts.plan.runs is None:
+        return []
+    if blocks != (facts.block_q, facts.block_k):
+        return [
+            f"its tiles of {blocks[0]} x {blocks[1]} hold several blocks of the plan, whose whole "
+            f"mask they would read: {in_words(math.prod(facts.plan.blocks.shape))}"
+        ]
+    return why_too_long(facts.plan.kept)
 
 
 def place(facts: Facts) -> Place:
@@ -208,6 +222,8 @@ def prepare(plan: Plan, blocks: tuple[int, int]) -> Lists:
 
 
 def _lists(plan: Plan, blocks: tuple[int, int], *, backward: bool, cut: bool) -> Lists:
+    if plan.runs is not None and blocks == (plan.block_q, plan.block_k):
+        return _lists_of_runs(plan)
     merges = blocks[0] // plan.block_q, blocks[1] // plan.block_k
     is_merged = merges != (1, 1)
     if is_merged:
@@ -228,8 +244,19 @@ def _lists(plan: Plan, blocks: tuple[int, int], *, backward: bool, cut: bool) ->
     rows, columns = lists(masked, whole), None
     if backward:
         columns = lists(masked.mT, whole.mT)
-    moved = (None, None) if plan.is_raster else (plan.slots.clamp_min(0), plan.places)
-    return Lists(*moved, rows, columns, mask, aux, blocks)
+    return Lists(*_moved(plan), rows, columns, mask, aux, blocks)
+
+
+def _lists_of_runs(plan: Plan) -> Lists:
+    """The same of a plan of runs, without its mask."""
+    rows, columns = (Blocks(*side) for side in split_of_runs(plan))
+    mask, aux = _mask_of(plan) if rows.mask_block_cnt.any() else (None, [])
+    return Lists(*_moved(plan), rows, columns, mask, aux, (plan.block_q, plan.block_k))
+
+
+def _moved(plan: Plan) -> tuple[Tensor | None, Tensor | None]:
+    """`order` and `back` of `Lists`."""
+    return (None, None) if plan.is_raster else (plan.slots.clamp_min(0), plan.places)
 
 
 def _padded(plan: Plan, multiple: int) -> Plan:

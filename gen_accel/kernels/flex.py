@@ -18,12 +18,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.functional import pad
 
 from gen_accel.kernels import flash4
 from gen_accel.kernels.compiler import cpp_compiler
 from gen_accel.kernels.contract import Facts, Place, facts_of
 from gen_accel.kernels.failure import KernelFailed
-from gen_accel.kernels.lists import left_packed
+from gen_accel.kernels.lists import left_packed, split_of_runs, why_too_long
 from gen_accel.plan import Plan, Route, pack, unpack
 
 FLASH_SINCE = "2.13"  # torch, whose BACKEND="FLASH" was read there
@@ -55,11 +56,10 @@ def unsupported(facts: Facts) -> list[str]:
         reasons.append("it is compiled for a plan, and this one was made for a single call")
     if facts.gain:
         reasons.append("it takes no gain on scores")
-    if reasons:
+    plan = None if facts.plan is None else facts.plan.kept
+    if reasons := reasons or why_too_long(plan):
         return reasons
-    known = None
-    if facts.plan is not None:
-        known = _compiled.get(facts.plan.kept, {}).get(_key(facts))
+    known = None if plan is None else _compiled.get(plan, {}).get(_key(facts))
     if known is None and where == "cpu" and cpp_compiler() is None:
         return ["no C++ compiler; see gen-accel doctor"]
     return [known] if isinstance(known, str) else []
@@ -166,14 +166,34 @@ def _kernel_options(plan: Plan, device: torch.device) -> Any:
 def _block_mask(plan: Plan) -> BlockMask:
     if plan not in _masks:
         S = plan.slots.numel()
-        _masks[plan] = BlockMask.from_kv_blocks(
-            *left_packed(plan.keep & ~plan.whole),
-            *left_packed(plan.whole),
-            BLOCK_SIZE=(plan.block_q, plan.block_k),
-            mask_mod=_mask_mod(plan),
-            seq_lengths=(S, S),
-        )
+        blocks, rule = (plan.block_q, plan.block_k), _mask_mod(plan)
+        if plan.runs is not None:
+            _masks[plan] = BlockMask((S, S), *_lists_of_runs(plan), blocks, rule)
+        else:
+            _masks[plan] = BlockMask.from_kv_blocks(
+                *left_packed(plan.keep & ~plan.whole),
+                *left_packed(plan.whole),
+                BLOCK_SIZE=blocks,
+                mask_mod=rule,
+                seq_lengths=(S, S),
+            )
     return _masks[plan]
+
+
+def _lists_of_runs(plan: Plan) -> list[Tensor]:
+    """The eight lists of a `BlockMask`, of which `from_kv_blocks` would make half by a mask."""
+    rows, columns = split_of_runs(plan)
+    if plan.slots.device.type == "cpu":  # where lists must be said to be as wide as the plan
+        K = plan.blocks.shape[3]
+        rows = rows._replace(masked=_widened(rows.masked, K), whole=_widened(rows.whole, K))
+    return [*rows, *columns]
+
+
+def _widened(index: Tensor, columns: int) -> Tensor:
+    """(1, 1, K, most) lists as (1, 1, K, columns): past its own a row goes on into the next."""
+    K, most = index.shape[2:]
+    held = pad(index.flatten(), (0, columns - most))
+    return held.as_strided((1, 1, K, columns), (len(held), len(held), most, 1))
 
 
 def _mask_mod(plan: Plan) -> Callable:

@@ -7,7 +7,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gen_accel.plan import Plan, Route
+from gen_accel.room import in_words
 
+# Bytes of `Split` lists of a plan of runs. All are as long as the longest, so that one block that
+# sees all may make them many times what they hold.
+MOST = 1 << 31
 FAR = 1e9  # farther than any token from any other, along any axis
 
 
@@ -89,6 +93,95 @@ def masked_first(row: Tensor, whole: Tensor, totals: Tensor) -> tuple[Tensor, Te
     earlier = masked[:-1] - before[row]
     counts = before.diff()
     return torch.where(whole, counts[row] + place - earlier, earlier), counts
+
+
+class Split(NamedTuple):
+    """For each block of one side the blocks of the other, in ascending order. Numbers past a count
+    are zeros.
+
+    Args:
+        masked_counts, masked: (1, 1, K) and (1, 1, K, most) int32, those that need a mask.
+        whole_counts, whole: the same of those that are seen whole.
+    """
+
+    masked_counts: Tensor
+    masked: Tensor
+    whole_counts: Tensor
+    whole: Tensor
+
+
+def split_of_runs(plan: Plan) -> tuple[Split, Split]:
+    """Lists of the query blocks and of the key blocks of a plan of runs, without its mask. Waits
+    for the device."""
+    by_row, by_column = ([_Filling(one) for one in side] for side in _kinds_of_runs(plan))
+    for some, row, column, whole in plan.slices():
+        for kind, held in enumerate((~whole, whole)):
+            query, key = row[held] + some.start, column[held]
+            by_row[kind].add(query, key)
+            order = key.sort(stable=True).indices
+            by_column[kind].add(key[order], query[order])
+    rows, columns = (Split(*side[0].lists(), *side[1].lists()) for side in (by_row, by_column))
+    return rows, columns
+
+
+def why_too_long(plan: Plan | None) -> list[str]:
+    """What speaks against `split_of_runs`, in words; of a plan with a mask nothing. Waits for the
+    device the first time."""
+    if plan is None or plan.runs is None:
+        return []
+    size = plan.prepared(why_too_long, lambda: _split_bytes(plan))
+    if size <= MOST:
+        return []
+    return [
+        f"its lists of blocks, all as long as the longest, would take {in_words(size)}, more than "
+        f"{in_words(MOST)}"
+    ]
+
+
+def _split_bytes(plan: Plan) -> int:
+    sides = _kinds_of_runs(plan)
+    return sum(4 * side.shape[1] * int(side.amax(1).clamp_min(1).sum()) for side in sides)
+
+
+def _kinds_of_runs(plan: Plan) -> tuple[Tensor, Tensor]:
+    """(2, Kq) and (2, Kk) int64: of each block how many of the other side need a mask, and how
+    many are seen whole."""
+    return plan.prepared(_kinds_of_runs, lambda: _counted_kinds(plan))
+
+
+def _counted_kinds(plan: Plan) -> tuple[Tensor, Tensor]:
+    *_, Kq, Kk = plan.blocks.shape
+    rows, columns = (plan.slots.new_zeros(2, K) for K in (Kq, Kk))
+    for some, row, column, whole in plan.slices():
+        for kind, held in enumerate((~whole, whole)):
+            rows[kind, some] = torch.bincount(row[held], minlength=some.stop - some.start)
+            columns[kind] += torch.bincount(column[held], minlength=Kk)
+    return rows, columns
+
+
+class _Filling:
+    """Lists that are filled part by part.
+
+    Args:
+        counts: (K,) int64, how long each will be.
+    """
+
+    def __init__(self, counts: Tensor) -> None:
+        self.counts, self.most = counts, max(int(counts.max()), 1)
+        self.index = counts.new_zeros(len(counts) * self.most, dtype=torch.int32)
+        self.filled = torch.zeros_like(counts)
+
+    def add(self, line: Tensor, number: Tensor) -> None:
+        """Append numbers, (P,), to the lists whose own numbers, (P,), ascend."""
+        more = torch.bincount(line, minlength=len(self.counts))
+        before = self.filled - more.cumsum(0) + more
+        place = before[line] + torch.arange(len(line), device=line.device)
+        self.index[line * self.most + place] = number.int()
+        self.filled += more
+
+    def lists(self) -> tuple[Tensor, Tensor]:
+        """Counts and numbers as in `Split`."""
+        return self.counts.int()[None, None], self.index.view(1, 1, -1, self.most)
 
 
 def left_packed(blocks: Tensor, *, cut: bool = False) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,16 @@ UNKNOWN = Card(1e12)  # of which ratios alone are asked
 WORTH: dict[RestOrder, float] = {"zeroth": 1.3, "first": 1.3, "second": 1.7}
 
 
+class Orders(NamedTuple):
+    """Order of the rest around mean queries, and around mean keys."""
+
+    query: RestOrder = "second"
+    key: RestOrder = "zeroth"
+
+
+AUTO = Orders()  # of methods whose blocks are boxes
+
+
 class Problem(NamedTuple):
     """One call: heads of all samples, tokens, numbers of a head, slots of a block, bytes of a
     number."""
@@ -179,41 +189,39 @@ def seconds(works: list[Work], card: Card) -> float:
     )
 
 
-def dearer(problem: Problem, arch: str, order: RestOrder = "second") -> float:
+def beyond_zeroth(problem: Problem, order: RestOrder) -> list[Work]:
+    """Work that an order adds to the zeroth."""
+    more = [] if order == "zeroth" else first_order(problem)
+    return [*more, *second_order(problem)] if order == "second" else more
+
+
+def dearer(problem: Problem, arch: str, orders: Orders = AUTO) -> float:
     """Seconds that pooling around mean queries takes longer than around mean keys.
 
     Args:
         arch: a row of CARDS, or another name where none is known.
-        order: of the rest around queries; around keys it is the zeroth.
     """
     card, cached = CARDS.get(arch, UNKNOWN), configs.CACHED.get(arch, 1 << 40)
-    queries = around_queries(problem, cached)
-    if order != "zeroth":
-        queries += first_order(problem)
-    if order == "second":
-        queries += second_order(problem)
-    return seconds(queries, card) - seconds(around_keys(problem), card)
+    queries = around_queries(problem, cached) + beyond_zeroth(problem, orders.query)
+    keys = around_keys(problem) + beyond_zeroth(problem, orders.key)
+    return seconds(queries, card) - seconds(keys, card)
 
 
-def even_density(problem: Problem, arch: str, order: RestOrder = "second") -> float:
+def even_density(problem: Problem, arch: str, orders: Orders = AUTO) -> float:
     """Density from which mean queries are the faster way to one quality: there they cost as much
     more as mean keys would need in kept keys, `WORTH - 1` times as many again.
 
     Args:
-        arch, order: as in `dearer`.
+        arch: as in `dearer`.
     """
     card = CARDS.get(arch, UNKNOWN)
     of_one = seconds(kept(problem, 1.0), card._replace(start=0.0))
-    return dearer(problem, arch, order) / ((WORTH[order] - 1) * of_one)
+    return dearer(problem, arch, orders) / ((WORTH[orders.query] - 1) * of_one)
 
 
 def centre_of(
-    problem: Problem, density: float, device: torch.device, order: RestOrder = "second"
+    problem: Problem, density: float, device: torch.device, orders: Orders = AUTO
 ) -> Centre:
-    """Centre that "auto" takes, for a plan of this density, in (0, 1].
-
-    Args:
-        order: as in `dearer`.
-    """
+    """Centre that "auto" takes, for a plan of this density, in (0, 1]."""
     arch = configs.architecture(device)
-    return "query" if density >= even_density(problem, arch, order) else "key"
+    return "query" if density >= even_density(problem, arch, orders) else "key"

@@ -14,6 +14,7 @@ References:
     run by run as the operator says by `VARLEN_LSE_PACKED`.
 """
 
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib import import_module
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from gen_accel.kernels.contract import Facts, Place
 from gen_accel.plan import Plan
+from gen_accel.room import in_words
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Modules of xformers.ops.fmha in the order in which its own dispatch tries them. Named here, so
@@ -50,6 +52,11 @@ def unsupported(facts: Facts) -> list[str]:
         reasons.append(f"head dim must be a multiple of 8, got {facts.dim}")
     if facts.dynamic:
         reasons.append("it reads the plan back to list lengths, and this one is for a single call")
+    elif facts.plan is not None and facts.plan.runs is not None:
+        reasons.append(
+            "it compares the rows of the whole mask of blocks, which a plan of so many tokens "
+            f"does without: {in_words(math.prod(facts.plan.blocks.shape))}"
+        )
     elif facts.plan is not None and (cut := _cut_blocks(facts.plan)):
         reasons.append(
             f"it takes whole blocks, and a rule on token pairs cuts {cut} of those kept"

@@ -36,6 +36,7 @@ from gen_accel.measure.subject import Subject, subject_of
 from gen_accel.method import (
     Memory,
     Method,
+    check_layers,
     check_method,
     density_of,
     layer_method,
@@ -243,6 +244,7 @@ def estimate(
         raise ValueError(f"efficiency must be positive, got {efficiency}")
     subject = subject_of(pipe_or_config, text)
     schedule.check_layers(subject.blocks)
+    check_layers(method, subject.blocks)
     grid = subject.grid(height, width, num_frames)
     density, computed, plan = _densities(method, subject.seen(grid))  # before a measurement
 

@@ -33,6 +33,7 @@ from gen_accel.functional import attention
 from gen_accel.kernels import Facts, fa4, facts_of, flash4, reference, triton
 from gen_accel.pipelines import attach
 from gen_accel.plan import Plan, Route, Windows, raster_slots
+from gen_accel.runs import runs_of
 from gen_accel.video import VideoShape
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -71,22 +72,23 @@ def by(function, plan):
     return lambda q, k, v: function(q, k, v, plan, scale=0.3)
 
 
-def assert_matches_reference(plan, inputs):
-    """Output, logsumexp, and the gradients of both."""
-    exact = by(reference.forward, plan)(*(x.double() for x in inputs))
-    low = by(reference.forward, plan)(*inputs)
+def assert_matches_reference(plan, inputs, known=None):
+    """Output, logsumexp, and the gradients of both; the reference runs `known`, where given."""
+    known = plan if known is None else known
+    exact = by(reference.forward, known)(*(x.double() for x in inputs))
+    low = by(reference.forward, known)(*inputs)
     assert_no_worse(by(fa4.forward, plan)(*inputs), low, exact)
     lse = by(fa4.forward_lse, plan)(*inputs)[1]
-    wanted = reference.logsumexp(*inputs[:2], plan, scale=0.3)
-    wide = reference.logsumexp(*(x.double() for x in inputs[:2]), plan, scale=0.3)
+    wanted = reference.logsumexp(*inputs[:2], known, scale=0.3)
+    wide = reference.logsumexp(*(x.double() for x in inputs[:2]), known, scale=0.3)
     dark = wide == -torch.inf
     assert torch.equal(lse == -torch.inf, dark)
     assert_no_worse(*(x.masked_fill(dark, 0.0) for x in (lse, wanted, wide)))
     assert_gradients_no_worse(
         lambda *x: _sum_of_both(*by(fa4.forward_lse, plan)(*x), dark),
         lambda *x: _sum_of_both(
-            by(reference.forward, plan)(*x),
-            reference.logsumexp(*x[:2], plan, scale=0.3),
+            by(reference.forward, known)(*x),
+            reference.logsumexp(*x[:2], known, scale=0.3),
             dark,
         ),
         inputs,
@@ -104,6 +106,20 @@ def test_random_plans_match_the_reference(options, dynamic, qkv):
     plan = random_plan("cpu", **options)
     plan.dynamic = dynamic
     assert_matches_reference(plan, qkv(93))
+
+
+@pytest.mark.usefixtures("calls")
+@pytest.mark.parametrize(
+    "method", [Radial(block=16), Neighborhood((2, 3, 5))], ids=["radial", "windows"]
+)
+def test_plans_of_runs_match_the_reference(method, qkv, monkeypatch):
+    """Whose mask is never made."""
+    video = VideoShape(5, 7, 6, text=5)
+    dense = method.plan(video)
+    keep = dense.keep[0, 0]
+    plan = replace(dense, keep=runs_of(keep.split(3), len(keep[0])))
+    assert_matches_reference(plan, qkv(video.tokens), dense)
+    assert "keep" not in vars(plan)
 
 
 @pytest.mark.parametrize("blocks", [(64, 16), (16, 32), (48, 32)], ids=str)

@@ -9,10 +9,11 @@ import torch
 from support.paths import ROOT
 
 from gen_accel.kernels import rest_cost
-from gen_accel.kernels.rest_cost import CARDS, Problem, Work
+from gen_accel.kernels.rest_cost import CARDS, Orders, Problem, Work
 from gen_accel.kernels.triton import configs
 
 GOAL = Problem(heads=12, tokens=32_768, dim=128)
+ORDERS = [Orders("zeroth"), Orders("first"), Orders("first", "first"), Orders("second")]
 
 
 def test_products_and_bytes_are_those_of_the_kernels():
@@ -47,18 +48,25 @@ def test_a_kernel_takes_the_longest_of_what_it_does():
     assert rest_cost.seconds([Work(20, 5, 1), Work(0, 0, 8, launches=3)], card) == 2 + 1 + 4 + 3
 
 
-@pytest.mark.parametrize("order", ["zeroth", "first", "second"])
-def test_mean_queries_are_for_plans_that_keep_enough(order, monkeypatch):
+@pytest.mark.parametrize("orders", ORDERS)
+def test_mean_queries_are_for_plans_that_keep_enough(orders, monkeypatch):
     device = torch.device("cpu")
     for arch in (*CARDS, "interpreted"):
         monkeypatch.setattr(configs, "architecture", lambda device, arch=arch: arch)
-        even = rest_cost.even_density(GOAL, arch, order)
+        even = rest_cost.even_density(GOAL, arch, orders)
         assert 0.01 < even < 0.2
-        assert rest_cost.centre_of(GOAL, even * 1.01, device, order) == "query"
-        assert rest_cost.centre_of(GOAL, even * 0.99, device, order) == "key"
+        assert rest_cost.centre_of(GOAL, even * 1.01, device, orders) == "query"
+        assert rest_cost.centre_of(GOAL, even * 0.99, device, orders) == "key"
         # Of shorter query blocks there are more, each with a pooling of its own.
-        dearer = [rest_cost.dearer(GOAL._replace(block_q=x), arch, order) for x in (64, 128)]
+        dearer = [rest_cost.dearer(GOAL._replace(block_q=x), arch, orders) for x in (64, 128)]
         assert dearer[0] > dearer[1]
+
+
+def test_an_order_that_both_centres_have_makes_neither_dearer():
+    for arch in CARDS:
+        both = rest_cost.dearer(GOAL, arch, Orders("first", "first"))
+        assert both == pytest.approx(rest_cost.dearer(GOAL, arch, Orders("zeroth")))
+        assert both < rest_cost.dearer(GOAL, arch, Orders("first"))
 
 
 def test_mean_queries_are_worth_what_clips_say():

@@ -48,6 +48,7 @@ from gen_accel.attention_processors.seam import (
 from gen_accel.method import (
     branch_of,
     check_grid,
+    check_layers,
     check_method,
     layer_method,
     on_device,
@@ -182,7 +183,9 @@ class Attachment:
         self._sites: list[tuple[Any, SparseProcessor]] = []
         replaced = self._take_places(families)
         self._changes = any(layer.changes for layer in self._layers.values())
-        self.schedule.check_layers({layer.number for layer in self._layers.values()})
+        numbers = {layer.number for layer in self._layers.values()}
+        self.schedule.check_layers(numbers)
+        check_layers(self.method, numbers)
         # Nothing is changed before here, so that a refusal leaves the model as it was.
         _attached.add(self)
         for handle, module in replaced:

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from gen_accel.method import check_named
 from gen_accel.values import check_types
 
 
@@ -57,12 +58,7 @@ class Schedule:
                 f"dense_layers must be at most {max(blocks) + 1}, the layers of this model, got "
                 f"{layers}"
             )
-        unknown = set(self.named_layers) - {*blocks}
-        if unknown:
-            raise ValueError(
-                f"dense_layers must name blocks that attend over the grid, {min(blocks)} to "
-                f"{max(blocks)} here, got {', '.join(map(str, sorted(unknown)))}"
-            )
+        check_named("dense_layers", self.named_layers, blocks)
 
     @property
     def needs_step(self) -> bool:

@@ -163,8 +163,17 @@ class BlockMixture:
         cut = CYCLE.index(method.partition), _box(method, video)
         return _layout(*cut, self._block(device), video, str(device))
 
-    def plan_for(self, q: Tensor, k: Tensor, *, video: VideoShape, kernel: str = "auto") -> Plan:
-        """What q and k, (B, H, N, D), pick. No gradient, and nothing waits for the device."""
+    def plan_for(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        video: VideoShape,
+        scale: float | None = None,
+        kernel: str = "auto",
+    ) -> Plan:
+        """What q and k, (B, H, N, D), pick, at any scale of their products. No gradient, and
+        nothing waits for the device."""
         return self._routed(q, k, self.layout(video, q.device), kernel)
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:

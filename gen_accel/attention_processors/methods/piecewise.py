@@ -36,7 +36,7 @@ from gen_accel.attention_processors.methods.pooled import (
     Order,
     Pool,
     centre_of_call,
-    order_around,
+    orders_around,
     rest_of,
 )
 from gen_accel.attention_processors.methods.scores import Deviation, Score, Scores
@@ -293,8 +293,8 @@ class Piecewise:
         if self.rest is None:
             return None
         flat = self.tile == "raster"
-        order = order_around("query", self.order, flat=flat)
-        centre = centre_of_call(self.centre, order, q, layout.slots, entries)
+        orders = orders_around(self.order, flat=flat)
+        centre = centre_of_call(self.centre, orders, q, layout.slots, entries)
         return rest_of(self.rest, centre, self.order, flat=flat)
 
     def _above(self, by: Scores) -> Tensor:

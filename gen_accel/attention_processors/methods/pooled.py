@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from gen_accel.kernels.rest_cost import Problem, centre_of
+from gen_accel.kernels.rest_cost import Orders, Problem, centre_of
 from gen_accel.plan import Centre, Rest, RestOrder, Slots
 
 Pool = Literal["means"]
@@ -45,8 +45,13 @@ def order_around(centre: Centre, order: Order, *, flat: bool) -> RestOrder:
     return "first" if flat else "second"
 
 
+def orders_around(order: Order, *, flat: bool) -> Orders:
+    """What an option comes to around each centre."""
+    return Orders(order_around("query", order, flat=flat), order_around("key", order, flat=flat))
+
+
 def centre_of_call(
-    centre: Around, order: RestOrder, q: Tensor, slots: Slots, entries: int | None
+    centre: Around, orders: Orders, q: Tensor, slots: Slots, entries: int | None
 ) -> Centre:
     """Centre of a call: "auto" is, on GPUs, the one that a model of their
     products and bytes calls faster for the same quality; elsewhere it is "query".
@@ -54,7 +59,7 @@ def centre_of_call(
     Nothing waits for the device.
 
     Args:
-        order: of the rest if it is around queries.
+        orders: of the rest around each.
         q: (B, H, N, D).
         slots: how its tokens lie in blocks.
         entries: how many pairs of blocks a head keeps at most. None: their scores alone tell,
@@ -68,4 +73,4 @@ def centre_of_call(
     blocks = slots.block_q, slots.block_k
     pairs = (len(slots.slots) // blocks[0]) * (len(slots.slots) // blocks[1])
     problem, density = Problem(B * H, N, D, *blocks), min(entries / pairs, 1.0)
-    return centre_of(problem, density, q.device, order)
+    return centre_of(problem, density, q.device, orders)

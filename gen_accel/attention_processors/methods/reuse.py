@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gen_accel.attention_processors.methods.piecewise import Piecewise
 from gen_accel.kernels.mass import block_mass, heaviest
-from gen_accel.kernels.runner import scale_of
+from gen_accel.kernels.runner import name_of, scale_of, scale_or_default
 from gen_accel.method import (
     Method,
     check_method,
@@ -123,7 +123,7 @@ class Reuse:
         memory: "Learned | None" = None,
     ) -> Tensor:
         if memory is None:
-            plan = self.pattern(q, k, video, scale_of(kernel, q), lasts=False)
+            plan = self.pattern(q, k, video, scale_of(kernel, q), name_of(kernel), lasts=False)
             return self.sparse(q, k, v, plan, video, kernel)
         out = self.sparse(q, k, v, memory.plan, video, kernel)
         if memory.residual is None:
@@ -150,17 +150,25 @@ class Reuse:
 
     @torch.no_grad()
     def pattern(
-        self, q: Tensor, k: Tensor, video: VideoShape, scale: float, *, lasts: bool = True
+        self,
+        q: Tensor,
+        k: Tensor,
+        video: VideoShape,
+        scale: float,
+        kernel: str,
+        *,
+        lasts: bool = True,
     ) -> Plan | None:
         """The heaviest blocks of q and k; None where the method's plan never changes.
 
         Args:
+            kernel: by whose name the method chooses.
             lasts: the plan is for the steps to come, and not for this call alone.
         """
         chooses = parts_of(self.method).plan_for
         if chooses is None:
             return None
-        chosen = chooses(q, k, video=video)
+        chosen = chooses(q, k, video=video, scale=scale, kernel=kernel)
         mass = block_mass(q, k, chosen, scale=scale)
         text = chosen.slots >= video.video_tokens
         text_q, text_k = (text.view(-1, b).any(-1) for b in (chosen.block_q, chosen.block_k))
@@ -174,11 +182,19 @@ class Reuse:
 
     @property
     def plan_for(self) -> Callable[..., Plan] | None:
-        """(q, k, *, video) -> the heaviest blocks of q and k at the scale 1 / sqrt(D)."""
+        """(q, k, *, video, scale, kernel) -> the heaviest blocks of q and k."""
         return None if parts_of(self.method).plan_for is None else self._plan_for
 
-    def _plan_for(self, q: Tensor, k: Tensor, *, video: VideoShape) -> Plan:
-        plan = self.pattern(q, k, video, q.shape[-1] ** -0.5, lasts=False)
+    def _plan_for(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        video: VideoShape,
+        scale: float | None = None,
+        kernel: str = "auto",
+    ) -> Plan:
+        plan = self.pattern(q, k, video, scale_or_default(scale, q), kernel, lasts=False)
         assert plan is not None
         return plan
 
@@ -206,6 +222,10 @@ class Reuse:
     @property
     def least_grid(self) -> tuple[int, int, int]:
         return parts_of(self.method).least_grid
+
+    @property
+    def named_layers(self) -> tuple[int, ...]:
+        return (*(self.layers or ()), *parts_of(self.method).named_layers)
 
     @property
     def tile_tokens(self) -> int:
@@ -283,7 +303,7 @@ class Learned:
         if reuse.guidance == "shared" and first is not None:
             self.plan = first.plan
         else:
-            self.plan = reuse.pattern(q, k, video, scale_of(kernel, q))
+            self.plan = reuse.pattern(q, k, video, scale_of(kernel, q), name_of(kernel))
         if not reuse.residual:
             return
         # By the kernel and in the dtype of the steps to come, so that its rounding cancels too.

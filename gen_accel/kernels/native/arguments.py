@@ -50,7 +50,7 @@ class RestArgs(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("B", "H", "N", "D", "S", "block_q", "block_k")),
         *((name, ctypes.c_int64) for name in ("PB", "PH", "around_queries")),
         *((name, ctypes.c_float) for name in ("scale", "most")),
-        *((name, ctypes.c_void_p) for name in ("slope", "shares")),
+        *((name, ctypes.c_void_p) for name in ("slope", "shares", "gained")),
         ("factor", ctypes.c_float),
     ]
 

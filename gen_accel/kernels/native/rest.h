@@ -33,6 +33,8 @@ struct RestArgs {
   float most;  // that a curve adds to a score
   const float* slope;  // (B, H, D, D), H of `Rest`, see slope.cpp; null in zeroth order
   float* shares;       // (B, H, N), what the rest weighs; null likewise
+  const float* gained;  // (B, H, N), what the slope adds to o, which is no part of the softmax,
+                        // times grad; null likewise
   float factor;        // that the slope counts by
 };
 

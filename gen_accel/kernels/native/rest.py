@@ -130,8 +130,8 @@ def _backward(
         dlse, more, *sloped = slope_gradients(
             grad, slope, shares, q, k, v, slots, *blocks, around_queries, factor
         )
-        # joint holds what the slope adds, which is no part of the softmax.
-        of_total = of_total + more
+        of_total = of_total - dlse
+        call.whole(gained=more)
         sloped = dlse, *sloped
     call.strided(grad=grad)
     call.whole(of_total=of_total, o=joint, total=total)

@@ -202,7 +202,7 @@ struct Backward {
         vast |= std::fabs(level[n * rows + r]) > VAST && p.a.total[at] != -INFINITY;
         const In* x = p.grad.row(bh, t);
         float sum = dot_of(static_cast<const In*>(p.a.o) + at * p.D, x, p.D);
-        delta[n * rows + r] = sum - p.a.of_total[at];
+        delta[n * rows + r] = sum - (p.a.gained ? p.a.gained[at] : 0.f) - p.a.of_total[at];
       }
       return vast;
     }

@@ -20,7 +20,7 @@ struct Slope {
   const i64* slots;                  // (S,), -1 for padding; null where slot = token
   const float* shares;               // (B, H, N), r
   float* slope;                      // (B, H, D, D), H
-  float *dlse, *more;  // gradient of lse; gradient of total, and y . grad
+  float *dlse, *more;  // gradient of lse, of which that of total is the negative; y . grad
   void *dq, *dk, *dv;
   i64 B, H, N, D, S, block_q, block_k, around_queries;
   float factor;
@@ -146,7 +146,7 @@ struct Sloped {
     });
   }
 
-  // Gradients of q, lse and total; leaves r factor x and the gradient of y, from which H has its
+  // Gradients of q and lse, and y . grad; leaves r factor x and the gradient of y, from which H has its
   // own.
   void queries_back(i64 bh, i64 i, const float* slope, Scratch& s) const {
     i64 slot = i * a.block_q;
@@ -160,7 +160,7 @@ struct Sloped {
       of_share *= a.factor;
       // Where nothing is left out there is no gradient either.
       a.dlse[at] = by > 0.f ? -of_share * (1.f - by) : 0.f;
-      a.more[at] = by * of_share - a.dlse[at];
+      a.more[at] = by * of_share;
       by *= a.factor;
 #pragma omp simd
       for (i64 d = 0; d < D; d++) x[d] *= by, made[d] *= by;

@@ -42,8 +42,8 @@ def gradients(
     around_queries: bool,
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of lse, of total, q, k and v from grad, that of what the slope adds, y. To the
-    second y . grad is added.
+    """Gradient of lse, of which that of total is the negative; y . grad, where the slope adds y to
+    the output and grad is the gradient of that; gradients of q, k and v.
 
     Args:
         grad: (B, H, N, D) in q's dtype.

@@ -5,6 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Kernels that subtract a maximum from scaled scores. In one instruction with the product, which it
+# does not round, vast scores would be off their maximum; apart they cost no more, as the maximum
+# is taken of the products.
+APART = ("forward_kernel", "gathered_forward_kernel", "vast_backward_kernel")
+
+
+def fuses(kernel: Any) -> bool:
+    """Whether products and sums of a kernel are fused."""
+    return kernel.__name__ not in APART
+
 
 def device_of(x: Tensor) -> torch.accelerator.device_index:
     """A context in which the device of `x` is the current one; nothing on the CPU."""
@@ -15,10 +25,10 @@ def launch(
     kernel: Any, programs: tuple[int, int], x: Tensor, *arguments: Any, **options: Any
 ) -> None:
     """Launch a kernel on the device of `x`, with products and sums fused, which newer versions of
-    Triton do where asked alone. Triton by itself launches on the current device, which
-    is another one where a model lies on cuda:1."""
+    Triton do where asked alone, but of those in APART. Triton by itself launches on the current
+    device, which is another one where a model lies on cuda:1."""
     with device_of(x):
-        kernel[programs](*arguments, enable_fp_fusion=True, **options)
+        kernel[programs](*arguments, enable_fp_fusion=fuses(kernel), **options)
 
 
 def rowwise(x: Tensor) -> Tensor:

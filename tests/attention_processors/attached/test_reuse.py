@@ -10,7 +10,7 @@ from support import hunyuan
 from support.wan import LAYERS, PIPELINES, forward, generate, inputs, pipeline, transformer
 from torch import nn
 
-from gen_accel import BlockMixture, Radial, Reuse, Schedule, SparseLinear, attach
+from gen_accel import BlockMixture, Radial, Reuse, Schedule, SparseLinear, attach, estimate
 from gen_accel.attention_processors.attached import memories, room
 from gen_accel.attention_processors.methods import reuse
 
@@ -136,6 +136,17 @@ def test_layers_that_have_no_residual():
     assert first.residual is None
     assert second.residual is not None
     assert first.plan is not None
+
+
+def test_layers_that_the_model_lacks_are_refused():
+    model, method = pipeline().transformer, Reuse(INNER, layers=(0, 99))
+    why = "^layers of Reuse must name blocks that attend over the grid, 0 to 1 here, got 99$"
+    stock = [block.attn1.processor for block in model.blocks]
+    with pytest.raises(ValueError, match=why):
+        attach(model, method)
+    assert [block.attn1.processor for block in model.blocks] == stock
+    with pytest.raises(ValueError, match=why):
+        estimate(model, method, height=80, width=112, num_frames=9)
 
 
 # Whose it is

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gen_accel import Piecewise, Reuse, VideoShape, attention, kernels
 from gen_accel.attention_processors.methods import piecewise, pooled
-from gen_accel.kernels.rest_cost import Problem, even_density
+from gen_accel.kernels.rest_cost import Orders, Problem, even_density
 from gen_accel.kernels.spread import block_spread
 from gen_accel.kernels.triton import configs
 from gen_accel.method import method_at, parts_of
@@ -385,14 +385,21 @@ class TestCentres:
         with FakeTensorMode():
             q = torch.empty(1, 12, self.VIDEO.tokens, 128, device=device)
             entries = None if density is None else round(density * 256 * 512)
-            order = pooled.order_around("query", method.order, flat=False)
-            return pooled.centre_of_call(method.centre, order, q, slots, entries)
+            orders = pooled.orders_around(method.order, flat=False)
+            return pooled.centre_of_call(method.centre, orders, q, slots, entries)
 
     @pytest.mark.parametrize(("share", "centre"), [(0.98, "key"), (1.02, "query")])
     def test_gpus_go_by_the_model_of_what_they_take(self, share, centre, monkeypatch):
         monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
         method = Piecewise(centre="auto", block_q=128)
         assert self.centre(method, share * self.EVEN) == centre
+
+    @pytest.mark.parametrize(("share", "centre"), [(0.98, "key"), (1.02, "query")])
+    def test_an_order_that_is_named_costs_around_keys_too(self, share, centre, monkeypatch):
+        monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
+        even = even_density(Problem(12, 32_768, 128), "sm_90", Orders("first", "first"))
+        method = Piecewise(centre="auto", order="first", block_q=128)
+        assert self.centre(method, share * even) == centre
 
     @pytest.mark.parametrize(("device", "density"), [("cpu", 0.01), ("cuda:0", None)])
     def test_it_is_the_mean_query_elsewhere_and_where_scores_say_how_much(self, device, density):

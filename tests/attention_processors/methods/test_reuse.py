@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from gen_accel import (
     SparseLinear,
     VideoShape,
     attention,
+    kernels,
 )
 from gen_accel.attention_processors.methods.options import (
     method_from,
@@ -114,8 +117,8 @@ def test_it_keeps_more_mass_than_any_choice_of_as_many():
 class Pooled(SparseLinear):
     """One that asks for its rest."""
 
-    def plan_for(self, q, k, *, video, kernel="auto"):
-        plan = super().plan_for(q, k, video=video, kernel=kernel)
+    def plan_for(self, q, k, *, video, scale=None, kernel="auto"):
+        plan = super().plan_for(q, k, video=video, scale=scale, kernel=kernel)
         plan.rest = Rest("query")
         return plan
 
@@ -136,6 +139,40 @@ def test_the_scale_of_the_call_decides():
     for scale in (0.02, 2.0):
         attention(q, k, v, video=VIDEO, method=Spy(plans), scale=scale)
     assert not torch.equal(*(plan.keep for plan in plans))
+
+
+@pytest.mark.parametrize("scale", [0.05, 2.0])
+def test_the_method_chooses_as_many_as_at_the_scale_of_the_call(scale):
+    inner = Piecewise(budget="mass", mass=0.6, block_q=16, block_k=8)
+    q, k, _ = qkv()
+    own, other = (inner.plan_for(q, k, video=VIDEO, scale=by) for by in (scale, None))
+    assert not torch.equal(own.keep.sum(-1), other.keep.sum(-1))
+    plan = Reuse(inner).plan_for(q, k, video=VIDEO, scale=scale)
+    assert torch.equal(plan.keep.sum(-1), own.keep.sum(-1))
+
+
+@dataclass(frozen=True)
+class Noting(SparseLinear):
+    """One that notes in its class how it is asked to choose."""
+
+    asked: ClassVar = []
+
+    def plan_for(self, q, k, *, video, scale=None, kernel="auto"):
+        self.asked.append((scale, kernel))
+        return super().plan_for(q, k, video=video, scale=scale, kernel=kernel)
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["at once", "from a dense step"])
+def test_the_method_chooses_by_the_scale_and_the_kernel_of_the_call(learns):
+    q, k, v = qkv()
+    method, run = Reuse(Noting(block_q=16, block_k=8)), partial(kernels.run, scale=0.7)
+    Noting.asked.clear()
+    given = {"video": VIDEO, "kernel": kernels.Runner(run, "gather", 0.7)}
+    if learns:
+        memory_of(method).learn(q, k, v, v, first=None, **given)
+    else:
+        method(q, k, v, **given)
+    assert Noting.asked == [(0.7, "gather")]
 
 
 class Spy:
