@@ -43,8 +43,13 @@ def write() -> None:
     for report in errors:
         picture(report, DOCS / f"error_{report['frames']}.png")
         for made in clips:
-            if made["frames"] == report["frames"]:
+            if made["frames"] == report["frames"] and _densities(made) > 1:
                 clip_picture(made, report, DOCS / f"clips_{report['frames']}.png")
+
+
+def _densities(clips: dict[str, Any]) -> int:
+    """How many were asked for."""
+    return len({setting["setting"].rpartition(" ")[2] for setting in clips["settings"]})
 
 
 def reports(kind: str) -> list[dict[str, Any]]:
