@@ -21,7 +21,6 @@ from gen_accel.kernels.triton.packed_forward import packed_forward_kernel
 from gen_accel.kernels.triton.sparse_backward import delta_kernel, dkdv_kernel, dq_kernel
 from gen_accel.kernels.triton.sparse_forward import forward_kernel
 from gen_accel.kernels.triton.tiles import BITS, NONE, ROUTE, WINDOWS
-from gen_accel.kernels.triton.vast_backward import add_vast_rows
 
 KERNELS: dict[str, Any] = {
     "forward": forward_kernel,
@@ -207,19 +206,16 @@ def attention_backward(
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     rest = rule, gain, block_q, block_k, scale
     by_row, by_column = (slots, rows, row_counts), (slots, columns, column_counts)
-    made = q, k, v, grad, dq, dk, dv
     how = way("backward", (k, v, q, grad), by_row, gain, block_q, block_k, raster, scale)
     if how == configs.PACKING:
         q_S, grad_S, *sums = packing.pack_queries(q, out, grad, lse, grad_lse, slots, raster)
         k_S, v_S = packing.pack(k, v, slots, raster)
         _launch("packed dq", (q, k_S, v_S, grad, dq, *sums), by_row, *rest)
         _launch("packed dkdv", (q_S, k, v, grad_S, dk, dv, *sums), by_column, *rest)
-    else:
-        delta = _delta(q, out, grad, lse, grad_lse)
-        _launch("dq", (q, k, v, grad, dq, lse, delta), by_row, *rest)
-        _launch("dkdv", (q, k, v, grad, dk, dv, lse, delta), by_column, *rest)
-    lists = slots, by_row[1:], by_column[1:]
-    add_vast_rows(made, lse, grad_lse, *lists, rule, mode_of(rule), *rest[1:])
+        return dq, dk, dv
+    delta = _delta(q, out, grad, lse, grad_lse)
+    _launch("dq", (q, k, v, grad, dq, lse, delta), by_row, *rest)
+    _launch("dkdv", (q, k, v, grad, dk, dv, lse, delta), by_column, *rest)
     return dq, dk, dv
 
 

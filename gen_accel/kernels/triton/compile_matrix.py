@@ -41,7 +41,6 @@ from gen_accel.kernels.triton import (
     slope,
     sparse_backward,
     tiles,
-    vast_backward,
 )
 
 # Shared memory that one program may use, in bytes.
@@ -82,8 +81,6 @@ TYPES = {
     **dict.fromkeys(("rise", "drise", "curves", "dcurves", "key_means", "squares"), "*fp32"),
     **dict.fromkeys(("times", "totals", "mean", "sums", "dweight"), "*fp32"),
     **dict.fromkeys(("parts", "dtotal", "common", "of_rest", "low_lse"), "*fp32"),
-    **dict.fromkeys(("high", "inverse"), "*fp32"),
-    **dict.fromkeys(("rows", "row_counts", "columns", "column_counts"), "*i32"),
 }
 INPUTS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv", "x", "y", "dx")
 INPUTS += tuple(f"packed_{name}" for name in ("x", "y", "q", "grad"))
@@ -148,8 +145,6 @@ def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
         for copy in (True, False):
             name = f"pack queries{'' if copy else ' in place'}"
             yield Case(name, packing.pack_queries_kernel, {**sizes, "COPY": copy}, 4, 1)
-    for rule, gain in product(RULES, (False, True)):
-        yield _vast_case(D, block, rule, gain)
     yield from _linear_cases(arch, D, dtype, block)
     yield from _gathered_cases(arch, D, dtype, block)
     yield from _column_cases(arch, D, dtype, block)
@@ -195,14 +190,6 @@ def _sparse_case(
         MOST.get((arch, D, block), math.inf) if limited else math.inf,
         _exchanges(arch, kind, config, dtype),
     )
-
-
-def _vast_case(D: int, block: int, rule: str, gain: bool) -> Case:
-    sizes = {"D": D, "BLOCK_D": configs.padded_dim(D), "BLOCK_Q": block, "BLOCK_K": block}
-    sizes |= {"TILE": vast_backward.tile_of(D), "RULE": RULES[rule].value, "GAIN": gain}
-    sizes["AXES"] = 3 if rule == "windows" else 0
-    name = f"vast backward {rule}{' gain' if gain else ''}"
-    return Case(name, vast_backward.vast_backward_kernel, sizes, 4, 1)
 
 
 def _exchanges(arch: str, kind: str, config: configs.Config, dtype: torch.dtype) -> float:
@@ -388,7 +375,6 @@ def build(case: Case, arch: str, dtype: torch.dtype) -> Any:
     rule = case.constants.get("RULE")
     types["rule"] = "*i8" if rule == tiles.ROUTE.value else "*i32"
     types["more"] = "*i8" if rule == tiles.WINDOWS.value else "*i32"
-    types |= {"rule_k": types["rule"], "more_k": types["more"]}
     names = case.kernel.arg_names  # pyright: ignore[reportFunctionMemberAccess]
     for place in case.packed:
         shape = f"1, 1, {case.constants['LOAD']}, {case.constants['BLOCK_D']}"

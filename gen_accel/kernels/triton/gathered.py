@@ -20,8 +20,7 @@ from gen_accel.kernels.triton.launch import empty_out, launch, rowwise
 from gen_accel.kernels.triton.listing import block_lists
 from gen_accel.kernels.triton.owners import owners_of
 from gen_accel.kernels.triton.sparse_backward import delta_kernel, dkdv_kernel
-from gen_accel.kernels.triton.tiles import NONE, ROUTE
-from gen_accel.kernels.triton.vast_backward import add_vast_rows
+from gen_accel.kernels.triton.tiles import NONE
 from gen_accel.plan import Plan, Route
 
 # Slots of a group in the mean from which on queries are gathered. Each time that a query meets a
@@ -291,31 +290,7 @@ def attention_backward(
         _launch("dq", gathered_dq_kernel, tensors, slots, of_head, members, block_k, scale)
         tensors = *rows, dk[:, some], dv[:, some], *statistics
         _launch_dkdv(tensors, slots, _columns(of_head, group), block_k, scale)
-        made = tuple(x[:, some] for x in (dq, dk, dv))
-        _add_vast_rows(
-            (*rows, *made), statistics[0], grad_lse[:, some], slots, of_head, group, scale
-        )
     return dq, dk, dv
-
-
-def _add_vast_rows(
-    tensors: tuple[Tensor, ...],
-    lse: Tensor,
-    grad_lse: Tensor,
-    slots: Tensor,
-    picks: Tensor,
-    group: Tensor,
-    scale: float,
-) -> None:
-    """`add_vast_rows` over lists of all blocks, in which picks decide what is seen."""
-    Kk = len(group)
-    block = slots.numel() // Kk
-    index = torch.arange(Kk, dtype=torch.int32, device=slots.device)
-    counts = torch.stack([torch.full_like(index, Kk)] * 2 + [torch.zeros_like(index), index], -1)
-    lists = index[None, None], counts[None, None]
-    rule = picks.contiguous().view(torch.int8), group.int()
-    facts = rule, ROUTE.value, None, block, block, scale
-    add_vast_rows(tensors, lse, grad_lse, slots, lists, lists, *facts)
 
 
 def _columns(picks: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:

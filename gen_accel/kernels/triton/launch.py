@@ -8,7 +8,7 @@ from torch import Tensor
 # Kernels that subtract a maximum from scaled scores. In one instruction with the product, which it
 # does not round, vast scores would be off their maximum; apart they cost no more, as the maximum
 # is taken of the products.
-APART = ("forward_kernel", "gathered_forward_kernel", "vast_backward_kernel")
+APART = ("forward_kernel", "gathered_forward_kernel")
 
 
 def fuses(kernel: Any) -> bool:

@@ -7,10 +7,6 @@ taken of unscaled scores and the scale is part of the subtraction, which wants i
 Sums are rescaled only in turns in which some maximum grew by more than SLACK, as the kernel of
 FlashAttention-4 does on Blackwell, https://github.com/Dao-AILab/flash-attention; unlike there, all
 rows of a tile at once.
-
-The product in that subtraction is not rounded, and the maximum is. Of vast scores they differ by
-more than a weight has: a tile that meets them is worked off once more as one that needs a mask,
-whose scores are scaled first.
 """
 
 # Kernels are a language of their own, which a checker of Python misreads.
@@ -25,7 +21,6 @@ from gen_accel.kernels.triton.tiles import (
     LN2,
     NONE,
     SIZES,
-    VAST,
     dot,
     listed_blocks,
     listed_load,
@@ -216,63 +211,55 @@ def packed_forward_kernel(
     b_acc = tl.zeros([TILE_M, BLOCK_D], tl.float32)
     b_sum = tl.zeros([TILE_M], tl.float32)
     b_max = tl.full([TILE_M], -float("inf"), tl.float32)
-    go_on = total >= 0
-    while go_on:  # once, and again where scores turn out to be vast
-        b_acc = tl.zeros([TILE_M, BLOCK_D], tl.float32)
-        b_sum = tl.zeros([TILE_M], tl.float32)
-        b_max = tl.full([TILE_M], -float("inf"), tl.float32)
-        for LEFT in tl.static_range(2 if RULE != NONE else 1):
-            b_acc, b_sum, b_max = _masked_phase(
-                b_acc,
-                b_sum,
-                b_max,
-                b_q,
-                o_q,
-                k,
-                v,
-                i_b,
-                i_h,
-                slots,
-                index,
-                masked if LEFT else 0,
-                whole if LEFT or RULE == NONE else masked,
-                rule,
-                more,
-                gain,
-                S,
-                C,
-                scale,
-                BLOCK_D,
-                BLOCK_Q,
-                BLOCK_K,
-                LOAD,
-                NONE if LEFT else RULE,
-                AXES,
-                GAIN,
-            )
-        b_acc, b_sum, b_max = _whole_phase(
+    for LEFT in tl.static_range(LOADS if RULE != NONE else 1):
+        b_acc, b_sum, b_max = _masked_phase(
             b_acc,
             b_sum,
             b_max,
             b_q,
+            o_q,
             k,
             v,
             i_b,
             i_h,
+            slots,
             index,
-            whole,
-            total,
+            masked if LEFT else 0,
+            whole if LEFT or RULE == NONE else masked,
+            rule,
+            more,
             gain,
+            S,
+            C,
             scale,
             BLOCK_D,
+            BLOCK_Q,
             BLOCK_K,
             LOAD,
-            LOADS,
+            NONE if LEFT else RULE,
+            AXES,
             GAIN,
         )
-        b_far = tl.where(b_max == -float("inf"), 0.0, tl.abs(b_max))
-        go_on = (tl.max(b_far, 0) > VAST) & (whole < total)
-        whole = total
+    b_acc, b_sum, b_max = _whole_phase(
+        b_acc,
+        b_sum,
+        b_max,
+        b_q,
+        k,
+        v,
+        i_b,
+        i_h,
+        index,
+        whole,
+        total,
+        gain,
+        scale,
+        BLOCK_D,
+        BLOCK_K,
+        LOAD,
+        LOADS,
+        GAIN,
+    )
     b_safe = tl.where(b_sum == 0.0, 1.0, b_sum)
     b_out = b_acc / b_safe[:, None]
     store_rows(out + i_b * stride_ob + i_h * stride_oh, stride_on, o_t, b_out, D, BLOCK_D)

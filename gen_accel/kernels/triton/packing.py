@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.launch import launch
-from gen_accel.kernels.triton.tiles import LOG2E, VAST, load_rows
+from gen_accel.kernels.triton.tiles import LOG2E, load_rows
 
 TILE = 64  # slots that a program copies; not timed
 ALIGNED = 16  # bytes, of the start and of each stride that a descriptor takes
@@ -170,7 +170,7 @@ def pack_queries_kernel(
 ):
     """Copy queries and gradients of outputs into slot order if COPY, and write the statistics of
     each row: its base-2 logsumexp, and delta as `sparse_backward` has it; +inf and 0 where it sees
-    nothing, is padding or is left to `vast_backward`, which makes its weights zero."""
+    nothing or is padding, which makes its weights zero."""
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     i_head = tl.program_id(1).to(tl.int64)
     o_s = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -179,13 +179,13 @@ def pack_queries_kernel(
     b_grad = load_rows(grad + i_b * stride_gb + i_h * stride_gh, stride_gn, o_t, D, BLOCK_D, True)
     o_row = i_head * N + o_t
     b_lse = tl.load(lse + o_row, mask=o_t >= 0, other=-float("inf"))
-    m_none = tl.abs(b_lse) > VAST
+    m_seen = b_lse != -float("inf")
     b_delta = tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), 1)
     b_delta -= tl.load(grad_lse + o_row, mask=o_t >= 0, other=0.0)
     o_row = i_head * S + o_s
-    tl.store(base2 + o_row, tl.where(m_none, float("inf"), b_lse * LOG2E), mask=o_s < S)
+    tl.store(base2 + o_row, tl.where(m_seen, b_lse * LOG2E, float("inf")), mask=o_s < S)
     # Whatever gradient arrives at the -inf of a row that sees nothing goes nowhere.
-    tl.store(delta + o_row, tl.where(m_none, 0.0, b_delta), mask=o_s < S)
+    tl.store(delta + o_row, tl.where(m_seen, b_delta, 0.0), mask=o_s < S)
     if COPY:
         _store_slots(packed_grad, i_head, o_s, b_grad, S, D, BLOCK_D)
         b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, stride_qn, o_t, D, BLOCK_D, True)

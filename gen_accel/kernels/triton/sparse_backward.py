@@ -13,7 +13,6 @@ from gen_accel.kernels.triton.tiles import (
     LOG2E,
     NONE,
     SIZES,
-    VAST,
     dot,
     listed_block,
     listed_blocks,
@@ -64,9 +63,9 @@ def delta_kernel(
 @triton.jit
 def statistics(lse, delta, o_t):
     """The base-2 logsumexp and delta of tokens; +inf and 0 where a row sees nothing or is padding,
-    which makes its weights zero, and +inf where it is left to `vast_backward`."""
+    which makes its weights zero."""
     b_lse = tl.load(lse + o_t, mask=o_t >= 0, other=-float("inf"))
-    b_lse = tl.where(tl.abs(b_lse) > VAST, float("inf"), b_lse * LOG2E)
+    b_lse = tl.where(b_lse == -float("inf"), float("inf"), b_lse * LOG2E)
     return b_lse, tl.load(delta + o_t, mask=o_t >= 0, other=0.0)
 
 

@@ -30,10 +30,6 @@ NONE, WINDOWS, ROUTE, BITS = (tl.constexpr(kind) for kind in range(4))
 
 WORD = tl.constexpr(32)  # pairs in a number of BITS
 
-# Scores beyond which no weight can be told by their difference to a log-sum-exp in fp32, nor by
-# that of an unrounded product to a maximum.
-VAST = tl.constexpr(4096.0)
-
 
 @triton.jit
 def place_of_chunk(H, D: tl.constexpr, CHUNK: tl.constexpr):
