@@ -65,8 +65,9 @@ def _even(at: Setting, plan: Plan, heads: int, rest: Rest) -> float:
     from gen_accel.kernels.triton import configs
 
     problem = rest_cost.Problem(heads, plan.tokens, at.dims[0], plan.block_q, plan.block_k)
-    order = rest.order if rest.centre == "query" else "second"
-    return rest_cost.even_density(problem, configs.architecture(at.device), order)
+    own = rest.centre == "query"
+    orders = rest_cost.Orders(query=rest.order) if own else rest_cost.AUTO
+    return rest_cost.even_density(problem, configs.architecture(at.device), orders)
 
 
 def _plan(at: Setting, rest: Rest) -> Plan:

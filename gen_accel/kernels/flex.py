@@ -168,7 +168,9 @@ def _block_mask(plan: Plan) -> BlockMask:
         S = plan.slots.numel()
         blocks, rule = (plan.block_q, plan.block_k), _mask_mod(plan)
         if plan.runs is not None:
-            _masks[plan] = BlockMask((S, S), *_lists_of_runs(plan), blocks, rule)
+            _masks[plan] = BlockMask(
+                (S, S), *_lists_of_runs(plan), BLOCK_SIZE=blocks, mask_mod=rule
+            )
         else:
             _masks[plan] = BlockMask.from_kv_blocks(
                 *left_packed(plan.keep & ~plan.whole),

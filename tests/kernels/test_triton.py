@@ -374,7 +374,7 @@ def test_every_launch_is_on_the_device_of_its_tensor(device, monkeypatch):
 
     class Seen:
         def __init__(self, kernel):
-            self.kernel = kernel
+            self.kernel, self.__name__ = kernel, kernel.__name__
 
         def __getitem__(self, programs):
             launched.append((self.kernel.__name__, inside[-1]))
