@@ -23,7 +23,13 @@ class OneLineErrors(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta["args"] = [*args]
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except _USAGE_ERROR as error:
+            if not ctx.meta["args"]:  # the help, which is what no arguments ask for
+                raise
+            typer.echo(f"error: {_line(error.format_message())}", err=True)
+            raise typer.Exit(BAD_INPUT) from None
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -106,7 +106,19 @@ class LatentCache:
             for tensor in about["tensors"]:
                 key, name = tensor.split(".", 1)
                 self._homes.setdefault(key, {})[name] = shard
+        self._check_keys()
         self._open: dict[str, Any] = {}
+
+    def _check_keys(self) -> None:
+        """Raise ValueError where no shard has what an entry names."""
+        for entry in self.entries:
+            parts = (entry.latent_key, entry.text_key, entry.image_key, entry.teacher_key)
+            for key in parts:
+                if key is not None and key not in self._homes:
+                    raise ValueError(
+                        f"{self.folder / MANIFEST} names tensors {key!r} of {entry.name}, which "
+                        "no shard has: cache again into an empty folder"
+                    )
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -43,6 +43,7 @@ TILES: tuple[tuple[Axes, Axes], ...] = (
     ((1, 1, 256), (1, 1, 128)),
     ((1, 1, 128), (1, 1, 128)),
 )
+MOST_SEARCHED = 8_000_000  # tokens; windows and strides grow with the sides of the grid
 NEAR = 0.9  # a searched window keeps at least this share of the most that one may keep
 
 
@@ -186,6 +187,11 @@ def best_choices(
         ValueError: an argument out of its range, or nothing keeps so little.
     """
     _check(video, tiles)
+    if window is None and video.tokens > MOST_SEARCHED:
+        raise ValueError(
+            f"windows are searched in at most {MOST_SEARCHED:,} tokens, got {video}: sizes are "
+            "tokens, not pixels; give a window (--window) for more"
+        )
     if density is None and window is None:
         raise ValueError("give a window, a density, or both (--window, --density), got neither")
     if density is not None and not 0 < density <= 1:
@@ -315,28 +321,29 @@ def _windows(
     video: VideoShape, density: float, given: Neighborhood, tiles: Iterable[Axes]
 ) -> dict[Axes, list[Axes]]:
     """For each key tile, the windows of whole tiles that keep most, without a stride."""
-    kept: dict[tuple[Axes, Axes], float] = {}
+    kept: dict[Axes, tuple[list[list[int]], torch.Tensor]] = {}
     for tile in tiles:
-        axes = list(zip(AXES, video.grid, given.dilation, given.is_causal, tile, strict=True))
-        sides = [
-            {*range(step, size // dilation + 1, step), max(size // dilation, 1)}
-            for _, size, dilation, _, step in axes
+        sides, seen = [], []
+        for name, size, dilation, is_causal, step in zip(
+            AXES, video.grid, given.dilation, given.is_causal, tile, strict=True
+        ):
+            own = sorted({*range(step, size // dilation + 1, step), max(size // dilation, 1)})
+            counts = (
+                _count(name, size, side, 1, dilation, is_causal, 1, 1, False) for side in own
+            )
+            sides.append(own)
+            seen.append(torch.tensor([count.seen for count in counts], dtype=torch.float64))
+        frames, rows, columns = seen
+        share = frames[:, None, None] * rows[:, None] * columns / video.tokens**2
+        kept[tile] = sides, share.where(share <= density, 0.0)
+    least = NEAR * max(share.max().item() for _, share in kept.values())
+    return {
+        tile: [
+            (sides[0][i], sides[1][j], sides[2][k])
+            for i, j, k in ((share >= least) & (share > 0)).nonzero().tolist()
         ]
-        for frames, rows, columns in product(*map(sorted, sides)):
-            window = (frames, rows, columns)
-            counts = [
-                _count(name, size, side, 1, dilation, is_causal, 1, 1, False)
-                for (name, size, dilation, is_causal, _), side in zip(axes, window, strict=True)
-            ]
-            share = _product(counts).seen / video.tokens**2
-            if share <= density:
-                kept[tile, window] = share
-    least = NEAR * max(kept.values(), default=0.0)
-    found: dict[Axes, list[Axes]] = {tile: [] for tile in tiles}
-    for (tile, window), share in kept.items():
-        if share >= least:
-            found[tile].append(window)
-    return found
+        for tile, (sides, share) in kept.items()
+    }
 
 
 @lru_cache(maxsize=16384)

@@ -1,7 +1,7 @@
 """What is attached, on disk: the method and its parameters, as JSON and safetensors."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +146,19 @@ def _read(path: Path) -> tuple[Any, dict[str, Any], str]:
             raise ValueError(f"its version is {config['version']}, not {VERSION}")
         options = typed(config, "options", dict, origin=path)
         method = method_of_file(typed(config, "method", str, origin=path), options)
-        schedule = Schedule(**with_tuples(typed(config, "schedule", dict, origin=path)))
+        schedule = _schedule(typed(config, "schedule", dict, origin=path))
         options = {"schedule": schedule, "kernel": config["kernel"]}
         options["dense_kernel"] = config.get("dense_kernel")  # which early files do not name
         return method, options, config["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what save_processors writes: {error}") from error
+
+
+def _schedule(options: dict[str, Any]) -> Schedule:
+    unknown = {*options} - {one.name for one in fields(Schedule)}
+    if unknown:
+        raise ValueError(f"a schedule has no {', '.join(sorted(unknown))}")
+    return Schedule(**with_tuples(options))
 
 
 def _parameters(handle: Attachment) -> dict[str, Tensor]:

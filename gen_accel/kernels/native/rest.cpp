@@ -17,20 +17,19 @@ template <typename In, typename T>
 struct Forward {
   RestProblem<In, T> p;
   Laid<In, T> laid{p, false};
-  i64 De = up(p.D, EVEN<T>);
   std::vector<T> slopes;  // of each head, as the products read it
 
   // What the values of a head rise by with the query.
-  const T* slope(i64 bh) const { return slopes.data() + bh * De * p.D; }
+  const T* slope(i64 bh) const { return slopes.data() + bh * p.Dp * p.D; }
 
   void lay_slopes() {
     if (!p.a.slope) return;
-    slopes.resize(p.BH * De * p.D);
+    slopes.resize(p.BH * p.Dp * p.D);
     at::parallel_for(0, p.BH, 1, [&](i64 begin, i64 end) {
       std::vector<T> low(p.D * p.D);
       for (i64 bh = begin; bh < end; bh++) {
         store(low.data(), p.a.slope + bh * p.D * p.D, p.D * p.D);
-        interleave(low.data(), p.D, p.D, De, p.D, slopes.data() + bh * De * p.D);
+        interleave(low.data(), p.D, p.D, p.Dp, p.D, slopes.data() + bh * p.Dp * p.D);
       }
     });
   }
@@ -153,7 +152,7 @@ struct Forward {
         for (i64 d = 0; d < p.D && t >= 0 && p.a.around_queries; d++) off[d] -= mean[d];
         store(row + r * p.Dp, off.data(), p.Dp);
       }
-      product(up(p.bq, EVEN<T>), p.D, f.De, row, p.Dp, f.slope(bh), p.D, sloped, p.D, false);
+      product(up(p.bq, EVEN<T>), p.D, p.Dp, row, p.Dp, f.slope(bh), p.D, sloped, p.D, false);
     }
 
     void end(i64 bh, i64 i, i64 g, bool touched) {
