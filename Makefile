@@ -3,13 +3,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo test nightly quick lint golden versions gpu train-demo train-lora clean
+.PHONY: help venv demo test nightly quick lint golden docs docs-serve versions gpu train-demo train-lora clean
 
 help:
 	@echo "make demo        dense and sparse video side by side, into outputs/demo/"
 	@echo "make test        lint, types and tests, at most 9 minutes on 2 cores"
 	@echo "make quick       the tests to run all the time, without the slow ones"
 	@echo "make nightly     make test with all combinations, compilations and notebooks as stored"
+	@echo "make docs        the site of the documentation, into outputs/site"
+	@echo "make docs-serve  the site at http://localhost:8000, built again as you write; PORT=8000"
 	@echo "make versions    the quick tests on the lowest and the highest versions we admit"
 	@echo "make gpu         everything a GPU can tell, in MINUTES=9; more of it by RESUME=1"
 	@echo "make venv        only the environment, in .venv"
@@ -21,7 +23,7 @@ venv: .venv/.ready
 .venv/.ready: pyproject.toml
 	@echo "Setting up .venv (about a minute) ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[cli,data,quality,train,dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[cli,data,quality,train,dev,docs]"
 	@$(BIN)/gen-accel build >/dev/null 2>&1 || echo "CPU attention without a compiler: see gen-accel build"
 	@touch $@
 
@@ -31,18 +33,18 @@ demo: venv
 # Whole files go to whichever worker is free, those that take longest first.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Lint and the golden outputs beside the tests, and what they say after them.
+# Lint, the golden outputs and the site beside the tests, and what they say after them.
 test: venv
 	@said=$$(mktemp); trap 'rm -f $$said' EXIT; \
-	$(MAKE) --no-print-directory -k lint golden >$$said 2>&1 & checks=$$!; \
+	$(MAKE) --no-print-directory -k lint golden docs >$$said 2>&1 & checks=$$!; \
 	$(PYTEST); tests=$$?; \
 	wait $$checks; checks=$$?; \
 	cat $$said; \
 	test $$tests -eq 0 || echo "the tests failed"; \
-	test $$checks -eq 0 || echo "lint or the golden outputs failed"; \
+	test $$checks -eq 0 || echo "lint, the golden outputs or the site failed"; \
 	test $$tests -eq 0 -a $$checks -eq 0
 
-nightly: venv lint golden
+nightly: venv lint golden docs
 	NIGHTLY=1 $(PYTEST)
 
 quick: venv
@@ -50,6 +52,13 @@ quick: venv
 
 golden: venv
 	$(BIN)/python tests/check_golden.py tests/golden
+
+docs: venv
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the site is in outputs/site"
+
+docs-serve: venv
+	@$(BIN)/python docs/.site/serve.py $(or $(PORT),8000)
 
 versions:
 	tests/versions.sh

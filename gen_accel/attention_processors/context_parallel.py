@@ -1,10 +1,10 @@
 """Context parallelism: each process holds some of the tokens, and attends for some of the heads.
 
-diffusers splits the tokens of a model over processes. A method needs all of them, while no head
-needs another: so before sparse attention each process gives its tokens of the others' heads for
-the others' tokens of its own, and after it the other way round. What exchanges is diffusers' own.
-Where video and text are split each by itself, what arrives is all of one process and then all of
-the next, and is put in the model's order here. Text that every process holds is taken once.
+diffusers shards the sequence over processes. A method needs the whole sequence, but no head needs
+another, so an all-to-all before sparse attention trades shards of the sequence for shards of the
+heads, and one after it trades back. Both are diffusers' own. Where video and text are sharded
+apart, tokens arrive process by process and are put in the model's order here. Text that every
+process holds is taken once.
 """
 
 from collections.abc import Callable, Sequence
@@ -97,8 +97,9 @@ def exchanged(
 
 
 def splits_text(transformer: nn.Module) -> bool:
-    """Whether text is split over the processes by itself, as a second stream of the model: by the
-    plan that `enable_parallelism` was given, of which its hooks are what is left."""
+    """Whether text is sharded apart from the video, as the second stream of a model.
+
+    Read from the hooks that `enable_parallelism` left, since it keeps no plan."""
     hooks = [
         hook
         for module in transformer.modules()

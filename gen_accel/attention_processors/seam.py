@@ -63,13 +63,13 @@ class Parallel(NamedTuple):
     alone: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-# The processor that runs and its call to (B, N, H, D), in a graph.
+# (processor, its call) -> output (B, N, H, D), in a graph.
 Traced = Callable[[Any, Call], Tensor]
 
-# The call and what it gave, (B, N, H, D), to what it is to give.
+# (call, its output (B, N, H, D)) -> the output that takes its place.
 Tap = Callable[[Call, Tensor], Tensor]
 
-# What the processor returns, followed by its own arguments, to what it is to return.
+# (what the processor returned, *its arguments) -> what takes its place.
 Finish = Callable[..., Any]
 
 
@@ -411,7 +411,7 @@ def _class(kind: type, stock: type, name: str, traced: Traced) -> type:
 
 
 def _made_anew(self: Any) -> None:
-    """As diffusers makes another processor of one's class, without what it needs."""
+    """Refuse to be made without arguments, as diffusers makes processors of a class anew."""
     raise ValueError(
         "diffusers puts processors of its own on this model, for its image prompts: detach first, "
         "or load them by gen_accel.load_image_prompt, which goes with what is attached"

@@ -145,7 +145,7 @@ def seen_text(mask: Tensor, q: Tensor, tokens: Tokens) -> tuple[tuple[int, ...],
         return None
     rows = mask[:, 0]
     seen = rows.any(1)
-    # What a hidden query sees is nobody's concern: it is seen by none.
+    # Rows of hidden tokens may differ: no output of theirs is used.
     agree = (rows == seen[:, None]).all(2) | (~seen if rows.shape[1] == N else False)
     start, end = tokens.before, tokens.before + tokens.video.video_tokens
     if not (agree.all() and seen[:, start:end].all()):

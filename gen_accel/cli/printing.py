@@ -48,7 +48,7 @@ def print_comparison(report: dict[str, Any]) -> None:
 
 
 def quiet() -> None:
-    """Loading has bars of its own, which say little. Downloads keep theirs."""
+    """Turn off the progress bars of loading a model; those of downloads stay."""
     import diffusers.utils.logging
 
     diffusers.utils.logging.disable_progress_bar()

@@ -203,8 +203,7 @@ def left_packed(blocks: Tensor, *, cut: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def rule(plan: Plan) -> list[Tensor]:
-    """What decides whether a slot sees another, as numbers to subtract: a fraction of the time of
-    comparisons, whose results are not of the scores' type.
+    """Additive mask in parts, fp32: cheaper than comparisons, whose results are boolean.
 
     A query sees a key if no `abs(place - center) - half` of any axis exceeds the key's slack; with
     a route, if what hides the key's group from it, 0 or 1, does not.

@@ -81,8 +81,12 @@ def video_shape(
     *args: Any,
     **kwargs: Any,
 ) -> VideoShape:
-    """The grid that the pipeline names, or where it gives coordinates instead, that of these, for
-    which it waits for the device; ValueError where it gives neither, or none of a grid."""
+    """Grid from the coordinates that the pipeline passes, else from its sizes.
+
+    Reading coordinates waits for the device.
+
+    Raises:
+        ValueError: it passes neither, or coordinates that form no grid."""
     if video_coords is not None:
         return _in_coordinates(video_coords).video
     if num_frames is None or height is None or width is None:

@@ -94,8 +94,12 @@ def video_shape(
     *args: Any,
     **kwargs: Any,
 ) -> VideoShape:
-    """The grid that the pipeline names, or where it gives coordinates alone, that of these, for
-    which it waits for the device; ValueError where it gives neither."""
+    """Grid from the sizes that the pipeline passes, else from its coordinates.
+
+    Reading coordinates waits for the device.
+
+    Raises:
+        ValueError: it passes neither."""
     if num_frames is not None and height is not None and width is not None:
         grid = num_frames, height, width
     elif video_coords is not None:

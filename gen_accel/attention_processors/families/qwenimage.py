@@ -52,8 +52,8 @@ def video_shape(
     *args: Any,
     **kwargs: Any,
 ) -> VideoShape:
-    """The grid that the pipeline names. Of several images of a sample the first is generated; of
-    layers, all but the last, which is the condition."""
+    """Grid of the generated images: the first of several images of a sample, and all layers but
+    the last, which is the condition."""
     images = img_shapes[0]
     if not isinstance(images, list):
         images = [images]

@@ -18,8 +18,8 @@ GRAIN = 16  # blocks are multiples of it, which products of matrices want
 class Full:
     """Full attention in which no block holds tokens of two frames.
 
-    Unlike `Dense`, which stands for the model's own attention call. None of the methods to choose
-    from: it runs where what is dense must still obey a technique for longer video.
+    Unlike `Dense`, which leaves the model's own attention call in place, it obeys techniques for
+    longer video: `extend` puts it into dense layers and steps. Users do not choose it.
     """
 
     is_dense = True

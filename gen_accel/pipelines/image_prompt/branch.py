@@ -103,7 +103,7 @@ class Branch:
         return cast(Tensor, _OfOneTurn.apply(total, self.turn))
 
     def _check_rows(self, given: int, rows: int, frames: int | None) -> None:
-        """Of which samples others are, no one says."""
+        """Raise ValueError for another number of rows than the prompt was set for."""
         if given == rows * (frames or 1):
             return
         videos = "samples" if frames is None else f"videos of {frames} frames"
