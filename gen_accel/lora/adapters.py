@@ -1,14 +1,14 @@
-"""What is put on a model to train: a LoRA, or the layers that read an image prompt.
+"""Adapters that train on a model: a LoRA, or the layers that read an image prompt.
 
-An adapter, made by `put_on` when the attention method is attached, has
+An adapter, made by `put_on` after the attention method is attached, has
 
-FOLDER                        of OUT, where it is written in the end
-modules                       what trains outside of the transformer, by name
-inputs(cache, clips, draws)   what a batch holds for it, beside clips and captions
-taught(cache, clips, draws)   conditions of the teacher, of each clip; None: those of the clips
-showing(*inputs)              a context in which a forward pass sees these
+FOLDER                        folder of OUT that the trained adapter is written to
+modules                       modules outside of the transformer that train, by name
+inputs(cache, clips, draws)   inputs of the adapter in a batch, beside clips and captions
+taught(cache, clips, draws)   the teacher's conditions for each clip; None: the clips' own
+showing(*inputs)              a context in which a forward pass sees these inputs
 teaching()                    a context in which the model is the teacher
-writer(whole)                 writes it as it is now, into the folder that it is given
+writer(whole)                 a function that writes the present weights into a given folder
 sampling(i)                   a context in which the i-th validation video is made
 """
 
@@ -55,7 +55,7 @@ class Lora:
     """A LoRA on the transformer, and the parameters of the attached method.
 
     Args:
-        handle: of the attached method.
+        handle: handle of the attached method.
     """
 
     FOLDER = "lora"
@@ -88,7 +88,7 @@ class Lora:
 
     @contextmanager
     def teaching(self) -> Iterator[None]:
-        """The model as it came, or with the LoRA and the attention of `teacher_lora`."""
+        """Run the original model, or the model with `teacher_lora` and its attention."""
         dense = self._teacher is None or self._teacher.method == "dense"
         name = None if self._teacher is None else TEACHER
         with self._handle.paused() if dense else nullcontext(), active(self._transformer, name):
@@ -113,13 +113,13 @@ class Lora:
 
 
 class ImagePromptAdapter:
-    """Layers beside the model's own that read an image, and what turns the image into tokens.
+    """Added layers that read an image, and the projector that turns the image into tokens.
 
-    The model and the method's parameters stay as they are. At the first step it changes nothing:
-    see `start` of `ImageAdapter`.
+    The model and the method's parameters stay frozen. At the first step the adapter changes
+    nothing: see `start` of `ImageAdapter`.
 
     Args:
-        cache: its images say what the adapter is to read.
+        cache: source of the images; their features set the shape that the adapter reads.
     """
 
     FOLDER = "image_prompt"
@@ -141,7 +141,7 @@ class ImagePromptAdapter:
             **about_images(config),
             "recipe": recipe.to_dict(),
         }
-        # Without weights: those that train may lie in parts on several processes.
+        # Without weights: the training weights may be sharded over several processes.
         self._hollow = deepcopy(self.adapter).to("meta")
         target = model.transformer if model.pipe is None else model.pipe
         part = None if model.pipe is None else recipe.part
@@ -149,7 +149,7 @@ class ImagePromptAdapter:
         self.modules: dict[str, nn.Module] = {"image_adapter": self.adapter}
 
     def inputs(self, cache: Any, clips: Sequence[int], draws: Sequence[Draw]) -> tuple[Tensor]:
-        """Features of the clips' images, or of no image."""
+        """Stack the features of the clips' images, or the stand-in for no image."""
         shown = [
             cache.image(clip) if drawn.pictured else cache.no_image
             for clip, drawn in zip(clips, draws, strict=True)
@@ -159,7 +159,7 @@ class ImagePromptAdapter:
     def taught(
         self, cache: Any, clips: Sequence[int], draws: Sequence[Draw]
     ) -> list[dict[str, Tensor]]:
-        """Where the image is shown, the caption that says in words what it shows."""
+        """Return the teacher's conditions: its caption for each clip whose image is shown."""
         shown = []
         for clip, drawn in zip(clips, draws, strict=True):
             told = cache.teacher if drawn.pictured else cache.conditions
@@ -171,14 +171,16 @@ class ImagePromptAdapter:
 
     @contextmanager
     def teaching(self) -> Iterator[None]:
-        """Without the image."""
+        """Run the model with dense attention and without the image."""
         with self._handle.paused(), self._prompt.paused():
             yield
 
     @contextmanager
     def sampling(self, index: int) -> Iterator[None]:
-        """With the image of its own; given anew each time, as the average of the weights comes
-        and goes under the handle."""
+        """Show the validation video's own image.
+
+        The image is set anew each time, as the average of the weights is swapped in and out.
+        """
         device = next(self.adapter.parameters()).device
         features = self._of_validation(index).to(device)
         nothing = self._cache.no_image[None].to(device)
@@ -200,7 +202,7 @@ class ImagePromptAdapter:
         return write
 
     def _of_validation(self, index: int) -> Tensor:
-        """(1, ...) features."""
+        """Return the features of a validation image, (1, ...)."""
         files = self._config.validation_images
         if not files:
             return self._cache.image(index % len(self._cache))[None]
@@ -216,10 +218,10 @@ Adapter = Lora | ImagePromptAdapter
 
 @contextmanager
 def active(transformer: nn.Module, adapter: str | None) -> Iterator[None]:
-    """Inside, another adapter acts, or none.
+    """Activate another adapter, or none, inside the context.
 
-    Not by PEFT's own methods, which change what trains, and under FSDP of tensors that are there
-    for the moment alone.
+    PEFT's own methods are not used: they change `requires_grad`, and under FSDP they change it on
+    temporary tensors.
     """
     layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
@@ -234,11 +236,11 @@ def active(transformer: nn.Module, adapter: str | None) -> Iterator[None]:
 
 
 def put_on(config: TrainConfig, model: Model, handle: Any, recipe: Recipe, cache: Any) -> Adapter:
-    """Put what the config asks for on the model, from its start or from what was trained before.
+    """Put the config's adapter on the model, untrained or from an earlier training.
 
     Raises:
-        FileNotFoundError: nothing to start from where the config says.
-        ValueError: what is there is of another model, or is not what the config asks for.
+        FileNotFoundError: the adapter to start from is missing.
+        ValueError: the adapter to start from is of another model, or not of the config's kind.
     """
     if config.adapter == "lora":
         return Lora(config, model, handle, recipe)
@@ -246,7 +248,7 @@ def put_on(config: TrainConfig, model: Model, handle: Any, recipe: Recipe, cache
 
 
 def fields_of_lora(config: TrainConfig) -> dict[str, Any]:
-    """What a recipe says of a LoRA, and of what has none."""
+    """Return a recipe's fields of the LoRA; rank 0 for an image prompt."""
     if config.adapter != "lora":
         return {"rank": 0, "alpha": 0.0, "targets": ()}
     alpha = float(config.rank if config.alpha is None else config.alpha)
@@ -254,11 +256,11 @@ def fields_of_lora(config: TrainConfig) -> dict[str, Any]:
 
 
 def read_start(config: TrainConfig, transformer: Any) -> Any:
-    """What `init_adapter` holds, checked against the model and the config.
+    """Read `init_adapter`, checked against the model and the config.
 
     Raises:
         FileNotFoundError: no adapter there.
-        ValueError: of another model, or of another kind or with other tokens.
+        ValueError: the adapter is of another model or of another kind.
     """
     from gen_accel.pipelines.image_prompt.formats import find_adapter, read_adapter
 

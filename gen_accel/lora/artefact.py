@@ -1,4 +1,4 @@
-"""What a training leaves: a folder that diffusers loads as it loads any LoRA.
+"""Output of a training: a folder that diffusers loads as it loads any LoRA.
 
 pytorch_lora_weights.safetensors   with alpha, rank and the recipe in its metadata
 gen_accel.json                     the recipe, to be read
@@ -39,16 +39,16 @@ with needed_for("a LoRA", extra="train"):
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-ADAPTER, TEACHER = "default", "teacher"  # of PEFT
-PREFIX = "transformer"  # what diffusers calls it in the file, whichever of two it is
+ADAPTER, TEACHER = "default", "teacher"  # adapter names in PEFT
+PREFIX = "transformer"  # diffusers' prefix in the file, for either of two transformers
 
 
 def target_modules(transformer: nn.Module, targets: tuple[str, ...]) -> list[str]:
-    """The linear layers that a LoRA goes onto, all of them in the blocks with video attention.
+    """Find the linear layers that a LoRA goes onto, in the blocks with video attention.
 
     Args:
-        targets: "attention" and "feed_forward" stand for what the family has under these names;
-            anything else is the end of a module's name.
+        targets: "attention" and "feed_forward" stand for the family's `LORA_TARGETS` of these
+            names; any other target is the end of a module's name.
 
     Raises:
         ValueError: a target that matches no linear layer.
@@ -76,7 +76,7 @@ def target_modules(transformer: nn.Module, targets: tuple[str, ...]) -> list[str
 
 
 def add_lora(transformer: Any, config: TrainConfig, recipe: Recipe) -> None:
-    """A new LoRA of float32 parameters, the only ones of the model itself that train."""
+    """Add a new LoRA; of the model's own parameters only these train."""
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.rank if config.alpha is None else config.alpha,  # pyright: ignore[reportArgumentType]
@@ -90,11 +90,12 @@ def add_lora(transformer: Any, config: TrainConfig, recipe: Recipe) -> None:
 
 
 def check_start(source: str, config: TrainConfig, transformer: Any) -> Recipe:
-    """What is known of a LoRA to go on from.
+    """Read and check the recipe of a LoRA to go on from.
 
     Raises:
         FileNotFoundError: no LoRA there.
-        ValueError: of another model or part, or one that holds another guidance than is asked for.
+        ValueError: the LoRA is of another model or part, or holds another guidance than this
+            training.
     """
     recipe = read_recipe(source)
     _check_part("init_lora", source, recipe, config, transformer)
@@ -107,16 +108,16 @@ def check_start(source: str, config: TrainConfig, transformer: Any) -> Recipe:
 
 
 def check_teacher(config: TrainConfig, transformer: Any, trained_frames: int | None) -> Recipe:
-    """What is known of `teacher_lora`.
+    """Read and check the recipe of `teacher_lora`.
 
     Args:
-        trained_frames: of the model.
+        trained_frames: pixel frames that the model was trained on.
 
     Raises:
         FileNotFoundError: no LoRA there.
-        ValueError: of another model or part, or one that cannot run beside what trains: guided
-            twice, through another sparse attention, with parameters of the method, or under
-            another rule of positions.
+        ValueError: the LoRA is of another model or part, or cannot run beside the LoRA that
+            trains: guided twice, through another sparse attention, with parameters of the method,
+            or under another rule of positions.
     """
     source = config.teacher_lora
     assert source is not None
@@ -169,22 +170,25 @@ def _check_part(
 
 
 def held_guidance(config: TrainConfig) -> float:
-    """What the LoRA holds in the end: that of the teacher, or of the teacher's LoRA."""
+    """Return the guidance scale that the trained LoRA holds.
+
+    It is the teacher's scale, or the scale that the teacher's LoRA holds already.
+    """
     if config.teacher_lora is None or config.teacher_guidance > 1:
         return config.teacher_guidance
     return read_recipe(config.teacher_lora).teacher_guidance
 
 
 def teacher_hash(config: TrainConfig) -> str | None:
-    """Of the weights of `teacher_lora`."""
+    """Hash the weights of `teacher_lora`; None without a teacher's LoRA."""
     return None if config.teacher_lora is None else file_sha256(weights_file(config.teacher_lora))
 
 
 def check_guidance(config: TrainConfig, transformer: Any, boundary: float | None) -> None:
-    """Raises ValueError for a guided teacher of a model that has no use for it.
+    """Refuse, by a ValueError, a guided teacher for a model that cannot use it.
 
     Args:
-        boundary: noise level at which a pipeline goes from one transformer to the other.
+        boundary: noise level at which a pipeline switches between two transformers.
     """
     if config.teacher_guidance == 1:
         return
@@ -202,7 +206,7 @@ def add_teacher(transformer: Any, config: TrainConfig, trained_frames: int | Non
     file = weights_file(source)
     check_fit(f"teacher_lora {source}", transformer, under(PREFIX, load_file(file)), {})
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two are meant
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two are intended
         transformer.load_lora_adapter(
             str(file.parent),
             weight_name=file.name,
@@ -215,13 +219,15 @@ def add_teacher(transformer: Any, config: TrainConfig, trained_frames: int | Non
 
 
 def lora_state(transformer: Any) -> dict[str, Tensor]:
-    """As PEFT names it, with the parameters themselves."""
+    """Return the LoRA's parameters themselves, not copies, by PEFT's names."""
     return get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
 
 
 def portable(lora: LoraConfig) -> dict[str, Any]:
-    """Its options as JSON, without those at their defaults: an older PEFT refuses what it does
-    not know."""
+    """Return a LoRA's options as JSON, mostly without options at their defaults.
+
+    An older PEFT refuses options that it does not know.
+    """
     plain = LoraConfig().to_dict()
     always = "peft_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"
     return {
@@ -238,16 +244,16 @@ def write_lora(
     processors: Any | None,
     recipe: Recipe,
 ) -> Path:
-    """Write the folder, which appears when it is whole.
+    """Write the folder, which appears only when it is complete.
 
     Args:
-        state: of `lora_state`; empty where the processors trained alone.
-        processors: writes the method's own parameters into the folder it is given; None where it
-            has none.
+        state: result of `lora_state`; empty if only the processors trained.
+        processors: writes the method's own parameters into a given folder; None if the method has
+            no parameters.
 
     Raises:
         ValueError: weights that are not finite.
-        OSError: the disk is full, or cannot be written; what was there before is still there.
+        OSError: the disk is full or cannot be written; an earlier folder stays as it was.
     """
     check_finite(state, f"the LoRA for {folder}")
     text = json.dumps(recipe.to_dict())
@@ -273,13 +279,14 @@ def write_lora(
 
 
 def load_into(transformer: Any, folder: str | Path, config: TrainConfig) -> None:
-    """Start a new LoRA from one that was trained before; a lower rank or fewer targets grow, and
-    the model says at first what it said.
+    """Start a new LoRA from one that was trained before.
+
+    The new LoRA may have a higher rank or more targets; it begins with the same predictions.
 
     Raises:
         FileNotFoundError: no LoRA there.
-        ValueError: of another base model, with a higher rank or other targets, or of another
-            weight: alpha over rank.
+        ValueError: the earlier LoRA is of another base model, has a higher rank or other targets,
+            or another weight, alpha / rank.
     """
     recipe = check_start(str(folder), config, transformer)
     if not recipe.rank:
@@ -306,15 +313,15 @@ def load_into(transformer: Any, folder: str | Path, config: TrainConfig) -> None
 
 
 def _fits(x: Tensor, room: Tensor) -> bool:
-    """Whether a part of a LoRA is like another one's but for a lower rank."""
+    """Whether a matrix of a LoRA fits into another one, of the same or a higher rank."""
     return x.dim() == room.dim() and all(a <= b for a, b in zip(x.shape, room.shape, strict=True))
 
 
 def load_branches(branches: Mapping[str, nn.Module], folder: str | Path) -> None:
-    """Start the method's own parameters from those that lie beside a LoRA, if there are any.
+    """Load the method's own parameters from the folder of a LoRA, if it has some.
 
     Raises:
-        ValueError: some are missing there or of another shape.
+        ValueError: parameters that are missing there or of another shape.
     """
     path = weights_of(_folder(folder))
     if not branches or not path.is_file():
@@ -332,18 +339,18 @@ def load_branches(branches: Mapping[str, nn.Module], folder: str | Path) -> None
 
 
 def weights_file(given: str | Path) -> Path:
-    """Of a LoRA given by its folder or its file."""
+    """Return the weights file of a LoRA given by its folder or its file."""
     path = expanded(given)
     return path if path.is_file() else path / WEIGHTS
 
 
 def _folder(given: str | Path) -> Path:
-    """Of a LoRA given by its folder or its file."""
+    """Return the folder of a LoRA given by its folder or its file."""
     path = expanded(given)
     return path.parent if path.is_file() else path
 
 
 def _ending(name: str) -> str:
-    """ "blocks.3.attn1.to_out.0" to "to_out.0"."""
+    """Shorten a module's name, "blocks.3.attn1.to_out.0" to "to_out.0"."""
     parts = name.split(".")
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]

@@ -1,14 +1,13 @@
-"""What an image adds to each attention, held to what words would have added there.
+"""Loss of an image prompt at each attention: the image must add what a full caption would add.
 
-An image prompt adds A(q, image) to the attention to a caption that leaves open what is shown,
-Attn(q, K, V). With K*, V* of a caption that says it, each attention is asked by itself for
+The image prompt adds A(q, image) to Attn(q, K, V), the attention to a caption that does not
+describe the image. With K*, V* of a caption that does, each attention is trained by itself to
 
     A(q, image) = Attn(q, K*, V*) - Attn(q, K, V)
 
 at the queries q that the model has under the image prompt, after the output projection. Gradients
-do not run from one attention to another nor through the rest of the model, so that a step costs
-little more than a forward pass, and what makes little difference to the prediction in the end is
-not lost on the way.
+do not flow from one attention to another or through the rest of the model. A step therefore costs
+little more than a forward pass, and attentions with little effect on the prediction learn too.
 """
 
 import inspect
@@ -21,12 +20,14 @@ from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import family_for, image_family_of
 
-TEXT = "encoder_hidden_states"  # as attentions call their text
+TEXT = "encoder_hidden_states"  # name of the text among an attention's arguments
 
 
 def text_attentions(transformer: nn.Module) -> list[nn.Module]:
-    """Raises ValueError where video and text attend jointly: what the text gives is no output of
-    its own there."""
+    """Return the model's attentions to the text.
+
+    Raises ValueError if video and text attend jointly, as the text then has no separate output.
+    """
     order = family_for(transformer, "training").ORDER
     if order != "video":
         raise ValueError(
@@ -38,19 +39,20 @@ def text_attentions(transformer: nn.Module) -> list[nn.Module]:
 
 
 class AttentionLoss:
-    """Raises ValueError as `text_attentions` does."""
+    """The loss of one model. Raises ValueError as `text_attentions` does."""
 
     def __init__(self, transformer: nn.Module) -> None:
         self._attentions = text_attentions(transformer)
 
     def __call__(self, student: Callable[[], Any], teacher: Callable[[], Any]) -> Tensor:
-        """Squared error of the attentions' outputs by the square of what they are to be, both
-        summed over the batch; the mean of all attentions.
+        """Compute the relative squared error of the attentions' outputs, averaged over attentions.
+
+        Error and target are both summed over the batch before the division.
 
         Args:
             student: runs the model on the caption and the image.
-            teacher: runs it without the image on the caption that says what that shows, and
-                without gradients; on any video, as the text's tokens do not depend on it.
+            teacher: runs the model without gradients and without the image, on the caption that
+                describes the image. Any video will do, as the text's tokens do not depend on it.
         """
         calls: dict[nn.Module, inspect.BoundArguments] = {}
         given: dict[nn.Module, Tensor] = {}

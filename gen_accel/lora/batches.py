@@ -1,4 +1,4 @@
-"""Which clips the steps of a training show, and how a process puts its part of a step together."""
+"""Batches of a training: the clips of each step, and the part of a step for each process."""
 
 from typing import Any
 
@@ -18,9 +18,9 @@ with needed_for("training", extra="train"):
 def plan_clips(
     config: TrainConfig, model: Model, cache: LatentCache, processes: int
 ) -> list[list[list[int]]]:
-    """The numbers of the clips that all processes show, for each step of each stage.
+    """Choose the clips of all processes, by number, for each step of each stage.
 
-    Raises ValueError where no clip is long enough for a stage.
+    Raises ValueError if no clip is long enough for a stage.
     """
     return [
         _of_stage(stage, config, model, cache, processes, seed_of(config.seed, i, stage.steps))
@@ -29,7 +29,7 @@ def plan_clips(
 
 
 class Batches:
-    """Batches of one process, by the step alone: a training that goes on draws the same."""
+    """Batches of one process. They depend on the step alone, so a resumed run draws the same."""
 
     def __init__(
         self,
@@ -43,12 +43,13 @@ class Batches:
         self.adapter, self.accelerator = adapter, accelerator
 
     def __call__(self, step: int, clips: list[int], frames: int, micro: int) -> tuple[Any, ...]:
-        """This process's clips of a micro-step, as `Objective` takes them: latents, noise, noise
-        levels, conditions, those of the teacher, those without a caption, and what the adapter is
-        shown beside.
+        """Build this process's batch of a micro-step, as the arguments of `Objective`.
+
+        They are latents, noise, noise levels, conditions, the teacher's conditions, conditions
+        of the empty caption, and the adapter's inputs.
 
         Args:
-            clips: of the step, in all processes and micro-steps.
+            clips: clips of the step, over all processes and micro-steps.
             frames: latent frames.
         """
         config = self.config

@@ -1,12 +1,12 @@
-"""Checkpoints of a training: whole or not there.
+"""Checkpoints of a training, which are complete or absent.
 
     step-000200/
-      lora/                  the LoRA as it was then, which diffusers loads; or image_prompt/
+      lora/                  the LoRA at this step, which diffusers loads; or image_prompt/
       training.safetensors   parameters, average and optimizer
-      state.json             step, config, schedule, the hash of the file before, and its own
+      state.json             step, config, schedule, hash of training.safetensors, and its own hash
 
-A checkpoint is written under another name and renamed when all of it is on the disk. The newest
-is taken whose hashes are right and whose tensors are finite.
+A checkpoint is written under another name and renamed when all of it is on the disk. A run
+resumes from the newest checkpoint whose hashes match and whose tensors are finite.
 """
 
 import shutil
@@ -24,12 +24,17 @@ from gen_accel.lora.fingerprint import hash_of
 from gen_accel.tensor_files import check_finite, named, not_finite, save_tensors
 
 TENSORS, STATE = "training.safetensors", "state.json"
-OWN = "state_sha256"  # in the state: of all else in it
-KINDS = {"sha256": str, "step": int, "config": dict, "data": str, "processes": int}  # of a state
+OWN = "state_sha256"  # field of the state with the hash of its other fields
+# Types of a state's fields.
+KINDS = {"sha256": str, "step": int, "config": dict, "data": str, "processes": int}
 
 
 class Checkpoint(NamedTuple):
-    """path: its folder."""
+    """A loaded checkpoint.
+
+    Args:
+        path: its folder.
+    """
 
     path: Path
     tensors: dict[str, Tensor]
@@ -44,15 +49,15 @@ def save(
     keep: int,
     adapter: tuple[str, Callable[[Path], Any]],
 ) -> Path:
-    """Write `folder/step-N` and delete the oldest but `keep`.
+    """Write `folder/step-N`, and keep the newest `keep` checkpoints.
 
     Args:
-        state: fit for JSON, with `step`.
-        adapter: what its folder is called, and what writes it into the folder it is given.
+        state: state with `step`, fit for JSON.
+        adapter: name of the adapter's folder, and the function that writes into a given folder.
 
     Raises:
         ValueError: tensors that are not finite.
-        OSError: the disk is full, or cannot be written; what was there before is still there.
+        OSError: the disk is full or cannot be written; an earlier checkpoint stays as it was.
     """
     target = folder / _name(state["step"])
     check_finite(tensors, f"the state after step {state['step']}")
@@ -71,8 +76,10 @@ def save(
 
 
 def prune(folder: Path, last: Path, *, keep: int) -> None:
-    """Delete the checkpoints before `last` but the newest, `keep` with it, and all after it, which
-    are broken where a run went on from there."""
+    """Keep `last` and the newest before it, `keep` in all, and delete the other checkpoints.
+
+    Checkpoints after `last` are deleted too: a run that resumed from `last` found them broken.
+    """
     there = found(folder)
     number = there.index(last)
     for old in there[: max(number + 1 - keep, 0)] + there[number + 1 :]:
@@ -80,14 +87,16 @@ def prune(folder: Path, last: Path, *, keep: int) -> None:
 
 
 def found(folder: Path) -> list[Path]:
-    """Checkpoints by their step, the newest last, whole or not."""
+    """List the checkpoints by their step, the newest last, whole or not."""
     numbered = {int(p.name[5:]): p for p in folder.glob("step-*") if p.name[5:].isdigit()}
     return [path for _, path in sorted(numbered.items()) if path.is_dir()]
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
-    """The newest that is whole and finite; a warning names each that is not. None where there is
-    none."""
+    """Load the newest checkpoint that is whole and finite; None if there is none.
+
+    A warning names each broken one that is passed over.
+    """
     for path in reversed(found(folder)):
         try:
             return _load(path)
@@ -97,11 +106,11 @@ def load_newest(folder: Path) -> Checkpoint | None:
 
 
 def _load(path: Path) -> Checkpoint:
-    """Raises ValueError for what is not as it was written, or not finite."""
+    """Load a checkpoint. Raises ValueError if it was changed or is not finite."""
     state = read_fields(path / STATE)
     for name, kind in KINDS.items():
         typed(state, name, kind, origin=STATE)
-    # Earlier versions wrote no hash of the state: the folder's name vouches for the step alone.
+    # Earlier versions wrote no hash of the state: only the step is checked, by the folder's name.
     if OWN in state and state.pop(OWN) != hash_of(state):
         raise ValueError(f"{STATE} is not the file that was written")
     if path.name != _name(state["step"]):

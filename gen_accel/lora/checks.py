@@ -1,4 +1,4 @@
-"""What the fields of a finetuning refuse, each alone and together, before anything is loaded."""
+"""Checks of a finetuning's fields, alone and together, before anything is loaded."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -10,16 +10,16 @@ from gen_accel.lora.size import check_config
 from gen_accel.method import memory_of, parts_of
 from gen_accel.pipelines.long_video import check_names
 
-MOST_LAYERS = 1000  # which no model has
-MOST_RATE = 1e3  # from which a step is no step any more, long before float32 ends
-EPS = 1e-12  # shares that are added up may end a rounding above 1
+MOST_LAYERS = 1000  # more than any model has
+MOST_RATE = 1e3  # a larger learning rate trains nothing, long before float32 overflows
+EPS = 1e-12  # the sum of shares may end a rounding error above 1
 
 
 class Limit(NamedTuple):
-    """A rule that each of some fields must hold, None aside.
+    """A rule for the values of some fields, unless they are None.
 
     Args:
-        must: what the message says after the name.
+        must: text of the message after "NAME must".
     """
 
     names: tuple[str, ...]
@@ -69,7 +69,7 @@ LIMITS = (
 
 
 def check(config: Any) -> None:
-    """Refuse a `TrainConfig`, which calls this when it is made.
+    """Check a `TrainConfig`, which calls this when it is made.
 
     Raises ValueError for a value out of its limits, or for fields that do not go together.
     """
@@ -149,7 +149,7 @@ def _check_image_prompt(config: Any) -> None:
 
 
 def _check_unused(config: Any, group: str) -> None:
-    """Raises ValueError for fields of the other adapter that are not left as they are."""
+    """Refuse, by a ValueError, fields of the other adapter that differ from their defaults."""
     names = [one.name for one in fields(config) if one.metadata["group"] == group]
     given = [name for name in names if config.is_given(name)]
     if given:

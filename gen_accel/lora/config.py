@@ -1,4 +1,4 @@
-"""What a finetuning is asked for: one flat list of fields, from YAML, flags or Python."""
+"""The config of a finetuning: one flat list of fields, from YAML, flags or Python."""
 
 import json
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ class Stage:
     """A part of the length curriculum.
 
     Args:
-        frames: of the video, not latents.
+        frames: pixel frames, not latent frames.
         steps: optimizer steps.
-        rope: what is done to the rotary frequencies of time where `frames` is more than the model
-            was trained on; see `gen_accel.extend`.
+        rope: rule for the temporal rotary frequencies if `frames` exceeds the length that the
+            model was trained on; see `gen_accel.extend`.
     """
 
     frames: int
@@ -32,7 +32,7 @@ class Stage:
 
     @classmethod
     def parse(cls, text: str) -> "Stage":
-        """ "161:600" or "161:600:riflex"."""
+        """Read a stage from text such as "161:600" or "161:600:riflex"."""
         parts = [part.strip() for part in str(text).split(":")]
         if len(parts) not in (2, 3) or not all(part.isdigit() for part in parts[:2]):
             raise ValueError(
@@ -57,7 +57,7 @@ def _(default: Any, group: str, help: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All fields of a finetuning. `help` of each is what `--help` and `--print-config` show."""
+    """All fields of a finetuning. `--help` and `--print-config` show the `help` of each field."""
 
     model: str = _("demo", "What", "Folder or hub repository of the pipeline; demo: the embedded.")
     data: str | None = _(None, "What", "Videos with captions, a manifest, or a datasets folder.")
@@ -233,7 +233,7 @@ class TrainConfig:
         return tuple(Stage.parse(text) for text in self.stages)
 
     def stage_at(self, step: int) -> tuple[int, Stage, int]:
-        """Number and stage that a step belongs to, and which of its steps it is."""
+        """Return a step's stage: its number, the stage, and the step's index within the stage."""
         for number, stage in enumerate(self.curriculum):
             if step < stage.steps:
                 return number, stage, step
@@ -250,12 +250,12 @@ class TrainConfig:
         return max(stage.frames for stage in self.curriculum)
 
 
-# What may differ between a run and its continuation: nothing that the training depends on.
+# Fields that may differ between a run and its continuation: the training depends on none of them.
 FREE_TO_CHANGE = (
     "data",
     "cache",
     "out",
-    "teacher_lora",  # where it lies; what it is is compared by its hash
+    "teacher_lora",  # its path; its weights are compared by their hash
     "device",
     "checkpoint_every",
     "keep_checkpoints",
@@ -276,10 +276,10 @@ FREE_TO_CHANGE = (
 def read_config(
     path: str | Path | None, overrides: Mapping[str, Any] | None = None
 ) -> TrainConfig:
-    """The config of a YAML file, with `overrides` in place of what it says.
+    """Read a config from a YAML file; `overrides` take precedence.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_values`, or a value that `TrainConfig` refuses.
+        FileNotFoundError, ValueError: see `read_values`; also a value that `TrainConfig` refuses.
     """
     return TrainConfig(**read_values(path, overrides))
 
@@ -287,12 +287,14 @@ def read_config(
 def read_values(
     path: str | Path | None, overrides: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The fields that a YAML file and `overrides` give, of their types; no library is imported.
+    """Read the fields that a YAML file and `overrides` give, converted to their types.
+
+    No heavy library is imported.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no YAML mapping, a field that there is not (the nearest is named), or a
-            value of the wrong type.
+        ValueError: the file is no YAML mapping, a field is unknown (the error names the nearest),
+            or a value has the wrong type.
     """
     given: dict[str, Any] = {}
     if path is not None:
@@ -332,7 +334,7 @@ def _yaml() -> Any:
 
 
 def print_config(config: TrainConfig | None = None) -> str:
-    """A YAML file of all fields, with what each means."""
+    """Return a YAML file of all fields, each with its help as a comment."""
     yaml = _yaml()
     config, lines, group = config or TrainConfig(), [], None
     for one in fields(TrainConfig):
@@ -349,7 +351,7 @@ def print_config(config: TrainConfig | None = None) -> str:
 
 
 def differences(config: TrainConfig, earlier: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Fields that change what is trained: name to (earlier, now)."""
+    """Find changed fields that the training depends on: name to (earlier, now)."""
     found = {}
     for one in fields(TrainConfig):
         if one.name in FREE_TO_CHANGE:

@@ -1,6 +1,6 @@
-"""Videos with captions: where they are found, and how their frames are read.
+"""Videos with captions: finding them in a data set and reading their frames.
 
-Frames are decoded by ffmpeg, only as many as are needed, and shrunk one at a time.
+ffmpeg decodes only the frames that are needed; they are resized one at a time.
 """
 
 import csv
@@ -33,21 +33,22 @@ CAPTION_COLUMNS = ("caption", "text", "prompt")
 IMAGE_COLUMN = "image"
 TEACHER_COLUMN, TEACHER_SUFFIX = "teacher_caption", ".teacher.txt"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-SHOWN = 5  # names in an error
+SHOWN = 5  # most names listed in an error
 
 Size = tuple[int, int]  # height and width in pixels
 
 
 @dataclass(frozen=True, eq=False)
 class CaptionedVideo:
-    """A clip and what it shows.
+    """A clip and its caption.
 
     Args:
-        name: of the clip in its data set.
-        source: a file that ffmpeg reads, a function that returns the bytes of one, or the frames,
-            (F, H, W, 3) uint8, which are at the wanted rate already.
-        image: what an image prompt is to be for this clip; None leaves it to a frame of the clip.
-        teacher_caption: what the model reads that an image prompt is to match; empty without.
+        name: name of the clip in its data set.
+        source: a file that ffmpeg reads, a function that returns the bytes of such a file, or the
+            frames, (F, H, W, 3) uint8, already at the wanted rate.
+        image: image prompt of this clip; None uses a frame of the clip.
+        teacher_caption: caption of the teacher that an image prompt is trained to match; may be
+            empty.
     """
 
     name: str
@@ -57,7 +58,7 @@ class CaptionedVideo:
     teacher_caption: str = ""
 
     def sha256(self) -> str:
-        """Of the bytes of the file, or of the frames and their shape."""
+        """Hash the bytes of the file, or the frames and their shape."""
         match self.source:
             case Path():
                 return file_sha256(self.source)
@@ -68,23 +69,23 @@ class CaptionedVideo:
 
     @property
     def image_name(self) -> str:
-        """Of the image, for messages."""
+        """Name of the image, for messages."""
         return str(self.image) if isinstance(self.image, Path) else f"the image of {self.name}"
 
     def image_bytes(self) -> bytes:
-        """Of the file of the image. Raises OSError where it is not there."""
+        """Read the image file. Raises OSError if it is missing."""
         assert self.image is not None
         return self.image.read_bytes() if isinstance(self.image, Path) else self.image()
 
     def survey(self, *, frames: int, fps: float | None) -> "Survey":
-        """`survey_clip` of wherever the video is."""
+        """Run `survey_clip` on the video, wherever it is stored."""
         if isinstance(self.source, np.ndarray):
             return _surveyed(iter(self._checked()[:frames]))
         with self._file() as path:
             return survey_clip(path, frames=frames, fps=fps)
 
     def read(self, *, frames: int, size: Size, fps: float | None) -> np.ndarray:
-        """`read_clip` of wherever the video is."""
+        """Run `read_clip` on the video, wherever it is stored."""
         if isinstance(self.source, np.ndarray):
             return _resized(iter(self._checked()[:frames]), size)
         with self._file() as path:
@@ -112,11 +113,11 @@ class CaptionedVideo:
 
 
 class Survey(NamedTuple):
-    """What is known of a clip without keeping a frame.
+    """Length and size of a clip.
 
     Args:
-        frames: how many it has, or as many as were asked for if it has more.
-        size: height and width as stored, turned as a player shows them.
+        frames: number of frames in the clip, at most the number asked for.
+        size: stored height and width, rotated as a player shows them.
     """
 
     frames: int
@@ -124,9 +125,9 @@ class Survey(NamedTuple):
 
 
 def find_videos(data: str | Path, *, images: bool = False) -> list[CaptionedVideo]:
-    """Every captioned video of a data set, sorted by name.
+    """Find every captioned video of a data set, sorted by name.
 
-    A clip may come with a second caption, which says in words what its image shows: the column
+    A clip may come with a second caption, which describes its image: the column
     teacher_caption of a manifest, or `clip.teacher.txt` beside `clip.mp4`. `data` is one of
 
     - a folder of videos, subfolders too, with `clip.txt` beside `clip.mp4`;
@@ -137,11 +138,11 @@ def find_videos(data: str | Path, *, images: bool = False) -> list[CaptionedVide
     - a folder that `save_to_disk` of Hugging Face's `datasets` wrote, which needs that library.
 
     Args:
-        images: look for the image prompt of each clip too: the column image of a manifest, or
+        images: also look for the image prompt of each clip: the column image of a manifest, or
             `clip.png`, `.jpg`, `.jpeg` or `.webp` beside `clip.mp4`. A clip may have none.
 
     Raises:
-        FileNotFoundError: nothing at `data`, or videos or images of a manifest that are not there.
+        FileNotFoundError: nothing at `data`, or videos or images of a manifest are missing.
         ValueError: no videos, videos without a caption, or a manifest that cannot be understood.
         ImportError: `datasets` is needed and not installed.
     """
@@ -175,7 +176,7 @@ def find_videos(data: str | Path, *, images: bool = False) -> list[CaptionedVide
 
 
 def check_teacher_captions(videos: Sequence[CaptionedVideo]) -> None:
-    """Raises ValueError where one is missing."""
+    """Refuse videos without a caption for the teacher, by a ValueError."""
     untaught = [video.name for video in videos if not video.teacher_caption]
     if untaught:
         raise ValueError(
@@ -186,7 +187,7 @@ def check_teacher_captions(videos: Sequence[CaptionedVideo]) -> None:
 
 
 def parse_sizes(text: str) -> tuple[Size, ...]:
-    """ "480x832,832x480", height first, to pairs. Raises ValueError for anything else."""
+    """Parse "480x832,832x480", height first, to pairs. Raises ValueError for anything else."""
     try:
         sizes = tuple(
             (int(height), int(width))
@@ -200,7 +201,10 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
 
 
 def nearest_size(sizes: Sequence[Size], stored: Size) -> Size:
-    """The one of the nearest aspect; of several, the largest that enlarges nothing."""
+    """Choose the size of the nearest aspect ratio.
+
+    Among several, choose the largest that does not enlarge the clip.
+    """
 
     def order(size: Size) -> tuple[float, bool, int]:
         (height, width), enlarged = size, size[0] > stored[0] or size[1] > stored[1]
@@ -212,12 +216,12 @@ def nearest_size(sizes: Sequence[Size], stored: Size) -> Size:
 
 
 def open_image(data: bytes, name: object) -> Image.Image:
-    """Decoded, and turned as a viewer shows it.
+    """Decode an image and rotate it as a viewer shows it.
 
     Args:
-        name: of its file, for messages.
+        name: name of its file, for messages.
 
-    Raises OSError for what is no whole image, or one that is too large.
+    Raises OSError for data that is no whole image, or for too large an image.
     """
     return ImageOps.exif_transpose(read_picture(io.BytesIO(data), name))
 
@@ -226,7 +230,7 @@ def survey_clip(path: str | Path, *, frames: int, fps: float | None = None) -> S
     """Count the frames that `read_clip` would return, by decoding them.
 
     Raises:
-        OSError: ffmpeg cannot read it, or finds it damaged before its end.
+        OSError: ffmpeg cannot read the video, or finds it damaged before its end.
     """
     with _decoding(path, frames, fps) as pictures:
         return _surveyed(pictures)
@@ -235,23 +239,23 @@ def survey_clip(path: str | Path, *, frames: int, fps: float | None = None) -> S
 def read_clip(
     path: str | Path, *, frames: int, size: Size, fps: float | None = None
 ) -> np.ndarray:
-    """The first `frames` frames of a video, or all of it where it is shorter.
+    """Read the first `frames` frames of a video, or all frames if it is shorter.
 
-    Each is resized, its aspect kept, by an antialiased cubic until it covers `size`, and cropped
-    to the middle. No more frames are decoded than that takes, and only one at a time is held at
-    its stored size.
+    Each frame is resized by an antialiased cubic, its aspect ratio kept, until it covers `size`;
+    then its center is cropped. No further frames are decoded, and only one frame at a time is held
+    at its stored size.
 
     Args:
         size: height and width in pixels.
-        fps: frames a second. Each stored frame counts for the time of this grid nearest to its
-            own, the last of several stays, and a time without one repeats the frame before. None
-            takes the stored frames as they come.
+        fps: frames a second. Each stored frame goes to the nearest time of this grid. The last of
+            several frames at one time stays; a time without a frame repeats the frame before.
+            None takes the stored frames as they come.
 
     Returns:
         (F, H, W, 3) uint8.
 
     Raises:
-        OSError: ffmpeg cannot read it, or finds it damaged before its end.
+        OSError: ffmpeg cannot read the video, or finds it damaged before its end.
     """
     with _decoding(path, frames, fps) as pictures:
         return _resized(pictures, size)
@@ -293,7 +297,7 @@ def _decoding(path: str | Path, frames: int, fps: float | None) -> Iterator[Iter
 
 @contextmanager
 def _running(command: list[str], path: str) -> Iterator[IO[bytes]]:
-    """ffmpeg's output. Raises OSError with its words if it fails."""
+    """Run ffmpeg and yield its output. Raises OSError with its error text if it fails."""
     with tempfile.TemporaryFile() as words:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=words)
         assert process.stdout is not None
@@ -318,7 +322,7 @@ def _running(command: list[str], path: str) -> Iterator[IO[bytes]]:
 
 
 def _pictures(stream: IO[bytes]) -> Iterator[np.ndarray]:
-    """(H, W, 3) uint8 each, of a stream of portable pixmaps."""
+    """Read pictures, (H, W, 3) uint8 each, from a stream of portable pixmaps."""
     while (magic := stream.readline()).strip():
         size = stream.readline().split()
         depth = stream.readline().strip()
@@ -345,7 +349,7 @@ def _of_folder(folder: Path) -> list[CaptionedVideo]:
 
 
 def _pictured(video: CaptionedVideo) -> CaptionedVideo:
-    """With the image beside it, where the manifest names none."""
+    """Add the image file beside the video, if the manifest names no image."""
     if video.image is not None or not isinstance(video.source, Path):
         return video
     beside = [video.source.with_suffix(end) for end in IMAGE_SUFFIXES]
@@ -357,7 +361,7 @@ def _pictured(video: CaptionedVideo) -> CaptionedVideo:
 
 
 def _of_manifest(manifest: Path, root: Path, images: bool) -> list[CaptionedVideo]:
-    """Names are relative to `root`."""
+    """Read the videos of a manifest; names are relative to `root`."""
     match manifest.suffix.lower():
         case ".jsonl":
             rows = _json_rows(manifest)
@@ -401,7 +405,7 @@ def _json_rows(manifest: Path) -> list[tuple[int, Any]]:
 
 
 def _column(row: Any, names: tuple[str, ...], where: str) -> str:
-    """The first of `names` that the row has, as text."""
+    """Return the text in the first of the columns `names` that the row has."""
     name = next((name for name in names if isinstance(row, dict) and name in row), None)
     if name is None:
         raise ValueError(f"{where} has none of the columns {', '.join(names)}")
@@ -447,7 +451,7 @@ def _feature(columns: list[str], names: tuple[str, ...], folder: Path) -> str:
 
 
 def _stored(rows: Any, index: int, column: str, folder: Path) -> Path | Callable[[], bytes]:
-    """A path where the row holds no more than that, else a function that fetches the bytes."""
+    """Return a path if the row holds only a path, else a function that fetches the bytes."""
     value = rows[index][column]
     if isinstance(value, str):
         return folder / value
@@ -457,7 +461,7 @@ def _stored(rows: Any, index: int, column: str, folder: Path) -> Path | Callable
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Sorted; none that is hidden, or in a hidden folder."""
+    """List the files below a folder, sorted, without hidden files and hidden folders."""
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if path.is_file() and not hidden:

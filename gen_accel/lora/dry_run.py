@@ -1,4 +1,4 @@
-"""A config tried out without its model: a tiny random one of the same class, and two steps."""
+"""Dry run of a config: two training steps of a tiny random model of the same class."""
 
 import tempfile
 from dataclasses import replace
@@ -30,17 +30,17 @@ from gen_accel.pipelines.generation.sampling import check_fits
 from gen_accel.video import VideoShape
 
 TEXT, PATCHES, EMBEDDING = 6, 5, 8
-SMALL = (3, 3, 5)  # tokens; larger where the window of a method is
+SMALL = (3, 3, 5)  # least grid of tokens; larger for a method with a larger window
 
 
 def dry_run(config: TrainConfig) -> Trained:
     """Check a config as far as that goes without the model and the clips, and take two steps.
 
-    Method, layers, LoRA targets, objective, optimizer, curriculum and checkpoints are those of the
-    config; the rank is at most 4, the kernel one that runs on a CPU, clips are as small as the
-    method allows, and an image encoder is not loaded.
+    Method, layers, LoRA targets, objective, optimizer, curriculum and checkpoints come from the
+    config. The rank is at most 4, the kernel runs on a CPU, clips are as small as the method
+    allows, and no image encoder is loaded.
 
-    Raises ValueError for whatever does not fit, as a real run would.
+    Raises ValueError for a config that does not fit, as a real run would.
     """
     kind = transformer_class(config.model)
     family: Any = family_named(served_classes()[kind])
@@ -85,7 +85,7 @@ def dry_run(config: TrainConfig) -> Trained:
 
 
 def transformer_class(model: str) -> str:
-    """Of the pipeline's transformer; asks the hub for one small file where it has to."""
+    """Return the class name of a pipeline's transformer; may fetch one small file of the hub."""
     from gen_accel import demo
 
     for name in FAMILIES:
@@ -103,7 +103,7 @@ def transformer_class(model: str) -> str:
 
 
 def _check_lengths(config: TrainConfig, family: Any, patch: tuple[int, int, int]) -> None:
-    """That the method can be planned at the config's own sizes."""
+    """Refuse sizes of the config at which the method cannot be planned."""
     factor, side = family.TEMPORAL_FACTOR, patch[1] * family.SPATIAL_FACTOR
     method = method_from(config.method, config.settings)
     for name in ("height", "width"):
@@ -119,13 +119,13 @@ def _check_lengths(config: TrainConfig, family: Any, patch: tuple[int, int, int]
 
 
 class _Noise:
-    """In the place of a cache: one random clip of each length.
+    """Stand-in for a `LatentCache`: one random clip of each length.
 
     Args:
-        transformer: that takes it.
-        frames: of each, as of a video.
+        transformer: the model that takes the clips.
+        frames: pixel frames of each clip.
         size: height and width in latents.
-        features: shape of those of an image.
+        features: shape of an image's features.
     """
 
     digest = "dry run"

@@ -1,4 +1,4 @@
-"""Clips and captions encoded once into a cache of latents."""
+"""Encoding of clips, captions and images into a cache of latents."""
 
 import hashlib
 import math
@@ -38,17 +38,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run of `cache` did, in clips at one length each, if not said otherwise.
+    """Report of a run of `cache`. A clip counts once for each length.
 
     Args:
-        encoded: now.
-        kept: of those encoded before.
-        removed: that the cache held before and holds no more.
-        texts: captions encoded now, the empty one included.
-        short: clips with fewer frames than the shortest length.
-        broken: clips that could not be read, with the reason.
-        damaged: shards that had to be encoded again.
-        images: encoded now; None where none were asked for.
+        encoded: number of clips encoded now.
+        kept: number of clips that were in the cache already.
+        removed: number of clips that the cache held before and holds no more.
+        texts: number of captions encoded now, the empty one included.
+        short: names of videos with fewer frames than the shortest length.
+        broken: names of videos that could not be read, with the reason.
+        damaged: names of shards that had to be encoded again.
+        images: number of images encoded now; None without image prompts.
     """
 
     folder: Path
@@ -98,36 +98,36 @@ def cache(
         cache("models/Wan2.1", "clips", "cache", frames=(81, 161), sizes=[(480, 832)], fps=16)
         LatentCache("cache").latents(0)
 
-    All clips are read once before the first is encoded, so that what is wrong with them is said
-    then. A run that is killed leaves its finished shards to the next. A second run in the same
-    folder is refused while the first one lasts.
+    All clips are read once before the first is encoded, so that their faults are reported early.
+    A killed run leaves its finished shards to the next run. A second run in the same folder is
+    refused while the first one lasts.
 
     Args:
         model_or_pipe: the folder of a pipeline, a repository on the hub, or a pipeline, which is
-            used as it is. Of a folder the transformer is not loaded.
+            used as it is. The transformer of a folder or repository is not loaded.
         data: see `find_videos`; or the videos themselves.
-        frames: lengths in frames of the video. A clip counts for the longest that it fills and,
-            unless the autoencoder is causal, once more for each shorter one.
-        sizes: (height, width) in pixels; a clip takes the one of the nearest aspect.
-        fps: that clips are resampled to; None keeps the frames that are stored.
-        max_tokens: of the text, the pipeline's `max_sequence_length`.
-        on_broken: whether a clip that cannot be read is left out or ends the run.
+        frames: lengths in pixel frames. A clip is encoded at the longest length that it fills
+            and, unless the autoencoder is causal, at each shorter length too.
+        sizes: (height, width) in pixels; a clip takes the size of the nearest aspect ratio.
+        fps: frame rate to resample clips to; None keeps the stored frames.
+        max_tokens: length of the text, the pipeline's `max_sequence_length`.
+        on_broken: "skip" leaves out a clip that cannot be read, "stop" ends the run.
         store: dtype in the shards. Latents have unit variance, for which float16 has eight times
-            the resolution of bfloat16; values that it cannot hold are refused.
-        device: to encode on; "auto" is the accelerator where there is one. The encoders of a
-            pipeline are moved there for as long as they work.
-        dtype: to load the encoders in; "auto" is float32 for the autoencoder and, on a GPU,
+            the resolution of bfloat16. Values that overflow it are refused.
+        device: device to encode on; "auto" is the accelerator if there is one. The encoders of a
+            pipeline are moved there while they work.
+        dtype: dtype of the loaded encoders; "auto" is float32 for the autoencoder and, on a GPU,
             bfloat16 for the text encoders. Not for a pipeline, which has its own.
-        shard_bytes: how much is held in memory before it is written.
-        images: encode the image prompt of each clip too, its middle frame where it has none.
-        teacher: encode the caption for the teacher of each clip too, which all must have.
+        shard_bytes: bytes to hold in memory before a shard is written.
+        images: also encode the image prompt of each clip, by default its middle frame.
+        teacher: also encode each clip's caption for the teacher; all clips must have one.
 
     Raises:
-        ValueError: whatever `find_videos` or `check_model` refuses, sizes or lengths that the
-            model cannot take, a length that no clip fills, a pipeline that is offloaded, texts
-            that `store` cannot hold.
-        OSError: a broken clip with on_broken="stop", a folder that cannot be written, or that
-            another run writes to.
+        ValueError: data that `find_videos` refuses, a model that `check_model` refuses, sizes or
+            lengths that the model cannot take, a length that no clip fills, an offloaded pipeline,
+            or texts that `store` cannot hold.
+        OSError: a broken clip with on_broken="stop", a folder that cannot be written, or a folder
+            that another run writes to.
     """
     _check_options(frames, sizes, fps, max_tokens, on_broken, store, shard_bytes)
     if isinstance(data, str | Path):
@@ -158,7 +158,7 @@ def cache(
 
 
 def _fill(folder: Path, run: "_Run", videos: Sequence[CaptionedVideo], shard_bytes: int) -> Report:
-    """Encode what the folder lacks, and write its manifest."""
+    """Encode the tensors that the folder lacks, and write its manifest."""
     with Shards(folder, shard_bytes) as shards, progress_bar() as bar:
         jobs, known, short = run.read(videos, shards, bar)
         texts = run.encode_texts(jobs, shards, bar)
@@ -184,7 +184,12 @@ def _fill(folder: Path, run: "_Run", videos: Sequence[CaptionedVideo], shard_byt
 
 
 class _Job(NamedTuple):
-    """A clip at one length. frames: of the video; size: in pixels."""
+    """A clip at one length.
+
+    Args:
+        frames: pixel frames.
+        size: height and width in pixels.
+    """
 
     video: CaptionedVideo
     frames: int
@@ -202,7 +207,7 @@ class _Job(NamedTuple):
 
 @dataclass
 class _Run:
-    """What one call of `cache` was asked for, and the clips that it found broken."""
+    """Options of one call of `cache`, and the clips that it found broken."""
 
     encoders: Encoders
     frames: tuple[int, ...]
@@ -232,7 +237,11 @@ class _Run:
     def read(
         self, videos: Sequence[CaptionedVideo], shards: Shards, bar: "Progress"
     ) -> tuple[list[_Job], dict[str, Any], tuple[str, ...]]:
-        """What is to be in the cache, what is known of its clips, and those that are too short."""
+        """Survey all clips.
+
+        Returns the jobs to have in the cache, the data about its clips, and the names of videos
+        that are too short.
+        """
         jobs: list[_Job] = []
         known: dict[str, Any] = {}
         short = []
@@ -263,7 +272,7 @@ class _Run:
         return jobs, known, tuple(short)
 
     def encode_texts(self, jobs: Sequence[_Job], shards: Shards, bar: "Progress") -> int:
-        """All captions that the shards lack. Returns how many those were."""
+        """Encode all captions that the shards lack. Returns their number."""
         captions = {job.text_key: job.video.caption for job in jobs} | {self.text_key(""): ""}
         captions |= {job.teacher_key: job.video.teacher_caption for job in jobs if job.teacher_key}
         new = [key for key in captions if key not in shards]
@@ -284,7 +293,7 @@ class _Run:
         return len(new)
 
     def encode_images(self, jobs: Sequence[_Job], shards: Shards, bar: "Progress") -> int | None:
-        """All images that the shards lack. Returns how many those were."""
+        """Encode all images that the shards lack. Returns their number, None without images."""
         if self.images is None:
             return None
         new = {
@@ -308,7 +317,7 @@ class _Run:
         return len(new)
 
     def encode_clips(self, jobs: Sequence[_Job], shards: Shards, bar: "Progress") -> set[str]:
-        """All latents that the shards lack. Returns the keys of those."""
+        """Encode all latents that the shards lack. Returns their keys."""
         new = {job.latent_key: job for job in jobs if job.latent_key not in shards}
         family, pipe = self.encoders.family, self.encoders.pipe
         with self.encoders.at_work("vae"):
@@ -324,7 +333,11 @@ class _Run:
         return set(new)
 
     def manifest(self, entries: Sequence[Entry], known: dict[str, Any]) -> dict[str, Any]:
-        """What the cache says of itself. known: of each clip, by its hash and rate."""
+        """Build the manifest's fields.
+
+        Args:
+            known: data about each clip, by its hash and frame rate.
+        """
         about = {
             "model": type(self.encoders.pipe).__name__,
             "causal": self.encoders.family.CAUSAL_VAE,
@@ -340,12 +353,12 @@ class _Run:
         return about
 
     def used(self, done: Sequence[_Job]) -> set[str]:
-        """The keys that stay in the cache."""
+        """Return the keys that stay in the cache."""
         keys = {self.text_key("")} | {key for job in done for key in job.keys}
         return keys if self.images is None else keys | {self.image_key("nothing")}
 
     def _check_image(self, video: CaptionedVideo, shards: Shards) -> str | None:
-        """The key of the image that the clip comes with, which is read; None without."""
+        """Read the clip's own image. Returns its key, or None if there is no image."""
         if self.images is None or video.image is None:
             return None
         try:
@@ -358,14 +371,14 @@ class _Run:
         return key
 
     def _picture(self, job: _Job) -> Image.Image:
-        """That which comes with the clip, or the frame in the middle of what is trained on."""
+        """Return the clip's own image, or the middle frame of its length."""
         if job.video.image is not None:
             return open_image(job.video.image_bytes(), job.video.image_name)
         frames = job.video.read(frames=job.frames // 2 + 1, size=job.size, fps=self.fps)
         return Image.fromarray(frames[-1])
 
     def _survey(self, video: CaptionedVideo, about: dict[str, Any] | None) -> dict[str, Any]:
-        """Frames that the clip has, of those asked for, and its stored size."""
+        """Return the clip's number of frames, at most the longest length, and its stored size."""
         longest = self.frames[-1]
         if about and (about["frames"] < about["asked"] or about["asked"] >= longest):
             return about
@@ -373,7 +386,7 @@ class _Run:
         return {"frames": found.frames, "asked": longest, "size": list(found.size)}
 
     def _check_lengths(self, known: dict[str, Any]) -> None:
-        """Each must have a clip."""
+        """Refuse a length that no clip fills."""
         if not known:
             raise ValueError(f"no clip could be read: {next(iter(self.broken.values()))}")
         longest = max(about["frames"] for about in known.values())
@@ -390,7 +403,7 @@ class _Run:
         self.broken[video.name] = str(error)
 
     def _pixels(self, job: _Job) -> Tensor:
-        """(1, 3, F, H, W) in [-1, 1]."""
+        """Read the clip's pixels, (1, 3, F, H, W) in [-1, 1]."""
         frames = job.video.read(frames=job.frames, size=job.size, fps=self.fps)
         if len(frames) < job.frames:
             raise OSError(f"it has {len(frames)} frames now, and had {job.frames}")
@@ -465,7 +478,10 @@ def _entry(job: _Job, pipe: Any) -> Entry:
 
 
 def _about(entry: Entry) -> dict[str, Any]:
-    """Without what it has not: the hash over all is as before there were any of those."""
+    """Return an entry's fields that are set.
+
+    Leaving out None keeps the hash of caches from before these fields existed.
+    """
     return {name: value for name, value in asdict(entry).items() if value is not None}
 
 

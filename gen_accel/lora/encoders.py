@@ -1,4 +1,4 @@
-"""The models that turn clips and captions into what a transformer reads: loaded without it."""
+"""Encoders of clips and captions: a pipeline's models, loaded without its transformer."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,8 +23,8 @@ class Encoders(NamedTuple):
     """A pipeline without its transformer's weights.
 
     Args:
-        transformer: for its configuration alone.
-        device: to encode on.
+        transformer: source of the configuration; its weights are not used.
+        device: device to encode on.
     """
 
     pipe: Any
@@ -36,7 +36,7 @@ class Encoders(NamedTuple):
         return family_of(self.transformer)
 
     def states(self, *prefixes: str) -> list[Any]:
-        """What the components whose names begin so compute, as hashes."""
+        """Hash each component whose name begins with one of `prefixes`."""
         parts = _components(self.pipe, *prefixes)
         for prefix in prefixes:
             if not any(name.startswith(prefix) for name in parts):
@@ -48,7 +48,7 @@ class Encoders(NamedTuple):
 
     @contextmanager
     def at_work(self, prefix: str) -> Iterator[None]:
-        """Models with names that begin with `prefix` are on the device, then where they were."""
+        """Move models whose names begin with `prefix` to the device, and back at the end."""
         models = [m for m in _components(self.pipe, prefix).values() if isinstance(m, nn.Module)]
         homes = [next(model.parameters()).device for model in models]
         try:
@@ -61,15 +61,17 @@ class Encoders(NamedTuple):
 
 
 def load_encoders(model_or_pipe: Any, device: str, dtype: str) -> Encoders:
-    """Of a pipeline, or of a folder or hub repository, whose transformer is not loaded.
+    """Take the encoders of a pipeline, or load them from a folder or hub repository.
+
+    The transformer of a folder or repository is not loaded.
 
     Args:
-        device: to encode on.
+        device: device to encode on.
         dtype: "auto" is float32 for the autoencoder and, on a GPU, bfloat16 for the others.
 
     Raises:
-        ValueError: what `check_model` and `check_index` refuse, a class that no family trains, or
-            a dtype together with a pipeline.
+        ValueError: a model that `check_model` or `check_index` refuses, a class that no family
+            trains, or a dtype together with a pipeline.
     """
     if not isinstance(model_or_pipe, str | Path):
         pipe = model_or_pipe
@@ -91,7 +93,7 @@ def load_encoders(model_or_pipe: Any, device: str, dtype: str) -> Encoders:
     if not folder.exists():
         fetched(source, "model_index.json")
         source = str(DiffusionPipeline.download(source))
-    # Asked for no transformer, `from_pretrained` loads it nevertheless where it is optional.
+    # `from_pretrained` with transformer=None would load an optional transformer nevertheless.
     index: Any = DiffusionPipeline.load_config(source)
     check_index(index, source)
     found = {name: value for name, value in index.items() if isinstance(value, list) and value[0]}
@@ -112,7 +114,7 @@ def load_encoders(model_or_pipe: Any, device: str, dtype: str) -> Encoders:
 
 
 def _loaded(source: str, name: str, kind: Sequence[str], dtype: torch.dtype) -> Any:
-    """One component of the pipeline in the folder `source`."""
+    """Load one component of the pipeline in the folder `source`."""
     found: Any = part_class(kind, name)
     is_model = issubclass(found, nn.Module)
     options = {"torch_dtype": dtype} if is_model else {}
@@ -123,7 +125,7 @@ def _loaded(source: str, name: str, kind: Sequence[str], dtype: torch.dtype) -> 
 
 
 def _hollow(source: str, name: str, kind: Sequence[str]) -> Any:
-    """The model without its weights: it takes no memory and can compute nothing."""
+    """Build a model on the meta device, for its configuration."""
     with needed_for("encoding clips", extra="train"):
         from accelerate import init_empty_weights
     found: Any = part_class(kind, name)

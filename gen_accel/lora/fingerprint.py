@@ -1,4 +1,4 @@
-"""Hashes of what computes something: they change when, and only when, its results may."""
+"""Hashes of models and tokenizers: they change when, and only when, the results may change."""
 
 import hashlib
 import json
@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 
-# Of a configuration; weights have theirs.
+# Fields of a configuration to leave out; the weights state their own dtype.
 PASSING = ("transformers_version", "dtype", "torch_dtype")
 
 
 def hash_of(value: Any) -> str:
-    """Of a value that is fit for JSON."""
+    """Hash a value that is fit for JSON."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def model_state(name: str, model: Any) -> str:
-    """Of its class, configuration and weights."""
+    """Hash a model's class, configuration and weights."""
     hooked = any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for m in model.modules())
     if hooked or any(x.is_meta for x in model.parameters()):
         raise ValueError(f"the {name} is offloaded: give the pipeline before that, or its folder")
@@ -32,7 +32,7 @@ def model_state(name: str, model: Any) -> str:
 
 
 def words_state(tokenizer: Any) -> str:
-    """Of how a tokenizer splits text; not of how its last call padded it."""
+    """Hash how a tokenizer splits text, without the padding of its last call."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "to_str"):
         return hash_of(

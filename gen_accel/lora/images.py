@@ -1,4 +1,4 @@
-"""What an image prompt is trained on: pixels, or what an image encoder makes of them."""
+"""Training inputs of an image prompt: pixels, or the features of a frozen image encoder."""
 
 import hashlib
 import json
@@ -14,7 +14,8 @@ from torch import Tensor
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.fingerprint import model_state
 
-# Of the small encoder that trains along: the last of four convolutions sees half of an image.
+# Channels of the small encoder that trains along. The last of its four convolutions sees half of
+# an image.
 CHANNELS = (16, 32, 48, 64)
 
 
@@ -29,7 +30,7 @@ class ImageCoder:
         source: folder or hub repository of the encoder.
 
     Attributes:
-        about: what a cache says of its images, fit for JSON.
+        about: description that a cache keeps of its images, fit for JSON.
     """
 
     def __init__(self, variant: str, *, size: int = 32, source: str | None = None) -> None:
@@ -43,7 +44,7 @@ class ImageCoder:
         return cls(variant_of(config), size=config.image_size, source=config.image_encoder)
 
     def state(self) -> str:
-        """Hash of all that the result depends on, beside the image."""
+        """Hash of all inputs of the features but the image."""
         words = [self.variant, self.size]
         if self.source is not None:
             parts = self._loaded()
@@ -53,11 +54,11 @@ class ImageCoder:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def check(self, image: Image.Image) -> None:
-        """Raises OSError for an image that cannot be shown to an encoder."""
+        """Refuse, by an OSError, an image that cannot be shown to an encoder."""
         self._rgb(image)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """(3, S, S) uint8 for "pixels", else features, (E,) or (S, E).
+        """Encode an image: (3, S, S) uint8 for "pixels", else features, (E,) or (S, E).
 
         Raises:
             OSError: see `check`.
@@ -70,7 +71,7 @@ class ImageCoder:
         return ImageEncoder(self.variant, self._loaded())([rgb])[0]
 
     def nothing(self) -> Tensor:
-        """What stands for no image, in the same form."""
+        """Return the stand-in for no image, in the form of an encoded image."""
         from gen_accel.pipelines.image_prompt.encoder import ImageEncoder
 
         parts = None if self.source is None else self._loaded()
@@ -80,7 +81,7 @@ class ImageCoder:
 
     @contextmanager
     def at_work(self, device: torch.device) -> Iterator[None]:
-        """The encoder is on the device meanwhile."""
+        """Keep the encoder on the device inside the context."""
         if self.source is None:
             yield
             return
@@ -100,7 +101,7 @@ class ImageCoder:
             raise OSError(str(error)) from error
 
     def _loaded(self) -> SimpleNamespace:
-        """Encoder and preprocessing, as a pipeline holds them."""
+        """Load encoder and preprocessing once, under the names that a pipeline uses."""
         from gen_accel.pipelines.image_prompt.encoder import load_encoder
 
         if self._parts is None:
@@ -111,32 +112,32 @@ class ImageCoder:
 
 
 def variant_of(config: TrainConfig) -> str:
-    """What kind of adapter a config asks for; see `image_prompt.formats`."""
+    """Return the kind of adapter that a config asks for; see `image_prompt.formats`."""
     if config.image_encoder is None:
         return "pixels"
     return {"embedding": "base", "patches": "plus"}[config.image_features]
 
 
 def about_images(config: TrainConfig) -> dict[str, Any]:
-    """What an adapter's file says of the images that it reads."""
+    """Describe the images that an adapter reads, for its file."""
     if config.image_encoder is None:
         return {"image_size": config.image_size}
     return {"image_encoder": config.image_encoder}
 
 
 def describe_images(about: Mapping[str, Any]) -> str:
-    """`ImageCoder.about` in words."""
+    """Put `ImageCoder.about` into words."""
     if about["variant"] == "pixels":
         return f"a small encoder of {about['size']} pixels"
     return f"{about['variant']!r} of {about['source']}"
 
 
 def new_projector(config: TrainConfig, features: Sequence[int], width: int) -> Any:
-    """An untrained projector.
+    """Build an untrained projector.
 
     Args:
-        features: shape of those of one image.
-        width: of the tokens.
+        features: shape of the features of one image.
+        width: width of the tokens.
     """
     from gen_accel.pipelines.image_prompt import projectors
 
@@ -150,7 +151,7 @@ def new_projector(config: TrainConfig, features: Sequence[int], width: int) -> A
 
 
 def features_shape(config: TrainConfig, *, patches: int, embedding: int) -> tuple[int, ...]:
-    """Of one image, for an encoder of such sizes."""
+    """Return the shape of one image's features, for an encoder of the given sizes."""
     shapes = {
         "pixels": (3, config.image_size, config.image_size),
         "base": (embedding,),

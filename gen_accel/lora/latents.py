@@ -1,9 +1,8 @@
 """Latents and text embeddings, encoded once and read while training.
 
-A cache is a folder of `Shards`. The key of a clip's latents is a hash of its bytes, how it was
-decoded, and the autoencoder; that of a text, of the caption, the text encoders and tokenizers;
-that of an image, of its bytes and the image encoder. What changes is encoded again, and nothing
-else.
+A cache is a folder of `Shards`. Each tensor's key is a hash of its inputs: for latents the clip's
+bytes, the decoding and the autoencoder; for a text the caption, the text encoders and the
+tokenizers; for an image its bytes and the image encoder. Only changed inputs are encoded again.
 """
 
 from dataclasses import dataclass
@@ -30,12 +29,12 @@ from gen_accel.values import check_fields
 if not TYPE_CHECKING:
     __getattr__ = signpost("lora.latents")
 
-LATENTS = "latents"  # what the tensor of a clip is called after its key
+LATENTS = "latents"  # name of a clip's tensor after its key
 IMAGE = "image"
-RECIPE = 1  # of decoding and encoding; another one makes all keys new
+RECIPE = 1  # version of decoding and encoding; another one makes all keys new
 TEXTS_AT_ONCE = 8
 NONE = type(None)
-KINDS = {  # of a manifest
+KINDS = {  # types of a manifest's fields
     "shards": (dict,),
     "entries": (list,),
     "empty": (str,),
@@ -49,10 +48,10 @@ class Entry:
     """A clip at one length, with its caption.
 
     Args:
-        frames, height, width: of the latents.
-        pixel_frames: of the video that was encoded.
-        latent_key, text_key, image_key, teacher_key: the names of its tensors in the shards; no
-            image and no second caption where the cache was made without.
+        frames, height, width: size of the latents.
+        pixel_frames: frames of the video that was encoded.
+        latent_key, text_key, image_key, teacher_key: names of the clip's tensors in the shards;
+            image_key or teacher_key is None in a cache without images or teacher captions.
     """
 
     name: str
@@ -68,17 +67,17 @@ class Entry:
 
 
 class LatentCache:
-    """What `cache` wrote, read one tensor at a time.
+    """Reader of a folder that `cache` wrote, one tensor at a time.
 
     Args:
-        folder: with its `manifest.json`.
+        folder: the folder that holds `manifest.json`.
 
     Attributes:
-        entries: in the order of the data: of what `find_videos` finds, sorted by name.
-        digest: hash over all entries. It does not depend on how they lie in shards.
-        causal: whether the first latents of an entry are those of a shorter clip.
-        fps: that the clips were resampled to; None where they kept their own.
-        images: what the images were encoded to, as `ImageCoder` says it; None without.
+        entries: clips in the order of the data; videos from `find_videos` are sorted by name.
+        digest: hash over all entries, independent of how they are split into shards.
+        causal: whether the first latents of an entry equal the latents of a shorter clip.
+        fps: frame rate that the clips were resampled to; None if they kept their own.
+        images: `ImageCoder.about` of the encoded images; None without images.
 
     Raises:
         FileNotFoundError: no manifest, or a shard is missing.
@@ -100,7 +99,7 @@ class LatentCache:
         self.digest = hash_of([manifest["entries"], manifest["empty"], self.causal, self.fps])
         self.images: dict[str, Any] | None = manifest.get("images")
         self._empty: str = manifest["empty"]
-        # Of a tensor's key and its own name, the shard.
+        # Maps a tensor's key, then its own name, to the shard.
         self._homes: dict[str, dict[str, str]] = {}
         for shard, about in self._files.items():
             for tensor in about["tensors"]:
@@ -124,10 +123,10 @@ class LatentCache:
         return len(self.entries)
 
     def latents(self, index: int, frames: int | None = None) -> Tensor:
-        """(C, f, h, w) float32, as the transformer takes them.
+        """Read a clip's latents, (C, f, h, w) float32, as the transformer takes them.
 
         Args:
-            frames: only so many of the first latent frames are read.
+            frames: number of latent frames to read, from the first; None reads all.
 
         Raises:
             ValueError: the entry has fewer, or has more and its autoencoder is not causal.
@@ -145,14 +144,14 @@ class LatentCache:
         return shard.get_slice(f"{key}.{LATENTS}")[:, :frames].float()
 
     def conditions(self, index: int) -> dict[str, Tensor]:
-        """Arguments of the transformer for the caption, without a batch axis."""
+        """Read the transformer's arguments for the caption, without a batch axis."""
         return self._text(self.entries[index].text_key)
 
     def teacher(self, index: int) -> dict[str, Tensor]:
-        """`conditions` of the caption for the teacher.
+        """Read `conditions` of the teacher's caption.
 
         Raises:
-            ValueError: the cache was made without.
+            ValueError: the cache was made without captions for a teacher.
         """
         key = self.entries[index].teacher_key
         if key is None:
@@ -161,11 +160,13 @@ class LatentCache:
 
     @property
     def empty(self) -> dict[str, Tensor]:
-        """`conditions` of the empty prompt."""
+        """Transformer arguments (`conditions`) for the empty prompt."""
         return self._text(self._empty)
 
     def image(self, index: int) -> Tensor:
-        """Features of the clip's image prompt, float32; pixels are (3, S, S) in [-1, 1].
+        """Read the features of the clip's image prompt, float32.
+
+        Pixels are (3, S, S) in [-1, 1].
 
         Raises:
             ValueError: the cache was made without images.
@@ -174,22 +175,22 @@ class LatentCache:
 
     @property
     def no_image(self) -> Tensor:
-        """`image` of what stands for no image."""
+        """Features that stand for no image, in the form of `image`."""
         return self._image(None if self.images is None else self.images["nothing"])
 
     def verify(self) -> None:
-        """Read all of it. Raises ValueError for shards whose bytes are not those written."""
+        """Read all shards. Raises ValueError for shards whose bytes changed since `cache`."""
         check_bytes(self.folder, self._files)
 
     def fitting(self, frames: int) -> list[int]:
-        """Entries that give a clip of `frames` latent frames.
+        """Numbers of the entries that give a clip of `frames` latent frames.
 
-        They are those of that length and, with a causal autoencoder, the longer ones.
+        An entry must have that length; with a causal autoencoder it may also be longer.
         """
         return [i for i, entry in enumerate(self.entries) if self._fits(entry, frames)]
 
     def buckets(self, frames: int) -> dict[tuple[int, int], list[int]]:
-        """`fitting` by (height, width) of the latents."""
+        """Group `fitting` by (height, width) of the latents."""
         found: dict[tuple[int, int], list[int]] = {}
         for i in self.fitting(frames):
             found.setdefault((self.entries[i].height, self.entries[i].width), []).append(i)
@@ -219,7 +220,7 @@ class LatentCache:
 
 
 def _entry(data: Any, origin: Path) -> Entry:
-    """Raises ValueError for what is no entry of a manifest."""
+    """Read an entry of a manifest; ValueError for anything else."""
     what = f"an entry of {origin}"
     check_fields(fields_of(data, what), Entry, what)
     try:
@@ -229,5 +230,5 @@ def _entry(data: Any, origin: Path) -> Entry:
 
 
 def as_features(stored: Tensor) -> Tensor:
-    """Of an image as the cache keeps it: float32, pixels in [-1, 1]."""
+    """Convert a stored image to features: float32, pixels in [-1, 1]."""
     return normalised(stored) if stored.dtype == torch.uint8 else stored.float()

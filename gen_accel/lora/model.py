@@ -1,18 +1,18 @@
-"""The model that a training is about."""
+"""The model to train."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
 class Model(NamedTuple):
-    """What is trained, wherever it came from.
+    """The model to train and the numbers that its training needs.
 
     Args:
-        pipe: None where nothing is to be sampled.
-        frames: latent frames of a clip of so many frames.
-        trained_frames: pixel frames, None where nobody knows.
-        shift: of the noise levels.
-        boundary: the noise level at which a model with two experts changes to the other.
+        pipe: None where no videos are sampled.
+        frames: maps a number of pixel frames to the number of latent frames.
+        trained_frames: pixel frames that the model was trained on; None if unknown.
+        shift: shift of the noise levels.
+        boundary: noise level at which a model of two experts switches between them.
     """
 
     transformer: Any

@@ -1,4 +1,4 @@
-"""What one training step computes: clips and noise by number, and the loss of a batch."""
+"""Objective of a training step: its clips, its random draws, and the loss of a batch."""
 
 import hashlib
 import math
@@ -15,15 +15,15 @@ from gen_accel.lora.attention_loss import AttentionLoss
 from gen_accel.lora.config import TrainConfig
 
 MOST_DRAWS = 10_000
-SIGMAS = (1e-3, 1 - 1e-3)  # noise levels beyond these teach nothing
+SIGMAS = (1e-3, 1 - 1e-3)  # lowest and highest noise level; beyond, there is nothing to learn
 
 
 class Draw(NamedTuple):
-    """What is random about one clip of one step.
+    """Random draws for one clip of one step.
 
     Args:
-        noise: like the latents.
-        sigma: the noise level, 0 to 1.
+        noise: shaped like the latents.
+        sigma: noise level, 0 to 1.
         captioned: whether its caption is shown.
         pictured: whether its image is shown.
     """
@@ -43,13 +43,14 @@ def draw(
     shift: float,
     sigmas: tuple[float, float] = SIGMAS,
 ) -> Draw:
-    """Depends on the seed, the step and the clip's place in the global batch alone.
+    """Draw noise, noise level and dropouts for one clip of one step.
 
-    So it is the same on any number of processes, and after any interruption.
+    The draw depends only on the seed, the step and the clip's place in the global batch. It is
+    the same on any number of processes and after any interruption.
 
     Args:
-        shape: of the latents, (C, f, h, w).
-        sigmas: the lowest and highest noise level that may come out.
+        shape: shape of the latents, (C, f, h, w).
+        sigmas: lowest and highest noise level of a draw.
     """
     generator = torch.Generator().manual_seed(seed_of(config.seed, step, place))
     sigma = math.nan
@@ -71,7 +72,7 @@ def draw(
     noise = torch.randn(tuple(shape), generator=generator)
     if config.adapter == "lora":
         return Draw(noise, sigma, captioned)
-    # One number for what is left out, so that the shares are those of the config.
+    # One number decides all dropouts, so that their shares equal the config's.
     share = torch.rand((), generator=generator, dtype=torch.float64).item()
     no_image = share < config.image_dropout
     neither = config.image_dropout <= share < config.image_dropout + config.both_dropout
@@ -80,15 +81,16 @@ def draw(
 
 
 def shifted(level: float, shift: float) -> float:
-    """A noise level moved towards 1, as FlowMatchEulerDiscreteScheduler moves its own."""
+    """Shift a noise level towards 1, as FlowMatchEulerDiscreteScheduler does."""
     return shift * level / (1 + (shift - 1) * level)
 
 
 def order(buckets: Sequence[Sequence[int]], steps: int, batch: int, seed: int) -> list[list[int]]:
-    """Which clips each step shows.
+    """Choose the clips of each step.
 
-    A step takes its clips from one bucket, as clips of two sizes do not go into one batch; buckets
-    are taken in proportion to their clips. Within a bucket no clip comes again before all came.
+    A step takes its clips from one bucket, as clips of two sizes do not fit into one batch.
+    Buckets are drawn in proportion to their number of clips. Within a bucket no clip repeats
+    before all were shown.
 
     Args:
         buckets: numbers of the clips of each size.
@@ -120,11 +122,11 @@ class Objective(nn.Module):
     """The transformer with its loss, one module for Accelerate to wrap.
 
     Args:
-        transformer: with the LoRA and the processors.
-        family: how it is called.
+        transformer: the model with the LoRA and the processors.
+        family: module of the model's family, which calls the model.
         kind: "flow", "distill" or "distill_attention".
-        adapter: what trains; see `gen_accel.lora.adapters`.
-        guidance: scale of what the teacher of "distill" is guided by.
+        adapter: the adapter that trains; see `gen_accel.lora.adapters`.
+        guidance: guidance scale of the teacher of "distill".
     """
 
     def __init__(
@@ -146,7 +148,7 @@ class Objective(nn.Module):
         if kind == "distill_attention":
             self._of_attention = AttentionLoss(transformer)
             self._patch = temporal_patch(transformer)
-        # What FSDP puts together at a time; the transformer too, so that it also runs by itself.
+        # Units that FSDP gathers at a time; the transformer is one, so that it also runs alone.
         blocks = getattr(transformer, "_no_split_modules", None) or []
         self._no_split_modules = [*blocks, type(transformer).__name__]
 
@@ -160,15 +162,17 @@ class Objective(nn.Module):
         untold: dict[str, Tensor] | None = None,
         *shown: Tensor,
     ) -> Tensor:
-        """The mean squared error of the velocity, noise - clean, or that of `AttentionLoss`.
+        """Compute the mean squared error of the velocity, or the `AttentionLoss`.
+
+        The target velocity is noise - clean, or under "distill" the teacher's prediction.
 
         Args:
             clean, noise: (B, C, f, h, w).
             sigma: (B,).
             conditions: arguments of the transformer, batch first.
-            taught: those of the teacher, where they are others.
-            untold: those of no caption, where the teacher is guided.
-            shown: what the adapter is shown beside.
+            taught: conditions of the teacher; None for `conditions`.
+            untold: conditions of the empty caption, if the teacher is guided.
+            shown: further inputs of the adapter.
         """
         taught = conditions if taught is None else taught
         mix = sigma.view(-1, 1, 1, 1, 1)
@@ -198,12 +202,15 @@ class Objective(nn.Module):
         conditions: dict[str, Tensor],
         untold: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """With `untold`, guided: v(untold) + guidance (v(conditions) - v(untold))."""
+        """Predict the teacher's velocity.
+
+        With `untold` it is guided: v(untold) + guidance (v(conditions) - v(untold)).
+        """
         predict = partial(self._family.predict, self.transformer, noisy, sigma)
         with self._adapter.teaching():
             told = predict(conditions)
             if untold is None:
                 return told
-            # What they differ by is small and grows by the scale: not to be rounded in between.
+            # In float32: guidance amplifies the small difference, and its rounding error.
             told, alone = told.float(), predict(untold).float()
             return alone + self._guidance * (told - alone)

@@ -1,4 +1,4 @@
-"""From a config to a model and its cached clips, with all that can be refused refused first."""
+"""Preparation of a training: load the model, check the config against it, cache the clips."""
 
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, LatentCache]:
-    """Load the pipeline, check everything against it, and cache what is not cached yet."""
+    """Load the pipeline, check the config against it, and cache the missing clips."""
     folder = cache_folder(config)
     if config.data is None and not folder.exists():
         raise ValueError(
@@ -66,7 +66,10 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
 
 
 def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
-    """Raises ValueError for a cache of clips of another size or frame rate."""
+    """Refuse, by a ValueError, a cache that does not fit the config.
+
+    Its clips may have another size or frame rate, or lack the images or captions that are needed.
+    """
     factor = pipe.vae_scale_factor_spatial
     wanted = config.height // factor, config.width // factor
     others = {(entry.height, entry.width) for entry in latents.entries} - {wanted}
@@ -104,13 +107,13 @@ def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
 
 
 def load_pipe(config: TrainConfig) -> Any:
-    """On the CPU: the transformer goes where it trains later, the rest where it is needed."""
+    """Load the pipeline on the CPU; its models are moved to a device when they are needed."""
     source = demo.model_named(config.model)
     folder = expanded(source)
     source = folder if folder.exists() else source
     pipe = load(source, Loading(dtype=PRECISIONS[config.mixed_precision], device="cpu"))
     if getattr(pipe, "vae", None) is not None and pipe.vae.dtype != torch.float32:
-        # Anew, as what was rounded stays rounded.
+        # Load it again: casting back does not undo the rounding.
         pipe.vae = type(pipe.vae).from_pretrained(
             source, subfolder="vae", torch_dtype=torch.float32
         )
@@ -118,7 +121,10 @@ def load_pipe(config: TrainConfig) -> Any:
 
 
 def model_of(config: TrainConfig, pipe: Any) -> Model:
-    """Raises ValueError for whatever of `config` does not fit the pipeline."""
+    """Check the config against the pipeline, and return the model to train.
+
+    Raises ValueError for a field that does not fit the pipeline.
+    """
     transformer = getattr(pipe, config.part, None)
     if transformer is None:
         raise ValueError(f"{type(pipe).__name__} of {config.model} has no {config.part}")
@@ -178,7 +184,10 @@ def _check_image_prompt(config: TrainConfig, transformer: Any) -> None:
 
 
 def grid(config: TrainConfig, pipe: Any, frames: int) -> VideoShape:
-    """The tokens of a clip; ValueError for a size that the autoencoder or the patches round."""
+    """Return the grid of a clip's tokens.
+
+    Raises ValueError for a size that the autoencoder or the patches would round.
+    """
     clip = Clip(frames=frames, height=config.height, width=config.width)
     return token_grid(pipe, filled(pipe, clip))
 
@@ -188,7 +197,7 @@ def cache_folder(config: TrainConfig) -> Path:
 
 
 def cache_clips(config: TrainConfig, pipe: Any = None) -> Any:
-    """Encode what is not encoded yet, and return the report."""
+    """Encode the missing clips, and return the report of `cache`."""
     assert config.data is not None
     if pipe is None:
         check_free(cache_folder(config))

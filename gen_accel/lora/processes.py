@@ -1,4 +1,4 @@
-"""What the processes of one training do as one: the main one works, and all go on or none."""
+"""Work of the main process that the other processes of a training wait for."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,8 +19,8 @@ def by_main(accelerator: Accelerator, work: Callable[[], Any]) -> None:
     """Let the main process `work`, and the others wait for its end.
 
     Raises:
-        Exception: in the main process what `work` raises, which ends the others by a ValueError
-            of the same words. None of them waits for one that is gone.
+        Exception: whatever `work` raises, in the main process. The others then raise a ValueError
+            of the same text, so that none of them waits forever.
     """
     failed: Exception | None = None
     if accelerator.is_main_process:
@@ -37,15 +37,15 @@ def by_main(accelerator: Accelerator, work: Callable[[], Any]) -> None:
 
 @contextmanager
 def alone_in(folder: Path, accelerator: Accelerator, *, own: Sequence[Path]) -> Iterator[None]:
-    """Inside, the main process keeps other runs out of `folder`, for all processes.
+    """Lock `folder` against other runs, by the main process for all processes.
 
-    What killed runs left half written in it is removed.
+    Half-written files that killed runs left in the folder are removed.
 
     Args:
-        own: folders in it that no other program writes to.
+        own: subfolders that no other program writes to.
 
     Raises:
-        BlockingIOError: another run is at work there; a ValueError in the other processes.
+        BlockingIOError: another run holds the folder; a ValueError in the other processes.
         OSError: the folder cannot be made or written to.
     """
     with unwinding(), ExitStack() as stack:

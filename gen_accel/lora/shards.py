@@ -1,9 +1,9 @@
-"""Tensors in a folder of safetensors files, which are checked, and survive whatever kills a run.
+"""Tensors in a folder of safetensors files, with hashes, which survive a killed run.
 
-A shard is called by the hash of its bytes, written under another name and renamed. Which shards
-there are stands in `manifest.json`, the last file that a run writes, and until then in
-`progress.json`, which the next run goes on from. Tensors are called `key.name`; the key is a hash
-of all that they depend on.
+A shard is named by the hash of its bytes, written under another name and renamed. A run lists its
+shards in `progress.json` and, as its last file, in `manifest.json`. A run that follows a killed
+one goes on from `progress.json`. Tensors are called `key.name`; the key is a hash of all inputs
+that they depend on.
 """
 
 import hashlib
@@ -22,21 +22,21 @@ from gen_accel.json_files import fields_of, read_fields, typed
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 VERSION = 1
 SHARD_BYTES = 256 * 2**20
-SHARD_SECONDS = 300.0  # what a run that is killed loses at most, beside the clip it was at
+SHARD_SECONDS = 300.0  # most work that a killed run loses, beside the clip under way
 SHARD_NAME = re.compile(r"shard-[0-9a-f]{64}\.safetensors")
 
 
 class Shards:
     """The shards of a folder, to be read from and added to.
 
-    A context manager: what is left in memory is written at its end, also after an exception.
+    A context manager: pending tensors are written at its end, also after an exception.
 
     Args:
-        shard_bytes: of tensors, after which a shard is written.
+        shard_bytes: bytes of pending tensors at which a shard is written.
 
     Attributes:
-        files: by name, with sha256, bytes, and the tensors in it.
-        clips: whatever the user of the class knows of its clips, by key. Kept with the shards.
+        files: sha256, bytes and tensor names of each shard, by the shard's name.
+        clips: data about the clips that the caller keeps with the shards, by key.
         damaged: names of shards that were listed but are missing or have other bytes.
     """
 
@@ -74,7 +74,7 @@ class Shards:
         return key in self._keys
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
-        """Keep `tensors`, and write a shard when it is full or has waited for five minutes."""
+        """Add `tensors`; write a shard when it is full or has waited for five minutes."""
         self._pending |= {f"{key}.{name}": x.contiguous().clone() for name, x in tensors.items()}
         self._keys.add(key)
         waited = time.monotonic() - self._since
@@ -84,7 +84,7 @@ class Shards:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending as a shard, and list it in `progress.json`."""
+        """Write the pending tensors as a shard, and list the shard in `progress.json`."""
         self._since = time.monotonic()
         if not self._pending:
             return
@@ -104,9 +104,9 @@ class Shards:
         write_json(self.folder / PROGRESS, progress)
 
     def finish(self, manifest: dict[str, Any], keys: set[str]) -> None:
-        """Write the manifest, then delete the shards of which no tensor is among `keys`.
+        """Write the manifest, then delete the shards without a tensor of `keys`.
 
-        What came into the folder since this run began is another's, and stays.
+        Files that came into the folder since this run began belong to another run, and stay.
         """
         self.flush()
         self.files = {
@@ -123,7 +123,10 @@ class Shards:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError without one, ValueError for anything else than `Shards` writes."""
+    """Read a manifest.
+
+    Raises FileNotFoundError if it is missing, ValueError if `Shards` did not write it.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; cache writes it")
     try:
@@ -137,8 +140,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def check_shard(about: Any, origin: Path) -> None:
-    """Raise ValueError for what the manifest `origin` says of a shard, if `Shards` did not write
-    it."""
+    """Refuse, by a ValueError, a manifest's entry of a shard that `Shards` did not write.
+
+    Args:
+        origin: the manifest, for messages.
+    """
     what = f"a shard in {origin}"
     for name, kind in (("bytes", int), ("sha256", str), ("tensors", list)):
         typed(fields_of(about, what), name, kind, origin=what)
@@ -147,7 +153,7 @@ def check_shard(about: Any, origin: Path) -> None:
 
 
 def check_sizes(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Raises FileNotFoundError or ValueError for a shard that is missing, or not whole."""
+    """Refuse a missing shard by FileNotFoundError, and one of another size by ValueError."""
     for name, about in files.items():
         path = folder / name
         if not path.is_file():
@@ -159,14 +165,17 @@ def check_sizes(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 
 
 def check_bytes(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Raises ValueError naming the shards whose bytes are not those that were written."""
+    """Refuse shards whose bytes changed, by a ValueError that names them."""
     damaged = [name for name, about in files.items() if _digest(folder / name) != about["sha256"]]
     if damaged:
         raise ValueError(f"damaged in {folder}, cache again: {', '.join(damaged)}")
 
 
 def _read_or_none(path: Path) -> dict[str, Any] | None:
-    """None also for what another version wrote: all is encoded again then."""
+    """Read a manifest; None if it is missing or unreadable.
+
+    A manifest of another version counts as unreadable: all clips are then encoded again.
+    """
     try:
         return read_manifest(path)
     except (FileNotFoundError, ValueError):

@@ -1,6 +1,6 @@
-"""Sizes of a finetuning that cannot fit, refused with the figure before anything is made of them.
+"""Refusal of a finetuning that cannot fit into memory, with the figure, before it allocates.
 
-Each is the least that is needed, so that nothing is refused that would fit.
+Each estimate is a lower bound, so that nothing is refused that would fit.
 """
 
 from typing import Any
@@ -11,11 +11,11 @@ from gen_accel.attention_processors.families import family_of
 from gen_accel.room import check_room
 
 NUMBER = 8  # bytes of a number in a list
-ACTIVATIONS = 5  # that a block holds at once: its input, q, k, v and the output
+ACTIVATIONS = 5  # activations that a block holds at once: its input, q, k, v and the output
 
 
 def check_config(config: Any) -> None:
-    """Raise ValueError for what no model could make fit, by the config alone."""
+    """Raise ValueError for sizes in the config that cannot fit with any model."""
     steps = config.total_steps
     clips = steps * config.batch_size * config.gradient_accumulation
     check_room(
@@ -47,7 +47,7 @@ def check_batch(config: Any, transformer: Any, tokens: int) -> None:
     """Raise ValueError for a batch that not even one block of the model can hold.
 
     Args:
-        tokens: of a clip.
+        tokens: number of tokens of a clip.
     """
     sites = family_of(transformer).self_attentions(transformer)
     width = max(site.heads * site.dim for site in sites)

@@ -1,4 +1,4 @@
-"""What changes while a training goes on: parameters, their average, optimizer, learning rate."""
+"""State of a training: parameters, their average (EMA), optimizer, learning rate."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -21,10 +21,10 @@ class TrainingState:
     """The state of one training, which a checkpoint keeps and restores to the bit.
 
     Attributes:
-        names: of the parameters that train.
-        wrapped: the objective, as the launcher's way of several processes needs it.
-        schedule: of the learning rate.
-        ema: the average of the parameters; None where none is kept.
+        names: names of the parameters that train.
+        wrapped: the objective, wrapped for the launcher's kind of parallelism.
+        schedule: learning-rate schedule.
+        ema: moving average of the parameters; None if none is kept.
     """
 
     def __init__(
@@ -46,32 +46,35 @@ class TrainingState:
             self.ema.to(device=accelerator.device)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those that train, in an order that the wrapping does not change."""
+        """Parameters that train, in an order independent of the wrapping."""
         return [p for p in self.wrapped.parameters() if p.requires_grad]
 
     def clip(self) -> float | None:
-        """Limit the gradients of a whole step. Returns their norm before, None where the launcher
-        does not tell."""
+        """Clip the gradients of a whole step. Returns their norm before clipping, or None if the
+        launcher does not report it."""
         limit = self.config.max_grad_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(self.parameters(), limit)
         return float(norm) if norm is not None else None
 
     @property
     def scales_down(self) -> bool:
-        """Whether gradients that are not finite may come of the scale of the loss in float16: the
-        optimizer leaves the step out then, and the scale is halved. A scale of 1 changes
-        nothing."""
+        """Whether float16 loss scaling may be the cause of gradients that are not finite.
+
+        The optimizer then skips the step and the scale is halved. A scale of 1 changes nothing.
+        """
         scaler = self.accelerator.scaler
         return scaler is not None and scaler.get_scale() > 1
 
     def update(self) -> None:
-        """The optimizer's step, where the micro-step is the last of one."""
+        """Take the optimizer's step, if the micro-step is the last of a step."""
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def advance(self) -> float:
-        """After each step: the learning rate goes on, and the average follows. Returns the rate
-        that the step had."""
+        """Advance the learning rate and the average after a step.
+
+        Returns the learning rate of that step.
+        """
         rate = float(self.schedule.get_last_lr()[0])
         self.schedule.step()
         if self.ema is not None:
@@ -80,7 +83,7 @@ class TrainingState:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The average, where one is kept, in the place of the parameters."""
+        """Swap the average in for the parameters, if one is kept."""
         if self.ema is None:
             yield
             return
@@ -92,7 +95,10 @@ class TrainingState:
             self.ema.restore(self.parameters())
 
     def tensors(self) -> dict[str, Tensor]:
-        """On the CPU, by names that `restore` finds them by. All processes take part."""
+        """Collect the tensors on the CPU, by the names that `restore` reads.
+
+        All processes must call this.
+        """
         parameters = zip(self.names, map(whole, self.parameters()), strict=True)
         tensors = {f"model/{name}": x for name, x in parameters}
         if self.ema is not None:
@@ -101,7 +107,7 @@ class TrainingState:
         return tensors | self._optimizer_tensors()
 
     def numbers(self) -> dict[str, Any]:
-        """The rest, fit for JSON."""
+        """Collect the rest of the state, fit for JSON."""
         scaler = self.accelerator.scaler
         return {
             "schedule": self.schedule.state_dict(),
@@ -112,10 +118,10 @@ class TrainingState:
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Put everything where `tensors` and `numbers` of an earlier run had it."""
+        """Restore the state from `tensors` and `numbers` of an earlier run."""
         for name, parameter in zip(self.names, self.parameters(), strict=True):
             _fill(parameter, tensors[f"model/{name}"])
-        if self.accelerator.state.deepspeed_plugin is not None:  # it trains copies of its own
+        if self.accelerator.state.deepspeed_plugin is not None:  # DeepSpeed trains its own copies
             self.optimizer.optimizer.refresh_fp32_params()
         if self.ema is not None:
             for name, average in zip(self.names, self.ema.shadow_params, strict=True):
@@ -131,7 +137,7 @@ class TrainingState:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
-        if self.accelerator.distributed_type.value == "DEEPSPEED":  # it alone knows where they are
+        if self.accelerator.distributed_type.value == "DEEPSPEED":  # holds its tensors privately
             return {}
         tensors = {}
         for name, parameter in zip(self.names, self.parameters(), strict=True):
@@ -153,7 +159,7 @@ class TrainingState:
 
 
 def adamw_8bit() -> Any:
-    """The class; ValueError where bitsandbytes is not installed."""
+    """Return the class AdamW8bit; ValueError if bitsandbytes is not installed."""
     try:
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -164,7 +170,7 @@ def adamw_8bit() -> Any:
 
 
 def whole(x: Any) -> Tensor:
-    """On the CPU, put together from the parts that the processes hold."""
+    """Gather a tensor's shards from all processes, on the CPU."""
     x = x.detach()
     return (x.full_tensor() if hasattr(x, "full_tensor") else x).cpu()
 
@@ -180,7 +186,7 @@ def _optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 
 
 def _like(parameter: Any, value: Tensor) -> Any:
-    """`value` on the parameter's device, and cut as the parameter is."""
+    """Return `value` on the parameter's device, sharded like the parameter."""
     if not hasattr(parameter, "full_tensor") or value.shape != parameter.shape:
         # Counters of steps stay where the optimizer keeps them.
         return value.clone() if value.ndim == 0 else value.to(parameter.device)

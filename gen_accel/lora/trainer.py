@@ -46,16 +46,16 @@ with needed_for("training", extra="train"):
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
-STEADY = 0.95  # of the running mean that the bar shows
+STEADY = 0.95  # decay of the running mean that the bar shows
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training came to.
+    """Result of a training.
 
     Args:
-        folder: of what was trained; None where it was interrupted.
-        losses: of each step that this run made.
+        folder: folder of the trained adapter; None if the training was interrupted.
+        losses: loss of each step that this run made.
     """
 
     folder: Path | None
@@ -65,11 +65,11 @@ class Trained:
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Trained:
-    """Cache what is not cached yet, train, and leave a LoRA in `config.out/lora`, or an image
-    prompt in `config.out/image_prompt`.
+    """Cache the missing clips, train, and write a LoRA to `config.out/lora`, or an image prompt to
+    `config.out/image_prompt`.
 
-    Runs by itself or under `accelerate launch`. An interruption (Ctrl-C, SIGTERM, a terminal that
-    is closed) is answered with a checkpoint after the step under way; a second one ends at once.
+    Runs by itself or under `accelerate launch`. An interruption (Ctrl-C, SIGTERM, a closed
+    terminal) writes a checkpoint after the step under way; a second one ends the run at once.
     A second run in the same `config.out` is refused while the first one lasts.
 
     Args:
@@ -77,11 +77,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> Trained:
             had happened.
 
     Raises:
-        ValueError: whatever in `config` does not fit the model, the clips or an earlier run, all
-            of it before the first step; during the training, a loss, a gradient or parameters
-            that are not finite, which are neither stepped by nor written.
-        OSError: a model, folder or file that is not there, a disk that is full, or an `out` that
-            another run is at work in.
+        ValueError: before the first step, a config that does not fit the model, the clips or an
+            earlier run; during the training, a loss, a gradient or parameters that are not
+            finite. Such a gradient is not applied, and such parameters are not written.
+        OSError: a missing model, folder or file, a full disk, or an `out` that another run uses.
     """
     from gen_accel.lora.prepare import prepare
 
@@ -100,11 +99,11 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        # Not as a number, in place of which the launcher's is taken.
+        # As a plugin: a plain number would be replaced by the launcher's.
         gradient_accumulation_plugin=GradientAccumulationPlugin(config.gradient_accumulation),
         log_with=None if config.log_with == "none" else config.log_with,
         project_dir=str(Path(config.out) / "logs"),
-        # Said here, as a launcher of several processes does not pass it on.
+        # Stated here, as a launcher of several processes does not pass it on.
         cpu=config.device == "cpu" or not torch.accelerator.is_available(),
         step_scheduler_with_optimizer=False,
         # The others wait while one process encodes the clips.
@@ -148,7 +147,7 @@ def run(
     *,
     resume: bool = False,
 ) -> Trained:
-    """`train` with the model and the latents at hand."""
+    """Run `train` with a model and latents that are loaded already."""
     with _alone(config, accelerator):
         return Run(config, accelerator, model, cache).go(resume)
 
@@ -159,7 +158,7 @@ def _alone(config: TrainConfig, accelerator: Accelerator) -> AbstractContextMana
 
 
 class Run:
-    """One training, from the first check to what is left on disk."""
+    """One training, from the first check to the files on disk."""
 
     def __init__(
         self, config: TrainConfig, accelerator: Accelerator, model: Model, cache: LatentCache
@@ -232,15 +231,18 @@ class Run:
 
     @torch.no_grad()
     def _run_outermost(self) -> None:
-        """FSDP takes what runs first for the outermost module; validation runs an inner one."""
+        """Run the outermost module once, before validation runs an inner one.
+
+        FSDP takes the module that runs first for the outermost.
+        """
         frames = self.model.frames(self.config.curriculum[0].frames)
         self.state.wrapped(*self.batches(0, self.plans[0][0], frames, 0))
 
     def _step(self, step: int) -> tuple[float, bool]:
-        """One optimizer step; the mean loss over all processes, and whether to stop."""
+        """Take one optimizer step. Returns the mean loss of all processes, and whether to stop."""
         began = time.perf_counter()
         number, stage, inside = self.config.stage_at(step)
-        # What else draws random numbers, such as dropout, goes by the step too.
+        # Other random numbers, such as dropout's, depend on the step too.
         rank = self.accelerator.process_index
         torch.manual_seed(seed_of(self.config.seed, step, 1 + rank + 10**9))
         with self._rule(stage):
@@ -259,8 +261,11 @@ class Run:
         return loss, stop
 
     def _descend(self, step: int, stage: Stage, clips: list[int]) -> tuple[float, float, bool]:
-        """All micro-steps of a step: the mean loss over all processes, the norm of the gradients,
-        and whether to stop after it."""
+        """Run all micro-steps of a step.
+
+        Returns the mean loss over all processes, the norm of the gradients, and whether to stop
+        after the step.
+        """
         mean, norm, count = 0.0, None, self.config.gradient_accumulation
         told, frames = (math.nan, False), self.model.frames(stage.frames)
         for micro in range(count):
@@ -275,10 +280,10 @@ class Run:
         return told[0], math.nan if norm is None else norm, told[1]
 
     def _agree(self, step: int, mean: float, norm: float | None) -> tuple[float, bool]:
-        """What all processes know before any of them changes a parameter: the mean of their
-        losses, and whether one was told to stop.
+        """Reduce the loss over all processes, before any of them changes a parameter.
 
-        Raises ValueError in all of them for a loss or a gradient that is not finite.
+        Returns the mean loss, and whether any process was asked to stop. Raises ValueError in all
+        processes for a loss or a gradient that is not finite.
         """
         broken = norm is not None and not math.isfinite(norm) and not self.state.scales_down
         own = [mean, float(self.stopping), float(broken)]
@@ -301,7 +306,7 @@ class Run:
 
     @contextmanager
     def _rule(self, stage: Stage) -> Iterator[None]:
-        """The rotary frequencies of a stage."""
+        """Apply a stage's rule on the rotary frequencies inside the context."""
         trained = self.model.trained_frames
         if stage.rope == "none" or trained is None or stage.frames <= trained:
             yield
@@ -342,7 +347,7 @@ class Run:
         )
 
     def _save(self, done: int) -> None:
-        """A checkpoint after `done` steps. All processes take part, one writes."""
+        """Write a checkpoint after `done` steps. All processes must call this; one writes."""
         tensors = self.state.tensors()
         about = {
             "step": done,
@@ -362,7 +367,7 @@ class Run:
         by_main(self.accelerator, save)
 
     def _resume(self) -> int:
-        """Put everything where the newest whole checkpoint left it; the steps done by then."""
+        """Restore the newest whole checkpoint. Returns the number of steps done by then."""
         found = checkpoint.load_newest(self.out / CHECKPOINTS)
         if found is None:
             raise ValueError(f"no checkpoint in {self.out / CHECKPOINTS} is whole and finite")
@@ -370,13 +375,16 @@ class Run:
             listed = "; ".join(f"{k}: {a!r}, now {b!r}" for k, (a, b) in changed.items())
             raise ValueError(f"{found.path} is of another run, which differs in {listed}")
         self.state.restore(found.tensors, found.state)
-        if self.accelerator.is_main_process:  # a run that was killed may have begun to
+        if self.accelerator.is_main_process:  # finish what a killed run may have begun
             checkpoint.prune(found.path.parent, found.path, keep=self.config.keep_checkpoints)
         self.accelerator.print(f"resumed after step {found.state['step']} from {found.path}")
         return found.state["step"]
 
     def _changes(self, earlier: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """What the training depends on and an earlier run had otherwise: name to (then, now)."""
+        """Find changes since an earlier run in settings that the training depends on.
+
+        Returns name to (then, now).
+        """
         changed = differences(self.config, earlier["config"])
         if earlier["data"] != self.cache.digest:
             changed["data (clips and captions)"] = (earlier["data"][:12], self.cache.digest[:12])
@@ -389,7 +397,7 @@ class Run:
         return changed
 
     def _artefact(self) -> Callable[[Path], Any]:
-        """Writes what trains as it is now, its average where one is kept."""
+        """Return a function that writes the present weights, or their average if one is kept."""
         with self.state.averaged():
             return self.adapter.writer(whole)
 
@@ -421,8 +429,8 @@ class Run:
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:
-        """The first Ctrl-C, SIGTERM or SIGHUP ends the training after the step; the second at
-        once."""
+        """Stop the training after the step at the first Ctrl-C, SIGTERM or SIGHUP, and at once at
+        the second."""
 
         def ask(number: int, frame: Any) -> None:
             leave_closed_terminal()
@@ -442,7 +450,7 @@ class Run:
 
     @contextmanager
     def _bar(self, start: int) -> Iterator[Callable[[int, float], None]]:
-        """A bar with the running loss and the time that remains, on stderr."""
+        """Show a bar with the running loss and the remaining time, on stderr."""
         if not self.accelerator.is_main_process:
             yield lambda step, loss: None
             return
@@ -463,7 +471,7 @@ class Run:
 
 
 def _loggable(config: TrainConfig) -> dict[str, Any]:
-    """TensorBoard takes numbers and text alone."""
+    """Convert a config to numbers and text, the only values that TensorBoard takes."""
     return {
         k: v if isinstance(v, int | float | str | bool) else str(v)
         for k, v in asdict(config).items()
@@ -471,13 +479,13 @@ def _loggable(config: TrainConfig) -> dict[str, Any]:
 
 
 def note(path: Path, figures: dict[str, Any]) -> None:
-    """Add a line of JSON to a file. Raises OSError; of a full disk NoRoom, which names it."""
+    """Add a line of JSON to a file. Raises OSError; for a full disk NoRoom, which names it."""
     with room_told(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(figures) + "\n")
 
 
 def _cut_metrics(path: Path, steps: int) -> None:
-    """Drop the lines of steps that will be made again, and one that was half written."""
+    """Drop the lines of steps that will run again, and half-written lines."""
     if not path.exists():
         return
     kept = []

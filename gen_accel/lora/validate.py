@@ -1,4 +1,4 @@
-"""Videos sampled while an adapter trains, each beside what it was before the first step."""
+"""Videos sampled while an adapter trains, each beside its version before the first step."""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,14 +21,14 @@ with needed_for("training", extra="train"):
 
 
 class Validation:
-    """The same prompts from the same seeds at every call.
+    """Sampler of the same prompts from the same seeds at every call.
 
-    Writes `step-000200/00.mp4` and so on, and `00.beside_start.mp4` with that of step 0 on its
-    left. All processes generate, as their parts of the model may belong together; one writes.
+    Writes `step-000200/00.mp4` and so on, and `00.beside_start.mp4` with the video of step 0 on
+    the left. All processes generate, as the model may be sharded over them; one writes.
 
     Args:
-        adapter: gives each video what it needs beside a prompt.
-        trained_frames: of the model.
+        adapter: the adapter, whose `sampling(i)` sets a video's inputs beside the prompt.
+        trained_frames: pixel frames that the model was trained on.
     """
 
     def __init__(
@@ -96,6 +96,6 @@ def _guidance(config: TrainConfig) -> float:
 
 
 def _add_frames(tracker: Any, name: str, frames: torch.Tensor, step: int) -> None:
-    """Five of the frames as pictures: TensorBoard's own videos need moviepy."""
+    """Log five of the frames as pictures: TensorBoard's own videos need moviepy."""
     shown = frames[0, torch.linspace(0, frames.shape[1] - 1, 5).long()]
     tracker.writer.add_images(name, shown, step)

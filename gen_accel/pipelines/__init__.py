@@ -1,4 +1,4 @@
-"""How it is used on a pipeline: attach a method, calibrate, look at what it did, take it off."""
+"""Use on a pipeline: attach a method, calibrate it, read a summary of the run, detach."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ __all__ = [
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        """Image prompts need diffusers' hooks, and nothing else here does."""
+        """Import image prompts when first asked for, as only they need diffusers' hooks."""
         if name in ("ImagePrompt", "ScaleRange", "load_image_prompt"):
             return getattr(import_module(f"{__name__}.image_prompt"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

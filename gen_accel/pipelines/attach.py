@@ -42,35 +42,34 @@ def attach(
         print(handle.summary())
         handle.detach()
 
-    The handle is a context manager too, which detaches at its end. Attaching again replaces.
-    Frames, height, width and batch are read from each call and may change from one to the next.
-    What is added to the attention, such as image prompts, stays on before, meanwhile and after.
+    The handle is also a context manager that detaches at its end. Attaching again replaces the
+    method. Frames, height, width and batch are read from each call and may change between calls.
+    Additions to the attention, such as image prompts, keep working.
 
     Args:
-        pipe_or_transformer: a diffusers pipeline, both transformers of which are served where it
-            has two, or a transformer. Attach before `torch.compile`.
+        pipe_or_transformer: a diffusers pipeline, with one or two transformers, or a transformer.
+            Attach before `torch.compile`.
         method: e.g. `Radial()`. `Dense()` runs the model's own attention.
-        from_lora: a folder that `gen_accel.lora.train` wrote, instead of a method: its method with
-            its parameters, its schedule where none is given, and its rule on the rotary
-            frequencies, which goes with the handle. The weights of the LoRA are loaded by
+        from_lora: a folder that `gen_accel.lora.train` wrote, instead of a method. It gives the
+            method with its parameters, the schedule unless one is given, and the rule on the
+            rotary frequencies, which is removed with the handle. Load the weights of the LoRA by
             `pipe.load_lora_weights(folder)`, before or after.
         schedule: layers and steps that stay dense. Without a pipeline, steps are told apart by
-            changes of the timestep, and shares of them cannot be given.
+            changes of the timestep, and shares of steps cannot be given.
         kernel: "auto" or a name from `gen_accel.kernels.KERNELS`, which then never falls back.
-        dense_kernel: what dense layers and steps run by, and all of `Dense()`: a name from
-            `KERNELS`, or "auto" for the fastest that is as exact as torch's own attention, which
-            may be that. Without: the model's own attention, bit for bit.
+        dense_kernel: kernel of dense layers and steps, and of `Dense()`: a name from `KERNELS`,
+            or "auto" for the fastest that is as exact as torch's own attention, possibly that
+            attention itself. By default the model's own attention, bit for bit.
         timed: also measure the seconds spent in attention; on a GPU this waits for each call.
-        self_check: the first time a kernel meets a method, shape, dtype and device, hold some rows
-            of its answer to the reference. Without: everywhere but on the CPU and MPS.
-        record: count what runs, for `summary()` and `explain()`, at up to two small operations a
-            call.
+        self_check: compare some rows with the reference the first time that a kernel meets a
+            method, shape, dtype and device. By default everywhere but on the CPU and MPS.
+        record: count calls for `summary()` and `explain()`, at up to two small operations a call.
 
     A method with parameters, such as `SparseLinear()`, starts anew each time it is attached.
 
     Raises:
-        ValueError: a class that no family serves, a compiled transformer, an unknown kernel, a
-            method that is none, a schedule that cannot be kept, or a LoRA of another model.
+        ValueError: a class that no family serves, a compiled transformer, an unknown kernel, an
+            object that is no method, a schedule that cannot be kept, or a LoRA of another model.
         FileNotFoundError: no LoRA in `from_lora`.
         TypeError: neither a pipeline nor a module.
 
@@ -117,7 +116,7 @@ def _attach_trained(
     schedule: Schedule | None = None,
     **options: Any,
 ) -> Attachment:
-    """`gen_accel.attach(pipe, from_lora=folder)`."""
+    """Run `gen_accel.attach(pipe, from_lora=folder)`."""
     folder = expanded(folder)
     folder = folder.parent if folder.is_file() else folder
     recipe = read_recipe(folder)
@@ -152,14 +151,15 @@ def _attach_trained(
 class _GuidanceWatch:
     """A hook that warns of the first call with guidance.
 
-    It holds the pipeline weakly, as that owns the model, and goes with a copy of both.
+    The hook holds the pipeline weakly, as the pipeline owns the model. A copy of the pipeline gets
+    a hook that watches the copy.
     """
 
     def __init__(self, pipe: Any, scale: float) -> None:
         self._pipe, self._scale, self._told = ref(pipe), scale, False
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        # In a graph, and of pipelines that do not say, nothing is known.
+        # A graph cannot warn, and some pipelines do not tell whether they guide.
         if torch.compiler.is_compiling() or self._told:
             return
         if not getattr(self._pipe(), "do_classifier_free_guidance", False):

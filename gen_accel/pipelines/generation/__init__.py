@@ -1,1 +1,1 @@
-"""Videos made: a pipeline loaded, a clip sampled, compared, decoded and written."""
+"""Generation of videos: load a pipeline, sample a clip, compare, decode and write it."""

@@ -1,4 +1,4 @@
-"""What the `__call__` of a pipeline takes, and by which names."""
+"""Arguments of a pipeline's `__call__`, and their names."""
 
 import inspect
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.families import Family, family_of
 
-# Of a `Clip`, and what diffusers calls it.
+# Fields of a `Clip`, and diffusers' names for them.
 ARGUMENTS = {
     "frames": "num_frames",
     "height": "height",
@@ -19,14 +19,14 @@ ARGUMENTS = {
 
 
 def parameters(pipe: Any) -> dict[str, inspect.Parameter]:
-    """All that it takes, by name."""
+    """Parameters of the pipeline's `__call__`, by name."""
     known = dict(inspect.signature(type(pipe).__call__).parameters)
     del known["self"]
     return known
 
 
 def arguments(pipe: Any) -> dict[str, str]:
-    """The fields of a `Clip`, by what this pipeline calls them."""
+    """Map the fields of a `Clip` to this pipeline's names for them."""
     rate = rate_argument(pipe)
     frames = {"frames": frames_argument(pipe)}
     return ARGUMENTS | frames | ({} if rate is None else {"fps": rate})
@@ -37,13 +37,13 @@ def frames_argument(pipe: Any) -> str:
 
 
 def rate_argument(pipe: Any) -> str | None:
-    """What the model is told the frames a second by; most are not told."""
+    """Name of the argument for the frame rate; None for most pipelines, which have none."""
     known = parameters(pipe)
     return next((name for name in ("frame_rate", "fps") if name in known), None)
 
 
 def served_family(pipe: Any) -> Family:
-    """Of the first transformer."""
+    """Return the family of the first transformer."""
     module = first_transformer(pipe)
     return family_of(getattr(module, "_orig_mod", module))
 

@@ -1,4 +1,4 @@
-"""The same clip twice, dense and sparse, from one seed: what it gains and what it changes."""
+"""Comparison of a dense and a sparse clip from one seed: speed-up, PSNR and SSIM."""
 
 import warnings
 from dataclasses import dataclass, replace
@@ -26,17 +26,17 @@ from gen_accel.pipelines.generation.sampling import (
     sample,
 )
 
-WARM_UP_FRAMES = 17  # and one step: what is paid once is paid before the clocks start
-SHOWN_WIDTH = 288  # pixels; clips narrower than that are enlarged side by side
+WARM_UP_FRAMES = 17  # and one step: one-time costs are paid before the clocks start
+SHOWN_WIDTH = 288  # pixels; narrower clips are enlarged side by side
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both clips, and what is known of their making.
+    """Both clips, with the summaries of their runs.
 
     Args:
-        clip: as generated, without gaps.
-        compile_seconds: spent in compilers during the sparse run, and taken off its time.
+        clip: the clip as generated, with all values filled.
+        compile_seconds: time in compilers during the sparse run, subtracted from its time.
     """
 
     prompt: str
@@ -50,7 +50,7 @@ class Comparison:
 
     @property
     def speedup(self) -> float:
-        """Of the denoising, which attention is a part of. Decoding is the same for both."""
+        """Speed-up of the denoising, which includes the attention; decoding is the same."""
         return self.dense.denoise_seconds / self.sparse.denoise_seconds
 
     @cached_property
@@ -126,14 +126,15 @@ def compare_with_dense(
 ) -> Comparison:
     """Generate densely, then with `method`, in one process and from one seed.
 
-    Both are run once on a short clip first. `clip` comes without gaps, see `sampling.filled`.
+    Both run once on a short clip first.
 
     Args:
-        dense_kernel: of what the schedule keeps dense; the dense half is by the model's own
-            attention.
-        label: before the lines of the progress bar.
-        earlier: a comparison of this prompt and clip in this process, whose dense half serves
-            again.
+        clip: a result of `sampling.filled`.
+        dense_kernel: kernel of the layers and steps that the schedule keeps dense; the dense clip
+            uses the model's own attention.
+        label: prefix of the lines of the progress bar.
+        earlier: an earlier comparison of this prompt and clip in this process, whose dense clip is
+            used again.
     """
     device = pipe._execution_device
     by = {"kernel": kernel, "dense_kernel": dense_kernel}
@@ -145,7 +146,7 @@ def compare_with_dense(
             with attach(pipe, Dense()):
                 sample(pipe, prompt, short, tick=ticker(bar, f"{label}dense, warm-up"))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SilentBranch)  # the run that counts says it
+            warnings.simplefilter("ignore", SilentBranch)  # the measured run warns
             handle = attach(pipe, method, **by)
         with handle:
             sample(pipe, prompt, short, tick=ticker(bar, f"{label}{name}, warm-up"))
@@ -169,7 +170,7 @@ def compare_with_dense(
 
 
 def write_comparison(result: Comparison, target: Path) -> dict[str, Path]:
-    """`target`, and beside it `.dense`, `.side_by_side` and `.json`."""
+    """Write the sparse video to `target`, and the files of `comparison_files` beside it."""
     fps = result.clip.fps
     assert fps is not None
     dense, together, report = comparison_files(target)
@@ -184,7 +185,7 @@ def write_comparison(result: Comparison, target: Path) -> dict[str, Path]:
 
 
 def comparison_files(target: Path) -> tuple[Path, Path, Path]:
-    """What `write_comparison` writes beside `target`: dense, side by side, and the report."""
+    """Paths of the dense video, both side by side, and the report, beside `target`."""
     return beside(target, "dense"), beside(target, "side_by_side"), report_of(target)
 
 
@@ -193,20 +194,27 @@ def report_of(target: Path) -> Path:
 
 
 def beside(target: Path, name: str) -> Path:
-    """`clip.mp4` to `clip.name.mp4`; frames in a folder get a film beside them."""
+    """Insert a name, `clip.mp4` to `clip.name.mp4`; a folder of frames gets an .mp4 beside it."""
     suffix = target.suffix if target.suffix.lower() in (".mp4", ".gif") else ".mp4"
     return target.with_name(f"{target.stem}.{name}{suffix}")
 
 
 def pair(result: Comparison) -> Any:
-    """Dense left, sparse right, with seconds above and figures below, (F, H, W, 3) uint8."""
+    """Join dense left and sparse right, with seconds above and figures below.
+
+    Returns (F, H, W, 3) uint8.
+    """
     videos = [result.dense.video, result.sparse.video]
     scale = max(1, SHOWN_WIDTH // videos[0].shape[2])
     return side_by_side(videos, result.labels, caption=result.caption, scale=scale)
 
 
 def _warm_up_clip(pipe: Any, clip: Clip, method: Method) -> Clip:
-    """A short one, unless `method` does not fit it, or which lengths are allowed is not known."""
+    """Shorten a clip for the warm-up to few frames and steps.
+
+    The frames stay if `method` does not fit the short clip, or if the pipeline's allowed lengths
+    are unknown.
+    """
     if not is_streamed(pipe):
         module = next(iter(served_transformers(pipe).values()))
         least = family_of(getattr(module, "_orig_mod", module)).LEAST_STEPS

@@ -1,11 +1,11 @@
-"""Latents to pixels a few frames at a time, and latents in files.
+"""Decoding of latents to pixels, a few frames at a time, and files of latents.
 
 `vae.decode` holds every frame of a clip in floats, several times over while it joins them. Here
-each part is handed on as uint8 as soon as it is decoded, so that memory does not grow with the
-number of frames beyond the latents. The pixels are those of `vae.decode`, bit for bit:
+each part is passed on as uint8 as soon as it is decoded, so that only the latents grow with the
+number of frames. The pixels equal the pixels of `vae.decode`, bit for bit:
 
-- `AutoencoderKLWan` and `AutoencoderKLHunyuanVideo` by `decode_parts` of their families.
-- Any other autoencoder is decoded whole, which warns with `DecodedWhole`.
+- `AutoencoderKLWan` and `AutoencoderKLHunyuanVideo` use `decode_parts` of their families.
+- Any other autoencoder decodes the clip as a whole, which warns with `DecodedWhole`.
 """
 
 import json
@@ -26,8 +26,8 @@ from gen_accel.paths import check_replaceable, expanded, real
 from gen_accel.tensor_files import save_tensors
 
 LATENTS = ".safetensors"
-FRAMES_AT_ONCE = 16  # that become uint8 together where a clip is decoded whole
-ABOUT = "gen_accel"  # the key of a latents file's metadata
+FRAMES_AT_ONCE = 16  # frames converted to uint8 together if a clip is decoded as a whole
+ABOUT = "gen_accel"  # key of a latents file's metadata
 
 Parts = Callable[[Any, Tensor], Iterator[Tensor]]  # autoencoder and latents to (1, 3, f, H, W)
 
@@ -37,26 +37,28 @@ class DecodedWhole(UserWarning):
 
 
 def is_streamed(pipe: Any) -> bool:
-    """Whether `decode_stream` makes the video that `pipe` would have made of its latents. Others
-    pack, order or scale theirs in ways of their own, and decode by themselves."""
+    """Whether `decode_stream` gives the video that `pipe` would decode from its latents.
+
+    Other pipelines pack, order or scale latents in their own ways, and decode by themselves.
+    """
     module = next(iter(served_transformers(pipe).values()))
     kinds = type(getattr(module, "_orig_mod", module)).__mro__
     return any(streams(kind.__name__, type(pipe.vae).__name__) for kind in kinds)
 
 
 def streamed_families() -> list[str]:
-    """Those whose pipelines give latents as `decode_stream` takes them."""
+    """List the families whose pipelines give latents in the form of `decode_stream`."""
     return [name for name in FAMILIES if family_named(name).AUTOENCODER is not None]
 
 
 def streams(transformer: str | None, autoencoder: str | None) -> bool:
-    """`is_streamed` by the names of the classes."""
+    """Whether pipelines of these classes, given by name, pass `is_streamed`."""
     family = served_classes().get(transformer or "")
     return family in streamed_families() and autoencoder == family_named(family).AUTOENCODER
 
 
 def check_streamed(transformer: str | None, autoencoder: str | None) -> None:
-    """Raises ValueError for classes of which `decode_stream` can make nothing of the latents."""
+    """Refuse, by a ValueError, classes whose latents `decode_stream` cannot decode."""
     if not streams(transformer, autoencoder):
         known = ", ".join(streamed_families())
         raise ValueError(
@@ -67,15 +69,15 @@ def check_streamed(transformer: str | None, autoencoder: str | None) -> None:
 
 
 def decode_stream(pipe: Any, latents: Tensor) -> Iterator[np.ndarray]:
-    """The video that `pipe` makes of `latents`, in chunks of (f, H, W, 3) uint8.
+    """Decode `latents` to the video of `pipe`, in chunks of (f, H, W, 3) uint8.
 
     Args:
         pipe: a diffusers pipeline; its `vae` and `video_processor` are used.
-        latents: (1, C, f, h, w), as a pipeline gives them with `output_type="latent"`.
+        latents: (1, C, f, h, w), from a pipeline with `output_type="latent"`.
 
     Raises:
-        ValueError: another shape, or an autoencoder that does not say how its latents are scaled.
-            While decoding: pixels that are not finite.
+        ValueError: another shape, or an autoencoder without a scale of its latents. While
+            decoding: pixels that are not finite.
     """
     vae = pipe.vae
     config = vae.config
@@ -96,10 +98,10 @@ def decode_stream(pipe: Any, latents: Tensor) -> Iterator[np.ndarray]:
 
 
 def save_latents(path: str | Path, latents: Tensor, about: dict[str, Any]) -> Path:
-    """Write `latents` and, as JSON beside them, what they are `about`. Whole or not at all.
+    """Write `latents`, and `about` as JSON in the metadata; the file is complete or absent.
 
     Raises:
-        ValueError, OSError: what `check_latents_path` refuses.
+        ValueError, OSError: a path that `check_latents_path` refuses.
         NoRoom: a full disk.
     """
     path = Path(path)
@@ -110,10 +112,10 @@ def save_latents(path: str | Path, latents: Tensor, about: dict[str, Any]) -> Pa
 
 
 def check_latents_path(path: str | Path) -> None:
-    """Raise now what `save_latents` would raise after the work.
+    """Raise early the errors that `save_latents` would raise after the work.
 
     Raises:
-        ValueError: another suffix than .safetensors, or a folder is there.
+        ValueError: a suffix other than .safetensors, or a folder at `path`.
         OSError: the folder of `path` cannot be made or written to.
     """
     path = Path(path)
@@ -126,10 +128,10 @@ def check_latents_path(path: str | Path) -> None:
 
 
 def load_latents(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
-    """What `save_latents` wrote: latents, in the precision that they had, and what they are about.
+    """Read a file of `save_latents`: latents, in the stored dtype, and `about`.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: the file is missing.
         ValueError: not a file of latents.
     """
     from safetensors import SafetensorError, safe_open
@@ -153,7 +155,7 @@ def load_latents(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
 def _decoded(pipe: Any, latents: Tensor, parts: Parts) -> Iterator[np.ndarray]:
     vae = pipe.vae
     try:
-        # `vae.decode` does it by a decorator: moves the weights of an offloaded model.
+        # Moves the weights of an offloaded model, as a decorator of `vae.decode` does.
         hook = getattr(vae, "_hf_hook", None)
         if hook is not None and hasattr(hook, "pre_forward"):
             hook.pre_forward(vae)
@@ -165,10 +167,10 @@ def _decoded(pipe: Any, latents: Tensor, parts: Parts) -> Iterator[np.ndarray]:
 
 
 def as_uint8(video: np.ndarray, maker: Any) -> np.ndarray:
-    """Pixels of [0, 1] in 256 steps.
+    """Convert pixels in [0, 1] to uint8. Raises ValueError for pixels that are not finite.
 
     Args:
-        maker: a model or pipeline to name where they are not finite, which raises ValueError.
+        maker: the model or pipeline that the error names.
     """
     if not np.isfinite(video).all():
         raise ValueError(
@@ -179,7 +181,7 @@ def as_uint8(video: np.ndarray, maker: Any) -> np.ndarray:
 
 
 def unscaled(vae: Any, latents: Tensor, device: torch.device) -> Tensor:
-    """In the autoencoder's own units, rounded as the pipelines round."""
+    """Scale latents to the autoencoder's own units, rounded as the pipelines round."""
     latents, config = latents.to(device, vae.dtype), vae.config
     if config.get("latents_mean") is None:
         return latents / config.scaling_factor
@@ -189,8 +191,11 @@ def unscaled(vae: Any, latents: Tensor, device: torch.device) -> Tensor:
 
 
 def _parts(vae: Any) -> Parts:
-    """How the family that has this autoencoder decodes it in parts; whole, with a warning, where
-    none does, or not as it is set."""
+    """Return the function of the autoencoder's family that decodes in parts.
+
+    Without one for this autoencoder and its settings, warn, and return a function that decodes
+    the clip as a whole.
+    """
     kinds = [kind.__name__ for kind in type(vae).__mro__]
     for name in FAMILIES:
         family = family_named(name)

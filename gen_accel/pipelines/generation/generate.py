@@ -59,14 +59,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Generated:
-    """What one prompt came to.
+    """Result of one prompt.
 
     Args:
-        files: what was written, by what it is.
-        seconds: from the prompt to the file; of a comparison, to the pixels.
-        extension: what each long-video technique did, a line each.
-        report: of the comparison, where one was asked for.
-        image: what the image prompt is, where there is one.
+        files: written files, by their kind.
+        seconds: time from the prompt to the file; in a comparison, to the pixels.
+        extension: effect of each long-video technique, a line each.
+        report: report of the comparison; None without.
+        image: description of the image prompt; empty without.
     """
 
     prompt: str
@@ -104,50 +104,50 @@ def generate(
 
         generate("models/Wan2.1", ["a cat surfs"], out="cat.mp4", method=Radial())
 
-    All that can be refused is refused before the first step. Progress goes to stderr. Frames go
-    to the file as they are decoded: memory does not grow with their number, see `decode_stream`,
-    but with `compare`, which holds both videos. Pipelines of other families than those of
+    All faults that can be found early are refused before the first step. Progress goes to stderr.
+    Frames go to the file as they are decoded, so that memory does not grow with their number, see
+    `decode_stream`; only `compare` holds both videos in memory. Pipelines outside of
     `decode.streamed_families` check frames and sizes when they are called, and decode by
     themselves.
 
-    Under `accelerate launch` the processes share several prompts out among them, each on a device
-    of its own; a prompt's seed and files do not depend on how many there are. Beside each of
-    several outputs lies a small file, `out-000.mp4.done.json`, with what it was made from.
+    Under `accelerate launch` the processes divide several prompts among them, each on a device of
+    its own; a prompt's seed and files do not depend on the number of processes. Beside each of
+    several outputs lies a small record of its inputs, `out-000.mp4.done.json`.
 
     Args:
         model: the folder of a saved pipeline, or a repository on the hub.
         out: .mp4, .gif, .png or no suffix, see `write_video`. Several prompts give `out-000.mp4`
             and so on.
-        from_lora: a folder of `gen_accel.lora.train` instead of a method: its weights are loaded,
-            and what it was trained with is attached. One that holds its guidance runs without,
-            unless `clip` says otherwise, and one that names techniques runs with these where the
-            video is longer than the model's, unless `techniques` are given.
-        dense_kernel: of the dense layers and steps, see `attach`; the dense half of a comparison
-            is the model's own attention.
+        from_lora: a folder of `gen_accel.lora.train` instead of a method: loads its weights, and
+            attaches the method that it was trained with. A LoRA that holds its guidance runs
+            without guidance, unless `clip` gives a scale. A LoRA that names techniques uses them
+            for video longer than the model's, unless `techniques` are given.
+        dense_kernel: kernel of the dense layers and steps, see `attach`; the dense clip of a
+            comparison uses the model's own attention.
         compare: also generate densely from the same seed, and write `out.dense.mp4`,
             `out.side_by_side.mp4` and `out.json` with speed-up, density, PSNR and SSIM.
         timed: also measure the seconds spent in attention; on a GPU that waits for each call.
-        techniques: for video longer than the model was trained on, see `long_video.extend`. None:
-            those that `from_lora` names; none at all: ().
-        trained_frames: what the model was trained at, where its family does not say.
-        latents: a .safetensors file for what is decoded, numbered as `out` is; written before
-            decoding. `decode_latents` makes the video from it again. Of a pipeline that decodes
-            by itself none are kept.
-        image: what every video goes by, beside its prompt.
-        numbered: treat one prompt as several are: its output is `out-000.mp4`, and what it was
-            made from lies beside it.
-        resume: of several prompts, leave those alone whose files are there and were made from the
-            same: model, LoRAs, prompt, seed, sizes, method, schedule, dtype, images and so on.
-            Where and by which kernel it is computed counts with `compare` only.
+        techniques: techniques for video longer than the model was trained on, see
+            `long_video.extend`. None: the techniques that `from_lora` names; (): no techniques.
+        trained_frames: length that the model was trained at, if its family does not know it.
+        latents: a .safetensors file for the latents, numbered like `out`, and written before
+            decoding. `decode_latents` makes the video from it again. Refused for a pipeline that
+            decodes by itself.
+        image: image prompt of every video, beside its text.
+        numbered: treat one prompt like several: its output is `out-000.mp4`, with a record beside
+            it.
+        resume: among several prompts, skip each whose files exist and have the same inputs: model,
+            LoRAs, prompt, seed, sizes, method, schedule, dtype, images and so on. Device and
+            kernel count with `compare` only.
 
     Returns:
-        What was made, in the order of the prompts: all of it in the main process, nothing in the
-        others.
+        Results in the order of the prompts, without skipped ones: all in the main process, an
+        empty list in the others.
 
     Raises:
-        ValueError: no prompt, a model, size, method, kernel, technique, image, adapter or file
-            name that will not do, or a technique or latents together with `compare`.
-        OSError: a file or repository that is not there, or a folder that cannot be written.
+        ValueError: no prompt, an unusable model, size, method, kernel, technique, image, adapter
+            or file name, or a technique or latents together with `compare`.
+        OSError: a missing file or repository, or a folder that cannot be written.
     """
     job = Job(
         model=model,
@@ -185,20 +185,21 @@ def decode_latents(
     fps: float | None = None,
     loading: Loading | None = None,
 ) -> Path:
-    """Write the video of latents that `generate` kept. Only the autoencoder is loaded.
+    """Decode latents that `generate` kept to a video. Only the autoencoder is loaded.
 
     Args:
-        model: as of `generate`; the one that made the latents, or one with its autoencoder.
+        model: the model that made the latents, or a model with the same autoencoder; see
+            `generate`.
         latents: the .safetensors file.
         out: .mp4, .gif, .png or no suffix, see `write_video`.
-        fps: frames a second; without, those of the file, or 16 where it states none.
+        fps: frames a second; by default the frame rate in the file, or 16 if it states none.
 
     Returns:
         The file or folder written.
 
     Raises:
-        ValueError: a model, file or file name that will not do.
-        OSError: a file or repository that is not there, or a folder that cannot be written.
+        ValueError: an unusable model, file or file name.
+        OSError: a missing file or repository, or a folder that cannot be written.
     """
     values, about = load_latents(latents)
     check_model(model)
@@ -213,11 +214,11 @@ def decode_latents(
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The lines of a text file that are not blank.
+    """Read the lines of a text file that are not blank.
 
-    Raises ValueError for a file without any, or that is not UTF-8.
+    Raises ValueError for a file without such lines, or that is not UTF-8.
     """
-    # Not by `splitlines`, which cuts at what a prompt may hold, such as U+2028.
+    # Not by `splitlines`, which splits at characters that a prompt may hold, such as U+2028.
     lines = read_text(path).split("\n")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
@@ -226,10 +227,10 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def _run(job: Job, share: Share) -> dict[int, Generated]:
-    """The videos of this process, by their numbers."""
+    """Make the videos of this process. Returns the results by their numbers."""
     pipe = load(job.model, share.loading(job.loading))
     fitted = job.fitted(pipe)
-    # The pipeline is this function's own: what is put on it stays.
+    # The pipeline is local to this function, so the image prompt is never taken off.
     seen = "" if job.image is None else job.image.load(pipe).describe()
     make = _compared if job.compare else _made
     made = {}
@@ -244,11 +245,11 @@ def _run(job: Job, share: Share) -> dict[int, Generated]:
 
 
 def _compared(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Generated:
-    """Densely and by the method.
+    """Make a video densely and by the method, with a comparison.
 
     Args:
-        seen: what the image prompt is.
-        rank: of the process, before the lines of its progress bar.
+        seen: description of the image prompt.
+        rank: prefix of the lines of the process's progress bar.
     """
     assert job.method is not None, "resolved"
     result = compare_with_dense(
@@ -271,7 +272,7 @@ def _compared(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Gen
 
 
 def _made(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Generated:
-    """By the method alone; as `_compared`."""
+    """Make a video by the method alone; arguments as in `_compared`."""
     start, files, extension = time.perf_counter(), {}, ""
     clip, target = job.clip_of(video), video.target
     assert clip.fps is not None
@@ -306,7 +307,7 @@ def _made(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Generat
 
 
 def _about(job: Job, video: Video, seen: str) -> dict[str, Any]:
-    """What is kept with latents."""
+    """Collect the metadata of a file of latents."""
     return {
         "prompt": video.prompt,
         **asdict(job.clip_of(video)),

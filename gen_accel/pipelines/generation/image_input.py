@@ -12,17 +12,17 @@ from gen_accel.pipelines.image_prompt.formats import find_adapter, read_adapter
 
 @dataclass(frozen=True)
 class ImageInput:
-    """Images that the videos go by, beside their texts. Pictures are files or PIL images.
+    """Image prompts of all videos, beside their texts. Pictures are files or PIL images.
 
     Args:
-        images: several act together.
-        adapter: what reads them, see `load_image_prompt`: a file, a folder, or a repository of
-            the hub.
-        scale: 1 is as it was trained, 0 the model without.
-        negative: what the negative prompt goes by; without, "no image".
-        masks: white where an image acts, black where it does not: one for all, or one for each.
-        encoder: folder or hub repository of a CLIP vision model, where the adapter needs one and
-            neither its file nor the pipeline says which.
+        images: the images; several act together.
+        adapter: file, folder or hub repository of the adapter, see `load_image_prompt`.
+        scale: strength; 1 is the strength in training, 0 the model without the images.
+        negative: image of the negative prompt; None for "no image".
+        masks: one mask for all images, or one for each: white in the area of the image, black
+            elsewhere.
+        encoder: folder or hub repository of a CLIP vision model, if the adapter needs one and
+            neither its file nor the pipeline names it.
     """
 
     images: tuple[Any, ...]
@@ -44,11 +44,11 @@ class ImageInput:
             )
 
     def opened(self) -> "ImageInput":
-        """With all pictures read, and the adapter found and looked at.
+        """Read all pictures, and find and check the adapter.
 
         Raises:
-            FileNotFoundError: no such image, or no adapter.
-            ValueError: what is no image, or no adapter.
+            FileNotFoundError: an image or the adapter is missing.
+            ValueError: a file is no image, or no adapter.
         """
         path = find_adapter(self.adapter)
         read_adapter(path)  # refused before a model is loaded
@@ -61,7 +61,7 @@ class ImageInput:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What it is told apart from others by; of one that is `opened`."""
+        """Identify pictures, adapter, scale and encoder; call it after `opened`."""
         pictures = {"images": self.images, "masks": self.masks}
         negative = None if self.negative is None else prompt_list.pixels(self.negative)
         return {name: [*map(prompt_list.pixels, some)] for name, some in pictures.items()} | {
@@ -72,7 +72,7 @@ class ImageInput:
         }
 
     def load(self, pipe: Any) -> ImagePrompt:
-        """Put it on a pipeline."""
+        """Load the adapter onto a pipeline, and set the images."""
         prompt = load_image_prompt(
             pipe, self.adapter, scale=self.scale, image_encoder=self.encoder
         )

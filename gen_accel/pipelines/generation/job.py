@@ -1,4 +1,4 @@
-"""What one call of `generate` is to make: resolved once, checked before any work is spent."""
+"""Job of one call of `generate`: resolved once, and checked before any work."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,8 +25,8 @@ class Video(NamedTuple):
     """One video of a job.
 
     Args:
-        target: file or folder that it is written to.
-        latents: file that its latents are kept in.
+        target: output file or folder.
+        latents: file for its latents; None keeps none.
     """
 
     prompt: str
@@ -39,15 +39,16 @@ class Video(NamedTuple):
 class Job:
     """Several videos from one pipeline, by one method.
 
-    `resolve` adds what a LoRA brings, the videos and the request; `fitted` what a pipeline says.
+    `resolve` adds the parts of a LoRA, the videos and the request; `fitted` adds the pipeline's
+    defaults.
 
     Args:
-        method: what is attached; the LoRA's own where `from_lora` is given.
-        clip: with the first seed. What it leaves open, `fitted` fills.
-        techniques: for video longer than the model was trained on.
-        only_longer: the techniques hold for video longer than `trained_frames` and for no other.
-        several: outputs are numbered, and what each was made from lies beside it.
-        request: what all videos are made from, as `prompt_list.is_done` compares it.
+        method: method to attach; the LoRA's own with `from_lora`.
+        clip: clip with the first seed. `fitted` fills its open values.
+        techniques: techniques for video longer than the model was trained on.
+        only_longer: use the techniques only for video longer than `trained_frames`.
+        several: outputs are numbered, and a record lies beside each, see `prompt_list`.
+        request: inputs of all videos, as `prompt_list.is_done` compares them.
     """
 
     model: str | Path
@@ -77,13 +78,13 @@ class Job:
         latents: str | Path | None = None,
         numbered: bool = False,
     ) -> "Job":
-        """With the parts of the LoRA, pictures read, a video for each prompt, and its request.
+        """Add the parts of the LoRA, a video for each prompt, and the request; read the pictures.
 
         Args:
-            techniques: None are the LoRA's own.
+            techniques: None for the LoRA's own.
 
         Raises:
-            ValueError, OSError: whatever can be refused before the model is loaded.
+            ValueError, OSError: any fault that can be found before the model is loaded.
         """
         job = replace(self, techniques=tuple(techniques or ()))
         if self.from_lora is not None:
@@ -103,7 +104,7 @@ class Job:
         return replace(job, request=job._request())
 
     def left(self, resume: bool) -> list[int]:
-        """Numbers of the videos that are not done yet; without `resume`, and of one alone, all."""
+        """Numbers of the videos to make: all, or with `resume` a list's unfinished videos."""
         return [
             i
             for i, video in enumerate(self.videos)
@@ -112,17 +113,17 @@ class Job:
         ]
 
     def asked(self, video: Video) -> dict[str, Any]:
-        """What one video is made from: the request, and what is its own."""
+        """Collect the inputs of one video: the request, its prompt and its clip."""
         return {**self.request, "prompt": video.prompt, **asdict(self.clip_of(video))}
 
     def clip_of(self, video: Video) -> Clip:
         return replace(self.clip, seed=video.seed)
 
     def fitted(self, pipe: Any) -> "Job":
-        """With the pipeline's own values for what the clip leaves open, and without techniques
-        that are for longer video.
+        """Fill the clip's open values with the pipeline's own, and drop techniques that are for
+        longer video only.
 
-        Raises ValueError for what the pipeline does not take or would round.
+        Raises ValueError for values that the pipeline does not take or would round.
         """
         clip = filled(pipe, self.clip)
         techniques, trained_frames = self.techniques, self.trained_frames
@@ -136,7 +137,7 @@ class Job:
         return replace(self, clip=clip, techniques=techniques, trained_frames=trained_frames)
 
     def _of_lora(self, from_lora: str | Path, *, own_techniques: bool) -> "Job":
-        """With method, weights, guidance and techniques of a LoRA of `gen_accel.lora`."""
+        """Add method, weights, guidance and techniques of a LoRA of `gen_accel.lora`."""
         if self.method is not None or self.compare:
             raise ValueError(f"from_lora {from_lora} brings its own method, and has no compare")
         recipe = read_recipe(from_lora)
@@ -146,7 +147,7 @@ class Job:
                 "pipe.load_lora_weights(folder, load_into_transformer_2=True)"
             )
         job = replace(self, clip=_guided(self.clip, recipe, from_lora), only_longer=own_techniques)
-        if recipe.rank:  # without, the method's own parameters are all that was trained
+        if recipe.rank:  # at rank 0 only the method's own parameters were trained
             loras = (*self.loading.loras, str(from_lora))
             job = replace(job, loading=replace(self.loading, loras=loras))
         if own_techniques and recipe.techniques:
@@ -155,7 +156,7 @@ class Job:
         return replace(job, method=recipe.build_method())
 
     def _check(self, latents: str | Path | None) -> None:
-        """Raises ValueError for parts that do not go together or are not there."""
+        """Refuse, by a ValueError, parts that do not go together or are missing."""
         if self.compare:
             self._check_comparison(latents)
         check_names(self.techniques)
@@ -194,13 +195,13 @@ class Job:
         kept = [None] * len(prompts) if latents is None else names(latents)
         each = zip(prompts, names(out), kept, strict=True)
         return tuple(
-            # By a clip, which refuses a seed that is too large.
+            # Through a clip, which refuses a seed that is too large.
             Video(prompt, replace(self.clip, seed=self.clip.seed + i).seed, target, path)
             for i, (prompt, target, path) in enumerate(each)
         )
 
     def _check_files(self, video: Video) -> None:
-        """Raises now what writing them would raise after the work."""
+        """Raise early the errors that writing the files would raise after the work."""
         check_writable(video.target, frames=self.clip.frames)
         if self.compare:
             check_installed()
@@ -229,7 +230,7 @@ class Job:
 
 
 def _guided(clip: Clip, recipe: Recipe, from_lora: str | Path) -> Clip:
-    """Without guidance where the LoRA holds it, unless the clip says otherwise."""
+    """Turn guidance off if the LoRA holds it, unless the clip gives a guidance scale."""
     if not recipe.holds_guidance or clip.guidance_scale is not None:
         return clip
     if clip.negative_prompt is not None:

@@ -1,4 +1,4 @@
-"""A pipeline loaded from a folder or a hub name, with its LoRAs, dtype, device and offloading."""
+"""Loading of a pipeline from a folder or the hub, with LoRAs, dtype, device and offloading."""
 
 import inspect
 import warnings
@@ -30,18 +30,19 @@ from gen_accel.pipelines.generation.model_index import check_index, part_class, 
 from gen_accel.tensor_files import named
 
 DTYPES = {name: getattr(torch, name) for name in names.DTYPES}
-MOST_SAID = 400  # characters of what a library says
+MOST_SAID = 400  # most characters of a library's error
 
 
 @dataclass(frozen=True)
 class Loading:
-    """Where a pipeline runs, and what is loaded with it.
+    """Options of loading a pipeline.
 
     Args:
         dtype: "auto" is float32 on the CPU and bfloat16 elsewhere.
-        device: "auto" is the accelerator where there is one, else the CPU.
-        offload: what waits in the CPU's memory: whole models, groups of layers, or single layers.
-        loras: a folder, file or hub repository each, with ":weight" behind it where it is not 1.
+        device: "auto" is the accelerator if there is one, else the CPU.
+        offload: unit that waits in the CPU's memory: whole models, groups of layers, or single
+            layers.
+        loras: folders, files or hub repositories, each with ":weight" appended unless it is 1.
     """
 
     dtype: str = "auto"
@@ -54,10 +55,10 @@ class Loading:
 
 
 def check_model(model: str | Path) -> None:
-    """Refuse what no pipeline can be loaded from, by reading one small file at most.
+    """Refuse a model without a loadable pipeline, by reading one small file at most.
 
     Raises:
-        ValueError: a folder without a pipeline, or with one that no family serves.
+        ValueError: a folder without a pipeline, or with a pipeline that no family serves.
         FileNotFoundError: neither a folder nor a name that the hub could know.
     """
     folder = folder_of(model)
@@ -78,8 +79,10 @@ def check_model(model: str | Path) -> None:
 
 
 def check_latents_of(model: str | Path) -> None:
-    """Refuse what gives no latents that could be kept, see `is_streamed`, by the pipeline's index,
-    which is fetched where it is on the hub."""
+    """Refuse a pipeline whose latents cannot be kept, see `is_streamed`.
+
+    Reads the pipeline's index, from the hub if necessary.
+    """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     source = _location(model)
@@ -89,13 +92,12 @@ def check_latents_of(model: str | Path) -> None:
 
 
 def load(model: str | Path, loading: Loading | None = None) -> Any:
-    """The pipeline, on its device, with its LoRAs.
+    """Load the pipeline onto its device, with its LoRAs.
 
     Raises:
-        ValueError: what `check_model` and `check_index` refuse, a device that is not there, a
-            LoRA that does not fit or fits in part, weights of the transformer that are whole
-            numbers.
-        OSError: a file or repository that is not there.
+        ValueError: a model that `check_model` or `check_index` refuses, a missing device, a LoRA
+            that does not fit or fits only in part, or integer weights of the transformer.
+        OSError: a missing file or repository.
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -123,13 +125,12 @@ def load(model: str | Path, loading: Loading | None = None) -> Any:
 
 
 def load_decoder(model: str | Path, loading: Loading | None = None) -> Any:
-    """The pipeline with its autoencoder and nothing else, for `decode_stream`.
+    """Load the pipeline with its autoencoder only, for `decode_stream`.
 
     Raises:
-        ValueError: what `check_model` and `check_index` refuse, a device that is not there, LoRAs,
-            which do not change how latents are decoded, or a pipeline that decodes in a way of
-            its own.
-        OSError: a file or repository that is not there.
+        ValueError: a model that `check_model` or `check_index` refuses, a missing device, LoRAs,
+            which do not change the decoding, or a pipeline that decodes in its own way.
+        OSError: a missing file or repository.
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -157,7 +158,10 @@ def load_decoder(model: str | Path, loading: Loading | None = None) -> Any:
 
 
 def find_device(name: str) -> torch.device:
-    """Raises ValueError for a device that this machine or this torch does not have."""
+    """Return the device of that name, or the best one for "auto".
+
+    Raises ValueError for a device that this machine or this torch does not have.
+    """
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
         return found or torch.device("cpu")
@@ -177,12 +181,16 @@ def find_device(name: str) -> torch.device:
 
 
 def folder_of(model: str | Path) -> Path:
-    """Of a pipeline, whether or not it is there."""
+    """Path of a pipeline's folder, whether or not it exists."""
     return expanded(model)
 
 
 def _classes(index: Any, origin: Any) -> tuple[str | None, str | None]:
-    """Of the first transformer and the autoencoder, by a pipeline's index, which is `origin`."""
+    """Return the class names of the first transformer and the autoencoder in a pipeline's index.
+
+    Args:
+        origin: name of the index, for messages.
+    """
     found = [_class_in(index, name, origin) for name in TRANSFORMERS]
     first = next((kind for kind in found if kind is not None), None)
     return first, _class_in(index, "vae", origin)
@@ -200,22 +208,22 @@ def _class_in(index: Any, name: str, origin: Any) -> str | None:
 
 @contextmanager
 def _one_line(source: Any) -> Iterator[None]:
-    """What a library says of files that cannot be loaded, as one line that names them."""
+    """Shorten a library's error on loading files to one line that names the source."""
     try:
-        with silenced("diffusers"):  # pages of names, where one is told
+        with silenced("diffusers"):  # its log lists pages of names
             yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # Of a list of what does not fit, the head says that, and the next is an example.
+        # The first line states the error; in a list of misfits the second is an example.
         said = " ".join(lines[:2])[:MOST_SAID] or type(error).__name__
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{source} cannot be loaded: {said}") from error
 
 
 def _check_complete(pipe: Any, model: str | Path) -> None:
-    """Refuse a model of which a file lacks weights, which are left without values."""
+    """Refuse a model whose files lack weights: such weights stay on the meta device."""
     for name, part in pipe.components.items():
         parameters = part.named_parameters() if isinstance(part, nn.Module) else ()
         lacking = [key for key, value in parameters if value.is_meta]
@@ -227,7 +235,7 @@ def _check_complete(pipe: Any, model: str | Path) -> None:
 
 
 def _location(model: str | Path) -> str:
-    """As `from_pretrained` takes it. Raises OSError for what is out of reach."""
+    """Return the model's location for `from_pretrained`. Raises OSError if it is out of reach."""
     folder = folder_of(model)
     if folder.exists():
         return str(folder)
@@ -236,7 +244,7 @@ def _location(model: str | Path) -> str:
 
 
 def _source(model: str | Path, loading: Loading) -> tuple[str, torch.device, torch.dtype]:
-    """What to load from, where to and as what; refused before anything is loaded."""
+    """Return location, device and dtype, checked before anything is loaded."""
     check_model(model)
     device = find_device(loading.device)
     if loading.offload != "none" and device.type == "cpu":
@@ -265,7 +273,7 @@ def _place(pipe: Any, offload: str, device: torch.device) -> None:
 
 
 def _lora(text: str) -> tuple[str, float]:
-    """ "folder:0.5" to the folder and 0.5."""
+    """Parse "folder:0.5" to the folder and 0.5."""
     source, weight = parted(text)
     check_there(source, "LoRA")
     path = expanded(source)
@@ -273,7 +281,7 @@ def _lora(text: str) -> tuple[str, float]:
 
 
 def _check_floats(folder: Path) -> None:
-    """Refuse whole numbers as weights of a transformer, which diffusers would cast."""
+    """Refuse integer weights of a transformer, which diffusers would cast."""
     for file in (one for part in TRANSFORMERS for one in folder.glob(f"{part}/*.safetensors")):
         config = file.with_name("config.json")
         if config.is_file() and "quantization_config" in config.read_text(encoding="utf-8"):
@@ -282,7 +290,7 @@ def _check_floats(folder: Path) -> None:
             with safe_open(file, framework="pt") as held:
                 kinds = {key: held.get_slice(key).get_dtype() for key in held.keys()}  # noqa: SIM118
         except SafetensorError:
-            continue  # diffusers says what is wrong with it
+            continue  # diffusers reports the fault
         wrong = [key for key in kinds if key.endswith((".weight", ".bias"))]
         wrong = [key for key in wrong if kinds[key].startswith(("I", "U", "BOOL"))]
         if wrong:

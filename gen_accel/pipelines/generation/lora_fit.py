@@ -1,4 +1,4 @@
-"""Whether a LoRA is one for the model that it is loaded into: all of it or none."""
+"""Check that all of a LoRA fits the model that it is loaded into."""
 
 import re
 from collections.abc import Mapping
@@ -8,17 +8,17 @@ from torch import Tensor, nn
 
 from gen_accel.tensor_files import named
 
-# What a file calls the two matrices of a layer: PEFT, diffusers before it, kohya.
+# Names of a layer's two matrices in a file: by PEFT, by older diffusers, by kohya.
 PARTS = re.compile(r"(.+?)\.(?:lora_(A|B)|lora\.(down|up)|lora_(down|up))\.weight")
 DOWN = ("A", "down")
 
 
 def check_lora(pipe: Any, source: str) -> None:
-    """Refuse a LoRA that diffusers would load in part, with a warning in its log alone.
+    """Refuse a LoRA that diffusers would load only in part, with no more than a log message.
 
     Raises:
-        ValueError: layers that the model does not have, layers of which one matrix is missing, or
-            that the file names without any, other sizes, or weights that are whole numbers.
+        ValueError: layers that the model does not have, layers with one matrix missing or with no
+            weights at all, matrices of another size, or integer weights.
         OSError: no LoRA there.
     """
     from diffusers.loaders.lora_base import LoraBaseMixin
@@ -29,7 +29,7 @@ def check_lora(pipe: Any, source: str) -> None:
     options = {"unet_config": loader.unet.config} if "unet" in pipe._lora_loadable_modules else {}
     found = loader.lora_state_dict(source, return_lora_metadata=True, **options)
     tensors, about = (found[0], found[-1]) if isinstance(found, tuple) else (found, None)
-    # Without being asked, pipelines load nothing into the second of two transformers.
+    # By default pipelines load nothing into the second of two transformers.
     parts = [name for name in pipe._lora_loadable_modules if name != "transformer_2"]
     models = {name: getattr(pipe, name, None) for name in parts}
     rest = [key for key in tensors if models.get(key.partition(".")[0]) is None]
@@ -48,11 +48,11 @@ def check_lora(pipe: Any, source: str) -> None:
 def check_fit(
     source: str, model: nn.Module, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
 ) -> None:
-    """`check_lora` of one model.
+    """Check a LoRA against one model, as `check_lora` does.
 
     Args:
-        tensors: by their names in the model.
-        about: options that the file keeps for PEFT, where it does.
+        tensors: tensors by their names in the model.
+        about: options for PEFT in the file, if any.
     """
     whole = [key for key, x in tensors.items() if not x.is_floating_point()]
     if whole:
@@ -80,13 +80,13 @@ def check_fit(
 
 
 def under(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those whose names begin so, without it."""
+    """Select the values whose names begin with `prefix` and a dot, and strip both."""
     begin = f"{prefix}."
     return {k.removeprefix(begin): x for k, x in values.items() if k.startswith(begin)}
 
 
 def _matrices(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Down and up, by layer. What has other names, as biases and alphas, is left out."""
+    """Sort tensors into down and up matrices, by layer; skips other names, such as alphas."""
     down: dict[str, Tensor] = {}
     up: dict[str, Tensor] = {}
     for key, x in tensors.items():
@@ -97,16 +97,19 @@ def _matrices(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
 
 def _targets(about: Mapping[str, Any]) -> set[str]:
-    """The names of layers in the file's options for PEFT; of ends of names nothing follows."""
+    """Return the names of target modules in the file's options for PEFT.
+
+    A pattern (a single string) gives no names, and ends of names match no layer in `check_fit`.
+    """
     targets = about.get("target_modules") or ()
     return set() if isinstance(targets, str) else set(targets)
 
 
 def _fits(down: Tensor, up: Tensor, layer: nn.Module) -> bool:
-    """Whether the product of the two is as large as the layer's weight, where that is known."""
+    """Whether the product of the two has the shape of the layer's weight, if that is known."""
     weight = getattr(layer, "weight", None)
     if min(down.ndim, up.ndim) < 2 or down.shape[0] != up.shape[1]:
         return False
     if not isinstance(weight, Tensor) or weight.ndim < 2 or not weight.is_floating_point():
-        return True  # quantised weights lie packed
+        return True  # quantised weights are packed, so their shape tells nothing
     return (up.shape[0], down.shape[1]) == tuple(weight.shape[:2])

@@ -1,7 +1,7 @@
-"""What the index of a model folder may name: public classes of diffusers and transformers.
+"""Check of a model folder's index, which may name public classes of diffusers and transformers.
 
-To import anything else because a folder names it would be to run the folder's code. The libraries
-hold to that by themselves in their newer versions; here it holds with all of them.
+To import anything else that a folder names would be to run the folder's code. Newer versions of
+the libraries check this themselves; here the check holds with all versions.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-# What the parts of a pipeline are, of each library.
+# Base classes of a pipeline's parts, by library.
 KINDS = {
     "diffusers": ("ModelMixin", "SchedulerMixin"),
     "transformers": (
@@ -21,14 +21,15 @@ KINDS = {
 
 
 def check_index(index: Mapping[str, Any], source: str | Path) -> None:
-    """Refuse a pipeline whose index names what is no public class of the two libraries.
+    """Refuse a pipeline whose index names anything but public classes of the two libraries.
 
     Args:
-        index: what `model_index.json` holds.
+        index: contents of `model_index.json`.
         source: the folder, or the name of a repository.
 
     Raises:
-        ValueError: with the part and what it names; for code in the place of a class, too.
+        ValueError: a part is no such class, or the folder holds code in place of the class. The
+            error gives the part and the name.
     """
     pipeline_class(index.get("_class_name"))
     for part, kind in index.items():
@@ -41,7 +42,7 @@ def check_index(index: Mapping[str, Any], source: str | Path) -> None:
 
 
 def pipeline_class(name: Any) -> Any:
-    """The pipeline of diffusers of that name. Raises ValueError for anything else."""
+    """Return the pipeline of diffusers of that name. Raises ValueError for anything else."""
     import diffusers
 
     found = _public(diffusers, name)
@@ -51,11 +52,11 @@ def pipeline_class(name: Any) -> Any:
 
 
 def part_class(kind: Any, part: str) -> Any:
-    """Class of a part of a pipeline.
+    """Return the class of a part of a pipeline.
 
     Args:
-        kind: library and name, as `model_index.json` has them. diffusers keeps some parts beside
-            their pipeline, and names its module in the place of the library.
+        kind: library and name, as in `model_index.json`. diffusers keeps some parts beside their
+            pipeline, and names the pipeline's module in place of the library.
 
     Raises:
         ValueError: another library, or a name that is no public class of the kinds in `KINDS`.

@@ -1,5 +1,5 @@
-"""Progress on stderr, and what moves it on: bars with the time that remains, or lines now and then
-where no terminal shows bars, as in the log of a job."""
+"""Progress on stderr: bars with the remaining time, or occasional lines without a terminal, as in
+the log of a job."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,15 +15,17 @@ if TYPE_CHECKING:
 
 EVERY = 10.0  # seconds between two lines of a task
 
-Tick = Callable[[int, int], None]  # is told how much is done, steps or frames, and of how many
+Tick = Callable[[int, int], None]  # takes the number of steps or frames done, and their total
 
 
 def progress_bar(*, units: bool = False) -> "Progress":
-    """A bar with the time that remains; without a terminal a line at the first step, every ten
-    seconds, and at the end of each task.
+    """Make a bar with the remaining time.
+
+    Without a terminal it prints a line at the first step, every ten seconds, and at the end of
+    each task.
 
     Args:
-        units: each task names what it counts, as in `bar.add_task("clip", unit="steps")`.
+        units: each task names its unit, as in `bar.add_task("clip", unit="steps")`.
     """
     with needed_for("a progress bar", extra="video"):
         from rich.console import Console
@@ -51,7 +53,7 @@ def progress_bar(*, units: bool = False) -> "Progress":
 
 
 def _lines(console: Any) -> "Progress":
-    """A `Progress` that prints lines."""
+    """Make a `Progress` that prints lines."""
     from rich.progress import Progress, TaskID
 
     class Lines(Progress):
@@ -69,7 +71,7 @@ def _lines(console: Any) -> "Progress":
             description: str = "Working...",
             update_period: float = 0.1,
         ) -> Iterator[Any]:
-            """`Progress.track`, which without a display says the last item alone."""
+            """Report every item; without a display, `Progress.track` reports the last one only."""
             items = [*sequence]
             if task_id is None:
                 task_id = self.add_task(description, total=total or len(items))
@@ -100,10 +102,10 @@ def _lines(console: Any) -> "Progress":
 
 
 def _line(task: Any, begun: float) -> str:
-    """ "cat.mp4 3/50 steps, 0:00:12, left 0:03:08".
+    """Format a task, as "cat.mp4 3/50 steps, 0:00:12, left 0:03:08".
 
     Args:
-        begun: how much was done before the clock started.
+        begun: amount that was done before the clock started.
     """
     total = "?" if task.total is None else f"{task.total:g}"
     unit = task.fields.get("unit", "")
@@ -117,12 +119,12 @@ def _line(task: Any, begun: float) -> str:
 
 
 def steps_bar() -> "Progress":
-    """For `ticker`."""
+    """Make a bar for `ticker`."""
     return progress_bar(units=True)
 
 
 def ticker(bar: "Progress", label: str, unit: str = "steps") -> Tick:
-    """A new line of a `steps_bar`, which starts again where a video is denoised in parts."""
+    """Add a line to a `steps_bar`, which restarts for each part of a video denoised in parts."""
     task = bar.add_task(label, total=None, unit=unit)
     before = 0
 
@@ -137,7 +139,7 @@ def ticker(bar: "Progress", label: str, unit: str = "steps") -> Tick:
 
 
 def counted(chunks: Iterable[np.ndarray], tick: Tick, total: int) -> Iterator[np.ndarray]:
-    """`chunks`, and `tick` is told the frames that have passed."""
+    """Yield `chunks`, and report the frames passed so far to `tick`."""
     done = 0
     for chunk in chunks:
         yield chunk

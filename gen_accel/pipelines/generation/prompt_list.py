@@ -1,7 +1,7 @@
-"""A list of prompts: which of them are done, and how processes share the others.
+"""Lists of prompts: a record of finished prompts, and the division of the others over processes.
 
-Beside each output lies a small file with what it was made from and the hashes of its files. A
-prompt is done when these files are there, and were made from what is asked for now.
+Beside each output lies a small record with the request it was made from and the hashes of its
+files. A prompt is done if these files exist and the record matches the present request.
 """
 
 import hashlib
@@ -27,21 +27,21 @@ with needed_for("generating videos", extra="video"):
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-DONE = ".done.json"  # behind the name of an output: what it was made from
+DONE = ".done.json"  # suffix of an output's record
 
 
 def numbered(path: Path, count: int) -> list[Path]:
-    """`clip-000.mp4` and so on."""
+    """Number a path: `clip-000.mp4` and so on."""
     return [path.with_name(f"{path.stem}-{i:03d}{path.suffix}") for i in range(count)]
 
 
 def is_done(target: Path, asked: Mapping[str, Any], latents: Path | None = None) -> bool:
-    """Whether all files of `target` are there whole, and were made from what is asked.
+    """Whether all files of `target` are complete and were made from the request `asked`.
 
-    A warning tells of files that an earlier version made, and knew by their size alone.
+    Warns of files by an earlier version, which recorded their size only.
 
     Args:
-        latents: that are to be among these files.
+        latents: file of latents that must be among the files.
     """
     record = record_of(target)
     try:
@@ -55,7 +55,7 @@ def is_done(target: Path, asked: Mapping[str, Any], latents: Path | None = None)
         return False
     if not files or (latents is not None and _beside(latents, target) not in files):
         return False
-    # What the pipeline filled in before is the same as its number given now.
+    # A value that the pipeline filled in then equals the same value given now.
     same = all(
         before.get(name) == value or (value is not None and clip.get(name) == value)
         for name, value in asked.items()
@@ -77,23 +77,23 @@ def is_done(target: Path, asked: Mapping[str, Any], latents: Path | None = None)
 def write_done(
     target: Path, asked: Mapping[str, Any], clip: Mapping[str, Any], files: Sequence[Path]
 ) -> None:
-    """What `is_done` reads.
+    """Write the record that `is_done` reads.
 
     Args:
-        clip: as it was made, without gaps.
-        files: all that was made for `target`.
+        clip: the clip as generated, with all values filled.
+        files: all files that were made for `target`.
     """
     hashes = {_beside(file, target): _sha256(file) for file in files}
     write_json(record_of(target), {"asked": asked, "clip": clip, "sha256": hashes})
 
 
 def forget_done(target: Path) -> None:
-    """Before its files are written again."""
+    """Delete the record of `target`, before its files are written again."""
     record_of(target).unlink(missing_ok=True)
 
 
 def what_is_done(targets: Sequence[Path], left: Sequence[int]) -> str:
-    """A line for all but the numbers that are left."""
+    """Describe in a line the targets that are done, all but the numbers in `left`."""
     spans: list[list[Path]] = []
     for i, target in enumerate(targets):
         if i in left:
@@ -109,7 +109,7 @@ def what_is_done(targets: Sequence[Path], left: Sequence[int]) -> str:
 def sources(
     model: str | Path, loading: Loading, from_lora: str | Path | None
 ) -> dict[str, str | list[str] | None]:
-    """What a video is made from: files told apart by more than their names."""
+    """Identify the model, dtype and LoRAs of a video, with files by more than their names."""
     return {
         "model": identity(folder_of(model)),
         "dtype": loading.dtype,
@@ -119,7 +119,7 @@ def sources(
 
 
 def identity(source: Any) -> str:
-    """Of files, a hash of their names, sizes and times; of a repository on the hub, its name."""
+    """Identify files by a hash of names, sizes and times, a hub repository by its name."""
     path = expanded(source)
     if not path.exists():
         return str(source)
@@ -129,16 +129,16 @@ def identity(source: Any) -> str:
 
 
 def pixels(image: Image.Image) -> str:
-    """Of a picture, wherever it lies: its size and a hash."""
+    """Identify a picture by its size and a hash of its pixels."""
     return f"{image.width} x {image.height} {hashlib.sha256(image.tobytes()).hexdigest()}"
 
 
 class Share(NamedTuple):
-    """What one process makes of a list.
+    """Share of one process in a list.
 
     Args:
-        numbers: of its videos.
-        state: of the processes of `accelerate launch`; None where this one is alone.
+        numbers: numbers of its videos.
+        state: state of the processes of `accelerate launch`; None for a single process.
     """
 
     numbers: Sequence[int]
@@ -146,11 +146,11 @@ class Share(NamedTuple):
 
     @classmethod
     def of(cls, left: Sequence[int], loading: Loading) -> "Share":
-        """This process's part of the videos that are left, once all processes know them."""
+        """Take this process's part of the videos that are left, once all processes know them."""
         on_cpu = find_device(loading.device).type == "cpu"
-        # The first to be ready wait for the others' videos.
+        # Processes that finish early wait for the others' videos.
         state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))
-        state.wait_for_everyone()  # all have seen what is done before one goes on
+        state.wait_for_everyone()  # all read the records before one goes on
         return cls(left[state.process_index :: state.num_processes], state)
 
     @property
@@ -159,13 +159,13 @@ class Share(NamedTuple):
 
     @property
     def rank(self) -> str:
-        """Before the lines of a progress bar."""
+        """Prefix of the lines of a progress bar."""
         if self.state is None or self.state.num_processes == 1:
             return ""
         return f"{self.state.process_index}: "
 
     def loading(self, loading: Loading) -> Loading:
-        """On a device of its own, where there are several processes."""
+        """Choose a device of this process's own, if there are several processes."""
         if self.state is None or self.state.num_processes == 1:
             return loading
         device = str(self.state.device)
@@ -173,8 +173,13 @@ class Share(NamedTuple):
         return replace(loading, device=device) if is_open else loading
 
     def gathered(self, made: Mapping[int, Any]) -> list[Any]:
-        """Of `Generated`s by their numbers, all processes' in order in the main process, and none
-        in the others."""
+        """Gather the `Generated`s of all processes in the main process, in order.
+
+        Returns an empty list in the other processes.
+
+        Args:
+            made: results of this process, by their numbers.
+        """
         if self.state is None or self.state.num_processes == 1:
             return [*made.values()]
         everyones = dict(gather_object([(i, _without_tensors(one)) for i, one in made.items()]))
@@ -182,38 +187,38 @@ class Share(NamedTuple):
 
 
 def _without_tensors(made: Any) -> Any:
-    """Its records count on a device that may be another process's own."""
+    """Move the counts of a summary off their device, which other processes may not have."""
     for record in made.summary.records.values():
         record.settle()
     return made
 
 
 def record_of(target: Path) -> Path:
-    """The small file beside `target`."""
+    """Path of the record beside `target`."""
     return target.with_name(target.name + DONE)
 
 
 def _beside(file: Path, target: Path) -> str:
-    """The path of `file` from the folder of `target`, however both are written."""
+    """Path of `file` relative to the folder of `target`, with both folders resolved."""
     return os.path.relpath(file.parent.resolve() / file.name, target.parent.resolve())
 
 
 def _sha256(path: Path) -> str | None:
-    """Of a file, or of all files in a folder with their names; None where neither is."""
+    """Hash a file, or all files in a folder with their names; None if there is neither."""
     if path.is_dir():
         return folder_sha256(sorted(file for file in path.iterdir() if file.is_file()))
     return file_sha256(path) if path.exists() else None
 
 
 def _bytes(path: Path) -> int | None:
-    """Of a file, or of all files in a folder; None where neither is."""
+    """Size in bytes of a file, or of all files in a folder; None if there is neither."""
     if path.is_dir():
         return sum(file.stat().st_size for file in path.iterdir())
     return path.stat().st_size if path.exists() else None
 
 
 def _identity_of_lora(lora: str) -> str:
-    """Of "folder:0.5", where the colon is not a part of the name, with its weight."""
+    """Identify a LoRA given as "folder:0.5", with its weight, unless the colon is in the name."""
     source, colon, weight = lora.rpartition(":")
     if not colon or expanded(lora).exists():
         return identity(lora)

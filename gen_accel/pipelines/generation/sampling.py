@@ -1,4 +1,4 @@
-"""Sample one clip from any diffusers video pipeline, with the time that it took."""
+"""Sampling of one clip from any diffusers video pipeline, with timing."""
 
 import math
 import time
@@ -30,21 +30,21 @@ from gen_accel.room import check_room
 from gen_accel.values import check_types
 from gen_accel.video import VideoShape
 
-ACTIVATIONS = 5  # that a block holds at once: its input, q, k, v and the output
-FPS = 16.0  # where neither the pipeline nor its family knows
+ACTIVATIONS = 5  # activations that a block holds at once: its input, q, k, v and the output
+FPS = 16.0  # frame rate of latents that state none
 
 
 @dataclass(frozen=True)
 class Clip:
-    """What to generate. None leaves a value to the pipeline's own default.
+    """Options of a clip to generate. None leaves a value to the pipeline's own default.
 
     Args:
-        frames: of the video, not latents.
-        height, width: pixels.
-        seed: of the first prompt; each further one takes the next.
-        fps: frames a second, of the file and where the pipeline tells its model; without, the
-            pipeline's own, or what the model was published at.
-        max_tokens: what the text is padded or cut to.
+        frames: pixel frames, not latent frames.
+        height, width: size in pixels.
+        seed: seed of the first prompt; each further prompt takes the next seed.
+        fps: frames a second, of the file and of the model if the pipeline passes them on. By
+            default the pipeline's own, or the frame rate that the model was published at.
+        max_tokens: length in tokens that the text is padded or cut to.
     """
 
     frames: int | None = None
@@ -78,8 +78,10 @@ class Clip:
 
 
 def check_text(name: str, text: str) -> None:
-    """Raises ValueError for text that is not UTF-8, as a terminal may pass on, which neither a
-    tokenizer nor a report takes."""
+    """Refuse, by a ValueError, text that is not UTF-8.
+
+    A terminal may pass on such text, which neither a tokenizer nor a report takes.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -88,7 +90,12 @@ def check_text(name: str, text: str) -> None:
 
 @dataclass(frozen=True)
 class Denoised:
-    """A clip before it is decoded. latents: (1, C, f, h, w). Includes the text encoder."""
+    """A clip before it is decoded.
+
+    Args:
+        latents: (1, C, f, h, w).
+        seconds: time of denoising, the text encoder included.
+    """
 
     latents: Tensor = field(repr=False)
     seconds: float
@@ -96,8 +103,14 @@ class Denoised:
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated clip. video: (F, H, W, 3) uint8. Denoising includes the text encoder, and
-    decoding where the pipeline does not tell the end of a step."""
+    """A generated clip.
+
+    Args:
+        video: (F, H, W, 3) uint8.
+        denoise_seconds: time of denoising, the text encoder included. Decoding is included too if
+            the pipeline does not report the end of a step.
+        decode_seconds: time of decoding.
+    """
 
     video: np.ndarray = field(repr=False)
     denoise_seconds: float
@@ -109,11 +122,12 @@ class Sample:
 
 
 def filled(pipe: Any, clip: Clip) -> Clip:
-    """`clip` with the pipeline's own defaults for what it leaves open, None where these depend on
-    the model, and with a number for `fps`.
+    """Fill the open values of `clip` with the pipeline's own defaults.
+
+    A value stays None if its default depends on the model, except `fps`, which gets a number.
 
     Raises:
-        ValueError: the pipeline does not take what `clip` gives, or cannot be run from a prompt
+        ValueError: the pipeline does not take a value of `clip`, or cannot run from a prompt
             alone.
     """
     known, kind = parameters(pipe), type(pipe).__name__
@@ -138,19 +152,22 @@ def filled(pipe: Any, clip: Clip) -> Clip:
 
 
 def check_clip(pipe: Any, clip: Clip, method: Method) -> None:
-    """Raises ValueError for frames and sizes that the pipeline would round, or where `method`
-    cannot be planned; of pipelines that decode by themselves, their own checks speak later."""
+    """Refuse, by a ValueError, frames and sizes that the pipeline would round or that `method`
+    cannot be planned at.
+
+    Pipelines that decode by themselves are checked for memory only; they check sizes when called.
+    """
     if is_streamed(pipe):
         video = token_grid(pipe, clip)
         _check_room(pipe, clip, video)
         check_fits(method, video)
-    elif clip.frames and clip.height and clip.width:  # decoded whole, in float32
+    elif clip.frames and clip.height and clip.width:  # decoded as a whole, in float32
         pixels = 12 * clip.frames * clip.height * clip.width
         check_room(_size(clip), pixels, "ask for fewer frames or pixels")
 
 
 def _check_room(pipe: Any, clip: Clip, video: VideoShape) -> None:
-    """Refuse a clip of which not even one block of the model can hold the tokens."""
+    """Refuse a clip whose tokens do not fit into memory for even one block of the model."""
     module = first_transformer(pipe)
     sites = served_family(pipe).self_attentions(module)
     width = max(site.heads * site.dim for site in sites)
@@ -167,10 +184,10 @@ def _size(clip: Clip) -> str:
 
 
 def token_grid(pipe: Any, clip: Clip) -> VideoShape:
-    """The video's tokens, without text, of a pipeline that `is_streamed`: others round in ways of
-    their own.
+    """Compute the grid of the video's tokens, without text.
 
-    Raises ValueError for frames and sizes that the pipeline would round, naming the nearest.
+    Only for a pipeline that `is_streamed`, as other pipelines round in their own ways. Raises
+    ValueError for frames and sizes that the pipeline would round, naming the nearest.
     """
     frames, height, width = clip.frames, clip.height, clip.width
     assert frames is not None
@@ -197,7 +214,7 @@ def token_grid(pipe: Any, clip: Clip) -> VideoShape:
 
 
 def check_fits(method: Method, video: VideoShape) -> None:
-    """Raises ValueError for a method that cannot be planned on `video`."""
+    """Refuse, by a ValueError, a method that cannot be planned on `video`."""
     if parts_of(method).has_plan:
         plan_of(method, video)
 
@@ -210,13 +227,14 @@ def denoise(
     tick: Tick | None = None,
     run: Callable[..., Any] | None = None,
 ) -> Denoised:
-    """Run the pipeline for one prompt, `clip` without gaps (see `filled`), as far as the latents.
+    """Run the pipeline for one prompt, as far as the latents.
 
-    The noise is drawn on the CPU, so that a seed gives the same on every device.
+    The noise is drawn on the CPU, so that a seed gives the same noise on every device.
 
     Args:
-        pipe: one that `is_streamed`.
-        run: called instead of `pipe`, with its arguments; see `long_video.extend`.
+        pipe: a pipeline that `is_streamed`.
+        clip: a result of `filled`.
+        run: function to call instead of `pipe`, with its arguments; see `long_video.extend`.
 
     Raises:
         ValueError: latents that are not finite.
@@ -238,7 +256,9 @@ def sample(
     tick: Tick | None = None,
     run: Callable[..., Any] | None = None,
 ) -> Sample:
-    """`denoise`, and the whole video decoded in memory; pipelines that decode by themselves do.
+    """Run the pipeline for one prompt, and decode the whole video in memory.
+
+    Pipelines that are not `is_streamed` decode by themselves.
 
     Raises:
         ValueError: latents or pixels that are not finite.
@@ -254,7 +274,7 @@ def sample(
 
 
 def pixel_frames(pipe: Any, latents: Tensor) -> int:
-    """How many frames `latents`, (B, C, f, h, w), are decoded to."""
+    """Number of pixel frames that `latents`, (B, C, f, h, w), are decoded to."""
     return (latents.shape[2] - 1) * _vae_factor(pipe, "temporal") + 1
 
 
@@ -267,7 +287,7 @@ def _run(
     tick: Tick | None,
     run: Callable[..., Any] | None,
 ) -> tuple[Any, float]:
-    """What the pipeline makes, one sample, and the seconds until its last step."""
+    """Run the pipeline. Returns a batch of one sample, and the seconds until its last step."""
     given = {
         argument: getattr(clip, name)
         for name, argument in arguments(pipe).items()
@@ -297,7 +317,10 @@ def _run(
 
 
 def _frame_rate(pipe: Any, given: float | None) -> float:
-    """As the pipeline takes it; where none is given, what the model was published at."""
+    """Return the frame rate as the pipeline takes it.
+
+    Without a given rate it is the frame rate that the model was published at.
+    """
     fps = served_family(pipe).fps(first_transformer(pipe)) if given is None else given
     argument = rate_argument(pipe)
     if argument is None or parameters(pipe)[argument].annotation not in (int, "int"):

@@ -1,7 +1,7 @@
-"""What an adapter adds to each attention, and what is kept of images for it.
+"""Image attention that an adapter adds to each attention, and the cached keys and values for it.
 
-B rows of a batch, N tokens of video or image, H heads, D dim of a head, G groups of tokens, T
-tokens of one, C width of those.
+B rows of a batch, N tokens of video or image, H heads, D dim of a head, G groups of image tokens,
+T tokens of a group, C width of an image token.
 """
 
 import operator
@@ -24,7 +24,7 @@ from gen_accel.pipelines.image_prompt.features import Features, count
 from gen_accel.pipelines.image_prompt.guidance import Layout
 from gen_accel.pipelines.image_prompt.strength import Masks, token_weights
 
-_WEIGHTS = 64  # scales, of which each block and step may have another
+_WEIGHTS = 64  # most scales to keep weights for; each block and step may have its own
 
 
 class Term(NamedTuple):
@@ -32,10 +32,10 @@ class Term(NamedTuple):
 
     Args:
         k, v: (B, T, H, D).
-        start_k, start_v: subtracted; None for nothing.
-        weight: of no dimension, or (1 or B, N, 1, 1) by N; None for 1. Not a number, for each of
-            which torch.compile would make a graph.
-        frames: of the video, where each attends by itself, in a row of its own; None elsewhere.
+        start_k, start_v: keys and values whose attention is subtracted; None for nothing.
+        weight: a scalar tensor, or (1 or B, N, 1, 1) by N; None for 1. Never a Python number, as
+            torch.compile would compile a graph for each.
+        frames: number of frames, if each frame attends by itself in a row of its own; else None.
     """
 
     k: Tensor
@@ -47,12 +47,14 @@ class Term(NamedTuple):
 
 
 class Branch:
-    """What is added to one attention, filled before each forward pass: a family calls it with the
-    queries. To torch.compile, all of a model are alike.
+    """Image attention of one site, filled with terms before each forward pass.
 
-    Gradient checkpointing calls it again during the backward pass, with gradients, maybe after a
-    forward pass without: those two do not share. After another one with gradients, by other
-    images, it would compute with those: the backward pass is refused then.
+    A family calls the branch with the queries. All branches of a model look alike to
+    torch.compile.
+
+    Gradient checkpointing calls the branch again during the backward pass, with gradients. Terms
+    of passes with gradients (`graded`) are therefore kept apart from terms of passes without. If
+    another pass with gradients has since filled in other images, the backward pass is refused.
     """
 
     def __init__(self, site: ImageAttention) -> None:
@@ -65,9 +67,10 @@ class Branch:
         self.turn = 0
 
     def fill(self, terms: tuple[Term, ...], turn: int) -> None:
-        """
+        """Set the terms of the next forward pass.
+
         Args:
-            turn: another number for what may be other terms.
+            turn: number that changes whenever the terms may have changed.
         """
         self.terms = terms
         if torch.is_grad_enabled():
@@ -75,16 +78,16 @@ class Branch:
 
     @property
     def acts(self) -> bool:
-        """Whether there is anything to add."""
+        """Whether there are terms to add."""
         return bool(self.graded if torch.is_grad_enabled() else self.terms)
 
     def __call__(self, q: Tensor, samples: slice) -> Tensor | None:
-        """(b, N, H, D) of queries of the samples; None for nothing."""
+        """Attend to the images, (b, N, H, D) for the queries of `samples`; None without terms."""
         terms, total = self.graded if torch.is_grad_enabled() else self.terms, None
         frames = terms[0].frames if terms else None
         if terms and not self.site.by_sample:
             self._check_rows(len(q), len(terms[0].k), frames)
-        if frames is not None:  # one after the other, as where all attend together
+        if frames is not None:  # join the frames of a video, as if they attended together
             q = q.unflatten(0, (-1, frames)).flatten(1, 2)
             samples = slice(0, len(q))
         for term in terms:
@@ -97,13 +100,13 @@ class Branch:
             total = out if total is None else total + out
         if total is not None and frames is not None:
             total = total.unflatten(1, (frames, -1)).flatten(0, 1)
-        # A graph would be made anew for each number.
+        # Not in a graph, which would be compiled again for each number of a turn.
         if total is None or not total.requires_grad or torch.compiler.is_compiling():
             return total
         return cast(Tensor, _OfOneTurn.apply(total, self.turn))
 
     def _check_rows(self, given: int, rows: int, frames: int | None) -> None:
-        """Raise ValueError for another number of rows than the prompt was set for."""
+        """Raise ValueError for a number of rows that the prompt was not set for."""
         if given == rows * (frames or 1):
             return
         videos = "samples" if frames is None else f"videos of {frames} frames"
@@ -126,15 +129,18 @@ class Branch:
         return own if len(own) == 1 else own[samples]
 
     def __deepcopy__(self, memo: dict) -> "Branch":
-        """Empty: it is filled before it is called, and what is there may hold a graph."""
+        """Copy without terms, which may hold a graph; a branch is filled before each call."""
         copy = memo[id(self)] = object.__new__(type(self))
         Branch.__init__(copy, deepcopy(self.site, memo))
         return copy
 
 
 class _OfOneTurn(torch.autograd.Function):
-    """The same tensor, whose backward pass raises ValueError where gradient checkpointing computed
-    what it needs in another turn: what was saved is then of that one, the context of the first."""
+    """Identity that refuses a backward pass of another turn, by a ValueError.
+
+    Gradient checkpointing replaces the saved tensor by a recomputed one, with the turn at that
+    time; `ctx.turn` keeps the turn of the first forward pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, turn: int) -> Tensor:
@@ -155,8 +161,10 @@ class _OfOneTurn(torch.autograd.Function):
 
 
 class Turns:
-    """A number for what the forward passes with gradients are shown, `now`, which changes with it;
-    see `Branch`."""
+    """Counter `now` of the inputs of forward passes with gradients; see `Branch`.
+
+    It advances whenever the images or their scales change.
+    """
 
     def __init__(self) -> None:
         self.now = 0
@@ -167,10 +175,11 @@ class Turns:
         self._how: Any = None
 
     def take(self, shown: tuple[Any, ...], how: Any) -> None:
-        """
+        """Note the inputs of a forward pass.
+
         Args:
-            shown: compared by identity.
-            how: by value.
+            shown: features or images, compared by identity.
+            how: layout and scales, compared by value.
         """
         same = len(shown) == len(self._shown) and all(map(operator.is_, shown, self._shown))
         if not same or how != self._how:
@@ -178,7 +187,7 @@ class Turns:
         self._shown, self._how = shown, how
 
     def __deepcopy__(self, memo: dict) -> "Turns":
-        """Empty, as a branch's."""
+        """Copy without content, like a branch."""
         copy = memo[id(self)] = Turns()
         return copy
 
@@ -187,10 +196,10 @@ class Batch:
     """Keys and values for one arrangement of rows.
 
     Args:
-        terms: for each attention, without weights.
-        layout: the sides that the rows are of, each with the number of its rows.
-        x: an input of the model.
-        unet: it attends over smaller and smaller grids.
+        terms: terms of each attention, without weights.
+        layout: sides of the rows, each with its number of rows.
+        x: an input of the model, for device and dtype.
+        unet: the model attends over several grids, each smaller than the one before.
     """
 
     def __init__(
@@ -216,12 +225,12 @@ class Batch:
         spans: Sequence[tuple[int, int]] | None,
         frames: int | None,
     ) -> tuple[Term, ...]:
-        """Of the attention at `place`, with weights for this scale.
+        """Return the terms of the attention at `place`, with weights for this scale.
 
         Args:
-            grid: of the tokens, where weights need it.
+            grid: grid of the tokens, if the weights need it.
             spans: see `strength.frame_spans`.
-            frames: that are rows of their own.
+            frames: number of frames that are rows of their own; else None.
         """
         weights = self.weights(scale, grid, spans)
         pairs = zip(self.terms[place], weights, strict=True)
@@ -230,7 +239,7 @@ class Batch:
     def weights(
         self, scale: float | tuple[float, ...], grid: Any, spans: Sequence[tuple[int, int]] | None
     ) -> list[Any]:
-        """For each of the terms, of an attention with this scale."""
+        """Return the weight of each term, for an attention with this scale."""
         key = scale, grid
         if key not in self._weights:
             while len(self._weights) >= _WEIGHTS:
@@ -249,7 +258,7 @@ class Batch:
         return [{n: self._shaped(x) for n, x in own.items()} for own in made]
 
     def _shaped(self, weight: Tensor) -> Tensor:
-        """(N,), or (I, N) for a prompt each, to (1 or B, N, 1, 1)."""
+        """Reshape (N,), or (I, N) for an image a prompt, to (1 or B, N, 1, 1)."""
         weight = weight.to(self._device, self._dtype)
         if weight.ndim == 1:
             return weight[None, :, None, None]
@@ -258,11 +267,12 @@ class Batch:
 
 
 class Side:
-    """Tokens (G, T, C): G images by themselves, or 1 of all. Their keys and values are computed
-    once for each attention.
+    """Image tokens (G, T, C), of G separate images or of all images as one group.
+
+    Keys and values are computed once for each attention.
 
     Args:
-        start: those of the projector as training began.
+        start: tokens of the projector's initial weights, if the adapter needs them.
     """
 
     def __init__(self, tokens: Tensor, start: Tensor | None = None) -> None:
@@ -271,7 +281,7 @@ class Side:
         self.made: dict[tuple[str, str], list[Tensor]] = {}  # by model and attention
 
     def keys_values(self, adapter: ImageAdapter, part: str, site: ImageAttention) -> list[Tensor]:
-        """(G, T, H, D) each: keys and values, and with a start those of it."""
+        """Return keys and values, (G, T, H, D) each, then the keys and values of `start`."""
         key = part, site.number
         if key not in self.made:
             found = [*adapter.keys_values(site, self.tokens)]
@@ -283,12 +293,12 @@ class Side:
 
 @dataclass(eq=False)
 class Images:
-    """What was set, and what is known of it.
+    """Images that were set, and the tokens, keys and values computed of them.
 
     Args:
         seen: the encoder made the features.
-        sides: "positive" and "negative", when they were first needed.
-        batches: by model, arrangement of rows, device and dtype.
+        sides: tokens of "positive" and "negative", each added when first needed.
+        batches: keys and values by model, layout of rows, device and dtype.
     """
 
     features: Features
@@ -304,22 +314,22 @@ class Images:
         return count(self.features)
 
     def forget(self, part: str) -> None:
-        """What was computed of tokens, for one model."""
+        """Drop the keys and values of one model."""
         for side in self.sides.values():
             side.made = {key: kept for key, kept in side.made.items() if key[0] != part}
         self.batches = {key: kept for key, kept in self.batches.items() if key[0] != part}
 
 
 class Watched:
-    """Whether tensors are still what they were: the same, and not written to.
+    """Record of tensors that tells whether they were replaced or written to.
 
     Args:
-        placed: and where they were, as `.to()` leaves a parameter the same. Not for what
-            offloading moves.
+        placed: also notice a new storage, as `.to()` keeps the parameter object. Not for tensors
+            that offloading moves.
     """
 
     def __init__(self, tensors: Sequence[Tensor], *, placed: bool = True) -> None:
-        # What is kept shares its memory, whose address is therefore not given to another.
+        # The kept tensor shares the memory, so that its address is not reused.
         self._held = [(x, x.detach() if placed else x, _version(x)) for x in tensors]
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
@@ -332,8 +342,10 @@ class Watched:
 
 
 def own_weights(adapter: ImageAdapter, site: ImageAttention) -> list[Tensor]:
-    """Weights of the model that keys and values depend on. Those held elsewhere, by offloading,
-    are other tensors each time."""
+    """List the model's own weights that keys and values depend on.
+
+    Offloaded weights on the meta device are left out: they are new tensors each time.
+    """
     modules = [own_norm(site)] if adapter.key_norm == "own" else []
     if adapter.start is not None:
         modules += [own_projection(site, name) for name in (site.to_k, site.to_v)]
@@ -342,7 +354,7 @@ def own_weights(adapter: ImageAdapter, site: ImageAttention) -> list[Tensor]:
 
 
 def spread(x: Tensor, rows: int) -> Tensor:
-    """(G, ...) to (rows, ...): each as often as there are videos of a prompt."""
+    """Repeat (G, ...) to (rows, ...), each entry once for each video of its prompt."""
     if len(x) == rows:
         return x
     if len(x) == 1:

@@ -1,9 +1,9 @@
-"""Images to the features that an adapter's projector takes.
+"""Encoding of images to the features that an adapter's projector takes.
 
 I images, E width of a feature, S features of one image.
 
-Which features those are is a matter of the variant: the embedding of a CLIP vision model ("base",
-"flux"), its last hidden states but one ("plus", "full", half of "faceid_plus"), or the pixels
+The features depend on the variant: the embedding of a CLIP vision model ("base", "flux"), its
+hidden states before the last layer ("plus", "full", half of "faceid_plus"), or the pixels
 ("pixels"). Vectors of faces ("faceid", "portrait", "lynx") come from face recognition, which is
 not part of this package.
 """
@@ -32,15 +32,15 @@ Picture = Image.Image | str | Path | Tensor
 
 
 class ImageEncoder:
-    """What of an image an adapter is shown, and what it is shown instead of none.
+    """Encoder of images for one variant of adapters, and of "no image".
 
-    A pipeline's own `image_encoder` and `feature_extractor` are used where there are some, and
-    stay as they are; `image_encoder` goes before them.
+    Uses a pipeline's own `image_encoder` and `feature_extractor` and leaves them unchanged; the
+    argument `image_encoder` takes precedence.
 
     Args:
-        variant: of the adapter.
-        image_encoder: a CLIP vision model of transformers, or the folder or hub repository of one,
-            beside whose weights its preprocessing lies.
+        variant: variant of the adapter.
+        image_encoder: a CLIP vision model of transformers, or a folder or hub repository with
+            such a model and its preprocessing.
         size: pixels a side, for "pixels".
 
     Raises:
@@ -57,11 +57,12 @@ class ImageEncoder:
             self._given, self._extractor = load_encoder(image_encoder)
 
     def __call__(self, images: Sequence[Picture]) -> Tensor:
-        """(I, E) embeddings, (I, S, E) hidden states, or (I, 3, S, S) pixels in [-1, 1].
+        """Encode images: (I, E) embeddings, (I, S, E) hidden states, or (I, 3, S, S) pixels in
+        [-1, 1].
 
         Raises:
-            ValueError: no encoder, one without what is needed, images that are none, or a variant
-                that takes vectors of faces.
+            ValueError: no encoder, an encoder without the needed output, no images or broken
+                ones, or a variant that takes vectors of faces.
         """
         if self.variant in (*FACES, *BOTH):
             more = "dict(id=vectors, clip=hidden(images))" if self.variant in BOTH else "vectors"
@@ -77,12 +78,16 @@ class ImageEncoder:
         return self._run(self._preprocess(pictures))
 
     def hidden(self, images: Sequence[Picture]) -> Tensor:
-        """(I, S, E): the half of FaceID-Plus' features that is seen. Crop to the face."""
+        """Encode images to hidden states, (I, S, E), the half of FaceID-Plus' features that CLIP
+        gives. Crop the images to the face first."""
         return self._run(self._preprocess([as_rgb(image) for image in images]))
 
     def negative(self) -> Any:
-        """Features of one image that is none, as the variant was trained with: zeros, the hidden
-        states of an input of zeros, or Flux's embedding of a black image. Grey pixels."""
+        """Return the features of "no image", (1, ...), that the variant was trained with.
+
+        They are zeros, the hidden states of an input of zeros, the embedding of a black image for
+        "flux", or grey pixels for "pixels".
+        """
         if self.variant == "pixels":
             grey = torch.full((1, 3, self.size, self.size), GREY, dtype=torch.uint8)
             return normalised(grey)
@@ -99,7 +104,7 @@ class ImageEncoder:
 
     @property
     def is_there(self) -> bool:
-        """Whether images can be given, and `negative` asked for."""
+        """Whether there is an encoder to call, also for `negative`."""
         if self.variant == "pixels" or self.variant in FACES:
             return True
         return self._given is not None or _of(self._pipe, "image_encoder") is not None
@@ -115,8 +120,10 @@ class ImageEncoder:
         return model
 
     def _preprocess(self, images: list[Image.Image]) -> Tensor:
-        """(I, 3, height, width), as the encoder takes them; not square ones are cut in the
-        middle."""
+        """Preprocess images for the encoder, (I, 3, height, width).
+
+        Images that are not square are cropped to the center.
+        """
         extractor = self._extractor
         if extractor is None and self._given is None:
             extractor = _of(self._pipe, "feature_extractor")
@@ -143,11 +150,11 @@ class ImageEncoder:
 
 
 def load_encoder(source: str | Path) -> tuple[Any, Any]:
-    """A CLIP vision model with its projection, frozen, and its preprocessing.
+    """Load a CLIP vision model with its projection, frozen, and its preprocessing.
 
     Raises:
-        ValueError: another model, or none.
-        OSError: a repository that is neither in the hub's cache nor can be fetched.
+        ValueError: another model, or no model.
+        OSError: a repository that is not in the hub's cache and cannot be fetched.
     """
     with needed_for("an image encoder", extra="video"):
         from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
@@ -165,14 +172,14 @@ def load_encoder(source: str | Path) -> tuple[Any, Any]:
 
 
 def as_rgb(image: Picture) -> Image.Image:
-    """One rule for all: turned as its file says, on white where it is transparent, 8 bits, RGB.
+    """Convert any image to RGB of 8 bits, rotated by its EXIF data, on white if transparent.
 
     Args:
-        image: a tensor is (3, height, width), uint8 or in [0, 1].
+        image: a picture or its path; a tensor is (3, height, width), uint8 or in [0, 1].
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no image, a broken one, or one that is too large or has more than 8 bits.
+        ValueError: not an image, a broken image, or one that is too large or has more than 8 bits.
     """
     if isinstance(image, Tensor):
         return _of_tensor(image)
@@ -199,7 +206,7 @@ def as_rgb(image: Picture) -> Image.Image:
 
 
 def pixels(image: Image.Image, size: int) -> Tensor:
-    """(3, size, size) uint8. Squeezed to a square, so that nothing is cut off."""
+    """Resize an image to a square, (3, size, size) uint8, without cropping."""
     small = image.resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(small)).permute(2, 0, 1)
 
@@ -218,7 +225,7 @@ def _of_tensor(image: Tensor) -> Image.Image:
 
 
 def _plain_extractor(model: Any) -> Any:
-    """CLIP's preprocessing at the size that the model takes."""
+    """Build CLIP's preprocessing at the size that the model takes."""
     with needed_for("an image encoder", extra="video"):
         from transformers import CLIPImageProcessor
     side = model.config.image_size
@@ -226,9 +233,10 @@ def _plain_extractor(model: Any) -> Any:
 
 
 def _place(model: Any) -> torch.device:
-    """Where it computes; of weights that are offloaded layer by layer, accelerate's hooks know.
+    """Return the device that the model computes on.
 
-    Raises ValueError for weights that are nowhere.
+    For weights that are offloaded layer by layer, accelerate's hooks tell the device. Raises
+    ValueError for weights on the meta device without such hooks.
     """
     device = next(model.parameters()).device
     if device.type != "meta":

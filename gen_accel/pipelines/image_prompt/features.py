@@ -32,7 +32,7 @@ def count(features: Features) -> int:
 
 
 def alike(one: Features, other: Features) -> bool:
-    """Of the same shape, but for the number of images."""
+    """Whether two features have the same shape, up to the number of images."""
     if isinstance(one, Mapping) != isinstance(other, Mapping):
         return False
     if isinstance(one, Mapping):

@@ -1,6 +1,6 @@
 """Files of image-prompt adapters: read, checked against a model, built, written.
 
-What is read, and how a file is told from another:
+Variants, and the keys that identify each:
 
 base        image_proj.proj.weight, norm.*                      4 tokens of one embedding
 plus        image_proj.latents, layers.*                        Plus and Plus-Face, which have the
@@ -11,17 +11,17 @@ faceid_plus the same and perceiver_resampler.*
 portrait    as faceid, with other than 4 tokens and no LoRA; or as plus, reading vectors of 512
 flux        as base, with biases in the layers                  4 or 16 tokens
 lynx        a folder with resampler.safetensors and ip_layers.safetensors, biases in the layers
-lynx_light  the same without biases; its layers are those of every second block
+lynx_light  the same without biases; layers in every second block only
 pixels      image_proj.convs.*                                  ours
 
 `faceid_plus_v2` has the keys and shapes of `faceid_plus` and another formula: nothing in the file
-tells them apart. It is what a file name says that holds "plusv2" ("plus-v2", "plus_v2"), or what
-`read_adapter(path, variant="faceid_plus_v2")` says.
+tells them apart. It is chosen by a file name with "plusv2" ("plus-v2", "plus_v2"), or by
+`read_adapter(path, variant="faceid_plus_v2")`.
 
-On disk they are flat safetensors (image_proj.*, ip_adapter.*), a nested dict in a .bin, which is
-read as weights and nothing else, or XLabs' own names for Flux (ip_adapter_proj_model.*,
-double_blocks.{n}.processor.ip_adapter_double_stream_{k,v}_proj.*). Ours are flat safetensors with
-"gen_accel" in the metadata, which says the variant, the blocks by name, and the base model.
+On disk, adapters are flat safetensors (image_proj.*, ip_adapter.*), a nested dict in a .bin, which
+is read as weights only, or XLabs' own names for Flux (ip_adapter_proj_model.*,
+double_blocks.{n}.processor.ip_adapter_double_stream_{k,v}_proj.*). Our own files are flat
+safetensors with "gen_accel" in the metadata: the variant, the blocks by name, and the base model.
 
 Sources: https://github.com/tencent-ailab/IP-Adapter, https://github.com/XLabs-AI/x-flux,
 https://github.com/bytedance/lynx, and the loaders of diffusers.
@@ -66,7 +66,7 @@ WEIGHTS = "image_prompt.safetensors"
 LYNX = ("resampler.safetensors", "ip_layers.safetensors")
 VERSION = 1
 
-# What the keys are normalised with, where the adapter's own code does that.
+# Norm of the keys, for adapters whose published code has one.
 _KEY_NORMS = {"lynx": "own", "lynx_light": "plain"}
 _SAME_KEYS = (
     {"faceid_plus", "faceid_plus_v2"},
@@ -84,20 +84,20 @@ _XLABS = (
 _LAYER = re.compile(r"(.+)\.(to_[kv]_ip\.(?:weight|bias)|registers)")
 _LORA = re.compile(r"(\d+)\.to_(q|k|v|out)_lora\.(down|up)\.weight")
 _SECOND = re.compile(r"plus[-_]?v2")
-_FEW = 8  # names in a message
+_FEW = 8  # most names listed in a message
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What a file holds, before it is fitted to a model.
+    """Contents of an adapter's file, before they are fitted to a model.
 
     Args:
-        projector: its state dict, by the official names.
-        layers: number, or name, of an attention to its to_k_ip.weight, to_v_ip.weight, their
-            biases and registers.
-        start: state dict of the projector as training began, where the adapter needs it.
+        projector: state dict of the projector, by the official names.
+        layers: maps the number or name of an attention to its to_k_ip.weight, to_v_ip.weight,
+            their biases and registers.
+        start: state dict of the projector before training, if the adapter needs it.
         lora: {n}.to_{q,k,v,out}_lora.{down,up}.weight of a FaceID adapter.
-        origin: for messages.
+        origin: the file, for messages.
     """
 
     variant: str
@@ -112,16 +112,16 @@ class AdapterFile:
 def find_adapter(
     source: str | Path, subfolder: str | None = None, weight_name: str | None = None
 ) -> Path:
-    """Where an adapter lies: a file, or Lynx's folder. Downloads it where `source` is on the hub.
+    """Find an adapter's file, or Lynx's folder; downloads it if `source` is on the hub.
 
     Args:
         source: file, folder, or name of a hub repository.
-        subfolder: in the folder or repository.
-        weight_name: of the file there; without it there must be one only.
+        subfolder: subfolder of the folder or repository.
+        weight_name: name of the file; by default there must be only one.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: several files, and none named.
+        FileNotFoundError: no adapter there.
+        ValueError: several files, and no `weight_name`.
     """
     path = expanded(source)
     if path.is_file():
@@ -143,7 +143,7 @@ def read_adapter(path: str | Path, *, variant: str | None = None) -> AdapterFile
     """Read a file, or a folder of ours or of Lynx.
 
     Args:
-        variant: what the adapter is, where its keys do not tell; see the module's docstring.
+        variant: kind of the adapter, if its keys do not tell; see the module's docstring.
 
     Raises:
         FileNotFoundError: no such file.
@@ -188,13 +188,13 @@ def read_adapter(path: str | Path, *, variant: str | None = None) -> AdapterFile
 
 
 def build_adapter(file: AdapterFile, transformer: Any) -> ImageAdapter:
-    """The adapter in float32, its layers by the numbers that `transformer`'s family gives them.
+    """Build the adapter in float32, its layers numbered by `transformer`'s family.
 
-    Layers are found by the names of their blocks, where the file has them, else by number. Nothing
-    is done to the transformer.
+    Layers are matched by the names of their blocks if the file has names, else by number. The
+    transformer is not changed.
 
     Raises:
-        ValueError: keys that are missing or too many, or another base model; both are named.
+        ValueError: missing or unexpected keys, or another base model; the error names both.
     """
     sites = image_family_of(transformer).image_attentions(transformer)
     places = _places(file, sites, transformer)
@@ -215,10 +215,10 @@ def build_adapter(file: AdapterFile, transformer: Any) -> ImageAdapter:
 
 
 def base_of(transformer: Any, numbers: Iterable[str] | None = None) -> dict[str, Any]:
-    """What an adapter's metadata says of the model that it is for.
+    """Describe an adapter's base model, for its metadata.
 
     Args:
-        numbers: of the attentions that have layers; None for all.
+        numbers: numbers of the attentions that have layers; None for all.
     """
     sites = image_family_of(transformer).image_attentions(transformer)
     kept = {site.number for site in sites} if numbers is None else set(numbers)
@@ -238,13 +238,15 @@ def write_adapter(
     lora: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write a file, or a folder with it and its metadata to be read; it appears when it is whole.
+    """Write a file, or a folder with the file and its metadata as JSON.
+
+    The file or folder appears only when it is complete.
 
     Args:
-        folder_or_path: a file where it ends in .safetensors, else a folder.
-        metadata: more than the adapter's own; `base_of(transformer)` where that has no blocks.
-        lora: of a FaceID adapter, as `AdapterFile` has it.
-        dtype: of the file; None keeps that of each parameter.
+        folder_or_path: a file if it ends in .safetensors, else a folder.
+        metadata: additions to the adapter's own; `base_of(transformer)` if that has no blocks.
+        lora: LoRA of a FaceID adapter, in the form of `AdapterFile`.
+        dtype: dtype of the file; None keeps each parameter's own.
 
     Returns:
         The file.
@@ -280,7 +282,7 @@ def write_adapter(
 
 
 def listed(keys: Iterable[str]) -> str:
-    """The first few, for a message."""
+    """List the first few keys, for a message."""
     names = list(keys)
     more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
     return ", ".join(names[:_FEW]) + more
@@ -316,7 +318,7 @@ def _from_hub(repository: str, subfolder: str | None, weight_name: str | None) -
 
 
 def _choose(names: list[str], weight_name: str | None, where: str) -> tuple[str, ...]:
-    """The one file that is meant, or the two of Lynx."""
+    """Choose the adapter's file among `names`, or the two files of Lynx."""
     if weight_name is not None:
         if weight_name not in names and "/" not in weight_name:
             raise FileNotFoundError(f"no {weight_name} in {where}; there are {listed(names)}")
@@ -349,7 +351,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _metadata(text: str | None, path: Path) -> dict[str, Any]:
-    """Empty for files from elsewhere, and for those that say something else."""
+    """Parse our own metadata; empty for files from elsewhere and for other contents."""
     if text is None:
         return {}
     try:
@@ -392,7 +394,10 @@ def _read_bin(path: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def _read_lynx(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """The two files without the prefixes of one. Its reference branch is left alone."""
+    """Read Lynx's two files and add the prefixes of a single file.
+
+    The reference branch of Lynx is not read.
+    """
     projector, layers = (_read_safetensors(folder / name)[0] for name in LYNX)
     flat = {f"image_proj.{k}": x for k, x in projector.items()}
     return _grouped(flat | {f"ip_adapter.{k}": x for k, x in layers.items()}, folder)
@@ -422,7 +427,7 @@ def _grouped(tensors: Mapping[str, Any], path: Path) -> dict[str, dict[str, Tens
 def _sorted_out(
     tensors: Mapping[str, Tensor],
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
-    """Layers, LoRA, and the keys that are neither."""
+    """Sort tensors into layers, LoRA, and unknown keys."""
     layers: dict[str, dict[str, Tensor]] = {}
     lora, unknown = {}, []
     for key, x in tensors.items():
@@ -441,7 +446,7 @@ def _variant(
     lora: Mapping[str, Tensor],
     path: Path,
 ) -> str:
-    """What keys and shapes say, and the file's name where they leave two."""
+    """Determine the variant by keys and shapes, and by the file's name if two remain."""
     biased = any("to_k_ip.bias" in layer for layer in layers.values())
     if path.is_dir():
         return "lynx" if biased else "lynx_light"
@@ -469,12 +474,12 @@ def _variant(
 
 
 def _alike(one: str, other: str) -> bool:
-    """Whether one set of keys may mean both."""
+    """Whether two variants may have the same keys."""
     return one == other or any({one, other} <= same for same in _SAME_KEYS)
 
 
 def _check_whole(file: AdapterFile) -> None:
-    """Raises ValueError, naming what is missing or too much, before any model is there."""
+    """Refuse missing or unexpected keys, by a ValueError, before any model is loaded."""
     with torch.device("meta"):
         for name, state in (("image_proj", file.projector), ("start", file.start)):
             if state:
@@ -490,7 +495,7 @@ def _check_whole(file: AdapterFile) -> None:
 
 
 def _new_projector(file: AdapterFile, state: Mapping[str, Tensor], name: str) -> nn.Module:
-    """Of the sizes that the shapes of `state` say, all of which must agree."""
+    """Build the projector at the sizes of `state`, whose shapes must all agree."""
     extra: dict[str, Any] = {}
     match file.variant:
         case "pixels":
@@ -525,8 +530,11 @@ def _build_projector(file: AdapterFile, state: Mapping[str, Tensor], name: str) 
 
 
 def _expected_width(file: AdapterFile, site: Any, transformer: Any) -> int | None:
-    """Of the image tokens. Flux's are as wide as its text before that is embedded, and Lynx's
-    light layers read tokens of a width of their own."""
+    """Return the width that image tokens must have at an attention.
+
+    Flux's tokens are as wide as its text before the text is embedded. None for Lynx's light
+    layers, whose tokens have a width of their own.
+    """
     if file.variant == "lynx_light":
         return None
     return transformer.config.joint_attention_dim if file.variant == "flux" else site.width
@@ -562,7 +570,7 @@ def _build_layer(
 
 
 def _places(file: AdapterFile, sites: list[Any], transformer: Any) -> dict[str, Any]:
-    """Key of a layer in the file to the attention that it belongs to."""
+    """Map the key of each layer in the file to its attention."""
     kind = type(transformer).__name__
     _check_base(file, transformer)
     blocks = file.metadata.get("blocks", {})
@@ -594,9 +602,10 @@ def _places(file: AdapterFile, sites: list[Any], transformer: Any) -> dict[str, 
 def _every_second(
     file: AdapterFile, sites: list[Any], by_number: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Lynx counts the layers that it has, so that its layer 3 is of block 6.
+    """Map keys of Lynx's light layers, in every second block, to attentions.
 
-    Files that count blocks instead, 0, 2, 4, ..., are read too.
+    Lynx counts layers, so that its layer 3 is in block 6. Files that count blocks instead,
+    0, 2, 4, ..., are read too.
     """
     second = sites[::2]
     if set(file.layers) == {site.number for site in second}:
@@ -605,7 +614,10 @@ def _every_second(
 
 
 def _check_base(file: AdapterFile, transformer: Any) -> None:
-    """What our own files say of the model that they are for, as far as layers depend on it."""
+    """Refuse an adapter of our own that was written for another base model.
+
+    Compares the family and the heads, which the layers depend on.
+    """
     family = _family_of_adapters(transformer)
     said = file.metadata.get("family", family)
     if said != family:
@@ -634,7 +646,7 @@ _HEADS = ("num_attention_heads", "attention_head_dim")
 
 
 def _family_of_adapters(transformer: Any) -> str:
-    """That whose attentions its family takes for its own."""
+    """Name the family whose image attentions the model's family uses."""
     return image_family_of(transformer).image_attentions.__module__.rpartition(".")[2]
 
 
@@ -656,7 +668,7 @@ def _check_state(
 
 
 def _official(key: str) -> str:
-    """ "to_k.weight" to "to_k_ip.weight"."""
+    """Rename a key, "to_k.weight" to "to_k_ip.weight"."""
     return re.sub(r"^(to_[kv])\.", r"\1_ip.", key)
 
 

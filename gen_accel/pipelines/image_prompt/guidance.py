@@ -1,4 +1,4 @@
-"""Which rows of a call are of the negative prompt."""
+"""Guidance: the rows of a model's call that belong to the negative prompt."""
 
 import sys
 from typing import Any, NamedTuple
@@ -9,26 +9,26 @@ from torch import nn
 
 from gen_accel.attention_processors.attached.transformers import TRANSFORMERS
 
-# What pipelines call the models that image prompts go on.
+# Names in pipelines of the models that image prompts go on.
 MODELS = tuple(name for name in TRANSFORMERS if name != "transformer_ref")
 
-# The prompt by which a call goes, by what pipelines name it, or a guider as their part; what comes
-# after leaves something of the model out.
+# Names of calls, by pipelines or by a guider in them, for each side. The positive names after the
+# second are calls that leave out a part of the model.
 _NEGATIVE = ("uncond", "pred_uncond")
 _POSITIVE = ("cond", "pred_cond", "uncond_stg", "uncond_modality")
 
-# The sides that the rows of a call are of, in their order, each with the number of its rows.
+# Sides of a call's rows in their order, each with its number of rows.
 Layout = tuple[tuple[str, int], ...]
 
 
 class Guidance:
-    """Tells them apart by what diffusers' pipelines make known.
+    """Recogniser of positive and negative rows, by the state of diffusers' pipelines.
 
-    What counts is the pipeline that runs: several may share a model, and each keeps what its own
-    last run was like.
+    The running pipeline counts: several pipelines may share a model, and each keeps the state of
+    its own last run.
 
     Args:
-        pipe: gives the pipeline that the image prompt was loaded on, or None where there is none.
+        pipe: gives the pipeline that the image prompt was loaded on, or None.
     """
 
     def __init__(self, pipe: "Pipe") -> None:
@@ -37,14 +37,16 @@ class Guidance:
     def layout(
         self, model: nn.Module, calls: "Calls", rows: int, *, how: "How", each: bool = False
     ) -> Layout:
-        """Of a call with so many rows.
+        """Determine the layout of a call with `rows` rows.
 
         Args:
-            calls: of the model.
+            calls: names of the model's calls.
+            how: how the model's pipelines run the negative prompt.
             each: there is an image for each row.
 
         Raises:
-            ValueError: rows that may be of one prompt or of two, or are of neither.
+            ValueError: rows that may belong to one prompt or to two, or a guidance that is not
+                known.
         """
         call, known, batched = calls.name, self._pipe(), how.batched and not how.named
         run = _running(model, known, how.guided)
@@ -60,7 +62,7 @@ class Guidance:
                     f"{rows} rows may hold those of a negative prompt or not: call the pipeline, "
                     "or give an image for each row, each=True"
                 )
-            # Outside of a run, the context means what it says.
+            # Outside of a run, the name of the call is taken at its word.
             guided = call == "cond_uncond" if run is None else _guided(run, rows)
             # Perturbed attention guidance runs the prompt once more, after the rest.
             perturbed = bool(getattr(running, "do_perturbed_attention_guidance", False))
@@ -71,9 +73,9 @@ class Guidance:
                     f"do not know the guidance of {type(running or model).__name__}"
                 )
             return tuple((side, rows // len(sides)) for side in sides)
-        if how.batched:  # whose pipelines that are not guided name no calls
+        if how.batched:  # pipelines of such models name no calls without guidance
             return (("positive", rows),)
-        # Pipelines that do not tell run the negative prompt second in each step.
+        # Pipelines without names for calls run the negative prompt second in each step.
         pipe = known if running is None else running
         moment = None if pipe is None else _moment(pipe)
         again = moment is not None and _same(moment, calls.moment)
@@ -82,12 +84,12 @@ class Guidance:
 
 
 class How(NamedTuple):
-    """How the pipelines of a model run the negative prompt, see families.
+    """Way in which the pipelines of a model run the negative prompt, see families.
 
     Args:
-        batched: in the first rows of a call, not in one of its own.
-        named: their calls have names.
-        guided: a variable of their run.
+        batched: the negative prompt takes the first rows of a call, not a call of its own.
+        named: calls have names.
+        guided: variable of the pipeline's run that tells whether there is a negative prompt.
     """
 
     batched: bool
@@ -96,16 +98,16 @@ class How(NamedTuple):
 
 
 class Calls(nn.Module):
-    """A child of the model that hears which of the calls of guidance is under way: diffusers tells
-    stateful hooks of a model's children.
+    """Child module of the model that learns the name of the present call of guidance.
 
-    A hook on the model itself would wrap its `forward`, which offloading wraps too, and what was
-    wrapped first cannot be taken off first.
+    diffusers passes the name to stateful hooks of a model's children. A hook on the model itself
+    would wrap its `forward`. Offloading wraps that too, and the wrapper that was put on first
+    cannot be taken off first.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.moment: Any = None  # of the last call, where that is all that is known
+        self.moment: Any = None  # `_moment` of the last call, for calls without names
         registry = HookRegistry.check_if_exists_or_initialize(self)
         self._hook = CallHook()
         registry.register_hook(self._hook, "image_prompt")
@@ -127,7 +129,7 @@ class CallHook(ModelHook):
 
 
 class _Call(StateManager):
-    """The name of the `cache_context`; None outside of one."""
+    """Name of the `cache_context`; None outside of one."""
 
     def __init__(self) -> None:
         super().__init__(BaseState)  # pyright: ignore[reportArgumentType]
@@ -138,7 +140,7 @@ class _Call(StateManager):
 
 
 class Pipe:
-    """A pipeline, weakly, as it owns the model; None where there is none."""
+    """Weak reference to a pipeline, which owns the model; gives None if there was no pipeline."""
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = None if pipe is None else ref(pipe)
@@ -154,19 +156,20 @@ class Pipe:
         return alive
 
     def scheduler(self) -> Any:
-        """Looked up at each call, as users exchange it."""
+        """Return the pipeline's present scheduler, which users may exchange."""
         return self().scheduler
 
     def __deepcopy__(self, memo: dict) -> "Pipe":
-        """With a copy of the whole pipeline, that of the copy."""
+        """Refer to the copy of the pipeline if the whole pipeline is copied."""
         pipe = None if self._pipe is None else self._pipe()
         return Pipe(memo.get(id(pipe), pipe))
 
 
 class _Run(NamedTuple):
-    """
+    """A run of a pipeline.
+
     Args:
-        guided: whether there is a negative prompt, where the pipeline keeps that to the run.
+        guided: whether there is a negative prompt, if only a variable of the run tells.
     """
 
     pipe: Any
@@ -190,11 +193,12 @@ def _guided(run: _Run, rows: int) -> bool:
 
 
 def _running(model: nn.Module, known: Any, guided: str | None) -> _Run | None:
-    """The pipeline whose run calls the model, None where none does. No pipeline says that it runs,
-    or forgets afterwards what it ran with; the calls under way are certain.
+    """Find the pipeline whose run calls the model, on the call stack; None without one.
+
+    The stack is certain: pipelines do not tell that they run, and keep their state afterwards.
 
     Args:
-        guided: a variable of the run.
+        guided: name of the variable that tells whether there is a negative prompt.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -214,7 +218,7 @@ def _holds(pipe: Any, model: nn.Module) -> bool:
 
 
 def _moment(pipe: Any) -> Any:
-    """Something that is the same within one step of a pipeline's run alone; None outside of it."""
+    """Return a value that is the same only within one step of a run; None outside of a run."""
     if hasattr(type(pipe), "current_timestep"):
         return getattr(pipe, "_current_timestep", None)
     scheduler = pipe.scheduler

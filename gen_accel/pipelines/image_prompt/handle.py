@@ -1,7 +1,7 @@
-"""An image-prompt adapter on a live diffusers pipeline, and off it again.
+"""Handle of an image-prompt adapter on a live diffusers pipeline.
 
-B rows of a batch, N tokens of video or image, H heads, D dim of a head, I images, T tokens of one,
-C width of those, E width of a feature.
+B rows of a batch, N tokens of video or image, H heads, D dim of a head, I images, T tokens of an
+image, C width of a token, E width of a feature.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -45,15 +45,15 @@ from gen_accel.video import VideoShape
 if not TYPE_CHECKING:
     __getattr__ = signpost("pipelines.image_prompt.handle")
 
-_LAYOUTS = 8  # arrangements of a batch that keys and values are kept for
+_LAYOUTS = 8  # most layouts of a batch to keep keys and values for
 
 
 class ImagePrompt:
-    """What `load_image_prompt` returns: it owns what was put on the model and what it remembers.
+    """Handle that `load_image_prompt` returns; owns the model's branches and the cached tensors.
 
-    Keys and values depend on the images alone. They are computed when first needed, and again when
-    images, the adapter's weights, device or dtype change; not seen are weights that are written
-    through `.data`, after which `set_image` is to be called again.
+    Keys and values depend on the images alone. They are computed when first needed, and again
+    when images, the adapter's weights, device or dtype change. Writes through `.data` of weights
+    go unnoticed: call `set_image` again after them.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class ImagePrompt:
         self._scales: dict[str, Scales] = {}
         self._scale: tuple[ScaleRange, ...] = ()
         self.set_scale(scale)
-        # Nothing is changed before here, so that a refusal leaves the model as it was.
+        # All checks come before this line, so that a refusal leaves the model unchanged.
         try:
             for part, model in models.items():
                 own = self._parts[part]
@@ -95,21 +95,21 @@ class ImagePrompt:
     def set_image(
         self, image: Any, *, negative: Any = None, mask: Any = None, each: bool = False
     ) -> None:
-        """The images to go by from now on.
+        """Set the images that prompt the following calls.
 
         Args:
             image: a PIL image, a path, or several. Several act together on every video.
-            negative: what the negative prompt goes by, one image or one for each; without, the
+            negative: image of the negative prompt, one or one for each image; by default the
                 features of "no image" that the adapter was trained with.
-            mask: where each image acts: (H, W) for all, (I, H, W), or (I, frames of the video, H,
-                W), in [0, 1], of any size. The tokens of several images are attended to together;
-                with masks, those of each image by themselves.
+            mask: area in which each image acts: (H, W) for all, (I, H, W), or (I, frames of the
+                video, H, W), in [0, 1], of any size. Without masks, the tokens of several images
+                share one softmax; with masks, each image has its own.
             each: the images are one for each prompt of the batch.
 
         Raises:
             ValueError: images that the encoder does not take, no encoder, or masks that do not
                 fit.
-            FileNotFoundError: no image there.
+            FileNotFoundError: an image file is missing.
         """
         encoder = self._encoder()
         features = encoder(_listed(image))
@@ -124,11 +124,11 @@ class ImagePrompt:
         mask: Any = None,
         each: bool = False,
     ) -> None:
-        """Features to go by from now on, as the adapter's encoder gives them.
+        """Set the features that prompt the following calls, as the adapter's encoder gives them.
 
         Args:
-            embeds: (I, E) embeddings or (I, sequence, E) hidden states; of FaceID adapters (I,
-                512), the vectors of faces, with FaceID-Plus dict(id=vectors, clip=hidden states).
+            embeds: (I, E) embeddings or (I, sequence, E) hidden states; for FaceID adapters face
+                vectors, (I, 512); for FaceID-Plus dict(id=vectors, clip=hidden states).
             negative, mask, each: see `set_image`.
 
         Raises:
@@ -143,19 +143,22 @@ class ImagePrompt:
         frames: tuple[int, int] | None = None,
         steps: tuple[float, float] | None = None,
     ) -> None:
-        """How strongly the image acts; 0 is exactly the model without, but for the LoRA of a
-        FaceID adapter, which stays on until `remove`.
+        """Set how strongly the image acts.
+
+        At 0 the model runs exactly as without the image prompt, except that the LoRA of a FaceID
+        adapter stays on until `remove`.
 
         Args:
-            scale: a number; one by block, {"blocks.3": 0.5}, for a UNet also as diffusers has it,
-                {"down": {"block_2": [0.0, 1.0]}}, all others 0; a list of one for each
-                attention; "style" or "style+layout", for SDXL; or a list of `ScaleRange`s, of
-                which the last that holds counts, and 0 where none does.
-            frames, steps: only there; see `ScaleRange`. A latent frame has the mean of its frames.
+            scale: a number; numbers by block, {"blocks.3": 0.5}, for a UNet also in the form of
+                diffusers, {"down": {"block_2": [0.0, 1.0]}}, all others 0; a list with a number
+                for each attention; "style" or "style+layout", for SDXL; or a list of
+                `ScaleRange`s. The last range that holds counts; the scale is 0 if none holds.
+            frames, steps: frames and steps to act at; see `ScaleRange`. A latent frame gets the
+                mean over its pixel frames.
 
         Raises:
-            ValueError: a block that is not there, frames on a model of images, or shares of the
-                steps without a pipeline, which alone knows how many there are.
+            ValueError: an unknown block, frames on a model of images, or shares of the steps
+                without a pipeline, which alone knows the number of steps.
         """
         ranges = scale_ranges(scale, frames, steps)
         scales = {}
@@ -177,14 +180,14 @@ class ImagePrompt:
 
     @contextmanager
     def using(self, features: Features, keep: Tensor | None = None) -> Iterator[None]:
-        """Inside, the rows of a batch go by features of their own, with gradients; for training.
+        """Prompt each row of a batch by features of its own, with gradients, for training.
 
         With gradient checkpointing, run a backward pass before the next forward pass by other
         features; a backward pass that comes too late raises ValueError.
 
         Args:
-            features: a row for each of the batch.
-            keep: (B,) bool; other rows go by the features of "no image".
+            features: features of each row of the batch.
+            keep: (B,) bool; rows that are False use the features of "no image".
         """
         if keep is not None and keep.shape != (count(features),):
             raise ValueError(
@@ -198,7 +201,7 @@ class ImagePrompt:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, the model runs as it does without the image prompt."""
+        """Run the model as without the image prompt, inside the context."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -206,7 +209,7 @@ class ImagePrompt:
             self._paused = before
 
     def describe(self) -> str:
-        """One line: what adapter it is, where it acts, and by what."""
+        """Describe adapter, attentions, images and scale in one line."""
         images = "no image set"
         if self._images is not None:
             images = f"{self._images.count} image{'s' if self._images.count > 1 else ''}"
@@ -226,7 +229,7 @@ class ImagePrompt:
         )
 
     def remove(self) -> None:
-        """Take it off the model, which is then as it was before. Does nothing the second time."""
+        """Take the adapter off and restore the model. Does nothing the second time."""
         for part in self._parts.values():
             part.take_off()
         while self.companions:
@@ -251,7 +254,7 @@ class ImagePrompt:
             )
         masks = None if mask is None else Masks(mask, number)
         images = Images(features, negative, masks, each, seen)
-        # What the adapter does not take is refused here.
+        # Refuses features that the adapter does not take.
         tokens = self._tokens.kept(images, "positive").tokens
         if negative is not None:
             against = self._tokens.kept(images, "negative").tokens
@@ -266,7 +269,7 @@ class ImagePrompt:
         reason="an image prompt needs fullgraph=False or compile_repeated_blocks()"
     )
     def _prepare(self, part: Part, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before a forward pass: what each of its attentions is to add."""
+        """Fill the branches of all attentions before a forward pass."""
         scales = self._scales[part.name]
         if self._paused or self._is_silent(scales):
             part.fill([()] * len(part.branches))
@@ -281,7 +284,7 @@ class ImagePrompt:
             _check_tokens(model, x, grid)
         acts = any(map(_acts, strengths))
         layout: Layout = (("training", len(x)),)
-        # Calls of guidance are told apart by those before, also where nothing is added to them.
+        # Guidance is recognised by earlier calls, so calls with nothing to add are noted too.
         if self._rows is None and (acts or not part.how.batched):
             images = self._images
             each = images is not None and images.each and images.count == len(x)
@@ -303,7 +306,7 @@ class ImagePrompt:
         )
 
     def _is_silent(self, scales: Scales) -> bool:
-        """Whether there are no images; ValueError where some are needed."""
+        """Whether no images are set; ValueError if the scales need some."""
         if self._images is not None or self._rows is not None:
             return False
         if not scales.silent:
@@ -316,8 +319,10 @@ class ImagePrompt:
     def _strengths(
         self, part: Part, scales: Scales, model: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[list[Any], Any, Any]:
-        """The scale in each attention, and the grid and frames where those are needed: not every
-        call tells the grid."""
+        """Return the scale in each attention, the grid, and the frame spans.
+
+        Grid and spans are None unless needed, as not every call tells the grid.
+        """
         masked = self._rows is None and self._images is not None and self._images.masks is not None
         grid = spans = None
         if scales.needs_frames or masked:
@@ -340,7 +345,7 @@ class ImagePrompt:
         return [scales.of(place, used) for place in range(len(part.branches))], grid, spans
 
     def _batch(self, part: Part, layout: Layout, x: Tensor) -> Batch:
-        """Keys and values for the rows of a call, kept where they may be."""
+        """Return keys and values for the rows of a call, from the cache if possible."""
         images = self._images
         if self._rows is not None:
             return self._compute(
@@ -353,7 +358,7 @@ class ImagePrompt:
         sides = {side: self._tokens.kept(images, side) for side, _ in layout}
         own = [x for branch in part.branches for x in own_weights(self.adapter, branch.site)]
         if not part.watched.holds(own):
-            if images.batches:  # and not the first call
+            if images.batches:  # not at the first call
                 warn_of_other_text(self.adapter, [branch.site for branch in part.branches])
             part.watched = Watched(own, placed=False)
             images.forget(part.name)
@@ -395,10 +400,10 @@ class ImagePrompt:
 
 
 def _check_tokens(model: nn.Module, row: Tensor, grid: VideoShape) -> None:
-    """Weights are of the grid's tokens alone. Raises ValueError where others come with them.
+    """Refuse, by a ValueError, tokens beyond the grid, which masks have no weights for.
 
     Args:
-        row: (B, N, C), all tokens that the model is given.
+        row: (B, N, C), all tokens of the model's input.
     """
     if row.shape[1] != grid.video_tokens:
         raise ValueError(

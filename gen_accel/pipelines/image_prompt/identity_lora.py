@@ -1,6 +1,7 @@
-"""The LoRA that the FaceID adapters were trained with, on every attention of the UNet.
+"""LoRA of the FaceID adapters, on every attention of the UNet.
 
-It lies in their files beside the layers that read the image. PEFT runs it, under its own name.
+A FaceID file holds the LoRA beside the layers that read the image. PEFT runs the LoRA as an
+adapter of its own name.
 """
 
 import warnings
@@ -16,20 +17,21 @@ from gen_accel.pipelines.image_prompt.formats import AdapterFile, listed
 
 
 def load_identity_lora(pipe: Any, file: AdapterFile, name: str) -> Callable[[], None]:
-    """Put the LoRA of a FaceID adapter on the UNet, beside whatever is active there.
+    """Put the LoRA of a FaceID adapter on the UNet, beside any active adapters.
 
     Other adapters stay as active, as strong and as trainable as they were.
 
     Args:
         pipe: a pipeline with a `unet`, or the UNet.
-        name: of the adapter in PEFT; must be free.
+        name: name of the adapter in PEFT; must be free.
 
     Returns:
-        What takes it off again. With no adapter but this one, the layers are the stock ones again.
+        A function that takes the LoRA off. If it was the only adapter, the UNet has its stock
+        layers again.
 
     Raises:
-        ValueError: no LoRA in the file, one for another model, a name that is taken, or adapters
-            that are merged or switched off.
+        ValueError: no LoRA in the file, a LoRA for another model, a name that is taken, or
+            adapters that are merged or switched off.
     """
     with needed_for("an adapter of FaceID", extra="video"):
         from peft import LoraConfig
@@ -71,12 +73,12 @@ def load_identity_lora(pipe: Any, file: AdapterFile, name: str) -> Callable[[], 
 
 
 def _lora_of(file: AdapterFile, unet: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name of a linear layer to its two matrices, (rank, in) and (out, rank)."""
+    """Map the name of each linear layer to its two matrices, (rank, in) and (out, rank)."""
     if not file.lora:
         raise ValueError(f"{file.origin} has no LoRA of its own")
     if not hasattr(unet, "down_blocks"):
         raise ValueError(f"a FaceID adapter is for a UNet, got {type(unet).__name__}")
-    # Without those of AnimateDiff over time.
+    # Without AnimateDiff's temporal attentions.
     spatial = [name for name in unet.attn_processors if "motion_modules" not in name]
     names = [name.removesuffix(".processor") for name in spatial]
     expected = {
@@ -117,8 +119,11 @@ def _lora_of(file: AdapterFile, unet: Any) -> dict[str, tuple[Tensor, Tensor]]:
 
 @contextmanager
 def _undisturbed(unet: Any) -> Iterator[list[str]]:
-    """PEFT switches to what was added, or to any other where one is deleted, and decides anew what
-    trains. Afterwards the adapters in the list are active, and parameters train as they did."""
+    """Restore active adapters and `requires_grad` after PEFT adds or deletes an adapter.
+
+    PEFT would activate the added adapter, or any other after a deletion, and reset
+    `requires_grad`. At the end of the context the adapters in the yielded list are active.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     def tuned() -> list[Any]:

@@ -1,4 +1,4 @@
-"""An image-prompt adapter put on a live pipeline."""
+"""Loading of an image-prompt adapter onto a live pipeline."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +27,7 @@ def load_image_prompt(
     image_encoder: Any = None,
     part: str | None = None,
 ) -> "ImagePrompt":
-    """Let images prompt a pipeline, beside its text.
+    """Let images prompt a pipeline, in addition to its text.
 
         prompt = gen_accel.load_image_prompt(pipe, "h94/IP-Adapter", subfolder="models",
                                              weight_name="ip-adapter_sd15.safetensors")
@@ -35,29 +35,29 @@ def load_image_prompt(
         image = pipe("on a beach").images[0]
         prompt.remove()
 
-    Goes with any method of `gen_accel.attach` and with any LoRA, loaded before or after. Several
+    Works with any method of `gen_accel.attach` and with any LoRA, loaded before or after. Several
     adapters, each with a name of its own, add up. Load before `torch.compile`.
 
     Args:
         pipe: a diffusers pipeline; or a transformer or UNet.
         source: a file, a folder, a repository of the hub, or an `ImageAdapter`. The demo model's
-            is `gen_accel.demo.image_prompt_path()`.
-        name: of the adapter on this model.
+            adapter is at `gen_accel.demo.image_prompt_path()`.
+        name: name of the adapter on this model.
         scale: see `ImagePrompt.set_scale`.
-        subfolder, weight_name: where in a folder or repository.
-        variant: what the file is, one of `formats.VARIANTS`, where its keys do not tell:
-            "faceid_plus_v2" for one without "plusv2" in its name.
-        image_encoder: what turns images into the adapter's features: a CLIP vision model, its
-            folder or repository. Without, the one that the adapter's file names, or else the
+        subfolder, weight_name: location in a folder or repository.
+        variant: kind of the file, one of `formats.VARIANTS`, if its keys do not tell:
+            "faceid_plus_v2" for a file without "plusv2" in its name.
+        image_encoder: encoder of the adapter's features: a CLIP vision model, its folder or
+            repository. By default the encoder that the adapter's file names, or else the
             pipeline's own.
-        part: "transformer" or "transformer_2" of a pipeline with both, where the adapter is for
-            one. Without, that which its file says it was trained on, or else both.
+        part: "transformer" or "transformer_2" of a pipeline with both, if the adapter is for one.
+            By default the part that the file says it was trained on, or else both.
 
     Raises:
         ValueError: an adapter for another model or of another variant, a name that is taken, a
-            model that is served by no family or compiled already, or a scale that does not fit.
+            model that no family serves or that is compiled already, or a scale that does not fit.
         FileNotFoundError: nothing at `source`.
-        TypeError: neither a pipeline nor a module.
+        TypeError: `pipe` is neither a pipeline nor a module.
     """
     if not name or "." in name:
         raise ValueError(f"name must not be empty or hold a dot, got {name!r}")
@@ -123,8 +123,11 @@ def _chosen(
     pipe: Any,
     starts: bool,
 ) -> dict[str, nn.Module]:
-    """Those that the adapter is for. Where it has a `start` that is one: of another model, it
-    would subtract what its own layers are no copies of."""
+    """Choose the models that the adapter is for.
+
+    An adapter with a `start` goes onto one model only: its layers began as copies of that model's
+    layers, and their initial output is subtracted.
+    """
     if part is not None and part not in models:
         raise ValueError(f"part must be one of {', '.join(models)}, got {part!r}")
     if isinstance(pipe, nn.Module):
@@ -147,7 +150,11 @@ def _chosen(
 
 
 def _like(adapter: ImageAdapter, model: Any) -> ImageAdapter:
-    """On the device and in the precision of the model, where it can be computed there."""
+    """Move the adapter to the model's device and dtype.
+
+    The dtype is float32 unless the model is in half precision; weights on the meta device leave
+    the adapter on the CPU.
+    """
     weight = next(model.parameters())
     half = weight.dtype in (torch.float16, torch.bfloat16)
     device = torch.device("cpu") if weight.is_meta else weight.device

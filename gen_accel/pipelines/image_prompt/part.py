@@ -1,4 +1,4 @@
-"""One model of a pipeline that an image prompt is added to."""
+"""One model of a pipeline, with the branches that an image prompt adds to it."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,16 +28,17 @@ class Part:
     """One model of a pipeline.
 
     Attributes:
-        attentions: how many an image prompt could act in.
-        how: its pipelines run the negative prompt.
-        unet: it attends over smaller and smaller grids.
-        moving: it makes videos.
-        apart: each frame of them is a row of its own in the attentions.
+        attentions: number of attentions that an image prompt could act in.
+        how: how the model's pipelines run the negative prompt.
+        unet: the model attends over several grids, each smaller than the one before.
+        moving: the model makes videos.
+        apart: each frame is a row of its own in the attentions.
         factor: pixel frames in a latent frame, see `temporal_factor`.
-        first_alone: but the first, which is of one.
+        first_alone: the first latent frame holds one pixel frame.
         patch: latent frames in a token.
-        no_frames: why a call does not tell of which frames its latents are, see families.
-        taps: of the branches, as in `undo`.
+        no_frames: gives the reason why a call does not tell the frames of its latents, see
+            families.
+        taps: taps of the branches, which `undo` takes off.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Part:
         self.undo.append(model.register_forward_pre_hook(prepare, with_kwargs=True).remove)
 
     def take_off(self) -> None:
-        """The model is then as it was before. Does nothing the second time."""
+        """Restore the model. Does nothing the second time."""
         while self.undo:
             self.undo.pop()()
         for branch in self.branches:
@@ -84,7 +85,7 @@ class Part:
         self.taps.clear()
 
     def check_taps(self) -> None:
-        """ValueError where something else took the place of what the image is added by."""
+        """Raise ValueError if an attention's tap was replaced by another processor."""
         for branch, tap in zip(self.branches, self.taps, strict=True):
             if not tap.is_on:
                 raise ValueError(
@@ -99,12 +100,12 @@ class Part:
 
 
 def child_name(name: str) -> str:
-    """Of the model's child that says where an image prompt of this name is."""
+    """Name of the model's child module that marks an image prompt of this name."""
     return f"image_prompt_{name}"
 
 
 def _check(adapter: ImageAdapter, sites: Sequence[ImageAttention], model: nn.Module) -> None:
-    """ValueError for the adapter of another model."""
+    """Raise ValueError for an adapter of another model."""
     kind, by_number = type(model).__name__, {site.number: site for site in sites}
     strange = [number for number in adapter.layers if number not in by_number]
     if strange:
@@ -139,7 +140,7 @@ def _drop(model: nn.Module, child: str) -> None:
 
 
 def _renew(model: nn.Module) -> None:
-    """diffusers remembers which children have hooks."""
+    """Clear diffusers' cache of the children that have hooks."""
     registry = getattr(model, "_diffusers_hook", None)
     if registry is not None:
         registry._child_registries_cache = None

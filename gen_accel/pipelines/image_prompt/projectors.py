@@ -1,12 +1,12 @@
-"""What turns features of an image into tokens that attention layers read.
+"""Projectors: modules that turn an image's features into tokens for the attention layers.
 
 B images, E width of a feature, S features of one image, T tokens, C width of a token.
 
-One class for each shape of projector that published adapters have, and `Pixels`, which is ours.
-The names in a state dict are those of the official files, so that these are read as they are:
-https://github.com/tencent-ailab/IP-Adapter. Each has
+There is one class for each shape of projector in published adapters, and `Pixels`, which is ours.
+Names in a state dict follow the official files, https://github.com/tencent-ailab/IP-Adapter, so
+that these load directly. Each class has
 
-tokens            T, of one image
+tokens            T of one image
 width             C
 forward(features) the tokens, (B, T, C)
 null(features)    the features of "no image" in the form of `features`
@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HEAD = 64  # dim of a head in every resampler that was published
+HEAD = 64  # dim of a head in every published resampler
 
-GREY = 128  # of 255, what `Pixels` is shown for no image
+GREY = 128  # of 255, pixel value of "no image" for `Pixels`
 
-# Identities as face recognition gives them, InsightFace's among others.
+# Width of a face vector from face recognition, such as InsightFace's.
 IDENTITY = 512
 
 
@@ -33,8 +33,7 @@ class Linear(nn.Module):
 
     Args:
         embedding: E.
-        black: "no image" is what the encoder makes of a black image, as Flux's adapters have it,
-            not zeros.
+        black: "no image" is the embedding of a black image, as in Flux's adapters, not zeros.
     """
 
     def __init__(self, embedding: int, width: int, tokens: int = 4, black: bool = False) -> None:
@@ -51,20 +50,20 @@ class Linear(nn.Module):
         return {"embedding": embedding, "width": width, "tokens": rows // width}
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, E) to (B, T, C)."""
+        """Project (B, E) to (B, T, C)."""
         return self.norm(self.proj(features).unflatten(-1, (self.tokens, self.width)))
 
     def null(self, features: Tensor) -> Tensor:
-        """Zeros, or `nothing`; see `Resampler.null`."""
+        """Return zeros, or `nothing`; see `Resampler.null`."""
         return _nothing(self.nothing, features) if self.black else torch.zeros_like(features)
 
 
 class MLP(nn.Module):
-    """A token for each feature of the encoder's last layers. Of the full-face adapter.
+    """Projector of the full-face adapter: a token for each hidden state of the encoder.
 
     Args:
         embedding: E.
-        tokens: of one image, what the encoder gives: 257 for a CLIP ViT-H/14.
+        tokens: hidden states of one image: 257 for a CLIP ViT-H/14.
     """
 
     def __init__(self, embedding: int, width: int, tokens: int = 257) -> None:
@@ -84,7 +83,7 @@ class MLP(nn.Module):
         return {"embedding": embedding, "width": width}
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, S, E) to (B, S, C)."""
+        """Project (B, S, E) to (B, S, C)."""
         return self.proj(features)
 
     def null(self, features: Tensor) -> Tensor:
@@ -93,7 +92,7 @@ class MLP(nn.Module):
 
 
 class IdLinear(nn.Module):
-    """Tokens from the vector that says whose face it is. Of the FaceID adapters.
+    """Projector of the FaceID adapters: tokens from the vector of a face.
 
     Args:
         embedding: E, 512.
@@ -116,7 +115,7 @@ class IdLinear(nn.Module):
         return {"embedding": embedding, "width": width, "tokens": tokens, "hidden": hidden}
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, E) to (B, T, C)."""
+        """Project (B, E) to (B, T, C)."""
         return self.norm(self.proj(features).unflatten(-1, (self.tokens, self.width)))
 
     def null(self, features: Tensor) -> Tensor:
@@ -124,17 +123,17 @@ class IdLinear(nn.Module):
 
 
 class Resampler(nn.Module):
-    """T learned queries that read the features through a few layers of attention.
+    """T learned queries that attend to the features in a few layers.
 
-    Of the plus adapters, which read an encoder's hidden states, and of Lynx, which reads the one
-    vector of a face. Jaegle et al., 2021, https://arxiv.org/abs/2103.03206.
+    Used by the plus adapters, on an encoder's hidden states, and by Lynx, on the vector of a face.
+    Jaegle et al., 2021, https://arxiv.org/abs/2103.03206.
 
     Args:
         embedding: E.
-        dim: inside.
-        heads: of 64 each.
-        spread: how much wider the feed-forward layers are than `dim`.
-        identity: it reads vectors of faces, whose "no image" is zeros.
+        dim: width of the layers.
+        heads: number of heads of dim 64.
+        spread: width of the feed-forward layers in units of `dim`.
+        identity: the features are vectors of faces, whose "no image" is zeros.
     """
 
     def __init__(
@@ -163,7 +162,7 @@ class Resampler(nn.Module):
         return {"tokens": tokens, "dim": dim, **_sizes(state)}
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, S, E), or (B, E) of vectors of faces, to (B, T, C)."""
+        """Resample (B, S, E), or vectors of faces, (B, E), to (B, T, C)."""
         if features.dim() == 2:
             if not self.identity:
                 raise ValueError(
@@ -176,25 +175,25 @@ class Resampler(nn.Module):
         return self.norm_out(self.proj_out(_read(self.layers, x, latents)))
 
     def null(self, features: Tensor) -> Tensor:
-        """Zeros for the vector of a face.
+        """Return the features of "no image": zeros for the vector of a face.
 
-        Hidden states are those of an empty image instead, which only the encoder knows: `nothing`,
-        (1, S, E), is what `ImageEncoder.negative` gave.
+        For hidden states it is `nothing`, (1, S, E), the hidden states of an empty image. Only
+        the encoder knows them; set `nothing` to the result of `ImageEncoder.negative`.
         """
         return torch.zeros_like(features) if self.identity else _nothing(self.nothing, features)
 
 
 class IdResampler(nn.Module):
-    """The vector of a face makes the queries, which read the hidden states of its picture.
+    """Projector of the FaceID-Plus adapters.
 
-    Of the FaceID-Plus adapters.
+    Queries are made from the vector of a face, and attend to the hidden states of its picture.
 
     Args:
-        embedding: of a hidden state.
+        embedding: width of a hidden state.
         identity: width of the vector, 512.
         hidden: width between the two layers that make the queries.
-        shortcut: the second version, whose tokens are the queries plus `structure` times what
-            they read; in the first they are what was read.
+        shortcut: second version, whose tokens are the queries plus `structure` times the
+            attention's output; the first version's tokens are that output.
     """
 
     def __init__(
@@ -235,7 +234,7 @@ class IdResampler(nn.Module):
         return {**face, **_sizes(inner)}
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
-        """{"id": (B, 512), "clip": (B, S, E)} to (B, T, C)."""
+        """Project {"id": (B, 512), "clip": (B, S, E)} to (B, T, C)."""
         queries = self.norm(self.proj(features["id"]).unflatten(-1, (self.tokens, self.width)))
         part: Any = self.perceiver_resampler
         read = _read(part["layers"], part["proj_in"](features["clip"]), queries)
@@ -251,13 +250,13 @@ class IdResampler(nn.Module):
 
 
 class Pixels(nn.Module):
-    """A small encoder of its own, which trains along: pixels to T tokens.
+    """Small encoder that trains along with the adapter: pixels to T tokens.
 
-    Convolutions that halve the image, GroupNorm after each, then the mean and the largest of each
-    channel: what is in the image counts, not where. Nothing depends on the batch.
+    Convolutions halve the image, with GroupNorm after each; then each channel is pooled to its
+    mean and its maximum, which drops positions. Nothing depends on the batch.
 
     Args:
-        channels: after each convolution.
+        channels: number of channels after each convolution.
     """
 
     def __init__(
@@ -280,7 +279,7 @@ class Pixels(nn.Module):
         return {"width": width, "tokens": tokens, "channels": channels}
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, 3, S, S), in [-1, 1] or uint8, to (B, T, C)."""
+        """Encode (B, 3, S, S), in [-1, 1] or uint8, to (B, T, C)."""
         x = features
         if x.dtype == torch.uint8:
             x = normalised(x).to(self.proj.weight.dtype)
@@ -290,18 +289,18 @@ class Pixels(nn.Module):
         return self.norm(self.proj(x).unflatten(-1, (self.tokens, self.width)))
 
     def null(self, features: Tensor) -> Tensor:
-        """Grey all over, the same whichever way it is given."""
+        """Return a grey image, in uint8 or normalised like `features`."""
         grey = torch.full_like(features, GREY, dtype=torch.uint8)
         return grey if features.dtype == torch.uint8 else normalised(grey).to(features)
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """uint8 to [-1, 1], in float32: one that is close to 0 would be lost in half precision."""
+    """Normalise uint8 to [-1, 1], in float32: half precision would lose values close to 0."""
     return pixels.float() / 127.5 - 1
 
 
 class _Attention(nn.Module):
-    """The queries read the features and themselves."""
+    """Attention of the queries to the features and to themselves."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -339,7 +338,7 @@ def _read(layers: Any, x: Tensor, latents: Tensor) -> Tensor:
 
 
 def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the two resamplers have in common."""
+    """Read the sizes that both resamplers have from a state dict."""
     rows = state["layers.0.0.to_q.weight"].shape[0]
     if rows % HEAD:
         raise ValueError(f"layers.0.0.to_q.weight has {rows} rows, no multiple of {HEAD}")

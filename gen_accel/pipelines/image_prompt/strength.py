@@ -1,6 +1,6 @@
-"""How strongly an image prompt acts, in which blocks, at which steps, on which frames and where.
+"""Strength of an image prompt: scales by block, step and frame, and masks over the picture.
 
-F frames after patchify, P frames of pixels, I images, S attentions of a model.
+F frames after patchify, P pixel frames, I images, S attentions of a model.
 """
 
 import math
@@ -17,7 +17,8 @@ from gen_accel.attention_processors.families import Family
 from gen_accel.attention_processors.lengths import vae_factor
 from gen_accel.video import VideoShape
 
-# Of SDXL's UNet. Wang et al., "InstantStyle", 2024, https://arxiv.org/abs/2404.02733.
+# Scales by block of SDXL's UNet. Wang et al., "InstantStyle", 2024,
+# https://arxiv.org/abs/2404.02733.
 PRESETS: dict[str, dict[str, Any]] = {
     "style": {"up": {"block_0": [0.0, 1.0, 0.0]}},
     "style+layout": {"down": {"block_2": [0.0, 1.0]}, "up": {"block_0": [0.0, 1.0, 0.0]}},
@@ -31,9 +32,10 @@ class ScaleRange:
 
     Args:
         scale: a number, numbers by block, or a preset; see `ImagePrompt.set_scale`.
-        frames: the first, and the one after the last, in pixel frames of the video; None for all.
-        steps: the same in denoising steps, or in shares of them, rounded up to whole steps, where
-            either is a float: (0.0, 0.5) is the first half, (0, 1) the first step.
+        frames: first pixel frame, and the one after the last; None for all.
+        steps: first denoising step, and the one after the last; None for all. If either is a
+            float, both are shares of all steps, rounded up to whole steps: (0.0, 0.5) is the
+            first half, (0, 1) the first step.
     """
 
     scale: Any
@@ -63,7 +65,7 @@ class ScaleRange:
         return self.steps is not None and any(isinstance(x, float) for x in self.steps)
 
     def holds(self, step: int, steps: int | None) -> bool:
-        """At `step` of `steps`, counted from 0."""
+        """Whether the range holds at `step` of `steps`, counted from 0."""
         if self.steps is None:
             return True
         first, stop = self.steps
@@ -76,9 +78,9 @@ class ScaleRange:
 def scale_ranges(
     scale: Any, frames: tuple[int, int] | None, steps: tuple[float, float] | None
 ) -> tuple[ScaleRange, ...]:
-    """What `ImagePrompt.set_scale` is given, as ranges.
+    """Convert the arguments of `ImagePrompt.set_scale` to ranges.
 
-    Raises ValueError for frames or steps beside ranges, or numbers among them.
+    Raises ValueError for frames or steps given beside ranges, or for numbers among ranges.
     """
     if isinstance(scale, ScaleRange):
         scale = [scale]
@@ -101,10 +103,10 @@ class _Resolved(NamedTuple):
 
 
 class Scales:
-    """What `set_scale` was given, for the attentions of one model.
+    """Scales of `set_scale`, for the attentions of one model.
 
     Args:
-        names: of those attentions.
+        names: names of the attentions.
     """
 
     def __init__(self, ranges: Sequence[ScaleRange], names: Sequence[str]) -> None:
@@ -116,15 +118,15 @@ class Scales:
         self.needs_frames = any(one.given.frames is not None for one in self._all)
 
     def at(self, step: int, steps: int | None) -> None:
-        """Go to a step, counted from 0."""
+        """Move to a step, counted from 0."""
         self._now = [one for one in self._all if one.given.holds(step, steps)]
 
     def of(self, place: int, spans: Sequence[tuple[int, int]] | None) -> float | tuple[float, ...]:
-        """The scale in an attention now, one for all frames or one for each.
+        """Return an attention's scale at the present step: one for all frames, or one for each.
 
         Args:
-            place: of the attention among `names`.
-            spans: of `frame_spans`, where `needs_frames`.
+            place: index of the attention in `names`.
+            spans: result of `frame_spans`, if `needs_frames`.
 
         Raises:
             ValueError: frames beyond the video.
@@ -148,12 +150,12 @@ class Scales:
 def frame_spans(
     frames: int, factor: int, patch: int, *, first_alone: bool = True
 ) -> list[tuple[int, int]]:
-    """The pixel frames, first and one after the last, that each of F frames of tokens is of.
+    """Find the pixel frames, first and one after the last, of each of F frames of tokens.
 
     Args:
         factor: pixel frames in a latent frame.
         patch: latent frames in a token.
-        first_alone: the first latent frame is of one.
+        first_alone: the first latent frame holds one pixel frame.
     """
     missing = factor - 1 if first_alone else 0
     stops = [patch * (frame + 1) * factor - missing for frame in range(frames)]
@@ -161,15 +163,16 @@ def frame_spans(
 
 
 def block_scales(scale: Any, names: Sequence[str]) -> tuple[float, ...]:
-    """One scale for each of S attentions.
+    """Resolve a scale to one number for each of S attentions.
 
     Args:
-        scale: a number; a list of S; a dict, by names of blocks ("blocks.3", all that is in it)
-            or in the form of diffusers, {"down": {"block_2": [0.0, 1.0]}, "mid": 0.5}; or a
-            preset. What a dict does not name gets 0.
+        scale: a number; a list of S numbers; a dict by names of blocks ("blocks.3" stands for all
+            attentions in it) or in the form of diffusers,
+            {"down": {"block_2": [0.0, 1.0]}, "mid": 0.5}; or a preset. Attentions that a dict
+            does not name get 0.
 
     Raises:
-        ValueError: names of no block, another number of numbers, or something else.
+        ValueError: an unknown block, a wrong count of numbers, or another kind of value.
     """
     if isinstance(scale, str):
         return _preset(scale, names)
@@ -208,7 +211,10 @@ def _by_name(scale: dict[str, Any], names: Sequence[str]) -> tuple[float, ...]:
 
 
 def _by_side(scale: dict[str, Any], names: Sequence[str]) -> tuple[float, ...]:
-    """Names of a UNet: down_blocks.1.attentions.0.transformer_blocks.0.attn2."""
+    """Resolve a dict in the form of diffusers.
+
+    `names` are a UNet's: down_blocks.1.attentions.0.transformer_blocks.0.attn2.
+    """
     keys = [_side_of(name) for name in names]
     blocks: dict[str, dict[str, int]] = {}  # side to block to attentions
     for side, block, place in filter(None, keys):
@@ -263,7 +269,7 @@ def _presets() -> str:
 
 
 class Masks:
-    """Where each image acts.
+    """Masks of the area in which each image acts.
 
     Args:
         given: (H, W) for all images, (I, H, W), or (I, P, H, W), in [0, 1]; tensor, array, or
@@ -271,7 +277,7 @@ class Masks:
         images: I.
 
     Raises:
-        ValueError: another shape, number or range.
+        ValueError: masks of another shape, number or range.
     """
 
     def __init__(self, given: Any, images: int) -> None:
@@ -294,12 +300,14 @@ class Masks:
 
     @property
     def moving(self) -> bool:
-        """Whether each frame has its own."""
+        """Whether each frame has a mask of its own."""
         return self.values.shape[1] > 1
 
     def fit(self, grid: VideoShape, spans: Sequence[tuple[int, int]] | None) -> Tensor:
-        """(I, N) float32 on a grid of tokens. Rows and columns are resampled as diffusers does it
-        for images, bicubic, and frames averaged.
+        """Resample the masks to a grid of tokens, (I, N) float32.
+
+        Rows and columns are resampled bicubically, as diffusers does for images; frames are
+        averaged.
 
         Raises:
             ValueError: masks for another number of frames.
@@ -321,7 +329,7 @@ class Masks:
 
 
 def _tensor(given: Any) -> Tensor:
-    """float32 on the CPU."""
+    """Convert masks to a tensor, float32 on the CPU."""
     if isinstance(given, (list, tuple)):
         parts = [_tensor(one) for one in given]
         if len({part.shape for part in parts}) != 1:
@@ -338,8 +346,10 @@ def _tensor(given: Any) -> Tensor:
 
 
 def levels(grid: VideoShape, *, unet: bool = True) -> list[VideoShape]:
-    """The grids that a model attends over: of a UNet, each with half of the rows and columns of
-    the one before it, rounded up."""
+    """List the grids that a model attends over.
+
+    A UNet halves rows and columns from one grid to the next, rounded up.
+    """
     found = [grid]
     while unet and (grid.height, grid.width) != (1, 1):
         grid = VideoShape(grid.frames, (grid.height + 1) // 2, (grid.width + 1) // 2)
@@ -355,7 +365,7 @@ def token_weights(
     *,
     unet: bool = True,
 ) -> list[dict[int, Tensor]]:
-    """For each image, or once for all without masks: the weights (N,) of the tokens, by N."""
+    """Compute the weights (N,) of the tokens, by N, for each image, or once without masks."""
     images = 1 if masks is None else len(masks.values)
     found: list[dict[int, Tensor]] = [{} for _ in range(images)]
     for level in levels(VideoShape(*grid.grid), unet=unet):
@@ -368,10 +378,10 @@ def token_weights(
     return found
 
 
-# temporal factor of a pipeline's autoencoder, by what pipelines call it
-
-
 def temporal_factor(pipe: Any, family: Family) -> int | None:
-    """Pixel frames in a latent frame; None where there are none, or only the pipeline knows."""
+    """Number of pixel frames in a latent frame.
+
+    None for a model of images, or if only the pipeline knows the number.
+    """
     factor = vae_factor(pipe, "temporal")
     return family.TEMPORAL_FACTOR if factor is None else factor

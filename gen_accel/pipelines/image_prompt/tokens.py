@@ -1,6 +1,6 @@
-"""The tokens that an adapter's projector makes of images, and of "no image".
+"""Image tokens: an adapter's projector applied to the features of images and of "no image".
 
-I images, T tokens of one, C width of those, B rows of a batch.
+I images, T tokens of an image, C width of a token, B rows of a batch.
 """
 
 from copy import deepcopy
@@ -17,23 +17,27 @@ from gen_accel.pipelines.image_prompt.guidance import Pipe
 
 
 class Rows(NamedTuple):
-    """Features of a batch that trains, a row each; rows out of `keep`, (B,), have no image."""
+    """Features of a training batch, a row each.
+
+    Args:
+        keep: (B,) bool; rows that are False have no image.
+    """
 
     features: Features
     keep: Tensor | None
 
 
 class Tokens:
-    """Tokens of one adapter, by its projector as it is now and as training began."""
+    """Tokens of one adapter, by its present projector and by the projector before training."""
 
     def __init__(self, adapter: ImageAdapter, encoder: "EncoderOf") -> None:
         self.adapter, self._encoder = adapter, encoder
 
     def kept(self, images: Images, side: str) -> Side:
-        """Of the images, or of the negative ones, computed once while the adapter is the same.
+        """Return the tokens of one side, computed once until the adapter's weights change.
 
         Args:
-            side: "positive" or "negative".
+            side: "positive" for the images, "negative" for the negative images.
 
         Raises ValueError for features that the adapter does not take.
         """
@@ -47,7 +51,7 @@ class Tokens:
         return found
 
     def projected(self, images: Images, side: str) -> Side:
-        """As `kept`, computed now, with gradients."""
+        """Compute the tokens of `kept` anew, with gradients."""
         features = images.features if side == "positive" else self._negative(images)
         found = [x for x in self._project(features) if x is not None]
         if len(found[0]) < images.count:
@@ -57,7 +61,7 @@ class Tokens:
         return Side(*found)
 
     def of_rows(self, rows: Rows) -> Side:
-        """With gradients."""
+        """Compute the tokens of a training batch, with gradients."""
         features = rows.features
         if rows.keep is not None:
             projector: Any = self.adapter.projector
@@ -68,7 +72,7 @@ class Tokens:
     def _negative(self, images: Images) -> Features:
         if images.negative is not None:
             return images.negative
-        # "base" adapters need no encoder to say that it is zeros.
+        # "base" adapters need no encoder: their "no image" is zeros.
         encoder = self._encoder(named=images.seen or self.adapter.variant != "base")
         if images.seen or encoder.is_there:
             nothing = encoder.negative()
@@ -78,7 +82,7 @@ class Tokens:
         return projector.null(images.features)
 
     def _project(self, features: Features) -> tuple[Tensor, Tensor | None]:
-        """(I, T, C), of the projector and of that as training began."""
+        """Compute tokens, (I, T, C), by the projector and by the projector before training."""
         weight = next(self.adapter.projector.parameters(), None)
         if weight is not None:
             features = mapped(partial(_placed, weight), features)
@@ -104,10 +108,12 @@ class Tokens:
 
 
 class EncoderOf:
-    """Makes the encoder of images when it is needed: of the model that was given, else of the one
-    that the adapter's file names, as another gives features that mean nothing to it, else of the
-    pipeline's own. The pipeline's would keep it alive, and does not stay; the others are loaded
-    once."""
+    """Factory of the image encoder, which is made when it is needed.
+
+    It uses the encoder that the user gave, else the one that the adapter's file names, as features
+    of another encoder mean nothing to the adapter, else the pipeline's own. An encoder with the
+    pipeline is not kept, as it would keep the pipeline alive; the others are loaded once.
+    """
 
     def __init__(self, pipe: Pipe, adapter: ImageAdapter, given: Any) -> None:
         self._pipe, self._given = pipe, given
@@ -116,9 +122,10 @@ class EncoderOf:
         self._kept: Any = None
 
     def __call__(self, *, named: bool = True) -> Any:
-        """
+        """Return the encoder.
+
         Args:
-            named: where the user gave none, that of the adapter's file, if it names one.
+            named: if the user gave none, use the encoder that the adapter's file names, if any.
         """
         if self._kept is not None:
             return self._kept
@@ -134,7 +141,7 @@ class EncoderOf:
         return self._kept
 
     def __deepcopy__(self, memo: dict) -> "EncoderOf":
-        """The user's encoder is not part of a model, and is shared."""
+        """Share the encoder with the copy, as it is not part of a model."""
         copy = object.__new__(type(self))
         vars(copy).update(vars(self))
         copy._pipe = deepcopy(self._pipe, memo)

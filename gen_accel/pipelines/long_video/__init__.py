@@ -1,6 +1,6 @@
-"""Longer video than a model was trained on: one technique a file.
+"""Techniques for video longer than a model was trained on, one a file.
 
-A technique is a frozen dataclass of its options, see `technique.Technique`; `extend` puts one or
+A technique is a frozen dataclass of its options, see `technique.Technique`. `extend` puts one or
 several on a live pipeline and takes them off again.
 """
 
@@ -71,11 +71,11 @@ def extend(
 
     Args:
         technique: a name of `TECHNIQUES`, an instance such as `Riflex(k=4)`, or several of them.
-        num_frames: of the video asked for, in pixel frames.
-        trained_frames: what the model was trained at, in pixel frames. Without: of its family,
-            or what `gen_accel.json` in the model's own folder says, see `known_trained_frames`.
-            For a model that was tuned at another length, give it.
-        options: of the technique, where it is one and given by its name.
+        num_frames: length of the video asked for, in pixel frames.
+        trained_frames: length that the model was trained at, in pixel frames. By default the
+            length in `gen_accel.json` in the model's own folder, or the family's, see
+            `known_trained_frames`. Give it for a model that was tuned at another length.
+        options: options of a single technique that is given by its name.
 
     Raises:
         ValueError: an unknown technique or option, techniques that do not go together, lengths
@@ -91,20 +91,20 @@ def extend(
 
 
 def check_names(techniques: Sequence[str], what: str = "technique") -> None:
-    """Raises ValueError for a name that is not in `TECHNIQUES`, and for some that do not go
-    together."""
+    """Refuse, by a ValueError, names outside of `TECHNIQUES`, or names that exclude each other."""
     check_techniques(techniques, what)
     if techniques:
         _techniques(techniques, {})
 
 
 def known_trained_frames(transformer: Any) -> int:
-    """The length that a model was trained at, in pixel frames.
+    """Return the length that a model was trained at, in pixel frames.
 
-    The folder that its pipeline was loaded from may say it, in a file `gen_accel.json` with
-    `{"trained_frames": 33}`; else it is what the family was published at.
+    It is read from `gen_accel.json`, with `{"trained_frames": 33}`, in the folder that the
+    pipeline was loaded from. Without this file it is the length that the family was published at.
 
-    Raises ValueError where nobody knows, the file is malformed, or no family serves the class.
+    Raises ValueError if the length is unknown, the file is malformed, or no family serves the
+    class.
     """
     said = _said_by_folder(transformer)
     if said is not None:
@@ -116,12 +116,15 @@ def known_trained_frames(transformer: Any) -> int:
 
 
 class NeverCalled(UserWarning):
-    """A technique was put on a pipeline, and taken off before anything was generated."""
+    """A technique was taken off a pipeline before anything was generated."""
 
 
 class Extension:
-    """What `extend` returns. Call it as the pipeline; `remove()`, or leave its `with`, which warns
-    with `NeverCalled` where nothing ran."""
+    """Handle that `extend` returns. Call it in place of the pipeline.
+
+    Take it off by `remove()`, or by leaving its `with`, which warns with `NeverCalled` if nothing
+    ran.
+    """
 
     def __init__(self, techniques: tuple[Technique, ...], target: Target) -> None:
         self.techniques, self.target = techniques, target
@@ -135,8 +138,9 @@ class Extension:
             raise
 
     def __call__(self, **arguments: Any) -> Any:
-        """Run the pipeline with its own keyword arguments; `num_frames` is the one asked for where
-        none is given.
+        """Run the pipeline with its own keyword arguments.
+
+        `num_frames` defaults to the length given to `extend`.
 
         Raises RuntimeError after `remove`, and TypeError for a transformer without a pipeline.
         """
@@ -154,7 +158,7 @@ class Extension:
         return self.target.pipe(**arguments)
 
     def describe(self) -> str:
-        """A line for each technique: what it does to the video asked for."""
+        """Describe the effect of each technique on the video asked for, a line each."""
         return "\n".join(f"{t.name}: {t.describe(self.target)}" for t in self.techniques)
 
     def remove(self) -> None:
@@ -164,9 +168,9 @@ class Extension:
 
     def __enter__(self) -> "Extension":
         if not any(hasattr(technique, "generate") for technique in self.techniques):
-            # These act on any call of the model, by whomever.
+            # These act on any call of the model, also outside of this handle.
             for module in self.target.transformers.values():
-                if is_compiled(module):  # a hook would make its graphs anew
+                if is_compiled(module):  # a hook would recompile its graphs
                     self._called = True
                 else:
                     self._undo.append(module.register_forward_pre_hook(self._mark).remove)
@@ -188,7 +192,7 @@ class Extension:
 
 
 def _said_by_folder(transformer: Any) -> int | None:
-    """`trained_frames` of the file beside the folder of the transformer, where there is one."""
+    """Read `trained_frames` of the file beside the transformer's folder; None without one."""
     loaded = transformer.config.get("_name_or_path")
     file = expanded(loaded or ".").resolve().parent / CONFIG
     if not loaded or not file.is_file():

@@ -1,4 +1,4 @@
-"""Which frames the blocks of a plan hold, for techniques that decide by frames."""
+"""Frames in the blocks of a plan, for techniques that decide by frames."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,9 +12,9 @@ from gen_accel.video import VideoShape
 
 
 class Blocks(NamedTuple):
-    """Of each block, (K,): its first and last frame, and whether it holds text.
+    """First and last frame of each block, and whether the block holds text, (K,) each.
 
-    Without a token of the video `first` is after the last frame and `last` before the first.
+    In a block without video tokens, `first` is after the last frame and `last` before the first.
     """
 
     first: Tensor
@@ -39,12 +39,14 @@ def _blocks(slots: Tensor, block: int, video: VideoShape) -> Blocks:
 
 
 class Remembered:
-    """An `adjust` for `AttentionExtension` that changes a plan that stays once, or once a step, so
-    that kernels prepare what it makes only once.
+    """An `adjust` for `AttentionExtension` that keeps its results.
+
+    A static plan is adjusted once, or once a step, so that kernels prepare each result only once.
+    Dynamic plans are adjusted at each call.
 
     Args:
         adjusted: takes a plan, its grid and the step.
-        by_step: whether the step makes a difference. The last one is remembered.
+        by_step: whether the result depends on the step. The result of the last step is kept.
     """
 
     def __init__(self, adjusted: Callable[[Plan, VideoShape, int], Plan], by_step: bool) -> None:

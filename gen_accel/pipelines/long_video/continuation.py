@@ -1,19 +1,19 @@
-"""Continuation in latent space: chunk after chunk of the length that the model knows.
+"""Continuation in latent space: a video in chunks of the trained length.
 
-The first chunk is a plain call of the pipeline. In each further one the latents that the video so
-far ends with are held while the rest is denoised, as inpainting does (Lugmayr et al., 2022,
-https://arxiv.org/abs/2201.09865, without its resampling): after each step they are set to what
-they are at the noise level reached, (1 - sigma) known + sigma noise, and to themselves at the
-end. What follows them is new. No chunk is decoded to pixels and encoded again, which is where the
+The first chunk is a plain call of the pipeline. Each further chunk holds the last latents of the
+video so far while the rest is denoised, as inpainting does (Lugmayr et al., 2022,
+https://arxiv.org/abs/2201.09865, without its resampling). After each step the held latents are set
+to (1 - sigma) known + sigma noise at the noise level reached, and at the end to the known latents.
+The latents after them are new. No chunk is decoded to pixels and encoded again, as this makes the
 colours of chained clips drift; the latents are joined, and decoded once.
 
-The first latent frame of a clip stands for one frame, all others for several. A further chunk
+The first latent frame of a clip holds one pixel frame, all others several. A further chunk
 therefore holds the known latents from its second place on. Its first place, where the model
-expects the single frame before them, is denoised freely and left out, so that every latent stands
-where the model has seen its kind, and the joined latents are those of one clip.
+expects a latent of a single pixel frame, is denoised freely and dropped. Every latent so stands
+where the model has seen its kind, and the joined latents form a single clip.
 
 Colours are matched by the mean and deviation of each latent channel (AdaIN, Huang and Belongie,
-2017, https://arxiv.org/abs/1703.06868): new latents take those of the latents before them.
+2017, https://arxiv.org/abs/1703.06868): new latents take the statistics of the latents before.
 """
 
 import inspect
@@ -34,15 +34,15 @@ NEEDED = ("latents", "num_frames", "output_type", "callback_on_step_end")
 
 @dataclass(frozen=True)
 class Continuation:
-    """Generate chunk after chunk, each of which goes on from the latents before it.
+    """Generate chunk after chunk, each from the last latents of the chunk before.
 
     A callback of the call runs in each chunk, with the steps of that chunk.
 
     Args:
         overlap: latent frames of the video so far that a chunk is given.
-        chunk: pixel frames of one chunk. None: as many as the model was trained at.
-        color_match: from 0, colours as the model makes them, to 1, those of the latents before.
-            Turn it down for a video whose colours are to change.
+        chunk: pixel frames of a chunk. None: the trained length.
+        color_match: strength of the matching, from 0, the model's own colours, to 1, the colours
+            of the latents before. Lower it for a video whose colours are to change.
     """
 
     overlap: int = 4
@@ -105,8 +105,7 @@ class Continuation:
             return self._generate(target, arguments)
 
     def _generate(self, target: Target, arguments: dict[str, Any]) -> Any:
-        """What one call of the pipeline would return. With `output_type="latent"` nothing is
-        decoded."""
+        """Return a result like a single call's. With `output_type="latent"` nothing is decoded."""
         pipe: Any = target.pipe
         chunk, lead = self._sizes(target)
         factor = target.temporal_factor
@@ -144,7 +143,7 @@ class Continuation:
     def _further(
         self, pipe: Any, common: dict[str, Any], known: Tensor, chunk: int, lead: int
     ) -> Tensor:
-        """A chunk that holds `known` from place `lead` on. (B, C, chunk, h, w)."""
+        """Generate a chunk that holds `known` from place `lead` on, (B, C, chunk, h, w)."""
         from diffusers.utils.torch_utils import randn_tensor
 
         shape = (*known.shape[:2], chunk, *known.shape[3:])
@@ -163,7 +162,7 @@ class Continuation:
         return pipe(**(common | own)).frames
 
     def _sizes(self, target: Target) -> tuple[int, int]:
-        """Latent frames of a chunk, and how many of them lead."""
+        """Return the latent frames of a chunk, and the number of its dropped first frames."""
         chunk = target.trained * target.temporal_patch
         if self.chunk is not None:
             chunk = latent_frames("chunk", self.chunk, target.temporal_factor)
@@ -178,12 +177,12 @@ class Continuation:
 
 
 class Hold:
-    """A `callback_on_step_end` that keeps a part of the latents at what is known of them.
+    """A `callback_on_step_end` that holds a part of the latents at known values.
 
     Args:
         known: (B, C, f, h, w), clean.
         noise: (B, C, F, h, w) that the denoising starts from.
-        place: of the first known frame among F.
+        place: index of the first known frame among F.
         then: a callback of the user, which runs first.
     """
 
@@ -209,17 +208,17 @@ class Hold:
 
 
 def noised(clean: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
-    """(1 - sigma) clean + sigma noise: flow matching's sample at a noise level in [0, 1]."""
+    """Mix (1 - sigma) clean + sigma noise: flow matching's sample at a noise level in [0, 1]."""
     sigma = torch.as_tensor(sigma).to(clean)
     return (1 - sigma) * clean + sigma * noise
 
 
 def matched(latents: Tensor, reference: Tensor, strength: float = 1.0) -> Tensor:
-    """`latents` with the mean and standard deviation of `reference` in each sample and channel.
+    """Give `latents` the mean and standard deviation of `reference` by sample and channel.
 
     Args:
         latents, reference: (B, C, f, h, w) and (B, C, any, h, w).
-        strength: 1 all the way, 0 not at all, between them the weighted mean of both.
+        strength: 1 matches fully, 0 not at all; between them the result is the weighted mean.
     """
     if strength == 0:
         return latents
@@ -233,7 +232,7 @@ def matched(latents: Tensor, reference: Tensor, strength: float = 1.0) -> Tensor
 
 
 def check_flow(scheduler: Any) -> None:
-    """Raises ValueError for a scheduler whose sigmas are no flow matching noise levels."""
+    """Refuse, by a ValueError, a scheduler whose sigmas are not flow-matching noise levels."""
     flow = scheduler.config.get("prediction_type") == "flow_prediction"
     if not (flow or "FlowMatch" in type(scheduler).__name__):
         raise ValueError(
@@ -247,7 +246,7 @@ def _default(pipe: Any, name: str) -> Any:
 
 @torch.no_grad()
 def _decoded(pipe: Any, latents: Tensor, output_type: str) -> Any:
-    """As the pipelines do at their end."""
+    """Decode latents as the pipelines do at their end."""
     pixels = pipe.vae.decode(
         unscaled(pipe.vae, latents, pipe._execution_device), return_dict=False
     )[0]

@@ -2,17 +2,18 @@
 
     clean = x - sigma v,    x <- (1 - sigma') clean + sigma' noise,    noise drawn anew
 
-An ordinary step keeps the noise that it began with. Where a video is longer than the model looks
-far, that noise decides by itself, stretch by stretch, where things are, and between two stretches
-they jump. With other noise at each step, what neighbouring stretches agree on stays and what only
-the noise said does not: at high noise, where such things are decided, agreement spreads from step
-to step. What the model itself repeats it goes on repeating.
+An ordinary sampler keeps its initial noise. If a video is longer than the reach of the model's
+attention, that noise decides the layout of each stretch separately, and objects jump between
+stretches. With fresh noise at each step, features that neighbouring stretches agree on stay, and
+features that came from the noise alone vanish. Layout is decided at high noise, where agreement
+spreads from step to step. Repetitions by the model itself remain.
 
-Steps as `FlowMatchEulerDiscreteScheduler` has them by `stochastic_sampling` (diffusers 0.42.1);
-Karras et al., 2022, https://arxiv.org/abs/2206.00364, section 4, on what noise that is added
-corrects. The noise levels are shifted further by the number of frames, as Esser et al., 2024,
-https://arxiv.org/abs/2403.03206, section 5.3.2, do by that of pixels; by its ratio itself, where
-they take the root. What noise so drawn does to long videos is our own finding, on one small model.
+The sampler is `FlowMatchEulerDiscreteScheduler` with `stochastic_sampling` (diffusers 0.42.1); on
+the errors that added noise corrects, see Karras et al., 2022,
+https://arxiv.org/abs/2206.00364, section 4. The noise levels are shifted further by the ratio of
+frames; Esser et al., 2024, https://arxiv.org/abs/2403.03206, section 5.3.2, shift by the root of
+the ratio of pixels. The effect of fresh noise on long videos is our own finding, on one small
+model.
 """
 
 import inspect
@@ -29,13 +30,14 @@ from gen_accel.pipelines.long_video.technique import Target
 class FreshNoise:
     """Draw the noise of each step anew, and take more of the steps at high noise.
 
-    Acts while the handle that `extend` returns is called, by a scheduler in the place of the
+    Acts only in calls of the handle that `extend` returns, by a scheduler in place of the
     pipeline's own. The noise is drawn with the call's generator.
 
     Args:
-        shift: of the noise levels, 1 for none. None: the scheduler's own times the ratio of the
-            video's latent frames to the trained ones; that of a `FlowMatchEulerDiscreteScheduler`
-            whose shift depends on the resolution (`use_dynamic_shifting`) stays as it is.
+        shift: shift of the noise levels, 1 for none. None: the scheduler's own shift times the
+            ratio of the video's latent frames to the trained length. A
+            `FlowMatchEulerDiscreteScheduler` whose shift depends on the resolution
+            (`use_dynamic_shifting`) then keeps its shift.
     """
 
     shift: float | None = None
@@ -59,9 +61,10 @@ class FreshNoise:
         return lambda: None
 
     def scheduler(self, target: Target, frames: int) -> Any:
-        """In the place of the pipeline's own, for a video of so many latent frames.
+        """Build the scheduler that replaces the pipeline's own, for `frames` latent frames.
 
-        Raises ValueError for one that steps otherwise than by flow matching, from noise to clean.
+        Raises ValueError if the pipeline's scheduler does not step by flow matching, from noise to
+        clean.
         """
         from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -108,10 +111,10 @@ class FreshNoise:
         def step(self: Any, *args: Any, **kwargs: Any) -> Any:
             if kwargs.get("per_token_timesteps") is not None:
                 raise ValueError("fresh_noise is for calls in which all frames are as noisy")
-            # Not all pipelines pass theirs on.
+            # Not all pipelines pass their generator on.
             return type(self).step(self, *args, **({"generator": generator} | kwargs))
 
-        scheduler.step = MethodType(step, scheduler)  # a copy, of sound say, steps by itself
+        scheduler.step = MethodType(step, scheduler)  # a copy, e.g. for sound, steps by itself
         pipe.scheduler = scheduler
         try:
             yield

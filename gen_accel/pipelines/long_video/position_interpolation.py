@@ -1,8 +1,8 @@
 """Position interpolation: a longer video takes the positions of the trained length.
 
-Chen et al., 2023, https://arxiv.org/abs/2306.15595. All temporal rotary frequencies times
-trained / L, so that L latent frames lie where the trained ones did, closer together. Without
-tuning, the model takes that for slower motion; the rule is made for training with it.
+Chen et al., 2023, https://arxiv.org/abs/2306.15595. All temporal rotary frequencies are multiplied
+by trained / L, so that L latent frames span the positions of the trained length. Without tuning,
+the model shows slower motion; the rule is meant for training.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ class PositionInterpolation:
     }
 
     def frequencies(self, own: Tensor, frames: int, trained: int) -> Tensor:
-        """Those for a video of `frames` latent frames, (pairs,) in rad per latent frame."""
+        """Compute frequencies for `frames` latent frames, (pairs,) in rad per latent frame."""
         return own * (trained / max(frames, trained))
 
     def apply(self, target: Target) -> Callable[[], None]:

@@ -1,14 +1,14 @@
-"""RIFLEx: the one rotary frequency that would repeat turns slower, so that it does not.
+"""RIFLEx: lower the one temporal rotary frequency whose period shows as repetition.
 
 Zhao et al., 2025, https://arxiv.org/abs/2502.15894, and https://github.com/thu-ml/RIFLEx at
-2bff7fe. Of the pairs on the time axis the intrinsic one, number k, has the period N_k that shows
-as repetition in videos longer than it. Its frequency is lowered to 0.9 * 2 pi / L for a video of
-L latent frames; those of the other pairs, and of the other axes, stay.
+2bff7fe. Among the pairs on the time axis, the intrinsic pair k has the period N_k; videos longer
+than N_k repeat themselves. Its frequency is lowered to 0.9 * 2 pi / L for a video of L latent
+frames. Frequencies of the other pairs, and of the other axes, stay.
 
-Unlike there, k need not be found by watching for repetitions: without one it is the pair with
+Unlike the paper, k need not be found by watching for repetitions. The default k is the pair with
 the shortest period that is not shorter than the trained length, the first whose repetition no
-training clip has shown. That is the published k = 4 of HunyuanVideo and k = 2 of CogVideoX. For
-Wan 2.1 it is k = 4, where its users report k = 6.
+training clip has shown. This gives the published k = 4 of HunyuanVideo and k = 2 of CogVideoX. For
+Wan 2.1 it gives k = 4, where users of Wan report k = 6.
 """
 
 import math
@@ -22,17 +22,17 @@ from gen_accel.attention_processors.families import family_for
 from gen_accel.pipelines.long_video.technique import Target
 from gen_accel.pipelines.long_video.temporal_rule import TemporalRule
 
-MARGIN = 0.9  # of a period that the video may last; the published code's, against repeating tails
+MARGIN = 0.9  # most periods in a video, as in the published code, against repeating tails
 
 
 @dataclass(frozen=True)
 class Riflex:
     """Lower the intrinsic temporal frequency so that one period outlasts the video.
 
-    Acts where the video is longer than the trained length and than the period N_k.
+    Acts if the video is longer than the trained length and than the period N_k.
 
     Args:
-        k: number of the intrinsic pair, from 1. None: see the module.
+        k: number of the intrinsic pair, from 1. None: see the module's docstring.
     """
 
     k: int | None = None
@@ -48,7 +48,7 @@ class Riflex:
             raise ValueError(f"k must be at least 1, got {self.k}")
 
     def intrinsic(self, own: Tensor, trained: int) -> int:
-        """k for a model with these temporal frequencies, (pairs,) in rad per latent frame.
+        """Return k for a model with these temporal frequencies, (pairs,) in rad per latent frame.
 
         Raises ValueError for a k that the model does not have.
         """
@@ -60,7 +60,7 @@ class Riflex:
         return self.k
 
     def frequencies(self, own: Tensor, frames: int, trained: int) -> Tensor:
-        """Those for a video of `frames` latent frames, (pairs,) in rad per latent frame."""
+        """Compute frequencies for `frames` latent frames, (pairs,) in rad per latent frame."""
         pair, made = self.intrinsic(own, trained) - 1, own.clone()
         if frames > trained and frames > 2 * math.pi / float(own[pair]):
             made[pair] = MARGIN * 2 * math.pi / frames

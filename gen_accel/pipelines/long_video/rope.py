@@ -1,4 +1,4 @@
-"""The rules on temporal rotary frequencies by name, for training at a longer length."""
+"""Rules on temporal rotary frequencies by name, for training at a longer length."""
 
 from torch import nn
 
@@ -14,13 +14,13 @@ def apply_rule(transformer: nn.Module, rule: str, *, frames: int, trained: int) 
 
     Args:
         rule: one of `RULES`; "none" changes nothing.
-        frames: the length to make the frequencies for, in latent frames after patchify. Grids
-            longer than that get their own.
-        trained: the length that the base model was trained at, in the same unit. Grids that are
-            no longer keep the model's own frequencies.
+        frames: length to make the frequencies for, in latent frames after patchify. Longer grids
+            get frequencies for their own length.
+        trained: length that the base model was trained at, in the same unit. Grids up to this
+            length keep the model's own frequencies.
 
     Returns:
-        A handle: `remove()`, or leave its `with`.
+        A handle; take the rule off by `remove()`, or by leaving its `with`.
 
     Raises:
         ValueError: an unknown rule, lengths below 1, a class that no family serves, or a model

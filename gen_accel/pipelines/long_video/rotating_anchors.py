@@ -1,15 +1,15 @@
-"""Rotating anchors: each frame sees those about it, and frames all over the video in turn.
+"""Rotating anchors: each frame sees its neighbours, and frames all over the video in turn.
 
 Glorian et al., "LVSA: Training-Free Sparse Attention for Long Video Diffusion", 2026,
 https://arxiv.org/abs/2605.31057; public code JiusiServe/LongVideoSparseAttention. A query sees a
-window of frames about its own, shifted inwards at both ends, the first frames, and anchors at
-equal intervals, which move on by one frame with each denoising step: in as many steps as the
-interval is long, every frame is an anchor once.
+window of frames around its own, shifted inwards at both ends, the first frames, and anchors at
+equal intervals. The anchors move by one frame with each denoising step, so that every frame is an
+anchor once in as many steps as the interval is long.
 
-Unlike there, the window is not widened by the anchors that lie in it, anchors do not wrap around
-the end, and the first and last steps are like all others. Frames are seen by blocks: a block of
-keys that holds a frame to be seen is seen whole. It is laid over whatever method is attached: what
-that leaves out stays out. A query that is left with nothing sees its own block.
+Unlike the public code, the window is not widened by anchors inside it, anchors do not wrap around
+the end, and the first and last steps are like all others. Visibility is by blocks: a block of keys
+with one visible frame is visible as a whole. Blocks that the attached method leaves out stay out.
+A query without any visible block sees its own block.
 """
 
 import math
@@ -31,13 +31,13 @@ from gen_accel.video import VideoShape
 
 @dataclass(frozen=True)
 class RotatingAnchors:
-    """A window of frames, the first ones, and anchors that rotate; in frames after patchify.
+    """A window of frames, the first frames, and rotating anchors; in frames after patchify.
 
     Args:
         window: frames seen on each side. None: a sixth of the trained length, at least one.
         first: frames at the beginning that all see.
-        interval: from one anchor to the next. None: so that window, first frames and anchors are
-            together about as many as the trained length.
+        interval: distance between anchors. None: chosen so that window, first frames and anchors
+            are together about as many as the trained length.
     """
 
     window: int | None = None
@@ -58,7 +58,7 @@ class RotatingAnchors:
             raise ValueError(f"interval must be at least 1, got {self.interval}")
 
     def sizes(self, frames: int, trained: int) -> tuple[int, int]:
-        """Frames on each side of the window, and the interval, of a video of `frames`."""
+        """Return the window's frames on each side, and the interval, for a video of `frames`."""
         window = max(1, trained // 6) if self.window is None else self.window
         if self.interval is not None:
             return window, self.interval
@@ -66,13 +66,13 @@ class RotatingAnchors:
         return window, math.ceil(frames / anchors)
 
     def anchors(self, frames: int, trained: int, step: int) -> Tensor:
-        """(frames,) bool: which frames all see at this step."""
+        """Mark the frames that all see at this step, (frames,) bool."""
         interval = self.sizes(frames, trained)[1]
         frame = torch.arange(frames)
         return (frame < self.first) | (frame % interval == step % interval)
 
     def adjusted(self, plan: Plan, video: VideoShape, trained: int, step: int) -> Plan:
-        """The plan without the blocks that are neither in the window nor anchors."""
+        """Drop the blocks of a plan that are neither in the window nor visible to all."""
         frames, device = video.frames, plan.slots.device
         query, key = query_blocks(plan, video), key_blocks(plan, video)
         side = self.sizes(frames, trained)[0]
@@ -106,10 +106,10 @@ class RotatingAnchors:
 
 
 def _within(plan: Plan, allowed: Tensor) -> Plan:
-    """The plan in the blocks allowed, (Kq, Kk) bool; its own block for a query with no other.
+    """Restrict a plan to the allowed blocks, (Kq, Kk) bool; a query with none sees its own block.
 
     Raises:
-        ValueError: a plan with a rest, by which what is not allowed would come back.
+        ValueError: a plan with a rest, which would bring hidden blocks back pooled.
     """
     if plan.rest is not None:
         raise ValueError(
@@ -132,13 +132,13 @@ def _within(plan: Plan, allowed: Tensor) -> Plan:
 
 
 def _by_group(keep: Tensor, group: Tensor, groups: int) -> Tensor:
-    """(B, H, Kq, C) bool: whether a block of a group is kept."""
+    """Mark the groups with at least one kept block, (B, H, Kq, C) bool."""
     member = F.one_hot(group, groups).float()
     return keep.float() @ member > 0
 
 
 def _own_blocks(plan: Plan) -> Tensor:
-    """(Kq, Kk) bool: pairs of blocks that share slots."""
+    """Mark pairs of blocks that share slots, (Kq, Kk) bool."""
     S, device = len(plan.slots), plan.slots.device
     first_q = torch.arange(0, S, plan.block_q, device=device)[:, None]
     first_k = torch.arange(0, S, plan.block_k, device=device)

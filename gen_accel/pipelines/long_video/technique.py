@@ -1,4 +1,4 @@
-"""What a technique for longer video is, and what it is given."""
+"""Interface of a technique for longer video, and its target."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ if not TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """What is extended, and how far. Lengths in latent frames after patchify: tokens along time.
+    """Pipeline to extend, and its lengths in latent frames after patchify (tokens along time).
 
     Args:
-        pipe: None where a transformer alone was given.
-        transformers: by their names in the pipeline; both of a pipeline with two.
-        families: the family of each, by the same names.
-        frames: of the video asked for. The live grid may differ from call to call: a technique
-            reads it from the call, and does nothing where it is not longer than `trained`.
-        trained: the length that the model was trained at.
-        temporal_factor: pixel frames that one latent frame stands for, all but the first.
+        pipe: the pipeline; None if only a transformer was given.
+        transformers: one or two transformers, by their names in the pipeline.
+        families: family of each transformer, by the same names.
+        frames: length of the video asked for. The live grid may differ between calls: a technique
+            reads the grid from the call, and does nothing unless it is longer than `trained`.
+        trained: length that the model was trained at.
+        temporal_factor: pixel frames in a latent frame, except in the first, which holds one.
         temporal_patch: latent frames in one token.
     """
 
@@ -38,33 +38,32 @@ class Target:
 
     @property
     def subject(self) -> Any:
-        """What was given: the pipeline, or the transformer alone."""
+        """The pipeline, or the transformer if only that was given."""
         return next(iter(self.transformers.values())) if self.pipe is None else self.pipe
 
     @property
     def longer(self) -> bool:
-        """Whether the video asked for is longer than the model knows."""
+        """Whether the video asked for is longer than the trained length."""
         return self.frames > self.trained
 
     def pixel_frames(self, frames: int) -> int:
-        """Frames of the video that so many latent frames after patchify decode to."""
+        """Number of pixel frames that `frames` latent frames after patchify decode to."""
         return (frames * self.temporal_patch - 1) * self.temporal_factor + 1
 
 
 class Technique(Protocol):
     """A frozen dataclass of options.
 
-    `apply` puts the technique on the live model, checks before it changes anything, and returns
-    what takes it off again, leaving the model bit-identical. It is called once; what it returns
-    is called once.
+    `apply` checks the target, puts the technique on the live model, and returns a function that
+    takes the technique off and leaves the model bit-identical. Both functions are called once.
 
-    A technique that needs more than one call of the pipeline, or acts during a call alone, has,
-    besides, `generate(target, arguments)`: it runs the pipeline with the keyword arguments of its
-    call, `num_frames` filled in, and returns what one call would have returned.
+    A technique that needs several calls of the pipeline, or acts only during a call, also has
+    `generate(target, arguments)`. It runs the pipeline with the keyword arguments of its call,
+    `num_frames` filled in, and returns the result of a single call.
 
     Args:
-        name: its entry in `TECHNIQUES`.
-        excludes: names of the techniques that it cannot be used with, each with the reason.
+        name: entry of the technique in `TECHNIQUES`.
+        excludes: names of techniques that cannot be combined with this one, each with the reason.
     """
 
     name: ClassVar[str]
@@ -73,5 +72,5 @@ class Technique(Protocol):
     def apply(self, target: Target) -> Callable[[], None]: ...
 
     def describe(self, target: Target) -> str:
-        """One line on what it does to a video of the length asked for."""
+        """Describe the effect on a video of the length asked for, in one line."""
         ...

@@ -12,18 +12,19 @@ Frequencies = Callable[[Tensor, int, int], Tensor]
 
 
 class TemporalRule:
-    """Where a forward pass has more latent frames than `trained`, its temporal rotary frequencies
-    are `frequencies(own, frames, trained)`; elsewhere they are the model's own, bit for bit.
+    """Rule on the temporal rotary frequencies of forward passes longer than `trained`.
 
-    `remove()`, or leave its `with`. Lengths are in latent frames after patchify.
+    Such a pass uses `frequencies(own, frames, trained)`; other passes use the model's own
+    frequencies, bit for bit. Take the rule off by `remove()`, or by leaving its `with`. Lengths
+    are in latent frames after patchify.
 
     Args:
-        frequencies: None changes nothing.
-        frames: the length that they are made for, or that of the live grid where it is longer.
-            A model tuned under a rule so keeps its frequencies on shorter grids.
+        frequencies: function that makes the frequencies; None changes nothing.
+        frames: least length to make frequencies for; a longer live grid counts with its own
+            length. A model tuned under a rule thus keeps its frequencies on shorter grids.
 
     Raises ValueError for lengths below 1, a class that no family serves, a compiled transformer,
-    or one that has a rule already.
+    or a transformer that has a rule already.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class TemporalRule:
 
 
 def check_eager(name: str, transformer: nn.Module) -> None:
-    """Raises ValueError for a compiled transformer, which would not notice a new hook. One with
-    compiled blocks will."""
+    """Refuse, by a ValueError, a compiled transformer, which would not notice a new hook.
+
+    A transformer with compiled blocks notices it.
+    """
     if (
         hasattr(transformer, "_orig_mod")
         or getattr(transformer, "_compiled_call_impl", None) is not None
@@ -81,7 +84,7 @@ class _Hook:
         self._video_shape, self._set = family.video_shape, family.set_temporal_frequencies
         self._own = family.temporal_frequencies(transformer)
         self._frequencies, self._frames, self._trained = frequencies, frames, trained
-        self._length: int | None = None  # that the table is made for; None: the model's own
+        self._length: int | None = None  # length of the present table; None: the model's own
         self._removed = False
 
     def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -92,7 +95,7 @@ class _Hook:
 
     def off(self, transformer: nn.Module) -> None:
         self._to(transformer, None)
-        self._removed = True  # a graph that was compiled with the hook goes on calling it
+        self._removed = True  # a graph compiled with the hook goes on calling the hook
 
     def _to(self, transformer: nn.Module, length: int | None) -> None:
         if length == self._length:

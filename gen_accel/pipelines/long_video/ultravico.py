@@ -1,14 +1,14 @@
 """UltraViCo: keys outside the trained window draw less attention.
 
 Zhao et al., 2025, https://arxiv.org/abs/2511.20123; public code thu-ml/DiT-Extrapolation, branch
-ultra-wan. A query's window is the trained length about it. Scores of keys outside are multiplied
-by a constant alpha below 1, at distances where rotary periods align by a smaller beta. As in the
-public code, only positive scores are, so that no score is raised, and the first frame sees none
-of the keys beyond the trained length.
+ultra-wan. A query's window is the trained length around the query. Scores of keys outside are
+multiplied by a constant alpha below 1, and by a smaller beta at distances where rotary periods
+align. As in the public code, only positive scores are multiplied, so that no score is raised, and
+the first frame sees no keys beyond the trained length.
 
-Unlike there, all is decided for blocks and not for tokens: two blocks are as far apart as their
-nearest frames, so that a block that straddles the edge of the window counts as inside. Blocks that
-a sparse method leaves out stay out: with one, this costs no more than the method alone.
+Unlike the public code, the gain is set for blocks, not for tokens. The distance of two blocks is
+the distance of their nearest frames, so that a block on the edge of the window counts as inside.
+Blocks that a sparse method leaves out stay out: the technique adds no cost to a sparse method.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,13 +31,13 @@ class UltraViCo:
     """Dampen the scores of keys outside the trained window, in frames after patchify.
 
     Args:
-        alpha: what they are multiplied by, in (0, 1]; 1 changes nothing.
-        beta: the same at distances near a multiple of `period`.
-        period: frames after which the model's attention repeats itself. None: it does not, as is
-            the case with Wan; alpha holds everywhere.
+        alpha: factor of these scores, in (0, 1]; 1 changes nothing.
+        beta: factor at distances near a multiple of `period`, in (0, 1].
+        period: frames after which the model's attention repeats itself. None: no repetition, as
+            with Wan; alpha holds everywhere.
         period_width: frames on each side of a multiple of the period that count as near.
-        shorten_first: hide the frames beyond the trained length from the first frame, which would
-            blur otherwise.
+        shorten_first: hide the frames beyond the trained length from the first frame, which
+            otherwise blurs.
     """
 
     alpha: float = 0.9
@@ -61,7 +61,7 @@ class UltraViCo:
             raise ValueError(f"period_width must not be negative, got {self.period_width}")
 
     def gain(self, distance: Tensor, trained: int) -> Tensor:
-        """What scores are multiplied by at these distances, in frames; fp32 of that shape."""
+        """Compute the factor of scores at these distances, in frames; fp32 of the same shape."""
         gain = torch.full(distance.shape, self.alpha, device=distance.device)
         if self.period is not None:
             turns = (distance / self.period).round().clamp_min(1)
@@ -70,7 +70,7 @@ class UltraViCo:
         return gain.masked_fill(2 * distance <= trained, 1.0)
 
     def adjusted(self, plan: Plan, video: VideoShape, trained: int) -> Plan:
-        """The plan with a gain, and without what is hidden from the first frame."""
+        """Add the gain to a plan, and drop the blocks that are hidden from the first frame."""
         query, key = query_blocks(plan, video), key_blocks(plan, video)
         after = query.first[:, None] - key.last
         before = key.first - query.last[:, None]

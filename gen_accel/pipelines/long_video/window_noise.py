@@ -1,13 +1,14 @@
-"""FreeNoise: the noise of the trained length over and over, and attention in windows of it.
+"""FreeNoise: repeated noise of the trained length, and attention in windows of that length.
 
 Qiu et al., "FreeNoise: Tuning-Free Longer Video Diffusion via Noise Rescheduling", 2023,
-https://arxiv.org/abs/2310.15169; public code AILab-CVC/FreeNoise. Each run of `stride` frames of
-noise beyond the trained length is the one a trained length earlier, its frames shuffled. Attention
-runs in windows of the trained length, `stride` frames apart; a frame gets the mean over its
-windows, with weights that rise to the middle of a window and fall again.
+https://arxiv.org/abs/2310.15169; public code AILab-CVC/FreeNoise. Beyond the trained length, each
+run of `stride` frames of noise repeats the run one trained length earlier, its frames shuffled.
+Attention runs in windows of the trained length, `stride` frames apart. A frame gets the mean over
+its windows, with weights that rise to the middle of a window and fall again.
 
-Unlike there, attention is over space and time at once, the last window is shifted to end with the
-video where the stride leaves a rest, and a text token gets the plain mean over all windows.
+Unlike the public code, attention is over space and time at once, the last window is shifted to end
+with the video if the stride leaves a remainder, and a text token gets the plain mean over all
+windows.
 """
 
 import inspect
@@ -29,12 +30,12 @@ from gen_accel.video import VideoShape
 class WindowNoise:
     """Repeat the noise of the trained length, shuffled, and attend in windows.
 
-    The noise is that of the pipeline, drawn with its generator; latents that are given to a call
-    are left alone. Of a list of generators the first decides the order for all samples.
+    The pipeline draws the noise with its generator; latents that are given to a call stay as they
+    are. With a list of generators, the first decides the order for all samples.
 
     Args:
-        stride: frames after patchify from one window to the next, and in a run of noise that is
-            shuffled. None: a quarter of the trained length, at least one.
+        stride: frames after patchify between windows, and in each shuffled run of noise. None: a
+            quarter of the trained length, at least one.
     """
 
     stride: int | None = None
@@ -47,19 +48,19 @@ class WindowNoise:
             raise ValueError(f"stride must be at least 1, got {self.stride}")
 
     def steps(self, trained: int) -> int:
-        """The stride for a trained length; ValueError for one that leaves frames out."""
+        """Return the stride for a trained length; ValueError for a stride that skips frames."""
         stride = max(1, trained // 4) if self.stride is None else self.stride
         if stride > trained:
             raise ValueError(f"stride must be at most the trained length {trained}, got {stride}")
         return stride
 
     def starts(self, frames: int, trained: int) -> list[int]:
-        """The first frame of each window."""
+        """List the first frame of each window."""
         starts = list(range(0, frames - trained + 1, self.steps(trained)))
         return starts if starts[-1] + trained == frames else [*starts, frames - trained]
 
     def weights(self, frames: int, trained: int) -> Tensor:
-        """(windows, frames) fp32: the share of each window in each frame, zero outside of it."""
+        """Compute each window's share in each frame, (windows, frames) fp32; zero outside."""
         place = torch.arange(trained)
         triangle = torch.minimum(place + 1, trained - place).double()
         starts = self.starts(frames, trained)
@@ -69,7 +70,7 @@ class WindowNoise:
         return (weights / weights.sum(0)).float()
 
     def order(self, frames: int, trained: int, generator: torch.Generator | None) -> Tensor:
-        """(frames,) int64: the frame of the noise that each frame takes."""
+        """Draw the frame of the noise that each frame takes, (frames,) int64."""
         stride, order = self.steps(trained), torch.arange(frames)
         device = "cpu" if generator is None else generator.device
         for start in range(trained, frames, stride):
@@ -81,7 +82,7 @@ class WindowNoise:
     def fused(
         self, trained: int, attend: Callable, q: Tensor, k: Tensor, v: Tensor, video: VideoShape
     ) -> Tensor:
-        """(B, H, N, D): the weighted mean of `attend(q, k, v, video)` over the windows."""
+        """Compute the weighted mean of `attend(q, k, v, video)` over the windows, (B, H, N, D)."""
         frame = video.height * video.width
         window = VideoShape(trained, video.height, video.width, video.text)
         starts = self.starts(video.frames, trained)
@@ -129,7 +130,7 @@ class WindowNoise:
         return remove
 
     def _repeating(self, draws: Callable, target: Target) -> Callable:
-        """The pipeline's own `prepare_latents`, its noise beyond the trained length replaced."""
+        """Wrap `prepare_latents` of the pipeline, and replace noise beyond the trained length."""
         takes = inspect.signature(draws)
         trained, patch = target.trained, target.temporal_patch
 
@@ -162,6 +163,6 @@ class WindowNoise:
 
 
 def _cut(x: Tensor, seen: slice, video: VideoShape) -> Tensor:
-    """The tokens of a window, and the text."""
+    """Select the tokens of a window, and the text."""
     part = x[:, :, seen]
     return torch.cat([part, x[:, :, video.video_tokens :]], 2) if video.text else part
