@@ -55,7 +55,7 @@ __all__ = [
     "save_processors",
 ]
 
-# Imported when first asked for, so that `gen-accel --help` does not wait for torch.
+# Imported on first access, so that `gen-accel --help` does not wait for torch.
 _HOMES = {
     "METHODS": "attention_processors",
     "BlockMixture": "attention_processors",

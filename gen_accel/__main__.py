@@ -1,4 +1,4 @@
-"""The command `gen-accel`, also as `python -m gen_accel` and `accelerate launch -m gen_accel`."""
+"""Command `gen-accel`, also as `python -m gen_accel` and `accelerate launch -m gen_accel`."""
 
 from gen_accel.extras import needed_for
 

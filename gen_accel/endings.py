@@ -1,4 +1,4 @@
-"""A run that a signal ends puts away what it holds before the process is gone."""
+"""Unwind a run that a signal ends, so that it cleans up before the process is gone."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(sig
 
 
 class Ended(BaseException):
-    """A signal that ends the process, raised where it found the program."""
+    """Signal that ends the process, raised in the main thread where it was running."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -22,11 +22,10 @@ class Ended(BaseException):
 
 @contextmanager
 def unwinding() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP unwind the program first and end the process then, by the same
-    signal. A second one ends it at once.
+    """Let SIGTERM and SIGHUP unwind the program inside, then end the process by the same signal.
 
-    What another handler answers, or what is ignored, as under `nohup`, stays so; threads other
-    than the main one have no handlers.
+    A second signal ends it at once. Signals that another handler answers, or that are ignored (as
+    under `nohup`), keep their treatment. Threads other than the main one have no handlers.
     """
     taken = [] if threading.current_thread() is not threading.main_thread() else _at_default()
     if not taken:
@@ -52,12 +51,12 @@ def unwinding() -> Iterator[None]:
 
 
 def answered() -> list[int]:
-    """SIGTERM and SIGHUP, without those that whoever started the process had ignored."""
+    """SIGTERM and SIGHUP, unless the parent process had them ignored."""
     return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def leave_closed_terminal() -> None:
-    """Write to a closed terminal no more: each line there would raise OSError."""
+    """Stop writing to a closed terminal, where each line would raise OSError."""
     try:
         import termios
     except ImportError:

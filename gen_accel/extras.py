@@ -1,4 +1,4 @@
-"""What to say when a package is missing that only a part of gen_accel needs."""
+"""Errors for a missing package that only a part of gen_accel needs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def needed_for(what: str, *, extra: str) -> Iterator[None]:
-    """Name the command that adds a package, where an import inside does not find it.
+    """Name the command that installs a package where an import inside does not find it.
 
     >>> with needed_for("writing a video", extra="video"):
     ...     import imageio_ffmpeg

@@ -25,15 +25,15 @@ from gen_accel.paths import check_replaceable, expanded, real
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PARTIAL, EARLIER = ".partial-", "-earlier"
-LONG_SUFFIX = 20  # characters, which formats do not have
+LONG_SUFFIX = 20  # characters; no format has a suffix that long
 
 
 class NoRoom(OSError):
-    """A full disk, a quota or a limit on the size of files.
+    """Error for a full disk, a quota or a limit on the size of files.
 
     Args:
-        path: of the file that was being written.
-        needs: its bytes; None where they are not known.
+        path: file that was being written.
+        needs: bytes that it needs; None where unknown.
     """
 
     def __init__(self, path: Path, needs: int | None, number: int | None) -> None:
@@ -54,7 +54,7 @@ def megabytes(size: int) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Hexadecimal; the file is read a part at a time."""
+    """Hash a file, read a part at a time; hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(1 << 20):
@@ -66,7 +66,7 @@ def write_json(path: str | Path, data: Any) -> None:
     """Write `data` as indented JSON.
 
     numpy numbers and arrays become plain ones, paths become strings. JSON has no infinity, so
-    that of identical videos becomes the string "Infinity", which `float()` reads back.
+    an infinite number (PSNR of identical videos) becomes "Infinity", which `float()` reads back.
 
     Raises:
         TypeError: `data` holds something else that JSON does not know.
@@ -74,12 +74,12 @@ def write_json(path: str | Path, data: Any) -> None:
     """
     text = json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with replacing(expanded(path)) as partial:
-        # A name of a file that is no UTF-8 becomes the escape that JSON has for it.
+        # A file name that is not UTF-8 is written with JSON's escape.
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def plain(value: Any) -> Any:
-    """`data` as `write_json` writes it, and as it is read back."""
+    """Convert `value` to what `write_json` writes and `json` reads back."""
     match value:
         case Mapping():
             return {str(key): plain(item) for key, item in value.items()}
@@ -95,7 +95,7 @@ def plain(value: Any) -> Any:
 
 
 def cache_folder() -> Path:
-    """What is kept between runs, for this user: kernels compiled and measured.
+    """Folder of this user for compiled kernels and timings, kept between runs.
 
     A relative XDG_CACHE_HOME is ignored, as the XDG Base Directory Specification demands: the
     folder that a program starts in must not decide what it loads.
@@ -112,10 +112,10 @@ def make_cache_folder() -> Path:
 
 
 def distrust(about: os.stat_result, what: str | Path) -> str | None:
-    """Why another user may have written a file or folder, with the fix; None where only this one
-    and root can.
+    """Say why another user may have written a file or folder, with the fix.
 
-    Access lists of POSIX are covered: what they allow at most shows as the rights of the group.
+    None where only this user and root can. Covers POSIX access lists, whose upper bound shows as
+    the rights of the group.
     """
     own = os.geteuid()
     if about.st_uid not in (0, own):
@@ -127,8 +127,8 @@ def distrust(about: os.stat_result, what: str | Path) -> str | None:
 
 
 def trusted_text(path: Path) -> str | None:
-    """What a file of `cache_folder` holds; None where there is none that can be read, or where
-    `distrust` speaks against it or its folder."""
+    """Text of a file in `cache_folder`; None where it cannot be read, or where `distrust` objects
+    to it or its folder."""
     try:
         with path.open(encoding="utf-8") as file:
             known = os.fstat(file.fileno()), path.parent.stat()
@@ -143,7 +143,7 @@ def check_folder(folder: Path) -> None:
         raise OSError(f"cannot write to folder {folder}: it is a file")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Permission bits do not tell of read-only file systems, so try.
+        # Permission bits do not show a read-only file system, so try.
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -152,18 +152,18 @@ def check_folder(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, *, needs: int | None = None) -> Iterator[Path]:
-    """A new name beside `path`, with its suffix, that takes the place of `path` at the end.
+    """Yield a new path beside `path`, with its suffix, which replaces `path` at the end.
 
-    Write a file there, or a folder of frames. After an exception, Ctrl-C, SIGTERM or SIGHUP it is
-    gone, and what was at `path` is still there. What a process that was killed left of `path` is
+    Write a file there, or a folder of frames. After an exception, Ctrl-C, SIGTERM or SIGHUP the
+    new path is removed and `path` is unchanged. Leftovers of killed processes for `path` are
     removed first. A link at `path` stays, and the file that it leads to is replaced.
 
     Args:
-        needs: bytes that are written, for the message where there is no room.
+        needs: bytes that will be written, for the message where there is no room.
 
     Raises:
-        ValueError, OSError: what `paths.check_replaceable` refuses.
-        NoRoom: in place of whatever OSError a full disk raises.
+        ValueError, OSError: `paths.check_replaceable` refuses `path`.
+        NoRoom: the disk is full; replaces the OSError of the write.
     """
     check_replaceable(path)
     path = real(path)
@@ -197,8 +197,8 @@ def replacing(path: Path, *, needs: int | None = None) -> Iterator[Path]:
 
 @contextmanager
 def room_told(path: Path) -> Iterator[None]:
-    """Raise NoRoom, which names `path`, in place of what a full disk raises inside: the error of a
-    write, unlike that of an open, has no name of a file."""
+    """Raise NoRoom, which names `path`, where a full disk stops what runs inside. The error of a
+    write, unlike the error of an open, names no file."""
     try:
         yield
     except OSError as error:
@@ -208,8 +208,8 @@ def room_told(path: Path) -> Iterator[None]:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two paths change names at once, so that neither is gone at any time. False where the
-    system or the file system cannot."""
+    """Swap two paths at once, so that neither is ever missing. False where the system or the file
+    system cannot."""
     try:
         exchange = ctypes.CDLL(None).renameat2
     except (OSError, AttributeError, TypeError):
@@ -219,8 +219,8 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def clear_killed(path: Path) -> None:
-    """Remove what processes that were killed left of `path`, half written. What they had put
-    aside to replace it is put back. Of what another machine left, a warning tells."""
+    """Remove half-written files that killed processes left for `path`, and put back the original
+    that they had moved aside. Warn of leftovers from another machine."""
     for left in sorted(path.parent.glob(f"{_begin(path)}*")):
         if _is_dead(left):
             if left.name.endswith(EARLIER) and not path.exists():
@@ -231,12 +231,12 @@ def clear_killed(path: Path) -> None:
 
 
 def clear_partial(folder: Path, *, alone: bool) -> None:
-    """Remove what processes that were killed left half written in `folder`. Of what another
-    machine left, a warning tells.
+    """Remove half-written files that killed processes left in `folder`. Warn of leftovers from
+    another machine.
 
     Args:
-        alone: no other process writes there, so that all of it is a killed one's; else that whose
-            process is known to have ended.
+        alone: no other process writes there, so all leftovers are removed; else only leftovers of
+            processes that are known to have ended.
     """
     for left in folder.glob(f"{PARTIAL}*"):
         if left.name.endswith(EARLIER):
@@ -248,10 +248,10 @@ def clear_partial(folder: Path, *, alone: bool) -> None:
 
 
 def _tell_of(left: Path, path: Path | None = None) -> None:
-    """Warn of a file that a run elsewhere began, with the command that removes it.
+    """Warn of a half-written file from another machine, with the command that removes it.
 
     Args:
-        path: where it was to be; what it had put aside from there may be all that is left.
+        path: its destination, whose former content may survive only in the file moved aside.
     """
     lost = path is not None and left.name.endswith(EARLIER) and not path.exists()
     what = f"is what was at {path} before" if lost else "is half written"
@@ -263,13 +263,13 @@ def _tell_of(left: Path, path: Path | None = None) -> None:
 
 
 def flush(path: Path) -> None:
-    """To the disk itself, so that a rename does not outlive what it names."""
+    """Flush a file to the disk itself, so that a rename does not outlive the content."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def folder_sha256(files: Iterable[Path]) -> str:
-    """Over names and bytes, in the order given."""
+    """Hash names and bytes of files, in the order given."""
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.name} {file_sha256(path)}\n".encode())
@@ -277,12 +277,12 @@ def folder_sha256(files: Iterable[Path]) -> str:
 
 
 def _begin(path: Path) -> str:
-    """Of the names of what is half written of `path`, all of which are short."""
+    """Common beginning of the names of half-written files for `path`, all of which are short."""
     return f"{PARTIAL}{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}-"
 
 
 def _is_dead(left: Path) -> bool:
-    """Whether the process that was writing ended, by a name that `replacing` made."""
+    """Whether the process that was writing has ended, by the name that `replacing` made."""
     return owners.is_dead(_mark_of(left))
 
 

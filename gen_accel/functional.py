@@ -1,4 +1,4 @@
-"""The one public attention function: checks, then method, then kernel."""
+"""Public attention function: checks, then method, then kernel."""
 
 import math
 from functools import lru_cache, partial
@@ -11,7 +11,7 @@ from gen_accel import kernels
 from gen_accel.method import Method, branch_of, check_method, parts_of
 from gen_accel.video import VideoShape
 
-MOST_DIM = 256  # of a head; no kernel is held to more
+MOST_DIM = 256  # of a head; no kernel has to support more
 
 
 def attention(
@@ -33,17 +33,17 @@ def attention(
         method: what to compute, e.g. `Radial()`. Changes the answer.
         kernel: how to compute it: "auto" or a name from `gen_accel.kernels.KERNELS`. Never
             changes the answer, and a named kernel never falls back to another one.
-        scale: 1 / sqrt(D) without.
-        branch: the parameters of a method that has some, as its `branch(heads, dim)` makes them.
+        scale: factor of q k^T; default 1 / sqrt(D).
+        branch: parameters of the method's branch, made by its `branch(heads, dim)`.
 
     Returns:
-        (B, H, N, D) in q's dtype, under autocast in its dtype.
+        (B, H, N, D) in q's dtype; under autocast, in autocast's dtype.
 
     Raises:
-        ValueError: what is no tensor, or of whole numbers; shapes that do not fit, a head dim over
-            256, a scale that is not finite, an unknown kernel, or one that cannot run this; what
-            is no method (see `gen_accel.method.check_method`); a branch for a method that has
-            none, or of other heads.
+        ValueError: arguments that are no tensors, or of integers; shapes that do not fit, a head
+            dim over 256, a scale that is not finite; an unknown kernel, or one that cannot run
+            this; an invalid method (see `gen_accel.method.check_method`); a branch for a method
+            that has none, or for other heads.
     """
     given = {"q": q, "k": k, "v": v}
     for name, x in given.items():
@@ -82,7 +82,7 @@ def attention(
 
 
 def _check_branch(branch: Any, method: Method, heads: int, dim: int) -> None:
-    """Raise ValueError for a module whose parameters are those of other heads."""
+    """Raise ValueError for a branch whose parameters have shapes for other heads."""
     if torch.compiler.is_compiling() or not isinstance(branch, nn.Module):
         return
     wanted = dict(_shapes(method, heads, dim))
@@ -97,7 +97,7 @@ def _check_branch(branch: Any, method: Method, heads: int, dim: int) -> None:
 
 @lru_cache(maxsize=64)
 def _shapes(method: Method, heads: int, dim: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Of the parameters of a branch, by name; none of them is made."""
+    """Names and shapes of the parameters of a branch, without allocating any."""
     with torch.device("meta"):
         made = branch_of(method, heads, dim)
     assert made is not None, "the method has one"

@@ -10,12 +10,12 @@ from pathlib import Path
 from gen_accel.paths import expanded
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-TIMEOUT, PATIENCE = "HF_HUB_ETAG_TIMEOUT", 5.0  # seconds for an answer, where that is not set
+TIMEOUT, PATIENCE = "HF_HUB_ETAG_TIMEOUT", 5.0  # seconds for an answer, unless the user set it
 
 
 def check_there(source: str | Path, what: str) -> None:
-    """Raise FileNotFoundError for `what` that is neither on this machine nor a name that the hub
-    could know."""
+    """Raise FileNotFoundError for `what` if `source` is neither on this machine nor a possible
+    name on the hub."""
     if expanded(source).exists() or REPOSITORY.fullmatch(str(source)):
         return
     # For a message: "demo" is a name of the command line and of configs.
@@ -24,7 +24,7 @@ def check_there(source: str | Path, what: str) -> None:
 
 
 def parted(text: str) -> tuple[str, float]:
-    """ "folder:0.5" to the folder and 0.5; a colon may also belong to the name."""
+    """Split "folder:0.5" into the folder and 0.5; a colon may also belong to the name."""
     source, colon, weight = text.rpartition(":")
     try:
         return (source, float(weight)) if colon else (text, 1.0)
@@ -33,11 +33,11 @@ def parted(text: str) -> tuple[str, float]:
 
 
 def fetched(repository: str, name: str) -> Path:
-    """A small file of `repository`: as the hub has it, or else from the cache.
+    """Return a small file of `repository`, the hub's current version or else the cached one.
 
     Raises:
         FileNotFoundError: the repository has no such file.
-        OSError: it is neither in the cache nor can it be fetched.
+        OSError: the file is not cached and cannot be fetched.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub import try_to_load_from_cache as cached
@@ -58,10 +58,10 @@ def fetched(repository: str, name: str) -> Path:
 
 
 def reachable(repository: str) -> str:
-    """`repository`, where the hub answers for it, or else the folder that the cache has of it.
+    """Return `repository` where the hub answers for it, else its folder in the cache.
 
     Raises:
-        OSError: neither; within seconds, where loading it by its name would try for 23.
+        OSError: neither; within seconds, where loading by name would try for 23.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -76,7 +76,7 @@ def reachable(repository: str) -> str:
 
 
 def _patience() -> float:
-    """Seconds for the hub to answer; what the user set for its own library counts here too."""
+    """Seconds to wait for the hub, from the user's setting for huggingface_hub if there is one."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_ETAG_TIMEOUT if os.environ.get(TIMEOUT) else PATIENCE
@@ -84,7 +84,7 @@ def _patience() -> float:
 
 @contextmanager
 def silenced(library: str) -> Iterator[None]:
-    """Inside, nothing below an error is logged by `library`, as what went wrong is raised."""
+    """Silence log records of `library` below errors; failures are raised anyway."""
     logger = logging.getLogger(library)
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -95,7 +95,7 @@ def silenced(library: str) -> Iterator[None]:
 
 
 def why_not(repository: str, error: Exception) -> str:
-    """A line: where it was looked for, what the hub said, and the command that fetches it."""
+    """Say in one line where it was looked for, what the hub said, and the command to fetch it."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 

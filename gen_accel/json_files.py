@@ -1,7 +1,7 @@
-"""JSON of files: read with the name of the file in each refusal, and the type of each field.
+"""JSON files, read with the file's name in each error and a type check of each field.
 
-What another program wrote, or a hand, or a crash, may hold anything. Whoever reads it asks for the
-fields by `typed`, so that a wrong one is refused by its name and never met further on.
+A file from another program, a hand or a crash may hold anything. Callers read fields by `typed`,
+so that a wrong one is refused by name and never met further on.
 """
 
 import json
@@ -25,19 +25,19 @@ SHOWN = 60  # characters of a wrong value
 
 
 def read_json(path: str | Path) -> Any:
-    """What the file at `path` holds.
+    """Parse the file at `path`.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no UTF-8, no JSON, or too deep.
+        OSError: the file cannot be read.
+        ValueError: the text is not UTF-8, not JSON, or nested too deeply.
     """
     return parse_json(read_text(path), path)
 
 
 def parse_json(text: str, origin: Any) -> Any:
-    """What `text` of the file `origin` holds.
+    """Parse `text`, which came from the file `origin`.
 
-    Raises ValueError, which names `origin`, for what is no JSON, or too deep to be read.
+    Raises ValueError, which names `origin`, for text that is not JSON or is nested too deeply.
     """
     try:
         return json.loads(text)
@@ -51,12 +51,12 @@ def parse_json(text: str, origin: Any) -> Any:
 
 
 def read_fields(path: str | Path) -> dict[str, Any]:
-    """`read_json` of a file that must hold names with values."""
+    """Parse a file that must hold a JSON object."""
     return fields_of(read_json(path), path)
 
 
 def fields_of(data: Any, origin: Any) -> dict[str, Any]:
-    """`data`, which must be names with values; ValueError, which names `origin`, else."""
+    """Return `data` if it is a dict; raise ValueError, which names `origin`, otherwise."""
     if not isinstance(data, dict):
         raise ValueError(f"{origin} must hold {KINDS[dict]}, got {_shown(data)}")
     return data
@@ -65,11 +65,11 @@ def fields_of(data: Any, origin: Any) -> dict[str, Any]:
 def typed(
     data: Mapping[str, Any], name: str, *kinds: type, origin: Any, default: Any = REQUIRED
 ) -> Any:
-    """`data[name]`, of one of `kinds`. A bool is no int here, and an int is a float.
+    """Return `data[name]`, checked to be of one of `kinds`; a bool is no int, an int is a float.
 
     Args:
-        origin: file that `data` is of.
-        default: where there is no such field; without, it must be there.
+        origin: file that `data` came from.
+        default: value of a missing field; without it, a missing field is an error.
 
     Raises ValueError, which names `origin`, the field and what came.
     """

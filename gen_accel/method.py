@@ -1,4 +1,4 @@
-"""Method: what to compute. Its contract, with each optional part and its default, in one place.
+"""Method: what to compute. Its contract, with each optional part and its default.
 
 A method is an instance with `method(q, k, v, *, video, kernel) -> Tensor`, usually of a frozen
 dataclass, whose fields are its options. With a call and a `plan` it runs everywhere.
@@ -20,7 +20,7 @@ from gen_accel.video import VideoShape
 
 
 class Method(Protocol):
-    """What every method has: a call. Its optional parts are in `MethodParts`."""
+    """Call that every method has. Its optional parts are in `MethodParts`."""
 
     def __call__(
         self,
@@ -31,14 +31,14 @@ class Method(Protocol):
         video: VideoShape,
         kernel: Callable[[Tensor, Tensor, Tensor, Plan], Tensor],
     ) -> Tensor:
-        """Attention over the pairs that the method keeps.
+        """Compute attention over the pairs that the method keeps.
 
         Args:
             q, k, v: (B, H, N, D), N == video.tokens, video first, text last.
-            kernel: runs a plan on q, k and v, at the scale of the model; a
-                `gen_accel.kernels.Runner`, with the `name` that was asked for. A method that
-                computes by itself need not call it: it then runs in eager mode, and inside
-                `torch.compile` it is refused.
+            kernel: runs a plan on q, k and v, at the scale of the model: a
+                `gen_accel.kernels.Runner`, whose `name` the user asked for. A method that computes
+                by itself need not call it; such a method runs in eager mode and is refused inside
+                `torch.compile`.
 
         Returns:
             (B, H, N, D) in q's dtype.
@@ -47,19 +47,19 @@ class Method(Protocol):
 
 
 class Memory(Protocol):
-    """Memory of a method from one denoising step of a run to the next, made empty by the part
-    `memory`: one for each layer and for each call of it in a step, as guidance makes two.
+    """State of a method from one denoising step of a run to the next, empty when made by the part
+    `memory`: one for each layer and for each call in a step, since guidance makes two calls.
 
-    It belongs to whoever runs the model, as attention that is attached does: the method itself
-    holds nothing. At a step that is dense, the memory is shown what dense attention gave; at those
-    that follow, the method's call gets it as `memory=`. A call that asks for a gradient gets none.
-    What was learned is dropped at a new run, at another grid, batch, dtype or device, after an
-    exception in the model, and when the method is detached.
+    The owner is whoever runs the model, such as attached attention; the method itself holds no
+    state. At dense steps `learn` receives the output of dense attention; at the steps that follow,
+    the method's call receives the memory as `memory=`. A call that needs a gradient gets none.
+    The memory is dropped at a new run, at another grid, batch, dtype or device, after an exception
+    in the model, and when the method is detached.
 
     Attributes:
-        every: steps after which it is to learn anew; 0: not in the same run.
-        refuses_training: why no gradient can do without it; "": one can.
-        for_less: what to do where it is too large, as the end of an error.
+        every: steps after which to learn anew; 0: never in the same run.
+        refuses_training: why no gradient can do without the memory; "": one can.
+        for_less: advice for a memory that is too large, as the end of an error.
     """
 
     every: int
@@ -77,57 +77,57 @@ class Memory(Protocol):
         kernel: Callable[[Tensor, Tensor, Tensor, Plan], Tensor],
         first: Self | None,
     ) -> None:
-        """Keep what the steps to come need.
+        """Store what the following steps need.
 
         Args:
             q, k, v: (B, H, N, D), as for the call of the method.
-            dense: (B, H, N, D), dense attention.
-            first: what the first call of this step learned; None in that call itself.
+            dense: (B, H, N, D), output of dense attention.
+            first: memory of the first call of this step; None in that call itself.
         """
         ...
 
     def size(self, shape: tuple[int, int, int, int], itemsize: int) -> int:
-        """Bytes on the model's device after `learn` on q of shape (B, H, N, D), without what is
+        """Bytes on the model's device after `learn` on q of shape (B, H, N, D), without anything
         as small as a plan."""
         ...
 
     def host_size(self, shape: tuple[int, int, int, int], itemsize: int) -> int:
-        """Bytes in the memory of the host, where that is another; as in `size`."""
+        """Bytes in the memory of the host, if the device has its own; arguments as in `size`."""
         ...
 
 
 class MethodParts(NamedTuple):
-    """What a method may have beside its call. A part that it lacks is None, or its default here.
+    """Optional parts of a method. A missing part is None, or the default given here.
 
     Args:
-        plan: (video, device) -> Plan, what is kept on a grid. Where q and k decide, the plan of
-            smooth random ones, for pictures and estimates.
+        plan: (video, device) -> Plan, the pattern on a grid. For a pattern that depends on q and
+            k, the plan for smooth random ones, for pictures and estimates.
         plan_for: (q, k, *, video, scale, kernel) -> Plan, for a method whose pattern depends on q
-            and k: at a scale of their products, None for 1 / sqrt(D), and by a kernel's name,
-            "auto" by default. One whose choice does not depend on them takes them too.
+            and k. scale multiplies q k^T, None for 1 / sqrt(D); kernel is a kernel's name, "auto"
+            by default. A choice that does not depend on them takes them too.
         for_layer: (layer) -> method of one layer, counted from 0. Default: itself.
-        at: (progress) -> method at one step, from 0 at the first step that is not dense to 1 at
-            the last; 0 where nobody knows how many steps there are. It takes the parameters that
-            the method has. Default: itself.
-        for_device: (device) -> method with what a device decides filled in: what a file keeps.
+        at: (progress) -> method at one step, from 0 at the first sparse step to 1 at the last; 0
+            where the number of steps is unknown. Takes the parameters that the method has.
+            Default: itself.
+        for_device: (device) -> method with device-dependent options filled in, as saved to files.
             Default: itself.
         within: (video, whole) -> method for a layer whose grid is smaller than the model's.
             Default: itself.
         tiled: (tile) -> method whose blocks are that box, (frames, rows, columns), or one of
-            several for each layer, for one that leaves the box to `calibrate`.
-        tile_tokens: the least tokens of that box, up to twice as many; 0: it is chosen already.
-        branch: (heads, dim) -> nn.Module, the parameters of one layer at their start. The call
+            several for each layer, for a method that leaves the box to `calibrate`.
+        tile_tokens: fewest tokens of that box, up to twice as many; 0: already chosen.
+        branch: (heads, dim) -> nn.Module, the initial parameters of one layer. The call
             then takes `branch=`. A branch may have `silent() -> bool`: see `is_silent`.
-        memory: () -> Memory, empty: what is kept from step to step. The call then takes
-            `memory=`, and does without where there is none. A method has a branch or a memory.
-        parts: (q, k, v, *, video, kernel) -> (O_s, O_l), what `calibrate` fits a branch to.
+        memory: () -> Memory, an empty one, kept from step to step. The call then takes
+            `memory=`, and runs without where there is none. A method has a branch or a memory.
+        parts: (q, k, v, *, video, kernel) -> (O_s, O_l), as `calibrate` fits a branch to.
         density: (video) -> share of token pairs that are kept. Default: of `plan`.
         block_mask: (video) -> (Kq, Kk) bool, key blocks of each query block. Default: of `plan`.
-        is_dense: whether it stands for the model's own attention, which runs in its place.
-        thins_by_time: whether it keeps all of a single frame.
+        is_dense: whether the method stands for the model's own attention, which then runs.
+        thins_by_time: whether all pairs of a single frame are kept.
         needs_all_heads: why a process that holds some of the heads cannot run it; "": it can.
-        least_grid: the least (frames, rows, columns) that it can be planned on.
-        named_layers: layers that its options name, counted from 0; a model without them is
+        least_grid: smallest (frames, rows, columns) that can be planned.
+        named_layers: layers that the options name, counted from 0; a model without them is
             refused.
     """
 
@@ -155,7 +155,7 @@ class MethodParts(NamedTuple):
         return self.plan is not None
 
 
-# How each callable part is called: positional arguments, then keywords.
+# Arguments of each callable part: positional, then keywords.
 CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "plan": (("video", "device"), ()),
     "plan_for": (("q", "k"), ("video", "scale", "kernel")),
@@ -173,24 +173,24 @@ CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 CALL = ("q", "k", "v"), ("video", "kernel")  # with a branch, `branch=` too; or `memory=`
 LEARN = ("q", "k", "v", "dense"), ("video", "kernel", "first")
 SIZE = ("shape", "itemsize"), ()
-# Bytes of a plan, at the least: the place of a token, to and fro, and a pair of blocks; and of
-# smooth q and k for a token, with the waves and the noise that they are made of.
+# Lower bounds in bytes. Of a plan: the place of a token, to and fro, and a pair of blocks. Of
+# smooth q and k: a token, with the waves and the noise that make it.
 PLACE, MOST_BLOCK, QK = 8, 256, 5 * 64 * 4
-# A public name that is this near to that of a part that a method lacks is taken for it, misspelt.
+# A public name this similar to a part that a method lacks counts as a misspelling of that part.
 NEAR = 0.85
 
 _checked: set[type] = set()
 
 
 def parts_of(method: Any) -> MethodParts:
-    """The parts of `method`, bound to it."""
+    """Read the optional parts of `method`, bound to it."""
     defaults = MethodParts._field_defaults
     return MethodParts._make(getattr(method, name, default) for name, default in defaults.items())
 
 
 def check_method(method: Any) -> None:
-    """Raise ValueError, in one line, for what breaks the contract: a class, what cannot be called
-    as a method is, a part of another type or with other arguments, one that looks misspelt."""
+    """Raise ValueError, in one line, for a broken contract: a class, an object that cannot be
+    called as a method is, a part of a wrong type or with other arguments, a misspelt part."""
     if isinstance(method, type) or not callable(method) or isinstance(method, nn.Module):
         module = ", a module: its parameters belong in branch(heads, dim)"
         hint = module if isinstance(method, nn.Module) else ""
@@ -200,7 +200,7 @@ def check_method(method: Any) -> None:
         return
     kind = type(method)
     own = any(callable(value) or name in MethodParts._fields for name, value in _own(method))
-    # Of a partial or a bound method, the class says nothing of what it calls.
+    # The class of a partial or a bound method does not show the function that it calls.
     lasting = not own and inspect.isfunction(inspect.getattr_static(kind, "__call__", None))
     name, parts = _name(method), parts_of(method)
     for part, value in zip(MethodParts._fields, parts, strict=True):
@@ -226,9 +226,9 @@ def check_method(method: Any) -> None:
 
 
 def check_class(kind: Any, name: str) -> None:
-    """Raise ValueError, in one line, for what is no class of methods. `name` is what it is called.
+    """Raise ValueError, in one line, for anything but a class of methods, called `name`.
 
-    Its call must name `video` and `kernel`, by which a file that says "module:Class" reaches no
+    Its call must name `video` and `kernel`, so that a file that says "module:Class" reaches no
     class of another purpose. An instance is checked by `check_method`.
     """
     bases = kind.__mro__ if isinstance(kind, type) else ()
@@ -243,7 +243,7 @@ def check_class(kind: Any, name: str) -> None:
 
 
 def layer_method(method: Method, layer: int) -> Any:
-    """What runs in a layer, for methods that change from one to the next."""
+    """Method of one layer, for methods that differ from layer to layer."""
     own = parts_of(method).for_layer
     return method if own is None else own(layer)
 
@@ -265,7 +265,7 @@ def check_layers(method: Method, blocks: Collection[int]) -> None:
 
 
 def check_named(option: str, named: Collection[int], blocks: Collection[int]) -> None:
-    """Raise ValueError where an option names a block that is not among `blocks`."""
+    """Raise ValueError where an option names a block that is not in `blocks`."""
     unknown = sorted({*named} - {*blocks})
     if unknown:
         raise ValueError(
@@ -275,48 +275,48 @@ def check_named(option: str, named: Collection[int], blocks: Collection[int]) ->
 
 
 def on_device(method: Method, device: torch.device) -> Any:
-    """What runs on a device, for methods whose defaults differ from one kind to the next."""
+    """Method with the defaults of a device filled in, where they differ by device."""
     own = parts_of(method).for_device
     return method if own is None else own(device)
 
 
 def layers_differ(method: Method) -> bool:
-    """Whether a layer runs another method than `method` itself."""
+    """Whether layers run another method than `method` itself."""
     return parts_of(method).for_layer is not None and layer_method(method, 0) != method
 
 
 def branch_of(method: Method, heads: int, dim: int) -> nn.Module | None:
-    """The parameters of one layer at their start; None for a method that has none."""
+    """Initial parameters of one layer; None for a method that has none."""
     made = parts_of(method).branch
     return None if made is None else made(heads, dim)
 
 
 def memory_of(method: Method) -> Memory | None:
-    """An empty memory; None for a method that keeps nothing from step to step."""
+    """Make an empty memory; None for a method that keeps nothing from step to step."""
     made = parts_of(method).memory
     return None if made is None else made()
 
 
 def is_silent(branch: nn.Module) -> bool:
-    """Whether a branch says by `silent()` that it adds nothing. Synchronises the device."""
+    """Whether a branch reports by `silent()` that it adds nothing. Synchronises the device."""
     said = getattr(branch, "silent", None)
     return said is not None and bool(said())
 
 
 def tiled(method: Method, tile: tuple[int, int, int] | tuple[tuple[int, int, int], ...]) -> Any:
-    """The method with blocks of this box, (frames, rows, columns), or of one for each layer."""
+    """Method with blocks of this box, (frames, rows, columns), or with one box for each layer."""
     own = parts_of(method).tiled
     return method if own is None else own(tile)
 
 
 def within(method: Method, video: VideoShape, whole: VideoShape) -> Any:
-    """The method for attention over `video` in a model whose grid is `whole`."""
+    """Method for attention over `video` in a model whose grid is `whole`."""
     own = parts_of(method).within
     return method if own is None else own(video, whole)
 
 
 def plan_of(method: Method, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-    """Its plan, on `device`; ValueError for a method that has none, or too large a grid."""
+    """Plan of a method, on `device`; ValueError for a method without one, or too large a grid."""
     parts = parts_of(method)
     made = parts.plan
     if made is None:
@@ -326,10 +326,10 @@ def plan_of(method: Method, video: VideoShape, device: torch.device | str = "cpu
 
 
 def _check_room(method: Method, video: VideoShape, *, smooth: bool) -> None:
-    """Refuse a grid of which no plan can fit in memory.
+    """Refuse a grid whose plan cannot fit in memory.
 
     Args:
-        smooth: q and k are made for it.
+        smooth: whether q and k are made for the plan.
     """
     tokens = video.tokens
     size = 2 * PLACE * tokens + (tokens // MOST_BLOCK) ** 2
@@ -339,7 +339,7 @@ def _check_room(method: Method, video: VideoShape, *, smooth: bool) -> None:
 
 
 def check_grid(method: Method, video: VideoShape) -> None:
-    """Raise ValueError, in the words of its plan, for a method that does not fit the grid."""
+    """Raise ValueError, with the plan's own message, for a method that does not fit the grid."""
     parts = parts_of(method)
     small = any(least > size for least, size in zip(parts.least_grid, video.grid, strict=True))
     if small and parts.has_plan:
@@ -347,7 +347,7 @@ def check_grid(method: Method, video: VideoShape) -> None:
 
 
 def density_of(method: Method, video: VideoShape) -> float:
-    """Share of token pairs that are kept, in [0, 1]; ValueError where neither tells it."""
+    """Share of token pairs that are kept, in [0, 1]; ValueError without a plan or a density."""
     parts = parts_of(method)
     if parts.density is None and parts.plan is None:
         raise ValueError(f"{_name(method)} has neither plan(video, device) nor density(video)")
@@ -355,7 +355,7 @@ def density_of(method: Method, video: VideoShape) -> float:
 
 
 def why_no_graph(method: Method) -> str | None:
-    """Why `method` cannot run inside `torch.compile`; None where it can."""
+    """Say why `method` cannot run inside `torch.compile`; None where it can."""
     if parts_of(method).has_plan:
         return None
     return (
@@ -369,7 +369,7 @@ def _name(method: Any) -> str:
 
 
 def _own(method: Any) -> Iterator[tuple[str, Any]]:
-    """What an instance holds beside its class and its options."""
+    """Attributes of an instance, other than its class's and its options."""
     options = {one.name for one in fields(method)} if is_dataclass(method) else set()
     held = vars(method) if hasattr(method, "__dict__") else {}
     return ((name, value) for name, value in held.items() if name not in options)
@@ -425,7 +425,7 @@ def _check_call(
     must = f"{part} of {kind} must take ({', '.join(positional)}{star}{', '.join(keywords)})"
     try:
         taken = inspect.signature(value)
-    except (TypeError, ValueError):  # of what is written in C
+    except (TypeError, ValueError):  # a callable written in C
         if inspect.isbuiltin(value):
             raise ValueError(f"{must}, it is a builtin") from None
         return

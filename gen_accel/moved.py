@@ -1,4 +1,4 @@
-"""Import paths of 0.1, which lead to the new ones and warn. They go with the next release."""
+"""Import paths of 0.1, which lead to the new ones and warn. To be removed in the next release."""
 
 import sys
 import warnings
@@ -19,7 +19,7 @@ _OF_LOADING = (
     *("folder_of", "load", "load_decoder"),
 )
 
-# Modules that are no more, to where all that they held is now.
+# Former modules, and where all of their names are now.
 MODULES = {
     **{
         f"attention_processors.{name}": f"{_METHODS}.{name}"
@@ -44,7 +44,7 @@ MODULES = {
     "pipelines.trained": "pipelines.attach",
 }
 
-# Of modules old and new, the names that went elsewhere.
+# Names of old and present modules that moved elsewhere.
 NAMES: dict[str, dict[str, str]] = {
     "attention_processors.block_mixture": dict.fromkeys(
         ("AT_ONCE", "SORTED"), "attention_processors.methods.picking"
@@ -83,8 +83,8 @@ NAMES: dict[str, dict[str, str]] = {
 
 
 def signpost(module: str) -> Callable[[str], Any]:
-    """The `__getattr__` of `gen_accel.<module>`, old or still there: what a name is now, with a
-    DeprecationWarning that says where. It raises AttributeError for a name that never was."""
+    """Make the `__getattr__` of `gen_accel.<module>`, which resolves moved names with a
+    DeprecationWarning that says where they are. Raises AttributeError for any other name."""
 
     def found(name: str) -> Any:
         home = NAMES.get(module, {}).get(name) or MODULES.get(module)
@@ -104,7 +104,7 @@ def signpost(module: str) -> Callable[[str], Any]:
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds the modules of `MODULES`, and nothing else."""
+    """Find the modules of `MODULES`, and nothing else."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -122,6 +122,6 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Makes the old paths importable; called once, by the package."""
+    """Make the old paths importable; called once, by the package."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

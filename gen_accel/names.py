@@ -1,4 +1,4 @@
-"""Names that users choose by, known before what they name is imported, which takes seconds."""
+"""Names that users choose by, known without the slow imports of the things that they name."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -37,10 +37,10 @@ DEVICES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "mtia")
 
 
 def check_kernel(kernel: str, what: str = "kernel", known: Sequence[str] = KERNELS) -> None:
-    """Raise ValueError for a name that is neither "auto" nor in `known`, with the nearest.
+    """Raise ValueError, with the nearest name, unless `kernel` is "auto" or in `known`.
 
     Args:
-        what: the argument that holds it.
+        what: name of the argument, for the message.
     """
     if kernel != "auto" and kernel not in known:
         hint = nearest_to(kernel, known)
@@ -55,7 +55,7 @@ def check_techniques(names: Sequence[str], what: str = "technique") -> None:
 
 
 def check_loading(dtype: str, offload: str) -> None:
-    """Raise ValueError for other words than a pipeline is loaded by."""
+    """Raise ValueError for an unknown dtype or offload word."""
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
     if offload not in OFFLOADS:
@@ -63,7 +63,8 @@ def check_loading(dtype: str, offload: str) -> None:
 
 
 def no_model(name: str) -> ValueError:
-    """For a name that is neither a folder, a repository, nor in `PUBLISHED` or `FAMILIES`."""
+    """Make the error for a name that is no folder, repository, or entry of `PUBLISHED` or
+    `FAMILIES`."""
     return ValueError(
         "model must be the folder of a saved pipeline, a repository or one of "
         f"{', '.join(PUBLISHED)}, got {name!r}{nearest_to(name, (*PUBLISHED, *FAMILIES))}"
@@ -71,6 +72,6 @@ def no_model(name: str) -> ValueError:
 
 
 def nearest_to(name: object, known: Sequence[str]) -> str:
-    """For the end of a message: which of `known` may be meant."""
+    """Suggest the nearest of `known`, as the end of a message."""
     near = get_close_matches(str(name), known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

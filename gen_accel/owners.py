@@ -1,4 +1,4 @@
-"""Which process a folder or a half-written file belongs to, and whether it still runs."""
+"""Owners of folders and half-written files: which process, and whether it still runs."""
 
 import errno
 import hashlib
@@ -24,13 +24,13 @@ HELD = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)  # EACCES where NFS emula
 
 
 def mark() -> str:
-    """This process for the name of a file: machine, number and start, with dashes between."""
+    """Text that identifies this process in a file name: machine, number and start, with dashes."""
     return f"{_machine()}-{os.getpid()}-{_started(os.getpid())}"
 
 
 def is_dead(marked: str) -> bool:
-    """Whether the process of a `mark` ended. False where nothing is known of it: on another
-    machine, in another container, or before this machine started anew."""
+    """Whether the process of a `mark` has ended. False where unknown: on another machine, in
+    another container, or before this machine restarted."""
     machine, _, rest = marked.partition("-")
     number, _, started = rest.partition("-")
     if machine != _machine() or not number.isdigit() or sys.platform == "win32":
@@ -46,23 +46,23 @@ def is_dead(marked: str) -> bool:
 
 
 def is_elsewhere(marked: str) -> bool:
-    """Whether the process of a `mark` is of another machine, of another container or of this
-    machine before it started anew, so that nobody here knows whether it runs."""
+    """Whether the process of a `mark` ran on another machine, in another container, or before this
+    machine restarted, so that nobody here knows whether it still runs."""
     return marked.partition("-")[0] != _machine()
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Keep other runs out of `folder`, which is made where it is missing.
+    """Keep other runs out of `folder`, which is made where missing.
 
-    The lock is the kernel's, on the file `.lock`, and goes with the process however that ends.
+    The kernel holds the lock, on the file `.lock`, and frees it when the process ends in any way.
 
     Yields:
-        Whether it is held. Where the system or the disk has no such locks, a warning says so and
-        other runs are not kept out.
+        Whether the lock is held. Where the system or the disk has no such locks, a warning says so
+        and other runs are not kept out.
 
     Raises:
-        BlockingIOError: another run holds it, which is named as far as it is known.
+        BlockingIOError: another run holds the lock; names that run as far as it is known.
         OSError: the folder cannot be made or written to.
     """
     made = not folder.exists()
@@ -80,13 +80,13 @@ def locked(folder: Path) -> Iterator[bool]:
 
 
 def check_free(folder: Path) -> None:
-    """Raises BlockingIOError for a folder that another run holds, before work is spent."""
+    """Raise BlockingIOError for a folder that another run holds, before work is spent."""
     with locked(folder):
         pass
 
 
 def _taken(path: Path) -> IO[str] | None:
-    """The locked file with this process in it; None where there are no locks."""
+    """Lock the file, with this process written in it; None where there are no locks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         return None
@@ -123,7 +123,7 @@ def _taken(path: Path) -> IO[str] | None:
 def _opened(path: Path) -> IO[str]:
     try:
         return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")
-    except PermissionError:  # left by another user; to lock it, reading is enough
+    except PermissionError:  # left by another user; reading is enough to lock
         return path.open(encoding="utf-8")
 
 
@@ -144,7 +144,7 @@ def _told(said: str) -> str:
 
 @cache
 def _machine() -> str:
-    """A machine since it started, and of its containers this one, in eight digits."""
+    """Identify this machine since it started, and this container on it, in eight digits."""
     facts = [platform.node()]
     with suppress(OSError):
         facts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
@@ -154,7 +154,7 @@ def _machine() -> str:
 
 
 def _started(number: int) -> str:
-    """When a process started, in ticks since the machine did; "" where that is not known."""
+    """Start time of a process, in ticks since the machine started; "" where unknown."""
     try:
         about = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")
         return about.rpartition(")")[2].split()[19]  # after the name, which may hold anything

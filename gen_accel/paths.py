@@ -9,7 +9,7 @@ LONGEST_NAME = 255  # bytes, where the file system does not say
 
 
 def expanded(path: str | Path) -> Path:
-    """`path` with the folder that "~" or "~user" stands for.
+    """Replace "~" or "~user" at the start of `path` by the folder that it stands for.
 
     Raises ValueError for a user who has no home here.
     """
@@ -20,7 +20,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def check_video_suffix(path: Path) -> None:
-    """Raise ValueError for a name of which no format of video is known."""
+    """Raise ValueError for a suffix of no known video format."""
     if path.suffix.lower() not in VIDEO_SUFFIXES:
         raise ValueError(
             f"{path} ends in {path.suffix!r}; choose .mp4, .gif, .png, "
@@ -29,21 +29,21 @@ def check_video_suffix(path: Path) -> None:
 
 
 def for_ffmpeg(path: str | Path) -> str:
-    """`path` as ffmpeg takes it: a name with a colon, as 13:30/clip.mp4, is a protocol else."""
+    """Prefix `path` for ffmpeg, which takes a name with a colon (13:30/a.mp4) for a protocol."""
     return f"file:{path}"
 
 
 def real(path: Path) -> Path:
-    """The file that a link at `path` leads to, which need not be there yet; else `path`."""
+    """Target of a link at `path`, which need not exist yet; `path` itself where it is no link."""
     return path.resolve() if path.is_symlink() else path
 
 
 def check_replaceable(path: Path) -> None:
-    """Refuse what a file or folder cannot be written as, before work is spent on it.
+    """Refuse a path that cannot be written, before work is spent on it.
 
     Raises:
         ValueError: a name that is too long for its folder, or a device or pipe.
-        OSError: a file is there that nobody may write.
+        OSError: a file is there that cannot be written.
     """
     length, most = len(os.fsencode(path.name)), _longest_name(path.parent)
     if length > most:
@@ -64,10 +64,10 @@ def check_replaceable(path: Path) -> None:
 
 
 def _longest_name(folder: Path) -> int:
-    """Bytes in a name. Of a folder that is not there yet, as of the nearest that is."""
+    """Longest file name in bytes; a missing folder counts as its nearest existing parent."""
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     try:
         return os.pathconf(folder, "PC_NAME_MAX")
-    except (AttributeError, OSError, ValueError):  # not of Windows
+    except (AttributeError, OSError, ValueError):  # not on Windows
         return LONGEST_NAME

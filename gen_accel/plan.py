@@ -1,4 +1,4 @@
-"""Which key blocks each query block sees, and how tokens are laid out in blocks.
+"""Plan: which key blocks each query block sees, and how tokens are laid out in blocks.
 
 Letters used in names and comments of this package:
     B batch, H heads, N tokens, D head dim, S slots (tokens and padding),
@@ -23,7 +23,7 @@ PAIRS = 1 << 22  # token pairs that are counted at once
 
 
 def lasting(function: Callable[[Any], Any]) -> cached_property:
-    """A cached property whose tensors serve training too when it is first read while sampling.
+    """Make a cached property whose tensors serve training even if first read while sampling.
 
     Tensors made under `torch.inference_mode` cannot be saved for a backward pass.
     """
@@ -31,20 +31,20 @@ def lasting(function: Callable[[Any], Any]) -> cached_property:
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """The floats to count in."""
+    """Widest floating dtype of a device: fp64, or fp32 on MPS."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Boxes(NamedTuple):
-    """Windows of one size over a grid, as one who makes them states them; see `Neighborhood`.
+    """Windows of one size over a grid, as a caller states them; see `Neighborhood`.
 
     Each option is for (frames, rows, columns).
 
     Args:
         grid: sizes of the axes; its tokens come first, in raster order.
         text: tokens after the grid, which see and are seen by all.
-        window: tokens seen along each axis, a whole axis by its size.
-        stride, dilation, is_causal: as there.
+        window: tokens seen along each axis; the size of an axis for all of it.
+        stride, dilation, is_causal: as in `Neighborhood`.
     """
 
     grid: tuple[int, int, int]
@@ -57,9 +57,9 @@ class Boxes(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """A rule on token pairs: a query sees the keys that lie in its window on every axis.
+    """Rule on token pairs: a query sees the keys that lie in its window on every axis.
 
-    All tensors run over slots. Held as data, so that every kernel can evaluate the rule.
+    All tensors run over slots. The rule is data, so that every kernel can evaluate it.
 
     Args:
         first, last: (A, S) int32, the window of each query, both ends included.
@@ -67,7 +67,7 @@ class Windows:
         free: (S,) bool, tokens that see and are seen by all: text. Never mixed with others in
             one block.
         seen: (S,) int64, how many tokens each query sees, so that density needs no enumeration.
-        boxes: the same rule as numbers, where they are known.
+        boxes: the same rule as numbers, where known.
     """
 
     first: Tensor
@@ -78,7 +78,7 @@ class Windows:
     boxes: Boxes | None = None
 
     def check(self, slots: int, key_blocks: int) -> None:
-        """Raise ValueError where tensors are not for so many slots."""
+        """Raise ValueError where tensors are not for this number of slots."""
         A = len(self.first)
         shapes = {"first": (A, slots), "last": (A, slots), "place": (A, slots)}
         shapes |= {"free": (slots,), "seen": (slots,)}
@@ -94,21 +94,21 @@ class Windows:
         return inside | window
 
     def whole(self, real: Tensor, block_q: int, block_k: int) -> Tensor:
-        """(Kq, Kk) bool: pairs of blocks in which every query sees every key."""
+        """Mask of the pairs of blocks in which every query sees every key, (Kq, Kk) bool."""
         return self.blocks_seen(real, block_q, block_k).mask()
 
     def touched(self, real: Tensor, block_q: int, block_k: int) -> Tensor:
-        """(Kq, Kk) bool: pairs of blocks in which some query may see some key."""
+        """Mask of the pairs of blocks in which some query may see some key, (Kq, Kk) bool."""
         return self.blocks_touched(real, block_q, block_k).mask()
 
     def blocks_seen(self, real: Tensor, block_q: int, block_k: int) -> WindowBlocks:
-        """What decides `whole`."""
+        """Bounds of blocks that decide `whole`."""
         low, high = extremes(self.place, real, block_k)
         first, last = extremes(self.first, real, block_q)[1], extremes(self.last, real, block_q)[0]
         return WindowBlocks(first, last, low, high, *self._free_blocks(block_q, block_k))
 
     def blocks_touched(self, real: Tensor, block_q: int, block_k: int) -> WindowBlocks:
-        """What decides `touched`."""
+        """Bounds of blocks that decide `touched`."""
         low, high = extremes(self.place, real, block_k)
         first, last = extremes(self.first, real, block_q)[0], extremes(self.last, real, block_q)[1]
         return WindowBlocks(first, last, high, low, *self._free_blocks(block_q, block_k))
@@ -118,12 +118,12 @@ class Windows:
         return query, key
 
     def pairs(self, real: Tensor) -> Tensor:
-        """How many token pairs are kept, 0-d."""
+        """Number of token pairs that are kept, 0-d."""
         return (self.seen * real).sum().to(widest(real.device))
 
     def pairs_within(self, keep: Tensor, real: Tensor, block_q: int, block_k: int) -> Tensor:
-        """How many of them lie in the blocks of `keep`, the mean over its patterns. Waits for the
-        device: the pairs of blocks that are not seen whole are looked at one by one."""
+        """Number of kept pairs in the blocks of `keep`, the mean over its patterns. Waits for the
+        device: in pairs of blocks that are not seen whole, token pairs are checked one by one."""
         kept = keep.flatten(0, 1)
         whole = kept & self.whole(real, block_q, block_k)
         held_q, held_k = (real.view(-1, block).sum(-1) for block in (block_q, block_k))
@@ -149,7 +149,7 @@ class Windows:
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """A rule on token pairs: each query sees the groups of key blocks that it picked.
+    """Rule on token pairs: each query sees the groups of key blocks that it picked.
 
     Args:
         picks: (B or 1, H or 1, S, C) bool, whether a query slot sees a group.
@@ -162,13 +162,13 @@ class Route:
     block: int
 
     def check(self, slots: int, key_blocks: int) -> None:
-        """Raise ValueError where tensors are not for so many slots and key blocks."""
+        """Raise ValueError where tensors are not for this number of slots and key blocks."""
         _check_shape("picks of a route", self.picks, (*self.picks.shape[:2], slots, self.groups))
         _check_shape("group of a route", self.group, (key_blocks,))
 
     @property
     def groups(self) -> int:
-        """C."""
+        """Number of groups, C."""
         return self.picks.shape[-1]
 
     def allows(self, query: Tensor, key: Tensor) -> Tensor:
@@ -176,17 +176,18 @@ class Route:
         return self.picks[:, :, query, self.group[key // self.block]]
 
     def whole(self, real: Tensor, block_q: int, block_k: int) -> Tensor:
-        """(B, H, Kq, Kk) bool: pairs of blocks in which every query sees every key."""
+        """Mask of the pairs of blocks in which every query sees every key, (B, H, Kq, Kk) bool."""
         rows = (self.picks | ~real[:, None]).unflatten(2, (-1, block_q)).all(3)
         return rows[..., self.group]
 
     def touched(self, real: Tensor, block_q: int, block_k: int) -> Tensor:
-        """(B, H, Kq, Kk) bool: pairs of blocks in which some query may see some key."""
+        """Mask of the pairs of blocks in which some query may see some key, (B, H, Kq, Kk)
+        bool."""
         rows = (self.picks & real[:, None]).unflatten(2, (-1, block_q)).any(3)
         return rows[..., self.group]
 
     def pairs(self, real: Tensor) -> Tensor:
-        """How many token pairs are kept, 0-d, the mean over samples and heads."""
+        """Number of token pairs that are kept, 0-d, the mean over samples and heads."""
         held = real.view(-1, self.block).sum(-1)
         sizes = torch.zeros(self.picks.shape[3], dtype=held.dtype, device=held.device)
         sizes.index_add_(0, self.group, held)
@@ -194,7 +195,7 @@ class Route:
         return (picked * sizes).sum(-1).to(widest(real.device)).mean()
 
     def pairs_within(self, keep: Tensor, real: Tensor, block_q: int, block_k: int) -> Tensor:
-        """How many of them lie in the blocks of `keep`, 0-d, the mean over samples and heads."""
+        """Number of kept pairs in the blocks of `keep`, 0-d, the mean over samples and heads."""
         picked = (self.picks & real[:, None]).unflatten(2, (-1, block_q)).sum(3)
         held = real.view(-1, block_k).sum(-1)
         return (picked[..., self.group] * held * keep).sum((2, 3)).to(widest(real.device)).mean()
@@ -205,21 +206,21 @@ class Route:
 
 Centre = Literal["query", "key"]
 RestOrder = Literal["zeroth", "first", "second"]
-# Orders that are for one centre alone.
+# Orders that are available for one centre only.
 ORDERS: dict[RestOrder, Centre] = {"second": "query"}
 
-# What of the second order is added: 1/2 in the expansion. A little less came nearer to dense
+# Factor of the second order; the expansion has 1/2. A little less came nearer to dense
 # attention in most boxes of the demo model: a sharp softmax grows less than its variance says.
 CURVATURE = 0.4
-# Where it would add more, queries are too far from their mean for an expansion around it. On the
-# demo model this bound takes next to nothing from the boxes that err least. It takes away most of
-# the harm in runs of tokens, for which methods ask for no second order.
+# Bound on the second order. Where it would add more, queries are too far from their mean for an
+# expansion around it. On the demo model the bound changes next to nothing in the boxes that err
+# least, and removes most of the harm in runs of tokens, for which methods ask for no second order.
 MOST_GAINED = 2.5
 
 
 @dataclass(frozen=True)
 class Rest:
-    """The key blocks that a query block does not keep, each pooled to one key and one value.
+    """Key blocks that a query block does not keep, each pooled to one key and one value.
 
     They take part in the softmax of the kept keys. With n_j tokens in block j:
 
@@ -232,32 +233,32 @@ class Rest:
     the queries of a block are.
 
     In first order the values of a block change with the query, by one slope for a head: the output
-    gains r_t scale (x_t H) / N, where r_t is what query t weighs the rest by, H = sum_t
-    (k_t - kmean)^T v_t over all keys, and x_t is how far the query is from the one that is pooled
-    around: q_t around keys, as PISA has it, and q_t - qmean_i around queries.
+    gains r_t scale (x_t H) / N. r_t is what query t weighs the rest by, and H = sum_t
+    (k_t - kmean)^T v_t over all keys. x_t is the query's offset: q_t around keys, as in
+    PISA, and q_t - qmean_i around queries.
 
-    "query" has a second order, which adds one for weights: the logarithm of what query t of block
-    i weighs block j by gains CURVATURE a_t s_ij, at most MOST_GAINED (from where on its gradient
+    "query" has a second order as well, for the weights: the logarithm of what query t of block
+    i weighs block j by gains CURVATURE a_t s_ij, at most MOST_GAINED (from which on its gradient
     is 0), with
 
         s_ij = sum_d w_d var_ijd
         a_t = scale^2 sum_d u_d (q_td - qmean_id)^2 / sum_d w_d u_d
 
-    where var_ij is the variance of block j's keys under p_ij, channel by channel, and w and u are
-    mean squares of a head: of its queries and of its keys, both off the means of their blocks,
-    each block counted as often as it is in a pair that is left out. It stands for the next term
-    of the logarithm's expansion around the mean query, scale^2 / 2 times the variance of
-    (q_t - qmean_i) . k under p_ij, of which it takes the diagonal as a product of one number a
-    query and one a pair of blocks.
+    where var_ij is the variance of block j's keys under p_ij, channel by channel. w and u are
+    mean squares of a head, of its queries and of its keys, both off the means of their blocks;
+    each block counts as often as it is in a pair that is left out. This stands for the next term
+    of the logarithm's expansion around the mean query: scale^2 / 2 times the variance of
+    (q_t - qmean_i) . k under p_ij. Only its diagonal is kept, as a product of one number a query
+    and one number a pair of blocks.
 
     Args:
-        centre: whose mean it is pooled around; see above.
-        order: each has what those before it have; "second" is for `centre="query"`.
+        centre: "key" or "query", the mean to pool around; see above.
+        order: each order includes the ones before it; "second" is for `centre="query"`.
 
     References:
         "key" is the rest of PISA (https://arxiv.org/abs/2602.01077) and of Sol-Attn
-        (https://arxiv.org/abs/2607.24027), the first order around keys is PISA's. All else is our
-        own.
+        (https://arxiv.org/abs/2607.24027); the first order around keys is from PISA. Everything
+        else is our own.
     """
 
     centre: Centre = "query"
@@ -276,31 +277,31 @@ class Rest:
                 )
 
 
-# Not frozen, but never changed: of a frozen one that is made in its graph, torch.compile would
-# read the fields alone.
+# Not frozen, but never changed: for a frozen dataclass that is made in its graph, torch.compile
+# would read the fields alone.
 @dataclass(eq=False)
 class Plan:
-    """A block-sparse attention pattern. What every method makes and every kernel runs.
+    """Block-sparse attention pattern, which every method makes and every kernel runs.
 
     Args:
         slots: (S,) int64, the token held by each slot; -1 marks padding, which is never seen.
-        keep: (B or 1, H or 1, Kq, Kk) bool, which key blocks each query block sees; given as
-            `Runs`, the mask is made when it is first asked for.
+        keep: (B or 1, H or 1, Kq, Kk) bool, which key blocks each query block sees. Given as
+            `Runs`, the mask is made on first access.
         block_q, block_k: slots in a query and in a key block; both divide S.
-        partial: the rule on token pairs inside the kept blocks, where a method has one.
+        partial: the rule on token pairs inside the kept blocks, if any.
         dynamic: made from the q and k of one call, so that nothing is worth compiling for it and
             nothing may wait for the device.
         gain: (B or 1, H or 1, Kq, Kk) floats in (0, 1] that dampen the scores of a pair of blocks:
             a scaled product s becomes min(s, gain s). None where all are 1.
         trimmed: `keep` leaves out blocks in which `partial` would see pairs.
-        entries: how many pairs of blocks one pattern of `keep` holds at most, where that is known
-            without looking: as long are the lists of a plan that is made call by call.
+        entries: upper bound on the pairs of blocks that one pattern of `keep` holds, where known
+            without looking. The lists of a dynamic plan have this length.
         rest: how the blocks that are not kept come back, pooled; None where they are dropped. For
             plans of whole blocks, without a gain.
 
     Raises:
-        ValueError: shapes that do not belong together; slots on the CPU that do not hold each
-            token once, elsewhere the first time that their numbers are asked for.
+        ValueError: shapes that do not belong together, or slots that do not hold each token
+            once. Slots on the CPU are checked here, others when their numbers are first read.
     """
 
     slots: Tensor
@@ -317,7 +318,7 @@ class Plan:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """`keep`, of a plan of runs. Waits for the device."""
+            """Make `keep` of a plan of runs. Waits for the device."""
             if name != "keep":
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             self.keep = torch.inference_mode(False)(self.runs.mask)()
@@ -377,8 +378,8 @@ class Plan:
         return self.keep if self.runs is None else self.runs
 
     def prepared(self, kind: Any, make: Callable[[], Any]) -> Any:
-        """What `make` returned when it was first asked for this kind: what a kernel reads. It
-        lives as long as the plan, and serves training even if first needed while sampling."""
+        """Return what `make` returned on the first call for `kind`, such as lists. The result
+        lives as long as the plan, and serves training even if made while sampling."""
         if kind not in self._prepared:
             with torch.inference_mode(False):
                 self._prepared[kind] = make()
@@ -386,7 +387,7 @@ class Plan:
 
     @property
     def kept(self) -> "Plan":
-        """This plan without its rest: the kept blocks alone."""
+        """Plan without the rest: the kept blocks alone."""
         return self if self.rest is None else self._kept  # a plan that held itself would linger
 
     @lasting
@@ -397,42 +398,43 @@ class Plan:
 
     @lasting
     def tokens(self) -> int:
-        """N. Synchronises the device the first time."""
+        """Number of tokens, N. Synchronises the device the first time."""
         return _tokens_of(self.slots)
 
     @lasting
     def real(self) -> Tensor:
-        """(S,) bool, slots that hold a token."""
+        """Mask of the slots that hold a token, (S,) bool."""
         return self.slots >= 0
 
     @lasting
     def places(self) -> Tensor:
-        """(N,) int64, the slot of each token."""
+        """Slot of each token, (N,) int64."""
         return torch.argsort(self.slots)[self.slots.numel() - self.tokens :]
 
     @lasting
     def slots_int32(self) -> Tensor:
-        """`slots`, as kernels read them."""
+        """`slots` in int32, for kernels."""
         return self.slots.int()
 
     @lasting
     def full_keys(self) -> Tensor:
-        """(Kk,) bool, key blocks in which nothing is padding."""
+        """Mask of the key blocks without padding, (Kk,) bool."""
         return self.real.view(-1, self.block_k).all(-1)
 
     @lasting
     def is_padded(self) -> bool:
-        """Some slots hold no token. Synchronises the device the first time."""
+        """Whether some slots hold no token. Synchronises the device the first time."""
         return self.tokens < len(self.slots)
 
     @lasting
     def is_raster(self) -> bool:
-        """Every slot holds the token of its own number: nothing to reorder or to pad."""
+        """Whether every slot holds the token of its own number: nothing to reorder or to pad."""
         return bool((self.slots == torch.arange(len(self.slots), device=self.slots.device)).all())
 
     @lasting
     def held(self) -> tuple[Tensor, Tensor]:
-        """(Kq, 2) and (Kk, 2) fp32: tokens and slots in each query block and each key block."""
+        """Number of tokens and of slots in each query block and key block, (Kq, 2) and (Kk, 2)
+        fp32."""
         made = []
         for block in (self.block_q, self.block_k):
             tokens = self.real.view(-1, block).sum(-1)
@@ -440,8 +442,9 @@ class Plan:
         return made[0], made[1]
 
     def left_out_counts(self) -> tuple[Tensor, Tensor]:
-        """(B or 1, H or 1, Kq) and (B or 1, H or 1, Kk) fp32: how many blocks with tokens each
-        query block leaves out, and how many query blocks with tokens leave each key block out."""
+        """Number of blocks with tokens that each query block leaves out, (B or 1, H or 1, Kq)
+        fp32, and of query blocks with tokens that leave each key block out, (B or 1, H or 1, Kk)
+        fp32."""
         some_q, some_k = (held[:, 0] > 0 for held in self.held)
         if self.runs is not None:
             of_q = some_q * (some_k.sum() - self.runs.sums(some_k.long()))
@@ -477,10 +480,10 @@ class Plan:
         return whole & self.full_keys if self.is_padded else whole
 
     def keep_of(self, sample: int, head: int, blocks: Tensor) -> Tensor:
-        """(n, Kk) bool, what a few query blocks see in one sample and head.
+        """Mask of the key blocks that some query blocks see in one sample and head, (n, Kk) bool.
 
         Args:
-            blocks: (n,) int64, their numbers.
+            blocks: (n,) int64, numbers of the query blocks.
         """
         if self.runs is not None:
             return self.runs.rows(blocks)
@@ -488,9 +491,9 @@ class Plan:
         return pattern[head if self.patterns[1] > 1 else 0][blocks]
 
     def slices(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """Of a plan of runs, some query blocks at a time: which, and their kept pairs in ascending
-        order, (P,) each: the query block, counted from the first of these, the key block, and
-        whether it is in `whole`. Waits for the device."""
+        """Yield the kept pairs of a plan of runs, some query blocks at a time: the slice of query
+        blocks, and (P,) each, in ascending order, the query block counted from the first of the
+        slice, the key block, and whether the pair is in `whole`. Waits for the device."""
         assert self.runs is not None
         assert not isinstance(self.partial, Route)
         seen = None
@@ -505,9 +508,9 @@ class Plan:
 
     @lasting
     def leaves_out_picks(self) -> bool:
-        """Whether a query picked a group of which not all blocks are kept. Waits for the device.
+        """Whether a query picked a group whose blocks are not all kept. Waits for the device.
 
-        What methods make never does; plans made by hand may keep anything.
+        Plans that methods make never do; plans made by hand may keep anything.
         """
         assert isinstance(self.partial, Route)
         picked = self.partial.touched(self.real, self.block_q, self.block_k)
@@ -520,8 +523,8 @@ class Plan:
 
     @lasting
     def computed_density(self) -> float:
-        """Share of the N x N token pairs that a block kernel computes, padding included, and what
-        the rest costs in such pairs. Synchronises the device."""
+        """Share of the N x N token pairs that a block kernel computes, padding included, plus the
+        cost of the rest in such pairs. Synchronises the device."""
         return self.densities()[1].item()
 
     def densities(self) -> tuple[Tensor, Tensor]:
@@ -543,7 +546,7 @@ class Plan:
 
     def _pooled_pairs(self) -> Tensor | float:
         """Cost of the rest, in token pairs of two products each: a pooled key is a pair with
-        every query of a block that leaves it out, and to pool a block of keys around a mean query
+        every query of a block that leaves it out, and pooling a block of keys around a mean query
         takes three products a key."""
         if self.rest is None:
             return 0.0
@@ -577,8 +580,8 @@ class Plan:
         partial: Windows | Route | None = None,
         gain: Tensor | None = None,
     ) -> "Plan":
-        """In the same layout, with what is given in the place of its own; a gain comes on top of
-        its own. Waits for the device where this plan does not know its tokens yet."""
+        """Copy the plan in the same layout, with the given parts in place of its own; a gain
+        multiplies its own. Waits for the device where this plan does not know its tokens yet."""
         trimmed = self.trimmed or (keep is not None and self.partial is not None)
         if gain is None:
             gain = self.gain
@@ -599,11 +602,12 @@ class Plan:
         return _known(plan, self)
 
     def keeping(self, keep: Tensor, *, dynamic: bool) -> "Plan":
-        """Plan in the same layout, with the same rest, gain and windows; of whole blocks where
-        this one has a route.
+        """Make a plan in the same layout, with the same rest, gain and windows; of whole blocks
+        where this one has a route.
 
         Args:
-            dynamic: for one call, as `keep` was made from its q and k; else for many.
+            dynamic: whether `keep` was made from the q and k of one call, and serves that call
+                alone.
         """
         windows = None if isinstance(self.partial, Route) else self.partial
         facts: dict[str, Any] = {"gain": self.gain, "rest": self.rest, "dynamic": dynamic}
@@ -612,7 +616,7 @@ class Plan:
 
 
 class Slots(NamedTuple):
-    """What plans that are made call by call share: the part of a plan that the grid decides.
+    """Part of a plan that the grid decides, shared by plans that are made call by call.
 
     Without a plan around them these are constants of a graph of torch.compile.
     """
@@ -631,11 +635,11 @@ class Slots(NamedTuple):
 
 
 def count_tokens(slots: Tensor) -> int:
-    """N of slots, (S,) int64. Waits for the device.
+    """Count the tokens of slots, (S,) int64. Waits for the device.
 
     Raises:
-        ValueError: slots that do not hold each token from 0 on once, and -1 beside: what is in
-            none would get no answer.
+        ValueError: slots do not hold each token from 0 on once, and -1 elsewhere; a token in no
+            slot would get no output.
     """
     S, (low, high) = len(slots), slots.aminmax()
     held = slots.new_zeros(S + 1, dtype=torch.bool)
@@ -650,18 +654,18 @@ def count_tokens(slots: Tensor) -> int:
     return real
 
 
-# N of slots, by identity: many plans share them.
+# N of slots, by identity, since many plans share them.
 _counted: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _can_be_read(slots: Tensor) -> bool:
-    """Whether its numbers are there without waiting: not on a device, and not in a graph."""
+    """Whether values can be read without waiting: not on a device, and not in a graph."""
     compiling = torch.compiler.is_compiling()
     return not compiling and type(slots) is Tensor and slots.device.type == "cpu"
 
 
 def _tokens_of(slots: Tensor) -> int:
-    """`count_tokens`, once."""
+    """Count the tokens of slots once, by `count_tokens`."""
     if torch.compiler.is_compiling() or type(slots) is not Tensor:
         return count_tokens(slots)
     if slots not in _counted:
@@ -670,7 +674,7 @@ def _tokens_of(slots: Tensor) -> int:
 
 
 def slots_of(slots: Tensor, block_q: int, block_k: int) -> Slots:
-    """Waits for the device; what is made of the result does not."""
+    """Make `Slots` of a grid. Waits for the device; plans made of the result do not."""
     keep = slots.new_zeros(1, 1, len(slots) // block_q, len(slots) // block_k, dtype=torch.bool)
     plan = Plan(slots, keep, block_q, block_k)
     facts = plan.real, plan.places, plan.tokens, plan.is_padded, plan.is_raster, plan.held
@@ -684,8 +688,8 @@ def plan_of_call(
     entries: int | None = None,
     rest: Rest | None = None,
 ) -> Plan:
-    """What the q and k of one call keep, (B or 1, H or 1, Kq, Kk): with a route, all blocks of
-    what is picked."""
+    """Plan of one call, for keep (B or 1, H or 1, Kq, Kk) from its q and k. With a route, `keep`
+    holds all blocks of the picked groups."""
     blocks = slots.block_q, slots.block_k
     plan = Plan(slots.slots, keep, *blocks, partial, dynamic=True, entries=entries, rest=rest)
     plan.leaves_out_picks = False
@@ -693,7 +697,7 @@ def plan_of_call(
 
 
 def _known(plan: Plan, slots: Plan | Slots) -> Plan:
-    """What is known of the slots of another plan is known of this one too."""
+    """Copy to `plan` the facts about slots that another plan has computed already."""
     plan.real, plan.places = slots.real, slots.places
     plan.tokens, plan.is_padded, plan.is_raster = slots.tokens, slots.is_padded, slots.is_raster
     plan.held, plan.slots_int32, plan.full_keys = slots.held, slots.slots_int32, slots.full_keys
@@ -728,8 +732,8 @@ def tile_slots(
     gives contiguous smaller blocks. Boxes that stick out of the grid are padded.
 
     Args:
-        orders: for each axis the (length,) order in which its indices are laid out, raster
-            without.
+        orders: for each axis the (length,) order in which its indices are laid out; raster by
+            default.
     """
     counts = [-(-size // step) for size, step in zip(video.grid, tile, strict=True)]
     padded = torch.full([n * t for n, t in zip(counts, tile, strict=True)], -1)

@@ -1,4 +1,4 @@
-"""What is made for a method and a grid, remembered as far as memory allows: plans and layouts."""
+"""Cache of plans and layouts, by method and grid, as far as memory allows."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from torch import Tensor
 # Bytes that all functions remember together. A result that takes more is remembered alone, until
 # the next one is asked for.
 MOST = 512 << 20
-# Bytes that a result takes beside its tensors, at least.
+# Least bytes that a result takes beside its tensors.
 LEAST = 1 << 14
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -22,8 +22,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class Recall:
     """Results of functions by their arguments, the least recently used forgotten first.
 
-    A result may grow after it was made, as a plan does when a kernel prepares it: all are weighed
-    anew when one is added. What is forgotten lives on where it is in use.
+    A result may grow after it was made, as a plan does when a kernel prepares it, so the sizes of
+    all are taken anew when one is added. A forgotten result lives on where it is in use.
     """
 
     def __init__(self, most: int) -> None:
@@ -35,7 +35,7 @@ class Recall:
         return len(self._known)
 
     def get(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """The result known by `key`, which is hashable, or else what `make` returns."""
+        """Return the result known by `key`, which is hashable, or else call `make`."""
         with self._lock:
             if key in self._known:
                 self._known.move_to_end(key)
@@ -47,12 +47,12 @@ class Recall:
         return made
 
     def forget(self) -> None:
-        """Forget all."""
+        """Forget all results."""
         with self._lock:
             self._known.clear()
 
     def bytes(self) -> int:
-        """What all results take together."""
+        """Bytes of all results together."""
         with self._lock:
             return sum(map(bytes_of, self._known.values()))
 
@@ -68,8 +68,8 @@ RECALL = Recall(MOST)
 
 
 def recalled(function: Function) -> Function:
-    """A function whose results `RECALL` remembers, by its arguments, which are positional and
-    hashable. In a graph of torch.compile it runs each time it is traced."""
+    """Make `RECALL` remember the results of a function by its arguments, which are positional and
+    hashable. In a graph of torch.compile the function runs each time it is traced."""
 
     @wraps(function)
     def recall(*args: Any) -> Any:
@@ -87,10 +87,10 @@ def bytes_of(result: Any) -> int:
 
 
 def _storage(x: Tensor) -> tuple[int, int]:
-    """By what the storage of a tensor is known, and its bytes."""
+    """Identity of a tensor's storage, and its bytes."""
     try:
         storage = x.untyped_storage()
-    except NotImplementedError:  # of what torch.func wraps
+    except NotImplementedError:  # a tensor wrapped by torch.func
         return id(x), x.numel() * x.element_size()
     return storage._cdata, storage.nbytes()
 

@@ -1,23 +1,23 @@
-"""Memory that there is, and what cannot fit in it refused before it is asked for."""
+"""Free memory, and errors for requests that cannot fit in it, raised before they are made."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 GROUP = Path("/sys/fs/cgroup")
-SMALL = 64 << 20  # bytes that are not worth a look at what is free
+SMALL = 64 << 20  # bytes; smaller requests are not checked
 
 
 def check_room(what: str, size: int, fix: str, device: Any = None) -> None:
-    """Refuse what needs more memory than is free.
+    """Refuse a request for more memory than is free.
 
     Args:
         what: begins the sentence, as in "3 frames of 480 x 832".
-        size: bytes that it takes at the least, so that nothing is refused that would fit.
-        fix: what to do instead.
+        size: lower bound in bytes, so that nothing is refused that would fit.
+        fix: advice for the end of the message.
         device: a torch.device; None is the host.
 
-    Raises ValueError with what is asked for and what there is.
+    Raises ValueError with the memory asked for and the memory that is free.
     """
     if size < SMALL:
         return
@@ -31,7 +31,7 @@ def check_room(what: str, size: int, fix: str, device: Any = None) -> None:
 
 
 def in_words(size: int) -> str:
-    """Bytes as a person reads them, from megabytes to petabytes."""
+    """Format bytes for a person, from megabytes to petabytes."""
     if size >= 10**18:  # which no machine has, however many more it is
         return "1000 PB"
     for unit, power in (("PB", 15), ("TB", 12), ("GB", 9)):
@@ -41,8 +41,8 @@ def in_words(size: int) -> str:
 
 
 def free_bytes(device: Any) -> int | None:
-    """Bytes that can still be had on a torch.device; None where nobody tells. Of a GPU, with those
-    that torch holds and does not use."""
+    """Free bytes of a torch.device; None where unknown. On a GPU, includes memory that torch holds
+    and does not use."""
     if device.type == "cuda":
         import torch
 
@@ -52,8 +52,8 @@ def free_bytes(device: Any) -> int | None:
 
 
 def _free_of_host() -> int | None:
-    """Bytes that Linux has left within the limit of the container; elsewhere all that there are,
-    and None where nobody tells."""
+    """Bytes that Linux has free within the limit of the container; elsewhere all of the memory,
+    None where unknown."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         rows = dict(line.split(":", 1) for line in lines)
@@ -67,12 +67,12 @@ def _free_of_host() -> int | None:
 def _all_of_host() -> int | None:
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # not of Windows
+    except (AttributeError, OSError, ValueError):  # not on Windows
         return None
 
 
 def _number_in(file: Path) -> int | None:
-    """Number in a file; None where there is no such file, or no limit, which is written "max"."""
+    """Read a number from a file; None where there is no such file, or no limit, written "max"."""
     try:
         return int(file.read_text(encoding="ascii"))
     except (OSError, ValueError):

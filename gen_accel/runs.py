@@ -1,4 +1,4 @@
-"""A mask over pairs of blocks as runs of neighbours, for plans whose mask would be too large.
+"""Mask over pairs of blocks as runs of neighbours, for plans whose mask would be too large.
 
 Letters as in `gen_accel.plan`: Kq and Kk query and key blocks. R runs.
 """
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# Pairs of blocks from which on a plan holds runs in the place of a mask. Below, the mask is small
-# and faster to read.
+# Pairs of blocks from which on a plan holds runs instead of a mask. Below, the mask is small and
+# faster to read.
 DENSE = 1 << 24
 # Pairs of blocks in a slice of a mask: as many bytes as stay in a cache.
 SLICE = 1 << 21
 # Kept pairs of blocks that are listed at once.
 LISTED = 1 << 19
-RUNS = 1 << 19  # that are added up at once
+RUNS = 1 << 19  # runs that are added up at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +27,9 @@ class Runs:
     """Key blocks that each query block sees, as runs of neighbours.
 
     Args:
-        edges: (R, 2) int32, the first key block of each run and the one past its last, the runs of
-            one query block after those of the one before, in ascending order. No two touch.
-        starts: (Kq + 1,) int64, where the runs of each query block begin, and R.
+        edges: (R, 2) int32, the first key block of each run and the one past its last, in
+            ascending order, query block by query block. No two runs touch.
+        starts: (Kq + 1,) int64, the first run of each query block, then R.
         columns: Kk.
     """
 
@@ -39,14 +39,14 @@ class Runs:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(1, 1, Kq, Kk), of the mask."""
+        """Shape of the mask, (1, 1, Kq, Kk)."""
         return 1, 1, len(self.starts) - 1, self.columns
 
     def to(self, device: torch.device) -> "Runs":
         return Runs(self.edges.to(device), self.starts.to(device), self.columns)
 
     def mask(self) -> Tensor:
-        """(1, 1, Kq, Kk) bool."""
+        """Make the mask, (1, 1, Kq, Kk) bool."""
         made = torch.zeros(self.shape, dtype=torch.bool, device=self.edges.device)
         for rows in self.slices():
             row, column = self.pairs(rows)
@@ -55,11 +55,11 @@ class Runs:
 
     @cached_property
     def counts(self) -> Tensor:
-        """(Kq,) int64, how many key blocks each query block sees."""
+        """Number of key blocks that each query block sees, (Kq,) int64."""
         return self.sums()
 
     def rows(self, numbers: Tensor) -> Tensor:
-        """(n, Kk) bool, what a few query blocks see. Waits for the device.
+        """Mask of the key blocks that some query blocks see, (n, Kk) bool. Waits for the device.
 
         Args:
             numbers: (n,) int64.
@@ -71,28 +71,28 @@ class Runs:
         return made[which]
 
     def slices(self) -> Iterator[slice]:
-        """Query blocks in order, in parts of about `LISTED` kept pairs and one query block at
-        least. Waits for the device."""
+        """Yield query blocks in order, in slices of about `LISTED` kept pairs and at least one
+        query block. Waits for the device."""
         yield from _slices(self.counts.cumsum(0).cpu(), LISTED)
 
     def pairs(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Kept pairs of some query blocks in ascending order: (P,) int64 each, the query block,
-        counted from the first one, and the key block. Waits for the device."""
+        """Return the kept pairs of some query blocks in ascending order, (P,) int64 each: the
+        query block, counted from the first one, and the key block. Waits for the device."""
         starts = self.starts[rows.start : rows.stop + 1]
         first, last = self.edges[int(starts[0]) : int(starts[-1])].long().unbind(1)
         lengths = last - first
         ends = lengths.cumsum(0)
         total = int(ends[-1]) if len(ends) else 0
-        # A key block is its number among the pairs, plus what is the same for all of a run.
+        # A key block is its number among the pairs, plus an offset that all of a run share.
         of_run = torch.stack([_spread(starts.diff()), first - ends + lengths])
         row, shift = of_run.repeat_interleave(lengths, 1, output_size=total)
         return row, shift + torch.arange(total, device=shift.device)
 
     def sums(self, weight: Tensor | None = None) -> Tensor:
-        """(Kq,) int64, what the key blocks that each query block sees weigh together.
+        """Sum the weights of the key blocks that each query block sees, (Kq,) int64.
 
         Args:
-            weight: (Kk,) int64; how many they are without.
+            weight: (Kk,) int64; by default 1 each.
         """
         below = None if weight is None else pad(weight.cumsum(0), (1, 0))
         made = []
@@ -103,7 +103,7 @@ class Runs:
         return torch.cat(made)
 
     def column_sums(self, weight: Tensor) -> Tensor:
-        """(Kk,) int64, what the query blocks that see each key block weigh together.
+        """Sum the weights of the query blocks that see each key block, (Kk,) int64.
 
         Args:
             weight: (Kq,) int64.
@@ -117,8 +117,8 @@ class Runs:
         return change.cumsum(0)[:-1]
 
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Query blocks of about `RUNS` runs at a time, as the slice of their `starts`, and their
-        (2, some R) edges. Waits for the device."""
+        """Yield query blocks of about `RUNS` runs at a time: the slice of their `starts`, and
+        their (2, some R) edges. Waits for the device."""
         ends = self.starts[1:].cpu()
         for rows in _slices(ends, RUNS):
             begin, end = (int(ends[i - 1]) if i else 0 for i in (rows.start, rows.stop))
@@ -126,10 +126,10 @@ class Runs:
 
 
 def _slices(ends: Tensor, most: int) -> Iterator[slice]:
-    """Entries in order, in parts that hold `most` together, or one entry that holds more.
+    """Yield slices of entries in order, each holding at most `most` together, or one larger entry.
 
     Args:
-        ends: (n,) on the CPU, what the entries hold, summed up.
+        ends: (n,) on the CPU, cumulative sums of the sizes of the entries.
     """
     begin, before = 0, 0
     while begin < len(ends):
@@ -139,7 +139,7 @@ def _slices(ends: Tensor, most: int) -> Iterator[slice]:
 
 
 def _spread(counts: Tensor) -> Tensor:
-    """Number of each entry, as often as it counts."""
+    """Repeat the number of each entry as often as it counts."""
     return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
 
 
@@ -149,13 +149,13 @@ def is_large(rows: int, columns: int) -> bool:
 
 
 def slices_of(rows: int, columns: int) -> Iterator[slice]:
-    """Rows of a mask in order, all at once where it is not large."""
+    """Yield slices of the rows of a mask in order, one slice where it is not large."""
     some = max(1, SLICE // columns) if is_large(rows, columns) else rows
     return (slice(first, min(first + some, rows)) for first in range(0, rows, some))
 
 
 def mask_or_runs(slices: Iterable[Tensor], rows: int, columns: int) -> Any:
-    """`keep` of a plan: (1, 1, rows, columns) bool, or `Runs` where that is large.
+    """Make `keep` of a plan: (1, 1, rows, columns) bool, or `Runs` where that is large.
 
     Args:
         slices: (some rows, columns) bool each, on the CPU, in order.
@@ -167,8 +167,8 @@ def mask_or_runs(slices: Iterable[Tensor], rows: int, columns: int) -> Any:
 
 
 def runs_of(slices: Iterable[Tensor], columns: int) -> Runs:
-    """Runs of a mask that comes in slices, as in `mask_or_runs`."""
-    edges, counts = bytearray(), []  # grows in its place, where parts would be held twice
+    """Make runs of a mask that comes in slices, as in `mask_or_runs`."""
+    edges, counts = bytearray(), []  # grows in place; a list of parts would be held twice
     for some in slices:
         # A column that is never kept ends the runs of each row.
         padded = pad(some, (0, 1)).flatten()

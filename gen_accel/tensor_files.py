@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gen_accel.files import FULL, NoRoom
 
-SYSTEM_ERROR = re.compile(r"os error (\d+)")  # as safetensors, which is in Rust, tells it
+SYSTEM_ERROR = re.compile(r"os error (\d+)")  # as safetensors, written in Rust, words it
 
 
 def save_tensors(
@@ -35,15 +35,15 @@ def save_tensors(
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of those that hold NaN or infinity."""
+    """Names of the tensors that hold NaN or infinity."""
     return [n for n, x in tensors.items() if x.is_floating_point() and not x.isfinite().all()]
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Raises ValueError for what is `what` and must not be written.
+    """Raise ValueError for tensors that hold NaN or infinity, which must not be written.
 
     Args:
-        what: for the message, such as "the LoRA".
+        what: name of the tensors for the message, such as "the LoRA".
     """
     if wrong := not_finite(tensors):
         raise ValueError(
@@ -53,7 +53,7 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
 
 
 def named(names: Iterable[str], few: int = 3) -> str:
-    """The first few, and how many more."""
+    """Join the first few names, and say how many more there are."""
     names = list(names)
     more = f" and {len(names) - few} more" if len(names) > few else ""
     return ", ".join(names[:few]) + more

@@ -1,4 +1,4 @@
-"""Text of files, as UTF-8 with or without the mark that some editors begin it with."""
+"""Text files in UTF-8, with or without the byte order mark that some editors write."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ ENCODING = "utf-8-sig"
 
 
 def read_text(path: str | Path) -> str:
-    """What the file at `path` holds, with each end of a line as "\\n".
+    """Read the text of the file at `path`, with each line ending as "\\n".
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not UTF-8.
+        OSError: the file cannot be read.
+        ValueError: the text is not UTF-8.
     """
     try:
         return expanded(path).read_text(encoding=ENCODING)
@@ -21,7 +21,7 @@ def read_text(path: str | Path) -> str:
 
 
 def not_text(path: str | Path, error: UnicodeDecodeError) -> ValueError:
-    """The refusal of a file that is not UTF-8, with the byte that is wrong."""
+    """Make the error for a file that is not UTF-8, with the byte that is wrong."""
     byte = error.object[error.start]
     return ValueError(
         f"{path} is not UTF-8 text, from byte {error.start} (0x{byte:02x}) on: save it as UTF-8"

@@ -1,4 +1,4 @@
-"""Values by type hint: what a user writes for a field of a dataclass, as what the field holds."""
+"""Values by type hint: convert user input for a field of a dataclass, and check its type."""
 
 import types
 from collections.abc import Mapping
@@ -11,18 +11,18 @@ TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 def convert(value: Any, hint: Any, *, is_text: bool = False) -> Any:
-    """`value` as a value of the type `hint`.
+    """Convert `value` to the type `hint`.
 
     Args:
-        value: as YAML gives it, which reads 1e-4 as a string, 5 where 5.0 is meant, and one item
-            where a list of one is.
+        value: as YAML reads it: 1e-4 as a string, 5 where 5.0 is meant, one item where a list
+            of one is.
         hint: a class, or a Literal, Union or tuple of some.
-        is_text: whether it is a string as on a command line: a tuple with commas, "3,8,8",
+        is_text: whether `value` is a string from a command line: a tuple with commas, "3,8,8",
             several with semicolons, "3,8,8;4,4,4", and a boolean in words, "true" or "no". Whole
             numbers are then without a point.
 
     Raises:
-        ValueError, TypeError, OverflowError: it is no value of that type.
+        ValueError, TypeError, OverflowError: `value` is not of that type.
     """
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
@@ -58,10 +58,10 @@ def convert(value: Any, hint: Any, *, is_text: bool = False) -> Any:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the type `hint` as it is, without being converted.
+    """Whether `value` is of the type `hint` as it is, without conversion.
 
-    Lists count as tuples, as JSON has no others, and a whole number as a float. What is neither a
-    number, text, None, nor holds some, is not looked at.
+    A list counts as a tuple, since JSON has none, and an int as a float. Values other than
+    numbers, text, None and containers of these are not checked.
     """
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
@@ -82,16 +82,16 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def check_types(options: Any) -> None:
-    """Raise ValueError for a field of the dataclass `options` that is not of its type, as it would
-    fail much later and in other words. A Literal is left to `check_choices`."""
+    """Raise ValueError for a field of the dataclass `options` with a value of another type, which
+    would fail much later with another message. A Literal is left to `check_choices`."""
     kind = type(options)
     given = {one.name: getattr(options, one.name) for one in fields(options)}
     check_fields(given, kind, kind.__name__)
 
 
 def check_fields(given: Mapping[str, Any], kind: type, origin: str) -> None:
-    """`check_types` before anything is made: for the fields of the dataclass `kind` that `given`
-    has, which came from `origin`."""
+    """Check types as `check_types` does, before an instance is made: the fields of the dataclass
+    `kind` that `given`, which came from `origin`, has."""
     defaults = {one.name: one.default for one in fields(kind)}
     for name, hint in _hints(kind).items():
         if name in given and get_origin(hint) is not Literal and not fits(given[name], hint):
@@ -100,24 +100,24 @@ def check_fields(given: Mapping[str, Any], kind: type, origin: str) -> None:
 
 
 def wrong_type(what: str, hint: Any, came: Any, right: str) -> ValueError:
-    """The refusal of a value that is not of its type.
+    """Make the error for a value of a wrong type.
 
     Args:
-        what: the field, and what it is of.
-        right: how one is written that would do.
+        what: the field, and what has it.
+        right: example of a valid value.
     """
     return ValueError(f"{what} must be {written_type(hint)}, got {came!r}; such as {right}")
 
 
 @lru_cache(maxsize=64)
 def _hints(kind: type) -> dict[str, Any]:
-    """Of the fields of a dataclass."""
+    """Type hints of the fields of a dataclass."""
     known = get_type_hints(kind)
     return {one.name: known[one.name] for one in fields(kind)}
 
 
 def check_choices(options: Any, **kinds: Any) -> None:
-    """Raise ValueError for a field of `options` that is none of the values of its Literal."""
+    """Raise ValueError for a field of `options` whose value is not in its Literal."""
     for name, kind in kinds.items():
         known, value = get_args(kind), getattr(options, name)
         if value not in known:
@@ -125,7 +125,7 @@ def check_choices(options: Any, **kinds: Any) -> None:
 
 
 def example(hint: Any, default: Any = None) -> Any:
-    """A value of the type `hint`: `default`, where that says how one looks."""
+    """Make an example of the type `hint`: `default` where that shows the form."""
     if default not in (None, (), MISSING) and fits(default, hint):
         return default
     origin, inner = get_origin(hint), get_args(hint)
@@ -139,7 +139,7 @@ def example(hint: Any, default: Any = None) -> Any:
 
 
 def as_text(value: Any) -> str:
-    """As `convert` reads it from a text."""
+    """Format a value as text that `convert` reads."""
     if isinstance(value, tuple):
         between = ";" if value and isinstance(value[0], tuple) else ","
         return between.join(map(as_text, value))
@@ -147,7 +147,7 @@ def as_text(value: Any) -> str:
 
 
 def written_type(hint: Any) -> str:
-    """How the type of a field reads to a user: "int,int,int"."""
+    """Write the type of a field for a user: "int,int,int"."""
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     if get_origin(hint) is tuple:
@@ -181,7 +181,7 @@ def _one_of(value: Any, hints: tuple[Any, ...], is_text: bool) -> Any:
 
 
 def _between(hints: tuple[Any, ...]) -> str:
-    """What parts a tuple in a text: of tuples with commas, semicolons."""
+    """Separator of the items of a tuple in text: semicolons between tuples, else commas."""
     return ";" if get_origin(hints[0]) is tuple else ","
 
 

@@ -1,11 +1,11 @@
-"""The token grid of one video: the only geometry that the rest of the package sees."""
+"""Token grid of one video: the only geometry that the rest of the package sees."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class VideoShape:
-    """Sizes in tokens after patchify, not in pixels or latents.
+    """Grid of one video, in tokens after patchify, not in pixels or latents.
 
     Tokens come frame by frame, row by row, column by column, then `text` tokens. A model that
     puts its text first is reordered in its family's file and nowhere else.
@@ -17,7 +17,7 @@ class VideoShape:
     text: int = 0
 
     def __post_init__(self) -> None:
-        # By what they are not: in a graph they are symbols.
+        # Check for the wrong types, since in a graph sizes are symbols.
         for size in (*self.grid, self.text):
             if size is None or isinstance(size, bool | float | str):
                 raise ValueError(f"video sizes must be whole numbers, got {self}")

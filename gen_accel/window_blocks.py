@@ -11,8 +11,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class WindowBlocks:
-    """What decides it, block by block: an axis lets a pair pass if the query block's `first` is at
-    most the key block's `after`, and `before` at most its `last`.
+    """Bounds of blocks that decide which pairs pass: on an axis, a pair passes if the query
+    block's `first` is at most the key block's `after`, and `before` at most its `last`.
 
     Args:
         first, last: (A, Kq), of query blocks.
@@ -28,7 +28,7 @@ class WindowBlocks:
     free_k: Tensor
 
     def mask(self) -> Tensor:
-        """(Kq, Kk) bool."""
+        """Make the mask over pairs of blocks, (Kq, Kk) bool."""
         inside = self.free_q[:, None] | self.free_k
         meet = ~inside
         for axis, ends in enumerate(zip(self.first, self.last, strict=True)):
@@ -36,8 +36,8 @@ class WindowBlocks:
         return meet | inside
 
     def rows(self, some: slice) -> Tensor:
-        """(some Kq, Kk) bool, fewer comparisons than in `mask`: along an axis, neighbours are
-        alike. Waits for the device."""
+        """Make some rows of `mask`, (some Kq, Kk) bool, with fewer comparisons, since neighbours
+        along an axis are alike. Waits for the device."""
         inside = None
         for axis, ends in enumerate(zip(self.first[:, some], self.last[:, some], strict=True)):
             (first, last), kind = torch.stack(ends).unique(dim=1, return_inverse=True)

@@ -1,15 +1,15 @@
 """Kernels: how a plan is computed, each in a module of its own; `contract` names its parts.
 
-A new one is one file here and its name in `KERNELS`, of `names`. Where "auto" tries it, and what
-speaks against it, stands in that file.
+A new kernel is one file here and its name in `KERNELS`, of `names`. The file also says where
+"auto" tries it, and what speaks against it.
 
-Beside the kernels, `lists` are the kept blocks of a plan as they read them, and `self_check`
-holds some rows of a kernel's answer to the reference. `rest` adds what a plan pools, for every
-kernel that gives its log-sum-exp. `linear` is the linear branch of sparse-linear attention,
-`quantised` what the kernel int8 computes and may err. `pooling`, `spread`, `selection` and `mass`
-are what methods choose blocks by, and `dense` knows which kernel beats torch's own attention.
-`helpers` says which code runs them, by the name of the kernel, which a method reads off its
-`Runner`.
+Beside the kernels, `lists` holds the kept blocks of a plan in the form that kernels read.
+`self_check` compares some rows of a kernel's output with the reference. `rest` adds the pooled
+blocks of a plan, for every kernel that returns its log-sum-exp. `linear` is the linear branch of
+sparse-linear attention. `quantised` says what the kernel int8 computes and how far it may err.
+Methods choose blocks by `pooling`, `spread`, `selection` and `mass`. `dense` knows which kernel
+beats torch's own attention. `helpers` says which code runs all of these, by the name of the
+kernel, which a method reads off its `Runner`.
 """
 
 import warnings
@@ -63,11 +63,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Choice:
-    """Which kernel ran, and why the others did not.
+    """Kernel that ran, and why the others did not.
 
     Args:
-        refused: those that were tried before it, with their reasons.
-        behind: those that "auto" would have tried after it, with what it holds against them.
+        refused: kernels that were tried before it, with their reasons.
+        behind: kernels that "auto" would have tried after it, with what speaks against them.
     """
 
     kernel: str
@@ -81,40 +81,40 @@ class Choice:
 
 
 def check_name(kernel: str, what: str = "kernel") -> None:
-    """`names.check_kernel`, by what is in `KERNELS` here."""
+    """Raise ValueError for a name that is not in `KERNELS`, by `names.check_kernel`."""
     check_known(kernel, what, KERNELS)
 
 
 @cache
 def kernel_of(name: str) -> Kernel:
-    """The kernel of that name in `KERNELS`, imported and held to the contract the first time.
+    """Return the kernel of that name in `KERNELS`, imported and checked the first time.
 
     Raises:
-        ValueError: an unknown name; a module that breaks the contract, whose part is named.
+        ValueError: an unknown name, or a module that breaks the contract, with the part named.
     """
     check_name(name)
     return checked(name, import_module(f"{__name__}.{name}"))
 
 
 def preference(facts: Facts) -> Mapping[str, str]:
-    """The order in which "auto" tries the kernels, each with what speaks against it."""
+    """Order in which "auto" tries the kernels, each with what speaks against it."""
     places = {name: parts_of(kernel_of(name)).place(facts) for name in KERNELS}
     known = [(place.order, name, place.against) for name, place in places.items() if place]
     return {name: against for _, name, against in sorted(known)}
 
 
 def unsupported(name: str, facts: Facts) -> list[str]:
-    """All that speaks against running the named kernel on a call with these facts, in words."""
+    """List the reasons against running the named kernel on a call with these facts."""
     return why_not(name, kernel_of(name), facts)
 
 
 def refusals(
     name: str, device: torch.device, dtype: torch.dtype, *, grad: bool = False
 ) -> list[str]:
-    """Why a kernel runs no plan of any kind on a device; empty where it runs some.
+    """Say why a kernel runs no plan of any kind on a device; empty where it runs some.
 
     Args:
-        grad: whether for training.
+        grad: whether a gradient is needed.
     """
     shape = (1, 2, 256, 64)
     every = [
@@ -125,7 +125,7 @@ def refusals(
 
 
 def check_kernel(name: str, device: torch.device) -> None:
-    """Raises ValueError where a kernel cannot run on `device`, whatever the method."""
+    """Raise ValueError where a kernel cannot run on `device`, whatever the method."""
     if name == "auto" or (device.type != "cpu" and not torch.accelerator.is_available()):
         return
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -180,29 +180,29 @@ def run(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run `plan` by the named kernel, or by the first that can.
 
-    In a function that `torch.compile` has compiled it runs as it does outside, between two
-    graphs. Under autocast, q, k and v are cast to its dtype, as torch casts them for its own
-    attention.
+    In a function compiled by `torch.compile` it runs as outside, between two graphs. Under
+    autocast, q, k and v are cast to autocast's dtype, as torch casts them for its own attention.
 
     Args:
-        report: is told which kernel ran, and why others did not.
-        grad: whether the kernel has to have a gradient. Without: whether one is recorded.
-        self_check: hold some rows of the answer to the reference, where they were not yet. One
-            that errs is refused, and on a GPU "auto" warns and goes on to the next.
-        with_lse: return the natural log-sum-exp of each row too, (B, H, N) fp32 or wider, with
-            its gradient: of the kept keys, and of the rest where the plan has one.
+        report: receives the kernel that ran, and why others did not.
+        grad: whether the kernel must have a gradient; by default, whether one is recorded.
+        self_check: compare some rows of the output with the reference, once. A kernel that
+            errs too much is refused; on a GPU "auto" warns and goes on to the next.
+        with_lse: also return the natural log-sum-exp of each row, (B, H, N) fp32 or wider, with
+            its gradient: over the kept keys, and over the rest where the plan has one.
 
     Raises:
-        SelfCheckFailed, NotFinite: by `self_check`, with the figures.
-        ValueError: a plan for other samples, heads or tokens than q has; the named kernel cannot
-            run this, or none can, and all reasons are listed.
+    Raises:
+        SelfCheckFailed, NotFinite: raised by `self_check`, with the figures.
+        ValueError: the plan is for other samples, heads or tokens than q has; the named kernel
+            cannot run this, or none can, and all reasons are listed.
     """
     return _outside_graphs(q, k, v, plan, scale, kernel, report, grad, self_check, with_lse)
 
 
 def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in the dtype of autocast where it is on, as torch casts them for its own
-    attention: all but float64."""
+    """Cast q, k and v to the dtype of autocast where it is on, all but float64, as torch casts
+    them for its own attention."""
     where = q.device.type
     if not torch.is_autocast_enabled(where):
         return q, k, v
@@ -246,8 +246,9 @@ def _first(
             reasons = self_check.distrusts(name)
         if not reasons:
             try:
-                # Where the first choice runs, what was asked for decides what adds a rest to it:
-                # of "auto" the fastest code there is. One that was passed over may be that code.
+                # Where the first choice runs, the requested name decides what adds a rest to it:
+                # for "auto" the fastest code there is. A kernel that was passed over may be that
+                # code.
                 beside = name if passed else kernel
                 out, lse = _answer(name, q, k, v, plan, scale, with_lse, beside)
                 if self_check is not None:
@@ -280,7 +281,7 @@ def _answer(
     with_lse: bool,
     beside: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """Output and log-sum-exp by the named kernel; the latter None where nobody asked.
+    """Compute output and log-sum-exp by the named kernel; the latter None where not requested.
 
     Args:
         beside: the name that decides what adds a rest, see `helpers`.

@@ -1,4 +1,4 @@
-"""How much more than others a kernel may err, by its name."""
+"""Allowance of a kernel: how much more than others it may err, by its name."""
 
 from torch import Tensor
 
@@ -9,8 +9,8 @@ from gen_accel.plan import Plan
 
 
 def allowance(kernel: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> float:
-    """The largest for any query of a call, in units of v; 0 for a kernel without an allowance of
-    its own, and "auto", which takes none that has one."""
+    """Largest allowance for any query of a call, in units of v. 0 for a kernel without an
+    allowance, and for "auto", which takes no kernel that has one."""
     own = KernelParts().allowance if kernel == "auto" else parts_of(kernel_of(kernel)).allowance
     if own is KernelParts._field_defaults["allowance"]:
         return 0.0

@@ -1,4 +1,4 @@
-"""Whether there is a C++ compiler here."""
+"""C++ compiler of this machine, if there is one."""
 
 import os
 import shutil
@@ -7,6 +7,6 @@ COMPILERS = ("g++", "clang++", "c++", "cl")
 
 
 def cpp_compiler() -> str | None:
-    """What torch.compile can build CPU code with, from $CXX or the usual names."""
+    """Find a compiler for torch.compile's CPU code, from $CXX or the usual names."""
     named = os.environ.get("CXX")
     return next(filter(None, map(shutil.which, [named] if named else COMPILERS)), None)

@@ -1,10 +1,9 @@
-"""Kernel: how to compute a plan. Its contract, with each optional part and its default, in one
-place.
+"""Kernel: how to compute a plan. Its contract, with each optional part and its default.
 
 A kernel is a module of this package. It imports without its optional dependency, imports no method
-and no other kernel, and never changes the answer: each is held to `reference` by an error budget,
-forward and gradient. The budget is twice the error of the reference in the same dtype; a kernel
-that rounds more coarsely than that dtype, and says so by its name, adds its `allowance`.
+and no other kernel, and never changes the answer: an error budget holds it to `reference`, forward
+and gradient. The budget is twice the error of the reference in the same dtype. A kernel that
+rounds more coarsely than that dtype, and says so by its name, adds its `allowance`.
 """
 
 import inspect
@@ -26,21 +25,21 @@ PATTERNS: tuple[Pattern, ...] = ("blocks", "windows", "route")
 
 @dataclass(frozen=True)
 class Facts:
-    """What of a call decides which kernels can run it.
+    """Facts of a call that decide which kernels can run it.
 
     Args:
         shapes, dtypes, devices: of q, k and v; the shapes are (B, H, N, D).
-        pattern: what a plan keeps of its blocks: whole "blocks", or by a rule on token pairs,
-            "windows" or a "route" of each query.
+        pattern: what a plan keeps of its blocks: whole "blocks", or pairs by a rule, "windows"
+            or a "route" of each query.
         block_q, block_k: slots in a query and in a key block.
-        gain: the plan dampens scores.
-        dynamic: it was made from the q and k of this call.
-        grad: a gradient of q, k or v is asked for.
-        forward_mode: forward-mode differentiation is on.
-        lse: the log-sum-exp of each row is asked for, too.
-        rest: the plan pools the blocks that it does not keep.
-        plan: for what only its numbers tell, which may wait for the device; None where the
-            question is about any plan of this kind.
+        gain: whether the plan dampens scores.
+        dynamic: whether the plan was made from the q and k of this call.
+        grad: whether a gradient of q, k or v is needed.
+        forward_mode: whether forward-mode differentiation is on.
+        lse: whether the log-sum-exp of each row is requested too.
+        rest: whether the plan pools the blocks that it does not keep.
+        plan: for facts that only its numbers tell, which may wait for the device; None where
+            the question is about any plan of this kind.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -59,17 +58,17 @@ class Facts:
 
     @property
     def device(self) -> torch.device:
-        """Of q."""
+        """Device of q."""
         return self.devices[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of q."""
+        """Dtype of q."""
         return self.dtypes[0]
 
     @property
     def dim(self) -> int:
-        """Of a head of q."""
+        """Head dim of q."""
         return self.shapes[0][-1]
 
 
@@ -82,11 +81,11 @@ def facts_of(
     grad: bool | None = None,
     lse: bool = False,
 ) -> Facts:
-    """The facts of one call. Nothing waits for the device.
+    """Collect the facts of one call, without waiting for the device.
 
     Args:
-        grad: whether a gradient is needed. Without: whether one is recorded.
-        lse: whether the log-sum-exp is asked for.
+        grad: whether a gradient is needed; by default, whether one is recorded.
+        lse: whether the log-sum-exp is requested.
     """
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     given = q, k, v
@@ -109,7 +108,7 @@ def facts_of(
 
 
 def is_forward_mode() -> bool:
-    """Whether forward-mode differentiation is on, of `torch.func.jvp` too."""
+    """Whether forward-mode differentiation is on, including `torch.func.jvp`."""
     return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
@@ -120,11 +119,11 @@ def must_be_deterministic() -> bool:
 
 
 class Place(NamedTuple):
-    """Where "auto" tries a kernel.
+    """Place of a kernel in the order of "auto".
 
     Args:
-        order: the least is tried first.
-        against: what speaks against it, in a few words, for whoever asks why it came later.
+        order: the lowest is tried first.
+        against: why it is not tried earlier, in a few words for users.
     """
 
     order: int
@@ -132,48 +131,48 @@ class Place(NamedTuple):
 
 
 class Kernel(Protocol):
-    """What every kernel has. Its optional parts are in `KernelParts`."""
+    """Functions that every kernel has. Optional parts are in `KernelParts`."""
 
     def unsupported(self, facts: Facts) -> list[str]:
-        """Reasons why it cannot run, in words; empty where it can.
+        """List the reasons why the kernel cannot run, in words; empty where it can.
 
-        That q, k and v are alike, and forward-mode differentiation, are asked before: see
-        `why_not`.
+        `why_not` refuses q, k and v that differ, and forward-mode differentiation where the
+        kernel has no derivative.
         """
         ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Tensor:
-        """softmax(scale q k^T) v over the plan's pairs, (B, H, N, D) in and out, in q's dtype. A
-        query that sees nothing gets zeros. Backward by autograd.
+        """Compute softmax(scale q k^T) v over the plan's pairs, (B, H, N, D) in and out, in q's
+        dtype. A query that sees nothing gets zeros. Backward by autograd.
 
         Raises:
-            KernelFailed: where only trying tells that it cannot run; "auto" goes on.
+            KernelFailed: only trying showed that the kernel cannot run; "auto" goes on.
         """
         ...
 
 
 class KernelParts(NamedTuple):
-    """What a kernel may have beside. A part that it lacks is its default here.
+    """Optional parts of a kernel. A missing part has the default given here.
 
     Args:
-        forward_lse: (q, k, v, plan, *, scale, wide=False) -> (Tensor, Tensor), the output as
-            `forward` has it and the natural log-sum-exp of each row's scaled scores, (B, H, N)
+        forward_lse: (q, k, v, plan, *, scale, wide=False) -> (Tensor, Tensor), the output of
+            `forward` and the natural log-sum-exp of each row's scaled scores, (B, H, N)
             fp32 or wider. Both have gradients where `forward` has one, or `unsupported` refuses
-            them. A row that sees nothing gives zeros and -inf, and the gradient that comes for
-            its -inf is not read: where two parts are merged it is no number. With `wide` the
-            output is fp32 or wider, before it is rounded, where the kernel can give it so. The
-            rest of a plan is added to these two by `gen_accel.kernels.rest`, for every kernel
+            them. A row that sees nothing gives zeros and -inf. The incoming gradient of that
+            -inf is ignored, since it is NaN where two parts are merged. With `wide` the
+            output is fp32 or wider, before rounding, where the kernel can return it so.
+            `gen_accel.kernels.rest` adds the rest of a plan to these two, for every kernel
             that has them. Default: None.
         RESTS: whether `forward` and `forward_lse` take plans with a rest as they are.
-        place: (facts) -> Place, where "auto" tries it, or None where it does not. Default: "auto"
-            never takes it.
-        FORWARD_MODE: whether it has a forward-mode derivative; torch would take the missing one
+        place: (facts) -> Place, where "auto" tries the kernel, or None where it does not.
+            Default: "auto" never takes it.
+        FORWARD_MODE: whether there is a forward-mode derivative; torch would take a missing one
             for zero.
-        allowance: (q, k, v, weights, *, plan, scale) -> float, how much more than twice the error
-            of the reference in q's dtype the answers of some queries of one head may be off, in
-            units of v. q is (R, D), k and v (S, D) in the order of the plan's slots, and weights
-            (R, S) what the queries weigh the keys by; a row that sees nothing is zero. With one,
-            a kernel has no place. Default: 0.
+        allowance: (q, k, v, weights, *, plan, scale) -> float, in units of v: how far the outputs
+            of some queries of one head may be off, beyond twice the error of the reference in q's
+            dtype. q is (R, D), k and v (S, D) in the order of the plan's slots, and weights
+            (R, S) the softmax weights; a row that sees nothing is zero. A kernel with an
+            allowance has no place. Default: 0.
     """
 
     forward_lse: Callable[..., tuple[Tensor, Tensor]] | None = None
@@ -183,7 +182,7 @@ class KernelParts(NamedTuple):
     allowance: Callable[..., float] = lambda q, k, v, weights, *, plan, scale: 0.0
 
 
-# How each function is called: positional arguments, then keywords.
+# Arguments of each function: positional, then keywords.
 CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unsupported": (("facts",), ()),
     "forward": (("q", "k", "v", "plan"), ("scale",)),
@@ -193,22 +192,22 @@ CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 REQUIRED = ("unsupported", "forward")
 PARTS = (*REQUIRED, *KernelParts._fields)
-# A public name as near to a part that is missing is taken for it, misspelt.
+# A public name this similar to a missing part counts as a misspelling of that part.
 NEAR = 0.8
 
 
 @cache
 def parts_of(kernel: Kernel) -> KernelParts:
-    """The optional parts of `kernel`, read once."""
+    """Read the optional parts of `kernel`, once."""
     defaults = KernelParts._field_defaults
     return KernelParts._make(getattr(kernel, name, default) for name, default in defaults.items())
 
 
 def checked(name: str, module: ModuleType) -> Kernel:
-    """The module as a kernel.
+    """Return the module as a kernel, after checking the contract.
 
     Raises:
-        ValueError: a part that is missing, misspelt, of another type or with other arguments.
+        ValueError: a part is missing, misspelt, of another type or has other arguments.
     """
     own = [one for one, value in vars(module).items() if _is_own(module, one, value)]
     missing = [part for part in PARTS if not hasattr(module, part)]
@@ -234,7 +233,7 @@ def checked(name: str, module: ModuleType) -> Kernel:
 
 
 def why_not(name: str, kernel: Kernel, facts: Facts) -> list[str]:
-    """All that speaks against running a kernel on a call with these facts; empty where it runs."""
+    """List the reasons against running a kernel on a call with these facts; empty if none."""
     about = list(zip(facts.shapes, facts.dtypes, facts.devices, strict=True))
     if any(one != about[0] for one in about):
         words = ", ".join(f"{shape} {dtype} {device}" for shape, dtype, device in about)
@@ -249,7 +248,7 @@ def why_not(name: str, kernel: Kernel, facts: Facts) -> list[str]:
 
 
 def _is_own(module: ModuleType, name: str, value: Any) -> bool:
-    """Whether a name is public and made there: a function of it, or a constant."""
+    """Whether a name is public and made in the module: a function of its own, or a constant."""
     if name.startswith("_"):
         return False
     if inspect.isfunction(value):

@@ -1,4 +1,4 @@
-"""Second order of a rest around queries, as the kernels take it: see `Rest`."""
+"""Second order of a rest around queries, in the form that the kernels take: see `Rest`."""
 
 from typing import NamedTuple
 
@@ -12,8 +12,9 @@ from gen_accel.plan import CURVATURE, Plan, unpack
 
 
 class Curve(NamedTuple):
-    """The logarithm of what query t weighs a block by gains rise_t sum_d weight_d var_d, at most
-    `MOST_GAINED`, with the variance of the block's keys under the softmax of the mean query.
+    """Numbers of the second order: the logarithm of what query t weighs a block by gains
+    rise_t sum_d weight_d var_d, at most `MOST_GAINED`. var is the variance of the block's keys
+    under the softmax of the mean query.
 
     Args:
         rise: (B, H, N) fp32 or wider, CURVATURE a_t.
@@ -25,12 +26,12 @@ class Curve(NamedTuple):
 
 
 def curve_of(q: Tensor, k: Tensor, plan: Plan, scale: float, kernel: str = "auto") -> Curve | None:
-    """Curve of a call, differentiable in q and k; None where the rest has no second order.
+    """Compute the curve of a call, differentiable in q and k; None without a second order.
 
     Args:
         q, k: (B, H, N, D).
-        scale: of their products.
-        kernel: the name of the kernel for attention, which decides what runs here: see `helpers`.
+        scale: factor of q k^T.
+        kernel: name of the attention kernel, which decides what runs here: see `helpers`.
     """
     if plan.rest is None or plan.rest.order != "second":
         return None
@@ -44,7 +45,7 @@ def curve_of(q: Tensor, k: Tensor, plan: Plan, scale: float, kernel: str = "auto
 
 
 def plain(q: Tensor, k: Tensor, plan: Plan, scale: float) -> Curve:
-    """The same in torch."""
+    """Compute the curve in torch."""
     held_q, held_k = (held[:, 0] for held in plan.held)
     of_q, of_k = plan.left_out_counts()
     query = _squares_off_means(q, plan, plan.block_q)
@@ -54,13 +55,13 @@ def plain(q: Tensor, k: Tensor, plan: Plan, scale: float) -> Curve:
     both = (weight * by).sum(-1)
     some = both > 0
     factor = (CURVATURE * scale**2 / both.where(some, 1.0)).where(some, 0.0)
-    # A product and a sum, which no autocast rounds; not in the backward pass either.
+    # Product and sum, which no autocast rounds, not even in the backward pass.
     rise = (query * (by * factor[..., None])[:, :, None, None]).sum(-1)
     return Curve(unpack(rise.flatten(2)[..., None], plan)[..., 0], weight)
 
 
 def _squares_off_means(x: Tensor, plan: Plan, block: int) -> Tensor:
-    """(B, H, blocks, block, D) of slots: squares of what tokens are off the mean of their block; 0
+    """Squared offsets of tokens from the mean of their block, (B, H, blocks, block, D) of slots; 0
     for padding."""
     real = plan.real.view(-1, block, 1)
     packed = Packed.apply(x.to(torch.promote_types(x.dtype, torch.float32)), plan)
@@ -70,12 +71,12 @@ def _squares_off_means(x: Tensor, plan: Plan, block: int) -> Tensor:
 
 
 def _mean_square(squares: Tensor, counts: Tensor, held: Tensor) -> Tensor:
-    """(B, H, D), the mean over the tokens of all blocks, each as often as `counts` says.
+    """Mean over the tokens of all blocks, (B, H, D), each block counted `counts` times.
 
     Args:
-        squares: as `_squares_off_means` gives them.
+        squares: output of `_squares_off_means`.
         counts: (B or 1, H or 1, blocks).
-        held: (blocks,), tokens of each.
+        held: (blocks,), number of tokens of each.
     """
     counts = counts.to(squares.dtype)
     total = (counts * held.to(squares.dtype)).sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Attention in which nothing is left out: which kernel is faster at it than torch's own."""
+"""Dense attention, with nothing left out: which kernel runs it faster than torch's own."""
 
 from gen_accel.kernels import native
 from gen_accel.kernels.contract import Facts
@@ -7,13 +7,13 @@ from gen_accel.kernels.native import build
 
 
 def faster(facts: Facts) -> str | None:
-    """A kernel that is as exact as torch's own attention and faster at whole blocks of all pairs;
-    None where none is known.
+    """Name a kernel that is as exact as torch's own attention and faster at whole blocks of all
+    pairs; None where none is known.
 
-    `native` is on processors that multiply bf16 without tiles (AVX512_BF16): on two cores of an
+    `native` is, on processors that multiply bf16 without tiles (AVX512_BF16): on two cores of an
     AMD EPYC 2.1 to 2.6 times as fast in bf16 and 1.1 to 1.3 in fp32, at 2,160 to 5,070 tokens and
-    6 heads of 64. With tiles (AMX) torch's own is the faster one, see docs/performance.md, and so
-    it is on GPUs, where it runs what their makers tuned.
+    6 heads of 64. Torch's own is faster with tiles (AMX), see docs/performance.md, and on GPUs,
+    where it runs what their makers tuned.
     """
     there = build.is_built() and native.multiplies_bf16() and not has_tiles(facts.device)
     return "native" if there and not native.unsupported(facts) else None

@@ -1,10 +1,10 @@
 """FlashAttention-4 over blocks, on Hopper and Blackwell: an optional dependency.
 
-q, k and v are put in the order of the plan's slots, so that blocks are runs of them. Each query
-block has two lists of key blocks: those in which a mask decides pair by pair, and those seen
-whole. The backward pass takes the lists of each key block, and adds up the gradient of q in no
-fixed order. Where its tiles are larger than the plan's blocks, several blocks make one of the
-lists, in which the mask also says which of them are kept.
+q, k and v are put in slot order, so that blocks are contiguous. Each query block has two lists of
+key blocks: blocks in which a mask decides pair by pair, and blocks that are seen whole. The
+backward pass takes the lists of each key block, and adds up the gradient of q in no fixed order.
+Where the library's tiles are larger than the plan's blocks, a block of the lists covers several
+of the plan's, and the mask also says which of them are kept.
 
 References:
     Dao-AILab, flash-attention, `flash_attn/cute`, read in flash-attn-4 4.0.0b36:
@@ -34,7 +34,7 @@ from gen_accel.kernels.lists import left_packed, split_of_runs, why_too_long
 from gen_accel.plan import Plan, Route, Windows
 from gen_accel.room import in_words
 
-# What we pass to `flash_attn_func`, which older releases lack in part.
+# Arguments that we pass to `flash_attn_func`; older releases lack some.
 ARGUMENTS = ("mask_mod", "aux_tensors", "block_sparse_tensors", "block_sparse_tensors_bwd")
 
 _failed: dict[tuple, str] = {}
@@ -50,7 +50,7 @@ def unsupported(facts: Facts) -> list[str]:
 
 
 def _of_runs(facts: Facts, blocks: tuple[int, int]) -> list[str]:
-    """What speaks against a plan that holds runs in the place of a mask."""
+    """List the reasons against a plan that holds runs instead of a mask."""
     if facts.plan is None or facts.plan.runs is None:
         return []
     if blocks != (facts.block_q, facts.block_k):
@@ -68,7 +68,7 @@ def place(facts: Facts) -> Place:
     if facts.dynamic:
         return Place(11, "lists of a single call would be as wide as the plan")
     merges = flash4.blocks(facts) != (facts.block_q, facts.block_k)
-    # By estimate, our own kernel has a third of its speed on Blackwell and most of it on Hopper.
+    # By estimate, our own kernel reaches a third of its speed on Blackwell and most on Hopper.
     if merges and flash4.is_hopper(facts.device):
         return Place(11, "it would merge blocks of the plan")
     return Place(5)
@@ -82,7 +82,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Ten
 def forward_lse(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The output and each row's natural logsumexp, (B, H, N) fp32; both have gradients.
+    """Compute the output and each row's natural log-sum-exp, (B, H, N) fp32; both have gradients.
 
     A row that sees nothing gives zeros and -inf.
     """
@@ -101,8 +101,8 @@ def _attend(
     *,
     return_lse: bool,
 ) -> tuple[Tensor, Any]:
-    """(B, H, N, D), and the logsumexp of the slots, (B, H, S), which need not be there without
-    `return_lse`."""
+    """Compute the output, (B, H, N, D), and the log-sum-exp of the slots, (B, H, S), which may be
+    missing without `return_lse`."""
     library, blocks = _library(), lists.blocks
     packed = [x.transpose(1, 2) for x in (q, k, v)]
     if lists.order is not None:
@@ -124,7 +124,7 @@ def _attend(
             )
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever its compiler may throw
+    except Exception as error:  # its compiler may raise anything
         last = str(error).strip().splitlines() or [""]
         _failed[key] = f"FlashAttention-4 failed: {type(error).__name__}: {last[0]}"
         raise KernelFailed(_failed[key]) from error
@@ -134,17 +134,17 @@ def _attend(
 
 
 def _key(facts: Facts) -> tuple:
-    """All that decides which code is compiled."""
+    """Facts that decide which code is compiled."""
     blocks = facts.block_q, facts.block_k
     return facts.dim, facts.dtype, facts.device, facts.pattern, blocks, facts.grad
 
 
 class _Packed(torch.autograd.Function):
-    """Token order to slot order. The gradient of padding, which is none, is not read."""
+    """Token order to slot order. The gradient of padding is ignored."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        """(B, N, H, D) to (B, S, H, D), contiguous."""
+        """Copy (B, N, H, D) to (B, S, H, D), contiguous."""
         ctx.save_for_backward(back)
         return x.index_select(1, order)
 
@@ -172,14 +172,14 @@ class _Unpacked(torch.autograd.Function):
 
 
 class Blocks(NamedTuple):
-    """The four lists of FlashAttention-4, by its own names: for each query block its key blocks,
-    or the other way about.
+    """Four lists in FlashAttention-4's own names: key blocks for each query block, or query blocks
+    for each key block.
 
     Args:
-        mask_block_cnt, full_block_cnt: (B', H', K) int32, how many need the mask, and how many
-            are seen whole.
-        mask_block_idx, full_block_idx: (B', H', K, most) int32, which ones, in ascending order;
-            the rest is unused.
+        mask_block_cnt, full_block_cnt: (B', H', K) int32, the number of blocks that need the
+            mask, and of blocks that are seen whole.
+        mask_block_idx, full_block_idx: (B', H', K, most) int32, their numbers in ascending order;
+            entries past the count are unused.
     """
 
     mask_block_cnt: Tensor
@@ -189,15 +189,15 @@ class Blocks(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """What a call reads of a plan.
+    """Data of a plan that a call reads.
 
     Args:
         order, back: (S,) and (N,) int64, the token of each slot, 0 for padding, and the slot of
             each token. None where every slot holds the token of its own number.
-        rows: of the query blocks.
-        columns: of the key blocks; None where no gradient can be asked for.
+        rows: lists of the query blocks.
+        columns: lists of the key blocks; None where no gradient can be needed.
         mask: None where all pairs of kept blocks are seen.
-        aux: what the mask reads.
+        aux: tensors that the mask reads.
         blocks: slots in a query and in a key block.
     """
 
@@ -211,7 +211,7 @@ class Lists(NamedTuple):
 
 
 def prepare(plan: Plan, blocks: tuple[int, int]) -> Lists:
-    """Made anew for a dynamic plan, without waiting for the device; else made once and kept.
+    """Make the lists: anew for a dynamic plan, without waiting for the device; else once.
 
     Args:
         blocks: slots in a query and in a key block, multiples of the plan's.
@@ -248,19 +248,19 @@ def _lists(plan: Plan, blocks: tuple[int, int], *, backward: bool, cut: bool) ->
 
 
 def _lists_of_runs(plan: Plan) -> Lists:
-    """The same of a plan of runs, without its mask."""
+    """Make the lists of a plan of runs, without its mask."""
     rows, columns = (Blocks(*side) for side in split_of_runs(plan))
     mask, aux = _mask_of(plan) if rows.mask_block_cnt.any() else (None, [])
     return Lists(*_moved(plan), rows, columns, mask, aux, (plan.block_q, plan.block_k))
 
 
 def _moved(plan: Plan) -> tuple[Tensor | None, Tensor | None]:
-    """`order` and `back` of `Lists`."""
+    """Return `order` and `back` of `Lists`."""
     return (None, None) if plan.is_raster else (plan.slots.clamp_min(0), plan.places)
 
 
 def _padded(plan: Plan, multiple: int) -> Plan:
-    """With padding at its end, to a multiple of so many slots."""
+    """Copy the plan with padding at its end, up to a multiple of `multiple` slots."""
     more = -len(plan.slots) % multiple
     if not more:
         return plan
@@ -281,8 +281,8 @@ def _padded(plan: Plan, multiple: int) -> Plan:
 
 
 def _merged(keep: Tensor, whole: Tensor, query: int, key: int) -> tuple[Tensor, Tensor]:
-    """(B, H, Kq, Kk) bool, for blocks of `query` and `key` blocks each: kept where one of them is,
-    whole where all are."""
+    """Merge blocks into (B, H, Kq, Kk) bool, `query` by `key` blocks each: kept where any of them
+    is, whole where all are."""
     if (query, key) == (1, 1):
         return keep, whole
     parts = [x.unflatten(3, (-1, key)).unflatten(2, (-1, query)) for x in (keep, whole)]
@@ -290,32 +290,33 @@ def _merged(keep: Tensor, whole: Tensor, query: int, key: int) -> tuple[Tensor, 
 
 
 def _none(masked: Tensor) -> tuple[Tensor, Tensor]:
-    """Lists that are all empty."""
+    """Make lists that are all empty."""
     counts = masked.new_zeros(masked.shape[:3], dtype=torch.int32)
     return counts, counts[..., None].clone()
 
 
 class Mask(NamedTuple):
-    """Which pairs of slots are seen.
+    """Mask over pairs of slots.
 
     Args:
-        rule: its name in `RULES`.
-        blocks: slots in the plan's own blocks, where several make one; the mask then reads too
-            which of them are kept.
+        rule: name of its rule in `RULES`.
+        blocks: slots in the plan's own blocks, where a block of the lists covers several; the
+            mask then also reads which of them are kept.
     """
 
     rule: str
     blocks: tuple[int, int] | None = None
 
     def bits(self) -> "Rule":
-        """As it is computed."""
+        """Return the function that computes the mask."""
         bits, seen = RULES[self.rule]
         if self.blocks is None:
             return Rule(bits, seen)
         block_q, block_k = self.blocks
 
         def kept_too(aux: Any, b: Any, h: Any, query: Any, key: Any) -> Any:
-            """aux: (B, H, Kq, Kk) int8, -1 for blocks that are kept, and what `bits` reads."""
+            """aux: (B, H, Kq, Kk) int8, -1 for blocks that are kept, then the tensors of
+            `bits`."""
             kept = aux[0][b, h, query // block_q, key // block_k]
             return bits(aux[1:], b, h, query, key) & kept
 
@@ -323,9 +324,9 @@ class Mask(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A mask: slot `query` sees slot `key` where `bits(aux, b, h, query, key) == seen`.
+    """Mask in bits: slot `query` sees slot `key` where `bits(aux, b, h, query, key) == seen`.
 
-    `bits` is computed by operators and subscripts alone, so that one function serves integer
+    `bits` uses operators and subscripts alone, so that one function serves integer
     tensors of torch, which broadcast, and scalars of CuTe, while FlashAttention-4 compiles.
     """
 
@@ -334,7 +335,7 @@ class Rule(NamedTuple):
 
 
 # Windows of three axes in one int32: fields of nine bits, each below a guard bit. The guard
-# outlives the subtraction of a field that is no larger, and so two of them compare three axes.
+# survives the subtraction of a field that is no larger, so that two of them compare three axes.
 FIELD = 10
 FARTHEST = 2 ** (FIELD - 1) - 1
 SHORT = sum(1 << (FIELD * (axis + 1) - 1) for axis in range(3))
@@ -355,7 +356,7 @@ def _route(aux: Any, b: Any, h: Any, query: Any, key: Any) -> Any:
 
 
 def _in_windows(aux: Any, query: Any, key: Any) -> Any:
-    """The guards of all axes that hold in every word. aux: four times (S,) int32 for each word, as
+    """Guards of all axes that hold in every word. aux: four times (S,) int32 for each word, as
     in `_words`."""
     bits = -1
     for i in range(0, len(aux), 4):
@@ -381,10 +382,10 @@ RULES = {
 
 
 def _mask_of(plan: Plan, is_merged: bool = False) -> tuple[Mask, list[Tensor]]:
-    """The mask and what it reads.
+    """Return the mask and the tensors that it reads.
 
     Args:
-        is_merged: several blocks of the plan make one of the lists.
+        is_merged: whether a block of the lists covers several blocks of the plan.
     """
     name, aux = _rule_of(plan)
     if not is_merged:
@@ -408,19 +409,19 @@ def _rule_of(plan: Plan) -> tuple[str, list[Tensor]]:
 
 
 def _with_leading_axis(x: Tensor) -> Tensor:
-    """Contiguous, and of two columns at least: CuTe wants one axis alone to have a stride of 1."""
+    """Make x contiguous, with two columns at least: CuTe wants one axis alone of stride 1."""
     return F.pad(x, (0, 1)) if x.shape[-1] == 1 else x.contiguous()
 
 
 def _words(rule: Windows, real: Tensor, *, axes: int, farthest: int) -> list[Tensor]:
     """first, last, low and high of each word, all (S,) int32.
 
-    A query sees a key if first <= high and low <= last in every field. Both of a key are its
-    place; those of a free key meet any window, and a padded one's low lies past them all. Guard
-    bits stand in last and high.
+    A query sees a key if first <= high and low <= last in every field. low and high of a key are
+    both its place; a free key has a low and a high that meet any window, and the low of a padded
+    key lies past all windows. Guard bits stand in last and high.
 
     Args:
-        axes: in a word.
+        axes: number of axes in a word.
         farthest: the largest number of a field; places are below it.
     """
     least = rule.place.amin(1, keepdim=True)
@@ -445,12 +446,12 @@ def _words(rule: Windows, real: Tensor, *, axes: int, farthest: int) -> list[Ten
 
 
 class Library(NamedTuple):
-    """What we use of FlashAttention-4.
+    """Names of FlashAttention-4 that we use.
 
     Args:
         attend: `flash_attn_func`; q, k and v are (B, S, H, D).
         lists: `BlockSparseTensorsTorch`, the four lists and `block_size`.
-        mask: to a `mask_mod`.
+        mask: makes a `mask_mod` of a `Mask`.
     """
 
     attend: Callable[..., Any]
@@ -460,7 +461,7 @@ class Library(NamedTuple):
 
 @cache
 def _library() -> Library:
-    """Raises ImportError where it, or what it needs, is missing."""
+    """Import the library. Raises ImportError where a part is missing."""
     attend = import_module("flash_attn.cute").flash_attn_func
     lists = import_module("flash_attn.cute.block_sparsity").BlockSparseTensorsTorch
     return Library(attend, lists, _mask_mod)
@@ -479,7 +480,7 @@ def _library_reasons() -> list[str]:
 
 @cache
 def _mask_mod(mask: Mask) -> Callable:
-    """A mask as FlashAttention-4 calls it: for one pair, by vectors of one int32."""
+    """Make a mask as FlashAttention-4 calls it: for one pair, by vectors of one int32."""
     cutlass, cute = import_module("cutlass"), import_module("cutlass.cute")
     vector = import_module("flash_attn.cute.utils").scalar_to_ssa
     bits, seen = mask.bits()
@@ -491,7 +492,7 @@ def _mask_mod(mask: Mask) -> Callable:
         found = bits(aux_tensors, batch[0], head[0], query[0], key[0])
         return vector(found, cutlass.Int32) == vector(seen, cutlass.Int32)
 
-    # By this, it knows compiled kernels again. Its own hash would tell masks by their addresses.
+    # FlashAttention-4 caches compiled kernels by this; its own hash would go by a mask's address.
     source = inspect.getsource(sys.modules[__name__])
     mask_mod.__cute_hash__ = f"{__name__} {mask} {hashlib.sha256(source.encode()).hexdigest()}"
     return mask_mod

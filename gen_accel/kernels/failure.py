@@ -1,4 +1,4 @@
-"""What a kernel raises when it finds out only by trying that it cannot run."""
+"""Error of a kernel that finds out only by trying that it cannot run."""
 
 
 class KernelFailed(RuntimeError):

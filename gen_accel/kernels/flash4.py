@@ -1,10 +1,11 @@
-"""FlashAttention-4 as a package: where it is, and which calls its block-sparse kernels take.
+"""FlashAttention-4 as a package: whether it is here, and which calls its block-sparse kernels
+take.
 
 References:
-    Dao-AILab, flash-attention, `flash_attn/cute`, read in flash-attn-4 4.0.0b36. Which blocks fit
-    its tiles stands in `interface._tile_size_fwd_sm90`, `_fit_sm90_fwd_tile_to_block_sparsity`,
+    Dao-AILab, flash-attention, `flash_attn/cute`, read in flash-attn-4 4.0.0b36. The blocks that
+    fit its tiles are in `interface._tile_size_fwd_sm90`, `_fit_sm90_fwd_tile_to_block_sparsity`,
     `_tile_size_bwd_sm90`, `_get_fwd_config` and `block_sparsity.normalize_block_sparse_config`.
-    On sm_80 it takes lists of blocks and never reads them, and on sm_120 it asserts that there
+    On sm_80 it takes lists of blocks and never reads them; on sm_120 it asserts that there
     are none.
 """
 
@@ -24,7 +25,7 @@ MOST_MERGED = 4
 
 
 def reasons(facts: Facts) -> list[str]:
-    """Why its block-sparse kernels cannot run a call, in words; empty where they can."""
+    """List the reasons why its block-sparse kernels cannot run a call; empty where they can."""
     found = []
     if not installed():
         found.append(f"flash-attn-4 is not installed: {INSTALL}")
@@ -45,8 +46,9 @@ def reasons(facts: Facts) -> list[str]:
 
 
 def blocks(facts: Facts) -> tuple[int, int]:
-    """Slots of a query and a key block as it takes them: the least that are made of whole blocks
-    of the plan, of at most `MOST_MERGED` along an axis. The plan's own where there are none."""
+    """Slots of a query and a key block in its lists: the smallest multiples of the plan's blocks
+    that its tiles fit, at most `MOST_MERGED` blocks along an axis. The plan's own where none
+    fits."""
     major, own = _major(facts.device), (facts.block_q, facts.block_k)
     if major == 10:
         steps = 256, 128
@@ -62,7 +64,7 @@ def blocks(facts: Facts) -> tuple[int, int]:
 
 
 def _block_reasons(facts: Facts) -> list[str]:
-    """Which of its tiles do not divide the plan's blocks."""
+    """List the tiles that do not divide the plan's blocks."""
     major, step, reasons = _major(facts.device), 64, []
     where = f"on sm_{major}0"
     if major == 10:
@@ -87,7 +89,7 @@ def _block_reasons(facts: Facts) -> list[str]:
 def installed() -> bool:
     try:
         return find_spec("flash_attn.cute") is not None
-    except (ImportError, ValueError):  # no `flash_attn`, or an older one that does not import
+    except (ImportError, ValueError):  # no `flash_attn`, or an old one that does not import
         return False
 
 
@@ -101,7 +103,7 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def _major(device: torch.device) -> int | None:
-    """Of the compute capability; None where there is no such device here."""
+    """Major of the compute capability; None where there is no such device here."""
     if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_capability(device)[0]

@@ -2,8 +2,8 @@
 
 `torch.compile(flex_attention, dynamic=True)` emits C++ that does not compile on the CPU (torch
 2.13) as soon as a mask indexes a tensor or a second shape comes along, so every shape is compiled
-by itself. Compiled FlexAttention trusts the lists of whole and partial blocks; the eager one reads
-`mask_mod` alone, and is never run here.
+by itself. Compiled FlexAttention trusts the lists of whole and partial blocks; eager FlexAttention
+reads `mask_mod` alone, and is never run here.
 
 On Hopper and Blackwell its blocks go to FlashAttention-4, where that is installed and takes them.
 """
@@ -27,7 +27,7 @@ from gen_accel.kernels.failure import KernelFailed
 from gen_accel.kernels.lists import left_packed, split_of_runs, why_too_long
 from gen_accel.plan import Plan, Route, pack, unpack
 
-FLASH_SINCE = "2.13"  # torch, whose BACKEND="FLASH" was read there
+FLASH_SINCE = "2.13"  # torch release in which BACKEND="FLASH" was read
 compile_seconds: list[float] = []  # one entry for each compilation of this process
 
 _masks: "WeakKeyDictionary[Plan, BlockMask]" = WeakKeyDictionary()
@@ -75,7 +75,7 @@ def place(facts: Facts) -> Place:
 
 
 def flash_reasons(facts: Facts) -> list[str]:
-    """Why FlexAttention does not hand its blocks to FlashAttention-4; empty where it does."""
+    """List the reasons why FlexAttention does not use FlashAttention-4; empty where it does."""
     reasons = flash4.reasons(facts)
     if facts.grad and (facts.lse or facts.rest):
         reasons.append("it has no gradient of the log-sum-exp")
@@ -91,13 +91,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Ten
 def forward_lse(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The wide output is rounded too: FlexAttention writes it in q's dtype."""
+    """Compute output and log-sum-exp. The wide output is rounded too: FlexAttention writes q's
+    dtype."""
     out, aux = _attend(q, k, v, plan, scale, lse=True)
     return unpack(out, plan), unpack(aux.lse[..., None], plan)[..., 0]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, *, lse: bool) -> Any:
-    """Results of FlexAttention, of slots."""
+    """Run FlexAttention on slots and return its results."""
     packed = pack(q, plan), pack(k, plan), pack(v, plan)
     if not torch.is_grad_enabled():  # on the CPU FlexAttention looks at `requires_grad` alone
         packed = packed[0].detach(), packed[1].detach(), packed[2].detach()
@@ -111,7 +112,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, *, lse: b
         run, start = _fresh(options, lse=lse), time.perf_counter()
         try:
             out = run(*packed, mask, scale)
-        except Exception as error:  # whatever a compiler may throw
+        except Exception as error:  # a compiler may raise anything
             last = str(error).strip().splitlines() or [type(error).__name__]
             known[key], failure = f"compilation failed: {type(error).__name__}: {last[0]}", error
             continue
@@ -122,7 +123,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, *, lse: b
 
 
 def _ways(facts: Facts, plan: Plan) -> list[Any]:
-    """The kernel options to try, one after the other."""
+    """List the kernel options to try, one after the other."""
     own = _kernel_options(plan, facts.device)
     return [own] if flash_reasons(facts) else [{"BACKEND": "FLASH"}, own]
 
@@ -132,7 +133,7 @@ def _key(facts: Facts) -> tuple:
 
 
 def _fresh(options: Any, *, lse: bool) -> Callable:
-    """A compiled call with code of its own: Dynamo counts recompilations by code object."""
+    """Make a compiled call with its own code: Dynamo counts recompilations by code object."""
     run = _call(options, lse=lse)
     code = run.__code__.replace(co_name=f"flex_{next(_serial)}")
     fresh = types.FunctionType(code, run.__globals__, closure=run.__closure__)
@@ -150,7 +151,7 @@ def _call(options: Any, *, lse: bool) -> Any:
 
 
 def _kernel_options(plan: Plan, device: torch.device) -> Any:
-    """On GPUs the kernel's own tiles must divide the plan's blocks, forward and backward."""
+    """Choose tiles on GPUs, which must divide the plan's blocks, forward and backward."""
     if device.type == "cpu":
         return {}
     query, key = (block & -block for block in (plan.block_q, plan.block_k))  # powers of two
@@ -183,23 +184,24 @@ def _block_mask(plan: Plan) -> BlockMask:
 
 
 def _lists_of_runs(plan: Plan) -> list[Tensor]:
-    """The eight lists of a `BlockMask`, of which `from_kv_blocks` would make half by a mask."""
+    """Make the eight lists of a `BlockMask`; `from_kv_blocks` would make half of them by a
+    mask."""
     rows, columns = split_of_runs(plan)
-    if plan.slots.device.type == "cpu":  # where lists must be said to be as wide as the plan
+    if plan.slots.device.type == "cpu":  # where lists must claim to be as wide as the plan
         K = plan.blocks.shape[3]
         rows = rows._replace(masked=_widened(rows.masked, K), whole=_widened(rows.whole, K))
     return [*rows, *columns]
 
 
 def _widened(index: Tensor, columns: int) -> Tensor:
-    """(1, 1, K, most) lists as (1, 1, K, columns): past its own a row goes on into the next."""
+    """Widen (1, 1, K, most) lists to (1, 1, K, columns): past its end a row runs into the next."""
     K, most = index.shape[2:]
     held = pad(index.flatten(), (0, columns - most))
     return held.as_strided((1, 1, K, columns), (len(held), len(held), most, 1))
 
 
 def _mask_mod(plan: Plan) -> Callable:
-    """The rule inside partial blocks; `real` and the windows are captured as data."""
+    """Rule inside partial blocks; `real` and the windows are captured as data."""
     real, rule = plan.real, plan.partial
     if rule is None:
         return lambda b, h, i, j: real[j]

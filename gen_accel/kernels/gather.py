@@ -1,10 +1,10 @@
 """Batched matrix products over gathered key blocks. Autograd on any device, no compiler.
 
-Query blocks are sorted by how many key blocks they see and worked off in groups: one gather, two
+Query blocks are sorted by how many key blocks they see and processed in groups: one gather, two
 products and one softmax for a group. The backward pass gathers again and recomputes the softmax,
-so that nothing of the size of the scores is kept between the passes. Of bf16 and fp16 inputs the
-scores and their gradients are fp32: rounded scores would be as wrong as they are large. On a GPU
-it waits for the lengths of the lists of a plan that was made for one call.
+so that nothing of the size of the scores is kept between the passes. For bf16 and fp16 inputs the
+scores and their gradients are fp32, since rounding errs in proportion to a score. On a GPU
+a plan made for one call waits for the lengths of its lists.
 """
 
 import math
@@ -21,7 +21,7 @@ from gen_accel.kernels.contract import Facts, Place
 from gen_accel.kernels.lists import has_tiles, prepare
 from gen_accel.plan import Plan
 
-# What one thread works on at a time, in bytes: keys, values and scores that stay in its cache from
+# Bytes that one thread works on at a time: keys, values and scores that stay in its cache from
 # one product to the next, yet enough to keep the products busy. A GPU takes as much as LANES
 # threads, to launch fewer kernels.
 GROUP = 2 << 20
@@ -29,10 +29,10 @@ LANES = 32
 KEPT = 32 << 20  # bytes of a buffer that a CPU keeps from call to call
 
 # Queries in a block from which on one operator for products and softmax is faster in fp32, on the
-# processors where it is in bf16.
+# processors where it is faster in bf16.
 LARGE = 192
 
-# Of these the backward pass multiplies rounded weights and score gradients, at twice the rate.
+# Dtypes in which the backward pass multiplies rounded weights and score gradients, twice as fast.
 LOW = (torch.bfloat16,)
 
 
@@ -41,8 +41,8 @@ def unsupported(facts: Facts) -> list[str]:
 
 
 def place(facts: Facts) -> Place:
-    """On the CPU before `flex`: it compiles nothing, and was the faster one on radial plans (see
-    benchmarks/results/)."""
+    """Place on the CPU before `flex`: `gather` compiles nothing, and was faster on radial plans
+    (see benchmarks/results/)."""
     if facts.device.type != "cpu":
         return Place(40, "it runs many small operations")
     if facts.pattern == "route":
@@ -57,8 +57,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Ten
 def forward_lse(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp. One operator for products and softmax, of bf16, has rounded
-    the wide output."""
+    """Return output and log-sum-exp. For bf16, the operator that does products and softmax in one
+    rounds the wide output."""
     return _of_tokens(q, k, v, plan, scale, lse=True, wide=wide)
 
 
@@ -96,8 +96,8 @@ def _attention(
     lse: bool,
     wide: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Attention in slot order, (B, H, S, D), in fp32 at least if it is to be `wide`, and its
-    log-sum-exp, (B, H, S), empty where it is not asked for. One opaque operator: a compiler sees
+    """Compute attention in slot order, (B, H, S, D), in fp32 at least where `wide`, and its
+    log-sum-exp, (B, H, S), empty where not requested. One opaque operator: a compiler sees
     no loop."""
     fused = gain is None and _fuses(q, block_q)
     most = torch.promote_types(q.dtype, torch.float32)
@@ -121,7 +121,7 @@ def _attention(
 
 
 def _fuses(q: Tensor, block_q: int) -> bool:
-    """Whether products and softmax are faster in one operator."""
+    """Whether one operator for products and softmax is faster."""
     large = q.dtype == torch.float32 and block_q >= LARGE
     return (q.dtype in LOW or large) and has_tiles(q.device)
 
@@ -220,7 +220,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     q, k, v, lse, index, counts, gain, *rule = ctx.saved_tensors
-    # Where two parts are merged, the gradient at -inf is no number.
+    # Where two parts are merged, the gradient at -inf is NaN.
     above = grad, grad_lse.masked_fill(lse.isneginf(), 0.0) if ctx.lse else None
     with torch.autocast(q.device.type, enabled=False):  # `backward` may be called inside of it
         grads = _backward(*above, q, k, v, index, counts, rule, gain, *ctx.sizes)
@@ -232,14 +232,14 @@ _attention.register_autograd(_differentiate, setup_context=_save)
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """Query blocks that see the same number of key blocks; G of them, n key blocks each."""
+    """Group of G query blocks that see the same number n of key blocks."""
 
     blocks: Tensor  # (G * n,) of all B x H x Kk key blocks
     q: Tensor  # (G, block_q, D)
     k: Tensor  # (G, n * block_k, D)
     v: Tensor
     weights: Tensor  # (G, block_q, n * block_k), the softmax
-    slope: Tensor | None  # like the weights, what a gain multiplied each score by
+    slope: Tensor | None  # like the weights, the factor by which a gain scaled each score
     lse: Tensor | None  # (G, block_q)
 
 
@@ -249,8 +249,8 @@ Memory = dict[tuple[str, torch.dtype], Tensor]
 
 @contextmanager
 def _scratch(device: torch.device) -> Iterator[Memory]:
-    """Memory for the groups of a call. A CPU keeps it for the next call of the thread: mapped in
-    anew it would cost as much as the products. A GPU's allocator keeps its own."""
+    """Yield memory for the groups of a call. A CPU keeps it for the thread's next call, since
+    mapping it anew would cost as much as the products. A GPU's allocator keeps its own."""
     if device.type != "cpu":
         yield {}
         return
@@ -261,9 +261,9 @@ def _scratch(device: torch.device) -> Iterator[Memory]:
 
 
 class _Work:
-    """The groups of one call, one after the other in the same memory.
+    """Groups of one call, one after the other in the same memory.
 
-    Memory that is new to a group would have to be mapped in page by page and would miss the cache.
+    New memory for each group would have to be mapped page by page and would miss the cache.
     """
 
     def __init__(
@@ -293,7 +293,8 @@ class _Work:
             hidden, self.key_groups = rule[1:]
             self.route = hidden.expand(B, H, -1, -1).reshape(-1, block_q, hidden.shape[3])
         self.Kq, self.Kk, self.block_q, self.block_k = S // block_q, S // block_k, block_q, block_k
-        # One row for every query block of every head, sorted so that a group has one length.
+        # One row for every query block of every head, sorted so that a group has lists of one
+        # length.
         totals, masked = counts.expand(2, B, H, self.Kq).flatten(1)
         order = torch.argsort(totals * (self.Kk + 1) + masked)
         self.totals, self.masked = totals[order].tolist(), masked[order].tolist()
@@ -306,7 +307,7 @@ class _Work:
             self.gain = gain.to(self.q.dtype).reshape(-1, self.Kk)
             of_row = torch.arange(len(self.gain), device=q.device).view(*gain.shape[:3])
             self.pattern = of_row.expand(B, H, -1).flatten()[self.order]
-        # Of what a group holds for each key of each row; a fused group holds no scores.
+        # Bytes that a group holds for each key of each row; a fused group holds no scores.
         scores = 0 if fused else block_q * self.q.element_size()
         self.bytes = scores + D * (self.k.element_size() + self.v.element_size())
         self.lanes = torch.get_num_threads() if q.device.type == "cpu" else LANES
@@ -314,13 +315,14 @@ class _Work:
         self.views: dict[tuple, Tensor] = {}
 
     def unset(self, shape: Sequence[int], dtype: torch.dtype, blind: float = 0.0) -> Tensor:
-        """Room for a result of each query block, `blind` already where one sees nothing."""
+        """Allocate a result of each query block, already filled with `blind` where one sees
+        nothing."""
         out = torch.empty(shape, dtype=dtype, device=self.q.device)
         return out.index_fill_(0, self.order[: self.totals.count(0)], blind)
 
     def parts(self) -> Iterator[tuple[slice, int]]:
-        """The rows of each group, of all B x H x Kq query blocks in `order`, and how many key
-        blocks each sees."""
+        """Yield the rows of each group, of all B x H x Kq query blocks in `order`, and the number
+        of key blocks that each sees."""
         row, end = self.totals.count(0), len(self.totals)
         while row < end:
             total = self.totals[row]
@@ -332,7 +334,7 @@ class _Work:
             row = stop
 
     def space(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Uninitialised memory, which the next call with this name gets again."""
+        """Uninitialised memory, which the next call with this name reuses."""
         if (name, shape) not in self.views:
             size = math.prod(shape)
             key = name, dtype or self.q.dtype
@@ -350,7 +352,7 @@ class _Work:
         return self.space(name, *x.shape, dtype=dtype).copy_(x)
 
     def fetched(self, name: str, source: Tensor, blocks: Tensor, rows: int) -> Tensor:
-        """(rows, n * block_k, D)"""
+        """Gather blocks into (rows, n * block_k, D)."""
         space = self.space(name, len(blocks), *source.shape[1:], dtype=source.dtype)
         return torch.index_select(source, 0, blocks, out=space).view(rows, -1, source.shape[2])
 
@@ -380,8 +382,8 @@ class _Work:
         return _Group(blocks, q, k, v, weights, slope, lse)
 
     def fused(self, rows: slice, total: int) -> tuple[Tensor, Tensor | None]:
-        """Products and softmax in one operator, which holds scores in fp32 and rounds weights;
-        with the log-sum-exp of each row where it is asked for."""
+        """Run products and softmax in one operator, which holds scores in fp32 and rounds weights;
+        with the log-sum-exp of each row where requested."""
         blocks = self.index[rows, :total].flatten()
         q = self.fetched("q", self.q, self.order[rows], rows.stop - rows.start)[:, None]
         k = self.fetched("k", self.k, blocks, len(q))[:, None]
@@ -406,7 +408,7 @@ class _Work:
         return found, lse if self.lse else None
 
     def _dampened(self, scores: Tensor, rows: slice, blocks: Tensor) -> Tensor:
-        """Multiply the positive scores by their gains in place; the slope, of the same shape."""
+        """Multiply the positive scores by their gains in place; return the slope, same shape."""
         assert self.gain is not None
         gain = self.gain[self.pattern[rows]].gather(1, blocks % self.Kk)  # (G, n)
         positive = self.space("positive", *scores.shape, dtype=torch.bool)
@@ -419,8 +421,8 @@ class _Work:
         return slope
 
     def _weights(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The softmax in the dtype of v, in the memory of the scores where that is theirs, and
-        the log-sum-exp where it is asked for."""
+        """Compute the softmax in the dtype of v, in the memory of the scores where they have that
+        dtype, and the log-sum-exp where requested."""
         highest = scores.amax(-1) if self.lse else None
         torch.softmax(scores, -1, out=scores)
         # The largest weight is exp(highest - lse).
@@ -430,7 +432,8 @@ class _Work:
         return self.rounded("weights", scores, self.dtype), lse
 
     def _excess(self, rows: Tensor, blocks: Tensor) -> Tensor:
-        """(G, block_q or 1, masked * block_k) fp32, above 0 where a query does not see a key."""
+        """Compute excess over the slack, (G, block_q or 1, masked * block_k) fp32, above 0 where
+        a query does not see a key."""
         key, query = blocks % self.Kk, rows % self.Kq
         slack = self.slack.view(self.Kk, self.block_k)[key].flatten(1)[:, None]
         if not self.windows:

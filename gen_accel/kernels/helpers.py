@@ -1,8 +1,8 @@
-"""Which code runs what stands beside attention: the choice of blocks and the linear branch.
+"""Code that runs the parts beside attention, the choice of blocks and the linear branch.
 
-The name of the kernel decides: "auto", "native" and "int8" take C++ where it is built and serves,
-"auto" and "triton" a Triton kernel on a GPU that has it, "triton" under its interpreter too, and
-every other name takes torch alone.
+The kernel's name decides: "auto", "native" and "int8" take C++ where it is built and serves.
+"auto" and "triton" take a Triton kernel on a GPU that has it, "triton" under its interpreter too.
+Every other name takes torch alone.
 """
 
 from typing import Any
@@ -17,8 +17,8 @@ from gen_accel.kernels.native.bounds import DTYPES
 
 
 def native_serves(kernel: str, *tensors: Tensor) -> bool:
-    """Whether C++ runs for these tensors. Not under `torch.func` and forward-mode
-    differentiation, of which C++ knows nothing."""
+    """Whether C++ runs for these tensors. Not under `torch.func` and forward-mode differentiation,
+    which C++ does not support."""
     if kernel not in ("auto", "native", "int8"):
         return False
     kinds = {(x.dtype, x.device.type) for x in tensors}
@@ -37,7 +37,7 @@ def triton_serves(kernel: str, x: Tensor, dim: int = 0) -> bool:
     """Whether a Triton kernel runs for this tensor, (B, H, ...).
 
     Args:
-        dim: of the heads that it multiplies.
+        dim: head dim that the kernel multiplies.
     """
     asked = kernel == "triton" or (kernel == "auto" and x.device.type == "cuda")
     if not asked or is_forward_mode():

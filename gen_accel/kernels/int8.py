@@ -1,8 +1,8 @@
 """Attention with products of 8 bits in C++, for generating on a CPU; rounds, so only by its name.
 
-The first kernel whose answer differs by more than the order of its sums: what q, k, v and the
-weights lose to 8 bits stands in `quantised`, which derives how far an answer may be off. So "auto"
-never takes it.
+Unlike other kernels, its answer differs by more than the order of its sums. `quantised` describes
+the rounding of q, k, v and the weights to 8 bits, and derives how far an answer may be off. So
+"auto" never takes it.
 """
 
 from torch import Tensor

@@ -2,8 +2,8 @@
 
     o = f(q) (sum f(k)^T v) / (eps + f(q) . sum f(k)), sums over the keys of the set
 
-`plain` is the meaning, torch alone with autograd. On GPUs a Triton kernel does the same, and on
-CPUs native/linear.cpp, with f in it, where it is built. The name of the kernel for attention
+`plain` is the definition, torch alone with autograd. A Triton kernel does the same on GPUs, and
+native/linear.cpp, with f in it, on CPUs where it is built. The name of the attention kernel
 decides which of them runs: see `helpers`.
 """
 
@@ -17,7 +17,7 @@ from gen_accel.kernels.helpers import native_serves, triton_serves
 from gen_accel.kernels.native import linear as native
 from gen_accel.plan import Plan, pack, unpack
 
-STATES = 1 << 27  # numbers in the states and sums that are made at once; at least one head
+STATES = 1 << 27  # numbers in the states and sums that are held at once; at least one head
 
 
 def in_one(
@@ -31,16 +31,16 @@ def in_one(
     *,
     kernel: str = "auto",
 ) -> Tensor | None:
-    """f and the sums in one pass, (B, H, N, D) in the order of the tokens; None where no kernel
+    """Compute f and the sums in one pass, (B, H, N, D) in token order; None where no kernel
     serves these tensors.
 
     Args:
         q, k, v: (B, H, N, D).
-        plan: whose slots and blocks the sets are for.
+        plan: plan whose slots and blocks the sets are for.
         sets: (B, H, Kq, Kk) bool, the key blocks of each query block; None for all.
         feature_map: f, "softmax" over the head dim, "elu" plus 1 or "relu".
         eps: keeps small denominators from zero.
-        kernel: the name of the kernel for attention.
+        kernel: name of the attention kernel.
     """
     if native_serves(kernel, q, k, v):
         return native.linear(q, k, v, *_arguments(plan, sets, feature_map), eps)
@@ -64,8 +64,8 @@ def added(
     *,
     kernel: str = "auto",
 ) -> Tensor | None:
-    """`base` + `in_one` weight^T + bias, without a gradient and, where `base` lies in a row, in
-    its memory; None where no kernel serves these tensors.
+    """Compute `base` + `in_one` weight^T + bias, without a gradient, in the memory of `base` where
+    that is contiguous; None where no kernel serves these tensors.
 
     Args:
         weight, bias: of a linear layer of the head dim.
@@ -82,7 +82,7 @@ def added(
 def _arguments(
     plan: Plan, sets: Tensor | None, feature_map: str
 ) -> tuple[Tensor, Tensor | None, int, int, int]:
-    """What the native branch takes between v and eps."""
+    """Arguments of the native branch between v and eps."""
     return plan.slots, sets, plan.block_q, plan.block_k, native.MAPS.index(feature_map)
 
 
@@ -96,15 +96,15 @@ def linear_attention(
     eps: float,
     kernel: str = "auto",
 ) -> Tensor:
-    """(B, H, N, D); zero where a set holds no token.
+    """Compute linear attention over sets, (B, H, N, D); zero where a set holds no token.
 
     Args:
         fq, fk: features of q and k, (B, H, N, D).
-        v: like them.
-        plan: whose slots and blocks the sets are for.
+        v: (B, H, N, D).
+        plan: plan whose slots and blocks the sets are for.
         sets: (B, H, Kq, Kk) bool; None for all.
         eps: keeps small denominators from zero.
-        kernel: the name of the kernel for attention.
+        kernel: name of the attention kernel.
     """
     fused = triton_serves(kernel, fq, fq.shape[3])
     if sets is None and not fused:
@@ -120,7 +120,8 @@ def _by_heads(
     sets: Tensor | None,
     run: Callable[..., Tensor],
 ) -> Tensor:
-    """`run(fq, fk, v, plan, sets)` of as many heads at once as STATES allows; all sets without."""
+    """Run `run(fq, fk, v, plan, sets)` for as many heads at once as STATES allows; None is all
+    sets."""
     B, H, _, D = fq.shape
     if sets is None:
         sets = torch.ones_like(plan.keep[:1, :1])
@@ -133,7 +134,7 @@ def _by_heads(
 
 
 def over_all(fq: Tensor, fk: Tensor, v: Tensor, *, eps: float) -> Tensor:
-    """The same over all keys."""
+    """Compute linear attention over all keys."""
     wide = torch.promote_types(fq.dtype, torch.float32)  # sums over all keys overflow fp16
     queries, keys, values = fq.to(wide), fk.to(wide), v.to(wide)
     state, norm = keys.transpose(-1, -2) @ values, keys.sum(2)[..., None]
@@ -141,8 +142,8 @@ def over_all(fq: Tensor, fk: Tensor, v: Tensor, *, eps: float) -> Tensor:
 
 
 def plain(fq: Tensor, fk: Tensor, v: Tensor, plan: Plan, sets: Tensor, *, eps: float) -> Tensor:
-    """The states of the key blocks are made once, and added up for each query block by one product
-    with the map of the sets."""
+    """Compute linear attention over sets in torch. The states of the key blocks are made once, and
+    summed for each query block by one product with the map of the sets."""
     wide = torch.promote_types(fq.dtype, torch.float32)  # sums over many keys overflow fp16
     real = plan.real[:, None].to(wide)
     keys = (pack(fk, plan).to(wide) * real).unflatten(2, (-1, plan.block_k))

@@ -1,4 +1,4 @@
-"""The kept blocks of a plan as index lists, which several kernels read; what a CPU is good at."""
+"""Kept blocks of a plan as index lists, which several kernels read, and whether a CPU has AMX."""
 
 from typing import NamedTuple
 
@@ -9,23 +9,24 @@ from torch.nn.functional import pad
 from gen_accel.plan import Plan, Route
 from gen_accel.room import in_words
 
-# Bytes of `Split` lists of a plan of runs. All are as long as the longest, so that one block that
-# sees all may make them many times what they hold.
+# Bytes of `Split` lists of a plan of runs. All lists are as long as the longest, so that one block
+# that sees all can make them many times larger than their content.
 MOST = 1 << 31
 FAR = 1e9  # farther than any token from any other, along any axis
 
 
 class Lists(NamedTuple):
-    """The kept blocks of a plan as index lists, with what else the operator needs of the plan.
+    """Kept blocks of a plan as index lists, with the other data of the plan that the operator
+    needs.
 
     Args:
         order: (S,) int64, the token of each slot, and `back` (N,), the slot of each token; None
             where nothing is reordered or padded.
         index: (B', H', Kq, most) int64 for the B' x H' patterns of `keep`, the key blocks of each
-            query block: first those that need a mask, then the whole ones; the rest is unused.
-        counts: (2, B', H', Kq) on the CPU: key blocks in all, and those that need a mask.
-        rule: what hides a key from a query, see `rule`.
-        gain: of the plan.
+            query block: blocks that need a mask first, then the whole ones; the rest is unused.
+        counts: (2, B', H', Kq) on the CPU: key blocks in all, and the number that need a mask.
+        rule: additive mask in parts, see `rule`.
+        gain: gain of the plan.
     """
 
     order: Tensor | None
@@ -53,7 +54,7 @@ def _lists(plan: Plan) -> Lists:
 
 
 def kept_blocks(plan: Plan) -> tuple[Tensor, Tensor]:
-    """`index` and `counts` of `Lists`."""
+    """Make `index` and `counts` of `Lists`."""
     if plan.runs is not None:
         return blocks_of_runs(plan, torch.int64)
     whole = plan.whole
@@ -64,12 +65,12 @@ def kept_blocks(plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 def blocks_of_runs(plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`kept_blocks` of a plan of runs, without its mask, the numbers in `dtype`."""
+    """Make `kept_blocks` of a plan of runs, without its mask, the numbers in `dtype`."""
     assert plan.runs is not None
     totals = plan.runs.counts
     masked = torch.zeros_like(totals)
     most = max(int(totals.max()), 1)
-    # Not filled: of one long list among short ones most is never touched, and takes no memory.
+    # Left unfilled: of one long list among short ones most is never touched, and takes no memory.
     index = torch.empty(len(totals), most, dtype=dtype, device=totals.device)
     for rows, row, column, whole in plan.slices():
         places, masked[rows] = masked_first(row, whole, totals[rows])
@@ -78,13 +79,13 @@ def blocks_of_runs(plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def masked_first(row: Tensor, whole: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
-    """Places in its row's list of each kept pair, (P,), pairs that need a mask before the whole
-    ones and else in the order given; and how many need one in each row, (rows,).
+    """Place of each kept pair in its row's list, (P,), pairs that need a mask before the whole
+    ones and otherwise in the order given; and the number that need a mask in each row, (rows,).
 
     Args:
         row: (P,) in ascending order.
         whole: (P,) bool.
-        totals: (rows,) int64, how many pairs lie in each row.
+        totals: (rows,) int64, the number of pairs in each row.
     """
     start = pad(totals.cumsum(0), (1, 0))
     masked = pad((~whole).cumsum(0), (1, 0))  # before each pair
@@ -96,12 +97,12 @@ def masked_first(row: Tensor, whole: Tensor, totals: Tensor) -> tuple[Tensor, Te
 
 
 class Split(NamedTuple):
-    """For each block of one side the blocks of the other, in ascending order. Numbers past a count
-    are zeros.
+    """Lists of blocks of the other side for each block of one side, in ascending order. Entries
+    past a count are zeros.
 
     Args:
-        masked_counts, masked: (1, 1, K) and (1, 1, K, most) int32, those that need a mask.
-        whole_counts, whole: the same of those that are seen whole.
+        masked_counts, masked: (1, 1, K) and (1, 1, K, most) int32, the blocks that need a mask.
+        whole_counts, whole: the same for blocks that are seen whole.
     """
 
     masked_counts: Tensor
@@ -111,8 +112,8 @@ class Split(NamedTuple):
 
 
 def split_of_runs(plan: Plan) -> tuple[Split, Split]:
-    """Lists of the query blocks and of the key blocks of a plan of runs, without its mask. Waits
-    for the device."""
+    """Make the lists of the query blocks and of the key blocks of a plan of runs, without its
+    mask. Waits for the device."""
     by_row, by_column = ([_Filling(one) for one in side] for side in _kinds_of_runs(plan))
     for some, row, column, whole in plan.slices():
         for kind, held in enumerate((~whole, whole)):
@@ -125,8 +126,8 @@ def split_of_runs(plan: Plan) -> tuple[Split, Split]:
 
 
 def why_too_long(plan: Plan | None) -> list[str]:
-    """What speaks against `split_of_runs`, in words; of a plan with a mask nothing. Waits for the
-    device the first time."""
+    """List the reasons against `split_of_runs`; none for a plan with a mask. Waits for the device
+    the first time."""
     if plan is None or plan.runs is None:
         return []
     size = plan.prepared(why_too_long, lambda: _split_bytes(plan))
@@ -144,8 +145,8 @@ def _split_bytes(plan: Plan) -> int:
 
 
 def _kinds_of_runs(plan: Plan) -> tuple[Tensor, Tensor]:
-    """(2, Kq) and (2, Kk) int64: of each block how many of the other side need a mask, and how
-    many are seen whole."""
+    """Count for each block the blocks of the other side that need a mask, and the ones that are
+    seen whole: (2, Kq) and (2, Kk) int64."""
     return plan.prepared(_kinds_of_runs, lambda: _counted_kinds(plan))
 
 
@@ -163,7 +164,7 @@ class _Filling:
     """Lists that are filled part by part.
 
     Args:
-        counts: (K,) int64, how long each will be.
+        counts: (K,) int64, the final length of each.
     """
 
     def __init__(self, counts: Tensor) -> None:
@@ -180,19 +181,19 @@ class _Filling:
         self.filled += more
 
     def lists(self) -> tuple[Tensor, Tensor]:
-        """Counts and numbers as in `Split`."""
+        """Return counts and numbers as in `Split`."""
         return self.counts.int()[None, None], self.index.view(1, 1, -1, self.most)
 
 
 def left_packed(blocks: Tensor, *, cut: bool = False) -> tuple[Tensor, Tensor]:
-    """Counts (..., K) and numbers (..., K, most) of the columns that hold in each row, both int32.
+    """Counts (..., K) and numbers (..., K, most) of the columns that are set in each row, int32.
 
     Args:
         blocks: (..., K, columns) bool.
         cut: shorten the lists to the longest one, which waits for the device.
 
     Returns:
-        Numbers ascend; those past the count of a row are unused.
+        Numbers ascend; entries past the count of a row are unused.
     """
     counts = blocks.sum(-1, dtype=torch.int32)
     ones = blocks.to(torch.uint8, memory_format=torch.contiguous_format)
@@ -205,8 +206,8 @@ def left_packed(blocks: Tensor, *, cut: bool = False) -> tuple[Tensor, Tensor]:
 def rule(plan: Plan) -> list[Tensor]:
     """Additive mask in parts, fp32: cheaper than comparisons, whose results are boolean.
 
-    A query sees a key if no `abs(place - center) - half` of any axis exceeds the key's slack; with
-    a route, if what hides the key's group from it, 0 or 1, does not.
+    A query sees a key if no `abs(place - center) - half` of any axis exceeds the key's slack; and
+    with a route, if the query's 0 or 1 for the key's group does not exceed it either.
 
     Returns:
         slack (S,); with windows also center, half and place, all (A, S) fp32; with a route also
@@ -226,6 +227,6 @@ def rule(plan: Plan) -> list[Tensor]:
 
 
 def has_tiles(device: torch.device) -> bool:
-    """Whether products of bf16 matrices run several times as fast as those of fp32 (AMX)."""
+    """Whether products of bf16 matrices run several times as fast as fp32 products (AMX)."""
     known = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return device.type == "cpu" and known is not None and known()

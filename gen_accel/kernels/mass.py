@@ -1,4 +1,4 @@
-"""Mass of dense attention by blocks, which a method chooses by that has seen it.
+"""Mass of dense attention by blocks, for methods that choose blocks after seeing it.
 
 Torch alone, on any device.
 """
@@ -8,22 +8,22 @@ from torch import Tensor
 
 from gen_accel.plan import Plan, Slots, pack
 
-NUMBERS = 1 << 24  # scores that are made at once
+NUMBERS = 1 << 24  # scores that are held at once
 
 
 @torch.no_grad()
 def block_mass(q: Tensor, k: Tensor, slots: Plan | Slots, *, scale: float) -> Tensor:
-    """Mean over the queries of a block of what they weigh the keys of a block by, summed.
+    """Sum the weights of the keys of a block, averaged over the queries of a block.
 
         mass_ij = mean over t in i of sum over s in j of softmax(scale q_t K^T)_s
 
     Padding counts neither as query nor as key. A row of blocks sums to 1. Whole rows of scores
     are made for some query blocks at a time, so that their log-sum-exp need not be known before:
-    this is one product of q and k, where dense attention over again to learn it takes two more.
+    this is one product of q and k, where another dense attention to learn it takes two more.
 
     Args:
         q, k: (B, H, N, D).
-        slots: how tokens lie in blocks; of a plan nothing else is read.
+        slots: layout of tokens in blocks; nothing else of a plan is read.
 
     Returns:
         (B, H, Kq, Kk) in fp32 or wider; 0 for blocks of padding alone.
@@ -53,12 +53,12 @@ def block_mass(q: Tensor, k: Tensor, slots: Plan | Slots, *, scale: float) -> Te
 
 
 def heaviest(mass: Tensor, counts: Tensor, always: Tensor) -> Tensor:
-    """(B, H, Kq, Kk) bool: in each row as many blocks as `counts` says, with the greatest mass.
+    """Mask of the `counts` blocks with the greatest mass in each row, (B, H, Kq, Kk) bool.
 
     Args:
         mass: (B, H, Kq, Kk).
-        counts: (B or 1, H or 1, Kq) int64, counting what is kept in any case.
-        always: (Kq, Kk) bool, kept in any case.
+        counts: (B or 1, H or 1, Kq) int64, including the blocks that are always kept.
+        always: (Kq, Kk) bool, blocks that are always kept.
     """
     ranked = mass.masked_fill(always, torch.inf).sort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(mass.shape[-1], device=mass.device)

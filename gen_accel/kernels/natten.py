@@ -1,16 +1,16 @@
 """NATTEN's kernels for windows over a grid: CUDA only, an optional dependency.
 
-It takes the numbers of `Neighborhood`, which the plan carries in `Windows.boxes`, and reads q, k
-and v in the order of the tokens: no lists, no padding. Text is additional keys and values to it,
-and queries of the text, which see all, are torch's own attention beside it.
+The library takes the numbers of `Neighborhood`, which the plan carries in `Windows.boxes`, and
+reads q, k and v in token order: no lists, no padding. Text is passed as additional keys and
+values. Queries of the text, which see all, run in torch's own attention beside it.
 
 References:
     Hassani et al., "Generalized Neighborhood Attention", 2025, https://arxiv.org/abs/2504.16922.
     NATTEN 0.21.7, `natten.functional` (`na1d`, `na2d`, `na3d`, `attention`). Windows are shifted
-    inwards at borders, an even one has one token more before than after, and the queries of a
+    inwards at borders, an even window has one token more before than after, and the queries of a
     stride share the window of their middle one, or of their last where causal: as here, see
-    `spans` of the method. Unlike here, a window has at least two tokens. The log-sum-exp, natural
-    and of the grid and the additional keys together, is left out of its backward passes.
+    `spans` of the method. Unlike here, a window has at least two tokens. The log-sum-exp is
+    natural, over the grid and the additional keys together, and has no backward pass.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ from gen_accel.plan import Boxes, Plan, Windows
 INSTALL = "pip install natten --no-build-isolation"
 DTYPES = (torch.bfloat16, torch.float16)
 AXES = ("frames", "rows", "columns")
-# Majors of the compute capability that it has kernels of their own for. Those for older cards are
+# Major compute capabilities that NATTEN has kernels of their own for. Kernels for older cards are
 # of the generation of FlashAttention-2, without its speed.
 FAST = (9, 10)
 
@@ -95,7 +95,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Ten
 def forward_lse(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Without a gradient. The wide output is rounded too: the library writes it in q's dtype."""
+    """Compute output and log-sum-exp, without a gradient. The wide output is rounded too: the
+    library writes q's dtype."""
     with _on_its_device(q, scale), torch.no_grad():
         return over_grid_lse(q, k, v, _boxes(plan), scale=scale)
 
@@ -118,7 +119,7 @@ def _on_its_device(q: Tensor, scale: float) -> Iterator[None]:
 
 
 def over_grid(q: Tensor, k: Tensor, v: Tensor, boxes: Boxes, *, scale: float) -> Tensor:
-    """Attention of the windows, (B, H, N, D) in and out."""
+    """Compute attention in windows, (B, H, N, D) in and out."""
     (out,) = _of_grid(q, k, v, boxes, scale)
     if not boxes.text:
         return out
@@ -129,7 +130,7 @@ def over_grid(q: Tensor, k: Tensor, v: Tensor, boxes: Boxes, *, scale: float) ->
 def over_grid_lse(
     q: Tensor, k: Tensor, v: Tensor, boxes: Boxes, *, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output, and the log-sum-exp of each row, (B, H, N) fp32."""
+    """Compute output, and the log-sum-exp of each row, (B, H, N) fp32."""
     out, lse = _of_grid(q, k, v, boxes, scale, return_lse=True)
     lse = lse.flatten(1, -2).transpose(1, 2)
     if not boxes.text:
@@ -142,14 +143,14 @@ def over_grid_lse(
 def _of_grid(
     q: Tensor, k: Tensor, v: Tensor, boxes: Boxes, scale: float, **options: Any
 ) -> list[Tensor]:
-    """Results of the library for the queries of the grid: the output, (B, H, tokens of the grid,
-    D), and with `return_lse=True` the log-sum-exp, (B, axes that are longer than one, H)."""
+    """Run the library for the queries of the grid: the output, (B, H, tokens of the grid, D),
+    and with `return_lse=True` the log-sum-exp, (B, axes that are longer than one, H)."""
     video = q.shape[2] - boxes.text
     on_grid = [_gridded(x[:, :, :video], boxes) for x in (q, k, v)]
     if boxes.text:
         keys, values = (x[:, :, video:].transpose(1, 2).contiguous() for x in (k, v))
         options |= {"additional_keys": keys, "additional_values": values}
-    # An axis of one token is none to NATTEN.
+    # NATTEN does not accept an axis of one token.
     long = [axis for axis, size in enumerate(boxes.grid) if size > 1]
     for name, numbers in (
         ("kernel_size", boxes.window),
@@ -164,19 +165,19 @@ def _of_grid(
 
 
 def _gridded(x: Tensor, boxes: Boxes) -> Tensor:
-    """(B, H, tokens of the grid, D) to (B, axes that are longer than one, H, D)."""
+    """Reshape (B, H, tokens of the grid, D) to (B, axes that are longer than one, H, D)."""
     sizes = [size for size in boxes.grid if size > 1]
     return x.transpose(1, 2).unflatten(1, sizes).contiguous()
 
 
 def _library(axes: int) -> Callable[..., Any]:
-    """`na1d`, `na2d` or `na3d`."""
+    """Import `na1d`, `na2d` or `na3d`."""
     natten = import_module("natten")
     return (natten.na1d, natten.na2d, natten.na3d)[axes - 1]
 
 
 def _dense() -> Callable[..., tuple[Tensor, Tensor]]:
-    """`attention` of the library, (B, N, H, D), of which torch's own gives no log-sum-exp."""
+    """Import the library's `attention`, (B, N, H, D); torch's own returns no log-sum-exp."""
     return import_module("natten").attention
 
 

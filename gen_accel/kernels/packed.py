@@ -9,7 +9,7 @@ from gen_accel.plan import Plan, pack, unpack
 
 
 class Packed(torch.autograd.Function):
-    """`pack`, for what leaves padding out: its gradient adds up nothing."""
+    """`pack`, for callers that leave padding out: its gradient adds up nothing."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: Plan) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sums and means over blocks of tokens, which methods choose by."""
+"""Sums and means over blocks of tokens, by which methods choose blocks."""
 
 import torch
 from torch import Tensor
@@ -9,11 +9,11 @@ from gen_accel.plan import Slots, pack
 
 
 def block_sums(x: Tensor, slots: Slots, block: int, kernel: str = "auto") -> Tensor:
-    """(B, H, S / block, D) fp32 of x (B, H, N, D), padding left out.
+    """Sum x (B, H, N, D) over blocks: (B, H, S / block, D) fp32, padding left out.
 
     Args:
         block: slots in a block.
-        kernel: the name of the kernel for attention, which decides what runs here: see `helpers`.
+        kernel: name of the attention kernel, which decides what runs here: see `helpers`.
     """
     if native_serves(kernel, x):
         return native.block_sums(x, slots.slots, block)
@@ -26,7 +26,7 @@ def block_sums(x: Tensor, slots: Slots, block: int, kernel: str = "auto") -> Ten
 
 
 def block_means(x: Tensor, slots: Slots, block: int, kernel: str = "auto") -> Tensor:
-    """The same, over how many tokens each block holds; zero where none."""
+    """Average x over the tokens of each block, as `block_sums`; zero where a block holds none."""
     if _triton_serves(kernel, x):
         return _by_triton(x, slots, block, mean=True)
     sums = block_sums(x, slots, block, kernel)
@@ -36,7 +36,7 @@ def block_means(x: Tensor, slots: Slots, block: int, kernel: str = "auto") -> Te
 
 
 def _triton_serves(kernel: str, x: Tensor) -> bool:
-    """Whether Triton runs, which has no gradient of these sums."""
+    """Whether Triton runs. It has no gradient of these sums."""
     needs_grad = x.requires_grad and torch.is_grad_enabled()
     return triton_serves(kernel, x) and not needs_grad
 

@@ -1,17 +1,17 @@
-"""Attention on numbers of 8 bits: where it runs, and how far it errs.
+"""Attention on 8-bit numbers: where it runs, and how far it errs.
 
-Whole numbers stand for what is left of keys and values without the mean of their block, at a step
-of 1/127 of the largest: of a token in q and k, of a channel of a block in v. Weights become whole
-numbers at a step of 1/255 of the largest of their query and block. Everything else is of floats:
+q, k and v become whole numbers, k and v off the mean of their block, at a step of 1/127 of
+the largest: of a token in q and k, of a channel of a block in v. Weights become whole
+numbers at a step of 1/255 of the largest of their query and block. Everything else is floats:
 the means are added back by products in fp32, so that they cancel out of the softmax as exactly as
 they do in the reference, with a gain on the scores too.
 
 References:
     Zhang et al., "SageAttention", arXiv 2410.02367: products of 8 bits with one scale a token or a
-    block, and the mean key taken off. There it is the mean of a head; of a block it leaves less to
-    round, and no key counts that a query does not see.
+    block, and the mean key taken off. There it is the mean of a head; the mean of a block leaves
+    less to round, and no key counts that a query does not see.
     Zhang et al., "SageAttention2", arXiv 2411.10958: means that are taken off block by block and
-    come back as a product of their own; there of queries.
+    come back as a product of their own; there, means of queries.
 """
 
 import torch
@@ -24,13 +24,13 @@ from gen_accel.plan import Plan
 
 STEPS = 127  # from 0 to the largest of q, k and v
 WEIGHT_STEPS = 255  # from 0 to the largest weight
-# Of the error's standard deviation: the largest of 1e8 numbers from a normal distribution.
+# Standard deviations of the error: the largest of 1e8 numbers from a normal distribution.
 DEVIATIONS = 6
 HELD = 1 << 24  # numbers that `deviation` holds at once
 
 
 def reasons(facts: Facts) -> list[str]:
-    """Why it cannot run, in words; empty where it can."""
+    """List the reasons why it cannot run, in words; empty where it can."""
     found = native.unsupported(facts)
     if missing := int8.lacks():
         found.append(f"the processor lacks {missing}; kernel 'native' does without")
@@ -42,15 +42,15 @@ def reasons(facts: Facts) -> list[str]:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(B, H, N, D), fp32 where `wide`, and log-sum-exps (B, H, N) fp32, without a gradient."""
+    """Compute (B, H, N, D), fp32 where `wide`, and log-sum-exps (B, H, N) fp32; no gradient."""
     return int8.attention(q, k, v, plan, scale=scale, wide=wide)
 
 
 def allowance(
     q: Tensor, k: Tensor, v: Tensor, weights: Tensor, *, plan: Plan, scale: float
 ) -> float:
-    """How far the rounding to 8 bits may take an answer: see `KernelParts`. At most from the least
-    to the largest value of a channel, of which an answer is a mean."""
+    """Bound how far rounding to 8 bits may move an answer: see `KernelParts`. At most the range of
+    a channel's values, of which an answer is a mean."""
     deviations = deviation(q, k, v, weights, plan=plan, scale=scale)
     values = v[plan.real.to(v.device)].double()
     span = values.amax(0) - values.amin(0)
@@ -60,7 +60,7 @@ def allowance(
 def deviation(
     q: Tensor, k: Tensor, v: Tensor, weights: Tensor, *, plan: Plan, scale: float
 ) -> Tensor:
-    """The standard deviation of each output, (R, D), as rounding to 8 bits makes it err.
+    """Standard deviation of each output, (R, D), due to rounding to 8 bits.
 
     A number that is rounded at a step of h errs by h / sqrt(12), and independently of the others.
     To first order, an error e of a score moves the output o = sum w v by w e (v - o), so that
@@ -76,8 +76,8 @@ def deviation(
     Args:
         q: (R, D), some queries of one head.
         k, v: (S, D), in the order of the slots.
-        weights: (R, S), what the queries weigh the keys by.
-        plan: whose slots and key blocks these are.
+        weights: (R, S), the softmax weights of the queries.
+        plan: plan whose slots and key blocks these are.
     """
     q, k, v, w = (x.double() for x in (q, k, v, weights))
     keys, values = _without_means(k, plan), _without_means(v, plan)
@@ -97,13 +97,13 @@ def deviation(
     x = h_k.square() * q.square().sum(-1, keepdim=True)
     x = x + h_q[:, None].square() * keys.square().sum(-1)
     x = (x * (w > 0)).amax(-1, keepdim=True) * scale**2 / 12
-    x = x.clamp(1e-6, 100)  # where it is too near to 0 to divide by, or past all bounds
+    x = x.clamp(1e-6, 100)  # where too near to 0 to divide by, or past all bounds
     growth = ((2 * x).exp() - 2 * (x / 2).exp() + 1) / x
     return (((of_q + of_k) * growth + of_weights + of_v) / 12).sqrt()
 
 
 def _without_means(x: Tensor, plan: Plan) -> Tensor:
-    """(S, D) without the mean of the tokens of each key block; zero for padding."""
+    """Take the mean of the tokens of each key block off, (S, D); zero for padding."""
     real = plan.real.to(x.device).view(-1, plan.block_k, 1)
     blocks = x.unflatten(0, (-1, plan.block_k)).masked_fill(~real, 0)
     means = blocks.sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
@@ -111,6 +111,6 @@ def _without_means(x: Tensor, plan: Plan) -> Tensor:
 
 
 def _moments(w: Tensor, v: Tensor, keys: Tensor) -> Tensor:
-    """Sums of w v k' over the keys, (R, D, D)."""
+    """Sum w v k' over the keys, (R, D, D)."""
     some = max(1, HELD // max(1, v.numel()))
     return torch.cat([(rows[:, None] * v.T) @ keys for rows in w.split(some)])

@@ -1,4 +1,4 @@
-"""Dense masked attention: the meaning of a Plan. Slow, any device, any dtype, autograd."""
+"""Dense masked attention: the definition of a Plan. Slow, any device, any dtype, autograd."""
 
 from typing import NamedTuple
 
@@ -51,7 +51,8 @@ def logsumexp(q: Tensor, k: Tensor, plan: Plan, *, scale: float) -> Tensor:
 
 
 def scores(q: Tensor, k: Tensor, plan: Plan, *, scale: float) -> Tensor:
-    """(B, H, S, S) scaled products in fp32 or wider, -inf where the plan keeps nothing."""
+    """Compute scaled products, (B, H, S, S) in fp32 or wider, -inf where the plan keeps
+    nothing."""
     compute = torch.promote_types(q.dtype, torch.float32)
     products = pack(q, plan).to(compute) @ pack(k, plan).to(compute).transpose(-1, -2) * scale
     if plan.gain is not None:
@@ -60,13 +61,13 @@ def scores(q: Tensor, k: Tensor, plan: Plan, *, scale: float) -> Tensor:
 
 
 class Pooled(NamedTuple):
-    """The rest of a plan, see `Rest`.
+    """Rest of a plan, see `Rest`.
 
     Args:
-        scores: (B, H, S, Kk), -inf for blocks that are kept or hold nothing.
+        scores: (B, H, S, Kk), -inf for blocks that are kept or empty.
         values: (B, H, 1 or Kq, Kk, D), for all query blocks or for each.
-        off: (B, H, Kq, block_q, D), each query off the one that is pooled around, x there.
-        slope: (B, H, D, D), H there; None in zeroth order.
+        off: (B, H, Kq, block_q, D), the offset x of each query in `Rest`.
+        slope: (B, H, D, D), H of `Rest`; None in zeroth order.
     """
 
     scores: Tensor
@@ -76,7 +77,7 @@ class Pooled(NamedTuple):
 
 
 def pooled(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Pooled:
-    """The pooled keys and values of all blocks, in fp32 or wider."""
+    """Pool the keys and values of all blocks, in fp32 or wider."""
     assert plan.rest is not None
     compute = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (pack(x, plan).to(compute) for x in (q, k, v))
@@ -102,7 +103,7 @@ def pooled(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Pool
             apart = (keys[:, :, None] - key[:, :, :, :, None]).square()
             s = torch.einsum("bhijt,bhijtd,bhd->bhij", weight, apart, w)
             gained = CURVATURE * a[..., None] * s[:, :, :, None]
-            # At the bound clamp_max still has a gradient, which `Rest` has not.
+            # At the bound clamp_max still has a gradient; `Rest` has none.
             weighed = weighed + gained.masked_fill(gained >= MOST_GAINED, MOST_GAINED)
     slope = None
     if plan.rest.order != "zeroth":
@@ -115,11 +116,11 @@ def pooled(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Pool
 def bend(
     queries: Tensor, keys: Tensor, left_out: Tensor, plan: Plan, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The numbers a_t, (..., Kq, block_q), and w, (..., D), of the second order of `Rest`.
+    """Compute a_t, (..., Kq, block_q), and w, (..., D), of the second order of `Rest`.
 
     Args:
         queries, keys: (..., Kq, block_q, D) and (..., Kk, block_k, D) of slots.
-        left_out: (..., Kq, Kk) bool, of blocks that both hold tokens.
+        left_out: (..., Kq, Kk) bool, left-out pairs of blocks that both hold tokens.
     """
     sides = []
     for x, count in ((queries, left_out.sum(-1)), (keys, left_out.sum(-2))):
@@ -135,12 +136,12 @@ def bend(
 
 
 def by_pair(blocks: Tensor, plan: Plan) -> Tensor:
-    """Pairs of blocks to pairs of slots, (B, H, Kq, Kk) to (B, H, S, S)."""
+    """Expand pairs of blocks to pairs of slots, (B, H, Kq, Kk) to (B, H, S, S)."""
     return blocks.repeat_interleave(plan.block_q, -2).repeat_interleave(plan.block_k, -1)
 
 
 def pairs(plan: Plan) -> Tensor:
-    """(B or 1, H or 1, S, S) bool: which slots see which."""
+    """Mask over pairs of slots, (B or 1, H or 1, S, S) bool, true where a query sees a key."""
     keep = by_pair(plan.keep, plan) & plan.real
     if plan.partial is None:
         return keep

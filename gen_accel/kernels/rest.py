@@ -1,7 +1,7 @@
-"""The rest of a plan: what it does not keep, pooled, added to the attention over what it keeps.
+"""Rest of a plan: the blocks that it does not keep, pooled and added to attention over the others.
 
-`plain` is torch alone, with autograd; `reference` holds the meaning. The name of the kernel for
-attention decides what runs: see `helpers`.
+`plain` is torch alone, with autograd; `reference` holds the definition. The name of the attention
+kernel decides what runs: see `helpers`.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from gen_accel.kernels.helpers import native_serves, triton_serves
 from gen_accel.kernels.native import rest as native
 from gen_accel.plan import MOST_GAINED, Plan, pack, unpack
 
-NUMBERS = 1 << 24  # of scores, pooled keys and pooled values that are made at once
+NUMBERS = 1 << 24  # scores, pooled keys and pooled values that are held at once
 
 
 def attention(
@@ -30,12 +30,12 @@ def attention(
     scale: float,
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the kept keys and the rest in one softmax.
+    """Compute attention over the kept keys and the rest in one softmax.
 
     Args:
-        forward_lse: of a kernel, which takes no rest; see `contract.KernelParts`.
-        plan: with a rest.
-        kernel: the name that decides what adds the rest: that kernel's own, or "auto".
+        forward_lse: function of a kernel that takes no rest; see `contract.KernelParts`.
+        plan: a plan with a rest.
+        kernel: name that decides what adds the rest: the kernel's own, or "auto".
 
     Returns:
         (B, H, N, D) in q's dtype, and the log-sum-exp of kept keys and rest, (B, H, N).
@@ -57,14 +57,14 @@ def added(
     scale: float,
     kernel: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The rest, merged into attention over the kept keys by log-sum-exps.
+    """Merge the rest into attention over the kept keys, by log-sum-exps.
 
     Args:
-        out, lse: (B, H, N, D) and (B, H, N), as `forward_lse` of a kernel gives them.
+        out, lse: (B, H, N, D) and (B, H, N), as `forward_lse` of a kernel returns them.
 
     Returns:
-        The same of kept keys and rest, differentiable in all five tensors; the first is in q's
-        dtype or a wider one.
+        Output and log-sum-exp over kept keys and rest, differentiable in all five tensors; the
+        output is in q's dtype or a wider one.
     """
     curve = curve_of(q, k, plan, scale, kernel)
     if native_serves(kernel, q, k, v):
@@ -94,8 +94,8 @@ def plain(
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`added` in torch, without a slope and with query blocks in groups. The backward pass makes
-    each group anew, so that nothing of the size of the scores is kept."""
+    """Run `added` in torch, without a slope and with query blocks in groups. The backward pass
+    computes each group again, so that nothing of the size of the scores is kept."""
     assert plan.rest is not None
     wide = torch.promote_types(lse.dtype, torch.float32)
     q, k, v, out = (pack(x, plan).to(wide) for x in (q, k, v, out))
@@ -131,10 +131,10 @@ Tensors = tuple[Tensor, ...]
 def _around_keys(
     plan: Plan, scale: float, some: slice, rows: Tensors, given: Tensors
 ) -> tuple[Tensor, Tensor]:
-    """Some query blocks against all mean keys.
+    """Merge all mean keys into some query blocks.
 
     Args:
-        rows: of these blocks, q (B, H, n, block_q, D), the output and the log-sum-exp so far.
+        rows: of these blocks, q (B, H, n, block_q, D), and output and log-sum-exp so far.
         given: mean keys and values, (B, H, Kk, D).
     """
     (q, out, lse), (key, value) = rows, given
@@ -146,11 +146,11 @@ def _around_keys(
 def _around_queries(
     plan: Plan, scale: float, some: slice, rows: Tensors, given: Tensors
 ) -> tuple[Tensor, Tensor]:
-    """Some query blocks against keys and values that are pooled for them.
+    """Merge keys and values that are pooled for them into some query blocks.
 
     Args:
-        rows: as above, and the rise of a curve, (B, H, n, block_q), where there is one.
-        given: keys and values of slots, (B, H, S, D), and the weight of a curve, (B, H, D).
+        rows: as above, then the rise of a curve, (B, H, n, block_q), where there is one.
+        given: keys and values of slots, (B, H, S, D), then the weight of a curve, (B, H, D).
     """
     (q, out, lse, *rise), (k, v, *weight) = rows, given
     real_q, real_k = plan.real.view(-1, plan.block_q, 1)[some], plan.real.view(-1, plan.block_k)
@@ -167,23 +167,23 @@ def _around_queries(
     if rise:
         spans = _variances(shares, keys, key, weight[0], real_k).transpose(2, 3)
         gained = rise[0][..., None] * spans[:, :, :, None]
-        # At the bound clamp_max still has a gradient, which `Rest` has not.
+        # At the bound clamp_max still has a gradient; `Rest` has none.
         scores = scores + gained.masked_fill(gained >= MOST_GAINED, MOST_GAINED)
     return merged(out, lse, scores, value.transpose(2, 3), _left_out(plan, some, real_k.sum(1)))
 
 
 def _variances(shares: Tensor, keys: Tensor, key: Tensor, weight: Tensor, real: Tensor) -> Tensor:
-    """(B, H, Kk, n), the variance of each block's keys for each query block, weighed and summed
-    over the channels.
+    """Variance of each block's keys for each query block, weighed and summed over the channels,
+    (B, H, Kk, n).
 
     Args:
-        shares: (B, H, Kk, n, block_k) of the keys in the pooled one.
+        shares: (B, H, Kk, n, block_k), the weights of the keys in the pooled key.
         keys: (B, H, Kk, block_k, D) of slots.
-        key: (B, H, Kk, n, D), pooled.
+        key: (B, H, Kk, n, D), pooled keys.
         weight: (B, H, D).
         real: (Kk, block_k) bool, the slots that hold tokens.
     """
-    # Off the mean of a block, or most digits would cancel.
+    # Offsets from the mean of a block; otherwise most digits would cancel.
     held = real.sum(1)[:, None, None].clamp_min(1)
     mean = ((keys * real[..., None]).sum(3, keepdim=True) / held).detach()
     weight = weight[:, :, None, None]
@@ -192,19 +192,19 @@ def _variances(shares: Tensor, keys: Tensor, key: Tensor, weight: Tensor, real: 
 
 
 def _left_out(plan: Plan, some: slice, count: Tensor) -> Tensor:
-    """(B', H', n, 1, Kk) bool: blocks that hold tokens and are not kept."""
+    """Mask of blocks that hold tokens but are not kept, (B', H', n, 1, Kk) bool."""
     return (~plan.keep[:, :, some] & (count > 0))[:, :, :, None]
 
 
 def merged(
     out: Tensor, lse: Tensor, scores: Tensor, values: Tensor, left_out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`out` and `lse` of some query blocks with what they leave out: (B, H, n, block_q, D) and
+    """Add the left-out blocks to `out` and `lse` of some query blocks: (B, H, n, block_q, D) and
     (B, H, n, block_q).
 
     Args:
-        scores: (B, H, n, block_q, Kk) of pooled keys.
-        values: (B, H, n or 1, Kk, D), pooled.
+        scores: (B, H, n, block_q, Kk), scores of pooled keys.
+        values: (B, H, n or 1, Kk, D), pooled values.
         left_out: (B, H, n, 1, Kk) bool.
     """
     scores = scores.masked_fill(~left_out, -torch.inf)
@@ -212,21 +212,21 @@ def merged(
     total = scores.logsumexp(-1)
     weights = scores.softmax(-1).where(any_left, 0.0)
     joint = torch.logaddexp(lse, total)
-    # Where nothing is left out the answer is as it was, bit for bit, and has no gradient here.
-    # Not exp(total - joint), which is as wrong as these are large.
+    # Where nothing is left out the answer is unchanged, bit for bit, and has no gradient here.
+    # Not exp(total - joint), whose error grows with the size of these.
     share = torch.sigmoid(total - lse).where(any_left[..., 0], 0.0)[..., None]
     merged = torch.lerp(out, weights @ values, share)
     return merged.where(any_left, out), joint.where(any_left[..., 0], lse)
 
 
 class _InGroups(torch.autograd.Function):
-    """Rows of tensors in groups of query blocks; each is made again for the backward pass."""
+    """Rows of tensors in groups of query blocks; the backward pass computes each group again."""
 
     @staticmethod
     def forward(
         ctx: Any, run: Callable, step: int, count: int, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Run it on `count` tensors of rows, and on the others whole."""
+        """Run it on the first `count` tensors in groups of rows, and on the others whole."""
         ctx.run, ctx.step, ctx.count = run, step, count
         ctx.save_for_backward(*tensors)
         rows, given = tensors[:count], tensors[count:]
@@ -245,7 +245,7 @@ class _InGroups(torch.autograd.Function):
         for some in _groups(rows[0].shape[2], ctx.step):
             own = tuple(x[:, :, some].detach().requires_grad_() for x in rows)
             leaves = tuple(x.detach().requires_grad_() for x in given)
-            # `backward` may be called inside of autocast.
+            # `backward` may be called inside autocast.
             with torch.enable_grad(), torch.autocast(rows[0].device.type, enabled=False):
                 made = ctx.run(some, own, leaves)
                 grads = grad[:, :, some], grad_lse[:, :, some]

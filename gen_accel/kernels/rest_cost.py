@@ -1,18 +1,18 @@
-"""Cost of the rest of a plan on a device, by a model of products and bytes, and the centre that it
-had better be pooled around.
+"""Cost of the rest of a plan on a device, by a model of products and bytes, and the cheaper centre
+for it.
 
-A kernel takes the longest of its products, its bytes from memory and those through the last cache,
-and a moment to start. With N tokens and D numbers a head, Kq query and Kk key blocks:
+A kernel takes the longest of its products, its bytes from memory and its bytes through the last
+cache, plus a moment to start. With N tokens and head dim D, Kq query and Kk key blocks:
 
     kept          4 density N N D products; K and V once from memory, once a query block from cache
     around keys   4 N Kk D products; K and V once, the output of the kept keys read and written; a
-                  start for what the keys of a head have in common, as around queries
+                  start for the common key of a head, as around queries
     around queries  the same, and 6 Kq N D for pooling, whose 2 Kq Kk D numbers are written to the
                   cache and read again, in chunks of as many pairs as it holds
-    first order   4 N D D, to make a slope of K and V and to add what it says of each query
+    first order   4 N D D, to make a slope of K and V and to apply it to each query
 
-Nothing here is measured: rates are from the makers' data sheets, times what attention reaches of
-them. A device without a row is taken by its products alone.
+Nothing here is measured: rates are from the makers' data sheets, times the share of them that
+attention reaches. A device without a row is judged by its products alone.
 """
 
 import math
@@ -25,12 +25,12 @@ from gen_accel.plan import Centre, RestOrder
 
 MULTIPLY_ADD = 2  # operations
 ROWS = 64  # mean queries that pool a key block together
-CURVE_STARTS = 10  # of kernels that read no tokens: eight by torch, two of ours
+CURVE_STARTS = 10  # kernels that read no tokens: eight by torch, two of ours
 
 
 class Card(NamedTuple):
-    """Operations a second of attention in 16 bits; bytes a second from and to memory and the last
-    cache; and seconds until a further kernel runs."""
+    """Rates of a card: operations a second of attention in 16 bits; bytes a second from and to
+    memory, and through the last cache; and seconds until a further kernel runs."""
 
     flops: float
     memory: float = math.inf
@@ -38,8 +38,8 @@ class Card(NamedTuple):
     start: float = 0.0
 
 
-# Half of the products and four fifths of the bytes that are on paper; of caches what others
-# measured of the same generation, to a factor of 1.5 or so.
+# Half of the products and four fifths of the bytes on paper; for caches, measurements by others of
+# the same generation, to a factor of 1.5 or so.
 CARDS = {
     "sm_80": Card(156e12, 0.8 * 1.56e12, 4.0e12, 3e-6),
     "sm_90": Card(495e12, 0.8 * 3.35e12, 5.5e12, 3e-6),
@@ -47,12 +47,12 @@ CARDS = {
     "sm_120": Card(82e12, 0.8 * 1.01e12, 4.0e12, 3e-6),
     "gfx942": Card(650e12, 0.8 * 5.3e12, 10e12, 5e-6),
 }
-UNKNOWN = Card(1e12)  # of which ratios alone are asked
+UNKNOWN = Card(1e12)  # only ratios of its times are used
 
-# How many times the density a plan with mean keys needs to come as near to dense attention as one
-# with mean queries, by the order of these: in PSNR of whole clips of the demo model. Zeroth, four
-# prompts, blocks of 128 queries: 1.2 to 1.4 at density 0.1, more than 2 at 0.2. Second, six
-# prompts, blocks of 64: 1.8 at 0.1, and no density up to 0.2 is enough at 0.2.
+# Factor by which a plan with mean keys needs more density to come as near to dense attention as a
+# plan with mean queries, by the order of the mean queries; in PSNR of whole clips of the demo
+# model. Zeroth, four prompts, blocks of 128 queries: 1.2 to 1.4 at density 0.1, more than 2 at
+# 0.2. Second, six prompts, blocks of 64: 1.8 at 0.1, and no density up to 0.2 is enough at 0.2.
 WORTH: dict[RestOrder, float] = {"zeroth": 1.3, "first": 1.3, "second": 1.7}
 
 
@@ -63,12 +63,12 @@ class Orders(NamedTuple):
     key: RestOrder = "zeroth"
 
 
-AUTO = Orders()  # of methods whose blocks are boxes
+AUTO = Orders()  # orders of methods whose blocks are boxes
 
 
 class Problem(NamedTuple):
-    """One call: heads of all samples, tokens, numbers of a head, slots of a block, bytes of a
-    number."""
+    """Sizes of one call: heads of all samples, tokens, head dim, slots of a query and of a key
+    block, bytes of a number."""
 
     heads: int
     tokens: int
@@ -79,7 +79,7 @@ class Problem(NamedTuple):
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """Kq and Kk."""
+        """Number of query and key blocks, Kq and Kk."""
         return -(-self.tokens // self.block_q), -(-self.tokens // self.block_k)
 
     @property
@@ -108,16 +108,16 @@ def kept(problem: Problem, density: float) -> list[Work]:
 
 
 def around_keys(problem: Problem) -> list[Work]:
-    """The common keys, the means of k, those of v, and the columns."""
+    """List the work around mean keys: the common keys, the means of k, of v, and the columns."""
     means = Work(0, problem.one, problem.one)
     return [COMMON, means, means, _columns(problem, 2 * problem.one * _share(problem))]
 
 
 def around_queries(problem: Problem, cached: int) -> list[Work]:
-    """The common keys; the means of q; pooling; the columns.
+    """List the work around mean queries: the common keys; the means of q; pooling; the columns.
 
     Args:
-        cached: bytes of pooled keys and values in a chunk.
+        cached: bytes of pooled keys and values that a chunk holds.
     """
     heads, N, D = problem[:3]
     Kq, _ = problem.blocks
@@ -131,9 +131,9 @@ def around_queries(problem: Problem, cached: int) -> list[Work]:
 
 
 def first_order(problem: Problem) -> list[Work]:
-    """Work that the first order adds to either centre: the slope in parts, their sum, and what it
-    adds to each query. K and Q are read once more from the cache for means, and so is the slope
-    for each query block."""
+    """List the work that the first order adds to either centre: the slope in parts, their sum, and
+    its product with each query. K and Q are read once more from the cache for means, and so is the
+    slope for each query block."""
     heads, N, D = problem[:3]
     flops = MULTIPLY_ADD * heads * N * D * D
     one, wide = problem.one, problem.one * 4 / problem.size
@@ -143,28 +143,29 @@ def first_order(problem: Problem) -> list[Work]:
     return [
         Work(flops, 2 * one + parts, 3 * one + parts),
         Work(0, parts, parts, launches=2),
-        # The output before in fp32, after as q.
+        # The previous output is fp32, the new one has q's dtype.
         Work(flops, 2 * one + wide, 3 * one + wide + slopes),
     ]
 
 
 def second_order(problem: Problem) -> list[Work]:
-    """Work that the second order adds to the first one around queries: the curve, the means of k,
-    the squares of what k is off them, and the pooled keys once more through the cache."""
+    """List the work that the second order adds to the first one around queries: the curve, the
+    means of k, the squared offsets of k from them, and the pooled keys once more through the
+    cache."""
     once = Work(0, problem.one, problem.one)
     return [*curve(problem), once, once, Work(0, 0, pooled_bytes(problem) / 2, launches=0)]
 
 
 def curve(problem: Problem) -> list[Work]:
-    """Squares of q and of k off the means of their blocks, and the rise of q: each reads its rows
-    from memory, and once more from the cache. The rest is small: counts of the blocks that are
-    left out, and means of squares over them."""
+    """List the work of a curve: squared offsets of q and of k from the means of their blocks, and
+    the rise of q. Each reads its rows from memory, and once more from the cache. The rest is
+    small: counts of the blocks that are left out, and means of squares over them."""
     twice = Work(0, problem.one, 2 * problem.one)
     return [twice, twice, twice, Work(0, 0, 0, launches=CURVE_STARTS)]
 
 
 def pooled_bytes(problem: Problem) -> int:
-    """Bytes of the keys and values of all pairs, which are never there at once."""
+    """Bytes of the keys and values of all pairs, which never exist at once."""
     Kq, Kk = problem.blocks
     return 2 * problem.heads * Kq * Kk * problem.dim * problem.size
 
@@ -190,16 +191,16 @@ def seconds(works: list[Work], card: Card) -> float:
 
 
 def beyond_zeroth(problem: Problem, order: RestOrder) -> list[Work]:
-    """Work that an order adds to the zeroth."""
+    """List the work that an order adds to the zeroth."""
     more = [] if order == "zeroth" else first_order(problem)
     return [*more, *second_order(problem)] if order == "second" else more
 
 
 def dearer(problem: Problem, arch: str, orders: Orders = AUTO) -> float:
-    """Seconds that pooling around mean queries takes longer than around mean keys.
+    """Extra seconds of pooling around mean queries, over pooling around mean keys.
 
     Args:
-        arch: a row of CARDS, or another name where none is known.
+        arch: a row of CARDS; another name is an unknown card.
     """
     card, cached = CARDS.get(arch, UNKNOWN), configs.CACHED.get(arch, 1 << 40)
     queries = around_queries(problem, cached) + beyond_zeroth(problem, orders.query)
@@ -208,8 +209,9 @@ def dearer(problem: Problem, arch: str, orders: Orders = AUTO) -> float:
 
 
 def even_density(problem: Problem, arch: str, orders: Orders = AUTO) -> float:
-    """Density from which mean queries are the faster way to one quality: there they cost as much
-    more as mean keys would need in kept keys, `WORTH - 1` times as many again.
+    """Density from which mean queries are the faster way to the same quality: there their extra
+    cost equals the cost of the extra keys that mean keys would need, `WORTH - 1` times the kept
+    keys.
 
     Args:
         arch: as in `dearer`.
@@ -222,6 +224,6 @@ def even_density(problem: Problem, arch: str, orders: Orders = AUTO) -> float:
 def centre_of(
     problem: Problem, density: float, device: torch.device, orders: Orders = AUTO
 ) -> Centre:
-    """Centre that "auto" takes, for a plan of this density, in (0, 1]."""
+    """Centre that "auto" takes for a plan of this density, in (0, 1]."""
     arch = configs.architecture(device)
     return "query" if density >= even_density(problem, arch, orders) else "key"

@@ -1,11 +1,12 @@
-"""Queries that pick key groups for themselves: group by group, over the queries that picked it.
+"""Attention of queries that pick key groups for themselves, group by group.
 
-A block kernel computes what any query of a block picked. Where neighbours differ in their picks
-that is most of everything. This computes what they picked and no more: one product of the queries
-of a group with its keys, merged into what they saw before by logsumexp. Queries are fetched for
-one group at a time and not kept; the backward pass fetches and computes them again.
+A block kernel computes every group that any query of a block picked. Where the picks of neighbours
+differ, that is nearly everything. This kernel computes the picked pairs alone: one product of the
+queries that picked a group with its keys, merged into their earlier groups by log-sum-exp. Queries
+are fetched for one group at a time and not kept; the backward pass fetches and computes them
+again.
 
-Counting who picked a group waits for the device, so that this is for the CPU.
+Counting who picked a group waits for the device, so this kernel is for the CPU.
 """
 
 from collections.abc import Iterator
@@ -50,12 +51,12 @@ def forward_lse(
 
 
 class Groups(NamedTuple):
-    """Who sees what, in token order.
+    """Groups of keys and who picked them, in token order.
 
     Args:
         picks: (B', H', N, C) bool, whether a query sees a group.
         tokens: (N,) int64, keys sorted by group.
-        sizes: (C,) int64, how many are in each.
+        sizes: (C,) int64, number of keys in each group.
     """
 
     picks: Tensor
@@ -85,8 +86,8 @@ def _routed(
     scale: float,
     wide: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(B, H, N, D) and the log-sum-exp (B, H, N), both computed in fp32 or wider; the former is
-    rounded to q's dtype where it is not to be `wide`."""
+    """Compute (B, H, N, D) and the log-sum-exp (B, H, N), both in fp32 or wider; without `wide`,
+    the output is rounded to q's dtype."""
     compute = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(q.shape, dtype=compute, device=q.device)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=compute, device=q.device)
@@ -174,7 +175,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    with torch.autocast(grad.device.type, enabled=False):  # `backward` may be called inside of it
+    with torch.autocast(grad.device.type, enabled=False):  # `backward` may be called inside it
         grads = _backward(grad, grad_lse, *ctx.saved_tensors, ctx.scale)
     return *grads, None, None, None, None, None
 
@@ -189,7 +190,7 @@ def _heads(q: Tensor) -> Iterator[tuple[int, int]]:
 def _groups(
     picks: Tensor, b: int, h: int, tokens: Tensor, sizes: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The queries and the keys of each group in one head, each group once."""
+    """Yield the queries and the keys of each group in one head, each group once."""
     mine = picks[b if len(picks) > 1 else 0, h if picks.shape[1] > 1 else 0]
     for picked, keys in zip(mine.T.contiguous(), tokens.split(sizes.tolist()), strict=True):
         rows = picked.nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""What a method is given to run its plan with."""
+"""Runner: the function that a method receives to run its plan with."""
 
 from collections.abc import Callable
 
@@ -10,15 +10,15 @@ Attend = Callable[[Tensor, Tensor, Tensor, Plan], Tensor]
 
 
 class Runner:
-    """`kernel(q, k, v, plan) -> Tensor`, with the name that the user asked for.
+    """Callable `kernel(q, k, v, plan) -> Tensor`, with the name that the user asked for.
 
-    A method calls it, and hands `name` to what stands beside attention: `pooling`, `selection`
+    A method calls it, and passes `name` to the code beside attention: `pooling`, `selection`
     and `linear`, so that a named kernel decides for these too.
 
     Args:
         attend: takes q, k, v (B, H, N, D) and a plan, returns (B, H, N, D).
         name: "auto" or one of `KERNELS`.
-        scale: of the products that `attend` takes the softmax of. None: 1 / sqrt(D).
+        scale: factor of q k^T in `attend`. None: 1 / sqrt(D).
     """
 
     def __init__(self, attend: Attend, name: str = "auto", scale: float | None = None) -> None:
@@ -31,16 +31,16 @@ class Runner:
 
 
 def name_of(kernel: Attend) -> str:
-    """The name of a `Runner`; "auto" of a plain function, which says nothing of it."""
+    """Name of a `Runner`; "auto" for a plain function, which has none."""
     return kernel.name if isinstance(kernel, Runner) else "auto"
 
 
 def scale_of(kernel: Attend, q: Tensor) -> float:
-    """Scale of the products of q, (B, H, N, D), and k in `kernel`: 1 / sqrt(D) for a plain
-    function, which says nothing of it."""
+    """Factor of q k^T in `kernel`, for q (B, H, N, D): 1 / sqrt(D) for a plain function, which has
+    none."""
     return scale_or_default(kernel.scale if isinstance(kernel, Runner) else None, q)
 
 
 def scale_or_default(scale: float | None, q: Tensor) -> float:
-    """1 / sqrt(D) of q, (B, H, N, D), without one."""
+    """Return the scale, by default 1 / sqrt(D) of q, (B, H, N, D)."""
     return q.shape[-1] ** -0.5 if scale is None else scale

@@ -1,4 +1,4 @@
-"""Which chunks queries pick, in one pass; the method that picks holds the same in torch."""
+"""Chunks that queries pick, in one pass; the method that picks does the same in torch."""
 
 from torch import Tensor
 
@@ -18,22 +18,22 @@ def picks(
     threshold: float,
     kernel: str = "auto",
 ) -> tuple[Tensor, Tensor] | None:
-    """What rows pick of C chunks by their products with the chunks' means; None where no kernel
+    """Pick among C chunks by the products of rows with the chunks' means; None where no kernel
     serves these tensors.
 
     Args:
         rows: (B, H, N, D), queries or their means.
         slots: (R,), the row of each slot; -1 for padding, which picks nothing.
-        home: (R,), the own chunk of each; from C on the one of text, which picks all.
+        home: (R,), the own chunk of each slot; C or more for text, which picks all.
         means: (B, H, C, D) fp32.
         block: slots of a block.
         scope: "query_head", "head_global", "overall" or "block".
         topk: 0 where `threshold` decides.
-        kernel: the name of the kernel for attention, which decides what runs here: see `helpers`.
+        kernel: name of the attention kernel, which decides what runs here: see `helpers`.
 
     Returns:
         (B, H, R, C + 1) bool, the last for the text, which all pick; and (B, H, R / block, C + 1),
-        what any row of a block picks.
+        the picks of any row of a block.
     """
     if not native_serves(kernel, rows):
         return None
@@ -42,17 +42,17 @@ def picks(
 
 
 def cuts_in_place(scores: Tensor, kernel: str = "auto") -> bool:
-    """Whether `least_taken` serves scores (B, H, R, C) fp32, in the memory that they take."""
+    """Whether `least_taken` serves scores (B, H, R, C) fp32, in their own memory."""
     return triton_serves(kernel, scores)
 
 
 def least_taken(keys: Tensor, slack: Tensor, weighted: bool) -> Tensor:
-    """The greatest key below which lies no more than `slack` of the mass; one above all keys where
-    not even all together are more.
+    """Greatest key below which at most `slack` of the mass lies; a number above all keys where the
+    total mass is no more than that.
 
     Args:
-        keys: (..., n) int32. `weighted`: the bits of fp32 that are not negative, whose whole parts
-            are the masses; else each counts 1.
+        keys: (..., n) int32. With `weighted`, the bits of fp32 numbers that are not negative, and
+            their whole parts are the masses; else each key counts 1.
         slack: (...) int64, not negative.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Some rows of a kernel's answer, held to the reference on the user's own tensors."""
+"""Self-check: compare some rows of a kernel's answer with the reference, on the user's tensors."""
 
 from collections.abc import Callable, Hashable
 from itertools import product
@@ -10,25 +10,25 @@ from torch import Tensor
 from gen_accel.kernels import reference
 from gen_accel.plan import CURVATURE, MOST_GAINED, Plan, pack
 
-ROWS = 64  # of the first and the last head of the first sample: a small share of one attention
+ROWS = 64  # rows of the first and the last head of the first sample: a small part of one attention
 
 
 class SelfCheckFailed(RuntimeError):
-    """A kernel errs more than it may on this machine."""
+    """Error of a kernel that errs more than it may on this machine."""
 
 
 class NotFinite(ValueError):
-    """q, k or v holds NaN or inf before any kernel has run."""
+    """Error for NaN or inf in q, k or v before any kernel has run."""
 
 
 class SelfCheck(NamedTuple):
-    """The self-check of one call, and what it knows from others.
+    """Self-check of one call, with the results of earlier ones.
 
     Args:
-        known: what came of earlier checks, by `about` and the name of the kernel: None where it
-            passed, else the words of what it failed by. Written into.
-        about: all that an answer depends on, but for the kernel and the numbers.
-        falls_back: a kernel that fails is passed over, with a warning.
+        known: results of earlier checks, by `about` and the name of the kernel: None where it
+            passed, else the words of its failure. Written into.
+        about: everything that an answer depends on, except the kernel and the numbers.
+        falls_back: whether a kernel that fails is passed over, with a warning.
     """
 
     known: dict[tuple[Hashable, str], str | None]
@@ -36,7 +36,7 @@ class SelfCheck(NamedTuple):
     falls_back: bool
 
     def distrusts(self, kernel: str) -> list[str]:
-        """Why an earlier check speaks against running a kernel; empty where none does."""
+        """List the reasons why an earlier check speaks against a kernel; empty where none does."""
         words = self.known.get((self.about, kernel))
         return [] if words is None or not self.falls_back else [words]
 
@@ -52,7 +52,7 @@ class SelfCheck(NamedTuple):
         kernel: str,
         allowance: Callable[..., float],
     ) -> None:
-        """`check_rows`, the first time."""
+        """Run `check_rows`, the first time."""
         if kernel == "reference" or (self.about, kernel) in self.known:
             return
         try:
@@ -77,19 +77,20 @@ def check_rows(
     kernel: str,
     allowance: Callable[..., float] | None = None,
 ) -> None:
-    """Hold `out`, (B, H, N, D), to the reference on a sample of its rows. Waits for the device.
+    """Compare `out`, (B, H, N, D), with the reference on a sample of its rows. Waits for the
+    device.
 
-    The largest error against fp64 may be twice the error of the reference, whose weights and
-    result, and the keys and values of whose rest, are rounded to q's dtype, and one spacing of
-    floats more; where a kernel has an allowance, by that more.
+    The largest error against fp64 may be twice the error of the reference plus one spacing of
+    floats. The weights, the result, and the keys and values of the rest of that reference are
+    rounded to q's dtype. An allowance of the kernel is added.
 
     Args:
-        kernel: the name of the one that ran.
+        kernel: name of the kernel that ran.
         allowance: of that kernel, where it has one: see `contract.KernelParts`.
 
     Raises:
-        SelfCheckFailed: with the figures.
-        NotFinite: q, k or v is not finite, so that no kernel could be.
+        SelfCheckFailed: the kernel errs more than that; with the figures.
+        NotFinite: q, k or v is not finite, so that no kernel's answer could be.
     """
     count = min(ROWS, plan.tokens)
     tokens = torch.linspace(0, plan.tokens - 1, count, device=q.device).long()
@@ -120,7 +121,7 @@ def most_allowed(
     *,
     scale: float,
 ) -> float:
-    """The largest allowance of a kernel for any query of a call, in units of v.
+    """Largest allowance of a kernel for any query of a call, in units of v.
 
     Waits for the device, and holds the weights of a head in fp64: for small inputs.
 
@@ -147,11 +148,11 @@ def _check_finite(tensors: tuple[Tensor, Tensor, Tensor], head: int) -> None:
 
 
 class _Rows(NamedTuple):
-    """Some queries of one head of a sample, and all that they may see.
+    """Some queries of one head of a sample, and everything that they may see.
 
     Args:
-        q: (R, D), and `slots` (R,), where they lie.
-        queries, keys, values: (S, D), of the whole head in the order of the plan's slots.
+        q: (R, D), and `slots` (R,), the slots of these queries.
+        queries, keys, values: (S, D), of the whole head in slot order.
     """
 
     q: Tensor
@@ -181,7 +182,8 @@ def _rows(
 
 
 def _allowed(allowance: Callable[..., float], rows: _Rows) -> float:
-    """Allowance by the weights of the kept keys, which with a rest add up to less than 1."""
+    """Allowance by the weights of the kept keys, which sum to less than 1 where there is a
+    rest."""
     with torch.autocast(rows.q.device.type, enabled=False):
         weights = _weights(rows, torch.float64, _pooled(rows, torch.float64))
     kept = weights[:, : len(rows.keys)]
@@ -190,10 +192,10 @@ def _allowed(allowance: Callable[..., float], rows: _Rows) -> float:
 
 
 def _answer(rows: _Rows, dtype: torch.dtype, rounded: torch.dtype | None = None) -> Tensor:
-    """(R, D), computed in `dtype`.
+    """Compute the answer of the rows, (R, D), in `dtype`.
 
     Args:
-        rounded: what weights, and the keys and values of the rest, are rounded to, as tensor
+        rounded: dtype to which weights, and keys and values of the rest, are rounded, as tensor
             cores take them.
     """
     with torch.autocast(rows.q.device.type, enabled=False):
@@ -217,13 +219,13 @@ def _answer(rows: _Rows, dtype: torch.dtype, rounded: torch.dtype | None = None)
 
 
 class _Pooled(NamedTuple):
-    """The rest of a plan for some queries, see `Rest`; `reference.pooled` for all of them.
+    """Rest of a plan for some queries, see `Rest`; `reference.pooled` is for all of them.
 
     Args:
-        queries: (R, D), each off the one that is pooled around: what the keys are weighed by.
+        queries: (R, D), the offset x of each query in `Rest`, which weighs the keys.
         keys, values: (R or 1, Kk, D).
-        more: (R or 1, Kk), added to the scores; -inf for blocks that are kept or hold nothing.
-        slope: (D, D), H there; None in zeroth order.
+        more: (R or 1, Kk), added to the scores; -inf for blocks that are kept or empty.
+        slope: (D, D), H of `Rest`; None in zeroth order.
     """
 
     queries: Tensor
@@ -264,11 +266,11 @@ def _pooled(rows: _Rows, dtype: torch.dtype) -> _Pooled | None:
 
 
 def _bent(rows: _Rows, dtype: torch.dtype, shares: Tensor, key: Tensor) -> Tensor:
-    """The second order of `Rest`, (R, Kk).
+    """Compute the second order of `Rest`, (R, Kk).
 
     Args:
-        shares: (R, Kk, block_k), of the keys in the pooled one.
-        key: (R, Kk, D), it.
+        shares: (R, Kk, block_k), the weights of the keys in the pooled key.
+        key: (R, Kk, D), the pooled key.
     """
     plan = rows.plan
     queries = rows.queries.to(dtype).unflatten(0, (-1, plan.block_q))
@@ -276,7 +278,7 @@ def _bent(rows: _Rows, dtype: torch.dtype, shares: Tensor, key: Tensor) -> Tenso
     held_q, held_k = (plan.real.view(-1, size).any(1) for size in (plan.block_q, plan.block_k))
     left_out = ~_pattern(plan.keep, rows.sample, rows.head) & held_q[:, None] & held_k
     a, w = reference.bend(queries, keys, left_out, plan, rows.scale)
-    # Off a number near to both, or most digits would cancel.
+    # Offsets from a number near to both; otherwise most digits would cancel.
     centre = keys.mean(1)
     squares = ((keys - centre[:, None]).square() * w).sum(-1)
     s = (shares * squares).sum(-1) - ((key - centre).square() * w).sum(-1)
@@ -284,7 +286,8 @@ def _bent(rows: _Rows, dtype: torch.dtype, shares: Tensor, key: Tensor) -> Tenso
 
 
 def _weights(rows: _Rows, dtype: torch.dtype, rest: _Pooled | None) -> Tensor:
-    """(R, S), what the queries weigh the keys by, or (R, S + Kk) with those of the rest."""
+    """Softmax weights of the queries over the keys, (R, S), or (R, S + Kk) with those over the
+    rest."""
     plan = rows.plan
     scores = rows.q.to(dtype) @ rows.keys.to(dtype).T * rows.scale
     if plan.gain is not None:
@@ -301,12 +304,12 @@ def _weights(rows: _Rows, dtype: torch.dtype, rest: _Pooled | None) -> Tensor:
 
 
 def _pattern(x: Tensor, sample: int, head: int) -> Tensor:
-    """One of B' x H' patterns, of which 1 stands for all."""
+    """Select one of B' x H' patterns, where 1 stands for all."""
     return x[sample if len(x) > 1 else 0, head if x.shape[1] > 1 else 0]
 
 
 def _seen(rows: _Rows) -> Tensor:
-    """(R, S) bool."""
+    """Mask of the slots that each query sees, (R, S) bool."""
     plan, slots = rows.plan, rows.slots
     keep = plan.keep_of(rows.sample, rows.head, slots // plan.block_q)
     seen = keep.repeat_interleave(plan.block_k, -1) & plan.real

@@ -1,4 +1,4 @@
-"""First order of a rest in torch, for kernels that have no own: see `Rest`."""
+"""First order of a rest in torch, for kernels without one of their own: see `Rest`."""
 
 from typing import Any
 
@@ -20,12 +20,12 @@ def added(
     *,
     scale: float,
 ) -> Tensor:
-    """Attention over kept keys and rest with the slope of the rest's values, in the dtype of
+    """Add the slope of the rest's values to attention over kept keys and rest, in the dtype of
     `joint`, differentiable in all six tensors.
 
     Args:
         joint: (B, H, N, D) fp32 or wider, without the slope.
-        lse, total: (B, H, N), log-sum-exps of the kept keys, and of these and the rest.
+        lse, total: (B, H, N), log-sum-exps over the kept keys, and over kept keys and rest.
     """
     assert plan.rest is not None
     q, k, v = (x.to(total.dtype) for x in (q, k, v))
@@ -39,7 +39,7 @@ def added(
 
 
 def _off_means(x: Tensor, real: Tensor, block: int) -> Tensor:
-    """(B, H, S, D) of slots, each off the mean of its block; padding is 0."""
+    """Subtract the mean of each block from x, (B, H, S, D) of slots; padding is 0."""
     real = real.view(-1, block, 1)
     x = x.unflatten(2, (-1, block)) * real
     mean = x.sum(3, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
@@ -47,7 +47,7 @@ def _off_means(x: Tensor, real: Tensor, block: int) -> Tensor:
 
 
 class _Products(torch.autograd.Function):
-    """q (k^T v), both passes in the dtype of the tensors: `backward` may be called inside of
+    """q (k^T v), both passes in the dtype of the tensors: `backward` may be called inside
     autocast."""
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Spread: how much each key block weighs to the mean query of a block. Methods choose by it."""
+"""Spread: weight of each key block for the mean query of a block. Methods choose blocks by it."""
 
 import torch
 from torch import Tensor
@@ -7,21 +7,21 @@ from gen_accel.kernels.helpers import native_serves, triton_serves
 from gen_accel.kernels.native import rest as native
 from gen_accel.plan import Slots, pack
 
-NUMBERS = 1 << 24  # scores that are made at once
+NUMBERS = 1 << 24  # scores that are held at once
 
 
 @torch.no_grad()
 def block_spread(
     query_means: Tensor, k: Tensor, slots: Slots, *, scale: float, kernel: str = "auto"
 ) -> Tensor:
-    """(B, H, Kq, Kk) fp32, the natural logarithm of the sum over the tokens t of each key block
-    of exp(scale qmean . k_t), without a gradient; -inf where a block holds none.
+    """Compute the natural log-sum-exp of scale qmean . k_t over the tokens t of each key block,
+    (B, H, Kq, Kk) fp32, without a gradient; -inf where a block holds none.
 
     Args:
         query_means: (B, H, Kq, D) fp32.
         k: (B, H, N, D).
-        slots: whose key blocks these are.
-        kernel: the name of the kernel for attention, which decides what runs here: see `helpers`.
+        slots: layout of tokens in blocks.
+        kernel: name of the attention kernel, which decides what runs here: see `helpers`.
     """
     if native_serves(kernel, k):
         return native.spread(query_means, k, slots, scale=scale)
@@ -33,7 +33,7 @@ def block_spread(
 
 
 def plain(query_means: Tensor, k: Tensor, slots: Slots, *, scale: float) -> Tensor:
-    """Spread in torch, some key blocks at once: the scores of all are never stored."""
+    """Compute the spread in torch, some key blocks at once: the scores of all are never stored."""
     keys = pack(k, slots).unflatten(2, (-1, slots.block_k))
     real = slots.real.view(-1, slots.block_k)
     B, H, Kq, _ = query_means.shape

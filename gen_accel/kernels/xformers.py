@@ -1,9 +1,9 @@
 """xformers' block-diagonal attention over runs of tokens: CUDA only, an optional dependency.
 
 Query blocks that see the same key blocks make a run: its queries attend densely to its keys, so
-that a plan of whole blocks is the block-diagonal mask of its runs. Padding enters none of them.
+a plan of whole blocks is the block-diagonal mask of its runs. Padding enters no run.
 Where no two runs share a key, as in dense attention and in windows as large as their stride,
-tokens are only put in order. Everywhere else a key is copied for each run that sees it, and
+tokens are only reordered. Otherwise a key is copied for each run that sees it, and
 training keeps the copies until the backward pass.
 
 References:
@@ -31,14 +31,15 @@ from gen_accel.plan import Plan
 from gen_accel.room import in_words
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Modules of xformers.ops.fmha in the order in which its own dispatch tries them. Named here, so
+# Modules of xformers.ops.fmha in the order in which xformers' dispatch tries them. Named here, so
 # that forward and backward are known to fit together before anything runs.
 OPERATORS = ("flash3", "flash", "cutlass", "ck")
 KEYS = 1 << 18  # keys copied for one call: 0.8 GB each of K and V for 12 heads of 128 in bf16
 
 
 def unsupported(facts: Facts) -> list[str]:
-    """Synchronises the device the first time for a plan with a rule on token pairs."""
+    """List the reasons why it cannot run. Synchronises the device the first time for a plan with
+    a rule on token pairs."""
     reasons = []
     if find_spec("xformers") is None:
         reasons.append('xformers is not installed: pip install "gen_accel[xformers]"')
@@ -81,7 +82,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Ten
 def forward_lse(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Without a gradient. The wide output is rounded too: the library writes it in q's dtype."""
+    """Compute output and log-sum-exp, without a gradient. The wide output is rounded too: the
+    library writes q's dtype."""
     (operator, _), _ = _operators(*_kind(q.shape[3], q.dtype, q.device, False))
     attend = _fmha().memory_efficient_attention_forward_requires_grad
 
@@ -96,8 +98,8 @@ def forward_lse(
 def over_runs_lse(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, attend: Callable
 ) -> tuple[Tensor, Tensor]:
-    """`over_runs`, and the log-sum-exp of each row, (B, H, N), by an `attend` that returns its
-    own, (T, H), too."""
+    """Compute `over_runs`, and the log-sum-exp of each row, (B, H, N), by an `attend` that also
+    returns a log-sum-exp, (T, H)."""
     sums = []
 
     def noting(*given: Tensor, attn_bias: Any) -> Tensor:
@@ -117,11 +119,11 @@ def over_runs_lse(
 
 
 def _of_queries(lse: Tensor, mask: Any, *, is_packed: bool) -> Tensor:
-    """The log-sum-exp of an operator by query, (T, H).
+    """Return the log-sum-exp of an operator by query, (T, H).
 
     Args:
-        lse: (1, H, T or more) where it is packed, else (runs, H, the longest run or more).
-        mask: of the runs.
+        lse: (1, H, T or more) where packed, else (runs, H, the longest run or more).
+        mask: mask of the runs.
     """
     starts = mask.q_seqinfo.seqstart_py
     if is_packed:
@@ -131,11 +133,11 @@ def _of_queries(lse: Tensor, mask: Any, *, is_packed: bool) -> Tensor:
 
 
 def over_runs(q: Tensor, k: Tensor, v: Tensor, plan: Plan, attend: Callable) -> Tensor:
-    """Attention by `attend`, which sees nothing but runs; (B, H, N, D) in and out.
+    """Compute attention by `attend`, run by run; (B, H, N, D) in and out.
 
     Args:
         attend: takes q (1, T, H, D), k and v (1, U, H, D) and `attn_bias`, the mask that lets
-            each run of T see its own of U. Returns (1, T, H, D).
+            each run of T see its own run of U. Returns (1, T, H, D).
     """
     B, H, N, D = q.shape
     own_patterns = plan.patterns[1] > 1  # then each head counts as a sample of one head
@@ -144,7 +146,7 @@ def over_runs(q: Tensor, k: Tensor, v: Tensor, plan: Plan, attend: Callable) -> 
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     q, k, v = (x.reshape(-1, 1 if own_patterns else H, D) for x in (q, k, v))
     runs = _runs(plan, B * H if own_patterns else B)
-    outs = [q[:0] + k[:0] + v[:0]]  # so that the output depends on all, even if no run is there
+    outs = [q[:0] + k[:0] + v[:0]]  # so that the output depends on all, even without a run
     k, v = k.to(wide), v.to(wide)  # many runs add into the gradient of one key
     for query, key, mask in runs.parts:
         keys, values = (x.index_select(0, key)[None].to(q.dtype) for x in (k, v))
@@ -154,7 +156,7 @@ def over_runs(q: Tensor, k: Tensor, v: Tensor, plan: Plan, attend: Callable) -> 
 
 
 class Part(NamedTuple):
-    """The runs of one call.
+    """Runs of one call.
 
     Args:
         query, key: (T,) and (U,) int64, run after run, rows among the tokens of all samples.
@@ -167,7 +169,7 @@ class Part(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """seeing: (T,) int64, the rows of all parts; the others see nothing."""
+    """Parts of one call. seeing: (T,) int64, the rows of all parts; other rows see nothing."""
 
     parts: list[Part]
     seeing: Tensor
@@ -203,7 +205,7 @@ def _build(plan: Plan, samples: int) -> Runs:
 
 
 def _patterns(plan: Plan) -> list[list[tuple[Tensor, Tensor]]]:
-    """(query tokens, key tokens) of each run, for each of the B' x H' patterns of `keep`."""
+    """List (query tokens, key tokens) of each run, for each of the B' x H' patterns of `keep`."""
     slots, real = plan.slots.cpu(), plan.real.cpu()
     held = real.view(-1, plan.block_k).any(-1)
     found = []
@@ -227,7 +229,8 @@ def _part(group: list[tuple[Tensor, Tensor]], device: torch.device) -> Part:
 
 
 def _cut_blocks(plan: Plan) -> int:
-    """How many kept blocks `partial` keeps only in part. Synchronises the device once a plan."""
+    """Count the kept blocks that `partial` keeps only in part. Synchronises the device once a
+    plan."""
     if plan.partial is None:
         return 0
     if plan not in _cuts:
@@ -245,7 +248,7 @@ def _training(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _kind(dim: int, dtype: torch.dtype, device: torch.device, training: bool) -> tuple:
-    """All that decides which operators run."""
+    """Facts that decide which operators run."""
     return dim, dtype, device, training, torch.are_deterministic_algorithms_enabled()
 
 
@@ -253,7 +256,7 @@ def _kind(dim: int, dtype: torch.dtype, device: torch.device, training: bool) ->
 def _operators(
     dim: int, dtype: torch.dtype, device: torch.device, training: bool, deterministic: bool
 ) -> tuple[Any, list[str]]:
-    """xformers' first pair of forward and backward that fits, or why none does."""
+    """Find xformers' first pair of forward and backward that fits, or why none does."""
     try:
         fmha = _fmha()
     except ImportError as error:

@@ -1,11 +1,11 @@
-"""FlashAttention over lists of key blocks in C++, for the CPU; optional, as it has to be built.
+"""FlashAttention over lists of key blocks in C++, for the CPU; optional, as it must be built.
 
 `gen-accel build` compiles it once for this machine; without it `gather` and `routed` do
 the same. Nothing of the size of the scores is held, keys are not copied for each query block, and
-queries that pick their keys compute what they picked. Forward and backward accumulate in fp32. Of
-bf16 inputs the weights are rounded to bf16 where the processor multiplies bf16 (AMX, AVX512_BF16);
-elsewhere everything is fp32. The backward pass adds up in an order that depends on the number of
-threads, and on nothing else.
+queries that pick their keys compute the picked pairs alone. Forward and backward accumulate in
+fp32. For bf16 inputs the weights are rounded to bf16 where the processor multiplies bf16 (AMX,
+AVX512_BF16); elsewhere everything is fp32. The backward pass adds up in an order that depends
+only on the number of threads.
 
 References:
     Dao, "FlashAttention-2", arXiv 2307.08691: the softmax carried from tile to tile, and the
@@ -45,7 +45,7 @@ def place(facts: Facts) -> Place | None:
 
 
 def _of_route(facts: Facts) -> list[str]:
-    """What speaks against a plan in which each query picks its key blocks."""
+    """List the reasons against a plan in which each query picks its key blocks."""
     if facts.pattern != "route":
         return []
     if facts.gain:
@@ -67,10 +67,11 @@ def forward_lse(
 
 
 class Lists(NamedTuple):
-    """The kept blocks of a plan as index lists, with what else the operator needs of the plan.
+    """Kept blocks of a plan as index lists, with the other data of the plan that the operator
+    needs.
 
     Args:
-        slots: of the plan; None where every slot holds the token of its own number.
+        slots: slots of the plan; None where every slot holds the token of its own number.
         index, counts, gain: as in `lists.Lists`, but index in int32; index and counts are empty
             with a route.
         rule: slack (S,); with windows also center, half and place, all (A, S) fp32; with a route
@@ -116,7 +117,7 @@ def _kept_blocks(plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 def _is_wrapped(x: Tensor) -> bool:
-    """By a transform of `torch.func`, or by one that is over: there are no numbers to point to."""
+    """Whether a transform of `torch.func`, perhaps finished, wraps x, so that it has no memory."""
     functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     return functorch.is_functorch_wrapped_tensor(x)
 
@@ -126,7 +127,7 @@ def _run(name: str, call: Call, dtype: torch.dtype) -> None:
 
 
 def multiplies_bf16() -> bool:
-    """Whether the processor multiplies bf16 at a multiple of the rate of fp32."""
+    """Whether the processor multiplies bf16 several times as fast as fp32."""
     known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return has_tiles(torch.device("cpu")) or (known is not None and known())
 
@@ -146,7 +147,7 @@ def _attention(
     scale: float,
     wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, H, N, D), fp32 where `wide`, else in q's dtype; log-sum-exps (B, H, N) fp32; and
+    """Compute (B, H, N, D), fp32 where `wide`, else in q's dtype; log-sum-exps (B, H, N) fp32; and
     (2, B, H, N) for the backward pass: see `stats` in blocks.h."""
     check_alike("native", q, k, v)
     out, lse, stats = _results(q, wide)
@@ -250,7 +251,7 @@ def _differentiate(
     q, k, v, out, stats, slots, index, counts, gain, *rule = ctx.saved_tensors
     lists = slots, index, counts, rule, gain
     grad = torch.zeros_like(out) if grad is None else grad
-    if of_lse is not None:  # of a row that sees nothing it may be any number
+    if of_lse is not None:  # it may be any number for a row that sees nothing
         of_lse = of_lse.masked_fill(stats[1] == 0, 0.0)
     grads = _backward(grad, of_lse, q, k, v, out, stats, *lists, *ctx.sizes)
     return *grads, None, None, None, [None] * len(rule), None, None, None, None, None

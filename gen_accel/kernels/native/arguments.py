@@ -1,4 +1,4 @@
-"""The arguments of the calls of the C++ sources."""
+"""Arguments of the calls of the C++ sources."""
 
 import ctypes
 from typing import Any
@@ -130,41 +130,41 @@ class KeptArgs(ctypes.Structure):
 
 
 class Pointers:
-    """Arguments, and the tensors that they point into."""
+    """Arguments of a call, with the tensors that they point into."""
 
     def __init__(self, args: ctypes.Structure) -> None:
         self._held: list[Tensor] = []
         self.args: Any = args
 
     def whole(self, **tensors: Tensor | None) -> None:
-        """Tensors that are read number after number."""
+        """Set tensors that are read as contiguous memory."""
         for name, x in tensors.items():
             if x is not None:
                 self.filled(**{name: x.contiguous()})
 
     def strided(self, **tensors: Tensor) -> None:
-        """(B, H, N, D) each, read in place where the numbers of a token lie in a row."""
+        """Set (B, H, N, D) tensors, read in place where the numbers of a token are contiguous."""
         for name, x in tensors.items():
             x = x if x.stride(3) == 1 else x.contiguous()
             self.filled(**{name: x})
             getattr(self.args, f"{name}_strides")[:] = x.stride()[:3]
 
     def filled(self, **tensors: Tensor) -> None:
-        """Contiguous tensors, as they are: what the call writes."""
+        """Set contiguous tensors as they are: the results that the call writes."""
         for name, x in tensors.items():
             self._held.append(x)
             setattr(self.args, name, x.data_ptr())
 
 
 class Call(Pointers):
-    """The arguments of one call of attention.cpp.
+    """Arguments of one call of attention.cpp.
 
     Args:
         q, k, v: (B, H, N, D).
         rest: as `Lists` names them.
 
     Raises:
-        ValueError: what `check_lists` refuses.
+        ValueError: `check_lists` refuses the arguments.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""What the library takes for granted of tensors, by whose sizes it reads and writes memory.
+"""Checks of tensor sizes and types, by which the library reads and writes memory.
 
-Each operator checks here that tensors are of the sizes and types that its code counts on. The
-numbers in them that point into other tensors, slots, blocks and groups, are checked in C++ where
-they are read. So no argument of an operator reads or writes elsewhere, nor leaves a result unset.
+Each operator checks here that tensors have the sizes and types that its code assumes. Numbers
+in them that point into other tensors (slots, blocks and groups) are checked in C++ where they
+are read. So no argument of an operator reads or writes elsewhere, nor leaves a result unset.
 """
 
 from typing import TypeGuard
@@ -17,7 +17,7 @@ Sizes = tuple[int | tuple[int, int], ...]
 
 
 def check_alike(kernel: str, *tensors: Tensor) -> None:
-    """q, k, v and what has their shape: the library reads sizes off the first alone."""
+    """Check that tensors have q's shape and dtype: the library reads sizes off the first alone."""
     for x in tensors:
         check_rows(kernel, x)
     first = tensors[0]
@@ -27,7 +27,7 @@ def check_alike(kernel: str, *tensors: Tensor) -> None:
 
 
 def check_rows(kernel: str, x: Tensor | None) -> None:
-    """Rows of tokens, (B, H, N, D), of a type that the library reads."""
+    """Check for rows of tokens, (B, H, N, D), of a type that the library reads."""
     if _is_read(x) and x.ndim == 4 and x.shape[2] and x.shape[3] and x.dtype in DTYPES:
         return
     raise ValueError(
@@ -36,7 +36,7 @@ def check_rows(kernel: str, x: Tensor | None) -> None:
 
 
 def _is_read(x: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether there are numbers in memory. Operators get None for any tensor that is missing,
+    """Whether a tensor has numbers in host memory. Operators get None for a missing tensor,
     whatever their signatures say."""
     return x is not None and x.is_cpu and x.layout is torch.strided
 
@@ -49,13 +49,13 @@ def _told(x: Tensor | None) -> str:
 
 
 def names() -> str:
-    """Of the types."""
+    """Names of the types."""
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
 
 def check(name: str, x: Tensor | None, dtype: torch.dtype | None, sizes: Sizes) -> None:
-    """Whether a tensor is of this type, None for any, and of these sizes, of which each is one
-    number or one of two."""
+    """Check a tensor's type, None for any, and its sizes, each of which is one number or a choice
+    of two."""
     if _is_read(x) and dtype in (x.dtype, None) and _fits(x.shape, sizes):
         return
     wanted = ", ".join(
@@ -80,14 +80,14 @@ def check_if_given(name: str, x: Tensor | None, dtype: torch.dtype | None, sizes
 
 
 def shape_of(name: str, x: Tensor | None, axes: int) -> torch.Size:
-    """The sizes of a tensor. Raises ValueError where it has not as many axes."""
+    """Return the shape of a tensor. Raises ValueError for another number of axes."""
     if x is None or x.ndim != axes:
         raise ValueError(f"{name} must be a tensor of {axes} axes, got {_told(x)}")
     return x.shape
 
 
 def blocks_of(slots: int, block_q: int, block_k: int) -> tuple[int, int]:
-    """Kq and Kk. Raises ValueError for blocks that do not divide the slots."""
+    """Compute Kq and Kk. Raises ValueError for blocks that do not divide the slots."""
     for name, block in (("block_q", block_q), ("block_k", block_k)):
         if block < 1 or slots < 1 or slots % block:
             raise ValueError(f"{name} must divide the {slots} slots, got {block}")
@@ -95,7 +95,7 @@ def blocks_of(slots: int, block_q: int, block_k: int) -> tuple[int, int]:
 
 
 def check_slots(slots: Tensor | None, count: int, tokens: int) -> None:
-    """Slots that may be missing, then each holds the token of its own number."""
+    """Check slots, which may be missing if each holds the token of its own number."""
     check_if_given("slots", slots, torch.int64, (count,))
     if slots is None and count != tokens:
         raise ValueError(f"slots must be given where {count} of them hold {tokens} tokens")
@@ -111,7 +111,7 @@ def check_lists(
     block_q: int,
     block_k: int,
 ) -> None:
-    """What attention.cpp and int8.cpp take of a plan, as `Lists` names it."""
+    """Check a plan's arguments of attention.cpp and int8.cpp, as `Lists` names them."""
     if len(rule) not in (1, 3, 4):
         raise ValueError(f"a rule has 1, 3 or 4 tensors, got {len(rule)}")
     (slack, *more), wide = rule, torch.float32
@@ -125,7 +125,7 @@ def check_lists(
         picks, group = more
         C = shape_of("picks", picks, 4)[-1]
         check("picks", picks, torch.bool, (*patterns, S, C))
-        if not C:  # without a number, they would count as missing
+        if not C:  # an empty tensor would count as missing
             raise ValueError(f"picks must be of one group or more, got {tuple(picks.shape)}")
         check("group", group, torch.int64, (Kk,))
         return

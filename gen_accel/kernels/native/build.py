@@ -1,4 +1,4 @@
-"""Compiles the C++ for this machine and loads what was compiled before. Never unasked."""
+"""Compile the C++ for this machine, and load what was compiled before. Never unasked."""
 
 import ctypes
 import hashlib
@@ -50,9 +50,9 @@ FLAGS = (
     ),
     *("-fopenmp", "-DAT_PARALLEL_OPENMP=1", "-fPIC"),
 )
-REFUSED = 2  # what a function returns that refuses its arguments
+REFUSED = 2  # return value of a function that refuses its arguments
 NOT_BUILT = "it is not built for this machine: gen-accel build"
-# What the library says the size of each kind of arguments is, to be compared with.
+# Functions of the library that return the size of each kind of arguments, for comparison.
 SIZES = {
     "gen_accel_size": Args,
     "gen_accel_linear_size": LinearArgs,
@@ -67,17 +67,17 @@ SIZES = {
 
 
 def path() -> Path:
-    """Where the library of this source, torch and processor lies, in the user's cache."""
+    """Path of the library of this source, torch and processor, in the user's cache."""
     about = [*(file.read_text() for file in READ), *FLAGS, torch.__version__, _processor()]
     name = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
     return cache_folder() / f"native-{name}.so"
 
 
 def build() -> Path:
-    """Compile the library; a moment later `library` has it, in this process and in others.
+    """Compile the library; `library` returns it a moment later, in this process and in others.
 
     Raises:
-        RuntimeError: no compiler, another system than Linux on x86_64, what the compiler says, a
+        RuntimeError: no compiler, another system than Linux on x86_64, an error of the compiler, a
             library that does not load, or a cache that others may write.
         OSError: the cache cannot be written.
     """
@@ -99,7 +99,7 @@ def build() -> Path:
             [tool, *FLAGS, *includes, "-c", str(source), "-o", made]
             for source, made in zip(SOURCES, objects, strict=True)
         ]
-        list(pool.map(_call, compiling))  # raises what one of them raised
+        list(pool.map(_call, compiling))  # raises the first error of a compiler
         linked = Path(folder) / target.name
         _call([tool, *FLAGS, "-shared", *objects, "-o", str(linked), *links])
         with replacing(target) as partial:
@@ -113,27 +113,27 @@ def build() -> Path:
 
 
 def _publish(linked: Path, target: Path) -> None:
-    """Copy it to a new file that others may read, as a cache that is shared needs, and that the
-    owner alone may write, whatever mode the linker gave."""
+    """Copy the library to a new file that others may read, for a shared cache, and only the
+    owner may write, whatever mode the linker gave."""
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o755)
     with linked.open("rb") as source, open(descriptor, "wb") as file:
         shutil.copyfileobj(source, file)
 
 
 class _Found(NamedTuple):
-    """The library, or the words on why there is none."""
+    """Library, or the reason why there is none."""
 
     library: ctypes.CDLL | None
     reason: str = ""
 
 
 def library() -> ctypes.CDLL | None:
-    """What `build` made for this machine; None where `why_not` says why."""
+    """Load the library that `build` made for this machine; None where `why_not` says why."""
     return _found().library
 
 
 def why_not() -> str:
-    """Why `library` has none: not built, not loadable, or not trusted; empty where it has one."""
+    """Reason why `library` is None: not built, not loadable, or not trusted; else empty."""
     return _found().reason
 
 
@@ -144,7 +144,7 @@ def _found() -> _Found:
         return _Found(_load(target))
     except (FileNotFoundError, NotADirectoryError):
         return _Found(None, NOT_BUILT)
-    except PermissionError as error:  # not ours, or not to be read: it is there, and said once
+    except PermissionError as error:  # not ours, or unreadable: warn once
         warnings.warn(f"the CPU kernel is not loaded: {error}", stacklevel=2)
         return _Found(None, f"it is not loaded: {error}")
     except (
@@ -158,7 +158,7 @@ def _found() -> _Found:
 
 @torch.compiler.assume_constant_result
 def is_built() -> bool:
-    """Whether "auto" and what stands beside attention may count on `library`."""
+    """Whether "auto" and the code beside attention may count on `library`."""
     return library() is not None
 
 
@@ -166,8 +166,8 @@ def run(name: str, args: ctypes.Structure, *more: int, kernel: str = "native") -
     """Call a function of the library.
 
     Raises:
-        KernelFailed: with the name of the kernel.
-        ValueError: numbers in tensors that point out of other tensors.
+        KernelFailed: the library is missing or fails; names the kernel.
+        ValueError: numbers in tensors point out of other tensors.
     """
     found = library()
     if found is None:
@@ -188,12 +188,13 @@ def _call(command: Sequence[str]) -> None:
 def _load(file: Path) -> ctypes.CDLL:
     """Load a library that only this user or root can have written.
 
-    What is loaded is the open file that was looked at, so that no other can take its place in
-    between. It stays open: dlopen knows libraries by name, and this name must not come again.
+    The file that is checked is the file that is loaded, held open so that no other can take its
+    place in between. It stays open: dlopen knows libraries by name, and this name must not come
+    again.
 
     Raises:
-        PermissionError: another owner of file or folder, or others may write there.
-        OSError: no file, or what dlopen says.
+        PermissionError: file or folder belong to another user, or others may write there.
+        OSError: there is no file, or dlopen fails.
     """
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -214,7 +215,7 @@ def _load(file: Path) -> ctypes.CDLL:
 
 
 def _processor() -> str:
-    """What decides which instructions the compiler may use."""
+    """Features of the processor that decide which instructions the compiler may use."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

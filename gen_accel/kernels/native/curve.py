@@ -1,4 +1,4 @@
-"""The second order of a rest, as its kernel takes it, in C++: see curve.cpp."""
+"""Second order of a rest in the form that its kernel takes, in C++: see curve.cpp."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from gen_accel.plan import CURVATURE, Plan
 
 
 def curve_of(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
-    """Rise and weight of `kernels.curve.Curve`, in fp32."""
+    """Compute rise and weight of `kernels.curve.Curve`, in fp32."""
     counts = (x.expand(*q.shape[:2], -1).contiguous() for x in plan.left_out_counts())
     slots = None if plan.is_raster else plan.slots
     blocks = plan.block_q, plan.block_k
@@ -32,7 +32,7 @@ def _curve(
     block_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rise (B, H, N), weight and the mean squares of k, (B, H, D), all fp32.
+    """Compute rise (B, H, N), and weight and mean squares of k, (B, H, D), all fp32.
 
     Args:
         of_q, of_k: (B, H, Kq) and (B, H, Kk) fp32, how often each block counts.
@@ -71,7 +71,7 @@ def _backward(
     block_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of q and k."""
+    """Compute the gradients of q and k."""
     call = _call(q, k, of_q, of_k, slots, count, block_q, block_k, scale)
     dq, dk = _gradients(q, k)
     (B, H, N, D), wide = q.shape, torch.float32

@@ -1,4 +1,4 @@
-"""Attention with products of 8 bits, in C++: see int8.cpp."""
+"""Attention with 8-bit products, in C++: see int8.cpp."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from gen_accel.plan import Plan
 
 
 def lacks() -> str | None:
-    """The instructions that this processor would need; None where it has them, or where the
+    """Name the instructions that this processor lacks; None where it has them, or where the
     library that tells is not built."""
     library = build.library()
     missing = None if library is None else library.gen_accel_int8_lacks()
@@ -20,7 +20,7 @@ def lacks() -> str | None:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(B, H, N, D), fp32 where `wide`, else in q's dtype, and log-sum-exps (B, H, N) fp32,
+    """Compute (B, H, N, D), fp32 where `wide`, else in q's dtype, and log-sum-exps (B, H, N) fp32,
     without a gradient."""
     return _attention(q, k, v, *prepare(plan), scale, wide)
 

@@ -31,13 +31,13 @@ def linear(
     feature_map: int,
     eps: float,
 ) -> Tensor:
-    """(B, H, N, D), in the order of the tokens.
+    """Compute linear attention over sets, (B, H, N, D), in token order.
 
     Args:
         q, k, v: (B, H, N, D).
         slots: (S,), the token of each slot.
         sets: (B, H, Kq, Kk) bool, the key blocks of each query block; None for all.
-        feature_map: number of one of `MAPS`.
+        feature_map: index in `MAPS`.
     """
     call = _call(q, k, v, slots, sets, block_q, block_k, feature_map, eps)
     out = q.new_empty(q.shape)
@@ -76,8 +76,8 @@ def add_projected_linear(
     bias: Tensor,
     base: Tensor,
 ) -> None:
-    """Add linear(...) weight^T + bias to `base`, where no gradient is asked for: one pass in the
-    place of four, and no new memory.
+    """Add linear(...) weight^T + bias to `base`, without a gradient: one pass instead of four, and
+    no new memory.
 
     Args:
         weight, bias: of a linear layer of the head dim.

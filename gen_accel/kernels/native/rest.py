@@ -1,5 +1,5 @@
-"""The rest of a plan, added to attention over what it keeps, in C++: see rest.cpp. And what the
-blocks of such a plan are chosen by: see spread.cpp."""
+"""Rest of a plan, added to attention over the kept blocks, in C++: see rest.cpp. And the spread,
+by which the blocks of such a plan are chosen: see spread.cpp."""
 
 from typing import Any
 
@@ -35,10 +35,10 @@ def added(
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.rest.added`: (B, H, N, D) in q's dtype and (B, H, N) fp32."""
+    """Run `kernels.rest.added`: (B, H, N, D) in q's dtype and (B, H, N) fp32."""
     assert plan.rest is not None
     slots = None if plan.is_raster else plan.slots
-    # By how much the slope of the first order counts; 0 where there is none.
+    # Factor of the slope of the first order; 0 where there is none.
     factor = 0.0 if plan.rest.order == "zeroth" else scale / plan.tokens
     how = plan.block_q, plan.block_k, plan.rest.centre == "query", factor
     bend = (None, None) if curve is None else (curve.rise.float(), curve.weight.float())
@@ -63,8 +63,8 @@ def _added(
     factor: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(B, H, N, D) in q's dtype and (B, H, N); and, empty where `factor` is 0, the slope
-    (B, H, D, D) and what queries weigh the rest by, (B, H, N). All but the first are fp32."""
+    """Compute (B, H, N, D) in q's dtype and (B, H, N); and, empty where `factor` is 0, the slope
+    (B, H, D, D) and each query's weight on the rest, (B, H, N). All but the first are fp32."""
     call = _call(
         out, lse, q, k, v, rise, weight, slots, keep, block_q, block_k, around_queries, scale
     )
@@ -114,8 +114,8 @@ def _backward(
     factor: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of out, lse, q, k, v, rise and weight from those of the two results; empty ones of
-    what is not there."""
+    """Compute the gradients of out, lse, q, k, v, rise and weight from the gradients of the two
+    results; a missing tensor has an empty one."""
     call = _call(
         out, lse, q, k, v, rise, weight, slots, keep, block_q, block_k, around_queries, scale
     )
@@ -144,7 +144,7 @@ def _backward(
 
 
 def _empty(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Uninitialised tensors of the same shapes; of none, without a number."""
+    """Allocate tensors of the same shapes; for None, an empty one."""
     there = next(x for x in tensors if x is not None)
     return tuple(there.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
@@ -213,7 +213,7 @@ _added.register_autograd(_differentiate, setup_context=_save)
 
 
 def spread(query_means: Tensor, k: Tensor, slots: Slots, *, scale: float) -> Tensor:
-    """`kernels.spread.block_spread`."""
+    """Compute `kernels.spread.block_spread`."""
     order = None if slots.is_raster else slots.slots
     return _spread(query_means, k, order, len(slots.slots), slots.block_k, scale)
 
@@ -222,7 +222,7 @@ def spread(query_means: Tensor, k: Tensor, slots: Slots, *, scale: float) -> Ten
 def _spread(
     query_means: Tensor, k: Tensor, slots: Tensor | None, count: int, block: int, scale: float
 ) -> Tensor:
-    """(B, H, Kq, count / block) fp32."""
+    """Compute the spread, (B, H, Kq, count / block) fp32."""
     check_rows("native", k)
     (B, H, N, D), Kq = k.shape, shape_of("query means", query_means, 4)[2]
     check("query means", query_means, None, (B, H, Kq, D))

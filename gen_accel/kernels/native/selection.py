@@ -1,4 +1,4 @@
-"""Which key blocks a query sees, in C++: see selection.cpp."""
+"""Key blocks that a query sees, chosen in C++: see selection.cpp."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ SCOPES = ("query_head", "head_global", "overall", "block")
 
 @torch.library.custom_op("gen_accel::native_block_sums", mutates_args=())
 def block_sums(x: Tensor, slots: Tensor, block: int) -> Tensor:
-    """(B, H, S / block, D) fp32 of x (B, H, N, D) and the token of each slot, (S,)."""
+    """Sum x (B, H, N, D) over blocks: (B, H, S / block, D) fp32. slots: (S,), the token of
+    each slot."""
     check_rows("native", x)
     (B, H, N, D), (S,) = x.shape, shape_of("slots", slots, 1)
     check("slots", slots, torch.int64, (S,))
@@ -33,8 +34,8 @@ def _(x: Tensor, slots: Tensor, block: int) -> Tensor:
 
 
 def kept_blocks(keep: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.lists.kept_blocks` of `keep` and `whole` of a plan, (B', H', Kq, Kk) bool, with an
-    index in int32."""
+    """Make `kernels.lists.kept_blocks` of `keep` and `whole` of a plan, (B', H', Kq, Kk) bool,
+    with an index in int32."""
     *many, K = shape_of("keep", keep, 4)
     check("keep", keep, torch.bool, keep.shape)
     check("whole", whole, torch.bool, keep.shape)
@@ -64,20 +65,20 @@ def picks(
     topk: int,
     threshold: float,
 ) -> tuple[Tensor, Tensor]:
-    """What rows pick of C chunks by their products with the chunks' means.
+    """Pick among C chunks by the products of rows with the chunks' means.
 
     Args:
         rows: (B, H, N, D), queries or their means.
         slots: (R,), the row of each slot; -1 for padding, which picks nothing.
-        home: (R,), the own chunk of each; from C on those of text, which picks all.
+        home: (R,), the own chunk of each slot; C or more for text, which picks all.
         means: (B, H, C, D) fp32.
         block: slots of a block.
-        scope: number of one of `SCOPES`.
+        scope: index in `SCOPES`.
         topk: 0 where `threshold` decides.
 
     Returns:
         (B, H, R, C + 1) bool, the last for the text, which all pick; and (B, H, R / block, C + 1),
-        what any row of a block picks.
+        the picks of any row of a block.
     """
     check_rows("native", rows)
     B, H, N, D = rows.shape

@@ -1,4 +1,4 @@
-"""The slope of the first order of a rest, in C++: see slope.cpp."""
+"""Slope of the first order of a rest, in C++: see slope.cpp."""
 
 import torch
 from torch import Tensor
@@ -11,11 +11,11 @@ from gen_accel.kernels.native.bounds import DTYPES, check
 def slope_of(
     k: Tensor, v: Tensor, slots: Tensor | None, count: int, block_q: int, block_k: int
 ) -> Tensor:
-    """H of `Rest`, (B, H, D, D) fp32.
+    """Compute H of `Rest`, (B, H, D, D) fp32.
 
     Args:
         k, v: (B, H, N, D).
-        slots: (count,) int64; None where slot = token.
+        slots: (count,) int64; None where each slot holds the token of its own number.
     """
     B, H, N, D = k.shape
     made = k.new_empty(B, H, D, D, dtype=torch.float32)
@@ -42,12 +42,12 @@ def gradients(
     around_queries: bool,
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of lse, of which that of total is the negative; y . grad, where the slope adds y to
-    the output and grad is the gradient of that; gradients of q, k and v.
+    """Compute five gradients: of lse (the gradient of total is its negative); y . grad, where y is
+    what the slope adds to the output and grad the gradient of the output; of q, k and v.
 
     Args:
         grad: (B, H, N, D) in q's dtype.
-        shares: (B, H, N) fp32, what each query weighs the rest by.
+        shares: (B, H, N) fp32, each query's weight on the rest.
         factor: scale / N.
     """
     B, H, N, D = q.shape

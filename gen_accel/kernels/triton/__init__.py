@@ -40,7 +40,7 @@ def installed() -> bool:
 
 
 def device_reasons(device: torch.device) -> list[str]:
-    """Why no kernel of this package can run there, empty where they can."""
+    """List the reasons why no kernel of this package can run there; empty where they can."""
     if not installed():
         return ["triton is not installed"]
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -79,19 +79,19 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> Ten
 def forward_lse(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The output and each row's natural logsumexp, (B, H, N) fp32; both have gradients.
+    """Compute the output and each row's natural log-sum-exp, (B, H, N) fp32; both have gradients.
 
     A row that sees nothing gives zeros and -inf. Queries that pick long groups of keys for
     themselves are gathered, see `gathered.serves`; all other plans go block by block.
 
     Args:
-        wide: the output in fp32, as it is before it is rounded.
+        wide: return the output in fp32, before it is rounded.
     """
     from gen_accel.kernels.triton import gathered  # imports triton
 
     if gathered.serves(plan):
         return gathered.forward_lse(q, k, v, plan, scale=scale, wide=wide)
-    lists = prepare(plan)  # which registers the operator
+    lists = prepare(plan)  # registers the operator
     return torch.ops.gen_accel.triton_attention(q, k, v, *lists, scale, wide=wide)
 
 

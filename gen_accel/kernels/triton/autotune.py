@@ -17,7 +17,8 @@ from gen_accel.plan import Plan
 
 @torch.no_grad()
 def tune(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> dict[str, Config]:
-    """The fastest configuration of each kernel, by `tuned.key`; kept in `tuned.path()`.
+    """Return the fastest configuration of each kernel, by `tuned.key`, and save it to
+    `tuned.path()`.
 
     Every later call with this head dim, dtype and these block sizes takes it.
 
@@ -65,7 +66,7 @@ def tune(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> dict[s
 
 
 def _candidates(config: Config) -> set[Config]:
-    """The table's configuration and those that differ from it in one number."""
+    """Configuration from the table, and variants that differ from it in one number."""
     return {
         config,
         config._replace(tile_m=max(16, config.tile_m // 2)),
@@ -78,7 +79,7 @@ def _candidates(config: Config) -> set[Config]:
 
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:
-    """Median on a GPU, one run under the interpreter; infinite where it does not fit."""
+    """Median time on a GPU, one run under the interpreter; infinite where it does not fit."""
     try:
         if device.type == "cpu":
             start = time.perf_counter()

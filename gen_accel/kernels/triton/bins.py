@@ -1,7 +1,7 @@
-"""The least key that is taken of many: masses counted in bins, by the upper half of the keys and
-then, in the decisive bin, by the lower.
+"""Least key that is taken of many: masses are counted in bins, by the upper half of the keys, and
+in the decisive bin by the lower half.
 
-Masses are whole numbers, so that atomic additions give the same in any order.
+Masses are whole numbers, so atomic additions give the same sum in any order.
 """
 
 # Kernels are a language of their own, which a checker of Python misreads.
@@ -38,18 +38,19 @@ def bins_kernel(
         b_bin = b_rank & 0xFFFF
     else:
         b_bin = b_rank >> 16
-    # The first number of a scope stays 0: what lies below the first bin.
+    # The first number of a scope stays 0: the mass below the first bin.
     p_count = count + i_scope * 65537 + 1 + b_bin
     tl.atomic_add(p_count, b_mass, mask=m_n, sem="relaxed")
 
 
 @torch.library.custom_op("gen_accel::triton_least_taken", mutates_args=())
 def least_taken(keys: Tensor, slack: Tensor, weighted: bool) -> Tensor:
-    """The greatest key below which lies no more than `slack`; one above all where none does.
+    """Greatest key below which at most `slack` of the mass lies; a number above all keys if their
+    total is no more.
 
     Args:
-        keys: (..., n) int32, contiguous. `weighted`: the bits of fp32 that are not negative, whose
-            whole parts are the masses; else each counts 1.
+        keys: (..., n) int32, contiguous. With `weighted`, the bits of fp32 numbers that are not
+            negative, and their whole parts are the masses; else each key counts 1.
         slack: (...) int64, not negative.
 
     Returns:

@@ -1,6 +1,6 @@
-"""The rule of a static plan as one bit for each pair of the blocks that need a mask.
+"""Rule of a static plan as one bit for each pair of slots in the blocks that need a mask.
 
-A kernel then tests a bit where it would compare places on each axis of the grid.
+A kernel then tests a bit instead of comparing places on each axis of the grid.
 """
 
 from weakref import WeakKeyDictionary
@@ -11,7 +11,7 @@ from torch import Tensor
 from gen_accel.plan import PAIRS, Plan, Windows
 
 WORD = 32  # pairs in one number
-# Bytes of all plans together, those of rows and of columns. Where a plan would take more, kernels
+# Bytes of all plans together, of rows and of columns. Where a plan would take more, kernels
 # compare places pair by pair: 115 thousand tokens in windows of 18 x 24 x 24 take 0.3 GB.
 MOST = 1 << 30
 
@@ -19,8 +19,8 @@ _sizes: "WeakKeyDictionary[Plan, int]" = WeakKeyDictionary()
 
 
 def rule_of(plan: Plan, masked: Tensor) -> list[Tensor] | None:
-    """The `rule` of `lists.Lists` as bits: words and firsts of the rows, then of the columns; None
-    where they do not fit. Waits for the device.
+    """Make the `rule` of `lists.Lists` as bits: words and firsts of the rows, then of the columns;
+    None where they do not fit. Waits for the device.
 
     Padding of keys is in the bits of the rows, and padding of queries in the bits of the columns.
 
@@ -54,7 +54,7 @@ def _bits(
         by_key: rows are of keys, columns of queries.
 
     Returns:
-        (pairs, listed / WORD, own) int32: of the own block's i-th slot, bit b of word w is that of
+        (pairs, listed / WORD, own) int32: for the own block's i-th slot, bit b of word w is for
         the listed block's slot 32 w + b; and (B', H', R) int32, the first pair of each row.
     """
     device = masked.device

@@ -1,9 +1,9 @@
 """Attention over lists of blocks, in the manner of FlashAttention-2, forward and backward.
 
-Dao, 2023, https://arxiv.org/abs/2307.08691. Unlike there, keys come from a list of blocks, tokens
-are addressed through the plan's slots, so that nothing is reordered or copied, and the lengths of
+Dao, 2023, https://arxiv.org/abs/2307.08691. Unlike there, keys come from a list of blocks. Tokens
+are addressed through the plan's slots, so that nothing is reordered or copied. The lengths of
 blocks and tiles are independent: the blocks of a list are laid end to end and cut into tiles.
-On Hopper and Blackwell, what a loop reads is first copied into slot order where that pays.
+On Hopper and Blackwell, the operands of a loop are first copied into slot order where that pays.
 """
 
 import math
@@ -30,7 +30,7 @@ KERNELS: dict[str, Any] = {
     "packed dq": packed_dq_kernel,
     "packed dkdv": packed_dkdv_kernel,
 }
-# Which tensors of a kernel are packed, and loaded by descriptor.
+# Tensors of a kernel that are packed, and loaded by descriptor.
 PACKED = {"packed forward": (1, 2), "packed dq": (1, 2), "packed dkdv": (0, 3)}
 
 
@@ -47,8 +47,8 @@ def _launch(
     """Run one of KERNELS over the rows of `lists`.
 
     Args:
-        tensors: what the kernel takes before `slots`; those of four axes are given by stride, or
-            by descriptor where they are packed.
+        tensors: arguments of the kernel before `slots`; tensors of four axes are passed by stride,
+            or by descriptor where they are packed.
         lists: slots, index and counts.
     """
     packed = PACKED.get(kind, ())
@@ -100,7 +100,7 @@ def _launch(
 
 
 def mode_of(rule: Sequence[Tensor]) -> int:
-    """Which of the kinds of rule in `tiles` the one of `Lists` is."""
+    """Kind of rule in `tiles` of the rule of `Lists`."""
     if not rule:
         return NONE.value
     if len(rule) == 4:
@@ -118,13 +118,12 @@ def way(
     raster: bool,
     scale: float,
 ) -> str:
-    """What stands before the kinds of one direction: `configs.PACKING` where packing pays and the
-    kernels for it serve, and nothing else. They take maxima before the scale, and so no negative
-    one.
+    """Prefix of the kinds of one direction: `configs.PACKING` where packing pays and its kernels
+    serve, else "". Those kernels take maxima before the scale, so the scale must not be negative.
 
     Args:
         direction: "forward" or "backward".
-        tensors: what would be packed.
+        tensors: operands that would be packed.
         lists: slots, rows and their counts.
     """
     x, (slots, rows, _) = tensors[0], lists
@@ -159,10 +158,10 @@ def attention(
     *,
     wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The output, (B, H, N, D) laid out like q, and the logsumexp, (B, H, N) fp32.
+    """Compute the output, (B, H, N, D) laid out like q, and the log-sum-exp, (B, H, N) fp32.
 
     Args:
-        wide: the output in fp32.
+        wide: return the output in fp32.
     """
     q, k, v = (rowwise(x) for x in (q, k, v))
     out = empty_out(q, wide)
@@ -220,7 +219,7 @@ def attention_backward(
 
 
 def _delta(q: Tensor, out: Tensor, grad: Tensor, lse: Tensor, grad_lse: Tensor) -> Tensor:
-    """(B, H, N) fp32: what the softmax takes from the gradients of a row's scores."""
+    """Compute delta, (B, H, N) fp32, which the softmax subtracts from a row's score gradients."""
     B, H, N, D = q.shape
     delta = torch.empty_like(lse)
     launch(

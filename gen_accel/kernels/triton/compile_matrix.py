@@ -52,12 +52,11 @@ SHARED = {
     "gfx942": 64 << 10,
 }
 
-COLUMNS = 512  # of a head: blocks of 64 of 33k tokens
+COLUMNS = 512  # columns of a head: blocks of 64 of 33k tokens
 
 # Instructions of a warp for each key of the packed forward pass, in its loop over whole blocks, by
-# architecture, head dim and length of the blocks, by the compiler of Triton 3.9: that of 3.5 takes
-# a tenth more. Those of a turn that rescales are counted in. None of them may be one of
-# `sass.COPIES`.
+# architecture, head dim and length of the blocks, with the compiler of Triton 3.9; Triton 3.5
+# takes a tenth more. Turns that rescale are included. No instruction may be one of `sass.COPIES`.
 MOST = {("sm_90", 128, 128): 4.3, ("sm_90", 128, 64): 4.8}
 
 RULES = {
@@ -67,7 +66,7 @@ RULES = {
     "bits": tiles.BITS,
 }
 
-# Types of arguments by name; those of the inputs' own type and the integers are not listed.
+# Types of arguments by name; arguments of the inputs' own type and integers are not listed.
 TYPES = {
     **dict.fromkeys(("lse", "base2", "delta", "grad_lse", "gain", "by", "weight"), "*fp32"),
     **dict.fromkeys(("slots", "index", "counts"), "*i32"),
@@ -93,12 +92,12 @@ class Case(NamedTuple):
 
     Args:
         needed: multiply-adds in each turn of its loop.
-        keys: that a turn works off, queries where the kernel works off keys.
-        packed: places of the arguments that are descriptors.
+        keys: keys that a turn processes; queries where the kernel loops over queries.
+        packed: positions of the arguments that are descriptors.
         most: instructions of a warp for each key.
-        shuffles: how often the threads of a warp may exchange numbers in a turn.
-        turns: that stand one after the other where the compiler has made no loop of them.
-        nested: the loop lies in another one, which then holds all turns.
+        shuffles: bound on exchanges between the threads of a warp in a turn.
+        turns: unrolled turns, where the compiler has made no loop of them.
+        nested: whether the loop lies in another one, which then holds all turns.
     """
 
     name: str
@@ -116,10 +115,10 @@ class Case(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Registers of a thread, spilled bytes (NVIDIA) or registers (AMD) of it, shared bytes; of the
-    turn that computes most, 0 where they are not counted: its products in multiples of those that
-    it needs, and over whole blocks instructions of a warp for each key, copies with fences, and
-    exchanges among the threads of a warp."""
+    """Resources of a kernel: registers of a thread, its spilled bytes (NVIDIA) or registers (AMD),
+    and shared bytes. Counts of the turn that computes most, 0 where not counted: its products, in
+    multiples of the needed ones; and over whole blocks instructions of a warp for each key, copies
+    with fences, and exchanges among the threads of a warp."""
 
     registers: int
     spilled: int
@@ -131,7 +130,8 @@ class Usage(NamedTuple):
 
 
 def cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
-    """Every kernel, those that evaluate a rule once for each rule, with and without a gain."""
+    """Yield every kernel; kernels that evaluate a rule once for each rule, with and without a
+    gain."""
     for kind, rule, gain in product(block_sparse.KERNELS, RULES, (False, True)):
         row = configs.row(kind, rule != "none" or gain)
         facts = arch, row, D, dtype, block, block, gain
@@ -193,16 +193,17 @@ def _sparse_case(
 
 
 def _exchanges(arch: str, kind: str, config: configs.Config, dtype: torch.dtype) -> float:
-    """How many a turn needs where warps multiply for themselves: two for the maximum and two for
-    the sum of each row that a thread holds, of 16 rows a warp two. More of them move the weights
-    from warp to warp, as happens where a product is laid out along its columns."""
+    """Number of exchanges that a turn needs where warps multiply for themselves: two for the
+    maximum and two for the sum of each row that a thread holds, which is two of 16 rows of a warp.
+    More of them move the weights from warp to warp, which happens to a product laid out along its
+    columns."""
     if arch not in configs.HALVED or dtype == torch.float32:
         return math.inf
     return 8 * max(1, config.tile_m // (16 * config.num_warps)) if kind == "forward" else 0
 
 
 def _release() -> tuple[int, ...]:
-    """Of Triton, major and minor."""
+    """Version of Triton, major and minor."""
     return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
@@ -234,7 +235,8 @@ def _linear_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator
 
 
 def _gathered_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
-    """Those whose programs own queries, and that for keys over lists of single queries."""
+    """Yield the kernels whose programs own queries, and the kernel for keys over lists of single
+    queries."""
     owned = {"OWNED": gathered.OWNED}
     sizes = {"D": D, "BLOCK_D": configs.padded_dim(D), "BLOCK_K": block}
     for kind, kernel, products in (
@@ -264,7 +266,7 @@ def _gathered_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterat
 
 
 def _column_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
-    """Kernels of the rest, over as many columns as tiles are long, and more."""
+    """Yield kernels of the rest, over as many columns as tiles are long, and more."""
     dim = {"D": D, "BLOCK_D": configs.padded_dim(D)}
     yield Case("rest common", rest_common.common_kernel, {**dim, "SOME": rest_common.SOME}, 4, 3)
     yield Case("rest shares", rest_shares.shares_kernel, {**dim, "TILE": configs.DELTA_TILE}, 4, 1)
@@ -288,7 +290,7 @@ def _column_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator
         if kind == "forward":
             constants["WIDTH"], products = configs.width(arch, config, D), 2
             shuffles = _exchanges(arch, kind, config, dtype)
-            shuffles += (1 + curved) * config.tile_n // 4  # of biases and variances
+            shuffles += (1 + curved) * config.tile_n // 4  # for biases and variances
         yield Case(
             f"rest {kind} {'queries' if centred else 'keys'}{' curved' if curved else ''}",
             getattr(module, f"columns_{kind}_kernel"),
@@ -302,7 +304,7 @@ def _column_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator
 
 
 def _pool_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
-    """Kernels of the rest that pool around mean queries."""
+    """Yield kernels of the rest that pool around mean queries."""
     dim = {"D": D, "BLOCK_D": configs.padded_dim(D)}
     parts = 1 if dtype == torch.float32 else 2  # of the mean queries
     needed = dict(zip(configs.POOLS, (3, 7, parts), strict=True))
@@ -346,7 +348,7 @@ def _curve_cases(D: int, block: int) -> Iterator[Case]:
 
 
 def _slope_cases(arch: str, D: int, dtype: torch.dtype, block: int) -> Iterator[Case]:
-    """Around queries; around keys the kernels take no mean of the queries."""
+    """Yield the slope kernels around queries; around keys they take no mean of the queries."""
     config = configs.slope(arch, D, dtype)
     sizes = {"D": D, "BLOCK_D": configs.padded_dim(D), "BLOCK": block, "CHUNK": config.chunk}
     part = {"BLOCKS": configs.part_blocks(D, block), "CENTRED": True}
@@ -382,7 +384,7 @@ def build(case: Case, arch: str, dtype: torch.dtype) -> Any:
     signature = {
         name: "constexpr" if name in case.constants else types.get(name, "i32") for name in names
     }
-    # As the launcher finds it: pointers and the strides of whole rows are multiples of 16.
+    # As the launcher does: pointers and the strides of whole rows are multiples of 16.
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(names)
@@ -415,7 +417,7 @@ def usage(case: Case, compiled: Any) -> Usage:
 
 
 def counted(case: Case, used: Usage, code: str) -> Usage:
-    """The same with what a turn computes, from a listing of `cuobjdump -sass`."""
+    """Return `used` with the counts of a turn, from a listing of `cuobjdump -sass`."""
     found, turns = sass.inner_loops(code), 1
     loops = [loop.code for loop in found]
     held = [loop.held for loop in found if sass.multiply_adds(loop.code, case.num_warps)]
@@ -428,7 +430,7 @@ def counted(case: Case, used: Usage, code: str) -> Usage:
     used = used._replace(products=issued / (case.needed * turns))
     if not held or not case.keys:
         return used
-    # A loop over masked blocks computes no more than one over whole blocks, and takes longer.
+    # A loop over masked blocks computes no more than a loop over whole blocks, and takes longer.
     most = (loop for count, loop in zip(products, loops, strict=True) if count == issued)
     whole = min(most, key=len)
     per_key = len(whole) / (case.keys * turns)
@@ -444,7 +446,7 @@ def fits(case: Case, used: Usage, arch: str) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a line for each kernel; 1 if one of them is refused."""
+    """Print a line for each kernel; return 1 if one is refused."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=SHARED, default=list(SHARED))
     parser.add_argument("--dim", nargs="+", type=int, default=[64, 128])

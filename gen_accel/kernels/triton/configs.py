@@ -41,15 +41,15 @@ class SumsConfig(NamedTuple):
 BUCKETS = (64, 128, 256)
 
 KINDS = ("forward", "dq", "dkdv", "dkdv rule")
-# Before the kind of a kernel over packed operands.
+# Prefix of the kind of a kernel over packed operands.
 PACKING = "packed "
 
 DELTA_TILE = 16  # rows of one program that only reads two tensors; not timed
 
 _C = Config
 
-# Each row holds the configurations of KINDS: a rule on token pairs takes registers, of which the
-# kernel for keys and values has the fewest to spare. Chosen by what compile_matrix reports, the
+# Each row holds the configurations of KINDS. A rule on token pairs takes registers, of which the
+# kernel for keys and values has the fewest to spare. Chosen by the report of compile_matrix: the
 # largest tiles that spill nothing and compute no product twice; not timed.
 TABLE = {
     "sm_80": {
@@ -79,7 +79,7 @@ TABLE = {
     },
 }
 
-# In their place where blocks are shorter than the tiles that work them off: as many warps as the
+# Instead of TABLE where blocks are shorter than the tiles that process them: as many warps as the
 # tile has rows for, since more of them compute the same products twice.
 SHORT = {
     ("sm_80", 64): (_C(64, 64, 4, 2), _C(64, 32, 4, 2), _C(32, 64, 4, 2), _C(32, 64, 4, 2)),
@@ -90,10 +90,11 @@ SHORT = {
     ("sm_120", 128): (_C(64, 32, 4, 2), _C(64, 64, 8, 2), _C(32, 64, 4, 1), _C(32, 64, 4, 1)),
 }
 
-# Where each warp multiplies for itself; and the interpreter, so that it is tested.
+# Architectures on which each warp multiplies for itself; and the interpreter, for tests.
 HALVED = ("sm_80", "sm_120", "interpreted")
 
-# In their place where a plan has a gain and they would spill; True for those of short blocks.
+# Instead of TABLE, SHORT and PACKED where a plan has a gain and they would spill; True for short
+# blocks.
 WITH_GAIN = {
     ("sm_80", 128, "forward", True): _C(64, 32, 4, 2),
     ("sm_90", 64, "dkdv rule", False): _C(32, 128, 8, 2),
@@ -109,8 +110,8 @@ WITH_GAIN = {
     ("sm_100", 128, "packed dkdv rule", False): _C(32, 128, 8, 2),
 }
 
-# Of the kernels over packed operands: the tile that a loop runs over is cut into loads, of which a
-# turn has one or two. Chosen like TABLE and SHORT.
+# Kernels over packed operands: the tile that a loop runs over is cut into loads, one or two of
+# them in a turn. Chosen like TABLE and SHORT.
 PACKED = {
     "sm_90": {
         64: (_C(128, 128, 8, 2), _C(128, 128, 8, 2), _C(64, 128, 8, 2), _C(64, 128, 8, 2)),
@@ -125,11 +126,11 @@ SHORT_PACKED = {
     ("sm_90", 64): (_C(64, 128, 4, 2), _C(64, 64, 4, 2), _C(64, 64, 4, 2), _C(64, 64, 4, 2)),
     ("sm_90", 128): (_C(64, 128, 4, 2), _C(64, 64, 4, 2), _C(32, 64, 4, 2), _C(32, 64, 4, 2)),
 }
-# Rows that a tile has at least; fewer spare nothing by compile_matrix.
+# Minimum rows of a tile; fewer spare nothing by compile_matrix.
 PACKED_ROWS = {"interpreted": 16, "sm_90": 64, "sm_100": 128}
 
-# Exact fp32 products, without tensor cores: small tiles fit every architecture of a maker, and by
-# compile_matrix spill 8 bytes a thread at most; not timed.
+# Exact fp32 products, without tensor cores: small tiles fit every architecture of a maker, and
+# spill 8 bytes a thread at most by compile_matrix; not timed.
 FP32 = {
     "cuda": {
         64: (_C(32, 16, 8, 1), _C(32, 16, 8, 1), _C(32, 32, 8, 1), _C(32, 32, 8, 1)),
@@ -146,8 +147,8 @@ FP32 = {
 # Small enough that small problems have several tiles.
 INTERPRETED = _C(32, 32, 4, 1)
 
-# Over the columns of a rest, where the tiles of blocks would spill: of "forward", "dq", "dkdv" of
-# mean keys, and "dpooled", the same of keys pooled around mean queries.
+# Kernels over the columns of a rest, where the tiles of blocks would spill: "forward", "dq",
+# "dkdv" (for mean keys) and "dpooled" (the same for keys pooled around mean queries).
 COLUMNS = {
     ("sm_80", 128, "dkdv"): _C(64, 64, 8, 1),
     ("sm_80", 128, "dpooled"): _C(64, 64, 8, 2),
@@ -157,8 +158,8 @@ COLUMNS = {
     ("sm_120", 128, "dpooled"): _C(64, 64, 8, 1),
 }
 
-# Pooling around mean queries: rows of mean queries, keys of a load; warps; stages. In turn for
-# "pool", "pool backward" and "spread". Chosen like TABLE.
+# Kernels that pool around mean queries: rows of mean queries, keys of a load; warps; stages. In
+# order for "pool", "pool backward" and "spread". Chosen like TABLE.
 POOL = {
     "sm_80": {
         64: (_C(64, 32, 4, 1), _C(32, 32, 4, 1), _C(64, 64, 4, 2)),
@@ -193,7 +194,7 @@ POOL_FP32 = {
 }
 POOLS = ("pool", "pool backward", "spread")
 
-# In place of those for columns and for pooling where a curve, which takes registers, would spill.
+# Instead of COLUMNS and POOL where a curve, which takes registers, would spill.
 WITH_CURVE = {
     ("sm_80", 128, "dpooled"): _C(64, 64, 8, 1),
     ("sm_90", 64, "dpooled"): _C(32, 128, 8, 2),
@@ -207,7 +208,7 @@ WITH_CURVE = {
 POOL_BLOCKS = 4  # key blocks that a program pools one after the other; not timed
 
 # Bytes of pooled keys and values that are held at once: about half of the last cache by the data
-# sheets, so that what one kernel writes the next one finds there.
+# sheets, so that the next kernel reads from the cache what one kernel wrote.
 CACHED = {
     "sm_80": 20 << 20,
     "sm_90": 32 << 20,
@@ -217,13 +218,13 @@ CACHED = {
     "interpreted": 1 << 12,
 }
 
-# By head dim: spills nothing according to compile_matrix; not timed.
+# By head dim: spills nothing by compile_matrix; not timed.
 LINEAR = {
     64: LinearConfig(64, 64, 4),
     128: LinearConfig(32, 128, 8),
     256: LinearConfig(32, 32, 8),
 }
-# In their place where they would spill.
+# Instead of LINEAR where it would spill.
 LINEAR_INSTEAD = {
     ("sm_100", 128): LinearConfig(32, 64, 8),
     ("gfx942", 128): LinearConfig(64, 64, 8),
@@ -234,17 +235,17 @@ LINEAR_FP32 = {
     256: LinearConfig(16, 16, 8),
 }
 
-# Rows that a part of a rest's slope sums up, for each number of a head: it has an eighth of the
-# bytes of its tokens; not timed.
+# Rows that a part of a rest's slope sums up, for each number of a head: a part has an eighth of
+# the bytes of its tokens; not timed.
 PART_ROWS = 8
-# Of these rows a program holds so many at a time, so that by compile_matrix nothing spills.
+# Rows of a part that a program holds at a time, so that nothing spills by compile_matrix.
 PART_TILE = {"sm_80": 32, "sm_90": 32, "sm_100": 64, "sm_120": 16, "gfx942": 32}
-# In place of LINEAR for what the slope adds and its gradients, as it would spill.
+# Instead of LINEAR for the kernels that apply the slope and its gradients, where it would spill.
 SLOPE_INSTEAD = {("sm_100", 64): LinearConfig(32, 64, 4)}
-# The same in fp16, whose sums are fp32.
+# Instead of LINEAR for the same kernels in fp16, whose sums are fp32.
 SLOPE_FP16 = {("sm_100", 128): LinearConfig(32, 64, 4)}
 
-# For every architecture: spills nothing according to compile_matrix; not timed.
+# For every architecture: spills nothing by compile_matrix; not timed.
 SUMS = {
     torch.bfloat16: SumsConfig(128, 128, 32, 8, 3),
     torch.float16: SumsConfig(128, 128, 32, 8, 2),
@@ -255,13 +256,14 @@ SUMS = {
 def choose(
     kind: str, q: Tensor, block_q: int, block_k: int, ruled: bool, gain: bool = False
 ) -> Config:
-    """The configuration of a kernel, with the tile that works off one block cut to the block.
+    """Choose the configuration of a kernel, with the tile that processes one block cut to the
+    block.
 
     Args:
-        kind: "forward", "dq" or "dkdv", for one that `packs` with "packed " before it.
+        kind: "forward", "dq" or "dkdv", with "packed " before it for a kernel that `packs`.
         q: (B, H, N, D), for its head dim, dtype and device.
-        ruled: the plan has a rule on token pairs.
-        gain: it has a gain.
+        ruled: whether the plan has a rule on token pairs.
+        gain: whether the plan has a gain.
     """
     kind = row(kind, ruled or gain)
     arch = architecture(q.device)
@@ -273,27 +275,27 @@ def choose(
 
 
 def row(kind: str, ruled: bool) -> str:
-    """The one of KINDS for "forward", "dq" or "dkdv"; `ruled`: with a rule or a gain."""
+    """Name in KINDS for "forward", "dq" or "dkdv"; `ruled`: with a rule or a gain."""
     return f"{kind} rule" if of_keys(kind) and ruled else kind
 
 
 def of_keys(kind: str) -> bool:
-    """Whether a program works off keys and its loop runs over queries, and not the reverse."""
+    """Whether a program owns keys and its loop runs over queries, instead of the reverse."""
     return kind.removeprefix(PACKING).startswith("dkdv")
 
 
 def worked_off(kind: str, block_q: int, block_k: int) -> int:
-    """The length of the blocks that a program works off: of keys for "dkdv", else of queries."""
+    """Length of the blocks that a program owns: of keys for "dkdv", else of queries."""
     return block_k if of_keys(kind) else block_q
 
 
 def from_table(
     arch: str, kind: str, D: int, dtype: torch.dtype, block: int, gain: bool = False
 ) -> Config:
-    """The configuration of one of KINDS.
+    """Look up the configuration of one of KINDS.
 
     Args:
-        block: of `worked_off`.
+        block: length from `worked_off`.
     """
     if arch == "interpreted":
         return INTERPRETED
@@ -309,30 +311,30 @@ def from_table(
 
 
 def cut(kind: str, config: Config, block: int) -> Config:
-    """The same with the tile that works off a block cut to the block."""
+    """Cut the tile that processes a block to the block."""
     if of_keys(kind):
         return config._replace(tile_n=tile(block, config.tile_n))
     return config._replace(tile_m=tile(block, config.tile_m))
 
 
 def sizes(kind: str, config: Config, block_q: int, block_k: int) -> dict[str, int]:
-    """The constants of a kernel that name its blocks, tiles and loads."""
+    """Constants of a kernel that name its blocks, tiles and loads."""
     blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k}
     if not kind.startswith(PACKING):
         return {**blocks, "TILE_M": config.tile_m, "TILE_N": config.tile_n}
     if of_keys(kind):
         return {**blocks, "TILE_N": config.tile_n, "LOAD": math.gcd(config.tile_m, block_q)}
-    # Masked loads are worked off one by one, for which 64 rows have registers for as many keys.
+    # Masked loads run one by one; a tile of 64 rows has registers for a load of 64 keys.
     load = math.gcd(config.tile_n, block_k, config.tile_m)
     made = {**blocks, "TILE_M": config.tile_m, "LOAD": load}
     return made if kind.endswith("dq") else {**made, "LOADS": min(config.tile_n // load, 2)}
 
 
 def width(arch: str, config: Config, D: int) -> int:
-    """How many columns of the values a product of the forward pass takes.
+    """Number of columns of the values in a product of the forward pass.
 
     Where warps multiply for themselves, Triton lays out a product along its longer side. With more
-    columns than rows they would have to exchange the weights of each tile.
+    columns than rows, the warps would have to exchange the weights of each tile.
     """
     block_d = padded_dim(D)
     halved = arch in HALVED and config.tile_m < block_d
@@ -343,7 +345,7 @@ def packs(
     arch: str, kind: str, D: int, dtype: torch.dtype, block_q: int, block_k: int, gain: bool
 ) -> bool:
     """Whether there is a kernel over packed operands: for 16 bits on architectures of PACKED, head
-    dims whose rows start at multiples of 16 bytes, blocks worked off by tiles of PACKED_ROWS or
+    dims whose rows start at multiples of 16 bytes, blocks processed by tiles of PACKED_ROWS or
     more, and loads of half a tile at least.
 
     Args:
@@ -370,16 +372,17 @@ def columns(
     blocks: int,
     curved: bool = False,
 ) -> Config:
-    """The configuration of a kernel over columns of a rest: "forward", "dq", "dkdv" or "dpooled".
+    """Choose the configuration of a kernel over columns of a rest: "forward", "dq", "dkdv" or
+    "dpooled".
 
     Args:
-        blocks: Kk, how many columns there are.
+        blocks: number of columns, Kk.
         curved: with the second order.
     """
     like = "dkdv" if kind == "dpooled" else kind
-    # A set of mean keys is worked off by few programs, which short tiles make more of.
+    # Few programs process a set of mean keys; short tiles make more programs.
     block = worked_off(like, block_q, min(blocks, 128 if kind == "dpooled" else 64))
-    # The least tiles, for it holds two sets of sums.
+    # The smallest tiles, since the kernel holds two sets of sums.
     wide = dtype == torch.float32 and kind == "forward"
     config = from_table(arch, like, BUCKETS[-1] if wide else D, dtype, block)
     if dtype != torch.float32:
@@ -391,10 +394,10 @@ def columns(
 def pool(
     arch: str, kind: str, D: int, dtype: torch.dtype, block_k: int, curved: bool = False
 ) -> Config:
-    """The configuration of one of POOLS, with the load cut to the block.
+    """Choose the configuration of one of POOLS, with the load cut to the block.
 
     Args:
-        curved: as above.
+        curved: with the second order.
     """
     if arch == "interpreted":
         config = INTERPRETED
@@ -415,22 +418,22 @@ def linear(arch: str, D: int, dtype: torch.dtype) -> LinearConfig:
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the states of inputs of a dtype: sums over many tokens are beyond the range of fp16."""
+    """Dtype of the states of inputs of a dtype: sums over many tokens exceed the range of fp16."""
     return dtype if dtype == torch.bfloat16 else torch.float32
 
 
 def part_blocks(D: int, block: int) -> int:
-    """Number of blocks in a part, whatever else the call holds: its sums are always the same."""
+    """Number of blocks in a part, whatever the rest of the call: its sums are always the same."""
     return max(1, PART_ROWS * D // block)
 
 
 def part_tile(arch: str, dtype: torch.dtype, block: int) -> int:
-    """The tile of a part; of the interpreter and in fp32 the least one."""
+    """Tile of a part; the smallest one under the interpreter and in fp32."""
     return tile(block, 16 if dtype == torch.float32 else PART_TILE.get(arch, 16))
 
 
 def slope(arch: str, D: int, dtype: torch.dtype) -> LinearConfig:
-    """Of a rest's first order; parts have tiles of their own."""
+    """Configuration for a rest's first order; parts have tiles of their own."""
     config, row = linear(arch, D, dtype), (arch, bucket(D))
     if dtype == torch.float32:
         return config
@@ -447,21 +450,21 @@ def bucket(D: int) -> int:
 
 
 def padded_dim(D: int) -> int:
-    """The power of two that a tile of head dim D takes; products need at least 16."""
+    """Power of two that a tile of head dim D takes; products need at least 16."""
     return max(16, 1 << (D - 1).bit_length())
 
 
 def tile(block: int, most: int) -> int:
-    """The power of two, 16 to `most`, that works off a block with the least work.
+    """Power of two, 16 to `most`, that covers a block with the least work.
 
-    A tile costs its rows, padding included, and 16 rows' time to get going.
+    A tile costs its rows, padding included, plus the time of 16 rows to start.
     """
     sizes = [1 << power for power in range(4, most.bit_length())]
     return min(reversed(sizes), key=lambda size: -(-block // size) * (size + 16))
 
 
 def pattern_strides(x: Tensor) -> tuple[int, int]:
-    """How far the patterns of the next sample and head lie, in patterns of x; 0 if shared.
+    """Distance to the patterns of the next sample and head, in patterns of x; 0 if shared.
 
     Args:
         x: (B or 1, H or 1, ...), contiguous.
@@ -472,7 +475,7 @@ def pattern_strides(x: Tensor) -> tuple[int, int]:
 
 @lru_cache(maxsize=16)
 def architecture(device: torch.device) -> str:
-    """The row of TABLE: the device's own, or that of the next older or smaller one."""
+    """Name of the row of TABLE: the device's own, or the next older or smaller one."""
     if device.type != "cuda":
         return "interpreted"
     if torch.version.hip is not None:

@@ -1,14 +1,14 @@
 """Curve of a rest of the second order, forward and backward; prefixes of names as in `tiles`.
 
-Of queries, and likewise of keys, let e_t be what token t is off the mean of its block, n_i how
-many tokens block i holds, and l_i how often it is in a pair of blocks that is left out. With w of
-queries, u of keys and s = CURVATURE scale^2:
+For queries, and likewise for keys, let e_t be the offset of token t from the mean of its block,
+n_i the number of tokens in block i, and l_i how often it is in a pair of blocks that is left out.
+With w of queries, u of keys and s = CURVATURE scale^2:
 
     w_d = sum_i l_i sum_{t in i} e_td^2 / sum_i l_i n_i
     rise_t = c sum_d u_d e_td^2, over queries, with c = s / (w . u), 0 where w . u is
 
-A program takes one block of one head, whose rows it reads once for the mean and, from the cache,
-once or twice more. No atomics: each sum is written by one program, in a fixed order.
+A program processes one block of one head. It reads the block's rows once for the mean and, from
+the cache, once or twice more. No atomics: each sum is written by one program, in a fixed order.
 
 Backward, with g_t the gradient of rise_t and a_d = sum_t g_t e_td^2 over queries, w gains
 -c (u . a) / (w . u) u, and u has c a - c (u . a) / (w . u) w. A token has 2 e_t times what its
@@ -51,8 +51,8 @@ def _block(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The program's block and head, where this starts in x, and the mean of the block's tokens,
-    [BLOCK_D] fp32, with their number, at least 1."""
+    """Locate the program's block and head and their start in x, and compute the mean of the
+    block's tokens, [BLOCK_D] fp32, with their number, at least 1."""
     i_block, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     x += i_head // H * stride_b + i_head % H * stride_h
     o_d = tl.arange(0, BLOCK_D)
@@ -62,20 +62,20 @@ def _block(
 
 @triton.jit
 def _off(x, stride_n, o_t, b_mean, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Whole rows of `off_mean`."""
+    """`off_mean` for whole rows."""
     return off_mean(x, stride_n, o_t, tl.arange(0, BLOCK_D), b_mean, D)
 
 
 @triton.jit
 def _of_head(x, i_head, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BLOCK_D], a row of (heads, D)."""
+    """Load a row of (heads, D), [BLOCK_D]."""
     o_d = tl.arange(0, BLOCK_D)
     return tl.load(x + i_head * D + o_d, mask=o_d < D, other=0.0)
 
 
 @triton.jit
 def _factors(weight, by, i_head, scale, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """w, u, w . u, 1 in place of 0, and c."""
+    """Return w, u, w . u with 1 in place of 0, and c."""
     b_w, b_u = _of_head(weight, i_head, D, BLOCK_D), _of_head(by, i_head, D, BLOCK_D)
     b_both = tl.sum(b_w * b_u, 0)
     b_safe = tl.where(b_both > 0.0, b_both, 1.0)
@@ -100,7 +100,7 @@ def block_squares_kernel(
     TILE: tl.constexpr,
     WEIGHED: tl.constexpr,
 ):
-    """Sum the squares of what the tokens of each block are off their mean, if WEIGHED by drise."""
+    """Sum the squared offsets of each block's tokens from their mean, if WEIGHED by drise."""
     i_block, i_head, x, b_mean, _held = _block(
         x, stride_b, stride_h, stride_n, slots, H, D, BLOCK_D, BLOCK, TILE
     )
@@ -133,7 +133,7 @@ def mean_squares_kernel(
     TILE: tl.constexpr,
 ):
     """Write the mean of the squares of one head over its tokens, each as often as its block is
-    counted, and how many they come to, at least 1."""
+    counted, and the total count, at least 1."""
     i_head = tl.program_id(0).to(tl.int64)
     times += i_head // H * times_b + i_head % H * times_h
     squares += i_head * K * D
@@ -184,8 +184,8 @@ def rise_kernel(
 
 @triton.jit
 def _slope(drise, o_t, b_own, b_all, QUERIES: tl.constexpr):
-    """Slope by the squares of tokens o_t: `b_all` of their block, and of QUERIES that by their own
-    rise."""
+    """Gradient by the squares of tokens o_t: `b_all`, the same for a block, and for QUERIES
+    `b_own` times the gradient of the token's rise."""
     if QUERIES:
         b_g = tl.load(drise + o_t, mask=o_t >= 0, other=0.0)
         return b_g[:, None] * b_own[None, :] + b_all[None, :]
@@ -222,7 +222,7 @@ def off_means_backward_kernel(
     TILE: tl.constexpr,
     QUERIES: tl.constexpr,
 ):
-    """Write the gradients of the QUERIES, or of the keys, of each block. `sums` are a."""
+    """Write the gradients of the QUERIES, or of the keys, of each block. `sums` holds a."""
     i_block, i_head, x, b_mean, b_held = _block(
         x, stride_b, stride_h, stride_n, slots, H, D, BLOCK_D, BLOCK, TILE
     )
@@ -238,7 +238,7 @@ def off_means_backward_kernel(
     b_own = b_c * b_u
     drise += i_head * N
     dx += i_head // H * stride_db + i_head % H * stride_dh
-    # Without a rise it is 0 but for the rounding of the mean, which so goes out of the gradient.
+    # Without a rise this is 0 but for the rounding of the mean, which thus leaves the gradient.
     b_sum = tl.zeros([BLOCK_D], tl.float32)
     for i_tile in range((BLOCK + TILE - 1) // TILE):
         _, o_t = own_tile(slots, i_block, i_tile, BLOCK, TILE)
@@ -253,7 +253,7 @@ def off_means_backward_kernel(
 
 
 def curve_of(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
-    """Rise and weight of a `kernels.curve.Curve`, in fp32, differentiable in q and k."""
+    """Compute rise and weight of a `kernels.curve.Curve`, in fp32, differentiable in q and k."""
     times = (x.contiguous().expand(*q.shape[:2], -1) for x in plan.left_out_counts())
     numbers = plan.block_q, plan.block_k, scale
     given = plan.slots_int32, *times, *plan.held, *numbers
@@ -262,7 +262,7 @@ def curve_of(q: Tensor, k: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Te
 
 
 class _Side(NamedTuple):
-    """Queries or keys.
+    """Side of a call: its queries or its keys.
 
     Args:
         x: (B, H, N, D), rows of one stride.
@@ -290,15 +290,15 @@ def curve(
     block_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """In fp32 the rise, (B, H, N), and w, (B, H, D); without a gradient u, (B, H, D), and how many
-    tokens w and u are means of, at least 1, (2, B, H).
+    """Compute in fp32 the rise, (B, H, N), and w, (B, H, D); and without a gradient u, (B, H, D),
+    and the number of tokens that w and u are means of, at least 1, (2, B, H).
 
     Args:
         slots: (S,) int32, the token of each slot, -1 for padding.
         times_q, times_k: (B, H, Kq) and (B, H, Kk) fp32, how often each block is in a pair that is
-            left out; rows side by side.
+            left out; contiguous rows.
         held_q, held_k: (Kq, 2) and (Kk, 2) fp32, tokens and slots of each block.
-        scale: of the products of q and k.
+        scale: factor of q k^T.
     """
     queries = _Side(rowwise(q), slots, times_q, block_q)
     keys = _Side(rowwise(k), slots, times_k, block_k)
@@ -311,7 +311,7 @@ def curve(
 
 
 def _like(q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Results of a call, uninitialised."""
+    """Allocate the results of a call, uninitialised."""
     B, H, N, D = q.shape
     shapes = (B, H, N), (B, H, D), (B, H, D), (2, B, H)
     rise, weight, by, totals = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
@@ -339,7 +339,7 @@ def curve_backward(
     block_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of q and k."""
+    """Compute the gradients of q and k."""
     drise, dweight = drise.contiguous(), dweight.contiguous()
     queries = _Side(rowwise(q), slots, times_q, block_q)
     keys = _Side(rowwise(k), slots, times_k, block_k)
@@ -389,7 +389,7 @@ curve.register_autograd(_differentiate, setup_context=_save)
 
 
 def _of_products(scale: float) -> float:
-    """s."""
+    """Compute s of the module's docstring."""
     return CURVATURE * scale**2
 
 
@@ -409,10 +409,10 @@ def _mean_squares(side: _Side, held: Tensor, means: Tensor, totals: Tensor) -> N
 
 
 def _block_squares(side: _Side, drise: Tensor | None = None) -> Tensor:
-    """(B, H, K, D) fp32."""
+    """Sum the squares of each block, (B, H, K, D) fp32."""
     H, N, D = side.x.shape[1:]
     squares = side.x.new_empty(*side.times.shape, D, dtype=torch.float32)
-    by = squares if drise is None else drise  # not read without
+    by = squares if drise is None else drise  # not read if None
     numbers = H, N, side.times.shape[2]
     tensors, weighed = (side.x, by, squares), drise is not None
     _launch(block_squares_kernel, side, tensors, numbers=numbers, WEIGHED=weighed)
@@ -432,7 +432,7 @@ def _launch(
 
     Args:
         tensors: all but the slots.
-        strided: those of (B, H, N, D) beside x, given by stride.
+        strided: tensors of (B, H, N, D) other than x, passed by stride.
     """
     launch(
         kernel,

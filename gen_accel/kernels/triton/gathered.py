@@ -1,9 +1,9 @@
-"""Attention of queries that pick groups of keys for themselves, over the queries that picked each.
+"""Attention of queries that pick groups of keys for themselves, with the queries of each group
+gathered into tiles.
 
-After FlashMoBA (Xiao et al., 2025, https://arxiv.org/abs/2511.11571): the queries of a group are
-gathered into tiles, so that pairs are computed which were picked, and few others. Sums of a query
-over its groups lie in fp32 in memory that one program alone adds to, in the order of the groups:
-no atomics, the same from run to run.
+After FlashMoBA (Xiao et al., 2025, https://arxiv.org/abs/2511.11571): nearly all of the computed
+pairs were picked. Sums of a query over its groups lie in fp32 in memory that one program alone
+adds to, in the order of the groups: no atomics, the same from run to run.
 """
 
 import math
@@ -23,12 +23,12 @@ from gen_accel.kernels.triton.sparse_backward import delta_kernel, dkdv_kernel
 from gen_accel.kernels.triton.tiles import NONE
 from gen_accel.plan import Plan, Route
 
-# Slots of a group in the mean from which on queries are gathered. Each time that a query meets a
-# group its sums are read and written, which costs as much as some tens of keys.
+# Mean slots of a group from which on queries are gathered. Each group of a query reads and writes
+# its sums, which costs as much as some tens of keys.
 LEAST = 64
 OWNED, INTERPRETED = 2048, 64  # slots of a program; fewer fill their tiles less, more balance less
-TILE = 64  # the most queries in a tile, for the same reason
-# Where those of the block kernels would spill, according to compile_matrix; not timed.
+TILE = 64  # the most queries in a tile, so that tiles are filled and work is balanced
+# Instead of the block kernels' configurations, which would spill by compile_matrix; not timed.
 INSTEAD = {
     ("sm_80", 64, "dq"): configs.Config(64, 32, 4, 1),
     ("sm_80", 128, "forward"): configs.Config(64, 32, 4, 1),
@@ -37,13 +37,13 @@ INSTEAD = {
     ("sm_100", 64, "dq"): configs.Config(64, 64, 4, 2),
     ("sm_120", 64, "forward"): configs.Config(64, 32, 4, 2),
 }
-HELD = 1 << 30  # bytes of sums and lists that are held at once; at least those of one head
+HELD = 1 << 30  # bytes of sums and lists that are held at once; at least one head's
 
 
 def serves(plan: Plan) -> bool:
-    """Whether queries are gathered, which is decided by shapes: the plan has a route into long
-    groups, and no gain. Of what methods make, nothing waits for the device; a plan made by hand is
-    asked once whether it keeps all that was picked."""
+    """Whether queries are gathered, decided by shapes: the plan has a route into long groups, and
+    no gain. Nothing waits for the device for plans that methods make; a plan made by hand is asked
+    once whether it keeps everything that was picked."""
     route = plan.partial
     if not isinstance(route, Route) or plan.gain is not None or plan.trimmed:
         return False
@@ -53,10 +53,10 @@ def serves(plan: Plan) -> bool:
 def forward_lse(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, wide: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The output and each row's natural logsumexp, (B, H, N) fp32; both have gradients.
+    """Compute the output and each row's natural log-sum-exp, (B, H, N) fp32; both have gradients.
 
     Args:
-        wide: the output in fp32.
+        wide: return the output in fp32.
     """
     route = plan.partial
     assert isinstance(route, Route)
@@ -69,10 +69,10 @@ def owned_slots(device: torch.device) -> int:
 
 
 def from_table(arch: str, kind: str, D: int, dtype: torch.dtype, block_k: int) -> configs.Config:
-    """The configuration for "forward", "dq" or "dkdv", with tiles for short blocks."""
+    """Look up the configuration for "forward", "dq" or "dkdv", with tiles for short blocks."""
     block = min(block_k, TILE) if kind == "dkdv" else TILE
     if dtype == torch.float32 and kind != "dkdv":
-        D = configs.BUCKETS[-1]  # the least tiles, since sums and indices take registers too
+        D = configs.BUCKETS[-1]  # the smallest tiles, since sums and indices take registers too
     config = configs.from_table(arch, kind, D, dtype, block)
     if dtype != torch.float32:
         config = INSTEAD.get((arch, configs.bucket(D), kind), config)
@@ -84,10 +84,10 @@ def _config(kind: str, q: Tensor, block_k: int) -> configs.Config:
 
 
 def _by_heads(q: Tensor, picks: Tensor, extra: int) -> Iterator[tuple[slice, slice]]:
-    """Heads of q and of picks, so many at once that what is held stays below `HELD` bytes.
+    """Yield heads of q and of picks, as many at once as fit into `HELD` bytes.
 
     Args:
-        extra: bytes held of each sample and head, beside the sums, (N, D) in fp32.
+        extra: bytes for each sample and head, beside the sums, (N, D) in fp32.
     """
     B, H, N, D = q.shape
     heads = max(1, HELD // (B * (4 * N * D + extra)))
@@ -97,7 +97,7 @@ def _by_heads(q: Tensor, picks: Tensor, extra: int) -> Iterator[tuple[slice, sli
 
 
 def _members(group: Tensor, C: int) -> tuple[Tensor, Tensor]:
-    """The key blocks of each of C groups, as `block_lists` gives them, from (Kk,) groups."""
+    """List the key blocks of each of C groups, in the form of `block_lists`, from (Kk,) groups."""
     of_group = group == torch.arange(C, device=group.device)[:, None]
     return block_lists(of_group[None, None], of_group[None, None], len(group))
 
@@ -115,7 +115,7 @@ def _launch(
     """Run one of the two kernels whose programs own queries.
 
     Args:
-        tensors: what the kernel takes before `slots`; those of strided rows come first.
+        tensors: arguments of the kernel before `slots`; tensors of strided rows come first.
     """
     q = tensors[0]
     B, H, N, D = q.shape
@@ -155,7 +155,7 @@ def _launch(
 
 
 def _delta(out: Tensor, grad: Tensor, lse: Tensor, grad_lse: Tensor) -> Tensor:
-    """What the softmax takes from every gradient of a row's scores, (B, H, N) fp32."""
+    """Compute delta, (B, H, N) fp32, which the softmax subtracts from a row's score gradients."""
     B, H, N, D = out.shape
     delta = torch.empty_like(lse)
     launch(
@@ -184,7 +184,7 @@ def _launch_dkdv(
 
     Args:
         tensors: q, k, v, grad, dk, dv, lse and delta.
-        columns: of `_columns`.
+        columns: result of `_columns`.
     """
     q = tensors[0]
     B, H, N, D = q.shape
@@ -232,13 +232,13 @@ def attention(
     *,
     wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The output, (B, H, N, D) laid out like q, and the logsumexp, (B, H, N) fp32.
+    """Compute the output, (B, H, N, D) laid out like q, and the log-sum-exp, (B, H, N) fp32.
 
     Args:
         slots: (S,), the token of each slot, -1 for padding.
         picks: (B or 1, H or 1, S, C) bool, whether a slot sees a group.
-        group: (S / block_k,), that of each key block.
-        wide: the output in fp32.
+        group: (S / block_k,), the group of each key block.
+        wide: return the output in fp32.
     """
     q, k, v = (rowwise(x) for x in (q, k, v))
     out = empty_out(q, wide)
@@ -294,12 +294,12 @@ def attention_backward(
 
 
 def _columns(picks: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """For each key block the slots that picked its group, as lists of query blocks of one slot:
-    (B', H', S * C) int32 and (B', H', Kk, 4) int32. Blocks of a group have one list."""
+    """List the slots that picked each key block's group, as query blocks of one slot:
+    (B', H', S * C) int32 and (B', H', Kk, 4) int32. Key blocks of a group share one list."""
     index, counts = block_lists(picks.mT, picks.mT, picks[0, 0].numel())
     counts = counts.index_select(2, group)
     blocks = len(group)
-    # Text, which all see, comes first.
+    # Text comes first, since all queries see it.
     counts[..., 3] = torch.arange(blocks - 1, -1, -1, device=group.device)
     return index, counts
 

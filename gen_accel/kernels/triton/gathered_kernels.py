@@ -1,7 +1,7 @@
 """Attention of queries that pick groups of keys for themselves; prefixes of names as in `tiles`.
 
-A program owns a run of query slots. Group by group it gathers those that picked the group into
-tiles, and adds to sums of theirs in memory, which no other program touches.
+A program owns a run of query slots. Group by group it gathers the slots that picked the group into
+tiles, and adds to their sums in memory, which no other program touches.
 """
 
 # Kernels are a language of their own, which a checker of Python misreads.
@@ -18,7 +18,7 @@ from gen_accel.kernels.triton.tiles import LN2, NONE, SIZES, load_rows, store_ro
 
 @triton.jit
 def _owned_tokens(slots, i_s, i_r, S, OWNED: tl.constexpr, TILE: tl.constexpr):
-    """Tokens of one tile of an owner; -1 for padding and past its end."""
+    """Load the tokens of one tile of an owner; -1 for padding and past its end."""
     o_r = i_r + tl.arange(0, TILE)
     m_r = (o_r < OWNED) & (i_s + o_r < S)
     return tl.load(slots + i_s + o_r, mask=m_r, other=-1)
@@ -26,7 +26,7 @@ def _owned_tokens(slots, i_s, i_r, S, OWNED: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _gathered_tokens(slots, picked, i_s, i_p, count, TILE: tl.constexpr):
-    """Tokens of the tile at place i_p of a list of slots; -1 past its end."""
+    """Load the tokens of the tile at place i_p of a list of slots; -1 past its end."""
     o_p = i_p + tl.arange(0, TILE)
     o_r = tl.load(picked + o_p, mask=o_p < count, other=0).to(tl.int32)
     return tl.load(slots + i_s + o_r, mask=o_p < count, other=-1)
@@ -34,8 +34,8 @@ def _gathered_tokens(slots, picked, i_s, i_p, count, TILE: tl.constexpr):
 
 @triton.jit
 def _group(ranges, members, i_c, BLOCK_K: tl.constexpr):
-    """Of the i_c-th group where its list of slots starts and how long it is, where its list of key
-    blocks starts and how many slots these have. A group without keys is seen by none."""
+    """Load the i_c-th group: the start and length of its list of slots, the start of its list of
+    key blocks and the number of their slots. A group without keys is seen by no query."""
     start, count = tl.load(ranges + 2 * i_c), tl.load(ranges + 2 * i_c + 1)
     blocks, first = tl.load(members + 4 * i_c + 1), tl.load(members + 4 * i_c + 2)
     return start, tl.where(blocks > 0, count, 0), first, blocks * BLOCK_K
@@ -95,7 +95,7 @@ def gathered_forward_kernel(
     i_row = tl.program_id(1).to(tl.int64) * N
     acc += i_row * D
     total += i_row
-    lse += i_row  # of the base 2 and without the sum until the end
+    lse += i_row  # base 2 and without the sum until the end
     i_s = i_owner * OWNED
 
     for i_r in range(0, OWNED, TILE_M):
@@ -105,7 +105,7 @@ def gathered_forward_kernel(
         tl.store(lse + o_t, tl.full([TILE_M], -float("inf"), tl.float32), mask=o_t >= 0)
     for i_c in range(C):
         start, count, first, stop = _group(ranges, members, i_c, BLOCK_K)
-        tl.debug_barrier()  # what other threads of the program have stored is read
+        tl.debug_barrier()  # so that stores of other threads of the program are read
         for i_p in range(0, count, TILE_M):
             o_t = _gathered_tokens(slots, picked + start, i_s, i_p, count, TILE_M)
             b_q = load_rows(q, stride_qn, o_t, D, BLOCK_D, True)

@@ -3,9 +3,9 @@
 The linear branch of SLA (Zhang et al., 2025, https://arxiv.org/abs/2509.24006), over any sets of
 blocks. Unlike there, an empty set gives zeros, the denominator takes an eps, and sums are fp32.
 
-Four kernels. The state of a block is the sum over its rows of an outer product, and of one of the
-factors. `states_kernel` makes the states of all blocks, `sums_kernel` adds them up for each set,
-by one product of matrices, and two kernels apply the sums to the rows of each block. The backward
+Four kernels. The state of a block is the sum over its rows of an outer product, and the sum of one
+of the factors. `states_kernel` makes the states of all blocks, `sums_kernel` adds them up for each
+set, by one matrix product, and two kernels apply the sums to the rows of each block. The backward
 pass is the same four with other arguments.
 
 States and their sums are bf16 where the inputs are, and fp32 where they are fp16, whose range is
@@ -45,14 +45,15 @@ def linear_sets(
     eps: float,
     feature: str = "",
 ) -> Tensor:
-    """phi_q h / (eps + phi_q z), h = phi_k^T v and z = sum(phi_k) over the keys of the set.
+    """Compute phi_q h / (eps + phi_q z), h = phi_k^T v and z = sum(phi_k) over the keys of the
+    set.
 
     Args:
         phi_q, phi_k, v: (B, H, N, D), one dtype.
         slots: (S,) int32, the token of each slot, -1 for padding.
         sets: (B or 1, H or 1, Kq, Kk) bool, the key blocks of each query block.
         eps: keeps small denominators from zero.
-        feature: one of FEATURES, which makes phi_q and phi_k of what is given; without a gradient.
+        feature: one of FEATURES, which makes phi_q and phi_k of the inputs; without a gradient.
 
     Returns:
         (B, H, N, D), laid out like `phi_q`; zero where the set holds no token.
@@ -63,20 +64,21 @@ def linear_sets(
 
 FEATURES = ("", "softmax", "elu", "relu")  # of the head dim; "elu" plus 1
 
-# Sizes that change from clip to clip: a kernel that was compiled for one serves all.
+# Sizes that change from clip to clip: one compiled kernel serves all.
 SIZES = ("sets_b", "sets_h", "sets_r", "sets_c", "H", "N", "K", "R", "C")
 
 
 @triton.jit
 def _tokens(slots, i_block, i_row, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """[TILE] tokens of a block from its i_row-th slot on, -1 for padding and past the block."""
+    """Load [TILE] tokens of a block from its i_row-th slot on, -1 for padding and past the
+    block."""
     o_r = i_row + tl.arange(0, TILE)
     return tl.load(slots + i_block * BLOCK + o_r, mask=o_r < BLOCK, other=-1)
 
 
 @triton.jit
 def _features(b_x, o_t, o_d, D: tl.constexpr, FEATURE: tl.constexpr):
-    """The features of whole rows, in their dtype; zeros for token -1 and past D."""
+    """Compute the features of whole rows, in their dtype; zeros for token -1 and past D."""
     if FEATURE == 0:
         return b_x
     m_x = (o_t >= 0)[:, None] & (o_d < D)[None, :]
@@ -117,9 +119,10 @@ def states_kernel(
     SCALED: tl.constexpr,
     FEATURE: tl.constexpr,
 ):
-    """h = (by x)^T y and z = sum(by weight x) over each block; by and weight are 1 if not SCALED.
+    """Compute h = (by x)^T y and z = sum(by weight x) over each block; by and weight are 1 if not
+    SCALED.
 
-    A program makes CHUNK columns of one block's h, [D, D], after which z lies, [D].
+    A program makes CHUNK columns of one block's h, [D, D], followed by z, [D].
     """
     i_block, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
     x += i_b * stride_xb + i_h * stride_xh
@@ -168,11 +171,11 @@ def sums_kernel(
     TILE_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """total = sets @ state: for each of R blocks, the sum of the states, of SIZE numbers, of those
-    of C blocks that its set holds.
+    """Compute total = sets @ state: for each of R blocks, the sum of the states, SIZE numbers
+    each, of the blocks in its set, out of C.
 
-    A program makes TILE_N numbers of TILE_M blocks. Those of the same numbers run side by side, so
-    that states are read from memory once.
+    A program makes TILE_N numbers of TILE_M blocks. Programs for the same numbers run side by
+    side, so that states are read from memory once.
     """
     i_m, i_n = tl.program_id(0) % tl.cdiv(R, TILE_M), tl.program_id(0) // tl.cdiv(R, TILE_M)
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
@@ -222,7 +225,8 @@ def apply_kernel(
     NORMED: tl.constexpr,
     FEATURE: tl.constexpr,
 ):
-    """y = x h, with the sum h of the block's set; by 1 / (eps + x z), which is kept, if NORMED.
+    """Compute y = x h, with the sum h of the block's set; if NORMED times 1 / (eps + x z), which
+    is kept.
 
     A program makes CHUNK columns of one block's y.
     """
@@ -241,7 +245,7 @@ def apply_kernel(
         b_x = _features(load_columns(x, stride_xn, o_t, o_d, D), o_t, o_d, D, FEATURE)
         b_y = mixed_dot(b_x, b_h, tl.zeros([TILE, CHUNK], tl.float32))
         if NORMED:
-            # Nothing but padding in the set: 1 / eps would swamp all else that goes backward.
+            # Only padding in the set: 1 / eps would swamp everything else in the backward pass.
             b_sum = tl.sum(b_x.to(tl.float32) * b_z[None, :], 1) + eps
             b_sum = tl.where(tl.max(tl.abs(b_z), 0) > 0.0, b_sum, 0.0)
             m_by = b_sum != 0.0
@@ -276,7 +280,7 @@ def apply_transposed_kernel(
     CHUNK: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """y = by (x h^T + weight z), with the sums h and z of the block's set.
+    """Compute y = by (x h^T + weight z), with the sums h and z of the block's set.
 
     by and weight are 1 if not SCALED. A program makes CHUNK columns of one block's y.
     """
@@ -306,11 +310,11 @@ def apply_transposed_kernel(
 def _launch(
     kernel: Any, x: Tensor, y: Tensor, slots: Tensor, block: int, *arguments: Any, **options: Any
 ) -> None:
-    """One program for each block of x, (B, H, N, D), and each chunk of columns.
+    """Launch one program for each block of x, (B, H, N, D), and each chunk of columns.
 
     Args:
-        y: what the kernel reads or writes beside x, by stride.
-        arguments: of the kernel before `slots`.
+        y: tensor that the kernel reads or writes beside x, by stride.
+        arguments: arguments of the kernel before `slots`.
     """
     B, H, N, D = x.shape
     config = configs.linear(configs.architecture(x.device), D, x.dtype)
@@ -339,7 +343,7 @@ def _launch(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of the sums of their states."""
+    """Precision of the sums of the states of inputs of a dtype."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
@@ -353,11 +357,11 @@ def _sums(
     weight: Tensor | None = None,
     feature: int = 0,
 ) -> Tensor:
-    """The sums of the states of x and y over each set, (B, H, R, D D + D).
+    """Sum the states of x and y over each set, (B, H, R, D D + D).
 
     Args:
-        sets: (B', H', R, C) bool of any strides, blocks of x.
-        feature: which of FEATURES is made of x first.
+        sets: (B', H', R, C) bool of any strides, over blocks of x.
+        feature: number of the entry of FEATURES that is applied to x first.
     """
     B, H, _, D = x.shape
     size, kept = D * D + D, configs.state_dtype(x.dtype)
@@ -401,7 +405,7 @@ def _linear_sets(
     eps: float,
     feature: int,
 ) -> tuple[Tensor, Tensor]:
-    """The output, laid out like phi_q, and what each row was multiplied by, (B, H, N) fp32."""
+    """Compute the output, laid out like phi_q, and the factor of each row, (B, H, N) fp32."""
     phi_q, phi_k, v = (rowwise(x) for x in (phi_q, phi_k, v))
     out = torch.empty_like(phi_q)
     by = phi_q.new_empty(phi_q.shape[:3], dtype=torch.float32)

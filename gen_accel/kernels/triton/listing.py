@@ -1,7 +1,7 @@
 """Lists of the blocks that a plan keeps, made by counting: no sort, no atomics, no wait.
 
-Three passes: count what each row keeps, add the counts up to where each list starts, write the
-lists. `lists.listed` is the same in torch.
+Three passes: count the kept blocks of each row, add the counts up to the start of each list, write
+the lists. `lists.listed` is the same in torch.
 """
 
 # Kernels are a language of their own, which a checker of Python misreads.
@@ -18,14 +18,14 @@ from gen_accel.kernels.triton.launch import launch
 ROWS, CHUNK = 32, 64  # of one step of a program: sectors of memory are read whole either way
 STEP = 1024  # counts that are added up at once
 
-# Sizes that change from clip to clip: a kernel that was compiled for one serves all.
+# Sizes that change from clip to clip: one compiled kernel serves all.
 STRIDES = (f"{name}_{axis}" for name in ("keep", "whole") for axis in "bhrc")
 SIZES = (*STRIDES, "H", "R", "C", "entries")
 
 
 @triton.jit
 def _kept(keep, whole, o_keep, o_whole, m_x):
-    """[ROWS, CHUNK] int32: the blocks that need a mask, and those that need none."""
+    """Load two masks, [ROWS, CHUNK] int32: blocks that need a mask, and blocks that need none."""
     b_keep = tl.load(keep + o_keep, mask=m_x, other=0).to(tl.int32)
     b_whole = tl.load(whole + o_whole, mask=m_x, other=0).to(tl.int32) * b_keep
     return b_keep - b_whole, b_whole
@@ -50,7 +50,7 @@ def count_kernel(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Count the masked blocks of each row and all of them, and write the row of each turn."""
+    """Count the masked blocks and all blocks of each row, and write the row of each turn."""
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     keep += i_b * keep_b + i_h * keep_h + o_r.to(tl.int64)[:, None] * keep_r
@@ -72,8 +72,8 @@ def count_kernel(
 
 @triton.jit(do_not_specialize=("R", "entries"))
 def starts_kernel(counts, index, R, entries, STEP: tl.constexpr):
-    """Write where the list of each row starts, an empty one at 0. A number stands there in any
-    case, since kernels read ahead."""
+    """Write where the list of each row starts, 0 for an empty one. The first entry of the index
+    is always written, since kernels read ahead."""
     counts += tl.program_id(0).to(tl.int64) * R * 4
     tl.store(index + tl.program_id(0).to(tl.int64) * entries, 0)
     start = tl.full((), 0, tl.int32)
@@ -130,12 +130,13 @@ def fill_kernel(
 
 @torch.library.custom_op("gen_accel::triton_block_lists", mutates_args=())
 def block_lists(keep: Tensor, whole: Tensor, entries: int) -> tuple[Tensor, Tensor]:
-    """The lists of `lists.listed`, but with turns from the last row to the first, since those of
-    text, the longest, lie at the end.
+    """Make the lists of `lists.listed`, with turns from the last row to the first, since the rows
+    of text, the longest, lie at the end.
 
     Args:
-        keep, whole: (B', H', R, C) bool, of any strides: what is kept, and what needs no mask.
-        entries: what one pattern keeps at most.
+        keep, whole: (B', H', R, C) bool, of any strides: blocks that are kept, and that need no
+            mask.
+        entries: upper bound on the blocks that one pattern keeps.
 
     Returns:
         (B', H', entries) int32 and (B', H', R, 4) int32.

@@ -1,6 +1,6 @@
-"""What the kernels read of a plan: index lists of blocks, and the rule on token pairs as numbers.
+"""Data of a plan that the kernels read: index lists of blocks, and the rule on token pairs.
 
-Made of torch operations on the plan's device; only a static plan, whose lists are made once and
+Made by torch operations on the plan's device. Only a static plan, whose lists are made once and
 kept, waits for the device.
 """
 
@@ -15,23 +15,23 @@ from gen_accel.plan import Plan, Route
 
 
 class Lists(NamedTuple):
-    """The arguments of the operator `gen_accel::triton_attention` between v and scale.
+    """Arguments of the operator `gen_accel::triton_attention` between v and scale.
 
     Args:
         slots: (S,) int32, the token of each slot, -1 for padding.
         rows: (B', H', entries) int32 for the B' x H' patterns of `keep`, the key blocks of each
-            query block, one list after the other: first those that need a mask, then the whole
+            query block, one list after the other: blocks that need a mask first, then the whole
             ones; the rest is unused.
         row_counts: (B', H', Kq, 4) int32 of each query block: key blocks that need a mask, key
-            blocks in all, and where its list starts; the last number, of the i-th, is the block
-            that has the i-th turn, the longest first where that is known.
+            blocks in all, and where its list starts. The last number, of the i-th, is the block
+            that has the i-th turn, the longest first where known.
         columns, column_counts: the same for each key block, with the query blocks that see it.
-            None where no gradient can be asked for.
-        rule: empty, or for windows (3, A, S) int32 with first, last and place and (S,) int8 with
-            the free tokens, or in their place what `bits.rule_of` holds, or for a route
+            None where no gradient can be needed.
+        rule: empty; or for windows (3, A, S) int32 with first, last and place and (S,) int8 with
+            the free tokens, or instead the bits of `bits.rule_of`; or for a route
             (B', H', S, C) int8 picks and (Kk,) int32 groups.
         gain: of the plan, contiguous fp32; None where it has none.
-        raster: slots are in the order of the tokens, without padding.
+        raster: whether slots are in the order of the tokens, without padding.
     """
 
     slots: Tensor
@@ -47,23 +47,23 @@ class Lists(NamedTuple):
 
 
 def prepare(plan: Plan) -> Lists:
-    """Made anew for a dynamic plan, without waiting for the device; else made once and kept."""
+    """Make the lists: anew for a dynamic plan, without waiting for the device; else once."""
     if plan.dynamic:
         return _counted(plan, backward=torch.is_grad_enabled())
     return plan.prepared(Lists, lambda: _sorted(plan))
 
 
 def listed(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of the columns where `first` holds, then of those where only `second` does, for each
-    row; as `listing.block_lists` makes them by counting. Waits for the device.
+    """List the numbers of the columns where `first` holds, then where only `second` does, for each
+    row; `listing.block_lists` makes the same by counting. Waits for the device.
 
     Args:
         first, second: (B', H', R, C) bool.
 
     Returns:
         (B', H', entries) int32, one row's list after the other, as long as the longest of a
-        pattern; and (B', H', R, 4) int32: how many are in `first`, in all, where the list starts,
-        and which row has the i-th turn, the longest first.
+        pattern; and (B', H', R, 4) int32: the number in `first`, the number in all, where the list
+        starts, and which row has the i-th turn, the longest first.
     """
     either = first | second
     rank = 2 - either.to(torch.uint8) - first.to(torch.uint8)
@@ -82,7 +82,7 @@ def listed(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sorted(plan: Plan) -> Lists:
-    """Waits for the device."""
+    """Make the lists of a static plan. Waits for the device."""
     if plan.runs is not None:
         return _of_runs(plan)
     masked = plan.keep & ~plan.whole
@@ -96,7 +96,7 @@ def _sorted(plan: Plan) -> Lists:
 
 
 def _of_runs(plan: Plan) -> Lists:
-    """The same of a plan of runs, without its mask."""
+    """Make the lists of a plan of runs, without its mask."""
     found = [(row + rows.start, *pair) for rows, row, *pair in plan.slices()]
     row, column, whole = (torch.cat(parts) for parts in zip(*found, strict=True))
     *_, Kq, Kk = plan.blocks.shape
@@ -112,7 +112,7 @@ def _of_runs(plan: Plan) -> Lists:
 
 
 def listed_pairs(row: Tensor, column: Tensor, whole: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """`listed` of the kept pairs of blocks alone: those that need a mask, then the whole ones.
+    """List the kept pairs of blocks as `listed` does: pairs that need a mask, then the whole ones.
 
     Args:
         row, column: (P,) int64, row by row.

@@ -1,4 +1,4 @@
-"""Tokens off the mean of their block; prefixes of names as in `tiles`."""
+"""Offsets of tokens from the mean of their block; prefixes of names as in `tiles`."""
 
 # Kernels are a language of their own, which a checker of Python misreads.
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -13,7 +13,7 @@ from gen_accel.kernels.triton.tiles import load_columns, own_tile
 def block_mean(
     x, stride, slots, i_block, o_d, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
 ):
-    """Columns o_d of the mean of a block's tokens, fp32, and their number, at least 1."""
+    """Compute columns o_d of the mean of a block's tokens, fp32, and their number, at least 1."""
     b_sum = tl.zeros([o_d.shape[0]], tl.float32)
     b_held = tl.full((), 0, tl.int32)
     for i_tile in range((BLOCK + TILE - 1) // TILE):
@@ -26,7 +26,7 @@ def block_mean(
 
 @triton.jit
 def off_mean(x, stride, o_t, o_d, b_mean, D: tl.constexpr):
-    """[len(o_t), len(o_d)] fp32: what tokens o_t are off the mean of their block; 0 for token
+    """Offsets of tokens o_t from the mean of their block, [len(o_t), len(o_d)] fp32; 0 for token
     -1."""
     b_x = load_columns(x, stride, o_t, o_d, D).to(tl.float32)
     return tl.where((o_t >= 0)[:, None], b_x - b_mean[None, :], 0.0)

@@ -1,4 +1,4 @@
-"""Who picked what: for each run of slots and each group of keys, the slots that picked it.
+"""Lists of picks: for each run of slots and each group of keys, the slots that picked it.
 
 One program lists the picks of one run, its owner, into memory of its own: no sort, no atomics, no
 wait. Each list is in the order of the slots.
@@ -20,7 +20,8 @@ ROWS, CHUNK = 32, 64  # of one step of a program
 
 @triton.jit
 def _picked(picks, slots, i_s, o_r, o_c, picks_s, picks_c, S, C, OWNED: tl.constexpr):
-    """[ROWS, CHUNK] int32: 1 where a slot of an owner picked a group; padding picks nothing."""
+    """Load picks as int32, [ROWS, CHUNK]: 1 where a slot of an owner picked a group; 0 for
+    padding."""
     o_s = i_s + o_r
     m_s = (o_r < OWNED) & (o_s < S)
     m_s = m_s & (tl.load(slots + o_s, mask=m_s, other=-1) >= 0)
@@ -46,7 +47,7 @@ def owners_kernel(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Count what the slots of an owner picked, and list them group after group."""
+    """Count the picks of an owner's slots, and list them group after group."""
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     picks += i_b * picks_b + i_h * picks_h
     i_list = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
@@ -75,12 +76,12 @@ def owners_kernel(
 
 
 def owners_of(picks: Tensor, slots: Tensor, owned: int) -> tuple[Tensor, Tensor]:
-    """The lists of all owners.
+    """Make the lists of all owners.
 
     Args:
         picks: (B', H', S, C) bool, of any strides.
         slots: (S,) int32, the token of each slot, -1 for padding, which is in no list.
-        owned: slots of an owner; the last one may have fewer.
+        owned: slots of an owner; the last owner may have fewer.
 
     Returns:
         (B', H', owners, owned * C) int16, the slots counted from the owner's first, one group's

@@ -1,7 +1,7 @@
-"""The backward pass over packed operands, on Hopper and Blackwell; names as in `tiles`.
+"""Backward pass over packed operands, on Hopper and Blackwell; names as in `tiles`.
 
-What `sparse_backward` computes. What a loop reads lies in slot order: keys and values for the
-gradient of queries, queries, their gradients and statistics for that of keys and values.
+The same result as `sparse_backward`. Operands of a loop lie in slot order: keys and values for the
+gradient of queries; queries, their gradients and statistics for the gradient of keys and values.
 """
 
 # Kernels are a language of their own, which a checker of Python misreads.

@@ -1,12 +1,12 @@
-"""The forward pass over packed keys and values; prefixes of names as in `tiles`.
+"""Forward pass over packed keys and values; prefixes of names as in `tiles`.
 
-What `sparse_forward` computes, for Hopper and Blackwell. Keys and values lie in slot order, so
-that a tile of a listed block is one load by tensor descriptor: no address for each row, no fence
-between the copy and the product. What a pair of tokens costs beside that is kept small. Maxima are
-taken of unscaled scores and the scale is part of the subtraction, which wants it to be at least 0.
+The same result as `sparse_forward`, for Hopper and Blackwell. Keys and values lie in slot order,
+so a tile of a listed block is one load by tensor descriptor: no address for each row, no fence
+between the copy and the product. Other work for a pair of tokens is kept small. Maxima are
+taken of unscaled scores and the scale is part of the subtraction, which needs it to be at least 0.
 Sums are rescaled only in turns in which some maximum grew by more than SLACK, as the kernel of
 FlashAttention-4 does on Blackwell, https://github.com/Dao-AILab/flash-attention; unlike there, all
-rows of a tile at once.
+rows of a tile are rescaled at once.
 """
 
 # Kernels are a language of their own, which a checker of Python misreads.
@@ -34,7 +34,7 @@ from gen_accel.kernels.triton.tiles import (
     store_rows,
 )
 
-# In powers of two: weights of up to 256 lose nothing in 16 bits nor in sums in fp32.
+# Base-2 logarithm. Weights of up to 256 lose nothing in 16 bits nor in sums in fp32.
 SLACK = tl.constexpr(8.0)
 
 

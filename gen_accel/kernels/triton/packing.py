@@ -1,5 +1,5 @@
-"""Operands in slot order, for the kernels that load tiles by tensor descriptor: when copying them
-pays, and the copies."""
+"""Operands in slot order, for the kernels that load tiles by tensor descriptor: whether copying
+them pays, and the copies."""
 
 # Kernels are a language of their own, which a checker of Python misreads.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
@@ -16,18 +16,18 @@ from gen_accel.kernels.triton.launch import launch
 from gen_accel.kernels.triton.tiles import LOG2E, load_rows
 
 TILE = 64  # slots that a program copies; not timed
-ALIGNED = 16  # bytes, of the start and of each stride that a descriptor takes
+ALIGNED = 16  # bytes, for the start and for each stride of a descriptor
 
 
 class Card(NamedTuple):
-    """What the choice rests on.
+    """Numbers of a card by which the choice is made.
 
     Args:
-        multiprocessors, clock: how many, and their cycles a second under load.
-        bandwidth: bytes a second from and to memory, four fifths of what is on paper.
-        saved: for "forward" and "backward", instructions that a warp is spared for each key of its
-            16 rows: by compile_matrix the least over rules and blocks of 64 and of 128 at head dim
-            128.
+        multiprocessors, clock: their number, and their cycles a second under load.
+        bandwidth: bytes a second from and to memory, four fifths of the data sheet.
+        saved: for "forward" and "backward", instructions that a warp saves for each key of its
+            16 rows: by compile_matrix, the least over rules and blocks of 64 and of 128 at head
+            dim 128.
     """
 
     multiprocessors: int
@@ -36,32 +36,32 @@ class Card(NamedTuple):
     saved: dict[str, float]
 
 
-# H100 and B200 by NVIDIA's data sheets; the rest of their families is nearer to them than to the
-# point where the choice turns.
+# H100 and B200 by NVIDIA's data sheets; other cards of their families are closer to them than to
+# the point where the choice turns.
 CARDS = {
     "sm_90": Card(132, 1.7e9, 0.8 * 3.35e12, {"forward": 2.0, "backward": 6.4}),
     "sm_100": Card(148, 1.85e9, 0.8 * 8.0e12, {"forward": 1.8, "backward": 3.0}),
 }
 ISSUED = 4  # instructions of different warps in a cycle of a multiprocessor
-WARP_ROWS = 16  # that a warp holds of a tile
+WARP_ROWS = 16  # rows of a tile that a warp holds
 START = 5e-6  # seconds until a further kernel runs and the next one follows
 
-# Slots of a head, in tensors of q's size, that are read and written for the sake of packing alone:
-# keys and values; in the backward pass queries too, and their gradients, which are read anyway.
+# Slots of a head, in tensors of q's size, that are read and written for packing alone: keys and
+# values; in the backward pass queries too, and their gradients, which are read anyway.
 TRAFFIC = {"forward": 4, "backward": 7}
 
 
 def seconds_saved(direction: str, arch: str) -> float:
-    """For each pair of a query and a key: `saved / 16` instructions of a warp, of which a card
-    issues four in each cycle of each multiprocessor."""
+    """Seconds that packing saves for each pair of a query and a key: `saved / 16` instructions of
+    a warp, of which a card issues four in each cycle of each multiprocessor."""
     card = CARDS[arch]
     rate = ISSUED * card.multiprocessors * card.clock
     return card.saved[direction] / WARP_ROWS / rate
 
 
 def even_queries(direction: str, arch: str, D: int, size: int) -> float:
-    """How many queries have to read each key until packing has saved what it costs: of one slot
-    `D size TRAFFIC` bytes that are moved.
+    """Number of queries that must read each key until packing has saved what it costs, which is
+    `D size TRAFFIC` bytes moved for a slot.
 
     On an H100 some 2,700 at head dim 128 forward: a plan of N tokens pays from the density
     2,700 / N on, which is 0.08 at 33k tokens.
@@ -77,10 +77,10 @@ def pays(
 
     Args:
         direction: "forward" or "backward".
-        heads: of all samples.
+        heads: heads of all samples.
         size: bytes of a number.
-        pairs: of slots that one head computes, at most.
-        ready: whether the operands are in slot order as they are, and need no copy.
+        pairs: upper bound on the pairs of slots that one head computes.
+        ready: whether the operands are in slot order already, and need no copy.
     """
     if arch not in CARDS:
         return False
@@ -89,7 +89,7 @@ def pays(
 
 
 def in_place(x: Tensor) -> bool:
-    """Whether a descriptor can read (B, H, N, D) where it lies; its last stride is 1."""
+    """Whether a descriptor can read (B, H, N, D) in place; its last stride is 1."""
     starts = x.data_ptr() % ALIGNED == 0
     return starts and all(
         step > 0 and step * x.element_size() % ALIGNED == 0 for step in x.stride()[:3]
@@ -97,14 +97,14 @@ def in_place(x: Tensor) -> bool:
 
 
 def described(x: Tensor, rows: int) -> TensorDescriptor:
-    """Tiles of so many rows of one head of (B, H, S, D)."""
+    """Describe tiles of `rows` rows of one head of (B, H, S, D)."""
     block = [1, 1, rows, configs.padded_dim(x.shape[3])]
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
 
 
 @triton.jit
 def _store_slots(packed, i_head, o_s, b_x, S, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of slots o_s of one head of a contiguous (heads, S, D)."""
+    """Store rows of slots o_s of one head in a contiguous (heads, S, D)."""
     o_d = tl.arange(0, BLOCK_D)
     p_x = packed + (i_head.to(tl.int64) * S + o_s)[:, None] * D + o_d[None, :]
     tl.store(p_x, b_x, mask=(o_s < S)[:, None] & (o_d < D)[None, :])
@@ -168,9 +168,9 @@ def pack_queries_kernel(
     TILE: tl.constexpr,
     COPY: tl.constexpr,
 ):
-    """Copy queries and gradients of outputs into slot order if COPY, and write the statistics of
-    each row: its base-2 logsumexp, and delta as `sparse_backward` has it; +inf and 0 where it sees
-    nothing or is padding, which makes its weights zero."""
+    """Copy queries and gradients of outputs into slot order if COPY, and write two statistics of
+    each row: its base-2 log-sum-exp, and delta as in `sparse_backward`. They are +inf and 0 where
+    a row sees nothing or is padding, which makes its weights zero."""
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     i_head = tl.program_id(1).to(tl.int64)
     o_s = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -184,7 +184,7 @@ def pack_queries_kernel(
     b_delta -= tl.load(grad_lse + o_row, mask=o_t >= 0, other=0.0)
     o_row = i_head * S + o_s
     tl.store(base2 + o_row, tl.where(m_seen, b_lse * LOG2E, float("inf")), mask=o_s < S)
-    # Whatever gradient arrives at the -inf of a row that sees nothing goes nowhere.
+    # The gradient at the -inf of a row that sees nothing is ignored.
     tl.store(delta + o_row, tl.where(m_seen, b_delta, 0.0), mask=o_s < S)
     if COPY:
         _store_slots(packed_grad, i_head, o_s, b_grad, S, D, BLOCK_D)
@@ -197,7 +197,7 @@ def _programs(slots: Tensor, x: Tensor) -> tuple[int, int]:
 
 
 def pack(x: Tensor, y: Tensor, slots: Tensor, raster: bool) -> tuple[Tensor, Tensor]:
-    """Two tensors (B, H, N, D) in slot order, (B, H, S, D): as they are where that is theirs."""
+    """Copy two tensors (B, H, N, D) into slot order, (B, H, S, D); no copy if they are in it."""
     if raster and in_place(x) and in_place(y):
         return x, y
     B, H, _, D = x.shape
@@ -230,7 +230,8 @@ def pack_queries(
     slots: Tensor,
     raster: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries and gradients as by `pack`, and two statistics of their rows, (B, H, S) fp32."""
+    """Pack queries and gradients as by `pack`, with two statistics of their rows, (B, H, S)
+    fp32."""
     B, H, N, D = q.shape
     S = slots.numel()
     copy = not (raster and in_place(q) and in_place(grad))

@@ -1,4 +1,4 @@
-"""Sums over blocks of tokens, in one pass over them where they lie."""
+"""Sums over blocks of tokens, in one pass over the tokens in place."""
 
 # Kernels are a language of their own, which a checker of Python misreads.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
@@ -33,8 +33,8 @@ def sums_kernel(
     MEAN: tl.constexpr,
     LESS: tl.constexpr,
 ):
-    """Sum, or average, the tokens of each block, zero where it holds none; if LESS, take `common`
-    of the head off."""
+    """Sum, or average, the tokens of each block, zero where it holds none; if LESS, subtract
+    `common` of the head."""
     i_block, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     x += (i_head // H) * stride_b + (i_head % H) * stride_h
     o_d = tl.arange(0, BLOCK_D)
@@ -56,11 +56,11 @@ def sums_kernel(
 
 @torch.library.custom_op("gen_accel::triton_block_sums", mutates_args=())
 def block_sums(x: Tensor, slots: Tensor, block: int, mean: bool) -> Tensor:
-    """(B, H, S / block, D) fp32 of x (B, H, N, D); without a gradient.
+    """Sum x (B, H, N, D) over blocks: (B, H, S / block, D) fp32; without a gradient.
 
     Args:
         slots: (S,) int32, the token of each slot, -1 for padding.
-        mean: over how many tokens each block holds.
+        mean: divide by the number of tokens of each block.
     """
     B, H, _, D = x.shape
     out = x.new_empty((B, H, len(slots) // block, D), dtype=torch.float32)
@@ -87,7 +87,7 @@ def launch_sums(
 
     Args:
         x: (B, H, N, D), see `rowwise`.
-        common: (B, H, D) fp32, taken off each.
+        common: (B, H, D) fp32, subtracted from each.
     """
     B, H, _, D = x.shape
     blocks = out.shape[2]

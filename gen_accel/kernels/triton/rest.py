@@ -1,10 +1,10 @@
-"""The rest of a plan: what it does not keep, pooled, in the softmax of what it keeps.
+"""Rest of a plan: the blocks that it does not keep, pooled, in the softmax of the kept keys.
 
 `added` is `gen_accel.kernels.rest.added` for both centres. Around mean keys there is one set of
 columns for a head. Around mean queries there is one for each pair of a head and a query block,
-more than the size of q together; pairs are taken in chunks whose pooled keys and values stay in
-the cache, `configs.CACHED`: one kernel writes them, and the next one reads them. The backward pass
-makes them again. No atomics: each sum is added to by one program, in a fixed order.
+together more than the size of q. Pairs are processed in chunks whose pooled keys and values stay
+in the cache, `configs.CACHED`: one kernel writes them, and the next one reads them. The backward
+pass computes them again. No atomics: one program alone adds to each sum, in a fixed order.
 """
 
 import math
@@ -23,7 +23,7 @@ from gen_accel.kernels.triton.rest_common import common_of
 from gen_accel.kernels.triton.rest_pooling import spread_kernel
 from gen_accel.plan import Plan, Slots
 
-HELD = 1 << 30  # bytes of sums that the backward pass holds at once; at least those of one head
+HELD = 1 << 30  # bytes of sums that the backward pass holds at once; at least one head's
 
 
 def added(
@@ -37,15 +37,15 @@ def added(
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The rest without a slope, merged into attention over the kept keys.
+    """Merge the rest, without a slope, into attention over the kept keys.
 
     Args:
         out, lse: (B, H, N, D) and (B, H, N) fp32 of the kept keys.
-        curve: of a rest of the second order, else None.
+        curve: for a rest of the second order, else None.
 
     Returns:
-        The same of kept keys and rest, in fp32, differentiable in all tensors. A row that nothing
-        is left out of comes back bit for bit.
+        Output and log-sum-exp over kept keys and rest, in fp32, differentiable in all tensors. A
+        row that leaves nothing out is unchanged, bit for bit.
     """
     assert plan.rest is not None
     keep = plan.keep.expand(*q.shape[:2], -1, -1)
@@ -74,13 +74,14 @@ def rest(
     around_queries: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The output, (B, H, N, D) fp32 laid out like `out`, and the logsumexp, (B, H, N) fp32.
+    """Compute the output, (B, H, N, D) fp32 laid out like `out`, and the log-sum-exp, (B, H, N)
+    fp32.
 
     Args:
         keep: (B, H, Kq, Kk) bool.
         slots: (S,) int32, the token of each slot, -1 for padding.
         held_q, held_k: (Kq, 2) and (Kk, 2) fp32, tokens and slots of each block.
-        rise, weight: of a `Curve`, around queries alone.
+        rise, weight: fields of a `Curve`, around queries alone.
     """
     call = _call(q, k, v, keep, slots, held_q, held_k, block_q, block_k, scale)
     out, lse = rowwise(out), lse.contiguous()
@@ -127,7 +128,8 @@ def rest_backward(
     around_queries: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of out, lse, q, k, v, rise and weight, empty for these where there is none."""
+    """Compute the gradients of out, lse, q, k, v, rise and weight; empty where an input is
+    None."""
     call = _call(q, k, v, keep, slots, held_q, held_k, block_q, block_k, scale)
     grad = rowwise(grad.to(q.dtype))
     dout, dlse, back = launches.shares(call, grad, grad_total, joint, total, rowwise(out), lse)
@@ -202,7 +204,7 @@ def _call(
 
 
 def _heads(call: launches.Call) -> Iterator[slice]:
-    """Heads whose sums of gradients fit into HELD, some at a time."""
+    """Yield as many heads at a time as fit their sums of gradients into HELD."""
     B, H, N, D = call.q.shape
     some = max(1, HELD // (8 * B * N * D))
     return (slice(first, first + some) for first in range(0, H, some))
@@ -227,11 +229,11 @@ def _backward(
 
 
 def spread(query_means: Tensor, k: Tensor, slots: Slots | Plan, *, scale: float) -> Tensor:
-    """(B, H, Kq, Kk) fp32, without a gradient: ln sum_t exp(scale q_i . k_t) over the tokens t of
-    each key block, -inf where it holds none.
+    """Compute ln sum_t exp(scale q_i . k_t) over the tokens t of each key block, (B, H, Kq, Kk)
+    fp32, without a gradient; -inf where a block holds none.
 
     Args:
-        query_means: (B, H, Kq, D) fp32, of blocks of `slots.block_q`.
+        query_means: (B, H, Kq, D) fp32, over blocks of `slots.block_q`.
         k: (B, H, N, D).
     """
     given = slots.slots_int32, slots.block_k, scale

@@ -1,11 +1,10 @@
-"""The softmax of queries over kept keys, continued over columns; prefixes of names as in `tiles`.
+"""Softmax of queries over kept keys, continued over columns; prefixes of names as in `tiles`.
 
-A column is what stands for a key block: a key, which is stored off what all keys of the head have
-in common, see `rest_common`, a value and a bias in powers of two. A set of
-columns serves a whole head (the mean keys, whose bias is log2 of how many tokens they stand for),
-or where it is CENTRED one query block of a head: a pair. Columns of blocks that the query block
-keeps, or that hold nothing, are hidden. If CURVED, the score of a query gains its rise times the
-curve of the column, a variance in powers of two.
+A column stands for a key block. It has a key, stored off the common key of the head (see
+`rest_common`), a value and a bias in powers of two. A set of columns serves a whole head (the mean
+keys, with the log2 of their number of tokens as bias), or, if CENTRED, one query block of a head:
+a pair. Columns of blocks that the query block keeps, or of empty blocks, are hidden. If CURVED,
+the score of a query gains its rise times the curve of the column, a variance in powers of two.
 """
 
 # Kernels are a language of their own, which a checker of Python misreads.
@@ -24,13 +23,13 @@ from gen_accel.plan import MOST_GAINED
 # Sizes that change from clip to clip, and the strides of `keep`.
 SIZES = ("keep_b", "keep_h", "keep_r", "keep_c", "first", "last", "groups", "H", "N", "R", "C")
 
-MOST = tl.constexpr(MOST_GAINED / math.log(2))  # that a curve adds to a score
-COUNTED = tl.constexpr(256)  # columns that are looked at together
+MOST = tl.constexpr(MOST_GAINED / math.log(2))  # the most that a curve adds to a score
+COUNTED = tl.constexpr(256)  # columns that are examined together
 
 
 @triton.jit
 def pair_at(first, groups, i_pair, GROUP: tl.constexpr):
-    """The head of all samples and the query block of a pair, which may lie past the last: pairs
+    """Return the head of all samples and the query block of a pair, perhaps past the last: pairs
     come in groups of query blocks of one head, numbered from `first` on."""
     i_group = first + i_pair // GROUP
     return (i_group // groups).to(tl.int64), i_group % groups * GROUP + i_pair % GROUP
@@ -38,10 +37,10 @@ def pair_at(first, groups, i_pair, GROUP: tl.constexpr):
 
 @triton.jit
 def column_bias(bias, keep, keep_c, o_c, C, CENTRED: tl.constexpr):
-    """Bias in powers of two; -inf for columns that are hidden, and past the last.
+    """Load the bias in powers of two; -inf for hidden columns, and past the last.
 
     Args:
-        keep: the row of a query block. Not read of CENTRED ones, whose bias hides them.
+        keep: the row of a query block. Not read if CENTRED, where the bias hides columns.
     """
     b_bias = tl.load(bias + o_c, mask=o_c < C, other=-float("inf"))
     if not CENTRED:
@@ -105,7 +104,8 @@ def columns_forward_kernel(
     CENTRED: tl.constexpr,
     CURVED: tl.constexpr,
 ):
-    """Continue the softmax over all columns. Without one the answer is what came, bit for bit."""
+    """Continue the softmax over all columns. Without a column the answer is unchanged bit for
+    bit."""
     FIRST: tl.constexpr = D if D < WIDTH else WIDTH
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
     i_pair, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES

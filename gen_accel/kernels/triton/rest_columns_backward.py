@@ -68,7 +68,7 @@ def columns_dq_kernel(
     CENTRED: tl.constexpr,
     CURVED: tl.constexpr,
 ):
-    """The gradient of queries; of CENTRED columns with their part of the gradient of the mean, and
+    """Write the gradient of queries; if CENTRED with their part of the gradient of the mean, and
     if CURVED the gradient of their rise."""
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
     i_pair, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
@@ -153,9 +153,9 @@ def _columns_sums(
     CENTRED: tl.constexpr,
     CURVED: tl.constexpr,
 ):
-    """Sum up, over tiles of query blocks from `start` to `stop`, each column's queries and
-    gradients of outputs, weighed by the gradient of its scores and by its weights; and if CENTRED
-    the gradient of its bias, if CURVED of its variance."""
+    """Sum over tiles of query blocks from `start` to `stop`: for each column, queries weighed by
+    the gradient of its scores, and gradients of outputs weighed by its weights. If CENTRED, sum
+    also the gradient of its bias, and if CURVED the gradient of its variance."""
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
     b_dk = tl.zeros([TILE_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([TILE_N, BLOCK_D], tl.float32)
@@ -163,7 +163,7 @@ def _columns_sums(
     b_dcurve = tl.zeros([TILE_N], tl.float32)
     if CURVED:
         b_curve = column_curve(curves, o_c, C)
-    # Places are fetched one tile ahead, so that loads depend on no load of their own turn.
+    # Places are fetched one tile ahead, so that loads depend on no load of the same turn.
     _, o_t = own_tile(slots, start // TILES, start % TILES, BLOCK_Q, TILE_M)
     for i in range(start, stop):
         b_q = load_rows(q, stride_q, o_t, D, BLOCK_D, True)
@@ -231,7 +231,8 @@ def columns_dkdv_kernel(
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
 ):
-    """The gradients of mean keys and values, to the tokens of their blocks in equal parts."""
+    """Write the gradients of mean keys and values, in equal parts to the tokens of their
+    blocks."""
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
     i_head = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_head // H, i_head % H
@@ -322,9 +323,10 @@ def columns_dpooled_kernel(
     TILE_N: tl.constexpr,
     CURVED: tl.constexpr,
 ):
-    """The gradients of CENTRED keys, values and log-sum-exps, of which the bias is made, and what
-    the softmax over the tokens of a block takes from each token's: `shifts`. If CURVED also those
-    of variances, and what these take from the gradient of the weight by the pooled keys."""
+    """Write the gradients of CENTRED keys, values and log-sum-exps (from which the bias is made),
+    and `shifts`, which the softmax over the tokens of a block subtracts from each token's
+    gradient. If CURVED, write also the gradients of variances, and their terms in the gradient of
+    the weight by the pooled keys."""
     TILES: tl.constexpr = (BLOCK_Q + TILE_M - 1) // TILE_M
     i_pair = tl.program_id(1)
     i_head, i_block = pair_at(first, groups, i_pair, GROUP)
@@ -370,8 +372,8 @@ def columns_dpooled_kernel(
     b_dk -= b_dbias[:, None] * b_mean.to(tl.float32)[None, :]
     b_dk *= scale * LN2
     p_pair = i_set * C + o_c
-    # As they are stored, so that what a token's gradient is shifted by is their very mean. Pooled
-    # values and keys are read again, so that no register holds them throughout the loop.
+    # Rounded as stored, so that a token's gradient is shifted by exactly their mean. Pooled values
+    # and keys are read again, so that no register holds them throughout the loop.
     b_dv = b_dv.to(b_v.dtype)
     store_rows(pooled_dv + i_set * C * D, D, o_in, b_dv, D, BLOCK_D)
     b_v = load_rows(pooled_v + i_set * C * D, D, o_in, D, BLOCK_D, True)

@@ -1,10 +1,11 @@
-"""What the keys of a head have in common, which pooled keys are stored without; prefixes of names
-as in `tiles`.
+"""Common key of a head, which is subtracted from stored pooled keys; prefixes of names as in
+`tiles`.
 
 A key c that is added to all keys of a head adds scale q_t . c to all scores of query t, kept and
-pooled, and changes no weight. In 16 bits it takes digits of what pooled keys differ by. So these
-are stored off c, and the log-sum-exp of the kept keys has scale q_t . c taken off before columns
-continue it: both are exact for any c. It need not be the mean, but near to the keys.
+pooled, and changes no weight. In 16 bits it costs digits of the differences of pooled keys. So
+pooled keys are stored off c, and scale q_t . c is subtracted from the log-sum-exp of the kept keys
+before columns continue it: both are exact for any c. The nearer c is to the keys, the better; it
+need not be their mean.
 """
 
 # Kernels are a language of their own, which a checker of Python misreads.
@@ -19,20 +20,20 @@ from gen_accel.kernels.triton import configs
 from gen_accel.kernels.triton.launch import launch
 from gen_accel.kernels.triton.tiles import load_rows
 
-SOME = 64  # keys that c is the mean of
+SOME = 64  # keys whose mean is c
 WARPS = 4
 
 
 @triton.jit
 def common_key(common, i_head, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """c of a head, [BLOCK_D] fp32; zeros past D."""
+    """Load c of a head, [BLOCK_D] fp32; zeros past D."""
     o_d = tl.arange(0, BLOCK_D)
     return tl.load(common + i_head * D + o_d, mask=o_d < D, other=0.0)
 
 
 @triton.jit
 def common_scores(b_q, b_common, scale):
-    """Scores of queries for c."""
+    """Compute the scores of queries for c."""
     return scale * tl.sum(b_q.to(tl.float32) * b_common[None, :], 1)
 
 
@@ -59,7 +60,7 @@ def common_kernel(
 
 
 def common_of(k: Tensor) -> Tensor:
-    """(B, H, D) fp32 of keys (B, H, N, D), rows of one stride."""
+    """Compute c of each head, (B, H, D) fp32, from keys (B, H, N, D), rows of one stride."""
     B, H, N, D = k.shape
     made = k.new_empty(B, H, D, dtype=torch.float32)
     launch(

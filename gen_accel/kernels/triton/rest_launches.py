@@ -23,16 +23,17 @@ from gen_accel.kernels.triton.rest_pooling import (
 )
 from gen_accel.kernels.triton.rest_shares import shares_kernel
 
-PAIRS = 1 << 15  # the most in a chunk, which the second axis of a grid numbers
+PAIRS = 1 << 15  # the most pairs in a chunk, limited by the second axis of a grid
 
 
 class Curved(NamedTuple):
-    """Tensors that the second order of `Rest` takes beside q, k and v, all in fp32.
+    """Tensors that the second order of `Rest` needs beside q, k and v, all in fp32.
 
     Args:
-        rise, weight: of `kernels.curve.Curve`, (B, H, N) and (B, H, D).
-        key_means: (B, H, Kk, D), of key blocks.
-        squares: (B, H, N), of what keys are off these means, weighed and summed over the channels.
+        rise, weight: fields of `kernels.curve.Curve`, (B, H, N) and (B, H, D).
+        key_means: (B, H, Kk, D), means of key blocks.
+        squares: (B, H, N), squared offsets of keys from these means, weighed and summed over the
+            channels.
     """
 
     rise: Tensor
@@ -46,8 +47,9 @@ class CurveGrads(NamedTuple):
 
     Args:
         rise: (B, H, N).
-        of_tokens: (B, H, parts, D), what each tile of keys gives to the weight's.
-        of_pairs: (B, H, Kq, parts, D), what the pooled keys of each tile of columns take from it.
+        of_tokens: (B, H, parts, D), the part of the weight's gradient from each tile of keys.
+        of_pairs: (B, H, Kq, parts, D), the part that the pooled keys of each tile of columns
+            subtract.
     """
 
     rise: Tensor
@@ -56,7 +58,7 @@ class CurveGrads(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        """(B, H, D)."""
+        """Gradient of the weight, (B, H, D)."""
         return self.of_tokens.sum(2) - self.of_pairs.sum((2, 3))
 
 
@@ -64,9 +66,9 @@ class Shares(NamedTuple):
     """Numbers of each query that the gradients of the rest are made of, (B, H, N) fp32.
 
     Args:
-        delta: what the softmax takes from the gradient of each score.
-        of_rest: what the gradients of the scores of the rest add up to.
-        low_lse: the joint log-sum-exp without the score of the common key.
+        delta: subtracted from the gradient of each score by the softmax.
+        of_rest: sum of the gradients of the scores of the rest.
+        low_lse: joint log-sum-exp without the score of the common key.
     """
 
     delta: Tensor
@@ -75,7 +77,7 @@ class Shares(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Call whose tensors all kernels read.
+    """Tensors of a call that all kernels read.
 
     Args:
         q, k, v: (B, H, N, D), rows of one stride.
@@ -111,22 +113,22 @@ class Call(NamedTuple):
 
     @property
     def curve_or_any(self) -> Curved:
-        """For kernels that do not read it where there is none."""
+        """Curve of the call, or placeholders for kernels that do not read it."""
         return self.curve or Curved(*[self.held_k] * len(Curved._fields))
 
     @property
     def heads(self) -> int:
-        """Heads of all samples."""
+        """Number of heads of all samples."""
         return self.q.shape[0] * self.q.shape[1]
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """Kq and Kk."""
+        """Number of query and key blocks, Kq and Kk."""
         return self.keep.shape[2], self.keep.shape[3]
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """H, N, Kq, Kk as kernels take them before the scale."""
+        """H, N, Kq, Kk, the arguments of kernels before the scale."""
         return *self.q.shape[1:3], *self.blocks
 
     @property
@@ -136,8 +138,8 @@ class Call(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Pairs of a head and a query block that share one set of tensors: groups `first` to `last` of
-    `size` query blocks each, of which a head has `groups`."""
+    """Pairs of a head and a query block that share one set of tensors: groups `first` to `last`,
+    with `size` query blocks each and `groups` groups in a head."""
 
     first: int
     last: int
@@ -150,15 +152,15 @@ class Chunk(NamedTuple):
 
 
 class Pooled(NamedTuple):
-    """Columns.
+    """Columns of one set or more, see `rest_columns`.
 
     Args:
-        keys, values: (sets, Kk, D) in the dtype of q, keys off the common one; of mean keys, one
+        keys, values: (sets, Kk, D) in the dtype of q, keys off the common one; for mean keys, one
             set a head.
-        bias: (sets, Kk) fp32 in powers of two; of mean keys (Kk,), for all.
-        spreads: the log-sum-exps that the biases were made of; of mean keys the biases.
+        bias: (sets, Kk) fp32 in powers of two; for mean keys (Kk,), for all.
+        spreads: log-sum-exps from which the biases were made; for mean keys the biases.
         curves: (sets, Kk) fp32 in powers of two, the variances; without a curve the spreads.
-        centred: around mean queries.
+        centred: whether pooled around mean queries.
     """
 
     keys: Tensor
@@ -170,7 +172,7 @@ class Pooled(NamedTuple):
 
 
 def chunks(call: Call) -> Iterator[Chunk]:
-    """Chunks of all heads: as many groups at once as fit into the cache, at least one."""
+    """Yield chunks of all heads: as many groups at once as fit into the cache, at least one."""
     (Kq, _), size = call.blocks, _group(call)
     groups = -(-Kq // size)
     step = _most_pairs(call) // size
@@ -179,7 +181,7 @@ def chunks(call: Call) -> Iterator[Chunk]:
 
 
 def _most_pairs(call: Call) -> int:
-    """Number of pairs that a chunk has at most, in whole groups: no more than there are."""
+    """Upper bound on the pairs of a chunk, in whole groups, no more than there are."""
     (Kq, Kk), size = call.blocks, _group(call)
     fit = configs.CACHED[_arch(call)] // (2 * Kk * call.q.shape[3] * call.q.element_size())
     there = -(-Kq // size) * size * call.heads
@@ -187,7 +189,7 @@ def _most_pairs(call: Call) -> int:
 
 
 def _group(call: Call) -> int:
-    """Number of query blocks of a head that are the rows of one product."""
+    """Number of query blocks of a head that form the rows of one product."""
     return configs.tile(call.blocks[0], _pool_config("pool", call).tile_m)
 
 
@@ -220,13 +222,13 @@ def _launch(
     numbers: Sequence[int],
     **sizes: int,
 ) -> None:
-    """Run a kernel of this package's rest, all of which take their arguments in one order.
+    """Run a kernel of this package's rest; all of them take arguments in the same order.
 
     Args:
-        tensors: all that it reads and writes.
-        strided: those of (B, H, N, D), given by stride.
-        numbers: between the strides and the scale.
-        sizes: constants beside the dim of a head.
+        tensors: all tensors that it reads and writes.
+        strided: the tensors of (B, H, N, D) among them, passed by stride.
+        numbers: arguments between the strides and the scale.
+        sizes: constants other than the head dim.
     """
     launch(
         kernel,
@@ -251,14 +253,15 @@ def means_of(
     dtype: torch.dtype | None = None,
     common: Tensor | None = None,
 ) -> Tensor:
-    """(B, H, S / block, D), in the dtype of x if not in another, off `common` if there is one."""
+    """Average x over blocks, (B, H, S / block, D), by default in x's dtype, off `common` if
+    given."""
     made = x.new_empty(*x.shape[:2], call.slots.numel() // block, x.shape[3], dtype=dtype)
     pooling.launch_sums(x, call.slots, block, made, mean=True, common=common)
     return made
 
 
 def with_curve(call: Call, rise: Tensor, weight: Tensor) -> Call:
-    """The call with the means of its key blocks and the squares off them, made once for it."""
+    """Add to the call the means of its key blocks and the squared offsets from them, made once."""
     rise, weight = rise.float().contiguous(), weight.float().contiguous()
     key_means = means_of(call.k, call, call.block_k, torch.float32)
     squares = torch.empty_like(rise)
@@ -287,7 +290,7 @@ def around_keys(call: Call) -> tuple[Chunk, Pooled]:
 
 
 def room(call: Call) -> Pooled:
-    """Uninitialised, for the pairs of a chunk."""
+    """Allocate the columns for the pairs of a chunk, uninitialised."""
     pairs, Kk = _most_pairs(call), call.blocks[1]
     keys, values = call.q.new_empty(2, pairs, Kk, call.q.shape[3])
     numbers = call.q.new_empty(2 + call.curved, pairs, Kk, dtype=torch.float32)
@@ -295,8 +298,8 @@ def room(call: Call) -> Pooled:
 
 
 def parts_of_means(call: Call) -> Tensor:
-    """Uninitialised, (pairs, parts, D): what each tile of keys gives to the gradient of a pair's
-    mean query."""
+    """Allocate, uninitialised, (pairs, parts, D): the part of the gradient of a pair's mean query
+    from each tile of keys."""
     return call.q.new_empty(_most_pairs(call), _key_tiles(call), call.q.shape[3])
 
 
@@ -307,7 +310,7 @@ def _key_tiles(call: Call) -> int:
 
 
 def curve_grads(call: Call) -> CurveGrads | None:
-    """Of a call with a curve; `of_tokens` zero, the others uninitialised."""
+    """Allocate the sums of a call with a curve; `of_tokens` zero, the others uninitialised."""
     if call.curve is None:
         return None
     B, H, _, D = call.q.shape
@@ -376,7 +379,7 @@ def shares(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Shares]:
-    """The gradients of out and lse, and what those of the rest are made of."""
+    """Compute the gradients of out and lse, and the numbers for the gradients of the rest."""
     B, H, N = total.shape
     dout, dlse = torch.empty_like(out), torch.empty_like(total)
     back = Shares(*total.new_empty(3, B, H, N))
@@ -404,10 +407,10 @@ def dq_of(
     drise: Tensor | None,
     back: Shares,
 ) -> None:
-    """Write dq, to which the gradients of the mean queries are added, `dmeans` (pairs, D) fp32,
-    and of a call with a curve drise."""
+    """Write dq, with the gradients of the mean queries `dmeans`, (pairs, D) fp32, added; and drise
+    if the call has a curve."""
     config = _columns_config("dq", call)
-    of_means = call.held_q if dmeans is None else dmeans  # not read without
+    of_means = call.held_q if dmeans is None else dmeans  # not read if None
     _launch(
         columns_dq_kernel,
         (chunk.pairs * triton.cdiv(call.block_q, config.tile_m), 1),
@@ -465,7 +468,7 @@ def dpooled_of(
     dweights: Tensor | None,
     back: Shares,
 ) -> None:
-    """Write `grads`, and of a call with a curve `dweights` as `CurveGrads.of_pairs`."""
+    """Write `grads`; with a curve, also `dweights`, in the form of `CurveGrads.of_pairs`."""
     config, curve = _columns_config("dpooled", call), call.curve_or_any
     _launch(
         columns_dpooled_kernel,
@@ -497,7 +500,7 @@ def pool_backward(
     sums: Tensor,
     dweights: Tensor | None,
 ) -> None:
-    """Add to `sums`, write `parts`, and of a call with a curve add to `dweights`, which are
+    """Add to `sums` and write `parts`; with a curve, add to `dweights`, in the form of
     `CurveGrads.of_tokens`."""
     config, curve = _pool_config("pool backward", call), call.curve_or_any
     heads = (chunk.last - 1) // chunk.groups - chunk.first // chunk.groups + 1

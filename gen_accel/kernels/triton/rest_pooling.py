@@ -3,13 +3,14 @@
 With a_s = scale qmean_i . k_s in powers of two, the scores of block j's tokens for the mean query
 of query block i, a pair (i, j) has l = log2 sum_s 2^a_s, weights p_s = 2^(a_s - l), a key sum p k
 and a value sum p v. A program takes the mean queries of a group of query blocks as the rows of one
-product. Its bias for a query q_t, which sees 2^(l + scale (q_t - qmean_i) . key), is what does not
-depend on t: l - scale qmean_i . key. It is -inf where query block i keeps j.
+product. A query q_t has the score l + scale (q_t - qmean_i) . key for a pair, in powers of two.
+The pair's bias is the part of the score that does not depend on t: l - scale qmean_i . key, or
+-inf where query block i keeps j.
 
-If CURVED, the logarithm of what the query sees gains rise_t times the pair's variance, in powers
-of two log2(e) (sum_s p_s e_s - sum_d w_d (key - kmean_j)_d^2). Here kmean_j is the mean key of
-block j, on which the variance does not depend, and e_s = sum_d w_d (k_s - kmean_j)_d^2. Without it
-most digits would cancel.
+If CURVED, the score gains rise_t times the pair's variance, in powers of
+two log2(e) (sum_s p_s e_s - sum_d w_d (key - kmean_j)_d^2). Here kmean_j is the mean key of block
+j, on which the variance does not depend, and e_s = sum_d w_d (k_s - kmean_j)_d^2. Without
+subtracting kmean_j most digits would cancel.
 """
 
 # Kernels are a language of their own, which a checker of Python misreads.
@@ -26,7 +27,7 @@ from gen_accel.kernels.triton.tiles import LN2, LOG2E, dot, load_rows, own_tile,
 
 @triton.jit
 def _renewed(b_s, b_max, b_sum):
-    """Weights of a further tile of scores, and the sums of all, by the new largest one."""
+    """Compute the weights of a further tile of scores, and the sums of all, by the new maximum."""
     b_new = tl.maximum(b_max, tl.max(b_s, 1))
     b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)
     b_p = tl.exp2(b_s - b_shift[:, None])
@@ -82,8 +83,8 @@ def pool_kernel(
     BLOCKS: tl.constexpr,
     CURVED: tl.constexpr,
 ):
-    """Pool BLOCKS key blocks for one group of query blocks: their keys, values, biases and l; if
-    CURVED their variances."""
+    """Pool BLOCKS key blocks for one group of query blocks: write their keys, values, biases and
+    l; if CURVED also their variances."""
     TILES: tl.constexpr = (BLOCK_K + TILE_N - 1) // TILE_N
     i_group = first + tl.program_id(1)
     i_head = (i_group // groups).to(tl.int64)
@@ -128,7 +129,7 @@ def pool_kernel(
                 b_square = b_square * b_decay + tl.sum(b_p * b_e[None, :], 1)
             b_key = dot(b_low, b_k, b_key * b_decay[:, None])
             b_value = dot(b_low, b_v, b_value * b_decay[:, None])
-        # Of weights as products read them, whose sum in 16 bits is another one.
+        # Weights as the products read them: rounded to 16 bits, they have another sum.
         b_safe = tl.where(b_all == 0.0, 1.0, b_all)
         b_common = common_key(common, i_head, D, BLOCK_D)
         b_key = b_key / b_safe[:, None] - b_common[None, :]
@@ -140,7 +141,7 @@ def pool_kernel(
         b_bias = tl.where(b_kept != 0, -float("inf"), b_l - b_own / b_safe)
         tl.store(bias + o_p * C + i_c, b_bias, mask=o_i >= 0)
         if CURVED:
-            tl.debug_barrier()  # keys are read again, by which fewer registers hold them
+            tl.debug_barrier()  # keys are read again, so that fewer registers hold them
             b_key = load_rows(pooled_k + i_c * D, C * D, o_in, D, BLOCK_D, True).to(tl.float32)
             b_mid = tl.load(key_means + i_c * D + o_d, mask=o_d < D, other=0.0)
             b_apart = b_key + (b_common - b_mid)[None, :]
@@ -191,9 +192,9 @@ def pool_backward_kernel(
     TILE_N: tl.constexpr,
     CURVED: tl.constexpr,
 ):
-    """Add to the gradients of a tile of keys and values what groups `first` to `last` of one head
-    give, and write for each of these pairs its part of the gradient of the mean query. If CURVED,
-    add also to the gradient of w what the tile gives by its tokens' squares."""
+    """Add the parts of groups `first` to `last` of one head to the gradients of a tile of keys and
+    values, and write for each of their pairs its part of the gradient of the mean query. If
+    CURVED, also add the part of the tile's squares to the gradient of w."""
     TILES: tl.constexpr = (BLOCK_K + TILE_N - 1) // TILE_N
     i_part = tl.program_id(0)
     i_c, i_tile = i_part // TILES, i_part % TILES
@@ -242,8 +243,8 @@ def pool_backward_kernel(
         b_dv = dot(b_p, b_dvalue, b_dv)
         b_dk = dot(b_p, b_dkey, b_dk)
         b_dk = dot(b_da, b_mean, b_dk)
-        # The keys' mean, which l gives, and which the bias takes from it, are the same. Columns
-        # of b_x sum up to 0, so that what keys have in common adds rounding alone.
+        # The mean of the keys cancels exactly between the terms from l and from the bias. Columns
+        # of b_x sum up to 0, so that the common part of keys adds rounding alone.
         store_rows(dmean_parts, C * TILES * D, o_in, dot(tl.trans(b_x), b_own), D, BLOCK_D)
     if CURVED:
         o_d = tl.arange(0, BLOCK_D)
@@ -311,8 +312,8 @@ def spread_kernel(
     TILE_N: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Write ln sum_s exp(a_s) of BLOCKS key blocks and one group of mean queries, in fp32: of 16
-    bits they are taken in two parts, the second what the first leaves."""
+    """Write ln sum_s exp(a_s) of BLOCKS key blocks and one group of mean queries, in fp32. With 16
+    bits the means are split in two parts, the second being the remainder of the first."""
     TILES: tl.constexpr = (BLOCK_K + TILE_N - 1) // TILE_N
     i_head = tl.program_id(1).to(tl.int64)
     k += i_head // H * stride_kb + i_head % H * stride_kh

@@ -1,4 +1,4 @@
-"""The gradients that the kept keys get of the joint softmax; prefixes of names as in `tiles`."""
+"""Gradients of the kept keys' output in the joint softmax; prefixes of names as in `tiles`."""
 
 # Kernels are a language of their own, which a checker of Python misreads.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
@@ -48,9 +48,9 @@ def shares_kernel(
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The gradients of what came of the kept keys, by their share in the softmax, and delta as in
-    `sparse_backward`, of the joint output; for the rest, what the gradients of its scores add up
-    to, and the joint log-sum-exp without the score of the common key."""
+    """Write the gradients of the kept keys' output and log-sum-exp, by their share in the softmax,
+    and delta of the joint output as in `sparse_backward`. For the rest, write the sum of the
+    gradients of its scores, and the joint log-sum-exp without the score of the common key."""
     i_head = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_head // H, i_head % H
     o_n = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -65,7 +65,7 @@ def shares_kernel(
     b_total = tl.load(joint_lse + o_row, mask=o_n < N, other=0.0)
     b_given = tl.load(grad_lse + o_row, mask=o_n < N, other=0.0)
     b_grad = b_grad.to(tl.float32)
-    # Whatever gradient arrives at the -inf of a row that sees nothing goes nowhere.
+    # The gradient at the -inf of a row that sees nothing is ignored.
     b_delta = tl.where(b_total == -float("inf"), 0.0, tl.sum(b_grad * b_joint, 1) - b_given)
     tl.store(delta + o_row, b_delta, mask=o_n < N)
     m_alone = b_lse == b_total

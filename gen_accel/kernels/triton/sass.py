@@ -1,4 +1,4 @@
-"""Machine code of compiled kernels for NVIDIA's cards: what one turn of a loop computes.
+"""Machine code of compiled kernels for NVIDIA's cards: instructions in one turn of a loop.
 
 Matrix products are instructions of a warp (HMMA, mma.sync) or of four warps together (HGMMA,
 wgmma). Those of tensor memory (UTCHMMA, tcgen05) are issued once for a whole program, whatever its
@@ -17,19 +17,19 @@ INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);")
 BRANCH = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
 WGMMA = re.compile(r"\bHGMMA\.64x(\d+)x(\d+)")
 MMA = re.compile(r"\bHMMA\.16(8\d+)")  # 16 rows, 8 columns and the depth
-# Asynchronous copies by threads, and the fences that products wait for after them.
+# Asynchronous copies by threads, and the fences after them that products wait for.
 COPIES = re.compile(r"\b(LDGSTS|FENCE\.VIEW\.ASYNC|MEMBAR)\b")
 
 
 class Loop(NamedTuple):
-    """Instructions of a loop; `held` by another one."""
+    """Instructions of a loop; `held` by another loop."""
 
     code: list[str]
     held: bool
 
 
 def cuobjdump(compiled: Any, *options: str) -> str:
-    """The output of the tool in Triton's package for a compiled kernel."""
+    """Run cuobjdump from Triton's package on a compiled kernel and return its output."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -39,12 +39,12 @@ def cuobjdump(compiled: Any, *options: str) -> str:
 
 
 def instructions(code: str) -> list[str]:
-    """All that a listing of `cuobjdump -sass` holds."""
+    """List all instructions in a listing of `cuobjdump -sass`."""
     return [text for _, text in INSTRUCTION.findall(code)]
 
 
 def inner_loops(code: str) -> list[Loop]:
-    """Loops that hold no other one, from a listing of `cuobjdump -sass`."""
+    """Find loops that hold no other loop, in a listing of `cuobjdump -sass`."""
     listed = [(int(place, 16), text) for place, text in INSTRUCTION.findall(code)]
     spans = [
         (int(found[1], 16), place)
@@ -62,7 +62,7 @@ def inner_loops(code: str) -> list[Loop]:
 
 
 def multiply_adds(loop: list[str], num_warps: int) -> int:
-    """Count those of the matrix products of one turn, over all warps of a program."""
+    """Count the multiply-adds of matrix products in one turn, over all warps of a program."""
     total = 0
     for text in loop:
         if found := WGMMA.search(text):
@@ -73,10 +73,10 @@ def multiply_adds(loop: list[str], num_warps: int) -> int:
 
 
 def shuffles(loop: list[str]) -> int:
-    """Count the exchanges among the threads of a warp of one turn."""
+    """Count the exchanges among the threads of a warp in one turn."""
     return sum("SHFL." in text for text in loop)
 
 
 def copies(loop: list[str]) -> int:
-    """Count the COPIES of one turn."""
+    """Count the COPIES in one turn."""
     return sum(bool(COPIES.search(text)) for text in loop)

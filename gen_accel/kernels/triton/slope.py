@@ -1,8 +1,8 @@
-"""First order of a rest, what the slope of its values adds: see `Rest`. Prefixes of names as in
-`tiles`.
+"""First order of a rest, the term that the slope of its values adds: see `Rest`. Prefixes of names
+as in `tiles`.
 
-With x_t a query, around queries off the mean of its block, k'_t and v'_t a key and a value off the
-means of theirs, and r_t = 1 - exp(lse_t - total_t):
+With x_t a query (around queries, its offset from the mean of its block), k'_t and v'_t a key and a
+value as offsets from the means of their blocks, and r_t = 1 - exp(lse_t - total_t):
 
     y_t = r_t factor x_t H,  H = sum_t k'_t^T v_t,  factor = scale / N
 
@@ -14,12 +14,12 @@ Backward, with g_t the gradient of y_t:
     dv_t = factor k'_t G
     dk_t = factor v'_t G^T
 
-A mean is taken off before the product where the gradient of one off the mean is asked for: both
-are linear.
+A mean is subtracted before the product where the gradient is with respect to offsets from the
+mean: both operations are linear.
 
-H and G are made in parts of as many tokens, each by one program, and then added up: no atomics,
-and always in one order. A program makes CHUNK columns of its result. Where inputs are bf16, H and
-G are too; where they are fp16, whose range is too small for these sums, they are fp32.
+H and G are made in parts of equally many tokens, each by one program, and then added up: no
+atomics, and always in one order. A program makes CHUNK columns of its result. H and G are bf16
+where inputs are; where inputs are fp16, whose range is too small for these sums, they are fp32.
 """
 
 # Kernels are a language of their own, which a checker of Python misreads.
@@ -62,7 +62,7 @@ def _mean(
     TILE: tl.constexpr,
     CENTRED: tl.constexpr,
 ):
-    """Columns o_d of the mean of a block's tokens; 0 if not CENTRED."""
+    """Load columns o_d of the mean of a block's tokens; 0 if not CENTRED."""
     if CENTRED:
         return block_mean(x, stride, slots, i_block, o_d, D, BLOCK, TILE)[0]
     else:
@@ -71,7 +71,7 @@ def _mean(
 
 @triton.jit
 def _shares(lse, joint_lse, o_t):
-    """r of tokens o_t, 0 where nothing is left out."""
+    """Compute r of tokens o_t, 0 where nothing is left out."""
     b_lse = tl.load(lse + o_t, mask=o_t >= 0, other=0.0)
     b_total = tl.load(joint_lse + o_t, mask=o_t >= 0, other=0.0)
     return tl.where(b_total > b_lse, 1.0 - tl.exp2((b_lse - b_total) * LOG2E), 0.0)
@@ -79,7 +79,7 @@ def _shares(lse, joint_lse, o_t):
 
 @triton.jit
 def _matrix(x, o_r, o_c, D: tl.constexpr):
-    """[len(o_r), len(o_c)] of a matrix (D, D); zeros past D."""
+    """Load [len(o_r), len(o_c)] of a matrix (D, D); zeros past D."""
     mask = (o_r < D)[:, None] & (o_c < D)[None, :]
     return tl.load(x + o_r[:, None] * D + o_c[None, :], mask=mask, other=0.0)
 
@@ -110,8 +110,8 @@ def slope_parts_kernel(
     CENTRED: tl.constexpr,
     WEIGHED: tl.constexpr,
 ):
-    """Sum x^T y over the tokens of BLOCKS blocks, x off its mean if CENTRED and times r if
-    WEIGHED."""
+    """Sum x^T y over the tokens of BLOCKS blocks, with the mean subtracted from x if CENTRED and x
+    times r if WEIGHED."""
     i_part, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
     i_head = i_b * H + i_h
     x += i_b * stride_xb + i_h * stride_xh
@@ -179,7 +179,7 @@ def slope_add_kernel(
         b_r = _shares(lse + i_head * N, joint_lse + i_head * N, o_t)
         b_joint = load_columns(joint, stride_jn, o_t, o_c, D)
         b_out = b_joint + (scale * b_r)[:, None] * b_y
-        # Bit for bit where nothing is left out, whatever y is there.
+        # Unchanged bit for bit where nothing is left out, whatever y is there.
         b_out = tl.where((b_r > 0.0)[:, None], b_out, b_joint)
         store_columns(out, stride_on, o_t, o_c, b_out, D)
 
@@ -213,7 +213,7 @@ def slope_queries_backward_kernel(
     CHUNK: tl.constexpr,
     CENTRED: tl.constexpr,
 ):
-    """Write dq of one query block, and what CHUNK columns give to the gradient of joint_lse."""
+    """Write dq of one query block, and the terms of CHUNK columns in the gradient of joint_lse."""
     i_block, i_chunk, i_b, i_h = place_of_chunk(H, D, CHUNK)
     i_head = i_b * H + i_h
     lse += i_head * N
@@ -295,8 +295,8 @@ def added(
     *,
     scale: float,
 ) -> Tensor:
-    """`kernels.slope.added`, in q's dtype; `joint` is fp32. A row that nothing is left out of is
-    rounded, and else comes back bit for bit."""
+    """Run `kernels.slope.added`, in q's dtype; `joint` is fp32. A row that leaves nothing out is
+    rounded, and otherwise unchanged bit for bit."""
     assert plan.rest is not None
     numbers = plan.block_q, plan.block_k, plan.rest.centre == "query", scale / plan.tokens
     given = joint, lse, total, q, k, v, plan.slots_int32
@@ -304,12 +304,12 @@ def added(
 
 
 class _Side(NamedTuple):
-    """Blocks of queries or of keys.
+    """Side of a call: blocks of queries or of keys.
 
     Args:
         slots: (S,) int32.
-        block: slots in one.
-        centred: their tokens are taken off its mean.
+        block: slots in a block.
+        centred: whether the mean of a block is subtracted from its tokens.
     """
 
     slots: Tensor
@@ -335,7 +335,7 @@ def slope(
     around_queries: bool,
     factor: float,
 ) -> tuple[Tensor, Tensor]:
-    """The output, laid out like `joint`, in q's dtype; without a gradient H, (B, H, D, D).
+    """Compute the output, laid out like `joint`, in q's dtype; without a gradient H, (B, H, D, D).
 
     Args:
         joint: (B, H, N, D) fp32.
@@ -377,10 +377,10 @@ def slope_backward(
     around_queries: bool,
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of lse, total, q, k and v.
+    """Compute the gradients of lse, total, q, k and v.
 
     Args:
-        made: H.
+        made: H of the forward pass.
     """
     grad, q, k, v = (rowwise(x) for x in (grad, q, k, v))
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
@@ -441,7 +441,7 @@ slope.register_autograd(_differentiate, setup_context=_save)
 
 
 def _matrices(x: Tensor) -> Tensor:
-    """(B, H, D, D), uninitialised."""
+    """Allocate (B, H, D, D), uninitialised."""
     B, H, _, D = x.shape
     return x.new_empty(B, H, D, D, dtype=configs.state_dtype(x.dtype))
 
@@ -449,10 +449,11 @@ def _matrices(x: Tensor) -> Tensor:
 def _sum_of_products(
     x: Tensor, y: Tensor, side: _Side, shares: Sequence[Tensor], *, weighed: bool
 ) -> Tensor:
-    """(B, H, D, D): sum of x^T y over all tokens, x off its means where the side is centred.
+    """Sum x^T y over all tokens, (B, H, D, D), with means subtracted from x where the side is
+    centred.
 
     Args:
-        shares: lse and total, by which x is weighed if it is.
+        shares: lse and total, by which x is weighed if `weighed`.
     """
     B, H, N, D = x.shape
     blocks = configs.part_blocks(D, side.block)
@@ -492,8 +493,8 @@ def _launch(
 
     Args:
         tensors: all but the slots.
-        strided: those of (B, H, N, D) that are given by stride, of q's dtype the first.
-        programs: in place of the blocks.
+        strided: tensors of (B, H, N, D) that are passed by stride; the first has q's dtype.
+        programs: number of programs, by default one for each block.
     """
     x = strided[0]
     D = x.shape[3]

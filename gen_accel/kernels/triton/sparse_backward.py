@@ -1,4 +1,4 @@
-"""The backward pass of attention over lists of blocks; prefixes of names as in `tiles`."""
+"""Backward pass of attention over lists of blocks; prefixes of names as in `tiles`."""
 
 # Kernels are a language of their own, which a checker of Python misreads.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
@@ -46,7 +46,8 @@ def delta_kernel(
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """What the softmax takes from every gradient of a row's scores: sum(grad * out) - grad_lse."""
+    """Write delta, which the softmax subtracts from a row's score gradients: sum(grad * out) -
+    grad_lse."""
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     o_n = tl.program_id(0) * TILE + tl.arange(0, TILE)
     o_t = tl.where(o_n < N, o_n, -1)
@@ -56,14 +57,14 @@ def delta_kernel(
     b_lse = tl.load(lse + o_row, mask=o_n < N, other=0.0)
     b_delta = tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), 1)
     b_delta -= tl.load(grad_lse + o_row, mask=o_n < N, other=0.0)
-    # Whatever gradient arrives at the -inf of a row that sees nothing goes nowhere.
+    # The gradient at the -inf of a row that sees nothing is ignored.
     tl.store(delta + o_row, tl.where(b_lse == -float("inf"), 0.0, b_delta), mask=o_n < N)
 
 
 @triton.jit
 def statistics(lse, delta, o_t):
-    """The base-2 logsumexp and delta of tokens; +inf and 0 where a row sees nothing or is padding,
-    which makes its weights zero."""
+    """Load the base-2 log-sum-exp and delta of tokens; +inf and 0 where a row sees nothing or is
+    padding, which makes its weights zero."""
     b_lse = tl.load(lse + o_t, mask=o_t >= 0, other=-float("inf"))
     b_lse = tl.where(b_lse == -float("inf"), float("inf"), b_lse * LOG2E)
     return b_lse, tl.load(delta + o_t, mask=o_t >= 0, other=0.0)

@@ -1,4 +1,4 @@
-"""The forward pass of attention over lists of blocks; prefixes of names as in `tiles`."""
+"""Forward pass of attention over lists of blocks; prefixes of names as in `tiles`."""
 
 # Kernels are a language of their own, which a checker of Python misreads.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
@@ -58,13 +58,13 @@ def forward_phase(
     GAIN: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Sums over the places of a list from `start` to `stop`, of the first WIDTH columns of v, and
-    in `b_high` of the others, which are as many or none."""
+    """Sum over the places of a list from `start` to `stop`, for the first WIDTH columns of v, and
+    in `b_high` for the other columns, which are as many or none."""
     FIRST: tl.constexpr = D if D < WIDTH else WIDTH
     PADDED: tl.constexpr = MASKED or BLOCK_K % TILE_N != 0
     # With many rows no register is left to hold words while scores are made.
     EARLY: tl.constexpr = MASKED and RULE == BITS and BLOCK_Q < 128
-    # Places are fetched one tile ahead, so that loads of keys depend on no load of their own turn.
+    # Places are fetched one tile ahead, so that loads of keys depend on no load of the same turn.
     o_k, o_t = listed_tile(index, slots, start, stop, BLOCK_K, TILE_N)
     for i_p in range(start, stop, TILE_N):
         if EARLY:

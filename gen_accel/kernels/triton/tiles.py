@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 LN2 = tl.constexpr(math.log(2))
 LOG2E = tl.constexpr(1 / math.log(2))
 
-# Sizes that change from clip to clip: a kernel that was compiled for one serves all.
+# Sizes that change from clip to clip: one compiled kernel serves all.
 SIZES = (
     *("pattern_b", "pattern_h", "route_b", "route_h", "gain_b", "gain_h"),
     *("entries", "H", "N", "S", "C"),
@@ -33,7 +33,7 @@ WORD = tl.constexpr(32)  # pairs in a number of BITS
 
 @triton.jit
 def place_of_chunk(H, D: tl.constexpr, CHUNK: tl.constexpr):
-    """The block, the chunk of columns, the sample and the head of a program."""
+    """Return the block, the chunk of columns, the sample and the head of a program."""
     CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
     i_block, i_chunk = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
@@ -42,7 +42,7 @@ def place_of_chunk(H, D: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def own_tile(slots, i_block, i_tile, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Slots and tokens of one tile of one block; token -1 for padding and past the block."""
+    """Load slots and tokens of one tile of one block; token -1 for padding and past the block."""
     o_r = i_tile * TILE + tl.arange(0, TILE)
     o_s = i_block * BLOCK + tl.minimum(o_r, BLOCK - 1)
     return o_s, tl.where(o_r < BLOCK, tl.load(slots + o_s), -1)
@@ -53,7 +53,7 @@ INTERPRETED = tl.constexpr(not isinstance(own_tile, JITFunction))
 
 @triton.jit
 def dot(b_x, b_y, b_acc=None):
-    """x y + acc in fp32."""
+    """Compute x y + acc in fp32."""
     if INTERPRETED:  # the interpreter would multiply the bits of bf16
         b_x, b_y = b_x.to(tl.float32), b_y.to(tl.float32)
     return tl.dot(b_x, b_y, b_acc, input_precision="ieee")
@@ -61,7 +61,7 @@ def dot(b_x, b_y, b_acc=None):
 
 @triton.jit
 def mixed_dot(b_x, b_y, b_acc):
-    """x y + acc. TF32 where one is fp32: sums over many keys are beyond fp16's range."""
+    """Compute x y + acc. TF32 where one is fp32: sums over many keys are beyond fp16's range."""
     if b_x.dtype == tl.float32 and b_y.dtype == tl.float32:
         return tl.dot(b_x, b_y, b_acc, input_precision="ieee")
     elif INTERPRETED or b_x.dtype != b_y.dtype:
@@ -72,8 +72,8 @@ def mixed_dot(b_x, b_y, b_acc):
 
 @triton.jit
 def listed_blocks(index, counts, i_pattern, i_turn, K, entries, BLOCK: tl.constexpr):
-    """The block whose turn it is, of the K of a pattern, its list, and how many places of the list
-    need a mask and how many there are, in slots of the listed blocks."""
+    """Load the block of a turn, out of the K of a pattern, its list, and the number of places that
+    need a mask and of all places in the list, in slots of the listed blocks."""
     counts += i_pattern * K * 4
     i_block = tl.load(counts + 4 * i_turn + 3)
     counts += 4 * i_block
@@ -83,7 +83,8 @@ def listed_blocks(index, counts, i_pattern, i_turn, K, entries, BLOCK: tl.conste
 
 @triton.jit
 def listed_tile(index, slots, i_p, stop, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Slots and tokens of a tile that starts at place i_p of the listed blocks, laid end to end.
+    """Load slots and tokens of a tile that starts at place i_p of the listed blocks, laid end to
+    end.
 
     Token -1 for padding and from place `stop` on. A tile past the end is read, never used.
     """
@@ -101,7 +102,8 @@ def listed_tile(index, slots, i_p, stop, BLOCK: tl.constexpr, TILE: tl.constexpr
 
 @triton.jit
 def load_rows(x, stride, o_t, D: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr):
-    """[tile, BLOCK_D] rows of tokens o_t; zeros for token -1, which only a PADDED tile holds."""
+    """Load [tile, BLOCK_D] rows of tokens o_t; zeros for token -1, which only a PADDED tile
+    holds."""
     o_d = tl.arange(0, BLOCK_D)
     p_x = x + o_t.to(tl.int64)[:, None] * stride + o_d[None, :]
     if PADDED and D < BLOCK_D:
@@ -124,7 +126,7 @@ def store_rows(x, stride, o_t, b_x, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def load_columns(x, stride, o_t, o_d, D: tl.constexpr):
-    """[len(o_t), len(o_d)] of tokens, zeros for token -1 and past D."""
+    """Load [len(o_t), len(o_d)] of tokens, zeros for token -1 and past D."""
     mask = (o_t >= 0)[:, None] & (o_d < D)[None, :]
     return tl.load(x + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], mask=mask, other=0.0)
 
@@ -138,10 +140,10 @@ def store_columns(x, stride, o_t, o_d, b_x, D: tl.constexpr):
 
 @triton.jit
 def obey(b_s, o_q, o_k, o_block, rule, more, S, C, RULE: tl.constexpr, AXES: tl.constexpr):
-    """Scores, -inf where the rule hides a key.
+    """Set scores to -inf where the rule hides a key.
 
-    o_q and o_k have the two axes of the scores, one of them of size 1; o_block is the key block
-    of all keys, a scalar, or of each, like o_k.
+    o_q and o_k have the two axes of the scores, one of them of size 1. o_block is the key block: a
+    scalar for all keys, or one for each, like o_k.
     """
     if RULE == ROUTE:
         o_c = tl.load(more + o_block)
@@ -149,7 +151,7 @@ def obey(b_s, o_q, o_k, o_block, rule, more, S, C, RULE: tl.constexpr, AXES: tl.
         b_s = tl.where(m_s, b_s, -float("inf"))
     if RULE == WINDOWS:
         m_k = tl.load(more + o_k) != 0
-        # Twice for the first axis, so as to start from a mask in the shape of the scores.
+        # The first axis is compared twice, to start from a mask in the shape of the scores.
         m_s = tl.load(rule + o_q) <= tl.load(rule + 2 * AXES * S + o_k)
         for a in tl.static_range(AXES):
             b_place = tl.load(rule + (2 * AXES + a) * S + o_k)
@@ -161,12 +163,12 @@ def obey(b_s, o_q, o_k, o_block, rule, more, S, C, RULE: tl.constexpr, AXES: tl.
 
 @triton.jit
 def own_bits(words, first, i_own, BLOCK: tl.constexpr, LISTED: tl.constexpr):
-    """Where the bits of the first pair of blocks of a list start.
+    """Pointer to the bits of the first pair of blocks of a list.
 
     Args:
-        words: int32, for each pair that needs a mask (LISTED / WORD, BLOCK) of them: a row of the
-            own block has a bit for each of the listed one.
-        first: int32, which pair is the first of each list.
+        words: int32, (LISTED / WORD, BLOCK) words for each pair that needs a mask: a row of the
+            own block has a bit for each row of the listed block.
+        first: int32, the first pair of each list.
     """
     return words + tl.load(first + i_own).to(tl.int64) * (BLOCK * LISTED // WORD)
 
@@ -175,9 +177,9 @@ def own_bits(words, first, i_own, BLOCK: tl.constexpr, LISTED: tl.constexpr):
 def listed_words(
     words, o_r, i_p, stop, BLOCK: tl.constexpr, LISTED: tl.constexpr, TILE: tl.constexpr
 ):
-    """[rows, TILE] int32: for each pair the word that holds its bit, see `obey_bits`.
+    """Load for each pair the word that holds its bit, [rows, TILE] int32, see `obey_bits`.
 
-    o_r are the rows' places in the own block of length BLOCK; the columns are a tile of the listed
+    o_r are the rows' places in the own block of length BLOCK. The columns are a tile of the listed
     blocks of length LISTED from place i_p on.
     """
     o_c = tl.arange(0, TILE)
@@ -187,7 +189,7 @@ def listed_words(
         for i in tl.static_range(1, TILE // WORD):
             b_next = tl.load(p_w + i * BLOCK)[:, None]
             b_w = tl.where((o_c < i * WORD)[None, :], b_w, b_next)
-        if TILE < WORD:  # half of it, as the least tile is
+        if TILE < WORD:  # half a word: the smallest tile
             b_w = b_w >> (i_p // TILE % 2 * TILE)
     else:
         o_in = tl.minimum(i_p + o_c, stop - 1)
@@ -197,7 +199,7 @@ def listed_words(
 
 @triton.jit
 def obey_bits(b_s, b_w, i_p, stop, LISTED: tl.constexpr, TILE: tl.constexpr):
-    """Scores, -inf where the bit of a pair is 0 and from place `stop` on."""
+    """Set scores to -inf where the bit of a pair is 0 and from place `stop` on."""
     o_c = tl.arange(0, TILE)
     if LISTED % TILE == 0:
         m_s = (b_w & (1 << o_c % WORD)[None, :]) != 0
@@ -209,7 +211,7 @@ def obey_bits(b_s, b_w, i_p, stop, LISTED: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def listed_block(index, o_s, i_p, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """The block of the tile at place i_p if it is one, else that of each column."""
+    """Load the block of the tile at place i_p if there is one, else each column's."""
     if BLOCK % TILE == 0:
         return tl.load(index + i_p // BLOCK)
     else:
@@ -218,14 +220,14 @@ def listed_block(index, o_s, i_p, BLOCK: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def listed_load(index, i_p, BLOCK: tl.constexpr, LOAD: tl.constexpr):
-    """The block and the first slot of the i_p-th load of the listed blocks, laid end to end; LOAD
-    divides BLOCK."""
+    """Return the block and the first slot of the i_p-th load of the listed blocks, laid end to
+    end; LOAD divides BLOCK."""
     i_block = tl.load(index + i_p // (BLOCK // LOAD))
     return i_block, i_block * BLOCK + i_p % (BLOCK // LOAD) * LOAD
 
 
 @triton.jit
 def packed_tile(x, i_b, i_h, i_s, TILE: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[TILE, BLOCK_D] rows of one head from slot i_s on, by a descriptor of (B, H, S, D); zeros
-    past D."""
+    """Load [TILE, BLOCK_D] rows of one head from slot i_s on, by a descriptor of (B, H, S, D);
+    zeros past D."""
     return x.load([i_b.to(tl.int32), i_h.to(tl.int32), i_s, 0]).reshape(TILE, BLOCK_D)

@@ -25,7 +25,7 @@ def path() -> Path:
 
 @lru_cache(maxsize=1)
 def read() -> dict[str, list[int]]:
-    """The kept configurations by `key`; empty where nothing was tuned yet."""
+    """Read the saved configurations by `key`; empty where nothing was tuned yet."""
     try:
         found = fields_of(parse_json(trusted_text(path()) or "{}", path()), path())
         return {name: typed(found, name, list, origin=path()) for name in found}
