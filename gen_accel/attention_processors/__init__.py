@@ -5,8 +5,8 @@ it may have beside. Those of the package are frozen dataclasses in `methods`: th
 options, the repr is the log line, and the hash is the cache key of the plan. `METHODS` lists them;
 `register_method` adds one of a user's own, and "module:Class" names one without.
 
-In which layers of a diffusers model a method runs, one model family a file, is in `families`; what
-`attach` puts on a model, in `attached`.
+`families` says in which layers of a diffusers model a method runs, one model family a file.
+`attached` holds what `attach` puts on a model.
 """
 
 from difflib import get_close_matches
@@ -54,8 +54,7 @@ def register_method(name: str, kind: type) -> None:
 
         gen_accel.register_method("mine", Mine)
 
-    A class may be made and registered anew under its name, as a cell of a notebook that runs twice
-    does.
+    A class may be defined and registered again under its name, as when a notebook cell runs twice.
 
     Raises:
         ValueError: a name that is taken or is no word of letters, digits and _, or no class of
@@ -76,14 +75,14 @@ def register_method(name: str, kind: type) -> None:
 
 
 def method_class(name: str, *, from_file: bool = False) -> type:
-    """The class of the method called `name`, or that at "module:Class".
+    """Return the class of the method called `name`, or the class at "module:Class".
 
     Args:
         from_file: whether a file says the name, which may come from anyone: nothing is imported
             then, so that the module of a "module:Class" must be imported already.
 
     Raises:
-        ValueError: there is none; with those that exist, and the nearest.
+        ValueError: there is none; the error lists the methods, and the nearest.
     """
     known = METHODS | _registered
     if name in known:
@@ -98,7 +97,7 @@ def method_class(name: str, *, from_file: bool = False) -> type:
 
 
 def method_name(method: Method) -> str:
-    """What `method_class` finds the class of `method` by: its name, or else "module:Class".
+    """Return what `method_class` finds the class of `method` by: a name, or "module:Class".
 
     Raises ValueError for a class that cannot be found so.
     """

@@ -4,7 +4,7 @@ diffusers shards the sequence over processes. A method needs the whole sequence,
 another, so an all-to-all before sparse attention trades shards of the sequence for shards of the
 heads, and one after it trades back. Both are diffusers' own. Where video and text are sharded
 apart, tokens arrive process by process and are put in the model's order here. Text that every
-process holds is taken once.
+process holds is counted once.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,14 +25,15 @@ class Stream(NamedTuple):
     """Tokens that follow each other in the model's order.
 
     Args:
-        split: over the processes; else each of them holds all.
+        split: whether they are sharded over the processes; else each process holds all.
     """
 
     tokens: int
     split: bool
 
     def part(self, degree: int, rank: int) -> range:
-        """Those of one process of `degree`; the first ones take what is left over."""
+        """Range of the tokens of process `rank` of `degree`. The first processes take one more
+        where the split is uneven."""
         if not self.split:
             return range(self.tokens)
         size, rest = divmod(self.tokens, degree)
@@ -48,18 +49,19 @@ def exchanged(
     method: Method,
     text_split: bool,
 ) -> Tensor:
-    """(B, n, H, D) of what `attend` gives for all tokens and this process's share of the heads.
+    """Run `attend` on all tokens and this process's share of the heads, between two all-to-alls.
+    Returns (B, n, H, D).
 
     Args:
-        call: over the n tokens that this process holds.
+        call: the call over the n tokens that this process holds.
         tokens: of all processes.
-        attend: gets the call over all of them, in the model's order, with no parallel config.
-        method: that runs; None for the model's own attention.
+        attend: gets the call over all tokens, in the model's order, with no parallel config.
+        method: the method that runs; None for the model's own attention.
         text_split: see `splits_text`.
 
     Raises:
-        ValueError: a way of splitting that the method does not take, or a part of the tokens that
-            is no such split.
+        ValueError: a way of splitting that the method does not support, or tokens that are not
+            such a split.
     """
     parallel = call.parallel
     assert parallel is not None
@@ -117,9 +119,9 @@ def degree_of(transformer: Any) -> int:
 
 
 def stock_is_right(call: Call, tokens: Tokens) -> bool:
-    """Whether diffusers' own exchange does for the model's own attention. It takes what arrives
-    as it comes: text that each process holds would count once for each, and a mask of all tokens
-    would hide others than it means."""
+    """Whether diffusers' own all-to-all is right for the model's own attention. It does not
+    reorder tokens: text that each process holds would count once for each, and a mask of all
+    tokens would hide the wrong ones."""
     if call.parallel is None or not tokens.video.text:
         return True
     n, config = call.k.shape[1], call.parallel.config
@@ -129,14 +131,14 @@ def stock_is_right(call: Call, tokens: Tokens) -> bool:
 
 
 def of_heads(branch: Any, heads: slice | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """The branch of a method with parameters, for some heads of a layer; None for all."""
+    """Restrict the branch of a method with parameters to some heads of a layer; None for all."""
     if heads is None or branch.alpha is None:
         return branch
     return lambda *outs: functional_call(branch, {"alpha": branch.alpha[heads]}, outs)
 
 
 def counted_shape(call: Call) -> tuple[int, int, int, int]:
-    """(B, N, H, D) of which this process does the work in a call: all tokens, some heads."""
+    """Shape (B, N, H, D) that this process computes in a call: all tokens, some heads."""
     B, n, H, D = call.q.shape
     if call.parallel is None:
         return B, n, H, D
@@ -171,7 +173,7 @@ def _check(call: Call, config: Any, method: Method) -> None:
 
 
 def _streams(call: Call, config: Any, tokens: Tokens, text_split: bool) -> tuple[Stream, ...]:
-    """How the tokens of a call are spread over the processes."""
+    """Return how the tokens of a call are sharded over the processes."""
     N, before = tokens.video.tokens, tokens.before
     streams = (Stream(N, True),)
     if text_split and tokens.video.text:
@@ -189,7 +191,7 @@ def _streams(call: Call, config: Any, tokens: Tokens, text_split: bool) -> tuple
 
 
 def _text_everywhere(tokens: Tokens) -> tuple[Stream, ...]:
-    """The grid split, and all others in each process."""
+    """Return streams with the grid sharded, and all other tokens in each process."""
     video, before = tokens
     streams = (
         Stream(before, False),
@@ -200,7 +202,7 @@ def _text_everywhere(tokens: Tokens) -> tuple[Stream, ...]:
 
 
 def _held(streams: Sequence[Stream], config: Any) -> int:
-    """By this process."""
+    """Number of tokens that this process holds."""
     degree, rank = config.ulysses_degree, config._ulysses_local_rank
     return sum(len(stream.part(degree, rank)) for stream in streams)
 
@@ -211,8 +213,9 @@ def _held(streams: Sequence[Stream], config: Any) -> int:
 def _orders(
     streams: tuple[Stream, ...], degree: int, device: str
 ) -> tuple[Tensor | None, Tensor | None]:
-    """For each token in the model's order its first place in what arrives; and for each place in
-    what arrives its token. None where both orders are the same."""
+    """Orders between the model's tokens and the tokens as they arrive from the all-to-all: for
+    each token the first place where it arrives, and for each place its token. None where both are
+    the same."""
     *starts, total = accumulate((stream.tokens for stream in streams), initial=0)
     parts = [
         (start, stream.part(degree, rank))
@@ -228,8 +231,8 @@ def _orders(
 
 
 def _whole_mask(mask: Tensor, dtype: torch.dtype, degree: int, whole: Callable) -> Tensor:
-    """Of all keys, (..., N), from one of the keys of this process, (..., n): with as many heads
-    as there are processes, it takes the way of the keys."""
+    """Gather the mask of all keys, (..., N), from masks of each process's keys, (..., n). The mask
+    takes the way of the keys, repeated to as many heads as there are processes."""
     rows = mask.reshape(len(mask), -1, 1, 1).expand(-1, -1, degree, -1)
     rows = whole(rows.to(dtype))[:, :, 0, 0]
     rows = rows.view(*mask.shape[:-1], -1)
@@ -237,7 +240,7 @@ def _whole_mask(mask: Tensor, dtype: torch.dtype, degree: int, whole: Callable) 
 
 
 def _to_heads(x: Tensor, config: Any) -> Tensor:
-    """(B, n, H, D) to (B, all that arrives, heads of this process, D)."""
+    """Trade shards of the sequence for heads: (B, n, H, D) to (B, all that arrives, heads, D)."""
     from diffusers.models import attention_dispatch
 
     group = config._ulysses_mesh.get_group()
@@ -247,7 +250,7 @@ def _to_heads(x: Tensor, config: Any) -> Tensor:
 
 
 def _to_tokens(x: Tensor, config: Any, n: int, heads: int) -> Tensor:
-    """And back, to (B, n, H, D)."""
+    """Trade heads for shards of the sequence, back to (B, n, H, D)."""
     from diffusers.models import attention_dispatch
 
     group = config._ulysses_mesh.get_group()

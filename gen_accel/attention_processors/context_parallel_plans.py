@@ -1,4 +1,4 @@
-"""How diffusers is to split a model over processes: by its own plan, or by one of the family."""
+"""Plans by which diffusers splits a model over processes: its own, or the family's."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from gen_accel.attention_processors.families import family_of
 
 
 def context_parallel_plan(transformer: nn.Module) -> dict[str, Any]:
-    """The model's own plan of context parallelism, or ours where diffusers has none:
+    """Return the model's own plan of context parallelism, or ours where diffusers has none:
 
         plan = context_parallel_plan(pipe.transformer)
         pipe.transformer.enable_parallelism(

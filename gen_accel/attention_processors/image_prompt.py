@@ -6,15 +6,15 @@ c are tokens that a projector makes of features of an image; Q are the model's o
 the sum is taken before the output projection. Only the projector, W'_k and W'_v train.
 
 Ye et al., "IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion Models",
-2023, https://arxiv.org/abs/2308.06721. There W'_k and W'_v start as copies of the W_k and W_v of
-the text, so that training begins at a model that is not the base model. An adapter with a `start`
-begins at the base model: it adds
+2023, https://arxiv.org/abs/2308.06721. There W'_k and W'_v start as copies of the text's W_k and
+W_v, so that training does not begin at the base model. An adapter with a `start` does begin there:
+it adds
 
     scale (Attn(Q, c W'_k, c W'_v) - Attn(Q, c_0 W_k, c_0 W_v))
 
-where c_0 are the tokens of the projector as it was, which stays as it is, with the layer's own
-W_k and W_v. With the copies, both terms are the same numbers when training begins and their
-difference is exactly 0; the gradient is that of the first term, which is 0 for no parameter.
+where c_0 are the tokens of the untrained projector, which stays frozen like the layer's own W_k
+and W_v. Since W'_k and W'_v are copies, both terms are equal when training begins and their
+difference is exactly 0. The gradient comes from the first term, and is 0 for no parameter.
 
 B batch, N tokens of video or image, H heads, D dim of a head, T tokens of an image prompt, C width
 of those.
@@ -45,7 +45,7 @@ class KeysValues(nn.Module):
         width: C.
         inner: H D.
         bias: published adapters have none, but for Flux and Lynx.
-        registers: learned tokens that follow those of the image.
+        registers: learned tokens after the image tokens.
     """
 
     def __init__(self, width: int, inner: int, *, bias: bool, registers: int = 0) -> None:
@@ -75,7 +75,7 @@ class ImageAdapter(nn.Module):
         key_norm: what the keys pass through: nothing, the layer's own norm of keys, or an RMS
             norm without weights.
         start: the projector as training began, see the module's docstring; it never trains.
-        metadata: what its file says of it.
+        metadata: the entries in its file.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class ImageAdapter(nn.Module):
 
     @torch.no_grad()
     def start_keys_values(self, site: ImageAttention, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The same by the layer's own W_k and W_v, of tokens of `start`."""
+        """Compute keys and values of tokens of `start` by the layer's own W_k and W_v."""
         k, v = (_projected(own_projection(site, name), tokens) for name in (site.to_k, site.to_v))
         return self._normalised(site, k), v.unflatten(-1, (site.heads, site.dim))
 
@@ -188,8 +188,8 @@ class OtherText(UserWarning):
 
 
 def warn_of_other_text(adapter: ImageAdapter, sites: Sequence[ImageAttention]) -> None:
-    """Where W_k and W_v are not those that training began with, of which the adapter holds
-    copies: then it is no longer their difference that it adds."""
+    """Warn where W_k and W_v differ from those at the start of training, of which the adapter
+    keeps samples. The adapter then no longer adds a difference from the base model."""
     told = adapter.metadata.get(TEXT)
     if adapter.start is None or not isinstance(told, Mapping):
         return
@@ -229,12 +229,12 @@ def own_projection(site: ImageAttention, name: str) -> Any:
 
 
 def own_norm(site: ImageAttention) -> Any:
-    """What the model normalises keys with there; None for nothing."""
+    """Return the model's own norm of keys there; None where it has none."""
     return None if site.norm is None else getattr(site.module, site.norm)
 
 
 def _sampled(site: ImageAttention) -> Tensor | None:
-    """Some values of W_k and W_v; None where they are quantised or held elsewhere."""
+    """Sample some values of W_k and W_v; None where they are quantised or offloaded."""
     found = []
     for name in (site.to_k, site.to_v):
         weight = getattr(own_projection(site, name), "weight", None)
@@ -247,9 +247,9 @@ def _sampled(site: ImageAttention) -> Tensor | None:
 
 def _projected(module: Any, tokens: Tensor) -> Tensor:
     if type(module) is not nn.Linear or module.weight.is_meta:
-        # Quantised, or brought from elsewhere when it is called.
+        # Quantised, or offloaded until it is called.
         return module(tokens.to(_device(module, tokens)))
-    # In the precision of the adapter, whose copies are to give the same numbers.
+    # In the precision of the adapter, so that its copies give the same numbers.
     weight, bias = module.weight, module.bias
     bias = None if bias is None else bias.to(tokens.dtype)
     return F.linear(tokens.to(weight.device), weight.to(tokens.dtype), bias)
@@ -270,7 +270,6 @@ def _normalised_size(norm: Any) -> int:
 
 
 def _device(module: nn.Module, x: Tensor) -> torch.device:
-    """Where to call a module of a model that may be offloaded: weights that are held elsewhere
-    come to their input."""
+    """Device to call a module on. Offloaded weights come to the device of their input."""
     parameter = next(module.parameters(), None)
     return x.device if parameter is None or parameter.is_meta else parameter.device

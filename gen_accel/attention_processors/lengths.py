@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-# The attributes in which pipelines say how much smaller latents are, {} for an axis.
+# Attributes of pipelines with the compression of latents, {} for an axis.
 FACTORS = "vae_scale_factor_{}", "vae_{}_compression_ratio", "vae_{}_scale_factor"
 
 # Pipelines take heights and widths that this divides, whatever the autoencoder.
@@ -21,7 +21,7 @@ def vae_factor(pipe: Any, axis: str) -> int | None:
 
 
 def patch_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Latent frames, rows and columns in one token, of a transformer's config. A UNet has no
+    """Latent frames, rows and columns in one token, from a transformer's config. A UNet has no
     patches."""
     patch = config.get("patch_size", 1)
     if isinstance(patch, int):
@@ -41,7 +41,7 @@ def latent_frames(name: str, frames: int, factor: int, patch: int = 1) -> int:
         name: of the argument, for the error.
         factor, patch: `temporal_factor` and `temporal_patch` of the target.
 
-    Raises ValueError for a number that makes no whole latent frames, naming the nearest.
+    Raises ValueError for a number that makes no whole latent frames; the error names the nearest.
     """
     step, first = factor * patch, (patch - 1) * factor + 1
     if frames < first or (frames - first) % step:
@@ -53,7 +53,7 @@ def latent_frames(name: str, frames: int, factor: int, patch: int = 1) -> int:
 
 
 def nearest(size: int, step: int, least: int) -> list[int]:
-    """The one or two sizes next to one that will not do: `least`, or a multiple of `step` above
-    it."""
+    """Return the one or two valid sizes next to an invalid one: `least`, or a multiple of `step`
+    above it."""
     below = least + max(0, size - least) // step * step
     return [below] if size < least else [below, below + step]

@@ -1,12 +1,12 @@
-"""Where our attention goes into diffusers: a stock processor with its one attention call replaced.
+"""The seam with diffusers: a stock processor with its one attention call replaced.
 
 The stock processor projects, normalises and rotates; those parts change from release to release
 and are not copied here. Its own code runs, with the name of the attention call bound to ours in a
 copy of its globals. Nothing is patched: the stock class, its module and all other instances keep
 the original.
 
-What computes the attention is one thing, and what is added to it another: taps stay where they are
-while methods are attached and detached under them.
+Attention and taps are separate: taps, which add to the output, stay while methods are attached and
+detached under them.
 """
 
 import inspect
@@ -27,13 +27,13 @@ class Call(NamedTuple):
 
     Args:
         stock: runs the call as diffusers would have.
-        refused: arguments given that only the stock call takes.
+        refused: the given arguments that only the stock call takes.
         mask: as given.
-        tokens: of the first tensor that the processor was given, its `hidden_states`. Where text
-            attends jointly with video or image, these are the tokens of the latter, or of all.
-        number: of the call in this run of the processor.
-        parallel: where q, k and v are of some of the tokens only, as other processes hold others.
-        heads: of the layer, which q, k and v are of; None for all.
+        tokens: the number in the processor's first tensor, `hidden_states`. Where text attends
+            jointly with video or image, this counts video or image tokens, or all.
+        number: the place of the call in this run of the processor.
+        parallel: how tokens are sharded; None where this process holds all of q, k and v.
+        heads: the heads of the layer in q, k and v; None for all.
         trains: whether a gradient is needed, though none is recorded.
     """
 
@@ -66,27 +66,27 @@ class Parallel(NamedTuple):
 # (processor, its call) -> output (B, N, H, D), in a graph.
 Traced = Callable[[Any, Call], Tensor]
 
-# (call, its output (B, N, H, D)) -> the output that takes its place.
+# (call, its output (B, N, H, D)) -> the output to use instead.
 Tap = Callable[[Call, Tensor], Tensor]
 
-# (what the processor returned, *its arguments) -> what takes its place.
+# (what the processor returned, *its arguments) -> what to return instead.
 Finish = Callable[..., Any]
 
 
 class BoundProcessor:
     """A diffusers attention processor whose attention call goes to `attend`, then through `taps`
-    in their order, and what it returns through `finishes`.
+    in order. The processor's result goes through `finishes`.
 
     Args:
-        stock: the processor found on the model. It is kept, and comes back in the end.
+        stock: the processor found on the model. It is kept, and put back in the end.
         name: of its attention call, a global of its module with the signature of diffusers'
             `dispatch_attention_fn`, or "F.scaled_dot_product_attention".
         attend: ours.
-        alike: processors that have this in common share graphs of torch.compile, and with None,
-            none does. To the compiler, code that is bound anew is what it was: all that it tells
-            apart is the class, and what a processor holds.
-        traced: in the place of `attend` in a graph, where the processor that runs comes first.
-            That of the first processor serves all that share its graph.
+        alike: processors with an equal value share graphs of torch.compile; with None, none is
+            shared. The compiler tells processors apart by their class and attributes, not by code
+            that is bound anew.
+        traced: replaces `attend` in a graph, with the running processor as the first argument. All
+            processors that share a graph use the first one's.
     """
 
     def __init__(
@@ -125,8 +125,8 @@ class BoundProcessor:
         self.__class__ = found
 
     def _copy_taps(self, source: "BoundProcessor", memo: dict) -> None:
-        """Callable objects and what `functools.partial` holds are copied; plain functions, which
-        never are, act on both models from then on."""
+        """Copy callable objects and the contents of `functools.partial`. Plain functions are never
+        copied, and act on both models from then on."""
         self.taps = deepcopy(source.taps, memo)
         self.finishes = deepcopy(source.finishes, memo)
 
@@ -149,12 +149,12 @@ class BoundProcessor:
 
 
 class SparseProcessor(BoundProcessor):
-    """One that a method was attached to.
+    """A processor that a method was attached to.
 
     Args:
         owner: the handle that puts this on a model.
-        alike: among the processors of this owner.
-        layer: what the owner knows of the attention that this is on.
+        alike: see `BoundProcessor`, among the processors of this owner.
+        layer: the owner's description of the attention that this is on.
 
     Attributes:
         has_ended: it runs the model's own attention, in graphs too.
@@ -181,11 +181,11 @@ class SparseProcessor(BoundProcessor):
         _placed[id(self)] = self
 
     def exchange(self, layer: Any, attend: Callable[[Call], Tensor]) -> None:
-        """Another layer and what computes it, for the next call."""
+        """Set another layer and function from the next call on."""
         self.layer, self._attend = layer, attend
 
     def end(self) -> None:
-        """Once it is detached, the model's own attention alone, wherever it is put."""
+        """Run the model's own attention alone from now on, as the method is detached."""
         self._attend, self.has_ended = _as_stock, True
 
     def __reduce__(self) -> Any:
@@ -195,7 +195,7 @@ class SparseProcessor(BoundProcessor):
         )
 
     def __deepcopy__(self, memo: dict) -> "SparseProcessor":
-        """Bound to the copy of its owner: a function by itself is never copied."""
+        """Bind the copy to the copy of its owner: a plain function is never copied."""
         twin = memo[id(self)] = object.__new__(type(self))
         stock, attend = deepcopy(self.stock, memo), deepcopy(self._attend, memo)
         owner, layer = deepcopy(self.owner, memo), deepcopy(self.layer, memo)
@@ -207,8 +207,8 @@ class SparseProcessor(BoundProcessor):
 
 
 class TrainableProcessor(SparseProcessor, nn.Module):
-    """The same for a method with parameters, a module of the model like any other: its parameters
-    are in `transformer.parameters()` and `state_dict()`, and go where `.to()` sends them.
+    """A processor of a method with parameters, and a module of the model like any other. Its
+    parameters are in `transformer.parameters()` and `state_dict()`, and follow `.to()`.
 
     Args:
         branch: holds the parameters.
@@ -242,10 +242,10 @@ class TrainableProcessor(SparseProcessor, nn.Module):
 
 
 class TappedProcessor(BoundProcessor):
-    """One with the model's own attention, there for its taps and only as long as it has some.
+    """A processor with the model's own attention, which stays only as long as it has taps.
 
     Args:
-        model: that it is part of, the processors of which are alike.
+        model: the model that it is part of. Its tapped processors are alike.
     """
 
     def __init__(self, stock: Any, name: str, model: nn.Module | None = None) -> None:
@@ -264,15 +264,15 @@ class TappedProcessor(BoundProcessor):
 def add_tap(
     module: Any, name: str, tap: Tap, *, model: nn.Module | None = None
 ) -> Callable[[], None]:
-    """Put `tap` on the attention calls of a module's processor, after those that are on it.
+    """Put `tap` on the attention calls of a module's processor, after the taps that are on it.
 
-    It stays while methods are attached and detached. The function returned takes it off; then the
-    stock processor itself comes back where nothing else is left. Called again it does nothing.
+    It stays while methods are attached and detached. The returned function removes the tap, and
+    puts the stock processor back where nothing else is left. A second call does nothing.
 
     Args:
         module: an attention of a diffusers model.
         name: of its attention call; see `BoundProcessor`.
-        model: that `module` is part of. Its tapped processors share graphs of torch.compile.
+        model: the model of `module`. Its tapped processors share graphs of torch.compile.
 
     Raises:
         ValueError: a processor that does not call `name`, or has parameters; a tap that is on.
@@ -283,13 +283,14 @@ def add_tap(
 def add_finish(
     module: Any, name: str, finish: Finish, *, model: nn.Module | None = None
 ) -> Callable[[], None]:
-    """The same for what a processor returns, `finish(result, attn, hidden_states, ...)`."""
+    """Put `finish(result, attn, hidden_states, ...)` on a processor's result, as `add_tap`
+    does."""
     return _add(module, name, "finishes", finish, model)
 
 
 def released(processor: BoundProcessor, model: nn.Module | None = None) -> Any:
-    """What is to be on the module when the attention of `processor` goes: the stock processor, or
-    that with the taps."""
+    """Return the processor to put on the module when the attention of `processor` goes: the stock
+    one, or a tapped one where taps are left."""
     if not processor.taps and not processor.finishes:
         return processor.stock
     tapped = TappedProcessor(processor.stock, processor.name, model)
@@ -316,7 +317,8 @@ def _add(
 
 
 class Removal:
-    """Takes what was added off again; copied with the model, as no closure would be.
+    """Removes a tap or finish again. An object, since a closure would not be copied with the
+    model.
 
     Args:
         kind: "taps" or "finishes".
@@ -327,7 +329,7 @@ class Removal:
 
     @property
     def is_on(self) -> bool:
-        """Whether it is still there, and no other processor was put in its place."""
+        """Whether the tap or finish is still on, and no other processor was put in its place."""
         return any(one is self._added for one in getattr(self._module.processor, self._kind, ()))
 
     def __call__(self) -> None:
@@ -355,7 +357,7 @@ def _as_stock(call: Call) -> Tensor:
 
 
 class _Run:
-    """What the attention calls of a processor's run have to know of it, and nothing after."""
+    """State of one run of a processor for its attention calls, cleared after the run."""
 
     def __init__(self) -> None:
         self.thread: int | None = None  # of the last run; None of one in a graph
@@ -379,13 +381,13 @@ def _without_processor(attend: Callable[[Call], Tensor]) -> Traced:
     return lambda processor, call: attend(call)
 
 
-# Those that processors which are alike have in common, as long as there are some of them.
+# Classes that processors which are alike share, as long as one of them lives.
 _classes: WeakValueDictionary[tuple, type] = WeakValueDictionary()
 
 
 def _class(kind: type, stock: type, name: str, traced: Traced) -> type:
-    """`kind` with the code of a stock processor bound to ours, and its signature, by which
-    diffusers' `Attention` decides which of its arguments to pass on.
+    """Make a class of `kind` with the stock processor's code bound to ours. It has the stock
+    signature, by which diffusers' `Attention` decides which arguments to pass on.
 
     Args:
         traced: of the first processor; graphs of torch.compile, which all of the class share, are
@@ -419,7 +421,7 @@ def _made_anew(self: Any) -> None:
 
 
 def _bound(stock: Any, name: str, traced: Traced, run: _Run) -> Callable:
-    """A function with one name of its globals bound anew."""
+    """Return the stock call with one name of its globals bound anew."""
     namespace = dict(stock.__globals__)
     first, _, attribute = name.partition(".")
     if attribute:
@@ -444,8 +446,8 @@ def _bound(stock: Any, name: str, traced: Traced, run: _Run) -> Callable:
 
 
 def _copied(code: types.CodeType) -> types.CodeType:
-    """With the functions in it. What torch.compile makes of the parts of a function, where its
-    graph breaks, it keeps by the code and refers to by the globals."""
+    """Copy a code object with the functions in it. Where a graph breaks, torch.compile caches the
+    parts by the code object and refers to them by the globals."""
     parts = (_copied(x) if isinstance(x, types.CodeType) else x for x in code.co_consts)
     return code.replace(co_consts=tuple(parts))
 
@@ -510,7 +512,7 @@ def _bind(
             *(q, k, v, value_or_default, stock, refused, attn_mask, run.tokens, number, parallel)
         )
         processor = run.processor
-        # What a processor holds, torch.compile guards, so that layers would not share a graph.
+        # torch.compile guards a processor's attributes, so that layers would not share a graph.
         if torch.compiler.is_compiling():
             out = traced(processor, call)
         elif processor is None or run.thread not in (None, get_ident()):
@@ -528,7 +530,7 @@ def _bind(
 
 
 def is_compiled(transformer: torch.nn.Module) -> bool:
-    """Whether it, or a block of it, went through torch.compile: too late to change processors."""
+    """Whether the transformer, or a block of it, is compiled: too late to change processors."""
     return hasattr(transformer, "_orig_mod") or any(
         getattr(module, "_compiled_call_impl", None) is not None
         for module in transformer.modules()

@@ -1,8 +1,8 @@
-"""Where the tokens of an attention call lie, and the order that methods want them in.
+"""The order of the tokens in an attention call, and the order that methods want.
 
-Methods take the grid first, in raster order, and then the text: all other tokens, whatever they
-are, which see and are seen by all. Models put them in other orders, and hide the padding of texts
-by masks. Here, and nowhere else, the one becomes the other.
+Methods take the grid first, in raster order, and then all other tokens, called text, which see and
+are seen by all. Models put them in other orders, and hide the padding of texts by masks. This file
+alone converts between the two.
 """
 
 from collections.abc import Sequence
@@ -15,30 +15,30 @@ from torch import Tensor
 
 from gen_accel.video import VideoShape
 
-# What is added to the scores of hidden keys is at most this, in models that add it.
+# Most that an additive mask adds to the scores of hidden keys.
 HIDDEN = -1e3
 
 
 class Tokens(NamedTuple):
-    """Where the grid lies among the tokens of an attention call.
+    """Place of the grid among the tokens of an attention call.
 
     Args:
         video: the grid, with all other tokens counted as its text.
-        before: how many of the others come before the grid.
+        before: number of other tokens before the grid.
     """
 
     video: VideoShape
     before: int = 0
 
     def complete(self, q: Tensor) -> Tensor:
-        """(B, N, H, D), where the grid alone, or with what comes after it, has queries: nothing in
-        the place of others."""
+        """Pad q to (B, N, H, D), where only the grid, or the grid and the tokens after it, have
+        queries. All other places get zeros."""
         others = self.video.tokens - q.shape[1]
         return F.pad(q, (0, 0, 0, 0, self.before, others - self.before)) if others else q
 
 
 class Samples(NamedTuple):
-    """Those of a batch whose texts are equally long.
+    """Samples of a batch whose texts are equally long.
 
     Args:
         rows: their places in the batch.
@@ -56,7 +56,7 @@ class Samples(NamedTuple):
     order: Tensor | None = None
 
     def of(self, x: Tensor) -> Tensor:
-        """(B, N, H, D) to the (b, H, n, D) that is theirs."""
+        """Select these samples' tokens: (B, N, H, D) to (b, H, n, D)."""
         own = x if self.whole else x[[*self.rows]]
         if self.order is not None:
             sample = torch.arange(len(own), device=x.device)[:, None]
@@ -68,7 +68,7 @@ class Samples(NamedTuple):
         return own.transpose(1, 2)
 
     def back(self, out: Tensor, tokens: int) -> Tensor:
-        """(b, H, n, D) to (b, `tokens`, H, D), with zeros for the padding."""
+        """Put (b, H, n, D) back as (b, `tokens`, H, D), with zeros for the padding."""
         out = out.transpose(1, 2)
         if self.order is not None:
             sample = torch.arange(len(out), device=out.device)[:, None]
@@ -89,11 +89,11 @@ def _moved(x: Tensor, first: int, second: int) -> Tensor:
 def by_text(
     tokens: Tokens, batch: int, seen: Sequence[Sequence[int]] | None, device: torch.device
 ) -> list[Samples]:
-    """The samples of a batch, in groups of equally long texts.
+    """Group the samples of a batch by equally long texts.
 
     Args:
-        seen: for each sample which of the tokens beside the grid are none of the padding, counted
-            from 0 and rising; None where there is no padding.
+        seen: for each sample the tokens beside the grid that are not padding, counted from 0 and
+            rising; None where there is no padding.
     """
     video, before = tokens
     if seen is None or all(len(places) == video.text for places in seen):
@@ -122,8 +122,8 @@ def _order(tokens: Tokens, seen: tuple[tuple[int, ...], ...], device: torch.devi
 
 
 def seen_text(mask: Tensor, q: Tensor, tokens: Tokens) -> tuple[tuple[int, ...], ...] | None:
-    """Which tokens beside the grid a mask leaves each sample; None for a mask that hides some of
-    the grid, or not the same from all. Waits for the device.
+    """Return which tokens beside the grid a mask leaves each sample. None for a mask that hides
+    some of the grid, or that differs between queries or heads. Waits for the device.
 
     Args:
         mask: as attention calls take it, (B or 1, H or 1, N or 1, N) or short of some of the first

@@ -1,4 +1,4 @@
-"""The command `gen-accel`: its help, and how what it refuses is said."""
+"""The command `gen-accel`: its help, and the wording of its errors."""
 
 import re
 import sys
@@ -15,10 +15,10 @@ MOST_SAID = 2000  # characters of a message, of which a library may make many
 
 
 class OneLineErrors(TyperGroup):
-    """What ends a command becomes one line on stderr.
+    """Group of verbs that turns errors into one line on stderr.
 
-    What the library or the parser refuses says what to do instead, and ends with 2. All else is a
-    fault of the program, whose traceback goes to a file, and ends with 1.
+    Refusals by the library or the parser say what to do instead, and exit with 2. All other errors
+    are faults of the program: the traceback goes to a file, and the exit status is 1.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -60,9 +60,9 @@ class OneLineErrors(TyperGroup):
 
 
 def _refusal(error: Exception) -> str | None:
-    """What was wrong with the input or the machine; None for a fault of the program."""
+    """Say what was wrong with the input or the machine; None for a fault of the program."""
     if isinstance(error, MemoryError) or _is_of_allocator(error):
-        # torch's own words on the CPU name places in its code.
+        # On the CPU, torch's message names places in its code.
         asked = re.search(r"Allocator: .*allocate ([\d.]+ \w+)", str(error))
         told = f"{asked[1]} more were asked for" if asked else _line(str(error))
         less = "ask for fewer frames, fewer pixels or a smaller model"
@@ -73,7 +73,7 @@ def _refusal(error: Exception) -> str | None:
 
 
 def _is_of_allocator(error: Exception) -> bool:
-    """Whether torch found no memory; on the CPU it has no class of its own for that."""
+    """Whether torch ran out of memory; on the CPU there is no exception class for that."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
@@ -81,7 +81,7 @@ def _is_of_allocator(error: Exception) -> bool:
 
 
 def _fault(error: Exception, args: list[str]) -> str:
-    """Write the traceback to a file; a line that says so."""
+    """Write the traceback to a file, and return a line that says so."""
     from gen_accel.version import __version__
 
     kind, said = type(error).__name__, _line(str(error))
@@ -108,12 +108,12 @@ def _line(message: str) -> str:
     return line if len(line) <= MOST_SAID else f"{line[:MOST_SAID]}..."
 
 
-# ClickException, of whichever Click it is that typer carries.
+# ClickException of the Click that typer uses.
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 
 
 def _what_came(error: Any, args: list[str]) -> str:
-    """The value that an option refused, which the parser's own messages leave out."""
+    """Return the value that an option refused, which the parser's messages leave out."""
     if not isinstance(error, typer.BadParameter):
         return ""
     came = None
@@ -125,8 +125,8 @@ def _what_came(error: Any, args: list[str]) -> str:
 
 
 def _leave() -> None:
-    """Leave the other processes of a launch. The threads that wait for them would be cut off when
-    the interpreter ends, which can abort it."""
+    """Leave the process group of a launch. Threads that wait for other processes would be cut off
+    when the interpreter ends, which can abort it."""
     torch = sys.modules.get("torch")
     if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -142,7 +142,7 @@ app = typer.Typer(
 
 
 def _warning_line(message: Warning | str, *where: Any, **more: Any) -> str:
-    """A warning without its place in the code."""
+    """Format a warning without its place in the code."""
     return f"warning: {_line(str(message))}\n"
 
 

@@ -1,6 +1,6 @@
-"""What a verb refuses before torch is imported, which takes seconds, and a line while it is.
+"""Checks before torch is imported, which takes seconds, and a message while it is.
 
-The library checks all of this again, as it does for Python; here it is only sooner.
+The library checks all of this again, as for Python callers; here errors only come sooner.
 """
 
 import re
@@ -30,8 +30,8 @@ def check_names(
     """Raise ValueError for a word that is not known.
 
     Args:
-        method: may be "module:Class", which only its import can tell of.
-        kernels: by what holds them; None is not given.
+        method: may be "module:Class", which only its import can check.
+        kernels: by the option that names them; None is not given.
     """
     loaded = "gen_accel.attention_processors" in sys.modules  # where one may be registered
     if method not in names.METHODS and ":" not in method and not loaded:
@@ -47,7 +47,7 @@ def check_names(
 
 def check_model(model: str) -> None:
     """Raise FileNotFoundError for a pipeline that is neither here nor on the hub, ValueError for a
-    folder that holds none."""
+    folder without one."""
     if model == NAME:
         return
     check_there(model, "folder")
@@ -60,8 +60,8 @@ def check_model(model: str) -> None:
 
 
 def check_subject(model: str) -> None:
-    """Raise ValueError or FileNotFoundError for a model of `gen-accel estimate`, which needs no
-    more than a name that the families know, or that of a class, which only they can tell of."""
+    """Raise ValueError or FileNotFoundError for a model of `gen-accel estimate`. A published
+    model's name is enough; names of classes are left to the families."""
     if model == NAME or expanded(model).exists():
         return
     if "/" in model:
@@ -84,7 +84,8 @@ def check_files(what: str, files: Iterable[str | Path | None]) -> None:
 
 
 def check_sources(what: str, *sources: str | None) -> None:
-    """Raise FileNotFoundError for what is neither here nor on the hub; "demo" is embedded."""
+    """Raise FileNotFoundError for sources that are neither here nor on the hub; "demo" is
+    embedded."""
     for source in sources:
         if source is not None and source != NAME:
             check_there(source, what)
@@ -103,7 +104,7 @@ def check_output(path: Path | None, suffix: str = "") -> None:
     """Raise ValueError or OSError for a file that cannot be written at `path`.
 
     Args:
-        suffix: that it must have.
+        suffix: the suffix that it must have.
     """
     if path is None:
         return
@@ -132,7 +133,7 @@ def _check_place(path: str | Path) -> None:
 
 
 def check_config(given: Mapping[str, Any]) -> None:
-    """The fields of a training's config that name one of several."""
+    """Check the fields of a training's config that choose among names."""
     names.check_techniques(given.get("sample_with", ()), "sample_with")
     for stage in given.get("stages", ()):
         Stage.parse(stage)
@@ -145,7 +146,7 @@ def check_config(given: Mapping[str, Any]) -> None:
 
 
 def check_places(given: Mapping[str, Any]) -> None:
-    """The fields of a training's config that name what has to be there."""
+    """Check the fields of a training's config that name files or models, which must exist."""
     data = given.get("data")
     if data is not None and not expanded(data).exists():
         raise FileNotFoundError(f"data: there is nothing at {data}")
@@ -161,6 +162,6 @@ def check_places(given: Mapping[str, Any]) -> None:
 
 
 def announce(what: str = "torch and diffusers") -> None:
-    """Say on stderr what the next seconds go by with."""
+    """Say on stderr what the next seconds are spent on."""
     if "torch" not in sys.modules:
         typer.echo(f"loading {what}", err=True)

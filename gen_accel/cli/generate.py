@@ -236,7 +236,8 @@ def generate(
 def _attention(
     method: str, settings: list[str] | None, dense: Any, from_lora: Path | None
 ) -> dict[str, Any]:
-    """A method with its schedule, or a LoRA, whose own schedule holds where none is given."""
+    """Return a method with its schedule, or a LoRA, with the LoRA's schedule where none is
+    given."""
     if from_lora is None:
         return {"method": method_of(method, settings), "schedule": dense}
     _check_method(from_lora, method, settings)
@@ -244,8 +245,8 @@ def _attention(
 
 
 def _check_method(from_lora: Path, method: str, settings: list[str] | None) -> None:
-    """Refuse another method than the LoRA's. A "module:Class" may say where the LoRA's own is, as
-    its file imports nothing."""
+    """Refuse another method than the LoRA's. A "module:Class" may name the LoRA's own method, as
+    the file imports nothing."""
     from gen_accel.attention_processors import method_class
     from gen_accel.attention_processors.attached.recipe import read_recipe
 
@@ -258,7 +259,7 @@ def _check_method(from_lora: Path, method: str, settings: list[str] | None) -> N
 
 
 def _only(context: Any, option: str, others: tuple[str, ...]) -> None:
-    """Refuse what the user gave besides `option` and `others`, before it is ignored."""
+    """Refuse options besides `option` and `others`, which would be ignored."""
     given = [
         parameter
         for parameter in context.command.params
@@ -278,13 +279,13 @@ def _techniques(extend: str | None) -> tuple[str, ...] | None:
 
 
 def _images(images: list[Path] | None, adapter: str | None, **options: Any) -> Any:
-    """None without an image prompt."""
+    """Build the image input; None without an image prompt."""
     given = {name: value for name, value in options.items() if value not in (None, ())}
     if images and adapter is not None:
         from gen_accel.pipelines.generation.image_input import ImageInput
 
         return ImageInput(tuple(images), adapter_named(adapter), **given)
-    # Neither is of use without the other, and the rest not without both.
+    # Prompt and adapter need each other, and the other options need both.
     names = [*(["prompt"] if images else []), *(["adapter"] if adapter is not None else [])]
     names += [name.removesuffix("s") for name in given]
     if not names:

@@ -1,4 +1,4 @@
-"""What the package offers, and what of it runs on this machine."""
+"""Inventory of the package, and the parts of it that run on this machine."""
 
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
@@ -45,7 +45,7 @@ Image prompts have [a page of their own](image_prompts.md).
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """fields: name to (default, type in words)."""
+    """A method. `fields`: name to (default, type in words)."""
 
     name: str
     description: str
@@ -57,13 +57,13 @@ class ModelInfo:
     """One transformer or UNet class of diffusers.
 
     Args:
-        models: the published ones of it, in words.
-        methods: that do something there.
+        models: its published models, in words.
+        methods: the methods that leave something out there.
         order: of the tokens in its self-attention.
-        lora_targets: names of a group of layers to what they end in.
+        lora_targets: names of groups of layers to the ends of the layers' names.
         image_prompts: whether image prompts can be loaded.
-        here: whether the diffusers that is installed has the class.
-        refused: why it cannot be served; then the rest is empty.
+        here: whether the installed diffusers has the class.
+        refused: why it cannot be served; the other fields are then empty.
     """
 
     name: str
@@ -79,7 +79,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class KernelInfo:
-    """refused: "cpu, generating" and so on to the reasons why not, empty where it runs."""
+    """A kernel. `refused`: "cpu, generating" and so on to the reasons, empty where it runs."""
 
     name: str
     description: str
@@ -96,7 +96,7 @@ def methods() -> list[MethodInfo]:
 
 
 def kernels() -> list[KernelInfo]:
-    """Each kernel asked about each kind of device, with and without gradients."""
+    """List the kernels with their refusals for each kind of device, with and without gradients."""
     found = []
     for name in KERNELS:
         where = {}
@@ -112,12 +112,12 @@ def kernels() -> list[KernelInfo]:
 
 
 def models() -> list[ModelInfo]:
-    """All classes that are served, family by family, and then those that are refused."""
+    """List all classes that are served, family by family, and then the refused classes."""
     with_images, here = image_classes(), {*dir(diffusers), *dir(diffusers.models)}
     found = []
     for family in FAMILIES:
         module = family_named(family)
-        # One that thins out by the distance in time keeps all of a single frame.
+        # A method that thins out with distance in time keeps all of a single frame.
         methods = tuple(
             name
             for name, kind in METHODS.items()
@@ -163,7 +163,7 @@ def models_page() -> str:
 
 
 def methods_of(model: ModelInfo) -> str:
-    """In words."""
+    """Name the methods of a model in words."""
     missing = [name for name in METHODS if name not in model.methods]
     return f"all but {', '.join(missing)}" if missing else "all"
 
@@ -182,7 +182,7 @@ def _type(hint: Any) -> str:
 
 
 def _plain(default: object) -> str:
-    """As it is written after `--set field=`."""
+    """Write a default as after `--set field=`."""
     if type(default) in METHODS.values():
         return method_name(default)  # pyright: ignore[reportArgumentType]
     return as_text(default)

@@ -1,4 +1,4 @@
-"""Options that several verbs share, and what they mean to the library."""
+"""Options that several verbs share, and their translation for the library."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -40,7 +40,8 @@ Steps = Annotated[int | None, typer.Option(help="Denoising steps. Without: the m
 
 
 def method_of(name: str, settings: Sequence[str] | None) -> Any:
-    """`method_from` of what a command line gives: a refusal begins with the option as typed."""
+    """Build a method from a command line by `method_from`. Errors begin with the option as
+    typed."""
     from gen_accel.attention_processors.methods.options import method_from
 
     try:

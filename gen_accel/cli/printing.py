@@ -1,4 +1,4 @@
-"""What verbs print, and what the libraries below them no longer print."""
+"""Output of the verbs, and the silencing of the libraries below them."""
 
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def print_comparison(report: dict[str, Any]) -> None:
 
 
 def quiet() -> None:
-    """Turn off the progress bars of loading a model; those of downloads stay."""
+    """Turn off the progress bars of loading a model; bars of downloads stay."""
     import diffusers.utils.logging
 
     diffusers.utils.logging.disable_progress_bar()

@@ -93,7 +93,7 @@ def cache(config: Path | None, **flags: Any) -> None:
 
 
 def add_to(app: typer.Typer) -> None:
-    """Both verbs, with a flag for each field of `TrainConfig`."""
+    """Add both verbs, with a flag for each field of `TrainConfig`."""
     path = inspect.Parameter(
         "config",
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
@@ -147,7 +147,7 @@ def _option(one: Any) -> Any:
     default = one.default
     if isinstance(default, tuple):
         default = " ".join(map(str, default)) or "none"
-    # No flag has a default: what is not given is the file's.
+    # No flag has a default: the file decides where a flag is not given.
     name = one.name.replace("_", "-")
     known = f"{one.metadata['help']} [{'none' if default is None else default}]"
     if isinstance(one.default, bool):
@@ -156,7 +156,7 @@ def _option(one: Any) -> Any:
 
 
 def _flag_type(hint: Any) -> Any:
-    """What the parser reads; `read_config` checks it."""
+    """Type that the parser reads; `read_config` checks the value."""
     if get_origin(hint) is tuple:
         return list[str] | None
     if get_origin(hint) in (Union, types.UnionType):

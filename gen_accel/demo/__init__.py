@@ -21,17 +21,17 @@ def path() -> Path:
 
 
 def image_prompt_path() -> Path:
-    """The folder of the adapter that `gen_accel.load_image_prompt` puts on this model;
-    configs/image_prompt/demo.yaml made it."""
+    """The folder of the adapter for `gen_accel.load_image_prompt`, made by
+    configs/image_prompt/demo.yaml."""
     return Path(__file__).parent / "image_prompt"
 
 
 def model_named(name: str) -> str:
-    """What to load for a name of the command line or a config: "demo" is the embedded model,
-    whatever lies in a folder of that name, which is "./demo"."""
+    """Resolve a model's name from the command line or a config. "demo" is the embedded model; a
+    folder of that name is "./demo"."""
     return str(path()) if name == NAME else name
 
 
 def adapter_named(name: str) -> str:
-    """As `model_named`, of an image-prompt adapter."""
+    """Resolve an image-prompt adapter's name, as `model_named` does."""
     return str(image_prompt_path()) if name == NAME else name

@@ -1,8 +1,8 @@
 """Clips of the demo model's world with their captions, as a folder to train on:
 `python -m gen_accel.demo.clips --out outputs/clips --frames 129 --count 512`.
 
-With `--images` the captions tell of the motion alone, a still beside each clip, `0000.png`, shows
-what moves, and `0000.teacher.txt` says it in words.
+With `--images` the captions describe the motion alone. A still beside each clip, `0000.png`, shows
+the object, and `0000.teacher.txt` names it.
 """
 
 import argparse
@@ -21,7 +21,7 @@ with needed_for("the demo", extra="video"):
 
 FPS = 16.0
 STILL_SIZE = 48  # pixels
-STILLS = 1 << 40  # from here on, seeds are those of stills
+STILLS = 1 << 40  # seeds of stills begin here
 TEACHER_SUFFIX = ".teacher.txt"  # as `gen-accel train` reads it
 HELD_OUT = 12  # of the scenes that the demo model knows; `world.UNSEEN` is held out as well
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def shown(images: bool = False) -> tuple[Scene, ...]:
-    """The scenes that clips are made of; what is scored later is none of them."""
+    """Return the scenes for clips, without the scenes that are scored later."""
     if images:
         return tuple(scene for scene in SCENES if scene not in NOT_SHOWN)
     kept = scored_scenes(HELD_OUT)
@@ -64,12 +64,12 @@ def write_clips(
     seed: int = 0,
     images: bool = False,
 ) -> None:
-    """Write `0000.mp4` with `0000.txt` and so on. What is there already is left.
+    """Write `0000.mp4` with `0000.txt` and so on. Existing files are left.
 
     Args:
         size: height and width in pixels.
-        images: write `0000.png` too, captions that do not say what it shows, and
-            `0000.teacher.txt`, which do.
+        images: also write `0000.png`, with captions that do not name the object, and
+            `0000.teacher.txt`, which does.
     """
     scenes = shown(images)
     for i in track(range(count), description=f"{count} clips of {frames} frames"):
@@ -94,7 +94,7 @@ def _write(path: Path, caption: str) -> None:
 
 
 def picture(scene: Scene, seed: int) -> Image.Image:
-    """A still of what moves in a scene."""
+    """Draw a still of the object of a scene."""
     pixels = still(scene, size=STILL_SIZE, generator=torch.Generator().manual_seed(seed))
     return Image.fromarray(pixels.numpy())
 

@@ -1,4 +1,4 @@
-"""Reads back from the pixels of a clip what it shows, and whether that is what was asked for.
+"""Detector of a clip's content from its pixels, and its score against the prompt.
 
 F frames, H rows, W columns, P pairs of frames, T templates.
 """
@@ -32,7 +32,7 @@ PACE_RATIO = (0.6, 1.5)
 
 @dataclass(frozen=True)
 class Detection:
-    """What a clip shows. Shares are of all its frames, in [0, 1]."""
+    """Content of a clip. Shares are of all its frames, in [0, 1]."""
 
     color: str | None
     color_share: float  # frames whose own colour is `color`
@@ -58,7 +58,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class Score:
-    """Which parts of a scene its clip gets right."""
+    """Parts of a scene that its clip gets right."""
 
     color: bool
     shape: bool
@@ -104,8 +104,8 @@ def detect(video: np.ndarray | Tensor) -> Detection:
 
 
 def score(detection: Detection, scene: Scene) -> Score:
-    """Strict: the colour must last and the pace must be measured, so that a frozen clip is wrong
-    at either speed."""
+    """Score a clip strictly: the colour must last and the pace must be measured, so that a frozen
+    clip is wrong at either speed."""
     slowest, fastest = PACE_RATIO
     return Score(
         color=detection.color == scene.color and detection.color_share > COLOR_SHARE,
@@ -117,8 +117,8 @@ def score(detection: Detection, scene: Scene) -> Score:
 
 def strays(video: np.ndarray | Tensor, scene: Scene) -> float:
     """Share of the pairs of frames between which the object is off the scene's path: its velocity
-    differs from that asked for by the pace or more. A jump counts for each pair that it lies
-    between, a pair that does not show the object too. What `detect` forgives.
+    differs from the scene's by the pace or more. A jump counts for each pair that spans it, and so
+    does a pair without the object. `detect` forgives both.
 
     Args:
         video: as `detect` takes it.

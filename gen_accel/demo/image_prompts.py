@@ -1,4 +1,4 @@
-"""The demo with an image: the text says how something moves, the image what moves."""
+"""The demo with an image prompt: the image shows the object, the text describes its motion."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,9 +50,9 @@ def run(
     """Generate one clip by an image and a text, densely and with `method`; write both to `out`.
 
     Args:
-        image: a file or a PIL image of what is to move.
-        adapter: another than the embedded one, see `load_image_prompt`.
-        model: a folder like the embedded model's, which it is without.
+        image: a file or a PIL image of the object to move.
+        adapter: an adapter instead of the embedded one; see `load_image_prompt`.
+        model: a folder like the embedded model's, which is the default.
         frames: 1 more than a multiple of 4.
 
     Returns:
@@ -60,7 +60,7 @@ def run(
 
     Raises:
         FileNotFoundError: no image there, no model, or no adapter.
-        ValueError: what is no image, or a size, method or prompt that will not do.
+        ValueError: a file that is no image, or an invalid size, method or prompt.
         OSError: `out` cannot be written.
     """
     out = Path(out)
@@ -164,7 +164,7 @@ def _files(out: Path, name: str) -> dict[str, Path]:
 
 
 def _seen(image: Image.Image) -> str:
-    """What the detector makes of the image."""
+    """Describe the image by the detector."""
     small = np.asarray(image.resize((STILL_SIZE, STILL_SIZE), Image.Resampling.BICUBIC))
     found = detect(np.stack([small] * 2))
     known = found.color is not None and found.shape is not None

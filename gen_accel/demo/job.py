@@ -1,4 +1,4 @@
-"""The newcomer's job: one clip of the embedded model, dense and sparse, side by side."""
+"""The demo: one clip of the embedded model, dense and sparse, side by side."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -50,12 +50,12 @@ def run(
     device: str = "cpu",
     with_lora: bool | None = None,
 ) -> tuple[dict[str, Any], dict[str, Path]]:
-    """Generate one clip densely and with `method`, and write all that tells them apart to `out`.
+    """Generate one clip densely and with `method`, and write clips and their comparison to `out`.
 
     Args:
-        model: a folder like the embedded model's, which it is without.
+        model: a folder like the embedded model's, which is the default.
         frames: 1 more than a multiple of 4.
-        device: the model is so small that a GPU has nothing to gain on it.
+        device: a GPU gains nothing on so small a model.
         with_lora: also generate four times the trained length, without and with each of the
             model's long-video LoRAs; None does so for the embedded model.
 
@@ -64,7 +64,7 @@ def run(
 
     Raises:
         FileNotFoundError: there is no model.
-        ValueError: a size, method or prompt that will not do.
+        ValueError: an invalid size, method or prompt.
         OSError: `out` cannot be written.
     """
     out = Path(out)
@@ -92,7 +92,7 @@ def run(
         clip,
         method=method,
         schedule=Schedule(dense_start=DENSE_START),
-        timed=pipe.device.type == "cpu",  # elsewhere, to measure it would slow what it measures
+        timed=pipe.device.type == "cpu",  # on other devices, timing would slow the attention
     )
     report = result.to_dict() | {"detector": detected(result)}
     if with_lora:
@@ -112,10 +112,10 @@ def run(
 
 
 def check(out: Path, prompt: str, method: Method, device: str, *, known: str) -> None:
-    """Raises ValueError for what a demo can do nothing with, before anything is loaded.
+    """Raise ValueError for arguments that the demo cannot use, before anything is loaded.
 
     Args:
-        known: a prompt that would do.
+        known: a valid prompt, for the error.
     """
     if parts_of(method).is_dense:
         raise ValueError("the demo sets a sparse method beside dense attention, got Dense()")
@@ -127,7 +127,8 @@ def check(out: Path, prompt: str, method: Method, device: str, *, known: str) ->
 
 
 def loaded(model: str | Path | None, clip: Clip, method: Method, device: str) -> tuple[Any, Clip]:
-    """The pipeline, and the clip as it makes it; ValueError where the method does not fit."""
+    """Load the pipeline, and return it with the clip as it will be made; ValueError where the
+    method does not fit."""
     pipe = load(demo.path() if model is None else model, Loading("float32", device))
     clip = filled(pipe, clip)
     check_clip(pipe, clip, method)
@@ -148,7 +149,7 @@ def _files(out: Path, name: str) -> dict[str, Path]:
 
 
 def detected(result: Comparison) -> dict[str, Any]:
-    """What the pixels of both clips show, and whether sparse attention changed that."""
+    """Detect the content of both clips, and whether sparse attention changed it."""
     seen = {"dense": detect(result.dense.video), "sparse": detect(result.sparse.video)}
     return {
         "asked": result.prompt,

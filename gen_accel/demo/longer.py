@@ -1,4 +1,4 @@
-"""Four times the length that the demo model was trained at: as it is, and with its LoRAs."""
+"""Clips of four times the demo model's trained length, without and with its LoRAs."""
 
 import time
 from dataclasses import asdict, dataclass, replace
@@ -22,14 +22,15 @@ DTYPE = "bfloat16"  # of all
 
 
 def lora_path(*, guided: bool = False) -> Path:
-    """The demo model's LoRA that holds its guidance, made by configs/lora/demo_guided.yaml, or the
-    one that is sampled with guidance, made by demo.yaml."""
+    """Path of the demo model's LoRA that guidance is distilled into
+    (configs/lora/demo_guided.yaml). With `guided`, of the LoRA that is sampled with guidance
+    (configs/lora/demo.yaml)."""
     return Path(__file__).parent / ("long_lora_guided" if guided else "long_lora")
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """One clip, and how it came about.
+    """One clip, and how it was made.
 
     Args:
         video: (F, H, W, 3) uint8.
@@ -61,8 +62,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Longer:
-    """The same prompt and seed: by the model as it is, and with LoRAs, by the names of their
-    folders."""
+    """Clips of one prompt and seed: without LoRA, and with each LoRA by the name of its folder."""
 
     prompt: str
     dense: Sampled
@@ -86,7 +86,7 @@ class Longer:
 
 
 def compare(prompt: str, clip: Clip) -> Longer:
-    """Generate all.
+    """Generate the clips.
 
     Args:
         clip: of the demo model's size; its frames are set here.
@@ -126,7 +126,7 @@ def _sampled(prompt: str, clip: Clip, lora: Path | None, bar: Any) -> Sampled:
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    """What the page says about it."""
+    """Notes for the report's page."""
     dense = report["dense"]
     found = [
         f"The model was trained on {report['trained_frames']} frames. At {report['frames']}, as "

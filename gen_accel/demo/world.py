@@ -33,7 +33,7 @@ TRIANGLE_SAG = (2 * TRIANGLE_FLOOR - 2 * TRIANGLE_SIDE) / 3
 
 @dataclass(frozen=True)
 class Scene:
-    """What one clip shows."""
+    """The content of one clip."""
 
     color: str
     shape: str
@@ -46,7 +46,7 @@ class Scene:
 
     @property
     def anonymous_caption(self) -> str:
-        """The motion alone: what moves is left open, for an image prompt to say."""
+        """Caption of the motion alone; an image prompt shows the object."""
         return f"something moves {self.direction} {self.speed}"
 
     @property
@@ -84,7 +84,7 @@ def _never_shown() -> tuple[Scene, ...]:
     return (*UNSEEN, *turned)
 
 
-# What an image prompt is scored on: no clip with an image shows the object in that motion.
+# Scenes that image prompts are scored on: no clip with an image shows the object in that motion.
 NOT_SHOWN = _never_shown()
 
 

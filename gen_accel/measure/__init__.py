@@ -1,4 +1,4 @@
-"""What a run costs and what it changes: quality figures, videos, pictures and reports."""
+"""Cost of a run and its effect on the result: quality figures, videos, pictures and reports."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,6 +1,6 @@
-"""How much of the ideal speed-up, 1 / computed density, the kernels reach on a device.
+"""Kernel efficiency: the share of the ideal speed-up, 1 / computed density, that kernels reach.
 
-It is measured once for a device and kept in a file.
+Efficiency is measured once for a device and kept in a file.
 """
 
 import statistics
@@ -22,7 +22,7 @@ from gen_accel.video import VideoShape
 def known_efficiency(
     device: torch.device, dtype: torch.dtype, head_dim: int, windows: bool
 ) -> tuple[float, str]:
-    """From the cache, or measured now and kept there; with words on where it comes from.
+    """Return the efficiency from the cache, or measure and cache it now; with its origin in words.
 
     Args:
         windows: see `measure_efficiency`.
@@ -51,7 +51,7 @@ def known_efficiency(
 
 
 def cache_file() -> Path:
-    """Where measured efficiencies are kept. Delete it to measure anew."""
+    """Path of the file with measured efficiencies. Delete it to measure anew."""
     return cache_folder() / "efficiency.json"
 
 
@@ -67,10 +67,11 @@ def _read_cache(path: Path) -> dict[str, float]:
 def measure_efficiency(
     device: torch.device, dtype: torch.dtype, head_dim: int, windows: bool
 ) -> float:
-    """Speed-up over dense SDPA times computed density, by the kernel that "auto" picks.
+    """Measure the speed-up over dense SDPA times computed density, of the kernel that "auto"
+    picks.
 
     One small case at a density of about 0.1, whose frames the tiles divide: about 8k tokens on the
-    CPU, where this takes a few seconds, and about 33k on a GPU, which less would not fill.
+    CPU, where this takes a few seconds, and about 33k on a GPU, which fewer would not fill.
 
     Args:
         windows: for methods with a rule on token pairs inside their blocks, which costs more.

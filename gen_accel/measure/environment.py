@@ -1,4 +1,4 @@
-"""What this machine has: for the foot of a report, and for `gen-accel doctor`."""
+"""Facts about this machine, for the foot of a report and for `gen-accel doctor`."""
 
 import platform
 from dataclasses import dataclass
@@ -35,8 +35,8 @@ class Check:
     """One line of the doctor's list.
 
     Args:
-        found: what is there; None when it is missing.
-        fix: the command that adds it, or what goes without it.
+        found: the version or device found; None when it is missing.
+        fix: the command that adds it, or what works without it.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Check:
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a figure depends on: versions, the device and its threads."""
+    """Return the facts that figures depend on: versions, the device and its threads."""
     versions = {name: version(name) for name in ("gen_accel", "torch", "diffusers")}
     return {
         **versions,
@@ -57,7 +57,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def checks() -> list[Check]:
-    """Everything that the package uses, found or missing, with the command that adds it."""
+    """List everything that the package uses, found or missing, with the command that adds it."""
     found = [Check("gen_accel", version("gen_accel")), Check("python", platform.python_version())]
     for name in PACKAGES:
         found.append(Check(name, version(name), FIXES.get(name, f"pip install {name}")))
@@ -67,7 +67,7 @@ def checks() -> list[Check]:
 
 
 def version(package: str) -> str | None:
-    if package == "gen_accel":  # another may be installed beside a checkout
+    if package == "gen_accel":  # another version may be installed beside a checkout
         return __version__
     if package == "torch":  # its wheels need not name the build, as in +cu128
         return str(torch.__version__)

@@ -1,6 +1,6 @@
-"""What sparse attention would bring for one model and size, before anything is generated.
+"""Estimate of the gain from sparse attention for one model and size, without generating.
 
-The model of time is as simple as it can be:
+The model of time is simple:
 
     step time     ∝  FLOPs: those of self-attention, and those of everything else
     sparse layer  =  dense self-attention x computed density / efficiency
@@ -12,14 +12,14 @@ kernel computes, padding and what a pooled rest costs included. `efficiency` is 
 of the ideal 1 / computed density: how much faster than dense attention the kernel is on this
 device, times its computed density. It is measured once for a device and kept.
 
-A method that keeps a memory is dense at the steps too in which it learns, and `memory` says how
-large that is.
+A method with a memory is also dense at the steps in which it learns; `memory` is the memory's
+size.
 
 FLOPs are counted as `families.layers` says: linear layers, convolutions and the products of all
 attention. Not counted: norms, activations, rotary embeddings, the text encoder, the autoencoder,
-and what an `Estimate` says under `uncounted`. So time is overrated where attention runs at a
-higher rate than matrix products and underrated where it runs at a lower one, and the speed-up is
-that of the denoising alone.
+and what an `Estimate` says under `uncounted`. The share of attention is therefore overrated where
+attention runs at a higher rate than matrix products, and underrated where it runs at a lower one.
+The speed-up is of the denoising alone.
 """
 
 import math
@@ -62,7 +62,7 @@ MOST_STEPS = 10**9
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Printable; `to_dict()` for a report.
+    """Cost and speed-up to expect. Printable; `to_dict()` for a report.
 
     Args:
         num_frames, height, width: as a user gives them, in frames and pixels.
@@ -71,16 +71,16 @@ class Estimate:
         attention_flops, sparse_attention_flops: of all self-attention in one step, both guidance
             calls, with every layer dense and with every layer sparse.
         step_flops: of the whole transformer in one dense step, both guidance calls.
-        sparse_share: of the (layer, step) pairs, those that the schedule leaves sparse, and in
-            which no method learns.
-        memory: bytes that a method keeps from step to step, on the model's device and in that of
-            the host, for both guidance calls of one sample in `dtype`; None: nothing.
-        efficiency: achieved share of the ideal 1 / computed density; `efficiency_from` says where
-            it comes from.
+        sparse_share: share of the (layer, step) pairs that the schedule leaves sparse and in which
+            no method learns.
+        memory: bytes that a method keeps from step to step, on the model's device and on the host,
+            for both guidance calls of one sample in `dtype`; None: nothing.
+        efficiency: achieved share of the ideal 1 / computed density; `efficiency_from` names its
+            origin.
         speedup: of the denoising.
         pays_from: the least number of frames from which the speed-up is at least 1.1, found by
             bisection at this height and width; None where there is none up to `searched_to`.
-        uncounted: in words, what the FLOPs leave out, as it is not known from model and size.
+        uncounted: in words, work that the FLOPs leave out, as model and size do not determine it.
     """
 
     model: str
@@ -208,12 +208,12 @@ def estimate(
     steps: int = 50,
     efficiency: float | None = None,
 ) -> Estimate:
-    """Tokens, density, FLOPs and speed-up of `method`, without running the model.
+    """Estimate tokens, density, FLOPs and speed-up of `method`, without running the model.
 
         size = {"height": 480, "width": 832, "num_frames": 81}
         print(gen_accel.estimate("Wan2.1-T2V-1.3B", Radial(), **size))
 
-    The module's docstring has the formula and what is counted.
+    The module's docstring has the formula, and says what is counted.
 
     Args:
         pipe_or_config: a pipeline that makes videos, its transformer, a transformer's config, the
@@ -223,7 +223,7 @@ def estimate(
         height, width: pixels.
         num_frames: frames of the video, not latents.
         schedule: layers and steps that stay dense.
-        text: tokens of the prompt. Without: as many as the pipelines make of every prompt.
+        text: tokens of the prompt. Default: as many as the pipelines make of every prompt.
         steps: denoising steps, of which the schedule may keep a share dense.
         efficiency: achieved share of the ideal 1 / computed density, the kernel_efficiency
             that benchmarks/kernels.py writes. Without, it is measured on the device that the model
@@ -283,7 +283,7 @@ def estimate(
 
 
 def _efficiency(given: float | None, subject: Subject, plan: Plan | None) -> tuple[float, str]:
-    """As given, or as measured where the model runs, with words on where it comes from."""
+    """Return the given efficiency, or the one measured where the model runs, with its origin."""
     if given is not None:
         return given, "given"
     windows = plan is not None and plan.partial is not None
@@ -299,10 +299,10 @@ def _sparse_share(subject: Subject, schedule: Schedule, steps: int, method: Meth
 
 
 def _sparse_steps(schedule: Schedule, steps: int, memory: Memory | None) -> int:
-    """How many steps are sparse: neither dense by the schedule nor one in which a memory learns.
+    """Number of sparse steps: neither dense by the schedule nor steps in which a memory learns.
 
-    It learns at the last dense step of the start, which costs nothing, or else at the first; then
-    again where `every` steps have passed.
+    The memory learns at the last dense step at the start, which costs nothing, or else at the
+    first step; then again after each `every` steps.
     """
     sparse = schedule.sparse_steps(steps)
     if memory is None or not sparse:
@@ -343,7 +343,7 @@ class _Gain:
     def pays_from(
         self, grid: VideoShape, speedup: float, plan: Plan | None
     ) -> tuple[int | None, int]:
-        """The least number of frames of tokens that pays off, and the longest looked at."""
+        """Return the least number of token frames that pays off, and the longest length tried."""
         per_token = self.subject.temporal * self.subject.patch[0]
         last = max(grid.frames, (LONGEST - 1) // per_token + 1)
         if self.speedup(VideoShape(last, grid.height, grid.width), 0.0) < WORTH:
@@ -363,11 +363,11 @@ class _Gain:
 
 
 def _densities(method: Method, video: VideoShape) -> tuple[float, float, Plan | None]:
-    """Kept and computed share of the token pairs, and the plan where there is one."""
+    """Return the kept and computed share of the token pairs, and the plan where there is one."""
     parts = parts_of(method)
     if parts.is_dense:
         return 1.0, 1.0, None  # runs the model's own attention
-    if not parts.has_plan:  # depends on the values: its own word must do
+    if not parts.has_plan:  # depends on the values: the method's own density must do
         density = density_of(method, video)
         return density, density, None
     plan = plan_of(method, video)
@@ -377,13 +377,13 @@ def _densities(method: Method, video: VideoShape) -> tuple[float, float, Plan | 
 def _search(
     pays: Callable[[int], tuple[bool, int]], asked: int, last: int, asked_pays: bool, pairs: int
 ) -> tuple[int | None, int]:
-    """The least length that pays off, and the longest that was looked at, in latent frames.
+    """Search the least length that pays off; return it and the longest tried, in latent frames.
 
     Upwards by doubling where the length asked for does not pay off, then by bisection.
 
     Args:
         pays: whether a length pays off, and how many pairs of blocks its plan holds.
-        pairs: the latter for the length asked for.
+        pairs: the number of pairs of blocks for the length asked for.
     """
     low, high = (0, asked) if asked_pays else (asked, asked)
     while low == high:

@@ -1,4 +1,4 @@
-"""ffmpeg as a process of its own that writes a video, and what it says when it cannot."""
+"""ffmpeg as a process of its own that writes a video, and its error when it fails."""
 
 import errno
 import os
@@ -46,7 +46,7 @@ def encode(
 
     Raises:
         OSError: ffmpeg failed, with its reason in one line; with the number of the error where the
-            disk is full. What it says goes nowhere else.
+            disk is full. Its messages go nowhere else.
     """
     command = [
         *(ffmpeg().get_ffmpeg_exe(), "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"),
@@ -78,13 +78,13 @@ def encode(
 
 
 def _sent(process: subprocess.Popen[bytes], frames: Iterator[np.ndarray]) -> int:
-    """How many frames the process took before it had all of them, or ended."""
+    """Send frames until all are sent or the process ends; return their number."""
     assert process.stdin is not None
     count = 0
     for frame in frames:
         try:
             process.stdin.write(np.ascontiguousarray(frame).data)
-        except OSError:  # ffmpeg ended, and its status tells
+        except OSError:  # ffmpeg ended; its exit status tells why
             break
         count += 1
     return count

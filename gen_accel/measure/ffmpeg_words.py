@@ -1,8 +1,8 @@
-"""Of all that ffmpeg says when it fails, the line that tells why."""
+"""Pick the line that tells why from ffmpeg's messages after a failure."""
 
 import re
 
-# What it says in any case, and what imageio_ffmpeg puts around it.
+# Messages that ffmpeg prints in any case, and text that imageio_ffmpeg puts around them.
 _ALWAYS = re.compile(
     r"\s|ffmpeg version|built with|configuration:|lib\w+ +\d|Input #|Output #|Stream mapping|"
     r"Press \[q\]|At least one output file|frame=|Last message repeated|Conversion failed|"
@@ -12,7 +12,7 @@ _SPEAKER = re.compile(r"^(\[[^]]*\] *)+")  # "[mov,mp4 @ 0x55d0] "
 
 
 def why(said: object) -> str:
-    """The last line of `said` that is about the file, without who says it and the name of it."""
+    """Return the last line of `said` about the file, without the speaker and the file's name."""
     lines = [line.rstrip() for line in str(said).splitlines() if line.strip()]
     telling = [line for line in lines if not _ALWAYS.match(line)]
     line = (telling or lines or ["ffmpeg does not say why"])[-1]

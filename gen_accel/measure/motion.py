@@ -1,11 +1,11 @@
-"""What one video does over time, without a reference: looping, drift, motion and flicker.
+"""Looping, drift, motion and flicker of one video, without a reference.
 
-Chunks of (f, H, W, 3) uint8 are read once, in order. Of the frames that have passed, colours,
-contrast and a 16 x 16 thumbnail are kept, 3 KB each, whatever their size.
+Chunks of (f, H, W, 3) uint8 are read once, in order. For each frame only colours, contrast and a
+16 x 16 thumbnail are kept, 3 KB, whatever its size.
 
-Dynamic degree and flicker are those of VBench, Huang et al., 2024,
-https://arxiv.org/abs/2311.17982 and https://github.com/Vchitect/VBench, which scores many videos;
-the deviations are named where they are computed. Loop score and drift are our own.
+Dynamic degree and flicker are VBench's, Huang et al., 2024, https://arxiv.org/abs/2311.17982 and
+https://github.com/Vchitect/VBench, which scores many videos; the deviations are named where they
+are computed. Loop score and drift are our own.
 """
 
 import math
@@ -38,16 +38,16 @@ WORTH = 2 * LEVEL  # by which a match must beat standing still, a pixel
 
 @dataclass(frozen=True)
 class Motion:
-    """What `measure_motion` finds.
+    """Results of `measure_motion`.
 
     Args:
-        loop_score: how much the clip returns to what it showed, 0 to 1; see `loop_score`.
-        loop_lag: after how many frames it does so most; None where it never does.
-        similarity: at the lag that was asked for, 1 where the clip repeats itself exactly; see
+        loop_score: how much the clip returns to earlier frames, 0 to 1; see `loop_score`.
+        loop_lag: the number of frames after which it returns most; None where it never does.
+        similarity: similarity at the lag asked for, 1 where the clip repeats itself exactly; see
             `similarities`.
-        color_drift: of the mean R, G and B, as shares of their range, in 100 frames: the slope of
-            the least-squares line.
-        contrast_drift: of the standard deviation of brightness within a frame, likewise.
+        color_drift: change of the mean R, G and B in 100 frames, as shares of their range: the
+            slope of the least-squares line.
+        contrast_drift: the same for the standard deviation of brightness within a frame.
         flow: pixels of the video that its fastest parts move from one sampled frame to the next,
             the mean over the clip.
         dynamic_degree: share of the sampled steps with more motion than VBench's threshold, 0 to
@@ -85,7 +85,7 @@ def measure_file(path: str | Path, *, lag: int | None = None) -> Motion:
 def measure_motion(
     chunks: Iterable[np.ndarray], *, fps: float = SAMPLED_FPS, lag: int | None = None
 ) -> Motion:
-    """Read a video once and say what it does over time.
+    """Read a video once and measure how it changes over time.
 
     Args:
         chunks: (f, H, W, 3) uint8 each, in order; `[video]` will do.
@@ -150,11 +150,11 @@ def measure_motion(
 
 
 def similarities(features: np.ndarray) -> np.ndarray:
-    """How alike frames are that lie some lag apart, for each lag from 0 to F - 1.
+    """Similarity of frames at each lag from 0 to F - 1.
 
-    1 - D(lag) / D, where D(lag) is the mean squared distance of frames that far apart and D is
-    that of frames drawn at random: 1 is an exact repetition, 0 is as alike as any two frames, and
-    less is less. All NaN where frames differ by less than a level of 8 bits.
+    1 - D(lag) / D, where D(lag) is the mean squared distance of frames that far apart and D the
+    distance of frames drawn at random. 1 is an exact repetition, 0 is as alike as any two frames,
+    and negative values are less alike. All NaN where frames differ by less than a level of 8 bits.
 
     Args:
         features: (F, D), a row for each frame, of 0 to 1.
@@ -177,12 +177,12 @@ def similarities(features: np.ndarray) -> np.ndarray:
 
 
 def loop_score(similarity: np.ndarray) -> tuple[float, int | None]:
-    """The largest of `similarities` once the clip has become unlike itself, and its lag: of
-    peaks as high, but for 0.01, the first.
+    """Return the largest of `similarities` once the clip has become unlike itself, and its lag. Of
+    peaks within 0.01 of the highest, the first counts.
 
     Lags count from the first at which frames are no more alike than any two, up to two thirds of
     the clip. A looping clip scores 1 at its period; a still one, and one that only moves on,
-    scores 0. That a clip repeats itself can be right: a clock should.
+    scores 0. Repetition can be right: a clock should loop.
     """
     lags = similarity[: int(LARGEST_LAG * len(similarity)) + 1]
     unlike = np.flatnonzero(lags <= 0)
@@ -199,7 +199,7 @@ def loop_score(similarity: np.ndarray) -> tuple[float, int | None]:
 
 
 def _slopes(values: Tensor) -> list[float]:
-    """In 100 frames, of each column of (F, n)."""
+    """Slope of each column of (F, n), in 100 frames."""
     line = np.polyfit(np.arange(len(values)), values.double().numpy(), 1)
     return [100 * float(slope) for slope in line[0]]
 
@@ -212,11 +212,12 @@ def _reduced(brightness: Tensor, scale: float) -> Tensor:
 
 
 def _largest_flow(before: Tensor, after: Tensor, search: int) -> float:
-    """Pixels, the mean over the fastest 5 % of a frame.
+    """Largest flow in pixels: the mean over the fastest 5 % of a frame.
 
-    VBench takes the flow of each pixel from RAFT. Here it is that of each block of 8 x 8 pixels,
-    in whole pixels, by the match with the least absolute difference once both blocks have the
-    same mean. A block without a clearly better match stands still, so that noise does not move.
+    VBench takes the flow of each pixel from RAFT. Here flow is computed for blocks of 8 x 8
+    pixels, in whole pixels, by the match with the least absolute difference once both blocks have
+    the same mean. A block without a clearly better match stands still, so that noise does not
+    move.
     """
     height, width = (n // BLOCK * BLOCK or n for n in before.shape)
     block = (min(BLOCK, height), min(BLOCK, width))

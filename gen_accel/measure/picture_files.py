@@ -1,4 +1,4 @@
-"""Pictures of files, decoded by Pillow, with the name of the file in whatever is wrong."""
+"""Pictures read from files by Pillow, with the file's name in every error."""
 
 import re
 import warnings
@@ -9,10 +9,10 @@ from PIL import Image
 
 
 def read_picture(source: Path | IO[bytes], name: object) -> Image.Image:
-    """The picture in a file, decoded.
+    """Read and decode the picture in a file.
 
-    Above Pillow's limit on pixels (`Image.MAX_IMAGE_PIXELS`) a warning says how large it is; from
-    twice as many on it is refused.
+    Above Pillow's limit on pixels (`Image.MAX_IMAGE_PIXELS`) a warning says how large the picture
+    is. Pictures of twice as many pixels are refused.
 
     Args:
         name: of the file, for messages.
@@ -43,7 +43,7 @@ def read_picture(source: Path | IO[bytes], name: object) -> Image.Image:
 
 
 def _too_large(name: object, error: Exception) -> str:
-    """Pillow tells the pixels in its message alone."""
+    """Write the error; Pillow gives the number of pixels only in its message."""
     found = re.search(r"\d+", str(error))
     has = f"has {int(found[0]):,} pixels" if found else "has too many pixels"
     most = 2 * (Image.MAX_IMAGE_PIXELS or 0)

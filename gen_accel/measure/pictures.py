@@ -1,4 +1,4 @@
-"""A method's pattern to look at: its blocks, and what one token sees over the frames."""
+"""Pictures of a method's pattern: its blocks, and the tokens that one token sees."""
 
 import math
 import textwrap
@@ -30,9 +30,11 @@ Token = tuple[int, int, int]
 def mask_picture(
     method: Method, video: VideoShape, path: str | Path, *, token: Token | None = None
 ) -> Path:
-    """Write a PNG: left which key blocks each query block sees, right what one token sees.
+    """Write a PNG: the key blocks of each query block on the left, the tokens that one token sees
+    on the right.
 
-    Of a method whose pattern depends on q and k, the one of smooth random q and k, which it says.
+    For a method whose pattern depends on q and k, smooth random q and k are used, and a note says
+    so.
 
     Args:
         video: the grid, in tokens.
@@ -90,9 +92,10 @@ def mask_picture(
 
 
 def mask_text(method: Method, video: VideoShape, width: int = 80) -> str:
-    """The same blocks for a terminal: queries down, keys across.
+    """Draw the blocks for a terminal: queries down, keys across.
 
-    Half blocks show every block where they fit, shades the share that is kept where they do not.
+    Half-block characters show every block where these fit; otherwise shades show the share that is
+    kept.
 
     Args:
         width: characters in a line at most.
@@ -127,7 +130,7 @@ def mask_text(method: Method, video: VideoShape, width: int = 80) -> str:
 def seen_by(method: Method, video: VideoShape, token: Token) -> Tensor:
     """(N,) bool: the tokens that the token at (frame, row, column) sees.
 
-    One row of the pattern, without the N x N of it.
+    Computes one row of the pattern, without the N x N mask.
     """
     for name, place, size in zip(("frame", "row", "column"), token, video.grid, strict=True):
         if not 0 <= place < size:
@@ -147,7 +150,7 @@ def middle(video: VideoShape) -> Token:
 
 
 def _notes(method: Method) -> list[str]:
-    """What a reader of the picture must know about a method that depends on more than the grid."""
+    """Notes for the reader of the picture, about methods that depend on more than the grid."""
     notes = []
     if parts_of(method).plan_for:
         notes.append(

@@ -1,4 +1,4 @@
-"""How close a video is to a reference: PSNR, SSIM and LPIPS, as torchmetrics defines them.
+"""PSNR, SSIM and LPIPS of a video against a reference, as torchmetrics defines them.
 
 A video is (F, H, W, 3) uint8. The figures work through it a few frames at a time, so that a long
 clip costs no more memory than a short one. torchmetrics takes seconds to import, so it is
@@ -21,7 +21,7 @@ from gen_accel.measure.video_io import read_stream
 
 PIXELS_AT_ONCE = 2**20  # about 400 MB of working memory for SSIM
 SSIM_MARGIN = 5  # pixels that the 11 x 11 Gaussian window reaches beyond its centre
-LPIPS_SIDE = 32  # pixels: less does not come through the network
+LPIPS_SIDE = 32  # pixels: smaller frames do not pass through the network
 
 
 def check_installed() -> None:
@@ -99,13 +99,13 @@ def ssim_per_frame(video: np.ndarray, reference: np.ndarray) -> list[float]:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How close a video is to a reference.
+    """Closeness of a video to a reference.
 
     Args:
         psnr_db: see `psnr`.
         ssim: see `ssim`.
         lpips: see `LPIPS`; None where it cannot be computed here.
-        lpips_missing: why it cannot, and the way to have it.
+        lpips_missing: why LPIPS cannot be computed, and how to get it.
     """
 
     frames: int
@@ -189,7 +189,7 @@ class LPIPS:
 
     @torch.no_grad()
     def update(self, video: np.ndarray, reference: np.ndarray) -> None:
-        """Raises ValueError for shapes that differ, or frames under 32 x 32 pixels."""
+        """Add a chunk; ValueError for shapes that differ, or frames under 32 x 32 pixels."""
         _check(video, reference)
         if min(video.shape[1:3]) < LPIPS_SIDE:
             raise ValueError(
@@ -204,7 +204,7 @@ class LPIPS:
 
 
 def lpips_missing() -> str | None:
-    """Why `lpips` cannot run here, and the way to have it; None where it can."""
+    """Return why `lpips` cannot run here, and how to get it; None where it can."""
     if find_spec("torchvision") is None:
         return 'lpips needs torchvision: pip install "gen_accel[lpips]"'
     from torchvision.models import AlexNet_Weights  # pyright: ignore[reportMissingImports]
@@ -217,7 +217,7 @@ def lpips_missing() -> str | None:
 
 
 def _pooled(decibels: list[float]) -> float:
-    """Of frames to that of the clip."""
+    """Convert the PSNR of frames to the PSNR of the clip."""
     errors = [10 ** (-one / 10) for one in decibels]
     mean = math.fsum(errors) / len(errors)
     return -10 * math.log10(mean) if mean > 0 else math.inf
@@ -226,7 +226,7 @@ def _pooled(decibels: list[float]) -> float:
 def _aligned(
     video: Iterable[np.ndarray], reference: Iterable[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Chunks of one length from both."""
+    """Yield chunks of equal length from both."""
     left, right = iter(video), iter(reference)
     frames, wanted = next(left, None), next(right, None)
     done = 0

@@ -1,4 +1,4 @@
-"""What a run found: `report.json` for programs, `report.html` for people."""
+"""Report of a run: `report.json` for programs, `report.html` for people."""
 
 import base64
 import math
@@ -102,7 +102,7 @@ def write_report(
     pictures: Mapping[str, Path],
     notes: Sequence[str],
 ) -> None:
-    """One HTML file that holds all it shows: no script, and nothing is fetched.
+    """Write one self-contained HTML file: no script, and nothing is fetched.
 
     In this order: the first video beside the headline figures, the other videos, notes, pictures,
     the whole report, the environment.
@@ -115,7 +115,7 @@ def write_report(
         title: the heading, such as the prompt or the method.
         videos: caption to .mp4, .webm or .gif; the first is shown large.
         pictures: caption to .png, .jpg or .gif.
-        notes: what a newcomer should know, a paragraph each.
+        notes: explanations for a newcomer, a paragraph each.
 
     Raises:
         ValueError: a video or picture of another type.
@@ -253,7 +253,7 @@ def _written(keys: list[str], value: Any) -> str:
 
 
 def _seconds(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Format seconds with three digits, or with all digits before the point."""
     digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:.{digits}f} s"
 

@@ -15,7 +15,7 @@ BACKGROUND, INK, FAINT_INK = (44, 46, 52), (240, 240, 242), (174, 176, 184)
 def side_by_side(
     videos: Sequence[np.ndarray], labels: Sequence[str], *, caption: str = "", scale: int = 1
 ) -> np.ndarray:
-    """Videos next to each other, a label above each and `caption` below all of them.
+    """Put videos next to each other, a label above each and `caption` below all of them.
 
     Args:
         videos: (F, H, W, 3) uint8 each, all of one shape.
@@ -51,11 +51,12 @@ def side_by_side(
 def contact_sheet(
     videos: Sequence[np.ndarray], labels: Sequence[str], *, count: int = 9
 ) -> np.ndarray:
-    """One picture: a row for each video, its label above; a column for each of `count` frames.
+    """Draw one picture: a row for each video, its label above; a column for each of `count`
+    frames.
 
     Args:
-        videos: (F, H, W, 3) uint8 each, all of one shape. Frames are shrunk where those of
-            one row would be wider than 2400 pixels together.
+        videos: (F, H, W, 3) uint8 each, all of one shape. Frames are shrunk where a row would be
+            wider than 2400 pixels.
         count: frames to show, evenly spaced from the first to the last; all if there are fewer.
 
     Returns:

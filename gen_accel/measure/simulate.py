@@ -1,4 +1,4 @@
-"""How much faster neighborhood attention can be on a grid, for one choice of stride and tiles.
+"""Bound on the speed-up of neighborhood attention on a grid, for one choice of stride and tiles.
 
 A block kernel computes whole tiles of keys for a tile of queries, and its slowest query tile sets
 the pace. With N keys, of which the query tile that visits most computes `most` tiles of T keys:
@@ -49,7 +49,7 @@ NEAR = 0.9  # a searched window keeps at least this share of the most that one m
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """Printable; `to_dict()` for a report.
+    """Bound for one choice. Printable; `to_dict()` for a report.
 
     Args:
         tile_q, tile_k: tokens along (frames, rows, columns); with a dilation, of one dilation
@@ -77,16 +77,16 @@ class Bound:
 
     @property
     def speedup(self) -> float:
-        """Over dense attention, if the kernel runs at the same rate."""
+        """Speed-up over dense attention, if the kernel runs at the same rate."""
         return self.key_tiles / self.most
 
     @property
     def flop_speedup(self) -> float:
-        """What the kept pairs alone would allow."""
+        """Speed-up that the kept pairs alone would allow."""
         return 1 / self.density
 
     def end_to_end(self, share: float) -> float:
-        """Of a whole model, where self-attention takes `share` of the time, 0 to 1."""
+        """Speed-up of a whole model in which self-attention takes `share` of the time, 0 to 1."""
         return 1 / (1 - share + share / self.speedup)
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,7 +124,8 @@ class Bound:
 def simulate(
     video: VideoShape, method: Neighborhood, *, tile_q: Axes, tile_k: Axes, dynamic: bool = False
 ) -> Bound:
-    """The bound that equals counting, on the exact mask, the key tiles each query tile touches.
+    """Compute the bound. It equals counting, on the exact mask, the key tiles that each query tile
+    touches.
 
         method = Neighborhood((18, 24, 24), stride=(16, 8, 8))
         print(simulate(VideoShape(30, 48, 80), method, tile_q=(2, 8, 8), tile_k=(2, 8, 8)))
@@ -137,7 +138,7 @@ def simulate(
             their keys, and not on a fixed grid.
 
     Raises:
-        ValueError: text tokens, a tile that is none, or a window larger than its axis.
+        ValueError: text tokens, an invalid tile, or a window larger than its axis.
     """
     _check(video, ((tile_q, tile_k),))
     axes = zip(method.by_axis(video), tile_q, tile_k, strict=True)
@@ -170,15 +171,15 @@ def best_choices(
 ) -> list[Bound]:
     """The strides and tiles with the largest bounds, best first.
 
-    Of choices with one bound, that comes first whose stride is smallest, since it is closest to
-    neighborhood attention without a stride; then the one with most tiles that need no mask. Along
-    an axis, a stride is tried only if it brings more than every smaller one.
+    Choices with equal bounds are ordered by the smallest stride, which is closest to neighborhood
+    attention without a stride, and then by the number of tiles that need no mask. Along an axis, a
+    stride is tried only if it brings more than every smaller one.
 
     Args:
         window: without, windows are searched that are whole key tiles or the whole axis along
             each axis, and keep, without a stride, at least 0.9 times the most that such a window
-            can keep under `density`. Of windows with one bound, that comes first whose narrowest
-            side covers the largest share of its axis.
+            can keep under `density`. Of windows with equal bounds, the window comes first whose
+            narrowest side covers the largest share of its axis.
         density: the most that may be kept, in (0, 1]. Needed to search windows.
         tiles: pairs of a query and a key tile.
         top: how many, at least 1.
@@ -233,8 +234,8 @@ def _check(video: VideoShape, tiles: Sequence[tuple[Axes, Axes]]) -> None:
 
 
 class _Counts(NamedTuple):
-    """Of one axis or of the grid: query tiles; key tiles that one of them visits at most, that all
-    together visit, and of those the ones that need no mask; and keys that all tokens see."""
+    """Counts along one axis or over the grid: query tiles; the most key tiles that one of them
+    visits; all visits, and the visits that need no mask; and keys seen, summed over all tokens."""
 
     query_tiles: int
     most: int
@@ -244,7 +245,8 @@ class _Counts(NamedTuple):
 
 
 def _product(axes: Iterable[_Counts]) -> _Counts:
-    """Of the whole grid: what a query tile visits is a box, and so is what is dense in it."""
+    """Multiply counts to the whole grid: the visited tiles of a query tile form a box, and so do
+    the tiles without a mask."""
     return _Counts(*(math.prod(values) for values in zip(*axes, strict=True)))
 
 
@@ -260,7 +262,8 @@ def _count(
     side_k: int,
     dynamic: bool,
 ) -> _Counts:
-    """The windows of a query tile cover one run of places: only its ends count."""
+    """Count along an axis. The windows of a query tile cover one run of places: only its ends
+    count."""
     group, place, first, last = spans(name, size, window, stride, dilation, is_causal)
     _, tile = torch.unique(group * size + place // side_q, return_inverse=True)
     count = int(tile.max()) + 1
@@ -291,7 +294,7 @@ def _choices(
     tiles: Sequence[tuple[Axes, Axes]],
     dynamic: bool,
 ) -> Iterator[tuple[tuple[float, ...], Neighborhood, Axes, Axes]]:
-    """Those that keep at most `density`, each behind its rank: the least is best."""
+    """Yield the choices that keep at most `density`, each after its rank: the least is best."""
     searched = {} if window else _windows(video, density, given, {tile for _, tile in tiles})
     for tile_q, tile_k in tiles:
         for sides in [window] if window else searched[tile_k]:
@@ -320,7 +323,7 @@ def _choices(
 def _windows(
     video: VideoShape, density: float, given: Neighborhood, tiles: Iterable[Axes]
 ) -> dict[Axes, list[Axes]]:
-    """For each key tile, the windows of whole tiles that keep most, without a stride."""
+    """List for each key tile the windows of whole tiles that keep most, without a stride."""
     kept: dict[Axes, tuple[list[list[int]], torch.Tensor]] = {}
     for tile in tiles:
         sides, seen = [], []
@@ -357,7 +360,8 @@ def _strides(
     side_k: int,
     dynamic: bool,
 ) -> list[tuple[int, _Counts]]:
-    """Strides with which a query tile visits fewer tiles than with every smaller stride."""
+    """List the strides with which a query tile visits fewer tiles than with every smaller
+    stride."""
     front: list[tuple[int, _Counts]] = []
     for stride in range(1, (size if window == -1 else window) + 1):
         counts = _count(name, size, window, stride, dilation, is_causal, side_q, side_k, dynamic)

@@ -1,4 +1,4 @@
-"""A model as its config: from a name, a folder, the hub, a config or the model itself."""
+"""Models known by their config: from a name, a folder, the hub, a config or the model itself."""
 
 import inspect
 import math
@@ -31,7 +31,7 @@ from gen_accel.video import VideoShape
 
 NEEDED = ("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "patch_size")
 
-MOST_LAYERS = 10_000  # of a config that is tried, which takes a second a thousand
+MOST_LAYERS = 10_000  # of a config; a thousand layers take a second to build
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +43,8 @@ class Subject:
         temporal, spatial: frames, and pixels a side, in a latent.
         sites: the attentions over the grid.
         cost: FLOPs by its layers; None where the family counts in its own way.
-        uncounted: in words, what FLOPs leave out.
-        text: tokens of a prompt; None where nobody knows.
+        uncounted: in words, work that FLOPs leave out.
+        text: tokens of a prompt; None where unknown.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Subject:
         return patch_of(config)
 
     def flops(self, video: VideoShape) -> Flops:
-        """Of one call for one clip."""
+        """FLOPs of one call for one clip."""
         lengths = {"text": self.text or 0}
         if self.family.flops is not None:
             return self.family.flops(self.model, video, lengths)
@@ -82,13 +82,14 @@ class Subject:
         return self.cost(video, lengths)
 
     def seen(self, video: VideoShape) -> VideoShape:
-        """What one attention over the grid sees: a single frame, or the text too."""
+        """Grid that one attention sees: a single frame where frames attend apart; with the text
+        where it attends too."""
         if self.family.KIND == "frames":
             return VideoShape(1, video.height, video.width)
         return self.whole(video)
 
     def whole(self, video: VideoShape) -> VideoShape:
-        """With the text, where it attends with the video."""
+        """Grid with the text, where it attends with the video."""
         layers = self.family.layers
         joint = layers is not None and "text" in layers(self.model).beside
         return VideoShape(*video.grid, text=(self.text or 0) if joint else 0)
@@ -117,11 +118,11 @@ class Subject:
         return VideoShape(-(-latents // frames), *sides)  # pipelines fill patches up
 
     def frames(self, tokens: int) -> int:
-        """Pixel frames of so many frames of tokens."""
+        """Number of pixel frames in `tokens` frames of tokens."""
         return (tokens * self.patch[0] - 1) * self.temporal + self._first()
 
     def _first(self) -> int:
-        """Pixel frames of the first latent."""
+        """Number of pixel frames in the first latent."""
         return 1 if self.family.FIRST_FRAME_ALONE else self.temporal
 
 
@@ -144,7 +145,7 @@ def subject_of(source: Any, text: int | None = None) -> Subject:
         text: tokens of a prompt, where they are other than the family's pipelines make.
 
     Raises:
-        ValueError: what is unknown, makes no videos, or has no config to build from.
+        ValueError: a source that is unknown, makes no videos, or has no config to build from.
     """
     if isinstance(source, str | Path):
         return _named(str(source), text)
@@ -212,7 +213,7 @@ def _known() -> str:
 
 
 def _in_folder(folder: Path, text: int | None) -> Subject:
-    """Of a pipeline, or of a transformer alone."""
+    """Read the folder of a pipeline, or of a transformer alone."""
     name = folder.resolve().name
     for part in TRANSFORMERS:
         config = folder / part / "config.json"
@@ -248,7 +249,8 @@ def _read(name: str, config: Path, vae: Path | None, text: int | None) -> Subjec
 
 
 def _check_whole(name: str, config: Mapping[str, Any]) -> None:
-    """A config may leave out what does not change the work; defaults are another model's."""
+    """Refuse a config that lacks entries which change the work: class defaults are another
+    model's."""
     import diffusers
 
     kind = config.get("_class_name", "WanTransformer3DModel")
@@ -333,7 +335,7 @@ def _without_values(kind: str, config: Mapping[str, Any]) -> nn.Module:
 
 
 def _runs_on(module: Any, device: torch.device | None) -> tuple[torch.device, torch.dtype]:
-    """Where and in what the model runs; without one, on the best device there is."""
+    """Device and dtype that the model runs in; without a model, the best device there is."""
     dtype = None
     if module is not None:
         weight = next(module.parameters())

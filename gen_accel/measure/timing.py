@@ -1,4 +1,4 @@
-"""Seconds that can be compared: taken in turn on one device, whose name goes with them."""
+"""Comparable timings: taken in turn on one device, together with its name."""
 
 import platform
 import time
@@ -16,7 +16,7 @@ def interleaved(
     device: torch.device,
     warm: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each round, in turn, A B A B: what slows one slows the other.
+    """Time each call in each round, in turn, A B A B, so that a slow machine slows both.
 
     Each runs once before the clock starts, unless they are `warm` already. On a GPU every call is
     waited for.
@@ -35,7 +35,7 @@ def interleaved(
 
 
 def device_name(device: torch.device) -> str:
-    """What the maker calls it: the graphics card, or the processor."""
+    """Name of the graphics card or the processor, as its maker calls it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":

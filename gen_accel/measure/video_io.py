@@ -1,4 +1,4 @@
-"""Videos in and out of files. A video is (F, H, W, 3) uint8, RGB.
+"""Videos read from and written to files. A video is (F, H, W, 3) uint8, RGB.
 
 Every file is written under a temporary name in the same folder and renamed when it is whole.
 """
@@ -40,10 +40,10 @@ MP4_FILTER = (
     "scale=out_color_matrix=bt709:out_range=tv,"
     "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
 )
-RATES = (0.01, 1000.0)  # frames a second that are shown; ffmpeg takes some more, others fail late
+RATES = (0.01, 1000.0)  # frames a second allowed; ffmpeg takes some more, but fails late on others
 H264 = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "15")
 GIF = ("-c:v", "gif", "-pix_fmt", "pal8")
-FRAMES_AT_ONCE = 16  # that are read; 44 MB at 720 x 1280
+FRAMES_AT_ONCE = 16  # frames read at once; 44 MB at 720 x 1280
 GIF_END = b";"  # the trailer, a byte
 GIF_FILTER = "split[frames][sample];[sample]palettegen[palette];[frames][palette]paletteuse"
 ODD_SIZE = "gen_accel size {height}x{width}"  # the comment in an mp4 with a padded edge
@@ -78,7 +78,7 @@ def write_video(frames: np.ndarray, path: str | Path, *, fps: float) -> Path:
 
 
 def write_stream(chunks: Iterable[np.ndarray], path: str | Path, *, fps: float) -> Path:
-    """`write_video` of the frames of all chunks, of which one is held at a time.
+    """Write the frames of all chunks as `write_video` does, one chunk in memory at a time.
 
     An exception of `chunks` or an interrupt leaves no file. A GIF has one palette for all frames:
     ffmpeg, though not this process, holds them until the last one is known.
@@ -107,7 +107,7 @@ def write_stream(chunks: Iterable[np.ndarray], path: str | Path, *, fps: float) 
 
 
 def check_rate(fps: float) -> None:
-    """Raises ValueError for frames a second that no file can state."""
+    """Raise ValueError for frames a second that no file can state."""
     least, most = RATES
     if not least <= fps <= most:
         raise ValueError(
@@ -116,9 +116,9 @@ def check_rate(fps: float) -> None:
 
 
 def check_writable(path: str | Path, *, frames: int | None = None) -> None:
-    """Raise now what `write_video` would raise after the work. Makes the folder of `path`.
+    """Raise the errors of `write_video` now, before the work. Makes the folder of `path`.
 
-    A link is followed: the file that it leads to is written.
+    A link is followed: its target is written.
 
     Args:
         frames: how many there will be, when known: with 1 a `.png` is a file, else a folder.
@@ -150,7 +150,7 @@ def check_writable(path: str | Path, *, frames: int | None = None) -> None:
 
 
 def read_video(path: str | Path) -> np.ndarray:
-    """Every stored frame of `path`, once, as (F, H, W, 3) uint8.
+    """Read every stored frame of `path`, once, as (F, H, W, 3) uint8.
 
     Args:
         path: whatever ffmpeg decodes, a PNG picture, or a folder of numbered PNG frames.
@@ -163,7 +163,7 @@ def read_video(path: str | Path) -> np.ndarray:
 
 
 def read_stream(path: str | Path, *, frames: int = FRAMES_AT_ONCE) -> Iterator[np.ndarray]:
-    """`read_video` in chunks of at most `frames` frames, (f, H, W, 3) uint8 each.
+    """Read as `read_video` does, in chunks of at most `frames` frames, (f, H, W, 3) uint8 each.
 
     Raises:
         ValueError: frames < 1.
@@ -186,7 +186,7 @@ def read_stream(path: str | Path, *, frames: int = FRAMES_AT_ONCE) -> Iterator[n
 
 
 def frames_of(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """(H, W, 3) uint8 each.
+    """Yield the frames of chunks, (H, W, 3) uint8 each.
 
     Raises ValueError for a chunk that is not (f, H, W, 3) uint8, or not as large as the first one.
     """
@@ -203,7 +203,7 @@ def frames_of(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def video_fps(path: str | Path) -> float | None:
-    """Frames a second that the file at `path` states; None of pictures, which state none.
+    """Frames a second that the file at `path` states; None for pictures, which state none.
 
     Raises:
         FileNotFoundError, OSError: as `read_video`.
@@ -218,12 +218,12 @@ def video_fps(path: str | Path) -> float | None:
 
 
 def _target(path: Path, frames: int | None) -> Path:
-    """Where the frames go: `path`, or the folder that a PNG sequence makes of it."""
+    """Path that the frames are written to: `path`, or the folder of a PNG sequence."""
     return path.with_suffix("") if path.suffix and _is_folder(path, frames) else path
 
 
 def _is_folder(path: Path, frames: int | None) -> bool:
-    """Whether the frames go to a folder, whatever dots there are in its name."""
+    """Whether the frames go to a folder."""
     return not path.suffix or (path.suffix.lower() == ".png" and frames != 1)
 
 
@@ -243,9 +243,9 @@ def _picture(file: Path) -> np.ndarray:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """One line with the file and the reason, of what ffmpeg says inside."""
+    """Turn ffmpeg's errors inside into one line with the file and the reason."""
     try:
-        with silenced("imageio_ffmpeg"):  # which says when it ends a slow one early
+        with silenced("imageio_ffmpeg"):  # which prints when it stops a slow ffmpeg early
             yield
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         said = error.stderr.decode(errors="replace") if hasattr(error, "stderr") else error  # pyright: ignore[reportAttributeAccessIssue]
@@ -304,7 +304,7 @@ def _encode(
     fps: float,
     options: Sequence[str],
 ) -> None:
-    """`encode`, and a look at what came out: of a disk that is full, ffmpeg may not know."""
+    """Run `encode` and check the file: ffmpeg may not notice a full disk."""
     sent = encode(frames, path, size, fps=fps, options=options)
     try:
         written, _ = ffmpeg().count_frames_and_secs(for_ffmpeg(path))
@@ -312,7 +312,7 @@ def _encode(
         raise OSError(f"ffmpeg wrote no readable {path.suffix} file: {why(error)}") from error
     if written != sent:
         raise OSError(f"ffmpeg wrote {written} of {sent} frames to the {path.suffix} file")
-    # A last frame that is cut off is counted all the same.
+    # A truncated last frame is counted all the same.
     if path.suffix.lower() == ".gif" and path.read_bytes()[-1:] != GIF_END:
         raise OSError("ffmpeg wrote no end to the .gif file: is the disk full?")
 

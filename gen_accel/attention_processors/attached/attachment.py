@@ -135,7 +135,7 @@ class Options(NamedTuple):
     dense_kernel: str | None = None
 
 
-# Those that are on: with the last one, plans are forgotten.
+# Attachments that are on; when the last goes, cached plans are dropped.
 _attached: "WeakSet[Attachment]" = WeakSet()
 
 
@@ -275,7 +275,8 @@ class Attachment:
             RECALL.forget()
 
     def _leave_full_attention(self, modules: set[int]) -> None:
-        """For the extensions that are on, where this one was: `modules` are their ids."""
+        """Put full attention where this attachment was, for the extensions that are still on.
+        `modules` are the ids of its modules."""
         left = {
             name: transformer
             for name, transformer in self._transformers.items()
@@ -287,7 +288,7 @@ class Attachment:
         stand_in.extensions = self.extensions
 
     def exchange(self, method: Any) -> None:
-        """Run `method` from now on: one that differs in what no parameter depends on."""
+        """Run `method` from now on. It may differ only in options that no parameter depends on."""
         self.method = method
         self._fitting = None
         if self.memories is not None:
@@ -321,8 +322,8 @@ class Attachment:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, every layer runs the model's own attention, bit for bit as if detached: with
-        what is added to it.
+        """Run the model's own attention in every layer inside, bit for bit as if detached. Taps,
+        such as image prompts, stay on.
 
         What runs inside is neither counted as a step nor recorded. Gradient checkpointing runs a
         forward pass again in the backward pass, which then belongs inside too.
@@ -335,7 +336,7 @@ class Attachment:
 
     @contextmanager
     def scheduled(self, schedule: Schedule) -> Iterator[None]:
-        """Inside, another schedule, with no other layers dense."""
+        """Use another schedule inside; no layers are dense but those that it names."""
         before, self.schedule = self.schedule, schedule
         self.passing.set_dense(None)
         try:
@@ -346,8 +347,8 @@ class Attachment:
 
     @contextmanager
     def gathering(self) -> Iterator[None]:
-        """Inside, all that runs is one generation to `summary()`, however often the scheduler
-        begins anew."""
+        """Count all that runs inside as one generation in `summary()`, however often the scheduler
+        restarts."""
         before, self._gathering = self._gathering, True
         if not before:
             self._forget()
@@ -357,11 +358,11 @@ class Attachment:
             self._gathering = before
 
     def summary(self) -> Summary:
-        """What ran in the last generation, layer by layer and step by step.
+        """Summarise the last generation, layer by layer and step by step.
 
         A generation begins where the scheduler does. Pipelines that make a long video part by
-        part, such as Helios', begin it anew for each part: see `gathering`. Without a pipeline
-        and a schedule of steps it is all since `attach`.
+        part, such as Helios', restart it for each part: see `gathering`. Without a pipeline and a
+        schedule of steps, the summary covers all since `attach`.
         """
         passing = self.passing
         layers = {
@@ -388,8 +389,8 @@ class Attachment:
         )
 
     def explain(self, step: int | None = None, layer: str | int | None = None) -> str:
-        """Why the calls of the last generation ran dense or sparse, by which kernel and at which
-        density, in words. See `Summary.explain`."""
+        """Explain in words why the calls of the last generation ran dense or sparse, by which
+        kernel and at which density. See `Summary.explain`."""
         return self.summary().explain(step, layer)
 
     def __repr__(self) -> str:
@@ -402,7 +403,7 @@ class Attachment:
         )
 
     def _displaced_layers(self) -> dict[str, str]:
-        """Layers whose processors were exchanged for others, to the class of those."""
+        """Map each layer whose processor was exchanged to the class of the new one."""
         return {
             ours.layer.name: type(module.processor).__name__
             for module, ours in self._sites
@@ -416,7 +417,7 @@ class Attachment:
         self.detach()
 
     def _begin(self, read: Readers, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before each forward pass of a transformer."""
+        """Prepare a forward pass of a transformer; a hook before each."""
         traced = torch.compiler.is_compiling()
         if self.is_paused:
             self.passing.paused += not traced
@@ -463,10 +464,10 @@ class Attachment:
 
     @torch.compiler.disable(reason=STEPS)
     def _remember(self, memories: Memories, transformer: Any, args: tuple, kwargs: dict) -> None:
-        """Say to what is remembered that a forward pass begins.
+        """Tell the memories that a forward pass begins.
 
         Raises:
-            ValueError: it would be more than fits, by the size of the first passes of a run.
+            ValueError: the memories would not fit, judged by the first passes of a run.
         """
         fresh = memories.begin(transformer, self.clock, learns=self.passing.learns)
         latents, tokens = first_tensor(args, kwargs), self.clock.tokens
@@ -487,7 +488,7 @@ class Attachment:
         check_room(needed_by(sites, *sizes), latents.device, **facts)
 
     def _end(self, transformer: nn.Module, args: tuple, output: Any) -> None:
-        """After each forward pass of a transformer."""
+        """Finish a forward pass of a transformer; a hook after each."""
         if self.memories is not None and not self.is_paused:
             self._ended(self.memories)
         if self.is_paused or torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -518,8 +519,8 @@ class Attachment:
 
     @torch.compiler.assume_constant_result
     def _splits_text(self, transformer: str) -> bool:
-        """Whether context parallelism splits the text of a transformer, by its name here. Its
-        modules are gone through once."""
+        """Whether context parallelism splits the text of a transformer, given by its name here.
+        Its modules are searched once."""
         if transformer not in self._text_split:
             found = context_parallel.splits_text(self._transformers[transformer])
             self._text_split[transformer] = found
@@ -527,7 +528,7 @@ class Attachment:
 
 
 def attachment_of(pipe_or_transformer: Any) -> Attachment:
-    """The handle of what is attached; ValueError where nothing is."""
+    """Return the handle of the attachment; ValueError where nothing is attached."""
     found = [getattr(pipe_or_transformer, name, None) for name in TRANSFORMERS]
     for module in [pipe_or_transformer, *found]:
         if isinstance(module, nn.Module):

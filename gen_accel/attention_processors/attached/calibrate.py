@@ -51,11 +51,11 @@ class LayerFit:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Printable; `to_dict()` for a report. Of `calibrate`, errors are those on the samples of the
-    fit.
+    """Errors of a method before and after its fit. Printable; `to_dict()` for a report.
+    `calibrate` measures them on the samples of the fit.
 
     Args:
-        layers: of a method with parameters, those that were fitted; else none.
+        layers: the layers whose parameters were fitted; none for a method without parameters.
         tile: the boxes that were chosen; None where that was not left open.
     """
 
@@ -64,7 +64,7 @@ class Calibration:
 
     @property
     def before(self) -> float:
-        """Mean over the layers, NaN of none."""
+        """Mean over the layers; NaN without layers."""
         return fmean(layer.before for layer in self.layers) if self.layers else math.nan
 
     @property
@@ -161,8 +161,9 @@ def measure_calibration(
     seed: int = 0,
     **call: Any,
 ) -> Calibration:
-    """The errors of O_s alone and of what the branches make of it now, on other prompts, say, than
-    those of the fit. Arguments and errors are those of `calibrate`; nothing is changed."""
+    """Measure the errors of O_s alone and of the output with the branches as they are now, for
+    example on prompts that the fit did not see. Arguments and errors are as in `calibrate`;
+    nothing is changed."""
     sums: dict[str, Tensor] = {}  # squares of both errors and of the dense output
     samples = 0
 
@@ -224,7 +225,7 @@ def _fit_tile(
     seed: int,
     call: dict[str, Any],
 ) -> TileFit | None:
-    """Run one step twice, densely, and let the method have the tile that errs least there."""
+    """Run one step twice, densely, and give the method the tile with the least error there."""
     tokens = parts_of(handle.method).tile_tokens
     if not tokens:
         return None
@@ -249,7 +250,7 @@ def _fit_tile(
 
 
 def _once(handle: Attachment, observe: Observer) -> Observer:
-    """`observe` in the first step that is seen; raises _Enough in the next."""
+    """Call `observe` in the first step that is seen; raise _Enough in the next."""
     first: int | None = None
 
     def watch(*call: Any) -> None:
@@ -263,7 +264,7 @@ def _once(handle: Attachment, observe: Observer) -> Observer:
 
 
 class _Enough(Exception):
-    """Ends a generation of which one step was wanted."""
+    """Ends a generation after the one step that was wanted."""
 
 
 def _check(handle: Attachment, pipe: Any, prompts: Sequence[str]) -> None:
@@ -287,8 +288,8 @@ def _check(handle: Attachment, pipe: Any, prompts: Sequence[str]) -> None:
 
 @contextmanager
 def _observing(handle: Attachment, observe: Observer, steps: int) -> Iterator[None]:
-    """Inside, `observe` sees the sparse layers and steps, which run dense; ValueError where there
-    was none."""
+    """Show the sparse layers and steps to `observe` inside, and run them dense; ValueError where
+    there was none."""
     seen = False
 
     def watch(*call: Any) -> None:
@@ -319,7 +320,7 @@ def _generate(pipe: Any, prompt: str, steps: int, seed: int, call: dict[str, Any
 
 
 class _Sums(ABC):
-    """What least squares needs of the rows of one layer."""
+    """Sums over the rows of one layer that least squares needs."""
 
     def __init__(self, like: Tensor) -> None:
         self.samples = 0
@@ -344,16 +345,16 @@ class _Sums(ABC):
 
     @abstractmethod
     def add_head(self, head: int, fold: int, s: Tensor, l: Tensor, d: Tensor) -> None:
-        """Rows of O_s, O_l and the dense output."""
+        """Add the rows of one head: O_s, O_l and the dense output."""
 
     @abstractmethod
     def solve(self, branch: LinearBranch) -> Tensor:
-        """Set the branch; the squares that the fit takes off the residual."""
+        """Set the branch, and return the squares that the fit takes off the residual."""
 
 
 class _ProjSums(_Sums):
-    """Y = X W with X = [O_l, 1] and Y = dense - O_s, over all rows of all heads. What is kept is
-    X^T X and X^T Y of each fold."""
+    """Y = X W with X = [O_l, 1] and Y = dense - O_s, over all rows of all heads. X^T X and X^T Y
+    of each fold are kept."""
 
     def __init__(self, like: Tensor) -> None:
         super().__init__(like)
@@ -375,7 +376,7 @@ class _ProjSums(_Sums):
             sum(_gain(_ridge(xx - x, xy - y, ridge), x, y).item() for x, y in folds)
             for ridge in RIDGES
         ]
-        # Of one fold nothing can be left out; the gain is then zero throughout.
+        # With one fold, none can be left out; the gain is then zero throughout.
         best = max(range(len(RIDGES)), key=lambda i: (gains[i], i))
         weights = _ridge(xx, xy, RIDGES[best])
         branch.proj.weight.copy_(weights[:-1].T)
@@ -390,7 +391,7 @@ def _ridge(xx: Tensor, xy: Tensor, ridge: float) -> Tensor:
 
 
 def _gain(weights: Tensor, xx: Tensor, xy: Tensor) -> Tensor:
-    """The squares that the weights take off the residual of these rows; negative if they add."""
+    """Return the squares that the weights take off these rows' residual; negative if they add."""
     return (2 * weights * xy).sum() - (weights * (xx @ weights)).sum()
 
 

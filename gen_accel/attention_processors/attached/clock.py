@@ -1,4 +1,4 @@
-"""Which grid, and which denoising step, a transformer call belongs to."""
+"""The grid and the denoising step that a transformer call belongs to."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from gen_accel.attention_processors.tokens import Tokens
 
 
 class Moment(NamedTuple):
-    """What a forward pass reads of the clock."""
+    """The clock as one forward pass reads it."""
 
     tokens: Tokens | None
     texts: tuple[int, ...] | None
@@ -21,9 +21,9 @@ class Clock:
     """The grid and the step of the forward pass under way.
 
     Args:
-        scheduler: gives the pipeline's scheduler as it is now. Without one, a step is what lies
-            between two changes of the timestep. Guidance calls the transformer twice at one
-            timestep, which is one step either way.
+        scheduler: returns the pipeline's scheduler as it is now. Without one, a step lasts until
+            the timestep changes. Classifier-free guidance calls the transformer twice at one
+            timestep; that is one step either way.
     """
 
     def __init__(self, scheduler: Callable[[], Any] | None) -> None:
@@ -40,7 +40,7 @@ class Clock:
         self._begin = 0
 
     def advance(self, timestep: Tensor, *, rising: bool = False) -> bool:
-        """Read the step before a forward pass; whether a new run begins with it.
+        """Read the step before a forward pass, and return whether a new run begins with it.
 
         Args:
             rising: from step to step; see TIMESTEPS_RISE of a family.
@@ -69,8 +69,8 @@ class Clock:
         return new
 
     def _stands_still(self, scheduler: Any, timestep: Tensor) -> bool:
-        """Whether the timestep moves, and is none of the scheduler's, which has begun no step or
-        taken all."""
+        """Whether another scheduler steps: the timestep moves and is not in this scheduler's list,
+        and this one has begun no step or taken all."""
         index = getattr(scheduler, "step_index", None)
         if index is not None and index < len(scheduler.timesteps):
             self._timestep = None
@@ -83,18 +83,19 @@ class Clock:
         return Moment(self.tokens, self.texts, self.step, self.steps)
 
     def return_to(self, moment: Moment) -> None:
-        """Without turning back what is counted on from."""
+        """Set the clock to `moment`. Counters that later passes continue from stay as they are."""
         self.tokens, self.texts, self.step, self.steps = moment
 
 
 def _begin(scheduler: Any, timestep: Tensor) -> int:
-    """Where in the scheduler's timesteps a run begins. Wan's video to video does not tell it."""
+    """Index in the scheduler's timesteps at which a run begins. Wan's video-to-video pipeline does
+    not give it."""
     begin = getattr(scheduler, "begin_index", None)
     return _place(scheduler, timestep) if begin is None else begin
 
 
 def _taken(scheduler: Any, timestep: Tensor, begin: int) -> int:
-    """Steps of a run so far."""
+    """Number of steps of a run so far."""
     if hasattr(scheduler, "step_index"):
         index = scheduler.step_index
         if index is None:  # before the first step, or where copies of the scheduler are stepped
@@ -106,8 +107,8 @@ def _taken(scheduler: Any, timestep: Tensor, begin: int) -> int:
 
 
 def _mean_place(scheduler: Any, timestep: Tensor) -> int:
-    """Where each frame has a timestep of its own, the mean over those of the first sample that are
-    still noisy."""
+    """Index of `timestep` among the scheduler's. Where each frame has a timestep of its own, the
+    mean over the first sample's frames that are still noisy."""
     timesteps = scheduler.timesteps
     if timestep.ndim < 2 or timesteps.ndim > 1:
         return _place(scheduler, timestep)

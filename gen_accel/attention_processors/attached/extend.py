@@ -1,4 +1,4 @@
-"""Techniques for longer video laid over what is attached."""
+"""Techniques for longer video, laid over attached methods."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,11 +20,12 @@ from gen_accel.attention_processors.seam import (
 def extend_attention(
     pipe_or_transformer: Any, extension: AttentionExtension
 ) -> Callable[[], None]:
-    """Lay `extension` over what is attached, now or later, until the function returned is called.
+    """Lay `extension` over all attached methods, now or later, until the returned function is
+    called.
 
-    Where nothing is attached, full attention runs in the place of the model's own, and goes with
-    the extension. Whatever is attached meanwhile takes the extension over; when it is detached,
-    the extension stays.
+    Where nothing is attached, full attention replaces the model's own until the extension is
+    removed. A method that is attached meanwhile takes the extension over; when the method is
+    detached, the extension stays.
 
     Raises:
         ValueError: an extension of that name is on; a compiled transformer with nothing attached,
@@ -58,7 +59,7 @@ def extend_attention(
 
 
 def owners_of(transformer: nn.Module) -> list["Attachment"]:
-    """What is attached to it, each once."""
+    """List the attachments of a transformer, each once."""
     sites = family_of(transformer).self_attentions(transformer)
     found = [site.module.processor for site in sites]
     owners = [x.owner for x in found if isinstance(x, SparseProcessor)]
@@ -67,7 +68,7 @@ def owners_of(transformer: nn.Module) -> list["Attachment"]:
 
 @contextmanager
 def one_generation(pipe: Any) -> Iterator[None]:
-    """`Attachment.gathering` of all that is attached to a pipeline."""
+    """Enter `Attachment.gathering` of all attachments of a pipeline."""
     with ExitStack() as stack:
         for module in served_transformers(pipe).values():
             for owner in owners_of(module):

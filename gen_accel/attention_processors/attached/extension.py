@@ -1,4 +1,4 @@
-"""What a technique for longer video changes in attention."""
+"""The changes that a technique for longer video makes to attention."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,14 +17,15 @@ Around = Callable[..., Tensor]
 
 @dataclass(frozen=True, eq=False)
 class AttentionExtension:
-    """Laid over every method that is attached, and over the calls that a schedule keeps dense:
-    those run as full attention through a plan, so that it holds there too.
+    """A technique laid over every attached method, and over the calls that a schedule keeps dense.
+    Dense calls run as full attention through a plan, so that the technique holds there too.
 
     Args:
         name: of the technique, for messages.
         trained: frames after patchify; nothing is changed on a grid that is not longer.
-        adjust: what becomes of a plan. Called for every plan, in graphs of torch.compile too.
-        around: what becomes of an attention; it calls `attend` on grids of its own choice.
+        adjust: returns the plan to use instead. Called for every plan, in graphs of torch.compile
+            too.
+        around: computes an attention by calling `attend` on grids of its own choice.
         needs_step: `adjust` differs from step to step, so that it cannot run in a graph.
     """
 
@@ -38,7 +39,7 @@ class AttentionExtension:
 def active(
     extensions: Sequence[AttentionExtension], video: VideoShape
 ) -> list[AttentionExtension]:
-    """The extensions that change something on a grid."""
+    """List the extensions that change something on a grid."""
     return [one for one in extensions if video.frames > one.trained]
 
 
@@ -49,7 +50,7 @@ def adjusted(
     step: int,
     steps: int | None,
 ) -> Plan:
-    """A plan as all active extensions leave it, one after the other."""
+    """Adjust a plan by all active extensions, one after the other."""
     for extension in active(extensions, video):
         if extension.adjust is not None:
             plan = extension.adjust(plan, video, step, steps)
@@ -59,7 +60,7 @@ def adjusted(
 def around(
     attend: Callable[..., Tensor], extensions: Sequence[AttentionExtension], video: VideoShape
 ) -> Callable[..., Tensor]:
-    """`attend(q, k, v, video)` with all active extensions around it, the last one outermost."""
+    """Wrap `attend(q, k, v, video)` in all active extensions, the last one outermost."""
     for extension in active(extensions, video):
         if extension.around is not None:
             attend = partial(extension.around, attend)
@@ -67,5 +68,5 @@ def around(
 
 
 def no_graph(extension: AttentionExtension) -> str:
-    """Why an extension with `needs_step` does not go with torch.compile."""
+    """Say why an extension with `needs_step` does not work with torch.compile."""
     return f"{extension.name} differs from step to step, which a graph of torch.compile cannot"

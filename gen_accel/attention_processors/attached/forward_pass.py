@@ -24,8 +24,8 @@ Seen = tuple[tuple[int, ...], ...]
 
 
 class Readers(NamedTuple):
-    """What a family reads from the arguments of a forward pass. A module cannot be copied with a
-    model; its functions can."""
+    """Functions of a family that read the arguments of a forward pass. They are held one by one,
+    as a module cannot be copied with a model."""
 
     video_shape: Callable
     timestep: Callable
@@ -47,7 +47,8 @@ class Readers(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the blocks of a pass read of it, kept for when gradient checkpointing runs them again.
+    """Facts of a pass that its blocks read, kept for gradient checkpointing, which runs them
+    again.
 
     Args:
         dense_step, is_dense, progress, refusal: see `ForwardPass`.
@@ -68,14 +69,16 @@ class ForwardPass:
         masks_alike: each layer makes the same mask anew, so that reading one is enough.
 
     Attributes:
-        dense_step: why all layers are dense at this step; None where they are not.
-        is_dense: whether they are, and nothing is learned from it. A graph is made for each of the
-            two, and for no reason.
+        dense_step: the reason why all layers are dense at this step; None where they are not.
+        is_dense: whether all layers are dense and no method learns. torch.compile makes one graph
+            for each value, and does not depend on the reason.
         learns: methods with a memory learn at this step, the last that is dense at the start.
         progress: of the run, see `Schedule.progress`; graphs read it when they run.
-        refusal: why the grid cannot be told; raised where a method is to run.
-        knows_grid: that it can, which a graph may depend on without holding the grid.
-        is_one_graph: the whole model is traced, this pass with it: what it reads are symbols.
+        refusal: why the grid is not known; raised where a method is to run.
+        knows_grid: whether the grid is known, which a graph may depend on without holding the
+            grid.
+        is_one_graph: the whole model is traced, this pass with it, so that the values read are
+            symbols.
         steps: each step of the generation to `dense_step` there, in their order.
         passes: how many there were of each step.
         seen_passes: how many there were in all.
@@ -119,7 +122,7 @@ class ForwardPass:
         reason="the lengths of texts need fullgraph=False or compile_repeated_blocks()"
     )
     def _read_texts(self, lengths: Callable, transformer: Any, args: tuple, kwargs: dict) -> None:
-        """Outside of a graph, as it waits for the device."""
+        """Read the lengths of the texts outside of a graph, as this waits for the device."""
         self.clock.texts = lengths(transformer, *args, **kwargs)
 
     @torch.compiler.disable(reason=STEPS)
@@ -133,8 +136,8 @@ class ForwardPass:
         fresh: bool,
         learning: bool,
     ) -> bool:
-        """Read the step; whether a new generation begins with it. Outside of a graph, which else
-        would be compiled again for each step.
+        """Read the step, and return whether a new generation begins with it. Runs outside of a
+        graph, which would otherwise be compiled again for each step.
 
         Args:
             needed: an answer depends on the step.
@@ -162,13 +165,13 @@ class ForwardPass:
         self.dense_step, self.is_dense = why, why is not None and not self.learns
 
     def forget(self) -> None:
-        """Drop what was counted of earlier steps."""
+        """Drop the counts of earlier steps."""
         self.steps, self.passes = {}, {}
         self.seen_passes = self.paused = 0
 
     def remember(self, output: Any) -> None:
-        """Come back to this pass as its backward pass begins: gradient checkpointing runs blocks
-        again then, when other forward passes may have gone by."""
+        """Return to this pass when its backward pass begins. Gradient checkpointing runs blocks
+        again then, and other forward passes may have run meanwhile."""
         kept = self.dense_step, self.is_dense, self.progress, self.refusal
         now = Kept(self.clock.now(), *kept)
         for tensor in tensors_of(output):
@@ -181,10 +184,11 @@ class ForwardPass:
         self.progress, self.refusal, self._read = kept.progress, kept.refusal, None
 
     def seen(self, layer: str, mask: Tensor, q: Tensor, tokens: Tokens) -> Sequence[Sequence[int]]:
-        """Which tokens beside the grid each sample sees; ValueError for a mask that hides others.
+        """Return which tokens beside the grid each sample sees; ValueError for a mask that hides
+        others.
 
-        Most models give all layers of a pass one mask, or one after the other the same; it is read
-        once, as reading it waits for the device.
+        Most models give all layers of a pass one mask, or equal ones. The mask is read once, as
+        reading waits for the device.
 
         Args:
             layer: its name, for the error.
@@ -206,7 +210,7 @@ class ForwardPass:
         return seen
 
     def _is_read(self, mask: Tensor) -> bool:
-        """Whether it is the mask that was read last, or as good as that."""
+        """Whether `mask` is the mask that was read last, or stands for the same one."""
         assert self._read is not None
         return self._masks_alike or self._read[0]() is mask
 

@@ -1,11 +1,11 @@
 """The attention of a layer in a graph of torch.compile: one operator, for any size.
 
-A graph holds q, k, v and where to find the layer. The grid, the plan, the kernel and the record
-are looked up when it runs, by the code that runs without a graph. So one graph serves every size
+A graph holds q, k, v and the place of the layer. The grid, the plan, the kernel and the record are
+looked up when it runs, by the same code as without a graph. One graph therefore serves every size
 and every length of text, and layers that are alike share it.
 
-The backward pass computes the attention again, as gradient checkpointing does: what kernels keep
-for it cannot leave the operator.
+The backward pass computes the attention again, as gradient checkpointing does, because tensors
+that kernels save for it cannot leave the operator.
 """
 
 from collections.abc import Iterator
@@ -78,9 +78,9 @@ def attend_in_graph(handle: Handle, layer: Layer, processor: Any, call: Call) ->
 
 
 def _grid(handle: Handle) -> list[int]:
-    """Where the whole model is one graph, the grid that is traced with it: frames, height, width,
-    text, tokens before the grid, and the text tokens of each sample. Else nothing: the pass was
-    read before the graph began."""
+    """Grid that is traced with a model that is one graph: frames, height, width, text, tokens
+    before the grid, and the text tokens of each sample. Empty otherwise: the pass was read before
+    the graph began."""
     passing = handle.passing
     if not passing.is_one_graph or passing.clock.tokens is None:
         return []
@@ -104,8 +104,8 @@ def _attend(
     autocast: torch.dtype | None,
     trains: bool,
 ) -> Tensor:
-    """(B, N, H, D) of q, k, v of that shape. CUDA graphs leave it out: they would replay the plan
-    of another grid.
+    """Compute (B, N, H, D) from q, k, v of that shape. CUDA graphs leave this operator out: they
+    would replay the plan of another grid.
 
     Args:
         mask: of the call.
@@ -113,7 +113,8 @@ def _attend(
         parameters: of the layer, so that they get gradients.
         scale, number, tokens, heads: see `Call`; of heads the first and the end, or nothing.
         grid: see `_grid`.
-        autocast: its dtype as the graph was traced, which runs without; None where it was off.
+        autocast: its dtype while the graph was traced; None where it was off. Operators run
+            without it.
         trains: whether a gradient will be asked for.
     """
     owner, layer, call = _found((q, k, v), mask, place, scale, number, tokens, heads)
@@ -202,7 +203,7 @@ def _found(
     tokens: int,
     heads: list[int],
 ) -> tuple[Handle, Layer, Call]:
-    """The handle and the layer at a place, and the call as the processor made it."""
+    """Return the handle and the layer at a place, and the call as the processor made it."""
     processor = processor_at(place)
     some = slice(*heads) if heads else None
     q, k, v = inputs
@@ -211,7 +212,7 @@ def _found(
 
 
 def _run(handle: Handle, layer: Layer, call: Call, grid: list[int], *, recorded: bool) -> Tensor:
-    """`computed`, with the refusals that a graph would swallow."""
+    """Run `computed`, with the refusals that a graph would swallow."""
     passing = handle.passing
     if grid:  # of the graph under way; what the pass holds are symbols
         passing.clock.tokens = Tokens(VideoShape(*grid[:4]), grid[4])
@@ -247,13 +248,13 @@ def _no_stock() -> Tensor:
 
 
 def _as_traced(q: Tensor, autocast: torch.dtype | None) -> torch.autocast:
-    """Autocast as it was when the graph was traced."""
+    """Restore autocast as it was when the graph was traced."""
     return torch.autocast(q.device.type, dtype=autocast, enabled=autocast is not None)
 
 
 @contextmanager
 def _autograd() -> Iterator[None]:
-    """Autograd inside of an operator, the body of which runs below it."""
+    """Switch autograd on inside of an operator, whose body runs below it."""
     keys: Any = torch._C
     left_out = keys._dispatch_tls_local_exclude_set()
     for backend in ("CPU", "CUDA", "XPU", "MPS", "HPU", "PrivateUse1", "Other"):

@@ -67,18 +67,18 @@ class Layer(NamedTuple):
     dim: int = 0
 
     def passes_by(self, call: Call) -> bool:
-        """Whether a call is one that the processor makes beside that over the grid."""
+        """Whether a call is not the one over the grid, but another that the processor makes."""
         return self.call is not None and self.call != call.number
 
     def refuse(self, call: Call) -> None:
-        """Raises ValueError for arguments that only the model's own attention takes."""
+        """Raise ValueError for arguments that only the model's own attention takes."""
         raise ValueError(
             f"sparse attention does not take {', '.join(call.refused)} of {self.name}; "
             "attach Dense() or detach for this model"
         )
 
     def tokens_of(self, tokens: Tokens | None, call: Call) -> Tokens | None:
-        """Where the grid lies in a call; None where the grid of the model, `tokens`, is not
+        """Return the place of the grid in a call; None where the model's grid, `tokens`, is not
         known."""
         if tokens is None or self.tokens is None:
             return tokens
@@ -90,10 +90,10 @@ Observer = Callable[[Layer, Tensor, Tensor, Tensor, Tensor, VideoShape, Callable
 
 
 class Handle(Protocol):
-    """What the calls of all layers read of the handle that put them on, and write there.
+    """The part of an attachment that the calls of its layers read and write.
 
     Attributes:
-        dense_kernel: what dense calls run by; None for the model's own attention.
+        dense_kernel: the kernel of dense calls; None for the model's own attention.
         observe: sees dense attention beside what the method needs, to fit its parameters.
         is_paused: nothing of ours runs.
         is_recording: what runs is counted.
@@ -132,7 +132,7 @@ def attend(handle: Handle, layer: Layer, call: Call) -> Tensor:
             return over_processes(handle, layer, call, tokens, partial(attend, handle, layer))
     recalled = recall(handle, layer, call, tokens, why)
     why = why or (None if recalled is None else recalled.why)
-    # Of a dense call the grid need not be known.
+    # A dense call need not know the grid.
     own = tokens is None or (why is not None and runs_stock(handle, call, tokens))
     record = handle.records.get((layer.name, passing.clock.step)) or Record()
     with timed(handle, record, call.q):
@@ -153,7 +153,7 @@ def attend(handle: Handle, layer: Layer, call: Call) -> Tensor:
 
 
 def keep(handle: Handle, layer: Layer, record: Record | None, recalled: Recalled | None) -> None:
-    """Keep what a layer counted at the step under way, and what it learned."""
+    """Keep a layer's counts at the step under way, and what the layer learned."""
     if recalled is not None and handle.memories is not None:
         handle.memories.keep(layer.name, recalled)
     if record is not None and handle.is_recording:
@@ -163,7 +163,8 @@ def keep(handle: Handle, layer: Layer, record: Record | None, recalled: Recalled
 
 @contextmanager
 def timed(handle: Handle, record: Record, like: Tensor) -> Iterator[None]:
-    """Add the seconds inside to a record, where the handle is timed: those of `like`'s device."""
+    """Add the seconds spent inside, on the device of `like`, to a record where the handle is
+    timed."""
     if not handle.timed:
         yield
         return
@@ -173,14 +174,14 @@ def timed(handle: Handle, record: Record, like: Tensor) -> Iterator[None]:
 
 
 def why_dense(handle: Handle, layer: Layer) -> str | None:
-    """Why a layer is dense at the step under way; None where its method runs."""
+    """Say why a layer is dense at the step under way; None where its method runs."""
     if layer.is_dense:
         return "method is dense"
     return handle.schedule.why_layer(layer.number) or handle.passing.dense_step
 
 
 def runs_stock(handle: Handle, call: Call, tokens: Tokens) -> bool:
-    """Whether it is the model's own attention that runs a dense call over a grid."""
+    """Whether the model's own attention runs a dense call over a grid."""
     return not active(handle.extensions, tokens.video) and dense_kernel_of(handle, call) is None
 
 
@@ -207,7 +208,7 @@ def learns_at(handle: Handle, layer: Layer) -> bool:
 def recall(
     handle: Handle, layer: Layer, call: Call, tokens: Tokens | None, why: str | None
 ) -> Recalled | None:
-    """Recollection of a call; None where nothing is remembered, or nothing is asked.
+    """Return the memory of a call; None where nothing is remembered, or nothing is asked.
 
     Args:
         why: the schedule keeps the call dense.
@@ -250,7 +251,7 @@ def over_processes(
     tokens: Tokens,
     attend: Callable[[Call], Tensor],
 ) -> Tensor:
-    """`attend` on all tokens and this process's heads, in context parallelism."""
+    """Run `attend` on all tokens and this process's heads, in context parallelism."""
     if handle.observe is not None:
         raise ValueError(
             "each process of context parallelism sees some heads alone, which nothing can be "
@@ -275,9 +276,9 @@ def computed(
     """(B, N, H, D) of the method, by a kernel.
 
     Args:
-        why: the call is dense, and runs as full attention through a plan: so that techniques for
-            longer video hold in it too, or by the kernel for dense calls.
-        recalled: what a method with a memory knows; without, it has none in this call.
+        why: the reason why the call is dense. It runs as full attention through a plan, so that
+            techniques for longer video hold, or by the kernel for dense calls.
+        recalled: the memory of the method; without, the method has none in this call.
         record: counts what ran.
     """
     check(layer, call, tokens)
@@ -348,8 +349,8 @@ def runner(
 
 
 def _within(handle: Handle, layer: Layer, video: VideoShape) -> Any:
-    """A layer's method at the step under way, and on the levels of a UNet, whose grid is smaller
-    than its own."""
+    """Return a layer's method at the step under way, fitted to the smaller grids on the levels of
+    a UNet."""
     method, tokens = layer.method, handle.passing.clock.tokens
     if layer.changes:
         method = method_at(method, handle.passing.progress)
@@ -357,7 +358,7 @@ def _within(handle: Handle, layer: Layer, video: VideoShape) -> Any:
 
 
 def check(layer: Layer, call: Call, tokens: Tokens) -> None:
-    """Raises ValueError for a call that a method cannot take the place of."""
+    """Raise ValueError for a call that a method cannot replace."""
     q, k, video = call.q.shape[1], call.k.shape[1], tokens.video
     if k != video.tokens or q not in (k, k - tokens.before, video.video_tokens):
         raise ValueError(
@@ -383,8 +384,8 @@ def _observed(
 
 
 def _joined(handle: Handle, layer: Layer, call: Call, tokens: Tokens, attend: Callable) -> Tensor:
-    """(B, N, H, D) of `attend(q, k, v, video)`, which never sees the padding of a text: nor
-    does anything else, so that its own output is zero."""
+    """Compute (B, N, H, D) by `attend(q, k, v, video)` without the padding of texts. Nothing sees
+    the padding, and its own output is zero."""
     whole = tokens.complete(call.q), call.k, call.v
     groups = _by_text(handle, layer, call, tokens)
     outs = [
@@ -410,7 +411,7 @@ def _by_text(handle: Handle, layer: Layer, call: Call, tokens: Tokens) -> Sequen
 def _self_check(
     handle: Handle, kernel: str, method: Any, q: Tensor, plan: Plan
 ) -> SelfCheck | None:
-    """Of a call of a method on q, (B, H, N, D); None where no check is wanted."""
+    """Self-check of a method's call on q, (B, H, N, D); None where no check is wanted."""
     # Not on the CPU, where the tests ran, nor on MPS, which has no fp64 to check with.
     by_default = q.device.type not in ("cpu", "mps")
     if not (by_default if handle.self_check is None else handle.self_check):
@@ -426,8 +427,8 @@ def _now(x: Tensor) -> float:
 
 
 def on_device(branch: nn.Module, device: torch.device) -> nn.Module:
-    """The parameters of a layer, on `device`. Offloading moves what it found on a model; a branch
-    that came later is moved here."""
+    """Move the parameters of a layer to `device`. Offloading moves only what it found on a model;
+    a branch that came later is moved here."""
     return branch if is_offloaded(branch) else branch.to(device)
 
 

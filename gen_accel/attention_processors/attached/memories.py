@@ -1,8 +1,9 @@
-"""Memories of methods while a model runs: by run, transformer, call of a step, and layer.
+"""Memories of methods while a model runs: one for each run, transformer, call of a step, and
+layer.
 
-A branch of guidance is known by its place among the forward passes of a step; where one pass holds
-both as halves of a batch, they are samples of one memory. Passes that a cache skips leave what is
-remembered as it is, since age is counted in steps of the clock.
+A branch of classifier-free guidance is identified by its place among the forward passes of a step.
+Where one pass holds both branches as halves of a batch, they are samples of one memory. Passes
+that a cache skips change no memory, since age is counted in steps of the clock.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,11 +48,11 @@ class Lesson(NamedTuple):
 
 
 class Recalled:
-    """Recollection of one call of a layer.
+    """The memory of one call of a layer, while the call runs.
 
     Attributes:
         learns: dense attention runs in it, from which it learns.
-        why: why it is dense although the schedule does not say so; None where it need not be.
+        why: the reason why it is dense against the schedule; None where it need not be.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Recalled:
         video: VideoShape,
         runner: Callable[..., Callable],
     ) -> Tensor:
-        """(B, H, N, D) of one part of the call: by what is remembered, or dense to remember.
+        """Compute (B, H, N, D) of one part of the call: from the memory, or densely to fill it.
 
         Args:
             runner: (method, counted=True) -> what runs the plans of a method.
@@ -100,7 +101,7 @@ class Recalled:
         video: VideoShape,
         kernel: Callable,
     ) -> None:
-        """Learn from one part, (B, H, N, D), once those before it have been seen."""
+        """Learn from one part, (B, H, N, D), after the parts before it."""
         memory, number = memory_of(method), len(self.parts)
         assert memory is not None
         like = self.first[number] if number < len(self.first) else None
@@ -111,7 +112,7 @@ class Recalled:
 
 
 class Memories:
-    """Memories of all layers of an attachment. A copy is empty: it is of another model.
+    """Memories of all layers of an attachment. A copy is empty, as it belongs to another model.
 
     Attributes:
         learns: the pass under way is the last that the schedule keeps dense.
@@ -135,8 +136,8 @@ class Memories:
         """Begin a forward pass; whether it is the first of its transformer at its place in a step
         of the run.
 
-        Everything is forgotten at a new run and after a pass that was broken off, and what a
-        transformer learned once it has had no part in the step before.
+        Everything is forgotten at a new run and after an interrupted pass. The lessons of a
+        transformer are forgotten once it took no part in the step before.
         """
         if clock.runs != self._run or self._is_under_way:
             self.forget()
@@ -158,14 +159,14 @@ class Memories:
 
     @property
     def passes(self) -> tuple[int, int]:
-        """Number of passes of the transformer under way that this step has had, and of those that
-        have learned."""
+        """Numbers of passes in this step of the transformer under way: all, and the ones that have
+        learned."""
         own = [key for key in self._kept if key[0] == self._model]
         return min(self._passes[self._model], MOST_PASSES), len(own)
 
     def end(self) -> None:
-        """End a forward pass. What the last step has used is dropped, so that what decodes a video
-        finds the memory free."""
+        """End a forward pass. Memories that the last step has used are dropped, to free them for
+        the autoencoder."""
         self._is_under_way = False
         if self._is_last:
             self._kept.pop((self._model, self._pass), None)
@@ -183,7 +184,8 @@ class Memories:
     def recall(
         self, layer: str, every: int, about: tuple[Any, ...], dense: bool
     ) -> Recalled | None:
-        """Recollection of a call of a layer; None for a dense one that is one too many to learn.
+        """Return the memory of a layer's call; None for a dense call beyond the most that may
+        learn.
 
         Args:
             every: see `Memory`.
@@ -218,7 +220,7 @@ class Memories:
 
 
 def about_call(call: Call, tokens: Tokens, groups: Sequence[Samples]) -> tuple[Any, ...]:
-    """Facts that have to be the same for a memory to fit a call."""
+    """Return the facts that must be equal for a memory to fit a call."""
     device = call.q.device
     heads = None if call.heads is None else (call.heads.start, call.heads.stop)
     texts = tuple((tuple(some.rows), some.video) for some in groups)

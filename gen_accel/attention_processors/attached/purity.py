@@ -1,8 +1,8 @@
 """Boxes of the video whose tokens are alike, so that one mean stands for them well.
 
-The variance of keys within boxes costs next to nothing and names the few that are worth a try: on
-the demo model, that of values orders them wrongly. Which of those is best depends on the method as
-well, and is measured.
+The variance of keys within boxes costs next to nothing and names the few boxes that are worth a
+try. (On the demo model, the variance of values orders them wrongly.) The best of the few depends
+on the method as well, and is measured.
 """
 
 import math
@@ -27,8 +27,8 @@ MULTIPLE = 16  # of the tokens of a box on GPUs, whose kernels multiply by such 
 
 
 def boxes(video: VideoShape, tokens: int, device: torch.device) -> list[Box]:
-    """Boxes of so many tokens to twice as many that fit the grid, those that pad it least first:
-    all that pad it little, and a few in any case."""
+    """Boxes of `tokens` to twice as many tokens that fit the grid, in order of padding: all that
+    pad it little, and a few in any case."""
     F, H, W = (range(1, min(size, 2 * tokens) + 1) for size in video.grid)
     multiple = 1 if device.type == "cpu" else MULTIPLE
     found = [
@@ -46,15 +46,15 @@ def fits(box: Box, video: VideoShape) -> bool:
 
 
 def slots(box: Box, video: VideoShape) -> int:
-    """Number of slots that a grid takes, cut into boxes."""
+    """Number of slots of a grid that is cut into boxes."""
     return math.prod(-(-n // side) * side for n, side in zip(video.grid, box, strict=True))
 
 
 class Purest:
-    """The boxes within which the keys of each layer vary least, over the calls that are seen.
+    """Search for the boxes within which the keys of each layer vary least, over the calls seen.
 
     Args:
-        tokens: the least of a box.
+        tokens: the least number in a box.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -63,7 +63,7 @@ class Purest:
         self.within: dict[int, dict[Box, float]] = {}  # by the number of a layer
 
     def add(self, layer: int, k: Tensor, video: VideoShape) -> None:
-        """The keys of a call, (B, H, N, D), of some of the heads, one at a time."""
+        """Add the keys of a call, (B, H, N, D). Some of the heads are read, one at a time."""
         if self.video is None:
             self.video = video
         if video.grid != self.video.grid:
@@ -76,8 +76,8 @@ class Purest:
                 within[box] += purity.within(box).mean().item()
 
     def found(self) -> dict[int, list[Box]]:
-        """By the number of a layer, its purest few, and `even_tile` if it fits; no layer where no
-        box does."""
+        """Map the number of each layer to its few purest boxes, and `even_tile` if it fits. Layers
+        that no box fits are left out."""
         if self.video is None:
             return {}
         even = even_tile(self.video, self.tokens)
@@ -133,7 +133,8 @@ class TileErrors:
         video: VideoShape,
         run: Callable,
     ) -> None:
-        """A call, (B, H, N, D) each. One on a grid that some box does not fit is left out."""
+        """Add a call, (B, H, N, D) each. Calls on a grid that some box does not fit are left
+        out."""
         squares = self.squares.get(layer, {})
         if not squares or not all(fits(box, video) for box in squares):
             return
@@ -156,7 +157,7 @@ class TileErrors:
 
 
 class Purity:
-    """Sums over the tokens before each place of a grid, from which those of any box follow.
+    """Prefix sums over the places of a grid, from which the sums of any box follow.
 
     Args:
         x: (B, H, N, D), the video first.
@@ -173,8 +174,8 @@ class Purity:
         self.before = torch.nn.functional.pad(sums, (0, 0, 1, 0, 1, 0, 1, 0))
 
     def within(self, box: Box) -> Tensor:
-        """Variance about the means of boxes, as a share of that about the mean of all, (B, H):
-        0 where the tokens of each box are equal, 1 where boxes tell nothing."""
+        """Variance about the means of boxes, as a share of the variance about the mean of all, (B,
+        H): 0 where the tokens of each box are equal, 1 where boxes tell nothing."""
         sums, counts = self.before, torch.ones((), device=self.before.device)
         for axis, (size, side) in enumerate(zip(self.grid, box, strict=True)):
             cuts = torch.tensor([*range(0, size, side), size], device=sums.device)

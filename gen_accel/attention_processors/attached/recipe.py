@@ -1,4 +1,4 @@
-"""What a LoRA was trained with: read from it, attached again, compared with what is attached."""
+"""The recipe of a LoRA's training: read from its file, attached again, compared with what runs."""
 
 import hashlib
 import json
@@ -23,23 +23,23 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a LoRA, or an image prompt, came about. It lies in the metadata of its file, and beside
-    it for reading.
+    """How a LoRA, or an image prompt, was trained. The metadata of its file holds the recipe, and
+    a copy lies beside the file for people.
 
     Args:
         base_model: name or folder of the pipeline.
         transformer: its class, and the sizes in its config that a LoRA depends on.
         part: which transformer of the pipeline.
         method, options: the attention it was trained through.
-        schedule: what of it was dense.
+        schedule: the layers and steps that were dense.
         rope: the rule of the last stage, for more than `trained_frames` frames.
         frames, height, width: of the longest clips it saw, in frames and pixels.
         stages: the curriculum, frames:steps[:rule] each.
         steps: optimizer steps in all.
         data: hash of the clips and captions.
-        teacher_guidance: scale of the guidance that it holds, so that it is to generate without; 1
-            is none.
-        teacher: hash of the LoRA that it was taught by; None: by none.
+        teacher_guidance: scale of the guidance that is distilled into it, so that it generates
+            without guidance; 1 is none.
+        teacher: hash of the LoRA that taught it; None: none did.
         techniques: of `gen_accel.extend`, to generate with for more than `trained_frames` frames.
     """
 
@@ -93,7 +93,7 @@ class GuidedTwice(UserWarning):
 
 
 def read_recipe(source: str | Path) -> Recipe:
-    """Of a folder that holds a LoRA, or of its file.
+    """Read the recipe of a folder that holds a LoRA, or of its file.
 
     Raises:
         FileNotFoundError: no LoRA there.
@@ -117,11 +117,11 @@ def read_recipe(source: str | Path) -> Recipe:
 
 
 def parse(data: Any, origin: Any) -> Recipe:
-    """What a LoRA says of its training.
+    """Return the recipe that a LoRA's metadata holds.
 
     Args:
         data: as JSON holds it.
-        origin: file or adapter that it is of.
+        origin: the file or adapter, for errors.
 
     Raises ValueError for what this version did not write.
     """
@@ -140,7 +140,7 @@ def parse(data: Any, origin: Any) -> Recipe:
 
 
 def sizes(transformer: Any) -> dict[str, Any]:
-    """Class and config entries that decide whether a LoRA fits."""
+    """Return the class and the config entries that decide whether a LoRA fits."""
     config = dict(transformer.config)
     kept = {k: v for k, v in sorted(config.items()) if isinstance(v, int | str | list | tuple)}
     kept = {k: v for k, v in kept.items() if not k.startswith("_") and k not in _NOT_SIZES}
@@ -153,7 +153,7 @@ _NOT_SIZES = ("rope_max_seq_len", "pos_embed_seq_len", "attn_mode")
 
 
 def check_base(recipe: Recipe, transformer: Any, what: str = "the LoRA") -> None:
-    """Raises ValueError for a LoRA, or `what` it is, of a model of another class or size."""
+    """Raise ValueError for a LoRA, called `what`, of a model of another class or size."""
     have = sizes(transformer)
     wrong = [
         f"{name} {value!r} (this model: {have.get(name)!r})"
@@ -167,7 +167,7 @@ def check_base(recipe: Recipe, transformer: Any, what: str = "the LoRA") -> None
 
 
 def recipes_of(transformer: Any) -> dict[str, Recipe]:
-    """By the names of the active adapters that were trained here."""
+    """Map the name of each active adapter that was trained here to its recipe."""
     adapted = hasattr(transformer, "active_adapters")  # not all classes load LoRAs themselves
     configs = getattr(transformer, "peft_config", None) if adapted else None
     configs = configs or {}
@@ -184,7 +184,7 @@ def recipes_of(transformer: Any) -> dict[str, Recipe]:
 
 
 def warn_of_other_attention(transformer: Any, method: Any, stacklevel: int = 2) -> None:
-    """For each active adapter that was trained with another method than `method`."""
+    """Warn of each active adapter that was trained with another method than `method`."""
     for name, recipe in recipes_of(transformer).items():
         trained, run = recipe.build_method(), on_device(method, transformer.device)
         if trained in (method, run):

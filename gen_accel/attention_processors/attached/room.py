@@ -1,4 +1,4 @@
-"""Room for what a method remembers, asked for before it is there."""
+"""Memory that a method will need from step to step, checked before it is allocated."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,8 +13,8 @@ HOST = torch.device("cpu")
 
 
 class Needed(NamedTuple):
-    """Bytes that are remembered of one pass in a step: on a model's device, and on the host where
-    that is another."""
+    """Bytes remembered from one pass of a step: on the model's device, and on the host if that is
+    another one."""
 
     device: int
     host: int
@@ -64,7 +64,7 @@ def check_room(
 
 
 def first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """Latents, which a forward pass is given first: a row for each sample, on the device that
-    computes, where weights may still be elsewhere."""
+    """Return the latents, the first tensor that a forward pass is given. They have a row for each
+    sample, and lie on the device that computes even where weights are still offloaded."""
     given = (*args, *kwargs.values())
     return next((x for x in given if isinstance(x, Tensor) and x.ndim), None)

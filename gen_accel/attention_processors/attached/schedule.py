@@ -13,8 +13,8 @@ from gen_accel.values import check_types
 class Schedule:
     """Layers and steps that run the model's own attention instead of the sparse one.
 
-    The first steps decide what a video shows: keeping a fifth of them dense is what most of the
-    published quality rests on.
+    The first steps decide what a video shows. Most published quality rests on keeping the first
+    fifth of the steps dense.
 
     Args:
         dense_layers: the first so many blocks, or a tuple of their numbers.
@@ -69,8 +69,8 @@ class Schedule:
         return self.dense_start > 0 or self.dense_end > 0
 
     def progress(self, step: int, steps: int | None) -> float:
-        """Progress of a run at `step`, among its steps that are not dense: 0 at the first, 1 at
-        the last. 0 where `steps` is not known, and where there are no two of these."""
+        """Progress of a run at `step` among its sparse steps: 0 at the first, 1 at the last. Also
+        0 where `steps` is not known, and with fewer than two sparse steps."""
         sparse = self.sparse_steps(steps or 0)
         if len(sparse) < 2:
             return 0.0
@@ -78,7 +78,7 @@ class Schedule:
         return min(1.0, before / (len(sparse) - 1))
 
     def sparse_steps(self, steps: int) -> range:
-        """Those of `steps` that are not dense, which lie together."""
+        """Range of the sparse steps among `steps`; they lie together."""
         first = max(self.dense_steps, math.ceil(self.dense_start * steps - 1e-9))
         last = steps - math.ceil(self.dense_end * steps - 1e-9)
         return range(min(first, steps), max(last, min(first, steps)))
@@ -109,7 +109,8 @@ class Schedule:
 
 
 def as_schedule(given: Any) -> Schedule:
-    """`given`, or no dense layers and steps for None; ValueError for what is no schedule."""
+    """Return `given`, or a schedule without dense layers and steps for None; ValueError for
+    anything that is no schedule."""
     if given is None:
         return Schedule()
     if not isinstance(given, Schedule):

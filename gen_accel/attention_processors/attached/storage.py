@@ -1,4 +1,4 @@
-"""What is attached, on disk: the method and its parameters, as JSON and safetensors."""
+"""Attached methods on disk: the method as JSON, its parameters as safetensors."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -42,14 +42,14 @@ def save_processors(
     """Write the attached method, its schedule, and the parameters of its layers.
 
     `processors.json` names the method with its options, and the hash of `processors.safetensors`,
-    which holds the parameters. These are written first, by a name of their own, and take that one
-    when the JSON names them: a run that is killed at any point leaves the earlier pair or this
-    one, and `load_processors` finds it.
+    which holds the parameters. The parameters are first written under a temporary name, and
+    renamed once the JSON names them. A run that is killed at any point leaves the earlier pair or
+    this one, and `load_processors` finds it.
 
     Args:
         pipe_or_handle: a pipeline or transformer with a method attached, or the handle.
-        tensors: of each layer, instead of the parameters as they are now: an average of theirs,
-            or put together from parts.
+        tensors: parameters of each layer to write instead of the current ones, such as an average,
+            or tensors gathered from shards.
 
     Returns:
         The folder.
@@ -89,8 +89,8 @@ def save_processors(
 
 
 def weights_of(folder: Path) -> Path:
-    """The parameters that belong to the JSON of `folder`, whether or not they have their name yet,
-    or are there."""
+    """Path of the parameters that the JSON of `folder` names. They may still have their temporary
+    name, or be missing."""
     following = folder / NEXT
     try:
         named = read_fields(folder / CONFIG)["sha256"]
@@ -104,9 +104,8 @@ def load_processors(pipe_or_transformer: Any, folder: str | Path, **options: Any
     """Attach what `save_processors` wrote, with its parameters.
 
     Args:
-        options: of `attach`, instead of those that were saved: schedule, kernel, dense_kernel,
-            timed. Layers that are dense have no parameters, so that no more may be sparse than
-            were.
+        options: arguments of `attach` that replace the saved ones: schedule, kernel, dense_kernel,
+            timed. Dense layers have no saved parameters, so that they cannot become sparse.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -132,14 +131,14 @@ def load_processors(pipe_or_transformer: Any, folder: str | Path, **options: Any
 
 
 def _settle(folder: Path) -> None:
-    """Give the parameters that the JSON names their name, and remove those that it does not."""
+    """Rename the parameters that the JSON names, and remove all others."""
     if weights_of(folder) == folder / NEXT:
         (folder / NEXT).replace(folder / WEIGHTS)
     (folder / NEXT).unlink(missing_ok=True)
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Any], str]:
-    """The method, the options of `attach`, and the hash of the weights."""
+    """Read the method, the options of `attach`, and the hash of the weights."""
     try:
         config = read_fields(path)
         if config["version"] != VERSION:
@@ -162,7 +161,7 @@ def _schedule(options: dict[str, Any]) -> Schedule:
 
 
 def _parameters(handle: Attachment) -> dict[str, Tensor]:
-    """By layer and name; they share their memory with the model's."""
+    """Collect the parameters by layer and name. They share memory with the model."""
     for layer, branch in handle.branches.items():
         if is_offloaded(branch):
             raise ValueError(
@@ -186,7 +185,8 @@ def _check_fit(
     tensors: dict[str, Tensor],
     path: Path,
 ) -> None:
-    """Before anything is attached: another attachment may be at work."""
+    """Refuse parameters that do not fit, before anything is attached: another attachment may be
+    on."""
     wanted, possible = {}, {}
     for part, transformer in served_transformers(pipe_or_transformer).items():
         for site in family_of(transformer).self_attentions(transformer):
@@ -202,7 +202,7 @@ def _check_fit(
             if schedule.why_layer(site.layer) is None:
                 wanted |= found
     have = {name: tensor.shape for name, tensor in tensors.items()}
-    # Those of layers that are dense now are left where they are.
+    # Parameters of layers that are dense now are not loaded.
     wrong = sorted(
         {name for name, _ in (wanted.items() - have.items()) | (have.items() - possible.items())}
     )

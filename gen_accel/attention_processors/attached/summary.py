@@ -1,4 +1,4 @@
-"""What an attachment did: for each layer and step, which attention ran, and what it cost."""
+"""Records of an attachment: for each layer and step, which attention ran and at what cost."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,16 +21,17 @@ BY_ITSELF = "its own code, without a kernel"
 class Record:
     """One layer at one step: all its calls, two with guidance.
 
-    FLOPs count both products of attention, at 2 for each multiply and add; what chooses the
-    blocks, and the linear branch of sparse-linear attention, are not counted.
+    FLOPs count both products of attention, at 2 for each multiply and add; the choice of blocks,
+    and the linear branch of sparse-linear attention, are not counted.
 
     Attributes:
         why_dense: None where a method ran.
         choice: the kernel; None where none ran.
-        by_itself: calls in which the method computed without a kernel, so that nobody knows what
-            it left out: they count as dense.
+        by_itself: calls in which the method computed without a kernel. They count as dense, as it
+            is not known which pairs were left out.
         learned: calls that a method with a memory learned from; they are dense.
-        in_graph: it ran dense in a graph, which leaves no record: this is what others say of it.
+        in_graph: it ran dense in a graph, which leaves no record. Its figures are inferred from
+            other records.
         device: where a plan ran; None where none did.
     """
 
@@ -44,8 +45,7 @@ class Record:
     dense_flops: float = 0.0
     seconds: float | None = None
     device: torch.device | None = None
-    # Sums over the calls: of what the grid decides, and of what q and k decided, which stays on
-    # its device until someone asks.
+    # Sums over the calls. Sums that depend on q and k stay on their device until they are read.
     _kept: float = 0.0
     _flops: float = 0.0
     _tallies: dict["Layout", "Tally"] = field(default_factory=dict, repr=False)
@@ -84,14 +84,14 @@ class Record:
                 self._flops += part * plan.computed_density * dense
 
     def settle(self) -> None:
-        """Add up what the device counted. Waits for it."""
+        """Add the counts that lie on the device. Waits for it."""
         while self._tallies:
             layout, tally = self._tallies.popitem()
             kept, computed = tally.shares()
             self._kept, self._flops = self._kept + kept, self._flops + computed * layout.dense
 
     def as_dense(self, why: str) -> "Record":
-        """The same calls, had they run dense."""
+        """Return the record of the same calls, had they run dense."""
         return Record(
             why,
             tokens=self.tokens,
@@ -148,10 +148,10 @@ class Layout:
 
 
 class Tally:
-    """Counts of the pairs that plans of one layout keep, by two operations of their device a plan.
+    """Counts of the pairs that plans of one layout keep, at two device operations for each plan.
 
-    Without a route it is exact. With one, the groups that queries picked and the blocks that are
-    kept are counted in turns after the first plan, and taken to be of the mean number of tokens.
+    Counts are exact without a route. With one, plans after the first count either the groups that
+    queries picked or the kept blocks, in turns; all are taken to hold the mean number of tokens.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -212,14 +212,15 @@ class Tally:
 
 @dataclass(frozen=True)
 class Silence:
-    """What ran and left no record.
+    """Layers and passes that left no record.
 
     Args:
-        displaced: layers whose processors were exchanged, to the class of those there now.
+        displaced: layers whose processors were exchanged, to the class of the new processor.
         layers: how many there are.
         passes: forward passes that ran.
         paused: forward passes inside `paused()`.
-        one_graph: the whole model is one graph of torch.compile, which tells no step apart.
+        one_graph: the whole model is one graph of torch.compile, in which steps cannot be told
+            apart.
         in_graphs: blocks are graphs, in which the model's own attention leaves no record.
     """
 
@@ -232,7 +233,7 @@ class Silence:
     recording: bool = True
 
     def why_empty(self) -> str:
-        """Why nothing at all was recorded."""
+        """Say why nothing at all was recorded."""
         if not self.recording:
             return "nothing was recorded, as record=False says"
         if self.displaced:
@@ -256,7 +257,7 @@ class Silence:
 
 @dataclass(frozen=True)
 class Summary:
-    """What ran in a generation. Printable; `to_dict()` for a report, `explain()` for one step.
+    """Summary of a generation. Printable; `to_dict()` for a report, `explain()` for one step.
 
     Args:
         layers: all that the method was attached to, by name, and why each is dense at all steps.
@@ -276,8 +277,8 @@ class Summary:
     def of(
         cls, method: Any, schedule: Any, records: Mapping[Key, Record], **facts: Any
     ) -> "Summary":
-        """The summary of `records`; with those of dense calls in graphs, which leave none, put in
-        by what the others say of their size."""
+        """Summarise `records`. Dense calls in graphs leave none; theirs are inferred from the
+        sizes of the others."""
         made = cls(method, schedule, dict(records), **facts)
         if made.silence.in_graphs and not made.silence.one_graph:
             for name, why in made.layers.items():
@@ -289,7 +290,7 @@ class Summary:
         return made
 
     def _like(self, layer: str, step: int) -> Record | None:
-        """A record of the same layer, or of the same step, or any."""
+        """Return a record of the same layer, or of the same step, or any."""
         found = {key: record for key, record in self.records.items() if record.why_dense is None}
         near = [record for (name, _), record in found.items() if name == layer]
         near += [record for (_, at), record in found.items() if at == step]
@@ -304,13 +305,13 @@ class Summary:
 
     @property
     def flops_share(self) -> float | None:
-        """Executed attention FLOPs over those of dense attention, in all layers and steps."""
+        """Executed attention FLOPs over dense attention's, in all layers and steps."""
         dense = sum(record.dense_flops for record in self.records.values())
         return sum(record.flops for record in self.records.values()) / dense if dense else None
 
     @property
     def seconds(self) -> float | None:
-        """Spent in attention; None unless timed."""
+        """Seconds spent in attention; None unless timed."""
         known = [r.seconds for r in self.records.values() if r.seconds is not None]
         return sum(known) if known else None
 
@@ -321,7 +322,7 @@ class Summary:
 
     @property
     def reused(self) -> list[int]:
-        """The steps at which what it had learned ran."""
+        """The steps at which a method ran by its memory."""
         sparse = {step for (_, step), r in self.records.items() if r.why_dense is None}
         return sorted(sparse) if parts_of(self.method).memory is not None else []
 
@@ -371,7 +372,7 @@ class Summary:
         return f"attention {less}: {where} {self._when(sparse)}{known}, kernel {self._by()}"
 
     def explain(self, step: int | None = None, layer: str | int | None = None) -> str:
-        """What ran and why, in words: at one step, in one layer, or both.
+        """Explain which attention ran and why: at one step, in one layer, or both.
 
         Args:
             step: from 0. Without: each that ran.
@@ -487,7 +488,7 @@ class Summary:
         return found
 
     def _at(self, step: int, names: Sequence[str], ran: Sequence[int]) -> Iterator[str]:
-        """What ran at a step, layers that did the same together."""
+        """Describe a step, with layers that did the same put together."""
         if not ran:
             yield f"step {step}: {self.silence.why_empty()}"
             return
@@ -535,7 +536,7 @@ class Summary:
 
 
 def spans(numbers: Sequence[int]) -> str:
-    """Rising numbers with runs drawn together: "0-9, 12"."""
+    """Write rising numbers with runs drawn together: "0-9, 12"."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:

@@ -11,7 +11,8 @@ TRANSFORMERS = ("transformer", "transformer_2", "transformer_ref", "unet")
 
 
 def served_transformers(pipe_or_transformer: Any) -> dict[str, nn.Module]:
-    """By the names that a pipeline has for them; TypeError for what has none."""
+    """Map the names that a pipeline has for its transformers to them; TypeError for an object
+    without any."""
     if isinstance(pipe_or_transformer, nn.Module):
         return {TRANSFORMERS[0]: pipe_or_transformer}
     found = {name: getattr(pipe_or_transformer, name, None) for name in TRANSFORMERS}
@@ -23,8 +24,8 @@ def served_transformers(pipe_or_transformer: Any) -> dict[str, nn.Module]:
 
 
 class SchedulerOf:
-    """A pipeline's scheduler, looked up at each call, as users exchange it; weakly, as the
-    pipeline owns the model."""
+    """A pipeline's scheduler, looked up at each call because users may exchange it. The reference
+    is weak, as the pipeline owns the model."""
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = ref(pipe)
@@ -42,6 +43,6 @@ class SchedulerOf:
         )
 
     def __deepcopy__(self, memo: dict) -> "SchedulerOf":
-        """With a copy of the whole pipeline, that of the copy."""
+        """Refer to the copy's scheduler where the whole pipeline is copied."""
         pipe = self._pipe()
         return SchedulerOf(memo.get(id(pipe), pipe))

@@ -1,4 +1,4 @@
-"""Where it is computed: one diffusers model family a file, whose parts `contract.Family` names.
+"""Model families of diffusers, one a file. `contract.Family` names the parts of such a file.
 
 A family holds geometry and names; the processors' code stays diffusers' own. This file has what
 families share, and finds the family of a model.
@@ -79,7 +79,7 @@ REFUSED: dict[str, str] = {
 
 Read = TypeVar("Read", bound=Callable)
 
-# q (b, N, H, D) and the samples of the batch that it is of, to (b, N, H, D) or nothing
+# q (b, N, H, D) and its samples of the batch, to (b, N, H, D) or nothing
 ImageBranch = Callable[[Tensor, slice], Tensor | None]
 
 
@@ -89,10 +89,9 @@ class SelfAttention(NamedTuple):
     Args:
         layer: the number of its block, which `Schedule.dense_layers` counts.
         heads, dim: attention heads, and the dim of one.
-        tokens: what its tokens are, given those of the model and the call, where they differ: for
-            levels of a UNet, attention over frames alone, a text that is cut.
-        call: the number of the attention call over the grid, where the processor makes others
-            beside it.
+        tokens: function from the model's tokens and the call to this attention's tokens, where
+            they differ: levels of a UNet, attention within frames, a text that is cut.
+        call: the number of the attention call over the grid, where the processor makes several.
     """
 
     name: str
@@ -113,7 +112,7 @@ class ImageAttention(NamedTuple):
         heads, dim: attention heads, and the dim of one.
         width: of the image tokens that its projections take.
         to_k, to_v: names in `module` of the projections that a new adapter starts from.
-        norm: name in `module` of what normalises its keys, all heads together or each.
+        norm: name in `module` of the norm of its keys, over all heads together or over each.
         by_sample: its processor calls the attention once a sample.
     """
 
@@ -137,7 +136,7 @@ def in_stacks(
     *,
     attention: str = "attn",
 ) -> list[SelfAttention]:
-    """One attention of every block of some stacks, with layers counted through all.
+    """List one attention of every block of some stacks, with layers numbered through all.
 
     Args:
         attention: its name in a block.
@@ -154,14 +153,14 @@ def in_stacks(
 
 
 def outside_graphs(reader: Read) -> Read:
-    """For what reads positions, which are not known in a graph."""
+    """Keep a reader of positions outside of graphs, in which positions are not known."""
     why = "positions are read outside of graphs: use fullgraph=False or compile_repeated_blocks()"
     return torch.compiler.disable(reader, reason=why)  # pyright: ignore[reportReturnType]
 
 
 def prefix_lengths(mask: Tensor, ahead: int = 0) -> tuple[int, ...] | None:
-    """How many tokens a mask (B, N) leaves of each text, None where padding comes before some of
-    them. Waits for the device.
+    """Number of tokens that a mask (B, N) leaves of each text; None where padding comes before a
+    token. Waits for the device.
 
     Args:
         ahead: tokens in front of each text, none of them padding.
@@ -174,7 +173,7 @@ def prefix_lengths(mask: Tensor, ahead: int = 0) -> tuple[int, ...] | None:
 
 
 def without_text(tokens: Tokens, call: Call) -> Tokens:
-    """Of an attention over the grid alone, in a model with others that see text."""
+    """Tokens of an attention over the grid alone, in a model whose other attentions see text."""
     return Tokens(VideoShape(*tokens.video.grid))
 
 
@@ -187,7 +186,7 @@ def image_sites(
     to_v: str = "to_v",
     norm: str | None = None,
 ) -> list[ImageAttention]:
-    """Attentions by name, numbered from 0, with all else read from their projections.
+    """List attentions by name, numbered from 0, with sizes read from their projections.
 
     Args:
         heads: name in an attention of the number of its heads; others as in `ImageAttention`.
@@ -203,7 +202,7 @@ def image_sites(
 
 
 def in_patches(sizes: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:
-    """Frames, height and width of latents in patches; ValueError where those leave a rest."""
+    """Frames, height and width of latents in patches; ValueError where patches leave a rest."""
     if any(size % side for size, side in zip(sizes, patch, strict=True)):
         whole = tuple(size // side * side for size, side in zip(sizes, patch, strict=True))
         raise ValueError(
@@ -218,11 +217,11 @@ def tap_image(
 ) -> Callable[[], None]:
     """Add what `add(q, samples)` gives for the queries q (b, N, H, D) of video or image and the
     slice of the batch that they are: (b, N, H, D), or None for nothing. Where each frame attends
-    by itself, b counts the frames of all samples. Of several attentions that a processor sums, one
-    is added to.
+    by itself, b counts the frames of all samples. Where a processor sums several attentions, only
+    one is added to.
 
     Returns:
-        What takes it off.
+        A function that takes it off.
     """
     family = image_family_of(transformer)
     if family.tap_image is not None:
@@ -239,7 +238,7 @@ def tap_joint_attention(
     *,
     text_first: bool = False,
 ) -> Callable[[], None]:
-    """For attentions in which the queries of a text stand beside those of the video."""
+    """Tap attentions that have queries of the text beside the queries of the video."""
     tap = partial(_video_rows, add, text_first, site.by_sample)
     return add_tap(site.module, name, tap, model=transformer)
 
@@ -267,8 +266,8 @@ def _video_rows(
 
 
 def split_tokens() -> dict[str, Any]:
-    """Of plans of context parallelism, what is split and gathered alike in many models:
-    "tokens" (B, N, width), "rotary", the cosines and sines (N, dim), and "gathered", the output.
+    """Parts of context-parallel plans that split and gather alike in many models: "tokens" (B, N,
+    width), "rotary", the cosines and sines (N, dim), and "gathered", the output.
     """
     from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 
@@ -281,8 +280,8 @@ def split_tokens() -> dict[str, Any]:
 
 
 def encoded(pipe: Any, video: Tensor, generator: torch.Generator | None) -> Tensor:
-    """What the autoencoder makes of a video, float32 and not yet scaled; see a family's
-    `encode_video`."""
+    """Encode a video by the autoencoder, to float32 latents that are not yet scaled; see a
+    family's `encode_video`."""
     vae, step = pipe.vae, pipe.vae_scale_factor_temporal
     if (video.shape[2] - 1) % step:
         raise ValueError(f"video must have {step} n + 1 frames, got {video.shape[2]}")
@@ -293,12 +292,13 @@ def encoded(pipe: Any, video: Tensor, generator: torch.Generator | None) -> Tens
 
 
 def served_classes() -> dict[str, str]:
-    """Transformer class to the family that serves it."""
+    """Map each transformer class to the family that serves it."""
     return {kind: name for name in FAMILIES for kind in family_named(name).CLASSES}
 
 
 def family_of(transformer: Any) -> Family:
-    """Raises ValueError for a class that no family serves, with the reason where it cannot be."""
+    """Return the family of a model; ValueError for a class that no family serves, with the reason
+    where there is one."""
     for kind in type(transformer).__mro__:
         if kind.__name__ in REFUSED:
             raise ValueError(f"{kind.__name__} cannot be served: {REFUSED[kind.__name__]}")
@@ -306,31 +306,32 @@ def family_of(transformer: Any) -> Family:
 
 
 def video_classes() -> list[str]:
-    """Of `served_classes`, those that make videos."""
+    """List the `served_classes` that make videos."""
     served = served_classes()
     return [kind for kind, name in served.items() if family_named(name).KIND != "image"]
 
 
 def classes_for(use: str) -> dict[str, str]:
-    """Of `served_classes`, those whose families have what a key of `contract.USES` takes."""
+    """Select the `served_classes` whose families have the parts that a key of `contract.USES`
+    needs."""
     served = served_classes()
     return {kind: name for kind, name in served.items() if family_named(name).serves(use)}
 
 
 def family_for(transformer: Any, use: str) -> Any:
-    """The `Family` of a model, with the parts that a key of `contract.USES` takes; ValueError for
-    a class whose family lacks them too."""
+    """Return the `Family` of a model; ValueError also for a class whose family lacks parts that a
+    key of `contract.USES` needs."""
     family_of(transformer)
     return _of(transformer, classes_for(use), f"no {use} for")
 
 
 def image_classes() -> dict[str, str]:
-    """Transformer class to the family that adds image prompts to it."""
+    """Map each transformer class to the family that adds image prompts to it."""
     return classes_for("image prompts")
 
 
 def image_family_of(transformer: Any) -> Any:
-    """The `Family` that adds image prompts to it; ValueError for a class that none serves."""
+    """Return the `Family` that adds image prompts to a model; ValueError where there is none."""
     return _of(transformer, image_classes(), "no image prompts for")
 
 

@@ -33,7 +33,7 @@ SPATIAL_FACTOR = 8
 PRESETS = {"Allegro": Preset("rhymes-ai/Allegro", 2.77, temporal=4)}
 TEXT_TOKENS = 512
 
-# By what they end in, inside the blocks.
+# Layers by the end of their names, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "feed_forward": ("ff.net.0.proj", "ff.net.2"),

@@ -40,7 +40,7 @@ def video_shape(transformer: Any, sample: Tensor, *args: Any, **kwargs: Any) -> 
 
 
 def flops(transformer: Any, video: VideoShape, lengths: Mapping[str, int]) -> Flops:
-    """Counted in a forward pass without values, as convolutions and levels differ in size."""
+    """Count FLOPs in a forward pass without values, as convolutions and levels differ in size."""
     with torch.device("meta"):
         if next(transformer.parameters()).device.type != "meta":
             transformer = type(transformer).from_config(transformer.config)

@@ -54,5 +54,5 @@ def no_context_parallel(transformer: Any) -> str:
 
 
 def timestep(hidden_states: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """(B, frames), of where a step of the flow map begins."""
+    """(B, frames), the timestep at which a step of the flow map begins."""
     return timestep

@@ -45,7 +45,7 @@ PRESETS = {
 }
 TEXT_TOKENS = 226
 
-# By what they end in, inside the blocks.
+# Layers by the end of their names, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "feed_forward": ("ff.net.0.proj", "ff.net.2"),
@@ -66,7 +66,7 @@ def layers(transformer: Any) -> Layers:
 
 
 def fps(transformer: Any) -> int:
-    """Version 1.5 is known by its patches of two latent frames."""
+    """Frames a second. Version 1.5 is recognised by its patches of two latent frames."""
     return FPS if transformer.config.patch_size_t is None else _FPS_15
 
 
@@ -101,7 +101,7 @@ def video_shape(
     leave a rest."""
     config = transformer.config
     frames, _, height, width = hidden_states.shape[1:]
-    # ConsisID's configuration is that of version 1.0, before frames were joined.
+    # ConsisID's configuration is version 1.0's, before frames were joined.
     patch = getattr(config, "patch_size_t", None) or 1, config.patch_size, config.patch_size
     grid = in_patches((frames, height, width), patch)
     return VideoShape(*grid, text=encoder_hidden_states.shape[1])
@@ -114,12 +114,12 @@ def before(
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    """All of the text."""
+    """Number of text tokens, which all come first."""
     return encoder_hidden_states.shape[1]
 
 
 def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str | None:
-    """Version 1.5 has patches of two latent frames."""
+    """Reason why frames are not known in version 1.5, which has patches of two latent frames."""
     if transformer.config.patch_size_t is None:
         return None
     return "CogVideoX 1.5 may fill up its latents at the beginning, and does not tell"

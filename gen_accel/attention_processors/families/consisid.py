@@ -21,7 +21,7 @@ LORA_TARGETS = cogvideox.LORA_TARGETS
 
 
 def layers(transformer: Any) -> Layers:
-    """The cross-attention to the face is left out: it depends on the face."""
+    """Layers without the cross-attention to the face, whose cost depends on the face."""
     stock = cogvideox.layers(transformer)
     rows = {"local_facial_extractor|perceiver": "none", **stock.rows}
     return stock._replace(rows=rows, uncounted="the face")

@@ -1,4 +1,4 @@
-"""What a family's file holds, part by part: `Family` names every part once.
+"""The contract of a family's file: `Family` names every part once.
 
 A part is a name at the top of the file, a constant in capitals or a function, such as `MODELS` or
 `video_shape`; a part that has a default may be left out. Helpers begin with `_`, also those that
@@ -37,8 +37,8 @@ class Preset:
 
     Args:
         repository: on huggingface.co.
-        config: of its transformer there, as far as it differs from the defaults of the class.
-        billions: its parameters, to which a test holds the config.
+        config: entries of its transformer's config that differ from the defaults of the class.
+        billions: its number of parameters, which a test compares with the config.
         kind: the class; None for the first of the family.
         spatial, temporal: pixels a side, and frames, in a latent; None where the family's are.
     """
@@ -70,7 +70,7 @@ class Part(Generic[T]):
     Args:
         kind: the type of its value; `Callable` for a function.
         meaning: in words.
-        default: where the file does not hold it. Without, every file must.
+        default: used where a file does not hold the part. Without a default, every file must.
         default_of: gives the default of a family, where it depends on other parts.
         choices: the only values, where they are few.
         each: the type of each of its values, where it is a tuple or a mapping.
@@ -113,7 +113,7 @@ class Part(Generic[T]):
         return self.default if self.default_of is None else self.default_of(family)
 
     def refusal(self, value: Any) -> str | None:
-        """Why `value` cannot be this part; None where it can."""
+        """Return why `value` cannot be this part; None where it can."""
         if value is None:
             return None if self.default is None else f"must be {_WORDS[self.kind]}, got None"
         if self.choices and value not in self.choices:
@@ -148,11 +148,11 @@ class Family:
         return f"Family({self.name!r})"
 
     def __reduce__(self) -> tuple[Callable, tuple[str]]:
-        """A module can be neither copied nor pickled: a copy is the same family again."""
+        """Copy and pickle by name, as a module can be neither copied nor pickled."""
         return family_named, (self.name,)
 
     def serves(self, use: str) -> bool:
-        """Whether it has all parts that a key of `USES` takes."""
+        """Whether the family has all parts that a key of `USES` needs."""
         return all(getattr(self, part) is not None for part in USES[use])
 
     # What it is
@@ -392,7 +392,7 @@ class Family:
     )
 
 
-# What a family serves beside attention, to the parts that it then holds.
+# Each use beside attention, to the parts that a family needs for it.
 USES = {
     "training": ("CAUSAL_VAE", "encode_video", "encode_prompt", "predict"),
     "longer video": ("TEMPORAL_FACTOR",),
@@ -407,12 +407,12 @@ PARTS: dict[str, Part] = {
 
 @cache
 def family_named(name: str) -> Family:
-    """The family in the file `name`; ValueError, at first, where its parts are not right."""
+    """Load the family in the file `name`; ValueError, on the first call, where a part is wrong."""
     return load(name, import_module(f"{__package__}.{name}"))
 
 
 def load(name: str, module: ModuleType) -> Family:
-    """The family in `module`.
+    """Check and return the family in `module`.
 
     Raises:
         ValueError: public names that are no parts, with the nearest part; parts of the wrong type;
@@ -436,7 +436,7 @@ def load(name: str, module: ModuleType) -> Family:
 
 
 def _defined(module: ModuleType) -> list[str]:
-    """Constants and functions at the top of a module's file, without what it imports."""
+    """Names of the constants and functions at the top of a module's file, without imports."""
     names: list[str] = []
     for statement in ast.parse(inspect.getsource(module)).body:
         if isinstance(statement, ast.FunctionDef):

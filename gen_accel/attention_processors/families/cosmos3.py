@@ -22,7 +22,7 @@ ORDER = "text, video, sound, actions"
 KIND = "video"
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 SPATIAL_FACTOR = 16
-# By what they end in, inside the blocks. The feed-forward of some has a `gate_proj` too.
+# Layers by the end of their names, inside the blocks. Some feed-forwards have a `gate_proj` too.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (
         *("to_q", "to_k", "to_v", "to_out"),
@@ -36,7 +36,7 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 
 
 def layers(transformer: Any) -> Layers:
-    """Text sees itself in a call of its own; the video sees both."""
+    """Layers, in which text attends to itself in a call of its own, and the video to both."""
     names = [f"layers.{i}" for i in range(transformer.config.num_hidden_layers)]
     return Layers(
         {
@@ -71,7 +71,7 @@ def video_shape(
     *args: Any,
     **kwargs: Any,
 ) -> VideoShape:
-    """The grid of the video that is made: the last one, behind those that control it."""
+    """The grid of the generated video: the last one, behind the control videos."""
     video = VideoShape(*vision_token_shapes[-1])
     return VideoShape(*video.grid, text=sequence_length - video.tokens)
 
@@ -88,7 +88,7 @@ def before(
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    """The text, and videos that control the one that is made."""
+    """Number of tokens of the text and of control videos."""
     return und_len + sum(math.prod(shape) for shape in vision_token_shapes[:-1])
 
 

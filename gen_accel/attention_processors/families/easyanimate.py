@@ -30,7 +30,7 @@ PRESETS = {
 }
 TEXT_TOKENS = 256
 
-# By what they end in, inside the blocks.
+# Layers by the end of their names, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (
         *("to_q", "to_k", "to_v", "to_out.0"),
@@ -41,7 +41,7 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 
 
 def layers(transformer: Any) -> Layers:
-    """Blocks after the first have the same projections for text and video."""
+    """Layers; blocks after the first ones have the same projections for text and video."""
     config = transformer.config
     shared = range(config.mmdit_layers, config.num_layers)
     blocks = "|".join(map(str, shared)) or "(?!)"
@@ -80,7 +80,7 @@ def before(
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    """All of the text, of both encoders where there are two."""
+    """Number of text tokens, from both encoders where there are two."""
     texts = (encoder_hidden_states, encoder_hidden_states_t5)
     return sum(text.shape[1] for text in texts if text is not None)
 

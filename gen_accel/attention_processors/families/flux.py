@@ -31,7 +31,7 @@ ORDER = "text, image, references"
 KIND = "image"
 GUIDANCE = "sequential"
 
-# By what they end in, inside the blocks.
+# Layers by the end of their names, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (
         *("to_q", "to_k", "to_v", "to_out.0"),
@@ -64,9 +64,9 @@ def tap_image(transformer: Any, site: ImageAttention, add: ImageBranch) -> Calla
 def _third(
     add: ImageBranch, result: tuple, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any
 ) -> tuple:
-    """To the two results of image and text a third, which the block adds ungated."""
+    """Append a third result to the two of image and text; the block adds it ungated."""
     if not getattr(add, "acts", True):
-        return result  # no queries for nothing
+        return result  # no need to compute queries
     q = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)))
     added = add(q, slice(0, len(q)))
     if added is None:
@@ -93,11 +93,10 @@ def video_shape(
 
 @outside_graphs
 def _image_grid(ids: Tensor) -> tuple[int, int]:
-    """Rows and columns of the image that comes first, of positions (N, 3 or more) or (B, N, 3 or
-    more): which image, row, column. Positions may be scaled. Waits for the device.
+    """Rows and columns of the first image, from positions (N, 3 or more) or (B, N, 3 or more):
+    which image, row, column. Positions may be scaled. Waits for the device.
 
-    Raises ValueError where the first image is not number 0, as in VisualCloze, which begins with
-    examples.
+    Raises ValueError where the first image is not number 0: VisualCloze begins with examples.
     """
     ids = ids[0] if ids.ndim == 3 else ids
     first = (ids[:, 0] == ids[0, 0]).sum()

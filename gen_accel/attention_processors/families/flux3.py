@@ -19,7 +19,7 @@ ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "image, then text, image, references"
 KIND = "image"
 
-# By what they end in, inside the blocks.
+# Layers by the end of their names, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "feed_forward": ("ff.linear_in", "ff.linear_out"),

@@ -1,12 +1,12 @@
 """FramePack.
 
 Video is made section after section. Tokens are the history, the section in raster order, features
-of the given image, and the text, all in one attention. Of the history, frames far away come first,
-in patches of four times the size, then nearer ones in patches of twice the size, and last the
-given image beside the nearest frame, which need not be neighbours in time: none of them go on in
-the section's grid, so that the history is seen by all. The text of a sample that is alone in its
-batch comes without its padding; in larger batches a mask hides it. The token refiner, which
-attends over the text alone, is left as it is.
+of the given image, and the text, all in one attention. The history has distant frames first, in
+patches of four times the size, then nearer ones in patches of twice the size. Last come the given
+image and the nearest frame, which need not be neighbours in time. None of these continue the
+section's grid, so that the history is seen by all. The text of a sample that is alone in its batch
+comes without its padding; in larger batches a mask hides it. The token refiner, which attends over
+the text alone, is left as it is.
 """
 
 from math import prod
@@ -96,7 +96,8 @@ def before(
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    """All of the history, whose coarser patches are filled up where they leave a rest."""
+    """Number of tokens of the history, whose coarser patches are padded where they leave a
+    rest."""
     parts = (
         (latents_clean, (1, 2, 2)),
         (latents_history_2x, (2, 4, 4)),
@@ -119,8 +120,8 @@ def text_lengths(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[int, ...]:
-    """Tokens beside the grid of each sample, the padding left out, as the model counts them. Waits
-    for the device."""
+    """Number of tokens beside the grid in each sample, without padding, as the model counts them.
+    Waits for the device."""
     given = hidden_states, timestep, encoder_hidden_states, encoder_attention_mask
     history = before(transformer, *given, pooled_projections, image_embeds, *args, **kwargs)
     lengths = encoder_attention_mask.sum(1, dtype=torch.int)

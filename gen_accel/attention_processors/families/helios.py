@@ -1,9 +1,9 @@
 """Helios.
 
 Video is made chunk after chunk. Tokens are the history, the oldest first, and then the chunk in
-raster order, all in one attention; text is seen by cross-attention. Old frames are in coarser
-patches, and the recent ones beside the very first, so that none of them go on in the chunk's grid:
-the history is seen by all.
+raster order, all in one attention; text is seen by cross-attention. Old frames have coarser
+patches, and recent ones stand beside the very first frame. None of these continue the chunk's
+grid, so that the history is seen by all.
 """
 
 from math import prod
@@ -66,7 +66,7 @@ def video_shape(
     **kwargs: Any,
 ) -> VideoShape:
     """The grid of (B, C, frames, height, width) latents, and the tokens of the history; ValueError
-    where patches leave a rest in the grid. In the history the rest is filled up."""
+    where patches leave a rest in the grid. In the history the rest is padded."""
     patch = transformer.config.patch_size
     history = (
         (1, latents_history_short, indices_latents_history_short),
@@ -82,7 +82,7 @@ def video_shape(
 
 
 def before(transformer: Any, *args: Any, **kwargs: Any) -> int:
-    """All of the history."""
+    """Number of tokens of the history."""
     return video_shape(transformer, *args, **kwargs).text
 
 

@@ -1,9 +1,9 @@
 """HiDream-I1.
 
-Image and text attend jointly, text last: that of T5, and of two layers of Llama, the second of
-which changes from block to block. Images that are not square are filled up to the longest sequence
-that the model knows, with keys of zero which all see, as the model was trained. Blocks of two
-streams come first, then those of one.
+Image and text attend jointly, text last. The text comes from T5 and from two layers of Llama, of
+which the second changes from block to block. Images that are not square are filled up to the
+longest sequence that the model knows, with keys of zero which all see, as the model was trained.
+Blocks of two streams come first, then those of one.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "image, filling, text"
 KIND = "image"
 
-# By what they end in, inside the blocks.
+# Layers by the end of their names, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (
         *("to_q", "to_k", "to_v", "to_out"),
@@ -47,8 +47,8 @@ def video_shape(
 ) -> VideoShape:
     """The grid of (B, C, height, width) latents.
 
-    Raises ValueError where patches leave a rest, and for latents that come as tokens, which may be
-    of another grid in each sample.
+    Raises ValueError where patches leave a rest, and for latents given as tokens, whose grid may
+    differ between samples.
     """
     if hidden_states.ndim != 4:
         raise ValueError(

@@ -37,7 +37,7 @@ FPS = 24
 GUIDANCE = "sequential"
 
 _BLOCKS = ("transformer_blocks", "single_transformer_blocks")
-# By what they end in, inside the blocks: the token refiner has some of these names too.
+# Layers by the end of their names, inside the blocks: the token refiner has some of them too.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (
         *("to_q", "to_k", "to_v", "to_out.0"),
@@ -95,7 +95,7 @@ def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:
-    """All of the joint attention, numbered through both stacks."""
+    """All joint attentions, numbered through both stacks."""
     names = [f"{site.name}.attn" for site in self_attentions(transformer)]
     return image_sites(transformer, names, norm="norm_k")
 
@@ -140,7 +140,8 @@ def text_lengths(
 
 
 def context_parallel(transformer: Any) -> dict[str, Any]:
-    """The mask of the text's padding is of all tokens: the text stays whole in each process."""
+    """Plan in which each process holds the whole text, as the mask of its padding covers all
+    tokens."""
     split = split_tokens()
     return {
         "transformer_blocks.0": {"hidden_states": split["tokens"]},
@@ -178,7 +179,7 @@ def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = N
 def encode_prompt(
     pipe: Any, prompts: list[str], max_tokens: int | None = None
 ) -> dict[str, Tensor]:
-    """What `predict` passes on to the transformer, a row for each of B prompts.
+    """Encode B prompts into the arguments that `predict` passes to the transformer, a row each.
 
     Args:
         max_tokens: the pipelines' `max_sequence_length`, the prompt's template not counted; longer
@@ -216,8 +217,8 @@ def predict(
     Args:
         noisy: (B, C, f, h, w) latents.
         sigma: (B,) in [0, 1].
-        conditions: of `encode_prompt`; with `guidance` (B,), 1000 times the scale, other than
-            `_DISTILLED_GUIDANCE` for models that are distilled for it.
+        conditions: from `encode_prompt`. Guidance-distilled models take `guidance` (B,), 1000
+            times the scale, instead of `_DISTILLED_GUIDANCE`.
     """
     if transformer.config.guidance_embeds and "guidance" not in conditions:
         guidance = torch.full_like(sigma, 1000 * _DISTILLED_GUIDANCE)
@@ -226,8 +227,8 @@ def predict(
 
 
 def temporal_frequencies(transformer: Any) -> Tensor:
-    """(pairs,) float64: what each rotary pair of the time axis turns by from one latent frame to
-    the next, in rad, after `set_temporal_frequencies` too the model's own."""
+    """(pairs,) float64: the angle of each rotary pair of the time axis per latent frame, in rad.
+    Always the model's own, also after `set_temporal_frequencies`."""
     config = transformer.config
     dim = config.rope_axes_dim[0]
     exponent = torch.arange(0, dim, 2, dtype=torch.float64) / dim
@@ -235,7 +236,7 @@ def temporal_frequencies(transformer: Any) -> Tensor:
 
 
 def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
-    """Make the rotary table of this model's time axis of other frequencies.
+    """Give the rotary table of this model's time axis other frequencies.
 
     Args:
         freqs: (pairs,) in rad per latent frame after patchify. None: the model's own table, bit
@@ -282,14 +283,14 @@ class _TemporalRotary(nn.Module):
 
 
 def decode_parts(vae: Any) -> Callable[[Any, Tensor], Iterator[Tensor]] | None:
-    """The autoencoder decodes windows that overlap in time and blends them, unless that is
-    disabled. The same windows are decoded, and the part that no further window changes is handed
-    on."""
+    """Return a decoder of the autoencoder's overlapping windows in time, unless these are
+    disabled. It decodes and blends the same windows, and yields frames once no later window
+    changes them."""
     return _blended_windows if vae.use_framewise_decoding else None
 
 
 def _blended_windows(vae: Any, z: Tensor) -> Iterator[Tensor]:
-    """As `_temporal_tiled_decode`: each window is blended into the end of the one before."""
+    """Blend each window into the end of the one before, as `_temporal_tiled_decode` does."""
     factor, frames = vae.temporal_compression_ratio, z.shape[2]
     window = vae.tile_sample_min_num_frames // factor
     stride = vae.tile_sample_stride_num_frames

@@ -1,10 +1,10 @@
 """HunyuanVideo 1.5, text to video and image to video.
 
 Video and text attend jointly, video first in raster order. What counts as text is of three kinds,
-each padded to a length of its own: features of an image, glyphs, and the prompt. The model brings
-what is not padding to the front of each sample, in this order, and a mask hides the rest, rows and
-columns; where the image's features are all zero, as in text to video, they are padding too. The
-token refiner, which attends over the prompt alone, is left as it is.
+each padded to a length of its own: features of an image, glyphs, and the prompt. The model moves
+all real tokens to the front of each sample, in this order, and a mask hides the rest, rows and
+columns. Image features that are all zero, as in text to video, are padding too. The token refiner,
+which attends over the prompt alone, is left as it is.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ PRESETS = {
 }
 TEXT_TOKENS = 1000
 
-# By what they end in, inside the blocks: the token refiner has some of these names too.
+# Layers by the end of their names, inside the blocks: the token refiner has some of them too.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (
         *("to_q", "to_k", "to_v", "to_out.0"),

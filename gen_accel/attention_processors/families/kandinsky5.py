@@ -39,7 +39,7 @@ PRESETS = {
 }
 TEXT_TOKENS = 512
 
-# By what they end in, inside the blocks: other layers are called `out_layer` too.
+# Layers by the end of their names, inside the blocks: other layers are called `out_layer` too.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": tuple(
         f"{attention}.{name}"

@@ -1,10 +1,10 @@
 """Kandinsky 6, video with sound from text or an image.
 
-Tokens of the video's self-attention are the video's, in raster order, and after them those of an
-image to start from: a frame like the others, but of the first frame's time, so that it does not go
-on in the grid and is seen by all. The attention of the sound and of the text over themselves, and
-that between video, sound and text, is left as it is; image prompts are added to that of the video,
-and of its image, to the text.
+Tokens of the video's self-attention are the video's, in raster order, and then the tokens of a
+start image. That image has the first frame's time, so that it does not continue the grid and is
+seen by all. Self-attention of sound and text, and cross-attention between video, sound and text,
+are left as they are. Image prompts are added to the cross-attention of the video, and of its
+image, to the text.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ TEMPORAL_FACTOR = kandinsky5.TEMPORAL_FACTOR
 SPATIAL_FACTOR = 8
 TEXT_TOKENS = 1024
 
-# By what they end in, inside the blocks: those of the video alone.
+# Layers by the end of their names, inside the blocks: the video's alone.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": tuple(
         f"video_dec_block.{attention}.{name}"
@@ -105,7 +105,7 @@ def video_shape(
 
 
 def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str | None:
-    """Cross-attention has the queries of all frames."""
+    """Reason why frames are not known: cross-attention has the queries of a start image too."""
     if video_shape(transformer, *args, **kwargs).text:
         return "Kandinsky 6 is given an image as one more frame"
     return None

@@ -1,8 +1,8 @@
 """Latte, text to video.
 
 Blocks over space and over time take turns. In those over space each frame is a sample of its own
-that attends to itself, in raster order, with the text seen by cross-attention. Those over time are
-left alone: they attend over the frames of one place, which are few, 16 in the published model.
+that attends to itself, in raster order, with the text seen by cross-attention. Blocks over time
+are left alone: they attend over the frames of one place, only 16 in the published model.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ TEMPORAL_FACTOR = 1  # frames in a latent frame
 SPATIAL_FACTOR = 8
 TEXT_TOKENS = 120
 
-# By what they end in, inside the blocks.
+# Layers by the end of their names, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "feed_forward": ("ff.net.0.proj", "ff.net.2"),

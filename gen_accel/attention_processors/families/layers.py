@@ -1,12 +1,12 @@
-"""FLOPs of one forward pass, from a model's layers: what passes each, and what attends to what.
+"""FLOPs of one forward pass, from the tokens that pass a model's layers and attentions.
 
 Counted, at 2 FLOPs for each multiplication and addition: linear layers and convolutions, and both
 products of each attention. Not counted: norms, activations, rotary embeddings and embeddings by
 table.
 
 Tokens are counted by kind, in expressions such as "video + text" or "frames * text" ("one" is one
-row a sample, "noisy" the tokens of frames that are not given: all of them, unless told). A kind
-whose number is not known counts 0.
+row a sample; "noisy" are tokens of frames that are not given, by default all). A kind whose number
+is not known counts 0.
 """
 
 import re
@@ -23,16 +23,15 @@ LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
 
 
 class Layers(NamedTuple):
-    """What passes the layers of a family's models.
+    """The tokens that pass the layers of a family's models.
 
     Args:
         rows: regular expressions, searched for in the names of linear layers and convolutions, to
             the tokens that pass them. The first that is found counts; all others see `default`.
-        attends: the same for the query projections of attentions beside those over the grid, to
-            their queries and their keys.
-        beside: what attends together with the grid, in `self_attentions`.
-        pairs: of blocks whose attention over the grid differs, by their names, to its queries and
-            its keys.
+        attends: likewise, query projections of all attentions but the ones over the grid, to their
+            queries and their keys.
+        beside: the tokens that attend together with the grid, in `self_attentions`.
+        pairs: names of blocks whose attention over the grid differs, to its queries and its keys.
         lengths: numbers of tokens that are the same for all videos, by kind.
         uncounted: in words, what depends on more than size and text, and counts nothing here.
     """
@@ -47,10 +46,11 @@ class Layers(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """Of one call for one sample.
+    """FLOPs of one call for one sample.
 
     Args:
-        attention: both products of the attentions over the grid and what attends with it.
+        attention: both products of the attentions over the grid, with the tokens that attend with
+            it.
         rest: everything else, other attention too.
     """
 
@@ -62,7 +62,7 @@ class Cost:
     """The work of a model as a function of its tokens.
 
     Args:
-        model: its layers are looked at; may be on the meta device.
+        model: its layers are read; may be on the meta device.
         sites: its `self_attentions`.
         frames_apart: each frame attends by itself.
     """

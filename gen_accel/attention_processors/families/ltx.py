@@ -1,8 +1,8 @@
 """LTX-Video.
 
 Tokens are the video's, in raster order; text is seen by cross-attention. They come as a row, with
-the sizes of their grid, or with the time and place of each. Then frames that the video is made to
-follow may stand before or after it: whole ones at times of the grid, which are no part of it.
+the sizes of their grid, or with the time and place of each. In the second case, conditioning
+frames may stand before or after the video: whole frames at times of the grid, but no part of it.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ SPATIAL_FACTOR = 32
 PRESETS = {"LTX-Video": Preset("Lightricks/LTX-Video", 1.92)}
 TEXT_TOKENS = 128
 
-# By what they end in, inside the blocks.
+# Layers by the end of their names, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "feed_forward": ("ff.net.0.proj", "ff.net.2"),
@@ -112,14 +112,14 @@ def before(
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    """The tokens of frames that stand before the video."""
+    """Number of tokens of the frames before the video."""
     return 0 if video_coords is None else _in_coordinates(video_coords).before
 
 
 @outside_graphs
 def _in_coordinates(video_coords: Tensor) -> Tokens:
-    """The video among whole frames of one size: it begins at time 0, and goes on as long as the
-    time rises from frame to frame. Waits for the device.
+    """Find the video among whole frames of one size. The video begins at time 0, and lasts as long
+    as the time rises from frame to frame. Waits for the device.
 
     Args:
         video_coords: (B, 3, N), time, row and column of each token in any units.
@@ -141,7 +141,7 @@ def _in_coordinates(video_coords: Tensor) -> Tokens:
 
 
 def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str | None:
-    """Cross-attention has the queries of all frames."""
+    """Reason why frames are not known: cross-attention has the queries of further frames too."""
     if video_shape(transformer, *args, **kwargs).text:
         return "LTX-Video is given further frames beside those of the video"
     return None
@@ -158,5 +158,5 @@ def timestep(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """(B,), or (B, tokens) where some are given (image to video)."""
+    """(B,), or (B, tokens) where some frames are given (image to video)."""
     return timestep

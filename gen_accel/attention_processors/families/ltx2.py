@@ -1,10 +1,10 @@
 """LTX-2, video with sound.
 
-Tokens of the video's self-attention are the video's, in raster order, and after them those of key
-frames and of other videos that it is made to follow, in whatever sizes. The attention of the sound
-over itself, and that between video, sound and text, is left as it is; image prompts are added to
-that of the video, and of what it follows, to the text. A mask between the video and what it
-follows, which LTX-2's pipeline for them has for strengths below 1, is refused.
+Tokens of the video's self-attention are the video's, in raster order, and then the tokens of key
+frames and reference videos, of any size. Self-attention of the sound, and cross-attention between
+video, sound and text, are left as they are. Image prompts are added to the cross-attention of the
+video and its references to the text. A mask between the video and its references, which LTX-2's
+pipeline has for strengths below 1, is refused.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ SPATIAL_FACTOR = 32
 PRESETS = {"LTX-2": Preset("Lightricks/LTX-2", 18.9)}
 TEXT_TOKENS = 1024
 
-# By what they end in, inside the blocks: those of the video alone.
+# Layers by the end of their names, inside the blocks: the video's alone.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": tuple(
         f"{attention}.{name}"
@@ -116,8 +116,8 @@ def video_shape(
 
 @outside_graphs
 def _grid_in(video_coords: Tensor) -> tuple[int, int, int]:
-    """Of the video, whose tokens come first: it goes on as long as frames begin where those
-    before them end. Waits for the device.
+    """Grid of the video, whose tokens come first. It lasts as long as each frame begins where the
+    one before ends. Waits for the device.
 
     Args:
         video_coords: (B, 3, N, 2), where each token begins and ends in time, rows and columns.
@@ -138,7 +138,7 @@ def _grid_in(video_coords: Tensor) -> tuple[int, int, int]:
 def no_frames(
     transformer: Any, *args: Any, video_keyframes_mask: Tensor | None = None, **kwargs: Any
 ) -> str | None:
-    """Cross-attention has the queries of all frames."""
+    """Reason why frames are not known: cross-attention has the queries of further frames too."""
     if video_keyframes_mask is not None:
         return "LTX-2's pipelines of distilled models run tile after tile"
     if video_shape(transformer, *args, **kwargs).text:
@@ -158,5 +158,5 @@ def timestep(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """(B,), or (B, tokens) where some are given (image to video)."""
+    """(B,), or (B, tokens) where some frames are given (image to video)."""
     return timestep

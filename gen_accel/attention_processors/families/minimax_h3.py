@@ -25,7 +25,7 @@ KIND = "video"
 TIMESTEPS_RISE = True
 
 LEAST_STEPS = 2  # its scheduler takes no fewer
-# By what they end in, inside the blocks: the refiner has the same names.
+# Layers by the end of their names, inside the blocks: the refiner has the same names.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "feed_forward": ("ff.net.0.proj", "ff.net.2"),
@@ -70,8 +70,8 @@ def video_shape(
     *args: Any,
     **kwargs: Any,
 ) -> VideoShape:
-    """The grid of what comes after the sound, read from the positions of its tokens. Waits for the
-    device."""
+    """The grid of the video, which comes after the sound, read from the positions of its tokens.
+    Waits for the device."""
     start = int(audio_indices.max()) + 1
     times, rows, _ = position_ids[start:].unbind(1)
     in_frame = times == times[0]
@@ -81,7 +81,7 @@ def video_shape(
 
 
 def before(transformer: Any, *args: Any, **kwargs: Any) -> int:
-    """All but the video."""
+    """Number of all tokens but the video's."""
     return video_shape(transformer, *args, **kwargs).text
 
 
@@ -94,5 +94,6 @@ def timestep(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """(1,), of the last token, the video's: from 0 up to 1, where the video is clean."""
+    """(1,), read at the last token, which is the video's. It rises from 0 to 1, where the video is
+    clean."""
     return timestep[timestep_indices[-1:]]

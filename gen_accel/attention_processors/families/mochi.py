@@ -29,7 +29,7 @@ ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "video, text"
 KIND = "video"
 FPS = 30
-LEAST_STEPS = 2  # its schedule divides by one less
+LEAST_STEPS = 2  # its schedule divides by the steps less 1
 TIMESTEPS_RISE = True
 GUIDANCE = "batched"
 TEMPORAL_FACTOR = 6  # frames in a latent frame, all but the first
@@ -37,7 +37,8 @@ SPATIAL_FACTOR = 8
 PRESETS = {"mochi-1-preview": Preset("genmo/mochi-1-preview", 10.0)}
 TEXT_TOKENS = 256
 
-# By what they end in, inside the blocks. The last block gives no text, and has no to_add_out.
+# Layers by the end of their names, inside the blocks. The last block has no text output, and no
+# to_add_out.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (
         *("to_q", "to_k", "to_v", "to_out.0"),
@@ -71,7 +72,7 @@ def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
 
 
 def _of_sample(tokens: Tokens, call: Call) -> Tokens:
-    """With the text that the call has, as its padding was left out."""
+    """Tokens with the text of this call, whose padding was left out."""
     video = tokens.video
     return Tokens(VideoShape(*video.grid, text=call.k.shape[1] - video.video_tokens))
 

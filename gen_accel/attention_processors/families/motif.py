@@ -2,10 +2,10 @@
 
 Video and text attend jointly, video first in raster order; features of a given image come before
 the text. Texts are padded to one length; a mask hides the padding from all. Blocks of two streams
-come first, then those of one, and layers are counted through both. In the last of them, which
-decode, the video as it left the blocks before takes the place of the text: as many tokens again,
-without positions, seen by all. Sparse attention leaves the cross-attention to the text as it is,
-which some blocks have besides; image prompts are added there.
+come first, then those of one, and layers are counted through both. The last of them decode: there
+the output of the earlier blocks for the video replaces the text, as many tokens again, without
+positions, seen by all. Sparse attention leaves the cross-attention to the text as it is, which
+some blocks have besides; image prompts are added there.
 """
 
 import re
@@ -37,7 +37,7 @@ TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 SPATIAL_FACTOR = 8
 TEXT_TOKENS = 512
 
-# By what they end in, inside the blocks; `to_q` and the like are those of cross-attention too.
+# Layers by the end of their names, inside the blocks; cross-attention has `to_q` and the like too.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (
         *("to_q", "to_k", "to_v", "to_out.0"),
@@ -51,7 +51,7 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 
 
 def layers(transformer: Any) -> Layers:
-    """The last blocks decode: there the video takes the place of the text."""
+    """Layers; in the last blocks, which decode, the video replaces the text."""
     config = transformer.config
     first = config.num_single_layers - config.num_decoder_layers
     last = [f"single_transformer_blocks.{i}" for i in range(first, config.num_single_layers)]
@@ -81,7 +81,7 @@ def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:
-    """ValueError for a model whose blocks have no cross-attention."""
+    """Cross-attentions; ValueError for a model whose blocks have none."""
     sites = self_attentions(transformer)
     blocks = {site.name: transformer.get_submodule(site.name) for site in sites}
     names = [
@@ -96,7 +96,7 @@ def image_attentions(transformer: Any) -> list[ImageAttention]:
 
 
 def _decoded(tokens: Tokens, call: Call) -> Tokens:
-    """Of the last blocks."""
+    """Tokens of the last blocks, which decode."""
     video = tokens.video
     return Tokens(VideoShape(*video.grid, text=video.video_tokens))
 
@@ -130,8 +130,8 @@ def text_lengths(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[int, ...] | None:
-    """Text tokens of each sample with those of the image, the padding left out; None where it
-    comes before the text. Waits for the device."""
+    """Number of text and image tokens in each sample, without padding; None where padding comes
+    before the text. Waits for the device."""
     if encoder_attention_mask is None:
         return None
     image = 0 if image_embeds is None else image_embeds.shape[1]

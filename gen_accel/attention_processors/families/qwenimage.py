@@ -23,7 +23,7 @@ ORDER = "text, image, references"
 KIND = "image"
 MASKS_ALIKE = True
 
-# By what they end in, inside the blocks.
+# Layers by the end of their names, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (
         *("to_q", "to_k", "to_v", "to_out.0"),
@@ -84,8 +84,8 @@ def text_lengths(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[int, ...] | None:
-    """Text tokens of each sample, the padding left out; None with images that are edited, which
-    come behind the padding. Waits for the device."""
+    """Number of text tokens in each sample, without padding; None with images to edit, which come
+    behind the padding. Waits for the device."""
     given = hidden_states, encoder_hidden_states, encoder_hidden_states_mask, timestep, img_shapes
     others = video_shape(transformer, *given).text - encoder_hidden_states.shape[1]
     if encoder_hidden_states_mask is None or others:

@@ -22,7 +22,7 @@ ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "image, text"
 KIND = "image"
 
-# By what they end in, inside the blocks.
+# Layers by the end of their names, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": (
         *("to_q", "to_k", "to_v", "to_out.0"),

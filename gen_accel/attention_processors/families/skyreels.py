@@ -46,8 +46,8 @@ def no_frames(
 
 
 def context_parallel(transformer: Any) -> dict[str, Any]:
-    """In diffusion forcing each token has a timestep of its own, (B, 6, N, width) in the blocks.
-    What the model does after `norm_out` is not in a module, so that no input can be split there.
+    """Plan for diffusion forcing, where each token has a timestep of its own, (B, 6, N, width) in
+    the blocks. The code after `norm_out` is not in a module, so that no input can be split there.
     """
     from diffusers.models._modeling_parallel import ContextParallelInput
 

@@ -27,7 +27,7 @@ ORDER = "image"
 KIND = "image"
 GUIDANCE = "batched"
 
-# By what they end in, inside the blocks.
+# Layers by the end of their names, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "feed_forward": ("ff.net.0.proj", "ff.net.2"),
@@ -35,7 +35,7 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 
 
 def self_attentions(transformer: Any) -> list[SelfAttention]:
-    """ValueError for a UNet that has none of its own, as those of Kandinsky and DeepFloyd, whose
+    """Self-attentions; ValueError for a UNet without any. In Kandinsky's and DeepFloyd's UNets,
     image and text share the keys of one attention."""
     found = [
         (name, block.attn1, level)
@@ -47,7 +47,7 @@ def self_attentions(transformer: Any) -> list[SelfAttention]:
             f"this {type(transformer).__name__} has no self-attention over the image alone; "
             f"down_block_types are {tuple(transformer.config.down_block_types)}"
         )
-    # One for all of a level, whose layers may then share graphs of torch.compile.
+    # One function for a whole level, so that its layers may share graphs of torch.compile.
     tokens = {level: partial(_at_level, level) for _, _, level in found}
     return [
         SelfAttention(name, attn, layer, attn.heads, attn.inner_dim // attn.heads, tokens[level])
@@ -56,17 +56,19 @@ def self_attentions(transformer: Any) -> list[SelfAttention]:
 
 
 def _blocks(transformer: Any) -> Iterator[tuple[str, Any, int]]:
-    """The transformer blocks as they run, but those over time, and the level of each."""
+    """Yield the transformer blocks in order of execution, without blocks over time, and the level
+    of each."""
     for stage_name, stage, level in _stages(transformer):
         for i, attention in enumerate(getattr(stage, "attentions", ())):
-            # FreeNoise of AnimateDiff wraps those that it runs for some frames at a time.
+            # AnimateDiff's FreeNoise wraps blocks that it runs for some frames at a time.
             attention = getattr(attention, "module", attention)
             for j, block in enumerate(getattr(attention, "transformer_blocks", ())):
                 yield f"{stage_name}.attentions.{i}.transformer_blocks.{j}", block, level
 
 
 def _stages(transformer: Any) -> Iterator[tuple[str, Any, int]]:
-    """The UNet's own blocks as they run, and how often the image was halved before each."""
+    """Yield the UNet's own blocks in order of execution, and how often the image was halved before
+    each."""
     level = 0
     for i, stage in enumerate(transformer.down_blocks):
         yield f"down_blocks.{i}", stage, level
@@ -79,15 +81,14 @@ def _stages(transformer: Any) -> Iterator[tuple[str, Any, int]]:
 
 
 def _at_level(level: int, tokens: Tokens, call: Call) -> Tokens:
-    """Each downsampler halves the sides and rounds up. Frames are samples of the batch."""
+    """Tokens of a level. Each downsampler halves the sides and rounds up; frames are samples."""
     _, height, width = tokens.video.grid
     return Tokens(VideoShape(1, -(-height // 2**level), -(-width // 2**level)))
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:
-    """Cross-attention, but that of AnimateDiff's motion modules. Published adapters number all
-    others, and in each block the one over the image comes first, so that these have the odd
-    numbers."""
+    """Cross-attentions, without AnimateDiff's motion modules. Published adapters number
+    self-attention and cross-attention in turn, so that cross-attention has the odd numbers."""
     names = [name.removesuffix(".processor") for name in transformer.attn_processors]
     spatial = [name for name in names if "motion_modules" not in name]
     sites = image_sites(transformer, [name for name in spatial if not name.endswith("attn1")])

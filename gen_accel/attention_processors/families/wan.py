@@ -33,9 +33,9 @@ TRAINED_FRAMES = 81  # of the videos that the published models were trained on
 # but Wan 2.2 TI2V-5B: `frame_num` in wan/configs/wan_ti2v_5B.py of github.com/Wan-Video/Wan2.2
 _TI2V_FRAMES, _TI2V_FPS, _TI2V_CHANNELS = 121, 24, 48
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
-_ROTARY_BASE = 10_000.0  # of all published models; it is in no configuration
+_ROTARY_BASE = 10_000.0  # of all published models; no configuration holds it
 
-# By what they end in, inside the blocks.
+# Layers by the end of their names, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "feed_forward": ("ffn.net.0.proj", "ffn.net.2"),
@@ -55,7 +55,7 @@ TINY = {
     "rope_max_seq_len": 64,
 }
 SPATIAL_FACTOR = 8
-# Defaults of the class are those of 14B.
+# Defaults of the class are for 14B.
 PRESETS = {
     "Wan2.1-T2V-1.3B": Preset(
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
@@ -95,13 +95,13 @@ def layers(transformer: Any) -> Layers:
 
 
 def _image_tokens(config: Any) -> int:
-    """Of the image that cross-attention sees beside the text, by CLIP."""
+    """Number of CLIP's image tokens that cross-attention sees beside the text."""
     return 0 if config.added_kv_proj_dim is None else config.pos_embed_seq_len or 257
 
 
 def trained_frames(transformer: Any) -> int:
-    """Of the videos that it was trained on. The 5B model of Wan 2.2 takes 24 frames a second, and
-    is known by the channels of its latents."""
+    """Number of frames of the videos that it was trained on. The 5B model of Wan 2.2 takes 24
+    frames a second, and is recognised by the channels of its latents."""
     return _TI2V_FRAMES if _is_ti2v(transformer) else TRAINED_FRAMES
 
 
@@ -110,7 +110,7 @@ def fps(transformer: Any) -> int:
 
 
 def spatial_factor(transformer: Any) -> int:
-    """The autoencoder of the 5B model halves the sides once more."""
+    """Pixels a side in a latent. The autoencoder of the 5B model halves the sides once more."""
     return 2 * SPATIAL_FACTOR if _is_ti2v(transformer) else SPATIAL_FACTOR
 
 
@@ -129,7 +129,7 @@ def self_attentions(transformer: nn.Module) -> list[SelfAttention]:
 
 
 def image_attentions(transformer: Any) -> list[ImageAttention]:
-    """Cross-attention of the blocks; of VACE, not that of the control blocks."""
+    """Cross-attentions of the blocks, without VACE's control blocks."""
     names = [f"blocks.{i}.attn2" for i in range(len(transformer.blocks))]
     return image_sites(transformer, names, norm="norm_k")
 
@@ -140,8 +140,9 @@ def video_shape(transformer: Any, hidden_states: Tensor, *args: Any, **kwargs: A
 
 
 def no_frames(transformer: Any, *args: Any, **kwargs: Any) -> str | None:
-    """VACE's reference images come before the video, without telling how many: what is to change
-    in them, and the mask of it, is zero, which no encoded video is. Waits for the device."""
+    """Reason why frames are not known with VACE's reference images. They come before the video in
+    unknown number. They are recognised by zeros in the control latents and mask, which no encoded
+    video has. Waits for the device."""
     control = kwargs.get("control_hidden_states")
     if control is None or control[:, transformer.config.in_channels :, 0].any():
         return None
@@ -154,7 +155,7 @@ def timestep(hidden_states: Tensor, timestep: Tensor, *args: Any, **kwargs: Any)
 
 
 def context_parallel(transformer: Any) -> dict[str, Any] | None:
-    """VACE's: diffusers has one of Wan alone."""
+    """Plan for VACE; for Wan itself diffusers has one."""
     if not hasattr(transformer, "vace_blocks"):
         return None
     split = split_tokens()
@@ -200,7 +201,7 @@ def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = N
 def encode_prompt(
     pipe: Any, prompts: list[str], max_tokens: int | None = None
 ) -> dict[str, Tensor]:
-    """What `predict` passes on to the transformer, a row for each of B prompts.
+    """Encode B prompts into the arguments that `predict` passes to the transformer, a row each.
 
     Args:
         max_tokens: the pipelines' `max_sequence_length`; longer prompts are cut, shorter ones
@@ -232,7 +233,7 @@ def predict(
     Args:
         noisy: (B, C, f, h, w) latents.
         sigma: (B,) in [0, 1].
-        conditions: of `encode_prompt`.
+        conditions: from `encode_prompt`.
     """
     return transformer(noisy, timestep=sigma * 1000, **conditions, return_dict=False)[0]
 
@@ -243,8 +244,8 @@ def longest(transformer: Any) -> int:
 
 
 def temporal_frequencies(transformer: Any) -> Tensor:
-    """(pairs,) float64: what each rotary pair of the time axis turns by from one latent frame to
-    the next, in rad, after `set_temporal_frequencies` too the model's own."""
+    """(pairs,) float64: the angle of each rotary pair of the time axis per latent frame, in rad.
+    Always the model's own, also after `set_temporal_frequencies`."""
     dim = _temporal_dim(transformer)
     return 1 / _ROTARY_BASE ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
 
@@ -282,9 +283,8 @@ def _temporal_dim(transformer: Any) -> int:
 
 
 def decode_parts(vae: Any) -> Callable[[Any, Tensor], Iterator[Tensor]]:
-    """The autoencoder decodes one latent frame after the other with a cache of past features. The
-    same calls are made, with a cache that is kept outside the model. Spatial tiles, where they are
-    enabled, keep a cache each."""
+    """Return a decoder that makes the autoencoder's calls, one latent frame after the other, with
+    the cache of past features outside the model. Spatial tiles, if enabled, have a cache each."""
     return _frame_by_frame
 
 
@@ -319,7 +319,7 @@ class _WanFrames:
 
 
 def _tiled(vae: Any, z: Tensor, rows: int, columns: int) -> Iterator[Tensor]:
-    """As `tiled_decode`, whose blending is of one frame at a time too.
+    """Decode in spatial tiles, as `tiled_decode` does, which also blends one frame at a time.
 
     Args:
         rows, columns: of a tile, in latents.

@@ -1,8 +1,8 @@
 """Z-Image.
 
 The image attends to itself in the first blocks, and then jointly with the text, which comes last.
-Image and text are each filled up to a multiple of 32 tokens, which are learned and seen; what is
-filled up to the longest text of a batch is hidden by a mask. The blocks of the text alone are left
+Image and text are each padded to a multiple of 32 tokens by learned tokens, which are seen.
+Padding to the longest text of a batch is hidden by a mask. The blocks of the text alone are left
 as they are.
 """
 
@@ -24,7 +24,7 @@ TIMESTEPS_RISE = True
 
 _MULTIPLE = 32  # of tokens of an image and of a text
 
-# By what they end in, inside the blocks.
+# Layers by the end of their names, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "feed_forward": ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
@@ -79,7 +79,7 @@ def video_shape(
 def text_lengths(
     transformer: Any, x: list, t: Tensor, cap_feats: list, *args: Any, **kwargs: Any
 ) -> tuple[int, ...]:
-    """Of each sample, with what the image and the text are filled up by."""
+    """Number of text tokens in each sample, with the learned padding of image and text."""
     video = video_shape(transformer, x, t, cap_feats, *args, **kwargs)
     image = _filled(video.video_tokens) - video.video_tokens
     return tuple(image + _filled(len(text)) for text in cap_feats)

@@ -1,1 +1,1 @@
-"""What is computed: one attention method a file, each a frozen dataclass."""
+"""Attention methods, one a file, each a frozen dataclass."""

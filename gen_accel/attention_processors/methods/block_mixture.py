@@ -45,14 +45,14 @@ class BlockMixture:
 
     Layer l cuts the video into spans of frames, into columns of rows x columns through all frames,
     or into boxes, by l mod 3. A query scores a chunk by its product with the mean of the chunk's
-    keys. It always sees its own chunk, and those that `select` takes from the scores of a `scope`.
-    Text tokens see all and are seen by all.
+    keys. It always sees its own chunk, and the chunks that `select` takes from the scores of a
+    `scope`. Text tokens see all and are seen by all.
 
     Selection:
         "threshold": scores are scaled to [0, 1] within the scope, and the best are taken until
             they and the own chunks hold `threshold` of the scope's sum; at least one is.
-        "topk": as many of the best as give each query `topk` chunks, the own one included: of
-            each query ("query_head"), or on average of a head's ("head_global") or of all
+        "topk": as many of the best as give each query `topk` chunks, its own included. By scope:
+            for each query ("query_head"), or on average over a head ("head_global") or over all
             ("overall").
 
     Scopes: all chunks of one query of one head ("query_head"), all queries and chunks of one head
@@ -68,8 +68,8 @@ class BlockMixture:
         chunk_1d: frames of a chunk in tokens; chunk_2d: rows and columns; chunk_3d: frames, rows
             and columns. Without one, it is chosen for a number of chunks.
         chunks: that number for 1d, 2d and 3d. The paper's for 93 frames of 576 x 1024.
-        select, scope: see above. The paper's, for trained models; for others it takes
-            select="topk" and scope="query_head".
+        select, scope: see above. The defaults are the paper's for trained models. For others it
+            uses select="topk" and scope="query_head".
         threshold: share of a scope's sum, in (0, 1].
         topk: chunks for 1d, 2d and 3d; more than there are means all.
         routing: whether each "token" picks, or a whole query "block" by its mean query, which is
@@ -133,13 +133,14 @@ class BlockMixture:
         )
 
     def for_layer(self, layer: int) -> "BlockMixture":
-        """The method of one layer, counted from 0: of the cycle, its own partition."""
+        """Return the method of one layer, counted from 0, with that layer's partition of the
+        cycle."""
         if self.partition != "cycle":
             return self
         return replace(self, partition=CYCLE[layer % 3])
 
     def for_device(self, device: torch.device) -> "BlockMixture":
-        """With the routing and the length of blocks that it takes on a device."""
+        """Return the method with the routing and block length that it uses on a device."""
         return replace(self, routing=self._routing(device), block=self._block(device))
 
     def _routing(self, device: torch.device) -> Routing:
@@ -172,12 +173,13 @@ class BlockMixture:
         scale: float | None = None,
         kernel: str = "auto",
     ) -> Plan:
-        """What q and k, (B, H, N, D), pick, at any scale of their products. No gradient, and
-        nothing waits for the device."""
+        """Plan of the chunks that q and k, (B, H, N, D), pick, at any scale of their products. No
+        gradient, and nothing waits for the device."""
         return self._routed(q, k, self.layout(video, q.device), kernel)
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-        """What smooth random q and k pick, for pictures and estimates: data decides."""
+        """Plan of the chunks that smooth random q and k pick, for pictures and estimates: the real
+        plan depends on the data."""
         device = torch.device(device)
         return _example(self.for_device(device), video).to(device)
 
@@ -211,16 +213,16 @@ class BlockMixture:
     def _picks(
         self, q: Tensor, rows: "Rows", means: Tensor, block: int, layout: "Layout", kernel: str
     ) -> tuple[Tensor, Tensor]:
-        """What rows pick of chunks and, last, of the text.
+        """Pick chunks and, last, the text for each row.
 
         Args:
             q: (B, H, N, D), queries or their means.
-            rows: which of them are where.
+            rows: the place of each row.
             means: (B, H, C, D).
             block: places in a block.
 
         Returns:
-            (B, H, R, C + 1) bool, and (B, H, R / block, C + 1), what any row of a block picks.
+            (B, H, R, C + 1) bool, and (B, H, R / block, C + 1), the picks of any row of a block.
         """
         B, H, C, _ = means.shape
         topk = min(self.topk[layout.partition], C)
@@ -246,21 +248,21 @@ class BlockMixture:
 
 
 def _are_sizes(value: object, length: int) -> bool:
-    """Whether it is a tuple of so many whole numbers from 1 on."""
+    """Whether `value` is a tuple of `length` whole numbers from 1 on."""
     if not isinstance(value, tuple) or len(value) != length:
         return False
     return all(isinstance(size, int) and size >= 1 for size in value)
 
 
 class Rows(NamedTuple):
-    """What picks: tokens in their order, or means of blocks, those of the video first.
+    """Rows that pick chunks: tokens in their order, or means of blocks, the video's first.
 
     Args:
         places: (R,), the row of each place; -1 for padding.
         home: (R,), the own chunk; C for text.
         home_of_row: (video's rows,), the own chunk of each row.
-        row: (R,), the row of each place, where the one after the video's stands for all of text
-            and the `last` for padding. None where there is a row for each place, and no padding.
+        row: (R,), the row of each place. The row after the video's stands for all text, and the
+            last one for padding. None where each place has a row, and there is no padding.
     """
 
     places: Tensor
@@ -276,17 +278,18 @@ class Rows(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How a video is cut.
+    """Cut of a video into chunks.
 
     Args:
         slots: chunk by chunk, text last.
         chunk: (S,), the chunk of each slot, C for the text's.
-        of_block: (K,), that of each block.
+        of_block: (K,), the chunk of each block.
         chunks: (C,), their numbers.
         sizes: (C,), tokens in each chunk.
         members: (C * most,), the blocks of each chunk, the last again where there are fewer.
-        held: (C * most, 1) fp32, 0 there and 1 else. None where all have as many.
-        tokens, blocks: who picks.
+        held: (C * most, 1) fp32, 0 for such repeats and 1 else. None where all chunks have as
+            many.
+        tokens, blocks: the rows that pick, by token and by block.
         partition: 0, 1 or 2.
     """
 
@@ -359,8 +362,8 @@ def _box(method: BlockMixture, video: VideoShape) -> Box:
 
 
 def _even_box(target: int, free: Box, whole: Box) -> Box:
-    """The box that cuts the `free` axes into about `target` boxes; of several, one that leaves no
-    rest, and then the most even."""
+    """Return the box that cuts the `free` axes into about `target` boxes. Of several, boxes that
+    leave no rest are preferred, and then the most even."""
     options = [sorted({-(-size // parts) for parts in range(1, size + 1)}) for size in free]
 
     def badness(box: Sequence[int]) -> tuple[float, bool, float]:
@@ -375,7 +378,7 @@ def _even_box(target: int, free: Box, whole: Box) -> Box:
 
 
 def _chunk_means(k: Tensor, layout: Layout, kernel: str) -> Tensor:
-    """(B, H, C, D) fp32 of k (B, H, N, D), the same from run to run."""
+    """Mean keys (B, H, C, D) fp32 of k (B, H, N, D), the same from run to run."""
     slots = layout.slots
     sums = block_sums(k, slots, slots.block_k, kernel)
     C = len(layout.sizes)

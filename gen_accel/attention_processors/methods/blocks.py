@@ -13,18 +13,18 @@ from gen_accel.video import VideoShape
 
 Box = tuple[int, int, int]
 Tile = Literal["auto", "raster"] | Box
-# Of a model: for all layers, or a box for each, of which layers past the last take the last.
+# One tile for all layers, or a box for each; layers past the last box take the last.
 Tiles = Tile | tuple[Box, ...]
 
 
 class Always(NamedTuple):
-    """Keys and queries that are exact by themselves, beside text.
+    """Keys and queries, beside text, that are exact whatever their scores.
 
     Args:
-        band: key blocks so near to the query block, in the order of slots, 0 for its own alone.
-            None: none.
+        band: key blocks up to so many blocks from the query block, in the order of slots; 0 is its
+            own alone. None: none.
         sink: the first frames, or (first token, tokens), whose keys all queries see.
-        sink_queries: they see all, too.
+        sink_queries: whether the queries of the sink see all, too.
     """
 
     band: int | None = None
@@ -39,16 +39,16 @@ class Layout(NamedTuple):
     """Layout of a grid.
 
     Args:
-        ranked: the numbers of the key blocks that scores are for, those with the video's tokens
-            alone.
-        is_first: they are the first ones, 0 to their count.
-        always: (Kq, Kk) bool, what is exact by itself: text sees and is seen by all.
-        entries: how many pairs of blocks that is.
-        video_rows: query blocks that choose, those without text.
-        rows: (Kq,) bool, those of them that hold a token.
-        held_rows: how many.
+        ranked: the numbers of the key blocks that have scores: blocks with video tokens alone.
+        is_first: whether they are the first blocks, from 0 on without a gap.
+        always: (Kq, Kk) bool, pairs that are exact whatever the scores, such as all pairs with
+            text.
+        entries: the number of these pairs.
+        video_rows: the query blocks that choose: blocks without text.
+        rows: (Kq,) bool, the choosing query blocks that hold a token.
+        held_rows: the number of these.
         occupied: (Kk,) bool, key blocks that hold a token.
-        has_empty: not all do.
+        has_empty: whether some key blocks hold no token.
     """
 
     slots: Slots
@@ -63,13 +63,13 @@ class Layout(NamedTuple):
     has_empty: bool
 
     def of_ranked(self, x: Tensor, dim: int) -> Tensor:
-        """Part of `x` for the key blocks that are ranked, along `dim`."""
+        """Select the ranked key blocks from `x` along `dim`."""
         if self.is_first:
             return x.narrow(dim, 0, len(self.ranked))
         return x.index_select(dim, self.ranked)
 
     def numbers(self, places: Tensor) -> Tensor:
-        """The numbers of key blocks that lie at `places` among those ranked."""
+        """Return the numbers of the key blocks at `places` among the ranked ones."""
         return places if self.is_first else self.ranked[places]
 
     def add(self, keep: Tensor, more: Tensor) -> None:
@@ -80,7 +80,7 @@ class Layout(NamedTuple):
             keep.index_copy_(-1, self.ranked, keep.index_select(-1, self.ranked) | more)
 
     def count(self, share: float) -> int:
-        """Number of ranked key blocks that `share` of them is, at least one."""
+        """Number of blocks in `share` of the ranked key blocks, at least one."""
         blocks = len(self.ranked)
         return min(max(1, int(share * blocks)), blocks)
 
@@ -93,13 +93,13 @@ def layout_of(
     tile: Tile = "auto",
     always: Always = NOTHING,
 ) -> Layout:
-    """Blocks that are boxes of the grid, or runs of tokens, text in blocks of its own.
+    """Lay out a grid in blocks that are boxes, or runs of tokens, with text in blocks of its own.
 
     Args:
         block_q, block_k: slots in a query and in a key block.
-        tile: "auto", `even_tile`; "raster", runs of tokens, in which the last of the video and the
-            first of the text may share a block; or the box of the smaller block, which then holds
-            as many slots as the box, and the larger block as many times as many as before.
+        tile: "auto" is `even_tile`. "raster" is runs of tokens, in which the last of the video and
+            the first of the text may share a block. A box is the smaller block, which then holds
+            as many slots; the larger block keeps its ratio to the smaller one.
 
     Raises:
         ValueError: a box larger than the grid, or a sink beyond the last token.
@@ -136,12 +136,12 @@ def _layout(
 
 
 def as_tiles(tile: Any) -> Any:
-    """Boxes as tuples, where a file has lists."""
+    """Turn boxes that a file holds as lists into tuples."""
     return tuple(as_tiles(x) for x in tile) if isinstance(tile, (list, tuple)) else tile
 
 
 def boxes_of(tile: Tiles) -> tuple[Box, ...]:
-    """The boxes that are given: one for all layers, one for each, or none."""
+    """Return the given boxes: one for all layers, one for each, or none."""
     if isinstance(tile, str):
         return ()
     return tile if isinstance(tile[0], tuple) else (tile,)  # pyright: ignore[reportReturnType]
@@ -154,13 +154,13 @@ def tile_of(tile: Tiles, layer: int) -> Tile:
 
 
 def least_grid_of(tile: Tiles) -> Box:
-    """The least (frames, rows, columns) that all boxes fit into; one token where none is given."""
+    """Return the least grid that all boxes fit into; one token where no box is given."""
     frames, rows, columns = zip(*boxes_of(tile), (1, 1, 1), strict=True)
     return max(frames), max(rows), max(columns)
 
 
 def check_blocks(block_q: int, block_k: int, tile: Tiles) -> None:
-    """Raise ValueError for sizes that do not go together, or what is no box."""
+    """Raise ValueError for sizes that do not go together, or a tile that is no box."""
     for name, size in (("block_q", block_q), ("block_k", block_k)):
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} must be a whole number from 1 on, got {size!r}")
@@ -188,7 +188,7 @@ def _is_box(x: object) -> bool:
 
 
 def check_always(always: Always) -> None:
-    """Raise ValueError for a band or a sink that is none."""
+    """Raise ValueError for a band or a sink out of range."""
     band, sink, sink_queries = always
     if band is not None and (not isinstance(band, int) or band < 0):
         raise ValueError(f"band must be None or key blocks from 0 on, got {band!r}")
@@ -217,7 +217,7 @@ def check_tile(tile: Box, video: VideoShape) -> None:
 
 
 def _kept(always: Always, laid: Slots, video: VideoShape) -> Tensor:
-    """(Kq, Kk) bool, or what broadcasts."""
+    """Mask (Kq, Kk) bool of the pairs that are always exact, or a tensor that broadcasts to it."""
     device, blocks = laid.slots.device, (laid.block_q, laid.block_k)
     first, tokens = _sink(always, video)
     in_sink = (laid.slots >= first) & (laid.slots < first + tokens)
@@ -246,10 +246,10 @@ def _sink(always: Always, video: VideoShape) -> tuple[int, int]:
 
 
 def even_tile(video: VideoShape, tokens: int, in_a_row: int = 1) -> Box:
-    """The box of so many tokens, of which so many in a row along the frames pad the grid least,
-    and then the most even.
+    """Return the box of `tokens` tokens that pads the grid least when `in_a_row` of them lie in a
+    row along the frames. Of equal boxes, the most even.
 
-    Where no box of so many tokens fits into a small grid, one that sticks out of it.
+    Where no such box fits into a small grid, the box sticks out of it.
     """
     divisors = [n for n in range(1, tokens + 1) if tokens % n == 0]
 

@@ -3,8 +3,8 @@
 References:
     "row" is the usual top-k. "mass" is the rule of Zhang et al., "SpargeAttn: Accurate Sparse
     Attention Accelerating Any Model Inference", 2025, https://arxiv.org/abs/2502.18137, public
-    code thu-ml/SpargeAttn at bfd980b (Apache-2.0), and so is `self_similarity`. "head" is that of
-    Shen et al., "DraftAttention: Fast Video Diffusion via Low-Resolution Attention Guidance",
+    code thu-ml/SpargeAttn at bfd980b (Apache-2.0), and so is `self_similarity`. "head" is the rule
+    of Shen et al., "DraftAttention: Fast Video Diffusion via Low-Resolution Attention Guidance",
     2025, https://arxiv.org/abs/2505.14708, public code shawnricecake/draft-attention at f3c81d5,
     and of Lai et al., "FlexPrefill", 2025, https://arxiv.org/abs/2502.20766. The golden cases hold
     the answers of the first two.
@@ -32,7 +32,7 @@ class Budget(NamedTuple):
 
     Args:
         critical: share of the key blocks of a "row", or of the pairs of blocks of a "head".
-        by: what shares it: each query block keeps as many, or as many as hold `mass` of its
+        by: who shares it: each query block keeps as many, or enough to hold `mass` of its
             attention, or a head keeps the best of all its pairs of blocks.
         mass: share of the attention of a mean query, in (0, 1].
         alike: blocks whose tokens are less alike, by `self_similarity`, are kept whole: no mean
@@ -51,7 +51,8 @@ class Chosen(NamedTuple):
     Args:
         keep: (B, H, Kq, Kk) bool.
         skipped: bool like it, the worst key blocks of each row; None where none are asked for.
-        entries: how many pairs one pattern holds at most, where that is known without looking.
+        entries: the most pairs that one pattern holds, where this is known without reading the
+            device.
     """
 
     keep: Tensor
@@ -60,7 +61,7 @@ class Chosen(NamedTuple):
 
 
 def check_budget(budget: Budget, critical: float) -> None:
-    """Raise ValueError for values out of range and for those that would be ignored.
+    """Raise ValueError for values that are out of range or would be ignored.
 
     Args:
         critical: the method's default.
@@ -79,7 +80,8 @@ def check_budget(budget: Budget, critical: float) -> None:
 
 
 def chosen(by: Scores, q: Tensor, budget: Budget, worst: int = 0) -> Chosen:
-    """Choice by the scores of q, (B, H, N, D), within a budget, beside what is always kept.
+    """Choose key blocks by the scores of q, (B, H, N, D), within a budget, beside the pairs that
+    are always kept.
 
     Args:
         worst: how many of each row to name as skipped.
@@ -99,7 +101,7 @@ def chosen(by: Scores, q: Tensor, budget: Budget, worst: int = 0) -> Chosen:
             best = scores.topk(count, sorted=False).indices
             keep[:, some].scatter_(-1, layout.numbers(best), True)
             if skipped is not None:
-                scores.scatter_(-1, best, torch.inf)  # of equal ones, none is both
+                scores.scatter_(-1, best, torch.inf)  # so that no block is both
                 rest = scores.topk(worst, largest=False, sorted=False).indices
                 skipped[:, some].scatter_(-1, layout.numbers(rest), True)
             del best
@@ -111,7 +113,7 @@ def chosen(by: Scores, q: Tensor, budget: Budget, worst: int = 0) -> Chosen:
             else:
                 layout.add(keep[:, some], of_head(shares, layout.rows, in_head))
             del shares
-        del scores  # before those of the next heads are made
+        del scores  # free before the next heads' scores
     entries = None
     if unlike is None and budget.by != "mass":
         most = count * layout.video_rows if budget.by == "row" else in_head + Kq
@@ -120,8 +122,8 @@ def chosen(by: Scores, q: Tensor, budget: Budget, worst: int = 0) -> Chosen:
 
 
 def of_mass(shares: Tensor, mass: float) -> Tensor:
-    """The fewest of each row that hold `mass` together, at least one: bool like `shares`,
-    (..., R)."""
+    """Select the fewest blocks of each row that hold `mass` together, at least one: bool like
+    `shares`, (..., R)."""
     held, places = shares.sort(dim=-1, descending=True, stable=True)
     taken = held.cumsum(-1) - held < mass
     taken[..., 0] = True
@@ -129,11 +131,11 @@ def of_mass(shares: Tensor, mass: float) -> Tensor:
 
 
 def of_head(shares: Tensor, rows: Tensor, count: int) -> Tensor:
-    """The `count` best of all pairs of a head, and the best of each row: bool like `shares`,
-    (B, H, Kq, R).
+    """Select the `count` best of all pairs of a head, and the best of each row: bool like
+    `shares`, (B, H, Kq, R).
 
     Args:
-        rows: (Kq,) bool, those that count.
+        rows: (Kq,) bool, the query blocks that count.
     """
     best = shares.masked_fill(~rows[:, None], -1.0).flatten(2).topk(count, sorted=False).indices
     taken = torch.zeros_like(shares, dtype=torch.bool)
@@ -142,16 +144,16 @@ def of_head(shares: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 def self_similarity(x: Tensor, slots: Slots, block: int, kernel: str = "auto") -> Tensor:
-    """The mean cosine of all pairs of tokens of a block, (B, H, S / block) of x (B, H, N, D)."""
+    """Mean cosine of all pairs of tokens in a block: (B, H, S / block) from x (B, H, N, D)."""
     units = F.normalize(x.float(), dim=-1)
     return block_means(units, slots, block, kernel).square().sum(-1)
 
 
 def _keep_unlike(keep: Tensor, by: Scores, q: Tensor, alike: float) -> Tensor:
-    """Keep the rows and columns of blocks whose tokens are not alike; which of the ranked key
-    blocks those are, (B, H, R).
+    """Keep the rows and columns of blocks whose tokens are not alike. Return which of the ranked
+    key blocks these are, (B, H, R).
 
-    The mean key comes off first, as of SpargeAttn: what all keys share makes none alike.
+    The mean key is subtracted first, as in SpargeAttn: a component of all keys makes none alike.
     """
     layout, slots = by.layout, by.layout.slots
     k = by.k.float()

@@ -25,7 +25,7 @@ class Dense:
     def plan(
         self, video: VideoShape, device: torch.device | str = "cpu", block: int = 128
     ) -> Plan:
-        """One plan in which every block is kept."""
+        """Plan in which every block is kept."""
         return _plan(video, torch.device(device), block)
 
     def block_mask(self, video: VideoShape) -> Tensor:

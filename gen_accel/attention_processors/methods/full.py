@@ -1,4 +1,4 @@
-"""Every token sees every token, as a plan that other rules can be laid over frame by frame."""
+"""Full attention as a plan, on which other rules can act frame by frame."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from gen_accel.recall import recalled
 from gen_accel.video import VideoShape
 
 LARGEST = 128  # slots in a block
-GRAIN = 16  # blocks are multiples of it, which products of matrices want
+GRAIN = 16  # blocks are multiples of it, as matrix products need
 
 
 @dataclass(frozen=True)

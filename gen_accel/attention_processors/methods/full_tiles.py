@@ -1,7 +1,7 @@
 """Blocks for the kernels of GPUs: tiles of a frame that are full on any grid.
 
-Boxes of tokens pad every grid that they do not divide. These tiles hold a power of two of tokens
-each, all but the last of a frame, and are boxes but for ragged ends.
+Boxes of tokens pad every grid that they do not divide. Each of these tiles but the last of a frame
+holds a power of two of tokens. Tiles are boxes with ragged ends.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gen_accel.video import VideoShape
 
-# Least key block where a frame has as many tokens: the length of the kernels' tiles of keys.
+# Least key block, if a frame has as many tokens: the length of the kernels' tiles of keys.
 LEAST = 64
 
 
@@ -23,8 +23,8 @@ class FullTiles(NamedTuple):
         slots: (S,) int64 as of a plan: the tiles of the video and the text, each padded to whole
             query blocks.
         counts: how many tiles each band of rows holds, from top to bottom.
-        frame, tile: (frames x T,) int64, of each key block of the video. From block to block one
-            of them changes by one at most, but at the end of a band.
+        frame, tile: (frames x T,) int64, the frame and tile of each key block of the video. Except
+            at the end of a band, one of them changes from block to block, by one.
         block_q, block_k: slots in a query block, which is some key blocks in a row, and in a tile.
     """
 
@@ -37,8 +37,8 @@ class FullTiles(NamedTuple):
 
 
 def tokens_of_tile(video: VideoShape, most: int) -> int:
-    """How many tokens a tile holds: the power of two that `most` allows, or a frame in whole
-    kernel tiles where that is less."""
+    """Number of tokens in a tile: the power of two that `most` allows, or a frame in whole kernel
+    tiles where this is less."""
     frame = video.height * video.width
     least = 1 << (min(frame, LEAST) - 1).bit_length()
     return min(1 << most.bit_length() - 1, -(-frame // least) * least)
@@ -48,12 +48,12 @@ def full_tiles(video: VideoShape, tokens: int, in_a_row: int) -> FullTiles:
     """Lay out a video.
 
     Args:
-        tokens: of `tokens_of_tile`.
-        in_a_row: tiles in a query block: a place in neighbouring frames.
+        tokens: result of `tokens_of_tile`.
+        in_a_row: tiles in a query block: one place in neighbouring frames.
     """
     counts = _counts(video, tokens)
     T, block_q = sum(counts), in_a_row * tokens
-    # Frames forth and back from tile to tile.
+    # Frames run forth and back from tile to tile.
     frame = torch.arange(video.frames).expand(T, -1).clone()
     frame[1::2] = frame[1::2].flip(1)
     frame, tile = frame.flatten(), torch.arange(T).repeat_interleave(video.frames)

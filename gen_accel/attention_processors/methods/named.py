@@ -1,4 +1,4 @@
-"""Methods of a user's own by the place of their class, "module:Class"."""
+"""Users' own methods, named by the place of their class, "module:Class"."""
 
 import os
 import sys
@@ -11,11 +11,11 @@ from gen_accel.method import Method, check_class
 
 
 def class_at(place: str, *, imports: bool) -> type:
-    """The class of methods at `place`, "module:Class".
+    """Return the class of methods at `place`, "module:Class".
 
     Args:
-        imports: whether the module is imported, from the folder that one is in too. Without, it
-            must be imported already, and no code of its own runs.
+        imports: whether the module is imported, also from the current folder. Without, it must be
+            imported already, and none of its code runs.
 
     Raises:
         ValueError: no such module or class, a module that cannot be imported, or no method.
@@ -33,7 +33,7 @@ def class_at(place: str, *, imports: bool) -> type:
         )
     found: Any = module
     for part in name.split("."):
-        # Not by getattr, by which a module may import others.
+        # Not by getattr, which may run code of the module that imports others.
         if part not in vars(found):
             near = get_close_matches(part, vars(found), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -46,7 +46,8 @@ def class_at(place: str, *, imports: bool) -> type:
 
 
 def place_of(method: Method) -> str:
-    """Where `class_at` finds the class of `method`; ValueError where it cannot."""
+    """Return the place at which `class_at` finds the class of `method`; ValueError where it
+    cannot."""
     kind = type(method)
     place = f"{kind.__module__}:{kind.__qualname__}"
     why = None

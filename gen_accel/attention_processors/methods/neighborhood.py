@@ -30,9 +30,10 @@ AXES = ("frames", "rows", "columns")
 # Most tokens in a query and in a key tile: usual block sizes of GPU kernels.
 TILE_Q, TILE_K = 128, 64
 LEAST_K = 32  # on a CPU, so that lists of blocks stay short
-# What a pair in a block that needs a mask costs beside one that needs none, and what a key costs a
-# query block beside one pair: to be fetched. Rough, from a CPU, and by the instructions of a GPU
-# kernel's loops much the same (546 and 443 on sm_90); they choose tiles, no more.
+# Cost of a pair in a block that needs a mask, relative to one that needs none; and cost of
+# fetching a key for a query block, relative to one pair. Rough figures from a CPU. By the
+# instructions of a GPU kernel's loops they are much the same (546 and 443 on sm_90). They only
+# choose tiles.
 MASKED, FETCH = 1.25, 12
 
 
@@ -47,10 +48,11 @@ class Neighborhood:
         window: tokens seen along each axis; -1 is the whole axis.
         stride: tokens that share the window of one of them; at most the window.
         dilation: step between the tokens of a window.
-        is_causal: whether a token sees none after itself along that axis.
-        rest, centre: "means" adds what is not kept to the softmax, pooled around the mean "query"
-            of each query block or the mean "key" of each key block: see `gen_accel.plan.Rest`.
-            Blocks that a window touches are then kept whole, which is more than the window.
+        is_causal: whether a token sees no token after itself along that axis.
+        rest, centre: "means" adds the remaining keys to the softmax, pooled around the mean
+            "query" of each query block or the mean "key" of each key block: see
+            `gen_accel.plan.Rest`. Blocks that a window touches are then kept whole, which is more
+            than the window.
     """
 
     window: Axes = (-1, 8, 8)
@@ -84,7 +86,7 @@ class Neighborhood:
 
     @property
     def least_grid(self) -> Axes:
-        """A window must fit into its axis."""
+        """Least grid: a window must fit into its axis."""
         frames, rows, columns = (
             max(1, w * d) for w, d in zip(self.window, self.dilation, strict=True)
         )
@@ -96,8 +98,8 @@ class Neighborhood:
         return kernel(q, k, v, self.plan(video, q.device))
 
     def within(self, video: VideoShape, whole: VideoShape) -> "Neighborhood":
-        """With all of those axes that are shorter in `video` than in `whole`, and than `window` x
-        `dilation`."""
+        """Return the method with the whole of each axis that is shorter in `video` than in
+        `whole`, and shorter than `window` x `dilation`."""
         window, stride, dilation = [*self.window], [*self.stride], [*self.dilation]
         for i, (size, most) in enumerate(zip(video.grid, whole.grid, strict=True)):
             if size < most and window[i] * dilation[i] > size:
@@ -110,12 +112,13 @@ class Neighborhood:
         )
 
     def by_axis(self, video: VideoShape) -> Iterator[tuple[str, int, int, int, int, bool]]:
-        """For each axis its name, the video's size, window, stride, dilation and causality."""
+        """Yield for each axis its name, the video's size, window, stride, dilation and
+        causality."""
         options = self.window, self.stride, self.dilation, self.is_causal
         return zip(AXES, video.grid, *options, strict=True)
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-        """Raises ValueError where a window is larger than its axis."""
+        """Plan of a video; ValueError where a window is larger than its axis."""
         return _plan(self, video, torch.device(device))
 
     def block_mask(self, video: VideoShape) -> Tensor:
@@ -157,8 +160,8 @@ def plan_for_device(method: Neighborhood, video: VideoShape, *, gpu: bool) -> Pl
 def _slots(
     video: VideoShape, tile_q: Axes, tile_k: Axes, block_k: int, orders: Sequence[Tensor]
 ) -> Tensor:
-    """Slots of a video cut into query tiles and these into key tiles, each padded to a key block;
-    text in query blocks of its own.
+    """Lay out a video cut into query tiles and these into key tiles, each padded to a key block,
+    with text in query blocks of its own.
 
     Args:
         orders: for each axis the (length,) order in which its indices are laid out.
@@ -189,11 +192,12 @@ def _boxes(method: Neighborhood, video: VideoShape) -> Boxes:
 
 @dataclass(frozen=True, eq=False)
 class _Axis:
-    """What a token sees along one axis.
+    """Windows of the tokens along one axis.
 
     Args:
-        limits: (A, 3, size), first and last place seen and own place, where that excludes any. A
-            dilated axis counts as two: the place in the dilation group, and the group itself.
+        limits: (A, 3, size), first and last place seen and own place, for rules that exclude a
+            token. A dilated axis counts as two: the place in the dilation group, and the group
+            itself.
         seen: (size,), how many tokens.
         order: (size,), tokens of one dilation group together, so that windows cover few blocks.
     """
@@ -203,7 +207,8 @@ class _Axis:
     order: Tensor
 
     def pairs(self, side_q: int, side_k: int) -> tuple[int, int]:
-        """(query, key) pairs in blocks of these sides that are computed, and that need no mask."""
+        """Numbers of (query, key) pairs in blocks of these sides: pairs computed, and of them
+        pairs without a mask."""
         padding = torch.full((-len(self.order) % side_q,), -1)
         slots = torch.cat([self.order, padding])
         limits, none = self.limits[:, :, slots], torch.zeros_like(slots)
@@ -225,11 +230,12 @@ def _axis(name: str, size: int, window: int, stride: int, dilation: int, is_caus
 def spans(
     name: str, size: int, window: int, stride: int, dilation: int, is_causal: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Dilation group, place, first and last place seen of each token along an axis, (size,) each.
+    """Return dilation group, place, first and last place seen of each token along an axis, (size,)
+    each.
 
     Places count within a dilation group: token i is place i // dilation of group i % dilation, and
     sees the places from first to last of its own group. Both never fall from place to place, and
-    the windows of neighbours meet, so that those of a run of places cover one run.
+    the windows of neighbours meet. The windows of a run of places therefore cover one run.
 
     Raises:
         ValueError: the window is larger than the axis; the message calls it by `name`.
@@ -254,7 +260,7 @@ def spans(
 
 
 def _windows(limits: Tensor, free: Tensor, seen: Tensor) -> Windows:
-    """`limits` (A, 3, S); where nothing is excluded, A is 0, and a rule that excludes nothing."""
+    """Make windows of `limits` (A, 3, S). Where A is 0, the rule excludes nothing."""
     if not len(limits):
         limits = limits.new_zeros(1, 3, len(free))
     first, last, place = limits.int().unbind(1)
@@ -262,7 +268,7 @@ def _windows(limits: Tensor, free: Tensor, seen: Tensor) -> Windows:
 
 
 def _tiles(axes: Sequence[_Axis]) -> tuple[Axes, Axes]:
-    """The query and key tile with which a kernel has least to do on a CPU.
+    """Choose the query and key tile with the least work for a kernel on a CPU.
 
     Key tiles in a row along the frames make a query tile, so that both are runs of slots.
     """
@@ -280,8 +286,8 @@ def _tiles(axes: Sequence[_Axis]) -> tuple[Axes, Axes]:
 
 
 def _gpu_tiles(axes: Sequence[_Axis]) -> tuple[Axes, Axes]:
-    """The same for GPUs: blocks of as many slots as kernels like, some of them padding where tiles
-    that divide the grid hold fewer tokens.
+    """Choose tiles for GPUs: blocks with as many slots as kernels prefer. Some slots are padding
+    where tiles that divide the grid hold fewer tokens.
 
     Two key tiles side by side along any axis make a query tile.
     """
@@ -300,19 +306,19 @@ def _gpu_tiles(axes: Sequence[_Axis]) -> tuple[Axes, Axes]:
 
 
 def _power(number: int) -> int:
-    """The least power of two that is not less."""
+    """Return the least power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
 
 
 def _sides(size: int) -> list[int]:
-    """The sides of tiles that cut an axis as evenly as possible."""
+    """List the sides of tiles that cut an axis as evenly as possible."""
     return sorted({-(-size // parts) for parts in range(1, size + 1)})
 
 
 def _least_work(
     axes: Sequence[_Axis], tiles: Sequence[tuple[Axes, Axes]], *, padded: bool
 ) -> tuple[Axes, Axes]:
-    """The one of `tiles`, of queries and keys, with which a kernel has least to do.
+    """Choose the pair of query and key tile with the least work for a kernel.
 
     Args:
         padded: blocks are padded to a power of two.

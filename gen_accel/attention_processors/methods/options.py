@@ -1,4 +1,4 @@
-"""A method from words, or from a file: its name, and a value for each of its options."""
+"""Methods built from text or from a file: a name, and values for the options."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from gen_accel.values import as_text, convert, example, wrong_type
 
 
 def method_from(name: str, settings: Sequence[str] = ()) -> Any:
-    """The method called `name` with some fields set.
+    """Build the method called `name` with some fields set.
 
         method_from("neighborhood", ["window=3,8,8", "is_causal=true,false,false"])
         method_from("reuse", ["method=radial", "method.decay_factor=0.5", "every=5"])
@@ -20,18 +20,19 @@ def method_from(name: str, settings: Sequence[str] = ()) -> Any:
     Args:
         name: of `METHODS`, one that is registered, or "module:Class", whose module is imported.
         settings: "field=value" each; a tuple is written "3,8,8". A field that holds a method is
-            set by its name, and a field of that one as "field.of_method=value".
+            set by the method's name, and the fields of the inner method as
+            "field.of_method=value".
 
     Raises:
         ValueError: no such method or field, a value of the wrong type, or one that the method
-            refuses; the message names what there is, and the nearest.
+            refuses; the message lists the valid names, and the nearest.
     """
     kind = method_class(name)
     return _made(kind, name, _values(kind, name, settings))
 
 
 def _values(kind: type, name: str, settings: Sequence[str]) -> dict[str, Any]:
-    """The fields of `kind` that `settings` give, as they hold them."""
+    """Parse `settings` into the values of fields of `kind`."""
     defaults = {one.name: one.default for one in options_of(kind)}
     known = [*defaults]
     hints = _hints(kind, name) if settings else {}
@@ -69,7 +70,7 @@ def _values(kind: type, name: str, settings: Sequence[str]) -> dict[str, Any]:
 
 
 def method_of_file(name: str, options: Mapping[str, Any]) -> Any:
-    """The method that a file names, with its options as JSON holds them. It imports nothing.
+    """Build the method that a file names, with its options as JSON holds them. Imports nothing.
 
     Raises:
         ValueError: no such method or option, or a "module:Class" whose module is not imported.
@@ -89,16 +90,16 @@ def method_of_file(name: str, options: Mapping[str, Any]) -> Any:
 
 
 def options_of(kind: type) -> tuple[Field[Any], ...]:
-    """The fields that a method of this class is made with; none of what is no dataclass."""
+    """Return the fields that a method of this class is made with; none if it is no dataclass."""
     return tuple(one for one in fields(kind) if one.init) if is_dataclass(kind) else ()
 
 
 def saved_options(method: Method) -> dict[str, Any]:
-    """Its options, as JSON holds them.
+    """Return a method's options, as JSON holds them.
 
     Raises:
-        ValueError: an option that JSON cannot hold, or what is no dataclass and has state, which
-            would be lost.
+        ValueError: an option that JSON cannot hold, or a method that is no dataclass and has
+            state, which would be lost.
     """
     kind = type(method)
     if not is_dataclass(kind):
@@ -123,7 +124,7 @@ def saved_options(method: Method) -> dict[str, Any]:
 
 
 def _holding_methods(kind: type) -> set[str]:
-    """The options of a class that hold a method."""
+    """Return the names of a class's options that hold a method."""
     try:
         hints = get_type_hints(kind)
     except (NameError, TypeError):  # of a class of one's own, whose options are saved as they are
@@ -132,7 +133,7 @@ def _holding_methods(kind: type) -> set[str]:
 
 
 def with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields as JSON holds them, with tuples where it has lists."""
+    """Return fields as JSON holds them, with tuples instead of lists."""
     return {name: _with_tuples(value) for name, value in options.items()}
 
 
@@ -180,7 +181,7 @@ def _check_stateless(method: Method) -> None:
     kind = type(method)
     try:
         same = bool(vars(kind()) == vars(method))
-    except Exception:  # it cannot be made so, or what it holds cannot be compared
+    except Exception:  # it cannot be made so, or its state cannot be compared
         same = False
     if not same:
         held = ", ".join(f"{name}={value!r}" for name, value in vars(method).items())

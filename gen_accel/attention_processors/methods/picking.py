@@ -1,4 +1,4 @@
-"""Which chunks rows pick by their scores: the definition in torch, which C++ is held to.
+"""Picking of chunks by scores: the definition in torch, which the C++ code must match.
 
 Weights are added up in bins as whole units, so that threads that add to one bin may come in any
 order: picks are the same from run to run. Nothing waits for the device.
@@ -17,15 +17,15 @@ Scope = Literal["query_head", "head_global", "overall", "block"]
 
 SCOPES_OVER_HEADS = ("overall", "block")  # what a head picks depends on the other heads
 SORTED = 1 << 16  # entries of a scope up to which they are sorted: as many as there are bins
-# Scores that are picked from at once: at some 40 bytes each, or where a kernel counts in the place
-# of the scores at 5, about 1.3 GB.
+# Scores handled at once: about 1.3 GB, at some 40 bytes each, or at 5 where a kernel counts in
+# place.
 AT_ONCE = 1 << 25
 AT_ONCE_IN_PLACE = 1 << 28
 UNITS = 1 << 30  # in a weight of 1; as many entries of a scope as an int64 has room for besides
 
 
 class Rule(NamedTuple):
-    """How rows pick.
+    """Rule by which rows pick.
 
     Args:
         topk: chunks of a row, fewer than there are; 0 where `threshold` decides.
@@ -45,12 +45,13 @@ def pick(
     out: Tensor,
     kernel: str = "auto",
 ) -> None:
-    """Write what rows pick by their products with the chunks' means, the own chunk in any case.
+    """Write the picks of rows by their products with the chunks' means. A row's own chunk is
+    always picked.
 
     Args:
         rows: (B, H, R, D), queries or their means, each of which counts.
         means: (B, H, C, D) fp32.
-        at_home: (R, C) bool, the own chunk of each.
+        at_home: (R, C) bool, the own chunk of each row.
         out: (B, H, R, C) bool, of any strides.
         kernel: the name of the kernel for attention, which decides what runs here: see
             `kernels.helpers`.
@@ -70,15 +71,16 @@ def pick(
 
 
 def _by(scores: Tensor, at_home: Tensor, rule: Rule, in_place: bool) -> tuple[Tensor, Tensor]:
-    """Keys of the scores, which are overwritten, and the least key that is taken of each scope."""
+    """Return sort keys of the scores, which are overwritten, and the least key taken in each
+    scope."""
     low, high = _together(scores, rule.scope).aminmax(dim=-1, keepdim=True)
     low, high = (_apart(x, scores, rule.scope) for x in (low, high))
-    weight = scores.sub_(low).div_(high - low).nan_to_num_(1.0)  # 1 where all are equal
+    weight = scores.sub_(low).div_(high - low).nan_to_num_(1.0)  # 1 where all scores are equal
     weight *= UNITS  # exactly
     total = _together(weight, rule.scope).sum(-1, dtype=widest(scores.device))
     slack = (total - rule.threshold * total).long()
     weight.masked_fill_(at_home, 0.0)
-    keys = weight.view(torch.int32)  # which are in the order of floats that are not negative
+    keys = weight.view(torch.int32)  # ordered like the floats, as none is negative
     of_scope = _together(keys, rule.scope)
     if in_place:
         cut = selection.least_taken(of_scope, slack, True)
@@ -90,7 +92,7 @@ def _by(scores: Tensor, at_home: Tensor, rule: Rule, in_place: bool) -> tuple[Te
 
 def _by_topk(scores: Tensor, at_home: Tensor, rule: Rule, in_place: bool) -> tuple[Tensor, Tensor]:
     _, H, R, C = scores.shape
-    keys = ordered(scores).masked_fill_(at_home, 0x7FFFFFFF)  # which are counted before all
+    keys = ordered(scores).masked_fill_(at_home, 0x7FFFFFFF)  # own chunks come first
     rows = {"query_head": 1, "head_global": R, "overall": H * R}[rule.scope]
     of_scope = _together(keys, rule.scope)
     slack = of_scope.new_full(of_scope.shape[:-1], rows * (C - rule.topk), dtype=torch.int64)
@@ -102,7 +104,7 @@ def _by_topk(scores: Tensor, at_home: Tensor, rule: Rule, in_place: bool) -> tup
 
 
 def _together(x: Tensor, scope: Scope) -> Tensor:
-    """(B, H, R, C) as scopes and what is in them."""
+    """View (B, H, R, C) as scopes by entries."""
     if scope == "query_head":
         return x
     if scope == "block":
@@ -111,7 +113,7 @@ def _together(x: Tensor, scope: Scope) -> Tensor:
 
 
 def _apart(x: Tensor, scores: Tensor, scope: Scope) -> Tensor:
-    """A number of each scope, (..., 1), for (B, H, R, C)."""
+    """Expand a number of each scope, (..., 1), to broadcast with (B, H, R, C)."""
     B, H, R, C = scores.shape
     shape = {
         "query_head": (B, H, R, 1),
@@ -123,14 +125,14 @@ def _apart(x: Tensor, scores: Tensor, scope: Scope) -> Tensor:
 
 
 def ordered(x: Tensor) -> Tensor:
-    """int32 that sort as the fp32 `x` do."""
+    """Return int32 that sort like the fp32 `x`."""
     bits = x.contiguous().view(torch.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def least_taken(keys: Tensor, mass: Tensor, slack: Tensor, keys_from: int = -(2**31)) -> Tensor:
-    """The greatest key below which lies no more than `slack` of the mass; one above all keys where
-    not even all together are more.
+    """Return the greatest key below which no more than `slack` of the mass lies. Where all keys
+    together hold no more, this is one above all keys.
 
     Short rows are sorted. In long ones the mass is counted by the upper half of the keys, then
     within the decisive half by the lower: two passes, where sorting takes dozens.
@@ -166,12 +168,12 @@ def least_taken(keys: Tensor, mass: Tensor, slack: Tensor, keys_from: int = -(2*
 
 
 def _below(bins: Tensor, mass: Tensor) -> Tensor:
-    """(..., 2^16 + 1): the mass in the bins below each of 2^16, and in all."""
+    """Return (..., 2^16 + 1): the mass in the bins below each of 2^16, and in all."""
     count = mass.new_zeros(*bins.shape[:-1], (1 << 16) + 1)
     count[..., 1:].scatter_add_(-1, bins, mass)
     return count.cumsum(-1)
 
 
 def _last_within(below: Tensor, slack: Tensor) -> Tensor:
-    """(..., 1): the last bin below which lies no more than `slack`."""
+    """Return (..., 1): the last bin below which no more than `slack` lies."""
     return torch.searchsorted(below, slack[..., None], right=True) - 1

@@ -49,7 +49,7 @@ from gen_accel.video import VideoShape
 
 Select = Literal["topk", "threshold"]
 
-# Of Sol-Attn's code, added to the variance of scores: 1e-6 of their base-2 logarithms.
+# Added to the variance of scores, as in Sol-Attn's code: 1e-6 of their base-2 logarithms.
 FLOOR = 1e-6 * math.log(2) ** 2
 
 
@@ -63,55 +63,56 @@ class Piecewise:
 
     Score of key block j for the mean query m_i of a query block, at the scale s of the model:
         "spread": ln sum_t exp(s m_i . k_t) over the tokens t of the block.
-        "loss": that and half the logarithm of the mean square of the block's values off their
-            mean: what is lost where one value stands for them.
+        "loss": "spread" plus half the logarithm of the values' variance in the block, the error of
+            replacing them by one value.
         "mean": s m_i . k_j with the mean key k_j.
-        "norm": that and ln ||sum_t (k_t - k_j)^T v_t||, PISA's `use_bias`.
+        "norm": "mean" plus ln ||sum_t (k_t - k_j)^T v_t||, PISA's `use_bias`.
 
     Selection:
         "topk": the best, as many as `budget` says.
         "threshold": the scores above mean + tau sigma of the query block's scores over the video's
-            key blocks, Sol-Attn's rule. sigma is their own ("exact"), or that of s m_i . k_j with
-            the channels of the mean keys taken as uncorrelated ("diag").
+            key blocks, Sol-Attn's rule. sigma is their own ("exact"), or computed for s m_i . k_j
+            with the channels of the mean keys taken as uncorrelated ("diag").
 
     PISA is `Piecewise(density, centre="key", order="first", score="mean", tile="raster")`, and
     Sol-Attn `Piecewise(select="threshold", centre="key", score="mean", band=1, tile="raster")`.
 
     Unlike PISA: text, batches with texts of several lengths, any head dim and dtype, gradients;
     means are fp32. Unlike Sol-Attn: means and variances are fp32 and over the video's blocks
-    alone, of which a text, whose keys are outliers, would move every threshold; text queries see
-    all.
+    alone, as text keys are outliers that would move every threshold; text queries see all.
 
     Args:
         critical: share of the key blocks that are exact under "topk", in (0, 1]; at least one is.
-        budget: what shares them: each query block has as many ("row"), or the fewest that hold
-            `mass` of its attention by the scores ("mass"), or a head has the best of all its pairs
-            of blocks, and each query block one ("head").
+        budget: who shares them. "row": each query block has as many. "mass": each has the fewest
+            that hold `mass` of its attention by the scores. "head": a head has the best of all its
+            pairs of blocks, and each query block at least one.
         mass: share of a mean query's attention that budget="mass" keeps, in (0, 1].
-        alike: blocks whose tokens have a mean cosine of at most this, of keys after their mean is
-            taken off, are exact for all: no mean stands for them. None: none are.
+        alike: blocks whose tokens have a mean cosine of at most this are exact for all, as no mean
+            represents them. The mean key is subtracted first. None: no blocks are.
         select, score: see above.
         tau: standard deviations above the mean; finite. About 0.2 of the blocks lie above 1.
-        tau_end: tau of the last sparse step, to which it goes in equal steps. None: no change.
+        tau_end: tau of the last sparse step; tau changes towards it in equal steps. None: no
+            change.
         threshold: see above.
-        band: key blocks so near to the query block, in the order of slots, are exact: 0 for its
-            own alone, 1 for the neighbours too. None: by their scores.
+        band: key blocks within this distance of the query block, in the order of slots, are exact:
+            0 for its own alone, 1 for the neighbours too. None: scores decide.
         sink: the first frames, or (first token, tokens), whose keys are exact for all queries.
         sink_queries: the queries of the sink keep all, too.
-        rest: None drops what is not kept.
-        centre: what it is pooled around: the mean "query" of each query block, or the mean "key".
-            "auto" is "query", but on GPUs, where the budget says how much is kept ("row" or
-            "head", without `alike`), what `gen_accel.kernels.rest_cost.centre_of` says of the
-            size of the call and the density. For training name one: a file of a LoRA that was
-            trained on a GPU keeps "auto".
-        order: of its expansion around that mean: "first" adds a slope of the values, "second",
-            around queries alone, the variance of a block's keys, too. "auto" around queries:
+        rest: None drops the other blocks.
+        centre: what the rest is pooled around: the mean "query" of each query block, or the mean
+            "key". "auto" is "query". On GPUs, if the budget fixes how much is kept ("row" or
+            "head", without `alike`), `gen_accel.kernels.rest_cost.centre_of` chooses by the size
+            of the call and the density. For training name one: a file of a LoRA that was trained
+            on a GPU keeps "auto".
+        order: of the expansion around that mean. "first" adds a slope of the values; "second",
+            around queries alone, adds the variance of a block's keys too. "auto" around queries:
             "second", and "first" in runs of tokens, whose queries lie far from their mean. Around
             keys: "zeroth".
         tile: the box of the smaller block as (frames, rows, columns); blocks then hold as many
-            tokens as it. "auto": of all boxes of as many tokens as the smaller block, the one that
-            pads the grid least, and then the most even. "raster": blocks are runs of tokens. Or a
-            box for each layer: those past the last take the last, and estimates the first.
+            tokens as it. "auto": of all boxes with as many tokens as the smaller block, the one
+            that pads the grid least, and then the most even. "raster": blocks are runs of tokens.
+            Or a box for each layer: layers past the last box take the last, and estimates take the
+            first.
         block_q, block_k: tokens in a query and in a key block.
     """
 
@@ -168,11 +169,12 @@ class Piecewise:
 
     @property
     def tile_tokens(self) -> int:
-        """The least of a box that `gen_accel.calibrate` may choose; 0 where the tile is given."""
+        """Least number of tokens in a box that `gen_accel.calibrate` may choose; 0 where the tile
+        is given."""
         return min(self.block_q, self.block_k) if self.tile == "auto" else 0
 
     def tiled(self, tile: Box | tuple[Box, ...]) -> "Piecewise":
-        """Method with blocks of this box, or of one for each layer."""
+        """Method with blocks of this box, or of a box for each layer."""
         return replace(self, tile=tile)
 
     def for_layer(self, layer: int) -> "Piecewise":
@@ -186,15 +188,15 @@ class Piecewise:
         return least_grid_of(self.tile)
 
     def for_device(self, device: torch.device) -> "Piecewise":
-        """Method with the centre that it takes on a device, where every call takes the same."""
+        """Method with the centre that it uses on a device, if every call there uses the same."""
         if self.centre != "auto" or device.type == "cuda":
             return self
         return replace(self, centre="query")
 
     @property
     def at(self) -> Callable[[float], "Piecewise"] | None:
-        """(progress) -> the method of a step, by how far the sparse steps have come, from 0 to 1;
-        None where no step differs, so that nobody need know which it is."""
+        """Function from the progress of the sparse steps, 0 to 1, to the method of a step. None
+        where all steps are alike, so that the step need not be known."""
         return None if self.tau_end is None else self._at
 
     def _at(self, progress: float) -> "Piecewise":
@@ -231,7 +233,8 @@ class Piecewise:
         kernel: str = "auto",
         scale: float | None = None,
     ) -> Plan:
-        """Plan of what q and k, (B, H, N, D), keep. No gradient, no wait for the device.
+        """Plan of the blocks that q and k, (B, H, N, D), keep. No gradient, no wait for the
+        device.
 
         Args:
             v: for the scores "loss" and "norm", which look at values too. Without, "loss" is
@@ -242,7 +245,7 @@ class Piecewise:
         return self._chosen(q, k, v, self.layout(video, q.device), scale, kernel)
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-        """Plan of what smooth random q and k keep, for pictures and estimates."""
+        """Plan of the blocks that smooth random q and k keep, for pictures and estimates."""
         return _example(self, video).to(torch.device(device))
 
     def block_mask(self, video: VideoShape) -> Tensor:
@@ -298,12 +301,13 @@ class Piecewise:
         return rest_of(self.rest, centre, self.order, flat=flat)
 
     def _above(self, by: Scores) -> Tensor:
-        """(B, H, Kq, Kk) bool, what is kept by itself and what scores above the threshold."""
+        """Mask (B, H, Kq, Kk) bool of the pairs that are always kept or score above the
+        threshold."""
         keep = by.layout.always.expand(*by.shape[:2], -1, -1).clone()
         for some in by.groups():
             scores = by.of(some)
             by.layout.add(keep[:, some], scores > self._cut(by, scores, some))
-            del scores  # before those of the next heads are made
+            del scores  # free before the next heads' scores
         return keep
 
     def _scores(
@@ -318,7 +322,7 @@ class Piecewise:
         return Scores(q, k, layout, v=v, kind=self.score, scale=scale, kernel=kernel)
 
     def _cut(self, by: Scores, scores: Tensor, some: slice) -> Tensor:
-        """(B, h, Kq, 1), of scores as `by` gives them."""
+        """Thresholds (B, h, Kq, 1) of scores as `by` gives them."""
         variance = by.variance(scores, some, self.threshold)
         return scores.mean(-1, keepdim=True) + self.tau * (variance + FLOOR).sqrt()
 

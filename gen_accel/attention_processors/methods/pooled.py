@@ -1,4 +1,4 @@
-"""The option of block methods by which what they leave out comes back, pooled."""
+"""Options of block methods that add the blocks left out to the softmax, pooled."""
 
 from typing import Literal
 
@@ -15,15 +15,15 @@ Order = RestOrder | Literal["auto"]
 def rest_of(
     rest: Pool | None, centre: Centre = "query", order: Order = "auto", *, flat: bool = False
 ) -> Rest | None:
-    """Rest of a plan, by the options `rest`, `centre` and `order` of a method.
+    """Build the `Rest` of a plan from a method's options `rest`, `centre` and `order`.
 
     Args:
-        flat: blocks are runs of tokens, or lie within a frame: their queries are too far from
-            their mean for the second order, which the order "auto" is else around queries.
+        flat: blocks are runs of tokens, or lie within a frame. Their queries are too far from
+            their mean for the second order, which "auto" otherwise is around queries.
 
     Raises:
-        ValueError: none of their values, an order of the other centre, or options of a rest that
-            is not asked for.
+        ValueError: an unknown value, an order that the centre does not have, or options without a
+            rest.
     """
     made = Rest(centre, order_around(centre, order, flat=flat))
     if rest not in (None, "means"):
@@ -37,7 +37,7 @@ def rest_of(
 
 
 def order_around(centre: Centre, order: Order, *, flat: bool) -> RestOrder:
-    """Order that "auto" stands for; any other is itself."""
+    """Resolve the order "auto"; other orders are returned as they are."""
     if order != "auto":
         return order
     if centre == "key":
@@ -46,24 +46,24 @@ def order_around(centre: Centre, order: Order, *, flat: bool) -> RestOrder:
 
 
 def orders_around(order: Order, *, flat: bool) -> Orders:
-    """What an option comes to around each centre."""
+    """Resolve an order around each centre."""
     return Orders(order_around("query", order, flat=flat), order_around("key", order, flat=flat))
 
 
 def centre_of_call(
     centre: Around, orders: Orders, q: Tensor, slots: Slots, entries: int | None
 ) -> Centre:
-    """Centre of a call: "auto" is, on GPUs, the one that a model of their
-    products and bytes calls faster for the same quality; elsewhere it is "query".
+    """Resolve the centre of a call. On GPUs "auto" is the faster one for the same quality, by a
+    model of products and bytes; elsewhere it is "query".
 
     Nothing waits for the device.
 
     Args:
-        orders: of the rest around each.
+        orders: the order of the rest around each centre.
         q: (B, H, N, D).
-        slots: how its tokens lie in blocks.
-        entries: how many pairs of blocks a head keeps at most. None: their scores alone tell,
-            which lie on the device; then "auto" is "query".
+        slots: the layout of the tokens in blocks.
+        entries: the most pairs of blocks that a head keeps. None: this depends on scores on the
+            device; then "auto" is "query".
     """
     if centre != "auto":
         return centre

@@ -1,4 +1,4 @@
-"""Radial attention: what a token sees shrinks as the frames grow apart.
+"""Radial attention: a token sees less of a frame the further away that frame is.
 
 References:
     Li et al., "Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long Video
@@ -28,7 +28,7 @@ from gen_accel.video import VideoShape
 
 Rule = Literal["balanced", "paper", "code-2025-06", "code-2025-11"]
 
-# By default a query tile of the balanced rule spans one frame for each so many of the clip.
+# By default a query tile of the balanced rule spans one frame for every so many in the clip.
 TILE_FRAMES = 24
 
 
@@ -44,8 +44,8 @@ class Radial:
             n-th frame instead. A token always sees its own frame and, with `sink`, the first. No
             tile spans two frames of keys, so the pattern does not depend on how a frame's token
             count relates to the block size, on any shape. On GPUs, whose kernels are fastest with
-            full blocks of powers of two, the tiles are those of `full_tiles`: as many tokens each,
-            in bands of rows, so that little is padded on any grid.
+            full blocks of powers of two, the tiles come from `full_tiles`: equally many tokens
+            each, in bands of rows, so that little is padded on any grid.
         "paper": equation 4: a band of s / 2^b raster positions to each side, then every n-th
             frame's diagonal. A block is kept when it holds a kept pair. The paper's decay has no
             factor; ours scales the width.
@@ -56,21 +56,22 @@ class Radial:
         rule: see above.
         decay_factor: scales the width, in the balanced rule the share, of all bands from b = 1
             (in the code rules from d = 2).
-        sink: keep the keys of the first frame for every query. The public code does for Wan and,
-            since 2025-07, not for HunyuanVideo.
+        sink: keep the keys of the first frame for every query. The public code does so for Wan,
+            and since 2025-07 no longer for HunyuanVideo.
         block: tokens in a block; for the balanced rule the most in a query block, if no single
             tile holds more.
-        anchor_every: keep the keys of every so many-th frame for every query, from the first frame
-            on. Ours: all else that is seen of a far frame lies about the query's own place, which
-            does not tell where something that moves has got to. None: no frame but the sink.
+        anchor_every: keep the keys of every n-th frame for every query, from the first frame on.
+            Ours: in all other far frames a query sees only tiles about its own place, which do not
+            show where a moving object went. None: no frame but the sink.
         tile_frames: frames that a query tile of the balanced rule spans, if that many fit into a
-            block. It sees what any of them must see: more, but kernels take larger blocks faster.
-            None: one for each 24 of the clip; on GPUs, where it is a power of two, two at least.
+            block. The tile sees the union of their patterns, which is more, but kernels run larger
+            blocks faster. None: one for every 24 in the clip; on GPUs a power of two, at least
+            two.
         tile_side: the most rows and columns of a tile of the balanced rule; on GPUs its square is
             the most tokens, cut to a power of two.
-        rest, centre: "means" adds what is not kept to the softmax, pooled around the mean "query"
-            of each query block or the mean "key" of each key block: see `gen_accel.plan.Rest`.
-            Ours, as nothing else of far frames comes back.
+        rest, centre: "means" adds the remaining keys to the softmax, pooled around the mean
+            "query" of each query block or the mean "key" of each key block: see
+            `gen_accel.plan.Rest`. Ours: without it, far frames add nothing else.
     """
 
     rule: Rule = "balanced"
@@ -119,7 +120,7 @@ class Radial:
         return self.plan(video).density
 
     def whole_frames(self, frames: int) -> list[int]:
-        """The frames that all see whole: the sink and the anchors."""
+        """List the frames that every query sees whole: the sink and the anchors."""
         return [
             frame
             for frame in range(frames)
@@ -144,7 +145,7 @@ def _rest(method: Radial) -> Rest | None:
 
 
 def _by_raster(method: Radial, video: VideoShape) -> Plan:
-    """The plan of the other rules."""
+    """Plan of the other rules."""
     slots = raster_slots(video, method.block)
     blocks = slots.numel() // method.block
     keep = mask_or_runs(_raster_rows(method, video, blocks), blocks, blocks)
@@ -152,8 +153,8 @@ def _by_raster(method: Radial, video: VideoShape) -> Plan:
 
 
 def _raster_rows(method: Radial, video: VideoShape, blocks: int) -> Iterator[Tensor]:
-    """The mask of the other rules, in slices of whole frames of queries: the block that a frame
-    shares with the next one comes with the next."""
+    """Yield the mask of the other rules in slices of whole frames of queries. A block that two
+    frames share comes with the later one."""
     s, B = video.height * video.width, method.block
     # The block that holds the first token after the video, and all that follow, see and are seen.
     border = video.video_tokens // B
@@ -175,7 +176,7 @@ def _raster_rows(method: Radial, video: VideoShape, blocks: int) -> Iterator[Ten
 
 
 class Tiles(NamedTuple):
-    """Where the tiles of a frame lie: in bands of rows, from left to right.
+    """Places of the tiles of a frame: in bands of rows, from left to right.
 
     Args:
         bands: how many there are.
@@ -190,7 +191,7 @@ class Tiles(NamedTuple):
 
 
 def tiles_of(counts: Sequence[int]) -> Tiles:
-    """Tiles numbered band by band, of which each band holds one of `counts`."""
+    """Number tiles band by band, where `counts` gives the number in each band."""
     columns = torch.tensor(counts)
     band = torch.arange(len(counts)).repeat_interleave(columns)
     column = torch.arange(len(band)) - (columns.cumsum(0) - columns)[band]
@@ -202,7 +203,7 @@ def tile_shape(method: Radial, video: VideoShape) -> tuple[int, int, int]:
     rows, columns = (
         -(-size // math.ceil(size / method.tile_side)) for size in (video.height, video.width)
     )
-    # A query tile sees what any of its frames must see, so in a short clip it spans few.
+    # A query tile sees the union of its frames' patterns, so in a short clip it spans few.
     frames = method.tile_frames or video.frames // TILE_FRAMES
     frames = max(1, min(method.block // (rows * columns), frames, video.frames))
     return frames, rows, columns
@@ -235,10 +236,10 @@ def _balanced(method: Radial, video: VideoShape) -> Plan:
 
 
 def gpu_plan(method: Radial, video: VideoShape) -> Plan:
-    """The plan of the balanced rule in blocks that suit the kernels of GPUs, made on the CPU.
+    """Plan of the balanced rule in blocks that suit the kernels of GPUs, made on the CPU.
 
-    So little is padded on any grid, and so few blocks need a mask, that a block computes what it
-    keeps. A query block sees what its nearest frame must see.
+    Little is padded on any grid, and few blocks need a mask, so that nearly all computed pairs are
+    kept. Of each key frame, a query block sees what its own frame nearest to it must see.
     """
     tokens = tokens_of_tile(video, method.tile_side**2)
     most = method.block // tokens, method.tile_frames or max(2, video.frames // TILE_FRAMES)
@@ -268,7 +269,7 @@ def gpu_plan(method: Radial, video: VideoShape) -> Plan:
 def _with_text(
     method: Radial, slots: Tensor, slices: Iterable[Tensor], block_q: int, block_k: int
 ) -> Plan:
-    """A plan in which all blocks after those of the video see all and are seen by all.
+    """Complete a plan: all blocks after the video's see all and are seen by all.
 
     Args:
         slices: (some query blocks of the video, its key blocks) bool each, in order.
@@ -290,7 +291,7 @@ def _with_text(
 
 
 def _windows(method: Radial, video: VideoShape, tiles: Tiles) -> Tensor:
-    """(frames, T, T) bool, which tiles are seen of a frame at each distance."""
+    """Mask (frames, T, T) bool of the tiles that are seen of a frame at each distance."""
     distances = range(video.frames)
     return torch.stack([_near_tiles(tiles, _share(method, d), d) for d in distances])
 
@@ -303,7 +304,7 @@ def _share(method: Radial, distance: int) -> float:
 
 
 def _near_tiles(tiles: Tiles, share: float, distance: int) -> Tensor:
-    """(T, T) bool: a window of about share x T tiles about each tile of one frame.
+    """Mask (T, T) bool: a window of about share x T tiles about each tile of one frame.
 
     The window is shifted at the border rather than cut, so that every tile sees as many.
     """
@@ -312,8 +313,8 @@ def _near_tiles(tiles: Tiles, share: float, distance: int) -> Tensor:
     if wanted < 1:
         every = round(1 / wanted)
         return torch.eye(T, dtype=torch.bool) & (distance % every == 0)
-    # In a band that holds one tile more than another, as much of its width. Where the split is
-    # uneven, odd distances favour the other axis.
+    # A band with one tile more keeps the same share of its width. Where the split is uneven, odd
+    # distances favour the other axis.
     bands, columns = tiles.bands, tiles.columns.double()
     if distance % 2 == 0:
         rows = min(bands, max(1, round(share**0.5 * bands)))
@@ -335,7 +336,7 @@ def _window(key: Tensor, place: Tensor, extent: Tensor | int, size: Tensor | int
 
 
 def _paper(method: Radial, video: VideoShape, frames: range, top: int, keep: Tensor) -> None:
-    """Keep what the queries of some frames see, in the rows of the mask from `top` on."""
+    """Write the pairs that the queries of some frames keep to the mask's rows from `top` on."""
     s, B = video.height * video.width, method.block
     position = torch.arange(keep.shape[1])
     whole = set(method.whole_frames(video.frames))
@@ -378,8 +379,8 @@ def _inside(block: Tensor, frame: int, s: int, B: int) -> tuple[Tensor, Tensor]:
 def _code(
     method: Radial, video: VideoShape, frames: range, top: int, keep: Tensor, shrink: Callable
 ) -> None:
-    """The public code's masks, as in `_paper`, from the few distinct pairs of frames instead of
-    all of them: `shrink` is `_shrink` that remembers."""
+    """Write the public code's masks, as `_paper` does, from the few distinct pairs of frames
+    instead of all. `shrink` is `_shrink` with a cache."""
     s, B = video.height * video.width, method.block
     power = 2 ** s.bit_length()
     whole = set(method.whole_frames(video.frames))
@@ -405,7 +406,8 @@ def _code(
 
 
 def _shrink(s: int, B: int, width: int, row: int, column: int) -> Tensor:
-    """Blocks of a band of `width` positions between two frames that begin at `row` and `column`.
+    """Mask of the blocks of a band of `width` positions between two frames that begin at `row` and
+    `column`.
 
     A block is kept when more than 0.6 of the key columns that hold anything hold more than a third
     of the block's rows. Blocks are counted from the offset, so the last part of a frame that
@@ -417,7 +419,8 @@ def _shrink(s: int, B: int, width: int, row: int, column: int) -> Tensor:
     last_k = (blocks - column + B).clamp_max(s) - 1
 
     def columns(rows: int) -> Tensor:
-        """How many key columns hold at least `rows` rows: an interval, as the band is straight."""
+        """Number of key columns that hold at least `rows` rows: an interval, as the band is
+        straight."""
         low = torch.maximum(first_k, first_q + rows - 1 - width)
         high = torch.minimum(last_k, last_q - rows + 1 + width)
         possible = (last_q - first_q + 1 >= rows) & (2 * width + 1 >= rows)

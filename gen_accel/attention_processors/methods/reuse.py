@@ -1,4 +1,4 @@
-"""Reuse: what the last dense step knew, for the steps that follow.
+"""Reuse of the last dense step: its heaviest blocks and its residual serve the steps that follow.
 
 References:
     The pattern of a dense step: Wang et al., "SparseD: Sparse Attention for Diffusion Language
@@ -41,39 +41,40 @@ WRAPPED = Piecewise()
 
 @dataclass(frozen=True)
 class Reuse:
-    """Attention over the blocks that were heaviest in the last dense step, and what they lacked.
+    """Attention over the heaviest blocks of the last dense step, plus the residual of that step.
 
         keep = in each row as many blocks as `method` chooses, with the greatest mass of
                softmax(q k^T) in the dense step; text is kept, and so is the rest of `method`,
                whose band and sink count like all other blocks
         O    = O_s + (O_dense - O_s of the dense step), with a residual
 
-    It learns in the last step that the schedule keeps dense at the start, in the first step where
-    there is none, and after each `every` steps in one that is dense for it. From then on the plan
-    is static. A method whose plan does not depend on q and k keeps its own, and uses the residual
-    alone. Of `SparseLinear` it takes the choice of blocks; a linear branch has no place beside it.
+    It learns in the last dense step at the start of the schedule, or in the first step where there
+    is none. After each `every` steps, another step is dense and it learns again. In all other
+    steps the plan is static. A method whose plan does not depend on q and k keeps its own plan,
+    and uses the residual alone. From `SparseLinear` it takes the choice of blocks, without the
+    linear branch.
 
     The steps that it learns in run the model's own attention; in graphs of torch.compile, a kernel
     with all blocks.
 
-    Without a memory, as in `gen_accel.attention` and where a gradient is asked for, the heaviest
-    blocks are those of the call itself, and there is no residual.
+    Without a memory, as in `gen_accel.attention` and in training, the heaviest blocks of the call
+    itself are used, and there is no residual.
 
-    Unlike SparseD: the scale is that of the model, and not 1 / sqrt(heads); rows of scores are
-    made in parts; the pattern belongs to a run, a layer and a branch of guidance. Unlike
-    DiTFastAttn: both branches of guidance have a residual of their own, and steps are given and
-    not searched for.
+    Unlike SparseD: the scale is the model's, not 1 / sqrt(heads); rows of scores are made in
+    parts; each run, layer and guidance branch has its own pattern. Unlike DiTFastAttn: each
+    guidance branch has its own residual, and steps are given, not searched for.
 
     Args:
-        method: what is reused: any, but one that is dense, keeps a memory itself or looks at
-            values to choose (`Piecewise` with score="norm").
-        every: steps after which a dense one refreshes what is known; 0: none does.
-        residual: whether what the sparse output lacked is kept and added, in the model's dtype;
-            "cpu": in the memory of the host, from which each sparse call fetches it. It ages:
-            where a run has few steps, neighbours differ too much for one that is held long.
-        guidance: whether each call of a step learns its own pattern, or takes that of the first
-            ("shared"), as the branches of guidance come one after the other. Residuals, and the
-            samples of a batch, are always apart.
+        method: the method to reuse. Any but a dense one, one that keeps a memory itself, or one
+            that looks at values to choose (`Piecewise` with score="norm").
+        every: steps after which a dense step refreshes the memory; 0: never.
+        residual: whether the difference between the dense and the sparse output is kept and added,
+            in the model's dtype. "cpu" keeps it in host memory, from which each sparse call
+            fetches it. Residuals age: in a run of few steps, neighbours differ too much to hold
+            one for long.
+        guidance: whether each call of a step learns its own pattern, or takes the first one's
+            ("shared"): branches of guidance are calls one after the other. Residuals, and the
+            samples of a batch, are always separate.
         layers: blocks that have a residual, by number; None: all. The others keep the pattern.
     """
 
@@ -143,7 +144,7 @@ class Reuse:
         video: VideoShape,
         kernel: Callable,
     ) -> Tensor:
-        """(B, H, N, D) by the pattern, or by the method where there is none."""
+        """Compute (B, H, N, D) by the pattern, or by the method where there is none."""
         if plan is None:
             return self.method(q, k, v, video=video, kernel=kernel)
         return kernel(q, k, v, plan)
@@ -159,11 +160,11 @@ class Reuse:
         *,
         lasts: bool = True,
     ) -> Plan | None:
-        """The heaviest blocks of q and k; None where the method's plan never changes.
+        """Plan of the heaviest blocks of q and k; None where the method's plan never changes.
 
         Args:
-            kernel: by whose name the method chooses.
-            lasts: the plan is for the steps to come, and not for this call alone.
+            kernel: the name of the kernel, on which the method's choice may depend.
+            lasts: whether the plan serves later steps, and not this call alone.
         """
         chooses = parts_of(self.method).plan_for
         if chooses is None:
@@ -178,11 +179,11 @@ class Reuse:
         keep = heaviest(mass, _counts(chosen, occupied), always)
         return chosen.keeping(keep, dynamic=not lasts)
 
-    # What the wrapped method is, this is too.
+    # Attributes that follow the wrapped method.
 
     @property
     def plan_for(self) -> Callable[..., Plan] | None:
-        """(q, k, *, video, scale, kernel) -> the heaviest blocks of q and k."""
+        """Function (q, k, *, video, scale, kernel) -> plan of the heaviest blocks of q and k."""
         return None if parts_of(self.method).plan_for is None else self._plan_for
 
     def _plan_for(
@@ -200,7 +201,7 @@ class Reuse:
 
     @property
     def plan(self) -> Any:
-        """The plan of the method, which keeps as many pairs."""
+        """Plan of the wrapped method, which keeps as many pairs."""
         return parts_of(self.method).plan
 
     @property
@@ -233,7 +234,8 @@ class Reuse:
 
     @property
     def tiled(self) -> Callable[[Any], "Reuse"] | None:
-        """(tile) -> itself around the method with blocks of that box; None where that has none."""
+        """Function from a tile to this method around the inner one with blocks of that box; None
+        where the inner method has no tile."""
         return None if parts_of(self.method).tiled is None else self._tiled
 
     def _tiled(self, tile: Any) -> "Reuse":
@@ -241,7 +243,8 @@ class Reuse:
 
     @property
     def at(self) -> Callable[[float], "Reuse"] | None:
-        """(progress) -> itself around what the method is at a step; None where that is one."""
+        """Function from progress to this method around the inner one at that step; None where the
+        inner method never changes."""
         return None if parts_of(self.method).at is None else self._at
 
     def _at(self, progress: float) -> "Reuse":
@@ -268,7 +271,7 @@ class Learned:
 
     Attributes:
         plan: the pattern; None where the method's never changes.
-        residual: (B, H, N, D), what the sparse output lacked; None where none is kept.
+        residual: (B, H, N, D), dense less sparse output; None where none is kept.
     """
 
     def __init__(self, reuse: Reuse) -> None:
@@ -306,7 +309,7 @@ class Learned:
             self.plan = reuse.pattern(q, k, video, scale_of(kernel, q), name_of(kernel))
         if not reuse.residual:
             return
-        # By the kernel and in the dtype of the steps to come, so that its rounding cancels too.
+        # By the kernel and in the dtype of later steps, so that its rounding cancels too.
         lacking = dense - reuse.sparse(q, k, v, self.plan, video, kernel)
         self.residual = lacking.cpu() if reuse.residual == "cpu" else lacking
 
@@ -318,8 +321,8 @@ class Learned:
 
 
 def _counts(chosen: Plan, occupied: Tensor) -> Tensor:
-    """(B or 1, H or 1, Kq) int64: how many key blocks each query block keeps; with a route, the
-    mean of its queries, rounded."""
+    """Number of key blocks that each query block keeps, (B or 1, H or 1, Kq) int64; with a route,
+    the mean of its queries, rounded."""
     if not isinstance(chosen.partial, Route):
         return (chosen.keep & occupied).sum(-1)
     picks, groups = chosen.partial.picks, chosen.partial.group

@@ -1,4 +1,4 @@
-"""Scores of key blocks, by which query blocks choose."""
+"""Scores by which query blocks choose key blocks."""
 
 from functools import cached_property
 from typing import Literal
@@ -14,9 +14,9 @@ from gen_accel.plan import pack
 Score = Literal["spread", "loss", "mean", "norm"]
 Deviation = Literal["diag", "exact"]
 
-AT_ONCE = 1 << 23  # pairs of blocks: heads go in groups that fit, at least one
+AT_ONCE = 1 << 23  # pairs of blocks: heads are scored in groups that fit, at least one
 SLOPES = 1 << 24  # numbers in the slopes of blocks that are made at once
-EPSILON = 1e-5  # of PISA's code, added to the norm of a slope
+EPSILON = 1e-5  # added to the norm of a slope, as in PISA's code
 
 
 class Scores:
@@ -24,16 +24,15 @@ class Scores:
 
     With the mean query m_i of a query block and the mean key k_j of a key block:
         "spread": ln sum_t exp(scale m_i . k_t) over the tokens t of block j.
-        "loss": that and ln sqrt(sum_t |v_t - v_j|^2 / n_j), v_j the mean of the n_j values.
-        "mean": scale m_i . k_j.
-        "norm": that and ln ||sum_t (k_t - k_j)^T v_t||.
+        "loss": "spread" plus ln sqrt(sum_t |v_t - v_j|^2 / n_j), v_j the mean of the n_j values.
+        "mean": scale m_i . k_j. "norm": "mean" plus ln ||sum_t (k_t - k_j)^T v_t||.
 
     Made and read under `torch.no_grad`, with autocast off.
 
     Args:
-        q, k, v: (B, H, N, D); v for "loss" and "norm" alone: without, values count
-            as equally apart in all blocks, which "norm" refuses.
-        scale: of the products of queries and keys.
+        q, k, v: (B, H, N, D); v is read for "loss" and "norm" alone. Without v, "loss" takes the
+            values to vary equally in all blocks, and "norm" raises.
+        scale: factor of the products of queries and keys.
         kernel: the name of the kernel for attention, which decides what runs here.
     """
 
@@ -70,8 +69,8 @@ class Scores:
         return B, H, Kq, len(self.layout.ranked)
 
     def groups(self) -> list[slice]:
-        """The heads in groups whose scores are made at once; none where all blocks hold text, so
-        that there is nothing to choose."""
+        """Groups of heads whose scores are made at once; none where all blocks hold text, so that
+        there is nothing to choose."""
         B, H, Kq, R = self.shape
         if not R:
             return []
@@ -79,7 +78,7 @@ class Scores:
         return [slice(i, i + step) for i in range(0, H, step)]
 
     def of(self, some: slice) -> Tensor:
-        """(B, h, Kq, R) of some heads; each row less a constant, see `left_off`."""
+        """Scores (B, h, Kq, R) of some heads, each row less a constant: see `left_off`."""
         query, layout = self.query[:, some], self.layout
         if self.by_all_keys:
             slots = layout.slots
@@ -92,22 +91,23 @@ class Scores:
         return scores if self.norms is None else scores + self.norms[:, some, None]
 
     def shares(self, scores: Tensor) -> Tensor:
-        """The attention of mean queries that falls to each key block, by `scores` as `of` gives
-        them: the sums are 1, or 0 of a row whose scores are all -inf."""
+        """Share of a mean query's attention that falls to each key block, from `scores` as `of`
+        gives them. Rows sum to 1, or to 0 where all scores are -inf."""
         if self.kind == "mean":
             slots = self.layout.slots
             scores = scores + self.layout.of_ranked(slots.held[1][:, 0], 0).log()
         return scores.softmax(-1).nan_to_num(0.0)
 
     def left_off(self) -> Tensor:
-        """(B, H, Kq), what `of` leaves off the scores of each row."""
+        """Constant that `of` subtracts from the scores of each row, (B, H, Kq)."""
         if self.by_all_keys:
             return torch.zeros_like(self.query[..., 0])
         return (self.query * self._mean_key).sum(-1) * self.scale
 
     def variance(self, scores: Tensor, some: slice, how: Deviation) -> Tensor:
-        """(B, h, Kq, 1), of the scores of each row over the key blocks: their own ("exact"), or
-        that of scale m_i . k_j with the channels of k_j taken as uncorrelated ("diag")."""
+        """Variance (B, h, Kq, 1) of each row's scores over the key blocks. "exact" is their own;
+        "diag" is the variance of scale m_i . k_j with the channels of k_j taken as
+        uncorrelated."""
         if how == "exact":
             return scores.var(-1, correction=0, keepdim=True)
         by_channel = self._ranked_keys[:, some].var(2, correction=0)
@@ -118,7 +118,7 @@ class Scores:
         slots = self.layout.slots
         key = block_means(self.k, slots, slots.block_k, self.kernel)
         mean = key.mean(2, keepdim=True)
-        # The mean over all shifts a row's scores alike, and spares precision.
+        # Subtracting the mean shifts all scores of a row alike, and keeps precision.
         return mean, self.layout.of_ranked(key - mean, 2)
 
     @property
@@ -133,7 +133,7 @@ class Scores:
 def _value_deviations(v: Tensor, layout: Layout, kernel: str) -> Tensor:
     """ln sqrt(mean |v_t - v_j|^2) of the ranked blocks, (B, H, R), in fp32.
 
-    From sums of squares: where values are equal but for rounding, a 1000th of their size.
+    From sums of squares: where values are equal up to rounding, this is a 1000th of their size.
     """
     slots = layout.slots
     mean = block_means(v, slots, slots.block_k, kernel)

@@ -41,7 +41,7 @@ FeatureMap = Literal["softmax", "elu", "relu"]
 Combine = Literal["project", "alpha"]
 Order = Literal["tile", "raster"]
 
-EPSILON = 1e-5  # of the public code, added to the linear branch's denominator
+EPSILON = 1e-5  # added to the linear branch's denominator, as in the public code
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,18 @@ class SparseLinear:
     A key block's score is the product of its mean key and the query block's mean query. Text
     blocks are critical, and text queries see all.
 
-    The linear branch is over, by name, because the paper and its two public codes differ:
+    The keys of the linear branch have names, because the paper and its two public codes differ:
         "all": every key, critical ones too (main, which its authors call the more stable).
-        "rest": all that is not critical (branch SLA-1, SLA2).
-        "marginal": what is neither critical nor among the `skipped` worst (the paper).
+        "rest": all keys but the critical ones (branch SLA-1, SLA2). "marginal": all keys but the
+        critical ones and the `skipped` worst (the paper).
 
     Until `proj` or `alpha` has been fitted or trained the linear branch is silent and this is
     sparse attention: see `gen_accel.calibrate`.
 
     Unlike the public code: at least one block is critical, where it divides by zero; a query for
     which the linear branch has no block gets zero from it; means are fp32. Unlike SLA2: one alpha
-    for each head, at any number of tokens, held as it is and not through a sigmoid, so that it
-    starts as sparse attention and has a closed-form fit; no trained router.
+    for each head, at any number of tokens. It is stored without a sigmoid, so that training starts
+    at sparse attention and a closed-form fit exists; no trained router.
 
     Args:
         critical: share of the key blocks that are exact, in (0, 1].
@@ -79,9 +79,9 @@ class SparseLinear:
             tokens in "raster" order, as in the public code.
         tile: the box of the smaller block, see `Piecewise`.
         budget, mass, alike: how many blocks are critical, see `Piecewise`.
-        rest, centre: "means" adds what is not critical to the softmax, pooled around the mean
-            "query" of each query block or the mean "key" of each key block: see
-            `gen_accel.plan.Rest`. The linear branch, if fitted, then corrects what is left.
+        rest, centre: "means" adds the other blocks to the softmax, pooled around the mean "query"
+            of each query block or the mean "key" of each key block: see `gen_accel.plan.Rest`. The
+            linear branch, if fitted, then corrects what is left.
     """
 
     critical: float = 0.05
@@ -138,11 +138,12 @@ class SparseLinear:
 
     @property
     def tile_tokens(self) -> int:
-        """The least of a box that `gen_accel.calibrate` may choose; 0 where the tile is given."""
+        """Least number of tokens in a box that `gen_accel.calibrate` may choose; 0 where the tile
+        is given."""
         return min(self.block_q, self.block_k) if self._tile == "auto" else 0
 
     def tiled(self, tile: Box | tuple[Box, ...]) -> "SparseLinear":
-        """Method with blocks of this box, or of one for each layer."""
+        """Method with blocks of this box, or of a box for each layer."""
         return replace(self, tile=tile)
 
     def for_layer(self, layer: int) -> "SparseLinear":
@@ -169,8 +170,8 @@ class SparseLinear:
         kernel: Callable,
         branch: "LinearBranch | None" = None,
     ) -> Tensor:
-        """Without a branch this is O_s alone, as it is with one at its start. What `kernel`
-        returns may be written into."""
+        """Compute O; without a branch, or with one at its start, this is O_s. The tensor that
+        `kernel` returns may be overwritten."""
         name = name_of(kernel)
         layout = self.layout(video, q.device)
         plan, skipped = self._chosen(q, k, layout, name, scale_of(kernel, q))
@@ -194,7 +195,7 @@ class SparseLinear:
     def parts(
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
     ) -> tuple[Tensor, Tensor]:
-        """O_s and O_l, (B, H, N, D) each."""
+        """Compute O_s and O_l, (B, H, N, D) each."""
         name = name_of(kernel)
         layout = self.layout(video, q.device)
         plan, skipped = self._chosen(q, k, layout, name, scale_of(kernel, q))
@@ -210,13 +211,13 @@ class SparseLinear:
         kernel: str = "auto",
         scale: float | None = None,
     ) -> Plan:
-        """The critical blocks of q and k, (B, H, N, D), at a scale of their products, 1 / sqrt(D)
-        without. No gradient, no wait for the device."""
+        """Plan of the critical blocks of q and k, (B, H, N, D), at a scale of their products, by
+        default 1 / sqrt(D). No gradient, no wait for the device."""
         scale = scale_or_default(scale, q)
         return self._chosen(q, k, self.layout(video, q.device), kernel, scale)[0]
 
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
-        """The critical blocks of smooth random q and k, for pictures and estimates."""
+        """Plan of the critical blocks of smooth random q and k, for pictures and estimates."""
         return _example(self, video).to(torch.device(device))
 
     def block_mask(self, video: VideoShape) -> Tensor:
@@ -231,8 +232,8 @@ class SparseLinear:
     def _chosen(
         self, q: Tensor, k: Tensor, layout: Layout, kernel: str = "auto", scale: float = 1.0
     ) -> tuple[Plan, Tensor | None]:
-        """The plan of the critical blocks, and the (B, H, Kq, Kk) bool of those that the linear
-        branch leaves out beside them; None where it leaves out none."""
+        """Plan of the critical blocks, and (B, H, Kq, Kk) bool of the other blocks that the linear
+        branch leaves out; None where it leaves out none."""
         worst = 0
         if self.linear_over == "marginal":
             blocks = len(layout.ranked)
@@ -266,7 +267,7 @@ class SparseLinear:
 
     @torch.no_grad()
     def _sets(self, plan: Plan, skipped: Tensor | None, layout: Layout) -> Tensor | None:
-        """The key blocks that the linear branch adds up, (B, H, Kq, Kk) bool; None for all."""
+        """Key blocks that the linear branch sums over, (B, H, Kq, Kk) bool; None for all."""
         if self.linear_over == "all":
             return None
         sets = ~plan.keep if skipped is None else ~(plan.keep | skipped)
@@ -274,7 +275,7 @@ class SparseLinear:
 
 
 class LinearBranch(nn.Module):
-    """How the two outputs of one layer become one.
+    """Combination of the two outputs of one layer.
 
     proj: one linear layer of the head dim, shared by the heads, zero at the start; or
     alpha: (heads,), 1 at the start.
@@ -293,13 +294,13 @@ class LinearBranch(nn.Module):
             self.proj = proj
 
     def forward(self, o_s: Tensor, o_l: Tensor) -> Tensor:
-        """(B, H, N, D) each, and so is the result, in the dtype of `o_s`."""
+        """Combine the outputs, (B, H, N, D) each, into one of that shape in the dtype of `o_s`."""
         if self.alpha is not None:
             alpha = self.alpha[:, None, None].to(o_s.dtype)
             return torch.lerp(o_l.to(o_s.dtype), o_s, alpha)
         assert self.proj is not None
         weight = self.proj.weight
-        if weight.dtype.itemsize > 1:  # fp8 is how it is stored, not what it is used in
+        if weight.dtype.itemsize > 1:  # fp8 is a format for storage, not for computing
             o_l = o_l.to(weight.dtype)
         return o_s + self.proj(o_l).to(o_s.dtype)
 
@@ -313,8 +314,8 @@ class LinearBranch(nn.Module):
 
 
 def _numbers(branch: Any, *inputs: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Weight and bias of `branch.proj`, where nothing but its numbers is asked of the branch: no
-    gradient, no layer or tensor of another kind in its place, no hook."""
+    """Weight and bias of `branch.proj`, if the branch is only a matrix: no gradient, no layer or
+    tensor of another kind in its place, no hook. Else None."""
     if type(branch) is not LinearBranch or type(branch.proj) is not nn.Linear:
         return None
     for module in (branch, branch.proj):

@@ -1,16 +1,17 @@
-"""q and k for methods whose pattern depends on them, where there are none: pictures, estimates."""
+"""Stand-ins for q and k, for pictures and estimates of methods whose pattern depends on them."""
 
 import torch
 from torch import Tensor
 
 from gen_accel.video import VideoShape
 
-# A feature turns once in about so many tokens along an axis, so that near tokens are alike.
+# Tokens along an axis in which a feature turns about once, so that near tokens are alike.
 REACH = 12.0
 
 
 def smooth_qk(video: VideoShape, dim: int = 64) -> tuple[Tensor, Tensor]:
-    """(1, 1, N, dim) each, the same every time: random waves over the grid, noise for the text.
+    """Return q and k, (1, 1, N, dim) each, the same every time: random waves over the grid, noise
+    for the text.
 
     Tokens that lie close attend to each other most, as they do in most heads of video models.
     """
