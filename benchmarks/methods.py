@@ -5,7 +5,7 @@
     python benchmarks/methods.py --random      # the same on a Wan with random weights
     python benchmarks/methods.py --clips       # PSNR of whole clips; --worker 1/2, 2/2 share them
     python benchmarks/methods.py --others      # ways that were measured and not built
-    python benchmarks/methods.py --docs        # tables and the picture in docs/ from the results
+    python benchmarks/methods.py --docs        # tables and pictures in docs/ and README
 
 Prompts are the first scenes of the list that the demo model is scored by, the i-th with seed i:
 they were fixed before any clip was made. Alpha and tau are found on prompts that are not measured.
