@@ -1,6 +1,5 @@
 """Public attention function: checks, then method, then kernel."""
 
-import math
 from functools import lru_cache, partial
 from typing import Any
 
@@ -67,8 +66,8 @@ def attention(
     if q.shape[-1] > MOST_DIM:
         raise ValueError(f"head dim must be at most {MOST_DIM}, got {q.shape[-1]}")
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    if not math.isfinite(factor):
-        raise ValueError(f"scale must be finite, got {factor}")
+    if not abs(factor) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"scale must be finite in fp32, got {factor}")
     kernels.check_name(kernel)
     check_method(method)
     run = kernels.Runner(partial(kernels.run, scale=factor, kernel=kernel), kernel, factor)

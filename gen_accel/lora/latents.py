@@ -5,7 +5,7 @@ bytes, the decoding and the autoencoder; for a text the caption, the text encode
 tokenizers; for an image its bytes and the image encoder. Only changed inputs are encoded again.
 """
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,6 +223,11 @@ def _entry(data: Any, origin: Path) -> Entry:
     """Read an entry of a manifest; ValueError for anything else."""
     what = f"an entry of {origin}"
     check_fields(fields_of(data, what), Entry, what)
+    missing = [
+        one.name for one in fields(Entry) if one.default is MISSING and one.name not in data
+    ]
+    if missing:
+        raise ValueError(f"{what} has no {', '.join(missing)}: cache again into an empty folder")
     try:
         return Entry(**data)
     except TypeError as error:
