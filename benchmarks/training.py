@@ -1,4 +1,4 @@
-"""What a training step costs, dense against sparse, taking turns in one run.
+"""Cost of a training step, dense against sparse, taking turns in one run.
 
     python benchmarks/training.py --out benchmarks/results/training_cpu.json
     python benchmarks/training.py --method piecewise --beside sparse_linear:critical=0.1 --times 4

@@ -99,6 +99,18 @@ def check_fields(given: Mapping[str, Any], kind: type, origin: str) -> None:
             raise wrong_type(f"{name} of {origin}", hint, given[name], right)
 
 
+def check_names(given: Mapping[str, Any], kind: type, origin: str) -> None:
+    """Raise ValueError where `given`, which came from `origin`, has other names than the fields of
+    the dataclass `kind`, or lacks one without a default."""
+    known = {one.name: one for one in fields(kind)}
+    if unknown := sorted(map(str, given.keys() - known.keys())):
+        raise ValueError(f"{origin} has the unknown {', '.join(unknown)}, and may have {[*known]}")
+    without = (MISSING, MISSING)
+    needed = [name for name, one in known.items() if (one.default, one.default_factory) == without]
+    if missing := [name for name in needed if name not in given]:
+        raise ValueError(f"{origin} has no {', '.join(missing)}")
+
+
 def wrong_type(what: str, hint: Any, came: Any, right: str) -> ValueError:
     """Make the error for a value of a wrong type.
 

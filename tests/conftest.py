@@ -209,7 +209,7 @@ def pytest_sessionfinish():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What tests have to tell beside that they passed: `record_property("told", ...)`."""
+    """Print the lines that tests record by `record_property("told", ...)`."""
     reports = [
         one
         for kind in ("passed", "failed", "skipped")

@@ -61,7 +61,8 @@ def _timed(at: Setting, rest: Rest, direction: str) -> dict[str, Any]:
 
 
 def _even(at: Setting, plan: Plan, heads: int, rest: Rest) -> float:
-    """Of its own order; of mean keys beside mean queries in the second one."""
+    """Density from which mean queries pay: in the order of this rest, and for mean keys beside
+    queries in the second one."""
     from gen_accel.kernels.triton import configs
 
     problem = rest_cost.Problem(heads, plan.tokens, at.dims[0], plan.block_q, plan.block_k)

@@ -141,7 +141,7 @@ def linked(text: str, source: str, config: Any) -> str:
 
 
 def _place(source: str) -> str:
-    """Where a file of the repository stands in the site; "" where it does not."""
+    """Page of the site that a file of the repository becomes; "" for none."""
     return MOVED.get(source, source.removeprefix("docs/") if source.startswith("docs/") else "")
 
 

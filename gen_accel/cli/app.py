@@ -28,8 +28,8 @@ class OneLineErrors(TyperGroup):
         except _USAGE_ERROR as error:
             if not ctx.meta["args"]:  # the help, which is what no arguments ask for
                 raise
-            typer.echo(f"error: {_line(error.format_message())}", err=True)
-            raise typer.Exit(BAD_INPUT) from None
+            message = error.format_message()
+        raise _ended(message, BAD_INPUT)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -53,10 +53,14 @@ class OneLineErrors(TyperGroup):
                 raise
             message = _refusal(error)
             if message is None:
-                typer.echo(f"error: {_fault(error, ctx.meta['args'])}", err=True)
-                raise typer.Exit(OUR_FAULT) from None
-        typer.echo(f"error: {_line(message)}", err=True)
-        raise typer.Exit(BAD_INPUT)
+                raise _ended(_fault(error, ctx.meta["args"]), OUR_FAULT) from None
+        raise _ended(message, BAD_INPUT)
+
+
+def _ended(message: str, status: int) -> typer.Exit:
+    """Print the one line of an error, and make the exit with this status."""
+    typer.echo(f"error: {_line(message)}", err=True)
+    return typer.Exit(status)
 
 
 def _refusal(error: Exception) -> str | None:

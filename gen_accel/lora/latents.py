@@ -5,7 +5,7 @@ bytes, the decoding and the autoencoder; for a text the caption, the text encode
 tokenizers; for an image its bytes and the image encoder. Only changed inputs are encoded again.
 """
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from gen_accel.lora.shards import (
 )
 from gen_accel.moved import signpost
 from gen_accel.pipelines.image_prompt.projectors import normalised
-from gen_accel.values import check_fields
+from gen_accel.values import check_fields, check_names
 
 if not TYPE_CHECKING:
     __getattr__ = signpost("lora.latents")
@@ -222,16 +222,9 @@ class LatentCache:
 def _entry(data: Any, origin: Path) -> Entry:
     """Read an entry of a manifest; ValueError for anything else."""
     what = f"an entry of {origin}"
-    check_fields(fields_of(data, what), Entry, what)
-    missing = [
-        one.name for one in fields(Entry) if one.default is MISSING and one.name not in data
-    ]
-    if missing:
-        raise ValueError(f"{what} has no {', '.join(missing)}: cache again into an empty folder")
-    try:
-        return Entry(**data)
-    except TypeError as error:
-        raise ValueError(f"{what} is not what cache writes: {error}") from error
+    check_names(fields_of(data, what), Entry, what)
+    check_fields(data, Entry, what)
+    return Entry(**data)
 
 
 def as_features(stored: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the command line says: one line for what is refused, another for a fault of the program."""
+"""Words of the command line: one line for a refusal, another for a fault of the program."""
 
 import re
 import subprocess

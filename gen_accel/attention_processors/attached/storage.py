@@ -1,7 +1,7 @@
 """Attached methods on disk: the method as JSON, its parameters as safetensors."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from gen_accel.files import file_sha256, flush, replacing, write_json
 from gen_accel.json_files import read_fields, typed
 from gen_accel.method import branch_of, layer_method
 from gen_accel.tensor_files import check_finite, save_tensors
+from gen_accel.values import check_names
 
 CONFIG, WEIGHTS = "processors.json", "processors.safetensors"
 NEXT = "processors.next.safetensors"  # parameters that the JSON does not name yet
@@ -145,19 +146,14 @@ def _read(path: Path) -> tuple[Any, dict[str, Any], str]:
             raise ValueError(f"its version is {config['version']}, not {VERSION}")
         options = typed(config, "options", dict, origin=path)
         method = method_of_file(typed(config, "method", str, origin=path), options)
-        schedule = _schedule(typed(config, "schedule", dict, origin=path))
+        scheduled = typed(config, "schedule", dict, origin=path)
+        check_names(scheduled, Schedule, "its schedule")
+        schedule = Schedule(**with_tuples(scheduled))
         options = {"schedule": schedule, "kernel": config["kernel"]}
         options["dense_kernel"] = config.get("dense_kernel")  # which early files do not name
         return method, options, config["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what save_processors writes: {error}") from error
-
-
-def _schedule(options: dict[str, Any]) -> Schedule:
-    unknown = {*options} - {one.name for one in fields(Schedule)}
-    if unknown:
-        raise ValueError(f"a schedule has no {', '.join(sorted(unknown))}")
-    return Schedule(**with_tuples(options))
 
 
 def _parameters(handle: Attachment) -> dict[str, Tensor]:
