@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gen_accel.text_files import read_text
+from gen_accel.values import shown
 
 REQUIRED: Any = object()
 KINDS = {
@@ -21,7 +22,6 @@ KINDS = {
     bool: "true or false",
     type(None): "null",
 }
-SHOWN = 60  # characters of a wrong value
 
 
 def read_json(path: str | Path) -> Any:
@@ -37,10 +37,16 @@ def read_json(path: str | Path) -> Any:
 def parse_json(text: str, origin: Any) -> Any:
     """Parse `text`, which came from the file `origin`.
 
-    Raises ValueError, which names `origin`, for text that is not JSON or is nested too deeply.
+    Raises ValueError, which names `origin`, for text that is not JSON, is nested too deeply or
+    holds half of a surrogate pair, which no file can be written with.
     """
     try:
-        return json.loads(text)
+        data = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"{origin} is no JSON of ours: {half!r} is half a letter") from error
     except RecursionError:
         raise ValueError(f"{origin} is no JSON of ours: it is nested too deep") from None
     except json.JSONDecodeError as error:
@@ -48,6 +54,7 @@ def parse_json(text: str, origin: Any) -> Any:
         raise ValueError(f"{origin} is no JSON from {where} on") from error
     except ValueError as error:  # a number of more digits than Python reads
         raise ValueError(f"{origin} is no JSON: {error}") from error
+    return data
 
 
 def read_fields(path: str | Path) -> dict[str, Any]:
@@ -58,7 +65,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
 def fields_of(data: Any, origin: Any) -> dict[str, Any]:
     """Return `data` if it is a dict; raise ValueError, which names `origin`, otherwise."""
     if not isinstance(data, dict):
-        raise ValueError(f"{origin} must hold {KINDS[dict]}, got {_shown(data)}")
+        raise ValueError(f"{origin} must hold {KINDS[dict]}, got {shown(data)}")
     return data
 
 
@@ -80,7 +87,7 @@ def typed(
     value = data[name]
     if not any(_is(value, kind) for kind in kinds):
         wanted = " or ".join(KINDS[kind] for kind in kinds)
-        raise ValueError(f"{name} in {origin} must be {wanted}, got {_shown(value)}")
+        raise ValueError(f"{name} in {origin} must be {wanted}, got {shown(value)}")
     return value
 
 
@@ -88,8 +95,3 @@ def _is(value: Any, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, int | float) if kind is float else isinstance(value, kind)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

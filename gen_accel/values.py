@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+MOST_SHOWN = 80  # characters of a wrong value in an error
 
 
 def convert(value: Any, hint: Any, *, is_text: bool = False) -> Any:
@@ -118,7 +119,14 @@ def wrong_type(what: str, hint: Any, came: Any, right: str) -> ValueError:
         what: the field, and what has it.
         right: example of a valid value.
     """
-    return ValueError(f"{what} must be {written_type(hint)}, got {came!r}; such as {right}")
+    came = shown(came)
+    return ValueError(f"{what} must be {written_type(hint)}, got {came}; such as {right}")
+
+
+def shown(value: Any) -> str:
+    """Write a wrong value for an error, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 @lru_cache(maxsize=64)
@@ -133,7 +141,7 @@ def check_choices(options: Any, **kinds: Any) -> None:
     for name, kind in kinds.items():
         known, value = get_args(kind), getattr(options, name)
         if value not in known:
-            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+            raise ValueError(f"{name} must be one of {known}, got {shown(value)}")
 
 
 def example(hint: Any, default: Any = None) -> Any:

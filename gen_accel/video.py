@@ -1,6 +1,9 @@
 """Token grid of one video: the only geometry that the rest of the package sees."""
 
 from dataclasses import dataclass
+from numbers import Integral
+
+from gen_accel.values import shown
 
 
 @dataclass(frozen=True)
@@ -17,10 +20,11 @@ class VideoShape:
     text: int = 0
 
     def __post_init__(self) -> None:
-        # Check for the wrong types, since in a graph sizes are symbols.
         for size in (*self.grid, self.text):
-            if size is None or isinstance(size, bool | float | str):
-                raise ValueError(f"video sizes must be whole numbers, got {self}")
+            # The sizes of a graph may be symbols of torch, which this module does not import.
+            whole = isinstance(size, Integral) or type(size).__name__ == "SymInt"
+            if not whole or isinstance(size, bool):
+                raise ValueError(f"video sizes must be whole numbers, got {shown(size)}")
         if min(self.frames, self.height, self.width) < 1 or self.text < 0:
             raise ValueError(f"video sizes must be at least 1 and text at least 0, got {self}")
 

@@ -32,13 +32,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from gen_accel.demo.words import WORDS
 from gen_accel.demo.world import (
     BACKGROUND,
-    COLORS,
-    DIRECTIONS,
     SEEN,
-    SHAPES,
-    SPEEDS,
     Scene,
     render,
 )
@@ -220,8 +217,7 @@ def latent_statistics(work: Path) -> tuple[Tensor, Tensor]:
 
 def new_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word of the world's captions."""
-    words = ["a", "something", "moves", *COLORS, *SHAPES, *DIRECTIONS, *SPEEDS]
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

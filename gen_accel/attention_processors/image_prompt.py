@@ -30,10 +30,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import ImageAttention, image_family_of
+from gen_accel.values import fits, shown
 
 KeyNorm = Literal["none", "own", "plain"]
 TEXT = "text_weights"  # of the metadata: what the layers of a `start` held, by number
 _SAMPLES = 16  # of each weight that is kept there
+LARGEST = torch.finfo(torch.float32).max
 _ROUNDED = 5e-3  # of its size that a weight in half precision may be off
 PLAIN_EPS = 1e-5  # of Lynx' light layers: IPAWanAttnProcessor2_0, github.com/bytedance/lynx
 
@@ -194,9 +196,9 @@ def warn_of_other_text(adapter: ImageAdapter, sites: Sequence[ImageAttention]) -
     if adapter.start is None or not isinstance(told, Mapping):
         return
     pairs = [
-        (torch.tensor(then), now)
+        (_recorded(told, site, now), now)
         for site in sites
-        if (then := told.get(site.number)) is not None and (now := _sampled(site)) is not None
+        if site.number in told and (now := _sampled(site)) is not None
     ]
     off = sum(float((now - then).square().sum()) for then, now in pairs) ** 0.5
     size = sum(float(then.square().sum()) for then, _ in pairs) ** 0.5
@@ -208,6 +210,18 @@ def warn_of_other_text(adapter: ImageAdapter, sites: Sequence[ImageAttention]) -
             OtherText,
             stacklevel=2,
         )
+
+
+def _recorded(told: Mapping[str, Any], site: ImageAttention, now: Tensor) -> Tensor:
+    """Return what an adapter keeps of a layer's weights, of the shape of `now`."""
+    values = told[site.number]
+    right = fits(values, tuple[float, ...]) and len(values) == len(now)
+    if not right or not all(abs(x) <= LARGEST for x in values):
+        raise ValueError(
+            f"{TEXT} of the adapter must hold {len(now)} numbers for {site.name}, got "
+            f"{shown(values)}: the file was changed, or is for another model"
+        )
+    return torch.tensor([*map(float, values)])
 
 
 def image_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:

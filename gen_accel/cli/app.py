@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 OUR_FAULT, BAD_INPUT, INTERRUPTED = 1, 2, 130
-MOST_SAID = 2000  # characters of a message, of which a library may make many
+MOST_SAID = 900  # characters of a message, of which a library may make many
 
 
 class OneLineErrors(TyperGroup):
@@ -109,7 +109,10 @@ def _fault(error: Exception, args: list[str]) -> str:
 
 def _line(message: str) -> str:
     line = " ".join(message.split())
-    return line if len(line) <= MOST_SAID else f"{line[:MOST_SAID]}..."
+    if len(line) <= MOST_SAID:
+        return line
+    end = MOST_SAID // 3  # where the advice stands
+    return f"{line[: MOST_SAID - end]} ... {line[-end:]}"
 
 
 # ClickException of the Click that typer uses.

@@ -10,6 +10,7 @@ from gen_accel.cli.app import app
 from gen_accel.cli.options import Settings, method_of
 from gen_accel.cli.printing import print_comparison, print_files, quiet
 from gen_accel.demo import NAME
+from gen_accel.demo.words import check_known
 from gen_accel.paths import expanded
 
 
@@ -73,6 +74,8 @@ def demo(
     """
     early.check_names(method=method or "radial", device=device)
     early.check_model(NAME if model is None else str(model))
+    if model is None and prompt is not None:
+        check_known(prompt)
     early.check_files("image", [image_prompt])
     early.check_folder("out", out)
     out = None if out is None else expanded(out)

@@ -22,7 +22,8 @@ from gen_accel.cli.options import (
     schedule,
 )
 from gen_accel.cli.printing import print_comparison, print_files, quiet
-from gen_accel.demo import adapter_named, model_named
+from gen_accel.demo import NAME, adapter_named, model_named
+from gen_accel.demo.words import check_known
 
 
 @app.command(short_help="Videos from prompts, with any served pipeline.")
@@ -173,6 +174,8 @@ def generate(
     early.check_video(out)
     early.check_output(save_latents, ".safetensors")
     early.check_model(model)
+    if model == NAME:
+        check_known(*(prompt or ()))
     early.check_names(
         method=method,
         kernels={"kernel": kernel, "dense_kernel": dense_kernel},
@@ -203,6 +206,8 @@ def generate(
         print_files({"video": path})
         return
     texts = [*(prompt or ()), *(read_prompts(prompts) if prompts is not None else ())]
+    if model == NAME:
+        check_known(*texts)
     dense = schedule(dense_start, dense_end, dense_steps, dense_layers)
     made = run(
         source,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gen_accel.demo import world
-from gen_accel.demo.world import BACKGROUND, COLORS, DIRECTIONS, RADIUS, SHAPES, SPEEDS, Scene
+from gen_accel.demo.words import COLORS, DIRECTIONS, SHAPES, SPEEDS
+from gen_accel.demo.world import BACKGROUND, RADIUS, Scene
 
 CONTRAST = 80  # grey levels above the background; the darkest colour, green, has 180
 LEAST_AREA = 0.25 * math.pi * RADIUS**2  # pixels

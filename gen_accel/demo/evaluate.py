@@ -14,7 +14,8 @@ from diffusers import WanPipeline
 
 from gen_accel.demo import TRAINED_FRAMES, world
 from gen_accel.demo.detector import detect, score
-from gen_accel.demo.world import SPEEDS, Scene
+from gen_accel.demo.words import SPEEDS
+from gen_accel.demo.world import Scene
 from gen_accel.extras import needed_for
 
 with needed_for("the demo", extra="video"):

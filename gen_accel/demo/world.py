@@ -10,15 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-COLORS = {
-    "red": (235, 50, 45),
-    "green": (45, 200, 75),
-    "blue": (60, 105, 245),
-    "yellow": (245, 220, 50),
-}
-SHAPES = ("circle", "square", "triangle")
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-SPEEDS = {"slowly": 0.8, "quickly": 2.0}  # pixels a frame
+from gen_accel.demo.words import COLORS, DIRECTIONS, SHAPES, SPEEDS
 
 BACKGROUND = 20  # grey level, 0 to 255
 RADIUS = 12.0  # pixels, whatever the canvas

@@ -283,7 +283,7 @@ def test_the_page_of_the_demo_shows_the_longer_clips(run, model, tmp_path, monke
 
 @pytest.mark.slow
 def test_demo_page_fetches_nothing(run, model, tmp_path):
-    args = ("--frames", "5", "--steps", "1", "--set", "rule=paper", "--prompt", "a cat surfs")
+    args = ("--frames", "5", "--steps", "1", "--set", "rule=paper")
     run("demo", "--model", model, *args, "--out", tmp_path)
 
     class Page(HTMLParser):
@@ -298,7 +298,6 @@ def test_demo_page_fetches_nothing(run, model, tmp_path):
     assert len(page.sources) == 5
     assert all(source.startswith("data:") for source in page.sources)
     assert "PSNR" in text.split("In plain words")[0]
-    assert "has never seen &#x27;cat&#x27;, &#x27;surfs&#x27;" in text
     assert "rule=&#x27;paper&#x27;" in text
 
 
@@ -530,6 +529,21 @@ def test_a_kernel_that_cannot_run_there_is_refused(refused, no_loading, tmp_path
     for option in ("--kernel", "--dense-kernel"):
         error = refused("generate", *given, option, "xformers", "--device", "cpu")
         assert "kernel 'xformers' cannot run on cpu: " in error
+
+
+def test_a_prompt_that_the_embedded_model_does_not_know(refused, no_loading, tmp_path):
+    said = "the demo model does not know 'cat' and 'surfs': it knows \"a COLOUR SHAPE moves"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("A red circle moves left, slowly.\na cat surfs\n", encoding="utf-8")
+    model = ("generate", "--model", "demo", "--out", tmp_path / "a.mp4")
+    for line in (
+        refused(*model, "--prompt", "A cat surfs left."),
+        refused(*model, "--prompts", prompts),
+        refused("demo", "--prompt", "a cat surfs", "--out", tmp_path),
+        refused("demo", "--image-prompt", prompts, "--prompt", "a cat surfs", "--out", tmp_path),
+    ):
+        assert said in line
+        assert "slowly or quickly" in line
 
 
 @pytest.mark.slow

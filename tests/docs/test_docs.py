@@ -41,6 +41,7 @@ SMALLER = {
     "step=7": "step=1",
     "layer=3": "layer=1",
     '"num_frames": 33': '"num_frames": 21',
+    '"num_frames": 81': '"num_frames": 21',
     "num_inference_steps=8": "num_inference_steps=2",
     '"num_inference_steps": 50': '"num_inference_steps": 3',
 }
@@ -165,7 +166,7 @@ def test_python(page, small, capsys):
             compile(block.text, f"{name(page)}:{block.line}", "exec")
             skipped.append(f"{name(page)}:{block.line}: {block.reason}")
             continue
-        text = re.sub(r"\b(height|width)=\d+", rf"\1={SIDE}", block.text)
+        text = re.sub(r'\b((?:height|width)"?[=:] ?)\d+', rf"\g<1>{SIDE}", block.text)
         for stated, tiny in SMALLER.items():
             text = text.replace(stated, tiny)
         exec(compile("\n" * block.line + text, name(page), "exec"), names)

@@ -238,6 +238,7 @@ class Kind:
 
             with safe_open(path, "pt") as file:
                 about = dict(file.metadata())
+            text = text.encode(errors="replace").decode()  # as the format wants it
             save_file(load_file(path), path, metadata=about | {self.key: text})
         self.use()
 
@@ -418,7 +419,8 @@ FOREIGN = re.compile(
     r"|maximum recursion|DefaultCPUAllocator|ffmpeg version|codec can't|not subscriptable"
 )
 # Of a bar of progress, a line in its place, what takes long, and warnings.
-BAR = re.compile(r"━|\d:\d\d:\d\d left|\d+/\d+ .*\d:\d\d:\d\d|^loading |^warning: ")
+TIME = r"\d:\d\d:\d\d"
+BAR = re.compile(rf"━|{TIME} left|[\d.e+]+/[\d.e+?]+( \S+)?, {TIME}|^loading |^warning: ")
 
 
 def verdict(case: Case, outcome: Outcome, folder: Path) -> str | None:

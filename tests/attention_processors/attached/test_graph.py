@@ -17,7 +17,7 @@ from gen_accel import Dense, Schedule, attach, kernels
 from gen_accel.attention_processors.families import FAMILIES, family_of
 
 MANY = 40
-MANY_TEXTS = MANY if NIGHTLY else 16
+MANY_TEXTS = MANY if NIGHTLY else 8
 
 # The others' turn comes by night.
 GRIDS = ("wan",)

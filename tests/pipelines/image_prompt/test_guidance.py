@@ -264,6 +264,15 @@ def test_text_weights_that_are_others(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("record", [[1.0], ["x"] * 32, [10**400] * 32, None])
+def test_a_record_of_text_weights_that_was_changed(model, record):
+    one = identity(model)
+    one.metadata["text_weights"]["0"] = record
+    with pytest.raises(ValueError, match=r"must hold 32 numbers for blocks\.0\.attn2, got"):
+        load_image_prompt(model, one)
+
+
+@torch.no_grad()
 def test_processors_that_are_replaced_after_loading():
     pipe = image_adapters.pipeline("sd")
     prompt = load_image_prompt(pipe, adapter(pipe.unet))

@@ -1,0 +1,33 @@
+"""Captions that the demo model knows, and the refusal of others. Imports nothing that is slow."""
+
+from collections.abc import Iterable
+
+COLORS = {
+    "red": (235, 50, 45),
+    "green": (45, 200, 75),
+    "blue": (60, 105, 245),
+    "yellow": (245, 220, 50),
+}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+SPEEDS = {"slowly": 0.8, "quickly": 2.0}  # pixels a frame
+
+WORDS = ("a", "something", "moves", *COLORS, *SHAPES, *DIRECTIONS, *SPEEDS)
+
+
+def check_known(*prompts: str) -> None:
+    """Raise ValueError for a prompt with words that the demo model was never trained on."""
+    for prompt in prompts:
+        words = dict.fromkeys(prompt.lower().replace(",", " ").replace(".", " ").split())
+        unknown = [word for word in words if word not in WORDS]
+        if unknown:
+            raise ValueError(
+                f"the demo model does not know {_joined(map(repr, unknown[:5]), 'and')}: it knows "
+                f'"a COLOUR SHAPE moves DIRECTION SPEED", with {_joined(COLORS)}; '
+                f"{_joined(SHAPES)}; {_joined(DIRECTIONS)}; {_joined(SPEEDS)}"
+            )
+
+
+def _joined(words: Iterable[str], last: str = "or") -> str:
+    *first, end = words
+    return f"{', '.join(first)} {last} {end}" if first else end
