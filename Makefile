@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo test nightly quick lint golden docs docs-serve versions gpu train-demo train-lora clean
+.PHONY: help venv demo test nightly quick lint golden docs docs-serve notebooks versions gpu train-demo train-lora clean
 
 help:
 	@echo "make demo        dense and sparse video side by side, into outputs/demo/"
@@ -12,6 +12,7 @@ help:
 	@echo "make nightly     make test with all combinations, compilations and notebooks as stored"
 	@echo "make docs        the site of the documentation, into outputs/site"
 	@echo "make docs-serve  the site at http://localhost:8000, built again as you write; PORT=8000"
+	@echo "make notebooks   run the notebooks and store them with their outputs, some minutes"
 	@echo "make versions    the quick tests on the lowest and the highest versions we admit"
 	@echo "make gpu         everything a GPU can tell, in MINUTES=9; more of it by RESUME=1"
 	@echo "make venv        only the environment, in .venv"
@@ -59,6 +60,9 @@ docs: venv
 
 docs-serve: venv
 	@$(BIN)/python docs/.site/serve.py $(or $(PORT),8000)
+
+notebooks: venv
+	$(BIN)/python notebooks/store.py
 
 versions:
 	tests/versions.sh

@@ -28,7 +28,7 @@ import gen_accel
 from gen_accel.attention_processors.attached.recipe import WEIGHTS, read_recipe
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.demo import world
-from gen_accel.demo.detector import detect, score, strays
+from gen_accel.demo.detector import detect, is_right_throughout, quarter_paces, score, strays
 from gen_accel.demo.evaluate import TRAINED_FRAMES
 from gen_accel.files import file_sha256
 from gen_accel.measure import write_json
@@ -251,6 +251,8 @@ def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 "right": result.right,
                 "whole": result.color and result.shape and result.direction,
                 "pace_ratio": found.pace / world.SPEEDS[scene.speed],
+                "quarter_paces": quarter_paces(video, scene),
+                "throughout": is_right_throughout(video, scene),
                 "strays": strays(video, scene),
             }
         )
@@ -261,6 +263,7 @@ def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "motion": mean_motion(motions),
         "detector_score": sum(clip["whole"] for clip in scored) / count,
         "with_speed": sum(clip["right"] for clip in scored) / count,
+        "throughout": sum(clip["throughout"] for clip in scored) / count,
         "steady": sum(clip["whole"] and clip["strays"] <= STEADY for clip in scored) / count,
         "colour": sum(clip["score"]["color"] for clip in scored) / count,
         "shape": sum(clip["score"]["shape"] for clip in scored) / count,
@@ -318,14 +321,15 @@ def timings(names: list[str], args: argparse.Namespace) -> dict[str, dict[str, f
 def write_table(report: dict[str, Any]) -> None:
     """Between the markers of docs/longer_videos.md."""
     rows = [
-        "| | clips | score | with speed | steady | colour | shape | direction | loop "
-        "| colour drift | dynamic | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| | clips | score | with speed | every quarter | steady | colour | shape | direction "
+        "| loop | colour drift | dynamic | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, found in report["settings"].items():
         motion = found["motion"]
         taken = f"{found['seconds']:.1f}, {found['speedup']:.2f}x" if "seconds" in found else ""
-        shares = ("detector_score", "with_speed", "steady", "colour", "shape", "direction")
+        shares = ("detector_score", "with_speed", "throughout", "steady")
+        shares += ("colour", "shape", "direction")
         rows.append(
             f"| {name} | {found['clips']} | "
             + " | ".join(f"{found[share]:.0%}" if share in found else "" for share in shares)
@@ -334,7 +338,7 @@ def write_table(report: dict[str, Any]) -> None:
         )
     motion = report["world"]["motion"]
     rows.append(
-        f"| *the world itself* | | | | | | | | {motion['loop_score']:.2f} "
+        f"| *the world itself* | | | | | | | | | {motion['loop_score']:.2f} "
         f"| {motion['color_drift']:.3f} | {motion['dynamic_degree']:.2f} | |"
     )
     write_between_marks(DOCS, rows)
@@ -344,6 +348,7 @@ def line(name: str, figures: dict[str, Any]) -> str:
     seconds = f"  {figures['seconds']:6.1f} s" if "seconds" in figures else ""
     return (
         f"{name:<34} {figures['detector_score']:4.0%}  with speed {figures['with_speed']:4.0%}  "
+        f"every quarter {figures['throughout']:4.0%}  "
         f"steady {figures['steady']:4.0%}  colour {figures['colour']:4.0%}  "
         f"shape {figures['shape']:4.0%}  direction {figures['direction']:4.0%}{seconds}"
     )

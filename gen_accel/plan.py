@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gen_accel.runs import Runs
+from gen_accel.values import shown
 from gen_accel.video import VideoShape
 from gen_accel.window_blocks import WindowBlocks, extremes
 
@@ -268,7 +269,7 @@ class Rest:
         for name, options in (("centre", Centre), ("order", RestOrder)):
             if getattr(self, name) not in get_args(options):
                 raise ValueError(
-                    f"{name} must be one of {get_args(options)}, got {getattr(self, name)!r}"
+                    f"{name} must be one of {get_args(options)}, got {shown(getattr(self, name))}"
                 )
         for order, centre in ORDERS.items():
             if self.order == order and self.centre != centre:

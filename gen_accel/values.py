@@ -106,6 +106,13 @@ def check_names(given: Mapping[str, Any], kind: type, origin: str) -> None:
     known = {one.name: one for one in fields(kind)}
     if unknown := sorted(map(str, given.keys() - known.keys())):
         raise ValueError(f"{origin} has the unknown {', '.join(unknown)}, and may have {[*known]}")
+    check_present(given, kind, origin)
+
+
+def check_present(given: Mapping[str, Any], kind: type, origin: str) -> None:
+    """Raise ValueError where `given`, which came from `origin`, lacks a field of the dataclass
+    `kind` that has no default."""
+    known = {one.name: one for one in fields(kind)}
     without = (MISSING, MISSING)
     needed = [name for name, one in known.items() if (one.default, one.default_factory) == without]
     if missing := [name for name in needed if name not in given]:

@@ -92,7 +92,7 @@ class ImageAdapter(nn.Module):
     ) -> None:
         super().__init__()
         if key_norm not in get_args(KeyNorm):
-            raise ValueError(f"key_norm must be one of {get_args(KeyNorm)}, got {key_norm!r}")
+            raise ValueError(f"key_norm must be one of {get_args(KeyNorm)}, got {shown(key_norm)}")
         if not layers:
             raise ValueError("an adapter needs layers, got none")
         self.variant, self.key_norm = variant, key_norm

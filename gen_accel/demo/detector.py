@@ -29,6 +29,7 @@ CONSISTENT = 0.75  # share of the pairs that must agree on one direction
 
 COLOR_SHARE = 0.9
 PACE_RATIO = (0.6, 1.5)
+QUARTERS = 4
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,35 @@ def score(detection: Detection, scene: Scene) -> Score:
         direction=detection.direction == scene.direction,
         speed=slowest <= detection.pace / SPEEDS[scene.speed] <= fastest,
     )
+
+
+def is_right_throughout(video: np.ndarray | Tensor, scene: Scene) -> bool:
+    """Whether a clip is right as `score` says and at its pace along the scene's direction in every
+    quarter, so that one that stops, turns or jumps on its way is wrong.
+
+    Args:
+        video: as `detect` takes it.
+    """
+    slowest, fastest = PACE_RATIO
+    right = score(detect(video), scene).right
+    return right and all(slowest <= pace <= fastest for pace in quarter_paces(video, scene))
+
+
+def quarter_paces(video: np.ndarray | Tensor, scene: Scene) -> list[float]:
+    """Median velocity along the scene's direction in each quarter, as a share of the scene's pace;
+    0 where no two frames show the object.
+
+    Args:
+        video: as `detect` takes it, of at least four frames.
+    """
+    heading = torch.tensor(DIRECTIONS[scene.direction], dtype=torch.float32)
+    paces = []
+    for part in torch.as_tensor(video).cpu().tensor_split(QUARTERS):
+        mask = _foreground(part)
+        visible = mask.sum((1, 2)) >= LEAST_AREA
+        along = _velocity(_center(mask), visible, mask.shape[1:]) @ heading
+        paces.append(along.median().item() / SPEEDS[scene.speed] if len(along) else 0.0)
+    return paces
 
 
 def strays(video: np.ndarray | Tensor, scene: Scene) -> float:

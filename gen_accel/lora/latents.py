@@ -24,7 +24,7 @@ from gen_accel.lora.shards import (
 )
 from gen_accel.moved import signpost
 from gen_accel.pipelines.image_prompt.projectors import normalised
-from gen_accel.values import check_fields, check_names
+from gen_accel.values import check_fields, check_names, shown
 
 if not TYPE_CHECKING:
     __getattr__ = signpost("lora.latents")
@@ -115,8 +115,8 @@ class LatentCache:
             for key in parts:
                 if key is not None and key not in self._homes:
                     raise ValueError(
-                        f"{self.folder / MANIFEST} names tensors {key!r} of {entry.name}, which "
-                        "no shard has: cache again into an empty folder"
+                        f"{self.folder / MANIFEST} names tensors {shown(key)} of {entry.name}, "
+                        "which no shard has: cache again into an empty folder"
                     )
 
     def __len__(self) -> int:

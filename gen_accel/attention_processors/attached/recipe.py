@@ -14,7 +14,7 @@ from gen_accel.attention_processors.methods.options import method_of_file, with_
 from gen_accel.json_files import fields_of, parse_json
 from gen_accel.method import on_device
 from gen_accel.paths import expanded
-from gen_accel.values import check_fields
+from gen_accel.values import check_fields, check_present, shown
 
 WEIGHTS, CONFIG = "pytorch_lora_weights.safetensors", "gen_accel.json"
 KEY = "gen_accel"  # of the metadata, and of PEFT's `auto_mapping`
@@ -128,8 +128,9 @@ def parse(data: Any, origin: Any) -> Recipe:
     try:
         fields_of(data, "it")
         if data["version"] != VERSION:
-            raise ValueError(f"its version is {data['version']}, not {VERSION}")
+            raise ValueError(f"its version is {shown(data['version'])}, not {VERSION}")
         check_fields(data, Recipe, "it")
+        check_present(data, Recipe, "it")
         known = {one.name for one in fields(Recipe)}
         recipe = Recipe(**{k: v for k, v in with_tuples(dict(data)).items() if k in known})
         recipe.build_method()

@@ -27,7 +27,7 @@ from gen_accel.files import file_sha256, flush, replacing, write_json
 from gen_accel.json_files import read_fields, typed
 from gen_accel.method import branch_of, layer_method
 from gen_accel.tensor_files import check_finite, save_tensors
-from gen_accel.values import check_names
+from gen_accel.values import check_names, shown
 
 CONFIG, WEIGHTS = "processors.json", "processors.safetensors"
 NEXT = "processors.next.safetensors"  # parameters that the JSON does not name yet
@@ -143,7 +143,7 @@ def _read(path: Path) -> tuple[Any, dict[str, Any], str]:
     try:
         config = read_fields(path)
         if config["version"] != VERSION:
-            raise ValueError(f"its version is {config['version']}, not {VERSION}")
+            raise ValueError(f"its version is {shown(config['version'])}, not {VERSION}")
         options = typed(config, "options", dict, origin=path)
         method = method_of_file(typed(config, "method", str, origin=path), options)
         scheduled = typed(config, "schedule", dict, origin=path)

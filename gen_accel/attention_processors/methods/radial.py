@@ -23,7 +23,7 @@ from gen_accel.attention_processors.methods.pooled import Pool, rest_of
 from gen_accel.plan import Centre, Plan, Rest, raster_slots, tile_slots
 from gen_accel.recall import recalled
 from gen_accel.runs import mask_or_runs, slices_of
-from gen_accel.values import check_types
+from gen_accel.values import check_types, shown
 from gen_accel.video import VideoShape
 
 Rule = Literal["balanced", "paper", "code-2025-06", "code-2025-11"]
@@ -89,7 +89,7 @@ class Radial:
     def __post_init__(self) -> None:
         check_types(self)
         if self.rule not in get_args(Rule):
-            raise ValueError(f"rule must be one of {get_args(Rule)}, got {self.rule!r}")
+            raise ValueError(f"rule must be one of {get_args(Rule)}, got {shown(self.rule)}")
         if not (math.isfinite(self.decay_factor) and self.decay_factor > 0):
             raise ValueError(f"decay_factor must be positive, got {self.decay_factor}")
         if self.block < 1:

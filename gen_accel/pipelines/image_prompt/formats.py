@@ -48,6 +48,7 @@ from gen_accel.json_files import fields_of, parse_json, typed
 from gen_accel.paths import expanded
 from gen_accel.pipelines.image_prompt import projectors
 from gen_accel.tensor_files import save_tensors
+from gen_accel.values import shown
 
 VARIANTS = (
     "base",
@@ -151,7 +152,7 @@ def read_adapter(path: str | Path, *, variant: str | None = None) -> AdapterFile
     """
     path = expanded(path)
     if variant is not None and variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {shown(variant)}")
     if path.is_dir():
         path = _in_folder(path, None)
     if path.is_dir():
@@ -359,9 +360,11 @@ def _metadata(text: str | None, path: Path) -> dict[str, Any]:
         if "variant" not in fields_of(data, "it"):
             return {}
         if typed(data, "version", int, origin="it") != VERSION:
-            raise ValueError(f"its version is {data['version']}, not {VERSION}")
+            raise ValueError(f"its version is {shown(data['version'])}, not {VERSION}")
         if typed(data, "variant", str, origin="it") not in VARIANTS:
-            raise ValueError(f"its variant is {data['variant']!r}, none of {', '.join(VARIANTS)}")
+            raise ValueError(
+                f"its variant is {shown(data['variant'])}, none of {', '.join(VARIANTS)}"
+            )
         for name in ("blocks", "heads", "transformer"):
             typed(data, name, dict, origin="it", default={})
         typed(data, "image_encoder", str, origin="it", default="")
