@@ -6,7 +6,7 @@ BIN := .venv/bin
 .PHONY: help venv demo test nightly quick lint golden docs docs-serve notebooks versions gpu train-demo train-lora clean
 
 help:
-	@echo "make demo        dense and sparse video side by side, into outputs/demo/"
+	@echo "make demo        one video, dense and sparse on one clock, into outputs/demo/"
 	@echo "make test        lint, types and tests, at most 9 minutes on 2 cores"
 	@echo "make quick       the tests to run all the time, without the slow ones"
 	@echo "make nightly     make test with all combinations, compilations and notebooks as stored"

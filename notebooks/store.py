@@ -1,16 +1,20 @@
 """Run the notebooks and store them with their outputs: `python notebooks/store.py [NAME ...]`."""
 
 import argparse
+import base64
 import hashlib
+import io
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 HERE = Path(__file__).parent
 TIMEOUT = 900  # seconds of a cell
+PNG, COLORS = "image/png", 128
 
 
 def main() -> None:
@@ -28,7 +32,8 @@ def main() -> None:
 def store(path: Path) -> None:
     """Run a notebook in an empty folder, and write it with its outputs.
 
-    What its code prints to stderr, such as warnings of libraries, is left out.
+    What its code prints to stderr, such as warnings of libraries, is left out, and so are bars of
+    progress. Pictures get a palette, so that a code host shows the notebook.
     """
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
@@ -36,10 +41,27 @@ def store(path: Path) -> None:
         NotebookClient(notebook, timeout=TIMEOUT, resources=resources).execute()
     for cell in code(notebook):
         cell.metadata.pop("execution", None)  # times
-        cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
+        cell.outputs = [kept for kept in map(kept_of, cell.outputs) if kept is not None]
     notebook.metadata["language_info"] = {"name": "python"}
     notebook.metadata["gen_accel"] = {"outputs_of": sources_hash(notebook)}
     nbformat.write(notebook, path)
+
+
+def kept_of(output: Any) -> Any:
+    """Return an output as it is stored; None where it is left out."""
+    if output.output_type == "display_data":
+        if PNG not in output.data:
+            return None
+        output.data = {PNG: with_palette(output.data[PNG])}
+    return None if output.get("name") == "stderr" else output
+
+
+def with_palette(picture: str) -> str:
+    """Reduce a PNG, in base64 as is the result, to `COLORS` colours."""
+    image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
+    file = io.BytesIO()
+    image.quantize(COLORS, dither=Image.Dither.NONE).save(file, "png", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def code(notebook: Any) -> list[Any]:

@@ -52,7 +52,7 @@ SMALL = {
     },
 }
 
-MOST_BYTES = 500_000  # what a code host shows
+MOST_BYTES = 1_000_000  # what a code host shows
 
 SPEC = importlib.util.spec_from_file_location("store", ROOT / "notebooks" / "store.py")
 assert SPEC is not None

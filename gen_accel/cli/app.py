@@ -184,7 +184,7 @@ def root(
     """Sparse attention that makes video diffusion models faster.
 
     \b
-    gen-accel demo                 one clip, dense and sparse, side by side; no download
+    gen-accel demo                 one clip, dense and sparse, on one clock; no download
     gen-accel list                 methods with their options, kernels
     gen-accel models               the models that are served, and what of them
     gen-accel show radial --frames 33 --height 12 --width 12

@@ -14,7 +14,7 @@ from gen_accel.demo.words import check_known
 from gen_accel.paths import expanded
 
 
-@app.command(short_help="One clip, dense and sparse, side by side.")
+@app.command(short_help="One clip, dense and sparse, on one clock.")
 def demo(
     out: Annotated[
         Path | None,
@@ -34,7 +34,8 @@ def demo(
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise that both start from.")] = 0,
     method: Annotated[
-        str | None, typer.Option(help="Without: radial. See `gen-accel list`.")
+        str | None,
+        typer.Option(help="Without: what the LoRA was trained through, or radial."),
     ] = None,
     settings: Settings = None,
     device: Annotated[
@@ -47,19 +48,20 @@ def demo(
         bool | None,
         typer.Option(
             "--with-lora/--without-lora",
-            help="Also 129 frames with the long-video LoRAs and without. [the embedded model]",
+            help="The model with its LoRA for longer videos. [with, of the embedded model]",
         ),
     ] = None,
 ) -> None:
-    """Generate one clip dense and sparse with the embedded model, and compare them.
+    """Generate one clip dense and sparse with the embedded model, a step of each in turn.
 
-    Writes the clips side by side and each alone, a picture of the mask, report.html with
-    everything on one page, and report.json. Needs no GPU and no download.
+    Writes report.html with everything on one page: the clips side by side, both denoisings on one
+    clock, what the model makes without its LoRA, and the figures. Each of them is a file too.
+    Needs no GPU and no download, and takes about two minutes on two cores.
 
     \b
     gen-accel demo
     gen-accel demo --prompt "a blue square moves up slowly" --seed 3
-    gen-accel demo --frames 129 --steps 10                      shorter, and less to gain
+    gen-accel demo --frames 257                                 longer, and more to gain
     gen-accel demo --method radial --set decay_factor=0.5       sparser
     gen-accel demo --method neighborhood --set window=9,7,7
     python -m gen_accel.demo.clips --images --out outputs/stills --frames 5 --count 72

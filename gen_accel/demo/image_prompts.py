@@ -13,7 +13,8 @@ from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.demo import job
 from gen_accel.demo.clips import STILL_SIZE
 from gen_accel.demo.detector import detect
-from gen_accel.demo.job import FPS, GUIDANCE_SCALE, HEADLINES, SIZE, STEPS
+from gen_accel.demo.job import FPS, GUIDANCE_SCALE, SIZE, STEPS
+from gen_accel.demo.page import HEADLINES
 from gen_accel.demo.words import check_known
 from gen_accel.measure import (
     check_writable,
@@ -26,7 +27,7 @@ from gen_accel.measure import (
 from gen_accel.method import Method
 from gen_accel.pipelines.generation.compare import Comparison, compare_with_dense
 from gen_accel.pipelines.generation.image_input import ImageInput
-from gen_accel.pipelines.generation.sampling import Clip
+from gen_accel.pipelines.generation.sampling import Clip, check_clip, filled
 from gen_accel.pipelines.image_prompt.encoder import as_rgb
 
 PROMPT = "something moves right slowly"
@@ -82,7 +83,9 @@ def run(
     quality.check_installed()
     check_writable(files["dense"])
 
-    pipe, clip = job.loaded(model, clip, method, device)
+    pipe = job.loaded(model, device)
+    clip = filled(pipe, clip)
+    check_clip(pipe, clip, method)
     with given.load(pipe) as handle:
         result = compare_with_dense(
             pipe,

@@ -68,6 +68,7 @@ figcaption { margin-top: 8px; color: var(--faint); font-size: 0.9rem; }
   color: var(--accent); font-size: 2.1rem; font-weight: 650; line-height: 1.25;
   letter-spacing: -0.03em; font-variant-numeric: tabular-nums; white-space: nowrap;
 }
+.tile .plain { color: var(--ink); }
 .tile .meaning { color: var(--faint); font-size: 0.85rem; line-height: 1.4; }
 .more { display: grid; gap: 24px; margin-top: 28px;
   grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); }
@@ -108,10 +109,11 @@ def write_report(
     the whole report, the environment.
 
     Args:
-        report: nested dicts. Keys named `speedup` (a factor), `density` (a share, 0 to 1, of the
-            pairs where attention is sparse), `psnr` (dB) and `ssim` at any depth, the least deep
-            first, become the headline figures. Numbers whose key, or whose parent's key, ends in
-            `seconds` are times. `environment`, at the top, comes last.
+        report: nested dicts. Keys named `speedup` (a factor, or words why there is none),
+            `density` (a share, 0 to 1, of the pairs where attention is sparse), `psnr` (dB) and
+            `ssim` at any depth, the least deep first, become the headline figures. Numbers whose
+            key, or whose parent's key, ends in `seconds` are times. `environment`, at the top,
+            comes last.
         title: the heading, such as the prompt or the method.
         videos: caption to .mp4, .webm or .gif; the first is shown large.
         pictures: caption to .png, .jpg or .gif.
@@ -153,12 +155,14 @@ def _headline(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for keys, value in sorted(_flatten(report), key=lambda entry: len(entry[0])):
         if _is_number(value) and not math.isnan(value):
             found.setdefault(keys[-1], value)
-    if "speedup" in found:
-        yield (
-            "Speed-up",
-            f"{found['speedup']:.3g}\N{MULTIPLICATION SIGN}",
-            "as fast as dense attention",
-        )
+    if isinstance(report.get("speedup"), str):
+        yield "Speed-up", "not told", report["speedup"]
+    elif "speedup" in found:
+        figure = f"{found['speedup']:.3g}\N{MULTIPLICATION SIGN}"
+        if found["speedup"] < 1:
+            yield "Slower", figure, "as fast as dense attention, which is no gain"
+        else:
+            yield "Speed-up", figure, "as fast as dense attention"
     if "density" in found:
         yield (
             "Density, sparse steps",
@@ -174,9 +178,10 @@ def _headline(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def _tile(name: str, figure: str, meaning: str) -> str:
+    kind = "figure plain" if name == "Slower" or figure == "not told" else "figure"
     return (
-        f'<div class="tile"><dt>{name}</dt><dd class="figure">{figure}</dd>'
-        f'<dd class="meaning">{meaning}</dd></div>\n'
+        f'<div class="tile"><dt>{name}</dt><dd class="{kind}">{escape(figure)}</dd>'
+        f'<dd class="meaning">{escape(meaning)}</dd></div>\n'
     )
 
 

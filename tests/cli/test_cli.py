@@ -7,9 +7,7 @@ import subprocess
 import sys
 import warnings
 from html.parser import HTMLParser
-from itertools import combinations
 
-import numpy as np
 import pytest
 import torch
 from demo_model.train import Denoiser, new_autoencoder, new_tokenizer
@@ -32,9 +30,10 @@ from gen_accel import (
     VideoShape,
     demo,
 )
+from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.cli import app
-from gen_accel.demo import job, longer
+from gen_accel.demo import job
 from gen_accel.kernels.reference import pairs
 from gen_accel.measure import environment, pictures, read_video, video_io
 from gen_accel.pipelines.generation import compare, loading, sampling
@@ -208,6 +207,7 @@ def test_demo(run, model, tmp_path):
         "contact_sheet.png",
         "dense.mp4",
         "mask.png",
+        "race.mp4",
         "radial.mp4",
         "report.html",
         "report.json",
@@ -228,7 +228,14 @@ def test_demo(run, model, tmp_path):
     total = report["dense_total_seconds"] / report["sparse_total_seconds"]
     assert report["total_speedup"] == pytest.approx(total)
     assert 0 < report["attention_seconds"]["sparse"] < report["sparse_seconds"]
-    assert report["compile_seconds"] == 0 < report["decode_seconds"]
+    assert report["compile_seconds"] == 0
+    assert min(report["dense_decode_seconds"], report["sparse_decode_seconds"]) > 0
+    steps = report["steps_seconds"]
+    assert [len(steps[name]) for name in ("dense", "sparse")] == [5, 5]
+    assert sum(steps["dense"]) == pytest.approx(report["dense_seconds"])
+    ratios = [a / b for a, b in zip(steps["dense"], steps["sparse"], strict=True)]
+    assert report["speedup_of_steps"]["most"] == max(ratios)
+    assert report["finished"] is True
     assert float(report["psnr_db"]) > 10
     assert 0.1 < report["ssim"] <= 1
     seen = report["detector"]
@@ -239,46 +246,25 @@ def test_demo(run, model, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_longer_clips_of_the_demo():
-    made = longer.compare(PROMPT, sampling.Clip(None, 96, 96, 1, 3.0, seed=0))
-    guided, holding = made.trained["long_lora_guided"], made.trained["long_lora"]
-    assert (made.dense.guidance_scale, made.dense.method) == (3, None)
-    assert (guided.guidance_scale, guided.techniques) == (3, ())
-    assert (holding.guidance_scale, holding.techniques) == (1, ("fresh_noise",))
-    assert guided.method == holding.method == repr(Radial(block=432, tile_frames=3, tile_side=12))
-    assert guided.density == holding.density == pytest.approx(0.35, abs=0.01)
-    videos = [made.dense.video, guided.video, holding.video]
-    assert all(video.shape == (129, 96, 96, 3) for video in videos)
-    assert all((a != b).any() for a, b in combinations(videos, 2))
-    assert made.side_by_side().shape[0] == 129
-    report = json.loads(json.dumps(made.to_dict()))
-    for clip in report["trained"].values():
-        taken = report["dense"]["seconds"] / clip["seconds"]
-        assert clip["times_as_fast"] == pytest.approx(taken)
-    text = longer.notes(report)
-    assert [("(fresh_noise)" in part) for part in text] == [False, False, True, False]
-    assert [("holds the guidance" in part) for part in text] == [False, False, True, False]
+def test_the_embedded_model_is_shown_with_its_lora_and_without(run, tmp_path):
+    args = ("--prompt", "a red circle moves up slowly", "--frames", "5", "--steps", "1")
+    result = run("demo", *args, "--out", tmp_path)
+    assert "without its LoRA" in result.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["finished"] is True
+    recipe = read_recipe(job.lora_path(guided=True))
+    assert report["method"] == str(recipe.build_method())
+    assert report["lora"]["trained_frames"] == demo.TRAINED_FRAMES
+    assert report["lora"]["config"] == "configs/lora/demo.yaml"
+    clips = [read_video(tmp_path / name) for name in ("dense.mp4", "without_lora.mp4")]
+    assert [len(clip) for clip in clips] == [5, 5]
+    assert "Without the LoRA the model showed: " in (tmp_path / "report.html").read_text()
 
-
-@pytest.mark.slow
-def test_the_page_of_the_demo_shows_the_longer_clips(run, model, tmp_path, monkeypatch):
-    video = np.zeros((5, 96, 96, 3), np.uint8)
-    with_lora = {
-        "long_lora_guided": longer.Sampled(video, 2.0, 3.0, repr(Radial()), 0.35),
-        "long_lora": longer.Sampled(video, 1.0, 1.0, repr(Radial()), 0.35, ("fresh_noise",)),
-    }
-    made = longer.Longer(PROMPT, longer.Sampled(video, 4.0, 3.0), with_lora)
-    monkeypatch.setattr(longer, "compare", lambda prompt, clip: made)
-    monkeypatch.setattr(demo, "path", lambda: model)
-    result = run("demo", "--frames", "5", "--steps", "1", "--out", tmp_path)
-    rows = [" ".join(line.split()) for line in result.stdout.splitlines()]
-    assert any(row.startswith("long_lora_guided ") and "2.00x" in row for row in rows)
-    assert any(row.startswith("long_lora, fresh_noise ") and "4.00x" in row for row in rows)
-    page = (tmp_path / "report.html").read_text()
-    assert "radial, LoRA with guidance; radial, LoRA that holds guidance, fresh_noise" in page
-    assert read_video(tmp_path / "with_lora.mp4").shape[0] == 5
-    report = json.loads((tmp_path / "report.json").read_text())["longer"]
-    assert report["trained"]["long_lora"]["times_as_fast"] == 4
+    run("demo", *args, "--without-lora", "--method", "neighborhood", "--out", tmp_path / "plain")
+    assert "without_lora.mp4" not in files(tmp_path / "plain")
+    report = json.loads((tmp_path / "plain" / "report.json").read_text())
+    assert report["method"] == str(Neighborhood())
+    assert "lora" not in report
 
 
 @pytest.mark.slow
@@ -295,31 +281,10 @@ def test_demo_page_fetches_nothing(run, model, tmp_path):
 
     page, text = Page(), (tmp_path / "report.html").read_text()
     page.feed(text)
-    assert len(page.sources) == 5
+    assert len(page.sources) == 6
     assert all(source.startswith("data:") for source in page.sources)
     assert "PSNR" in text.split("In plain words")[0]
     assert "rule=&#x27;paper&#x27;" in text
-
-
-@pytest.mark.parametrize("frames", [33, 257])
-def test_a_frozen_long_clip_is_explained(frames):
-    detector = {"asked": PROMPT, "unchanged": True}
-    for name in ("dense", "sparse"):
-        detector[name] = {"shows": "a red circle stands still", "motion": "still"}
-    report = dict.fromkeys(
-        ("dense_seconds", "sparse_seconds", "speedup", "total_speedup", "decode_seconds"), 1.0
-    )
-    report |= {
-        "method": "Radial()",
-        "tokens": 9360,
-        "steps": 20,
-        "frames": frames,
-        "density": None,
-    }
-    report |= {"compile_seconds": 2.0, "attention_seconds": None, "prompt": PROMPT}
-    notes = " ".join(job.notes(report | {"detector": detector}))
-    assert ("freezes" in notes) is (frames > 33)
-    assert "2.0 s of compilation are not counted" in notes
 
 
 @pytest.mark.slow
@@ -650,7 +615,7 @@ def test_processes_of_a_launch_leave_their_group(tmp_path, verb):
 
 
 @pytest.mark.parametrize("verb", ["generate", "demo"])
-def test_an_interrupted_run_leaves_no_file(run, model, monkeypatch, tmp_path, verb):
+def test_an_interrupted_run_leaves_no_clip(run, model, monkeypatch, tmp_path, verb):
     forward, calls = WanTransformer3DModel.forward, []
 
     def interrupted(self, *args, **kwargs):
@@ -667,7 +632,8 @@ def test_an_interrupted_run_leaves_no_file(run, model, monkeypatch, tmp_path, ve
     result = run(verb, "--model", model, *args[verb], code=130)
     assert result.stderr.strip().splitlines()[-1].startswith("interrupted")
     assert len(calls) == 3
-    assert files(tmp_path) == []
+    left = {"generate": [], "demo": ["out/report.html", "out/report.json"]}[verb]
+    assert files(tmp_path) == left
 
 
 def test_an_interrupted_write_keeps_what_was_there(run, model, monkeypatch, tmp_path):

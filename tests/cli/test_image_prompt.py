@@ -302,17 +302,12 @@ class TestDemo:
         report = {"prompt": PROMPT, "detector": detector, "frames": 33, "tokens": 1296}
         report["speedup"] = 1.1
         notes = " ".join(image_prompts.notes(report))
-        assert "never" not in notes
         assert "show what the image shows: dense, sparse." in notes
         other = detector | {"image": "a blue circle"}
         notes = " ".join(image_prompts.notes(report | {"detector": other}))
         assert "show what the image shows: none." in notes
-        report |= {
-            "prompt": "a cat surfs",
-            "detector": detector | {"image": image_prompts.UNKNOWN},
-        }
+        report["detector"] = detector | {"image": image_prompts.UNKNOWN}
         notes = " ".join(image_prompts.notes(report))
-        assert "has never seen 'cat', 'surfs'" in notes
         assert "only ever seen single coloured shapes" in notes
 
     def test_what_is_refused(self, refused, no_loading, model, tmp_path, monkeypatch):

@@ -225,6 +225,7 @@ def denoise(
     clip: Clip,
     *,
     tick: Tick | None = None,
+    watch: Callable[[Tensor], None] | None = None,
     run: Callable[..., Any] | None = None,
 ) -> Denoised:
     """Run the pipeline for one prompt, as far as the latents.
@@ -234,12 +235,13 @@ def denoise(
     Args:
         pipe: a pipeline that `is_streamed`.
         clip: a result of `filled`.
+        watch: function that takes the latents after each step, before `tick` is called.
         run: function to call instead of `pipe`, with its arguments; see `long_video.extend`.
 
     Raises:
         ValueError: latents that are not finite.
     """
-    latents, seconds = _run(pipe, prompt, clip, "latent", tick=tick, run=run)
+    latents, seconds = _run(pipe, prompt, clip, "latent", tick=tick, watch=watch, run=run)
     if not torch.isfinite(latents).all():
         raise ValueError(
             f"the model made values that are not finite, in {first_transformer(pipe).dtype}; try "
@@ -286,6 +288,7 @@ def _run(
     *,
     tick: Tick | None,
     run: Callable[..., Any] | None,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> tuple[Any, float]:
     """Run the pipeline. Returns a batch of one sample, and the seconds until its last step."""
     given = {
@@ -299,6 +302,8 @@ def _run(
         total = len(pipe.scheduler.timesteps)
         if step == total - 1:
             marks.append(_now(pipe))
+        if watch is not None:
+            watch(tensors["latents"])
         if tick is not None:
             tick(step + 1, total)
         return tensors

@@ -1,0 +1,154 @@
+"""Two denoisings of one clip on one clock: step by step in turn, and an animation of both."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from gen_accel.measure.sheets import side_by_side
+from gen_accel.pipelines.generation.decode import decode_stream
+from gen_accel.pipelines.generation.in_turn import Turn, in_turn
+from gen_accel.pipelines.generation.progress import steps_bar, ticker
+from gen_accel.pipelines.generation.sampling import Clip, denoise
+
+LASTS = 10.0  # seconds of the animation until the slower one is done
+STAYS = 3.0  # seconds that both are shown after that
+BUSY = 1.25  # processes a core from which on times mean little
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A pipeline as it is to denoise.
+
+    Args:
+        handle: what is attached to it.
+        run: function to call instead of the pipeline; see `long_video.extend`.
+    """
+
+    name: str
+    pipe: Any
+    handle: Any
+    run: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """How an entrant denoised.
+
+    Args:
+        latents: (1, C, f, h, w), of the clip.
+        stills: (1, C, 1, h, w) each: the first latent frame after each step.
+        seconds: length of each step; the first has the text encoder's too.
+    """
+
+    latents: Tensor
+    stills: list[Tensor]
+    seconds: list[float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds)
+
+
+def race(entrants: Sequence[Entrant], prompt: str, clip: Clip) -> list[Denoising]:
+    """Denoise the same clip by each entrant, a step of one and then a step of the next.
+
+    Each has done one step before, which does not count.
+    """
+    for entrant in entrants:
+        denoise(entrant.pipe, prompt, replace(clip, steps=1), run=entrant.run)
+    with ExitStack() as stack:
+        bar = stack.enter_context(steps_bar())
+        for entrant in entrants:
+            stack.enter_context(entrant.handle.gathering())
+
+        def job(entrant: Entrant) -> Callable[[Turn], Denoising]:
+            report = ticker(bar, entrant.name)
+
+            def run(turn: Turn) -> Denoising:
+                stills: list[Tensor] = []
+
+                def tick(step: int, total: int) -> None:
+                    report(step, total)
+                    if step < total:
+                        turn.end()
+
+                def watch(latents: Tensor) -> None:
+                    stills.append(latents[:, :, :1].detach().cpu().clone())
+
+                made = denoise(entrant.pipe, prompt, clip, tick=tick, watch=watch, run=entrant.run)
+                return Denoising(made.latents, stills, turn.seconds)
+
+            return run
+
+        return in_turn([job(entrant) for entrant in entrants])
+
+
+def ratios(first: Denoising, second: Denoising) -> list[float]:
+    """How many times as long each step of `first` took as the same step of `second`."""
+    return [a / b for a, b in zip(first.seconds, second.seconds, strict=True)]
+
+
+def busy() -> str | None:
+    """Say that more than this process wanted the cores in the last minute; None where that was not
+    so, or where the system keeps no count."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= BUSY * cores:
+        return None
+    return f"the machine was busy, with {load:.1f} processes on {cores} cores"
+
+
+def animation(
+    entrants: Sequence[Entrant],
+    made: Sequence[Denoising],
+    videos: Sequence[np.ndarray],
+    *,
+    fps: float,
+    scale: int = 3,
+) -> np.ndarray:
+    """Show both denoisings as they went, the slower one in `LASTS` seconds.
+
+    A panel shows the first frame after the step that was done last, and plays the clip once its
+    denoising has ended.
+
+    Args:
+        videos: (F, H, W, 3) uint8, the decoded clip of each.
+
+    Returns:
+        (N, H', W', 3) uint8, at `fps` frames a second.
+    """
+    slowest = max(one.total for one in made)
+    count = round(LASTS * fps)
+    moments = [slowest * i / count for i in range(1, count + round(STAYS * fps) + 1)]
+    panels = [
+        _panel(entrant, one, video, moments, slowest)
+        for entrant, one, video in zip(entrants, made, videos, strict=True)
+    ]
+    frames = []
+    for shown in zip(*panels, strict=True):
+        pictures, labels = zip(*shown, strict=True)
+        frames.append(side_by_side([one[None] for one in pictures], labels, scale=scale))
+    return np.concatenate(frames)
+
+
+def _panel(
+    entrant: Entrant, made: Denoising, video: np.ndarray, moments: Sequence[float], slowest: float
+) -> Iterator[tuple[np.ndarray, str]]:
+    """Yield the picture and the label of one entrant at each moment."""
+    ends = [*accumulate(made.seconds)]
+    stills = [next(iter(decode_stream(entrant.pipe, one)))[0] for one in made.stills]
+    steps, played = len(ends), 0
+    for now in moments:
+        done = sum(end <= now + 1e-9 * slowest for end in ends)
+        if done < steps:
+            picture = stills[done - 1] if done else np.zeros_like(video[0])
+        else:
+            picture, played = video[played % len(video)], played + 1
+        yield picture, f"{entrant.name} {min(now, ends[-1]):5.1f} s, step {done:2} of {steps}"
