@@ -32,7 +32,7 @@ def demo(
     ] = None,
     frames: Annotated[int | None, typer.Option(help="1 more than a multiple of 4.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise that both start from.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the noise that both start from.")] = None,
     method: Annotated[
         str | None,
         typer.Option(help="Without: what the LoRA was trained through, or radial."),
@@ -84,6 +84,7 @@ def demo(
     early.announce()
     quiet()
     given: dict[str, Any] = {"prompt": prompt, "frames": frames, "steps": steps, "model": model}
+    given["seed"] = seed
     if method is not None or settings:
         given["method"] = method_of(method or "radial", settings)
     if image_prompt is None:
@@ -97,6 +98,6 @@ def demo(
             raise ValueError("--with-lora and --without-lora do not go with --image-prompt")
         given |= {"out": out, "image": image_prompt}
     chosen = {name: value for name, value in given.items() if value is not None}
-    report, files = run(seed=seed, device=device, **chosen)
+    report, files = run(device=device, **chosen)
     print_comparison(report)
     print_files(files)

@@ -152,11 +152,12 @@ def _of_lora(report: Mapping[str, Any]) -> list[str]:
     ]
     if "without_lora" in report:
         found.append(f"Without the LoRA the model showed: {report['without_lora']['shows']}.")
+    if report["was_chosen"]:
+        found.append("This prompt was chosen among those that dense attention gets right.")
     if about["score"]:
         score = about["score"]
         found.append(
-            "This prompt was chosen among those that dense attention gets right. Of "
-            f"{score['clips']} prompts that the LoRA was not trained on, dense attention gets "
+            f"Of {score['clips']} prompts that the LoRA was not trained on, dense attention gets "
             f"{score['dense']} right, sparse attention {score['sparse']}, and the model without "
             f"the LoRA {score['without']}."
         )

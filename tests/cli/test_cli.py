@@ -217,7 +217,7 @@ def test_demo(run, model, tmp_path):
         assert name in "".join(result.stdout.split())
     report = json.loads((out / "report.json").read_text())
     assert report["tokens"] == 3 * 12 * 12
-    assert (report["frames"], report["steps"], report["seed"]) == (9, 5, 0)
+    assert (report["frames"], report["steps"], report["seed"]) == (9, 5, job.SEED)
     assert report["prompt"] == PROMPT
     assert report["method"] == str(job.METHOD)
     assert report["density"] == pytest.approx(job.METHOD.density(VideoShape(3, 12, 12)))

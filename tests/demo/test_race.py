@@ -53,7 +53,7 @@ def test_the_animation_keeps_one_clock(monkeypatch):
             assert grey == (255 if done >= 4 else 9 + done if done else 0), (i, done)
 
 
-def test_what_is_said_of_times(monkeypatch):
+def test_what_is_said_of_times_and_of_the_lora():
     seen = {"shows": PROMPT}
     report = {
         **{"prompt": PROMPT, "tokens": 9, "steps": 2, "method": "Radial()", "density": 0.2},
@@ -70,6 +70,15 @@ def test_what_is_said_of_times(monkeypatch):
     text = " ".join(page.notes(report | {"busy": "the machine was busy, with 4 processes"}))
     assert "The machine was busy, with 4 processes, so that no speed-up is told." in text
     assert "times as fast" not in text
+
+    about = {"trained_frames": 33, "config": "configs/lora/demo.yaml", "score": None}
+    text = " ".join(page.notes(report | {"frames": 129, "lora": about, "was_chosen": False}))
+    assert "was trained on 33 frames, and makes 129" in text
+    assert "chosen" not in text
+    about["score"] = {"clips": 48, "dense": 20, "sparse": 26, "without": 9}
+    text = " ".join(page.notes(report | {"frames": 129, "lora": about, "was_chosen": True}))
+    assert "This prompt was chosen among those that dense attention gets right." in text
+    assert "dense attention gets 20 right, sparse attention 26, and the model without" in text
 
     wrong = {"dense": seen, "sparse": {"shows": "a red blob wanders"}}
     text = page.verdict(report | {"detector": wrong})
