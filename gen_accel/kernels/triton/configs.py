@@ -197,6 +197,8 @@ POOLS = ("pool", "pool backward", "spread")
 # Instead of COLUMNS and POOL where a curve, which takes registers, would spill.
 WITH_CURVE = {
     ("sm_80", 128, "dpooled"): _C(64, 64, 8, 1),
+    ("sm_80", 128, "pool"): _C(32, 64, 8, 1),
+    ("sm_80", 128, "pool backward"): _C(64, 16, 8, 1),
     ("sm_90", 64, "dpooled"): _C(32, 128, 8, 2),
     ("sm_90", 64, "pool"): _C(64, 64, 4, 1),
     ("sm_90", 128, "dpooled"): _C(64, 32, 4, 1),
@@ -204,6 +206,8 @@ WITH_CURVE = {
     ("sm_100", 128, "pool backward"): _C(32, 64, 8, 1),
     ("sm_120", 64, "dpooled"): _C(64, 32, 4, 1),
     ("sm_120", 128, "dpooled"): _C(64, 32, 4, 1),
+    ("sm_120", 128, "pool"): _C(32, 64, 8, 1),
+    ("sm_120", 128, "pool backward"): _C(64, 16, 8, 1),
 }
 POOL_BLOCKS = 4  # key blocks that a program pools one after the other; not timed
 
