@@ -76,7 +76,7 @@ def cost_table(report: dict[str, Any]) -> list[str]:
     facts = ("tokens", "dim", "block", "dtype")
     heads = (*facts, "density", "around keys", "around queries", "second order")
     lines = [
-        f"Time of one call over that of the kept blocks alone, {report['seconds']}, "
+        f"Time of one call over the time of the kept blocks alone, {report['seconds']}, "
         f"{report['device']}, kernel native, [result file]({LINK}/rest.json).",
         "",
         f"| {' | '.join(heads)} |",

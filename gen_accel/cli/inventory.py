@@ -27,15 +27,15 @@ PAGE = """\
 height, width and batch that they take. This page is written by
 `gen-accel models --markdown > docs/models.md`.
 
-{count} classes are served. Each is held, as a tiny random model of diffusers' own class, to the
-same tests (`test_families.py`): with `Dense()` it is the stock model bit for bit; every
-token lies where the family says; every method is its reference at that place, at sizes that no
-tile divides and at two sizes one after the other; neither the batch nor the padding of a text
-changes a sample; a step of training has finite gradients; detaching leaves no trace. Published
-weights were not at hand.
+{count} classes are served. Each passes the same tests (`test_families.py`), as a tiny random model
+of diffusers' own class. With `Dense()` it is the stock model, bit for bit. Every token lies where
+the family says. Every method equals its reference at that place, at sizes that no tile divides and
+at two sizes one after the other. Neither the batch nor the padding of a text changes a sample. A
+step of training has finite gradients, and detaching leaves no trace. Published weights were not at
+hand.
 
-Tokens are those of self-attention, in their order: what stands beside video or image sees all and
-is seen by all. LoRA targets are what the names of layers end in, those of attention first.
+Tokens are named in the order in which self-attention sees them. Tokens beside video or image see
+all and are seen by all. LoRA targets are the ends of layers' names, attention's layers first.
 `Radial`, which thins out in time, attaches to models of single frames too, keeps all and warns.
 Image prompts have [a page of their own](image_prompts.md).
 

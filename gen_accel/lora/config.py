@@ -137,7 +137,7 @@ class TrainConfig:
     validation_images: tuple[str, ...] = _(
         (),
         "Image prompt",
-        "Files, one for each validation prompt; none: those of the first clips.",
+        "Files, one for each validation prompt; none: the images of the first clips.",
     )
 
     objective: Literal["flow", "distill", "distill_attention"] = _(
