@@ -46,7 +46,9 @@ def parse_json(text: str, origin: Any) -> Any:
             json.dumps(data, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise ValueError(f"{origin} is no JSON of ours: {half!r} is half a letter") from error
+        raise ValueError(
+            f"{origin} holds {half!r}, half of a surrogate pair, which no file can hold as text"
+        ) from error
     except RecursionError:
         raise ValueError(f"{origin} is no JSON of ours: it is nested too deep") from None
     except json.JSONDecodeError as error:

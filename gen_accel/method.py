@@ -449,6 +449,6 @@ def _check_names(kind: str, method: Any) -> None:
         if near:
             raise ValueError(
                 f"no part of a method is called {name!r}, got {kind}.{name}; did you mean "
-                f"{missing[near[0]]!r}? What has another purpose takes another name, or one with "
-                "_ first"
+                f"{missing[near[0]]!r}? For another purpose choose another name, or one that "
+                "begins with _"
             )

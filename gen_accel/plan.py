@@ -364,8 +364,8 @@ class Plan:
             _tokens_of(self.slots)
         if self.rest is not None and self.partial is not None:
             raise ValueError(
-                "a rest is for plans of whole blocks: of a block that a rule on token pairs keeps "
-                f"in part nothing can be pooled, got {type(self.partial).__name__}"
+                "a rest is for plans of whole blocks: a block that a rule on token pairs keeps in "
+                f"part cannot be pooled, got {type(self.partial).__name__}"
             )
         if self.rest is not None and self.gain is not None:
             raise ValueError(

@@ -14,7 +14,7 @@ from gen_accel.json_files import fields_of, parse_json, read_fields, read_json, 
         (b"{'a': 1}", "is no JSON from line 1, column 2 on"),
         (b"[" * 100_000, "is nested too deep"),
         (b'"\xff"', "is not UTF-8 text"),
-        (b'{"a": "\\udcff"}', "is half a letter"),
+        (b'{"a": "\\udcff"}', "half of a surrogate pair"),
         (b"[]", "must hold names with values, got []"),
     ],
 )

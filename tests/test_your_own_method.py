@@ -281,7 +281,10 @@ def local():
         ),
         (type("Gone", (Sparse,), {"__module__": __name__})(), "there is no 'Gone' in "),
         (type("Sparse", (Sparse,), {"__module__": __name__})(), "another class is there by now"),
-        (Stateful(0.3), "Stateful is no dataclass, so that .* lost, factor=0.3: make the class"),
+        (
+            Stateful(0.3),
+            "Stateful is not a dataclass, so that .* lost, factor=0.3: make the class",
+        ),
         (Sparse(seen=Colour.RED), "seen of Sparse is not the same after JSON, got <Colour.RED"),
         (Sparse(seen=RADIAL), "seen of Sparse is not the same after JSON, got Radial"),
         (Sparse(seen=frozenset((1,))), "seen of Sparse is not the same after JSON"),
@@ -320,7 +323,7 @@ def test_a_recipe_names_it():
         (
             "my_methods:Sliding",
             {},
-            "is named by a file, for which nothing is imported: import my_",
+            "is named by a file, and modules that a file names are not imported: import my_",
         ),
         ("subprocess:Popen", {"args": ["touch", "made"]}, "must be a class with __call__"),
         ("os:system", {}, "method 'os:system' must be a class with __call__"),

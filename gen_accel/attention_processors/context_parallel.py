@@ -185,7 +185,7 @@ def _streams(call: Call, config: Any, tokens: Tokens, text_split: bool) -> tuple
             return option
     raise ValueError(
         f"context parallelism gives a process {call.q.shape[1]} queries and {n} keys of the "
-        f"{N} of {tokens.video}, which is no part of a split that is known here; use the cp_plan "
+        f"{N} tokens of {tokens.video}, by a split that is not known here; use the cp_plan "
         "of gen_accel.attention_processors.context_parallel_plans.context_parallel_plan"
     )
 

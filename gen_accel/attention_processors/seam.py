@@ -415,8 +415,8 @@ def _class(kind: type, stock: type, name: str, traced: Traced) -> type:
 def _made_anew(self: Any) -> None:
     """Refuse to be made without arguments, as diffusers makes processors of a class anew."""
     raise ValueError(
-        "diffusers puts processors of its own on this model, for its image prompts: detach first, "
-        "or load them by gen_accel.load_image_prompt, which goes with what is attached"
+        "diffusers replaces the processors of this model to load its image prompts: detach first, "
+        "or load them by gen_accel.load_image_prompt, which keeps what is attached"
     )
 
 

@@ -216,7 +216,7 @@ def checked(name: str, module: ModuleType) -> Kernel:
         if near:
             raise ValueError(
                 f"no part of a kernel is called {other!r}, got kernel {name!r}; did you mean "
-                f"{near[0]!r}? What is of another purpose takes another name, or one with _ first"
+                f"{near[0]!r}? For another purpose choose another name, or one that begins with _"
             )
     for part in REQUIRED:
         if part in missing:
@@ -226,8 +226,8 @@ def checked(name: str, module: ModuleType) -> Kernel:
             _check_part(name, part, getattr(module, part))
     if "place" not in missing and "allowance" not in missing:
         raise ValueError(
-            f"kernel {name!r} has an allowance and a place: what rounds more coarsely than its "
-            f"inputs runs by its name alone; leave out the place"
+            f"kernel {name!r} has an allowance and a place: a kernel that rounds more coarsely "
+            "than its inputs runs by its name alone; leave out the place"
         )
     return cast(Kernel, module)
 

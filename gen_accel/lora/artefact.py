@@ -134,8 +134,9 @@ def check_teacher(config: TrainConfig, transformer: Any, trained_frames: int | N
     theirs = recipe.build_method(), recipe.build_schedule().dense_layers
     if recipe.method != "dense" and parts_of(method).branch:
         raise ValueError(
-            f"teacher_lora {source} was trained through {theirs[0]!r}, whose parameters would be "
-            f"those of method {config.method}, which train: take a teacher of method dense"
+            f"teacher_lora {source} was trained through {theirs[0]!r}, and would run with the "
+            f"parameters of method {config.method}, which this training changes: take a teacher "
+            "of method dense"
         )
     if recipe.method != "dense" and theirs != (method, config.dense_layers):
         raise ValueError(

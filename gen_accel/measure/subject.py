@@ -300,8 +300,8 @@ def _built(
     temporal, spatial = temporal or family.TEMPORAL_FACTOR, spatial or family.spatial_factor(model)
     if temporal is None or spatial is None:
         raise ValueError(
-            f"how much smaller latents of {name} are is not known: give its pipeline, or the "
-            "folder or repository of one"
+            f"the factors by which {name} compresses videos to latents are not known: give its "
+            "pipeline, or the folder or repository of one"
         )
     return Subject(
         name=name,

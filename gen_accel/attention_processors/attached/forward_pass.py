@@ -147,8 +147,8 @@ class ForwardPass:
         begins = self.clock.advance(timestep, rising=rising) and fresh
         if needed and self.clock.lost:
             raise ValueError(
-                "the timestep changes while the scheduler of the pipeline that was attached to "
-                "stands still, so that its steps cannot be told: attach to the pipeline that runs"
+                "the timestep changes while the scheduler of the attached pipeline stands still, "
+                "so that steps cannot be counted: attach to the pipeline that runs"
             )
         if begins:
             self.forget()

@@ -58,7 +58,7 @@ def check_room(
             assert memory is not None
             each = f"{passes} x {in_words(size)}, for each call of a step"
             raise ValueError(
-                f"{type(method).__name__} is to remember {each}, and {in_words(free)} are "
+                f"{type(method).__name__} has to remember {each}, and only {in_words(free)} are "
                 f"free on {device}: {memory.for_less}"
             )
 

@@ -120,7 +120,7 @@ class BlockMixture:
         if rest_of(self.rest, self.centre) is not None and self.routing != "block":
             raise ValueError(
                 "rest='means' is for routing='block': where each token picks, a block may be kept "
-                f"in part, of which nothing can be pooled; got routing={self.routing!r}"
+                f"in part, and cannot be pooled; got routing={self.routing!r}"
             )
 
     @property

@@ -27,9 +27,9 @@ def class_at(place: str, *, imports: bool) -> type:
     module = _imported(home) if imports else sys.modules.get(home)
     if module is None:
         raise ValueError(
-            f"method {place!r} is named by a file, for which nothing is imported: import {home} "
-            "first, if you trust it, or register its class with gen_accel.register_method; on a "
-            f"command line, --method {place}"
+            f"method {place!r} is named by a file, and modules that a file names are not "
+            f"imported: import {home} first, if you trust it, or register its class with "
+            f"gen_accel.register_method; on a command line, --method {place}"
         )
     found: Any = module
     for part in name.split("."):

@@ -186,6 +186,6 @@ def _check_stateless(method: Method) -> None:
     if not same:
         held = ", ".join(f"{name}={value!r}" for name, value in vars(method).items())
         raise ValueError(
-            f"{kind.__name__} is no dataclass, so that what it holds would be lost, {held}: make "
+            f"{kind.__name__} is not a dataclass, so that its values would be lost, {held}: make "
             "the class a frozen dataclass, whose fields are saved"
         )

@@ -62,7 +62,7 @@ def check_streamed(transformer: str | None, autoencoder: str | None) -> None:
     if not streams(transformer, autoencoder):
         known = ", ".join(streamed_families())
         raise ValueError(
-            f"latents can be kept of {known} alone, as pipelines of others decode "
+            f"latents can be kept for {known} alone, as other pipelines decode "
             f"theirs in ways of their own, got {transformer} with {autoencoder}; generate the "
             "video without keeping latents"
         )

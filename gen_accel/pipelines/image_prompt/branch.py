@@ -112,8 +112,8 @@ class Branch:
         videos = "samples" if frames is None else f"videos of {frames} frames"
         raise ValueError(
             f"{self.site.name} is given {given} rows at a time, of {rows} {videos}: image prompts "
-            "do not go with what runs a part of them, as FasterCache and split inference do; "
-            "disable it"
+            "do not work with features that run a part of the rows, such as FasterCache and split "
+            "inference; disable them"
         )
 
     def _weight(self, weight: Tensor | dict[int, Tensor], q: Tensor, samples: slice) -> Tensor:
@@ -121,9 +121,9 @@ class Branch:
             return weight
         if q.shape[1] not in weight:
             raise ValueError(
-                f"{self.site.name} attends over {q.shape[1]} tokens, masks and scales by frame "
-                f"are for the {max(weight)} of what is made: there are others beside them, or the "
-                "model does not divide this size. Give no mask, and scales for all frames"
+                f"{self.site.name} attends over {q.shape[1]} tokens, but masks and scales by "
+                f"frame are for the {max(weight)} of the output: other tokens stand beside them, "
+                "or the model does not divide this size. Give no mask, and scales for all frames"
             )
         own = weight[q.shape[1]].to(q)
         return own if len(own) == 1 else own[samples]

@@ -248,8 +248,8 @@ def _place(model: Any) -> torch.device:
             if device is not None:
                 return torch.device(device)
     raise ValueError(
-        f"the weights of {type(model).__name__} are on the meta device, and nothing brings them "
-        "from there: load the image encoder with its weights"
+        f"the weights of {type(model).__name__} are on the meta device, and no hook loads them: "
+        "load the image encoder with its weights"
     )
 
 

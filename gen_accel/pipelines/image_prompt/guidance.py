@@ -58,9 +58,9 @@ class Guidance:
         if call == "cond_uncond" or batched:
             if running is None and batched and rows % 2 == 0 and not each:
                 raise ValueError(
-                    f"{type(model).__name__} is called outside of a pipeline's run, so that its "
-                    f"{rows} rows may hold those of a negative prompt or not: call the pipeline, "
-                    "or give an image for each row, each=True"
+                    f"{type(model).__name__} is called outside of a pipeline's run, so that it is "
+                    f"not known whether its {rows} rows include a negative prompt: call the "
+                    "pipeline, or give an image for each row, each=True"
                 )
             # Outside of a run, the name of the call is taken at its word.
             guided = call == "cond_uncond" if run is None else _guided(run, rows)

@@ -408,8 +408,8 @@ def _check_tokens(model: nn.Module, row: Tensor, grid: VideoShape) -> None:
     if row.shape[1] != grid.video_tokens:
         raise ValueError(
             f"masks cannot be placed: {type(model).__name__} is given {row.shape[1]} tokens, and "
-            f"only {grid.video_tokens} are of what it makes, the others of frames or images that "
-            "it is to follow. Give no mask"
+            f"only {grid.video_tokens} are of its output; the others are of frames or images to "
+            "follow. Give no mask"
         )
 
 

@@ -355,8 +355,8 @@ def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
 def _nothing(given: Tensor | None, features: Tensor) -> Tensor:
     if given is None:
         raise ValueError(
-            "this adapter's features of no image are the encoder's, of an empty one: give "
-            "negative=, or load the adapter with image_encoder="
+            "where there is no image, this adapter needs the image encoder's features of an empty "
+            "one: give negative=, or load the adapter with image_encoder="
         )
     return given.to(features).expand(len(features), *given.shape[1:])
 

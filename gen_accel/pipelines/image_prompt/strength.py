@@ -89,7 +89,7 @@ def scale_ranges(
     ):
         return (ScaleRange(scale, frames, steps),)
     if frames is not None or steps is not None:
-        raise ValueError("frames and steps are those of each ScaleRange: give them there")
+        raise ValueError("frames and steps belong to each ScaleRange: give them there")
     if not all(isinstance(one, ScaleRange) for one in scale):
         raise ValueError(f"scale must hold numbers or ScaleRanges, not both: {scale}")
     return tuple(scale)
@@ -316,8 +316,8 @@ class Masks:
         if frames > 1:
             if spans is None and grid.frames > 1:
                 raise ValueError(
-                    f"mask has {frames} frames, and how many a latent is of the pipeline knows "
-                    "alone: load the image prompt on that, or give one mask for all frames"
+                    f"mask has {frames} frames, and only the pipeline knows how many a latent is "
+                    "of: load the image prompt on the pipeline, or give one mask for all frames"
                 )
             pixels = 1 if spans is None else spans[-1][1]
             if frames != pixels:

@@ -419,7 +419,9 @@ def test_more_than_there_is_room_for_is_refused_before_anything_is_kept(monkeypa
     pipe = pipeline()
     with attach(pipe, RESIDUAL, schedule=TWO) as handle:
         monkeypatch.setattr(room, "free_bytes", lambda device: 2 * one - 1)
-        with pytest.raises(ValueError, match=r"^Reuse is to remember 2 x 0\.0 MB, .* 0\.1 MB are"):
+        with pytest.raises(
+            ValueError, match=r"^Reuse has to remember 2 x 0\.0 MB, .* 0\.1 MB are"
+        ):
             generate(pipe, 4)
         assert not learned(handle)
         assert not handle.summary().learned

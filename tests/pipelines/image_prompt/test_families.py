@@ -253,7 +253,7 @@ def test_a_mask_for_all_frames(name):
     if name in BESIDE:
         prompt.set_scale(1.0)
         show(prompt, torch.ones(*case.grid[1:]))
-        with pytest.raises(ValueError, match=r"for the 36 of |only 36 are of what it makes"):
+        with pytest.raises(ValueError, match=r"for the 36 of |only 36 are of its output"):
             output(model, given)
         return
     run = partial(first, model, given, case.grid)
@@ -345,7 +345,7 @@ def test_frames_that_the_pipeline_alone_knows(name):
     model = CASES[name].build()
     prompt = load_image_prompt(model, adapter(model))
     show(prompt, torch.ones(1, 9, 8, 8))
-    with pytest.raises(ValueError, match="how many a latent is of the pipeline knows alone"):
+    with pytest.raises(ValueError, match="only the pipeline knows how many a latent is of: load"):
         output(model, CASES[name].inputs())
     with pytest.raises(ValueError, match=r"how many a latent of \w+3DModel is of: load"):
         prompt.set_scale(1.0, frames=(0, 1))

@@ -570,7 +570,7 @@ class TestEncoder:
         cpu_offload(vision, execution_device=torch.device("cpu"))
         assert next(vision.parameters()).is_meta
         assert torch.equal(encoder(image), want)
-        with pytest.raises(ValueError, match="on the meta device, and nothing brings them"):
+        with pytest.raises(ValueError, match="on the meta device, and no hook loads them"):
             ImageEncoder("plus", None, tiny.vision().to("meta"))(image)
 
     def test_without_an_encoder(self):

@@ -124,7 +124,7 @@ def test_rows_that_may_be_of_either_prompt():
     prompt.set_embeds(noise(1, WIDTH))
     image_adapters.generate(pipe, "sd")
     x, text = noise(2, 4, 8, 8), noise(2, 6, image_adapters.CROSS)
-    with pytest.raises(ValueError, match="its 2 rows may hold those of a negative prompt or not"):
+    with pytest.raises(ValueError, match="whether its 2 rows include a negative prompt"):
         pipe.unet(x, 500, encoder_hidden_states=text)
     prompt.set_embeds(noise(1, WIDTH).expand(2, -1), each=True)
     both = pipe.unet(x, 500, encoder_hidden_states=text).sample
@@ -298,7 +298,7 @@ def test_masks_where_other_frames_stand_beside_the_video(mask):
         if kind is LTXPipeline:
             assert torch.isfinite(tiny_ltx.generate(pipe)).all()
         else:
-            reason = "given further frames" if mask.ndim == 4 else "only 105 are of what it makes"
+            reason = "given further frames" if mask.ndim == 4 else "only 105 are of its output"
             with pytest.raises(ValueError, match=reason):
                 tiny_ltx.generate(pipe)
             prompt.set_embeds(noise(1, WIDTH))
@@ -315,7 +315,7 @@ def test_masks_where_other_images_stand_beside_the_image():
     reference = given["img_ids"] + torch.tensor([1.0, 0.0, 0.0])
     given["img_ids"] = torch.cat([given["img_ids"], reference])
     given["hidden_states"] = given["hidden_states"].repeat(1, 2, 1)
-    with pytest.raises(ValueError, match="given 24 tokens, and only 12 are of what it makes"):
+    with pytest.raises(ValueError, match="given 24 tokens, and only 12 are of its output"):
         output(model, given)
 
 
