@@ -1,6 +1,7 @@
 """The demo model at four times its length: dense, radial, each technique, and the LoRA.
 
     python benchmarks/longer_videos.py --lora gen_accel/demo/long_lora
+    python benchmarks/longer_videos.py --docs    # tables of docs/longer_videos.md
 
 24 prompts that the LoRA was never trained on, one seed each: 0 to 23, or from `--seed` on. Clips
 are kept under `--work` with their pixels, so that a run that was interrupted goes on, and a
@@ -23,6 +24,7 @@ import torch
 from diffusers import WanPipeline
 from kept import clip_file, keep_clip, kept_clip, to_make, write_between_marks
 from rich.progress import track
+from study import longer
 
 import gen_accel
 from gen_accel.attention_processors.attached.recipe import WEIGHTS, read_recipe
@@ -30,6 +32,7 @@ from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.demo import world
 from gen_accel.demo.detector import detect, is_right_throughout, quarter_paces, score, strays
 from gen_accel.demo.evaluate import TRAINED_FRAMES
+from gen_accel.demo.job import SCORE, lora_path
 from gen_accel.files import file_sha256
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
@@ -76,6 +79,10 @@ SETTINGS = {
     "dense, unguided": Setting(guided=False),
 }
 METHOD = ("tile_side=12", "tile_frames=3", "block=432")  # that of the LoRA
+# By LoRA that ships: name of its result files, and settings that `score` takes.
+SCORED = {
+    "long_lora_guided": ("longer_videos_20_minutes", "dense + LoRA", "radial + LoRA", "dense"),
+}
 STEADY = 0.05  # share of the pairs of frames that may be off the path
 
 
@@ -104,8 +111,15 @@ def main() -> None:
         "--score-only", action="store_true", help="make no clips; score those that are there"
     )
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--docs", action="store_true", help="write the table of docs/")
+    parser.add_argument(
+        "--docs", action="store_true", help="make no clips; write the tables of docs/"
+    )
     args = parser.parse_args()
+    if args.docs:
+        write_between_marks(DOCS, longer.tables())
+        for lora, of in SCORED.items():
+            write_json(lora_path(guided=lora == "long_lora_guided") / SCORE, longer.score(*of))
+        return
     if args.threads:
         torch.set_num_threads(args.threads)
     names = [name for name in args.settings if args.lora or not SETTINGS[name].lora]
@@ -139,8 +153,6 @@ def main() -> None:
         write_json(args.out, report)
     for name in names:
         print(line(title(name, args), report["settings"][title(name, args)]))
-    if args.docs:
-        write_table(report)
 
 
 def sparse(args: argparse.Namespace) -> Any:
@@ -316,32 +328,6 @@ def timings(names: list[str], args: argparse.Namespace) -> dict[str, dict[str, f
         name: {"seconds": median, "speedup": medians["dense"] / median}
         for name, median in medians.items()
     }
-
-
-def write_table(report: dict[str, Any]) -> None:
-    """Between the markers of docs/longer_videos.md."""
-    rows = [
-        "| | clips | score | with speed | every quarter | steady | colour | shape | direction "
-        "| loop | colour drift | dynamic | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, found in report["settings"].items():
-        motion = found["motion"]
-        taken = f"{found['seconds']:.1f}, {found['speedup']:.2f}x" if "seconds" in found else ""
-        shares = ("detector_score", "with_speed", "throughout", "steady")
-        shares += ("colour", "shape", "direction")
-        rows.append(
-            f"| {name} | {found['clips']} | "
-            + " | ".join(f"{found[share]:.0%}" if share in found else "" for share in shares)
-            + f" | {motion['loop_score']:.2f} | {motion['color_drift']:.3f} "
-            f"| {motion['dynamic_degree']:.2f} | {taken} |"
-        )
-    motion = report["world"]["motion"]
-    rows.append(
-        f"| *the world itself* | | | | | | | | | {motion['loop_score']:.2f} "
-        f"| {motion['color_drift']:.3f} | {motion['dynamic_degree']:.2f} | |"
-    )
-    write_between_marks(DOCS, rows)
 
 
 def line(name: str, figures: dict[str, Any]) -> str:

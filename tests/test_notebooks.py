@@ -40,8 +40,8 @@ SMALL = {
     },
     "longer_videos": {
         "FRAMES, STEPS = 49, 3": "FRAMES, STEPS = 41, 1",
-        '"height": 96': '"height": 48',
-        '"width": 96': '"width": 48',
+        '"height": 96': '"height": 32',
+        '"width": 96': '"width": 32',
     },
     "train_lora": {
         "FRAMES, SIZE = 65, 96": "FRAMES, SIZE = 17, 48",

@@ -14,14 +14,15 @@ SHOWN = {
     "Piecewise, calibrated 0.2": "`Piecewise(0.2)`, calibrated",
     "Piecewise 0.2": "`Piecewise(0.2)`",
     "Piecewise 0.1": "`Piecewise(0.1)`",
-    "PISA 0.2": "PISA",
-    "Sol-Attn 0.2": "Sol-Attn",
+    "PISA 0.2": "[PISA](docs/methods/piecewise.md#sources-and-deviations)",
+    "Sol-Attn 0.2": "[Sol-Attn](docs/methods/piecewise.md#sources-and-deviations)",
     "SparseLinear 0.2": "`SparseLinear`, fitted",
     "Radial 0.2": "`Radial`",
 }
 MODEL = "Wan 2.1 1.3B, four times as long"
 STAGE = "a denoising step"  # of benchmarks/gpu.py
-HEADS = ("model", "device", "method", "density", "attention", "whole step", "PSNR, mean (worst)")
+FACTS = "model", "device", "method", "density"
+HEADS = (*FACTS, "attention is", "a step is", "PSNR, mean (worst)")
 UNTIMED = "not measured yet"
 
 
@@ -35,8 +36,8 @@ def table() -> list[str]:
         "|---" * len(HEADS) + "|",
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
-        "Times are of dense attention or a dense step over those of the method, taken in turns. "
-        f"By `benchmarks/study/front.py` from {files}.",
+        "3.0x: three times as fast as dense attention or a dense step, timed in turns. Random "
+        f"weights: one of 30 layers. From {files}.",
         "",
     ]
 

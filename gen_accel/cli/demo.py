@@ -71,7 +71,7 @@ def demo(
     or yellow; circle, square or triangle; left, right, up or down; slowly or quickly.
 
     With --image-prompt, 33 frames of "something moves right slowly", or of --prompt: the text
-    says how it moves, a picture such as those of the first command what does. Without --out, into
+    says how it moves, a picture such as those of `demo.clips` what does. Without --out, into
     outputs/demo_image.
     """
     early.check_names(method=method or "radial", device=device)

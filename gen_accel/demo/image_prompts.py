@@ -180,7 +180,7 @@ def _together(result: Comparison, image: np.ndarray) -> np.ndarray:
     """The image left of both clips, (F, H, W, 3) uint8."""
     videos = [image.repeat(len(result.dense.video), 0), result.dense.video, result.sparse.video]
     labels = ["image prompt", *result.labels]
-    return side_by_side(videos, labels, caption=result.caption, scale=SCALE)
+    return side_by_side(videos, labels, caption=result.caption(), scale=SCALE)
 
 
 def _picture(result: Comparison, image: np.ndarray, name: str) -> np.ndarray:

@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,15 @@ from gen_accel.demo.detector import detect
 from gen_accel.demo.page import Page
 from gen_accel.demo.race import Denoising, Entrant
 from gen_accel.demo.words import PROMPT, SEED, check_known
-from gen_accel.json_files import read_fields
+from gen_accel.json_files import read_fields, typed
 from gen_accel.measure import check_writable, contact_sheet, quality, side_by_side, write_video
+from gen_accel.measure.bystanders import Bystanders
 from gen_accel.measure.environment import environment
 from gen_accel.measure.pictures import mask_picture
 from gen_accel.method import Method, parts_of
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.compare import Comparison, pair
-from gen_accel.pipelines.generation.decode import decode_stream
+from gen_accel.pipelines.generation.decode import decode_stream, is_streamed
 from gen_accel.pipelines.generation.loading import Loading, find_device, load
 from gen_accel.pipelines.generation.progress import steps_bar, ticker
 from gen_accel.pipelines.generation.sampling import (
@@ -46,7 +47,9 @@ METHOD = Radial()  # of a model without a LoRA
 DENSE_START = 0.2  # of that
 FPS = 16.0
 SHEET_FRAMES = 9
-SCORE = "score.json"  # beside a LoRA: how many of how many clips are right
+CLIP = Clip(FRAMES, SIZE, SIZE, STEPS, GUIDANCE_SCALE, seed=SEED, fps=FPS)
+SCORE = "score.json"  # beside a LoRA, by benchmarks/longer_videos.py --docs
+SCORES = ("clips", "dense", "sparse", "without")
 CONFIGS = {"long_lora_guided": "demo.yaml", "long_lora": "demo_guided.yaml"}
 
 
@@ -91,37 +94,45 @@ def run(
         OSError: `out` cannot be written.
     """
     out = Path(out)
-    check(out, prompt, method or METHOD, device, known=PROMPT)
+    check(out, prompt, METHOD if method is None else method, device, known=PROMPT)
     if model is None:
         check_known(prompt)
         _check_there()
     if with_lora and model is not None:
         raise ValueError(f"the LoRA is the embedded model's: leave it or model {model} out")
     lora = lora_path(guided=True) if model is None and with_lora is not False else None
-    recipe = None if lora is None else read_recipe(lora)
-    chosen = method or (METHOD if recipe is None else recipe.build_method())
-    files = _files(out, _name(chosen))
+    subject = Subject.of(model, lora, method, device)
+    files = _files(out, subject.name)
     quality.check_installed()
     check_writable(files["dense"])
 
-    clip = Clip(frames, SIZE, SIZE, steps, GUIDANCE_SCALE, seed=seed, fps=FPS)
-    pipes = [loaded(model, device, lora) for _ in range(2)]
-    clip = filled(pipes[0], clip)
-    check_clip(pipes[0], clip, chosen)
-    name = _name(chosen)
-    page = Page(files, f"{prompt}: dense and {name} attention", FPS)
-    asked = {"prompt": prompt, "seed": seed, "frames": frames, "method": repr(chosen)}
-    page.write(asked, next_part="the denoising")
+    asked = Clip(frames, SIZE, SIZE, steps, GUIDANCE_SCALE, seed=seed, fps=FPS)
+    pipes = [subject.loaded() for _ in range(2)]
+    clip = filled(pipes[0], asked)
+    if not is_streamed(pipes[0]):
+        kind = type(pipes[0]).__name__
+        raise ValueError(f"the demo is for pipelines whose latents it can decode, got {kind}")
+    check_clip(pipes[0], clip, subject.method)
+    page = Page(files, f"{prompt}: dense and {subject.name} attention", FPS)
+    head = {"prompt": prompt, "seed": seed, "frames": frames, "method": repr(subject.method)}
+    page.write(head, next_part="the denoising")
     with ExitStack() as stack:
-        dense = _entrant("dense", pipes[0], Dense(), recipe, stack)
-        sparse = _entrant(name, pipes[1], chosen, recipe, stack)
-        result, made = _compared([dense, sparse], prompt, clip)
-    report = _report(result, made, lora)
-    report["was_chosen"] = (prompt, seed) == (PROMPT, SEED)
-    videos = _add_clips(page, result)
-    page.add("mask", mask_picture(chosen, token_grid(pipes[0], clip), page.path("mask")))
+        entrants = [
+            subject.entrant("dense", pipes[0], Dense(), stack),
+            subject.entrant(subject.name, pipes[1], subject.method, stack),
+        ]
+        bystanders = Bystanders()
+        made = race.race(entrants, prompt, clip)
+        busy = bystanders.busy() if pipes[0].device.type == "cpu" else None
+        result = _decoded(entrants, made, prompt, clip)
+    videos = _add_clips(page, result, with_times=busy is None)
+    page.add("mask", mask_picture(subject.method, token_grid(pipes[0], clip), page.path("mask")))
+    report = _report(result, made) | {"busy": busy}
+    if lora is not None:
+        default = subject.is_own and asked == CLIP
+        report["lora"] = about_lora(lora, subject.is_own, default and prompt == PROMPT)
     page.write(report, next_part="the animation")
-    page.add_video("race", race.animation([dense, sparse], made, videos, fps=FPS))
+    page.add_video("race", race.animation(entrants, made, videos, fps=FPS))
     if lora is not None:
         page.write(report, next_part="the clip without the LoRA")
         report["without_lora"] = _add_without(page, result, device)
@@ -144,11 +155,72 @@ def check(out: Path, prompt: str, method: Method, device: str, *, known: str) ->
         raise ValueError(f"{out} must be a folder, but it is a file")
 
 
+@dataclass(frozen=True)
+class Subject:
+    """The model of a demo, and the attention that is set beside dense attention.
+
+    Args:
+        model: a folder; None: the embedded one.
+        lora: a folder; None: the model alone.
+        recipe: of the LoRA.
+        is_own: whether `method` is what the LoRA was trained through.
+    """
+
+    model: str | Path | None
+    lora: Path | None
+    recipe: Recipe | None
+    method: Method
+    is_own: bool
+    device: str
+
+    @classmethod
+    def of(
+        cls, model: str | Path | None, lora: Path | None, method: Method | None, device: str
+    ) -> "Subject":
+        if lora is None:
+            return cls(model, None, None, METHOD if method is None else method, False, device)
+        recipe = read_recipe(lora)
+        own = recipe.build_method()
+        chosen = own if method is None else method
+        return cls(model, lora, recipe, chosen, chosen == own, device)
+
+    @property
+    def name(self) -> str:
+        return type(self.method).__name__.lower()
+
+    def loaded(self) -> Any:
+        """Load the pipeline, with the LoRA fused into its weights."""
+        return loaded(self.model, self.device, self.lora)
+
+    def entrant(self, name: str, pipe: Any, method: Method, stack: ExitStack) -> Entrant:
+        """Attach `method` until `stack` is closed, and what else the LoRA was trained with."""
+        timed = pipe.device.type == "cpu"
+        if self.recipe is None:
+            schedule = Schedule(dense_start=DENSE_START)
+            handle = attach(pipe, method, schedule=schedule, timed=timed)
+            return Entrant(name, pipe, stack.enter_context(handle))
+        rope = [] if self.recipe.rope == "none" else [self.recipe.rope]
+        if self.is_own and method == self.method:  # with its parameters and rule on positions
+            handle, rope = attach(pipe, from_lora=self.lora, timed=timed), []
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", OtherAttention)
+                schedule = None if parts_of(method).is_dense else self.recipe.build_schedule()
+                handle = attach(pipe, method, schedule=schedule, timed=timed)
+        stack.enter_context(handle)
+        techniques = [*rope, *self.recipe.techniques]
+        if not techniques:
+            return Entrant(name, pipe, handle)
+        longer = extend(pipe, techniques, num_frames=self.recipe.frames)
+        return Entrant(name, pipe, handle, stack.enter_context(longer))
+
+
 def loaded(model: str | Path | None, device: str, lora: Path | None = None) -> Any:
-    """Load the pipeline, with a LoRA fused into its weights."""
-    pipe = load(demo.path() if model is None else model, Loading("float32", device))
-    if lora is not None:
-        pipe.load_lora_weights(str(lora))
+    """Load a pipeline like the embedded one, with a LoRA fused into its weights."""
+    loras = () if lora is None else (str(lora),)
+    source = demo.path() if model is None else model
+    pipe = load(source, Loading("float32", device, loras=loras))
+    if loras:
         pipe.fuse_lora()  # a LoRA beside the weights would cost a tenth of a step
     return pipe
 
@@ -176,10 +248,6 @@ def _check_there() -> None:
         )
 
 
-def _name(method: Method) -> str:
-    return type(method).__name__.lower()
-
-
 def _files(out: Path, name: str) -> dict[str, Path]:
     return {
         "side by side": out / "side_by_side.mp4",
@@ -194,53 +262,32 @@ def _files(out: Path, name: str) -> dict[str, Path]:
     }
 
 
-def _entrant(
-    name: str, pipe: Any, method: Method, recipe: Recipe | None, stack: ExitStack
-) -> Entrant:
-    """Attach `method` until `stack` is closed, and the rule on positions that the LoRA was trained
-    with."""
-    schedule = Schedule(dense_start=DENSE_START) if recipe is None else recipe.build_schedule()
-    options: dict[str, Any] = {} if parts_of(method).is_dense else {"schedule": schedule}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", OtherAttention)
-        handle = attach(pipe, method, timed=pipe.device.type == "cpu", **options)
-    stack.enter_context(handle)
-    if recipe is None:
-        return Entrant(name, pipe, handle)
-    techniques = [*([] if recipe.rope == "none" else [recipe.rope]), *recipe.techniques]
-    longer = stack.enter_context(extend(pipe, techniques, num_frames=FRAMES))
-    return Entrant(name, pipe, handle, longer)
-
-
-def _compared(
-    entrants: Sequence[Entrant], prompt: str, clip: Clip
-) -> tuple[Comparison, list[Denoising]]:
-    """Denoise in turn, and decode each by itself."""
-    made = race.race(entrants, prompt, clip)
+def _decoded(
+    entrants: Sequence[Entrant], made: Sequence[Denoising], prompt: str, clip: Clip
+) -> Comparison:
+    """Decode each clip by itself."""
     samples = []
     for entrant, one in zip(entrants, made, strict=True):
         start = time.perf_counter()
         video = np.concatenate([*decode_stream(entrant.pipe, one.latents)])
         samples.append(Sample(video, one.total, time.perf_counter() - start))
-    summaries = [entrant.handle.summary() for entrant in entrants]
-    device = entrants[0].pipe.device
-    found = Comparison(
+    dense, sparse = (entrant.handle.summary() for entrant in entrants)
+    return Comparison(
         prompt,
         clip,
         dense=samples[0],
         sparse=samples[1],
-        dense_summary=summaries[0],
-        summary=summaries[1],
-        compile_seconds=0.0,
-        environment=environment(device),
+        dense_summary=dense,
+        summary=sparse,
+        compile_seconds=0.0,  # a step of each, of the same size, ran before
+        environment=environment(entrants[0].pipe.device),
     )
-    return found, made
 
 
-def _report(result: Comparison, made: Sequence[Denoising], lora: Path | None) -> dict[str, Any]:
+def _report(result: Comparison, made: Sequence[Denoising]) -> dict[str, Any]:
     ratios = race.ratios(*made)
     spent = result.dense_summary.seconds, result.summary.seconds
-    report = result.to_dict() | {
+    return result.to_dict() | {
         "steps_seconds": {"dense": made[0].seconds, "sparse": made[1].seconds},
         "speedup_of_steps": {
             "least": min(ratios),
@@ -248,29 +295,34 @@ def _report(result: Comparison, made: Sequence[Denoising], lora: Path | None) ->
             "most": max(ratios),
         },
         "attention_speedup": spent[0] / spent[1] if spent[0] and spent[1] else None,
-        "busy": race.busy(),
         "detector": detected(result),
     }
-    if lora is not None:
-        report["lora"] = about_lora(lora)
-    return report
 
 
-def about_lora(lora: Path) -> dict[str, Any]:
-    """Describe an embedded LoRA: what made it, and of how many clips it gets how many right."""
-    score = lora / SCORE
+def about_lora(lora: Path, is_own: bool, was_chosen: bool) -> dict[str, Any]:
+    """Describe an embedded LoRA, for the report.
+
+    Args:
+        is_own: whether the sparse clip is made by the attention that it was trained through.
+        was_chosen: whether the prompt is the demo's own, with all else as it is by default. The
+            score of the LoRA then goes with it.
+    """
+    path = lora / SCORE
+    score = read_fields(path)
     return {
         "name": lora.name,
         "config": f"configs/lora/{CONFIGS[lora.name]}",
         "trained_frames": read_recipe(lora).trained_frames,
-        "score": read_fields(score) if score.exists() else None,
+        "trained_through_the_same": is_own,
+        "prompt_was_chosen": was_chosen,
+        "score": {name: typed(score, name, int, origin=path) for name in SCORES},
     }
 
 
-def _add_clips(page: Page, result: Comparison) -> list[np.ndarray]:
+def _add_clips(page: Page, result: Comparison, *, with_times: bool) -> list[np.ndarray]:
     """Add both clips, alone and together. Returns the two."""
     clips = {"dense": result.dense.video, "sparse": result.sparse.video}
-    for name, pixels in {**clips, "side by side": pair(result)}.items():
+    for name, pixels in {**clips, "side by side": pair(result, with_times=with_times)}.items():
         page.add_video(name, pixels)
     sheet = contact_sheet([*clips.values()], result.labels, count=SHEET_FRAMES)
     page.add("contact sheet", write_video(sheet[None], page.path("contact sheet"), fps=FPS))
@@ -282,7 +334,7 @@ def _add_without(page: Page, result: Comparison, device: str) -> dict[str, Any]:
     pipe = loaded(None, device)
     with steps_bar() as bar:
         made = sample(pipe, result.prompt, result.clip, tick=ticker(bar, "without the LoRA"))
-    labels = ["without the LoRA", f"with it, {_name(result.summary.method)}"]
+    labels = ["without the LoRA", f"with it, {type(result.summary.method).__name__.lower()}"]
     videos = [made.video, result.sparse.video]
     page.add_video("without LoRA", side_by_side(videos, labels, scale=3))
     return _seen(made.video)

@@ -1,6 +1,5 @@
 """Two denoisings of one clip on one clock: step by step in turn, and an animation of both."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.measure.sheets import side_by_side
 from gen_accel.pipelines.generation.decode import decode_stream
 from gen_accel.pipelines.generation.in_turn import Turn, in_turn
@@ -18,7 +18,6 @@ from gen_accel.pipelines.generation.sampling import Clip, denoise
 
 LASTS = 10.0  # seconds of the animation until the slower one is done
 STAYS = 3.0  # seconds that both are shown after that
-BUSY = 1.25  # processes a core from which on times mean little
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,11 @@ class Denoising:
 def race(entrants: Sequence[Entrant], prompt: str, clip: Clip) -> list[Denoising]:
     """Denoise the same clip by each entrant, a step of one and then a step of the next.
 
-    Each has done one step before, which does not count.
+    Each has done one step before, with its method in all layers, which does not count.
     """
     for entrant in entrants:
-        denoise(entrant.pipe, prompt, replace(clip, steps=1), run=entrant.run)
+        with entrant.handle.scheduled(Schedule()):
+            denoise(entrant.pipe, prompt, replace(clip, steps=1), run=entrant.run)
     with ExitStack() as stack:
         bar = stack.enter_context(steps_bar())
         for entrant in entrants:
@@ -92,17 +92,6 @@ def race(entrants: Sequence[Entrant], prompt: str, clip: Clip) -> list[Denoising
 def ratios(first: Denoising, second: Denoising) -> list[float]:
     """How many times as long each step of `first` took as the same step of `second`."""
     return [a / b for a, b in zip(first.seconds, second.seconds, strict=True)]
-
-
-def busy() -> str | None:
-    """Say that more than this process wanted the cores in the last minute; None where that was not
-    so, or where the system keeps no count."""
-    if not hasattr(os, "getloadavg"):
-        return None
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load <= BUSY * cores:
-        return None
-    return f"the machine was busy, with {load:.1f} processes on {cores} cores"
 
 
 def animation(

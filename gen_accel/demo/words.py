@@ -21,14 +21,18 @@ WORDS = ("a", "something", "moves", *COLORS, *SHAPES, *DIRECTIONS, *SPEEDS)
 def check_known(*prompts: str) -> None:
     """Raise ValueError for a prompt with words that the demo model was never trained on."""
     for prompt in prompts:
-        words = dict.fromkeys(prompt.lower().replace(",", " ").replace(".", " ").split())
-        unknown = [word for word in words if word not in WORDS]
+        unknown = [word for word in dict.fromkeys(words_of(prompt)) if word not in WORDS]
         if unknown:
             raise ValueError(
                 f"the demo model does not know {_joined(map(repr, unknown[:5]), 'and')}: it knows "
                 f'"a COLOUR SHAPE moves DIRECTION SPEED", with {_joined(COLORS)}; '
                 f"{_joined(SHAPES)}; {_joined(DIRECTIONS)}; {_joined(SPEEDS)}"
             )
+
+
+def words_of(caption: str) -> list[str]:
+    """Words of a caption, in lower case and without commas and stops."""
+    return caption.lower().replace(",", " ").replace(".", " ").split()
 
 
 def _joined(words: Iterable[str], last: str = "or") -> str:

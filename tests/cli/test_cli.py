@@ -228,7 +228,6 @@ def test_demo(run, model, tmp_path):
     total = report["dense_total_seconds"] / report["sparse_total_seconds"]
     assert report["total_speedup"] == pytest.approx(total)
     assert 0 < report["attention_seconds"]["sparse"] < report["sparse_seconds"]
-    assert report["compile_seconds"] == 0
     assert min(report["dense_decode_seconds"], report["sparse_decode_seconds"]) > 0
     steps = report["steps_seconds"]
     assert [len(steps[name]) for name in ("dense", "sparse")] == [5, 5]
@@ -620,10 +619,11 @@ def test_an_interrupted_run_leaves_no_clip(run, model, monkeypatch, tmp_path, ve
 
     def interrupted(self, *args, **kwargs):
         calls.append(None)
-        if len(calls) == 3:
+        if len(calls) == last:
             raise KeyboardInterrupt
         return forward(self, *args, **kwargs)
 
+    last = {"generate": 3, "demo": 7}[verb]  # of the demo, in the turn of the sparse one
     monkeypatch.setattr(WanTransformer3DModel, "forward", interrupted)
     args = {
         "generate": ("--prompt", PROMPT, *SMALL, "--out", tmp_path / "out" / "clip.mp4"),
@@ -631,7 +631,7 @@ def test_an_interrupted_run_leaves_no_clip(run, model, monkeypatch, tmp_path, ve
     }
     result = run(verb, "--model", model, *args[verb], code=130)
     assert result.stderr.strip().splitlines()[-1].startswith("interrupted")
-    assert len(calls) == 3
+    assert len(calls) == last
     left = {"generate": [], "demo": ["out/report.html", "out/report.json"]}[verb]
     assert files(tmp_path) == left
 

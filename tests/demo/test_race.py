@@ -25,16 +25,6 @@ def test_ratios_are_of_the_same_steps():
     assert race.ratios(denoising(1.0, 3.0), denoising(2.0, 1.0)) == [0.5, 3.0]
 
 
-@pytest.mark.parametrize(
-    ("load", "said"), [(1.9, None), (2.5, None), (3.2, "3.2 processes on 2 cores")]
-)
-def test_a_busy_machine(monkeypatch, load, said):
-    monkeypatch.setattr(race.os, "getloadavg", lambda: (load, 9.0, 9.0))
-    monkeypatch.setattr(race.os, "cpu_count", lambda: 2)
-    found = race.busy()
-    assert found is None if said is None else said in found
-
-
 def test_the_animation_keeps_one_clock(monkeypatch):
     """Stills are grey by their step; a clip that is played is white."""
     monkeypatch.setattr(
@@ -71,14 +61,16 @@ def test_what_is_said_of_times_and_of_the_lora():
     assert "The machine was busy, with 4 processes, so that no speed-up is told." in text
     assert "times as fast" not in text
 
-    about = {"trained_frames": 33, "config": "configs/lora/demo.yaml", "score": None}
-    text = " ".join(page.notes(report | {"frames": 129, "lora": about, "was_chosen": False}))
-    assert "was trained on 33 frames, and makes 129" in text
+    about = job.about_lora(job.lora_path(guided=True), is_own=False, was_chosen=False)
+    text = " ".join(page.notes(report | {"frames": 129, "lora": about}))
+    assert "was trained on 33 frames, and made 129 with a LoRA" in text
     assert "chosen" not in text
-    about["score"] = {"clips": 48, "dense": 20, "sparse": 26, "without": 9}
-    text = " ".join(page.notes(report | {"frames": 129, "lora": about, "was_chosen": True}))
+    assert "the same sparse" not in text
+    about |= job.about_lora(job.lora_path(guided=True), is_own=True, was_chosen=True)
+    text = " ".join(page.notes(report | {"frames": 129, "lora": about}))
+    assert "The LoRA was trained through the same sparse attention." in text
     assert "This prompt was chosen among those that dense attention gets right." in text
-    assert "dense attention gets 20 right, sparse attention 26, and the model without" in text
+    assert "Of 48 prompts" in text
 
     wrong = {"dense": seen, "sparse": {"shows": "a red blob wanders"}}
     text = page.verdict(report | {"detector": wrong})
@@ -86,6 +78,34 @@ def test_what_is_said_of_times_and_of_the_lora():
     assert page.verdict(report | {"detector": {name: {"shows": "x"} for name in wrong}}) == (
         f"Asked for was {PROMPT!r}. Dense: x. Sparse: x."
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "right"),
+    [
+        ("A red circle moves up, slowly.", True),
+        ("something moves up slowly", True),
+        ("a red square moves up slowly", False),
+    ],
+)
+def test_the_verdict_is_of_the_words_that_were_asked_for(asked, right):
+    seen = {"shows": "a red circle moves up slowly"}
+    report = {"prompt": asked, "detector": {"dense": seen, "sparse": seen}}
+    assert page.verdict(report).startswith("Both clips show what was asked for") is right
+
+
+@pytest.mark.parametrize(
+    ("busy", "speedup", "tile"),
+    [(None, 2.0, "Speed-up"), (None, 0.5, "Slower"), ("the machine was busy", 2.0, "not told")],
+)
+def test_the_page_tells_no_gain_that_there_was_not(tmp_path, busy, speedup, tile):
+    files = {name: tmp_path / name for name in ("page", "report")}
+    report = {"busy": busy, "speedup": speedup, "total_speedup": 1.5}
+    page.Page(files, "title", 16.0).write(report)
+    assert json.loads((tmp_path / "report").read_text())["speedup"] == speedup
+    text = (tmp_path / "page").read_text().split("Everything that was measured")[0]
+    assert tile in text
+    assert (f"{speedup:.3g}\N{MULTIPLICATION SIGN}" in text) is (busy is None)
 
 
 @pytest.mark.slow

@@ -19,7 +19,6 @@ from gen_accel.attention_processors.attached.layer import (
     on_device,
 )
 from gen_accel.attention_processors.attached.purity import (
-    Purest,
     TileErrors,
     TileFit,
 )
@@ -111,9 +110,9 @@ def calibrate(
     A tile that is "auto" becomes, for each layer, the box with which the method's attention errs
     least against dense, of the six boxes within which its keys vary least and of the one that
     "auto" stands for. Boxes hold as many tokens as the smaller block to twice as many, fit the
-    grid and pad it by an eighth at most, where there are some that do. One step of the first
-    prompt tells, the first that the schedule leaves sparse. The handle then runs and saves the
-    method with these tiles.
+    grid and pad it by an eighth at most, where there are some that do. The first step of the
+    first prompt that the schedule leaves sparse tells, so that a tile costs the steps until then,
+    densely. The handle then runs and saves the method with these tiles.
 
     For parameters, the pipeline generates each prompt densely. In each sparse layer and step the
     difference between the dense output and O_s is regressed on O_l, for all heads together (proj),
@@ -124,7 +123,8 @@ def calibrate(
     Args:
         pipe: a pipeline with `SparseLinear` or `Piecewise` attached. Layers and steps that its
             schedule keeps dense are left out.
-        prompts: what the model is used for; a handful, at least two.
+        prompts: what the model is used for; for parameters a handful, at least two, for a tile
+            one.
         num_inference_steps: few suffice for parameters, as they span all noise levels. For tiles
             as many as will be used: they are chosen by one step.
         seed: of the first prompt's noise; each further prompt takes the next.
@@ -225,27 +225,21 @@ def _fit_tile(
     seed: int,
     call: dict[str, Any],
 ) -> TileFit | None:
-    """Run one step twice, densely, and give the method the tile with the least error there."""
+    """Generate densely up to the first step that is not to be dense, and give the method the tile
+    with the least error in that step."""
     tokens = parts_of(handle.method).tile_tokens
     if not tokens:
         return None
-    purest = Purest(tokens)
+    errors = TileErrors(tokens)
 
-    def look(layer: Layer, q: Tensor, k: Tensor, v: Tensor, dense: Tensor, *rest: Any) -> None:
-        purest.add(layer.number, k, rest[0])
+    def look(layer: Layer, *given: Any) -> None:
+        errors.add(layer.number, layer.method, *given)
 
-    def first_step(observe: Observer) -> None:
-        with _observing(handle, _once(handle, observe), num_inference_steps), suppress(_Enough):
-            _generate(pipe, prompt, num_inference_steps, seed, call)
-
-    first_step(look)
-    tiles = purest.found()
-    if not tiles:
-        return None
-    errors = TileErrors(tiles)
-    first_step(lambda layer, *given: errors.add(layer.number, layer.method, *given))
+    with _observing(handle, _once(handle, look), num_inference_steps), suppress(_Enough):
+        _generate(pipe, prompt, num_inference_steps, seed, call)
     fit = errors.fit()
-    handle.exchange(tiled(handle.method, fit.tile))
+    if fit is not None:
+        handle.exchange(tiled(handle.method, fit.tile))
     return fit
 
 

@@ -50,43 +50,24 @@ def slots(box: Box, video: VideoShape) -> int:
     return math.prod(-(-n // side) * side for n, side in zip(video.grid, box, strict=True))
 
 
-class Purest:
-    """Search for the boxes within which the keys of each layer vary least, over the calls seen.
+def purest(k: Tensor, video: VideoShape, tokens: int) -> list[Box]:
+    """Choose the few boxes within which keys vary least, and `even_tile` if it fits. None where no
+    box does.
 
     Args:
+        k: (B, H, N, D); some of the heads are read, one at a time.
         tokens: the least number in a box.
     """
-
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
-        self.video: VideoShape | None = None  # of the first call; on a UNet, others differ
-        self.within: dict[int, dict[Box, float]] = {}  # by the number of a layer
-
-    def add(self, layer: int, k: Tensor, video: VideoShape) -> None:
-        """Add the keys of a call, (B, H, N, D). Some of the heads are read, one at a time."""
-        if self.video is None:
-            self.video = video
-        if video.grid != self.video.grid:
-            return
-        every = boxes(video, self.tokens, k.device)
-        within = self.within.setdefault(layer, dict.fromkeys(every, 0.0))
-        for head in k.split(1, 1)[:: -(-k.shape[1] // HEADS)]:
-            purity = Purity(head, video)
-            for box in within:
-                within[box] += purity.within(box).mean().item()
-
-    def found(self) -> dict[int, list[Box]]:
-        """Map the number of each layer to its few purest boxes, and `even_tile` if it fits. Layers
-        that no box fits are left out."""
-        if self.video is None:
-            return {}
-        even = even_tile(self.video, self.tokens)
-        more = [even] if fits(even, self.video) else []
-        return {
-            layer: [*dict.fromkeys([*sorted(within, key=lambda x: (within[x], x))[:FEW], *more])]
-            for layer, within in self.within.items()
-            if within
-        }
+    within = dict.fromkeys(boxes(video, tokens, k.device), 0.0)
+    if not within:
+        return []
+    for head in k.split(1, 1)[:: -(-k.shape[1] // HEADS)]:
+        purity = Purity(head, video)
+        for box in within:
+            within[box] += purity.within(box).mean().item()
+    even = even_tile(video, tokens)
+    more = [even] if fits(even, video) else []
+    return [*dict.fromkeys([*sorted(within, key=lambda x: (within[x], x))[:FEW], *more])]
 
 
 @dataclass(frozen=True)
@@ -112,15 +93,18 @@ class TileFit:
 
 
 class TileErrors:
-    """Errors of a method's attention with each of some boxes, over the calls that are seen.
+    """Errors of a method's attention with each of a few boxes, over the calls that are seen. The
+    boxes of a layer are the `purest` of its first call.
 
     Args:
-        tiles: by the number of a layer.
+        tokens: the least number in a box.
     """
 
-    def __init__(self, tiles: dict[int, list[Box]]) -> None:
-        self.squares = {layer: dict.fromkeys(some, 0.0) for layer, some in tiles.items()}
-        self.dense = dict.fromkeys(tiles, 0.0)
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.video: VideoShape | None = None  # of the first call; on a UNet, others differ
+        self.squares: dict[int, dict[Box, float]] = {}  # by the number of a layer
+        self.dense: dict[int, float] = {}
 
     def add(
         self,
@@ -133,22 +117,28 @@ class TileErrors:
         video: VideoShape,
         run: Callable,
     ) -> None:
-        """Add a call, (B, H, N, D) each. Calls on a grid that some box does not fit are left
-        out."""
-        squares = self.squares.get(layer, {})
-        if not squares or not all(fits(box, video) for box in squares):
+        """Add a call, (B, H, N, D) each. Calls on another grid than the first are left out."""
+        self.video = self.video or video
+        if video.grid != self.video.grid:
             return
-        wide = widest(dense.device)
-        self.dense[layer] += dense.to(wide).square().sum().item()
+        if layer not in self.squares:
+            self.squares[layer] = dict.fromkeys(purest(k, video, self.tokens), 0.0)
+        squares, wide = self.squares[layer], widest(dense.device)
+        self.dense[layer] = self.dense.get(layer, 0.0) + dense.to(wide).square().sum().item()
         for box in squares:
             out = tiled(method, box)(q, k, v, video=video, kernel=run)
             squares[box] += (out - dense).to(wide).square().sum().item()
 
-    def fit(self) -> TileFit:
+    def fit(self) -> TileFit | None:
+        """Return the boxes that err least; None where none fits the grid."""
         errors: dict[int, tuple[tuple[Box, float], ...]] = {}
         for layer, squares in sorted(self.squares.items()):
+            if not squares:
+                continue
             by = {box: math.sqrt(total / self.dense[layer]) for box, total in squares.items()}
             errors[layer] = tuple(sorted(by.items(), key=lambda one: (one[1], one[0])))
+        if not errors:
+            return None
         best = {layer: tried[0][0] for layer, tried in errors.items()}
         usual = mode(best.values())
         if len(set(best.values())) == 1:

@@ -69,11 +69,16 @@ class Comparison:
             f"{kind}  {self.sparse.denoise_seconds:.1f} s",
         ]
 
-    @property
-    def caption(self) -> str:
+    def caption(self, *, with_times: bool = True) -> str:
+        """Say in one line what sparse attention gained and cost.
+
+        Args:
+            with_times: whether the times mean anything.
+        """
         density = self.summary.density
         kept = "all steps dense" if density is None else f"density {density:.2f} where sparse"
-        return f"{self.speedup:.2f}x as fast, {kept}, PSNR {self.psnr_db:.1f} dB"
+        told = f"{kept}, PSNR {self.psnr_db:.1f} dB"
+        return f"{self.speedup:.2f}x as fast, {told}" if with_times else told
 
     def to_dict(self) -> dict[str, Any]:
         ran = self.summary.to_dict()
@@ -200,14 +205,15 @@ def beside(target: Path, name: str) -> Path:
     return target.with_name(f"{target.stem}.{name}{suffix}")
 
 
-def pair(result: Comparison) -> Any:
+def pair(result: Comparison, *, with_times: bool = True) -> Any:
     """Join dense left and sparse right, with seconds above and figures below.
 
     Returns (F, H, W, 3) uint8.
     """
     videos = [result.dense.video, result.sparse.video]
     scale = max(1, SHOWN_WIDTH // videos[0].shape[2])
-    return side_by_side(videos, result.labels, caption=result.caption, scale=scale)
+    caption = result.caption(with_times=with_times)
+    return side_by_side(videos, result.labels, caption=caption, scale=scale)
 
 
 def _warm_up_clip(pipe: Any, clip: Clip, method: Method) -> Clip:

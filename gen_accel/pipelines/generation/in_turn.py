@@ -64,14 +64,19 @@ def in_turn(jobs: Sequence[Callable[[Turn], Any]]) -> list[Any]:
         finally:
             table.leave(turns[i])
 
-    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(jobs))]
-    for thread in threads:
-        thread.start()
+    started: list[threading.Thread] = []
     try:
-        for thread in threads:
-            thread.join()
+        for i in range(len(jobs)):
+            thread = threading.Thread(target=run, args=(i,), daemon=True)
+            thread.start()
+            started.append(thread)
+        for thread in started:
+            while thread.is_alive():  # a wait without an end may hold signals back
+                thread.join(0.5)
     except BaseException as error:  # Ctrl-C reaches this thread only
         table.fail(error)
+        for thread in started:  # they use what the caller will take away
+            thread.join()
         raise
     if table.failure is not None:
         raise table.failure
@@ -110,5 +115,6 @@ class _Table:
 
     def fail(self, error: BaseException) -> None:
         with self._moved:
-            self.failure = self.failure or error
+            if self.failure is None:
+                self.failure = error
             self._moved.notify_all()

@@ -1,5 +1,7 @@
 """Jobs that take turns."""
 
+import os
+import signal
 import threading
 import time
 
@@ -48,6 +50,28 @@ def test_an_error_ends_them_all():
 
     with pytest.raises(ValueError, match="no more"):
         in_turn([endless, fails, endless])
+    assert ended == [True, True]
+
+
+def test_an_interrupt_waits_for_the_turn_that_runs():
+    """What the jobs use is there until they have ended."""
+    ended = []
+
+    def endless(turn):
+        try:
+            while True:
+                time.sleep(0.05)
+                turn.end()
+        finally:
+            ended.append(True)
+
+    def interrupted(turn):
+        turn.end()
+        os.kill(os.getpid(), signal.SIGINT)
+        endless(turn)
+
+    with pytest.raises(KeyboardInterrupt):
+        in_turn([endless, interrupted])
     assert ended == [True, True]
 
 

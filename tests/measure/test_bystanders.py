@@ -1,0 +1,30 @@
+"""What else the machine did."""
+
+import pytest
+
+from gen_accel.measure import bystanders
+from gen_accel.measure.bystanders import Bystanders
+
+START = 100.0, 5.0, 50.0, 70.0
+
+
+@pytest.mark.parametrize(
+    ("since", "said"),
+    [
+        ((10.0, 19.0, 19.5, 0.5), None),  # both cores are ours
+        ((10.0, 10.0, 20.0, 0.0), "other processes used 1.0 of 2 cores"),
+        ((10.0, 10.0, 15.0, 5.0), None),  # half a core was idle: there was room
+        ((0.0, 0.0, 0.0, 0.0), None),
+    ],
+)
+def test_others_are_busy_where_they_take_cores_that_we_would_have(monkeypatch, since, said):
+    times = iter([START, tuple(a + b for a, b in zip(START, since, strict=True))])
+    monkeypatch.setattr(bystanders, "_times", lambda: next(times))
+    monkeypatch.setattr(bystanders.psutil, "cpu_count", lambda: 2)
+    found = Bystanders().busy()
+    assert found is None if said is None else said in found
+
+
+def test_times_go_forward():
+    first, second = bystanders._times(), bystanders._times()
+    assert all(b >= a for a, b in zip(first, second, strict=True))
