@@ -14,7 +14,7 @@ from gen_accel.pipelines.generation.sampling import Clip, filled
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = (
-    (job.METHOD, Schedule(dense_start=job.DENSE_START)),  # what `gen-accel demo` does
+    (job.METHOD, Schedule(dense_start=job.DENSE_START)),  # as `gen-accel demo --without-lora`
     (Radial(), Schedule(dense_start=0.2, dense_layers=1)),
     (Radial(), Schedule(dense_start=0.1)),
     (Radial(), Schedule()),

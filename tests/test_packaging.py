@@ -112,7 +112,7 @@ def test_the_guard_of_these_tests_refuses():
     assert "No module named 'peft'" in run("import peft").stderr
 
 
-GENERATE = "generate --model demo --prompt x --frames 5 --method"
+GENERATE = "generate --model demo --prompt red --frames 5 --method"
 BASE = ("rich", "typer")
 # The extras that are there, what is run, and the last line of stderr.
 ONE_LINE = {

@@ -25,6 +25,8 @@ EARLY = {
     "demo --method nope": "method must be one of",
     "demo --model /nope": "no folder at /nope",
     "demo --image-prompt /nope": "no image at /nope",
+    "demo --prompt x": "does not know 'x'",
+    "generate --model demo --prompt x": "does not know 'x'",
     "demo --out FILE": "out must be a folder, but FILE is a file",
     "estimate --model /nope TO_SHOW": "no folder at /nope",
     "estimate --model Wan2.1-T2V-1.3 TO_SHOW": "did you mean 'Wan2.1-T2V-1.3B'?",
@@ -186,7 +188,15 @@ def test_what_is_known_is_one_line(monkeypatch, error, words):
     code, [line] = failing(monkeypatch, error)
     assert code == 2
     assert line.startswith(words)
-    assert len(line) < 2100
+    assert len(line) < 1000
+
+
+def test_a_long_error_keeps_its_advice_at_the_end(monkeypatch):
+    error = ValueError(f"f.json holds {'x' * 5000}; take another")
+    _, [line] = failing(monkeypatch, error)
+    assert line.startswith("error: f.json holds xxx")
+    assert " ... " in line
+    assert line.endswith("xxx; take another")
 
 
 def test_a_repository_out_of_reach_names_the_cache_and_the_command(refused, monkeypatch, tmp_path):
