@@ -32,6 +32,7 @@ RESULTS = Path(__file__).parent / "results"
 KEPT = Path("outputs/methods")  # clips and rows so far
 MEASURED, FITTED = (0, 1, 2, 3, 4, 5), (6, 7)  # prompts
 FEWER_LAYERS = 0, 1, 3, 4  # of the six, for errors of the ablation
+FEWEST = 1, 4  # of all its combinations
 RANDOM_LAYERS = 0, 3  # of the four of `random_wan`
 FEWER = 3  # of those measured, for clips of a cell of the ablation
 STEPS_SEEN = 5, 12
@@ -131,12 +132,18 @@ def fit_prompts() -> list[str]:
 def of_ablation(args: argparse.Namespace, head: dict[str, Any]) -> None:
     pipe, video = captured.pipeline(), captured.grid(args.frames)
     steps = (ablation.MADE_AT, *STEPS_SEEN)
-    calls = captured.capture(pipe, args.prompts[:2], steps, args.frames)
-    calls = [call for call in calls if call.layer in FEWER_LAYERS]
-    facts = {"steps": STEPS_SEEN, "made_at": ablation.MADE_AT, "layers": FEWER_LAYERS}
+    prompts, layers = (
+        args.prompts[: 1 if args.whole else 2],
+        FEWEST if args.whole else FEWER_LAYERS,
+    )
+    calls = captured.capture(pipe, prompts, steps, args.frames)
+    calls = [call for call in calls if call.layer in layers]
+    facts = {"steps": STEPS_SEEN, "made_at": ablation.MADE_AT, "layers": layers}
+    facts |= {"prompts": [captured.PROMPTS[i] for i in prompts]}
     report = head | facts | {"rows": []}
+    name = "methods_ablation_whole" if args.whole else "methods_ablation"
     for row in ablation.cells(calls, video, whole=args.whole):
-        keep_row(report, row, RESULTS / "methods_ablation.json")
+        keep_row(report, row, RESULTS / f"{name}.json")
 
 
 def of_random(args: argparse.Namespace, head: dict[str, Any]) -> None:
