@@ -132,10 +132,8 @@ def fit_prompts() -> list[str]:
 def of_ablation(args: argparse.Namespace, head: dict[str, Any]) -> None:
     pipe, video = captured.pipeline(), captured.grid(args.frames)
     steps = (ablation.MADE_AT, *STEPS_SEEN)
-    prompts, layers = (
-        args.prompts[: 1 if args.whole else 2],
-        FEWEST if args.whole else FEWER_LAYERS,
-    )
+    prompts = args.prompts[: 1 if args.whole else 2]
+    layers = FEWEST if args.whole else FEWER_LAYERS
     calls = captured.capture(pipe, prompts, steps, args.frames)
     calls = [call for call in calls if call.layer in layers]
     facts = {"steps": STEPS_SEEN, "made_at": ablation.MADE_AT, "layers": layers}

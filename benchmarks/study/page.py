@@ -1,6 +1,7 @@
 """Tables and pictures in docs/methods from the results of `methods.py`."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -33,6 +34,8 @@ def write() -> None:
     write_between_marks(DOCS / "choose.md", ["", *parts])
     parts = [] if (found := result("ablation")) is None else ablation_tables(found, "ablation")
     parts += part_clips(clips[0]) if clips else []
+    if (found := result("ablation_whole")) is not None:
+        parts += whole_tables(found)
     parts += cost_table(made) if (made := rest_costs()) else []
     if (found := result("random")) is not None:
         parts += ["### A Wan with random weights", "", *ablation_tables(found, "random")]
@@ -165,6 +168,39 @@ def ablation_tables(report: dict[str, Any], mode: str) -> list[str]:
     return lines
 
 
+def whole_tables(report: dict[str, Any]) -> list[str]:
+    """Tables of all combinations: tiles and choices, then tiles, query blocks and densities, with
+    rests in columns."""
+    rests = list(dict.fromkeys(row["rest"] for row in report["rows"]))
+    lines = [
+        f"All combinations, on {len(report['prompts'])} prompt and layers "
+        f"{' and '.join(map(str, report['layers']))}, [result file]"
+        f"({LINK}/methods_ablation_whole.json). Choices at density 0.2 and query blocks of 64:",
+        "",
+    ]
+    near = [row for row in report["rows"] if (row["asked"], row["block_q"]) == (0.2, 64)]
+    lines += _combined(near, ("tile", "choice"), rests)
+    lines += ["", "Choice by loss, by query block and density:", ""]
+    own = [row for row in report["rows"] if row["choice"] == SLICE["choice"]]
+    return [*lines, *_combined(own, ("tile", "block_q", "asked"), rests), ""]
+
+
+def _combined(rows: list[dict[str, Any]], parts: Sequence[str], rests: list[str]) -> list[str]:
+    """A row for each combination of `parts`, the error by rests in columns, the least in bold."""
+    names = [{"block_q": "query block", "asked": "density"}.get(part, part) for part in parts]
+    lines = [f"| {' | '.join([*names, *(f'rest {rest}' for rest in rests)])} |"]
+    lines.append("|---" * (len(parts) + len(rests)) + "|")
+    found: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows:
+        key = tuple(str(row[part]).strip("[]").replace(", ", " x ") for part in parts)
+        found.setdefault(key, {})[row["rest"]] = row["error"]
+    for key, errors in found.items():
+        least = min(errors.values())
+        cells = [f"**{x:.3f}**" if x == least else f"{x:.3f}" for x in map(errors.get, rests)]
+        lines.append(f"| {' | '.join([*key, *cells])} |")
+    return lines
+
+
 def other_table(report: dict[str, Any]) -> list[str]:
     """Error of attention by ways that were not built, beside ours."""
     lines = [
@@ -204,8 +240,10 @@ def part_clips(report: dict[str, Any]) -> list[str]:
 def _of_clips(rows: list[dict[str, Any]]) -> str:
     """Mean density, mean PSNR, PSNR of the worst prompt and of the worst frame."""
     found = [row["psnr_db"] for row in rows]
+    density = mean(row["density"] for row in rows)
+    told = "" if density == 1 else f"{density:.3f}"  # of whole matrices no density is counted
     return (
-        f"{mean(row['density'] for row in rows):.3f} | {mean(found):.1f} | {min(found):.1f} | "
+        f"{told} | {mean(found):.1f} | {min(found):.1f} | "
         f"{min(row['worst_frame_db'] for row in rows):.1f}"
     )
 
