@@ -37,18 +37,10 @@ def read_json(path: str | Path) -> Any:
 def parse_json(text: str, origin: Any) -> Any:
     """Parse `text`, which came from the file `origin`.
 
-    Raises ValueError, which names `origin`, for text that is not JSON, is nested too deeply or
-    holds half of a surrogate pair, which no file can be written with.
+    Raises ValueError, which names `origin`, for text that is not JSON or is nested too deeply.
     """
     try:
-        data = json.loads(text)
-        if "\\ud" in text.lower():
-            json.dumps(data, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise ValueError(
-            f"{origin} holds {half!r}, half of a surrogate pair, which no file can hold as text"
-        ) from error
+        return json.loads(text)
     except RecursionError:
         raise ValueError(f"{origin} is no JSON of ours: it is nested too deep") from None
     except json.JSONDecodeError as error:
@@ -56,7 +48,6 @@ def parse_json(text: str, origin: Any) -> Any:
         raise ValueError(f"{origin} is no JSON from {where} on") from error
     except ValueError as error:  # a number of more digits than Python reads
         raise ValueError(f"{origin} is no JSON: {error}") from error
-    return data
 
 
 def read_fields(path: str | Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-MOST_SHOWN = 80  # characters of a wrong value in an error
+MOST_SHOWN = 200  # characters of a wrong value in an error
 
 
 def convert(value: Any, hint: Any, *, is_text: bool = False) -> Any:

@@ -75,6 +75,8 @@ def demo(
     outputs/demo_image.
     """
     early.check_names(method=method or "radial", device=device)
+    if model is not None and str(model) == NAME:
+        model = None
     early.check_model(NAME if model is None else str(model))
     if model is None and prompt is not None:
         check_known(prompt)

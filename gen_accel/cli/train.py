@@ -81,7 +81,9 @@ def train(
 def cache(config: Path | None, **flags: Any) -> None:
     values = read_values(config, _given(flags))
     if values.get("data") is None:
-        raise ValueError("data is not given: a folder of videos, a manifest or a datasets folder")
+        raise ValueError(
+            "data is not given: --data FOLDER of videos, a manifest or a datasets folder"
+        )
     early.check_config(values)
     early.check_places(values)
     early.announce("torch, diffusers and the model")

@@ -301,6 +301,10 @@ def read_values(
         yaml = _yaml()
         try:
             loaded = yaml.safe_load(read_text(path))
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"no config at {path}; `gen-accel train --print-config > lora.yaml` writes one"
+            ) from None
         except RecursionError:
             raise ValueError(f"{path} is no config: it is nested too deep") from None
         except yaml.YAMLError as error:

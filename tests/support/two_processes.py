@@ -173,7 +173,7 @@ REFUSED = {
     "its exchange has no gradient": Run("wan", RADIAL, config=ANYTHING, gradients=True),
     "scope='overall', .*: use 'head_global'": Run("wan", replace(SHARES, scope="overall")),
     "scope='block'": Run("wan", replace(SHARES, scope="block")),
-    "keys of the 550 of .*use the cp_plan": Run("wan", RADIAL, plan={}),
+    "keys of the 550 tokens of .*use the cp_plan": Run("wan", RADIAL, plan={}),
 }
 
 

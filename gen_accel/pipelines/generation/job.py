@@ -92,7 +92,9 @@ class Job:
         elif self.method is None:
             raise ValueError("give a method, or from_lora")
         if not prompts:
-            raise ValueError("no prompts: give one, or a file with one on each line")
+            raise ValueError(
+                "no prompts: give --prompt TEXT, or --prompts FILE with one on each line"
+            )
         for prompt in prompts:
             check_text("prompt", prompt)
         job._check(latents)
