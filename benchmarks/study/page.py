@@ -182,8 +182,8 @@ def whole_tables(report: dict[str, Any]) -> list[str]:
     lines += _combined(near, ("tile", "choice"), rests)
     lines += [
         "",
-        "Choice by loss, by query block and density. A larger query block is several boxes in a row "
-        "along time. Boxes of 33 frames have no neighbour there: their rows are the same at each.",
+        "Choice by loss, by query block and density. A larger query block is several boxes in a "
+        "row along time. Boxes of 33 frames have no neighbour there, and are the same at each.",
         "",
     ]
     own = [

@@ -190,6 +190,8 @@ def smaller(arguments: list[str]) -> list[str]:
             given[given.index(flag) + 1] = str(value)
         elif "--from-latents" not in given:
             given += [flag, str(value)]
+    if "--from-lora" in given:  # those of `home` are the tiny model's
+        given[given.index("--model") + 1] = "models/wan"
     for flag in ("--device", "--dtype", "--offload"):
         if flag in given and not torch.cuda.is_available():
             at = given.index(flag)
