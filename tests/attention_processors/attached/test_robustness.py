@@ -66,7 +66,7 @@ def test_rounds_of_attaching_leave_nothing():
     rounds(8)  # what is kept once, such as plans, is there now
     alive, classes = ours(), _classes()
     rounds(100 if NIGHTLY else 24)
-    assert ours() == alive
+    assert not ours() - alive  # of what is kept for all, some may be dropped meanwhile
     assert _classes() == classes
     assert hooks(model) == before
     assert all(a is b for a, b in zip(processors(model), original, strict=True))
@@ -101,7 +101,7 @@ def test_rounds_of_generation_leave_nothing():
     rounds(1)
     alive = ours()
     rounds(5)
-    assert ours() == alive
+    assert not ours() - alive  # of what is kept for all, some may be dropped meanwhile
     assert hooks(pipe.transformer) == before
 
 
