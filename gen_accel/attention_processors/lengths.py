@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from gen_accel.values import fits, shown
+
 # Attributes of pipelines with the compression of latents, {} for an axis.
 FACTORS = "vae_scale_factor_{}", "vae_{}_compression_ratio", "vae_{}_scale_factor"
 
@@ -22,11 +24,12 @@ def vae_factor(pipe: Any, axis: str) -> int | None:
 
 def patch_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
     """Latent frames, rows and columns in one token, from a transformer's config. A UNet has no
-    patches."""
+    patches. Raises ValueError for a config that holds other than three positive numbers."""
     patch = config.get("patch_size", 1)
-    if isinstance(patch, int):
-        return config.get("patch_size_t") or 1, patch, patch
-    return tuple(patch)
+    sides = (config.get("patch_size_t") or 1, patch, patch) if isinstance(patch, int) else patch
+    if not fits(sides, tuple[int, int, int]) or min(sides) < 1:
+        raise ValueError(f"patch_size of a model must be positive numbers, got {shown(patch)}")
+    return sides[0], sides[1], sides[2]
 
 
 def temporal_patch(transformer: Any) -> int:

@@ -9,6 +9,7 @@ from gen_accel.kernels import check_name
 from gen_accel.lora.size import check_config
 from gen_accel.method import memory_of, parts_of
 from gen_accel.pipelines.long_video import check_names
+from gen_accel.values import fits, shown
 
 MOST_LAYERS = 1000  # more than any model has
 MOST_RATE = 1e3  # a larger learning rate trains nothing, long before float32 overflows
@@ -76,8 +77,9 @@ def check(config: Any) -> None:
     for names, holds, must in LIMITS:
         for name in names:
             value = getattr(config, name)
-            if value is not None and not holds(value):
-                raise ValueError(f"{name} must {must}, got {value}")
+            known = fits(value, float) or isinstance(value, tuple)
+            if value is not None and not (known and holds(value)):
+                raise ValueError(f"{name} must {must}, got {shown(value)}")
     check_names(config.sample_with, "sample_with")
     _check_teacher(config)
     if not config.stages:

@@ -33,6 +33,7 @@ class Always(NamedTuple):
 
 
 NOTHING = Always()
+MOST_TOKENS = 1 << 20  # in a block; more would take terabytes to lay out
 
 
 class Layout(NamedTuple):
@@ -162,8 +163,9 @@ def least_grid_of(tile: Tiles) -> Box:
 def check_blocks(block_q: int, block_k: int, tile: Tiles) -> None:
     """Raise ValueError for sizes that do not go together, or a tile that is no box."""
     for name, size in (("block_q", block_q), ("block_k", block_k)):
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be a whole number from 1 on, got {size!r}")
+        if not isinstance(size, int) or not 1 <= size <= MOST_TOKENS:
+            most = f"from 1 to {MOST_TOKENS}"
+            raise ValueError(f"{name} must be a whole number {most}, got {size!r}")
     large, small = max(block_q, block_k), min(block_q, block_k)
     if tile != "raster" and large % small:
         raise ValueError(

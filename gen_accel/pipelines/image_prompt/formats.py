@@ -625,7 +625,7 @@ def _check_base(file: AdapterFile, transformer: Any) -> None:
     said = file.metadata.get("family", family)
     if said != family:
         raise ValueError(
-            f"{file.origin} is for another model: one of the family {said}, and "
+            f"{file.origin} is for another model: one of the family {shown(said)}, and "
             f"{type(transformer).__name__} is {family}"
         )
     base, have = file.metadata.get("transformer", {}), sizes(transformer)

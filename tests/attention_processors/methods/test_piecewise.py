@@ -354,7 +354,7 @@ class TestRefusals:
             ({"tile": ((4, 4, 4), (4, 4))}, "tile of Piecewise must be one of auto, raster or"),
             ({"tile": ()}, "tile must be 'auto', 'raster', positive"),
             ({"tile": "even"}, "tile of Piecewise must be one of auto, raster or"),
-            ({"block_k": 0}, "block_k must be a whole number from 1 on, got 0"),
+            ({"block_k": 0}, "block_k must be a whole number from 1 to 1048576, got 0"),
             ({"block_q": 64.0}, "block_q of Piecewise must be int, got 64.0"),
             ({"block_q": 48}, "one of block_q and block_k must be a multiple of the other"),
         ],

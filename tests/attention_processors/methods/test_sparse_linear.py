@@ -387,7 +387,7 @@ class TestParts:
             {"critical": 0.6, "skipped": 0.5, "linear_over": "marginal"},
             r"must not exceed 1 together, got 0\.6 and 0\.5",
         ),
-        ({"block_q": 0}, r"block_q must be a whole number from 1 on, got 0"),
+        ({"block_q": 0}, r"block_q must be a whole number from 1 to 1048576, got 0"),
         ({"block_q": 64, "block_k": 48}, r"multiple of the other, got 64 and 48.*'raster'"),
     ],
 )

@@ -325,7 +325,9 @@ def test_our_own_files_say_what_they_are_for(tmp_path):
     model = video_model()
     adapter = new_adapter(model, Pixels(wan.HEADS * wan.HEAD_DIM), variant="pixels")
     file = read_adapter(write_adapter(tmp_path / "a", adapter, base_of(model)))
-    with pytest.raises(ValueError, match="of the family wan, and UNet2DConditionModel is stable"):
+    with pytest.raises(
+        ValueError, match="of the family 'wan', and UNet2DConditionModel is stable"
+    ):
         build_adapter(file, unet())
     other = wan.transformer(num_layers=LYNX_LAYERS, num_attention_heads=4, attention_head_dim=8)
     with pytest.raises(ValueError, match=r"attention_head_dim 16 \(this model: 8\)"):
