@@ -427,7 +427,7 @@ def test_families_that_share_their_attentions_share_adapters(tmp_path):
     with pytest.raises(ValueError, match=r"another model: 4 heads in layer 1, and down\S* has 2"):
         load_image_prompt(UNetMotionModel.from_unet2d(unet), path)
     _, path = saved(CASES["ltx"].build(), tmp_path / "ltx")
-    with pytest.raises(ValueError, match="one of the family ltx, and LTX2VideoTransformer"):
+    with pytest.raises(ValueError, match="one of the family 'ltx', and LTX2VideoTransformer"):
         load_image_prompt(CASES["ltx2"].build(), path)
 
 
