@@ -30,9 +30,10 @@ import gen_accel
 from gen_accel.attention_processors.attached.recipe import WEIGHTS, read_recipe
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.demo import world
-from gen_accel.demo.detector import detect, is_right_throughout, quarter_paces, score, strays
+from gen_accel.demo.detector import detect, keeps_pace, quarter_paces, score, strays
 from gen_accel.demo.evaluate import TRAINED_FRAMES
-from gen_accel.demo.job import SCORE, lora_path
+from gen_accel.demo.job import SCORE
+from gen_accel.demo.subject import lora_path
 from gen_accel.files import file_sha256
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
@@ -79,10 +80,8 @@ SETTINGS = {
     "dense, unguided": Setting(guided=False),
 }
 METHOD = ("tile_side=12", "tile_frames=3", "block=432")  # that of the LoRA
-# By LoRA that ships: name of its result files, and settings that `score` takes.
-SCORED = {
-    "long_lora_guided": ("longer_videos_20_minutes", "dense + LoRA", "radial + LoRA", "dense"),
-}
+# Of the demo's LoRA: name of its result files, and the settings that `score` takes.
+SCORED = "longer_videos_20_minutes", "dense + LoRA", "radial + LoRA", "dense"
 STEADY = 0.05  # share of the pairs of frames that may be off the path
 
 
@@ -117,8 +116,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.docs:
         write_between_marks(DOCS, longer.tables())
-        for lora, of in SCORED.items():
-            write_json(lora_path(guided=lora == "long_lora_guided") / SCORE, longer.score(*of))
+        write_json(lora_path(guided=True) / SCORE, longer.score(*SCORED))
         return
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -252,7 +250,7 @@ def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
             continue
         video = kept_clip(folder, i)
         found = detect(video)
-        result = score(found, scene)
+        result, paces = score(found, scene), quarter_paces(video, scene)
         motions.append(motion_of(folder, i))
         scored.append(
             {
@@ -263,8 +261,8 @@ def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 "right": result.right,
                 "whole": result.color and result.shape and result.direction,
                 "pace_ratio": found.pace / world.SPEEDS[scene.speed],
-                "quarter_paces": quarter_paces(video, scene),
-                "throughout": is_right_throughout(video, scene),
+                "quarter_paces": paces,
+                "throughout": result.right and keeps_pace(paces),
                 "strays": strays(video, scene),
             }
         )

@@ -35,7 +35,7 @@ from gen_accel.values import fits, shown
 KeyNorm = Literal["none", "own", "plain"]
 TEXT = "text_weights"  # of the metadata: what the layers of a `start` held, by number
 _SAMPLES = 16  # of each weight that is kept there
-LARGEST = torch.finfo(torch.float32).max
+_LARGEST = torch.finfo(torch.float32).max
 _ROUNDED = 5e-3  # of its size that a weight in half precision may be off
 PLAIN_EPS = 1e-5  # of Lynx' light layers: IPAWanAttnProcessor2_0, github.com/bytedance/lynx
 
@@ -216,7 +216,7 @@ def _recorded(told: Mapping[str, Any], site: ImageAttention, now: Tensor) -> Ten
     """Return what an adapter keeps of a layer's weights, of the shape of `now`."""
     values = told[site.number]
     right = fits(values, tuple[float, ...]) and len(values) == len(now)
-    if not right or not all(abs(x) <= LARGEST for x in values):
+    if not right or not all(abs(x) <= _LARGEST for x in values):
         raise ValueError(
             f"{TEXT} of the adapter must hold {len(now)} numbers for {site.name}, got "
             f"{shown(values)}: the file was changed, or is for another model"

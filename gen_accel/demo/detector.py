@@ -108,25 +108,12 @@ def detect(video: np.ndarray | Tensor) -> Detection:
 def score(detection: Detection, scene: Scene) -> Score:
     """Score a clip strictly: the colour must last and the pace must be measured, so that a frozen
     clip is wrong at either speed."""
-    slowest, fastest = PACE_RATIO
     return Score(
         color=detection.color == scene.color and detection.color_share > COLOR_SHARE,
         shape=detection.shape == scene.shape,
         direction=detection.direction == scene.direction,
-        speed=slowest <= detection.pace / SPEEDS[scene.speed] <= fastest,
+        speed=keeps_pace([detection.pace / SPEEDS[scene.speed]]),
     )
-
-
-def is_right_throughout(video: np.ndarray | Tensor, scene: Scene) -> bool:
-    """Whether a clip is right as `score` says and at its pace along the scene's direction in every
-    quarter, so that one that stops, turns or jumps on its way is wrong.
-
-    Args:
-        video: as `detect` takes it.
-    """
-    slowest, fastest = PACE_RATIO
-    right = score(detect(video), scene).right
-    return right and all(slowest <= pace <= fastest for pace in quarter_paces(video, scene))
 
 
 def quarter_paces(video: np.ndarray | Tensor, scene: Scene) -> list[float]:
@@ -144,6 +131,17 @@ def quarter_paces(video: np.ndarray | Tensor, scene: Scene) -> list[float]:
         along = _velocity(_center(mask), visible, mask.shape[1:]) @ heading
         paces.append(along.median().item() / SPEEDS[scene.speed] if len(along) else 0.0)
     return paces
+
+
+def keeps_pace(paces: Sequence[float]) -> bool:
+    """Whether a clip is at its pace in each part, which one that stops or turns on its way is
+    not.
+
+    Args:
+        paces: of `quarter_paces`.
+    """
+    slowest, fastest = PACE_RATIO
+    return all(slowest <= pace <= fastest for pace in paces)
 
 
 def strays(video: np.ndarray | Tensor, scene: Scene) -> float:

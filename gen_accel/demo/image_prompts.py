@@ -15,6 +15,7 @@ from gen_accel.demo.clips import STILL_SIZE
 from gen_accel.demo.detector import detect
 from gen_accel.demo.job import FPS, GUIDANCE_SCALE, SIZE, STEPS
 from gen_accel.demo.page import HEADLINES
+from gen_accel.demo.subject import loaded
 from gen_accel.demo.words import check_known
 from gen_accel.measure import (
     check_writable,
@@ -83,7 +84,7 @@ def run(
     quality.check_installed()
     check_writable(files["dense"])
 
-    pipe = job.loaded(model, device)
+    pipe = loaded(model, device)
     clip = filled(pipe, clip)
     check_clip(pipe, clip, method)
     with given.load(pipe) as handle:

@@ -2,23 +2,22 @@
 
 import statistics
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gen_accel import demo
-from gen_accel.attention_processors import Dense, Radial
-from gen_accel.attention_processors.attached.recipe import OtherAttention, Recipe, read_recipe
-from gen_accel.attention_processors.attached.schedule import Schedule
+from gen_accel.attention_processors import Dense
+from gen_accel.attention_processors.attached.recipe import read_recipe
 from gen_accel.demo import race
 from gen_accel.demo.detector import detect
 from gen_accel.demo.page import Page
 from gen_accel.demo.race import Denoising, Entrant
+from gen_accel.demo.subject import METHOD, Subject, loaded, lora_path
 from gen_accel.demo.words import PROMPT, SEED, check_known
 from gen_accel.json_files import read_fields, typed
 from gen_accel.measure import check_writable, contact_sheet, quality, side_by_side, write_video
@@ -26,10 +25,9 @@ from gen_accel.measure.bystanders import Bystanders
 from gen_accel.measure.environment import environment
 from gen_accel.measure.pictures import mask_picture
 from gen_accel.method import Method, parts_of
-from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.compare import Comparison, pair
 from gen_accel.pipelines.generation.decode import decode_stream, is_streamed
-from gen_accel.pipelines.generation.loading import Loading, find_device, load
+from gen_accel.pipelines.generation.loading import find_device
 from gen_accel.pipelines.generation.progress import steps_bar, ticker
 from gen_accel.pipelines.generation.sampling import (
     Clip,
@@ -39,25 +37,15 @@ from gen_accel.pipelines.generation.sampling import (
     sample,
     token_grid,
 )
-from gen_accel.pipelines.long_video import extend
 
 FRAMES, SIZE = 4 * (demo.TRAINED_FRAMES - 1) + 1, 96
 STEPS, GUIDANCE_SCALE = 20, 3.0
-METHOD = Radial()  # of a model without a LoRA
-DENSE_START = 0.2  # of that
 FPS = 16.0
 SHEET_FRAMES = 9
 CLIP = Clip(FRAMES, SIZE, SIZE, STEPS, GUIDANCE_SCALE, seed=SEED, fps=FPS)
 SCORE = "score.json"  # beside a LoRA, by benchmarks/longer_videos.py --docs
 SCORES = ("clips", "dense", "sparse", "without")
 CONFIGS = {"long_lora_guided": "demo.yaml", "long_lora": "demo_guided.yaml"}
-
-
-def lora_path(*, guided: bool = False) -> Path:
-    """Path of the demo model's LoRA that guidance is distilled into
-    (configs/lora/demo_guided.yaml). With `guided`, of the LoRA that is sampled with guidance
-    (configs/lora/demo.yaml)."""
-    return Path(__file__).parent / ("long_lora_guided" if guided else "long_lora")
 
 
 def run(
@@ -153,76 +141,6 @@ def check(out: Path, prompt: str, method: Method, device: str, *, known: str) ->
     find_device(device)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} must be a folder, but it is a file")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The model of a demo, and the attention that is set beside dense attention.
-
-    Args:
-        model: a folder; None: the embedded one.
-        lora: a folder; None: the model alone.
-        recipe: of the LoRA.
-        is_own: whether `method` is what the LoRA was trained through.
-    """
-
-    model: str | Path | None
-    lora: Path | None
-    recipe: Recipe | None
-    method: Method
-    is_own: bool
-    device: str
-
-    @classmethod
-    def of(
-        cls, model: str | Path | None, lora: Path | None, method: Method | None, device: str
-    ) -> "Subject":
-        if lora is None:
-            return cls(model, None, None, METHOD if method is None else method, False, device)
-        recipe = read_recipe(lora)
-        own = recipe.build_method()
-        chosen = own if method is None else method
-        return cls(model, lora, recipe, chosen, chosen == own, device)
-
-    @property
-    def name(self) -> str:
-        return type(self.method).__name__.lower()
-
-    def loaded(self) -> Any:
-        """Load the pipeline, with the LoRA fused into its weights."""
-        return loaded(self.model, self.device, self.lora)
-
-    def entrant(self, name: str, pipe: Any, method: Method, stack: ExitStack) -> Entrant:
-        """Attach `method` until `stack` is closed, and what else the LoRA was trained with."""
-        timed = pipe.device.type == "cpu"
-        if self.recipe is None:
-            schedule = Schedule(dense_start=DENSE_START)
-            handle = attach(pipe, method, schedule=schedule, timed=timed)
-            return Entrant(name, pipe, stack.enter_context(handle))
-        rope = [] if self.recipe.rope == "none" else [self.recipe.rope]
-        if self.is_own and method == self.method:  # with its parameters and rule on positions
-            handle, rope = attach(pipe, from_lora=self.lora, timed=timed), []
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", OtherAttention)
-                schedule = None if parts_of(method).is_dense else self.recipe.build_schedule()
-                handle = attach(pipe, method, schedule=schedule, timed=timed)
-        stack.enter_context(handle)
-        techniques = [*rope, *self.recipe.techniques]
-        if not techniques:
-            return Entrant(name, pipe, handle)
-        longer = extend(pipe, techniques, num_frames=self.recipe.frames)
-        return Entrant(name, pipe, handle, stack.enter_context(longer))
-
-
-def loaded(model: str | Path | None, device: str, lora: Path | None = None) -> Any:
-    """Load a pipeline like the embedded one, with a LoRA fused into its weights."""
-    loras = () if lora is None else (str(lora),)
-    source = demo.path() if model is None else model
-    pipe = load(source, Loading("float32", device, loras=loras))
-    if loras:
-        pipe.fuse_lora()  # a LoRA beside the weights would cost a tenth of a step
-    return pipe
 
 
 def detected(result: Comparison) -> dict[str, Any]:

@@ -15,7 +15,7 @@ TIMES = ("speedup", "total_speedup", "attention_speedup", "speedup_of_steps")
 
 
 class Page:
-    """What a run of the demo has made so far.
+    """Page and files of a run of the demo, as far as it has come.
 
     Args:
         files: where the parts go, by what they are; "page" and "report" among them.

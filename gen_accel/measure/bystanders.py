@@ -1,4 +1,4 @@
-"""What else the machine did: processor time of all but this process."""
+"""Processor time of all but this process, and whether it was missed."""
 
 import time
 
@@ -12,7 +12,7 @@ IDLE = 0.15  # of all cores, idle, from which on there was room for all
 
 
 class Bystanders:
-    """A look at the machine, from when this is made."""
+    """Processor time of others, counted from when this is made."""
 
     def __init__(self) -> None:
         self._start = _times()

@@ -9,6 +9,7 @@ import torch
 from gen_accel import demo
 from gen_accel.demo import job, page, race
 from gen_accel.demo.race import Denoising, Entrant
+from gen_accel.demo.subject import lora_path
 from gen_accel.measure import read_video
 
 PROMPT = "a red circle moves up slowly"
@@ -61,12 +62,12 @@ def test_what_is_said_of_times_and_of_the_lora():
     assert "The machine was busy, with 4 processes, so that no speed-up is told." in text
     assert "times as fast" not in text
 
-    about = job.about_lora(job.lora_path(guided=True), is_own=False, was_chosen=False)
+    about = job.about_lora(lora_path(guided=True), is_own=False, was_chosen=False)
     text = " ".join(page.notes(report | {"frames": 129, "lora": about}))
     assert "was trained on 33 frames, and made 129 with a LoRA" in text
     assert "chosen" not in text
     assert "the same sparse" not in text
-    about |= job.about_lora(job.lora_path(guided=True), is_own=True, was_chosen=True)
+    about |= job.about_lora(lora_path(guided=True), is_own=True, was_chosen=True)
     text = " ".join(page.notes(report | {"frames": 129, "lora": about}))
     assert "The LoRA was trained through the same sparse attention." in text
     assert "This prompt was chosen among those that dense attention gets right." in text

@@ -31,7 +31,7 @@ from gen_accel.attention_processors.attached.recipe import (
 )
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.methods.options import method_from
-from gen_accel.demo.job import lora_path
+from gen_accel.demo.subject import lora_path
 from gen_accel.lora import read_config
 from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.loading import Loading, load

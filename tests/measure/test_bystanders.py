@@ -1,4 +1,4 @@
-"""What else the machine did."""
+"""Processor time of others."""
 
 import pytest
 

@@ -4,6 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 
@@ -54,11 +55,10 @@ def in_turn(jobs: Sequence[Callable[[Turn], Any]]) -> list[Any]:
 
     def run(i: int) -> None:
         try:
-            turns[i]._begin()
-            made[i] = jobs[i](turns[i])
-            turns[i]._stop()
-        except Left:
-            pass
+            with suppress(Left):
+                turns[i]._begin()
+                made[i] = jobs[i](turns[i])
+                turns[i]._stop()
         except BaseException as error:
             table.fail(error)
         finally:

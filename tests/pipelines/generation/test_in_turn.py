@@ -54,7 +54,7 @@ def test_an_error_ends_them_all():
 
 
 def test_an_interrupt_waits_for_the_turn_that_runs():
-    """What the jobs use is there until they have ended."""
+    """Wait for the jobs, which use what the caller will take away."""
     ended = []
 
     def endless(turn):
