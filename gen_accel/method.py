@@ -109,6 +109,11 @@ class MethodParts(NamedTuple):
         at: (progress) -> method at one step, from 0 at the first sparse step to 1 at the last; 0
             where the number of steps is unknown. Takes the parameters that the method has.
             Default: itself.
+        at_step: (step, steps) -> method at a denoising step, counted from 0 whatever the schedule
+            keeps dense, of so many; steps is None where unknown. A method has `at` or `at_step`.
+            Default: itself.
+        for_heads: (heads) -> method of a process that holds this slice of a layer's heads.
+            Default: itself.
         for_device: (device) -> method with device-dependent options filled in, as saved to files.
             Default: itself.
         within: (video, whole) -> method for a layer whose grid is smaller than the model's.
@@ -135,6 +140,8 @@ class MethodParts(NamedTuple):
     plan_for: Callable[..., Plan] | None = None
     for_layer: Callable[[int], Any] | None = None
     at: Callable[[float], Any] | None = None
+    at_step: Callable[[int, int | None], Any] | None = None
+    for_heads: Callable[[slice], Any] | None = None
     for_device: Callable[[torch.device], Any] | None = None
     within: Callable[[VideoShape, VideoShape], Any] | None = None
     tiled: Callable[[Any], Any] | None = None
@@ -161,6 +168,8 @@ CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "plan_for": (("q", "k"), ("video", "scale", "kernel")),
     "for_layer": (("layer",), ()),
     "at": (("progress",), ()),
+    "at_step": (("step", "steps"), ()),
+    "for_heads": (("heads",), ()),
     "for_device": (("device",), ()),
     "within": (("video", "whole"), ()),
     "tiled": (("tile",), ()),
@@ -257,6 +266,18 @@ def method_at(method: Method, progress: float) -> Any:
     made = own(progress)
     check_method(made)
     return made
+
+
+def method_at_step(method: Method, step: int, steps: int | None) -> Any:
+    """Method of a denoising step, counted from 0: see `at_step` of `MethodParts`."""
+    own = parts_of(method).at_step
+    return method if own is None else own(step, steps)
+
+
+def of_heads(method: Method, heads: slice | None) -> Any:
+    """Method of a process that holds some heads of a layer; None for all."""
+    own = parts_of(method).for_heads
+    return method if own is None or heads is None else own(heads)
 
 
 def check_layers(method: Method, blocks: Collection[int]) -> None:

@@ -615,6 +615,39 @@ class Plan:
         facts |= {"partial": windows, "trimmed": windows is not None}
         return _known(Plan(self.slots, keep, self.block_q, self.block_k, **facts), self)
 
+    @property
+    def can_join(self) -> bool:
+        """Whether it may be joined with plans for other heads: whole blocks, held as a mask."""
+        return self.runs is None and self.partial is None and self.gain is None
+
+    def lies_as(self, other: "Plan") -> bool:
+        """Whether another plan has the same slots, held by the same tensor, blocks and rest."""
+        blocks = (self.block_q, self.block_k) == (other.block_q, other.block_k)
+        return blocks and self.rest == other.rest and self.slots is other.slots
+
+    def keeping_all(self) -> "Plan":
+        """Make a plan in the same layout that keeps every block."""
+        return self.keeping(torch.ones_like(self.keep[:1, :1]), dynamic=self.dynamic)
+
+
+def joined(plans: Sequence[tuple[Sequence[int], Plan]], heads: int) -> Plan:
+    """Plan of several heads, from plans of some of them that share a layout, see `lies_as`.
+
+    Args:
+        plans: each with the heads that it is for; together all heads, each once.
+        heads: H.
+    """
+    samples = max(plan.patterns[0] for _, plan in plans)
+    first = plans[0][1]
+    keep = first.keep.new_empty(samples, heads, *first.keep.shape[2:])
+    for some, plan in plans:
+        keep[:, list(some)] = plan.keep
+    dynamic = any(plan.dynamic for _, plan in plans)
+    bounds = [keep.shape[2] * keep.shape[3] if p.entries is None else p.entries for _, p in plans]
+    plan = Plan(first.slots, keep, first.block_q, first.block_k, dynamic=dynamic, rest=first.rest)
+    plan.entries = max(bounds)
+    return _known(plan, first)
+
 
 class Slots(NamedTuple):
     """Part of a plan that the grid decides, shared by plans that are made call by call.

@@ -147,6 +147,21 @@ def _check_finite(tensors: tuple[Tensor, Tensor, Tensor], head: int) -> None:
             )
 
 
+@torch.no_grad()
+def answer_of_rows(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, tokens: Tensor, *, scale: float
+) -> Tensor:
+    """Compute the reference's answer for some tokens of the first sample, (H, R, D) in q's dtype,
+    in fp32 or wider.
+
+    Args:
+        tokens: (R,) int64.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows = (_rows(q, k, v, plan, 0, head, tokens, scale) for head in range(q.shape[1]))
+    return torch.stack([_answer(one, wide) for one in rows]).to(q.dtype)
+
+
 class _Rows(NamedTuple):
     """Some queries of one head of a sample, and everything that they may see.
 

@@ -183,6 +183,9 @@ class Attachment:
         self._sites: list[tuple[Any, SparseProcessor]] = []
         replaced = self._take_places(families)
         self._changes = any(layer.changes for layer in self._layers.values())
+        self._counts = any(
+            parts_of(layer.method).at_step is not None for layer in self._layers.values()
+        )
         numbers = {layer.number for layer in self._layers.values()}
         self.schedule.check_layers(numbers)
         check_layers(self.method, numbers)
@@ -239,7 +242,8 @@ class Attachment:
             self.branches[full] = branch
         split = partial(self._splits_text, name)
         dense = parts_of(method).is_dense or isinstance(method, Full)
-        changes = parts_of(method).at is not None
+        parts = parts_of(method)
+        changes = parts.at is not None or parts.at_step is not None
         own = method, branch, site.tokens, site.call, dense, changes, split, site.heads, site.dim
         layer = Layer(full, site.layer, *own)
         self._layers[full] = layer
@@ -432,6 +436,7 @@ class Attachment:
         needed = self.schedule.needs_step or any(e.needs_step for e in self.extensions)
         needed = needed or self.memories is not None
         needed = needed or (self._changes and self.clock.scheduler is not None)
+        needed = needed or self._counts
         if recorded or needed:
             begins = self.passing.advance(
                 read.timestep(*args, **kwargs),

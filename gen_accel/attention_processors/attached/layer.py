@@ -35,7 +35,14 @@ from gen_accel.attention_processors.tokens import Samples, Tokens, by_text
 from gen_accel.kernels.contract import Facts
 from gen_accel.kernels.dense import faster
 from gen_accel.kernels.self_check import SelfCheck
-from gen_accel.method import memory_of, method_at, parts_of, within
+from gen_accel.method import (
+    memory_of,
+    method_at,
+    method_at_step,
+    of_heads,
+    parts_of,
+    within,
+)
 from gen_accel.plan import Plan
 from gen_accel.video import VideoShape
 
@@ -177,7 +184,19 @@ def why_dense(handle: Handle, layer: Layer) -> str | None:
     """Say why a layer is dense at the step under way; None where its method runs."""
     if layer.is_dense:
         return "method is dense"
-    return handle.schedule.why_layer(layer.number) or handle.passing.dense_step
+    why = handle.schedule.why_layer(layer.number) or handle.passing.dense_step
+    if why is None and layer.changes and parts_of(method_now(handle, layer)).is_dense:
+        return "dense by its rules"
+    return why
+
+
+def method_now(handle: Handle, layer: Layer) -> Any:
+    """Return a layer's method at the step under way."""
+    if not layer.changes:
+        return layer.method
+    passing = handle.passing
+    method = method_at(layer.method, passing.progress)
+    return method_at_step(method, passing.clock.step, passing.clock.steps)
 
 
 def runs_stock(handle: Handle, call: Call, tokens: Tokens) -> bool:
@@ -292,16 +311,19 @@ def computed(
         branch = on_device(layer.branch, call.q.device)
         trained["branch"] = context_parallel.of_heads(branch, call.heads)
     chosen: list[kernels.Choice] = []
-    plans: list[Plan] = []
+    plans: list[tuple[Plan, int]] = []
+
+    def planned(plan: Plan, heads: int) -> None:
+        plans.append((plan, heads))
 
     def by_method(q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
         def runner_of(method: Any, *, counted: bool = True) -> kernels.Runner:
             by = name if parts_of(method).is_dense else handle.kernel
             if not counted:
                 return runner(handle, method, call, video, by)
-            return runner(handle, method, call, video, by, chosen.append, plans.append)
+            return runner(handle, method, call, video, by, chosen.append, planned)
 
-        method = _within(handle, layer, video)
+        method = of_heads(_within(handle, layer, video), call.heads)
         if recalled is not None and remembers:
             return recalled.attend(method, q, k, v, video=video, runner=runner_of)
         return method(q, k, v, video=video, kernel=runner_of(layer.method), **trained)
@@ -325,13 +347,14 @@ def runner(
     video: VideoShape,
     kernel: str,
     chosen: Callable[[kernels.Choice], None] | None = None,
-    planned: Callable[[Plan], None] | None = None,
+    planned: Callable[[Plan, int], None] | None = None,
 ) -> kernels.Runner:
     """Runner of a method's plans in a call, over a grid that may be a part of its own.
 
     Args:
         kernel: the name of the one that runs, or "auto".
-        chosen, planned: are told the kernel and the plan of each run.
+        chosen: is told the kernel of each run.
+        planned: is told the plan of each run, and how many heads it was for.
     """
     clock, extensions = handle.passing.clock, handle.extensions
 
@@ -342,7 +365,7 @@ def runner(
         options["self_check"] = _self_check(handle, kernel, method, q, plan)
         out = kernels.run(q, k, v, plan, **options, report=chosen)
         if planned is not None:
-            planned(plan)
+            planned(plan, q.shape[1])
         return out
 
     return kernels.Runner(run, kernel, call.scale)
@@ -351,9 +374,7 @@ def runner(
 def _within(handle: Handle, layer: Layer, video: VideoShape) -> Any:
     """Return a layer's method at the step under way, fitted to the smaller grids on the levels of
     a UNet."""
-    method, tokens = layer.method, handle.passing.clock.tokens
-    if layer.changes:
-        method = method_at(method, handle.passing.progress)
+    method, tokens = method_now(handle, layer), handle.passing.clock.tokens
     return method if tokens is None else within(method, video, tokens.video)
 
 

@@ -56,14 +56,14 @@ class Record:
         *,
         why: str | None = None,
         choice: Choice | None = None,
-        plans: Sequence[Plan] = (),
+        plans: Sequence[tuple[Plan, int]] = (),
     ) -> None:
         """Count one call.
 
         Args:
             shape: (B, N, H, D).
-            plans: that made it up, each over all N tokens or a part of them; none where the
-                model's own attention ran, or a method by itself.
+            plans: that made it up, each over all N tokens or a part of them, with the number of
+                heads it was for; none where the model's own attention ran, or a method by itself.
         """
         B, N, H, D = shape
         dense = 4.0 * B * H * N * N * D
@@ -73,9 +73,9 @@ class Record:
         if not plans:
             self.by_itself += why is None
             self._kept, self._flops = self._kept + 1.0, self._flops + dense
-        for plan in plans:
+        for plan, heads in plans:
             self.device = plan.slots.device
-            part = (plan.tokens / N) ** 2
+            part = (plan.tokens / N) ** 2 * heads / H
             if plan.dynamic:
                 layout = Layout.of(plan, part, dense)
                 self._tallies.setdefault(layout, Tally(layout)).add(plan)

@@ -39,7 +39,7 @@ def asked(method, q, k, v, video, counted):
     kept = Record()
     with torch.no_grad(), counted:
         method(q, k, v, video=video, kernel=Runner(run, "triton"))
-        kept.add((len(q), video.tokens, *q.shape[1::2]), plans=plans)
+        kept.add((len(q), video.tokens, *q.shape[1::2]), plans=[(p, q.shape[1]) for p in plans])
 
 
 @pytest.mark.usefixtures("in_bins")

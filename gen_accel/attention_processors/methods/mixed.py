@@ -1,0 +1,427 @@
+"""Mixed attention: a method for each layer, head and step, by rules.
+
+`gen_accel.tune` finds the rules. Heads whose plans share a layout run in one launch of the kernel.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gen_accel.attention_processors.methods.dense import Dense
+from gen_accel.kernels.runner import Runner, name_of, scale_of
+from gen_accel.method import (
+    Method,
+    check_method,
+    density_of,
+    layer_method,
+    on_device,
+    parts_of,
+    plan_of,
+    within,
+)
+from gen_accel.plan import Plan, joined
+from gen_accel.values import check_types
+from gen_accel.video import VideoShape
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A method, and where it runs.
+
+    Args:
+        method: any but one that changes from step to step by itself or remembers earlier steps.
+            `Dense()` is the model's own attention.
+        layers: numbers of blocks; None: all.
+        heads: numbers in the whole layer, even where a process holds a part of it; None: all.
+        steps: (first, end), the steps first to end - 1; None: all.
+    """
+
+    method: Method
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    steps: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_method(self.method)
+        parts, kind = parts_of(self.method), type(self.method).__name__
+        if parts.memory is not None or parts.at is not None or parts.at_step is not None:
+            raise ValueError(
+                f"a rule's method must be the same at each of its steps, got {kind}, which "
+                f"{'remembers earlier ones' if parts.memory is not None else 'changes'}: "
+                "give rules for other steps"
+            )
+        for name in ("layers", "heads"):
+            numbers = getattr(self, name)
+            if numbers is None:
+                continue
+            object.__setattr__(self, name, tuple(numbers))
+            if not numbers or min(numbers) < 0 or len({*numbers}) < len(numbers):
+                raise ValueError(
+                    f"{name} of a rule must be different numbers from 0 on, or None for all, got "
+                    f"{numbers}"
+                )
+        if self.steps is not None:
+            object.__setattr__(self, "steps", tuple(self.steps))
+            first, end = self.steps
+            if not 0 <= first < end:
+                raise ValueError(
+                    f"steps of a rule must be (first, end) with 0 <= first < end, got {self.steps}"
+                )
+
+    def fits(self, layer: int, step: int) -> bool:
+        """Whether it may run in a layer at a step."""
+        inside = self.steps is None or self.steps[0] <= step < self.steps[1]
+        return inside and (self.layers is None or layer in self.layers)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Methods by rules for layers, heads and steps. The first rule that fits decides; where none
+    fits, attention is dense.
+
+        Mixed((Rule(Dense(), steps=(1, 3)), Rule(Piecewise(0.2))), steps=20)
+
+    A method with parameters, such as `SparseLinear`, runs without them here.
+
+    Args:
+        rules: the earlier ones win.
+        steps: denoising steps of a generation; a run of another number of steps is refused, as no
+            rule travels.
+    """
+
+    rules: tuple[Rule, ...]
+    steps: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
+        if not self.rules or not all(isinstance(rule, Rule) for rule in self.rules):
+            raise ValueError(f"rules must be one Rule or more, got {self.rules!r}")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps must be a number of steps, 1 or more, got {self.steps!r}")
+        beyond = [one.steps for one in self.rules if one.steps and one.steps[1] > self.steps]
+        if beyond:
+            raise ValueError(f"a rule is for steps {beyond[0]}, of {self.steps} steps in all")
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
+    ) -> Tensor:
+        """Compute the first step of the first layer. On a model, each layer and step has its own
+        method."""
+        return self._first(q, k, v, video=video, kernel=kernel)
+
+    @property
+    def _first(self) -> Any:
+        return self.for_layer(0).at_step(0, self.steps)
+
+    def for_layer(self, layer: int) -> "MixedLayer":
+        """Methods of one layer, counted from 0, by step."""
+        return MixedLayer(
+            tuple(
+                MixedHeads(
+                    tuple(
+                        Some(layer_method(rule.method, layer), rule.heads)
+                        for rule in self.rules
+                        if rule.fits(layer, step)
+                    )
+                ).reduced
+                for step in range(self.steps)
+            )
+        )
+
+    @property
+    def named_layers(self) -> tuple[int, ...]:
+        """Layers that a rule names."""
+        return tuple(sorted({layer for rule in self.rules for layer in rule.layers or ()}))
+
+    @property
+    def named_heads(self) -> tuple[int, ...]:
+        """Heads that a rule names."""
+        return tuple(sorted({head for rule in self.rules for head in rule.heads or ()}))
+
+    @property
+    def least_grid(self) -> tuple[int, int, int]:
+        """Largest of the least grids of the methods."""
+        return least_of([rule.method for rule in self.rules])
+
+    def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
+        """Plan of the first rule that is not dense, for pictures."""
+        sparse = [rule.method for rule in self.rules if not parts_of(rule.method).is_dense]
+        return plan_of(sparse[0] if sparse else Dense(), video, device)
+
+    def density(self, video: VideoShape) -> float:
+        """Share of token pairs that are kept, the mean over the layers, heads and steps that the
+        rules name. A rule for all layers or heads counts as one."""
+        layers, heads = self.named_layers or (0,), self.named_heads or (0,)
+        known: dict[Any, float] = {}
+        total = 0.0
+        for layer in layers:
+            of_layer = self.for_layer(layer)
+            for method in of_layer.methods:
+                for head in heads:
+                    one = head_method(method, head)
+                    if one not in known:
+                        known[one] = density_of(one, video)
+                    total += known[one]
+        return total / (len(layers) * len(heads) * self.steps)
+
+
+class Some(NamedTuple):
+    """A method for some heads; None for all."""
+
+    method: Any
+    heads: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class MixedLayer:
+    """Methods of one layer.
+
+    Args:
+        methods: one a step.
+    """
+
+    methods: tuple[Any, ...]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether all steps are dense."""
+        return all(parts_of(method).is_dense for method in self.methods)
+
+    @property
+    def least_grid(self) -> tuple[int, int, int]:
+        return least_of(self.methods)
+
+    def at_step(self, step: int, steps: int | None) -> Any:
+        """Method of a step, counted from 0. ValueError in a run of another number of steps."""
+        if steps is not None and steps != len(self.methods):
+            raise ValueError(
+                f"the rules are for {len(self.methods)} steps, this run has {steps}: solve them "
+                f"anew from their profile, gen-accel tune --preset FILE --steps {steps} --out NEW"
+            )
+        if step >= len(self.methods):
+            raise ValueError(f"the rules are for {len(self.methods)} steps, this is step {step}")
+        return self.methods[step]
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
+    ) -> Tensor:
+        return self.methods[0](q, k, v, video=video, kernel=kernel)
+
+    def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
+        """Plan of the first step that is not dense, for pictures."""
+        sparse = [method for method in self.methods if not parts_of(method).is_dense]
+        return plan_of(sparse[0] if sparse else Dense(), video, device)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.methods)
+
+
+@dataclass(frozen=True)
+class MixedHeads:
+    """Methods of the heads of one layer at one step.
+
+    Args:
+        some: the first that names a head decides; a head that none names is dense.
+        first: number of the first head that q, k and v hold.
+    """
+
+    some: tuple[Some, ...]
+    first: int = 0
+
+    @property
+    def reduced(self) -> Any:
+        """The one method that all heads have, where they have one; else itself."""
+        if not self.some:
+            return Dense()
+        method, heads = self.some[0]
+        return method if heads is None else self
+
+    def for_heads(self, heads: slice) -> "MixedHeads":
+        """Methods of a process that holds these heads of the layer."""
+        return MixedHeads(self.some, self.first + (heads.start or 0))
+
+    def within(self, video: VideoShape, whole: VideoShape) -> "MixedHeads":
+        """Methods for a smaller grid than the model's."""
+        changed = (Some(within(one, video, whole), heads) for one, heads in self.some)
+        return MixedHeads(tuple(changed), self.first)
+
+    def for_device(self, device: torch.device) -> "MixedHeads":
+        """Methods with the options that a device decides."""
+        changed = (Some(on_device(one, device), heads) for one, heads in self.some)
+        return MixedHeads(tuple(changed), self.first)
+
+    @property
+    def least_grid(self) -> tuple[int, int, int]:
+        return least_of([one.method for one in self.some])
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.some, self.first))
+
+    def method_of(self, head: int) -> Any:
+        """Method of a head, by its number in the layer."""
+        return next((m for m, heads in self.some if heads is None or head in heads), Dense())
+
+    def groups(self, heads: int) -> tuple[tuple[Any, tuple[int, ...]], ...]:
+        """Methods of the first so many heads, each with its heads, counted from `first`."""
+        found: dict[Any, list[int]] = {}
+        for head in range(heads):
+            found.setdefault(self.method_of(self.first + head), []).append(head)
+        return tuple((method, tuple(some)) for method, some in found.items())
+
+    def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
+        """Plan of the first method that is not dense, for pictures."""
+        sparse = [one.method for one in self.some if not parts_of(one.method).is_dense]
+        return plan_of(sparse[0] if sparse else Dense(), video, device)
+
+    def density(self, video: VideoShape) -> float:
+        """Mean over the heads that are named."""
+        named = sorted({head for one in self.some for head in one.heads or ()}) or [0]
+        return sum(density_of(self.method_of(head), video) for head in named) / len(named)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
+    ) -> Tensor:
+        """Compute each head by its method: at most one launch a layout."""
+        groups = self.groups(q.shape[1])
+        if len(groups) == 1:
+            return groups[0][0](q, k, v, video=video, kernel=kernel)
+        out = torch.empty_like(q) if not _needs_grad(q, k, v) else None
+        made: list[tuple[tuple[int, ...], Tensor]] = []
+        for launch in _launches(groups, q, k, v, video, kernel):
+            some = _of_heads(q, launch.heads), _of_heads(k, launch.heads), _of_heads(v, launch.heads)
+            if launch.plan is not None:
+                part = kernel(*some, launch.plan)
+            else:
+                part = launch.method(*some, video=video, kernel=kernel)
+            if out is None:
+                made.append((launch.heads, part))
+            elif len(launch.heads) == q.shape[1]:
+                return part
+            else:
+                _put(out, launch.heads, part)
+        return _sorted(made) if out is None else out
+
+
+class _Launch(NamedTuple):
+    """Heads that are computed at once.
+
+    Args:
+        plan: of these heads; None where the method runs by itself.
+    """
+
+    heads: tuple[int, ...]
+    method: Any
+    plan: Plan | None
+
+
+def _launches(
+    groups: Sequence[tuple[Any, tuple[int, ...]]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    video: VideoShape,
+    kernel: Callable,
+) -> list[_Launch]:
+    """Plan each group, and join the plans that share a layout. Dense heads take the layout of the
+    first plan of whole blocks, with all blocks kept."""
+    alone: list[_Launch] = []
+    shared: list[list[tuple[tuple[int, ...], Plan]]] = []
+    dense: tuple[int, ...] = ()
+    for method, heads in groups:
+        if parts_of(method).is_dense:
+            dense = heads
+            continue
+        some = _of_heads(q, heads), _of_heads(k, heads), _of_heads(v, heads)
+        plan = _plan_of_call(method, *some, video, kernel)
+        if plan is None or not plan.can_join:
+            alone.append(_Launch(heads, method, plan))
+            continue
+        for parts in shared:
+            if parts[0][1].lies_as(plan):
+                parts.append((heads, plan))
+                break
+        else:
+            shared.append([(heads, plan)])
+    if dense and shared:
+        first = shared[0][0][1]
+        shared[0].append((dense, first.keeping_all()))
+    elif dense:
+        alone.append(_Launch(dense, Dense(), None))
+    for parts in shared:
+        heads = tuple(sorted(head for some, _ in parts for head in some))
+        plans = [(tuple(heads.index(head) for head in some), plan) for some, plan in parts]
+        plan = plans[0][1] if len(parts) == 1 else joined(plans, len(heads))
+        alone.append(_Launch(heads, None, plan))
+    return alone
+
+
+def _plan_of_call(
+    method: Any, q: Tensor, k: Tensor, v: Tensor, video: VideoShape, kernel: Callable
+) -> Plan | None:
+    """Plan that a method runs, for a method that returns what the kernel does, as it is; None for
+    another."""
+    found: list[Plan] = []
+    # Of no memory: a method that reads it is one that runs by itself.
+    stand_in = q.new_zeros(()).expand(q.shape)
+
+    def take(*call: Any) -> Tensor:
+        same = all(given is own for given, own in zip(call[:3], (q, k, v), strict=True))
+        found.extend([call[3]] if same else [call[3], call[3]])
+        return stand_in
+
+    runner = Runner(take, name_of(kernel), scale_of(kernel, q))
+    with torch.no_grad():
+        out = method(q, k, v, video=video, kernel=runner)
+    return found[0] if out is stand_in and len(found) == 1 else None
+
+
+def head_method(method: Any, head: int) -> Any:
+    """Method of one head at a step of `MixedLayer`."""
+    return method.method_of(head) if isinstance(method, MixedHeads) else method
+
+
+def least_of(methods: Sequence[Any]) -> tuple[int, int, int]:
+    """Least grid that all methods can plan."""
+    sizes = [parts_of(method).least_grid for method in methods] or [(1, 1, 1)]
+    frames, rows, columns = (max(axis) for axis in zip(*sizes, strict=True))
+    return frames, rows, columns
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _of_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
+    """Some heads of (B, H, N, D), a view where they lie together."""
+    if len(heads) == x.shape[1]:
+        return x
+    if heads[-1] - heads[0] == len(heads) - 1:
+        return x[:, heads[0] : heads[-1] + 1]
+    return x[:, list(heads)]
+
+
+def _put(out: Tensor, heads: tuple[int, ...], part: Tensor) -> None:
+    if heads[-1] - heads[0] == len(heads) - 1:
+        out[:, heads[0] : heads[-1] + 1] = part
+    else:
+        out[:, list(heads)] = part
+
+
+def _sorted(made: Sequence[tuple[tuple[int, ...], Tensor]]) -> Tensor:
+    """Put the parts of all heads in the order of their heads."""
+    order = [head for heads, _ in made for head in heads]
+    whole = torch.cat([part for _, part in made], 1)
+    return whole[:, [order.index(head) for head in range(len(order))]]

@@ -1,0 +1,105 @@
+"""The settings that are tried for each head of each layer at each step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from gen_accel.attention_processors import (
+    BlockMixture,
+    Dense,
+    Neighborhood,
+    Piecewise,
+    Radial,
+    SparseLinear,
+    method_name,
+)
+from gen_accel.attention_processors.methods.options import method_of_file, saved_options
+from gen_accel.json_files import fields_of, typed
+from gen_accel.method import check_grid, check_method, on_device, parts_of, plan_of
+from gen_accel.video import VideoShape
+
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
+PLAIN = (0.05, 0.1, 0.2, 0.4)
+FAMILIES = ("piecewise", "radial", "neighborhood", "block_mixture", "sparse_linear")
+CHUNKS = 24  # of BlockMixture
+
+
+def default_candidates(
+    video: VideoShape, *, tile: Any = None, families: Sequence[str] = FAMILIES
+) -> tuple[Any, ...]:
+    """Settings of each family from sparse to dense, as far as they fit the grid, and `Dense()`.
+
+    `SparseLinear` is without its linear branch, which has to be fitted. `Reuse` is none of them:
+    what it computes depends on the steps before.
+
+    Args:
+        tile: box of `Piecewise` for each layer, as `gen_accel.calibrate` finds it; None: "auto".
+    """
+    F, H, W = video.grid
+    boxes = {"tile": tile} if tile is not None else {}
+    made: dict[str, list[Any]] = {
+        "piecewise": [Piecewise(share, **boxes) for share in SHARES],
+        "radial": [Radial(decay_factor=factor) for factor in (0.25, 0.5, 1.0, 2.0)],
+        "neighborhood": [
+            Neighborhood((-1, max(1, -(-H // n)), max(1, -(-W // n)))) for n in (4, 3, 2)
+        ]
+        + [Neighborhood((max(1, -(-F // n)), H, W)) for n in (4, 2)],
+        "block_mixture": [
+            BlockMixture("3d", chunks=(8, 48, CHUNKS), select="topk", scope="query_head", topk=(2, 10, n))
+            for n in (1, 3, 8)
+        ],
+        "sparse_linear": [SparseLinear(share) for share in PLAIN],
+    }
+    unknown = sorted({*families} - {*made})
+    if unknown:
+        raise ValueError(f"families must be of {FAMILIES}, got {', '.join(map(repr, unknown))}")
+    found = [one for family in families for one in made[family] if fits(one, video)]
+    return (*found, Dense())
+
+
+def fits(method: Any, video: VideoShape) -> bool:
+    """Whether a method can be planned on a grid, and leaves something out there."""
+    try:
+        check_grid(method, video)
+        return plan_of(method, video).density < 1
+    except ValueError:
+        return False
+
+
+def checked(candidates: Sequence[Any], device: Any) -> tuple[Any, ...]:
+    """Return candidates with `Dense()` as the last, and their options for the device.
+
+    Raises:
+        ValueError: none but `Dense()`, two that are equal, or one that no rule takes.
+    """
+    for one in candidates:
+        check_method(one)
+        parts = parts_of(one)
+        if parts.memory is not None or parts.at is not None or parts.at_step is not None:
+            raise ValueError(
+                f"{one!r} cannot be a candidate: it remembers earlier steps, or changes by itself"
+            )
+    sparse = [on_device(one, device) for one in candidates if not parts_of(one).is_dense]
+    if not sparse:
+        raise ValueError("candidates must hold a sparse method, got none")
+    if len({*sparse}) < len(sparse):
+        raise ValueError("candidates must differ from each other")
+    return (*sparse, Dense())
+
+
+def middle(errors: Sequence[float]) -> int:
+    """Number of the candidate whose error lies in the middle of those that err."""
+    order = sorted((error, i) for i, error in enumerate(errors) if error > 0)
+    return order[len(order) // 2][1]
+
+
+def described(method: Any) -> dict[str, Any]:
+    """A method as JSON holds it."""
+    return {"method": method_name(method), "options": saved_options(method)}
+
+
+def made_of(data: Any, origin: Any) -> Any:
+    """Make the method that `described` wrote; ValueError for anything else."""
+    held = fields_of(data, origin)
+    name = typed(held, "method", str, origin=origin)
+    options = typed(held, "options", dict, origin=origin)
+    return method_of_file(name, options)

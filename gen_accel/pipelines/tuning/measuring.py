@@ -1,0 +1,323 @@
+"""The measurements that a profile is made of: errors, seconds and weights of steps."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gen_accel import kernels
+from gen_accel.attention_processors.attached.attachment import Attachment, put_on
+from gen_accel.attention_processors.attached.layer import Layer
+from gen_accel.attention_processors.methods.dense import Dense
+from gen_accel.attention_processors.methods.mixed import Mixed, Rule
+from gen_accel.kernels import Runner
+from gen_accel.kernels.runner import scale_of
+from gen_accel.kernels.self_check import answer_of_rows
+from gen_accel.measure.timing import interleaved
+from gen_accel.method import layer_method, parts_of, plan_of, within
+from gen_accel.pipelines.tuning.runs import Call, Passes, generate, keeping, repeating
+from gen_accel.plan import Plan
+from gen_accel.video import VideoShape
+
+# A call with fewer tokens than this many times the rows is computed whole, which is no dearer.
+WHOLE = 160
+SHARE = 0.25  # of a method's error that a disturbance adds: larger ones saturate
+ROUNDS = 5  # of timings
+
+
+class Seen(NamedTuple):
+    """Errors of all candidates in one dense generation.
+
+    Args:
+        errors, squares: see `Profile`, without the prompts.
+        densities: (L, C).
+        layers: (L,).
+        sigmas: (S + 1,).
+        latents: of the dense video.
+        passes: that it was made of.
+    """
+
+    errors: Tensor
+    squares: Tensor
+    densities: Tensor
+    layers: Tensor
+    sigmas: Tensor
+    latents: Tensor
+    passes: Passes
+
+
+class Heard(NamedTuple):
+    """Inputs of one attention call, kept to time candidates on."""
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    video: VideoShape
+    scale: float
+
+
+class Observer:
+    """Observer of a dense generation: of each step, the first pass, which is the conditional one
+    where guidance makes two, and the last sample of it.
+
+    Attributes:
+        heard: a call of the first and of the middle layer, half way through the steps.
+    """
+
+    def __init__(
+        self, handle: Attachment, candidates: Sequence[Any], call: Call, rows: int, kernel: str
+    ) -> None:
+        self.handle, self.candidates, self.kernel = handle, candidates, kernel
+        self.steps, self.rows = call.steps, rows
+        self.errors: dict[tuple[int, int], Tensor] = {}
+        self.squares: dict[tuple[int, int], Tensor] = {}
+        self.densities: dict[int, list[list[float]]] = {}
+        self.heard: dict[int, Heard] = {}
+
+    def __call__(
+        self,
+        layer: Layer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dense: Tensor,
+        video: VideoShape,
+        run: Callable,
+    ) -> None:
+        step, number = self.handle.clock.step, layer.number
+        if (step, number) in self.errors:
+            return
+        q, k, v, dense = (x[-1:] for x in (q, k, v, dense))
+        scale = scale_of(run, q)
+        tokens = self._rows(video.tokens, q.device, step, number)
+        wanted = dense[0] if tokens is None else dense[0][:, tokens]
+        self.squares[step, number] = _mean_squares(wanted)
+        errors, kept = [], []
+        whole = self.handle.clock.tokens
+        for candidate in self.candidates:
+            method = layer_method(candidate, number)
+            method = method if whole is None else within(method, video, whole.video)
+            out, density = answer(method, q, k, v, video, tokens, scale, self.kernel)
+            errors.append(_mean_squares(out - wanted))
+            kept.append(density)
+        self.errors[step, number] = torch.stack(errors, -1)
+        self.densities.setdefault(number, []).append(kept)
+        if step == self.steps // 2:
+            given = (x.clone() for x in (q, k, v))
+            self.heard[number] = Heard(number, *given, video, scale)
+
+    def _rows(self, tokens: int, device: torch.device, step: int, layer: int) -> Tensor | None:
+        """Rows at which candidates are compared, others at each call; None for all."""
+        if tokens <= WHOLE * self.rows:
+            return None
+        g = torch.Generator().manual_seed(step * 10_007 + layer)
+        return torch.randperm(tokens, generator=g)[: self.rows].sort().values.to(device)
+
+
+def answer(
+    method: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    video: VideoShape,
+    tokens: Tensor | None,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, float]:
+    """Compute what a method gives for some tokens of one sample, (H, R, D), or for all, and the
+    share of token pairs that it keeps."""
+    plans: list[Plan] = []
+
+    def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        plans.append(plan)
+        if tokens is None:
+            return kernels.run(q, k, v, plan, scale=scale, kernel=kernel)
+        out = torch.zeros_like(q)
+        out[0, :, tokens] = answer_of_rows(q, k, v, plan, tokens, scale=scale)
+        return out
+
+    out = method(q, k, v, video=video, kernel=Runner(run, kernel, scale))[0]
+    density = statistics.fmean(plan.density for plan in plans) if plans else 1.0
+    return out if tokens is None else out[:, tokens], density
+
+
+def _mean_squares(x: Tensor) -> Tensor:
+    """(H,) fp32 of (H, R, D)."""
+    return x.float().square().mean((1, 2)).cpu()
+
+
+def observe(
+    pipe: Any,
+    prompt: str,
+    number: int,
+    call: Call,
+    candidates: Sequence[Any],
+    *,
+    rows: int = 64,
+    kernel: str = "auto",
+) -> tuple[Seen, dict[int, Heard]]:
+    """Generate a prompt densely, and measure all candidates on its attention.
+
+    Returns:
+        The errors, and calls to time candidates on, by layer.
+
+    Raises:
+        ValueError: steps in which no attention over a known grid ran.
+    """
+    probe = Mixed((Rule(candidates[0]),), call.steps)  # not run, as an observer is there
+    with put_on(pipe, probe, kernel=kernel, record=False) as handle:
+        observer = Observer(handle, candidates, call, rows, kernel)
+        handle.observe = observer
+        with keeping(pipe, lambda: handle.clock.step) as passes:
+            latents = generate(pipe, prompt, number, call)
+        sigmas = sigmas_of(pipe.scheduler, call.steps)
+    layers = sorted({layer for _, layer in observer.errors})
+    lacking = [
+        (step, layer)
+        for step in range(call.steps)
+        for layer in layers
+        if (step, layer) not in observer.errors
+    ]
+    if not layers or lacking:
+        where = f"layer {lacking[0][1]} at step {lacking[0][0]}" if lacking else "any layer"
+        raise ValueError(
+            f"attention of {where} was not seen in {call.steps} steps: two transformers with other "
+            "layers, or a pipeline that skips steps, cannot be tuned"
+        )
+
+    def grid(of: dict[tuple[int, int], Tensor]) -> Tensor:
+        by_step = [torch.stack([of[step, layer] for layer in layers]) for step in range(call.steps)]
+        return torch.stack(by_step)
+
+    densities = [torch.tensor(observer.densities[layer]).mean(0) for layer in layers]
+    seen = Seen(
+        grid(observer.errors),
+        grid(observer.squares),
+        torch.stack(densities).float(),
+        torch.tensor(layers),
+        sigmas,
+        latents,
+        passes,
+    )
+    return seen, observer.heard
+
+
+def sigmas_of(scheduler: Any, steps: int) -> Tensor:
+    """Noise levels of the steps of a scheduler that was set, (S + 1,) fp32 with the end.
+
+    Schedulers without `sigmas` give their timesteps, over as many as they trained on.
+    """
+    found = getattr(scheduler, "sigmas", None)
+    if found is None or len(found) < steps:
+        most = float(scheduler.config.get("num_train_timesteps", 1000))
+        found = scheduler.timesteps.float() / most
+    found = torch.as_tensor(found, dtype=torch.float32).cpu()
+    found = found[-(steps + 1) :] if len(found) > steps else found
+    return torch.cat([found, found.new_zeros(1)]) if len(found) == steps else found.clone()
+
+
+@dataclass(frozen=True)
+class Disturbed:
+    """Dense attention with a share of a method's error added.
+
+    Args:
+        share: 0 for dense, 1 for the method.
+    """
+
+    method: Any
+    share: float = SHARE
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
+    ) -> Tensor:
+        exact = Dense()(q, k, v, video=video, kernel=kernel)
+        return exact.lerp(self.method(q, k, v, video=video, kernel=kernel), self.share)
+
+    def for_layer(self, layer: int) -> "Disturbed":
+        return Disturbed(layer_method(self.method, layer), self.share)
+
+    def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
+        return plan_of(self.method, video, device)
+
+
+def weight_of_step(
+    pipe: Any,
+    prompt: str,
+    number: int,
+    call: Call,
+    seen: Seen,
+    *,
+    step: int,
+    method: Any,
+    relative: Tensor,
+    kernel: str = "auto",
+) -> float:
+    """Weight of a step: relative error of the final latents over the relative error of attention.
+
+    One step runs with a share of a method's error in all layers, and all others run dense. The
+    steps before it are not computed again.
+
+    Args:
+        method: a candidate in the middle of the others.
+        relative: (L,), its squared relative errors at the step, by layer.
+    """
+    rule = Rule(Disturbed(method), steps=(step, step + 1))
+    with (
+        put_on(pipe, Mixed((rule,), call.steps), kernel=kernel, record=False),
+        repeating(pipe, seen.passes, step),
+    ):
+        latents = generate(pipe, prompt, number, call)
+    error = relative_error(latents, seen.latents)
+    return error / (SHARE * math.sqrt(max(relative.double().sum().item(), 1e-30)))
+
+
+def relative_error(latents: Tensor, dense: Tensor) -> float:
+    """Root of the squared difference over the squares of the dense latents."""
+    dense = dense.to(latents.device).double()
+    return ((latents.double() - dense).norm() / dense.norm()).item()
+
+
+def seconds_of(
+    heard: dict[int, Heard], candidates: Sequence[Any], kernel: str = "auto"
+) -> tuple[Tensor, float]:
+    """Time all candidates and dense attention in turn, the choice of blocks included.
+
+    Returns:
+        (C,) shares of dense attention, the mean over the first and the middle layer of the medians
+        of rounds, and the seconds of dense attention.
+    """
+    numbers = sorted(heard)
+    shares, dense_seconds = [], []
+    for number in sorted({numbers[0], numbers[len(numbers) // 2]}):
+        call = heard[number]
+        runner = Runner(partial(kernels.run, scale=call.scale, kernel=kernel), kernel, call.scale)
+        calls: dict[str, Callable[[], Any]] = {
+            "dense": partial(
+                F.scaled_dot_product_attention, call.q, call.k, call.v, scale=call.scale
+            )
+        }
+        for i, candidate in enumerate(candidates):
+            method = layer_method(candidate, number)
+            calls[str(i)] = partial(
+                method, call.q, call.k, call.v, video=call.video, kernel=runner
+            )
+        with torch.no_grad():
+            taken = interleaved(calls, rounds=ROUNDS, device=call.q.device)
+        medians = {name: statistics.median(times) for name, times in taken.items()}
+        dense_seconds.append(medians["dense"])
+        shares.append(
+            [
+                1.0 if parts_of(candidate).is_dense else medians[str(i)] / medians["dense"]
+                for i, candidate in enumerate(candidates)
+            ]
+        )
+    return torch.tensor(shares).mean(0), statistics.fmean(dense_seconds)
+
+

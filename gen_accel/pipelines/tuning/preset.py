@@ -1,0 +1,333 @@
+"""Presets: rules that were tuned for a model, in a JSON file, with their profile beside it."""
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import ref
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from gen_accel.attention_processors.attached.recipe import recipes_of, sizes
+from gen_accel.attention_processors.attached.transformers import served_transformers
+from gen_accel.attention_processors.methods.mixed import Mixed, Rule
+from gen_accel.files import file_sha256, replacing, write_json
+from gen_accel.json_files import fields_of, parse_json, read_fields, typed
+from gen_accel.paths import expanded
+from gen_accel.pipelines.tuning.candidates import described, made_of
+from gen_accel.pipelines.tuning.profile import Profile
+from gen_accel.tensor_files import save_tensors
+from gen_accel.values import shown
+from gen_accel.version import __version__
+from gen_accel.video import VideoShape
+
+KIND, VERSION = "preset", 1
+CANDIDATES = "candidates"  # key of a profile's metadata
+
+
+class OtherThanTuned(UserWarning):
+    """A preset runs at another grid, guidance, LoRA or dtype than it was tuned for."""
+
+
+@dataclass(frozen=True)
+class MadeFor:
+    """What a preset was tuned on.
+
+    Args:
+        transformer: class and sizes, as a LoRA's recipe has them.
+        grid: frames, rows and columns, in tokens.
+        call: what the pipeline was called with beside the prompt and the steps.
+        scheduler: its class, and its config.
+        sigmas: noise levels of the steps, and the end.
+        loras: names of the active adapters, and the hash of the data of those trained here.
+    """
+
+    transformer: dict[str, Any]
+    grid: tuple[int, int, int]
+    call: dict[str, Any]
+    scheduler: dict[str, Any]
+    sigmas: tuple[float, ...]
+    dtype: str
+    loras: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, pipe: Any, grid: tuple[int, int, int], call: Mapping[str, Any], sigmas: Sequence[float]
+    ) -> "MadeFor":
+        transformer: Any = next(iter(served_transformers(pipe).values()))
+        plain = (bool, int, float, str, type(None))
+        scheduler = pipe.scheduler
+        config = {
+            key: value
+            for key, value in dict(scheduler.config).items()
+            if isinstance(value, plain) and not key.startswith("_")
+        }
+        return cls(
+            sizes(transformer),
+            grid,
+            {name: value for name, value in call.items() if isinstance(value, plain)},
+            {"class": type(scheduler).__name__, "config": config},
+            tuple(sigmas),
+            str(transformer.dtype).removeprefix("torch."),
+            loras_of(transformer),
+        )
+
+
+def loras_of(transformer: Any) -> tuple[str, ...]:
+    """Name the active adapters of a model, each with what it was trained on where that is known."""
+    if not getattr(transformer, "peft_config", None):
+        return ()
+    known = recipes_of(transformer)
+    try:
+        active = sorted(transformer.active_adapters())
+    except ValueError:  # all are switched off
+        return ()
+    return tuple(
+        f"{known[name].data[:16]}-{known[name].steps}" if name in known else name for name in active
+    )
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Rules, what they were tuned for, and what was measured.
+
+    Args:
+        method: the rules.
+        bound: what was asked for, such as {"psnr": 28.0}.
+        cost: seconds of attention, as a share of dense, by the profile's table.
+        density: share of token pairs, dense steps counted as 1.
+        predicted: relative error of the final latents by the profile.
+        measured: by prompt, on the tuning prompts and on the ones held out.
+        curve: cost, density and predicted error of the other choices.
+        verified: whether the bound was measured and holds on the tuning prompts.
+        profile: file beside the preset, and its hash; None where there is none.
+        made_by: versions, device and minutes.
+    """
+
+    method: Mixed
+    made_for: MadeFor
+    bound: dict[str, Any]
+    cost: float
+    density: float
+    predicted: float
+    measured: dict[str, Any] = field(default_factory=dict)
+    curve: tuple[dict[str, float], ...] = ()
+    verified: bool = False
+    profile: dict[str, str] | None = None
+    made_by: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the file holds it."""
+        rules = [
+            described(rule.method)
+            | {"layers": rule.layers, "heads": rule.heads, "steps": rule.steps}
+            for rule in self.method.rules
+        ]
+        head = {"gen_accel": KIND, "version": VERSION, "steps": self.method.steps}
+        rest = {
+            name: getattr(self, name)
+            for name in self.__dataclass_fields__
+            if name not in ("method", "made_for")
+        }
+        return head | {"rules": rules, "made_for": asdict(self.made_for)} | rest
+
+
+def write_preset(
+    path: str | Path,
+    preset: Preset,
+    profile: Profile | None = None,
+    candidates: Sequence[Any] = (),
+) -> Preset:
+    """Write a preset, its profile first, so that no preset names a profile that is not there.
+
+    Returns:
+        The preset as it was written, with the hash of the profile.
+    """
+    path = expanded(path)
+    check_preset_path(path)
+    if profile is not None:
+        beside = path.with_suffix(".safetensors")
+        write_profile(beside, profile, candidates)
+        known = {"file": beside.name, "sha256": file_sha256(beside)}
+        preset = Preset(**{**_fields(preset), "profile": known})
+    write_json(path, preset.to_dict())
+    return preset
+
+
+def _fields(preset: Preset) -> dict[str, Any]:
+    return {name: getattr(preset, name) for name in preset.__dataclass_fields__}
+
+
+def check_preset_path(path: Path) -> None:
+    """Raise ValueError for a preset's file that is not called *.json."""
+    if path.suffix != ".json":
+        raise ValueError(f"a preset is a file called *.json, got {path}")
+
+
+def write_profile(path: Path, profile: Profile, candidates: Sequence[Any]) -> None:
+    listed = [described(one) for one in candidates]
+    metadata = {KIND: str(VERSION), "made_by": __version__, CANDIDATES: json.dumps(listed)}
+    with replacing(path) as partial:
+        save_tensors(profile.tensors(), partial, metadata)
+
+
+def read_profile(preset: Preset, folder: Path) -> tuple[Profile, tuple[Any, ...]]:
+    """Read the profile that a preset names, and its candidates.
+
+    Raises:
+        FileNotFoundError: it is not beside the preset.
+        ValueError: the preset has none, or the file is not the one that it was written with.
+    """
+    if preset.profile is None:
+        raise ValueError("the preset has no profile, from which it could be solved anew: tune again")
+    path = folder / preset.profile["file"]
+    if not path.is_file():
+        raise FileNotFoundError(f"the preset's profile is missing: {path}")
+    if file_sha256(path) != preset.profile["sha256"]:
+        raise ValueError(f"{path} is not the profile that the preset was written with")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
+    listed = parse_json(metadata.get(CANDIDATES, "null"), f"the candidates in {path}")
+    if not isinstance(listed, list):
+        raise ValueError(f"{path} does not say its candidates, got {shown(listed)}")
+    return Profile.of(tensors, path), tuple(made_of(one, path) for one in listed)
+
+
+def read_preset(source: str | Path) -> Preset:
+    """Read a preset's file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is no preset of this version, with what is wrong.
+    """
+    path = expanded(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"no preset at {path}")
+    data = read_fields(path)
+    if data.get("gen_accel") != KIND:
+        raise ValueError(f"{path} is no preset: gen-accel tune writes one")
+    version = typed(data, "version", int, origin=path)
+    if version != VERSION:
+        raise ValueError(f"{path} is a preset of version {version}, not {VERSION}: tune again")
+    try:
+        return _parsed(data, path)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _parsed(data: dict[str, Any], path: Path) -> Preset:
+    rules = tuple(_rule(one, path) for one in typed(data, "rules", list, origin=path))
+    made_for = typed(data, "made_for", dict, origin=path)
+    known = {
+        "transformer": dict,
+        "grid": list,
+        "call": dict,
+        "scheduler": dict,
+        "sigmas": list,
+        "dtype": str,
+        "loras": list,
+    }
+    held = {name: typed(made_for, name, kind, origin=path) for name, kind in known.items()}
+    for name in ("grid", "sigmas", "loras"):
+        held[name] = tuple(held[name])
+    grid = held["grid"]
+    if len(grid) != 3 or not all(isinstance(size, int) and size > 0 for size in grid):
+        raise ValueError(f"grid of {path} must be three sizes, got {shown(grid)}")
+    profile = typed(data, "profile", dict, type(None), origin=path)
+    if profile is not None:
+        for name in ("file", "sha256"):
+            typed(profile, name, str, origin=path)
+        if Path(profile["file"]).name != profile["file"]:
+            raise ValueError(
+                f"the profile of {path} must lie beside it, got {shown(profile['file'])}"
+            )
+    return Preset(
+        Mixed(rules, typed(data, "steps", int, origin=path)),
+        MadeFor(**held),
+        typed(data, "bound", dict, origin=path),
+        float(typed(data, "cost", float, origin=path)),
+        float(typed(data, "density", float, origin=path)),
+        float(typed(data, "predicted", float, origin=path)),
+        typed(data, "measured", dict, origin=path),
+        tuple(fields_of(one, path) for one in typed(data, "curve", list, origin=path)),
+        typed(data, "verified", bool, origin=path),
+        profile,
+        typed(data, "made_by", dict, origin=path),
+    )
+
+
+def _rule(data: Any, path: Path) -> Rule:
+    what = f"a rule of {path}"
+    held = fields_of(data, what)
+    numbers = {
+        name: typed(held, name, list, type(None), origin=what) for name in ("layers", "heads", "steps")
+    }
+    return Rule(
+        made_of(held, what),
+        *(None if numbers[name] is None else tuple(numbers[name]) for name in numbers),
+    )
+
+
+def check_model(preset: Preset, transformer: Any, path: Any) -> None:
+    """Raise ValueError for a preset that was tuned on a model of another class or size."""
+    have, tuned = sizes(transformer), preset.made_for.transformer
+    wrong = [
+        f"{name} {value!r} (this model: {have.get(name)!r})"
+        for name, value in tuned.items()
+        if name != "sha256" and have.get(name) != value
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path} was tuned on another model: {', '.join(wrong)}; tune one for this model, "
+            "gen-accel tune --model MODEL --prompts FILE --quality 28 --out PRESET.json"
+        )
+
+
+class Watch:
+    """A hook that warns, once, of a call that is unlike what a preset was tuned for.
+
+    The hook holds the pipeline weakly, as the pipeline owns the model.
+    """
+
+    def __init__(self, pipe: Any, preset: Preset, grid: Any) -> None:
+        self._pipe, self._made_for, self._grid, self._told = ref(pipe), preset.made_for, grid, False
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if torch.compiler.is_compiling() or self._told:
+            return
+        self._told = True
+        if others := self.others(module):
+            warnings.warn(
+                f"the preset was tuned for {'; '.join(others)}: what it was measured at may not "
+                "hold",
+                OtherThanTuned,
+                stacklevel=2,
+            )
+
+    def others(self, module: Any) -> list[str]:
+        """What differs, each with what it was and what it is."""
+        tuned, pipe = self._made_for, self._pipe()
+        video: VideoShape | None = self._grid()
+        guidance = getattr(pipe, "guidance_scale", None)
+        now: dict[str, tuple[Any, Any]] = {
+            "dtype": (tuned.dtype, str(module.dtype).removeprefix("torch.")),
+            "LoRAs": (", ".join(tuned.loras) or "none", ", ".join(loras_of(module)) or "none"),
+        }
+        if video is not None:
+            now["grid"] = tuple(tuned.grid), video.grid
+        if guidance is not None and "guidance_scale" in tuned.call:
+            now["guidance_scale"] = float(tuned.call["guidance_scale"]), float(guidance)
+        return [
+            f"{name} {was}, and runs with {has}" for name, (was, has) in now.items() if was != has
+        ]
+
+    def __deepcopy__(self, memo: dict) -> "Watch":
+        return self

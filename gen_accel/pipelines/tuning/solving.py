@@ -1,0 +1,136 @@
+"""From a profile to rules: a setting for each head of each layer at each step."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from gen_accel.attention_processors.methods.mixed import Mixed, Rule
+from gen_accel.method import parts_of
+from gen_accel.pipelines.tuning.knapsack import Choice, frontier, within
+from gen_accel.pipelines.tuning.profile import Profile
+from gen_accel.values import shown
+
+Cost = Literal["seconds", "density"]
+Scale = Literal["mean", "worst"]
+Axis = Literal["steps", "layers", "heads"]
+AXES = get_args(Axis)
+POINTS = 24
+
+
+class Point(NamedTuple):
+    """A choice of settings.
+
+    Args:
+        settings: (S, L, H) int64, numbers of candidates.
+        cost: of all attention, as a share of dense.
+        density: share of token pairs, dense steps counted as 1.
+        predicted: relative error of the final latents: by each prompt, the root of the mean
+            square.
+    """
+
+    settings: Tensor
+    cost: float
+    density: float
+    predicted: float
+
+
+class Options(NamedTuple):
+    """How a profile is solved.
+
+    Args:
+        cost: what is least, seconds of attention or token pairs.
+        scale: over the prompts: "mean", or "worst", whose sum bounds the error of each prompt.
+        by: axes along which settings may differ.
+    """
+
+    cost: Cost = "seconds"
+    scale: Scale = "mean"
+    by: tuple[Axis, ...] = ("steps", "layers", "heads")
+
+    def check(self) -> None:
+        for name, options in (("cost", Cost), ("scale", Scale)):
+            if getattr(self, name) not in get_args(options):
+                raise ValueError(
+                    f"{name} must be one of {get_args(options)}, got {shown(getattr(self, name))}"
+                )
+        if not self.by or not {*self.by} <= {*AXES}:
+            raise ValueError(f"by must hold some of {AXES}, got {self.by!r}")
+
+
+def curve(profile: Profile, options: Options = Options(), points: int = POINTS) -> list[Point]:
+    """List the best choices from the cheapest to dense."""
+    found = frontier(*_problem(profile, options), points)
+    return [_point(profile, choice, options) for choice in found]
+
+
+def at_error(profile: Profile, error: float, options: Options = Options()) -> Point | None:
+    """Find the cheapest choice with a predicted relative error of at most `error`; None if even
+    dense attention exceeds it."""
+    found = within(*_problem(profile, options), error**2)
+    return None if found is None else _point(profile, found, options)
+
+
+def _problem(profile: Profile, options: Options) -> tuple[Tensor, Tensor]:
+    """(U, C) errors and costs, where all costs of dense attention sum to 1."""
+    errors = profile.unit_errors(scale=options.scale)
+    costs = costs_of(profile, options.cost) / errors[..., 0].numel()
+    alike = [i for i, axis in enumerate(AXES) if axis not in options.by]
+    if alike:
+        errors, costs = errors.sum(alike), costs.sum(alike)
+    C = profile.errors.shape[-1]
+    return errors.reshape(-1, C), costs.reshape(-1, C)
+
+
+def costs_of(profile: Profile, cost: Cost) -> Tensor:
+    """(S, L, H, C) float64, the price of a candidate for a head, as a share of dense."""
+    S, L, H, C = profile.errors.shape[1:]
+    each = profile.densities[:, None] if cost == "density" else profile.seconds[None, None]
+    return each.double().expand(S, L, H, C)
+
+
+def _point(profile: Profile, choice: Choice, options: Options) -> Point:
+    whole = profile.errors.shape[1:4]
+    sizes = [size if axis in options.by else 1 for axis, size in zip(AXES, whole, strict=True)]
+    return point_of(profile, choice.settings.view(sizes).expand(whole).contiguous())
+
+
+def point_of(profile: Profile, settings: Tensor) -> Point:
+    """Sum up a choice."""
+    index = settings[..., None]
+    shares = [costs_of(profile, one).gather(-1, index).mean().item() for one in ("seconds", "density")]
+    predicted = profile.predicted(settings).square().mean().sqrt().item()
+    return Point(settings, shares[0], shares[1], predicted)
+
+
+def rules_of(settings: Tensor, layers: Sequence[int], candidates: Sequence[Any]) -> Mixed:
+    """Rules for a choice, (S, L, H). Equal neighbouring steps, and equal layers, share a rule."""
+    S, L, H = settings.shape
+    held: dict[tuple[int, tuple[int, ...], tuple[int, int]], list[int]] = {}
+    for place in range(L):
+        first = 0
+        for step in range(1, S + 1):
+            if step < S and torch.equal(settings[step, place], settings[first, place]):
+                continue
+            of_heads: dict[int, list[int]] = {}
+            for head, candidate in enumerate(settings[first, place].tolist()):
+                of_heads.setdefault(candidate, []).append(head)
+            for candidate, heads in of_heads.items():
+                if not parts_of(candidates[candidate]).is_dense:
+                    key = candidate, tuple(heads), (first, step)
+                    held.setdefault(key, []).append(int(layers[place]))
+            first = step
+    rules = [
+        Rule(candidates[candidate], tuple(some), heads if len(heads) < H else None, steps)
+        for (candidate, heads, steps), some in held.items()
+    ]
+    rules.sort(key=lambda rule: (rule.steps, rule.layers, rule.heads or ()))
+    return Mixed(tuple(rules), S)
+
+
+def uniform(profile: Profile, candidate: int, dense_steps: int, dense: int) -> Point:
+    """A hand setting: the first steps dense, and one candidate in all others."""
+    settings = torch.full(profile.errors.shape[1:4], candidate)
+    settings[:dense_steps] = dense
+    return point_of(profile, settings)

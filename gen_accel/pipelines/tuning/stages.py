@@ -1,0 +1,732 @@
+"""`tune`: profile, seconds, weights of steps, choice, verification."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gen_accel.attention_processors.attached.attachment import Attachment, put_on
+from gen_accel.attention_processors.attached.layer import Layer
+from gen_accel.attention_processors.attached.transformers import served_transformers
+from gen_accel.attention_processors.methods.dense import Dense
+from gen_accel.attention_processors.methods.mixed import Mixed, Rule
+from gen_accel.attention_processors.methods.piecewise import Piecewise
+from gen_accel.attention_processors.seam import SparseProcessor, is_compiled
+from gen_accel.attention_processors.attached.purity import TileErrors
+from gen_accel.measure.quality import psnr
+from gen_accel.measure.timing import device_name
+from gen_accel.method import parts_of, within
+from gen_accel.paths import expanded
+from gen_accel.pipelines.tuning import solving
+from gen_accel.pipelines.tuning.candidates import (
+    checked,
+    default_candidates,
+    described,
+    fits,
+    middle,
+)
+from gen_accel.pipelines.tuning.measuring import (
+    Heard,
+    Seen,
+    observe,
+    relative_error,
+    seconds_of,
+    weight_of_step,
+)
+from gen_accel.pipelines.tuning.preset import (
+    MadeFor,
+    Preset,
+    check_preset_path,
+    loras_of,
+    read_preset,
+    read_profile,
+    write_preset,
+)
+from gen_accel.pipelines.tuning.profile import Profile, levels_of
+from gen_accel.pipelines.tuning.runs import Call, check_decodes, decoded, generate
+from gen_accel.pipelines.tuning.solving import Options, Point
+from gen_accel.pipelines.tuning.state import State
+from gen_accel.values import shown
+from gen_accel.version import __version__
+from gen_accel.video import VideoShape
+
+STAGES = ("profile", "weights", "seconds", "solve", "verify", "hold out")
+Objective = str | Callable[[np.ndarray, np.ndarray], float]
+OBJECTIVES = ("psnr", "latent_error")
+
+# Stage, what is done of it, and how much there is.
+Tick = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a preset must keep, over the tuning prompts.
+
+    Args:
+        mean: least mean of the scores; None: any.
+        worst: least score of a prompt; None: any.
+        objective: "psnr", in dB; "latent_error", whose scores are its negative; or the name of
+            a function of one's own.
+    """
+
+    mean: float | None
+    worst: float | None = None
+    objective: str = "psnr"
+
+    def holds(self, scores: Sequence[float]) -> bool:
+        """Whether scores keep it."""
+        mean = self.mean is None or fmean(scores) >= self.mean
+        return mean and (self.worst is None or min(scores) >= self.worst)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def __str__(self) -> str:
+        unit = " dB" if self.objective == "psnr" else ""
+        parts = [(self.mean, "mean"), (self.worst, "worst")]
+        said = [f"{name} at least {x:g}{unit}" for x, name in parts if x is not None]
+        return f"{self.objective}, {' and '.join(said)}"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What `tune` found. Printable.
+
+    Args:
+        preset: rules, what they were made for, and what was measured.
+        profile, candidates: what they were solved from.
+        points: the frontier, from the cheapest choice to dense.
+        chosen: number of the preset's choice among them; None for one between them.
+    """
+
+    preset: Preset
+    profile: Profile = field(repr=False)
+    candidates: tuple[Any, ...] = field(repr=False)
+    points: tuple[Point, ...] = field(repr=False)
+    point: Point = field(repr=False)
+    options: Options = field(default_factory=Options, repr=False)
+
+    @property
+    def method(self) -> Mixed:
+        return self.preset.method
+
+    @property
+    def verified(self) -> bool:
+        return self.preset.verified
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        return self.preset.measured
+
+    def attach(self, pipe: Any, **options: Any) -> Attachment:
+        """Attach the rules to a pipeline, as `gen_accel.attach(pipe, preset=...)` does."""
+        return put_on(pipe, self.method, **options)
+
+    def save(self, path: str | Path) -> "Tuned":
+        """Write the preset to a *.json file, and the profile to *.safetensors beside it."""
+        written = write_preset(path, self.preset, self.profile, self.candidates)
+        return replace(self, preset=written)
+
+    def at(self, quality: float) -> "Tuned":
+        """Choose again for another mean score, from the profile and what was measured of it,
+        without a model. The result is not verified.
+
+        Raises:
+            ValueError: nothing was measured, from which a score could be told.
+        """
+        error = self._error_at(quality)
+        point = solving.at_error(self.profile, error, self.options)
+        assert point is not None, "dense attention has no error"
+        bound = {**self.preset.bound, "mean": quality}
+        return self._with(point, self.profile, self.points, bound)
+
+    def solve(self, num_inference_steps: int) -> "Tuned":
+        """Choose again for another number of steps, at the same predicted error, from the profile.
+        The result is not verified.
+
+        Raises:
+            ValueError: the noise levels of so many steps cannot be told without the pipeline.
+        """
+        sigmas = torch.tensor(_sigmas(self.preset.made_for.scheduler, num_inference_steps))
+        profile = self.profile.at_steps(sigmas)
+        point = solving.at_error(profile, self.point.predicted, self.options)
+        assert point is not None, "dense attention has no error"
+        points = tuple(solving.curve(profile, self.options))
+        made_for = replace(self.preset.made_for, sigmas=tuple(sigmas.tolist()))
+        found = self._with(point, profile, points, self.preset.bound)
+        return replace(found, preset=replace(found.preset, made_for=made_for))
+
+    def _with(
+        self, point: Point, profile: Profile, points: Sequence[Point], bound: Mapping[str, Any]
+    ) -> "Tuned":
+        preset = replace(
+            self.preset,
+            method=_rules(point, profile, self.candidates),
+            bound=dict(bound),
+            cost=point.cost,
+            density=point.density,
+            predicted=point.predicted,
+            measured={},
+            curve=_described(points),
+            verified=False,
+        )
+        return replace(self, preset=preset, profile=profile, points=tuple(points), point=point)
+
+    def _error_at(self, quality: float) -> float:
+        """Predicted error at which the mean score is `quality`, by the runs that were measured: the
+        score falls with the logarithm of the error."""
+        runs = self.measured.get("runs", [])
+        if not runs:
+            raise ValueError(
+                "nothing was measured, from which a score could be told: tune with the model"
+            )
+        runs = sorted({(math.log(run["predicted"]), run["mean"]) for run in runs if run["predicted"] > 0})
+        if self.preset.bound.get("objective") == "latent_error" and len(runs) < 2:
+            (place, score), slope = runs[0], runs[0][1]  # the error itself: -exp(log error)
+            return math.exp(place) * quality / score
+        if len(runs) < 2:
+            slope = -20 / math.log(10)
+            place, score = runs[0]
+        else:
+            xs, ys = (torch.tensor(x, dtype=torch.float64) for x in zip(*runs, strict=True))
+            slope = min((((xs - xs.mean()) * (ys - ys.mean())).sum() / (xs - xs.mean()).square().sum()).item(), -1e-6)
+            place, score = xs.mean().item(), ys.mean().item()
+        return math.exp(place + (quality - score) / slope)
+
+    def __str__(self) -> str:
+        preset = self.preset
+        lines = [
+            f"{preset.method.steps} steps on {' x '.join(map(str, preset.made_for.grid))} tokens: "
+            f"density {preset.density:.3f}, attention {preset.cost:.2f} of dense"
+        ]
+        for name, title in (("tuning", "tuning prompts"), ("held_out", "held-out prompts")):
+            runs = preset.measured.get(name, [])
+            if runs:
+                scores = [run["score"] for run in runs]
+                lines.append(
+                    f"{title}: mean {fmean(scores):.1f}, worst {min(scores):.1f} "
+                    f"({preset.bound['objective']}, {len(scores)})"
+                )
+        lines.append("verified" if preset.verified else "not verified: predicted from the profile")
+        return "\n".join(lines)
+
+
+def tune(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    quality: float = 28.0,
+    worst: float | None = None,
+    objective: Objective = "psnr",
+    held_out: Sequence[str] | None = None,
+    cost: solving.Cost = "seconds",
+    candidates: Sequence[Any] | None = None,
+    by: Sequence[str] = ("steps", "layers", "heads"),
+    scale: solving.Scale = "mean",
+    num_inference_steps: int = 20,
+    seed: int = 0,
+    rows: int = 64,
+    levels: int = 6,
+    minutes: float | None = None,
+    out: str | Path | None = None,
+    kernel: str = "auto",
+    tick: Tick | None = None,
+    **call: Any,
+) -> Tuned:
+    """Find the sparsest attention of a pipeline that keeps a bound on quality.
+
+        found = gen_accel.tune(
+            pipe, prompts, quality=28, out="preset.json", num_frames=81, height=480, width=832
+        )
+        print(found)
+        handle = gen_accel.attach(pipe, preset="preset.json")
+
+    Each tuning prompt is generated densely, and all candidates are compared with its attention. A
+    small disturbance of one step at a time tells what an error at that step does to the video. The
+    cheapest settings for each head, layer and step follow, for any bound. The bound is then
+    measured: the tuning prompts are generated with some of these settings, until the cheapest that
+    keeps it is found, and the prompts held out are generated with that one.
+
+    Args:
+        pipe: a pipeline with nothing attached. Load LoRAs first.
+        prompts: what the model is used for. Without `held_out` the second half is held out; four
+            and more are tuned on where there are eight.
+        quality: least mean score over the tuning prompts. Of "psnr", dB to the dense video.
+        worst: least score of any tuning prompt.
+        objective: "psnr", "latent_error" (quality is then the largest), or a function of the dense
+            and the sparse video, (F, H, W, 3) uint8, to a score that is better if larger.
+        held_out: prompts that are generated at the end only.
+        cost: what is made small, "seconds" of attention or "density".
+        candidates: methods with their settings; without, some settings of each family.
+        by: what settings may differ by: "steps", "layers", "heads".
+        scale: errors over the tuning prompts are summed by their "mean" or by the "worst".
+        num_inference_steps: as many as will be used. A preset is for one number of steps; from
+            its profile it can be solved for others.
+        seed: of the first prompt's noise; each further prompt, those held out included, takes the
+            next.
+        rows: queries of each head that candidates are compared at, in calls of more than 160 times
+            as many tokens; smaller calls are compared whole.
+        levels: steps whose weight is measured.
+        minutes: after which no further settings are tried. The result is then the cheapest that
+            was found to keep the bound.
+        out: file of the preset, *.json. The work done so far is kept beside it until the end, so
+            that a killed run goes on.
+        kernel: as in `gen_accel.attach`.
+        tick: is told the stage, what is done of it, and how much there is.
+        call: what else the pipeline is called with: sizes, guidance scale.
+
+    Raises:
+        ValueError: no prompts, something attached, a compiled or offloaded model, candidates that
+            no rule takes, or a bound that only dense attention keeps, with the best that was
+            reached.
+    """
+    run = _Tuning(
+        pipe,
+        _split(prompts, held_out),
+        Call(num_inference_steps, seed, call),
+        _bound(quality, worst, objective),
+        objective,
+        Options(cost, scale, tuple(by)),  # pyright: ignore[reportArgumentType]
+        candidates,
+        rows=rows,
+        levels=levels,
+        seconds=math.inf if minutes is None else 60 * minutes,
+        out=None if out is None else expanded(out),
+        kernel=kernel,
+        tick=tick or (lambda stage, done, total: None),
+    )
+    return run.go()
+
+
+def load_tuned(path: str | Path) -> Tuned:
+    """Read a preset with its profile, to choose again from it. No model is needed.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_preset`; a preset without a profile.
+    """
+    path = expanded(path)
+    preset = read_preset(path)
+    profile, candidates = read_profile(preset, path.parent)
+    options = Options(**{**preset.made_by.get("options", {})})
+    options = options._replace(by=tuple(options.by))
+    options.check()
+    point = solving.at_error(profile, preset.predicted, options)
+    assert point is not None, "dense attention has no error"
+    points = tuple(solving.curve(profile, options))
+    return Tuned(preset, profile, candidates, points, point, options)
+
+
+def _split(
+    prompts: Sequence[str], held_out: Sequence[str] | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    if isinstance(prompts, str) or isinstance(held_out, str):
+        raise ValueError("prompts must be a list of them, got one text")
+    prompts = tuple(prompts)
+    if held_out is not None:
+        tuning, rest = prompts, tuple(held_out)
+    else:
+        half = (len(prompts) + 1) // 2
+        tuning, rest = prompts[:half], prompts[half:]
+    if not tuning or not all(isinstance(one, str) and one for one in (*tuning, *rest)):
+        raise ValueError(f"prompts must be texts, one at least, got {prompts!r}")
+    return tuning, rest
+
+
+def _bound(quality: float, worst: float | None, objective: Objective) -> Bound:
+    name = objective if isinstance(objective, str) else getattr(objective, "__name__", "function")
+    if isinstance(objective, str) and objective not in OBJECTIVES:
+        raise ValueError(f"objective must be of {OBJECTIVES} or a function, got {objective!r}")
+    for what, value in (("quality", quality), ("worst", worst)):
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise ValueError(f"{what} must be a number, got {shown(value)}")
+    if objective == "latent_error":
+        return Bound(-quality, None if worst is None else -worst, name)
+    return Bound(quality, worst, name)
+
+
+class _Tuning:
+    """One run of `tune`."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: tuple[tuple[str, ...], tuple[str, ...]],
+        call: Call,
+        bound: Bound,
+        objective: Objective,
+        options: Options,
+        candidates: Sequence[Any] | None,
+        *,
+        rows: int,
+        levels: int,
+        seconds: float,
+        out: Path | None,
+        kernel: str,
+        tick: Tick,
+    ) -> None:
+        self.pipe, self.call, self.bound, self.options = pipe, call, bound, options
+        self.tuning, self.held_out = prompts
+        self.objective, self.rows, self.levels = objective, rows, levels
+        self.seconds, self.out, self.kernel, self.tick = seconds, out, kernel, tick
+        self.began = time.monotonic()
+        options.check()
+        for name, value in (("rows", rows), ("levels", levels), ("steps", call.steps)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {shown(value)}")
+        if out is not None:
+            check_preset_path(out)
+        _check(pipe)
+        if objective != "latent_error":
+            check_decodes(pipe)
+        self.transformer: Any = next(iter(served_transformers(pipe).values()))
+        self.video, tile = self._scout(candidates is None)
+        given = default_candidates(self.video, tile=tile) if candidates is None else candidates
+        self.candidates = checked(given, self.transformer.device)
+        if candidates is not None:
+            for one in self.candidates[:-1]:
+                if not fits(one, self.video):
+                    raise ValueError(
+                        f"candidate {one!r} does not fit {self.video}, or leaves nothing out there"
+                    )
+        path = None if out is None else out.with_name(f"{out.stem}.tuning.safetensors")
+        self.state = State(path, self._about())
+        self._dense_videos: dict[int, np.ndarray] = {}
+
+    def go(self) -> Tuned:
+        profile = self._profile()
+        points = solving.curve(profile, self.options)
+        self.tick("solve", 1, 1)
+        point, runs, verified = self._verify(profile, points)
+        measured = {
+            "tuning": self._scores(point, profile, range(len(self.tuning))),
+            "held_out": self._hold_out(point, profile),
+            "runs": runs,
+        }
+        if timed := self.state.notes.get("attention_seconds"):
+            measured["attention_seconds"] = timed
+        preset = Preset(
+            _rules(point, profile, self.candidates),
+            MadeFor.of(self.pipe, self.video.grid, self.call.more, profile.sigmas.tolist()),
+            self.bound.to_dict(),
+            point.cost,
+            point.density,
+            point.predicted,
+            measured,
+            _described(points),
+            verified,
+            None,
+            {
+                "gen_accel": __version__,
+                "torch": torch.__version__,
+                "device": device_name(self.transformer.device),
+                "threads": torch.get_num_threads(),
+                "kernel": self.kernel,
+                "minutes": round((time.monotonic() - self.began) / 60, 2),
+                "options": self.options._asdict(),
+                "prompts": [*self.tuning],
+                "held_out": [*self.held_out],
+                "seed": self.call.seed,
+            },
+        )
+        found = Tuned(preset, profile, self.candidates, tuple(points), point, self.options)
+        if self.out is not None:
+            found = found.save(self.out)
+        self.state.remove()
+        return found
+
+    def _about(self) -> dict[str, Any]:
+        """What the measurements depend on."""
+        plain = (bool, int, float, str, type(None))
+        more = {k: v if isinstance(v, plain) else type(v).__name__ for k, v in self.call.more.items()}
+        return {
+            "prompts": self.tuning,
+            "held_out": self.held_out,
+            "steps": self.call.steps,
+            "seed": self.call.seed,
+            "call": more,
+            "candidates": [described(one) for one in self.candidates],
+            "grid": self.video.grid,
+            "model": str(self.transformer.config.get("_name_or_path", "")),
+            "dtype": str(self.transformer.dtype),
+            "loras": loras_of(self.transformer),
+            "objective": self.bound.objective,
+            "rows": self.rows,
+            "levels": self.levels,
+        }
+
+    def _scout(self, tiles: bool) -> tuple[VideoShape, Any]:
+        """Find the grid by the first forward pass, and boxes of `Piecewise` by a step a fifth of
+        the way, densely.
+
+        Args:
+            tiles: look for the boxes.
+        """
+        probe = Piecewise(0.2)
+        tokens = parts_of(probe).tile_tokens
+        errors, seen = TileErrors(tokens), []
+        at = self.call.steps // 5 if tiles else 0
+
+        def look(layer: Layer, q: Tensor, k: Tensor, v: Tensor, dense: Tensor, video: VideoShape, run: Callable) -> None:
+            step = handle.clock.step
+            self.tick("scout", min(step, at), at + 1)
+            if step > at or (seen and not tiles):
+                raise _Enough
+            whole = handle.clock.tokens
+            seen.append(video if whole is None else whole.video)
+            if step == at and tiles:
+                errors.add(layer.number, within(probe, video, seen[-1]), q, k, v, dense, video, run)
+
+        with put_on(self.pipe, probe, kernel=self.kernel, record=False) as handle:
+            handle.observe = look
+            try:
+                generate(self.pipe, self.tuning[0], 0, self.call)
+            except _Enough:
+                pass
+        if not seen:
+            raise ValueError("no attention over a known grid was seen, so that nothing can be tuned")
+        fit = errors.fit() if tiles else None
+        self.tick("scout", 1, 1)
+        return seen[0], None if fit is None else fit.tile
+
+    def _profile(self) -> Profile:
+        """Stages 1 to 3: errors, seconds and weights."""
+        state, P = self.state, len(self.tuning)
+        steps = levels_of(self.call.steps, self.levels)
+        for i, prompt in enumerate(self.tuning):
+            known = state.of(f"prompt{i}")
+            left = [step for step in steps if f"weight{i}.{step}" not in state.tensors]
+            if known is not None and not left and "seconds.shares" in state.tensors:
+                continue
+            self.tick("profile", i, P)
+            seen, heard = observe(
+                self.pipe, prompt, i, self.call, self.candidates, rows=self.rows, kernel=self.kernel
+            )
+            if known is None:
+                state.put(_kept(i, seen))
+            self.tick("profile", i + 1, P)
+            if "seconds.shares" not in state.tensors:
+                self._time(heard)
+            self._weigh(i, prompt, seen, left, len(steps))
+        return self._joined(steps)
+
+    def _time(self, heard: dict[int, Heard]) -> None:
+        self.tick("seconds", 0, 1)
+        shares, dense = seconds_of(heard, self.candidates, self.kernel)
+        self.state.put({"seconds.shares": shares, "seconds.dense": torch.tensor(dense)})
+        self.tick("seconds", 1, 1)
+
+    def _weigh(self, i: int, prompt: str, seen: Seen, left: Sequence[int], count: int) -> None:
+        """Measure the weights of the steps that are left of one prompt."""
+        first = self.state.of("prompt0")
+        assert first is not None
+        errors = first["errors"].double().mean((0, 1, 2)) / first["squares"].double().mean()
+        number = middle(errors.tolist())
+        total = count * len(self.tuning)
+        for step in left:
+            done = i * count + count - len(left) + left.index(step)
+            self.tick("weights", done, total)
+            relative = seen.errors[step, ..., number].sum(-1) / seen.squares[step].sum(-1)
+            weight = weight_of_step(
+                self.pipe,
+                prompt,
+                i,
+                self.call,
+                seen,
+                step=step,
+                method=self.candidates[number],
+                relative=relative,
+                kernel=self.kernel,
+            )
+            self.state.put({f"weight{i}.{step}": torch.tensor(weight)})
+        self.tick("weights", (i + 1) * count, total)
+
+    def _joined(self, steps: Sequence[int]) -> Profile:
+        state, P = self.state.tensors, range(len(self.tuning))
+        weights = [[state[f"weight{i}.{step}"] for step in steps] for i in P]
+
+        def stacked(name: str) -> Tensor:
+            return torch.stack([state[f"prompt{i}.{name}"] for i in P])
+
+        return Profile(
+            state["prompt0.layers"],
+            state["prompt0.sigmas"],
+            stacked("errors"),
+            stacked("squares"),
+            stacked("densities").mean(0),
+            state["seconds.shares"].float(),
+            state["seconds.dense"].float(),
+            torch.tensor(steps),
+            torch.stack([torch.stack(row) for row in weights]).float(),
+        )
+
+    def _verify(
+        self, profile: Profile, points: Sequence[Point]
+    ) -> tuple[Point, list[dict[str, float]], bool]:
+        """Find the cheapest point of the frontier that keeps the bound on the tuning prompts.
+
+        Returns the point, the mean scores of all points that were tried, and whether the point was
+        found to keep the bound.
+        """
+        tried: dict[int, list[dict[str, Any]]] = {}
+        low, high = 0, len(points) - 1  # the last one is dense
+        found: int | None = None
+        rounds = math.ceil(math.log2(max(len(points), 2)))
+        place = self._first_guess(profile, points)
+        while low < high and (not tried or time.monotonic() - self.began < self.seconds):
+            self.tick("verify", min(len(tried), rounds), rounds + 1)
+            tried[place] = self._scores(points[place], profile, range(len(self.tuning)))
+            if self.bound.holds([run["score"] for run in tried[place]]):
+                found = high = place
+            else:
+                low = place + 1
+            place = (low + high) // 2
+        self.tick("verify", 1, 1)
+        runs = [
+            {
+                "predicted": points[i].predicted,
+                "cost": points[i].cost,
+                "density": points[i].density,
+                "mean": fmean(run["score"] for run in scores),
+                "worst": min(run["score"] for run in scores),
+            }
+            for i, scores in sorted(tried.items())
+        ]
+        if found is None:
+            if time.monotonic() - self.began >= self.seconds and low < len(points) - 1:
+                return points[low], runs, False
+            best = max((run["mean"] for run in runs), default=-math.inf)
+            raise ValueError(
+                f"only dense attention keeps the bound: {self.bound}; the best that was reached is "
+                f"a mean of {best:.3g}, at density {runs[-1]['density']:.2f}: ask for less, or "
+                "give denser candidates"
+            )
+        return points[found], runs, True
+
+    def _first_guess(self, profile: Profile, points: Sequence[Point]) -> int:
+        """Where to begin: at a relative error that a PSNR of this size mostly has, or half way."""
+        if self.bound.objective != "psnr" or self.bound.mean is None:
+            return (len(points) - 1) // 2
+        wanted = 10 ** ((21.0 - self.bound.mean) / 20)
+        near = min(range(len(points)), key=lambda i: abs(points[i].predicted - wanted))
+        return min(max(near, 0), max(len(points) - 2, 0))
+
+    def _scores(
+        self, point: Point, profile: Profile, numbers: Sequence[int]
+    ) -> list[dict[str, Any]]:
+        """Score a choice on prompts, by their numbers: the tuning prompts, then those held out."""
+        prompts = [*self.tuning, *self.held_out]
+        method = _rules(point, profile, self.candidates)
+        found = []
+        for i in numbers:
+            key = f"score{i}@{point.cost:.12g}:{point.predicted:.12g}"
+            if key not in self.state.notes:
+                with put_on(self.pipe, method, kernel=self.kernel, record=False):
+                    latents = generate(self.pipe, prompts[i], i, self.call)
+                error, score = self._score(i, latents)
+                run = {"prompt": prompts[i], "seed": self.call.seed + i, "score": score}
+                self.state.put(**{key: run | {"latent_error": error}})
+            found.append(self.state.notes[key])
+        return found
+
+    def _score(self, i: int, latents: Tensor) -> tuple[float, float]:
+        """Error of the latents, and the score of the video."""
+        dense = self.state.tensors[f"prompt{i}.latents"]
+        error = relative_error(latents, dense)
+        if self.objective == "latent_error":
+            return error, -error
+        if i not in self._dense_videos:
+            self._dense_videos[i] = decoded(self.pipe, dense.to(latents.device, latents.dtype))
+        video = decoded(self.pipe, latents)
+        score = psnr(video, self._dense_videos[i]) if self.objective == "psnr" else None
+        if score is None:
+            assert callable(self.objective)
+            score = float(self.objective(self._dense_videos[i], video))
+        return error, min(score, 200.0)  # of equal videos it is infinite
+
+    def _hold_out(self, point: Point, profile: Profile) -> list[dict[str, Any]]:
+        """Score the prompts held out; attention is timed on the first, dense and sparse."""
+        first, total = len(self.tuning), len(self.held_out)
+        for k, prompt in enumerate(self.held_out):
+            i = first + k
+            self.tick("hold out", k, total)
+            if f"prompt{i}.latents" not in self.state.tensors:
+                with put_on(self.pipe, Dense(), kernel=self.kernel, timed=True) as handle:
+                    latents = generate(self.pipe, prompt, i, self.call)
+                    dense_seconds = _attention_seconds(handle)
+                self.state.put({f"prompt{i}.latents": latents})
+                if k == 0:
+                    method = _rules(point, profile, self.candidates)
+                    with put_on(self.pipe, method, kernel=self.kernel, timed=True) as handle:
+                        generate(self.pipe, prompt, i, self.call)
+                        sparse_seconds = _attention_seconds(handle)
+                    timed = {"dense": dense_seconds, "sparse": sparse_seconds}
+                    self.state.put(attention_seconds=timed)
+            self._scores(point, profile, [i])
+        self.tick("hold out", max(total, 1), max(total, 1))
+        return self._scores(point, profile, range(first, first + total))
+
+
+class _Enough(Exception):
+    """Ends a generation after the steps that were wanted."""
+
+
+def _attention_seconds(handle: Attachment) -> float:
+    return sum(record.seconds or 0.0 for record in handle.records.values())
+
+
+def _kept(i: int, seen: Seen) -> dict[str, Tensor]:
+    names = ("errors", "squares", "densities", "layers", "sigmas", "latents")
+    return {f"prompt{i}.{name}": getattr(seen, name) for name in names}
+
+
+def _rules(point: Point, profile: Profile, candidates: Sequence[Any]) -> Mixed:
+    """Rules of a point; of dense attention, one rule that says so."""
+    if (point.settings == len(candidates) - 1).all():
+        return Mixed((Rule(Dense()),), len(point.settings))
+    return solving.rules_of(point.settings, profile.layers.tolist(), candidates)
+
+
+def _described(points: Sequence[Point]) -> tuple[dict[str, float], ...]:
+    return tuple(
+        {"cost": one.cost, "density": one.density, "predicted_error": one.predicted}
+        for one in points
+    )
+
+
+def _check(pipe: Any) -> None:
+    """Refuse, by a ValueError, a pipeline whose attention cannot be observed."""
+    for name, transformer in served_transformers(pipe).items():
+        if is_compiled(transformer):
+            raise ValueError(f"{name} is compiled already: tune first, and compile then")
+        held = [getattr(part, "processor", None) for part in transformer.modules()]
+        if any(isinstance(one, SparseProcessor) for one in held):
+            raise ValueError(f"a method is attached to {name} already: detach() first")
+        if any(parameter.is_meta for parameter in transformer.parameters()):
+            raise ValueError(f"{name} is offloaded: tune without, so that seconds can be told")
+
+
+def _sigmas(scheduler: Mapping[str, Any], steps: int) -> list[float]:
+    """Noise levels of so many steps of a scheduler that a preset describes."""
+    import diffusers
+
+    from gen_accel.pipelines.tuning.measuring import sigmas_of
+
+    kind = getattr(diffusers, str(scheduler["class"]), None)
+    if kind is None or not hasattr(kind, "from_config"):
+        raise ValueError(f"diffusers has no scheduler {scheduler['class']!r}")
+    try:
+        made = kind.from_config(scheduler["config"])
+        made.set_timesteps(steps)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the noise levels of {steps} steps of {scheduler['class']} cannot be told without the "
+            f"pipeline, which sets them itself ({error}): tune again at {steps} steps"
+        ) from error
+    return sigmas_of(made, steps).tolist()

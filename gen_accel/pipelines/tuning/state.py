@@ -1,0 +1,81 @@
+"""What a tuning has done so far, in a file beside its preset, so that a killed one goes on."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gen_accel.files import plain, replacing
+from gen_accel.json_files import parse_json
+from gen_accel.tensor_files import save_tensors
+
+ABOUT, NOTES = "tuning", "notes"
+
+
+class State:
+    """Tensors and notes by name; each change is on the disk when it returns.
+
+    Args:
+        path: the file; None keeps nothing.
+        about: everything that the measurements depend on.
+
+    Raises:
+        ValueError: the file is of a tuning that differs in `about`, with what differs.
+    """
+
+    def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
+        self.path = path
+        self.about = json.loads(json.dumps(plain(about)))
+        self.tensors: dict[str, Tensor] = {}
+        self.notes: dict[str, Any] = {}
+        if path is not None and path.is_file():
+            self._read(path)
+
+    def put(self, tensors: Mapping[str, Tensor] | None = None, **notes: Any) -> None:
+        """Add tensors and notes."""
+        self.tensors |= {name: x.cpu() for name, x in (tensors or {}).items()}
+        self.notes |= json.loads(json.dumps(plain(notes)))
+        if self.path is not None:
+            metadata = {ABOUT: json.dumps(self.about), NOTES: json.dumps(self.notes)}
+            with replacing(self.path) as partial:
+                save_tensors(self.tensors, partial, metadata)
+
+    def of(self, prefix: str) -> dict[str, Tensor] | None:
+        """Return the tensors called prefix.name, by name; None where there are none."""
+        start = f"{prefix}."
+        return {
+            name.removeprefix(start): x for name, x in self.tensors.items() if name.startswith(start)
+        } or None
+
+    def remove(self) -> None:
+        """Remove the file."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> None:
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no tuning that could go on: {error}; remove it") from error
+        about = parse_json(metadata.get(ABOUT, "null"), path)
+        if about != self.about:
+            raise ValueError(
+                f"{path} is of another tuning, which differs in {differences(about, self.about)}: "
+                "give another --out, or remove it"
+            )
+        self.tensors, self.notes = tensors, parse_json(metadata.get(NOTES, "{}"), path)
+
+
+def differences(earlier: Any, now: Mapping[str, Any]) -> str:
+    """Name what differs between two descriptions."""
+    if not isinstance(earlier, dict):
+        return "everything"
+    names = [name for name in {**earlier, **now} if earlier.get(name) != now.get(name)]
+    return ", ".join(sorted(names))
+
+
