@@ -11,17 +11,26 @@ if TYPE_CHECKING:
         METHODS,
         BlockMixture,
         Dense,
+        Mixed,
         Neighborhood,
         Piecewise,
         Radial,
         Reuse,
+        Rule,
         SparseLinear,
         register_method,
     )
     from gen_accel.attention_processors.attached import calibrate
     from gen_accel.functional import attention
     from gen_accel.measure.estimate import estimate
-    from gen_accel.pipelines import Schedule, attach, load_processors, save_processors
+    from gen_accel.pipelines import (
+        Schedule,
+        attach,
+        load_processors,
+        load_tuned,
+        save_processors,
+        tune,
+    )
     from gen_accel.pipelines.image_prompt import ScaleRange, load_image_prompt
     from gen_accel.pipelines.long_video import extend
     from gen_accel.plan import Plan
@@ -33,11 +42,13 @@ __all__ = [
     "METHODS",
     "BlockMixture",
     "Dense",
+    "Mixed",
     "Neighborhood",
     "Piecewise",
     "Plan",
     "Radial",
     "Reuse",
+    "Rule",
     "ScaleRange",
     "Schedule",
     "SparseLinear",
@@ -51,8 +62,10 @@ __all__ = [
     "extend",
     "load_image_prompt",
     "load_processors",
+    "load_tuned",
     "register_method",
     "save_processors",
+    "tune",
 ]
 
 # Imported on first access, so that `gen-accel --help` does not wait for torch.
@@ -60,11 +73,13 @@ _HOMES = {
     "METHODS": "attention_processors",
     "BlockMixture": "attention_processors",
     "Dense": "attention_processors",
+    "Mixed": "attention_processors",
     "Neighborhood": "attention_processors",
     "Piecewise": "attention_processors",
     "Plan": "plan",
     "Radial": "attention_processors",
     "Reuse": "attention_processors",
+    "Rule": "attention_processors",
     "ScaleRange": "pipelines.image_prompt",
     "Schedule": "pipelines",
     "SparseLinear": "attention_processors",
@@ -76,8 +91,10 @@ _HOMES = {
     "extend": "pipelines.long_video",
     "load_image_prompt": "pipelines.image_prompt",
     "load_processors": "pipelines",
+    "load_tuned": "pipelines",
     "register_method": "attention_processors",
     "save_processors": "pipelines",
+    "tune": "pipelines",
 }
 _SUBMODULES = (
     "attention_processors",

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 
 from gen_accel.attention_processors.methods.block_mixture import BlockMixture
 from gen_accel.attention_processors.methods.dense import Dense
+from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.attention_processors.methods.named import class_at, place_of
 from gen_accel.attention_processors.methods.neighborhood import Neighborhood
 from gen_accel.attention_processors.methods.piecewise import Piecewise
@@ -25,17 +26,20 @@ __all__ = [
     "METHODS",
     "BlockMixture",
     "Dense",
+    "Mixed",
     "Neighborhood",
     "Piecewise",
     "Radial",
     "Reuse",
+    "Rule",
     "SparseLinear",
     "method_class",
     "method_name",
     "register_method",
 ]
 
-# Read by the tests, the command line and the benchmarks.
+# Read by the tests, the command line and the benchmarks. `Mixed` has no name, as its options are
+# rules, which a preset holds.
 METHODS: dict[str, type] = {
     "dense": Dense,
     "radial": Radial,

@@ -307,9 +307,9 @@ def _sparse_steps(schedule: Schedule, steps: int, memory: Memory | None) -> int:
     sparse = schedule.sparse_steps(steps)
     if memory is None or not sparse:
         return len(sparse)
-    learned = 1 if sparse.start == 0 else 0
+    learned = 1 if sparse[0] == 0 else 0
     if memory.every:
-        since = len(sparse) if sparse.start else len(sparse) - 1
+        since = len(sparse) if sparse[0] else len(sparse) - 1
         learned += since // memory.every
     return len(sparse) - learned
 

@@ -21,6 +21,7 @@ from gen_accel.pipelines.attach import attach
 
 if TYPE_CHECKING:
     from gen_accel.pipelines.image_prompt import ImagePrompt, ScaleRange, load_image_prompt
+    from gen_accel.pipelines.tuning import OtherThanTuned, Tuned, load_tuned, tune
 
 __all__ = [
     "Attachment",
@@ -28,22 +29,29 @@ __all__ = [
     "Displaced",
     "ImagePrompt",
     "NothingSaved",
+    "OtherThanTuned",
     "ScaleRange",
     "Schedule",
     "SilentBranch",
     "Summary",
+    "Tuned",
     "attach",
     "calibrate",
     "load_image_prompt",
     "load_processors",
+    "load_tuned",
     "measure_calibration",
     "save_processors",
+    "tune",
 ]
 
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        """Import image prompts when first asked for, as only they need diffusers' hooks."""
+        """Import image prompts when first asked for, as only they need diffusers' hooks, and
+        tuning, which few programs do."""
         if name in ("ImagePrompt", "ScaleRange", "load_image_prompt"):
             return getattr(import_module(f"{__name__}.image_prompt"), name)
+        if name in ("OtherThanTuned", "Tuned", "load_tuned", "tune"):
+            return getattr(import_module(f"{__name__}.tuning"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

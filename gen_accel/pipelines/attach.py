@@ -18,6 +18,8 @@ from gen_accel.method import Method, is_silent
 from gen_accel.moved import signpost
 from gen_accel.paths import expanded
 from gen_accel.pipelines.long_video.rope import apply_rule
+from gen_accel.pipelines.tuning.named import choose_preset
+from gen_accel.pipelines.tuning.preset import Preset, Watch
 
 if not TYPE_CHECKING:
     __getattr__ = signpost("pipelines.attach")
@@ -28,6 +30,7 @@ def attach(
     method: Method | None = None,
     *,
     from_lora: str | Path | None = None,
+    preset: "str | Path | Preset | None" = None,
     schedule: Schedule | None = None,
     kernel: str = "auto",
     dense_kernel: str | None = None,
@@ -54,6 +57,9 @@ def attach(
             method with its parameters, the schedule unless one is given, and the rule on the
             rotary frequencies, which is removed with the handle. Load the weights of the LoRA by
             `pipe.load_lora_weights(folder)`, before or after.
+        preset: a file that `gen_accel.tune` wrote, instead of a method; or "quality", "balanced"
+            or "fast", for the one that is kept for this model, or a rule where none is. With
+            `from_lora` it replaces the LoRA's own method.
         schedule: layers and steps that stay dense. Without a pipeline, steps are told apart by
             changes of the timestep, and shares of steps cannot be given.
         kernel: "auto" or a name from `gen_accel.kernels.KERNELS`, which then never falls back.
@@ -69,15 +75,34 @@ def attach(
 
     Raises:
         ValueError: a class that no family serves, a compiled transformer, an unknown kernel, an
-            object that is no method, a schedule that cannot be kept, or a LoRA of another model.
-        FileNotFoundError: no LoRA in `from_lora`.
+            object that is no method, a schedule that cannot be kept, or a LoRA or preset of
+            another model. At the first step of a run, a preset for another number of steps.
+        FileNotFoundError: no LoRA in `from_lora`, or no preset.
         TypeError: neither a pipeline nor a module.
 
     Warns:
         OtherAttention: an active LoRA was trained with another method.
         NothingSaved: `Radial()` in a model of single frames.
         SilentBranch: a method with parameters, which starts anew each time it is attached.
+        OtherThanTuned: at the first step, a preset that was tuned for another grid, guidance,
+            LoRA or dtype.
+        NotMeasured: a named preset that is a rule, as nothing was tuned for this model.
     """
+    if preset is not None:
+        if method is not None:
+            raise ValueError(f"give a method or preset, got both: {method!r} and {preset}")
+        method, schedule, found = choose_preset(preset, pipe_or_transformer, schedule)
+        options = {"kernel": kernel, "dense_kernel": dense_kernel, "timed": timed}
+        options |= {"self_check": self_check, "record": record}
+        if from_lora is not None:
+            handle = _attach_trained(
+                pipe_or_transformer, from_lora, schedule=schedule, method=method, **options
+            )
+        else:
+            handle = put_on(pipe_or_transformer, method, schedule=schedule, **options)
+        if found is not None:
+            _watch_preset(handle, pipe_or_transformer, found)
+        return handle
     if from_lora is not None:
         if method is not None:
             raise ValueError(f"give a method or from_lora, got both: {method!r} and {from_lora}")
@@ -114,9 +139,14 @@ def _attach_trained(
     folder: str | Path,
     *,
     schedule: Schedule | None = None,
+    method: Method | None = None,
     **options: Any,
 ) -> Attachment:
-    """Run `gen_accel.attach(pipe, from_lora=folder)`."""
+    """Run `gen_accel.attach(pipe, from_lora=folder)`.
+
+    Args:
+        method: to attach in the place of the LoRA's own.
+    """
     folder = expanded(folder)
     folder = folder.parent if folder.is_file() else folder
     recipe = read_recipe(folder)
@@ -124,7 +154,9 @@ def _attach_trained(
     transformer: Any = transformers.get(recipe.part, next(iter(transformers.values())))
     check_base(recipe, transformer)
     chosen = schedule if schedule is not None else recipe.build_schedule()
-    if folder.is_dir() and (folder / CONFIG).is_file():
+    if method is not None:
+        handle = put_on(pipe_or_transformer, method, schedule=schedule, **options)
+    elif folder.is_dir() and (folder / CONFIG).is_file():
         handle = load_processors(pipe_or_transformer, folder, schedule=chosen, **options)
     else:
         handle = put_on(pipe_or_transformer, recipe.build_method(), schedule=chosen, **options)
@@ -146,6 +178,18 @@ def _attach_trained(
         watch = _GuidanceWatch(pipe_or_transformer, recipe.teacher_guidance)
         handle.companions.append(transformer.register_forward_pre_hook(watch).remove)
     return handle
+
+
+def _watch_preset(handle: Attachment, pipe_or_transformer: Any, preset: Preset) -> None:
+    """Warn at the first pass of a call unlike those that the preset was tuned for."""
+    transformer: Any = next(iter(served_transformers(pipe_or_transformer).values()))
+    clock = handle.clock
+
+    def grid() -> Any:
+        return None if clock.tokens is None else clock.tokens.video
+
+    watch = Watch(pipe_or_transformer, preset, grid)
+    handle.companions.append(transformer.register_forward_pre_hook(watch).remove)
 
 
 class _GuidanceWatch:

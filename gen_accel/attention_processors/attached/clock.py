@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.tokens import Tokens
@@ -38,6 +39,7 @@ class Clock:
         self._timestep: float | None = None
         self._timesteps: Tensor | None = None
         self._begin = 0
+        self._levels: tuple[int, tuple[float, ...]] | None = None  # the run they are of
 
     def advance(self, timestep: Tensor, *, rising: bool = False) -> bool:
         """Read the step before a forward pass, and return whether a new run begins with it.
@@ -79,12 +81,41 @@ class Clock:
         known = bool((scheduler.timesteps == self._timestep).any())
         return before not in (None, self._timestep) and not known
 
+    def levels(self) -> tuple[float, ...] | None:
+        """Noise at the beginning of each step of the run, and at the end; None without a
+        pipeline. Reads the scheduler's list once a run."""
+        if self.scheduler is None or self.steps is None:
+            return None
+        if self._levels is None or self._levels[0] != self.runs:
+            self._levels = self.runs, noise_levels(self.scheduler(), self.steps)
+        return self._levels[1]
+
     def now(self) -> Moment:
         return Moment(self.tokens, self.texts, self.step, self.steps)
 
     def return_to(self, moment: Moment) -> None:
         """Set the clock to `moment`. Counters that later passes continue from stay as they are."""
         self.tokens, self.texts, self.step, self.steps = moment
+
+
+def noise_levels(scheduler: Any, steps: int) -> tuple[float, ...]:
+    """Noise at the beginning of the last `steps` steps that a scheduler is set to, and at the end:
+    1 for pure noise, 0 for none.
+
+    Levels of flow matching are as they are. Those that exceed 1, as of noise that is added to the
+    video and not mixed with it, are level / (1 + level). A scheduler without levels gives its
+    timesteps, as a share of those that it trained on.
+    """
+    found = getattr(scheduler, "sigmas", None)
+    if found is None or len(found) < steps:
+        most = scheduler.config.get("num_train_timesteps", 1000)
+        levels = [float(t) / most for t in torch.as_tensor(scheduler.timesteps).tolist()]
+    else:
+        levels = torch.as_tensor(found, dtype=torch.float64).tolist()
+    if max(levels) > 1.0 + 1e-6:
+        levels = [level / (1 + level) for level in levels]
+    levels = levels[-(steps + 1) :] if len(levels) > steps else [*levels, 0.0]
+    return tuple(levels)
 
 
 def _begin(scheduler: Any, timestep: Tensor) -> int:

@@ -154,9 +154,10 @@ class ForwardPass:
             self.forget()
             self.seen_passes = 1
         step, steps = self.clock.step, self.clock.steps
-        self.learns = learning and schedule.is_last_at_start(step, steps)
-        self.set_dense(schedule.why_step(step, steps))
-        self.progress = schedule.progress(step, steps)
+        levels = None if schedule.dense_noise is None else self.clock.levels()
+        self.learns = learning and schedule.is_last_at_start(step, steps, levels)
+        self.set_dense(schedule.why_step(step, steps, levels))
+        self.progress = schedule.progress(step, steps, levels)
         self.steps[step] = self.dense_step
         self.passes[step] = self.passes.get(step, 0) + 1
         return begins

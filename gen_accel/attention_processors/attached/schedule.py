@@ -1,7 +1,7 @@
 """Which layers and denoising steps stay dense."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +14,27 @@ class Schedule:
     """Layers and steps that run the model's own attention instead of the sparse one.
 
     The first steps decide what a video shows. Most published quality rests on keeping the first
-    fifth of the steps dense.
+    fifth of the steps dense. On the demo model the very first step can do without, and the two
+    after it cannot: `dense` and `dense_noise` can say so.
 
     Args:
         dense_layers: the first so many blocks, or a tuple of their numbers.
         dense_steps: the first so many denoising steps.
         dense_start, dense_end: the first and last share of the steps, 0 to 1, rounded up to whole
             steps. They need a pipeline, which alone knows how many steps there are.
+        dense: numbers of further dense steps, counted from 0; negative ones from the end, which
+            needs a pipeline.
+        dense_noise: (high, low), a range of noise levels, 1 for pure noise and 0 for none: each
+            step that passes through it is dense, however many steps there are. A scheduler whose
+            levels exceed 1 is read as level / (1 + level). It needs a pipeline.
     """
 
     dense_layers: int | tuple[int, ...] = 0
     dense_steps: int = 0
     dense_start: float = 0.0
     dense_end: float = 0.0
+    dense: tuple[int, ...] = ()
+    dense_noise: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -43,6 +51,15 @@ class Schedule:
                 raise ValueError(
                     f"{name} is a share of the steps, from 0 to 1, got {share}"
                     + ("; dense_steps counts steps" if name == "dense_start" else "")
+                )
+        object.__setattr__(self, "dense", tuple(self.dense))
+        if self.dense_noise is not None:
+            object.__setattr__(self, "dense_noise", tuple(self.dense_noise))
+            high, low = self.dense_noise
+            if not 0 <= low < high <= 1:
+                raise ValueError(
+                    "dense_noise must be (high, low), 1 for pure noise and 0 for none, with "
+                    f"0 <= low < high <= 1, got {self.dense_noise}"
                 )
 
     @property
@@ -62,26 +79,32 @@ class Schedule:
 
     @property
     def needs_step(self) -> bool:
-        return self.dense_steps > 0 or self.needs_total
+        return self.dense_steps > 0 or bool(self.dense) or self.needs_total
 
     @property
     def needs_total(self) -> bool:
-        return self.dense_start > 0 or self.dense_end > 0
+        """Whether it must know how many steps there are, or their noise, as a pipeline does."""
+        shares = self.dense_start > 0 or self.dense_end > 0
+        return shares or any(step < 0 for step in self.dense) or self.dense_noise is not None
 
-    def progress(self, step: int, steps: int | None) -> float:
+    def progress(
+        self, step: int, steps: int | None, levels: Sequence[float] | None = None
+    ) -> float:
         """Progress of a run at `step` among its sparse steps: 0 at the first, 1 at the last. Also
         0 where `steps` is not known, and with fewer than two sparse steps."""
-        sparse = self.sparse_steps(steps or 0)
+        sparse = self.sparse_steps(steps or 0, levels)
         if len(sparse) < 2:
             return 0.0
-        before = min(max(step - sparse.start, 0), len(sparse))
+        before = sum(other < step for other in sparse)
         return min(1.0, before / (len(sparse) - 1))
 
-    def sparse_steps(self, steps: int) -> range:
-        """Range of the sparse steps among `steps`; they lie together."""
-        first = max(self.dense_steps, math.ceil(self.dense_start * steps - 1e-9))
-        last = steps - math.ceil(self.dense_end * steps - 1e-9)
-        return range(min(first, steps), max(last, min(first, steps)))
+    def sparse_steps(self, steps: int, levels: Sequence[float] | None = None) -> tuple[int, ...]:
+        """Numbers of the sparse steps among `steps`.
+
+        Args:
+            levels: noise at the beginning of each step, and at the end; without, evenly spread.
+        """
+        return tuple(i for i in range(steps) if self.why_step(i, steps, levels) is None)
 
     def why_layer(self, layer: int) -> str | None:
         """The reason why `layer` is dense at all steps, counted from 0; None if it is not."""
@@ -89,23 +112,43 @@ class Schedule:
         dense = layer < layers if isinstance(layers, int) else layer in layers
         return "dense layer" if dense else None
 
-    def why_step(self, step: int, steps: int | None) -> str | None:
-        """The reason why all layers are dense at `step` of `steps`, counted from 0."""
+    def why_step(
+        self, step: int, steps: int | None, levels: Sequence[float] | None = None
+    ) -> str | None:
+        """The reason why all layers are dense at `step` of `steps`, counted from 0.
+
+        Args:
+            levels: see `sparse_steps`.
+        """
         if step < self.dense_steps:
             return "first steps"
-        if self.needs_total:
-            assert steps is not None
-            if step < math.ceil(self.dense_start * steps - 1e-9):
-                return "first steps"
-            if self.dense_end and step >= steps - math.ceil(self.dense_end * steps - 1e-9):
-                return "last steps"
+        if step in self.dense:
+            return "named step"
+        if not self.needs_total:
+            return None
+        assert steps is not None
+        if step < math.ceil(self.dense_start * steps - 1e-9):
+            return "first steps"
+        if self.dense_end and step >= steps - math.ceil(self.dense_end * steps - 1e-9):
+            return "last steps"
+        if step - steps in self.dense:
+            return "named step"
+        if self.dense_noise is not None and step < steps:
+            if levels is None:
+                levels = [1 - i / steps for i in range(steps + 1)]
+            high, low = self.dense_noise
+            begin, end = levels[step], levels[step + 1]
+            if end < high and begin > low:
+                return "noise of the step"
         return None
 
-    def is_last_at_start(self, step: int, steps: int | None) -> bool:
+    def is_last_at_start(
+        self, step: int, steps: int | None, levels: Sequence[float] | None = None
+    ) -> bool:
         """Whether `step` is dense and the one after it is not."""
         more = steps is None or step + 1 < steps
-        dense = self.why_step(step, steps) is not None
-        return dense and more and self.why_step(step + 1, steps) is None
+        dense = self.why_step(step, steps, levels) is not None
+        return dense and more and self.why_step(step + 1, steps, levels) is None
 
 
 def as_schedule(given: Any) -> Schedule:

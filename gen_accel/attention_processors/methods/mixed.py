@@ -301,7 +301,11 @@ class MixedHeads:
         out = torch.empty_like(q) if not _needs_grad(q, k, v) else None
         made: list[tuple[tuple[int, ...], Tensor]] = []
         for launch in _launches(groups, q, k, v, video, kernel):
-            some = _of_heads(q, launch.heads), _of_heads(k, launch.heads), _of_heads(v, launch.heads)
+            some = (
+                _of_heads(q, launch.heads),
+                _of_heads(k, launch.heads),
+                _of_heads(v, launch.heads),
+            )
             if launch.plan is not None:
                 part = kernel(*some, launch.plan)
             else:

@@ -5,6 +5,7 @@ step; `knapsack` and `solving` choose; `stages` runs it all; `preset` is the fil
 """
 
 from gen_accel.pipelines.tuning.preset import OtherThanTuned, Preset, read_preset
-from gen_accel.pipelines.tuning.stages import Tuned, load_tuned, tune
+from gen_accel.pipelines.tuning.stages import tune
+from gen_accel.pipelines.tuning.tuned import Tuned, load_tuned
 
 __all__ = ["OtherThanTuned", "Preset", "Tuned", "load_tuned", "read_preset", "tune"]

@@ -44,7 +44,9 @@ def default_candidates(
         ]
         + [Neighborhood((max(1, -(-F // n)), H, W)) for n in (4, 2)],
         "block_mixture": [
-            BlockMixture("3d", chunks=(8, 48, CHUNKS), select="topk", scope="query_head", topk=(2, 10, n))
+            BlockMixture(
+                "3d", chunks=(8, 48, CHUNKS), select="topk", scope="query_head", topk=(2, 10, n)
+            )
             for n in (1, 3, 8)
         ],
         "sparse_linear": [SparseLinear(share) for share in PLAIN],

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gen_accel import kernels
 from gen_accel.attention_processors.attached.attachment import Attachment, put_on
+from gen_accel.attention_processors.attached.clock import noise_levels
 from gen_accel.attention_processors.attached.layer import Layer
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
@@ -102,6 +103,10 @@ class Observer:
         errors, kept = [], []
         whole = self.handle.clock.tokens
         for candidate in self.candidates:
+            if parts_of(candidate).is_dense:
+                errors.append(torch.zeros_like(self.squares[step, number]))
+                kept.append(1.0)
+                continue
             method = layer_method(candidate, number)
             method = method if whole is None else within(method, video, whole.video)
             out, density = answer(method, q, k, v, video, tokens, scale, self.kernel)
@@ -110,8 +115,8 @@ class Observer:
         self.errors[step, number] = torch.stack(errors, -1)
         self.densities.setdefault(number, []).append(kept)
         if step == self.steps // 2:
-            given = (x.clone() for x in (q, k, v))
-            self.heard[number] = Heard(number, *given, video, scale)
+            q, k, v = (x.clone() for x in (q, k, v))
+            self.heard[number] = Heard(number, q, k, v, video, scale)
 
     def _rows(self, tokens: int, device: torch.device, step: int, layer: int) -> Tensor | None:
         """Rows at which candidates are compared, others at each call; None for all."""
@@ -177,7 +182,7 @@ def observe(
         handle.observe = observer
         with keeping(pipe, lambda: handle.clock.step) as passes:
             latents = generate(pipe, prompt, number, call)
-        sigmas = sigmas_of(pipe.scheduler, call.steps)
+        sigmas = torch.tensor(noise_levels(pipe.scheduler, call.steps))
     layers = sorted({layer for _, layer in observer.errors})
     lacking = [
         (step, layer)
@@ -188,12 +193,14 @@ def observe(
     if not layers or lacking:
         where = f"layer {lacking[0][1]} at step {lacking[0][0]}" if lacking else "any layer"
         raise ValueError(
-            f"attention of {where} was not seen in {call.steps} steps: two transformers with other "
-            "layers, or a pipeline that skips steps, cannot be tuned"
+            f"attention of {where} was not seen in {call.steps} steps: two transformers with "
+            "other layers, or a pipeline that skips steps, cannot be tuned"
         )
 
     def grid(of: dict[tuple[int, int], Tensor]) -> Tensor:
-        by_step = [torch.stack([of[step, layer] for layer in layers]) for step in range(call.steps)]
+        by_step = [
+            torch.stack([of[step, layer] for layer in layers]) for step in range(call.steps)
+        ]
         return torch.stack(by_step)
 
     densities = [torch.tensor(observer.densities[layer]).mean(0) for layer in layers]
@@ -207,20 +214,6 @@ def observe(
         passes,
     )
     return seen, observer.heard
-
-
-def sigmas_of(scheduler: Any, steps: int) -> Tensor:
-    """Noise levels of the steps of a scheduler that was set, (S + 1,) fp32 with the end.
-
-    Schedulers without `sigmas` give their timesteps, over as many as they trained on.
-    """
-    found = getattr(scheduler, "sigmas", None)
-    if found is None or len(found) < steps:
-        most = float(scheduler.config.get("num_train_timesteps", 1000))
-        found = scheduler.timesteps.float() / most
-    found = torch.as_tensor(found, dtype=torch.float32).cpu()
-    found = found[-(steps + 1) :] if len(found) > steps else found
-    return torch.cat([found, found.new_zeros(1)]) if len(found) == steps else found.clone()
 
 
 @dataclass(frozen=True)
@@ -319,5 +312,3 @@ def seconds_of(
             ]
         )
     return torch.tensor(shares).mean(0), statistics.fmean(dense_seconds)
-
-

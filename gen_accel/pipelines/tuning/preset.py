@@ -56,7 +56,11 @@ class MadeFor:
 
     @classmethod
     def of(
-        cls, pipe: Any, grid: tuple[int, int, int], call: Mapping[str, Any], sigmas: Sequence[float]
+        cls,
+        pipe: Any,
+        grid: tuple[int, int, int],
+        call: Mapping[str, Any],
+        sigmas: Sequence[float],
     ) -> "MadeFor":
         transformer: Any = next(iter(served_transformers(pipe).values()))
         plain = (bool, int, float, str, type(None))
@@ -78,7 +82,7 @@ class MadeFor:
 
 
 def loras_of(transformer: Any) -> tuple[str, ...]:
-    """Name the active adapters of a model, each with what it was trained on where that is known."""
+    """Name the active adapters of a model, each with what is known of its training."""
     if not getattr(transformer, "peft_config", None):
         return ()
     known = recipes_of(transformer)
@@ -87,7 +91,8 @@ def loras_of(transformer: Any) -> tuple[str, ...]:
     except ValueError:  # all are switched off
         return ()
     return tuple(
-        f"{known[name].data[:16]}-{known[name].steps}" if name in known else name for name in active
+        f"{known[name].data[:16]}-{known[name].steps}" if name in known else name
+        for name in active
     )
 
 
@@ -183,7 +188,9 @@ def read_profile(preset: Preset, folder: Path) -> tuple[Profile, tuple[Any, ...]
         ValueError: the preset has none, or the file is not the one that it was written with.
     """
     if preset.profile is None:
-        raise ValueError("the preset has no profile, from which it could be solved anew: tune again")
+        raise ValueError(
+            "the preset has no profile, from which it could be solved anew: tune again"
+        )
     path = folder / preset.profile["file"]
     if not path.is_file():
         raise FileNotFoundError(f"the preset's profile is missing: {path}")
@@ -268,7 +275,8 @@ def _rule(data: Any, path: Path) -> Rule:
     what = f"a rule of {path}"
     held = fields_of(data, what)
     numbers = {
-        name: typed(held, name, list, type(None), origin=what) for name in ("layers", "heads", "steps")
+        name: typed(held, name, list, type(None), origin=what)
+        for name in ("layers", "heads", "steps")
     }
     return Rule(
         made_of(held, what),
@@ -298,7 +306,12 @@ class Watch:
     """
 
     def __init__(self, pipe: Any, preset: Preset, grid: Any) -> None:
-        self._pipe, self._made_for, self._grid, self._told = ref(pipe), preset.made_for, grid, False
+        self._pipe, self._made_for, self._grid, self._told = (
+            ref(pipe),
+            preset.made_for,
+            grid,
+            False,
+        )
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
         if torch.compiler.is_compiling() or self._told:

@@ -128,7 +128,9 @@ class Profile:
         names = {*cls.__dataclass_fields__}
         if {*tensors} != names:
             wrong = ", ".join(sorted({*tensors} ^ names))
-            raise ValueError(f"the profile in {origin} must hold {sorted(names)}; differs: {wrong}")
+            raise ValueError(
+                f"the profile in {origin} must hold {sorted(names)}; differs: {wrong}"
+            )
         try:
             return cls(**tensors)
         except (ValueError, IndexError) as error:

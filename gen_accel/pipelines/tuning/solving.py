@@ -59,13 +59,16 @@ class Options(NamedTuple):
             raise ValueError(f"by must hold some of {AXES}, got {self.by!r}")
 
 
-def curve(profile: Profile, options: Options = Options(), points: int = POINTS) -> list[Point]:
+DEFAULT = Options()
+
+
+def curve(profile: Profile, options: Options = DEFAULT, points: int = POINTS) -> list[Point]:
     """List the best choices from the cheapest to dense."""
     found = frontier(*_problem(profile, options), points)
     return [_point(profile, choice, options) for choice in found]
 
 
-def at_error(profile: Profile, error: float, options: Options = Options()) -> Point | None:
+def at_error(profile: Profile, error: float, options: Options = DEFAULT) -> Point | None:
     """Find the cheapest choice with a predicted relative error of at most `error`; None if even
     dense attention exceeds it."""
     found = within(*_problem(profile, options), error**2)
@@ -99,7 +102,9 @@ def _point(profile: Profile, choice: Choice, options: Options) -> Point:
 def point_of(profile: Profile, settings: Tensor) -> Point:
     """Sum up a choice."""
     index = settings[..., None]
-    shares = [costs_of(profile, one).gather(-1, index).mean().item() for one in ("seconds", "density")]
+    shares = [
+        costs_of(profile, one).gather(-1, index).mean().item() for one in ("seconds", "density")
+    ]
     predicted = profile.predicted(settings).square().mean().sqrt().item()
     return Point(settings, shares[0], shares[1], predicted)
 

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,12 +14,11 @@ from torch import Tensor
 
 from gen_accel.attention_processors.attached.attachment import Attachment, put_on
 from gen_accel.attention_processors.attached.layer import Layer
+from gen_accel.attention_processors.attached.purity import TileErrors
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.methods.dense import Dense
-from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.attention_processors.methods.piecewise import Piecewise
 from gen_accel.attention_processors.seam import SparseProcessor, is_compiled
-from gen_accel.attention_processors.attached.purity import TileErrors
 from gen_accel.measure.quality import psnr
 from gen_accel.measure.timing import device_name
 from gen_accel.method import parts_of, within
@@ -45,14 +44,12 @@ from gen_accel.pipelines.tuning.preset import (
     Preset,
     check_preset_path,
     loras_of,
-    read_preset,
-    read_profile,
-    write_preset,
 )
 from gen_accel.pipelines.tuning.profile import Profile, levels_of
 from gen_accel.pipelines.tuning.runs import Call, check_decodes, decoded, generate
 from gen_accel.pipelines.tuning.solving import Options, Point
 from gen_accel.pipelines.tuning.state import State
+from gen_accel.pipelines.tuning.tuned import Bound, Tuned, curve_of, rules_of_point
 from gen_accel.values import shown
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
@@ -63,159 +60,6 @@ OBJECTIVES = ("psnr", "latent_error")
 
 # Stage, what is done of it, and how much there is.
 Tick = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Bound:
-    """What a preset must keep, over the tuning prompts.
-
-    Args:
-        mean: least mean of the scores; None: any.
-        worst: least score of a prompt; None: any.
-        objective: "psnr", in dB; "latent_error", whose scores are its negative; or the name of
-            a function of one's own.
-    """
-
-    mean: float | None
-    worst: float | None = None
-    objective: str = "psnr"
-
-    def holds(self, scores: Sequence[float]) -> bool:
-        """Whether scores keep it."""
-        mean = self.mean is None or fmean(scores) >= self.mean
-        return mean and (self.worst is None or min(scores) >= self.worst)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-    def __str__(self) -> str:
-        unit = " dB" if self.objective == "psnr" else ""
-        parts = [(self.mean, "mean"), (self.worst, "worst")]
-        said = [f"{name} at least {x:g}{unit}" for x, name in parts if x is not None]
-        return f"{self.objective}, {' and '.join(said)}"
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What `tune` found. Printable.
-
-    Args:
-        preset: rules, what they were made for, and what was measured.
-        profile, candidates: what they were solved from.
-        points: the frontier, from the cheapest choice to dense.
-        chosen: number of the preset's choice among them; None for one between them.
-    """
-
-    preset: Preset
-    profile: Profile = field(repr=False)
-    candidates: tuple[Any, ...] = field(repr=False)
-    points: tuple[Point, ...] = field(repr=False)
-    point: Point = field(repr=False)
-    options: Options = field(default_factory=Options, repr=False)
-
-    @property
-    def method(self) -> Mixed:
-        return self.preset.method
-
-    @property
-    def verified(self) -> bool:
-        return self.preset.verified
-
-    @property
-    def measured(self) -> dict[str, Any]:
-        return self.preset.measured
-
-    def attach(self, pipe: Any, **options: Any) -> Attachment:
-        """Attach the rules to a pipeline, as `gen_accel.attach(pipe, preset=...)` does."""
-        return put_on(pipe, self.method, **options)
-
-    def save(self, path: str | Path) -> "Tuned":
-        """Write the preset to a *.json file, and the profile to *.safetensors beside it."""
-        written = write_preset(path, self.preset, self.profile, self.candidates)
-        return replace(self, preset=written)
-
-    def at(self, quality: float) -> "Tuned":
-        """Choose again for another mean score, from the profile and what was measured of it,
-        without a model. The result is not verified.
-
-        Raises:
-            ValueError: nothing was measured, from which a score could be told.
-        """
-        error = self._error_at(quality)
-        point = solving.at_error(self.profile, error, self.options)
-        assert point is not None, "dense attention has no error"
-        bound = {**self.preset.bound, "mean": quality}
-        return self._with(point, self.profile, self.points, bound)
-
-    def solve(self, num_inference_steps: int) -> "Tuned":
-        """Choose again for another number of steps, at the same predicted error, from the profile.
-        The result is not verified.
-
-        Raises:
-            ValueError: the noise levels of so many steps cannot be told without the pipeline.
-        """
-        sigmas = torch.tensor(_sigmas(self.preset.made_for.scheduler, num_inference_steps))
-        profile = self.profile.at_steps(sigmas)
-        point = solving.at_error(profile, self.point.predicted, self.options)
-        assert point is not None, "dense attention has no error"
-        points = tuple(solving.curve(profile, self.options))
-        made_for = replace(self.preset.made_for, sigmas=tuple(sigmas.tolist()))
-        found = self._with(point, profile, points, self.preset.bound)
-        return replace(found, preset=replace(found.preset, made_for=made_for))
-
-    def _with(
-        self, point: Point, profile: Profile, points: Sequence[Point], bound: Mapping[str, Any]
-    ) -> "Tuned":
-        preset = replace(
-            self.preset,
-            method=_rules(point, profile, self.candidates),
-            bound=dict(bound),
-            cost=point.cost,
-            density=point.density,
-            predicted=point.predicted,
-            measured={},
-            curve=_described(points),
-            verified=False,
-        )
-        return replace(self, preset=preset, profile=profile, points=tuple(points), point=point)
-
-    def _error_at(self, quality: float) -> float:
-        """Predicted error at which the mean score is `quality`, by the runs that were measured: the
-        score falls with the logarithm of the error."""
-        runs = self.measured.get("runs", [])
-        if not runs:
-            raise ValueError(
-                "nothing was measured, from which a score could be told: tune with the model"
-            )
-        runs = sorted({(math.log(run["predicted"]), run["mean"]) for run in runs if run["predicted"] > 0})
-        if self.preset.bound.get("objective") == "latent_error" and len(runs) < 2:
-            (place, score), slope = runs[0], runs[0][1]  # the error itself: -exp(log error)
-            return math.exp(place) * quality / score
-        if len(runs) < 2:
-            slope = -20 / math.log(10)
-            place, score = runs[0]
-        else:
-            xs, ys = (torch.tensor(x, dtype=torch.float64) for x in zip(*runs, strict=True))
-            slope = min((((xs - xs.mean()) * (ys - ys.mean())).sum() / (xs - xs.mean()).square().sum()).item(), -1e-6)
-            place, score = xs.mean().item(), ys.mean().item()
-        return math.exp(place + (quality - score) / slope)
-
-    def __str__(self) -> str:
-        preset = self.preset
-        lines = [
-            f"{preset.method.steps} steps on {' x '.join(map(str, preset.made_for.grid))} tokens: "
-            f"density {preset.density:.3f}, attention {preset.cost:.2f} of dense"
-        ]
-        for name, title in (("tuning", "tuning prompts"), ("held_out", "held-out prompts")):
-            runs = preset.measured.get(name, [])
-            if runs:
-                scores = [run["score"] for run in runs]
-                lines.append(
-                    f"{title}: mean {fmean(scores):.1f}, worst {min(scores):.1f} "
-                    f"({preset.bound['objective']}, {len(scores)})"
-                )
-        lines.append("verified" if preset.verified else "not verified: predicted from the profile")
-        return "\n".join(lines)
 
 
 def tune(
@@ -305,24 +149,6 @@ def tune(
     return run.go()
 
 
-def load_tuned(path: str | Path) -> Tuned:
-    """Read a preset with its profile, to choose again from it. No model is needed.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_preset`; a preset without a profile.
-    """
-    path = expanded(path)
-    preset = read_preset(path)
-    profile, candidates = read_profile(preset, path.parent)
-    options = Options(**{**preset.made_by.get("options", {})})
-    options = options._replace(by=tuple(options.by))
-    options.check()
-    point = solving.at_error(profile, preset.predicted, options)
-    assert point is not None, "dense attention has no error"
-    points = tuple(solving.curve(profile, options))
-    return Tuned(preset, profile, candidates, points, point, options)
-
-
 def _split(
     prompts: Sequence[str], held_out: Sequence[str] | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -402,6 +228,11 @@ class _Tuning:
     def go(self) -> Tuned:
         profile = self._profile()
         points = solving.curve(profile, self.options)
+        if len(points) == 1:
+            raise ValueError(
+                "no candidate takes less time than dense attention here, as with few tokens: give "
+                "cost='density', or a larger video"
+            )
         self.tick("solve", 1, 1)
         point, runs, verified = self._verify(profile, points)
         measured = {
@@ -412,14 +243,14 @@ class _Tuning:
         if timed := self.state.notes.get("attention_seconds"):
             measured["attention_seconds"] = timed
         preset = Preset(
-            _rules(point, profile, self.candidates),
+            rules_of_point(point, profile, self.candidates),
             MadeFor.of(self.pipe, self.video.grid, self.call.more, profile.sigmas.tolist()),
             self.bound.to_dict(),
             point.cost,
             point.density,
             point.predicted,
             measured,
-            _described(points),
+            curve_of(points),
             verified,
             None,
             {
@@ -444,7 +275,9 @@ class _Tuning:
     def _about(self) -> dict[str, Any]:
         """What the measurements depend on."""
         plain = (bool, int, float, str, type(None))
-        more = {k: v if isinstance(v, plain) else type(v).__name__ for k, v in self.call.more.items()}
+        more = {
+            k: v if isinstance(v, plain) else type(v).__name__ for k, v in self.call.more.items()
+        }
         return {
             "prompts": self.tuning,
             "held_out": self.held_out,
@@ -473,7 +306,15 @@ class _Tuning:
         errors, seen = TileErrors(tokens), []
         at = self.call.steps // 5 if tiles else 0
 
-        def look(layer: Layer, q: Tensor, k: Tensor, v: Tensor, dense: Tensor, video: VideoShape, run: Callable) -> None:
+        def look(
+            layer: Layer,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            dense: Tensor,
+            video: VideoShape,
+            run: Callable,
+        ) -> None:
             step = handle.clock.step
             self.tick("scout", min(step, at), at + 1)
             if step > at or (seen and not tiles):
@@ -481,16 +322,18 @@ class _Tuning:
             whole = handle.clock.tokens
             seen.append(video if whole is None else whole.video)
             if step == at and tiles:
-                errors.add(layer.number, within(probe, video, seen[-1]), q, k, v, dense, video, run)
+                errors.add(
+                    layer.number, within(probe, video, seen[-1]), q, k, v, dense, video, run
+                )
 
         with put_on(self.pipe, probe, kernel=self.kernel, record=False) as handle:
             handle.observe = look
-            try:
+            with suppress(_Enough):
                 generate(self.pipe, self.tuning[0], 0, self.call)
-            except _Enough:
-                pass
         if not seen:
-            raise ValueError("no attention over a known grid was seen, so that nothing can be tuned")
+            raise ValueError(
+                "no attention over a known grid was seen, so that nothing can be tuned"
+            )
         fit = errors.fit() if tiles else None
         self.tick("scout", 1, 1)
         return seen[0], None if fit is None else fit.tile
@@ -506,7 +349,13 @@ class _Tuning:
                 continue
             self.tick("profile", i, P)
             seen, heard = observe(
-                self.pipe, prompt, i, self.call, self.candidates, rows=self.rows, kernel=self.kernel
+                self.pipe,
+                prompt,
+                i,
+                self.call,
+                self.candidates,
+                rows=self.rows,
+                kernel=self.kernel,
             )
             if known is None:
                 state.put(_kept(i, seen))
@@ -603,8 +452,8 @@ class _Tuning:
                 return points[low], runs, False
             best = max((run["mean"] for run in runs), default=-math.inf)
             raise ValueError(
-                f"only dense attention keeps the bound: {self.bound}; the best that was reached is "
-                f"a mean of {best:.3g}, at density {runs[-1]['density']:.2f}: ask for less, or "
+                f"only dense attention keeps the bound: {self.bound}; the best that was reached "
+                f"is a mean of {best:.3g}, at density {runs[-1]['density']:.2f}: ask for less, or "
                 "give denser candidates"
             )
         return points[found], runs, True
@@ -622,7 +471,7 @@ class _Tuning:
     ) -> list[dict[str, Any]]:
         """Score a choice on prompts, by their numbers: the tuning prompts, then those held out."""
         prompts = [*self.tuning, *self.held_out]
-        method = _rules(point, profile, self.candidates)
+        method = rules_of_point(point, profile, self.candidates)
         found = []
         for i in numbers:
             key = f"score{i}@{point.cost:.12g}:{point.predicted:.12g}"
@@ -631,7 +480,7 @@ class _Tuning:
                     latents = generate(self.pipe, prompts[i], i, self.call)
                 error, score = self._score(i, latents)
                 run = {"prompt": prompts[i], "seed": self.call.seed + i, "score": score}
-                self.state.put(**{key: run | {"latent_error": error}})
+                self.state.note(key, run | {"latent_error": error})
             found.append(self.state.notes[key])
         return found
 
@@ -662,12 +511,12 @@ class _Tuning:
                     dense_seconds = _attention_seconds(handle)
                 self.state.put({f"prompt{i}.latents": latents})
                 if k == 0:
-                    method = _rules(point, profile, self.candidates)
+                    method = rules_of_point(point, profile, self.candidates)
                     with put_on(self.pipe, method, kernel=self.kernel, timed=True) as handle:
                         generate(self.pipe, prompt, i, self.call)
                         sparse_seconds = _attention_seconds(handle)
                     timed = {"dense": dense_seconds, "sparse": sparse_seconds}
-                    self.state.put(attention_seconds=timed)
+                    self.state.note("attention_seconds", timed)
             self._scores(point, profile, [i])
         self.tick("hold out", max(total, 1), max(total, 1))
         return self._scores(point, profile, range(first, first + total))
@@ -686,20 +535,6 @@ def _kept(i: int, seen: Seen) -> dict[str, Tensor]:
     return {f"prompt{i}.{name}": getattr(seen, name) for name in names}
 
 
-def _rules(point: Point, profile: Profile, candidates: Sequence[Any]) -> Mixed:
-    """Rules of a point; of dense attention, one rule that says so."""
-    if (point.settings == len(candidates) - 1).all():
-        return Mixed((Rule(Dense()),), len(point.settings))
-    return solving.rules_of(point.settings, profile.layers.tolist(), candidates)
-
-
-def _described(points: Sequence[Point]) -> tuple[dict[str, float], ...]:
-    return tuple(
-        {"cost": one.cost, "density": one.density, "predicted_error": one.predicted}
-        for one in points
-    )
-
-
 def _check(pipe: Any) -> None:
     """Refuse, by a ValueError, a pipeline whose attention cannot be observed."""
     for name, transformer in served_transformers(pipe).items():
@@ -710,23 +545,3 @@ def _check(pipe: Any) -> None:
             raise ValueError(f"a method is attached to {name} already: detach() first")
         if any(parameter.is_meta for parameter in transformer.parameters()):
             raise ValueError(f"{name} is offloaded: tune without, so that seconds can be told")
-
-
-def _sigmas(scheduler: Mapping[str, Any], steps: int) -> list[float]:
-    """Noise levels of so many steps of a scheduler that a preset describes."""
-    import diffusers
-
-    from gen_accel.pipelines.tuning.measuring import sigmas_of
-
-    kind = getattr(diffusers, str(scheduler["class"]), None)
-    if kind is None or not hasattr(kind, "from_config"):
-        raise ValueError(f"diffusers has no scheduler {scheduler['class']!r}")
-    try:
-        made = kind.from_config(scheduler["config"])
-        made.set_timesteps(steps)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"the noise levels of {steps} steps of {scheduler['class']} cannot be told without the "
-            f"pipeline, which sets them itself ({error}): tune again at {steps} steps"
-        ) from error
-    return sigmas_of(made, steps).tolist()

@@ -34,10 +34,17 @@ class State:
         if path is not None and path.is_file():
             self._read(path)
 
-    def put(self, tensors: Mapping[str, Tensor] | None = None, **notes: Any) -> None:
-        """Add tensors and notes."""
-        self.tensors |= {name: x.cpu() for name, x in (tensors or {}).items()}
-        self.notes |= json.loads(json.dumps(plain(notes)))
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add tensors."""
+        self.tensors |= {name: x.cpu() for name, x in tensors.items()}
+        self._write()
+
+    def note(self, name: str, value: Any) -> None:
+        """Add a note, of what JSON holds."""
+        self.notes[name] = json.loads(json.dumps(plain(value)))
+        self._write()
+
+    def _write(self) -> None:
         if self.path is not None:
             metadata = {ABOUT: json.dumps(self.about), NOTES: json.dumps(self.notes)}
             with replacing(self.path) as partial:
@@ -47,7 +54,9 @@ class State:
         """Return the tensors called prefix.name, by name; None where there are none."""
         start = f"{prefix}."
         return {
-            name.removeprefix(start): x for name, x in self.tensors.items() if name.startswith(start)
+            name.removeprefix(start): x
+            for name, x in self.tensors.items()
+            if name.startswith(start)
         } or None
 
     def remove(self) -> None:
@@ -61,7 +70,9 @@ class State:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{path} is no tuning that could go on: {error}; remove it") from error
+            raise ValueError(
+                f"{path} is no tuning that could go on: {error}; remove it"
+            ) from error
         about = parse_json(metadata.get(ABOUT, "null"), path)
         if about != self.about:
             raise ValueError(
@@ -77,5 +88,3 @@ def differences(earlier: Any, now: Mapping[str, Any]) -> str:
         return "everything"
     names = [name for name in {**earlier, **now} if earlier.get(name) != now.get(name)]
     return ", ".join(sorted(names))
-
-

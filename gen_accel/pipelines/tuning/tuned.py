@@ -1,0 +1,230 @@
+"""What `tune` found: rules, and the profile that others can be solved from."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import diffusers
+import torch
+
+from gen_accel.attention_processors.attached.attachment import Attachment, put_on
+from gen_accel.attention_processors.attached.clock import noise_levels
+from gen_accel.attention_processors.methods.dense import Dense
+from gen_accel.attention_processors.methods.mixed import Mixed, Rule
+from gen_accel.paths import expanded
+from gen_accel.pipelines.tuning import solving
+from gen_accel.pipelines.tuning.preset import Preset, read_preset, read_profile, write_preset
+from gen_accel.pipelines.tuning.profile import Profile
+from gen_accel.pipelines.tuning.solving import Options, Point
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a preset must keep, over the tuning prompts.
+
+    Args:
+        mean: least mean of the scores; None: any.
+        worst: least score of a prompt; None: any.
+        objective: "psnr", in dB; "latent_error", whose scores are its negative; or the name of
+            a function of one's own.
+    """
+
+    mean: float | None
+    worst: float | None = None
+    objective: str = "psnr"
+
+    def holds(self, scores: Sequence[float]) -> bool:
+        """Whether scores keep it."""
+        mean = self.mean is None or fmean(scores) >= self.mean
+        return mean and (self.worst is None or min(scores) >= self.worst)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def __str__(self) -> str:
+        unit = " dB" if self.objective == "psnr" else ""
+        parts = [(self.mean, "mean"), (self.worst, "worst")]
+        said = [f"{name} at least {x:g}{unit}" for x, name in parts if x is not None]
+        return f"{self.objective}, {' and '.join(said)}"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What `tune` found. Printable.
+
+    Args:
+        preset: rules, what they were made for, and what was measured.
+        profile, candidates: what they were solved from.
+        points: the frontier, from the cheapest choice to dense.
+        chosen: number of the preset's choice among them; None for one between them.
+    """
+
+    preset: Preset
+    profile: Profile = field(repr=False)
+    candidates: tuple[Any, ...] = field(repr=False)
+    points: tuple[Point, ...] = field(repr=False)
+    point: Point = field(repr=False)
+    options: Options = field(default_factory=Options, repr=False)
+
+    @property
+    def method(self) -> Mixed:
+        return self.preset.method
+
+    @property
+    def verified(self) -> bool:
+        return self.preset.verified
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        return self.preset.measured
+
+    def attach(self, pipe: Any, **options: Any) -> Attachment:
+        """Attach the rules to a pipeline, as `gen_accel.attach(pipe, preset=...)` does."""
+        return put_on(pipe, self.method, **options)
+
+    def save(self, path: str | Path) -> "Tuned":
+        """Write the preset to a *.json file, and the profile to *.safetensors beside it."""
+        written = write_preset(path, self.preset, self.profile, self.candidates)
+        return replace(self, preset=written)
+
+    def at(self, quality: float) -> "Tuned":
+        """Choose again for another mean score, from the profile and what was measured of it,
+        without a model. The result is not verified.
+
+        Raises:
+            ValueError: nothing was measured, from which a score could be told.
+        """
+        error = self._error_at(quality)
+        point = solving.at_error(self.profile, error, self.options)
+        assert point is not None, "dense attention has no error"
+        bound = {**self.preset.bound, "mean": quality}
+        return self._with(point, self.profile, self.points, bound)
+
+    def solve(self, num_inference_steps: int) -> "Tuned":
+        """Choose again for another number of steps, at the same predicted error, from the profile.
+        The result is not verified.
+
+        Raises:
+            ValueError: the noise levels of so many steps cannot be told without the pipeline.
+        """
+        sigmas = torch.tensor(_sigmas(self.preset.made_for.scheduler, num_inference_steps))
+        profile = self.profile.at_steps(sigmas)
+        point = solving.at_error(profile, self.point.predicted, self.options)
+        assert point is not None, "dense attention has no error"
+        points = tuple(solving.curve(profile, self.options))
+        made_for = replace(self.preset.made_for, sigmas=tuple(sigmas.tolist()))
+        found = self._with(point, profile, points, self.preset.bound)
+        return replace(found, preset=replace(found.preset, made_for=made_for))
+
+    def _with(
+        self, point: Point, profile: Profile, points: Sequence[Point], bound: Mapping[str, Any]
+    ) -> "Tuned":
+        preset = replace(
+            self.preset,
+            method=rules_of_point(point, profile, self.candidates),
+            bound=dict(bound),
+            cost=point.cost,
+            density=point.density,
+            predicted=point.predicted,
+            measured={},
+            curve=curve_of(points),
+            verified=False,
+        )
+        return replace(self, preset=preset, profile=profile, points=tuple(points), point=point)
+
+    def _error_at(self, quality: float) -> float:
+        """Predicted error at which the mean score is `quality`, by the runs that were measured:
+        the score falls with the logarithm of the error."""
+        runs = self.measured.get("runs", [])
+        if not runs:
+            raise ValueError(
+                "nothing was measured, from which a score could be told: tune with the model"
+            )
+        runs = sorted(
+            {(math.log(run["predicted"]), run["mean"]) for run in runs if run["predicted"] > 0}
+        )
+        if self.preset.bound.get("objective") == "latent_error" and len(runs) < 2:
+            (place, score), slope = runs[0], runs[0][1]  # the error itself: -exp(log error)
+            return math.exp(place) * quality / score
+        if len(runs) < 2:
+            slope = -20 / math.log(10)
+            place, score = runs[0]
+        else:
+            xs, ys = (torch.tensor(x, dtype=torch.float64) for x in zip(*runs, strict=True))
+            slope = min(
+                (
+                    ((xs - xs.mean()) * (ys - ys.mean())).sum() / (xs - xs.mean()).square().sum()
+                ).item(),
+                -1e-6,
+            )
+            place, score = xs.mean().item(), ys.mean().item()
+        return math.exp(place + (quality - score) / slope)
+
+    def __str__(self) -> str:
+        preset = self.preset
+        lines = [
+            f"{preset.method.steps} steps on {' x '.join(map(str, preset.made_for.grid))} tokens: "
+            f"density {preset.density:.3f}, attention {preset.cost:.2f} of dense"
+        ]
+        for name, title in (("tuning", "tuning prompts"), ("held_out", "held-out prompts")):
+            runs = preset.measured.get(name, [])
+            if runs:
+                scores = [run["score"] for run in runs]
+                lines.append(
+                    f"{title}: mean {fmean(scores):.1f}, worst {min(scores):.1f} "
+                    f"({preset.bound['objective']}, {len(scores)})"
+                )
+        lines.append("verified" if preset.verified else "not verified: predicted from the profile")
+        return "\n".join(lines)
+
+
+def load_tuned(path: str | Path) -> Tuned:
+    """Read a preset with its profile, to choose again from it. No model is needed.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_preset`; a preset without a profile.
+    """
+    path = expanded(path)
+    preset = read_preset(path)
+    profile, candidates = read_profile(preset, path.parent)
+    options = Options(**{**preset.made_by.get("options", {})})
+    options = options._replace(by=tuple(options.by))
+    options.check()
+    point = solving.at_error(profile, preset.predicted, options)
+    assert point is not None, "dense attention has no error"
+    points = tuple(solving.curve(profile, options))
+    return Tuned(preset, profile, candidates, points, point, options)
+
+
+def rules_of_point(point: Point, profile: Profile, candidates: Sequence[Any]) -> Mixed:
+    """Rules of a point; of dense attention, one rule that says so."""
+    if (point.settings == len(candidates) - 1).all():
+        return Mixed((Rule(Dense()),), len(point.settings))
+    return solving.rules_of(point.settings, profile.layers.tolist(), candidates)
+
+
+def curve_of(points: Sequence[Point]) -> tuple[dict[str, float], ...]:
+    """Describe the points of a frontier, as a preset holds them."""
+    return tuple(
+        {"cost": one.cost, "density": one.density, "predicted_error": one.predicted}
+        for one in points
+    )
+
+
+def _sigmas(scheduler: Mapping[str, Any], steps: int) -> list[float]:
+    """Noise levels of so many steps of a scheduler that a preset describes."""
+    kind = getattr(diffusers, str(scheduler["class"]), None)
+    if kind is None or not hasattr(kind, "from_config"):
+        raise ValueError(f"diffusers has no scheduler {scheduler['class']!r}")
+    try:
+        made = kind.from_config(scheduler["config"])
+        made.set_timesteps(steps)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the noise levels of {steps} steps of {scheduler['class']} cannot be told without "
+            f"the pipeline, which sets them itself ({error}): tune again at {steps} steps"
+        ) from error
+    return [*noise_levels(made, steps)]
