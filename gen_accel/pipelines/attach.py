@@ -18,6 +18,7 @@ from gen_accel.method import Method, is_silent
 from gen_accel.moved import signpost
 from gen_accel.paths import expanded
 from gen_accel.pipelines.long_video.rope import apply_rule
+from gen_accel.pipelines.tuning.ladder import ladder_beside
 from gen_accel.pipelines.tuning.named import choose_preset
 from gen_accel.pipelines.tuning.preset import Preset, Watch
 
@@ -37,6 +38,7 @@ def attach(
     timed: bool = False,
     self_check: bool | None = None,
     record: bool = True,
+    watch: bool = False,
 ) -> "Attachment":
     """Make the self-attention of a pipeline's transformers use `method`.
 
@@ -70,6 +72,10 @@ def attach(
         self_check: compare some rows with the reference the first time that a kernel meets a
             method, shape, dtype and device. By default everywhere but on the CPU and MPS.
         record: count calls for `summary()` and `explain()`, at up to two small operations a call.
+        watch: compute 64 rows of each sparse layer exactly at each step, and report their error in
+            `summary()`. A head that errs more than twice as much as a preset's profile says runs
+            denser from the next step on. It costs 64 of N rows of dense attention, in one of the
+            two calls of guidance.
 
     A method with parameters, such as `SparseLinear()`, starts anew each time it is attached.
 
@@ -93,7 +99,9 @@ def attach(
             raise ValueError(f"give a method or preset, got both: {method!r} and {preset}")
         method, schedule, found = choose_preset(preset, pipe_or_transformer, schedule)
         options = {"kernel": kernel, "dense_kernel": dense_kernel, "timed": timed}
-        options |= {"self_check": self_check, "record": record}
+        options |= {"self_check": self_check, "record": record, "watch": watch}
+        if watch and found is not None and not isinstance(preset, Preset):
+            options["ladder"] = ladder_beside(found, preset)
         if from_lora is not None:
             handle = _attach_trained(
                 pipe_or_transformer, from_lora, schedule=schedule, method=method, **options
@@ -107,7 +115,7 @@ def attach(
         if method is not None:
             raise ValueError(f"give a method or from_lora, got both: {method!r} and {from_lora}")
         options = {"kernel": kernel, "dense_kernel": dense_kernel, "timed": timed}
-        options |= {"self_check": self_check, "record": record}
+        options |= {"self_check": self_check, "record": record, "watch": watch}
         return _attach_trained(pipe_or_transformer, from_lora, schedule=schedule, **options)
     handle = put_on(
         pipe_or_transformer,
@@ -118,6 +126,7 @@ def attach(
         timed=timed,
         self_check=self_check,
         record=record,
+        watch=watch,
     )
     _warn_of_silence(handle)
     return handle

@@ -35,6 +35,7 @@ from gen_accel.attention_processors.attached.transformers import (
     SchedulerOf,
     served_transformers,
 )
+from gen_accel.attention_processors.attached.watch import Ladder, Watch
 from gen_accel.attention_processors.families import SelfAttention, family_of
 from gen_accel.attention_processors.methods.full import Full
 from gen_accel.attention_processors.seam import (
@@ -68,8 +69,14 @@ def put_on(
     self_check: bool | None = None,
     record: bool = True,
     dense_kernel: str | None = None,
+    watch: bool = False,
+    ladder: Ladder | None = None,
 ) -> "Attachment":
-    """Attach `method`, as `gen_accel.attach` does, which has the arguments and errors."""
+    """Attach `method`, as `gen_accel.attach` does, which has the arguments and errors.
+
+    Args:
+        ladder: for the watch.
+    """
     if timed and not record:
         raise ValueError(
             "timed=True writes seconds into the records, which record=False leaves out"
@@ -94,7 +101,8 @@ def put_on(
                 f"{name} is compiled already; load it again, attach, and compile then"
             )
     families = {name: family_of(module) for name, module in transformers.items()}
-    options = Options(method, schedule, kernel, timed, self_check, record, dense_kernel)
+    watching = Watch(ladder) if watch else None
+    options = Options(method, schedule, kernel, timed, self_check, record, dense_kernel, watching)
     handle = Attachment(transformers, families, Clock(scheduler), options)
     for module in transformers.values():
         warn_of_other_attention(module, method, stacklevel=4)
@@ -133,6 +141,7 @@ class Options(NamedTuple):
     self_check: bool | None = None
     record: bool = True
     dense_kernel: str | None = None
+    watch: Watch | None = None
 
 
 # Attachments that are on; when the last goes, cached plans are dropped.
@@ -150,6 +159,7 @@ class Attachment:
         companions: called when this is detached.
         passing: the forward pass under way.
         memories: what the method keeps from step to step; None where it keeps nothing.
+        watch: compares some rows of each sparse call with exact ones; None where nothing does.
         stands_in: full attention, in the place of the model's own, for an extension.
     """
 
@@ -161,7 +171,8 @@ class Attachment:
         options: Options,
     ) -> None:
         self.method, self.schedule, self.kernel = options[:3]
-        self.timed, self.self_check, self.is_recording, self.dense_kernel = options[3:]
+        self.timed, self.self_check, self.is_recording, self.dense_kernel = options[3:7]
+        self.watch = options.watch
         alike = all(family.MASKS_ALIKE for family in families.values())
         self.passing = ForwardPass(clock, alike)
         self.records: dict[tuple[str, int], Record] = {}
@@ -390,6 +401,7 @@ class Attachment:
             steps=dict(passing.steps),
             passes=dict(passing.passes),
             silence=said,
+            watching=None if self.watch is None else self.watch.seen(),
         )
 
     def explain(self, step: int | None = None, layer: str | int | None = None) -> str:
@@ -432,7 +444,7 @@ class Attachment:
         if not traced:
             self._check_grid()
         # Without a schedule of steps they are counted for the records, which a graph has not.
-        recorded = self.clock.scheduler is not None and not traced
+        recorded = (self.clock.scheduler is not None or self.watch is not None) and not traced
         needed = self.schedule.needs_step or any(e.needs_step for e in self.extensions)
         needed = needed or self.memories is not None
         needed = needed or (self._changes and self.clock.scheduler is not None)
@@ -448,6 +460,8 @@ class Attachment:
             )
             if begins:
                 self.records.clear()
+            if self.watch is not None:
+                self._look(self.watch, anew=begins)
         if self.memories is not None:
             self._remember(self.memories, transformer, args, kwargs)
 
@@ -466,6 +480,12 @@ class Attachment:
         for method in dict.fromkeys(sparse):
             check_grid(method, video)
         self._fitting = video
+
+    @torch.compiler.disable(reason=STEPS)
+    def _look(self, watch: Watch, *, anew: bool) -> None:
+        """Read what the watch saw at the last step, once a step."""
+        if anew or self.passing.passes[self.clock.step] == 1:
+            watch.begins(anew=anew)
 
     @torch.compiler.disable(reason=STEPS)
     def _remember(self, memories: Memories, transformer: Any, args: tuple, kwargs: dict) -> None:

@@ -28,6 +28,7 @@ from gen_accel.attention_processors.attached.memories import (
 )
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.summary import Record
+from gen_accel.attention_processors.attached.watch import Watch
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.full import Full
 from gen_accel.attention_processors.seam import Call
@@ -107,6 +108,7 @@ class Handle(Protocol):
         records: by layer and step.
         checked: what the self-check has seen.
         memories: what the method keeps from step to step; None where it keeps nothing.
+        watch: compares some rows of each sparse call with exact ones; None where nothing does.
     """
 
     schedule: Schedule
@@ -122,6 +124,7 @@ class Handle(Protocol):
     records: dict[tuple[str, int], Record]
     checked: dict[tuple[Hashable, str], str | None]
     memories: Memories | None
+    watch: Watch | None
 
 
 def attend(handle: Handle, layer: Layer, call: Call) -> Tensor:
@@ -195,8 +198,12 @@ def method_now(handle: Handle, layer: Layer) -> Any:
     if not layer.changes:
         return layer.method
     passing = handle.passing
+    step = passing.clock.step
     method = method_at(layer.method, passing.progress)
-    return method_at_step(method, passing.clock.step, passing.clock.steps)
+    method = method_at_step(method, step, passing.clock.steps)
+    if handle.watch is None:
+        return method
+    return handle.watch.method(layer.name, layer.number, step, method, layer.heads)
 
 
 def runs_stock(handle: Handle, call: Call, tokens: Tokens) -> bool:
@@ -331,6 +338,8 @@ def computed(
     def whole(q: Tensor, k: Tensor, v: Tensor, video: VideoShape) -> Tensor:
         plans.clear()
         out = around(by_method, handle.extensions, video)(q, k, v, video)
+        if why is None and handle.watch is not None:
+            watched(handle, handle.watch, layer, call, q, k, v, out, video)
         if record is not None:
             choice = chosen[-1] if chosen else None  # a method may do without a kernel
             B, H, N, D = q.shape
@@ -338,6 +347,27 @@ def computed(
         return out
 
     return _joined(handle, layer, call, tokens, whole)
+
+
+def watched(
+    handle: Handle,
+    watch: Watch,
+    layer: Layer,
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    video: VideoShape,
+) -> None:
+    """Let the watch look at a call of the method, unless a technique for longer video changed
+    what is exact."""
+    step = handle.passing.clock.step
+    if active(handle.extensions, video) or not watch.looks(layer.name, step):
+        return
+    first = 0 if call.heads is None else call.heads.start
+    about = layer.name, layer.number, step, method_now(handle, layer)
+    watch.look(*about, q, k, v, out, scale=call.scale, first=first)
 
 
 def runner(

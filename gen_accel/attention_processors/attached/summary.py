@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_accel.attention_processors.attached.watch import Watching
 from gen_accel.kernels import Choice
 from gen_accel.method import parts_of
 from gen_accel.plan import Plan, Route
@@ -263,6 +264,7 @@ class Summary:
         layers: all that the method was attached to, by name, and why each is dense at all steps.
         steps: each step to why all layers are dense there.
         passes: forward passes of the transformers in each step.
+        watching: errors of some rows of the sparse calls; None without a watch.
     """
 
     method: Any
@@ -272,6 +274,7 @@ class Summary:
     steps: Mapping[int, str | None] = field(default_factory=dict, repr=False)
     passes: Mapping[int, int] = field(default_factory=dict, repr=False)
     silence: Silence = field(default_factory=Silence, repr=False)
+    watching: Watching | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -347,6 +350,7 @@ class Summary:
             "attention_flops_share": self.flops_share,
             "attention_seconds": self.seconds,
             **self._remembered(),
+            **({} if self.watching is None else {"watch": self.watching.to_dict()}),
             "layers": {
                 layer: {"steps": self._steps(layer), **self._totals(layer)}
                 for layer in dict.fromkeys(layer for layer, _ in self.records)
@@ -413,6 +417,8 @@ class Summary:
                 for steps in (self.learned, self.reused)
             )
             lines.append(f"learned at {made}, reused at {used}")
+        if self.watching is not None:
+            lines.append(str(self.watching))
         lines += self._groups()
         if self.silence.displaced:
             lines.append(

@@ -114,6 +114,11 @@ class Mixed:
         method."""
         return self._first(q, k, v, video=video, kernel=kernel)
 
+    def __str__(self) -> str:
+        kinds = sorted({type(rule.method).__name__ for rule in self.rules})
+        rules = f"{len(self.rules)} rules" if len(self.rules) > 1 else "one rule"
+        return f"Mixed: {rules} for {self.steps} steps, of {', '.join(kinds)}"
+
     @property
     def _first(self) -> Any:
         return self.for_layer(0).at_step(0, self.steps)
