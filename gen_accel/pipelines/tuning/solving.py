@@ -6,8 +6,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from gen_accel.attention_processors.methods.mixed import Mixed, Rule
-from gen_accel.method import parts_of
+from gen_accel.attention_processors.methods.mixed import Mixed, Rule, head_method
+from gen_accel.method import layer_method, parts_of
 from gen_accel.pipelines.tuning.knapsack import Choice, frontier, within
 from gen_accel.pipelines.tuning.profile import Profile
 from gen_accel.values import shown
@@ -69,10 +69,34 @@ def curve(profile: Profile, options: Options = DEFAULT, points: int = POINTS) ->
 
 
 def at_error(profile: Profile, error: float, options: Options = DEFAULT) -> Point | None:
-    """Find the cheapest choice with a predicted relative error of at most `error`; None if even
+    """Find the cheapest choice with an error, see `bounded`, of at most `error`; None if even
     dense attention exceeds it."""
     found = within(*_problem(profile, options), error**2)
     return None if found is None else _point(profile, found, options)
+
+
+def bounded(profile: Profile, settings: Tensor, options: Options = DEFAULT) -> float:
+    """Error of a choice, (S, L, H), as `at_error` bounds it: with scale "mean" the predicted one,
+    with "worst" more."""
+    errors = profile.unit_errors(scale=options.scale)
+    return errors.gather(-1, settings[..., None]).sum().sqrt().item()
+
+
+def settings_of(
+    mixed: Mixed, layers: Sequence[int], heads: int, candidates: Sequence[Any]
+) -> Tensor:
+    """(S, L, H) numbers of the candidates that rules run; ValueError for another method."""
+    rows = []
+    for layer in layers:
+        own = {layer_method(one, layer): i for i, one in enumerate(candidates)}
+        by_step = mixed.for_layer(layer).methods
+        for method in by_step:
+            for head in range(heads):
+                one = head_method(method, head)
+                if one not in own:
+                    raise ValueError(f"the profile has no candidate {one!r}, which a rule names")
+                rows.append(own[one])
+    return torch.tensor(rows).view(len(layers), mixed.steps, heads).transpose(0, 1).contiguous()
 
 
 def _problem(profile: Profile, options: Options) -> tuple[Tensor, Tensor]:

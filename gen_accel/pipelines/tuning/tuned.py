@@ -59,7 +59,7 @@ class Tuned:
         preset: rules, what they were made for, and what was measured.
         profile, candidates: what they were solved from.
         points: the frontier, from the cheapest choice to dense.
-        chosen: number of the preset's choice among them; None for one between them.
+        point: the choice of the preset.
     """
 
     preset: Preset
@@ -97,7 +97,7 @@ class Tuned:
         Raises:
             ValueError: nothing was measured, from which a score could be told.
         """
-        error = self._error_at(quality)
+        error = self._error_at(quality) * self._bounded / max(self.point.predicted, 1e-12)
         point = solving.at_error(self.profile, error, self.options)
         assert point is not None, "dense attention has no error"
         bound = {**self.preset.bound, "mean": quality}
@@ -112,12 +112,23 @@ class Tuned:
         """
         sigmas = torch.tensor(_sigmas(self.preset.made_for.scheduler, num_inference_steps))
         profile = self.profile.at_steps(sigmas)
-        point = solving.at_error(profile, self.point.predicted, self.options)
+        point = solving.at_error(profile, self._bounded, self.options)
         assert point is not None, "dense attention has no error"
         points = tuple(solving.curve(profile, self.options))
         made_for = replace(self.preset.made_for, sigmas=tuple(sigmas.tolist()))
         found = self._with(point, profile, points, self.preset.bound)
         return replace(found, preset=replace(found.preset, made_for=made_for))
+
+    @property
+    def _bounded(self) -> float:
+        return solving.bounded(self.profile, self.point.settings, self.options)
+
+    def plot(self, path: str | Path) -> Path:
+        """Write a PNG: the method of each layer, head and step, and the frontier with hand
+        settings. Raises ValueError for a path without .png."""
+        from gen_accel.pipelines.tuning.picture import settings_picture
+
+        return settings_picture(self, path)
 
     def _with(
         self, point: Point, profile: Profile, points: Sequence[Point], bound: Mapping[str, Any]
@@ -193,9 +204,12 @@ def load_tuned(path: str | Path) -> Tuned:
     options = Options(**{**preset.made_by.get("options", {})})
     options = options._replace(by=tuple(options.by))
     options.check()
-    point = solving.at_error(profile, preset.predicted, options)
-    assert point is not None, "dense attention has no error"
+    if preset.method.steps != profile.steps:  # it was solved for another number of steps
+        profile = profile.at_steps(torch.tensor(preset.made_for.sigmas))
+    heads = profile.errors.shape[3]
+    settings = solving.settings_of(preset.method, profile.layers.tolist(), heads, candidates)
     points = tuple(solving.curve(profile, options))
+    point = solving.point_of(profile, settings)
     return Tuned(preset, profile, candidates, points, point, options)
 
 

@@ -34,9 +34,10 @@ from gen_accel.pipelines.tuning.measuring import (
     relative_error,
     weight_of_step,
 )
+from gen_accel.pipelines.tuning.picture import cells, hand_settings, write_page
 from gen_accel.pipelines.tuning.preset import read_preset
 from gen_accel.pipelines.tuning.runs import Call, decoded, generate, keeping, repeating
-from gen_accel.pipelines.tuning.solving import Options, curve
+from gen_accel.pipelines.tuning.solving import Options, at_error, curve
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 SIZES: dict[str, Any] = {
@@ -410,3 +411,37 @@ def test_a_schedule_wins_over_a_preset(found):
     dense = generate(pipe, "a cat", 0, CALL)
     with attach(pipe, preset=found[0], schedule=Schedule(dense_steps=4), kernel="gather"):
         assert torch.equal(generate(pipe, "a cat", 0, CALL), dense)
+
+
+def test_the_watch_of_a_preset_knows_what_to_expect(found):
+    pipe = pipeline()
+    with attach(pipe, preset=found[0], kernel="gather", watch=True) as handle:
+        generate(pipe, PROMPTS[0], 0, CALL)
+        watching = handle.summary().watching
+    assert watching.calls
+    assert all(one.expected is not None for one in watching.calls.values())
+    assert 0.3 < watching.over_expected < 3  # of 64 rows, on a prompt that was tuned on
+
+
+def test_its_picture_and_page(found, tmp_path):
+    _, result = found
+    image, names = cells(result)
+    assert image.shape == (LAYERS * HEADS, 4, 3)
+    assert names
+    page = write_page(result, tmp_path / "tuned.html")
+    text = page.read_text()
+    assert "held out were looked at once" in text
+    assert "Closest to the bound" in text
+    assert page.with_suffix(".png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match=r"must end in \.png"):
+        result.plot(tmp_path / "tuned.jpg")
+
+
+def test_hand_settings_are_never_better_than_the_frontier(found):
+    _, result = found
+    for hand in hand_settings(result):
+        as_cheap = [p.predicted for p in result.points if p.density <= hand.density + 1e-9]
+        nearest = min(as_cheap, default=float("inf"))
+        exact = at_error(result.profile, hand.predicted, result.options)
+        assert exact.density <= hand.density + 1e-9
+        assert nearest > 0
