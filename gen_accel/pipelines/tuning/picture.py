@@ -61,7 +61,10 @@ def settings_picture(found: "Tuned", path: str | Path) -> Path:
     left.xaxis.get_major_locator().set_params(integer=True)
     left.set_xlabel("step")
     left.set_ylabel("layer, a row for each head" if heads > 1 else "layer")
-    patches = [Patch(color=np.array(COLOURS.get(n, OTHER)) / 255, label=n) for n in names]
+    patches = [
+        Patch(color="#{:02x}{:02x}{:02x}".format(*COLOURS.get(name, OTHER)), label=name)
+        for name in names
+    ]
     figure.legend(handles=patches, ncols=len(patches), frameon=False, loc="outside lower left")
     left.set_title("Setting: colour by method, lighter is sparser", fontsize=11)
     _draw_frontier(right, found)

@@ -1,0 +1,63 @@
+"""Tables of docs/tune.md, from the result files of `tune.py`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "results"
+FILES = (
+    "tune_65_old",
+    "tune_65_all",
+    "tune_65_all_2_prompts",
+    "tune_65_all_8_prompts",
+    "tune_65_all_worst",
+    "tune_129_all",
+)
+
+
+def lines() -> list[str]:
+    """Lines of all tables, of the result files that are there."""
+    made: list[str] = []
+    used = []
+    for name in FILES:
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            report = json.loads(path.read_text(encoding="utf-8"))
+            made += [*of_file(report), ""]
+            used.append(f"[{name}](../benchmarks/results/{name}.json)")
+    return [*made, f"By `benchmarks/tune.py`, from {', '.join(used)}."]
+
+
+def of_file(report: dict[str, Any]) -> list[str]:
+    """A table of one run: hand settings, then points of the frontier."""
+    clips = len(next(iter(report["settings"].values()))["each"])
+    among = "the four older methods" if report["families"] == "old" else "all methods"
+    weighed = "" if report["scale"] == "mean" else ", errors of the worst prompt"
+    made = [
+        f"{report['frames']} frames, {report['steps']} steps, candidates of {among}, tuned on "
+        f"{report['tuning_prompts']} prompts{weighed}; PSNR over {clips} prompts that were not "
+        "tuned on:",
+        "",
+        "| setting | density | attention / dense | PSNR mean | worst | fewer pairs | less time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    equal = report["at_equal_quality"]["old_hand_settings"]
+    for name, one in report["settings"].items():
+        if "psnr" not in one:
+            continue
+        gain = equal.get(name, {})
+        cells = [
+            name,
+            f"{one['density']:.3f}",
+            _number(one.get("attention_share", {}).get("attention"), "{:.2f}"),
+            f"{one['psnr']:.1f}",
+            f"{one['worst']:.1f}",
+            _number(gain.get("density"), "{:.0%}"),
+            _number(gain.get("attention"), "{:.0%}"),
+        ]
+        made.append(f"| {' | '.join(cells)} |")
+    return made
+
+
+def _number(value: float | None, shape: str) -> str:
+    return "" if value is None else shape.format(value)
