@@ -52,6 +52,8 @@ API = {
                     ("block_mixture", "BlockMixture"),
                     ("sparse_linear", "SparseLinear"),
                     ("reuse", "Reuse"),
+                    ("mixed", "Mixed"),
+                    ("mixed", "Rule"),
                     ("dense", "Dense"),
                 )
             ),
@@ -86,6 +88,15 @@ API = {
             "gen_accel.pipelines.image_prompt.load.load_image_prompt",
             "gen_accel.pipelines.image_prompt.handle.ImagePrompt",
             "gen_accel.pipelines.image_prompt.strength.ScaleRange",
+        ],
+    ),
+    "tune": (
+        "Tune",
+        [
+            "gen_accel.pipelines.tuning.stages.tune",
+            "gen_accel.pipelines.tuning.tuned.Tuned",
+            "gen_accel.pipelines.tuning.tuned.load_tuned",
+            "gen_accel.pipelines.tuning.preset.Preset",
         ],
     ),
     "finetune": (
