@@ -150,3 +150,56 @@ def test_what_it_returns_must_be_a_method():
         pytest.raises(ValueError, match=r"method must be an instance such as Radial\(\), got 0.0"),
     ):
         generate(pipe, 2)
+
+
+def test_dense_steps_are_named_by_their_numbers():
+    schedule = Schedule(dense=(1, 2, -2))
+    assert schedule.needs_total
+    assert schedule.sparse_steps(6) == (0, 3, 5)
+    assert not Schedule(dense=(1, 2)).needs_total
+    assert Schedule(dense=(1, 2)).why_step(2, None) == "named step"
+    assert [schedule.progress(i, 6) for i in (0, 3, 5)] == [0, 0.5, 1]
+
+
+def test_steps_that_pass_through_a_range_of_noise_are_dense():
+    schedule = Schedule(dense_noise=(0.95, 0.8))
+    levels = (1.0, 0.97, 0.9, 0.8, 0.5, 0.0)
+    assert schedule.sparse_steps(5, levels) == (0, 3, 4)
+    # The one step of a short run that spans the range.
+    assert schedule.sparse_steps(3, (1.0, 0.75, 0.4, 0.0)) == (1, 2)
+    assert schedule.sparse_steps(10) == (2, 3, 4, 5, 6, 7, 8, 9)
+
+
+def test_the_noise_is_the_schedulers_own():
+    pipe = pipeline()
+    with attach(
+        pipe, RADIAL, schedule=Schedule(dense_noise=(0.99, 0.8)), kernel="gather"
+    ) as handle:
+        generate(pipe, 6)
+        levels = handle.clock.levels()
+        assert levels is not None
+        assert len(levels) == 7
+        assert levels[0] > 0.99
+        assert levels[-1] == 0
+        dense = {step for step, why in handle.passing.steps.items() if why}
+        assert dense == {i for i in range(6) if levels[i + 1] < 0.99 and levels[i] > 0.8}
+        assert 0 < len(dense) < 6
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dense_noise": (0.5, 0.9)}, "dense_noise must be"),
+        ({"dense_noise": (1.5, 0.5)}, "dense_noise must be"),
+        ({"dense": (0.5,)}, "dense"),
+        ({"dense_noise": (0.9,)}, "dense_noise"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        Schedule(**options)
+
+
+def test_noise_needs_a_pipeline():
+    with pytest.raises(ValueError, match="which only a pipeline knows"):
+        attach(transformer(), RADIAL, schedule=Schedule(dense_noise=(0.9, 0.8)))
