@@ -92,8 +92,8 @@ def put_on(
         scheduler = SchedulerOf(pipe_or_transformer)
     elif schedule.needs_total:
         raise ValueError(
-            "dense_start and dense_end are shares of the steps, which only a pipeline knows: "
-            "attach to the pipeline, or use dense_steps"
+            "dense_start, dense_end, dense_noise and steps counted from the end need all steps, "
+            "which only a pipeline knows: attach to the pipeline, or use dense_steps"
         )
     for name, module in transformers.items():
         if is_compiled(module):

@@ -71,7 +71,7 @@ def frontier(errors: Tensor, costs: Tensor, points: int) -> list[Choice]:
     """
     high = steepest(errors, costs)
     found = {0.0: choose(errors, costs, 0.0), high: choose(errors, costs, high)}
-    for lam in torch.logspace(-12, 0, 40 * points, dtype=torch.float64).tolist():
+    for lam in torch.logspace(-10, 0, 16 * points, dtype=torch.float64).tolist():
         found[lam * high] = choose(errors, costs, lam * high)
     distinct = sorted(
         {(one.cost, one.error): one for one in found.values()}.values(), key=_by_cost
