@@ -114,6 +114,8 @@ class MethodParts(NamedTuple):
             Default: itself.
         for_heads: (heads) -> method of a process that holds this slice of a layer's heads.
             Default: itself.
+        together: (methods) -> one method that gives each head its own of `methods`, one a head;
+            None where it cannot. Their blocks are then chosen at once.
         for_device: (device) -> method with device-dependent options filled in, as saved to files.
             Default: itself.
         within: (video, whole) -> method for a layer whose grid is smaller than the model's.
@@ -142,6 +144,7 @@ class MethodParts(NamedTuple):
     at: Callable[[float], Any] | None = None
     at_step: Callable[[int, int | None], Any] | None = None
     for_heads: Callable[[slice], Any] | None = None
+    together: Callable[[tuple[Any, ...]], Any] | None = None
     for_device: Callable[[torch.device], Any] | None = None
     within: Callable[[VideoShape, VideoShape], Any] | None = None
     tiled: Callable[[Any], Any] | None = None
@@ -170,6 +173,7 @@ CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "at": (("progress",), ()),
     "at_step": (("step", "steps"), ()),
     "for_heads": (("heads",), ()),
+    "together": (("methods",), ()),
     "for_device": (("device",), ()),
     "within": (("video", "whole"), ()),
     "tiled": (("tile",), ()),

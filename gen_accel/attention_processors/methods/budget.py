@@ -14,6 +14,7 @@ by the tokens that it holds. Unlike DraftAttention, each query block keeps one k
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ class Budget(NamedTuple):
     """The options of a method.
 
     Args:
-        critical: share of the key blocks of a "row", or of the pairs of blocks of a "head".
+        critical: share of the key blocks of a "row", or of the pairs of blocks of a "head". A
+            tuple has one for each head.
         by: who shares it: each query block keeps as many, or enough to hold `mass` of its
             attention, or a head keeps the best of all its pairs of blocks.
         mass: share of the attention of a mean query, in (0, 1].
@@ -39,7 +41,7 @@ class Budget(NamedTuple):
             stands for them.
     """
 
-    critical: float
+    critical: float | tuple[float, ...]
     by: By = "row"
     mass: float | None = None
     alike: float | None = None
@@ -66,7 +68,8 @@ def check_budget(budget: Budget, critical: float) -> None:
     Args:
         critical: the method's default.
     """
-    if not 0 < budget.critical <= 1:
+    shares = budget.critical if isinstance(budget.critical, tuple) else (budget.critical,)
+    if not all(0 < share <= 1 for share in shares):
         raise ValueError(f"critical must be in (0, 1], got {budget.critical}")
     if budget.by == "mass":
         if budget.mass is None or not 0 < budget.mass <= 1:
@@ -91,14 +94,18 @@ def chosen(by: Scores, q: Tensor, budget: Budget, worst: int = 0) -> Chosen:
     keep = layout.always.expand(B, H, -1, -1).clone()
     skipped = torch.zeros_like(keep) if worst else None
     unlike = None if budget.alike is None else _keep_unlike(keep, by, q, budget.alike)
-    count = layout.count(budget.critical)
-    in_head = max(1, int(budget.critical * layout.held_rows * R))
+    shares = budget.critical if isinstance(budget.critical, tuple) else (budget.critical,)
+    counts = [layout.count(share) for share in shares]
+    count = max(counts)
+    in_head = max(1, int(max(shares) * layout.held_rows * R))
     for some in by.groups():
         scores = by.of(some)
         if unlike is not None:
             scores = scores.masked_fill(unlike[:, some, None], -torch.inf)
         if budget.by == "row":
-            best = scores.topk(count, sorted=False).indices
+            best = scores.topk(count, sorted=len(shares) > 1).indices
+            if len(shares) > 1:
+                best = _first_of_each(best, counts[some])
             keep[:, some].scatter_(-1, layout.numbers(best), True)
             if skipped is not None:
                 scores.scatter_(-1, best, torch.inf)  # so that no block is both
@@ -106,19 +113,27 @@ def chosen(by: Scores, q: Tensor, budget: Budget, worst: int = 0) -> Chosen:
                 skipped[:, some].scatter_(-1, layout.numbers(rest), True)
             del best
         else:
-            shares = by.shares(scores)
+            held = by.shares(scores)
             if budget.by == "mass":
                 assert budget.mass is not None
-                layout.add(keep[:, some], of_mass(shares, budget.mass))
+                layout.add(keep[:, some], of_mass(held, budget.mass))
             else:
-                layout.add(keep[:, some], of_head(shares, layout.rows, in_head))
-            del shares
+                layout.add(keep[:, some], of_head(held, layout.rows, in_head))
+            del held
         del scores  # free before the next heads' scores
     entries = None
     if unlike is None and budget.by != "mass":
         most = count * layout.video_rows if budget.by == "row" else in_head + Kq
         entries = layout.entries + most
     return Chosen(keep, skipped, entries)
+
+
+def _first_of_each(best: Tensor, counts: Sequence[int]) -> Tensor:
+    """Names of the first so many of each head, (B, h, Kq, C) from best to worst; in the place of
+    the others the best again."""
+    wanted = torch.tensor(counts, device=best.device)[:, None, None]
+    taken = torch.arange(best.shape[-1], device=best.device) < wanted
+    return best.where(taken, best[..., :1])
 
 
 def of_mass(shares: Tensor, mass: float) -> Tensor:

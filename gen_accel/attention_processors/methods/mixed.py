@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -286,6 +286,10 @@ class MixedHeads:
             found.setdefault(self.method_of(self.first + head), []).append(head)
         return tuple((method, tuple(some)) for method, some in found.items())
 
+    def merged(self, heads: int) -> tuple[tuple[Any, tuple[int, ...]], ...]:
+        """`groups`, where methods that can choose for several heads at once are one."""
+        return _merged(self, heads)
+
     def plan(self, video: VideoShape, device: torch.device | str = "cpu") -> Plan:
         """Plan of the first method that is not dense, for pictures."""
         sparse = [one.method for one in self.some if not parts_of(one.method).is_dense]
@@ -300,7 +304,7 @@ class MixedHeads:
         self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Callable
     ) -> Tensor:
         """Compute each head by its method: at most one launch a layout."""
-        groups = self.groups(q.shape[1])
+        groups = self.merged(q.shape[1])
         if len(groups) == 1:
             return groups[0][0](q, k, v, video=video, kernel=kernel)
         out = torch.empty_like(q) if not _needs_grad(q, k, v) else None
@@ -322,6 +326,40 @@ class MixedHeads:
             else:
                 _put(out, launch.heads, part)
         return _sorted(made) if out is None else out
+
+
+@lru_cache(maxsize=4096)
+def _merged(mixed: MixedHeads, heads: int) -> tuple[tuple[Any, tuple[int, ...]], ...]:
+    groups: list[tuple[Any, tuple[int, ...]]] = []
+    alike: dict[type, list[tuple[Any, tuple[int, ...]]]] = {}
+    for method, some in mixed.groups(heads):
+        if parts_of(method).together is None:
+            groups.append((method, some))
+        else:
+            alike.setdefault(type(method), []).append((method, some))
+    for several in alike.values():
+        groups += _at_once(several)
+    return tuple(groups)
+
+
+def _at_once(
+    groups: list[tuple[Any, tuple[int, ...]]],
+) -> list[tuple[Any, tuple[int, ...]]]:
+    """Put groups of one kind of method together, where the method can."""
+    left, made = list(groups), []
+    while left:
+        method, heads = left.pop(0)
+        of_head = dict.fromkeys(heads, method)
+        for other in list(left):
+            wanted = of_head | dict.fromkeys(other[1], other[0])
+            if parts_of(method).together(tuple(wanted[h] for h in sorted(wanted))) is not None:
+                of_head = wanted
+                left.remove(other)
+        order = tuple(sorted(of_head))
+        if len({*of_head.values()}) > 1:
+            method = parts_of(method).together(tuple(of_head[head] for head in order))
+        made.append((method, order))
+    return made
 
 
 class _Launch(NamedTuple):

@@ -12,7 +12,7 @@ References:
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -187,6 +187,16 @@ class Piecewise:
         """The tile, which must fit into the grid; one token where it is not given."""
         return least_grid_of(self.tile)
 
+    def together(self, methods: "tuple[Piecewise, ...]") -> "Piecewise | None":
+        """One method that gives each head its own of `methods`, where they differ by `critical`
+        under budget="row" alone; None where they differ by more."""
+        if any(one.select != "topk" or one.budget != "row" for one in methods):
+            return None
+        if {replace(one, critical=self.critical) for one in methods} != {self}:
+            return None
+        options = {one.name: getattr(self, one.name) for one in fields(Piecewise)}
+        return OfHeads(**options, shares=tuple(one.critical for one in methods))
+
     def for_device(self, device: torch.device) -> "Piecewise":
         """Method with the centre that it uses on a device, if every call there uses the same."""
         if self.centre != "auto" or device.type == "cuda":
@@ -325,6 +335,21 @@ class Piecewise:
         """Thresholds (B, h, Kq, 1) of scores as `by` gives them."""
         variance = by.variance(scores, some, self.threshold)
         return scores.mean(-1, keepdim=True) + self.tau * (variance + FLOOR).sqrt()
+
+
+@dataclass(frozen=True)
+class OfHeads(Piecewise):
+    """`Piecewise` with a density for each head, whose blocks are chosen at once.
+
+    Args:
+        shares: `critical` of each head.
+    """
+
+    shares: tuple[float, ...] = ()
+
+    @property
+    def _budget(self) -> Budget:
+        return super()._budget._replace(critical=self.shares)
 
 
 @recalled

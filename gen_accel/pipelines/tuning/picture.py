@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +14,6 @@ from gen_accel.method import parts_of
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning import solving
 from gen_accel.pipelines.tuning.solving import Point
-
-if TYPE_CHECKING:
-    from gen_accel.pipelines.tuning.tuned import Tuned
 
 # Of each family at full density; sparser settings are lighter.
 COLOURS = {
@@ -32,9 +29,12 @@ LIGHTEST = 0.25  # share of the colour in the sparsest setting
 WORST = 3  # prompts that are named
 
 
-def settings_picture(found: "Tuned", path: str | Path) -> Path:
+def settings_picture(found: Any, path: str | Path) -> Path:
     """Write a PNG: on the left the setting of each layer and head at each step, on the right the
     frontier.
+
+    Args:
+        found: a `tuned.Tuned`.
 
     Raises:
         ValueError: `path` without .png.
@@ -79,7 +79,7 @@ def settings_picture(found: "Tuned", path: str | Path) -> Path:
     return path
 
 
-def cells(found: "Tuned") -> tuple[np.ndarray, list[str]]:
+def cells(found: Any) -> tuple[np.ndarray, list[str]]:
     """Colours of all heads, (L H, S, 3) uint8, and the names of the methods among them."""
     kinds = [type(one).__name__ for one in found.candidates]
     densities = found.profile.densities.double().mean(0).tolist()
@@ -95,7 +95,7 @@ def cells(found: "Tuned") -> tuple[np.ndarray, list[str]]:
     return np.array(colours)[settings].astype(np.uint8), names
 
 
-def hand_settings(found: "Tuned", dense_steps: Sequence[int] = (0, 1, 2, 3, 4)) -> list[Point]:
+def hand_settings(found: Any, dense_steps: Sequence[int] = (0, 1, 2, 3, 4)) -> list[Point]:
     """Predicted figures of every candidate in all layers, after so many dense steps."""
     dense = len(found.candidates) - 1
     return [
@@ -106,7 +106,7 @@ def hand_settings(found: "Tuned", dense_steps: Sequence[int] = (0, 1, 2, 3, 4)) 
     ]
 
 
-def _draw_frontier(axes: Any, found: "Tuned") -> None:
+def _draw_frontier(axes: Any, found: Any) -> None:
     by_density = found.options.cost == "density"
 
     def place(point: Point) -> float:
@@ -144,7 +144,7 @@ def _draw_frontier(axes: Any, found: "Tuned") -> None:
     axes.legend(frameon=False, fontsize=9)
 
 
-def write_page(found: "Tuned", path: str | Path) -> Path:
+def write_page(found: Any, path: str | Path) -> Path:
     """Write an HTML page with the picture, what was measured, and which prompts gained least.
 
     The picture lies beside it.
@@ -163,7 +163,7 @@ def write_page(found: "Tuned", path: str | Path) -> Path:
     return path
 
 
-def _report(found: "Tuned") -> Mapping[str, Any]:
+def _report(found: Any) -> Mapping[str, Any]:
     preset, made_for = found.preset, found.preset.made_for
     measured = {
         name: {
@@ -189,7 +189,7 @@ def _report(found: "Tuned") -> Mapping[str, Any]:
     }
 
 
-def notes(found: "Tuned") -> list[str]:
+def notes(found: Any) -> list[str]:
     """Say in words what was found, and how far it may be trusted."""
     preset = found.preset
     said = [

@@ -241,3 +241,34 @@ def test_layers_that_a_model_lacks_are_refused():
     rules = (Rule(FIRST, layers=(LAYERS,)),)
     with pytest.raises(ValueError, match="layers of Mixed"):
         attach(pipeline(), Mixed(rules, 3))
+
+
+def test_densities_of_heads_are_chosen_at_once_as_they_are_apart():
+    given = qkv(8)
+    shares = (0.1, 0.5, 0.2, 0.1, 1.0, 0.3, 0.2, 0.7)
+    methods = tuple(Piecewise(share, block_q=16, block_k=16, sink=1) for share in shares)
+    one = methods[0].together(methods)
+    assert one is not None
+    plan = one.plan_for(*given, video=VIDEO)
+    for head, method in enumerate(methods):
+        own = method.plan_for(*(x[:, head : head + 1] for x in given), video=VIDEO)
+        assert torch.equal(plan.keep[:, head : head + 1], own.keep)
+        assert plan.entries >= own.entries
+    mixed = heads_of(*((method, (head,)) for head, method in enumerate(methods)))
+    ((made, heads),) = mixed.merged(8)
+    assert made == one
+    assert heads == tuple(range(8))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Piecewise(0.5, block_q=16, block_k=16, score="mean"),
+        Piecewise(0.5, block_q=16, block_k=8),
+        Piecewise(0.5, block_q=16, block_k=16, budget="head"),
+        Piecewise(select="threshold", block_q=16, block_k=16),
+    ],
+)
+def test_methods_that_differ_by_more_are_chosen_apart(other):
+    assert FIRST.together((FIRST, other)) is None
+    assert len(heads_of((FIRST, (0,)), (other, (1,)), (SECOND, (2, 3))).merged(4)) == 2
