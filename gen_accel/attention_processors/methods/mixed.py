@@ -349,15 +349,17 @@ def _at_once(
     left, made = list(groups), []
     while left:
         method, heads = left.pop(0)
+        together = parts_of(method).together
+        assert together is not None
         of_head = dict.fromkeys(heads, method)
         for other in list(left):
             wanted = of_head | dict.fromkeys(other[1], other[0])
-            if parts_of(method).together(tuple(wanted[h] for h in sorted(wanted))) is not None:
+            if together(tuple(wanted[h] for h in sorted(wanted))) is not None:
                 of_head = wanted
                 left.remove(other)
         order = tuple(sorted(of_head))
         if len({*of_head.values()}) > 1:
-            method = parts_of(method).together(tuple(of_head[head] for head in order))
+            method = together(tuple(of_head[head] for head in order))
         made.append((method, order))
     return made
 
