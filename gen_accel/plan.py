@@ -8,7 +8,7 @@ Letters used in names and comments of this package:
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
@@ -630,6 +630,13 @@ class Plan:
         return self.keeping(torch.ones_like(self.keep[:1, :1]), dynamic=self.dynamic)
 
 
+@lru_cache(maxsize=4096)
+@torch.inference_mode(False)
+def numbers_on(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Whole numbers as int64 on a device, which are sent there once."""
+    return torch.tensor(numbers, device=device)
+
+
 def joined(plans: Sequence[tuple[Sequence[int], Plan]], heads: int) -> Plan:
     """Plan of several heads, from plans of some of them that share a layout, see `lies_as`.
 
@@ -641,7 +648,8 @@ def joined(plans: Sequence[tuple[Sequence[int], Plan]], heads: int) -> Plan:
     first = plans[0][1]
     keep = first.keep.new_empty(samples, heads, *first.keep.shape[2:])
     for some, plan in plans:
-        keep[:, list(some)] = plan.keep
+        own = plan.keep.expand(samples, len(some), -1, -1)
+        keep.index_copy_(1, numbers_on(tuple(some), keep.device), own)
     dynamic = any(plan.dynamic for _, plan in plans)
     bounds = [keep.shape[2] * keep.shape[3] if p.entries is None else p.entries for _, p in plans]
     plan = Plan(first.slots, keep, first.block_q, first.block_k, dynamic=dynamic, rest=first.rest)

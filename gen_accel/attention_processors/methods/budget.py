@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gen_accel.attention_processors.methods.scores import Scores
 from gen_accel.kernels.pooling import block_means
-from gen_accel.plan import Slots
+from gen_accel.plan import Slots, numbers_on
 
 By = Literal["row", "mass", "head"]
 
@@ -131,7 +131,7 @@ def chosen(by: Scores, q: Tensor, budget: Budget, worst: int = 0) -> Chosen:
 def _first_of_each(best: Tensor, counts: Sequence[int]) -> Tensor:
     """Names of the first so many of each head, (B, h, Kq, C) from best to worst; in the place of
     the others the best again."""
-    wanted = torch.tensor(counts, device=best.device)[:, None, None]
+    wanted = numbers_on(tuple(counts), best.device)[:, None, None]
     taken = torch.arange(best.shape[-1], device=best.device) < wanted
     return best.where(taken, best[..., :1])
 

@@ -23,7 +23,7 @@ from gen_accel.method import (
     plan_of,
     within,
 )
-from gen_accel.plan import Plan, joined
+from gen_accel.plan import Plan, joined, numbers_on
 from gen_accel.values import check_types
 from gen_accel.video import VideoShape
 
@@ -459,14 +459,14 @@ def _of_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
         return x
     if heads[-1] - heads[0] == len(heads) - 1:
         return x[:, heads[0] : heads[-1] + 1]
-    return x[:, list(heads)]
+    return x.index_select(1, numbers_on(heads, x.device))
 
 
 def _put(out: Tensor, heads: tuple[int, ...], part: Tensor) -> None:
     if heads[-1] - heads[0] == len(heads) - 1:
         out[:, heads[0] : heads[-1] + 1] = part
     else:
-        out[:, list(heads)] = part
+        out.index_copy_(1, numbers_on(heads, out.device), part)
 
 
 def _sorted(made: Sequence[tuple[tuple[int, ...], Tensor]]) -> Tensor:
