@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.wan import FRAMES, GRID, HEADS, HEIGHT, LAYERS, WIDTH, pipeline, transformer
+from support.wan import (
+    FRAMES,
+    GRID,
+    HEADS,
+    HEIGHT,
+    LAYERS,
+    WIDTH,
+    pipeline,
+    transformer,
+    two_stage,
+)
 
 import gen_accel
 from gen_accel import (
@@ -445,3 +455,14 @@ def test_hand_settings_are_never_better_than_the_frontier(found):
         exact = at_error(result.profile, hand.predicted, result.options)
         assert exact.density <= hand.density + 1e-9
         assert nearest > 0
+
+
+def test_two_transformers_are_tuned_as_one():
+    """As Wan 2.2: each step belongs to one of them, so that rules by step serve both."""
+    pipe = two_stage()
+    result = tuned(pipe, held_out=[])
+    assert result.verified
+    with result.attach(pipe, kernel="gather") as handle:
+        generate(pipe, "a hen", 7, CALL)
+        parts = {name.partition(".")[0] for name, _ in handle.records}
+    assert parts == {"transformer", "transformer_2"}
