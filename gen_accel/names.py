@@ -31,6 +31,8 @@ TECHNIQUES = (
     *("riflex", "position_interpolation", "ultravico", "rotating_anchors", "window_noise"),
     *("continuation", "fresh_noise"),
 )
+PRESETS = ("quality", "balanced", "fast")
+OBJECTIVES = ("psnr", "latent_error")  # of `tune`
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "group", "sequential")
 DEVICES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "mtia")
@@ -60,6 +62,14 @@ def check_loading(dtype: str, offload: str) -> None:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
     if offload not in OFFLOADS:
         raise ValueError(f"offload must be one of {OFFLOADS}, got {offload!r}")
+
+
+def other_steps(preset: object, solved: int, steps: int) -> ValueError:
+    """Make the error for a preset that was solved for another number of steps."""
+    return ValueError(
+        f"{preset} was solved for {solved} steps, not {steps}: gen-accel tune --preset FILE "
+        f"--steps {steps} --out NEW.json solves it anew"
+    )
 
 
 def no_model(name: str) -> ValueError:

@@ -114,6 +114,10 @@ class Mixed:
         method."""
         return self._first(q, k, v, video=video, kernel=kernel)
 
+    def __str__(self) -> str:
+        kinds = sorted({type(rule.method).__name__ for rule in self.rules})
+        return f"Mixed: {len(self.rules)} rules for {self.steps} steps, by {', '.join(kinds)}"
+
     @property
     def _first(self) -> Any:
         return self.for_layer(0).at_step(0, self.steps)

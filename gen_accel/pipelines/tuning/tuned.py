@@ -20,6 +20,8 @@ from gen_accel.pipelines.tuning.preset import Preset, read_preset, read_profile,
 from gen_accel.pipelines.tuning.profile import Profile
 from gen_accel.pipelines.tuning.solving import Options, Point
 
+LARGEST = 100.0  # logarithm of an error that any choice keeps
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -95,11 +97,16 @@ class Tuned:
         without a model. The result is not verified.
 
         Raises:
-            ValueError: nothing was measured, from which a score could be told.
+            ValueError: nothing was measured, from which a score could be told, or only dense
+                attention has the score.
         """
         error = self._error_at(quality)
         point = solving.at_error(self.profile, error, self.options)
-        assert point is not None, "dense attention has no error"
+        if point is None:
+            raise ValueError(
+                f"only dense attention keeps a mean score of {quality:g}, by the profile: ask for "
+                "less"
+            )
         bound = {**self.preset.bound, "mean": quality}
         return self._with(point, self.profile, self.points, bound)
 
@@ -112,9 +119,8 @@ class Tuned:
         """
         sigmas = torch.tensor(_sigmas(self.preset.made_for.scheduler, num_inference_steps))
         profile = self.profile.at_steps(sigmas)
-        point = solving.at_error(profile, self.point.predicted, self.options)
-        assert point is not None, "dense attention has no error"
         points = tuple(solving.curve(profile, self.options))
+        point = solving.at_error(profile, self.point.predicted, self.options) or points[-1]
         made_for = replace(self.preset.made_for, sigmas=tuple(sigmas.tolist()))
         found = self._with(point, profile, points, self.preset.bound)
         return replace(found, preset=replace(found.preset, made_for=made_for))
@@ -161,7 +167,7 @@ class Tuned:
                 -1e-6,
             )
             place, score = xs.mean().item(), ys.mean().item()
-        return math.exp(place + (quality - score) / slope)
+        return math.exp(min(place + (quality - score) / slope, LARGEST))
 
     def __str__(self) -> str:
         preset = self.preset
@@ -193,9 +199,8 @@ def load_tuned(path: str | Path) -> Tuned:
     options = Options(**{**preset.made_by.get("options", {})})
     options = options._replace(by=tuple(options.by))
     options.check()
-    point = solving.at_error(profile, preset.predicted, options)
-    assert point is not None, "dense attention has no error"
     points = tuple(solving.curve(profile, options))
+    point = solving.at_error(profile, preset.predicted, options) or points[-1]
     return Tuned(preset, profile, candidates, points, point, options)
 
 
