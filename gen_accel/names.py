@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 METHODS = (
     *("dense", "radial", "neighborhood", "block_mixture", "sparse_linear", "piecewise", "reuse"),
@@ -65,10 +66,16 @@ def check_loading(dtype: str, offload: str) -> None:
 
 
 def other_steps(preset: object, solved: int, steps: int) -> ValueError:
-    """Make the error for a preset that was solved for another number of steps."""
+    """Make the error for a preset that was solved for another number of steps.
+
+    Args:
+        preset: its file, name or contents.
+    """
+    named = isinstance(preset, str | Path)
+    file = preset if named and preset not in PRESETS else "FILE"
     return ValueError(
-        f"{preset} was solved for {solved} steps, not {steps}: gen-accel tune --preset FILE "
-        f"--steps {steps} --out NEW.json solves it anew"
+        f"{preset if named else 'the preset'} was solved for {solved} steps, not {steps}: "
+        f"gen-accel tune --preset {file} --steps {steps} --out NEW.json solves it anew"
     )
 
 

@@ -286,8 +286,13 @@ def _show_preset(preset: str, sizes: tuple[int | None, ...], text: int, layer: i
         size if asked is None else asked for asked, size in zip(sizes, own, strict=True)
     )
     width = min(_terminal_width(), 80)
+    heads = found.made_for.transformer.get("num_attention_heads")
     table = rules_text(
-        found.method, VideoShape(frames, rows, columns, text), layer=layer, width=width
+        found.method,
+        VideoShape(frames, rows, columns, text),
+        layer=layer,
+        heads=heads if isinstance(heads, int) else None,
+        width=width,
     )
     typer.echo("\n".join([*preset_lines(found), "", table]))
 

@@ -1,5 +1,6 @@
 """Rules of mixed attention as a table: what each head of a layer runs at each step."""
 
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,14 +16,20 @@ Rows = tuple[tuple[str, tuple[str, ...]], ...]  # of one layer: heads, and a cel
 
 
 def rules_text(
-    method: Mixed, video: VideoShape, *, layer: int | None = None, width: int = 80
+    method: Mixed,
+    video: VideoShape,
+    *,
+    layer: int | None = None,
+    heads: int | None = None,
+    width: int = 80,
 ) -> str:
-    """Draw the rules: layers with equal rows together, a row for equal neighbouring heads, a column
-    for equal neighbouring steps.
+    """Draw the rules: equal layers together, equal neighbouring heads in a row, equal neighbouring
+    steps in a column.
 
     Args:
         video: the grid that densities are of.
         layer: the only one to draw; None: all that a rule names.
+        heads: how many a layer has; None: not known.
         width: characters in a line at most.
 
     Raises:
@@ -30,7 +37,7 @@ def rules_text(
     """
     if layer is not None and layer < 0:
         raise ValueError(f"layer must be 0 or more, got {layer}")
-    cells = _Cells(method, video)
+    cells = _Cells(method, video, heads)
     layers = [layer] if layer is not None else [*method.named_layers]
     alike: dict[Rows, list[int]] = {}
     for one in layers:
@@ -44,15 +51,17 @@ def rules_text(
         if any(cell != DENSE for _, row in others for cell in row):
             blocks.append(("other layers" if layers else "all layers", others))
     lines = [line for title, rows in blocks for line in _block(title, rows, width)]
-    return "\n".join([*lines, *cells.legend()])
+    legend = [part for line in cells.legend() for part in textwrap.wrap(line, width)]
+    return "\n".join([*lines, *legend])
 
 
 class _Cells:
     """Cells of a table: a letter for the family, and the share of token pairs that are kept."""
 
-    def __init__(self, method: Mixed, video: VideoShape) -> None:
+    def __init__(self, method: Mixed, video: VideoShape, heads: int | None) -> None:
         self._method, self._video = method, video
-        self._heads = max(method.named_heads, default=-1) + 1
+        self._heads = heads or max(method.named_heads, default=-1) + 1
+        self._more = heads is None  # heads that no rule names
         self._letters: dict[str, str] = {}
         self._known: dict[Any, str] = {}
 
@@ -60,16 +69,18 @@ class _Cells:
         """Rows of a layer, those of equal neighbours together; heads that no rule names last."""
         methods = self._method.for_layer(layer).methods
         found: list[tuple[list[int], tuple[str, ...]]] = []
-        for head in range(self._heads + 1):
+        for head in range(self._heads + self._more):
             row = tuple(self._cell(head_method(one, head)) for one in methods)
             if found and found[-1][1] == row and head < self._heads:
                 found[-1][0].append(head)
             else:
                 found.append(([head], row))
-        *named, (_, last) = found
-        rows = [(spans(heads), row) for heads, row in named]
-        if not named or any(cell != DENSE for cell in last):
-            rows.append(("others" if named else "all", last))
+        others = found.pop() if self._more else None
+        rows = [(f"head{'s' if len(some) > 1 else ''} {spans(some)}", row) for some, row in found]
+        if len(rows) == 1 and not self._more:
+            rows = [("all heads", rows[0][1])]
+        if others and (not rows or any(cell != DENSE for cell in others[1])):
+            rows.append(("others" if rows else "all heads", others[1]))
         return tuple(rows)
 
     def _cell(self, method: Any) -> str:
@@ -89,11 +100,10 @@ class _Cells:
 
     def legend(self) -> Iterator[str]:
         """Say what the cells mean."""
-        yield "columns are steps, counted from 0; rows are heads"
         kinds = [f"{letter} {name}" for name, letter in self._letters.items()]
         if kinds:
             yield f"{', '.join(kinds)}; the number: token pairs kept, in %"
-        yield f"{DENSE} dense, as are layers and heads that are not listed"
+        yield f"{DENSE} dense, as are layers and heads that are not listed; all count from 0"
 
 
 def _block(title: str, rows: Rows, width: int) -> Iterator[str]:
@@ -102,28 +112,19 @@ def _block(title: str, rows: Rows, width: int) -> Iterator[str]:
     first = [i for i in range(steps) if i == 0 or any(row[i] != row[i - 1] for _, row in rows)]
     ends = [*first[1:], steps]
     heads = [name for name, _ in rows]
-    side = max(map(len, ["heads", *heads]))
+    side = max(map(len, ["steps", *heads]))
     columns = []
     for begin, end in zip(first, ends, strict=True):
         cells = [spans(range(begin, end)), *(row[begin] for _, row in rows)]
         wide = max(map(len, cells))
         columns.append([cell.rjust(wide) for cell in cells])
-    yield from _folded(title, width)
+    yield from textwrap.wrap(title, width, subsequent_indent="  ")
     begin = 0
     while begin < len(columns):
         end, used = begin, 2 + side
         while end < len(columns) and (used + 1 + len(columns[end][0]) <= width or end == begin):
             used += 1 + len(columns[end][0])
             end += 1
-        for i, name in enumerate(["heads", *heads]):
+        for i, name in enumerate(["steps", *heads]):
             yield f"  {name:<{side}} {' '.join(column[i] for column in columns[begin:end])}"
         begin = end
-
-
-def _folded(title: str, width: int) -> Iterator[str]:
-    """Lines of a title, broken after commas."""
-    while len(title) > width:
-        cut = title.rfind(",", 0, width) + 1
-        yield title[:cut]
-        title = f"  {title[cut:]}"
-    yield title

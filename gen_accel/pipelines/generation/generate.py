@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from gen_accel.attention_processors.attached.recipe import OtherAttention
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.summary import Summary
 from gen_accel.endings import unwinding
@@ -252,7 +253,8 @@ def _run(job: Job, share: Share) -> dict[int, Generated]:
             if job.several:
                 clip, files = asdict(fitted.clip_of(video)), [*made[i].files.values()]
                 prompt_list.write_done(video.target, job.asked(video), clip, files)
-            warnings.simplefilter("ignore", OtherThanTuned)  # once is enough
+            for kind in (OtherThanTuned, OtherAttention):  # once is enough
+                warnings.simplefilter("ignore", kind)
     return made
 
 

@@ -285,7 +285,7 @@ def _solved(clip: Clip, preset: Preset, name: Any) -> Clip:
     if clip.steps is None:
         return replace(clip, steps=solved)
     if clip.steps != solved:
-        raise names.other_steps("the preset" if name is preset else name, solved, clip.steps)
+        raise names.other_steps(name, solved, clip.steps)
     return clip
 
 
