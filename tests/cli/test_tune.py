@@ -18,6 +18,7 @@ from gen_accel.cli import app
 from gen_accel.measure import estimate, read_video, rules_table
 from gen_accel.pipelines.generation import generate, tune_model
 from gen_accel.pipelines.generation.sampling import Clip
+from gen_accel.pipelines.long_video.rope import apply_rule
 from gen_accel.pipelines.tuning import OtherThanTuned, named, read_preset
 from gen_accel.pipelines.tuning.named import NotMeasured
 
@@ -137,7 +138,9 @@ def test_guidance_and_positions_of_a_lora_are_tuned_with(home, monkeypatch, tmp_
     pipe, seen = wan.pipeline(), []
 
     def tune(pipe, prompts, **options):
-        seen.append((options, pipe.transformer.rope))
+        with pytest.raises(ValueError, match="rule"):  # it has one already
+            apply_rule(pipe.transformer, "riflex", frames=4, trained=3)
+        seen.append(options)
         return "found"
 
     loaded = []
@@ -146,11 +149,12 @@ def test_guidance_and_positions_of_a_lora_are_tuned_with(home, monkeypatch, tmp_
     lora, clip = tmp_path / "run" / "lora", Clip(13, 32, 64, 3, seed=5)
     given = {"clip": clip, "from_lora": lora, "quality": 20.0}
     assert tune_model.tune_model(home / "model", ["a"], **given) == "found"
-    options = seen[0][0]
+    [options] = seen
     assert (options["num_frames"], options["height"], options["width"]) == (13, 32, 64)
     assert (options["num_inference_steps"], options["seed"], options["quality"]) == (3, 5, 20.0)
     assert "guidance_scale" not in options
     assert loaded[0].loras == (str(lora),)
+    apply_rule(pipe.transformer, "riflex", frames=4, trained=3).remove()
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -144,14 +144,12 @@ class Tuned:
     def _error_at(self, quality: float) -> float:
         """Predicted error at which the mean score is `quality`, by the runs that were measured:
         the score falls with the logarithm of the error."""
-        runs = self.measured.get("runs", [])
+        runs = [run for run in self.measured.get("runs", []) if run["predicted"] > 0]
         if not runs:
             raise ValueError(
                 "nothing was measured, from which a score could be told: tune with the model"
             )
-        runs = sorted(
-            {(math.log(run["predicted"]), run["mean"]) for run in runs if run["predicted"] > 0}
-        )
+        runs = sorted({(math.log(run["predicted"]), run["mean"]) for run in runs})
         if self.preset.bound.get("objective") == "latent_error" and len(runs) < 2:
             (place, score), slope = runs[0], runs[0][1]  # the error itself: -exp(log error)
             return math.exp(place) * quality / score
@@ -196,9 +194,12 @@ def load_tuned(path: str | Path) -> Tuned:
     path = expanded(path)
     preset = read_preset(path)
     profile, candidates = read_profile(preset, path.parent)
-    options = Options(**{**preset.made_by.get("options", {})})
-    options = options._replace(by=tuple(options.by))
-    options.check()
+    try:
+        options = Options(**preset.made_by.get("options", {}))
+        options = options._replace(by=tuple(options.by))
+        options.check()
+    except TypeError as error:
+        raise ValueError(f"the options in {path} cannot be read: {error}") from error
     points = tuple(solving.curve(profile, options))
     point = solving.at_error(profile, preset.predicted, options) or points[-1]
     return Tuned(preset, profile, candidates, points, point, options)
