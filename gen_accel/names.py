@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 METHODS = (
     *("dense", "radial", "neighborhood", "block_mixture", "sparse_linear", "piecewise", "reuse"),
@@ -31,6 +32,8 @@ TECHNIQUES = (
     *("riflex", "position_interpolation", "ultravico", "rotating_anchors", "window_noise"),
     *("continuation", "fresh_noise"),
 )
+PRESETS = ("quality", "balanced", "fast")
+OBJECTIVES = ("psnr", "latent_error")  # of `tune`
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "group", "sequential")
 DEVICES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "mtia")
@@ -60,6 +63,20 @@ def check_loading(dtype: str, offload: str) -> None:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
     if offload not in OFFLOADS:
         raise ValueError(f"offload must be one of {OFFLOADS}, got {offload!r}")
+
+
+def other_steps(preset: object, solved: int, steps: int) -> ValueError:
+    """Make the error for a preset that was solved for another number of steps.
+
+    Args:
+        preset: its file, name or contents.
+    """
+    named = isinstance(preset, str | Path)
+    file = preset if named and preset not in PRESETS else "FILE"
+    return ValueError(
+        f"{preset if named else 'the preset'} was solved for {solved} steps, not {steps}: "
+        f"gen-accel tune --preset {file} --steps {steps} --out NEW.json solves it anew"
+    )
 
 
 def no_model(name: str) -> ValueError:

@@ -191,6 +191,8 @@ def root(
     gen-accel estimate --model Wan2.1-T2V-1.3B --height 480 --width 832 --frames 161
     gen-accel simulate neighborhood --frames 30 --height 48 --width 80 --density 0.1
     gen-accel generate --model DIR_OR_REPO --prompt "a cat surfs" --out cat.mp4 --compare
+    gen-accel tune --model DIR_OR_REPO --prompts prompts.txt --quality 28 --out preset.json
+    gen-accel generate --model DIR_OR_REPO --prompt "a cat surfs" --preset preset.json
     gen-accel train lora.yaml      a LoRA for longer videos; `cache` encodes its clips before
     gen-accel metrics cat.mp4      loops, drift, motion and flicker; or against a reference
     gen-accel doctor               versions, devices, what is missing

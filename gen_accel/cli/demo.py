@@ -7,7 +7,7 @@ import typer
 
 from gen_accel.cli import early
 from gen_accel.cli.app import app
-from gen_accel.cli.options import Settings, method_of
+from gen_accel.cli.options import PresetName, Settings, check_instead, method_of
 from gen_accel.cli.printing import print_comparison, print_files, quiet
 from gen_accel.demo import NAME
 from gen_accel.demo.words import check_known
@@ -16,6 +16,7 @@ from gen_accel.paths import expanded
 
 @app.command(short_help="One clip, dense and sparse, on one clock.")
 def demo(
+    context: typer.Context,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -38,6 +39,7 @@ def demo(
         typer.Option(help="Without: what the LoRA was trained through, or radial."),
     ] = None,
     settings: Settings = None,
+    preset: PresetName = None,
     device: Annotated[
         str, typer.Option(help="cpu, cuda or mps. The model is too small for a GPU to gain.")
     ] = "cpu",
@@ -64,6 +66,7 @@ def demo(
     gen-accel demo --frames 257                                 longer, and more to gain
     gen-accel demo --method radial --set decay_factor=0.5       sparser
     gen-accel demo --method neighborhood --set window=9,7,7
+    gen-accel demo --preset balanced                            or a file of `gen-accel tune`
     python -m gen_accel.demo.clips --images --out outputs/stills --frames 5 --count 72
     gen-accel demo --image-prompt outputs/stills/0008.png
 
@@ -80,6 +83,10 @@ def demo(
     early.check_model(NAME if model is None else str(model))
     if model is None and prompt is not None:
         check_known(prompt)
+    early.check_preset(preset, steps)
+    check_instead(context, preset)
+    if preset is not None and image_prompt is not None:
+        raise ValueError("--preset does not go with --image-prompt")
     early.check_files("image", [image_prompt])
     early.check_folder("out", out)
     out = None if out is None else expanded(out)
@@ -92,7 +99,7 @@ def demo(
     if image_prompt is None:
         from gen_accel.demo.job import run
 
-        given |= {"out": out, "with_lora": with_lora}
+        given |= {"out": out, "with_lora": with_lora, "preset": preset}
     else:
         from gen_accel.demo.image_prompts import run
 

@@ -14,6 +14,7 @@ import typer
 from gen_accel import names
 from gen_accel.demo import NAME
 from gen_accel.hub import check_there, parted
+from gen_accel.json_files import read_fields
 from gen_accel.lora.config import Stage
 from gen_accel.paths import check_replaceable, check_video_suffix, expanded
 
@@ -81,6 +82,31 @@ def check_files(what: str, files: Iterable[str | Path | None]) -> None:
     for file in files:
         if file is not None and not expanded(file).exists():
             raise FileNotFoundError(f"no {what} at {file}")
+
+
+def check_preset(preset: str | None, steps: int | None = None) -> None:
+    """Raise FileNotFoundError for a preset that is neither a name nor there, ValueError for a file
+    that holds none or was solved for another number of steps."""
+    if preset is None or preset in names.PRESETS:
+        return
+    path = expanded(preset)
+    if not path.is_file():
+        known = ", ".join(names.PRESETS)
+        hint = names.nearest_to(preset, names.PRESETS)
+        raise FileNotFoundError(f"no preset at {preset}; the names of presets are {known}{hint}")
+    held = read_fields(path)
+    if held.get("gen_accel") != "preset":
+        raise ValueError(f"{preset} is no preset: gen-accel tune writes one")
+    solved = held.get("steps")
+    if steps is not None and isinstance(solved, int) and solved != steps:
+        raise names.other_steps(preset, solved, steps)
+
+
+def check_choice(option: str, word: str, known: Sequence[str]) -> None:
+    """Raise ValueError for a word that is not in `known`."""
+    if word not in known:
+        hint = names.nearest_to(word, known)
+        raise ValueError(f"{option} must be one of {', '.join(known)}, got {word!r}{hint}")
 
 
 def check_sources(what: str, *sources: str | None) -> None:

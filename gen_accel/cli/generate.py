@@ -16,8 +16,11 @@ from gen_accel.cli.options import (
     DenseSteps,
     Kernel,
     MethodName,
+    PresetName,
     Settings,
     Steps,
+    check_instead,
+    check_only,
     method_of,
     schedule,
 )
@@ -66,6 +69,7 @@ def generate(
     ] = None,
     method: MethodName = "radial",
     settings: Settings = None,
+    preset: PresetName = None,
     kernel: Kernel = "auto",
     dense_kernel: DenseKernel = None,
     dense_start: DenseStart = 0.0,
@@ -158,6 +162,8 @@ def generate(
         the same files, a part from each process, on a GPU of its own
     gen-accel generate --model models/wan --prompt "a cat" --method neighborhood \\
         --set window=9,12,12 --set is_causal=true,false,false --kernel flex
+    gen-accel generate --model models/wan --prompt "a cat" --preset preset.json --out cat.mp4
+        the attention that `gen-accel tune` found, at its number of steps
     gen-accel generate --model models/wan --prompt "a cat" --method dense --lora loras/long:0.8
     gen-accel generate --model models/wan --prompt "a cat" --from-lora outputs/lora/lora
     gen-accel generate --model models/wan --prompt "a cat" --frames 161 --extend riflex \\
@@ -185,8 +191,10 @@ def generate(
     names.check_loading(dtype, offload)
     early.check_loras(lora or ())
     early.check_files("LoRA", [from_lora])
+    early.check_preset(preset, steps)
+    check_instead(context, preset)
     if from_latents is not None:
-        _only(context, "from_latents", ("model", "out", "fps", "dtype", "device", "offload"))
+        check_only(context, "from_latents", ("model", "out", "fps", "dtype", "device", "offload"))
     early.check_files("file of latents", [from_latents])
     early.check_files("file of prompts", [prompts])
     early.check_sources("adapter", image_adapter)
@@ -213,7 +221,7 @@ def generate(
         source,
         texts,
         out=out,
-        **_attention(method, settings, dense, from_lora),
+        **_attention(method, settings, dense, from_lora, preset),
         kernel=kernel,
         dense_kernel=dense_kernel,
         clip=Clip(frames, height, width, steps, guidance_scale, negative_prompt, seed, fps),
@@ -239,14 +247,21 @@ def generate(
 
 
 def _attention(
-    method: str, settings: list[str] | None, dense: Any, from_lora: Path | None
+    method: str,
+    settings: list[str] | None,
+    dense: Any,
+    from_lora: Path | None,
+    preset: str | None,
 ) -> dict[str, Any]:
-    """Return a method with its schedule, or a LoRA, with the LoRA's schedule where none is
+    """Return a method with its schedule, or a LoRA or preset, with its own schedule where none is
     given."""
+    own = None if dense == schedule() else dense
+    if preset is not None:
+        return {"preset": preset, "from_lora": from_lora, "schedule": own}
     if from_lora is None:
         return {"method": method_of(method, settings), "schedule": dense}
     _check_method(from_lora, method, settings)
-    return {"from_lora": from_lora, "schedule": None if dense == schedule() else dense}
+    return {"from_lora": from_lora, "schedule": own}
 
 
 def _check_method(from_lora: Path, method: str, settings: list[str] | None) -> None:
@@ -261,20 +276,6 @@ def _check_method(from_lora: Path, method: str, settings: list[str] | None) -> N
         other = type(read_recipe(from_lora).build_method()) is not kind
     if other or settings:
         raise ValueError("--from-lora attaches its own method: leave --method and --set out")
-
-
-def _only(context: Any, option: str, others: tuple[str, ...]) -> None:
-    """Refuse options besides `option` and `others`, which would be ignored."""
-    given = [
-        parameter
-        for parameter in context.command.params
-        if getattr(context.get_parameter_source(parameter.name), "name", "") == "COMMANDLINE"
-    ]
-    wrong = [p.opts[0] for p in given if p.name not in (option, *others)]
-    if wrong:
-        allowed = ", ".join(f"--{name}" for name in others)
-        name = option.replace("_", "-")
-        raise ValueError(f"--{name} goes with {allowed} only, got {', '.join(wrong)}")
 
 
 def _techniques(extend: str | None) -> tuple[str, ...] | None:

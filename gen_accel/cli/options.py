@@ -1,6 +1,6 @@
 """Options that several verbs share, and their translation for the library."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +13,15 @@ Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set", metavar="FIELD=VALUE", help="Set a field of the method. May be repeated."
+    ),
+]
+
+PresetName = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="FILE|NAME",
+        help="What `gen-accel tune` wrote, or quality, balanced, fast. In the place of --method.",
     ),
 ]
 
@@ -50,6 +59,36 @@ def method_of(name: str, settings: Sequence[str] | None) -> Any:
         about = [one for one in settings or () if one.partition("=")[0].strip() in str(error)]
         typed = " ".join(f"--set {one}" for one in about)
         raise ValueError(f"{typed}: {error}" if typed else str(error)) from error
+
+
+def check_instead(context: typer.Context, preset: str | None) -> None:
+    """Refuse --method and --set beside --preset."""
+    if preset is None:
+        return
+    wrong = [option for name, option in given(context).items() if name in ("method", "settings")]
+    if wrong:
+        raise ValueError(
+            f"--preset {preset} takes the place of --method and --set: leave "
+            f"{' and '.join(wrong)} out"
+        )
+
+
+def check_only(context: typer.Context, option: str, others: Iterable[str]) -> None:
+    """Refuse options besides `option` and `others`, which would be ignored."""
+    wrong = [opt for name, opt in given(context).items() if name not in (option, *others)]
+    if wrong:
+        allowed = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        name = option.replace("_", "-")
+        raise ValueError(f"--{name} goes with {allowed} only, got {', '.join(wrong)}")
+
+
+def given(context: typer.Context) -> dict[str, str]:
+    """Map the parameters that the command line gives to their options as typed."""
+    return {
+        str(parameter.name): parameter.opts[0]
+        for parameter in context.command.params
+        if getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
+    }
 
 
 def schedule(start: float = 0.0, end: float = 0.0, steps: int = 0, layers: str = "0") -> Any:

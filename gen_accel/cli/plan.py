@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gen_accel import names
 from gen_accel.cli import early
 from gen_accel.cli.app import app
 from gen_accel.cli.options import (
@@ -13,24 +14,33 @@ from gen_accel.cli.options import (
     DenseStart,
     DenseSteps,
     MethodName,
+    PresetName,
     Settings,
+    check_instead,
+    given,
     method_of,
     schedule,
     whole_numbers,
 )
+from gen_accel.cli.presets import preset_lines
 from gen_accel.demo import model_named
+
+STEPS = 50  # of an estimate
 
 
 @app.command(short_help="A picture of what a method keeps.")
 def show(
+    context: typer.Context,
     method: Annotated[
-        str, typer.Argument(help="See `gen-accel list`; or module:Class of your own.")
-    ],
-    frames: Annotated[int, typer.Option(help="In tokens: of the latent video.")],
-    height: Annotated[int, typer.Option(help="In tokens.")],
-    width: Annotated[int, typer.Option(help="In tokens.")],
+        str | None, typer.Argument(help="See `gen-accel list`; or module:Class of your own.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="In tokens: of the latent video.")] = None,
+    height: Annotated[int | None, typer.Option(help="In tokens.")] = None,
+    width: Annotated[int | None, typer.Option(help="In tokens.")] = None,
     text: Annotated[int, typer.Option(help="Text tokens in the same attention.")] = 0,
     settings: Settings = None,
+    preset: PresetName = None,
+    layer: Annotated[int | None, typer.Option(help="Of a preset, the only one to show.")] = None,
     token: Annotated[
         str | None,
         typer.Option(metavar="F,R,C", help="Frame, row and column of the token to look from."),
@@ -52,17 +62,44 @@ def show(
     gen-accel show radial --frames 41 --height 45 --width 80 --set rule=paper --out mask.png
     gen-accel show neighborhood --frames 9 --height 12 --width 12 --set window=3,5,5 \\
         --token 0,0,0 --out corner.png
+    gen-accel show --preset preset.json                     what `gen-accel tune` chose
+    gen-accel show --preset preset.json --layer 7
+
+    Of a preset's file it is a table: what each head runs at each step, on the grid that it was
+    tuned for or another one. A preset by name is drawn like its method.
     """
-    early.check_names(method=method)
+    early.check_preset(preset)
+    check_instead(context, preset)
+    early.check_names(method=method or "radial")
     early.check_output(out, ".png")
     seen_from = _token(token)
+    is_file = preset is not None and preset not in names.PRESETS
+    if layer is not None and not is_file:
+        raise ValueError(f"--layer is of the file of a preset, got {layer} without --preset FILE")
+    if is_file:
+        wrong = [option for name, option in given(context).items() if name in ("out", "token")]
+        if wrong:
+            raise ValueError(f"a preset's file is shown as a table: leave {', '.join(wrong)} out")
+        early.announce("torch")
+        _show_preset(str(preset), (frames, height, width), text, layer)
+        return
+    if method is None and preset is None:
+        raise ValueError("give a METHOD of `gen-accel list`, or --preset")
+    if frames is None or height is None or width is None:
+        raise ValueError("give --frames, --height and --width, in tokens")
     if out is None and token is not None:
         raise ValueError("--token is drawn in a picture only: add --out mask.png")
     early.announce("torch")
     from gen_accel.measure.pictures import mask_picture, mask_text
     from gen_accel.video import VideoShape
 
-    chosen = method_of(method, settings)
+    if preset is None:
+        chosen = method_of(method or "", settings)
+    else:
+        from gen_accel.pipelines.tuning.named import by_rule
+
+        chosen, when, _ = by_rule(preset)
+        typer.echo(str(when))
     video = VideoShape(frames, height, width, text)
     if out is not None:
         typer.echo(mask_picture(chosen, video, out, token=seen_from))
@@ -72,6 +109,7 @@ def show(
 
 @app.command(short_help="The speed-up to expect, without running.")
 def estimate(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Option(
@@ -84,7 +122,10 @@ def estimate(
     width: Annotated[int, typer.Option(help="Pixels.")],
     method: MethodName = "radial",
     settings: Settings = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    preset: PresetName = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps. Without: the preset's own, or 50.")
+    ] = None,
     dense_start: DenseStart = 0.0,
     dense_end: DenseEnd = 0.0,
     dense_steps: DenseSteps = 0,
@@ -107,23 +148,38 @@ def estimate(
         --set decay_factor=0.2 --dense-start 0.25 --dense-layers 1
     gen-accel estimate --model Wan2.1-T2V-1.3B --height 480 --width 832 --frames 81 \\
         --efficiency 0.7
+    gen-accel estimate --model models/wan --height 480 --width 832 --frames 81 \\
+        --preset preset.json
 
     Kernel efficiency is measured on this machine the first time, which takes seconds.
     """
     early.check_subject(model)
     early.check_names(method=method)
+    early.check_preset(preset, steps)
+    check_instead(context, preset)
     early.announce()
     from gen_accel.measure.estimate import estimate as run
 
+    source = model_named(model)
+    dense = schedule(dense_start, dense_end, dense_steps, dense_layers)
+    if preset is None:
+        chosen = method_of(method, settings)
+    else:
+        from gen_accel.measure.subject import subject_of
+        from gen_accel.pipelines.tuning.named import choose_preset
+
+        own = None if dense == schedule() else dense
+        chosen, dense, tuned = choose_preset(preset, subject_of(source, text).model, own)
+        steps = tuned.method.steps if steps is None and tuned is not None else steps
     result = run(
-        model_named(model),
-        method_of(method, settings),
+        source,
+        chosen,
         height=height,
         width=width,
         num_frames=frames,
-        schedule=schedule(dense_start, dense_end, dense_steps, dense_layers),
+        schedule=dense,
         text=text,
-        steps=steps,
+        steps=STEPS if steps is None else steps,
         efficiency=efficiency,
     )
     typer.echo(str(result))
@@ -216,6 +272,29 @@ def simulate(
     if json is not None:
         write_json(json, [bound.to_dict() for bound in bounds])
         typer.echo(json)
+
+
+def _show_preset(preset: str, sizes: tuple[int | None, ...], text: int, layer: int | None) -> None:
+    """Print what a preset's file says, and its rules as a table."""
+    from gen_accel.measure.rules_table import rules_text
+    from gen_accel.pipelines.tuning import read_preset
+    from gen_accel.video import VideoShape
+
+    found = read_preset(preset)
+    own = found.made_for.grid
+    frames, rows, columns = (
+        size if asked is None else asked for asked, size in zip(sizes, own, strict=True)
+    )
+    width = min(_terminal_width(), 80)
+    heads = found.made_for.transformer.get("num_attention_heads")
+    table = rules_text(
+        found.method,
+        VideoShape(frames, rows, columns, text),
+        layer=layer,
+        heads=heads if isinstance(heads, int) else None,
+        width=width,
+    )
+    typer.echo("\n".join([*preset_lines(found), "", table]))
 
 
 def _tiles(query: str | None, key: str | None) -> Any:

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from gen_accel import demo
+from gen_accel import demo, names
 from gen_accel.attention_processors import Dense
 from gen_accel.attention_processors.attached.recipe import read_recipe
+from gen_accel.attention_processors.methods.mixed import Mixed
 from gen_accel.demo import race
 from gen_accel.demo.detector import detect
 from gen_accel.demo.page import Page
@@ -55,8 +56,9 @@ def run(
     prompt: str = PROMPT,
     seed: int = SEED,
     frames: int = FRAMES,
-    steps: int = STEPS,
+    steps: int | None = None,
     method: Method | None = None,
+    preset: str | Path | None = None,
     device: str = "cpu",
     with_lora: bool | None = None,
 ) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -69,7 +71,9 @@ def run(
     Args:
         model: a folder like the embedded model's, without a LoRA.
         frames: 1 more than a multiple of 4.
+        steps: None: as many as the preset was solved for, or 20.
         method: in place of the LoRA's own.
+        preset: a file of `gen_accel.tune`, or a name, in place of a method; see `attach`.
         device: a GPU gains nothing on so small a model.
         with_lora: False leaves the LoRA away; None means True for the embedded model.
 
@@ -78,10 +82,12 @@ def run(
 
     Raises:
         FileNotFoundError: there is no model.
-        ValueError: an invalid size, method or prompt.
+        ValueError: an invalid size, method, preset or prompt.
         OSError: `out` cannot be written.
     """
     out = Path(out)
+    if preset is not None and method is not None:
+        raise ValueError(f"give a method or preset, got both: {method} and {preset}")
     check(out, prompt, METHOD if method is None else method, device, known=PROMPT)
     if model is None:
         check_known(prompt)
@@ -90,12 +96,15 @@ def run(
         raise ValueError(f"the LoRA is the embedded model's: leave it or model {model} out")
     lora = lora_path(guided=True) if model is None and with_lora is not False else None
     subject = Subject.of(model, lora, method, device)
-    files = _files(out, subject.name)
+    files = _files(out, subject.name if preset is None else "preset")
     quality.check_installed()
     check_writable(files["dense"])
 
-    asked = Clip(frames, SIZE, SIZE, steps, GUIDANCE_SCALE, seed=seed, fps=FPS)
     pipes = [subject.loaded() for _ in range(2)]
+    if preset is not None:
+        subject = subject.by_preset(preset, pipes[1])
+    steps = _steps(steps, subject.method, preset)
+    asked = Clip(frames, SIZE, SIZE, steps, GUIDANCE_SCALE, seed=seed, fps=FPS)
     clip = filled(pipes[0], asked)
     if not is_streamed(pipes[0]):
         kind = type(pipes[0]).__name__
@@ -156,6 +165,16 @@ def detected(result: Comparison) -> dict[str, Any]:
 def _seen(video: np.ndarray) -> dict[str, Any]:
     found = detect(video)
     return {"shows": found.caption, **asdict(found)}
+
+
+def _steps(given: int | None, method: Method, preset: Any) -> int:
+    """Number of steps; ValueError for another than a preset was solved for."""
+    solved = method.steps if isinstance(method, Mixed) else None
+    if given is None:
+        return STEPS if solved is None else solved
+    if solved is not None and given != solved:
+        raise names.other_steps(preset, solved, given)
+    return given
 
 
 def _check_there() -> None:

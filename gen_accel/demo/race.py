@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from gen_accel.attention_processors.attached.schedule import Schedule
+from gen_accel.attention_processors.methods.mixed import Mixed
 from gen_accel.measure.sheets import side_by_side
 from gen_accel.pipelines.generation.decode import decode_stream
 from gen_accel.pipelines.generation.in_turn import Turn, in_turn
@@ -61,7 +62,7 @@ def race(entrants: Sequence[Entrant], prompt: str, clip: Clip) -> list[Denoising
     """
     for entrant in entrants:
         with entrant.handle.scheduled(Schedule()):
-            denoise(entrant.pipe, prompt, replace(clip, steps=1), run=entrant.run)
+            _one_step(entrant, prompt, clip)
     with ExitStack() as stack:
         bar = stack.enter_context(steps_bar())
         for entrant in entrants:
@@ -87,6 +88,17 @@ def race(entrants: Sequence[Entrant], prompt: str, clip: Clip) -> list[Denoising
             return run
 
         return in_turn([job(entrant) for entrant in entrants])
+
+
+def _one_step(entrant: Entrant, prompt: str, clip: Clip) -> None:
+    if not isinstance(entrant.handle.method, Mixed):
+        denoise(entrant.pipe, prompt, replace(clip, steps=1), run=entrant.run)
+        return
+
+    def stop(latents: Tensor) -> None:  # rules are for the whole number of steps
+        entrant.pipe._interrupt = True
+
+    denoise(entrant.pipe, prompt, clip, watch=stop, run=entrant.run)
 
 
 def ratios(first: Denoising, second: Denoising) -> list[float]:

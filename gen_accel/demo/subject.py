@@ -2,7 +2,7 @@
 
 import warnings
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from gen_accel.method import Method, parts_of
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.loading import Loading, load
 from gen_accel.pipelines.long_video import extend
+from gen_accel.pipelines.tuning.named import choose_preset
+from gen_accel.pipelines.tuning.preset import Preset
 
 METHOD = Radial()  # of a model without a LoRA
 DENSE_START = 0.2  # of that
@@ -36,6 +38,8 @@ class Subject:
         lora: a folder; None: the model alone.
         recipe: of the LoRA.
         is_own: whether `method` is what the LoRA was trained through.
+        preset: what gave the method, see `gen_accel.attach`; None: nothing did.
+        schedule: the preset's own.
     """
 
     model: str | Path | None
@@ -44,6 +48,8 @@ class Subject:
     method: Method
     is_own: bool
     device: str
+    preset: str | Path | Preset | None = None
+    schedule: Schedule | None = None
 
     @classmethod
     def of(
@@ -56,8 +62,16 @@ class Subject:
         chosen = own if method is None else method
         return cls(model, lora, recipe, chosen, chosen == own, device)
 
+    def by_preset(self, preset: str | Path, pipe: Any) -> "Subject":
+        """Return the subject with a preset's method; ValueError for one of another model."""
+        method, schedule, found = choose_preset(preset, pipe, None)
+        own = found or preset
+        return replace(self, method=method, schedule=schedule, preset=own, is_own=False)
+
     @property
     def name(self) -> str:
+        if self.preset is not None:
+            return "preset"
         return type(self.method).__name__.lower()
 
     def loaded(self) -> Any:
@@ -68,8 +82,7 @@ class Subject:
         """Attach `method` until `stack` is closed, and what else the LoRA was trained with."""
         timed = pipe.device.type == "cpu"
         if self.recipe is None:
-            schedule = Schedule(dense_start=DENSE_START)
-            handle = attach(pipe, method, schedule=schedule, timed=timed)
+            handle = self._attached(pipe, method, Schedule(dense_start=DENSE_START), timed)
             return Entrant(name, pipe, stack.enter_context(handle))
         rope = [] if self.recipe.rope == "none" else [self.recipe.rope]
         if self.is_own and method == self.method:  # with its parameters and rule on positions
@@ -78,13 +91,21 @@ class Subject:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", OtherAttention)
                 schedule = None if parts_of(method).is_dense else self.recipe.build_schedule()
-                handle = attach(pipe, method, schedule=schedule, timed=timed)
+                handle = self._attached(pipe, method, schedule, timed)
         stack.enter_context(handle)
         techniques = [*rope, *self.recipe.techniques]
         if not techniques:
             return Entrant(name, pipe, handle)
         longer = extend(pipe, techniques, num_frames=self.recipe.frames)
         return Entrant(name, pipe, handle, stack.enter_context(longer))
+
+    def _attached(self, pipe: Any, method: Method, schedule: Schedule | None, timed: bool) -> Any:
+        """Attach a method by a schedule, or a preset's method by the preset's own."""
+        if self.preset is None or method != self.method:
+            return attach(pipe, method, schedule=schedule, timed=timed)
+        if isinstance(self.preset, Preset):
+            return attach(pipe, preset=self.preset, timed=timed)
+        return attach(pipe, method, schedule=self.schedule, timed=timed)
 
 
 def loaded(model: str | Path | None, device: str, lora: Path | None = None) -> Any:

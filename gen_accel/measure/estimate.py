@@ -7,7 +7,8 @@ The model of time is simple:
     speed-up      =  1 / (1 - share x sparse x (1 - computed density / efficiency))
 
 `share` is self-attention's part of a step's FLOPs, `sparse` the part of all (layer, step) pairs
-that the schedule leaves to the method. `computed density` is the share of token pairs that a block
+that the schedule leaves to the method. Of rules, dense pairs are none of them, and densities are
+means over the heads of the others. `computed density` is the share of token pairs that a block
 kernel computes, padding and what a pooled rest costs included. `efficiency` is the achieved share
 of the ideal 1 / computed density: how much faster than dense attention the kernel is on this
 device, times its computed density. It is measured once for a device and kept.
@@ -23,7 +24,7 @@ The speed-up is of the denoising alone.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ import torch
 
 from gen_accel.attention_processors.attached.room import Needed, needed_by
 from gen_accel.attention_processors.attached.schedule import Schedule, as_schedule
+from gen_accel.attention_processors.methods.dense import Dense
+from gen_accel.attention_processors.methods.mixed import Mixed, MixedHeads
 from gen_accel.measure.efficiency import known_efficiency
 from gen_accel.measure.subject import Subject, subject_of
 from gen_accel.method import (
@@ -41,6 +44,7 @@ from gen_accel.method import (
     density_of,
     layer_method,
     memory_of,
+    method_at_step,
     parts_of,
     plan_of,
 )
@@ -246,13 +250,13 @@ def estimate(
     schedule.check_layers(subject.blocks)
     check_layers(method, subject.blocks)
     grid = subject.grid(height, width, num_frames)
-    density, computed, plan = _densities(method, subject.seen(grid))  # before a measurement
+    sparse_share, kinds = _sparse(subject, schedule, steps, method)
+    density, computed, plan = _densities(kinds, subject.seen(grid))  # before a measurement
 
     reached, source = 1.0, "the model's own attention"
-    if not parts_of(method).is_dense:
+    if not all(parts_of(kind).is_dense for kind in kinds):
         reached, source = _efficiency(efficiency, subject, plan)
-    sparse_share = _sparse_share(subject, schedule, steps, method)
-    gain = _Gain(subject, method, sparse_share, reached)
+    gain = _Gain(subject, kinds, sparse_share, reached)
     speedup = gain.speedup(grid, computed)
     pays_from, searched = gain.pays_from(grid, speedup, plan)
     attention_flops, rest = subject.flops(grid)
@@ -290,12 +294,43 @@ def _efficiency(given: float | None, subject: Subject, plan: Plan | None) -> tup
     return known_efficiency(subject.device, subject.dtype, subject.head_dim, windows)
 
 
-def _sparse_share(subject: Subject, schedule: Schedule, steps: int, method: Method) -> float:
-    """Share of all pairs of an attention and a step that are not dense."""
+def _sparse(
+    subject: Subject, schedule: Schedule, steps: int, method: Method
+) -> tuple[float, Mapping[Method, float]]:
+    """Return the share of all pairs of an attention and a step that are not dense, and the methods
+    that run there, each with its share of the heads."""
+    if isinstance(method, Mixed):
+        return _sparse_of_rules(subject, schedule, steps, method)
     layers = [site.layer for site in subject.sites if schedule.why_layer(site.layer) is None]
     memories = [memory_of(layer_method(method, layer)) for layer in layers]
     sparse = sum(_sparse_steps(schedule, steps, memory) for memory in memories)
-    return sparse / (len(subject.sites) * steps)
+    return sparse / (len(subject.sites) * steps), {method: 1.0}
+
+
+def _sparse_of_rules(
+    subject: Subject, schedule: Schedule, steps: int, rules: Mixed
+) -> tuple[float, Mapping[Method, float]]:
+    """Return what `_sparse` does, for rules."""
+    found: dict[Method, float] = {}
+    sparse = 0
+    for site in subject.sites:
+        if schedule.why_layer(site.layer) is not None:
+            continue
+        layer = layer_method(rules, site.layer)
+        for step in schedule.sparse_steps(steps):
+            method = method_at_step(layer, step, steps)
+            if parts_of(method).is_dense:
+                continue
+            sparse += 1
+            parts = [(method, range(site.heads))]
+            if isinstance(method, MixedHeads):
+                parts = method.groups(site.heads)
+            for kind, heads in parts:
+                found[kind] = found.get(kind, 0.0) + len(heads) / site.heads
+    if not sparse:
+        return 0.0, {Dense(): 1.0}
+    shares = {kind: count / sparse for kind, count in found.items()}
+    return sparse / (len(subject.sites) * steps), shares
 
 
 def _sparse_steps(schedule: Schedule, steps: int, memory: Memory | None) -> int:
@@ -330,7 +365,7 @@ class _Gain:
     """The speed-up of a model as a function of the length of its video."""
 
     subject: Subject
-    method: Method
+    kinds: Mapping[Method, float]
     sparse_share: float
     efficiency: float
 
@@ -353,7 +388,7 @@ class _Gain:
         def pays(frames: int) -> tuple[bool, int]:
             clip = VideoShape(frames, grid.height, grid.width)
             try:
-                _, computed, plan = _densities(self.method, self.subject.seen(clip))
+                _, computed, plan = _densities(self.kinds, self.subject.seen(clip))
             except ValueError:
                 return False, 0  # a window longer than so short a clip
             good = self.speedup(clip, computed) >= WORTH
@@ -362,7 +397,21 @@ class _Gain:
         return _search(pays, grid.frames, last, speedup >= WORTH, pairs)
 
 
-def _densities(method: Method, video: VideoShape) -> tuple[float, float, Plan | None]:
+def _densities(
+    kinds: Mapping[Method, float], video: VideoShape
+) -> tuple[float, float, Plan | None]:
+    """Return the mean over methods, each with its share, of what `_densities_of` returns; of the
+    plans, the largest."""
+    kept = computed = 0.0
+    plans = []
+    for method, share in kinds.items():
+        density, of_blocks, plan = _densities_of(method, video)
+        kept, computed = kept + share * density, computed + share * of_blocks
+        plans += [] if plan is None else [plan]
+    return kept, computed, max(plans, key=lambda plan: math.prod(plan.blocks.shape), default=None)
+
+
+def _densities_of(method: Method, video: VideoShape) -> tuple[float, float, Plan | None]:
     """Return the kept and computed share of the token pairs, and the plan where there is one."""
     parts = parts_of(method)
     if parts.is_dense:

@@ -73,6 +73,7 @@ def test_help_has_an_example_of_every_verb(run):
     assert verbs == [
         "demo",
         "generate",
+        "tune",
         "show",
         "estimate",
         "simulate",

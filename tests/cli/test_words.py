@@ -17,6 +17,8 @@ from gen_accel.cli import app, inventory
 from gen_accel.measure.subject import presets
 from gen_accel.pipelines.generation import loading
 from gen_accel.pipelines.long_video import _CLASSES
+from gen_accel.pipelines.tuning.named import NAMES
+from gen_accel.pipelines.tuning.stages import OBJECTIVES
 
 TO_SHOW = "--frames 1 --height 1 --width 1"
 # Refused with neither torch nor diffusers there to be imported, all in one process.
@@ -52,6 +54,16 @@ EARLY = {
     "generate --model demo --prompt a --image-adapter /nope": "no adapter at /nope",
     "generate --model demo --prompt a --image-encoder /nope": "no image encoder at /nope",
     "generate --model ~nosuchuser/a --prompt a": "a user who is not known here",
+    "generate --model demo --prompt a --preset /nope.json": "no preset at /nope.json",
+    "generate --model demo --prompt a --preset fast --method radial": "the place of --method",
+    "estimate --model wan TO_SHOW --preset FILE": "is no JSON",
+    "demo --preset balancd": "did you mean 'balanced'?",
+    "show TO_SHOW --preset /nope": "no preset at /nope",
+    "tune --out a.json": "give --model and --prompts",
+    "tune --preset /nope.json --steps 5 --out a.json": "no preset at /nope.json",
+    "tune --model demo --prompts /nope --out a.json": "no file of prompts at /nope",
+    "tune --model demo --prompts FILE --out a.txt": "must end in .json",
+    "tune --model demo --prompts FILE --objective nope --out a.json": "objective must be one of",
     "show nope TO_SHOW": "method must be one of",
     "show radial TO_SHOW --out a.txt": "must end in .png",
     "show radial TO_SHOW --width=x": "'--width': Input should be a valid integer",
@@ -74,6 +86,7 @@ GIVEN = {
     "estimate": "--model wan TO_SHOW",
     "generate": "--model demo --prompt a",
     "show": "radial TO_SHOW --out a.png",
+    "tune": "--model demo --prompts FILE --out a.json",
     "simulate": "neighborhood TO_SHOW --tile-q 1,1,1 --tile-k 1,1,1",
     "metrics": "FILE",
     "train": "",
@@ -129,6 +142,8 @@ def test_the_names_known_early_are_those_that_there_are():
     assert tuple(METHODS) == names.METHODS
     assert tuple(_CLASSES) == names.TECHNIQUES
     assert tuple(presets()) == names.PUBLISHED
+    assert names.PRESETS == NAMES
+    assert names.OBJECTIVES == OBJECTIVES
 
 
 def failing(monkeypatch, error):

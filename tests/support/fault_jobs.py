@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from support import finetuning as ft
-from support import wan
+from support import presets, wan
 from support.cell import command_line
 from support.operations import ENDED, Fault, Operations
 
@@ -116,6 +116,11 @@ JOBS = {
         (("simulate", "neighborhood", *GRID, "--window", "3,3,3", "--json", "bounds.json"),),
         keeps=("bounds.json",),
     ),
+    "tune": Job(
+        ("tune", "--preset", "{home}/presets/p.json", "--quality", "25", "--out", "p.json"),
+        (("tune", "--preset", "{home}/presets/p.json", "--quality", "35", "--out", "p.json"),),
+        keeps=("p.json", "p.safetensors"),
+    ),
     "metrics": Job(("metrics", "{home}/one/a.mp4", "--json", "new/figures.json")),
 }
 
@@ -129,6 +134,7 @@ def prepare(home: Path) -> None:
     pipe.save_pretrained(home / "model")
     latents = wan.generate(pipe, 1, height=32, width=32, num_frames=5)
     decode.save_latents(home / "l.safetensors", latents, {"fps": 8.0})
+    presets.write(home / "presets" / "p.json")
     (home / "prompts.txt").write_text("a red square\na blue square\n")
     noise = np.random.default_rng(0)
     for i, name in enumerate("ab"):

@@ -306,6 +306,15 @@ def _decode() -> None:
     command_line([*model, "--from-latents", "it/l.safetensors", "--out", "a.gif"])
 
 
+def _solve_and_show() -> None:
+    try:
+        command_line(["show", "--preset", "it/p.json"])
+    except SystemExit as ended:
+        if ended.code:
+            raise
+    command_line(["tune", "--preset", "it/p.json", "--quality", "25", "--out", "a.json"])
+
+
 LORA = "pytorch_lora_weights.safetensors"
 ARTEFACTS = {
     "recipe": Kind(
@@ -322,6 +331,7 @@ ARTEFACTS = {
     "transformer": Kind("model", "transformer/config.json", _estimate),
     "done": Kind("listed", "clips/c-000.gif.done.json", _list_again),
     "latents": Kind("latents", "l.safetensors", _decode, "gen_accel"),
+    "preset": Kind("presets", "p.json", _solve_and_show),
 }
 
 

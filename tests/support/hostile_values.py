@@ -59,6 +59,7 @@ SIZES = ("--frames", "5", "--height", "32", "--width", "32")
 GIVEN: dict[str, tuple[str, ...]] = {
     "show": ("radial", *GRID),
     "simulate": ("neighborhood", *GRID, "--window", "1,1,1"),
+    "tune": ("--preset", "{home}/presets/p.json", "--quality", "25", "--out", "a.json"),
     "estimate": ("--model", "Wan2.1-T2V-1.3B", *SIZES, "--efficiency", "0.5"),
     "metrics": ("{home}/one/a.mp4",),
     "generate": ("--model", "{home}/model", *TINY, "--prompt", "a", "--out", "a.gif"),
@@ -68,7 +69,7 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "models": (),
     "doctor": (),
 }
-OFTEN = ["generate", "show", "estimate", "simulate", "metrics", "train", "cache"]
+OFTEN = ["generate", "tune", "show", "estimate", "simulate", "metrics", "train", "cache"]
 
 
 def parameters() -> dict[str, list[Any]]:
@@ -120,7 +121,7 @@ def configs(draw: st.DrawFn) -> Config:
 
 
 # Reading these takes no model, and a fault in reading is as likely.
-CHEAP = ["recipe", "cache", "index", "transformer", "processors", "adapter", "latents"]
+CHEAP = ["recipe", "cache", "index", "transformer", "processors", "adapter", "latents", "preset"]
 
 
 @st.composite

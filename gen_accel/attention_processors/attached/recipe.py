@@ -191,7 +191,7 @@ def warn_of_other_attention(transformer: Any, method: Any, stacklevel: int = 2) 
         if trained in (method, run):
             continue
         warnings.warn(
-            f"the LoRA {name!r} was trained with {trained!r} and runs with {run!r}; "
+            f"the LoRA {name!r} was trained with {trained} and runs with {run}; "
             "gen_accel.attach(pipe, from_lora=folder) attaches what it was trained with",
             OtherAttention,
             stacklevel=stacklevel,

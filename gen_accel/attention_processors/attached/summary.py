@@ -340,7 +340,7 @@ class Summary:
         chosen = {str(r.choice) for r in self.records.values() if r.choice is not None}
         return {
             "verdict": self.verdict(),
-            "method": str(self.method),
+            "method": repr(self.method),
             "schedule": str(self.schedule),
             "kernels": sorted(chosen),
             "tokens": max((record.tokens for record in self.records.values()), default=0),

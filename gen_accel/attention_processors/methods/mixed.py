@@ -116,8 +116,7 @@ class Mixed:
 
     def __str__(self) -> str:
         kinds = sorted({type(rule.method).__name__ for rule in self.rules})
-        rules = f"{len(self.rules)} rules" if len(self.rules) > 1 else "one rule"
-        return f"Mixed: {rules} for {self.steps} steps, of {', '.join(kinds)}"
+        return f"Mixed: {len(self.rules)} rules for {self.steps} steps, by {', '.join(kinds)}"
 
     @property
     def _first(self) -> Any:

@@ -10,13 +10,13 @@ from gen_accel.attention_processors import Dense
 from gen_accel.attention_processors.attached.attachment import SilentBranch
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.summary import Summary
-from gen_accel.attention_processors.attached.transformers import served_transformers
-from gen_accel.attention_processors.families import family_of
+from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.kernels import flex
 from gen_accel.measure import psnr, side_by_side, ssim, write_json, write_video
 from gen_accel.measure.environment import environment
-from gen_accel.method import Method
+from gen_accel.method import Method, parts_of
 from gen_accel.pipelines.attach import attach
+from gen_accel.pipelines.generation.arguments import first_transformer, served_family
 from gen_accel.pipelines.generation.decode import is_streamed
 from gen_accel.pipelines.generation.progress import steps_bar, ticker
 from gen_accel.pipelines.generation.sampling import (
@@ -25,6 +25,7 @@ from gen_accel.pipelines.generation.sampling import (
     check_clip,
     sample,
 )
+from gen_accel.pipelines.tuning.preset import Preset
 
 WARM_UP_FRAMES = 17  # and one step: one-time costs are paid before the clocks start
 SHOWN_WIDTH = 288  # pixels; narrower clips are enlarged side by side
@@ -123,6 +124,7 @@ def compare_with_dense(
     clip: Clip,
     *,
     method: Method,
+    preset: Preset | None = None,
     schedule: Schedule | None = None,
     kernel: str = "auto",
     dense_kernel: str | None = None,
@@ -136,6 +138,8 @@ def compare_with_dense(
 
     Args:
         clip: a result of `sampling.filled`.
+        preset: where the method is from one; the sparse run then warns of another call than it
+            was tuned for.
         dense_kernel: kernel of the layers and steps that the schedule keeps dense; the dense clip
             uses the model's own attention.
         label: prefix of the lines of the progress bar.
@@ -147,13 +151,14 @@ def compare_with_dense(
     options: dict[str, Any] = {"schedule": schedule, "timed": timed, **by}
     name = type(method).__name__.lower()
     with steps_bar() as bar:
-        short = _warm_up_clip(pipe, clip, method)
+        warm = _warm_up_method(pipe, method)
+        short = _warm_up_clip(pipe, clip, warm)
         if earlier is None:
             with attach(pipe, Dense()):
                 sample(pipe, prompt, short, tick=ticker(bar, f"{label}dense, warm-up"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SilentBranch)  # the measured run warns
-            handle = attach(pipe, method, **by)
+            handle = attach(pipe, warm, **by)
         with handle:
             sample(pipe, prompt, short, tick=ticker(bar, f"{label}{name}, warm-up"))
         if earlier is None:
@@ -162,7 +167,8 @@ def compare_with_dense(
                 dense_summary = handle.summary()
         else:
             dense, dense_summary = earlier.dense, earlier.dense_summary
-        with attach(pipe, method, **options) as handle, handle.gathering():
+        options |= {"method": method} if preset is None else {"preset": preset}
+        with attach(pipe, **options) as handle, handle.gathering():
             before = len(flex.compile_seconds)
             sparse = sample(pipe, prompt, clip, tick=ticker(bar, f"{label}{name}"))
             summary = handle.summary()
@@ -216,21 +222,37 @@ def pair(result: Comparison, *, with_times: bool = True) -> Any:
     return side_by_side(videos, result.labels, caption=caption, scale=scale)
 
 
+def _warm_up_method(pipe: Any, method: Method) -> Method:
+    """Return rules that run each method of rules once, each in a layer and step of its own; other
+    methods as they are."""
+    if not isinstance(method, Mixed):
+        return method
+    sparse = {r.method: r for r in method.rules if not parts_of(r.method).is_dense}
+    family = served_family(pipe)
+    layers = sorted({site.layer for site in family.self_attentions(first_transformer(pipe))})
+    steps = max(family.LEAST_STEPS, -(-len(sparse) // len(layers)))
+    rules = []
+    for i, rule in enumerate(sparse.values()):
+        step, place = divmod(i, len(layers))
+        rules.append(Rule(rule.method, (layers[place],), rule.heads, (step, step + 1)))
+    return Mixed(tuple(rules), steps) if rules else Dense()
+
+
 def _warm_up_clip(pipe: Any, clip: Clip, method: Method) -> Clip:
     """Shorten a clip for the warm-up to few frames and steps.
 
     The frames stay if `method` does not fit the short clip, or if the pipeline's allowed lengths
     are unknown.
     """
+    solved = method.steps if isinstance(method, Mixed) else None
     if not is_streamed(pipe):
-        module = next(iter(served_transformers(pipe).values()))
-        least = family_of(getattr(module, "_orig_mod", module)).LEAST_STEPS
-        few = None if clip.steps is None else min(clip.steps, least)
-        return replace(clip, steps=few)
+        few = None if clip.steps is None else min(clip.steps, served_family(pipe).LEAST_STEPS)
+        return replace(clip, steps=few if solved is None else solved)
     assert clip.frames is not None
-    short = replace(clip, frames=min(clip.frames, WARM_UP_FRAMES), steps=1)
+    few = 1 if solved is None else solved
+    short = replace(clip, frames=min(clip.frames, WARM_UP_FRAMES), steps=few)
     try:
         check_clip(pipe, short, method)
     except ValueError:
-        return replace(clip, steps=1)
+        return replace(clip, steps=few)
     return short

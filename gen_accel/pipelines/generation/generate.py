@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from gen_accel.attention_processors.attached.recipe import OtherAttention
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.summary import Summary
 from gen_accel.endings import unwinding
@@ -51,6 +53,8 @@ from gen_accel.pipelines.generation.sampling import (
     sample,
 )
 from gen_accel.pipelines.long_video import extend
+from gen_accel.pipelines.tuning.named import NotMeasured
+from gen_accel.pipelines.tuning.preset import OtherThanTuned, Preset
 from gen_accel.text_files import read_text
 
 if TYPE_CHECKING:
@@ -86,6 +90,7 @@ def generate(
     out: str | Path,
     method: Method | None = None,
     from_lora: str | Path | None = None,
+    preset: str | Path | Preset | None = None,
     schedule: Schedule | None = None,
     kernel: str = "auto",
     dense_kernel: str | None = None,
@@ -122,6 +127,9 @@ def generate(
             attaches the method that it was trained with. A LoRA that holds its guidance runs
             without guidance, unless `clip` gives a scale. A LoRA that names techniques uses them
             for video longer than the model's, unless `techniques` are given.
+        preset: a file that `gen_accel.tune` wrote, or a name, instead of a method; see `attach`.
+            With `from_lora` the LoRA gives all but the method. Without steps in `clip` it runs at
+            the number that the preset was solved for.
         dense_kernel: kernel of the dense layers and steps, see `attach`; the dense clip of a
             comparison uses the model's own attention.
         compare: also generate densely from the same seed, and write `out.dense.mp4`,
@@ -146,13 +154,15 @@ def generate(
 
     Raises:
         ValueError: no prompt, an unusable model, size, method, kernel, technique, image, adapter
-            or file name, or a technique or latents together with `compare`.
+            or file name, a preset of another model or number of steps, or a technique or latents
+            together with `compare`.
         OSError: a missing file or repository, or a folder that cannot be written.
     """
     job = Job(
         model=model,
         method=method,
         from_lora=from_lora,
+        preset=preset,
         schedule=schedule,
         kernel=kernel,
         dense_kernel=dense_kernel,
@@ -234,13 +244,17 @@ def _run(job: Job, share: Share) -> dict[int, Generated]:
     seen = "" if job.image is None else job.image.load(pipe).describe()
     make = _compared if job.compare else _made
     made = {}
-    for i in share.numbers:
-        video = job.videos[i]
-        prompt_list.forget_done(video.target)
-        made[i] = make(pipe, fitted, video, seen=seen, rank=share.rank)
-        if job.several:
-            clip, files = asdict(fitted.clip_of(video)), [*made[i].files.values()]
-            prompt_list.write_done(video.target, job.asked(video), clip, files)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotMeasured)  # `fitted` told
+        for i in share.numbers:
+            video = job.videos[i]
+            prompt_list.forget_done(video.target)
+            made[i] = make(pipe, fitted, video, seen=seen, rank=share.rank)
+            if job.several:
+                clip, files = asdict(fitted.clip_of(video)), [*made[i].files.values()]
+                prompt_list.write_done(video.target, job.asked(video), clip, files)
+            for kind in (OtherThanTuned, OtherAttention):  # once is enough
+                warnings.simplefilter("ignore", kind)
     return made
 
 
@@ -257,6 +271,7 @@ def _compared(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Gen
         video.prompt,
         job.clip_of(video),
         method=job.method,
+        preset=job.preset if isinstance(job.preset, Preset) else None,
         schedule=job.schedule or Schedule(),
         kernel=job.kernel,
         dense_kernel=job.dense_kernel,
@@ -278,7 +293,12 @@ def _made(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Generat
     assert clip.fps is not None
     options: dict[str, Any] = {"schedule": job.schedule, "kernel": job.kernel, "timed": job.timed}
     options["dense_kernel"] = job.dense_kernel
-    options |= {"method": job.method} if job.from_lora is None else {"from_lora": job.from_lora}
+    if job.preset is not None:
+        options |= {"preset": job.preset, "from_lora": job.from_lora}
+    elif job.from_lora is not None:
+        options["from_lora"] = job.from_lora
+    else:
+        options["method"] = job.method
     with steps_bar() as bar:
         with ExitStack() as stack:
             handle = stack.enter_context(attach(pipe, **options))
@@ -313,6 +333,7 @@ def _about(job: Job, video: Video, seen: str) -> dict[str, Any]:
         **asdict(job.clip_of(video)),
         "model": str(job.model),
         "method": str(job.method),
+        **job.attention(),
         "techniques": [*job.techniques],
         **({"image_prompt": seen} if seen else {}),
     }

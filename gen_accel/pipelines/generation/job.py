@@ -1,13 +1,16 @@
 """Job of one call of `generate`: resolved once, and checked before any work."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gen_accel import kernels
+from gen_accel import kernels, names
 from gen_accel.attention_processors.attached.recipe import Recipe, read_recipe
 from gen_accel.attention_processors.attached.schedule import Schedule
+from gen_accel.files import plain
 from gen_accel.measure.quality import check_installed
 from gen_accel.measure.video_io import check_writable
 from gen_accel.method import Method, parts_of
@@ -19,6 +22,8 @@ from gen_accel.pipelines.generation.image_input import ImageInput
 from gen_accel.pipelines.generation.loading import Loading, check_model, find_device
 from gen_accel.pipelines.generation.sampling import Clip, check_clip, check_text, filled
 from gen_accel.pipelines.long_video import check_names
+from gen_accel.pipelines.tuning.named import choose_preset
+from gen_accel.pipelines.tuning.preset import Preset, read_preset
 
 
 class Video(NamedTuple):
@@ -43,7 +48,9 @@ class Job:
     defaults.
 
     Args:
-        method: method to attach; the LoRA's own with `from_lora`.
+        method: method to attach; the LoRA's own with `from_lora`, the preset's with `preset`.
+        preset: see `gen_accel.attach`. `resolve` reads a file, `fitted` finds what a name stands
+            for.
         clip: clip with the first seed. `fitted` fills its open values.
         techniques: techniques for video longer than the model was trained on.
         only_longer: use the techniques only for video longer than `trained_frames`.
@@ -54,6 +61,7 @@ class Job:
     model: str | Path
     method: Method | None = None
     from_lora: str | Path | None = None
+    preset: str | Path | Preset | None = None
     schedule: Schedule | None = None
     kernel: str = "auto"
     dense_kernel: str | None = None
@@ -87,10 +95,12 @@ class Job:
             ValueError, OSError: any fault that can be found before the model is loaded.
         """
         job = replace(self, techniques=tuple(techniques or ()))
+        if self.preset is not None:
+            job = job._of_preset(self.preset)
         if self.from_lora is not None:
             job = job._of_lora(self.from_lora, own_techniques=techniques is None)
-        elif self.method is None:
-            raise ValueError("give a method, or from_lora")
+        elif job.method is None and job.preset is None:
+            raise ValueError("give a method, a preset, or from_lora")
         if not prompts:
             raise ValueError(
                 "no prompts: give --prompt TEXT, or --prompts FILE with one on each line"
@@ -121,12 +131,27 @@ class Job:
     def clip_of(self, video: Video) -> Clip:
         return replace(self.clip, seed=video.seed)
 
+    def attention(self) -> dict[str, str]:
+        """Identify what is attached: a method, or a preset by its name or a hash of its file."""
+        if self.preset is None:
+            return {"method": repr(self.method)}
+        if not isinstance(self.preset, Preset):
+            return {"preset": str(self.preset)}
+        held = json.dumps(plain(self.preset.to_dict()), sort_keys=True)
+        return {"preset": hashlib.sha256(held.encode()).hexdigest()}
+
     def fitted(self, pipe: Any) -> "Job":
         """Fill the clip's open values with the pipeline's own, and drop techniques that are for
         longer video only.
 
-        Raises ValueError for values that the pipeline does not take or would round.
+        Raises ValueError for values that the pipeline does not take or would round, and for a
+        preset of another model.
         """
+        if self.preset is not None:
+            method, schedule, found = choose_preset(self.preset, pipe, self.schedule)
+            clip = self.clip if found is None else _solved(self.clip, found, self.preset)
+            chosen = replace(self, method=method, schedule=schedule, preset=None, clip=clip)
+            return replace(chosen.fitted(pipe), preset=found or self.preset)
         clip = filled(pipe, self.clip)
         techniques, trained_frames = self.techniques, self.trained_frames
         if self.only_longer and not _is_longer(clip, trained_frames):
@@ -140,7 +165,7 @@ class Job:
 
     def _of_lora(self, from_lora: str | Path, *, own_techniques: bool) -> "Job":
         """Add method, weights, guidance and techniques of a LoRA of `gen_accel.lora`."""
-        if self.method is not None or self.compare:
+        if (self.method is not None and self.preset is None) or self.compare:
             raise ValueError(f"from_lora {from_lora} brings its own method, and has no compare")
         recipe = read_recipe(from_lora)
         if recipe.part != "transformer":
@@ -155,7 +180,18 @@ class Job:
         if own_techniques and recipe.techniques:
             frames = self.trained_frames or recipe.trained_frames
             job = replace(job, techniques=tuple(recipe.techniques), trained_frames=frames)
-        return replace(job, method=recipe.build_method())
+        return job if self.preset is not None else replace(job, method=recipe.build_method())
+
+    def _of_preset(self, preset: str | Path | Preset) -> "Job":
+        """Read a preset's file, with its method and number of steps. A name is left to
+        `fitted`."""
+        if self.method is not None:
+            raise ValueError(f"give a method or preset, got both: {self.method} and {preset}")
+        if isinstance(preset, str) and preset in names.PRESETS:
+            return self
+        found = preset if isinstance(preset, Preset) else read_preset(preset)
+        clip = _solved(self.clip, found, preset)
+        return replace(self, preset=found, method=found.method, clip=clip)
 
     def _check(self, latents: str | Path | None) -> None:
         """Refuse, by a ValueError, parts that do not go together or are missing."""
@@ -175,7 +211,7 @@ class Job:
                 kernels.check_kernel(kernel, find_device(self.loading.device))
 
     def _check_comparison(self, latents: str | Path | None) -> None:
-        if parts_of(self.method).is_dense:
+        if self.method is not None and parts_of(self.method).is_dense:
             raise ValueError("compare sets a sparse method beside dense attention, got Dense()")
         if self.techniques or latents is not None:
             raise ValueError(
@@ -190,12 +226,12 @@ class Job:
         latents: str | Path | None,
         several: bool,
     ) -> tuple[Video, ...]:
-        def names(path: str | Path) -> list[Path]:
+        def numbered(path: str | Path) -> list[Path]:
             path = expanded(path)
             return prompt_list.numbered(path, len(prompts)) if several else [path]
 
-        kept = [None] * len(prompts) if latents is None else names(latents)
-        each = zip(prompts, names(out), kept, strict=True)
+        kept = [None] * len(prompts) if latents is None else numbered(latents)
+        each = zip(prompts, numbered(out), kept, strict=True)
         return tuple(
             # Through a clip, which refuses a seed that is too large.
             Video(prompt, replace(self.clip, seed=self.clip.seed + i).seed, target, path)
@@ -218,7 +254,7 @@ class Job:
     def _request(self) -> dict[str, Any]:
         request = prompt_list.sources(self.model, self.loading, self.from_lora) | {
             "image": None if self.image is None else self.image.identity(),
-            "method": str(self.method),
+            **self.attention(),
             "schedule": str(self.schedule),
             "techniques": [*self.techniques],
             "trained_frames": self.trained_frames,
@@ -241,6 +277,16 @@ def _guided(clip: Clip, recipe: Recipe, from_lora: str | Path) -> Clip:
             f"{from_lora} holds it: leave it out, or give a guidance_scale above 1"
         )
     return replace(clip, guidance_scale=1.0)
+
+
+def _solved(clip: Clip, preset: Preset, name: Any) -> Clip:
+    """Take the number of steps that a preset was solved for; ValueError for a clip of another."""
+    solved = preset.method.steps
+    if clip.steps is None:
+        return replace(clip, steps=solved)
+    if clip.steps != solved:
+        raise names.other_steps(name, solved, clip.steps)
+    return clip
 
 
 def _is_longer(clip: Clip, trained_frames: int | None) -> bool:

@@ -145,3 +145,16 @@ def counted(chunks: Iterable[np.ndarray], tick: Tick, total: int) -> Iterator[np
         yield chunk
         done += len(chunk)
         tick(done, total)
+
+
+def stage_ticker(bar: "Progress") -> Callable[[str, int, int], None]:
+    """Add a line to a `progress_bar` for each stage that is reported, of what is done and its
+    total."""
+    tasks: dict[str, Any] = {}
+
+    def tick(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage, total=total)
+        bar.update(tasks[stage], completed=done, total=total)
+
+    return tick

@@ -256,6 +256,7 @@ def _parsed(data: dict[str, Any], path: Path) -> Preset:
             raise ValueError(
                 f"the profile of {path} must lie beside it, got {shown(profile['file'])}"
             )
+    _check_held(data, path)
     return Preset(
         Mixed(rules, typed(data, "steps", int, origin=path)),
         MadeFor(**held),
@@ -269,6 +270,25 @@ def _parsed(data: dict[str, Any], path: Path) -> Preset:
         profile,
         typed(data, "made_by", dict, origin=path),
     )
+
+
+def _check_held(data: Mapping[str, Any], path: Path) -> None:
+    """Refuse, by a ValueError, values that are read later and are of a wrong type."""
+    typed(data["made_for"]["transformer"], "class", str, origin=f"transformer of {path}")
+    scheduler = data["made_for"]["scheduler"]
+    typed(scheduler, "class", str, origin=f"scheduler of {path}")
+    typed(scheduler, "config", dict, origin=f"scheduler of {path}")
+    bound = typed(data, "bound", dict, origin=path)
+    for name in ("mean", "worst"):
+        typed(bound, name, float, origin=f"bound of {path}", default=None)
+    typed(bound, "objective", str, origin=f"bound of {path}", default="psnr")
+    measured = typed(data, "measured", dict, origin=path)
+    run = ("predicted", "cost", "density", "mean", "worst")
+    for part, names in {"tuning": ("score",), "held_out": ("score",), "runs": run}.items():
+        for one in typed(measured, part, list, origin=f"measured of {path}", default=[]):
+            held = fields_of(one, f"{part} of {path}")
+            for name in names:
+                typed(held, name, float, origin=f"{part} of {path}")
 
 
 def _rule(data: Any, path: Path) -> Rule:

@@ -20,6 +20,8 @@ from gen_accel.pipelines.tuning.preset import Preset, read_preset, read_profile,
 from gen_accel.pipelines.tuning.profile import Profile
 from gen_accel.pipelines.tuning.solving import Options, Point
 
+LARGEST = 100.0  # logarithm of an error that any choice keeps
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -95,11 +97,16 @@ class Tuned:
         without a model. The result is not verified.
 
         Raises:
-            ValueError: nothing was measured, from which a score could be told.
+            ValueError: nothing was measured, from which a score could be told, or only dense
+                attention has the score.
         """
         error = self._error_at(quality) * self._bounded / max(self.point.predicted, 1e-12)
         point = solving.at_error(self.profile, error, self.options)
-        assert point is not None, "dense attention has no error"
+        if point is None:
+            raise ValueError(
+                f"only dense attention keeps a mean score of {quality:g}, by the profile: ask for "
+                "less"
+            )
         bound = {**self.preset.bound, "mean": quality}
         return self._with(point, self.profile, self.points, bound)
 
@@ -112,9 +119,8 @@ class Tuned:
         """
         sigmas = torch.tensor(_sigmas(self.preset.made_for.scheduler, num_inference_steps))
         profile = self.profile.at_steps(sigmas)
-        point = solving.at_error(profile, self._bounded, self.options)
-        assert point is not None, "dense attention has no error"
         points = tuple(solving.curve(profile, self.options))
+        point = solving.at_error(profile, self._bounded, self.options) or points[-1]
         made_for = replace(self.preset.made_for, sigmas=tuple(sigmas.tolist()))
         found = self._with(point, profile, points, self.preset.bound)
         return replace(found, preset=replace(found.preset, made_for=made_for))
@@ -149,14 +155,12 @@ class Tuned:
     def _error_at(self, quality: float) -> float:
         """Predicted error at which the mean score is `quality`, by the runs that were measured:
         the score falls with the logarithm of the error."""
-        runs = self.measured.get("runs", [])
+        runs = [run for run in self.measured.get("runs", []) if run["predicted"] > 0]
         if not runs:
             raise ValueError(
                 "nothing was measured, from which a score could be told: tune with the model"
             )
-        runs = sorted(
-            {(math.log(run["predicted"]), run["mean"]) for run in runs if run["predicted"] > 0}
-        )
+        runs = sorted({(math.log(run["predicted"]), run["mean"]) for run in runs})
         if self.preset.bound.get("objective") == "latent_error" and len(runs) < 2:
             (place, score), slope = runs[0], runs[0][1]  # the error itself: -exp(log error)
             return math.exp(place) * quality / score
@@ -172,7 +176,7 @@ class Tuned:
                 -1e-6,
             )
             place, score = xs.mean().item(), ys.mean().item()
-        return math.exp(place + (quality - score) / slope)
+        return math.exp(min(place + (quality - score) / slope, LARGEST))
 
     def __str__(self) -> str:
         preset = self.preset
@@ -201,9 +205,12 @@ def load_tuned(path: str | Path) -> Tuned:
     path = expanded(path)
     preset = read_preset(path)
     profile, candidates = read_profile(preset, path.parent)
-    options = Options(**{**preset.made_by.get("options", {})})
-    options = options._replace(by=tuple(options.by))
-    options.check()
+    try:
+        options = Options(**preset.made_by.get("options", {}))
+        options = options._replace(by=tuple(options.by))
+        options.check()
+    except TypeError as error:
+        raise ValueError(f"the options in {path} cannot be read: {error}") from error
     if preset.method.steps != profile.steps:  # it was solved for another number of steps
         profile = profile.at_steps(torch.tensor(preset.made_for.sigmas))
     heads = profile.errors.shape[3]
