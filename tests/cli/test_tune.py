@@ -330,8 +330,9 @@ def test_the_demo_by_a_preset(run, tmp_path):
 
     transformer = WanPipeline.from_pretrained(path()).transformer
     rules = Mixed((Rule(Radial(decay_factor=0.2), heads=(1,), steps=(1, 2)),), 2)
-    made_for = MadeFor(sizes(transformer), (2, 12, 12), {}, {"class": "x"}, (1.0, 0.5, 0.0), "x")
-    made_for = replace(made_for, dtype="float32", loras=())
+    made_for = MadeFor(sizes(transformer), (2, 12, 12), {}, {}, (1.0, 0.5, 0.0), "x")
+    scheduler = {"class": "UniPCMultistepScheduler", "config": {}}
+    made_for = replace(made_for, dtype="float32", scheduler=scheduler)
     write_preset(tmp_path / "p.json", Preset(rules, made_for, {}, 0.5, 0.5, 0.1))
     given = ("--frames", 5, "--without-lora", "--preset", tmp_path / "p.json")
     run("demo", *given, "--out", tmp_path / "demo")

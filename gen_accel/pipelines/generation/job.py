@@ -100,7 +100,7 @@ class Job:
         if self.from_lora is not None:
             job = job._of_lora(self.from_lora, own_techniques=techniques is None)
         elif job.method is None and job.preset is None:
-            raise ValueError("give a method, a preset, or from_lora")
+            raise ValueError("give a method, or from_lora, or preset")
         if not prompts:
             raise ValueError(
                 "no prompts: give --prompt TEXT, or --prompts FILE with one on each line"
