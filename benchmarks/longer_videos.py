@@ -80,8 +80,9 @@ SETTINGS = {
     "dense, unguided": Setting(guided=False),
 }
 METHOD = ("tile_side=12", "tile_frames=3", "block=432")  # that of the LoRA
-# Of the demo's LoRA: name of its result files, and the settings that `score` takes.
-SCORED = "longer_videos_20_minutes", "dense + LoRA", "radial + LoRA", "dense"
+# Of the demo's LoRA, and of the model without it: name of the result files, and the settings.
+SCORED = "longer_videos_long", "dense + LoRA", "piecewise + LoRA"
+WITHOUT = "longer_videos", "dense"
 STEADY = 0.05  # share of the pairs of frames that may be off the path
 
 
@@ -116,7 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.docs:
         write_between_marks(DOCS, longer.tables())
-        write_json(lora_path(guided=True) / SCORE, longer.score(*SCORED))
+        write_json(lora_path(guided=True) / SCORE, longer.score(*SCORED, *WITHOUT))
         return
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -103,18 +103,21 @@ def of_loras() -> tuple[list[str], list[str]]:
     return lines, [*used, SECONDS]
 
 
-def score(file: str, dense: str, sparse: str, without: str) -> dict[str, int]:
+def score(file: str, dense: str, sparse: str, of_others: str, without: str) -> dict[str, int]:
     """Count what is right at its pace, as the demo's page tells it.
 
     Args:
-        file: name of the result files without ending.
-        dense, sparse, without: settings in these files.
+        file: name of the LoRA's result files without ending.
+        dense, sparse: settings in these files.
+        of_others: the same of the result files that the model without the LoRA is in.
+        without: its setting there.
     """
-    counts = {}
-    for name, setting in {"dense": dense, "sparse": sparse, "without": without}.items():
-        found = [_setting(file + ending, setting) for ending in SEEDS]
+    places = {"dense": (file, dense), "sparse": (file, sparse), "without": (of_others, without)}
+    counts, clips = {}, 0
+    for name, (where, setting) in places.items():
+        found = [_setting(where + ending, setting) for ending in SEEDS]
         counts[name] = sum(sum(clip["right"] for clip in one["scored"]) for one in found if one)
-    clips = sum(one["clips"] for one in found if one)
+        clips = sum(one["clips"] for one in found if one)
     return {"clips": clips, **counts}
 
 

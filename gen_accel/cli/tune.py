@@ -1,7 +1,6 @@
 """`gen-accel tune`."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -183,22 +182,11 @@ def _solve(preset: Path, quality: float | None, steps: int | None, out: Path) ->
     from gen_accel.pipelines.tuning import load_tuned
 
     found = load_tuned(preset)
-    runs = found.measured.get("runs")
     if steps is not None:
-        solved = found.solve(steps)
-        if quality is not None and runs:  # scores are told by what was measured
-            solved = _with_runs(solved, found)
-        found = solved
+        found = found.solve(steps)
     if quality is not None:
-        error = found.preset.bound.get("objective") == "latent_error"
-        found = found.at(-quality if error else quality)
+        found = found.at(quality)
     _print_found(found.save(out), out)
-
-
-def _with_runs(solved: Any, found: Any) -> Any:
-    """Put the scores that were measured of one tuning into another of the same profile."""
-    measured = {"runs": found.measured["runs"]}
-    return replace(solved, preset=replace(solved.preset, measured=measured))
 
 
 def _print_found(found: Any, out: Path) -> None:

@@ -46,7 +46,7 @@ SHEET_FRAMES = 9
 CLIP = Clip(FRAMES, SIZE, SIZE, STEPS, GUIDANCE_SCALE, seed=SEED, fps=FPS)
 SCORE = "score.json"  # beside a LoRA, by benchmarks/longer_videos.py --docs
 SCORES = ("clips", "dense", "sparse", "without")
-CONFIGS = {"long_lora_guided": "demo.yaml", "long_lora": "demo_guided.yaml"}
+CONFIGS = {"long_lora_guided": "demo_long.yaml", "long_lora": "demo_guided.yaml"}
 
 
 def run(

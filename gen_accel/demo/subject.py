@@ -25,7 +25,7 @@ DENSE_START = 0.2  # of that
 def lora_path(*, guided: bool = False) -> Path:
     """Path of the demo model's LoRA that guidance is distilled into
     (configs/lora/demo_guided.yaml). With `guided`, of the LoRA that is sampled with guidance
-    (configs/lora/demo.yaml)."""
+    (configs/lora/demo_long.yaml)."""
     return Path(__file__).parent / ("long_lora_guided" if guided else "long_lora")
 
 

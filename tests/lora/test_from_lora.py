@@ -49,7 +49,7 @@ class TestFromLora:
         pipe.load_lora_weights(folder)
         return pipe
 
-    @pytest.mark.parametrize(("guided", "config"), [(True, "demo"), (False, "demo_guided")])
+    @pytest.mark.parametrize(("guided", "config"), [(True, "demo_long"), (False, "demo_guided")])
     def test_those_of_the_demo_model_are_what_their_configs_make(self, guided, config):
         folder = lora_path(guided=guided)
         recipe, made = (

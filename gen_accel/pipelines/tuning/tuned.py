@@ -84,7 +84,8 @@ class Tuned:
         return self.preset.measured
 
     def attach(self, pipe: Any, **options: Any) -> Attachment:
-        """Attach the rules to a pipeline, as `gen_accel.attach(pipe, preset=...)` does."""
+        """Attach the rules to a pipeline. `gen_accel.attach(pipe, preset=...)` also warns of calls
+        unlike those that were tuned for."""
         return put_on(pipe, self.method, **options)
 
     def save(self, path: str | Path) -> "Tuned":
@@ -96,16 +97,21 @@ class Tuned:
         """Choose again for another mean score, from the profile and what was measured of it,
         without a model. The result is not verified.
 
+        Args:
+            quality: as `tune` takes it.
+
         Raises:
             ValueError: nothing was measured, from which a score could be told, or only dense
                 attention has the score.
         """
+        if self.preset.bound.get("objective") == "latent_error":
+            quality = -quality
         error = self._error_at(quality) * self._bounded / max(self.point.predicted, 1e-12)
         point = solving.at_error(self.profile, error, self.options)
         if point is None:
             raise ValueError(
-                f"only dense attention keeps a mean score of {quality:g}, by the profile: ask for "
-                "less"
+                f"only dense attention keeps a mean score of {abs(quality):g}, by the profile: ask "
+                "for less"
             )
         bound = {**self.preset.bound, "mean": quality}
         return self._with(point, self.profile, self.points, bound)
@@ -146,7 +152,7 @@ class Tuned:
             cost=point.cost,
             density=point.density,
             predicted=point.predicted,
-            measured={},
+            measured={"runs": self.measured.get("runs", [])},  # by which `at` tells scores
             curve=curve_of(points),
             verified=False,
         )

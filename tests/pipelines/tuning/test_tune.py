@@ -131,7 +131,7 @@ def test_it_is_solved_anew_from_the_file_without_a_model(found):
     looser = again.at(quality=result.measured["runs"][0]["mean"] - 10)
     assert looser.preset.density <= again.preset.density
     assert not looser.verified
-    assert looser.measured == {}
+    assert {*looser.measured} == {"runs"}
     longer = again.solve(7)
     assert longer.method.steps == 7
     assert len(longer.preset.made_for.sigmas) == 8
@@ -291,7 +291,7 @@ def test_errors_of_latents_are_bounded_from_above():
     result = tuned(objective="latent_error", quality=0.05, held_out=[])
     runs = result.measured["tuning"]
     assert sum(run["latent_error"] for run in runs) / 2 <= 0.05
-    assert result.at(quality=-0.02).preset.density >= result.preset.density
+    assert result.at(quality=0.02).preset.density >= result.preset.density
 
 
 @pytest.mark.parametrize("by", [("steps",), ("layers",), ("steps", "layers"), ("heads",)])
