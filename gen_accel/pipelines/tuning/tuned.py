@@ -110,8 +110,8 @@ class Tuned:
         point = solving.at_error(self.profile, error, self.options)
         if point is None:
             raise ValueError(
-                f"only dense attention keeps a mean score of {abs(quality):g}, by the profile: ask "
-                "for less"
+                f"only dense attention keeps a mean score of {abs(quality):g}, by the profile: "
+                "ask for less"
             )
         bound = {**self.preset.bound, "mean": quality}
         return self._with(point, self.profile, self.points, bound)
