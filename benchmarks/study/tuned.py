@@ -1,4 +1,4 @@
-"""Tables of docs/tune.md, from the result files of `tune.py`."""
+"""Tables of the result files of `tune.py`."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Presets by name: those in the box, tuned for the demo model, and rules for all others."""
+"""Presets by name: tuned ones that come with the package, and rules for all other models."""
 
 import warnings
 from pathlib import Path
