@@ -37,6 +37,7 @@ FENCE = re.compile(
 )
 SIDE = 32  # pixels
 SMALLER = {
+    "quality=30": "quality=8",
     "torch.bfloat16": "torch.float32",
     "step=7": "step=1",
     "layer=3": "layer=1",
@@ -49,6 +50,7 @@ SMALLER = {
 ELSEWHERE = {
     "train": "training takes hours; the tests in tests/lora train",
     "demo": "takes a minute; the tests in tests/cli run it",
+    "tune": "takes minutes; the tests in tests/cli run it",
 }
 NAMES = re.compile(r"(?:Wan-AI/[\w.-]+-Diffusers|models/wan|DIR_OR_REPO)")
 

@@ -54,8 +54,9 @@ def default_candidates(
     unknown = sorted({*families} - {*made})
     if unknown:
         raise ValueError(f"families must be of {FAMILIES}, got {', '.join(map(repr, unknown))}")
-    found = [one for family in families for one in made[family] if fits(one, video)]
-    return (*found, Dense())
+    # On a small grid some windows are the same.
+    found = dict.fromkeys(one for family in families for one in made[family])
+    return (*(one for one in found if fits(one, video)), Dense())
 
 
 def fits(method: Any, video: VideoShape) -> bool:

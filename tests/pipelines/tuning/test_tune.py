@@ -307,6 +307,8 @@ def test_the_default_candidates_are_all_families_that_fit():
     families = {"Piecewise", "Radial", "Neighborhood", "BlockMixture", "SparseLinear"}
     assert {*kinds[:-1]} == families
     assert kinds[-1] == "Dense"
+    small = default_candidates(gen_accel.VideoShape(9, 2, 2))
+    assert len({*small}) == len(small)
     result = tuned(candidates=None, held_out=[], quality=30.0)
     assert len({type(one) for one in result.candidates}) > 2
     with pytest.raises(ValueError, match="families must be of"):
