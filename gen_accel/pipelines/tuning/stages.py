@@ -19,7 +19,6 @@ from gen_accel.attention_processors.attached.transformers import served_transfor
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.piecewise import Piecewise
 from gen_accel.attention_processors.seam import SparseProcessor, is_compiled
-from gen_accel.measure.quality import psnr
 from gen_accel.measure.timing import device_name
 from gen_accel.method import parts_of, within
 from gen_accel.paths import expanded
@@ -211,6 +210,10 @@ class _Tuning:
         _check(pipe)
         if objective != "latent_error":
             check_decodes(pipe)
+        if objective == "psnr":
+            from gen_accel.measure.quality import check_installed
+
+            check_installed()
         self.transformer: Any = next(iter(served_transformers(pipe).values()))
         self.video, tile = self._scout(candidates is None)
         given = default_candidates(self.video, tile=tile) if candidates is None else candidates
@@ -493,11 +496,11 @@ class _Tuning:
         if i not in self._dense_videos:
             self._dense_videos[i] = decoded(self.pipe, dense.to(latents.device, latents.dtype))
         video = decoded(self.pipe, latents)
-        score = psnr(video, self._dense_videos[i]) if self.objective == "psnr" else None
-        if score is None:
-            assert callable(self.objective)
-            score = float(self.objective(self._dense_videos[i], video))
-        return error, min(score, 200.0)  # of equal videos it is infinite
+        if callable(self.objective):
+            return error, float(self.objective(self._dense_videos[i], video))
+        from gen_accel.measure.quality import psnr  # of an extra
+
+        return error, min(psnr(video, self._dense_videos[i]), 200.0)  # of equal videos infinite
 
     def _hold_out(self, point: Point, profile: Profile) -> list[dict[str, Any]]:
         """Score the prompts held out; attention is timed on the first, dense and sparse."""
