@@ -209,7 +209,7 @@ def test_demo(run, model, tmp_path):
         "dense.mp4",
         "mask.png",
         "race.mp4",
-        "piecewise.mp4",
+        "radial.mp4",
         "report.html",
         "report.json",
         "side_by_side.mp4",
@@ -255,7 +255,7 @@ def test_the_embedded_model_is_shown_with_its_lora_and_without(run, tmp_path):
     recipe = read_recipe(subject.lora_path(guided=True))
     assert report["method"] == str(recipe.build_method())
     assert report["lora"]["trained_frames"] == demo.TRAINED_FRAMES
-    assert report["lora"]["config"] == "configs/lora/demo.yaml"
+    assert report["lora"]["config"] == "configs/lora/demo_long.yaml"
     clips = [read_video(tmp_path / name) for name in ("dense.mp4", "without_lora.mp4")]
     assert [len(clip) for clip in clips] == [5, 5]
     assert "Without the LoRA the model showed: " in (tmp_path / "report.html").read_text()
