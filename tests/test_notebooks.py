@@ -21,7 +21,6 @@ SHOWS = {
     "attention_methods": ("image/png", 3),
     "longer_videos": ("image/png", 1),
     "train_lora": ("image/png", 1),
-    "tune": ("image/png", 3),
 }
 # What is smaller by day.
 SMALL = {
@@ -51,7 +50,6 @@ SMALL = {
         "checkpoint_every=5": "checkpoint_every=2",
         "num_inference_steps=4": "num_inference_steps=2",
     },
-    "tune": {"FRAMES, STEPS = 49, 6": "FRAMES, STEPS = 17, 3", "quality=28": "quality=15"},
 }
 
 MOST_BYTES = 1_000_000  # what a code host shows
