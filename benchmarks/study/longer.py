@@ -113,11 +113,14 @@ def score(file: str, dense: str, sparse: str, of_others: str, without: str) -> d
         without: its setting there.
     """
     places = {"dense": (file, dense), "sparse": (file, sparse), "without": (of_others, without)}
-    counts, clips = {}, 0
-    for name, (where, setting) in places.items():
-        found = [_setting(where + ending, setting) for ending in SEEDS]
-        counts[name] = sum(sum(clip["right"] for clip in one["scored"]) for one in found if one)
-        clips = sum(one["clips"] for one in found if one)
+    counts, clips = dict.fromkeys(places, 0), 0
+    for ending in SEEDS:  # of seeds that all three were made of
+        found = {name: _setting(where + ending, one) for name, (where, one) in places.items()}
+        if any(one is None for one in found.values()):
+            continue
+        for name, one in found.items():
+            counts[name] += sum(clip["right"] for clip in one["scored"]) if one else 0
+        clips += next(one["clips"] for one in found.values() if one)
     return {"clips": clips, **counts}
 
 
