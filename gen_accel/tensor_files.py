@@ -1,10 +1,10 @@
-"""Tensors on their way to a safetensors file: finite, and with room on the disk."""
+"""Tensors in safetensors files: read whole; written finite, and with room on the disk."""
 
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,6 +32,19 @@ def save_tensors(
             needs = sum(x.nbytes for x in held.values())
             raise NoRoom(path, needs, number) from error
         raise OSError(f"cannot write {path}: {error}") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read all tensors of a file, on the CPU, and its metadata.
+
+    Raises ValueError, which names the file, where it is no safetensors file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

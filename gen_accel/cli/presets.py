@@ -1,4 +1,4 @@
-"""What verbs say of presets and of tunings."""
+"""Lines and tables about presets and tunings, which several verbs print."""
 
 from statistics import fmean
 from typing import Any

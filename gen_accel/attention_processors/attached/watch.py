@@ -19,7 +19,7 @@ LIMIT = 2.0  # times the expected error, above which the next step is denser
 
 
 class Ladder(Protocol):
-    """What a profile knows of a layer's heads at a step, counted from 0."""
+    """Knowledge of a profile about the heads of a layer at a step, counted from 0."""
 
     def expected(self, step: int, layer: int, head: int, method: Any) -> float | None:
         """Relative error of a method's attention; None where it was not measured."""

@@ -1,4 +1,4 @@
-"""What a profile says of a head at a step: the error to expect, and what is denser."""
+"""Ladder of a profile: the error to expect of a head at a step, and what is denser."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from gen_accel.method import layer_method
+from gen_accel.names import PRESETS
 from gen_accel.paths import expanded
-from gen_accel.pipelines.tuning.named import BOX, NAMES
+from gen_accel.pipelines.tuning.named import BOX
 from gen_accel.pipelines.tuning.preset import Preset, read_profile
 from gen_accel.pipelines.tuning.profile import Profile
 
@@ -77,7 +78,7 @@ def ladder_beside(preset: Preset, source: str | Path) -> ProfileLadder | None:
     """
     if preset.profile is None:
         return None
-    named = isinstance(source, str) and source in NAMES
+    named = isinstance(source, str) and source in PRESETS
     folder = BOX if named else expanded(source).parent
     profile, candidates = read_profile(preset, folder)
     sigmas = preset.made_for.sigmas

@@ -8,6 +8,7 @@ from gen_accel.attention_processors.attached.recipe import sizes
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.methods.piecewise import Piecewise
+from gen_accel.names import PRESETS
 from gen_accel.pipelines.tuning.preset import (
     Preset,
     check_model,
@@ -15,7 +16,6 @@ from gen_accel.pipelines.tuning.preset import (
     read_preset,
 )
 
-NAMES = ("quality", "balanced", "fast")
 BOX = Path(__file__).parents[2] / "presets"
 
 
@@ -55,7 +55,7 @@ def choose_preset(
     """Return the method of a preset, its schedule, and the preset itself where it was tuned.
 
     Args:
-        preset: a file, one of `NAMES`, or what `read_preset` returned.
+        preset: a file, one of `PRESETS`, or what `read_preset` returned.
         schedule: as given beside it, which wins over the preset's own.
 
     Raises:
@@ -66,7 +66,7 @@ def choose_preset(
         NotMeasured: a name for a model that no preset was tuned for.
     """
     transformer: Any = next(iter(served_transformers(pipe_or_transformer).values()))
-    if isinstance(preset, str) and preset in NAMES:
+    if isinstance(preset, str) and preset in PRESETS:
         found = in_the_box(preset, transformer)
         if found is None:
             return by_rule(preset, schedule)
@@ -76,7 +76,7 @@ def choose_preset(
         try:
             found = read_preset(preset)
         except FileNotFoundError as error:
-            names = ", ".join(NAMES)
+            names = ", ".join(PRESETS)
             raise FileNotFoundError(f"{error}; the names of presets are {names}") from None
     check_model(found, transformer, "the preset" if isinstance(preset, Preset) else preset)
     return found.method, schedule, found

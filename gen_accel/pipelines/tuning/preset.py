@@ -9,7 +9,6 @@ from typing import Any
 from weakref import ref
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from gen_accel.attention_processors.attached.recipe import recipes_of, sizes
@@ -20,7 +19,7 @@ from gen_accel.json_files import fields_of, parse_json, read_fields, typed
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning.candidates import described, made_of
 from gen_accel.pipelines.tuning.profile import Profile
-from gen_accel.tensor_files import save_tensors
+from gen_accel.tensor_files import read_tensors, save_tensors
 from gen_accel.values import shown
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
@@ -35,7 +34,7 @@ class OtherThanTuned(UserWarning):
 
 @dataclass(frozen=True)
 class MadeFor:
-    """What a preset was tuned on.
+    """Model, size and call that a preset was tuned on.
 
     Args:
         transformer: class and sizes, as a LoRA's recipe has them.
@@ -126,7 +125,7 @@ class Preset:
     made_by: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As the file holds it."""
+        """Return the preset as its file holds it."""
         rules = [
             described(rule.method)
             | {"layers": rule.layers, "heads": rule.heads, "steps": rule.steps}
@@ -196,12 +195,7 @@ def read_profile(preset: Preset, folder: Path) -> tuple[Profile, tuple[Any, ...]
         raise FileNotFoundError(f"the preset's profile is missing: {path}")
     if file_sha256(path) != preset.profile["sha256"]:
         raise ValueError(f"{path} is not the profile that the preset was written with")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
+    tensors, metadata = read_tensors(path)
     listed = parse_json(metadata.get(CANDIDATES, "null"), f"the candidates in {path}")
     if not isinstance(listed, list):
         raise ValueError(f"{path} does not say its candidates, got {shown(listed)}")

@@ -5,14 +5,11 @@ an error in its attention grows to an error of the latents at the end.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-
-SCALES = ("mean", "worst")
 
 
 @dataclass(frozen=True)
@@ -170,10 +167,3 @@ def levels_of(steps: int, most: int) -> list[int]:
     between = max(0, most - len(ends))
     inner = {2 + math.ceil((steps - 4) * (i + 1) / (between + 1)) for i in range(between)}
     return sorted(ends | {min(step, steps - 2) for step in inner})
-
-
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's coefficient, without ties."""
-    ranks = [torch.tensor(x).argsort().argsort().double() for x in (a, b)]
-    centred = [x - x.mean() for x in ranks]
-    return (centred[0] @ centred[1] / (centred[0].norm() * centred[1].norm())).item()

@@ -21,6 +21,7 @@ from gen_accel.attention_processors.methods.piecewise import Piecewise
 from gen_accel.attention_processors.seam import SparseProcessor, is_compiled
 from gen_accel.measure.timing import device_name
 from gen_accel.method import parts_of, within
+from gen_accel.names import OBJECTIVES
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning import solving
 from gen_accel.pipelines.tuning.candidates import (
@@ -53,9 +54,7 @@ from gen_accel.values import shown
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
 
-STAGES = ("profile", "weights", "seconds", "solve", "verify", "hold out")
 Objective = str | Callable[[np.ndarray, np.ndarray], float]
-OBJECTIVES = ("psnr", "latent_error")
 
 # Stage, what is done of it, and how much there is.
 Tick = Callable[[str, int, int], None]

@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gen_accel.files import plain, replacing
 from gen_accel.json_files import parse_json
-from gen_accel.tensor_files import save_tensors
+from gen_accel.tensor_files import read_tensors, save_tensors
 
 ABOUT, NOTES = "tuning", "notes"
 
@@ -65,14 +64,7 @@ class State:
             self.path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> None:
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is no tuning that could go on: {error}; remove it"
-            ) from error
+        tensors, metadata = read_tensors(path)
         about = parse_json(metadata.get(ABOUT, "null"), path)
         if about != self.about:
             raise ValueError(

@@ -6,12 +6,13 @@ import pytest
 from support.wan import generate, pipeline
 
 from gen_accel import Piecewise, Schedule, attach
-from gen_accel.pipelines.tuning.named import NAMES, RULES, NotMeasured
+from gen_accel.names import PRESETS
+from gen_accel.pipelines.tuning.named import RULES, NotMeasured
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_name_is_a_rule_where_nothing_was_tuned(name):
     pipe = pipeline()
     with pytest.warns(NotMeasured, match=r"not measured.*gen-accel tune"):
@@ -24,8 +25,8 @@ def test_a_name_is_a_rule_where_nothing_was_tuned(name):
 
 
 def test_the_rules_go_from_exact_to_fast():
-    shares = [RULES[name].critical for name in NAMES]
-    starts = [RULES[name].start for name in NAMES]
+    shares = [RULES[name].critical for name in PRESETS]
+    starts = [RULES[name].start for name in PRESETS]
     assert shares == sorted(shares, reverse=True)
     assert starts == sorted(starts, reverse=True)
 
