@@ -26,7 +26,7 @@ class Ladder(Protocol):
         ...
 
     def denser(self, step: int, layer: int, head: int, method: Any) -> Any:
-        """The next method that errs less, at more cost; the same where there is none."""
+        """Next method that errs less, at more cost; the same where there is none."""
         ...
 
 
@@ -62,7 +62,7 @@ class Watched:
 
 @dataclass(frozen=True)
 class Watching:
-    """Everything that a watch saw in a generation. Printable.
+    """Errors that a watch saw in a generation. Printable.
 
     Args:
         calls: by the name of a layer and the step.
@@ -81,7 +81,7 @@ class Watching:
 
     @property
     def exceeded(self) -> int:
-        """How many heads erred too much, over all calls."""
+        """Number of heads that erred too much, over all calls."""
         return sum(one.exceeded for one in self.calls.values())
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,7 +186,7 @@ class Watch:
         return self._made[key]
 
     def seen(self) -> Watching:
-        """Everything of the last generation. Waits for the device."""
+        """Return the errors of the last generation. Waits for the device."""
         self._read()
         return Watching(dict(self._calls))
 

@@ -43,7 +43,7 @@ class ProfileLadder:
         return None if errors is None or number is None else errors[number]
 
     def denser(self, step: int, layer: int, head: int, method: Any) -> Any:
-        """The cheapest candidate of those that err clearly less and cost more; the last one is
+        """Return the cheapest candidate that errs clearly less and costs more; the last one is
         dense."""
         number = self._numbers.get(layer, {}).get(method)
         if number is None:

@@ -340,7 +340,7 @@ class Watch:
             )
 
     def others(self, module: Any) -> list[str]:
-        """What differs, each with what it was and what it is."""
+        """List what differs, with the value that was tuned for and the value now."""
         tuned, pipe = self._made_for, self._pipe()
         video: VideoShape | None = self._grid()
         guidance = getattr(pipe, "guidance_scale", None)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Profile:
-    """What the choice of settings is solved from. P prompts, S steps, L layers, H heads, C
-    candidates, J levels.
+    """Errors, costs and weights that settings are solved from. P prompts, S steps, L layers, H
+    heads, C candidates, J levels.
 
     Args:
         layers: numbers of the L layers.

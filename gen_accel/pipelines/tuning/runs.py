@@ -19,7 +19,7 @@ from gen_accel.pipelines.generation.decode import decode_stream, is_streamed
 
 @dataclass(frozen=True)
 class Call:
-    """What the pipeline is called with beside the prompt.
+    """Arguments of the pipeline beside the prompt.
 
     Args:
         steps: num_inference_steps.
@@ -33,7 +33,7 @@ class Call:
 
 
 class Passes:
-    """What a model returned in a generation, pass by pass.
+    """Outputs of a model in a generation, pass by pass.
 
     Attributes:
         outputs: of each pass, in order, with its step.

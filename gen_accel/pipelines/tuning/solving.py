@@ -37,7 +37,7 @@ class Point(NamedTuple):
 
 
 class Options(NamedTuple):
-    """How a profile is solved.
+    """Options of solving a profile.
 
     Args:
         cost: what is least, seconds of attention or token pairs.

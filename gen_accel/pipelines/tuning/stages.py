@@ -275,7 +275,7 @@ class _Tuning:
         return found
 
     def _about(self) -> dict[str, Any]:
-        """What the measurements depend on."""
+        """Describe everything that the measurements depend on."""
         plain = (bool, int, float, str, type(None))
         more = {
             k: v if isinstance(v, plain) else type(v).__name__ for k, v in self.call.more.items()

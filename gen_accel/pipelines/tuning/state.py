@@ -1,4 +1,4 @@
-"""What a tuning has done so far, in a file beside its preset, so that a killed one goes on."""
+"""State of a tuning, in a file beside its preset, so that a killed one goes on."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What `tune` found: rules, and the profile that others can be solved from."""
+"""Result of `tune`: rules, and the profile that others can be solved from."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ LARGEST = 100.0  # logarithm of an error that any choice keeps
 
 @dataclass(frozen=True)
 class Bound:
-    """What a preset must keep, over the tuning prompts.
+    """Bound on the scores of the tuning prompts.
 
     Args:
         mean: least mean of the scores; None: any.
@@ -55,7 +55,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What `tune` found. Printable.
+    """Result of `tune`. Printable.
 
     Args:
         preset: rules, what they were made for, and what was measured.
