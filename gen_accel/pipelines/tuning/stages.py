@@ -56,6 +56,8 @@ from gen_accel.video import VideoShape
 
 Objective = str | Callable[[np.ndarray, np.ndarray], float]
 
+PSNR_OF_ALL = 21.0  # dB, about, where the error of the latents is as large as they are
+
 # Stage, what is done of it, and how much there is.
 Tick = Callable[[str, int, int], None]
 
@@ -294,6 +296,7 @@ class _Tuning:
             "objective": self.bound.objective,
             "rows": self.rows,
             "levels": self.levels,
+            "kernel": self.kernel,
         }
 
     def _scout(self, tiles: bool) -> tuple[VideoShape, Any]:
@@ -429,7 +432,7 @@ class _Tuning:
         low, high = 0, len(points) - 1  # the last one is dense
         found: int | None = None
         rounds = math.ceil(math.log2(max(len(points), 2)))
-        place = self._first_guess(profile, points)
+        place = self._first_guess(points)
         while low < high and (not tried or time.monotonic() - self.began < self.seconds):
             self.tick("verify", min(len(tried), rounds), rounds + 1)
             tried[place] = self._scores(points[place], profile, range(len(self.tuning)))
@@ -460,11 +463,11 @@ class _Tuning:
             )
         return points[found], runs, True
 
-    def _first_guess(self, profile: Profile, points: Sequence[Point]) -> int:
-        """Where to begin: at a relative error that a PSNR of this size mostly has, or half way."""
+    def _first_guess(self, points: Sequence[Point]) -> int:
+        """Choose where to begin: at a relative error that a PSNR of this size mostly has, or half way."""
         if self.bound.objective != "psnr" or self.bound.mean is None:
             return (len(points) - 1) // 2
-        wanted = 10 ** ((21.0 - self.bound.mean) / 20)
+        wanted = 10 ** ((PSNR_OF_ALL - self.bound.mean) / 20)
         near = min(range(len(points)), key=lambda i: abs(points[i].predicted - wanted))
         return min(max(near, 0), max(len(points) - 2, 0))
 
