@@ -56,7 +56,7 @@ from gen_accel.video import VideoShape
 
 Objective = str | Callable[[np.ndarray, np.ndarray], float]
 
-PSNR_OF_ALL = 21.0  # dB, about, where the error of the latents is as large as they are
+PSNR_OF_ALL = 21.0  # dB, about, where latents err by as much as they hold
 
 # Stage, what is done of it, and how much there is.
 Tick = Callable[[str, int, int], None]

@@ -258,7 +258,9 @@ def test_a_tuning_of_other_prompts_is_not_mixed_in(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "weight_of_step", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tuned(out=path)
-    with pytest.raises(ValueError, match=r"another tuning, which differs in prompts, seed"):
+    with pytest.raises(
+        ValueError, match=r"another tuning, which differs in kernel, prompts, seed"
+    ):
         tune(
             pipeline(),
             ["a fish"],
