@@ -464,7 +464,7 @@ class _Tuning:
         return points[found], runs, True
 
     def _first_guess(self, points: Sequence[Point]) -> int:
-        """Choose where to begin: at a relative error that a PSNR of this size mostly has, or half way."""
+        """Choose where to begin: at the error that such a PSNR mostly has, or half way."""
         if self.bound.objective != "psnr" or self.bound.mean is None:
             return (len(points) - 1) // 2
         wanted = 10 ** ((PSNR_OF_ALL - self.bound.mean) / 20)
