@@ -14,8 +14,7 @@ class Schedule:
     """Layers and steps that run the model's own attention instead of the sparse one.
 
     The first steps decide what a video shows. Most published quality rests on keeping the first
-    fifth of the steps dense. On the demo model the very first step can do without, and the two
-    after it cannot: `dense` and `dense_noise` can say so.
+    fifth of the steps dense. `dense` and `dense_noise` name others.
 
     Args:
         dense_layers: the first so many blocks, or a tuple of their numbers.

@@ -94,8 +94,6 @@ class Profile:
     def at_steps(self, sigmas: Tensor) -> "Profile":
         """Profile of a run with other noise levels, (S' + 1,), read off this one: errors, and
         weights over the length of a step, are interpolated over the logarithm of the noise.
-
-        On the demo model a profile travels from 10 steps to 20, where rules do not.
         """
         old, new = log_noise(self.sigmas), log_noise(sigmas)
         lengths = step_lengths(sigmas)
