@@ -17,7 +17,7 @@ from gen_accel.cli import app, inventory
 from gen_accel.measure.subject import presets
 from gen_accel.pipelines.generation import loading
 from gen_accel.pipelines.long_video import _CLASSES
-from gen_accel.pipelines.tuning.named import NAMES
+from gen_accel.pipelines.tuning.named import RULES
 from gen_accel.pipelines.tuning.stages import OBJECTIVES
 
 TO_SHOW = "--frames 1 --height 1 --width 1"
@@ -142,7 +142,7 @@ def test_the_names_known_early_are_those_that_there_are():
     assert tuple(METHODS) == names.METHODS
     assert tuple(_CLASSES) == names.TECHNIQUES
     assert tuple(presets()) == names.PUBLISHED
-    assert names.PRESETS == NAMES
+    assert names.PRESETS == tuple(RULES)
     assert names.OBJECTIVES == OBJECTIVES
 
 
