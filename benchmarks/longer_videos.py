@@ -67,6 +67,7 @@ class Setting(NamedTuple):
     guided: bool = True
 
 
+SHIFTED = "fresh_noise:shift=22"
 INTERPOLATED = ("position_interpolation", "fresh_noise")
 SETTINGS = {
     "dense": Setting(),
@@ -77,11 +78,17 @@ SETTINGS = {
     "radial + LoRA": Setting(sparse=True, lora=True),
     "radial + LoRA + fresh_noise": Setting(True, ("fresh_noise",), lora=True),
     "dense + LoRA": Setting(lora=True),
+    f"radial + LoRA + {SHIFTED}": Setting(True, (SHIFTED,), lora=True),
+    f"dense + LoRA + {SHIFTED}": Setting(techniques=(SHIFTED,), lora=True),
     "dense, unguided": Setting(guided=False),
 }
 METHOD = ("tile_side=12", "tile_frames=3", "block=432")  # that of the LoRA
 # Of the demo's LoRA, and of the model without it: name of the result files, and the settings.
-SCORED = "longer_videos_long", "dense + LoRA", "piecewise + LoRA"
+SCORED = (
+    "longer_videos_long",
+    f"dense + LoRA + {SHIFTED}",
+    f"piecewise + LoRA + {SHIFTED}",
+)
 WITHOUT = "longer_videos", "dense"
 STEADY = 0.05  # share of the pairs of frames that may be off the path
 

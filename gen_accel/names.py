@@ -50,10 +50,17 @@ def check_kernel(kernel: str, what: str = "kernel", known: Sequence[str] = KERNE
         raise ValueError(f"{what} must be 'auto' or one of {known}, got {kernel!r}{hint}")
 
 
+def split_technique(given: str) -> tuple[str, tuple[str, ...]]:
+    """Split "fresh_noise:shift=22" into the name of a technique and its settings, with a colon
+    before each."""
+    name, *settings = given.split(":")
+    return name, tuple(settings)
+
+
 def check_techniques(names: Sequence[str], what: str = "technique") -> None:
-    """Raise ValueError for a name that is not in `TECHNIQUES`."""
+    """Raise ValueError for a name that is not in `TECHNIQUES`; settings are not looked at."""
     for name in names:
-        if name not in TECHNIQUES:
+        if split_technique(name)[0] not in TECHNIQUES:
             raise ValueError(f"{what} must be one of {', '.join(TECHNIQUES)}, got {name!r}")
 
 

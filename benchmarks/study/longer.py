@@ -35,8 +35,12 @@ ROWS = (
     Row("dense", "long", "", "longer_videos_long", "dense + LoRA"),
     Row("Piecewise", "long", "", "longer_videos_long", "piecewise + LoRA"),
     Row(
-        *("Piecewise", "long", "`fresh_noise`"),
-        *("longer_videos_long", "piecewise + LoRA + fresh_noise"),
+        *("dense", "long", "`fresh_noise:shift=22`"),
+        *("longer_videos_long", "dense + LoRA + fresh_noise:shift=22"),
+    ),
+    Row(
+        *("Piecewise", "long", "`fresh_noise:shift=22`"),
+        *("longer_videos_long", "piecewise + LoRA + fresh_noise:shift=22"),
     ),
     Row("Radial", "holds guidance", "", "longer_videos", "radial + LoRA"),
     Row(

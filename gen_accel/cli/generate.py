@@ -101,8 +101,8 @@ def generate(
         str | None,
         typer.Option(
             metavar="TECHNIQUE[,TECHNIQUE]",
-            help="For video longer than the model was trained on, such as riflex. Without: what "
-            "--from-lora names; none: nothing.",
+            help="For video longer than the model was trained on, such as riflex, with an option "
+            "riflex:k=4. Without: what --from-lora names; none: nothing.",
         ),
     ] = None,
     trained_frames: Annotated[

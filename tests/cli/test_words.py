@@ -43,6 +43,7 @@ EARLY = {
     "generate --model demo --prompt a --device nope": "device must be auto",
     "generate --model demo --prompt a --offload nope": "offload must be one of",
     "generate --model demo --prompt a --extend nope": "technique must be one of riflex",
+    "generate --model demo --prompt a --extend nope:k=1": "got 'nope:k=1'",
     "generate --model demo --prompt a --lora /nope:0.5": "no LoRA at /nope,",
     "generate --model demo --prompt a --from-lora /nope": "no LoRA at /nope",
     "generate --model demo --prompts /nope": "no file of prompts at /nope",
@@ -142,7 +143,7 @@ def test_the_names_known_early_are_those_that_there_are():
     assert tuple(METHODS) == names.METHODS
     assert tuple(_CLASSES) == names.TECHNIQUES
     assert tuple(presets()) == names.PUBLISHED
-    assert names.PRESETS == tuple(RULES)
+    assert tuple(RULES) == names.PRESETS
     assert names.OBJECTIVES == OBJECTIVES
 
 

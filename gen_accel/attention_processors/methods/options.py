@@ -28,11 +28,16 @@ def method_from(name: str, settings: Sequence[str] = ()) -> Any:
             refuses; the message lists the valid names, and the nearest.
     """
     kind = method_class(name)
-    return _made(kind, name, _values(kind, name, settings))
+    return _made(kind, name, values_of(kind, name, settings))
 
 
-def _values(kind: type, name: str, settings: Sequence[str]) -> dict[str, Any]:
-    """Parse `settings` into the values of fields of `kind`."""
+def values_of(kind: type, name: str, settings: Sequence[str]) -> dict[str, Any]:
+    """Parse "field=value" settings into values of the fields of a dataclass; errors as in
+    `method_from`.
+
+    Args:
+        name: of the class, in errors.
+    """
     defaults = {one.name: one.default for one in options_of(kind)}
     known = [*defaults]
     hints = _hints(kind, name) if settings else {}
@@ -65,7 +70,7 @@ def _values(kind: type, name: str, settings: Sequence[str]) -> dict[str, Any]:
         method: Any = values.get(key, defaults[key])
         if method is MISSING:
             raise ValueError(f"{name} needs a value for {key}, before {key}.{some[0]}")
-        values[key] = replace(method, **_values(type(method), method_name(method), some))
+        values[key] = replace(method, **values_of(type(method), method_name(method), some))
     return values
 
 

@@ -16,9 +16,10 @@ from gen_accel.attention_processors.attached.recipe import CONFIG
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.families import family_for, family_of
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factor
+from gen_accel.attention_processors.methods.options import values_of
 from gen_accel.attention_processors.seam import is_compiled
 from gen_accel.json_files import read_json
-from gen_accel.names import TECHNIQUES, check_techniques
+from gen_accel.names import TECHNIQUES, check_techniques, split_technique
 from gen_accel.paths import expanded
 from gen_accel.pipelines.long_video.continuation import Continuation
 from gen_accel.pipelines.long_video.position_interpolation import PositionInterpolation
@@ -70,7 +71,8 @@ def extend(
     grid is longer than the model was trained at, and on no others.
 
     Args:
-        technique: a name of `TECHNIQUES`, an instance such as `Riflex(k=4)`, or several of them.
+        technique: a name of `TECHNIQUES`, with options as in "riflex:k=4", an instance such as
+            `Riflex(k=4)`, or several of them.
         num_frames: length of the video asked for, in pixel frames.
         trained_frames: length that the model was trained at, in pixel frames. By default the
             length in `gen_accel.json` in the model's own folder, or the family's, see
@@ -237,9 +239,14 @@ def _technique(given: Any, options: dict[str, Any]) -> Technique:
         if isinstance(given, type) or not hasattr(given, "apply"):
             raise ValueError(f"technique must be a name or an instance, got {given!r}")
         return given
-    if given not in _CLASSES:
+    name, settings = split_technique(given)
+    if name not in _CLASSES:
         raise ValueError(f"technique must be one of {', '.join(TECHNIQUES)}, got {given!r}")
-    kind = getattr(import_module(f"{__name__}.{given}"), _CLASSES[given])
+    kind = getattr(import_module(f"{__name__}.{name}"), _CLASSES[name])
+    if settings and options:
+        raise ValueError(f"options of {name} are given twice: {given!r} and {', '.join(options)}")
+    if settings:
+        return kind(**values_of(kind, name, settings))
     known = [field.name for field in fields(kind)]
     for name in options:
         if name not in known:

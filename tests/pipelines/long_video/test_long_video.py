@@ -28,6 +28,7 @@ from gen_accel.pipelines.long_video import (
     known_trained_frames,
 )
 from gen_accel.pipelines.long_video.continuation import Hold, matched, noised
+from gen_accel.pipelines.long_video.ultravico import UltraViCo
 
 ROTARY = ("riflex", "position_interpolation")
 
@@ -333,6 +334,13 @@ def test_no_longer_than_trained_is_said_to_be_off(technique):
         assert ": off" in longer.describe()
 
 
+def test_a_name_holds_options():
+    given = ["riflex:k=2", "ultravico:alpha=0.8:beta=0.5"]
+    longer = extend(wan.transformer(), given, num_frames=33, trained_frames=9)
+    assert longer.techniques == (Riflex(k=2), UltraViCo(alpha=0.8, beta=0.5))
+    longer.remove()
+
+
 def test_what_cannot_be_extended_is_refused():
     model, lengths = wan.transformer(), {"num_frames": 33, "trained_frames": 9}
     for technique, options, message in (
@@ -341,6 +349,11 @@ def test_what_cannot_be_extended_is_refused():
         ((), {}, "must name at least one"),
         ("riflex", {"name": "x"}, "riflex has no option name; it takes k"),
         ("position_interpolation", {"k": 1}, "has no option k; it takes no options"),
+        ("riflex:name=x", {}, "riflex has no field 'name'; its fields: k"),
+        ("riflex:k=x", {}, "k of riflex must be int or none, got 'x'"),
+        ("riflex:4", {}, "a setting is written field=value, got '4'"),
+        ("riflex:k=1", {"k": 1}, "options of riflex are given twice: 'riflex:k=1' and k"),
+        ("yarn:k=1", {}, "technique must be one of .*, got 'yarn:k=1'"),
         (Riflex(), {"k": 1}, "options k go with one technique given by its name"),
         (("riflex", "riflex"), {}, "riflex is given twice"),
         (ROTARY, {}, "riflex does not go with position_interpolation: both set"),
