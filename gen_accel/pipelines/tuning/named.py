@@ -97,11 +97,20 @@ def by_rule(name: str, schedule: Schedule | None = None) -> tuple[Piecewise, Sch
     """Return a rule for any model: the settings that published methods were measured at."""
     rule = RULES[name]
     own = Schedule(dense_start=rule.start, dense_steps=rule.steps, dense_layers=rule.layers)
+    said = _said(rule) if schedule is None else f"Piecewise({rule.critical:g})"
     warnings.warn(
-        f"preset {name!r} is a rule for this model, not measured: Piecewise({rule.critical:g}) "
-        f"after the first {rule.start:.0%} of the steps. For settings that keep a quality, "
-        "gen-accel tune --model MODEL --prompts FILE --quality 28 --out PRESET.json",
+        f"preset {name!r} is a rule for this model, not measured: {said}. For settings that keep "
+        "a quality, gen-accel tune --model MODEL --prompts FILE --quality 28 --out PRESET.json",
         NotMeasured,
         stacklevel=4,
     )
     return Piecewise(rule.critical), own if schedule is None else schedule, None
+
+
+def _said(rule: Hand) -> str:
+    """Say a rule in words."""
+    layers = "layer" if rule.layers == 1 else f"{rule.layers} layers"
+    return (
+        f"Piecewise({rule.critical:g}), dense in the first {rule.start:.0%} of the steps, "
+        f"{rule.steps} at least{f', and in the first {layers}' if rule.layers else ''}"
+    )

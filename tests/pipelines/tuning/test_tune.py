@@ -77,12 +77,25 @@ def tuned(pipe: Any = None, out: Any = None, **options: Any) -> Any:
     return tune(pipe or pipeline(), PROMPTS[:2], **(given | SIZES | options))
 
 
+TICKS = []  # of `found`
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """Tuned once; the file of the preset, and the result."""
     torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("tuned") / "preset.json"
-    return path, tuned(out=path)
+    return path, tuned(out=path, tick=lambda *tick: TICKS.append(tick))
+
+
+def test_each_stage_ticks_up_to_its_one_total(found):
+    stages = [*dict.fromkeys(stage for stage, _, _ in TICKS)]
+    assert stages == ["scout", "profile", "seconds", "weights", "solve", "verify", "hold out"]
+    for stage in stages:
+        done, totals = zip(*(tick[1:] for tick in TICKS if tick[0] == stage), strict=True)
+        assert len({*totals}) == 1
+        assert [*done] == sorted(done)
+        assert done[-1] == totals[-1]
 
 
 def test_the_bound_is_kept_on_the_tuning_prompts(found):
