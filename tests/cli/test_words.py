@@ -142,7 +142,7 @@ def test_the_names_known_early_are_those_that_there_are():
     assert tuple(METHODS) == names.METHODS
     assert tuple(_CLASSES) == names.TECHNIQUES
     assert tuple(presets()) == names.PUBLISHED
-    assert names.PRESETS == tuple(RULES)
+    assert tuple(RULES) == names.PRESETS
     assert names.OBJECTIVES == OBJECTIVES
 
 

@@ -84,13 +84,16 @@ def choose_preset(
 
 def in_the_box(name: str, transformer: Any) -> Preset | None:
     """Read the preset of that name that was tuned for a model and its LoRAs; None without one."""
-    have, loras = sizes(transformer), loras_of(transformer)
-    for path in sorted(BOX.glob(f"*-{name}.json")):
-        found = read_preset(path)
-        same = found.made_for.transformer.get("sha256") == have["sha256"]
-        if same and tuple(found.made_for.loras) == loras:
-            return found
-    return None
+    loras = loras_of(transformer)
+    fitting = (one for one in all_in_the_box(name, transformer) if one.made_for.loras == loras)
+    return next(fitting, None)
+
+
+def all_in_the_box(name: str, transformer: Any) -> list[Preset]:
+    """Read all presets of that name that were tuned for a model, by whatever LoRAs."""
+    own = sizes(transformer)["sha256"]
+    found = map(read_preset, sorted(BOX.glob(f"*-{name}.json")))
+    return [one for one in found if one.made_for.transformer.get("sha256") == own]
 
 
 def by_rule(name: str, schedule: Schedule | None = None) -> tuple[Piecewise, Schedule, None]:
