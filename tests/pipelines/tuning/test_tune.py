@@ -397,6 +397,7 @@ def test_another_grid_warns_once(found):
         ({"gen_accel": "lora"}, "is no preset"),
         ({"version": 2}, "version 2, not 1"),
         ({"steps": "four"}, "steps"),
+        ({"steps": 10**12}, "a noise level for each of its 1000000000000 steps"),
         ({"rules": []}, "one Rule or more"),
         ({"rules": [{"method": "piecewize", "options": {}}]}, "piecewize"),
         ({"rules": [{"method": "radial", "options": {"depth": 1}}]}, "depth"),
