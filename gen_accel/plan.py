@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gen_accel.recall import recalled
 from gen_accel.runs import Runs
 from gen_accel.values import shown
 from gen_accel.video import VideoShape
@@ -626,7 +627,12 @@ class Plan:
         return blocks and self.rest == other.rest and self.slots is other.slots
 
     def keeping_all(self) -> "Plan":
-        """Make a plan in the same layout that keeps every block."""
+        """Plan in the same layout that keeps every block; of a static plan made once."""
+        if self.dynamic:
+            return self._keeping_all()
+        return self.prepared("keeping all", self._keeping_all)
+
+    def _keeping_all(self) -> "Plan":
         return self.keeping(torch.ones_like(self.keep[:1, :1]), dynamic=self.dynamic)
 
 
@@ -638,18 +644,32 @@ def numbers_on(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def joined(plans: Sequence[tuple[Sequence[int], Plan]], heads: int) -> Plan:
-    """Plan of several heads, from plans of some of them that share a layout, see `lies_as`.
+    """Plan of several heads, from plans of some of them that share a layout, see `lies_as`. From
+    static plans it is made once.
 
     Args:
         plans: each with the heads that it is for; together all heads, each once.
         heads: H.
     """
+    parts = tuple((tuple(some), plan) for some, plan in plans)
+    if any(plan.dynamic for _, plan in parts):
+        return _joined(parts, heads)
+    return _joined_once(parts, heads)
+
+
+@recalled
+@torch.inference_mode(False)
+def _joined_once(plans: tuple[tuple[tuple[int, ...], Plan], ...], heads: int) -> Plan:
+    return _joined(plans, heads)
+
+
+def _joined(plans: tuple[tuple[tuple[int, ...], Plan], ...], heads: int) -> Plan:
     samples = max(plan.patterns[0] for _, plan in plans)
     first = plans[0][1]
     keep = first.keep.new_empty(samples, heads, *first.keep.shape[2:])
     for some, plan in plans:
         own = plan.keep.expand(samples, len(some), -1, -1)
-        keep.index_copy_(1, numbers_on(tuple(some), keep.device), own)
+        keep.index_copy_(1, numbers_on(some, keep.device), own)
     dynamic = any(plan.dynamic for _, plan in plans)
     bounds = [keep.shape[2] * keep.shape[3] if p.entries is None else p.entries for _, p in plans]
     plan = Plan(first.slots, keep, first.block_q, first.block_k, dynamic=dynamic, rest=first.rest)

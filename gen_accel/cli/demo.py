@@ -85,21 +85,19 @@ def demo(
         check_known(prompt)
     early.check_preset(preset, steps)
     check_instead(context, preset)
-    if preset is not None and image_prompt is not None:
-        raise ValueError("--preset does not go with --image-prompt")
     early.check_files("image", [image_prompt])
     early.check_folder("out", out)
     out = None if out is None else expanded(out)
     early.announce()
     quiet()
     given: dict[str, Any] = {"prompt": prompt, "frames": frames, "steps": steps, "model": model}
-    given["seed"] = seed
+    given |= {"seed": seed, "preset": preset}
     if method is not None or settings:
         given["method"] = method_of(method or "radial", settings)
     if image_prompt is None:
         from gen_accel.demo.job import run
 
-        given |= {"out": out, "with_lora": with_lora, "preset": preset}
+        given |= {"out": out, "with_lora": with_lora}
     else:
         from gen_accel.demo.image_prompts import run
 

@@ -40,6 +40,13 @@ def show(
     text: Annotated[int, typer.Option(help="Text tokens in the same attention.")] = 0,
     settings: Settings = None,
     preset: PresetName = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a preset by name: what was tuned for this model, a folder, a hub repo, or "
+            "demo: the embedded. The rule where nothing was."
+        ),
+    ] = None,
     layer: Annotated[int | None, typer.Option(help="Of a preset, the only one to show.")] = None,
     token: Annotated[
         str | None,
@@ -64,9 +71,11 @@ def show(
         --token 0,0,0 --out corner.png
     gen-accel show --preset preset.json                     what `gen-accel tune` chose
     gen-accel show --preset preset.json --layer 7
+    gen-accel show --preset balanced --model demo
 
-    Of a preset's file it is a table: what each head runs at each step, on the grid that it was
-    tuned for or another one. A preset by name is drawn like its method.
+    Of a tuned preset, a file or the one of a name for a model, it is a table: what each head runs
+    at each step, on the grid that it was tuned for or another one. A name without a model, or for
+    a model that nothing was tuned for, is a rule, which is drawn like its method.
     """
     early.check_preset(preset)
     check_instead(context, preset)
@@ -74,15 +83,25 @@ def show(
     early.check_output(out, ".png")
     seen_from = _token(token)
     is_file = preset is not None and preset not in names.PRESETS
-    if layer is not None and not is_file:
-        raise ValueError(f"--layer is of the file of a preset, got {layer} without --preset FILE")
-    if is_file:
-        wrong = [option for name, option in given(context).items() if name in ("out", "token")]
-        if wrong:
-            raise ValueError(f"a preset's file is shown as a table: leave {', '.join(wrong)} out")
+    if model is not None:
+        if preset is None or is_file:
+            raise ValueError(f"--model is for a preset by name, got {model} without --preset NAME")
+        early.check_subject(model)
+    elif layer is not None and not is_file:
+        raise ValueError(f"--layer is of a tuned preset, got {layer} without --preset FILE")
+    if is_file or model is not None:
         early.announce("torch")
-        _show_preset(str(preset), (frames, height, width), text, layer)
-        return
+        tuned = _tuned(str(preset), model)
+        if tuned:
+            wrong = [option for name, option in given(context).items() if name in ("out", "token")]
+            if wrong:
+                wrong = ", ".join(wrong)
+                raise ValueError(f"a tuned preset is shown as a table: leave {wrong} out")
+            for one in tuned:
+                _show_preset(one, (frames, height, width), text, layer)
+            return
+        if layer is not None:
+            raise ValueError(f"--layer is of a tuned preset, and {preset} is a rule for {model}")
     if method is None and preset is None:
         raise ValueError("give a METHOD of `gen-accel list`, or --preset")
     if frames is None or height is None or width is None:
@@ -274,13 +293,23 @@ def simulate(
         typer.echo(json)
 
 
-def _show_preset(preset: str, sizes: tuple[int | None, ...], text: int, layer: int | None) -> None:
-    """Print what a preset's file says, and its rules as a table."""
-    from gen_accel.measure.rules_table import rules_text
+def _tuned(preset: str, model: str | None) -> list[Any]:
+    """Read a preset's file, or all of a name that were tuned for a model."""
     from gen_accel.pipelines.tuning import read_preset
+    from gen_accel.pipelines.tuning.named import all_in_the_box
+
+    if model is None:
+        return [read_preset(preset)]
+    from gen_accel.measure.subject import subject_of
+
+    return all_in_the_box(preset, subject_of(model_named(model), None).model)
+
+
+def _show_preset(found: Any, sizes: tuple[int | None, ...], text: int, layer: int | None) -> None:
+    """Print what a preset says, and its rules as a table."""
+    from gen_accel.measure.rules_table import rules_text
     from gen_accel.video import VideoShape
 
-    found = read_preset(preset)
     own = found.made_for.grid
     frames, rows, columns = (
         size if asked is None else asked for asked, size in zip(sizes, own, strict=True)

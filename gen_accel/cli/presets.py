@@ -19,6 +19,8 @@ def preset_lines(preset: Any) -> list[str]:
         f"asked for {bound.get('objective', 'psnr')}, {' and '.join(asked)} at least: "
         + ("verified" if preset.verified else "not verified, predicted from the profile"),
     ]
+    if preset.made_for.loras:
+        lines.append(f"with LoRAs {', '.join(preset.made_for.loras)}")
     for name, title in TITLES.items():
         scores = [run["score"] for run in preset.measured.get(name, [])]
         if scores:

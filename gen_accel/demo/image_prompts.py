@@ -13,7 +13,7 @@ from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.demo import job
 from gen_accel.demo.clips import STILL_SIZE
 from gen_accel.demo.detector import detect
-from gen_accel.demo.job import FPS, GUIDANCE_SCALE, SIZE, STEPS
+from gen_accel.demo.job import FPS, GUIDANCE_SCALE, SIZE
 from gen_accel.demo.page import HEADLINES
 from gen_accel.demo.subject import loaded
 from gen_accel.demo.words import check_known
@@ -30,6 +30,7 @@ from gen_accel.pipelines.generation.compare import Comparison, compare_with_dens
 from gen_accel.pipelines.generation.image_input import ImageInput
 from gen_accel.pipelines.generation.sampling import Clip, check_clip, filled
 from gen_accel.pipelines.image_prompt.encoder import as_rgb
+from gen_accel.pipelines.tuning.named import choose_preset
 
 PROMPT = "something moves right slowly"
 METHOD = Radial()
@@ -46,8 +47,9 @@ def run(
     prompt: str = PROMPT,
     seed: int = 0,
     frames: int = demo.TRAINED_FRAMES,
-    steps: int = STEPS,
-    method: Method = METHOD,
+    steps: int | None = None,
+    method: Method | None = None,
+    preset: str | Path | None = None,
     device: str = "cpu",
 ) -> tuple[dict[str, Any], dict[str, Path]]:
     """Generate one clip by an image and a text, densely and with `method`; write both to `out`.
@@ -57,17 +59,23 @@ def run(
         adapter: an adapter instead of the embedded one; see `load_image_prompt`.
         model: a folder like the embedded model's, which is the default.
         frames: 1 more than a multiple of 4.
+        steps: None: as many as the preset was solved for, or 20.
+        method: None: `Radial()`.
+        preset: a file of `gen_accel.tune`, or a name, in place of a method; see `attach`.
 
     Returns:
         The report, and the files by what they are.
 
     Raises:
         FileNotFoundError: no image there, no model, or no adapter.
-        ValueError: a file that is no image, or an invalid size, method or prompt.
+        ValueError: a file that is no image, or an invalid size, method, preset or prompt.
         OSError: `out` cannot be written.
     """
     out = Path(out)
-    job.check(out, prompt, method, device, known=PROMPT)
+    if preset is not None and method is not None:
+        raise ValueError(f"give a method or preset, got both: {method} and {preset}")
+    chosen: Method = METHOD if method is None else method
+    job.check(out, prompt, chosen, device, known=PROMPT)
     if model is None:
         check_known(prompt)
     if adapter is None:
@@ -78,22 +86,26 @@ def run(
                 "or train it with `gen-accel train configs/image_prompt/demo.yaml`"
             )
     given = ImageInput((image,), adapter).opened()
-    clip = Clip(frames, SIZE, SIZE, steps, GUIDANCE_SCALE, seed=seed, fps=FPS)
-    name = type(method).__name__.lower()
+    name = type(chosen).__name__.lower() if preset is None else "preset"
     files = _files(out, name)
     quality.check_installed()
     check_writable(files["dense"])
 
     pipe = loaded(model, device)
-    clip = filled(pipe, clip)
-    check_clip(pipe, clip, method)
+    schedule, tuned = Schedule(dense_start=DENSE_START), None
+    if preset is not None:
+        chosen, schedule, tuned = choose_preset(preset, pipe, None)
+    steps = job.steps_of(steps, chosen, preset)
+    clip = filled(pipe, Clip(frames, SIZE, SIZE, steps, GUIDANCE_SCALE, seed=seed, fps=FPS))
+    check_clip(pipe, clip, chosen)
     with given.load(pipe) as handle:
         result = compare_with_dense(
             pipe,
             prompt,
             clip,
-            method=method,
-            schedule=Schedule(dense_start=DENSE_START),
+            method=chosen,
+            preset=tuned,
+            schedule=schedule,
             timed=pipe.device.type == "cpu",
         )
         about = handle.describe()

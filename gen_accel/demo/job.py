@@ -103,7 +103,7 @@ def run(
     pipes = [subject.loaded() for _ in range(2)]
     if preset is not None:
         subject = subject.by_preset(preset, pipes[1])
-    steps = _steps(steps, subject.method, preset)
+    steps = steps_of(steps, subject.method, preset)
     asked = Clip(frames, SIZE, SIZE, steps, GUIDANCE_SCALE, seed=seed, fps=FPS)
     clip = filled(pipes[0], asked)
     if not is_streamed(pipes[0]):
@@ -167,7 +167,7 @@ def _seen(video: np.ndarray) -> dict[str, Any]:
     return {"shows": found.caption, **asdict(found)}
 
 
-def _steps(given: int | None, method: Method, preset: Any) -> int:
+def steps_of(given: int | None, method: Method, preset: Any) -> int:
     """Number of steps; ValueError for another than a preset was solved for."""
     solved = method.steps if isinstance(method, Mixed) else None
     if given is None:

@@ -7,20 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from PIL import Image
 from support import wan
 from support.wan import FRAMES, GRID, HEIGHT, WIDTH
 from typer.testing import CliRunner
 
-from gen_accel import Mixed, Piecewise, Radial, Rule, VideoShape
+from gen_accel import Mixed, Piecewise, Radial, Rule, VideoShape, demo
+from gen_accel.attention_processors.attached.recipe import sizes
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.cli import app
 from gen_accel.measure import estimate, read_video, rules_table
+from gen_accel.measure.subject import subject_of
 from gen_accel.pipelines.generation import generate, tune_model
 from gen_accel.pipelines.generation.sampling import Clip
 from gen_accel.pipelines.long_video.rope import apply_rule
 from gen_accel.pipelines.tuning import OtherThanTuned, named, read_preset
 from gen_accel.pipelines.tuning.named import NotMeasured
+from gen_accel.pipelines.tuning.preset import MadeFor, Preset, write_preset
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 SIZES = ("--frames", FRAMES, "--height", HEIGHT, "--width", WIDTH)
@@ -294,6 +297,25 @@ def test_show_draws_rules_as_a_table(run, refused, home):
         assert "dense_start=0.2" in run("show", "--preset", "balanced", *grid).stdout
 
 
+def test_show_finds_what_was_tuned_for_a_model(run, refused, tmp_path, monkeypatch):
+    rules = Mixed((Rule(Radial(decay_factor=0.2), layers=(3,), steps=(1, 2)),), 2)
+    for name, loras in (("demo", ()), ("demo_long", ("abc-100",))):
+        write_demo_preset(tmp_path / f"{name}-balanced.json", rules, loras=loras)
+    monkeypatch.setattr(named, "BOX", tmp_path)
+    given = ("show", "--preset", "balanced", "--model")
+    said = run(*given, "demo").stdout
+    assert said.count("layer 3") == 2
+    assert said.count("with LoRAs abc-100") == 1
+    assert "leave --out out" in refused(*given, "demo", "--out", tmp_path / "a.png")
+    grid = ("--frames", 2, "--height", 3, "--width", 4)
+    with pytest.warns(NotMeasured):
+        assert "dense_start=0.2" in run(*given, "Wan2.1-T2V-1.3B", *grid).stdout
+    assert "is a rule for Wan2.1" in refused(*given, "Wan2.1-T2V-1.3B", "--layer", 1)
+    for preset in ((), ("--preset", tmp_path / "demo-balanced.json")):
+        line = refused("show", *preset, "--model", "demo")
+        assert "--model is for a preset by name" in line
+
+
 def test_a_table_of_rules():
     video = VideoShape(5, 12, 12)
     sparse, denser = Radial(decay_factor=0.2), Piecewise(0.2, tile=(1, 8, 8))
@@ -320,23 +342,41 @@ def test_a_table_of_rules():
     assert wide.count("  steps ") > 2
 
 
+def write_demo_preset(path, rules, *, loras=()):
+    """A preset of the embedded model, for 5 frames."""
+    scheduler = {"class": "UniPCMultistepScheduler", "config": {}}
+    model = sizes(subject_of(demo.path()).model)
+    made_for = MadeFor(model, (2, 12, 12), {}, scheduler, (1.0, 0.5, 0.0), "float32", loras)
+    write_preset(path, Preset(rules, made_for, {}, 0.5, 0.5, 0.1))
+
+
 def test_the_demo_by_a_preset(run, tmp_path):
     """Its rules are for two steps, after one of which the warm-up ends."""
-    from dataclasses import replace
-
-    from gen_accel.attention_processors.attached.recipe import sizes
-    from gen_accel.demo import path
-    from gen_accel.pipelines.tuning.preset import MadeFor, Preset, write_preset
-
-    transformer = WanPipeline.from_pretrained(path()).transformer
     rules = Mixed((Rule(Radial(decay_factor=0.2), heads=(1,), steps=(1, 2)),), 2)
-    made_for = MadeFor(sizes(transformer), (2, 12, 12), {}, {}, (1.0, 0.5, 0.0), "x")
-    scheduler = {"class": "UniPCMultistepScheduler", "config": {}}
-    made_for = replace(made_for, dtype="float32", scheduler=scheduler)
-    write_preset(tmp_path / "p.json", Preset(rules, made_for, {}, 0.5, 0.5, 0.1))
+    write_demo_preset(tmp_path / "p.json", rules)
     given = ("--frames", 5, "--without-lora", "--preset", tmp_path / "p.json")
     run("demo", *given, "--out", tmp_path / "demo")
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert report["method"] == repr(rules)
     assert report["steps"] == 2
     assert read_video(tmp_path / "demo" / "preset.mp4").shape == (5, 96, 96, 3)
+
+
+@pytest.mark.skipif(
+    not demo.image_prompt_path().is_dir(),
+    reason="the demo model's image prompt is not trained yet",
+)
+def test_the_demo_with_an_image_by_a_preset(run, refused, tmp_path):
+    rules = Mixed((Rule(Radial(decay_factor=0.2), heads=(1,), steps=(1, 2)),), 2)
+    write_demo_preset(tmp_path / "p.json", rules)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    given = ("demo", "--frames", 5, "--image-prompt", tmp_path / "red.png", "--preset")
+    run(*given, tmp_path / "p.json", "--out", tmp_path / "tuned")
+    report = json.loads((tmp_path / "tuned" / "report.json").read_text())
+    assert report["method"] == repr(rules)
+    assert report["steps"] == 2
+    assert read_video(tmp_path / "tuned" / "preset.mp4").shape == (5, 96, 96, 3)
+    with pytest.warns(NotMeasured, match="preset 'fast' is a rule"):
+        run(*given, "fast", "--steps", 2, "--out", tmp_path / "rule")
+    report = json.loads((tmp_path / "rule" / "report.json").read_text())
+    assert report["method"].startswith("Piecewise(critical=0.1")

@@ -165,8 +165,13 @@ class Job:
 
     def _of_lora(self, from_lora: str | Path, *, own_techniques: bool) -> "Job":
         """Add method, weights, guidance and techniques of a LoRA of `gen_accel.lora`."""
-        if (self.method is not None and self.preset is None) or self.compare:
-            raise ValueError(f"from_lora {from_lora} brings its own method, and has no compare")
+        if self.method is not None and self.preset is None:
+            raise ValueError(f"from_lora {from_lora} brings its own method, got {self.method} too")
+        if self.compare:
+            raise ValueError(
+                f"compare does not go with from_lora {from_lora}, whose positions and techniques "
+                "the dense clip would lack: give the LoRA by lora, with a method or preset"
+            )
         recipe = read_recipe(from_lora)
         if recipe.part != "transformer":
             raise ValueError(

@@ -84,24 +84,36 @@ def choose_preset(
 
 def in_the_box(name: str, transformer: Any) -> Preset | None:
     """Read the preset of that name that was tuned for a model and its LoRAs; None without one."""
-    have, loras = sizes(transformer), loras_of(transformer)
-    for path in sorted(BOX.glob(f"*-{name}.json")):
-        found = read_preset(path)
-        same = found.made_for.transformer.get("sha256") == have["sha256"]
-        if same and tuple(found.made_for.loras) == loras:
-            return found
-    return None
+    loras = loras_of(transformer)
+    fitting = (one for one in all_in_the_box(name, transformer) if one.made_for.loras == loras)
+    return next(fitting, None)
+
+
+def all_in_the_box(name: str, transformer: Any) -> list[Preset]:
+    """Read all presets of that name that were tuned for a model, by whatever LoRAs."""
+    own = sizes(transformer)["sha256"]
+    found = map(read_preset, sorted(BOX.glob(f"*-{name}.json")))
+    return [one for one in found if one.made_for.transformer.get("sha256") == own]
 
 
 def by_rule(name: str, schedule: Schedule | None = None) -> tuple[Piecewise, Schedule, None]:
     """Return a rule for any model: the settings that published methods were measured at."""
     rule = RULES[name]
     own = Schedule(dense_start=rule.start, dense_steps=rule.steps, dense_layers=rule.layers)
+    said = _said(rule) if schedule is None else f"Piecewise({rule.critical:g})"
     warnings.warn(
-        f"preset {name!r} is a rule for this model, not measured: Piecewise({rule.critical:g}) "
-        f"after the first {rule.start:.0%} of the steps. For settings that keep a quality, "
-        "gen-accel tune --model MODEL --prompts FILE --quality 28 --out PRESET.json",
+        f"preset {name!r} is a rule for this model, not measured: {said}. For settings that keep "
+        "a quality, gen-accel tune --model MODEL --prompts FILE --quality 28 --out PRESET.json",
         NotMeasured,
         stacklevel=4,
     )
     return Piecewise(rule.critical), own if schedule is None else schedule, None
+
+
+def _said(rule: Hand) -> str:
+    """Say a rule in words."""
+    layers = "layer" if rule.layers == 1 else f"{rule.layers} layers"
+    return (
+        f"Piecewise({rule.critical:g}), dense in the first {rule.start:.0%} of the steps, "
+        f"{rule.steps} at least{f', and in the first {layers}' if rule.layers else ''}"
+    )

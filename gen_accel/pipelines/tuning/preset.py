@@ -242,6 +242,12 @@ def _parsed(data: dict[str, Any], path: Path) -> Preset:
     grid = held["grid"]
     if len(grid) != 3 or not all(isinstance(size, int) and size > 0 for size in grid):
         raise ValueError(f"grid of {path} must be three sizes, got {shown(grid)}")
+    steps = typed(data, "steps", int, origin=path)
+    if len(held["sigmas"]) != steps + 1:
+        raise ValueError(
+            f"{path} must hold a noise level for each of its {steps} steps and the end, got "
+            f"{len(held['sigmas'])}"
+        )
     profile = typed(data, "profile", dict, type(None), origin=path)
     if profile is not None:
         for name in ("file", "sha256"):
@@ -252,7 +258,7 @@ def _parsed(data: dict[str, Any], path: Path) -> Preset:
             )
     _check_held(data, path)
     return Preset(
-        Mixed(rules, typed(data, "steps", int, origin=path)),
+        Mixed(rules, steps),
         MadeFor(**held),
         typed(data, "bound", dict, origin=path),
         float(typed(data, "cost", float, origin=path)),

@@ -340,7 +340,7 @@ class _Tuning:
                 "no attention over a known grid was seen, so that nothing can be tuned"
             )
         fit = errors.fit() if tiles else None
-        self.tick("scout", 1, 1)
+        self.tick("scout", at + 1, at + 1)
         return seen[0], None if fit is None else fit.tile
 
     def _profile(self) -> Profile:
@@ -431,17 +431,17 @@ class _Tuning:
         tried: dict[int, list[dict[str, Any]]] = {}
         low, high = 0, len(points) - 1  # the last one is dense
         found: int | None = None
-        rounds = math.ceil(math.log2(max(len(points), 2)))
+        total = 1 + math.ceil(math.log2(max(len(points), 2)))
         place = self._first_guess(points)
         while low < high and (not tried or time.monotonic() - self.began < self.seconds):
-            self.tick("verify", min(len(tried), rounds), rounds + 1)
+            self.tick("verify", min(len(tried), total - 1), total)
             tried[place] = self._scores(points[place], profile, range(len(self.tuning)))
             if self.bound.holds([run["score"] for run in tried[place]]):
                 found = high = place
             else:
                 low = place + 1
             place = (low + high) // 2
-        self.tick("verify", 1, 1)
+        self.tick("verify", total, total)
         runs = [
             {
                 "predicted": points[i].predicted,

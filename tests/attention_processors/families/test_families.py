@@ -93,46 +93,42 @@ def run(case: Case, model: nn.Module, grid: Sequence[int], **options: Any) -> Te
         return case.call(model, case.inputs(*grid, **options))
 
 
-def geometry(case: Case, model: nn.Module, given: dict[str, Any]) -> Tokens:
-    """As the family reads it."""
+def observed(case: Case, model: nn.Module, given: dict[str, Any]) -> dict[str, list]:
+    """The calls of each attention that are over the grid, with their tokens and outputs."""
+    return watched(case, model, given)[1]
+
+
+def watched(case: Case, model: nn.Module, given: dict[str, Any]) -> tuple[Tokens, dict[str, list]]:
+    """The tokens as the family reads them from the call, and what `observed` returns."""
     family: Any = family_of(model)
     before = family.before
-    tokens = []
+    whole: list[Tokens] = []
+    found, off = {}, []
 
     def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
         start = 0 if before is None else before(module, *args, **kwargs)
-        tokens.append(Tokens(family.video_shape(module, *args, **kwargs), start))
+        whole.append(Tokens(family.video_shape(module, *args, **kwargs), start))
 
-    hook = model.register_forward_pre_hook(read, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            case.call(model, given)
-    finally:
-        hook.remove()
-    return tokens[0]
-
-
-def observed(case: Case, model: nn.Module, given: dict[str, Any]) -> dict[str, list]:
-    """The calls of each attention that are over the grid, with their tokens and outputs."""
-    whole, found, taps = geometry(case, model, given), {}, []
+    off.append(model.register_forward_pre_hook(read, with_kwargs=True).remove)
     for site in sites_of(model):
         calls = found[site.name] = []
 
         def tap(site: SelfAttention, calls: list, call: Call, out: Tensor) -> Tensor:
             if site.call in (None, call.number):  # others beside it are not over the grid
-                tokens = whole if site.tokens is None else site.tokens(whole, call)
+                tokens = whole[0] if site.tokens is None else site.tokens(whole[0], call)
                 calls.append((call, tokens, out))
             return out
 
-        name = family_of(model).ATTENTION_CALL
-        taps.append(add_tap(site.module, name, partial(tap, site, calls), model=model))
+        off.append(
+            add_tap(site.module, family.ATTENTION_CALL, partial(tap, site, calls), model=model)
+        )
     try:
         with torch.no_grad():
             case.call(model, given)
     finally:
-        for remove in taps:
+        for remove in off:
             remove()
-    return found
+    return whole[0], found
 
 
 # Where the tokens are
@@ -145,7 +141,8 @@ def test_all_attention_over_the_grid_is_found(case):
     given = case.inputs(*case.grids[0])
     names = [site.name for site in sites_of(model)]
     assert len(set(names)) == len(names) > 0
-    for name, calls in observed(case, model, given).items():
+    found = observed(case, model, given)
+    for name, calls in found.items():
         assert calls, name
         for call, tokens, _ in calls:
             assert call.k.shape[1] == tokens.video.tokens
@@ -153,7 +150,7 @@ def test_all_attention_over_the_grid_is_found(case):
             assert call.q.shape[1] in (whole, whole - tokens.before, tokens.video.video_tokens)
             assert 0 <= tokens.before <= tokens.video.text
     for site in sites_of(model):
-        call, _, _ = observed(case, model, given)[site.name][0]
+        call, _, _ = found[site.name][0]
         assert call.q.shape[2:] == (site.heads, site.dim)
 
 
@@ -165,8 +162,9 @@ def test_the_grid_is_that_of_the_latents(case):
         frames, height, width = grid
         corners = [(0, 0, 0), (frames - 1, height - 1, width - 1), (frames // 2, 1, width - 2)]
         first = sites_of(model)[0].name
-        call, tokens, _ = observed(case, model, case.inputs(*grid))[first][0]
-        assert geometry(case, model, case.inputs(*grid)).video.grid == grid
+        whole, found = watched(case, model, case.inputs(*grid))
+        assert whole.video.grid == grid
+        call, tokens, _ = found[first][0]
         for frame, row, column in corners:
             given = case.inputs(*grid)
             case.poke(given, frame, row, column)

@@ -198,6 +198,23 @@ def test_plans_that_are_joined_keep_what_each_kept():
     assert plan.tokens == VIDEO.tokens
 
 
+def test_static_plans_are_joined_once():
+    mixed = heads_of((RADIAL, (0, 2)))
+    run, ran = counting()
+    with torch.inference_mode():
+        mixed(*qkv(), video=VIDEO, kernel=run)
+    given = [x.requires_grad_() for x in qkv()]
+    mixed(*given, video=VIDEO, kernel=run).sum().backward()
+    assert ran[0][0] is ran[1][0]
+    assert ran[0][1] == 4
+    assert not ran[0][0].keep.is_inference()
+    dynamic = heads_of((FIRST, (0,)), (SECOND, (1, 3)))
+    for seed in (0, 1):
+        dynamic(*qkv(seed=seed), video=VIDEO, kernel=run)
+    assert ran[2][0] is not ran[3][0]
+    assert not torch.equal(ran[2][0].keep, ran[3][0].keep)
+
+
 def test_equal_rules_are_equal_and_hash_alike():
     made = [Mixed((Rule(FIRST, (0,), (1,), (0, 2)),), 3) for _ in range(2)]
     assert made[0] == made[1]

@@ -94,7 +94,17 @@ def test_techniques_of_a_lora_hold_for_longer_video_alone(tmp_path, monkeypatch,
     ("fields", "given", "words"),
     [
         ({"method": None}, {}, "give a method, or from_lora"),
-        ({"from_lora": LORA}, {}, "brings its own method"),
+        ({"from_lora": LORA}, {}, r"brings its own method, got Radial\("),
+        (
+            {"from_lora": LORA, "method": None, "compare": True},
+            {},
+            "compare does not go with from_lora .*: give the LoRA by lora, with a method",
+        ),
+        (
+            {"from_lora": LORA, "method": None, "preset": "fast", "compare": True},
+            {},
+            "compare does not go with from_lora",
+        ),
         ({"method": Dense(), "compare": True}, {}, r"got Dense\(\)"),
         ({"compare": True}, {"techniques": ["riflex"]}, "compare goes with neither"),
         ({"compare": True}, {"latents": "x.safetensors"}, "compare goes with neither"),

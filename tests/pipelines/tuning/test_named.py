@@ -7,7 +7,7 @@ from support.wan import generate, pipeline
 
 from gen_accel import Piecewise, Schedule, attach
 from gen_accel.names import PRESETS
-from gen_accel.pipelines.tuning.named import RULES, NotMeasured
+from gen_accel.pipelines.tuning.named import RULES, NotMeasured, by_rule
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 
@@ -31,8 +31,22 @@ def test_the_rules_go_from_exact_to_fast():
     assert starts == sorted(starts, reverse=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("quality", "Piecewise(0.3), dense in the first 25% of the steps, 2 at least, and in the"),
+        ("balanced", "first 20% of the steps, 2 at least, and in the first layer. For settings"),
+        ("fast", "Piecewise(0.1), dense in the first 15% of the steps, 1 at least. For settings"),
+    ],
+)
+def test_the_warning_says_the_whole_rule(name, words):
+    with pytest.warns(NotMeasured) as told:
+        by_rule(name)
+    assert words in str(told[0].message)
+
+
 def test_a_schedule_beside_a_name_wins():
-    with pytest.warns(NotMeasured):
+    with pytest.warns(NotMeasured, match=r"measured: Piecewise\(0.1\)\. For"):
         handle = attach(pipeline(), preset="fast", schedule=Schedule(dense_steps=3))
     with handle:
         assert handle.schedule == Schedule(dense_steps=3)

@@ -77,12 +77,25 @@ def tuned(pipe: Any = None, out: Any = None, **options: Any) -> Any:
     return tune(pipe or pipeline(), PROMPTS[:2], **(given | SIZES | options))
 
 
+TICKS = []  # of `found`
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """Tuned once; the file of the preset, and the result."""
     torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("tuned") / "preset.json"
-    return path, tuned(out=path)
+    return path, tuned(out=path, tick=lambda *tick: TICKS.append(tick))
+
+
+def test_each_stage_ticks_up_to_its_one_total(found):
+    stages = [*dict.fromkeys(stage for stage, _, _ in TICKS)]
+    assert stages == ["scout", "profile", "seconds", "weights", "solve", "verify", "hold out"]
+    for stage in stages:
+        done, totals = zip(*(tick[1:] for tick in TICKS if tick[0] == stage), strict=True)
+        assert len({*totals}) == 1
+        assert [*done] == sorted(done)
+        assert done[-1] == totals[-1]
 
 
 def test_the_bound_is_kept_on_the_tuning_prompts(found):
@@ -223,6 +236,7 @@ def test_a_disturbance_grows_with_its_size():
     assert weight == pytest.approx(errors[1] / (0.25 * math.sqrt(relative.sum())), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_tuning_goes_on_without_repeating_a_finished_stage(tmp_path, monkeypatch):
     path = tmp_path / "preset.json"
     dense_runs = []
@@ -253,6 +267,7 @@ def test_a_killed_tuning_goes_on_without_repeating_a_finished_stage(tmp_path, mo
     assert not path.with_name("preset.tuning.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_tuning_of_other_prompts_is_not_mixed_in(tmp_path, monkeypatch):
     path = tmp_path / "preset.json"
     monkeypatch.setattr(stages, "weight_of_step", lambda *a, **k: 1 / 0)
@@ -274,11 +289,13 @@ def test_a_tuning_of_other_prompts_is_not_mixed_in(tmp_path, monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_a_bound_that_only_dense_keeps_says_what_was_reached():
     with pytest.raises(ValueError, match=r"only dense attention keeps.*reached is a mean of"):
         tuned(quality=1000.0)
 
 
+@pytest.mark.slow
 def test_a_function_of_ones_own_is_an_objective():
     def likeness(dense, sparse):
         assert dense.shape == sparse.shape == (FRAMES, HEIGHT, WIDTH, 3)
@@ -289,6 +306,7 @@ def test_a_function_of_ones_own_is_an_objective():
     assert result.verified
 
 
+@pytest.mark.slow
 def test_errors_of_latents_are_bounded_from_above():
     result = tuned(objective="latent_error", quality=0.05, held_out=[])
     runs = result.measured["tuning"]
@@ -304,6 +322,7 @@ def test_settings_differ_along_the_axes_that_were_asked_for(found, by):
                 assert (point.settings == point.settings.select(axis, 0).unsqueeze(axis)).all()
 
 
+@pytest.mark.slow
 def test_the_default_candidates_are_all_families_that_fit():
     kinds = [type(one).__name__ for one in default_candidates(gen_accel.VideoShape(9, 12, 12))]
     families = {"Piecewise", "Radial", "Neighborhood", "BlockMixture", "SparseLinear"}
@@ -384,6 +403,7 @@ def test_another_grid_warns_once(found):
         ({"gen_accel": "lora"}, "is no preset"),
         ({"version": 2}, "version 2, not 1"),
         ({"steps": "four"}, "steps"),
+        ({"steps": 10**12}, "a noise level for each of its 1000000000000 steps"),
         ({"rules": []}, "one Rule or more"),
         ({"rules": [{"method": "piecewize", "options": {}}]}, "piecewize"),
         ({"rules": [{"method": "radial", "options": {"depth": 1}}]}, "depth"),
@@ -461,6 +481,7 @@ def test_hand_settings_are_never_better_than_the_frontier(found):
         assert nearest > 0
 
 
+@pytest.mark.slow
 def test_two_transformers_are_tuned_as_one():
     """As Wan 2.2: each step belongs to one of them, so that rules by step serve both."""
     pipe = two_stage()
