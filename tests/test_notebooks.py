@@ -21,6 +21,7 @@ SHOWS = {
     "attention_methods": ("image/png", 3),
     "longer_videos": ("image/png", 1),
     "train_lora": ("image/png", 1),
+    "tune": ("image/png", 3),
 }
 # What is smaller by day.
 SMALL = {
@@ -49,6 +50,12 @@ SMALL = {
         "{FRAMES}:10": "{FRAMES}:3",
         "checkpoint_every=5": "checkpoint_every=2",
         "num_inference_steps=4": "num_inference_steps=2",
+    },
+    "tune": {
+        "FRAMES, STEPS = 17, 6": "FRAMES, STEPS = 9, 2",
+        ', "a blue square moves down quickly"]': "]",
+        "quality=28": "quality=8",
+        "quality=24": "quality=6",
     },
 }
 
