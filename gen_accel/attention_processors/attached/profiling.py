@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -177,7 +177,7 @@ def collect(
     every: int = 4,
     steps: int = 20,
     seed: int = 0,
-    call: dict[str, Any],
+    call: Mapping[str, Any],
 ) -> Masses:
     """Sum the mass of dense attention over prompts; arguments and errors as `measure_profile`."""
     check_observable(pipe)
@@ -199,11 +199,19 @@ def collect(
         handle.observe = look
         for number, prompt in enumerate(prompts):
             _generate(pipe, prompt, steps, seed + number, call)
+    transformer = next(iter(served_transformers(pipe).values()))
+    seen = seen_by(prompts, every=every, steps=steps, seed=seed, call=call)
+    return sums.masses(class_of(transformer), seen)
+
+
+def seen_by(
+    prompts: Sequence[str], *, every: int, steps: int, seed: int, call: Mapping[str, Any]
+) -> str:
+    """Hash what `collect` is given."""
     plain = (bool, int, float, str, type(None))
     told = {name: value for name, value in call.items() if isinstance(value, plain)}
     about = json.dumps([[*prompts], seed, steps, every, told], sort_keys=True)
-    transformer = next(iter(served_transformers(pipe).values()))
-    return sums.masses(class_of(transformer), hashlib.sha256(about.encode()).hexdigest())
+    return hashlib.sha256(about.encode()).hexdigest()
 
 
 def class_of(transformer: Any) -> str:
@@ -269,7 +277,7 @@ class MassSums:
         by_frame = mass.sum(1).unflatten(1, (tiles[0], -1)).sum(-1)
         return by_offset.cpu(), by_frame.cpu(), mass.sum(-1).cpu()
 
-    def masses(self, model: str, prompts: str) -> Masses:
+    def masses(self, model: str, seen: str) -> Masses:
         """Return what was summed, as the mean over the calls.
 
         Raises:
@@ -280,7 +288,7 @@ class MassSums:
                 "no attention over a known grid was seen, so that there is nothing to measure"
             )
         layers = {n: self._layer(n) for n in sorted(self.sums)}
-        return Masses(model, self.form, self.tile, self.grid, layers, prompts)
+        return Masses(model, self.form, self.tile, self.grid, layers, seen)
 
     def _layer(self, layer: int) -> LayerMasses:
         assert self.grid is not None
@@ -389,7 +397,7 @@ def check_observable(pipe: Any) -> None:
             raise ValueError(f"a method is attached to {name} already: detach() first")
 
 
-def _generate(pipe: Any, prompt: str, steps: int, seed: int, call: dict[str, Any]) -> None:
+def _generate(pipe: Any, prompt: str, steps: int, seed: int, call: Mapping[str, Any]) -> None:
     pipe(
         prompt=prompt,
         num_inference_steps=steps,

@@ -77,7 +77,7 @@ class Masses:
         tile: frames, rows and columns of a tile, in tokens.
         grid: frames, rows and columns that were seen, in tokens.
         layers: by number.
-        prompts: hash of the prompts that were seen.
+        seen: hash of the prompts that were seen, and how.
         digest: sha256 of everything else.
     """
 
@@ -86,7 +86,7 @@ class Masses:
     tile: Box
     grid: Box
     layers: Mapping[int, LayerMasses]
-    prompts: str = ""
+    seen: str = ""
     digest: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
@@ -126,7 +126,7 @@ class Masses:
             "tile": [*self.tile],
             "grid": [*self.grid],
             "layers": {str(n): self.heads(n) for n in self.layers},
-            "prompts": self.prompts,
+            "seen": self.seen,
         }
 
     def _hash(self) -> str:
@@ -228,7 +228,7 @@ def read_masses(source: str | Path) -> Masses:
                 int(number): LayerMasses(*(tensors[f"{number}.{name}"] for name in names))
                 for number in listed
             },
-            typed(about, "prompts", str, origin=path),
+            typed(about, "seen", str, origin=path),
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
