@@ -360,12 +360,17 @@ def shares_of(
 ) -> dict[int, tuple[float, ...]]:
     """Share one budget among the heads of all layers, by the density of each.
 
-    All heads keep what exceeds one score, which is found by halving, and so as much mass as that
-    many blocks can hold; each at least `least` and at most `most`. The mean is `density`.
+    The squares of the masses that heads lose are least in sum. So the next block of each head is
+    worth the same, its mass times the mass that the head still loses, and heads that look far and
+    wide keep more. The worth is found by halving. Each head has at least `least` and at most
+    `most`, and the mean is `density`.
     """
     numbers = [*levels]
-    known = torch.cat([levels[n].double() for n in numbers])
     by_level = (torch.arange(LEVELS + 1, dtype=torch.float64) / LEVELS).square()
+    mass = torch.cat([levels[n].double() for n in numbers]).exp() * by_level.diff()
+    mass /= mass.sum(-1, keepdim=True)
+    lost = (1 - mass.cumsum(-1)).clamp_min(0) + mass  # before each level
+    known = (mass / by_level.diff() * lost).log()
 
     def shares(cut: float) -> Tensor:
         above = (known > cut).sum(-1)

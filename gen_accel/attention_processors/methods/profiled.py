@@ -53,8 +53,8 @@ class Profiled:
 
     Query and key blocks are boxes of the video. Each query block of a head keeps as many key
     blocks as any other, up to one, those with the greatest mass for each token. Heads of all
-    layers share one budget: they keep what exceeds one mass, so that heads that look far and wide
-    keep more. Text blocks are kept by all, and text queries keep all.
+    layers share one budget, by the least sum of squares of what they lose, so that heads that look
+    far and wide keep more. Text blocks are kept by all, and text queries keep all.
 
     Args:
         share: of the video's token pairs that is kept, the mean over heads and layers, in (0, 1].
@@ -190,6 +190,13 @@ class Profiled:
     def block_mask(self, video: VideoShape) -> Tensor:
         """(Kq, Kk) bool, which key blocks each query block sees, in the first head."""
         return self.plan(video).keep[0, 0]
+
+    def density(self, video: VideoShape) -> float:
+        """Share of token pairs that is kept, the mean over heads and layers; pairs with text all
+        are."""
+        if self.masses is None:
+            return self.plan(video).density
+        return 1 - (1 - self.share) * (video.video_tokens / video.tokens) ** 2
 
 
 @dataclass(frozen=True)
