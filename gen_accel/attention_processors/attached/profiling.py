@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -40,7 +40,7 @@ from gen_accel.room import check_room
 from gen_accel.values import shown
 from gen_accel.video import VideoShape
 
-CLOSE = 0.25  # relative difference of densities at which two patterns are still compared
+LEAST = 1e-3  # share of pairs of a profile that is compared
 HALVINGS = 12
 
 
@@ -51,15 +51,17 @@ class MeasuredProfile:
     Args:
         method: to attach.
         errors: by layer, relative L2 error of its attention against dense.
-        radial_errors: the same of `radial`; empty where there is none.
-        radial: radial attention of about the same density; None where no such pattern is as
-            sparse on this grid.
+        radial: radial attention with the same density, or the sparsest there is on this grid; None
+            where it leaves nothing out.
+        radial_errors: errors of `radial`; empty where there is none.
+        alike_errors: errors of the profile at the density of `radial`.
     """
 
     method: Profiled
     errors: dict[int, float]
-    radial_errors: dict[int, float]
     radial: Radial | None
+    radial_errors: dict[int, float]
+    alike_errors: dict[int, float]
 
     @property
     def error(self) -> float:
@@ -71,21 +73,31 @@ class MeasuredProfile:
         """Mean over the layers; NaN without radial attention to compare with."""
         return fmean(self.radial_errors.values()) if self.radial_errors else math.nan
 
+    @property
+    def alike_error(self) -> float:
+        """Mean over the layers of the profile at the density of radial attention; NaN without."""
+        return fmean(self.alike_errors.values()) if self.alike_errors else math.nan
+
     def to_dict(self) -> dict[str, Any]:
+        parts = {"error": self.errors, "radial": self.radial_errors, "alike": self.alike_errors}
         layers = {
-            str(n): {"error": error, "radial": self.radial_errors.get(n)}
-            for n, error in self.errors.items()
+            str(n): {name: errors.get(n) for name, errors in parts.items()} for n in self.errors
         }
-        return {"error": self.error, "radial": self.radial_error, "layers": layers}
+        means = {"error": self.error, "radial": self.radial_error, "alike": self.alike_error}
+        return means | {"layers": layers}
 
     def __str__(self) -> str:
-        lines = ["relative L2 error on the held-out prompt", "layer  profile  radial"]
-        rows = [(str(n), error, self.radial_errors.get(n)) for n, error in self.errors.items()]
-        rows.append(("mean", self.error, self.radial_error if self.radial_errors else None))
-        lines += [
-            f"{name:<5}  {error:.4f}   {'-' if other is None else f'{other:.4f}'}"
-            for name, error, other in rows
+        lines = ["relative L2 error on the held-out prompt"]
+        if self.radial is None:
+            rows = [*((str(n), error) for n, error in self.errors.items()), ("mean", self.error)]
+            return "\n".join([*lines, *(f"{name:<5}  {error:.4f}" for name, error in rows)])
+        lines.append("layer  profile  at radial's density  radial")
+        table = [
+            (str(n), error, self.alike_errors[n], self.radial_errors[n])
+            for n, error in self.errors.items()
         ]
+        table.append(("mean", self.error, self.alike_error, self.radial_error))
+        lines += [f"{name:<5}  {a:.4f}   {b:<19.4f}  {c:.4f}" for name, a, b, c in table]
         return "\n".join(lines)
 
 
@@ -114,7 +126,7 @@ def measure_profile(
     Dense attention runs as it does without, bit for bit. Beside it, each n-th step sums the mass
     of each pair of blocks, over both calls of guidance. One prompt is held out: on it the
     attention of the profile is compared with dense attention, and with `Radial` at the same
-    density.
+    density, or at the least density that it has on this grid.
 
     Args:
         pipe: a pipeline with nothing attached. Load LoRAs first, as another model attends
@@ -156,16 +168,15 @@ def measure_profile(
     )
     method = Profiled(share, sha256=masses.digest)
     found = _held_out(pipe, method, last, min(every, steps), steps, seed + len(seen), call)
-    if found.radial_errors and found.error > found.radial_error:
+    if found.alike_error > found.radial_error:
         raise ValueError(
-            f"on the prompt held out the profile errs by {found.error:.3f}, and radial attention "
-            f"of the same density by {found.radial_error:.3f}: what this model attends to depends "
-            "on the prompt; measure more prompts, or use Radial or Piecewise"
+            f"on the prompt held out the profile errs by {found.alike_error:.3f}, and radial "
+            f"attention of the same density by {found.radial_error:.3f}: what this model attends "
+            "to depends on the prompt; measure more prompts, or use Radial or Piecewise"
         )
     if path is None:
         return found
-    saved = method.save(path)
-    return MeasuredProfile(saved, found.errors, found.radial_errors, found.radial)
+    return replace(found, method=method.save(path))
 
 
 def collect(
@@ -319,21 +330,25 @@ def _tile_of(video: VideoShape, block: int) -> Box:
 
 
 def radial_of(video: VideoShape, method: Profiled) -> Radial | None:
-    """Radial attention of about the density of a profile, with the same rest; None where there is
-    none on this grid."""
+    """Radial attention with the density and the rest of a profile, or the sparsest on this grid;
+    None where it leaves nothing out."""
     goal = method.density(video)
-    options: dict[str, Any] = {"rest": method.rest, "centre": method.centre}
-    for side, block in ((8, 128), (4, 16), (2, 4)):
-        low, high = 1e-3, 64.0
-        for _ in range(HALVINGS):
-            factor = math.sqrt(low * high)
-            found = Radial(decay_factor=factor, tile_side=side, block=block, **options)
-            density = found.density(video)
-            low, high = (low, factor) if density > goal else (factor, high)
-        found = Radial(decay_factor=high, tile_side=side, block=block, **options)
-        if abs(found.density(video) - goal) <= CLOSE * goal:
-            return found
-    return None
+
+    def radial(factor: float) -> Radial:
+        return Radial(decay_factor=factor, rest=method.rest, centre=method.centre)
+
+    low, high = 1e-3, 64.0
+    for _ in range(HALVINGS):
+        factor = math.sqrt(low * high)
+        low, high = (low, factor) if radial(factor).density(video) > goal else (factor, high)
+    found = radial(low)
+    return found if found.density(video) < 1 else None
+
+
+def at_density(method: Profiled, density: float, video: VideoShape) -> Profiled:
+    """Profile that keeps another share of the token pairs, of which text is all kept."""
+    share = 1 - (1 - density) * (video.tokens / video.video_tokens) ** 2
+    return replace(method, share=min(max(share, LEAST), 1.0))
 
 
 def _held_out(
@@ -363,8 +378,9 @@ def _held_out(
         if not radials:
             radials.append(radial_of(video, method))
         compared: dict[str, Any] = {"ours": layer_method(method, layer.number)}
-        if radials[0] is not None:
-            compared["radial"] = radials[0]
+        if (radial := radials[0]) is not None:
+            alike = at_density(method, radial.density(video), video)
+            compared |= {"radial": radial, "alike": layer_method(alike, layer.number)}
         found = {"dense": dense}
         for name, one in compared.items():
             found[name] = one(q, k, v, video=video, kernel=run) - dense
@@ -384,7 +400,9 @@ def _held_out(
             if (name, n) in squares
         }
 
-    return MeasuredProfile(method, errors("ours"), errors("radial"), radials[0])
+    if not layers:
+        raise ValueError(f"no attention over a known grid was seen in {steps} steps of {prompt!r}")
+    return MeasuredProfile(method, errors("ours"), radials[0], errors("radial"), errors("alike"))
 
 
 def check_observable(pipe: Any) -> None:

@@ -145,4 +145,6 @@ def test_on_the_demo_model_it_errs_less_than_radial_attention():
         pipe, prompts, share=0.2, block=16, every=4, num_inference_steps=4, **call
     )
     assert found.radial is not None
-    assert found.error <= 0.9 * found.radial_error
+    assert found.alike_error <= 0.9 * found.radial_error
+    assert found.to_dict()["layers"].keys() == {str(n) for n in found.errors}
+    assert str(found).splitlines()[-1].startswith("mean")

@@ -355,7 +355,7 @@ def test_what_was_measured_for_profiles_is_kept_until_the_end(tmp_path, monkeypa
         made.append(collect(*args, **kwargs))
         return made[-1]
 
-    def killed(*args):
+    def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stages, "collect", counted)
