@@ -128,6 +128,8 @@ def test_something_attached_is_refused():
 
 def test_a_profile_that_errs_more_than_radial_attention_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(profiling, "radial_of", lambda video, method: Radial(decay_factor=50.0))
+    sparse = Profiled(0.1, block=8)
+    monkeypatch.setattr(profiling, "at_density", lambda method, density, video: sparse)
     with pytest.raises(ValueError, match=r"errs by .*, and radial attention of the same density"):
         measured(out=tmp_path / "profile.safetensors")
     assert not (tmp_path / "profile.safetensors").exists()
