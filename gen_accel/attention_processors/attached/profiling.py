@@ -240,7 +240,8 @@ class MassSums:
     """
 
     def __init__(self, form: Form, block: int) -> None:
-        self.form, self.block = form, block
+        self.form: Form = form
+        self.block = block
         self.grid: Box | None = None
         self.tile: Box = (1, 1, 1)
         self.calls: dict[int, int] = {}
@@ -310,7 +311,8 @@ class MassSums:
             scores = (sums[0].clamp_min(math.exp(FLOOR)) / held).log()
             frames = scores.new_zeros(len(scores), tiles[0]).half()
             return LayerMasses(scores.half(), frames, levels_of(scores.half()))
-        weights, frames = fit_offsets(*sums, self.grid, self.tile)
+        by_offset, by_frame, by_query = sums
+        weights, frames = fit_offsets(by_offset, by_frame, by_query, self.grid, self.tile)
         shape = (len(weights), *(2 * n - 1 for n in tiles))
         bare = LayerMasses(
             weights.view(shape).half(),

@@ -121,7 +121,7 @@ def described(method: Any) -> dict[str, Any]:
 
 
 def _named(options: dict[str, Any]) -> dict[str, Any]:
-    found = {
+    found: dict[str, Any] = {
         name: _named(value) if isinstance(value, dict) else value
         for name, value in options.items()
     }
@@ -150,7 +150,7 @@ def made_of(data: Any, origin: Any, folder: Path | None = None) -> Any:
 
 def _beside(options: dict[str, Any], folder: Path, origin: Any) -> dict[str, Any]:
     """Find the file of a profile in a folder, also in the options of a method within."""
-    found = {
+    found: dict[str, Any] = {
         name: _beside(value, folder, origin) if isinstance(value, dict) else value
         for name, value in options.items()
     }
