@@ -52,17 +52,18 @@ class Profiled:
     that nothing is chosen while the model runs.
 
     Query and key blocks are boxes of the video. Each query block of a head keeps as many key
-    blocks as any other, up to one, those with the greatest mass for each token. Heads of all
-    layers share one budget, by the least sum of squares of what they lose, so that heads that look
-    far and wide keep more. Text blocks are kept by all, and text queries keep all.
+    blocks as any other, up to one, those with the greatest mass for each token. With `least`
+    and `most`, the heads of all layers share one budget, by the least sum of squares of the mass
+    that they lose, so that heads that look far and wide keep more. Text blocks are kept by all, and
+    text queries keep all.
 
     Args:
         share: of the video's token pairs that is kept, the mean over heads and layers, in (0, 1].
         file: what `measure_profile` or `save` wrote, *.safetensors. Without, no distance was seen
             and all weights fall with it, alike in all heads: a pattern for tests and pictures.
         sha256: of what the file holds; filled in from the file.
-        least, most: bounds on the density of a head. Where they exclude `share`, all heads
-            have `share`.
+        least, most: bounds on the density of a head; None: `share`. With both, heads share one
+            budget.
         rest, centre: "means" adds the remaining keys to the softmax, pooled around the mean
             "query" of each query block or the mean "key" of each key block: see
             `gen_accel.plan.Rest`. None drops them.
@@ -72,8 +73,8 @@ class Profiled:
     share: float = 0.1
     file: str = field(default="", compare=False)
     sha256: str = field(default="", repr=False)
-    least: float = 0.03
-    most: float = 0.5
+    least: float | None = None
+    most: float | None = None
     rest: Pool | None = "means"
     centre: Centre = "query"
     block: int = 64
@@ -82,9 +83,11 @@ class Profiled:
         check_types(self)
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be in (0, 1], got {self.share}")
-        if not 0 <= self.least <= self.most <= 1:
+        least, most = self._bounds
+        if not 0 <= least <= self.share <= most <= 1:
             raise ValueError(
-                f"least and most must be 0 <= least <= most <= 1, got {self.least}, {self.most}"
+                f"least and most must be 0 <= least <= share <= most <= 1, got {least}, "
+                f"{self.share} and {most}"
             )
         check_blocks(self.block, self.block, "auto")
         rest_of(self.rest, self.centre)
@@ -129,6 +132,11 @@ class Profiled:
         return held
 
     @property
+    def _bounds(self) -> tuple[float, float]:
+        least = self.share if self.least is None else self.least
+        return least, self.share if self.most is None else self.most
+
+    @property
     def named_layers(self) -> tuple[int, ...]:
         """Layers that the profile holds."""
         return () if self.masses is None else tuple(sorted(self.masses.layers))
@@ -160,10 +168,7 @@ class Profiled:
             return self
         if layer not in masses.layers:
             raise ValueError(self.unfit(masses.model, layer, 0))
-        least, most = self.least, self.most
-        if not least <= self.share <= most:
-            least = most = self.share
-        shares = _shares(masses, self.share, least, most)[layer]
+        shares = _shares(masses, self.share, *self._bounds)[layer]
         heads = tuple(range(len(shares)))
         return ProfiledHeads(self.sha256, layer, heads, shares, self.rest, self.centre, masses)
 

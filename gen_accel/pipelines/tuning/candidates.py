@@ -46,8 +46,7 @@ def default_candidates(
 
     Args:
         tile: box of `Piecewise` for each layer, as `gen_accel.calibrate` finds it; None: "auto".
-        masses: what dense runs of the model showed, for `Profiled`, whose heads all have the same
-            density here; None: it is left out.
+        masses: what dense runs of the model showed, for `Profiled`; None: it is left out.
     """
     F, H, W = video.grid
     boxes = {"tile": tile} if tile is not None else {}
@@ -66,9 +65,7 @@ def default_candidates(
         ],
         "sparse_linear": [SparseLinear(share) for share in PLAIN],
         "profiled": [
-            Profiled(share, sha256=masses.digest, least=share, most=share)
-            for share in PROFILED
-            if masses is not None
+            Profiled(share, sha256=masses.digest) for share in PROFILED if masses is not None
         ],
     }
     unknown = sorted({*families} - {*made})

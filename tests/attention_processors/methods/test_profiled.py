@@ -34,6 +34,7 @@ CPU = torch.device("cpu")
 VIDEO = VideoShape(6, 6, 8)
 TILE = (2, 2, 4)
 MODEL = "WanTransformer3DModel"
+BOUNDS = {"least": 0.03, "most": 0.5}
 
 
 def bump(tiles):
@@ -124,7 +125,7 @@ class TestBudget:
     def test_the_mean_over_heads_and_layers_is_as_asked(self, share):
         grid = (16, 16, 16)
         masses = made(grid=grid, heads=3)
-        method, video = profiled(share, masses), VideoShape(*grid)
+        method, video = profiled(share, masses, **BOUNDS), VideoShape(*grid)
         shares = [one for n in masses.layers for one in method.for_layer(n).shares]
         assert sum(shares) / len(shares) == pytest.approx(share, rel=1e-3)
         assert min(shares) >= 0.03 - 1e-9
@@ -133,14 +134,14 @@ class TestBudget:
         assert sum(found) / len(found) == pytest.approx(share, rel=0.01)
         assert method.density(video) == pytest.approx(share)
 
-    def test_bounds_that_are_one_give_all_heads_the_same(self):
-        method = profiled(0.2, least=0.2, most=0.2)
+    def test_without_bounds_all_heads_have_the_same(self):
         for layer in (0, 1):
-            assert method.for_layer(layer).shares == pytest.approx((0.2, 0.2))
-        assert profiled(0.8).for_layer(1).shares == pytest.approx((0.8, 0.8))
+            assert profiled(0.2).for_layer(layer).shares == pytest.approx((0.2, 0.2))
+        own = profiled(0.2, **BOUNDS).for_layer(0).shares
+        assert own[0] != pytest.approx(own[1], abs=1e-3)
 
     def test_no_query_is_blind(self):
-        keep = profiled(0.001, least=0.0).for_layer(0).plan(VIDEO).keep
+        keep = profiled(0.001).for_layer(0).plan(VIDEO).keep
         assert (keep.sum(-1) == 1).all()
 
     def test_rows_differ_by_one_block_at_most(self):
@@ -180,7 +181,7 @@ class TestBlocks:
         video, q, k, masses = self.collected("blocks", text)
         T = math.prod(tiles_of(masses.grid, masses.tile))
         count = T // 3
-        method = profiled(count / T, masses, least=count / T, most=count / T)
+        method = profiled(count / T, masses)
         plan = method.for_layer(0).plan(video)
         mass = block_mass(q, k, plan, scale=0.25).mean(0, keepdim=True)[:, :, :T, :T]
         counts = torch.full((1, 1, T), count)
@@ -344,6 +345,7 @@ class TestFile:
         ({"share": 0.0}, "share must be in"),
         ({"share": 1.5}, "share must be in"),
         ({"least": 0.6}, "least and most must be"),
+        ({"most": 0.05}, "least and most must be .*, got 0.1, 0.1 and 0.05"),
         ({"block": 0}, "block_q must be a whole number"),
         ({"rest": None, "centre": "key"}, "are for rest='means'"),
     ],

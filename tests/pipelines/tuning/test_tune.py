@@ -322,9 +322,7 @@ def test_the_default_candidates_are_all_families_that_fit():
 
 def test_profiles_lie_beside_a_preset_and_move_with_it(tmp_path):
     masses = collect(pipeline(), PROMPTS[:1], block=8, steps=4, call=SIZES)
-    given = tuple(
-        Profiled(share, sha256=masses.digest, least=share, most=share) for share in (0.3, 0.6)
-    )
+    given = tuple(Profiled(share, sha256=masses.digest) for share in (0.3, 0.6))
     result = tuned(candidates=given, out=tmp_path / "a" / "preset.json")
     assert any(isinstance(rule.method, Profiled) for rule in result.method.rules)
     beside = tmp_path / "a" / f"preset.{masses.digest[:8]}.safetensors"
