@@ -54,8 +54,8 @@ class Profiled:
     Query and key blocks are boxes of the video. Each query block of a head keeps as many key
     blocks as any other, up to one, those with the greatest mass for each token. With `least`
     and `most`, the heads of all layers share one budget, by the least sum of squares of the mass
-    that they lose, so that heads that look far and wide keep more. Text blocks are kept by all, and
-    text queries keep all.
+    that they lose, so that heads that look far and wide keep more. Text blocks are kept by all,
+    and text queries keep all.
 
     Args:
         share: of the video's token pairs that is kept, the mean over heads and layers, in (0, 1].
