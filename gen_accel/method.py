@@ -118,6 +118,8 @@ class MethodParts(NamedTuple):
             None where it cannot. Their blocks are then chosen at once.
         for_device: (device) -> method with device-dependent options filled in, as saved to files.
             Default: itself.
+        unfit: (model, layer, heads) -> why a layer of so many heads, in a transformer of that
+            class, cannot run it; "": it can. Default: any layer can.
         within: (video, whole) -> method for a layer whose grid is smaller than the model's.
             Default: itself.
         tiled: (tile) -> method whose blocks are that box, (frames, rows, columns), or one of
@@ -146,6 +148,7 @@ class MethodParts(NamedTuple):
     for_heads: Callable[[slice], Any] | None = None
     together: Callable[[tuple[Any, ...]], Any] | None = None
     for_device: Callable[[torch.device], Any] | None = None
+    unfit: Callable[[str, int, int], str] | None = None
     within: Callable[[VideoShape, VideoShape], Any] | None = None
     tiled: Callable[[Any], Any] | None = None
     branch: Callable[[int, int], nn.Module] | None = None
@@ -175,6 +178,7 @@ CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "for_heads": (("heads",), ()),
     "together": (("methods",), ()),
     "for_device": (("device",), ()),
+    "unfit": (("model", "layer", "heads"), ()),
     "within": (("video", "whole"), ()),
     "tiled": (("tile",), ()),
     "branch": (("heads", "dim"), ()),

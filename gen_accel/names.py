@@ -5,7 +5,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 METHODS = (
-    *("dense", "radial", "neighborhood", "block_mixture", "sparse_linear", "piecewise", "reuse"),
+    *("dense", "radial", "neighborhood", "block_mixture", "sparse_linear", "piecewise"),
+    *("reuse", "profiled"),
 )
 FAMILIES = (
     *("wan", "skyreels", "wan_animate", "chronoedit", "helios", "anyflow"),

@@ -55,6 +55,7 @@ API = {
                     ("block_mixture", "BlockMixture"),
                     ("sparse_linear", "SparseLinear"),
                     ("reuse", "Reuse"),
+                    ("profiled", "Profiled"),
                     ("mixed", "Mixed"),
                     ("mixed", "Rule"),
                     ("dense", "Dense"),

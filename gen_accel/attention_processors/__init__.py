@@ -17,6 +17,7 @@ from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.attention_processors.methods.named import class_at, place_of
 from gen_accel.attention_processors.methods.neighborhood import Neighborhood
 from gen_accel.attention_processors.methods.piecewise import Piecewise
+from gen_accel.attention_processors.methods.profiled import Profiled
 from gen_accel.attention_processors.methods.radial import Radial
 from gen_accel.attention_processors.methods.reuse import Reuse
 from gen_accel.attention_processors.methods.sparse_linear import SparseLinear
@@ -29,6 +30,7 @@ __all__ = [
     "Mixed",
     "Neighborhood",
     "Piecewise",
+    "Profiled",
     "Radial",
     "Reuse",
     "Rule",
@@ -48,6 +50,7 @@ METHODS: dict[str, type] = {
     "sparse_linear": SparseLinear,
     "piecewise": Piecewise,
     "reuse": Reuse,
+    "profiled": Profiled,
 }
 
 _registered: dict[str, type] = {}

@@ -14,6 +14,7 @@ from gen_accel.attention_processors.attached.calibrate import (
     calibrate,
     measure_calibration,
 )
+from gen_accel.attention_processors.attached.profiling import MeasuredProfile, measure_profile
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.storage import load_processors, save_processors
 from gen_accel.attention_processors.attached.summary import Summary
@@ -28,6 +29,7 @@ __all__ = [
     "Calibration",
     "Displaced",
     "ImagePrompt",
+    "MeasuredProfile",
     "NothingSaved",
     "OtherThanTuned",
     "ScaleRange",
@@ -41,6 +43,7 @@ __all__ = [
     "load_processors",
     "load_tuned",
     "measure_calibration",
+    "measure_profile",
     "save_processors",
     "tune",
 ]

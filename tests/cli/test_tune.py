@@ -69,7 +69,15 @@ def test_tune_writes_a_preset_and_says_what_it_found(home):
         assert words in said
     assert str(home / "preset.json") in "".join(said.split())
     told = (home / "progress.txt").read_text()
-    for stage in ("scout", "profile 1/1", "weights 3/3", "seconds 1/1", "verify", "hold out 1/1"):
+    for stage in (
+        "scout",
+        "masses 1/1",
+        "profile 1/1",
+        "weights 3/3",
+        "seconds 1/1",
+        "verify",
+        "hold out 1/1",
+    ):
         assert stage in told
 
 

@@ -15,6 +15,7 @@ from gen_accel.attention_processors import (
     Dense,
     Neighborhood,
     Piecewise,
+    Profiled,
     Radial,
     Reuse,
     SparseLinear,
@@ -254,6 +255,21 @@ _ROWS = {
         Piecewise(critical=0.2, rest=None, block_q=16, block_k=16),
     ),
 }
+
+
+_ROWS["profiled"] = Tested(
+    Profiled(0.3, block=8),
+    (Profiled(0.3, block=16), Profiled(0.5, rest=None, block=8)),
+    lambda video: st.builds(
+        Profiled,
+        st.sampled_from([1e-6, 0.05, 0.3, 0.7, 1.0]),
+        rest=st.sampled_from(["means", None]),
+        block=st.sampled_from([1, 4, 8, 16, 64]),
+    ),
+    (Profiled(0.3, block=4),),
+    # What dampens scores does not go with a rest.
+    Profiled(0.2, rest=None, block=8),
+)
 
 
 def _reuses(video: VideoShape) -> st.SearchStrategy:

@@ -239,6 +239,11 @@ class Attachment:
     def _processor(
         self, name: str, transformer: Any, family: Any, site: SelfAttention, stock: Any
     ) -> SparseProcessor:
+        unfit = parts_of(self.method).unfit
+        if unfit is not None:
+            kind = type(transformer).__name__.removeprefix("FSDP")
+            if why := unfit(kind, site.layer, site.heads):
+                raise ValueError(why)
         method = layer_method(self.method, site.layer)
         full, branch = f"{name}.{site.name}", None
         why = self.schedule.why_layer(site.layer)

@@ -137,6 +137,17 @@ class Mixed:
             )
         )
 
+    def unfit(self, model: str, layer: int, heads: int) -> str:
+        """Say why a layer of a transformer cannot run the methods of its rules; "" where it
+        can."""
+        own = (
+            parts_of(rule.method).unfit
+            for rule in self.rules
+            if rule.layers is None or layer in rule.layers
+        )
+        reasons = (unfit(model, layer, heads) for unfit in own if unfit is not None)
+        return next(filter(None, reasons), "")
+
     @property
     def named_layers(self) -> tuple[int, ...]:
         """Layers that a rule names."""
@@ -332,13 +343,28 @@ def _merged(mixed: MixedHeads, heads: int) -> tuple[tuple[Any, tuple[int, ...]],
     groups: list[tuple[Any, tuple[int, ...]]] = []
     alike: dict[type, list[tuple[Any, tuple[int, ...]]]] = {}
     for method, some in mixed.groups(heads):
-        if parts_of(method).together is None:
-            groups.append((method, some))
-        else:
-            alike.setdefault(type(method), []).append((method, some))
+        for one, own in _own_heads(method, some, mixed.first):
+            if parts_of(one).together is None:
+                groups.append((one, own))
+            else:
+                alike.setdefault(type(one), []).append((one, own))
     for several in alike.values():
         groups += _at_once(several)
     return tuple(groups)
+
+
+def _own_heads(
+    method: Any, heads: tuple[int, ...], first: int
+) -> list[tuple[Any, tuple[int, ...]]]:
+    """Give each head its own part of a method whose heads differ, to be put together again.
+
+    Args:
+        heads: counted from `first`.
+    """
+    own = parts_of(method).for_heads
+    if own is None:
+        return [(method, heads)]
+    return [(own(slice(first + head, first + head + 1)), (head,)) for head in heads]
 
 
 def _at_once(

@@ -25,6 +25,7 @@ from gen_accel.method import (
     check_method,
     layer_method,
     method_at,
+    of_heads,
     on_device,
     parts_of,
     tiled,
@@ -227,6 +228,19 @@ class Reuse:
     @property
     def named_layers(self) -> tuple[int, ...]:
         return (*(self.layers or ()), *parts_of(self.method).named_layers)
+
+    @property
+    def unfit(self) -> Any:
+        return parts_of(self.method).unfit
+
+    @property
+    def for_heads(self) -> Callable[[slice], "Reuse"] | None:
+        """Function from some heads to this method around the inner one for them; None where the
+        inner method has the same for all."""
+        return None if parts_of(self.method).for_heads is None else self._for_heads
+
+    def _for_heads(self, heads: slice) -> "Reuse":
+        return replace(self, method=of_heads(self.method, heads))
 
     @property
     def tile_tokens(self) -> int:

@@ -1,6 +1,8 @@
 """The settings that are tried for each head of each layer at each step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from gen_accel.attention_processors import (
@@ -8,23 +10,34 @@ from gen_accel.attention_processors import (
     Dense,
     Neighborhood,
     Piecewise,
+    Profiled,
     Radial,
     SparseLinear,
     method_name,
 )
+from gen_accel.attention_processors.methods.masses import Masses
 from gen_accel.attention_processors.methods.options import method_of_file, saved_options
 from gen_accel.json_files import fields_of, typed
 from gen_accel.method import check_grid, check_method, on_device, parts_of, plan_of
+from gen_accel.values import shown
 from gen_accel.video import VideoShape
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
 PLAIN = (0.05, 0.1, 0.2, 0.4)
-FAMILIES = ("piecewise", "radial", "neighborhood", "block_mixture", "sparse_linear")
+PROFILED = (0.1, 0.2, 0.3)
+FAMILIES = (
+    *("piecewise", "radial", "neighborhood", "block_mixture", "sparse_linear"),
+    "profiled",
+)
 CHUNKS = 24  # of BlockMixture
 
 
 def default_candidates(
-    video: VideoShape, *, tile: Any = None, families: Sequence[str] = FAMILIES
+    video: VideoShape,
+    *,
+    tile: Any = None,
+    families: Sequence[str] = FAMILIES,
+    masses: Masses | None = None,
 ) -> tuple[Any, ...]:
     """Settings of each family from sparse to dense, as far as they fit the grid, and `Dense()`.
 
@@ -33,6 +46,7 @@ def default_candidates(
 
     Args:
         tile: box of `Piecewise` for each layer, as `gen_accel.calibrate` finds it; None: "auto".
+        masses: what dense runs of the model showed, for `Profiled`; None: it is left out.
     """
     F, H, W = video.grid
     boxes = {"tile": tile} if tile is not None else {}
@@ -50,6 +64,9 @@ def default_candidates(
             for n in (1, 3, 8)
         ],
         "sparse_linear": [SparseLinear(share) for share in PLAIN],
+        "profiled": [
+            Profiled(share, sha256=masses.digest) for share in PROFILED if masses is not None
+        ],
     }
     unknown = sorted({*families} - {*made})
     if unknown:
@@ -96,13 +113,59 @@ def middle(errors: Sequence[float]) -> int:
 
 
 def described(method: Any) -> dict[str, Any]:
-    """A method as JSON holds it."""
-    return {"method": method_name(method), "options": saved_options(method)}
+    """A method as JSON holds it. The files of profiles are named without their folder."""
+    return {"method": method_name(method), "options": _named(saved_options(method))}
 
 
-def made_of(data: Any, origin: Any) -> Any:
-    """Make the method that `described` wrote; ValueError for anything else."""
+def _named(options: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        name: _named(value) if isinstance(value, dict) else value
+        for name, value in options.items()
+    }
+    if _is_profile(found):
+        found["file"] = Path(found["file"]).name
+    return found
+
+
+def _is_profile(options: dict[str, Any]) -> bool:
+    return {"file", "sha256"} <= {*options} and isinstance(options["file"], str)
+
+
+def made_of(data: Any, origin: Any, folder: Path | None = None) -> Any:
+    """Make the method that `described` wrote; ValueError for anything else.
+
+    Args:
+        folder: where the files of profiles lie, which are named without one.
+    """
     held = fields_of(data, origin)
     name = typed(held, "method", str, origin=origin)
     options = typed(held, "options", dict, origin=origin)
+    if folder is not None:
+        options = _beside(options, folder, origin)
     return method_of_file(name, options)
+
+
+def _beside(options: dict[str, Any], folder: Path, origin: Any) -> dict[str, Any]:
+    """Find the file of a profile in a folder, also in the options of a method within."""
+    found: dict[str, Any] = {
+        name: _beside(value, folder, origin) if isinstance(value, dict) else value
+        for name, value in options.items()
+    }
+    if _is_profile(found) and found["file"]:
+        file = found["file"]
+        if Path(file).name != file:
+            raise ValueError(f"a profile of {origin} must lie beside it, got {shown(file)}")
+        found["file"] = str(folder / file)
+    return found
+
+
+def with_files(method: Any, place: Callable[[Profiled], str]) -> Any:
+    """Return a method whose profiles name other files, also where one lies in another method.
+
+    Args:
+        place: returns the file of a profile.
+    """
+    if isinstance(method, Profiled) and method.masses is not None:
+        return replace(method, file=place(method))
+    inner = getattr(method, "method", None)
+    return method if inner is None else replace(method, method=with_files(inner, place))

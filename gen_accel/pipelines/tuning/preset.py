@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -14,10 +14,11 @@ from torch import nn
 from gen_accel.attention_processors.attached.recipe import recipes_of, sizes
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
+from gen_accel.attention_processors.methods.profiled import Profiled
 from gen_accel.files import file_sha256, replacing, write_json
 from gen_accel.json_files import fields_of, parse_json, read_fields, typed
 from gen_accel.paths import expanded
-from gen_accel.pipelines.tuning.candidates import described, made_of
+from gen_accel.pipelines.tuning.candidates import described, made_of, with_files
 from gen_accel.pipelines.tuning.profile import Profile
 from gen_accel.tensor_files import read_tensors, save_tensors
 from gen_accel.values import shown
@@ -153,6 +154,7 @@ def write_preset(
     """
     path = expanded(path)
     check_preset_path(path)
+    preset, candidates = _with_masses(path, preset, candidates)
     if profile is not None:
         beside = path.with_suffix(".safetensors")
         write_profile(beside, profile, candidates)
@@ -160,6 +162,24 @@ def write_preset(
         preset = Preset(**{**_fields(preset), "profile": known})
     write_json(path, preset.to_dict())
     return preset
+
+
+def _with_masses(
+    path: Path, preset: Preset, candidates: Sequence[Any]
+) -> tuple[Preset, tuple[Any, ...]]:
+    """Write what the methods of rules and candidates were measured by beside a preset, each once,
+    and name these files."""
+    written: dict[str, str] = {}
+
+    def place(method: Profiled) -> str:
+        if method.sha256 not in written:
+            beside = path.with_name(f"{path.stem}.{method.sha256[:8]}.safetensors")
+            written[method.sha256] = str(method.save(beside).file)
+        return written[method.sha256]
+
+    candidates = tuple(with_files(one, place) for one in candidates)
+    rules = tuple(replace(r, method=with_files(r.method, place)) for r in preset.method.rules)
+    return replace(preset, method=Mixed(rules, preset.method.steps)), candidates
 
 
 def _fields(preset: Preset) -> dict[str, Any]:
@@ -199,7 +219,7 @@ def read_profile(preset: Preset, folder: Path) -> tuple[Profile, tuple[Any, ...]
     listed = parse_json(metadata.get(CANDIDATES, "null"), f"the candidates in {path}")
     if not isinstance(listed, list):
         raise ValueError(f"{path} does not say its candidates, got {shown(listed)}")
-    return Profile.of(tensors, path), tuple(made_of(one, path) for one in listed)
+    return Profile.of(tensors, path), tuple(made_of(one, path, folder) for one in listed)
 
 
 def read_preset(source: str | Path) -> Preset:
@@ -299,7 +319,7 @@ def _rule(data: Any, path: Path) -> Rule:
         for name in ("layers", "heads", "steps")
     }
     return Rule(
-        made_of(held, what),
+        made_of(held, what, path.parent),
         *(None if numbers[name] is None else tuple(numbers[name]) for name in numbers),
     )
 

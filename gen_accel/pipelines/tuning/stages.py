@@ -14,9 +14,11 @@ from torch import Tensor
 
 from gen_accel.attention_processors.attached.attachment import Attachment, put_on
 from gen_accel.attention_processors.attached.layer import Layer
+from gen_accel.attention_processors.attached.profiling import collect, seen_by
 from gen_accel.attention_processors.attached.purity import TileErrors
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.methods.dense import Dense
+from gen_accel.attention_processors.methods.masses import Masses, read_masses
 from gen_accel.attention_processors.methods.piecewise import Piecewise
 from gen_accel.attention_processors.seam import SparseProcessor, is_compiled
 from gen_accel.measure.timing import device_name
@@ -56,6 +58,7 @@ from gen_accel.video import VideoShape
 
 Objective = str | Callable[[np.ndarray, np.ndarray], float]
 
+MASS_STEPS, MASS_PROMPTS = 6, 2  # that `Profiled` is measured in
 PSNR_OF_ALL = 21.0  # dB, about, where latents err by as much as they hold
 
 # Stage, what is done of it, and how much there is.
@@ -217,7 +220,10 @@ class _Tuning:
             check_installed()
         self.transformer: Any = next(iter(served_transformers(pipe).values()))
         self.video, tile = self._scout(candidates is None)
-        given = default_candidates(self.video, tile=tile) if candidates is None else candidates
+        masses = self._masses() if candidates is None else None
+        given = candidates
+        if given is None:
+            given = default_candidates(self.video, tile=tile, masses=masses)
         self.candidates = checked(given, self.transformer.device)
         if candidates is not None:
             for one in self.candidates[:-1]:
@@ -274,6 +280,8 @@ class _Tuning:
         if self.out is not None:
             found = found.save(self.out)
         self.state.remove()
+        if self._kept_masses is not None:
+            self._kept_masses.unlink(missing_ok=True)
         return found
 
     def _about(self) -> dict[str, Any]:
@@ -342,6 +350,29 @@ class _Tuning:
         fit = errors.fit() if tiles else None
         self.tick("scout", at + 1, at + 1)
         return seen[0], None if fit is None else fit.tile
+
+    def _masses(self) -> Masses:
+        """Read the mass of dense attention by blocks, in a few long steps of some prompts. It is
+        kept in a file until the end, as runs of a GPU differ in their last bits."""
+        self.tick("masses", 0, 1)
+        about: dict[str, Any] = {"steps": min(self.call.steps, MASS_STEPS), "every": 1}
+        about |= {"seed": self.call.seed, "call": self.call.more}
+        prompts, path = self.tuning[:MASS_PROMPTS], self._kept_masses
+        if path is not None and path.is_file():
+            found = read_masses(path)
+            if found.seen == seen_by(prompts, **about) and found.grid == self.video.grid:
+                self.tick("masses", 1, 1)
+                return found
+        found = collect(self.pipe, prompts, **about)
+        if path is not None:
+            found.save(path)
+        self.tick("masses", 1, 1)
+        return found
+
+    @property
+    def _kept_masses(self) -> Path | None:
+        out = self.out
+        return None if out is None else out.with_name(f"{out.stem}.tuning-masses.safetensors")
 
     def _profile(self) -> Profile:
         """Stages 1 to 3: errors, seconds and weights."""

@@ -25,6 +25,7 @@ from gen_accel import (
     Dense,
     Mixed,
     Piecewise,
+    Profiled,
     Radial,
     Reuse,
     Rule,
@@ -33,6 +34,7 @@ from gen_accel import (
     load_tuned,
     tune,
 )
+from gen_accel.attention_processors.attached.profiling import collect
 from gen_accel.measure.quality import psnr
 from gen_accel.pipelines import OtherThanTuned
 from gen_accel.pipelines.tuning import measuring, stages
@@ -332,8 +334,58 @@ def test_the_default_candidates_are_all_families_that_fit():
     assert len({*small}) == len(small)
     result = tuned(candidates=None, held_out=[], quality=30.0)
     assert len({type(one) for one in result.candidates}) > 2
+    assert any(isinstance(one, Profiled) for one in result.candidates)
     with pytest.raises(ValueError, match="families must be of"):
         default_candidates(gen_accel.VideoShape(9, 12, 12), families=("radials",))
+
+
+def test_profiles_lie_beside_a_preset_and_move_with_it(tmp_path):
+    masses = collect(pipeline(), PROMPTS[:1], block=8, steps=4, call=SIZES)
+    given = tuple(Profiled(share, sha256=masses.digest) for share in (0.3, 0.6))
+    result = tuned(candidates=given, out=tmp_path / "a" / "preset.json")
+    assert any(isinstance(rule.method, Profiled) for rule in result.method.rules)
+    beside = tmp_path / "a" / f"preset.{masses.digest[:8]}.safetensors"
+    assert beside.is_file()
+    assert str(tmp_path) not in (tmp_path / "a" / "preset.json").read_text()
+    moved = (tmp_path / "a").rename(tmp_path / "b") / "preset.json"
+    assert load_tuned(moved).candidates == (*given, Dense())
+    assert load_tuned(moved).method == result.method
+    pipe, videos = pipeline(), []
+    for attached in (
+        lambda: result.attach(pipe, kernel="gather"),
+        lambda: attach(pipe, preset=moved, kernel="gather"),
+    ):
+        with attached():
+            videos.append(generate(pipe, "a hen", 7, CALL))
+    assert torch.equal(*videos)
+    text = moved.read_text().replace(beside.name, f"../{beside.name}")
+    moved.write_text(text)
+    with pytest.raises(ValueError, match="must lie beside it, got"):
+        read_preset(moved)
+
+
+def test_what_was_measured_for_profiles_is_kept_until_the_end(tmp_path, monkeypatch):
+    """A run that is killed and goes on measures it once, and leaves no file of its own."""
+    made = []
+
+    def counted(*args, **kwargs):
+        made.append(collect(*args, **kwargs))
+        return made[-1]
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "collect", counted)
+    options: dict[str, Any] = {"candidates": None, "out": tmp_path / "preset.json"}
+    options |= {"held_out": [], "quality": 30.0}
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "weight_of_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tuned(**options)
+    result = tuned(**options)
+    assert len(made) == 1
+    assert made[0].digest in {getattr(one, "sha256", "") for one in result.candidates}
+    assert not list(tmp_path.glob("*tuning*"))
 
 
 @pytest.mark.parametrize(
