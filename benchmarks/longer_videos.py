@@ -38,6 +38,7 @@ from gen_accel.files import file_sha256
 from gen_accel.measure import write_json
 from gen_accel.measure.environment import environment
 from gen_accel.measure.motion import measure_motion
+from gen_accel.measure.quality import psnr
 
 DOCS = Path(__file__).parents[1] / "docs" / "longer_videos.md"
 FPS = 16.0
@@ -253,6 +254,8 @@ def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """The scores of one setting."""
     folder = folder_of(name, args)
     scored, motions = [], []
+    twin = name.replace("radial", "dense")
+    dense = folder_of(twin, args) if twin != name and twin in SETTINGS else None
     for i, scene in enumerate(held_out()[: args.prompts]):
         if args.score_only and not clip_file(folder, i).exists():
             continue
@@ -274,6 +277,8 @@ def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 "strays": strays(video, scene),
             }
         )
+        if dense is not None and clip_file(dense, i).exists():
+            scored[-1]["psnr"] = float(psnr(video, kept_clip(dense, i)))
     count = len(scored)
     return {
         "clips": count,
@@ -287,7 +292,13 @@ def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "shape": sum(clip["score"]["shape"] for clip in scored) / count,
         "direction": sum(clip["score"]["direction"] for clip in scored) / count,
         "scored": scored,
-    }
+    } | mean_psnr(scored)
+
+
+def mean_psnr(scored: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Mean PSNR to the dense clips of the same seeds, where all of them were made."""
+    values = [clip["psnr"] for clip in scored if "psnr" in clip]
+    return {"psnr": statistics.fmean(values)} if len(values) == len(scored) else {}
 
 
 def world_clips(args: argparse.Namespace) -> Iterator[np.ndarray]:

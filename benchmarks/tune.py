@@ -54,9 +54,9 @@ def main() -> None:
     parser.add_argument("--families", choices=SETS, default="all")
     parser.add_argument("--tuning", type=int, default=4, help="prompts that are tuned on")
     parser.add_argument("--fresh", type=int, default=16, help="prompts that judge")
-    parser.add_argument("--scale", choices=("mean", "worst"), default="mean")
+    parser.add_argument("--scale", choices=("mean", "even", "worst"), default="mean")
     parser.add_argument("--quality", type=float, default=30.0, help="bound of the preset, in dB")
-    parser.add_argument("--points", type=int, default=3, help="of the frontier that are judged")
+    parser.add_argument("--points", type=int, default=2, help="of the frontier that are judged")
     parser.add_argument("--timed", type=int, default=0, help="rounds of seconds, on one prompt")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--worker", default="0/1", help="K/N: make every N-th clip, no more")
@@ -170,7 +170,7 @@ def hand(steps: int) -> dict[str, Mixed]:
 def points(found: Tuned, count: int) -> dict[str, Mixed]:
     """The preset, and points of the frontier evenly spread over its middle, by density."""
     inner = [point for point in found.points if 0.1 < point.density < 0.75]
-    wanted = [0.2 + 0.25 * i / max(count - 1, 1) for i in range(count)]
+    wanted = [0.25 + 0.2 * i / max(count - 1, 1) for i in range(count)]
     near = {min(range(len(inner)), key=lambda i: abs(inner[i].density - d)) for d in wanted}
     made = {
         f"tuned, {inner[i].density:.3f}": rules_of_point(inner[i], found.profile, found.candidates)

@@ -107,8 +107,9 @@ def of_loras() -> tuple[list[str], list[str]]:
     return lines, [*used, SECONDS]
 
 
-def score(file: str, dense: str, sparse: str, of_others: str, without: str) -> dict[str, int]:
-    """Count what is right at its pace, as the demo's page tells it.
+def score(file: str, dense: str, sparse: str, of_others: str, without: str) -> dict[str, float]:
+    """Count what is right at its pace, as the demo's page tells it, with the mean PSNR of sparse
+    clips to dense ones.
 
     Args:
         file: name of the LoRA's result files without ending.
@@ -117,15 +118,18 @@ def score(file: str, dense: str, sparse: str, of_others: str, without: str) -> d
         without: its setting there.
     """
     places = {"dense": (file, dense), "sparse": (file, sparse), "without": (of_others, without)}
-    counts, clips = dict.fromkeys(places, 0), 0
+    counts, clips, psnr = dict.fromkeys(places, 0), 0, 0.0
     for ending in SEEDS:  # of seeds that all three were made of
         found = {name: _setting(where + ending, one) for name, (where, one) in places.items()}
         if any(one is None for one in found.values()):
             continue
         for name, one in found.items():
             counts[name] += sum(clip["right"] for clip in one["scored"]) if one else 0
-        clips += next(one["clips"] for one in found.values() if one)
-    return {"clips": clips, **counts}
+        made = found["sparse"]
+        assert made is not None
+        clips += made["clips"]
+        psnr += made["psnr"] * made["clips"]
+    return {"clips": clips, **counts, "psnr_db": round(psnr / clips, 1)}
 
 
 def _setting(file: str, setting: str) -> dict[str, Any] | None:

@@ -32,11 +32,11 @@ def of_file(report: dict[str, Any]) -> list[str]:
     """A table of one run: hand settings, then points of the frontier."""
     clips = len(next(iter(report["settings"].values()))["each"])
     among = "the four older methods" if report["families"] == "old" else "all methods"
-    weighed = "" if report["scale"] == "mean" else ", errors of the worst prompt"
+    weighed = {"mean": "", "even": ", no prompt decides alone", "worst": ", by the worst prompt"}
     made = [
         f"{report['frames']} frames, {report['steps']} steps, candidates of {among}, tuned on "
-        f"{report['tuning_prompts']} prompts{weighed}; PSNR over {clips} prompts that were not "
-        "tuned on:",
+        f"{report['tuning_prompts']} prompts{weighed[report['scale']]}; PSNR over {clips} prompts "
+        "that were not tuned on:",
         "",
         "| setting | density | attention / dense | PSNR mean | worst | fewer pairs | less time |",
         "|---|---|---|---|---|---|---|",

@@ -18,7 +18,7 @@ from gen_accel.paths import expanded
 from gen_accel.text_files import read_text
 
 QUALITY, STEPS, MOST_STEPS = 28.0, 20, 1000
-COSTS, SCALES = ("seconds", "density"), ("mean", "worst")
+COSTS, SCALES = ("seconds", "density"), ("mean", "even", "worst")
 ALONE = ("quality", "steps", "out")  # what goes with --preset
 
 
@@ -76,7 +76,11 @@ def tune(
         str, typer.Option(help="What is made small: seconds of attention, or density.")
     ] = "seconds",
     scale: Annotated[
-        str, typer.Option(help="Errors over the prompts count by their mean or worst.")
+        str,
+        typer.Option(
+            help="Errors over the prompts count by their mean; even, so that no prompt decides "
+            "alone; or by the worst."
+        ),
     ] = "mean",
     minutes: Annotated[
         float | None, typer.Option(help="After which no further choices are measured.")

@@ -252,7 +252,8 @@ def about_lora(lora: Path, is_own: bool, was_chosen: bool) -> dict[str, Any]:
         "trained_frames": read_recipe(lora).trained_frames,
         "trained_through_the_same": is_own,
         "prompt_was_chosen": was_chosen,
-        "score": {name: typed(score, name, int, origin=path) for name in SCORES},
+        "score": {name: typed(score, name, int, origin=path) for name in SCORES}
+        | {"psnr_db": typed(score, "psnr_db", float, origin=path)},
     }
 
 

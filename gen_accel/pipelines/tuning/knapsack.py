@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MOST_UNITS = 2000
+
 
 class Choice(NamedTuple):
     """A setting for each of U units.
@@ -71,8 +73,8 @@ def frontier(errors: Tensor, costs: Tensor, points: int) -> list[Choice]:
     """
     high = steepest(errors, costs)
     found = {0.0: choose(errors, costs, 0.0), high: choose(errors, costs, high)}
-    for lam in torch.logspace(-10, 0, 16 * points, dtype=torch.float64).tolist():
-        found[lam * high] = choose(errors, costs, lam * high)
+    for lam in _prices(errors, costs, 16 * points):
+        found[lam] = choose(errors, costs, lam)
     distinct = sorted(
         {(one.cost, one.error): one for one in found.values()}.values(), key=_by_cost
     )
@@ -86,6 +88,20 @@ def frontier(errors: Tensor, costs: Tensor, points: int) -> list[Choice]:
     wanted = [low + span * i / (points - 1) for i in range(points)]
     near = {min(range(len(rising)), key=lambda i: abs(rising[i].cost - cost)) for cost in wanted}
     return [rising[i] for i in sorted(near)]
+
+
+def _prices(errors: Tensor, costs: Tensor, count: int) -> list[float]:
+    """Values of lam from the least to the largest at which some unit changes its setting, evenly
+    spread over their logarithm. Of many units, some are looked at."""
+    some = slice(None, None, max(1, errors.shape[0] // MOST_UNITS))
+    errors, costs = errors[some], costs[some]
+    dearer = costs[:, :, None] - costs[:, None]
+    gained = errors[:, None] - errors[:, :, None]
+    prices = (gained / dearer)[(dearer > 0) & (gained > 0) & gained.isfinite()]
+    if not len(prices):
+        return []
+    ends = prices.min().log10().item(), prices.max().log10().item()
+    return torch.logspace(*ends, count, dtype=torch.float64).tolist()
 
 
 def steepest(errors: Tensor, costs: Tensor) -> float:

@@ -80,10 +80,17 @@ class Profile:
         """(S, L, H, C) float64: what each choice adds to the squared error at the end.
 
         Args:
-            scale: over the prompts: "mean", or "worst", which bounds each prompt's own sum.
+            scale: over the prompts: "mean"; "even", the mean where a candidate in general adds as
+                much to each prompt as to any other, so that no prompt decides alone; or "worst",
+                which bounds each prompt's own sum.
         """
         added = self.step_weights().square()[:, :, None, None, None] * self.relative
-        return added.mean(0) if scale == "mean" else added.amax(0)
+        if scale == "worst":
+            return added.amax(0)
+        if scale == "even":
+            whole = added.sum((1, 2, 3)).mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
+            added = added * (whole.log().mean().exp() / whole)[:, None, None, None, None]
+        return added.mean(0)
 
     def predicted(self, settings: Tensor) -> Tensor:
         """Relative errors of the final latents, (P,), for settings (S, L, H)."""

@@ -13,7 +13,7 @@ from gen_accel.pipelines.tuning.profile import Profile
 from gen_accel.values import shown
 
 Cost = Literal["seconds", "density"]
-Scale = Literal["mean", "worst"]
+Scale = Literal["mean", "even", "worst"]
 Axis = Literal["steps", "layers", "heads"]
 AXES = get_args(Axis)
 POINTS = 24
@@ -41,7 +41,8 @@ class Options(NamedTuple):
 
     Args:
         cost: what is least, seconds of attention or token pairs.
-        scale: over the prompts: "mean", or "worst", whose sum bounds the error of each prompt.
+        scale: over the prompts: "mean"; "even", by which no prompt decides alone; or "worst",
+            whose sum bounds the error of each prompt.
         by: axes along which settings may differ.
     """
 
@@ -77,7 +78,7 @@ def at_error(profile: Profile, error: float, options: Options = DEFAULT) -> Poin
 
 def bounded(profile: Profile, settings: Tensor, options: Options = DEFAULT) -> float:
     """Error of a choice, (S, L, H), as `at_error` bounds it: with scale "mean" the predicted one,
-    with "worst" more."""
+    with "worst" more, with "even" another weighting of the prompts."""
     errors = profile.unit_errors(scale=options.scale)
     return errors.gather(-1, settings[..., None]).sum().sqrt().item()
 

@@ -113,7 +113,8 @@ def tune(
         cost: what is made small, "seconds" of attention or "density".
         candidates: methods with their settings; without, some settings of each family.
         by: what settings may differ by: "steps", "layers", "heads".
-        scale: errors over the tuning prompts are summed by their "mean" or by the "worst".
+        scale: errors over the tuning prompts are summed by their "mean"; "even", so that no prompt
+            decides alone; or by the "worst".
         num_inference_steps: as many as will be used. A preset is for one number of steps; from
             its profile it can be solved for others.
         seed: of the first prompt's noise; each further prompt, those held out included, takes the

@@ -1,13 +1,14 @@
 """Result of `tune`: rules, and the profile that others can be solved from."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 
 from gen_accel.attention_processors.attached.attachment import Attachment, put_on
@@ -19,6 +20,7 @@ from gen_accel.pipelines.tuning import solving
 from gen_accel.pipelines.tuning.preset import Preset, read_preset, read_profile, write_preset
 from gen_accel.pipelines.tuning.profile import Profile
 from gen_accel.pipelines.tuning.solving import Options, Point
+from gen_accel.pipelines.tuning.verifying import scored, with_measured
 
 LARGEST = 100.0  # logarithm of an error that any choice keeps
 
@@ -130,6 +132,31 @@ class Tuned:
         made_for = replace(self.preset.made_for, sigmas=tuple(sigmas.tolist()))
         found = self._with(point, profile, points, self.preset.bound)
         return replace(found, preset=replace(found.preset, made_for=made_for))
+
+    def verify(
+        self,
+        pipe: Any,
+        *,
+        held_out: Sequence[str] = (),
+        objective: Callable[[np.ndarray, np.ndarray], float] | None = None,
+        tick: Callable[[int, int], None] | None = None,
+    ) -> "Tuned":
+        """Generate the tuning prompts, densely and with these rules, and score them. The result is
+        verified if the bound holds; if not, choose again with `at` for more.
+
+        Args:
+            pipe: the pipeline that was tuned, with nothing attached.
+            held_out: further prompts, whose scores are kept beside, with seeds of their own.
+            objective: the function, where the bound is on one of your own.
+            tick: is told how many prompts are done, and how many there are.
+
+        Raises:
+            ValueError: another model, or a missing function.
+        """
+        runs = scored(self.preset, pipe, held_out, objective, tick or (lambda done, total: None))
+        bound = Bound(self.preset.bound.get("mean"), self.preset.bound.get("worst"))
+        holds = bound.holds([one["score"] for one in runs["tuning"]])
+        return replace(self, preset=with_measured(self.preset, runs, holds))
 
     @property
     def _bounded(self) -> float:

@@ -1,6 +1,7 @@
 """The choice of settings, held to brute force, and the profile that it reads."""
 
-from itertools import product
+from dataclasses import replace
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -108,15 +109,30 @@ def test_predictions_add_in_quadrature():
     torch.testing.assert_close(known.predicted(settings), wanted.sqrt(), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("scale", ["mean", "worst"])
+@pytest.mark.parametrize("scale", ["mean", "even", "worst"])
 def test_a_point_keeps_the_error_that_was_asked_for(scale):
     known, options = profile(), Options(scale=scale)
     for error in (0.3, 0.8):
         point = at_error(known, error, options)
         assert point is not None
         assert bounded(known, point.settings, options) <= error
+        if scale == "even":
+            continue
         each = known.predicted(point.settings)
         assert (each.max() if scale == "worst" else each.square().mean().sqrt()) <= error + 1e-9
+
+
+def test_no_prompt_decides_alone():
+    known = profile()
+    heavy = replace(known, weights=known.weights * torch.tensor([[1e3], [1.0]]))
+    even = Options(scale="even")
+    same = at_error(known, 0.5, even)
+    other = curve(heavy, even, 200)
+    assert same is not None
+    assert any(torch.equal(one.settings, same.settings) for one in other)
+    # A thousand times the error of one prompt of two: the geometric mean grows.
+    scaled, before = (one.unit_errors(scale="even") for one in (heavy, known))
+    torch.testing.assert_close(scaled, 1e3 * before)
 
 
 def test_more_axes_are_never_dearer():
@@ -193,3 +209,15 @@ def test_tensors_of_other_shapes_are_refused(name):
     del tensors[name]
     with pytest.raises(ValueError, match=name):
         Profile.of(tensors, "here")
+
+
+def test_costs_that_differ_by_a_trifle_leave_the_frontier_whole():
+    g = torch.Generator().manual_seed(0)
+    costs = torch.tensor([0.1, 0.1 + 1e-9, 0.3, 0.6, 1.0], dtype=torch.float64).expand(200, 5)
+    errors = torch.rand(200, 5, generator=g, dtype=torch.float64).sort(descending=True).values
+    errors[:, -1] = 0.0
+    errors[0] *= 1e4
+    found = [one.cost / 200 for one in frontier(errors, costs, 24)]
+    assert found[0] == pytest.approx(0.1, abs=0.01)
+    assert found[-1] == pytest.approx(1.0)
+    assert max(b - a for a, b in pairwise(found)) < 0.1

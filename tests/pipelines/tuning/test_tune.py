@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -543,3 +544,33 @@ def test_two_transformers_are_tuned_as_one():
         generate(pipe, "a hen", 7, CALL)
         parts = {name.partition(".")[0] for name, _ in handle.records}
     assert parts == {"transformer", "transformer_2"}
+
+
+def test_what_was_chosen_again_is_verified(found):
+    _, result = found
+    pipe = pipeline()
+    again = result.at(quality=55)
+    assert not again.verified
+    ticks = []
+    checked = again.verify(pipe, held_out=PROMPTS[2:], tick=lambda *tick: ticks.append(tick))
+    scores = [run["score"] for run in checked.measured["tuning"]]
+    assert checked.verified == (sum(scores) / len(scores) >= 55)
+    assert [run["seed"] for run in checked.measured["tuning"]] == [0, 1]
+    assert [run["prompt"] for run in checked.measured["held_out"]] == PROMPTS[2:]
+    assert ticks == [(i, 3) for i in range(4)]
+    assert "held-out prompts: mean" in str(checked)
+    # What was measured in tuning is measured again.
+    same = [run["score"] for run in result.verify(pipe).measured["tuning"]]
+    assert same == pytest.approx([run["score"] for run in result.measured["tuning"]], abs=0.1)
+
+
+def test_what_cannot_be_verified_is_refused(found):
+    _, result = found
+    own = replace(result, preset=replace(result.preset, bound={"mean": 1.0, "objective": "mine"}))
+    with pytest.raises(ValueError, match="the bound is on 'mine': give objective="):
+        own.verify(pipeline())
+    scored = own.verify(pipeline(), objective=lambda dense, sparse: 1.0)
+    assert scored.verified
+    bare = replace(result, preset=replace(result.preset, made_by={}))
+    with pytest.raises(ValueError, match="does not name its tuning prompts"):
+        bare.verify(pipeline())

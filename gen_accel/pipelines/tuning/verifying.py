@@ -1,0 +1,78 @@
+"""Measurement of a choice that was made from a profile alone."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from gen_accel.attention_processors.attached.attachment import put_on
+from gen_accel.attention_processors.attached.transformers import served_transformers
+from gen_accel.attention_processors.methods.dense import Dense
+from gen_accel.pipelines.tuning.measuring import relative_error
+from gen_accel.pipelines.tuning.preset import Preset, check_model
+from gen_accel.pipelines.tuning.runs import Call, check_decodes, decoded, generate
+
+Tick = Callable[[int, int], None]
+
+
+def scored(
+    preset: Preset,
+    pipe: Any,
+    held_out: Sequence[str],
+    objective: Callable[[np.ndarray, np.ndarray], float] | None,
+    tick: Tick,
+) -> dict[str, list[dict[str, Any]]]:
+    """Generate the tuning prompts and others densely and by a preset's rules, and score them.
+
+    Args:
+        objective: where the preset's bound is on a function of one's own.
+
+    Raises:
+        ValueError: a preset of another model, or without its prompts, or an objective that is
+            missing.
+    """
+    transformer: Any = next(iter(served_transformers(pipe).values()))
+    check_model(preset, transformer, "the preset")
+    tuning = tuple(preset.made_by.get("prompts", ()))
+    name = preset.bound.get("objective", "psnr")
+    if not tuning:
+        raise ValueError("the preset does not name its tuning prompts: tune again")
+    if name not in ("psnr", "latent_error") and objective is None:
+        raise ValueError(f"the bound is on {name!r}: give objective=, the function itself")
+    if name != "latent_error":
+        check_decodes(pipe)
+    call = Call(preset.method.steps, preset.made_by.get("seed", 0), preset.made_for.call)
+    prompts = [*tuning, *held_out]
+    runs = []
+    for i, prompt in enumerate(prompts):
+        tick(i, len(prompts))
+        latents = []
+        for method in (Dense(), preset.method):
+            with put_on(pipe, method, record=False):
+                latents.append(generate(pipe, prompt, i, call))
+        error = relative_error(latents[1], latents[0])
+        run = {"prompt": prompt, "seed": call.seed + i, "latent_error": error}
+        runs.append(run | {"score": _score(pipe, latents, error, name, objective)})
+    tick(len(prompts), len(prompts))
+    return {"tuning": runs[: len(tuning)], "held_out": runs[len(tuning) :]}
+
+
+def _score(
+    pipe: Any, latents: Sequence[torch.Tensor], error: float, name: str, objective: Any
+) -> float:
+    if name == "latent_error":
+        return -error
+    dense, sparse = (decoded(pipe, one) for one in latents)
+    if objective is not None:
+        return float(objective(dense, sparse))
+    from gen_accel.measure.quality import psnr  # of an extra
+
+    return min(psnr(sparse, dense), 200.0)  # of equal videos infinite
+
+
+def with_measured(preset: Preset, runs: dict[str, list[dict[str, Any]]], holds: bool) -> Preset:
+    """Return the preset with new scores; the runs that its frontier was tried with stay."""
+    known = {name: preset.measured[name] for name in ("runs",) if name in preset.measured}
+    return replace(preset, measured={**runs, **known}, verified=holds)
