@@ -1,7 +1,7 @@
 """Tuned settings beside hand settings on the demo model, on prompts that were not tuned on.
 
     python benchmarks/tune.py --frames 65 --steps 10 --families old   # tune, then judge
-    python benchmarks/tune.py --tables                                # what the result files hold
+    python benchmarks/tune.py --docs                                  # tables of docs/tune.md
 
 A preset is tuned on the tuning prompts. Points of its frontier, and hand settings, then make the
 fresh prompts' clips, with seeds that nothing else uses, and each clip is scored against the dense
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import WanPipeline
+from kept import write_between_marks
 from rich.progress import track
 from study import tuned as tables
 
@@ -41,6 +42,7 @@ from gen_accel.pipelines.tuning.solving import point_of, settings_of
 from gen_accel.pipelines.tuning.tuned import rules_of_point
 
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs" / "tune.md"
 SIZE, GUIDANCE_SCALE = 96, 3.0
 TUNING_SEED, FRESH_SEED = 100, 700
 OLD = ("radial", "neighborhood", "block_mixture", "sparse_linear")
@@ -62,10 +64,10 @@ def main() -> None:
     parser.add_argument("--worker", default="0/1", help="K/N: make every N-th clip, no more")
     parser.add_argument("--work", type=Path, default=Path("outputs/tune"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--tables", action="store_true", help="print tables of the result files")
+    parser.add_argument("--docs", action="store_true", help="write the tables of docs/tune.md")
     args = parser.parse_args()
-    if args.tables:
-        print("\n".join(tables.lines()))
+    if args.docs:
+        write_between_marks(DOCS, tables.lines())
         return
     torch.set_num_threads(args.threads)
     pipe: Any = WanPipeline.from_pretrained(gen_accel.demo.path(), torch_dtype=torch.float32)
@@ -157,6 +159,8 @@ def hand(steps: int) -> dict[str, Mixed]:
         first = round(share * steps)
         return Mixed((Rule(method, steps=(first, steps)),), steps)
 
+    tenth = max(1, round(steps / 10))
+    late = Mixed((Rule(Dense(), steps=(tenth, 3 * tenth)), Rule(Piecewise(0.2))), steps)
     return {
         "Radial(0.5), 30 % dense": after(0.3, Radial(decay_factor=0.5)),
         "Radial(1), 40 % dense": after(0.4, Radial(decay_factor=1.0)),
@@ -164,6 +168,7 @@ def hand(steps: int) -> dict[str, Mixed]:
         "SparseLinear(0.2), 30 % dense": after(0.3, SparseLinear(0.2)),
         "Piecewise(0.2), 20 % dense": after(0.2, Piecewise(0.2)),
         "Piecewise(0.2), 30 % dense": after(0.3, Piecewise(0.2)),
+        "Piecewise(0.2), 10 to 30 % dense": late,
     }
 
 

@@ -188,7 +188,9 @@ def estimate(
         from gen_accel.pipelines.tuning.named import choose_preset
 
         own = None if dense == schedule() else dense
-        chosen, dense, tuned = choose_preset(preset, subject_of(source, text).model, own)
+        asked: dict[str, Any] = {"num_frames": frames, "height": height, "width": width}
+        asked["num_inference_steps"] = steps
+        chosen, dense, tuned = choose_preset(preset, subject_of(source, text).model, own, asked)
         steps = tuned.method.steps if steps is None and tuned is not None else steps
     result = run(
         source,

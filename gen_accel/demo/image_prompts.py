@@ -94,7 +94,7 @@ def run(
     pipe = loaded(model, device)
     schedule, tuned = Schedule(dense_start=DENSE_START), None
     if preset is not None:
-        chosen, schedule, tuned = choose_preset(preset, pipe, None)
+        chosen, schedule, tuned = choose_preset(preset, pipe, None, job.asked_of(frames, steps))
     steps = job.steps_of(steps, chosen, preset)
     clip = filled(pipe, Clip(frames, SIZE, SIZE, steps, GUIDANCE_SCALE, seed=seed, fps=FPS))
     check_clip(pipe, clip, chosen)

@@ -102,7 +102,7 @@ def run(
 
     pipes = [subject.loaded() for _ in range(2)]
     if preset is not None:
-        subject = subject.by_preset(preset, pipes[1])
+        subject = subject.by_preset(preset, pipes[1], asked_of(frames, steps))
     steps = steps_of(steps, subject.method, preset)
     asked = Clip(frames, SIZE, SIZE, steps, GUIDANCE_SCALE, seed=seed, fps=FPS)
     clip = filled(pipes[0], asked)
@@ -165,6 +165,17 @@ def detected(result: Comparison) -> dict[str, Any]:
 def _seen(video: np.ndarray) -> dict[str, Any]:
     found = detect(video)
     return {"shows": found.caption, **asdict(found)}
+
+
+def asked_of(frames: int, steps: int | None) -> dict[str, Any]:
+    """Describe the clip of a demo, by the pipeline's names."""
+    return {
+        "num_frames": frames,
+        "height": SIZE,
+        "width": SIZE,
+        "guidance_scale": GUIDANCE_SCALE,
+        "num_inference_steps": steps,
+    }
 
 
 def steps_of(given: int | None, method: Method, preset: Any) -> int:

@@ -1,6 +1,7 @@
 """Subject of a demo: the model, its LoRA, and the attention that is set beside dense attention."""
 
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,9 +63,13 @@ class Subject:
         chosen = own if method is None else method
         return cls(model, lora, recipe, chosen, chosen == own, device)
 
-    def by_preset(self, preset: str | Path, pipe: Any) -> "Subject":
-        """Return the subject with a preset's method; ValueError for one of another model."""
-        method, schedule, found = choose_preset(preset, pipe, None)
+    def by_preset(self, preset: str | Path, pipe: Any, asked: Mapping[str, Any]) -> "Subject":
+        """Return the subject with a preset's method; ValueError for one of another model.
+
+        Args:
+            asked: see `choose_preset`.
+        """
+        method, schedule, found = choose_preset(preset, pipe, None, asked)
         own = found or preset
         return replace(self, method=method, schedule=schedule, preset=own, is_own=False)
 

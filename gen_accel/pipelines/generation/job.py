@@ -148,7 +148,10 @@ class Job:
         preset of another model.
         """
         if self.preset is not None:
-            method, schedule, found = choose_preset(self.preset, pipe, self.schedule)
+            whole = filled(pipe, self.clip)
+            asked = {"num_frames": whole.frames, "height": whole.height, "width": whole.width}
+            asked["num_inference_steps"] = self.clip.steps
+            method, schedule, found = choose_preset(self.preset, pipe, self.schedule, asked)
             clip = self.clip if found is None else _solved(self.clip, found, self.preset)
             chosen = replace(self, method=method, schedule=schedule, preset=None, clip=clip)
             return replace(chosen.fitted(pipe), preset=found or self.preset)

@@ -1,7 +1,9 @@
 """Presets by name: tuned ones that come with the package, and rules for all other models."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from gen_accel.attention_processors.attached.recipe import sizes
@@ -50,13 +52,18 @@ RULES = {
 
 
 def choose_preset(
-    preset: str | Path | Preset, pipe_or_transformer: Any, schedule: Schedule | None
+    preset: str | Path | Preset,
+    pipe_or_transformer: Any,
+    schedule: Schedule | None,
+    asked: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Any, Schedule | None, Preset | None]:
     """Return the method of a preset, its schedule, and the preset itself where it was tuned.
 
     Args:
         preset: a file, one of `PRESETS`, or what `read_preset` returned.
         schedule: as given beside it, which wins over the preset's own.
+        asked: what is known of the call, by the pipeline's names, with "num_inference_steps". Of a
+            name, a preset that was tuned for another call is passed over.
 
     Raises:
         ValueError: a preset of another model, or a file that is none.
@@ -67,7 +74,7 @@ def choose_preset(
     """
     transformer: Any = next(iter(served_transformers(pipe_or_transformer).values()))
     if isinstance(preset, str) and preset in PRESETS:
-        found = in_the_box(preset, transformer)
+        found = in_the_box(preset, transformer, asked)
         if found is None:
             return by_rule(preset, schedule)
     elif isinstance(preset, Preset):
@@ -82,11 +89,18 @@ def choose_preset(
     return found.method, schedule, found
 
 
-def in_the_box(name: str, transformer: Any) -> Preset | None:
-    """Read the preset of that name that was tuned for a model and its LoRAs; None without one."""
+def in_the_box(
+    name: str, transformer: Any, asked: Mapping[str, Any] = MappingProxyType({})
+) -> Preset | None:
+    """Read the preset of that name that was tuned for a model, its LoRAs and a call; None without
+    one."""
     loras = loras_of(transformer)
-    fitting = (one for one in all_in_the_box(name, transformer) if one.made_for.loras == loras)
-    return next(fitting, None)
+    for one in all_in_the_box(name, transformer):
+        call = {**one.made_for.call, "num_inference_steps": one.method.steps}
+        known = {key: value for key, value in asked.items() if value is not None}
+        if one.made_for.loras == loras and known.items() <= call.items():
+            return one
+    return None
 
 
 def all_in_the_box(name: str, transformer: Any) -> list[Preset]:

@@ -1,13 +1,22 @@
-"""Presets by name: rules for models that nothing was tuned for."""
+"""Presets by name: tuned ones in the box, and rules for models that nothing was tuned for."""
 
 import warnings
 
 import pytest
 from support.wan import generate, pipeline
 
-from gen_accel import Piecewise, Schedule, attach
+from gen_accel import Piecewise, Schedule, attach, demo
 from gen_accel.names import PRESETS
-from gen_accel.pipelines.tuning.named import RULES, NotMeasured, by_rule
+from gen_accel.pipelines.generation.loading import Loading, load
+from gen_accel.pipelines.tuning import load_tuned
+from gen_accel.pipelines.tuning.named import (
+    BOX,
+    RULES,
+    NotMeasured,
+    by_rule,
+    choose_preset,
+    in_the_box,
+)
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 
@@ -59,3 +68,37 @@ def test_no_file_says_which_names_there_are(tmp_path):
         warnings.simplefilter("error")
         with pytest.raises(FileNotFoundError, match=r"no preset at .*fastest"):
             attach(pipeline(), preset="fastest")
+
+
+BOXED = sorted(BOX.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", BOXED, ids=lambda path: path.stem)
+def test_a_preset_in_the_box_was_verified_on_the_demo_model(path):
+    found = load_tuned(path)  # with its profile
+    name = path.stem.split("-")[-1]
+    scores = [run["score"] for run in found.measured["tuning"]]
+    assert found.verified
+    assert sum(scores) / len(scores) >= found.preset.bound["mean"]
+    assert len(found.measured["held_out"]) >= 4
+    call = {**found.preset.made_for.call, "num_inference_steps": found.method.steps}
+    pipe = load(demo.path(), Loading("float32", "cpu"))
+    chosen = in_the_box(name, pipe.transformer, call)
+    assert chosen is not None
+    assert chosen.method == found.method
+
+
+def test_the_box_has_every_name():
+    assert {path.stem for path in BOXED} == {f"demo-{name}" for name in PRESETS}
+
+
+def test_a_preset_of_another_call_is_passed_over():
+    pipe = load(demo.path(), Loading("float32", "cpu"))
+    assert in_the_box("fast", pipe.transformer) is not None
+    assert in_the_box("fast", pipe.transformer, {"num_frames": 33}) is None
+    assert in_the_box("fast", pipe.transformer, {"num_inference_steps": 50}) is None
+    assert in_the_box("fast", pipe.transformer, {"num_inference_steps": None}) is not None
+    with pytest.warns(NotMeasured, match="preset 'fast' is a rule"):
+        method, _, found = choose_preset("fast", pipe, None, {"num_inference_steps": 50})
+    assert found is None
+    assert method == Piecewise(RULES["fast"].critical)
