@@ -13,7 +13,7 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SPEEDS = {"slowly": 0.8, "quickly": 2.0}  # pixels a frame
 
 # Of the demo: chosen among what dense attention gets right with the long-video LoRA.
-PROMPT, SEED = "a green square moves up quickly", 4
+PROMPT, SEED = "a blue square moves down slowly", 7
 
 WORDS = ("a", "something", "moves", *COLORS, *SHAPES, *DIRECTIONS, *SPEEDS)
 
