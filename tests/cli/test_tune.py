@@ -1,6 +1,7 @@
 """`gen-accel tune`, and what it wrote in the other verbs, on a tiny pipeline."""
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -52,10 +53,9 @@ def solved(folder: Path) -> Mixed:
 
 
 def test_tune_writes_a_preset_and_says_what_it_found(home):
-    assert sorted(path.name for path in home.glob("preset*")) == [
-        "preset.json",
-        "preset.safetensors",
-    ]
+    names = sorted(path.name for path in home.glob("preset*"))
+    profiled = [name for name in names if re.fullmatch(r"preset\.[0-9a-f]{8}\.safetensors", name)]
+    assert names == [*profiled, "preset.json", "preset.safetensors"]
     found = read_preset(home / "preset.json")
     said = (home / "said.txt").read_text()
     assert found.method.steps == 3
@@ -122,7 +122,7 @@ REFUSED = {
     "objective": (("--model", "M", "--prompts", "T", "--objective", "psn"), "did you mean 'psnr'"),
     "no error": (("--model", "M", "--prompts", "T", "--objective", "latent_error"), "--quality"),
     "cost": (("--model", "M", "--prompts", "T", "--cost", "watts"), "seconds, density"),
-    "scale": (("--model", "M", "--prompts", "T", "--scale", "median"), "mean, worst"),
+    "scale": (("--model", "M", "--prompts", "T", "--scale", "median"), "mean, even, worst"),
 }
 
 
@@ -229,9 +229,10 @@ def test_a_preset_takes_the_place_of_a_method(refused, home, no_loading, tmp_pat
 
 def test_a_list_of_prompts_notices_another_preset_and_warns_once(run, home, tmp_path):
     out, preset = tmp_path / "a.gif", tmp_path / "preset.json"
-    shutil.copy(home / "preset.json", preset)
+    for path in home.glob("preset*"):  # with the profiles beside it
+        shutil.copy(path, tmp_path)
     model = ("generate", "--model", home / "model", "--prompts", home / "prompts.txt", *HERE)
-    size = ("--frames", 5, "--height", HEIGHT, "--width", WIDTH)
+    size = ("--frames", 13, "--height", HEIGHT, "--width", WIDTH)
     given = (*model, *size, "--preset", preset, "--out", out)
     with pytest.warns(OtherThanTuned, match="tuned for grid") as told:
         run(*given)
