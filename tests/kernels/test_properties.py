@@ -93,7 +93,7 @@ def test_gather_is_the_reference_on_a_thousand_problems(problem):
 def test_the_random_problems_cover_the_methods():
     seen: dict[str, int] = {}
 
-    @settings(RANDOM, max_examples=200)
+    @settings(RANDOM, max_examples=400)
     @given(problems())
     def count(problem):
         video, method, shape, trained, _ = problem
