@@ -13,6 +13,7 @@ FILES = (
     "tune_65_all_worst",
     "tune_129_all",
 )
+WATCH = "tune_watch"
 
 
 def lines() -> list[str]:
@@ -25,7 +26,36 @@ def lines() -> list[str]:
             report = json.loads(path.read_text(encoding="utf-8"))
             made += [*of_file(report), ""]
             used.append(f"[{name}](../benchmarks/results/{name}.json)")
+    path = RESULTS / f"{WATCH}.json"
+    if path.exists():
+        made += [*of_watch(json.loads(path.read_text(encoding="utf-8"))), ""]
+        used.append(f"[{WATCH}](../benchmarks/results/{WATCH}.json)")
     return [*made, f"By `benchmarks/tune.py`, from {', '.join(used)}."]
+
+
+def of_watch(report: dict[str, Any]) -> list[str]:
+    """A table of the watch, a fresh prompt a row."""
+    made = [
+        f"The watch over the preset of all methods, {report['frames']} frames, {report['steps']} "
+        "steps, on prompts that were not tuned on; errors over those of the profile, by layer "
+        "and step:",
+        "",
+        "| prompt | calls | over twice | median | largest | heads raised | denoising |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in report["runs"]:
+        seconds = one["seconds"]
+        cells = [
+            one["prompt"],
+            str(one["calls"]),
+            str(one["calls_over_twice"]),
+            f"{one['median_over_expected']:.2f}",
+            f"{one['largest_over_expected']:.2f}",
+            str(one["heads_raised"]),
+            f"{seconds['with'] / seconds['without'] - 1:+.1%}",
+        ]
+        made.append(f"| {' | '.join(cells)} |")
+    return made
 
 
 def of_file(report: dict[str, Any]) -> list[str]:
