@@ -252,7 +252,7 @@ class MassSums:
         """Add one call, q and k (B, H, N, D).
 
         Raises:
-            ValueError: another grid than that of the first call.
+            ValueError: another grid than the first call's.
         """
         if self.grid is None:
             self.grid, self.tile = video.grid, _tile_of(video, self.block)

@@ -233,7 +233,7 @@ def read_masses(source: str | Path) -> Masses:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if {str(n): found.heads(n) for n in found.layers} != listed:
-        raise ValueError(f"the heads of {path} are not those that it names, {shown(listed)}")
+        raise ValueError(f"the heads of {path} differ from the ones it names, {shown(listed)}")
     return found
 
 

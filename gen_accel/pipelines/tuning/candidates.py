@@ -12,6 +12,7 @@ from gen_accel.attention_processors import (
     Piecewise,
     Profiled,
     Radial,
+    Reuse,
     SparseLinear,
     method_name,
 )
@@ -167,5 +168,6 @@ def with_files(method: Any, place: Callable[[Profiled], str]) -> Any:
     """
     if isinstance(method, Profiled) and method.masses is not None:
         return replace(method, file=place(method))
-    inner = getattr(method, "method", None)
-    return method if inner is None else replace(method, method=with_files(inner, place))
+    if isinstance(method, Reuse):
+        return replace(method, method=with_files(method.method, place))
+    return method

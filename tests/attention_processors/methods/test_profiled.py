@@ -308,7 +308,7 @@ class TestFile:
             ({"grid": [1, 1, 1]}, "is larger than the grid"),
             ({"grid": [60, 6, 8]}, "weights of layer 0 must be"),
             ({"layers": {"0": 2}}, "are not those of its layers"),
-            ({"layers": {"0": 2, "1": 3}}, "are not those that it names"),
+            ({"layers": {"0": 2, "1": 3}}, "differ from the ones it names"),
             ({"layers": {"x": 2}}, "must be numbers"),
             ({"model": 3}, "model"),
         ],
