@@ -72,19 +72,12 @@ def capture(
     with attach(pipe, Radial()) as handle:
         for prompt in prompts:
 
-            def observe(
-                layer: Any,
-                q: Tensor,
-                k: Tensor,
-                v: Tensor,
-                dense: Tensor,
-                *_: Any,
-                of: int = prompt,
-            ) -> None:
-                call = of, handle.clock.step, layer.number
+            def observe(seen: Any, of: int = prompt) -> None:
+                call = of, handle.clock.step, seen.layer.number
                 if call[1] in steps and call not in calls:
                     calls.add(call)
-                    found.append(Captured(*call, *(x.clone() for x in (q, k, v, dense))))
+                    tensors = seen.q, seen.k, seen.v, seen.dense
+                    found.append(Captured(*call, *(x.clone() for x in tensors)))
 
             handle.observe = observe
             try:

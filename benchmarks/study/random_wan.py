@@ -36,17 +36,9 @@ def capture(steps: Sequence[int], video: VideoShape, seed: int = 0) -> list[Capt
     with attach(model, Radial()) as handle, torch.inference_mode():
         for step in steps:
 
-            def observe(
-                layer: Any,
-                q: Tensor,
-                k: Tensor,
-                v: Tensor,
-                dense: Tensor,
-                *_: Any,
-                step: int = step,
-            ) -> None:
-                tensors = (x.clone() for x in (q, k, v, dense))
-                found.append(Captured(0, step, layer.number, *tensors))
+            def observe(seen: Any, step: int = step) -> None:
+                tensors = (x.clone() for x in (seen.q, seen.k, seen.v, seen.dense))
+                found.append(Captured(0, step, seen.layer.number, *tensors))
 
             handle.observe = observe
             share = 1 - step / STEPS

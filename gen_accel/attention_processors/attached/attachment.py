@@ -33,6 +33,7 @@ from gen_accel.attention_processors.attached.summary import Record, Silence, Sum
 from gen_accel.attention_processors.attached.transformers import (
     TRANSFORMERS,
     SchedulerOf,
+    class_of,
     served_transformers,
 )
 from gen_accel.attention_processors.attached.watch import Ladder, Watch
@@ -240,10 +241,8 @@ class Attachment:
         self, name: str, transformer: Any, family: Any, site: SelfAttention, stock: Any
     ) -> SparseProcessor:
         unfit = parts_of(self.method).unfit
-        if unfit is not None:
-            kind = type(transformer).__name__.removeprefix("FSDP")
-            if why := unfit(kind, site.layer, site.heads):
-                raise ValueError(why)
+        if unfit and (why := unfit(class_of(transformer), site.layer, site.heads)):
+            raise ValueError(why)
         method = layer_method(self.method, site.layer)
         full, branch = f"{name}.{site.name}", None
         why = self.schedule.why_layer(site.layer)

@@ -14,20 +14,22 @@ from torch import Tensor
 from gen_accel.attention_processors.attached.attachment import Attachment, attachment_of
 from gen_accel.attention_processors.attached.layer import (
     Layer,
+    Observed,
     Observer,
     is_offloaded,
     on_device,
+)
+from gen_accel.attention_processors.attached.observing import (
+    check_not_compiled,
+    run_to_latents,
 )
 from gen_accel.attention_processors.attached.purity import (
     TileErrors,
     TileFit,
 )
-from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.methods.sparse_linear import LinearBranch
-from gen_accel.attention_processors.seam import is_compiled
 from gen_accel.method import parts_of, tiled
 from gen_accel.plan import widest
-from gen_accel.video import VideoShape
 
 # Penalties on proj, as shares of the mean square of O_l. It changes little from token to token, so
 # that least squares alone finds large weights, which fail on the next prompt.
@@ -200,21 +202,14 @@ def _observe(
     layer and step, and the number of the prompt."""
     current = 0
 
-    def observe(
-        layer: Layer,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        dense: Tensor,
-        video: VideoShape,
-        run: Callable,
-    ) -> None:
+    def observe(seen: Observed) -> None:
+        layer, q, k, v, dense, video, run = seen
         o_s, o_l = layer.method.parts(q, k, v, video=video, kernel=run)
         add(layer, o_s, o_l, dense, current)
 
     with _observing(handle, observe, num_inference_steps):
         for current, prompt in enumerate(prompts):
-            _generate(pipe, prompt, num_inference_steps, seed + current, call)
+            run_to_latents(pipe, prompt, num_inference_steps, seed + current, call)
 
 
 def _fit_tile(
@@ -232,11 +227,11 @@ def _fit_tile(
         return None
     errors = TileErrors(tokens)
 
-    def look(layer: Layer, *given: Any) -> None:
-        errors.add(layer.number, layer.method, *given)
+    def look(seen: Observed) -> None:
+        errors.add(seen.layer.method, seen)
 
     with _observing(handle, _once(handle, look), num_inference_steps), suppress(_Enough):
-        _generate(pipe, prompt, num_inference_steps, seed, call)
+        run_to_latents(pipe, prompt, num_inference_steps, seed, call)
     fit = errors.fit()
     if fit is not None:
         handle.exchange(tiled(handle.method, fit.tile))
@@ -247,12 +242,12 @@ def _once(handle: Attachment, observe: Observer) -> Observer:
     """Call `observe` in the first step that is seen; raise _Enough in the next."""
     first: int | None = None
 
-    def watch(*call: Any) -> None:
+    def watch(seen: Observed) -> None:
         nonlocal first
         if first is not None and handle.clock.step != first:
             raise _Enough
         first = handle.clock.step
-        observe(*call)
+        observe(seen)
 
     return watch
 
@@ -275,42 +270,30 @@ def _check(handle: Attachment, pipe: Any, prompts: Sequence[str]) -> None:
             raise ValueError(
                 f"the parameters of {name} are offloaded: calibrate before the model is"
             )
-    for name, transformer in served_transformers(pipe).items():
-        if is_compiled(transformer):
-            raise ValueError(f"{name} is compiled already: calibrate first, and compile then")
+    check_not_compiled(pipe, "calibrate")
 
 
 @contextmanager
 def _observing(handle: Attachment, observe: Observer, steps: int) -> Iterator[None]:
     """Show the sparse layers and steps to `observe` inside, and run them dense; ValueError where
     there was none."""
-    seen = False
+    was_seen = False
 
-    def watch(*call: Any) -> None:
-        nonlocal seen
-        seen = True
-        observe(*call)
+    def watch(seen: Observed) -> None:
+        nonlocal was_seen
+        was_seen = True
+        observe(seen)
 
     handle.observe = watch
     try:
         yield
     finally:
         handle.observe = None
-    if not seen:
+    if not was_seen:
         raise ValueError(
             f"the schedule keeps all of {steps} steps dense, so that there is nothing to fit: "
             f"{handle.schedule}"
         )
-
-
-def _generate(pipe: Any, prompt: str, steps: int, seed: int, call: dict[str, Any]) -> None:
-    pipe(
-        prompt=prompt,
-        num_inference_steps=steps,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="latent",
-        **call,
-    )
 
 
 class _Sums(ABC):

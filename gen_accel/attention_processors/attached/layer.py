@@ -93,8 +93,25 @@ class Layer(NamedTuple):
         return self.tokens(tokens, call)
 
 
-# layer, q, k, v and the dense output (B, H, N, D), the grid, and what runs a plan on q, k, v
-Observer = Callable[[Layer, Tensor, Tensor, Tensor, Tensor, VideoShape, Callable], None]
+class Observed(NamedTuple):
+    """A call of dense attention, as an observer sees it.
+
+    Args:
+        q, k, v, dense: (B, H, N, D), and so is the dense output.
+        video: grid of the N tokens.
+        run: runs a plan on q, k and v.
+    """
+
+    layer: Layer
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dense: Tensor
+    video: VideoShape
+    run: Callable
+
+
+Observer = Callable[[Observed], None]
 
 
 class Handle(Protocol):
@@ -430,7 +447,7 @@ def _observed(
     for some in _by_text(handle, layer, call, tokens):
         whole = tokens.complete(call.q), call.k, call.v, tokens.complete(out)
         q, k, v, dense = (some.of(x) for x in whole)
-        observe(layer, q, k, v, dense, some.video, run)
+        observe(Observed(layer, q, k, v, dense, some.video, run))
     return out
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.attached.attachment import put_on
-from gen_accel.attention_processors.attached.layer import Layer
-from gen_accel.attention_processors.attached.transformers import served_transformers
+from gen_accel.attention_processors.attached.layer import Observed
+from gen_accel.attention_processors.attached.observing import check_bare, run_to_latents
+from gen_accel.attention_processors.attached.transformers import class_of, served_transformers
 from gen_accel.attention_processors.methods.blocks import Box, even_tile, layout_of
 from gen_accel.attention_processors.methods.masses import (
     FLOOR,
@@ -30,7 +31,6 @@ from gen_accel.attention_processors.methods.masses import (
 )
 from gen_accel.attention_processors.methods.profiled import Profiled
 from gen_accel.attention_processors.methods.radial import Radial
-from gen_accel.attention_processors.seam import SparseProcessor, is_compiled
 from gen_accel.kernels.mass import block_mass
 from gen_accel.kernels.runner import scale_of
 from gen_accel.method import layer_method
@@ -191,25 +191,17 @@ def collect(
     call: Mapping[str, Any],
 ) -> Masses:
     """Sum the mass of dense attention over prompts; arguments and errors as `measure_profile`."""
-    check_observable(pipe)
+    check_bare(pipe, "measure")
     sums, every = MassSums(form, block), min(every, steps)
 
-    def look(
-        layer: Layer,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        dense: Tensor,
-        video: VideoShape,
-        run: Callable,
-    ) -> None:
+    def look(call: Observed) -> None:
         if handle.clock.step % every == every - 1:
-            sums.add(layer.number, q, k, video, scale_of(run, q))
+            sums.add(call.layer.number, call.q, call.k, call.video, scale_of(call.run, call.q))
 
     with put_on(pipe, Profiled(), record=False) as handle:
         handle.observe = look
         for number, prompt in enumerate(prompts):
-            _generate(pipe, prompt, steps, seed + number, call)
+            run_to_latents(pipe, prompt, steps, seed + number, call)
     transformer = next(iter(served_transformers(pipe).values()))
     seen = seen_by(prompts, every=every, steps=steps, seed=seed, call=call)
     return sums.masses(class_of(transformer), seen)
@@ -223,11 +215,6 @@ def seen_by(
     told = {name: value for name, value in call.items() if isinstance(value, plain)}
     about = json.dumps([[*prompts], seed, steps, every, told], sort_keys=True)
     return hashlib.sha256(about.encode()).hexdigest()
-
-
-def class_of(transformer: Any) -> str:
-    """Name of a transformer's class, as a profile holds it."""
-    return type(transformer).__name__.removeprefix("FSDP")
 
 
 class MassSums:
@@ -366,17 +353,10 @@ def _held_out(
     squares: dict[tuple[str, int], float] = {}
     radials: list[Radial | None] = []
 
-    def look(
-        layer: Layer,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        dense: Tensor,
-        video: VideoShape,
-        run: Callable,
-    ) -> None:
+    def look(call: Observed) -> None:
         if handle.clock.step % every != every - 1:
             return
+        layer, q, k, v, dense, video, run = call
         if not radials:
             radials.append(radial_of(video, method))
         compared: dict[str, Any] = {"ours": layer_method(method, layer.number)}
@@ -392,7 +372,7 @@ def _held_out(
 
     with put_on(pipe, method, record=False) as handle:
         handle.observe = look
-        _generate(pipe, prompt, steps, seed, call)
+        run_to_latents(pipe, prompt, steps, seed, call)
     layers = sorted({layer for _, layer in squares})
 
     def errors(name: str) -> dict[int, float]:
@@ -405,23 +385,3 @@ def _held_out(
     if not layers:
         raise ValueError(f"no attention over a known grid was seen in {steps} steps of {prompt!r}")
     return MeasuredProfile(method, errors("ours"), radials[0], errors("radial"), errors("alike"))
-
-
-def check_observable(pipe: Any) -> None:
-    """Refuse, by a ValueError, a pipeline whose dense attention cannot be observed."""
-    for name, transformer in served_transformers(pipe).items():
-        if is_compiled(transformer):
-            raise ValueError(f"{name} is compiled already: measure first, and compile then")
-        held = [getattr(part, "processor", None) for part in transformer.modules()]
-        if any(isinstance(one, SparseProcessor) for one in held):
-            raise ValueError(f"a method is attached to {name} already: detach() first")
-
-
-def _generate(pipe: Any, prompt: str, steps: int, seed: int, call: Mapping[str, Any]) -> None:
-    pipe(
-        prompt=prompt,
-        num_inference_steps=steps,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="latent",
-        **call,
-    )

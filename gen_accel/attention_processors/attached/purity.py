@@ -6,7 +6,6 @@ on the method as well, and is measured.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from statistics import mode
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_accel.attention_processors.attached.layer import Observed
 from gen_accel.attention_processors.methods.blocks import Box, even_tile
 from gen_accel.method import tiled
 from gen_accel.plan import widest
@@ -106,18 +106,9 @@ class TileErrors:
         self.squares: dict[int, dict[Box, float]] = {}  # by the number of a layer
         self.dense: dict[int, float] = {}
 
-    def add(
-        self,
-        layer: int,
-        method: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        dense: Tensor,
-        video: VideoShape,
-        run: Callable,
-    ) -> None:
-        """Add a call, (B, H, N, D) each. Calls on another grid than the first are left out."""
+    def add(self, method: Any, seen: Observed) -> None:
+        """Add a call. Calls on another grid than the first are left out."""
+        layer, (q, k, v, dense, video, run) = seen.layer.number, seen[1:]
         self.video = self.video or video
         if video.grid != self.video.grid:
             return

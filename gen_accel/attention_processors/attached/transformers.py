@@ -23,6 +23,11 @@ def served_transformers(pipe_or_transformer: Any) -> dict[str, nn.Module]:
     return transformers
 
 
+def class_of(transformer: Any) -> str:
+    """Name of a transformer's class, without the prefix that sharding gives it."""
+    return type(transformer).__name__.removeprefix("FSDP")
+
+
 class SchedulerOf:
     """A pipeline's scheduler, looked up at each call because users may exchange it. The reference
     is weak, as the pipeline owns the model."""

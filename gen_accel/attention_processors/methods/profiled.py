@@ -119,7 +119,7 @@ class Profiled:
 
     @property
     def masses(self) -> Masses | None:
-        """What was measured, read from the file when first needed; None without one."""
+        """Masses that were measured, read from the file when first needed; None without one."""
         held: Masses | None = self.__dict__["_masses"]
         if held is None and self.file:
             held = read_masses(self.file)

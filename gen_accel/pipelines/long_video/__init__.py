@@ -248,10 +248,10 @@ def _technique(given: Any, options: dict[str, Any]) -> Technique:
     if settings:
         return kind(**values_of(kind, name, settings))
     known = [field.name for field in fields(kind)]
-    for name in options:
-        if name not in known:
+    for option in options:
+        if option not in known:
             takes = ", ".join(known) or "no options"
-            raise ValueError(f"{given} has no option {name}; it takes {takes}")
+            raise ValueError(f"{name} has no option {option}; it takes {takes}")
     return kind(**options)
 
 

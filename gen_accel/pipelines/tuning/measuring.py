@@ -14,7 +14,7 @@ from torch import Tensor
 from gen_accel import kernels
 from gen_accel.attention_processors.attached.attachment import Attachment, put_on
 from gen_accel.attention_processors.attached.clock import noise_levels
-from gen_accel.attention_processors.attached.layer import Layer
+from gen_accel.attention_processors.attached.layer import Observed
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.kernels import Runner
@@ -82,16 +82,8 @@ class Observer:
         self.densities: dict[int, list[list[float]]] = {}
         self.heard: dict[int, Heard] = {}
 
-    def __call__(
-        self,
-        layer: Layer,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        dense: Tensor,
-        video: VideoShape,
-        run: Callable,
-    ) -> None:
+    def __call__(self, call: Observed) -> None:
+        layer, q, k, v, dense, video, run = call
         step, number = self.handle.clock.step, layer.number
         if (step, number) in self.errors:
             return

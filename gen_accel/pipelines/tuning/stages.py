@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.attached.attachment import Attachment, put_on
-from gen_accel.attention_processors.attached.layer import Layer
+from gen_accel.attention_processors.attached.layer import Observed
+from gen_accel.attention_processors.attached.observing import check_bare
 from gen_accel.attention_processors.attached.profiling import collect, seen_by
 from gen_accel.attention_processors.attached.purity import TileErrors
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.masses import Masses, read_masses
 from gen_accel.attention_processors.methods.piecewise import Piecewise
-from gen_accel.attention_processors.seam import SparseProcessor, is_compiled
 from gen_accel.measure.timing import device_name
 from gen_accel.method import parts_of, within
 from gen_accel.names import OBJECTIVES
@@ -49,14 +49,13 @@ from gen_accel.pipelines.tuning.preset import (
 )
 from gen_accel.pipelines.tuning.profile import Profile, levels_of
 from gen_accel.pipelines.tuning.runs import Call, check_decodes, decoded, generate
+from gen_accel.pipelines.tuning.scoring import Objective, score_of_videos
 from gen_accel.pipelines.tuning.solving import Options, Point
 from gen_accel.pipelines.tuning.state import State
 from gen_accel.pipelines.tuning.tuned import Bound, Tuned, curve_of, rules_of_point
 from gen_accel.values import shown
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
-
-Objective = str | Callable[[np.ndarray, np.ndarray], float]
 
 MASS_STEPS, MASS_PROMPTS = 6, 2  # that `Profiled` is measured in
 PSNR_OF_ALL = 21.0  # dB, about, where latents err by as much as they hold
@@ -320,25 +319,15 @@ class _Tuning:
         errors, seen = TileErrors(tokens), []
         at = self.call.steps // 5 if tiles else 0
 
-        def look(
-            layer: Layer,
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            dense: Tensor,
-            video: VideoShape,
-            run: Callable,
-        ) -> None:
+        def look(call: Observed) -> None:
             step = handle.clock.step
             self.tick("scout", min(step, at), at + 1)
             if step > at or (seen and not tiles):
                 raise _Enough
             whole = handle.clock.tokens
-            seen.append(video if whole is None else whole.video)
+            seen.append(call.video if whole is None else whole.video)
             if step == at and tiles:
-                errors.add(
-                    layer.number, within(probe, video, seen[-1]), q, k, v, dense, video, run
-                )
+                errors.add(within(probe, call.video, seen[-1]), call)
 
         with put_on(self.pipe, probe, kernel=self.kernel, record=False) as handle:
             handle.observe = look
@@ -529,12 +518,8 @@ class _Tuning:
             return error, -error
         if i not in self._dense_videos:
             self._dense_videos[i] = decoded(self.pipe, dense.to(latents.device, latents.dtype))
-        video = decoded(self.pipe, latents)
-        if callable(self.objective):
-            return error, float(self.objective(self._dense_videos[i], video))
-        from gen_accel.measure.quality import psnr  # of an extra
-
-        return error, min(psnr(video, self._dense_videos[i]), 200.0)  # of equal videos infinite
+        videos = self._dense_videos[i], decoded(self.pipe, latents)
+        return error, score_of_videos(self.objective, *videos)
 
     def _hold_out(self, point: Point, profile: Profile) -> list[dict[str, Any]]:
         """Score the prompts held out; attention is timed on the first, dense and sparse."""
@@ -574,11 +559,7 @@ def _kept(i: int, seen: Seen) -> dict[str, Tensor]:
 
 def _check(pipe: Any) -> None:
     """Refuse, by a ValueError, a pipeline whose attention cannot be observed."""
+    check_bare(pipe, "tune")
     for name, transformer in served_transformers(pipe).items():
-        if is_compiled(transformer):
-            raise ValueError(f"{name} is compiled already: tune first, and compile then")
-        held = [getattr(part, "processor", None) for part in transformer.modules()]
-        if any(isinstance(one, SparseProcessor) for one in held):
-            raise ValueError(f"a method is attached to {name} already: detach() first")
         if any(parameter.is_meta for parameter in transformer.parameters()):
             raise ValueError(f"{name} is offloaded: tune without, so that seconds can be told")

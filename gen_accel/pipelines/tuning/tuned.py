@@ -20,7 +20,7 @@ from gen_accel.pipelines.tuning import solving
 from gen_accel.pipelines.tuning.preset import Preset, read_preset, read_profile, write_preset
 from gen_accel.pipelines.tuning.profile import Profile
 from gen_accel.pipelines.tuning.solving import Options, Point
-from gen_accel.pipelines.tuning.verifying import scored, with_measured
+from gen_accel.pipelines.tuning.verifying import scored
 
 LARGEST = 100.0  # logarithm of an error that any choice keeps
 
@@ -156,7 +156,9 @@ class Tuned:
         runs = scored(self.preset, pipe, held_out, objective, tick or (lambda done, total: None))
         bound = Bound(self.preset.bound.get("mean"), self.preset.bound.get("worst"))
         holds = bound.holds([one["score"] for one in runs["tuning"]])
-        return replace(self, preset=with_measured(self.preset, runs, holds))
+        kept = {"runs": self.measured["runs"]} if "runs" in self.measured else {}
+        preset = replace(self.preset, measured={**runs, **kept}, verified=holds)
+        return replace(self, preset=preset)
 
     @property
     def _bounded(self) -> float:

@@ -1,11 +1,9 @@
 """Measurement of a choice that was made from a profile alone."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from gen_accel.attention_processors.attached.attachment import put_on
 from gen_accel.attention_processors.attached.transformers import served_transformers
@@ -13,6 +11,7 @@ from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.pipelines.tuning.measuring import relative_error
 from gen_accel.pipelines.tuning.preset import Preset, check_model
 from gen_accel.pipelines.tuning.runs import Call, check_decodes, decoded, generate
+from gen_accel.pipelines.tuning.scoring import score_of_videos
 
 Tick = Callable[[int, int], None]
 
@@ -50,29 +49,13 @@ def scored(
         tick(i, len(prompts))
         latents = []
         for method in (Dense(), preset.method):
-            with put_on(pipe, method, record=False):
+            with put_on(pipe, method, kernel=preset.made_by.get("kernel", "auto"), record=False):
                 latents.append(generate(pipe, prompt, i, call))
         error = relative_error(latents[1], latents[0])
-        run = {"prompt": prompt, "seed": call.seed + i, "latent_error": error}
-        runs.append(run | {"score": _score(pipe, latents, error, name, objective)})
+        score = -error
+        if name != "latent_error":
+            score = score_of_videos(objective or name, *(decoded(pipe, x) for x in latents))
+        run = {"prompt": prompt, "seed": call.seed + i, "score": score}
+        runs.append(run | {"latent_error": error})
     tick(len(prompts), len(prompts))
     return {"tuning": runs[: len(tuning)], "held_out": runs[len(tuning) :]}
-
-
-def _score(
-    pipe: Any, latents: Sequence[torch.Tensor], error: float, name: str, objective: Any
-) -> float:
-    if name == "latent_error":
-        return -error
-    dense, sparse = (decoded(pipe, one) for one in latents)
-    if objective is not None:
-        return float(objective(dense, sparse))
-    from gen_accel.measure.quality import psnr  # of an extra
-
-    return min(psnr(sparse, dense), 200.0)  # of equal videos infinite
-
-
-def with_measured(preset: Preset, runs: dict[str, list[dict[str, Any]]], holds: bool) -> Preset:
-    """Return the preset with new scores; the runs that its frontier was tried with stay."""
-    known = {name: preset.measured[name] for name in ("runs",) if name in preset.measured}
-    return replace(preset, measured={**runs, **known}, verified=holds)

@@ -122,7 +122,7 @@ def test_techniques_for_longer_video_hold_in_it():
 def test_what_calibration_observes_is_the_models_own():
     model, seen = transformer(), []
     with attach(model, LINEAR, schedule=HALF, dense_kernel="gather") as handle:
-        handle.observe = lambda layer, *rest: seen.append(layer.number)
+        handle.observe = lambda call: seen.append(call.layer.number)
         forward(model)
         assert set(kernels_of(handle).values()) == {None}
     assert seen == [*range(1, LAYERS)]

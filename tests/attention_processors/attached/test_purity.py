@@ -64,7 +64,8 @@ class TestTile:
         pipe, seen = pipeline(), {}
         handle = attach(pipe, Piecewise(critical=0.3, tile=fit.tile.tile))
 
-        def observe(layer, q, k, v, dense, video, run):
+        def observe(call):
+            layer, q, k, v, dense, video, run = call
             if handle.clock.step == 0:
                 out = layer.method(q, k, v, video=video, kernel=run)
                 error, whole = (x.double().square().sum().item() for x in (out - dense, dense))

@@ -32,7 +32,8 @@ def errors_beside(pipe, method, steps):
     """Errors of each call, by an attachment that sees all rows."""
     found = {}
 
-    def look(layer, q, k, v, dense, video, run):
+    def look(call):
+        layer, q, k, v, dense, video, run = call
         key = layer.name, handle.clock.step
         if key not in found:
             out = method(q[-1:], k[-1:], v[-1:], video=video, kernel=run)

@@ -227,7 +227,7 @@ class TestHeads:
         assert whole.together((whole, whole)) is None
 
     def test_rules_give_each_head_its_own(self):
-        """Of two densities and dense attention, each for some heads."""
+        """Heads of two densities and of dense attention."""
         masses = made(heads=4)
         q, k, v = (torch.randn(1, 4, VIDEO.tokens, 16) for _ in range(3))
         thin, thick = profiled(0.1, masses), profiled(0.4, masses)

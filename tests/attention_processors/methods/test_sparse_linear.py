@@ -859,7 +859,8 @@ def measured(pipe, handle, prompts, **options):
     """Relative error of each layer on the dense trajectory, from the outputs themselves."""
     squares: dict[str, list[float]] = {}
 
-    def observe(layer, q, k, v, dense, video, run):
+    def observe(call):
+        layer, q, k, v, dense, video, run = call
         branch = handle.branches[layer.name]
         with torch.no_grad():
             out = layer.method(q, k, v, video=video, kernel=run, branch=branch)

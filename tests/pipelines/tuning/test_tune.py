@@ -185,7 +185,8 @@ def test_the_errors_are_those_of_the_attention():
     """Checked on one layer and step against attention computed beside."""
     pipe, kept = pipeline(), {}
 
-    def look(layer, q, k, v, dense, video, run):
+    def look(call):
+        layer, q, k, v, dense, video, run = call
         if (handle.clock.step, layer.number) == (2, 1) and not kept:
             out = FEW[0](q[-1:], k[-1:], v[-1:], video=video, kernel=run)
             kept["error"] = (out - dense[-1:]).square().mean((0, 2, 3))
