@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=("mean", "even", "worst"), default="mean")
     parser.add_argument("--quality", type=float, default=30.0, help="bound of the preset, in dB")
     parser.add_argument("--points", type=int, default=2, help="of the frontier that are judged")
+    parser.add_argument("--priced", action="store_true", help="time the candidates once more")
     parser.add_argument("--timed", type=int, default=0, help="rounds of seconds, on one prompt")
     parser.add_argument("--watch", type=int, default=0, help="prompts that the watch is judged by")
     parser.add_argument("--threads", type=int, default=1)
@@ -79,6 +80,9 @@ def main() -> None:
         write_json(RESULTS / "tune_watch.json", report)
         print(json.dumps(report["mean"], indent=1))
         return
+    if args.priced:
+        found = found.priced(pipe).verify(pipe, held_out=captions(2, fresh=True))
+        print(found.save(args.work / f"{title(args)}_{args.steps}_{args.quality:g}.json"))
     settings = hand(args.steps) | points(found, args.points)
     scores = judged(pipe, settings, args)
     if args.worker != "0/1":

@@ -13,7 +13,7 @@ FILES = (
     "tune_65_all_worst",
     "tune_129_all",
 )
-WATCH = "tune_watch"
+WATCH, PROMPTS = "tune_watch", "tune_prompts"
 
 
 def lines() -> list[str]:
@@ -26,11 +26,36 @@ def lines() -> list[str]:
             report = json.loads(path.read_text(encoding="utf-8"))
             made += [*of_file(report), ""]
             used.append(f"[{name}](../benchmarks/results/{name}.json)")
-    path = RESULTS / f"{WATCH}.json"
-    if path.exists():
-        made += [*of_watch(json.loads(path.read_text(encoding="utf-8"))), ""]
-        used.append(f"[{WATCH}](../benchmarks/results/{WATCH}.json)")
-    return [*made, f"By `benchmarks/tune.py`, from {', '.join(used)}."]
+    for name, table in ((PROMPTS, of_prompts), (WATCH, of_watch)):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            made += [*table(json.loads(path.read_text(encoding="utf-8"))), ""]
+            used.append(f"[{name}](../benchmarks/results/{name}.json)")
+    command = "`benchmarks/tune.py` and `tune_prompts.py`"
+    return [*made, f"By {command}, from {', '.join(used)}."]
+
+
+def of_prompts(report: dict[str, Any]) -> list[str]:
+    """A table of what more tuning prompts and another weighting buy."""
+    clips = len(report["rows"][0]["each"])
+    made = [
+        f"More tuning prompts, and other weightings (`scale`), {report['frames']} frames, "
+        f"{report['steps']} steps, all with an attention time of {report['cost']:g} of dense in "
+        f"the profile's table; PSNR over {clips} prompts that were not tuned on:",
+        "",
+        "| tuned on | scale | density | PSNR mean | worst |",
+        "|---|---|---|---|---|",
+    ]
+    for one in report["rows"]:
+        cells = [
+            f"{one['prompts']} prompts",
+            one["scale"],
+            f"{one['density']:.3f}",
+            f"{one['psnr']:.1f}",
+            f"{one['worst']:.1f}",
+        ]
+        made.append(f"| {' | '.join(cells)} |")
+    return made
 
 
 def of_watch(report: dict[str, Any]) -> list[str]:

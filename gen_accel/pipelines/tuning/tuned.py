@@ -15,9 +15,11 @@ from gen_accel.attention_processors.attached.attachment import Attachment, put_o
 from gen_accel.attention_processors.attached.clock import noise_levels
 from gen_accel.attention_processors.methods.dense import Dense
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
+from gen_accel.measure.timing import device_name
 from gen_accel.paths import expanded
 from gen_accel.pipelines.tuning import solving
 from gen_accel.pipelines.tuning.preset import Preset, read_preset, read_profile, write_preset
+from gen_accel.pipelines.tuning.pricing import priced
 from gen_accel.pipelines.tuning.profile import Profile
 from gen_accel.pipelines.tuning.solving import Options, Point
 from gen_accel.pipelines.tuning.verifying import scored
@@ -159,6 +161,28 @@ class Tuned:
         kept = {"runs": self.measured["runs"]} if "runs" in self.measured else {}
         preset = replace(self.preset, measured={**runs, **kept}, verified=holds)
         return replace(self, preset=preset)
+
+    def priced(self, pipe: Any) -> "Tuned":
+        """Time all candidates where this pipeline runs, and choose again by these seconds, at the
+        same predicted error: for another card, or another number of threads, than was tuned on.
+        It takes half a dense video. The result is not verified.
+
+        Args:
+            pipe: the pipeline that was tuned, with nothing attached.
+
+        Raises:
+            ValueError: another model or grid, or a pipeline that something is attached to.
+        """
+        shares, dense = priced(self.preset, self.candidates, pipe)
+        profile = replace(self.profile, seconds=shares, dense_seconds=dense)
+        points = tuple(solving.curve(profile, self.options))
+        point = solving.at_error(profile, self._bounded, self.options) or points[-1]
+        found = self._with(point, profile, points, self.preset.bound)
+        made_by = self.preset.made_by | {
+            "device": device_name(pipe._execution_device),
+            "threads": torch.get_num_threads(),
+        }
+        return replace(found, preset=replace(found.preset, made_by=made_by))
 
     @property
     def _bounded(self) -> float:

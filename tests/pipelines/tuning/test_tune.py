@@ -565,6 +565,53 @@ def test_what_was_chosen_again_is_verified(found):
     assert same == pytest.approx([run["score"] for run in result.measured["tuning"]], abs=0.1)
 
 
+def test_on_another_machine_the_same_errors_are_chosen_from_by_its_seconds(found, monkeypatch):
+    _, result = found
+    pipe = pipeline()
+    there = result.priced(pipe)
+    assert not there.verified
+    assert there.profile.errors is result.profile.errors
+    assert there.profile.seconds.shape == result.profile.seconds.shape
+    assert there.profile.seconds.min() > 0
+    assert there.profile.seconds[-1] == 1
+    assert there.point.predicted <= result.point.predicted * (1 + 1e-9)
+    assert there.preset.made_by["threads"] == torch.get_num_threads()
+    generate(pipe, PROMPTS[0], 0, CALL)  # nothing stays attached
+
+    heard = []
+
+    def one_is_free(calls, candidates, kernel):
+        heard.append(calls)
+        shares = torch.full((len(candidates),), 2.0)
+        shares[1], shares[-1] = 1e-3, 1.0
+        return shares, 0.5
+
+    monkeypatch.setattr("gen_accel.pipelines.tuning.pricing.seconds_of", one_is_free)
+    there = replace(result, options=Options(cost="seconds")).priced(pipe)
+    assert {*there.point.settings.flatten().tolist()} <= {1, len(result.candidates) - 1}
+    assert there.profile.dense_seconds == 0.5
+    [calls] = heard
+    assert {call.video.grid for call in calls.values()} == {result.preset.made_for.grid}
+    assert sorted(calls) == result.profile.layers.tolist()
+
+
+def test_what_cannot_be_timed_anew_is_refused(found):
+    _, result = found
+    pipe = pipeline()
+    with (
+        gen_accel.attach(pipe, Radial()),
+        pytest.raises(ValueError, match="attached to transformer already"),
+    ):
+        result.priced(pipe)
+    bare = replace(result, preset=replace(result.preset, made_by={}))
+    with pytest.raises(ValueError, match="does not name its tuning prompts"):
+        bare.priced(pipe)
+    made_for = replace(result.preset.made_for, grid=(1, 2, 3))
+    other = replace(result, preset=replace(result.preset, made_for=made_for))
+    with pytest.raises(ValueError, match=r"tuned on \(1, 2, 3\) tokens, and the model makes"):
+        other.priced(pipe)
+
+
 def test_what_cannot_be_verified_is_refused(found):
     _, result = found
     own = replace(result, preset=replace(result.preset, bound={"mean": 1.0, "objective": "mine"}))
