@@ -7,7 +7,7 @@ ARG DEVICE=cpu
 
 FROM ${BASE} AS build
 WORKDIR /source
-COPY pyproject.toml README.md LICENSE CHANGELOG.md CITATION.cff ./
+COPY pyproject.toml hatch_build.py README.md LICENSE CHANGELOG.md CITATION.cff ./
 COPY gen_accel gen_accel
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m pip wheel --no-deps --wheel-dir /wheels .

@@ -1,6 +1,7 @@
 """What is published: sdist and wheel, and the wheel where nothing of the repository is near."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -17,7 +18,10 @@ import gen_accel
 
 PACKAGE = Path(gen_accel.__file__).parent
 MOST_BYTES = 16_000_000  # of the wheel, most of which are the demo's weights
-BESIDE = {"CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "pyproject.toml", "PKG-INFO"}
+BESIDE = {
+    *("CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md"),
+    *("PKG-INFO", "hatch_build.py", "pyproject.toml"),
+}
 NEEDED = (  # by its kind
     "py.typed",
     "demo/model/model_index.json",
@@ -102,7 +106,11 @@ class TestBuilt:
         assert told["Version"] == gen_accel.__version__
         assert told["License-Expression"] == "Apache-2.0"
         assert told["Description-Content-Type"] == "text/markdown"
-        assert render(told.get_payload()) is not None
+        page = render(told.get_payload())
+        assert page is not None
+        targets = re.findall(r'(?:src|href)="([^"]*)"', page)
+        assert any(target.endswith("docs/race.gif") for target in targets)
+        assert [one for one in targets if not re.match(r"https?:|#", one)] == []
         plain = {one for one in told.get_all("Requires-Dist", []) if "extra" not in one}
         assert {one.partition(">")[0] for one in plain} == {
             *("diffusers", "numpy", "safetensors", "torch")
