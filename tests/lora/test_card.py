@@ -154,6 +154,7 @@ class TestReplaced:
         (tmp_path / CARD).write_bytes(held)
         assert card_for(tmp_path, replace(recipe, steps=99)) == held
 
+    @pytest.mark.slow
     def test_by_a_training_into_the_same_folder(self, tmp_path):
         given = ft.config(tmp_path / "run", method="radial", settings=(), stages=("9:1",))
         card = ft.train(given).folder / CARD
@@ -163,6 +164,7 @@ class TestReplaced:
         assert card.read_text() == "# Mine\n"
 
 
+@pytest.mark.slow
 def test_an_image_prompt_has_one(tmp_path):
     given = ft.config(tmp_path / "run", **ft.IMAGES, stages=("9:1",))
     text = (ft.train(given).folder / CARD).read_text()

@@ -154,6 +154,7 @@ def test_folders_of_this_machine_are_told(folder, tmp_path):
     assert "/home/me" not in told.card
 
 
+@pytest.mark.slow
 def test_an_image_prompt(hub, tmp_path):
     given = ft.config(tmp_path / "run", **ft.IMAGES, stages=("9:1",))
     done = lora.push(ft.train(given).folder, "me/mine")
@@ -161,6 +162,7 @@ def test_an_image_prompt(hub, tmp_path):
     assert done.kind == "image prompt"
 
 
+@pytest.mark.slow
 def test_presets(hub, tmp_path):
     folder = shutil.copytree(PRESETS, tmp_path / "presets")
     (folder / "other.json").write_text('{"a": 1}')
@@ -171,6 +173,7 @@ def test_presets(hub, tmp_path):
     assert ModelCard(done.card).data.tags == ["text-to-video", "gen_accel", "preset"]
 
 
+@pytest.mark.slow
 def test_the_embedded_ones_are_whole():
     for place in (lora_path(), lora_path(guided=True), demo.image_prompt_path()):
         told = lora.push(place, "me/mine", dry_run=True)
@@ -213,6 +216,7 @@ class TestNotWhole:
         with pytest.raises(ValueError, match="NaN"):
             lora.push(folder, "me/mine")
 
+    @pytest.mark.slow
     def test_a_profile_of_another_preset(self, hub, tmp_path):
         folder = shutil.copytree(PRESETS, tmp_path / "presets")
         shutil.copy(folder / "demo-fast.safetensors", folder / "demo-quality.safetensors")
