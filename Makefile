@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help venv demo test nightly quick lint golden docs docs-serve notebooks versions gpu train-demo train-lora clean
+.PHONY: help venv demo test nightly quick lint golden docs docs-serve notebooks versions gpu dist train-demo train-lora clean
 
 help:
 	@echo "make demo        one video, dense and sparse on one clock, into outputs/demo/"
@@ -15,6 +15,7 @@ help:
 	@echo "make notebooks   run the notebooks and store them with their outputs, some minutes"
 	@echo "make versions    the quick tests on the lowest and the highest versions we admit"
 	@echo "make gpu         everything a GPU can tell, in MINUTES=9; more of it by RESUME=1"
+	@echo "make dist        the sdist, and the wheel from it, into dist/; RELEASE=v0.2.0 checks the tag"
 	@echo "make venv        only the environment, in .venv"
 	@echo "make train-demo  train the demo model again, about two hours on 2 cores"
 	@echo "make train-lora  train its LoRA for longer videos again"
@@ -70,6 +71,10 @@ versions:
 gpu: venv
 	@$(BIN)/python benchmarks/gpu.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(RESUME),--resume)
 
+dist: venv
+	$(if $(RELEASE),$(BIN)/python .ci/check_release.py $(RELEASE))
+	$(BIN)/python -m build --no-isolation --outdir dist
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -86,4 +91,4 @@ train-lora: venv
 		-m gen_accel train configs/lora/demo_guided.yaml
 
 clean:
-	rm -rf .venv outputs .pytest_cache .ruff_cache
+	rm -rf .venv outputs dist .pytest_cache .ruff_cache

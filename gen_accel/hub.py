@@ -23,6 +23,19 @@ def check_there(source: str | Path, what: str) -> None:
     raise FileNotFoundError(f"no {what} at {source}, and no repository is called like that{hint}")
 
 
+def check_repository(name: str) -> None:
+    """Raise ValueError for a name that is no OWNER/NAME of the hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not REPOSITORY.fullmatch(name):
+        raise ValueError(f"the repository must be OWNER/NAME, got {name!r}")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"the hub takes no repository {name!r}: {error}") from None
+
+
 def parted(text: str) -> tuple[str, float]:
     """Split "folder:0.5" into the folder and 0.5; a colon may also belong to the name."""
     source, colon, weight = text.rpartition(":")

@@ -109,6 +109,8 @@ API = {
             "gen_accel.lora.config.TrainConfig",
             "gen_accel.lora.prepare.cache_clips",
             "gen_accel.lora.trainer.train",
+            "gen_accel.lora.upload.push",
+            "gen_accel.lora.upload.Push",
         ],
     ),
     "measure": (
@@ -126,6 +128,15 @@ API = {
 }
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 FENCED = re.compile(r"(^```.*?^```$)", re.S | re.M)
+
+
+def on_config(config: Any) -> Any:
+    """Link to the repository, once its address in pyproject.toml is no placeholder."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    address = re.search(r'^Repository = "(.+)"$', text, re.M)
+    if address is not None and "/OWNER/" not in address[1]:
+        config.repo_url = address[1]
+    return config
 
 
 def on_files(files: Files, config: Any) -> Files:

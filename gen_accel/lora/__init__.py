@@ -13,15 +13,18 @@ if TYPE_CHECKING:
     from gen_accel.lora.encode import cache
     from gen_accel.lora.latents import LatentCache
     from gen_accel.lora.trainer import Trained, train
+    from gen_accel.lora.upload import Push, push
 
 __all__ = [
     "LatentCache",
+    "Push",
     "Stage",
     "TrainConfig",
     "Trained",
     "cache",
     "dry_run",
     "print_config",
+    "push",
     "read_config",
     "train",
 ]
@@ -29,9 +32,11 @@ __all__ = [
 # Imported when first asked for: the command line reads configs without torch.
 _HOMES = {
     "LatentCache": "latents",
+    "Push": "upload",
     "Trained": "trainer",
     "cache": "encode",
     "dry_run": "dry_run",
+    "push": "upload",
     "train": "trainer",
 }
 

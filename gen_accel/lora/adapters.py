@@ -36,6 +36,7 @@ from gen_accel.lora.artefact import (
     lora_state,
     write_lora,
 )
+from gen_accel.lora.card import CARD, card_for
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data import open_image
 from gen_accel.lora.images import ImageCoder, about_images, new_projector, variant_of
@@ -141,6 +142,7 @@ class ImagePromptAdapter:
             **about_images(config),
             "recipe": recipe.to_dict(),
         }
+        self._recipe = recipe
         # Without weights: the training weights may be sharded over several processes.
         self._hollow = deepcopy(self.adapter).to("meta")
         target = model.transformer if model.pipe is None else model.pipe
@@ -193,11 +195,12 @@ class ImagePromptAdapter:
         state = {name: whole(x).clone() for name, x in self.adapter.state_dict().items()}
         made = deepcopy(self._hollow)
         made.load_state_dict(state, assign=True)
-        about = self._about
+        about, recipe = self._about, self._recipe
 
         def write(folder: Path) -> Path:
             check_finite(state, f"the image prompt for {folder}")
-            return write_adapter(folder, made, about)
+            card = card_for(folder, recipe, image=True)
+            return write_adapter(folder, made, about, beside={CARD: card})
 
         return write
 

@@ -3,6 +3,7 @@
 pytorch_lora_weights.safetensors   with alpha, rank and the recipe in its metadata
 gen_accel.json                     the recipe, to be read
 processors.json, .safetensors      the method's own parameters, where it has some
+README.md                          the model card
 """
 
 import json
@@ -29,6 +30,7 @@ from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.extras import needed_for
 from gen_accel.files import file_sha256, replacing, write_json
+from gen_accel.lora.card import CARD, card_for
 from gen_accel.lora.config import TrainConfig
 from gen_accel.method import on_device, parts_of
 from gen_accel.paths import expanded
@@ -245,7 +247,8 @@ def write_lora(
     processors: Any | None,
     recipe: Recipe,
 ) -> Path:
-    """Write the folder, which appears only when it is complete.
+    """Write the folder, which appears only when it is complete. A model card that was edited
+    stays.
 
     Args:
         state: result of `lora_state`; empty if only the processors trained.
@@ -274,6 +277,7 @@ def write_lora(
         }
         save_tensors(tensors, partial / WEIGHTS, metadata)
         write_json(partial / CONFIG, recipe.to_dict())
+        (partial / CARD).write_bytes(card_for(folder, recipe))
         if processors is not None:
             processors(partial)
     return folder

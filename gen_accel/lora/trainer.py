@@ -344,6 +344,10 @@ class Run:
             teacher_guidance=held_guidance(config),
             teacher=teacher_hash(config),
             techniques=config.sample_with,
+            clips=len(self.cache),
+            batch=config.batch_size
+            * config.gradient_accumulation
+            * self.accelerator.num_processes,
         )
 
     def _save(self, done: int) -> None:

@@ -54,6 +54,8 @@ EARLY = {
     "generate --model demo --prompt a --image-negative /nope": "no image at /nope",
     "generate --model demo --prompt a --image-adapter /nope": "no adapter at /nope",
     "generate --model demo --prompt a --image-encoder /nope": "no image encoder at /nope",
+    "push /nope me/mine": "no folder at /nope",
+    "push . mine": "the repository must be OWNER/NAME, got 'mine'",
     "generate --model ~nosuchuser/a --prompt a": "a user who is not known here",
     "generate --model demo --prompt a --preset /nope.json": "no preset at /nope.json",
     "generate --model demo --prompt a --preset fast --method radial": "the place of --method",

@@ -47,7 +47,7 @@ def assert_same_run(out, other):
 def assert_same_lora(folder, other):
     assert files(folder) == files(other)
     for name in files(folder):
-        if name.endswith(".json"):
+        if name.endswith((".json", ".md")):
             assert (folder / name).read_text() == (other / name).read_text()
             continue
         a, b = load_file(folder / name), load_file(other / name)

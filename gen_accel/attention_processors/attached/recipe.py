@@ -41,6 +41,8 @@ class Recipe:
             without guidance; 1 is none.
         teacher: hash of the LoRA that taught it; None: none did.
         techniques: of `gen_accel.extend`, to generate with for more than `trained_frames` frames.
+        clips: how many clips it saw; None where an older version trained it, as in `batch`.
+        batch: clips of an optimizer step, of all processes together.
     """
 
     base_model: str
@@ -65,6 +67,8 @@ class Recipe:
     teacher_guidance: float = 1.0
     teacher: str | None = None
     techniques: tuple[str, ...] = ()
+    clips: int | None = None
+    batch: int | None = None
 
     @property
     def holds_guidance(self) -> bool:

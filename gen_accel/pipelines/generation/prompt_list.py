@@ -119,12 +119,13 @@ def sources(
 
 
 def identity(source: Any) -> str:
-    """Identify files by a hash of names, sizes and times, a hub repository by its name."""
+    """Identify files by a hash of names, sizes and times, a hub repository by its name. Model
+    cards do not count."""
     path = expanded(source)
     if not path.exists():
         return str(source)
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    about = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    about = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.suffix != ".md"]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 

@@ -238,6 +238,7 @@ def write_adapter(
     *,
     lora: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write a file, or a folder with the file and its metadata as JSON.
 
@@ -248,6 +249,7 @@ def write_adapter(
         metadata: additions to the adapter's own; `base_of(transformer)` if that has no blocks.
         lora: LoRA of a FaceID adapter, in the form of `AdapterFile`.
         dtype: dtype of the file; None keeps each parameter's own.
+        beside: files to write into a folder as well, by name.
 
     Returns:
         The file.
@@ -279,6 +281,8 @@ def write_adapter(
         partial.mkdir(parents=True)
         save_tensors(tensors, partial / WEIGHTS, text)
         write_json(partial / CONFIG, known)
+        for name, data in (beside or {}).items():
+            (partial / name).write_bytes(data)
     return path / WEIGHTS
 
 
