@@ -37,6 +37,7 @@ PRESETS = ("quality", "balanced", "fast")
 OBJECTIVES = ("psnr", "latent_error")  # of `tune`
 METRICS = ("lpips", "vmaf", "cvvdp")  # beside PSNR and SSIM
 DEFAULT_METRICS = ("lpips", "vmaf")  # where they can be computed
+NOT_ASKED = "not asked for"  # why a metric has no figure
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "group", "sequential")
 DEVICES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "mtia")

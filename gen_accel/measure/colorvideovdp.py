@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-import torch
 
 from gen_accel.extras import needed_for
 from gen_accel.measure.enlarging import enlarged, enlargement
@@ -72,6 +71,8 @@ def cvvdp_of_streams(
         raise ValueError(missing)
     if not 0 < fps < math.inf:
         raise ValueError(f"fps must be positive and finite, got {fps}")
+    import torch
+
     with needed_for("cvvdp", extra="quality"), _no_new_handlers():
         import pycvvdp
     where = None if device is None else torch.device(device)
@@ -129,6 +130,8 @@ class _Source:
         if pixels is None:
             raise ValueError(f"video and reference must hold {self._frames} frames, got fewer")
         self._ahead[which] = next(self._left[which], None)
+        import torch
+
         seen = torch.from_numpy(enlarged(pixels, self._factor)).to(device)
         shaped = seen.movedim(-1, 0)[None, :, None].float() / 255
         return self._photometry.source_2_target_colorspace(shaped, colorspace)
@@ -146,6 +149,8 @@ def too_small(height: int, width: int) -> str | None:
 
 def _gigabytes() -> float | None:
     """Share of a GPU's memory that cvvdp may take, which a model may hold most of."""
+    import torch
+
     if not torch.cuda.is_available():
         return None
     return FREE_SHARE * torch.cuda.mem_get_info()[0] / 1e9

@@ -70,14 +70,17 @@ class Motion:
         return asdict(self)
 
 
-def measure_file(path: str | Path, *, lag: int | None = None) -> Motion:
-    """`measure_motion` of a video file or a folder of PNG frames, which state no frame rate.
+def measure_file(path: str | Path, *, lag: int | None = None, fps: float | None = None) -> Motion:
+    """`measure_motion` of a video file or a folder of PNG frames.
+
+    Args:
+        fps: frames a second where the file states none, as a folder does.
 
     Raises:
         FileNotFoundError, OSError: see `read_video`.
         ValueError: see `measure_motion`.
     """
-    return measure_motion(read_stream(path), fps=video_fps(path) or SAMPLED_FPS, lag=lag)
+    return measure_motion(read_stream(path), fps=video_fps(path) or fps or SAMPLED_FPS, lag=lag)
 
 
 def measure_motion(

@@ -23,13 +23,12 @@ from gen_accel.measure.colorvideovdp import cvvdp_missing, cvvdp_of_streams
 from gen_accel.measure.enlarging import enlargement
 from gen_accel.measure.libvmaf import VMAF, too_small, vmaf_missing
 from gen_accel.measure.video_io import read_stream, video_fps
-from gen_accel.names import DEFAULT_METRICS
+from gen_accel.names import DEFAULT_METRICS, NOT_ASKED
 from gen_accel.names import check_metrics as check_metric_names
 
 PIXELS_AT_ONCE = 2**20  # about 400 MB of working memory for SSIM
 SSIM_MARGIN = 5  # pixels that the 11 x 11 Gaussian window reaches beyond its centre
 LPIPS_SIDE = 32  # pixels: smaller frames do not pass through the network
-NOT_ASKED = "not asked for"
 PICTURE = "vmaf is for videos, got a picture: it needs 2 frames at least"
 
 
