@@ -71,9 +71,9 @@ def metrics(
 
     Frames are read a few at a time, so that any length fits. VMAF needs an ffmpeg with libvmaf,
     which imageio-ffmpeg brings. It was trained on films of 1080 lines: on small clips it ranks,
-    and its scale means little. cvvdp, which is ColorVideoVDP, takes a tenth of a second for a frame
-    of 288 x 288 pixels on a core of a CPU. Frames of up to 144 pixels are enlarged for both, pixel
-    by pixel. Nothing is downloaded.
+    and its scale means little. cvvdp, which is ColorVideoVDP, takes a tenth of a second for each
+    frame of 288 x 288 pixels on a core of a CPU. Frames of up to 144 pixels are enlarged for both,
+    pixel by pixel. Nothing is downloaded.
     """
     early.check_files("video", [*videos, reference])
     if str(json) != "-":
@@ -88,8 +88,10 @@ def metrics(
         found: Any = measure_suite(films, fps=fps)
         _tell(found.to_dict(), json, lambda: _print_suite(found))
     elif to is not None:
-        from gen_accel.measure.quality import compare_files
+        from gen_accel.measure.quality import check_pair, compare_files
 
+        for film in films:
+            check_pair(film, to)
         _tell_all({str(f): compare_files(f, to, metrics=asked, fps=fps) for f in films}, json)
     else:
         from gen_accel.measure.motion import measure_file

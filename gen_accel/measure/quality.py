@@ -161,10 +161,11 @@ def compare_files(
 
     Raises:
         FileNotFoundError, OSError: see `read_video`.
-        ValueError: frame rates that differ, and see `measure_fidelity`.
+        ValueError: see `check_pair` and `measure_fidelity`.
     """
     check_metrics(metrics)
-    rate = fps or _rate(video, reference)
+    check_pair(video, reference)
+    rate = _rate(video, reference) or fps
     return measure_fidelity(_File(video), _File(reference), metrics=metrics, fps=rate)
 
 
@@ -291,6 +292,23 @@ class _File:
         return read_stream(self._path)
 
 
+def check_pair(video: str | Path, reference: str | Path) -> None:
+    """Refuse two files that cannot be compared, by their headers and first frames.
+
+    Raises:
+        FileNotFoundError, OSError: see `read_video`.
+        ValueError: sizes or frame rates that differ.
+    """
+    _rate(video, reference)
+    sizes = [next(read_stream(path, frames=1)).shape[1:3] for path in (video, reference)]
+    if sizes[0] != sizes[1]:
+        (rows, columns), (wanted_rows, wanted_columns) = sizes
+        raise ValueError(
+            f"video and reference must have one size, got {columns} x {rows} pixels of {video} "
+            f"and {wanted_columns} x {wanted_rows} of {reference}"
+        )
+
+
 def _rate(video: str | Path, reference: str | Path) -> float | None:
     """Return the frame rate that two files state; None where neither does. GIFs, which round it,
     count where the other states none."""
@@ -303,7 +321,8 @@ def _rate(video: str | Path, reference: str | Path) -> float | None:
     ]
     if len(exact) == 2 and not math.isclose(*exact, rel_tol=0.01):
         raise ValueError(
-            f"video and reference must have one frame rate, got {exact[0]:g} and {exact[1]:g}"
+            f"video and reference must have one frame rate, got {exact[0]:g} frames a second of "
+            f"{video} and {exact[1]:g} of {reference}"
         )
     return next(iter([*exact, *known]), None)
 
