@@ -94,6 +94,8 @@ class VMAF:
             )
         if reason := too_small(*video.shape[1:3]):
             raise ValueError(reason)
+        if len(video) == 0:
+            return
         if self._process is None:
             self._size = (video.shape[1], video.shape[2])
             self._process = self._start()

@@ -181,7 +181,7 @@ def _headline(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             meaning += f"; {found['vmaf_lowest']:.0f} in its worst frame"
         yield "VMAF", f"{found['vmaf']:.0f}", meaning
     if "cvvdp_jod" in found:
-        meaning = "of 10: how far a viewer sees it differ from the dense video"
+        meaning = "of 10, against the dense video: 10 where no difference can be seen"
         yield "ColorVideoVDP", f"{found['cvvdp_jod']:.1f} JOD", meaning
 
 
