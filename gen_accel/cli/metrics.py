@@ -303,5 +303,5 @@ def _print_weights(found: Any) -> None:
     if absent:
         typer.echo(f"Weights that it downloads, or finds below {folder}:")
         for one in sorted(absent):
-            typer.echo(f"  {one.network}: {one.file}\n    {one.url}")
+            typer.echo(f"  {one.network}\n    {one.file}\n    {one.url}")
         typer.echo()

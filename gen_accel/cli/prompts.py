@@ -86,7 +86,7 @@ def prompts(
 
 def _place(video: Path, of: Path | None, out: Path | None) -> None:
     if of is None or out is None:
-        raise ValueError("--place VIDEO needs --prompts FILE and --out FOLDER")
+        raise ValueError(f"--place {video} needs --prompts FILE and --out FOLDER")
     early.check_files("file of prompts", [of])
     early.check_folder("out", out)
     early.announce("torch and diffusers")

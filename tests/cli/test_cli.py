@@ -78,6 +78,7 @@ def test_help_has_an_example_of_every_verb(run):
         "estimate",
         "simulate",
         "metrics",
+        "prompts",
         "list",
         "models",
         "build",

@@ -183,7 +183,7 @@ def test_prompts_are_printed_without_a_file(run):
         (("vbench", "--count", "0"), "count must be 1 to 944, the prompts there, got 0"),
         (("vbench", "--samples", "0"), "samples must be 1 to 1000, got 0"),
         (("vbench", "--prompts", "x"), "goes with --place"),
-        (("vbench", "--place", "x.mp4"), "--place VIDEO needs --prompts FILE and --out FOLDER"),
+        (("vbench", "--place", "x.mp4"), "--place x.mp4 needs --prompts FILE and --out FOLDER"),
         (("vbench", "--out", "/"), "must be a file, but it is a folder"),
     ],
 )
