@@ -44,7 +44,8 @@ def main() -> None:
     path, rows = RESULTS / f"{args.name}.json", []
     print(f"{args.prompt!r}, seed {args.seed}, {args.steps} steps")
     print(
-        "frames  dense s  sparse s  speed-up  density    PSNR   SSIM  detector   method, schedule"
+        "frames  dense s  sparse s  speed-up  density    PSNR   SSIM   VMAF  "
+        "detector   method, schedule"
     )
     known = {}
     for frames, (method, schedule) in itertools.product(args.frames, RUNS):
@@ -71,7 +72,8 @@ def main() -> None:
         print(
             f"{frames:>6}{row['dense_seconds']:>9.1f}{row['sparse_seconds']:>10.1f}"
             f"{row['speedup']:>10.2f}{row['density'] or 1.0:>9.3f}{row['psnr_db']:>8.2f}"
-            f"{row['ssim']:>7.3f}  {verdict:<9}  {method}, {schedule}",
+            f"{row['ssim']:>7.3f}{row.get('vmaf', float('nan')):>7.1f}  {verdict:<9}  "
+            f"{method}, {schedule}",
             flush=True,
         )
     print(f"written to {path}")

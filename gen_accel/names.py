@@ -35,6 +35,9 @@ TECHNIQUES = (
 )
 PRESETS = ("quality", "balanced", "fast")
 OBJECTIVES = ("psnr", "latent_error")  # of `tune`
+METRICS = ("lpips", "vmaf", "cvvdp")  # beside PSNR and SSIM
+DEFAULT_METRICS = ("lpips", "vmaf")  # where they can be computed
+NOT_ASKED = "not asked for"  # why a metric has no figure
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "group", "sequential")
 DEVICES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "mtia")
@@ -63,6 +66,16 @@ def check_techniques(names: Sequence[str], what: str = "technique") -> None:
     for name in names:
         if split_technique(name)[0] not in TECHNIQUES:
             raise ValueError(f"{what} must be one of {', '.join(TECHNIQUES)}, got {name!r}")
+
+
+def check_metrics(metrics: Sequence[str] | None) -> None:
+    """Raise ValueError, with the nearest name, for a metric that is not in `METRICS`."""
+    for name in metrics or ():
+        if name not in METRICS:
+            hint = nearest_to(name, METRICS)
+            raise ValueError(
+                f"metrics beside PSNR and SSIM are {', '.join(METRICS)}, got {name!r}{hint}"
+            )
 
 
 def check_loading(dtype: str, offload: str) -> None:

@@ -23,6 +23,7 @@ CORE = ("diffusers", "gen_accel", "numpy", "safetensors", "torch")
 BROUGHT = ("PIL", "huggingface_hub", "tqdm", "yaml")
 EXTRAS = (
     *("accelerate", "datasets", "ftfy", "imageio", "imageio_ffmpeg", "lightning_utilities"),
+    *("cv2", "pycvvdp", "scipy"),
     *("matplotlib", "peft", "rich", "tensorboard", "torchmetrics", "torchvision"),
     *("transformers", "triton", "typer", "xformers"),
 )
@@ -211,7 +212,8 @@ def names(requirements: list[str]) -> set[str]:
     return {re.match(r"[\w-]+", one)[0].replace("-", "_").lower() for one in requirements}
 
 
-IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}
+IMPORT_NAMES = {"cvvdp": "pycvvdp", "opencv_python_headless": "cv2"}
+IMPORT_NAMES |= {"pillow": "PIL", "pyyaml": "yaml"}
 # Used by name: diffusers cleans prompts with one, accelerate writes for the other.
 UNSEEN = {"ftfy", "tensorboard"}
 

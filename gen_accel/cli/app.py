@@ -195,6 +195,7 @@ def root(
     gen-accel generate --model DIR_OR_REPO --prompt "a cat surfs" --preset preset.json
     gen-accel train lora.yaml      a LoRA for longer videos; `cache` encodes its clips before
     gen-accel metrics cat.mp4      loops, drift, motion and flicker; or against a reference
+    gen-accel prompts vbench       prompts of a benchmark, for generate --prompts
     gen-accel doctor               versions, devices, what is missing
 
     A method says which tokens see which and changes the answer; a kernel computes it and does not.

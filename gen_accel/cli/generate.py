@@ -16,10 +16,12 @@ from gen_accel.cli.options import (
     DenseSteps,
     Kernel,
     MethodName,
+    Metrics,
     PresetName,
     Settings,
     Steps,
     check_instead,
+    check_metrics,
     check_only,
     method_of,
     schedule,
@@ -79,6 +81,7 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Also run dense, and report the difference.")
     ] = False,
+    metrics: Metrics = None,
     timed: Annotated[
         bool, typer.Option("--timed", help="Also measure the seconds spent in attention.")
     ] = False,
@@ -192,6 +195,9 @@ def generate(
     early.check_loras(lora or ())
     early.check_files("LoRA", [from_lora])
     early.check_preset(preset, steps)
+    figures = check_metrics(metrics)
+    if figures is not None and not compare:
+        raise ValueError(f"--metrics {metrics} goes with --compare")
     check_instead(context, preset)
     if from_latents is not None:
         check_only(context, "from_latents", ("model", "out", "fps", "dtype", "device", "offload"))
@@ -228,6 +234,7 @@ def generate(
         loading=loading,
         compare=compare,
         timed=timed,
+        metrics=figures,
         techniques=techniques,
         trained_frames=trained_frames,
         latents=save_latents,

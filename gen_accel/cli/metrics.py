@@ -1,5 +1,7 @@
 """`gen-accel metrics`."""
 
+import json as json_format
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,52 +9,182 @@ import typer
 
 from gen_accel.cli import early
 from gen_accel.cli.app import app
-from gen_accel.cli.printing import print_rows
+from gen_accel.cli.options import Metrics, check_metrics
+from gen_accel.cli.printing import fidelity_rows, print_rows, what_is_missing
+from gen_accel.paths import expanded
+
+SUITES = ("vbench",)
+FILMS = (".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi", ".m4v")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
-@app.command(short_help="What a video does over time, or its distance to another.")
+@app.command(short_help="What videos do over time, or their distance to another.")
 def metrics(
-    video: Annotated[Path, typer.Argument(help="A video file, or a folder of PNG frames.")],
+    videos: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="VIDEO...", help="Video files, folders of PNG frames, or folders of videos."
+        ),
+    ],
     reference: Annotated[
-        Path | None, typer.Argument(help="To compare with: the same scene, made another way.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Compare each with it: the same scene, made another way. Of two videos alone, "
+            "the second is the reference.",
+        ),
+    ] = None,
+    each: Annotated[
+        bool, typer.Option("--each", help="Two or more videos, each by itself.")
+    ] = False,
+    metrics: Metrics = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="vbench: what of its 16 dimensions needs no download, and what the others need.",
+        ),
     ] = None,
     lag: Annotated[
         int | None,
         typer.Option(help="Frames: also the similarity that far apart. Without a reference."),
     ] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames a second of folders of frames, which state none.")
+    ] = None,
     json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the figures there.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the figures there; -: print them alone."),
     ] = None,
 ) -> None:
-    """Loops, drift, motion and flicker of a video; or PSNR, SSIM and LPIPS against a reference.
+    """Loops, drift, motion and flicker of videos; or how close they are to a reference.
 
     \b
     gen-accel metrics long.mp4
     gen-accel metrics long.mp4 --lag 81 --json long.json
         how alike frames are that lie 81 apart: 1 is a repetition, 0 as alike as any two
     gen-accel metrics sparse.mp4 dense.mp4
+        PSNR, SSIM, VMAF, and LPIPS where its weights are
+    gen-accel metrics sparse.mp4 dense.mp4 --metrics vmaf,cvvdp --json -
+    gen-accel metrics a.mp4 b.mp4 c.mp4 --reference dense.mp4
+    gen-accel metrics clips/ --suite vbench
 
-    Frames are read once, a few at a time, so that any length fits. LPIPS needs torchvision and
-    its weights on this machine; nothing is downloaded.
+    Frames are read a few at a time, so that any length fits. VMAF needs an ffmpeg with libvmaf,
+    which imageio-ffmpeg brings. It was trained on films of 1080 lines: on small clips it ranks,
+    and its scale means little. cvvdp, which is ColorVideoVDP, takes a tenth of a second for each
+    frame of 288 x 288 pixels on a core of a CPU. Frames of up to 144 pixels are enlarged for both,
+    pixel by pixel. Nothing is downloaded.
     """
-    early.check_files("video", [video, reference])
-    early.check_output(json)
-    if reference is not None and lag is not None:
-        raise ValueError(f"--lag is for a video without a reference, got {lag}")
+    early.check_files("video", [*videos, reference])
+    if str(json) != "-":
+        early.check_output(json)
+    films, to = _films(videos, reference, each=each, suite=suite)
+    _check(films, to, metrics, suite, lag, fps)
+    asked = check_metrics(metrics)
     early.announce("torch")
-    from gen_accel.measure import write_json
-    from gen_accel.measure.motion import measure_file
-    from gen_accel.measure.quality import compare_files
+    if suite is not None:
+        from gen_accel.measure.vbench import measure_suite
 
-    if reference is None:
-        found: Any = measure_file(video, lag=lag)
-        _print_motion(found)
+        found: Any = measure_suite(films, fps=fps)
+        _tell(found.to_dict(), json, lambda: _print_suite(found))
+    elif to is not None:
+        from gen_accel.measure.quality import check_pair, compare_files
+
+        for film in films:
+            check_pair(film, to)
+        _tell_all({str(f): compare_files(f, to, metrics=asked, fps=fps) for f in films}, json)
     else:
-        found = compare_files(video, reference)
-        _print_fidelity(found)
+        from gen_accel.measure.motion import measure_file
+
+        _tell_all({str(film): measure_file(film, lag=lag, fps=fps) for film in films}, json)
+
+
+def _films(
+    videos: Sequence[Path], reference: Path | None, *, each: bool, suite: str | None
+) -> tuple[list[Path], Path | None]:
+    """Return the videos, with those of folders in the place of the folders, and the reference."""
+    films: list[Path] = []
+    for path in videos:
+        films += _within(path)
+    if reference is not None or suite is not None or each:
+        return films, reference
+    if len(films) == len(videos) == 2:
+        return films[:1], films[1]
+    if len(films) == len(videos) > 2:
+        raise ValueError(
+            f"got {len(videos)} videos: give --reference FILE to compare them with it, or --each "
+            "for each by itself"
+        )
+    return films, None
+
+
+def _within(path: Path) -> list[Path]:
+    """The videos of a folder; `path` itself where it is a video, or a folder of PNG frames."""
+    folder = expanded(path)
+    if not folder.is_dir() or any(folder.glob("[0-9][0-9][0-9][0-9]*.png")):
+        return [path]
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in FILMS)
+    return found or [path]  # which the reader refuses, with the names that it looks for
+
+
+def _check(
+    films: Sequence[Path],
+    reference: Path | None,
+    metrics: str | None,
+    suite: str | None,
+    lag: int | None,
+    fps: float | None,
+) -> None:
+    """Refuse options that do not go together."""
+    if suite is not None:
+        early.check_choice("suite", suite, SUITES)
+    if suite is not None and reference is not None:
+        raise ValueError(f"--suite {suite} is of videos by themselves: leave --reference out")
+    if lag is not None and (reference is not None or suite is not None):
+        other = "--suite" if suite is not None else "a reference"
+        raise ValueError(f"--lag is for a video without {other}, got {lag}")
+    if metrics is not None and reference is None:
+        raise ValueError(f"--metrics {metrics} compares with a reference: give two videos")
+    if fps is not None and not 0.01 <= fps <= 1000:
+        raise ValueError(f"--fps must be 0.01 to 1000 frames a second, got {fps:g}")
+    if metrics is not None and "vmaf" in metrics.split(",") and reference is not None:
+        pictures = [path for path in (*films, reference) if path.suffix.lower() in PICTURES]
+        if pictures:
+            raise ValueError(f"vmaf is for videos, and {pictures[0]} is a picture")
+
+
+def _tell_all(found: Mapping[str, Any], json: Path | None) -> None:
+    """Print or write results by video; of one video alone without its name."""
+    if len(found) == 1:
+        [one] = found.values()
+        _tell(one.to_dict(), json, lambda: _print_one(one))
+        return
+    data = {"videos": {path: one.to_dict() for path, one in found.items()}}
+    _tell(data, json, lambda: _print_table(found))
+
+
+def _tell(data: Any, json: Path | None, show: Any) -> None:
+    if str(json) == "-":
+        from gen_accel.files import plain
+
+        text = json_format.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False)
+        typer.echo(text.encode(errors="backslashreplace"))
+        return
+    show()
     if json is not None:
-        write_json(json, found.to_dict())
+        from gen_accel.measure import write_json
+
+        write_json(json, data)
         typer.echo(json)
+
+
+def _print_one(found: Any) -> None:
+    if hasattr(found, "psnr_db"):
+        print_rows({"frames": f"{found.frames}", **fidelity_rows(found.to_dict())})
+        for reason in what_is_missing(found.to_dict()):
+            typer.echo(reason)
+    else:
+        _print_motion(found)
 
 
 def _print_motion(found: Any) -> None:
@@ -63,22 +195,113 @@ def _print_motion(found: Any) -> None:
         "loop score": f"{found.loop_score:.3f}{at}",
         "colour drift": f"{red:+.4f} red, {green:+.4f} green, {blue:+.4f} blue in 100 frames",
         "contrast drift": f"{found.contrast_drift:+.4f} in 100 frames",
-        "dynamic degree": f"{found.dynamic_degree:.3f}, the fastest move {found.flow:.2f} pixels",
-        "flicker": f"{found.flicker:.4f}, 1 is still",
     }
+    if found.flow_missing is None:
+        rows["dynamic degree"] = (
+            f"{found.dynamic_degree:.3f}, the fastest move {found.flow:.2f} pixels"
+        )
+    rows["flicker"] = f"{found.flicker:.4f}, 1 is still"
     if found.similarity is not None:
         rows["similarity"] = f"{found.similarity:.3f} at the lag asked for"
     print_rows(rows)
+    if found.flow_missing is not None:
+        typer.echo(found.flow_missing)
 
 
-def _print_fidelity(found: Any) -> None:
-    rows = {
-        "frames": f"{found.frames}",
-        "PSNR": f"{found.psnr_db:.2f} dB",
-        "SSIM": f"{found.ssim:.4f}",
+def _print_table(found: Mapping[str, Any]) -> None:
+    """A line for each video."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    first = next(iter(found.values()))
+    columns = COMPARED if hasattr(first, "psnr_db") else ALONE
+    known = {
+        title: (name, digits)
+        for title, (name, digits) in columns.items()
+        if any(getattr(one, name) is not None for one in found.values())
     }
-    if found.lpips is not None:
-        rows["LPIPS"] = f"{found.lpips:.4f}, 0 is identical"
-    print_rows(rows)
-    if found.lpips_missing is not None:
-        typer.echo(found.lpips_missing)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("video", overflow="fold")
+    for title in known:
+        table.add_column(title, justify="right")
+    for path, one in zip(_short(found), found.values(), strict=True):
+        values = [(getattr(one, name), digits) for name, digits in known.values()]
+        table.add_row(path, *(_number(value, digits) for value, digits in values))
+    Console(highlight=False, markup=False).print(table)
+    said = {reason for one in found.values() for reason in what_is_missing(one.to_dict())}
+    for reason in sorted(said):
+        typer.echo(reason)
+
+
+def _short(paths: Iterable[str]) -> list[str]:
+    """Paths without the folders that they share."""
+    parts = [Path(path).parts for path in paths]
+    shared = 0
+    while all(len(one) > shared + 1 and one[shared] == parts[0][shared] for one in parts):
+        shared += 1
+    return [str(Path(*one[shared:])) for one in parts]
+
+
+COMPARED = {
+    "frames": ("frames", 0),
+    "PSNR dB": ("psnr_db", 2),
+    "SSIM": ("ssim", 4),
+    "LPIPS": ("lpips", 4),
+    "VMAF": ("vmaf", 1),
+    "lowest": ("vmaf_lowest", 1),
+    "JOD": ("cvvdp_jod", 2),
+}
+ALONE = {
+    "frames": ("frames", 0),
+    "loop": ("loop_score", 3),
+    "flow px": ("flow", 2),
+    "dynamic": ("dynamic_degree", 3),
+    "flicker": ("flicker", 4),
+}
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _print_suite(found: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title, side in (("VBench dimension", "left"), ("score", "right"), ("by", "left")):
+        table.add_column(title, justify=side, overflow="fold")  # pyright: ignore[reportArgumentType]
+    for name, part in found.to_dict()["dimensions"].items():
+        if name in found.missing:
+            there = ": weights there" if part["there"] else ""
+            table.add_row(name, "missing", f"{part['network']}{there}")
+        else:
+            score, several = found.temporal_flickering, len(found.counted)
+            shown = "none" if score is None else f"{score:.4f}"
+            table.add_row(name, shown, f"pixels, mean of {several} of {len(found.videos)} videos")
+    console = Console(highlight=False, markup=False, soft_wrap=False)
+    console.print(table)
+    console.print()
+    _print_weights(found)
+    typer.echo("Ours, not VBench's: dynamic degree with the flow of DIS in place of RAFT's.")
+    _print_table(found.videos)
+
+
+def _print_weights(found: Any) -> None:
+    """Name each file of weights that is not there, and how to compute with them."""
+    from gen_accel.measure.vbench import NEEDS, weights_folder
+
+    folder = weights_folder()
+    needed = {one for needs in NEEDS.values() for one in needs}
+    absent = [one for one in needed if not (folder / one.file).is_file()]
+    typer.echo(
+        "Missing dimensions are computed by VBench itself, in an environment of its own:\n"
+        "  pip install vbench\n"
+        "  vbench evaluate --videos_path FOLDER --dimension NAME\n"
+    )
+    if absent:
+        typer.echo(f"Weights that it downloads, or finds below {folder}:")
+        for one in sorted(absent):
+            typer.echo(f"  {one.network}\n    {one.file}\n    {one.url}")
+        typer.echo()

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from gen_accel import names
+
 MethodName = Annotated[
     str, typer.Option("--method", help="See `gen-accel list`; or module:Class of your own.")
 ]
@@ -46,6 +48,36 @@ DenseLayers = Annotated[
 ]
 
 Steps = Annotated[int | None, typer.Option(help="Denoising steps. Without: the model's own.")]
+
+Metrics = Annotated[
+    str | None,
+    typer.Option(
+        "--metrics",
+        metavar="NAME[,NAME]",
+        help="Of lpips, vmaf and cvvdp, beside PSNR and SSIM. Without: lpips and vmaf, where they "
+        "can be computed.",
+    ),
+]
+
+
+def check_metrics(given: str | None) -> tuple[str, ...] | None:
+    """Return the metrics of --metrics; ValueError for one that is not known, or whose tool is not
+    here."""
+    if given is None:
+        return None
+    asked = tuple(name for name in given.split(",") if name)
+    names.check_metrics(asked)
+    if "vmaf" in asked:
+        from gen_accel.measure.libvmaf import vmaf_missing
+
+        if reason := vmaf_missing():
+            raise ValueError(reason)
+    if "cvvdp" in asked:
+        from gen_accel.measure.colorvideovdp import cvvdp_missing
+
+        if reason := cvvdp_missing():
+            raise ValueError(reason)
+    return asked
 
 
 def method_of(name: str, settings: Sequence[str] | None) -> Any:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from gen_accel.names import NOT_ASKED
+
 
 def print_files(files: dict[str, Path]) -> None:
     print_rows({name: str(path) for name, path in files.items()})
@@ -37,6 +39,7 @@ def print_comparison(report: dict[str, Any]) -> None:
         "density": "all dense" if density is None else f"{density:.3f} where sparse",
         "kernel": report["kernel"],
         "PSNR, SSIM": f"{report['psnr_db']:.1f} dB, {report['ssim']:.3f} against dense",
+        **_beside_psnr(report),
     }
     if report["compile_seconds"]:
         rows["compiling"] = f"{report['compile_seconds']:.1f} s, not counted"
@@ -46,6 +49,35 @@ def print_comparison(report: dict[str, Any]) -> None:
     if "without_lora" in report:
         rows["without its LoRA"] = report["without_lora"]["shows"]
     print_rows(rows)
+
+
+def fidelity_rows(found: dict[str, Any]) -> dict[str, str]:
+    """Rows of a comparison with a reference, by the fields of `Fidelity`; what is missing has
+    none."""
+    return {
+        "PSNR": f"{found['psnr_db']:.2f} dB",
+        "SSIM": f"{found['ssim']:.4f}",
+        **_beside_psnr(found),
+    }
+
+
+def _beside_psnr(found: dict[str, Any]) -> dict[str, str]:
+    rows = {}
+    if found.get("lpips") is not None:
+        rows["LPIPS"] = f"{found['lpips']:.4f}, 0 is identical"
+    factor = found.get("enlarged", 1)
+    seen = f", frames seen {factor}x as large" if factor > 1 else ""
+    if found.get("vmaf") is not None:
+        rows["VMAF"] = f"{found['vmaf']:.1f} of 100, lowest frame {found['vmaf_lowest']:.1f}{seen}"
+    if found.get("cvvdp_jod") is not None:
+        rows["ColorVideoVDP"] = f"{found['cvvdp_jod']:.2f} JOD of 10{seen}"
+    return rows
+
+
+def what_is_missing(found: dict[str, Any]) -> list[str]:
+    """Reasons why figures are missing, but for those that were not asked for."""
+    reasons = [value for key, value in found.items() if key.endswith("_missing")]
+    return [reason for reason in reasons if reason not in (None, NOT_ASKED)]
 
 
 def quiet() -> None:

@@ -136,6 +136,12 @@ def notes(report: Mapping[str, Any]) -> Sequence[str]:
         "PSNR and SSIM compare the sparse clip with the dense one, pixel by pixel. They say how "
         "close the two are, not how good either is. Above 30 dB, differences are hard to see."
     )
+    if "vmaf" in report:
+        found.append(
+            "VMAF was trained on what people said of films of 1920 x 1080 pixels. It ranks toys "
+            "too, but what a score means there is not known, and it depends on the size that "
+            f"frames are seen at, here {report.get('enlarged', 1)} times their own."
+        )
     return [*found, *_of_lora(report)]
 
 

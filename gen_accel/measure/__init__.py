@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 from gen_accel.files import write_json
 
 if TYPE_CHECKING:
+    from gen_accel.measure.colorvideovdp import cvvdp_jod
+    from gen_accel.measure.libvmaf import vmaf, vmaf_per_frame
     from gen_accel.measure.motion import Motion, measure_motion
     from gen_accel.measure.quality import (
         Fidelity,
@@ -31,6 +33,7 @@ __all__ = [
     "Motion",
     "check_writable",
     "contact_sheet",
+    "cvvdp_jod",
     "lpips",
     "measure_fidelity",
     "measure_motion",
@@ -41,6 +44,8 @@ __all__ = [
     "side_by_side",
     "ssim",
     "ssim_per_frame",
+    "vmaf",
+    "vmaf_per_frame",
     "write_json",
     "write_report",
     "write_stream",
@@ -53,6 +58,7 @@ _HOMES = {
     "Motion": "motion",
     "check_writable": "video_io",
     "contact_sheet": "sheets",
+    "cvvdp_jod": "colorvideovdp",
     "lpips": "quality",
     "measure_fidelity": "quality",
     "measure_motion": "motion",
@@ -63,6 +69,8 @@ _HOMES = {
     "side_by_side": "sheets",
     "ssim": "quality",
     "ssim_per_frame": "quality",
+    "vmaf": "libvmaf",
+    "vmaf_per_frame": "libvmaf",
     "write_report": "report",
     "write_stream": "video_io",
     "write_video": "video_io",

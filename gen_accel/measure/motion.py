@@ -9,7 +9,7 @@ are computed. Loop score and drift are our own.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gen_accel.measure.flow import Flow, flow_missing, largest
 from gen_accel.measure.video_io import frames_of, read_stream, video_fps
 
 LUMA = (0.2126, 0.7152, 0.0722)  # of linear R, G, B in BT.709, used here on coded values
@@ -29,11 +30,6 @@ LARGEST_LAG = 2 / 3  # of the clip: a third of all frames is compared at least
 
 SAMPLED_FPS = 8.0  # at which VBench looks at motion
 STILL = 6 / 256  # of the smaller side: VBench's least motion from one sampled frame to the next
-TOP = 0.05  # share of the flow that counts, the largest
-SMALLER_SIDE = 128  # pixels, of the frames that are matched
-BLOCK = 8  # pixels
-SEARCH = 8  # pixels to each side at least
-WORTH = 2 * LEVEL  # by which a match must beat standing still, a pixel
 
 
 @dataclass(frozen=True)
@@ -48,12 +44,13 @@ class Motion:
         color_drift: change of the mean R, G and B in 100 frames, as shares of their range: the
             slope of the least-squares line.
         contrast_drift: the same for the standard deviation of brightness within a frame.
-        flow: pixels of the video that its fastest parts move from one sampled frame to the next,
-            the mean over the clip.
-        dynamic_degree: share of the sampled steps with more motion than VBench's threshold, 0 to
-            1. VBench says of a video only whether it is at least about a quarter: `dynamic`.
         flicker: 1 less the mean absolute difference of consecutive frames, as a share of the
             range: 1 is a still picture. VBench asks for still scenes; in others motion counts too.
+        flow: pixels of the video that its fastest parts move from one sampled frame to the next,
+            the mean over the clip; see `flow.Flow`. None, as are the next two, without OpenCV.
+        dynamic_degree: share of the sampled steps with more motion than VBench's threshold, 0 to
+            1. VBench says of a video only whether it is at least about a quarter: `dynamic`.
+        flow_missing: why there is no flow, and how to get it.
     """
 
     frames: int
@@ -63,23 +60,27 @@ class Motion:
     similarity: float | None
     color_drift: tuple[float, float, float]
     contrast_drift: float
-    flow: float
-    dynamic_degree: float
-    dynamic: bool
     flicker: float
+    flow: float | None = None
+    dynamic_degree: float | None = None
+    dynamic: bool | None = None
+    flow_missing: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def measure_file(path: str | Path, *, lag: int | None = None) -> Motion:
-    """`measure_motion` of a video file or a folder of PNG frames, which state no frame rate.
+def measure_file(path: str | Path, *, lag: int | None = None, fps: float | None = None) -> Motion:
+    """`measure_motion` of a video file or a folder of PNG frames.
+
+    Args:
+        fps: frames a second where the file states none, as a folder does.
 
     Raises:
         FileNotFoundError, OSError: see `read_video`.
         ValueError: see `measure_motion`.
     """
-    return measure_motion(read_stream(path), fps=video_fps(path) or SAMPLED_FPS, lag=lag)
+    return measure_motion(read_stream(path), fps=video_fps(path) or fps or SAMPLED_FPS, lag=lag)
 
 
 def measure_motion(
@@ -104,12 +105,13 @@ def measure_motion(
     thumbnails, colors, contrasts, changes, flows = [], [], [], [], []
     before = sampled = None
     luma = torch.tensor(LUMA).view(3, 1, 1)
-    scale = threshold = 0.0
+    missing = flow_missing()
+    moved = Flow() if missing is None else None
+    threshold = 0.0
     frames = 0
     for pixels in frames_of(chunks):
         frame = torch.from_numpy(pixels.astype(np.float32)).movedim(-1, 0) / 255
         if before is None:
-            scale = min(1.0, SMALLER_SIDE / min(frame.shape[1:]))
             threshold = max(1.0, SAMPLED_FPS / fps) * STILL * min(frame.shape[1:])
         brightness = (frame * luma).sum(0)
         colors.append(frame.mean((1, 2)))
@@ -117,12 +119,11 @@ def measure_motion(
         thumbnails.append(F.adaptive_avg_pool2d(frame, GRID).flatten())
         if before is not None:
             changes.append((frame - before).abs().mean().item())
-        if frames % interval == 0:
-            small = _reduced(brightness, scale)
+        if moved is not None and frames % interval == 0:
+            levels = (255 * brightness).round().byte().numpy()
             if sampled is not None:
-                search = max(SEARCH, math.ceil(1.5 * threshold * scale))
-                flows.append(_largest_flow(sampled, small, search) / scale)
-            sampled = small
+                flows.append(largest(moved.speeds(sampled, levels)))
+            sampled = levels
         before = frame
         frames += 1
     if frames < 2:
@@ -131,7 +132,6 @@ def measure_motion(
         raise ValueError(f"lag must be less than the {frames} frames, got {lag}")
     seen = similarities(torch.stack(thumbnails).double().numpy())
     score, found = loop_score(seen)
-    moving = sum(flow > threshold for flow in flows)
     red, green, blue = _slopes(torch.stack(colors))
     [contrast] = _slopes(torch.stack(contrasts)[:, None])
     return Motion(
@@ -142,11 +142,23 @@ def measure_motion(
         similarity=None if lag is None else float(seen[lag]),
         color_drift=(red, green, blue),
         contrast_drift=contrast,
-        flow=math.fsum(flows) / len(flows) if flows else 0.0,
-        dynamic_degree=moving / len(flows) if flows else 0.0,
-        dynamic=moving >= max(1, round((len(flows) + 1) / 4)),
         flicker=1 - math.fsum(changes) / len(changes),
+        flow_missing=missing,
+        **({} if missing else _of_flow(flows, threshold)),
     )
+
+
+def _of_flow(flows: Sequence[float], threshold: float) -> dict[str, Any]:
+    """Figures of the flow between sampled frames.
+
+    VBench takes the flow from RAFT, and a clip of two sampled frames as dynamic whatever it shows.
+    """
+    moving = sum(flow > threshold for flow in flows)
+    return {
+        "flow": math.fsum(flows) / len(flows) if flows else 0.0,
+        "dynamic_degree": moving / len(flows) if flows else 0.0,
+        "dynamic": moving >= max(1, round((len(flows) + 1) / 4)),
+    }
 
 
 def similarities(features: np.ndarray) -> np.ndarray:
@@ -202,45 +214,3 @@ def _slopes(values: Tensor) -> list[float]:
     """Slope of each column of (F, n), in 100 frames."""
     line = np.polyfit(np.arange(len(values)), values.double().numpy(), 1)
     return [100 * float(slope) for slope in line[0]]
-
-
-def _reduced(brightness: Tensor, scale: float) -> Tensor:
-    if scale == 1:
-        return brightness
-    size = [max(BLOCK, round(scale * n)) for n in brightness.shape]
-    return F.interpolate(brightness[None, None], size=size, mode="area")[0, 0]
-
-
-def _largest_flow(before: Tensor, after: Tensor, search: int) -> float:
-    """Largest flow in pixels: the mean over the fastest 5 % of a frame.
-
-    VBench takes the flow of each pixel from RAFT. Here flow is computed for blocks of 8 x 8
-    pixels, in whole pixels, by the match with the least absolute difference once both blocks have
-    the same mean. A block without a clearly better match stands still, so that noise does not
-    move.
-    """
-    height, width = (n // BLOCK * BLOCK or n for n in before.shape)
-    block = (min(BLOCK, height), min(BLOCK, width))
-    target = _without_mean(before[:height, :width], block)
-    padded = F.pad(after[None, None], [search] * 4, mode="replicate")[0, 0]
-    steps = [(y, x) for y in range(-search, search + 1) for x in range(-search, search + 1)]
-    steps.sort(key=lambda step: math.hypot(*step))  # of equal matches the nearest
-    best = None
-    flow = torch.zeros(())
-    for y, x in steps:
-        moved = padded[search + y : search + y + height, search + x : search + x + width]
-        off = (target - _without_mean(moved, block)).abs()
-        cost = F.avg_pool2d(off[None, None], block)[0, 0]
-        if best is None:
-            best, flow = cost - WORTH, torch.zeros_like(cost)
-        else:
-            better = cost < best - 1e-6
-            best = torch.where(better, cost, best)
-            flow = torch.where(better, math.hypot(y, x), flow)
-    speeds = flow.flatten().sort(descending=True).values
-    return speeds[: max(1, int(TOP * len(speeds)))].mean().item()
-
-
-def _without_mean(frame: Tensor, block: tuple[int, int]) -> Tensor:
-    means = F.avg_pool2d(frame[None, None], block)[0, 0]
-    return frame - means.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)

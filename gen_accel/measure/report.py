@@ -110,10 +110,10 @@ def write_report(
 
     Args:
         report: nested dicts. Keys named `speedup` (a factor, or words why there is none),
-            `density` (a share, 0 to 1, of the pairs where attention is sparse), `psnr` (dB) and
-            `ssim` at any depth, the least deep first, become the headline figures. Numbers whose
-            key, or whose parent's key, ends in `seconds` are times. `environment`, at the top,
-            comes last.
+            `density` (a share, 0 to 1, of the pairs where attention is sparse), `psnr` (dB),
+            `ssim`, `vmaf` with `vmaf_lowest`, and `cvvdp_jod` at any depth, the least deep first,
+            become the headline figures. Numbers whose key, or whose parent's key, ends in
+            `seconds` are times. `environment`, at the top, comes last.
         title: the heading, such as the prompt or the method.
         videos: caption to .mp4, .webm or .gif; the first is shown large.
         pictures: caption to .png, .jpg or .gif.
@@ -175,6 +175,14 @@ def _headline(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield "PSNR", figure, "against the dense video: higher is closer, ∞ is identical"
     if "ssim" in found:
         yield "SSIM", f"{found['ssim']:.3f}", "against the dense video: 1 is identical"
+    if "vmaf" in found:
+        meaning = "of 100, against the dense video"
+        if "vmaf_lowest" in found:
+            meaning += f"; {found['vmaf_lowest']:.0f} in its worst frame"
+        yield "VMAF", f"{found['vmaf']:.0f}", meaning
+    if "cvvdp_jod" in found:
+        meaning = "of 10, against the dense video: 10 where no difference can be seen"
+        yield "ColorVideoVDP", f"{found['cvvdp_jod']:.1f} JOD", meaning
 
 
 def _tile(name: str, figure: str, meaning: str) -> str:

@@ -78,6 +78,7 @@ def test_help_has_an_example_of_every_verb(run):
         "estimate",
         "simulate",
         "metrics",
+        "prompts",
         "list",
         "models",
         "build",
@@ -135,6 +136,11 @@ def test_generate_mp4_with_a_comparison(run, model, tmp_path):
     assert report["speedup"] == pytest.approx(report["dense_seconds"] / report["sparse_seconds"])
     assert float(report["psnr_db"]) > 10
     assert report["ssim"] <= 1
+    if "vmaf_missing" not in report:
+        assert 0 <= report["vmaf_lowest"] <= report["vmaf"] <= 100
+        assert f"{report['vmaf']:.1f} of 100" in result.stdout
+    assert report["enlarged"] == 6
+    assert not {"cvvdp_jod", "cvvdp_missing"} & {*report}  # not asked for
     assert min(report["attention_seconds"].values()) > 0
     assert "dense_steps=1" in report["schedule"]
     assert (

@@ -404,6 +404,17 @@ def test_report_shows_the_figures(page):
     assert texts[texts.index("steps \u00b7 2 \u00b7 dense") + 1] == "no"
 
 
+def test_report_shows_what_is_seen_of_the_difference(tmp_path, video):
+    clip = write_video(video, tmp_path / "clip.mp4", fps=8)
+    figures = {"psnr": 30.0, "vmaf": 56.3, "vmaf_lowest": 23.3, "cvvdp_jod": 7.974}
+    parts = {"videos": {"a": clip}, "pictures": {}, "notes": []}
+    write_report(tmp_path / "a.html", {"deep": figures}, title="a", **parts)
+    texts = Page((tmp_path / "a.html").read_text(encoding="utf-8")).texts
+    assert texts[texts.index("VMAF") + 1] == "56"
+    assert "23 in its worst frame" in texts[texts.index("VMAF") + 2]
+    assert texts[texts.index("ColorVideoVDP") + 1] == "8.0 JOD"
+
+
 def test_report_order_puts_the_video_first_and_the_environment_last(page):
     marks = ["<video", 'class="tiles"', "again", "same seed", "nine frames", "10.8 s", "2.13.0"]
     places = [page.index(mark) for mark in marks]

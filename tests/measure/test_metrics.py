@@ -306,9 +306,56 @@ def test_metrics_against_a_reference(run, tmp_path):
     assert "lpips" in result.stdout.lower()
 
 
+def test_metrics_of_several_videos(run, tmp_path):
+    names = [tmp_path / "a.mp4", tmp_path / "b"]
+    result = run(*names, "--each", "--json", tmp_path / "each.json")
+    written = json.loads((tmp_path / "each.json").read_text())["videos"]
+    assert [*written] == [str(name) for name in names]
+    alone = json.loads(run(names[0], "--json", "-").stdout)
+    assert written[str(names[0])] == alone
+    assert "a.mp4" in result.stdout
+    assert f"{alone['flicker']:.4f}" in result.stdout
+    against = json.loads(run(*names, "--reference", names[1], "--json", "-").stdout)["videos"]
+    assert against[str(names[1])]["psnr_db"] == "Infinity"
+    assert against[str(names[0])] == json.loads(run(*names, "--json", "-").stdout)
+
+
+def test_a_folder_of_videos_stands_for_its_videos(run, tmp_path):
+    write_video(moving_square(step=1), tmp_path / "more" / "c.mp4", fps=16)
+    write_video(moving_square(step=2), tmp_path / "more" / "d.gif", fps=20)
+    (tmp_path / "more" / "notes.txt").touch()
+    written = json.loads(run(tmp_path / "more", "--json", "-").stdout)["videos"]
+    assert [*written] == [str(tmp_path / "more" / name) for name in ("c.mp4", "d.gif")]
+
+
+def test_json_on_standard_output_is_all_that_is_printed(run, tmp_path):
+    found = json.loads(run(tmp_path / "a.mp4", tmp_path / "b", "--json", "-").stdout)
+    assert found["frames"] == 16
+    assert not (tmp_path / "-").exists()
+
+
+def test_metrics_fit_80_columns(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [tmp_path / "a.mp4", tmp_path / "b"]
+    for args in ([*names, "--each"], [*names, "--reference", names[1]], names[:1], names):
+        said = run(*args).stdout
+        reasons = [line for line in said.splitlines() if "needs" not in line]
+        assert max(map(len, reasons)) <= 80
+
+
+def test_a_folder_of_frames_takes_its_rate_from_the_option(run, tmp_path):
+    assert json.loads(run(tmp_path / "b", "--fps", "24", "--json", "-").stdout)["fps"] == 24
+    assert json.loads(run(tmp_path / "b", "--json", "-").stdout)["fps"] == 8
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (("c.png", "c.png", "--metrics", "vmaf"), "vmaf is for videos, and c.png is a picture"),
+        (("a.mp4", "d.mp4"), "one size, got 128 x 64 pixels of a.mp4 and 128 x 48 of d.mp4"),
+        (("a.mp4", "e.mp4"), "frame rate, got 16 frames a second of a.mp4 and 24 of e.mp4"),
+        (("a.mp4", "f.mp4"), "as many frames, got 9 of the reference, and more of the video"),
+        (("b", "b", "--metrics", "cvvdp"), "frames a second, which neither video states"),
         (("nothing.mp4",), "nothing.mp4"),
         (("a.mp4", "nothing"), "nothing"),
         (("a.mp4", "b", "--lag", "3"), "--lag"),
@@ -316,6 +363,10 @@ def test_metrics_against_a_reference(run, tmp_path):
     ],
 )
 def test_metrics_refuses_in_one_line(run, tmp_path, monkeypatch, args, words):
+    write_video(noise(1), tmp_path / "c.png", fps=16)
+    write_video(moving_square(height=48), tmp_path / "d.mp4", fps=16)
+    write_video(moving_square(), tmp_path / "e.mp4", fps=24)
+    write_video(moving_square(9), tmp_path / "f.mp4", fps=16)
     monkeypatch.chdir(tmp_path)
     [line] = run(*args, code=2).stderr.strip().splitlines()
     assert line.startswith("error: ")

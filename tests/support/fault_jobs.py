@@ -122,6 +122,11 @@ JOBS = {
         keeps=("p.json", "p.safetensors"),
     ),
     "metrics": Job(("metrics", "{home}/one/a.mp4", "--json", "new/figures.json")),
+    "prompts": Job(
+        ("prompts", "vbench", "--count", "3", "--out", "p.txt"),
+        (("prompts", "vbench", "--count", "2", "--out", "p.txt"),),
+        keeps=("p.txt",),
+    ),
 }
 
 

@@ -62,6 +62,7 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "tune": ("--preset", "{home}/presets/p.json", "--quality", "25", "--out", "a.json"),
     "estimate": ("--model", "Wan2.1-T2V-1.3B", *SIZES, "--efficiency", "0.5"),
     "metrics": ("{home}/one/a.mp4",),
+    "prompts": ("vbench", "--count", "2"),
     "generate": ("--model", "{home}/model", *TINY, "--prompt", "a", "--out", "a.gif"),
     "train": ("{home}/train.yaml", "--print-config"),
     "cache": ("{home}/train.yaml", "--data", "{home}/one"),

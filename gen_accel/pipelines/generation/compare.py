@@ -1,4 +1,4 @@
-"""Comparison of a dense and a sparse clip from one seed: speed-up, PSNR and SSIM."""
+"""Comparison of a dense and a sparse clip from one seed: speed-up, and how close they are."""
 
 import warnings
 from dataclasses import dataclass, replace
@@ -12,9 +12,16 @@ from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.summary import Summary
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
 from gen_accel.kernels import flex
-from gen_accel.measure import psnr, side_by_side, ssim, write_json, write_video
+from gen_accel.measure import (
+    Fidelity,
+    measure_fidelity,
+    side_by_side,
+    write_json,
+    write_video,
+)
 from gen_accel.measure.environment import environment
 from gen_accel.method import Method, parts_of
+from gen_accel.names import NOT_ASKED
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.arguments import first_transformer, served_family
 from gen_accel.pipelines.generation.decode import is_streamed
@@ -38,6 +45,7 @@ class Comparison:
     Args:
         clip: the clip as generated, with all values filled.
         compile_seconds: time in compilers during the sparse run, subtracted from its time.
+        metrics: see `measure_fidelity`.
     """
 
     prompt: str
@@ -48,6 +56,7 @@ class Comparison:
     summary: Summary
     compile_seconds: float
     environment: dict[str, Any]
+    metrics: tuple[str, ...] | None = None
 
     @property
     def speedup(self) -> float:
@@ -55,12 +64,19 @@ class Comparison:
         return self.dense.denoise_seconds / self.sparse.denoise_seconds
 
     @cached_property
-    def psnr_db(self) -> float:
-        return psnr(self.sparse.video, self.dense.video)
+    def fidelity(self) -> Fidelity:
+        """Closeness of the sparse clip to the dense one."""
+        return measure_fidelity(
+            [self.sparse.video], [self.dense.video], metrics=self.metrics, fps=self.clip.fps
+        )
 
-    @cached_property
+    @property
+    def psnr_db(self) -> float:
+        return self.fidelity.psnr_db
+
+    @property
     def ssim(self) -> float:
-        return ssim(self.sparse.video, self.dense.video)
+        return self.fidelity.ssim
 
     @property
     def labels(self) -> list[str]:
@@ -114,8 +130,18 @@ class Comparison:
             "compile_seconds": self.compile_seconds,
             "psnr_db": self.psnr_db,
             "ssim": self.ssim,
+            **self._beside_psnr(),
             "environment": self.environment,
         }
+
+    def _beside_psnr(self) -> dict[str, Any]:
+        """Further figures of `Fidelity`: those that are there, and why others are not."""
+        found = self.fidelity.to_dict()
+        for name in ("frames", "psnr_db", "ssim"):
+            del found[name]
+        if self.fidelity.enlarged == 1:
+            del found["enlarged"]
+        return {name: one for name, one in found.items() if one not in (None, NOT_ASKED)}
 
 
 def compare_with_dense(
@@ -131,6 +157,7 @@ def compare_with_dense(
     timed: bool = False,
     earlier: Comparison | None = None,
     label: str = "",
+    metrics: tuple[str, ...] | None = None,
 ) -> Comparison:
     """Generate densely, then with `method`, in one process and from one seed.
 
@@ -145,6 +172,7 @@ def compare_with_dense(
         label: prefix of the lines of the progress bar.
         earlier: an earlier comparison of this prompt and clip in this process, whose dense clip is
             used again.
+        metrics: figures beside PSNR and SSIM, see `measure_fidelity`.
     """
     device = pipe._execution_device
     by = {"kernel": kernel, "dense_kernel": dense_kernel}
@@ -176,8 +204,9 @@ def compare_with_dense(
     clip = replace(clip, frames=frames, height=height, width=width)
     compiled = sum(flex.compile_seconds[before:])
     sparse = replace(sparse, denoise_seconds=sparse.denoise_seconds - compiled)
+    where = environment(device)
     return Comparison(
-        prompt, clip, dense, sparse, dense_summary, summary, compiled, environment(device)
+        prompt, clip, dense, sparse, dense_summary, summary, compiled, where, metrics
     )
 
 

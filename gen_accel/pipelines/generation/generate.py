@@ -98,6 +98,7 @@ def generate(
     loading: Loading | None = None,
     compare: bool = False,
     timed: bool = False,
+    metrics: Sequence[str] | None = None,
     techniques: Sequence[str] | None = None,
     trained_frames: int | None = None,
     latents: str | Path | None = None,
@@ -133,7 +134,9 @@ def generate(
         dense_kernel: kernel of the dense layers and steps, see `attach`; the dense clip of a
             comparison uses the model's own attention.
         compare: also generate densely from the same seed, and write `out.dense.mp4`,
-            `out.side_by_side.mp4` and `out.json` with speed-up, density, PSNR and SSIM.
+            `out.side_by_side.mp4` and `out.json` with speed-up, density, PSNR, SSIM and VMAF.
+        metrics: figures of a comparison beside PSNR and SSIM: "lpips", "vmaf" and "cvvdp", see
+            `measure_fidelity`. Without, LPIPS and VMAF where they can be computed.
         timed: also measure the seconds spent in attention; on a GPU that waits for each call.
         techniques: techniques for video longer than the model was trained on, see
             `long_video.extend`. None: the techniques that `from_lora` names; (): no techniques.
@@ -170,6 +173,7 @@ def generate(
         loading=loading or Loading(),
         compare=compare,
         timed=timed,
+        metrics=None if metrics is None else tuple(metrics),
         trained_frames=trained_frames,
         image=image,
     ).resolve(prompts, out=out, techniques=techniques, latents=latents, numbered=numbered)
@@ -276,6 +280,7 @@ def _compared(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Gen
         kernel=job.kernel,
         dense_kernel=job.dense_kernel,
         timed=job.timed,
+        metrics=job.metrics,
         label=f"{rank}{video.target.name}, ",
     )
     files = write_comparison(result, video.target)

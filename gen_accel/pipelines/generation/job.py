@@ -11,7 +11,7 @@ from gen_accel import kernels, names
 from gen_accel.attention_processors.attached.recipe import Recipe, read_recipe
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.files import plain
-from gen_accel.measure.quality import check_installed
+from gen_accel.measure.quality import check_installed, check_metrics
 from gen_accel.measure.video_io import check_writable
 from gen_accel.method import Method, parts_of
 from gen_accel.paths import check_replaceable, expanded
@@ -52,6 +52,7 @@ class Job:
         preset: see `gen_accel.attach`. `resolve` reads a file, `fitted` finds what a name stands
             for.
         clip: clip with the first seed. `fitted` fills its open values.
+        metrics: figures of a comparison beside PSNR and SSIM, see `measure_fidelity`.
         techniques: techniques for video longer than the model was trained on.
         only_longer: use the techniques only for video longer than `trained_frames`.
         several: outputs are numbered, and a record lies beside each, see `prompt_list`.
@@ -69,6 +70,7 @@ class Job:
     loading: Loading = field(default_factory=Loading)
     compare: bool = False
     timed: bool = False
+    metrics: tuple[str, ...] | None = None
     techniques: tuple[str, ...] = ()
     trained_frames: int | None = None
     only_longer: bool = False
@@ -205,6 +207,8 @@ class Job:
         """Refuse, by a ValueError, parts that do not go together or are missing."""
         if self.compare:
             self._check_comparison(latents)
+        elif self.metrics is not None:
+            raise ValueError(f"metrics go with compare, got {', '.join(self.metrics)} without")
         check_names(self.techniques)
         if self.trained_frames is not None and not self.techniques:
             raise ValueError(
@@ -226,6 +230,7 @@ class Job:
                 "compare goes with neither long-video techniques nor saved latents, got "
                 f"{', '.join(self.techniques) or latents}"
             )
+        check_metrics(self.metrics)
 
     def _videos(
         self,
@@ -271,6 +276,8 @@ class Job:
             where = {"kernel": self.kernel, "timed": self.timed, "device": self.loading.device}
             if self.dense_kernel is not None:
                 where["dense_kernel"] = self.dense_kernel
+            if self.metrics is not None:
+                where["metrics"] = [*self.metrics]
             request["compare"] = where
         return request
 

@@ -57,6 +57,7 @@ def test_the_request_is_what_a_video_depends_on(tmp_path):
         assert request(**fields) != plain
     assert request(compare=True) != request(compare=True, timed=True)
     assert request(compare=True) != request(compare=True, dense_kernel="reference")
+    assert request(compare=True) != request(compare=True, metrics=())
 
 
 def test_a_lora_brings_its_method_weights_guidance_and_techniques(tmp_path):
@@ -107,6 +108,8 @@ def test_techniques_of_a_lora_hold_for_longer_video_alone(tmp_path, monkeypatch,
         ),
         ({"method": Dense(), "compare": True}, {}, r"got Dense\(\)"),
         ({"compare": True}, {"techniques": ["riflex"]}, "compare goes with neither"),
+        ({"metrics": ("vmaf",)}, {}, "metrics go with compare, got vmaf without"),
+        ({"metrics": ("vmav",), "compare": True}, {}, "did you mean 'vmaf'"),
         ({"compare": True}, {"latents": "x.safetensors"}, "compare goes with neither"),
         ({}, {"techniques": ["riflexx"]}, "technique must be one of"),
         ({"trained_frames": 81}, {}, "trained_frames is for a technique"),
