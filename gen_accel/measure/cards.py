@@ -43,6 +43,7 @@ class Card:
         flops: dense peak a second in bf16.
         bandwidth: bytes a second of its memory.
         source: address of the figures.
+        kind: "small" for a card whose products are slow beside its memory; "" for the others.
     """
 
     key: str
@@ -51,6 +52,7 @@ class Card:
     flops: float
     bandwidth: float
     source: str
+    kind: str = ""
 
 
 def card_named(name: str) -> Card:
@@ -70,6 +72,7 @@ def card_named(name: str) -> Card:
         flops=found["tflops"] * 1e12,
         bandwidth=found["tbps"] * 1e12,
         source=found["source"],
+        kind=found.get("kind", ""),
     )
 
 
@@ -77,14 +80,16 @@ def card_names() -> list[str]:
     return [*_table()["cards"]]
 
 
-def share_of_peak(work: str) -> Range:
+def share_of_peak(work: str, kind: str = "") -> Range:
     """Share of a card's peak that programs reach.
 
     Args:
         work: products, attention, convolutions, moved (of the bandwidth) or efficiency (of sparse
             attention, as in `estimate`).
+        kind: of the card.
     """
-    return Range(**_table()["ranges"][work])
+    own = _table().get(kind, {})
+    return Range(**own.get(work, _table()["ranges"][work]))
 
 
 @cache

@@ -24,16 +24,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from gen_accel.attention_processors.families import FAMILIES, family_named
-from gen_accel.measure.cards import Range, share_of_peak
-from gen_accel.measure.estimate import Estimate
-from gen_accel.measure.parts import Part, cast, parts_of_pipeline
-from gen_accel.measure.rates import Rates
-from gen_accel.measure.subject import Subject
+from gen_accel.measure.cards import Range, card_named, share_of_peak
+from gen_accel.measure.estimate import OWN_ATTENTION, Estimate, estimate
+from gen_accel.measure.parts import Part, parts_of_pipeline
+from gen_accel.measure.rates import Rates, rates_here, rates_of_card
+from gen_accel.measure.subject import Subject, subject_of
 from gen_accel.measure.trace import Work, traced
-from gen_accel.names import OFFLOADS
+from gen_accel.method import Method
+from gen_accel.names import OFFLOADS, check_loading
 from gen_accel.video import VideoShape
 
 # Activations of the families that can be traced, in tensors of one value for each token and
@@ -111,7 +111,10 @@ class Forecast:
             return None if one is None else [one.low * times, one.high * times]
 
         rates = {
-            kind: {"range": of(getattr(self.rates, kind)), "source": getattr(self.rates, kind).source}
+            kind: {
+                "range": of(getattr(self.rates, kind)),
+                "source": getattr(self.rates, kind).source,
+            }
             for kind in ("products", "convolutions", "attention", "moved")
         }
         return self.estimate.to_dict() | {
@@ -156,23 +159,78 @@ class Forecast:
 
 
 def forecast(
+    source: Any,
+    method: Method,
+    *,
+    gpu: str | None = None,
+    dtype: str = "auto",
+    guidance: bool | None = None,
+    offload: str = "none",
+    text: int | None = None,
+    efficiency: float | None = None,
+    remeasure: bool = False,
+    **run: Any,
+) -> Forecast:
+    """Forecast seconds and memory of a run, without loading the model.
+
+    Args:
+        source: a model, as `gen_accel.estimate` takes it.
+        gpu: a card of `cards`; None: the device of this machine, whose rates are measured in
+            seconds the first time.
+        dtype: float32, bfloat16 or float16; "auto" is float32 on a CPU and bfloat16 elsewhere.
+        guidance: whether the negative prompt runs too; None: where the model's own pipelines run
+            it, which is wherever guidance is not distilled.
+        offload: what waits in CPU memory: none, model, group or sequential.
+        efficiency: achieved share of the ideal speed-up; None: for a card a published range, here
+            measured.
+        remeasure: measure again what the cache folder knows.
+        run: height, width, num_frames, schedule and steps, as for `gen_accel.estimate`.
+
+    Raises:
+        ValueError: a card that is not in the table, or what `gen_accel.estimate` refuses.
+    """
+    card = None if gpu is None else card_named(gpu)
+    check_loading(dtype, offload)
+    subject = subject_of(source, text)
+    own = torch.bfloat16 if card is not None else subject.dtype
+    chosen = own if dtype == "auto" else getattr(torch, dtype)
+    assumed = None
+    if card is not None and efficiency is None:
+        assumed = share_of_peak("efficiency")
+    known = estimate(
+        source,
+        method,
+        text=text,
+        efficiency=math.sqrt(assumed.low * assumed.high) if assumed else efficiency,
+        remeasure=remeasure,
+        **run,
+    )
+    if card is not None:
+        rates = rates_of_card(card)
+    else:
+        rates = rates_here(subject.device, chosen, subject.head_dim, again=remeasure)
+    if assumed is None:
+        reached = known.efficiency
+        assumed = Range(reached, reached, f"{reached:.2f}, {known.efficiency_from}")
+    else:
+        assumed = replace(assumed, source=f"{assumed.low:g}-{assumed.high:g}, {assumed.source}")
+    return _forecast(known, subject, source, rates, chosen, guidance, offload, assumed)
+
+
+def _forecast(
     estimate: Estimate,
     subject: Subject,
     source: Any,
     rates: Rates,
-    *,
     dtype: torch.dtype,
-    guidance: bool | None = None,
-    offload: str = "none",
-    efficiency: Range | None = None,
+    guidance: bool | None,
+    offload: str,
+    reached: Range,
 ) -> Forecast:
-    """Forecast seconds and memory of the run of an estimate.
-
+    """
     Args:
-        estimate, subject: of `source`, a model as `gen_accel.estimate` takes it.
-        guidance: whether the negative prompt runs too; None: where the model's own pipelines run
-            it, which is wherever guidance is not distilled.
-        efficiency: as in `estimate`, with bounds; None: the estimate's own.
+        estimate, subject: of `source`.
+        reached: efficiency of the sparse kernel.
     """
     calls, batch = calls_of(subject, guidance)
     parts, unknown = parts_of_pipeline(source, subject, dtype)
@@ -182,30 +240,14 @@ def forecast(
     own = batch * flops.attention  # of the attention that the method thins out
     if work is None:
         work = Work(batch * flops.rest, own, _moved(subject, grid, batch, dtype), 0)
-    reached = efficiency or Range(estimate.efficiency, estimate.efficiency, "given")
-    thinned = {
-        side: (1 - estimate.sparse_share)
-        + estimate.sparse_share * min(1.0, estimate.computed_density / share)
-        if estimate.computed_density < 1
-        else 1.0
-        for side, share in (("low", reached.high), ("high", reached.low))
-    }
-    dense = _times(calls, _seconds(work, rates))
-    sparse = _times(
-        calls,
-        Range(
-            _seconds(replace(work, attention=work.attention - own * (1 - thinned["low"])), rates).low,
-            _seconds(
-                replace(work, attention=work.attention - own * (1 - thinned["high"])), rates
-            ).high,
-            reached.source,
-        ),
-    )
-    gains = [
-        speed
-        for side in thinned
-        for speed in _gains(work, own * (1 - thinned[side]), rates)
+    saved = [
+        own * estimate.sparse_share * _saved(estimate, share)
+        for share in (reached.low, reached.high)
     ]
+    dense = _times(calls, _seconds(work, rates))
+    low, high = (_seconds(_without(work, one), rates) for one in reversed(saved))
+    sparse = _times(calls, Range(low.low, high.high, reached.source))
+    gains = [gain for one in saved for gain in _gains(work, one, rates)]
     activations, sparse_activations = _activations(subject, grid, work, batch, dtype, estimate)
     vae = next((part for part in parts if part.name == "vae"), None)
     decode = None if vae is None else _decoding(vae, subject, grid, dtype)
@@ -250,9 +292,16 @@ def step_work(subject: Subject, grid: VideoShape, batch: int) -> Work | None:
     return traced(lambda: subject.model(**given, return_dict=False))
 
 
-def efficiency_range() -> Range:
-    """Share of the ideal that sparse kernels reach on cards where nothing was measured."""
-    return share_of_peak("efficiency")
+def _saved(estimate: Estimate, efficiency: float) -> float:
+    """Share of the attention of a sparse layer that is not computed; below 0 where it is slower
+    than dense attention."""
+    if estimate.efficiency_from == OWN_ATTENTION:
+        return 0.0
+    return 1 - estimate.computed_density / efficiency
+
+
+def _without(work: Work, saved: float) -> Work:
+    return replace(work, attention=max(work.attention - saved, 0.0))
 
 
 def _seconds(work: Work, rates: Rates, products: str = "products") -> Range:
@@ -278,8 +327,7 @@ def _times(count: float, one: Range) -> Range:
 
 def _gains(work: Work, saved: float, rates: Rates) -> list[float]:
     """Speed-up at both ends of the rates, which are the same for dense and sparse steps."""
-    less = replace(work, attention=work.attention - saved)
-    dense, sparse = _seconds(work, rates), _seconds(less, rates)
+    dense, sparse = _seconds(work, rates), _seconds(_without(work, saved), rates)
     return [dense.low / sparse.low, dense.high / sparse.high]
 
 
@@ -306,13 +354,13 @@ def _activations(
         dense = Range(work.peak, work.peak, "traced")
         sparse = max(work.peak, work.at_attention + COPIES * tokens) + kept
         return dense, Range(sparse, sparse, "traced")
-    dense = Range(LEAST_WIDTHS * tokens, MOST_WIDTHS * tokens, "as in the families that are traced")
+    dense = Range(
+        LEAST_WIDTHS * tokens, MOST_WIDTHS * tokens, "as in the families that are traced"
+    )
     return dense, replace(dense, low=dense.low + kept, high=dense.high + COPIES * tokens + kept)
 
 
-def _decoding(
-    vae: Part, subject: Subject, grid: VideoShape, dtype: torch.dtype
-) -> Work | None:
+def _decoding(vae: Part, subject: Subject, grid: VideoShape, dtype: torch.dtype) -> Work | None:
     """Trace the decoding as `pipelines.generation.decode` does it: in parts where the family can,
     else as a whole."""
     model: Any = vae.model
@@ -322,13 +370,13 @@ def _decoding(
     with suppress(Exception):
         if subject.family.TILED_VAE:
             model.enable_tiling()
-        if subject.family.AUTOENCODER == type(model).__name__:
+        if type(model).__name__ == subject.family.AUTOENCODER:
             family = subject.family
             if family.decode_parts is None:
                 family = next(
                     one
                     for one in map(family_named, FAMILIES)
-                    if one.AUTOENCODER == type(model).__name__ and one.decode_parts is not None
+                    if type(model).__name__ == one.AUTOENCODER and one.decode_parts is not None
                 )
             parts = family.decode_parts and family.decode_parts(model)
     frames, rows, columns = (n * p for n, p in zip(grid.grid, subject.patch, strict=True))

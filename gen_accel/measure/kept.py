@@ -13,13 +13,20 @@ T = TypeVar("T")
 
 
 def kept(
-    path: Path, key: str, measure: Callable[[], T], valid: Callable[[Any], bool], again: bool
+    path: Path,
+    key: str,
+    measure: Callable[[], T],
+    *,
+    what: str,
+    valid: Callable[[Any], bool],
+    again: bool = False,
 ) -> tuple[T, str]:
     """Return what the file holds under `key`, or measure it now and keep it.
 
     What is measured while others use the processor is returned and not kept.
 
     Args:
+        what: is measured, for a warning.
         valid: whether a value of the file can be one of ours.
         again: measure even so.
 
@@ -37,7 +44,7 @@ def kept(
             make_cache_folder()
             write_json(path, _read(path) | {key: value})
         except OSError as error:
-            warnings.warn(f"cannot keep a measurement: {error}", stacklevel=2)
+            warnings.warn(f"cannot keep {what}: {error}", stacklevel=5)
     return value, found or ""
 
 

@@ -44,7 +44,7 @@ class Rates:
 
 
 def rates_of_card(card: Card) -> Rates:
-    shares = {kind: share_of_peak(kind) for kind in KINDS}
+    shares = {kind: share_of_peak(kind, card.kind) for kind in KINDS}
     peaks = dict.fromkeys(KINDS, card.flops) | {"moved": card.bandwidth}
     ranges = {
         kind: Range(share.low * peaks[kind], share.high * peaks[kind], share.source)
@@ -73,7 +73,12 @@ def rates_here(
     threads = f"{torch.get_num_threads()} threads" if device.type == "cpu" else "1 device"
     key = f"{name} | {threads} | torch {torch.__version__} | {kind} | {head_dim} | {__version__}"
     found, busy = kept(
-        rates_file(), key, lambda: measure_rates(device, dtype, head_dim), _is_whole, again
+        rates_file(),
+        key,
+        lambda: measure_rates(device, dtype, head_dim),
+        what="the rates of this machine",
+        valid=_is_whole,
+        again=again,
     )
     note = f"; {busy}, so they may be too low, and are not kept" if busy else ""
     where = f"{name}, {threads}" if device.type == "cpu" else name
@@ -123,14 +128,10 @@ def measure_rates(
         "attention": (lambda: attend(q, q, q), 4.0 * heads * tokens**2 * head_dim),
         "moved": (lambda: wide * wide[:1], 2.0 * wide.numel() * wide.itemsize),
     }
-    return {
-        kind: amount / _fastest(call, device, clock) for kind, (call, amount) in work.items()
-    }
+    return {kind: amount / _fastest(call, device, clock) for kind, (call, amount) in work.items()}
 
 
-def _fastest(
-    call: Callable[[], Any], device: torch.device, clock: Callable[[], float]
-) -> float:
+def _fastest(call: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> float:
     def wait() -> None:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
