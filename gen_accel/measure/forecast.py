@@ -40,7 +40,7 @@ from gen_accel.video import VideoShape
 # channel; of the others, the bounds are taken.
 LEAST_WIDTHS, MOST_WIDTHS = 11.0, 19.0
 COPIES = 4  # q, k, v and the output in the order of a sparse kernel's tiles, beside the model's
-FEW, MORE = 7, 10  # latent frames that decoding is traced at, to tell the cost of three more
+FEW, MORE = 5, 8  # latent frames that decoding is traced at, to tell the cost of three more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,9 +198,8 @@ def forecast(
     if card is not None and efficiency is None:
         assumed = share_of_peak("efficiency")
     known = estimate(
-        source,
+        subject,
         method,
-        text=text,
         efficiency=math.sqrt(assumed.low * assumed.high) if assumed else efficiency,
         remeasure=remeasure,
         **run,

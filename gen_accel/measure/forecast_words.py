@@ -119,10 +119,8 @@ def _time(found: Forecast) -> Iterator[str]:
 def _memory(found: Forecast) -> Iterator[str]:
     yield f"Memory, weights in {_dtype(found)}:"
     for part in found.parts:
-        yield (
-            f"  {part.name:<22}{gigabytes(part.size):>12}   {part.parameters / 1e9:.3g} billion "
-            "parameters"
-        )
+        size = f"{gigabytes(part.size):>12}   {_count(part.parameters)} parameters"
+        yield f"  {part.name:<22}{size}"
     yield f"  {'a dense step':<22}{_bytes(found.activations):>12}   activations"
     yield f"  {'a sparse step':<22}{_bytes(found.sparse_activations):>12}"
     decoded = "not known" if found.decoded is None else gigabytes(found.decoded)
@@ -147,10 +145,18 @@ def _notes(found: Forecast) -> Iterator[str]:
             unit = "TB/s" if kind == "memory" else "TFLOPS"
             yield f"  {kind} at {one.low / 1e12:.3g}-{one.high / 1e12:.3g} {unit}: {one.source}"
     yield f"Kernel efficiency: {found.sparse.source}"
+    if found.rates.on_cpu:
+        yield "These are figures of the CPU. For a graphics card: --gpu h100, 4090, ..."
     if found.offload != "none":
         yield "Not in the seconds: the copying of weights by --offload."
     for what in (*known.uncounted, *found.unknown):
         yield f"not counted: {what}"
+
+
+def _count(parameters: int) -> str:
+    if parameters >= 1e8:
+        return f"{parameters / 1e9:.3g} billion"
+    return f"{parameters / 1e6:.3g} million"
 
 
 def _dtype(found: Forecast) -> str:

@@ -31,6 +31,7 @@ class Rates:
         memory: bytes that a program may use; None where unknown.
         origin: of the rates, in words.
         card: whether they are of a data sheet.
+        on_cpu: whether they are of this machine's processor.
     """
 
     device: str
@@ -41,6 +42,7 @@ class Rates:
     memory: int | None
     origin: str
     card: bool = False
+    on_cpu: bool = False
 
 
 def rates_of_card(card: Card) -> Rates:
@@ -70,7 +72,8 @@ def rates_here(
         again: measure even if the cache knows.
     """
     name, kind = device_name(device), str(dtype).removeprefix("torch.")
-    threads = f"{torch.get_num_threads()} threads" if device.type == "cpu" else "1 device"
+    count = torch.get_num_threads()
+    threads = "" if device.type != "cpu" else f"{count} thread{'s' * (count > 1)}"
     key = f"{name} | {threads} | torch {torch.__version__} | {kind} | {head_dim} | {__version__}"
     found, busy = kept(
         rates_file(),
@@ -90,6 +93,7 @@ def rates_here(
         **ranges,
         memory=_memory(device),
         origin=f"measured on {where}, {kind}{note}",
+        on_cpu=device.type == "cpu",
     )
 
 
