@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from gen_accel.attention_processors.families import FAMILIES, family_named
 from gen_accel.measure.cards import Range, card_named, share_of_peak
@@ -41,6 +42,7 @@ from gen_accel.video import VideoShape
 LEAST_WIDTHS, MOST_WIDTHS = 11.0, 19.0
 COPIES = 4  # q, k, v and the output in the order of a sparse kernel's tiles, beside the model's
 FEW, MORE = 5, 8  # latent frames that decoding is traced at, to tell the cost of three more
+ONE_BY_ONE = 3  # the same where latent frames are decoded one by one, to tell that of one more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,12 +285,58 @@ def calls_of(subject: Subject, guidance: bool | None) -> tuple[int, int]:
 
 
 def step_work(subject: Subject, grid: VideoShape, batch: int) -> Work | None:
-    """Trace one call of the transformer; None where its family cannot make the arguments."""
-    make = subject.family.inputs
+    """Trace one call of the transformer; None where its family cannot make the arguments.
+
+    Equal blocks cost the same, so that of each list of blocks one and two are traced.
+    """
+    make, model = subject.family.inputs, subject.model
     if make is None:
         return None
-    given = make(subject.model, grid, subject.text or 0, batch)
-    return traced(lambda: subject.model(**given, return_dict=False))
+    given = make(model, grid, subject.text or 0, batch)
+    lists = {
+        name: blocks
+        for name, blocks in model.named_children()
+        if isinstance(blocks, nn.ModuleList) and len(blocks) > 2 and _are_alike(blocks)
+    }
+
+    def at(**lengths: int) -> Work:
+        try:
+            for name, blocks in lists.items():
+                setattr(model, name, blocks[: lengths.get(name, 1)])
+            return traced(lambda: model(**given, return_dict=False))
+        finally:
+            for name, blocks in lists.items():
+                setattr(model, name, blocks)
+
+    try:
+        whole = least = at()
+        for name, blocks in lists.items():
+            more = at(**{name: 2})
+            whole = _sum(whole, least, more, len(blocks) - 1)
+    except Exception:  # a class of the family that takes more than these arguments
+        return None
+    return whole
+
+
+def _are_alike(blocks: nn.ModuleList) -> bool:
+    first = [(name, value.shape) for name, value in blocks[0].named_parameters()]
+    return all(
+        [(name, value.shape) for name, value in block.named_parameters()] == first
+        for block in blocks
+    )
+
+
+def _sum(whole: Work, least: Work, more: Work, times: float) -> Work:
+    """Add what `more` does beyond `least`, so many times; memory is the most of them."""
+    added = {
+        name: getattr(whole, name) + times * (getattr(more, name) - getattr(least, name))
+        for name in ("products", "attention", "moved")
+    }
+    most = {
+        name: max(getattr(whole, name), getattr(more, name))
+        for name in ("peak", "at_attention", "longest")
+    }
+    return Work(**added, **most)
 
 
 def _saved(estimate: Estimate, efficiency: float) -> float:
@@ -378,6 +426,7 @@ def _decoding(vae: Part, subject: Subject, grid: VideoShape, dtype: torch.dtype)
                     if type(model).__name__ == one.AUTOENCODER and one.decode_parts is not None
                 )
             parts = family.decode_parts and family.decode_parts(model)
+    one_by_one = parts is not None and type(model).__name__ == "AutoencoderKLWan"
     frames, rows, columns = (n * p for n, p in zip(grid.grid, subject.patch, strict=True))
     config = model.config
     channels = config.get("z_dim") or config.get("latent_channels")
@@ -388,18 +437,16 @@ def _decoding(vae: Part, subject: Subject, grid: VideoShape, dtype: torch.dtype)
             return traced(lambda: model.decode(z, return_dict=False))
         return traced(lambda: _drained(parts(model, z)))
 
+    few, more = (ONE_BY_ONE, ONE_BY_ONE + 1) if one_by_one else (FEW, MORE)
     try:
-        if frames <= MORE:
+        if frames <= more:
             return at(frames)
-        few, more = at(FEW), at(MORE)
+        short, longer = at(few), at(more)
     except Exception:  # an autoencoder that takes more than latents
         return None
-    ratio = (frames - FEW) / (MORE - FEW)
-    further = {
-        name: getattr(few, name) + ratio * (getattr(more, name) - getattr(few, name))
-        for name in ("products", "attention", "moved", "peak")
-    }
-    return Work(**(further | {"peak": round(max(further["peak"], few.peak))}))
+    times = (frames - few) / (more - few)
+    peak = short.peak + times * (longer.peak - short.peak)  # grows where it is decoded whole
+    return replace(_sum(short, short, longer, times), peak=round(max(peak, short.peak)))
 
 
 def _drained(parts: Any) -> None:
