@@ -79,6 +79,8 @@ def parts_of_pipeline(
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast a model on the meta device as loading would, which leaves some weights in float32."""
     kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if type(model).__module__.startswith("transformers") and dtype != torch.float16:
+        kept = ()  # which transformers keeps beside float16 alone
     for name, value in model.named_parameters():
         if value.is_floating_point() and not any(part in name.split(".") for part in kept):
             value.data = value.data.to(dtype)
