@@ -37,9 +37,11 @@ from gen_accel.measure.subject import Subject, subject_of
 from gen_accel.measure.trace import Work
 
 RESULTS = Path(__file__).parent / "results" / "estimate.json"
+PAGE = Path(__file__).parent.parent / "docs" / "estimate.md"
+BEGIN, END = "<!-- estimate -->", "<!-- /estimate -->"
 # glibc gives back what is freed of blocks above this size.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-CLIPS = ((17, 240, 416), (25, 240, 416))  # frames, height, width
+CLIPS = ((9, 240, 416), (17, 240, 416), (25, 240, 416))  # frames, height, width
 MODELS: dict[str, dict[str, Any]] = {
     "wan": {
         "_class_name": "WanTransformer3DModel",
@@ -49,12 +51,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "hunyuan_video": {
         "_class_name": "HunyuanVideoTransformer3DModel",
         **{"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 1},
-        **{"num_single_layers": 1, "num_refiner_layers": 1},
+        **{"num_single_layers": 1, "num_refiner_layers": 1, "patch_size": 2},
     },
     "ltx": {
         "_class_name": "LTXVideoTransformer3DModel",
         **{"num_attention_heads": 16, "attention_head_dim": 64, "cross_attention_dim": 1024},
-        **{"num_layers": 3},
+        **{"num_layers": 3, "patch_size": 1},
     },
 }
 
@@ -154,6 +156,36 @@ def _row(subject: Subject, grid: VideoShape, dtype: torch.dtype) -> int:
     return subject.whole(grid).tokens * width * dtype.itemsize
 
 
+def table(results: dict[str, Any]) -> str:
+    """Results as Markdown; the errors are estimate / measurement - 1."""
+    head = ("model", "tokens", "dense, s", "sparse, s", "dense, MB", "sparse, MB")
+    rows = [head, ("---", *["---:"] * 5)]
+    for row in results["rows"]:
+        cells = [
+            f"{row[name]['estimated']:.{digits}f} of {row[name]['measured']:.{digits}f} "
+            f"({row[name]['error']:+.0%})"
+            for name, digits in (
+                ("seconds", 2),
+                ("sparse_seconds", 2),
+                ("memory_mb", 0),
+                ("sparse_memory_mb", 0),
+            )
+        ]
+        rows.append((row["model"], f"{row['tokens']:,}", *cells))
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    busy = sum(row["busy"] is not None for row in results["rows"])
+    machine = f"{results['environment']['device']}, torch {results['environment']['torch']}"
+    return "\n".join(
+        [
+            "Estimated of measured, and the error:",
+            "",
+            *lines,
+            "",
+            f"{machine}; others were busy during {busy} of {len(results['rows'])} rows.",
+        ]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", choices=MODELS, help="one of the models")
@@ -178,8 +210,16 @@ def main() -> None:
                 f"sparse {row['sparse_memory_mb']['error']:+.1%}",
                 flush=True,
             )
-    write_json(args.out, {"environment": environment() | {"threads": 1}, "rows": rows})
-    print(args.out)
+    if args.only and args.out.exists():  # the rows of the other models stay
+        held = json.loads(args.out.read_text())["rows"]
+        rows = [row for row in held if row["model"] != args.only] + rows
+    results = {"environment": environment() | {"threads": 1}, "rows": rows}
+    write_json(args.out, results)
+    print(args.out, table(results), sep="\n\n")
+    if args.out == RESULTS:
+        head, _, rest = PAGE.read_text().partition(f"{BEGIN}\n")
+        _, _, tail = rest.partition(END)
+        PAGE.write_text(f"{head}{BEGIN}\n{table(results)}\n{END}{tail}")
 
 
 def _in_a_process(kind: str, number: int, rounds: int) -> dict[str, Any]:

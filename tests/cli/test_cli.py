@@ -346,7 +346,9 @@ def test_a_picture_says_that_data_decides(method, tmp_path, monkeypatch):
 
 
 def test_show_fits_the_width_it_is_given():
-    text = pictures.mask_text(Radial(), VideoShape(65, 12, 12), 60).splitlines()[3:]
+    lines = pictures.mask_text(Radial(), VideoShape(65, 12, 12), 60).splitlines()
+    assert max(map(len, lines)) <= 60
+    text = lines[next(i for i, line in enumerate(lines) if line.endswith("across:")) + 1 :]
     assert len(text) == 30
     assert {len(line) for line in text} == {60}
     assert set("".join(text)) <= set(pictures.SHADES)
