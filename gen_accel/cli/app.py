@@ -143,7 +143,6 @@ app = typer.Typer(
     cls=OneLineErrors,
     no_args_is_help=True,
     rich_markup_mode=None,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -184,20 +183,25 @@ def root(
     """Sparse attention that makes video diffusion models faster.
 
     \b
-    gen-accel demo                 one clip, dense and sparse, on one clock; no download
+    gen-accel demo                 one clip, dense and sparse; no download
     gen-accel list                 methods with their options, kernels
     gen-accel models               the models that are served, and what of them
     gen-accel show radial --frames 33 --height 12 --width 12
-    gen-accel estimate --model Wan2.1-T2V-1.3B --height 480 --width 832 --frames 161
-    gen-accel simulate neighborhood --frames 30 --height 48 --width 80 --density 0.1
-    gen-accel generate --model DIR_OR_REPO --prompt "a cat surfs" --out cat.mp4 --compare
-    gen-accel tune --model DIR_OR_REPO --prompts prompts.txt --quality 28 --out preset.json
-    gen-accel generate --model DIR_OR_REPO --prompt "a cat surfs" --preset preset.json
-    gen-accel train lora.yaml      a LoRA for longer videos; `cache` encodes its clips before
-    gen-accel metrics cat.mp4      loops, drift, motion and flicker; or against a reference
+    gen-accel estimate --model Wan2.1-T2V-14B --height 480 --width 832 \\
+        --frames 161 --gpu 4090
+    gen-accel simulate neighborhood --frames 30 --height 48 --width 80 \\
+        --density 0.1
+    gen-accel generate --model DIR_OR_REPO --prompt "a cat surfs" \\
+        --out cat.mp4 --compare
+    gen-accel tune --model DIR_OR_REPO --prompts prompts.txt --quality 28 \\
+        --out preset.json
+    gen-accel generate --model DIR_OR_REPO --prompt "a cat" --preset preset.json
+    gen-accel train lora.yaml      a LoRA for longer videos; `cache` before
+    gen-accel metrics cat.mp4      loops, drift, motion; or against a reference
     gen-accel prompts vbench       prompts of a benchmark, for generate --prompts
     gen-accel doctor               versions, devices, what is missing
 
     A method says which tokens see which and changes the answer; a kernel computes it and does not.
-    `gen-accel VERB --help` has examples.
+    `gen-accel VERB --help` has examples. Tab completes verbs and options after
+    `gen-accel --install-completion`.
     """

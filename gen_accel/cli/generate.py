@@ -14,18 +14,21 @@ from gen_accel.cli.options import (
     DenseLayers,
     DenseStart,
     DenseSteps,
+    GpuName,
     Kernel,
     MethodName,
     Metrics,
     PresetName,
     Settings,
     Steps,
+    check_card,
     check_instead,
     check_metrics,
     check_only,
     method_of,
     schedule,
 )
+from gen_accel.cli.planned import print_plan
 from gen_accel.cli.printing import print_comparison, print_files, quiet
 from gen_accel.demo import NAME, adapter_named, model_named
 from gen_accel.demo.words import check_known
@@ -150,6 +153,10 @@ def generate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Of several prompts, make again what is done.")
     ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what this run will cost, and do not run.")
+    ] = False,
+    gpu: GpuName = None,
 ) -> None:
     """Generate videos with any diffusers video pipeline of `gen-accel models`.
 
@@ -206,7 +213,10 @@ def generate(
     early.check_sources("adapter", image_adapter)
     early.check_sources("image encoder", image_encoder)
     early.check_files("image", [*(image_prompt or ()), *(image_mask or ()), image_negative])
-    early.announce("torch, diffusers and the model")
+    check_card(gpu)
+    if gpu is not None and not plan:
+        raise ValueError(f"--gpu {gpu} is for --plan: a run takes --device")
+    early.announce("torch and diffusers" if plan else "torch, diffusers and the model")
     quiet()
     from gen_accel.pipelines.generation.generate import decode_latents, read_prompts
     from gen_accel.pipelines.generation.generate import generate as run
@@ -223,7 +233,8 @@ def generate(
     if model == NAME:
         check_known(*texts)
     dense = schedule(dense_start, dense_end, dense_steps, dense_layers)
-    made = run(
+    make = print_plan(gpu) if plan else run
+    made = make(
         source,
         texts,
         out=out,

@@ -16,6 +16,7 @@ from gen_accel.attention_processors.families import (
 from gen_accel.attention_processors.methods.options import options_of
 from gen_accel.kernels import KERNELS, kernel_of, refusals
 from gen_accel.method import Method, parts_of
+from gen_accel.names import nearest_to
 from gen_accel.values import as_text, written_type
 
 DEVICES = {"cpu": torch.float32, "cuda": torch.bfloat16}
@@ -79,7 +80,8 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class KernelInfo:
-    """A kernel. `refused`: "cpu, generating" and so on to the reasons, empty where it runs."""
+    """A kernel. `refused`: "cpu, generating" and so on to the reasons, empty where it runs; only
+    of devices that are there."""
 
     name: str
     description: str
@@ -102,7 +104,6 @@ def kernels() -> list[KernelInfo]:
         where = {}
         for device, dtype in DEVICES.items():
             if device == "cuda" and not torch.cuda.is_available():
-                where[device] = ["no CUDA device"]
                 continue
             for grad in (False, True):
                 words = f"{device}, {'training' if grad else 'generating'}"
@@ -137,6 +138,45 @@ def models() -> list[ModelInfo]:
             for name in module.CLASSES
         ]
     return found + [ModelInfo(name, refused=why) for name, why in sorted(REFUSED.items())]
+
+
+def matching(name: str) -> list[ModelInfo]:
+    """The models of a family, a class or a published name, refused ones too; ValueError with the
+    nearest names for anything else."""
+    known = models()
+    published = {
+        key: preset.kind or family_named(family).CLASSES[0]
+        for family in FAMILIES
+        for key, preset in family_named(family).PRESETS.items()
+    }
+    kind = published.get(name.removesuffix("-Diffusers"), name)
+    word = kind.lower().replace("-", "_").replace(" ", "_")
+    found = [model for model in known if word in (model.family, model.name.lower())]
+    if not found:
+        names = [*FAMILIES, *(model.name for model in known), *published]
+        near = nearest_to(name, names) or nearest_to(word, names)
+        raise ValueError(
+            f"no family, class or published model is called {name!r}{near}; `gen-accel models` "
+            "lists them"
+        )
+    return found
+
+
+def uses_of(family: str) -> dict[str, Any]:
+    """What a family serves beside attention: its kind, training and longer video."""
+    found = family_named(family)
+    return {
+        "kind": found.KIND,
+        "training": found.serves("training"),
+        "longer": found.KIND == "video" and found.serves("longer video"),
+    }
+
+
+def published_of(model: ModelInfo) -> list[str]:
+    """Published models of a class, which `estimate` knows by name."""
+    presets = family_named(model.family).PRESETS.items()
+    first = family_named(model.family).CLASSES[0]
+    return [key for key, preset in presets if (preset.kind or first) == model.name]
 
 
 def models_page() -> str:

@@ -1,84 +1,87 @@
 """`gen-accel list`, `models`, `build` and `doctor`: what there is and what runs here."""
 
-import sys
-from typing import Annotated
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from textwrap import wrap
+from typing import Annotated, Any
 
 import typer
 
+from gen_accel.cli import early
 from gen_accel.cli.app import app
-from gen_accel.cli.printing import print_rows
+from gen_accel.cli.json_out import JsonFile, check_json, show_result, terminal_width
+
+GROUPS = {
+    "video": "Video, every token sees every frame:",
+    "frames": "Video, each frame attends by itself:",
+    "image": "Images:",
+}
 
 
 @app.command(name="list", short_help="Methods with their options, and kernels.")
-def list_() -> None:
+def list_(json: JsonFile = None) -> None:
     """Methods with their options, and kernels with where they run.
 
     \b
     gen-accel list
     gen-accel generate ... --method radial --set decay_factor=0.5 --set sink=false
+    gen-accel list --json -
 
     A kernel that cannot run on this machine is listed with the reason.
     """
+    check_json(json)
+    early.announce()
     from gen_accel.cli import inventory
 
-    typer.echo("Methods, which change the answer:")
-    for method in inventory.methods():
-        typer.echo(f"\n  {method.name}: {method.description}")
-        for field, (default, values) in method.fields.items():
-            typer.echo(f"    {field}={default}".ljust(30) + f" {values}")
-    typer.echo("\nKernels, which do not:")
-    for kernel in inventory.kernels():
-        typer.echo(f"\n  {kernel.name}: {kernel.description}")
-        for where, reasons in kernel.refused.items():
-            verdict = f"no: {'; '.join(reasons)}" if reasons else "yes"
-            typer.echo(f"    {where}".ljust(20) + verdict)
-    typer.echo("\nModels: see `gen-accel models`.")
+    methods, kernels = inventory.methods(), inventory.kernels()
+    data = {
+        "methods": [asdict(method) for method in methods],
+        "kernels": [asdict(kernel) for kernel in kernels],
+    }
+    show_result(_list_lines(methods, kernels), data, json)
 
 
-@app.command(short_help="The models that are served, as a table.")
+@app.command(short_help="The models that are served.")
 def models(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="A family, a class of diffusers or a published model, to say more of."
+        ),
+    ] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="As the page docs/models.md.")
     ] = False,
+    json: JsonFile = None,
 ) -> None:
-    """Classes of diffusers that are served, with their methods, the order of their tokens, what a
-    LoRA trains, and whether they take image prompts; and those that are refused, with the reason.
+    """Models that are served, one a line: methods, LoRA training, longer video and image prompts;
+    and those that are refused, with the reason.
 
     \b
     gen-accel models
+    gen-accel models wan                 all that is known of a family, or of one class
+    gen-accel models Wan2.1-T2V-14B
+    gen-accel models --json models.json
     gen-accel models --markdown > docs/models.md
     """
-    import diffusers
-    from rich.console import Console
-    from rich.table import Table
-
+    check_json(json)
+    early.announce()
     from gen_accel.cli import inventory
 
     if markdown:
         typer.echo(inventory.models_page(), nl=False)
         return
-    found = inventory.models()
-    table = Table("models")
-    table.add_column("class", no_wrap=True)
-    for name in ("methods", "tokens", "LoRA targets", "image prompts"):
-        table.add_column(name)
-    for model in found:
-        if not model.refused:
-            targets = ", ".join(model.lora_targets["attention"])
-            images = "yes" if model.image_prompts else ""
-            methods = inventory.methods_of(model)
-            table.add_row(model.models, model.name, methods, model.order, targets, images)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
-    missing = [model.name for model in found if not model.here]
-    if missing:
-        typer.echo(f"diffusers {diffusers.__version__} does not have: {', '.join(missing)}")
-    for model in found:
-        if model.refused:
-            typer.echo(f"{model.name} cannot be served: {model.refused}")
+    if name is not None:
+        found = inventory.matching(name)
+        lines = [line for model in found for line in (*_details(model), "")][:-1]
+    else:
+        found = inventory.models()
+        lines = [*_models_lines(found)]
+    show_result(lines, [_as_data(model) for model in found], json)
 
 
 @app.command(short_help="Compile the CPU kernel for this machine.")
-def build() -> None:
+def build(json: JsonFile = None) -> None:
     """Compile the kernel `native` for this machine: 15 seconds, once. It is the fastest on a CPU,
     forward and backward, and "auto" takes it from then on; all methods run without it too.
 
@@ -88,25 +91,162 @@ def build() -> None:
     \b
     gen-accel build
     """
+    check_json(json)
+    early.announce("torch, and compiling")
     from gen_accel.kernels.native.build import build as compile_kernel
 
     try:
-        typer.echo(compile_kernel())
+        path = str(compile_kernel())
+        show_result([path], {"kernel": "native", "file": path}, json)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
 
 
 @app.command(short_help="Versions, devices, and what is missing.")
-def doctor() -> None:
+def doctor(json: JsonFile = None) -> None:
     """Versions and devices, what is missing, and the command that adds it.
 
     \b
     gen-accel doctor
+    gen-accel doctor --json machine.json
     """
+    check_json(json)
+    early.announce()
     from gen_accel.measure.environment import checks
 
     found = checks()
-    print_rows({check.name: check.found or "missing" for check in found})
+    show_result(_doctor_lines(found), [asdict(check) for check in found], json)
+
+
+def _list_lines(methods: Iterable[Any], kernels: Iterable[Any]) -> Iterator[str]:
+    yield "Methods, which change the answer:"
+    for method in methods:
+        yield ""
+        yield from _hanging(f"  {method.name}: ", method.description)
+        for field, (default, values) in method.fields.items():
+            yield from _hanging(f"    {field}={default}".ljust(30) + " ", values)
+    yield ""
+    yield "Kernels, which do not:"
+    places = set()
+    for kernel in kernels:
+        places |= {*kernel.refused}
+        yield ""
+        yield from _hanging(f"  {kernel.name}: ", kernel.description)
+        for where, reasons in kernel.refused.items():
+            verdict = f"no: {'; '.join(reasons)}" if reasons else "yes"
+            yield from _hanging(f"    {where}".ljust(19) + " ", verdict)
+    yield ""
+    if not any(place.startswith("cuda") for place in places):
+        yield "No CUDA device is here: what runs on one is not listed."
+    yield "Models: see `gen-accel models`."
+
+
+def _models_lines(found: Iterable[Any]) -> Iterator[str]:
+    """One line a model, by what its attention sees; then what is missing and what is refused."""
+    import diffusers
+
+    from gen_accel.cli import inventory
+
+    found = [*found]
+    served = [model for model in found if not model.refused]
+    names = max(len(model.family) for model in served)
+    wide = terminal_width() - names - len("  methods  LoRA  longer  image") - 2
+    for kind, title in GROUPS.items():
+        yield title
+        yield f"  {'family':<{names}}{'':<{wide}}  methods  LoRA  longer  image"
+        for family, group in _by_family(served):
+            uses = inventory.uses_of(family)
+            if uses["kind"] != kind:
+                continue
+            models = group[0].models
+            methods = len({name for model in group for name in model.methods})
+            images = any(model.image_prompts for model in group)
+            words = (uses["training"], uses["longer"], images)
+            train, longer, image = ("yes" if word else "-" for word in words)
+            cells = f"  {methods:>7}  {train:>4}  {longer:>6}  {image:>5}"
+            first, *rest = wrap(models, wide - 2) or [""]
+            yield f"  {family:<{names}}  {first:<{wide - 2}}{cells}"
+            yield from (f"  {'':<{names}}  {line}" for line in rest)
+        yield ""
+    yield from _hanging(
+        "",
+        "methods: how many of `gen-accel list` leave something out there. LoRA: `gen-accel train` "
+        "trains it. longer: techniques of --extend. image: image prompts. `gen-accel models "
+        "FAMILY` says more.",
+    )
+    missing = [model.name for model in found if not model.here]
+    if missing:
+        yield from _hanging(
+            f"diffusers {diffusers.__version__} does not have: ", ", ".join(missing)
+        )
+    for model in found:
+        if model.refused:
+            yield from _hanging(f"{model.name} cannot be served: ", model.refused)
+
+
+def _details(model: Any) -> Iterator[str]:
+    """All that is known of a model."""
+    from gen_accel.cli import inventory
+
+    yield model.name
+    if model.refused:
+        yield from _hanging("  cannot be served: ", model.refused)
+        return
+    uses = inventory.uses_of(model.family)
+    rows = {
+        "models": model.models,
+        "family": model.family,
+        "published": ", ".join(inventory.published_of(model)) or "none that `estimate` knows",
+        "methods": inventory.methods_of(model),
+        "tokens": model.order,
+        "trained by": "gen-accel train" if uses["training"] else "not by gen-accel train",
+        "longer": "techniques of --extend" if uses["longer"] else "no",
+        "image prompts": "yes" if model.image_prompts else "no",
+    }
+    rows |= {f"LoRA, {group}": ", ".join(targets) for group, targets in model.lora_targets.items()}
+    if not model.here:
+        rows["missing"] = "the installed diffusers does not have it"
+    width = max(map(len, rows)) + 4
+    for name, value in rows.items():
+        yield from _hanging(f"  {name}".ljust(width), value)
+
+
+def _as_data(model: Any) -> dict[str, Any]:
+    from gen_accel.cli import inventory
+
+    if model.refused:
+        return {"name": model.name, "refused": model.refused}
+    uses = inventory.uses_of(model.family)
+    return asdict(model) | {"published": inventory.published_of(model), **uses}
+
+
+def _by_family(served: Iterable[Any]) -> list[tuple[str, list[Any]]]:
+    groups: dict[str, list[Any]] = {}
+    for model in served:
+        groups.setdefault(model.family, []).append(model)
+    return [*groups.items()]
+
+
+def _doctor_lines(found: Iterable[Any]) -> Iterator[str]:
+    found = [*found]
+    width = max(len(check.name) for check in found) + 2
+    for check in found:
+        yield from _hanging(check.name.ljust(width), check.found or "missing")
+    yield ""
     for check in found:
         if check.found is None:
-            typer.echo(f"{check.name}: {check.fix}")
+            command, _, note = check.fix.partition("  (")
+            yield f"{check.name}:"
+            yield from _hanging("  ", command)
+            if note:
+                yield from _hanging("  ", f"({note}")
+
+
+def _hanging(head: str, text: str) -> list[str]:
+    """Wrap text after a head, further lines below its beginning."""
+    below = " " * min(len(head), 30)
+    width = terminal_width()
+    lines = wrap(
+        head + text, width, subsequent_indent=below, break_on_hyphens=False, drop_whitespace=True
+    )
+    return lines or [head.rstrip()]

@@ -47,6 +47,26 @@ DenseLayers = Annotated[
     str, typer.Option(help="How many of the first layers stay dense, or their numbers: 0,7.")
 ]
 
+GpuName = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        metavar="CARD",
+        help="A card to estimate for: h100, h200, a100, 4090, 5090 and others. Without: this "
+        "machine.",
+    ),
+]
+
+GpuName = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        metavar="CARD",
+        help="A card to estimate for: h100, h200, a100, 4090, 5090 and others. Without: this "
+        "machine.",
+    ),
+]
+
 Steps = Annotated[int | None, typer.Option(help="Denoising steps. Without: the model's own.")]
 
 Metrics = Annotated[
@@ -103,6 +123,14 @@ def check_instead(context: typer.Context, preset: str | None) -> None:
             f"--preset {preset} takes the place of --method and --set: leave "
             f"{' and '.join(wrong)} out"
         )
+
+
+def check_card(gpu: str | None) -> None:
+    """Raise ValueError, with the nearest names, for a card that is not in the table."""
+    if gpu is not None:
+        from gen_accel.measure.cards import card_named
+
+        card_named(gpu)
 
 
 def check_only(context: typer.Context, option: str, others: Iterable[str]) -> None:

@@ -8,14 +8,23 @@ import typer
 from gen_accel import names
 from gen_accel.cli import early
 from gen_accel.cli.app import app
+from gen_accel.cli.json_out import (
+    STANDARD_OUTPUT,
+    JsonFile,
+    check_json,
+    show_result,
+    terminal_width,
+)
 from gen_accel.cli.options import (
     DenseEnd,
     DenseLayers,
     DenseStart,
     DenseSteps,
+    GpuName,
     MethodName,
     PresetName,
     Settings,
+    check_card,
     check_instead,
     given,
     method_of,
@@ -26,6 +35,7 @@ from gen_accel.cli.presets import preset_lines
 from gen_accel.demo import model_named
 
 STEPS = 50  # of an estimate
+MOST_TOKENS = 2_000_000  # of a picture
 
 
 @app.command(short_help="A picture of what a method keeps.")
@@ -34,17 +44,19 @@ def show(
     method: Annotated[
         str | None, typer.Argument(help="See `gen-accel list`; or module:Class of your own.")
     ] = None,
-    frames: Annotated[int | None, typer.Option(help="In tokens: of the latent video.")] = None,
-    height: Annotated[int | None, typer.Option(help="In tokens.")] = None,
-    width: Annotated[int | None, typer.Option(help="In tokens.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="In tokens; with --model, frames of the video.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="In tokens; with --model, pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="In tokens; with --model, pixels.")] = None,
     text: Annotated[int, typer.Option(help="Text tokens in the same attention.")] = 0,
     settings: Settings = None,
     preset: PresetName = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Of a preset by name: what was tuned for this model, a folder, a hub repo, or "
-            "demo: the embedded. The rule where nothing was."
+            help="As for `estimate`: sizes are then its frames and pixels, and a preset by name "
+            "is what was tuned for it, or the rule where nothing was."
         ),
     ] = None,
     layer: Annotated[int | None, typer.Option(help="Of a preset, the only one to show.")] = None,
@@ -55,16 +67,18 @@ def show(
     out: Annotated[
         Path | None, typer.Option(help="A .png to write instead of drawing here.")
     ] = None,
+    json: JsonFile = None,
 ) -> None:
     """Draw which blocks a method keeps, and what one token sees, before any model runs.
 
     Of block_mixture, piecewise, sparse_linear, and reuse around them, whose pattern depends on q
     and k, it is that of smooth random ones.
 
-    Sizes are in tokens. From pixels, for Wan: frames (n - 1) / 4 + 1, height / 16, width / 16,
-    so that 161 frames of 720 x 1280 are 41 x 45 x 80. For the demo model: height / 8, width / 8.
+    Sizes are in tokens, or with --model in frames and pixels: 161 frames of 720 x 1280 of Wan are
+    41 x 45 x 80 tokens.
 
     \b
+    gen-accel show radial --model wan --frames 161 --height 720 --width 1280
     gen-accel show radial --frames 33 --height 12 --width 12
     gen-accel show radial --frames 41 --height 45 --width 80 --set rule=paper --out mask.png
     gen-accel show neighborhood --frames 9 --height 12 --width 12 --set window=3,5,5 \\
@@ -81,52 +95,56 @@ def show(
     check_instead(context, preset)
     early.check_names(method=method or "radial")
     early.check_output(out, ".png")
+    check_json(json)
     seen_from = _token(token)
+    sizes = frames, height, width
     is_file = preset is not None and preset not in names.PRESETS
     if model is not None:
-        if preset is None or is_file:
-            raise ValueError(f"--model is for a preset by name, got {model} without --preset NAME")
         early.check_subject(model)
-    elif layer is not None and not is_file:
+    if layer is not None and not is_file and (preset is None or model is None):
         raise ValueError(f"--layer is of a tuned preset, got {layer} without --preset FILE")
-    if is_file or model is not None:
-        early.announce("torch")
-        tuned = _tuned(str(preset), model)
+    if method is None and preset is None:
+        raise ValueError("give a METHOD of `gen-accel list`, or --preset")
+    if preset is None or (model is None and not is_file):
+        _check_sizes(sizes, model)
+    if out is None and token is not None:
+        raise ValueError("--token is drawn in a picture only: add --out mask.png")
+    early.announce("torch" if model is None else "torch and diffusers")
+    if preset is not None and (is_file or model is not None):
+        tuned = _tuned(str(preset), None if is_file else model)
         if tuned:
             wrong = [option for name, option in given(context).items() if name in ("out", "token")]
             if wrong:
                 wrong = ", ".join(wrong)
                 raise ValueError(f"a tuned preset is shown as a table: leave {wrong} out")
-            for one in tuned:
-                _show_preset(one, (frames, height, width), text, layer)
+            shown = (None,) * 3 if model is not None and None in sizes else sizes
+            if model is not None and None not in sizes:
+                shown = _in_pixels(model, sizes, text).grid
+            lines = [line for one in tuned for line in _preset_lines(one, shown, text, layer)]
+            show_result(lines, [one.to_dict() for one in tuned], json)
             return
         if layer is not None:
             raise ValueError(f"--layer is of a tuned preset, and {preset} is a rule for {model}")
-    if method is None and preset is None:
-        raise ValueError("give a METHOD of `gen-accel list`, or --preset")
-    if frames is None or height is None or width is None:
-        raise ValueError("give --frames, --height and --width, in tokens")
-    if out is None and token is not None:
-        raise ValueError("--token is drawn in a picture only: add --out mask.png")
-    early.announce("torch")
-    from gen_accel.measure.pictures import mask_picture, mask_text
-    from gen_accel.video import VideoShape
+        _check_sizes(sizes, model)
+    from gen_accel.measure.pictures import mask_facts, mask_picture, mask_text
 
+    lines: list[str] = []
     if preset is None:
         chosen = method_of(method or "", settings)
     else:
         from gen_accel.pipelines.tuning.named import by_rule
 
         chosen, when, _ = by_rule(preset)
-        typer.echo(str(when))
-    video = VideoShape(frames, height, width, text)
+        lines += _wrapped(str(when))
+    video = _in_tokens(sizes, text) if model is None else _in_pixels(model, sizes, text)
     if out is not None:
-        typer.echo(mask_picture(chosen, video, out, token=seen_from))
-    else:
-        typer.echo(mask_text(chosen, video, _terminal_width()))
+        lines.append(str(mask_picture(chosen, video, out, token=seen_from)))
+    elif json != STANDARD_OUTPUT:
+        lines += mask_text(chosen, video, terminal_width()).splitlines()
+    show_result(lines, None if json is None else mask_facts(chosen, video), json)
 
 
-@app.command(short_help="The speed-up to expect, without running.")
+@app.command(short_help="Seconds, GB and the speed-up to expect, without running.")
 def estimate(
     context: typer.Context,
     model: Annotated[
@@ -153,31 +171,49 @@ def estimate(
         int | None,
         typer.Option(help="Tokens of the prompt; else as many as the pipelines make of any."),
     ] = None,
+    gpu: GpuName = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    offload: Annotated[
+        str, typer.Option(help="What waits in CPU memory: none, model, group or sequential.")
+    ] = "none",
     efficiency: Annotated[
         float | None,
         typer.Option(help="Share of the ideal speed-up that the kernel reaches; else measured."),
     ] = None,
+    remeasure: Annotated[
+        bool, typer.Option("--remeasure", help="Measure again what the cache folder knows.")
+    ] = False,
+    json: JsonFile = None,
 ) -> None:
-    """Tokens, FLOPs and the speed-up to expect, without running or loading the model.
+    """Seconds, memory and speed-up to expect, without running or loading the model.
 
     \b
-    gen-accel estimate --model Wan2.1-T2V-14B --height 720 --width 1280 --frames 161
-    gen-accel estimate --model hunyuan_video --height 720 --width 1280 --frames 129
+    gen-accel estimate --model Wan2.1-T2V-14B --height 720 --width 1280 --frames 161 \\
+        --gpu h100
+    gen-accel estimate --model hunyuan_video --height 720 --width 1280 --frames 129 \\
+        --gpu 4090 --offload model
     gen-accel estimate --model models/wan --height 480 --width 832 --frames 81 \\
         --set decay_factor=0.2 --dense-start 0.25 --dense-layers 1
     gen-accel estimate --model Wan2.1-T2V-1.3B --height 480 --width 832 --frames 81 \\
-        --efficiency 0.7
+        --efficiency 0.7 --json cost.json
     gen-accel estimate --model models/wan --height 480 --width 832 --frames 81 \\
         --preset preset.json
+    gen-accel generate --model models/wan --prompt "a cat surfs" --plan --gpu h100
+        the same figures, for exactly the run that the other options describe
 
-    Kernel efficiency is measured on this machine the first time, which takes seconds.
+    With --gpu, seconds are ranges from the card's data sheet. Without, they are of this machine,
+    whose rates and kernel efficiency are measured the first time, which takes seconds.
     """
     early.check_subject(model)
     early.check_names(method=method)
     early.check_preset(preset, steps)
+    names.check_loading(dtype, offload)
+    check_card(gpu)
+    check_json(json)
     check_instead(context, preset)
     early.announce()
-    from gen_accel.measure.estimate import estimate as run
+    from gen_accel.measure.forecast import forecast as run
+    from gen_accel.measure.forecast_words import forecast_lines
 
     source = model_named(model)
     dense = schedule(dense_start, dense_end, dense_steps, dense_layers)
@@ -195,15 +231,19 @@ def estimate(
     result = run(
         source,
         chosen,
+        gpu=gpu,
+        dtype=dtype,
+        offload=offload,
+        text=text,
+        efficiency=efficiency,
+        remeasure=remeasure,
         height=height,
         width=width,
         num_frames=frames,
         schedule=dense,
-        text=text,
         steps=STEPS if steps is None else steps,
-        efficiency=efficiency,
     )
-    typer.echo(str(result))
+    show_result(forecast_lines(result, terminal_width()), result.to_dict(), json)
 
 
 @app.command(short_help="The bound that tiles put on a speed-up.")
@@ -232,9 +272,7 @@ def simulate(
         float | None, typer.Option(help="Most of the token pairs that may be kept, 0 to 1.")
     ] = None,
     top: Annotated[int, typer.Option(help="How many choices to list.")] = 10,
-    json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the figures there.")
-    ] = None,
+    json: JsonFile = None,
 ) -> None:
     """How much faster neighborhood attention can be, for a stride and tiles, without running.
 
@@ -257,7 +295,7 @@ def simulate(
     """
     if method != "neighborhood":
         raise ValueError(f"simulate knows the method 'neighborhood', got {method!r}")
-    early.check_output(json)
+    check_json(json)
     tiles = _tiles(tile_q, tile_k)
     if stride is not None and (window is None or not tiles or density is not None):
         raise ValueError(
@@ -265,7 +303,6 @@ def simulate(
         )
     early.announce("torch")
     from gen_accel.attention_processors.methods.options import method_from
-    from gen_accel.measure import write_json
     from gen_accel.measure.simulate import TILES, best_choices
     from gen_accel.measure.simulate import simulate as run
     from gen_accel.video import VideoShape
@@ -285,14 +322,12 @@ def simulate(
             dynamic=dynamic,
             top=top,
         )
-        _print_bounds(bounds)
+        lines = _bounds(bounds)
     else:
         [(query, key)] = tiles
         bounds = [run(video, chosen, tile_q=query, tile_k=key, dynamic=dynamic)]
-        typer.echo(str(bounds[0]))
-    if json is not None:
-        write_json(json, [bound.to_dict() for bound in bounds])
-        typer.echo(json)
+        lines = [line for text in str(bounds[0]).splitlines() for line in _wrapped(text)]
+    show_result(lines, [bound.to_dict() for bound in bounds], json)
 
 
 def _tuned(preset: str, model: str | None) -> list[Any]:
@@ -307,8 +342,10 @@ def _tuned(preset: str, model: str | None) -> list[Any]:
     return all_in_the_box(preset, subject_of(model_named(model), None).model)
 
 
-def _show_preset(found: Any, sizes: tuple[int | None, ...], text: int, layer: int | None) -> None:
-    """Print what a preset says, and its rules as a table."""
+def _preset_lines(
+    found: Any, sizes: tuple[int | None, ...], text: int, layer: int | None
+) -> list[str]:
+    """Say what a preset holds, and its rules as a table."""
     from gen_accel.measure.rules_table import rules_text
     from gen_accel.video import VideoShape
 
@@ -316,16 +353,48 @@ def _show_preset(found: Any, sizes: tuple[int | None, ...], text: int, layer: in
     frames, rows, columns = (
         size if asked is None else asked for asked, size in zip(sizes, own, strict=True)
     )
-    width = min(_terminal_width(), 80)
     heads = found.made_for.transformer.get("num_attention_heads")
     table = rules_text(
         found.method,
         VideoShape(frames, rows, columns, text),
         layer=layer,
         heads=heads if isinstance(heads, int) else None,
-        width=width,
+        width=min(terminal_width(), 80),
     )
-    typer.echo("\n".join([*preset_lines(found), "", table]))
+    return [*preset_lines(found), "", *table.splitlines()]
+
+
+def _check_sizes(sizes: tuple[int | None, ...], model: str | None) -> None:
+    """Refuse missing sizes, and tokens that nobody can draw, which are pixels by mistake."""
+    frames, height, width = sizes
+    if frames is None or height is None or width is None:
+        unit = "in tokens" if model is None else "in frames and pixels"
+        raise ValueError(f"give --frames, --height and --width, {unit}")
+    tokens = frames * height * width
+    if model is None and tokens > MOST_TOKENS:
+        wan = (frames - 1) // 4 + 1, height // 16, width // 16
+        raise ValueError(
+            f"{tokens:,} tokens: sizes are tokens here; {frames} x {height} x {width} pixels of "
+            f"Wan are {' x '.join(map(str, wan))}: add --model wan"
+        )
+
+
+def _in_tokens(sizes: tuple[int | None, ...], text: int) -> Any:
+    from gen_accel.video import VideoShape
+
+    frames, rows, columns = (size or 0 for size in sizes)
+    return VideoShape(frames, rows, columns, text)
+
+
+def _in_pixels(model: str, sizes: tuple[int | None, ...], text: int) -> Any:
+    """Grid of the tokens that a model's attention sees of a video in frames and pixels."""
+    from gen_accel.measure.subject import subject_of
+    from gen_accel.video import VideoShape
+
+    frames, height, width = (size or 0 for size in sizes)
+    subject = subject_of(model_named(model))
+    seen = subject.seen(subject.grid(height, width, frames))
+    return VideoShape(*seen.grid, text=text or seen.text)
 
 
 def _tiles(query: str | None, key: str | None) -> Any:
@@ -345,31 +414,40 @@ def _token(text: str | None) -> tuple[int, int, int] | None:
     return numbers[0], numbers[1], numbers[2]
 
 
-def _print_bounds(bounds: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def _bounds(bounds: Any) -> list[str]:
+    """Lines of a table of choices, after what its columns mean."""
     first = bounds[0]
-    typer.echo(f"{first.video} = {first.video.tokens} tokens")
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("window")
-    for name in ("stride", "tile-q", "tile-k", "bound", "by FLOPs", "most", "of", "unmasked"):
-        table.add_column(name, justify="left" if "-" in name or name == "stride" else "right")
+    head = ("window", "stride", "tile-q", "tile-k", "bound", "FLOPs", "visited", "unmasked")
+    rows = [head]
     for bound in bounds:
         sides = (bound.method.window, bound.method.stride, bound.tile_q, bound.tile_k)
-        table.add_row(
-            *(",".join(map(str, side)) for side in sides),
-            f"{bound.speedup:.2f}x",
-            f"{bound.flop_speedup:.2f}x",
-            f"{bound.most}",
-            f"{bound.key_tiles:g}",
-            f"{bound.whole:.0%}",
+        rows.append(
+            (
+                *(",".join(map(str, side)) for side in sides),
+                f"{bound.speedup:.2f}x",
+                f"{bound.flop_speedup:.2f}x",
+                f"{bound.most}/{bound.key_tiles:g}",
+                f"{bound.whole:.0%}",
+            )
         )
-    Console(highlight=False, markup=False).print(table)
-    typer.echo("most of the key tiles that a query tile visits; share of them without a mask")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = [
+        "  ".join(
+            cell.ljust(width) if i < 4 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    meaning = (
+        "bound: the most speed-up of attention, as whole tiles of keys are computed; FLOPs: what "
+        "the kept pairs alone would allow; visited: key tiles that a query tile visits at most, "
+        "of all; unmasked: share of them that need no mask. Best first."
+    )
+    grid = f"{first.video} = {first.video.tokens} tokens; sides are frames,rows,columns"
+    return [*_wrapped(grid), *_wrapped(meaning), "", *table]
 
 
-def _terminal_width() -> int:
-    from shutil import get_terminal_size
+def _wrapped(text: str) -> list[str]:
+    from textwrap import wrap
 
-    return get_terminal_size().columns
+    return wrap(text, terminal_width(), subsequent_indent="  ", break_on_hyphens=False)

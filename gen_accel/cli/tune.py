@@ -9,6 +9,7 @@ import typer
 from gen_accel import names
 from gen_accel.cli import early
 from gen_accel.cli.app import app
+from gen_accel.cli.json_out import STANDARD_OUTPUT, JsonFile, check_json, show_result
 from gen_accel.cli.options import Kernel, check_only
 from gen_accel.cli.presets import print_curve
 from gen_accel.cli.printing import print_files, quiet
@@ -19,7 +20,7 @@ from gen_accel.text_files import read_text
 
 QUALITY, STEPS, MOST_STEPS = 28.0, 20, 1000
 COSTS, SCALES = ("seconds", "density"), ("mean", "even", "worst")
-ALONE = ("quality", "steps", "out")  # what goes with --preset
+ALONE = ("quality", "steps", "out", "json")  # what goes with --preset
 
 
 @app.command(short_help="The sparsest attention that keeps a quality.")
@@ -99,6 +100,7 @@ def tune(
             help="Tune with a LoRA of `gen-accel train`, its positions and guidance.",
         ),
     ] = None,
+    json: JsonFile = None,
 ) -> None:
     """Find the sparsest attention of a model that keeps a bound on quality, once, as a preset.
 
@@ -124,6 +126,7 @@ def tune(
     takes about as long as ten videos.
     """
     early.check_output(out, ".json")
+    check_json(json)
     early.check_output(out.with_suffix(".safetensors"))
     early.check_output(out.with_name(f"{out.stem}.tuning.safetensors"))
     _check_numbers(quality=quality, worst=worst, minutes=minutes)
@@ -138,7 +141,7 @@ def tune(
         if expanded(out).resolve() == expanded(preset).resolve():
             raise ValueError(f"--out must be another file than --preset {preset}")
         early.announce("torch")
-        _solve(preset, quality, steps, out)
+        _solve(preset, quality, steps, out, json)
         return
     if model is None or prompts is None:
         raise ValueError("give --model and --prompts, or --preset to solve one anew")
@@ -178,10 +181,12 @@ def tune(
         minutes=minutes,
         out=expanded(out),
     )
-    _print_found(found, out)
+    _print_found(found, out, json)
 
 
-def _solve(preset: Path, quality: float | None, steps: int | None, out: Path) -> None:
+def _solve(
+    preset: Path, quality: float | None, steps: int | None, out: Path, json: Path | None
+) -> None:
     """Choose anew from a profile, for another number of steps first."""
     from gen_accel.pipelines.tuning import load_tuned
 
@@ -190,13 +195,15 @@ def _solve(preset: Path, quality: float | None, steps: int | None, out: Path) ->
         found = found.solve(steps)
     if quality is not None:
         found = found.at(quality)
-    _print_found(found.save(out), out)
+    _print_found(found.save(out), out, json)
 
 
-def _print_found(found: Any, out: Path) -> None:
-    typer.echo(str(found))
-    print_curve(found)
-    print_files({"preset": out, "profile": out.with_suffix(".safetensors")})
+def _print_found(found: Any, out: Path, json: Path | None) -> None:
+    if json != STANDARD_OUTPUT:
+        typer.echo(str(found))
+        print_curve(found)
+        print_files({"preset": out, "profile": out.with_suffix(".safetensors")})
+    show_result((), found.preset.to_dict(), json)
 
 
 def _check_prompts(model: str, file: Path | None) -> None:

@@ -4,28 +4,30 @@ Efficiency is measured once for a device and kept in a file.
 """
 
 import statistics
-import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from gen_accel.attention_processors import Neighborhood, Radial
-from gen_accel.files import cache_folder, make_cache_folder, trusted_text, write_json
+from gen_accel.files import cache_folder
 from gen_accel.functional import attention
-from gen_accel.json_files import fields_of, parse_json, typed
+from gen_accel.measure.kept import kept
 from gen_accel.measure.timing import device_name, interleaved
 from gen_accel.version import __version__
 from gen_accel.video import VideoShape
 
 
 def known_efficiency(
-    device: torch.device, dtype: torch.dtype, head_dim: int, windows: bool
+    device: torch.device, dtype: torch.dtype, head_dim: int, windows: bool, again: bool = False
 ) -> tuple[float, str]:
-    """Return the efficiency from the cache, or measure and cache it now; with its origin in words.
+    """Return the efficiency from the cache, or measure it now; with its origin in words.
+
+    What is measured while others use the processor is not kept.
 
     Args:
         windows: see `measure_efficiency`.
+        again: measure even if the cache knows.
     """
     name, kind = device_name(device), str(dtype).removeprefix("torch.")
     key = " | ".join(
@@ -38,29 +40,21 @@ def known_efficiency(
             f"gen_accel {__version__}",
         ]
     )
-    path = cache_file()
-    known = _read_cache(path)
-    if key not in known:
-        known[key] = measure_efficiency(device, dtype, head_dim, windows)
-        try:
-            make_cache_folder()
-            write_json(path, known)
-        except OSError as error:
-            warnings.warn(f"cannot keep the kernel efficiency: {error}", stacklevel=4)
-    return known[key], f"measured on {name}, {kind}"
+    found, busy = kept(
+        cache_file(),
+        key,
+        lambda: measure_efficiency(device, dtype, head_dim, windows),
+        what="the kernel efficiency",
+        valid=lambda value: isinstance(value, float) and value > 0,
+        again=again,
+    )
+    note = f"; {busy}, so it is not kept" if busy else ""
+    return found, f"measured on {name}, {kind}{note}"
 
 
 def cache_file() -> Path:
     """Path of the file with measured efficiencies. Delete it to measure anew."""
     return cache_folder() / "efficiency.json"
-
-
-def _read_cache(path: Path) -> dict[str, float]:
-    try:
-        known = fields_of(parse_json(trusted_text(path) or "{}", path), path)
-        return {key: typed(known, key, float, origin=path) for key in known}
-    except ValueError:
-        return {}  # not ours any more: it is only a cache
 
 
 @torch.no_grad()

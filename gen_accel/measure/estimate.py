@@ -56,6 +56,7 @@ from gen_accel.video import VideoShape
 if not TYPE_CHECKING:
     __getattr__ = signpost("measure.estimate")
 
+OWN_ATTENTION = "the model's own attention"  # the origin of its efficiency, 1
 WORTH = 1.1  # the least speed-up that pays for a changed result
 LONGEST = 1024  # frames
 CALLS = 2  # of the transformer in a step: guidance runs it with the prompt and without
@@ -211,6 +212,7 @@ def estimate(
     text: int | None = None,
     steps: int = 50,
     efficiency: float | None = None,
+    remeasure: bool = False,
 ) -> Estimate:
     """Estimate tokens, density, FLOPs and speed-up of `method`, without running the model.
 
@@ -232,7 +234,8 @@ def estimate(
         efficiency: achieved share of the ideal 1 / computed density, the kernel_efficiency
             that benchmarks/kernels.py writes. Without, it is measured on the device that the model
             is on, or on the best one there is, which takes seconds the first time and is kept in
-            the cache folder.
+            the cache folder, unless others used the processor meanwhile.
+        remeasure: measure the efficiency even if the cache folder knows it.
 
     Raises:
         ValueError: a model that makes no videos or is unknown, sizes that it cannot make, or a
@@ -253,9 +256,9 @@ def estimate(
     sparse_share, kinds = _sparse(subject, schedule, steps, method)
     density, computed, plan = _densities(kinds, subject.seen(grid))  # before a measurement
 
-    reached, source = 1.0, "the model's own attention"
+    reached, source = 1.0, OWN_ATTENTION
     if not all(parts_of(kind).is_dense for kind in kinds):
-        reached, source = _efficiency(efficiency, subject, plan)
+        reached, source = _efficiency(efficiency, subject, plan, remeasure)
     gain = _Gain(subject, kinds, sparse_share, reached)
     speedup = gain.speedup(grid, computed)
     pays_from, searched = gain.pays_from(grid, speedup, plan)
@@ -286,12 +289,14 @@ def estimate(
     )
 
 
-def _efficiency(given: float | None, subject: Subject, plan: Plan | None) -> tuple[float, str]:
+def _efficiency(
+    given: float | None, subject: Subject, plan: Plan | None, again: bool
+) -> tuple[float, str]:
     """Return the given efficiency, or the one measured where the model runs, with its origin."""
     if given is not None:
         return given, "given"
     windows = plan is not None and plan.partial is not None
-    return known_efficiency(subject.device, subject.dtype, subject.head_dim, windows)
+    return known_efficiency(subject.device, subject.dtype, subject.head_dim, windows, again)
 
 
 def _sparse(

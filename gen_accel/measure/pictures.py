@@ -3,6 +3,7 @@
 import math
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,17 +115,38 @@ def mask_text(method: Method, video: VideoShape, width: int = 80) -> str:
         share = _pooled(keep, max(1, min(rows, width // 2)), width)
         shade = (share * (len(SHADES) - 1)).ceil().long()
         lines = ["".join(SHADES[i] for i in line) for line in shade.tolist()]
-    return "\n".join(
-        [
-            str(method),
-            f"{video} = {video.tokens} tokens, density {plan.density:.3f} "
-            f"(sparsity {1 - plan.density:.3f})",
-            *_notes(method),
-            f"{rows} x {columns} blocks of {plan.block_q} x {plan.block_k} tokens, "
-            "queries down, keys across:",
-            *lines,
-        ]
-    )
+    words = [
+        str(method),
+        f"{video} = {video.tokens} tokens, density {plan.density:.3f} "
+        f"(sparsity {1 - plan.density:.3f})",
+        *_notes(method),
+        f"{rows} x {columns} blocks of {plan.block_q} x {plan.block_k} tokens, "
+        "queries down, keys across:",
+    ]
+    told = [
+        line
+        for text in words
+        for line in textwrap.wrap(text, width, subsequent_indent="  ", break_on_hyphens=False)
+    ]
+    return "\n".join([*told, *lines])
+
+
+def mask_facts(method: Method, video: VideoShape) -> dict[str, Any]:
+    """Figures of a picture, for a report."""
+    plan = plan_of(method, video)
+    return {
+        "method": str(method),
+        "grid": list(video.grid),
+        "text": video.text,
+        "tokens": video.tokens,
+        "density": plan.density,
+        "sparsity": 1 - plan.density,
+        "computed_density": plan.computed_density,
+        "blocks": list(plan.keep.shape[-2:]),
+        "block_q": plan.block_q,
+        "block_k": plan.block_k,
+        "notes": _notes(method),
+    }
 
 
 def seen_by(method: Method, video: VideoShape, token: Token) -> Tensor:

@@ -141,12 +141,14 @@ def subject_of(source: Any, text: int | None = None) -> Subject:
         source: a pipeline, a transformer, its config, the folder of a saved pipeline or
             transformer, a name of `presets` or of its repository, a family or a transformer class,
             which stand for their first preset, or a repository on the hub, of which only configs
-            are read, from the local cache if they are there.
+            are read, from the local cache if they are there. A subject is itself.
         text: tokens of a prompt, where they are other than the family's pipelines make.
 
     Raises:
         ValueError: a source that is unknown, makes no videos, or has no config to build from.
     """
+    if isinstance(source, Subject):
+        return source
     if isinstance(source, str | Path):
         return _named(str(source), text)
     if isinstance(source, Mapping):

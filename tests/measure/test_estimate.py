@@ -49,6 +49,7 @@ def cache(tmp_path, monkeypatch):
         raise AssertionError("measured")
 
     monkeypatch.setattr(f"{module}.measure_efficiency", refuse)
+    monkeypatch.setattr("gen_accel.measure.kept.watched", lambda: lambda: None)
 
 
 def counted(transformer, *args, **kwargs):
@@ -282,6 +283,25 @@ def test_efficiency_is_measured_once_and_kept(monkeypatch, device):
     assert len(kept) == 3
     assert all(torch.__version__ in key for key in kept)
     assert [path.name for path in cache_file().parent.iterdir()] == ["efficiency.json"]
+
+
+def test_a_busy_machine_is_said_and_its_measurement_not_kept(monkeypatch):
+    busy = "the machine was busy: other processes used 1.2 of 2 cores"
+    monkeypatch.setattr("gen_accel.measure.kept.watched", lambda: lambda: busy)
+    monkeypatch.setattr(f"{module}.measure_efficiency", lambda *args: 0.25)
+    found = estimate(TINY, Radial(), **CLIP)
+    assert found.efficiency == 0.25
+    assert busy in found.efficiency_from
+    assert not cache_file().exists()
+
+
+def test_an_efficiency_is_measured_again_when_asked(monkeypatch):
+    values = iter((0.25, 0.5))
+    monkeypatch.setattr(f"{module}.measure_efficiency", lambda *args: next(values))
+    assert estimate(TINY, Radial(), **CLIP).efficiency == 0.25
+    assert estimate(TINY, Radial(), **CLIP).efficiency == 0.25
+    assert estimate(TINY, Radial(), **CLIP, remeasure=True).efficiency == 0.5
+    assert estimate(TINY, Radial(), **CLIP, remeasure=True, efficiency=0.7).efficiency == 0.7
 
 
 def test_a_broken_cache_is_written_anew(monkeypatch):

@@ -381,8 +381,11 @@ class TestCommand:
     def test_a_list(self):
         args = ("--window", "18,24,24", "--top", "3")
         lines = self.run("neighborhood", *self.grid, *args).stdout.splitlines()
-        assert lines[1].split()[:5] == ["window", "stride", "tile-q", "tile-k", "bound"]
-        rows = [line.split() for line in lines[2:5]]
+        head = next(i for i, line in enumerate(lines) if line.startswith("window "))
+        assert lines[head].split()[:5] == ["window", "stride", "tile-q", "tile-k", "bound"]
+        said = " ".join(lines[:head])
+        assert all(f"{name}: " in said for name in lines[head].split()[4:])
+        rows = [line.split() for line in lines[head + 1 : head + 4]]
         want = best_choices(HUNYUAN, (18, 24, 24), top=3)
         assert [row[4] for row in rows] == [f"{bound.speedup:.2f}x" for bound in want]
         assert rows[0][:4] == ["18,24,24", "2,8,8", "2,8,8", "2,8,8"]

@@ -27,6 +27,7 @@ LORA_TARGETS = wan.LORA_TARGETS
 GUIDANCE = wan.GUIDANCE
 
 layers = wan.layers
+inputs = wan.inputs
 self_attentions = wan.self_attentions
 image_attentions = wan.image_attentions
 video_shape = wan.video_shape

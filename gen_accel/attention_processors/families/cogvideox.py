@@ -7,6 +7,7 @@ not masked. Images and control videos are further channels of the latents.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import (
@@ -68,6 +69,23 @@ def layers(transformer: Any) -> Layers:
 def fps(transformer: Any) -> int:
     """Frames a second. Version 1.5 is recognised by its patches of two latent frames."""
     return FPS if transformer.config.patch_size_t is None else _FPS_15
+
+
+def inputs(transformer: Any, video: VideoShape, text: int, batch: int) -> dict[str, Any]:
+    config, like = transformer.config, {"device": transformer.device, "dtype": transformer.dtype}
+    joined, side = config.patch_size_t or 1, config.patch_size
+    size = video.frames * joined, config.in_channels, video.height * side, video.width * side
+    given = {
+        "hidden_states": torch.zeros(batch, *size, **like),
+        "timestep": torch.zeros(batch, **like),
+        "encoder_hidden_states": torch.zeros(batch, text, config.text_embed_dim, **like),
+    }
+    if config.use_rotary_positional_embeddings:
+        table = torch.zeros(video.video_tokens, config.attention_head_dim, device=like["device"])
+        given["image_rotary_emb"] = (table, table)
+    if config.ofs_embed_dim is not None:
+        given["ofs"] = torch.zeros(batch, **like)
+    return given
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:

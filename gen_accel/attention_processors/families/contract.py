@@ -315,6 +315,13 @@ class Family:
         default=None,
     )
 
+    inputs = Part[Callable[..., dict[str, Any]] | None](
+        Callable,
+        "(transformer, video, text, batch): arguments of one forward pass for clips of this grid "
+        "and prompts of so many tokens, of any values, on the transformer's device",
+        default=None,
+    )
+
     # Longer video
 
     TRAINED_FRAMES = Part[int | None](

@@ -201,6 +201,24 @@ def encode_prompt(
     }
 
 
+def inputs(transformer: Any, video: VideoShape, text: int, batch: int) -> dict[str, Any]:
+    config, like = transformer.config, {"device": transformer.device, "dtype": transformer.dtype}
+    patch = config.patch_size_t, config.patch_size, config.patch_size
+    frames, rows, columns = (n * p for n, p in zip(video.grid, patch, strict=True))
+    given = {
+        "hidden_states": torch.zeros(batch, config.in_channels, frames, rows, columns, **like),
+        "timestep": torch.zeros(batch, **like),
+        "encoder_hidden_states": torch.zeros(batch, text, config.text_embed_dim, **like),
+        "encoder_attention_mask": torch.ones(
+            batch, text, dtype=torch.int64, device=transformer.device
+        ),
+        "pooled_projections": torch.zeros(batch, config.pooled_projection_dim, **like),
+    }
+    if config.guidance_embeds:
+        given["guidance"] = torch.zeros(batch, **like)
+    return given
+
+
 def tiny_conditions(config: Any, tokens: int) -> dict[str, Tensor]:
     return {
         "encoder_hidden_states": torch.zeros(tokens, config.text_embed_dim),

@@ -7,6 +7,7 @@ frames may stand before or after the video: whole frames at times of the grid, b
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import (
@@ -49,6 +50,20 @@ def layers(transformer: Any) -> Layers:
         },
         uncounted="frames that condition the video",
     )
+
+
+def inputs(transformer: Any, video: VideoShape, text: int, batch: int) -> dict[str, Any]:
+    config, like = transformer.config, {"device": transformer.device, "dtype": transformer.dtype}
+    width = config.caption_channels
+    return {
+        "hidden_states": torch.zeros(batch, video.video_tokens, config.in_channels, **like),
+        "timestep": torch.zeros(batch, **like),
+        "encoder_hidden_states": torch.zeros(batch, text, width, **like),
+        "encoder_attention_mask": torch.ones(batch, text, **like),
+        "num_frames": video.frames,
+        "height": video.height,
+        "width": video.width,
+    }
 
 
 def self_attentions(transformer: nn.Module) -> list[SelfAttention]:

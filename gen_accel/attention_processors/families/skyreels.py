@@ -32,6 +32,7 @@ AUTOENCODER = wan.AUTOENCODER
 GUIDANCE = wan.GUIDANCE
 
 layers = wan.layers
+inputs = wan.inputs
 self_attentions = wan.self_attentions
 image_attentions = wan.image_attentions
 video_shape = wan.video_shape

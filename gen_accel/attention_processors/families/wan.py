@@ -94,6 +94,22 @@ def layers(transformer: Any) -> Layers:
     )
 
 
+def inputs(transformer: Any, video: VideoShape, text: int, batch: int) -> dict[str, Any]:
+    config, like = transformer.config, {"device": transformer.device, "dtype": transformer.dtype}
+    frames, rows, columns = (n * p for n, p in zip(video.grid, config.patch_size, strict=True))
+    given = {
+        "hidden_states": torch.zeros(batch, config.in_channels, frames, rows, columns, **like),
+        "timestep": torch.zeros(batch, **like),
+        "encoder_hidden_states": torch.zeros(batch, text, config.text_dim, **like),
+    }
+    if _is_ti2v(transformer):
+        given["timestep"] = torch.zeros(batch, video.video_tokens, **like)
+    if images := _image_tokens(config):
+        states = torch.zeros(batch, images, config.image_dim, **like)
+        given["encoder_hidden_states_image"] = states
+    return given
+
+
 def _image_tokens(config: Any) -> int:
     """Number of CLIP's image tokens that cross-attention sees beside the text."""
     return 0 if config.added_kv_proj_dim is None else config.pos_embed_seq_len or 257
