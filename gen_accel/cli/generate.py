@@ -108,6 +108,18 @@ def generate(
     trained_frames: Annotated[
         int | None, typer.Option(help="That the model was trained on, where it is not known.")
     ] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="First frame; see `gen-accel models`.")
+    ] = None,
+    last_image: Annotated[Path | None, typer.Option(metavar="FILE", help="Last frame.")] = None,
+    video: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="To make anew, to go on from, or to be led by."),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="Share of --video to make anew, up to 1. Without: the model's own."),
+    ] = None,
     image_prompt: Annotated[
         list[Path] | None,
         typer.Option(metavar="IMAGE", help="Go by it beside the text. Several act together."),
@@ -169,6 +181,10 @@ def generate(
     gen-accel generate --model models/wan --prompt "a cat" --frames 161 --extend riflex \\
         --save-latents cat.safetensors --out cat.mp4
     gen-accel generate --model models/wan --from-latents cat.safetensors --out cat.gif
+    gen-accel generate --model Wan-AI/Wan2.1-I2V-14B-480P-Diffusers --prompt "it surfs" \\
+        --image cat.png --out cat.mp4
+    gen-accel generate --model models/wan --prompt "in oil" --video cat.mp4 --strength 0.7 \\
+        --out oil.mp4
     gen-accel generate --model models/wan --prompt "it surfs" --image-prompt cat.png \\
         --image-adapter outputs/lora/image_prompt --image-scale 0.8 --out cat.mp4
 
@@ -200,10 +216,14 @@ def generate(
     early.check_sources("adapter", image_adapter)
     early.check_sources("image encoder", image_encoder)
     early.check_files("image", [*(image_prompt or ()), *(image_mask or ()), image_negative])
+    early.check_given(
+        model, image, last_image, video, strength=strength, techniques=techniques or ()
+    )
     early.announce("torch, diffusers and the model")
     quiet()
     from gen_accel.pipelines.generation.generate import decode_latents, read_prompts
     from gen_accel.pipelines.generation.generate import generate as run
+    from gen_accel.pipelines.generation.given import Given
     from gen_accel.pipelines.generation.loading import Loading
     from gen_accel.pipelines.generation.sampling import Clip
 
@@ -239,6 +259,7 @@ def generate(
             masks=tuple(image_mask or ()),
             encoder=image_encoder,
         ),
+        given=Given(image, last_image, video, strength),
         numbered=prompts is not None,
         resume=not overwrite,
     )
