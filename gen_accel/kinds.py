@@ -37,8 +37,8 @@ class Takes:
         strength: name of the argument for the share of a video that is made anew.
         alone: a last frame needs no first frame.
         together: frames go with a video.
-        role: how a video is used: "remade" from its own frames, "continued" beyond them, or as
-            "control" of another one.
+        role: how a video is used: "remade" from its own frames, "continued" in a video that begins
+            with it, "prolonged" by as many frames as are asked, or as "control" of another one.
         by: function of `inputs.py` that makes the arguments, where they are not plain pictures.
         fits: why weights of this name cannot do what is asked, see `Fits`.
         model: a published model.
@@ -46,7 +46,7 @@ class Takes:
         frames: the only number of frames.
         size: the default height and width, where neither signature nor config has them.
         multiple: divides heights and widths besides what the autoencoder and the patches ask for.
-        joins: decodes by itself, as its video is more than its latents.
+        joins: decodes by itself, as its video is not that of its latents alone.
     """
 
     weights: str
@@ -207,21 +207,22 @@ PIPELINES: dict[str, Takes | str] = {
         text=False,
         image="image",
         last_image="last_image",
+        joins=True,
         model="Skywork/SkyReels-V2-DF-14B-540P-Diffusers",
     ),
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": Takes(
         "skyreels df",
         text=False,
         video="video",
-        role="continued",
+        role="prolonged",
         by="overlapping",
         joins=True,
         model="Skywork/SkyReels-V2-DF-14B-540P-Diffusers",
     ),
     # Helios
-    "HeliosPipeline": Takes("helios", image="image", video="video", role="continued"),
+    "HeliosPipeline": Takes("helios", image="image", video="video", role="prolonged"),
     "HeliosPyramidPipeline": Takes(
-        "helios pyramid", image="image", video="video", role="continued"
+        "helios pyramid", image="image", video="video", role="prolonged"
     ),
     # HunyuanVideo
     "HunyuanVideoPipeline": Takes("hunyuan t2v", model="hunyuanvideo-community/HunyuanVideo"),

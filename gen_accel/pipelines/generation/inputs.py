@@ -27,6 +27,8 @@ SAID = 0.01  # least share of a picture that is said to be lost
 OVERLAP = 17  # frames that SkyReels-V2 goes on from, as its authors advise
 GREY = 128  # of the frames that VACE makes
 
+ANEW = ("remade", "control")  # roles of a video in which each frame answers to one of its own
+
 Pictures = Sequence[Image.Image]
 
 
@@ -102,10 +104,9 @@ def check_length(row: Takes, given: Given, frames: int | None) -> None:
         return
     role = row.role_of(given.strength)
     has = given.video.count(frames)
-    if role == "continued":
-        if has >= frames:
-            raise _nothing_left(given.video, frames, row)
-    elif has < frames:
+    if role == "continued" and has >= frames:
+        raise _nothing_left(given.video, frames, row)
+    if role in ANEW and has < frames:
         raise _too_short(given.video, has, frames)
 
 
@@ -170,12 +171,13 @@ def _filmed(
 ) -> tuple[Any, list[Image.Image]]:
     """Read the frames of a video that a clip needs, and give the clip their number."""
     frames = clip.frames
-    if role == "continued" and frames is None:
+    if role not in ANEW and frames is None:
         frames = parameters(pipe)[frames_argument(pipe)].default
-    pictures = _covered(film, size, None if frames is None else frames + 1)
+    most = None if frames is None or role == "prolonged" else frames + 1
+    pictures = _covered(film, size, most)
     has = len(pictures)
-    if role == "continued":
-        if frames is not None and has >= frames:
+    if role not in ANEW:
+        if role == "continued" and frames is not None and has >= frames:
             raise _nothing_left(film, frames, row)
     elif frames is None:
         first, step = _lengths(pipe)
@@ -195,7 +197,7 @@ def _filmed(
             f"{film.name} has {film.fps:g} frames a second, and the video gets {rate:g}: "
             f"--fps {film.fps:g} keeps its speed"
         )
-    return replace(clip, frames=frames), pictures if role == "continued" else pictures[:frames]
+    return replace(clip, frames=frames), pictures[:frames] if role in ANEW else pictures
 
 
 def _too_short(film: Film, has: int, frames: int) -> ValueError:

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -328,14 +329,26 @@ def _run(
     if "callback_on_step_end" in known:
         given["callback_on_step_end"] = on_step_end
     start = _now(pipe)
-    made = (run or pipe)(
-        prompt=prompt,
-        generator=torch.Generator().manual_seed(clip.seed),
-        output_type=output_type,
-        **given,
-    )
+    with _seeded(pipe, clip.seed) if inputs.arguments else nullcontext():
+        made = (run or pipe)(
+            prompt=prompt,
+            generator=torch.Generator().manual_seed(clip.seed),
+            output_type=output_type,
+            **given,
+        )
     end = marks[-1] if marks else _now(pipe)
     return made.frames if hasattr(made, "frames") else [made.video], end - start
+
+
+@contextmanager
+def _seeded(pipe: Any, seed: int) -> Iterator[None]:
+    """Seed torch's own generators, from which some pipelines draw when they encode a picture."""
+    device = pipe._execution_device
+    kind = device.type if device.type != "cpu" else "cuda"
+    devices = [] if device.type == "cpu" else [device.index or 0]
+    with torch.random.fork_rng(devices, device_type=kind):
+        torch.manual_seed(seed)
+        yield
 
 
 def _frame_rate(pipe: Any, given: float | None) -> float:
