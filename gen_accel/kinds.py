@@ -412,6 +412,35 @@ def kinds_of(name: str) -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if kind in held)
 
 
+def table() -> str:
+    """Write in Markdown what each group of classes with the same weights makes a video from, where
+    it is more than text, and the classes that are not used."""
+    lines = [
+        "| pipelines of diffusers | text | first frame | last frame | video | a published model |",
+        "|---|---|---|---|---|---|",
+    ]
+    for weights in dict.fromkeys(one.weights for one in _used().values()):
+        group = {name: one for name, one in _used().items() if one.weights == weights}
+        held = {kind for one in group.values() for kind in one.kinds}
+        if held == {TEXT}:
+            continue
+        roles = [one.role for one in group.values()]
+        roles += ["remade" for one in group.values() if one.strength]
+        cells = [
+            ", ".join(f"`{name}`" for name in group),
+            *("yes" if kind in held else "" for kind in (TEXT, FIRST, LAST)),
+            ", ".join(dict.fromkeys(role for role in roles if role)),
+            ", ".join(dict.fromkeys(one.model for one in group.values() if one.model)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    unused = [f"- `{name}`: {why}." for name, why in PIPELINES.items() if isinstance(why, str)]
+    return "\n".join([*lines, "", "These are for Python alone:", "", *unused])
+
+
+def _used() -> dict[str, Takes]:
+    return {name: one for name, one in PIPELINES.items() if isinstance(one, Takes)}
+
+
 def choose(
     index: Mapping[str, Any],
     config: Mapping[str, Any],
@@ -467,8 +496,8 @@ def _siblings(own: str, row: Takes) -> list[tuple[str, Takes]]:
     """Classes of the same weights with what they take, its own first."""
     others = [
         (name, other)
-        for name, other in PIPELINES.items()
-        if name != own and isinstance(other, Takes) and other.weights == row.weights
+        for name, other in _used().items()
+        if name != own and other.weights == row.weights
     ]
     return [(own, row), *others]
 
@@ -504,8 +533,8 @@ def _refusal(
     line = row.weights.split()[0]
     others = [
         other.both if other.both and LAST in asked else other.model
-        for other in PIPELINES.values()
-        if isinstance(other, Takes) and other.weights.split()[0] == line and not other.lacks(asked)
+        for other in _used().values()
+        if other.weights.split()[0] == line and not other.lacks(asked)
     ]
     found = dict.fromkeys(name for name in others if name and name != str(model))
     use = f", or use {' or '.join(found)}" if found else ""

@@ -534,7 +534,7 @@ def models() -> dict[str, Model]:
         "ltx": Model(
             lambda: ltx.pipeline(LTXPipeline), (17, 96, 64), ltx_calls, token=(8, 32, 32)
         ),
-        "ltx2": Model(ltx2_text, (17, 32, 64), ltx2_calls, token=(8, 8, 8)), ltx2_calls, token=(8, 32, 32)),
+        "ltx2": Model(ltx2_text, (17, 32, 64), ltx2_calls, token=(8, 8, 8)),
         "kandinsky5": Model(kandinsky5_image, (21, 48, 64), first),
         "kandinsky6": Model(kandinsky6_either, small, several(text, first)),
         "cosmos1": Model(
@@ -546,7 +546,10 @@ def models() -> dict[str, Model]:
         "animatediff": Model(animated, (3, 24, 32), several(text, remade), token=(3, 2, 2)),
         "animatediff_image": Model(animated_image, (3, 24, 32), first, token=(3, 2, 2)),
         "cosmos2": Model(
-            lambda: cosmos_of(Cosmos2VideoToWorldPipeline, FlowMatchEulerDiscreteScheduler()),
+            lambda: cosmos_of(
+                Cosmos2VideoToWorldPipeline,
+                FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
+            ),
             small,
             several(first, continued(5)),
         ),

@@ -267,7 +267,7 @@ def covered(image: Image.Image, height: int, width: int) -> Image.Image:
     if image.size == (width, height):
         return image
     scale = max(height / image.height, width / image.width)
-    rows, columns = height / scale, width / scale
+    rows, columns = min(height / scale, image.height), min(width / scale, image.width)
     top, left = (image.height - rows) / 2, (image.width - columns) / 2
     box = (left, top, left + columns, top + rows)
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)

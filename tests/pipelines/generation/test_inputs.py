@@ -228,7 +228,7 @@ def test_latents_of_a_video_from_a_picture_are_kept(ready, tmp_path):
     ("name", "given", "words"),
     [
         ("wan", Given(picture(0, 8, 8)), "from text alone or a video: leave --image out, or use "),
-        ("wan_image", Given(), "from a first frame .*: give --image FIRST.png"),
+        ("wan_image", Given(), r"from a first frame .*: give --image FIRST.png"),
         ("wan_first_and_last", Given(picture(0, 8, 8)), "give --last-image LAST.png"),
         ("wan_image_encoder", Given(*[picture(0, 8, 8)] * 2), "leave --last-image out, or use "),
         ("wan_image", Given(last_image=picture(0, 8, 8)), "give --image FIRST.png"),
@@ -345,7 +345,7 @@ def test_a_video_that_is_too_short_is_refused(folders, no_loading, tmp_path):
 def test_a_video_that_leaves_nothing_to_make_is_refused(folders, no_loading, tmp_path):
     folder, _ = folders("ltx")
     given = Given(video=frames_of((9, 32, 32)))
-    with pytest.raises(ValueError, match="has 9 frames or more.* or --strength to make it anew"):
+    with pytest.raises(ValueError, match=r"has 9 frames or more.* or --strength to make it anew"):
         generate(
             folder,
             [PROMPT],
