@@ -286,9 +286,7 @@ PIPELINES: dict[str, Takes | str] = {
         multiple=32,
         model="Lightricks/LTX-Video-0.9.5",
     ),
-    "LTXI2VLongMultiPromptPipeline": Takes(
-        "ltx long", image="cond_image", multiple=32, model="Lightricks/LTX-Video-0.9.8-dev"
-    ),
+    "LTXI2VLongMultiPromptPipeline": "its windows have prompts of their own",
     # LTX-2
     "LTX2Pipeline": Takes("ltx2", model="Lightricks/LTX-2"),
     "LTX2ImageToVideoPipeline": Takes(

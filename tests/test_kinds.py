@@ -13,7 +13,7 @@ from gen_accel.kinds import FIRST, LAST, PIPELINES, TEXT, VIDEO, Takes, choose, 
 from gen_accel.pipelines.generation.inputs import BY
 
 # Arguments of a signature that hold pictures or video.
-INPUTS = ("image", "cond_image", "last_image", "video", "conditions", "strength")
+INPUTS = ("image", "last_image", "video", "conditions", "strength")
 # Those that stay unused, and why.
 LEFT = {
     ("LTXConditionPipeline", "image"): "conditions hold it",

@@ -242,7 +242,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def _run(job: Job, share: Share) -> dict[int, Generated]:
     """Make the videos of this process. Returns the results by their numbers."""
-    pipe = load(job.model, share.loading(job.loading), job.given)
+    pipe = load(job.model, share.loading(job.loading), job.given or Given())
     fitted = job.fitted(pipe)
     if fitted.inputs is not None and share.is_main_process:
         for line in fitted.inputs.told:

@@ -118,7 +118,7 @@ def load(model: str | Path, loading: Loading | None = None, given: Given | None 
 
     Args:
         given: what the video is made from besides text, which decides the class of the pipeline
-            where the weights serve several.
+            where the weights serve several. None: the class that the folder names.
 
     Raises:
         ValueError: a model that `check_model` or `check_index` refuses, a missing device, a LoRA
@@ -134,7 +134,7 @@ def load(model: str | Path, loading: Loading | None = None, given: Given | None 
     with _one_line(model):
         index: Any = DiffusionPipeline.load_config(source)
     check_index(index, source)
-    name = _chosen(index, source, given)
+    name = index["_class_name"] if given is None else _chosen(index, source, given)
     kind: Any = DiffusionPipeline if name == index["_class_name"] else pipeline_class(name)
     with warnings.catch_warnings(), _one_line(model):
         # Newer diffusers call it `dtype`; older ones ignore that.
@@ -213,10 +213,9 @@ def folder_of(model: str | Path) -> Path:
     return expanded(model)
 
 
-def _chosen(index: Any, source: str | Path, given: Given | None) -> str:
+def _chosen(index: Any, source: str | Path, given: Given) -> str:
     """Name the pipeline class that makes a video from what is given, see `kinds.choose`."""
-    asked = () if given is None else given.kinds
-    strength = given is not None and given.strength is not None
+    asked, strength = given.kinds, given.strength is not None
     if Path(source).exists():
         return choose_in(Path(source), asked, strength=strength)
     config = {}
