@@ -59,7 +59,7 @@ from support.tiny.wan import noise, with_encoder
 
 from gen_accel.pipelines.generation.given import Given
 
-Calls = Mapping[str, tuple[Given, dict[str, Any]]]
+Calls = dict[str, tuple[Given, dict[str, Any]]]
 
 
 def picture(index: int, height: int, width: int) -> Image.Image:
@@ -294,10 +294,9 @@ def hunyuan_image() -> Any:
     """Without its text encoder, a model of text and pictures."""
     parts = hunyuan.pipeline(transformer=hunyuan.transformer(image_condition_type="token_replace"))
     kept = ("vae", "transformer", "scheduler", "text_encoder_2", "tokenizer_2")
+    lacking: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "image_processor"))
     pipe: Any = HunyuanVideoImageToVideoPipeline(
-        text_encoder=None,
-        tokenizer=None,
-        image_processor=None,
+        **lacking,
         **{name: parts.components[name] for name in kept},
     )
     return prompted(
@@ -455,7 +454,8 @@ def animated_image() -> Any:
     parts = animated()
     config = dict(parts.unet.config) | {"in_channels": 9}
     torch.manual_seed(0)
-    model = UNetMotionModel.from_config(config).eval()
+    model: Any = UNetMotionModel.from_config(config)
+    model.eval()
     made = {**parts.components, "unet": model}
     return PIAPipeline(**made)
 
