@@ -33,6 +33,7 @@ TECHNIQUES = (
     *("riflex", "position_interpolation", "ultravico", "rotating_anchors", "window_noise"),
     *("continuation", "fresh_noise"),
 )
+OWN_NOISE = ("fresh_noise", "window_noise")  # of `TECHNIQUES`
 PRESETS = ("quality", "balanced", "fast")
 OBJECTIVES = ("psnr", "latent_error")  # of `tune`
 METRICS = ("lpips", "vmaf", "cvvdp")  # beside PSNR and SSIM
@@ -78,12 +79,39 @@ def check_metrics(metrics: Sequence[str] | None) -> None:
             )
 
 
+def check_beside_given(names: Sequence[str], kinds: Sequence[str]) -> None:
+    """Raise ValueError for a technique that does not go with frames or a video that are given.
+
+    Args:
+        kinds: what is given, of `kinds.KINDS`.
+    """
+    for name in names:
+        word = split_technique(name)[0]
+        if word == "continuation" or ("video" in kinds and word in OWN_NOISE):
+            raise ValueError(
+                f"{name} does not go with a {' and a '.join(kinds)}, as it begins from latents of "
+                "its own: choose another technique, or none"
+            )
+
+
 def check_loading(dtype: str, offload: str) -> None:
     """Raise ValueError for an unknown dtype or offload word."""
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
     if offload not in OFFLOADS:
         raise ValueError(f"offload must be one of {OFFLOADS}, got {offload!r}")
+
+
+def check_strength(strength: float | None, *, has_video: bool) -> None:
+    """Raise ValueError for a share that is not above 0 and at most 1, or that has no video."""
+    if strength is None:
+        return
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be above 0 and at most 1, got {strength}")
+    if not has_video:
+        raise ValueError(
+            f"strength {strength:g} is the share of a video that is made anew: give a video too"
+        )
 
 
 def other_steps(preset: object, solved: int, steps: int) -> ValueError:

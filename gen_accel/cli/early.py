@@ -15,6 +15,7 @@ from gen_accel import names
 from gen_accel.demo import NAME
 from gen_accel.hub import check_there, parted
 from gen_accel.json_files import read_fields
+from gen_accel.kinds import FIRST, LAST, VIDEO, choose_in
 from gen_accel.lora.config import Stage
 from gen_accel.paths import check_replaceable, check_video_suffix, expanded
 
@@ -100,6 +101,47 @@ def check_preset(preset: str | None, steps: int | None = None) -> None:
     solved = held.get("steps")
     if steps is not None and isinstance(solved, int) and solved != steps:
         raise names.other_steps(preset, solved, steps)
+
+
+def check_given(
+    model: str,
+    image: Path | None,
+    last_image: Path | None,
+    video: Path | None,
+    *,
+    strength: float | None,
+    techniques: Sequence[str] = (),
+) -> None:
+    """Raise FileNotFoundError for a picture or video that is not there, ValueError for a file that
+    is no picture, a strength that means nothing, and a model in a folder that takes them not or
+    needs others."""
+    check_files("first frame", [image])
+    check_files("last frame", [last_image])
+    check_files("video", [video])
+    names.check_strength(strength, has_video=video is not None)
+    given = {FIRST: image, LAST: last_image, VIDEO: video}
+    asked = tuple(kind for kind, file in given.items() if file is not None)
+    if asked:
+        names.check_beside_given(techniques, asked)
+    for file in (image, last_image):
+        if file is not None:
+            _check_picture(file)
+    folder = expanded(model)
+    if model != NAME and (folder / "model_index.json").is_file():
+        choose_in(folder, asked, strength=strength is not None)
+
+
+def _check_picture(file: Path) -> None:
+    from PIL import Image, UnidentifiedImageError
+
+    path = expanded(file)
+    if path.is_dir():
+        raise ValueError(f"{file} must be a picture, but it is a folder")
+    try:
+        with Image.open(path):
+            pass
+    except UnidentifiedImageError:
+        raise ValueError(f"{file} is no image that Pillow knows") from None
 
 
 def check_choice(option: str, word: str, known: Sequence[str]) -> None:

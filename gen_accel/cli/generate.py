@@ -114,6 +114,18 @@ def generate(
     trained_frames: Annotated[
         int | None, typer.Option(help="That the model was trained on, where it is not known.")
     ] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="First frame; see `gen-accel models`.")
+    ] = None,
+    last_image: Annotated[Path | None, typer.Option(metavar="FILE", help="Last frame.")] = None,
+    video: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="To make anew, to go on from, or to be led by."),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="Share of --video to make anew, up to 1. Without: the model's own."),
+    ] = None,
     image_prompt: Annotated[
         list[Path] | None,
         typer.Option(metavar="IMAGE", help="Go by it beside the text. Several act together."),
@@ -179,6 +191,10 @@ def generate(
     gen-accel generate --model models/wan --prompt "a cat" --frames 161 --extend riflex \\
         --save-latents cat.safetensors --out cat.mp4
     gen-accel generate --model models/wan --from-latents cat.safetensors --out cat.gif
+    gen-accel generate --model Wan-AI/Wan2.1-I2V-14B-480P-Diffusers --prompt "it surfs" \\
+        --image cat.png --out cat.mp4
+    gen-accel generate --model models/wan --prompt "in oil" --video cat.mp4 --strength 0.7 \\
+        --out oil.mp4
     gen-accel generate --model models/wan --prompt "it surfs" --image-prompt cat.png \\
         --image-adapter outputs/lora/image_prompt --image-scale 0.8 --out cat.mp4
 
@@ -213,6 +229,9 @@ def generate(
     early.check_sources("adapter", image_adapter)
     early.check_sources("image encoder", image_encoder)
     early.check_files("image", [*(image_prompt or ()), *(image_mask or ()), image_negative])
+    early.check_given(
+        model, image, last_image, video, strength=strength, techniques=techniques or ()
+    )
     check_card(gpu)
     if gpu is not None and not plan:
         raise ValueError(f"--gpu {gpu} is for --plan: a run takes --device")
@@ -220,6 +239,7 @@ def generate(
     quiet()
     from gen_accel.pipelines.generation.generate import decode_latents, read_prompts
     from gen_accel.pipelines.generation.generate import generate as run
+    from gen_accel.pipelines.generation.given import Given
     from gen_accel.pipelines.generation.loading import Loading
     from gen_accel.pipelines.generation.sampling import Clip
 
@@ -257,6 +277,7 @@ def generate(
             masks=tuple(image_mask or ()),
             encoder=image_encoder,
         ),
+        given=Given(image, last_image, video, strength),
         numbered=prompts is not None,
         resume=not overwrite,
     )

@@ -1,5 +1,6 @@
 """Pictures read from files by Pillow, with the file's name in every error."""
 
+import hashlib
 import re
 import warnings
 from pathlib import Path
@@ -40,6 +41,11 @@ def read_picture(source: Path | IO[bytes], name: object) -> Image.Image:
         size = f"{image.width} x {image.height} = {image.width * image.height:,} pixels"
         warnings.warn(f"{name} is large, {size}: a smaller one is read faster", stacklevel=2)
     return image
+
+
+def pixels(image: Image.Image) -> str:
+    """Identify a picture by its size and a hash of its pixels."""
+    return f"{image.width} x {image.height} {hashlib.sha256(image.tobytes()).hexdigest()}"
 
 
 def _too_large(name: object, error: Exception) -> str:

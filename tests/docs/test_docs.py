@@ -43,6 +43,7 @@ SMALLER = {
     "layer=3": "layer=1",
     '"num_frames": 33': '"num_frames": 21',
     '"num_frames": 81': '"num_frames": 21',
+    "steps=30": "steps=2",
     "num_inference_steps=8": "num_inference_steps=2",
     '"num_inference_steps": 50': '"num_inference_steps": 3',
 }
@@ -52,6 +53,7 @@ ELSEWHERE = {
     "demo": "takes a minute; the tests in tests/cli run it",
     "tune": "takes minutes; the tests in tests/cli run it",
 }
+FROM_PICTURES = re.compile(r"Wan-AI/[\w.-]+(?:I2V|FLF2V)[\w.-]+-[Dd]iffusers")
 NAMES = re.compile(r"(?:Wan-AI/[\w.-]+-Diffusers|models/wan|DIR_OR_REPO)")
 
 pytestmark = [
@@ -109,6 +111,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     long = wan.transformer(rope_max_seq_len=128)
     wan.pipeline(transformer=long).save_pretrained(folder / "models" / "wan")
+    wan.PIPELINES["image"]().save_pretrained(folder / "models" / "wan_i2v")
     fields = {"method": "radial", "settings": (), "stages": ("9:1",)}
     ft.train(ft.config(folder / "outputs" / "lora", **fields))
     ft.train(ft.config(folder / "outputs" / "demo_lora", **fields))
@@ -117,12 +120,12 @@ def home(tmp_path_factory):
     shutil.copytree(folder / "images" / "image_prompt", folder / "outputs/lora/image_prompt")
     for style in ("style", "motion"):
         shutil.copytree(folder / "outputs" / "lora" / "lora", folder / "loras" / style)
-    for picture in ("cat", "dog", "hat", "a", "b", "triangle", "IMAGE"):
+    for picture in ("cat", "asleep", "awake", "dog", "hat", "a", "b", "triangle", "IMAGE"):
         wan.picture(0).resize((SIDE, SIDE)).save(folder / f"{picture}.png")
     Image.new("L", (SIDE, SIDE), 255).save(folder / "left.png")
     (folder / "prompts.txt").write_text("a cat surfs\na dog surfs\n")
     noise = np.random.default_rng(0).integers(0, 256, (90, SIDE, SIDE, 3), dtype=np.uint8)
-    for video in ("long", "sparse", "dense"):
+    for video in ("cat", "long", "sparse", "dense"):
         write_video(noise, folder / f"{video}.mp4", fps=16)
     (folder / "configs").symlink_to(ROOT / "configs")
     return folder
@@ -179,7 +182,10 @@ def test_python(page, small, capsys):
 def smaller(arguments: list[str]) -> list[str]:
     """The same on the tiny model, in two steps and without a GPU."""
     given = [
-        NAMES.sub("models/wan", x).replace("window=9,12,12", "window=2,1,1") for x in arguments
+        NAMES.sub("models/wan", FROM_PICTURES.sub("models/wan_i2v", x)).replace(
+            "window=9,12,12", "window=2,1,1"
+        )
+        for x in arguments
     ]
     if given[0] != "generate":
         return given

@@ -232,7 +232,7 @@ class TestFromLora:
         assert used(5) == ""
         assert used(9, techniques=()) == ""
         assert used(9, trained_frames=9) == ""
-        monkeypatch.setattr(job_module, "filled", lambda pipe, c: filled(pipe, whole(c)))
+        monkeypatch.setattr(job_module, "filled", lambda pipe, c, *inputs: filled(pipe, whole(c)))
         assert "fresh_noise" in used(None)
         assert "fresh_noise" not in used(9, techniques=["riflex"], trained_frames=5)
 

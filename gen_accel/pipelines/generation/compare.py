@@ -1,5 +1,6 @@
 """Comparison of a dense and a sparse clip from one seed: speed-up, and how close they are."""
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +26,7 @@ from gen_accel.names import NOT_ASKED
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.generation.arguments import first_transformer, served_family
 from gen_accel.pipelines.generation.decode import is_streamed
+from gen_accel.pipelines.generation.inputs import Inputs
 from gen_accel.pipelines.generation.progress import steps_bar, ticker
 from gen_accel.pipelines.generation.sampling import (
     Clip,
@@ -158,6 +160,7 @@ def compare_with_dense(
     earlier: Comparison | None = None,
     label: str = "",
     metrics: tuple[str, ...] | None = None,
+    inputs: Inputs | None = None,
 ) -> Comparison:
     """Generate densely, then with `method`, in one process and from one seed.
 
@@ -173,6 +176,7 @@ def compare_with_dense(
         earlier: an earlier comparison of this prompt and clip in this process, whose dense clip is
             used again.
         metrics: figures beside PSNR and SSIM, see `measure_fidelity`.
+        inputs: pictures and video of both, see `inputs.fit`.
     """
     device = pipe._execution_device
     by = {"kernel": kernel, "dense_kernel": dense_kernel}
@@ -180,25 +184,29 @@ def compare_with_dense(
     name = type(method).__name__.lower()
     with steps_bar() as bar:
         warm = _warm_up_method(pipe, method)
-        short = _warm_up_clip(pipe, clip, warm)
+        short = _warm_up_clip(pipe, clip, warm, inputs)
+
+        def made(clip: Clip, words: str) -> Sample:
+            return sample(pipe, prompt, clip, tick=ticker(bar, f"{label}{words}"), inputs=inputs)
+
         if earlier is None:
             with attach(pipe, Dense()):
-                sample(pipe, prompt, short, tick=ticker(bar, f"{label}dense, warm-up"))
+                made(short, "dense, warm-up")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SilentBranch)  # the measured run warns
             handle = attach(pipe, warm, **by)
         with handle:
-            sample(pipe, prompt, short, tick=ticker(bar, f"{label}{name}, warm-up"))
+            made(short, f"{name}, warm-up")
         if earlier is None:
             with attach(pipe, Dense(), timed=timed) as handle, handle.gathering():
-                dense = sample(pipe, prompt, clip, tick=ticker(bar, f"{label}dense"))
+                dense = made(clip, "dense")
                 dense_summary = handle.summary()
         else:
             dense, dense_summary = earlier.dense, earlier.dense_summary
         options |= {"method": method} if preset is None else {"preset": preset}
         with attach(pipe, **options) as handle, handle.gathering():
             before = len(flex.compile_seconds)
-            sparse = sample(pipe, prompt, clip, tick=ticker(bar, f"{label}{name}"))
+            sparse = made(clip, name)
             summary = handle.summary()
     frames, height, width, _ = sparse.video.shape
     clip = replace(clip, frames=frames, height=height, width=width)
@@ -267,15 +275,17 @@ def _warm_up_method(pipe: Any, method: Method) -> Method:
     return Mixed(tuple(rules), steps) if rules else Dense()
 
 
-def _warm_up_clip(pipe: Any, clip: Clip, method: Method) -> Clip:
+def _warm_up_clip(pipe: Any, clip: Clip, method: Method, inputs: Inputs | None = None) -> Clip:
     """Shorten a clip for the warm-up to few frames and steps.
 
-    The frames stay if `method` does not fit the short clip, or if the pipeline's allowed lengths
-    are unknown.
+    The frames stay if `method` does not fit the short clip, if the pipeline's allowed lengths are
+    unknown, or if there is a picture or video, which was fitted to them.
     """
     solved = method.steps if isinstance(method, Mixed) else None
-    if not is_streamed(pipe):
-        few = None if clip.steps is None else min(clip.steps, served_family(pipe).LEAST_STEPS)
+    if inputs is not None or not is_streamed(pipe):
+        share = 1.0 if inputs is None else inputs.shortened
+        least = math.ceil(served_family(pipe).LEAST_STEPS / share)
+        few = None if clip.steps is None else min(clip.steps, least)
         return replace(clip, steps=few if solved is None else solved)
     assert clip.frames is not None
     few = 1 if solved is None else solved

@@ -22,6 +22,7 @@ from gen_accel.attention_processors.attached.transformers import served_transfor
 from gen_accel.attention_processors.families import FAMILIES, family_named, served_classes
 from gen_accel.files import check_folder, replacing
 from gen_accel.json_files import fields_of, parse_json, typed
+from gen_accel.kinds import takes
 from gen_accel.paths import check_replaceable, expanded, real
 from gen_accel.tensor_files import save_tensors
 
@@ -41,6 +42,9 @@ def is_streamed(pipe: Any) -> bool:
 
     Other pipelines pack, order or scale latents in their own ways, and decode by themselves.
     """
+    row = takes(type(pipe).__name__)
+    if row is not None and row.joins:
+        return False
     module = next(iter(served_transformers(pipe).values()))
     kinds = type(getattr(module, "_orig_mod", module)).__mro__
     return any(streams(kind.__name__, type(pipe.vae).__name__) for kind in kinds)

@@ -33,6 +33,7 @@ from gen_accel.pipelines.generation.decode import (
     load_latents,
     save_latents,
 )
+from gen_accel.pipelines.generation.given import Given
 from gen_accel.pipelines.generation.image_input import ImageInput
 from gen_accel.pipelines.generation.job import Job, Video
 from gen_accel.pipelines.generation.loading import (
@@ -103,6 +104,7 @@ def generate(
     trained_frames: int | None = None,
     latents: str | Path | None = None,
     image: ImageInput | None = None,
+    given: Given | None = None,
     numbered: bool = False,
     resume: bool = False,
 ) -> list[Generated]:
@@ -145,6 +147,7 @@ def generate(
             decoding. `decode_latents` makes the video from it again. Refused for a pipeline that
             decodes by itself.
         image: image prompt of every video, beside its text.
+        given: frames or a video that every video is made from, beside its text.
         numbered: treat one prompt like several: its output is `out-000.mp4`, with a record beside
             it.
         resume: among several prompts, skip each whose files exist and have the same inputs: model,
@@ -176,6 +179,7 @@ def generate(
         metrics=None if metrics is None else tuple(metrics),
         trained_frames=trained_frames,
         image=image,
+        given=given,
     ).resolve(prompts, out=out, techniques=techniques, latents=latents, numbered=numbered)
     left = job.left(resume)
     share = Share.of(left, job.loading) if job.several else Share(left)
@@ -242,8 +246,11 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def _run(job: Job, share: Share) -> dict[int, Generated]:
     """Make the videos of this process. Returns the results by their numbers."""
-    pipe = load(job.model, share.loading(job.loading))
+    pipe = load(job.model, share.loading(job.loading), job.given or Given())
     fitted = job.fitted(pipe)
+    if fitted.inputs is not None and share.is_main_process:
+        for line in fitted.inputs.told:
+            print(line, file=sys.stderr)
     # The pipeline is local to this function, so the image prompt is never taken off.
     seen = "" if job.image is None else job.image.load(pipe).describe()
     make = _compared if job.compare else _made
@@ -282,6 +289,7 @@ def _compared(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Gen
         timed=job.timed,
         metrics=job.metrics,
         label=f"{rank}{video.target.name}, ",
+        inputs=job.inputs,
     )
     files = write_comparison(result, video.target)
     seconds, summary, report = result.sparse.seconds, result.summary, result.to_dict()
@@ -316,7 +324,7 @@ def _made(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Generat
             make = denoise if is_streamed(pipe) else sample
             tick = ticker(bar, rank + target.name)
             with handle.gathering():
-                taken = make(pipe, video.prompt, clip, tick=tick, run=longer)
+                taken = make(pipe, video.prompt, clip, tick=tick, run=longer, inputs=job.inputs)
             summary = handle.summary()
         if isinstance(taken, Sample):
             files["video"] = write_video(taken.video, target, fps=clip.fps)

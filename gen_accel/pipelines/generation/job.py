@@ -14,12 +14,20 @@ from gen_accel.files import plain
 from gen_accel.measure.quality import check_installed, check_metrics
 from gen_accel.measure.video_io import check_writable
 from gen_accel.method import Method, parts_of
+from gen_accel.names import check_beside_given
 from gen_accel.paths import check_replaceable, expanded
 from gen_accel.pipelines.generation import prompt_list
 from gen_accel.pipelines.generation.compare import beside, report_of
 from gen_accel.pipelines.generation.decode import check_latents_path
+from gen_accel.pipelines.generation.given import Given
 from gen_accel.pipelines.generation.image_input import ImageInput
-from gen_accel.pipelines.generation.loading import Loading, check_model, find_device
+from gen_accel.pipelines.generation.inputs import Inputs, fit
+from gen_accel.pipelines.generation.loading import (
+    Loading,
+    check_given,
+    check_model,
+    find_device,
+)
 from gen_accel.pipelines.generation.sampling import Clip, check_clip, check_text, filled
 from gen_accel.pipelines.long_video import check_names
 from gen_accel.pipelines.tuning.named import choose_preset
@@ -54,6 +62,7 @@ class Job:
         clip: clip with the first seed. `fitted` fills its open values.
         metrics: figures of a comparison beside PSNR and SSIM, see `measure_fidelity`.
         techniques: techniques for video longer than the model was trained on.
+        given: pictures and video that the videos are made from; `fitted` makes `inputs` of it.
         only_longer: use the techniques only for video longer than `trained_frames`.
         several: outputs are numbered, and a record lies beside each, see `prompt_list`.
         request: inputs of all videos, as `prompt_list.is_done` compares them.
@@ -75,6 +84,8 @@ class Job:
     trained_frames: int | None = None
     only_longer: bool = False
     image: ImageInput | None = None
+    given: Given | None = None
+    inputs: Inputs | None = None
     videos: tuple[Video, ...] = ()
     several: bool = False
     request: Mapping[str, Any] = field(default_factory=dict)
@@ -109,6 +120,8 @@ class Job:
             )
         for prompt in prompts:
             check_text("prompt", prompt)
+        if job.given is not None:
+            job = replace(job, given=job.given.opened() if job.given.kinds else None)
         job._check(latents)
         several = numbered or len(prompts) > 1
         job = replace(job, several=several, videos=job._videos(prompts, out, latents, several))
@@ -149,15 +162,19 @@ class Job:
         Raises ValueError for values that the pipeline does not take or would round, and for a
         preset of another model.
         """
+        if self.given is not None and self.inputs is None:
+            clip, inputs = fit(pipe, self.clip, self.given)
+            return replace(self, clip=clip, inputs=inputs).fitted(pipe)
+        arguments = () if self.inputs is None else self.inputs.arguments
         if self.preset is not None:
-            whole = filled(pipe, self.clip)
+            whole = filled(pipe, self.clip, arguments)
             asked = {"num_frames": whole.frames, "height": whole.height, "width": whole.width}
             asked["num_inference_steps"] = self.clip.steps
             method, schedule, found = choose_preset(self.preset, pipe, self.schedule, asked)
             clip = self.clip if found is None else _solved(self.clip, found, self.preset)
             chosen = replace(self, method=method, schedule=schedule, preset=None, clip=clip)
             return replace(chosen.fitted(pipe), preset=found or self.preset)
-        clip = filled(pipe, self.clip)
+        clip = filled(pipe, self.clip, arguments)
         techniques, trained_frames = self.techniques, self.trained_frames
         if self.only_longer and not _is_longer(clip, trained_frames):
             techniques, trained_frames = (), None
@@ -210,6 +227,8 @@ class Job:
         elif self.metrics is not None:
             raise ValueError(f"metrics go with compare, got {', '.join(self.metrics)} without")
         check_names(self.techniques)
+        if self.given is not None:
+            check_beside_given(self.techniques, self.given.kinds)
         if self.trained_frames is not None and not self.techniques:
             raise ValueError(
                 f"trained_frames is for a technique, got {self.trained_frames} and none"
@@ -218,6 +237,7 @@ class Job:
         for what, kernel in named.items():
             kernels.check_name(kernel, what)
         check_model(self.model)
+        check_given(self.model, self.given, self.clip.frames)
         for kernel in named.values():
             if kernel != "auto":
                 kernels.check_kernel(kernel, find_device(self.loading.device))
@@ -272,6 +292,8 @@ class Job:
             "techniques": [*self.techniques],
             "trained_frames": self.trained_frames,
         }
+        if self.given is not None:
+            request["given"] = self.given.identity()
         if self.compare:  # its report states how long it took
             where = {"kernel": self.kernel, "timed": self.timed, "device": self.loading.device}
             if self.dense_kernel is not None:

@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from gen_accel.attention_processors.families import served_classes, video_classe
 from gen_accel.extras import needed_for
 from gen_accel.hub import check_there, fetched, parted, reachable, silenced
 from gen_accel.json_files import read_fields
+from gen_accel.kinds import choose, choose_in, part_of, takes
 from gen_accel.names import OFFLOADS as OFFLOADS
 from gen_accel.names import check_loading
 from gen_accel.paths import expanded
@@ -25,6 +26,8 @@ from gen_accel.pipelines.generation.arguments import frames_argument, parameters
 from gen_accel.pipelines.generation.decode import (
     check_streamed,
 )
+from gen_accel.pipelines.generation.given import Given
+from gen_accel.pipelines.generation.inputs import check_length
 from gen_accel.pipelines.generation.lora_fit import check_lora
 from gen_accel.pipelines.generation.model_index import check_index, part_class, pipeline_class
 from gen_accel.tensor_files import named
@@ -78,6 +81,25 @@ def check_model(model: str | Path) -> None:
         raise ValueError(f"{kind} of {model} makes images and no video; attach to it in Python")
 
 
+def check_given(model: str | Path, given: Given | None, frames: int | None = None) -> None:
+    """Refuse, by a ValueError, a model in a folder that does not make a video from what is given.
+
+    Reads the configs alone; a model on the hub is left to `load`.
+
+    Args:
+        given: a result of `Given.opened`; None for text alone.
+        frames: number of frames that are asked.
+    """
+    folder = folder_of(model)
+    if not (folder / "model_index.json").is_file():
+        return
+    asked = () if given is None else given.kinds
+    strength = given is not None and given.strength is not None
+    row = takes(choose_in(folder, asked, strength=strength))
+    if row is not None and given is not None:
+        check_length(row, given, frames)
+
+
 def check_latents_of(model: str | Path) -> None:
     """Refuse a pipeline whose latents cannot be kept, see `is_streamed`.
 
@@ -91,8 +113,12 @@ def check_latents_of(model: str | Path) -> None:
     check_streamed(*_classes(index, model))
 
 
-def load(model: str | Path, loading: Loading | None = None) -> Any:
+def load(model: str | Path, loading: Loading | None = None, given: Given | None = None) -> Any:
     """Load the pipeline onto its device, with its LoRAs.
+
+    Args:
+        given: what the video is made from besides text, which decides the class of the pipeline
+            where the weights serve several. None: the class that the folder names.
 
     Raises:
         ValueError: a model that `check_model` or `check_index` refuses, a missing device, a LoRA
@@ -108,13 +134,15 @@ def load(model: str | Path, loading: Loading | None = None) -> Any:
     with _one_line(model):
         index: Any = DiffusionPipeline.load_config(source)
     check_index(index, source)
+    name = index["_class_name"] if given is None else _chosen(index, source, given)
+    kind: Any = DiffusionPipeline if name == index["_class_name"] else pipeline_class(name)
     with warnings.catch_warnings(), _one_line(model):
         # Newer diffusers call it `dtype`; older ones ignore that.
         warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
-        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+        pipe = kind.from_pretrained(source, torch_dtype=dtype)
     _check_complete(pipe, model)
     pipe.set_progress_bar_config(disable=True)
-    if frames_argument(pipe) not in parameters(pipe):
+    if given is None and frames_argument(pipe) not in parameters(pipe):
         kind = type(pipe).__name__
         raise ValueError(f"{kind} makes no video from a prompt alone: it takes no num_frames")
     if served_family(pipe).TILED_VAE:
@@ -183,6 +211,17 @@ def find_device(name: str) -> torch.device:
 def folder_of(model: str | Path) -> Path:
     """Path of a pipeline's folder, whether or not it exists."""
     return expanded(model)
+
+
+def _chosen(index: Any, source: str | Path, given: Given) -> str:
+    """Name the pipeline class that makes a video from what is given, see `kinds.choose`."""
+    asked, strength = given.kinds, given.strength is not None
+    if Path(source).exists():
+        return choose_in(Path(source), asked, strength=strength)
+    config = {}
+    with suppress(OSError):  # where the classes tell enough
+        config = read_fields(fetched(str(source), f"{part_of(index)}/config.json"))
+    return choose(index, config, asked, source, strength=strength)
 
 
 def _classes(index: Any, origin: Any) -> tuple[str | None, str | None]:

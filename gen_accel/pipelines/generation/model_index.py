@@ -11,7 +11,7 @@ from typing import Any
 
 # Base classes of a pipeline's parts, by library.
 KINDS = {
-    "diffusers": ("ModelMixin", "SchedulerMixin"),
+    "diffusers": ("ModelMixin", "SchedulerMixin", "BaseGuidance"),
     "transformers": (
         *("PreTrainedModel", "PreTrainedTokenizer", "PreTrainedTokenizerFast"),
         *("PreTrainedTokenizerBase", "FeatureExtractionMixin", "ImageProcessingMixin"),

@@ -14,12 +14,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from gen_accel.extras import needed_for
 from gen_accel.files import file_sha256, folder_sha256
 from gen_accel.json_files import read_fields, typed
 from gen_accel.measure import write_json
+from gen_accel.measure.picture_files import pixels as pixels
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import Loading, find_device, folder_of
 
@@ -127,11 +126,6 @@ def identity(source: Any) -> str:
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
     about = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.suffix != ".md"]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
-
-
-def pixels(image: Image.Image) -> str:
-    """Identify a picture by its size and a hash of its pixels."""
-    return f"{image.width} x {image.height} {hashlib.sha256(image.tobytes()).hexdigest()}"
 
 
 class Share(NamedTuple):

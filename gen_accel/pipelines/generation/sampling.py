@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from gen_accel.pipelines.generation.decode import (
     decode_stream,
     is_streamed,
 )
+from gen_accel.pipelines.generation.inputs import Inputs
 from gen_accel.pipelines.generation.progress import Tick
 from gen_accel.room import check_room
 from gen_accel.values import check_types
@@ -122,10 +124,14 @@ class Sample:
         return self.denoise_seconds + self.decode_seconds
 
 
-def filled(pipe: Any, clip: Clip) -> Clip:
+def filled(pipe: Any, clip: Clip, inputs: Collection[str] = ()) -> Clip:
     """Fill the open values of `clip` with the pipeline's own defaults.
 
     A value stays None if its default depends on the model, except `fps`, which gets a number.
+
+    Args:
+        inputs: names of the arguments that the pipeline gets besides the clip. With them it may
+            have no argument for the frames, which a video then decides.
 
     Raises:
         ValueError: the pipeline does not take a value of `clip`, or cannot run from a prompt
@@ -138,13 +144,14 @@ def filled(pipe: Any, clip: Clip) -> Clip:
         if parameter.default is parameter.empty
         and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         and name != "prompt"
+        and name not in inputs
     ]
     if required:
         raise ValueError(f"{kind} needs {', '.join(required)} besides a prompt; call it in Python")
     values = {}
     for name, argument in arguments(pipe).items():
         value = getattr(clip, name)
-        if argument not in known and value is not None:
+        if argument not in known and value is not None and not (name == "frames" and inputs):
             raise ValueError(f"{kind} takes no {argument}, got {value!r}")
         if value is None and argument in known:
             value = known[argument].default
@@ -231,6 +238,7 @@ def denoise(
     tick: Tick | None = None,
     watch: Callable[[Tensor], None] | None = None,
     run: Callable[..., Any] | None = None,
+    inputs: Inputs | None = None,
 ) -> Denoised:
     """Run the pipeline for one prompt, as far as the latents.
 
@@ -241,11 +249,13 @@ def denoise(
         clip: a result of `filled`.
         watch: function that takes the latents after each step, before `tick` is called.
         run: function to call instead of `pipe`, with its arguments; see `long_video.extend`.
+        inputs: pictures and video, see `inputs.fit`.
 
     Raises:
         ValueError: latents that are not finite.
     """
-    latents, seconds = _run(pipe, prompt, clip, "latent", tick=tick, watch=watch, run=run)
+    options: dict[str, Any] = {"tick": tick, "watch": watch, "run": run, "inputs": inputs}
+    latents, seconds = _run(pipe, prompt, clip, "latent", **options)
     if not torch.isfinite(latents).all():
         raise ValueError(
             f"the model made values that are not finite, in {first_transformer(pipe).dtype}; try "
@@ -261,6 +271,7 @@ def sample(
     *,
     tick: Tick | None = None,
     run: Callable[..., Any] | None = None,
+    inputs: Inputs | None = None,
 ) -> Sample:
     """Run the pipeline for one prompt, and decode the whole video in memory.
 
@@ -271,10 +282,10 @@ def sample(
     """
     start = _now(pipe)
     if is_streamed(pipe):
-        taken = denoise(pipe, prompt, clip, tick=tick, run=run)
+        taken = denoise(pipe, prompt, clip, tick=tick, run=run, inputs=inputs)
         video, seconds = np.concatenate([*decode_stream(pipe, taken.latents)]), taken.seconds
     else:
-        frames, seconds = _run(pipe, prompt, clip, "np", tick=tick, run=run)
+        frames, seconds = _run(pipe, prompt, clip, "np", tick=tick, run=run, inputs=inputs)
         video = np.stack([as_uint8(frame, pipe) for frame in frames[0]])
     return Sample(video, seconds, _now(pipe) - start - seconds)
 
@@ -293,17 +304,20 @@ def _run(
     tick: Tick | None,
     run: Callable[..., Any] | None,
     watch: Callable[[Tensor], None] | None = None,
+    inputs: Inputs | None = None,
 ) -> tuple[Any, float]:
     """Run the pipeline. Returns a batch of one sample, and the seconds until its last step."""
+    inputs, known = inputs or Inputs(), parameters(pipe)
     given = {
         argument: getattr(clip, name)
         for name, argument in arguments(pipe).items()
-        if getattr(clip, name) is not None
+        if getattr(clip, name) is not None and argument in known
     }
+    given |= inputs.arguments
     marks: list[float] = []
 
     def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
-        total = len(pipe.scheduler.timesteps)
+        total = max(1, int(len(pipe.scheduler.timesteps) * inputs.shortened))
         if step == total - 1:
             marks.append(_now(pipe))
         if watch is not None:
@@ -312,17 +326,29 @@ def _run(
             tick(step + 1, total)
         return tensors
 
-    if "callback_on_step_end" in parameters(pipe):
+    if "callback_on_step_end" in known:
         given["callback_on_step_end"] = on_step_end
     start = _now(pipe)
-    made = (run or pipe)(
-        prompt=prompt,
-        generator=torch.Generator().manual_seed(clip.seed),
-        output_type=output_type,
-        **given,
-    )
+    with _seeded(pipe, clip.seed) if inputs.arguments else nullcontext():
+        made = (run or pipe)(
+            prompt=prompt,
+            generator=torch.Generator().manual_seed(clip.seed),
+            output_type=output_type,
+            **given,
+        )
     end = marks[-1] if marks else _now(pipe)
     return made.frames if hasattr(made, "frames") else [made.video], end - start
+
+
+@contextmanager
+def _seeded(pipe: Any, seed: int) -> Iterator[None]:
+    """Seed torch's own generators, from which some pipelines draw when they encode a picture."""
+    device = pipe._execution_device
+    kind = device.type if device.type != "cpu" else "cuda"
+    devices = [] if device.type == "cpu" else [device.index or 0]
+    with torch.random.fork_rng(devices, device_type=kind):
+        torch.manual_seed(seed)
+        yield
 
 
 def _frame_rate(pipe: Any, given: float | None) -> float:

@@ -83,7 +83,7 @@ def test_a_lora_brings_its_method_weights_guidance_and_techniques(tmp_path):
 def test_techniques_of_a_lora_hold_for_longer_video_alone(tmp_path, monkeypatch, frames):
     from gen_accel.pipelines.generation import job as module
 
-    monkeypatch.setattr(module, "filled", lambda pipe, clip: replace(clip, frames=frames))
+    monkeypatch.setattr(module, "filled", lambda pipe, clip, *inputs: replace(clip, frames=frames))
     monkeypatch.setattr(module, "check_clip", lambda *given: None)
     found = job(method=None, from_lora=LORA).resolve(["a"], out=tmp_path / "a.gif").fitted(None)
     assert found.clip.frames == frames
