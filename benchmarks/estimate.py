@@ -41,7 +41,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "estimate.md"
 BEGIN, END = "<!-- estimate -->", "<!-- /estimate -->"
 # glibc gives back what is freed of blocks above this size.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-CLIPS = ((9, 240, 416), (17, 240, 416), (25, 240, 416))  # frames, height, width
+CLIPS = ((9, 256, 416), (17, 256, 416), (25, 256, 416))  # frames, height, width
 MODELS: dict[str, dict[str, Any]] = {
     "wan": {
         "_class_name": "WanTransformer3DModel",
@@ -69,7 +69,9 @@ def measure(kind: str, clip: tuple[int, int, int], rounds: int) -> dict[str, Any
     config = MODELS[kind]
     subject = subject_of(config)
     frames = subject.frames(-(-clip[0] // 4))  # as many latents for every model
-    grid = subject.grid(clip[1], clip[2], frames)
+    side = subject.spatial * subject.patch[1] // 16  # as many tokens for every model
+    height, width = side * clip[1], side * clip[2]
+    grid = subject.grid(height, width, frames)
     work = step_work(subject, grid, 1)
     assert work is not None
     model: Any = getattr(diffusers, str(config["_class_name"]))
@@ -90,7 +92,7 @@ def measure(kind: str, clip: tuple[int, int, int], rounds: int) -> dict[str, Any
     inputs, small = given(grid), given(VideoShape(2, 4, 4))
     busy, rates = watched(), [measure_rates(device, dtype, subject.head_dim, clock)]
     found = estimate(
-        config, Radial(), height=clip[1], width=clip[2], num_frames=frames, remeasure=True
+        config, Radial(), height=height, width=width, num_frames=frames, remeasure=True
     )
     dense, memory = _timed(model, inputs, small, rounds, clock)
     with attach(model, Radial()):
@@ -103,8 +105,8 @@ def measure(kind: str, clip: tuple[int, int, int], rounds: int) -> dict[str, Any
     return {
         "model": kind,
         "frames": frames,
-        "height": clip[1],
-        "width": clip[2],
+        "height": height,
+        "width": width,
         "tokens": grid.tokens,
         "parameters": sum(value.numel() for value in model.parameters()),
         "rates": best,

@@ -57,16 +57,6 @@ GpuName = Annotated[
     ),
 ]
 
-GpuName = Annotated[
-    str | None,
-    typer.Option(
-        "--gpu",
-        metavar="CARD",
-        help="A card to estimate for: h100, h200, a100, 4090, 5090 and others. Without: this "
-        "machine.",
-    ),
-]
-
 Steps = Annotated[int | None, typer.Option(help="Denoising steps. Without: the model's own.")]
 
 Metrics = Annotated[

@@ -418,7 +418,7 @@ def _bounds(bounds: Any) -> list[str]:
     """Lines of a table of choices, after what its columns mean."""
     first = bounds[0]
     head = ("window", "stride", "tile-q", "tile-k", "bound", "FLOPs", "visited", "unmasked")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for bound in bounds:
         sides = (bound.method.window, bound.method.stride, bound.tile_q, bound.tile_k)
         rows.append(

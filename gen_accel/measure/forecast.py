@@ -435,7 +435,8 @@ def _decoding(vae: Part, subject: Subject, grid: VideoShape, dtype: torch.dtype)
         z = torch.zeros(1, channels, length, rows, columns, dtype=dtype, device="meta")
         if parts is None:
             return traced(lambda: model.decode(z, return_dict=False))
-        return traced(lambda: _drained(parts(model, z)))
+        decode: Any = parts
+        return traced(lambda: _drained(decode(model, z)))
 
     few, more = (ONE_BY_ONE, ONE_BY_ONE + 1) if one_by_one else (FEW, MORE)
     try:

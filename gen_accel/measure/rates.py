@@ -48,7 +48,7 @@ class Rates:
 def rates_of_card(card: Card) -> Rates:
     shares = {kind: share_of_peak(kind, card.kind) for kind in KINDS}
     peaks = dict.fromkeys(KINDS, card.flops) | {"moved": card.bandwidth}
-    ranges = {
+    ranges: dict[str, Any] = {
         kind: Range(share.low * peaks[kind], share.high * peaks[kind], share.source)
         for kind, share in shares.items()
     }
@@ -85,7 +85,7 @@ def rates_here(
     )
     note = f"; {busy}, so they may be too low, and are not kept" if busy else ""
     where = f"{name}, {threads}" if device.type == "cpu" else name
-    ranges = {
+    ranges: dict[str, Any] = {
         kind: Range(rate / SPREAD, rate * SPREAD, "measured") for kind, rate in found.items()
     }
     return Rates(

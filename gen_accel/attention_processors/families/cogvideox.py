@@ -75,7 +75,7 @@ def inputs(transformer: Any, video: VideoShape, text: int, batch: int) -> dict[s
     config, like = transformer.config, {"device": transformer.device, "dtype": transformer.dtype}
     joined, side = config.patch_size_t or 1, config.patch_size
     size = video.frames * joined, config.in_channels, video.height * side, video.width * side
-    given = {
+    given: dict[str, Any] = {
         "hidden_states": torch.zeros(batch, *size, **like),
         "timestep": torch.zeros(batch, **like),
         "encoder_hidden_states": torch.zeros(batch, text, config.text_embed_dim, **like),

@@ -57,7 +57,8 @@ def forecast_job(job: Job, *, gpu: str | None = None, remeasure: bool = False) -
         steps = found.method.steps if found is not None else steps
     assert method is not None, "resolved"
     scale = value("guidance_scale", "guidance_scale")
-    distilled = subject.model.config.get("guidance_embeds", False)
+    config: Any = subject.model.config
+    distilled = config.get("guidance_embeds", False)
     return forecast(
         job.model,
         method,
