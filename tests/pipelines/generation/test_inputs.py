@@ -74,7 +74,7 @@ def test_the_video_is_that_of_the_pipeline_and_sparse_attention_sees_its_grid(
     given, arguments = model.calls(model.size)[kind]
     folder, pipe = ready(name, given)
     known = parameters(pipe)
-    sizes = {"height": height, "width": width} if "height" in known else {}
+    sizes: dict[str, Any] = {"height": height, "width": width} if "height" in known else {}
     clip = Clip(frames=frames, steps=model.steps, seed=SEED, **sizes)
 
     def made(method):
