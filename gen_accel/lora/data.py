@@ -41,7 +41,7 @@ class CaptionedVideo:
 
     Args:
         name: name of the clip in its data set.
-        source: a file that ffmpeg reads, a function that returns the bytes of such a file, or the
+        source: a film, a function that returns the bytes of such a file, or the
             frames, (F, H, W, 3) uint8, already at the wanted rate.
         image: image prompt of this clip; None uses a frame of the clip.
         teacher_caption: caption of the teacher that an image prompt is trained to match; may be
@@ -226,7 +226,7 @@ def survey_clip(path: str | Path, *, frames: int, fps: float | None = None) -> S
     """Count the frames that `read_clip` would return, by decoding them.
 
     Raises:
-        OSError: ffmpeg cannot read the video, or finds it damaged before its end.
+        OSError: no film, or one that is damaged before the last frame asked for.
     """
     with opened_film(Path(path), path) as film:
         return _surveyed(islice(film.pictures(fps=fps), frames))
@@ -251,7 +251,7 @@ def read_clip(
         (F, H, W, 3) uint8.
 
     Raises:
-        OSError: ffmpeg cannot read the video, or finds it damaged before its end.
+        OSError: no film, or one that is damaged before the last frame asked for.
     """
     with opened_film(Path(path), path) as film:
         return _resized(islice(film.pictures(fps=fps), frames), size)

@@ -11,6 +11,7 @@ import numpy as np
 from gen_accel.extras import needed_for
 from gen_accel.paths import for_ffmpeg
 
+ALONE = {"protocol_whitelist": "file"}  # what a file names is not fetched from a network
 MICROSECOND = Fraction(1, 1_000_000)  # unit of a container's own times
 
 
@@ -36,7 +37,7 @@ def opened_film(source: Path | IO[bytes], name: object) -> Iterator["Film"]:
     av = pyav()
     where = for_ffmpeg(source) if isinstance(source, Path) else source
     try:
-        container = av.open(where)
+        container = av.open(where, options=ALONE)
     except av.FFmpegError as error:
         raise OSError(f"{name} cannot be read: {_why_not_opened(source, error)}") from error
     with container:

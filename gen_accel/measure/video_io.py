@@ -69,7 +69,7 @@ def write_video(
 
     Raises:
         ValueError: wrong frames, fps or `about`, or whatever `check_writable` refuses.
-        OSError: the disk or ffmpeg failed. What was at `path` before is still there.
+        OSError: the disk or the encoder failed. What was at `path` before is still there.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.size == 0 or frames.dtype != np.uint8:
         raise ValueError(f"frames must be (F, H, W, 3) uint8, got {frames.shape} {frames.dtype}")
@@ -101,7 +101,7 @@ def write_stream(
 
     Raises:
         ValueError: no frame, wrong chunks, fps or `about`, or whatever `check_writable` refuses.
-        OSError: the disk or ffmpeg failed. What was at `path` before is still there.
+        OSError: the disk or the encoder failed. What was at `path` before is still there.
     """
     check_rate(fps)
     about = checked_texts(about)
@@ -164,11 +164,12 @@ def read_video(path: str | Path) -> np.ndarray:
     """Read every stored frame of `path`, once, as (F, H, W, 3) uint8.
 
     Args:
-        path: whatever ffmpeg decodes, a PNG picture, or a folder of numbered PNG frames.
+        path: a film that ffmpeg decodes, turned as a player shows it, a PNG picture, or a folder
+            of numbered PNG frames.
 
     Raises:
         FileNotFoundError: nothing is there, or the folder holds no numbered PNG frame.
-        OSError: ffmpeg cannot decode it.
+        OSError: no film, one without a video stream, or a damaged one.
     """
     return np.concatenate([*read_stream(path)])
 
