@@ -22,7 +22,7 @@ CORE = ("diffusers", "gen_accel", "numpy", "safetensors", "torch")
 # Of which diffusers brings Pillow and, by its hub, PyYAML: only our own imports are blocked.
 BROUGHT = ("PIL", "huggingface_hub", "tqdm", "yaml")
 EXTRAS = (
-    *("accelerate", "datasets", "ftfy", "imageio", "imageio_ffmpeg", "lightning_utilities"),
+    *("accelerate", "av", "datasets", "ftfy", "imageio_ffmpeg", "lightning_utilities"),
     *("cv2", "pycvvdp", "scipy"),
     *("matplotlib", "peft", "rich", "tensorboard", "torchmetrics", "torchvision"),
     *("transformers", "triton", "typer", "xformers"),
@@ -126,11 +126,10 @@ ONE_LINE = {
     "film": (
         (*BASE, "accelerate"),
         f"{GENERATE} dense --out OUT.gif",
-        "error: reading or writing a video file needs imageio_ffmpeg: "
-        'pip install "gen_accel[video]"',
+        'error: reading or writing a video file needs av: pip install "gen_accel[video]"',
     ),
     "compare": (
-        (*BASE, "accelerate", "imageio_ffmpeg"),
+        (*BASE, "accelerate", "av"),
         f"{GENERATE} radial --compare --out OUT.mp4",
         'error: comparing videos needs torchmetrics: pip install "gen_accel[quality]"',
     ),

@@ -179,12 +179,18 @@ def _tell(data: Any, json: Path | None, show: Any) -> None:
 
 
 def _print_one(found: Any) -> None:
-    if hasattr(found, "psnr_db"):
+    if _is_compared(found):
         print_rows({"frames": f"{found.frames}", **fidelity_rows(found.to_dict())})
         for reason in what_is_missing(found.to_dict()):
             typer.echo(reason)
     else:
         _print_motion(found)
+
+
+def _is_compared(found: Any) -> bool:
+    from gen_accel.measure.quality import Fidelity
+
+    return isinstance(found, Fidelity)
 
 
 def _print_motion(found: Any) -> None:
@@ -215,7 +221,7 @@ def _print_table(found: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     first = next(iter(found.values()))
-    columns = COMPARED if hasattr(first, "psnr_db") else ALONE
+    columns = COMPARED if _is_compared(first) else ALONE
     known = {
         title: (name, digits)
         for title, (name, digits) in columns.items()

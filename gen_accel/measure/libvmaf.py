@@ -17,8 +17,8 @@ from typing import IO
 
 import numpy as np
 
-from gen_accel.extras import needed_for
 from gen_accel.measure.enlarging import enlargement
+from gen_accel.measure.ffmpeg_process import ffmpeg_binary
 from gen_accel.measure.ffmpeg_words import why
 
 MODEL = "vmaf_v0.6.1"
@@ -145,7 +145,7 @@ class VMAF:
         sizes = {"width": width, "height": height, "shown": shown}
         graph = _GRAPH.format(log=_LOG, threads=self._threads, **sizes)
         command = [
-            *(_executable(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"),
+            *(ffmpeg_binary(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"),
             *("-s", f"{width}x{2 * height}", "-i", "-", "-lavfi", graph, "-f", "null", "-"),
         ]
         # Out of the terminal's reach: Ctrl-C is answered here.
@@ -172,8 +172,8 @@ def vmaf_missing() -> str | None:
     if find_spec("imageio_ffmpeg") is None:
         return 'vmaf needs imageio_ffmpeg: pip install "gen_accel[quality]"'
     try:
-        executable = _executable()
-    except RuntimeError:  # there is no wheel with a binary for this machine
+        executable = ffmpeg_binary()
+    except OSError:  # there is no wheel with a binary for this machine
         return "vmaf needs an ffmpeg with libvmaf: name one by IMAGEIO_FFMPEG_EXE"
     if not _has_libvmaf(executable):
         return (
@@ -190,12 +190,6 @@ def too_small(height: int, width: int) -> str | None:
     return (
         f"vmaf needs frames of at least {VMAF_SIDE} x {VMAF_SIDE} pixels, got {height} x {width}"
     )
-
-
-def _executable() -> str:
-    with needed_for("VMAF", extra="quality"):
-        import imageio_ffmpeg
-    return imageio_ffmpeg.get_ffmpeg_exe()
 
 
 @cache

@@ -18,6 +18,7 @@ from gen_accel.measure import (
 )
 from gen_accel.measure.colorvideovdp import cvvdp_of_streams
 from gen_accel.measure.enlarging import enlarged, enlargement
+from gen_accel.measure.ffmpeg_process import ffmpeg_binary
 from gen_accel.measure.quality import NOT_ASKED, compare_files
 
 needs_vmaf = pytest.mark.skipif(bool(libvmaf.vmaf_missing()), reason=str(libvmaf.vmaf_missing()))
@@ -85,7 +86,7 @@ def test_vmaf_is_what_ffmpeg_says_of_the_files(tmp_path, size):
         "[a][b]libvmaf=log_fmt=json:log_path=log.json"
     )
     inputs = [f"-i {tmp_path}/{name}/%04d.png" for name in ("video", "reference")]
-    command = [libvmaf._executable(), "-v", "error", *" ".join(inputs).split(), "-lavfi", graph]
+    command = [ffmpeg_binary(), "-v", "error", *" ".join(inputs).split(), "-lavfi", graph]
     subprocess.run([*command, "-f", "null", "-"], cwd=tmp_path, check=True)
     told = json.loads((tmp_path / "log.json").read_text())
     scores = vmaf_per_frame(other, video)
