@@ -25,6 +25,7 @@ from gen_accel.cli.options import (
     schedule,
 )
 from gen_accel.cli.printing import print_comparison, print_files, quiet
+from gen_accel.cli.verb_fields import ConfigFile, PrintConfig, PrintSchema, show_config
 from gen_accel.demo import NAME, adapter_named, model_named
 from gen_accel.demo.words import check_known
 
@@ -77,10 +78,12 @@ def generate(
     dense_steps: DenseSteps = 0,
     dense_layers: DenseLayers = "0",
     compare: Annotated[
-        bool, typer.Option("--compare", help="Also run dense, and report the difference.")
+        bool,
+        typer.Option("--compare/--no-compare", help="Also run dense, and report the difference."),
     ] = False,
     timed: Annotated[
-        bool, typer.Option("--timed", help="Also measure the seconds spent in attention.")
+        bool,
+        typer.Option("--timed/--no-timed", help="Also measure the seconds spent in attention."),
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
@@ -145,8 +148,14 @@ def generate(
         Path | None, typer.Option(metavar="FILE", help="Decode what --save-latents kept.")
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Of several prompts, make again what is done.")
+        bool,
+        typer.Option(
+            "--overwrite/--no-overwrite", help="Of several prompts, make again what is done."
+        ),
     ] = False,
+    config: ConfigFile = None,
+    print_config: PrintConfig = False,
+    print_schema: PrintSchema = False,
 ) -> None:
     """Generate videos with any diffusers video pipeline of `gen-accel models`.
 
@@ -176,6 +185,9 @@ def generate(
     steps, --dense-start 0.25 is a good start. Sizes that the model cannot make are refused, with
     the nearest that it can.
     """
+    if print_config:
+        show_config(context)
+        return
     techniques = _techniques(extend)
     early.check_video(out)
     early.check_output(save_latents, ".safetensors")
