@@ -8,6 +8,7 @@ import typer
 from gen_accel import names
 from gen_accel.cli import early
 from gen_accel.cli.app import app
+from gen_accel.cli.json_output import JsonFile, JsonLines
 from gen_accel.cli.options import (
     DenseEnd,
     DenseKernel,
@@ -153,6 +154,13 @@ def generate(
             "--overwrite/--no-overwrite", help="Of several prompts, make again what is done."
         ),
     ] = False,
+    preview: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Each N steps, show what there is so far at OUT's .preview.png."
+        ),
+    ] = None,
+    json: JsonFile = None,
     config: ConfigFile = None,
     print_config: PrintConfig = False,
     print_schema: PrintSchema = False,
@@ -188,6 +196,7 @@ def generate(
     if print_config:
         show_config(context)
         return
+    lines = JsonLines(context, json)
     techniques = _techniques(extend)
     early.check_video(out)
     early.check_output(save_latents, ".safetensors")
@@ -224,6 +233,7 @@ def generate(
     if from_latents is not None:
         path = decode_latents(source, from_latents, out=out, fps=fps, loading=loading)
         print_files({"video": path})
+        lines.write([{"files": {"video": path}}])
         return
     texts = [*(prompt or ()), *(read_prompts(prompts) if prompts is not None else ())]
     if model == NAME:
@@ -253,9 +263,11 @@ def generate(
         ),
         numbered=prompts is not None,
         resume=not overwrite,
+        preview=preview,
     )
     for one in made:
         _print_made(one)
+    lines.write(one.to_dict() for one in made)
 
 
 def _attention(

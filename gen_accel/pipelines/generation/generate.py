@@ -42,6 +42,7 @@ from gen_accel.pipelines.generation.loading import (
     load,
     load_decoder,
 )
+from gen_accel.pipelines.generation.preview import Preview, preview_of
 from gen_accel.pipelines.generation.progress import counted, steps_bar, ticker
 from gen_accel.pipelines.generation.prompt_list import Share
 from gen_accel.pipelines.generation.sampling import (
@@ -82,6 +83,19 @@ class Generated:
     report: dict[str, Any] | None = None
     image: str = ""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return prompt, seed, files, seconds and density, and the parts that are there of the
+        rest, as JSON holds them."""
+        parts = {"extension": self.extension, "image_prompt": self.image, "report": self.report}
+        return {
+            "prompt": self.prompt,
+            "seed": self.seed,
+            "files": {kind: str(path) for kind, path in self.files.items()},
+            "seconds": self.seconds,
+            "density": self.summary.density,
+            **{name: part for name, part in parts.items() if part},
+        }
+
 
 def generate(
     model: str | Path,
@@ -104,6 +118,7 @@ def generate(
     image: ImageInput | None = None,
     numbered: bool = False,
     resume: bool = False,
+    preview: int | None = None,
 ) -> list[Generated]:
     """Load a pipeline, attach `method`, and write a video for each prompt.
 
@@ -147,6 +162,8 @@ def generate(
         resume: among several prompts, skip each whose files exist and have the same inputs: model,
             LoRAs, prompt, seed, sizes, method, schedule, dtype, images and so on. Device and
             kernel count with `compare` only.
+        preview: steps between two pictures of what a video looks like so far, each of which
+            replaces the last at `out.preview.png`; see `preview.Preview`. The last one stays.
 
     Returns:
         Results in the order of the prompts, without skipped ones: all in the main process, an
@@ -154,8 +171,8 @@ def generate(
 
     Raises:
         ValueError: no prompt, an unusable model, size, method, kernel, technique, image, adapter
-            or file name, a preset of another model or number of steps, or a technique or latents
-            together with `compare`.
+            or file name, a preset of another model or number of steps, or a technique, latents or
+            a preview together with `compare`.
         OSError: a missing file or repository, or a folder that cannot be written.
     """
     job = Job(
@@ -172,6 +189,7 @@ def generate(
         timed=timed,
         trained_frames=trained_frames,
         image=image,
+        preview=preview,
     ).resolve(prompts, out=out, techniques=techniques, latents=latents, numbered=numbered)
     left = job.left(resume)
     share = Share.of(left, job.loading) if job.several else Share(left)
@@ -251,8 +269,9 @@ def _run(job: Job, share: Share) -> dict[int, Generated]:
             prompt_list.forget_done(video.target)
             made[i] = make(pipe, fitted, video, seen=seen, rank=share.rank)
             if job.several:
-                clip, files = asdict(fitted.clip_of(video)), [*made[i].files.values()]
-                prompt_list.write_done(video.target, job.asked(video), clip, files)
+                clip, files = asdict(fitted.clip_of(video)), dict(made[i].files)
+                files.pop("preview", None)
+                prompt_list.write_done(video.target, job.asked(video), clip, [*files.values()])
             for kind in (OtherThanTuned, OtherAttention):  # once is enough
                 warnings.simplefilter("ignore", kind)
     return made
@@ -309,9 +328,12 @@ def _made(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Generat
                 longer = stack.enter_context(extend(pipe, job.techniques, **lengths))
                 extension = longer.describe()
             make = denoise if is_streamed(pipe) else sample
-            tick = ticker(bar, rank + target.name)
+            seen_by: dict[str, Any] = {"tick": ticker(bar, rank + target.name)}
+            if job.preview is not None:
+                preview = Preview(pipe, clip, preview_of(target), job.preview)
+                seen_by = stack.enter_context(preview.seeing(seen_by["tick"]))
             with handle.gathering():
-                taken = make(pipe, video.prompt, clip, tick=tick, run=longer)
+                taken = make(pipe, video.prompt, clip, run=longer, **seen_by)
             summary = handle.summary()
         if isinstance(taken, Sample):
             files["video"] = write_video(taken.video, target, fps=clip.fps)
@@ -321,7 +343,10 @@ def _made(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Generat
                 files["latents"] = save_latents(video.latents, taken.latents, about)
             files["video"] = _write(pipe, taken.latents, target, clip.fps, bar, rank)
     seconds = time.perf_counter() - start
-    if stale := [str(file) for file in comparison_files(target) if os.path.exists(file)]:
+    if job.preview is not None and os.path.exists(preview_of(target)):
+        files["preview"] = preview_of(target)
+    others = [*comparison_files(target), preview_of(target)]
+    if stale := [str(f) for f in others if os.path.exists(f) and f not in files.values()]:
         print(f"of an earlier video: {', '.join(stale)}", file=sys.stderr)
     return Generated(video.prompt, video.seed, files, seconds, summary, extension, image=seen)
 

@@ -20,6 +20,7 @@ from gen_accel.pipelines.generation.compare import beside, report_of
 from gen_accel.pipelines.generation.decode import check_latents_path
 from gen_accel.pipelines.generation.image_input import ImageInput
 from gen_accel.pipelines.generation.loading import Loading, check_model, find_device
+from gen_accel.pipelines.generation.preview import preview_of
 from gen_accel.pipelines.generation.sampling import Clip, check_clip, check_text, filled
 from gen_accel.pipelines.long_video import check_names
 from gen_accel.pipelines.tuning.named import choose_preset
@@ -54,6 +55,7 @@ class Job:
         clip: clip with the first seed. `fitted` fills its open values.
         techniques: techniques for video longer than the model was trained on.
         only_longer: use the techniques only for video longer than `trained_frames`.
+        preview: steps between two previews; None: none.
         several: outputs are numbered, and a record lies beside each, see `prompt_list`.
         request: inputs of all videos, as `prompt_list.is_done` compares them.
     """
@@ -73,6 +75,7 @@ class Job:
     trained_frames: int | None = None
     only_longer: bool = False
     image: ImageInput | None = None
+    preview: int | None = None
     videos: tuple[Video, ...] = ()
     several: bool = False
     request: Mapping[str, Any] = field(default_factory=dict)
@@ -205,6 +208,8 @@ class Job:
         """Refuse, by a ValueError, parts that do not go together or are missing."""
         if self.compare:
             self._check_comparison(latents)
+        if self.preview is not None and self.preview < 1:
+            raise ValueError(f"preview must be at least 1 step, got {self.preview}")
         check_names(self.techniques)
         if self.trained_frames is not None and not self.techniques:
             raise ValueError(
@@ -225,6 +230,10 @@ class Job:
             raise ValueError(
                 "compare goes with neither long-video techniques nor saved latents, got "
                 f"{', '.join(self.techniques) or latents}"
+            )
+        if self.preview is not None:
+            raise ValueError(
+                f"compare measures times, which previews add to: leave preview {self.preview} out"
             )
 
     def _videos(
@@ -258,6 +267,8 @@ class Job:
             check_replaceable(prompt_list.record_of(video.target))
         if video.latents is not None:
             check_latents_path(video.latents)
+        if self.preview is not None:
+            check_replaceable(preview_of(video.target))
 
     def _request(self) -> dict[str, Any]:
         request = prompt_list.sources(self.model, self.loading, self.from_lora) | {
