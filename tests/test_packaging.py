@@ -22,7 +22,7 @@ CORE = ("diffusers", "gen_accel", "numpy", "safetensors", "torch")
 # Of which diffusers brings Pillow and, by its hub, PyYAML: only our own imports are blocked.
 BROUGHT = ("PIL", "huggingface_hub", "tqdm", "yaml")
 EXTRAS = (
-    *("accelerate", "datasets", "ftfy", "imageio", "imageio_ffmpeg", "lightning_utilities"),
+    *("accelerate", "av", "datasets", "ftfy", "imageio_ffmpeg", "lightning_utilities"),
     *("matplotlib", "peft", "pydantic", "rich", "tensorboard", "torchmetrics", "torchvision"),
     *("transformers", "triton", "typer", "xformers"),
 )

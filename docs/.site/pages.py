@@ -121,6 +121,7 @@ API = {
             "gen_accel.measure.motion.measure_motion",
             "gen_accel.measure.video_io.read_video",
             "gen_accel.measure.video_io.write_video",
+            "gen_accel.measure.video_io.read_about",
         ],
     ),
 }

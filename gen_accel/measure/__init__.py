@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gen_accel.measure.sheets import contact_sheet, side_by_side
     from gen_accel.measure.video_io import (
         check_writable,
+        read_about,
         read_stream,
         read_video,
         write_stream,
@@ -36,6 +37,7 @@ __all__ = [
     "measure_motion",
     "psnr",
     "psnr_per_frame",
+    "read_about",
     "read_stream",
     "read_video",
     "side_by_side",
@@ -58,6 +60,7 @@ _HOMES = {
     "measure_motion": "motion",
     "psnr": "quality",
     "psnr_per_frame": "quality",
+    "read_about": "video_io",
     "read_stream": "video_io",
     "read_video": "video_io",
     "side_by_side": "sheets",

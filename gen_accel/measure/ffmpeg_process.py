@@ -26,6 +26,13 @@ def ffmpeg() -> Any:
     return imageio_ffmpeg
 
 
+def pyav() -> Any:
+    """The module av, which is ffmpeg's libraries."""
+    with needed_for("reading or writing a video file", extra="video"):
+        import av
+    return av
+
+
 def encode(
     frames: Iterator[np.ndarray],
     path: Path,

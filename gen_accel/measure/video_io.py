@@ -5,7 +5,7 @@ Every file is written under a temporary name in the same folder and renamed when
 
 import re
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -16,9 +16,17 @@ from PIL import Image
 
 from gen_accel.files import check_folder, replacing
 from gen_accel.hub import silenced
-from gen_accel.measure.ffmpeg_process import encode, ffmpeg
+from gen_accel.measure.ffmpeg_process import encode, ffmpeg, pyav
 from gen_accel.measure.ffmpeg_words import why
 from gen_accel.measure.picture_files import read_picture
+from gen_accel.measure.video_texts import (
+    add_gif_comment,
+    checked_texts,
+    comment_of,
+    picture_texts,
+    png_chunks,
+    texts_of,
+)
 from gen_accel.moved import signpost
 from gen_accel.paths import (
     VIDEO_SUFFIXES,
@@ -49,7 +57,9 @@ GIF_FILTER = "split[frames][sample];[sample]palettegen[palette];[frames][palette
 ODD_SIZE = "gen_accel size {height}x{width}"  # the comment in an mp4 with a padded edge
 
 
-def write_video(frames: np.ndarray, path: str | Path, *, fps: float) -> Path:
+def write_video(
+    frames: np.ndarray, path: str | Path, *, fps: float, about: Mapping[str, str] | None = None
+) -> Path:
     """Write `frames` in the format that the suffix of `path` names.
 
     - `.mp4`: H.264, yuv420p, which only knows even sizes. An odd edge is repeated once, never
@@ -62,22 +72,31 @@ def write_video(frames: np.ndarray, path: str | Path, *, fps: float) -> Path:
     Args:
         frames: (F, H, W, 3) uint8.
         fps: frames a second; PNG frames ignore it.
+        about: texts by name, such as the prompt and the settings, to store in the file;
+            `read_about` reads them. A folder keeps them in its first picture.
 
     Returns:
         The file or folder written.
 
     Raises:
-        ValueError: wrong frames or fps, or whatever `check_writable` refuses.
+        ValueError: wrong frames, fps or `about`, or whatever `check_writable` refuses.
         OSError: the disk or ffmpeg failed. What was at `path` before is still there.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.size == 0 or frames.dtype != np.uint8:
         raise ValueError(f"frames must be (F, H, W, 3) uint8, got {frames.shape} {frames.dtype}")
     check_rate(fps)
+    about = checked_texts(about)
     check_writable(path, frames=len(frames))
-    return _write(iter(frames), Path(path), len(frames), fps)
+    return _write(iter(frames), Path(path), len(frames), fps, about)
 
 
-def write_stream(chunks: Iterable[np.ndarray], path: str | Path, *, fps: float) -> Path:
+def write_stream(
+    chunks: Iterable[np.ndarray],
+    path: str | Path,
+    *,
+    fps: float,
+    about: Mapping[str, str] | None = None,
+) -> Path:
     """Write the frames of all chunks as `write_video` does, one chunk in memory at a time.
 
     An exception of `chunks` or an interrupt leaves no file. A GIF has one palette for all frames:
@@ -86,15 +105,17 @@ def write_stream(chunks: Iterable[np.ndarray], path: str | Path, *, fps: float) 
     Args:
         chunks: (f, H, W, 3) uint8 each, all of one height and width; f may differ.
         fps: frames a second; PNG frames ignore it.
+        about: as of `write_video`.
 
     Returns:
         The file or folder written.
 
     Raises:
-        ValueError: no frame, wrong chunks or fps, or whatever `check_writable` refuses.
+        ValueError: no frame, wrong chunks, fps or `about`, or whatever `check_writable` refuses.
         OSError: the disk or ffmpeg failed. What was at `path` before is still there.
     """
     check_rate(fps)
+    about = checked_texts(about)
     path = Path(path)
     if path.suffix.lower() != ".png":  # a file or a folder, by how many frames there are
         check_writable(path)
@@ -103,7 +124,7 @@ def write_stream(chunks: Iterable[np.ndarray], path: str | Path, *, fps: float) 
     if not first:
         raise ValueError("chunks must hold a frame, got none")
     check_writable(path, frames=len(first))
-    return _write(chain(first, frames), path, len(first), fps)
+    return _write(chain(first, frames), path, len(first), fps, about)
 
 
 def check_rate(fps: float) -> None:
@@ -174,15 +195,9 @@ def read_stream(path: str | Path, *, frames: int = FRAMES_AT_ONCE) -> Iterator[n
     path = expanded(path)
     if not path.exists():
         raise FileNotFoundError(f"no video at {path}")
-    if not _is_pictures(path):
-        return _read_film(path, frames)
-    files = [path]
-    if path.is_dir():
-        found = (p for p in path.iterdir() if FRAME_NAME.fullmatch(p.name))
-        files = sorted(found, key=lambda p: int(p.stem))
-    if not files:
-        raise FileNotFoundError(f"{path} holds no frames named like 0000.png")
-    return _read_pictures(files, frames)
+    return (
+        _read_pictures(_pictures(path), frames) if _is_pictures(path) else _read_film(path, frames)
+    )
 
 
 def frames_of(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -217,6 +232,25 @@ def video_fps(path: str | Path) -> float | None:
         return float(next(reader)["fps"]) or None
 
 
+def read_about(path: str | Path) -> dict[str, str]:
+    """Texts that `write_video(about=)` stored in the file at `path`, {} where there are none.
+
+    A film that was copied stream by stream (`ffmpeg -c copy`) has them too. A PNG gives whatever
+    texts any program stored.
+
+    Raises:
+        FileNotFoundError, OSError: as `read_video`.
+    """
+    path = expanded(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no video at {path}")
+    if _is_pictures(path):
+        return picture_texts(_pictures(path)[0])
+    if path.suffix.lower() == ".gif":
+        return picture_texts(path)
+    return texts_of(_comment(path))
+
+
 def _target(path: Path, frames: int | None) -> Path:
     """Path that the frames are written to: `path`, or the folder of a PNG sequence."""
     return path.with_suffix("") if path.suffix and _is_folder(path, frames) else path
@@ -229,6 +263,17 @@ def _is_folder(path: Path, frames: int | None) -> bool:
 
 def _is_pictures(path: Path) -> bool:
     return path.is_dir() or path.suffix.lower() == ".png"
+
+
+def _pictures(path: Path) -> list[Path]:
+    """Pictures in order: `path`, or the frames in a folder, at least one."""
+    if not path.is_dir():
+        return [path]
+    found = (p for p in path.iterdir() if FRAME_NAME.fullmatch(p.name))
+    files = sorted(found, key=lambda p: int(p.stem))
+    if not files:
+        raise FileNotFoundError(f"{path} holds no frames named like 0000.png")
+    return files
 
 
 def _read_pictures(files: Sequence[Path], frames: int) -> Iterator[np.ndarray]:
@@ -265,27 +310,34 @@ def _read_film(path: Path, frames: int) -> Iterator[np.ndarray]:
             yield np.stack(pixels)[:, :rows, :columns]
 
 
-def _write(frames: Iterator[np.ndarray], path: Path, count: int, fps: float) -> Path:
+def _write(
+    frames: Iterator[np.ndarray], path: Path, count: int, fps: float, about: Mapping[str, str]
+) -> Path:
     target = _target(path, count)
     with replacing(target) as partial:
         match "" if _is_folder(path, count) else path.suffix.lower():
             case ".mp4":
-                _write_mp4(frames, partial, fps)
+                _write_mp4(frames, partial, fps, about)
             case ".gif":
                 _write_gif(frames, partial, fps)
+                add_gif_comment(partial, about)
             case ".png":
-                Image.fromarray(next(frames)).save(partial)
+                Image.fromarray(next(frames)).save(partial, pnginfo=png_chunks(about))
             case _:
-                _write_folder(frames, partial)
+                _write_folder(frames, partial, about)
     return target
 
 
-def _write_mp4(frames: Iterator[np.ndarray], path: Path, fps: float) -> None:
+def _write_mp4(
+    frames: Iterator[np.ndarray], path: Path, fps: float, about: Mapping[str, str]
+) -> None:
     first = next(frames)
     height, width = first.shape[:2]
     options = ["-vf", MP4_FILTER, "-movflags", "+faststart"]
-    if height % 2 or width % 2:
-        options += ["-metadata", "comment=" + ODD_SIZE.format(height=height, width=width)]
+    odd = height % 2 or width % 2
+    notes = [ODD_SIZE.format(height=height, width=width) if odd else "", comment_of(about)]
+    if comment := "\n".join(filter(None, notes)):
+        options += ["-metadata", f"comment={comment}"]
     even = ((0, height % 2), (0, width % 2), (0, 0))
     padded = (np.pad(frame, even, mode="edge") for frame in chain([first], frames))
     _encode(padded, path, (width + width % 2, height + height % 2), fps, [*H264, *options])
@@ -317,21 +369,31 @@ def _encode(
         raise OSError("ffmpeg wrote no end to the .gif file: is the disk full?")
 
 
-def _write_folder(frames: Iterator[np.ndarray], folder: Path) -> None:
+def _write_folder(frames: Iterator[np.ndarray], folder: Path, about: Mapping[str, str]) -> None:
     folder.mkdir()
     for i, frame in enumerate(frames):
-        Image.fromarray(frame).save(folder / f"{i:04d}.png")
+        chunks = png_chunks({} if i else about)
+        Image.fromarray(frame).save(folder / f"{i:04d}.png", pnginfo=chunks)
 
 
 def _stored_size(path: Path, height: int, width: int) -> tuple[int, int]:
     """Height and width before `_write_mp4` repeated an odd edge; as given for any other file."""
-    command = [ffmpeg().get_ffmpeg_exe(), "-v", "error", "-i", for_ffmpeg(path)]
-    tags = subprocess.run([*command, "-f", "ffmetadata", "-"], capture_output=True, check=True)
     pattern = ODD_SIZE.format(height=r"(\d+)", width=r"(\d+)")
-    found = re.search(pattern, tags.stdout.decode(errors="replace"))
+    found = re.match(pattern, _comment(path))
     if found is None:
         return height, width
     stored = (int(found[1]), int(found[2]))
     # An editor that rescales a file may keep its comment.
     padded = tuple(n + n % 2 for n in stored) == (height, width)
     return stored if padded else (height, width)
+
+
+def _comment(path: Path) -> str:
+    """Comment that a film states; "" for none."""
+    av = pyav()
+    try:
+        with av.open(for_ffmpeg(path)) as film:
+            tags = {name.lower(): text for name, text in film.metadata.items()}
+    except av.FFmpegError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror}") from error
+    return tags.get("comment", "")

@@ -428,7 +428,7 @@ def test_report_lets_wide_pictures_scroll(page):
 
 
 def test_report_escapes_everything(page):
-    assert "<title>&lt;b&gt;&quot;red&quot; &amp; blue&lt;/b&gt;</title>" in page
+    assert "<title>&lt;b&gt;&#34;red&#34; &amp; blue&lt;/b&gt;</title>" in page
     assert "<b>" not in page
     assert "<script" not in page
     assert '<b>"red" & blue</b>' in Page(page).texts
