@@ -8,6 +8,7 @@ import typer
 from gen_accel import names
 from gen_accel.cli import early
 from gen_accel.cli.app import app
+from gen_accel.cli.from_settings import FromSettings, check_settings
 from gen_accel.cli.json_output import JsonFile, JsonLines
 from gen_accel.cli.options import (
     DenseEnd,
@@ -68,6 +69,10 @@ def generate(
             help="Frames a second of the file, which some models are told too. Without: the "
             "model's own."
         ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="That the text is padded or cut to. Without: the model's own."),
     ] = None,
     method: MethodName = "radial",
     settings: Settings = None,
@@ -161,6 +166,14 @@ def generate(
         ),
     ] = None,
     json: JsonFile = None,
+    keep_settings: Annotated[
+        bool,
+        typer.Option(
+            "--settings/--no-settings",
+            help="Keep in each file what it was made with, prompts and paths included.",
+        ),
+    ] = True,
+    from_settings: FromSettings = None,
     config: ConfigFile = None,
     print_config: PrintConfig = False,
     print_schema: PrintSchema = False,
@@ -197,6 +210,7 @@ def generate(
         show_config(context)
         return
     lines = JsonLines(context, json)
+    check_settings(context)
     techniques = _techniques(extend)
     early.check_video(out)
     early.check_output(save_latents, ".safetensors")
@@ -239,6 +253,7 @@ def generate(
     if model == NAME:
         check_known(*texts)
     dense = schedule(dense_start, dense_end, dense_steps, dense_layers)
+    sizes = (frames, height, width, steps, guidance_scale, negative_prompt, seed, fps, max_tokens)
     made = run(
         source,
         texts,
@@ -246,7 +261,9 @@ def generate(
         **_attention(method, settings, dense, from_lora, preset),
         kernel=kernel,
         dense_kernel=dense_kernel,
-        clip=Clip(frames, height, width, steps, guidance_scale, negative_prompt, seed, fps),
+        clip=Clip(
+            frames, height, width, steps, guidance_scale, negative_prompt, seed, fps, max_tokens
+        ),
         loading=loading,
         compare=compare,
         timed=timed,
@@ -264,6 +281,8 @@ def generate(
         numbered=prompts is not None,
         resume=not overwrite,
         preview=preview,
+        settings=keep_settings,
+        named=_names(model=model, image_adapter=image_adapter),
     )
     for one in made:
         _print_made(one)
@@ -322,6 +341,11 @@ def _images(images: list[Path] | None, adapter: str | None, **options: Any) -> A
         return None
     wrong = ", ".join(f"--image-{name}" for name in names)
     raise ValueError(f"an image prompt is --image-prompt and --image-adapter, got {wrong} alone")
+
+
+def _names(**given: str | None) -> dict[str, str]:
+    """Select the options that the embedded model or adapter is named by."""
+    return {option: name for option, name in given.items() if name == NAME}
 
 
 def _print_made(one: Any) -> None:

@@ -69,13 +69,20 @@ def take(context: typer.Context, held: Mapping[Any, Any], *, origin: str) -> Non
             raise ValueError(f"{origin}: {field} is given twice")
         given[field] = value
     values = checked([*fields.values()], given, extra=EXTRA, origin=origin)
-    typed = {arg.partition("=")[0][2:].replace("-", "_") for arg in context.meta.get("args", ())}
+    typed = typed_on(context)
     for options, others in RIVALS:
         if typed & {*options}:
             values = {name: value for name, value in values.items() if name not in others}
     names = {field.name: name for name, field in fields.items()}
     taken = {names[name]: value for name, value in values.items() if value is not None}
     context.default_map = {**(context.default_map or {}), **taken}
+
+
+def typed_on(context: typer.Context) -> set[str]:
+    """Return the options that the command line gives, as fields are written. They are not parsed
+    yet when a file is read."""
+    args = context.meta.get("args", ())
+    return {arg.partition("=")[0][2:].replace("-", "_") for arg in args if arg.startswith("--")}
 
 
 def template(context: typer.Context, asked: bool) -> bool:
