@@ -210,7 +210,6 @@ def generate(
         show_config(context)
         return
     lines = JsonLines(context, json)
-    check_settings(context)
     techniques = _techniques(extend)
     early.check_video(out)
     early.check_output(save_latents, ".safetensors")
@@ -235,6 +234,7 @@ def generate(
     early.check_sources("adapter", image_adapter)
     early.check_sources("image encoder", image_encoder)
     early.check_files("image", [*(image_prompt or ()), *(image_mask or ()), image_negative])
+    check_settings(context)
     early.announce("torch, diffusers and the model")
     quiet()
     from gen_accel.pipelines.generation.generate import decode_latents, read_prompts
@@ -253,7 +253,6 @@ def generate(
     if model == NAME:
         check_known(*texts)
     dense = schedule(dense_start, dense_end, dense_steps, dense_layers)
-    sizes = (frames, height, width, steps, guidance_scale, negative_prompt, seed, fps, max_tokens)
     made = run(
         source,
         texts,
