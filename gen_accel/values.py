@@ -160,8 +160,8 @@ def example(hint: Any, default: Any = None) -> Any:
         return inner[0]
     if origin in (Union, types.UnionType):
         return example(next(one for one in inner if one is not types.NoneType))
-    if origin is tuple:
-        return tuple(example(one) for one in inner if one is not Ellipsis)
+    if origin in (tuple, list):
+        return origin(example(one) for one in inner if one is not Ellipsis)
     return {int: 8, float: 0.5, bool: True, str: "name"}.get(hint, {})
 
 
@@ -183,6 +183,8 @@ def written_type(hint: Any) -> str:
             between = {",": "commas", ";": "semicolons"}[_between(inner)]
             return f"any number of {written_type(inner[0])}, with {between} between"
         return ",".join(map(written_type, inner))
+    if get_origin(hint) is list:
+        return f"a list of {written_type(get_args(hint)[0])}"
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(written_type(part) for part in get_args(hint))
     if get_origin(hint) is dict:

@@ -12,18 +12,8 @@ PACKAGE = Path(gen_accel.__file__).parent
 # From the ground up: a part imports parts of lower floors and itself.
 FLOORS = (
     (
-        *(
-            "endings",
-            "extras",
-            "hub",
-            "json_files",
-            "kinds",
-            "moved",
-            "names",
-            "owners",
-            "paths",
-            "recall",
-        ),
+        *("config_files", "endings", "extras", "hub", "json_files", "kinds", "moved", "names"),
+        *("owners", "paths", "recall"),
         *("room", "runs", "text_files", "values", "version", "video", "window_blocks"),
     ),
     ("files",),

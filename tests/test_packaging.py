@@ -24,7 +24,7 @@ BROUGHT = ("PIL", "huggingface_hub", "tqdm", "yaml")
 EXTRAS = (
     *("accelerate", "av", "datasets", "ftfy", "imageio_ffmpeg", "lightning_utilities"),
     *("cv2", "pycvvdp", "scipy"),
-    *("matplotlib", "peft", "rich", "tensorboard", "torchmetrics", "torchvision"),
+    *("matplotlib", "peft", "pydantic", "rich", "tensorboard", "torchmetrics", "torchvision"),
     *("transformers", "triton", "typer", "xformers"),
 )
 
@@ -134,7 +134,7 @@ ONE_LINE = {
         'error: comparing videos needs torchmetrics: pip install "gen_accel[quality]"',
     ),
     "train": (
-        BASE,
+        (*BASE, "pydantic"),
         "train --model demo --data . --dry-run",
         'error: a LoRA needs peft: pip install "gen_accel[train]"',
     ),

@@ -8,6 +8,8 @@ import typer
 from gen_accel import names
 from gen_accel.cli import early
 from gen_accel.cli.app import app
+from gen_accel.cli.from_settings import FromSettings, check_settings
+from gen_accel.cli.json_output import JsonFile, JsonLines
 from gen_accel.cli.options import (
     DenseEnd,
     DenseKernel,
@@ -30,6 +32,7 @@ from gen_accel.cli.options import (
 )
 from gen_accel.cli.planned import print_plan
 from gen_accel.cli.printing import print_comparison, print_files, quiet
+from gen_accel.cli.verb_fields import ConfigFile, PrintConfig, PrintSchema, show_config
 from gen_accel.demo import NAME, adapter_named, model_named
 from gen_accel.demo.words import check_known
 
@@ -72,6 +75,10 @@ def generate(
             "model's own."
         ),
     ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="That the text is padded or cut to. Without: the model's own."),
+    ] = None,
     method: MethodName = "radial",
     settings: Settings = None,
     preset: PresetName = None,
@@ -82,11 +89,13 @@ def generate(
     dense_steps: DenseSteps = 0,
     dense_layers: DenseLayers = "0",
     compare: Annotated[
-        bool, typer.Option("--compare", help="Also run dense, and report the difference.")
+        bool,
+        typer.Option("--compare/--no-compare", help="Also run dense, and report the difference."),
     ] = False,
     metrics: Metrics = None,
     timed: Annotated[
-        bool, typer.Option("--timed", help="Also measure the seconds spent in attention.")
+        bool,
+        typer.Option("--timed/--no-timed", help="Also measure the seconds spent in attention."),
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
@@ -163,12 +172,33 @@ def generate(
         Path | None, typer.Option(metavar="FILE", help="Decode what --save-latents kept.")
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Of several prompts, make again what is done.")
+        bool,
+        typer.Option(
+            "--overwrite/--no-overwrite", help="Of several prompts, make again what is done."
+        ),
     ] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what this run will cost, and do not run.")
     ] = False,
     gpu: GpuName = None,
+    preview: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Each N steps, show what there is so far at OUT's .preview.png."
+        ),
+    ] = None,
+    json: JsonFile = None,
+    keep_settings: Annotated[
+        bool,
+        typer.Option(
+            "--settings/--no-settings",
+            help="Keep in each file what it was made with, prompts and paths included.",
+        ),
+    ] = True,
+    from_settings: FromSettings = None,
+    config: ConfigFile = None,
+    print_config: PrintConfig = False,
+    print_schema: PrintSchema = False,
 ) -> None:
     """Generate videos with any diffusers video pipeline of `gen-accel models`.
 
@@ -202,6 +232,10 @@ def generate(
     steps, --dense-start 0.25 is a good start. Sizes that the model cannot make are refused, with
     the nearest that it can.
     """
+    if print_config:
+        show_config(context)
+        return
+    lines = JsonLines(context, json)
     techniques = _techniques(extend)
     early.check_video(out)
     early.check_output(save_latents, ".safetensors")
@@ -232,6 +266,7 @@ def generate(
     early.check_given(
         model, image, last_image, video, strength=strength, techniques=techniques or ()
     )
+    check_settings(context)
     check_card(gpu)
     if gpu is not None and not plan:
         raise ValueError(f"--gpu {gpu} is for --plan: a run takes --device")
@@ -248,6 +283,7 @@ def generate(
     if from_latents is not None:
         path = decode_latents(source, from_latents, out=out, fps=fps, loading=loading)
         print_files({"video": path})
+        lines.write([{"files": {"video": path}}])
         return
     texts = [*(prompt or ()), *(read_prompts(prompts) if prompts is not None else ())]
     if model == NAME:
@@ -261,7 +297,9 @@ def generate(
         **_attention(method, settings, dense, from_lora, preset),
         kernel=kernel,
         dense_kernel=dense_kernel,
-        clip=Clip(frames, height, width, steps, guidance_scale, negative_prompt, seed, fps),
+        clip=Clip(
+            frames, height, width, steps, guidance_scale, negative_prompt, seed, fps, max_tokens
+        ),
         loading=loading,
         compare=compare,
         timed=timed,
@@ -280,9 +318,13 @@ def generate(
         given=Given(image, last_image, video, strength),
         numbered=prompts is not None,
         resume=not overwrite,
+        preview=preview,
+        settings=keep_settings,
+        named=_names(model=model, image_adapter=image_adapter),
     )
     for one in made:
         _print_made(one)
+    lines.write(one.to_dict() for one in made)
 
 
 def _attention(
@@ -337,6 +379,11 @@ def _images(images: list[Path] | None, adapter: str | None, **options: Any) -> A
         return None
     wrong = ", ".join(f"--image-{name}" for name in names)
     raise ValueError(f"an image prompt is --image-prompt and --image-adapter, got {wrong} alone")
+
+
+def _names(**given: str | None) -> dict[str, str]:
+    """Select the options that the embedded model or adapter is named by."""
+    return {option: name for option, name in given.items() if name == NAME}
 
 
 def _print_made(one: Any) -> None:

@@ -1,16 +1,12 @@
 """The config of a finetuning: one flat list of fields, from YAML, flags or Python."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from gen_accel.extras import needed_for
+from gen_accel.config_files import Field, as_yaml, checked, read_mapping
 from gen_accel.paths import expanded
-from gen_accel.text_files import read_text
-from gen_accel.values import as_text, convert, example, wrong_type
 
 Rule = Literal["none", "riflex", "position_interpolation"]
 
@@ -296,62 +292,23 @@ def read_values(
         ValueError: the file is no YAML mapping, a field is unknown (the error names the nearest),
             or a value has the wrong type.
     """
-    given: dict[str, Any] = {}
-    if path is not None:
-        yaml = _yaml()
-        try:
-            loaded = yaml.safe_load(read_text(path))
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"no config at {path}; `gen-accel train --print-config > lora.yaml` writes one"
-            ) from None
-        except RecursionError:
-            raise ValueError(f"{path} is no config: it is nested too deep") from None
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
-        if not isinstance(loaded, Mapping):
-            raise ValueError(f"{path} must hold fields as `name: value`, got {loaded!r}")
-        given.update(loaded)
+    given = {} if path is None else read_mapping(path, verb="train", extra="train")
     given.update(overrides or {})
+    return checked(config_fields(), given, extra="train", typed=overrides or ())
+
+
+def config_fields() -> list[Field]:
+    """Fields of `TrainConfig`, as a file or a command line gives them."""
     hints = get_type_hints(TrainConfig)
-    defaults = {one.name: one.default for one in fields(TrainConfig)}
-    values = {}
-    for name, value in given.items():
-        if name not in hints:
-            near = get_close_matches(str(name), hints, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"there is no field {name!r}{hint}")
-        try:
-            values[name] = convert(value, hints[name])
-        except (TypeError, ValueError, OverflowError):
-            good = example(hints[name], defaults[name])
-            flag = f"--{name.replace('_', '-')} {as_text(good)}"
-            right = flag if name in (overrides or ()) else f"{name}: {json.dumps(good)}"
-            raise wrong_type(name, hints[name], value, right) from None
-    return values
-
-
-def _yaml() -> Any:
-    with needed_for("a config file", extra="train"):
-        import yaml
-    return yaml
+    return [
+        Field(one.name, hints[one.name], one.default, one.metadata["help"], one.metadata["group"])
+        for one in fields(TrainConfig)
+    ]
 
 
 def print_config(config: TrainConfig | None = None) -> str:
     """Return a YAML file of all fields, each with its help as a comment."""
-    yaml = _yaml()
-    config, lines, group = config or TrainConfig(), [], None
-    for one in fields(TrainConfig):
-        if one.metadata["group"] != group:
-            group = one.metadata["group"]
-            lines += ["", f"# {group}"] if lines else [f"# {group}"]
-        value = getattr(config, one.name)
-        value = list(value) if isinstance(value, tuple) else value
-        text = yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix(
-            "...\n"
-        )
-        lines.append(f"{one.name}: {text.strip()}  # {one.metadata['help']}")
-    return "\n".join(lines) + "\n"
+    return as_yaml(config_fields(), vars(config or TrainConfig()), extra="train")
 
 
 def differences(config: TrainConfig, earlier: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -17,6 +17,7 @@ CLASSES = ("AnyFlowTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video"
 KIND = "video"
+LATENT_AXES = "fchw"
 FPS = 16
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 SPATIAL_FACTOR = wan.SPATIAL_FACTOR

@@ -27,6 +27,7 @@ CLASSES = ("CogVideoXTransformer3DModel",)
 ATTENTION_CALL = "F.scaled_dot_product_attention"
 ORDER = "text, video"
 KIND = "video"
+LATENT_AXES = "fchw"
 FPS, _FPS_15 = 8, 16  # of version 1.0 and 1.5
 GUIDANCE = "batched"
 GUIDED = "do_classifier_free_guidance"

@@ -14,6 +14,7 @@ CLASSES = ("ConsisIDTransformer3DModel",)
 ATTENTION_CALL = cogvideox.ATTENTION_CALL
 ORDER = cogvideox.ORDER
 KIND = "video"
+LATENT_AXES = "fchw"
 TEMPORAL_FACTOR = cogvideox.TEMPORAL_FACTOR
 SPATIAL_FACTOR = cogvideox.SPATIAL_FACTOR
 TEXT_TOKENS = cogvideox.TEXT_TOKENS

@@ -274,6 +274,14 @@ class Family:
     FRAMES_ARGUMENT = Part[str](
         str, "what its pipelines call the number of frames", default="num_frames"
     )
+    LATENT_AXES = Part[str](
+        str,
+        "axes, after the batch, of the latents that its pipelines report at the end of a step: "
+        "channels, frames, height and width; tokens are frame by frame, with their channels last, "
+        "and what else is seen before or after them",
+        default="cfhw",
+        choices=("cfhw", "fchw", "fhwc", "tokens last", "tokens first"),
+    )
     LEAST_STEPS = Part[int](int, "the fewest steps that its pipelines' schedules take", default=1)
 
     TINY = Part[Mapping[str, Any] | None](

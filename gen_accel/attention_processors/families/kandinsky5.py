@@ -26,6 +26,7 @@ CLASSES = ("Kandinsky5Transformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video"
 KIND = "video"
+LATENT_AXES = "fhwc"
 GUIDANCE = "sequential"
 FPS = 24
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first

@@ -28,6 +28,7 @@ CLASSES = ("Kandinsky6Transformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video, image"
 KIND = "video"
+LATENT_AXES = "fhwc"
 GUIDANCE = kandinsky5.GUIDANCE
 TEMPORAL_FACTOR = kandinsky5.TEMPORAL_FACTOR
 SPATIAL_FACTOR = 8

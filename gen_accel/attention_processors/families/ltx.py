@@ -26,6 +26,7 @@ CLASSES = ("LTXVideoTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video, with other frames before or after it where they condition it"
 KIND = "video"
+LATENT_AXES = "tokens last"
 GUIDANCE = "batched"
 TEMPORAL_FACTOR = 8  # frames in a latent frame, all but the first
 SPATIAL_FACTOR = 32

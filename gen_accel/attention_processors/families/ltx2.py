@@ -27,6 +27,7 @@ CLASSES = ("LTX2VideoTransformer3DModel",)
 ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video, with key frames and other videos after it where they condition it"
 KIND = "video"
+LATENT_AXES = "tokens first"
 GUIDANCE = ltx.GUIDANCE
 TEMPORAL_FACTOR = ltx.TEMPORAL_FACTOR
 SPATIAL_FACTOR = 32

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -218,14 +219,24 @@ def compare_with_dense(
     )
 
 
-def write_comparison(result: Comparison, target: Path) -> dict[str, Path]:
-    """Write the sparse video to `target`, and the files of `comparison_files` beside it."""
+def write_comparison(
+    result: Comparison,
+    target: Path,
+    *,
+    about: Mapping[str, str] | None = None,
+    dense_about: Mapping[str, str] | None = None,
+) -> dict[str, Path]:
+    """Write the sparse video to `target`, and the files of `comparison_files` beside it.
+
+    Args:
+        about, dense_about: texts that the sparse and the dense video carry, see `write_video`.
+    """
     fps = result.clip.fps
     assert fps is not None
     dense, together, report = comparison_files(target)
     files = {
-        "video": write_video(result.sparse.video, target, fps=fps),
-        "dense": write_video(result.dense.video, dense, fps=fps),
+        "video": write_video(result.sparse.video, target, fps=fps, about=about),
+        "dense": write_video(result.dense.video, dense, fps=fps, about=dense_about),
         "side by side": write_video(pair(result), together, fps=fps),
         "report": report,
     }

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,6 +43,7 @@ from gen_accel.pipelines.generation.loading import (
     load,
     load_decoder,
 )
+from gen_accel.pipelines.generation.preview import Preview, preview_of
 from gen_accel.pipelines.generation.progress import counted, steps_bar, ticker
 from gen_accel.pipelines.generation.prompt_list import Share
 from gen_accel.pipelines.generation.sampling import (
@@ -53,6 +54,7 @@ from gen_accel.pipelines.generation.sampling import (
     pixel_frames,
     sample,
 )
+from gen_accel.pipelines.generation.settings import Settings
 from gen_accel.pipelines.long_video import extend
 from gen_accel.pipelines.tuning.named import NotMeasured
 from gen_accel.pipelines.tuning.preset import OtherThanTuned, Preset
@@ -83,6 +85,19 @@ class Generated:
     report: dict[str, Any] | None = None
     image: str = ""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return prompt, seed, files, seconds and density, and the parts that are there of the
+        rest, as JSON holds them."""
+        parts = {"extension": self.extension, "image_prompt": self.image, "report": self.report}
+        return {
+            "prompt": self.prompt,
+            "seed": self.seed,
+            "files": {kind: str(path) for kind, path in self.files.items()},
+            "seconds": self.seconds,
+            "density": self.summary.density,
+            **{name: part for name, part in parts.items() if part},
+        }
+
 
 def generate(
     model: str | Path,
@@ -107,6 +122,9 @@ def generate(
     given: Given | None = None,
     numbered: bool = False,
     resume: bool = False,
+    preview: int | None = None,
+    settings: bool = True,
+    named: Mapping[str, str] | None = None,
 ) -> list[Generated]:
     """Load a pipeline, attach `method`, and write a video for each prompt.
 
@@ -153,6 +171,12 @@ def generate(
         resume: among several prompts, skip each whose files exist and have the same inputs: model,
             LoRAs, prompt, seed, sizes, method, schedule, dtype, images and so on. Device and
             kernel count with `compare` only.
+        preview: steps between two pictures of what a video looks like so far, each of which
+            replaces the last at `out.preview.png`; see `preview.Preview`. The last one stays.
+        settings: keep in each file what it was made with, prompts and paths included, so that
+            `gen-accel generate --from-settings` makes it again.
+        named: names that the command line has for the model or the adapter, by option, to keep
+            there in the place of their paths.
 
     Returns:
         Results in the order of the prompts, without skipped ones: all in the main process, an
@@ -160,11 +184,11 @@ def generate(
 
     Raises:
         ValueError: no prompt, an unusable model, size, method, kernel, technique, image, adapter
-            or file name, a preset of another model or number of steps, or a technique or latents
-            together with `compare`.
+            or file name, a preset of another model or number of steps, or a technique, latents or
+            a preview together with `compare`.
         OSError: a missing file or repository, or a folder that cannot be written.
     """
-    job = Job(
+    asked = Job(
         model=model,
         method=method,
         from_lora=from_lora,
@@ -180,7 +204,11 @@ def generate(
         trained_frames=trained_frames,
         image=image,
         given=given,
-    ).resolve(prompts, out=out, techniques=techniques, latents=latents, numbered=numbered)
+        preview=preview,
+    )
+    job = asked.resolve(
+        prompts, out=out, techniques=techniques, latents=latents, numbered=numbered
+    )
     left = job.left(resume)
     share = Share.of(left, job.loading) if job.several else Share(left)
     if share.is_main_process and len(left) < len(job.videos):
@@ -191,7 +219,7 @@ def generate(
     if latents is not None:
         check_latents_of(model)
     with unwinding():
-        made = _run(job, share)
+        made = _run(job, share, asked if settings else None, named or {})
     return share.gathered(made)
 
 
@@ -244,8 +272,15 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def _run(job: Job, share: Share) -> dict[int, Generated]:
-    """Make the videos of this process. Returns the results by their numbers."""
+def _run(
+    job: Job, share: Share, asked: Job | None, named: Mapping[str, str]
+) -> dict[int, Generated]:
+    """Make the videos of this process. Returns the results by their numbers.
+
+    Args:
+        asked: the job before it was resolved, for the settings in the files; None keeps none.
+        named: see `generate`.
+    """
     pipe = load(job.model, share.loading(job.loading), job.given or Given())
     fitted = job.fitted(pipe)
     if fitted.inputs is not None and share.is_main_process:
@@ -253,6 +288,7 @@ def _run(job: Job, share: Share) -> dict[int, Generated]:
             print(line, file=sys.stderr)
     # The pipeline is local to this function, so the image prompt is never taken off.
     seen = "" if job.image is None else job.image.load(pipe).describe()
+    settings = None if asked is None else Settings(pipe, asked, fitted, named)
     make = _compared if job.compare else _made
     made = {}
     with warnings.catch_warnings():
@@ -260,19 +296,23 @@ def _run(job: Job, share: Share) -> dict[int, Generated]:
         for i in share.numbers:
             video = job.videos[i]
             prompt_list.forget_done(video.target)
-            made[i] = make(pipe, fitted, video, seen=seen, rank=share.rank)
+            made[i] = make(pipe, fitted, video, settings, seen=seen, rank=share.rank)
             if job.several:
-                clip, files = asdict(fitted.clip_of(video)), [*made[i].files.values()]
-                prompt_list.write_done(video.target, job.asked(video), clip, files)
+                clip, files = asdict(fitted.clip_of(video)), dict(made[i].files)
+                files.pop("preview", None)
+                prompt_list.write_done(video.target, job.asked(video), clip, [*files.values()])
             for kind in (OtherThanTuned, OtherAttention):  # once is enough
                 warnings.simplefilter("ignore", kind)
     return made
 
 
-def _compared(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Generated:
+def _compared(
+    pipe: Any, job: Job, video: Video, settings: Settings | None, *, seen: str, rank: str
+) -> Generated:
     """Make a video densely and by the method, with a comparison.
 
     Args:
+        settings: what the files keep; None for nothing.
         seen: description of the image prompt.
         rank: prefix of the lines of the process's progress bar.
     """
@@ -291,15 +331,23 @@ def _compared(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Gen
         label=f"{rank}{video.target.name}, ",
         inputs=job.inputs,
     )
-    files = write_comparison(result, video.target)
     seconds, summary, report = result.sparse.seconds, result.summary, result.to_dict()
-    if seen:
-        report["image_prompt"] = seen
+    more: dict[str, Any] = {"image_prompt": seen} if seen else {}
+    about = dense = None
+    if settings is not None:
+        kept = settings.of(video, summary)
+        more["settings"], about = kept.to_dict(), kept.about()
+        dense = settings.of(video, result.dense_summary, dense=True).about()
+    files = write_comparison(result, video.target, about=about, dense_about=dense)
+    if more:
+        report |= more
         write_json(files["report"], report)
     return Generated(video.prompt, video.seed, files, seconds, summary, "", report, seen)
 
 
-def _made(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Generated:
+def _made(
+    pipe: Any, job: Job, video: Video, settings: Settings | None, *, seen: str, rank: str
+) -> Generated:
     """Make a video by the method alone; arguments as in `_compared`."""
     start, files, extension = time.perf_counter(), {}, ""
     clip, target = job.clip_of(video), video.target
@@ -322,19 +370,27 @@ def _made(pipe: Any, job: Job, video: Video, *, seen: str, rank: str) -> Generat
                 longer = stack.enter_context(extend(pipe, job.techniques, **lengths))
                 extension = longer.describe()
             make = denoise if is_streamed(pipe) else sample
-            tick = ticker(bar, rank + target.name)
+            seen_by: dict[str, Any] = {"tick": ticker(bar, rank + target.name)}
+            if job.preview is not None:
+                preview = Preview(pipe, clip, preview_of(target), job.preview)
+                seen_by = stack.enter_context(preview.seeing(seen_by["tick"]))
             with handle.gathering():
-                taken = make(pipe, video.prompt, clip, tick=tick, run=longer, inputs=job.inputs)
+                taken = make(pipe, video.prompt, clip, run=longer, inputs=job.inputs, **seen_by)
             summary = handle.summary()
+        about = None if settings is None else settings.of(video, summary).about()
         if isinstance(taken, Sample):
-            files["video"] = write_video(taken.video, target, fps=clip.fps)
+            files["video"] = write_video(taken.video, target, fps=clip.fps, about=about)
         else:
             if video.latents is not None:
-                about = _about(job, video, seen)
-                files["latents"] = save_latents(video.latents, taken.latents, about)
-            files["video"] = _write(pipe, taken.latents, target, clip.fps, bar, rank)
+                files["latents"] = save_latents(
+                    video.latents, taken.latents, _about(job, video, seen)
+                )
+            files["video"] = _write(pipe, taken.latents, target, clip.fps, bar, rank, about)
     seconds = time.perf_counter() - start
-    if stale := [str(file) for file in comparison_files(target) if os.path.exists(file)]:
+    if job.preview is not None and os.path.exists(preview_of(target)):
+        files["preview"] = preview_of(target)
+    others = [*comparison_files(target), preview_of(target)]
+    if stale := [str(f) for f in others if os.path.exists(f) and f not in files.values()]:
         print(f"of an earlier video: {', '.join(stale)}", file=sys.stderr)
     return Generated(video.prompt, video.seed, files, seconds, summary, extension, image=seen)
 
@@ -353,8 +409,14 @@ def _about(job: Job, video: Video, seen: str) -> dict[str, Any]:
 
 
 def _write(
-    pipe: Any, latents: Tensor, target: Path, fps: float, bar: "Progress", rank: str = ""
+    pipe: Any,
+    latents: Tensor,
+    target: Path,
+    fps: float,
+    bar: "Progress",
+    rank: str = "",
+    about: Mapping[str, str] | None = None,
 ) -> Path:
     tick = ticker(bar, f"{rank}{target.name}, decoding", "frames")
     chunks = counted(decode_stream(pipe, latents), tick, pixel_frames(pipe, latents))
-    return write_stream(chunks, target, fps=fps)
+    return write_stream(chunks, target, fps=fps, about=about)

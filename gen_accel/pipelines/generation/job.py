@@ -28,6 +28,7 @@ from gen_accel.pipelines.generation.loading import (
     check_model,
     find_device,
 )
+from gen_accel.pipelines.generation.preview import preview_of
 from gen_accel.pipelines.generation.sampling import Clip, check_clip, check_text, filled
 from gen_accel.pipelines.long_video import check_names
 from gen_accel.pipelines.tuning.named import choose_preset
@@ -64,6 +65,7 @@ class Job:
         techniques: techniques for video longer than the model was trained on.
         given: pictures and video that the videos are made from; `fitted` makes `inputs` of it.
         only_longer: use the techniques only for video longer than `trained_frames`.
+        preview: steps between two previews; None: none.
         several: outputs are numbered, and a record lies beside each, see `prompt_list`.
         request: inputs of all videos, as `prompt_list.is_done` compares them.
     """
@@ -86,6 +88,7 @@ class Job:
     image: ImageInput | None = None
     given: Given | None = None
     inputs: Inputs | None = None
+    preview: int | None = None
     videos: tuple[Video, ...] = ()
     several: bool = False
     request: Mapping[str, Any] = field(default_factory=dict)
@@ -226,6 +229,8 @@ class Job:
             self._check_comparison(latents)
         elif self.metrics is not None:
             raise ValueError(f"metrics go with compare, got {', '.join(self.metrics)} without")
+        if self.preview is not None and self.preview < 1:
+            raise ValueError(f"preview must be at least 1 step, got {self.preview}")
         check_names(self.techniques)
         if self.given is not None:
             check_beside_given(self.techniques, self.given.kinds)
@@ -251,6 +256,10 @@ class Job:
                 f"{', '.join(self.techniques) or latents}"
             )
         check_metrics(self.metrics)
+        if self.preview is not None:
+            raise ValueError(
+                f"compare measures times, which previews add to: leave preview {self.preview} out"
+            )
 
     def _videos(
         self,
@@ -283,6 +292,8 @@ class Job:
             check_replaceable(prompt_list.record_of(video.target))
         if video.latents is not None:
             check_latents_path(video.latents)
+        if self.preview is not None:
+            check_replaceable(preview_of(video.target))
 
     def _request(self) -> dict[str, Any]:
         request = prompt_list.sources(self.model, self.loading, self.from_lora) | {

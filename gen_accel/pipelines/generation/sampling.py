@@ -270,22 +270,25 @@ def sample(
     clip: Clip,
     *,
     tick: Tick | None = None,
+    watch: Callable[[Tensor], None] | None = None,
     run: Callable[..., Any] | None = None,
     inputs: Inputs | None = None,
 ) -> Sample:
     """Run the pipeline for one prompt, and decode the whole video in memory.
 
-    Pipelines that are not `is_streamed` decode by themselves.
+    Pipelines that are not `is_streamed` decode by themselves, and `watch` takes their latents in
+    whatever order of axes they report them.
 
     Raises:
         ValueError: latents or pixels that are not finite.
     """
     start = _now(pipe)
     if is_streamed(pipe):
-        taken = denoise(pipe, prompt, clip, tick=tick, run=run, inputs=inputs)
+        taken = denoise(pipe, prompt, clip, tick=tick, watch=watch, run=run, inputs=inputs)
         video, seconds = np.concatenate([*decode_stream(pipe, taken.latents)]), taken.seconds
     else:
-        frames, seconds = _run(pipe, prompt, clip, "np", tick=tick, run=run, inputs=inputs)
+        by = {"tick": tick, "watch": watch, "run": run, "inputs": inputs}
+        frames, seconds = _run(pipe, prompt, clip, "np", **by)
         video = np.stack([as_uint8(frame, pipe) for frame in frames[0]])
     return Sample(video, seconds, _now(pipe) - start - seconds)
 

@@ -1,0 +1,165 @@
+"""Settings of a clip: what made it, kept as JSON in its file, so that it can be made again.
+
+A file may come from anyone. It holds values of the options in `FIELDS` alone, none of which names
+a place to write to, and reading it imports nothing.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from gen_accel.files import file_sha256, plain
+from gen_accel.json_files import fields_of, parse_json, read_fields, typed
+from gen_accel.measure.video_io import read_about
+from gen_accel.paths import expanded
+from gen_accel.values import shown
+from gen_accel.version import __version__
+
+KEY, KIND, VERSION = "gen_accel", "settings", 1
+# Options of `gen-accel generate` that a clip depends on.
+FIELDS = (
+    *("model", "prompt", "negative_prompt", "frames", "height", "width", "steps"),
+    *("guidance_scale", "seed", "fps", "max_tokens", "method", "set", "preset", "kernel"),
+    *("dense_kernel", "dense_start", "dense_end", "dense_steps", "dense_layers", "dtype"),
+    *("device", "lora", "from_lora", "extend", "trained_frames", "image_prompt"),
+    *("image_adapter", "image_scale", "image_negative", "image_mask", "image_encoder"),
+)
+WHOLE = 64 << 20  # bytes of the largest file that a fingerprint reads as a whole
+PART = 1 << 20  # bytes of each part that it reads of a larger one
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """What made a clip.
+
+    Args:
+        fields: options of `gen-accel generate` by name, with all values filled.
+        files: fingerprints of what they name, by option and name; None where there is none.
+        made_by: versions of the packages.
+        ran: what was chosen, such as kernels and the device's type.
+        wordless: options whose values have no words on a command line, as Python describes them.
+    """
+
+    fields: dict[str, Any]
+    files: dict[str, dict[str, str | None]] = field(default_factory=dict)
+    made_by: dict[str, str | None] = field(default_factory=dict)
+    ran: dict[str, Any] = field(default_factory=dict)
+    wordless: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {KEY: KIND, "version": VERSION, **plain(asdict(self))}
+
+    def about(self) -> dict[str, str]:
+        """Return the texts for `write_video(about=)`."""
+        return {KEY: json.dumps(self.to_dict(), allow_nan=False)}
+
+
+def read_settings(path: str | Path) -> ClipSettings:
+    """Read the settings in a clip, in a picture, or in a .json file such as a comparison's report.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        OSError: the file cannot be read.
+        ValueError: it carries no settings, or those of a newer version.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".json":
+        if not expanded(path).is_file():
+            raise FileNotFoundError(f"no settings at {path}")
+        data = read_fields(path)
+        data = data if data.get(KEY) == KIND else data.get(KIND)
+    else:
+        text = read_about(path).get(KEY)
+        data = None if text is None else fields_of(parse_json(text, path), path)
+    if not isinstance(data, dict) or data.get(KEY) != KIND:
+        raise ValueError(
+            f"{path} carries no settings: it was made without them, or by another program"
+        )
+    version = typed(data, "version", int, origin=path)
+    if version != VERSION:
+        raise ValueError(
+            f"{path} carries settings of version {version}, and gen_accel {__version__} reads "
+            f"version {VERSION}: update gen_accel"
+        )
+    parts = {
+        name: typed(data, name, dict, origin=path, default={})
+        for name in ("files", "made_by", "ran", "wordless")
+    }
+    fields = typed(data, "fields", dict, origin=path)
+    if wrong := [name for name in fields if name not in FIELDS]:
+        raise ValueError(f"{path} sets {shown(wrong[0])}, which is no setting of a clip")
+    return ClipSettings(fields, **parts)
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of the packages that a clip depends on."""
+    found: dict[str, str | None] = {"gen_accel": __version__}
+    for name in ("torch", "diffusers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def fingerprint(*sources: str | Path) -> str | None:
+    """Hash the names, sizes and bytes of files, and of all files in folders; of a large file, only
+    its beginning, middle and end. Of a hub repository: its commit in the hub's cache.
+
+    Returns None where there is neither.
+    """
+    digest = hashlib.sha256()
+    for source in sources:
+        path = expanded(source)
+        if not path.exists():
+            commit = _commit(str(source))
+            if commit is None:
+                return None
+            digest.update(commit.encode())
+        for file in _files_at(path):
+            name = file.relative_to(path).as_posix() if path.is_dir() else ""
+            digest.update(f"{name} {file.stat().st_size} {_sampled(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _files_at(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+    elif path.is_dir():
+        yield from sorted(one for one in path.rglob("*") if one.is_file())
+
+
+def _sampled(file: Path) -> str:
+    size = file.stat().st_size
+    if size <= WHOLE:
+        return file_sha256(file)
+    digest = hashlib.sha256()
+    with file.open("rb") as held:
+        for start in (0, (size - PART) // 2, size - PART):
+            held.seek(start)
+            digest.update(held.read(PART))
+    return digest.hexdigest()
+
+
+def _commit(repository: str) -> str | None:
+    """Commit of a hub repository in the hub's cache; None where it is not there."""
+    from huggingface_hub import constants
+
+    folder = f"models--{repository.replace('/', '--')}"
+    try:
+        return (Path(constants.HF_HUB_CACHE) / folder / "refs" / "main").read_text().strip()
+    except (OSError, ValueError):
+        return None
+
+
+def other_versions(made_by: Mapping[str, Any]) -> str:
+    """Say which versions differ from the present, as "torch 2.10.0, here 2.9.1"; "" for none."""
+    return "; ".join(
+        f"{name} {shown(made_by[name]).strip(chr(39))}, here {now}"
+        for name, now in versions().items()
+        if made_by.get(name) not in (None, now)
+    )
