@@ -9,7 +9,7 @@ from gen_accel import names
 from gen_accel.cli import early
 from gen_accel.cli.app import app
 from gen_accel.cli.from_settings import FromSettings, check_settings
-from gen_accel.cli.json_output import JsonFile, JsonLines
+from gen_accel.cli.json_out import JsonLines, JsonLinesFile
 from gen_accel.cli.options import (
     DenseEnd,
     DenseKernel,
@@ -30,7 +30,7 @@ from gen_accel.cli.options import (
     method_of,
     schedule,
 )
-from gen_accel.cli.planned import print_plan
+from gen_accel.cli.planned import plan_of, print_plan
 from gen_accel.cli.printing import print_comparison, print_files, quiet
 from gen_accel.cli.verb_fields import ConfigFile, PrintConfig, PrintSchema, show_config
 from gen_accel.demo import NAME, adapter_named, model_named
@@ -187,7 +187,7 @@ def generate(
             metavar="N", help="Each N steps, show what there is so far at OUT's .preview.png."
         ),
     ] = None,
-    json: JsonFile = None,
+    json: JsonLinesFile = None,
     keep_settings: Annotated[
         bool,
         typer.Option(
@@ -257,7 +257,8 @@ def generate(
         raise ValueError(f"--metrics {metrics} goes with --compare")
     check_instead(context, preset)
     if from_latents is not None:
-        check_only(context, "from_latents", ("model", "out", "fps", "dtype", "device", "offload"))
+        own = ("model", "out", "fps", "dtype", "device", "offload", "json")
+        check_only(context, "from_latents", own)
     early.check_files("file of latents", [from_latents])
     early.check_files("file of prompts", [prompts])
     early.check_sources("adapter", image_adapter)
@@ -289,7 +290,7 @@ def generate(
     if model == NAME:
         check_known(*texts)
     dense = schedule(dense_start, dense_end, dense_steps, dense_layers)
-    make = print_plan(gpu) if plan else run
+    make = plan_of(gpu) if plan else run
     made = make(
         source,
         texts,
@@ -323,7 +324,7 @@ def generate(
         named=_names(model=model, image_adapter=image_adapter),
     )
     for one in made:
-        _print_made(one)
+        (print_plan if plan else _print_made)(one)
     lines.write(one.to_dict() for one in made)
 
 

@@ -1,7 +1,7 @@
 """Forecast of a job of `generate`: what its run would cost, before anything is loaded."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,8 @@ def forecast_generate(
     latents: str | Path | None = None,
     numbered: bool = False,
     resume: bool = False,
+    settings: bool = True,
+    named: Mapping[str, str] | None = None,
     clip: Clip | None = None,
     loading: Loading | None = None,
     **options: Any,
@@ -95,7 +97,7 @@ def forecast_generate(
 
     Args:
         gpu: a card of `measure.cards`; None: this machine.
-        resume: counts for nothing here.
+        resume, settings, named: count for nothing here.
     """
     job = Job(model=model, clip=clip or Clip(), loading=loading or Loading(), **options)
     job = job.resolve(prompts, out=out, techniques=techniques, latents=latents, numbered=numbered)

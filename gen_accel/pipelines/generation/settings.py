@@ -70,6 +70,10 @@ class Settings:
             "device": loading.device,
             "lora": [*loading.loras],
         }
+        if (given := asked.given) is not None:
+            held = {name: getattr(given, name) for name in GIVEN}
+            fields |= {k: self._path(k, one) for k, one in held.items() if one is not None}
+            fields["strength"] = given.strength
         image = asked.image
         if image is None:
             return fields
@@ -85,7 +89,8 @@ class Settings:
 
     def _path(self, name: str, picture: Any) -> str:
         if not isinstance(picture, str | Path):
-            self.wordless[name] = "a picture that was given in Python"
+            kind = "a video" if name == "video" else "a picture"
+            self.wordless[name] = f"{kind} that was given in Python"
         return str(picture)
 
     def _attention(self) -> dict[str, Any]:
@@ -142,6 +147,9 @@ class Settings:
             found["from_lora"] = {str(asked.from_lora): fingerprint(asked.from_lora)}
         if "preset" in shared:
             found["preset"] = {shared["preset"]: fingerprint(*preset_files(shared["preset"]))}
+        for name in GIVEN:
+            if name in shared and name not in self.wordless:
+                found[name] = {shared[name]: fingerprint(shared[name])}
         if image is not None:
             found["image_adapter"] = {shared["image_adapter"]: fingerprint(image.adapter)}
             if image.encoder is not None:
@@ -158,6 +166,7 @@ _CLIP = (
     *("frames", "height", "width", "steps", "guidance_scale", "negative_prompt", "seed"),
     *("fps", "max_tokens"),
 )
+GIVEN = ("image", "last_image", "video")  # what a video is made from
 # Options that a dense clip does without.
 _ATTENTION = (
     *("method", "set", "preset", "kernel", "dense_kernel", "dense_start", "dense_end"),
