@@ -67,7 +67,6 @@ def _warn(told: str) -> None:
 
 def _fingerprint(option: str, name: str) -> str | None:
     """Fingerprint what an option names now; None where it is not there."""
-    import gen_accel
     from gen_accel.measure.clip_settings import fingerprint
 
     match option:
@@ -78,8 +77,9 @@ def _fingerprint(option: str, name: str) -> str | None:
         case "lora":
             return fingerprint(parted(name)[0])
         case "preset" if name in PRESETS:
-            box = Path(gen_accel.__file__).parent / "presets"
-            return fingerprint(*sorted(box.glob(f"*-{name}.json")))
+            from gen_accel.pipelines.generation.settings import preset_files
+
+            return fingerprint(*preset_files(name))
     return fingerprint(name)
 
 

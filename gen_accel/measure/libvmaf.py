@@ -19,7 +19,6 @@ import numpy as np
 
 from gen_accel.measure.enlarging import enlargement
 from gen_accel.measure.ffmpeg_process import ffmpeg_binary
-from gen_accel.measure.ffmpeg_words import why
 
 MODEL = "vmaf_v0.6.1"
 VMAF_SIDE = 16  # pixels: libvmaf 3 crashes on very small frames
@@ -162,8 +161,8 @@ class VMAF:
         assert self._process is not None
         status = self._process.wait()
         self._words.seek(0)
-        said = self._words.read().decode(errors="replace")
-        reason = why(said) if said.strip() else f"it ended with status {status}"
+        said = self._words.read().decode(errors="replace").strip()
+        reason = said.split("\n")[-1] if said else f"it ended with status {status}"
         return OSError(f"ffmpeg computed no VMAF: {reason}")
 
 
