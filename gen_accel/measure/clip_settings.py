@@ -22,6 +22,7 @@ from gen_accel.version import __version__
 KEY, KIND, VERSION = "gen_accel", "settings", 1
 # Options of `gen-accel generate` that a clip depends on.
 FIELDS = (
+    *("image", "last_image", "video", "strength"),
     *("model", "prompt", "negative_prompt", "frames", "height", "width", "steps"),
     *("guidance_scale", "seed", "fps", "max_tokens", "method", "set", "preset", "kernel"),
     *("dense_kernel", "dense_start", "dense_end", "dense_steps", "dense_layers", "dtype"),

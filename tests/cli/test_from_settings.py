@@ -35,7 +35,7 @@ GIVEN = ("generate", "--model", "demo", "--prompt", PROMPT, *SMALL)
 # Options that a clip does not depend on: where it goes, and how it is made and shown.
 OTHERS = {
     *("out", "prompts", "compare", "timed", "offload", "save_latents", "from_latents"),
-    *("overwrite", "preview", "json", "settings"),
+    *("overwrite", "preview", "json", "settings", "plan", "gpu", "metrics"),
 }
 
 
@@ -128,6 +128,34 @@ def test_one_picture_carries_them(run, tmp_path):
     assert KEY in Image.open(tmp_path / "a.png").text
     run("generate", "--from-settings", tmp_path / "a.png", "--out", tmp_path / "b.png")
     assert np.array_equal(read_video(tmp_path / "a.png"), read_video(tmp_path / "b.png"))
+
+
+@pytest.mark.slow
+def test_a_video_from_a_video_is_made_again(run, made, tmp_path):
+    source = tmp_path / "source.mp4"
+    source.write_bytes(made.read_bytes())
+    run(
+        *GIVEN[:5],
+        "--steps",
+        "3",
+        "--video",
+        source,
+        "--strength",
+        "0.7",
+        "--out",
+        tmp_path / "a.mp4",
+    )
+    again = ("generate", "--from-settings", tmp_path / "a.mp4", "--out", tmp_path / "b.mp4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OtherThanMade)
+        run(*again)
+    assert np.array_equal(read_video(tmp_path / "a.mp4"), read_video(tmp_path / "b.mp4"))
+    found = read_settings(tmp_path / "b.mp4").fields
+    assert (found["video"], found["strength"]) == (str(source), 0.7)
+    write_video(read_video(source)[::-1], source, fps=8)
+    with pytest.warns(OtherThanMade, match="video .*source.mp4 is not what a.mp4 was made with"):
+        run(*again)
+    assert not np.array_equal(read_video(tmp_path / "a.mp4"), read_video(tmp_path / "b.mp4"))
 
 
 @pytest.mark.slow
