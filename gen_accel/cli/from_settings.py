@@ -67,7 +67,6 @@ def _warn(told: str) -> None:
 
 def _fingerprint(option: str, name: str) -> str | None:
     """Fingerprint what an option names now; None where it is not there."""
-    import gen_accel
     from gen_accel.measure.clip_settings import fingerprint
 
     match option:
@@ -78,7 +77,7 @@ def _fingerprint(option: str, name: str) -> str | None:
         case "lora":
             return fingerprint(parted(name)[0])
         case "preset" if name in PRESETS:
-            box = Path(gen_accel.__file__).parent / "presets"
+            box = Path(__file__).parents[1] / "presets"
             return fingerprint(*sorted(box.glob(f"*-{name}.json")))
     return fingerprint(name)
 
