@@ -114,7 +114,7 @@ def test_the_guard_of_these_tests_refuses():
 
 
 GENERATE = "generate --model demo --prompt red --frames 5 --method"
-BASE = ("rich", "typer")
+BASE = ("pydantic", "rich", "typer")
 # The extras that are there, what is run, and the last line of stderr.
 ONE_LINE = {
     "command": ((), "--help", 'error: gen-accel needs typer: pip install "gen_accel[cli]"'),
@@ -134,7 +134,7 @@ ONE_LINE = {
         'error: comparing videos needs torchmetrics: pip install "gen_accel[quality]"',
     ),
     "train": (
-        (*BASE, "pydantic"),
+        BASE,
         "train --model demo --data . --dry-run",
         'error: a LoRA needs peft: pip install "gen_accel[train]"',
     ),

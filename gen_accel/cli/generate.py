@@ -227,6 +227,11 @@ def generate(
         --out oil.mp4
     gen-accel generate --model models/wan --prompt "it surfs" --image-prompt cat.png \\
         --image-adapter outputs/lora/image_prompt --image-scale 0.8 --out cat.mp4
+    gen-accel generate --print-config --model models/wan > cat.yaml
+    gen-accel generate --config cat.yaml --prompt "a cat surfs" --preview 5
+        cat.yaml has every flag; a picture of what there is so far each five steps
+    gen-accel generate --from-settings cat.mp4 --seed 8 --out another.mp4
+        what made cat.mp4 lies in it, for whoever gets it; --no-settings leaves it out
 
     Keep the first fifth or quarter of the steps dense: they decide what a video shows. With many
     steps, --dense-start 0.25 is a good start. Sizes that the model cannot make are refused, with

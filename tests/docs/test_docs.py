@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from gen_accel.cli import app
 from gen_accel.measure import write_video
+from gen_accel.measure.clip_settings import ClipSettings
 
 PAGES = sorted(
     path
@@ -127,6 +128,9 @@ def home(tmp_path_factory):
     noise = np.random.default_rng(0).integers(0, 256, (90, SIDE, SIDE, 3), dtype=np.uint8)
     for video in ("cat", "long", "sparse", "dense"):
         write_video(noise, folder / f"{video}.mp4", fps=16)
+    (folder / "generate.yaml").write_text("model: models/wan\n")
+    made = {"model": "models/wan", "prompt": ["a cat surfs"], "seed": 7}
+    write_video(noise[:9], folder / "cat.mp4", fps=16, about=ClipSettings(made).about())
     (folder / "configs").symlink_to(ROOT / "configs")
     return folder
 
