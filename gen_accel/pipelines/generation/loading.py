@@ -141,6 +141,7 @@ def load(model: str | Path, loading: Loading | None = None, given: Given | None 
         warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
         pipe = kind.from_pretrained(source, torch_dtype=dtype)
     _check_complete(pipe, model)
+    _take_factors(pipe)
     pipe.set_progress_bar_config(disable=True)
     if given is None and frames_argument(pipe) not in parameters(pipe):
         kind = type(pipe).__name__
@@ -150,6 +151,18 @@ def load(model: str | Path, loading: Loading | None = None, given: Given | None 
     _add_loras(pipe, loras)
     _place(pipe, loading.offload, device)
     return pipe
+
+
+def _take_factors(pipe: Any) -> None:
+    """Let the autoencoder's config say how it scales: some classes of diffusers count its stages,
+    which is wrong for those that take pixels in patches."""
+    config = getattr(getattr(pipe, "vae", None), "config", {})
+    for axis in ("spatial", "temporal"):
+        name, factor = f"vae_scale_factor_{axis}", config.get(f"scale_factor_{axis}")
+        if factor is not None and getattr(pipe, name, factor) != factor:
+            setattr(pipe, name, factor)
+            if axis == "spatial":
+                pipe.video_processor.register_to_config(vae_scale_factor=factor)
 
 
 def load_decoder(model: str | Path, loading: Loading | None = None) -> Any:
