@@ -58,7 +58,14 @@ def main() -> None:
     parser.add_argument("--fresh", type=int, default=16, help="prompts that judge")
     parser.add_argument("--scale", choices=("mean", "even", "worst"), default="mean")
     parser.add_argument("--quality", type=float, default=30.0, help="bound of the preset, in dB")
-    parser.add_argument("--points", type=int, default=2, help="of the frontier that are judged")
+    parser.add_argument(
+        "--densities",
+        type=float,
+        nargs="+",
+        default=(0.25, 0.45),
+        help="of the points of the frontier that are judged",
+    )
+    parser.add_argument("--hands", nargs="+", help="hand settings, by how they begin; all")
     parser.add_argument("--priced", action="store_true", help="time the candidates once more")
     parser.add_argument("--timed", type=int, default=0, help="rounds of seconds, on one prompt")
     parser.add_argument("--watch", type=int, default=0, help="prompts that the watch is judged by")
@@ -83,7 +90,7 @@ def main() -> None:
     if args.priced:
         found = found.priced(pipe).verify(pipe, held_out=captions(2, fresh=True))
         print(found.save(args.work / f"{title(args)}_{args.steps}_{args.quality:g}.json"))
-    settings = hand(args.steps) | points(found, args.points)
+    settings = hand(args.steps, args.hands) | points(found, args.densities)
     scores = judged(pipe, settings, args)
     if args.worker != "0/1":
         return
@@ -162,7 +169,7 @@ def tuned(pipe: Any, args: argparse.Namespace) -> Tuned:
     return found
 
 
-def hand(steps: int) -> dict[str, Mixed]:
+def hand(steps: int, beginnings: Sequence[str] | None = None) -> dict[str, Mixed]:
     """Settings that a user would choose: one method, after some dense steps."""
 
     def after(share: float, method: Any) -> Mixed:
@@ -171,8 +178,9 @@ def hand(steps: int) -> dict[str, Mixed]:
 
     tenth = max(1, round(steps / 10))
     late = Mixed((Rule(Dense(), steps=(tenth, 3 * tenth)), Rule(Piecewise(0.2))), steps)
-    return {
+    found = {
         "Radial(0.5), 30 % dense": after(0.3, Radial(decay_factor=0.5)),
+        "Radial(1), 20 % dense": after(0.2, Radial(decay_factor=1.0)),
         "Radial(1), 40 % dense": after(0.4, Radial(decay_factor=1.0)),
         "Radial(2), 40 % dense": after(0.4, Radial(decay_factor=2.0)),
         "SparseLinear(0.2), 30 % dense": after(0.3, SparseLinear(0.2)),
@@ -180,15 +188,16 @@ def hand(steps: int) -> dict[str, Mixed]:
         "Piecewise(0.2), 30 % dense": after(0.3, Piecewise(0.2)),
         "Piecewise(0.2), 10 to 30 % dense": late,
     }
+    begin = tuple(beginnings or ("",))
+    return {name: one for name, one in found.items() if name.startswith(begin)}
 
 
-def points(found: Tuned, count: int) -> dict[str, Mixed]:
-    """The preset, and points of the frontier evenly spread over its middle, by density."""
-    inner = [point for point in found.points if 0.1 < point.density < 0.75]
-    wanted = [0.25 + 0.2 * i / max(count - 1, 1) for i in range(count)]
-    near = {min(range(len(inner)), key=lambda i: abs(inner[i].density - d)) for d in wanted}
+def points(found: Tuned, densities: Sequence[float]) -> dict[str, Mixed]:
+    """The preset, and the points of the frontier that are nearest to some densities."""
+    every = found.points
+    near = {min(range(len(every)), key=lambda i: abs(every[i].density - d)) for d in densities}
     made = {
-        f"tuned, {inner[i].density:.3f}": rules_of_point(inner[i], found.profile, found.candidates)
+        f"tuned, {every[i].density:.3f}": rules_of_point(every[i], found.profile, found.candidates)
         for i in sorted(near)
     }
     return made | {"preset": found.method}

@@ -1,5 +1,7 @@
 """Inventory of the package, and the parts of it that run on this machine."""
 
+import inspect
+import re
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
@@ -15,6 +17,7 @@ from gen_accel.attention_processors.families import (
 )
 from gen_accel.attention_processors.methods.options import options_of
 from gen_accel.kernels import KERNELS, kernel_of, refusals
+from gen_accel.kinds import KINDS, PIPELINES
 from gen_accel.method import Method, parts_of
 from gen_accel.names import nearest_to
 from gen_accel.values import as_text, written_type
@@ -170,6 +173,19 @@ def uses_of(family: str) -> dict[str, Any]:
         "training": found.serves("training"),
         "longer": found.KIND == "video" and found.serves("longer video"),
     }
+
+
+def inputs_of(model: ModelInfo) -> tuple[str, ...]:
+    """Kinds of input that `generate` makes videos of a class from, by any of its pipelines."""
+    held: set[str] = set()
+    for name, row in PIPELINES.items():
+        pipeline = getattr(diffusers, name, None)
+        if isinstance(row, str) or pipeline is None:
+            continue
+        parts = inspect.signature(pipeline.__init__).parameters.values()
+        if any(re.search(rf"\b{model.name}\b", str(part.annotation)) for part in parts):
+            held |= {*row.kinds}
+    return tuple(kind for kind in KINDS if kind in held)
 
 
 def published_of(model: ModelInfo) -> list[str]:

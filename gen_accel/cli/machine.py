@@ -199,6 +199,7 @@ def _details(model: Any) -> Iterator[str]:
         "published": ", ".join(inventory.published_of(model)) or "none that `estimate` knows",
         "methods": inventory.methods_of(model),
         "tokens": model.order,
+        "generate from": ", ".join(inventory.inputs_of(model)) or "no: in Python, by `attach`",
         "trained by": "gen-accel train" if uses["training"] else "not by gen-accel train",
         "longer": "techniques of --extend" if uses["longer"] else "no",
         "image prompts": "yes" if model.image_prompts else "no",
@@ -217,7 +218,11 @@ def _as_data(model: Any) -> dict[str, Any]:
     if model.refused:
         return {"name": model.name, "refused": model.refused}
     uses = inventory.uses_of(model.family)
-    return asdict(model) | {"published": inventory.published_of(model), **uses}
+    return asdict(model) | {
+        "published": inventory.published_of(model),
+        "generate_from": inventory.inputs_of(model),
+        **uses,
+    }
 
 
 def _by_family(served: Iterable[Any]) -> list[tuple[str, list[Any]]]:
