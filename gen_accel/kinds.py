@@ -46,7 +46,7 @@ class Takes:
         frames: the only number of frames.
         size: the default height and width, where neither signature nor config has them.
         multiple: divides heights and widths besides what the autoencoder and the patches ask for.
-        joins: decodes by itself, as its video is not that of its latents alone.
+        joins: decodes by itself, as its latents alone do not hold its whole video.
     """
 
     weights: str

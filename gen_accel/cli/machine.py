@@ -55,7 +55,7 @@ def models(
     json: JsonFile = None,
 ) -> None:
     """Models that are served, one a line: methods, LoRA training, longer video and image prompts;
-    and those that are refused, with the reason.
+    and refused ones, with the reason.
 
     \b
     gen-accel models

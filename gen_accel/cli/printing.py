@@ -75,7 +75,7 @@ def _beside_psnr(found: dict[str, Any]) -> dict[str, str]:
 
 
 def what_is_missing(found: dict[str, Any]) -> list[str]:
-    """Reasons why figures are missing, but for those that were not asked for."""
+    """Reasons why figures that were asked for are missing."""
     reasons = [value for key, value in found.items() if key.endswith("_missing")]
     return [reason for reason in reasons if reason not in (None, NOT_ASKED)]
 

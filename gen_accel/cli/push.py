@@ -35,7 +35,7 @@ def push(
 
     What gen_accel wrote is uploaded: safetensors, JSON and README.md. All other files in the
     folder are left out and listed. The license is yours to name, in the head of README.md. The
-    token is that of `hf auth login`, or HF_TOKEN.
+    token is the one of `hf auth login`, or HF_TOKEN.
     """
     early.check_files("folder", [folder])
     check_repository(repository)

@@ -164,7 +164,7 @@ def _of_lora(report: Mapping[str, Any]) -> list[str]:
     if about["prompt_was_chosen"]:
         score = about["score"]
         found.append(
-            "This prompt was chosen among those that dense attention gets right. Of "
+            "This prompt was chosen among the ones that dense attention gets right. Of "
             f"{score['clips']} prompts that the LoRA was not trained on, dense attention gets "
             f"{score['dense']} right, sparse attention {score['sparse']}, and the model without "
             f"the LoRA {score['without']}. The mean PSNR of sparse to dense clips is "

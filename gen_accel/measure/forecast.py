@@ -42,7 +42,7 @@ from gen_accel.video import VideoShape
 LEAST_WIDTHS, MOST_WIDTHS = 11.0, 19.0
 COPIES = 4  # q, k, v and the output in the order of a sparse kernel's tiles, beside the model's
 FEW, MORE = 5, 8  # latent frames that decoding is traced at, to tell the cost of three more
-ONE_BY_ONE = 3  # the same where latent frames are decoded one by one, to tell that of one more
+ONE_BY_ONE = 3  # the same where latent frames are decoded one by one, to tell the cost of one more
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -190,7 +190,7 @@ def _attach_trained(
 
 
 def _watch_preset(handle: Attachment, pipe_or_transformer: Any, preset: Preset) -> None:
-    """Warn at the first pass of a call unlike those that the preset was tuned for."""
+    """Warn at the first pass of a call unlike the ones that the preset was tuned for."""
     transformer: Any = next(iter(served_transformers(pipe_or_transformer).values()))
     clock = handle.clock
 

@@ -70,7 +70,7 @@ def test_what_is_said_of_times_and_of_the_lora():
     about |= job.about_lora(lora_path(guided=True), is_own=True, was_chosen=True)
     text = " ".join(page.notes(report | {"frames": 129, "lora": about}))
     assert "The LoRA was trained through the same sparse attention." in text
-    assert "This prompt was chosen among those that dense attention gets right." in text
+    assert "This prompt was chosen among the ones that dense attention gets right." in text
     assert f"Of {about['score']['clips']} prompts" in text
 
     wrong = {"dense": seen, "sparse": {"shows": "a red blob wanders"}}

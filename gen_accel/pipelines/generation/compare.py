@@ -138,7 +138,7 @@ class Comparison:
         }
 
     def _beside_psnr(self) -> dict[str, Any]:
-        """Further figures of `Fidelity`: those that are there, and why others are not."""
+        """Further figures of `Fidelity` that are there, and why others are not."""
         found = self.fidelity.to_dict()
         for name in ("frames", "psnr_db", "ssim"):
             del found[name]

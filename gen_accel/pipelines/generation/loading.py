@@ -155,7 +155,7 @@ def load(model: str | Path, loading: Loading | None = None, given: Given | None 
 
 def _take_factors(pipe: Any) -> None:
     """Let the autoencoder's config say how it scales: some classes of diffusers count its stages,
-    which is wrong for those that take pixels in patches."""
+    which is wrong where it takes pixels in patches."""
     config = getattr(getattr(pipe, "vae", None), "config", {})
     for axis in ("spatial", "temporal"):
         name, factor = f"vae_scale_factor_{axis}", config.get(f"scale_factor_{axis}")

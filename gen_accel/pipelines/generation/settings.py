@@ -175,7 +175,7 @@ _ATTENTION = (
 
 
 def preset_files(preset: str) -> list[Path]:
-    """Files of a preset: itself, or those that come with the package by its name."""
+    """Files of a preset: itself, or the package's own by a name."""
     return sorted(BOX.glob(f"*-{preset}.json")) if preset in PRESETS else [Path(preset)]
 
 

@@ -89,7 +89,7 @@ class Tuned:
 
     def attach(self, pipe: Any, **options: Any) -> Attachment:
         """Attach the rules to a pipeline. `gen_accel.attach(pipe, preset=...)` also warns of calls
-        unlike those that were tuned for."""
+        unlike the ones that were tuned for."""
         return put_on(pipe, self.method, **options)
 
     def save(self, path: str | Path) -> "Tuned":
