@@ -1,7 +1,7 @@
 """Peak memory of decoding, all frames at once and frame by frame into a file. See README.md.
 
 Each measurement is a process of its own: what it held at most, less what it held before it
-decoded. ffmpeg is another process, which is not counted. Both ways must come to the same file.
+decoded, with the encoder of the film. Both ways must come to the same file.
 """
 
 import argparse

@@ -9,10 +9,10 @@ def needed_for(what: str, *, extra: str) -> Iterator[None]:
     """Name the command that installs a package where an import inside does not find it.
 
     >>> with needed_for("writing a video", extra="video"):
-    ...     import imageio_ffmpeg
+    ...     import av
 
     Args:
-        what: begins the sentence, as in "writing a video needs imageio_ffmpeg".
+        what: begins the sentence, as in "writing a video needs av".
         extra: of pyproject.toml, which brings the package.
 
     Raises:

@@ -125,11 +125,10 @@ ONE_LINE = {
     "film": (
         (*BASE, "accelerate"),
         f"{GENERATE} dense --out OUT.gif",
-        "error: reading or writing a video file needs imageio_ffmpeg: "
-        'pip install "gen_accel[video]"',
+        'error: reading or writing a video file needs av: pip install "gen_accel[video]"',
     ),
     "compare": (
-        (*BASE, "accelerate", "imageio_ffmpeg"),
+        (*BASE, "accelerate", "av"),
         f"{GENERATE} radial --compare --out OUT.mp4",
         'error: comparing videos needs torchmetrics: pip install "gen_accel[quality]"',
     ),

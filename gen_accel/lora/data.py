@@ -1,20 +1,17 @@
 """Videos with captions: finding them in a data set and reading their frames.
 
-ffmpeg decodes only the frames that are needed; they are resized one at a time.
+Only the frames that are needed are decoded; they are resized one at a time.
 """
 
 import csv
 import hashlib
 import io
 import math
-import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,7 +19,7 @@ from PIL import Image, ImageOps
 from gen_accel.extras import needed_for
 from gen_accel.files import file_sha256
 from gen_accel.json_files import parse_json
-from gen_accel.measure.ffmpeg_process import ffmpeg
+from gen_accel.measure.film_reading import opened_film
 from gen_accel.measure.picture_files import read_picture
 from gen_accel.paths import expanded
 from gen_accel.text_files import ENCODING, not_text, read_text
@@ -44,7 +41,7 @@ class CaptionedVideo:
 
     Args:
         name: name of the clip in its data set.
-        source: a file that ffmpeg reads, a function that returns the bytes of such a file, or the
+        source: a film, a function that returns the bytes of such a file, or the
             frames, (F, H, W, 3) uint8, already at the wanted rate.
         image: image prompt of this clip; None uses a frame of the clip.
         teacher_caption: caption of the teacher that an image prompt is trained to match; may be
@@ -81,26 +78,25 @@ class CaptionedVideo:
         """Run `survey_clip` on the video, wherever it is stored."""
         if isinstance(self.source, np.ndarray):
             return _surveyed(iter(self._checked()[:frames]))
-        with self._file() as path:
-            return survey_clip(path, frames=frames, fps=fps)
+        with opened_film(self._film(), self._film_name) as film:
+            return _surveyed(islice(film.pictures(fps=fps), frames))
 
     def read(self, *, frames: int, size: Size, fps: float | None) -> np.ndarray:
         """Run `read_clip` on the video, wherever it is stored."""
         if isinstance(self.source, np.ndarray):
             return _resized(iter(self._checked()[:frames]), size)
-        with self._file() as path:
-            return read_clip(path, frames=frames, size=size, fps=fps)
+        with opened_film(self._film(), self._film_name) as film:
+            return _resized(islice(film.pictures(fps=fps), frames), size)
 
-    @contextmanager
-    def _file(self) -> Iterator[Path]:
+    @property
+    def _film_name(self) -> str:
+        return str(self.source) if isinstance(self.source, Path) else self.name
+
+    def _film(self) -> Path | io.BytesIO:
         if isinstance(self.source, Path):
-            yield self.source
-            return
+            return self.source
         assert callable(self.source)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "clip"
-            path.write_bytes(self.source())
-            yield path
+        return io.BytesIO(self.source())
 
     def _checked(self) -> np.ndarray:
         frames = self.source
@@ -230,10 +226,10 @@ def survey_clip(path: str | Path, *, frames: int, fps: float | None = None) -> S
     """Count the frames that `read_clip` would return, by decoding them.
 
     Raises:
-        OSError: ffmpeg cannot read the video, or finds it damaged before its end.
+        OSError: no film, or one that is damaged before the last frame asked for.
     """
-    with _decoding(path, frames, fps) as pictures:
-        return _surveyed(pictures)
+    with opened_film(Path(path), path) as film:
+        return _surveyed(islice(film.pictures(fps=fps), frames))
 
 
 def read_clip(
@@ -255,10 +251,10 @@ def read_clip(
         (F, H, W, 3) uint8.
 
     Raises:
-        OSError: ffmpeg cannot read the video, or finds it damaged before its end.
+        OSError: no film, or one that is damaged before the last frame asked for.
     """
-    with _decoding(path, frames, fps) as pictures:
-        return _resized(pictures, size)
+    with opened_film(Path(path), path) as film:
+        return _resized(islice(film.pictures(fps=fps), frames), size)
 
 
 def _surveyed(pictures: Iterator[np.ndarray]) -> Survey:
@@ -281,58 +277,6 @@ def _resized(pictures: Iterator[np.ndarray], size: Size) -> np.ndarray:
     if not frames:
         raise OSError("it holds no frames")
     return np.stack(frames)
-
-
-@contextmanager
-def _decoding(path: str | Path, frames: int, fps: float | None) -> Iterator[Iterator[np.ndarray]]:
-    video_filter = [] if fps is None else ["-vf", f"fps={fps!r}"]
-    command = [
-        *(ffmpeg().get_ffmpeg_exe(), "-v", "error", "-nostdin", "-xerror"),
-        *("-i", f"file:{path}", "-map", "0:V:0", *video_filter, "-fps_mode", "passthrough"),
-        *("-frames:v", str(frames), "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"),
-    ]
-    with _running(command, str(path)) as stream:
-        yield _pictures(stream)
-
-
-@contextmanager
-def _running(command: list[str], path: str) -> Iterator[IO[bytes]]:
-    """Run ffmpeg and yield its output. Raises OSError with its error text if it fails."""
-    with tempfile.TemporaryFile() as words:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=words)
-        assert process.stdout is not None
-        failure: Exception | None = None
-        try:
-            yield process.stdout
-            process.stdout.read()
-        except OSError as error:
-            failure = error
-        except BaseException:
-            process.kill()
-            raise
-        finally:
-            process.stdout.close()
-            status = process.wait()
-        if status or failure:
-            words.seek(0)
-            said = words.read().decode(errors="replace").strip().splitlines()
-            own = str(failure or f"ffmpeg ended with status {status}")
-            reason = re.sub(r"^(\[[^]]*\] *)+", "", said[0]) if said else own
-            raise OSError(f"{path} cannot be read: {reason}") from failure
-
-
-def _pictures(stream: IO[bytes]) -> Iterator[np.ndarray]:
-    """Read pictures, (H, W, 3) uint8 each, from a stream of portable pixmaps."""
-    while (magic := stream.readline()).strip():
-        size = stream.readline().split()
-        depth = stream.readline().strip()
-        if magic.strip() != b"P6" or len(size) != 2 or depth != b"255":
-            raise OSError(f"its pictures are {magic!r} of depth {depth!r}, not 8 bit RGB")
-        width, height = int(size[0]), int(size[1])
-        data = stream.read(3 * width * height)
-        if len(data) < 3 * width * height:
-            raise OSError("its last frame is cut off")
-        yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
 
 
 def _of_folder(folder: Path) -> list[CaptionedVideo]:

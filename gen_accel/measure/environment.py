@@ -62,7 +62,8 @@ def checks() -> list[Check]:
     for name in PACKAGES:
         found.append(Check(name, version(name), FIXES.get(name, f"pip install {name}")))
     cores = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
-    found += [Check("CPU", cores), *_gpus(), _compiler(), _native(), _int8(), _ffmpeg()]
+    found += [Check("CPU", cores), *_gpus(), _compiler(), _native(), _int8()]
+    found += [_ffmpeg(), _program()]
     return found
 
 
@@ -122,10 +123,22 @@ def _int8() -> Check:
 
 
 def _ffmpeg() -> Check:
+    fix = 'pip install "gen_accel[video]"  (videos in and out of files)'
     try:
-        import imageio_ffmpeg
+        import av
+    except ImportError:
+        return Check("ffmpeg", None, fix)
+    codec = ".".join(map(str, av.library_versions["libavcodec"]))
+    lost = [name for name in ("libx264", "gif") if name not in av.codecs_available]
+    lacks = f", without the encoder {' and '.join(lost)}" if lost else ""
+    return Check("ffmpeg", f"libavcodec {codec} in PyAV {av.__version__}{lacks}", fix)
 
-        found = f"{imageio_ffmpeg.get_ffmpeg_version()}, {imageio_ffmpeg.get_ffmpeg_exe()}"
-    except (ImportError, RuntimeError):
+
+def _program() -> Check:
+    from gen_accel.measure.ffmpeg_process import ffmpeg_binary
+
+    try:
+        found = ffmpeg_binary()
+    except (ImportError, OSError):
         found = None
-    return Check("ffmpeg", found, 'pip install "gen_accel[video]"  (videos in and out of files)')
+    return Check("ffmpeg program", found, 'pip install "gen_accel[quality]"  (optional: VMAF)')

@@ -4,9 +4,7 @@ Every file is written under a temporary name in the same folder and renamed when
 """
 
 import re
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +13,9 @@ import numpy as np
 from PIL import Image
 
 from gen_accel.files import check_folder, replacing
-from gen_accel.hub import silenced
-from gen_accel.measure.ffmpeg_process import encode, ffmpeg, pyav
-from gen_accel.measure.ffmpeg_words import why
+from gen_accel.measure import film_writing
+from gen_accel.measure.film_reading import opened_film
+from gen_accel.measure.film_writing import encode
 from gen_accel.measure.picture_files import read_picture
 from gen_accel.measure.video_texts import (
     add_gif_comment,
@@ -33,7 +31,6 @@ from gen_accel.paths import (
     check_replaceable,
     check_video_suffix,
     expanded,
-    for_ffmpeg,
     real,
 )
 
@@ -43,17 +40,9 @@ if not TYPE_CHECKING:
 SUFFIXES = VIDEO_SUFFIXES
 FRAME_NAME = re.compile(r"\d{4,}\.png")
 
-# Untagged files are decoded as BT.601 by some players and as BT.709 by others.
-MP4_FILTER = (
-    "scale=out_color_matrix=bt709:out_range=tv,"
-    "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
-)
 RATES = (0.01, 1000.0)  # frames a second allowed; ffmpeg takes some more, but fails late on others
-H264 = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "15")
-GIF = ("-c:v", "gif", "-pix_fmt", "pal8")
 FRAMES_AT_ONCE = 16  # frames read at once; 44 MB at 720 x 1280
-GIF_END = b";"  # the trailer, a byte
-GIF_FILTER = "split[frames][sample];[sample]palettegen[palette];[frames][palette]paletteuse"
+GIF_RATE = 100.0  # frames a second, by the unit of its times
 ODD_SIZE = "gen_accel size {height}x{width}"  # the comment in an mp4 with a padded edge
 
 
@@ -80,7 +69,7 @@ def write_video(
 
     Raises:
         ValueError: wrong frames, fps or `about`, or whatever `check_writable` refuses.
-        OSError: the disk or ffmpeg failed. What was at `path` before is still there.
+        OSError: the disk or the encoder failed. What was at `path` before is still there.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.size == 0 or frames.dtype != np.uint8:
         raise ValueError(f"frames must be (F, H, W, 3) uint8, got {frames.shape} {frames.dtype}")
@@ -99,8 +88,8 @@ def write_stream(
 ) -> Path:
     """Write the frames of all chunks as `write_video` does, one chunk in memory at a time.
 
-    An exception of `chunks` or an interrupt leaves no file. A GIF has one palette for all frames:
-    ffmpeg, though not this process, holds them until the last one is known.
+    An exception of `chunks` or an interrupt leaves no file. A GIF has one palette for all frames,
+    which are held, 4 bytes a pixel, until the last one is known.
 
     Args:
         chunks: (f, H, W, 3) uint8 each, all of one height and width; f may differ.
@@ -112,7 +101,7 @@ def write_stream(
 
     Raises:
         ValueError: no frame, wrong chunks, fps or `about`, or whatever `check_writable` refuses.
-        OSError: the disk or ffmpeg failed. What was at `path` before is still there.
+        OSError: the disk or the encoder failed. What was at `path` before is still there.
     """
     check_rate(fps)
     about = checked_texts(about)
@@ -147,13 +136,14 @@ def check_writable(path: str | Path, *, frames: int | None = None) -> None:
     Raises:
         ValueError: unknown suffix; `path` is a folder but should be a file, or the reverse; the
             folder to replace holds more than numbered frames; a name that is too long.
-        OSError: the folder of `path` cannot be made or written to, or a file there is read-only.
-        ModuleNotFoundError: imageio_ffmpeg is not installed, and the suffix needs it.
+        OSError: the folder of `path` cannot be made or written to, a file there is read-only, or
+            the encoder is missing.
+        ModuleNotFoundError: av (PyAV) is not installed, and the suffix needs it.
     """
     path = Path(path)
     check_video_suffix(path)
-    if path.suffix.lower() in (".mp4", ".gif"):
-        ffmpeg()
+    if coding := {".mp4": film_writing.H264, ".gif": film_writing.GIF}.get(path.suffix.lower()):
+        film_writing.check_encoder(coding)
     target = _target(path, frames)
     check_replaceable(target)
     if not _is_folder(path, frames):
@@ -174,11 +164,12 @@ def read_video(path: str | Path) -> np.ndarray:
     """Read every stored frame of `path`, once, as (F, H, W, 3) uint8.
 
     Args:
-        path: whatever ffmpeg decodes, a PNG picture, or a folder of numbered PNG frames.
+        path: a film that ffmpeg decodes, turned as a player shows it, a PNG picture, or a folder
+            of numbered PNG frames.
 
     Raises:
         FileNotFoundError: nothing is there, or the folder holds no numbered PNG frame.
-        OSError: ffmpeg cannot decode it.
+        OSError: no film, one without a video stream, or a damaged one.
     """
     return np.concatenate([*read_stream(path)])
 
@@ -228,8 +219,8 @@ def video_fps(path: str | Path) -> float | None:
         raise FileNotFoundError(f"no video at {path}")
     if _is_pictures(path):
         return None
-    with _reading(path), closing(ffmpeg().read_frames(for_ffmpeg(path))) as reader:
-        return float(next(reader)["fps"]) or None
+    with opened_film(path, path) as film:
+        return film.fps
 
 
 def read_about(path: str | Path) -> dict[str, str]:
@@ -248,7 +239,8 @@ def read_about(path: str | Path) -> dict[str, str]:
         return picture_texts(_pictures(path)[0])
     if path.suffix.lower() == ".gif":
         return picture_texts(path)
-    return texts_of(_comment(path))
+    with opened_film(path, path) as film:
+        return texts_of(film.comment)
 
 
 def _target(path: Path, frames: int | None) -> Path:
@@ -286,28 +278,17 @@ def _picture(file: Path) -> np.ndarray:
     return np.asarray(read_picture(file, file).convert("RGB"))
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn ffmpeg's errors inside into one line with the file and the reason."""
-    try:
-        with silenced("imageio_ffmpeg"):  # which prints when it stops a slow ffmpeg early
-            yield
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        said = error.stderr.decode(errors="replace") if hasattr(error, "stderr") else error  # pyright: ignore[reportAttributeAccessIssue]
-        raise OSError(f"{path} cannot be read: {why(said)}") from error
-
-
 def _read_film(path: Path, frames: int) -> Iterator[np.ndarray]:
-    # Without passthrough, ffmpeg repeats the frames of a GIF to fill its clock.
-    reader = ffmpeg().read_frames(for_ffmpeg(path), output_params=["-fps_mode", "passthrough"])
-    with _reading(path), closing(reader):
-        width, height = next(reader)["size"]
-        rows, columns = height, width
-        if path.suffix.lower() == ".mp4":
-            rows, columns = _stored_size(path, height, width)
-        while part := [*islice(reader, frames)]:
-            pixels = [np.frombuffer(data, np.uint8).reshape(height, width, 3) for data in part]
-            yield np.stack(pixels)[:, :rows, :columns]
+    with opened_film(path, path) as film:
+        pictures, size = film.pictures(), None
+        while part := [*islice(pictures, frames)]:
+            size = size or part[0].shape
+            if any(picture.shape != size for picture in part):
+                raise OSError(f"{path} cannot be read: its frames change their size")
+            rows, columns, _ = size
+            if path.suffix.lower() == ".mp4":
+                rows, columns = _stored_size(film.comment, rows, columns)
+            yield np.stack(part)[:, :rows, :columns]
 
 
 def _write(
@@ -319,7 +300,7 @@ def _write(
             case ".mp4":
                 _write_mp4(frames, partial, fps, about)
             case ".gif":
-                _write_gif(frames, partial, fps)
+                encode(frames, partial, film_writing.GIF, fps=min(fps, GIF_RATE))
                 add_gif_comment(partial, about)
             case ".png":
                 Image.fromarray(next(frames)).save(partial, pnginfo=png_chunks(about))
@@ -333,40 +314,12 @@ def _write_mp4(
 ) -> None:
     first = next(frames)
     height, width = first.shape[:2]
-    options = ["-vf", MP4_FILTER, "-movflags", "+faststart"]
     odd = height % 2 or width % 2
     notes = [ODD_SIZE.format(height=height, width=width) if odd else "", comment_of(about)]
-    if comment := "\n".join(filter(None, notes)):
-        options += ["-metadata", f"comment={comment}"]
+    comment = "\n".join(filter(None, notes))
     even = ((0, height % 2), (0, width % 2), (0, 0))
     padded = (np.pad(frame, even, mode="edge") for frame in chain([first], frames))
-    _encode(padded, path, (width + width % 2, height + height % 2), fps, [*H264, *options])
-
-
-def _write_gif(frames: Iterator[np.ndarray], path: Path, fps: float) -> None:
-    first = next(frames)
-    size = (first.shape[1], first.shape[0])
-    _encode(chain([first], frames), path, size, fps, [*GIF, "-vf", GIF_FILTER])
-
-
-def _encode(
-    frames: Iterator[np.ndarray],
-    path: Path,
-    size: tuple[int, int],
-    fps: float,
-    options: Sequence[str],
-) -> None:
-    """Run `encode` and check the file: ffmpeg may not notice a full disk."""
-    sent = encode(frames, path, size, fps=fps, options=options)
-    try:
-        written, _ = ffmpeg().count_frames_and_secs(for_ffmpeg(path))
-    except RuntimeError as error:
-        raise OSError(f"ffmpeg wrote no readable {path.suffix} file: {why(error)}") from error
-    if written != sent:
-        raise OSError(f"ffmpeg wrote {written} of {sent} frames to the {path.suffix} file")
-    # A truncated last frame is counted all the same.
-    if path.suffix.lower() == ".gif" and path.read_bytes()[-1:] != GIF_END:
-        raise OSError("ffmpeg wrote no end to the .gif file: is the disk full?")
+    encode(padded, path, film_writing.H264, fps=fps, comment=comment)
 
 
 def _write_folder(frames: Iterator[np.ndarray], folder: Path, about: Mapping[str, str]) -> None:
@@ -376,24 +329,12 @@ def _write_folder(frames: Iterator[np.ndarray], folder: Path, about: Mapping[str
         Image.fromarray(frame).save(folder / f"{i:04d}.png", pnginfo=chunks)
 
 
-def _stored_size(path: Path, height: int, width: int) -> tuple[int, int]:
-    """Height and width before `_write_mp4` repeated an odd edge; as given for any other file."""
-    pattern = ODD_SIZE.format(height=r"(\d+)", width=r"(\d+)")
-    found = re.match(pattern, _comment(path))
+def _stored_size(comment: str, height: int, width: int) -> tuple[int, int]:
+    """Height and width before `_write_mp4` repeated an odd edge; as given for any other film."""
+    found = re.match(ODD_SIZE.format(height=r"(\d+)", width=r"(\d+)"), comment)
     if found is None:
         return height, width
     stored = (int(found[1]), int(found[2]))
-    # An editor that rescales a file may keep its comment.
+    # An editor that rescales a film may keep its comment.
     padded = tuple(n + n % 2 for n in stored) == (height, width)
     return stored if padded else (height, width)
-
-
-def _comment(path: Path) -> str:
-    """Comment that a film states; "" for none."""
-    av = pyav()
-    try:
-        with av.open(for_ffmpeg(path)) as film:
-            tags = {name.lower(): text for name, text in film.metadata.items()}
-    except av.FFmpegError as error:
-        raise OSError(f"{path} cannot be read: {error.strerror}") from error
-    return tags.get("comment", "")

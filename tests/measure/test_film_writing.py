@@ -1,0 +1,148 @@
+"""Films as they are written: all frames, or the reason in one line and nothing left behind."""
+
+import errno
+import gc
+import os
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from support.full_disk import file_limit
+
+from gen_accel.files import NoRoom
+from gen_accel.measure import check_writable, film_writing, read_video, write_stream, write_video
+from gen_accel.measure.ffmpeg_process import ffmpeg_binary
+
+FRAMES = np.random.default_rng(0).integers(0, 255, (5, 32, 48, 3), np.uint8)
+
+
+def test_its_reason_is_in_the_error_and_not_on_stderr(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(film_writing, "BT709", [("scale", "out_color_matrix=none_such")])
+    with pytest.raises(OSError, match=r"^ffmpeg wrote no \.mp4 file: \w[^\n]*$"):
+        write_video(FRAMES, tmp_path / "clip.mp4", fps=8)
+    assert capfd.readouterr().err == ""
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_an_encoder_that_is_missing_is_named_before_the_work(tmp_path, monkeypatch, capfd):
+    coding = replace(film_writing.H264, codec="nope")
+    monkeypatch.setattr(film_writing, "H264", coding)
+    said = r"^PyAV [\d.]+ here has no encoder nope[^\n]*$"
+    with pytest.raises(OSError, match=said):
+        check_writable(tmp_path / "clip.mp4")
+    with pytest.raises(OSError, match=said):
+        film_writing.encode(iter(FRAMES), tmp_path / "clip.mp4", coding, fps=8)
+    assert capfd.readouterr().err == ""
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif"])
+def test_a_disk_that_is_full_is_told_as_such(tmp_path, capfd, name):
+    noise = np.random.default_rng(0).integers(0, 255, (20, 128, 128, 3), np.uint8)
+    said = rf"no room for \S*{name}: file too large"
+    with file_limit(50_000), pytest.raises(NoRoom, match=said):
+        write_video(noise, tmp_path / name, fps=8)
+    assert capfd.readouterr().err == ""
+    assert [*tmp_path.iterdir()] == []
+
+
+def held_open(folder: Path) -> list[str]:
+    descriptors = Path("/proc/self/fd").iterdir()
+    held = [os.readlink(one) for one in descriptors if one.is_symlink()]
+    return [path for path in held if path.startswith(str(folder))]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif"])
+def test_nothing_is_left_of_a_clip_that_breaks(tmp_path, name):
+    """No file, no open file and no thread of the encoder."""
+
+    def threads():
+        return len([*Path("/proc/self/task").iterdir()])
+
+    def frames():
+        for _ in range(20):
+            yield FRAMES
+        if name == "clip.mp4":  # its first frames are in the file by now
+            assert held_open(tmp_path)
+            assert threads() > before
+        raise ValueError("no more")
+
+    before = threads()
+    with pytest.raises(ValueError, match="no more"):
+        write_stream(frames(), tmp_path / name, fps=8)
+    gc.collect()
+    assert held_open(tmp_path) == []
+    assert threads() <= before
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EFBIG"])
+def test_a_full_disk_is_known_by_the_number_of_the_error(tmp_path, monkeypatch, name):
+    number = getattr(errno, name)
+
+    def full(*args):
+        raise av.error.OSError(number, os.strerror(number), "clip.mp4")
+
+    monkeypatch.setattr(film_writing, "_encoded", full)
+    with pytest.raises(NoRoom) as caught:
+        write_video(FRAMES, tmp_path / "clip.mp4", fps=8)
+    assert caught.value.errno == number
+
+
+@pytest.mark.parametrize(("size", "fps"), [((34, 50), 23.976), ((480, 64), 8)])
+def test_a_film_is_h264_in_bt709_with_its_index_in_front(tmp_path, size, fps):
+    frames = np.random.default_rng(0).integers(0, 255, (5, *size, 3), np.uint8)
+    path = write_video(frames, tmp_path / "clip.mp4", fps=fps)
+    with av.open(str(path)) as film:
+        stream = film.streams.video[0]
+        coded = stream.codec_context
+        assert (coded.name, coded.pix_fmt) == ("h264", "yuv420p")
+        told = (coded.colorspace, coded.color_primaries, coded.color_trc, coded.color_range)
+        assert tuple(map(int, told)) == (1, 1, 1, 1)
+        assert float(stream.average_rate) == pytest.approx(fps, rel=1e-4)
+        assert float(stream.duration * stream.time_base) == pytest.approx(5 / fps, rel=0.01)
+    data = path.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+    assert b"crf=15.0" in data
+    assert b"sliced_threads=0" in data
+
+
+@pytest.mark.parametrize("fps", [8, 24, 100, 250])
+def test_a_gif_states_its_times_in_hundredths(tmp_path, fps):
+    path = write_video(FRAMES, tmp_path / "clip.gif", fps=fps)
+    with av.open(str(path)) as film:
+        stream = film.streams.video[0]
+        times = [
+            float(packet.pts * stream.time_base) for packet in film.demux(stream) if packet.size
+        ]
+    due = [i / min(fps, 100) for i in range(len(FRAMES))]
+    assert times == pytest.approx(due, abs=0.0051)
+
+
+def test_a_long_film_is_written_a_part_at_a_time(tmp_path):
+    """The encoder lets each chunk go before many more are made."""
+    made = []
+
+    def chunks():
+        for i in range(200):
+            chunk = np.full((1, 32, 48, 3), i, np.uint8)
+            made.append(weakref.ref(chunk))
+            yield chunk
+            assert sum(one() is not None for one in made) < 5
+
+    back = read_video(write_stream(chunks(), tmp_path / "clip.mp4", fps=8))
+    assert len(back) == 200
+    assert np.abs(back.mean((1, 2, 3)) - np.arange(200)).max() < 3
+
+
+def test_the_program_ffmpeg_is_found_or_its_package_named(monkeypatch):
+    assert Path(ffmpeg_binary()).is_file()
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    said = r'^the program ffmpeg needs imageio_ffmpeg: pip install "gen_accel\[quality\]"$'
+    with pytest.raises(ModuleNotFoundError, match=said):
+        ffmpeg_binary()
