@@ -648,7 +648,7 @@ def test_an_interrupted_run_leaves_no_clip(run, model, monkeypatch, tmp_path, ve
 
 
 def test_an_interrupted_write_keeps_what_was_there(run, model, monkeypatch, tmp_path):
-    def interrupted(frames, path, fps):
+    def interrupted(frames, path, *rest):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
