@@ -19,12 +19,13 @@ from gen_accel.extras import needed_for
 PACKAGE = Path(gen_accel.__file__).parent
 ROOT = PACKAGE.parent
 CORE = ("diffusers", "gen_accel", "numpy", "safetensors", "torch")
-# Of which diffusers brings Pillow and, by its hub, PyYAML: only our own imports are blocked.
-BROUGHT = ("PIL", "huggingface_hub", "tqdm", "yaml")
+# Of which diffusers brings Pillow and, by its hub, PyYAML, and uses pydantic where it is: only our
+# own imports are blocked.
+BROUGHT = ("PIL", "huggingface_hub", "pydantic", "tqdm", "yaml")
 EXTRAS = (
     *("accelerate", "av", "datasets", "ftfy", "imageio_ffmpeg", "lightning_utilities"),
     *("cv2", "pycvvdp", "scipy"),
-    *("matplotlib", "peft", "pydantic", "rich", "tensorboard", "torchmetrics", "torchvision"),
+    *("matplotlib", "peft", "rich", "tensorboard", "torchmetrics", "torchvision"),
     *("transformers", "triton", "typer", "xformers"),
 )
 

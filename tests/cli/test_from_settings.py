@@ -70,18 +70,21 @@ def written(made, path: Path, **changed) -> Path:
 
 
 def test_the_same_pixels_and_latents_come_again(run, made, tmp_path):
-    again = ("--out", tmp_path / "b.mp4", "--save-latents", tmp_path / "b.safetensors")
+    """Before they are coded: H.264 loses a little, and not always the same."""
+    again = ("--out", tmp_path / "b", "--save-latents", tmp_path / "b.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("error", OtherThanMade)
         said = run("generate", "--from-settings", made, *again)
     assert "cat.mp4: model demo" in said.stderr
-    assert np.array_equal(read_video(made), read_video(tmp_path / "b.mp4"))
+    assert read_settings(tmp_path / "b") == read_settings(made)
     first, second = (
         load_file(path)["latents"]
         for path in (made.with_suffix(".safetensors"), tmp_path / "b.safetensors")
     )
     assert torch.equal(first, second)
-    assert read_settings(tmp_path / "b.mp4") == read_settings(made)
+    first = ("--from-latents", made.with_suffix(".safetensors"), "--out", tmp_path / "a")
+    run("generate", "--model", "demo", *first)
+    assert np.array_equal(read_video(tmp_path / "a"), read_video(tmp_path / "b"))
 
 
 def test_what_a_clip_says_is_a_config(run, made, tmp_path):
@@ -118,7 +121,9 @@ def test_each_format_carries_them(run, tmp_path, name, first):
     run("generate", *again)
     target = tmp_path / name.removesuffix(".png")
     again = tmp_path / "again" / name.removesuffix(".png")
-    assert np.array_equal(read_video(target), read_video(again))
+    assert read_settings(target) == read_settings(again)
+    if not name.endswith(".mp4"):
+        assert np.array_equal(read_video(target), read_video(again))
 
 
 @pytest.mark.slow
@@ -151,14 +156,14 @@ def test_a_video_from_a_video_is_made_again(run, made, tmp_path):
 
 @pytest.mark.slow
 def test_both_clips_of_a_comparison_carry_their_own(run, tmp_path):
-    run(*GIVEN, "--compare", "--method", "radial", "--out", tmp_path / "a.mp4")
-    for clip in ("a.mp4", "a.dense.mp4", "a.json"):
-        run("generate", "--from-settings", tmp_path / clip, "--out", tmp_path / "again.mp4")
-        like = "a.dense.mp4" if "dense" in clip else "a.mp4"
-        again = read_video(tmp_path / "again.mp4")
+    run(*GIVEN, "--compare", "--method", "radial", "--out", tmp_path / "a.gif")
+    for clip in ("a.gif", "a.dense.gif", "a.json"):
+        run("generate", "--from-settings", tmp_path / clip, "--out", tmp_path / "again.gif")
+        like = "a.dense.gif" if "dense" in clip else "a.gif"
+        again = read_video(tmp_path / "again.gif")
         assert np.array_equal(read_video(tmp_path / like), again), clip
-    assert read_settings(tmp_path / "a.dense.mp4").fields["method"] == "dense"
-    assert read_about(tmp_path / "a.side_by_side.mp4") == {}
+    assert read_settings(tmp_path / "a.dense.gif").fields["method"] == "dense"
+    assert read_about(tmp_path / "a.side_by_side.gif") == {}
 
 
 def preset_at(path: Path) -> Path:
@@ -183,7 +188,7 @@ def test_what_files_give_comes_again(run, refused, tmp_path, option):
     else:
         Image.new("RGB", (32, 32), "red").save(file, "png")
     more = ("--image-adapter", "demo") if option == "image-prompt" else ()
-    clip, again = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    clip, again = tmp_path / "a.gif", tmp_path / "b.gif"
     run(*GIVEN, f"--{option}", file, *more, "--out", clip)
     with warnings.catch_warnings():
         warnings.simplefilter("error", OtherThanMade)
@@ -195,7 +200,7 @@ def test_what_files_give_comes_again(run, refused, tmp_path, option):
         file.write_text(file.read_text() + " ")
     else:
         (file / "notes.txt").write_text("more")
-    with pytest.warns(OtherThanMade, match=rf"{file} is not what a\.mp4 was made with"):
+    with pytest.warns(OtherThanMade, match=rf"{file} is not what a\.gif was made with"):
         run("generate", "--from-settings", clip, "--out", again)
     shutil.rmtree(file) if file.is_dir() else file.unlink()
     assert str(file) in refused("generate", "--from-settings", clip)
