@@ -7,7 +7,7 @@ import pytest
 
 from gen_accel import files
 from gen_accel.kernels.triton import tuned
-from gen_accel.measure import efficiency
+from gen_accel.measure import efficiency, kept
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give files away")
@@ -66,7 +66,7 @@ def test_what_was_measured_is_read_where_others_cannot_write(what, monkeypatch, 
     cached = efficiency.cache_file()
     for path, read, known in (
         (tuned.path(), lambda: tuned.read.__wrapped__(), {"a": [1]}),
-        (cached, lambda: efficiency._read_cache(cached), {"a": 0.5}),
+        (cached, lambda: kept._read(cached), {"a": 0.5}),
     ):
         files.make_cache_folder().chmod(0o755)
         path.write_text(json.dumps(known))

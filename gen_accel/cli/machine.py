@@ -252,6 +252,10 @@ def _hanging(head: str, text: str) -> list[str]:
     below = " " * min(len(head), 30)
     width = terminal_width()
     lines = wrap(
-        head + text, width, subsequent_indent=below, break_on_hyphens=False, drop_whitespace=True
+        head + text,
+        width,
+        subsequent_indent=below,
+        break_on_hyphens=False,
+        break_long_words=False,  # of a path, which would be no path any more
     )
     return lines or [head.rstrip()]

@@ -145,8 +145,11 @@ def subject_of(source: Any, text: int | None = None) -> Subject:
         text: tokens of a prompt, where they are other than the family's pipelines make.
 
     Raises:
-        ValueError: a source that is unknown, makes no videos, or has no config to build from.
+        ValueError: a source that is unknown, makes no videos, or has no config to build from, or
+            fewer than 0 tokens of text.
     """
+    if text is not None and text < 0:
+        raise ValueError(f"text must be 0 tokens or more, got {text}")
     if isinstance(source, Subject):
         return source
     if isinstance(source, str | Path):

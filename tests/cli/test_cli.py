@@ -83,6 +83,7 @@ def test_help_has_an_example_of_every_verb(run):
         "models",
         "build",
         "doctor",
+        "push",
         "train",
         "cache",
     ]
@@ -290,7 +291,7 @@ def test_demo_page_fetches_nothing(run, model, tmp_path):
     assert len(page.sources) == 6
     assert all(source.startswith("data:") for source in page.sources)
     assert "PSNR" in text.split("In plain words")[0]
-    assert "rule=&#x27;paper&#x27;" in text
+    assert "rule=&#39;paper&#39;" in text
 
 
 @pytest.mark.slow

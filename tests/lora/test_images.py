@@ -419,9 +419,9 @@ class TestTraining:
         run = begun(given)
         done = run.go(False)
         assert done.folder == tmp_path / "image_prompt"
-        assert files(done.folder) == ["gen_accel.json", WEIGHTS]
+        assert files(done.folder) == ["README.md", "gen_accel.json", WEIGHTS]
         newest = state(tmp_path).path
-        assert files(newest / "image_prompt") == ["gen_accel.json", WEIGHTS]
+        assert files(newest / "image_prompt") == ["README.md", "gen_accel.json", WEIGHTS]
         about = json.loads(metadata(done.folder / WEIGHTS)["gen_accel"])
         assert about == json.loads((done.folder / "gen_accel.json").read_text())
         assert about["blocks"] == {str(i): f"blocks.{i}.attn2" for i in range(wan.LAYERS)}

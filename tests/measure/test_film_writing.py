@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import subprocess
 import sys
 import weakref
 from dataclasses import replace
@@ -48,6 +49,30 @@ def test_a_disk_that_is_full_is_told_as_such(tmp_path, capfd, name):
         write_video(noise, tmp_path / name, fps=8)
     assert capfd.readouterr().err == ""
     assert [*tmp_path.iterdir()] == []
+
+
+STEADY = """
+import hashlib, sys
+import numpy as np
+from gen_accel.measure import film_writing
+
+noise = np.random.default_rng(0).normal(28, 4, (9, 48, 48, 3))
+for i, frame in enumerate(noise):
+    frame[12:36, 4 + 3 * i : 24 + 3 * i, 0] += 160
+frames = noise.clip(0, 255).astype(np.uint8)
+film_writing.encode(iter(frames), film_writing.Path(sys.argv[1]), film_writing.H264, fps=16)
+print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
+def test_equal_frames_make_equal_films_whatever_memory_held_before(tmp_path):
+    def film(byte: str) -> bytes:
+        environment = {**os.environ, "MALLOC_PERTURB_": byte}
+        command = [sys.executable, "-c", STEADY, str(tmp_path / "a.mp4")]
+        return subprocess.run(command, env=environment, check=True, capture_output=True).stdout
+
+    assert film("0") == film("85")
 
 
 def held_open(folder: Path) -> list[str]:

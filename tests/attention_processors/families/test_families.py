@@ -1,6 +1,7 @@
 """Every family: where it finds the tokens, and what runs there."""
 
 import copy
+import json
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
@@ -504,7 +505,9 @@ def test_the_page_of_models_is_up_to_date(run):
     page = ROOT / "docs" / "models.md"
     assert page.read_text(encoding="utf-8") == run("models", "--markdown").stdout
     shown = run("models").stdout
-    assert all(name in shown for name in (*served_classes(), *REFUSED))
+    assert all(name in shown for name in (*FAMILIES, *REFUSED))
+    told = json.loads(run("models", "--json", "-").stdout)
+    assert {model["name"] for model in told} == {*served_classes(), *REFUSED}
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
