@@ -66,6 +66,9 @@ def main() -> None:
         help="of the points of the frontier that are judged",
     )
     parser.add_argument("--hands", nargs="+", help="hand settings, by how they begin; all")
+    parser.add_argument(
+        "--preset", type=Path, help="judge this one, of as many steps, tuned at another length"
+    )
     parser.add_argument("--priced", action="store_true", help="time the candidates once more")
     parser.add_argument("--timed", type=int, default=0, help="rounds of seconds, on one prompt")
     parser.add_argument("--watch", type=int, default=0, help="prompts that the watch is judged by")
@@ -99,6 +102,7 @@ def main() -> None:
         "steps": args.steps,
         "families": args.families,
         "tuning_prompts": args.tuning,
+        "tuned_at": 4 * (found.preset.made_for.grid[0] - 1) + 1,
         "scale": args.scale,
         "environment": environment(),
         "tuned": told(found),
@@ -137,6 +141,7 @@ def call_of(args: argparse.Namespace, seed: int) -> Call:
 def tuned(pipe: Any, args: argparse.Namespace) -> Tuned:
     """Tune once, and read what was tuned afterwards."""
     path = args.work / f"{title(args)}_{args.steps}_{args.quality:g}.json"
+    path = args.preset or path
     if path.exists():
         return load_tuned(path)
     call = call_of(args, TUNING_SEED)

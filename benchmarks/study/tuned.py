@@ -11,7 +11,8 @@ FILES = (
     "tune_65_all_2_prompts",
     "tune_65_all_8_prompts",
     "tune_65_all_worst",
-    "tune_129_all",
+    "tune_129_all_2_prompts",
+    "tune_257_all_2_prompts",
 )
 WATCH, PROMPTS = "tune_watch", "tune_prompts"
 
@@ -90,11 +91,12 @@ def of_file(report: dict[str, Any]) -> list[str]:
     weighed = {"mean": "", "even": ", no prompt decides alone", "worst": ", by the worst prompt"}
     made = [
         f"{report['frames']} frames, {report['steps']} steps, candidates of {among}, tuned on "
-        f"{report['tuning_prompts']} prompts{weighed[report['scale']]}; PSNR over {clips} prompts "
-        "that were not tuned on:",
+        f"{report['tuning_prompts']} prompts{_elsewhere(report)}{weighed[report['scale']]}; PSNR "
+        f"over {clips} prompts that were not tuned on:",
         "",
-        "| setting | density | attention / dense | PSNR mean | worst | fewer pairs | less time |",
-        "|---|---|---|---|---|---|---|",
+        "| setting | density | attention / dense | denoising / dense | PSNR mean | worst | fewer "
+        "pairs | less time |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     equal = report["at_equal_quality"]["old_hand_settings"]
     for name, one in report["settings"].items():
@@ -105,6 +107,7 @@ def of_file(report: dict[str, Any]) -> list[str]:
             name,
             f"{one['density']:.3f}",
             _number(one.get("attention_share", {}).get("attention"), "{:.2f}"),
+            _number(one.get("attention_share", {}).get("denoising"), "{:.2f}"),
             f"{one['psnr']:.1f}",
             f"{one['worst']:.1f}",
             _number(gain.get("density"), "{:.0%}"),
@@ -112,6 +115,11 @@ def of_file(report: dict[str, Any]) -> list[str]:
         ]
         made.append(f"| {' | '.join(cells)} |")
     return made
+
+
+def _elsewhere(report: dict[str, Any]) -> str:
+    at = report.get("tuned_at", report["frames"])
+    return "" if at == report["frames"] else f" at {at} frames"
 
 
 def _number(value: float | None, shape: str) -> str:
