@@ -86,7 +86,7 @@ def of_watch(report: dict[str, Any]) -> list[str]:
 
 def of_file(report: dict[str, Any]) -> list[str]:
     """A table of one run: hand settings, then points of the frontier."""
-    clips = len(next(iter(report["settings"].values()))["each"])
+    clips = next(len(one["each"]) for one in report["settings"].values() if "each" in one)
     among = "the four older methods" if report["families"] == "old" else "all methods"
     weighed = {"mean": "", "even": ", no prompt decides alone", "worst": ", by the worst prompt"}
     made = [
