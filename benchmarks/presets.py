@@ -19,7 +19,7 @@ import tune
 from diffusers import WanPipeline
 
 import gen_accel
-from gen_accel.pipelines.tuning import Tuned, load_tuned, solving
+from gen_accel.pipelines.tuning import load_tuned
 from gen_accel.pipelines.tuning.named import BOX
 
 BOUNDS = {"quality": 35.0, "balanced": 30.0, "fast": 26.0}  # dB
@@ -30,17 +30,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("tuned", type=Path, help="a preset with its profile")
     parser.add_argument("--names", nargs="+", choices=BOUNDS, default=[*BOUNDS])
-    parser.add_argument(
-        "--seconds-of", type=Path, help="another preset, whose table of seconds is taken"
-    )
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     pipe: Any = WanPipeline.from_pretrained(gen_accel.demo.path(), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     tuned = load_tuned(args.tuned)
-    if args.seconds_of is not None:
-        tuned = priced_as(tuned, load_tuned(args.seconds_of))
     held_out = tune.captions(2 + HELD_OUT, fresh=True)[2:]
     for name in args.names:
         wanted, asked = BOUNDS[name], BOUNDS[name]
@@ -56,16 +51,6 @@ def main() -> None:
         bound = {**found.preset.bound, "mean": wanted}
         kept = replace(found, preset=replace(found.preset, bound=bound, verified=True))
         print(kept.save(BOX / f"demo-{name}.json"), flush=True)
-
-
-def priced_as(tuned: Tuned, other: Tuned) -> Tuned:
-    """Take the table of seconds of the same candidates from another run, as of an idle machine."""
-    if list(map(str, tuned.candidates)) != list(map(str, other.candidates)):
-        raise SystemExit("the two presets were tuned with different candidates")
-    names = ("seconds", "dense_seconds")
-    profile = replace(tuned.profile, **{name: getattr(other.profile, name) for name in names})
-    points = tuple(solving.curve(profile, tuned.options))
-    return replace(tuned, profile=profile, points=points)
 
 
 if __name__ == "__main__":
