@@ -1,7 +1,7 @@
 """Estimated seconds and memory of a transformer's forward pass against measured ones, on a CPU.
 
     python benchmarks/estimate.py
-    python benchmarks/estimate.py --only wan --rounds 2 --out /tmp/estimate.json
+    python benchmarks/estimate.py --only wan --rounds 2 --out outputs/estimate.json
 
 Models of diffusers' own classes with random weights, at half the width of the published ones and
 of a few layers, run once densely and once by Radial, each kind in a process of its own and on one

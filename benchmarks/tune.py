@@ -140,8 +140,7 @@ def call_of(args: argparse.Namespace, seed: int) -> Call:
 
 def tuned(pipe: Any, args: argparse.Namespace) -> Tuned:
     """Tune once, and read what was tuned afterwards."""
-    path = args.work / f"{title(args)}_{args.steps}_{args.quality:g}.json"
-    path = args.preset or path
+    path = args.preset or args.work / f"{title(args)}_{args.steps}_{args.quality:g}.json"
     if path.exists():
         return load_tuned(path)
     call = call_of(args, TUNING_SEED)

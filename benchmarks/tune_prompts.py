@@ -1,4 +1,4 @@
-"""What more tuning prompts, and another weighting of them, buy: on prompts not tuned on.
+"""Gain of more tuning prompts, and of other weightings, on prompts that were not tuned on.
 
     python benchmarks/tune.py --tuning 8 --worker 0/16   # tunes on eight prompts
     python benchmarks/tune_prompts.py outputs/tune/tune_65_all_8_prompts_10_30.json

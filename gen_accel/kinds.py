@@ -1,4 +1,4 @@
-"""What a video can be made from, by pipeline class of diffusers: text alone, frames or a video.
+"""Kinds of input that make a video, by pipeline class of diffusers: text alone, frames or a video.
 
 `PIPELINES` holds each class whose transformer or UNet is served and makes videos. A new one is one
 line here; where its arguments are not plain pictures, also a function in
@@ -27,7 +27,7 @@ def _any_weights(config: Mapping[str, Any], index: Mapping[str, Any], asked: Any
 
 @dataclass(frozen=True)
 class Takes:
-    """What the pipelines of one class make a video from.
+    """Inputs that the pipelines of one class make a video from.
 
     Args:
         weights: name of the weights; classes with the same name load each other's. Its first word
@@ -392,7 +392,7 @@ PIPELINES: dict[str, Takes | str] = {
 
 
 def takes(name: Any) -> Takes | None:
-    """What pipelines of that class take; None for a class that is not used or not known."""
+    """Look up what pipelines of a class take; None for one that is not used or not known."""
     row = PIPELINES.get(name)
     return row if isinstance(row, Takes) else None
 

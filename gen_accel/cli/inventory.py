@@ -166,7 +166,7 @@ def matching(name: str) -> list[ModelInfo]:
 
 
 def uses_of(family: str) -> dict[str, Any]:
-    """What a family serves beside attention: its kind, training and longer video."""
+    """Describe what a family serves beside attention: its kind, training and longer video."""
     found = family_named(family)
     return {
         "kind": found.KIND,

@@ -43,7 +43,8 @@ def show_result(lines: Iterable[str], data: Any, file: Path | None) -> None:
     from gen_accel.files import plain, write_json
 
     if file == STANDARD_OUTPUT:
-        typer.echo(json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False))
+        text = json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False)
+        typer.echo(text.encode(errors="backslashreplace"))  # of names that are not UTF-8
         return
     for line in lines:
         typer.echo(line)

@@ -1,6 +1,5 @@
 """`gen-accel metrics`."""
 
-import json as json_format
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +8,7 @@ import typer
 
 from gen_accel.cli import early
 from gen_accel.cli.app import app
+from gen_accel.cli.json_out import STANDARD_OUTPUT, JsonFile, check_json, show_result
 from gen_accel.cli.options import Metrics, check_metrics
 from gen_accel.cli.printing import fidelity_rows, print_rows, what_is_missing
 from gen_accel.paths import expanded
@@ -52,10 +52,7 @@ def metrics(
     fps: Annotated[
         float | None, typer.Option(help="Frames a second of folders of frames, which state none.")
     ] = None,
-    json: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Also write the figures there; -: print them alone."),
-    ] = None,
+    json: JsonFile = None,
 ) -> None:
     """Loops, drift, motion and flicker of videos; or how close they are to a reference.
 
@@ -76,8 +73,7 @@ def metrics(
     pixel by pixel. Nothing is downloaded.
     """
     early.check_files("video", [*videos, reference])
-    if str(json) != "-":
-        early.check_output(json)
+    check_json(json)
     films, to = _films(videos, reference, each=each, suite=suite)
     _check(films, to, metrics, suite, lag, fps)
     asked = check_metrics(metrics)
@@ -164,18 +160,9 @@ def _tell_all(found: Mapping[str, Any], json: Path | None) -> None:
 
 
 def _tell(data: Any, json: Path | None, show: Any) -> None:
-    if str(json) == "-":
-        from gen_accel.files import plain
-
-        text = json_format.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False)
-        typer.echo(text.encode(errors="backslashreplace"))
-        return
-    show()
-    if json is not None:
-        from gen_accel.measure import write_json
-
-        write_json(json, data)
-        typer.echo(json)
+    if json != STANDARD_OUTPUT:
+        show()
+    show_result((), data, json)
 
 
 def _print_one(found: Any) -> None:

@@ -19,7 +19,6 @@ offloading, of copying weights.
 
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -413,19 +412,9 @@ def _decoding(vae: Part, subject: Subject, grid: VideoShape, dtype: torch.dtype)
     model: Any = vae.model
     if model is None:
         return None
-    parts = None
-    with suppress(Exception):
-        if subject.family.TILED_VAE:
-            model.enable_tiling()
-        if type(model).__name__ == subject.family.AUTOENCODER:
-            family = subject.family
-            if family.decode_parts is None:
-                family = next(
-                    one
-                    for one in map(family_named, FAMILIES)
-                    if type(model).__name__ == one.AUTOENCODER and one.decode_parts is not None
-                )
-            parts = family.decode_parts and family.decode_parts(model)
+    if subject.family.TILED_VAE:
+        model.enable_tiling()
+    parts = _parts_of(model, subject.family)
     one_by_one = parts is not None and type(model).__name__ == "AutoencoderKLWan"
     frames, rows, columns = (n * p for n, p in zip(grid.grid, subject.patch, strict=True))
     config = model.config
@@ -448,6 +437,18 @@ def _decoding(vae: Part, subject: Subject, grid: VideoShape, dtype: torch.dtype)
     times = (frames - few) / (more - few)
     peak = short.peak + times * (longer.peak - short.peak)  # grows where it is decoded whole
     return replace(_sum(short, short, longer, times), peak=round(max(peak, short.peak)))
+
+
+def _parts_of(vae: Any, family: Any) -> Any:
+    """Return how an autoencoder decodes in parts, by its own family or another one that has it;
+    None where it decodes as a whole."""
+    kind = type(vae).__name__
+    if kind != family.AUTOENCODER:
+        return None
+    for one in (family, *map(family_named, FAMILIES)):
+        if kind == one.AUTOENCODER and one.decode_parts is not None:
+            return one.decode_parts(vae)
+    return None
 
 
 def _drained(parts: Any) -> None:

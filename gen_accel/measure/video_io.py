@@ -183,9 +183,7 @@ def read_stream(path: str | Path, *, frames: int = FRAMES_AT_ONCE) -> Iterator[n
     """
     if frames < 1:
         raise ValueError(f"frames must be at least 1, got {frames}")
-    path = expanded(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no video at {path}")
+    path = _there(path)
     return (
         _read_pictures(_pictures(path), frames) if _is_pictures(path) else _read_film(path, frames)
     )
@@ -214,9 +212,7 @@ def video_fps(path: str | Path) -> float | None:
     Raises:
         FileNotFoundError, OSError: as `read_video`.
     """
-    path = expanded(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no video at {path}")
+    path = _there(path)
     if _is_pictures(path):
         return None
     with opened_film(path, path) as film:
@@ -232,15 +228,20 @@ def read_about(path: str | Path) -> dict[str, str]:
     Raises:
         FileNotFoundError, OSError: as `read_video`.
     """
-    path = expanded(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no video at {path}")
+    path = _there(path)
     if _is_pictures(path):
         return picture_texts(_pictures(path)[0])
     if path.suffix.lower() == ".gif":
         return picture_texts(path)
     with opened_film(path, path) as film:
         return texts_of(film.comment)
+
+
+def _there(path: str | Path) -> Path:
+    path = expanded(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no video at {path}")
+    return path
 
 
 def _target(path: Path, frames: int | None) -> Path:

@@ -63,6 +63,12 @@ class Heard(NamedTuple):
     video: VideoShape
     scale: float
 
+    @classmethod
+    def of(cls, call: Observed) -> "Heard":
+        """Copy the last sample of a call."""
+        q, k, v = (x[-1:].clone() for x in (call.q, call.k, call.v))
+        return cls(call.layer.number, q, k, v, call.video, scale_of(call.run, q))
+
 
 class Observer:
     """Observer of a dense generation: of each step, the first pass, which is the conditional one
@@ -107,8 +113,7 @@ class Observer:
         self.errors[step, number] = torch.stack(errors, -1)
         self.densities.setdefault(number, []).append(kept)
         if step == self.steps // 2:
-            q, k, v = (x.clone() for x in (q, k, v))
-            self.heard[number] = Heard(number, q, k, v, video, scale)
+            self.heard[number] = Heard.of(call)
 
     def _rows(self, tokens: int, device: torch.device, step: int, layer: int) -> Tensor | None:
         """Rows at which candidates are compared, others at each call; None for all."""

@@ -12,10 +12,9 @@ from gen_accel.attention_processors.attached.layer import Observed
 from gen_accel.attention_processors.attached.observing import check_bare
 from gen_accel.attention_processors.attached.transformers import served_transformers
 from gen_accel.attention_processors.methods.mixed import Mixed, Rule
-from gen_accel.kernels.runner import scale_of
 from gen_accel.pipelines.tuning.measuring import Heard, seconds_of
 from gen_accel.pipelines.tuning.preset import Preset, check_model
-from gen_accel.pipelines.tuning.runs import Call, generate
+from gen_accel.pipelines.tuning.runs import Call, Enough, generate
 
 
 def priced(preset: Preset, candidates: Sequence[Any], pipe: Any) -> tuple[Tensor, Tensor]:
@@ -44,14 +43,13 @@ def priced(preset: Preset, candidates: Sequence[Any], pipe: Any) -> tuple[Tensor
         if step < steps // 2:
             return
         if step > steps // 2 or number in heard:
-            raise _Enough
-        q, k, v = (x[-1:].clone() for x in (seen.q, seen.k, seen.v))
-        heard[number] = Heard(number, q, k, v, seen.video, scale_of(seen.run, seen.q))
+            raise Enough
+        heard[number] = Heard.of(seen)
 
     probe = Mixed((Rule(candidates[0]),), steps)  # not run, as an observer is there
     with put_on(pipe, probe, kernel=kernel, record=False) as handle:
         handle.observe = hear
-        with suppress(_Enough):
+        with suppress(Enough):
             generate(pipe, prompts[0], 0, call)
     if not heard:
         raise ValueError("no attention over a known grid was seen, so that nothing can be timed")
@@ -62,7 +60,3 @@ def priced(preset: Preset, candidates: Sequence[Any], pipe: Any) -> tuple[Tensor
         )
     shares, dense = seconds_of(heard, candidates, kernel)
     return shares.float(), torch.tensor(dense)
-
-
-class _Enough(Exception):
-    """Ends a generation after the calls that were wanted."""

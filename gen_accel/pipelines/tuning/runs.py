@@ -32,6 +32,10 @@ class Call:
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Enough(Exception):
+    """Ends a generation after the calls that were wanted."""
+
+
 class Passes:
     """Outputs of a model in a generation, pass by pass.
 

@@ -48,7 +48,7 @@ from gen_accel.pipelines.tuning.preset import (
     loras_of,
 )
 from gen_accel.pipelines.tuning.profile import Profile, levels_of
-from gen_accel.pipelines.tuning.runs import Call, check_decodes, decoded, generate
+from gen_accel.pipelines.tuning.runs import Call, Enough, check_decodes, decoded, generate
 from gen_accel.pipelines.tuning.scoring import Objective, score_of_videos
 from gen_accel.pipelines.tuning.solving import Options, Point
 from gen_accel.pipelines.tuning.state import State
@@ -323,7 +323,7 @@ class _Tuning:
             step = handle.clock.step
             self.tick("scout", min(step, at), at + 1)
             if step > at or (seen and not tiles):
-                raise _Enough
+                raise Enough
             whole = handle.clock.tokens
             seen.append(call.video if whole is None else whole.video)
             if step == at and tiles:
@@ -331,7 +331,7 @@ class _Tuning:
 
         with put_on(self.pipe, probe, kernel=self.kernel, record=False) as handle:
             handle.observe = look
-            with suppress(_Enough):
+            with suppress(Enough):
                 generate(self.pipe, self.tuning[0], 0, self.call)
         if not seen:
             raise ValueError(
@@ -542,10 +542,6 @@ class _Tuning:
             self._scores(point, profile, [i])
         self.tick("hold out", max(total, 1), max(total, 1))
         return self._scores(point, profile, range(first, first + total))
-
-
-class _Enough(Exception):
-    """Ends a generation after the steps that were wanted."""
 
 
 def _attention_seconds(handle: Attachment) -> float:
