@@ -295,7 +295,7 @@ def step_work(subject: Subject, grid: VideoShape, batch: int) -> Work | None:
     lists = {
         name: blocks
         for name, blocks in model.named_children()
-        if isinstance(blocks, nn.ModuleList) and len(blocks) > 2 and _are_alike(blocks)
+        if isinstance(blocks, nn.ModuleList) and len(blocks) > 2 and are_alike(blocks)
     }
 
     def at(**lengths: int) -> Work:
@@ -317,7 +317,7 @@ def step_work(subject: Subject, grid: VideoShape, batch: int) -> Work | None:
     return whole
 
 
-def _are_alike(blocks: nn.ModuleList) -> bool:
+def are_alike(blocks: nn.ModuleList) -> bool:
     first = [(name, value.shape) for name, value in blocks[0].named_parameters()]
     return all(
         [(name, value.shape) for name, value in block.named_parameters()] == first
