@@ -17,6 +17,7 @@ from gen_accel.hub import check_there, parted
 from gen_accel.json_files import read_fields
 from gen_accel.kinds import FIRST, LAST, VIDEO, choose_in
 from gen_accel.lora.config import Stage
+from gen_accel.lora.memory import check_installed
 from gen_accel.paths import check_replaceable, check_video_suffix, expanded
 
 _CLASS = re.compile(r"[A-Z]\w+(Model|Transformer)")  # of diffusers
@@ -205,6 +206,7 @@ def check_config(given: Mapping[str, Any]) -> None:
     names.check_techniques(given.get("sample_with", ()), "sample_with")
     for stage in given.get("stages", ()):
         Stage.parse(stage)
+    check_installed(given)
     check_names(
         method=given.get("method", "radial"),
         kernels={"kernel": given.get("kernel")},

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from gen_accel.cli import early
 from gen_accel.cli.app import INTERRUPTED
 from gen_accel.cli.printing import quiet
 from gen_accel.lora.config import TrainConfig, print_config, read_values
 
+CHECKPOINTING = "--gradient-checkpointing"
 SEVERAL = ("stages", "targets", "betas")  # may also be given in one flag, with commas between
 
 TRAIN = """Train a LoRA through sparse attention, for videos longer than the model was made for.
@@ -129,7 +131,27 @@ def add_to(app: typer.Typer) -> None:
         verb.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
         verb.__doc__ = text
         short = {"train": "Finetune a LoRA or an image prompt.", "cache": "Encode clips once."}
-        app.command(name=function.__name__, short_help=short[function.__name__])(verb)
+        app.command(name=function.__name__, short_help=short[function.__name__], cls=_Verb)(verb)
+
+
+class _Verb(TyperCommand):
+    """A verb that also takes --gradient-checkpointing and --no-gradient-checkpointing bare."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, with_words(args))
+
+
+def with_words(args: list[str]) -> list[str]:
+    """Write out gradient checkpointing that is switched on or off without a word."""
+    found = []
+    for arg, after in zip(args, [*args[1:], "-"], strict=True):
+        if arg == CHECKPOINTING and (after.startswith("-") or after.endswith((".yaml", ".yml"))):
+            found += [CHECKPOINTING, "on"]
+        elif arg == f"--no-{CHECKPOINTING[2:]}":
+            found += [CHECKPOINTING, "off"]
+        else:
+            found.append(arg)
+    return found
 
 
 def _flags() -> list[inspect.Parameter]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.kernels import check_name
+from gen_accel.lora.memory import check_installed, check_memory
 from gen_accel.lora.size import check_config
 from gen_accel.method import memory_of, parts_of
 from gen_accel.pipelines.long_video import check_names
@@ -32,7 +33,7 @@ LIMITS = (
     Limit(
         (
             *("rank", "dense_layers", "dense_steps", "weight_decay", "warmup_steps"),
-            *("max_grad_norm", "validate_every"),
+            *("max_grad_norm", "validate_every", "blocks_to_swap"),
         ),
         lambda x: 0 <= x < float("inf"),
         "not be negative",
@@ -81,6 +82,8 @@ def check(config: Any) -> None:
             if value is not None and not (known and holds(value)):
                 raise ValueError(f"{name} must {must}, got {shown(value)}")
     check_names(config.sample_with, "sample_with")
+    check_installed(vars(config))
+    check_memory(config)
     _check_teacher(config)
     if not config.stages:
         raise ValueError("stages is empty: give at least one, as 81:200")
@@ -138,7 +141,7 @@ def _check_image_prompt(config: Any) -> None:
             f"{unread} does not apply {'without' if config.image_encoder is None else 'to'} "
             f"an image_encoder, got {getattr(config, unread)!r}: leave it out"
         )
-    if config.objective == "distill_attention" and config.gradient_checkpointing:
+    if config.objective == "distill_attention" and config.checkpoints_activations:
         raise ValueError(
             "gradient_checkpointing saves nothing under objective distill_attention, whose "
             "gradients stay within each attention: leave it out"

@@ -165,12 +165,17 @@ class TrainConfig:
 
     batch_size: int = _(1, "Optimizer", "Clips a process and micro-step.")
     gradient_accumulation: int = _(1, "Optimizer", "Micro-steps a step.")
-    optimizer: Literal["adamw", "adamw8bit"] = _(
-        "adamw", "Optimizer", "adamw8bit needs bitsandbytes."
+    optimizer: str = _(
+        "adamw", "Optimizer", "adamw, adamw8bit, or module.Class, as prodigyopt.Prodigy."
+    )
+    optimizer_settings: tuple[str, ...] = _(
+        (), "Optimizer", "Arguments of the optimizer, field=value each, as d_coef=0.5."
     )
     learning_rate: float = _(1e-4, "Optimizer", "After the warm-up.")
-    betas: tuple[float, float] = _((0.9, 0.99), "Optimizer", "Of AdamW.")
-    weight_decay: float = _(0.0, "Optimizer", "Of AdamW.")
+    betas: tuple[float, float] = _(
+        (0.9, 0.99), "Optimizer", "Of AdamW; of another optimizer only if given."
+    )
+    weight_decay: float = _(0.0, "Optimizer", "Of AdamW; of another optimizer only if given.")
     schedule: Literal["constant", "cosine", "linear"] = _(
         "constant", "Optimizer", "How the learning rate goes after the warm-up."
     )
@@ -181,9 +186,20 @@ class TrainConfig:
     )
 
     mixed_precision: Literal["no", "bf16", "fp16"] = _("bf16", "Machine", "no: float32.")
-    gradient_checkpointing: bool = _(False, "Machine", "Less memory, about a third more time.")
     device: str = _("auto", "Machine", "auto or cpu; `accelerate launch` says the rest.")
     seed: int = _(0, "Machine", "Of all that is drawn.")
+
+    base: Literal["bf16", "fp8", "int8", "nf4"] | None = _(
+        None, "Memory", "How the model's frozen weights are held; none: in mixed_precision."
+    )
+    blocks_to_swap: int = _(
+        0, "Memory", "Blocks that wait in CPU memory until their turn; needs checkpointing."
+    )
+    gradient_checkpointing: Literal["off", "on", "offload"] = _(
+        "off",
+        "Memory",
+        "on: less memory, about a third more time; offload: what it keeps goes to CPU memory.",
+    )
 
     checkpoint_every: int = _(100, "Keeping", "Steps.")
     keep_checkpoints: int = _(2, "Keeping", "Older ones are deleted.")
@@ -214,11 +230,18 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 folder = str(expanded(getattr(self, name)))
                 object.__setattr__(self, name, folder)
+        if isinstance(self.gradient_checkpointing, bool):  # as configs said before
+            word = "on" if self.gradient_checkpointing else "off"
+            object.__setattr__(self, "gradient_checkpointing", word)
         check(self)
 
     def is_given(self, name: str) -> bool:
         """Whether a field is other than its default."""
         return getattr(self, name) != type(self).__dataclass_fields__[name].default
+
+    @property
+    def checkpoints_activations(self) -> bool:
+        return self.gradient_checkpointing != "off"
 
     @property
     def reads_teacher_captions(self) -> bool:
@@ -266,6 +289,7 @@ FREE_TO_CHANGE = (
     "on_broken",
     "kernel",
     "gradient_checkpointing",
+    "blocks_to_swap",
 )
 
 

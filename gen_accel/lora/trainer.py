@@ -30,10 +30,11 @@ from gen_accel.lora.artefact import held_guidance, teacher_hash
 from gen_accel.lora.batches import Batches, plan_clips
 from gen_accel.lora.config import Stage, TrainConfig, differences
 from gen_accel.lora.latents import LatentCache
+from gen_accel.lora.memory import check_installed, check_processes
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Objective, seed_of
 from gen_accel.lora.processes import alone_in, by_main
-from gen_accel.lora.state import TrainingState, adamw_8bit, whole
+from gen_accel.lora.state import TrainingState, whole
 from gen_accel.lora.validate import Validation
 from gen_accel.method import on_device
 from gen_accel.pipelines.attach import attach
@@ -93,8 +94,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Trained:
 
 
 def accelerator_for(config: TrainConfig) -> Accelerator:
-    if config.optimizer == "adamw8bit":
-        adamw_8bit()
+    check_installed(vars(config))
     if not torch.distributed.is_initialized():  # else a second run keeps the first one's precision
         AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
@@ -114,6 +114,7 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
             "adapter image_prompt needs the model whole in each process, FSDP cuts it into parts: "
             "launch with configs/accelerate/ddp.yaml"
         )
+    check_processes(config, accelerator.distributed_type.value)
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU: take bf16 or no")
     if accelerator.state.deepspeed_plugin is not None:
@@ -184,7 +185,7 @@ class Run:
                 record=False,
             )
         self.adapter = put_on(config, model, self.handle, self.recipe, cache)
-        if config.gradient_checkpointing:
+        if config.checkpoints_activations:
             transformer.enable_gradient_checkpointing()
         self.objective = Objective(
             transformer,

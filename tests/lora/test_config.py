@@ -53,7 +53,10 @@ class TestConfig:
             ("rank: .inf", "rank must be int, got inf"),
             ("rank: [1]", "rank must be int, got"),
             ("learning_rate: true", "learning_rate must be float, got True"),
-            ("gradient_checkpointing: 1", "gradient_checkpointing must be true/false, got 1"),
+            (
+                "gradient_checkpointing: 1",
+                "gradient_checkpointing must be one of off, on, offload, got 1",
+            ),
             ("betas: [0.9]", r"betas must be float,float, .*; such as betas: \[0\.9, 0\.99\]$"),
             (
                 "objective: flows",

@@ -92,7 +92,7 @@ class TestPrecision:
     def test_bitsandbytes_is_asked_for(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "bitsandbytes", None)
         monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-        with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        with pytest.raises(ValueError, match=r"pip install \"gen_accel\[quantized\]\""):
             trainer.accelerator_for(ft.config(tmp_path, optimizer="adamw8bit"))
 
     def test_a_loss_that_is_not_finite_ends_the_run(self, tmp_path):
