@@ -34,7 +34,7 @@ from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.objective import Objective
 from gen_accel.measure.forecast import are_alike
 from gen_accel.measure.subject import Subject
-from gen_accel.measure.trace import BACKWARD, Segment, Timeline
+from gen_accel.measure.trace import Segment, Timeline
 from gen_accel.method import parts_of
 from gen_accel.pipelines.attach import attach
 from gen_accel.video import VideoShape
@@ -118,6 +118,11 @@ class StepTracer:
             block.register_forward_pre_hook(partial(self._enter, name), prepend=True)
             block.register_forward_hook(partial(self._leave, name))
 
+    @property
+    def stacks(self) -> list[str]:
+        """Names of the lists of blocks."""
+        return list(dict.fromkeys(name.split(".")[0] for name in self._times))
+
     def trainable(self, name: str = "") -> int:
         """Bytes of the parameters that train, of the cut model or of one of its blocks."""
         module = self.transformer.get_submodule(name)
@@ -195,13 +200,13 @@ class StepTracer:
 
     def _whole(self) -> Iterator[Part]:
         """Parts of the whole model: those of a block as often as there are such blocks."""
-        for segment in self._timeline.segments:
+        segments = iter(self._timeline.segments)
+        for segment in segments:
             what, _, name = segment.name.partition(" ")
-            if not name:
-                yield Part(segment, what)
-                continue
-            grads = self.trainable(name) if what == BACK else 0
-            yield from [Part(segment, what, grads)] * self._times[name]
+            parts = [Part(segment, what, self.trainable(name) if what == BACK else 0)]
+            if what == FORWARD:
+                parts.append(Part(next(segments), "outside"))
+            yield from parts * self._times.get(name, 1)
 
 
 class _Stand:
@@ -222,14 +227,14 @@ class _Sparse(torch.autograd.Function):
         stats = q.new_empty((STATS, *q.shape[:3]), dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, stats)
         ctx.timeline, ctx.share = timeline, share
-        timeline.attend(q, k, v, times=share)
+        timeline.attend(q, k, v, share, back=False)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, *_ = ctx.saved_tensors
         grad = grad.to(q.dtype)
-        ctx.timeline.attend(q, k, v, times=ctx.share * BACKWARD)
+        ctx.timeline.attend(q, k, v, ctx.share, back=True)
         return *(torch.empty_like(x) for x in (q, k, v)), None, None
 
 
@@ -259,6 +264,8 @@ def _cut(subject: Subject, dense: int) -> tuple[nn.Module, dict[str, int], int]:
             kinds[0 if name == first else 1 if own[name] else 2].append(i)
         groups = kinds if are_alike(blocks) else [[i] for i in range(len(blocks))]
         kept = [group for group in groups if group]
+        if len(kept[-1]) > 1:  # what follows the last block is not what follows the others
+            kept = [*kept[:-1], kept[-1][:-1], kept[-1][-1:]]
         lists[stack] = blocks
         for place, group in enumerate(kept):
             times[f"{stack}.{place}"] = len(group)

@@ -150,7 +150,8 @@ class Segment:
         name: of the part.
         before, after: bytes alive at its two ends, of what the call itself made.
         peak: the most bytes alive in between.
-        products, attention, moved: as of `Work`.
+        products, attention, moved: as of `Work`; attention is the model's own.
+        sparse: FLOPs of the attention of a method.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Segment:
     products: float
     attention: float
     moved: float
+    sparse: float
 
 
 class Timeline(_Memory):
@@ -171,7 +173,7 @@ class Timeline(_Memory):
     def __init__(self) -> None:
         attention = _Attention()
         super().__init__(attention)
-        self.attended = 0.0
+        self.attended = self.thinned = 0.0
         self.segments: list[Segment] = []
         self._name = ""
         self._at = self._marks()
@@ -186,13 +188,17 @@ class Timeline(_Memory):
             self.segments.append(Segment(self._name, before, now[0], self._high, *work))
         self._name, self._at, self._high = name, now, now[0]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, times: float = 1.0) -> None:
-        """Count attention of q, k and v, (..., N, D): both products, so many times."""
-        pairs = q.shape[:-1].numel() * k.shape[-2]
-        self.attended += times * 2.0 * pairs * (q.shape[-1] + v.shape[-1])
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, share: float, *, back: bool) -> None:
+        """Count the attention of a method, of a share of all pairs of q, k and v, (..., N, D)."""
+        self.thinned += share * _attention_flops(q, k, v, back=back)
 
-    def _marks(self) -> tuple[int, float, float, float]:
-        return self.alive, self.products, self.attended, self.moved
+    def _marks(self) -> tuple[int, float, float, float, float]:
+        return self.alive, self.products, self.attended, self.moved, self.thinned
+
+    def _follow(self, tensor: Tensor, known: set[int]) -> int:
+        size = super()._follow(tensor, known)
+        self._high = max(self._high, self.alive)
+        return size
 
     def _count(
         self, packet: Any, args: Any, kwargs: Any, made: Any, given: list[Tensor], new: int
@@ -200,11 +206,11 @@ class Timeline(_Memory):
         if "scaled_dot_product" not in packet.__name__:
             super()._count(packet, args, kwargs, made, given, new)
         elif packet.__name__.endswith("_backward"):
-            self.attend(*args[1:4], times=BACKWARD)
+            self.attended += _attention_flops(*args[1:4], back=True)
         elif new:  # not the choice of an implementation
-            self.attend(*args[:3])
+            self.attended += _attention_flops(*args[:3], back=False)
 
-    def _follow(self, tensor: Tensor, known: set[int]) -> int:
-        size = super()._follow(tensor, known)
-        self._high = max(self._high, self.alive)
-        return size
+
+def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *, back: bool) -> float:
+    pairs = q.shape[:-1].numel() * k.shape[-2]
+    return (BACKWARD if back else 1.0) * 2.0 * pairs * (q.shape[-1] + v.shape[-1])

@@ -1,0 +1,739 @@
+"""Memory and seconds of a training, before it: from the config of the model alone.
+
+    memory of a stage = weights + LoRA, its average, gradients and optimizer
+                        + what is kept of the blocks that wait for their backward pass
+                        + one block, forward, again and backward
+                        + what is outside of the blocks
+
+All but weights and optimizer is that of one training step, run on fake tensors
+(`gen_accel.lora.step_trace`). Videos that are sampled and their decoding are other moments, and so
+is the caching of clips, which comes before all of them.
+
+Not counted: adapters other than a LoRA, a teacher's LoRA, scratch memory of operators, the time of
+loading, caching, sampling and of copies between host and device.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from gen_accel.attention_processors.lengths import patch_of
+from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.demo import model_named
+from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.size import check_adapter
+from gen_accel.lora.step_trace import BACK, DTYPES, FORWARD, StepTrace, StepTracer
+from gen_accel.measure.cards import Range, card_named, share_of_peak
+from gen_accel.measure.efficiency import known_efficiency
+from gen_accel.measure.estimate import densities_of
+from gen_accel.measure.forecast import calls_of, decoding, encoding
+from gen_accel.measure.parts import Part, parts_of_pipeline
+from gen_accel.measure.rates import Rates, rates_here, rates_of_card
+from gen_accel.measure.subject import Subject, subject_of
+from gen_accel.method import parts_of
+from gen_accel.video import VideoShape
+
+CARDS = ("4090", "5090", "h100")  # beside this machine, where none is named
+MOMENTS = 4  # bytes of each of AdamW's two moments of a parameter
+OWN_OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}  # bytes a parameter: two moments
+BYTES = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}  # of a weight, with its share of scales
+ON_DEVICE = 2  # blocks of those that are swapped, which are on the device at a time
+COPIED = ("fp8",)  # bases of which a copy of a whole block's weights is made for its gradient
+
+
+class Setting(NamedTuple):
+    """Options that cost or save memory. Words are those of `TrainConfig`.
+
+    Args:
+        base: None is mixed_precision.
+        swap: blocks_to_swap.
+    """
+
+    checkpointing: str
+    base: str | None
+    swap: int
+    optimizer: str
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Setting":
+        return cls(
+            config.gradient_checkpointing, config.base, config.blocks_to_swap, config.optimizer
+        )
+
+    def changes(self, since: "Setting") -> list[str]:
+        """Options, in words, that differ from an earlier setting."""
+        names = ("gradient_checkpointing", "base", "blocks_to_swap", "optimizer")
+        return [
+            f"{name} {now}"
+            for name, now, before in zip(names, self, since, strict=True)
+            if now != before
+        ]
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on the device at the moment of a step that needs most.
+
+    Args:
+        weights: of the model, as they are held, and copies of them that computing needs.
+        adapter: LoRA, its average, gradients that are there, optimizer.
+        kept: of the other blocks, for their backward pass.
+        block: of the block under way.
+        outside: batch, embeddings, head and loss.
+        host: bytes in the host's memory: swapped blocks, offloaded inputs of blocks.
+    """
+
+    weights: int
+    adapter: int
+    kept: int
+    block: int
+    outside: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter + self.kept + self.block + self.outside
+
+    def to_dict(self) -> dict[str, int]:
+        return {**vars(self), "total": self.total}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage of the curriculum costs.
+
+    Args:
+        frames, height, width: of its clips, in pixels.
+        steps: of the optimizer.
+        tokens: of a clip.
+        density: share of the token pairs that the method computes in a sparse layer.
+        memory: of a step, with the config's options.
+        seconds: of a step, by the device's name.
+    """
+
+    frames: int
+    height: int
+    width: int
+    steps: int
+    tokens: int
+    density: float
+    memory: StageMemory
+    seconds: Mapping[str, Range]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What makes a training fit a device.
+
+    Args:
+        changes: options to turn on, in words, in the order of their cost.
+        totals: bytes on the device after each of them.
+        fits: whether they suffice.
+        frames: of the longest stage that fits with all of them; None where they suffice, or where
+            not even one frame fits.
+    """
+
+    changes: tuple[str, ...]
+    totals: tuple[int, ...]
+    fits: bool
+    frames: int | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a training fits a device.
+
+    Args:
+        device: in words.
+        memory: bytes that a program may use there; None where unknown.
+        peak: bytes at most, over all stages and moments.
+        moment: of the peak, in words.
+        advice: None where it fits, or where that is unknown.
+        rates_from: origin of the seconds, in words.
+        hours: of all stages.
+    """
+
+    device: str
+    memory: int | None
+    peak: int
+    moment: str
+    advice: Advice | None
+    rates_from: str
+    hours: Range
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.memory is None else self.peak <= self.memory
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Memory and seconds of a training. `to_dict()` for a report; `lines()` for a terminal.
+
+    Args:
+        model: its name.
+        setting: the options that the config has.
+        stages: those of the curriculum, once for each size.
+        sampling, decoding: bytes on the device while a validation video is sampled, and decoded;
+            None where there are none, or where it is not known.
+        caching: bytes on the device while clips and captions are encoded, beforehand, the larger
+            of both; None where it is not known.
+        loading: bytes in the host's memory when the pipeline is loaded.
+        trainable: number of parameters that train.
+        verdicts: one for each device.
+        notes: in words, what is not counted.
+    """
+
+    model: str
+    setting: Setting
+    stages: tuple[Stage, ...]
+    sampling: int | None
+    decoding: int | None
+    caching: int | None
+    loading: int
+    trainable: int
+    verdicts: tuple[Verdict, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        def span(one: Range) -> list[float]:
+            return [one.low, one.high]
+
+        return {
+            "model": self.model,
+            "options": self.setting._asdict(),
+            "trainable_parameters": self.trainable,
+            "stages": [
+                {
+                    **{name: getattr(stage, name) for name in _NUMBERS},
+                    "bytes": stage.memory.to_dict(),
+                    "seconds_a_step": {name: span(one) for name, one in stage.seconds.items()},
+                }
+                for stage in self.stages
+            ],
+            "validation_bytes": {"sampling": self.sampling, "decoding": self.decoding},
+            "caching_bytes": self.caching,
+            "loading_host_bytes": self.loading,
+            "devices": [
+                {
+                    "device": one.device,
+                    "device_bytes": one.memory,
+                    "peak_bytes": one.peak,
+                    "at": one.moment,
+                    "fits": one.fits,
+                    "advice": None if one.advice is None else vars(one.advice),
+                    "hours": span(one.hours),
+                    "rates_from": one.rates_from,
+                }
+                for one in self.verdicts
+            ],
+            "not_counted": list(self.notes),
+        }
+
+
+_NUMBERS = ("frames", "height", "width", "steps", "tokens", "density")
+
+
+def forecast_training(
+    config: TrainConfig, *, gpus: Sequence[str] | None = None, here: bool = True
+) -> TrainingPlan:
+    """Forecast the memory of each stage of a training and its seconds, without loading the model.
+
+        plan = forecast_training(TrainConfig(model="Wan2.1-T2V-14B"), gpus=["4090"])
+        print(plan.verdicts[-1].fits, plan.verdicts[-1].advice)
+
+    Args:
+        config: its model may also be the name of a published one, which needs no file.
+        gpus: cards of `gen_accel.measure.cards`; None: `CARDS`.
+        here: whether this machine is a device too. Its rates are measured in seconds, the first
+            time.
+
+    Raises:
+        ValueError: a card that is not in the table, an adapter that is no LoRA, a model that does
+            not train, or sizes that it cannot take.
+    """
+    cards = [card_named(name) for name in (CARDS if gpus is None else gpus)]
+    if config.adapter != "lora":
+        raise ValueError(f"--plan knows adapter lora, got {config.adapter!r}")
+    forecaster = _Forecaster(config)
+    devices = [_Device.of_card(card) for card in cards]
+    if here:
+        devices.insert(0, _Device.here(forecaster.subject, forecaster.dtype))
+    return forecaster.plan(devices)
+
+
+@dataclass(frozen=True)
+class _Device:
+    """A device that a training may run on.
+
+    Args:
+        efficiency: share of the ideal speed-up that a sparse kernel reaches.
+        shares_host: its memory is the host's.
+    """
+
+    name: str
+    memory: int | None
+    rates: Rates
+    efficiency: Range
+    shares_host: bool
+
+    @classmethod
+    def of_card(cls, card: Any) -> "_Device":
+        rates = rates_of_card(card)
+        return cls(card.name, card.memory, rates, share_of_peak("efficiency"), False)
+
+    @classmethod
+    def here(cls, subject: Subject, dtype: torch.dtype) -> "_Device":
+        rates = rates_here(subject.device, dtype, subject.head_dim)
+        reached, source = known_efficiency(subject.device, dtype, subject.head_dim, False, False)
+        efficiency = Range(reached, reached, source)
+        return cls(rates.device, rates.memory, rates, efficiency, rates.on_cpu)
+
+    def seconds(self, trace: StepTrace) -> Range:
+        """Seconds of a micro-step, at the best and the worst of the rates."""
+
+        def at(side: str, efficiency: float) -> float:
+            attention = trace.work("attention") + trace.work("sparse") / efficiency
+            return (
+                trace.work("products") / getattr(self.rates.products, side)
+                + attention / getattr(self.rates.attention, side)
+                + trace.work("moved") / getattr(self.rates.moved, side)
+            )
+
+        low, high = at("high", self.efficiency.high), at("low", self.efficiency.low)
+        return Range(low, high, self.rates.origin)
+
+
+class _Block(NamedTuple):
+    """Weights of a block: elements of its linear layers, of the largest of them, and the bytes of
+    everything else."""
+
+    linear: int
+    largest: int
+    rest: int
+
+
+class _Weights:
+    """Bytes of a model's frozen weights, by the options that hold them.
+
+    Args:
+        model: on the meta device, in the dtype that it computes in.
+    """
+
+    def __init__(self, model: nn.Module, stacks: Sequence[str], dtype: torch.dtype) -> None:
+        self.itemsize = dtype.itemsize
+        self.whole = _size(model)
+        self.blocks = [
+            _block_of(block) for stack in stacks for block in model.get_submodule(stack).children()
+        ]
+
+    def held(self, block: _Block, base: str | None) -> int:
+        return round(block.linear * self._bytes(base)) + block.rest
+
+    def __call__(self, setting: Setting) -> int:
+        """Bytes on the device."""
+        loaded = sum(block.linear * self.itemsize + block.rest for block in self.blocks)
+        held = sum(self.held(block, setting.base) for block in self.blocks)
+        return self.whole - loaded + held - self.swapped(setting)
+
+    def swapped(self, setting: Setting) -> int:
+        """Bytes that wait in the host's memory."""
+        sizes = [self.held(block, setting.base) for block in self.blocks]
+        waiting = sizes[len(sizes) - setting.swap :] if setting.swap else []
+        return max(0, sum(waiting) - ON_DEVICE * max(waiting, default=0))
+
+    def copies(self, setting: Setting, *, back: bool) -> int:
+        """Bytes of weights that are cast for computing, at most.
+
+        Args:
+            back: while a block's gradient is computed, for which its weights are kept.
+        """
+        if self._bytes(setting.base) == self.itemsize:
+            return 0
+        whole = back and setting.base in COPIED
+        return max(
+            self.itemsize * (block.linear if whole else block.largest) for block in self.blocks
+        )
+
+    @property
+    def most_swapped(self) -> int:
+        return len(self.blocks)
+
+    def _bytes(self, base: str | None) -> float:
+        return BYTES.get(base or "", 2.0 if base == "bf16" else float(self.itemsize))
+
+
+def _block_of(block: nn.Module) -> _Block:
+    sizes = [m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear)]
+    linear = [m.weight for m in block.modules() if isinstance(m, nn.Linear)]
+    rest = _size(block) - sum(x.numel() * x.itemsize for x in linear)
+    return _Block(sum(sizes), max(sizes), rest)
+
+
+def _size(model: nn.Module) -> int:
+    values = [*model.parameters(), *model.buffers()]
+    return sum(value.numel() * value.itemsize for value in values)
+
+
+class _Forecaster:
+    """Everything about one config that its stages, options and devices share."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, self.setting = config, Setting.of(config)
+        source = model_named(config.model)
+        self.subject = subject_of(source, config.max_tokens)
+        self.dtype = DTYPES[config.mixed_precision]
+        self.parts, self.unknown = parts_of_pipeline(source, self.subject, self.dtype)
+        check_adapter(config, self.subject.model)
+        self.method = method_from(config.method, config.settings)
+        self._tracers: dict[bool, StepTracer] = {}
+        self._traces: dict[tuple[bool, VideoShape], tuple[StepTrace, float]] = {}
+        tracer = self._tracer(checkpointing=True)
+        self.weights = _Weights(self.subject.model, tracer.stacks, self.dtype)
+        self.trainable = tracer.all_trainable
+
+    def plan(self, devices: Sequence[_Device]) -> TrainingPlan:
+        config, longest = self.config, self._validated
+        stages = [self._stage(*one, devices) for one in self._clips()]
+        validates = bool(config.validate_every)
+        sampling = self._sampling(self.setting, longest) if validates else None
+        decoding = self._decoding(self.setting, longest) if validates else None
+        return TrainingPlan(
+            model=self.subject.name,
+            setting=self.setting,
+            stages=tuple(stages),
+            sampling=sampling,
+            decoding=decoding,
+            caching=self._caching(config.longest),
+            loading=sum(part.size for part in self.parts),
+            trainable=self.trainable // MOMENTS,
+            verdicts=tuple(self._verdict(device, stages) for device in devices),
+            notes=(*self.subject.uncounted, *self.unknown, *self._notes()),
+        )
+
+    def _notes(self) -> Iterator[str]:
+        if self.config.optimizer not in OWN_OPTIMIZERS:
+            yield f"what {self.config.optimizer} keeps, which is taken to be as AdamW's"
+        if self.config.teacher_lora is not None:
+            yield "the teacher's LoRA"
+        if parts_of(self.method).branch is not None:
+            yield f"the parameters of {self.config.method} and what they compute"
+
+    @property
+    def _validated(self) -> int:
+        return self.config.validation_frames or self.config.longest
+
+    def _clips(self, most: int | None = None) -> Iterator[tuple[int, int, int, int]]:
+        """Frames, height, width and steps of each stage; no more frames than `most`."""
+        for stage in self.config.curriculum:
+            frames = stage.frames if most is None else min(stage.frames, most)
+            yield frames, self.config.height, self.config.width, stage.steps
+
+    def _tracer(self, *, checkpointing: bool) -> StepTracer:
+        if checkpointing not in self._tracers:
+            self._tracers[checkpointing] = StepTracer(
+                self.subject, self.config, checkpointing=checkpointing
+            )
+        return self._tracers[checkpointing]
+
+    def _trace(self, checkpointing: str, grid: VideoShape) -> tuple[StepTrace, float]:
+        """A step at a grid, and the share of the pairs that a sparse layer computes."""
+        key = checkpointing != "off", grid
+        if key not in self._traces:
+            _, computed, _ = densities_of(self.method, self.subject.seen(grid))
+            made = self._tracer(checkpointing=key[0]).trace(grid, computed)
+            self._traces[key] = made, computed
+        return self._traces[key]
+
+    def _grid(self, frames: int, height: int, width: int) -> VideoShape:
+        return self.subject.grid(height, width, frames)
+
+    def _stage(
+        self, frames: int, height: int, width: int, steps: int, devices: Sequence[_Device]
+    ) -> Stage:
+        grid = self._grid(frames, height, width)
+        trace, density = self._trace(self.setting.checkpointing, grid)
+        times = self.config.gradient_accumulation
+        seconds = {}
+        for device in devices:
+            one = device.seconds(trace)
+            seconds[device.name] = Range(times * one.low, times * one.high, one.source)
+        memory = self.memory(self.setting, grid)
+        return Stage(frames, height, width, steps, grid.video_tokens, density, memory, seconds)
+
+    def memory(self, setting: Setting, grid: VideoShape) -> StageMemory:
+        """Bytes of a step with other options, at its worst moment."""
+        trace, _ = self._trace(setting.checkpointing, grid)
+        weights, adapter = self.weights(setting), self._adapter(setting)
+        moments = list(_moments(trace, offload=setting.checkpointing == "offload"))
+        accumulates = self.config.gradient_accumulation > 1
+        found = []
+        for moment in moments:
+            back = moment.kind == BACK
+            copies = self.weights.copies(setting, back=back) if moment.is_block else 0
+            grads = self.trainable if accumulates else moment.grads
+            made = StageMemory(
+                weights=weights + copies,
+                adapter=adapter + grads,
+                kept=moment.kept,
+                block=moment.block,
+                outside=moment.outside + trace.batch,
+                host=self.weights.swapped(setting) + moment.host,
+            )
+            found.append(made)
+        most = max(found, key=lambda one: one.total)
+        host = max(one.host for one in found)
+        return replace(most, host=host)
+
+    def _adapter(self, setting: Setting, *, sampling: bool = False) -> int:
+        """Bytes of the LoRA, its averages and the optimizer, without gradients."""
+        copies = 1 + (1 + sampling) * bool(self.config.ema_decay)
+        moments = OWN_OPTIMIZERS.get(setting.optimizer, OWN_OPTIMIZERS["adamw"])
+        return round(self.trainable * (copies + moments / MOMENTS))
+
+    def _sampling(self, setting: Setting, frames: int) -> int:
+        """Bytes while a validation video is sampled: forward passes without gradients."""
+        grid = self._grid(frames, self.config.height, self.config.width)
+        trace, _ = self._trace("on", grid)
+        _, samples = calls_of(self.subject, None)
+        most = max(
+            part.segment.peak - sum(_kept_before(trace, i))
+            for i, part in enumerate(trace.parts)
+            if part.kind == FORWARD
+        )
+        held = self.weights(setting) + self.weights.copies(setting, back=False)
+        latents = samples * (most + trace.batch) // self.config.batch_size
+        return held + self._adapter(setting, sampling=True) + latents
+
+    def _decoding(self, setting: Setting, frames: int) -> int | None:
+        """Bytes while a video is decoded beside the model."""
+        made = self._autoencoder(frames, "decode")
+        if made is None:
+            return None
+        return self.weights(setting) + self._adapter(setting, sampling=True) + made
+
+    def _caching(self, frames: int) -> int | None:
+        """Bytes while captions or clips are encoded, before the model is on the device."""
+        made = self._autoencoder(frames, "encode")
+        texts = sum(part.size for part in self.parts if part.is_encoder)
+        return None if made is None else max(made, texts)
+
+    def _autoencoder(self, frames: int, way: str) -> int | None:
+        """Bytes of the autoencoder in float32, and of what it makes of a clip."""
+        if (frames, way) not in self._coded:
+            self._coded[frames, way] = self._code(frames, way)
+        return self._coded[frames, way]
+
+    @cached_property
+    def _coded(self) -> dict[tuple[int, str], int | None]:
+        return {}
+
+    def _code(self, frames: int, way: str) -> int | None:
+        vae = next((part for part in self.parts if part.name == "vae"), None)
+        if vae is None or vae.model is None:
+            return None
+        grid = self._grid(frames, self.config.height, self.config.width)
+        work = decoding(vae, self.subject, grid, torch.float32)
+        if way == "encode":
+            work = encoding(vae, self.subject, grid, torch.float32)
+        return None if work is None else _size(vae.model) + work.peak
+
+    def _peak(self, setting: Setting, shared: bool, most: int | None = None) -> tuple[int, str]:
+        """Bytes on a device at most, and the moment.
+
+        Args:
+            shared: the device's memory is the host's.
+            most: frames that no clip has more of.
+        """
+        found: list[tuple[int, str]] = []
+        for frames, height, width, _ in self._clips(most):
+            memory = self.memory(setting, self._grid(frames, height, width))
+            size = memory.total + shared * memory.host
+            found.append((size, f"a step at {frames} frames"))
+        frames = min(self._validated, most or self._validated)
+        if self.config.validate_every:
+            extra = shared * self.weights.swapped(setting)
+            found.append((self._sampling(setting, frames) + extra, "sampling"))
+            if (decoded := self._decoding(setting, frames)) is not None:
+                found.append((decoded + extra, "decoding"))
+        if (cached := self._caching(min(self.config.longest, most or frames))) is not None:
+            found.append((cached, "caching the clips"))
+        return max(found)
+
+    def _verdict(self, device: _Device, stages: Sequence[Stage]) -> Verdict:
+        peak, moment = self._peak(self.setting, device.shares_host)
+        low = sum(stage.steps * stage.seconds[device.name].low for stage in stages)
+        high = sum(stage.steps * stage.seconds[device.name].high for stage in stages)
+        advice = None
+        if device.memory is not None and peak > device.memory:
+            advice = self._advice(device.memory, device.shares_host)
+        return Verdict(
+            device=device.name,
+            memory=device.memory,
+            peak=peak,
+            moment=moment,
+            advice=advice,
+            rates_from=device.rates.origin,
+            hours=Range(low / 3600, high / 3600, device.rates.origin),
+        )
+
+    def _advice(self, memory: int, shared: bool) -> Advice:
+        """The cheapest options that make it fit; else all of them, and the frames that fit."""
+        options = [one for one in COSTS if one(self.setting) is not None]
+        for count in range(1, len(options) + 1):
+            for chosen in combinations(options, count):
+                if len({one.field for one in chosen}) < count:
+                    continue
+                found = self._with(chosen, memory, shared)
+                if found is not None:
+                    return self._told(found, shared, fits=True)
+        every = {one.field: one for one in options}  # the strongest of each
+        setting = self._with(tuple(every.values()), memory, shared, force=True)
+        assert setting is not None
+        return self._told(setting, shared, fits=False, memory=memory)
+
+    def _with(
+        self, chosen: Sequence["_Option"], memory: int, shared: bool, *, force: bool = False
+    ) -> Setting | None:
+        """Setting with these options, as few blocks swapped as suffice; None where they do not.
+
+        Args:
+            force: return it even so.
+        """
+        setting = self.setting
+        for one in chosen:
+            changed = one(setting)
+            if changed is None:
+                return None
+            setting = changed
+        if setting.swap != self.setting.swap:
+            low, high = ON_DEVICE, self.weights.most_swapped
+            while low < high:
+                middle = (low + high) // 2
+                fits = self._peak(setting._replace(swap=middle), shared)[0] <= memory
+                low, high = (low, middle) if fits else (middle + 1, high)
+            setting = setting._replace(swap=high)
+        fits = self._peak(setting, shared)[0] <= memory
+        return setting if fits or force else None
+
+    def _told(
+        self, setting: Setting, shared: bool, *, fits: bool, memory: int | None = None
+    ) -> Advice:
+        """Advice with the figure after each option, in the order of their cost."""
+        now, totals, changes = self.setting, [], []
+        for field in ORDER:
+            if getattr(now, field) != getattr(setting, field):
+                before, now = now, now._replace(**{field: getattr(setting, field)})
+                totals.append(self._peak(now, shared)[0])
+                changes += now.changes(before)
+        frames = None if memory is None else self._frames(setting, shared, memory)
+        return Advice(tuple(changes), tuple(totals), fits, frames)
+
+    def _frames(self, setting: Setting, shared: bool, memory: int) -> int | None:
+        """Frames of the longest stage that fits; None where none does. Memory is nearly linear in
+        the frames, so that two lengths tell a third one."""
+        step, most = self.subject.frames(2) - self.subject.frames(1), self.config.longest
+        least = self.subject.frames(1)
+        low, high = least, most
+        at = {low: self._peak(setting, shared, low)[0], high: self._peak(setting, shared)[0]}
+        if at[low] > memory:
+            return None
+        while high - low > step:
+            share = (memory - at[low]) / max(at[high] - at[low], 1)
+            guess = low + max(1, min(int(share * (high - low)) // step, (high - low) // step - 1)) * step
+            at[guess] = self._peak(setting, shared, guess)[0]
+            low, high = (guess, high) if at[guess] <= memory else (low, guess)
+            if len(at) > TRIES:
+                break
+        return low
+
+
+TRIES = 8  # lengths that are traced in search of one that fits
+
+
+class _Option(NamedTuple):
+    """An option that saves memory.
+
+    Args:
+        field: of `Setting`.
+        value: that it takes.
+        before: values that it may be turned on from.
+    """
+
+    field: str
+    value: Any
+    before: tuple[Any, ...]
+
+    def __call__(self, setting: Setting) -> Setting | None:
+        """Turn it on; None where something as strong is on."""
+        if getattr(setting, self.field) not in self.before:
+            return None
+        return setting._replace(**{self.field: self.value})
+
+
+# In the order of what they cost, in time and exactness.
+COSTS = (
+    _Option("checkpointing", "on", ("off",)),
+    _Option("checkpointing", "offload", ("off", "on")),
+    _Option("optimizer", "adamw8bit", ("adamw",)),
+    _Option("base", "fp8", (None, "bf16")),
+    _Option("swap", 1, (0,)),  # as many blocks as are needed
+    _Option("base", "nf4", (None, "bf16", "fp8", "int8")),
+)
+ORDER = ("checkpointing", "optimizer", "base", "swap")
+
+
+class _Moment(NamedTuple):
+    """Bytes at the worst moment of a part of a step, beside the weights.
+
+    Args:
+        kind: of the part.
+        is_block: whether it is within a block.
+    """
+
+    kind: str
+    is_block: bool
+    kept: int
+    block: int
+    outside: int
+    grads: int
+    host: int
+
+
+def _moments(trace: StepTrace, *, offload: bool) -> Iterator[_Moment]:
+    """Go through a step.
+
+    Args:
+        offload: what blocks leave behind waits in the host's memory, all but the last one's.
+    """
+    kept = outside = grads = 0
+    stack: list[int] = []
+    for part in trace.parts:
+        segment = part.segment
+        rise, net = segment.peak - segment.before, segment.after - segment.before
+        is_block = part.kind in (FORWARD, BACK)
+        there = min(kept, max(stack, default=0)) if offload else kept
+        beside = outside if is_block else outside + rise
+        yield _Moment(
+            part.kind, is_block, there, rise * is_block, beside, grads, (kept - there) * offload
+        )
+        if part.kind == BACK:
+            kept += net - part.grads
+            grads += part.grads
+        elif part.kind == FORWARD or (stack and not rise):
+            kept += net
+            stack.append(net)
+        else:
+            outside += net
+
+
+def _kept_before(trace: StepTrace, index: int) -> Iterator[int]:
+    """Bytes that the blocks before a part leave behind."""
+    for part in trace.parts[:index]:
+        if part.kind == FORWARD:
+            yield part.segment.after - part.segment.before
