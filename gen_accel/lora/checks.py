@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.kernels import check_name
 from gen_accel.lora.memory import check_installed, check_memory
+from gen_accel.lora.optimizers import check_optimizer
 from gen_accel.lora.size import check_config
 from gen_accel.method import memory_of, parts_of
 from gen_accel.pipelines.long_video import check_names
@@ -84,6 +85,7 @@ def check(config: Any) -> None:
     check_names(config.sample_with, "sample_with")
     check_installed(vars(config))
     check_memory(config)
+    check_optimizer(config)
     _check_teacher(config)
     if not config.stages:
         raise ValueError("stages is empty: give at least one, as 81:200")

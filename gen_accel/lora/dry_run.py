@@ -2,6 +2,7 @@
 
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +20,10 @@ from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.hub import fetched
 from gen_accel.json_files import read_fields
+from gen_accel.lora.base import block_names, load_quantised
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.images import features_shape
+from gen_accel.lora.memory import quantised
 from gen_accel.lora.model import Model
 from gen_accel.lora.size import check_batch
 from gen_accel.lora.trainer import Trained, accelerator_for, run
@@ -46,7 +49,7 @@ def dry_run(config: TrainConfig) -> Trained:
     family: Any = family_named(served_classes()[kind])
     torch.manual_seed(config.seed)
     tiny = dict(family.TINY) | {"num_layers": config.dense_layers + 2}
-    transformer = getattr(diffusers, kind)(**tiny)
+    transformer: Any = getattr(diffusers, kind)(**tiny)
     factor, patch = family.TEMPORAL_FACTOR, patch_of(transformer.config)
     _check_lengths(config, family, patch)
 
@@ -75,7 +78,13 @@ def dry_run(config: TrainConfig) -> Trained:
             device="cpu",
             mixed_precision="no",
             kernel="auto",
+            blocks_to_swap=min(config.blocks_to_swap, len(block_names(transformer))),
         )
+        if quantised(config):
+            transformer.save_pretrained(Path(folder) / "transformer")
+            transformer = load_quantised(
+                type(transformer), folder, small, torch.float32, torch.device("cpu")
+            )
         model = Model(transformer, None, lambda n: (n - 1) // factor + 1, 5, config.shift or 1.0)
         features = features_shape(config, patches=PATCHES, embedding=EMBEDDING)
         size = patch[1] * least[1], patch[2] * least[2]

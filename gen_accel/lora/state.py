@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gen_accel.extras import needed_for
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.optimizers import averages_itself, new_optimizer
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator
@@ -19,6 +20,9 @@ with needed_for("training", extra="train"):
 
 class TrainingState:
     """The state of one training, which a checkpoint keeps and restores to the bit.
+
+    Args:
+        is_placed: whether the objective's parameters lie where they are to be already.
 
     Attributes:
         names: names of the parameters that train.
@@ -28,18 +32,29 @@ class TrainingState:
     """
 
     def __init__(
-        self, objective: nn.Module, config: TrainConfig, accelerator: Accelerator
+        self,
+        objective: nn.Module,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        *,
+        is_placed: bool = False,
     ) -> None:
         self.config, self.accelerator = config, accelerator
         self.names = [n for n, p in objective.named_parameters() if p.requires_grad]
-        optimizer = _optimizer(objective, config)
+        trained = [p for p in objective.parameters() if p.requires_grad]
+        optimizer = new_optimizer(trained, config)
         self.schedule = get_scheduler(
             config.schedule if config.schedule != "constant" else "constant_with_warmup",
             optimizer,
             num_warmup_steps=config.warmup_steps,
             num_training_steps=config.total_steps,
         )
-        self.wrapped, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.wrapped, self.optimizer = accelerator.prepare(
+            objective, optimizer, device_placement=[False, True] if is_placed else None
+        )
+        self._averages_itself = averages_itself(optimizer)
+        if self._averages_itself:
+            self.optimizer.train()
         self.ema = None
         if config.ema_decay:
             self.ema = EMAModel(self.parameters(), decay=config.ema_decay)
@@ -83,7 +98,22 @@ class TrainingState:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Swap the average in for the parameters, if one is kept."""
+        """Swap the average in for the parameters, if one is kept.
+
+        Of an optimizer that averages by itself, its own. Switching back would round: the
+        parameters are kept, so that a training does not depend on how often it is looked at.
+        """
+        if self._averages_itself:
+            kept = [parameter.detach().clone() for parameter in self.parameters()]
+            self.optimizer.eval()
+            try:
+                yield
+            finally:
+                self.optimizer.train()
+                with torch.no_grad():
+                    for parameter, value in zip(self.parameters(), kept, strict=True):
+                        parameter.copy_(value)
+            return
         if self.ema is None:
             yield
             return
@@ -114,6 +144,7 @@ class TrainingState:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "ema_steps": self.ema.optimization_step if self.ema is not None else None,
             "optimizer": self.accelerator.distributed_type.value,
+            **self._optimizer_numbers(),
         }
 
     @torch.no_grad()
@@ -127,7 +158,7 @@ class TrainingState:
             for name, average in zip(self.names, self.ema.shadow_params, strict=True):
                 _fill(average, tensors[f"ema/{name}"])
             self.ema.optimization_step = numbers["ema_steps"]
-        self._restore_optimizer(tensors)
+        self._restore_optimizer(tensors, numbers)
         self.schedule.load_state_dict(numbers["schedule"])
         for group, rate in zip(
             self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True
@@ -137,52 +168,70 @@ class TrainingState:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
-        if self.accelerator.distributed_type.value == "DEEPSPEED":  # holds its tensors privately
+        if self._is_deepspeed:  # holds its tensors privately
             return {}
         tensors = {}
         for name, parameter in zip(self.names, self.parameters(), strict=True):
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                value = value if isinstance(value, Tensor) else torch.tensor(value)
-                tensors[f"optimizer/{name}/{key}"] = whole(value)
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{name}/{key}"] = whole(value)
+        for i, group in enumerate(self.optimizer.param_groups):
+            for key, value in group.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer group/{i}/{key}"] = whole(value)
         return tensors
 
-    def _restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        if not any(name.startswith("optimizer/") for name in tensors):
+    def _optimizer_numbers(self) -> dict[str, Any]:
+        """Collect what an optimizer counts in plain numbers, per parameter and per group.
+
+        AdamW counts in tensors.
+        """
+        if self.config.optimizer == "adamw" or self._is_deepspeed:
+            return {}
+        state = self.optimizer.state
+        each = {
+            name: _plain(state.get(parameter, {}))
+            for name, parameter in zip(self.names, self.parameters(), strict=True)
+        }
+        return {
+            "optimizer_numbers": each,
+            "optimizer_groups": [_plain(group) for group in self.optimizer.param_groups],
+        }
+
+    @property
+    def _is_deepspeed(self) -> bool:
+        return self.accelerator.distributed_type.value == "DEEPSPEED"
+
+    def _restore_optimizer(
+        self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+    ) -> None:
+        if self._is_deepspeed or not any(name.startswith("optimizer/") for name in tensors):
             self.accelerator.print("the optimizer's averages begin anew: DeepSpeed keeps its own")
             return
+        for i, group in enumerate(self.optimizer.param_groups):
+            for key, value in group.items():
+                held = tensors.get(f"optimizer group/{i}/{key}")
+                if held is not None and isinstance(value, Tensor):
+                    group[key] = held.to(value.device)
+            group.update(numbers.get("optimizer_groups", {i: {}})[i])
+        each = numbers.get("optimizer_numbers", {})
+        is_older = "optimizer_groups" not in numbers and self.config.optimizer != "adamw"
         for name, parameter in zip(self.names, self.parameters(), strict=True):
             prefix = f"optimizer/{name}/"
             for key, value in tensors.items():
                 if key.startswith(prefix):
                     like = _like(parameter, value)
+                    if is_older and value.ndim == 0:  # a plain number, written as a tensor
+                        like = value.item()
                     self.optimizer.state[parameter][key.removeprefix(prefix)] = like
-
-
-def adamw_8bit() -> Any:
-    """Return the class AdamW8bit; ValueError if bitsandbytes is not installed."""
-    try:
-        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ValueError(
-            "optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes"
-        ) from None
-    return AdamW8bit
+            if each.get(name):
+                self.optimizer.state[parameter].update(each[name])
 
 
 def whole(x: Any) -> Tensor:
     """Gather a tensor's shards from all processes, on the CPU."""
     x = x.detach()
     return (x.full_tensor() if hasattr(x, "full_tensor") else x).cpu()
-
-
-def _optimizer(objective: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    kind: Any = torch.optim.AdamW if config.optimizer == "adamw" else adamw_8bit()
-    return kind(
-        [p for p in objective.parameters() if p.requires_grad],
-        lr=config.learning_rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-    )
 
 
 def _like(parameter: Any, value: Tensor) -> Any:
@@ -195,6 +244,16 @@ def _like(parameter: Any, value: Tensor) -> Any:
     return distribute_tensor(
         value.to(parameter.device), parameter.device_mesh, parameter.placements
     )
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those values that JSON holds to the bit."""
+    return {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, bool | int | str | None)
+        or (isinstance(value, float) and math.isfinite(value))
+    }
 
 
 def _fill(parameter: Any, value: Tensor) -> None:

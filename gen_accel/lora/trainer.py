@@ -25,8 +25,10 @@ from gen_accel.endings import answered, leave_closed_terminal
 from gen_accel.extras import needed_for
 from gen_accel.files import replacing, room_told
 from gen_accel.lora import checkpoint
+from gen_accel.lora.activations import checkpoint_activations
 from gen_accel.lora.adapters import fields_of_lora, put_on
 from gen_accel.lora.artefact import held_guidance, teacher_hash
+from gen_accel.lora.base import cast_base
 from gen_accel.lora.batches import Batches, plan_clips
 from gen_accel.lora.config import Stage, TrainConfig, differences
 from gen_accel.lora.latents import LatentCache
@@ -35,6 +37,7 @@ from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Objective, seed_of
 from gen_accel.lora.processes import alone_in, by_main
 from gen_accel.lora.state import TrainingState, whole
+from gen_accel.lora.swapping import Swapper
 from gen_accel.lora.validate import Validation
 from gen_accel.method import on_device
 from gen_accel.pipelines.attach import attach
@@ -185,8 +188,7 @@ class Run:
                 record=False,
             )
         self.adapter = put_on(config, model, self.handle, self.recipe, cache)
-        if config.checkpoints_activations:
-            transformer.enable_gradient_checkpointing()
+        checkpoint_activations(transformer, config.gradient_checkpointing)
         self.objective = Objective(
             transformer,
             self.family,
@@ -195,9 +197,15 @@ class Run:
             guidance=config.teacher_guidance,
         )
         cast_training_params([self.objective], dtype=torch.float32)
+        cast_base(transformer, config)
+        swaps = config.blocks_to_swap > 0
+        self.swapper = None
+        if swaps:
+            waiting = transformer, config.blocks_to_swap, accelerator.device
+            self.swapper = Swapper(self.objective, *waiting)
         transformer.train()
         self.batches = Batches(config, model, cache, self.adapter, accelerator)
-        self.state = TrainingState(self.objective, config, accelerator)
+        self.state = TrainingState(self.objective, config, accelerator, is_placed=swaps)
 
     def go(self, resume: bool) -> Trained:
         config, accelerator = self.config, self.accelerator

@@ -1,0 +1,149 @@
+"""How a model's frozen weights are held while adapters on it train.
+
+fp8    diffusers' layerwise casting: e4m3 between the passes, the run's dtype within a layer
+int8   torchao's Int8WeightOnlyConfig, a scale for each row
+nf4    bitsandbytes' NormalFloat with scales that are quantised too, as in QLoRA
+
+All of them apply to the linear layers of the blocks. Modulation, embeddings and the last layer
+stay in the run's dtype. Weights in int8 and nf4 are quantised while the model is loaded.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from gen_accel.attention_processors.families import family_of
+from gen_accel.lora.memory import held_by_casting
+
+STORED = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}
+# Parts of names whose layers steer others: they stay as they are, as in diffusers' own casting.
+KEPT = ("norm", "pos_embed", "patch_embed", "lora_", ".processor.", "image_adapter")
+
+
+def cast_base(transformer: Any, config: Any) -> None:
+    """Store the linear layers of the blocks in another dtype than they compute in, where the
+    config's `base` says so.
+
+    Called after the adapter is on the model: what trains is left as it is.
+    """
+    if not held_by_casting(config):
+        return
+    from diffusers.hooks import apply_layerwise_casting
+
+    patterns = tuple(pattern.replace(".", r"\.") for pattern in KEPT)
+    for name in block_names(transformer):
+        block = transformer.get_submodule(name)
+        apply_layerwise_casting(
+            block,
+            STORED[config.base],
+            compute_dtype(transformer),
+            skip_modules_pattern=patterns,
+            skip_modules_classes=(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm),
+        )
+
+
+def compute_dtype(transformer: nn.Module) -> torch.dtype:
+    """The dtype that the blocks' layers are in as they were loaded."""
+    linear = linear_names(transformer)
+    return transformer.get_submodule(linear[0]).weight.dtype  # pyright: ignore
+
+
+def block_names(transformer: nn.Module) -> list[str]:
+    """Names of the blocks with video attention, in their order."""
+    return list(
+        dict.fromkeys(site.name for site in family_of(transformer).self_attentions(transformer))
+    )
+
+
+def linear_names(transformer: nn.Module) -> list[str]:
+    """Names of the linear layers that are held in fewer bits."""
+    blocks = tuple(f"{name}." for name in block_names(transformer))
+    return [
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.startswith(blocks)
+        and not any(part in name for part in KEPT)
+    ]
+
+
+def load_quantised(
+    kind: Any, source: str, config: Any, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """Load a transformer of diffusers with its blocks' linear layers quantised on the way.
+
+    Args:
+        kind: class of the transformer.
+        source: folder or hub repository of the pipeline.
+        config: a `TrainConfig` of base int8 or nf4; its `part` names the transformer.
+        dtype: dtype of all else, and the one to compute in.
+        device: device to quantise on.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        hollow = kind.from_config(kind.load_config(source, subfolder=config.part))
+    held = set(linear_names(hollow))
+    kept = [
+        name
+        for name, module in hollow.named_modules()
+        if isinstance(module, nn.Linear) and name not in held
+    ]
+    options = {
+        "subfolder": config.part,
+        "torch_dtype": dtype,
+        "device_map": {"": str(device)},
+    }
+    if config.base == "int8":
+        return kind.from_pretrained(source, quantization_config=_int8(kept), **options)
+    with _quantising_on(device):
+        return kind.from_pretrained(source, quantization_config=_nf4(kept, dtype), **options)
+
+
+def _int8(kept: list[str]) -> Any:
+    from diffusers import TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    # Whole names of parameters: a shorter one would also match the ends of others.
+    names = [f"{name}.weight" for name in kept]
+    return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=names)
+
+
+def _nf4(kept: list[str], dtype: torch.dtype) -> Any:
+    from diffusers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=kept,
+    )
+
+
+@contextmanager
+def _quantising_on(device: torch.device) -> Iterator[None]:
+    """Let diffusers quantise by bitsandbytes on a CPU too.
+
+    diffusers refuses to without a GPU; bitsandbytes has had kernels for CPUs since then.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    from diffusers.quantizers import auto
+    from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
+
+    class OnCpu(BnB4BitDiffusersQuantizer):
+        def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    known, name = auto.AUTO_QUANTIZER_MAPPING, "bitsandbytes_4bit"
+    before = known[name]
+    known[name] = OnCpu
+    try:
+        yield
+    finally:
+        known[name] = before
