@@ -9,7 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 from typer.core import TyperCommand
 
-from gen_accel.cli import early
+from gen_accel.cli import early, train_plan
 from gen_accel.cli.app import INTERRUPTED
 from gen_accel.cli.printing import quiet
 from gen_accel.lora.config import TrainConfig, print_config, read_values
@@ -24,6 +24,7 @@ leaves OUT/image_prompt, which gen_accel.load_image_prompt takes.
 
 \b
 gen-accel train --print-config > lora.yaml     every field, with what it means
+gen-accel train lora.yaml --plan --gpu 4090    GB of each stage, and whether they fit
 gen-accel train lora.yaml --dry-run            two steps on a tiny model of the same class
 gen-accel train lora.yaml                      cache the clips, train, write OUT/lora
 gen-accel train lora.yaml --resume             go on after an interruption
@@ -50,12 +51,27 @@ clip is encoded too: the column image, clip.png beside clip.mp4, or else its mid
 
 
 def train(
-    config: Path | None, resume: bool, dry_run: bool, print_config_: bool, **flags: Any
+    config: Path | None,
+    resume: bool,
+    dry_run: bool,
+    plan: bool,
+    print_config_: bool,
+    gpu: list[str] | None,
+    json: Path | None,
+    **flags: Any,
 ) -> None:
     values = read_values(config, _given(flags))
     if print_config_:
         typer.echo(print_config(TrainConfig(**values)), nl=False)
         return
+    if plan:
+        if resume or dry_run:
+            raise ValueError(
+                f"--plan trains nothing: leave --{'resume' if resume else 'dry-run'} out"
+            )
+        train_plan.plan(values, gpu, json)
+        return
+    train_plan.check_unplanned(gpu, json)
     early.check_config(values)
     if not dry_run:
         early.check_places(values)
@@ -69,7 +85,11 @@ def train(
 
         result = run(chosen)
         losses = ", ".join(f"{loss:.4f}" for loss in result.losses)
-        typer.echo(f"the config will do: {result.steps} steps on a tiny model, losses {losses}")
+        typer.echo(f"{result.steps} steps on a tiny model, losses {losses}")
+        typer.echo(
+            "the fields go together; not looked at: memory and time (--plan), the model's files, "
+            "the clips"
+        )
         return
     from gen_accel.lora.trainer import train as run_training
 
@@ -109,6 +129,8 @@ def add_to(app: typer.Typer) -> None:
     switches = {
         "resume": "Go on from the newest whole checkpoint in OUT.",
         "dry_run": "Two steps on a tiny random model of the same class; nothing is read.",
+        "plan": "GB of each stage, and whether they fit this machine and some cards; no model is "
+        "loaded, nothing is trained.",
         "print_config_": "Print the config as YAML, with what each field means, and end.",
     }
     extra = [
@@ -121,6 +143,10 @@ def add_to(app: typer.Typer) -> None:
             default=False,
         )
         for name, text in switches.items()
+    ]
+    extra += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=None)
+        for name, kind in (("gpu", train_plan.GpuNames), ("json", train_plan.PlanFile))
     ]
     for function, text, own in ((train, TRAIN, extra), (cache, CACHE, [])):
 

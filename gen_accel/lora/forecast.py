@@ -13,9 +13,9 @@ Not counted: adapters other than a LoRA, a teacher's LoRA, scratch memory of ope
 loading, caching, sampling and of copies between host and device.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -25,13 +25,15 @@ from torch import nn
 from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.demo import model_named
+from gen_accel.lora.base import block_names, linear_names
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.size import check_adapter
 from gen_accel.lora.step_trace import BACK, DTYPES, FORWARD, StepTrace, StepTracer
+from gen_accel.lora.swapping import RESIDENT
 from gen_accel.measure.cards import Range, card_named, share_of_peak
 from gen_accel.measure.efficiency import known_efficiency
 from gen_accel.measure.estimate import densities_of
-from gen_accel.measure.forecast import calls_of, decoding, encoding
+from gen_accel.measure.forecast import FEW, MORE, calls_of, decoding, encoding
 from gen_accel.measure.parts import Part, parts_of_pipeline
 from gen_accel.measure.rates import Rates, rates_here, rates_of_card
 from gen_accel.measure.subject import Subject, subject_of
@@ -41,9 +43,8 @@ from gen_accel.video import VideoShape
 CARDS = ("4090", "5090", "h100")  # beside this machine, where none is named
 MOMENTS = 4  # bytes of each of AdamW's two moments of a parameter
 OWN_OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}  # bytes a parameter: two moments
-BYTES = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}  # of a weight, with its share of scales
-ON_DEVICE = 2  # blocks of those that are swapped, which are on the device at a time
-COPIED = ("fp8",)  # bases of which a copy of a whole block's weights is made for its gradient
+BYTES = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}  # of a weight, with its share of scales
+COPIED = ("bf16", "fp8")  # bases of which a copy of a whole block's weights is made for its gradient
 
 
 class Setting(NamedTuple):
@@ -98,6 +99,11 @@ class StageMemory:
     @property
     def total(self) -> int:
         return self.weights + self.adapter + self.kept + self.block + self.outside
+
+    @property
+    def in_one(self) -> int:
+        """Bytes where the device's memory is the host's."""
+        return self.total + self.host
 
     def to_dict(self) -> dict[str, int]:
         return {**vars(self), "total": self.total}
@@ -310,8 +316,8 @@ class _Device:
 
 
 class _Block(NamedTuple):
-    """Weights of a block: elements of its linear layers, of the largest of them, and the bytes of
-    everything else."""
+    """Weights of a block: elements of the linear layers that `base` applies to, of the largest of
+    them, and the bytes of everything else."""
 
     linear: int
     largest: int
@@ -325,27 +331,27 @@ class _Weights:
         model: on the meta device, in the dtype that it computes in.
     """
 
-    def __init__(self, model: nn.Module, stacks: Sequence[str], dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.itemsize = dtype.itemsize
         self.whole = _size(model)
-        self.blocks = [
-            _block_of(block) for stack in stacks for block in model.get_submodule(stack).children()
-        ]
+        held = linear_names(model)
+        self.blocks = [_block_of(model, name, held) for name in block_names(model)]
 
-    def held(self, block: _Block, base: str | None) -> int:
-        return round(block.linear * self._bytes(base)) + block.rest
+    def __call__(self, setting: Setting, *, shared: bool = False) -> int:
+        """Bytes on the device.
 
-    def __call__(self, setting: Setting) -> int:
-        """Bytes on the device."""
+        Args:
+            shared: the device's memory is the host's, where nothing is fetched ahead.
+        """
         loaded = sum(block.linear * self.itemsize + block.rest for block in self.blocks)
-        held = sum(self.held(block, setting.base) for block in self.blocks)
-        return self.whole - loaded + held - self.swapped(setting)
+        held = sum(self._held(block, setting.base) for block in self.blocks)
+        largest = max(self._waiting(setting), default=0)
+        resident = min(setting.swap, 1 if shared else RESIDENT)
+        return self.whole - loaded + held - self.waiting(setting) + resident * largest
 
-    def swapped(self, setting: Setting) -> int:
+    def waiting(self, setting: Setting) -> int:
         """Bytes that wait in the host's memory."""
-        sizes = [self.held(block, setting.base) for block in self.blocks]
-        waiting = sizes[len(sizes) - setting.swap :] if setting.swap else []
-        return max(0, sum(waiting) - ON_DEVICE * max(waiting, default=0))
+        return sum(self._waiting(setting))
 
     def copies(self, setting: Setting, *, back: bool) -> int:
         """Bytes of weights that are cast for computing, at most.
@@ -364,14 +370,24 @@ class _Weights:
     def most_swapped(self) -> int:
         return len(self.blocks)
 
+    def _held(self, block: _Block, base: str | None) -> int:
+        return round(block.linear * self._bytes(base)) + block.rest
+
+    def _waiting(self, setting: Setting) -> list[int]:
+        sizes = [self._held(block, setting.base) for block in self.blocks]
+        count = setting.swap
+        return [sizes[(i + 1) * len(sizes) // count - 1] for i in range(count)]
+
     def _bytes(self, base: str | None) -> float:
-        return BYTES.get(base or "", 2.0 if base == "bf16" else float(self.itemsize))
+        """Bytes of a weight that `base` applies to."""
+        return BYTES.get(base or "", float(self.itemsize))
 
 
-def _block_of(block: nn.Module) -> _Block:
-    sizes = [m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear)]
-    linear = [m.weight for m in block.modules() if isinstance(m, nn.Linear)]
-    rest = _size(block) - sum(x.numel() * x.itemsize for x in linear)
+def _block_of(model: nn.Module, name: str, held: Sequence[str]) -> _Block:
+    block = model.get_submodule(name)
+    linear = [model.get_submodule(one).weight for one in held if one.startswith(f"{name}.")]
+    sizes = [weight.numel() for weight in linear]  # pyright: ignore[reportCallIssue]
+    rest = _size(block) - sum(x.numel() * x.itemsize for x in linear)  # pyright: ignore
     return _Block(sum(sizes), max(sizes), rest)
 
 
@@ -393,8 +409,9 @@ class _Forecaster:
         self.method = method_from(config.method, config.settings)
         self._tracers: dict[bool, StepTracer] = {}
         self._traces: dict[tuple[bool, VideoShape], tuple[StepTrace, float]] = {}
+        self._coded: dict[str, list[int | None]] = {}
         tracer = self._tracer(checkpointing=True)
-        self.weights = _Weights(self.subject.model, tracer.stacks, self.dtype)
+        self.weights = _Weights(self.subject.model, self.dtype)
         self.trainable = tracer.all_trainable
 
     def plan(self, devices: Sequence[_Device]) -> TrainingPlan:
@@ -453,6 +470,21 @@ class _Forecaster:
     def _grid(self, frames: int, height: int, width: int) -> VideoShape:
         return self.subject.grid(height, width, frames)
 
+    def _memory_trace(self, checkpointing: str, grid: VideoShape) -> StepTrace:
+        """A step at a grid, for its memory alone: at other lengths than the stages' it lies on the
+        line through two of them."""
+        key = checkpointing != "off"
+        alike = [one for ck, one in self._traces if ck == key and one.grid[1:] == grid.grid[1:]]
+        lengths = {one.frames for one in alike}
+        if grid.frames in lengths or not lengths:
+            return self._trace(checkpointing, grid)[0]
+        if len(lengths) == 1:
+            [only] = lengths
+            lengths.add(max(1, only // 2) if only > 1 else 2)
+        low, high = (replace(grid, frames=find(lengths)) for find in (min, max))
+        first, second = (self._trace(checkpointing, one)[0] for one in (low, high))
+        return first.towards(second, (grid.frames - low.frames) / (high.frames - low.frames))
+
     def _stage(
         self, frames: int, height: int, width: int, steps: int, devices: Sequence[_Device]
     ) -> Stage:
@@ -463,13 +495,15 @@ class _Forecaster:
         for device in devices:
             one = device.seconds(trace)
             seconds[device.name] = Range(times * one.low, times * one.high, one.source)
-        memory = self.memory(self.setting, grid)
+        memory = self.memory(self.setting, grid, shared=any(d.shares_host for d in devices))
         return Stage(frames, height, width, steps, grid.video_tokens, density, memory, seconds)
 
-    def memory(self, setting: Setting, grid: VideoShape) -> StageMemory:
+    def memory(
+        self, setting: Setting, grid: VideoShape, *, shared: bool = False
+    ) -> StageMemory:
         """Bytes of a step with other options, at its worst moment."""
-        trace, _ = self._trace(setting.checkpointing, grid)
-        weights, adapter = self.weights(setting), self._adapter(setting)
+        trace = self._memory_trace(setting.checkpointing, grid)
+        weights, adapter = self.weights(setting, shared=shared), self._adapter(setting)
         moments = list(_moments(trace, offload=setting.checkpointing == "offload"))
         accumulates = self.config.gradient_accumulation > 1
         found = []
@@ -483,12 +517,10 @@ class _Forecaster:
                 kept=moment.kept,
                 block=moment.block,
                 outside=moment.outside + trace.batch,
-                host=self.weights.swapped(setting) + moment.host,
+                host=self.weights.waiting(setting) + moment.host,
             )
             found.append(made)
-        most = max(found, key=lambda one: one.total)
-        host = max(one.host for one in found)
-        return replace(most, host=host)
+        return max(found, key=lambda one: one.in_one if shared else one.total)
 
     def _adapter(self, setting: Setting, *, sampling: bool = False) -> int:
         """Bytes of the LoRA, its averages and the optimizer, without gradients."""
@@ -499,7 +531,7 @@ class _Forecaster:
     def _sampling(self, setting: Setting, frames: int) -> int:
         """Bytes while a validation video is sampled: forward passes without gradients."""
         grid = self._grid(frames, self.config.height, self.config.width)
-        trace, _ = self._trace("on", grid)
+        trace = self._memory_trace("on", grid)
         _, samples = calls_of(self.subject, None)
         most = max(
             part.segment.peak - sum(_kept_before(trace, i))
@@ -524,24 +556,27 @@ class _Forecaster:
         return None if made is None else max(made, texts)
 
     def _autoencoder(self, frames: int, way: str) -> int | None:
-        """Bytes of the autoencoder in float32, and of what it makes of a clip."""
-        if (frames, way) not in self._coded:
-            self._coded[frames, way] = self._code(frames, way)
-        return self._coded[frames, way]
+        """Bytes of the autoencoder in float32, and of what it makes of a clip.
 
-    @cached_property
-    def _coded(self) -> dict[tuple[int, str], int | None]:
-        return {}
-
-    def _code(self, frames: int, way: str) -> int | None:
+        Args:
+            way: "encode" or "decode".
+        """
         vae = next((part for part in self.parts if part.name == "vae"), None)
         if vae is None or vae.model is None:
             return None
-        grid = self._grid(frames, self.config.height, self.config.width)
-        work = decoding(vae, self.subject, grid, torch.float32)
-        if way == "encode":
-            work = encoding(vae, self.subject, grid, torch.float32)
-        return None if work is None else _size(vae.model) + work.peak
+        if way not in self._coded:
+            trace = encoding if way == "encode" else decoding
+            works = [
+                trace(vae, self.subject, replace(self._longest, frames=length), torch.float32)
+                for length in CODED
+            ]
+            self._coded[way] = [None if work is None else work.peak for work in works]
+        short, longer = self._coded[way]
+        if short is None or longer is None:
+            return None
+        length = self._grid(frames, self.config.height, self.config.width).frames
+        times = (length - CODED[0]) / (CODED[1] - CODED[0])
+        return _size(vae.model) + round(max(short, short + times * (longer - short)))
 
     def _peak(self, setting: Setting, shared: bool, most: int | None = None) -> tuple[int, str]:
         """Bytes on a device at most, and the moment.
@@ -552,12 +587,12 @@ class _Forecaster:
         """
         found: list[tuple[int, str]] = []
         for frames, height, width, _ in self._clips(most):
-            memory = self.memory(setting, self._grid(frames, height, width))
+            memory = self.memory(setting, self._grid(frames, height, width), shared=shared)
             size = memory.total + shared * memory.host
             found.append((size, f"a step at {frames} frames"))
         frames = min(self._validated, most or self._validated)
         if self.config.validate_every:
-            extra = shared * self.weights.swapped(setting)
+            extra = shared * self.weights.waiting(setting)
             found.append((self._sampling(setting, frames) + extra, "sampling"))
             if (decoded := self._decoding(setting, frames)) is not None:
                 found.append((decoded + extra, "decoding"))
@@ -584,7 +619,8 @@ class _Forecaster:
 
     def _advice(self, memory: int, shared: bool) -> Advice:
         """The cheapest options that make it fit; else all of them, and the frames that fit."""
-        options = [one for one in COSTS if one(self.setting) is not None]
+        saving = [one for one in COSTS if not (shared and one.moves)]
+        options = [one for one in saving if one(self.setting) is not None]
         for count in range(1, len(options) + 1):
             for chosen in combinations(options, count):
                 if len({one.field for one in chosen}) < count:
@@ -612,7 +648,7 @@ class _Forecaster:
                 return None
             setting = changed
         if setting.swap != self.setting.swap:
-            low, high = ON_DEVICE, self.weights.most_swapped
+            low, high = RESIDENT, self.weights.most_swapped
             while low < high:
                 middle = (low + high) // 2
                 fits = self._peak(setting._replace(swap=middle), shared)[0] <= memory
@@ -635,25 +671,21 @@ class _Forecaster:
         return Advice(tuple(changes), tuple(totals), fits, frames)
 
     def _frames(self, setting: Setting, shared: bool, memory: int) -> int | None:
-        """Frames of the longest stage that fits; None where none does. Memory is nearly linear in
-        the frames, so that two lengths tell a third one."""
-        step, most = self.subject.frames(2) - self.subject.frames(1), self.config.longest
-        least = self.subject.frames(1)
-        low, high = least, most
-        at = {low: self._peak(setting, shared, low)[0], high: self._peak(setting, shared)[0]}
-        if at[low] > memory:
-            return None
-        while high - low > step:
-            share = (memory - at[low]) / max(at[high] - at[low], 1)
-            guess = low + max(1, min(int(share * (high - low)) // step, (high - low) // step - 1)) * step
-            at[guess] = self._peak(setting, shared, guess)[0]
-            low, high = (guess, high) if at[guess] <= memory else (low, guess)
-            if len(at) > TRIES:
-                break
-        return low
+        """Most frames that fit; None where not even one does."""
+        counts = range(1, self._longest.frames + 1)
+        fitting = bisect_right(
+            counts,
+            memory,
+            key=lambda count: self._peak(setting, shared, self.subject.frames(count))[0],
+        )
+        return self.subject.frames(fitting) if fitting else None
+
+    @property
+    def _longest(self) -> VideoShape:
+        return self._grid(self.config.longest, self.config.height, self.config.width)
 
 
-TRIES = 8  # lengths that are traced in search of one that fits
+CODED = (FEW, MORE)  # frames of tokens that the autoencoder is traced at
 
 
 class _Option(NamedTuple):
@@ -663,11 +695,13 @@ class _Option(NamedTuple):
         field: of `Setting`.
         value: that it takes.
         before: values that it may be turned on from.
+        moves: to the host's memory.
     """
 
     field: str
     value: Any
     before: tuple[Any, ...]
+    moves: bool = False
 
     def __call__(self, setting: Setting) -> Setting | None:
         """Turn it on; None where something as strong is on."""
@@ -679,10 +713,10 @@ class _Option(NamedTuple):
 # In the order of what they cost, in time and exactness.
 COSTS = (
     _Option("checkpointing", "on", ("off",)),
-    _Option("checkpointing", "offload", ("off", "on")),
+    _Option("checkpointing", "offload", ("off", "on"), moves=True),
     _Option("optimizer", "adamw8bit", ("adamw",)),
     _Option("base", "fp8", (None, "bf16")),
-    _Option("swap", 1, (0,)),  # as many blocks as are needed
+    _Option("swap", 1, (0,), moves=True),  # as many blocks as are needed
     _Option("base", "nf4", (None, "bf16", "fp8", "int8")),
 )
 ORDER = ("checkpointing", "optimizer", "base", "swap")

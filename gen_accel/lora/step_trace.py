@@ -14,7 +14,7 @@ memory within an operator, plans, and what an allocator rounds up to.
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +75,21 @@ class StepTrace:
     def work(self, what: str) -> float:
         """Sum of products, attention or moved over all parts."""
         return sum(getattr(part.segment, what) for part in self.parts)
+
+    def towards(self, other: "StepTrace", share: float) -> "StepTrace":
+        """The step on the line through this and a longer or shorter one, at a share of the way."""
+
+        def between(a: float, b: float) -> int:
+            return round(a + share * (b - a))
+
+        parts = []
+        for one, two in zip(self.parts, other.parts, strict=True):
+            sizes = {
+                name: between(getattr(one.segment, name), getattr(two.segment, name))
+                for name in ("before", "after", "peak")
+            }
+            parts.append(replace(one, segment=replace(one.segment, **sizes)))
+        return StepTrace(tuple(parts), between(self.batch, other.batch))
 
 
 class StepTracer:
