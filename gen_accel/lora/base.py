@@ -73,7 +73,8 @@ def linear_names(transformer: nn.Module) -> list[str]:
 def load_quantised(
     kind: Any, source: str, config: Any, dtype: torch.dtype, device: torch.device
 ) -> Any:
-    """Load a transformer of diffusers with its blocks' linear layers quantised on the way.
+    """Load a transformer of diffusers onto the CPU, with its blocks' linear layers quantised on
+    the way: neither device holds all of them as they were.
 
     Args:
         kind: class of the transformer.
@@ -95,7 +96,7 @@ def load_quantised(
     options = {
         "subfolder": config.part,
         "torch_dtype": dtype,
-        "device_map": {"": str(device)},
+        "device_map": {"": "cpu"},
     }
     if config.base == "int8":
         return kind.from_pretrained(source, quantization_config=_int8(kept), **options)
@@ -126,19 +127,31 @@ def _nf4(kept: list[str], dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _quantising_on(device: torch.device) -> Iterator[None]:
-    """Let diffusers quantise by bitsandbytes on a CPU too.
+    """Let diffusers quantise a model for the CPU by bitsandbytes, each layer on `device`.
 
-    diffusers refuses to without a GPU; bitsandbytes has had kernels for CPUs since then.
+    diffusers asks for a GPU to hold the model; bitsandbytes has had kernels for CPUs since then.
     """
-    if device.type != "cpu":
-        yield
-        return
     from diffusers.quantizers import auto
     from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 
     class OnCpu(BnB4BitDiffusersQuantizer):
         def validate_environment(self, *args: Any, **kwargs: Any) -> None:
             pass
+
+        def create_quantized_param(
+            self,
+            model: Any,
+            param_value: Any,
+            param_name: str,
+            target_device: Any,
+            *rest: Any,
+            **options: Any,
+        ) -> None:
+            given = model, param_value, param_name, device
+            super().create_quantized_param(*given, *rest, **options)
+            module = model.get_submodule(param_name.rpartition(".")[0])
+            name = param_name.rpartition(".")[2]
+            module._parameters[name] = module._parameters[name].to(target_device)
 
     known, name = auto.AUTO_QUANTIZER_MAPPING, "bitsandbytes_4bit"
     before = known[name]

@@ -278,7 +278,7 @@ class _Run:
         new = [key for key in captions if key not in shards]
         parts = [new[i : i + TEXTS_AT_ONCE] for i in range(0, len(new), TEXTS_AT_ONCE)]
         family, pipe = self.encoders.family, self.encoders.pipe
-        with self.encoders.at_work("text_encoder"):
+        with self.encoders.at_work("text_encoder", needed=bool(new)):
             for part in bar.track(parts, description="captions"):
                 prompts = [captions[key] for key in part]
                 found = family.encode_prompt(pipe, prompts, self.max_tokens)

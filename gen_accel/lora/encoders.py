@@ -1,6 +1,5 @@
 """Encoders of clips and captions: a pipeline's models, loaded without its transformer."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +13,15 @@ from gen_accel.attention_processors.families import classes_for, family_of
 from gen_accel.extras import needed_for
 from gen_accel.hub import fetched
 from gen_accel.lora.fingerprint import model_state, words_state
+from gen_accel.lora.text_encoders import PREFIX, TextEncoders
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import DTYPES, check_model, find_device
-from gen_accel.pipelines.generation.model_index import check_index, part_class, pipeline_class
+from gen_accel.pipelines.generation.model_index import (
+    check_index,
+    load_part,
+    part_class,
+    pipeline_class,
+)
 
 
 class Encoders(NamedTuple):
@@ -25,11 +30,13 @@ class Encoders(NamedTuple):
     Args:
         transformer: source of the configuration; its weights are not used.
         device: device to encode on.
+        texts: the text encoders, where the pipeline came without them.
     """
 
     pipe: Any
     transformer: Any
     device: torch.device
+    texts: TextEncoders | None = None
 
     @property
     def family(self) -> Any:
@@ -37,18 +44,26 @@ class Encoders(NamedTuple):
 
     def states(self, *prefixes: str) -> list[Any]:
         """Hash each component whose name begins with one of `prefixes`."""
-        parts = _components(self.pipe, *prefixes)
+        known = {}
+        if self.texts is not None and PREFIX in prefixes:
+            known = self.texts.states()
+        parts = {**dict.fromkeys(known), **_components(self.pipe, *prefixes)}
         for prefix in prefixes:
             if not any(name.startswith(prefix) for name in parts):
                 raise ValueError(f"{type(self.pipe).__name__} was loaded without its {prefix}")
         return [
-            [name, model_state(name, part) if isinstance(part, nn.Module) else words_state(part)]
-            for name, part in parts.items()
+            [name, known.get(name) or _state(name, part)] for name, part in sorted(parts.items())
         ]
 
     @contextmanager
-    def at_work(self, prefix: str) -> Iterator[None]:
-        """Move models whose names begin with `prefix` to the device, and back at the end."""
+    def at_work(self, prefix: str, *, needed: bool = True) -> Iterator[None]:
+        """Move models whose names begin with `prefix` to the device, and back at the end.
+
+        Args:
+            needed: whether there is work; text encoders are not loaded for none.
+        """
+        if self.texts is not None and prefix == PREFIX and needed:
+            self.texts.load()
         models = [m for m in _components(self.pipe, prefix).values() if isinstance(m, nn.Module)]
         homes = [next(model.parameters()).device for model in models]
         try:
@@ -61,7 +76,8 @@ class Encoders(NamedTuple):
 
 
 def load_encoders(model_or_pipe: Any, device: str, dtype: str) -> Encoders:
-    """Take the encoders of a pipeline, or load them from a folder or hub repository.
+    """Take the encoders of a pipeline, or load them from a folder or hub repository. `Encoders`
+    are taken as they are.
 
     The transformer of a folder or repository is not loaded.
 
@@ -73,6 +89,8 @@ def load_encoders(model_or_pipe: Any, device: str, dtype: str) -> Encoders:
         ValueError: a model that `check_model` or `check_index` refuses, a class that no family
             trains, or a dtype together with a pipeline.
     """
+    if isinstance(model_or_pipe, Encoders):
+        return model_or_pipe
     if not isinstance(model_or_pipe, str | Path):
         pipe = model_or_pipe
         if dtype != "auto":
@@ -101,7 +119,7 @@ def load_encoders(model_or_pipe: Any, device: str, dtype: str) -> Encoders:
     wanted = {"vae": DTYPES.get(dtype, torch.float32)}
     default = DTYPES.get(dtype, torch.float32 if target.type == "cpu" else torch.bfloat16)
     parts: dict[str, Any] = {
-        name: _loaded(source, name, kind, wanted.get(name, default))
+        name: load_part(source, name, kind, wanted.get(name, default))
         for name, kind in found.items()
         if name not in stages
     }
@@ -111,17 +129,6 @@ def load_encoders(model_or_pipe: Any, device: str, dtype: str) -> Encoders:
     pipe.set_progress_bar_config(disable=True)
     part = next(name for name in stages if name in found)
     return Encoders(pipe, _hollow(source, part, found[part]), target)
-
-
-def _loaded(source: str, name: str, kind: Sequence[str], dtype: torch.dtype) -> Any:
-    """Load one component of the pipeline in the folder `source`."""
-    found: Any = part_class(kind, name)
-    is_model = issubclass(found, nn.Module)
-    options = {"torch_dtype": dtype} if is_model else {}
-    with warnings.catch_warnings():
-        # Newer libraries call it `dtype`; older ones do not know that.
-        warnings.filterwarnings("ignore", ".*torch_dtype.*")
-        return found.from_pretrained(source, subfolder=name, **options)
 
 
 def _hollow(source: str, name: str, kind: Sequence[str]) -> Any:
@@ -134,6 +141,10 @@ def _hollow(source: str, name: str, kind: Sequence[str]) -> Any:
         raise ValueError(f"no training for {found.__name__}; served: {', '.join(served)}")
     with init_empty_weights():
         return found.from_config(found.load_config(source, subfolder=name))
+
+
+def _state(name: str, part: Any) -> str:
+    return model_state(name, part) if isinstance(part, nn.Module) else words_state(part)
 
 
 def _components(pipe: Any, *prefixes: str) -> dict[str, Any]:

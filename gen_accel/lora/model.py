@@ -13,6 +13,7 @@ class Model(NamedTuple):
         trained_frames: pixel frames that the model was trained on; None if unknown.
         shift: shift of the noise levels.
         boundary: noise level at which a model of two experts switches between them.
+        prompts: the validation prompts as `pipe` takes them encoded; None for the text.
     """
 
     transformer: Any
@@ -21,3 +22,4 @@ class Model(NamedTuple):
     trained_frames: int | None
     shift: float
     boundary: float | None = None
+    prompts: tuple[dict[str, Any], ...] | None = None

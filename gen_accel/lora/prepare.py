@@ -1,5 +1,6 @@
 """Preparation of a training: load the model, check the config against it, cache the clips."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,23 @@ from gen_accel.lora.artefact import (
     target_modules,
 )
 from gen_accel.lora.attention_loss import text_attentions
+from gen_accel.lora.base import load_quantised
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.encode import cache
+from gen_accel.lora.encoders import Encoders, load_encoders
 from gen_accel.lora.images import ImageCoder, describe_images
 from gen_accel.lora.latents import LatentCache
+from gen_accel.lora.memory import quantised
 from gen_accel.lora.model import Model
 from gen_accel.lora.processes import by_main
+from gen_accel.lora.prompts import encoded_prompts
 from gen_accel.lora.size import check_adapter, check_batch
+from gen_accel.lora.swapping import check_blocks
+from gen_accel.lora.text_encoders import PREFIX, TextEncoders
 from gen_accel.owners import check_free
 from gen_accel.paths import expanded
-from gen_accel.pipelines.generation.loading import Loading, load
+from gen_accel.pipelines.generation.loading import DTYPES, Loading, find_device, index_of, load
+from gen_accel.pipelines.generation.model_index import part_class
 from gen_accel.pipelines.generation.sampling import Clip, check_fits, filled, token_grid
 from gen_accel.pipelines.long_video import known_trained_frames
 from gen_accel.video import VideoShape
@@ -52,16 +60,23 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
         by_main(accelerator, partial(check_free, folder))
     pipe = load_pipe(config)
     model = model_of(config, pipe)
+    encoders = encoders_of(config, pipe)
     if config.data is not None:
-        by_main(accelerator, partial(cache_clips, config, pipe))
+        by_main(accelerator, partial(cache_clips, config, encoders))
     latents = LatentCache(folder)
     check_cache(config, pipe, latents)
+    unused = ["text_encoder", "text_encoder_2"]
     if not config.validate_every:
-        for part in ("vae", "text_encoder", "text_encoder_2", "image_encoder"):
-            if getattr(pipe, part, None) is not None:
-                setattr(pipe, part, None)
+        unused += ["vae", "image_encoder"]
     else:
-        pipe.to(accelerator.device)
+        model = model._replace(prompts=encoded_prompts(config, encoders, folder, accelerator))
+        if model.prompts is None:
+            if encoders.texts is not None:
+                encoders.texts.load()
+            unused = []
+    for part in unused:
+        if getattr(pipe, part, None) is not None:
+            setattr(pipe, part, None)
     return model, latents
 
 
@@ -107,17 +122,49 @@ def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
 
 
 def load_pipe(config: TrainConfig) -> Any:
-    """Load the pipeline on the CPU; its models are moved to a device when they are needed."""
-    source = demo.model_named(config.model)
-    folder = expanded(source)
-    source = folder if folder.exists() else source
-    pipe = load(source, Loading(dtype=PRECISIONS[config.mixed_precision], device="cpu"))
+    """Load the pipeline on the CPU, without its text encoders; see `encoders_of`. Its models are
+    moved to a device when they are needed."""
+    source, dtype = source_of(config), PRECISIONS[config.mixed_precision]
+    index = index_of(source)
+    parts: dict[str, Any] = dict.fromkeys(_text_encoders(index))
+    if quantised(config) and _is_there(index, config.part):
+        kind = part_class(index[config.part], config.part)
+        device = find_device(config.device)
+        parts[config.part] = load_quantised(kind, str(source), config, DTYPES[dtype], device)
+    pipe = load(source, Loading(dtype=dtype, device="cpu"), parts=parts)
     if getattr(pipe, "vae", None) is not None and pipe.vae.dtype != torch.float32:
         # Load it again: casting back does not undo the rounding.
         pipe.vae = type(pipe.vae).from_pretrained(
             source, subfolder="vae", torch_dtype=torch.float32
         )
     return pipe
+
+
+def encoders_of(config: TrainConfig, pipe: Any) -> Encoders:
+    """Take a pipeline's encoders, those of text to be loaded when they are needed."""
+    encoders = load_encoders(pipe, config.device, "auto")
+    source = source_of(config)
+    index = index_of(source)
+    kinds = {n: index[n] for n in _text_encoders(index) if getattr(pipe, n, None) is None}
+    dtype = DTYPES[PRECISIONS[config.mixed_precision]]
+    texts = TextEncoders(pipe, str(source), kinds, dtype, cache_folder(config))
+    return encoders._replace(texts=texts if kinds else None)
+
+
+def source_of(config: TrainConfig) -> str | Path:
+    """Folder or hub repository of the pipeline."""
+    source = demo.model_named(config.model)
+    folder = expanded(source)
+    return folder if folder.exists() else source
+
+
+def _text_encoders(index: Mapping[str, Any]) -> list[str]:
+    return [name for name in index if name.startswith(PREFIX) and _is_there(index, name)]
+
+
+def _is_there(index: Mapping[str, Any], part: str) -> bool:
+    kind = index.get(part)
+    return isinstance(kind, list | tuple) and kind[0] is not None
 
 
 def model_of(config: TrainConfig, pipe: Any) -> Model:
@@ -140,6 +187,7 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
     if config.validate_every and config.validation_frames is not None:
         lengths.add(config.validation_frames)
     check_adapter(config, transformer)
+    check_blocks(config.blocks_to_swap, transformer)
     for frames in sorted(lengths):
         video = grid(config, pipe, frames)
         check_batch(config, transformer, video.tokens)
@@ -196,13 +244,14 @@ def cache_folder(config: TrainConfig) -> Path:
     return Path(config.cache) if config.cache is not None else Path(config.out) / "cache"
 
 
-def cache_clips(config: TrainConfig, pipe: Any = None) -> Any:
+def cache_clips(config: TrainConfig, encoders: Encoders | None = None) -> Any:
     """Encode the missing clips, and return the report of `cache`."""
     assert config.data is not None
-    if pipe is None:
+    if encoders is None:
         check_free(cache_folder(config))
+        encoders = encoders_of(config, load_pipe(config))
     return cache(
-        pipe if pipe is not None else load_pipe(config),
+        encoders,
         config.data,
         cache_folder(config),
         frames=sorted({stage.frames for stage in config.curriculum}),

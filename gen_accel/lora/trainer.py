@@ -430,6 +430,7 @@ class Run:
             self.accelerator,
             self.adapter,
             trained_frames=self.model.trained_frames,
+            prompts=self.model.prompts,
         )
 
     def _validate(self, validation: Validation, done: int) -> None:

@@ -1,5 +1,6 @@
 """Videos sampled while an adapter trains, each beside its version before the first step."""
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -7,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gen_accel.extras import needed_for
 from gen_accel.lora.artefact import held_guidance
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.visits import sampling_on
 from gen_accel.measure.sheets import side_by_side
 from gen_accel.measure.video_io import read_video, write_video
 from gen_accel.pipelines.generation.sampling import Clip, filled, sample
@@ -29,6 +32,7 @@ class Validation:
     Args:
         adapter: the adapter, whose `sampling(i)` sets a video's inputs beside the prompt.
         trained_frames: pixel frames that the model was trained on.
+        prompts: the prompts as the pipeline takes them encoded; None for the text.
     """
 
     def __init__(
@@ -40,8 +44,10 @@ class Validation:
         adapter: Any,
         *,
         trained_frames: int | None,
+        prompts: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.config, self.pipe, self.folder = config, pipe, folder
+        self.prompts = prompts
         self.accelerator, self.adapter = accelerator, adapter
         self.fps = config.fps or 16.0
         clip = Clip(
@@ -49,7 +55,7 @@ class Validation:
             config.height,
             config.width,
             config.validation_steps,
-            _guidance(config),
+            guidance_of(config),
             fps=self.fps,
             max_tokens=config.max_tokens,
         )
@@ -72,7 +78,15 @@ class Validation:
                     longer = stack.enter_context(
                         extend(self.pipe, self.techniques, **self.lengths)
                     )
-                video = sample(self.pipe, prompt, clip, run=longer).video
+                apart = sampling_on(
+                    self.accelerator.device,
+                    self.pipe,
+                    getattr(self.pipe, self.config.part),
+                    prompt=self.prompts[i] if self.prompts else None,
+                    run=longer,
+                )
+                run = stack.enter_context(apart)
+                video = sample(self.pipe, prompt, clip, run=run).video
             if self.accelerator.is_main_process:
                 self._write(place, i, video, done)
         self.accelerator.wait_for_everyone()
@@ -89,7 +103,8 @@ class Validation:
                 _add_frames(tracker, f"validation/{i:02d}", frames, done)
 
 
-def _guidance(config: TrainConfig) -> float:
+def guidance_of(config: TrainConfig) -> float:
+    """Guidance scale of the validation videos."""
     if config.guidance_scale is not None:
         return config.guidance_scale
     return 1.0 if held_guidance(config) > 1 else 5.0

@@ -29,7 +29,7 @@ from gen_accel.attention_processors.families import wan as family
 from gen_accel.files import file_sha256
 from gen_accel.lora import TrainConfig, dry_run, trainer
 from gen_accel.lora.objective import draw, order, shifted
-from gen_accel.lora.validate import _guidance
+from gen_accel.lora.validate import guidance_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -320,11 +320,11 @@ class TestGuidedTeacher:
     def test_validation_goes_without_guidance(self, teacher, tmp_path):
         held = str(with_recipe(teacher, tmp_path / "held", teacher_guidance=3.0))
         distilled = TrainConfig(objective="distill", teacher_guidance=3.0)
-        assert _guidance(TrainConfig()) == 5.0
-        assert _guidance(distilled) == 1.0
-        assert _guidance(replace(distilled, guidance_scale=2.0)) == 2.0
-        assert _guidance(TrainConfig(objective="distill", teacher_lora=held)) == 1.0
-        assert _guidance(TrainConfig(objective="distill", teacher_lora=str(teacher))) == 5.0
+        assert guidance_of(TrainConfig()) == 5.0
+        assert guidance_of(distilled) == 1.0
+        assert guidance_of(replace(distilled, guidance_scale=2.0)) == 2.0
+        assert guidance_of(TrainConfig(objective="distill", teacher_lora=held)) == 1.0
+        assert guidance_of(TrainConfig(objective="distill", teacher_lora=str(teacher))) == 5.0
 
 
 def test_the_loss_is_that_of_the_velocity():

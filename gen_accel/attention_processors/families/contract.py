@@ -242,6 +242,13 @@ class Family:
         "(pipe, prompts, max_tokens): the transformer's arguments, samples first",
         default=None,
     )
+    prompt_arguments = Part[Callable[..., dict[str, Tensor]] | None](
+        Callable,
+        "(pipe, prompt, is_guided, negative, max_tokens): what its pipelines take in place of the "
+        "prompt and the negative prompt, as they would encode them; None where they take text "
+        "alone",
+        default=None,
+    )
     predict = Part[Callable[..., Tensor] | None](
         Callable,
         "(transformer, noisy, sigma, conditions): the velocity, noise - clean",

@@ -201,6 +201,22 @@ def encode_prompt(
     }
 
 
+def prompt_arguments(
+    pipe: Any, prompt: str, *, is_guided: bool, negative: str | None, max_tokens: int
+) -> dict[str, Tensor]:
+    """Encode a prompt as `HunyuanVideoPipeline` does; its guidance needs no negative one."""
+    states, pooled, mask = pipe.encode_prompt(
+        prompt,
+        max_sequence_length=max_tokens,
+        device=next(pipe.text_encoder.parameters()).device,
+    )
+    return {
+        "prompt_embeds": states,
+        "pooled_prompt_embeds": pooled,
+        "prompt_attention_mask": mask,
+    }
+
+
 def inputs(transformer: Any, video: VideoShape, text: int, batch: int) -> dict[str, Any]:
     config, like = transformer.config, {"device": transformer.device, "dtype": transformer.dtype}
     patch = config.patch_size_t, config.patch_size, config.patch_size

@@ -237,6 +237,21 @@ def encode_prompt(
     return {"encoder_hidden_states": states}
 
 
+def prompt_arguments(
+    pipe: Any, prompt: str, *, is_guided: bool, negative: str | None, max_tokens: int
+) -> dict[str, Tensor]:
+    """Encode a prompt, and with guidance the negative one, as `WanPipeline` does."""
+    states, unwanted = pipe.encode_prompt(
+        prompt,
+        negative,
+        do_classifier_free_guidance=is_guided,
+        max_sequence_length=max_tokens,
+        device=next(pipe.text_encoder.parameters()).device,
+    )
+    found = {"prompt_embeds": states}
+    return found | ({"negative_prompt_embeds": unwanted} if is_guided else {})
+
+
 def tiny_conditions(config: Any, tokens: int) -> dict[str, Tensor]:
     return {"encoder_hidden_states": torch.zeros(tokens, config.text_dim)}
 

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,10 +113,17 @@ def check_latents_of(model: str | Path) -> None:
     check_streamed(*_classes(index, model))
 
 
-def load(model: str | Path, loading: Loading | None = None, given: Given | None = None) -> Any:
+def load(
+    model: str | Path,
+    loading: Loading | None = None,
+    given: Given | None = None,
+    *,
+    parts: Mapping[str, Any] | None = None,
+) -> Any:
     """Load the pipeline onto its device, with its LoRAs.
 
     Args:
+        parts: models that are loaded already, or None for those to do without, by name.
         given: what the video is made from besides text, which decides the class of the pipeline
             where the weights serve several. None: the class that the folder names.
 
@@ -139,7 +146,7 @@ def load(model: str | Path, loading: Loading | None = None, given: Given | None 
     with warnings.catch_warnings(), _one_line(model):
         # Newer diffusers call it `dtype`; older ones ignore that.
         warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
-        pipe = kind.from_pretrained(source, torch_dtype=dtype)
+        pipe = kind.from_pretrained(source, torch_dtype=dtype, **(parts or {}))
     _check_complete(pipe, model)
     _take_factors(pipe)
     pipe.set_progress_bar_config(disable=True)
@@ -151,6 +158,18 @@ def load(model: str | Path, loading: Loading | None = None, given: Given | None 
     _add_loras(pipe, loras)
     _place(pipe, loading.offload, device)
     return pipe
+
+
+def index_of(model: str | Path) -> dict[str, Any]:
+    """Read the index of a pipeline, checked as `load` checks it; raises as `load` does."""
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    check_model(model)
+    source = _location(model)
+    with _one_line(model):
+        index: Any = DiffusionPipeline.load_config(source)
+    check_index(index, source)
+    return index
 
 
 def _take_factors(pipe: Any) -> None:

@@ -4,10 +4,14 @@ To import anything else that a folder names would be to run the folder's code. N
 the libraries check this themselves; here the check holds with all versions.
 """
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 # Base classes of a pipeline's parts, by library.
 KINDS = {
@@ -77,6 +81,17 @@ def part_class(kind: Any, part: str) -> Any:
             f"{name!r}"
         )
     return found
+
+
+def load_part(source: str, name: str, kind: Sequence[str], dtype: torch.dtype) -> Any:
+    """Load one component of the pipeline in the folder `source`."""
+    found: Any = part_class(kind, name)
+    is_model = issubclass(found, nn.Module)
+    options = {"torch_dtype": dtype} if is_model else {}
+    with warnings.catch_warnings():
+        # Newer libraries call it `dtype`; older ones do not know that.
+        warnings.filterwarnings("ignore", ".*torch_dtype.*")
+        return found.from_pretrained(source, subfolder=name, **options)
 
 
 def _beside_a_pipeline(library: Any) -> Any:
