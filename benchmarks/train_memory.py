@@ -111,8 +111,9 @@ def _recorded() -> Iterator[dict[str, int]]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         yield found
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = profiler.profiler.kineto_results.events()
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events: list[Any] = profiler.profiler.kineto_results.events()
     [steps] = [event for event in events if event.name() == STEPS]
     start, end = steps.start_ns(), steps.start_ns() + steps.duration_ns()
     held = 0

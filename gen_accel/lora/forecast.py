@@ -13,8 +13,9 @@ Not counted: adapters other than a LoRA, a teacher's LoRA, scratch memory of ope
 loading, caching, sampling and of copies between host and device.
 """
 
+import math
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from gen_accel.attention_processors.lengths import patch_of
+from gen_accel.attention_processors.lengths import PIXELS
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.demo import model_named
 from gen_accel.lora.base import block_names, linear_names
@@ -34,7 +35,7 @@ from gen_accel.measure.cards import Range, card_named, share_of_peak
 from gen_accel.measure.efficiency import known_efficiency
 from gen_accel.measure.estimate import densities_of
 from gen_accel.measure.forecast import FEW, MORE, calls_of, decoding, encoding
-from gen_accel.measure.parts import Part, parts_of_pipeline
+from gen_accel.measure.parts import parts_of_pipeline
 from gen_accel.measure.rates import Rates, rates_here, rates_of_card
 from gen_accel.measure.subject import Subject, subject_of
 from gen_accel.method import parts_of
@@ -43,8 +44,25 @@ from gen_accel.video import VideoShape
 CARDS = ("4090", "5090", "h100")  # beside this machine, where none is named
 MOMENTS = 4  # bytes of each of AdamW's two moments of a parameter
 OWN_OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}  # bytes a parameter: two moments
-BYTES = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}  # of a weight, with its share of scales
-COPIED = ("bf16", "fp8")  # bases of which a copy of a whole block's weights is made for its gradient
+BYTES = {
+    "bf16": 2.0,
+    "fp8": 1.0,
+    "int8": 1.0,
+    "nf4": 0.5 + 4 / 64,
+}  # of a weight, with its share of scales
+QUANTISED = ("int8", "nf4")  # by a library, while the model is loaded
+COPIED = (
+    "bf16",
+    "fp8",
+)  # bases of which a copy of a whole block's weights is made for its gradient
+
+
+class Size(NamedTuple):
+    """Size of a clip, in frames and pixels."""
+
+    frames: int
+    height: int
+    width: int
 
 
 class Setting(NamedTuple):
@@ -140,14 +158,16 @@ class Advice:
         changes: options to turn on, in words, in the order of their cost.
         totals: bytes on the device after each of them.
         fits: whether they suffice.
-        frames: of the longest stage that fits with all of them; None where they suffice, or where
+        frames: most frames of a clip that fit with all of them; None where they suffice, or where
             not even one frame fits.
+        sides: largest height and width that fit so, of nearly the same aspect; None likewise.
     """
 
     changes: tuple[str, ...]
     totals: tuple[int, ...]
     fits: bool
     frames: int | None = None
+    sides: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -385,15 +405,26 @@ class _Weights:
 
 def _block_of(model: nn.Module, name: str, held: Sequence[str]) -> _Block:
     block = model.get_submodule(name)
-    linear = [model.get_submodule(one).weight for one in held if one.startswith(f"{name}.")]
-    sizes = [weight.numel() for weight in linear]  # pyright: ignore[reportCallIssue]
-    rest = _size(block) - sum(x.numel() * x.itemsize for x in linear)  # pyright: ignore
+    layers = [model.get_submodule(one) for one in held if one.startswith(f"{name}.")]
+    linear: list[Any] = [layer.weight for layer in layers]
+    sizes = [weight.numel() for weight in linear]
+    rest = _size(block) - sum(weight.numel() * weight.itemsize for weight in linear)
     return _Block(sum(sizes), max(sizes), rest)
 
 
 def _size(model: nn.Module) -> int:
     values = [*model.parameters(), *model.buffers()]
     return sum(value.numel() * value.itemsize for value in values)
+
+
+def _sides_of(config: TrainConfig) -> list[tuple[int, int]]:
+    """Heights and widths that clips have."""
+    several = [tuple(map(int, str(size).lower().split("x"))) for size in given_sizes(config)]
+    return [(height, width) for height, width in several] or [(config.height, config.width)]
+
+
+def given_sizes(config: TrainConfig) -> Sequence[str]:
+    return getattr(config, "sizes", ())
 
 
 class _Forecaster:
@@ -405,6 +436,7 @@ class _Forecaster:
         self.subject = subject_of(source, config.max_tokens)
         self.dtype = DTYPES[config.mixed_precision]
         self.parts, self.unknown = parts_of_pipeline(source, self.subject, self.dtype)
+        self.sides = _sides_of(config)
         check_adapter(config, self.subject.model)
         self.method = method_from(config.method, config.settings)
         self._tracers: dict[bool, StepTracer] = {}
@@ -415,18 +447,17 @@ class _Forecaster:
         self.trainable = tracer.all_trainable
 
     def plan(self, devices: Sequence[_Device]) -> TrainingPlan:
-        config, longest = self.config, self._validated
         stages = [self._stage(*one, devices) for one in self._clips()]
-        validates = bool(config.validate_every)
-        sampling = self._sampling(self.setting, longest) if validates else None
-        decoding = self._decoding(self.setting, longest) if validates else None
+        validates = bool(self.config.validate_every)
+        sampling = self._sampling(self.setting, self._validated) if validates else None
+        decoding = self._decoding(self.setting, self._validated) if validates else None
         return TrainingPlan(
             model=self.subject.name,
             setting=self.setting,
             stages=tuple(stages),
             sampling=sampling,
             decoding=decoding,
-            caching=self._caching(config.longest),
+            caching=self._caching(self.setting, self._longest),
             loading=sum(part.size for part in self.parts),
             trainable=self.trainable // MOMENTS,
             verdicts=tuple(self._verdict(device, stages) for device in devices),
@@ -442,14 +473,20 @@ class _Forecaster:
             yield f"the parameters of {self.config.method} and what they compute"
 
     @property
-    def _validated(self) -> int:
-        return self.config.validation_frames or self.config.longest
+    def _validated(self) -> Size:
+        """Of the videos that are sampled."""
+        config = self.config
+        return Size(config.validation_frames or config.longest, config.height, config.width)
 
-    def _clips(self, most: int | None = None) -> Iterator[tuple[int, int, int, int]]:
-        """Frames, height, width and steps of each stage; no more frames than `most`."""
+    def _clips(self) -> Iterator[tuple[Size, int]]:
+        """Size and steps of each stage, once for each size that clips have."""
         for stage in self.config.curriculum:
-            frames = stage.frames if most is None else min(stage.frames, most)
-            yield frames, self.config.height, self.config.width, stage.steps
+            for height, width in self.sides:
+                yield Size(stage.frames, height, width), stage.steps
+
+    @property
+    def _longest(self) -> Size:
+        return max((size for size, _ in self._clips()), key=math.prod)
 
     def _tracer(self, *, checkpointing: bool) -> StepTracer:
         if checkpointing not in self._tracers:
@@ -467,28 +504,27 @@ class _Forecaster:
             self._traces[key] = made, computed
         return self._traces[key]
 
-    def _grid(self, frames: int, height: int, width: int) -> VideoShape:
-        return self.subject.grid(height, width, frames)
+    def _grid(self, size: Size) -> VideoShape:
+        return self.subject.grid(size.height, size.width, size.frames)
 
     def _memory_trace(self, checkpointing: str, grid: VideoShape) -> StepTrace:
-        """A step at a grid, for its memory alone: at other lengths than the stages' it lies on the
-        line through two of them."""
+        """A step at a grid, for its memory alone: at other sizes than the stages' it lies on the
+        line through two of them, as all memory grows with the tokens."""
         key = checkpointing != "off"
-        alike = [one for ck, one in self._traces if ck == key and one.grid[1:] == grid.grid[1:]]
-        lengths = {one.frames for one in alike}
-        if grid.frames in lengths or not lengths:
+        known = {one.video_tokens: one for checks, one in self._traces if checks == key}
+        if grid.video_tokens in known or not known:
             return self._trace(checkpointing, grid)[0]
-        if len(lengths) == 1:
-            [only] = lengths
-            lengths.add(max(1, only // 2) if only > 1 else 2)
-        low, high = (replace(grid, frames=find(lengths)) for find in (min, max))
+        if len(known) == 1:
+            [only] = known.values()
+            other = replace(only, frames=max(1, only.frames // 2) if only.frames > 1 else 2)
+            known[other.video_tokens] = other
+        low, high = known[min(known)], known[max(known)]
         first, second = (self._trace(checkpointing, one)[0] for one in (low, high))
-        return first.towards(second, (grid.frames - low.frames) / (high.frames - low.frames))
+        along = grid.video_tokens - low.video_tokens
+        return first.towards(second, along / (high.video_tokens - low.video_tokens))
 
-    def _stage(
-        self, frames: int, height: int, width: int, steps: int, devices: Sequence[_Device]
-    ) -> Stage:
-        grid = self._grid(frames, height, width)
+    def _stage(self, size: Size, steps: int, devices: Sequence[_Device]) -> Stage:
+        grid = self._grid(size)
         trace, density = self._trace(self.setting.checkpointing, grid)
         times = self.config.gradient_accumulation
         seconds = {}
@@ -496,11 +532,9 @@ class _Forecaster:
             one = device.seconds(trace)
             seconds[device.name] = Range(times * one.low, times * one.high, one.source)
         memory = self.memory(self.setting, grid, shared=any(d.shares_host for d in devices))
-        return Stage(frames, height, width, steps, grid.video_tokens, density, memory, seconds)
+        return Stage(*size, steps, grid.video_tokens, density, memory, seconds)
 
-    def memory(
-        self, setting: Setting, grid: VideoShape, *, shared: bool = False
-    ) -> StageMemory:
+    def memory(self, setting: Setting, grid: VideoShape, *, shared: bool = False) -> StageMemory:
         """Bytes of a step with other options, at its worst moment."""
         trace = self._memory_trace(setting.checkpointing, grid)
         weights, adapter = self.weights(setting, shared=shared), self._adapter(setting)
@@ -528,34 +562,38 @@ class _Forecaster:
         moments = OWN_OPTIMIZERS.get(setting.optimizer, OWN_OPTIMIZERS["adamw"])
         return round(self.trainable * (copies + moments / MOMENTS))
 
-    def _sampling(self, setting: Setting, frames: int) -> int:
+    def _beside(self, setting: Setting) -> int:
+        """Bytes of the models beside a video that is sampled: this one, the LoRA and what keeps
+        it, and another transformer of the pipeline."""
+        others = [part.size for part in self.parts if part.name.startswith("transformer_")]
+        return self.weights(setting) + self._adapter(setting, sampling=True) + sum(others)
+
+    def _sampling(self, setting: Setting, size: Size) -> int:
         """Bytes while a validation video is sampled: forward passes without gradients."""
-        grid = self._grid(frames, self.config.height, self.config.width)
-        trace = self._memory_trace("on", grid)
+        trace = self._memory_trace("on", self._grid(size))
         _, samples = calls_of(self.subject, None)
-        most = max(
-            part.segment.peak - sum(_kept_before(trace, i))
-            for i, part in enumerate(trace.parts)
-            if part.kind == FORWARD
-        )
-        held = self.weights(setting) + self.weights.copies(setting, back=False)
+        kept, most = 0, 0
+        for part in trace.parts:
+            if part.kind == FORWARD:
+                most = max(most, part.segment.peak - kept)
+                kept += part.segment.after - part.segment.before
         latents = samples * (most + trace.batch) // self.config.batch_size
-        return held + self._adapter(setting, sampling=True) + latents
+        return self._beside(setting) + self.weights.copies(setting, back=False) + latents
 
-    def _decoding(self, setting: Setting, frames: int) -> int | None:
+    def _decoding(self, setting: Setting, size: Size) -> int | None:
         """Bytes while a video is decoded beside the model."""
-        made = self._autoencoder(frames, "decode")
-        if made is None:
-            return None
-        return self.weights(setting) + self._adapter(setting, sampling=True) + made
+        made = self._autoencoder(size, "decode")
+        return None if made is None else self._beside(setting) + made
 
-    def _caching(self, frames: int) -> int | None:
-        """Bytes while captions or clips are encoded, before the model is on the device."""
-        made = self._autoencoder(frames, "encode")
+    def _caching(self, setting: Setting, size: Size) -> int | None:
+        """Bytes while captions or clips are encoded. A base that a library quantises is on the
+        device already."""
+        made = self._autoencoder(size, "encode")
         texts = sum(part.size for part in self.parts if part.is_encoder)
-        return None if made is None else max(made, texts)
+        there = self.weights(setting._replace(swap=0)) if setting.base in QUANTISED else 0
+        return None if made is None else there + max(made, texts)
 
-    def _autoencoder(self, frames: int, way: str) -> int | None:
+    def _autoencoder(self, size: Size, way: str) -> int | None:
         """Bytes of the autoencoder in float32, and of what it makes of a clip.
 
         Args:
@@ -564,39 +602,43 @@ class _Forecaster:
         vae = next((part for part in self.parts if part.name == "vae"), None)
         if vae is None or vae.model is None:
             return None
+        whole = self._grid(self._longest)
         if way not in self._coded:
             trace = encoding if way == "encode" else decoding
             works = [
-                trace(vae, self.subject, replace(self._longest, frames=length), torch.float32)
+                trace(vae, self.subject, replace(whole, frames=length), torch.float32)
                 for length in CODED
             ]
             self._coded[way] = [None if work is None else work.peak for work in works]
         short, longer = self._coded[way]
         if short is None or longer is None:
             return None
-        length = self._grid(frames, self.config.height, self.config.width).frames
-        times = (length - CODED[0]) / (CODED[1] - CODED[0])
-        return _size(vae.model) + round(max(short, short + times * (longer - short)))
+        grid = self._grid(size)
+        times = (grid.frames - CODED[0]) / (CODED[1] - CODED[0])
+        picture = math.prod(grid.grid[1:]) / math.prod(whole.grid[1:])
+        return _size(vae.model) + round(picture * max(short, short + times * (longer - short)))
 
-    def _peak(self, setting: Setting, shared: bool, most: int | None = None) -> tuple[int, str]:
+    def _peak(
+        self, setting: Setting, shared: bool, limit: Callable[[Size], Size] = lambda size: size
+    ) -> tuple[int, str]:
         """Bytes on a device at most, and the moment.
 
         Args:
             shared: the device's memory is the host's.
-            most: frames that no clip has more of.
+            limit: makes the sizes of clips smaller.
         """
         found: list[tuple[int, str]] = []
-        for frames, height, width, _ in self._clips(most):
-            memory = self.memory(setting, self._grid(frames, height, width), shared=shared)
-            size = memory.total + shared * memory.host
-            found.append((size, f"a step at {frames} frames"))
-        frames = min(self._validated, most or self._validated)
+        for size, _ in self._clips():
+            memory = self.memory(setting, self._grid(limit(size)), shared=shared)
+            needed = memory.in_one if shared else memory.total
+            found.append((needed, f"a step at {size.frames} frames"))
         if self.config.validate_every:
             extra = shared * self.weights.waiting(setting)
-            found.append((self._sampling(setting, frames) + extra, "sampling"))
-            if (decoded := self._decoding(setting, frames)) is not None:
+            size = limit(self._validated)
+            found.append((self._sampling(setting, size) + extra, "sampling"))
+            if (decoded := self._decoding(setting, size)) is not None:
                 found.append((decoded + extra, "decoding"))
-        if (cached := self._caching(min(self.config.longest, most or frames))) is not None:
+        if (cached := self._caching(setting, limit(self._longest))) is not None:
             found.append((cached, "caching the clips"))
         return max(found)
 
@@ -667,22 +709,39 @@ class _Forecaster:
                 before, now = now, now._replace(**{field: getattr(setting, field)})
                 totals.append(self._peak(now, shared)[0])
                 changes += now.changes(before)
-        frames = None if memory is None else self._frames(setting, shared, memory)
-        return Advice(tuple(changes), tuple(totals), fits, frames)
+        smaller: dict[str, Any] = {}
+        if memory is not None:
+            smaller["frames"] = self._frames(setting, shared, memory)
+            smaller["sides"] = self._sides(setting, shared, memory)
+        return Advice(tuple(changes), tuple(totals), fits, **smaller)
 
     def _frames(self, setting: Setting, shared: bool, memory: int) -> int | None:
         """Most frames that fit; None where not even one does."""
-        counts = range(1, self._longest.frames + 1)
-        fitting = bisect_right(
-            counts,
-            memory,
-            key=lambda count: self._peak(setting, shared, self.subject.frames(count))[0],
-        )
+
+        def needed(count: int) -> int:
+            most = self.subject.frames(count)
+            limit = lambda size: size._replace(frames=min(size.frames, most))  # noqa: E731
+            return self._peak(setting, shared, limit)[0]
+
+        counts = range(1, self._grid(self._longest).frames + 1)
+        fitting = bisect_right(counts, memory, key=needed)
         return self.subject.frames(fitting) if fitting else None
 
-    @property
-    def _longest(self) -> VideoShape:
-        return self._grid(self.config.longest, self.config.height, self.config.width)
+    def _sides(self, setting: Setting, shared: bool, memory: int) -> tuple[int, int] | None:
+        """Largest height and width of the same aspect, nearly, that fit at the full length; None
+        where none do."""
+        step = math.lcm(PIXELS, self.subject.spatial * self.subject.patch[1])
+
+        def scaled(size: Size, times: int) -> Size:
+            sides = (max(1, round(side * times / counts[-1] / step)) * step for side in size[1:])
+            return Size(size.frames, *sides)
+
+        def needed(times: int) -> int:
+            return self._peak(setting, shared, lambda size: scaled(size, times))[0]
+
+        counts = range(1, self._longest.height // step + 1)
+        fitting = bisect_right(counts, memory, key=needed)
+        return scaled(self._longest, fitting)[1:] if fitting else None
 
 
 CODED = (FEW, MORE)  # frames of tokens that the autoencoder is traced at
@@ -764,10 +823,3 @@ def _moments(trace: StepTrace, *, offload: bool) -> Iterator[_Moment]:
             stack.append(net)
         else:
             outside += net
-
-
-def _kept_before(trace: StepTrace, index: int) -> Iterator[int]:
-    """Bytes that the blocks before a part leave behind."""
-    for part in trace.parts[:index]:
-        if part.kind == FORWARD:
-            yield part.segment.after - part.segment.before

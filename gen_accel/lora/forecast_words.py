@@ -97,14 +97,16 @@ def verdict(one: Verdict, plan: TrainingPlan) -> str:
     if advice is None:
         return said
     steps = [
-        f"{change} {gigabytes(size)}"
+        f"{change}: {gigabytes(size)}"
         for change, size in zip(advice.changes, advice.totals, strict=True)
     ]
     if advice.fits:
         return f"{said}. Turn on: " + ", then ".join(steps) + f", which fits; {hours}"
     tried = f"; with {', '.join(steps)}" if steps else ""
-    if advice.frames is not None:
-        return f"{said}{tried}: still no. It fits with stages of at most {advice.frames} frames"
+    smaller = [f"stages of at most {advice.frames} frames"] if advice.frames else []
+    smaller += [f"{advice.sides[0]} x {advice.sides[1]} pixels"] if advice.sides else []
+    if smaller:
+        return f"{said}{tried}: still no. With all of them it fits with {' or '.join(smaller)}"
     return f"{said}{tried}: still no, at any length: lower height and width"
 
 

@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-
 BACKWARD = 2.5  # products of attention's backward pass over those of its forward pass
 
 
