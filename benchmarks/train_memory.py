@@ -15,11 +15,13 @@ each option take turns in one process, and the least of the rounds counts.
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +29,7 @@ from typing import Any
 
 import torch
 from memory import peak_memory
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gen_accel.attention_processors.families import family_of
 from gen_accel.files import write_json
@@ -48,6 +51,10 @@ BEGIN, END = "<!-- train memory -->", "<!-- /train memory -->"
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 CONFIG = {"patch_size": (1, 2, 2), "attention_head_dim": 128}
 MODELS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        **{"patch_size": (1, 2, 2), "num_attention_heads": 4, "attention_head_dim": 32},
+        **{"ffn_dim": 512, "num_layers": 4, "text_dim": 64, "freq_dim": 64},
+    },
     "wan_1_3b": CONFIG | {"num_attention_heads": 6, "ffn_dim": 4480, "num_layers": 4},
     "wan_14b": CONFIG | {"num_attention_heads": 20, "ffn_dim": 6912, "num_layers": 3},
 }
@@ -84,8 +91,9 @@ def measure(kind: str, option: str, tokens: int, folder: Path, layers: int) -> d
     chosen, config = _config(kind, option, tokens, folder, layers)
     planned = _planned(config)
     size = planned.in_one
-    with _resident() as used, _recorded() as recorded:
-        run = _run(config, chosen)
+    with peak_memory(torch.device("cpu")) as used, _recorded() as recorded:
+        run = _run(config, _model(config, chosen))
+        recorded["before"] = _alive()
         with torch.profiler.record_function(STEPS):
             trained = run.go(False)
     peak = recorded["peak"]
@@ -106,7 +114,8 @@ STEPS = "steps of the training"
 
 @contextmanager
 def _recorded() -> Iterator[dict[str, int]]:
-    """Bytes that torch's allocator held at most during the steps, from what it held before."""
+    """Bytes that tensors held at most during the steps, with those "before" them, which the caller
+    counts. What loading allocates in threads of its own, the profiler does not see in whole."""
     found: dict[str, int] = {}
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
@@ -116,18 +125,31 @@ def _recorded() -> Iterator[dict[str, int]]:
     events: list[Any] = profiler.profiler.kineto_results.events()
     [steps] = [event for event in events if event.name() == STEPS]
     start, end = steps.start_ns(), steps.start_ns() + steps.duration_ns()
-    held = 0
+    held = found["before"]
     sizes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     for at, size in sorted(sizes, key=lambda one: one[0]):
-        held += size
         if start <= at <= end:
+            held += size
             found["peak"] = max(found.get("peak", 0), held)
 
 
-@contextmanager
-def _resident() -> Iterator[dict[str, float]]:
-    with peak_memory(torch.device("cpu")) as used:
-        yield used
+def _alive() -> int:
+    """Bytes of all tensors that there are."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of deprecated objects that are only looked at
+        tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    inner = [part for x in tensors for part in _parts(x)]
+    sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in inner}
+    return sum(sizes.values())
+
+
+def _parts(x: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that a tensor consists of."""
+    if not is_traceable_wrapper_subclass(x):
+        return [x]
+    names, _ = x.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(x, name))]
 
 
 def _config(
@@ -159,9 +181,8 @@ def _planned(config: TrainConfig) -> Any:
     return max((stage.memory for stage in plan.stages), key=lambda memory: memory.in_one)
 
 
-def _run(config: TrainConfig, chosen: dict[str, Any]) -> Run:
-    """A training of a model with random weights, on clips of noise."""
-    transformer = _model(config, chosen)
+def _run(config: TrainConfig, transformer: Any) -> Run:
+    """A training on clips of noise."""
     lengths = sorted({stage.frames for stage in config.curriculum})
     model = Model(transformer, None, lambda n: (n - 1) // 4 + 1, None, 5.0)
     size = (2 * ROWS, 2 * COLUMNS)
@@ -180,7 +201,10 @@ def _model(config: TrainConfig, chosen: dict[str, Any]) -> Any:
     if config.base in ("int8", "nf4"):
         model.save_pretrained(Path(config.model) / "transformer")
         del model
-        return load_quantised(kind, config.model, config, dtype, torch.device("cpu"))
+        gc.collect()
+        model = load_quantised(kind, config.model, config, dtype, torch.device("cpu"))
+        gc.collect()  # what it was loaded from
+        return model
     return cast(model, dtype)
 
 

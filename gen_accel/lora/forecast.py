@@ -51,10 +51,7 @@ BYTES = {
     "nf4": 0.5 + 4 / 64,
 }  # of a weight, with its share of scales
 QUANTISED = ("int8", "nf4")  # by a library, while the model is loaded
-COPIED = (
-    "bf16",
-    "fp8",
-)  # bases of which a copy of a whole block's weights is made for its gradient
+COPIED = ("bf16", "fp8", "int8")  # a block's weights are all cast, and kept for its gradient
 
 
 class Size(NamedTuple):
