@@ -19,6 +19,7 @@ from gen_accel.attention_processors.families import family_of
 from gen_accel.lora.memory import held_by_casting
 
 STORED = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}
+NF4_BLOCK = 64  # weights with a scale of their own
 # Parts of names whose layers steer others: they stay as they are, as in diffusers' own casting.
 KEPT = ("norm", "pos_embed", "patch_embed", "lora_", ".processor.", "image_adapter")
 
@@ -33,13 +34,14 @@ def cast_base(transformer: Any, config: Any) -> None:
         return
     from diffusers.hooks import apply_layerwise_casting
 
+    computed = compute_dtype(transformer)
     patterns = tuple(pattern.replace(".", r"\.") for pattern in KEPT)
     for name in block_names(transformer):
         block = transformer.get_submodule(name)
         apply_layerwise_casting(
             block,
             STORED[config.base],
-            compute_dtype(transformer),
+            computed,
             skip_modules_pattern=patterns,
             skip_modules_classes=(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm),
         )
@@ -70,6 +72,19 @@ def linear_names(transformer: nn.Module) -> list[str]:
     ]
 
 
+def held_names(transformer: nn.Module, base: str) -> list[str]:
+    """Names of the linear layers that `base` applies to.
+
+    NF4 leaves out layers whose width is no multiple of its blocks: bitsandbytes' kernel for CPUs
+    (0.50) takes the scales of other blocks there.
+    """
+    names = linear_names(transformer)
+    if base != "nf4":
+        return names
+    layers = {name: transformer.get_submodule(name) for name in names}
+    return [name for name, layer in layers.items() if layer.in_features % NF4_BLOCK == 0]  # pyright: ignore
+
+
 def load_quantised(
     kind: Any, source: str, config: Any, dtype: torch.dtype, device: torch.device
 ) -> Any:
@@ -87,21 +102,19 @@ def load_quantised(
 
     with init_empty_weights():
         hollow = kind.from_config(kind.load_config(source, subfolder=config.part))
-    held = set(linear_names(hollow))
+    held = set(held_names(hollow, config.base))
     kept = [
         name
         for name, module in hollow.named_modules()
         if isinstance(module, nn.Linear) and name not in held
     ]
-    options = {
-        "subfolder": config.part,
-        "torch_dtype": dtype,
-        "device_map": {"": "cpu"},
-    }
+    options = {"subfolder": config.part, "torch_dtype": dtype}
     if config.base == "int8":
         return kind.from_pretrained(source, quantization_config=_int8(kept), **options)
     with _quantising_on(device):
-        return kind.from_pretrained(source, quantization_config=_nf4(kept, dtype), **options)
+        # Named here, as diffusers would take a GPU. torchao would leave out what it names.
+        options |= {"quantization_config": _nf4(kept, dtype), "device_map": {"": "cpu"}}
+        return kind.from_pretrained(source, **options)
 
 
 def _int8(kept: list[str]) -> Any:

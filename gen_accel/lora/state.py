@@ -170,7 +170,7 @@ class TrainingState:
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         if self._is_deepspeed:  # holds its tensors privately
             return {}
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, parameter in zip(self.names, self.parameters(), strict=True):
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
@@ -179,7 +179,7 @@ class TrainingState:
             for key, value in group.items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer group/{i}/{key}"] = whole(value)
-        return tensors
+        return _apart(tensors)
 
     def _optimizer_numbers(self) -> dict[str, Any]:
         """Collect what an optimizer counts in plain numbers, per parameter and per group.
@@ -215,7 +215,7 @@ class TrainingState:
                     group[key] = held.to(value.device)
             group.update(numbers.get("optimizer_groups", {i: {}})[i])
         each = numbers.get("optimizer_numbers", {})
-        is_older = "optimizer_groups" not in numbers and self.config.optimizer != "adamw"
+        is_older = "optimizer_groups" not in numbers and self.config.optimizer == "adamw8bit"
         for name, parameter in zip(self.names, self.parameters(), strict=True):
             prefix = f"optimizer/{name}/"
             for key, value in tensors.items():
@@ -244,6 +244,17 @@ def _like(parameter: Any, value: Tensor) -> Any:
     return distribute_tensor(
         value.to(parameter.device), parameter.device_mesh, parameter.placements
     )
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share their memory with another, such as tables of an 8-bit optimizer."""
+    seen: set[int] = set()
+    for name, x in tensors.items():
+        place = x.untyped_storage().data_ptr()
+        if place in seen:
+            tensors[name] = x.clone()
+        seen.add(place)
+    return tensors
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

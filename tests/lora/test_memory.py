@@ -5,9 +5,8 @@ import weakref
 import pytest
 import torch
 from peft import LoraConfig
-from support import finetuning as ft
-from support import hunyuan, wan
-from support.runs import state
+from support import wan
+from support.families_to_train import FAMILIES, assert_equal, gradients, trained
 from torch import nn
 
 from gen_accel.lora import activations, swapping
@@ -18,45 +17,9 @@ LOW = {"method": "radial", "settings": (), "stages": ("9:2",), "checkpoint_every
 ON = LOW | {"gradient_checkpointing": "on"}
 
 
-class HunyuanClips(ft.Clips):
-    """Clips for the tiny HunyuanVideo."""
-
-    def latents(self, index, frames):
-        return super().latents(index, frames)[: hunyuan.CHANNELS]
-
-    def conditions(self, index):
-        given = hunyuan.inputs(1, 4, 8, lengths=(5 + index % 3,))
-        names = "encoder_hidden_states", "encoder_attention_mask", "pooled_projections"
-        return {name: given[name][0] for name in names}
-
-    @property
-    def empty(self):
-        return self.conditions(99)
-
-
-FAMILIES = {
-    "wan": (lambda: wan.transformer(num_layers=4), ft.Clips),
-    "hunyuan": (hunyuan.transformer, HunyuanClips),
-}
-
-
 @pytest.fixture(params=[*FAMILIES])
 def family(request):
     return request.param
-
-
-def trained(out, family="wan", resume=False, transformer=None, **fields):
-    """Tensors of the state after a training."""
-    made, clips = FAMILIES[family]
-    model = ft.model(transformer=transformer or made())
-    ft.train(ft.config(out, **fields), clips(), model=model, resume=resume)
-    return state(out).tensors
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
-    assert any(x.abs().max() > 0 for name, x in a.items() if "lora_B" in name)
 
 
 class TestSameBits:
@@ -91,14 +54,6 @@ def with_lora(family="wan"):
     lora = LoraConfig(r=4, target_modules=["to_q", "to_out.0"], init_lora_weights=False)
     transformer.add_adapter(lora)
     return transformer.train()
-
-
-def gradients(family, transformer):
-    if family == "hunyuan":
-        return hunyuan.gradients(transformer, 3, 4, 8)
-    transformer.zero_grad()
-    wan.forward(transformer, 3, 4, 8).square().mean().backward()
-    return {name: p.grad for name, p in transformer.named_parameters() if p.grad is not None}
 
 
 class TestSwapping:

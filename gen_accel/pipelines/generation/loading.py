@@ -143,6 +143,8 @@ def load(
     check_index(index, source)
     name = index["_class_name"] if given is None else _chosen(index, source, given)
     kind: Any = DiffusionPipeline if name == index["_class_name"] else pipeline_class(name)
+    if parts:  # of which the base class would load again what a pipeline can do without
+        kind = pipeline_class(name)
     with warnings.catch_warnings(), _one_line(model):
         # Newer diffusers call it `dtype`; older ones ignore that.
         warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
