@@ -21,9 +21,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +79,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "piecewise": {"method": "piecewise"},
     "2 clips": {"batch_size": 2},
     "2 micro-steps": {"gradient_accumulation": 2},
-    "two stages": {"stages": ("short", "long")},
+    "two stages": {"stages": ("half", "whole")},
     "offload, nf4, swap 3": {
         "gradient_checkpointing": "offload",
         "base": "nf4",
         "blocks_to_swap": 3,
     },
 }
+# Accelerate has one count of micro-steps for all trainings of a process.
+UNTIMED = ("2 micro-steps",)
 
 
 def measure(kind: str, option: str, tokens: int, folder: Path, layers: int) -> dict[str, Any]:
@@ -107,6 +111,24 @@ def measure(kind: str, option: str, tokens: int, folder: Path, layers: int) -> d
         "planned": planned.to_dict(),
         "losses": trained.losses,
     }
+
+
+def seconds(kind: str, option: str, tokens: int, folder: Path, args: Any) -> dict[str, Any]:
+    """Processor seconds of a step by default and with one set of options, which take turns."""
+    runs: dict[str, Run] = {}
+    for name in dict.fromkeys(("default", option)):
+        chosen, config = _config(kind, name, tokens, folder / name, args.layers)
+        runs[name] = _run(replace(config, stages=config.stages[-1:]), _model(config, chosen))
+        runs[name].out.mkdir(parents=True, exist_ok=True)
+    least: dict[str, float] = {}
+    for turn in range(args.rounds + 1):  # the first does not count
+        for name, run in runs.items():
+            start = time.process_time()
+            run._step(turn % run.config.total_steps)
+            taken = time.process_time() - start
+            if turn:
+                least[name] = min(taken, least.get(name, taken))
+    return {"default_seconds": least["default"], "seconds": least[option]}
 
 
 STEPS = "steps of the training"
@@ -234,27 +256,75 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)
             row = measure(args.model, option, int(tokens), place, args.layers)
+            if args.rounds and option not in UNTIMED:
+                row |= seconds(args.model, option, int(tokens), place, args)
         write_json(args.out, row)
         return
     rows = []
     for tokens in args.tokens:
         for option in args.only or OPTIONS:
-            rows.append(_in_a_process(args, option, tokens))
-            row = rows[-1]
+            row = _in_a_process(args, option, tokens)
+            rows.append({"model": args.model} | row)
             print(
                 f"{tokens} tokens, {option}: planned {row['planned_mb']:.0f} MB, measured "
                 f"{row['measured_mb']:.0f} MB ({row['error']:+.1%}), resident "
                 f"{row['resident_mb']:.0f} MB",
                 flush=True,
             )
-    write_json(args.out, {"environment": environment(), "model": args.model, "rows": rows})
+    if args.out.exists():  # rows of other models, sizes and options stay
+        new = {_key(row) for row in rows}
+        held = json.loads(args.out.read_text())["rows"]
+        rows = [row for row in held if _key(row) not in new] + rows
+    results = {"environment": environment() | {"threads": args.threads}, "rows": rows}
+    write_json(args.out, results)
+    print(args.out, table(results), sep="\n\n")
+    if args.out == RESULTS:
+        write_page(results)
+
+
+def _key(row: dict[str, Any]) -> tuple[str, int, str]:
+    return row["model"], row["tokens"], row["option"]
+
+
+def table(results: dict[str, Any]) -> str:
+    """Results as Markdown."""
+    head = ("model", "tokens", "options", "planned, MB", "measured, MB", "error")
+    rows = [(*head, "resident, MB", "step, s", "of default"), ("---", *["---:"] * 8)]
+    for row in results["rows"]:
+        timed = "seconds" in row
+        cells = (
+            f"{row['planned_mb']:.0f}",
+            f"{row['measured_mb']:.0f}",
+            f"{row['error']:+.1%}",
+            f"{row['resident_mb']:.0f}",
+            f"{row['seconds']:.1f}" if timed else "",
+            f"{row['seconds'] / row['default_seconds']:.2f}" if timed else "",
+        )
+        rows.append((row["model"], f"{row['tokens']:,}", row["option"], *cells))
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    known = results["environment"]
+    machine = f"{known['device']}, {known['threads']} thread, torch {known['torch']}"
+    return "\n".join([*lines, "", f"{machine}."])
+
+
+def write_page(results: dict[str, Any]) -> None:
+    head, _, rest = PAGE.read_text().partition(f"{BEGIN}\n")
+    _, _, tail = rest.partition(END)
+    PAGE.write_text(f"{head}{BEGIN}\n{table(results)}\n{END}{tail}")
 
 
 def _in_a_process(args: argparse.Namespace, option: str, tokens: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
         cell = ["--cell", option, str(tokens), "--out", str(out), "--model", args.model]
-        cell += ["--layers", str(args.layers), "--threads", str(args.threads)]
+        cell += [
+            "--rounds",
+            str(args.rounds),
+            "--layers",
+            str(args.layers),
+            "--threads",
+            str(args.threads),
+        ]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(args.threads))
         env = os.environ | ENVIRONMENT | threads
         subprocess.run([sys.executable, __file__, *cell], env=env, check=True)

@@ -29,7 +29,7 @@ from gen_accel.demo import model_named
 from gen_accel.lora.base import block_names, linear_names
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.size import check_adapter
-from gen_accel.lora.step_trace import BACK, DTYPES, FORWARD, StepTrace, StepTracer
+from gen_accel.lora.step_trace import BACK, DTYPES, FORWARD, Casting, StepTrace, StepTracer
 from gen_accel.lora.swapping import RESIDENT
 from gen_accel.measure.cards import Range, card_named, share_of_peak
 from gen_accel.measure.efficiency import known_efficiency
@@ -51,7 +51,8 @@ BYTES = {
     "nf4": 0.5 + 4 / 64,
 }  # of a weight, with its share of scales
 QUANTISED = ("int8", "nf4")  # by a library, while the model is loaded
-COPIED = ("bf16", "fp8", "int8")  # a block's weights are all cast, and kept for its gradient
+# torch keeps the cast weights of a layer until its gradient is there; bitsandbytes casts again.
+CASTING: dict[str, Casting] = {"bf16": "kept", "fp8": "kept", "int8": "kept", "nf4": "again"}
 
 
 class Size(NamedTuple):
@@ -96,7 +97,7 @@ class StageMemory:
     """Bytes on the device at the moment of a step that needs most.
 
     Args:
-        weights: of the model, as they are held, and copies of them that computing needs.
+        weights: of the model, as they are held.
         adapter: LoRA, its average, gradients that are there, optimizer.
         kept: of the other blocks, for their backward pass.
         block: of the block under way.
@@ -370,18 +371,9 @@ class _Weights:
         """Bytes that wait in the host's memory."""
         return sum(self._waiting(setting))
 
-    def copies(self, setting: Setting, *, back: bool) -> int:
-        """Bytes of weights that are cast for computing, at most.
-
-        Args:
-            back: while a block's gradient is computed, for which its weights are kept.
-        """
-        if self._bytes(setting.base) == self.itemsize:
-            return 0
-        whole = back and setting.base in COPIED
-        return max(
-            self.itemsize * (block.linear if whole else block.largest) for block in self.blocks
-        )
+    def casting(self, base: str | None) -> Casting:
+        """How weights are cast to compute with."""
+        return "none" if self._bytes(base) == self.itemsize else CASTING[base or ""]
 
     @property
     def most_swapped(self) -> int:
@@ -436,12 +428,11 @@ class _Forecaster:
         self.sides = _sides_of(config)
         check_adapter(config, self.subject.model)
         self.method = method_from(config.method, config.settings)
-        self._tracers: dict[bool, StepTracer] = {}
-        self._traces: dict[tuple[bool, VideoShape], tuple[StepTrace, float]] = {}
+        self._tracers: dict[_Way, StepTracer] = {}
+        self._traces: dict[tuple[_Way, VideoShape], tuple[StepTrace, float]] = {}
         self._coded: dict[str, list[int | None]] = {}
-        tracer = self._tracer(checkpointing=True)
         self.weights = _Weights(self.subject.model, self.dtype)
-        self.trainable = tracer.all_trainable
+        self.trainable = self._tracer(self._way(self.setting)).all_trainable
 
     def plan(self, devices: Sequence[_Device]) -> TrainingPlan:
         stages = [self._stage(*one, devices) for one in self._clips()]
@@ -485,44 +476,44 @@ class _Forecaster:
     def _longest(self) -> Size:
         return max((size for size, _ in self._clips()), key=math.prod)
 
-    def _tracer(self, *, checkpointing: bool) -> StepTracer:
-        if checkpointing not in self._tracers:
-            self._tracers[checkpointing] = StepTracer(
-                self.subject, self.config, checkpointing=checkpointing
-            )
-        return self._tracers[checkpointing]
+    def _way(self, setting: Setting) -> "_Way":
+        return _Way(setting.checkpointing != "off", self.weights.casting(setting.base))
 
-    def _trace(self, checkpointing: str, grid: VideoShape) -> tuple[StepTrace, float]:
+    def _tracer(self, way: "_Way") -> StepTracer:
+        if way not in self._tracers:
+            options: dict[str, Any] = way._asdict()
+            self._tracers[way] = StepTracer(self.subject, self.config, **options)
+        return self._tracers[way]
+
+    def _trace(self, way: "_Way", grid: VideoShape) -> tuple[StepTrace, float]:
         """A step at a grid, and the share of the pairs that a sparse layer computes."""
-        key = checkpointing != "off", grid
+        key = way, grid
         if key not in self._traces:
             _, computed, _ = densities_of(self.method, self.subject.seen(grid))
-            made = self._tracer(checkpointing=key[0]).trace(grid, computed)
-            self._traces[key] = made, computed
+            self._traces[key] = self._tracer(way).trace(grid, computed), computed
         return self._traces[key]
 
     def _grid(self, size: Size) -> VideoShape:
         return self.subject.grid(size.height, size.width, size.frames)
 
-    def _memory_trace(self, checkpointing: str, grid: VideoShape) -> StepTrace:
+    def _memory_trace(self, way: "_Way", grid: VideoShape) -> StepTrace:
         """A step at a grid, for its memory alone: at other sizes than the stages' it lies on the
         line through two of them, as all memory grows with the tokens."""
-        key = checkpointing != "off"
-        known = {one.video_tokens: one for checks, one in self._traces if checks == key}
+        known = {one.video_tokens: one for other, one in self._traces if other == way}
         if grid.video_tokens in known or not known:
-            return self._trace(checkpointing, grid)[0]
+            return self._trace(way, grid)[0]
         if len(known) == 1:
             [only] = known.values()
             other = replace(only, frames=max(1, only.frames // 2) if only.frames > 1 else 2)
             known[other.video_tokens] = other
         low, high = known[min(known)], known[max(known)]
-        first, second = (self._trace(checkpointing, one)[0] for one in (low, high))
+        first, second = (self._trace(way, one)[0] for one in (low, high))
         along = grid.video_tokens - low.video_tokens
         return first.towards(second, along / (high.video_tokens - low.video_tokens))
 
     def _stage(self, size: Size, steps: int, devices: Sequence[_Device]) -> Stage:
         grid = self._grid(size)
-        trace, density = self._trace(self.setting.checkpointing, grid)
+        trace, density = self._trace(self._way(self.setting), grid)
         times = self.config.gradient_accumulation
         seconds = {}
         for device in devices:
@@ -533,17 +524,15 @@ class _Forecaster:
 
     def memory(self, setting: Setting, grid: VideoShape, *, shared: bool = False) -> StageMemory:
         """Bytes of a step with other options, at its worst moment."""
-        trace = self._memory_trace(setting.checkpointing, grid)
+        trace = self._memory_trace(self._way(setting), grid)
         weights, adapter = self.weights(setting, shared=shared), self._adapter(setting)
         moments = list(_moments(trace, offload=setting.checkpointing == "offload"))
         accumulates = self.config.gradient_accumulation > 1
         found = []
         for moment in moments:
-            back = moment.kind == BACK
-            copies = self.weights.copies(setting, back=back) if moment.is_block else 0
             grads = self.trainable if accumulates else moment.grads
             made = StageMemory(
-                weights=weights + copies,
+                weights=weights,
                 adapter=adapter + grads,
                 kept=moment.kept,
                 block=moment.block,
@@ -567,7 +556,8 @@ class _Forecaster:
 
     def _sampling(self, setting: Setting, size: Size) -> int:
         """Bytes while a validation video is sampled: forward passes without gradients."""
-        trace = self._memory_trace("on", self._grid(size))
+        way = self._way(setting)._replace(checkpointing=True)
+        trace = self._memory_trace(way, self._grid(size))
         _, samples = calls_of(self.subject, None)
         kept, most = 0, 0
         for part in trace.parts:
@@ -575,7 +565,7 @@ class _Forecaster:
                 most = max(most, part.segment.peak - kept)
                 kept += part.segment.after - part.segment.before
         latents = samples * (most + trace.batch) // self.config.batch_size
-        return self._beside(setting) + self.weights.copies(setting, back=False) + latents
+        return self._beside(setting) + latents
 
     def _decoding(self, setting: Setting, size: Size) -> int | None:
         """Bytes while a video is decoded beside the model."""
@@ -778,16 +768,16 @@ COSTS = (
 ORDER = ("checkpointing", "optimizer", "base", "swap")
 
 
+class _Way(NamedTuple):
+    """What a trace depends on, beside the config: see `StepTracer`."""
+
+    checkpointing: bool
+    casting: Casting
+
+
 class _Moment(NamedTuple):
-    """Bytes at the worst moment of a part of a step, beside the weights.
+    """Bytes at the worst moment of a part of a step, beside the weights."""
 
-    Args:
-        kind: of the part.
-        is_block: whether it is within a block.
-    """
-
-    kind: str
-    is_block: bool
     kept: int
     block: int
     outside: int
@@ -809,9 +799,7 @@ def _moments(trace: StepTrace, *, offload: bool) -> Iterator[_Moment]:
         is_block = part.kind in (FORWARD, BACK)
         there = min(kept, max(stack, default=0)) if offload else kept
         beside = outside if is_block else outside + rise
-        yield _Moment(
-            part.kind, is_block, there, rise * is_block, beside, grads, (kept - there) * offload
-        )
+        yield _Moment(there, rise * is_block, beside, grads, (kept - there) * offload)
         if part.kind == BACK:
             kept += net - part.grads
             grads += part.grads

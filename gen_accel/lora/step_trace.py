@@ -17,9 +17,10 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -30,6 +31,7 @@ from gen_accel.attention_processors.families import family_for
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.lora.adapters import active
 from gen_accel.lora.artefact import target_modules
+from gen_accel.lora.base import linear_names
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.objective import Objective
 from gen_accel.measure.forecast import are_alike
@@ -41,6 +43,8 @@ from gen_accel.video import VideoShape
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORWARD, BACK = "forward", "backward"
+# Not at all; to a copy that autograd keeps until the gradient is there; or anew for the gradient.
+Casting = Literal["none", "kept", "again"]
 STATS = 3  # numbers in fp32 that a sparse kernel keeps of a query
 
 
@@ -99,9 +103,17 @@ class StepTracer:
         subject: the model, on the meta device in the dtype that it trains in. It stays as it is.
         config: of the training; the sizes of its stages are not read.
         checkpointing: whether blocks are computed again in the backward pass.
+        casting: how the weights of the blocks' linear layers are cast to compute with.
     """
 
-    def __init__(self, subject: Subject, config: TrainConfig, *, checkpointing: bool) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        config: TrainConfig,
+        *,
+        checkpointing: bool,
+        casting: Casting = "none",
+    ) -> None:
         self.config, self.subject = config, subject
         self.family: Any = family_for(subject.model, "training")
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -112,6 +124,10 @@ class StepTracer:
         sparse = not parts_of(method).is_dense
         dense = config.dense_layers if sparse else len(subject.blocks)
         cut, self._times, dense = _cut(subject, dense)
+        if casting != "none":
+            for name in linear_names(cut):
+                layer: Any = cut.get_submodule(name)
+                layer.forward = partial(_CASTS[casting], layer)
         _put_lora(cut.requires_grad_(False), config)
         self.transformer = _fake(cut, self._mode)
         stand = _Stand(self) if sparse else method
@@ -222,6 +238,32 @@ class StepTracer:
             if what == FORWARD:
                 parts.append(Part(next(segments), "outside"))
             yield from parts * self._times.get(name, 1)
+
+
+def _with_copy(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Run a linear layer by a copy of its weights."""
+    return F.linear(x, layer.weight.clone(), layer.bias)
+
+
+class _Dequantised(torch.autograd.Function):
+    """A linear layer whose weights are copied for each product, as bitsandbytes' are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        ctx.dtype = x.dtype
+        return F.linear(x.to(weight.dtype), weight.clone(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return (grad @ ctx.weight.clone()).to(ctx.dtype), None, None
+
+
+def _dequantised(layer: nn.Linear, x: Tensor) -> Any:
+    return _Dequantised.apply(x, layer.weight, layer.bias)
+
+
+_CASTS = {"kept": _with_copy, "again": _dequantised}
 
 
 class _Stand:
