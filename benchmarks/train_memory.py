@@ -1,6 +1,7 @@
 """Memory and seconds of training steps, planned against measured, on a CPU.
 
     python benchmarks/train_memory.py
+    python benchmarks/train_memory.py --model tiny --tokens 1248
     python benchmarks/train_memory.py --tokens 2080 --only fp8 "swap 2" --out outputs/memory.json
     python benchmarks/train_memory.py --model wan_14b --layers 1 --tokens 8320 33280 --rounds 1
 
@@ -94,10 +95,10 @@ def measure(kind: str, option: str, tokens: int, folder: Path, layers: int) -> d
     """Plan and measure one set of options, in this process."""
     chosen, config = _config(kind, option, tokens, folder, layers)
     planned = _planned(config)
-    size = planned.in_one
+    size, others = planned.in_one, _alive()
     with peak_memory(torch.device("cpu")) as used, _recorded() as recorded:
         run = _run(config, _model(config, chosen))
-        recorded["before"] = _alive()
+        recorded["before"] = _alive() - others
         with torch.profiler.record_function(STEPS):
             trained = run.go(False)
     peak = recorded["peak"]
@@ -109,7 +110,7 @@ def measure(kind: str, option: str, tokens: int, folder: Path, layers: int) -> d
         "error": size / peak - 1,
         "resident_mb": used["mb"],
         "planned": planned.to_dict(),
-        "losses": trained.losses,
+        "steps": len(trained.losses),
     }
 
 
@@ -243,7 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", choices=MODELS, default="wan_1_3b")
     parser.add_argument("--layers", type=int, default=0, help="blocks; 0: as listed")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2080])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1248])
     parser.add_argument("--only", nargs="+", choices=OPTIONS, help="some of the options")
     parser.add_argument("--rounds", type=int, default=2, help="of the seconds; 0: memory alone")
     parser.add_argument("--threads", type=int, default=1)
@@ -260,26 +261,35 @@ def main() -> None:
                 row |= seconds(args.model, option, int(tokens), place, args)
         write_json(args.out, row)
         return
-    rows = []
     for tokens in args.tokens:
         for option in args.only or OPTIONS:
             row = _in_a_process(args, option, tokens)
-            rows.append({"model": args.model} | row)
+            keep({"model": args.model} | row, args)
             print(
                 f"{tokens} tokens, {option}: planned {row['planned_mb']:.0f} MB, measured "
                 f"{row['measured_mb']:.0f} MB ({row['error']:+.1%}), resident "
                 f"{row['resident_mb']:.0f} MB",
                 flush=True,
             )
-    if args.out.exists():  # rows of other models, sizes and options stay
-        new = {_key(row) for row in rows}
-        held = json.loads(args.out.read_text())["rows"]
-        rows = [row for row in held if _key(row) not in new] + rows
+    if args.out == RESULTS:
+        write_page(json.loads(args.out.read_text()))
+
+
+def keep(row: dict[str, Any], args: argparse.Namespace) -> None:
+    """Write a row into the file of results, in the place of an older one."""
+    rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    kept = [one for one in rows if _key(one) != _key(row)]
+    order = [*MODELS], [*OPTIONS]
+    rows = sorted(
+        [*kept, row],
+        key=lambda one: (
+            order[0].index(one["model"]),
+            one["tokens"],
+            order[1].index(one["option"]),
+        ),
+    )
     results = {"environment": environment() | {"threads": args.threads}, "rows": rows}
     write_json(args.out, results)
-    print(args.out, table(results), sep="\n\n")
-    if args.out == RESULTS:
-        write_page(results)
 
 
 def _key(row: dict[str, Any]) -> tuple[str, int, str]:

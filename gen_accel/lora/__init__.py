@@ -11,6 +11,7 @@ from gen_accel.lora.config import Stage, TrainConfig, print_config, read_config
 if TYPE_CHECKING:
     from gen_accel.lora.dry_run import dry_run
     from gen_accel.lora.encode import cache
+    from gen_accel.lora.forecast import TrainingPlan, forecast_training
     from gen_accel.lora.latents import LatentCache
     from gen_accel.lora.trainer import Trained, train
     from gen_accel.lora.upload import Push, push
@@ -21,8 +22,10 @@ __all__ = [
     "Stage",
     "TrainConfig",
     "Trained",
+    "TrainingPlan",
     "cache",
     "dry_run",
+    "forecast_training",
     "print_config",
     "push",
     "read_config",
@@ -34,8 +37,10 @@ _HOMES = {
     "LatentCache": "latents",
     "Push": "upload",
     "Trained": "trainer",
+    "TrainingPlan": "forecast",
     "cache": "encode",
     "dry_run": "dry_run",
+    "forecast_training": "forecast",
     "push": "upload",
     "train": "trainer",
 }
