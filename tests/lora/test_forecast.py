@@ -141,7 +141,8 @@ def test_every_option_says_what_it_changes():
 def test_validation_and_averages_are_counted():
     plain = forecast_training(TrainConfig(**WAN), gpus=["h100"], here=False)
     assert plain.sampling is plain.decoding is None
-    config = TrainConfig(**WAN, validate_every=5, validation_prompts=("a",), ema_decay=0.9)
+    given = {"validate_every": 5, "validation_prompts": ("a",), "ema_decay": 0.9}
+    config = TrainConfig(**WAN | given)
     shown = forecast_training(config, gpus=["h100"], here=False)
     lora = 4 * shown.trainable
     assert shown.stages[0].memory.total - plain.stages[0].memory.total == lora
@@ -151,7 +152,7 @@ def test_validation_and_averages_are_counted():
 
 
 def test_lines_are_as_wide_as_the_terminal():
-    config = TrainConfig(**WAN | {"stages": ("17:1", "33:1")})
+    config = replace(TrainConfig(**WAN), stages=("17:1", "33:1"))
     plan = forecast_training(config, gpus=["4090"], here=False)
     many = replace(plan, stages=plan.stages * 4)
     for width in (80, 120):
@@ -175,8 +176,9 @@ def test_lines_are_as_wide_as_the_terminal():
     ids=str,
 )
 def test_what_is_refused(fields, message):
+    given: dict[str, Any] = WAN | fields
     with pytest.raises(ValueError, match=message):
-        forecast_training(TrainConfig(**WAN | fields), gpus=[], here=False)
+        forecast_training(TrainConfig(**given), gpus=[], here=False)
 
 
 def test_unknown_cards_are_refused():
