@@ -270,6 +270,7 @@ class TestRefusals:
             ({"blocks_to_swap": -1}, "blocks_to_swap must not be negative, got -1"),
             ({"blocks_to_swap": 2}, "blocks_to_swap 2 needs gradient_checkpointing on or offload"),
             ({"base": "fp8"}, "base fp8 needs gradient_checkpointing on or offload"),
+            ({"base": "int8", "adapter": "image_prompt"}, "int8 does not go with adapter image"),
         ],
         ids=str,
     )
