@@ -1,6 +1,6 @@
 """The model to train."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -14,6 +14,7 @@ class Model(NamedTuple):
         shift: shift of the noise levels.
         boundary: noise level at which a model of two experts switches between them.
         prompts: the validation prompts as `pipe` takes them encoded; None for the text.
+        schedule: config of the pipeline's scheduler; None for the published one.
     """
 
     transformer: Any
@@ -23,3 +24,4 @@ class Model(NamedTuple):
     shift: float
     boundary: float | None = None
     prompts: tuple[dict[str, Any], ...] | None = None
+    schedule: Mapping[str, Any] | None = None

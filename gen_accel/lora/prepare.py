@@ -22,11 +22,12 @@ from gen_accel.lora.attention_loss import text_attentions
 from gen_accel.lora.base import load_quantised
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.encode import cache
-from gen_accel.lora.encoders import Encoders, load_encoders
+from gen_accel.lora.encoders import Encoders, factors_of, load_encoders
 from gen_accel.lora.images import ImageCoder, describe_images
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.memory import quantised
 from gen_accel.lora.model import Model
+from gen_accel.lora.noising import shift_of
 from gen_accel.lora.processes import by_main
 from gen_accel.lora.prompts import encoded_prompts
 from gen_accel.lora.size import check_adapter, check_batch
@@ -37,7 +38,7 @@ from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import DTYPES, Loading, find_device, index_of, load
 from gen_accel.pipelines.generation.model_index import part_class
 from gen_accel.pipelines.generation.sampling import Clip, check_fits, filled, token_grid
-from gen_accel.pipelines.long_video import known_trained_frames
+from gen_accel.pipelines.long_video import check_rule, known_trained_frames
 from gen_accel.video import VideoShape
 
 with needed_for("training", extra="train"):
@@ -85,7 +86,7 @@ def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
 
     Its clips may have another size or frame rate, or lack the images or captions that are needed.
     """
-    factor = pipe.vae_scale_factor_spatial
+    _, factor = factors_of(pipe)
     wanted = config.height // factor, config.width // factor
     others = {(entry.height, entry.width) for entry in latents.entries} - {wanted}
     if others:
@@ -188,6 +189,8 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
         lengths.add(config.validation_frames)
     check_adapter(config, transformer)
     check_blocks(config.blocks_to_swap, transformer)
+    for stage in config.curriculum:
+        check_rule(transformer, stage.rope)
     for frames in sorted(lengths):
         video = grid(config, pipe, frames)
         check_batch(config, transformer, video.tokens)
@@ -201,13 +204,13 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
                 raise
     if config.teacher_lora is not None:
         check_teacher(config, transformer, trained)
-    factor = pipe.vae_scale_factor_temporal
+    factor, _ = factors_of(pipe)
     if trained is not None:
         latent_frames("trained_frames", trained, factor, temporal_patch(transformer))
     shift = config.shift
     if shift is None:
-        known = pipe.scheduler.config
-        shift = known.get("shift", known.get("flow_shift")) or 1.0
+        longest = grid(config, pipe, config.longest)
+        shift = shift_of(pipe.scheduler.config, longest.video_tokens)
     return Model(
         transformer=transformer,
         pipe=pipe if config.validate_every else None,
@@ -215,6 +218,7 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
         trained_frames=trained,
         shift=float(shift),
         boundary=pipe.config.get("boundary_ratio"),
+        schedule=pipe.scheduler.config,
     )
 
 
@@ -237,6 +241,9 @@ def grid(config: TrainConfig, pipe: Any, frames: int) -> VideoShape:
     Raises ValueError for a size that the autoencoder or the patches would round.
     """
     clip = Clip(frames=frames, height=config.height, width=config.width)
+    factor, patch = factors_of(pipe)[0], temporal_patch(getattr(pipe, config.part))
+    if patch > 1:  # the pipelines fill up what patches leave
+        latent_frames("frames", frames, factor, patch)
     return token_grid(pipe, filled(pipe, clip))
 
 
