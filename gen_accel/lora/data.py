@@ -360,8 +360,8 @@ def _resized(pictures: Iterable[np.ndarray], size: Size) -> np.ndarray:
 def _fitted(picture: np.ndarray, size: Size) -> np.ndarray:
     if picture.shape[:2] == size:
         return picture
-    image = Image.fromarray(picture)
-    return np.asarray(ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC))
+    (height, width), image = size, Image.fromarray(picture)
+    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
 
 
 def _stacked(held: dict[int, np.ndarray], chunk: tuple[int, int], size: Size) -> np.ndarray:

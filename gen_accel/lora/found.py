@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,17 +144,21 @@ class Report:
         return "\n".join(lines)
 
     def write(self) -> Path:
-        """Write all of it to `report.json` in the folder, and return the file."""
+        """Write what holds of the data, whichever run encoded it, to `report.json` in the folder.
+
+        Returns the file.
+        """
         unused, frames = self.unused_frames
-        about = asdict(self) | {
-            "folder": str(self.folder),
-            "lost": [one._asdict() for one in self.lost],
-            "buckets": [bucket._asdict() for bucket in self.buckets],
+        about = {
+            "videos": self.videos,
             "clips": self.clips,
             "seconds": self.seconds,
+            "buckets": [bucket._asdict() for bucket in self.buckets],
+            "left_out": self.left_out,
             "lost_picture": self.lost_picture,
             "unused_frames": unused,
             "frames": frames,
+            "lost": [one._asdict() for one in self.lost],
         }
         write_json(self.folder / REPORT, about)
         return self.folder / REPORT

@@ -52,6 +52,10 @@ class Entry:
         pixel_frames: frames of the video that was encoded.
         latent_key, text_key, image_key, teacher_key: names of the clip's tensors in the shards;
             image_key or teacher_key is None in a cache without images or teacher captions.
+        begin: first frame in the video; None for 0.
+        text_keys: of all texts of the clip, where it has more than one.
+        repeats: how often it is shown while a clip of 1 is shown once; None for 1.
+        is_picture: whether it is a picture; None for a video.
     """
 
     name: str
@@ -64,6 +68,10 @@ class Entry:
     text_key: str
     image_key: str | None = None
     teacher_key: str | None = None
+    begin: int | None = None
+    text_keys: tuple[str, ...] | None = None
+    repeats: int | None = None
+    is_picture: bool | None = None
 
 
 class LatentCache:
@@ -78,6 +86,7 @@ class LatentCache:
         causal: whether the first latents of an entry equal the latents of a shorter clip.
         fps: frame rate that the clips were resampled to; None if they kept their own.
         images: `ImageCoder.about` of the encoded images; None without images.
+        options: what was asked of the clips and captions, by the names of a config's fields.
 
     Raises:
         FileNotFoundError: no manifest, or a shard is missing.
@@ -98,6 +107,7 @@ class LatentCache:
         self.fps: float | None = manifest["fps"]
         self.digest = hash_of([manifest["entries"], manifest["empty"], self.causal, self.fps])
         self.images: dict[str, Any] | None = manifest.get("images")
+        self.options: dict[str, Any] = manifest.get("options", {})
         self._empty: str = manifest["empty"]
         # Maps a tensor's key, then its own name, to the shard.
         self._homes: dict[str, dict[str, str]] = {}
@@ -112,6 +122,7 @@ class LatentCache:
         """Raise ValueError where no shard has what an entry names."""
         for entry in self.entries:
             parts = (entry.latent_key, entry.text_key, entry.image_key, entry.teacher_key)
+            parts += entry.text_keys or ()
             for key in parts:
                 if key is not None and key not in self._homes:
                     raise ValueError(
@@ -143,9 +154,14 @@ class LatentCache:
         shard = self._shard(self._homes[key][LATENTS])
         return shard.get_slice(f"{key}.{LATENTS}")[:, :frames].float()
 
-    def conditions(self, index: int) -> dict[str, Tensor]:
-        """Read the transformer's arguments for the caption, without a batch axis."""
-        return self._text(self.entries[index].text_key)
+    def conditions(self, index: int, text: int = 0) -> dict[str, Tensor]:
+        """Read the transformer's arguments for the caption, without a batch axis.
+
+        Args:
+            text: number of the text, of a clip that has several.
+        """
+        entry = self.entries[index]
+        return self._text((entry.text_keys or (entry.text_key,))[text])
 
     def teacher(self, index: int) -> dict[str, Tensor]:
         """Read `conditions` of the teacher's caption.
@@ -224,7 +240,8 @@ def _entry(data: Any, origin: Path) -> Entry:
     what = f"an entry of {origin}"
     check_names(fields_of(data, what), Entry, what)
     check_fields(data, Entry, what)
-    return Entry(**data)
+    texts = data.get("text_keys")
+    return Entry(**{**data, "text_keys": None if texts is None else tuple(texts)})
 
 
 def as_features(stored: Tensor) -> Tensor:

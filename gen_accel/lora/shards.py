@@ -100,6 +100,10 @@ class Shards:
             "tensors": sorted(self._pending),
         }
         self._pending = {}
+        self.keep()
+
+    def keep(self) -> None:
+        """List the shards and `clips` in `progress.json`, for a run that follows a killed one."""
         progress = {"version": VERSION, "shards": self.files, "clips": self.clips}
         write_json(self.folder / PROGRESS, progress)
 
