@@ -108,8 +108,8 @@ def _check_lengths(config: TrainConfig, family: Any, patch: tuple[int, int, int]
     """Refuse sizes of the config at which the method cannot be planned."""
     factor, side = family.TEMPORAL_FACTOR, patch[1] * family.SPATIAL_FACTOR
     method = method_from(config.method, config.settings)
-    for name, sides in zip(("height", "width"), zip(*config.clip_sizes, strict=True), strict=True):
-        for given in sides:
+    for size in config.clip_sizes:
+        for name, given in zip(("height", "width"), size, strict=True):
             if given % side:
                 raise ValueError(f"{name} must be a multiple of {side}, got {given}")
     for length, (height, width) in product(config.clip_lengths, config.clip_sizes):
