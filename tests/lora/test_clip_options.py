@@ -24,6 +24,8 @@ from gen_accel.lora.scenes import CutFinder
 from gen_accel.lora.takes import Take
 from gen_accel.measure.video_io import write_video
 
+pytestmark = pytest.mark.slow
+
 WIDE, TALL = (32, 48), (48, 32)
 
 
@@ -236,7 +238,7 @@ def test_captions_as_they_are_asked_for(pipe, build, cached, folder):
 
 def test_a_caption_for_clips_without_one(build, folder, cached):
     (folder / "film.txt").unlink()
-    with pytest.raises(ValueError, match="have no caption: film.mp4"):
+    with pytest.raises(ValueError, match=r"have no caption: film\.mp4"):
         build()
     build(default_caption="a film")
     assert cached().entries[0].caption == "a film"
@@ -253,7 +255,7 @@ def test_every_clip_that_is_left_out_is_named(build, tmp_path):
     for name, reason in report.left_out.items():
         assert f"  {name}: {reason}" in said
     assert "2 to train on, 1.1 s, of 7 found:" in said
-    assert "32 x 48: 2 clips of 9 frames, 1.1 s" in said
+    assert "32 x 48: 2 of 9 frames, 1.1 s" in said
     assert "tall.mp4: loses 62% of its picture" in said
     assert "film.mp4: 15 of 24 frames unused" in said
     assert "19% of the picture" not in said
@@ -288,9 +290,9 @@ def test_figures_of_the_report():
     )
     made = buckets_of([(9, WIDE, 1.0), (1, WIDE, None), (9, WIDE, 0.5), (9, TALL, None)])
     assert [str(bucket) for bucket in made] == [
-        "32 x 48: 1 pictures",
-        "32 x 48: 2 clips of 9 frames, 1.5 s",
-        "48 x 32: 1 clips of 9 frames",
+        "32 x 48: 1 of 1 frame",
+        "32 x 48: 2 of 9 frames, 1.5 s",
+        "48 x 32: 1 of 9 frames",
     ]
 
 
