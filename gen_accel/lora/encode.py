@@ -160,7 +160,7 @@ def cache(
 def _fill(folder: Path, run: "_Run", videos: Sequence[CaptionedVideo], shard_bytes: int) -> Report:
     """Encode the tensors that the folder lacks, and write its manifest."""
     with Shards(folder, shard_bytes) as shards, progress_bar() as bar:
-        jobs, known, short = run.read(videos, shards, bar)
+        jobs, _, short = run.read(videos, shards, bar)
         texts = run.encode_texts(jobs, shards, bar)
         pictures = run.encode_images(jobs, shards, bar)
         new = run.encode_clips(jobs, shards, bar)
@@ -168,8 +168,8 @@ def _fill(folder: Path, run: "_Run", videos: Sequence[CaptionedVideo], shard_byt
         if not done:
             raise ValueError(f"no clip could be encoded: {next(iter(run.broken.values()))}")
         entries = [_entry(job, run.encoders.pipe) for job in done]
-        before = {(e["name"], e["pixel_frames"]) for e in shards.earlier.get("entries", ())}
-        shards.finish(run.manifest(entries, known), run.used(done))
+        before = {(e["name"], e["pixel_frames"]) for e in shards.earlier_entries()}
+        shards.finish(run.manifest(), run.used(done), [_about(entry) for entry in entries])
     return Report(
         folder=shards.folder,
         encoded=sum(job.latent_key in new for job in done),
@@ -332,21 +332,15 @@ class _Run:
                 shards.put(key, {LATENTS: latents})
         return set(new)
 
-    def manifest(self, entries: Sequence[Entry], known: dict[str, Any]) -> dict[str, Any]:
-        """Build the manifest's fields.
-
-        Args:
-            known: data about each clip, by its hash and frame rate.
-        """
+    def manifest(self) -> dict[str, Any]:
+        """Build the manifest's fields."""
         about = {
             "model": type(self.encoders.pipe).__name__,
             "causal": self.encoders.family.CAUSAL_VAE,
             "fps": self.fps,
             "store": self.store,
             "max_tokens": self.max_tokens,
-            "clips": known,
             "empty": self.text_key(""),
-            "entries": [_about(entry) for entry in entries],
         }
         if self.images is not None:
             about["images"] = {**self.images.about, "nothing": self.image_key("nothing")}
