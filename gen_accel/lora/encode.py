@@ -2,11 +2,14 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,6 +17,7 @@ from torch import Tensor
 from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.endings import unwinding
 from gen_accel.files import clear_partial
+from gen_accel.lora.captions import Captions, repeated
 from gen_accel.lora.data import (
     CaptionedVideo,
     Size,
@@ -24,8 +28,20 @@ from gen_accel.lora.data import (
 )
 from gen_accel.lora.encoders import Encoders, load_encoders
 from gen_accel.lora.fingerprint import hash_of
+from gen_accel.lora.found import (
+    Lost,
+    Report,
+    buckets_of,
+    lost_picture,
+    too_short,
+    unused_frames,
+    why_broken,
+)
 from gen_accel.lora.latents import IMAGE, LATENTS, RECIPE, TEXTS_AT_ONCE, Entry
+from gen_accel.lora.scenes import check_scenes
 from gen_accel.lora.shards import SHARD_BYTES, Shards
+from gen_accel.lora.surveys import clip_key, scenes_in, survey
+from gen_accel.lora.takes import Take
 from gen_accel.owners import locked
 from gen_accel.pipelines.generation.loading import DTYPES
 from gen_accel.pipelines.generation.progress import progress_bar
@@ -35,45 +51,9 @@ if TYPE_CHECKING:
 
     from gen_accel.lora.images import ImageCoder
 
-
-@dataclass(frozen=True)
-class Report:
-    """Report of a run of `cache`. A clip counts once for each length.
-
-    Args:
-        encoded: number of clips encoded now.
-        kept: number of clips that were in the cache already.
-        removed: number of clips that the cache held before and holds no more.
-        texts: number of captions encoded now, the empty one included.
-        short: names of videos with fewer frames than the shortest length.
-        broken: names of videos that could not be read, with the reason.
-        damaged: names of shards that had to be encoded again.
-        images: number of images encoded now; None without image prompts.
-    """
-
-    folder: Path
-    encoded: int
-    kept: int
-    removed: int
-    texts: int
-    short: tuple[str, ...] = ()
-    broken: dict[str, str] = field(default_factory=dict)
-    damaged: tuple[str, ...] = ()
-    images: int | None = None
-
-    def __str__(self) -> str:
-        parts = [
-            f"{self.encoded} clips encoded",
-            f"{self.kept} kept",
-            f"{self.removed} removed",
-            f"{self.texts} texts encoded",
-            *([] if self.images is None else [f"{self.images} images encoded"]),
-            f"{len(self.short)} too short",
-            f"{len(self.broken)} broken",
-        ]
-        lines = [f"{self.folder}: {', '.join(parts)}"]
-        lines += [f"  {name}: {reason}" for name, reason in self.broken.items()]
-        return "\n".join(lines)
+START, AS_WRITTEN = Take(), Captions()
+KEEP_EVERY = 60.0  # seconds of reading that a killed run loses
+UNUSED_PICTURE = "a picture, which images or a stage of 1 frame would take"
 
 
 def cache(
@@ -92,6 +72,11 @@ def cache(
     shard_bytes: int = SHARD_BYTES,
     images: "ImageCoder | None" = None,
     teacher: bool = False,
+    take: Take = START,
+    captions: Captions = AS_WRITTEN,
+    default_caption: str | None = None,
+    repeats: Sequence[str] = (),
+    pictures: bool = False,
 ) -> Report:
     """Encode all clips and captions of a data set that `out` does not hold yet.
 
@@ -106,8 +91,8 @@ def cache(
         model_or_pipe: the folder of a pipeline, a repository on the hub, or a pipeline, which is
             used as it is. The transformer of a folder or repository is not loaded.
         data: see `find_videos`; or the videos themselves.
-        frames: lengths in pixel frames. A clip is encoded at the longest length that it fills
-            and, unless the autoencoder is causal, at each shorter length too.
+        frames: lengths in pixel frames. A chunk of a clip is encoded at the longest length that it
+            fills and, unless the autoencoder is causal, at each shorter length too.
         sizes: (height, width) in pixels; a clip takes the size of the nearest aspect ratio.
         fps: frame rate to resample clips to; None keeps the stored frames.
         max_tokens: length of the text, the pipeline's `max_sequence_length`.
@@ -121,21 +106,37 @@ def cache(
         shard_bytes: bytes to hold in memory before a shard is written.
         images: also encode the image prompt of each clip, by default its middle frame.
         teacher: also encode each clip's caption for the teacher; all clips must have one.
+        take: which chunks of each clip are encoded.
+        captions: what is made of the captions.
+        default_caption: caption of clips without one; None refuses them.
+        repeats: how often clips are shown, PATTERN=NUMBER each; see `captions.repeated`. It goes
+            before the data's own numbers.
+        pictures: also take pictures, as clips of one frame; a length of 1 takes them in any case.
 
     Raises:
         ValueError: data that `find_videos` refuses, a model that `check_model` refuses, sizes or
-            lengths that the model cannot take, a length that no clip fills, an offloaded pipeline,
-            or texts that `store` cannot hold.
+            lengths that the model cannot take, a length or one of several sizes that no clip
+            fills, an offloaded pipeline, or texts that `store` cannot hold.
         OSError: a broken clip with on_broken="stop", a folder that cannot be written, or a folder
             that another run writes to.
     """
     _check_options(frames, sizes, fps, max_tokens, on_broken, store, shard_bytes)
+    pictures = pictures or 1 in frames
+    if take.scenes == "cut":
+        check_scenes()
     if isinstance(data, str | Path):
-        videos = find_videos(data, images=images is not None)
+        videos = find_videos(
+            data,
+            images=images is not None,
+            pictures="all" if pictures else "captioned",
+            default_caption=default_caption,
+        )
     else:
         videos = list(data)
     if not videos:
         raise ValueError("data holds no videos")
+    if repeats:
+        videos = repeated(videos, repeats)
     if teacher:
         check_teacher_captions(videos)
     folder = Path(out)
@@ -153,14 +154,19 @@ def cache(
             store,
             images,
             teacher,
+            take,
+            captions,
+            pictures,
+            tuple(repeats),
+            default_caption,
         )
         return _fill(folder, run, videos, shard_bytes)
 
 
 def _fill(folder: Path, run: "_Run", videos: Sequence[CaptionedVideo], shard_bytes: int) -> Report:
-    """Encode the tensors that the folder lacks, and write its manifest."""
+    """Encode the tensors that the folder lacks, and write its manifest and its report."""
     with Shards(folder, shard_bytes) as shards, progress_bar() as bar:
-        jobs, _, short = run.read(videos, shards, bar)
+        jobs, known = run.read(videos, shards, bar)
         texts = run.encode_texts(jobs, shards, bar)
         pictures = run.encode_images(jobs, shards, bar)
         new = run.encode_clips(jobs, shards, bar)
@@ -168,40 +174,55 @@ def _fill(folder: Path, run: "_Run", videos: Sequence[CaptionedVideo], shard_byt
         if not done:
             raise ValueError(f"no clip could be encoded: {next(iter(run.broken.values()))}")
         entries = [_entry(job, run.encoders.pipe) for job in done]
-        before = {(e["name"], e["pixel_frames"]) for e in shards.earlier_entries()}
+        before = {
+            (e["name"], e["pixel_frames"], e.get("begin")) for e in shards.earlier_entries()
+        }
         shards.finish(run.manifest(), run.used(done), [_about(entry) for entry in entries])
-    return Report(
+    now = {(entry.name, entry.pixel_frames, entry.begin) for entry in entries}
+    report = Report(
         folder=shards.folder,
         encoded=sum(job.latent_key in new for job in done),
         kept=sum(job.latent_key not in new for job in done),
-        removed=len(before - {(entry.name, entry.pixel_frames) for entry in entries}),
+        removed=len(before - now),
         texts=texts,
-        short=short,
+        short=tuple(run.short),
         broken=run.broken,
         damaged=shards.damaged,
         images=pictures,
+        left_out=run.left_out,
+        lost=run.lost(done),
+        buckets=buckets_of((job.frames, job.size, run.seconds(job)) for job in done),
+        videos=len(videos),
     )
+    report.write()
+    return report
 
 
 class _Job(NamedTuple):
-    """A clip at one length.
+    """A chunk of a clip at one length.
 
     Args:
         frames: pixel frames.
         size: height and width in pixels.
+        begin: first frame of the chunk.
+        texts: captions as they are encoded, with the key of each in `text_keys`.
+        about: what `survey` found out about the clip.
     """
 
     video: CaptionedVideo
     frames: int
     size: Size
     latent_key: str
-    text_key: str
-    image_key: str | None = None
-    teacher_key: str | None = None
+    text_keys: tuple[str, ...]
+    image_key: str | None
+    teacher_key: str | None
+    begin: int
+    texts: tuple[str, ...]
+    about: dict[str, Any]
 
     @property
     def keys(self) -> tuple[str, ...]:
-        keys = (self.latent_key, self.text_key, self.image_key, self.teacher_key)
+        keys = (self.latent_key, *self.text_keys, self.image_key, self.teacher_key)
         return tuple(key for key in keys if key is not None)
 
 
@@ -218,7 +239,14 @@ class _Run:
     store: str
     images: "ImageCoder | None" = None
     teacher: bool = False
+    take: Take = START
+    captions: Captions = AS_WRITTEN
+    pictures: bool = False
+    repeats: tuple[str, ...] = ()
+    default_caption: str | None = None
     broken: dict[str, str] = field(default_factory=dict)
+    short: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         common = [RECIPE, self.store]
@@ -236,44 +264,107 @@ class _Run:
 
     def read(
         self, videos: Sequence[CaptionedVideo], shards: Shards, bar: "Progress"
-    ) -> tuple[list[_Job], dict[str, Any], tuple[str, ...]]:
+    ) -> tuple[list[_Job], dict[str, Any]]:
         """Survey all clips.
 
-        Returns the jobs to have in the cache, the data about its clips, and the names of videos
-        that are too short.
+        Returns the jobs to have in the cache, and the data about its clips.
         """
         jobs: list[_Job] = []
         known: dict[str, Any] = {}
-        short = []
+        kept = time.monotonic()
         for video in bar.track(videos, description="reading"):
+            if video.is_picture and not self.pictures:
+                self.left_out[video.name] = UNUSED_PICTURE
+                continue
             try:
                 digest = video.sha256()
-                clip = f"{digest} {self.fps}"
+                clip = clip_key(video, digest, self.fps)
                 about = self._survey(video, shards.clips.get(clip))
                 picture = self._check_image(video, shards)
             except OSError as error:
                 self._note(video, error)
                 continue
             known[clip] = shards.clips[clip] = about
-            size = nearest_size(self.sizes, tuple(about["size"]))
-            lengths = [length for length in self.frames if length <= about["frames"]]
-            if not lengths:
-                short.append(video.name)
-            for length in lengths[-1:] if self.encoders.family.CAUSAL_VAE else lengths:
-                latent_key = hash_of([self._vae, digest, self.fps, length, size])
+            jobs += self._jobs(video, digest, about, picture)
+            if time.monotonic() - kept > KEEP_EVERY:
+                shards.keep()
+                kept = time.monotonic()
+        self._check_lengths(known)
+        self._check_sizes(jobs)
+        shards.keep()
+        return jobs, known
+
+    def _jobs(
+        self, video: CaptionedVideo, digest: str, about: dict[str, Any], picture: str | None
+    ) -> list[_Job]:
+        """Return the jobs of a clip.
+
+        Args:
+            digest: hash of the clip.
+            picture: key of the clip's own image; None if there is none.
+        """
+        size = nearest_size(self.sizes, tuple(about["size"]))
+        lengths = (1,) if video.is_picture else self.frames
+        scenes = [(0, 1)] if video.is_picture else scenes_in(about, self.take)
+        self._leave_out_scenes(video, scenes, lengths[0])
+        texts = self.captions.of(video)
+        text_keys = tuple(self.text_key(text) for text in texts)
+        second = self.text_key(video.teacher_caption) if self.teacher else None
+        jobs = []
+        for begin, longest in self.take.of(digest, scenes, lengths):
+            fitting = [length for length in lengths if length <= longest]
+            for length in fitting[-1:] if self.encoders.family.CAUSAL_VAE else fitting:
+                # The place is left out at the start, as in caches from before there were others.
+                place = [digest, None if video.is_picture else self.fps, length, size]
+                place += ["picture"] if video.is_picture else [begin] if begin else []
                 image_key = picture
                 if self.images is not None and image_key is None:
-                    image_key = self.image_key(digest, self.fps, length, size)
-                text_key = self.text_key(video.caption)
-                second = self.text_key(video.teacher_caption) if self.teacher else None
-                keys = latent_key, text_key, image_key, second
-                jobs.append(_Job(video, length, size, *keys))
-        self._check_lengths(known)
-        return jobs, known, tuple(short)
+                    image_key = self.image_key(*place)
+                latent_key = hash_of([self._vae, *place])
+                keys = latent_key, text_keys, image_key, second
+                jobs.append(_Job(video, length, size, *keys, begin, texts, about))
+        return jobs
+
+    def _leave_out_scenes(
+        self, video: CaptionedVideo, scenes: Sequence[tuple[int, int]], shortest: int
+    ) -> None:
+        """Note a clip, or those of its scenes, that fill no length."""
+        longest = max(end - begin for begin, end in scenes)
+        if longest < shortest:
+            self.short.append(video.name)
+            self.left_out[video.name] = too_short(longest, self.fps, shortest, len(scenes))
+            return
+        for begin, end in scenes:
+            if end - begin < shortest:
+                name = f"{video.name}, frames {begin} to {end - 1}"
+                self.left_out[name] = too_short(end - begin, self.fps, shortest)
+
+    def seconds(self, job: _Job) -> float | None:
+        """Return how long a chunk is; None if unknown, and for a picture."""
+        total, seconds = job.about["total"], job.about["seconds"]
+        if job.video.is_picture:
+            return None
+        if self.fps is not None:
+            return job.frames / self.fps
+        return job.frames * seconds / total if seconds and total else None
+
+    def lost(self, jobs: Sequence[_Job]) -> tuple[Lost, ...]:
+        """Return what is lost of each clip."""
+        found = []
+        for _, group in groupby(jobs, lambda job: id(job.video)):
+            chunks = list(group)
+            video, about = chunks[0].video, chunks[0].about
+            picture = lost_picture(tuple(about["size"]), chunks[0].size)
+            unused = unused_frames(about["total"], ((job.begin, job.frames) for job in chunks))
+            found.append(Lost(video.name, picture, unused, about["total"]))
+        return tuple(found)
 
     def encode_texts(self, jobs: Sequence[_Job], shards: Shards, bar: "Progress") -> int:
         """Encode all captions that the shards lack. Returns their number."""
-        captions = {job.text_key: job.video.caption for job in jobs} | {self.text_key(""): ""}
+        captions = {
+            key: text for job in jobs for key, text in zip(job.text_keys, job.texts, strict=True)
+        }
+        captions |= {self.text_key(""): ""}
         captions |= {job.teacher_key: job.video.teacher_caption for job in jobs if job.teacher_key}
         new = [key for key in captions if key not in shards]
         parts = [new[i : i + TEXTS_AT_ONCE] for i in range(0, len(new), TEXTS_AT_ONCE)]
@@ -321,15 +412,18 @@ class _Run:
         new = {job.latent_key: job for job in jobs if job.latent_key not in shards}
         family, pipe = self.encoders.family, self.encoders.pipe
         with self.encoders.at_work("vae"):
-            for key, job in bar.track(list(new.items()), description="clips"):
+            decoded = self._decoded(list(new.values()))
+            for job, pixels in bar.track(decoded, total=len(new), description="clips"):
                 try:
-                    latents = self._stored(family.encode_video(pipe, self._pixels(job))[0])
+                    if isinstance(pixels, OSError):
+                        raise pixels
+                    latents = self._stored(family.encode_video(pipe, pixels)[0])
                     if not _finite(latents):
                         raise OSError(f"store {self.store!r} cannot hold its latents")
                 except OSError as error:
                     self._note(job.video, error)
                     continue
-                shards.put(key, {LATENTS: latents})
+                shards.put(job.latent_key, {LATENTS: latents})
         return set(new)
 
     def manifest(self) -> dict[str, Any]:
@@ -340,11 +434,27 @@ class _Run:
             "fps": self.fps,
             "store": self.store,
             "max_tokens": self.max_tokens,
+            "options": self._options(),
             "empty": self.text_key(""),
         }
         if self.images is not None:
             about["images"] = {**self.images.about, "nothing": self.image_key("nothing")}
         return about
+
+    def _options(self) -> dict[str, Any]:
+        """Return what was asked of the clips and captions, by the names of a config's fields."""
+        given = {
+            "take": self.take.how,
+            "chunks": self.take.chunks,
+            "scenes": self.take.scenes,
+            "trigger": self.captions.trigger,
+            "prefix": self.captions.prefix,
+            "shuffle_tags": self.captions.shuffle,
+            "tag_orders": self.captions.orders,
+            "default_caption": self.default_caption,
+            "repeats": self.repeats,
+        }
+        return given
 
     def used(self, done: Sequence[_Job]) -> set[str]:
         """Return the keys that stay in the cache."""
@@ -368,21 +478,18 @@ class _Run:
         """Return the clip's own image, or the middle frame of its length."""
         if job.video.image is not None:
             return open_image(job.video.image_bytes(), job.video.image_name)
-        frames = job.video.read(frames=job.frames // 2 + 1, size=job.size, fps=self.fps)
+        middle = job.begin + job.frames // 2
+        frames = job.video.read(frames=1, size=job.size, fps=self.fps, begin=middle)
         return Image.fromarray(frames[-1])
 
     def _survey(self, video: CaptionedVideo, about: dict[str, Any] | None) -> dict[str, Any]:
-        """Return the clip's number of frames, at most the longest length, and its stored size."""
-        longest = self.frames[-1]
-        if about and (about["frames"] < about["asked"] or about["asked"] >= longest):
-            return about
-        found = video.survey(frames=longest, fps=self.fps)
-        return {"frames": found.frames, "asked": longest, "size": list(found.size)}
+        return survey(video, self.take, self.frames[-1], self.fps, about)
 
     def _check_lengths(self, known: dict[str, Any]) -> None:
         """Refuse a length that no clip fills."""
         if not known:
-            raise ValueError(f"no clip could be read: {next(iter(self.broken.values()))}")
+            reason = next(iter((self.broken or self.left_out).values()))
+            raise ValueError(f"no clip could be read: {reason}")
         longest = max(about["frames"] for about in known.values())
         for length in self.frames:
             if length > longest:
@@ -391,16 +498,42 @@ class _Run:
                     f"no clip has {length} frames{rate}: the longest of {len(known)} has {longest}"
                 )
 
+    def _check_sizes(self, jobs: Sequence[_Job]) -> None:
+        """Refuse one of several sizes that no clip goes to."""
+        filled = [job.size for job in jobs]
+        for height, width in self.sizes:
+            if len(self.sizes) > 1 and jobs and (height, width) not in filled:
+                others = ", ".join(f"{h}x{w}" for h, w in sorted(set(filled)))
+                raise ValueError(
+                    f"no clip goes to size {height}x{width}: each has the shape of another "
+                    f"({others}); leave it out of sizes"
+                )
+
     def _note(self, video: CaptionedVideo, error: OSError) -> None:
         if self.on_broken == "stop":
             raise OSError(f"{video.name} is broken: {error}") from error
         self.broken[video.name] = str(error)
+        self.left_out[video.name] = why_broken(str(error))
 
-    def _pixels(self, job: _Job) -> Tensor:
-        """Read the clip's pixels, (1, 3, F, H, W) in [-1, 1]."""
-        frames = job.video.read(frames=job.frames, size=job.size, fps=self.fps)
+    def _decoded(self, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, Tensor | OSError]]:
+        """Read the pixels of all jobs, each clip once.
+
+        Yields each job with its pixels, (1, 3, F, H, W) in [-1, 1], or with the error of its clip.
+        """
+        for _, group in groupby(jobs, lambda job: (id(job.video), job.size)):
+            waiting = {(job.begin, job.frames): job for job in group}
+            first = next(iter(waiting.values()))
+            read = first.video.read_chunks(list(waiting), size=first.size, fps=self.fps)
+            try:
+                for chunk, frames in read:
+                    yield waiting[chunk], self._pixels(waiting[chunk], frames)
+                    del waiting[chunk]
+            except OSError as error:
+                yield from ((job, error) for job in waiting.values())
+
+    def _pixels(self, job: _Job, frames: np.ndarray) -> Tensor | OSError:
         if len(frames) < job.frames:
-            raise OSError(f"it has {len(frames)} frames now, and had {job.frames}")
+            return OSError(f"it has {len(frames)} frames now, and had {job.frames}")
         return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
     def _stored(self, x: Tensor) -> Tensor:
@@ -459,15 +592,19 @@ def _entry(job: _Job, pipe: Any) -> Entry:
     time, space = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
     return Entry(
         name=job.video.name,
-        caption=job.video.caption,
+        caption=job.texts[0],
         frames=(job.frames - 1) // time + 1,
         height=job.size[0] // space,
         width=job.size[1] // space,
         pixel_frames=job.frames,
         latent_key=job.latent_key,
-        text_key=job.text_key,
+        text_key=job.text_keys[0],
         image_key=job.image_key,
         teacher_key=job.teacher_key,
+        begin=job.begin or None,
+        text_keys=job.text_keys if len(job.text_keys) > 1 else None,
+        repeats=job.video.repeats if job.video.repeats > 1 else None,
+        is_picture=job.video.is_picture or None,
     )
 
 

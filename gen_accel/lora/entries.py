@@ -84,7 +84,8 @@ class Entries(Sequence[Kind], Generic[Kind]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"entries are {len(self)}, asked for is number {index}")
         first, end = self._places[index % len(self) :][:2].tolist()
-        return self._kind(**json.loads(self._read(first, end - first)))
+        data = json.loads(self._read(first, end - first))
+        return self._kind(**{k: tuple(x) if isinstance(x, list) else x for k, x in data.items()})
 
     def __iter__(self) -> Iterator[Kind]:
         return (self[i] for i in range(len(self)))
@@ -102,13 +103,18 @@ class _Checked:
 
     def __init__(self, kind: type, homes: Homes, origin: Path) -> None:
         self._kind, self._homes, self._origin = kind, homes, origin
-        self._keys = [one.name for one in fields(kind) if one.name.endswith("_key")]
-        self._forms: set[tuple[tuple[str, type], ...]] = set()
+        self._keys = [one.name for one in fields(kind) if one.name.endswith(("_key", "_keys"))]
+        self._forms: set[tuple[tuple[str, Any], ...]] = set()
 
     def __call__(self, lines: Sequence[bytes]) -> np.ndarray:
         entries = [self._entry(line) for line in lines]
-        named = [(e["name"], e.get(key)) for e in entries for key in self._keys]
-        named = [(name, key) for name, key in named if key is not None]
+        named = [
+            (entry["name"], key)
+            for entry in entries
+            for name in self._keys
+            if entry.get(name) is not None
+            for key in _together(entry[name])
+        ]
         for place in self._homes.missing([key for _, key in named]):
             name, key = named[place]
             raise ValueError(
@@ -124,12 +130,19 @@ class _Checked:
     def _entry(self, line: bytes) -> dict[str, Any]:
         what = f"an entry of {self._origin}"
         data = fields_of(parse_json(line.decode("utf-8", "replace"), what), what)
-        form = tuple((name, type(value)) for name, value in data.items())
+        form = tuple(
+            (name, tuple(map(type, value)) if isinstance(value, list) else type(value))
+            for name, value in data.items()
+        )
         if form not in self._forms:
             check_names(data, self._kind, what)
             check_fields(data, self._kind, what)
             self._forms.add(form)
         return data
+
+
+def _together(keys: str | list[str]) -> list[str]:
+    return [keys] if isinstance(keys, str) else keys
 
 
 def _check_about(folder: Path, about: Any) -> None:

@@ -56,6 +56,10 @@ class Entry:
         pixel_frames: frames of the video that was encoded.
         latent_key, text_key, image_key, teacher_key: names of the clip's tensors in the shards;
             image_key or teacher_key is None in a cache without images or teacher captions.
+        begin: first frame in the video; None for 0.
+        text_keys: of all texts of the clip, where it has more than one.
+        repeats: how often it is shown while a clip of 1 is shown once; None for 1.
+        is_picture: whether it is a picture; None for a video.
     """
 
     name: str
@@ -68,6 +72,10 @@ class Entry:
     text_key: str
     image_key: str | None = None
     teacher_key: str | None = None
+    begin: int | None = None
+    text_keys: tuple[str, ...] | None = None
+    repeats: int | None = None
+    is_picture: bool | None = None
 
 
 class LatentCache:
@@ -82,6 +90,7 @@ class LatentCache:
         causal: whether the first latents of an entry equal the latents of a shorter clip.
         fps: frame rate that the clips were resampled to; None if they kept their own.
         images: `ImageCoder.about` of the encoded images; None without images.
+        options: what was asked of the clips and captions, by the names of a config's fields.
 
     Raises:
         FileNotFoundError: no manifest, or a shard is missing.
@@ -106,6 +115,7 @@ class LatentCache:
         self.causal: bool = manifest["causal"]
         self.fps: float | None = manifest["fps"]
         self.images: dict[str, Any] | None = manifest.get("images")
+        self.options: dict[str, Any] = manifest.get("options", {})
         self._empty: str = manifest["empty"]
         if isinstance(manifest["entries"], dict):
             self._lines = {manifest["entries"]["file"]: manifest["entries"]}
@@ -137,9 +147,14 @@ class LatentCache:
         shard = self._shard(self._homes[key][LATENTS])
         return shard.get_slice(f"{key}.{LATENTS}")[:, :frames].float()
 
-    def conditions(self, index: int) -> dict[str, Tensor]:
-        """Read the transformer's arguments for the caption, without a batch axis."""
-        return self._text(self.entries[index].text_key)
+    def conditions(self, index: int, text: int = 0) -> dict[str, Tensor]:
+        """Read the transformer's arguments for the caption, without a batch axis.
+
+        Args:
+            text: number of the text, of a clip that has several.
+        """
+        entry = self.entries[index]
+        return self._text((entry.text_keys or (entry.text_key,))[text])
 
     def teacher(self, index: int) -> dict[str, Tensor]:
         """Read `conditions` of the teacher's caption.
