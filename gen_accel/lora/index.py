@@ -11,7 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 
@@ -22,7 +22,7 @@ ROWS_TOGETHER = 256  # rows of `Packed` in one compressed part
 BYTES_TOGETHER, SECONDS_TOGETHER = 1 << 16, 5.0  # of new lines that a killed run loses
 MISSING = -1
 
-Row = TypeVar("Row", bound=NamedTuple)
+Row = TypeVar("Row")
 Item = TypeVar("Item")
 
 
@@ -136,21 +136,21 @@ class Homes:
         return self._numbers[form]
 
 
-class Packed(Generic[Row]):
+class Packed(Sequence[Row], Generic[Row]):
     """Rows that are gone through in order, held compressed.
 
     Args:
-        kind: the rows' NamedTuple, of texts, numbers, tuples of them and None.
+        make: makes a row of a tuple of texts, numbers, containers of them and None.
     """
 
-    def __init__(self, kind: type[Row]) -> None:
-        self._kind, self._count = kind, 0
+    def __init__(self, make: Callable[[tuple[Any, ...]], Row]) -> None:
+        self._make, self._count = make, 0
         self._parts: list[bytes] = []
         self._open: list[tuple[Any, ...]] = []
 
-    def append(self, row: Row) -> None:
+    def append(self, row: tuple[Any, ...]) -> None:
         self._count += 1
-        self._open.append(tuple(row))
+        self._open.append(row)
         if len(self._open) == ROWS_TOGETHER:
             self._parts.append(zlib.compress(marshal.dumps(self._open), 1))
             self._open = []
@@ -158,10 +158,26 @@ class Packed(Generic[Row]):
     def __len__(self) -> int:
         return self._count
 
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Row, ...]: ...
+    def __getitem__(self, index: int | slice) -> Row | tuple[Row, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(self._count)))
+        if not -self._count <= index < self._count:
+            raise IndexError(f"rows are {self._count}, asked for is number {index}")
+        part, place = divmod(index % self._count, ROWS_TOGETHER)
+        return self._make(self._rows(part)[place])
+
     def __iter__(self) -> Iterator[Row]:
-        for part in self._parts:
-            yield from map(self._kind._make, marshal.loads(zlib.decompress(part)))
-        yield from map(self._kind._make, self._open)
+        for part in range(len(self._parts) + 1):
+            yield from map(self._make, self._rows(part))
+
+    def _rows(self, part: int) -> list[tuple[Any, ...]]:
+        if part == len(self._parts):
+            return self._open
+        return marshal.loads(zlib.decompress(self._parts[part]))
 
 
 class Memo:

@@ -7,7 +7,7 @@ the interpreter, and frames need no copy from one process to another.
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
@@ -19,7 +19,7 @@ Made = TypeVar("Made")
 
 def ahead(
     work: Callable[[Item], Iterable[Made]], items: Iterable[Item], workers: int
-) -> Iterator[Made]:
+) -> Generator[Made, None, None]:
     """Chain `work(item)` over all items, in order, worked ahead by threads.
 
     Close the iterator where it is not gone through to its end: this stops the threads, each after

@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
+from safetensors import safe_open
 from torch import Tensor
 
 from gen_accel.files import file_sha256, replacing, write_json
@@ -139,6 +140,14 @@ class Shards:
         full = self._pending_bytes >= self.shard_bytes or len(self._pending) >= SHARD_TENSORS
         if full or waited >= SHARD_SECONDS:
             self.flush()
+
+    def read(self, key: str) -> dict[str, Tensor]:
+        """Read the tensors of a key that is in a shard, by their names after the key."""
+        found = {}
+        for name, shard in self._homes[key].items():
+            with safe_open(self.folder / shard, framework="pt") as file:
+                found[name] = file.get_tensor(f"{key}.{name}")
+        return found
 
     def keep(self) -> None:
         """Write what was found out about clips, for a run that follows a killed one."""
