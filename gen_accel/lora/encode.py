@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress, groupby, islice
 from pathlib import Path
@@ -697,7 +697,7 @@ def _about(entry: Entry) -> dict[str, Any]:
 
     Leaving out None keeps the hash of caches from before these fields existed.
     """
-    return {name: value for name, value in asdict(entry).items() if value is not None}
+    return {name: value for name, value in vars(entry).items() if value is not None}
 
 
 def _digest(video: CaptionedVideo, memo: Memo) -> tuple[str, str | None]:

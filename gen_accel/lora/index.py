@@ -66,17 +66,20 @@ class Table:
         """Return the text's number, `MISSING` without one."""
         name = _name(text)
         found = self._recent.get(name)
-        return int(self._sorted([name])[0]) if found is None else found
+        if found is not None:
+            return found
+        place = int(self._names.searchsorted(name))
+        # numpy leaves out zeros at the end.
+        if place == len(self._names) or self._names[place] != name.rstrip(b"\0"):
+            return MISSING
+        return int(self._numbers[place])
 
     def find(self, texts: Sequence[str]) -> np.ndarray:
         """Return `get` of each text, int64."""
         self._fold()
-        return self._sorted([_name(text) for text in texts])
-
-    def _sorted(self, names: list[bytes]) -> np.ndarray:
-        wanted = np.array(names, "S16")
+        wanted = np.array([_name(text) for text in texts], "S16")
         if not len(self._names):
-            return np.full(len(wanted), MISSING)
+            return np.full(len(wanted), MISSING, np.int64)
         places = np.searchsorted(self._names, wanted).clip(max=len(self._names) - 1)
         return np.where(self._names[places] == wanted, self._numbers[places], MISSING)
 
