@@ -77,6 +77,9 @@ class TrainConfig:
         "skip", "Clips", "What a file that no one can read does."
     )
     max_tokens: int | None = _(None, "Clips", "Length of the text; none: the pipeline's own.")
+    workers: int = _(
+        2, "Clips", "Threads that read clips ahead of the encoder; 0: it waits for each clip."
+    )
 
     stages: tuple[str, ...] = _(
         ("81:200", "161:600"),
@@ -264,6 +267,7 @@ FREE_TO_CHANGE = (
     "sample_with",
     "guidance_scale",
     "on_broken",
+    "workers",
     "kernel",
     "gradient_checkpointing",
 )

@@ -213,4 +213,5 @@ def cache_clips(config: TrainConfig, pipe: Any = None) -> Any:
         device=config.device,
         images=ImageCoder.of(config) if config.adapter == "image_prompt" else None,
         teacher=config.reads_teacher_captions,
+        workers=config.workers,
     )
