@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import tracemalloc
+from itertools import pairwise
 
 import pytest
 import torch
@@ -413,7 +414,7 @@ class TestShards:
             for i in range(20):
                 shards.put(f"{i}", {"x": torch.full((3,), float(i))})
                 sizes.append((tmp_path / PROGRESS).stat().st_size)
-        steps = {b - a for a, b in zip(sizes, sizes[1:], strict=False)}
+        steps = {after - before for before, after in pairwise(sizes)}
         assert steps == {sizes[0]}
 
     def test_small_tensors_fill_a_shard_by_their_number(self, tmp_path, monkeypatch):
