@@ -1,6 +1,7 @@
 """Preparation of a training: load the model, check the config against it, cache the clips."""
 
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,17 @@ from gen_accel.lora.artefact import (
     target_modules,
 )
 from gen_accel.lora.attention_loss import text_attentions
+from gen_accel.lora.captions import Captions
+from gen_accel.lora.clip_checks import check_options
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.encode import cache
 from gen_accel.lora.images import ImageCoder, describe_images
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
 from gen_accel.lora.processes import by_main
+from gen_accel.lora.scenes import check_scenes
 from gen_accel.lora.size import check_adapter, check_batch
+from gen_accel.lora.takes import Take
 from gen_accel.owners import check_free
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import Loading, load
@@ -50,6 +55,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
         raise FileNotFoundError(f"data: there is nothing at {config.data}")
     if config.data is not None:
         by_main(accelerator, partial(check_free, folder))
+        if config.scenes == "cut":
+            check_scenes()
     pipe = load_pipe(config)
     model = model_of(config, pipe)
     if config.data is not None:
@@ -71,14 +78,16 @@ def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
     Its clips may have another size or frame rate, or lack the images or captions that are needed.
     """
     factor = pipe.vae_scale_factor_spatial
-    wanted = config.height // factor, config.width // factor
-    others = {(entry.height, entry.width) for entry in latents.entries} - {wanted}
+    wanted = {(height // factor, width // factor) for height, width in config.clip_sizes}
+    others = {(entry.height, entry.width) for entry in latents.entries} - wanted
     if others:
         height, width = min(others)
+        asked = ", ".join(f"{height} x {width}" for height, width in config.clip_sizes)
         raise ValueError(
             f"{latents.folder} holds clips of {height * factor} x {width * factor} pixels, asked "
-            f"for are {config.height} x {config.width}"
+            f"for are {asked}"
         )
+    check_options(config, latents)
     if latents.fps != config.fps:
         raise ValueError(
             f"{latents.folder} holds clips at {latents.fps} frames a second, asked for are "
@@ -136,12 +145,12 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
         check_start(config.init_lora, config, transformer)
     check_guidance(config, transformer, pipe.config.get("boundary_ratio"))
     method = method_from(config.method, config.settings)
-    lengths = {stage.frames for stage in config.curriculum}
+    lengths = {*config.clip_lengths}
     if config.validate_every and config.validation_frames is not None:
         lengths.add(config.validation_frames)
     check_adapter(config, transformer)
-    for frames in sorted(lengths):
-        video = grid(config, pipe, frames)
+    for frames, size in product(sorted(lengths), config.clip_sizes):
+        video = grid(config, pipe, frames, size)
         check_batch(config, transformer, video.tokens)
         check_fits(method, video)
     trained = config.trained_frames
@@ -183,12 +192,18 @@ def _check_image_prompt(config: TrainConfig, transformer: Any) -> None:
             raise FileNotFoundError(f"validation_images: there is no file at {file}")
 
 
-def grid(config: TrainConfig, pipe: Any, frames: int) -> VideoShape:
+def grid(
+    config: TrainConfig, pipe: Any, frames: int, size: tuple[int, int] | None = None
+) -> VideoShape:
     """Return the grid of a clip's tokens.
+
+    Args:
+        size: height and width in pixels; None takes the config's.
 
     Raises ValueError for a size that the autoencoder or the patches would round.
     """
-    clip = Clip(frames=frames, height=config.height, width=config.width)
+    height, width = size or (config.height, config.width)
+    clip = Clip(frames=frames, height=height, width=width)
     return token_grid(pipe, filled(pipe, clip))
 
 
@@ -206,12 +221,17 @@ def cache_clips(config: TrainConfig, pipe: Any = None) -> Any:
         config.data,
         cache_folder(config),
         frames=sorted({stage.frames for stage in config.curriculum}),
-        sizes=[(config.height, config.width)],
+        sizes=config.clip_sizes,
         fps=config.fps,
         max_tokens=config.max_tokens,
         on_broken=config.on_broken,
         device=config.device,
         images=ImageCoder.of(config) if config.adapter == "image_prompt" else None,
         teacher=config.reads_teacher_captions,
+        take=Take(config.take, config.chunks, config.scenes),
+        captions=Captions(config.trigger, config.prefix, config.shuffle_tags, config.tag_orders),
+        default_caption=config.default_caption,
+        repeats=config.repeats,
+        pictures=1 in config.clip_lengths,
         workers=config.workers,
     )
