@@ -13,7 +13,7 @@ from gen_accel.lora import preview
 from gen_accel.lora.data import CaptionedVideo
 from gen_accel.lora.encode import cache
 from gen_accel.lora.latents import LatentCache
-from gen_accel.lora.preview import evenly
+from gen_accel.lora.preview import evenly, known_remade
 from gen_accel.lora.reconstruction import KNOWN, Psnr, Remade
 from gen_accel.measure import psnr
 from gen_accel.measure.sheets import ROW_GAP, ROW_TEXT, picture_rows
@@ -180,6 +180,13 @@ def test_the_demo_model_knows_its_shapes_and_says_what_it_does_not_know(tmp_path
         assert report.remade.is_known == known
         line = str(report).splitlines()[-1]
         assert ("the demo model knows only coloured shapes" in line) != known
+
+
+def test_a_cache_tells_what_was_found_out_when_it_was_made(build, tmp_path):
+    report = build(clips(5))
+    assert known_remade(LatentCache(tmp_path / "cache"), False) == report.remade
+    (tmp_path / "cache" / "memo.jsonl").unlink()
+    assert known_remade(LatentCache(tmp_path / "cache"), False) is None
 
 
 def test_what_is_said():
