@@ -217,6 +217,19 @@ def test_pictures_that_no_stage_takes_are_named(build):
     assert "p0.png" not in build(frames=[1, 5]).left_out
 
 
+def test_pictures_that_no_stage_takes_need_nothing_else(build, folder):
+    """Neither a caption for a teacher nor a name of their own."""
+    (folder / "p0.jpg").write_bytes((folder / "p0.png").read_bytes())
+    for name in ("film", "tall", "short", "broken", "sound"):
+        (folder / f"{name}.teacher.txt").write_text("a film")
+    assert build(teacher=True).encoded == 2
+    with pytest.raises(ValueError, match=r"would share one caption, got p0\.jpg, p0\.png"):
+        build(teacher=True, pictures=True)
+    (folder / "p0.jpg").unlink()
+    with pytest.raises(ValueError, match="2 of 7 videos have no caption for the teacher: p0"):
+        build(teacher=True, pictures=True)
+
+
 def test_captions_as_they_are_asked_for(pipe, build, cached, folder):
     (folder / "film.1.txt").write_text("another caption")
     captions = Captions(trigger="sks", shuffle=1, orders=3)

@@ -313,6 +313,14 @@ def test_sizes_that_do_not_fit_the_model(on_disk):
         gen_accel.lora.train(on_disk(sizes=("32x64", "40x64")))
 
 
+def test_a_dry_run_with_all_of_it(tmp_path):
+    given = {"model": "demo", "sizes": ("64x96", "96x64"), "out": str(tmp_path / "run")}
+    given |= {"images": 0.5, "shuffle_tags": 0, "trigger": "sks", "take": "all", "scenes": "cut"}
+    assert gen_accel.lora.dry_run(TrainConfig(**given, repeats=("a=2",), rank=2)).steps == 2
+    with pytest.raises(ValueError, match=r"width must be a multiple of .*, got 100"):
+        gen_accel.lora.dry_run(TrainConfig(**given | {"sizes": ("64x96", "64x100")}))
+
+
 @pytest.mark.slow
 def test_the_command_says_what_it_found(run, on_disk, mixed, tmp_path):
     path = tmp_path / "lora.yaml"
