@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -179,7 +179,7 @@ def many(count: int, work: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=work) as out:
         for name in ("first", "second"):
             with measured() as told:
-                videos = [_standing_in(video) for video in find_videos(data)]
+                videos = StandIns(find_videos(data))
                 report = cache(pipe, videos, out, **options, max_tokens=16, shard_bytes=2**24)
                 del videos
             row[name] = told | {"encoded": report.encoded, "kept": report.kept}
@@ -209,8 +209,21 @@ def make_files(folder: Path, count: int) -> Path:
     return folder
 
 
-def _standing_in(video: Any) -> Any:
-    """The clip with frames of its bytes in the place of a film's."""
+class StandIns(Sequence):
+    """Clips with frames of their bytes in the place of a film's."""
+
+    def __init__(self, videos: Sequence[Any]) -> None:
+        self._videos, self._kind = videos, _stand_in()
+
+    def __len__(self) -> int:
+        return len(self._videos)
+
+    def __getitem__(self, index: Any) -> Any:
+        video = self._videos[index]
+        return self._kind(video.name, video.caption, video.source)
+
+
+def _stand_in() -> Any:
     import numpy as np
 
     from gen_accel.lora.data import CaptionedVideo
@@ -226,12 +239,7 @@ def _standing_in(video: Any) -> Any:
         def extent(self) -> tuple[int, float | None]:
             return 5, 0.3125
 
-    global STAND_IN
-    STAND_IN = STAND_IN or StandIn
-    return STAND_IN(video.name, video.caption, video.source)
-
-
-STAND_IN: Any = None
+    return StandIn
 
 
 def _latents(pipe: Any, video: Any, generator: Any = None) -> Any:

@@ -138,7 +138,7 @@ def cache(
             default_caption=default_caption,
         )
     else:
-        videos = list(data)
+        videos = data
     if not videos:
         raise ValueError("data holds no videos")
     if repeats:
@@ -230,6 +230,7 @@ class _Job(NamedTuple):
         begin: first frame of the chunk.
         texts: captions as they are encoded, with the key of each in `text_keys`.
         about: what `survey` found out about the clip.
+        number: of the clip in the data.
     """
 
     video: CaptionedVideo
@@ -242,6 +243,7 @@ class _Job(NamedTuple):
     begin: int
     texts: tuple[str, ...]
     about: dict[str, Any]
+    number: int = 0
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -308,7 +310,7 @@ class _Run:
         self, videos: Sequence[CaptionedVideo], shards: Shards, bar: "Progress"
     ) -> Packed[_Job]:
         """Survey all clips. Returns the jobs to have in the cache."""
-        jobs = Packed(lambda row: _Job(videos[row[0]], *row[1:]))
+        jobs = Packed(lambda row: _Job(videos[row[0]], *row[1:])._replace(number=row[0]))
         clips, longest = Table(), 0
         looks = ahead(partial(self._look, shards), enumerate(videos), self.workers)
         with closing(looks):
@@ -325,7 +327,7 @@ class _Run:
                     clips.add(found.clip)
                     longest = max(longest, found.about["frames"])
                     for job in self._jobs(video, found.digest, found.about, found.picture):
-                        jobs.append((number, *job[1:]))
+                        jobs.append((number, *job[1:-1]))
         self._check_lengths(len(clips), longest)
         self._check_sizes(jobs)
         shards.keep()
@@ -406,7 +408,7 @@ class _Run:
     def lost(self, jobs: Iterable[_Job]) -> Packed[Lost]:
         """Return what is lost of each clip."""
         found = Packed(Lost._make)
-        for _, group in groupby(jobs, lambda job: id(job.video)):
+        for _, group in groupby(jobs, lambda job: job.number):
             chunks = list(group)
             video, about = chunks[0].video, chunks[0].about
             picture = lost_picture(tuple(about["size"]), chunks[0].size)
@@ -710,7 +712,7 @@ def _digest(video: CaptionedVideo, memo: Memo) -> tuple[str, str | None]:
 
 
 def _source(job: _Job) -> tuple[int, Size]:
-    return id(job.video), job.size
+    return job.number, job.size
 
 
 def _pixels(frames: np.ndarray) -> Tensor:

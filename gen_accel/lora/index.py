@@ -150,6 +150,7 @@ class Packed(Sequence[Row], Generic[Row]):
         self._make, self._count = make, 0
         self._parts: list[bytes] = []
         self._open: list[tuple[Any, ...]] = []
+        self._last: tuple[int, list[tuple[Any, ...]]] = MISSING, []
 
     def append(self, row: tuple[Any, ...]) -> None:
         self._count += 1
@@ -180,7 +181,11 @@ class Packed(Sequence[Row], Generic[Row]):
     def _rows(self, part: int) -> list[tuple[Any, ...]]:
         if part == len(self._parts):
             return self._open
-        return marshal.loads(zlib.decompress(self._parts[part]))
+        last, rows = self._last
+        if last != part:
+            rows = marshal.loads(zlib.decompress(self._parts[part]))
+            self._last = part, rows
+        return rows
 
 
 class Memo:
