@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ from PIL import Image, ImageOps
 from gen_accel.extras import needed_for
 from gen_accel.files import file_sha256
 from gen_accel.json_files import parse_json
+from gen_accel.lora.index import Packed
 from gen_accel.measure.film_reading import opened_film
 from gen_accel.measure.picture_files import read_picture
 from gen_accel.paths import expanded
@@ -34,7 +36,7 @@ IMAGE_COLUMN = "image"
 TEACHER_COLUMN, TEACHER_SUFFIX = "teacher_caption", ".teacher.txt"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 REPEATS_COLUMN = "repeats"
-NUMBERED = re.compile(r"(.+)\.(\d+)\.txt")  # clip.1.txt, a further caption of clip.mp4
+NUMBERED = re.compile(r"(.+)\.(\d+)\.txt", re.DOTALL)  # clip.1.txt, a further caption of clip.mp4
 SHOWN = 5  # most names listed in an error
 
 Size = tuple[int, int]  # height and width in pixels
@@ -197,7 +199,7 @@ def find_videos(
     images: bool = False,
     pictures: Literal["no", "captioned", "all"] = "no",
     default_caption: str | None = None,
-) -> list[CaptionedVideo]:
+) -> Sequence[CaptionedVideo]:
     """Find every captioned video of a data set, sorted by name.
 
     A clip may have several captions: a list in the column of a manifest that is JSON, or
@@ -225,34 +227,61 @@ def find_videos(
         ImportError: `datasets` is needed and not installed.
     """
     data = expanded(data)
+    found: Iterable[CaptionedVideo]
     if data.is_file():
-        videos = _of_manifest(data, data.parent, images)
+        found = _of_manifest(data, data.parent, images)
     elif not data.is_dir():
         raise FileNotFoundError(f"data must be a folder or a manifest, nothing is at {data}")
     elif any((data / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-        videos = _of_datasets(data, images)
+        found = _of_datasets(data, images)
     elif manifests := sorted(p for p in _files(data) if p.stem == "metadata"):
-        videos = [v for manifest in manifests for v in _of_manifest(manifest, data, images)]
+        found = (v for manifest in manifests for v in _of_manifest(manifest, data, images))
     else:
-        videos = _of_folder(data, pictures)
+        found = _of_folder(data, pictures)
     if default_caption is not None:
-        videos = [v if v.caption.strip() else replace(v, caption=default_caption) for v in videos]
+        found = (v if v.caption.strip() else replace(v, caption=default_caption) for v in found)
+    if images:
+        found = map(_pictured, found)
+    videos = _held(found)
     if not videos:
         raise ValueError(f"no videos in {data}: none ends in {', '.join(SUFFIXES)}")
-    if images:
-        videos = [_pictured(video) for video in videos]
     silent = [video.name for video in videos if not video.caption.strip()]
     if silent:
         raise ValueError(
             f"{len(silent)} of {len(videos)} videos in {data} have no caption: {_some(silent)}; "
             "write clip.txt beside clip.mp4, or a column caption in the manifest"
         )
-    named = {"videos": [v.source for v in videos], "images": [v.image for v in videos]}
-    for kind, paths in named.items():
+    for kind, name in {"videos": "source", "images": "image"}.items():
+        paths = (getattr(video, name) for video in videos)
         lost = [str(path) for path in paths if isinstance(path, Path) and not path.is_file()]
         if lost:
             raise FileNotFoundError(f"{len(lost)} {kind} of {data} are not there: {_some(lost)}")
-    return sorted(videos, key=lambda video: video.name)
+    return videos
+
+
+def _held(found: Iterable[CaptionedVideo]) -> Sequence[CaptionedVideo]:
+    """Hold videos sorted by name: compressed where they lie in files."""
+    packed, others = Packed(_unpacked), []
+    is_sorted, before = True, ""
+    for video in found:
+        is_sorted, before = is_sorted and before <= video.name, video.name
+        if isinstance(video.source, Path) and not callable(video.image):
+            image = None if video.image is None else str(video.image)
+            rest = (video.teacher_caption, video.more_captions, video.repeats, video.is_picture)
+            packed.append((video.name, video.caption, str(video.source), image, *rest))
+        else:
+            others.append(video)
+    if is_sorted and not others:
+        return packed
+    ordered = sorted((*packed, *others), key=lambda video: video.name)
+    return ordered if others else _held(ordered)
+
+
+def _unpacked(row: tuple[Any, ...]) -> CaptionedVideo:
+    name, caption, source, image, *rest = row
+    return CaptionedVideo(
+        name, caption, Path(source), None if image is None else Path(image), *rest
+    )
 
 
 def check_teacher_captions(videos: Sequence[CaptionedVideo]) -> None:
@@ -371,58 +400,62 @@ def _stacked(held: dict[int, np.ndarray], chunk: tuple[int, int], size: Size) ->
     return np.stack(found) if found else np.zeros((0, *size, 3), np.uint8)
 
 
-def _of_folder(folder: Path, pictures: Literal["no", "captioned", "all"]) -> list[CaptionedVideo]:
-    files = list(_files(folder))
-    films = [path for path in files if path.suffix.lower() in SUFFIXES]
-    stems = {path.with_suffix("") for path in films}
+def _of_folder(
+    folder: Path, pictures: Literal["no", "captioned", "all"]
+) -> Iterator[CaptionedVideo]:
+    """Find the videos of a folder, in the order of their names."""
+    files = list(_names(folder))
+    films = [name for name in files if name.lower().endswith(SUFFIXES)]
+    own = {os.path.splitext(name)[0] for name in films}
     stills = []
     if pictures != "no":
         stills = [
-            path
-            for path in files
-            if path.suffix.lower() in IMAGE_SUFFIXES and path.with_suffix("") not in stems
+            name
+            for name in files
+            if name.lower().endswith(IMAGE_SUFFIXES) and os.path.splitext(name)[0] not in own
         ]
     if pictures == "all":
-        _check_one_each(stills, folder)
-    own = stems | {path.with_suffix("") for path in stills}
+        _check_one_each(stills)
+    own |= {os.path.splitext(name)[0] for name in stills}
     further = _numbered_texts(files, own)
-    videos = []
-    for path in (*films, *stills):
-        written = [path.with_suffix(".txt"), *further.get(path.with_suffix(""), ())]
-        texts = [read_text(text).strip() for text in written if text.is_file()]
-        first, *more = [text for text in texts if text] or [""]
+    del files, own
+    for name in sorted((*films, *stills)):
+        path = folder / name
+        texts = [folder / text for text in further.get(os.path.splitext(name)[0], ())]
+        written = [path.with_suffix(".txt"), *texts]
+        found = [read_text(text).strip() for text in written if text.is_file()]
+        first, *more = [text for text in found if text] or [""]
         is_picture = path.suffix.lower() in IMAGE_SUFFIXES
         if is_picture and pictures == "captioned" and not first:
             continue
         second = path.with_suffix(TEACHER_SUFFIX)
         teacher = read_text(second).strip() if second.is_file() else ""
-        name = path.relative_to(folder).as_posix()
         made = CaptionedVideo(name, first, path, teacher_caption=teacher)
-        videos.append(replace(made, more_captions=tuple(more), is_picture=is_picture))
-    return videos
+        yield replace(made, more_captions=tuple(more), is_picture=is_picture)
 
 
-def _numbered_texts(files: Sequence[Path], own: set[Path]) -> dict[Path, list[Path]]:
-    """Find the further captions: a clip's path without its suffix to clip.1.txt, clip.2.txt ...
+def _numbered_texts(files: Iterable[str], own: set[str]) -> dict[str, list[str]]:
+    """Find the further captions: a clip's name without its suffix to clip.1.txt, clip.2.txt ...
 
     Args:
         own: clips without their suffixes; clip.1.txt is the only caption of clip.1.mp4.
     """
-    found: dict[Path, list[tuple[int, Path]]] = {}
-    for path in files:
-        match = NUMBERED.fullmatch(path.name)
-        if match and path.with_suffix("") not in own:
-            found.setdefault(path.with_name(match[1]), []).append((int(match[2]), path))
-    return {clip: [path for _, path in sorted(texts)] for clip, texts in found.items()}
+    found: dict[str, list[tuple[int, str]]] = {}
+    for name in files:
+        match = NUMBERED.fullmatch(name)
+        if match and os.path.splitext(name)[0] not in own:
+            found.setdefault(match[1], []).append((int(match[2]), name))
+    return {clip: [name for _, name in sorted(texts)] for clip, texts in found.items()}
 
 
-def _check_one_each(stills: Sequence[Path], folder: Path) -> None:
+def _check_one_each(stills: Sequence[str]) -> None:
     """Refuse pictures that would share one caption, by a ValueError."""
-    count = Counter(path.with_suffix("") for path in stills)
-    alike = [path for path in stills if count[path.with_suffix("")] > 1]
+    count = Counter(os.path.splitext(name)[0] for name in stills)
+    alike = [name for name in stills if count[os.path.splitext(name)[0]] > 1]
     if alike:
-        names = _some([path.relative_to(folder).as_posix() for path in alike])
-        raise ValueError(f"pictures of one name would share one caption, got {names}: rename them")
+        raise ValueError(
+            f"pictures of one name would share one caption, got {_some(alike)}: rename them"
+        )
 
 
 def _pictured(video: CaptionedVideo) -> CaptionedVideo:
@@ -578,10 +611,23 @@ def _stored(rows: Any, index: int, column: str, folder: Path) -> Path | Callable
 
 def _files(folder: Path) -> Iterator[Path]:
     """List the files below a folder, sorted, without hidden files and hidden folders."""
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden:
-            yield path
+    return (folder / name for name in _names(folder))
+
+
+def _names(folder: Path) -> list[str]:
+    """Return the names of `_files`, relative to the folder, with slashes."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = Path(place).relative_to(folder).as_posix()
+        begin = "" if inside == "." else f"{inside}/"
+        found += [
+            f"{begin}{name}"
+            for name in files
+            if not name.startswith(".") and os.path.isfile(os.path.join(place, name))
+        ]
+    found.sort(key=lambda name: name.replace("/", "\0"))  # folder by folder
+    return found
 
 
 def _some(names: Sequence[str]) -> str:

@@ -2,12 +2,13 @@
 
 import hashlib
 import math
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import compress, groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -37,9 +38,12 @@ from gen_accel.lora.found import (
     unused_frames,
     why_broken,
 )
+from gen_accel.lora.index import Again, Memo, Packed, Table
 from gen_accel.lora.latents import IMAGE, LATENTS, RECIPE, TEXTS_AT_ONCE, Entry
+from gen_accel.lora.preview import Preview
+from gen_accel.lora.reading import ahead
 from gen_accel.lora.scenes import check_scenes
-from gen_accel.lora.shards import SHARD_BYTES, Shards
+from gen_accel.lora.shards import SHARD_BYTES, Shards, remembered_sha256
 from gen_accel.lora.surveys import clip_key, scenes_in, survey
 from gen_accel.lora.takes import Take
 from gen_accel.owners import locked
@@ -52,7 +56,7 @@ if TYPE_CHECKING:
     from gen_accel.lora.images import ImageCoder
 
 START, AS_WRITTEN = Take(), Captions()
-KEEP_EVERY = 60.0  # seconds of reading that a killed run loses
+Item = TypeVar("Item")
 UNUSED_PICTURE = "a picture, which images or a stage of 1 frame would take"
 
 
@@ -77,6 +81,7 @@ def cache(
     default_caption: str | None = None,
     repeats: Sequence[str] = (),
     pictures: bool = False,
+    workers: int = 0,
 ) -> Report:
     """Encode all clips and captions of a data set that `out` does not hold yet.
 
@@ -112,6 +117,7 @@ def cache(
         repeats: how often clips are shown, PATTERN=NUMBER each; see `captions.repeated`. It goes
             before the data's own numbers.
         pictures: also take pictures, as clips of one frame; a length of 1 takes them in any case.
+        workers: threads that read clips ahead of the encoder; 0 reads between two clips.
 
     Raises:
         ValueError: data that `find_videos` refuses, a model that `check_model` refuses, sizes or
@@ -120,7 +126,7 @@ def cache(
         OSError: a broken clip with on_broken="stop", a folder that cannot be written, or a folder
             that another run writes to.
     """
-    _check_options(frames, sizes, fps, max_tokens, on_broken, store, shard_bytes)
+    _check_options(frames, sizes, fps, max_tokens, on_broken, store, shard_bytes, workers)
     pictures = pictures or 1 in frames
     if take.scenes == "cut":
         check_scenes()
@@ -132,7 +138,7 @@ def cache(
             default_caption=default_caption,
         )
     else:
-        videos = list(data)
+        videos = data
     if not videos:
         raise ValueError("data holds no videos")
     if repeats:
@@ -159,32 +165,34 @@ def cache(
             pictures,
             tuple(repeats),
             default_caption,
+            workers,
         )
         return _fill(folder, run, videos, shard_bytes)
 
 
 def _fill(folder: Path, run: "_Run", videos: Sequence[CaptionedVideo], shard_bytes: int) -> Report:
     """Encode the tensors that the folder lacks, and write its manifest and its report."""
-    with Shards(folder, shard_bytes) as shards, progress_bar() as bar:
-        jobs, known = run.read(videos, shards, bar)
+    with progress_bar() as bar, Shards(folder, shard_bytes, bar) as shards:
+        jobs = run.read(videos, shards, bar)
+        preview = Preview(jobs, len(jobs), run.frames_of)
         texts = run.encode_texts(jobs, shards, bar)
         pictures = run.encode_images(jobs, shards, bar)
-        new = run.encode_clips(jobs, shards, bar)
-        done = [job for job in jobs if all(key in shards for key in job.keys)]
-        if not done:
+        new = run.encode_clips(jobs, shards, bar, preview)
+        held = bytearray(all(key in shards for key in job.keys) for job in jobs)
+        if not any(held):
             raise ValueError(f"no clip could be encoded: {next(iter(run.broken.values()))}")
-        entries = [_entry(job, run.encoders.pipe) for job in done]
-        before = {
-            (e["name"], e["pixel_frames"], e.get("begin"))
-            for e in shards.earlier.get("entries", ())
-        }
-        shards.finish(run.manifest(entries, known), run.used(done))
-    now = {(entry.name, entry.pixel_frames, entry.begin) for entry in entries}
+        done = Again(lambda: compress(jobs, held))
+        entries = Again(lambda: (_about(_entry(job, run.encoders.pipe)) for job in done))
+        removed = _removed(shards, entries)
+        shards.finish(run.manifest(), run.used(done), entries)
+        remade = preview.write(shards, sum(held), run.encoders, bar)
+        shards.memo.shrink()
+    encoded = sum(job.latent_key in new for job in done)
     report = Report(
         folder=shards.folder,
-        encoded=sum(job.latent_key in new for job in done),
-        kept=sum(job.latent_key not in new for job in done),
-        removed=len(before - now),
+        encoded=encoded,
+        kept=sum(held) - encoded,
+        removed=removed,
         texts=texts,
         short=tuple(run.short),
         broken=run.broken,
@@ -194,9 +202,23 @@ def _fill(folder: Path, run: "_Run", videos: Sequence[CaptionedVideo], shard_byt
         lost=run.lost(done),
         buckets=buckets_of((job.frames, job.size, run.seconds(job)) for job in done),
         videos=len(videos),
+        remade=remade,
     )
     report.write()
     return report
+
+
+def _removed(shards: Shards, entries: Iterable[dict[str, Any]]) -> int:
+    """Count the entries that the folder held before and holds no more."""
+    now, gone = Table(), Table()
+    for entry in entries:
+        now.add(_place(entry))
+    places = map(_place, shards.earlier_entries())
+    return sum(gone.add(place) for place in places if place not in now)
+
+
+def _place(entry: Mapping[str, Any]) -> str:
+    return f"{entry['name']} {entry['pixel_frames']} {entry.get('begin')}"
 
 
 class _Job(NamedTuple):
@@ -208,6 +230,7 @@ class _Job(NamedTuple):
         begin: first frame of the chunk.
         texts: captions as they are encoded, with the key of each in `text_keys`.
         about: what `survey` found out about the clip.
+        number: of the clip in the data.
     """
 
     video: CaptionedVideo
@@ -220,11 +243,30 @@ class _Job(NamedTuple):
     begin: int
     texts: tuple[str, ...]
     about: dict[str, Any]
+    number: int = 0
 
     @property
     def keys(self) -> tuple[str, ...]:
         keys = (self.latent_key, *self.text_keys, self.image_key, self.teacher_key)
         return tuple(key for key in keys if key is not None)
+
+
+class _Looked(NamedTuple):
+    """What was found out about a clip.
+
+    Args:
+        digest: hash of its bytes.
+        hash_key: key by which to keep the hash; None if it is kept, or cannot be.
+        clip: key of `about`.
+        about: see `survey`.
+        picture: key of the clip's own image; None if there is none.
+    """
+
+    digest: str
+    hash_key: str | None
+    clip: str
+    about: dict[str, Any]
+    picture: str | None
 
 
 @dataclass
@@ -245,6 +287,7 @@ class _Run:
     pictures: bool = False
     repeats: tuple[str, ...] = ()
     default_caption: str | None = None
+    workers: int = 0
     broken: dict[str, str] = field(default_factory=dict)
     short: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -265,35 +308,48 @@ class _Run:
 
     def read(
         self, videos: Sequence[CaptionedVideo], shards: Shards, bar: "Progress"
-    ) -> tuple[list[_Job], dict[str, Any]]:
-        """Survey all clips.
-
-        Returns the jobs to have in the cache, and the data about its clips.
-        """
-        jobs: list[_Job] = []
-        known: dict[str, Any] = {}
-        kept = time.monotonic()
-        for video in bar.track(videos, description="reading"):
-            if video.is_picture and not self.pictures:
-                self.left_out[video.name] = UNUSED_PICTURE
-                continue
-            try:
-                digest = video.sha256()
-                clip = clip_key(video, digest, self.fps)
-                about = self._survey(video, shards.clips.get(clip))
-                picture = self._check_image(video, shards)
-            except OSError as error:
-                self._note(video, error)
-                continue
-            known[clip] = shards.clips[clip] = about
-            jobs += self._jobs(video, digest, about, picture)
-            if time.monotonic() - kept > KEEP_EVERY:
-                shards.keep()
-                kept = time.monotonic()
-        self._check_lengths(known)
+    ) -> Packed[_Job]:
+        """Survey all clips. Returns the jobs to have in the cache."""
+        jobs = Packed(lambda row: _Job(videos[row[0]], *row[1:])._replace(number=row[0]))
+        clips, longest = Table(), 0
+        looks = ahead(partial(self._look, shards), enumerate(videos), self.workers)
+        with closing(looks):
+            for number, found in bar.track(looks, total=len(videos), description="reading"):
+                video = videos[number]
+                if isinstance(found, OSError):
+                    self._note(video, found)
+                elif found is None:
+                    self.left_out[video.name] = UNUSED_PICTURE
+                else:
+                    if found.hash_key is not None:
+                        shards.memo.put(found.hash_key, found.digest)
+                    shards.clips[found.clip] = found.about
+                    clips.add(found.clip)
+                    longest = max(longest, found.about["frames"])
+                    for job in self._jobs(video, found.digest, found.about, found.picture):
+                        jobs.append((number, *job[1:-1]))
+        self._check_lengths(len(clips), longest)
         self._check_sizes(jobs)
         shards.keep()
-        return jobs, known
+        return jobs
+
+    def _look(
+        self, shards: Shards, item: tuple[int, CaptionedVideo]
+    ) -> Iterator[tuple[int, "_Looked | OSError | None"]]:
+        """Find out about a clip, which threads do at once; None for a picture that is not used."""
+        number, video = item
+        if video.is_picture and not self.pictures:
+            yield number, None
+            return
+        try:
+            digest, hash_key = _digest(video, shards.memo)
+            clip = clip_key(video, digest, self.fps)
+            about = self._survey(video, shards.clips.get(clip))
+            found = _Looked(digest, hash_key, clip, about, self._check_image(video, shards))
+        except OSError as error:
+            yield number, error
+            return
+        yield number, found
 
     def _jobs(
         self, video: CaptionedVideo, digest: str, about: dict[str, Any], picture: str | None
@@ -349,32 +405,29 @@ class _Run:
             return job.frames / self.fps
         return job.frames * seconds / total if seconds and total else None
 
-    def lost(self, jobs: Sequence[_Job]) -> tuple[Lost, ...]:
+    def lost(self, jobs: Iterable[_Job]) -> Packed[Lost]:
         """Return what is lost of each clip."""
-        found = []
-        for _, group in groupby(jobs, lambda job: id(job.video)):
+        found = Packed(Lost._make)
+        for _, group in groupby(jobs, lambda job: job.number):
             chunks = list(group)
             video, about = chunks[0].video, chunks[0].about
             picture = lost_picture(tuple(about["size"]), chunks[0].size)
             unused = unused_frames(about["total"], ((job.begin, job.frames) for job in chunks))
-            found.append(Lost(video.name, picture, unused, about["total"]))
-        return tuple(found)
+            found.append((video.name, picture, unused, about["total"]))
+        return found
 
-    def encode_texts(self, jobs: Sequence[_Job], shards: Shards, bar: "Progress") -> int:
+    def encode_texts(self, jobs: Packed[_Job], shards: Shards, bar: "Progress") -> int:
         """Encode all captions that the shards lack. Returns their number."""
-        captions = {
-            key: text for job in jobs for key, text in zip(job.text_keys, job.texts, strict=True)
-        }
-        captions |= {self.text_key(""): ""}
-        captions |= {job.teacher_key: job.video.teacher_caption for job in jobs if job.teacher_key}
-        new = [key for key in captions if key not in shards]
-        parts = [new[i : i + TEXTS_AT_ONCE] for i in range(0, len(new), TEXTS_AT_ONCE)]
+        texts = Again(lambda: _lacking(self._texts(jobs), shards))
+        count = sum(1 for _ in texts)
+        parts = _in_parts(texts, TEXTS_AT_ONCE)
+        total = -(-count // TEXTS_AT_ONCE)
         family, pipe = self.encoders.family, self.encoders.pipe
         with self.encoders.at_work("text_encoder"):
-            for part in bar.track(parts, description="captions"):
-                prompts = [captions[key] for key in part]
+            for part in bar.track(parts, total=total, description="captions"):
+                prompts = [text for _, text in part]
                 found = family.encode_prompt(pipe, prompts, self.max_tokens)
-                for i, key in enumerate(part):
+                for i, (key, _) in enumerate(part):
                     tensors = {name: self._stored(x[i]) for name, x in found.items()}
                     if not all(_finite(x) for x in tensors.values()):
                         raise ValueError(
@@ -382,22 +435,29 @@ class _Run:
                             "can what the text encoder made"
                         )
                     shards.put(key, tensors)
-        return len(new)
+        return count
 
-    def encode_images(self, jobs: Sequence[_Job], shards: Shards, bar: "Progress") -> int | None:
+    def _texts(self, jobs: Iterable[_Job]) -> Iterator[tuple[str, str]]:
+        """Return all texts with their keys."""
+        for job in jobs:
+            yield from zip(job.text_keys, job.texts, strict=True)
+        yield self.text_key(""), ""
+        for job in jobs if self.teacher else ():
+            if job.teacher_key:
+                yield job.teacher_key, job.video.teacher_caption
+
+    def encode_images(self, jobs: Packed[_Job], shards: Shards, bar: "Progress") -> int | None:
         """Encode all images that the shards lack. Returns their number, None without images."""
         if self.images is None:
             return None
-        new = {
-            job.image_key: job
-            for job in jobs
-            if job.image_key is not None and job.image_key not in shards
-        }
+        keyed = Again(lambda: ((job.image_key, job) for job in jobs if job.image_key))
+        new = Again(lambda: _lacking(keyed, shards))
+        count = sum(1 for _ in new)
         nothing = self.image_key("nothing")
         with self.images.at_work(self.encoders.device):
             if nothing not in shards:
                 shards.put(nothing, {IMAGE: self._stored(self.images.nothing())})
-            for key, job in bar.track(list(new.items()), description="images"):
+            for key, job in bar.track(new, total=count, description="images"):
                 try:
                     found = self._stored(self.images(self._picture(job)))
                     if not _finite(found):
@@ -406,43 +466,48 @@ class _Run:
                     self._note(job.video, error)
                     continue
                 shards.put(key, {IMAGE: found})
-        return len(new)
+        return count
 
-    def encode_clips(self, jobs: Sequence[_Job], shards: Shards, bar: "Progress") -> set[str]:
+    def encode_clips(
+        self, jobs: Packed[_Job], shards: Shards, bar: "Progress", preview: Preview
+    ) -> Table:
         """Encode all latents that the shards lack. Returns their keys."""
-        new = {job.latent_key: job for job in jobs if job.latent_key not in shards}
+        new = Table()
+        for job in jobs:
+            if job.latent_key not in shards:
+                new.add(job.latent_key)
+        keyed = ((job.latent_key, job) for job in jobs)
+        lacking = (job for _, job in _lacking(keyed, shards))
+        clips = (list(group) for _, group in groupby(lacking, _source))
         family, pipe = self.encoders.family, self.encoders.pipe
-        with self.encoders.at_work("vae"):
-            decoded = self._decoded(list(new.values()))
-            for job, pixels in bar.track(decoded, total=len(new), description="clips"):
+        with (
+            self.encoders.at_work("vae"),
+            closing(ahead(self._chunks, clips, self.workers)) as read,
+        ):
+            for job, frames in bar.track(read, total=len(new), description="clips"):
                 try:
-                    if isinstance(pixels, OSError):
-                        raise pixels
-                    latents = self._stored(family.encode_video(pipe, pixels)[0])
+                    if isinstance(frames, OSError):
+                        raise frames
+                    preview.see(job, frames)
+                    latents = self._stored(family.encode_video(pipe, _pixels(frames))[0])
                     if not _finite(latents):
                         raise OSError(f"store {self.store!r} cannot hold its latents")
                 except OSError as error:
                     self._note(job.video, error)
                     continue
                 shards.put(job.latent_key, {LATENTS: latents})
-        return set(new)
+        return new
 
-    def manifest(self, entries: Sequence[Entry], known: dict[str, Any]) -> dict[str, Any]:
-        """Build the manifest's fields.
-
-        Args:
-            known: data about each clip, by its hash and frame rate.
-        """
+    def manifest(self) -> dict[str, Any]:
+        """Build the manifest's fields."""
         about = {
             "model": type(self.encoders.pipe).__name__,
             "causal": self.encoders.family.CAUSAL_VAE,
             "fps": self.fps,
             "store": self.store,
             "max_tokens": self.max_tokens,
-            "clips": known,
             "options": self._options(),
             "empty": self.text_key(""),
-            "entries": [_about(entry) for entry in entries],
         }
         if self.images is not None:
             about["images"] = {**self.images.about, "nothing": self.image_key("nothing")}
@@ -463,10 +528,13 @@ class _Run:
         }
         return given
 
-    def used(self, done: Sequence[_Job]) -> set[str]:
+    def used(self, done: Iterable[_Job]) -> Iterator[str]:
         """Return the keys that stay in the cache."""
-        keys = {self.text_key("")} | {key for job in done for key in job.keys}
-        return keys if self.images is None else keys | {self.image_key("nothing")}
+        yield self.text_key("")
+        if self.images is not None:
+            yield self.image_key("nothing")
+        for job in done:
+            yield from job.keys
 
     def _check_image(self, video: CaptionedVideo, shards: Shards) -> str | None:
         """Read the clip's own image. Returns its key, or None if there is no image."""
@@ -492,25 +560,29 @@ class _Run:
     def _survey(self, video: CaptionedVideo, about: dict[str, Any] | None) -> dict[str, Any]:
         return survey(video, self.take, self.frames[-1], self.fps, about)
 
-    def _check_lengths(self, known: dict[str, Any]) -> None:
-        """Refuse a length that no clip fills."""
-        if not known:
+    def _check_lengths(self, clips: int, longest: int) -> None:
+        """Refuse a length that no clip fills.
+
+        Args:
+            clips: number of clips that could be read.
+            longest: frames of the longest of them.
+        """
+        if not clips:
             reason = next(iter((self.broken or self.left_out).values()))
             raise ValueError(f"no clip could be read: {reason}")
-        longest = max(about["frames"] for about in known.values())
         for length in self.frames:
             if length > longest:
                 rate = "" if self.fps is None else f" at {self.fps:g} frames a second"
                 raise ValueError(
-                    f"no clip has {length} frames{rate}: the longest of {len(known)} has {longest}"
+                    f"no clip has {length} frames{rate}: the longest of {clips} has {longest}"
                 )
 
-    def _check_sizes(self, jobs: Sequence[_Job]) -> None:
+    def _check_sizes(self, jobs: Packed[_Job]) -> None:
         """Refuse one of several sizes that no clip goes to."""
-        filled = [job.size for job in jobs]
+        filled = {job.size for job in jobs}
         for height, width in self.sizes:
-            if len(self.sizes) > 1 and jobs and (height, width) not in filled:
-                others = ", ".join(f"{h}x{w}" for h, w in sorted(set(filled)))
+            if len(self.sizes) > 1 and filled and (height, width) not in filled:
+                others = ", ".join(f"{h}x{w}" for h, w in sorted(filled))
                 raise ValueError(
                     f"no clip goes to size {height}x{width}: each has the shape of another "
                     f"({others}); leave it out of sizes"
@@ -522,26 +594,30 @@ class _Run:
         self.broken[video.name] = str(error)
         self.left_out[video.name] = why_broken(str(error))
 
-    def _decoded(self, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, Tensor | OSError]]:
-        """Read the pixels of all jobs, each clip once.
+    def frames_of(self, job: _Job) -> np.ndarray | None:
+        """Read the frames of a chunk, (F, H, W, 3) uint8; None where that fails."""
+        for _, frames in self._chunks([job]):
+            return None if isinstance(frames, OSError) else frames
+        return None
 
-        Yields each job with its pixels, (1, 3, F, H, W) in [-1, 1], or with the error of its clip.
+    def _chunks(self, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, np.ndarray | OSError]]:
+        """Read chunks of one clip, which is decoded once.
+
+        Yields each job with its frames, (F, H, W, 3) uint8, or with the error of its clip.
         """
-        for _, group in groupby(jobs, lambda job: (id(job.video), job.size)):
-            waiting = {(job.begin, job.frames): job for job in group}
-            first = next(iter(waiting.values()))
-            read = first.video.read_chunks(list(waiting), size=first.size, fps=self.fps)
-            try:
-                for chunk, frames in read:
-                    yield waiting[chunk], self._pixels(waiting[chunk], frames)
-                    del waiting[chunk]
-            except OSError as error:
-                yield from ((job, error) for job in waiting.values())
-
-    def _pixels(self, job: _Job, frames: np.ndarray) -> Tensor | OSError:
-        if len(frames) < job.frames:
-            return OSError(f"it has {len(frames)} frames now, and had {job.frames}")
-        return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        waiting = {(job.begin, job.frames): job for job in jobs}
+        video, size = jobs[0].video, jobs[0].size
+        try:
+            for chunk, frames in video.read_chunks(list(waiting), size=size, fps=self.fps):
+                job = waiting.pop(chunk)
+                if len(frames) < job.frames:
+                    yield job, OSError(f"it has {len(frames)} frames now, and had {job.frames}")
+                else:
+                    yield job, frames
+        except OSError as error:
+            yield from ((job, error) for job in waiting.values())
+        except (RuntimeError, MemoryError) as error:
+            raise RuntimeError(f"{video.name} could not be read: {error!r}") from error
 
     def _stored(self, x: Tensor) -> Tensor:
         return x.to("cpu", DTYPES[self.store] if x.is_floating_point() else x.dtype)
@@ -555,6 +631,7 @@ def _check_options(
     on_broken: str,
     store: str,
     shard_bytes: int,
+    workers: int,
 ) -> None:
     if not frames or any(length < 1 for length in frames):
         raise ValueError(f"frames must be lengths of at least 1, got {list(frames)}")
@@ -570,6 +647,8 @@ def _check_options(
         raise ValueError(f"store must be one of {', '.join(DTYPES)}, got {store!r}")
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
+    if workers < 0:
+        raise ValueError(f"workers must not be negative, got {workers}")
 
 
 def _check_fit(encoders: Encoders, frames: Sequence[int], sizes: Sequence[Size]) -> None:
@@ -622,7 +701,35 @@ def _about(entry: Entry) -> dict[str, Any]:
 
     Leaving out None keeps the hash of caches from before these fields existed.
     """
-    return {name: value for name, value in asdict(entry).items() if value is not None}
+    return {name: value for name, value in vars(entry).items() if value is not None}
+
+
+def _digest(video: CaptionedVideo, memo: Memo) -> tuple[str, str | None]:
+    """Do as `remembered_sha256`; what is no file is hashed anew."""
+    if isinstance(video.source, Path):
+        return remembered_sha256(video.source, memo)
+    return video.sha256(), None
+
+
+def _source(job: _Job) -> tuple[int, Size]:
+    return job.number, job.size
+
+
+def _pixels(frames: np.ndarray) -> Tensor:
+    """Return frames, (F, H, W, 3) uint8, as (1, 3, F, H, W) in [-1, 1]."""
+    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+
+def _lacking(keyed: Iterable[tuple[str, Item]], shards: Shards) -> Iterator[tuple[str, Item]]:
+    """Leave out what the shards have, and all but the first of each key."""
+    seen = Table()
+    return (one for one in keyed if one[0] not in shards and seen.add(one[0]))
+
+
+def _in_parts(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    rest = iter(items)
+    while part := list(islice(rest, size)):
+        yield part
 
 
 def _finite(x: Tensor) -> bool:

@@ -1,13 +1,16 @@
 """Report of what was found in a data set: what is trained on, what is lost, what is left out."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from heapq import nlargest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from gen_accel.files import write_json
+from gen_accel.files import plain, replacing
 from gen_accel.lora.data import Size
+from gen_accel.lora.reconstruction import Remade
 
 REPORT = "report.json"
 SHOWN = 20  # most names listed; all of them are in the file
@@ -85,6 +88,7 @@ class Report:
         lost: what is lost of each clip that is trained on, to crop and length.
         buckets: what is trained on.
         videos: number of clips found in the data.
+        remade: what the autoencoder makes of some clips; None where it cannot be decoded.
     """
 
     folder: Path
@@ -97,9 +101,10 @@ class Report:
     damaged: tuple[str, ...] = ()
     images: int | None = None
     left_out: dict[str, str] = field(default_factory=dict)
-    lost: tuple[Lost, ...] = ()
+    lost: Sequence[Lost] = ()
     buckets: tuple[Bucket, ...] = ()
     videos: int = 0
+    remade: Remade | None = None
 
     @property
     def clips(self) -> int:
@@ -136,11 +141,14 @@ class Report:
         lines = [f"{self.folder}: {', '.join(parts)}", *self._totals()]
         if self.left_out:
             lines.append(f"left out, {len(self.left_out)}:")
-            said = (f"{name}: {reason}" for name, reason in self.left_out.items())
-            lines += _listed(list(said), self.folder)
-        if worst := sorted(filter(_worth_saying, self.lost), key=_loss, reverse=True):
-            lines.append(self._losses(len(worst)))
-            lines += _listed([str(one) for one in worst], self.folder)
+            said = [f"{name}: {reason}" for name, reason in self.left_out.items()]
+            lines += _listed(said, len(said), self.folder)
+        if count := sum(one.is_worth_saying for one in self.lost):
+            worst = nlargest(SHOWN, filter(_worth_saying, self.lost), key=_loss)
+            lines.append(self._losses(count))
+            lines += _listed([str(one) for one in worst], count, self.folder)
+        if self.remade is not None:
+            lines.append(str(self.remade))
         return "\n".join(lines)
 
     def write(self) -> Path:
@@ -158,9 +166,10 @@ class Report:
             "lost_picture": self.lost_picture,
             "unused_frames": unused,
             "frames": frames,
-            "lost": [one._asdict() for one in self.lost],
+            "psnr": None if self.remade is None else dict(self.remade.psnr),
         }
-        write_json(self.folder / REPORT, about)
+        with replacing(self.folder / REPORT) as partial:
+            _write(partial, about, "lost", (one._asdict() for one in self.lost))
         return self.folder / REPORT
 
     def _totals(self) -> list[str]:
@@ -233,8 +242,21 @@ def _loss(one: Lost) -> float:
     return 1 - kept * (1 - one.picture)
 
 
-def _listed(lines: Sequence[str], folder: Path) -> list[str]:
+def _listed(lines: Sequence[str], count: int, folder: Path) -> list[str]:
+    """Indent the first of `count` lines, and say how many more there are."""
     shown = [f"  {line}" for line in lines[:SHOWN]]
-    if len(lines) > SHOWN:
-        shown.append(f"  and {len(lines) - SHOWN:,} more in {folder / REPORT}")
+    if count > SHOWN:
+        shown.append(f"  and {count - SHOWN:,} more in {folder / REPORT}")
     return shown
+
+
+def _write(path: Path, about: dict[str, Any], name: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Write JSON whose last field is a long list, a row at a time."""
+    head = json.dumps(plain(about), indent=2, ensure_ascii=False)
+    # A file name that is not UTF-8 is written with JSON's escape.
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(f'{head[:-2]},\n  "{name}": [')
+        for number, row in enumerate(rows):
+            text = json.dumps(plain(row), ensure_ascii=False)
+            file.write(f"{',' if number else ''}\n    {text}")
+        file.write("\n  ]\n}\n")

@@ -24,6 +24,13 @@ from gen_accel.lora.prepare import cache_clips
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+class Listed(tuple):
+    @property
+    def sizes(self):
+        rows = [(e.frames, e.height, e.width, e.pixel_frames) for e in self]
+        return np.array(rows, np.int32)
+
+
 class Entries:
     """In the place of a `LatentCache`, without tensors.
 
@@ -33,7 +40,7 @@ class Entries:
 
     def __init__(self, *entries):
         given = {"frames": 5, "height": 4, "width": 8}
-        self.entries = tuple(
+        self.entries = Listed(
             Entry(**({"name": f"{i}", "caption": "", "pixel_frames": 17, "latent_key": "",
                       "text_key": ""} | given | one))
             for i, one in enumerate(entries)
