@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import WanImageToVideoPipeline
+from diffusers import LTXPipeline, WanImageToVideoPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from support import finetuning as ft
 from support import hunyuan, wan
 from support.runs import WEIGHTS
+from support.tiny import cogvideox, ltx
 
 import gen_accel
 from gen_accel.attention_processors.attached.recipe import read_recipe
@@ -289,6 +290,27 @@ class TestTraining:
             done = trainer.train(given)
             assert all(np.isfinite(done.losses))
             assert read_recipe(done.folder).condition == "first_frame"
+
+    def test_cogvideox(self, config, tmp_path):
+        model = cogvideox.transformer(**cogvideox.ROTARY, max_text_seq_length=16)
+        pipe = cogvideox.pipeline(model, **cogvideox.PUBLISHED)
+        pipe.save_pretrained(tmp_path / "model")
+        given = config(model=str(tmp_path / "model"), stages=("9:2",), max_tokens=16)
+        done = trainer.train(given)
+        assert all(np.isfinite(done.losses))
+        assert read_recipe(done.folder).condition == "first_frame"
+
+    def test_ltx(self, config, clips, tmp_path):
+        """From a folder for text, so that its class is chosen by the condition."""
+        ltx.pipeline(LTXPipeline).save_pretrained(tmp_path / "model")
+        fields = {"condition": "first_frame", "first_frame_dropout": 0.5, "batch_size": 2}
+        size = {"height": 32, "width": 64, "max_tokens": 16, "stages": ("9:2",)}
+        sampled = {"validate_every": 2, "validation_prompts": ("a",), "validation_steps": 1}
+        given = config(model=str(tmp_path / "model"), **fields, **size, **sampled)
+        done = trainer.train(given)
+        assert all(np.isfinite(done.losses))
+        assert read_recipe(done.folder).condition == "either"
+        assert (tmp_path / "run" / "validation" / "step-000002" / "00.mp4").is_file()
 
 
 class TestCondition:

@@ -291,6 +291,12 @@ class Family:
         "its text encoder sees the first frame too; None for the image of a dropped caption",
         default=None,
     )
+    TAKES_FPS = Part[bool](
+        bool,
+        "`predict` takes the clips' frames a second as `fps` (B,), float32, among the conditions, "
+        "and `fps` of the model without them",
+        default=False,
+    )
 
     TEXT_TOKENS = Part[int | None](
         int, "tokens that the pipelines bring every prompt to, unless told otherwise", default=None
@@ -403,19 +409,30 @@ class Family:
         "differ",
         default=None,
     )
-    longest = Part[Callable[[Any], int] | None](
+    longest = Part[Callable[[Any], int | None] | None](
         Callable,
-        "(transformer): latent frames that it has positions for, where they are a table",
+        "(transformer): latent frames that it has positions for, where they are a table, and None "
+        "where this one's are not",
         default=None,
     )
     temporal_frequencies = Part[Callable[[Any], Tensor] | None](
         Callable,
-        "(transformer): of its rotary pairs on the time axis, in rad a latent frame",
+        "(transformer): of its rotary pairs on the time axis, (pairs,) or (heads, pairs) float64 "
+        "in rad a latent frame after patchify; ValueError where this one has none",
         default=None,
     )
     set_temporal_frequencies = Part[Callable[[Any, Tensor | None], None] | None](
         Callable,
         "(transformer, freqs): use these instead, or its own again for None",
+        default=None,
+    )
+    HEADS_ALIKE = Part[bool](
+        bool, "all attention heads have the same few temporal frequencies", default=True
+    )
+    with_temporal_frequencies = Part[Callable[..., dict[str, Any]] | None](
+        Callable,
+        "(transformer, freqs, ...): the arguments of a forward pass, all by name, with these "
+        "frequencies instead, where the rotary table is one of them",
         default=None,
     )
 
@@ -468,7 +485,7 @@ class Family:
 USES = {
     "training": ("CAUSAL_VAE", "encode_video", "encode_prompt", "predict"),
     "longer video": ("TEMPORAL_FACTOR",),
-    "rules on rotary frequencies": ("temporal_frequencies", "set_temporal_frequencies"),
+    "rules on rotary frequencies": ("temporal_frequencies",),
     "image prompts": ("image_attentions",),
 }
 

@@ -1,25 +1,30 @@
 """First frames as conditions of training, held to the pipelines that make videos from them."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline
+from diffusers import LTXImageToVideoPipeline, WanImageToVideoPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from support import hunyuan, wan
+from support.tiny import cogvideox, ltx
 from torch import Tensor
 
+from gen_accel.attention_processors.families import cogvideox as cog_family
 from gen_accel.attention_processors.families import family_for
 from gen_accel.attention_processors.families import hunyuan_video as hunyuan_family
+from gen_accel.attention_processors.families import ltx as ltx_family
 from gen_accel.attention_processors.families import wan as wan_family
 from gen_accel.attention_processors.families.given import FIRST_FRAME, IS_GIVEN, in_place
 
 HEIGHT, WIDTH = 32, 48
 
 
-def picture(index: int = 0) -> Image.Image:
+def picture(index: int = 0, size: tuple[int, int] = (HEIGHT, WIDTH)) -> Image.Image:
     g = torch.Generator().manual_seed(index)
-    pixels = torch.randint(256, (HEIGHT, WIDTH, 3), dtype=torch.uint8, generator=g)
+    pixels = torch.randint(256, (*size, 3), dtype=torch.uint8, generator=g)
     return Image.fromarray(pixels.numpy())
 
 
@@ -142,6 +147,59 @@ def test_hunyuan_videos_text_depends_on_the_frame():
     assert len({x.shape for x in states}) == 1
     assert not torch.equal(states[0][:, -10:], states[1][:, -10:])
     assert torch.equal(states[2], states[3])
+
+
+@pytest.fixture
+def by_mode(monkeypatch):
+    """The mode of what an autoencoder makes, also where a pipeline draws."""
+    monkeypatch.setattr(
+        DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode()
+    )
+
+
+@pytest.mark.usefixtures("by_mode")
+def test_ltx_sees_what_its_pipeline_shows():
+    pipe = ltx.pipeline(LTXImageToVideoPipeline)
+    image, text = picture(size=(64, 96)), "a red square moves right"
+    sizes = {"height": 64, "width": 96, "num_frames": 17, "max_sequence_length": 16}
+    given, out = call_of(pipe, image=image, **sizes)
+    shown = ltx_family.encode_prompt(pipe, [text], 16)
+    kept = ltx_family.first_frame(pipe, pipe.transformer, image, 17)
+    noisy = pipe._unpack_latents(given["hidden_states"], 3, 2, 3)
+    noisy = torch.cat([torch.full_like(noisy[:, :, :1], 9.0), noisy[:, :, 1:]], 2)
+    time = given["timestep"].flatten()[-1:].float()
+    own, velocity = predicted(pipe, "transformer", noisy, time, shown | batched(kept))
+    for name in ("hidden_states", "timestep", *shown):
+        assert torch.equal(own[name].float(), given[name].float()), name
+    assert torch.equal(pipe._pack_latents(velocity), out)
+
+
+COG = {"1.0": cogvideox.ROTARY, "1.5": cogvideox.LATER}
+
+
+@pytest.mark.usefixtures("by_mode")
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("version", COG)
+def test_cogvideox_sees_what_its_pipeline_shows(version, inverted):
+    pipe = cogvideox.pipeline(cogvideox.transformer(**COG[version], max_text_seq_length=16))
+    pipe.vae = deepcopy(pipe.vae)
+    pipe.vae.register_to_config(invert_scale_latents=inverted, scaling_factor=0.7)
+    pipe.vae_scaling_factor_image = 0.7
+    frames = 13 if version == "1.5" else 9
+    image, sizes = picture(size=(80, 112)), {"height": 80, "width": 112, "num_frames": frames}
+    given, out = call_of(pipe, image=image, **sizes, max_sequence_length=16)
+    shown = cog_family.encode_prompt(pipe, ["a red square moves right"], 16)
+    kept = cog_family.first_frame(pipe, pipe.transformer, image, frames)
+    noisy = given["hidden_states"].transpose(1, 2)[:, : cogvideox.CHANNELS]
+    own, said = predicted(
+        pipe, "transformer", noisy, given["timestep"].float(), shown | batched(kept)
+    )
+    for name in own.keys() - {"return_dict", "image_rotary_emb"}:
+        assert torch.equal(own[name].float(), given[name].float()), name
+    assert ("ofs" in own) == (version == "1.5")
+    for table, of_pipe in zip(own["image_rotary_emb"], given["image_rotary_emb"], strict=True):
+        assert torch.equal(table, of_pipe)
+    assert torch.equal(said.transpose(1, 2), out)
 
 
 def test_wans_first_latent_is_the_clips_own():
