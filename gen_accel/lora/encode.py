@@ -543,7 +543,7 @@ def _check_fit(encoders: Encoders, frames: Sequence[int], sizes: Sequence[Size])
     if taken != channels:
         raise ValueError(
             f"the transformer takes {taken} channels where the latents have "
-            f"{channels}: only models from text to video are trained"
+            f"{channels}: such a model is not trained"
         )
 
 
