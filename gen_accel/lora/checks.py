@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.kernels import check_name
+from gen_accel.lora.clip_checks import check_clips
 from gen_accel.lora.size import check_config
 from gen_accel.method import memory_of, parts_of
 from gen_accel.pipelines.long_video import check_names
@@ -32,7 +33,7 @@ LIMITS = (
     Limit(
         (
             *("rank", "dense_layers", "dense_steps", "weight_decay", "warmup_steps"),
-            *("max_grad_norm", "validate_every"),
+            *("max_grad_norm", "validate_every", "shuffle_tags"),
         ),
         lambda x: 0 <= x < float("inf"),
         "not be negative",
@@ -49,7 +50,7 @@ LIMITS = (
         (
             *("height", "width", "batch_size", "gradient_accumulation", "checkpoint_every"),
             *("keep_checkpoints", "validation_steps", "image_tokens", "image_size"),
-            *("max_tokens", "trained_frames", "validation_frames"),
+            *("max_tokens", "trained_frames", "validation_frames", "chunks", "tag_orders"),
         ),
         lambda x: x >= 1,
         "be at least 1",
@@ -59,7 +60,7 @@ LIMITS = (
         lambda x: 0 < x < float("inf"),
         "be positive",
     ),
-    Limit(("lora_dropout", "ema_decay"), lambda x: 0 <= x < 1, "be a share from 0 to 1"),
+    Limit(("lora_dropout", "ema_decay", "images"), lambda x: 0 <= x < 1, "be a share from 0 to 1"),
     Limit(
         ("caption_dropout", "image_dropout", "both_dropout", "first_frame_dropout"),
         lambda x: 0 <= x < 1 + EPS,
@@ -82,6 +83,7 @@ def check(config: Any) -> None:
                 raise ValueError(f"{name} must {must}, got {shown(value)}")
     check_names(config.sample_with, "sample_with")
     _check_teacher(config)
+    check_clips(config)
     if not config.stages:
         raise ValueError("stages is empty: give at least one, as 81:200")
     method = method_from(config.method, config.settings)

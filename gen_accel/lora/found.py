@@ -63,9 +63,9 @@ class Bucket(NamedTuple):
 
     def __str__(self) -> str:
         height, width = self.size
-        length = "pictures" if self.frames == 1 else f"clips of {self.frames} frames"
+        kind = "of 1 frame" if self.frames == 1 else f"of {self.frames} frames"
         lasts = "" if self.seconds is None else f", {self.seconds:,.1f} s"
-        return f"{height} x {width}: {self.clips:,} {length}{lasts}"
+        return f"{height} x {width}: {self.clips:,} {kind}{lasts}"
 
 
 @dataclass(frozen=True)

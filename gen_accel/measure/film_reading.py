@@ -89,12 +89,18 @@ class Film:
 
     def extent(self) -> tuple[int, float]:
         """Count the stored frames, and measure the seconds to the end of the last one, without
-        decoding them."""
+        decoding them.
+
+        Raises:
+            OSError: the film is damaged or cut off.
+        """
         step = 1 / (self.stream.average_rate or Fraction(25))
         start = (self.container.start_time or 0) * MICROSECOND
         count, end = 0, Fraction(0)
         with self._told(0):
             for packet in self.container.demux(self.stream):
+                if packet.is_corrupt:
+                    raise pyav().error.InvalidDataError(0, "a packet is cut off")
                 if packet.size > 0:
                     count += 1
                     base = packet.time_base or self.stream.time_base
