@@ -391,7 +391,7 @@ def growth(before: dict[str, Any], row: dict[str, Any]) -> float:
 TABLES = {"clips": clips_table, "reading": reading_table, "many": many_table}
 TITLES = {
     "clips": "Encoding by the demo model",
-    "reading": "Reading alone, at 480 × 832",
+    "reading": "Reading alone, at 480 x 832",
     "many": "Many clips",
 }
 

@@ -13,6 +13,7 @@ from gen_accel.pipelines.long_video import check_names
 from gen_accel.values import fits, shown
 
 MOST_LAYERS = 1000  # more than any model has
+MOST_WORKERS = 256  # threads, each with a clip in memory
 MOST_RATE = 1e3  # a larger learning rate trains nothing, long before float32 overflows
 EPS = 1e-12  # the sum of shares may end a rounding error above 1
 
@@ -43,6 +44,7 @@ LIMITS = (
         lambda betas: all(0 <= beta < 1 for beta in betas),
         "be two shares from 0 to below 1",
     ),
+    Limit(("workers",), lambda x: 0 <= x <= MOST_WORKERS, f"be from 0 to {MOST_WORKERS}"),
     Limit(("dense_layers",), lambda x: x <= MOST_LAYERS, f"be at most {MOST_LAYERS}"),
     Limit(("learning_rate",), lambda x: not x > MOST_RATE, f"be at most {MOST_RATE:g}"),
     Limit(("seed",), lambda x: 0 <= x < 2**32, "be from 0 to 2^32 - 1"),

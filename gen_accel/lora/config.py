@@ -94,6 +94,9 @@ class TrainConfig:
     on_broken: Literal["skip", "stop"] = _(
         "skip", "Clips", "What a file that no one can read does."
     )
+    workers: int = _(
+        2, "Clips", "Threads that read clips ahead of the encoder; 0: it waits for each clip."
+    )
     take: Literal["start", "middle", "all", "random"] = _(
         "start", "Clips", "Of a clip that is longer than a stage; all: chunks one after the other."
     )
@@ -326,6 +329,7 @@ FREE_TO_CHANGE = (
     "sample_with",
     "guidance_scale",
     "on_broken",
+    "workers",
     "kernel",
     "gradient_checkpointing",
 )

@@ -382,7 +382,8 @@ def _of_folder(folder: Path, pictures: Literal["no", "captioned", "all"]) -> lis
             for path in files
             if path.suffix.lower() in IMAGE_SUFFIXES and path.with_suffix("") not in stems
         ]
-    _check_one_each(stills, folder)
+    if pictures == "all":
+        _check_one_each(stills, folder)
     own = stems | {path.with_suffix("") for path in stills}
     further = _numbered_texts(files, own)
     videos = []

@@ -152,7 +152,7 @@ def cache(
     if repeats:
         videos = repeated(videos, repeats)
     if teacher:
-        check_teacher_captions(videos)
+        check_teacher_captions([v for v in videos if pictures or not v.is_picture])
     folder = Path(out)
     with unwinding(), locked(folder) as alone:
         clear_partial(folder, alone=alone)

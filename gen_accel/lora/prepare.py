@@ -1,5 +1,6 @@
 """Preparation of a training: load the model, check the config against it, cache the clips."""
 
+import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -33,6 +34,7 @@ from gen_accel.lora.images import ImageCoder, describe_images
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
 from gen_accel.lora.noising import shift_of
+from gen_accel.lora.preview import known_remade
 from gen_accel.lora.processes import by_main
 from gen_accel.lora.scenes import check_scenes
 from gen_accel.lora.size import check_adapter, check_batch
@@ -69,9 +71,13 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
     pipe = load_pipe(config)
     model = model_of(config, pipe)
     if config.data is not None:
-        by_main(accelerator, partial(cache_clips, config, pipe))
+        by_main(accelerator, lambda: print(cache_clips(config, pipe), file=sys.stderr))
     latents = LatentCache(folder)
     check_cache(config, pipe, latents)
+    if config.data is None and accelerator.is_main_process:
+        remade = known_remade(latents, config.model == demo.NAME)
+        if remade is not None:
+            print(remade, file=sys.stderr)
     if not config.validate_every:
         for part in ("vae", "text_encoder", "text_encoder_2", "image_encoder"):
             if getattr(pipe, part, None) is not None:
@@ -302,4 +308,5 @@ def cache_clips(config: TrainConfig, pipe: Any = None) -> Any:
         default_caption=config.default_caption,
         repeats=config.repeats,
         pictures=1 in config.clip_lengths,
+        workers=config.workers,
     )

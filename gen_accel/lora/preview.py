@@ -16,9 +16,9 @@ from gen_accel.files import replacing
 from gen_accel.lora.encoders import Encoders
 from gen_accel.lora.fingerprint import hash_of
 from gen_accel.lora.index import Memo
-from gen_accel.lora.latents import LATENTS
+from gen_accel.lora.latents import LATENTS, LatentCache
 from gen_accel.lora.reconstruction import Psnr, Remade, is_demo, is_remade, remake
-from gen_accel.lora.shards import Shards
+from gen_accel.lora.shards import MEMO, Shards
 from gen_accel.measure.sheets import picture_rows
 
 if TYPE_CHECKING:
@@ -173,13 +173,18 @@ def evenly(count: int, most: int) -> list[int]:
     return sorted({*np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()})
 
 
-def known_remade(memo: Memo, keys: Iterable[tuple[str, str]], is_demo: bool) -> Remade | None:
-    """Return what an earlier run found out about clips, name and key of latents each.
+def known_remade(cache: LatentCache, is_demo: bool) -> Remade | None:
+    """Return what the run that made a cache found out about its autoencoder; None for nothing.
 
-    None where it found out nothing.
+    Args:
+        is_demo: whether the autoencoder is the demo model's.
     """
-    facts = ((name, _known(memo.get(f"remade {key}"))) for name, key in keys)
-    found = {name: one.psnr for name, one in facts if one is not None}
+    memo = Memo(cache.folder / MEMO)
+    rows = evenly(len(cache), MOST_ROWS)
+    held = [cache.entries[rows[place]] for place in evenly(len(rows), MOST_REMADE)]
+    facts = {entry.name: _known(memo.get(f"remade {entry.latent_key}")) for entry in held}
+    memo.close()
+    found = {name: one.psnr for name, one in facts.items() if one is not None}
     return Remade(found, is_demo) if found else None
 
 

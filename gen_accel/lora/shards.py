@@ -21,6 +21,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -84,8 +85,9 @@ class Shards:
         self._earlier = _read_or_none(self.folder / MANIFEST) or {}
         listed: dict[str, dict[str, Any]] = {}
         for known in (self._earlier, _read_or_none(self.folder / OLD_PROGRESS) or {}):
-            listed |= known.get("shards", {})
-            for clip, about in known.get("clips", {}).items():  # of version 1
+            listed |= _sound_shards(known, self.folder)
+            clips = known.get("clips")  # of version 1
+            for clip, about in clips.items() if isinstance(clips, dict) else ():
                 if self.clips.get(clip) is None:
                     self.clips[clip] = about
         listed |= _progress(self.folder / PROGRESS)
@@ -178,7 +180,7 @@ class Shards:
         try:
             for line in entry_lines(self.folder, self._earlier):
                 yield fields_of(parse_json(line.decode(), MANIFEST), MANIFEST)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return
 
     def finish(
@@ -356,6 +358,17 @@ def _progress(path: Path) -> dict[str, dict[str, Any]]:
                 continue
             if fields.get("version") == VERSION and SHARD_NAME.fullmatch(name):
                 found[name] = fields
+    return found
+
+
+def _sound_shards(manifest: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the shards that a manifest lists as `Shards` does."""
+    found: dict[str, dict[str, Any]] = {}
+    listed = manifest.get("shards")
+    for name, about in listed.items() if isinstance(listed, dict) else ():
+        with suppress(ValueError):
+            check_shard(about, folder / MANIFEST, manifest["version"])
+            found[name] = about
     return found
 
 

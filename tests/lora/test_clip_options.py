@@ -21,6 +21,7 @@ from gen_accel.lora.found import Lost, Report, buckets_of, lost_picture, too_sho
 from gen_accel.lora.images import ImageCoder
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.scenes import CutFinder
+from gen_accel.lora.shards import entry_lines
 from gen_accel.lora.takes import Take
 from gen_accel.measure.video_io import write_video
 
@@ -79,17 +80,18 @@ def encoded(pipe, frames):
 def test_defaults_keep_the_keys_of_earlier_caches(pipe, build, folder, cached):
     build(fps=16.0)
     manifest = json.loads((cached().folder / "manifest.json").read_text())
+    entries = [json.loads(line) for line in entry_lines(cached().folder, manifest)]
     states = [[name, digest] for name, digest in _states(pipe, "vae")]
     vae = hash_of([1, "float16", *states])
-    for entry in manifest["entries"]:
+    for entry in entries:
         sha = CaptionedVideo("", "", folder / entry["name"]).sha256()
         key = hash_of([vae, sha, 16.0, entry["pixel_frames"], list(SIZE)])
         assert entry["latent_key"] == key
         assert [*entry] == [
-            *("name", "caption", "frames", "height", "width", "pixel_frames"),
-            *("latent_key", "text_key"),
+            *("caption", "frames", "height", "latent_key", "name", "pixel_frames"),
+            *("text_key", "width"),
         ]
-    assert [entry["name"] for entry in manifest["entries"]] == ["film.mp4", "tall.mp4"]
+    assert [entry["name"] for entry in entries] == ["film.mp4", "tall.mp4"]
 
 
 def _states(pipe, part):
@@ -167,7 +169,7 @@ def test_no_chunk_crosses_a_cut(build, cached, monkeypatch):
 
 
 def test_cuts_are_kept_from_a_run_that_was_killed(build, monkeypatch):
-    monkeypatch.setattr("gen_accel.lora.encode.KEEP_EVERY", 0.0)
+    monkeypatch.setattr("gen_accel.lora.index.SECONDS_TOGETHER", 0.0)
     monkeypatch.setattr(family, "encode_prompt", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build(take=Take(scenes="cut"))
@@ -213,6 +215,19 @@ def test_pictures_that_no_stage_takes_are_named(build):
         "p1.png": reason,
     }
     assert "p0.png" not in build(frames=[1, 5]).left_out
+
+
+def test_pictures_that_no_stage_takes_need_nothing_else(build, folder):
+    """Neither a caption for a teacher nor a name of their own."""
+    (folder / "p0.jpg").write_bytes((folder / "p0.png").read_bytes())
+    for name in ("film", "tall", "short", "broken", "sound"):
+        (folder / f"{name}.teacher.txt").write_text("a film")
+    assert build(teacher=True).encoded == 2
+    with pytest.raises(ValueError, match=r"would share one caption, got p0\.jpg, p0\.png"):
+        build(teacher=True, pictures=True)
+    (folder / "p0.jpg").unlink()
+    with pytest.raises(ValueError, match="2 of 7 videos have no caption for the teacher: p0"):
+        build(teacher=True, pictures=True)
 
 
 def test_captions_as_they_are_asked_for(pipe, build, cached, folder):

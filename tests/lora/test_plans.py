@@ -24,6 +24,13 @@ from gen_accel.lora.prepare import cache_clips
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+class Listed(tuple):
+    @property
+    def sizes(self):
+        rows = [(e.frames, e.height, e.width, e.pixel_frames) for e in self]
+        return np.array(rows, np.int32)
+
+
 class Entries:
     """In the place of a `LatentCache`, without tensors.
 
@@ -33,7 +40,7 @@ class Entries:
 
     def __init__(self, *entries):
         given = {"frames": 5, "height": 4, "width": 8}
-        self.entries = tuple(
+        self.entries = Listed(
             Entry(**({"name": f"{i}", "caption": "", "pixel_frames": 17, "latent_key": "",
                       "text_key": ""} | given | one))
             for i, one in enumerate(entries)
@@ -304,6 +311,14 @@ def test_a_cache_that_was_made_otherwise_is_refused(on_disk, mixed, tmp_path):
 def test_sizes_that_do_not_fit_the_model(on_disk):
     with pytest.raises(ValueError, match="40"):
         gen_accel.lora.train(on_disk(sizes=("32x64", "40x64")))
+
+
+def test_a_dry_run_with_all_of_it(tmp_path):
+    given = {"model": "demo", "sizes": ("64x96", "96x64"), "out": str(tmp_path / "run")}
+    given |= {"images": 0.5, "shuffle_tags": 0, "trigger": "sks", "take": "all", "scenes": "cut"}
+    assert gen_accel.lora.dry_run(TrainConfig(**given, repeats=("a=2",), rank=2)).steps == 2
+    with pytest.raises(ValueError, match=r"width must be a multiple of .*, got 100"):
+        gen_accel.lora.dry_run(TrainConfig(**given | {"sizes": ("64x96", "64x100")}))
 
 
 @pytest.mark.slow

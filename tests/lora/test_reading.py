@@ -81,9 +81,13 @@ def test_threads_end_when_the_reader_stops(workers):
         finally:
             ended.append(i)
 
+    def interrupted():
+        with closing(ahead(work, range(100), workers)) as found:
+            next(found)
+            raise KeyboardInterrupt
+
     before = threading.active_count()
-    with pytest.raises(KeyboardInterrupt), closing(ahead(work, range(100), workers)) as found:
-        next(found)
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert threading.active_count() == before
     assert len(ended) <= workers
