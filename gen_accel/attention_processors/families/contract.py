@@ -273,6 +273,24 @@ class Family:
         default_of=lambda family: lambda config: config.in_channels,
     )
 
+    first_frame = Part[Callable[..., dict[str, Tensor]] | None](
+        Callable,
+        "(pipe, transformer, image, frames): conditions of `predict` for a clip of so many frames "
+        "that begins with this picture, for the cache, without the axis of samples; a tensor "
+        "(C, f, h, w) is cut to the latents that train. See `given.py`",
+        default=None,
+    )
+    given_latents = Part[Callable[[Any], int]](
+        Callable,
+        "(transformer): latents in whose place the first frame comes, which the loss leaves out",
+        default=lambda transformer: 0,
+    )
+    encode_prompt_with = Part[Callable[..., dict[str, Tensor]] | None](
+        Callable,
+        "(pipe, transformer, image, prompt, max_tokens): as `encode_prompt`, of one prompt, where "
+        "its text encoder sees the first frame too; None for the image of a dropped caption",
+        default=None,
+    )
     TAKES_FPS = Part[bool](
         bool,
         "`predict` takes the clips' frames a second as `fps` (B,), float32, among the conditions, "
@@ -326,6 +344,19 @@ class Family:
         Callable,
         "(config, tokens): `conditions` of `predict` with a text of so many tokens, all zero, of "
         "one sample, without the axis of samples",
+        default=None,
+    )
+
+    tiny_from_frame = Part[Callable[[Mapping[str, Any]], dict[str, Any]] | None](
+        Callable,
+        "(config): what TINY needs besides to begin with a first frame as models of this config "
+        "do",
+        default=None,
+    )
+    tiny_first_frame = Part[Callable[..., dict[str, Tensor]] | None](
+        Callable,
+        "(transformer, frames, height, width): what `first_frame` gives, all zero, of a clip of "
+        "this size in latents",
         default=None,
     )
 
