@@ -248,6 +248,26 @@ class Family:
         default=None,
     )
 
+    latent_channels = Part[Callable[[Any], int]](
+        Callable,
+        "(config): channels of the clips' latents, where the transformer takes others beside them",
+        default_of=lambda family: lambda config: config.in_channels,
+    )
+    no_training = Part[Callable[[Any, Any], str | None] | None](
+        Callable,
+        "(pipe, transformer): why this pipeline's model cannot be trained, None where it can",
+        default=None,
+    )
+    TEXT_PARTS = Part[tuple[str, ...]](
+        tuple,
+        "what the names of all models of a pipeline begin with that `encode_prompt` needs",
+        default=("text_encoder",),
+        each=str,
+    )
+    ONE_TEXT_LENGTH = Part[bool](
+        bool, "the texts of a batch must be of one length: no mask hides padding", default=False
+    )
+
     TEXT_TOKENS = Part[int | None](
         int, "tokens that the pipelines bring every prompt to, unless told otherwise", default=None
     )
@@ -286,9 +306,12 @@ class Family:
 
     TINY = Part[Mapping[str, Any] | None](
         Mapping,
-        "how little a model for training can be: the config of one, of `num_layers` blocks, which "
-        "is put in, with as many channels in as out",
+        "how little a model for training can be: the config of one, with as many channels in as "
+        "out, and without its number of blocks, DEPTH, which is put in",
         default=None,
+    )
+    DEPTH = Part[str](
+        str, "the entry of a config that counts the blocks", default="num_layers"
     )
     tiny_conditions = Part[Callable[[Any, int], dict[str, Tensor]] | None](
         Callable,

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from gen_accel.attention_processors.families import Preset, split_tokens, wan
+from gen_accel.video import VideoShape
 
 MODELS = "SkyReels-V2"
 CLASSES = ("SkyReelsV2Transformer3DModel",)
@@ -17,6 +18,10 @@ ATTENTION_CALL = wan.ATTENTION_CALL
 ORDER = wan.ORDER
 KIND = "video"
 FPS = 24
+_FPS_CLASSES = {16: 0, 24: 1}  # of `fps_embedding`, as the pipelines number them
+# Of the 540P models, and of the pipelines. The 720P models, whose configs are the same, were
+# trained on 121.
+TRAINED_FRAMES = 97
 TEMPORAL_FACTOR = wan.TEMPORAL_FACTOR
 SPATIAL_FACTOR = wan.SPATIAL_FACTOR
 PRESETS = {
@@ -25,17 +30,63 @@ PRESETS = {
         14.3,
         {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
     ),
+    "SkyReels-V2-DF-1.3B": Preset(
+        "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers",
+        1.44,
+        {
+            "num_attention_heads": 12,
+            "num_layers": 30,
+            "ffn_dim": 8960,
+            "inject_sample_info": True,
+        },
+    ),
 }
 TEXT_TOKENS = wan.TEXT_TOKENS
 LORA_TARGETS = wan.LORA_TARGETS
+CAUSAL_VAE = wan.CAUSAL_VAE
 AUTOENCODER = wan.AUTOENCODER
+TINY = wan.TINY
 GUIDANCE = wan.GUIDANCE
 
 layers = wan.layers
-inputs = wan.inputs
 self_attentions = wan.self_attentions
 image_attentions = wan.image_attentions
 video_shape = wan.video_shape
+encode_video = wan.encode_video
+encode_prompt = wan.encode_prompt
+tiny_conditions = wan.tiny_conditions
+longest = wan.longest
+temporal_frequencies = wan.temporal_frequencies
+set_temporal_frequencies = wan.set_temporal_frequencies
+
+
+def inputs(transformer: Any, video: VideoShape, text: int, batch: int) -> dict[str, Any]:
+    return wan.inputs(transformer, video, text, batch) | _rate(transformer, batch)
+
+
+def predict(
+    transformer: Any, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor]
+) -> Tensor:
+    """The velocity, noise - clean, of `noisy` = (1 - sigma) clean + sigma noise.
+
+    All frames have one noise level. For models of diffusion forcing this is their synchronous
+    mode (`ar_step=0`), in which the pipelines run unless told otherwise; the forward pass with the
+    level written out for each frame gives the same up to rounding.
+
+    Args:
+        noisy: (B, C, f, h, w) latents.
+        sigma: (B,) in [0, 1].
+        conditions: from `encode_prompt`.
+    """
+    given = conditions | _rate(transformer, len(noisy))
+    return transformer(noisy, timestep=sigma * 1000, **given, return_dict=False)[0]
+
+
+def _rate(transformer: Any, batch: int) -> dict[str, Any]:
+    """Class of the frame rate of each sample, for the models that are told it."""
+    if not transformer.config.inject_sample_info:
+        return {}
+    return {"fps": [_FPS_CLASSES[FPS]] * batch}
 
 
 def no_frames(
