@@ -167,6 +167,7 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
         trained_frames=trained,
         shift=float(shift),
         boundary=pipe.config.get("boundary_ratio"),
+        schedule=pipe.scheduler.config,
     )
 
 

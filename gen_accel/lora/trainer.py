@@ -192,6 +192,7 @@ class Run:
             config.objective,
             self.adapter,
             guidance=config.teacher_guidance,
+            schedule=model.schedule,
         )
         cast_training_params([self.objective], dtype=torch.float32)
         transformer.train()

@@ -51,6 +51,11 @@ class Preset:
     temporal: int | None = None
 
 
+def _flow_scales(schedule: Mapping[str, Any], sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - sigma and sigma."""
+    return 1 - sigma, sigma
+
+
 NUMBER = int, float
 _WORDS = {
     str: "a string",
@@ -244,8 +249,28 @@ class Family:
     )
     predict = Part[Callable[..., Tensor] | None](
         Callable,
-        "(transformer, noisy, sigma, conditions): the velocity, noise - clean",
+        "(transformer, noisy, sigma, conditions): what PREDICTS says, of noisy latents at noise "
+        "levels from 0 to 1, which it maps to the model's timestep",
         default=None,
+    )
+    PREDICTS = Part[str](
+        str,
+        'what `predict` gives where a and s are the `scales`: "flow", noise - clean; "v", '
+        "a noise - s clean",
+        default="flow",
+        choices=("flow", "v"),
+    )
+    scales = Part[Callable[[Mapping[str, Any], Tensor], tuple[Tensor, Tensor]]](
+        Callable,
+        "(schedule, sigma): scales of clean latents and of noise in their mix at noise levels (B,)"
+        ", of the config of a pipeline's scheduler, {} for the published one; ValueError for a "
+        "config that the model was not trained with",
+        default=_flow_scales,
+    )
+    latent_channels = Part[Callable[[Any], int]](
+        Callable,
+        "(config): channels of the clips' latents, where the transformer takes others beside them",
+        default_of=lambda family: lambda config: config.in_channels,
     )
 
     latent_channels = Part[Callable[[Any], int]](
