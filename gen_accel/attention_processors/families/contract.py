@@ -273,15 +273,27 @@ class Family:
         default_of=lambda family: lambda config: config.in_channels,
     )
 
-    latent_channels = Part[Callable[[Any], int]](
+    first_frame = Part[Callable[..., dict[str, Tensor]] | None](
         Callable,
-        "(config): channels of the clips' latents, where the transformer takes others beside them",
-        default_of=lambda family: lambda config: config.in_channels,
-    )
-    no_training = Part[Callable[[Any, Any], str | None] | None](
-        Callable,
-        "(pipe, transformer): why this pipeline's model cannot be trained, None where it can",
+        "(pipe, transformer, image, frames): conditions of `predict` for a clip of so many frames "
+        "that begins with this picture, for the cache, without the axis of samples; a tensor "
+        "(C, f, h, w) is cut to the latents that train. See `given.py`",
         default=None,
+    )
+    given_latents = Part[Callable[[Any], int]](
+        Callable,
+        "(transformer): latents in whose place the first frame comes, which the loss leaves out",
+        default=lambda transformer: 0,
+    )
+    encode_prompt_with = Part[Callable[..., dict[str, Tensor]] | None](
+        Callable,
+        "(pipe, transformer, image, prompt, max_tokens): as `encode_prompt`, of one prompt, where "
+        "its text encoder sees the first frame too; None for the image of a dropped caption",
+        default=None,
+    )
+
+    TEXT_TOKENS = Part[int | None](
+        int, "tokens that the pipelines bring every prompt to, unless told otherwise", default=None
     )
     TEXT_PARTS = Part[tuple[str, ...]](
         tuple,
@@ -292,9 +304,10 @@ class Family:
     ONE_TEXT_LENGTH = Part[bool](
         bool, "the texts of a batch must be of one length: no mask hides padding", default=False
     )
-
-    TEXT_TOKENS = Part[int | None](
-        int, "tokens that the pipelines bring every prompt to, unless told otherwise", default=None
+    no_training = Part[Callable[[Any, Any], str | None] | None](
+        Callable,
+        "(pipe, transformer): why this pipeline's model cannot be trained, None where it can",
+        default=None,
     )
 
     # Generation
@@ -342,6 +355,19 @@ class Family:
         Callable,
         "(config, tokens): `conditions` of `predict` with a text of so many tokens, all zero, of "
         "one sample, without the axis of samples",
+        default=None,
+    )
+
+    tiny_from_frame = Part[Callable[[Mapping[str, Any]], dict[str, Any]] | None](
+        Callable,
+        "(config): what TINY needs besides to begin with a first frame as models of this config "
+        "do",
+        default=None,
+    )
+    tiny_first_frame = Part[Callable[..., dict[str, Tensor]] | None](
+        Callable,
+        "(transformer, frames, height, width): what `first_frame` gives, all zero, of a clip of "
+        "this size in latents",
         default=None,
     )
 
