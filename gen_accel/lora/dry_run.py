@@ -45,7 +45,7 @@ def dry_run(config: TrainConfig) -> Trained:
     kind = transformer_class(config.model)
     family: Any = family_named(served_classes()[kind])
     torch.manual_seed(config.seed)
-    tiny = dict(family.TINY) | {"num_layers": config.dense_layers + 2}
+    tiny = dict(family.TINY) | {family.DEPTH: config.dense_layers + 2}
     transformer = getattr(diffusers, kind)(**tiny)
     factor, patch = family.TEMPORAL_FACTOR, patch_of(transformer.config)
     _check_lengths(config, family, patch)
@@ -144,7 +144,7 @@ class _Noise:
 
     def latents(self, index: int, frames: int) -> Tensor:
         generator = torch.Generator().manual_seed(index)
-        channels = self.transformer.config.in_channels
+        channels = family_of(self.transformer).latent_channels(self.transformer.config)
         return torch.randn(channels, frames, *self.size, generator=generator)
 
     def image(self, index: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gen_accel.attention_processors.lengths import patch_of
+from gen_accel.attention_processors.lengths import patch_of, vae_factors
 from gen_accel.endings import unwinding
 from gen_accel.files import clear_partial
 from gen_accel.lora.data import (
@@ -22,7 +22,7 @@ from gen_accel.lora.data import (
     nearest_size,
     open_image,
 )
-from gen_accel.lora.encoders import Encoders, load_encoders
+from gen_accel.lora.encoders import Encoders, check_trained, load_encoders
 from gen_accel.lora.fingerprint import hash_of
 from gen_accel.lora.latents import IMAGE, LATENTS, RECIPE, TEXTS_AT_ONCE, Entry
 from gen_accel.lora.shards import SHARD_BYTES, Shards
@@ -223,7 +223,7 @@ class _Run:
     def __post_init__(self) -> None:
         common = [RECIPE, self.store]
         self._vae = hash_of([*common, *self.encoders.states("vae")])
-        texts = self.encoders.states("text_encoder", "tokenizer")
+        texts = self.encoders.states(*self.encoders.family.TEXT_PARTS, "tokenizer")
         self._text = hash_of([*common, self.max_tokens, *texts])
         self._image = None if self.images is None else hash_of([*common, self.images.state()])
 
@@ -278,7 +278,7 @@ class _Run:
         new = [key for key in captions if key not in shards]
         parts = [new[i : i + TEXTS_AT_ONCE] for i in range(0, len(new), TEXTS_AT_ONCE)]
         family, pipe = self.encoders.family, self.encoders.pipe
-        with self.encoders.at_work("text_encoder"):
+        with self.encoders.at_work(*family.TEXT_PARTS):
             for part in bar.track(parts, description="captions"):
                 prompts = [captions[key] for key in part]
                 found = family.encode_prompt(pipe, prompts, self.max_tokens)
@@ -440,7 +440,8 @@ def _check_options(
 
 def _check_fit(encoders: Encoders, frames: Sequence[int], sizes: Sequence[Size]) -> None:
     pipe, config = encoders.pipe, encoders.transformer.config
-    time, space = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+    check_trained(pipe, encoders.transformer)
+    time, space = vae_factors(pipe)
     for length in frames:
         if (length - 1) % time:
             below = (length - 1) // time * time + 1
@@ -454,15 +455,16 @@ def _check_fit(encoders: Encoders, frames: Sequence[int], sizes: Sequence[Size])
             rule = " and ".join(str(space * step) for step in patches)
             raise ValueError(f"sizes must be multiples of {rule} (height, width), got {size}")
     channels = getattr(pipe.vae.config, "z_dim", None) or pipe.vae.config.latent_channels
-    if config.in_channels != channels:
+    taken = encoders.family.latent_channels(config)
+    if taken != channels:
         raise ValueError(
-            f"the transformer takes {config.in_channels} channels where the latents have "
-            f"{channels}: only models from text to video are trained"
+            f"the transformer takes {taken} channels where the latents have {channels}: only "
+            "models from text to video are trained"
         )
 
 
 def _entry(job: _Job, pipe: Any) -> Entry:
-    time, space = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+    time, space = vae_factors(pipe)
     return Entry(
         name=job.video.name,
         caption=job.video.caption,

@@ -47,9 +47,11 @@ class Encoders(NamedTuple):
         ]
 
     @contextmanager
-    def at_work(self, prefix: str) -> Iterator[None]:
-        """Move models whose names begin with `prefix` to the device, and back at the end."""
-        models = [m for m in _components(self.pipe, prefix).values() if isinstance(m, nn.Module)]
+    def at_work(self, *prefixes: str) -> Iterator[None]:
+        """Move models whose names begin with one of `prefixes` to the device, and back at the
+        end."""
+        parts = _components(self.pipe, *prefixes).values()
+        models = [model for model in parts if isinstance(model, nn.Module)]
         homes = [next(model.parameters()).device for model in models]
         try:
             for model in models:
@@ -111,6 +113,14 @@ def load_encoders(model_or_pipe: Any, device: str, dtype: str) -> Encoders:
     pipe.set_progress_bar_config(disable=True)
     part = next(name for name in stages if name in found)
     return Encoders(pipe, _hollow(source, part, found[part]), target)
+
+
+def check_trained(pipe: Any, transformer: Any) -> None:
+    """Raise ValueError for a pipeline whose model cannot be trained, with the family's reason."""
+    find = family_of(transformer).no_training
+    why = None if find is None else find(pipe, transformer)
+    if why is not None:
+        raise ValueError(f"no training for {type(transformer).__name__} here: {why}")
 
 
 def _loaded(source: str, name: str, kind: Sequence[str], dtype: torch.dtype) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gen_accel import demo
-from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
+from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factors
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.extras import needed_for
 from gen_accel.lora.adapters import read_start
@@ -20,6 +20,7 @@ from gen_accel.lora.artefact import (
 from gen_accel.lora.attention_loss import text_attentions
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.encode import cache
+from gen_accel.lora.encoders import check_trained
 from gen_accel.lora.images import ImageCoder, describe_images
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
@@ -70,7 +71,7 @@ def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
 
     Its clips may have another size or frame rate, or lack the images or captions that are needed.
     """
-    factor = pipe.vae_scale_factor_spatial
+    factor = vae_factors(pipe)[1]
     wanted = config.height // factor, config.width // factor
     others = {(entry.height, entry.width) for entry in latents.entries} - {wanted}
     if others:
@@ -128,6 +129,7 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
     transformer = getattr(pipe, config.part, None)
     if transformer is None:
         raise ValueError(f"{type(pipe).__name__} of {config.model} has no {config.part}")
+    check_trained(pipe, transformer)
     if config.adapter == "image_prompt":
         _check_image_prompt(config, transformer)
     elif config.rank:
@@ -153,7 +155,7 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
                 raise
     if config.teacher_lora is not None:
         check_teacher(config, transformer, trained)
-    factor = pipe.vae_scale_factor_temporal
+    factor = vae_factors(pipe)[0]
     if trained is not None:
         latent_frames("trained_frames", trained, factor, temporal_patch(transformer))
     shift = config.shift

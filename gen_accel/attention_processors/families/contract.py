@@ -292,6 +292,13 @@ class Family:
         default=None,
     )
 
+    TAKES_FPS = Part[bool](
+        bool,
+        "`predict` takes the clips' frames a second as `fps` (B,), float32, among the conditions, "
+        "and `fps` of the model without them",
+        default=False,
+    )
+
     TEXT_TOKENS = Part[int | None](
         int, "tokens that the pipelines bring every prompt to, unless told otherwise", default=None
     )
@@ -420,6 +427,11 @@ class Family:
         "differ",
         default=None,
     )
+    temporal_factor = Part[Callable[[Any], int | None]](
+        Callable,
+        "(transformer): the same of this one, where not all models of a family are alike",
+        default_of=lambda family: lambda transformer: family.TEMPORAL_FACTOR,
+    )
     longest = Part[Callable[[Any], int] | None](
         Callable,
         "(transformer): latent frames that it has positions for, where they are a table",
@@ -434,6 +446,9 @@ class Family:
         Callable,
         "(transformer, freqs): use these instead, or its own again for None",
         default=None,
+    )
+    HEADS_ALIKE = Part[bool](
+        bool, "all attention heads have the same few temporal frequencies", default=True
     )
 
     # Image prompts, which take `video_shape`, `timestep` and, for video, TEMPORAL_FACTOR besides

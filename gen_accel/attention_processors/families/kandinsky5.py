@@ -21,6 +21,7 @@ from gen_accel.attention_processors.families import (
     in_patches,
     in_stacks,
 )
+from gen_accel.attention_processors.families.given import FIRST_FRAME, in_place, pixels_of
 from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
@@ -58,6 +59,7 @@ PRESETS = {
 }
 TEXT_TOKENS = 512
 ONE_TEXT_LENGTH = True
+_PIPELINES = "Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline"
 _TEXT = "text_tokens"  # of `encode_prompt`: how long each text is without its padding
 
 # Layers by the end of their names, inside the blocks: other layers are called `out_layer` too.
@@ -146,8 +148,8 @@ def latent_channels(config: Any) -> int:
 
 
 def no_training(pipe: Any, transformer: Any) -> str | None:
-    if type(pipe).__name__ != "Kandinsky5T2VPipeline":
-        return f"{type(pipe).__name__} is given images: only models from text to video are trained"
+    if type(pipe).__name__ not in _PIPELINES:
+        return f"{type(pipe).__name__} makes no videos"
     if transformer.config.attention_type == "regular":
         return None
     return (
@@ -203,33 +205,57 @@ def tiny_conditions(config: Any, tokens: int) -> dict[str, Tensor]:
     }
 
 
+def given_latents(transformer: Any) -> int:
+    return 1 if transformer.config.visual_cond else 0
+
+
+@torch.no_grad()
+def first_frame(pipe: Any, transformer: Any, image: Any, frames: int) -> dict[str, Tensor]:
+    """Latents of the first frame alone, (C, 1, h, w)."""
+    return {FIRST_FRAME: hunyuan_video.encode_video(pipe, pixels_of(pipe, image))[0]}
+
+
+def tiny_from_frame(config: Any) -> dict[str, Any]:
+    return {"visual_cond": True}
+
+
+def tiny_first_frame(
+    transformer: Any, frames: int, height: int, width: int
+) -> dict[str, Tensor]:
+    return {FIRST_FRAME: torch.zeros(transformer.config.in_visual_dim, 1, height, width)}
+
+
 def predict(
     transformer: Any, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor]
 ) -> Tensor:
     """The velocity, noise - clean, of `noisy` = (1 - sigma) clean + sigma noise.
 
-    Models with channels for given frames (`visual_cond`) are told that none is given: these
-    channels and their mask are zero. Waits for the device.
+    Models with `visual_cond` take further channels, which are zero, and a mask, 1 for frames that
+    are given. Waits for the device.
 
     Args:
         noisy: (B, C, f, h, w) latents.
         sigma: (B,) in [0, 1].
-        conditions: from `encode_prompt`.
+        conditions: from `encode_prompt` and `first_frame`. A first frame takes the place of the
+            first latent, whose velocity has no meaning then. The timestep is that of the others.
 
     Raises:
-        ValueError: texts of several lengths, or the model's own sparse attention.
+        ValueError: texts of several lengths.
     """
     config = transformer.config
     lengths = sorted(set(conditions[_TEXT].tolist()))
     if len(lengths) > 1:
         raise ValueError(f"text_tokens must be one number in a batch, got {lengths}")
-    latents = noisy.movedim(1, -1)
+    is_given = torch.zeros_like(noisy[:, :1])
+    if FIRST_FRAME in conditions:
+        noisy, times, _ = in_place(noisy, sigma, conditions)
+        is_given[:, :, 0] = (times[:, 0] == 0).view(-1, 1, 1, 1)
+    latents = noisy
     if config.visual_cond:
-        nothing = torch.zeros_like(latents)
-        latents = torch.cat([latents, nothing, nothing[..., :1]], -1)
+        latents = torch.cat([noisy, torch.zeros_like(noisy), is_given], 1)
     grid = in_patches(noisy.shape[2:], config.patch_size)
     velocity = transformer(
-        hidden_states=latents,
+        hidden_states=latents.movedim(1, -1),
         encoder_hidden_states=conditions["encoder_hidden_states"][:, : lengths[0]],
         timestep=sigma * 1000,
         pooled_projections=conditions["pooled_projections"],

@@ -7,6 +7,7 @@ the call.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.families import Preset, split_tokens, wan
@@ -18,7 +19,8 @@ ATTENTION_CALL = wan.ATTENTION_CALL
 ORDER = wan.ORDER
 KIND = "video"
 FPS = 24
-_FPS_CLASSES = {16: 0, 24: 1}  # of `fps_embedding`, as the pipelines number them
+TAKES_FPS = True
+_SLOW = 16  # frames a second that `fps_embedding` tells from all others, which count as 24
 # Of the 540P models, and of the pipelines. The 720P models, whose configs are the same, were
 # trained on 121.
 TRAINED_FRAMES = 97
@@ -61,7 +63,8 @@ set_temporal_frequencies = wan.set_temporal_frequencies
 
 
 def inputs(transformer: Any, video: VideoShape, text: int, batch: int) -> dict[str, Any]:
-    return wan.inputs(transformer, video, text, batch) | _rate(transformer, batch)
+    given = wan.inputs(transformer, video, text, batch)
+    return given | {"fps": [1] * batch} if transformer.config.inject_sample_info else given
 
 
 def predict(
@@ -76,17 +79,14 @@ def predict(
     Args:
         noisy: (B, C, f, h, w) latents.
         sigma: (B,) in [0, 1].
-        conditions: from `encode_prompt`.
+        conditions: from `encode_prompt`, and `fps` (B,) of the clips, by default
+            FPS, for the models that are told whether it is 16.
     """
-    given = conditions | _rate(transformer, len(noisy))
-    return transformer(noisy, timestep=sigma * 1000, **given, return_dict=False)[0]
-
-
-def _rate(transformer: Any, batch: int) -> dict[str, Any]:
-    """Class of the frame rate of each sample, for the models that are told it."""
-    if not transformer.config.inject_sample_info:
-        return {}
-    return {"fps": [_FPS_CLASSES[FPS]] * batch}
+    told = dict(conditions)
+    fps = told.pop("fps", torch.full_like(sigma, FPS))
+    if transformer.config.inject_sample_info:
+        told["fps"] = (fps != _SLOW).long().tolist()
+    return wan.predict(transformer, noisy, sigma, told)
 
 
 def no_frames(
