@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_accel.attention_processors.families.given import IS_GIVEN
 from gen_accel.extras import needed_for
+from gen_accel.lora.conditions import TEXT
 from gen_accel.lora.config import Stage, TrainConfig
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
@@ -73,15 +75,30 @@ class Batches:
             self.cache.conditions(clips[place]) if drawn.captioned else self.cache.empty
             for place, drawn in zip(places, draws, strict=True)
         ]
+        frame = self._first_frames(numbers, draws, frames)
         return (
             self._put(torch.stack(latents)),
             self._put(torch.stack([drawn.noise for drawn in draws])),
             self._put(torch.tensor([drawn.sigma for drawn in draws])),
-            self._together(conditions),
+            self._together(conditions) | frame,
             self._taught(numbers, draws),
-            self._together([self.cache.empty] * size) if config.teacher_guidance > 1 else None,
+            self._untold(size, frame) if config.teacher_guidance > 1 else None,
             *map(self._put, self.adapter.inputs(self.cache, numbers, draws)),
         )
+
+    def _first_frames(self, clips: list[int], draws: list[Draw], frames: int) -> dict[str, Tensor]:
+        """Return the conditions that the clips' first frames give; none under condition text."""
+        if self.model.condition == TEXT:
+            return {}
+        found = self._together([self.cache.first_frame(clip, frames) for clip in clips])
+        if self.config.first_frame_dropout:
+            is_given = torch.tensor([float(drawn.framed) for drawn in draws])
+            found[IS_GIVEN] = self._put(is_given)
+        return found
+
+    def _untold(self, size: int, frame: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the conditions of the empty caption, with the same first frames."""
+        return self._together([self.cache.empty] * size) | frame
 
     def _taught(self, numbers: list[int], draws: list[Draw]) -> dict[str, Tensor] | None:
         if self.config.objective == "flow":

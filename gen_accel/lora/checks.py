@@ -61,7 +61,7 @@ LIMITS = (
     ),
     Limit(("lora_dropout", "ema_decay"), lambda x: 0 <= x < 1, "be a share from 0 to 1"),
     Limit(
-        ("caption_dropout", "image_dropout", "both_dropout"),
+        ("caption_dropout", "image_dropout", "both_dropout", "first_frame_dropout"),
         lambda x: 0 <= x < 1 + EPS,
         "be a share from 0 to 1",
     ),
@@ -106,6 +106,7 @@ def check(config: Any) -> None:
         raise ValueError("targets is empty: name what the LoRA is put on, as attention")
     if config.validate_every and not config.validation_prompts:
         raise ValueError("validate_every needs validation_prompts, got none")
+    _check_condition(config)
     check_config(config)
 
 
@@ -142,6 +143,23 @@ def _check_image_prompt(config: Any) -> None:
         raise ValueError(
             "gradient_checkpointing saves nothing under objective distill_attention, whose "
             "gradients stay within each attention: leave it out"
+        )
+
+
+def _check_condition(config: Any) -> None:
+    if config.condition == "first_frame" and config.adapter != "lora":
+        raise ValueError(
+            f"condition first_frame is for adapter lora, got adapter {config.adapter}: an image "
+            "prompt is trained on models from text to video"
+        )
+    if config.first_frame_dropout and config.condition == "text":
+        raise ValueError(
+            f"first_frame_dropout {config.first_frame_dropout:g} is for condition first_frame, "
+            "got condition text: leave it out"
+        )
+    if config.first_frame_dropout and config.adapter != "lora":
+        raise ValueError(
+            f"first_frame_dropout is for adapter lora, got {config.adapter}: leave it out"
         )
     count, prompts = len(config.validation_images), len(config.validation_prompts)
     if count and count != prompts:

@@ -67,6 +67,18 @@ class TrainConfig:
     part: Literal["transformer", "transformer_2"] = _(
         "transformer", "What", "Of two experts: transformer is for high noise, transformer_2 low."
     )
+    condition: Literal["text", "first_frame"] | None = _(
+        None,
+        "What",
+        "What a clip is made from beside its caption: first_frame is the clip's own; none: as the "
+        "model's pipeline makes videos.",
+    )
+    first_frame_dropout: float = _(
+        0.0,
+        "What",
+        "Share of the clips shown without their first frame, for models that also make videos "
+        "from text alone.",
+    )
 
     height: int = _(480, "Clips", "Pixels, after resizing and a crop to the middle.")
     width: int = _(832, "Clips", "Pixels.")
@@ -130,12 +142,6 @@ class TrainConfig:
     init_adapter: str | None = _(
         None, "Image prompt", "An adapter to go on from, with a new optimizer."
     )
-    validation_images: tuple[str, ...] = _(
-        (),
-        "Image prompt",
-        "Files, one for each validation prompt; none: the images of the first clips.",
-    )
-
     objective: Literal["flow", "distill", "distill_attention"] = _(
         "flow",
         "Loss",
@@ -192,6 +198,12 @@ class TrainConfig:
     )
     validate_every: int = _(0, "Keeping", "Steps; 0: no videos are sampled.")
     validation_prompts: tuple[str, ...] = _((), "Keeping", "One video each, seeds from 0.")
+    validation_images: tuple[str, ...] = _(
+        (),
+        "Keeping",
+        "Files, one for each validation prompt: image prompts, or first frames; none: those of "
+        "the first clips.",
+    )
     validation_frames: int | None = _(None, "Keeping", "None: of the longest stage.")
     validation_steps: int = _(20, "Keeping", "Denoising steps.")
     sample_with: tuple[str, ...] = _(

@@ -5,8 +5,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from gen_accel.attention_processors.lengths import patch_of, vae_factors
 from gen_accel.endings import unwinding
 from gen_accel.files import clear_partial
+from gen_accel.lora.conditions import FIRST_FRAME, TEXT, condition_for
 from gen_accel.lora.data import (
     CaptionedVideo,
     Size,
@@ -24,11 +27,14 @@ from gen_accel.lora.data import (
 )
 from gen_accel.lora.encoders import Encoders, check_trained, load_encoders
 from gen_accel.lora.fingerprint import hash_of
-from gen_accel.lora.latents import IMAGE, LATENTS, RECIPE, TEXTS_AT_ONCE, Entry
+from gen_accel.lora.first_frames import FirstFrames
+from gen_accel.lora.latents import IMAGE, LATENTS, PICTURE, RECIPE, TEXTS_AT_ONCE, Entry
 from gen_accel.lora.shards import SHARD_BYTES, Shards
 from gen_accel.owners import locked
 from gen_accel.pipelines.generation.loading import DTYPES
 from gen_accel.pipelines.generation.progress import progress_bar
+
+PICTURES = 8  # first frames that are kept as pictures, to sample validation videos from
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -92,6 +98,7 @@ def cache(
     shard_bytes: int = SHARD_BYTES,
     images: "ImageCoder | None" = None,
     teacher: bool = False,
+    condition: Literal["text", "first_frame"] | None = None,
 ) -> Report:
     """Encode all clips and captions of a data set that `out` does not hold yet.
 
@@ -121,6 +128,8 @@ def cache(
         shard_bytes: bytes to hold in memory before a shard is written.
         images: also encode the image prompt of each clip, by default its middle frame.
         teacher: also encode each clip's caption for the teacher; all clips must have one.
+        condition: "first_frame" also encodes the first frame of each clip. None: as the model's
+            pipeline makes videos.
 
     Raises:
         ValueError: data that `find_videos` refuses, a model that `check_model` refuses, sizes or
@@ -142,6 +151,9 @@ def cache(
     with unwinding(), locked(folder) as alone:
         clear_partial(folder, alone=alone)
         encoders = load_encoders(model_or_pipe, device, dtype)
+        condition = _condition(encoders, model_or_pipe, condition)
+        if condition == FIRST_FRAME and (images is not None or teacher):
+            raise ValueError("an image prompt is trained under condition text, got first_frame")
         _check_fit(encoders, frames, sizes)
         run = _Run(
             encoders,
@@ -153,6 +165,7 @@ def cache(
             store,
             images,
             teacher,
+            condition,
         )
         return _fill(folder, run, videos, shard_bytes)
 
@@ -163,13 +176,15 @@ def _fill(folder: Path, run: "_Run", videos: Sequence[CaptionedVideo], shard_byt
         jobs, known, short = run.read(videos, shards, bar)
         texts = run.encode_texts(jobs, shards, bar)
         pictures = run.encode_images(jobs, shards, bar)
+        run.encode_first_frames(jobs, shards, bar)
         new = run.encode_clips(jobs, shards, bar)
         done = [job for job in jobs if all(key in shards for key in job.keys)]
         if not done:
             raise ValueError(f"no clip could be encoded: {next(iter(run.broken.values()))}")
         entries = [_entry(job, run.encoders.pipe) for job in done]
         before = {(e["name"], e["pixel_frames"]) for e in shards.earlier.get("entries", ())}
-        shards.finish(run.manifest(entries, known), run.used(done))
+        manifest = run.manifest(entries, known) | run.keep_pictures(done, shards)
+        shards.finish(manifest, run.used(done) | {*manifest.get("pictures", ())})
     return Report(
         folder=shards.folder,
         encoded=sum(job.latent_key in new for job in done),
@@ -198,10 +213,11 @@ class _Job(NamedTuple):
     text_key: str
     image_key: str | None = None
     teacher_key: str | None = None
+    frame_key: str | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
-        keys = (self.latent_key, self.text_key, self.image_key, self.teacher_key)
+        keys = (self.latent_key, self.text_key, self.image_key, self.teacher_key, self.frame_key)
         return tuple(key for key in keys if key is not None)
 
 
@@ -218,17 +234,22 @@ class _Run:
     store: str
     images: "ImageCoder | None" = None
     teacher: bool = False
+    condition: str = TEXT
     broken: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         common = [RECIPE, self.store]
+        self.frames_of = None
+        if self.condition == FIRST_FRAME:
+            self.frames_of = FirstFrames(self.encoders, common, self.max_tokens)
         self._vae = hash_of([*common, *self.encoders.states("vae")])
         texts = self.encoders.states(*self.encoders.family.TEXT_PARTS, "tokenizer")
         self._text = hash_of([*common, self.max_tokens, *texts])
         self._image = None if self.images is None else hash_of([*common, self.images.state()])
 
-    def text_key(self, caption: str) -> str:
-        return hash_of([self._text, caption])
+    def text_key(self, caption: str, *clip: Any) -> str:
+        key = hash_of([self._text, caption])
+        return key if self.frames_of is None else self.frames_of.text_key(key, *clip)
 
     def image_key(self, *image: Any) -> str:
         assert self._image is not None
@@ -264,15 +285,19 @@ class _Run:
                 image_key = picture
                 if self.images is not None and image_key is None:
                     image_key = self.image_key(digest, self.fps, length, size)
-                text_key = self.text_key(video.caption)
+                shown = digest, self.fps, length, size
+                text_key = self.text_key(video.caption, *shown)
                 second = self.text_key(video.teacher_caption) if self.teacher else None
-                keys = latent_key, text_key, image_key, second
+                frame_key = None if self.frames_of is None else self.frames_of.key(*shown)
+                keys = latent_key, text_key, image_key, second, frame_key
                 jobs.append(_Job(video, length, size, *keys))
         self._check_lengths(known)
         return jobs, known, tuple(short)
 
     def encode_texts(self, jobs: Sequence[_Job], shards: Shards, bar: "Progress") -> int:
         """Encode all captions that the shards lack. Returns their number."""
+        if self.frames_of is not None and self.frames_of.reads_prompts:
+            return self._encode_texts_with(self.frames_of, jobs, shards, bar)
         captions = {job.text_key: job.video.caption for job in jobs} | {self.text_key(""): ""}
         captions |= {job.teacher_key: job.video.teacher_caption for job in jobs if job.teacher_key}
         new = [key for key in captions if key not in shards]
@@ -291,6 +316,64 @@ class _Run:
                         )
                     shards.put(key, tensors)
         return len(new)
+
+    def _encode_texts_with(
+        self, frames_of: FirstFrames, jobs: Sequence[_Job], shards: Shards, bar: "Progress"
+    ) -> int:
+        """Do as `encode_texts`, each caption with the first frame of its clip."""
+        new: dict[str, _Job | None] = {job.text_key: job for job in jobs}
+        new = {k: job for k, job in ({self.text_key(""): None} | new).items() if k not in shards}
+        with self.encoders.at_work("text_encoder"):
+            for key, job in bar.track(list(new.items()), description="captions"):
+                try:
+                    image = None if job is None else self._first(job)
+                    found = frames_of.prompt("" if job is None else job.video.caption, image)
+                    self._put(key, found, shards, "its caption")
+                except OSError as error:
+                    if job is None:
+                        raise
+                    self._note(job.video, error)
+        return len(new)
+
+    def encode_first_frames(self, jobs: Sequence[_Job], shards: Shards, bar: "Progress") -> None:
+        """Encode all first frames that the shards lack."""
+        frames_of = self.frames_of
+        if frames_of is None:
+            return
+        new = {job.frame_key: job for job in jobs if job.frame_key not in shards}
+        with frames_of.at_work():
+            for key, job in bar.track(list(new.items()), description="first frames"):
+                try:
+                    found = frames_of(self._first(job), job.frames)
+                    self._put(str(key), found, shards, "its first frame")
+                except OSError as error:
+                    self._note(job.video, error)
+
+    def keep_pictures(self, done: Sequence[_Job], shards: Shards) -> dict[str, Any]:
+        """Keep the first frames of some clips as pictures, (H, W, 3) uint8.
+
+        Returns the manifest's fields of the first frames.
+        """
+        if self.frames_of is None:
+            return {}
+        keys = []
+        for job in done[:PICTURES]:
+            keys.append(hash_of([RECIPE, PICTURE, job.frame_key]))
+            if keys[-1] not in shards:
+                image = torch.from_numpy(np.array(self._first(job)))
+                shards.put(keys[-1], {PICTURE: image})
+        return {"condition": self.condition, "pictures": keys}
+
+    def _first(self, job: _Job) -> Image.Image:
+        """Read the first frame of a clip, at the clip's size."""
+        return Image.fromarray(job.video.read(frames=1, size=job.size, fps=self.fps)[0])
+
+    def _put(self, key: str, tensors: dict[str, Tensor], shards: Shards, what: str) -> None:
+        """Store tensors. Raises OSError for values that `store` cannot hold."""
+        stored = {name: self._stored(x) for name, x in tensors.items()}
+        if not all(_finite(x) for x in stored.values()):
+            raise OSError(f"store {self.store!r} cannot hold {what}")
+        shards.put(key, stored)
 
     def encode_images(self, jobs: Sequence[_Job], shards: Shards, bar: "Progress") -> int | None:
         """Encode all images that the shards lack. Returns their number, None without images."""
@@ -455,12 +538,21 @@ def _check_fit(encoders: Encoders, frames: Sequence[int], sizes: Sequence[Size])
             rule = " and ".join(str(space * step) for step in patches)
             raise ValueError(f"sizes must be multiples of {rule} (height, width), got {size}")
     channels = getattr(pipe.vae.config, "z_dim", None) or pipe.vae.config.latent_channels
-    taken = encoders.family.latent_channels(config)
-    if taken != channels:
+    takes = encoders.family.latent_channels(config)
+    if takes != channels:
         raise ValueError(
-            f"the transformer takes {taken} channels where the latents have {channels}: only "
-            "models from text to video are trained"
+            f"the transformer takes latents of {takes} channels, and the autoencoder's have "
+            f"{channels}: its channels for other inputs are not trained"
         )
+
+
+def _condition(encoders: Encoders, model: Any, condition: str | None) -> str:
+    """Choose the condition of a cache, see `condition_for`."""
+    pipe = encoders.pipe
+    index = {**pipe.config, "_class_name": type(pipe).__name__}
+    name = model if isinstance(model, str | Path) else type(pipe).__name__
+    asked = SimpleNamespace(model=name, condition=condition, first_frame_dropout=0.0)
+    return condition_for(index, encoders.transformer.config, asked).condition
 
 
 def _entry(job: _Job, pipe: Any) -> Entry:
@@ -476,6 +568,7 @@ def _entry(job: _Job, pipe: Any) -> Entry:
         text_key=job.text_key,
         image_key=job.image_key,
         teacher_key=job.teacher_key,
+        frame_key=job.frame_key,
     )
 
 

@@ -2,18 +2,21 @@
 
 A cache is a folder of `Shards`. Each tensor's key is a hash of its inputs: for latents the clip's
 bytes, the decoding and the autoencoder; for a text the caption, the text encoders and the
-tokenizers; for an image its bytes and the image encoder. Only changed inputs are encoded again.
+tokenizers; for an image its bytes and the image encoder; for a first frame the clip, its decoding
+and the models that encode it. Only changed inputs are encoded again.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from gen_accel.json_files import fields_of, typed
+from gen_accel.lora.conditions import TEXT
 from gen_accel.lora.fingerprint import hash_of
 from gen_accel.lora.shards import (
     MANIFEST,
@@ -31,6 +34,7 @@ if not TYPE_CHECKING:
 
 LATENTS = "latents"  # name of a clip's tensor after its key
 IMAGE = "image"
+PICTURE = "picture"
 RECIPE = 1  # version of decoding and encoding; another one makes all keys new
 TEXTS_AT_ONCE = 8
 NONE = type(None)
@@ -50,8 +54,9 @@ class Entry:
     Args:
         frames, height, width: size of the latents.
         pixel_frames: frames of the video that was encoded.
-        latent_key, text_key, image_key, teacher_key: names of the clip's tensors in the shards;
-            image_key or teacher_key is None in a cache without images or teacher captions.
+        latent_key, text_key, image_key, teacher_key, frame_key: names of the clip's tensors in the
+            shards; image_key, teacher_key or frame_key is None in a cache without images, teacher
+            captions or first frames.
     """
 
     name: str
@@ -64,6 +69,7 @@ class Entry:
     text_key: str
     image_key: str | None = None
     teacher_key: str | None = None
+    frame_key: str | None = None
 
 
 class LatentCache:
@@ -78,6 +84,7 @@ class LatentCache:
         causal: whether the first latents of an entry equal the latents of a shorter clip.
         fps: frame rate that the clips were resampled to; None if they kept their own.
         images: `ImageCoder.about` of the encoded images; None without images.
+        condition: "first_frame" where the first frames of the clips are encoded too, else "text".
 
     Raises:
         FileNotFoundError: no manifest, or a shard is missing.
@@ -98,6 +105,8 @@ class LatentCache:
         self.fps: float | None = manifest["fps"]
         self.digest = hash_of([manifest["entries"], manifest["empty"], self.causal, self.fps])
         self.images: dict[str, Any] | None = manifest.get("images")
+        self.condition: str = manifest.get("condition", TEXT)
+        self._pictures: list[str] = manifest.get("pictures", [])
         self._empty: str = manifest["empty"]
         # Maps a tensor's key, then its own name, to the shard.
         self._homes: dict[str, dict[str, str]] = {}
@@ -112,12 +121,17 @@ class LatentCache:
         """Raise ValueError where no shard has what an entry names."""
         for entry in self.entries:
             parts = (entry.latent_key, entry.text_key, entry.image_key, entry.teacher_key)
-            for key in parts:
+            for key in (*parts, entry.frame_key):
                 if key is not None and key not in self._homes:
                     raise ValueError(
                         f"{self.folder / MANIFEST} names tensors {shown(key)} of {entry.name}, "
                         "which no shard has: cache again into an empty folder"
                     )
+        if lost := [key for key in self._pictures if key not in self._homes]:
+            raise ValueError(
+                f"{self.folder / MANIFEST} names a picture {shown(lost[0])}, which no shard has: "
+                "cache again into an empty folder"
+            )
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -177,6 +191,36 @@ class LatentCache:
     def no_image(self) -> Tensor:
         """Features that stand for no image, in the form of `image`."""
         return self._image(None if self.images is None else self.images["nothing"])
+
+    def first_frame(self, index: int, frames: int | None = None) -> dict[str, Tensor]:
+        """Read the conditions of `predict` that the clip's first frame gives, of one sample.
+
+        Args:
+            frames: number of latent frames that train, from the first; None: all.
+
+        Raises:
+            ValueError: the cache was made without first frames.
+        """
+        key = self.entries[index].frame_key
+        if key is None:
+            raise ValueError(f"{self.folder} holds no first frames: cache again")
+        found = {}
+        for name, home in self._homes[key].items():
+            tensor = self._shard(home).get_slice(f"{key}.{name}")
+            cut = len(tensor.get_shape()) == 4 and frames is not None
+            found[name] = (tensor[:, :frames] if cut else tensor[:]).float()
+        return found
+
+    def picture(self, index: int) -> np.ndarray:
+        """Read the first frame of one of the first clips, (H, W, 3) uint8.
+
+        Raises:
+            ValueError: the cache was made without first frames.
+        """
+        if not self._pictures:
+            raise ValueError(f"{self.folder} holds no first frames: cache again")
+        key = self._pictures[index % len(self._pictures)]
+        return self._shard(self._homes[key][PICTURE]).get_tensor(f"{key}.{PICTURE}").numpy()
 
     def verify(self) -> None:
         """Read all shards. Raises ValueError for shards whose bytes changed since `cache`."""

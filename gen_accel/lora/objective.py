@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gen_accel.attention_processors.families.given import FIRST_FRAME, IS_GIVEN
 from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.lora.attention_loss import AttentionLoss
 from gen_accel.lora.config import TrainConfig
@@ -27,12 +28,14 @@ class Draw(NamedTuple):
         sigma: noise level, 0 to 1.
         captioned: whether its caption is shown.
         pictured: whether its image is shown.
+        framed: whether its first frame is given, under condition first_frame.
     """
 
     noise: Tensor
     sigma: float
     captioned: bool
     pictured: bool = True
+    framed: bool = True
 
 
 def draw(
@@ -72,7 +75,10 @@ def draw(
     captioned = torch.rand((), generator=generator).item() >= config.caption_dropout
     noise = torch.randn(tuple(shape), generator=generator)
     if config.adapter == "lora":
-        return Draw(noise, sigma, captioned)
+        if not config.first_frame_dropout:
+            return Draw(noise, sigma, captioned)
+        share = torch.rand((), generator=generator, dtype=torch.float64).item()
+        return Draw(noise, sigma, captioned, framed=share >= config.first_frame_dropout)
     # One number decides all dropouts, so that their shares equal the config's.
     share = torch.rand((), generator=generator, dtype=torch.float64).item()
     no_image = share < config.image_dropout
@@ -189,7 +195,19 @@ class Objective(nn.Module):
         if self._kind == "distill":
             target = self._teacher(noisy, sigma, taught, untold)
         predicted = self._student(noisy, sigma, conditions, *shown)
-        return F.mse_loss(predicted.float(), target.float())
+        return self._loss(predicted.float(), target.float(), conditions)
+
+    def _loss(self, predicted: Tensor, target: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """Compute the mean over all latents but those in whose place a first frame came."""
+        given = 0
+        if FIRST_FRAME in conditions:
+            given = self._family.given_latents(self.transformer)
+        if not given:
+            return F.mse_loss(predicted, target)
+        counts = torch.ones_like(predicted)
+        is_given = conditions.get(IS_GIVEN)
+        counts[:, :, :given] = 0 if is_given is None else (1 - is_given).view(-1, 1, 1, 1, 1)
+        return ((predicted - target).square() * counts).sum() / counts.sum()
 
     def _student(
         self, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor], *shown: Tensor

@@ -243,7 +243,7 @@ def tiny_conditions(config: Any, tokens: int) -> dict[str, Tensor]:
 
 
 def latent_channels(config: Any) -> int:
-    return (config.out_channels or config.in_channels) if _takes_frames(config) else config.in_channels
+    return config.out_channels if _takes_frames(config) else config.in_channels
 
 
 @torch.no_grad()
@@ -290,9 +290,7 @@ def tiny_from_frame(config: Mapping[str, Any]) -> dict[str, Any]:
     return tiny
 
 
-def tiny_first_frame(
-    transformer: Any, frames: int, height: int, width: int
-) -> dict[str, Tensor]:
+def tiny_first_frame(transformer: Any, frames: int, height: int, width: int) -> dict[str, Tensor]:
     config = transformer.config
     own = frames if _takes_frames(config) else 1
     found = {FIRST_FRAME: torch.zeros(latent_channels(config), own, height, width)}
