@@ -23,6 +23,7 @@ from gen_accel.hub import fetched
 from gen_accel.json_files import read_fields
 from gen_accel.lora.conditions import FIRST_FRAME, condition_in
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.encoders import check_trained
 from gen_accel.lora.images import features_shape
 from gen_accel.lora.model import Model
 from gen_accel.lora.size import check_batch
@@ -110,10 +111,13 @@ def transformer_class(model: str) -> str:
 def _condition(config: TrainConfig, family: Any, kind: str) -> tuple[str, Mapping[str, Any]]:
     """Choose the condition, and return it with the config of the model's transformer."""
     preset = next((p for p in family.PRESETS.values() if p.repository == config.model), None)
+    if preset is not None:
+        check_trained(family, None, preset.config)
     if preset is not None and config.condition is None and not config.first_frame_dropout:
         return "text", preset.config
     source = demo.path() if config.model == "demo" else expanded(config.model)
     found = condition_in(source if source.exists() else config.model, config)
+    check_trained(family, found.pipeline if found.is_own else None, found.transformer)
     if found.condition == FIRST_FRAME and family.tiny_from_frame is None:
         raise ValueError(f"no training from a first frame for {kind}: take condition text")
     return found.condition, found.transformer

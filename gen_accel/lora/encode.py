@@ -523,7 +523,7 @@ def _check_options(
 
 def _check_fit(encoders: Encoders, frames: Sequence[int], sizes: Sequence[Size]) -> None:
     pipe, config = encoders.pipe, encoders.transformer.config
-    check_trained(pipe, encoders.transformer)
+    check_trained(encoders.family, type(pipe).__name__, config)
     time, space = vae_factors(pipe)
     for length in frames:
         if (length - 1) % time:

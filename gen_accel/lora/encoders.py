@@ -1,7 +1,7 @@
 """Encoders of clips and captions: a pipeline's models, loaded without its transformer."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,12 +115,16 @@ def load_encoders(model_or_pipe: Any, device: str, dtype: str) -> Encoders:
     return Encoders(pipe, _hollow(source, part, found[part]), target)
 
 
-def check_trained(pipe: Any, transformer: Any) -> None:
-    """Raise ValueError for a pipeline whose model cannot be trained, with the family's reason."""
-    find = family_of(transformer).no_training
-    why = None if find is None else find(pipe, transformer)
+def check_trained(family: Any, pipeline: str | None, config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a model that cannot be trained, with the family's reason.
+
+    Args:
+        pipeline: class of its pipeline; None where it is not known.
+        config: of its transformer.
+    """
+    why = None if family.no_training is None else family.no_training(pipeline, config)
     if why is not None:
-        raise ValueError(f"no training for {type(transformer).__name__} here: {why}")
+        raise ValueError(f"no training for {pipeline or family.MODELS}: {why}")
 
 
 def _loaded(source: str, name: str, kind: Sequence[str], dtype: torch.dtype) -> Any:

@@ -152,7 +152,7 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
     transformer = getattr(pipe, config.part, None)
     if transformer is None:
         raise ValueError(f"{type(pipe).__name__} of {config.model} has no {config.part}")
-    check_trained(pipe, transformer)
+    check_trained(family_of(transformer), type(pipe).__name__, transformer.config)
     condition = condition_of(config, pipe).condition
     if condition == FIRST_FRAME:
         _check_first_frame(config, transformer, pipe)

@@ -311,9 +311,10 @@ class Family:
     ONE_TEXT_LENGTH = Part[bool](
         bool, "the texts of a batch must be of one length: no mask hides padding", default=False
     )
-    no_training = Part[Callable[[Any, Any], str | None] | None](
+    no_training = Part[Callable[[str | None, Mapping[str, Any]], str | None] | None](
         Callable,
-        "(pipe, transformer): why this pipeline's model cannot be trained, None where it can",
+        "(pipeline, config): why models of this config of a transformer cannot be trained, None "
+        "where they can; of the class of pipeline by name, None where it is not known",
         default=None,
     )
 

@@ -5,6 +5,7 @@ of models with a second processor for it. The controlnet of Transfer2.5 is a mod
 keeps the attention that it has.
 """
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -39,13 +40,8 @@ TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 SPATIAL_FACTOR = 8
 CAUSAL_VAE = wan.CAUSAL_VAE  # the same autoencoder
 _ROTARY_BASE = 10_000.0  # of all models; no configuration holds it
+_LEARNT = "learnable"  # extra_pos_embed_type of Cosmos 1, and by default
 _GIVEN_TIME = 1e-4  # noise level that the pipelines tell of frames that are given
-# Pipelines whose models are preconditioned, or controlled, in ways that no objective here has.
-_OTHERS = {
-    "CosmosTextToWorldPipeline": "Cosmos 1 predicts clean latents by the scales of EDM",
-    "CosmosVideoToWorldPipeline": "Cosmos 1 predicts clean latents by the scales of EDM",
-    "Cosmos2_5_TransferPipeline": "Transfer2.5 is controlled by a second model",
-}
 _SMALL = 16  # channels of the tiny model
 TINY = {
     "in_channels": _SMALL,
@@ -142,7 +138,7 @@ def temporal_factor(transformer: Any) -> int:
 
 def _is_first(config: Any) -> bool:
     """Whether this is Cosmos 1, which alone learnt positions beside its rotary ones."""
-    return config.extra_pos_embed_type == "learnable"
+    return config.extra_pos_embed_type == _LEARNT
 
 
 def _takes_frames(config: Any) -> bool:
@@ -164,11 +160,12 @@ def latent_channels(config: Any) -> int:
     return config.out_channels
 
 
-def no_training(pipe: Any, transformer: Any) -> str | None:
-    kind = type(pipe).__name__
-    if kind in _OTHERS:
-        return f"{_OTHERS[kind]}: of Cosmos, Predict2 and Predict2.5 are trained"
-    if transformer.config.concat_padding_mask and find_spec("torchvision") is None:
+def no_training(pipeline: str | None, config: Mapping[str, Any]) -> str | None:
+    if config.get("extra_pos_embed_type", _LEARNT) == _LEARNT:
+        return "Cosmos 1 is preconditioned by the scales of EDM; Predict2 and Predict2.5 are trained"
+    if config.get("controlnet_block_every_n") is not None:
+        return "Transfer2.5 is controlled by a second model; Predict2 and Predict2.5 are trained"
+    if config.get("concat_padding_mask", True) and find_spec("torchvision") is None:
         return "diffusers scales its padding mask by torchvision: pip install torchvision"
     return None
 

@@ -6,6 +6,7 @@ attention of their own (NABLA), for which the tokens are in tiles: it must be of
 attached, and for image prompts with masks or scales by frame.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -147,14 +148,15 @@ def latent_channels(config: Any) -> int:
     return config.in_visual_dim
 
 
-def no_training(pipe: Any, transformer: Any) -> str | None:
-    if type(pipe).__name__ not in _PIPELINES:
-        return f"{type(pipe).__name__} makes no videos"
-    if transformer.config.attention_type == "regular":
+def no_training(pipeline: str | None, config: Mapping[str, Any]) -> str | None:
+    if pipeline not in (None, *_PIPELINES):
+        return f"{pipeline} makes no videos"
+    kind = config.get("attention_type", "regular")
+    if kind == "regular":
         return None
     return (
-        f"its own sparse attention (attention_type={transformer.config.attention_type!r}) does not "
-        'go with a method: set attention_type to "regular" in config.json of its transformer'
+        f"its own sparse attention, attention_type {kind!r}, does not go with a method: set "
+        'attention_type to "regular" in the config.json of its transformer'
     )
 
 
