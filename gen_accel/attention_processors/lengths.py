@@ -22,14 +22,6 @@ def vae_factor(pipe: Any, axis: str) -> int | None:
     return next((factor for factor in found if factor is not None), None)
 
 
-def vae_factors(pipe: Any) -> tuple[int, int]:
-    """Frames, and pixels a side, in one latent; ValueError where the pipeline does not say."""
-    time, space = vae_factor(pipe, "temporal"), vae_factor(pipe, "spatial")
-    if time is None or space is None:
-        raise ValueError(f"{type(pipe).__name__} does not say how its autoencoder compresses")
-    return time, space
-
-
 def patch_of(config: Mapping[str, Any]) -> tuple[int, int, int]:
     """Latent frames, rows and columns in one token, from a transformer's config. A UNet has no
     patches. Raises ValueError for a config that holds other than three positive numbers."""

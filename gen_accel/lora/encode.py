@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gen_accel.attention_processors.lengths import patch_of, vae_factors
+from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.endings import unwinding
 from gen_accel.files import clear_partial
 from gen_accel.lora.conditions import FIRST_FRAME, TEXT, condition_for
@@ -25,7 +25,7 @@ from gen_accel.lora.data import (
     nearest_size,
     open_image,
 )
-from gen_accel.lora.encoders import Encoders, check_trained, load_encoders
+from gen_accel.lora.encoders import Encoders, check_trained, factors_of, load_encoders
 from gen_accel.lora.fingerprint import hash_of
 from gen_accel.lora.first_frames import FirstFrames
 from gen_accel.lora.latents import IMAGE, LATENTS, PICTURE, RECIPE, TEXTS_AT_ONCE, Entry
@@ -524,7 +524,7 @@ def _check_options(
 def _check_fit(encoders: Encoders, frames: Sequence[int], sizes: Sequence[Size]) -> None:
     pipe, config = encoders.pipe, encoders.transformer.config
     check_trained(encoders.family, type(pipe).__name__, config)
-    time, space = vae_factors(pipe)
+    time, space = factors_of(pipe)
     for length in frames:
         if (length - 1) % time:
             below = (length - 1) // time * time + 1
@@ -556,7 +556,7 @@ def _condition(encoders: Encoders, model: Any, condition: str | None) -> str:
 
 
 def _entry(job: _Job, pipe: Any) -> Entry:
-    time, space = vae_factors(pipe)
+    time, space = factors_of(pipe)
     return Entry(
         name=job.video.name,
         caption=job.video.caption,

@@ -9,7 +9,7 @@ import torch
 
 from gen_accel import demo
 from gen_accel.attention_processors.families import family_of
-from gen_accel.attention_processors.lengths import latent_frames, temporal_patch, vae_factors
+from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.extras import needed_for
 from gen_accel.kinds import takes
@@ -24,7 +24,7 @@ from gen_accel.lora.attention_loss import text_attentions
 from gen_accel.lora.conditions import FIRST_FRAME, Conditioned, condition_for, condition_in
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.encode import cache
-from gen_accel.lora.encoders import check_trained
+from gen_accel.lora.encoders import check_trained, factors_of
 from gen_accel.lora.first_frames import check_family
 from gen_accel.lora.images import ImageCoder, describe_images
 from gen_accel.lora.latents import LatentCache
@@ -78,7 +78,7 @@ def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
 
     Its clips may have another size or frame rate, or lack the images or captions that are needed.
     """
-    factor = vae_factors(pipe)[1]
+    factor = factors_of(pipe)[1]
     wanted = config.height // factor, config.width // factor
     others = {(entry.height, entry.width) for entry in latents.entries} - {wanted}
     if others:
@@ -186,7 +186,7 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
                 raise
     if config.teacher_lora is not None:
         check_teacher(config, transformer, trained)
-    factor = vae_factors(pipe)[0]
+    factor = factors_of(pipe)[0]
     if trained is not None:
         latent_frames("trained_frames", trained, factor, temporal_patch(transformer))
     shift = config.shift

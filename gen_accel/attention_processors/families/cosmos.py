@@ -41,7 +41,7 @@ SPATIAL_FACTOR = 8
 CAUSAL_VAE = wan.CAUSAL_VAE  # the same autoencoder
 _ROTARY_BASE = 10_000.0  # of all models; no configuration holds it
 _LEARNT = "learnable"  # extra_pos_embed_type of Cosmos 1, and by default
-_GIVEN_TIME = 1e-4  # noise level that the pipelines tell of frames that are given
+_GIVEN_LEVEL = 1e-4  # that the pipelines tell of frames that are given
 _SMALL = 16  # channels of the tiny model
 TINY = {
     "in_channels": _SMALL,
@@ -56,9 +56,6 @@ TINY = {
     "extra_pos_embed_type": None,
 }
 PRESETS = {
-    "Cosmos-1.0-Diffusion-7B": Preset(
-        "nvidia/Cosmos-1.0-Diffusion-7B-Text2World", 7.24, temporal=8
-    ),
     "Cosmos-Predict2-2B-Video2World": Preset(
         "nvidia/Cosmos-Predict2-2B-Video2World",
         1.96,
@@ -68,6 +65,9 @@ PRESETS = {
             "rope_scale": (1.0, 3.0, 3.0),
             "extra_pos_embed_type": None,
         },
+    ),
+    "Cosmos-1.0-Diffusion-7B": Preset(
+        "nvidia/Cosmos-1.0-Diffusion-7B-Text2World", 7.24, temporal=8
     ),
 }
 TEXT_TOKENS = 512
@@ -261,12 +261,18 @@ def predict(
         if FIRST_FRAME in rest:
             noisy, times, rest = in_place(noisy, sigma, rest)
         is_given = (times == 0)[:, None, :, None, None]
-        times = torch.where(is_given, _GIVEN_TIME, times[:, None, :, None, None])
+        times = torch.where(is_given, _given_time(config), times[:, None, :, None, None])
         more["condition_mask"] = is_given.to(noisy.dtype).expand(-1, -1, -1, *noisy.shape[3:])
     if config.concat_padding_mask:
         side = (n * SPATIAL_FACTOR for n in noisy.shape[3:])
         more["padding_mask"] = noisy.new_zeros(1, 1, *side)
     return transformer(noisy, timestep=times, **rest, **more, return_dict=False)[0]
+
+
+def _given_time(config: Any) -> float:
+    """Time of given frames: in Predict2.5 their level, in Predict2 t of it as `s`."""
+    level = torch.tensor(_GIVEN_LEVEL)
+    return (level if config.use_crossattn_projection else level / (level + 1)).item()
 
 
 def longest(transformer: Any) -> int:

@@ -264,8 +264,7 @@ def predict(
         visual_rope_pos=[torch.arange(n, device=noisy.device) for n in grid],
         text_rope_pos=torch.arange(lengths[0], device=noisy.device),
         scale_factor=_scales(*(n * SPATIAL_FACTOR for n in noisy.shape[3:])),
-        return_dict=False,
-    )
+    ).sample
     return velocity.movedim(-1, 1)
 
 

@@ -285,69 +285,79 @@ def predict(
 
 
 def temporal_frequencies(transformer: Any) -> Tensor:
-    """(pairs,) float64: the angle of each rotary pair of the time axis per latent frame, in rad, at
-    `FPS` frames a second, over all heads. Always the model's own, also after
+    """(pairs,) float64: the angle of each rotary pair of the time axis per latent frame of FPS
+    frames a second, in rad, over all heads. Always the model's own, also after
     `set_temporal_frequencies`."""
-    config = transformer.config
-    pairs = config.num_attention_heads * config.attention_head_dim // 6
-    spread = config.rope_theta ** torch.linspace(0, 1, pairs, dtype=torch.float64)
-    return _turn_a_frame(config) * math.pi / 2 * spread
+    return _a_frame(transformer) * _rotary(_stock(transformer))
 
 
 def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
-    """Give the rotary positions of the video's self-attention other frequencies on the time axis.
-    The positions by which video and sound find each other stay in seconds.
+    """Give the rotary table of the video's self-attention other frequencies on the time axis. The
+    positions by which video and sound find each other stay in seconds.
 
     Args:
-        freqs: (pairs,) in rad per latent frame, at `FPS` frames a second. At another rate they
-            change as the model's own do. None: the model's own, bit for bit as they were.
+        freqs: (pairs,) in rad per latent frame of FPS frames a second. At another rate they
+            change as the model's own do. None: the model's own, bit for bit.
     """
-    stock = transformer.rope
-    if isinstance(stock, _TemporalRotary):
-        stock = stock.stock
+    stock = _stock(transformer)
     if freqs is None:
         transformer.rope = stock
         return
     pairs = stock.dim // 6
     if freqs.shape != (pairs,):
         raise ValueError(f"freqs must be of shape ({pairs},), got {tuple(freqs.shape)}")
-    made = freqs.double().cpu() / _turn_a_frame(transformer.config)
-    transformer.rope = _TemporalRotary(stock, made)
+    transformer.rope = _TemporalRotary(stock, freqs.double().cpu() / _a_frame(transformer))
 
 
-def _turn_a_frame(config: Any) -> float:
-    """How far a latent frame lies after the one before, where positions go from -1 to 1 in
-    `pos_embed_max_pos` seconds."""
-    seconds = config.vae_scale_factors[0] * config.patch_size_t / FPS
-    return 2 * seconds / config.pos_embed_max_pos
+def _stock(transformer: Any) -> Any:
+    rope = transformer.rope
+    return rope.stock if isinstance(rope, _TemporalRotary) else rope
+
+
+def _rotary(rope: Any) -> Tensor:
+    """(pairs,) float64: rad per half of the range that positions are divided by."""
+    spread = torch.linspace(0, 1, rope.dim // 6, dtype=torch.float64)
+    return rope.theta**spread * math.pi / 2
+
+
+def _a_frame(transformer: Any) -> float:
+    """How far a latent frame lies after the one before, in halves of that range."""
+    rope = _stock(transformer)
+    seconds = rope.scale_factors[0] * rope.patch_size_t / FPS
+    return 2 * seconds / rope.base_num_frames
 
 
 class _TemporalRotary(nn.Module):
-    """The model's rotary positions with other frequencies on the time axis.
+    """The model's rotary table with other frequencies on the time axis.
 
     Args:
-        freqs: (pairs,) in rad where positions go from -1 to 1, held as numbers, so that `.to()`
-            does not round them.
+        freqs: (pairs,) in rad per half of the range that positions are divided by, held as
+            numbers, so that `.to()` does not round them.
     """
 
     def __init__(self, stock: Any, freqs: Tensor) -> None:
         super().__init__()
         self.stock = stock
-        self.freqs = tuple(freqs.tolist())
+        self.own, self.freqs = tuple(_rotary(stock).tolist()), tuple(freqs.tolist())
 
     def prepare_video_coords(self, *args: Any, **kwargs: Any) -> Tensor:
         stock: Any = self.stock
         return stock.prepare_video_coords(*args, **kwargs)
 
     def forward(self, coords: Tensor, device: Any = None) -> tuple[Tensor, Tensor]:
-        """Cosines and sines in the stock's shapes, of (B, 3, N) or (B, 3, N, 2) coordinates, where
-        each token begins and ends in seconds, rows and columns."""
+        """Cosines and sines in the stock's shapes.
+
+        Args:
+            coords: (B, 3, N, 2), where each token begins and ends in seconds, rows and columns; or
+                (B, 3, N), its middle.
+        """
         stock: Any = self.stock
         cos, sin = stock(coords, device=device)
-        seconds = coords[:, 0].mean(-1) if coords.ndim == 4 else coords[:, 0]
         real: Any = {"dtype": widest(cos.device), "device": cos.device}
-        place = 2 * seconds.to(**real) / stock.base_num_frames - 1
-        angles = place[..., None] * torch.tensor(self.freqs, **real)
+        own, freqs = (torch.tensor(x, **real) for x in (self.own, self.freqs))
+        seconds = coords[:, 0].mean(-1) if coords.ndim == 4 else coords[:, 0]
+        place = 2 * seconds.to(**real) / stock.base_num_frames
+        angles = place[..., None] * freqs - own  # as the model's positions, which begin at -1
         return (
             _with_time(stock, cos, angles.cos().to(cos.dtype)),
             _with_time(stock, sin, angles.sin().to(sin.dtype)),
@@ -364,12 +374,9 @@ def _with_time(stock: Any, table: Tensor, values: Tensor) -> Tensor:
         values: (B, N, pairs).
     """
     split = stock.rope_type == "split"
-    flat = table.transpose(1, 2).flatten(2) if split else table
-    step = 3 if split else 6
-    padding = flat.shape[-1] - step * values.shape[-1]
-    flat = flat.clone()
-    for place in range(1 if split else 2):
-        flat[..., padding + place :: step] = values
-    if not split:
-        return flat
-    return flat.unflatten(2, (stock.num_attention_heads, -1)).transpose(1, 2)
+    flat = (table.transpose(1, 2).flatten(2) if split else table).clone()
+    numbers = 1 if split else 2  # of a pair
+    padding = flat.shape[-1] - 3 * numbers * values.shape[-1]
+    for place in range(numbers):
+        flat[..., padding + place :: 3 * numbers] = values
+    return flat.unflatten(2, (stock.num_attention_heads, -1)).transpose(1, 2) if split else flat
