@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gen_accel.attention_processors.lengths import patch_of
+from gen_accel.attention_processors.lengths import latent_frames, patch_of, temporal_patch
 from gen_accel.endings import unwinding
 from gen_accel.files import clear_partial
 from gen_accel.lora.conditions import FIRST_FRAME, TEXT, condition_for
@@ -532,6 +532,7 @@ def _check_fit(encoders: Encoders, frames: Sequence[int], sizes: Sequence[Size])
                 f"frames must be {time} n + 1 for this autoencoder, got {length}; nearest: "
                 f"{below} and {below + time}"
             )
+        latent_frames("frames", length, time, temporal_patch(encoders.transformer))
     patches = patch_of(config)[1:]
     for size in sizes:
         if any(side % (space * step) for side, step in zip(size, patches, strict=True)):

@@ -1,5 +1,6 @@
 """Noise of training: how clean latents are mixed with it, and the target of the prediction."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,3 +49,23 @@ class Noising:
         shape = (-1,) + (1,) * (like.ndim - 1)
         keep, add = self._family.scales(self._schedule, sigma)
         return keep.view(shape), add.view(shape)
+
+
+def shift_of(schedule: Mapping[str, Any], tokens: int) -> float:
+    """Return the shift of noise levels that a pipeline samples with.
+
+    Args:
+        schedule: config of its scheduler. Where this shifts by the number of tokens, the shift is
+            the one that diffusers' flow-matching pipelines make of it.
+        tokens: tokens of the video.
+    """
+    if schedule.get("use_dynamic_shifting") and schedule.get("base_shift") is not None:
+        few, many = (schedule.get(f"{end}_image_seq_len", n) for end, n in _LENGTHS)
+        low, high = schedule["base_shift"], schedule["max_shift"]
+        mu = low + (high - low) * (tokens - few) / (many - few)
+        return mu if schedule.get("time_shift_type") == "linear" else math.exp(mu)
+    return float(schedule.get("shift", schedule.get("flow_shift")) or 1.0)
+
+
+# Ends of the line between shifts, in tokens, as FlowMatchEulerDiscreteScheduler has them.
+_LENGTHS = (("base", 256), ("max", 4096))

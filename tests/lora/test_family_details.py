@@ -214,7 +214,9 @@ class TestKandinsky:
             with pytest.raises(ValueError, match=r"text_tokens must be one number in a batch"):
                 family.predict(pipe.transformer, noisy, level, mixed)
         given = ft.config("unused", stages=("9:2",), height=32, width=48, batch_size=2)
-        with pytest.raises(ValueError, match=r"batch_size must be 1 for Kandinsky 5.*got 2: raise"):
+        with pytest.raises(
+            ValueError, match=r"batch_size must be 1 for Kandinsky 5.*got 2: raise"
+        ):
             model_of(given, pipe)
 
     @pytest.mark.parametrize("size", [(60, 60), (106, 106), (59, 60), (60, 108)])
@@ -319,7 +321,9 @@ class TestSkyReels:
         rates = {24: torch.tensor([24.0]), 16: torch.tensor([16.0])}
         made = {}
         for rate, fps in rates.items():
-            calls, _ = calls_of(pipe, lambda rate=rate: generate(pipe, max_sequence_length=16, fps=rate))
+            calls, _ = calls_of(
+                pipe, lambda rate=rate: generate(pipe, max_sequence_length=16, fps=rate)
+            )
             assert len(calls) == 2
             for theirs, out in calls:
                 times = theirs["timestep"]
@@ -355,4 +359,4 @@ class TestSkyReels:
 )
 def test_what_is_known_of_the_published_models(name, model, frames):
     assert known_trained_frames(model()) == frames
-    assert family_named(name).TRAINED_FRAMES == frames
+    assert frames == family_named(name).TRAINED_FRAMES

@@ -39,6 +39,7 @@ __all__ = [
     "prefix_lengths",
     "served_classes",
     "split_tokens",
+    "standardised",
     "tap_image",
     "tap_joint_attention",
     "video_classes",
@@ -292,6 +293,13 @@ def encoded(pipe: Any, video: Tensor, generator: torch.Generator | None) -> Tens
     posterior = vae.encode(video.to(weight.device, weight.dtype)).latent_dist
     latents = posterior.mode() if generator is None else posterior.sample(generator)
     return latents.float()
+
+
+def standardised(latents: Tensor, mean: Any, std: Any) -> Tensor:
+    """Standardise latents (B, C, f, h, w) by a mean and a standard deviation of each channel."""
+    like = {"dtype": latents.dtype, "device": latents.device}
+    mean, std = (torch.as_tensor(x, **like).view(1, -1, 1, 1, 1) for x in (mean, std))
+    return (latents - mean) / std
 
 
 def served_classes() -> dict[str, str]:

@@ -356,9 +356,7 @@ class Family:
         "out, and without its number of blocks, DEPTH, which is put in",
         default=None,
     )
-    DEPTH = Part[str](
-        str, "the entry of a config that counts the blocks", default="num_layers"
-    )
+    DEPTH = Part[str](str, "the entry of a config that counts the blocks", default="num_layers")
     tiny_conditions = Part[Callable[[Any, int], dict[str, Tensor]] | None](
         Callable,
         "(config, tokens): `conditions` of `predict` with a text of so many tokens, all zero, of "
@@ -433,14 +431,16 @@ class Family:
         "(transformer): the same of this one, where not all models of a family are alike",
         default_of=lambda family: lambda transformer: family.TEMPORAL_FACTOR,
     )
-    longest = Part[Callable[[Any], int] | None](
+    longest = Part[Callable[[Any], int | None] | None](
         Callable,
-        "(transformer): latent frames that it has positions for, where they are a table",
+        "(transformer): latent frames that it has positions for, where they are a table, and None "
+        "where this one's are not",
         default=None,
     )
     temporal_frequencies = Part[Callable[[Any], Tensor] | None](
         Callable,
-        "(transformer): of its rotary pairs on the time axis, in rad a latent frame",
+        "(transformer): of its rotary pairs on the time axis, (pairs,) or (heads, pairs) float64 "
+        "in rad a latent frame after patchify; ValueError where this one has none",
         default=None,
     )
     set_temporal_frequencies = Part[Callable[[Any, Tensor | None], None] | None](
@@ -450,6 +450,12 @@ class Family:
     )
     HEADS_ALIKE = Part[bool](
         bool, "all attention heads have the same few temporal frequencies", default=True
+    )
+    with_temporal_frequencies = Part[Callable[..., dict[str, Any]] | None](
+        Callable,
+        "(transformer, freqs, ...): the arguments of a forward pass, all by name, with these "
+        "frequencies instead, where the rotary table is one of them",
+        default=None,
     )
 
     # Image prompts, which take `video_shape`, `timestep` and, for video, TEMPORAL_FACTOR besides
@@ -501,7 +507,7 @@ class Family:
 USES = {
     "training": ("CAUSAL_VAE", "encode_video", "encode_prompt", "predict"),
     "longer video": ("TEMPORAL_FACTOR",),
-    "rules on rotary frequencies": ("temporal_frequencies", "set_temporal_frequencies"),
+    "rules on rotary frequencies": ("temporal_frequencies",),
     "image prompts": ("image_attentions",),
 }
 

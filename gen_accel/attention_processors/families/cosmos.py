@@ -162,7 +162,9 @@ def latent_channels(config: Any) -> int:
 
 def no_training(pipeline: str | None, config: Mapping[str, Any]) -> str | None:
     if config.get("extra_pos_embed_type", _LEARNT) == _LEARNT:
-        return "Cosmos 1 is preconditioned by the scales of EDM; Predict2 and Predict2.5 are trained"
+        return (
+            "Cosmos 1 is preconditioned by the scales of EDM; Predict2 and Predict2.5 are trained"
+        )
     if config.get("controlnet_block_every_n") is not None:
         return "Transfer2.5 is controlled by a second model; Predict2 and Predict2.5 are trained"
     if config.get("concat_padding_mask", True) and find_spec("torchvision") is None:
@@ -222,9 +224,7 @@ def tiny_from_frame(config: Any) -> dict[str, Any]:
     return {"in_channels": _SMALL + 1}
 
 
-def tiny_first_frame(
-    transformer: Any, frames: int, height: int, width: int
-) -> dict[str, Tensor]:
+def tiny_first_frame(transformer: Any, frames: int, height: int, width: int) -> dict[str, Tensor]:
     return {FIRST_FRAME: torch.zeros(latent_channels(transformer.config), 1, height, width)}
 
 

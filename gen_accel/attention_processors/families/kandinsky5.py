@@ -221,9 +221,7 @@ def tiny_from_frame(config: Any) -> dict[str, Any]:
     return {"visual_cond": True}
 
 
-def tiny_first_frame(
-    transformer: Any, frames: int, height: int, width: int
-) -> dict[str, Tensor]:
+def tiny_first_frame(transformer: Any, frames: int, height: int, width: int) -> dict[str, Tensor]:
     return {FIRST_FRAME: torch.zeros(transformer.config.in_visual_dim, 1, height, width)}
 
 

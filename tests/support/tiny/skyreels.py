@@ -48,9 +48,7 @@ CASES = [
 TRAINING = [
     Training(
         "skyreels",
-        lambda: wan.pipeline(
-            SkyReelsV2Pipeline, transformer=transformer(), scheduler=wan.euler()
-        ),
+        lambda: wan.pipeline(SkyReelsV2Pipeline, transformer=transformer(), scheduler=wan.euler()),
         (9, 32, 48),
         {"guidance_scale": 1.0, "max_sequence_length": 16},
     ),
