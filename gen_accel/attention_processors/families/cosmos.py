@@ -147,7 +147,7 @@ def _takes_frames(config: Any) -> bool:
 
 
 def _given_fps(config: Any) -> int | None:
-    """The frame rate that the pipelines pass unless told otherwise. Predict2.5 is told none, nor is
+    """The frame rate that the pipelines pass unless told otherwise; None to Predict2.5, and to
     Predict2 for single images."""
     if _is_first(config):
         return _FIRST_FPS
@@ -163,10 +163,10 @@ def latent_channels(config: Any) -> int:
 def no_training(pipeline: str | None, config: Mapping[str, Any]) -> str | None:
     if config.get("extra_pos_embed_type", _LEARNT) == _LEARNT:
         return (
-            "Cosmos 1 is preconditioned by the scales of EDM; Predict2 and Predict2.5 are trained"
+            "Cosmos 1 is preconditioned by the scales of EDM: take Predict2 or Predict2.5"
         )
     if config.get("controlnet_block_every_n") is not None:
-        return "Transfer2.5 is controlled by a second model; Predict2 and Predict2.5 are trained"
+        return "Transfer2.5 is controlled by a second model: take Predict2 or Predict2.5"
     if config.get("concat_padding_mask", True) and find_spec("torchvision") is None:
         return "diffusers scales its padding mask by torchvision: pip install torchvision"
     return None
@@ -284,8 +284,8 @@ def longest(transformer: Any) -> int:
 
 
 def temporal_frequencies(transformer: Any) -> Tensor:
-    """(pairs,) float64: the angle of each rotary pair of the time axis per latent frame, in rad, at
-    the frame rate that the pipelines pass. Always the model's own, also after
+    """(pairs,) float64: the angle of each rotary pair of the time axis per latent frame, in rad,
+    at the frame rate that the pipelines pass. Always the model's own, also after
     `set_temporal_frequencies`.
 
     Raises:
@@ -307,8 +307,8 @@ def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
     """Give the rotary table of this model's time axis other frequencies.
 
     Args:
-        freqs: (pairs,) in rad per latent frame after patchify, at the frame rate that the pipelines
-            pass. None: the model's own table, bit for bit as it was.
+        freqs: (pairs,) in rad per latent frame after patchify, at the frame rate that the
+            pipelines pass. None: the model's own table, bit for bit as it was.
     """
     stock = transformer.rope
     if isinstance(stock, _TemporalRotary):
