@@ -15,6 +15,7 @@ from gen_accel.lora.config import TrainConfig
 from gen_accel.measure.sheets import side_by_side
 from gen_accel.measure.video_io import read_video, write_video
 from gen_accel.paths import expanded
+from gen_accel.pipelines.generation.arguments import first_transformer, served_family
 from gen_accel.pipelines.generation.given import Given
 from gen_accel.pipelines.generation.inputs import fit
 from gen_accel.pipelines.generation.sampling import Clip, filled, sample
@@ -50,7 +51,9 @@ class Validation:
     ) -> None:
         self.config, self.pipe, self.folder = config, pipe, folder
         self.accelerator, self.adapter = accelerator, adapter
-        self.fps = config.fps or 16.0
+        family = served_family(pipe)
+        own = family.fps(first_transformer(pipe)) if family.TAKES_FPS else 16.0
+        self.fps = config.fps or float(own)
         clip = Clip(
             config.validation_frames or config.longest,
             config.height,

@@ -1,15 +1,17 @@
-"""Every family that trains, held to its pipeline: latents, prompts, prediction and noise levels."""
+"""Every family that trains, held to its pipeline: what is encoded, predicted and learned."""
 
 import shutil
 from contextlib import contextmanager
 
 import pytest
 import torch
+from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from safetensors.torch import load_file
 from support import finetuning as ft
 from support.clips import footage
 from support.runs import WEIGHTS
-from support.tiny import Training, trainings
+from support.tiny import Training, cogvideox, hunyuan_video15, trainings
 from torch import Tensor
 
 from gen_accel import extend
@@ -19,14 +21,17 @@ from gen_accel.lora import TrainConfig, dry_run
 from gen_accel.lora.data import CaptionedVideo
 from gen_accel.lora.encode import cache
 from gen_accel.lora.latents import LatentCache
-from gen_accel.lora.noising import Noising
-from gen_accel.lora.objective import SIGMAS
+from gen_accel.lora.noising import Noising, shift_of
+from gen_accel.lora.objective import SIGMAS, shifted
 from gen_accel.lora.prepare import model_of
+from gen_accel.pipelines.generation.loading import _add_loras
 from gen_accel.pipelines.long_video import RULES, apply_rule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES = trainings()
+IN_SECONDS = [one for one in CASES if family_named(one[0]).TAKES_FPS]
+ROTARY = [one for one in CASES if one[1].rules]
 PROMPT = "a red square moves right"
 
 
@@ -83,7 +88,11 @@ class Case:
         return self.training.lay((self.training.said or (lambda x: x))(predicted))
 
 
-@pytest.fixture(params=CASES, ids=[one.name for _, one in CASES])
+def name_of(one: tuple[str, Training]) -> str:
+    return one[1].name
+
+
+@pytest.fixture(params=CASES, ids=name_of)
 def case(request):
     family, training = request.param
     return Case(family_named(family), training)
@@ -228,10 +237,9 @@ def test_predict_is_the_call_of_the_pipeline(case):
         assert torch.equal(case.said(predicted), out)
 
 
+@pytest.mark.parametrize("case", IN_SECONDS, indirect=True, ids=name_of)
 def test_clips_of_another_rate(case):
     """Counts where positions are in seconds: as the pipeline with that rate."""
-    if not case.family.TAKES_FPS:
-        pytest.skip("its positions are in frames")
     calls, _ = case.calls(case.run, frame_rate=12)
     conditions = case.family.encode_prompt(case.pipe, [PROMPT], case.training.tokens)
     _, theirs, out = calls[0]
@@ -296,6 +304,86 @@ def test_the_training_meets_the_levels_of_the_pipeline(case):
     assert ratios[1] < 0.01
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_v_prediction_is_the_schedulers(shift):
+    """Noise and velocity of diffusers' own training script."""
+    scheduler = CogVideoXDDIMScheduler(**cogvideox.PUBLISHED, snr_shift_scale=shift)
+    noising = Noising(family_named("cogvideox"), scheduler.config)
+    g = torch.Generator().manual_seed(2)
+    clean, noise = torch.randn((2, 5, 3, 2, 2, 2), generator=g)
+    times = torch.tensor([0, 1, 500, 998, 999])
+    level = times / 1000
+    mixed = scheduler.add_noise(clean, noise, times)
+    torch.testing.assert_close(noising.mix(clean, noise, level), mixed)
+    velocity = scheduler.get_velocity(clean, noise, times)
+    torch.testing.assert_close(noising.target(clean, noise, level), velocity)
+    assert torch.equal(noising.mix(clean, noise, level)[-1], noise[-1])
+    alphas = scheduler.alphas_cumprod[times]
+    found, expected = noising.snr(level).double(), alphas / (1 - alphas)
+    torch.testing.assert_close(found, expected.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_scheduler_it_is_the_published_one():
+    published = CogVideoXDDIMScheduler(**cogvideox.PUBLISHED, snr_shift_scale=1.0)
+    family, level = family_named("cogvideox"), torch.linspace(0, 1, 11)
+    assert torch.equal(Noising(family).snr(level), Noising(family, published.config).snr(level))
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [CogVideoXDDIMScheduler(), FlowMatchEulerDiscreteScheduler()],
+    ids=["epsilon", "flow"],
+)
+def test_another_schedule_is_refused(scheduler):
+    with pytest.raises(ValueError, match="trains by v_prediction at 1000 timesteps, and the sch"):
+        Noising(family_named("cogvideox"), scheduler.config)
+
+
+def test_the_shift_of_tokens_is_the_pipelines():
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, time_shift_type="exponential"
+    )
+    levels = torch.linspace(1, 0.1, 10, dtype=torch.float64)
+    for tokens in (300, 4576):
+        mu = calculate_shift(tokens, 256, 4096, 0.95, 2.05)
+        scheduler.set_timesteps(sigmas=levels.tolist(), mu=mu)
+        shift = shift_of(scheduler.config, tokens)
+        ours = torch.tensor([shifted(level, shift) for level in levels.tolist()])
+        torch.testing.assert_close(scheduler.sigmas[:-1], ours)
+    assert shift_of(FlowMatchEulerDiscreteScheduler(shift=7.0).config, 300) == 7.0
+    assert shift_of({"flow_shift": 3.0}, 300) == 3.0
+    assert shift_of({}, 300) == 1.0
+
+
+# What is refused
+
+
+def test_a_text_without_positions_is_refused():
+    case = Case(family_named("cogvideox"), cogvideox.TRAINING[0])
+    conditions = case.family.encode_prompt(case.pipe, [PROMPT], 8)
+    with pytest.raises(ValueError, match=r"max_tokens must be 16, .* got 8: leave it out"):
+        case.family.predict(
+            case.pipe.transformer, case.latents(0), torch.tensor([0.5]), conditions
+        )
+
+
+def test_clips_that_leave_half_a_patch_are_refused(tmp_path):
+    case = Case(family_named("cogvideox"), cogvideox.TRAINING[2])
+    message = r"frames must be 5 or a multiple of 8 more, got 17; nearest: 13 and 21"
+    with pytest.raises(ValueError, match=message):
+        model_of(config(case, tmp_path, stages=("17:2",)), case.pipe)
+    with pytest.raises(ValueError, match=message):
+        cache(case.pipe, clips(case), tmp_path, frames=[17], sizes=[(32, 48)], device="cpu")
+
+
+def test_a_model_from_image_to_video_is_refused(tmp_path):
+    pipe = hunyuan_video15.training()
+    pipe.transformer = hunyuan_video15.transformer(task_type="i2v")
+    clip = CaptionedVideo("clip", PROMPT, footage(9, 64, 96))
+    with pytest.raises(ValueError, match="task_type 'i2v' makes video of an image: only"):
+        cache(pipe, [clip], tmp_path, frames=[9], sizes=[(64, 96)], device="cpu")
+
+
 # Training
 
 
@@ -318,6 +406,7 @@ def config(case, out, **fields) -> TrainConfig:
         "max_tokens": case.training.tokens,
         "trained_frames": frames,
         "checkpoint_every": 1,
+        "alpha": 3.0,
     }
     return ft.config(out, **(small | fields))
 
@@ -353,9 +442,9 @@ def test_two_steps_resumed_bit_for_bit(case, tmp_path):
 
     # On and off a pipeline of its own.
     pipe = Case(case.family, case.training)
-    before = pipe.run().frames
-    model = pipe.pipe.transformer
-    model.load_lora_adapter(weights, prefix="transformer")
+    before, model = pipe.run().frames, pipe.pipe.transformer
+    _add_loras(pipe.pipe, [(str(done.folder), 1.0)])
+    assert model.peft_config["lora_0"].lora_alpha == 3
     assert not torch.equal(pipe.run().frames, before)
     model.unload_lora()
     assert torch.equal(pipe.run().frames, before)
@@ -406,9 +495,8 @@ def patch(case) -> int:
     return getattr(case.pipe.transformer.config, "patch_size_t", None) or 1
 
 
+@pytest.mark.parametrize("case", ROTARY, indirect=True, ids=name_of)
 def test_interpolated_positions_are_the_pipelines_own_between_frames(case):
-    if "position_interpolation" not in case.training.rules:
-        pytest.skip("it has no rotary frequencies")
     stock = tables(case, 8)
     with apply_rule(case.pipe.transformer, "position_interpolation", frames=8, trained=4):
         halved = tables(case, 8)
