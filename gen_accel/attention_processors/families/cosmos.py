@@ -162,9 +162,7 @@ def latent_channels(config: Any) -> int:
 
 def no_training(pipeline: str | None, config: Mapping[str, Any]) -> str | None:
     if config.get("extra_pos_embed_type", _LEARNT) == _LEARNT:
-        return (
-            "Cosmos 1 is preconditioned by the scales of EDM: take Predict2 or Predict2.5"
-        )
+        return "Cosmos 1 is preconditioned by the scales of EDM: take Predict2 or Predict2.5"
     if config.get("controlnet_block_every_n") is not None:
         return "Transfer2.5 is controlled by a second model: take Predict2 or Predict2.5"
     if config.get("concat_padding_mask", True) and find_spec("torchvision") is None:

@@ -245,7 +245,8 @@ TRAINING = [
         "cosmos25",
         predict25,
         (9, 32, 48),
-        {"guidance_scale": 1.0, "max_sequence_length": 16},
+        {"guidance_scale": 1.0, "max_sequence_length": 40},
+        tokens=40,  # the template comes first
         level=lambda timestep: timestep[:, 0, 0, 0, 0].double(),
     )
 ]

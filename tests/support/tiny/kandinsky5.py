@@ -177,8 +177,9 @@ TRAINING = [
         partial(texts, visual_cond=told),
         (9, 32, 48),
         {"guidance_scale": 1.0},
-        lay=beside_nothing if told else last,
-        said=last,
+        lay=last,
+        starts=beside_nothing if told else None,
+        fed=beside_nothing if told else None,
     )
     for name, told in {"kandinsky5": False, "kandinsky5_visual_cond": True}.items()
 ]

@@ -237,10 +237,26 @@ TRAINING = [
         (17, 64, 96),
         {
             "guidance_scale": 1.0,
+            "audio_guidance_scale": 1.0,
             "stg_scale": 0.0,
+            "audio_stg_scale": 0.0,
             "modality_scale": 3.0,  # calls once more without sound
             "max_sequence_length": 16,
         },
         lay=packed,
+        ends=lambda latents: latents,
+        rules=("position_interpolation",),
+        compared=lambda given: given["isolate_modalities"],
+        apart=(
+            "audio_hidden_states",
+            "audio_encoder_hidden_states",
+            "audio_encoder_attention_mask",
+            "audio_num_frames",
+            "audio_coords",
+            "video_coords",  # made of the sizes and the rate
+            "use_cross_timestep",
+        ),
+        rate="frame_rate",
+        is_even=False,
     )
 ]
