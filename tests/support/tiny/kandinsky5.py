@@ -173,13 +173,12 @@ def beside_nothing(latents: Tensor) -> Tensor:
 
 TRAINING = [
     Training(
-        name,
-        partial(texts, visual_cond=told),
+        "kandinsky5",
+        partial(texts, visual_cond=True),
         (9, 32, 48),
         {"guidance_scale": 1.0},
         lay=last,
-        starts=beside_nothing if told else None,
-        fed=beside_nothing if told else None,
+        starts=beside_nothing,
+        fed=beside_nothing,
     )
-    for name, told in {"kandinsky5": False, "kandinsky5_visual_cond": True}.items()
 ]

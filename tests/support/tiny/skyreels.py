@@ -48,12 +48,6 @@ CASES = [
 TRAINING = [
     Training(
         "skyreels",
-        lambda: wan.pipeline(SkyReelsV2Pipeline, transformer=transformer(), scheduler=wan.euler()),
-        (9, 32, 48),
-        {"guidance_scale": 1.0, "max_sequence_length": 16},
-    ),
-    Training(
-        "skyreels_unipc",
         lambda: wan.pipeline(SkyReelsV2Pipeline, transformer=transformer()),
         (9, 32, 48),
         {"guidance_scale": 1.0, "max_sequence_length": 16},
