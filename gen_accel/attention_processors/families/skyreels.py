@@ -82,7 +82,7 @@ def predict(
         conditions: from `encode_prompt`, and `fps` (B,) of the clips, by default
             FPS, for the models that are told whether it is 16.
     """
-    told = dict(conditions)
+    told: dict[str, Any] = dict(conditions)
     fps = told.pop("fps", torch.full_like(sigma, FPS))
     if transformer.config.inject_sample_info:
         told["fps"] = (fps != _SLOW).long().tolist()
