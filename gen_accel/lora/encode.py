@@ -151,8 +151,8 @@ def cache(
     with unwinding(), locked(folder) as alone:
         clear_partial(folder, alone=alone)
         encoders = load_encoders(model_or_pipe, device, dtype)
-        condition = _condition(encoders, model_or_pipe, condition)
-        if condition == FIRST_FRAME and (images is not None or teacher):
+        shown = _condition(encoders, model_or_pipe, condition)
+        if shown == FIRST_FRAME and (images is not None or teacher):
             raise ValueError("an image prompt is trained under condition text, got first_frame")
         _check_fit(encoders, frames, sizes)
         run = _Run(
@@ -165,7 +165,7 @@ def cache(
             store,
             images,
             teacher,
-            condition,
+            shown,
         )
         return _fill(folder, run, videos, shard_bytes)
 
@@ -340,12 +340,13 @@ class _Run:
         frames_of = self.frames_of
         if frames_of is None:
             return
-        new = {job.frame_key: job for job in jobs if job.frame_key not in shards}
+        new = {str(job.frame_key): job for job in jobs}
+        new = {key: job for key, job in new.items() if key not in shards}
         with frames_of.at_work():
             for key, job in bar.track(list(new.items()), description="first frames"):
                 try:
                     found = frames_of(self._first(job), job.frames)
-                    self._put(str(key), found, shards, "its first frame")
+                    self._put(key, found, shards, "its first frame")
                 except OSError as error:
                     self._note(job.video, error)
 
@@ -539,11 +540,11 @@ def _check_fit(encoders: Encoders, frames: Sequence[int], sizes: Sequence[Size])
             rule = " and ".join(str(space * step) for step in patches)
             raise ValueError(f"sizes must be multiples of {rule} (height, width), got {size}")
     channels = getattr(pipe.vae.config, "z_dim", None) or pipe.vae.config.latent_channels
-    takes = encoders.family.latent_channels(config)
-    if takes != channels:
+    taken = encoders.family.latent_channels(config)
+    if taken != channels:
         raise ValueError(
-            f"the transformer takes latents of {takes} channels, and the autoencoder's have "
-            f"{channels}: its channels for other inputs are not trained"
+            f"the transformer takes {taken} channels where the latents have "
+            f"{channels}: such a model is not trained"
         )
 
 

@@ -233,7 +233,7 @@ def _check_first_frame(config: TrainConfig, transformer: Any, pipe: Any) -> None
             f"{config.model} makes videos from a first frame, and adapter {config.adapter} is "
             "trained on models from text to video"
         )
-    given, factor = family.given_latents(transformer), pipe.vae_scale_factor_temporal
+    given, factor = family.given_latents(transformer), factors_of(pipe)[0]
     shortest = min(stage.frames for stage in config.curriculum)
     if (shortest - 1) // factor + 1 <= given:
         raise ValueError(

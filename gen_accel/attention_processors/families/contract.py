@@ -291,7 +291,6 @@ class Family:
         "its text encoder sees the first frame too; None for the image of a dropped caption",
         default=None,
     )
-
     TAKES_FPS = Part[bool](
         bool,
         "`predict` takes the clips' frames a second as `fps` (B,), float32, among the conditions, "

@@ -250,7 +250,7 @@ def latent_channels(config: Any) -> int:
 def first_frame(pipe: Any, transformer: Any, image: Any, frames: int) -> dict[str, Tensor]:
     """Latents of the first frame, and CLIP's features of it where the model takes them.
 
-    Models with channels for the frames to keep take the latents of a clip that is black after its
+    Models with channels for the frames to keep take the latents of a clip that is grey after its
     first frame. The autoencoder is causal, so that they are cut to the latents of a shorter clip.
     Wan 2.2 TI2V-5B takes the latents of the frame alone, in the place of the first noisy ones.
     """
