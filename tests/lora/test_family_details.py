@@ -1,19 +1,28 @@
 """What single families do in a training beside what all do."""
 
+import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import Kandinsky5I2VPipeline, SkyReelsV2DiffusionForcingPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from safetensors.torch import load_file
 from support import finetuning as ft
 from support import wan
+from support.clips import footage
+from support.runs import WEIGHTS
 from support.tiny import cosmos, kandinsky5, ltx2, skyreels
 
 from gen_accel import extend
-from gen_accel.attention_processors.families import family_named
+from gen_accel.attention_processors.families import family_named, family_of
 from gen_accel.attention_processors.families.given import FIRST_FRAME
 from gen_accel.lora import TrainConfig, dry_run
 from gen_accel.lora.data import CaptionedVideo
 from gen_accel.lora.encode import cache
+from gen_accel.lora.latents import LatentCache
+from gen_accel.lora.objective import Objective
 from gen_accel.lora.prepare import model_of
 from gen_accel.pipelines.long_video import known_trained_frames
 
@@ -358,3 +367,56 @@ class TestSkyReels:
 def test_what_is_known_of_the_published_models(name, model, frames):
     assert known_trained_frames(model()) == frames
     assert frames == family_named(name).TRAINED_FRAMES
+
+
+def from_a_picture():
+    return kandinsky5.texts(Kandinsky5I2VPipeline, visual_cond=True)
+
+
+@pytest.mark.parametrize("build", [cosmos.predict2, from_a_picture], ids=["cosmos", "kandinsky5"])
+def test_two_steps_from_first_frames_resumed_bit_for_bit(build, tmp_path):
+    pipe = build()
+    footages = [CaptionedVideo(f"clip {i}", PROMPT, footage(9, 32, 48, seed=i)) for i in range(2)]
+    sizes = {"frames": [9], "sizes": [(32, 48)], "max_tokens": 16, "device": "cpu"}
+    cache(pipe, footages, tmp_path / "cache", **sizes)
+    latents = LatentCache(tmp_path / "cache")
+    assert latents.condition == "first_frame"
+    assert latents.first_frame(0)[FIRST_FRAME].shape == latents.latents(0)[:, :1].shape
+    small = {"method": "radial", "settings": ("block=4",), "stages": ("9:2",), "max_tokens": 16}
+    small |= {"height": 32, "width": 48, "trained_frames": 9, "checkpoint_every": 1}
+    given = ft.config(tmp_path / "a", **small)
+    done = ft.train(given, latents, model=model_of(given, pipe))
+    assert len(done.losses) == 2
+    assert all(0 < loss < 100 for loss in done.losses)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "step-000002")
+    given = ft.config(tmp_path / "b", **small)
+    again = ft.train(given, latents, model=model_of(given, build()), resume=True)
+    assert again.losses == done.losses[1:]
+    a, b = (load_file(x.folder / WEIGHTS) for x in (done, again))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("build", [cosmos.predict2, from_a_picture], ids=["cosmos", "kandinsky5"])
+def test_the_given_frame_has_no_part_in_the_loss(build):
+    """Neither what is noised there, nor what is predicted there."""
+    pipe = build()
+    family = family_of(pipe.transformer)
+    channels = family.latent_channels(pipe.transformer.config)
+    g = torch.Generator().manual_seed(1)
+    clean, noise = torch.randn(2, 1, channels, 3, 4, 6, generator=g)
+    told = family.encode_prompt(pipe, [PROMPT], 16) | {FIRST_FRAME: clean[:, :, :1].clone()}
+    objective = Objective(pipe.transformer, family, "flow", no_adapter())
+    level = torch.tensor([0.5])
+    with torch.no_grad():
+        loss = objective(clean, noise, level, told)
+        other = noise.clone()
+        other[:, :, 0] += 5
+        assert torch.equal(objective(clean, other, level, told), loss)
+        without = {name: x for name, x in told.items() if name != FIRST_FRAME}
+        assert not torch.allclose(objective(clean, noise, level, without), loss)
+
+
+def no_adapter():
+    """A training of nothing."""
+    return SimpleNamespace(modules={}, showing=nullcontext, teaching=nullcontext)
