@@ -137,6 +137,28 @@ class TestCosmos:
             )
         assert torch.equal(a, b)
 
+    def test_interpolated_positions_are_those_of_twice_the_rate(self):
+        model, family = cosmos.predict2().transformer, family_named("cosmos")
+        latents = torch.zeros(1, wan.CHANNELS + 1, 5, 4, 6)
+        own = {fps: model.rope(latents, fps=fps) for fps in (16, 10, None)}
+        at_twice = {fps: model.rope(latents, fps=2 * fps) for fps in (16, 10)}
+        freqs = family.temporal_frequencies(model)
+        family.set_temporal_frequencies(model, freqs)
+        for fps, tables in own.items():
+            for mine, theirs in zip(model.rope(latents, fps=fps), tables, strict=True):
+                torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+        family.set_temporal_frequencies(model, freqs / 2)
+        for fps, tables in at_twice.items():
+            halved = model.rope(latents, fps=fps)
+            for mine, theirs, before in zip(halved, tables, own[fps], strict=True):
+                torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+                assert (mine - before).abs().max() > 0.1
+        with pytest.raises(ValueError, match=r"freqs must be of shape \(4,\), got \(3,\)"):
+            family.set_temporal_frequencies(model, freqs[:3])
+        family.set_temporal_frequencies(model, None)
+        again = model.rope(latents, fps=16)
+        assert all(torch.equal(x, y) for x, y in zip(again, own[16], strict=True))
+
     @pytest.mark.parametrize(
         ("config", "message"),
         [
