@@ -1,5 +1,6 @@
 """Dry run of a config: two training steps of a tiny random model of the same class."""
 
+import inspect
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +22,8 @@ from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.hub import fetched
 from gen_accel.json_files import read_fields
-from gen_accel.lora.conditions import FIRST_FRAME, condition_in
+from gen_accel.kinds import pipeline_of
+from gen_accel.lora.conditions import FIRST_FRAME, condition_for, condition_in
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.encoders import check_trained
 from gen_accel.lora.images import features_shape
@@ -116,8 +118,13 @@ def _condition(config: TrainConfig, family: Any, kind: str) -> tuple[str, Mappin
     preset = next((p for p in family.PRESETS.values() if p.repository == config.model), None)
     if preset is not None:
         check_trained(family, None, preset.config)
-    if preset is not None and config.condition is None and not config.first_frame_dropout:
-        return "text", preset.config
+        known = inspect.signature(getattr(diffusers, kind)).parameters
+        about = {name: one.default for name, one in known.items()} | dict(preset.config)
+        own = pipeline_of(config.model)
+        if own is not None:
+            return condition_for({"_class_name": own}, about, config).condition, about
+        if config.condition is None and not config.first_frame_dropout:
+            return "text", about
     source = demo.path() if config.model == "demo" else expanded(config.model)
     found = condition_in(source if source.exists() else config.model, config)
     check_trained(family, found.pipeline if found.is_own else None, found.transformer)

@@ -398,6 +398,8 @@ class TestCondition:
     def test_what_a_training_refuses(self, config, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="must have more than 1 frames, which the first"):
             trainer.train(config("both", condition="first_frame", stages=("1:1",)))
+        with pytest.raises(ValueError, match="must have more than 1 frames, which the first"):
+            trainer.train(config(stages=("1:1", "5:1")))
         images = {"validation_prompts": ("a",), "validation_images": ("nowhere.png",)}
         with pytest.raises(FileNotFoundError, match="no file at nowhere"):
             trainer.train(config(**images))

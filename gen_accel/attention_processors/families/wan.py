@@ -64,6 +64,11 @@ PRESETS = {
         {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
     ),
     "Wan2.1-T2V-14B": Preset("Wan-AI/Wan2.1-T2V-14B-Diffusers", 14.3),
+    "Wan2.1-I2V-14B": Preset(
+        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+        16.4,
+        {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    ),
     "Wan2.2-T2V-A14B": Preset("Wan-AI/Wan2.2-T2V-A14B-Diffusers", 14.3),
     "Wan2.2-TI2V-5B": Preset(
         "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
