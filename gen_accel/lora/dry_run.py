@@ -26,6 +26,7 @@ from gen_accel.json_files import read_fields
 from gen_accel.kinds import pipeline_of
 from gen_accel.lora.conditions import FIRST_FRAME, condition_for, condition_in
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.encoders import check_trained
 from gen_accel.lora.images import features_shape
 from gen_accel.lora.model import Model
 from gen_accel.lora.size import check_batch
@@ -53,7 +54,7 @@ def dry_run(config: TrainConfig) -> Trained:
     family: Any = family_named(served_classes()[kind])
     condition, about = _condition(config, family, kind)
     torch.manual_seed(config.seed)
-    tiny = dict(family.TINY) | {"num_layers": config.dense_layers + 2}
+    tiny = dict(family.TINY) | {family.DEPTH: config.dense_layers + 2}
     if condition == FIRST_FRAME:
         tiny |= family.tiny_from_frame(about)
     transformer = getattr(diffusers, kind)(**tiny)
@@ -118,6 +119,7 @@ def _condition(config: TrainConfig, family: Any, kind: str) -> tuple[str, Mappin
     """Choose the condition, and return it with the config of the model's transformer."""
     preset = next((p for p in family.PRESETS.values() if p.repository == config.model), None)
     if preset is not None:
+        check_trained(family, None, preset.config)
         known = inspect.signature(getattr(diffusers, kind)).parameters
         about = {name: one.default for name, one in known.items()} | dict(preset.config)
         own = pipeline_of(config.model)
@@ -127,6 +129,7 @@ def _condition(config: TrainConfig, family: Any, kind: str) -> tuple[str, Mappin
             return "text", about
     source = demo.path() if config.model == "demo" else expanded(config.model)
     found = condition_in(source if source.exists() else config.model, config)
+    check_trained(family, found.pipeline if found.is_own else None, found.transformer)
     if found.condition == FIRST_FRAME and family.tiny_from_frame is None:
         raise ValueError(f"no training from a first frame for {kind}: take condition text")
     return found.condition, found.transformer

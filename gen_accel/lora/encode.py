@@ -29,7 +29,7 @@ from gen_accel.lora.data import (
     nearest_size,
     open_image,
 )
-from gen_accel.lora.encoders import Encoders, factors_of, load_encoders
+from gen_accel.lora.encoders import Encoders, check_trained, factors_of, load_encoders
 from gen_accel.lora.fingerprint import hash_of
 from gen_accel.lora.first_frames import FirstFrames
 from gen_accel.lora.found import (
@@ -321,7 +321,7 @@ class _Run:
         if self.condition == FIRST_FRAME:
             self.first_frames = FirstFrames(self.encoders, common, self.max_tokens)
         self._vae = hash_of([*common, *self.encoders.states("vae")])
-        texts = self.encoders.states("text_encoder", "tokenizer")
+        texts = self.encoders.states(*self.encoders.family.TEXT_PARTS, "tokenizer")
         self._text = hash_of([*common, self.max_tokens, *texts])
         self._image = None if self.images is None else hash_of([*common, self.images.state()])
 
@@ -456,7 +456,7 @@ class _Run:
         parts = _in_parts(texts, TEXTS_AT_ONCE)
         total = -(-count // TEXTS_AT_ONCE)
         family, pipe = self.encoders.family, self.encoders.pipe
-        with self.encoders.at_work("text_encoder"):
+        with self.encoders.at_work(*family.TEXT_PARTS):
             for part in bar.track(parts, total=total, description="captions"):
                 prompts = [text for _, text in part]
                 found = family.encode_prompt(pipe, prompts, self.max_tokens)
@@ -753,6 +753,7 @@ def _check_options(
 
 def _check_fit(encoders: Encoders, frames: Sequence[int], sizes: Sequence[Size]) -> None:
     pipe, config = encoders.pipe, encoders.transformer.config
+    check_trained(encoders.family, type(pipe).__name__, config)
     time, space = factors_of(pipe)
     for length in frames:
         if (length - 1) % time:

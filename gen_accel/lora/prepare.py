@@ -28,7 +28,7 @@ from gen_accel.lora.clip_checks import check_options
 from gen_accel.lora.conditions import FIRST_FRAME, Conditioned, condition_for, condition_in
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.encode import cache
-from gen_accel.lora.encoders import factors_of
+from gen_accel.lora.encoders import check_trained, factors_of
 from gen_accel.lora.first_frames import check_family
 from gen_accel.lora.images import ImageCoder, describe_images
 from gen_accel.lora.latents import LatentCache
@@ -168,6 +168,7 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
     transformer = getattr(pipe, config.part, None)
     if transformer is None:
         raise ValueError(f"{type(pipe).__name__} of {config.model} has no {config.part}")
+    check_trained(family_of(transformer), type(pipe).__name__, transformer.config)
     condition = condition_of(config, pipe).condition
     if condition == FIRST_FRAME:
         _check_first_frame(config, transformer, pipe)
