@@ -149,6 +149,12 @@ class TrainConfig:
         ("attention",), "LoRA", "attention, feed_forward, or endings of names of linear layers."
     )
     lora_dropout: float = _(0.0, "LoRA", "Share of the inputs of a LoRA that are dropped.")
+    dora: bool = _(
+        False, "LoRA", "Train the length of each row of the weights apart from its direction."
+    )
+    rank_stabilised: bool = _(
+        False, "LoRA", "The LoRA's weight is alpha / sqrt(rank): high ranks train as fast as low."
+    )
     train_processors: bool = _(
         True, "LoRA", "Train what the method itself has: proj and alpha of sparse_linear."
     )
@@ -201,6 +207,25 @@ class TrainConfig:
     logit_mean: float = _(0.0, "Loss", "Of logit_normal.")
     logit_std: float = _(1.0, "Loss", "Of logit_normal.")
     shift: float | None = _(None, "Loss", "Of the noise levels; none: the scheduler's.")
+    noise_levels: tuple[float, ...] = _(
+        (),
+        "Loss",
+        "Train at these noise levels alone, from 0 to 1: the steps of a step-distilled model, as "
+        "1.0 0.757 0.522.",
+    )
+    huber: float | None = _(
+        None,
+        "Loss",
+        "Width of the pseudo-Huber loss, in standard deviations of the latents: larger errors "
+        "count by their size, not its square; none: mean squared error.",
+    )
+    weighting: Literal["none", "sigma_sqrt", "cosmap", "min_snr"] = _(
+        "none",
+        "Loss",
+        "Of the loss at a noise level: sigma_sqrt and cosmap as in SD3, of flow matching; min_snr "
+        "of v-prediction (CogVideoX).",
+    )
+    min_snr: float = _(5.0, "Loss", "Largest signal-to-noise ratio that counts, of min_snr.")
     caption_dropout: float = _(0.1, "Loss", "Share of the clips that are shown without a caption.")
 
     batch_size: int = _(1, "Optimizer", "Clips a process and micro-step.")
