@@ -136,7 +136,7 @@ def _rows(recipe: Recipe, image: bool) -> dict[str, Any]:
     }
     if not image:
         shown |= {
-            "rank, alpha": f"{recipe.rank}, {recipe.alpha:g}",
+            "rank, alpha": f"{recipe.rank}, {recipe.alpha:g}{_kind(recipe)}",
             "targets": ", ".join(recipe.targets) if recipe.rank else "none",
         }
     if recipe.holds_guidance:
@@ -148,6 +148,12 @@ def _rows(recipe: Recipe, image: bool) -> dict[str, Any]:
 
 def _dense(recipe: Recipe) -> str:
     return ", ".join(str(recipe.schedule.get(f"dense_{of}", 0)) for of in ("layers", "steps"))
+
+
+def _kind(recipe: Recipe) -> str:
+    """Words after rank and alpha, for a LoRA that is more than its two matrices."""
+    words = {"DoRA": recipe.dora, "rank-stabilised": recipe.rank_stabilised}
+    return "".join(f", {word}" for word, applies in words.items() if applies)
 
 
 def _options(recipe: Recipe) -> str:

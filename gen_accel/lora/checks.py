@@ -63,6 +63,13 @@ LIMITS = (
         "be positive",
     ),
     Limit(("lora_dropout", "ema_decay", "images"), lambda x: 0 <= x < 1, "be a share from 0 to 1"),
+    Limit(("huber", "min_snr"), lambda x: 0 < x < float("inf"), "be positive"),
+    Limit(
+        ("noise_levels",),
+        lambda levels: all(0 < level <= 1 for level in levels),
+        "be above 0 and at most 1",
+    ),
+    Limit(("sampled_steps",), lambda x: x >= 1, "be at least 1"),
     Limit(
         ("caption_dropout", "image_dropout", "both_dropout", "first_frame_dropout"),
         lambda x: 0 <= x < 1 + EPS,
@@ -86,6 +93,7 @@ def check(config: Any) -> None:
     check_names(config.sample_with, "sample_with")
     _check_teacher(config)
     check_clips(config)
+    _check_loss(config)
     if not config.stages:
         raise ValueError("stages is empty: give at least one, as 81:200")
     method = method_from(config.method, config.settings)
@@ -106,6 +114,12 @@ def check(config: Any) -> None:
             "rank is 0, which leaves nothing to train: only a method with parameters, such as "
             f"sparse_linear, trains without a LoRA, and method is {config.method!r}"
         )
+    if config.rank == 0:
+        for name in ("dora", "rank_stabilised"):
+            if config.is_given(name):
+                raise ValueError(
+                    f"{name} is of a LoRA, and rank is 0: give a rank, or leave it out"
+                )
     if config.rank and not config.targets:
         raise ValueError("targets is empty: name what the LoRA is put on, as attention")
     if config.validate_every and not config.validation_prompts:
@@ -128,6 +142,36 @@ def _check_teacher(config: Any) -> None:
             f"teacher_lora {config.teacher_lora} teaches a LoRA, and rank is 0: give a rank, or "
             "leave it out"
         )
+
+
+def _check_loss(config: Any) -> None:
+    """Refuse, by a ValueError, fields of the loss of which one would not be read."""
+    if config.noise_levels and config.sampled_steps is not None:
+        raise ValueError(
+            f"noise_levels {config.noise_levels} and sampled_steps {config.sampled_steps} both "
+            "say where to train: give one of them"
+        )
+    given = "noise_levels" if config.noise_levels else "sampled_steps"
+    if config.is_given(given):
+        drawn = ["timestep_sampling", "logit_mean", "logit_std"]
+        drawn += ["shift"] if given == "noise_levels" else []
+        for name in drawn:
+            if config.is_given(name):
+                raise ValueError(
+                    f"{name} says how noise levels are drawn, which {given} fixes, got "
+                    f"{getattr(config, name)!r}: leave one out"
+                )
+    if config.is_given("min_snr") and config.weighting != "min_snr":
+        raise ValueError(
+            f"min_snr is for weighting min_snr, got {config.min_snr:g} with {config.weighting}"
+        )
+    if config.objective == "distill_attention":
+        for name in ("huber", "weighting"):
+            if config.is_given(name):
+                raise ValueError(
+                    f"objective distill_attention has a loss of its own, got {name} "
+                    f"{getattr(config, name)!r}: leave it out"
+                )
 
 
 def _check_image_prompt(config: Any) -> None:

@@ -207,25 +207,28 @@ class TrainConfig:
     logit_mean: float = _(0.0, "Loss", "Of logit_normal.")
     logit_std: float = _(1.0, "Loss", "Of logit_normal.")
     shift: float | None = _(None, "Loss", "Of the noise levels; none: the scheduler's.")
-    noise_levels: tuple[float, ...] = _(
-        (),
+    sampled_steps: int | None = _(
+        None,
         "Loss",
-        "Train at these noise levels alone, from 0 to 1: the steps of a step-distilled model, as "
-        "1.0 0.757 0.522.",
+        "For a step-distilled model: train at the noise levels of so many denoising steps alone; "
+        "none: at all.",
+    )
+    noise_levels: tuple[float, ...] = _(
+        (), "Loss", "The same by the levels themselves, from 0 to 1, as 1.0 0.757 0.522."
     )
     huber: float | None = _(
         None,
         "Loss",
-        "Width of the pseudo-Huber loss, in standard deviations of the latents: larger errors "
-        "count by their size, not its square; none: mean squared error.",
+        "Width of the pseudo-Huber loss: errors above it count by their size, not its square; "
+        "none: mean squared error.",
     )
-    weighting: Literal["none", "sigma_sqrt", "cosmap", "min_snr"] = _(
+    weighting: Literal["none", "cosmap", "min_snr"] = _(
         "none",
         "Loss",
-        "Of the loss at a noise level: sigma_sqrt and cosmap as in SD3, of flow matching; min_snr "
-        "of v-prediction (CogVideoX).",
+        "Weights of noise levels: cosmap of flow matching (SD3), min_snr of v-prediction "
+        "(CogVideoX).",
     )
-    min_snr: float = _(5.0, "Loss", "Largest signal-to-noise ratio that counts, of min_snr.")
+    min_snr: float = _(5.0, "Loss", "Of min_snr: the signal-to-noise ratio where it cuts.")
     caption_dropout: float = _(0.1, "Loss", "Share of the clips that are shown without a caption.")
 
     batch_size: int = _(1, "Optimizer", "Clips a process and micro-step.")

@@ -32,6 +32,7 @@ from gen_accel.lora.batches import Batches, plan_clips
 from gen_accel.lora.conditions import FIRST_FRAME
 from gen_accel.lora.config import Stage, TrainConfig, differences
 from gen_accel.lora.latents import LatentCache
+from gen_accel.lora.loss import Loss
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Objective, seed_of
 from gen_accel.lora.processes import alone_in, by_main
@@ -195,6 +196,7 @@ class Run:
             self.adapter,
             guidance=config.teacher_guidance,
             schedule=model.schedule,
+            loss=Loss.of(config),
         )
         cast_training_params([self.objective], dtype=torch.float32)
         transformer.train()

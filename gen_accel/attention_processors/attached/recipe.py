@@ -45,6 +45,8 @@ class Recipe:
             they were given to some.
         clips: how many clips it saw; None where an older version trained it, as in `batch`.
         batch: clips of an optimizer step, of all processes together.
+        dora: the lengths of its layers' weights trained apart from their directions.
+        rank_stabilised: its weight is alpha / sqrt(rank), elsewhere alpha / rank.
     """
 
     base_model: str
@@ -72,6 +74,8 @@ class Recipe:
     condition: str = "text"
     clips: int | None = None
     batch: int | None = None
+    dora: bool = False
+    rank_stabilised: bool = False
 
     @property
     def holds_guidance(self) -> bool:
