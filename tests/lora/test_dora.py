@@ -94,7 +94,7 @@ def test_going_on_from_one(made, tmp_path):
     with pytest.raises(ValueError, match="trained with dora True, asked for is False"):
         ft.train(ft.config(tmp_path / "c", **FIELDS, rank_stabilised=True, **start))
     # 3 / sqrt(2) as alpha / rank is alpha 4.24.
-    with pytest.raises(ValueError, match="the same weight is alpha 4.24264"):
+    with pytest.raises(ValueError, match=r"the same weight is alpha 4.24264"):
         ft.train(ft.config(tmp_path / "d", **FIELDS, dora=True, **start))
 
 

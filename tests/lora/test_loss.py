@@ -112,7 +112,7 @@ class TestNoiseLevels:
         given = ft.config("unused", noise_levels=(1.0, 0.9, 0.3))
         assert levels_of(given, 1.0, (0.875, SIGMAS[1])) == (1.0, 0.9)
         assert levels_of(given, 1.0, (SIGMAS[0], 0.875)) == (0.3,)
-        with pytest.raises(ValueError, match="no noise level of 1, 0.9, 0.3 is of part"):
+        with pytest.raises(ValueError, match=r"no noise level of 1, 0.9, 0.3 is of part"):
             levels_of(given, 1.0, (0.95, 0.99))
 
     def test_nothing_else_changes(self):
