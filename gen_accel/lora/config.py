@@ -77,6 +77,11 @@ class TrainConfig:
         "skip", "Clips", "What a file that no one can read does."
     )
     max_tokens: int | None = _(None, "Clips", "Length of the text; none: the pipeline's own.")
+    held_out: float = _(
+        0.0,
+        "Clips",
+        "Clips that never train, whose loss shows what is learnt: a number, or a share below 1.",
+    )
 
     stages: tuple[str, ...] = _(
         ("81:200", "161:600"),
@@ -190,6 +195,12 @@ class TrainConfig:
     log_with: Literal["tensorboard", "wandb", "none"] = _(
         "tensorboard", "Keeping", "OUT/metrics.jsonl is written in any case."
     )
+    loss_every: int = _(
+        0,
+        "Keeping",
+        "Steps between two losses of the clips held out, or else of 8 that train, at fixed noise; "
+        "0: none.",
+    )
     validate_every: int = _(0, "Keeping", "Steps; 0: no videos are sampled.")
     validation_prompts: tuple[str, ...] = _((), "Keeping", "One video each, seeds from 0.")
     validation_frames: int | None = _(None, "Keeping", "None: of the longest stage.")
@@ -256,6 +267,7 @@ FREE_TO_CHANGE = (
     "checkpoint_every",
     "keep_checkpoints",
     "log_with",
+    "loss_every",
     "validate_every",
     "validation_prompts",
     "validation_images",
