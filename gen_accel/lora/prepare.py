@@ -1,5 +1,6 @@
 """Preparation of a training: load the model, check the config against it, cache the clips."""
 
+import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
         pipe = load_pipe(config)
     model = model_of(config, pipe)
     if config.data is not None:
-        by_main(accelerator, lambda: accelerator.print(cache_clips(config, pipe)))
+        by_main(accelerator, lambda: print(cache_clips(config, pipe), file=sys.stderr))
     latents = LatentCache(folder)
     check_cache(config, pipe, latents)
     if not config.validate_every:

@@ -119,6 +119,7 @@ class Bar:
             )
             self._bar, self._task = bar, task
             yield
+            self._show(self._words(), at_once=True)
 
     def step(self, step: int, loss: float, seconds: float) -> None:
         """Show that a step was made."""
