@@ -50,7 +50,7 @@ PRESETS: dict[str, Preset] = {
             "learning_rate": Value(1e-4, "usual for this rank"),
             "schedule": Value("constant", "more steps or a longer stage can follow by --resume"),
             "gradient_checkpointing": Value(True, "long clips need the memory"),
-            "held_out": Value(4, "a model that repeats its clips shows here"),
+            "held_out": Value(4.0, "a model that repeats its clips shows here"),
             "loss_every": _MEASURED,
         },
     ),

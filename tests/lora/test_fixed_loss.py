@@ -119,7 +119,7 @@ class TestFixedLoss:
 
     @pytest.mark.slow
     def test_two_processes_give_the_figures_of_one(self, tmp_path):
-        about = {"stages": ["9:2"], "loss_every": 1, "held_out": 3, "lora_dropout": 0.2}
+        about = {"stages": ["9:2"], "loss_every": 1, "held_out": 3}
         launch({"out": str(tmp_path / "two"), "fields": about}, launcher=False)
         # In a process of its own too: what ran before in this one may change a sum's last bit.
         job = {"out": str(tmp_path / "one"), "fields": about | {"batch_size": 2}}
