@@ -14,6 +14,7 @@ from gen_accel.attention_processors.families import (
     REFUSED,
     family_named,
     image_classes,
+    served_classes,
 )
 from gen_accel.attention_processors.methods.options import options_of
 from gen_accel.kernels import KERNELS, kernel_of, refusals
@@ -45,6 +46,19 @@ Image prompts have [a page of their own](image_prompts.md).
 
 | class | models | family | methods | tokens | LoRA targets | image prompts |
 |---|---|---|---|---|---|---|"""
+
+TRAINING = """\
+## Training and longer video
+
+[Finetuning](finetune.md) trains these classes, where it says what they predict. Each is held to
+its pipeline by tests: latents, prompts, what the transformer is given and gives, and the noise
+levels. *Frames* are the lengths of clips, *trained at* is what [longer videos](longer_videos.md)
+count from unless `trained_frames` says otherwise, and *rules* change the rotary frequencies of
+time.
+
+| class | predicts | frames | trained at | rules |
+|---|---|---|---|---|"""
+RULES = "riflex", "position_interpolation"
 
 
 @dataclass(frozen=True)
@@ -215,7 +229,31 @@ def models_page() -> str:
     refused = [f"- `{model.name}`: {model.refused}." for model in found if model.refused]
     if refused:
         lines += ["", "These are refused, by name and with the reason:", "", *refused]
+    lines += ["", TRAINING, *(f"| {' | '.join(row)} |" for row in _training_rows())]
     return "\n".join(lines) + "\n"
+
+
+def _training_rows() -> list[tuple[str, ...]]:
+    """Classes that train or take rules on rotary frequencies, a row each."""
+    rows = []
+    for kind, name in served_classes().items():
+        family = family_named(name)
+        turns = family.serves("rules on rotary frequencies")
+        trains = family.serves("training") and kind == family.CLASSES[0]
+        if not (trains or turns):
+            continue
+        rules = RULES if family.HEADS_ALIKE else RULES[1:]
+        predicted = {"flow": "velocity", "v": "v"}[family.PREDICTS]
+        rows.append(
+            (
+                f"`{kind}`",
+                predicted if trains else "",
+                f"{family.TEMPORAL_FACTOR} n + 1" if family.TEMPORAL_FACTOR else "",
+                str(family.TRAINED_FRAMES or ""),
+                ", ".join(f"`{rule}`" for rule in rules) if turns else "",
+            )
+        )
+    return rows
 
 
 def methods_of(model: ModelInfo) -> str:

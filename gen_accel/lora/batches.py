@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gen_accel.attention_processors.families import family_of
 from gen_accel.extras import needed_for
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.held_out import held_out
@@ -52,6 +53,8 @@ class Batches:
     ) -> None:
         self.config, self.model, self.cache = config, model, cache
         self.adapter, self.accelerator = adapter, accelerator
+        family = family_of(model.transformer)
+        self._fps = (config.fps or family.fps(model.transformer)) if family.TAKES_FPS else None
 
     def __call__(self, step: int, clips: list[int], frames: int, micro: int) -> tuple[Any, ...]:
         """Build this process's batch of a micro-step, as the arguments of `Objective`.
@@ -104,7 +107,10 @@ class Batches:
         return None if taught is None else self._together(taught)
 
     def _together(self, each: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: self._put(torch.stack([one[name] for one in each])) for name in each[0]}
+        told = {name: self._put(torch.stack([one[name] for one in each])) for name in each[0]}
+        if self._fps is not None:
+            told["fps"] = self._put(torch.full((len(each),), float(self._fps)))
+        return told
 
     def _put(self, x: Tensor) -> Tensor:
         return x.to(self.accelerator.device)

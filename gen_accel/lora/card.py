@@ -20,6 +20,7 @@ from gen_accel.paths import expanded
 CARD = "README.md"
 LIBRARY, TASK, OURS = "diffusers", "text-to-video", "gen_accel"
 KEPT = "<!-- written by gen_accel; a card that was edited is kept: {} -->"
+LOADED_ALONE = ("HunyuanVideo15Transformer3DModel",)  # whose pipelines load no LoRA
 UNKNOWN = "MODEL"  # stands for a base model that is not public
 DIGITS = 16  # of the hash in `KEPT`
 
@@ -156,6 +157,10 @@ def _options(recipe: Recipe) -> str:
 
 def _lora_use(recipe: Recipe) -> str:
     second = ", load_into_transformer_2=True" if recipe.part == "transformer_2" else ""
+    loader, loaded = "load_lora_weights", f'pipe.load_lora_weights("lora"{second})'
+    if recipe.transformer.get("class") in LOADED_ALONE:
+        loader = "load_lora_adapter"
+        loaded = f'pipe.transformer.{loader}("lora", prefix="transformer")'
     made = "pipe"
     longer = []
     if recipe.techniques:
@@ -163,7 +168,7 @@ def _lora_use(recipe: Recipe) -> str:
         longer = [f"longer = gen_accel.extend(pipe, [{named}], num_frames={recipe.frames})"]
         made = "longer"
     lines = [
-        *([f'pipe.load_lora_weights("lora"{second})'] if recipe.rank else []),
+        *([loaded] if recipe.rank else []),
         'handle = gen_accel.attach(pipe, from_lora="lora")',
         *longer,
         *_call(recipe, made),
@@ -178,7 +183,7 @@ def _lora_use(recipe: Recipe) -> str:
     if recipe.rank:
         without = "" if recipe.rope == "none" else " and no rule of positions"
         parts.append(
-            "Without gen_accel it is a LoRA like any other: `load_lora_weights` alone, with the "
+            f"Without gen_accel it is a LoRA like any other: `{loader}` alone, with the "
             f"model's own dense attention{without}."
         )
     if recipe.holds_guidance:

@@ -27,6 +27,7 @@ from gen_accel.lora.trainer import Trained, accelerator_for, run
 from gen_accel.method import parts_of
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.sampling import check_fits
+from gen_accel.pipelines.long_video import check_rule
 from gen_accel.video import VideoShape
 
 TEXT, PATCHES, EMBEDDING = 6, 5, 8
@@ -48,6 +49,8 @@ def dry_run(config: TrainConfig) -> Trained:
     tiny = dict(family.TINY) | {"num_layers": config.dense_layers + 2}
     transformer = getattr(diffusers, kind)(**tiny)
     factor, patch = family.TEMPORAL_FACTOR, patch_of(transformer.config)
+    for stage in config.curriculum:
+        check_rule(transformer, stage.rope)
     _check_lengths(config, family, patch)
 
     method = method_from(config.method, config.settings)
@@ -149,7 +152,8 @@ class _Noise:
 
     def latents(self, index: int, frames: int) -> Tensor:
         generator = torch.Generator().manual_seed(index)
-        channels = self.transformer.config.in_channels
+        family: Any = family_of(self.transformer)
+        channels = family.latent_channels(self.transformer.config)
         return torch.randn(channels, frames, *self.size, generator=generator)
 
     def image(self, index: int) -> Tensor:

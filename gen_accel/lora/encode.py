@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gen_accel.attention_processors.lengths import patch_of
+from gen_accel.attention_processors.lengths import latent_frames, patch_of, temporal_patch
 from gen_accel.endings import unwinding
 from gen_accel.files import clear_partial
 from gen_accel.lora.data import (
@@ -22,7 +22,7 @@ from gen_accel.lora.data import (
     nearest_size,
     open_image,
 )
-from gen_accel.lora.encoders import Encoders, load_encoders
+from gen_accel.lora.encoders import Encoders, factors_of, load_encoders
 from gen_accel.lora.fingerprint import hash_of
 from gen_accel.lora.latents import IMAGE, LATENTS, RECIPE, TEXTS_AT_ONCE, Entry
 from gen_accel.lora.shards import SHARD_BYTES, Shards
@@ -444,7 +444,7 @@ def _check_options(
 
 def _check_fit(encoders: Encoders, frames: Sequence[int], sizes: Sequence[Size]) -> None:
     pipe, config = encoders.pipe, encoders.transformer.config
-    time, space = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+    time, space = factors_of(pipe)
     for length in frames:
         if (length - 1) % time:
             below = (length - 1) // time * time + 1
@@ -452,21 +452,23 @@ def _check_fit(encoders: Encoders, frames: Sequence[int], sizes: Sequence[Size])
                 f"frames must be {time} n + 1 for this autoencoder, got {length}; nearest: "
                 f"{below} and {below + time}"
             )
+        latent_frames("frames", length, time, temporal_patch(encoders.transformer))
     patches = patch_of(config)[1:]
     for size in sizes:
         if any(side % (space * step) for side, step in zip(size, patches, strict=True)):
             rule = " and ".join(str(space * step) for step in patches)
             raise ValueError(f"sizes must be multiples of {rule} (height, width), got {size}")
     channels = getattr(pipe.vae.config, "z_dim", None) or pipe.vae.config.latent_channels
-    if config.in_channels != channels:
+    taken = encoders.family.latent_channels(config)
+    if taken != channels:
         raise ValueError(
-            f"the transformer takes {config.in_channels} channels where the latents have "
+            f"the transformer takes {taken} channels where the latents have "
             f"{channels}: only models from text to video are trained"
         )
 
 
 def _entry(job: _Job, pipe: Any) -> Entry:
-    time, space = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+    time, space = factors_of(pipe)
     return Entry(
         name=job.video.name,
         caption=job.video.caption,

@@ -11,6 +11,7 @@ from torch import nn
 
 from gen_accel.attention_processors.attached.transformers import TRANSFORMERS
 from gen_accel.attention_processors.families import classes_for, family_of
+from gen_accel.attention_processors.lengths import vae_factor
 from gen_accel.extras import needed_for
 from gen_accel.hub import fetched
 from gen_accel.lora.fingerprint import model_state, words_state
@@ -111,6 +112,17 @@ def load_encoders(model_or_pipe: Any, device: str, dtype: str) -> Encoders:
     pipe.set_progress_bar_config(disable=True)
     part = next(name for name in stages if name in found)
     return Encoders(pipe, _hollow(source, part, found[part]), target)
+
+
+def factors_of(pipe: Any) -> tuple[int, int]:
+    """Return how many frames, and pixels a side, are in a latent of a pipeline.
+
+    Raises ValueError for a pipeline that does not say.
+    """
+    time, space = vae_factor(pipe, "temporal"), vae_factor(pipe, "spatial")
+    if time is None or space is None:
+        raise ValueError(f"{type(pipe).__name__} does not say how much is in a latent")
+    return time, space
 
 
 def _loaded(source: str, name: str, kind: Sequence[str], dtype: torch.dtype) -> Any:

@@ -1,6 +1,6 @@
 """The model to train."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -13,6 +13,7 @@ class Model(NamedTuple):
         trained_frames: pixel frames that the model was trained on; None if unknown.
         shift: shift of the noise levels.
         boundary: noise level at which a model of two experts switches between them.
+        schedule: config of the pipeline's scheduler; None for the published one.
     """
 
     transformer: Any
@@ -21,3 +22,4 @@ class Model(NamedTuple):
     trained_frames: int | None
     shift: float
     boundary: float | None = None
+    schedule: Mapping[str, Any] | None = None

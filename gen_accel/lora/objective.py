@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.lora.attention_loss import AttentionLoss
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.noising import Noising
 
 MOST_DRAWS = 10_000
 SIGMAS = (1e-3, 1 - 1e-3)  # lowest and highest noise level; beyond, there is nothing to learn
@@ -136,10 +137,11 @@ class Objective(nn.Module):
 
     Args:
         transformer: the model with the LoRA and the processors.
-        family: module of the model's family, which calls the model.
+        family: the model's family, which calls the model.
         kind: "flow", "distill" or "distill_attention".
         adapter: the adapter that trains; see `gen_accel.lora.adapters`.
         guidance: guidance scale of the teacher of "distill".
+        schedule: config of the pipeline's scheduler; None for the published one.
     """
 
     def __init__(
@@ -150,11 +152,13 @@ class Objective(nn.Module):
         adapter: Any,
         *,
         guidance: float = 1.0,
+        schedule: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.transformer = transformer
         self._family, self._kind, self._adapter = family, kind, adapter
         self._guidance = guidance
+        self.noising = Noising(family, schedule)
         for name, module in adapter.modules.items():
             self.add_module(name, module)
         self._of_attention = None
@@ -175,9 +179,9 @@ class Objective(nn.Module):
         untold: dict[str, Tensor] | None = None,
         *shown: Tensor,
     ) -> Tensor:
-        """Compute the mean squared error of the velocity, or the `AttentionLoss`.
+        """Compute the mean squared error of the prediction, or the `AttentionLoss`.
 
-        The target velocity is noise - clean, or under "distill" the teacher's prediction.
+        The target is the family's, see `Noising`, or under "distill" the teacher's prediction.
 
         Args:
             clean, noise: (B, C, f, h, w).
@@ -188,18 +192,17 @@ class Objective(nn.Module):
             shown: further inputs of the adapter.
         """
         taught = conditions if taught is None else taught
-        mix = sigma.view(-1, 1, 1, 1, 1)
-        noisy = (1 - mix) * clean + mix * noise
+        noisy = self.noising.mix(clean, noise, sigma)
         if self._of_attention is not None:
             return self._of_attention(
                 partial(self._student, noisy, sigma, conditions, *shown),
                 partial(self._teacher, noisy[:, :, : self._patch], sigma, taught),
             )
-        target = noise - clean
+        target = self.noising.target(clean, noise, sigma)
         if self._kind == "distill":
             target = self._teacher(noisy, sigma, taught, untold)
-        velocity = self._student(noisy, sigma, conditions, *shown)
-        return F.mse_loss(velocity.float(), target.float())
+        predicted = self._student(noisy, sigma, conditions, *shown)
+        return F.mse_loss(predicted.float(), target.float())
 
     def _student(
         self, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor], *shown: Tensor
@@ -215,7 +218,7 @@ class Objective(nn.Module):
         conditions: dict[str, Tensor],
         untold: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """Predict the teacher's velocity.
+        """Predict as the teacher does.
 
         With `untold` it is guided: v(untold) + guidance (v(conditions) - v(untold)).
         """

@@ -22,9 +22,11 @@ from gen_accel.lora.artefact import (
 from gen_accel.lora.attention_loss import text_attentions
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.encode import cache
+from gen_accel.lora.encoders import factors_of
 from gen_accel.lora.images import ImageCoder, describe_images
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
+from gen_accel.lora.noising import shift_of
 from gen_accel.lora.processes import by_main
 from gen_accel.lora.size import check_adapter, check_batch
 from gen_accel.owners import check_free
@@ -32,7 +34,7 @@ from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import Loading, load
 from gen_accel.pipelines.generation.progress import waiting
 from gen_accel.pipelines.generation.sampling import Clip, check_fits, filled, token_grid
-from gen_accel.pipelines.long_video import known_trained_frames
+from gen_accel.pipelines.long_video import check_rule, known_trained_frames
 from gen_accel.video import VideoShape
 
 with needed_for("training", extra="train"):
@@ -75,7 +77,7 @@ def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
 
     Its clips may have another size or frame rate, or lack the images or captions that are needed.
     """
-    factor = pipe.vae_scale_factor_spatial
+    _, factor = factors_of(pipe)
     wanted = config.height // factor, config.width // factor
     others = {(entry.height, entry.width) for entry in latents.entries} - {wanted}
     if others:
@@ -145,6 +147,8 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
     if config.validate_every and config.validation_frames is not None:
         lengths.add(config.validation_frames)
     check_adapter(config, transformer)
+    for stage in config.curriculum:
+        check_rule(transformer, stage.rope)
     for frames in sorted(lengths):
         video = grid(config, pipe, frames)
         check_batch(config, transformer, video.tokens)
@@ -158,13 +162,13 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
                 raise
     if config.teacher_lora is not None:
         check_teacher(config, transformer, trained)
-    factor = pipe.vae_scale_factor_temporal
+    factor, _ = factors_of(pipe)
     if trained is not None:
         latent_frames("trained_frames", trained, factor, temporal_patch(transformer))
     shift = config.shift
     if shift is None:
-        known = pipe.scheduler.config
-        shift = known.get("shift", known.get("flow_shift")) or 1.0
+        longest = grid(config, pipe, config.longest)
+        shift = shift_of(pipe.scheduler.config, longest.video_tokens)
     return Model(
         transformer=transformer,
         pipe=pipe if config.validate_every else None,
@@ -172,6 +176,7 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
         trained_frames=trained,
         shift=float(shift),
         boundary=pipe.config.get("boundary_ratio"),
+        schedule=pipe.scheduler.config,
     )
 
 
@@ -194,6 +199,9 @@ def grid(config: TrainConfig, pipe: Any, frames: int) -> VideoShape:
     Raises ValueError for a size that the autoencoder or the patches would round.
     """
     clip = Clip(frames=frames, height=config.height, width=config.width)
+    factor, patch = factors_of(pipe)[0], temporal_patch(getattr(pipe, config.part))
+    if patch > 1:  # the pipelines fill up what patches leave
+        latent_frames("frames", frames, factor, patch)
     return token_grid(pipe, filled(pipe, clip))
 
 

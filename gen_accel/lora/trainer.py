@@ -20,6 +20,7 @@ from gen_accel.attention_processors import method_name
 from gen_accel.attention_processors.attached.recipe import Recipe, sizes
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.families import family_for
+from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.attention_processors.methods.options import method_from, saved_options
 from gen_accel.endings import answered, leave_closed_terminal
 from gen_accel.extras import needed_for
@@ -198,6 +199,7 @@ class Run:
             config.objective,
             self.adapter,
             guidance=config.teacher_guidance,
+            schedule=model.schedule,
         )
         cast_training_params([self.objective], dtype=torch.float32)
         transformer.train()
@@ -377,9 +379,10 @@ class Run:
         if stage.rope == "none" or trained is None or stage.frames <= trained:
             yield
             return
+        patch = temporal_patch(self.model.transformer)
         lengths = {
-            "frames": self.model.frames(stage.frames),
-            "trained": self.model.frames(trained),
+            "frames": self.model.frames(stage.frames) // patch,
+            "trained": self.model.frames(trained) // patch,
         }
         applied = apply_rule(self.model.transformer, stage.rope, **lengths)
         try:

@@ -17,6 +17,7 @@ from gen_accel.lora.artefact import held_guidance
 from gen_accel.lora.config import TrainConfig
 from gen_accel.measure.sheets import side_by_side
 from gen_accel.measure.video_io import read_video, write_video
+from gen_accel.pipelines.generation.arguments import first_transformer, served_family
 from gen_accel.pipelines.generation.sampling import Clip, filled, sample
 from gen_accel.pipelines.long_video import extend
 
@@ -54,7 +55,9 @@ class Validation:
     ) -> None:
         self.config, self.pipe, self.folder = config, pipe, folder
         self.accelerator, self.adapter = accelerator, adapter
-        self.fps = config.fps or 16.0
+        family = served_family(pipe)
+        own = family.fps(first_transformer(pipe)) if family.TAKES_FPS else 16.0
+        self.fps = config.fps or float(own)
         clip = Clip(
             config.validation_frames or config.longest,
             config.height,

@@ -178,3 +178,12 @@ def test_an_image_prompt_has_one(tmp_path):
 def test_the_embedded_adapters_have_theirs():
     """By `python -m demo_model.cards`."""
     assert {file: file.read_text() for file in cards()} == cards()
+
+
+def test_a_pipeline_that_loads_no_lora_itself(recipe):
+    """Its transformer does."""
+    changed = recipe.transformer | {"class": "HunyuanVideo15Transformer3DModel"}
+    text = new_card(replace(recipe, transformer=changed))
+    assert 'pipe.transformer.load_lora_adapter("lora", prefix="transformer")' in text
+    assert "load_lora_weights" not in text
+    assert "load_lora_weights" in new_card(recipe)

@@ -14,7 +14,7 @@ from gen_accel.attention_processors.attached.attachment import SilentBranch
 from gen_accel.attention_processors.attached.recipe import (
     Recipe,
 )
-from gen_accel.attention_processors.families import wan as family
+from gen_accel.attention_processors.families import family_named
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.lora.adapters import active
 from gen_accel.lora.artefact import add_lora
@@ -40,7 +40,7 @@ def built(kind, method="sparse_linear", settings=ft.SPARSE, seed=0, guidance=1.0
             yield
 
     alone = SimpleNamespace(modules={}, showing=nullcontext, teaching=teaching)
-    return Objective(transformer, family, kind, alone, guidance=guidance), stock
+    return Objective(transformer, family_named("wan"), kind, alone, guidance=guidance), stock
 
 
 def some_recipe(given):

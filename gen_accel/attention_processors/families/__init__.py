@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families.contract import Family, Preset, family_named
+from gen_accel.attention_processors.lengths import vae_factor
 from gen_accel.attention_processors.seam import Call, add_tap
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.names import FAMILIES
@@ -38,6 +39,7 @@ __all__ = [
     "prefix_lengths",
     "served_classes",
     "split_tokens",
+    "standardised",
     "tap_image",
     "tap_joint_attention",
     "video_classes",
@@ -282,13 +284,22 @@ def split_tokens() -> dict[str, Any]:
 def encoded(pipe: Any, video: Tensor, generator: torch.Generator | None) -> Tensor:
     """Encode a video by the autoencoder, to float32 latents that are not yet scaled; see a
     family's `encode_video`."""
-    vae, step = pipe.vae, pipe.vae_scale_factor_temporal
+    vae, step = pipe.vae, vae_factor(pipe, "temporal")
+    if step is None:
+        raise ValueError(f"{type(pipe).__name__} does not say how many frames a latent has")
     if (video.shape[2] - 1) % step:
         raise ValueError(f"video must have {step} n + 1 frames, got {video.shape[2]}")
     weight = next(vae.parameters())
     posterior = vae.encode(video.to(weight.device, weight.dtype)).latent_dist
     latents = posterior.mode() if generator is None else posterior.sample(generator)
     return latents.float()
+
+
+def standardised(latents: Tensor, mean: Any, std: Any) -> Tensor:
+    """Standardise latents (B, C, f, h, w) by a mean and a standard deviation of each channel."""
+    like = {"dtype": latents.dtype, "device": latents.device}
+    mean, std = (torch.as_tensor(x, **like).view(1, -1, 1, 1, 1) for x in (mean, std))
+    return (latents - mean) / std
 
 
 def served_classes() -> dict[str, str]:

@@ -1,10 +1,14 @@
 """CogVideoX 1.0 and 1.5: text, image and video to video, and with a control video.
 
 Text and video attend jointly, text first, with the same projections. The padding of the text is
-not masked. Images and control videos are further channels of the latents.
+not masked. Images and control videos are further channels of the latents. Models are trained by
+v-prediction (Salimans and Ho, 2022, https://arxiv.org/abs/2202.00512) at 1000 noise levels, the
+last of which is noise alone. The pipelines pass the rotary table to the transformer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,11 +19,13 @@ from gen_accel.attention_processors.families import (
     ImageBranch,
     Preset,
     SelfAttention,
+    encoded,
     image_sites,
     in_patches,
     tap_joint_attention,
 )
 from gen_accel.attention_processors.families.layers import Layers
+from gen_accel.plan import widest
 from gen_accel.video import VideoShape
 
 MODELS = "CogVideoX 1.0 and 1.5"
@@ -31,6 +37,9 @@ LATENT_AXES = "fchw"
 FPS, _FPS_15 = 8, 16  # of version 1.0 and 1.5
 GUIDANCE = "batched"
 GUIDED = "do_classifier_free_guidance"
+TRAINED_FRAMES = 49  # of the videos that version 1.0 was trained on
+# Version 1.5 was trained on 161, which its pipelines fill up to the patches that 165 have.
+_TRAINED_FRAMES_15 = 165
 TEMPORAL_FACTOR = 4  # frames in a latent frame, all but the first
 SPATIAL_FACTOR = 8
 _OF_5B = {
@@ -46,6 +55,27 @@ PRESETS = {
     ),
 }
 TEXT_TOKENS = 226
+# Its convolutions look back only, but its group norms average over several frames.
+CAUSAL_VAE = False
+PREDICTS = "v"
+_TIMES = 1000  # noise levels
+# Entries of the published schedulers that differ from their class; the SNR shift of 2B is 3.
+_PUBLISHED = {
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "snr_shift_scale": 1.0,
+}
+_ROTARY_BASE = 10_000.0  # of all published models; no configuration holds it
+_SMALL = 16  # channels of the tiny model
+TINY = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": _SMALL,
+    "out_channels": _SMALL,
+    "time_embed_dim": 8,
+    "text_embed_dim": 8,
+    "use_rotary_positional_embeddings": True,
+}
 
 # Layers by the end of their names, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
@@ -153,3 +183,188 @@ def timestep(
 ) -> Tensor:
     """(B,)"""
     return timestep
+
+
+def trained_frames(transformer: Any) -> int:
+    """Number of frames of the videos that it was trained on, see `fps`."""
+    return TRAINED_FRAMES if transformer.config.patch_size_t is None else _TRAINED_FRAMES_15
+
+
+@torch.no_grad()
+def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Latents scaled as the transformer takes them.
+
+    Args:
+        video: (B, 3, F, H, W) in [-1, 1], F = 1 + a multiple of the autoencoder's step.
+        generator: draw from the posterior; without one its mode is taken.
+
+    Returns:
+        (B, C, f, h, w) float32, on the autoencoder's device.
+
+    Raises:
+        ValueError: another number of frames, whose last ones the autoencoder would leave out.
+    """
+    return encoded(pipe, video, generator) * pipe.vae.config.scaling_factor
+
+
+@torch.no_grad()
+def encode_prompt(
+    pipe: Any, prompts: list[str], max_tokens: int | None = None
+) -> dict[str, Tensor]:
+    """Encode B prompts into the arguments that `predict` passes to the transformer, a row each.
+
+    Args:
+        max_tokens: the pipelines' `max_sequence_length`; longer prompts are cut, shorter ones
+            padded.
+
+    Returns:
+        encoder_hidden_states (B, max_tokens, D), in the text encoder's dtype.
+    """
+    states, _ = pipe.encode_prompt(
+        list(prompts),
+        do_classifier_free_guidance=False,
+        max_sequence_length=TEXT_TOKENS if max_tokens is None else max_tokens,
+        device=next(pipe.text_encoder.parameters()).device,
+    )
+    return {"encoder_hidden_states": states}
+
+
+def tiny_conditions(config: Any, tokens: int) -> dict[str, Tensor]:
+    return {"encoder_hidden_states": torch.zeros(tokens, config.text_embed_dim)}
+
+
+def scales(schedule: Mapping[str, Any], sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """The scheduler's square roots of alpha and 1 - alpha at the nearest of its 1000 timesteps,
+    to which noise levels are proportional.
+
+    Raises ValueError for a scheduler that is not one of CogVideoX's, or predicts something else.
+    """
+    known = {name: schedule[name] for name in _SCHEDULE if name in schedule} or _PUBLISHED
+    predicted = known.get("prediction_type", "epsilon")
+    if predicted != "v_prediction" or known.get("num_train_timesteps", _TIMES) != _TIMES:
+        raise ValueError(
+            f"CogVideoX trains by v_prediction at {_TIMES} timesteps, and the scheduler has "
+            f"prediction_type {predicted!r} at {known.get('num_train_timesteps', _TIMES)}: load "
+            "the scheduler that was published with the model"
+        )
+    alphas = _alphas(tuple(sorted(known.items()))).to(sigma.device)[_times(sigma)]
+    return alphas.sqrt().to(sigma.dtype), (1 - alphas).sqrt().to(sigma.dtype)
+
+
+# Entries of a scheduler's config that its noise levels depend on.
+_SCHEDULE = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type"),
+    *("rescale_betas_zero_snr", "snr_shift_scale"),
+)
+
+
+@lru_cache
+def _alphas(known: tuple[tuple[str, Any], ...]) -> Tensor:
+    """(1000,) float64 of a scheduler's config."""
+    from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
+
+    return CogVideoXDDIMScheduler(**dict(known)).alphas_cumprod.double()
+
+
+def _times(sigma: Tensor) -> Tensor:
+    """Timesteps (B,) int64 of noise levels."""
+    return (sigma * _TIMES).round().long().clamp(max=_TIMES - 1)
+
+
+def predict(
+    transformer: Any, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor]
+) -> Tensor:
+    """Predict v = a noise - s clean of `noisy` = a clean + s noise, with a and s of `scales`.
+
+    Args:
+        noisy: (B, C, f, h, w) latents of whole patches.
+        sigma: (B,) in [0, 1].
+        conditions: from `encode_prompt`.
+
+    Raises ValueError for a text of another length than the model has positions for.
+    """
+    config = transformer.config
+    tokens, given = conditions["encoder_hidden_states"].shape[1], {}
+    if config.use_rotary_positional_embeddings:
+        given["image_rotary_emb"] = _rotary(transformer, noisy)
+    elif tokens != config.max_text_seq_length:
+        raise ValueError(
+            f"max_tokens must be {config.max_text_seq_length}, for as many this model has "
+            f"positions, got {tokens}: leave it out"
+        )
+    said = transformer(
+        noisy.transpose(1, 2), timestep=_times(sigma), **conditions, **given, return_dict=False
+    )
+    return said[0].transpose(1, 2)
+
+
+def _rotary(transformer: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """The table that the pipelines pass for latents (B, C, f, h, w)."""
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import CogVideoXPipeline
+
+    pipe: Any = SimpleNamespace(transformer=transformer, vae_scale_factor_spatial=1)
+    frames, height, width = latents.shape[2:]
+    return CogVideoXPipeline._prepare_rotary_positional_embeddings(
+        pipe, height, width, frames, latents.device
+    )
+
+
+def longest(transformer: Any) -> int | None:
+    """The latent frames after patchify that it has learned positions for. Other models compute
+    theirs for any length."""
+    config = transformer.config
+    if not config.use_learned_positional_embeddings:
+        return None
+    frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
+    return frames // (config.patch_size_t or 1)
+
+
+def temporal_frequencies(transformer: Any) -> Tensor:
+    """(pairs,) float64: the angle of each rotary pair of the time axis per latent frame after
+    patchify, in rad.
+
+    Raises ValueError for a model without rotary positions.
+    """
+    config = transformer.config
+    if not config.use_rotary_positional_embeddings:
+        raise ValueError(
+            "this CogVideoX adds a table of sines to its tokens, and has no rotary frequencies "
+            "to change: take window_noise or continuation, or a 5B model"
+        )
+    dim = config.attention_head_dim // 4
+    return _ROTARY_BASE ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+
+
+def with_temporal_frequencies(
+    transformer: Any,
+    freqs: Tensor,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    timestep: Tensor,
+    timestep_cond: Tensor | None = None,
+    ofs: Tensor | None = None,
+    image_rotary_emb: Any = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Put other frequencies into the time axis of the rotary table that the pipeline gave.
+
+    Args:
+        freqs: (pairs,) in rad per latent frame after patchify.
+    """
+    cos, sin = image_rotary_emb
+    frames = hidden_states.shape[1] // (transformer.config.patch_size_t or 1)
+    real: Any = {"dtype": widest(cos.device), "device": cos.device}
+    frame = torch.arange(frames, **real).repeat_interleave(len(cos) // frames)
+    angles = torch.outer(frame, freqs.to(**real)).repeat_interleave(2, 1)
+    rest = angles.shape[1]
+    return kwargs | {
+        "hidden_states": hidden_states,
+        "encoder_hidden_states": encoder_hidden_states,
+        "timestep": timestep,
+        "timestep_cond": timestep_cond,
+        "ofs": ofs,
+        "image_rotary_emb": (
+            torch.cat([angles.cos().to(cos.dtype), cos[:, rest:]], 1),
+            torch.cat([angles.sin().to(sin.dtype), sin[:, rest:]], 1),
+        ),
+    }

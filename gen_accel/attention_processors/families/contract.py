@@ -51,6 +51,11 @@ class Preset:
     temporal: int | None = None
 
 
+def _flow_scales(schedule: Mapping[str, Any], sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - sigma and sigma."""
+    return 1 - sigma, sigma
+
+
 NUMBER = int, float
 _WORDS = {
     str: "a string",
@@ -244,8 +249,35 @@ class Family:
     )
     predict = Part[Callable[..., Tensor] | None](
         Callable,
-        "(transformer, noisy, sigma, conditions): the velocity, noise - clean",
+        "(transformer, noisy, sigma, conditions): what PREDICTS says, of noisy latents at noise "
+        "levels from 0 to 1, which it maps to the model's timestep",
         default=None,
+    )
+    PREDICTS = Part[str](
+        str,
+        'what `predict` gives where a and s are the `scales`: "flow", noise - clean; "v", '
+        "a noise - s clean",
+        default="flow",
+        choices=("flow", "v"),
+    )
+    scales = Part[Callable[[Mapping[str, Any], Tensor], tuple[Tensor, Tensor]]](
+        Callable,
+        "(schedule, sigma): scales of clean latents and of noise in their mix at noise levels (B,)"
+        ", of the config of a pipeline's scheduler, {} for the published one; ValueError for a "
+        "config that the model was not trained with",
+        default=_flow_scales,
+    )
+    latent_channels = Part[Callable[[Any], int]](
+        Callable,
+        "(config): channels of the clips' latents, where the transformer takes others beside them",
+        default_of=lambda family: lambda config: config.in_channels,
+    )
+
+    TAKES_FPS = Part[bool](
+        bool,
+        "`predict` takes the clips' frames a second as `fps` (B,), float32, among the conditions, "
+        "and `fps` of the model without them",
+        default=False,
     )
 
     TEXT_TOKENS = Part[int | None](
@@ -346,19 +378,30 @@ class Family:
         "differ",
         default=None,
     )
-    longest = Part[Callable[[Any], int] | None](
+    longest = Part[Callable[[Any], int | None] | None](
         Callable,
-        "(transformer): latent frames that it has positions for, where they are a table",
+        "(transformer): latent frames that it has positions for, where they are a table, and None "
+        "where this one's are not",
         default=None,
     )
     temporal_frequencies = Part[Callable[[Any], Tensor] | None](
         Callable,
-        "(transformer): of its rotary pairs on the time axis, in rad a latent frame",
+        "(transformer): of its rotary pairs on the time axis, (pairs,) or (heads, pairs) float64 "
+        "in rad a latent frame after patchify; ValueError where this one has none",
         default=None,
     )
     set_temporal_frequencies = Part[Callable[[Any, Tensor | None], None] | None](
         Callable,
         "(transformer, freqs): use these instead, or its own again for None",
+        default=None,
+    )
+    HEADS_ALIKE = Part[bool](
+        bool, "all attention heads have the same few temporal frequencies", default=True
+    )
+    with_temporal_frequencies = Part[Callable[..., dict[str, Any]] | None](
+        Callable,
+        "(transformer, freqs, ...): the arguments of a forward pass, all by name, with these "
+        "frequencies instead, where the rotary table is one of them",
         default=None,
     )
 
@@ -411,7 +454,7 @@ class Family:
 USES = {
     "training": ("CAUSAL_VAE", "encode_video", "encode_prompt", "predict"),
     "longer video": ("TEMPORAL_FACTOR",),
-    "rules on rotary frequencies": ("temporal_frequencies", "set_temporal_frequencies"),
+    "rules on rotary frequencies": ("temporal_frequencies",),
     "image prompts": ("image_attentions",),
 }
 

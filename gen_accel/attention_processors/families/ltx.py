@@ -3,8 +3,11 @@
 Tokens are the video's, in raster order; text is seen by cross-attention. They come as a row, with
 the sizes of their grid, or with the time and place of each. In the second case, conditioning
 frames may stand before or after the video: whole frames at times of the grid, but no part of it.
+Rotary positions are in seconds and pixels. Their frequencies lie densely over the width of the
+model, so that each head has others.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -14,11 +17,14 @@ from gen_accel.attention_processors.families import (
     ImageAttention,
     Preset,
     SelfAttention,
+    encoded,
     image_sites,
     outside_graphs,
+    standardised,
 )
 from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.attention_processors.tokens import Tokens
+from gen_accel.plan import widest
 from gen_accel.video import VideoShape
 
 MODELS = "LTX-Video"
@@ -27,11 +33,25 @@ ATTENTION_CALL = "dispatch_attention_fn"
 ORDER = "video, with other frames before or after it where they condition it"
 KIND = "video"
 LATENT_AXES = "tokens last"
+FPS = 25  # as the pipelines call it
+TAKES_FPS = True
+HEADS_ALIKE = False
 GUIDANCE = "batched"
+TRAINED_FRAMES = 257  # most that its model card advises
 TEMPORAL_FACTOR = 8  # frames in a latent frame, all but the first
 SPATIAL_FACTOR = 32
 PRESETS = {"LTX-Video": Preset("Lightricks/LTX-Video", 1.92)}
 TEXT_TOKENS = 128
+CAUSAL_VAE = True  # the first latents of a long clip are the latents of its beginning
+_SMALL = 16  # channels of the tiny model
+TINY = {
+    "in_channels": _SMALL,
+    "out_channels": _SMALL,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "cross_attention_dim": 32,
+    "caption_channels": 8,
+}
 
 # Layers by the end of their names, inside the blocks.
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
@@ -176,3 +196,169 @@ def timestep(
 ) -> Tensor:
     """(B,), or (B, tokens) where some frames are given (image to video)."""
     return timestep
+
+
+@torch.no_grad()
+def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Latents of zero mean and unit variance a channel, as the pipelines pack them for the
+    transformer.
+
+    Args:
+        video: (B, 3, F, H, W) in [-1, 1], F = 1 + a multiple of the autoencoder's step.
+        generator: draw from the posterior; without one its mode is taken.
+
+    Returns:
+        (B, C, f, h, w) float32, on the autoencoder's device.
+
+    Raises:
+        ValueError: another number of frames, whose last ones the autoencoder would leave out.
+    """
+    vae = pipe.vae
+    latents = encoded(pipe, video, generator)
+    return standardised(latents, vae.latents_mean, vae.latents_std) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def encode_prompt(
+    pipe: Any, prompts: list[str], max_tokens: int | None = None
+) -> dict[str, Tensor]:
+    """Encode B prompts into the arguments that `predict` passes to the transformer, a row each.
+
+    Args:
+        max_tokens: the pipelines' `max_sequence_length`; longer prompts are cut, shorter ones
+            padded.
+
+    Returns:
+        encoder_hidden_states (B, max_tokens, D), in the text encoder's dtype, and
+        encoder_attention_mask (B, max_tokens) bool, False for padding.
+    """
+    states, mask, *_ = pipe.encode_prompt(
+        list(prompts),
+        do_classifier_free_guidance=False,
+        max_sequence_length=TEXT_TOKENS if max_tokens is None else max_tokens,
+        device=next(pipe.text_encoder.parameters()).device,
+    )
+    return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
+
+def tiny_conditions(config: Any, tokens: int) -> dict[str, Tensor]:
+    return {
+        "encoder_hidden_states": torch.zeros(tokens, config.caption_channels),
+        "encoder_attention_mask": torch.ones(tokens, dtype=torch.bool),
+    }
+
+
+def predict(
+    transformer: Any, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor]
+) -> Tensor:
+    """The velocity, noise - clean, of `noisy` = (1 - sigma) clean + sigma noise.
+
+    Args:
+        noisy: (B, C, f, h, w) latents.
+        sigma: (B,) in [0, 1].
+        conditions: from `encode_prompt`, and `fps` (B,) of the clips, by default FPS, which the
+            rotary positions in time are made of.
+    """
+    from diffusers.pipelines.ltx.pipeline_ltx import LTXPipeline
+
+    told, patch = dict(conditions), transformer.config.patch_size
+    patches = {"patch_size": patch, "patch_size_t": transformer.config.patch_size_t}
+    frames, height, width = noisy.shape[2:]
+    grid = {
+        "num_frames": frames // patches["patch_size_t"],
+        "height": height // patch,
+        "width": width // patch,
+    }
+    fps = told.pop("fps", torch.full_like(sigma, FPS)).float().view(-1, 1, 1, 1, 1)
+    said = transformer(
+        LTXPipeline._pack_latents(noisy, **patches),
+        timestep=sigma * 1000,
+        **told,
+        **grid,
+        rope_interpolation_scale=(TEMPORAL_FACTOR / fps, SPATIAL_FACTOR, SPATIAL_FACTOR),
+        return_dict=False,
+    )
+    return LTXPipeline._unpack_latents(said[0], **grid, **patches)
+
+
+def temporal_frequencies(transformer: Any) -> Tensor:
+    """(pairs,) float64: the angle of each rotary pair of the time axis per latent frame of FPS
+    frames a second, in rad, over all heads. Always the model's own, also after
+    `set_temporal_frequencies`."""
+    rope = _stock(transformer)
+    a_second = 2 * _rotary(rope) / rope.base_num_frames  # the grid goes from -1
+    return a_second * TEMPORAL_FACTOR * transformer.config.patch_size_t / FPS
+
+
+def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
+    """Give the rotary table of this model's time axis other frequencies.
+
+    Args:
+        freqs: (pairs,) in rad per latent frame of FPS frames a second. At another rate they
+            change as the model's own do. None: the model's own, bit for bit.
+    """
+    stock = _stock(transformer)
+    if freqs is None:
+        transformer.rope = stock
+        return
+    own = temporal_frequencies(transformer)
+    if freqs.shape != own.shape:
+        raise ValueError(f"freqs must be of shape {tuple(own.shape)}, got {tuple(freqs.shape)}")
+    transformer.rope = _TemporalRotary(stock, freqs.to(own) / own)
+
+
+def _stock(transformer: Any) -> Any:
+    rope = transformer.rope
+    return rope.stock if isinstance(rope, _TemporalRotary) else rope
+
+
+def _rotary(rope: Any) -> Tensor:
+    """(pairs,) float64: rad per half of the range that positions are divided by."""
+    spread = torch.linspace(0, 1, rope.dim // 6, dtype=torch.float64)
+    return rope.theta**spread * math.pi / 2
+
+
+class _TemporalRotary(nn.Module):
+    """The model's rotary table with other frequencies on the time axis.
+
+    Args:
+        ratios: (pairs,) of the frequencies to the model's own. Pairs of ratio 1 are not touched.
+    """
+
+    def __init__(self, stock: Any, ratios: Tensor) -> None:
+        super().__init__()
+        self.stock = stock
+        changed = (ratios != 1).nonzero().flatten()
+        # Held as numbers, so that `.to()` does not round them.
+        self.pairs = tuple(changed.tolist())
+        own = _rotary(stock)[changed]
+        self.own, self.made = tuple(own.tolist()), tuple((own * ratios[changed]).tolist())
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        rope_interpolation_scale: Any = None,
+        video_coords: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, tokens, width) each of cosines and sines."""
+        stock: Any = self.stock
+        sizes = num_frames, height, width, rope_interpolation_scale
+        cos, sin = stock(hidden_states, *sizes, video_coords)
+        if video_coords is None:
+            batch, device = hidden_states.shape[0], hidden_states.device
+            time = stock._prepare_video_coords(batch, *sizes, device)[..., 0]
+        else:
+            time = video_coords[:, 0] / stock.base_num_frames
+        real: Any = {"dtype": widest(cos.device), "device": cos.device}
+        own, made = (torch.tensor(x, **real) for x in (self.own, self.made))
+        angles = (2 * time[..., None].to(**real) * made - own).repeat_interleave(2, -1)
+        # Pairs come axis by axis, after columns that are left over.
+        first = stock.dim % 6 + 6 * torch.tensor(self.pairs, device=cos.device)
+        columns = torch.stack([first, first + 1], 1).flatten()
+        return (
+            cos.index_copy(-1, columns, angles.cos().to(cos.dtype)),
+            sin.index_copy(-1, columns, angles.sin().to(sin.dtype)),
+        )

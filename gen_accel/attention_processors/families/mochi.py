@@ -1,12 +1,14 @@
 """Mochi 1.
 
 Video and text attend jointly, video first, in a call of its own for each sample, which leaves the
-padding of its text out.
+padding of its text out. Time runs from noise to video, and so does the velocity. Rotary
+frequencies are learned, others for each head.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gen_accel.attention_processors.families import (
@@ -14,8 +16,10 @@ from gen_accel.attention_processors.families import (
     ImageBranch,
     Preset,
     SelfAttention,
+    encoded,
     image_sites,
     in_patches,
+    standardised,
     tap_joint_attention,
 )
 from gen_accel.attention_processors.families.layers import Layers
@@ -32,10 +36,22 @@ FPS = 30
 LEAST_STEPS = 2  # its schedule divides by the steps less 1
 TIMESTEPS_RISE = True
 GUIDANCE = "batched"
+TRAINED_FRAMES = 163  # of the videos that the published model was trained on
+HEADS_ALIKE = False
 TEMPORAL_FACTOR = 6  # frames in a latent frame, all but the first
 SPATIAL_FACTOR = 8
 PRESETS = {"mochi-1-preview": Preset("genmo/mochi-1-preview", 10.0)}
 TEXT_TOKENS = 256
+CAUSAL_VAE = True  # the first latents of a long clip are the latents of its beginning
+_SMALL = 16  # channels of the tiny model
+TINY = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "pooled_projection_dim": 16,
+    "in_channels": _SMALL,
+    "text_embed_dim": 8,
+    "time_embed_dim": 8,
+}
 
 # Layers by the end of their names, inside the blocks. The last block has no text output, and no
 # to_add_out.
@@ -111,3 +127,115 @@ def timestep(
 ) -> Tensor:
     """(B,), which rises from step to step."""
     return timestep
+
+
+@torch.no_grad()
+def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Latents of zero mean and unit variance a channel, as the transformer takes them.
+
+    Args:
+        video: (B, 3, F, H, W) in [-1, 1], F = 1 + a multiple of the autoencoder's step.
+        generator: draw from the posterior; without one its mode is taken.
+
+    Returns:
+        (B, C, f, h, w) float32, on the autoencoder's device.
+
+    Raises:
+        ValueError: another number of frames, whose last ones the autoencoder would leave out.
+    """
+    latents, config = encoded(pipe, video, generator), pipe.vae.config
+    if config.latents_mean is not None and config.latents_std is not None:
+        latents = standardised(latents, config.latents_mean, config.latents_std)
+    return latents * config.scaling_factor
+
+
+@torch.no_grad()
+def encode_prompt(
+    pipe: Any, prompts: list[str], max_tokens: int | None = None
+) -> dict[str, Tensor]:
+    """Encode B prompts into the arguments that `predict` passes to the transformer, a row each.
+
+    Args:
+        max_tokens: the pipelines' `max_sequence_length`; longer prompts are cut, shorter ones
+            padded.
+
+    Returns:
+        encoder_hidden_states (B, max_tokens, D), in the text encoder's dtype, and
+        encoder_attention_mask (B, max_tokens) bool, False for padding, and everywhere for the
+        empty prompt where the pipeline zeroes it.
+    """
+    told = {
+        "do_classifier_free_guidance": False,
+        "max_sequence_length": TEXT_TOKENS if max_tokens is None else max_tokens,
+        "device": next(pipe.text_encoder.parameters()).device,
+    }
+    # One at a time: an empty prompt at the end makes the pipeline zero all of a call.
+    each = [pipe.encode_prompt([prompt], **told)[:2] for prompt in prompts]
+    states, masks = zip(*each, strict=True)
+    return {
+        "encoder_hidden_states": torch.cat(states),
+        "encoder_attention_mask": torch.cat(masks),
+    }
+
+
+def tiny_conditions(config: Any, tokens: int) -> dict[str, Tensor]:
+    return {
+        "encoder_hidden_states": torch.zeros(tokens, config.text_embed_dim),
+        "encoder_attention_mask": torch.ones(tokens, dtype=torch.bool),
+    }
+
+
+def predict(
+    transformer: Any, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor]
+) -> Tensor:
+    """The velocity, noise - clean, of `noisy` = (1 - sigma) clean + sigma noise.
+
+    Args:
+        noisy: (B, C, f, h, w) latents.
+        sigma: (B,) in [0, 1].
+        conditions: from `encode_prompt`.
+    """
+    time = (1 - sigma) * 1000
+    return -transformer(noisy, timestep=time, **conditions, return_dict=False)[0]
+
+
+def temporal_frequencies(transformer: Any) -> Tensor:
+    """(heads, pairs) float64: the angle of each rotary pair per latent frame, in rad. Always the
+    model's own, also after `set_temporal_frequencies`."""
+    return transformer.pos_frequencies[0].detach().double().cpu()
+
+
+def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
+    """Give the rotary table of this model's time axis other frequencies.
+
+    Args:
+        freqs: (heads, pairs) in rad per latent frame. None: the model's own, bit for bit.
+    """
+    rope = transformer.rope
+    stock = rope.stock if isinstance(rope, _TemporalRotary) else rope
+    if freqs is None:
+        transformer.rope = stock
+        return
+    shape = tuple(transformer.pos_frequencies.shape[1:])
+    if tuple(freqs.shape) != shape:
+        raise ValueError(f"freqs must be of shape {shape}, got {tuple(freqs.shape)}")
+    transformer.rope = _TemporalRotary(stock, freqs)
+
+
+class _TemporalRotary(nn.Module):
+    """The model's rotary table with other frequencies on the time axis.
+
+    Args:
+        freqs: (heads, pairs), held as numbers, so that `.to()` does not round them.
+    """
+
+    def __init__(self, stock: nn.Module, freqs: Tensor) -> None:
+        super().__init__()
+        self.stock = stock
+        self.freqs = tuple(tuple(row) for row in freqs.tolist())
+
+    def forward(self, pos_frequencies: Tensor, *sizes: Any, **like: Any) -> tuple[Tensor, Tensor]:
+        """(tokens, heads, pairs) each of cosines and sines."""
+        freqs = pos_frequencies.float()  # as the table is made
+        made = torch.tensor([self.freqs], dtype=freqs.dtype, device=freqs.device)
+        return self.stock(torch.cat([made, freqs[1:]]), *sizes, **like)

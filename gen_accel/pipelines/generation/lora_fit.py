@@ -2,10 +2,15 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gen_accel.attention_processors.attached.recipe import WEIGHTS
+from gen_accel.hub import fetched
+from gen_accel.paths import expanded
 from gen_accel.tensor_files import named
 
 # Names of a layer's two matrices in a file: by PEFT, by older diffusers, by kohya.
@@ -23,6 +28,12 @@ def check_lora(pipe: Any, source: str) -> None:
     """
     from diffusers.loaders.lora_base import LoraBaseMixin
 
+    if (alone := loads_alone(pipe)) is not None:
+        tensors = load_file(lora_file(source))
+        if len(under("transformer", tensors)) < len(tensors) or not tensors:
+            raise ValueError(f"{source} holds no LoRA for {type(pipe).__name__}")
+        check_fit(source, alone, under("transformer", tensors), {})
+        return
     if not isinstance(pipe, LoraBaseMixin):
         raise ValueError(f"{type(pipe).__name__} takes no LoRA, got {source}")
     loader: Any = pipe
@@ -43,6 +54,30 @@ def check_lora(pipe: Any, source: str) -> None:
     for name, model in models.items():
         if model is not None and not name.startswith("text_encoder"):
             check_fit(source, model, under(name, tensors), under(name, about or {}))
+
+
+def loads_alone(pipe: Any) -> nn.Module | None:
+    """Return the transformer of a pipeline that loads no LoRA itself, where the transformer does,
+    as HunyuanVideo 1.5's; None for any other pipeline."""
+    from diffusers.loaders.lora_base import LoraBaseMixin
+
+    transformer = getattr(pipe, "transformer", None)
+    if isinstance(pipe, LoraBaseMixin) or not hasattr(transformer, "load_lora_adapter"):
+        return None
+    return transformer
+
+
+def lora_file(source: str) -> Path:
+    """Return the file of a LoRA, given by itself, its folder or its repository; OSError where
+    there is none."""
+    path = expanded(source)
+    if path.is_dir():
+        path /= WEIGHTS
+    elif not path.exists():
+        path = fetched(source, WEIGHTS)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no LoRA at {path}")
+    return path
 
 
 def check_fit(

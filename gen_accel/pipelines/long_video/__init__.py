@@ -24,7 +24,7 @@ from gen_accel.paths import expanded
 from gen_accel.pipelines.long_video.continuation import Continuation
 from gen_accel.pipelines.long_video.position_interpolation import PositionInterpolation
 from gen_accel.pipelines.long_video.riflex import Riflex
-from gen_accel.pipelines.long_video.rope import RULES, apply_rule
+from gen_accel.pipelines.long_video.rope import RULES, apply_rule, check_rule
 from gen_accel.pipelines.long_video.technique import Target, Technique
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "Technique",
     "apply_rule",
     "check_names",
+    "check_rule",
     "extend",
     "known_trained_frames",
 ]
@@ -280,9 +281,10 @@ def _target(pipe_or_transformer: Any, num_frames: int, trained_frames: int | Non
 
 def _check_positions(target: Target) -> None:
     for name, transformer in target.transformers.items():
-        longest = target.families[name].longest
-        if longest is not None and target.frames > longest(transformer):
-            most = target.pixel_frames(longest(transformer))
+        find = target.families[name].longest
+        longest = None if find is None else find(transformer)
+        if longest is not None and target.frames > longest:
+            most = target.pixel_frames(longest)
             asked = target.pixel_frames(target.frames)
             raise ValueError(
                 f"num_frames must be at most {most}, as far as the position table of {name} goes, "

@@ -70,6 +70,7 @@ class Riflex:
         for transformer in target.transformers.values():
             model = getattr(transformer, "_orig_mod", transformer)
             family: Any = family_for(model, "rules on rotary frequencies")
+            check_heads(family)
             self.intrinsic(family.temporal_frequencies(transformer), target.trained)
         options = {"frames": target.frames, "trained": target.trained}
         return TemporalRule(target.transformers, self.frequencies, **options).remove
@@ -85,3 +86,12 @@ class Riflex:
         if made == own[k - 1]:
             return f"{length}: off, the period of pair {k} is {period:.1f}"
         return f"{length}: period of pair {k} from {period:.1f} to {2 * math.pi / made:.1f}"
+
+
+def check_heads(family: Any) -> None:
+    """Refuse, by a ValueError, a family whose heads have temporal frequencies of their own."""
+    if not family.HEADS_ALIKE:
+        raise ValueError(
+            f"riflex lowers one frequency that all heads share, and in {family.MODELS} each head "
+            "has others: take position_interpolation"
+        )

@@ -2,8 +2,9 @@
 
 from torch import nn
 
+from gen_accel.attention_processors.families import family_for
 from gen_accel.pipelines.long_video.position_interpolation import PositionInterpolation
-from gen_accel.pipelines.long_video.riflex import Riflex
+from gen_accel.pipelines.long_video.riflex import Riflex, check_heads
 from gen_accel.pipelines.long_video.temporal_rule import TemporalRule
 
 RULES = ("none", "riflex", "position_interpolation")
@@ -23,11 +24,25 @@ def apply_rule(transformer: nn.Module, rule: str, *, frames: int, trained: int) 
         A handle; take the rule off by `remove()`, or by leaving its `with`.
 
     Raises:
-        ValueError: an unknown rule, lengths below 1, a class that no family serves, or a model
-            that has a rule already.
+        ValueError: what `check_rule` refuses, lengths below 1, or a model that has a rule already.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    check_rule(transformer, rule)
     made = {"riflex": Riflex(), "position_interpolation": PositionInterpolation()}.get(rule)
     frequencies = None if made is None else made.frequencies
     return TemporalRule({"transformer": transformer}, frequencies, frames=frames, trained=trained)
+
+
+def check_rule(transformer: nn.Module, rule: str) -> None:
+    """Refuse a rule that a model cannot have.
+
+    Raises ValueError for an unknown rule, a class that no family serves, or a model that has not
+    the rotary frequencies that the rule changes.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    if rule == "none":
+        return
+    family = family_for(transformer, "rules on rotary frequencies")
+    family.temporal_frequencies(transformer)
+    if rule == "riflex":
+        check_heads(family)

@@ -82,19 +82,28 @@ class _Hook:
     ) -> None:
         family = family_for(transformer, "rules on rotary frequencies")
         self._video_shape, self._set = family.video_shape, family.set_temporal_frequencies
+        self._given = family.with_temporal_frequencies
         self._own = family.temporal_frequencies(transformer)
         self._frequencies, self._frames, self._trained = frequencies, frames, trained
         self._length: int | None = None  # length of the present table; None: the model's own
         self._removed = False
 
-    def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         if self._removed:
-            return
+            return None
         live = self._video_shape(transformer, *args, **kwargs).frames
-        self._to(transformer, max(self._frames, live) if live > self._trained else None)
+        length = max(self._frames, live) if live > self._trained else None
+        if self._given is None:
+            self._to(transformer, length)
+            return None
+        if length is None:
+            return None
+        made = self._frequencies(self._own, length, self._trained)
+        return (), self._given(transformer, made, *args, **kwargs)
 
     def off(self, transformer: nn.Module) -> None:
-        self._to(transformer, None)
+        if self._given is None:
+            self._to(transformer, None)
         self._removed = True  # a graph compiled with the hook goes on calling the hook
 
     def _to(self, transformer: nn.Module, length: int | None) -> None:

@@ -94,7 +94,7 @@ def test_helpers_imports_and_classes_are_no_parts(written):
 
 
 def test_what_is_left_out_has_its_default(written):
-    family = written(LTX)
+    family = written(f"{LTX}\ndel FPS, TRAINED_FRAMES, predict\n")
     assert family.TIMESTEPS_RISE is False
     assert family.FPS == 16
     assert family.before is not None

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.families import FAMILIES
+from gen_accel.attention_processors.families import FAMILIES, family_named
 
 Grid = tuple[int, int, int]
 
@@ -57,6 +57,36 @@ class Case:
     generate: Callable[[Any], Tensor] | None = None
 
 
+@dataclass(frozen=True)
+class Training:
+    """A pipeline from text to video whose model trains, with all that it encodes by.
+
+    Args:
+        pipeline: makes it, with the same weights each time.
+        size: frames, height and width in pixels of a short clip.
+        options: of a call, beside prompt, size, steps and `latents`: without guidance.
+        tokens: of a text.
+        level: noise level of a timestep that the transformer is given.
+        lay: clean or noisy latents (B, C, f, h, w) as the pipeline holds them.
+        fed: the same as the transformer is given them; by default as the pipeline holds them.
+        said: what the transformer gives, for a prediction (B, C, f, h, w).
+        near: tolerance of the noise levels, where the scheduler rounds its timesteps.
+        rules: rules on rotary frequencies that are for the model.
+    """
+
+    name: str
+    pipeline: Callable[[], Any]
+    size: tuple[int, int, int]
+    options: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 16
+    level: Callable[[Tensor], Tensor] = field(default=lambda timestep: timestep.double() / 1000)
+    lay: Callable[[Tensor], Tensor] = field(default=lambda latents: latents)
+    fed: Callable[[Tensor], Tensor] | None = None
+    said: Callable[[Tensor], Tensor] | None = None
+    near: float = 1e-4
+    rules: tuple[str, ...] = ("riflex", "position_interpolation")
+
+
 def _row(value: Any, row: int) -> Any:
     return value[row : row + 1] if isinstance(value, Tensor) and value.ndim else value
 
@@ -78,3 +108,12 @@ def cases_of(family: str) -> list[Case]:
         if "from 'diffusers" in str(error):
             return []
         raise
+
+
+def trainings() -> list[tuple[str, Training]]:
+    """Families that train, each with its pipelines."""
+    found = []
+    for family in FAMILIES:
+        if family_named(family).serves("training"):
+            found += [(family, one) for one in import_module(f"support.tiny.{family}").TRAINING]
+    return found

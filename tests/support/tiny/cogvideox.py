@@ -14,7 +14,7 @@ from diffusers import (
 )
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from support import wan
-from support.tiny import Case
+from support.tiny import Case, Training
 from support.tiny.wan import noise
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel
@@ -108,13 +108,13 @@ def text_encoder() -> T5EncoderModel:
     return T5EncoderModel(config).eval()
 
 
-def pipeline(model: Any, kind: type = CogVideoXImageToVideoPipeline) -> Any:
+def pipeline(model: Any, kind: type = CogVideoXImageToVideoPipeline, **schedule: Any) -> Any:
     pipe: Any = kind(
         tokenizer=new_tokenizer(),
         text_encoder=text_encoder(),
         vae=autoencoder(),
         transformer=model,
-        scheduler=CogVideoXDDIMScheduler(),
+        scheduler=CogVideoXDDIMScheduler(**schedule),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -162,4 +162,36 @@ CASES = [
         pipeline=lambda: pipeline(transformer(**LATER)),
         generate=generate,
     ),
+]
+
+# As the published schedulers.
+PUBLISHED = {
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
+
+
+def training(name: str, frames: int, shift: float, **config: Any) -> Training:
+    rules = ("riflex", "position_interpolation") if config else ()
+    return Training(
+        name,
+        lambda: pipeline(
+            transformer(max_text_seq_length=16, **config),
+            CogVideoXPipeline,
+            snr_shift_scale=shift,
+            **PUBLISHED,
+        ),
+        (frames, 32, 48),
+        {"guidance_scale": 1.0, "max_sequence_length": 16},
+        lay=lambda latents: latents.transpose(1, 2),
+        rules=rules,
+    )
+
+
+ROTARY_TEXT = ROTARY | {"in_channels": CHANNELS}
+TRAINING = [
+    training("cogvideox_2b", 9, 3.0),
+    training("cogvideox_5b", 9, 1.0, **ROTARY_TEXT),
+    training("cogvideox_1_5", 13, 1.0, **ROTARY_TEXT, patch_size_t=2, patch_bias=False),
 ]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from support import hunyuan
-from support.tiny import Case
+from support.tiny import Case, Training
 from torch import Tensor
 
 
@@ -39,5 +39,14 @@ CASES = [
         padding=padding,
         pipeline=hunyuan.pipeline,
         generate=hunyuan.generate,
+    )
+]
+
+TRAINING = [
+    Training(
+        "hunyuan_video",
+        lambda: hunyuan.pipeline(transformer=hunyuan.transformer(guidance_embeds=True)),
+        (9, 32, 48),
+        {"guidance_scale": 1.0, "max_sequence_length": 16},
     )
 ]

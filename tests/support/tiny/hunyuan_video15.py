@@ -4,6 +4,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from demo_model.train import new_tokenizer
 from diffusers import (
     AutoencoderKLHunyuanVideo15,
     ClassifierFreeGuidance,
@@ -13,10 +14,19 @@ from diffusers import (
     HunyuanVideo15Transformer3DModel,
 )
 from support import wan
-from support.tiny import Case
+from support.tiny import Case, Training
 from support.tiny.wan import noise
 from torch import Tensor
-from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    ByT5Tokenizer,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 CHANNELS = 4
 TEXT, TEXT_WIDTH = 9, 8
@@ -25,22 +35,23 @@ IMAGE, IMAGE_WIDTH = 4, 10
 SIZE = 64  # pixels of a side that the pipeline chooses where it is given an image
 
 
-def transformer() -> Any:
+def transformer(**config: Any) -> Any:
     torch.manual_seed(0)
-    return HunyuanVideo15Transformer3DModel(
-        in_channels=2 * CHANNELS + 1,
-        out_channels=CHANNELS,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=2,
-        num_refiner_layers=1,
-        mlp_ratio=2.0,
-        text_embed_dim=TEXT_WIDTH,
-        text_embed_2_dim=GLYPHS_WIDTH,
-        image_embed_dim=IMAGE_WIDTH,
-        rope_axes_dim=(4, 6, 6),
-        target_size=SIZE,
-    ).eval()
+    tiny: dict[str, Any] = {
+        "in_channels": 2 * CHANNELS + 1,
+        "out_channels": CHANNELS,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_layers": 2,
+        "num_refiner_layers": 1,
+        "mlp_ratio": 2.0,
+        "text_embed_dim": TEXT_WIDTH,
+        "text_embed_2_dim": GLYPHS_WIDTH,
+        "image_embed_dim": IMAGE_WIDTH,
+        "rope_axes_dim": (4, 6, 6),
+        "target_size": SIZE,
+    }
+    return HunyuanVideo15Transformer3DModel(**(tiny | config)).eval()
 
 
 def inputs(
@@ -174,3 +185,54 @@ CASES = [
         generate=partial(generate, image=wan.picture(0)),
     ),
 ]
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} "
+    "{% endfor %}assistant"
+)
+
+
+def training() -> Any:
+    """From text to video with both text encoders, without guidance."""
+    torch.manual_seed(3)
+    words = Qwen2_5_VLTextConfig(
+        vocab_size=64,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        rope_scaling={"type": "mrope", "mrope_section": [1, 1, 0]},
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    glyphs = T5Config(
+        vocab_size=384, d_model=GLYPHS_WIDTH, d_kv=4, d_ff=16, num_layers=1, num_heads=2
+    )
+    tokenizer = new_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    pipe: Any = HunyuanVideo15Pipeline(
+        text_encoder=Qwen2_5_VLTextModel(words).eval(),
+        tokenizer=tokenizer,
+        transformer=transformer(task_type="t2v"),
+        vae=autoencoder(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        text_encoder_2=T5EncoderModel(glyphs).eval(),
+        tokenizer_2=ByT5Tokenizer(),
+        guider=ClassifierFreeGuidance(guidance_scale=1.0, enabled=False),
+    )
+    pipe.system_message = "a red square"
+    pipe.prompt_template_encode_start_idx = 5
+    pipe.tokenizer_max_length = 16
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def beside_nothing(latents: Tensor) -> Tensor:
+    """Without the given frames and their mask."""
+    zeros = torch.zeros_like(latents)
+    return torch.cat([latents, zeros, zeros[:, :1]], 1)
+
+
+TRAINING = [Training("hunyuan_video15", training, (9, 64, 96), fed=beside_nothing)]

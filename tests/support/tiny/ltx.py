@@ -15,7 +15,7 @@ from diffusers import (
 )
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from support import wan
-from support.tiny import Case
+from support.tiny import Case, Training
 from support.tiny.cogvideox import TEXT_WIDTH, text_encoder
 from support.tiny.wan import noise
 from torch import Tensor
@@ -167,4 +167,20 @@ CASES = [
         generate=generate,
     ),
     Case("ltx_window", transformer, partial(placed_inputs, last=2), poke),
+]
+
+
+def packed(latents: Tensor) -> Tensor:
+    return latents.flatten(2).transpose(1, 2)
+
+
+TRAINING = [
+    Training(
+        "ltx",
+        partial(pipeline, LTXPipeline),
+        (17, 64, 96),
+        {"guidance_scale": 1.0, "max_sequence_length": 16},
+        lay=packed,
+        rules=("position_interpolation",),
+    )
 ]

@@ -11,7 +11,7 @@ from diffusers import (
     MochiTransformer3DModel,
 )
 from support import wan
-from support.tiny import Case
+from support.tiny import Case, Training
 from support.tiny.cogvideox import TEXT_WIDTH, text_encoder
 from support.tiny.wan import noise, poke
 from torch import Tensor
@@ -101,5 +101,28 @@ CASES = [
         padding=padding,
         pipeline=pipeline,
         generate=generate,
+    )
+]
+
+
+def training() -> Any:
+    """With frequencies and statistics, and the empty prompt zeroed, as of the published model."""
+    pipe = pipeline()
+    model = pipe.transformer
+    with torch.no_grad():
+        model.pos_frequencies.copy_(noise(*model.pos_frequencies.shape))
+    pipe.register_to_config(force_zeros_for_empty_prompt=True)
+    return pipe
+
+
+TRAINING = [
+    Training(
+        "mochi",
+        training,
+        (13, 32, 48),
+        {"guidance_scale": 1.0, "max_sequence_length": 16},
+        level=lambda timestep: 1 - timestep.double() / 1000,
+        said=lambda predicted: -predicted,
+        rules=("position_interpolation",),
     )
 ]

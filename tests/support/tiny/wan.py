@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from support import wan
-from support.tiny import Case
+from support.tiny import Case, Training
 from torch import Tensor
 
 CONDITION = wan.CHANNELS + 4  # channels of image to video beside the noisy latents
@@ -95,4 +95,14 @@ CASES = [
         pipeline=wan.PIPELINES["token timesteps, image"],
         generate=wan.generate,
     ),
+]
+
+TRAINING = [
+    Training(
+        "wan",
+        wan.pipeline,
+        (9, 32, 48),
+        {"guidance_scale": 1.0, "max_sequence_length": 16},
+        near=0.01,  # the scheduler's timesteps are whole
+    )
 ]
