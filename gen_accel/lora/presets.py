@@ -114,7 +114,9 @@ def check_name(name: str) -> None:
     """Raise ValueError for a name of no preset."""
     if name not in PRESETS:
         known = ", ".join(PRESETS)
-        raise ValueError(f"preset must be one of {known}, got {name!r}{nearest_to(name, PRESETS)}")
+        raise ValueError(
+            f"preset must be one of {known}, got {name!r}{nearest_to(name, tuple(PRESETS))}"
+        )
 
 
 def with_preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
