@@ -28,7 +28,7 @@ from gen_accel.lora.latents import IMAGE, LATENTS, RECIPE, TEXTS_AT_ONCE, Entry
 from gen_accel.lora.shards import SHARD_BYTES, Shards
 from gen_accel.owners import locked
 from gen_accel.pipelines.generation.loading import DTYPES
-from gen_accel.pipelines.generation.progress import progress_bar
+from gen_accel.pipelines.generation.progress import progress_bar, waiting
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -143,17 +143,18 @@ def cache(
         clear_partial(folder, alone=alone)
         encoders = load_encoders(model_or_pipe, device, dtype)
         _check_fit(encoders, frames, sizes)
-        run = _Run(
-            encoders,
-            tuple(sorted(set(frames))),
-            tuple(sizes),
-            None if fps is None else float(fps),
-            max_tokens,
-            on_broken,
-            store,
-            images,
-            teacher,
-        )
+        with waiting("hashing the encoders"):
+            run = _Run(
+                encoders,
+                tuple(sorted(set(frames))),
+                tuple(sizes),
+                None if fps is None else float(fps),
+                max_tokens,
+                on_broken,
+                store,
+                images,
+                teacher,
+            )
         return _fill(folder, run, videos, shard_bytes)
 
 
