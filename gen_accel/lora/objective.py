@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gen_accel.attention_processors.families.given import FIRST_FRAME, IS_GIVEN
 from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.lora.attention_loss import AttentionLoss
 from gen_accel.lora.config import TrainConfig
@@ -27,12 +28,16 @@ class Draw(NamedTuple):
         sigma: noise level, 0 to 1.
         captioned: whether its caption is shown.
         pictured: whether its image is shown.
+        text: number of its text, of a clip that has several.
+        framed: whether its first frame is given, under condition first_frame.
     """
 
     noise: Tensor
     sigma: float
     captioned: bool
     pictured: bool = True
+    text: int = 0
+    framed: bool = True
 
 
 def draw(
@@ -72,7 +77,10 @@ def draw(
     captioned = torch.rand((), generator=generator).item() >= config.caption_dropout
     noise = torch.randn(tuple(shape), generator=generator)
     if config.adapter == "lora":
-        return Draw(noise, sigma, captioned)
+        if not config.first_frame_dropout:
+            return Draw(noise, sigma, captioned)
+        share = torch.rand((), generator=generator, dtype=torch.float64).item()
+        return Draw(noise, sigma, captioned, framed=share >= config.first_frame_dropout)
     # One number decides all dropouts, so that their shares equal the config's.
     share = torch.rand((), generator=generator, dtype=torch.float64).item()
     no_image = share < config.image_dropout
@@ -97,17 +105,20 @@ def order(
     """Choose the clips of each step.
 
     A step takes its clips from one bucket, as clips of two sizes do not fit into one batch.
-    Buckets are drawn in proportion to their number of clips. Within a bucket no clip repeats
-    before all were shown. More steps begin with the same clips as fewer.
+    Buckets are drawn in proportion to their number of clips. Within a bucket no clip is shown
+    again before all were, each as often as it is there. More steps begin with the same clips as
+    fewer.
 
     Args:
-        buckets: numbers of the clips of each size.
+        buckets: numbers of the clips of each size; a clip may be there several times.
         batch: clips a step, over all processes.
         ahead: draw the buckets of all steps before the first clip, as earlier versions did.
 
     Returns:
         `steps` lists of `batch` clips.
     """
+    if not steps:
+        return []
     generator = torch.Generator().manual_seed(seed_of(seed, -1, 0))
     weights = torch.tensor([float(len(bucket)) for bucket in buckets])
     at_once = steps if ahead else 1
@@ -202,7 +213,19 @@ class Objective(nn.Module):
         if self._kind == "distill":
             target = self._teacher(noisy, sigma, taught, untold)
         predicted = self._student(noisy, sigma, conditions, *shown)
-        return F.mse_loss(predicted.float(), target.float())
+        return self._loss(predicted.float(), target.float(), conditions)
+
+    def _loss(self, predicted: Tensor, target: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """Compute the mean over all latents but those in whose place a first frame came."""
+        given = 0
+        if FIRST_FRAME in conditions:
+            given = self._family.given_latents(self.transformer)
+        if not given:
+            return F.mse_loss(predicted, target)
+        counts = torch.ones_like(predicted)
+        is_given = conditions.get(IS_GIVEN)
+        counts[:, :, :given] = 0 if is_given is None else (1 - is_given).view(-1, 1, 1, 1, 1)
+        return ((predicted - target).square() * counts).sum() / counts.sum()
 
     def _student(
         self, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor], *shown: Tensor

@@ -39,7 +39,12 @@ def measured(tmp_path_factory):
 
 def named(*names):
     """A cache of clips with these names, of which two may have the same bytes."""
-    entries = [SimpleNamespace(name=n, latent_key=n.removeprefix("copy of ")) for n in names]
+    about = {"is_picture": None}
+    keys = [name.removeprefix("copy of ") for name in names]
+    entries = [
+        SimpleNamespace(name=name, latent_key=key, **about)
+        for name, key in zip(names, keys, strict=True)
+    ]
     return SimpleNamespace(entries=entries)
 
 
