@@ -13,7 +13,12 @@ from gen_accel.cli.app import INTERRUPTED
 from gen_accel.cli.printing import quiet
 from gen_accel.lora.config import TrainConfig, print_config, read_values
 
-SEVERAL = ("stages", "targets", "betas")  # may also be given in one flag, with commas between
+SEVERAL = (
+    "stages",
+    "sizes",
+    "targets",
+    "betas",
+)  # may also be given in one flag, with commas between
 
 TRAIN = """Train a LoRA through sparse attention, for videos longer than the model was made for.
 

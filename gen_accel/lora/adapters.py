@@ -164,8 +164,11 @@ class ImagePromptAdapter:
         """Return the teacher's conditions: its caption for each clip whose image is shown."""
         shown = []
         for clip, drawn in zip(clips, draws, strict=True):
-            told = cache.teacher if drawn.pictured else cache.conditions
-            shown.append(told(clip) if drawn.pictured or drawn.captioned else cache.empty)
+            if drawn.pictured:
+                shown.append(cache.teacher(clip))
+            else:
+                own = drawn.captioned
+                shown.append(cache.conditions(clip, drawn.text) if own else cache.empty)
         return shown
 
     def showing(self, features: Tensor) -> AbstractContextManager[None]:

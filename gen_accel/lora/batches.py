@@ -18,12 +18,16 @@ with needed_for("training", extra="train"):
     from accelerate import Accelerator
 
 
+TEXTS, PICTURES = 10**8, 2 * 10**8  # places of other draws than the clips' in a step
+
+
 def plan_clips(
     config: TrainConfig, model: Model, cache: LatentCache, processes: int
 ) -> list[list[list[int]]]:
     """Choose the clips of all processes, by number, for each step of each stage.
 
-    Raises ValueError if no clip is long enough for a stage.
+    Raises ValueError if no clip is long enough for a stage, or pictures are asked for and there
+    are none.
     """
     return [
         _of_stage(stage, config, model, cache, processes, seed_of(config.seed, i, stage.steps))
@@ -46,6 +50,10 @@ class Batches:
         self.adapter, self.accelerator = adapter, accelerator
         family = family_of(model.transformer)
         self._fps = (config.fps or family.fps(model.transformer)) if family.TAKES_FPS else None
+
+    def frames_of(self, stage: Stage, clips: list[int]) -> int:
+        """Return the pixel frames of a step, which is one where its clips are pictures."""
+        return 1 if self.cache.entries[clips[0]].is_picture else stage.frames
 
     def __call__(self, step: int, clips: list[int], frames: int, micro: int) -> tuple[Any, ...]:
         """Build this process's batch of a micro-step, as the arguments of `Objective`.
@@ -71,12 +79,12 @@ class Batches:
                 clean.shape,
                 shift=self.model.shift,
                 sigmas=_sigmas(config, self.model),
-            )
+            )._replace(text=self._text(clips[place], step, place))
             for place, clean in zip(places, latents, strict=True)
         ]
         conditions = [
-            self.cache.conditions(clips[place]) if drawn.captioned else self.cache.empty
-            for place, drawn in zip(places, draws, strict=True)
+            self.cache.conditions(clip, drawn.text) if drawn.captioned else self.cache.empty
+            for clip, drawn in zip(numbers, draws, strict=True)
         ]
         frame = self._first_frames(numbers, draws, frames)
         return (
@@ -102,6 +110,11 @@ class Batches:
     def _untold(self, size: int, frame: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the conditions of the empty caption, with the same first frames."""
         return self._together([self.cache.empty] * size) | frame
+
+    def _text(self, clip: int, step: int, place: int) -> int:
+        """Draw which of a clip's texts is shown, by the seed, the step and the place alone."""
+        keys = self.cache.entries[clip].text_keys
+        return 0 if keys is None else seed_of(self.config.seed, step, TEXTS + place) % len(keys)
 
     def _taught(self, numbers: list[int], draws: list[Draw]) -> dict[str, Tensor] | None:
         if self.config.objective == "flow":
@@ -130,7 +143,38 @@ def _of_stage(
             f"longest of {len(cache)} has {longest}"
         )
     batch = config.batch_size * config.gradient_accumulation * processes
-    return order([buckets[size] for size in sorted(buckets)], stage.steps, batch, seed)
+    shown = [step for step in range(stage.steps) if _shows_pictures(config, seed, step)]
+    plan = order(_counted(cache, buckets), stage.steps - len(shown), batch, seed)
+    if shown:
+        pictures = _counted(cache, _pictures(cache))
+        if not pictures:
+            raise ValueError(f"images is {config.images:g}, and the cache holds no pictures")
+        added = order(pictures, len(shown), batch, seed_of(seed, PICTURES, 0))
+        for step, clips in zip(shown, added, strict=True):
+            plan.insert(step, clips)
+    return plan
+
+
+def _shows_pictures(config: TrainConfig, seed: int, step: int) -> bool:
+    """Draw whether a step of a stage shows pictures."""
+    return seed_of(seed, step, PICTURES) < config.images * 2**63
+
+
+def _pictures(cache: LatentCache) -> dict[tuple[int, int], list[int]]:
+    """Group the numbers of the pictures by (height, width) of the latents."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for i, entry in enumerate(cache.entries):
+        if entry.is_picture:
+            found.setdefault((entry.height, entry.width), []).append(i)
+    return found
+
+
+def _counted(cache: LatentCache, buckets: dict[tuple[int, int], list[int]]) -> list[list[int]]:
+    """List each bucket's clips, sorted by size, each as often as it repeats."""
+    return [
+        [i for i in buckets[size] for _ in range(cache.entries[i].repeats or 1)]
+        for size in sorted(buckets)
+    ]
 
 
 def _sigmas(config: TrainConfig, model: Model) -> tuple[float, float]:

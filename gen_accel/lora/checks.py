@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.kernels import check_name
+from gen_accel.lora.clip_checks import check_clips
 from gen_accel.lora.size import check_config
 from gen_accel.method import memory_of, parts_of
 from gen_accel.pipelines.long_video import check_names
 from gen_accel.values import fits, shown
 
 MOST_LAYERS = 1000  # more than any model has
+MOST_WORKERS = 256  # threads, each with a clip in memory
 MOST_RATE = 1e3  # a larger learning rate trains nothing, long before float32 overflows
 EPS = 1e-12  # the sum of shares may end a rounding error above 1
 
@@ -32,7 +34,7 @@ LIMITS = (
     Limit(
         (
             *("rank", "dense_layers", "dense_steps", "weight_decay", "warmup_steps"),
-            *("max_grad_norm", "validate_every"),
+            *("max_grad_norm", "validate_every", "shuffle_tags"),
         ),
         lambda x: 0 <= x < float("inf"),
         "not be negative",
@@ -42,6 +44,7 @@ LIMITS = (
         lambda betas: all(0 <= beta < 1 for beta in betas),
         "be two shares from 0 to below 1",
     ),
+    Limit(("workers",), lambda x: 0 <= x <= MOST_WORKERS, f"be from 0 to {MOST_WORKERS}"),
     Limit(("dense_layers",), lambda x: x <= MOST_LAYERS, f"be at most {MOST_LAYERS}"),
     Limit(("learning_rate",), lambda x: not x > MOST_RATE, f"be at most {MOST_RATE:g}"),
     Limit(("seed",), lambda x: 0 <= x < 2**32, "be from 0 to 2^32 - 1"),
@@ -49,7 +52,7 @@ LIMITS = (
         (
             *("height", "width", "batch_size", "gradient_accumulation", "checkpoint_every"),
             *("keep_checkpoints", "validation_steps", "image_tokens", "image_size"),
-            *("max_tokens", "trained_frames", "validation_frames"),
+            *("max_tokens", "trained_frames", "validation_frames", "chunks", "tag_orders"),
         ),
         lambda x: x >= 1,
         "be at least 1",
@@ -59,7 +62,7 @@ LIMITS = (
         lambda x: 0 < x < float("inf"),
         "be positive",
     ),
-    Limit(("lora_dropout", "ema_decay"), lambda x: 0 <= x < 1, "be a share from 0 to 1"),
+    Limit(("lora_dropout", "ema_decay", "images"), lambda x: 0 <= x < 1, "be a share from 0 to 1"),
     Limit(
         ("caption_dropout", "image_dropout", "both_dropout", "first_frame_dropout"),
         lambda x: 0 <= x < 1 + EPS,
@@ -82,6 +85,7 @@ def check(config: Any) -> None:
                 raise ValueError(f"{name} must {must}, got {shown(value)}")
     check_names(config.sample_with, "sample_with")
     _check_teacher(config)
+    check_clips(config)
     if not config.stages:
         raise ValueError("stages is empty: give at least one, as 81:200")
     method = method_from(config.method, config.settings)

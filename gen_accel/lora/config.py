@@ -82,13 +82,47 @@ class TrainConfig:
 
     height: int = _(480, "Clips", "Pixels, after resizing and a crop to the middle.")
     width: int = _(832, "Clips", "Pixels.")
+    sizes: tuple[str, ...] = _(
+        (),
+        "Clips",
+        "Several, as 480x832, height first: a clip takes the nearest shape. Height and width are "
+        "then those of the videos sampled, and the first of sizes unless given.",
+    )
     fps: float | None = _(
         16.0, "Clips", "Frames a second that clips are resampled to; none: kept."
     )
     on_broken: Literal["skip", "stop"] = _(
         "skip", "Clips", "What a file that no one can read does."
     )
-    max_tokens: int | None = _(None, "Clips", "Length of the text; none: the pipeline's own.")
+    workers: int = _(
+        2, "Clips", "Threads that read clips ahead of the encoder; 0: it waits for each clip."
+    )
+    take: Literal["start", "middle", "all", "random"] = _(
+        "start", "Clips", "Of a clip that is longer than a stage; all: chunks one after the other."
+    )
+    chunks: int = _(1, "Clips", "Of take random: chunks a clip or scene, at places by its hash.")
+    scenes: Literal["off", "cut"] = _(
+        "off", "Clips", "cut: no chunk crosses a cut; needs gen_accel[scenes]."
+    )
+    images: float = _(
+        0.0, "Clips", "Share of the steps that show pictures, as clips of 1 frame, in any stage."
+    )
+    repeats: tuple[str, ...] = _(
+        (), "Clips", "How often clips are shown, PATTERN=NUMBER each, as people/*=3; else 1."
+    )
+
+    trigger: str | None = _(None, "Captions", "Word before every caption that does not hold it.")
+    prefix: str | None = _(None, "Captions", "Text before every caption, as it is.")
+    default_caption: str | None = _(
+        None, "Captions", "Of clips without one; none: they are refused."
+    )
+    shuffle_tags: int | None = _(
+        None,
+        "Captions",
+        "Tags, with commas between, change order behind this many; none: they do not.",
+    )
+    tag_orders: int = _(4, "Captions", "Of shuffle_tags: orders of each caption, one a step.")
+    max_tokens: int | None = _(None, "Captions", "Length of the text; none: the pipeline's own.")
 
     stages: tuple[str, ...] = _(
         ("81:200", "161:600"),
@@ -226,11 +260,30 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 folder = str(expanded(getattr(self, name)))
                 object.__setattr__(self, name, folder)
+        if self.sizes and not (self.is_given("height") or self.is_given("width")):
+            for name, side in zip(("height", "width"), self.clip_sizes[0], strict=True):
+                object.__setattr__(self, name, side)
         check(self)
 
     def is_given(self, name: str) -> bool:
         """Whether a field is other than its default."""
         return getattr(self, name) != type(self).__dataclass_fields__[name].default
+
+    @property
+    def clip_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width in pixels that clips are cut to."""
+        if not self.sizes:
+            return ((self.height, self.width),)
+        from gen_accel.lora.data import parse_sizes
+
+        return parse_sizes(",".join(self.sizes))
+
+    @property
+    def clip_lengths(self) -> list[int]:
+        """Pixel frames of the steps, ascending."""
+        return sorted(
+            {stage.frames for stage in self.curriculum} | ({1} if self.images else set())
+        )
 
     @property
     def reads_teacher_captions(self) -> bool:
@@ -276,6 +329,7 @@ FREE_TO_CHANGE = (
     "sample_with",
     "guidance_scale",
     "on_broken",
+    "workers",
     "kernel",
     "gradient_checkpointing",
 )

@@ -4,6 +4,7 @@ import inspect
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,6 +81,7 @@ def dry_run(config: TrainConfig) -> Trained:
             **least_of,
             out=folder,
             stages=stages,
+            images=0.0,
             validate_every=0,
             validation_images=(),
             log_with="none",
@@ -137,20 +139,19 @@ def _check_lengths(config: TrainConfig, family: Any, patch: tuple[int, int, int]
     """Refuse sizes of the config at which the method cannot be planned."""
     factor, side = family.TEMPORAL_FACTOR, patch[1] * family.SPATIAL_FACTOR
     method = method_from(config.method, config.settings)
-    for name in ("height", "width"):
-        if getattr(config, name) % side:
-            raise ValueError(f"{name} must be a multiple of {side}, got {getattr(config, name)}")
-    for stage in config.curriculum:
-        if (stage.frames - 1) % factor:
-            raise ValueError(
-                f"frames must be 1 more than a multiple of {factor}, got {stage.frames}"
-            )
-        frames = (stage.frames - 1) // factor + 1
-        check_fits(method, VideoShape(frames, config.height // side, config.width // side))
+    for size in config.clip_sizes:
+        for name, given in zip(("height", "width"), size, strict=True):
+            if given % side:
+                raise ValueError(f"{name} must be a multiple of {side}, got {given}")
+    for length, (height, width) in product(config.clip_lengths, config.clip_sizes):
+        if (length - 1) % factor:
+            raise ValueError(f"frames must be 1 more than a multiple of {factor}, got {length}")
+        frames = (length - 1) // factor + 1
+        check_fits(method, VideoShape(frames, height // side, width // side))
 
 
 class _Noise:
-    """Stand-in for a `LatentCache`: one random clip of each length.
+    """Stand-in for a `LatentCache`: one random clip of each length, and at least two.
 
     Args:
         transformer: the model that takes the clips.
@@ -165,7 +166,10 @@ class _Noise:
         self, transformer: Any, frames: list[int], size: tuple[int, int], features: tuple[int, ...]
     ) -> None:
         self.transformer, self.size, self.features = transformer, size, features
-        self.entries = [SimpleNamespace(pixel_frames=n) for n in frames]
+        plain = {"text_keys": None, "repeats": None, "is_picture": None}
+        self.entries = [
+            SimpleNamespace(pixel_frames=n, **plain) for n in (2 * frames)[: max(2, len(frames))]
+        ]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -191,7 +195,7 @@ class _Noise:
     def no_image(self) -> Tensor:
         return torch.zeros(self.features)
 
-    def conditions(self, index: int) -> dict[str, Tensor]:
+    def conditions(self, index: int, text: int = 0) -> dict[str, Tensor]:
         return self.empty
 
     def teacher(self, index: int) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ class Draw(NamedTuple):
         sigma: noise level, 0 to 1.
         captioned: whether its caption is shown.
         pictured: whether its image is shown.
+        text: number of its text, of a clip that has several.
         framed: whether its first frame is given, under condition first_frame.
     """
 
@@ -35,6 +36,7 @@ class Draw(NamedTuple):
     sigma: float
     captioned: bool
     pictured: bool = True
+    text: int = 0
     framed: bool = True
 
 
@@ -96,16 +98,18 @@ def order(buckets: Sequence[Sequence[int]], steps: int, batch: int, seed: int) -
     """Choose the clips of each step.
 
     A step takes its clips from one bucket, as clips of two sizes do not fit into one batch.
-    Buckets are drawn in proportion to their number of clips. Within a bucket no clip repeats
-    before all were shown.
+    Buckets are drawn in proportion to their number of clips. Within a bucket no clip is shown
+    again before all were, each as often as it is there.
 
     Args:
-        buckets: numbers of the clips of each size.
+        buckets: numbers of the clips of each size; a clip may be there several times.
         batch: clips a step, over all processes.
 
     Returns:
         `steps` lists of `batch` clips.
     """
+    if not steps:
+        return []
     generator = torch.Generator().manual_seed(seed_of(seed, -1, 0))
     weights = torch.tensor([float(len(bucket)) for bucket in buckets])
     chosen = torch.multinomial(weights, steps, replacement=True, generator=generator).tolist()

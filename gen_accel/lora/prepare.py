@@ -1,6 +1,8 @@
 """Preparation of a training: load the model, check the config against it, cache the clips."""
 
+import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from gen_accel.lora.artefact import (
     target_modules,
 )
 from gen_accel.lora.attention_loss import text_attentions
+from gen_accel.lora.captions import Captions
+from gen_accel.lora.clip_checks import check_options
 from gen_accel.lora.conditions import FIRST_FRAME, Conditioned, condition_for, condition_in
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.encode import cache
@@ -30,8 +34,11 @@ from gen_accel.lora.images import ImageCoder, describe_images
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
 from gen_accel.lora.noising import shift_of
+from gen_accel.lora.preview import known_remade
 from gen_accel.lora.processes import by_main
+from gen_accel.lora.scenes import check_scenes
 from gen_accel.lora.size import check_adapter, check_batch
+from gen_accel.lora.takes import Take
 from gen_accel.owners import check_free
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.given import Given
@@ -59,12 +66,18 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
         raise FileNotFoundError(f"data: there is nothing at {config.data}")
     if config.data is not None:
         by_main(accelerator, partial(check_free, folder))
+        if config.scenes == "cut":
+            check_scenes()
     pipe = load_pipe(config)
     model = model_of(config, pipe)
     if config.data is not None:
-        by_main(accelerator, partial(cache_clips, config, pipe))
+        by_main(accelerator, lambda: print(cache_clips(config, pipe), file=sys.stderr))
     latents = LatentCache(folder)
     check_cache(config, pipe, latents)
+    if config.data is None and accelerator.is_main_process:
+        remade = known_remade(latents, config.model == demo.NAME)
+        if remade is not None:
+            print(remade, file=sys.stderr)
     if not config.validate_every:
         for part in ("vae", "text_encoder", "text_encoder_2", "image_encoder"):
             if getattr(pipe, part, None) is not None:
@@ -80,14 +93,16 @@ def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
     Its clips may have another size or frame rate, or lack the images or captions that are needed.
     """
     _, factor = factors_of(pipe)
-    wanted = config.height // factor, config.width // factor
-    others = {(entry.height, entry.width) for entry in latents.entries} - {wanted}
+    wanted = {(height // factor, width // factor) for height, width in config.clip_sizes}
+    others = {(entry.height, entry.width) for entry in latents.entries} - wanted
     if others:
         height, width = min(others)
+        asked = ", ".join(f"{height} x {width}" for height, width in config.clip_sizes)
         raise ValueError(
             f"{latents.folder} holds clips of {height * factor} x {width * factor} pixels, asked "
-            f"for are {config.height} x {config.width}"
+            f"for are {asked}"
         )
+    check_options(config, latents)
     if latents.fps != config.fps:
         raise ValueError(
             f"{latents.folder} holds clips at {latents.fps} frames a second, asked for are "
@@ -170,14 +185,14 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
         check_start(config.init_lora, config, transformer)
     check_guidance(config, transformer, pipe.config.get("boundary_ratio"))
     method = method_from(config.method, config.settings)
-    lengths = {stage.frames for stage in config.curriculum}
+    lengths = {*config.clip_lengths}
     if config.validate_every and config.validation_frames is not None:
         lengths.add(config.validation_frames)
     check_adapter(config, transformer)
     for stage in config.curriculum:
         check_rule(transformer, stage.rope)
-    for frames in sorted(lengths):
-        video = grid(config, pipe, frames)
+    for frames, size in product(sorted(lengths), config.clip_sizes):
+        video = grid(config, pipe, frames, size)
         check_batch(config, transformer, video.tokens)
         check_fits(method, video)
     trained = config.trained_frames
@@ -239,15 +254,26 @@ def _check_first_frame(config: TrainConfig, transformer: Any, pipe: Any) -> None
             f"stages must have more than {shortest} frames, which the first frame gives: nothing "
             f"is left to learn; take {factor + 1} or more"
         )
+    if config.images:
+        raise ValueError(
+            f"{config.model} is trained from first frames, and a picture is its own: leave images "
+            "out, or take condition text"
+        )
     _check_validation_images(config)
 
 
-def grid(config: TrainConfig, pipe: Any, frames: int) -> VideoShape:
+def grid(
+    config: TrainConfig, pipe: Any, frames: int, size: tuple[int, int] | None = None
+) -> VideoShape:
     """Return the grid of a clip's tokens.
+
+    Args:
+        size: height and width in pixels; None takes the config's.
 
     Raises ValueError for a size that the autoencoder or the patches would round.
     """
-    clip = Clip(frames=frames, height=config.height, width=config.width)
+    height, width = size or (config.height, config.width)
+    clip = Clip(frames=frames, height=height, width=width)
     factor, patch = factors_of(pipe)[0], temporal_patch(getattr(pipe, config.part))
     if patch > 1:  # the pipelines fill up what patches leave
         latent_frames("frames", frames, factor, patch)
@@ -270,7 +296,7 @@ def cache_clips(config: TrainConfig, pipe: Any = None) -> Any:
         config.data,
         cache_folder(config),
         frames=sorted({stage.frames for stage in config.curriculum}),
-        sizes=[(config.height, config.width)],
+        sizes=config.clip_sizes,
         fps=config.fps,
         max_tokens=config.max_tokens,
         on_broken=config.on_broken,
@@ -278,4 +304,10 @@ def cache_clips(config: TrainConfig, pipe: Any = None) -> Any:
         images=ImageCoder.of(config) if config.adapter == "image_prompt" else None,
         teacher=config.reads_teacher_captions,
         condition=config.condition,
+        take=Take(config.take, config.chunks, config.scenes),
+        captions=Captions(config.trigger, config.prefix, config.shuffle_tags, config.tag_orders),
+        default_caption=config.default_caption,
+        repeats=config.repeats,
+        pictures=1 in config.clip_lengths,
+        workers=config.workers,
     )

@@ -23,8 +23,9 @@ def check_config(config: Any) -> None:
         NUMBER * clips,
         "lower the steps of stages, batch_size or gradient_accumulation",
     )
-    pixels = 3 * config.longest * config.height * config.width
-    size = f"{config.longest} frames of {config.height} x {config.width}"
+    height, width = max(config.clip_sizes, key=lambda size: size[0] * size[1])
+    pixels = 3 * config.longest * height * width
+    size = f"{config.longest} frames of {height} x {width}"
     check_room(f"a clip of {size}", pixels, "lower stages, height or width")
     if config.max_tokens is not None:  # text encoders mask each pair of tokens
         check_room(f"max_tokens {config.max_tokens}", config.max_tokens**2, "lower it")

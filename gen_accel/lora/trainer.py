@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -238,8 +238,9 @@ class Run:
 
         FSDP takes the module that runs first for the outermost.
         """
-        frames = self.model.frames(self.config.curriculum[0].frames)
-        self.state.wrapped(*self.batches(0, self.plans[0][0], frames, 0))
+        clips = self.plans[0][0]
+        frames = self.model.frames(self.batches.frames_of(self.config.curriculum[0], clips))
+        self.state.wrapped(*self.batches(0, clips, frames, 0))
 
     def _step(self, step: int) -> tuple[float, bool]:
         """Take one optimizer step. Returns the mean loss of all processes, and whether to stop."""
@@ -248,8 +249,10 @@ class Run:
         # Other random numbers, such as dropout's, depend on the step too.
         rank = self.accelerator.process_index
         torch.manual_seed(seed_of(self.config.seed, step, 1 + rank + 10**9))
+        clips = self.plans[number][inside]
+        stage = replace(stage, frames=self.batches.frames_of(stage, clips))
         with self._rule(stage):
-            loss, norm, stop = self._descend(step, stage, self.plans[number][inside])
+            loss, norm, stop = self._descend(step, stage, clips)
         figures = {
             "loss": loss,
             "learning_rate": self.state.advance(),

@@ -26,9 +26,11 @@ from gen_accel.attention_processors.families.given import FIRST_FRAME, IS_GIVEN
 from gen_accel.lora import dry_run, trainer
 from gen_accel.lora.checkpoint import found as checkpoints
 from gen_accel.lora.conditions import condition_for
+from gen_accel.lora.data import find_videos
 from gen_accel.lora.encode import cache
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.objective import Objective, draw
+from gen_accel.lora.takes import Take
 from gen_accel.measure.video_io import write_video
 from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.given import Given
@@ -82,6 +84,11 @@ def encoded(pipe, clips, out, **options):
     return LatentCache(out)
 
 
+def first_of(pipe, picture, frames):
+    family = family_for(pipe.transformer, "training")
+    return family.first_frame(pipe, pipe.transformer, Image.fromarray(picture), frames)
+
+
 class TestCache:
     def test_what_is_kept_of_each_clip(self, clips, tmp_path):
         pipe = wan.PIPELINES["image with encoder"]()
@@ -103,9 +110,26 @@ class TestCache:
     def test_the_pictures_are_the_clips_first_frames(self, clips, tmp_path):
         pipe = wan.pipeline(expand_timesteps=True)
         found = encoded(pipe, clips, tmp_path, condition="first_frame")
-        video = gen_accel.lora.data.find_videos(clips)[0].read(frames=9, size=SIZE, fps=None)
+        video = find_videos(clips)[0].read(frames=9, size=SIZE, fps=None)
         assert np.array_equal(found.picture(0), video[0])
         assert np.array_equal(found.picture(2), video[0])
+
+    def test_a_chunk_begins_with_its_own_frame(self, clips, tmp_path):
+        pipe = wan.pipeline(expand_timesteps=True)
+        options = {"frames": (5,), "condition": "first_frame", "take": Take("middle")}
+        found = encoded(pipe, clips, tmp_path, **options)
+        begins = [entry.begin or 0 for entry in found.entries]
+        assert all(begin > 0 for begin in begins)
+        for i, begin in enumerate(begins):
+            video = find_videos(clips)[i].read(frames=9, size=SIZE, fps=None)
+            assert np.array_equal(found.picture(i), video[begin])
+            own = first_of(pipe, found.picture(i), 5)
+            assert torch.equal(found.first_frame(i)[FIRST_FRAME], own[FIRST_FRAME])
+        assert len({entry.frame_key for entry in found.entries}) == len(found)
+
+    def test_pictures_are_refused(self, clips, tmp_path):
+        with pytest.raises(ValueError, match="a picture is its own first frame"):
+            encoded(wan.PIPELINES["image"](), clips, tmp_path, frames=(1, 5))
 
     def test_from_text_a_cache_is_as_it_was(self, clips, tmp_path):
         found = encoded(wan.pipeline(expand_timesteps=True), clips, tmp_path)
