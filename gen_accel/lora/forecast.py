@@ -406,16 +406,6 @@ def _size(model: nn.Module) -> int:
     return sum(value.numel() * value.itemsize for value in values)
 
 
-def _sides_of(config: TrainConfig) -> list[tuple[int, int]]:
-    """Heights and widths that clips have."""
-    several = [tuple(map(int, str(size).lower().split("x"))) for size in given_sizes(config)]
-    return [(height, width) for height, width in several] or [(config.height, config.width)]
-
-
-def given_sizes(config: TrainConfig) -> Sequence[str]:
-    return getattr(config, "sizes", ())
-
-
 class _Forecaster:
     """Everything about one config that its stages, options and devices share."""
 
@@ -425,7 +415,6 @@ class _Forecaster:
         self.subject = subject_of(source, config.max_tokens)
         self.dtype = DTYPES[config.mixed_precision]
         self.parts, self.unknown = parts_of_pipeline(source, self.subject, self.dtype)
-        self.sides = _sides_of(config)
         check_adapter(config, self.subject.model)
         self.method = method_from(config.method, config.settings)
         self._tracers: dict[_Way, StepTracer] = {}
@@ -469,7 +458,7 @@ class _Forecaster:
     def _clips(self) -> Iterator[tuple[Size, int]]:
         """Size and steps of each stage, once for each size that clips have."""
         for stage in self.config.curriculum:
-            for height, width in self.sides:
+            for height, width in self.config.clip_sizes:
                 yield Size(stage.frames, height, width), stage.steps
 
     @property

@@ -11,6 +11,7 @@ output and three numbers a query; in its backward pass a gradient of each. Not c
 memory within an operator, plans, and what an allocator rounds up to.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -32,7 +33,9 @@ from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.lora.adapters import active
 from gen_accel.lora.artefact import target_modules
 from gen_accel.lora.base import linear_names
+from gen_accel.lora.conditions import FIRST_FRAME
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.loss import Loss
 from gen_accel.lora.objective import Objective
 from gen_accel.measure.forecast import are_alike
 from gen_accel.measure.subject import Subject
@@ -142,6 +145,7 @@ class StepTracer:
             config.objective,
             alone,
             guidance=config.teacher_guidance,
+            loss=Loss.of(config),
         )
         self.transformer.train()
         for name in self._times:
@@ -172,7 +176,17 @@ class StepTracer:
         Args:
             grid: tokens of a clip.
             computed: share of the token pairs that a sparse layer computes.
+
+        Raises:
+            ValueError: a size that the model does not run at.
         """
+        try:
+            return self._traced(grid, computed)
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0]
+            raise ValueError(f"{self.subject.name} does not train at {grid}: {why}") from error
+
+    def _traced(self, grid: VideoShape, computed: float) -> StepTrace:
         config = self.config
         self._share, self._backward, self._timeline = computed, False, Timeline()
         self._returned: set[str] = set()
@@ -180,7 +194,9 @@ class StepTracer:
         sizes = [x.numel() * x.itemsize for x in _tensors(given)]
         dtype = DTYPES[config.mixed_precision]
         mixed = torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32)
-        with self._timeline:
+        with self._timeline, warnings.catch_warnings():
+            # Of models that ask for another precision on a GPU.
+            warnings.filterwarnings("ignore", "In CPU autocast")
             self._timeline.begin("outside")
             with mixed:
                 loss = self._objective(*given).float()
@@ -198,10 +214,15 @@ class StepTracer:
         """Arguments of the objective: latents and noise without values, the rest with."""
         model, size = self.transformer.config, self.config.batch_size
         sides = [n * p for n, p in zip(grid.grid, self.subject.patch, strict=True)]
+        channels = self.family.latent_channels(model)
         with self._mode:
-            clean, noise = (torch.empty(size, model.in_channels, *sides) for _ in range(2))
-        text = self.family.tiny_conditions(model, self.subject.text or 0)
-        told = {name: torch.stack([x] * size) for name, x in text.items()}
+            clean, noise = (torch.empty(size, channels, *sides) for _ in range(2))
+        each = self.family.tiny_conditions(model, self.subject.text or 0)
+        if self.config.condition == FIRST_FRAME or _takes_more(self.family, model, channels):
+            each |= self.family.tiny_first_frame(self.transformer, *sides)
+        told = {name: torch.stack([x] * size) for name, x in each.items()}
+        if self.family.TAKES_FPS:
+            told["fps"] = torch.full((size,), float(self.config.fps or 24))
         untold = told if self.config.teacher_guidance > 1 else None
         return clean, noise, torch.full((size,), 0.5), told, None, untold
 
@@ -345,6 +366,7 @@ def _put_lora(model: Any, config: TrainConfig) -> None:
         r=config.rank,
         lora_alpha=config.rank,
         lora_dropout=config.lora_dropout,
+        use_dora=config.dora,
         target_modules=target_modules(model, config.targets),
     )
     with torch.device("meta"):
@@ -362,10 +384,18 @@ def _fake(model: nn.Module, mode: FakeTensorMode) -> Any:
                 if value is not None:
                     empty = torch.empty(value.shape, dtype=value.dtype)
                     module._parameters[name] = nn.Parameter(empty, value.requires_grad)
-            for name, value in module._buffers.items():
-                if value is not None:
-                    module._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
+            for held in (module._buffers, vars(module)):  # some keep tables beside their buffers
+                for name, value in held.items():
+                    if isinstance(value, Tensor):
+                        held[name] = torch.empty(value.shape, dtype=value.dtype)
     return model
+
+
+def _takes_more(family: Any, config: Any, channels: int) -> bool:
+    """Whether a model takes more channels than a clip's latents have: those of a first frame."""
+    if family.tiny_first_frame is None:
+        return False
+    return config.get("in_channels", channels) != channels
 
 
 def _tensors(given: Any) -> Iterator[Tensor]:
