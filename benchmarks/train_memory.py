@@ -43,8 +43,10 @@ from gen_accel.lora.forecast import forecast_training
 from gen_accel.lora.model import Model
 from gen_accel.lora.step_trace import DTYPES
 from gen_accel.lora.trainer import Run, accelerator_for
+from gen_accel.measure.cards import Range
 from gen_accel.measure.environment import environment
 from gen_accel.measure.parts import cast
+from gen_accel.measure.rates import KINDS, Rates, measure_rates
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "train_memory.json"
@@ -52,7 +54,8 @@ PAGE = HERE.parent / "docs" / "memory.md"
 BEGIN, END = "<!-- train memory -->", "<!-- /train memory -->"
 # glibc gives back what is freed of blocks above this size.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-CONFIG = {"patch_size": (1, 2, 2), "attention_head_dim": 128}
+HEAD_DIM = 128
+CONFIG = {"patch_size": (1, 2, 2), "attention_head_dim": HEAD_DIM}
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {
         **{"patch_size": (1, 2, 2), "num_attention_heads": 4, "attention_head_dim": 32},
@@ -117,19 +120,35 @@ def measure(kind: str, option: str, tokens: int, folder: Path, layers: int) -> d
 def seconds(kind: str, option: str, tokens: int, folder: Path, args: Any) -> dict[str, Any]:
     """Processor seconds of a step by default and with one set of options, which take turns."""
     runs: dict[str, Run] = {}
+    config = TrainConfig()
     for name in dict.fromkeys(("default", option)):
         chosen, config = _config(kind, name, tokens, folder / name, args.layers)
         runs[name] = _run(replace(config, stages=config.stages[-1:]), _model(config, chosen))
-        runs[name].out.mkdir(parents=True, exist_ok=True)
+    measured = [_rates(config)]
     least: dict[str, float] = {}
     for turn in range(args.rounds + 1):  # the first does not count
         for name, run in runs.items():
             start = time.process_time()
-            run._step(turn % run.config.total_steps)
+            run._descend(0, run.config.curriculum[0], run.plans[0][0])
             taken = time.process_time() - start
             if turn:
                 least[name] = min(taken, least.get(name, taken))
-    return {"default_seconds": least["default"], "seconds": least[option]}
+    measured.append(_rates(config))
+    best = {name: max(one[name] for one in measured) for name in KINDS}
+    ranges: dict[str, Any] = {name: Range(rate, rate, "measured") for name, rate in best.items()}
+    rates = Rates("here", **ranges, memory=None, origin="measured", on_cpu=True)
+    [planned] = forecast_training(config, gpus=(), rates=rates).stages[-1].seconds.values()
+    return {
+        "default_seconds": least["default"],
+        "seconds": least[option],
+        "planned_seconds": planned.low,
+        "rates": best,
+    }
+
+
+def _rates(config: TrainConfig) -> dict[str, float]:
+    dtype = DTYPES[config.mixed_precision]
+    return measure_rates(torch.device("cpu"), dtype, HEAD_DIM, time.process_time)
 
 
 STEPS = "steps of the training"
@@ -299,7 +318,8 @@ def _key(row: dict[str, Any]) -> tuple[str, int, str]:
 def table(results: dict[str, Any]) -> str:
     """Results as Markdown."""
     head = ("model", "tokens", "options", "planned, MB", "measured, MB", "error")
-    rows = [(*head, "resident, MB", "step, s", "of default"), ("---", *["---:"] * 8)]
+    rows: list[tuple[str, ...]] = [(*head, "resident, MB", "planned, s", "step, s", "of default")]
+    rows.append(("---", "---:", "---", *["---:"] * 7))
     for row in results["rows"]:
         timed = "seconds" in row
         cells = (
@@ -307,6 +327,7 @@ def table(results: dict[str, Any]) -> str:
             f"{row['measured_mb']:.0f}",
             f"{row['error']:+.1%}",
             f"{row['resident_mb']:.0f}",
+            f"{row['planned_seconds']:.1f}" if timed else "",
             f"{row['seconds']:.1f}" if timed else "",
             f"{row['seconds'] / row['default_seconds']:.2f}" if timed else "",
         )

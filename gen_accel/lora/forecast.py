@@ -264,7 +264,11 @@ _NUMBERS = ("frames", "height", "width", "steps", "tokens", "density")
 
 
 def forecast_training(
-    config: TrainConfig, *, gpus: Sequence[str] | None = None, here: bool = True
+    config: TrainConfig,
+    *,
+    gpus: Sequence[str] | None = None,
+    here: bool = True,
+    rates: Rates | None = None,
 ) -> TrainingPlan:
     """Forecast the memory of each stage of a training and its seconds, without loading the model.
 
@@ -276,6 +280,7 @@ def forecast_training(
         gpus: cards of `gen_accel.measure.cards`; None: `CARDS`.
         here: whether this machine is a device too. Its rates are measured in seconds, the first
             time.
+        rates: of this machine; None: those that are kept, or measured now.
 
     Raises:
         ValueError: a card that is not in the table, an adapter that is no LoRA, a model that does
@@ -287,7 +292,7 @@ def forecast_training(
     forecaster = _Forecaster(config)
     devices = [_Device.of_card(card) for card in cards]
     if here:
-        devices.insert(0, _Device.here(forecaster.subject, forecaster.dtype))
+        devices.insert(0, _Device.here(forecaster.subject, forecaster.dtype, rates))
     return forecaster.plan(devices)
 
 
@@ -312,8 +317,9 @@ class _Device:
         return cls(card.name, card.memory, rates, share_of_peak("efficiency"), False)
 
     @classmethod
-    def here(cls, subject: Subject, dtype: torch.dtype) -> "_Device":
-        rates = rates_here(subject.device, dtype, subject.head_dim)
+    def here(cls, subject: Subject, dtype: torch.dtype, rates: Rates | None) -> "_Device":
+        if rates is None:
+            rates = rates_here(subject.device, dtype, subject.head_dim)
         reached, source = known_efficiency(subject.device, dtype, subject.head_dim, False, False)
         efficiency = Range(reached, reached, source)
         return cls(rates.device, rates.memory, rates, efficiency, rates.on_cpu)
