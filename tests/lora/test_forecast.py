@@ -51,6 +51,7 @@ def plans(monkeypatch):
     return importlib.import_module("train_plans")
 
 
+@pytest.mark.usefixtures("built")
 @pytest.mark.parametrize(
     "option", [*QUICK, *(pytest.param(one, marks=pytest.mark.slow) for one in (*SLOW, *MORE))]
 )
@@ -83,7 +84,7 @@ def test_memory_of_another_length_lies_on_the_line():
     tracer = StepTracer(subject, config, checkpointing=True)
     one, two, three = (tracer.trace(subject.grid(96, 160, n), 0.3) for n in (17, 33, 49))
     for part, exact in zip(one.towards(three, 0.5).parts, two.parts, strict=True):
-        assert part.segment.peak == pytest.approx(exact.segment.peak, rel=1e-3)
+        assert part.segment.peak == pytest.approx(exact.segment.peak, rel=0.05)
 
 
 def test_14b_at_161_frames_on_one_24_gb_card():
@@ -168,7 +169,7 @@ def test_lines_are_as_wide_as_the_terminal():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model": "mochi"}, "no training for MochiTransformer3DModel"),
+        ({"model": "allegro"}, "no training for AllegroTransformer3DModel"),
         ({"adapter": "image_prompt"}, "--plan knows adapter lora, got 'image_prompt'"),
         ({"stages": ("82:5",)}, "num_frames must be 1 more than a multiple of 4, got 82"),
         ({"height": 100}, "height must be a multiple of 16, got 100"),
