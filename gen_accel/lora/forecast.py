@@ -25,7 +25,7 @@ from torch import nn
 
 from gen_accel.attention_processors.lengths import PIXELS
 from gen_accel.attention_processors.methods.options import method_from
-from gen_accel.demo import model_named
+from gen_accel.demo import NAME, model_named
 from gen_accel.lora.base import block_names, linear_names
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.size import check_adapter
@@ -134,7 +134,8 @@ class Stage:
         steps: of the optimizer.
         tokens: of a clip.
         density: share of the token pairs that the method computes in a sparse layer.
-        memory: of a step, with the config's options.
+        memory: of a step, with the config's options; on a device with memory of its own where
+            one was asked for.
         seconds: of a step, by the device's name.
     """
 
@@ -435,7 +436,7 @@ class _Forecaster:
         sampling = self._sampling(self.setting, self._validated) if validates else None
         decoding = self._decoding(self.setting, self._validated) if validates else None
         return TrainingPlan(
-            model=self.subject.name,
+            model=NAME if self.config.model == NAME else self.subject.name,
             setting=self.setting,
             stages=tuple(stages),
             sampling=sampling,
@@ -514,7 +515,8 @@ class _Forecaster:
         for device in devices:
             one = device.seconds(trace)
             seconds[device.name] = Range(times * one.low, times * one.high, one.source)
-        memory = self.memory(self.setting, grid, shared=any(d.shares_host for d in devices))
+        shared = bool(devices) and all(device.shares_host for device in devices)
+        memory = self.memory(self.setting, grid, shared=shared)
         return Stage(*size, steps, grid.video_tokens, density, memory, seconds)
 
     def memory(self, setting: Setting, grid: VideoShape, *, shared: bool = False) -> StageMemory:

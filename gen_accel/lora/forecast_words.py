@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 from gen_accel.lora.forecast import Stage, TrainingPlan, Verdict
 from gen_accel.measure.cards import Range
-from gen_accel.measure.forecast_words import WIDTH, gigabytes, span
+from gen_accel.measure.forecast_words import WIDTH, duration, gigabytes, span
 
-NAME, CELL = 26, 13  # characters of a table's columns
+NAME, CELL = 26, 17  # characters of a table's columns
 PARTS = {
     "weights": "weights",
     "adapter": "LoRA, optimizer, gradients",
@@ -56,8 +56,8 @@ def _table(stages: tuple[Stage, ...], plan: TrainingPlan) -> Iterator[str]:
     if any(stage.memory.host for stage in stages):
         yield _row("waiting in CPU memory", [_gb(stage.memory.host) for stage in stages])
     for device in stages[0].seconds:
-        yield f"  seconds a step, {device}:"
-        yield _row("", [span(stage.seconds[device], "") for stage in stages])
+        yield f"  a step, {device}:"
+        yield _row("", [duration(stage.seconds[device]) for stage in stages])
     yield ""
 
 
@@ -106,7 +106,8 @@ def verdict(one: Verdict, plan: TrainingPlan) -> str:
     smaller = [f"stages of at most {advice.frames} frames"] if advice.frames else []
     smaller += [f"{advice.sides[0]} x {advice.sides[1]} pixels"] if advice.sides else []
     if smaller:
-        return f"{said}{tried}: still no. With all of them it fits with {' or '.join(smaller)}"
+        so = "still no. With all of them it fits" if steps else "it fits"
+        return f"{said}{tried}: {so} with {' or '.join(smaller)}"
     return f"{said}{tried}: still no, at any length: lower height and width"
 
 
