@@ -102,7 +102,8 @@ class StageMemory:
         kept: of the other blocks, for their backward pass.
         block: of the block under way.
         outside: batch, embeddings, head and loss.
-        host: bytes in the host's memory: swapped blocks, offloaded inputs of blocks.
+        host: bytes in the host's memory at most: swapped blocks, offloaded inputs of blocks. Where
+            it is the device's own memory, at the same moment.
     """
 
     weights: int
@@ -537,7 +538,10 @@ class _Forecaster:
                 host=self.weights.waiting(setting) + moment.host,
             )
             found.append(made)
-        return max(found, key=lambda one: one.in_one if shared else one.total)
+        if shared:
+            return max(found, key=lambda one: one.in_one)
+        most = max(found, key=lambda one: one.total)
+        return replace(most, host=max(one.host for one in found))
 
     def _adapter(self, setting: Setting, *, sampling: bool = False) -> int:
         """Bytes of the LoRA, its averages and the optimizer, without gradients."""
