@@ -87,6 +87,7 @@ def test_memory_of_another_length_lies_on_the_line():
         assert part.segment.peak == pytest.approx(exact.segment.peak, rel=0.05)
 
 
+@pytest.mark.slow
 def test_14b_at_161_frames_on_one_24_gb_card():
     config = TrainConfig(
         model="Wan-AI/Wan2.1-T2V-14B-Diffusers",
