@@ -11,6 +11,7 @@ from gen_accel.lora.config import Stage, TrainConfig
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import SIGMAS, Draw, draw, order, seed_of
+from gen_accel.lora.sharing import Groups
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator
@@ -21,6 +22,9 @@ def plan_clips(
 ) -> list[list[list[int]]]:
     """Choose the clips of all processes, by number, for each step of each stage.
 
+    Args:
+        processes: number of them; those that share their clips count as one.
+
     Raises ValueError if no clip is long enough for a stage.
     """
     return [
@@ -30,7 +34,7 @@ def plan_clips(
 
 
 class Batches:
-    """Batches of one process. They depend on the step alone, so a resumed run draws the same."""
+    """Batches of one process, or of one group that shares them. They depend on the step alone, so a resumed run draws the same."""
 
     def __init__(
         self,
@@ -42,6 +46,7 @@ class Batches:
     ) -> None:
         self.config, self.model, self.cache = config, model, cache
         self.adapter, self.accelerator = adapter, accelerator
+        self._groups = Groups.of(config, accelerator)
         family = family_of(model.transformer)
         self._fps = (config.fps or family.fps(model.transformer)) if family.TAKES_FPS else None
 
@@ -56,8 +61,8 @@ class Batches:
             frames: latent frames.
         """
         config = self.config
-        size, ranks = config.batch_size, self.accelerator.num_processes
-        first = (micro * ranks + self.accelerator.process_index) * size
+        size, groups = config.batch_size, self._groups
+        first = (micro * groups.count + groups.number) * size
         places = range(first, first + size)
         numbers = clips[first : first + size]
         latents = [self.cache.latents(clips[place], frames) for place in places]

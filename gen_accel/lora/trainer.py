@@ -37,6 +37,7 @@ from gen_accel.lora.memory import check_installed, check_processes
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Objective, seed_of
 from gen_accel.lora.processes import alone_in, by_main
+from gen_accel.lora.sharing import Groups, check_groups, share
 from gen_accel.lora.state import TrainingState, whole
 from gen_accel.lora.swapping import Swapper
 from gen_accel.lora.validate import Validation
@@ -119,6 +120,7 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
             "launch with configs/accelerate/ddp.yaml"
         )
     check_processes(config, accelerator.distributed_type.value)
+    check_groups(config, accelerator.num_processes)
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU: take bf16 or no")
     if accelerator.state.deepspeed_plugin is not None:
@@ -171,7 +173,8 @@ class Run:
         self.config, self.accelerator, self.model, self.cache = config, accelerator, model, cache
         self.out = Path(config.out)
         self.family = family_for(model.transformer, "training")
-        self.plans = plan_clips(config, model, cache, accelerator.num_processes)
+        self.groups = Groups.of(config, accelerator)
+        self.plans = plan_clips(config, model, cache, self.groups.count)
         self.method = on_device(method_from(config.method, config.settings), accelerator.device)
         self.recipe = self._recipe()
         self.stopping = False
@@ -189,6 +192,7 @@ class Run:
                 record=False,
             )
         self.adapter = put_on(config, model, self.handle, self.recipe, cache)
+        share(transformer, self.groups, accelerator.device)
         checkpoint_activations(transformer, config.gradient_checkpointing)
         self.objective = Objective(
             transformer,
@@ -283,7 +287,7 @@ class Run:
             with self.accelerator.accumulate(self.state.wrapped):
                 loss = self.state.wrapped(*self.batches(step, clips, frames, micro))
                 mean += loss.item() / count
-                self.accelerator.backward(loss)
+                self.accelerator.backward(self.groups.summed(loss))
                 if self.accelerator.sync_gradients:
                     norm = self.state.clip()
                     told = self._agree(step, mean, norm)
@@ -357,9 +361,7 @@ class Run:
             teacher=teacher_hash(config),
             techniques=config.sample_with,
             clips=len(self.cache),
-            batch=config.batch_size
-            * config.gradient_accumulation
-            * self.accelerator.num_processes,
+            batch=config.batch_size * config.gradient_accumulation * self.groups.count,
         )
 
     def _save(self, done: int) -> None:
@@ -370,7 +372,7 @@ class Run:
             "config": json.loads(json.dumps(asdict(self.config))),
             "data": self.cache.digest,
             "teacher": self.recipe.teacher,
-            "processes": self.accelerator.num_processes,
+            "processes": self.groups.count,
         }
         save = partial(
             checkpoint.save,
@@ -407,7 +409,7 @@ class Run:
         before, now = earlier.get("teacher"), self.recipe.teacher
         if before != now:
             changed["teacher_lora (its weights)"] = (before and before[:12], now and now[:12])
-        processes = self.accelerator.num_processes
+        processes = self.groups.count
         if "batch_size" not in changed and earlier["processes"] != processes:
             changed["processes"] = (earlier["processes"], processes)
         return changed
