@@ -50,6 +50,11 @@ def check_memory(config: Any) -> None:
         if getattr(config, name) not in words:
             said = ", ".join(word or "none" for word in words)
             raise ValueError(f"{name} must be one of {said}, got {getattr(config, name)!r}")
+    if quantised(config) and config.adapter == "image_prompt":
+        raise ValueError(
+            f"base {config.base} does not go with adapter image_prompt, whose layers start as "
+            "copies of the model's own: take fp8"
+        )
     if config.checkpoints_activations:
         return
     for name in ("blocks_to_swap", "base"):

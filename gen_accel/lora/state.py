@@ -49,6 +49,10 @@ class TrainingState:
             num_warmup_steps=config.warmup_steps,
             num_training_steps=config.total_steps,
         )
+        if is_placed or config.base is not None:
+            # DDP would copy them between processes, each of which has read the same file.
+            frozen = [n for n, p in objective.named_parameters() if not p.requires_grad]
+            objective._ddp_params_and_buffers_to_ignore = frozen  # pyright: ignore
         self.wrapped, self.optimizer = accelerator.prepare(
             objective, optimizer, device_placement=[False, True] if is_placed else None
         )

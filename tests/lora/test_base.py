@@ -13,11 +13,15 @@ from support.families_to_train import FAMILIES, assert_equal, gradients, trained
 from support.runs import assert_same_run
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from typer.testing import CliRunner
 
 import gen_accel
 from gen_accel.cli import early
+from gen_accel.cli.app import app
+from gen_accel.cli.train import with_words
 from gen_accel.lora import memory, swapping
 from gen_accel.lora.base import cast_base, held_names, linear_names, load_quantised
+from gen_accel.lora.config import TrainConfig, print_config, read_config
 from gen_accel.lora.prepare import load_pipe
 from gen_accel.lora.swapping import blocks_of
 
@@ -270,6 +274,7 @@ class TestRefusals:
             ({"blocks_to_swap": -1}, "blocks_to_swap must not be negative, got -1"),
             ({"blocks_to_swap": 2}, "blocks_to_swap 2 needs gradient_checkpointing on or offload"),
             ({"base": "fp8"}, "base fp8 needs gradient_checkpointing on or offload"),
+            ({"base": "int8", "adapter": "image_prompt"}, "int8 does not go with adapter image"),
         ],
         ids=str,
     )
@@ -301,3 +306,45 @@ class TestRefusals:
             ValueError, match="blocks_to_swap must be at most 2, the blocks of Wan"
         ):
             gen_accel.lora.train(on_disk(gradient_checkpointing="on", blocks_to_swap=3))
+
+
+class TestWords:
+    """`gradient_checkpointing` was true or false, and on and off are booleans in YAML."""
+
+    @pytest.mark.parametrize(
+        ("text", "word"),
+        [("true", "on"), ("on", "on"), ("'on'", "on"), ("false", "off"), ("offload", "offload")],
+    )
+    def test_in_a_file(self, tmp_path, text, word):
+        path = tmp_path / "lora.yaml"
+        path.write_text(f"gradient_checkpointing: {text}")
+        given = read_config(path)
+        assert given.gradient_checkpointing == word
+        path.write_text(print_config(given))
+        assert read_config(path) == given
+
+    def test_in_python(self):
+        for given, word in ((True, "on"), (False, "off")):
+            config = TrainConfig(gradient_checkpointing=given)
+            assert config.gradient_checkpointing == word
+            assert config.checkpoints_activations == given
+
+    @pytest.mark.parametrize(
+        ("given", "word"),
+        [
+            (["--gradient-checkpointing"], "on"),
+            (["--gradient-checkpointing", "--rank", "4"], "on"),
+            (["--no-gradient-checkpointing"], "off"),
+            (["--gradient-checkpointing", "offload"], "offload"),
+            (["--gradient-checkpointing", "true"], "on"),
+        ],
+        ids=" ".join,
+    )
+    def test_on_a_command_line(self, given, word):
+        said = CliRunner().invoke(app, ["train", *given, "--print-config"])
+        assert said.exit_code == 0, said.output
+        assert f"gradient_checkpointing: {word}" in said.output.replace("'", "")
+
+    def test_before_a_file(self):
+        args = ["--gradient-checkpointing", "lora.yaml"]
+        assert with_words(args) == ["--gradient-checkpointing", "on", "lora.yaml"]

@@ -65,6 +65,8 @@ def half(out, to, last=STEPS):
 RADIAL = {"method": "radial", "settings": ["block=4"], "stages": ["9:4"]}
 IMAGES = {k: list(v) if isinstance(v, tuple) else v for k, v in ft.IMAGES_FULL.items()}
 IMAGES |= {"batch_size": 1}
+ROUNDED = RADIAL | {"base": "fp8", "gradient_checkpointing": "on"}
+LOW = ROUNDED | {"gradient_checkpointing": "offload", "blocks_to_swap": 1}
 
 
 def guided(teacher):
@@ -83,6 +85,8 @@ def made(tmp_path_factory):
         ("ddp/teacher", TEACHER, {}),
         ("ddp/guided", guided(teacher), {}),
         ("ddp/images", IMAGES, {}),
+        ("ddp/rounded", ROUNDED, {}),
+        ("ddp/low", LOW, {}),
         ("fsdp/long", LONG | VIDEOS, {"sharded": True}),
         ("fsdp/guided", guided(teacher), {"sharded": True}),
     ]
@@ -91,7 +95,7 @@ def made(tmp_path_factory):
         half(folder / name, folder / f"{name}-resumed", last)
     again = [
         {"out": str(folder / f"{name}-resumed"), "fields": f, "resume": True} | more
-        for name, f, more in (jobs[0], jobs[3], jobs[4])
+        for name, f, more in (jobs[0], jobs[3], jobs[6])
     ]
     refused = {"fields": RADIAL | {"checkpoint_every": 1}, "refused": True}
     poisoned = {"out": str(folder / "poisoned"), "poison": [2, 1]} | refused
@@ -99,6 +103,12 @@ def made(tmp_path_factory):
         out, _ = launch({"out": str(folder / "busy")} | refused, poisoned, *again, launcher=False)
     (folder / "said").write_text(out)
     return folder
+
+
+def test_low_memory_changes_no_bit_of_two_processes(made):
+    a, b = newest(made / "ddp" / "rounded"), newest(made / "ddp" / "low")
+    assert a.state["processes"] == b.state["processes"] == 2
+    assert all(torch.equal(x, b.tensors[name]) for name, x in a.tensors.items())
 
 
 @pytest.fixture(scope="module")
