@@ -85,6 +85,14 @@ def held_names(transformer: nn.Module, base: str) -> list[str]:
     return [name for name, layer in layers.items() if layer.in_features % NF4_BLOCK == 0]  # pyright: ignore
 
 
+def hollow_of(kind: Any, source: str, part: str) -> Any:
+    """Build a transformer of diffusers from its config, without weights, on the meta device."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        return kind.from_config(kind.load_config(source, subfolder=part))
+
+
 def load_quantised(
     kind: Any, source: str, config: Any, dtype: torch.dtype, device: torch.device
 ) -> Any:
@@ -98,10 +106,7 @@ def load_quantised(
         dtype: dtype of all else, and the one to compute in.
         device: device to quantise on.
     """
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        hollow = kind.from_config(kind.load_config(source, subfolder=config.part))
+    hollow = hollow_of(kind, source, config.part)
     held = set(held_names(hollow, config.base))
     kept = [
         name

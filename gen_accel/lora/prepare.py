@@ -19,7 +19,7 @@ from gen_accel.lora.artefact import (
     target_modules,
 )
 from gen_accel.lora.attention_loss import text_attentions
-from gen_accel.lora.base import load_quantised
+from gen_accel.lora.base import hollow_of, load_quantised
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.encode import cache
 from gen_accel.lora.encoders import Encoders, factors_of, load_encoders
@@ -30,6 +30,7 @@ from gen_accel.lora.model import Model
 from gen_accel.lora.noising import shift_of
 from gen_accel.lora.processes import by_main
 from gen_accel.lora.prompts import encoded_prompts
+from gen_accel.lora.sharing import check_model, check_tokens
 from gen_accel.lora.size import check_adapter, check_batch
 from gen_accel.lora.swapping import check_blocks
 from gen_accel.lora.text_encoders import PREFIX, TextEncoders
@@ -59,6 +60,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
         raise FileNotFoundError(f"data: there is nothing at {config.data}")
     if config.data is not None:
         by_main(accelerator, partial(check_free, folder))
+    if config.context_parallel > 1:
+        _check_hollow(config)
     pipe = load_pipe(config)
     model = model_of(config, pipe)
     encoders = encoders_of(config, pipe)
@@ -141,6 +144,15 @@ def load_pipe(config: TrainConfig) -> Any:
     return pipe
 
 
+def _check_hollow(config: TrainConfig) -> None:
+    """Refuse a model that context parallelism does not take, before its weights are loaded."""
+    source = source_of(config)
+    index = index_of(source)
+    if _is_there(index, config.part):
+        kind = part_class(index[config.part], config.part)
+        check_model(config, hollow_of(kind, str(source), config.part))
+
+
 def encoders_of(config: TrainConfig, pipe: Any) -> Encoders:
     """Take a pipeline's encoders, those of text to be loaded when they are needed."""
     encoders = load_encoders(pipe, config.device, "auto")
@@ -189,11 +201,13 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
         lengths.add(config.validation_frames)
     check_adapter(config, transformer)
     check_blocks(config.blocks_to_swap, transformer)
+    check_model(config, transformer)
     for stage in config.curriculum:
         check_rule(transformer, stage.rope)
     for frames in sorted(lengths):
         video = grid(config, pipe, frames)
         check_batch(config, transformer, video.tokens)
+        check_tokens(config, frames, video.video_tokens)
         check_fits(method, video)
     trained = config.trained_frames
     if trained is None:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +25,9 @@ from gen_accel.lora import checkpoint
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Objective
+from gen_accel.lora.processes import by_main
 from gen_accel.lora.state import TrainingState
-from gen_accel.lora.trainer import Trained, accelerator_for, run
+from gen_accel.lora.trainer import CHECKPOINTS, Trained, accelerator_for, run
 
 LATENTS = (4, 8)  # height and width; 2 x 4 tokens a frame
 FRAMES = 5  # latent frames of a clip
@@ -216,12 +219,29 @@ def sharded(given: TrainConfig) -> Accelerator:
     return made
 
 
+def half(out: str, source: str, step: int) -> None:
+    """Copy a run as it was before its checkpoint of `step`."""
+    shutil.copytree(source, out)
+    shutil.rmtree(Path(out) / CHECKPOINTS / f"step-{step:06d}")
+
+
+def _subject(job: dict[str, Any], pipe: Any) -> tuple[Model, Any]:
+    if "family" not in job:
+        return model(pipe), Clips()
+    from support.families_to_train import FAMILIES
+
+    made, clips = FAMILIES[job["family"]]
+    return model(transformer=made()), clips()
+
+
 def start(job: dict[str, Any]) -> None:
     """One training.
 
     Args:
         job: `out`, `fields` of the config, and what else there is of `stall`, `sharded`, `resume`,
-            the arguments of `poison`, and `refused`, so that an error is printed.
+            the arguments of `poison`, and `refused`, so that an error is printed; `family` of
+            `support.families_to_train`; `half`, a run and a step, whose checkpoints before that
+            step are what is resumed from.
     """
     if "stall" in job:
         stall(Path(job["out"]) / "stalled", job["stall"])
@@ -229,10 +249,12 @@ def start(job: dict[str, Any]) -> None:
     pipe = wan.pipeline() if given.validate_every else None
     accelerator = sharded(given) if job.get("sharded") else accelerator_for(given)
     clip = TrainingState.clip
+    if "half" in job:
+        by_main(accelerator, partial(half, job["out"], *job["half"]))
     if "poison" in job:
         poison(*job["poison"])
     try:
-        run(given, accelerator, model(pipe), Clips(), resume=job.get("resume", False))
+        run(given, accelerator, *_subject(job, pipe), resume=job.get("resume", False))
     except (OSError, ValueError) as error:
         if "refused" not in job:
             raise

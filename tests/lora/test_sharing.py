@@ -1,0 +1,93 @@
+"""Two processes that share their clips train as one does: losses, gradients, checkpoints."""
+
+import json
+
+import pytest
+import torch
+from support import finetuning as ft
+from support import hunyuan, wan
+from support.families_to_train import trained
+from support.runs import assert_same_run, launch, losses, metrics, state
+
+from gen_accel.lora import sharing
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHARED = {"context_parallel": 2, "stages": ["9:2"], "learning_rate": 1e-3}
+RADIAL = {"method": "radial", "settings": ["block=4"]}
+LINEAR = {"method": "sparse_linear", "settings": [*ft.SPARSE, "combine=alpha"]}
+PIECEWISE = {"method": "piecewise", "settings": ["critical=0.2", "block_q=4", "block_k=4"]}
+LONG = {
+    "stages": ["9:2", "17:2:position_interpolation"],
+    "gradient_accumulation": 2,
+    "batch_size": 2,
+    "ema_decay": 0.9,
+    "checkpoint_every": 2,
+    "gradient_checkpointing": "on",
+}
+# By name the family and the fields of a training.
+CASES = {
+    "wan linear": ("wan", LINEAR | LONG),
+    "wan radial": ("wan", RADIAL | {"dense_layers": 1}),
+    "wan piecewise": ("wan", PIECEWISE | {"gradient_checkpointing": "offload"}),
+    "wan teacher": ("wan", LINEAR | {"objective": "distill", "dense_layers": 1}),
+    "hunyuan linear": ("hunyuan", LINEAR | {"gradient_checkpointing": "on"}),
+    "hunyuan radial": ("hunyuan", RADIAL | {"dense_layers": 1, "targets": ["attention", "feed_forward"]}),
+    "hunyuan piecewise": ("hunyuan", PIECEWISE | {"gradient_checkpointing": "offload"}),
+    "hunyuan teacher": ("hunyuan", LINEAR | {"objective": "distill", "dense_layers": 1}),
+    "low memory": (
+        "wan",
+        RADIAL | {"base": "fp8", "blocks_to_swap": 2, "gradient_checkpointing": "offload"},
+    ),
+    "in parts": ("wan", RADIAL | {"gradient_checkpointing": "on"}),
+}
+
+
+def assert_same_training(out, alone):
+    """Losses, and the sums of gradients that the optimizer keeps, each to its own scale."""
+    assert losses(out) == pytest.approx(losses(alone), rel=1e-5)
+    for a, b in zip(metrics(out), metrics(alone), strict=True):
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    a, b = state(out).tensors, state(alone).tensors
+    assert a.keys() == b.keys()
+    moved = [name for name in a if name.endswith("exp_avg")]
+    assert any(b[name].abs().max() > 0 for name in moved)
+    for name in moved:
+        scale = b[name].abs().max()
+        assert (a[name] - b[name]).abs().max() <= 1e-4 * scale + 1e-9, name
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shared")
+    jobs = [
+        {"out": str(folder / name), "family": family, "fields": SHARED | fields}
+        for name, (family, fields) in CASES.items()
+    ]
+    jobs[-1]["sharded"] = True
+    first = jobs[0]
+    again = {"out": str(folder / "again"), "resume": True, "half": [first["out"], 4]}
+    launch(*jobs[:-1], first | again, jobs[-1], launcher=False)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_are_one(made, tmp_path, name):
+    family, fields = CASES[name]
+    trained(tmp_path, family, **(SHARED | fields | {"context_parallel": 1}))
+    assert_same_training(made / name, tmp_path)
+    assert state(made / name).state["processes"] == 1
+
+
+@pytest.mark.slow
+def test_they_resume_to_the_bit(made):
+    assert_same_run(made / "again", made / "wan linear")
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_from_two(made, tmp_path):
+    family, fields = CASES["wan linear"]
+    ft.half(str(tmp_path / "one"), str(made / "wan linear"), 4)
+    trained(tmp_path / "one", family, resume=True, **(SHARED | fields | {"context_parallel": 1}))
+    assert_same_training(tmp_path / "one", made / "wan linear")
