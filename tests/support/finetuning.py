@@ -7,6 +7,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,9 @@ from support import wan
 from torch import Tensor
 
 from gen_accel.lora import checkpoint
+from gen_accel.lora.base import load_quantised
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.memory import quantised
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Objective
 from gen_accel.lora.processes import by_main
@@ -225,13 +228,19 @@ def half(out: str, source: str, step: int) -> None:
     shutil.rmtree(Path(out) / CHECKPOINTS / f"step-{step:06d}")
 
 
-def _subject(job: dict[str, Any], pipe: Any) -> tuple[Model, Any]:
+def _subject(job: dict[str, Any], given: TrainConfig, pipe: Any) -> tuple[Model, Any]:
     if "family" not in job:
         return model(pipe), Clips()
     from support.families_to_train import FAMILIES
 
     made, clips = FAMILIES[job["family"]]
-    return model(transformer=made()), clips()
+    transformer = made()
+    if quantised(given):
+        with TemporaryDirectory() as folder:
+            transformer.save_pretrained(Path(folder) / given.part)
+            kept = type(transformer), folder, given, torch.float32, torch.device("cpu")
+            transformer = load_quantised(*kept)
+    return model(transformer=transformer), clips()
 
 
 def start(job: dict[str, Any]) -> None:
@@ -254,7 +263,7 @@ def start(job: dict[str, Any]) -> None:
     if "poison" in job:
         poison(*job["poison"])
     try:
-        run(given, accelerator, *_subject(job, pipe), resume=job.get("resume", False))
+        run(given, accelerator, *_subject(job, given, pipe), resume=job.get("resume", False))
     except (OSError, ValueError) as error:
         if "refused" not in job:
             raise
