@@ -207,12 +207,30 @@ def check_config(given: Mapping[str, Any]) -> None:
     for stage in given.get("stages", ()):
         Stage.parse(stage)
     check_installed(given)
+    check_clips(given)
     check_names(
         method=given.get("method", "radial"),
         kernels={"kernel": given.get("kernel")},
         device=given.get("device", "auto"),
     )
     check_model(given.get("model", NAME))
+
+
+def check_clips(given: Mapping[str, Any]) -> None:
+    """Check the fields of a training's config that are texts on sizes and clips, and that what
+    finds scenes is installed."""
+    if not {"sizes", "repeats", "scenes"} & given.keys():
+        return
+    from gen_accel.lora.captions import parse_repeats
+    from gen_accel.lora.data import parse_sizes
+    from gen_accel.lora.scenes import check_scenes
+
+    for size in given.get("sizes", ()):
+        parse_sizes(size)
+    for repeats in given.get("repeats", ()):
+        parse_repeats(repeats)
+    if given.get("scenes", "off") == "cut":
+        check_scenes()
 
 
 def check_places(given: Mapping[str, Any]) -> None:

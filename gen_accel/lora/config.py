@@ -67,16 +67,67 @@ class TrainConfig:
     part: Literal["transformer", "transformer_2"] = _(
         "transformer", "What", "Of two experts: transformer is for high noise, transformer_2 low."
     )
+    condition: Literal["text", "first_frame"] | None = _(
+        None,
+        "What",
+        "What a clip is made from beside its caption: first_frame is the clip's own; none: as the "
+        "model's pipeline makes videos.",
+    )
+    first_frame_dropout: float = _(
+        0.0,
+        "What",
+        "Share of the clips shown without their first frame, for models that also make videos "
+        "from text alone.",
+    )
 
     height: int = _(480, "Clips", "Pixels, after resizing and a crop to the middle.")
     width: int = _(832, "Clips", "Pixels.")
+    sizes: tuple[str, ...] = _(
+        (),
+        "Clips",
+        "Several, as 480x832, height first: a clip takes the nearest shape. Height and width are "
+        "then those of the videos sampled, and the first of sizes unless given.",
+    )
     fps: float | None = _(
         16.0, "Clips", "Frames a second that clips are resampled to; none: kept."
     )
     on_broken: Literal["skip", "stop"] = _(
         "skip", "Clips", "What a file that no one can read does."
     )
-    max_tokens: int | None = _(None, "Clips", "Length of the text; none: the pipeline's own.")
+    workers: int = _(
+        2, "Clips", "Threads that read clips ahead of the encoder; 0: it waits for each clip."
+    )
+    take: Literal["start", "middle", "all", "random"] = _(
+        "start", "Clips", "Of a clip that is longer than a stage; all: chunks one after the other."
+    )
+    chunks: int = _(1, "Clips", "Of take random: chunks a clip or scene, at places by its hash.")
+    scenes: Literal["off", "cut"] = _(
+        "off", "Clips", "cut: no chunk crosses a cut; needs gen_accel[scenes]."
+    )
+    images: float = _(
+        0.0, "Clips", "Share of the steps that show pictures, as clips of 1 frame, in any stage."
+    )
+    held_out: float = _(
+        0.0,
+        "Clips",
+        "Clips that never train, whose loss shows what is learnt: a number, or a share below 1.",
+    )
+    repeats: tuple[str, ...] = _(
+        (), "Clips", "How often clips are shown, PATTERN=NUMBER each, as people/*=3; else 1."
+    )
+
+    trigger: str | None = _(None, "Captions", "Word before every caption that does not hold it.")
+    prefix: str | None = _(None, "Captions", "Text before every caption, as it is.")
+    default_caption: str | None = _(
+        None, "Captions", "Of clips without one; none: they are refused."
+    )
+    shuffle_tags: int | None = _(
+        None,
+        "Captions",
+        "Tags, with commas between, change order behind this many; none: they do not.",
+    )
+    tag_orders: int = _(4, "Captions", "Of shuffle_tags: orders of each caption, one a step.")
+    max_tokens: int | None = _(None, "Captions", "Length of the text; none: the pipeline's own.")
 
     stages: tuple[str, ...] = _(
         ("81:200", "161:600"),
@@ -103,6 +154,12 @@ class TrainConfig:
         ("attention",), "LoRA", "attention, feed_forward, or endings of names of linear layers."
     )
     lora_dropout: float = _(0.0, "LoRA", "Share of the inputs of a LoRA that are dropped.")
+    dora: bool = _(
+        False, "LoRA", "Train the length of each row of the weights apart from its direction."
+    )
+    rank_stabilised: bool = _(
+        False, "LoRA", "The LoRA's weight is alpha / sqrt(rank): high ranks train as fast as low."
+    )
     train_processors: bool = _(
         True, "LoRA", "Train what the method itself has: proj and alpha of sparse_linear."
     )
@@ -130,12 +187,6 @@ class TrainConfig:
     init_adapter: str | None = _(
         None, "Image prompt", "An adapter to go on from, with a new optimizer."
     )
-    validation_images: tuple[str, ...] = _(
-        (),
-        "Image prompt",
-        "Files, one for each validation prompt; none: the images of the first clips.",
-    )
-
     objective: Literal["flow", "distill", "distill_attention"] = _(
         "flow",
         "Loss",
@@ -161,6 +212,28 @@ class TrainConfig:
     logit_mean: float = _(0.0, "Loss", "Of logit_normal.")
     logit_std: float = _(1.0, "Loss", "Of logit_normal.")
     shift: float | None = _(None, "Loss", "Of the noise levels; none: the scheduler's.")
+    sampled_steps: int | None = _(
+        None,
+        "Loss",
+        "For a step-distilled model: train at the noise levels of so many denoising steps alone; "
+        "none: at all.",
+    )
+    noise_levels: tuple[float, ...] = _(
+        (), "Loss", "The same by the levels themselves, from 0 to 1, as 1.0 0.757 0.522."
+    )
+    huber: float | None = _(
+        None,
+        "Loss",
+        "Width of the pseudo-Huber loss: errors above it count by their size, not its square; "
+        "none: mean squared error.",
+    )
+    weighting: Literal["none", "cosmap", "min_snr"] = _(
+        "none",
+        "Loss",
+        "Weights of noise levels: cosmap of flow matching (SD3), min_snr of v-prediction "
+        "(CogVideoX).",
+    )
+    min_snr: float = _(5.0, "Loss", "Of min_snr: the signal-to-noise ratio where it cuts.")
     caption_dropout: float = _(0.1, "Loss", "Share of the clips that are shown without a caption.")
 
     batch_size: int = _(1, "Optimizer", "Clips a process and micro-step.")
@@ -209,8 +282,20 @@ class TrainConfig:
     log_with: Literal["tensorboard", "wandb", "none"] = _(
         "tensorboard", "Keeping", "OUT/metrics.jsonl is written in any case."
     )
+    loss_every: int = _(
+        0,
+        "Keeping",
+        "Steps between two losses of the clips held out, or else of 8 that train, at fixed noise; "
+        "0: none.",
+    )
     validate_every: int = _(0, "Keeping", "Steps; 0: no videos are sampled.")
     validation_prompts: tuple[str, ...] = _((), "Keeping", "One video each, seeds from 0.")
+    validation_images: tuple[str, ...] = _(
+        (),
+        "Keeping",
+        "Files, one for each validation prompt: image prompts, or first frames; none: those of "
+        "the first clips.",
+    )
     validation_frames: int | None = _(None, "Keeping", "None: of the longest stage.")
     validation_steps: int = _(20, "Keeping", "Denoising steps.")
     sample_with: tuple[str, ...] = _(
@@ -236,6 +321,9 @@ class TrainConfig:
         if isinstance(self.gradient_checkpointing, bool):  # as configs said before
             word = "on" if self.gradient_checkpointing else "off"
             object.__setattr__(self, "gradient_checkpointing", word)
+        if self.sizes and not (self.is_given("height") or self.is_given("width")):
+            for name, side in zip(("height", "width"), self.clip_sizes[0], strict=True):
+                object.__setattr__(self, name, side)
         check(self)
 
     def is_given(self, name: str) -> bool:
@@ -245,6 +333,22 @@ class TrainConfig:
     @property
     def checkpoints_activations(self) -> bool:
         return self.gradient_checkpointing != "off"
+
+    @property
+    def clip_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width in pixels that clips are cut to."""
+        if not self.sizes:
+            return ((self.height, self.width),)
+        from gen_accel.lora.data import parse_sizes
+
+        return parse_sizes(",".join(self.sizes))
+
+    @property
+    def clip_lengths(self) -> list[int]:
+        """Pixel frames of the steps, ascending."""
+        return sorted(
+            {stage.frames for stage in self.curriculum} | ({1} if self.images else set())
+        )
 
     @property
     def reads_teacher_captions(self) -> bool:
@@ -282,6 +386,7 @@ FREE_TO_CHANGE = (
     "checkpoint_every",
     "keep_checkpoints",
     "log_with",
+    "loss_every",
     "validate_every",
     "validation_prompts",
     "validation_images",
@@ -290,6 +395,7 @@ FREE_TO_CHANGE = (
     "sample_with",
     "guidance_scale",
     "on_broken",
+    "workers",
     "kernel",
     "context_parallel",
     "gradient_checkpointing",
@@ -298,31 +404,44 @@ FREE_TO_CHANGE = (
 
 
 def read_config(
-    path: str | Path | None, overrides: Mapping[str, Any] | None = None
+    path: str | Path | None,
+    overrides: Mapping[str, Any] | None = None,
+    preset: str | None = None,
 ) -> TrainConfig:
-    """Read a config from a YAML file; `overrides` take precedence.
+    """Read a config from a YAML file; `overrides` take precedence over it, and it over `preset`.
 
     Raises:
         FileNotFoundError, ValueError: see `read_values`; also a value that `TrainConfig` refuses.
     """
-    return TrainConfig(**read_values(path, overrides))
+    return TrainConfig(**read_values(path, overrides, preset))
 
 
 def read_values(
-    path: str | Path | None, overrides: Mapping[str, Any] | None = None
+    path: str | Path | None,
+    overrides: Mapping[str, Any] | None = None,
+    preset: str | None = None,
 ) -> dict[str, Any]:
-    """Read the fields that a YAML file and `overrides` give, converted to their types.
+    """Read the fields that a YAML file and `overrides` give, converted to their types, and fill
+    them up with a preset's.
 
-    No heavy library is imported.
+    No heavy library is imported, unless the stages of preset longer depend on the model.
+
+    Args:
+        preset: see `presets.preset`; a file may name one too, as `preset: style`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is no YAML mapping, a field is unknown (the error names the nearest),
-            or a value has the wrong type.
+            or a value has the wrong type; an unknown preset, or one that does not fit.
     """
+    from gen_accel.lora.presets import with_preset
+
     given = {} if path is None else read_mapping(path, verb="train", extra="train")
+    named = given.pop("preset", None)
     given.update(overrides or {})
-    return checked(config_fields(), given, extra="train", typed=overrides or ())
+    values = checked(config_fields(), given, extra="train", typed=overrides or ())
+    name = named if preset is None else preset
+    return values if name is None else with_preset(str(name), values)
 
 
 def config_fields() -> list[Field]:

@@ -1,7 +1,10 @@
 """Dry run of a config: two training steps of a tiny random model of the same class."""
 
+import inspect
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +13,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from gen_accel import demo
 from gen_accel.attention_processors.families import (
     FAMILIES,
     family_named,
@@ -20,8 +24,11 @@ from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.hub import fetched
 from gen_accel.json_files import read_fields
+from gen_accel.kinds import pipeline_of
 from gen_accel.lora.base import block_names, load_quantised
+from gen_accel.lora.conditions import FIRST_FRAME, condition_for, condition_in
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.encoders import check_trained
 from gen_accel.lora.images import features_shape
 from gen_accel.lora.memory import quantised
 from gen_accel.lora.model import Model
@@ -48,8 +55,11 @@ def dry_run(config: TrainConfig) -> Trained:
     """
     kind = transformer_class(config.model)
     family: Any = family_named(served_classes()[kind])
+    condition, about = _condition(config, family, kind)
     torch.manual_seed(config.seed)
-    tiny = dict(family.TINY) | {"num_layers": config.dense_layers + 2}
+    tiny = dict(family.TINY) | {family.DEPTH: config.dense_layers + 2}
+    if condition == FIRST_FRAME:
+        tiny |= family.tiny_from_frame(about)
     transformer: Any = getattr(diffusers, kind)(**tiny)
     factor, patch = family.TEMPORAL_FACTOR, patch_of(transformer.config)
     for stage in config.curriculum:
@@ -74,6 +84,9 @@ def dry_run(config: TrainConfig) -> Trained:
             **least_of,
             out=folder,
             stages=stages,
+            held_out=0.0,
+            loss_every=0,
+            images=0.0,
             validate_every=0,
             validation_images=(),
             log_with="none",
@@ -90,6 +103,7 @@ def dry_run(config: TrainConfig) -> Trained:
                 type(transformer), folder, small, torch.float32, torch.device("cpu")
             )
         model = Model(transformer, None, lambda n: (n - 1) // factor + 1, 5, config.shift or 1.0)
+        model = model._replace(condition=condition)
         features = features_shape(config, patches=PATCHES, embedding=EMBEDDING)
         size = patch[1] * least[1], patch[2] * least[2]
         check_batch(small, transformer, least[0] * least[1] * least[2])
@@ -99,8 +113,6 @@ def dry_run(config: TrainConfig) -> Trained:
 
 def transformer_class(model: str) -> str:
     """Return the class name of a pipeline's transformer; may fetch one small file of the hub."""
-    from gen_accel import demo
-
     for name in FAMILIES:
         family = family_named(name)
         for preset in family.PRESETS.values():
@@ -115,24 +127,43 @@ def transformer_class(model: str) -> str:
     return kind
 
 
+def _condition(config: TrainConfig, family: Any, kind: str) -> tuple[str, Mapping[str, Any]]:
+    """Choose the condition, and return it with the config of the model's transformer."""
+    preset = next((p for p in family.PRESETS.values() if p.repository == config.model), None)
+    if preset is not None:
+        check_trained(family, None, preset.config)
+        known = inspect.signature(getattr(diffusers, kind)).parameters
+        about = {name: one.default for name, one in known.items()} | dict(preset.config)
+        own = pipeline_of(config.model)
+        if own is not None:
+            return condition_for({"_class_name": own}, about, config).condition, about
+        if config.condition is None and not config.first_frame_dropout:
+            return "text", about
+    source = demo.path() if config.model == "demo" else expanded(config.model)
+    found = condition_in(source if source.exists() else config.model, config)
+    check_trained(family, found.pipeline if found.is_own else None, found.transformer)
+    if found.condition == FIRST_FRAME and family.tiny_from_frame is None:
+        raise ValueError(f"no training from a first frame for {kind}: take condition text")
+    return found.condition, found.transformer
+
+
 def _check_lengths(config: TrainConfig, family: Any, patch: tuple[int, int, int]) -> None:
     """Refuse sizes of the config at which the method cannot be planned."""
     factor, side = family.TEMPORAL_FACTOR, patch[1] * family.SPATIAL_FACTOR
     method = method_from(config.method, config.settings)
-    for name in ("height", "width"):
-        if getattr(config, name) % side:
-            raise ValueError(f"{name} must be a multiple of {side}, got {getattr(config, name)}")
-    for stage in config.curriculum:
-        if (stage.frames - 1) % factor:
-            raise ValueError(
-                f"frames must be 1 more than a multiple of {factor}, got {stage.frames}"
-            )
-        frames = (stage.frames - 1) // factor + 1
-        check_fits(method, VideoShape(frames, config.height // side, config.width // side))
+    for size in config.clip_sizes:
+        for name, given in zip(("height", "width"), size, strict=True):
+            if given % side:
+                raise ValueError(f"{name} must be a multiple of {side}, got {given}")
+    for length, (height, width) in product(config.clip_lengths, config.clip_sizes):
+        if (length - 1) % factor:
+            raise ValueError(f"frames must be 1 more than a multiple of {factor}, got {length}")
+        frames = (length - 1) // factor + 1
+        check_fits(method, VideoShape(frames, height // side, width // side))
 
 
 class _Noise:
-    """Stand-in for a `LatentCache`: one random clip of each length.
+    """Stand-in for a `LatentCache`: one random clip of each length, and at least two.
 
     Args:
         transformer: the model that takes the clips.
@@ -147,10 +178,16 @@ class _Noise:
         self, transformer: Any, frames: list[int], size: tuple[int, int], features: tuple[int, ...]
     ) -> None:
         self.transformer, self.size, self.features = transformer, size, features
-        self.entries = [SimpleNamespace(pixel_frames=n) for n in frames]
+        plain = {"text_keys": None, "repeats": None, "is_picture": None}
+        self.entries = [
+            SimpleNamespace(pixel_frames=n, **plain) for n in (2 * frames)[: max(2, len(frames))]
+        ]
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def digest_at(self, frames: int) -> str:
+        return self.digest
 
     def buckets(self, frames: int) -> dict[tuple[int, int], list[int]]:
         return {self.size: [0, 1]}
@@ -161,6 +198,10 @@ class _Noise:
         channels = family.latent_channels(self.transformer.config)
         return torch.randn(channels, frames, *self.size, generator=generator)
 
+    def first_frame(self, index: int, frames: int) -> dict[str, Tensor]:
+        family: Any = family_of(self.transformer)
+        return family.tiny_first_frame(self.transformer, frames, *self.size)
+
     def image(self, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(10 + index)
         return torch.randn(self.features, generator=generator)
@@ -169,7 +210,7 @@ class _Noise:
     def no_image(self) -> Tensor:
         return torch.zeros(self.features)
 
-    def conditions(self, index: int) -> dict[str, Tensor]:
+    def conditions(self, index: int, text: int = 0) -> dict[str, Tensor]:
         return self.empty
 
     def teacher(self, index: int) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Encoders of clips and captions: a pipeline's models, loaded without its transformer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,15 +57,17 @@ class Encoders(NamedTuple):
         ]
 
     @contextmanager
-    def at_work(self, prefix: str, *, needed: bool = True) -> Iterator[None]:
-        """Move models whose names begin with `prefix` to the device, and back at the end.
+    def at_work(self, *prefixes: str, needed: bool = True) -> Iterator[None]:
+        """Move models whose names begin with one of `prefixes` to the device, and back at the
+        end.
 
         Args:
             needed: whether there is work; text encoders are not loaded for none.
         """
-        if self.texts is not None and prefix == PREFIX and needed:
+        if self.texts is not None and PREFIX in prefixes and needed:
             self.texts.load()
-        models = [m for m in _components(self.pipe, prefix).values() if isinstance(m, nn.Module)]
+        parts = _components(self.pipe, *prefixes).values()
+        models = [model for model in parts if isinstance(model, nn.Module)]
         homes = [next(model.parameters()).device for model in models]
         try:
             for model in models:
@@ -141,6 +143,18 @@ def factors_of(pipe: Any) -> tuple[int, int]:
     if time is None or space is None:
         raise ValueError(f"{type(pipe).__name__} does not say how much is in a latent")
     return time, space
+
+
+def check_trained(family: Any, pipeline: str | None, config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a model that cannot be trained, with the family's reason.
+
+    Args:
+        pipeline: class of its pipeline; None where it is not known.
+        config: of its transformer.
+    """
+    why = None if family.no_training is None else family.no_training(pipeline, config)
+    if why is not None:
+        raise ValueError(f"no training for {pipeline or family.MODELS}: {why}")
 
 
 def _hollow(source: str, name: str, kind: Sequence[str]) -> Any:

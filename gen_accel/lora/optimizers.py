@@ -53,8 +53,11 @@ def optimizer_class(name: str) -> Any:
     """
     if name == "adamw":
         return torch.optim.AdamW
-    path = "bitsandbytes.optim.AdamW8bit" if name == "adamw8bit" else name
-    module, _, own = path.rpartition(".")
+    if name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit
+    module, _, own = name.rpartition(".")
     try:
         found = getattr(import_module(module), own, None)
     except ImportError as error:

@@ -45,7 +45,7 @@ def encoded_prompts(
         return None
     place = folder if os.access(folder, os.W_OK) else Path(config.out) / "prompts"
     options = _options(config, encoders.pipe)
-    common = [VERSION, encoders.states("text_encoder", "tokenizer"), options]
+    common = [VERSION, encoders.states(*family.TEXT_PARTS, "tokenizer"), options]
     common += [type(encoders.pipe).__name__, config.mixed_precision, accelerator.device.type]
     files = {
         prompt: place / f"prompt-{hash_of([*common, prompt])}.safetensors"
@@ -58,7 +58,7 @@ def encoded_prompts(
         if not missing:
             return
         place.mkdir(parents=True, exist_ok=True)
-        with encoders.at_work("text_encoder"), accelerator.autocast():
+        with encoders.at_work(*family.TEXT_PARTS), accelerator.autocast():
             for prompt, file in missing.items():
                 assert family.prompt_arguments is not None
                 found = family.prompt_arguments(encoders.pipe, prompt, **options)

@@ -87,18 +87,19 @@ def check_model(config: TrainConfig, transformer: nn.Module) -> None:
         raise ValueError(f"context_parallel does not take {alone}")
 
 
-def check_tokens(config: TrainConfig, frames: int, tokens: int) -> None:
+def check_tokens(config: TrainConfig, frames: int, pixels: tuple[int, int], tokens: int) -> None:
     """Refuse, by a ValueError, a clip whose tokens do not split evenly.
 
     Args:
         frames: pixel frames of the clip.
+        pixels: its height and width.
         tokens: tokens of its grid.
     """
     size = config.context_parallel
     if tokens % size:
         raise ValueError(
             f"context_parallel {size} does not divide the {tokens} tokens of {frames} frames of "
-            f"{config.height} x {config.width}: change height, width or frames"
+            f"{pixels[0]} x {pixels[1]}: change the size or the frames"
         )
 
 

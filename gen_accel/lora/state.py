@@ -43,12 +43,7 @@ class TrainingState:
         self.names = [n for n, p in objective.named_parameters() if p.requires_grad]
         trained = [p for p in objective.parameters() if p.requires_grad]
         optimizer = new_optimizer(trained, config)
-        self.schedule = get_scheduler(
-            config.schedule if config.schedule != "constant" else "constant_with_warmup",
-            optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=config.total_steps,
-        )
+        self.schedule = learning_rates(optimizer, config)
         if is_placed or config.base is not None:
             # DDP would copy them between processes, each of which has read the same file.
             frozen = [n for n, p in objective.named_parameters() if not p.requires_grad]
@@ -164,6 +159,11 @@ class TrainingState:
             self.ema.optimization_step = numbers["ema_steps"]
         self._restore_optimizer(tensors, numbers)
         self.schedule.load_state_dict(numbers["schedule"])
+        # The next step's rate as this run's number of steps has it, which may be another.
+        self.schedule._last_lr = [
+            base * factor(self.schedule.last_epoch)
+            for base, factor in zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        ]
         for group, rate in zip(
             self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True
         ):
@@ -230,6 +230,16 @@ class TrainingState:
                     self.optimizer.state[parameter][key.removeprefix(prefix)] = like
             if each.get(name):
                 self.optimizer.state[parameter].update(each[name])
+
+
+def learning_rates(optimizer: Any, config: TrainConfig) -> Any:
+    """Build the schedule of the learning rate over all steps of the config."""
+    return get_scheduler(
+        config.schedule if config.schedule != "constant" else "constant_with_warmup",
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=config.total_steps,
+    )
 
 
 def whole(x: Any) -> Tensor:

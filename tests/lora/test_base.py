@@ -292,14 +292,20 @@ class TestRefusals:
         with pytest.raises(ValueError, match=said):
             early.check_config({"base": base})
 
-    @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-    def test_models_in_parts(self, kind):
-        for fields in ({"base": "int8"}, {"base": "fp8"}, {"blocks_to_swap": 1}):
+    PARTS = ({"base": "int8"}, {"optimizer": "adamw8bit"})
+
+    @pytest.mark.parametrize(
+        ("kind", "refused", "taken"),
+        [("FSDP", PARTS, ({"base": "nf4"},)), ("DEEPSPEED", (), ({"base": "nf4"}, *PARTS))],
+    )
+    def test_models_in_parts(self, kind, refused, taken):
+        for fields in (*refused, {"base": "fp8"}, {"base": "bf16"}, {"blocks_to_swap": 1}):
             given = ft.config("unused", **ON | fields)
             with pytest.raises(ValueError, match=f"does not go with {kind}"):
                 memory.check_processes(given, kind)
             memory.check_processes(given, "MULTI_GPU")
-        memory.check_processes(ft.config("unused", base="bf16", mixed_precision="bf16"), kind)
+        for fields in (*taken, {"base": "bf16", "mixed_precision": "bf16"}):
+            memory.check_processes(ft.config("unused", **fields), kind)
 
     def test_more_blocks_than_there_are(self, on_disk):
         with pytest.raises(

@@ -1,15 +1,9 @@
 """Two processes that share their clips train as one does: losses, gradients, checkpoints."""
 
-import json
-
 import pytest
-import torch
 from support import finetuning as ft
-from support import hunyuan, wan
 from support.families_to_train import trained
 from support.runs import assert_same_run, launch, losses, metrics, state
-
-from gen_accel.lora import sharing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,14 +26,17 @@ CASES = {
     "wan piecewise": ("wan", PIECEWISE | {"gradient_checkpointing": "offload"}),
     "wan teacher": ("wan", LINEAR | {"objective": "distill", "dense_layers": 1}),
     "hunyuan linear": ("hunyuan", LINEAR | {"gradient_checkpointing": "on"}),
-    "hunyuan radial": ("hunyuan", RADIAL | {"dense_layers": 1, "targets": ["attention", "feed_forward"]}),
+    "hunyuan radial": (
+        "hunyuan",
+        RADIAL | {"dense_layers": 1, "targets": ["attention", "feed_forward"]},
+    ),
     "hunyuan piecewise": ("hunyuan", PIECEWISE | {"gradient_checkpointing": "offload"}),
     "hunyuan teacher": ("hunyuan", LINEAR | {"objective": "distill", "dense_layers": 1}),
     "low memory": (
         "wan",
         RADIAL | {"base": "fp8", "blocks_to_swap": 2, "gradient_checkpointing": "offload"},
     ),
-    "in parts": ("wan", RADIAL | {"gradient_checkpointing": "on"}),
+    "weights in parts": ("wan", RADIAL | {"dora": True, "gradient_checkpointing": "on"}),
 }
 
 

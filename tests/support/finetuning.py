@@ -50,10 +50,17 @@ class Clips:
     def __init__(self, sizes: tuple[tuple[int, int], ...] = (LATENTS,) * 5, frames: int = FRAMES):
         self.sizes, self.frames = sizes, frames
         self.digest = f"{sizes} {frames}"
-        self.entries = [SimpleNamespace(pixel_frames=4 * frames - 3) for _ in sizes]
+        plain = {"text_keys": None, "repeats": None, "is_picture": None}
+        plain["pixel_frames"] = 4 * frames - 3
+        self.entries = [
+            SimpleNamespace(name=f"{i}.mp4", latent_key=str(i), **plain) for i in range(len(sizes))
+        ]
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    def digest_at(self, frames: int) -> str:
+        return f"{self.sizes} {frames}"
 
     def buckets(self, frames: int) -> dict[tuple[int, int], list[int]]:
         found: dict[tuple[int, int], list[int]] = {}
@@ -67,7 +74,7 @@ class Clips:
         shape = (wan.CHANNELS, self.frames, *self.sizes[index])
         return torch.randn(shape, generator=g)[:, :frames]
 
-    def conditions(self, index: int) -> dict[str, Tensor]:
+    def conditions(self, index: int, text: int = 0) -> dict[str, Tensor]:
         g = torch.Generator().manual_seed(100 + index)
         return {"encoder_hidden_states": torch.randn((6, wan.TEXT_WIDTH), generator=g)}
 
@@ -239,7 +246,7 @@ def _subject(job: dict[str, Any], given: TrainConfig, pipe: Any) -> tuple[Model,
         with TemporaryDirectory() as folder:
             transformer.save_pretrained(Path(folder) / given.part)
             kept = type(transformer), folder, given, torch.float32, torch.device("cpu")
-            transformer = load_quantised(*kept)
+            transformer = load_quantised(*kept, cut=job.get("sharded", False))
     return model(transformer=transformer), clips()
 
 
