@@ -2,8 +2,15 @@
 
 import pytest
 from support import finetuning as ft
+from support import hunyuan, wan
 from support.families_to_train import trained
 from support.runs import assert_same_run, launch, losses, metrics, state
+from support.tiny import cases
+
+import gen_accel
+from gen_accel.lora import prepare, sharing, trainer
+
+TINY = {case.name: case for case in cases()}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,6 +84,17 @@ def test_two_processes_are_one(made, tmp_path, name):
     assert state(made / name).state["processes"] == 1
 
 
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_two_groups_of_two(tmp_path):
+    """Four processes take two clips a step, as one process does with a batch of two."""
+    fields = SHARED | {**LINEAR, **LONG, "batch_size": 1}
+    launch({"out": str(tmp_path / "four"), "fields": fields}, launcher=False, count=4)
+    ft.train(ft.config(tmp_path / "one", **(fields | {"context_parallel": 1, "batch_size": 2})))
+    assert state(tmp_path / "four").state["processes"] == 2
+    assert_same_training(tmp_path / "four", tmp_path / "one")
+
+
 @pytest.mark.slow
 def test_they_resume_to_the_bit(made):
     assert_same_run(made / "again", made / "wan linear")
@@ -88,3 +106,53 @@ def test_one_process_goes_on_from_two(made, tmp_path):
     ft.half(str(tmp_path / "one"), str(made / "wan linear"), 4)
     trained(tmp_path / "one", family, resume=True, **(SHARED | fields | {"context_parallel": 1}))
     assert_same_training(tmp_path / "one", made / "wan linear")
+
+
+class TestRefusals:
+    def test_fields(self):
+        with pytest.raises(ValueError, match="context_parallel must be at least 1, got 0"):
+            ft.config("unused", context_parallel=0)
+        with pytest.raises(ValueError, match="context_parallel 2 is for adapter lora"):
+            ft.config("unused", context_parallel=2, **ft.IMAGES)
+
+    def test_a_number_of_processes_before_anything_is_loaded(self, tmp_path):
+        given = ft.config(tmp_path, context_parallel=2, model=str(tmp_path), data=str(tmp_path))
+        with pytest.raises(ValueError, match=r"a multiple of 2 processes, got 1: .*\.yaml"):
+            gen_accel.lora.train(given)
+
+    @pytest.mark.parametrize(
+        ("fields", "build", "message"),
+        [
+            ({"context_parallel": 3}, wan.transformer, "3 does not divide the 2 heads of Wan"),
+            (
+                {"method": "block_mixture", "settings": ("scope=overall",)},
+                wan.transformer,
+                "context_parallel does not take scope='overall'",
+            ),
+            (
+                {},
+                lambda: hunyuan.transformer(image_condition_type="token_replace"),
+                "no plan of context parallelism for Hunyuan.*token_replace",
+            ),
+            ({}, TINY["ltx"].build, "no plan of context parallelism for LTX"),
+        ],
+    )
+    def test_models_and_methods(self, fields, build, message):
+        given = ft.config("unused", **({"context_parallel": 2, "settings": ()} | fields))
+        with pytest.raises(ValueError, match=message):
+            sharing.check_model(given, build())
+
+    def test_a_model_before_its_weights_are_loaded(self, tmp_path, monkeypatch):
+        wan.pipeline().save_pretrained(tmp_path / "model")
+        monkeypatch.setattr(prepare, "load_pipe", None)
+        monkeypatch.setattr(trainer, "check_groups", lambda *_: None)
+        fields = {"model": str(tmp_path / "model"), "data": str(tmp_path), "context_parallel": 3}
+        with pytest.raises(ValueError, match="3 does not divide the 2 heads"):
+            gen_accel.lora.train(ft.config(tmp_path / "out", **fields))
+
+    def test_tokens(self):
+        given = ft.config("unused", context_parallel=2)
+        sharing.check_tokens(given, 9, (48, 80), 44)
+        said = "2 does not divide the 45 tokens of 9 frames of 48 x 80"
+        with pytest.raises(ValueError, match=said):
+            sharing.check_tokens(given, 9, (48, 80), 45)

@@ -90,9 +90,13 @@ def two_processes(module, arguments, env, launcher=True, count=2):
     return done.stdout, done.stderr
 
 
-def launch(*jobs, launcher=True, count=2):
-    """Trainings in the same two processes, one after the other: what they print."""
-    places = environment(OMP_NUM_THREADS="1")
+def launch(*jobs, launcher=True, count=2, **variables):
+    """Trainings in the same two processes, one after the other: what they print.
+
+    Args:
+        variables: of their environment.
+    """
+    places = environment(OMP_NUM_THREADS="1", **variables)
     return two_processes("support.finetuning", [json.dumps(jobs)], places, launcher, count)
 
 
