@@ -14,7 +14,14 @@ TINY = {case.name: case for case in cases()}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SHARED = {"context_parallel": 2, "stages": ["9:2"], "learning_rate": 1e-3}
+# Adam would divide rounding errors by themselves where a gradient is next to nothing.
+SHARED = {
+    "context_parallel": 2,
+    "stages": ["9:2"],
+    "optimizer": "torch.optim.SGD",
+    "optimizer_settings": ["momentum=0.9"],
+    "learning_rate": 1.0,
+}
 RADIAL = {"method": "radial", "settings": ["block=4"]}
 LINEAR = {"method": "sparse_linear", "settings": [*ft.SPARSE, "combine=alpha"]}
 PIECEWISE = {"method": "piecewise", "settings": ["critical=0.2", "block_q=4", "block_k=4"]}
@@ -54,11 +61,11 @@ def assert_same_training(out, alone):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
     a, b = state(out).tensors, state(alone).tensors
     assert a.keys() == b.keys()
-    moved = [name for name in a if name.endswith("exp_avg")]
+    moved = [name for name in a if name.endswith("momentum_buffer")]
     assert any(b[name].abs().max() > 0 for name in moved)
     for name in moved:
         scale = b[name].abs().max()
-        assert (a[name] - b[name]).abs().max() <= 1e-4 * scale + 1e-9, name
+        assert (a[name] - b[name]).abs().max() <= 1e-4 * scale, name
 
 
 @pytest.fixture(scope="module")
