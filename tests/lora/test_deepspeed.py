@@ -13,15 +13,6 @@ pytestmark = [
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed"),
 ]
 
-# As `accelerate launch` says for configs/accelerate/deepspeed_zero2.yaml.
-ZERO2 = {
-    "DS_ACCELERATOR": "cpu",
-    "ACCELERATE_USE_DEEPSPEED": "true",
-    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
-    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
-    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
-    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
-}
 FIELDS = {
     "method": "radial",
     "settings": ["block=4"],
@@ -46,11 +37,11 @@ SHARED = {"context_parallel": 2, "gradient_checkpointing": "on"}
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("deepspeed")
     jobs = [
-        {"out": str(folder / name), "family": "wan", "fields": FIELDS | more}
+        {"out": str(folder / name), "family": "wan", "fields": FIELDS | more, "zero2": True}
         for name, more in (CASES | {"shared": SHARED}).items()
     ]
     again = {"out": str(folder / "again"), "resume": True, "half": [jobs[0]["out"], 4]}
-    launch(*jobs, jobs[0] | again, launcher=False, **ZERO2)
+    launch(*jobs, jobs[0] | again, launcher=False, DS_ACCELERATOR="cpu")
     return folder
 
 

@@ -9,6 +9,7 @@ from support.tiny import cases
 
 import gen_accel
 from gen_accel.lora import prepare, sharing, trainer
+from gen_accel.measure.video_io import read_video
 
 TINY = {case.name: case for case in cases()}
 
@@ -32,6 +33,16 @@ LONG = {
     "ema_decay": 0.9,
     "checkpoint_every": 2,
     "gradient_checkpointing": "on",
+}
+# Sampled videos, and losses at fixed noise of two clips.
+SEEN = RADIAL | {
+    "validate_every": 2,
+    "validation_prompts": ["a red square moves right"],
+    "validation_frames": 5,
+    "validation_steps": 1,
+    "guidance_scale": 1.0,
+    "max_tokens": 16,
+    "loss_every": 2,
 }
 # By name the family and the fields of a training.
 CASES = {
@@ -78,7 +89,8 @@ def made(tmp_path_factory):
     jobs[-1]["sharded"] = True
     first = jobs[0]
     again = {"out": str(folder / "again"), "resume": True, "half": [first["out"], 4]}
-    launch(*jobs[:-1], first | again, jobs[-1], launcher=False)
+    seen = {"out": str(folder / "seen"), "fields": SHARED | SEEN}
+    launch(*jobs[:-1], first | again, seen, jobs[-1], launcher=False)
     return folder
 
 
@@ -100,6 +112,24 @@ def test_two_groups_of_two(tmp_path):
     ft.train(ft.config(tmp_path / "one", **(fields | {"context_parallel": 1, "batch_size": 2})))
     assert state(tmp_path / "four").state["processes"] == 2
     assert_same_training(tmp_path / "four", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_what_they_sample_and_measure(made, tmp_path):
+    given = ft.config(tmp_path, **(SHARED | SEEN | {"context_parallel": 1}))
+    ft.train(given, pipe=wan.pipeline())
+    for step in ("step-000000", "step-000002"):
+        a, b = (
+            read_video(out / "validation" / step / "00.mp4") for out in (made / "seen", tmp_path)
+        )
+        assert a.shape == b.shape
+        assert abs(a.astype(float) - b).max() <= 1
+    a, b = (
+        [line["fixed_loss"] for line in metrics(out) if "fixed_loss" in line]
+        for out in (made / "seen", tmp_path)
+    )
+    assert len(a) == 2
+    assert a == pytest.approx(b, rel=1e-5)
 
 
 @pytest.mark.slow
