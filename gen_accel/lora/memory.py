@@ -88,8 +88,8 @@ def check_processes(config: Any, kind: str) -> None:
         refused["blocks_to_swap"] = own
     if held_by_casting(config):
         refused["base"] = own
-    if kind == "FSDP" and config.base == "int8":
-        refused["base"] = "which cannot cut torchao's tensors into parts"
+    if config.base == "int8":
+        refused["base"] = "which cannot take torchao's tensors apart, or move them"
     if kind == "FSDP" and config.optimizer.startswith(EIGHT_BIT):
         refused["optimizer"] = "of whose parts of parameters bitsandbytes knows nothing"
     for name, why in refused.items():

@@ -118,16 +118,12 @@ def test_two_groups_of_two(tmp_path):
 def test_what_they_sample_and_measure(made, tmp_path):
     given = ft.config(tmp_path, **(SHARED | SEEN | {"context_parallel": 1}))
     ft.train(given, pipe=wan.pipeline())
+    outs = made / "seen", tmp_path
     for step in ("step-000000", "step-000002"):
-        a, b = (
-            read_video(out / "validation" / step / "00.mp4") for out in (made / "seen", tmp_path)
-        )
+        a, b = (read_video(out / "validation" / step / "00.mp4") for out in outs)
         assert a.shape == b.shape
         assert abs(a.astype(float) - b).max() <= 1
-    a, b = (
-        [line["fixed_loss"] for line in metrics(out) if "fixed_loss" in line]
-        for out in (made / "seen", tmp_path)
-    )
+    a, b = ([line["fixed_loss"] for line in metrics(out) if "fixed_loss" in line] for out in outs)
     assert len(a) == 2
     assert a == pytest.approx(b, rel=1e-5)
 
