@@ -12,7 +12,7 @@ class HunyuanClips(ft.Clips):
     def latents(self, index, frames):
         return super().latents(index, frames)[: hunyuan.CHANNELS]
 
-    def conditions(self, index):
+    def conditions(self, index, text=0):
         given = hunyuan.inputs(1, 4, 8, lengths=(5 + index % 3,))
         names = "encoder_hidden_states", "encoder_attention_mask", "pooled_projections"
         return {name: given[name][0] for name in names}
@@ -35,8 +35,9 @@ FAMILIES = {
 def trained(out, family="wan", resume=False, transformer=None, **fields):
     """Tensors of the state after a training."""
     made, clips = FAMILIES[family]
-    model = ft.model(transformer=transformer or made())
-    ft.train(ft.config(out, **fields), clips(), model=model, resume=resume)
+    given = ft.config(out, **fields)
+    model = ft.model(transformer=transformer or ft.loaded(made(), given))
+    ft.train(given, clips(), model=model, resume=resume)
     return state(out).tensors
 
 
