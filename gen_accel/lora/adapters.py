@@ -258,7 +258,13 @@ def fields_of_lora(config: TrainConfig) -> dict[str, Any]:
     if config.adapter != "lora":
         return {"rank": 0, "alpha": 0.0, "targets": ()}
     alpha = float(config.rank if config.alpha is None else config.alpha)
-    return {"rank": config.rank, "alpha": alpha, "targets": config.targets}
+    return {
+        "rank": config.rank,
+        "alpha": alpha,
+        "targets": config.targets,
+        "dora": config.dora,
+        "rank_stabilised": config.rank_stabilised,
+    }
 
 
 def read_start(config: TrainConfig, transformer: Any) -> Any:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.families import family_of
+from gen_accel.attention_processors.families.given import IS_GIVEN
 from gen_accel.extras import needed_for
+from gen_accel.lora.conditions import TEXT
 from gen_accel.lora.config import Stage, TrainConfig
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
@@ -84,15 +86,30 @@ class Batches:
             self.cache.conditions(clip, drawn.text) if drawn.captioned else self.cache.empty
             for clip, drawn in zip(numbers, draws, strict=True)
         ]
+        frame = self._first_frames(numbers, draws, frames)
         return (
             self._put(torch.stack(latents)),
             self._put(torch.stack([drawn.noise for drawn in draws])),
             self._put(torch.tensor([drawn.sigma for drawn in draws])),
-            self._together(conditions),
+            self._together(conditions) | frame,
             self._taught(numbers, draws),
-            self._together([self.cache.empty] * size) if config.teacher_guidance > 1 else None,
+            self._untold(size, frame) if config.teacher_guidance > 1 else None,
             *map(self._put, self.adapter.inputs(self.cache, numbers, draws)),
         )
+
+    def _first_frames(self, clips: list[int], draws: list[Draw], frames: int) -> dict[str, Tensor]:
+        """Return the conditions that the clips' first frames give; none under condition text."""
+        if self.model.condition == TEXT:
+            return {}
+        found = self._together([self.cache.first_frame(clip, frames) for clip in clips])
+        if self.config.first_frame_dropout:
+            is_given = torch.tensor([float(drawn.framed) for drawn in draws])
+            found[IS_GIVEN] = self._put(is_given)
+        return found
+
+    def _untold(self, size: int, frame: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the conditions of the empty caption, with the same first frames."""
+        return self._together([self.cache.empty] * size) | frame
 
     def _text(self, clip: int, step: int, place: int) -> int:
         """Draw which of a clip's texts is shown, by the seed, the step and the place alone."""

@@ -63,8 +63,15 @@ LIMITS = (
         "be positive",
     ),
     Limit(("lora_dropout", "ema_decay", "images"), lambda x: 0 <= x < 1, "be a share from 0 to 1"),
+    Limit(("huber", "min_snr"), lambda x: 0 < x < float("inf"), "be positive"),
     Limit(
-        ("caption_dropout", "image_dropout", "both_dropout"),
+        ("noise_levels",),
+        lambda levels: all(0 < level <= 1 for level in levels),
+        "be above 0 and at most 1",
+    ),
+    Limit(("sampled_steps",), lambda x: x >= 1, "be at least 1"),
+    Limit(
+        ("caption_dropout", "image_dropout", "both_dropout", "first_frame_dropout"),
         lambda x: 0 <= x < 1 + EPS,
         "be a share from 0 to 1",
     ),
@@ -86,6 +93,7 @@ def check(config: Any) -> None:
     check_names(config.sample_with, "sample_with")
     _check_teacher(config)
     check_clips(config)
+    _check_loss(config)
     if not config.stages:
         raise ValueError("stages is empty: give at least one, as 81:200")
     method = method_from(config.method, config.settings)
@@ -106,10 +114,17 @@ def check(config: Any) -> None:
             "rank is 0, which leaves nothing to train: only a method with parameters, such as "
             f"sparse_linear, trains without a LoRA, and method is {config.method!r}"
         )
+    if config.rank == 0:
+        for name in ("dora", "rank_stabilised"):
+            if config.is_given(name):
+                raise ValueError(
+                    f"{name} is of a LoRA, and rank is 0: give a rank, or leave it out"
+                )
     if config.rank and not config.targets:
         raise ValueError("targets is empty: name what the LoRA is put on, as attention")
     if config.validate_every and not config.validation_prompts:
         raise ValueError("validate_every needs validation_prompts, got none")
+    _check_condition(config)
     check_config(config)
 
 
@@ -129,6 +144,36 @@ def _check_teacher(config: Any) -> None:
         )
 
 
+def _check_loss(config: Any) -> None:
+    """Refuse, by a ValueError, fields of the loss of which one would not be read."""
+    if config.noise_levels and config.sampled_steps is not None:
+        raise ValueError(
+            f"noise_levels {config.noise_levels} and sampled_steps {config.sampled_steps} both "
+            "say where to train: give one of them"
+        )
+    given = "noise_levels" if config.noise_levels else "sampled_steps"
+    if config.is_given(given):
+        drawn = ["timestep_sampling", "logit_mean", "logit_std"]
+        drawn += ["shift"] if given == "noise_levels" else []
+        for name in drawn:
+            if config.is_given(name):
+                raise ValueError(
+                    f"{name} says how noise levels are drawn, which {given} fixes, got "
+                    f"{getattr(config, name)!r}: leave one out"
+                )
+    if config.is_given("min_snr") and config.weighting != "min_snr":
+        raise ValueError(
+            f"min_snr is for weighting min_snr, got {config.min_snr:g} with {config.weighting}"
+        )
+    if config.objective == "distill_attention":
+        for name in ("huber", "weighting"):
+            if config.is_given(name):
+                raise ValueError(
+                    f"objective distill_attention has a loss of its own, got {name} "
+                    f"{getattr(config, name)!r}: leave it out"
+                )
+
+
 def _check_image_prompt(config: Any) -> None:
     _check_unused(config, "LoRA")
     if sum(getattr(config, f"{name}_dropout") for name in ("caption", "image", "both")) > 1:
@@ -146,6 +191,23 @@ def _check_image_prompt(config: Any) -> None:
         raise ValueError(
             "gradient_checkpointing saves nothing under objective distill_attention, whose "
             "gradients stay within each attention: leave it out"
+        )
+
+
+def _check_condition(config: Any) -> None:
+    if config.condition == "first_frame" and config.adapter != "lora":
+        raise ValueError(
+            f"condition first_frame is for adapter lora, got adapter {config.adapter}: an image "
+            "prompt is trained on models from text to video"
+        )
+    if config.first_frame_dropout and config.condition == "text":
+        raise ValueError(
+            f"first_frame_dropout {config.first_frame_dropout:g} is for condition first_frame, "
+            "got condition text: leave it out"
+        )
+    if config.first_frame_dropout and config.adapter != "lora":
+        raise ValueError(
+            f"first_frame_dropout is for adapter lora, got {config.adapter}: leave it out"
         )
     count, prompts = len(config.validation_images), len(config.validation_prompts)
     if count and count != prompts:

@@ -67,6 +67,18 @@ class TrainConfig:
     part: Literal["transformer", "transformer_2"] = _(
         "transformer", "What", "Of two experts: transformer is for high noise, transformer_2 low."
     )
+    condition: Literal["text", "first_frame"] | None = _(
+        None,
+        "What",
+        "What a clip is made from beside its caption: first_frame is the clip's own; none: as the "
+        "model's pipeline makes videos.",
+    )
+    first_frame_dropout: float = _(
+        0.0,
+        "What",
+        "Share of the clips shown without their first frame, for models that also make videos "
+        "from text alone.",
+    )
 
     height: int = _(480, "Clips", "Pixels, after resizing and a crop to the middle.")
     width: int = _(832, "Clips", "Pixels.")
@@ -137,6 +149,12 @@ class TrainConfig:
         ("attention",), "LoRA", "attention, feed_forward, or endings of names of linear layers."
     )
     lora_dropout: float = _(0.0, "LoRA", "Share of the inputs of a LoRA that are dropped.")
+    dora: bool = _(
+        False, "LoRA", "Train the length of each row of the weights apart from its direction."
+    )
+    rank_stabilised: bool = _(
+        False, "LoRA", "The LoRA's weight is alpha / sqrt(rank): high ranks train as fast as low."
+    )
     train_processors: bool = _(
         True, "LoRA", "Train what the method itself has: proj and alpha of sparse_linear."
     )
@@ -164,12 +182,6 @@ class TrainConfig:
     init_adapter: str | None = _(
         None, "Image prompt", "An adapter to go on from, with a new optimizer."
     )
-    validation_images: tuple[str, ...] = _(
-        (),
-        "Image prompt",
-        "Files, one for each validation prompt; none: the images of the first clips.",
-    )
-
     objective: Literal["flow", "distill", "distill_attention"] = _(
         "flow",
         "Loss",
@@ -195,6 +207,28 @@ class TrainConfig:
     logit_mean: float = _(0.0, "Loss", "Of logit_normal.")
     logit_std: float = _(1.0, "Loss", "Of logit_normal.")
     shift: float | None = _(None, "Loss", "Of the noise levels; none: the scheduler's.")
+    sampled_steps: int | None = _(
+        None,
+        "Loss",
+        "For a step-distilled model: train at the noise levels of so many denoising steps alone; "
+        "none: at all.",
+    )
+    noise_levels: tuple[float, ...] = _(
+        (), "Loss", "The same by the levels themselves, from 0 to 1, as 1.0 0.757 0.522."
+    )
+    huber: float | None = _(
+        None,
+        "Loss",
+        "Width of the pseudo-Huber loss: errors above it count by their size, not its square; "
+        "none: mean squared error.",
+    )
+    weighting: Literal["none", "cosmap", "min_snr"] = _(
+        "none",
+        "Loss",
+        "Weights of noise levels: cosmap of flow matching (SD3), min_snr of v-prediction "
+        "(CogVideoX).",
+    )
+    min_snr: float = _(5.0, "Loss", "Of min_snr: the signal-to-noise ratio where it cuts.")
     caption_dropout: float = _(0.1, "Loss", "Share of the clips that are shown without a caption.")
 
     batch_size: int = _(1, "Optimizer", "Clips a process and micro-step.")
@@ -226,6 +260,12 @@ class TrainConfig:
     )
     validate_every: int = _(0, "Keeping", "Steps; 0: no videos are sampled.")
     validation_prompts: tuple[str, ...] = _((), "Keeping", "One video each, seeds from 0.")
+    validation_images: tuple[str, ...] = _(
+        (),
+        "Keeping",
+        "Files, one for each validation prompt: image prompts, or first frames; none: those of "
+        "the first clips.",
+    )
     validation_frames: int | None = _(None, "Keeping", "None: of the longest stage.")
     validation_steps: int = _(20, "Keeping", "Denoising steps.")
     sample_with: tuple[str, ...] = _(

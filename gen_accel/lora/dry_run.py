@@ -1,6 +1,8 @@
 """Dry run of a config: two training steps of a tiny random model of the same class."""
 
+import inspect
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from gen_accel import demo
 from gen_accel.attention_processors.families import (
     FAMILIES,
     family_named,
@@ -20,7 +23,10 @@ from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.hub import fetched
 from gen_accel.json_files import read_fields
+from gen_accel.kinds import pipeline_of
+from gen_accel.lora.conditions import FIRST_FRAME, condition_for, condition_in
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.encoders import check_trained
 from gen_accel.lora.images import features_shape
 from gen_accel.lora.model import Model
 from gen_accel.lora.size import check_batch
@@ -46,8 +52,11 @@ def dry_run(config: TrainConfig) -> Trained:
     """
     kind = transformer_class(config.model)
     family: Any = family_named(served_classes()[kind])
+    condition, about = _condition(config, family, kind)
     torch.manual_seed(config.seed)
-    tiny = dict(family.TINY) | {"num_layers": config.dense_layers + 2}
+    tiny = dict(family.TINY) | {family.DEPTH: config.dense_layers + 2}
+    if condition == FIRST_FRAME:
+        tiny |= family.tiny_from_frame(about)
     transformer = getattr(diffusers, kind)(**tiny)
     factor, patch = family.TEMPORAL_FACTOR, patch_of(transformer.config)
     for stage in config.curriculum:
@@ -82,6 +91,7 @@ def dry_run(config: TrainConfig) -> Trained:
             kernel="auto",
         )
         model = Model(transformer, None, lambda n: (n - 1) // factor + 1, 5, config.shift or 1.0)
+        model = model._replace(condition=condition)
         features = features_shape(config, patches=PATCHES, embedding=EMBEDDING)
         size = patch[1] * least[1], patch[2] * least[2]
         check_batch(small, transformer, least[0] * least[1] * least[2])
@@ -91,8 +101,6 @@ def dry_run(config: TrainConfig) -> Trained:
 
 def transformer_class(model: str) -> str:
     """Return the class name of a pipeline's transformer; may fetch one small file of the hub."""
-    from gen_accel import demo
-
     for name in FAMILIES:
         family = family_named(name)
         for preset in family.PRESETS.values():
@@ -105,6 +113,26 @@ def transformer_class(model: str) -> str:
     if kind not in served_classes() or family_named(served_classes()[kind]).TINY is None:
         raise ValueError(f"no dry run for {kind} of {model}")
     return kind
+
+
+def _condition(config: TrainConfig, family: Any, kind: str) -> tuple[str, Mapping[str, Any]]:
+    """Choose the condition, and return it with the config of the model's transformer."""
+    preset = next((p for p in family.PRESETS.values() if p.repository == config.model), None)
+    if preset is not None:
+        check_trained(family, None, preset.config)
+        known = inspect.signature(getattr(diffusers, kind)).parameters
+        about = {name: one.default for name, one in known.items()} | dict(preset.config)
+        own = pipeline_of(config.model)
+        if own is not None:
+            return condition_for({"_class_name": own}, about, config).condition, about
+        if config.condition is None and not config.first_frame_dropout:
+            return "text", about
+    source = demo.path() if config.model == "demo" else expanded(config.model)
+    found = condition_in(source if source.exists() else config.model, config)
+    check_trained(family, found.pipeline if found.is_own else None, found.transformer)
+    if found.condition == FIRST_FRAME and family.tiny_from_frame is None:
+        raise ValueError(f"no training from a first frame for {kind}: take condition text")
+    return found.condition, found.transformer
 
 
 def _check_lengths(config: TrainConfig, family: Any, patch: tuple[int, int, int]) -> None:
@@ -154,6 +182,10 @@ class _Noise:
         family: Any = family_of(self.transformer)
         channels = family.latent_channels(self.transformer.config)
         return torch.randn(channels, frames, *self.size, generator=generator)
+
+    def first_frame(self, index: int, frames: int) -> dict[str, Tensor]:
+        family: Any = family_of(self.transformer)
+        return family.tiny_first_frame(self.transformer, frames, *self.size)
 
     def image(self, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(10 + index)

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import compress, groupby, islice
+from itertools import chain, compress, groupby, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from gen_accel.attention_processors.lengths import latent_frames, patch_of, temp
 from gen_accel.endings import unwinding
 from gen_accel.files import clear_partial
 from gen_accel.lora.captions import Captions, repeated
+from gen_accel.lora.conditions import FIRST_FRAME, TEXT, condition_for
 from gen_accel.lora.data import (
     CaptionedVideo,
     Size,
@@ -27,8 +29,9 @@ from gen_accel.lora.data import (
     nearest_size,
     open_image,
 )
-from gen_accel.lora.encoders import Encoders, factors_of, load_encoders
+from gen_accel.lora.encoders import Encoders, check_trained, factors_of, load_encoders
 from gen_accel.lora.fingerprint import hash_of
+from gen_accel.lora.first_frames import FirstFrames
 from gen_accel.lora.found import (
     Lost,
     Report,
@@ -39,7 +42,7 @@ from gen_accel.lora.found import (
     why_broken,
 )
 from gen_accel.lora.index import Again, Memo, Packed, Table
-from gen_accel.lora.latents import IMAGE, LATENTS, RECIPE, TEXTS_AT_ONCE, Entry
+from gen_accel.lora.latents import IMAGE, LATENTS, PICTURE, RECIPE, TEXTS_AT_ONCE, Entry
 from gen_accel.lora.preview import Preview
 from gen_accel.lora.reading import ahead
 from gen_accel.lora.scenes import check_scenes
@@ -49,6 +52,8 @@ from gen_accel.lora.takes import Take
 from gen_accel.owners import locked
 from gen_accel.pipelines.generation.loading import DTYPES
 from gen_accel.pipelines.generation.progress import progress_bar
+
+PICTURES = 8  # first frames that are kept as pictures, to sample validation videos from
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -82,6 +87,7 @@ def cache(
     repeats: Sequence[str] = (),
     pictures: bool = False,
     workers: int = 0,
+    condition: Literal["text", "first_frame"] | None = None,
 ) -> Report:
     """Encode all clips and captions of a data set that `out` does not hold yet.
 
@@ -118,6 +124,8 @@ def cache(
             before the data's own numbers.
         pictures: also take pictures, as clips of one frame; a length of 1 takes them in any case.
         workers: threads that read clips ahead of the encoder; 0 reads between two clips.
+        condition: "first_frame" also encodes the first frame of each clip. None: as the model's
+            pipeline makes videos.
 
     Raises:
         ValueError: data that `find_videos` refuses, a model that `check_model` refuses, sizes or
@@ -149,6 +157,14 @@ def cache(
     with unwinding(), locked(folder) as alone:
         clear_partial(folder, alone=alone)
         encoders = load_encoders(model_or_pipe, device, dtype)
+        shown = _condition(encoders, model_or_pipe, condition)
+        if shown == FIRST_FRAME and (images is not None or teacher):
+            raise ValueError("an image prompt is trained under condition text, got first_frame")
+        if shown == FIRST_FRAME and pictures:
+            raise ValueError(
+                "a picture is its own first frame, so that nothing is left to learn: leave "
+                "pictures and lengths of 1 frame out, or take condition text"
+            )
         _check_fit(encoders, frames, sizes)
         run = _Run(
             encoders,
@@ -166,6 +182,7 @@ def cache(
             tuple(repeats),
             default_caption,
             workers,
+            shown,
         )
         return _fill(folder, run, videos, shard_bytes)
 
@@ -177,6 +194,7 @@ def _fill(folder: Path, run: "_Run", videos: Sequence[CaptionedVideo], shard_byt
         preview = Preview(jobs, len(jobs), run.frames_of)
         texts = run.encode_texts(jobs, shards, bar)
         pictures = run.encode_images(jobs, shards, bar)
+        run.encode_first_frames(jobs, shards, bar)
         new = run.encode_clips(jobs, shards, bar, preview)
         held = bytearray(all(key in shards for key in job.keys) for job in jobs)
         if not any(held):
@@ -184,7 +202,9 @@ def _fill(folder: Path, run: "_Run", videos: Sequence[CaptionedVideo], shard_byt
         done = Again(lambda: compress(jobs, held))
         entries = Again(lambda: (_about(_entry(job, run.encoders.pipe)) for job in done))
         removed = _removed(shards, entries)
-        shards.finish(run.manifest(), run.used(done), entries)
+        kept = run.keep_pictures(done, shards)
+        used = chain(run.used(done), kept.get("pictures", ()))
+        shards.finish(run.manifest() | kept, used, entries)
         remade = preview.write(shards, sum(held), run.encoders, bar)
         shards.memo.shrink()
     encoded = sum(job.latent_key in new for job in done)
@@ -240,6 +260,7 @@ class _Job(NamedTuple):
     text_keys: tuple[str, ...]
     image_key: str | None
     teacher_key: str | None
+    frame_key: str | None
     begin: int
     texts: tuple[str, ...]
     about: dict[str, Any]
@@ -247,7 +268,8 @@ class _Job(NamedTuple):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        keys = (self.latent_key, *self.text_keys, self.image_key, self.teacher_key)
+        keys = (*self.text_keys, self.image_key, self.teacher_key, self.frame_key)
+        keys = (self.latent_key, *keys)
         return tuple(key for key in keys if key is not None)
 
 
@@ -288,19 +310,24 @@ class _Run:
     repeats: tuple[str, ...] = ()
     default_caption: str | None = None
     workers: int = 0
+    condition: str = TEXT
     broken: dict[str, str] = field(default_factory=dict)
     short: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         common = [RECIPE, self.store]
+        self.first_frames = None
+        if self.condition == FIRST_FRAME:
+            self.first_frames = FirstFrames(self.encoders, common, self.max_tokens)
         self._vae = hash_of([*common, *self.encoders.states("vae")])
-        texts = self.encoders.states("text_encoder", "tokenizer")
+        texts = self.encoders.states(*self.encoders.family.TEXT_PARTS, "tokenizer")
         self._text = hash_of([*common, self.max_tokens, *texts])
         self._image = None if self.images is None else hash_of([*common, self.images.state()])
 
-    def text_key(self, caption: str) -> str:
-        return hash_of([self._text, caption])
+    def text_key(self, caption: str, *clip: Any) -> str:
+        key = hash_of([self._text, caption])
+        return key if self.first_frames is None else self.first_frames.text_key(key, *clip)
 
     def image_key(self, *image: Any) -> str:
         assert self._image is not None
@@ -378,7 +405,11 @@ class _Run:
                 if self.images is not None and image_key is None:
                     image_key = self.image_key(*place)
                 latent_key = hash_of([self._vae, *place])
-                keys = latent_key, text_keys, image_key, second
+                frame_key = None
+                if self.first_frames is not None:
+                    frame_key = self.first_frames.key(*place)
+                    text_keys = tuple(self.text_key(text, *place) for text in texts)
+                keys = latent_key, text_keys, image_key, second, frame_key
                 jobs.append(_Job(video, length, size, *keys, begin, texts, about))
         return jobs
 
@@ -418,12 +449,14 @@ class _Run:
 
     def encode_texts(self, jobs: Packed[_Job], shards: Shards, bar: "Progress") -> int:
         """Encode all captions that the shards lack. Returns their number."""
+        if self.first_frames is not None and self.first_frames.reads_prompts:
+            return self._encode_texts_with(self.first_frames, jobs, shards, bar)
         texts = Again(lambda: _lacking(self._texts(jobs), shards))
         count = sum(1 for _ in texts)
         parts = _in_parts(texts, TEXTS_AT_ONCE)
         total = -(-count // TEXTS_AT_ONCE)
         family, pipe = self.encoders.family, self.encoders.pipe
-        with self.encoders.at_work("text_encoder"):
+        with self.encoders.at_work(*family.TEXT_PARTS):
             for part in bar.track(parts, total=total, description="captions"):
                 prompts = [text for _, text in part]
                 found = family.encode_prompt(pipe, prompts, self.max_tokens)
@@ -445,6 +478,73 @@ class _Run:
         for job in jobs if self.teacher else ():
             if job.teacher_key:
                 yield job.teacher_key, job.video.teacher_caption
+
+    def _encode_texts_with(
+        self, encoder: FirstFrames, jobs: Packed[_Job], shards: Shards, bar: "Progress"
+    ) -> int:
+        """Do as `encode_texts`, each caption with the first frame of its clip."""
+        texts = Again(lambda: _lacking(self._shown_texts(jobs), shards))
+        count = sum(1 for _ in texts)
+        with self.encoders.at_work("text_encoder"):
+            for key, (text, job) in bar.track(texts, total=count, description="captions"):
+                try:
+                    image = None if job is None else self._first(job)
+                    self._put(key, encoder.prompt(text, image), shards, "its caption")
+                except OSError as error:
+                    if job is None:
+                        raise
+                    self._note(job.video, error)
+        return count
+
+    def _shown_texts(self, jobs: Iterable[_Job]) -> Iterator[tuple[str, tuple[str, _Job | None]]]:
+        """Return all texts and whose they are, with their keys."""
+        yield self.text_key(""), ("", None)
+        for job in jobs:
+            for key, text in zip(job.text_keys, job.texts, strict=True):
+                yield key, (text, job)
+
+    def encode_first_frames(self, jobs: Packed[_Job], shards: Shards, bar: "Progress") -> None:
+        """Encode all first frames that the shards lack."""
+        encoder = self.first_frames
+        if encoder is None:
+            return
+        keyed = Again(lambda: ((str(job.frame_key), job) for job in jobs))
+        new = Again(lambda: _lacking(keyed, shards))
+        count = sum(1 for _ in new)
+        with encoder.at_work():
+            for key, job in bar.track(new, total=count, description="first frames"):
+                try:
+                    found = encoder(self._first(job), job.frames)
+                    self._put(key, found, shards, "its first frame")
+                except OSError as error:
+                    self._note(job.video, error)
+
+    def keep_pictures(self, done: Iterable[_Job], shards: Shards) -> dict[str, Any]:
+        """Keep the first frames of some clips as pictures, (H, W, 3) uint8.
+
+        Returns the manifest's fields of the first frames.
+        """
+        if self.first_frames is None:
+            return {}
+        keys = []
+        for job in islice(done, PICTURES):
+            keys.append(hash_of([RECIPE, PICTURE, job.frame_key]))
+            if keys[-1] not in shards:
+                image = torch.from_numpy(np.array(self._first(job)))
+                shards.put(keys[-1], {PICTURE: image})
+        return {"condition": self.condition, "pictures": keys}
+
+    def _first(self, job: _Job) -> Image.Image:
+        """Read the first frame of a chunk, at the clip's size."""
+        found = job.video.read(frames=1, size=job.size, fps=self.fps, begin=job.begin)
+        return Image.fromarray(found[0])
+
+    def _put(self, key: str, tensors: dict[str, Tensor], shards: Shards, what: str) -> None:
+        """Store tensors. Raises OSError for values that `store` cannot hold."""
+        stored = {name: self._stored(x) for name, x in tensors.items()}
+        if not all(_finite(x) for x in stored.values()):
+            raise OSError(f"store {self.store!r} cannot hold {what}")
+        shards.put(key, stored)
 
     def encode_images(self, jobs: Packed[_Job], shards: Shards, bar: "Progress") -> int | None:
         """Encode all images that the shards lack. Returns their number, None without images."""
@@ -653,6 +753,7 @@ def _check_options(
 
 def _check_fit(encoders: Encoders, frames: Sequence[int], sizes: Sequence[Size]) -> None:
     pipe, config = encoders.pipe, encoders.transformer.config
+    check_trained(encoders.family, type(pipe).__name__, config)
     time, space = factors_of(pipe)
     for length in frames:
         if (length - 1) % time:
@@ -672,8 +773,17 @@ def _check_fit(encoders: Encoders, frames: Sequence[int], sizes: Sequence[Size])
     if taken != channels:
         raise ValueError(
             f"the transformer takes {taken} channels where the latents have "
-            f"{channels}: only models from text to video are trained"
+            f"{channels}: such a model is not trained"
         )
+
+
+def _condition(encoders: Encoders, model: Any, condition: str | None) -> str:
+    """Choose the condition of a cache, see `condition_for`."""
+    pipe = encoders.pipe
+    index = {**pipe.config, "_class_name": type(pipe).__name__}
+    name = model if isinstance(model, str | Path) else type(pipe).__name__
+    asked = SimpleNamespace(model=name, condition=condition, first_frame_dropout=0.0)
+    return condition_for(index, encoders.transformer.config, asked).condition
 
 
 def _entry(job: _Job, pipe: Any) -> Entry:
@@ -689,6 +799,7 @@ def _entry(job: _Job, pipe: Any) -> Entry:
         text_key=job.text_keys[0],
         image_key=job.image_key,
         teacher_key=job.teacher_key,
+        frame_key=job.frame_key,
         begin=job.begin or None,
         text_keys=job.text_keys if len(job.text_keys) > 1 else None,
         repeats=job.video.repeats if job.video.repeats > 1 else None,

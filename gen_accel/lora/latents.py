@@ -2,7 +2,8 @@
 
 A cache is a folder of `Shards`. Each tensor's key is a hash of its inputs: for latents the clip's
 bytes, the decoding and the autoencoder; for a text the caption, the text encoders and the
-tokenizers; for an image its bytes and the image encoder. Only changed inputs are encoded again.
+tokenizers; for an image its bytes and the image encoder; for a first frame the clip, its decoding
+and the models that encode it. Only changed inputs are encoded again.
 """
 
 from collections import OrderedDict
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gen_accel.json_files import typed
+from gen_accel.lora.conditions import TEXT
 from gen_accel.lora.entries import Entries
 from gen_accel.lora.index import Homes
 from gen_accel.lora.shards import (
@@ -28,12 +30,14 @@ from gen_accel.lora.shards import (
 )
 from gen_accel.moved import signpost
 from gen_accel.pipelines.image_prompt.projectors import normalised
+from gen_accel.values import shown
 
 if not TYPE_CHECKING:
     __getattr__ = signpost("lora.latents")
 
 LATENTS = "latents"  # name of a clip's tensor after its key
 IMAGE = "image"
+PICTURE = "picture"
 RECIPE = 1  # version of decoding and encoding; another one makes all keys new
 TEXTS_AT_ONCE = 8
 SHARDS_OPEN = 32  # at once; each maps its file
@@ -54,8 +58,9 @@ class Entry:
     Args:
         frames, height, width: size of the latents.
         pixel_frames: frames of the video that was encoded.
-        latent_key, text_key, image_key, teacher_key: names of the clip's tensors in the shards;
-            image_key or teacher_key is None in a cache without images or teacher captions.
+        latent_key, text_key, image_key, teacher_key, frame_key: names of the clip's tensors in the
+            shards; image_key, teacher_key or frame_key is None in a cache without images, teacher
+            captions or first frames.
         begin: first frame in the video; None for 0.
         text_keys: of all texts of the clip, where it has more than one.
         repeats: how often it is shown while a clip of 1 is shown once; None for 1.
@@ -72,6 +77,7 @@ class Entry:
     text_key: str
     image_key: str | None = None
     teacher_key: str | None = None
+    frame_key: str | None = None
     begin: int | None = None
     text_keys: tuple[str, ...] | None = None
     repeats: int | None = None
@@ -91,6 +97,7 @@ class LatentCache:
         fps: frame rate that the clips were resampled to; None if they kept their own.
         images: `ImageCoder.about` of the encoded images; None without images.
         options: what was asked of the clips and captions, by the names of a config's fields.
+        condition: "first_frame" where the first frames of the clips are encoded too, else "text".
 
     Raises:
         FileNotFoundError: no manifest, or a shard is missing.
@@ -116,6 +123,14 @@ class LatentCache:
         self.fps: float | None = manifest["fps"]
         self.images: dict[str, Any] | None = manifest.get("images")
         self.options: dict[str, Any] = manifest.get("options", {})
+        self.condition: str = manifest.get("condition", TEXT)
+        self._pictures: list[str] = manifest.get("pictures", [])
+        if lost := self._homes.missing(self._pictures):
+            key = shown(self._pictures[lost[0]])
+            raise ValueError(
+                f"{self.folder / MANIFEST} names a picture {key}, which no shard has: cache again "
+                "into an empty folder"
+            )
         self._empty: str = manifest["empty"]
         if isinstance(manifest["entries"], dict):
             self._lines = {manifest["entries"]["file"]: manifest["entries"]}
@@ -186,6 +201,36 @@ class LatentCache:
     def no_image(self) -> Tensor:
         """Features that stand for no image, in the form of `image`."""
         return self._image(None if self.images is None else self.images["nothing"])
+
+    def first_frame(self, index: int, frames: int | None = None) -> dict[str, Tensor]:
+        """Read the conditions of `predict` that the clip's first frame gives, of one sample.
+
+        Args:
+            frames: number of latent frames that train, from the first; None: all.
+
+        Raises:
+            ValueError: the cache was made without first frames.
+        """
+        key = self.entries[index].frame_key
+        if key is None:
+            raise ValueError(f"{self.folder} holds no first frames: cache again")
+        found = {}
+        for name, home in self._homes[key].items():
+            tensor = self._shard(home).get_slice(f"{key}.{name}")
+            cut = len(tensor.get_shape()) == 4 and frames is not None
+            found[name] = (tensor[:, :frames] if cut else tensor[:]).float()
+        return found
+
+    def picture(self, index: int) -> np.ndarray:
+        """Read the first frame of one of the first clips, (H, W, 3) uint8.
+
+        Raises:
+            ValueError: the cache was made without first frames.
+        """
+        if not self._pictures:
+            raise ValueError(f"{self.folder} holds no first frames: cache again")
+        key = self._pictures[index % len(self._pictures)]
+        return self._shard(self._homes[key][PICTURE]).get_tensor(f"{key}.{PICTURE}").numpy()
 
     def verify(self) -> None:
         """Read all shards. Raises ValueError for shards whose bytes changed since `cache`."""

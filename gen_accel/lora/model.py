@@ -13,6 +13,7 @@ class Model(NamedTuple):
         trained_frames: pixel frames that the model was trained on; None if unknown.
         shift: shift of the noise levels.
         boundary: noise level at which a model of two experts switches between them.
+        condition: "text", or "first_frame" where the model is shown each clip's first frame.
         schedule: config of the pipeline's scheduler; None for the published one.
     """
 
@@ -22,4 +23,5 @@ class Model(NamedTuple):
     trained_frames: int | None
     shift: float
     boundary: float | None = None
+    condition: str = "text"
     schedule: Mapping[str, Any] | None = None

@@ -6,12 +6,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gen_accel import demo
+from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.extras import needed_for
+from gen_accel.kinds import takes
 from gen_accel.lora.adapters import read_start
 from gen_accel.lora.artefact import (
     check_guidance,
@@ -22,9 +25,11 @@ from gen_accel.lora.artefact import (
 from gen_accel.lora.attention_loss import text_attentions
 from gen_accel.lora.captions import Captions
 from gen_accel.lora.clip_checks import check_options
+from gen_accel.lora.conditions import FIRST_FRAME, Conditioned, condition_for, condition_in
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.encode import cache
-from gen_accel.lora.encoders import factors_of
+from gen_accel.lora.encoders import check_trained, factors_of
+from gen_accel.lora.first_frames import check_family
 from gen_accel.lora.images import ImageCoder, describe_images
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
@@ -36,7 +41,8 @@ from gen_accel.lora.size import check_adapter, check_batch
 from gen_accel.lora.takes import Take
 from gen_accel.owners import check_free
 from gen_accel.paths import expanded
-from gen_accel.pipelines.generation.loading import Loading, load
+from gen_accel.pipelines.generation.given import Given
+from gen_accel.pipelines.generation.loading import Loading, check_model, load
 from gen_accel.pipelines.generation.sampling import Clip, check_fits, filled, token_grid
 from gen_accel.pipelines.long_video import check_rule, known_trained_frames
 from gen_accel.video import VideoShape
@@ -44,6 +50,7 @@ from gen_accel.video import VideoShape
 with needed_for("training", extra="train"):
     from accelerate import Accelerator
 
+BLACK = np.zeros((1, 1, 3), np.uint8)  # stands for first frames where a pipeline is chosen
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -109,6 +116,11 @@ def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
                 f"objective {config.objective} of an image prompt needs: give data, or cache "
                 "again with this config"
             )
+    if condition_of(config, pipe).condition == FIRST_FRAME and latents.condition != FIRST_FRAME:
+        raise ValueError(
+            f"{latents.folder} holds no first frames, which condition first_frame needs: give "
+            "data, or cache again with this config"
+        )
     if config.adapter == "image_prompt":
         coder, found = ImageCoder.of(config), latents.images
         if found is None:
@@ -128,13 +140,24 @@ def load_pipe(config: TrainConfig) -> Any:
     source = demo.model_named(config.model)
     folder = expanded(source)
     source = folder if folder.exists() else source
-    pipe = load(source, Loading(dtype=PRECISIONS[config.mixed_precision], device="cpu"))
+    check_model(source)
+    asked = condition_in(source, config)
+    given = Given(image=BLACK) if asked.condition == FIRST_FRAME else Given()
+    loading = Loading(dtype=PRECISIONS[config.mixed_precision], device="cpu")
+    pipe = load(source, loading, None if asked.is_own else given)
     if getattr(pipe, "vae", None) is not None and pipe.vae.dtype != torch.float32:
         # Load it again: casting back does not undo the rounding.
         pipe.vae = type(pipe.vae).from_pretrained(
             source, subfolder="vae", torch_dtype=torch.float32
         )
     return pipe
+
+
+def condition_of(config: TrainConfig, pipe: Any) -> Conditioned:
+    """Choose the condition that a pipeline is trained under; see `condition_for`."""
+    transformer = getattr(pipe, "transformer", None) or getattr(pipe, config.part)
+    index = {**pipe.config, "_class_name": type(pipe).__name__}
+    return condition_for(index, transformer.config, config)
 
 
 def model_of(config: TrainConfig, pipe: Any) -> Model:
@@ -145,6 +168,15 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
     transformer = getattr(pipe, config.part, None)
     if transformer is None:
         raise ValueError(f"{type(pipe).__name__} of {config.model} has no {config.part}")
+    check_trained(family_of(transformer), type(pipe).__name__, transformer.config)
+    condition = condition_of(config, pipe).condition
+    if condition == FIRST_FRAME:
+        _check_first_frame(config, transformer, pipe)
+    elif config.validation_images and config.adapter == "lora":
+        raise ValueError(
+            f"validation_images are first frames, and {config.model} is trained from text: leave "
+            "them out, or give condition first_frame"
+        )
     if config.adapter == "image_prompt":
         _check_image_prompt(config, transformer)
     elif config.rank:
@@ -187,6 +219,7 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
         shift=float(shift),
         boundary=pipe.config.get("boundary_ratio"),
         schedule=pipe.scheduler.config,
+        condition=condition,
     )
 
 
@@ -198,9 +231,35 @@ def _check_image_prompt(config: TrainConfig, transformer: Any) -> None:
         text_attentions(transformer)
     if config.init_adapter is not None:
         read_start(config, transformer)
+    _check_validation_images(config)
+
+
+def _check_validation_images(config: TrainConfig) -> None:
     for file in config.validation_images:
         if not expanded(file).is_file():
             raise FileNotFoundError(f"validation_images: there is no file at {file}")
+
+
+def _check_first_frame(config: TrainConfig, transformer: Any, pipe: Any) -> None:
+    check_family(family_of(transformer), transformer)
+    if config.adapter != "lora":
+        raise ValueError(
+            f"{config.model} makes videos from a first frame, and adapter {config.adapter} is "
+            "trained on models from text to video"
+        )
+    factor = factors_of(pipe)[0]
+    shortest = min(stage.frames for stage in config.curriculum)
+    if shortest <= factor:
+        raise ValueError(
+            f"stages must have more than {shortest} frames, which the first frame gives: nothing "
+            f"is left to learn; take {factor + 1} or more"
+        )
+    if config.images:
+        raise ValueError(
+            f"{config.model} is trained from first frames, and a picture is its own: leave images "
+            "out, or take condition text"
+        )
+    _check_validation_images(config)
 
 
 def grid(
@@ -218,7 +277,9 @@ def grid(
     factor, patch = factors_of(pipe)[0], temporal_patch(getattr(pipe, config.part))
     if patch > 1:  # the pipelines fill up what patches leave
         latent_frames("frames", frames, factor, patch)
-    return token_grid(pipe, filled(pipe, clip))
+    row = takes(type(pipe).__name__)
+    first = (row.image,) if row is not None and row.image else ()
+    return token_grid(pipe, filled(pipe, clip, first))
 
 
 def cache_folder(config: TrainConfig) -> Path:
@@ -242,6 +303,7 @@ def cache_clips(config: TrainConfig, pipe: Any = None) -> Any:
         device=config.device,
         images=ImageCoder.of(config) if config.adapter == "image_prompt" else None,
         teacher=config.reads_teacher_captions,
+        condition=config.condition,
         take=Take(config.take, config.chunks, config.scenes),
         captions=Captions(config.trigger, config.prefix, config.shuffle_tags, config.tag_orders),
         default_caption=config.default_caption,

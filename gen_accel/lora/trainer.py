@@ -29,8 +29,10 @@ from gen_accel.lora import checkpoint
 from gen_accel.lora.adapters import fields_of_lora, put_on
 from gen_accel.lora.artefact import held_guidance, teacher_hash
 from gen_accel.lora.batches import Batches, plan_clips
+from gen_accel.lora.conditions import FIRST_FRAME
 from gen_accel.lora.config import Stage, TrainConfig, differences
 from gen_accel.lora.latents import LatentCache
+from gen_accel.lora.loss import Loss
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Objective, seed_of
 from gen_accel.lora.processes import alone_in, by_main
@@ -194,6 +196,7 @@ class Run:
             self.adapter,
             guidance=config.teacher_guidance,
             schedule=model.schedule,
+            loss=Loss.of(config),
         )
         cast_training_params([self.objective], dtype=torch.float32)
         transformer.train()
@@ -350,6 +353,7 @@ class Run:
             teacher_guidance=held_guidance(config),
             teacher=teacher_hash(config),
             techniques=config.sample_with,
+            condition=_recorded(config, model.condition),
             clips=len(self.cache),
             batch=config.batch_size
             * config.gradient_accumulation
@@ -427,6 +431,7 @@ class Run:
             self.accelerator,
             self.adapter,
             trained_frames=self.model.trained_frames,
+            pictures=self.cache.picture if self.model.condition == FIRST_FRAME else None,
         )
 
     def _validate(self, validation: Validation, done: int) -> None:
@@ -478,6 +483,11 @@ class Run:
                 bar.update(task, completed=step + 1, description=text)
 
             yield tick
+
+
+def _recorded(config: TrainConfig, condition: str) -> str:
+    """Return a recipe's condition: "either" where some clips were shown without first frame."""
+    return "either" if config.first_frame_dropout else condition
 
 
 def _loggable(config: TrainConfig) -> dict[str, Any]:

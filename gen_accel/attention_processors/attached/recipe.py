@@ -41,8 +41,12 @@ class Recipe:
             without guidance; 1 is none.
         teacher: hash of the LoRA that taught it; None: none did.
         techniques: of `gen_accel.extend`, to generate with for more than `trained_frames` frames.
+        condition: "text"; "first_frame" where the clips' first frames were given; "either" where
+            they were given to some.
         clips: how many clips it saw; None where an older version trained it, as in `batch`.
         batch: clips of an optimizer step, of all processes together.
+        dora: the lengths of its layers' weights trained apart from their directions.
+        rank_stabilised: its weight is alpha / sqrt(rank), elsewhere alpha / rank.
     """
 
     base_model: str
@@ -67,8 +71,11 @@ class Recipe:
     teacher_guidance: float = 1.0
     teacher: str | None = None
     techniques: tuple[str, ...] = ()
+    condition: str = "text"
     clips: int | None = None
     batch: int | None = None
+    dora: bool = False
+    rank_stabilised: bool = False
 
     @property
     def holds_guidance(self) -> bool:
