@@ -1,5 +1,6 @@
 """Batches of a training: the clips of each step, and the part of a step for each process."""
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from gen_accel.attention_processors.families.given import IS_GIVEN
 from gen_accel.extras import needed_for
 from gen_accel.lora.conditions import TEXT
 from gen_accel.lora.config import Stage, TrainConfig
+from gen_accel.lora.held_out import held_out
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import SIGMAS, Draw, draw, order, seed_of
@@ -18,20 +20,27 @@ with needed_for("training", extra="train"):
     from accelerate import Accelerator
 
 
+PLAN = 2  # version of the clips' order; 1 drew a stage's clips for all of its steps at once
 TEXTS, PICTURES = 10**8, 2 * 10**8  # places of other draws than the clips' in a step
 
 
 def plan_clips(
-    config: TrainConfig, model: Model, cache: LatentCache, processes: int
+    config: TrainConfig, model: Model, cache: LatentCache, processes: int, version: int = PLAN
 ) -> list[list[list[int]]]:
     """Choose the clips of all processes, by number, for each step of each stage.
 
-    Raises ValueError if no clip is long enough for a stage, or pictures are asked for and there
-    are none.
+    A stage of more steps begins with the clips of fewer. Clips that are held out never train.
+
+    Args:
+        version: `PLAN`, or 1 for a run that an earlier version began.
+
+    Raises ValueError if no clip is long enough for a stage, all of them are held out, or pictures
+    are asked for and there are none.
     """
+    held = held_out(config, cache)
     return [
-        _of_stage(stage, config, model, cache, processes, seed_of(config.seed, i, stage.steps))
-        for i, stage in enumerate(config.curriculum)
+        _of_stage(i, config, model, cache, processes, version, held)
+        for i in range(len(config.curriculum))
     ]
 
 
@@ -65,28 +74,31 @@ class Batches:
             clips: clips of the step, over all processes and micro-steps.
             frames: latent frames.
         """
-        config = self.config
-        size, ranks = config.batch_size, self.accelerator.num_processes
+        size, ranks = self.config.batch_size, self.accelerator.num_processes
         first = (micro * ranks + self.accelerator.process_index) * size
-        places = range(first, first + size)
         numbers = clips[first : first + size]
-        latents = [self.cache.latents(clips[place], frames) for place in places]
+        latents = [self.cache.latents(number, frames) for number in numbers]
         draws = [
             draw(
-                config,
+                self.config,
                 step,
                 place,
                 clean.shape,
                 shift=self.model.shift,
-                sigmas=_sigmas(config, self.model),
+                sigmas=sigmas_of(self.config, self.model),
             )._replace(text=self._text(clips[place], step, place))
-            for place, clean in zip(places, latents, strict=True)
+            for place, clean in enumerate(latents, first)
         ]
+        return self.of(numbers, latents, draws)
+
+    def of(self, numbers: list[int], latents: list[Tensor], draws: list[Draw]) -> tuple[Any, ...]:
+        """Build the batch of some clips with draws that are given, as `__call__` does."""
+        config, size = self.config, len(numbers)
         conditions = [
             self.cache.conditions(clip, drawn.text) if drawn.captioned else self.cache.empty
             for clip, drawn in zip(numbers, draws, strict=True)
         ]
-        frame = self._first_frames(numbers, draws, frames)
+        frame = self._first_frames(numbers, draws, latents[0].shape[1])
         return (
             self._put(torch.stack(latents)),
             self._put(torch.stack([drawn.noise for drawn in draws])),
@@ -133,8 +145,15 @@ class Batches:
 
 
 def _of_stage(
-    stage: Stage, config: TrainConfig, model: Model, cache: LatentCache, processes: int, seed: int
+    number: int,
+    config: TrainConfig,
+    model: Model,
+    cache: LatentCache,
+    processes: int,
+    version: int,
+    held: Set[int],
 ) -> list[list[int]]:
+    stage, ahead = config.curriculum[number], version == 1
     buckets = cache.buckets(model.frames(stage.frames))
     if not buckets:
         longest = max((entry.pixel_frames for entry in cache.entries), default=0)
@@ -142,17 +161,33 @@ def _of_stage(
             f"no clip is long enough for stage {stage}: {stage.frames} frames are needed, the "
             f"longest of {len(cache)} has {longest}"
         )
+    trains = _without(buckets, held)
+    if not trains:
+        raise ValueError(
+            f"held_out {config.held_out:g} leaves no clip for stage {stage}: lower it, or add "
+            "clips"
+        )
     batch = config.batch_size * config.gradient_accumulation * processes
+    seed = seed_of(config.seed, number, stage.steps if ahead else 0)
     shown = [step for step in range(stage.steps) if _shows_pictures(config, seed, step)]
-    plan = order(_counted(cache, buckets), stage.steps - len(shown), batch, seed)
+    plan = order(_counted(cache, trains), stage.steps - len(shown), batch, seed, ahead=ahead)
     if shown:
-        pictures = _counted(cache, _pictures(cache))
+        pictures = _counted(cache, _without(_pictures(cache), held))
         if not pictures:
             raise ValueError(f"images is {config.images:g}, and the cache holds no pictures")
-        added = order(pictures, len(shown), batch, seed_of(seed, PICTURES, 0))
+        of_pictures = seed_of(seed, PICTURES, 0)
+        added = order(pictures, len(shown), batch, of_pictures, ahead=ahead)
         for step, clips in zip(shown, added, strict=True):
             plan.insert(step, clips)
     return plan
+
+
+def _without(
+    buckets: dict[tuple[int, int], list[int]], held: Set[int]
+) -> dict[tuple[int, int], list[int]]:
+    """Leave the clips out that are held out, and buckets without others."""
+    trains = {size: [i for i in bucket if i not in held] for size, bucket in buckets.items()}
+    return {size: bucket for size, bucket in trains.items() if bucket}
 
 
 def _shows_pictures(config: TrainConfig, seed: int, step: int) -> bool:
@@ -177,7 +212,8 @@ def _counted(cache: LatentCache, buckets: dict[tuple[int, int], list[int]]) -> l
     ]
 
 
-def _sigmas(config: TrainConfig, model: Model) -> tuple[float, float]:
+def sigmas_of(config: TrainConfig, model: Model) -> tuple[float, float]:
+    """Return the lowest and highest noise level that the part trains at."""
     if model.boundary is None:
         return SIGMAS
     if config.part == "transformer":

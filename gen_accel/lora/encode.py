@@ -51,7 +51,7 @@ from gen_accel.lora.surveys import clip_key, scenes_in, survey
 from gen_accel.lora.takes import Take
 from gen_accel.owners import locked
 from gen_accel.pipelines.generation.loading import DTYPES
-from gen_accel.pipelines.generation.progress import progress_bar
+from gen_accel.pipelines.generation.progress import progress_bar, waiting
 
 PICTURES = 8  # first frames that are kept as pictures, to sample validation videos from
 
@@ -166,24 +166,25 @@ def cache(
                 "pictures and lengths of 1 frame out, or take condition text"
             )
         _check_fit(encoders, frames, sizes)
-        run = _Run(
-            encoders,
-            tuple(sorted(set(frames))),
-            tuple(sizes),
-            None if fps is None else float(fps),
-            max_tokens,
-            on_broken,
-            store,
-            images,
-            teacher,
-            take,
-            captions,
-            pictures,
-            tuple(repeats),
-            default_caption,
-            workers,
-            shown,
-        )
+        with waiting("hashing the encoders"):
+            run = _Run(
+                encoders,
+                tuple(sorted(set(frames))),
+                tuple(sizes),
+                None if fps is None else float(fps),
+                max_tokens,
+                on_broken,
+                store,
+                images,
+                teacher,
+                take,
+                captions,
+                pictures,
+                tuple(repeats),
+                default_caption,
+                workers,
+                shown,
+            )
         return _fill(folder, run, videos, shard_bytes)
 
 
@@ -202,7 +203,7 @@ def _fill(folder: Path, run: "_Run", videos: Sequence[CaptionedVideo], shard_byt
         done = Again(lambda: compress(jobs, held))
         entries = Again(lambda: (_about(_entry(job, run.encoders.pipe)) for job in done))
         removed = _removed(shards, entries)
-        kept = run.keep_pictures(done, shards)
+        kept = run.keep_pictures(done, shards) | {"digests": run.digests(done)}
         used = chain(run.used(done), kept.get("pictures", ()))
         shards.finish(run.manifest() | kept, used, entries)
         remade = preview.write(shards, sum(held), run.encoders, bar)
@@ -250,6 +251,7 @@ class _Job(NamedTuple):
         begin: first frame of the chunk.
         texts: captions as they are encoded, with the key of each in `text_keys`.
         about: what `survey` found out about the clip.
+        source: hash of all that the latents depend on but the number of frames.
         number: of the clip in the data.
     """
 
@@ -264,6 +266,7 @@ class _Job(NamedTuple):
     begin: int
     texts: tuple[str, ...]
     about: dict[str, Any]
+    source: str
     number: int = 0
 
     @property
@@ -410,7 +413,8 @@ class _Run:
                     frame_key = self.first_frames.key(*place)
                     text_keys = tuple(self.text_key(text, *place) for text in texts)
                 keys = latent_key, text_keys, image_key, second, frame_key
-                jobs.append(_Job(video, length, size, *keys, begin, texts, about))
+                source = hash_of([self._vae, *place[:2], *place[3:]])
+                jobs.append(_Job(video, length, size, *keys, begin, texts, about, source))
         return jobs
 
     def _leave_out_scenes(
@@ -627,6 +631,25 @@ class _Run:
             "repeats": self.repeats,
         }
         return given
+
+    def digests(self, done: Iterable[_Job]) -> dict[str, str]:
+        """Hash the clips that fill each length, by its number of latent frames.
+
+        With a causal autoencoder the hash is the same where clips are encoded at a longer length.
+        """
+        time, causal = factors_of(self.encoders.pipe)[0], self.encoders.family.CAUSAL_VAE
+        hashes = {(length - 1) // time + 1: hashlib.sha256() for length in self.frames}
+        for job in done:
+            held = (job.frames - 1) // time + 1
+            latents = job.source if causal else job.latent_key
+            video = job.video
+            shown = [video.name, video.repeats, video.is_picture]
+            seen = [*shown, job.size, job.keys[1:], latents]
+            for frames, digest in hashes.items():
+                fits = held >= frames if causal else held == frames
+                if fits or job.video.is_picture:  # pictures train in any stage
+                    digest.update(hash_of(seen).encode())
+        return {str(frames): digest.hexdigest() for frames, digest in hashes.items()}
 
     def used(self, done: Iterable[_Job]) -> Iterator[str]:
         """Return the keys that stay in the cache."""

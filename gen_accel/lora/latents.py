@@ -132,6 +132,8 @@ class LatentCache:
                 "into an empty folder"
             )
         self._empty: str = manifest["empty"]
+        digests = typed(manifest, "digests", dict, origin=self.folder / MANIFEST, default={})
+        self._digests: dict[str, Any] = digests
         if isinstance(manifest["entries"], dict):
             self._lines = {manifest["entries"]["file"]: manifest["entries"]}
         else:
@@ -244,6 +246,11 @@ class LatentCache:
         held = self.entries.sizes[:, 0]
         fits = (held >= frames) & (frames >= 1) if self.causal else held == frames
         return np.flatnonzero(fits).tolist()
+
+    def digest_at(self, frames: int) -> str:
+        """Hash the clips of `fitting` with their texts and images, independent of their further
+        frames; as `digest` where the cache was made by an earlier version."""
+        return str(self._digests.get(str(frames), self.digest))
 
     def buckets(self, frames: int) -> dict[tuple[int, int], list[int]]:
         """Group `fitting` by (height, width) of the latents."""

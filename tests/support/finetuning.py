@@ -45,10 +45,16 @@ class Clips:
         self.sizes, self.frames = sizes, frames
         self.digest = f"{sizes} {frames}"
         plain = {"text_keys": None, "repeats": None, "is_picture": None}
-        self.entries = [SimpleNamespace(pixel_frames=4 * frames - 3, **plain) for _ in sizes]
+        plain["pixel_frames"] = 4 * frames - 3
+        self.entries = [
+            SimpleNamespace(name=f"{i}.mp4", latent_key=str(i), **plain) for i in range(len(sizes))
+        ]
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    def digest_at(self, frames: int) -> str:
+        return f"{self.sizes} {frames}"
 
     def buckets(self, frames: int) -> dict[tuple[int, int], list[int]]:
         found: dict[tuple[int, int], list[int]] = {}
