@@ -12,6 +12,7 @@ from gen_accel.cli import early
 from gen_accel.cli.app import INTERRUPTED
 from gen_accel.cli.printing import quiet
 from gen_accel.lora.config import TrainConfig, print_config, read_values
+from gen_accel.lora.presets import PRESETS
 
 SEVERAL = ("stages", "targets", "betas")  # may also be given in one flag, with commas between
 
@@ -22,6 +23,8 @@ leaves OUT/image_prompt, which gen_accel.load_image_prompt takes.
 
 \b
 gen-accel train --print-config > lora.yaml     every field, with what it means
+gen-accel train --preset longer --model DIR --data clips --print-config
+gen-accel train --preset style --model demo --data clips --height 96 --width 96
 gen-accel train lora.yaml --dry-run            two steps on a tiny model of the same class
 gen-accel train lora.yaml                      cache the clips, train, write OUT/lora
 gen-accel train lora.yaml --resume             go on after an interruption
@@ -30,6 +33,8 @@ gen-accel train --model demo --data clips --height 96 --width 96 --stages 129:20
 
 OUT/lora is a LoRA like any other: pipe.load_lora_weights(OUT/lora), and
 gen_accel.attach(pipe, from_lora=OUT/lora) attaches the attention it was trained with.
+OUT/report.html shows how it goes. --resume with more steps or further stages goes on where it
+ended.
 Ctrl-C saves a checkpoint and ends; nothing is lost by kill -9 but the steps since the last one.
 """
 
@@ -48,9 +53,14 @@ clip is encoded too: the column image, clip.png beside clip.mp4, or else its mid
 
 
 def train(
-    config: Path | None, resume: bool, dry_run: bool, print_config_: bool, **flags: Any
+    config: Path | None,
+    resume: bool,
+    dry_run: bool,
+    print_config_: bool,
+    preset: str | None,
+    **flags: Any,
 ) -> None:
-    values = read_values(config, _given(flags))
+    values = read_values(config, _given(flags), preset)
     if print_config_:
         typer.echo(print_config(TrainConfig(**values)), nl=False)
         return
@@ -74,12 +84,16 @@ def train(
     result = run_training(chosen, resume=resume)
     if result.folder is None:
         typer.echo(f"stopped after step {result.steps}; --resume goes on", err=True)
+    else:
+        typer.echo(f"{result.steps} steps, {result.seconds:.0f} s: {result.folder}")
+    for line in result.lines:
+        typer.echo(f"  {line}", err=result.folder is None)
+    if result.folder is None:
         raise typer.Exit(INTERRUPTED)
-    typer.echo(f"{result.steps} steps, {result.seconds:.0f} s: {result.folder}")
 
 
-def cache(config: Path | None, **flags: Any) -> None:
-    values = read_values(config, _given(flags))
+def cache(config: Path | None, preset: str | None, **flags: Any) -> None:
+    values = read_values(config, _given(flags), preset)
     if values.get("data") is None:
         raise ValueError(
             "data is not given: --data FOLDER of videos, a manifest or a datasets folder"
@@ -120,7 +134,19 @@ def add_to(app: typer.Typer) -> None:
         )
         for name, text in switches.items()
     ]
-    for function, text, own in ((train, TRAIN, extra), (cache, CACHE, [])):
+    known = "; ".join(f"{name}: {one.purpose}" for name, one in PRESETS.items())
+    purpose = inspect.Parameter(
+        "preset",
+        inspect.Parameter.KEYWORD_ONLY,
+        annotation=Annotated[
+            str | None,
+            typer.Option(
+                "--preset", help=f"Fields for a purpose; file and flags override. {known}."
+            ),
+        ],
+        default=None,
+    )
+    for function, text, own in ((train, TRAIN, [*extra, purpose]), (cache, CACHE, [purpose])):
 
         def verb(function: Any = function, **given: Any) -> None:
             function(**given)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gen_accel.lora.dry_run import dry_run
     from gen_accel.lora.encode import cache
     from gen_accel.lora.latents import LatentCache
+    from gen_accel.lora.presets import preset
     from gen_accel.lora.trainer import Trained, train
     from gen_accel.lora.upload import Push, push
 
@@ -23,6 +24,7 @@ __all__ = [
     "Trained",
     "cache",
     "dry_run",
+    "preset",
     "print_config",
     "push",
     "read_config",
@@ -36,6 +38,7 @@ _HOMES = {
     "Trained": "trainer",
     "cache": "encode",
     "dry_run": "dry_run",
+    "preset": "presets",
     "push": "upload",
     "train": "trainer",
 }

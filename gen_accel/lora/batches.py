@@ -1,5 +1,6 @@
 """Batches of a training: the clips of each step, and the part of a step for each process."""
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -7,7 +8,8 @@ from torch import Tensor
 
 from gen_accel.attention_processors.families import family_of
 from gen_accel.extras import needed_for
-from gen_accel.lora.config import Stage, TrainConfig
+from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.held_out import held_out
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import SIGMAS, Draw, draw, order, seed_of
@@ -16,16 +18,25 @@ with needed_for("training", extra="train"):
     from accelerate import Accelerator
 
 
+PLAN = 2  # version of the clips' order; 1 drew a stage's clips for all of its steps at once
+
+
 def plan_clips(
-    config: TrainConfig, model: Model, cache: LatentCache, processes: int
+    config: TrainConfig, model: Model, cache: LatentCache, processes: int, version: int = PLAN
 ) -> list[list[list[int]]]:
     """Choose the clips of all processes, by number, for each step of each stage.
 
-    Raises ValueError if no clip is long enough for a stage.
+    A stage of more steps begins with the clips of fewer. Clips that are held out never train.
+
+    Args:
+        version: `PLAN`, or 1 for a run that an earlier version began.
+
+    Raises ValueError if no clip is long enough for a stage, or all of them are held out.
     """
+    held = held_out(config, cache)
     return [
-        _of_stage(stage, config, model, cache, processes, seed_of(config.seed, i, stage.steps))
-        for i, stage in enumerate(config.curriculum)
+        _of_stage(i, config, model, cache, processes, version, held)
+        for i in range(len(config.curriculum))
     ]
 
 
@@ -55,26 +66,29 @@ class Batches:
             clips: clips of the step, over all processes and micro-steps.
             frames: latent frames.
         """
-        config = self.config
-        size, ranks = config.batch_size, self.accelerator.num_processes
+        size, ranks = self.config.batch_size, self.accelerator.num_processes
         first = (micro * ranks + self.accelerator.process_index) * size
-        places = range(first, first + size)
         numbers = clips[first : first + size]
-        latents = [self.cache.latents(clips[place], frames) for place in places]
+        latents = [self.cache.latents(number, frames) for number in numbers]
         draws = [
             draw(
-                config,
+                self.config,
                 step,
                 place,
                 clean.shape,
                 shift=self.model.shift,
-                sigmas=_sigmas(config, self.model),
+                sigmas=sigmas_of(self.config, self.model),
             )
-            for place, clean in zip(places, latents, strict=True)
+            for place, clean in enumerate(latents, first)
         ]
+        return self.of(numbers, latents, draws)
+
+    def of(self, numbers: list[int], latents: list[Tensor], draws: list[Draw]) -> tuple[Any, ...]:
+        """Build the batch of some clips with draws that are given, as `__call__` does."""
+        config, size = self.config, len(numbers)
         conditions = [
-            self.cache.conditions(clips[place]) if drawn.captioned else self.cache.empty
-            for place, drawn in zip(places, draws, strict=True)
+            self.cache.conditions(number) if drawn.captioned else self.cache.empty
+            for number, drawn in zip(numbers, draws, strict=True)
         ]
         return (
             self._put(torch.stack(latents)),
@@ -103,8 +117,15 @@ class Batches:
 
 
 def _of_stage(
-    stage: Stage, config: TrainConfig, model: Model, cache: LatentCache, processes: int, seed: int
+    number: int,
+    config: TrainConfig,
+    model: Model,
+    cache: LatentCache,
+    processes: int,
+    version: int,
+    held: Set[int],
 ) -> list[list[int]]:
+    stage, ahead = config.curriculum[number], version == 1
     buckets = cache.buckets(model.frames(stage.frames))
     if not buckets:
         longest = max((entry.pixel_frames for entry in cache.entries), default=0)
@@ -112,11 +133,20 @@ def _of_stage(
             f"no clip is long enough for stage {stage}: {stage.frames} frames are needed, the "
             f"longest of {len(cache)} has {longest}"
         )
+    trains = [[i for i in buckets[size] if i not in held] for size in sorted(buckets)]
+    trains = [bucket for bucket in trains if bucket]
+    if not trains:
+        raise ValueError(
+            f"held_out {config.held_out:g} leaves no clip for stage {stage}: lower it, or add "
+            "clips"
+        )
     batch = config.batch_size * config.gradient_accumulation * processes
-    return order([buckets[size] for size in sorted(buckets)], stage.steps, batch, seed)
+    seed = seed_of(config.seed, number, stage.steps if ahead else 0)
+    return order(trains, stage.steps, batch, seed, ahead=ahead)
 
 
-def _sigmas(config: TrainConfig, model: Model) -> tuple[float, float]:
+def sigmas_of(config: TrainConfig, model: Model) -> tuple[float, float]:
+    """Return the lowest and highest noise level that the part trains at."""
     if model.boundary is None:
         return SIGMAS
     if config.part == "transformer":

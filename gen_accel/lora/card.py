@@ -226,7 +226,7 @@ def _command(recipe: Recipe) -> str:
     return _fenced(
         "bash",
         [
-            f'gen-accel generate --model {_model(recipe)} --prompt "{_prompt(recipe)}" \\',
+            f'gen-accel generate --model {_model(recipe)} --prompt "{example_prompt(recipe)}" \\',
             f"    {size} --from-lora lora --out video.mp4",
         ],
     )
@@ -242,7 +242,7 @@ def _call(recipe: Recipe, made: str = "pipe", frames: int | None = None) -> list
     }
     return [
         f"size = {json.dumps(size)}",
-        f'video = {made}("{_prompt(recipe)}", **size{guided}).frames[0]',
+        f'video = {made}("{example_prompt(recipe)}", **size{guided}).frames[0]',
     ]
 
 
@@ -251,7 +251,7 @@ def _model(recipe: Recipe) -> str:
     return NAME if recipe.base_model == NAME else public_name(recipe.base_model) or UNKNOWN
 
 
-def _prompt(recipe: Recipe) -> str:
+def example_prompt(recipe: Recipe) -> str:
     """A prompt of no training clip. The demo model knows few words."""
     return "a red square moves left slowly" if recipe.base_model == NAME else "a cat surfs"
 

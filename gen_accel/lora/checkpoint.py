@@ -27,6 +27,7 @@ TENSORS, STATE = "training.safetensors", "state.json"
 OWN = "state_sha256"  # field of the state with the hash of its other fields
 # Types of a state's fields.
 KINDS = {"sha256": str, "step": int, "config": dict, "data": str, "processes": int}
+LATER = {"stage_data": list, "plan": int}  # the same of fields that earlier versions did not write
 
 
 class Checkpoint(NamedTuple):
@@ -110,6 +111,9 @@ def _load(path: Path) -> Checkpoint:
     state = read_fields(path / STATE)
     for name, kind in KINDS.items():
         typed(state, name, kind, origin=STATE)
+    for name, kind in LATER.items():
+        if name in state:
+            typed(state, name, kind, origin=STATE)
     # Earlier versions wrote no hash of the state: only the step is checked, by the folder's name.
     if OWN in state and state.pop(OWN) != hash_of(state):
         raise ValueError(f"{STATE} is not the file that was written")

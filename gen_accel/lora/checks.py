@@ -32,7 +32,7 @@ LIMITS = (
     Limit(
         (
             *("rank", "dense_layers", "dense_steps", "weight_decay", "warmup_steps"),
-            *("max_grad_norm", "validate_every"),
+            *("max_grad_norm", "validate_every", "loss_every"),
         ),
         lambda x: 0 <= x < float("inf"),
         "not be negative",
@@ -64,6 +64,11 @@ LIMITS = (
         ("caption_dropout", "image_dropout", "both_dropout"),
         lambda x: 0 <= x < 1 + EPS,
         "be a share from 0 to 1",
+    ),
+    Limit(
+        ("held_out",),
+        lambda x: 0 <= x < 1 or (x < float("inf") and x % 1 == 0 and x > 0),
+        "be a whole number of clips, or a share from 0 to below 1",
     ),
     Limit(("teacher_guidance",), lambda x: 1 <= x < float("inf"), "be finite and at least 1"),
 )
@@ -104,6 +109,11 @@ def check(config: Any) -> None:
         )
     if config.rank and not config.targets:
         raise ValueError("targets is empty: name what the LoRA is put on, as attention")
+    if config.held_out and not config.loss_every:
+        raise ValueError(
+            f"held_out {shown(config.held_out)} keeps clips from training to measure their loss: "
+            "give loss_every, as 50"
+        )
     if config.validate_every and not config.validation_prompts:
         raise ValueError("validate_every needs validation_prompts, got none")
     check_config(config)

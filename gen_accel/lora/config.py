@@ -77,6 +77,11 @@ class TrainConfig:
         "skip", "Clips", "What a file that no one can read does."
     )
     max_tokens: int | None = _(None, "Clips", "Length of the text; none: the pipeline's own.")
+    held_out: float = _(
+        0.0,
+        "Clips",
+        "Clips that never train, whose loss shows what is learnt: a number, or a share below 1.",
+    )
 
     stages: tuple[str, ...] = _(
         ("81:200", "161:600"),
@@ -190,6 +195,12 @@ class TrainConfig:
     log_with: Literal["tensorboard", "wandb", "none"] = _(
         "tensorboard", "Keeping", "OUT/metrics.jsonl is written in any case."
     )
+    loss_every: int = _(
+        0,
+        "Keeping",
+        "Steps between two losses of the clips held out, or else of 8 that train, at fixed noise; "
+        "0: none.",
+    )
     validate_every: int = _(0, "Keeping", "Steps; 0: no videos are sampled.")
     validation_prompts: tuple[str, ...] = _((), "Keeping", "One video each, seeds from 0.")
     validation_frames: int | None = _(None, "Keeping", "None: of the longest stage.")
@@ -256,6 +267,7 @@ FREE_TO_CHANGE = (
     "checkpoint_every",
     "keep_checkpoints",
     "log_with",
+    "loss_every",
     "validate_every",
     "validation_prompts",
     "validation_images",
@@ -270,31 +282,44 @@ FREE_TO_CHANGE = (
 
 
 def read_config(
-    path: str | Path | None, overrides: Mapping[str, Any] | None = None
+    path: str | Path | None,
+    overrides: Mapping[str, Any] | None = None,
+    preset: str | None = None,
 ) -> TrainConfig:
-    """Read a config from a YAML file; `overrides` take precedence.
+    """Read a config from a YAML file; `overrides` take precedence over it, and it over `preset`.
 
     Raises:
         FileNotFoundError, ValueError: see `read_values`; also a value that `TrainConfig` refuses.
     """
-    return TrainConfig(**read_values(path, overrides))
+    return TrainConfig(**read_values(path, overrides, preset))
 
 
 def read_values(
-    path: str | Path | None, overrides: Mapping[str, Any] | None = None
+    path: str | Path | None,
+    overrides: Mapping[str, Any] | None = None,
+    preset: str | None = None,
 ) -> dict[str, Any]:
-    """Read the fields that a YAML file and `overrides` give, converted to their types.
+    """Read the fields that a YAML file and `overrides` give, converted to their types, and fill
+    them up with a preset's.
 
-    No heavy library is imported.
+    No heavy library is imported, unless the stages of preset longer depend on the model.
+
+    Args:
+        preset: see `presets.preset`; a file may name one too, as `preset: style`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is no YAML mapping, a field is unknown (the error names the nearest),
-            or a value has the wrong type.
+            or a value has the wrong type; an unknown preset, or one that does not fit.
     """
+    from gen_accel.lora.presets import with_preset
+
     given = {} if path is None else read_mapping(path, verb="train", extra="train")
+    named = given.pop("preset", None)
     given.update(overrides or {})
-    return checked(config_fields(), given, extra="train", typed=overrides or ())
+    values = checked(config_fields(), given, extra="train", typed=overrides or ())
+    name = named if preset is None else preset
+    return values if name is None else with_preset(str(name), values)
 
 
 def config_fields() -> list[Field]:

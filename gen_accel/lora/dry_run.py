@@ -71,6 +71,8 @@ def dry_run(config: TrainConfig) -> Trained:
             **least_of,
             out=folder,
             stages=stages,
+            held_out=0.0,
+            loss_every=0,
             validate_every=0,
             validation_images=(),
             log_with="none",
@@ -141,6 +143,9 @@ class _Noise:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def digest_at(self, frames: int) -> str:
+        return self.digest
 
     def buckets(self, frames: int) -> dict[tuple[int, int], list[int]]:
         return {self.size: [0, 1]}

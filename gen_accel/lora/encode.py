@@ -169,7 +169,8 @@ def _fill(folder: Path, run: "_Run", videos: Sequence[CaptionedVideo], shard_byt
             raise ValueError(f"no clip could be encoded: {next(iter(run.broken.values()))}")
         entries = [_entry(job, run.encoders.pipe) for job in done]
         before = {(e["name"], e["pixel_frames"]) for e in shards.earlier.get("entries", ())}
-        shards.finish(run.manifest(entries, known), run.used(done))
+        sources = {job.latent_key: job.source for job in done}
+        shards.finish(run.manifest(entries, known) | {"sources": sources}, run.used(done))
     return Report(
         folder=shards.folder,
         encoded=sum(job.latent_key in new for job in done),
@@ -189,6 +190,7 @@ class _Job(NamedTuple):
     Args:
         frames: pixel frames.
         size: height and width in pixels.
+        source: hash of all that the latents depend on but the clip's length.
     """
 
     video: CaptionedVideo
@@ -198,6 +200,7 @@ class _Job(NamedTuple):
     text_key: str
     image_key: str | None = None
     teacher_key: str | None = None
+    source: str = ""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -267,7 +270,8 @@ class _Run:
                 text_key = self.text_key(video.caption)
                 second = self.text_key(video.teacher_caption) if self.teacher else None
                 keys = latent_key, text_key, image_key, second
-                jobs.append(_Job(video, length, size, *keys))
+                source = hash_of([self._vae, digest, self.fps, size])
+                jobs.append(_Job(video, length, size, *keys, source))
         self._check_lengths(known)
         return jobs, known, tuple(short)
 

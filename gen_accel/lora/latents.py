@@ -99,6 +99,8 @@ class LatentCache:
         self.digest = hash_of([manifest["entries"], manifest["empty"], self.causal, self.fps])
         self.images: dict[str, Any] | None = manifest.get("images")
         self._empty: str = manifest["empty"]
+        origin = self.folder / MANIFEST
+        self._sources: dict[str, str] = typed(manifest, "sources", dict, origin=origin, default={})
         # Maps a tensor's key, then its own name, to the shard.
         self._homes: dict[str, dict[str, str]] = {}
         for shard, about in self._files.items():
@@ -188,6 +190,17 @@ class LatentCache:
         An entry must have that length; with a causal autoencoder it may also be longer.
         """
         return [i for i, entry in enumerate(self.entries) if self._fits(entry, frames)]
+
+    def digest_at(self, frames: int) -> str:
+        """Hash `fitting` with captions and images, independent of the clips' further frames."""
+        seen = []
+        for entry in (self.entries[i] for i in self.fitting(frames)):
+            latents = entry.latent_key
+            if self.causal:
+                latents = self._sources.get(latents, latents)
+            texts = entry.text_key, entry.teacher_key, entry.image_key
+            seen.append([entry.name, entry.height, entry.width, latents, *texts])
+        return hash_of([seen, frames, self._empty, self.causal, self.fps])
 
     def buckets(self, frames: int) -> dict[tuple[int, int], list[int]]:
         """Group `fitting` by (height, width) of the latents."""

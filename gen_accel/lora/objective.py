@@ -86,26 +86,39 @@ def shifted(level: float, shift: float) -> float:
     return shift * level / (1 + (shift - 1) * level)
 
 
-def order(buckets: Sequence[Sequence[int]], steps: int, batch: int, seed: int) -> list[list[int]]:
+def order(
+    buckets: Sequence[Sequence[int]],
+    steps: int,
+    batch: int,
+    seed: int,
+    *,
+    ahead: bool = False,
+) -> list[list[int]]:
     """Choose the clips of each step.
 
     A step takes its clips from one bucket, as clips of two sizes do not fit into one batch.
     Buckets are drawn in proportion to their number of clips. Within a bucket no clip repeats
-    before all were shown.
+    before all were shown. More steps begin with the same clips as fewer.
 
     Args:
         buckets: numbers of the clips of each size.
         batch: clips a step, over all processes.
+        ahead: draw the buckets of all steps before the first clip, as earlier versions did.
 
     Returns:
         `steps` lists of `batch` clips.
     """
     generator = torch.Generator().manual_seed(seed_of(seed, -1, 0))
     weights = torch.tensor([float(len(bucket)) for bucket in buckets])
-    chosen = torch.multinomial(weights, steps, replacement=True, generator=generator).tolist()
+    at_once = steps if ahead else 1
     waiting: list[list[int]] = [[] for _ in buckets]
-    plan = []
-    for number in chosen:
+    plan: list[list[int]] = []
+    chosen: list[int] = []
+    while len(plan) < steps:
+        if not chosen:
+            drawn = torch.multinomial(weights, at_once, replacement=True, generator=generator)
+            chosen = drawn.tolist()[::-1]
+        number = chosen.pop()
         clips, queue = buckets[number], waiting[number]
         while len(queue) < batch:
             queue += [clips[i] for i in torch.randperm(len(clips), generator=generator).tolist()]

@@ -1,5 +1,7 @@
 """Preparation of a training: load the model, check the config against it, cache the clips."""
 
+import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from gen_accel.lora.size import check_adapter, check_batch
 from gen_accel.owners import check_free
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.loading import Loading, load
+from gen_accel.pipelines.generation.progress import waiting
 from gen_accel.pipelines.generation.sampling import Clip, check_fits, filled, token_grid
 from gen_accel.pipelines.long_video import check_rule, known_trained_frames
 from gen_accel.video import VideoShape
@@ -42,7 +45,7 @@ PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, LatentCache]:
     """Load the pipeline, check the config against it, and cache the missing clips."""
-    folder = cache_folder(config)
+    folder, main = cache_folder(config), accelerator.is_main_process
     if config.data is None and not folder.exists():
         raise ValueError(
             f"data is not given and {folder} holds no cache: give the videos, or a cache made "
@@ -52,10 +55,11 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
         raise FileNotFoundError(f"data: there is nothing at {config.data}")
     if config.data is not None:
         by_main(accelerator, partial(check_free, folder))
-    pipe = load_pipe(config)
+    with waiting(f"loading the model {config.model}") if main else nullcontext():
+        pipe = load_pipe(config)
     model = model_of(config, pipe)
     if config.data is not None:
-        by_main(accelerator, partial(cache_clips, config, pipe))
+        by_main(accelerator, lambda: print(cache_clips(config, pipe), file=sys.stderr))
     latents = LatentCache(folder)
     check_cache(config, pipe, latents)
     if not config.validate_every:
@@ -63,7 +67,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
             if getattr(pipe, part, None) is not None:
                 setattr(pipe, part, None)
     else:
-        pipe.to(accelerator.device)
+        with waiting(f"moving the model to {accelerator.device}") if main else nullcontext():
+            pipe.to(accelerator.device)
     return model, latents
 
 

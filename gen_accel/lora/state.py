@@ -33,12 +33,7 @@ class TrainingState:
         self.config, self.accelerator = config, accelerator
         self.names = [n for n, p in objective.named_parameters() if p.requires_grad]
         optimizer = _optimizer(objective, config)
-        self.schedule = get_scheduler(
-            config.schedule if config.schedule != "constant" else "constant_with_warmup",
-            optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=config.total_steps,
-        )
+        self.schedule = learning_rates(optimizer, config)
         self.wrapped, self.optimizer = accelerator.prepare(objective, optimizer)
         self.ema = None
         if config.ema_decay:
@@ -129,6 +124,11 @@ class TrainingState:
             self.ema.optimization_step = numbers["ema_steps"]
         self._restore_optimizer(tensors)
         self.schedule.load_state_dict(numbers["schedule"])
+        # The next step's rate as this run's number of steps has it, which may be another.
+        self.schedule._last_lr = [
+            base * factor(self.schedule.last_epoch)
+            for base, factor in zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        ]
         for group, rate in zip(
             self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True
         ):
@@ -156,6 +156,16 @@ class TrainingState:
                 if key.startswith(prefix):
                     like = _like(parameter, value)
                     self.optimizer.state[parameter][key.removeprefix(prefix)] = like
+
+
+def learning_rates(optimizer: Any, config: TrainConfig) -> Any:
+    """Build the schedule of the learning rate over all steps of the config."""
+    return get_scheduler(
+        config.schedule if config.schedule != "constant" else "constant_with_warmup",
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=config.total_steps,
+    )
 
 
 def adamw_8bit() -> Any:

@@ -28,17 +28,21 @@ from gen_accel.files import replacing, room_told
 from gen_accel.lora import checkpoint
 from gen_accel.lora.adapters import fields_of_lora, put_on
 from gen_accel.lora.artefact import held_guidance, teacher_hash
-from gen_accel.lora.batches import Batches, plan_clips
-from gen_accel.lora.config import Stage, TrainConfig, differences
+from gen_accel.lora.batches import PLAN, Batches, plan_clips
+from gen_accel.lora.config import Stage, TrainConfig
+from gen_accel.lora.fixed_loss import Figures, FixedLoss
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Objective, seed_of
+from gen_accel.lora.peak import peak_gb
 from gen_accel.lora.processes import alone_in, by_main
+from gen_accel.lora.progress import Bar, Clock
+from gen_accel.lora.report import LOGS, METRICS, Page, record_of
+from gen_accel.lora.resume import about_data, check_agreement, plan_of
 from gen_accel.lora.state import TrainingState, adamw_8bit, whole
-from gen_accel.lora.validate import Validation
+from gen_accel.lora.validate import FOLDER, Validation
 from gen_accel.method import on_device
 from gen_accel.pipelines.attach import attach
-from gen_accel.pipelines.generation.progress import steps_bar
 from gen_accel.pipelines.long_video.rope import apply_rule
 
 with needed_for("training", extra="train"):
@@ -46,8 +50,7 @@ with needed_for("training", extra="train"):
     from accelerate.state import AcceleratorState
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 
-CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
-STEADY = 0.95  # decay of the running mean that the bar shows
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,15 @@ class Trained:
     Args:
         folder: folder of the trained adapter; None if the training was interrupted.
         losses: loss of each step that this run made.
+        lines: where the videos and the report are, the loss from and to, and the command that uses
+            the result, for people; of the main process alone.
     """
 
     folder: Path | None
     steps: int
     losses: list[float]
     seconds: float
+    lines: tuple[str, ...] = ()
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Trained:
@@ -103,7 +109,7 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
         # As a plugin: a plain number would be replaced by the launcher's.
         gradient_accumulation_plugin=GradientAccumulationPlugin(config.gradient_accumulation),
         log_with=None if config.log_with == "none" else config.log_with,
-        project_dir=str(Path(config.out) / "logs"),
+        project_dir=str(Path(config.out) / LOGS),
         # Stated here, as a launcher of several processes does not pass it on.
         cpu=config.device == "cpu" or not torch.accelerator.is_available(),
         step_scheduler_with_optimizer=False,
@@ -167,10 +173,10 @@ class Run:
         self.config, self.accelerator, self.model, self.cache = config, accelerator, model, cache
         self.out = Path(config.out)
         self.family = family_for(model.transformer, "training")
-        self.plans = plan_clips(config, model, cache, accelerator.num_processes)
+        self.plans, self.plan = plan_clips(config, model, cache, accelerator.num_processes), PLAN
         self.method = on_device(method_from(config.method, config.settings), accelerator.device)
         self.recipe = self._recipe()
-        self.stopping = False
+        self.stopping = self.prolonged = False
 
         transformer = model.transformer
         transformer.requires_grad_(False)
@@ -206,30 +212,87 @@ class Run:
         if accelerator.is_main_process:
             self.out.mkdir(parents=True, exist_ok=True)
             _cut_metrics(self.out / METRICS, start)
-        validation = self._validation()
+        self._see(start)
         accelerator.init_trackers("gen_accel", config=_loggable(config))
-        began, losses, step = time.perf_counter(), [], start
-        with self._stopping(), self._bar(start) as tick:
-            if start == 0 and validation is not None:
-                if accelerator.distributed_type.value == "FSDP":
-                    self._run_outermost()
-                self._validate(validation, 0)
+        began, losses, done = time.perf_counter(), [], start
+        with self.page.told(), self._stopping(), self.bar.open():
+            self._look(start, first=True)
             for step in range(start, config.total_steps):
                 loss, stop = self._step(step)
                 losses.append(loss)
-                tick(step, loss)
                 done = step + 1
                 last = done == config.total_steps
                 if done % config.checkpoint_every == 0 or last or stop:
                     self._save(done)
-                if validation is not None and (done % config.validate_every == 0 or last):
-                    self._validate(validation, done)
+                self._look(done, stops=stop and not last)
                 if stop and not last:
-                    accelerator.end_training()
-                    return Trained(None, done, losses, time.perf_counter() - began)
-        folder = self._write(self.out / self.adapter.FOLDER)
+                    break
+        folder = None
+        if done == config.total_steps:
+            folder = self._write(self.out / self.adapter.FOLDER)
         accelerator.end_training()
-        return Trained(folder, config.total_steps, losses, time.perf_counter() - began)
+        lines = self.page.end(done, folder)
+        return Trained(folder, done, losses, time.perf_counter() - began, lines)
+
+    def _see(self, start: int) -> None:
+        """Make what shows how the training goes: losses at fixed noise, videos, bar and page."""
+        config, main = self.config, self.accelerator.is_main_process
+        self.validation = self._validation()
+        self.fixed = None
+        calls = {"loss": 0, "validation": 0}
+        if config.loss_every:
+            self.fixed = FixedLoss(config, self.model, self.cache, self.batches, self.accelerator)
+            passes = len(self.fixed.clips) * len(self.fixed.levels)
+            calls["loss"] = passes // self.accelerator.num_processes
+        if self.validation is not None:
+            calls["validation"] = self.validation.calls
+        every = {"loss": config.loss_every, "validation": config.validate_every}
+        self.clock = Clock(config, every, calls)
+        self.bar = Bar(self.clock, start, shown=main)
+        self.page = Page(self.out, config, self.recipe, shown=main)
+
+    def _look(self, done: int, *, first: bool = False, stops: bool = False) -> None:
+        """Measure, sample and report after `done` steps, each where it is due.
+
+        Args:
+            first: before the first step of this run.
+            stops: the run was asked to stop; it measures when it goes on.
+        """
+        fixed, validation = self.fixed, self.validation
+        anew = first and (done == 0 or self.prolonged)
+        if fixed is not None and not stops and (anew or self.clock.is_due("loss", done)):
+            self._measure(fixed, done)
+        is_due = self.clock.is_due("validation", done) and (not first or done == 0)
+        if validation is not None and is_due:
+            if first and self.accelerator.distributed_type.value == "FSDP":
+                self._run_outermost()
+            self._validate(validation, done)
+        saved = done % self.config.checkpoint_every == 0 or done == self.config.total_steps
+        if first or saved or stops or is_due or self.clock.is_due("loss", done):
+            self.page.write(done)
+
+    def _measure(self, fixed: FixedLoss, done: int) -> None:
+        """Measure the loss at fixed noise, and log it."""
+        name = "held-out loss" if self.config.held_out else "loss at fixed noise"
+        began = time.perf_counter()
+        with self.bar.beside("loss") as part, self.state.averaged():
+
+            def tell(i: int, total: int) -> None:
+                part(f"{name}, {i}/{total}", i / total)
+
+            figures = fixed(done, self.state.wrapped, self._rule, tell)
+        self._log_fixed(figures, time.perf_counter() - began)
+
+    def _log_fixed(self, figures: Figures, seconds: float) -> None:
+        by_level = {f"fixed_loss/{level}": x for level, x in figures.levels.items()}
+        with room_told(self.out / LOGS):
+            self.accelerator.log({"fixed_loss": figures.mean} | by_level, step=figures.after)
+        if self.accelerator.is_main_process:
+            record = record_of(figures)
+            if record not in self.page.records:  # as where a resumed run measures again
+                note(self.out / METRICS, {**record, "seconds": seconds})
+                self.page.records.append(record)
+            self.bar.fixed(self.page.fixed_words())
 
     @torch.no_grad()
     def _run_outermost(self) -> None:
@@ -256,10 +319,13 @@ class Run:
             "frames": stage.frames,
             "seconds": time.perf_counter() - began,
         }
-        with room_told(self.out / "logs"):
+        if (peak := peak_gb(self.accelerator.device)) is not None:
+            figures["memory_gb"] = peak
+        with room_told(self.out / LOGS):
             self.accelerator.log(figures, step=step)
         if self.accelerator.is_main_process:
             note(self.out / METRICS, {"step": step, **figures})
+        self.bar.step(step, loss, figures["seconds"])
         return loss, stop
 
     def _descend(self, step: int, stage: Stage, clips: list[int]) -> tuple[float, float, bool]:
@@ -359,9 +425,7 @@ class Run:
         about = {
             "step": done,
             "config": json.loads(json.dumps(asdict(self.config))),
-            "data": self.cache.digest,
-            "teacher": self.recipe.teacher,
-            "processes": self.accelerator.num_processes,
+            **self._about(),
         }
         save = partial(
             checkpoint.save,
@@ -378,30 +442,28 @@ class Run:
         found = checkpoint.load_newest(self.out / CHECKPOINTS)
         if found is None:
             raise ValueError(f"no checkpoint in {self.out / CHECKPOINTS} is whole and finite")
-        if changed := self._changes(found.state):
-            listed = "; ".join(f"{k}: {a!r}, now {b!r}" for k, (a, b) in changed.items())
-            raise ValueError(f"{found.path} is of another run, which differs in {listed}")
+        config, about = self.config, self._about()
+        flag = "init_lora" if config.adapter == "lora" else "init_adapter"
+        start = f"--{flag.replace('_', '-')} {found.path / self.adapter.FOLDER}"
+        check_agreement(found.path, found.state, about, config, start=start)
+        self.prolonged = found.state["config"].get("stages") != list(config.stages)
+        self.plan = plan_of(found.state)
+        if self.plan != PLAN:
+            args = config, self.model, self.cache, self.accelerator.num_processes
+            self.plans = plan_clips(*args, version=self.plan)
         self.state.restore(found.tensors, found.state)
         if self.accelerator.is_main_process:  # finish what a killed run may have begun
             checkpoint.prune(found.path.parent, found.path, keep=self.config.keep_checkpoints)
         self.accelerator.print(f"resumed after step {found.state['step']} from {found.path}")
         return found.state["step"]
 
-    def _changes(self, earlier: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Find changes since an earlier run in settings that the training depends on.
-
-        Returns name to (then, now).
-        """
-        changed = differences(self.config, earlier["config"])
-        if earlier["data"] != self.cache.digest:
-            changed["data (clips and captions)"] = (earlier["data"][:12], self.cache.digest[:12])
-        before, now = earlier.get("teacher"), self.recipe.teacher
-        if before != now:
-            changed["teacher_lora (its weights)"] = (before and before[:12], now and now[:12])
-        processes = self.accelerator.num_processes
-        if "batch_size" not in changed and earlier["processes"] != processes:
-            changed["processes"] = (earlier["processes"], processes)
-        return changed
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint records of all but the config that the training depends on."""
+        return about_data(self.config, self.model, self.cache) | {
+            "plan": self.plan,
+            "teacher": self.recipe.teacher,
+            "processes": self.accelerator.num_processes,
+        }
 
     def _artefact(self) -> Callable[[Path], Any]:
         """Return a function that writes the present weights, or their average if one is kept."""
@@ -416,7 +478,7 @@ class Run:
         if not self.config.validate_every:
             return None
         assert self.model.pipe is not None
-        folder = self.out / "validation"
+        folder = self.out / FOLDER
         return Validation(
             self.config,
             self.model.pipe,
@@ -430,8 +492,16 @@ class Run:
         recipe: Any = self.recipe
         as_used = Stage(recipe.frames, 1, recipe.rope), recipe.build_schedule()
         self.model.transformer.eval()
-        with self.state.averaged(), self._rule(as_used[0]), self.handle.scheduled(as_used[1]):
-            validation(done)
+        prompts = len(self.config.validation_prompts)
+        with self.bar.beside("validation") as part:
+
+            def tell(i: int, step: int, steps: int) -> None:
+                words = f"validation {i + 1}/{prompts}, step {step}/{steps}"
+                part(words, (i + step / steps) / prompts)
+
+            validation.tell = tell
+            with self.state.averaged(), self._rule(as_used[0]), self.handle.scheduled(as_used[1]):
+                validation(done)
         self.model.transformer.train()
 
     @contextmanager
@@ -455,27 +525,6 @@ class Run:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    @contextmanager
-    def _bar(self, start: int) -> Iterator[Callable[[int, float], None]]:
-        """Show a bar with the running loss and the remaining time, on stderr."""
-        if not self.accelerator.is_main_process:
-            yield lambda step, loss: None
-            return
-        running = math.nan
-        with steps_bar() as bar:
-            task = bar.add_task(
-                "training", total=self.config.total_steps, completed=start, unit="steps"
-            )
-
-            def tick(step: int, loss: float) -> None:
-                nonlocal running
-                running = loss if math.isnan(running) else STEADY * running + (1 - STEADY) * loss
-                _, stage, _ = self.config.stage_at(step)
-                text = f"{stage.frames} frames, loss {running:.4f}"
-                bar.update(task, completed=step + 1, description=text)
-
-            yield tick
-
 
 def _loggable(config: TrainConfig) -> dict[str, Any]:
     """Convert a config to numbers and text, the only values that TensorBoard takes."""
@@ -492,15 +541,16 @@ def note(path: Path, figures: dict[str, Any]) -> None:
 
 
 def _cut_metrics(path: Path, steps: int) -> None:
-    """Drop the lines of steps that will run again, and half-written lines."""
+    """Drop the lines of steps that will run again and of losses after them, and half lines."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] < steps:
+            told = json.loads(line)
+            if told["step"] < steps if "step" in told else told["after"] <= steps:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
     with replacing(path) as new:
         new.write_text("".join(kept), encoding="utf-8")

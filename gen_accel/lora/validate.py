@@ -1,14 +1,18 @@
 """Videos sampled while an adapter trains, each beside its version before the first step."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from gen_accel.extras import needed_for
+from gen_accel.files import replacing
 from gen_accel.lora.artefact import held_guidance
 from gen_accel.lora.config import TrainConfig
 from gen_accel.measure.sheets import side_by_side
@@ -21,11 +25,18 @@ with needed_for("training", extra="train"):
     from accelerate import Accelerator
 
 
+FOLDER = "validation"
+BESIDE, STRIP = ".beside_start.mp4", ".frames.jpg"  # ends of names after a prompt's number
+COLUMNS, COLUMN = 6, 200  # frames of a strip, and the most pixels that one is wide
+GAP = 4  # pixels between them
+
+
 class Validation:
     """Sampler of the same prompts from the same seeds at every call.
 
-    Writes `step-000200/00.mp4` and so on, and `00.beside_start.mp4` with the video of step 0 on
-    the left. All processes generate, as the model may be sharded over them; one writes.
+    Writes `step-000200/00.mp4` and so on, `00.beside_start.mp4` with the video of step 0 on the
+    left, and `00.frames.jpg` with some of the frames. All processes generate, as the model may be
+    sharded over them; one writes.
 
     Args:
         adapter: the adapter, whose `sampling(i)` sets a video's inputs beside the prompt.
@@ -61,12 +72,21 @@ class Validation:
         is_longer = trained_frames is not None and clip.frames > trained_frames
         self.techniques = config.sample_with if is_longer else ()
         self.lengths = {"num_frames": clip.frames, "trained_frames": trained_frames}
+        # Called with a prompt's number, the steps done and their total.
+        self.tell: Callable[[int, int, int], None] = lambda prompt, step, steps: None
+
+    @property
+    def calls(self) -> int:
+        """Number of forward passes of all prompts."""
+        each = self.config.validation_steps * (2 if _guidance(self.config) > 1 else 1)
+        return each * len(self.config.validation_prompts)
 
     @torch.no_grad()
     def __call__(self, done: int) -> None:
         place = self.folder / f"step-{done:06d}"
         for i, prompt in enumerate(self.config.validation_prompts):
             clip = replace(self.clip, seed=i)
+            self.tell(i, 0, self.config.validation_steps)
             with ExitStack() as stack:
                 stack.enter_context(self.accelerator.autocast())
                 stack.enter_context(self.adapter.sampling(i))
@@ -75,21 +95,44 @@ class Validation:
                     longer = stack.enter_context(
                         extend(self.pipe, self.techniques, **self.lengths)
                     )
-                video = sample(self.pipe, prompt, clip, run=longer).video
+                video = sample(
+                    self.pipe, prompt, clip, run=longer, tick=partial(self.tell, i)
+                ).video
             if self.accelerator.is_main_process:
                 self._write(place, i, video, done)
         self.accelerator.wait_for_everyone()
 
     def _write(self, place: Path, i: int, video: np.ndarray, done: int) -> None:
         write_video(video, place / f"{i:02d}.mp4", fps=self.fps)
+        write_strip(video, place / f"{i:02d}{STRIP}")
         start = self.folder / "step-000000" / f"{i:02d}.mp4"
         if done and start.exists():
             both = side_by_side([read_video(start), video], ["step 0", f"step {done}"])
-            write_video(both, place / f"{i:02d}.beside_start.mp4", fps=self.fps)
+            write_video(both, place / f"{i:02d}{BESIDE}", fps=self.fps)
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 frames = torch.from_numpy(video).permute(0, 3, 1, 2)[None]
                 _add_frames(tracker, f"validation/{i:02d}", frames, done)
+
+
+def write_strip(video: np.ndarray, path: Path) -> None:
+    """Write some frames of a video, (F, H, W, 3) uint8, side by side as a JPEG. Its comment holds
+    their numbers."""
+    numbers = np.linspace(0, len(video) - 1, min(COLUMNS, len(video))).round().astype(int)
+    height, width = video.shape[1:3]
+    shrink = min(1.0, COLUMN / width)
+    size = max(1, round(width * shrink)), max(1, round(height * shrink))
+    strip = Image.new("RGB", ((size[0] + GAP) * len(numbers) - GAP, size[1]), (44, 46, 52))
+    for i, number in enumerate(numbers):
+        strip.paste(Image.fromarray(video[number]).resize(size), (i * (size[0] + GAP), 0))
+    with replacing(path) as partial:
+        strip.save(partial, quality=85, comment=",".join(map(str, numbers)))
+
+
+def read_numbers(path: Path) -> list[int]:
+    """Read the numbers of the frames on a strip."""
+    with Image.open(path) as strip:
+        return [int(part) for part in strip.info["comment"].decode().split(",")]
 
 
 def _guidance(config: TrainConfig) -> float:

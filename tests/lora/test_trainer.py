@@ -209,10 +209,13 @@ class TestValidation:
         done = ft.train(given, model=made)
         videos = tmp_path / "with" / "validation"
         assert files(videos) == [
+            "step-000000/00.frames.jpg",
             "step-000000/00.mp4",
             "step-000002/00.beside_start.mp4",
+            "step-000002/00.frames.jpg",
             "step-000002/00.mp4",
             "step-000003/00.beside_start.mp4",
+            "step-000003/00.frames.jpg",
             "step-000003/00.mp4",
         ]
         start = read_video(videos / "step-000000" / "00.mp4")

@@ -44,10 +44,16 @@ class Clips:
     def __init__(self, sizes: tuple[tuple[int, int], ...] = (LATENTS,) * 5, frames: int = FRAMES):
         self.sizes, self.frames = sizes, frames
         self.digest = f"{sizes} {frames}"
-        self.entries = [SimpleNamespace(pixel_frames=4 * frames - 3) for _ in sizes]
+        self.entries = [
+            SimpleNamespace(pixel_frames=4 * frames - 3, name=f"{i}.mp4", latent_key=str(i))
+            for i in range(len(sizes))
+        ]
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    def digest_at(self, frames: int) -> str:
+        return f"{self.sizes} {frames}"
 
     def buckets(self, frames: int) -> dict[tuple[int, int], list[int]]:
         found: dict[tuple[int, int], list[int]] = {}

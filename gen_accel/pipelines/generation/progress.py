@@ -3,6 +3,7 @@ the log of a job."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,8 @@ Tick = Callable[[int, int], None]  # takes the number of steps or frames done, a
 def progress_bar(*, units: bool = False) -> "Progress":
     """Make a bar with the remaining time.
 
-    Without a terminal it prints a line at the first step, every ten seconds, and at the end of
-    each task.
+    A task may know its own remaining seconds, and give them as a field `left`. Without a terminal
+    it prints a line at the first step, every ten seconds, and at the end of each task.
 
     Args:
         units: each task names its unit, as in `bar.add_task("clip", unit="steps")`.
@@ -37,6 +38,16 @@ def progress_bar(*, units: bool = False) -> "Progress":
             TimeElapsedColumn,
             TimeRemainingColumn,
         )
+        from rich.text import Text
+
+    class Remaining(TimeRemainingColumn):
+        def render(self, task: Any) -> Text:
+            known = task.fields.get("left")
+            if known is None:
+                return super().render(task)
+            left = timedelta(seconds=round(known))
+            return Text(str(left), style="progress.remaining")
+
     console = Console(stderr=True)
     if not (console.is_terminal or console.is_jupyter):
         return _lines(console)
@@ -47,7 +58,7 @@ def progress_bar(*, units: bool = False) -> "Progress":
         *([TextColumn("{task.fields[unit]}")] if units else []),
         TimeElapsedColumn(),
         TextColumn("left"),
-        TimeRemainingColumn(),
+        Remaining(),
         console=console,
     )
 
@@ -59,7 +70,8 @@ def _lines(console: Any) -> "Progress":
     class Lines(Progress):
         def __init__(self) -> None:
             super().__init__(console=console, disable=True)
-            self._said: dict[TaskID, tuple[float, float]] = {}  # when, and how much was done
+            # When, how much was done, and what was said of it.
+            self._said: dict[TaskID, tuple[float, float, str]] = {}
             self._begun: dict[TaskID, float] = {}  # how much was done before this run
 
         def track(
@@ -79,22 +91,26 @@ def _lines(console: Any) -> "Progress":
                 yield item
                 self.advance(task_id)
 
-        def update(self, task_id: TaskID, **fields: Any) -> None:
+        def update(self, task_id: TaskID, *, at_once: bool = False, **fields: Any) -> None:
             self._begun.setdefault(task_id, self._tasks[task_id].completed)
             super().update(task_id, **fields)
-            self._say(task_id)
+            self._say(task_id, at_once)
 
         def advance(self, task_id: TaskID, advance: float = 1) -> None:
             super().advance(task_id, advance)
             self._say(task_id)
 
-        def _say(self, task_id: TaskID) -> None:
+        def _say(self, task_id: TaskID, at_once: bool = False) -> None:
             task, now = self._tasks[task_id], time.monotonic()
-            when, done = self._said.get(task_id, (-EVERY, -1.0))
-            ends = task.total is not None and task.completed >= task.total
-            if task.completed == done or not (ends or now - when >= EVERY):
+            when, done, words = self._said.get(task_id, (-EVERY, -1.0, ""))
+            is_new = task.completed != done
+            ends = is_new and task.total is not None and task.completed >= task.total
+            # A task that says how much time is left may work beside what it counts.
+            if not is_new and (task.description == words or "left" not in task.fields):
                 return
-            self._said[task_id] = now, task.completed
+            if not (ends or at_once or now - when >= EVERY):
+                return
+            self._said[task_id] = now, task.completed, task.description
             line = _line(task, min(self._begun.get(task_id, 0.0), task.completed))
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -112,10 +128,26 @@ def _line(task: Any, begun: float) -> str:
     line = f"{task.description} {task.completed:g}/{total} {unit}".rstrip()
     elapsed = task.elapsed or 0.0
     line += f", {timedelta(seconds=round(elapsed))}"
+    if (known := task.fields.get("left")) is not None:
+        return f"{line}, left {timedelta(seconds=round(known))}" if known else line
     if task.total is None or task.completed <= begun or task.completed >= task.total:
         return line
     left = elapsed / (task.completed - begun) * (task.total - task.completed)
     return f"{line}, left {timedelta(seconds=round(left))}"
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say on stderr what the next seconds are spent on, with a clock where there is a terminal."""
+    with needed_for("a progress bar", extra="video"):
+        from rich.console import Console
+    console = Console(stderr=True)
+    if not (console.is_terminal or console.is_jupyter):
+        console.print(what, highlight=False, markup=False, soft_wrap=True)
+        yield
+        return
+    with console.status(what):
+        yield
 
 
 def steps_bar() -> "Progress":

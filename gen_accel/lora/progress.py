@@ -1,0 +1,166 @@
+"""One bar for all that a training does: steps, losses at fixed noise, validation."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from gen_accel.lora.config import TrainConfig
+from gen_accel.pipelines.generation.progress import steps_bar
+
+STEADY = 0.95  # decay of the running mean of the loss
+RECENT = 0.9  # decay of the running mean of a step's seconds
+FORWARD = 1 / 3  # share of a step that a forward pass takes, until both are measured
+
+Part = Callable[[str, float], None]  # takes words, and the share that is done
+
+
+class Clock:
+    """Seconds that the rest of a training takes, with the work beside its steps.
+
+    The seconds of a step are a running mean for each stage. A stage that has not begun is taken to
+    cost in proportion to its frames.
+
+    Args:
+        every: kind of work beside the steps, to the steps between two times; 0 for never.
+        calls: kind, to its forward passes of one clip, for a guess before the first time.
+    """
+
+    def __init__(
+        self, config: TrainConfig, every: Mapping[str, int], calls: Mapping[str, int]
+    ) -> None:
+        self.config = config
+        self.every = {kind: steps for kind, steps in every.items() if steps}
+        self._calls = calls
+        self._clips = config.batch_size * config.gradient_accumulation
+        self._of_stage: dict[int, float] = {}
+        self._beside: dict[str, float] = {}
+
+    def note_step(self, step: int, seconds: float) -> None:
+        number, _, _ = self.config.stage_at(step)
+        before = self._of_stage.get(number, seconds)
+        self._of_stage[number] = RECENT * before + (1 - RECENT) * seconds
+
+    def note_beside(self, kind: str, seconds: float) -> None:
+        self._beside[kind] = seconds
+
+    def is_due(self, kind: str, done: int) -> bool:
+        """Whether work of `kind` follows after `done` steps."""
+        every = self.every.get(kind, 0)
+        return bool(every) and (done % every == 0 or done == self.config.total_steps)
+
+    def left(self, done: int, *, over: Mapping[str, int]) -> float | None:
+        """Seconds from `done` steps to the end; None before the first step was timed.
+
+        Args:
+            over: kind of work, to the number of steps after which it last took place.
+        """
+        if not self._of_stage:
+            return None
+        steps, rest = 0.0, done
+        for number, stage in enumerate(self.config.curriculum):
+            past = min(rest, stage.steps)
+            steps += (stage.steps - past) * self._step(number)
+            rest -= past
+        return steps + sum(
+            self.seconds(kind) * self._times(kind, done, over.get(kind, -1)) for kind in self.every
+        )
+
+    def seconds(self, kind: str) -> float:
+        """Seconds of one time of `kind`; until the first, by its forward passes."""
+        if kind in self._beside:
+            return self._beside[kind]
+        if not self._of_stage:
+            return 0.0
+        stages = self.config.curriculum
+        longest = max(range(len(stages)), key=lambda i: stages[i].frames)
+        return self._calls[kind] * FORWARD * self._step(longest) / self._clips
+
+    def _times(self, kind: str, done: int, last: int) -> int:
+        """Number of times from `done` on, without the last time that is over."""
+        every, total = self.every[kind], self.config.total_steps
+        first = max(done, last + 1)
+        whole = total // every - (first - 1) // every
+        return whole + (total % every != 0 and first <= total)
+
+    def _step(self, number: int) -> float:
+        if number in self._of_stage:
+            return self._of_stage[number]
+        stages, near = self.config.curriculum, max(self._of_stage)
+        return self._of_stage[near] * stages[number].frames / stages[near].frames
+
+
+class Bar:
+    """The bar on stderr, of one process; the bars of others show nothing.
+
+    Args:
+        start: steps that an earlier run made.
+        shown: whether this process shows it.
+    """
+
+    def __init__(self, clock: Clock, start: int, *, shown: bool) -> None:
+        self.clock, self._shown, self._done = clock, shown, start
+        self._over: dict[str, int] = {} if start == 0 else {"validation": start}
+        self._running, self._fixed, self._told = math.nan, "", "starting"
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        if not self._shown:
+            yield
+            return
+        with steps_bar() as bar:
+            task = bar.add_task(
+                self._told,
+                total=self.clock.config.total_steps,
+                completed=self._done,
+                unit="steps",
+                left=None,
+            )
+            self._bar, self._task = bar, task
+            yield
+            self._show(self._words(), at_once=True)
+
+    def step(self, step: int, loss: float, seconds: float) -> None:
+        """Show that a step was made."""
+        self.clock.note_step(step, seconds)
+        mean = loss if math.isnan(self._running) else self._running
+        self._running = STEADY * mean + (1 - STEADY) * loss
+        _, stage, _ = self.clock.config.stage_at(step)
+        self._done = step + 1
+        self._told = f"{stage.frames} frames, loss {self._running:.4f}"
+        self._show(self._words())
+
+    def fixed(self, words: str) -> None:
+        """Show a loss at fixed noise from now on."""
+        self._fixed = words
+
+    @contextmanager
+    def beside(self, kind: str) -> Iterator[Part]:
+        """Show what is done beside the steps, by calls with words and the share that is done."""
+        began, before = time.monotonic(), self.clock.seconds(kind)
+
+        def part(words: str, share: float) -> None:
+            if share > 0:
+                whole = (time.monotonic() - began) / share
+                self.clock.note_beside(kind, whole)
+            else:
+                whole = before
+            self._show(words, gone=share * whole, at_once=share == 0)
+
+        yield part
+        self.clock.note_beside(kind, time.monotonic() - began)
+        self._over[kind] = self._done
+        self._show(self._words())
+
+    def _words(self) -> str:
+        return f"{self._told}, {self._fixed}" if self._fixed else self._told
+
+    def _show(self, words: str, *, gone: float = 0.0, at_once: bool = False) -> None:
+        if not self._shown:
+            return
+        left = self.clock.left(self._done, over=self._over)
+        fields: dict[str, Any] = {"left": None if left is None else max(left - gone, 0.0)}
+        self._bar.update(
+            self._task, completed=self._done, description=words, at_once=at_once, **fields
+        )

@@ -1,0 +1,360 @@
+"""Page of a training, `OUT/report.html`: curves, samples, and the command that uses the result.
+
+The page is one file without a script, and nothing is fetched. The videos lie beside it and are
+named by relative paths.
+"""
+
+import base64
+import json
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gen_accel.attention_processors.attached.recipe import Recipe
+from gen_accel.extras import needed_for
+from gen_accel.files import replacing
+from gen_accel.lora.card import example_prompt
+from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.curves import Chart, Line, draw_chart, running_mean
+from gen_accel.lora.fixed_loss import Figures
+from gen_accel.lora.progress import STEADY
+from gen_accel.lora.validate import BESIDE, FOLDER, STRIP, read_numbers
+
+REPORT, METRICS, LOGS = "report.html", "metrics.jsonl", "logs"
+TEMPLATE = "report.html.j2"  # beside this module
+ENDS = 20  # steps whose mean is the loss at an end of a training without losses at fixed noise
+MOST_ROWS = 12  # steps in the grid of samples
+
+
+class Tile(NamedTuple):
+    """A headline figure."""
+
+    name: str
+    figure: str
+    meaning: str
+
+
+class Row(NamedTuple):
+    """A step's frames of one prompt, as a data URL."""
+
+    step: int
+    picture: str
+
+
+class Sample(NamedTuple):
+    """What was sampled of one prompt.
+
+    Args:
+        frames: numbers of the frames that the rows show.
+        video: path of the newest video.
+        is_beside: whether it shows step 0 too.
+        videos: step and path of all videos.
+    """
+
+    prompt: str
+    rows: list[Row]
+    frames: list[int]
+    video: str
+    is_beside: bool
+    step: int
+    videos: list[tuple[int, str]]
+
+
+class Page:
+    """The page of one run, which is written again whenever there is something new.
+
+    Args:
+        shown: whether this process writes it.
+
+    Attributes:
+        records: losses at fixed noise so far, as `metrics.jsonl` has them, without their times.
+    """
+
+    def __init__(self, out: Path, config: TrainConfig, recipe: Recipe, *, shown: bool) -> None:
+        self.out, self.config, self.recipe, self._shown = out, config, recipe, shown
+        self.records: list[dict[str, Any]] = []
+        if shown:
+            _, told = read_metrics(out / METRICS)
+            self.records = [{k: x for k, x in one.items() if k != "seconds"} for one in told]
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Write the page also where the training ends by an error."""
+        try:
+            yield
+        except Exception as error:
+            with suppress(Exception):  # the training's own error is raised
+                self.write(None, state=str(error) or type(error).__name__, is_faulty=True)
+            raise
+
+    def write(
+        self, done: int | None, *, state: str = "under way", is_faulty: bool = False
+    ) -> None:
+        """Write the page after `done` steps; None where the metrics say how many there were."""
+        if not self._shown:
+            return
+        steps, _ = read_metrics(self.out / METRICS)
+        count = done
+        if count is None:
+            count = steps[-1]["step"] + 1 if steps else 0
+        text = _template().render(**self._facts(steps, count), state=state, is_faulty=is_faulty)
+        with replacing(self.out / REPORT) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+    def end(self, done: int, folder: Path | None) -> tuple[str, ...]:
+        """Write the page of a training that is complete, or was stopped; return its last lines."""
+        if not self._shown:
+            return ()
+        is_stopped = folder is None
+        self.write(done, state="stopped, --resume goes on" if is_stopped else "complete")
+        steps, _ = read_metrics(self.out / METRICS)
+        lines = [self.fixed_words() or loss_words(steps)]
+        if (self.out / FOLDER).is_dir():
+            lines.append(f"videos: {self.out / FOLDER}")
+        lines.append(f"report: {self.out / REPORT}")
+        if self.config.log_with == "tensorboard":
+            lines.append(f"curves: tensorboard --logdir {shlex.quote(str(self.out / LOGS))}")
+        if folder is not None:
+            lines.append(f"use it: {use_of(self.config, self.recipe, folder)}")
+        return tuple(line for line in lines if line)
+
+    def fixed_words(self) -> str:
+        """Say how the loss at fixed noise went, as "held-out loss 0.412 -> 0.318"."""
+        alike = self._alike()
+        if not alike:
+            return ""
+        name = "held-out loss" if alike[-1]["held_out"] else "loss at fixed noise"
+        first, last = (f"{one['fixed_loss']:.4g}" for one in (alike[0], alike[-1]))
+        return f"{name} {first}" if len(alike) == 1 else f"{name} {first} -> {last}"
+
+    def _alike(self) -> list[dict[str, Any]]:
+        """Records of the same clips, lengths and levels as the newest."""
+        if not self.records:
+            return []
+        newest = self.records[-1]
+        return [one for one in self.records if _about(one) == _about(newest)]
+
+    def _facts(self, steps: list[dict[str, Any]], done: int) -> dict[str, Any]:
+        config = self.config
+        return {
+            "title": f"Training of {self.out.name}",
+            "tiles": [*self._tiles(steps, done)],
+            "charts": self._charts(steps, done),
+            "levels": [*self.records[-1]["levels"]] if self.records else [],
+            "records": _spread(self._alike(), MOST_ROWS),
+            "fixed_name": "Held-out loss" if config.held_out else "Loss at fixed noise",
+            "samples": self._samples(),
+            "use": use_of(config, self.recipe, self._result()),
+            "fields": [*self._fields()],
+        }
+
+    def _result(self) -> Path:
+        """Folder of the adapter: the final one, or else the newest checkpoint's."""
+        name = "lora" if self.config.adapter == "lora" else "image_prompt"
+        final = self.out / name
+        saved = sorted((self.out / "checkpoints").glob(f"step-*/{name}"))
+        return final if final.is_dir() or not saved else saved[-1]
+
+    def _tiles(self, steps: list[dict[str, Any]], done: int) -> Iterator[Tile]:
+        yield Tile("Steps", f"{done} of {self.config.total_steps}", " ".join(self.config.stages))
+        if (alike := self._alike()) and len(alike) > 1:
+            first, last = alike[0], alike[-1]
+            change = last["fixed_loss"] / first["fixed_loss"] - 1
+            clips = "clips that never train" if last["held_out"] else "clips that train"
+            yield Tile(
+                "Held-out loss" if last["held_out"] else "Loss at fixed noise",
+                f"{last['fixed_loss']:.4g}",
+                f"{change:+.1%} since step {first['after']}, {last['clips']} {clips}",
+            )
+        losses = [one["loss"] for one in steps]
+        if losses:
+            yield Tile(
+                "Loss",
+                f"{running_mean(losses, STEADY)[-1]:.4g}",
+                "running mean; the noise level that a step draws decides most of it",
+            )
+            recent = sorted(one["seconds"] for one in steps[-ENDS:])
+            batch = self.recipe.batch or 1
+            yield Tile(
+                "A step",
+                f"{recent[len(recent) // 2]:.3g} s",
+                f"{batch} clip{'s' if batch > 1 else ''} each, {done * batch} shown so far, "
+                f"{self.recipe.clips} in the cache",
+            )
+            peak = max((one.get("memory_gb", 0.0) for one in steps), default=0.0)
+            if peak:
+                yield Tile("Memory", f"{peak:.3g} GB", "the most so far, of the first process")
+
+    def _charts(self, steps: list[dict[str, Any]], done: int) -> list[Chart]:
+        at = [one["step"] + 1 for one in steps]
+        stages, first = [], 0
+        for stage in self.config.curriculum:
+            stages.append((first, f"{stage.frames} frames"))
+            first += stage.steps
+
+        def of(name: str) -> list[tuple[float, float]]:
+            return [(x, float(one.get(name, math.nan))) for x, one in zip(at, steps, strict=True)]
+
+        losses = [one["loss"] for one in steps]
+        means = list(zip(at, running_mean(losses, STEADY), strict=True))
+        alike = self._alike()
+        kind = "Held-out loss" if self.config.held_out else "Loss at fixed noise"
+        mean = Line(f"{kind}, mean", [(r["after"], r["fixed_loss"]) for r in alike], "fixed", True)
+        levels = [
+            Line(
+                f"at noise {x}", [(r["after"], r["levels"][x]) for r in alike], f"level-{i}", True
+            )
+            for i, x in enumerate(alike[-1]["levels"] if alike else [])
+        ]
+        raw = [Line("each step", of("loss"), "faint"), Line("running mean", means, "main")]
+        about: dict[str, Any] = {"steps": done, "stages": stages}
+        drawn = [
+            draw_chart("Loss", raw, **about),
+            draw_chart(kind, [*levels, mean], mark=mean, **about),
+            draw_chart(
+                "Learning rate",
+                [Line("", of("learning_rate"), "main")],
+                from_zero=True,
+                **about,
+            ),
+            draw_chart("Gradient norm", [Line("", of("grad_norm"), "main")], **about),
+            draw_chart(
+                "Seconds a step",
+                [Line("", of("seconds"), "main")],
+                unit="s",
+                from_zero=True,
+                **about,
+            ),
+            draw_chart(
+                "Memory", [Line("", of("memory_gb"), "main")], unit="GB", from_zero=True, **about
+            ),
+        ]
+        return [chart for chart in drawn if chart is not None]
+
+    def _samples(self) -> list[Sample]:
+        found = []
+        for i, prompt in enumerate(self.config.validation_prompts):
+            videos = sorted((self.out / FOLDER).glob(f"step-*/{i:02d}.mp4"))
+            if not videos:
+                continue
+            strips = sorted((self.out / FOLDER).glob(f"step-*/{i:02d}{STRIP}"))
+            numbers = read_numbers(strips[-1]) if strips else []
+            strips = [path for path in strips if read_numbers(path) == numbers]
+            newest = videos[-1]
+            beside = newest.with_name(f"{i:02d}{BESIDE}")
+            found.append(
+                Sample(
+                    prompt=prompt,
+                    rows=[Row(_step_of(one), _picture(one)) for one in _spread(strips, MOST_ROWS)],
+                    frames=numbers,
+                    video=self._relative(beside if beside.is_file() else newest),
+                    is_beside=beside.is_file(),
+                    step=_step_of(newest),
+                    videos=[(_step_of(path), self._relative(path)) for path in videos],
+                )
+            )
+        return found
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self.out).as_posix()
+
+    def _fields(self) -> Iterator[tuple[str, str, bool]]:
+        """Name and value of each field of the config, and whether it is not the default."""
+        for one in fields(self.config):
+            value = getattr(self.config, one.name)
+            text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            yield one.name, text.lower() if value is None else text, self.config.is_given(one.name)
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Read the lines of steps, and the lines of losses at fixed noise; half a line is left out."""
+    steps, fixed = [], []
+    if not path.is_file():
+        return [], []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            told = json.loads(line)
+            (steps if "step" in told else fixed).append(told)
+        except (ValueError, TypeError):
+            continue
+    return steps, fixed
+
+
+def record_of(figures: Figures) -> dict[str, Any]:
+    """Return the line of `metrics.jsonl` for losses at fixed noise."""
+    return {
+        "after": figures.after,
+        "fixed_loss": figures.mean,
+        "levels": figures.levels,
+        "clips": figures.clips,
+        "frames": figures.frames,
+        "held_out": figures.is_held_out,
+    }
+
+
+def loss_words(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Say how the loss went, by the means at both ends; "" for less than two steps."""
+    losses = [one["loss"] for one in steps]
+    count = min(ENDS, len(losses) // 2)
+    if not count:
+        return ""
+    first, last = (math.fsum(part) / count for part in (losses[:count], losses[-count:]))
+    of = f"means of {count} steps" if count > 1 else "of two steps"
+    return f"loss {first:.4g} -> {last:.4g}, {of}"
+
+
+def use_of(config: TrainConfig, recipe: Recipe, folder: Path) -> str:
+    """Return the command that generates with an adapter, or Python where no verb loads it."""
+    prompt = next(iter(config.validation_prompts), example_prompt(recipe))
+    if config.part == "transformer_2":
+        return (
+            f'pipe.load_lora_weights("{folder}", load_into_transformer_2=True); '
+            f'gen_accel.attach(pipe, from_lora="{folder}")'
+        )
+    given = ["gen-accel", "generate", "--model", config.model, "--prompt", prompt]
+    frames = config.longest
+    if config.adapter == "lora":
+        given += ["--from-lora", str(folder)]
+    else:
+        image = next(iter(config.validation_images), "image.png")
+        given += ["--image-prompt", image, "--image-adapter", str(folder)]
+        frames = max(frames, recipe.trained_frames or 0)
+    size = {"frames": frames, "height": config.height, "width": config.width}
+    for name, value in size.items():
+        given += [f"--{name}", str(value)]
+    return shlex.join([*given, "--out", "video.mp4"])
+
+
+def _about(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    return record["clips"], record["frames"], record["held_out"], tuple(record["levels"])
+
+
+def _spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` items, evenly spaced, with the first and the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _step_of(path: Path) -> int:
+    return int(path.parent.name.removeprefix("step-"))
+
+
+def _picture(path: Path) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _template() -> Any:
+    with needed_for("a report", extra="train"):
+        import jinja2
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    ).get_template(TEMPLATE)
