@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.kernels import check_name
+from gen_accel.lora.experts import check_both
 from gen_accel.lora.size import check_config
 from gen_accel.method import memory_of, parts_of
 from gen_accel.pipelines.long_video import check_names
@@ -49,7 +50,7 @@ LIMITS = (
         (
             *("height", "width", "batch_size", "gradient_accumulation", "checkpoint_every"),
             *("keep_checkpoints", "validation_steps", "image_tokens", "image_size"),
-            *("max_tokens", "trained_frames", "validation_frames"),
+            *("max_tokens", "trained_frames", "validation_frames", "switch_every"),
         ),
         lambda x: x >= 1,
         "be at least 1",
@@ -70,6 +71,7 @@ LIMITS = (
         lambda x: 0 <= x < 1 or (x < float("inf") and x % 1 == 0 and x > 0),
         "be a whole number of clips, or a share from 0 to below 1",
     ),
+    Limit(("high_noise_steps",), lambda x: 0 < x < 1, "be a share between 0 and 1"),
     Limit(("teacher_guidance",), lambda x: 1 <= x < float("inf"), "be finite and at least 1"),
 )
 
@@ -116,6 +118,7 @@ def check(config: Any) -> None:
         )
     if config.validate_every and not config.validation_prompts:
         raise ValueError("validate_every needs validation_prompts, got none")
+    check_both(config)
     check_config(config)
 
 

@@ -64,9 +64,15 @@ class TrainConfig:
     adapter: Literal["lora", "image_prompt"] = _(
         "lora", "What", "image_prompt: the model stays as it is and learns to follow an image."
     )
-    part: Literal["transformer", "transformer_2"] = _(
-        "transformer", "What", "Of two experts: transformer is for high noise, transformer_2 low."
+    part: Literal["transformer", "transformer_2", "both"] = _(
+        "transformer",
+        "What",
+        "Of two experts: transformer is for high noise, transformer_2 low; both: by turns.",
     )
+    switch_every: int = _(
+        10, "What", "part both: steps an expert takes in a row, while the other is off the device."
+    )
+    high_noise_steps: float = _(0.5, "What", "part both: share of the steps for transformer.")
 
     height: int = _(480, "Clips", "Pixels, after resizing and a crop to the middle.")
     width: int = _(832, "Clips", "Pixels.")

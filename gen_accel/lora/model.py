@@ -13,6 +13,7 @@ class Model(NamedTuple):
         trained_frames: pixel frames that the model was trained on; None if unknown.
         shift: shift of the noise levels.
         boundary: noise level at which a model of two experts switches between them.
+        transformer_2: the expert for low noise, where both train; `transformer` is for high noise.
         schedule: config of the pipeline's scheduler; None for the published one.
     """
 
@@ -23,3 +24,4 @@ class Model(NamedTuple):
     shift: float
     boundary: float | None = None
     schedule: Mapping[str, Any] | None = None
+    transformer_2: Any | None = None

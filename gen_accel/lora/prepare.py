@@ -23,6 +23,7 @@ from gen_accel.lora.attention_loss import text_attentions
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.encode import cache
 from gen_accel.lora.encoders import factors_of
+from gen_accel.lora.experts import BOTH, PARTS, check_parts, config_of
 from gen_accel.lora.images import ImageCoder, describe_images
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
@@ -53,6 +54,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
         )
     if config.data is not None and not expanded(config.data).exists():
         raise FileNotFoundError(f"data: there is nothing at {config.data}")
+    check_parts(vars(config), fetch=True)
     if config.data is not None:
         by_main(accelerator, partial(check_free, folder))
     with waiting(f"loading the model {config.model}") if main else nullcontext():
@@ -68,8 +70,18 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
                 setattr(pipe, part, None)
     else:
         with waiting(f"moving the model to {accelerator.device}") if main else nullcontext():
-            pipe.to(accelerator.device)
+            place(pipe, config, accelerator.device)
     return model, latents
+
+
+def place(pipe: Any, config: TrainConfig, device: torch.device) -> None:
+    """Move a pipeline's models to a device; two experts that train are left to the training."""
+    if config.part != BOTH:
+        pipe.to(device)
+        return
+    for name, model in pipe.components.items():
+        if isinstance(model, torch.nn.Module) and name not in PARTS:
+            model.to(device)
 
 
 def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
@@ -132,6 +144,11 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
 
     Raises ValueError for a field that does not fit the pipeline.
     """
+    if config.part == BOTH:
+        first, second = (model_of(config_of(config, part), pipe) for part in PARTS)
+        if first.boundary is None:
+            raise ValueError(f"part both needs a boundary_ratio of {config.model}, which has none")
+        return first._replace(transformer_2=second.transformer)
     transformer = getattr(pipe, config.part, None)
     if transformer is None:
         raise ValueError(f"{type(pipe).__name__} of {config.model} has no {config.part}")

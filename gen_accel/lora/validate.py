@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -133,6 +134,18 @@ def read_numbers(path: Path) -> list[int]:
     """Read the numbers of the frames on a strip."""
     with Image.open(path) as strip:
         return [int(part) for part in strip.info["comment"].decode().split(",")]
+
+
+def steps_above(pipe: Any, steps: int, boundary: float) -> int:
+    """Count the denoising steps of a pipeline that belong to its expert for high noise.
+
+    Args:
+        boundary: noise level from which on it is used.
+    """
+    scheduler = deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(steps)
+    least = boundary * scheduler.config.num_train_timesteps
+    return int((scheduler.timesteps >= least).sum())
 
 
 def _guidance(config: TrainConfig) -> float:

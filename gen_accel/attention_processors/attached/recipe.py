@@ -41,6 +41,8 @@ class Recipe:
             without guidance; 1 is none.
         teacher: hash of the LoRA that taught it; None: none did.
         techniques: of `gen_accel.extend`, to generate with for more than `trained_frames` frames.
+        parts: the parts of the pipeline that trained in the same run, each on its noise levels;
+            empty where it was one. The LoRA of the second lies in the subfolder of its name.
         clips: how many clips it saw; None where an older version trained it, as in `batch`.
         batch: clips of an optimizer step, of all processes together.
     """
@@ -67,6 +69,7 @@ class Recipe:
     teacher_guidance: float = 1.0
     teacher: str | None = None
     techniques: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
     clips: int | None = None
     batch: int | None = None
 
