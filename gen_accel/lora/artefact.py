@@ -282,7 +282,7 @@ def write_lora(
         }
         save_tensors(tensors, partial / WEIGHTS, metadata)
         write_json(partial / CONFIG, recipe.to_dict())
-        if recipe.part not in recipe.parts[1:]:  # the first one's card is for both
+        if not recipe.parts or recipe.others:  # the first one's card is for both
             (partial / CARD).write_bytes(card_for(folder, recipe))
         if processors is not None:
             processors(partial)

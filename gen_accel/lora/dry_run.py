@@ -20,6 +20,7 @@ from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.hub import fetched
 from gen_accel.json_files import read_fields
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.experts import BOTH, check_parts
 from gen_accel.lora.images import features_shape
 from gen_accel.lora.model import Model
 from gen_accel.lora.size import check_batch
@@ -31,6 +32,7 @@ from gen_accel.pipelines.long_video import check_rule
 from gen_accel.video import VideoShape
 
 TEXT, PATCHES, EMBEDDING = 6, 5, 8
+BOUNDARY = 0.5  # noise level between two experts, so that both draw theirs soon
 SMALL = (3, 3, 5)  # least grid of tokens; larger for a method with a larger window
 
 
@@ -43,11 +45,13 @@ def dry_run(config: TrainConfig) -> Trained:
 
     Raises ValueError for a config that does not fit, as a real run would.
     """
+    check_parts(vars(config))
     kind = transformer_class(config.model)
     family: Any = family_named(served_classes()[kind])
     torch.manual_seed(config.seed)
     tiny = dict(family.TINY) | {"num_layers": config.dense_layers + 2}
     transformer = getattr(diffusers, kind)(**tiny)
+    second = getattr(diffusers, kind)(**tiny) if config.part == BOTH else None
     factor, patch = family.TEMPORAL_FACTOR, patch_of(transformer.config)
     for stage in config.curriculum:
         check_rule(transformer, stage.rope)
@@ -60,7 +64,11 @@ def dry_run(config: TrainConfig) -> Trained:
     stages = tuple(
         str(replace(stage, frames=short[stage.frames], steps=1)) for stage in config.curriculum
     )
-    if len(stages) == 1:
+    turns = {}
+    if second is not None:  # each expert takes a step of each stage
+        stages = tuple(stage.replace(":1", ":2", 1) for stage in stages)
+        turns = {"switch_every": 1, "high_noise_steps": 0.5}
+    elif len(stages) == 1:
         stages = (stages[0].replace(":1", ":2", 1),)
     with tempfile.TemporaryDirectory() as folder:
         least_of = {"rank": min(config.rank, 4), "init_lora": None, "teacher_lora": None}
@@ -69,6 +77,7 @@ def dry_run(config: TrainConfig) -> Trained:
         small = replace(
             config,
             **least_of,
+            **turns,
             out=folder,
             stages=stages,
             held_out=0.0,
@@ -82,6 +91,8 @@ def dry_run(config: TrainConfig) -> Trained:
             kernel="auto",
         )
         model = Model(transformer, None, lambda n: (n - 1) // factor + 1, 5, config.shift or 1.0)
+        if second is not None:
+            model = model._replace(transformer_2=second, boundary=BOUNDARY)
         features = features_shape(config, patches=PATCHES, embedding=EMBEDDING)
         size = patch[1] * least[1], patch[2] * least[2]
         check_batch(small, transformer, least[0] * least[1] * least[2])

@@ -74,6 +74,11 @@ class Recipe:
     batch: int | None = None
 
     @property
+    def others(self) -> tuple[str, ...]:
+        """Further parts whose LoRAs lie in subfolders of this one's folder."""
+        return self.parts[1:] if self.part in self.parts[:1] else ()
+
+    @property
     def holds_guidance(self) -> bool:
         return self.teacher_guidance > 1
 
@@ -121,6 +126,28 @@ def read_recipe(source: str | Path) -> Recipe:
             "Give the method itself"
         )
     return parse(parse_json(text, f"the recipe in {path}"), path)
+
+
+def folders_of(source: str | Path) -> dict[str, Path]:
+    """Map the parts of a pipeline to the folders, or the file, that hold their LoRAs.
+
+    Args:
+        source: a folder that a training wrote, or the LoRA's file in it.
+
+    Raises as `read_recipe` does, and FileNotFoundError where the LoRA of the second expert is
+    missing.
+    """
+    path, recipe = expanded(source), read_recipe(source)
+    found = {recipe.part: path}
+    folder = path if path.is_dir() else path.parent
+    for part in recipe.others:
+        found[part] = folder / part
+        if not (folder / part / WEIGHTS).is_file():
+            raise FileNotFoundError(
+                f"{source} was trained with {part} in one run, whose LoRA is missing: copy the "
+                f"folder {folder / part} too"
+            )
+    return found
 
 
 def parse(data: Any, origin: Any) -> Recipe:
