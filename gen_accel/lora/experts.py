@@ -19,7 +19,6 @@ from gen_accel import names
 from gen_accel.demo import NAME
 from gen_accel.hub import fetched
 from gen_accel.json_files import read_fields
-from gen_accel.lora.config import Stage, TrainConfig
 from gen_accel.paths import expanded
 
 BOTH = "both"
@@ -40,13 +39,13 @@ class Resident(NamedTuple):
     waiting: int
 
 
-def resident(config: TrainConfig) -> Resident:
+def resident(config: Any) -> Resident:
     """Count the experts on the device and in the CPU's memory. Before the first step, and where a
     pipeline of two experts trains one of them, the CPU's memory holds both while they load."""
     return Resident(1, len(parts_of(config)) - 1)
 
 
-def parts_of(config: TrainConfig) -> tuple[str, ...]:
+def parts_of(config: Any) -> tuple[str, ...]:
     """Return the names of the transformers that train."""
     return PARTS if config.part == BOTH else (config.part,)
 
@@ -57,7 +56,7 @@ class Turns:
     A turn depends on its number alone, so that more steps begin with the turns of fewer.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: Any) -> None:
         self.every, self.share = config.switch_every, config.high_noise_steps
 
     def at(self, step: int) -> tuple[str, int]:
@@ -89,15 +88,15 @@ class Turns:
         return math.floor(turns * self.share + 0.5)
 
 
-def config_of(config: TrainConfig, part: str) -> TrainConfig:
-    """Return the config by which one expert of `part: both` trains: its steps of each stage, and
-    its LoRAs to start from and to learn from."""
+def config_of(config: Any, part: str) -> Any:
+    """Return the `TrainConfig` by which one expert of `part: both` trains: its steps of each
+    stage, and its LoRAs to start from and to learn from."""
     turns, done, stages = Turns(config), 0, []
     for stage in config.curriculum:
         own = turns.done(part, done + stage.steps) - turns.done(part, done)
         stages.append(str(replace(stage, steps=own)))
         done += stage.steps
-    plain = {name: TrainConfig.__dataclass_fields__[name].default for name in OWN_FIELDS}
+    plain = {name: type(config).__dataclass_fields__[name].default for name in OWN_FIELDS}
     return replace(
         config,
         part=part,
@@ -108,7 +107,7 @@ def config_of(config: TrainConfig, part: str) -> TrainConfig:
     )
 
 
-def halves(config: TrainConfig, steps: int) -> list[tuple[TrainConfig, int]]:
+def halves(config: Any, steps: int) -> list[tuple[Any, int]]:
     """Return the config of each transformer that trains, and how many of the first `steps` steps
     it takes."""
     if config.part != BOTH:
@@ -122,7 +121,7 @@ def folder_of(lora: str | None, part: str) -> str | None:
     return lora if lora is None or part == HIGH else str(Path(lora) / SECOND)
 
 
-def check_both(config: TrainConfig) -> None:
+def check_both(config: Any) -> None:
     """Refuse, by a ValueError, fields that do not go with `part`."""
     if config.part != BOTH:
         given = [name for name in OWN_FIELDS if config.is_given(name)]
@@ -151,7 +150,7 @@ def check_both(config: TrainConfig) -> None:
         done += stage.steps
 
 
-def check_processes(config: TrainConfig, kind: str) -> None:
+def check_processes(config: Any, kind: str) -> None:
     """Refuse, by a ValueError, both experts under a way of running several processes that places
     the models itself.
 
@@ -211,7 +210,7 @@ def check_parts(given: Mapping[str, Any], *, fetch: bool = False) -> None:
             )
 
 
-def _no_step(config: TrainConfig, stage: Stage, part: str) -> str:
+def _no_step(config: Any, stage: Any, part: str) -> str:
     return (
         f"stage {stage} leaves {part} no step, as the experts take turns of {config.switch_every} "
         f"steps and transformer {config.high_noise_steps:g} of all: lower switch_every, or give "
