@@ -5,6 +5,7 @@ import types
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -175,7 +176,7 @@ def _checked_type(hint: Any, none_is_text: bool) -> Any:
         for part in inner
     ]
     if origin is Literal:
-        return Annotated[hint, BeforeValidator(_word)]
+        return Annotated[hint, BeforeValidator(partial(_word, inner))]
     if origin in (Union, types.UnionType):
         union = Union[tuple(parts)]  # noqa: UP007
         is_text = none_is_text or types.NoneType not in inner
@@ -189,8 +190,12 @@ def _checked_type(hint: Any, none_is_text: bool) -> Any:
     return Annotated[hint, BeforeValidator(readers[hint])] if hint in readers else hint
 
 
-def _word(value: Any) -> Any:
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+def _word(words: Sequence[Any], value: Any) -> Any:
+    """Return the word that YAML reads as true or false."""
+    if not isinstance(value, bool):
+        return value
+    said = ("yes", "on", "true") if value else ("no", "off", "false")
+    return next((word for word in said if word in words), said[0])
 
 
 def _none(value: Any) -> Any:

@@ -435,6 +435,11 @@ def table() -> str:
     return "\n".join([*lines, "", "These are for Python alone:", "", *unused])
 
 
+def pipeline_of(model: str) -> str | None:
+    """Name the class of pipeline of a published model; None for one that is not in the list."""
+    return next((name for name, one in _used().items() if one.model == model), None)
+
+
 def _used() -> dict[str, Takes]:
     return {name: one for name, one in PIPELINES.items() if isinstance(one, Takes)}
 

@@ -18,12 +18,13 @@ FAMILIES = (
     "stable_diffusion",
 )
 PUBLISHED = (  # models whose sizes the families know, for `estimate`
-    *("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.2-T2V-A14B", "Wan2.2-TI2V-5B"),
-    *("SkyReels-V2-T2V-14B", "Wan2.2-Animate-14B", "ChronoEdit-14B", "Helios-Base"),
+    *("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B", "Wan2.2-T2V-A14B"),
+    *("Wan2.2-TI2V-5B", "SkyReels-V2-T2V-14B", "SkyReels-V2-DF-1.3B"),
+    *("Wan2.2-Animate-14B", "ChronoEdit-14B", "Helios-Base"),
     *("AnyFlow-Wan2.1-T2V-14B", "HunyuanVideo", "HunyuanVideo-1.5", "FramePackI2V_HY"),
     *("Kandinsky-5.0-T2V-Lite", "CogVideoX-2b", "CogVideoX-5b", "CogVideoX1.5-5b"),
     *("LTX-Video", "LTX-2", "mochi-1-preview", "EasyAnimateV5.1-12b", "Allegro"),
-    "Cosmos-1.0-Diffusion-7B",
+    *("Cosmos-Predict2-2B-Video2World", "Cosmos-1.0-Diffusion-7B"),
 )
 KERNELS = (
     *("triton", "fa4", "natten", "native", "flex", "xformers", "routed", "gather", "int8"),

@@ -151,3 +151,39 @@ def test_longer_videos_are_made_and_scored(monkeypatch, tmp_path):
     assert scales == [3.0, 1.0, 1.0] * 2
     assert all(one["clips"] == 1 for one in report["settings"].values())
     assert report["settings"]["dense"]["speedup"] == 1.0
+
+
+@pytest.mark.slow
+def test_a_cache_of_many_clips_is_measured(monkeypatch, tmp_path):
+    from gen_accel.attention_processors.families import wan
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measures = importlib.import_module("cache")
+    monkeypatch.setattr(measures, "STEPS", 20)
+    with monkeypatch.context() as patch:
+        for name in ("encode_video", "encode_prompt"):
+            patch.setattr(wan, name, getattr(wan, name))  # which the benchmark replaces
+        rows = [measures.many(count, str(tmp_path)) for count in (3, 40)]
+    assert [row["clips"] for row in rows] == [3, 40]
+    for row in rows:
+        assert (row["first"]["encoded"], row["first"]["kept"]) == (row["clips"], 0)
+        assert (row["second"]["encoded"], row["second"]["kept"]) == (0, row["clips"])
+        assert all(row[name]["peak_mib"] > 100 for name in ("first", "second", "training"))
+    made = measures.stores(argparse.Namespace(count=2, large=1, frames=5), tmp_path)
+    assert [one["count"] for one in made] == [2, 1]
+    given = {**made[1], "out": str(tmp_path / "out"), "workers": 1}
+    row = measures.clips(**given)
+    assert row["cpu_seconds"] > 0
+    read = [measures.reading(**made[0], pool=pool, workers=1) for pool in ("none", "thread")]
+    page = tmp_path / "cache.md"
+    shutil.copy(measures.PAGE, page)
+    monkeypatch.setattr(measures, "PAGE", page)
+    monkeypatch.setattr(measures, "RESULTS", tmp_path)
+    for name, found in (("many", rows), ("clips", [row]), ("reading", read)):
+        measures.write(f"cache_{name}_here", found)
+    measures.write_page()
+    written = page.read_text(encoding="utf-8")
+    tables = [line for line in written.splitlines() if line.startswith("| ")]
+    assert any(line.startswith("| 40 | ") for line in tables)
+    assert "| 720 x 1280 | 1 | " in written
+    assert "| 96 x 96 | 1 threads | " in written

@@ -206,6 +206,7 @@ def check_config(given: Mapping[str, Any]) -> None:
     names.check_techniques(given.get("sample_with", ()), "sample_with")
     for stage in given.get("stages", ()):
         Stage.parse(stage)
+    check_clips(given)
     check_names(
         method=given.get("method", "radial"),
         kernels={"kernel": given.get("kernel")},
@@ -213,6 +214,23 @@ def check_config(given: Mapping[str, Any]) -> None:
     )
     check_model(given.get("model", NAME))
     check_parts(given)
+
+
+def check_clips(given: Mapping[str, Any]) -> None:
+    """Check the fields of a training's config that are texts on sizes and clips, and that what
+    finds scenes is installed."""
+    if not {"sizes", "repeats", "scenes"} & given.keys():
+        return
+    from gen_accel.lora.captions import parse_repeats
+    from gen_accel.lora.data import parse_sizes
+    from gen_accel.lora.scenes import check_scenes
+
+    for size in given.get("sizes", ()):
+        parse_sizes(size)
+    for repeats in given.get("repeats", ()):
+        parse_repeats(repeats)
+    if given.get("scenes", "off") == "cut":
+        check_scenes()
 
 
 def check_places(given: Mapping[str, Any]) -> None:

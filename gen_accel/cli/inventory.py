@@ -52,12 +52,13 @@ TRAINING = """\
 
 [Finetuning](finetune.md) trains these classes, where it says what they predict. Each is held to
 its pipeline by tests: latents, prompts, what the transformer is given and gives, and the noise
-levels. *Frames* are the lengths of clips, *trained at* is what [longer videos](longer_videos.md)
-count from unless `trained_frames` says otherwise, and *rules* change the rotary frequencies of
-time.
+levels. *First frame* says which models also train [from the first frame of each
+clip](finetune.md#from-a-first-frame). *Frames* are the lengths of clips, *trained at* is what
+[longer videos](longer_videos.md) count from unless `trained_frames` says otherwise, and *rules*
+change the rotary frequencies of time.
 
-| class | predicts | frames | trained at | rules |
-|---|---|---|---|---|"""
+| class | predicts | first frame | frames | trained at | rules |
+|---|---|---|---|---|---|"""
 RULES = "riflex", "position_interpolation"
 
 
@@ -248,6 +249,7 @@ def _training_rows() -> list[tuple[str, ...]]:
             (
                 f"`{kind}`",
                 predicted if trains else "",
+                "yes" if trains and family.first_frame is not None else "",
                 f"{family.TEMPORAL_FACTOR} n + 1" if family.TEMPORAL_FACTOR else "",
                 str(family.TRAINED_FRAMES or ""),
                 ", ".join(f"`{rule}`" for rule in rules) if turns else "",

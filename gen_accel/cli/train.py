@@ -14,7 +14,12 @@ from gen_accel.cli.printing import quiet
 from gen_accel.lora.config import TrainConfig, print_config, read_values
 from gen_accel.lora.presets import PRESETS
 
-SEVERAL = ("stages", "targets", "betas")  # may also be given in one flag, with commas between
+SEVERAL = (
+    "stages",
+    "sizes",
+    "targets",
+    "betas",
+)  # may also be given in one flag, with commas between
 
 TRAIN = """Train a LoRA through sparse attention, for videos longer than the model was made for.
 

@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING, Any
 from gen_accel.lora.config import Stage, TrainConfig, print_config, read_config
 
 if TYPE_CHECKING:
+    from gen_accel.lora.captions import Captions
     from gen_accel.lora.dry_run import dry_run
     from gen_accel.lora.encode import cache
     from gen_accel.lora.latents import LatentCache
     from gen_accel.lora.presets import preset
+    from gen_accel.lora.takes import Take
     from gen_accel.lora.trainer import Trained, train
     from gen_accel.lora.upload import Push, push
 
 __all__ = [
+    "Captions",
     "LatentCache",
     "Push",
     "Stage",
+    "Take",
     "TrainConfig",
     "Trained",
     "cache",
@@ -33,8 +37,10 @@ __all__ = [
 
 # Imported when first asked for: the command line reads configs without torch.
 _HOMES = {
+    "Captions": "captions",
     "LatentCache": "latents",
     "Push": "upload",
+    "Take": "takes",
     "Trained": "trainer",
     "cache": "encode",
     "dry_run": "dry_run",

@@ -166,8 +166,11 @@ class ImagePromptAdapter:
         """Return the teacher's conditions: its caption for each clip whose image is shown."""
         shown = []
         for clip, drawn in zip(clips, draws, strict=True):
-            told = cache.teacher if drawn.pictured else cache.conditions
-            shown.append(told(clip) if drawn.pictured or drawn.captioned else cache.empty)
+            if drawn.pictured:
+                shown.append(cache.teacher(clip))
+            else:
+                own = drawn.captioned
+                shown.append(cache.conditions(clip, drawn.text) if own else cache.empty)
         return shown
 
     def showing(self, features: Tensor) -> AbstractContextManager[None]:
@@ -257,7 +260,13 @@ def fields_of_lora(config: TrainConfig) -> dict[str, Any]:
     if config.adapter != "lora":
         return {"rank": 0, "alpha": 0.0, "targets": ()}
     alpha = float(config.rank if config.alpha is None else config.alpha)
-    return {"rank": config.rank, "alpha": alpha, "targets": config.targets}
+    return {
+        "rank": config.rank,
+        "alpha": alpha,
+        "targets": config.targets,
+        "dora": config.dora,
+        "rank_stabilised": config.rank_stabilised,
+    }
 
 
 def read_start(config: TrainConfig, transformer: Any) -> Any:

@@ -85,6 +85,8 @@ def add_lora(transformer: Any, config: TrainConfig, recipe: Recipe) -> None:
         r=config.rank,
         lora_alpha=config.rank if config.alpha is None else config.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=config.lora_dropout,
+        use_dora=config.dora,
+        use_rslora=config.rank_stabilised,
         target_modules=target_modules(transformer, config.targets),
         init_lora_weights=True,
         base_model_name_or_path=recipe.base_model,
@@ -299,17 +301,23 @@ def load_into(transformer: Any, folder: str | Path, config: TrainConfig) -> None
     Raises:
         FileNotFoundError: no LoRA there.
         ValueError: the earlier LoRA is of another base model, has a higher rank or other targets,
-            or another weight, alpha / rank.
+            another weight, or is a DoRA where this is none.
     """
     recipe = check_start(str(folder), config, transformer)
     if not recipe.rank:
         raise ValueError(f"init_lora {folder} holds no LoRA, its method's parameters alone")
     alpha = float(config.rank if config.alpha is None else config.alpha)
-    if not math.isclose(recipe.alpha * config.rank, alpha * recipe.rank, rel_tol=1e-6):
+    share = scale_of(1.0, config.rank, config.rank_stabilised)
+    weight = scale_of(recipe.alpha, recipe.rank, recipe.rank_stabilised)
+    if not math.isclose(weight, alpha * share, rel_tol=1e-6):
         raise ValueError(
             f"init_lora {folder} has alpha {recipe.alpha:g} at rank {recipe.rank}, asked for is "
-            f"{alpha:g} at {config.rank}: the same weight is alpha "
-            f"{recipe.alpha * config.rank / recipe.rank:g}"
+            f"{alpha:g} at {config.rank}: the same weight is alpha {weight / share:g}"
+        )
+    if recipe.dora != config.dora:
+        raise ValueError(
+            f"init_lora {folder} was trained with dora {recipe.dora}, asked for is {config.dora}: "
+            "take the same"
         )
     saved = load_file(weights_file(folder))
     own = lora_state(transformer)
@@ -323,6 +331,12 @@ def load_into(transformer: Any, folder: str | Path, config: TrainConfig) -> None
     with torch.no_grad():
         for name, x in given.items():
             own[name][tuple(map(slice, x.shape))] = x
+
+
+def scale_of(alpha: float, rank: int, rank_stabilised: bool) -> float:
+    """Return the weight of a LoRA: alpha / rank, or alpha / sqrt(rank) if it is rank-stabilised
+    (Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732)."""
+    return alpha / (math.sqrt(rank) if rank_stabilised else rank)
 
 
 def _fits(x: Tensor, room: Tensor) -> bool:

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.families import family_of
+from gen_accel.attention_processors.families.given import IS_GIVEN
 from gen_accel.extras import needed_for
-from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.conditions import TEXT
+from gen_accel.lora.config import Stage, TrainConfig
 from gen_accel.lora.held_out import held_out
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
@@ -19,6 +21,7 @@ with needed_for("training", extra="train"):
 
 
 PLAN = 2  # version of the clips' order; 1 drew a stage's clips for all of its steps at once
+TEXTS, PICTURES = 10**8, 2 * 10**8  # places of other draws than the clips' in a step
 
 
 def plan_clips(
@@ -31,7 +34,8 @@ def plan_clips(
     Args:
         version: `PLAN`, or 1 for a run that an earlier version began.
 
-    Raises ValueError if no clip is long enough for a stage, or all of them are held out.
+    Raises ValueError if no clip is long enough for a stage, all of them are held out, or pictures
+    are asked for and there are none.
     """
     held = held_out(config, cache)
     return [
@@ -56,6 +60,10 @@ class Batches:
         family = family_of(model.transformer)
         self._fps = (config.fps or family.fps(model.transformer)) if family.TAKES_FPS else None
 
+    def frames_of(self, stage: Stage, clips: list[int]) -> int:
+        """Return the pixel frames of a step, which is one where its clips are pictures."""
+        return 1 if self.cache.entries[clips[0]].is_picture else stage.frames
+
     def __call__(self, step: int, clips: list[int], frames: int, micro: int) -> tuple[Any, ...]:
         """Build this process's batch of a micro-step, as the arguments of `Objective`.
 
@@ -78,7 +86,7 @@ class Batches:
                 clean.shape,
                 shift=self.model.shift,
                 sigmas=sigmas_of(self.config, self.model),
-            )
+            )._replace(text=self._text(clips[place], step, place))
             for place, clean in enumerate(latents, first)
         ]
         return self.of(numbers, latents, draws)
@@ -87,18 +95,38 @@ class Batches:
         """Build the batch of some clips with draws that are given, as `__call__` does."""
         config, size = self.config, len(numbers)
         conditions = [
-            self.cache.conditions(number) if drawn.captioned else self.cache.empty
-            for number, drawn in zip(numbers, draws, strict=True)
+            self.cache.conditions(clip, drawn.text) if drawn.captioned else self.cache.empty
+            for clip, drawn in zip(numbers, draws, strict=True)
         ]
+        frame = self._first_frames(numbers, draws, latents[0].shape[1])
         return (
             self._put(torch.stack(latents)),
             self._put(torch.stack([drawn.noise for drawn in draws])),
             self._put(torch.tensor([drawn.sigma for drawn in draws])),
-            self._together(conditions),
+            self._together(conditions) | frame,
             self._taught(numbers, draws),
-            self._together([self.cache.empty] * size) if config.teacher_guidance > 1 else None,
+            self._untold(size, frame) if config.teacher_guidance > 1 else None,
             *map(self._put, self.adapter.inputs(self.cache, numbers, draws)),
         )
+
+    def _first_frames(self, clips: list[int], draws: list[Draw], frames: int) -> dict[str, Tensor]:
+        """Return the conditions that the clips' first frames give; none under condition text."""
+        if self.model.condition == TEXT:
+            return {}
+        found = self._together([self.cache.first_frame(clip, frames) for clip in clips])
+        if self.config.first_frame_dropout:
+            is_given = torch.tensor([float(drawn.framed) for drawn in draws])
+            found[IS_GIVEN] = self._put(is_given)
+        return found
+
+    def _untold(self, size: int, frame: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the conditions of the empty caption, with the same first frames."""
+        return self._together([self.cache.empty] * size) | frame
+
+    def _text(self, clip: int, step: int, place: int) -> int:
+        """Draw which of a clip's texts is shown, by the seed, the step and the place alone."""
+        keys = self.cache.entries[clip].text_keys
+        return 0 if keys is None else seed_of(self.config.seed, step, TEXTS + place) % len(keys)
 
     def _taught(self, numbers: list[int], draws: list[Draw]) -> dict[str, Tensor] | None:
         if self.config.objective == "flow":
@@ -133,8 +161,7 @@ def _of_stage(
             f"no clip is long enough for stage {stage}: {stage.frames} frames are needed, the "
             f"longest of {len(cache)} has {longest}"
         )
-    trains = [[i for i in buckets[size] if i not in held] for size in sorted(buckets)]
-    trains = [bucket for bucket in trains if bucket]
+    trains = _without(buckets, held)
     if not trains:
         raise ValueError(
             f"held_out {config.held_out:g} leaves no clip for stage {stage}: lower it, or add "
@@ -142,7 +169,47 @@ def _of_stage(
         )
     batch = config.batch_size * config.gradient_accumulation * processes
     seed = seed_of(config.seed, number, stage.steps if ahead else 0)
-    return order(trains, stage.steps, batch, seed, ahead=ahead)
+    shown = [step for step in range(stage.steps) if _shows_pictures(config, seed, step)]
+    plan = order(_counted(cache, trains), stage.steps - len(shown), batch, seed, ahead=ahead)
+    if shown:
+        pictures = _counted(cache, _without(_pictures(cache), held))
+        if not pictures:
+            raise ValueError(f"images is {config.images:g}, and the cache holds no pictures")
+        of_pictures = seed_of(seed, PICTURES, 0)
+        added = order(pictures, len(shown), batch, of_pictures, ahead=ahead)
+        for step, clips in zip(shown, added, strict=True):
+            plan.insert(step, clips)
+    return plan
+
+
+def _without(
+    buckets: dict[tuple[int, int], list[int]], held: Set[int]
+) -> dict[tuple[int, int], list[int]]:
+    """Leave the clips out that are held out, and buckets without others."""
+    trains = {size: [i for i in bucket if i not in held] for size, bucket in buckets.items()}
+    return {size: bucket for size, bucket in trains.items() if bucket}
+
+
+def _shows_pictures(config: TrainConfig, seed: int, step: int) -> bool:
+    """Draw whether a step of a stage shows pictures."""
+    return seed_of(seed, step, PICTURES) < config.images * 2**63
+
+
+def _pictures(cache: LatentCache) -> dict[tuple[int, int], list[int]]:
+    """Group the numbers of the pictures by (height, width) of the latents."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for i, entry in enumerate(cache.entries):
+        if entry.is_picture:
+            found.setdefault((entry.height, entry.width), []).append(i)
+    return found
+
+
+def _counted(cache: LatentCache, buckets: dict[tuple[int, int], list[int]]) -> list[list[int]]:
+    """List each bucket's clips, sorted by size, each as often as it repeats."""
+    return [
+        [i for i in buckets[size] for _ in range(cache.entries[i].repeats or 1)]
+        for size in sorted(buckets)
+    ]
 
 
 def sigmas_of(config: TrainConfig, model: Model) -> tuple[float, float]:

@@ -19,9 +19,14 @@ from gen_accel.paths import expanded
 
 CARD = "README.md"
 LIBRARY, TASK, OURS = "diffusers", "text-to-video", "gen_accel"
+FROM_IMAGE = "image-to-video"  # task of a LoRA that was trained from first frames
 KEPT = "<!-- written by gen_accel; a card that was edited is kept: {} -->"
 LOADED_ALONE = ("HunyuanVideo15Transformer3DModel",)  # whose pipelines load no LoRA
 UNKNOWN = "MODEL"  # stands for a base model that is not public
+_CONDITIONS = {
+    "first_frame": "caption and first frame",
+    "either": "caption, and some by their first frame too",
+}
 DIGITS = 16  # of the hash in `KEPT`
 
 
@@ -67,13 +72,14 @@ def new_card(
         from huggingface_hub import ModelCardData
 
     base = public_name(recipe.base_model)
+    task = TASK if recipe.condition == "text" else FROM_IMAGE
     about = ModelCardData(
         license=license,
         base_model=base,
         base_model_relation=None if base is None else "adapter",
         library_name=LIBRARY,
-        pipeline_tag=TASK,
-        tags=["image-prompt" if image else "lora", TASK, OURS],
+        pipeline_tag=task,
+        tags=["image-prompt" if image else "lora", task, OURS],
     )
     parts = [
         _image_intro(recipe) if image else _lora_intro(recipe),
@@ -126,10 +132,11 @@ def _rows(recipe: Recipe, image: bool) -> dict[str, Any]:
         "clips": recipe.clips,
         "clips a step": recipe.batch,
         "objective": recipe.objective,
+        "clips were given by": _CONDITIONS.get(recipe.condition),
     }
     if not image:
         shown |= {
-            "rank, alpha": f"{recipe.rank}, {recipe.alpha:g}",
+            "rank, alpha": f"{recipe.rank}, {recipe.alpha:g}{_kind(recipe)}",
             "targets": ", ".join(recipe.targets) if recipe.rank else "none",
         }
     if recipe.holds_guidance:
@@ -146,6 +153,12 @@ def _both(recipe: Recipe) -> str:
 
 def _dense(recipe: Recipe) -> str:
     return ", ".join(str(recipe.schedule.get(f"dense_{of}", 0)) for of in ("layers", "steps"))
+
+
+def _kind(recipe: Recipe) -> str:
+    """Words after rank and alpha, for a LoRA that is more than its two matrices."""
+    words = {"DoRA": recipe.dora, "rank-stabilised": recipe.rank_stabilised}
+    return "".join(f", {word}" for word, applies in words.items() if applies)
 
 
 def _options(recipe: Recipe) -> str:
@@ -179,13 +192,18 @@ def _lora_use(recipe: Recipe) -> str:
         *([loaded, *both] if recipe.rank else []),
         'handle = gen_accel.attach(pipe, from_lora="lora")',
         *longer,
-        *_call(recipe, made),
+        *(_call(recipe, made) if recipe.condition == "text" else []),
     ]
     parts = [
         _fetched(recipe, "lora"),
         _python(recipe, lines),
         "`attach` brings the attention and the rule of positions that it was trained with.",
     ]
+    if recipe.condition != "text":
+        parts.append(
+            "It is for videos that begin with a given picture: call the model's pipeline for "
+            "image to video, with `image`."
+        )
     if recipe.part == "transformer":
         parts += ["On the command line:", _command(recipe)]
     if recipe.rank:
@@ -231,12 +249,13 @@ def _python(recipe: Recipe, lines: list[str]) -> str:
 
 
 def _command(recipe: Recipe) -> str:
+    image = "--image first.png " if recipe.condition != "text" else ""
     size = f"--frames {recipe.frames} --height {recipe.height} --width {recipe.width}"
     return _fenced(
         "bash",
         [
             f'gen-accel generate --model {_model(recipe)} --prompt "{example_prompt(recipe)}" \\',
-            f"    {size} --from-lora lora --out video.mp4",
+            f"    {size} {image}--from-lora lora --out video.mp4",
         ],
     )
 

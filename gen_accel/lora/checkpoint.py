@@ -27,7 +27,11 @@ TENSORS, STATE = "training.safetensors", "state.json"
 OWN = "state_sha256"  # field of the state with the hash of its other fields
 # Types of a state's fields.
 KINDS = {"sha256": str, "step": int, "config": dict, "data": str, "processes": int}
-LATER = {"stage_data": list, "plan": int}  # the same of fields that earlier versions did not write
+LATER = {
+    "stage_data": list,
+    "plan": int,
+    "shift": float,
+}  # the same of fields that earlier versions did not write
 
 
 class Checkpoint(NamedTuple):

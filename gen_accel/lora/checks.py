@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.kernels import check_name
+from gen_accel.lora.clip_checks import check_clips
 from gen_accel.lora.experts import check_both
 from gen_accel.lora.size import check_config
 from gen_accel.method import memory_of, parts_of
@@ -13,6 +14,7 @@ from gen_accel.pipelines.long_video import check_names
 from gen_accel.values import fits, shown
 
 MOST_LAYERS = 1000  # more than any model has
+MOST_WORKERS = 256  # threads, each with a clip in memory
 MOST_RATE = 1e3  # a larger learning rate trains nothing, long before float32 overflows
 EPS = 1e-12  # the sum of shares may end a rounding error above 1
 
@@ -33,7 +35,7 @@ LIMITS = (
     Limit(
         (
             *("rank", "dense_layers", "dense_steps", "weight_decay", "warmup_steps"),
-            *("max_grad_norm", "validate_every", "loss_every"),
+            *("max_grad_norm", "validate_every", "loss_every", "shuffle_tags"),
         ),
         lambda x: 0 <= x < float("inf"),
         "not be negative",
@@ -43,6 +45,7 @@ LIMITS = (
         lambda betas: all(0 <= beta < 1 for beta in betas),
         "be two shares from 0 to below 1",
     ),
+    Limit(("workers",), lambda x: 0 <= x <= MOST_WORKERS, f"be from 0 to {MOST_WORKERS}"),
     Limit(("dense_layers",), lambda x: x <= MOST_LAYERS, f"be at most {MOST_LAYERS}"),
     Limit(("learning_rate",), lambda x: not x > MOST_RATE, f"be at most {MOST_RATE:g}"),
     Limit(("seed",), lambda x: 0 <= x < 2**32, "be from 0 to 2^32 - 1"),
@@ -50,7 +53,8 @@ LIMITS = (
         (
             *("height", "width", "batch_size", "gradient_accumulation", "checkpoint_every"),
             *("keep_checkpoints", "validation_steps", "image_tokens", "image_size"),
-            *("max_tokens", "trained_frames", "validation_frames", "switch_every"),
+            *("max_tokens", "trained_frames", "validation_frames", "chunks", "tag_orders"),
+            "switch_every",
         ),
         lambda x: x >= 1,
         "be at least 1",
@@ -60,9 +64,16 @@ LIMITS = (
         lambda x: 0 < x < float("inf"),
         "be positive",
     ),
-    Limit(("lora_dropout", "ema_decay"), lambda x: 0 <= x < 1, "be a share from 0 to 1"),
+    Limit(("lora_dropout", "ema_decay", "images"), lambda x: 0 <= x < 1, "be a share from 0 to 1"),
+    Limit(("huber", "min_snr"), lambda x: 0 < x < float("inf"), "be positive"),
     Limit(
-        ("caption_dropout", "image_dropout", "both_dropout"),
+        ("noise_levels",),
+        lambda levels: all(0 < level <= 1 for level in levels),
+        "be above 0 and at most 1",
+    ),
+    Limit(("sampled_steps",), lambda x: x >= 1, "be at least 1"),
+    Limit(
+        ("caption_dropout", "image_dropout", "both_dropout", "first_frame_dropout"),
         lambda x: 0 <= x < 1 + EPS,
         "be a share from 0 to 1",
     ),
@@ -89,6 +100,8 @@ def check(config: Any) -> None:
                 raise ValueError(f"{name} must {must}, got {shown(value)}")
     check_names(config.sample_with, "sample_with")
     _check_teacher(config)
+    check_clips(config)
+    _check_loss(config)
     if not config.stages:
         raise ValueError("stages is empty: give at least one, as 81:200")
     method = method_from(config.method, config.settings)
@@ -109,6 +122,12 @@ def check(config: Any) -> None:
             "rank is 0, which leaves nothing to train: only a method with parameters, such as "
             f"sparse_linear, trains without a LoRA, and method is {config.method!r}"
         )
+    if config.rank == 0:
+        for name in ("dora", "rank_stabilised"):
+            if config.is_given(name):
+                raise ValueError(
+                    f"{name} is of a LoRA, and rank is 0: give a rank, or leave it out"
+                )
     if config.rank and not config.targets:
         raise ValueError("targets is empty: name what the LoRA is put on, as attention")
     if config.held_out and not config.loss_every:
@@ -119,6 +138,7 @@ def check(config: Any) -> None:
     if config.validate_every and not config.validation_prompts:
         raise ValueError("validate_every needs validation_prompts, got none")
     check_both(config)
+    _check_condition(config)
     check_config(config)
 
 
@@ -138,6 +158,36 @@ def _check_teacher(config: Any) -> None:
         )
 
 
+def _check_loss(config: Any) -> None:
+    """Refuse, by a ValueError, fields of the loss of which one would not be read."""
+    if config.noise_levels and config.sampled_steps is not None:
+        raise ValueError(
+            f"noise_levels {config.noise_levels} and sampled_steps {config.sampled_steps} both "
+            "say where to train: give one of them"
+        )
+    given = "noise_levels" if config.noise_levels else "sampled_steps"
+    if config.is_given(given):
+        drawn = ["timestep_sampling", "logit_mean", "logit_std"]
+        drawn += ["shift"] if given == "noise_levels" else []
+        for name in drawn:
+            if config.is_given(name):
+                raise ValueError(
+                    f"{name} says how noise levels are drawn, which {given} fixes, got "
+                    f"{getattr(config, name)!r}: leave one out"
+                )
+    if config.is_given("min_snr") and config.weighting != "min_snr":
+        raise ValueError(
+            f"min_snr is for weighting min_snr, got {config.min_snr:g} with {config.weighting}"
+        )
+    if config.objective == "distill_attention":
+        for name in ("huber", "weighting"):
+            if config.is_given(name):
+                raise ValueError(
+                    f"objective distill_attention has a loss of its own, got {name} "
+                    f"{getattr(config, name)!r}: leave it out"
+                )
+
+
 def _check_image_prompt(config: Any) -> None:
     _check_unused(config, "LoRA")
     if sum(getattr(config, f"{name}_dropout") for name in ("caption", "image", "both")) > 1:
@@ -155,6 +205,23 @@ def _check_image_prompt(config: Any) -> None:
         raise ValueError(
             "gradient_checkpointing saves nothing under objective distill_attention, whose "
             "gradients stay within each attention: leave it out"
+        )
+
+
+def _check_condition(config: Any) -> None:
+    if config.condition == "first_frame" and config.adapter != "lora":
+        raise ValueError(
+            f"condition first_frame is for adapter lora, got adapter {config.adapter}: an image "
+            "prompt is trained on models from text to video"
+        )
+    if config.first_frame_dropout and config.condition == "text":
+        raise ValueError(
+            f"first_frame_dropout {config.first_frame_dropout:g} is for condition first_frame, "
+            "got condition text: leave it out"
+        )
+    if config.first_frame_dropout and config.adapter != "lora":
+        raise ValueError(
+            f"first_frame_dropout is for adapter lora, got {config.adapter}: leave it out"
         )
     count, prompts = len(config.validation_images), len(config.validation_prompts)
     if count and count != prompts:

@@ -73,21 +73,67 @@ class TrainConfig:
         10, "What", "part both: steps an expert takes in a row, while the other is off the device."
     )
     high_noise_steps: float = _(0.5, "What", "part both: share of the steps for transformer.")
+    condition: Literal["text", "first_frame"] | None = _(
+        None,
+        "What",
+        "What a clip is made from beside its caption: first_frame is the clip's own; none: as the "
+        "model's pipeline makes videos.",
+    )
+    first_frame_dropout: float = _(
+        0.0,
+        "What",
+        "Share of the clips shown without their first frame, for models that also make videos "
+        "from text alone.",
+    )
 
     height: int = _(480, "Clips", "Pixels, after resizing and a crop to the middle.")
     width: int = _(832, "Clips", "Pixels.")
+    sizes: tuple[str, ...] = _(
+        (),
+        "Clips",
+        "Several, as 480x832, height first: a clip takes the nearest shape. Height and width are "
+        "then those of the videos sampled, and the first of sizes unless given.",
+    )
     fps: float | None = _(
         16.0, "Clips", "Frames a second that clips are resampled to; none: kept."
     )
     on_broken: Literal["skip", "stop"] = _(
         "skip", "Clips", "What a file that no one can read does."
     )
-    max_tokens: int | None = _(None, "Clips", "Length of the text; none: the pipeline's own.")
+    workers: int = _(
+        2, "Clips", "Threads that read clips ahead of the encoder; 0: it waits for each clip."
+    )
+    take: Literal["start", "middle", "all", "random"] = _(
+        "start", "Clips", "Of a clip that is longer than a stage; all: chunks one after the other."
+    )
+    chunks: int = _(1, "Clips", "Of take random: chunks a clip or scene, at places by its hash.")
+    scenes: Literal["off", "cut"] = _(
+        "off", "Clips", "cut: no chunk crosses a cut; needs gen_accel[scenes]."
+    )
+    images: float = _(
+        0.0, "Clips", "Share of the steps that show pictures, as clips of 1 frame, in any stage."
+    )
     held_out: float = _(
         0.0,
         "Clips",
         "Clips that never train, whose loss shows what is learnt: a number, or a share below 1.",
     )
+    repeats: tuple[str, ...] = _(
+        (), "Clips", "How often clips are shown, PATTERN=NUMBER each, as people/*=3; else 1."
+    )
+
+    trigger: str | None = _(None, "Captions", "Word before every caption that does not hold it.")
+    prefix: str | None = _(None, "Captions", "Text before every caption, as it is.")
+    default_caption: str | None = _(
+        None, "Captions", "Of clips without one; none: they are refused."
+    )
+    shuffle_tags: int | None = _(
+        None,
+        "Captions",
+        "Tags, with commas between, change order behind this many; none: they do not.",
+    )
+    tag_orders: int = _(4, "Captions", "Of shuffle_tags: orders of each caption, one a step.")
+    max_tokens: int | None = _(None, "Captions", "Length of the text; none: the pipeline's own.")
 
     stages: tuple[str, ...] = _(
         ("81:200", "161:600"),
@@ -114,6 +160,12 @@ class TrainConfig:
         ("attention",), "LoRA", "attention, feed_forward, or endings of names of linear layers."
     )
     lora_dropout: float = _(0.0, "LoRA", "Share of the inputs of a LoRA that are dropped.")
+    dora: bool = _(
+        False, "LoRA", "Train the length of each row of the weights apart from its direction."
+    )
+    rank_stabilised: bool = _(
+        False, "LoRA", "The LoRA's weight is alpha / sqrt(rank): high ranks train as fast as low."
+    )
     train_processors: bool = _(
         True, "LoRA", "Train what the method itself has: proj and alpha of sparse_linear."
     )
@@ -141,12 +193,6 @@ class TrainConfig:
     init_adapter: str | None = _(
         None, "Image prompt", "An adapter to go on from, with a new optimizer."
     )
-    validation_images: tuple[str, ...] = _(
-        (),
-        "Image prompt",
-        "Files, one for each validation prompt; none: the images of the first clips.",
-    )
-
     objective: Literal["flow", "distill", "distill_attention"] = _(
         "flow",
         "Loss",
@@ -172,6 +218,28 @@ class TrainConfig:
     logit_mean: float = _(0.0, "Loss", "Of logit_normal.")
     logit_std: float = _(1.0, "Loss", "Of logit_normal.")
     shift: float | None = _(None, "Loss", "Of the noise levels; none: the scheduler's.")
+    sampled_steps: int | None = _(
+        None,
+        "Loss",
+        "For a step-distilled model: train at the noise levels of so many denoising steps alone; "
+        "none: at all.",
+    )
+    noise_levels: tuple[float, ...] = _(
+        (), "Loss", "The same by the levels themselves, from 0 to 1, as 1.0 0.757 0.522."
+    )
+    huber: float | None = _(
+        None,
+        "Loss",
+        "Width of the pseudo-Huber loss: errors above it count by their size, not its square; "
+        "none: mean squared error.",
+    )
+    weighting: Literal["none", "cosmap", "min_snr"] = _(
+        "none",
+        "Loss",
+        "Weights of noise levels: cosmap of flow matching (SD3), min_snr of v-prediction "
+        "(CogVideoX).",
+    )
+    min_snr: float = _(5.0, "Loss", "Of min_snr: the signal-to-noise ratio where it cuts.")
     caption_dropout: float = _(0.1, "Loss", "Share of the clips that are shown without a caption.")
 
     batch_size: int = _(1, "Optimizer", "Clips a process and micro-step.")
@@ -209,6 +277,12 @@ class TrainConfig:
     )
     validate_every: int = _(0, "Keeping", "Steps; 0: no videos are sampled.")
     validation_prompts: tuple[str, ...] = _((), "Keeping", "One video each, seeds from 0.")
+    validation_images: tuple[str, ...] = _(
+        (),
+        "Keeping",
+        "Files, one for each validation prompt: image prompts, or first frames; none: those of "
+        "the first clips.",
+    )
     validation_frames: int | None = _(None, "Keeping", "None: of the longest stage.")
     validation_steps: int = _(20, "Keeping", "Denoising steps.")
     sample_with: tuple[str, ...] = _(
@@ -231,11 +305,30 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 folder = str(expanded(getattr(self, name)))
                 object.__setattr__(self, name, folder)
+        if self.sizes and not (self.is_given("height") or self.is_given("width")):
+            for name, side in zip(("height", "width"), self.clip_sizes[0], strict=True):
+                object.__setattr__(self, name, side)
         check(self)
 
     def is_given(self, name: str) -> bool:
         """Whether a field is other than its default."""
         return getattr(self, name) != type(self).__dataclass_fields__[name].default
+
+    @property
+    def clip_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width in pixels that clips are cut to."""
+        if not self.sizes:
+            return ((self.height, self.width),)
+        from gen_accel.lora.data import parse_sizes
+
+        return parse_sizes(",".join(self.sizes))
+
+    @property
+    def clip_lengths(self) -> list[int]:
+        """Pixel frames of the steps, ascending."""
+        return sorted(
+            {stage.frames for stage in self.curriculum} | ({1} if self.images else set())
+        )
 
     @property
     def reads_teacher_captions(self) -> bool:
@@ -282,6 +375,7 @@ FREE_TO_CHANGE = (
     "sample_with",
     "guidance_scale",
     "on_broken",
+    "workers",
     "kernel",
     "gradient_checkpointing",
 )

@@ -190,9 +190,10 @@ def _number(value: float) -> str:
 
 
 def _bands(stages: Sequence[tuple[int, str]], width: float) -> list[Band]:
-    ends = [*(first for first, _ in stages[1:]), math.inf]
-    return [
-        Band(100 * first / width, 100 * (min(end, width) - first) / width, label)
-        for (first, label), end in zip(stages, ends, strict=True)
-        if first < width
-    ]
+    bands = []
+    for i, (first, label) in enumerate(stages):
+        end = stages[i + 1][0] if i + 1 < len(stages) else width
+        if first < width:
+            place, size = 100 * first / width, 100 * (min(end, width) - first) / width
+            bands.append(Band(place, size, label))
+    return bands

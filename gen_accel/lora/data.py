@@ -7,11 +7,15 @@ import csv
 import hashlib
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -19,6 +23,7 @@ from PIL import Image, ImageOps
 from gen_accel.extras import needed_for
 from gen_accel.files import file_sha256
 from gen_accel.json_files import parse_json
+from gen_accel.lora.index import Packed
 from gen_accel.measure.film_reading import opened_film
 from gen_accel.measure.picture_files import read_picture
 from gen_accel.paths import expanded
@@ -30,6 +35,8 @@ CAPTION_COLUMNS = ("caption", "text", "prompt")
 IMAGE_COLUMN = "image"
 TEACHER_COLUMN, TEACHER_SUFFIX = "teacher_caption", ".teacher.txt"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+REPEATS_COLUMN = "repeats"
+NUMBERED = re.compile(r"(.+)\.(\d+)\.txt", re.DOTALL)  # clip.1.txt, a further caption of clip.mp4
 SHOWN = 5  # most names listed in an error
 
 Size = tuple[int, int]  # height and width in pixels
@@ -46,6 +53,9 @@ class CaptionedVideo:
         image: image prompt of this clip; None uses a frame of the clip.
         teacher_caption: caption of the teacher that an image prompt is trained to match; may be
             empty.
+        more_captions: further captions; one of all is shown at a time.
+        repeats: how often it is shown while a clip of 1 is shown once.
+        is_picture: whether `source` is a picture, which is a clip of one frame.
     """
 
     name: str
@@ -53,6 +63,9 @@ class CaptionedVideo:
     source: Path | Callable[[], bytes] | np.ndarray
     image: Path | Callable[[], bytes] | None = None
     teacher_caption: str = ""
+    more_captions: tuple[str, ...] = ()
+    repeats: int = 1
+    is_picture: bool = False
 
     def sha256(self) -> str:
         """Hash the bytes of the file, or the frames and their shape."""
@@ -76,17 +89,77 @@ class CaptionedVideo:
 
     def survey(self, *, frames: int, fps: float | None) -> "Survey":
         """Run `survey_clip` on the video, wherever it is stored."""
-        if isinstance(self.source, np.ndarray):
-            return _surveyed(iter(self._checked()[:frames]))
-        with opened_film(self._film(), self._film_name) as film:
-            return _surveyed(islice(film.pictures(fps=fps), frames))
+        with self.playing(fps) as pictures:
+            return _surveyed(islice(pictures, frames))
 
-    def read(self, *, frames: int, size: Size, fps: float | None) -> np.ndarray:
-        """Run `read_clip` on the video, wherever it is stored."""
+    def read(self, *, frames: int, size: Size, fps: float | None, begin: int = 0) -> np.ndarray:
+        """Run `read_clip` on the video, wherever it is stored, from frame `begin` on."""
+        with self.playing(fps) as pictures:
+            return _resized(islice(pictures, begin, begin + frames), size)
+
+    def read_chunks(
+        self, chunks: Sequence[tuple[int, int]], *, size: Size, fps: float | None
+    ) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+        """Read several parts of the video as `read` does, decoding it once.
+
+        Args:
+            chunks: first frame and number of frames of each; they may overlap.
+
+        Yields:
+            Each chunk with its frames, in the order in which they end. A chunk beyond the end of
+            the video has fewer frames.
+        """
+        waiting = sorted(set(chunks), key=lambda chunk: (sum(chunk), chunk))
+        if not waiting:
+            return
+        held: dict[int, np.ndarray] = {}
+        with self.playing(fps) as pictures:
+            for number, picture in enumerate(pictures):
+                if any(begin <= number < begin + frames for begin, frames in waiting):
+                    held[number] = _fitted(picture, size)
+                while waiting and number + 1 >= sum(waiting[0]):
+                    chunk = waiting.pop(0)
+                    yield chunk, _stacked(held, chunk, size)
+                if not waiting:
+                    return
+                first = min(begin for begin, _ in waiting)
+                held = {place: frame for place, frame in held.items() if place >= first}
+        for chunk in waiting:
+            yield chunk, _stacked(held, chunk, size)
+
+    @contextmanager
+    def playing(self, fps: float | None) -> Iterator[Iterator[np.ndarray]]:
+        """Open the clip for its frames, (H, W, 3) uint8 RGB, one at a time, at the rate `fps`."""
         if isinstance(self.source, np.ndarray):
-            return _resized(iter(self._checked()[:frames]), size)
+            yield iter(self._checked())
+        elif self.is_picture:
+            yield iter([self._picture()])
+        else:
+            with opened_film(self._film(), self._film_name) as film:
+                yield film.pictures(fps=fps)
+
+    def extent(self) -> tuple[int, float | None]:
+        """Count the stored frames, and measure the seconds that they last, without decoding.
+
+        Frames in memory and pictures last for no known time.
+        """
+        if isinstance(self.source, np.ndarray):
+            return len(self.source), None
+        if self.is_picture:
+            return 1, None
         with opened_film(self._film(), self._film_name) as film:
-            return _resized(islice(film.pictures(fps=fps), frames), size)
+            return film.extent()
+
+    def _picture(self) -> np.ndarray:
+        from gen_accel.pipelines.image_prompt.encoder import as_rgb
+
+        assert not isinstance(self.source, np.ndarray)
+        data = self.source.read_bytes() if isinstance(self.source, Path) else self.source()
+        image = open_image(data, self._film_name)
+        try:
+            return np.asarray(as_rgb(image))
+        except ValueError as error:
+            raise OSError(f"{self._film_name} cannot be read: {error}") from error
 
     @property
     def _film_name(self) -> str:
@@ -120,11 +193,19 @@ class Survey(NamedTuple):
     size: Size
 
 
-def find_videos(data: str | Path, *, images: bool = False) -> list[CaptionedVideo]:
+def find_videos(
+    data: str | Path,
+    *,
+    images: bool = False,
+    pictures: Literal["no", "captioned", "all"] = "no",
+    default_caption: str | None = None,
+) -> Sequence[CaptionedVideo]:
     """Find every captioned video of a data set, sorted by name.
 
-    A clip may come with a second caption, which describes its image: the column
-    teacher_caption of a manifest, or `clip.teacher.txt` beside `clip.mp4`. `data` is one of
+    A clip may have several captions: a list in the column of a manifest that is JSON, or
+    `clip.1.txt`, `clip.2.txt` and so on beside `clip.mp4`. A further one describes its image: the
+    column teacher_caption of a manifest, or `clip.teacher.txt`. The column repeats of a manifest
+    is `CaptionedVideo.repeats`. `data` is one of
 
     - a folder of videos, subfolders too, with `clip.txt` beside `clip.mp4`;
     - a manifest, `.jsonl` or `.csv`, with a column video, file_name or path, relative to the
@@ -136,6 +217,9 @@ def find_videos(data: str | Path, *, images: bool = False) -> list[CaptionedVide
     Args:
         images: also look for the image prompt of each clip: the column image of a manifest, or
             `clip.png`, `.jpg`, `.jpeg` or `.webp` beside `clip.mp4`. A clip may have none.
+        pictures: which pictures in a folder to find as clips of one frame; an image beside
+            `clip.mp4` of the same name is none. A manifest names its own.
+        default_caption: caption of clips without one; None refuses them.
 
     Raises:
         FileNotFoundError: nothing at `data`, or videos or images of a manifest are missing.
@@ -143,32 +227,61 @@ def find_videos(data: str | Path, *, images: bool = False) -> list[CaptionedVide
         ImportError: `datasets` is needed and not installed.
     """
     data = expanded(data)
+    found: Iterable[CaptionedVideo]
     if data.is_file():
-        videos = _of_manifest(data, data.parent, images)
+        found = _of_manifest(data, data.parent, images)
     elif not data.is_dir():
         raise FileNotFoundError(f"data must be a folder or a manifest, nothing is at {data}")
     elif any((data / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-        videos = _of_datasets(data, images)
+        found = _of_datasets(data, images)
     elif manifests := sorted(p for p in _files(data) if p.stem == "metadata"):
-        videos = [v for manifest in manifests for v in _of_manifest(manifest, data, images)]
+        found = (v for manifest in manifests for v in _of_manifest(manifest, data, images))
     else:
-        videos = _of_folder(data)
+        found = _of_folder(data, pictures)
+    if default_caption is not None:
+        found = (v if v.caption.strip() else replace(v, caption=default_caption) for v in found)
+    if images:
+        found = map(_pictured, found)
+    videos = _held(found)
     if not videos:
         raise ValueError(f"no videos in {data}: none ends in {', '.join(SUFFIXES)}")
-    if images:
-        videos = [_pictured(video) for video in videos]
     silent = [video.name for video in videos if not video.caption.strip()]
     if silent:
         raise ValueError(
             f"{len(silent)} of {len(videos)} videos in {data} have no caption: {_some(silent)}; "
             "write clip.txt beside clip.mp4, or a column caption in the manifest"
         )
-    named = {"videos": [v.source for v in videos], "images": [v.image for v in videos]}
-    for kind, paths in named.items():
+    for kind, name in {"videos": "source", "images": "image"}.items():
+        paths = (getattr(video, name) for video in videos)
         lost = [str(path) for path in paths if isinstance(path, Path) and not path.is_file()]
         if lost:
             raise FileNotFoundError(f"{len(lost)} {kind} of {data} are not there: {_some(lost)}")
-    return sorted(videos, key=lambda video: video.name)
+    return videos
+
+
+def _held(found: Iterable[CaptionedVideo]) -> Sequence[CaptionedVideo]:
+    """Hold videos sorted by name: compressed where they lie in files."""
+    packed, others = Packed(_unpacked), []
+    is_sorted, before = True, ""
+    for video in found:
+        is_sorted, before = is_sorted and before <= video.name, video.name
+        if isinstance(video.source, Path) and not callable(video.image):
+            image = None if video.image is None else str(video.image)
+            rest = (video.teacher_caption, video.more_captions, video.repeats, video.is_picture)
+            packed.append((video.name, video.caption, str(video.source), image, *rest))
+        else:
+            others.append(video)
+    if is_sorted and not others:
+        return packed
+    ordered = sorted((*packed, *others), key=lambda video: video.name)
+    return ordered if others else _held(ordered)
+
+
+def _unpacked(row: tuple[Any, ...]) -> CaptionedVideo:
+    name, caption, source, image, *rest = row
+    return CaptionedVideo(
+        name, caption, Path(source), None if image is None else Path(image), *rest
+    )
 
 
 def check_teacher_captions(videos: Sequence[CaptionedVideo]) -> None:
@@ -266,30 +379,83 @@ def _surveyed(pictures: Iterator[np.ndarray]) -> Survey:
     return Survey(count, size)
 
 
-def _resized(pictures: Iterator[np.ndarray], size: Size) -> np.ndarray:
-    height, width = size
-    frames = []
-    for picture in pictures:
-        if picture.shape[:2] != size:
-            image = Image.fromarray(picture)
-            picture = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
-        frames.append(picture)
+def _resized(pictures: Iterable[np.ndarray], size: Size) -> np.ndarray:
+    frames = [_fitted(picture, size) for picture in pictures]
     if not frames:
         raise OSError("it holds no frames")
     return np.stack(frames)
 
 
-def _of_folder(folder: Path) -> list[CaptionedVideo]:
-    videos = []
-    for path in _files(folder):
-        if path.suffix.lower() in SUFFIXES:
-            text = path.with_suffix(".txt")
-            caption = read_text(text).strip() if text.is_file() else ""
-            second = path.with_suffix(TEACHER_SUFFIX)
-            teacher = read_text(second).strip() if second.is_file() else ""
-            name = path.relative_to(folder).as_posix()
-            videos.append(CaptionedVideo(name, caption, path, teacher_caption=teacher))
-    return videos
+def _fitted(picture: np.ndarray, size: Size) -> np.ndarray:
+    if picture.shape[:2] == size:
+        return picture
+    (height, width), image = size, Image.fromarray(picture)
+    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
+
+
+def _stacked(held: dict[int, np.ndarray], chunk: tuple[int, int], size: Size) -> np.ndarray:
+    """Stack the frames of a chunk that are held, (F, H, W, 3)."""
+    begin, frames = chunk
+    found = [held[i] for i in range(begin, begin + frames) if i in held]
+    return np.stack(found) if found else np.zeros((0, *size, 3), np.uint8)
+
+
+def _of_folder(
+    folder: Path, pictures: Literal["no", "captioned", "all"]
+) -> Iterator[CaptionedVideo]:
+    """Find the videos of a folder, in the order of their names."""
+    files = list(_names(folder))
+    films = [name for name in files if name.lower().endswith(SUFFIXES)]
+    own = {os.path.splitext(name)[0] for name in films}
+    stills = []
+    if pictures != "no":
+        stills = [
+            name
+            for name in files
+            if name.lower().endswith(IMAGE_SUFFIXES) and os.path.splitext(name)[0] not in own
+        ]
+    if pictures == "all":
+        _check_one_each(stills)
+    own |= {os.path.splitext(name)[0] for name in stills}
+    further = _numbered_texts(files, own)
+    del files, own
+    for name in sorted((*films, *stills)):
+        path = folder / name
+        texts = [folder / text for text in further.get(os.path.splitext(name)[0], ())]
+        written = [path.with_suffix(".txt"), *texts]
+        found = [read_text(text).strip() for text in written if text.is_file()]
+        first, *more = [text for text in found if text] or [""]
+        is_picture = path.suffix.lower() in IMAGE_SUFFIXES
+        if is_picture and pictures == "captioned" and not first:
+            continue
+        second = path.with_suffix(TEACHER_SUFFIX)
+        teacher = read_text(second).strip() if second.is_file() else ""
+        made = CaptionedVideo(name, first, path, teacher_caption=teacher)
+        yield replace(made, more_captions=tuple(more), is_picture=is_picture)
+
+
+def _numbered_texts(files: Iterable[str], own: set[str]) -> dict[str, list[str]]:
+    """Find the further captions: a clip's name without its suffix to clip.1.txt, clip.2.txt ...
+
+    Args:
+        own: clips without their suffixes; clip.1.txt is the only caption of clip.1.mp4.
+    """
+    found: dict[str, list[tuple[int, str]]] = {}
+    for name in files:
+        match = NUMBERED.fullmatch(name)
+        if match and os.path.splitext(name)[0] not in own:
+            found.setdefault(match[1], []).append((int(match[2]), name))
+    return {clip: [name for _, name in sorted(texts)] for clip, texts in found.items()}
+
+
+def _check_one_each(stills: Sequence[str]) -> None:
+    """Refuse pictures that would share one caption, by a ValueError."""
+    count = Counter(os.path.splitext(name)[0] for name in stills)
+    alike = [name for name in stills if count[os.path.splitext(name)[0]] > 1]
+    if alike:
+        raise ValueError(
+            f"pictures of one name would share one caption, got {_some(alike)}: rename them"
+        )
 
 
 def _pictured(video: CaptionedVideo) -> CaptionedVideo:
@@ -324,10 +490,42 @@ def _of_manifest(manifest: Path, root: Path, images: bool) -> list[CaptionedVide
         image = None
         if images and row.get(IMAGE_COLUMN):
             image = manifest.parent / expanded(_column(row, (IMAGE_COLUMN,), where))
-        caption = _column(row, CAPTION_COLUMNS, where)
+        first, *more = _captions(row, where)
         teacher = _column(row, (TEACHER_COLUMN,), where) if TEACHER_COLUMN in row else ""
-        videos.append(CaptionedVideo(name, caption, path, image, teacher))
+        videos.append(
+            CaptionedVideo(
+                name,
+                first,
+                path,
+                image,
+                teacher,
+                tuple(more),
+                _repeats(row.get(REPEATS_COLUMN), where),
+                path.suffix.lower() in IMAGE_SUFFIXES,
+            )
+        )
     return videos
+
+
+def _captions(row: Any, where: str) -> list[str]:
+    """Return the captions of a row, at least one, which may be empty."""
+    name = next((name for name in CAPTION_COLUMNS if isinstance(row, dict) and name in row), "")
+    if not isinstance(row.get(name) if name else None, list):
+        return [_column(row, CAPTION_COLUMNS, where)]
+    texts = [_column({name: text}, (name,), where) for text in row[name]]
+    return [text for text in texts if text] or [""]
+
+
+def _repeats(value: Any, where: str) -> int:
+    """Read a row's number in the column repeats; without one it is 1."""
+    if value is None or value == "":
+        return 1
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole and not (isinstance(value, str) and value.strip().isdecimal()):
+        raise ValueError(f"{REPEATS_COLUMN} must be a whole number, {where} has {value!r}")
+    if int(value) < 1:
+        raise ValueError(f"{REPEATS_COLUMN} must be at least 1, {where} has {value}")
+    return int(value)
 
 
 def _csv_rows(manifest: Path) -> list[tuple[int, Any]]:
@@ -378,12 +576,19 @@ def _of_datasets(folder: Path, images: bool) -> list[CaptionedVideo]:
         captions = rows[caption]
         taught = TEACHER_COLUMN in rows.column_names
         teachers = rows[TEACHER_COLUMN] if taught else [""] * len(captions)
+        counted = REPEATS_COLUMN in rows.column_names
+        counts = rows[REPEATS_COLUMN] if counted else [1] * len(captions)
         for i, (text, teacher) in enumerate(zip(captions, teachers, strict=True)):
             name = f"{split}/{i:06d}" if split else f"{i:06d}"
+            first, *more = (
+                [one for one in text if one] or [""] if isinstance(text, list) else [text]
+            )
             source = _stored(rows, i, video, folder)
             has_image = pictured and rows[i][IMAGE_COLUMN] is not None
             image = _stored(rows, i, IMAGE_COLUMN, folder) if has_image else None
-            videos.append(CaptionedVideo(name, text or "", source, image, teacher or ""))
+            repeats = _repeats(counts[i], f"row {i} of {folder}")
+            given = first or "", source, image, teacher or "", tuple(more), repeats
+            videos.append(CaptionedVideo(name, *given))
     return videos
 
 
@@ -406,10 +611,23 @@ def _stored(rows: Any, index: int, column: str, folder: Path) -> Path | Callable
 
 def _files(folder: Path) -> Iterator[Path]:
     """List the files below a folder, sorted, without hidden files and hidden folders."""
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden:
-            yield path
+    return (folder / name for name in _names(folder))
+
+
+def _names(folder: Path) -> list[str]:
+    """Return the names of `_files`, relative to the folder, with slashes."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = Path(place).relative_to(folder).as_posix()
+        begin = "" if inside == "." else f"{inside}/"
+        found += [
+            f"{begin}{name}"
+            for name in files
+            if not name.startswith(".") and os.path.isfile(os.path.join(place, name))
+        ]
+    found.sort(key=lambda name: name.replace("/", "\0"))  # folder by folder
+    return found
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,7 +1,10 @@
 """Dry run of a config: two training steps of a tiny random model of the same class."""
 
+import inspect
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +12,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from gen_accel import demo
 from gen_accel.attention_processors.families import (
     FAMILIES,
     family_named,
@@ -19,7 +23,10 @@ from gen_accel.attention_processors.lengths import patch_of
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.hub import fetched
 from gen_accel.json_files import read_fields
+from gen_accel.kinds import pipeline_of
+from gen_accel.lora.conditions import FIRST_FRAME, condition_for, condition_in
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.encoders import check_trained
 from gen_accel.lora.experts import BOTH, check_parts
 from gen_accel.lora.images import features_shape
 from gen_accel.lora.model import Model
@@ -48,8 +55,11 @@ def dry_run(config: TrainConfig) -> Trained:
     check_parts(vars(config))
     kind = transformer_class(config.model)
     family: Any = family_named(served_classes()[kind])
+    condition, about = _condition(config, family, kind)
     torch.manual_seed(config.seed)
-    tiny = dict(family.TINY) | {"num_layers": config.dense_layers + 2}
+    tiny = dict(family.TINY) | {family.DEPTH: config.dense_layers + 2}
+    if condition == FIRST_FRAME:
+        tiny |= family.tiny_from_frame(about)
     transformer = getattr(diffusers, kind)(**tiny)
     second = getattr(diffusers, kind)(**tiny) if config.part == BOTH else None
     factor, patch = family.TEMPORAL_FACTOR, patch_of(transformer.config)
@@ -82,6 +92,7 @@ def dry_run(config: TrainConfig) -> Trained:
             stages=stages,
             held_out=0.0,
             loss_every=0,
+            images=0.0,
             validate_every=0,
             validation_images=(),
             log_with="none",
@@ -93,6 +104,7 @@ def dry_run(config: TrainConfig) -> Trained:
         model = Model(transformer, None, lambda n: (n - 1) // factor + 1, 5, config.shift or 1.0)
         if second is not None:
             model = model._replace(transformer_2=second, boundary=BOUNDARY)
+        model = model._replace(condition=condition)
         features = features_shape(config, patches=PATCHES, embedding=EMBEDDING)
         size = patch[1] * least[1], patch[2] * least[2]
         check_batch(small, transformer, least[0] * least[1] * least[2])
@@ -102,8 +114,6 @@ def dry_run(config: TrainConfig) -> Trained:
 
 def transformer_class(model: str) -> str:
     """Return the class name of a pipeline's transformer; may fetch one small file of the hub."""
-    from gen_accel import demo
-
     for name in FAMILIES:
         family = family_named(name)
         for preset in family.PRESETS.values():
@@ -118,24 +128,43 @@ def transformer_class(model: str) -> str:
     return kind
 
 
+def _condition(config: TrainConfig, family: Any, kind: str) -> tuple[str, Mapping[str, Any]]:
+    """Choose the condition, and return it with the config of the model's transformer."""
+    preset = next((p for p in family.PRESETS.values() if p.repository == config.model), None)
+    if preset is not None:
+        check_trained(family, None, preset.config)
+        known = inspect.signature(getattr(diffusers, kind)).parameters
+        about = {name: one.default for name, one in known.items()} | dict(preset.config)
+        own = pipeline_of(config.model)
+        if own is not None:
+            return condition_for({"_class_name": own}, about, config).condition, about
+        if config.condition is None and not config.first_frame_dropout:
+            return "text", about
+    source = demo.path() if config.model == "demo" else expanded(config.model)
+    found = condition_in(source if source.exists() else config.model, config)
+    check_trained(family, found.pipeline if found.is_own else None, found.transformer)
+    if found.condition == FIRST_FRAME and family.tiny_from_frame is None:
+        raise ValueError(f"no training from a first frame for {kind}: take condition text")
+    return found.condition, found.transformer
+
+
 def _check_lengths(config: TrainConfig, family: Any, patch: tuple[int, int, int]) -> None:
     """Refuse sizes of the config at which the method cannot be planned."""
     factor, side = family.TEMPORAL_FACTOR, patch[1] * family.SPATIAL_FACTOR
     method = method_from(config.method, config.settings)
-    for name in ("height", "width"):
-        if getattr(config, name) % side:
-            raise ValueError(f"{name} must be a multiple of {side}, got {getattr(config, name)}")
-    for stage in config.curriculum:
-        if (stage.frames - 1) % factor:
-            raise ValueError(
-                f"frames must be 1 more than a multiple of {factor}, got {stage.frames}"
-            )
-        frames = (stage.frames - 1) // factor + 1
-        check_fits(method, VideoShape(frames, config.height // side, config.width // side))
+    for size in config.clip_sizes:
+        for name, given in zip(("height", "width"), size, strict=True):
+            if given % side:
+                raise ValueError(f"{name} must be a multiple of {side}, got {given}")
+    for length, (height, width) in product(config.clip_lengths, config.clip_sizes):
+        if (length - 1) % factor:
+            raise ValueError(f"frames must be 1 more than a multiple of {factor}, got {length}")
+        frames = (length - 1) // factor + 1
+        check_fits(method, VideoShape(frames, height // side, width // side))
 
 
 class _Noise:
-    """Stand-in for a `LatentCache`: one random clip of each length.
+    """Stand-in for a `LatentCache`: one random clip of each length, and at least two.
 
     Args:
         transformer: the model that takes the clips.
@@ -150,7 +179,10 @@ class _Noise:
         self, transformer: Any, frames: list[int], size: tuple[int, int], features: tuple[int, ...]
     ) -> None:
         self.transformer, self.size, self.features = transformer, size, features
-        self.entries = [SimpleNamespace(pixel_frames=n) for n in frames]
+        plain = {"text_keys": None, "repeats": None, "is_picture": None}
+        self.entries = [
+            SimpleNamespace(pixel_frames=n, **plain) for n in (2 * frames)[: max(2, len(frames))]
+        ]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -167,6 +199,10 @@ class _Noise:
         channels = family.latent_channels(self.transformer.config)
         return torch.randn(channels, frames, *self.size, generator=generator)
 
+    def first_frame(self, index: int, frames: int) -> dict[str, Tensor]:
+        family: Any = family_of(self.transformer)
+        return family.tiny_first_frame(self.transformer, frames, *self.size)
+
     def image(self, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(10 + index)
         return torch.randn(self.features, generator=generator)
@@ -175,7 +211,7 @@ class _Noise:
     def no_image(self) -> Tensor:
         return torch.zeros(self.features)
 
-    def conditions(self, index: int) -> dict[str, Tensor]:
+    def conditions(self, index: int, text: int = 0) -> dict[str, Tensor]:
         return self.empty
 
     def teacher(self, index: int) -> dict[str, Tensor]:

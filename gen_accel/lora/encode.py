@@ -2,11 +2,16 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, compress, groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,6 +19,8 @@ from torch import Tensor
 from gen_accel.attention_processors.lengths import latent_frames, patch_of, temporal_patch
 from gen_accel.endings import unwinding
 from gen_accel.files import clear_partial
+from gen_accel.lora.captions import Captions, repeated
+from gen_accel.lora.conditions import FIRST_FRAME, TEXT, condition_for
 from gen_accel.lora.data import (
     CaptionedVideo,
     Size,
@@ -22,58 +29,40 @@ from gen_accel.lora.data import (
     nearest_size,
     open_image,
 )
-from gen_accel.lora.encoders import Encoders, factors_of, load_encoders
+from gen_accel.lora.encoders import Encoders, check_trained, factors_of, load_encoders
 from gen_accel.lora.fingerprint import hash_of
-from gen_accel.lora.latents import IMAGE, LATENTS, RECIPE, TEXTS_AT_ONCE, Entry
-from gen_accel.lora.shards import SHARD_BYTES, Shards
+from gen_accel.lora.first_frames import FirstFrames
+from gen_accel.lora.found import (
+    Lost,
+    Report,
+    buckets_of,
+    lost_picture,
+    too_short,
+    unused_frames,
+    why_broken,
+)
+from gen_accel.lora.index import Again, Memo, Packed, Table
+from gen_accel.lora.latents import IMAGE, LATENTS, PICTURE, RECIPE, TEXTS_AT_ONCE, Entry
+from gen_accel.lora.preview import Preview
+from gen_accel.lora.reading import ahead
+from gen_accel.lora.scenes import check_scenes
+from gen_accel.lora.shards import SHARD_BYTES, Shards, remembered_sha256
+from gen_accel.lora.surveys import clip_key, scenes_in, survey
+from gen_accel.lora.takes import Take
 from gen_accel.owners import locked
 from gen_accel.pipelines.generation.loading import DTYPES
-from gen_accel.pipelines.generation.progress import progress_bar
+from gen_accel.pipelines.generation.progress import progress_bar, waiting
+
+PICTURES = 8  # first frames that are kept as pictures, to sample validation videos from
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from gen_accel.lora.images import ImageCoder
 
-
-@dataclass(frozen=True)
-class Report:
-    """Report of a run of `cache`. A clip counts once for each length.
-
-    Args:
-        encoded: number of clips encoded now.
-        kept: number of clips that were in the cache already.
-        removed: number of clips that the cache held before and holds no more.
-        texts: number of captions encoded now, the empty one included.
-        short: names of videos with fewer frames than the shortest length.
-        broken: names of videos that could not be read, with the reason.
-        damaged: names of shards that had to be encoded again.
-        images: number of images encoded now; None without image prompts.
-    """
-
-    folder: Path
-    encoded: int
-    kept: int
-    removed: int
-    texts: int
-    short: tuple[str, ...] = ()
-    broken: dict[str, str] = field(default_factory=dict)
-    damaged: tuple[str, ...] = ()
-    images: int | None = None
-
-    def __str__(self) -> str:
-        parts = [
-            f"{self.encoded} clips encoded",
-            f"{self.kept} kept",
-            f"{self.removed} removed",
-            f"{self.texts} texts encoded",
-            *([] if self.images is None else [f"{self.images} images encoded"]),
-            f"{len(self.short)} too short",
-            f"{len(self.broken)} broken",
-        ]
-        lines = [f"{self.folder}: {', '.join(parts)}"]
-        lines += [f"  {name}: {reason}" for name, reason in self.broken.items()]
-        return "\n".join(lines)
+START, AS_WRITTEN = Take(), Captions()
+Item = TypeVar("Item")
+UNUSED_PICTURE = "a picture, which images or a stage of 1 frame would take"
 
 
 def cache(
@@ -92,6 +81,13 @@ def cache(
     shard_bytes: int = SHARD_BYTES,
     images: "ImageCoder | None" = None,
     teacher: bool = False,
+    take: Take = START,
+    captions: Captions = AS_WRITTEN,
+    default_caption: str | None = None,
+    repeats: Sequence[str] = (),
+    pictures: bool = False,
+    workers: int = 0,
+    condition: Literal["text", "first_frame"] | None = None,
 ) -> Report:
     """Encode all clips and captions of a data set that `out` does not hold yet.
 
@@ -106,8 +102,8 @@ def cache(
         model_or_pipe: the folder of a pipeline, a repository on the hub, or a pipeline, which is
             used as it is. The transformer of a folder or repository is not loaded.
         data: see `find_videos`; or the videos themselves.
-        frames: lengths in pixel frames. A clip is encoded at the longest length that it fills
-            and, unless the autoencoder is causal, at each shorter length too.
+        frames: lengths in pixel frames. A chunk of a clip is encoded at the longest length that it
+            fills and, unless the autoencoder is causal, at each shorter length too.
         sizes: (height, width) in pixels; a clip takes the size of the nearest aspect ratio.
         fps: frame rate to resample clips to; None keeps the stored frames.
         max_tokens: length of the text, the pipeline's `max_sequence_length`.
@@ -121,91 +117,181 @@ def cache(
         shard_bytes: bytes to hold in memory before a shard is written.
         images: also encode the image prompt of each clip, by default its middle frame.
         teacher: also encode each clip's caption for the teacher; all clips must have one.
+        take: which chunks of each clip are encoded.
+        captions: what is made of the captions.
+        default_caption: caption of clips without one; None refuses them.
+        repeats: how often clips are shown, PATTERN=NUMBER each; see `captions.repeated`. It goes
+            before the data's own numbers.
+        pictures: also take pictures, as clips of one frame; a length of 1 takes them in any case.
+        workers: threads that read clips ahead of the encoder; 0 reads between two clips.
+        condition: "first_frame" also encodes the first frame of each clip. None: as the model's
+            pipeline makes videos.
 
     Raises:
         ValueError: data that `find_videos` refuses, a model that `check_model` refuses, sizes or
-            lengths that the model cannot take, a length that no clip fills, an offloaded pipeline,
-            or texts that `store` cannot hold.
+            lengths that the model cannot take, a length or one of several sizes that no clip
+            fills, an offloaded pipeline, or texts that `store` cannot hold.
         OSError: a broken clip with on_broken="stop", a folder that cannot be written, or a folder
             that another run writes to.
     """
-    _check_options(frames, sizes, fps, max_tokens, on_broken, store, shard_bytes)
+    _check_options(frames, sizes, fps, max_tokens, on_broken, store, shard_bytes, workers)
+    pictures = pictures or 1 in frames
+    if take.scenes == "cut":
+        check_scenes()
     if isinstance(data, str | Path):
-        videos = find_videos(data, images=images is not None)
+        videos = find_videos(
+            data,
+            images=images is not None,
+            pictures="all" if pictures else "captioned",
+            default_caption=default_caption,
+        )
     else:
-        videos = list(data)
+        videos = data
     if not videos:
         raise ValueError("data holds no videos")
+    if repeats:
+        videos = repeated(videos, repeats)
     if teacher:
-        check_teacher_captions(videos)
+        check_teacher_captions([v for v in videos if pictures or not v.is_picture])
     folder = Path(out)
     with unwinding(), locked(folder) as alone:
         clear_partial(folder, alone=alone)
         encoders = load_encoders(model_or_pipe, device, dtype)
+        shown = _condition(encoders, model_or_pipe, condition)
+        if shown == FIRST_FRAME and (images is not None or teacher):
+            raise ValueError("an image prompt is trained under condition text, got first_frame")
+        if shown == FIRST_FRAME and pictures:
+            raise ValueError(
+                "a picture is its own first frame, so that nothing is left to learn: leave "
+                "pictures and lengths of 1 frame out, or take condition text"
+            )
         _check_fit(encoders, frames, sizes)
-        run = _Run(
-            encoders,
-            tuple(sorted(set(frames))),
-            tuple(sizes),
-            None if fps is None else float(fps),
-            max_tokens,
-            on_broken,
-            store,
-            images,
-            teacher,
-        )
+        with waiting("hashing the encoders"):
+            run = _Run(
+                encoders,
+                tuple(sorted(set(frames))),
+                tuple(sizes),
+                None if fps is None else float(fps),
+                max_tokens,
+                on_broken,
+                store,
+                images,
+                teacher,
+                take,
+                captions,
+                pictures,
+                tuple(repeats),
+                default_caption,
+                workers,
+                shown,
+            )
         return _fill(folder, run, videos, shard_bytes)
 
 
 def _fill(folder: Path, run: "_Run", videos: Sequence[CaptionedVideo], shard_bytes: int) -> Report:
-    """Encode the tensors that the folder lacks, and write its manifest."""
-    with Shards(folder, shard_bytes) as shards, progress_bar() as bar:
-        jobs, known, short = run.read(videos, shards, bar)
+    """Encode the tensors that the folder lacks, and write its manifest and its report."""
+    with progress_bar() as bar, Shards(folder, shard_bytes, bar) as shards:
+        jobs = run.read(videos, shards, bar)
+        preview = Preview(jobs, len(jobs), run.frames_of)
         texts = run.encode_texts(jobs, shards, bar)
         pictures = run.encode_images(jobs, shards, bar)
-        new = run.encode_clips(jobs, shards, bar)
-        done = [job for job in jobs if all(key in shards for key in job.keys)]
-        if not done:
+        run.encode_first_frames(jobs, shards, bar)
+        new = run.encode_clips(jobs, shards, bar, preview)
+        held = bytearray(all(key in shards for key in job.keys) for job in jobs)
+        if not any(held):
             raise ValueError(f"no clip could be encoded: {next(iter(run.broken.values()))}")
-        entries = [_entry(job, run.encoders.pipe) for job in done]
-        before = {(e["name"], e["pixel_frames"]) for e in shards.earlier.get("entries", ())}
-        sources = {job.latent_key: job.source for job in done}
-        shards.finish(run.manifest(entries, known) | {"sources": sources}, run.used(done))
-    return Report(
+        done = Again(lambda: compress(jobs, held))
+        entries = Again(lambda: (_about(_entry(job, run.encoders.pipe)) for job in done))
+        removed = _removed(shards, entries)
+        kept = run.keep_pictures(done, shards) | {"digests": run.digests(done)}
+        used = chain(run.used(done), kept.get("pictures", ()))
+        shards.finish(run.manifest() | kept, used, entries)
+        remade = preview.write(shards, sum(held), run.encoders, bar)
+        shards.memo.shrink()
+    encoded = sum(job.latent_key in new for job in done)
+    report = Report(
         folder=shards.folder,
-        encoded=sum(job.latent_key in new for job in done),
-        kept=sum(job.latent_key not in new for job in done),
-        removed=len(before - {(entry.name, entry.pixel_frames) for entry in entries}),
+        encoded=encoded,
+        kept=sum(held) - encoded,
+        removed=removed,
         texts=texts,
-        short=short,
+        short=tuple(run.short),
         broken=run.broken,
         damaged=shards.damaged,
         images=pictures,
+        left_out=run.left_out,
+        lost=run.lost(done),
+        buckets=buckets_of((job.frames, job.size, run.seconds(job)) for job in done),
+        videos=len(videos),
+        remade=remade,
     )
+    report.write()
+    return report
+
+
+def _removed(shards: Shards, entries: Iterable[dict[str, Any]]) -> int:
+    """Count the entries that the folder held before and holds no more."""
+    now, gone = Table(), Table()
+    for entry in entries:
+        now.add(_place(entry))
+    places = map(_place, shards.earlier_entries())
+    return sum(gone.add(place) for place in places if place not in now)
+
+
+def _place(entry: Mapping[str, Any]) -> str:
+    return f"{entry['name']} {entry['pixel_frames']} {entry.get('begin')}"
 
 
 class _Job(NamedTuple):
-    """A clip at one length.
+    """A chunk of a clip at one length.
 
     Args:
         frames: pixel frames.
         size: height and width in pixels.
-        source: hash of all that the latents depend on but the clip's length.
+        begin: first frame of the chunk.
+        texts: captions as they are encoded, with the key of each in `text_keys`.
+        about: what `survey` found out about the clip.
+        source: hash of all that the latents depend on but the number of frames.
+        number: of the clip in the data.
     """
 
     video: CaptionedVideo
     frames: int
     size: Size
     latent_key: str
-    text_key: str
-    image_key: str | None = None
-    teacher_key: str | None = None
-    source: str = ""
+    text_keys: tuple[str, ...]
+    image_key: str | None
+    teacher_key: str | None
+    frame_key: str | None
+    begin: int
+    texts: tuple[str, ...]
+    about: dict[str, Any]
+    source: str
+    number: int = 0
 
     @property
     def keys(self) -> tuple[str, ...]:
-        keys = (self.latent_key, self.text_key, self.image_key, self.teacher_key)
+        keys = (*self.text_keys, self.image_key, self.teacher_key, self.frame_key)
+        keys = (self.latent_key, *keys)
         return tuple(key for key in keys if key is not None)
+
+
+class _Looked(NamedTuple):
+    """What was found out about a clip.
+
+    Args:
+        digest: hash of its bytes.
+        hash_key: key by which to keep the hash; None if it is kept, or cannot be.
+        clip: key of `about`.
+        about: see `survey`.
+        picture: key of the clip's own image; None if there is none.
+    """
+
+    digest: str
+    hash_key: str | None
+    clip: str
+    about: dict[str, Any]
+    picture: str | None
 
 
 @dataclass
@@ -221,17 +307,30 @@ class _Run:
     store: str
     images: "ImageCoder | None" = None
     teacher: bool = False
+    take: Take = START
+    captions: Captions = AS_WRITTEN
+    pictures: bool = False
+    repeats: tuple[str, ...] = ()
+    default_caption: str | None = None
+    workers: int = 0
+    condition: str = TEXT
     broken: dict[str, str] = field(default_factory=dict)
+    short: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         common = [RECIPE, self.store]
+        self.first_frames = None
+        if self.condition == FIRST_FRAME:
+            self.first_frames = FirstFrames(self.encoders, common, self.max_tokens)
         self._vae = hash_of([*common, *self.encoders.states("vae")])
-        texts = self.encoders.states("text_encoder", "tokenizer")
+        texts = self.encoders.states(*self.encoders.family.TEXT_PARTS, "tokenizer")
         self._text = hash_of([*common, self.max_tokens, *texts])
         self._image = None if self.images is None else hash_of([*common, self.images.state()])
 
-    def text_key(self, caption: str) -> str:
-        return hash_of([self._text, caption])
+    def text_key(self, caption: str, *clip: Any) -> str:
+        key = hash_of([self._text, caption])
+        return key if self.first_frames is None else self.first_frames.text_key(key, *clip)
 
     def image_key(self, *image: Any) -> str:
         assert self._image is not None
@@ -239,54 +338,133 @@ class _Run:
 
     def read(
         self, videos: Sequence[CaptionedVideo], shards: Shards, bar: "Progress"
-    ) -> tuple[list[_Job], dict[str, Any], tuple[str, ...]]:
-        """Survey all clips.
+    ) -> Packed[_Job]:
+        """Survey all clips. Returns the jobs to have in the cache."""
+        jobs = Packed(lambda row: _Job(videos[row[0]], *row[1:])._replace(number=row[0]))
+        clips, longest = Table(), 0
+        looks = ahead(partial(self._look, shards), enumerate(videos), self.workers)
+        with closing(looks):
+            for number, found in bar.track(looks, total=len(videos), description="reading"):
+                video = videos[number]
+                if isinstance(found, OSError):
+                    self._note(video, found)
+                elif found is None:
+                    self.left_out[video.name] = UNUSED_PICTURE
+                else:
+                    if found.hash_key is not None:
+                        shards.memo.put(found.hash_key, found.digest)
+                    shards.clips[found.clip] = found.about
+                    clips.add(found.clip)
+                    longest = max(longest, found.about["frames"])
+                    for job in self._jobs(video, found.digest, found.about, found.picture):
+                        jobs.append((number, *job[1:-1]))
+        self._check_lengths(len(clips), longest)
+        self._check_sizes(jobs)
+        shards.keep()
+        return jobs
 
-        Returns the jobs to have in the cache, the data about its clips, and the names of videos
-        that are too short.
+    def _look(
+        self, shards: Shards, item: tuple[int, CaptionedVideo]
+    ) -> Iterator[tuple[int, "_Looked | OSError | None"]]:
+        """Find out about a clip, which threads do at once; None for a picture that is not used."""
+        number, video = item
+        if video.is_picture and not self.pictures:
+            yield number, None
+            return
+        try:
+            digest, hash_key = _digest(video, shards.memo)
+            clip = clip_key(video, digest, self.fps)
+            about = self._survey(video, shards.clips.get(clip))
+            found = _Looked(digest, hash_key, clip, about, self._check_image(video, shards))
+        except OSError as error:
+            yield number, error
+            return
+        yield number, found
+
+    def _jobs(
+        self, video: CaptionedVideo, digest: str, about: dict[str, Any], picture: str | None
+    ) -> list[_Job]:
+        """Return the jobs of a clip.
+
+        Args:
+            digest: hash of the clip.
+            picture: key of the clip's own image; None if there is none.
         """
-        jobs: list[_Job] = []
-        known: dict[str, Any] = {}
-        short = []
-        for video in bar.track(videos, description="reading"):
-            try:
-                digest = video.sha256()
-                clip = f"{digest} {self.fps}"
-                about = self._survey(video, shards.clips.get(clip))
-                picture = self._check_image(video, shards)
-            except OSError as error:
-                self._note(video, error)
-                continue
-            known[clip] = shards.clips[clip] = about
-            size = nearest_size(self.sizes, tuple(about["size"]))
-            lengths = [length for length in self.frames if length <= about["frames"]]
-            if not lengths:
-                short.append(video.name)
-            for length in lengths[-1:] if self.encoders.family.CAUSAL_VAE else lengths:
-                latent_key = hash_of([self._vae, digest, self.fps, length, size])
+        size = nearest_size(self.sizes, tuple(about["size"]))
+        lengths = (1,) if video.is_picture else self.frames
+        scenes = [(0, 1)] if video.is_picture else scenes_in(about, self.take)
+        self._leave_out_scenes(video, scenes, lengths[0])
+        texts = self.captions.of(video)
+        text_keys = tuple(self.text_key(text) for text in texts)
+        second = self.text_key(video.teacher_caption) if self.teacher else None
+        jobs = []
+        for begin, longest in self.take.of(digest, scenes, lengths):
+            fitting = [length for length in lengths if length <= longest]
+            for length in fitting[-1:] if self.encoders.family.CAUSAL_VAE else fitting:
+                # The place is left out at the start, as in caches from before there were others.
+                place = [digest, None if video.is_picture else self.fps, length, size]
+                place += ["picture"] if video.is_picture else [begin] if begin else []
                 image_key = picture
                 if self.images is not None and image_key is None:
-                    image_key = self.image_key(digest, self.fps, length, size)
-                text_key = self.text_key(video.caption)
-                second = self.text_key(video.teacher_caption) if self.teacher else None
-                keys = latent_key, text_key, image_key, second
-                source = hash_of([self._vae, digest, self.fps, size])
-                jobs.append(_Job(video, length, size, *keys, source))
-        self._check_lengths(known)
-        return jobs, known, tuple(short)
+                    image_key = self.image_key(*place)
+                latent_key = hash_of([self._vae, *place])
+                frame_key = None
+                if self.first_frames is not None:
+                    frame_key = self.first_frames.key(*place)
+                    text_keys = tuple(self.text_key(text, *place) for text in texts)
+                keys = latent_key, text_keys, image_key, second, frame_key
+                source = hash_of([self._vae, *place[:2], *place[3:]])
+                jobs.append(_Job(video, length, size, *keys, begin, texts, about, source))
+        return jobs
 
-    def encode_texts(self, jobs: Sequence[_Job], shards: Shards, bar: "Progress") -> int:
+    def _leave_out_scenes(
+        self, video: CaptionedVideo, scenes: Sequence[tuple[int, int]], shortest: int
+    ) -> None:
+        """Note a clip, or those of its scenes, that fill no length."""
+        longest = max(end - begin for begin, end in scenes)
+        if longest < shortest:
+            self.short.append(video.name)
+            self.left_out[video.name] = too_short(longest, self.fps, shortest, len(scenes))
+            return
+        for begin, end in scenes:
+            if end - begin < shortest:
+                name = f"{video.name}, frames {begin} to {end - 1}"
+                self.left_out[name] = too_short(end - begin, self.fps, shortest)
+
+    def seconds(self, job: _Job) -> float | None:
+        """Return how long a chunk is; None if unknown, and for a picture."""
+        total, seconds = job.about["total"], job.about["seconds"]
+        if job.video.is_picture:
+            return None
+        if self.fps is not None:
+            return job.frames / self.fps
+        return job.frames * seconds / total if seconds and total else None
+
+    def lost(self, jobs: Iterable[_Job]) -> Packed[Lost]:
+        """Return what is lost of each clip."""
+        found = Packed(Lost._make)
+        for _, group in groupby(jobs, lambda job: job.number):
+            chunks = list(group)
+            video, about = chunks[0].video, chunks[0].about
+            picture = lost_picture(tuple(about["size"]), chunks[0].size)
+            unused = unused_frames(about["total"], ((job.begin, job.frames) for job in chunks))
+            found.append((video.name, picture, unused, about["total"]))
+        return found
+
+    def encode_texts(self, jobs: Packed[_Job], shards: Shards, bar: "Progress") -> int:
         """Encode all captions that the shards lack. Returns their number."""
-        captions = {job.text_key: job.video.caption for job in jobs} | {self.text_key(""): ""}
-        captions |= {job.teacher_key: job.video.teacher_caption for job in jobs if job.teacher_key}
-        new = [key for key in captions if key not in shards]
-        parts = [new[i : i + TEXTS_AT_ONCE] for i in range(0, len(new), TEXTS_AT_ONCE)]
+        if self.first_frames is not None and self.first_frames.reads_prompts:
+            return self._encode_texts_with(self.first_frames, jobs, shards, bar)
+        texts = Again(lambda: _lacking(self._texts(jobs), shards))
+        count = sum(1 for _ in texts)
+        parts = _in_parts(texts, TEXTS_AT_ONCE)
+        total = -(-count // TEXTS_AT_ONCE)
         family, pipe = self.encoders.family, self.encoders.pipe
-        with self.encoders.at_work("text_encoder"):
-            for part in bar.track(parts, description="captions"):
-                prompts = [captions[key] for key in part]
+        with self.encoders.at_work(*family.TEXT_PARTS):
+            for part in bar.track(parts, total=total, description="captions"):
+                prompts = [text for _, text in part]
                 found = family.encode_prompt(pipe, prompts, self.max_tokens)
-                for i, key in enumerate(part):
+                for i, (key, _) in enumerate(part):
                     tensors = {name: self._stored(x[i]) for name, x in found.items()}
                     if not all(_finite(x) for x in tensors.values()):
                         raise ValueError(
@@ -294,22 +472,96 @@ class _Run:
                             "can what the text encoder made"
                         )
                     shards.put(key, tensors)
-        return len(new)
+        return count
 
-    def encode_images(self, jobs: Sequence[_Job], shards: Shards, bar: "Progress") -> int | None:
+    def _texts(self, jobs: Iterable[_Job]) -> Iterator[tuple[str, str]]:
+        """Return all texts with their keys."""
+        for job in jobs:
+            yield from zip(job.text_keys, job.texts, strict=True)
+        yield self.text_key(""), ""
+        for job in jobs if self.teacher else ():
+            if job.teacher_key:
+                yield job.teacher_key, job.video.teacher_caption
+
+    def _encode_texts_with(
+        self, encoder: FirstFrames, jobs: Packed[_Job], shards: Shards, bar: "Progress"
+    ) -> int:
+        """Do as `encode_texts`, each caption with the first frame of its clip."""
+        texts = Again(lambda: _lacking(self._shown_texts(jobs), shards))
+        count = sum(1 for _ in texts)
+        with self.encoders.at_work("text_encoder"):
+            for key, (text, job) in bar.track(texts, total=count, description="captions"):
+                try:
+                    image = None if job is None else self._first(job)
+                    self._put(key, encoder.prompt(text, image), shards, "its caption")
+                except OSError as error:
+                    if job is None:
+                        raise
+                    self._note(job.video, error)
+        return count
+
+    def _shown_texts(self, jobs: Iterable[_Job]) -> Iterator[tuple[str, tuple[str, _Job | None]]]:
+        """Return all texts and whose they are, with their keys."""
+        yield self.text_key(""), ("", None)
+        for job in jobs:
+            for key, text in zip(job.text_keys, job.texts, strict=True):
+                yield key, (text, job)
+
+    def encode_first_frames(self, jobs: Packed[_Job], shards: Shards, bar: "Progress") -> None:
+        """Encode all first frames that the shards lack."""
+        encoder = self.first_frames
+        if encoder is None:
+            return
+        keyed = Again(lambda: ((str(job.frame_key), job) for job in jobs))
+        new = Again(lambda: _lacking(keyed, shards))
+        count = sum(1 for _ in new)
+        with encoder.at_work():
+            for key, job in bar.track(new, total=count, description="first frames"):
+                try:
+                    found = encoder(self._first(job), job.frames)
+                    self._put(key, found, shards, "its first frame")
+                except OSError as error:
+                    self._note(job.video, error)
+
+    def keep_pictures(self, done: Iterable[_Job], shards: Shards) -> dict[str, Any]:
+        """Keep the first frames of some clips as pictures, (H, W, 3) uint8.
+
+        Returns the manifest's fields of the first frames.
+        """
+        if self.first_frames is None:
+            return {}
+        keys = []
+        for job in islice(done, PICTURES):
+            keys.append(hash_of([RECIPE, PICTURE, job.frame_key]))
+            if keys[-1] not in shards:
+                image = torch.from_numpy(np.array(self._first(job)))
+                shards.put(keys[-1], {PICTURE: image})
+        return {"condition": self.condition, "pictures": keys}
+
+    def _first(self, job: _Job) -> Image.Image:
+        """Read the first frame of a chunk, at the clip's size."""
+        found = job.video.read(frames=1, size=job.size, fps=self.fps, begin=job.begin)
+        return Image.fromarray(found[0])
+
+    def _put(self, key: str, tensors: dict[str, Tensor], shards: Shards, what: str) -> None:
+        """Store tensors. Raises OSError for values that `store` cannot hold."""
+        stored = {name: self._stored(x) for name, x in tensors.items()}
+        if not all(_finite(x) for x in stored.values()):
+            raise OSError(f"store {self.store!r} cannot hold {what}")
+        shards.put(key, stored)
+
+    def encode_images(self, jobs: Packed[_Job], shards: Shards, bar: "Progress") -> int | None:
         """Encode all images that the shards lack. Returns their number, None without images."""
         if self.images is None:
             return None
-        new = {
-            job.image_key: job
-            for job in jobs
-            if job.image_key is not None and job.image_key not in shards
-        }
+        keyed = Again(lambda: ((job.image_key, job) for job in jobs if job.image_key))
+        new = Again(lambda: _lacking(keyed, shards))
+        count = sum(1 for _ in new)
         nothing = self.image_key("nothing")
         with self.images.at_work(self.encoders.device):
             if nothing not in shards:
                 shards.put(nothing, {IMAGE: self._stored(self.images.nothing())})
-            for key, job in bar.track(list(new.items()), description="images"):
+            for key, job in bar.track(new, total=count, description="images"):
                 try:
                     found = self._stored(self.images(self._picture(job)))
                     if not _finite(found):
@@ -318,48 +570,94 @@ class _Run:
                     self._note(job.video, error)
                     continue
                 shards.put(key, {IMAGE: found})
-        return len(new)
+        return count
 
-    def encode_clips(self, jobs: Sequence[_Job], shards: Shards, bar: "Progress") -> set[str]:
+    def encode_clips(
+        self, jobs: Packed[_Job], shards: Shards, bar: "Progress", preview: Preview
+    ) -> Table:
         """Encode all latents that the shards lack. Returns their keys."""
-        new = {job.latent_key: job for job in jobs if job.latent_key not in shards}
+        new = Table()
+        for job in jobs:
+            if job.latent_key not in shards:
+                new.add(job.latent_key)
+        keyed = ((job.latent_key, job) for job in jobs)
+        lacking = (job for _, job in _lacking(keyed, shards))
+        clips = (list(group) for _, group in groupby(lacking, _source))
         family, pipe = self.encoders.family, self.encoders.pipe
-        with self.encoders.at_work("vae"):
-            for key, job in bar.track(list(new.items()), description="clips"):
+        with (
+            self.encoders.at_work("vae"),
+            closing(ahead(self._chunks, clips, self.workers)) as read,
+        ):
+            for job, frames in bar.track(read, total=len(new), description="clips"):
                 try:
-                    latents = self._stored(family.encode_video(pipe, self._pixels(job))[0])
+                    if isinstance(frames, OSError):
+                        raise frames
+                    preview.see(job, frames)
+                    latents = self._stored(family.encode_video(pipe, _pixels(frames))[0])
                     if not _finite(latents):
                         raise OSError(f"store {self.store!r} cannot hold its latents")
                 except OSError as error:
                     self._note(job.video, error)
                     continue
-                shards.put(key, {LATENTS: latents})
-        return set(new)
+                shards.put(job.latent_key, {LATENTS: latents})
+        return new
 
-    def manifest(self, entries: Sequence[Entry], known: dict[str, Any]) -> dict[str, Any]:
-        """Build the manifest's fields.
-
-        Args:
-            known: data about each clip, by its hash and frame rate.
-        """
+    def manifest(self) -> dict[str, Any]:
+        """Build the manifest's fields."""
         about = {
             "model": type(self.encoders.pipe).__name__,
             "causal": self.encoders.family.CAUSAL_VAE,
             "fps": self.fps,
             "store": self.store,
             "max_tokens": self.max_tokens,
-            "clips": known,
+            "options": self._options(),
             "empty": self.text_key(""),
-            "entries": [_about(entry) for entry in entries],
         }
         if self.images is not None:
             about["images"] = {**self.images.about, "nothing": self.image_key("nothing")}
         return about
 
-    def used(self, done: Sequence[_Job]) -> set[str]:
+    def _options(self) -> dict[str, Any]:
+        """Return what was asked of the clips and captions, by the names of a config's fields."""
+        given = {
+            "take": self.take.how,
+            "chunks": self.take.chunks,
+            "scenes": self.take.scenes,
+            "trigger": self.captions.trigger,
+            "prefix": self.captions.prefix,
+            "shuffle_tags": self.captions.shuffle,
+            "tag_orders": self.captions.orders,
+            "default_caption": self.default_caption,
+            "repeats": self.repeats,
+        }
+        return given
+
+    def digests(self, done: Iterable[_Job]) -> dict[str, str]:
+        """Hash the clips that fill each length, by its number of latent frames.
+
+        With a causal autoencoder the hash is the same where clips are encoded at a longer length.
+        """
+        time, causal = factors_of(self.encoders.pipe)[0], self.encoders.family.CAUSAL_VAE
+        hashes = {(length - 1) // time + 1: hashlib.sha256() for length in self.frames}
+        for job in done:
+            held = (job.frames - 1) // time + 1
+            latents = job.source if causal else job.latent_key
+            video = job.video
+            shown = [video.name, video.repeats, video.is_picture]
+            seen = [*shown, job.size, job.keys[1:], latents]
+            for frames, digest in hashes.items():
+                fits = held >= frames if causal else held == frames
+                if fits or job.video.is_picture:  # pictures train in any stage
+                    digest.update(hash_of(seen).encode())
+        return {str(frames): digest.hexdigest() for frames, digest in hashes.items()}
+
+    def used(self, done: Iterable[_Job]) -> Iterator[str]:
         """Return the keys that stay in the cache."""
-        keys = {self.text_key("")} | {key for job in done for key in job.keys}
-        return keys if self.images is None else keys | {self.image_key("nothing")}
+        yield self.text_key("")
+        if self.images is not None:
+            yield self.image_key("nothing")
+        for job in done:
+            yield from job.keys
 
     def _check_image(self, video: CaptionedVideo, shards: Shards) -> str | None:
         """Read the clip's own image. Returns its key, or None if there is no image."""
@@ -378,40 +676,71 @@ class _Run:
         """Return the clip's own image, or the middle frame of its length."""
         if job.video.image is not None:
             return open_image(job.video.image_bytes(), job.video.image_name)
-        frames = job.video.read(frames=job.frames // 2 + 1, size=job.size, fps=self.fps)
+        middle = job.begin + job.frames // 2
+        frames = job.video.read(frames=1, size=job.size, fps=self.fps, begin=middle)
         return Image.fromarray(frames[-1])
 
     def _survey(self, video: CaptionedVideo, about: dict[str, Any] | None) -> dict[str, Any]:
-        """Return the clip's number of frames, at most the longest length, and its stored size."""
-        longest = self.frames[-1]
-        if about and (about["frames"] < about["asked"] or about["asked"] >= longest):
-            return about
-        found = video.survey(frames=longest, fps=self.fps)
-        return {"frames": found.frames, "asked": longest, "size": list(found.size)}
+        return survey(video, self.take, self.frames[-1], self.fps, about)
 
-    def _check_lengths(self, known: dict[str, Any]) -> None:
-        """Refuse a length that no clip fills."""
-        if not known:
-            raise ValueError(f"no clip could be read: {next(iter(self.broken.values()))}")
-        longest = max(about["frames"] for about in known.values())
+    def _check_lengths(self, clips: int, longest: int) -> None:
+        """Refuse a length that no clip fills.
+
+        Args:
+            clips: number of clips that could be read.
+            longest: frames of the longest of them.
+        """
+        if not clips:
+            reason = next(iter((self.broken or self.left_out).values()))
+            raise ValueError(f"no clip could be read: {reason}")
         for length in self.frames:
             if length > longest:
                 rate = "" if self.fps is None else f" at {self.fps:g} frames a second"
                 raise ValueError(
-                    f"no clip has {length} frames{rate}: the longest of {len(known)} has {longest}"
+                    f"no clip has {length} frames{rate}: the longest of {clips} has {longest}"
+                )
+
+    def _check_sizes(self, jobs: Packed[_Job]) -> None:
+        """Refuse one of several sizes that no clip goes to."""
+        filled = {job.size for job in jobs}
+        for height, width in self.sizes:
+            if len(self.sizes) > 1 and filled and (height, width) not in filled:
+                others = ", ".join(f"{h}x{w}" for h, w in sorted(filled))
+                raise ValueError(
+                    f"no clip goes to size {height}x{width}: each has the shape of another "
+                    f"({others}); leave it out of sizes"
                 )
 
     def _note(self, video: CaptionedVideo, error: OSError) -> None:
         if self.on_broken == "stop":
             raise OSError(f"{video.name} is broken: {error}") from error
         self.broken[video.name] = str(error)
+        self.left_out[video.name] = why_broken(str(error))
 
-    def _pixels(self, job: _Job) -> Tensor:
-        """Read the clip's pixels, (1, 3, F, H, W) in [-1, 1]."""
-        frames = job.video.read(frames=job.frames, size=job.size, fps=self.fps)
-        if len(frames) < job.frames:
-            raise OSError(f"it has {len(frames)} frames now, and had {job.frames}")
-        return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    def frames_of(self, job: _Job) -> np.ndarray | None:
+        """Read the frames of a chunk, (F, H, W, 3) uint8; None where that fails."""
+        for _, frames in self._chunks([job]):
+            return None if isinstance(frames, OSError) else frames
+        return None
+
+    def _chunks(self, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, np.ndarray | OSError]]:
+        """Read chunks of one clip, which is decoded once.
+
+        Yields each job with its frames, (F, H, W, 3) uint8, or with the error of its clip.
+        """
+        waiting = {(job.begin, job.frames): job for job in jobs}
+        video, size = jobs[0].video, jobs[0].size
+        try:
+            for chunk, frames in video.read_chunks(list(waiting), size=size, fps=self.fps):
+                job = waiting.pop(chunk)
+                if len(frames) < job.frames:
+                    yield job, OSError(f"it has {len(frames)} frames now, and had {job.frames}")
+                else:
+                    yield job, frames
+        except OSError as error:
+            yield from ((job, error) for job in waiting.values())
+        except (RuntimeError, MemoryError) as error:
+            raise RuntimeError(f"{video.name} could not be read: {error!r}") from error
 
     def _stored(self, x: Tensor) -> Tensor:
         return x.to("cpu", DTYPES[self.store] if x.is_floating_point() else x.dtype)
@@ -425,6 +754,7 @@ def _check_options(
     on_broken: str,
     store: str,
     shard_bytes: int,
+    workers: int,
 ) -> None:
     if not frames or any(length < 1 for length in frames):
         raise ValueError(f"frames must be lengths of at least 1, got {list(frames)}")
@@ -440,10 +770,13 @@ def _check_options(
         raise ValueError(f"store must be one of {', '.join(DTYPES)}, got {store!r}")
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
+    if workers < 0:
+        raise ValueError(f"workers must not be negative, got {workers}")
 
 
 def _check_fit(encoders: Encoders, frames: Sequence[int], sizes: Sequence[Size]) -> None:
     pipe, config = encoders.pipe, encoders.transformer.config
+    check_trained(encoders.family, type(pipe).__name__, config)
     time, space = factors_of(pipe)
     for length in frames:
         if (length - 1) % time:
@@ -463,23 +796,37 @@ def _check_fit(encoders: Encoders, frames: Sequence[int], sizes: Sequence[Size])
     if taken != channels:
         raise ValueError(
             f"the transformer takes {taken} channels where the latents have "
-            f"{channels}: only models from text to video are trained"
+            f"{channels}: such a model is not trained"
         )
+
+
+def _condition(encoders: Encoders, model: Any, condition: str | None) -> str:
+    """Choose the condition of a cache, see `condition_for`."""
+    pipe = encoders.pipe
+    index = {**pipe.config, "_class_name": type(pipe).__name__}
+    name = model if isinstance(model, str | Path) else type(pipe).__name__
+    asked = SimpleNamespace(model=name, condition=condition, first_frame_dropout=0.0)
+    return condition_for(index, encoders.transformer.config, asked).condition
 
 
 def _entry(job: _Job, pipe: Any) -> Entry:
     time, space = factors_of(pipe)
     return Entry(
         name=job.video.name,
-        caption=job.video.caption,
+        caption=job.texts[0],
         frames=(job.frames - 1) // time + 1,
         height=job.size[0] // space,
         width=job.size[1] // space,
         pixel_frames=job.frames,
         latent_key=job.latent_key,
-        text_key=job.text_key,
+        text_key=job.text_keys[0],
         image_key=job.image_key,
         teacher_key=job.teacher_key,
+        frame_key=job.frame_key,
+        begin=job.begin or None,
+        text_keys=job.text_keys if len(job.text_keys) > 1 else None,
+        repeats=job.video.repeats if job.video.repeats > 1 else None,
+        is_picture=job.video.is_picture or None,
     )
 
 
@@ -488,7 +835,35 @@ def _about(entry: Entry) -> dict[str, Any]:
 
     Leaving out None keeps the hash of caches from before these fields existed.
     """
-    return {name: value for name, value in asdict(entry).items() if value is not None}
+    return {name: value for name, value in vars(entry).items() if value is not None}
+
+
+def _digest(video: CaptionedVideo, memo: Memo) -> tuple[str, str | None]:
+    """Do as `remembered_sha256`; what is no file is hashed anew."""
+    if isinstance(video.source, Path):
+        return remembered_sha256(video.source, memo)
+    return video.sha256(), None
+
+
+def _source(job: _Job) -> tuple[int, Size]:
+    return job.number, job.size
+
+
+def _pixels(frames: np.ndarray) -> Tensor:
+    """Return frames, (F, H, W, 3) uint8, as (1, 3, F, H, W) in [-1, 1]."""
+    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+
+def _lacking(keyed: Iterable[tuple[str, Item]], shards: Shards) -> Iterator[tuple[str, Item]]:
+    """Leave out what the shards have, and all but the first of each key."""
+    seen = Table()
+    return (one for one in keyed if one[0] not in shards and seen.add(one[0]))
+
+
+def _in_parts(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    rest = iter(items)
+    while part := list(islice(rest, size)):
+        yield part
 
 
 def _finite(x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Encoders of clips and captions: a pipeline's models, loaded without its transformer."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,9 +48,11 @@ class Encoders(NamedTuple):
         ]
 
     @contextmanager
-    def at_work(self, prefix: str) -> Iterator[None]:
-        """Move models whose names begin with `prefix` to the device, and back at the end."""
-        models = [m for m in _components(self.pipe, prefix).values() if isinstance(m, nn.Module)]
+    def at_work(self, *prefixes: str) -> Iterator[None]:
+        """Move models whose names begin with one of `prefixes` to the device, and back at the
+        end."""
+        parts = _components(self.pipe, *prefixes).values()
+        models = [model for model in parts if isinstance(model, nn.Module)]
         homes = [next(model.parameters()).device for model in models]
         try:
             for model in models:
@@ -123,6 +125,18 @@ def factors_of(pipe: Any) -> tuple[int, int]:
     if time is None or space is None:
         raise ValueError(f"{type(pipe).__name__} does not say how much is in a latent")
     return time, space
+
+
+def check_trained(family: Any, pipeline: str | None, config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a model that cannot be trained, with the family's reason.
+
+    Args:
+        pipeline: class of its pipeline; None where it is not known.
+        config: of its transformer.
+    """
+    why = None if family.no_training is None else family.no_training(pipeline, config)
+    if why is not None:
+        raise ValueError(f"no training for {pipeline or family.MODELS}: {why}")
 
 
 def _loaded(source: str, name: str, kind: Sequence[str], dtype: torch.dtype) -> Any:

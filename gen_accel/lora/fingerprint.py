@@ -32,7 +32,9 @@ def model_state(name: str, model: Any) -> str:
 
 
 def words_state(tokenizer: Any) -> str:
-    """Hash how a tokenizer splits text, without the padding of its last call."""
+    """Hash how a tokenizer splits text, or that of a processor of text and pictures, without the
+    padding of its last call."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "to_str"):
         return hash_of(

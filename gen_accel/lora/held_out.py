@@ -12,11 +12,13 @@ def held_out(config: TrainConfig, cache: LatentCache) -> frozenset[int]:
 
     A hash of each name decides, so that clips which are added later change little: a share stays
     exactly as it was, a number changes by the new clips among the lowest hashes. All lengths of a
-    clip are held out together, and so are its copies of another name.
+    clip are held out together, and so are its chunks and its copies of another name. Pictures
+    among videos are not held out.
     """
     if not config.held_out:
         return frozenset()
-    names = sorted({entry.name for entry in cache.entries}, key=hash_of_name)
+    videos = {entry.name for entry in cache.entries if not entry.is_picture}
+    names = sorted(videos or {entry.name for entry in cache.entries}, key=hash_of_name)
     if config.held_out >= 1:
         chosen = set(names[: int(config.held_out)])
     else:

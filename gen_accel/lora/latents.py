@@ -2,41 +2,49 @@
 
 A cache is a folder of `Shards`. Each tensor's key is a hash of its inputs: for latents the clip's
 bytes, the decoding and the autoencoder; for a text the caption, the text encoders and the
-tokenizers; for an image its bytes and the image encoder. Only changed inputs are encoded again.
+tokenizers; for an image its bytes and the image encoder; for a first frame the clip, its decoding
+and the models that encode it. Only changed inputs are encoded again.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from gen_accel.json_files import fields_of, typed
-from gen_accel.lora.fingerprint import hash_of
+from gen_accel.json_files import typed
+from gen_accel.lora.conditions import TEXT
+from gen_accel.lora.entries import Entries
+from gen_accel.lora.index import Homes
 from gen_accel.lora.shards import (
     MANIFEST,
     check_bytes,
     check_shard,
     check_sizes,
     read_manifest,
+    tensors_of,
 )
 from gen_accel.moved import signpost
 from gen_accel.pipelines.image_prompt.projectors import normalised
-from gen_accel.values import check_fields, check_names, shown
+from gen_accel.values import shown
 
 if not TYPE_CHECKING:
     __getattr__ = signpost("lora.latents")
 
 LATENTS = "latents"  # name of a clip's tensor after its key
 IMAGE = "image"
+PICTURE = "picture"
 RECIPE = 1  # version of decoding and encoding; another one makes all keys new
 TEXTS_AT_ONCE = 8
+SHARDS_OPEN = 32  # at once; each maps its file
 NONE = type(None)
 KINDS = {  # types of a manifest's fields
     "shards": (dict,),
-    "entries": (list,),
+    "entries": (list, dict),
     "empty": (str,),
     "causal": (bool,),
     "fps": (float, NONE),
@@ -50,8 +58,13 @@ class Entry:
     Args:
         frames, height, width: size of the latents.
         pixel_frames: frames of the video that was encoded.
-        latent_key, text_key, image_key, teacher_key: names of the clip's tensors in the shards;
-            image_key or teacher_key is None in a cache without images or teacher captions.
+        latent_key, text_key, image_key, teacher_key, frame_key: names of the clip's tensors in the
+            shards; image_key, teacher_key or frame_key is None in a cache without images, teacher
+            captions or first frames.
+        begin: first frame in the video; None for 0.
+        text_keys: of all texts of the clip, where it has more than one.
+        repeats: how often it is shown while a clip of 1 is shown once; None for 1.
+        is_picture: whether it is a picture; None for a video.
     """
 
     name: str
@@ -64,6 +77,11 @@ class Entry:
     text_key: str
     image_key: str | None = None
     teacher_key: str | None = None
+    frame_key: str | None = None
+    begin: int | None = None
+    text_keys: tuple[str, ...] | None = None
+    repeats: int | None = None
+    is_picture: bool | None = None
 
 
 class LatentCache:
@@ -78,6 +96,8 @@ class LatentCache:
         causal: whether the first latents of an entry equal the latents of a shorter clip.
         fps: frame rate that the clips were resampled to; None if they kept their own.
         images: `ImageCoder.about` of the encoded images; None without images.
+        options: what was asked of the clips and captions, by the names of a config's fields.
+        condition: "first_frame" where the first frames of the clips are encoded too, else "text".
 
     Raises:
         FileNotFoundError: no manifest, or a shard is missing.
@@ -90,36 +110,35 @@ class LatentCache:
         for name, kinds in KINDS.items():
             typed(manifest, name, *kinds, origin=self.folder / MANIFEST)
         for about in manifest["shards"].values():
-            check_shard(about, self.folder / MANIFEST)
+            check_shard(about, self.folder / MANIFEST, manifest["version"])
         check_sizes(self.folder, manifest["shards"])
         self._files: dict[str, dict[str, Any]] = manifest["shards"]
-        self.entries = tuple(_entry(one, self.folder / MANIFEST) for one in manifest["entries"])
+        self._homes = Homes()
+        for shard, about in self._files.items():
+            listed = about["tensors"] if manifest["version"] == 1 else None
+            self._homes.add(shard, listed or tensors_of(self.folder / shard))
+        self.entries = Entries(self.folder, manifest, self._homes, Entry)
+        self.digest = self.entries.digest
         self.causal: bool = manifest["causal"]
         self.fps: float | None = manifest["fps"]
-        self.digest = hash_of([manifest["entries"], manifest["empty"], self.causal, self.fps])
         self.images: dict[str, Any] | None = manifest.get("images")
+        self.options: dict[str, Any] = manifest.get("options", {})
+        self.condition: str = manifest.get("condition", TEXT)
+        self._pictures: list[str] = manifest.get("pictures", [])
+        if lost := self._homes.missing(self._pictures):
+            key = shown(self._pictures[lost[0]])
+            raise ValueError(
+                f"{self.folder / MANIFEST} names a picture {key}, which no shard has: cache again "
+                "into an empty folder"
+            )
         self._empty: str = manifest["empty"]
-        origin = self.folder / MANIFEST
-        self._sources: dict[str, str] = typed(manifest, "sources", dict, origin=origin, default={})
-        # Maps a tensor's key, then its own name, to the shard.
-        self._homes: dict[str, dict[str, str]] = {}
-        for shard, about in self._files.items():
-            for tensor in about["tensors"]:
-                key, name = tensor.split(".", 1)
-                self._homes.setdefault(key, {})[name] = shard
-        self._check_keys()
-        self._open: dict[str, Any] = {}
-
-    def _check_keys(self) -> None:
-        """Raise ValueError where no shard has what an entry names."""
-        for entry in self.entries:
-            parts = (entry.latent_key, entry.text_key, entry.image_key, entry.teacher_key)
-            for key in parts:
-                if key is not None and key not in self._homes:
-                    raise ValueError(
-                        f"{self.folder / MANIFEST} names tensors {shown(key)} of {entry.name}, "
-                        "which no shard has: cache again into an empty folder"
-                    )
+        digests = typed(manifest, "digests", dict, origin=self.folder / MANIFEST, default={})
+        self._digests: dict[str, Any] = digests
+        if isinstance(manifest["entries"], dict):
+            self._lines = {manifest["entries"]["file"]: manifest["entries"]}
+        else:
+            self._lines = {}
+        self._open: OrderedDict[str, Any] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -145,9 +164,14 @@ class LatentCache:
         shard = self._shard(self._homes[key][LATENTS])
         return shard.get_slice(f"{key}.{LATENTS}")[:, :frames].float()
 
-    def conditions(self, index: int) -> dict[str, Tensor]:
-        """Read the transformer's arguments for the caption, without a batch axis."""
-        return self._text(self.entries[index].text_key)
+    def conditions(self, index: int, text: int = 0) -> dict[str, Tensor]:
+        """Read the transformer's arguments for the caption, without a batch axis.
+
+        Args:
+            text: number of the text, of a clip that has several.
+        """
+        entry = self.entries[index]
+        return self._text((entry.text_keys or (entry.text_key,))[text])
 
     def teacher(self, index: int) -> dict[str, Tensor]:
         """Read `conditions` of the teacher's caption.
@@ -180,33 +204,62 @@ class LatentCache:
         """Features that stand for no image, in the form of `image`."""
         return self._image(None if self.images is None else self.images["nothing"])
 
+    def first_frame(self, index: int, frames: int | None = None) -> dict[str, Tensor]:
+        """Read the conditions of `predict` that the clip's first frame gives, of one sample.
+
+        Args:
+            frames: number of latent frames that train, from the first; None: all.
+
+        Raises:
+            ValueError: the cache was made without first frames.
+        """
+        key = self.entries[index].frame_key
+        if key is None:
+            raise ValueError(f"{self.folder} holds no first frames: cache again")
+        found = {}
+        for name, home in self._homes[key].items():
+            tensor = self._shard(home).get_slice(f"{key}.{name}")
+            cut = len(tensor.get_shape()) == 4 and frames is not None
+            found[name] = (tensor[:, :frames] if cut else tensor[:]).float()
+        return found
+
+    def picture(self, index: int) -> np.ndarray:
+        """Read the first frame of one of the first clips, (H, W, 3) uint8.
+
+        Raises:
+            ValueError: the cache was made without first frames.
+        """
+        if not self._pictures:
+            raise ValueError(f"{self.folder} holds no first frames: cache again")
+        key = self._pictures[index % len(self._pictures)]
+        return self._shard(self._homes[key][PICTURE]).get_tensor(f"{key}.{PICTURE}").numpy()
+
     def verify(self) -> None:
         """Read all shards. Raises ValueError for shards whose bytes changed since `cache`."""
-        check_bytes(self.folder, self._files)
+        check_bytes(self.folder, self._files | self._lines)
 
     def fitting(self, frames: int) -> list[int]:
         """Numbers of the entries that give a clip of `frames` latent frames.
 
         An entry must have that length; with a causal autoencoder it may also be longer.
         """
-        return [i for i, entry in enumerate(self.entries) if self._fits(entry, frames)]
+        held = self.entries.sizes[:, 0]
+        fits = (held >= frames) & (frames >= 1) if self.causal else held == frames
+        return np.flatnonzero(fits).tolist()
 
     def digest_at(self, frames: int) -> str:
-        """Hash `fitting` with captions and images, independent of the clips' further frames."""
-        seen = []
-        for entry in (self.entries[i] for i in self.fitting(frames)):
-            latents = entry.latent_key
-            if self.causal:
-                latents = self._sources.get(latents, latents)
-            texts = entry.text_key, entry.teacher_key, entry.image_key
-            seen.append([entry.name, entry.height, entry.width, latents, *texts])
-        return hash_of([seen, frames, self._empty, self.causal, self.fps])
+        """Hash the clips of `fitting` with their texts and images, independent of their further
+        frames; as `digest` where the cache was made by an earlier version."""
+        return str(self._digests.get(str(frames), self.digest))
 
     def buckets(self, frames: int) -> dict[tuple[int, int], list[int]]:
         """Group `fitting` by (height, width) of the latents."""
         found: dict[tuple[int, int], list[int]] = {}
-        for i in self.fitting(frames):
-            found.setdefault((self.entries[i].height, self.entries[i].width), []).append(i)
+        numbers = self.fitting(frames)
+        for i, (height, width) in zip(
+            numbers, self.entries.sizes[numbers, 1:3].tolist(), strict=True
+        ):
+            found.setdefault((height, width), []).append(i)
         return found
 
     def _fits(self, entry: Entry, frames: int) -> bool:
@@ -228,16 +281,11 @@ class LatentCache:
 
     def _shard(self, name: str) -> Any:
         if name not in self._open:
+            if len(self._open) == SHARDS_OPEN:
+                self._open.popitem(last=False)
             self._open[name] = safe_open(self.folder / name, framework="pt")
+        self._open.move_to_end(name)
         return self._open[name]
-
-
-def _entry(data: Any, origin: Path) -> Entry:
-    """Read an entry of a manifest; ValueError for anything else."""
-    what = f"an entry of {origin}"
-    check_names(fields_of(data, what), Entry, what)
-    check_fields(data, Entry, what)
-    return Entry(**data)
 
 
 def as_features(stored: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ class Model(NamedTuple):
         shift: shift of the noise levels.
         boundary: noise level at which a model of two experts switches between them.
         transformer_2: the expert for low noise, where both train; `transformer` is for high noise.
+        condition: "text", or "first_frame" where the model is shown each clip's first frame.
         schedule: config of the pipeline's scheduler; None for the published one.
     """
 
@@ -23,5 +24,6 @@ class Model(NamedTuple):
     trained_frames: int | None
     shift: float
     boundary: float | None = None
+    condition: str = "text"
     schedule: Mapping[str, Any] | None = None
     transformer_2: Any | None = None

@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gen_accel.attention_processors.families.given import FIRST_FRAME, IS_GIVEN
 from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.lora.attention_loss import AttentionLoss
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.loss import Loss
 from gen_accel.lora.noising import Noising
 
 MOST_DRAWS = 10_000
@@ -27,12 +28,16 @@ class Draw(NamedTuple):
         sigma: noise level, 0 to 1.
         captioned: whether its caption is shown.
         pictured: whether its image is shown.
+        text: number of its text, of a clip that has several.
+        framed: whether its first frame is given, under condition first_frame.
     """
 
     noise: Tensor
     sigma: float
     captioned: bool
     pictured: bool = True
+    text: int = 0
+    framed: bool = True
 
 
 def draw(
@@ -55,7 +60,11 @@ def draw(
     """
     generator = torch.Generator().manual_seed(seed_of(config.seed, step, place))
     sigma = math.nan
+    levels = levels_of(config, shift, sigmas)
     for _ in range(MOST_DRAWS):
+        if levels:
+            sigma = levels[int(torch.randint(len(levels), (), generator=generator))]
+            break
         if config.timestep_sampling == "logit_normal":
             at = torch.randn((), generator=generator) * config.logit_std + config.logit_mean
             level = at.double().sigmoid().item()
@@ -72,13 +81,45 @@ def draw(
     captioned = torch.rand((), generator=generator).item() >= config.caption_dropout
     noise = torch.randn(tuple(shape), generator=generator)
     if config.adapter == "lora":
-        return Draw(noise, sigma, captioned)
+        if not config.first_frame_dropout:
+            return Draw(noise, sigma, captioned)
+        share = torch.rand((), generator=generator, dtype=torch.float64).item()
+        return Draw(noise, sigma, captioned, framed=share >= config.first_frame_dropout)
     # One number decides all dropouts, so that their shares equal the config's.
     share = torch.rand((), generator=generator, dtype=torch.float64).item()
     no_image = share < config.image_dropout
     neither = config.image_dropout <= share < config.image_dropout + config.both_dropout
     no_caption = 0 <= share - config.image_dropout - config.both_dropout < config.caption_dropout
     return Draw(noise, sigma, not (neither or no_caption), not (neither or no_image))
+
+
+def levels_of(
+    config: TrainConfig, shift: float, sigmas: tuple[float, float] = SIGMAS
+) -> tuple[float, ...]:
+    """Return the only noise levels that are trained; empty where all are.
+
+    `sampled_steps` gives the levels of pipelines that shift n equal steps from 1 down to 1 / n.
+
+    Args:
+        shift: shift of the noise levels.
+        sigmas: lowest and highest noise level of an expert; above `SIGMAS`, 1 belongs to it.
+
+    Raises ValueError if an expert has none of them.
+    """
+    levels = config.noise_levels
+    if config.sampled_steps is not None:
+        count = config.sampled_steps
+        levels = tuple(shifted(1 - i / count, shift) for i in range(count))
+    low = 0.0 if sigmas[0] == SIGMAS[0] else sigmas[0]
+    high = 1.0 if sigmas[1] == SIGMAS[1] else sigmas[1]
+    kept = tuple(level for level in levels if low <= level <= high)
+    if levels and not kept:
+        shown = ", ".join(f"{level:g}" for level in levels)
+        raise ValueError(
+            f"no noise level of {shown} is of part {config.part}, which is for {low:g} to "
+            f"{high:g}: train the other part, or give other levels"
+        )
+    return kept
 
 
 def shifted(level: float, shift: float) -> float:
@@ -97,17 +138,20 @@ def order(
     """Choose the clips of each step.
 
     A step takes its clips from one bucket, as clips of two sizes do not fit into one batch.
-    Buckets are drawn in proportion to their number of clips. Within a bucket no clip repeats
-    before all were shown. More steps begin with the same clips as fewer.
+    Buckets are drawn in proportion to their number of clips. Within a bucket no clip is shown
+    again before all were, each as often as it is there. More steps begin with the same clips as
+    fewer.
 
     Args:
-        buckets: numbers of the clips of each size.
+        buckets: numbers of the clips of each size; a clip may be there several times.
         batch: clips a step, over all processes.
         ahead: draw the buckets of all steps before the first clip, as earlier versions did.
 
     Returns:
         `steps` lists of `batch` clips.
     """
+    if not steps:
+        return []
     generator = torch.Generator().manual_seed(seed_of(seed, -1, 0))
     weights = torch.tensor([float(len(bucket)) for bucket in buckets])
     at_once = steps if ahead else 1
@@ -142,6 +186,7 @@ class Objective(nn.Module):
         adapter: the adapter that trains; see `gen_accel.lora.adapters`.
         guidance: guidance scale of the teacher of "distill".
         schedule: config of the pipeline's scheduler; None for the published one.
+        loss: error of a prediction; None for the mean squared error.
     """
 
     def __init__(
@@ -153,12 +198,15 @@ class Objective(nn.Module):
         *,
         guidance: float = 1.0,
         schedule: Mapping[str, Any] | None = None,
+        loss: Loss | None = None,
     ) -> None:
         super().__init__()
         self.transformer = transformer
         self._family, self._kind, self._adapter = family, kind, adapter
         self._guidance = guidance
         self.noising = Noising(family, schedule)
+        self._error = Loss() if loss is None else loss
+        self._error.check(family)
         for name, module in adapter.modules.items():
             self.add_module(name, module)
         self._of_attention = None
@@ -179,7 +227,7 @@ class Objective(nn.Module):
         untold: dict[str, Tensor] | None = None,
         *shown: Tensor,
     ) -> Tensor:
-        """Compute the mean squared error of the prediction, or the `AttentionLoss`.
+        """Compute the `Loss` of the prediction, or the `AttentionLoss`.
 
         The target is the family's, see `Noising`, or under "distill" the teacher's prediction.
 
@@ -202,7 +250,24 @@ class Objective(nn.Module):
         if self._kind == "distill":
             target = self._teacher(noisy, sigma, taught, untold)
         predicted = self._student(noisy, sigma, conditions, *shown)
-        return F.mse_loss(predicted.float(), target.float())
+        weights = self._error.weights(sigma, self.noising)
+        counts = self._counts(predicted, conditions)
+        return self._error(predicted.float(), target.float(), weights, counts)
+
+    def _counts(self, like: Tensor, conditions: dict[str, Tensor]) -> Tensor | None:
+        """Return 0 for the latents in whose place a first frame came, and 1 for all others.
+
+        None stands for 1 everywhere.
+        """
+        given = 0
+        if FIRST_FRAME in conditions:
+            given = self._family.given_latents(self.transformer)
+        if not given:
+            return None
+        counts = torch.ones_like(like, dtype=torch.float32)
+        is_given = conditions.get(IS_GIVEN)
+        counts[:, :, :given] = 0 if is_given is None else (1 - is_given).view(-1, 1, 1, 1, 1)
+        return counts
 
     def _student(
         self, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor], *shown: Tensor

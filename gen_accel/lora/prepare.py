@@ -3,15 +3,19 @@
 import sys
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gen_accel import demo
+from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.lengths import latent_frames, temporal_patch
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.extras import needed_for
+from gen_accel.kinds import takes
 from gen_accel.lora.adapters import read_start
 from gen_accel.lora.artefact import (
     check_guidance,
@@ -20,19 +24,27 @@ from gen_accel.lora.artefact import (
     target_modules,
 )
 from gen_accel.lora.attention_loss import text_attentions
+from gen_accel.lora.captions import Captions
+from gen_accel.lora.clip_checks import check_options
+from gen_accel.lora.conditions import FIRST_FRAME, Conditioned, condition_for, condition_in
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.encode import cache
-from gen_accel.lora.encoders import factors_of
+from gen_accel.lora.encoders import check_trained, factors_of
 from gen_accel.lora.experts import BOTH, PARTS, check_parts, config_of
+from gen_accel.lora.first_frames import check_family
 from gen_accel.lora.images import ImageCoder, describe_images
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
 from gen_accel.lora.noising import shift_of
+from gen_accel.lora.preview import known_remade
 from gen_accel.lora.processes import by_main
+from gen_accel.lora.scenes import check_scenes
 from gen_accel.lora.size import check_adapter, check_batch
+from gen_accel.lora.takes import Take
 from gen_accel.owners import check_free
 from gen_accel.paths import expanded
-from gen_accel.pipelines.generation.loading import Loading, load
+from gen_accel.pipelines.generation.given import Given
+from gen_accel.pipelines.generation.loading import Loading, check_model, load
 from gen_accel.pipelines.generation.progress import waiting
 from gen_accel.pipelines.generation.sampling import Clip, check_fits, filled, token_grid
 from gen_accel.pipelines.long_video import check_rule, known_trained_frames
@@ -41,6 +53,7 @@ from gen_accel.video import VideoShape
 with needed_for("training", extra="train"):
     from accelerate import Accelerator
 
+BLACK = np.zeros((1, 1, 3), np.uint8)  # stands for first frames where a pipeline is chosen
 PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -57,6 +70,8 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
     check_parts(vars(config), fetch=True)
     if config.data is not None:
         by_main(accelerator, partial(check_free, folder))
+        if config.scenes == "cut":
+            check_scenes()
     with waiting(f"loading the model {config.model}") if main else nullcontext():
         pipe = load_pipe(config)
     model = model_of(config, pipe)
@@ -64,6 +79,10 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
         by_main(accelerator, lambda: print(cache_clips(config, pipe), file=sys.stderr))
     latents = LatentCache(folder)
     check_cache(config, pipe, latents)
+    if config.data is None and accelerator.is_main_process:
+        remade = known_remade(latents, config.model == demo.NAME)
+        if remade is not None:
+            print(remade, file=sys.stderr)
     if not config.validate_every:
         for part in ("vae", "text_encoder", "text_encoder_2", "image_encoder"):
             if getattr(pipe, part, None) is not None:
@@ -90,14 +109,16 @@ def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
     Its clips may have another size or frame rate, or lack the images or captions that are needed.
     """
     _, factor = factors_of(pipe)
-    wanted = config.height // factor, config.width // factor
-    others = {(entry.height, entry.width) for entry in latents.entries} - {wanted}
+    wanted = {(height // factor, width // factor) for height, width in config.clip_sizes}
+    others = {(entry.height, entry.width) for entry in latents.entries} - wanted
     if others:
         height, width = min(others)
+        asked = ", ".join(f"{height} x {width}" for height, width in config.clip_sizes)
         raise ValueError(
             f"{latents.folder} holds clips of {height * factor} x {width * factor} pixels, asked "
-            f"for are {config.height} x {config.width}"
+            f"for are {asked}"
         )
+    check_options(config, latents)
     if latents.fps != config.fps:
         raise ValueError(
             f"{latents.folder} holds clips at {latents.fps} frames a second, asked for are "
@@ -111,6 +132,11 @@ def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
                 f"objective {config.objective} of an image prompt needs: give data, or cache "
                 "again with this config"
             )
+    if condition_of(config, pipe).condition == FIRST_FRAME and latents.condition != FIRST_FRAME:
+        raise ValueError(
+            f"{latents.folder} holds no first frames, which condition first_frame needs: give "
+            "data, or cache again with this config"
+        )
     if config.adapter == "image_prompt":
         coder, found = ImageCoder.of(config), latents.images
         if found is None:
@@ -130,13 +156,24 @@ def load_pipe(config: TrainConfig) -> Any:
     source = demo.model_named(config.model)
     folder = expanded(source)
     source = folder if folder.exists() else source
-    pipe = load(source, Loading(dtype=PRECISIONS[config.mixed_precision], device="cpu"))
+    check_model(source)
+    asked = condition_in(source, config)
+    given = Given(image=BLACK) if asked.condition == FIRST_FRAME else Given()
+    loading = Loading(dtype=PRECISIONS[config.mixed_precision], device="cpu")
+    pipe = load(source, loading, None if asked.is_own else given)
     if getattr(pipe, "vae", None) is not None and pipe.vae.dtype != torch.float32:
         # Load it again: casting back does not undo the rounding.
         pipe.vae = type(pipe.vae).from_pretrained(
             source, subfolder="vae", torch_dtype=torch.float32
         )
     return pipe
+
+
+def condition_of(config: TrainConfig, pipe: Any) -> Conditioned:
+    """Choose the condition that a pipeline is trained under; see `condition_for`."""
+    transformer = getattr(pipe, "transformer", None) or getattr(pipe, config.part)
+    index = {**pipe.config, "_class_name": type(pipe).__name__}
+    return condition_for(index, transformer.config, config)
 
 
 def model_of(config: TrainConfig, pipe: Any) -> Model:
@@ -152,6 +189,15 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
     transformer = getattr(pipe, config.part, None)
     if transformer is None:
         raise ValueError(f"{type(pipe).__name__} of {config.model} has no {config.part}")
+    check_trained(family_of(transformer), type(pipe).__name__, transformer.config)
+    condition = condition_of(config, pipe).condition
+    if condition == FIRST_FRAME:
+        _check_first_frame(config, transformer, pipe)
+    elif config.validation_images and config.adapter == "lora":
+        raise ValueError(
+            f"validation_images are first frames, and {config.model} is trained from text: leave "
+            "them out, or give condition first_frame"
+        )
     if config.adapter == "image_prompt":
         _check_image_prompt(config, transformer)
     elif config.rank:
@@ -160,14 +206,14 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
         check_start(config.init_lora, config, transformer)
     check_guidance(config, transformer, pipe.config.get("boundary_ratio"))
     method = method_from(config.method, config.settings)
-    lengths = {stage.frames for stage in config.curriculum}
+    lengths = {*config.clip_lengths}
     if config.validate_every and config.validation_frames is not None:
         lengths.add(config.validation_frames)
     check_adapter(config, transformer)
     for stage in config.curriculum:
         check_rule(transformer, stage.rope)
-    for frames in sorted(lengths):
-        video = grid(config, pipe, frames)
+    for frames, size in product(sorted(lengths), config.clip_sizes):
+        video = grid(config, pipe, frames, size)
         check_batch(config, transformer, video.tokens)
         check_fits(method, video)
     trained = config.trained_frames
@@ -194,6 +240,7 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
         shift=float(shift),
         boundary=pipe.config.get("boundary_ratio"),
         schedule=pipe.scheduler.config,
+        condition=condition,
     )
 
 
@@ -205,21 +252,55 @@ def _check_image_prompt(config: TrainConfig, transformer: Any) -> None:
         text_attentions(transformer)
     if config.init_adapter is not None:
         read_start(config, transformer)
+    _check_validation_images(config)
+
+
+def _check_validation_images(config: TrainConfig) -> None:
     for file in config.validation_images:
         if not expanded(file).is_file():
             raise FileNotFoundError(f"validation_images: there is no file at {file}")
 
 
-def grid(config: TrainConfig, pipe: Any, frames: int) -> VideoShape:
+def _check_first_frame(config: TrainConfig, transformer: Any, pipe: Any) -> None:
+    check_family(family_of(transformer), transformer)
+    if config.adapter != "lora":
+        raise ValueError(
+            f"{config.model} makes videos from a first frame, and adapter {config.adapter} is "
+            "trained on models from text to video"
+        )
+    factor = factors_of(pipe)[0]
+    shortest = min(stage.frames for stage in config.curriculum)
+    if shortest <= factor:
+        raise ValueError(
+            f"stages must have more than {shortest} frames, which the first frame gives: nothing "
+            f"is left to learn; take {factor + 1} or more"
+        )
+    if config.images:
+        raise ValueError(
+            f"{config.model} is trained from first frames, and a picture is its own: leave images "
+            "out, or take condition text"
+        )
+    _check_validation_images(config)
+
+
+def grid(
+    config: TrainConfig, pipe: Any, frames: int, size: tuple[int, int] | None = None
+) -> VideoShape:
     """Return the grid of a clip's tokens.
+
+    Args:
+        size: height and width in pixels; None takes the config's.
 
     Raises ValueError for a size that the autoencoder or the patches would round.
     """
-    clip = Clip(frames=frames, height=config.height, width=config.width)
+    height, width = size or (config.height, config.width)
+    clip = Clip(frames=frames, height=height, width=width)
     factor, patch = factors_of(pipe)[0], temporal_patch(getattr(pipe, config.part))
     if patch > 1:  # the pipelines fill up what patches leave
         latent_frames("frames", frames, factor, patch)
-    return token_grid(pipe, filled(pipe, clip))
+    row = takes(type(pipe).__name__)
+    first = (row.image,) if row is not None and row.image else ()
+    return token_grid(pipe, filled(pipe, clip, first))
 
 
 def cache_folder(config: TrainConfig) -> Path:
@@ -236,11 +317,18 @@ def cache_clips(config: TrainConfig, pipe: Any = None) -> Any:
         config.data,
         cache_folder(config),
         frames=sorted({stage.frames for stage in config.curriculum}),
-        sizes=[(config.height, config.width)],
+        sizes=config.clip_sizes,
         fps=config.fps,
         max_tokens=config.max_tokens,
         on_broken=config.on_broken,
         device=config.device,
         images=ImageCoder.of(config) if config.adapter == "image_prompt" else None,
         teacher=config.reads_teacher_captions,
+        condition=config.condition,
+        take=Take(config.take, config.chunks, config.scenes),
+        captions=Captions(config.trigger, config.prefix, config.shuffle_tags, config.tag_orders),
+        default_caption=config.default_caption,
+        repeats=config.repeats,
+        pictures=1 in config.clip_lengths,
+        workers=config.workers,
     )

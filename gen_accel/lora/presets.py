@@ -50,7 +50,7 @@ PRESETS: dict[str, Preset] = {
             "learning_rate": Value(1e-4, "usual for this rank"),
             "schedule": Value("constant", "more steps or a longer stage can follow by --resume"),
             "gradient_checkpointing": Value(True, "long clips need the memory"),
-            "held_out": Value(4, "a model that repeats its clips shows here"),
+            "held_out": Value(4.0, "a model that repeats its clips shows here"),
             "loss_every": _MEASURED,
         },
     ),
@@ -114,7 +114,9 @@ def check_name(name: str) -> None:
     """Raise ValueError for a name of no preset."""
     if name not in PRESETS:
         known = ", ".join(PRESETS)
-        raise ValueError(f"preset must be one of {known}, got {name!r}{nearest_to(name, PRESETS)}")
+        raise ValueError(
+            f"preset must be one of {known}, got {name!r}{nearest_to(name, tuple(PRESETS))}"
+        )
 
 
 def with_preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from gen_accel.attention_processors.attached.recipe import Recipe
 from gen_accel.extras import needed_for
 from gen_accel.files import replacing
 from gen_accel.lora.card import example_prompt
+from gen_accel.lora.conditions import FIRST_FRAME
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.curves import Chart, Line, draw_chart, running_mean
 from gen_accel.lora.experts import BOTH, PARTS
@@ -355,6 +356,8 @@ def use_of(config: TrainConfig, recipe: Recipe, folder: Path) -> str:
     frames = config.longest
     if config.adapter == "lora":
         given += ["--from-lora", str(folder)]
+        if recipe.condition == FIRST_FRAME:
+            given += ["--image", next(iter(config.validation_images), "first.png")]
     else:
         image = next(iter(config.validation_images), "image.png")
         given += ["--image-prompt", image, "--image-adapter", str(folder)]

@@ -19,12 +19,13 @@ DATA = "data (clips and captions)"
 
 
 def about_data(config: TrainConfig, model: Model, cache: LatentCache) -> dict[str, Any]:
-    """Return what a checkpoint records of the clips: a hash of all, a hash for each stage, and
-    the version of their order."""
+    """Return what a checkpoint records of the clips and their draws: a hash of all clips, a hash
+    for each stage, the version of their order, and the shift of the noise levels."""
     return {
         "data": cache.digest,
         "stage_data": [cache.digest_at(model.frames(stage.frames)) for stage in config.curriculum],
         "plan": PLAN,
+        "shift": model.shift,  # which some schedulers make of the longest stage
     }
 
 
@@ -48,7 +49,7 @@ def check_agreement(
     Args:
         path: the checkpoint's folder.
         state: what the checkpoint says.
-        now: the same of this run: `data`, `stage_data`, `plan`, `teacher`, `processes`.
+        now: the same of this run: `about_data`, `teacher`, `processes`.
         start: words on how to start from the checkpoint's weights instead.
     """
     changed = differences(config, state["config"])
@@ -60,6 +61,9 @@ def check_agreement(
             changed[f"stages ({objection})"] = values
     if not _same_data(state, now, config):
         changed[DATA] = (state["data"][:12], now["data"][:12])
+    shift = state.get("shift", now["shift"])
+    if "shift" not in changed and shift != now["shift"]:
+        changed["shift (by the longest stage)"] = (shift, now["shift"])
     then, teacher = state.get("teacher"), now["teacher"]
     if then != teacher:
         changed["teacher_lora (its weights)"] = (then and then[:12], teacher and teacher[:12])

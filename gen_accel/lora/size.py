@@ -23,8 +23,9 @@ def check_config(config: Any) -> None:
         NUMBER * clips,
         "lower the steps of stages, batch_size or gradient_accumulation",
     )
-    pixels = 3 * config.longest * config.height * config.width
-    size = f"{config.longest} frames of {config.height} x {config.width}"
+    height, width = max(config.clip_sizes, key=lambda size: size[0] * size[1])
+    pixels = 3 * config.longest * height * width
+    size = f"{config.longest} frames of {height} x {width}"
     check_room(f"a clip of {size}", pixels, "lower stages, height or width")
     if config.max_tokens is not None:  # text encoders mask each pair of tokens
         check_room(f"max_tokens {config.max_tokens}", config.max_tokens**2, "lower it")
@@ -44,12 +45,19 @@ def check_adapter(config: Any, transformer: nn.Module) -> None:
 
 
 def check_batch(config: Any, transformer: Any, tokens: int) -> None:
-    """Raise ValueError for a batch that not even one block of the model can hold.
+    """Raise ValueError for a batch that not even one block of the model can hold, or of several
+    clips for a model whose texts must be of one length.
 
     Args:
         tokens: number of tokens of a clip.
     """
-    sites = family_of(transformer).self_attentions(transformer)
+    family = family_of(transformer)
+    if config.batch_size > 1 and family.ONE_TEXT_LENGTH:
+        raise ValueError(
+            f"batch_size must be 1 for {family.MODELS}, which has no mask for captions of several "
+            f"lengths, got {config.batch_size}: raise gradient_accumulation instead"
+        )
+    sites = family.self_attentions(transformer)
     width = max(site.heads * site.dim for site in sites)
     itemsize = 4 if config.mixed_precision == "no" else 2
     check_room(

@@ -31,10 +31,12 @@ from gen_accel.lora.adapters import fields_of_lora, put_on
 from gen_accel.lora.artefact import held_guidance, teacher_hash
 from gen_accel.lora.batches import PLAN, Batches, plan_clips
 from gen_accel.lora.by_turns import Experts
+from gen_accel.lora.conditions import FIRST_FRAME
 from gen_accel.lora.config import Stage, TrainConfig
 from gen_accel.lora.experts import BOTH, PARTS, check_processes, config_of
 from gen_accel.lora.fixed_loss import Figures, FixedLoss
 from gen_accel.lora.latents import LatentCache
+from gen_accel.lora.loss import Loss
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Objective, seed_of
 from gen_accel.lora.peak import peak_gb
@@ -226,6 +228,7 @@ class Run:
             self.adapter,
             guidance=config.teacher_guidance,
             schedule=model.schedule,
+            loss=Loss.of(config),
         )
         cast_training_params([self.objective], dtype=torch.float32)
         transformer.train()
@@ -336,8 +339,9 @@ class Run:
 
         FSDP takes the module that runs first for the outermost.
         """
-        frames = self.model.frames(self.config.curriculum[0].frames)
-        self.state.wrapped(*self.batches(0, self.plans[0][0], frames, 0))
+        clips = self.plans[0][0]
+        frames = self.model.frames(self.batches.frames_of(self.config.curriculum[0], clips))
+        self.state.wrapped(*self.batches(0, clips, frames, 0))
 
     def _step(self, step: int) -> tuple[float, bool]:
         """Take one optimizer step. Returns the mean loss of all processes, and whether to stop."""
@@ -352,8 +356,10 @@ class Run:
         # Other random numbers, such as dropout's, depend on the step too.
         rank = self.accelerator.process_index
         torch.manual_seed(seed_of(self.config.seed, step, 1 + rank + 10**9))
+        clips = self.plans[number][inside]
+        stage = replace(stage, frames=self.batches.frames_of(stage, clips))
         with self._rule(stage):
-            loss, norm, stop = self._descend(step, stage, self.plans[number][inside])
+            loss, norm, stop = self._descend(step, stage, clips)
         figures = {
             "loss": loss,
             "learning_rate": self.state.advance(),
@@ -468,6 +474,7 @@ class Run:
             teacher_guidance=held_guidance(config),
             teacher=teacher_hash(config),
             techniques=config.sample_with,
+            condition=_recorded(config, model.condition),
             clips=len(self.cache),
             batch=config.batch_size
             * config.gradient_accumulation
@@ -573,6 +580,7 @@ class Run:
             self.accelerator,
             self.adapter,
             trained_frames=self.model.trained_frames,
+            pictures=self.cache.picture if self.model.condition == FIRST_FRAME else None,
         )
 
     def _validate(self, validation: Validation, done: int) -> None:
@@ -632,6 +640,11 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _recorded(config: TrainConfig, condition: str) -> str:
+    """Return a recipe's condition: "either" where some clips were shown without first frame."""
+    return "either" if config.first_frame_dropout else condition
 
 
 class Pair(Run):

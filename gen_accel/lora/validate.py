@@ -18,7 +18,10 @@ from gen_accel.lora.artefact import held_guidance
 from gen_accel.lora.config import TrainConfig
 from gen_accel.measure.sheets import side_by_side
 from gen_accel.measure.video_io import read_video, write_video
+from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.arguments import first_transformer, served_family
+from gen_accel.pipelines.generation.given import Given
+from gen_accel.pipelines.generation.inputs import fit
 from gen_accel.pipelines.generation.sampling import Clip, filled, sample
 from gen_accel.pipelines.long_video import extend
 
@@ -42,6 +45,8 @@ class Validation:
     Args:
         adapter: the adapter, whose `sampling(i)` sets a video's inputs beside the prompt.
         trained_frames: pixel frames that the model was trained on.
+        pictures: function from a prompt's number to the picture that its video begins with, of
+            a clip; None where videos are sampled from text alone.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class Validation:
         adapter: Any,
         *,
         trained_frames: int | None,
+        pictures: Callable[[int], Any] | None = None,
     ) -> None:
         self.config, self.pipe, self.folder = config, pipe, folder
         self.accelerator, self.adapter = accelerator, adapter
@@ -68,7 +74,12 @@ class Validation:
             fps=self.fps,
             max_tokens=config.max_tokens,
         )
-        self.clip = filled(pipe, clip)
+        self.begins = [
+            fit(pipe, clip, Given(image=self._picture(i, pictures)).opened())[1]
+            for i in range(len(config.validation_prompts) if pictures is not None else 0)
+        ]
+        arguments = self.begins[0].arguments if self.begins else ()
+        self.clip = filled(pipe, clip, arguments)
         assert clip.frames is not None
         is_longer = trained_frames is not None and clip.frames > trained_frames
         self.techniques = config.sample_with if is_longer else ()
@@ -96,12 +107,18 @@ class Validation:
                     longer = stack.enter_context(
                         extend(self.pipe, self.techniques, **self.lengths)
                     )
-                video = sample(
-                    self.pipe, prompt, clip, run=longer, tick=partial(self.tell, i)
-                ).video
+                inputs = self.begins[i] if self.begins else None
+                about = {"run": longer, "inputs": inputs, "tick": partial(self.tell, i)}
+                video = sample(self.pipe, prompt, clip, **about).video
             if self.accelerator.is_main_process:
                 self._write(place, i, video, done)
         self.accelerator.wait_for_everyone()
+
+    def _picture(self, index: int, pictures: Callable[[int], Any] | None) -> Any:
+        """Return the picture that a video begins with: a file, or else a clip's first frame."""
+        assert pictures is not None
+        files = self.config.validation_images
+        return expanded(files[index]) if files else pictures(index)
 
     def _write(self, place: Path, i: int, video: np.ndarray, done: int) -> None:
         write_video(video, place / f"{i:02d}.mp4", fps=self.fps)

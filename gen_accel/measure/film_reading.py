@@ -87,6 +87,28 @@ class Film:
         with self._told(0):
             return sum(packet.size > 0 for packet in self.container.demux(self.stream))
 
+    def extent(self) -> tuple[int, float]:
+        """Count the stored frames, and measure the seconds to the end of the last one, without
+        decoding them.
+
+        Raises:
+            OSError: the film is damaged or cut off.
+        """
+        step = 1 / (self.stream.average_rate or Fraction(25))
+        start = (self.container.start_time or 0) * MICROSECOND
+        count, end = 0, Fraction(0)
+        with self._told(0):
+            for packet in self.container.demux(self.stream):
+                if packet.is_corrupt:
+                    raise pyav().error.InvalidDataError(0, "a packet is cut off")
+                if packet.size > 0:
+                    count += 1
+                    base = packet.time_base or self.stream.time_base
+                    lasts = packet.duration * base if packet.duration else step
+                    time = end if packet.pts is None else packet.pts * base - start
+                    end = max(end, time + lasts)
+        return count, float(end)
+
     def pictures(self, *, fps: float | None = None) -> Iterator[np.ndarray]:
         """Decode the frames, turned as a player shows them, (H, W, 3) uint8 each, RGB.
 

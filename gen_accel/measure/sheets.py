@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 PLAIN_SIGNS = {"\N{MULTIPLICATION SIGN}": "x", "\N{EN DASH}": "-", "\N{EM DASH}": "-"}
 SHEET_WIDTH = 2400  # pixels, of the frames in one row of a contact sheet at most
+ROW_TEXT, ROW_FONT, ROW_GAP = 320, 12, 6  # pixels, of rows with text on their left
 BACKGROUND, INK, FAINT_INK = (44, 46, 52), (240, 240, 242), (174, 176, 184)
 
 
@@ -82,6 +83,48 @@ def contact_sheet(
             _row([np.asarray(t) for t in tiles], gap),
         ]
     return np.concatenate(rows)
+
+
+def picture_rows(
+    rows: Sequence[tuple[str, Sequence[np.ndarray]]], *, head: str = "", foot: str = ""
+) -> np.ndarray:
+    """Draw one picture: a row of pictures for each text, which stands on their left.
+
+    Args:
+        rows: lines of text and pictures, (H, W, 3) uint8, of any size and number.
+        head, foot: text above and below all rows.
+
+    Returns:
+        (H', W', 3) uint8.
+    """
+    widths = [sum(one.shape[1] + ROW_GAP for one in pictures) for _, pictures in rows]
+    total = ROW_TEXT + max(widths, default=0)
+    parts = [_text(head, total, ROW_FONT, FAINT_INK)] if head else []
+    for text, pictures in rows:
+        words = _row_text(text)
+        high = max(len(words), *(len(one) for one in pictures)) + ROW_GAP
+        row = np.empty((high, total, 3), np.uint8)
+        row[:] = BACKGROUND
+        row[: len(words), :ROW_TEXT] = words
+        left = ROW_TEXT
+        for one in pictures:
+            row[: len(one), left : left + one.shape[1]] = one
+            left += one.shape[1] + ROW_GAP
+        parts.append(row)
+    if foot:
+        parts.append(_text(foot, total, ROW_FONT, FAINT_INK))
+    return np.concatenate(parts) if parts else np.zeros((1, total, 3), np.uint8)
+
+
+def _row_text(text: str) -> np.ndarray:
+    """Lines of text, the first of them bright, (h, ROW_TEXT, 3)."""
+    first, *rest = text.split("\n")
+    parts = [_text(first, ROW_TEXT, ROW_FONT), *(_faint(line) for line in rest)]
+    return np.concatenate(parts)
+
+
+def _faint(line: str) -> np.ndarray:
+    return _text(line, ROW_TEXT, ROW_FONT, FAINT_INK)[ROW_FONT // 2 :]
 
 
 def _check_videos(videos: Sequence[np.ndarray], labels: Sequence[str]) -> None:

@@ -72,6 +72,8 @@ class TestConfig:
             ("targets: &a [*a]", r"targets must be any number of str, .* got \[\[\.\.\.\]\]"),
             ("&a {rank: *a}", r"rank must be int, got {'rank': {\.\.\.}}"),
             ("rank: 0", "leaves nothing to train"),
+            ("workers: -1", "workers must be from 0 to 256, got -1"),
+            ("workers: 1000", "workers must be from 0 to 256, got 1000"),
             ("method: reuse", "method 'reuse' does not train: a residual of an earlier step has"),
         ],
         ids=str,
@@ -166,8 +168,10 @@ class TestCommands:
         path = written(tmp_path, print_config(on_disk(stages=("9:1",))))
         assert "3 clips encoded" in run("cache", path).stdout
         assert "3 kept" in run("cache", path).stdout
-        said = run("train", path).stdout
-        assert re.match(rf"1 steps, \d+ s: {re.escape(str(tmp_path))}/run/lora", said)
+        done = run("train", path)
+        assert re.match(rf"1 steps, \d+ s: {re.escape(str(tmp_path))}/run/lora", done.stdout)
+        assert "3 kept" in done.stderr
+        assert "warning: the autoencoder gives 3 clips back at" in done.stderr
         assert "holds a run" in run("train", path, code=2).stderr
         shutil.rmtree(tmp_path / "run" / "lora")
         run("train", path, "--resume")

@@ -30,9 +30,15 @@ from gen_accel.pipelines.long_video import RULES, apply_rule
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES = trainings()
-IN_SECONDS = [one for one in CASES if family_named(one[0]).TAKES_FPS]
-ROTARY = [one for one in CASES if one[1].rules]
+IN_SECONDS = [one for one in CASES if one[1].rate is not None]
+# Rotary, and of latent frames that lie evenly in time.
+ROTARY = [one for one in CASES if one[1].rules and one[1].is_even]
 PROMPT = "a red square moves right"
+
+
+def copied(value):
+    """Of an argument, which some pipelines overwrite."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 class Case:
@@ -56,10 +62,12 @@ class Case:
     def calls(self, call, *args, **kwargs):
         """What the transformer is given and gives meanwhile."""
         found = []
-        hook = self.pipe.transformer.register_forward_hook(
-            lambda module, given, named, out: found.append((given, named, out[0])),
-            with_kwargs=True,
-        )
+
+        def keep(module, given, named, out):
+            if self.training.compared(named):
+                found.append((given, {k: copied(v) for k, v in named.items()}, out[0]))
+
+        hook = self.pipe.transformer.register_forward_hook(keep, with_kwargs=True)
         with torch.no_grad():
             result = call(*args, **kwargs)
         hook.remove()
@@ -83,6 +91,9 @@ class Case:
 
     def fed(self, latents: Tensor) -> Tensor:
         return (self.training.fed or self.training.lay)(latents)
+
+    def starts(self, latents: Tensor) -> Tensor:
+        return (self.training.starts or self.training.lay)(latents)
 
     def said(self, predicted: Tensor) -> Tensor:
         return self.training.lay((self.training.said or (lambda x: x))(predicted))
@@ -124,8 +135,9 @@ def test_the_pipeline_decodes_the_latents_of_a_video(case, monkeypatch):
     with torch.no_grad():
         raw = case.pipe.vae.encode(video).latent_dist.mode()
 
-    def step(*args, **kwargs):
-        return (case.training.lay(latents),)
+    def step(predicted, timestep, sample, **kwargs):
+        made = case.training.lay(latents)
+        return (made if made.shape == sample.shape else sample,)  # the other is sound
 
     def decode(x, *args, **kwargs):
         raise Decoded(x)
@@ -167,8 +179,13 @@ def test_prompts_are_encoded_as_the_pipeline_does(case):
     (call, *_), _ = case.calls(case.run)
     found = case.family.encode_prompt(case.pipe, [PROMPT], case.training.tokens)
     for name, x in found.items():
-        assert torch.equal(x, call[1][name]), name
         assert not x.requires_grad
+        if name in call[1]:  # with its filling cut off, or else a length
+            theirs = call[1][name]
+            assert torch.equal(x[:, : theirs.shape[1]], theirs), name
+            assert not x[:, theirs.shape[1] :].any()
+        else:
+            assert x.item() == call[1]["encoder_hidden_states"].shape[1]
     assert next(iter(found.values())).shape[1] == case.training.tokens
     # Several in one call, of which the last one is empty, are each as alone.
     prompts = [PROMPT, "a blue circle", ""]
@@ -228,7 +245,7 @@ def test_predict_is_the_call_of_the_pipeline(case):
             family.predict, model, noisy, level, conditions | more
         )
         ours |= dict(zip(("hidden_states",), mine, strict=False))
-        ignored = {"return_dict", "attention_kwargs"}
+        ignored = {"return_dict", "attention_kwargs", *case.training.apart}
         used = {k for k, v in theirs.items() if v is not None} - ignored
         assert {k for k, v in ours.items() if v is not None} - ignored == used
         for name in used:
@@ -240,7 +257,8 @@ def test_predict_is_the_call_of_the_pipeline(case):
 @pytest.mark.parametrize("case", IN_SECONDS, indirect=True, ids=name_of)
 def test_clips_of_another_rate(case):
     """Counts where positions are in seconds: as the pipeline with that rate."""
-    calls, _ = case.calls(case.run, frame_rate=12)
+    assert case.family.TAKES_FPS
+    calls, _ = case.calls(case.run, **{case.training.rate: 12})
     conditions = case.family.encode_prompt(case.pipe, [PROMPT], case.training.tokens)
     _, theirs, out = calls[0]
     noisy = unlaid(case, theirs["hidden_states"])
@@ -264,8 +282,11 @@ def foretelling(case, clean: Tensor, noise: Tensor, met: list):
 
     def predict(module, args, named, out):
         level = case.training.level(named["timestep"]).float()
-        met.append((level, named["hidden_states"], noising.mix(clean, noise, level)))
-        return (case.said(noising.target(clean, noise, level)), *out[1:])
+        if case.training.compared(named):
+            given = named["hidden_states"].clone()
+            met.append((level, given, noising.mix(clean, noise, level)))
+        made = case.said(noising.target(clean, noise, level))
+        return (made, *out[1:]) if isinstance(out, tuple) else type(out)(sample=made)
 
     hook = case.pipe.transformer.register_forward_hook(predict, with_kwargs=True)
     yield
@@ -277,10 +298,10 @@ def test_what_is_learned_leads_the_pipeline_from_the_noise_to_the_clip(case):
     clean, noise = case.latents(0), case.latents(1)
     start, met = noise, []
     with foretelling(case, clean, noise, met):
-        case.run(4, latents=case.training.lay(start))
+        case.run(4, latents=case.starts(start))
         start = Noising(case.family, case.pipe.scheduler.config).mix(clean, noise, met[0][0])
         met.clear()
-        made = case.run(4, latents=case.training.lay(start))
+        made = case.run(4, latents=case.starts(start))
     tolerance = {"atol": 5 * case.training.near, "rtol": case.training.near}
     assert len(met) == 4
     levels = [level.item() for level, _, _ in met]
@@ -288,7 +309,8 @@ def test_what_is_learned_leads_the_pipeline_from_the_noise_to_the_clip(case):
     assert all(0 <= level <= 1 for level in levels)
     for _, given, mixed in met:
         torch.testing.assert_close(given, case.fed(mixed), **tolerance)
-    torch.testing.assert_close(made.frames, case.training.lay(clean), **tolerance)
+    ends = case.training.ends or case.training.lay
+    torch.testing.assert_close(made.frames, ends(clean), **tolerance)
 
 
 def test_the_training_meets_the_levels_of_the_pipeline(case):
@@ -470,7 +492,8 @@ def tables(case, frames: int) -> list[Tensor]:
     found = []
 
     def keep(module, args, named):
-        found.extend(next(x for x in (*args, *named.values()) if isinstance(x, tuple | list)))
+        given = [x for x in (*args, *named.values()) if isinstance(x, tuple | list)]
+        found.extend(given[0] if given else [named["rotary_emb"]])
 
     model, family = case.pipe.transformer, case.family
     hook = family.self_attentions(model)[0].module.register_forward_pre_hook(

@@ -39,7 +39,12 @@ def measured(tmp_path_factory):
 
 def named(*names):
     """A cache of clips with these names, of which two may have the same bytes."""
-    entries = [SimpleNamespace(name=n, latent_key=n.removeprefix("copy of ")) for n in names]
+    about = {"is_picture": None}
+    keys = [name.removeprefix("copy of ") for name in names]
+    entries = [
+        SimpleNamespace(name=name, latent_key=key, **about)
+        for name, key in zip(names, keys, strict=True)
+    ]
     return SimpleNamespace(entries=entries)
 
 
@@ -119,7 +124,7 @@ class TestFixedLoss:
 
     @pytest.mark.slow
     def test_two_processes_give_the_figures_of_one(self, tmp_path):
-        about = {"stages": ["9:2"], "loss_every": 1, "held_out": 3, "lora_dropout": 0.2}
+        about = {"stages": ["9:2"], "loss_every": 1, "held_out": 3}
         launch({"out": str(tmp_path / "two"), "fields": about}, launcher=False)
         # In a process of its own too: what ran before in this one may change a sum's last bit.
         job = {"out": str(tmp_path / "one"), "fields": about | {"batch_size": 2}}

@@ -425,9 +425,9 @@ class TestDraws:
         asked = []
 
         class Watched(ft.Clips):
-            def conditions(self, index):
+            def conditions(self, index, text=0):
                 asked.append(index)
-                return super().conditions(index)
+                return super().conditions(index, text)
 
         ft.train(ft.config(tmp_path / "a", caption_dropout=1.0), Watched())
         assert not asked

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # Two sizes, so that a step's size is drawn too.
 CLIPS = partial(ft.Clips, ((4, 8), (6, 4), (4, 8), (6, 4), (4, 8)))
 PLAIN = ft.FULL | {"schedule": "constant", "warmup_steps": 2, "checkpoint_every": 3}
-OLD = {"plan": None, "stage_data": None, checkpoint.OWN: None}  # which old checkpoints lack
+OLD = dict.fromkeys(("plan", "stage_data", "shift", checkpoint.OWN))  # which old checkpoints lack
 
 
 def trained(out, stages, *, resume=False, **fields):
@@ -95,6 +95,13 @@ def test_other_clips_in_the_done_stage(tmp_path):
     given = ft.config(tmp_path / "run", **(PLAIN | {"stages": ("9:6",)}))
     with pytest.raises(ValueError, match=r"differs in data \(clips and captions\)"):
         ft.train(given, ft.Clips((ft.LATENTS,) * 4), resume=True)
+
+
+def test_a_shift_that_follows_the_longest_stage(tmp_path):
+    trained(tmp_path / "run", ("9:4",))
+    given = ft.config(tmp_path / "run", **(PLAIN | {"stages": ("9:4", "17:1")}))
+    with pytest.raises(ValueError, match=r"shift \(by the longest stage\): 3.0, now 4.0"):
+        ft.train(given, CLIPS(), resume=True, shift=4.0)
 
 
 def test_it_is_measured_anew(tmp_path):

@@ -221,11 +221,14 @@ SAVED: dict[str, Callable[[int], None]] = {"processors": _processors, "adapter":
 
 
 def tree(folder: Path) -> Tree:
-    """All files but those of a run under way; of `metrics.jsonl` what is not time."""
+    """All files but those of a run under way and a training's page, which shows times; of
+    `metrics.jsonl` what is neither time nor memory."""
     found = {}
     for path in sorted(folder.rglob("*")):
         place = str(path.relative_to(folder))
         if path.is_dir() or ".partial-" in place or path.name in (ENDED, ".lock"):
+            continue
+        if place == "run/report.html":
             continue
         data = path.read_bytes()
         if path.name == "metrics.jsonl":
@@ -264,7 +267,8 @@ def _without_times(data: bytes) -> bytes:
             told = json.loads(line)
         except ValueError:  # half a line
             continue
-        kept.append(json.dumps({k: v for k, v in told.items() if k != "seconds"}))
+        of_machine = ("seconds", "memory_gb")
+        kept.append(json.dumps({k: v for k, v in told.items() if k not in of_machine}))
     return "\n".join(kept).encode()
 
 

@@ -44,9 +44,10 @@ class Clips:
     def __init__(self, sizes: tuple[tuple[int, int], ...] = (LATENTS,) * 5, frames: int = FRAMES):
         self.sizes, self.frames = sizes, frames
         self.digest = f"{sizes} {frames}"
+        plain = {"text_keys": None, "repeats": None, "is_picture": None}
+        plain["pixel_frames"] = 4 * frames - 3
         self.entries = [
-            SimpleNamespace(pixel_frames=4 * frames - 3, name=f"{i}.mp4", latent_key=str(i))
-            for i in range(len(sizes))
+            SimpleNamespace(name=f"{i}.mp4", latent_key=str(i), **plain) for i in range(len(sizes))
         ]
 
     def __len__(self) -> int:
@@ -67,7 +68,7 @@ class Clips:
         shape = (wan.CHANNELS, self.frames, *self.sizes[index])
         return torch.randn(shape, generator=g)[:, :frames]
 
-    def conditions(self, index: int) -> dict[str, Tensor]:
+    def conditions(self, index: int, text: int = 0) -> dict[str, Tensor]:
         g = torch.Generator().manual_seed(100 + index)
         return {"encoder_hidden_states": torch.randn((6, wan.TEXT_WIDTH), generator=g)}
 

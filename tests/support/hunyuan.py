@@ -8,11 +8,21 @@ from demo_model.train import new_tokenizer
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 CHANNELS = 4
 TEXT_WIDTH, POOLED_WIDTH = 8, 12
@@ -130,6 +140,57 @@ def pipeline(**parts: Any) -> HunyuanVideoPipeline:
     if "transformer" not in parts:
         parts["transformer"] = transformer()
     pipe = HunyuanVideoPipeline(**(common | parts))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@cache
+def picture_encoder() -> LlavaForConditionalGeneration:
+    """A model of text and pictures, of 24 x 24 tokens each, as the pipeline counts them."""
+    torch.manual_seed(4)
+    llama = LlamaConfig(
+        vocab_size=80,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        pad_token_id=0,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=48,
+        patch_size=2,
+    )
+    index = len(picture_tokenizer()) - 1
+    config = LlavaConfig(
+        vision_config=vision, text_config=llama, image_token_index=index, pad_token_id=0
+    )
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def picture_tokenizer() -> Any:
+    """The demo model's, with the marks of the pipeline's template; the last is the picture's."""
+    tokenizer = new_tokenizer()
+    marks = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>")
+    tokenizer.add_tokens([*marks], special_tokens=True)
+    return tokenizer
+
+
+def image_pipeline(kind: str = "token_replace") -> HunyuanVideoImageToVideoPipeline:
+    """With a first frame in the place of the first tokens, or "latent_concat"."""
+    channels = 2 * CHANNELS + 1 if kind == "latent_concat" else CHANNELS
+    parts = pipeline(transformer=transformer(image_condition_type=kind, in_channels=channels))
+    pipe: Any = HunyuanVideoImageToVideoPipeline(
+        **parts.components
+        | {
+            "text_encoder": picture_encoder(),
+            "tokenizer": picture_tokenizer(),
+            "image_processor": CLIPImageProcessor(size=48, crop_size=48),
+        }
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

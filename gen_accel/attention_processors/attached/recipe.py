@@ -43,8 +43,12 @@ class Recipe:
         techniques: of `gen_accel.extend`, to generate with for more than `trained_frames` frames.
         parts: the parts of the pipeline that trained in the same run, each on its noise levels;
             empty where it was one. The LoRA of the second lies in the subfolder of its name.
+        condition: "text"; "first_frame" where the clips' first frames were given; "either" where
+            they were given to some.
         clips: how many clips it saw; None where an older version trained it, as in `batch`.
         batch: clips of an optimizer step, of all processes together.
+        dora: the lengths of its layers' weights trained apart from their directions.
+        rank_stabilised: its weight is alpha / sqrt(rank), elsewhere alpha / rank.
     """
 
     base_model: str
@@ -70,8 +74,11 @@ class Recipe:
     teacher: str | None = None
     techniques: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
+    condition: str = "text"
     clips: int | None = None
     batch: int | None = None
+    dora: bool = False
+    rank_stabilised: bool = False
 
     @property
     def others(self) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from gen_accel.attention_processors.families import (
     in_patches,
     tap_joint_attention,
 )
+from gen_accel.attention_processors.families.given import FIRST_FRAME, pixels_of
 from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.plan import widest
 from gen_accel.video import VideoShape
@@ -66,6 +67,7 @@ _PUBLISHED = {
     "snr_shift_scale": 1.0,
 }
 _ROTARY_BASE = 10_000.0  # of all published models; no configuration holds it
+_OFS = 2.0  # as the pipelines give it
 _SMALL = 16  # channels of the tiny model
 TINY = {
     "num_attention_heads": 2,
@@ -207,6 +209,33 @@ def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = N
     return encoded(pipe, video, generator) * pipe.vae.config.scaling_factor
 
 
+def latent_channels(config: Any) -> int:
+    return config.out_channels if _takes_frames(config) else config.in_channels
+
+
+@torch.no_grad()
+def first_frame(pipe: Any, transformer: Any, image: Any, frames: int) -> dict[str, Tensor]:
+    """Latents of the first frame alone, (C, 1, h, w): the mode, where the pipeline draws. Some
+    models were trained with a scale that divides."""
+    latents, config = encoded(pipe, pixels_of(pipe, image), None), pipe.vae.config
+    scale = config.scaling_factor
+    return {FIRST_FRAME: (latents * (1 / scale if config.invert_scale_latents else scale))[0]}
+
+
+def _takes_frames(config: Any) -> bool:
+    """Whether there are channels for the first frame, beside the noisy latents."""
+    return config.in_channels > (config.out_channels or config.in_channels)
+
+
+def tiny_from_frame(config: Mapping[str, Any]) -> dict[str, Any]:
+    tiny: dict[str, Any] = {"in_channels": 2 * _SMALL}
+    return tiny if config.get("ofs_embed_dim") is None else tiny | {"ofs_embed_dim": 8}
+
+
+def tiny_first_frame(transformer: Any, frames: int, height: int, width: int) -> dict[str, Tensor]:
+    return {FIRST_FRAME: torch.zeros(latent_channels(transformer.config), 1, height, width)}
+
+
 @torch.no_grad()
 def encode_prompt(
     pipe: Any, prompts: list[str], max_tokens: int | None = None
@@ -279,7 +308,7 @@ def predict(
     Args:
         noisy: (B, C, f, h, w) latents of whole patches.
         sigma: (B,) in [0, 1].
-        conditions: from `encode_prompt`.
+        conditions: from `encode_prompt` and `first_frame`.
 
     Raises ValueError for a text of another length than the model has positions for.
     """
@@ -292,8 +321,16 @@ def predict(
             f"max_tokens must be {config.max_text_seq_length}, for as many this model has "
             f"positions, got {tokens}: leave it out"
         )
+    if config.ofs_embed_dim is not None:
+        given["ofs"] = noisy.new_full((1,), _OFS)
+    told = dict(conditions)
+    if FIRST_FRAME in told:
+        frame = told.pop(FIRST_FRAME).to(noisy.dtype)
+        beside = noisy.new_zeros(len(noisy), frame.shape[1], *noisy.shape[2:])
+        beside[:, :, :1] = frame
+        noisy = torch.cat([noisy, beside], 1)
     said = transformer(
-        noisy.transpose(1, 2), timestep=_times(sigma), **conditions, **given, return_dict=False
+        noisy.transpose(1, 2), timestep=_times(sigma), **told, **given, return_dict=False
     )
     return said[0].transpose(1, 2)
 

@@ -273,6 +273,24 @@ class Family:
         default_of=lambda family: lambda config: config.in_channels,
     )
 
+    first_frame = Part[Callable[..., dict[str, Tensor]] | None](
+        Callable,
+        "(pipe, transformer, image, frames): conditions of `predict` for a clip of so many frames "
+        "that begins with this picture, for the cache, without the axis of samples; a tensor "
+        "(C, f, h, w) is cut to the latents that train. See `given.py`",
+        default=None,
+    )
+    given_latents = Part[Callable[[Any], int]](
+        Callable,
+        "(transformer): latents in whose place the first frame comes, which the loss leaves out",
+        default=lambda transformer: 0,
+    )
+    encode_prompt_with = Part[Callable[..., dict[str, Tensor]] | None](
+        Callable,
+        "(pipe, transformer, image, prompt, max_tokens): as `encode_prompt`, of one prompt, where "
+        "its text encoder sees the first frame too; None for the image of a dropped caption",
+        default=None,
+    )
     TAKES_FPS = Part[bool](
         bool,
         "`predict` takes the clips' frames a second as `fps` (B,), float32, among the conditions, "
@@ -282,6 +300,21 @@ class Family:
 
     TEXT_TOKENS = Part[int | None](
         int, "tokens that the pipelines bring every prompt to, unless told otherwise", default=None
+    )
+    TEXT_PARTS = Part[tuple[str, ...]](
+        tuple,
+        "what the names of all models of a pipeline begin with that `encode_prompt` needs",
+        default=("text_encoder",),
+        each=str,
+    )
+    ONE_TEXT_LENGTH = Part[bool](
+        bool, "the texts of a batch must be of one length: no mask hides padding", default=False
+    )
+    no_training = Part[Callable[[str | None, Mapping[str, Any]], str | None] | None](
+        Callable,
+        "(pipeline, config): why models of this config of a transformer cannot be trained, None "
+        "where they can; of the class of pipeline by name, None where it is not known",
+        default=None,
     )
 
     # Generation
@@ -318,14 +351,28 @@ class Family:
 
     TINY = Part[Mapping[str, Any] | None](
         Mapping,
-        "how little a model for training can be: the config of one, of `num_layers` blocks, which "
-        "is put in, with as many channels in as out",
+        "how little a model for training can be: the config of one, with as many channels in as "
+        "out, and without its number of blocks, DEPTH, which is put in",
         default=None,
     )
+    DEPTH = Part[str](str, "the entry of a config that counts the blocks", default="num_layers")
     tiny_conditions = Part[Callable[[Any, int], dict[str, Tensor]] | None](
         Callable,
         "(config, tokens): `conditions` of `predict` with a text of so many tokens, all zero, of "
         "one sample, without the axis of samples",
+        default=None,
+    )
+
+    tiny_from_frame = Part[Callable[[Mapping[str, Any]], dict[str, Any]] | None](
+        Callable,
+        "(config): what TINY needs besides to begin with a first frame as models of this config "
+        "do",
+        default=None,
+    )
+    tiny_first_frame = Part[Callable[..., dict[str, Tensor]] | None](
+        Callable,
+        "(transformer, frames, height, width): what `first_frame` gives, all zero, of a clip of "
+        "this size in latents",
         default=None,
     )
 
@@ -377,6 +424,11 @@ class Family:
         "frames in a latent frame, all but the first, which is one frame; None where the models "
         "differ",
         default=None,
+    )
+    temporal_factor = Part[Callable[[Any], int | None]](
+        Callable,
+        "(transformer): the same of this one, where not all models of a family are alike",
+        default_of=lambda family: lambda transformer: family.TEMPORAL_FACTOR,
     )
     longest = Part[Callable[[Any], int | None] | None](
         Callable,

@@ -6,7 +6,7 @@ layers are counted through both. The token refiner, which attends over the text 
 it is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from gen_accel.attention_processors.families import (
     split_tokens,
     tap_joint_attention,
 )
+from gen_accel.attention_processors.families.given import FIRST_FRAME, in_place, pixels_of
 from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.plan import widest
 from gen_accel.video import VideoShape
@@ -71,6 +72,10 @@ PRESETS = {"HunyuanVideo": Preset("hunyuanvideo-community/HunyuanVideo", 12.8)}
 TEXT_TOKENS = 256  # as the pipelines call it
 # Scale that guidance-distilled models are trained further at: 1 asks for the data as it is.
 _DISTILLED_GUIDANCE = 1.0
+# How a first frame is given, and every how many of its tokens the text has, as in the pipeline.
+_CONCAT, _REPLACE = "latent_concat", "token_replace"
+_INTERLEAVE = {_CONCAT: 2, _REPLACE: 4}
+_BLACK = 64  # pixels a side of a black picture, which the text encoder's processor scales
 
 
 def layers(transformer: Any) -> Layers:
@@ -201,6 +206,61 @@ def encode_prompt(
     }
 
 
+def latent_channels(config: Any) -> int:
+    concat = config.image_condition_type == _CONCAT
+    return (config.in_channels - 1) // 2 if concat else config.in_channels
+
+
+@torch.no_grad()
+def first_frame(pipe: Any, transformer: Any, image: Any, frames: int) -> dict[str, Tensor]:
+    """Latents of the first frame alone, (C, 1, h, w)."""
+    latents = encoded(pipe, pixels_of(pipe, image), None) * pipe.vae.config.scaling_factor
+    return {FIRST_FRAME: latents[0]}
+
+
+def given_latents(transformer: Any) -> int:
+    """1 where the first frame replaces tokens, none where it comes in channels of its own."""
+    return 1 if transformer.config.image_condition_type == _REPLACE else 0
+
+
+@torch.no_grad()
+def encode_prompt_with(
+    pipe: Any, transformer: Any, image: Any, prompt: str, max_tokens: int | None = None
+) -> dict[str, Tensor]:
+    """Encode a prompt that the text encoder, a model of text and pictures, reads with the first
+    frame.
+
+    Args:
+        image: the frame; None for a black one, as the pipeline has it for its negative prompts.
+        max_tokens: as for `encode_prompt`; tokens of the frame come in front.
+    """
+    from PIL import Image
+
+    interleave = _INTERLEAVE[transformer.config.image_condition_type]
+    states, pooled, mask = pipe.encode_prompt(
+        image=Image.new("RGB", (_BLACK, _BLACK)) if image is None else image,
+        prompt=[prompt],
+        max_sequence_length=TEXT_TOKENS if max_tokens is None else max_tokens,
+        device=next(pipe.text_encoder.parameters()).device,
+        image_embed_interleave=interleave,
+    )
+    return {
+        "encoder_hidden_states": states,
+        "encoder_attention_mask": mask,
+        "pooled_projections": pooled,
+    }
+
+
+def tiny_from_frame(config: Mapping[str, Any]) -> dict[str, Any]:
+    kind = config.get("image_condition_type")
+    channels = 2 * _SMALL + 1 if kind == _CONCAT else _SMALL
+    return {"image_condition_type": kind, "in_channels": channels}
+
+
+def tiny_first_frame(transformer: Any, frames: int, height: int, width: int) -> dict[str, Tensor]:
+    return {FIRST_FRAME: torch.zeros(latent_channels(transformer.config), 1, height, width)}
+
+
 def inputs(transformer: Any, video: VideoShape, text: int, batch: int) -> dict[str, Any]:
     config, like = transformer.config, {"device": transformer.device, "dtype": transformer.dtype}
     patch = config.patch_size_t, config.patch_size, config.patch_size
@@ -235,13 +295,30 @@ def predict(
     Args:
         noisy: (B, C, f, h, w) latents.
         sigma: (B,) in [0, 1].
-        conditions: from `encode_prompt`. Guidance-distilled models take `guidance` (B,), 1000
-            times the scale, instead of `_DISTILLED_GUIDANCE`.
+        conditions: from `encode_prompt` and `first_frame`. Guidance-distilled models take
+            `guidance` (B,), 1000 times the scale, instead of `_DISTILLED_GUIDANCE`.
     """
+    if FIRST_FRAME in conditions:
+        noisy, conditions = _with_first_frame(transformer, noisy, conditions)
     if transformer.config.guidance_embeds and "guidance" not in conditions:
         guidance = torch.full_like(sigma, 1000 * _DISTILLED_GUIDANCE)
         conditions = {**conditions, "guidance": guidance}
     return transformer(noisy, timestep=sigma * 1000, **conditions, return_dict=False)[0]
+
+
+def _with_first_frame(
+    transformer: Any, noisy: Tensor, conditions: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Put the first frame in the place of the first latent, whose timestep the model sets to 0, or
+    beside the noisy latents, with a mask that is 1 for it."""
+    if transformer.config.image_condition_type == _REPLACE:
+        noisy, _, rest = in_place(noisy, noisy.new_zeros(len(noisy)), conditions)
+        return noisy, rest
+    rest = dict(conditions)
+    frame = rest.pop(FIRST_FRAME).to(noisy.dtype)
+    beside = noisy.new_zeros(len(noisy), frame.shape[1] + 1, *noisy.shape[2:])
+    beside[:, :-1, :1], beside[:, -1:, :1] = frame, 1
+    return torch.cat([noisy, beside], 1), rest
 
 
 def temporal_frequencies(transformer: Any) -> Tensor:

@@ -8,6 +8,7 @@ model, so that each head has others.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from gen_accel.attention_processors.families import (
     outside_graphs,
     standardised,
 )
+from gen_accel.attention_processors.families.given import FIRST_FRAME, in_place, pixels_of
 from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.plan import widest
@@ -219,6 +221,25 @@ def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = N
 
 
 @torch.no_grad()
+def first_frame(pipe: Any, transformer: Any, image: Any, frames: int) -> dict[str, Tensor]:
+    """Latents of the first frame alone, (C, 1, h, w): the mode, where the pipeline draws."""
+    vae, latents = pipe.vae, encoded(pipe, pixels_of(pipe, image), None)
+    return {FIRST_FRAME: standardised(latents, vae.latents_mean, vae.latents_std)[0]}
+
+
+def given_latents(transformer: Any) -> int:
+    return 1
+
+
+def tiny_from_frame(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
+def tiny_first_frame(transformer: Any, frames: int, height: int, width: int) -> dict[str, Tensor]:
+    return {FIRST_FRAME: torch.zeros(transformer.config.in_channels, 1, height, width)}
+
+
+@torch.no_grad()
 def encode_prompt(
     pipe: Any, prompts: list[str], max_tokens: int | None = None
 ) -> dict[str, Tensor]:
@@ -256,12 +277,12 @@ def predict(
     Args:
         noisy: (B, C, f, h, w) latents.
         sigma: (B,) in [0, 1].
-        conditions: from `encode_prompt`, and `fps` (B,) of the clips, by default FPS, which the
-            rotary positions in time are made of.
+        conditions: from `encode_prompt` and `first_frame`, and `fps` (B,) of the clips, by
+            default FPS, which the rotary positions in time are made of.
     """
     from diffusers.pipelines.ltx.pipeline_ltx import LTXPipeline
 
-    told, patch = dict(conditions), transformer.config.patch_size
+    timestep, told, patch = sigma * 1000, dict(conditions), transformer.config.patch_size
     patches = {"patch_size": patch, "patch_size_t": transformer.config.patch_size_t}
     frames, height, width = noisy.shape[2:]
     grid = {
@@ -269,10 +290,13 @@ def predict(
         "height": height // patch,
         "width": width // patch,
     }
+    if FIRST_FRAME in told:
+        noisy, times, told = in_place(noisy, timestep, told)
+        timestep = times.repeat_interleave(grid["height"] * grid["width"], 1)
     fps = told.pop("fps", torch.full_like(sigma, FPS)).float().view(-1, 1, 1, 1, 1)
     said = transformer(
         LTXPipeline._pack_latents(noisy, **patches),
-        timestep=sigma * 1000,
+        timestep=timestep,
         **told,
         **grid,
         rope_interpolation_scale=(TEMPORAL_FACTOR / fps, SPATIAL_FACTOR, SPATIAL_FACTOR),

@@ -7,9 +7,11 @@ the call.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gen_accel.attention_processors.families import Preset, split_tokens, wan
+from gen_accel.video import VideoShape
 
 MODELS = "SkyReels-V2"
 CLASSES = ("SkyReelsV2Transformer3DModel",)
@@ -17,6 +19,11 @@ ATTENTION_CALL = wan.ATTENTION_CALL
 ORDER = wan.ORDER
 KIND = "video"
 FPS = 24
+TAKES_FPS = True
+_SLOW = 16  # frames a second that `fps_embedding` tells from all others, which count as 24
+# Of the 540P models, and of the pipelines. The 720P models, whose configs are the same, were
+# trained on 121.
+TRAINED_FRAMES = 97
 TEMPORAL_FACTOR = wan.TEMPORAL_FACTOR
 SPATIAL_FACTOR = wan.SPATIAL_FACTOR
 PRESETS = {
@@ -25,17 +32,61 @@ PRESETS = {
         14.3,
         {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
     ),
+    "SkyReels-V2-DF-1.3B": Preset(
+        "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers",
+        1.44,
+        {
+            "num_attention_heads": 12,
+            "num_layers": 30,
+            "ffn_dim": 8960,
+            "inject_sample_info": True,
+        },
+    ),
 }
 TEXT_TOKENS = wan.TEXT_TOKENS
 LORA_TARGETS = wan.LORA_TARGETS
+CAUSAL_VAE = wan.CAUSAL_VAE
 AUTOENCODER = wan.AUTOENCODER
+TINY = wan.TINY
 GUIDANCE = wan.GUIDANCE
 
 layers = wan.layers
-inputs = wan.inputs
 self_attentions = wan.self_attentions
 image_attentions = wan.image_attentions
 video_shape = wan.video_shape
+encode_video = wan.encode_video
+encode_prompt = wan.encode_prompt
+tiny_conditions = wan.tiny_conditions
+longest = wan.longest
+temporal_frequencies = wan.temporal_frequencies
+set_temporal_frequencies = wan.set_temporal_frequencies
+
+
+def inputs(transformer: Any, video: VideoShape, text: int, batch: int) -> dict[str, Any]:
+    given = wan.inputs(transformer, video, text, batch)
+    return given | {"fps": [1] * batch} if transformer.config.inject_sample_info else given
+
+
+def predict(
+    transformer: Any, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor]
+) -> Tensor:
+    """The velocity, noise - clean, of `noisy` = (1 - sigma) clean + sigma noise.
+
+    All frames have one noise level. For models of diffusion forcing this is their synchronous
+    mode (`ar_step=0`), in which the pipelines run unless told otherwise; the forward pass with the
+    level written out for each frame gives the same up to rounding.
+
+    Args:
+        noisy: (B, C, f, h, w) latents.
+        sigma: (B,) in [0, 1].
+        conditions: from `encode_prompt`, and `fps` (B,) of the clips, by default
+            FPS, for the models that are told whether it is 16.
+    """
+    told: dict[str, Any] = dict(conditions)
+    fps = told.pop("fps", torch.full_like(sigma, FPS))
+    if transformer.config.inject_sample_info:
+        told["fps"] = (fps != _SLOW).long().tolist()
+    return wan.predict(transformer, noisy, sigma, told)
 
 
 def no_frames(

@@ -4,7 +4,7 @@ Tokens are the video's alone, in raster order; text and image are seen by cross-
 control blocks run over the same grid, of which its reference images are the first frames.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from gen_accel.attention_processors.families import (
     in_patches,
     split_tokens,
 )
+from gen_accel.attention_processors.families.given import FIRST_FRAME, in_place, pixels_of
 from gen_accel.attention_processors.families.layers import Layers
 from gen_accel.video import VideoShape
 
@@ -63,6 +64,11 @@ PRESETS = {
         {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
     ),
     "Wan2.1-T2V-14B": Preset("Wan-AI/Wan2.1-T2V-14B-Diffusers", 14.3),
+    "Wan2.1-I2V-14B": Preset(
+        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+        16.4,
+        {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    ),
     "Wan2.2-T2V-A14B": Preset("Wan-AI/Wan2.2-T2V-A14B-Diffusers", 14.3),
     "Wan2.2-TI2V-5B": Preset(
         "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
@@ -241,6 +247,63 @@ def tiny_conditions(config: Any, tokens: int) -> dict[str, Tensor]:
     return {"encoder_hidden_states": torch.zeros(tokens, config.text_dim)}
 
 
+def latent_channels(config: Any) -> int:
+    return config.out_channels if _takes_frames(config) else config.in_channels
+
+
+@torch.no_grad()
+def first_frame(pipe: Any, transformer: Any, image: Any, frames: int) -> dict[str, Tensor]:
+    """Latents of the first frame, and CLIP's features of it where the model takes them.
+
+    Models with channels for the frames to keep take the latents of a clip that is grey after its
+    first frame. The autoencoder is causal, so that they are cut to the latents of a shorter clip.
+    Wan 2.2 TI2V-5B takes the latents of the frame alone, in the place of the first noisy ones.
+    """
+    config, video = transformer.config, pixels_of(pipe, image)
+    if _takes_frames(config):
+        rest = video.new_zeros(*video.shape[:2], frames - 1, *video.shape[3:])
+        video = torch.cat([video, rest], 2)
+    latents, scale = encoded(pipe, video, None), pipe.vae.config
+    mean, std = (
+        torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+        for values in (scale.latents_mean, scale.latents_std)
+    )
+    found = {FIRST_FRAME: ((latents - mean) * (1.0 / std))[0]}  # rounded as the pipeline does
+    if config.image_dim is not None:
+        device = next(pipe.image_encoder.parameters()).device
+        found["encoder_hidden_states_image"] = pipe.encode_image(image, device)[0]
+    return found
+
+
+def given_latents(transformer: Any) -> int:
+    """None where the first frame comes in channels of its own."""
+    return 0 if _takes_frames(transformer.config) else 1
+
+
+def _takes_frames(config: Any) -> bool:
+    """Whether there are channels for the frames to keep, beside the noisy latents."""
+    return config.in_channels > (config.out_channels or config.in_channels)
+
+
+def tiny_from_frame(config: Mapping[str, Any]) -> dict[str, Any]:
+    channels = config.get("in_channels", _SMALL)
+    if channels <= (config.get("out_channels") or channels):
+        return {}
+    tiny: dict[str, Any] = {"in_channels": 2 * _SMALL + TEMPORAL_FACTOR}
+    if config.get("image_dim") is not None:
+        tiny |= {"image_dim": 8, "added_kv_proj_dim": 32}
+    return tiny
+
+
+def tiny_first_frame(transformer: Any, frames: int, height: int, width: int) -> dict[str, Tensor]:
+    config = transformer.config
+    own = frames if _takes_frames(config) else 1
+    found = {FIRST_FRAME: torch.zeros(latent_channels(config), own, height, width)}
+    if config.image_dim is not None:
+        found["encoder_hidden_states_image"] = torch.zeros(_image_tokens(config), config.image_dim)
+    return found
+
+
 def predict(
     transformer: Any, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor]
 ) -> Tensor:
@@ -249,9 +312,35 @@ def predict(
     Args:
         noisy: (B, C, f, h, w) latents.
         sigma: (B,) in [0, 1].
-        conditions: from `encode_prompt`.
+        conditions: from `encode_prompt` and `first_frame`.
     """
-    return transformer(noisy, timestep=sigma * 1000, **conditions, return_dict=False)[0]
+    timestep = sigma * 1000
+    if FIRST_FRAME in conditions:
+        given = _with_frames if _takes_frames(transformer.config) else _in_tokens
+        noisy, timestep, conditions = given(transformer, noisy, timestep, conditions)
+    return transformer(noisy, timestep=timestep, **conditions, return_dict=False)[0]
+
+
+def _with_frames(
+    transformer: Any, noisy: Tensor, timestep: Tensor, conditions: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Add the channels of the frames to keep: a mask, 1 for the frames that are there, and their
+    latents."""
+    rest = dict(conditions)
+    latents = rest.pop(FIRST_FRAME).to(noisy.dtype)
+    masks = transformer.config.in_channels - noisy.shape[1] - latents.shape[1]
+    mask = noisy.new_zeros(len(noisy), masks, *noisy.shape[2:])
+    mask[:, :, 0] = 1
+    return torch.cat([noisy, mask, latents], 1), timestep, rest
+
+
+def _in_tokens(
+    transformer: Any, noisy: Tensor, timestep: Tensor, conditions: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Put the first frame in place, with a timestep for each token (B, tokens)."""
+    noisy, times, rest = in_place(noisy, timestep, conditions)
+    _, rows, columns = in_patches(noisy.shape[2:], transformer.config.patch_size)
+    return noisy, times.repeat_interleave(rows * columns, 1), rest
 
 
 def longest(transformer: Any) -> int:

@@ -72,12 +72,15 @@ def check_streamed(transformer: str | None, autoencoder: str | None) -> None:
         )
 
 
-def decode_stream(pipe: Any, latents: Tensor) -> Iterator[np.ndarray]:
+def decode_stream(
+    pipe: Any, latents: Tensor, *, device: torch.device | None = None
+) -> Iterator[np.ndarray]:
     """Decode `latents` to the video of `pipe`, in chunks of (f, H, W, 3) uint8.
 
     Args:
         pipe: a diffusers pipeline; its `vae` and `video_processor` are used.
         latents: (1, C, f, h, w), from a pipeline with `output_type="latent"`.
+        device: where the autoencoder is; None: where the pipeline runs.
 
     Raises:
         ValueError: another shape, or an autoencoder without a scale of its latents. While
@@ -98,7 +101,7 @@ def decode_stream(pipe: Any, latents: Tensor) -> Iterator[np.ndarray]:
             f"{type(vae).__name__} does not say how its latents are scaled: it has neither "
             "latents_mean nor scaling_factor"
         )
-    return _decoded(pipe, latents, _parts(vae))
+    return _decoded(pipe, latents, _parts(vae), device)
 
 
 def save_latents(path: str | Path, latents: Tensor, about: dict[str, Any]) -> Path:
@@ -156,14 +159,16 @@ def load_latents(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
 
 
 @torch.no_grad()
-def _decoded(pipe: Any, latents: Tensor, parts: Parts) -> Iterator[np.ndarray]:
+def _decoded(
+    pipe: Any, latents: Tensor, parts: Parts, device: torch.device | None
+) -> Iterator[np.ndarray]:
     vae = pipe.vae
     try:
         # Moves the weights of an offloaded model, as a decorator of `vae.decode` does.
         hook = getattr(vae, "_hf_hook", None)
         if hook is not None and hasattr(hook, "pre_forward"):
             hook.pre_forward(vae)
-        for pixels in parts(vae, unscaled(vae, latents, pipe._execution_device)):
+        for pixels in parts(vae, unscaled(vae, latents, device or pipe._execution_device)):
             [video] = pipe.video_processor.postprocess_video(pixels, output_type="np")
             yield as_uint8(video, vae)
     finally:

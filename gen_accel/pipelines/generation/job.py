@@ -205,6 +205,11 @@ class Job:
                 f"from_lora {from_lora} is for {recipe.part}: load it in Python, by "
                 "pipe.load_lora_weights(folder, load_into_transformer_2=True)"
             )
+        if recipe.condition == "first_frame" and (self.given is None or self.given.image is None):
+            raise ValueError(
+                f"from_lora {from_lora} was trained on clips with their first frame: give one, "
+                "--image FIRST.png"
+            )
         job = replace(self, clip=_guided(self.clip, recipe, from_lora), only_longer=own_techniques)
         if recipe.rank:  # at rank 0 only the method's own parameters were trained
             loras = (*self.loading.loras, str(from_lora))

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from operator import length_hint
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,10 +85,10 @@ def _lines(console: Any) -> "Progress":
             update_period: float = 0.1,
         ) -> Iterator[Any]:
             """Report every item; without a display, `Progress.track` reports the last one only."""
-            items = [*sequence]
             if task_id is None:
-                task_id = self.add_task(description, total=total or len(items))
-            for item in items:
+                known = total if total is not None else length_hint(sequence) or None
+                task_id = self.add_task(description, total=known)
+            for item in sequence:
                 yield item
                 self.advance(task_id)
 

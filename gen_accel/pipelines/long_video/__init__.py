@@ -266,7 +266,7 @@ def _target(pipe_or_transformer: Any, num_frames: int, trained_frames: int | Non
     name, transformer = next(iter(transformers.items()))
     if trained_frames is None:
         trained_frames = known_trained_frames(transformer)
-    factor = vae_factor(pipe, "temporal") or families[name].TEMPORAL_FACTOR
+    factor = vae_factor(pipe, "temporal") or families[name].temporal_factor(transformer)
     patch = temporal_patch(transformer)
     return Target(
         pipe,

@@ -68,10 +68,16 @@ class Training:
         tokens: of a text.
         level: noise level of a timestep that the transformer is given.
         lay: clean or noisy latents (B, C, f, h, w) as the pipeline holds them.
+        starts: the same as the pipeline takes them; by default as it holds them.
+        ends: the same as the pipeline returns them; by default as it holds them.
         fed: the same as the transformer is given them; by default as the pipeline holds them.
         said: what the transformer gives, for a prediction (B, C, f, h, w).
         near: tolerance of the noise levels, where the scheduler rounds its timesteps.
         rules: rules on rotary frequencies that are for the model.
+        compared: whether a call of the transformer is one that `predict` makes, by its arguments.
+        apart: arguments that are not compared, as the prediction does not depend on them.
+        rate: argument of the pipeline for frames a second, where it takes them.
+        is_even: whether latent frames lie evenly in time.
     """
 
     name: str
@@ -81,10 +87,16 @@ class Training:
     tokens: int = 16
     level: Callable[[Tensor], Tensor] = field(default=lambda timestep: timestep.double() / 1000)
     lay: Callable[[Tensor], Tensor] = field(default=lambda latents: latents)
+    starts: Callable[[Tensor], Tensor] | None = None
+    ends: Callable[[Tensor], Tensor] | None = None
     fed: Callable[[Tensor], Tensor] | None = None
     said: Callable[[Tensor], Tensor] | None = None
     near: float = 1e-4
     rules: tuple[str, ...] = ("riflex", "position_interpolation")
+    compared: Callable[[dict[str, Any]], bool] = field(default=lambda given: True)
+    apart: tuple[str, ...] = ()
+    rate: str | None = None
+    is_even: bool = True
 
 
 def _row(value: Any, row: int) -> Any:

@@ -8,14 +8,17 @@ from functools import partial
 from typing import Any
 
 import torch
+from demo_model.train import new_tokenizer
 from diffusers import (
     Cosmos2_5_PredictBasePipeline,
     Cosmos2_5_TransferPipeline,
+    Cosmos2VideoToWorldPipeline,
     CosmosTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
 )
-from support import wan
+from support import hunyuan, wan
 from support.image_models import noise
-from support.tiny import Case
+from support.tiny import Case, Training
 from torch import Tensor, nn
 
 CHANNELS, HEADS, HEAD_DIM = 4, 2, 16
@@ -185,4 +188,65 @@ CASES = [
         pipeline=lambda: pipeline(Cosmos2_5_TransferPipeline, controlnet=Control()),
         generate=generate,
     ),
+]
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'][0]['text'] }} {% endfor %}"
+
+
+def predict25() -> Any:
+    """Predict2.5 with a text encoder, all of whose layers it takes."""
+    llama, _ = hunyuan.text_encoders()
+    width = llama.config.num_hidden_layers * hunyuan.TEXT_WIDTH
+    model = transformer(
+        in_channels=wan.CHANNELS + 1,
+        out_channels=wan.CHANNELS,
+        extra_pos_embed_type=None,
+        concat_padding_mask=True,
+        use_crossattn_projection=True,
+        crossattn_proj_in_channels=width,
+        encoder_hidden_states_channels=wan.TEXT_WIDTH,
+    )
+    tokenizer = new_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    pipe: Any = Cosmos2_5_PredictBasePipeline(
+        transformer=model,
+        vae=wan.autoencoder(),
+        scheduler=wan.unipc(),
+        safety_checker=Unchecked(),  # pyright: ignore[reportArgumentType]
+        text_encoder=llama,  # pyright: ignore[reportArgumentType]
+        tokenizer=tokenizer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def predict2() -> Any:
+    """Predict2, from a first frame."""
+    model = transformer(
+        in_channels=wan.CHANNELS + 1,
+        out_channels=wan.CHANNELS,
+        extra_pos_embed_type=None,
+        concat_padding_mask=True,
+    )
+    pipe: Any = Cosmos2VideoToWorldPipeline(
+        transformer=model,
+        vae=wan.autoencoder(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
+        safety_checker=Unchecked(),  # pyright: ignore[reportArgumentType]
+        text_encoder=wan.text_encoder(),  # pyright: ignore[reportArgumentType]
+        tokenizer=new_tokenizer(),  # pyright: ignore[reportArgumentType]
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+TRAINING = [
+    Training(
+        "cosmos25",
+        predict25,
+        (9, 32, 48),
+        {"guidance_scale": 1.0, "max_sequence_length": 40},
+        tokens=40,  # the template comes first
+        level=lambda timestep: timestep[:, 0, 0, 0, 0].double(),
+    )
 ]

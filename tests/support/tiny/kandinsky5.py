@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from demo_model.train import new_tokenizer
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Kandinsky5I2VPipeline,
@@ -11,7 +12,7 @@ from diffusers import (
     Kandinsky5Transformer3DModel,
 )
 from support import hunyuan, wan
-from support.tiny import Case
+from support.tiny import Case, Training
 from support.tiny.wan import noise
 from torch import Tensor, nn
 
@@ -21,19 +22,19 @@ TEXT, TEXT_WIDTH, POOLED_WIDTH = 9, 8, 6
 
 def transformer(**config: Any) -> Any:
     torch.manual_seed(0)
-    model = Kandinsky5Transformer3DModel(
-        in_visual_dim=CHANNELS,
-        out_visual_dim=CHANNELS,
-        in_text_dim=TEXT_WIDTH,
-        in_text_dim2=POOLED_WIDTH,
-        time_dim=16,
-        model_dim=32,
-        ff_dim=32,
-        num_text_blocks=1,
-        num_visual_blocks=2,
-        axes_dims=(4, 6, 6),
-        **config,
-    )
+    tiny: dict[str, Any] = {
+        "in_visual_dim": CHANNELS,
+        "out_visual_dim": CHANNELS,
+        "in_text_dim": TEXT_WIDTH,
+        "in_text_dim2": POOLED_WIDTH,
+        "time_dim": 16,
+        "model_dim": 32,
+        "ff_dim": 32,
+        "num_text_blocks": 1,
+        "num_visual_blocks": 2,
+        "axes_dims": (4, 6, 6),
+    }
+    model = Kandinsky5Transformer3DModel(**(tiny | config))
     for name, weight in model.named_parameters():
         if name.endswith("modulation.out_layer.weight"):  # empty, so that no attention is added
             nn.init.normal_(weight, std=0.2)
@@ -131,4 +132,53 @@ CASES = [
         # Its first frames are fitted to the statistics of those after them.
         generate=partial(generate, frames=21, image=wan.picture(0)),
     ),
+]
+
+
+class Processor:
+    """In the place of Qwen's: one token a word, and no pictures."""
+
+    def __init__(self) -> None:
+        self.tokenizer = new_tokenizer()
+
+    def __call__(self, text: list[str], images: None, videos: None, **options: Any) -> Any:
+        return self.tokenizer(text, **options)
+
+    def decode(self, tokens: Tensor) -> str:
+        return self.tokenizer.decode(tokens)
+
+
+def texts(kind: type = Kandinsky5T2VPipeline, **config: Any) -> Any:
+    """A pipeline with both text encoders."""
+    llama, clip = hunyuan.text_encoders()
+    pipe = pipeline(kind, transformer(in_text_dim2=hunyuan.POOLED_WIDTH, **config))
+    processor: Any = Processor()
+    pipe.register_modules(text_encoder=llama, text_encoder_2=clip, tokenizer_2=new_tokenizer())
+    pipe.tokenizer = processor
+    before = pipe.prompt_template.split("{}")[0]
+    words = processor([before], None, None)["input_ids"][0]
+    pipe.prompt_template_encode_start_idx = len(words) - 1  # without the end of the text
+    return pipe
+
+
+def last(latents: Tensor) -> Tensor:
+    return latents.movedim(1, -1)
+
+
+def beside_nothing(latents: Tensor) -> Tensor:
+    """With the channels and the mask of given frames, of which there are none."""
+    zeros = torch.zeros_like(latents)
+    return last(torch.cat([latents, zeros, zeros[:, :1]], 1))
+
+
+TRAINING = [
+    Training(
+        "kandinsky5",
+        partial(texts, visual_cond=True),
+        (9, 32, 48),
+        {"guidance_scale": 1.0},
+        lay=last,
+        starts=beside_nothing,
+        fed=beside_nothing,
+    )
 ]

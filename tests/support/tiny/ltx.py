@@ -181,6 +181,7 @@ TRAINING = [
         (17, 64, 96),
         {"guidance_scale": 1.0, "max_sequence_length": 16},
         lay=packed,
+        rate="frame_rate",
         rules=("position_interpolation",),
     )
 ]

@@ -4,6 +4,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from demo_model.train import new_tokenizer
 from diffusers import (
     AutoencoderKLLTX2Audio,
     AutoencoderKLLTX2Video,
@@ -14,8 +15,8 @@ from diffusers import (
 )
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
-from support import wan
-from support.tiny import Case
+from support import hunyuan, wan
+from support.tiny import Case, Training
 from support.tiny.ltx import poke, starts_of
 from support.tiny.wan import noise
 from torch import Tensor, nn
@@ -208,4 +209,54 @@ CASES = [
         pipeline=lambda: pipeline(transformer(), LTX2ConditionPipeline),
         generate=generate,
     ),
+]
+
+
+def texts(**config: Any) -> Any:
+    """A pipeline with a text encoder, all of whose layers its connectors take."""
+    llama, _ = hunyuan.text_encoders()
+    made = parts()
+    about = dict(made["connectors"].config)  # pyright: ignore[reportArgumentType]
+    torch.manual_seed(4)
+    connectors = LTX2TextConnectors.from_config(
+        about | {"text_proj_in_factor": llama.config.num_hidden_layers + 1}
+    )
+    pipe = pipeline(transformer(**config))
+    pipe.register_modules(text_encoder=llama, tokenizer=new_tokenizer(), connectors=connectors)
+    return pipe
+
+
+def packed(latents: Tensor) -> Tensor:
+    return latents.flatten(2).transpose(1, 2)
+
+
+TRAINING = [
+    Training(
+        "ltx2",
+        texts,
+        (17, 64, 96),
+        {
+            "guidance_scale": 1.0,
+            "audio_guidance_scale": 1.0,
+            "stg_scale": 0.0,
+            "audio_stg_scale": 0.0,
+            "modality_scale": 3.0,  # calls once more without sound
+            "max_sequence_length": 16,
+        },
+        lay=packed,
+        ends=lambda latents: latents,
+        rules=("position_interpolation",),
+        compared=lambda given: given["isolate_modalities"],
+        apart=(
+            "audio_hidden_states",
+            "audio_encoder_hidden_states",
+            "audio_encoder_attention_mask",
+            "audio_num_frames",
+            "audio_coords",
+            "video_coords",  # made of the sizes and the rate
+            "use_cross_timestep",
+        ),
+        rate="frame_rate",
+        is_even=False,
+    )
 ]

@@ -8,12 +8,12 @@ from diffusers import (
     SkyReelsV2Transformer3DModel,
 )
 from support import wan
-from support.tiny import Case
+from support.tiny import Case, Training
 from support.tiny.wan import inputs, poke
 
 
-def transformer() -> Any:
-    return wan.transformer(kind=SkyReelsV2Transformer3DModel)
+def transformer(**config: Any) -> Any:
+    return wan.transformer(kind=SkyReelsV2Transformer3DModel, **config)
 
 
 def forced_inputs(frames: int, height: int, width: int, **options: Any) -> dict[str, Any]:
@@ -42,5 +42,15 @@ CASES = [
             SkyReelsV2DiffusionForcingPipeline, transformer=transformer()
         ),
         generate=wan.generate,
+    ),
+]
+
+TRAINING = [
+    Training(
+        "skyreels",
+        lambda: wan.pipeline(SkyReelsV2Pipeline, transformer=transformer()),
+        (9, 32, 48),
+        {"guidance_scale": 1.0, "max_sequence_length": 16},
+        near=0.01,  # the scheduler's timesteps are whole
     ),
 ]

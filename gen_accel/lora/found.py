@@ -1,0 +1,262 @@
+"""Report of what was found in a data set: what is trained on, what is lost, what is left out."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from heapq import nlargest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gen_accel.files import plain, replacing
+from gen_accel.lora.data import Size
+from gen_accel.lora.reconstruction import Remade
+
+REPORT = "report.json"
+SHOWN = 20  # most names listed; all of them are in the file
+LEAST_LOSS = 0.01  # share of a picture below which a crop is not mentioned
+
+
+class Lost(NamedTuple):
+    """What is lost of a clip.
+
+    Args:
+        name: name of the clip.
+        picture: share of each frame that the crop takes away.
+        unused: number of frames outside of every chunk; None if the rest of the clip is damaged.
+        frames: number of frames of the clip, at the rate that clips are resampled to; a frame
+            more or less where not all were decoded.
+    """
+
+    name: str
+    picture: float
+    unused: int | None
+    frames: int | None
+
+    def __str__(self) -> str:
+        parts = []
+        if self.picture >= LEAST_LOSS:
+            parts.append(f"loses {self.picture:.0%} of its picture")
+        if self.unused:
+            parts.append(f"{self.unused} of {self.frames} frames unused")
+        return f"{self.name}: {', '.join(parts)}"
+
+    @property
+    def is_worth_saying(self) -> bool:
+        return self.picture >= LEAST_LOSS or bool(self.unused)
+
+
+class Bucket(NamedTuple):
+    """Clips of one size and length.
+
+    Args:
+        frames: pixel frames.
+        size: height and width in pixels.
+        clips: number of clips, each chunk counted.
+        seconds: how long they are together; None if unknown.
+    """
+
+    frames: int
+    size: Size
+    clips: int
+    seconds: float | None
+
+    def __str__(self) -> str:
+        height, width = self.size
+        kind = "of 1 frame" if self.frames == 1 else f"of {self.frames} frames"
+        lasts = "" if self.seconds is None else f", {self.seconds:,.1f} s"
+        return f"{height} x {width}: {self.clips:,} {kind}{lasts}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Report of a run of `cache`. A clip counts once for each chunk and length.
+
+    `str` lists at most 20 names of a kind; `OUT/cache/report.json` has all.
+
+    Args:
+        encoded: number of clips encoded now.
+        kept: number of clips that were in the cache already.
+        removed: number of clips that the cache held before and holds no more.
+        texts: number of captions encoded now, the empty one included.
+        short: names of videos with fewer frames than the shortest length.
+        broken: names of videos that could not be read, with the reason.
+        damaged: names of shards that had to be encoded again.
+        images: number of images encoded now; None without image prompts.
+        left_out: names of clips and scenes that are not trained on, with the reason; also those of
+            `short` and `broken`.
+        lost: what is lost of each clip that is trained on, to crop and length.
+        buckets: what is trained on.
+        videos: number of clips found in the data.
+        remade: what the autoencoder makes of some clips; None where it cannot be decoded.
+    """
+
+    folder: Path
+    encoded: int
+    kept: int
+    removed: int
+    texts: int
+    short: tuple[str, ...] = ()
+    broken: dict[str, str] = field(default_factory=dict)
+    damaged: tuple[str, ...] = ()
+    images: int | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+    lost: Sequence[Lost] = ()
+    buckets: tuple[Bucket, ...] = ()
+    videos: int = 0
+    remade: Remade | None = None
+
+    @property
+    def clips(self) -> int:
+        """Number of clips that are trained on, each chunk counted."""
+        return sum(bucket.clips for bucket in self.buckets)
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the clips are together, pictures aside; None if unknown."""
+        known = [bucket.seconds for bucket in self.buckets if bucket.frames > 1]
+        return sum(known) if known and None not in known else None  # pyright: ignore
+
+    @property
+    def lost_picture(self) -> float:
+        """Mean share of the picture that is lost to the crop."""
+        return sum(one.picture for one in self.lost) / max(1, len(self.lost))
+
+    @property
+    def unused_frames(self) -> tuple[int, int]:
+        """Number of frames outside of every chunk, and of all frames, where both are known."""
+        known = [one for one in self.lost if one.unused is not None and one.frames is not None]
+        return sum(one.unused or 0 for one in known), sum(one.frames or 0 for one in known)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.encoded} clips encoded",
+            f"{self.kept} kept",
+            f"{self.removed} removed",
+            f"{self.texts} texts encoded",
+            *([] if self.images is None else [f"{self.images} images encoded"]),
+            f"{len(self.short)} too short",
+            f"{len(self.broken)} broken",
+        ]
+        lines = [f"{self.folder}: {', '.join(parts)}", *self._totals()]
+        if self.left_out:
+            lines.append(f"left out, {len(self.left_out)}:")
+            said = [f"{name}: {reason}" for name, reason in self.left_out.items()]
+            lines += _listed(said, len(said), self.folder)
+        if count := sum(one.is_worth_saying for one in self.lost):
+            worst = nlargest(SHOWN, filter(_worth_saying, self.lost), key=_loss)
+            lines.append(self._losses(count))
+            lines += _listed([str(one) for one in worst], count, self.folder)
+        if self.remade is not None:
+            lines.append(str(self.remade))
+        return "\n".join(lines)
+
+    def write(self) -> Path:
+        """Write what holds of the data, whichever run encoded it, to `report.json` in the folder.
+
+        Returns the file.
+        """
+        unused, frames = self.unused_frames
+        about = {
+            "videos": self.videos,
+            "clips": self.clips,
+            "seconds": self.seconds,
+            "buckets": [bucket._asdict() for bucket in self.buckets],
+            "left_out": self.left_out,
+            "lost_picture": self.lost_picture,
+            "unused_frames": unused,
+            "frames": frames,
+            "psnr": None if self.remade is None else dict(self.remade.psnr),
+        }
+        with replacing(self.folder / REPORT) as partial:
+            _write(partial, about, "lost", (one._asdict() for one in self.lost))
+        return self.folder / REPORT
+
+    def _totals(self) -> list[str]:
+        if not self.buckets:
+            return []
+        lasts = "" if self.seconds is None else f", {self.seconds:,.1f} s"
+        total = f"{self.clips:,} to train on{lasts}, of {self.videos:,} found:"
+        return [total, *(f"  {bucket}" for bucket in self.buckets)]
+
+    def _losses(self, count: int) -> str:
+        unused, frames = self.unused_frames
+        length = f"{unused:,} of {frames:,} frames unused" if frames else "lengths unknown"
+        picture = f"{self.lost_picture:.0%} of the picture cropped on average"
+        return f"lost of {count:,} clips: {picture}, {length}:"
+
+
+def lost_picture(stored: Size, size: Size) -> float:
+    """Return the share of a frame that resizing to cover `size` and a crop take away."""
+    scale = max(size[0] / stored[0], size[1] / stored[1])
+    kept = (size[0] / scale) * (size[1] / scale) / (stored[0] * stored[1])
+    return max(0.0, 1 - kept)
+
+
+def unused_frames(total: int | None, chunks: Iterable[tuple[int, int]]) -> int | None:
+    """Count the frames of a clip outside of all chunks, (first frame, frames) each."""
+    if total is None:
+        return None
+    used: set[int] = set()
+    for begin, frames in chunks:
+        used.update(range(begin, begin + frames))
+    return max(0, total - len(used))
+
+
+def buckets_of(clips: Iterable[tuple[int, Size, float | None]]) -> tuple[Bucket, ...]:
+    """Group clips, (frames, size, seconds) each, sorted by size and length."""
+    count: Counter[tuple[Size, int]] = Counter()
+    lasting: dict[tuple[Size, int], float | None] = {}
+    for frames, size, seconds in clips:
+        known = lasting.get((size, frames), 0.0)
+        count[size, frames] += 1
+        lasting[size, frames] = None if seconds is None or known is None else known + seconds
+    return tuple(
+        Bucket(frames, size, number, lasting[size, frames])
+        for (size, frames), number in sorted(count.items())
+    )
+
+
+def too_short(frames: int, fps: float | None, shortest: int, scenes: int = 1) -> str:
+    """Say why a clip, or its longest scene, is left out."""
+    has = f"{frames} frames" if frames != 1 else "1 frame"
+    if fps is not None:
+        has = f"{frames / fps:.1f} s, {has} at {fps:g} a second"
+    of = f"the longest of {scenes} scenes has " if scenes > 1 else ""
+    return f"too short: {of}{has}, the shortest stage needs {shortest}"
+
+
+def why_broken(reason: str) -> str:
+    """Cut a reader's message, which names the file, to the reason."""
+    reason = reason.rpartition(" cannot be read: ")[2]
+    return reason.removeprefix("it has ") if "no video stream" in reason else f"broken: {reason}"
+
+
+def _worth_saying(one: Lost) -> bool:
+    return one.is_worth_saying
+
+
+def _loss(one: Lost) -> float:
+    """Share of the clip that is lost, for sorting."""
+    kept = 1.0 if not one.frames or one.unused is None else 1 - one.unused / one.frames
+    return 1 - kept * (1 - one.picture)
+
+
+def _listed(lines: Sequence[str], count: int, folder: Path) -> list[str]:
+    """Indent the first of `count` lines, and say how many more there are."""
+    shown = [f"  {line}" for line in lines[:SHOWN]]
+    if count > SHOWN:
+        shown.append(f"  and {count - SHOWN:,} more in {folder / REPORT}")
+    return shown
+
+
+def _write(path: Path, about: dict[str, Any], name: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Write JSON whose last field is a long list, a row at a time."""
+    head = json.dumps(plain(about), indent=2, ensure_ascii=False)
+    # A file name that is not UTF-8 is written with JSON's escape.
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(f'{head[:-2]},\n  "{name}": [')
+        for number, row in enumerate(rows):
+            text = json.dumps(plain(row), ensure_ascii=False)
+            file.write(f"{',' if number else ''}\n    {text}")
+        file.write("\n  ]\n}\n")

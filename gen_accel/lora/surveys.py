@@ -1,0 +1,87 @@
+"""What is known of a clip before it is encoded: its size, its length and its cuts."""
+
+from typing import Any
+
+from gen_accel.lora.data import CaptionedVideo
+from gen_accel.lora.scenes import RECIPE, CutFinder
+from gen_accel.lora.takes import Take, scenes_of
+
+RATE = 25.0  # frames a second where clips keep their own; for messages of the detector alone
+
+
+def clip_key(video: CaptionedVideo, digest: str, fps: float | None) -> str:
+    """Name a clip at a frame rate, which a picture has not."""
+    return f"{digest} picture" if video.is_picture else f"{digest} {fps}"
+
+
+def survey(
+    video: CaptionedVideo,
+    take: Take,
+    longest: int,
+    fps: float | None,
+    known: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Find out about a clip what `known` from an earlier run does not tell.
+
+    Args:
+        longest: frames of the longest length; no more are decoded where `take` needs none.
+
+    Returns:
+        Fields that are fit for JSON. frames: number of frames found; all of them where that is
+        less than `asked`. size: height and width. total: frames of the whole clip, a frame more or
+        less where not all were decoded; None if the rest is damaged. seconds: how long it is; None
+        if unknown. cuts, cuts_by: see `CutFinder`, where cuts are asked for.
+
+    Raises OSError for a clip that cannot be read.
+    """
+    about = dict(known or {})
+    is_whole = bool(about) and about["frames"] < about["asked"]
+    is_enough = is_whole or (about and not take.reads_all and about["asked"] >= longest)
+    cuts = take.scenes == "cut" and not video.is_picture
+    if not is_enough or (cuts and about.get("cuts_by") != RECIPE):
+        about |= _decoded(video, None if take.reads_all else longest, fps, cuts)
+        about.pop("total", None)
+    if "total" not in about:
+        about |= _extent(video, about, fps)
+    return about
+
+
+def scenes_in(about: dict[str, Any], take: Take) -> list[tuple[int, int]]:
+    """Return the scenes of a surveyed clip: its frames between cuts, or all frames."""
+    return scenes_of(about["frames"], about["cuts"] if take.scenes == "cut" else ())
+
+
+def _decoded(
+    video: CaptionedVideo, most: int | None, fps: float | None, cuts: bool
+) -> dict[str, Any]:
+    if most is not None:
+        found = video.survey(frames=most, fps=fps)
+        return {"frames": found.frames, "asked": most, "size": list(found.size)}
+    finder = CutFinder(fps or RATE) if cuts else None
+    count, size = 0, (0, 0)
+    with video.playing(fps) as pictures:
+        for picture in pictures:
+            count, size = count + 1, picture.shape[:2]
+            if finder is not None:
+                finder.see(picture)
+    if not count:
+        raise OSError("it holds no frames")
+    about: dict[str, Any] = {"frames": count, "asked": count + 1, "size": list(size)}
+    return about if finder is None else about | {"cuts": finder.cuts(), "cuts_by": RECIPE}
+
+
+def _extent(video: CaptionedVideo, about: dict[str, Any], fps: float | None) -> dict[str, Any]:
+    is_whole = about["frames"] < about["asked"]
+    try:
+        stored, seconds = video.extent()
+    except OSError:  # beyond the frames that are needed
+        return {"total": about["frames"] if is_whole else None, "seconds": None}
+    if is_whole:
+        total = about["frames"]
+    elif fps is None or seconds is None:
+        total = max(about["frames"], stored)
+    else:
+        total = max(about["frames"], round(seconds * fps))
+    if seconds is None and fps is not None and not video.is_picture:
+        seconds = total / fps
+    return {"total": total, "seconds": seconds}
