@@ -242,6 +242,14 @@ class TrainConfig:
     min_snr: float = _(5.0, "Loss", "Of min_snr: the signal-to-noise ratio where it cuts.")
     caption_dropout: float = _(0.1, "Loss", "Share of the clips that are shown without a caption.")
 
+    masks: bool = _(
+        False,
+        "Loss",
+        "The loss counts by clip.mask.mp4 or .png beside clip.mp4, or the column mask: white "
+        "fully, black as mask_floor.",
+    )
+    mask_floor: float = _(0.0, "Loss", "masks: how much counts what is black, 0 to 1.")
+
     batch_size: int = _(1, "Optimizer", "Clips a process and micro-step.")
     gradient_accumulation: int = _(1, "Optimizer", "Micro-steps a step.")
     optimizer: Literal["adamw", "adamw8bit"] = _(

@@ -93,6 +93,8 @@ def dry_run(config: TrainConfig) -> Trained:
             held_out=0.0,
             loss_every=0,
             images=0.0,
+            masks=False,
+            mask_floor=0.0,
             validate_every=0,
             validation_images=(),
             log_with="none",

@@ -119,6 +119,10 @@ def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
             f"for are {asked}"
         )
     check_options(config, latents)
+    if config.masks and not latents.has_masks:
+        raise ValueError(
+            f"{latents.folder} holds no masks: give data, or cache again with this config"
+        )
     if latents.fps != config.fps:
         raise ValueError(
             f"{latents.folder} holds clips at {latents.fps} frames a second, asked for are "
@@ -325,6 +329,7 @@ def cache_clips(config: TrainConfig, pipe: Any = None) -> Any:
         images=ImageCoder.of(config) if config.adapter == "image_prompt" else None,
         teacher=config.reads_teacher_captions,
         condition=config.condition,
+        masks=config.masks,
         take=Take(config.take, config.chunks, config.scenes),
         captions=Captions(config.trigger, config.prefix, config.shuffle_tags, config.tag_orders),
         default_caption=config.default_caption,
