@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import WanImageToVideoPipeline
 from safetensors.torch import load_file
 from support import finetuning as ft
 from support import wan
-from support.runs import WEIGHTS, assert_same_lora, files, metrics, state
+from support.clips import footage
+from support.runs import WEIGHTS, assert_same_lora, files, launch, metrics, state
 
 import gen_accel
 from gen_accel.attention_processors.attached.recipe import folders_of, read_recipe
@@ -19,11 +21,13 @@ from gen_accel.files import file_sha256
 from gen_accel.lora import checkpoint, push, trainer
 from gen_accel.lora.by_turns import Experts
 from gen_accel.lora.dry_run import dry_run
+from gen_accel.lora.encode import cache
 from gen_accel.lora.experts import PARTS, Turns, config_of, resident
+from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.prepare import model_of, place
 from gen_accel.lora.report import REPORT
 from gen_accel.lora.validate import steps_above
-from gen_accel.measure.video_io import read_video
+from gen_accel.measure.video_io import read_video, write_video
 from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.loading import Loading, load
 from gen_accel.pipelines.generation.sampling import Clip
@@ -257,6 +261,43 @@ class TestTraining:
             recipe = read_recipe(tmp_path / "b" / "lora" / part)
             assert recipe.teacher == file_sha256(first.folder / part / WEIGHTS)
         assert len(set(state(tmp_path / "b").state["teacher"].split())) == 2
+
+    def test_from_a_first_frame(self, tmp_path):
+        """As Wan 2.2's I2V A14B."""
+        made = [wan.transformer(i, in_channels=2 * wan.CHANNELS + 4) for i in range(2)]
+        pipe = wan.pipeline(
+            WanImageToVideoPipeline,
+            transformer=made[0],
+            transformer_2=made[1],
+            boundary_ratio=0.9,
+        )
+        folder = tmp_path / "clips"
+        path = write_video(footage(9, 32, 64), folder / "a.mp4", fps=16)
+        path.with_suffix(".txt").write_text("a red square")
+        cache(pipe, folder, tmp_path / "cache", frames=(9,), sizes=[(32, 64)], max_tokens=8)
+        given = ft.config(tmp_path / "run", part="both", stages=("9:2",), switch_every=1)
+        found = model_of(given, pipe)
+        assert (found.condition, found.boundary) == ("first_frame", 0.9)
+        done = ft.train(given, LatentCache(tmp_path / "cache"), model=found._replace(pipe=None))
+        for folder in folders_of(done.folder).values():
+            assert read_recipe(folder).condition == "first_frame"
+            weights = load_file(folder / WEIGHTS)
+            assert any(x.any() for name, x in weights.items() if "lora_B" in name)
+
+    @pytest.mark.slow
+    def test_two_processes_are_as_one(self, tmp_path):
+        """To rounding: both experts, two clips a step."""
+        fields = BOTH | {"lora_dropout": 0.0, "gradient_accumulation": 1}
+        alone = ft.config(tmp_path / "one", **fields | {"batch_size": 2})
+        ft.train(alone, model=model())
+        (tmp_path / "two").mkdir()
+        launch({"out": str(tmp_path / "two"), "fields": fields, "experts": 2}, launcher=False)
+        for part in ("", "transformer_2"):
+            ours, theirs = (
+                load_file(tmp_path / one / "lora" / part / WEIGHTS) for one in ("one", "two")
+            )
+            for name, x in ours.items():
+                torch.testing.assert_close(x, theirs[name], rtol=1e-3, atol=1e-5)
 
     def test_a_dry_run(self):
         found = dry_run(

@@ -87,9 +87,7 @@ class TestFound:
 
     def test_two_of_one_clip_are_refused(self, clips):
         Image.new("RGB", (WIDTH, HEIGHT)).save(clips / "a.mask.png")
-        with pytest.raises(
-            ValueError, match=r"a.mp4 must have one mask beside it, got a\.mask"
-        ):
+        with pytest.raises(ValueError, match=r"a.mp4 must have one mask beside it, got a\.mask"):
             find_videos(clips, masks=True)
 
 

@@ -228,18 +228,22 @@ def start(job: dict[str, Any]) -> None:
 
     Args:
         job: `out`, `fields` of the config, and what else there is of `stall`, `sharded`, `resume`,
-            the arguments of `poison`, and `refused`, so that an error is printed.
+            `experts`, where two train, the arguments of `poison`, and `refused`, so that an error
+            is printed.
     """
     if "stall" in job:
         stall(Path(job["out"]) / "stalled", job["stall"])
     given = config(job["out"], **job["fields"])
     pipe = wan.pipeline() if given.validate_every else None
+    made = model(pipe)
+    if "experts" in job:
+        made = made._replace(transformer_2=wan.transformer(1), boundary=0.875)
     accelerator = sharded(given) if job.get("sharded") else accelerator_for(given)
     clip = TrainingState.clip
     if "poison" in job:
         poison(*job["poison"])
     try:
-        run(given, accelerator, model(pipe), Clips(), resume=job.get("resume", False))
+        run(given, accelerator, made, Clips(), resume=job.get("resume", False))
     except (OSError, ValueError) as error:
         if "refused" not in job:
             raise
