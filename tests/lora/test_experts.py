@@ -18,9 +18,8 @@ from gen_accel.attention_processors.attached.recipe import folders_of, read_reci
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.cli import early
 from gen_accel.files import file_sha256
-from gen_accel.lora import checkpoint, push, trainer
+from gen_accel.lora import checkpoint, dry_run, push, trainer
 from gen_accel.lora.by_turns import Experts
-from gen_accel.lora.dry_run import dry_run
 from gen_accel.lora.encode import cache
 from gen_accel.lora.experts import PARTS, Turns, config_of, resident
 from gen_accel.lora.latents import LatentCache
