@@ -17,6 +17,7 @@ from gen_accel.hub import check_there, parted
 from gen_accel.json_files import read_fields
 from gen_accel.kinds import FIRST, LAST, VIDEO, choose_in
 from gen_accel.lora.config import Stage
+from gen_accel.lora.experts import check_parts
 from gen_accel.lora.memory import check_installed
 from gen_accel.paths import check_replaceable, check_video_suffix, expanded
 
@@ -220,6 +221,7 @@ def check_config(given: Mapping[str, Any], *, published: bool = False) -> None:
     )
     check = check_subject if published else check_model
     check(given.get("model", NAME))
+    check_parts(given)
 
 
 def check_clips(given: Mapping[str, Any]) -> None:

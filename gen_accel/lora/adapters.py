@@ -51,7 +51,7 @@ from gen_accel.tensor_files import check_finite
 with needed_for("a LoRA", extra="train"):
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-Write = Callable[[Path], Any]
+Write = Callable[..., Any]  # takes a folder
 
 
 class Lora:
@@ -119,7 +119,9 @@ class Lora:
             }
             processors = partial(save_processors, self._handle, tensors=kept)
         recipe, transformer = self._recipe, self._transformer
-        return lambda folder: write_lora(folder, transformer, state, processors, recipe)
+        return partial(
+            write_lora, transformer=transformer, state=state, processors=processors, recipe=recipe
+        )
 
 
 class ImagePromptAdapter:

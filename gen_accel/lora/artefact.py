@@ -4,12 +4,13 @@ pytorch_lora_weights.safetensors   with alpha, rank and the recipe in its metada
 gen_accel.json                     the recipe, to be read
 processors.json, .safetensors      the method's own parameters, where it has some
 README.md                          the model card
+transformer_2/                     the same of the expert for low noise, where both trained
 """
 
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from gen_accel.files import file_sha256, replacing, write_json
 from gen_accel.lora.card import CARD, card_for
 from gen_accel.lora.config import TrainConfig
 from gen_accel.method import on_device, parts_of
+from gen_accel.names import EXPERTS
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.lora_fit import check_fit, under
 from gen_accel.tensor_files import check_finite, save_tensors
@@ -248,6 +250,8 @@ def write_lora(
     state: dict[str, Tensor],
     processors: Any | None,
     recipe: Recipe,
+    *,
+    second: Callable[[Path], Any] | None = None,
 ) -> Path:
     """Write the folder, which appears only when it is complete. A model card that was edited
     stays.
@@ -256,6 +260,7 @@ def write_lora(
         state: result of `lora_state`; empty if only the processors trained.
         processors: writes the method's own parameters into a given folder; None if the method has
             no parameters.
+        second: writes the LoRA of the second expert into a given folder.
 
     Raises:
         ValueError: weights that are not finite.
@@ -279,9 +284,12 @@ def write_lora(
         }
         save_tensors(tensors, partial / WEIGHTS, metadata)
         write_json(partial / CONFIG, recipe.to_dict())
-        (partial / CARD).write_bytes(card_for(folder, recipe))
+        if not recipe.parts or recipe.others:  # the first one's card is for both
+            (partial / CARD).write_bytes(card_for(folder, recipe))
         if processors is not None:
             processors(partial)
+        if second is not None:
+            second(partial / EXPERTS[1])
     return folder
 
 

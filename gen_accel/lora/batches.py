@@ -9,7 +9,7 @@ from torch import Tensor
 from gen_accel.attention_processors.families import family_of
 from gen_accel.attention_processors.families.given import IS_GIVEN
 from gen_accel.extras import needed_for
-from gen_accel.lora.conditions import TEXT
+from gen_accel.lora.conditions import MASK, TEXT
 from gen_accel.lora.config import Stage, TrainConfig
 from gen_accel.lora.held_out import held_out
 from gen_accel.lora.latents import LatentCache
@@ -109,7 +109,7 @@ class Batches:
             self._put(torch.stack(latents)),
             self._put(torch.stack([drawn.noise for drawn in draws])),
             self._put(torch.tensor([drawn.sigma for drawn in draws])),
-            self._together(conditions) | frame,
+            self._together(conditions) | frame | self._masks(numbers, latents[0].shape[1]),
             self._taught(numbers, draws),
             self._untold(size, frame) if config.teacher_guidance > 1 else None,
             *map(self._put, self.adapter.inputs(self.cache, numbers, draws)),
@@ -124,6 +124,15 @@ class Batches:
             is_given = torch.tensor([float(drawn.framed) for drawn in draws])
             found[IS_GIVEN] = self._put(is_given)
         return found
+
+    def _masks(self, clips: list[int], frames: int) -> dict[str, Tensor]:
+        """Return how much each latent of the clips counts, (B, 1, f, h, w); nothing without
+        masks."""
+        if not self.config.masks:
+            return {}
+        shown = torch.stack([self.cache.mask(clip, frames) for clip in clips])
+        floor = self.config.mask_floor
+        return {MASK: self._put(floor + (1 - floor) * shown)}
 
     def _untold(self, size: int, frame: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the conditions of the empty caption, with the same first frames."""

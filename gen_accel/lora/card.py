@@ -121,14 +121,14 @@ def _rows(recipe: Recipe, image: bool) -> dict[str, Any]:
     model = "the demo model of gen_accel" if recipe.base_model == NAME else "a folder"
     shown = {
         "base model": public_name(recipe.base_model) or model,
-        "part": recipe.part,
+        "part": _both(recipe) if recipe.others else recipe.part,
         "attention": f"`{recipe.method}` {_options(recipe)}".strip(),
         "dense layers, dense steps": _dense(recipe),
         "frames, height, width": f"{recipe.frames}, {recipe.height}, {recipe.width}",
         "frames that the model was made for": recipe.trained_frames,
         "rule of positions": recipe.rope,
         "curriculum, frames:steps": ", ".join(recipe.stages),
-        "optimizer steps": recipe.steps,
+        f"optimizer steps{f' of {recipe.part}' if recipe.others else ''}": recipe.steps,
         "clips": recipe.clips,
         "clips a step": recipe.batch,
         "objective": recipe.objective,
@@ -144,6 +144,11 @@ def _rows(recipe: Recipe, image: bool) -> dict[str, Any]:
     if recipe.techniques:
         shown["sampled with"] = ", ".join(f"`{one}`" for one in recipe.techniques)
     return {name: value for name, value in shown.items() if value is not None}
+
+
+def _both(recipe: Recipe) -> str:
+    other = ", ".join(recipe.others)
+    return f"{recipe.part}; {other} of the same run lies in `{other}/`"
 
 
 def _dense(recipe: Recipe) -> str:
@@ -180,8 +185,11 @@ def _lora_use(recipe: Recipe) -> str:
         named = ", ".join(f'"{one}"' for one in recipe.techniques)
         longer = [f"longer = gen_accel.extend(pipe, [{named}], num_frames={recipe.frames})"]
         made = "longer"
+    both = [
+        f'pipe.load_lora_weights("lora/{part}", load_into_{part}=True)' for part in recipe.others
+    ]
     lines = [
-        *([loaded] if recipe.rank else []),
+        *([loaded, *both] if recipe.rank else []),
         'handle = gen_accel.attach(pipe, from_lora="lora")',
         *longer,
         *(_call(recipe, made) if recipe.condition == "text" else []),
@@ -201,7 +209,8 @@ def _lora_use(recipe: Recipe) -> str:
     if recipe.rank:
         without = "" if recipe.rope == "none" else " and no rule of positions"
         parts.append(
-            f"Without gen_accel it is a LoRA like any other: `{loader}` alone, with the "
+            f"Without gen_accel it is a LoRA like any other: `{loader}` alone"
+            f"{', once for each expert' if recipe.others else ''}, with the "
             f"model's own dense attention{without}."
         )
     if recipe.holds_guidance:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.kernels import check_name
 from gen_accel.lora.clip_checks import check_clips
+from gen_accel.lora.experts import check_both
 from gen_accel.lora.memory import check_installed, check_memory
 from gen_accel.lora.optimizers import check_optimizer
 from gen_accel.lora.size import check_config
@@ -56,7 +57,7 @@ LIMITS = (
             *("height", "width", "batch_size", "gradient_accumulation", "checkpoint_every"),
             *("keep_checkpoints", "validation_steps", "image_tokens", "image_size"),
             *("max_tokens", "trained_frames", "validation_frames", "chunks", "tag_orders"),
-            "context_parallel",
+            *("context_parallel", "switch_every"),
         ),
         lambda x: x >= 1,
         "be at least 1",
@@ -84,6 +85,8 @@ LIMITS = (
         lambda x: 0 <= x < 1 or (x < float("inf") and x % 1 == 0 and x > 0),
         "be a whole number of clips, or a share from 0 to below 1",
     ),
+    Limit(("mask_floor",), lambda x: 0 <= x <= 1, "be a share from 0 to 1"),
+    Limit(("high_noise_steps",), lambda x: 0 < x < 1, "be a share between 0 and 1"),
     Limit(("teacher_guidance",), lambda x: 1 <= x < float("inf"), "be finite and at least 1"),
 )
 
@@ -141,8 +144,20 @@ def check(config: Any) -> None:
         )
     if config.validate_every and not config.validation_prompts:
         raise ValueError("validate_every needs validation_prompts, got none")
+    check_both(config)
+    _check_masks(config)
     _check_condition(config)
     check_config(config)
+
+
+def _check_masks(config: Any) -> None:
+    if config.mask_floor and not config.masks:
+        raise ValueError(f"mask_floor {config.mask_floor:g} is for masks: give masks, or leave it")
+    if config.masks and config.objective == "distill_attention":
+        raise ValueError(
+            "masks weigh the error of a prediction, and objective distill_attention has none: "
+            "leave masks out"
+        )
 
 
 def _check_teacher(config: Any) -> None:

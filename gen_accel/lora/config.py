@@ -64,9 +64,15 @@ class TrainConfig:
     adapter: Literal["lora", "image_prompt"] = _(
         "lora", "What", "image_prompt: the model stays as it is and learns to follow an image."
     )
-    part: Literal["transformer", "transformer_2"] = _(
-        "transformer", "What", "Of two experts: transformer is for high noise, transformer_2 low."
+    part: Literal["transformer", "transformer_2", "both"] = _(
+        "transformer",
+        "What",
+        "Of two experts: transformer is for high noise, transformer_2 low; both: by turns.",
     )
+    switch_every: int = _(
+        10, "What", "part both: steps an expert takes in a row, while the other is off the device."
+    )
+    high_noise_steps: float = _(0.5, "What", "part both: share of the steps for transformer.")
     condition: Literal["text", "first_frame"] | None = _(
         None,
         "What",
@@ -235,6 +241,14 @@ class TrainConfig:
     )
     min_snr: float = _(5.0, "Loss", "Of min_snr: the signal-to-noise ratio where it cuts.")
     caption_dropout: float = _(0.1, "Loss", "Share of the clips that are shown without a caption.")
+
+    masks: bool = _(
+        False,
+        "Loss",
+        "The loss counts by clip.mask.mp4 or .png beside clip.mp4, or the column mask: white "
+        "fully, black as mask_floor.",
+    )
+    mask_floor: float = _(0.0, "Loss", "masks: how much counts what is black, 0 to 1.")
 
     batch_size: int = _(1, "Optimizer", "Clips a process and micro-step.")
     gradient_accumulation: int = _(1, "Optimizer", "Micro-steps a step.")

@@ -36,6 +36,7 @@ IMAGE_COLUMN = "image"
 TEACHER_COLUMN, TEACHER_SUFFIX = "teacher_caption", ".teacher.txt"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 REPEATS_COLUMN = "repeats"
+MASK_COLUMN, MASK_SUFFIX = "mask", ".mask"
 NUMBERED = re.compile(r"(.+)\.(\d+)\.txt", re.DOTALL)  # clip.1.txt, a further caption of clip.mp4
 SHOWN = 5  # most names listed in an error
 
@@ -56,6 +57,7 @@ class CaptionedVideo:
         more_captions: further captions; one of all is shown at a time.
         repeats: how often it is shown while a clip of 1 is shown once.
         is_picture: whether `source` is a picture, which is a clip of one frame.
+        mask: film or picture in gray, white where the loss counts; None counts everywhere.
     """
 
     name: str
@@ -66,6 +68,19 @@ class CaptionedVideo:
     more_captions: tuple[str, ...] = ()
     repeats: int = 1
     is_picture: bool = False
+    mask: Path | Callable[[], bytes] | None = None
+
+    @property
+    def mask_is_picture(self) -> bool:
+        """Whether the mask is one picture for all frames."""
+        return isinstance(self.mask, Path) and self.mask.suffix.lower() in IMAGE_SUFFIXES
+
+    def mask_sha256(self) -> str:
+        """Hash the bytes of the mask's file. Raises OSError if it is missing."""
+        assert self.mask is not None
+        if isinstance(self.mask, Path):
+            return file_sha256(self.mask)
+        return hashlib.sha256(self.mask()).hexdigest()
 
     def sha256(self) -> str:
         """Hash the bytes of the file, or the frames and their shape."""
@@ -199,6 +214,7 @@ def find_videos(
     images: bool = False,
     pictures: Literal["no", "captioned", "all"] = "no",
     default_caption: str | None = None,
+    masks: bool = False,
 ) -> Sequence[CaptionedVideo]:
     """Find every captioned video of a data set, sorted by name.
 
@@ -220,6 +236,9 @@ def find_videos(
         pictures: which pictures in a folder to find as clips of one frame; an image beside
             `clip.mp4` of the same name is none. A manifest names its own.
         default_caption: caption of clips without one; None refuses them.
+        masks: also look for the mask of each clip: the column mask of a manifest, or
+            `clip.mask.mp4`, or another film or picture of that name, beside `clip.mp4`. A clip may
+            have none. Such a file without a caption of its own is never a clip.
 
     Raises:
         FileNotFoundError: nothing at `data`, or videos or images of a manifest are missing.
@@ -229,13 +248,13 @@ def find_videos(
     data = expanded(data)
     found: Iterable[CaptionedVideo]
     if data.is_file():
-        found = _of_manifest(data, data.parent, images)
+        found = _of_manifest(data, data.parent, images, masks)
     elif not data.is_dir():
         raise FileNotFoundError(f"data must be a folder or a manifest, nothing is at {data}")
     elif any((data / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         found = _of_datasets(data, images)
     elif manifests := sorted(p for p in _files(data) if p.stem == "metadata"):
-        found = (v for manifest in manifests for v in _of_manifest(manifest, data, images))
+        found = (v for one in manifests for v in _of_manifest(one, data, images, masks))
     else:
         found = _of_folder(data, pictures)
     if default_caption is not None:
@@ -251,7 +270,9 @@ def find_videos(
             f"{len(silent)} of {len(videos)} videos in {data} have no caption: {_some(silent)}; "
             "write clip.txt beside clip.mp4, or a column caption in the manifest"
         )
-    for kind, name in {"videos": "source", "images": "image"}.items():
+    if masks:
+        videos = _held(map(_masked, videos))
+    for kind, name in {"videos": "source", "images": "image", "masks": "mask"}.items():
         paths = (getattr(video, name) for video in videos)
         lost = [str(path) for path in paths if isinstance(path, Path) and not path.is_file()]
         if lost:
@@ -265,10 +286,11 @@ def _held(found: Iterable[CaptionedVideo]) -> Sequence[CaptionedVideo]:
     is_sorted, before = True, ""
     for video in found:
         is_sorted, before = is_sorted and before <= video.name, video.name
-        if isinstance(video.source, Path) and not callable(video.image):
+        if isinstance(video.source, Path) and not callable(video.image or video.mask):
             image = None if video.image is None else str(video.image)
             rest = (video.teacher_caption, video.more_captions, video.repeats, video.is_picture)
-            packed.append((video.name, video.caption, str(video.source), image, *rest))
+            mask = None if video.mask is None else str(video.mask)
+            packed.append((video.name, video.caption, str(video.source), image, mask, *rest))
         else:
             others.append(video)
     if is_sorted and not others:
@@ -278,10 +300,11 @@ def _held(found: Iterable[CaptionedVideo]) -> Sequence[CaptionedVideo]:
 
 
 def _unpacked(row: tuple[Any, ...]) -> CaptionedVideo:
-    name, caption, source, image, *rest = row
-    return CaptionedVideo(
+    name, caption, source, image, mask, *rest = row
+    made = CaptionedVideo(
         name, caption, Path(source), None if image is None else Path(image), *rest
     )
+    return made if mask is None else replace(made, mask=Path(mask))
 
 
 def check_teacher_captions(videos: Sequence[CaptionedVideo]) -> None:
@@ -404,7 +427,7 @@ def _of_folder(
     folder: Path, pictures: Literal["no", "captioned", "all"]
 ) -> Iterator[CaptionedVideo]:
     """Find the videos of a folder, in the order of their names."""
-    files = list(_names(folder))
+    files = _without_masks(list(_names(folder)))
     films = [name for name in files if name.lower().endswith(SUFFIXES)]
     own = {os.path.splitext(name)[0] for name in films}
     stills = []
@@ -470,7 +493,42 @@ def _pictured(video: CaptionedVideo) -> CaptionedVideo:
     return replace(video, image=found[0]) if found else video
 
 
-def _of_manifest(manifest: Path, root: Path, images: bool) -> list[CaptionedVideo]:
+def _without_masks(files: list[str]) -> list[str]:
+    """Leave out `clip.mask.mp4` beside a film or picture `clip`, unless it has a caption."""
+    known = set(files)
+    stems = {
+        os.path.splitext(name)[0]
+        for name in files
+        if name.lower().endswith((*SUFFIXES, *IMAGE_SUFFIXES))
+    }
+
+    def is_mask(name: str) -> bool:
+        stem, end = os.path.splitext(name)
+        is_shown = end.lower() in (*SUFFIXES, *IMAGE_SUFFIXES)
+        is_beside = stem.endswith(MASK_SUFFIX) and stem.removesuffix(MASK_SUFFIX) in stems
+        return is_shown and is_beside and f"{stem}.txt" not in known
+
+    return [name for name in files if not is_mask(name)]
+
+
+def _masked(video: CaptionedVideo) -> CaptionedVideo:
+    """Add the mask beside the video, if the manifest names none."""
+    if video.mask is not None or not isinstance(video.source, Path):
+        return video
+    stem = video.source.with_suffix("")
+    beside = [
+        stem.with_name(stem.name + MASK_SUFFIX + end) for end in (*SUFFIXES, *IMAGE_SUFFIXES)
+    ]
+    found = [mask for mask in beside if mask.is_file()]
+    if len(found) > 1:
+        names = ", ".join(mask.name for mask in found)
+        raise ValueError(f"{video.name} must have one mask beside it, got {names}")
+    return replace(video, mask=found[0]) if found else video
+
+
+def _of_manifest(
+    manifest: Path, root: Path, images: bool, masks: bool = False
+) -> list[CaptionedVideo]:
     """Read the videos of a manifest; names are relative to `root`."""
     match manifest.suffix.lower():
         case ".jsonl":
@@ -490,6 +548,9 @@ def _of_manifest(manifest: Path, root: Path, images: bool) -> list[CaptionedVide
         image = None
         if images and row.get(IMAGE_COLUMN):
             image = manifest.parent / expanded(_column(row, (IMAGE_COLUMN,), where))
+        mask = None
+        if masks and row.get(MASK_COLUMN):
+            mask = manifest.parent / expanded(_column(row, (MASK_COLUMN,), where))
         first, *more = _captions(row, where)
         teacher = _column(row, (TEACHER_COLUMN,), where) if TEACHER_COLUMN in row else ""
         videos.append(
@@ -502,6 +563,7 @@ def _of_manifest(manifest: Path, root: Path, images: bool) -> list[CaptionedVide
                 tuple(more),
                 _repeats(row.get(REPEATS_COLUMN), where),
                 path.suffix.lower() in IMAGE_SUFFIXES,
+                mask,
             )
         )
     return videos

@@ -29,6 +29,7 @@ from gen_accel.lora.base import block_names, load_quantised
 from gen_accel.lora.conditions import FIRST_FRAME, condition_for, condition_in
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.encoders import check_trained
+from gen_accel.lora.experts import BOTH, check_parts
 from gen_accel.lora.images import features_shape
 from gen_accel.lora.memory import quantised
 from gen_accel.lora.model import Model
@@ -41,6 +42,7 @@ from gen_accel.pipelines.long_video import check_rule
 from gen_accel.video import VideoShape
 
 TEXT, PATCHES, EMBEDDING = 6, 5, 8
+BOUNDARY = 0.5  # noise level between two experts, so that both draw theirs soon
 SMALL = (3, 3, 5)  # least grid of tokens; larger for a method with a larger window
 
 
@@ -53,6 +55,7 @@ def dry_run(config: TrainConfig) -> Trained:
 
     Raises ValueError for a config that does not fit, as a real run would.
     """
+    check_parts(vars(config))
     kind = transformer_class(config.model)
     family: Any = family_named(served_classes()[kind])
     condition, about = _condition(config, family, kind)
@@ -61,6 +64,7 @@ def dry_run(config: TrainConfig) -> Trained:
     if condition == FIRST_FRAME:
         tiny |= family.tiny_from_frame(about)
     transformer: Any = getattr(diffusers, kind)(**tiny)
+    second = getattr(diffusers, kind)(**tiny) if config.part == BOTH else None
     factor, patch = family.TEMPORAL_FACTOR, patch_of(transformer.config)
     for stage in config.curriculum:
         check_rule(transformer, stage.rope)
@@ -73,7 +77,11 @@ def dry_run(config: TrainConfig) -> Trained:
     stages = tuple(
         str(replace(stage, frames=short[stage.frames], steps=1)) for stage in config.curriculum
     )
-    if len(stages) == 1:
+    turns = {}
+    if second is not None:  # each expert takes a step of each stage
+        stages = tuple(stage.replace(":1", ":2", 1) for stage in stages)
+        turns = {"switch_every": 1, "high_noise_steps": 0.5}
+    elif len(stages) == 1:
         stages = (stages[0].replace(":1", ":2", 1),)
     with tempfile.TemporaryDirectory() as folder:
         least_of = {"rank": min(config.rank, 4), "init_lora": None, "teacher_lora": None}
@@ -82,11 +90,14 @@ def dry_run(config: TrainConfig) -> Trained:
         small = replace(
             config,
             **least_of,
+            **turns,
             out=folder,
             stages=stages,
             held_out=0.0,
             loss_every=0,
             images=0.0,
+            masks=False,
+            mask_floor=0.0,
             validate_every=0,
             validation_images=(),
             log_with="none",
@@ -103,6 +114,8 @@ def dry_run(config: TrainConfig) -> Trained:
                 type(transformer), folder, small, torch.float32, torch.device("cpu")
             )
         model = Model(transformer, None, lambda n: (n - 1) // factor + 1, 5, config.shift or 1.0)
+        if second is not None:
+            model = model._replace(transformer_2=second, boundary=BOUNDARY)
         model = model._replace(condition=condition)
         features = features_shape(config, patches=PATCHES, embedding=EMBEDDING)
         size = patch[1] * least[1], patch[2] * least[2]

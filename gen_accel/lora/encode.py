@@ -20,7 +20,7 @@ from gen_accel.attention_processors.lengths import latent_frames, patch_of, temp
 from gen_accel.endings import unwinding
 from gen_accel.files import clear_partial
 from gen_accel.lora.captions import Captions, repeated
-from gen_accel.lora.conditions import FIRST_FRAME, TEXT, condition_for
+from gen_accel.lora.conditions import FIRST_FRAME, MASK, TEXT, condition_for
 from gen_accel.lora.data import (
     CaptionedVideo,
     Size,
@@ -43,6 +43,7 @@ from gen_accel.lora.found import (
 )
 from gen_accel.lora.index import Again, Memo, Packed, Table
 from gen_accel.lora.latents import IMAGE, LATENTS, PICTURE, RECIPE, TEXTS_AT_ONCE, Entry
+from gen_accel.lora.masks import check_mask, mask_key, read_mask
 from gen_accel.lora.preview import Preview
 from gen_accel.lora.reading import ahead
 from gen_accel.lora.scenes import check_scenes
@@ -88,6 +89,7 @@ def cache(
     pictures: bool = False,
     workers: int = 0,
     condition: Literal["text", "first_frame"] | None = None,
+    masks: bool = False,
 ) -> Report:
     """Encode all clips and captions of a data set that `out` does not hold yet.
 
@@ -126,6 +128,7 @@ def cache(
         workers: threads that read clips ahead of the encoder; 0 reads between two clips.
         condition: "first_frame" also encodes the first frame of each clip. None: as the model's
             pipeline makes videos.
+        masks: also keep the mask of each clip that has one, see `masks`.
 
     Raises:
         ValueError: data that `find_videos` refuses, a model that `check_model` refuses, sizes or
@@ -144,6 +147,7 @@ def cache(
             images=images is not None,
             pictures="all" if pictures else "captioned",
             default_caption=default_caption,
+            masks=masks,
         )
     else:
         videos = data
@@ -151,6 +155,11 @@ def cache(
         raise ValueError("data holds no videos")
     if repeats:
         videos = repeated(videos, repeats)
+    if masks and all(video.mask is None for video in videos):
+        raise ValueError(
+            f"masks is on, and no clip of {data if isinstance(data, str | Path) else 'data'} has "
+            "one: put clip.mask.mp4 beside clip.mp4, or a column mask into the manifest"
+        )
     if teacher:
         check_teacher_captions([v for v in videos if pictures or not v.is_picture])
     folder = Path(out)
@@ -184,6 +193,7 @@ def cache(
                 default_caption,
                 workers,
                 shown,
+                masks,
             )
         return _fill(folder, run, videos, shard_bytes)
 
@@ -196,6 +206,7 @@ def _fill(folder: Path, run: "_Run", videos: Sequence[CaptionedVideo], shard_byt
         texts = run.encode_texts(jobs, shards, bar)
         pictures = run.encode_images(jobs, shards, bar)
         run.encode_first_frames(jobs, shards, bar)
+        run.keep_masks(jobs, shards, bar)
         new = run.encode_clips(jobs, shards, bar, preview)
         held = bytearray(all(key in shards for key in job.keys) for job in jobs)
         if not any(held):
@@ -267,11 +278,12 @@ class _Job(NamedTuple):
     texts: tuple[str, ...]
     about: dict[str, Any]
     source: str
+    mask_key: str | None = None
     number: int = 0
 
     @property
     def keys(self) -> tuple[str, ...]:
-        keys = (*self.text_keys, self.image_key, self.teacher_key, self.frame_key)
+        keys = (*self.text_keys, self.image_key, self.teacher_key, self.frame_key, self.mask_key)
         keys = (self.latent_key, *keys)
         return tuple(key for key in keys if key is not None)
 
@@ -285,6 +297,7 @@ class _Looked(NamedTuple):
         clip: key of `about`.
         about: see `survey`.
         picture: key of the clip's own image; None if there is none.
+        mask: hash of the clip's mask; None without.
     """
 
     digest: str
@@ -292,6 +305,7 @@ class _Looked(NamedTuple):
     clip: str
     about: dict[str, Any]
     picture: str | None
+    mask: str | None = None
 
 
 @dataclass
@@ -314,6 +328,7 @@ class _Run:
     default_caption: str | None = None
     workers: int = 0
     condition: str = TEXT
+    masks: bool = False
     broken: dict[str, str] = field(default_factory=dict)
     short: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -356,7 +371,7 @@ class _Run:
                     shards.clips[found.clip] = found.about
                     clips.add(found.clip)
                     longest = max(longest, found.about["frames"])
-                    for job in self._jobs(video, found.digest, found.about, found.picture):
+                    for job in self._jobs(video, found):
                         jobs.append((number, *job[1:-1]))
         self._check_lengths(len(clips), longest)
         self._check_sizes(jobs)
@@ -375,21 +390,17 @@ class _Run:
             digest, hash_key = _digest(video, shards.memo)
             clip = clip_key(video, digest, self.fps)
             about = self._survey(video, shards.clips.get(clip))
-            found = _Looked(digest, hash_key, clip, about, self._check_image(video, shards))
+            picture, mask = self._check_image(video, shards), self._check_mask(video, about)
+            found = _Looked(digest, hash_key, clip, about, picture, mask)
         except OSError as error:
             yield number, error
             return
         yield number, found
 
-    def _jobs(
-        self, video: CaptionedVideo, digest: str, about: dict[str, Any], picture: str | None
-    ) -> list[_Job]:
-        """Return the jobs of a clip.
-
-        Args:
-            digest: hash of the clip.
-            picture: key of the clip's own image; None if there is none.
-        """
+    def _jobs(self, video: CaptionedVideo, looked: _Looked) -> list[_Job]:
+        """Return the jobs of a clip."""
+        digest, about, picture = looked.digest, looked.about, looked.picture
+        factors = factors_of(self.encoders.pipe)
         size = nearest_size(self.sizes, tuple(about["size"]))
         lengths = (1,) if video.is_picture else self.frames
         scenes = [(0, 1)] if video.is_picture else scenes_in(about, self.take)
@@ -414,7 +425,9 @@ class _Run:
                     text_keys = tuple(self.text_key(text, *place) for text in texts)
                 keys = latent_key, text_keys, image_key, second, frame_key
                 source = hash_of([self._vae, *place[:2], *place[3:]])
-                jobs.append(_Job(video, length, size, *keys, begin, texts, about, source))
+                mask = looked.mask
+                mask = None if mask is None else mask_key(mask, factors, self.store, *place)
+                jobs.append(_Job(video, length, size, *keys, begin, texts, about, source, mask))
         return jobs
 
     def _leave_out_scenes(
@@ -523,6 +536,22 @@ class _Run:
                 except OSError as error:
                     self._note(job.video, error)
 
+    def keep_masks(self, jobs: Packed[_Job], shards: Shards, bar: "Progress") -> None:
+        """Keep all masks that the shards lack, on the latents' grid."""
+        if not self.masks:
+            return
+        keyed = Again(lambda: ((job.mask_key, job) for job in jobs if job.mask_key))
+        new = Again(lambda: _lacking(keyed, shards))
+        count, factors = sum(1 for _ in new), factors_of(self.encoders.pipe)
+        for key, job in bar.track(new, total=count, description="masks"):
+            about = {"frames": job.frames, "size": job.size, "fps": self.fps, "begin": job.begin}
+            try:
+                found = read_mask(job.video, factors, **about)
+            except OSError as error:
+                self._note(job.video, error)
+                continue
+            shards.put(key, {MASK: self._stored(found)})
+
     def keep_pictures(self, done: Iterable[_Job], shards: Shards) -> dict[str, Any]:
         """Keep the first frames of some clips as pictures, (H, W, 3) uint8.
 
@@ -613,6 +642,8 @@ class _Run:
             "options": self._options(),
             "empty": self.text_key(""),
         }
+        if self.masks:
+            about["masks"] = True
         if self.images is not None:
             about["images"] = {**self.images.about, "nothing": self.image_key("nothing")}
         return about
@@ -671,6 +702,13 @@ class _Run:
         except OSError as error:
             raise OSError(f"its image cannot be read: {error}") from error
         return key
+
+    def _check_mask(self, video: CaptionedVideo, about: dict[str, Any]) -> str | None:
+        """Compare the clip's mask with the clip. Returns its hash, or None without a mask."""
+        if not self.masks or video.mask is None:
+            return None
+        check_mask(video, about, self.take, self.frames[-1], self.fps)
+        return video.mask_sha256()
 
     def _picture(self, job: _Job) -> Image.Image:
         """Return the clip's own image, or the middle frame of its length."""
@@ -827,6 +865,7 @@ def _entry(job: _Job, pipe: Any) -> Entry:
         text_keys=job.text_keys if len(job.text_keys) > 1 else None,
         repeats=job.video.repeats if job.video.repeats > 1 else None,
         is_picture=job.video.is_picture or None,
+        mask_key=job.mask_key,
     )
 
 

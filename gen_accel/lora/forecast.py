@@ -28,6 +28,7 @@ from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.demo import NAME, model_named
 from gen_accel.lora.base import block_names, linear_names
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.experts import BOTH
 from gen_accel.lora.size import check_adapter
 from gen_accel.lora.step_trace import BACK, DTYPES, FORWARD, Casting, StepTrace, StepTracer
 from gen_accel.lora.swapping import RESIDENT
@@ -535,7 +536,7 @@ class _Forecaster:
                 kept=moment.kept,
                 block=moment.block,
                 outside=moment.outside + trace.batch,
-                host=self.weights.waiting(setting) + moment.host,
+                host=self.weights.waiting(setting) + moment.host + self._other_expert(setting),
             )
             found.append(made)
         if shared:
@@ -549,10 +550,18 @@ class _Forecaster:
         moments = OWN_OPTIMIZERS.get(setting.optimizer, OWN_OPTIMIZERS["adamw"])
         return round(self.trainable * (copies + moments / MOMENTS))
 
+    def _other_expert(self, setting: Setting) -> int:
+        """Bytes of the expert that waits in the host's memory while the other one trains."""
+        if self.config.part != BOTH:
+            return 0
+        return self.weights(setting) + self._adapter(setting)
+
     def _beside(self, setting: Setting) -> int:
         """Bytes of the models beside a video that is sampled: this one, the LoRA and what keeps
-        it, and another transformer of the pipeline."""
+        it, and another transformer of the pipeline, unless the two come by turns."""
         others = [part.size for part in self.parts if part.name.startswith("transformer_")]
+        if self.config.part == BOTH:
+            others = []
         return self.weights(setting) + self._adapter(setting, sampling=True) + sum(others)
 
     def _sampling(self, setting: Setting, size: Size) -> int:

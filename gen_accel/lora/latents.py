@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gen_accel.json_files import typed
-from gen_accel.lora.conditions import TEXT
+from gen_accel.lora.conditions import MASK, TEXT
 from gen_accel.lora.entries import Entries
 from gen_accel.lora.index import Homes
 from gen_accel.lora.shards import (
@@ -82,6 +82,7 @@ class Entry:
     text_keys: tuple[str, ...] | None = None
     repeats: int | None = None
     is_picture: bool | None = None
+    mask_key: str | None = None
 
 
 class LatentCache:
@@ -98,6 +99,7 @@ class LatentCache:
         images: `ImageCoder.about` of the encoded images; None without images.
         options: what was asked of the clips and captions, by the names of a config's fields.
         condition: "first_frame" where the first frames of the clips are encoded too, else "text".
+        has_masks: whether masks of the clips were asked for.
 
     Raises:
         FileNotFoundError: no manifest, or a shard is missing.
@@ -124,6 +126,7 @@ class LatentCache:
         self.images: dict[str, Any] | None = manifest.get("images")
         self.options: dict[str, Any] = manifest.get("options", {})
         self.condition: str = manifest.get("condition", TEXT)
+        self.has_masks = manifest.get("masks") is True
         self._pictures: list[str] = manifest.get("pictures", [])
         if lost := self._homes.missing(self._pictures):
             key = shown(self._pictures[lost[0]])
@@ -222,6 +225,15 @@ class LatentCache:
             cut = len(tensor.get_shape()) == 4 and frames is not None
             found[name] = (tensor[:, :frames] if cut else tensor[:]).float()
         return found
+
+    def mask(self, index: int, frames: int) -> Tensor:
+        """Read the mask of a clip's first latent frames, (1, f, h, w) float32 from 0 to 1; all 1
+        for a clip without a mask."""
+        entry = self.entries[index]
+        if entry.mask_key is None:
+            return torch.ones(1, frames, entry.height, entry.width)
+        shard = self._shard(self._homes[entry.mask_key][MASK])
+        return shard.get_slice(f"{entry.mask_key}.{MASK}")[:frames].float()[None]
 
     def picture(self, index: int) -> np.ndarray:
         """Read the first frame of one of the first clips, (H, W, 3) uint8.

@@ -10,6 +10,7 @@ from torch import Tensor
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.noising import Noising
 
+LEAST = 1e-6  # sum of counts; below, as under a black mask, there is nothing to learn
 OBJECTIVES = {"cosmap": "flow", "min_snr": "v"}  # what a model predicts, for each weighting
 
 
@@ -84,4 +85,4 @@ class Loss:
             errors = errors * weights.view(-1, *(1,) * (errors.ndim - 1))
         if counts is None:
             return errors.mean()
-        return (errors * counts).sum() / counts.sum()
+        return (errors * counts).sum() / counts.sum().clamp_min(LEAST)

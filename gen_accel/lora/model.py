@@ -13,6 +13,7 @@ class Model(NamedTuple):
         trained_frames: pixel frames that the model was trained on; None if unknown.
         shift: shift of the noise levels.
         boundary: noise level at which a model of two experts switches between them.
+        transformer_2: the expert for low noise, where both train; `transformer` is for high noise.
         condition: "text", or "first_frame" where the model is shown each clip's first frame.
         prompts: the validation prompts as `pipe` takes them encoded; None for the text.
         schedule: config of the pipeline's scheduler; None for the published one.
@@ -27,3 +28,4 @@ class Model(NamedTuple):
     condition: str = "text"
     schedule: Mapping[str, Any] | None = None
     prompts: tuple[dict[str, Any], ...] | None = None
+    transformer_2: Any | None = None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gen_accel.attention_processors.families.given import FIRST_FRAME, IS_GIVEN
 from gen_accel.attention_processors.lengths import temporal_patch
 from gen_accel.lora.attention_loss import AttentionLoss
+from gen_accel.lora.conditions import MASK
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.loss import Loss
 from gen_accel.lora.noising import Noising
@@ -234,11 +235,14 @@ class Objective(nn.Module):
         Args:
             clean, noise: (B, C, f, h, w).
             sigma: (B,).
-            conditions: arguments of the transformer, batch first.
+            conditions: arguments of the transformer, batch first; as `MASK`, how much each latent
+                counts, (B, 1, f, h, w).
             taught: conditions of the teacher; None for `conditions`.
             untold: conditions of the empty caption, if the teacher is guided.
             shown: further inputs of the adapter.
         """
+        conditions = dict(conditions)
+        mask = conditions.pop(MASK, None)
         taught = conditions if taught is None else taught
         noisy = self.noising.mix(clean, noise, sigma)
         if self._of_attention is not None:
@@ -252,6 +256,8 @@ class Objective(nn.Module):
         predicted = self._student(noisy, sigma, conditions, *shown)
         weights = self._error.weights(sigma, self.noising)
         counts = self._counts(predicted, conditions)
+        if mask is not None:
+            counts = mask.expand_as(predicted) if counts is None else counts * mask
         return self._error(predicted.float(), target.float(), weights, counts)
 
     def _counts(self, like: Tensor, conditions: dict[str, Tensor]) -> Tensor | None:

@@ -32,6 +32,7 @@ from gen_accel.lora.conditions import FIRST_FRAME, Conditioned, condition_for, c
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.encode import cache
 from gen_accel.lora.encoders import Encoders, check_trained, factors_of, load_encoders
+from gen_accel.lora.experts import BOTH, PARTS, check_parts, config_of
 from gen_accel.lora.first_frames import check_family
 from gen_accel.lora.images import ImageCoder, describe_images
 from gen_accel.lora.latents import LatentCache
@@ -74,6 +75,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
         )
     if config.data is not None and not expanded(config.data).exists():
         raise FileNotFoundError(f"data: there is nothing at {config.data}")
+    check_parts(vars(config), fetch=True)
     if config.data is not None:
         by_main(accelerator, partial(check_free, folder))
         if config.scenes == "cut":
@@ -132,6 +134,10 @@ def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
             f"for are {asked}"
         )
     check_options(config, latents)
+    if config.masks and not latents.has_masks:
+        raise ValueError(
+            f"{latents.folder} holds no masks: give data, or cache again with this config"
+        )
     if latents.fps != config.fps:
         raise ValueError(
             f"{latents.folder} holds clips at {latents.fps} frames a second, asked for are "
@@ -179,8 +185,8 @@ def load_pipe(config: TrainConfig, *, cut: bool = False) -> Any:
     if quantised(config) and _is_there(index, config.part):
         kind = part_class(index[config.part], config.part)
         device = find_device(config.device)
-        given = kind, str(source), config, DTYPES[dtype], device
-        parts[config.part] = load_quantised(*given, cut=cut)
+        asked_for = kind, str(source), config, DTYPES[dtype], device
+        parts[config.part] = load_quantised(*asked_for, cut=cut)
     loading = Loading(dtype=dtype, device="cpu")
     pipe = load(source, loading, None if asked.is_own else given, parts=parts)
     if getattr(pipe, "vae", None) is not None and pipe.vae.dtype != torch.float32:
@@ -239,6 +245,11 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
 
     Raises ValueError for a field that does not fit the pipeline.
     """
+    if config.part == BOTH:
+        first, second = (model_of(config_of(config, part), pipe) for part in PARTS)
+        if first.boundary is None:
+            raise ValueError(f"part both needs a boundary_ratio of {config.model}, which has none")
+        return first._replace(transformer_2=second.transformer)
     transformer = getattr(pipe, config.part, None)
     if transformer is None:
         raise ValueError(f"{type(pipe).__name__} of {config.model} has no {config.part}")
@@ -382,6 +393,7 @@ def cache_clips(config: TrainConfig, encoders: Encoders | None = None) -> Any:
         images=ImageCoder.of(config) if config.adapter == "image_prompt" else None,
         teacher=config.reads_teacher_captions,
         condition=config.condition,
+        masks=config.masks,
         take=Take(config.take, config.chunks, config.scenes),
         captions=Captions(config.trigger, config.prefix, config.shuffle_tags, config.tag_orders),
         default_caption=config.default_caption,

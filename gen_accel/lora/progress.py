@@ -1,6 +1,5 @@
 """One bar for all that a training does: steps, losses at fixed noise, validation."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -102,7 +101,8 @@ class Bar:
     def __init__(self, clock: Clock, start: int, *, shown: bool) -> None:
         self.clock, self._shown, self._done = clock, shown, start
         self._over: dict[str, int] = {} if start == 0 else {"validation": start}
-        self._running, self._fixed, self._told = math.nan, "", "starting"
+        self._running: dict[str | None, float] = {}
+        self._fixed, self._told = "", "starting"
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -121,14 +121,15 @@ class Bar:
             yield
             self._show(self._words(), at_once=True)
 
-    def step(self, step: int, loss: float, seconds: float) -> None:
-        """Show that a step was made."""
+    def step(self, step: int, loss: float, seconds: float, part: str | None = None) -> None:
+        """Show that a step was made, of `part` where two experts train."""
         self.clock.note_step(step, seconds)
-        mean = loss if math.isnan(self._running) else self._running
-        self._running = STEADY * mean + (1 - STEADY) * loss
+        mean = self._running.get(part, loss)
+        self._running[part] = STEADY * mean + (1 - STEADY) * loss
         _, stage, _ = self.clock.config.stage_at(step)
         self._done = step + 1
-        self._told = f"{stage.frames} frames, loss {self._running:.4f}"
+        of = "" if part is None else f" of {part}"
+        self._told = f"{stage.frames} frames, loss{of} {self._running[part]:.4f}"
         self._show(self._words())
 
     def fixed(self, words: str) -> None:

@@ -21,6 +21,7 @@ from gen_accel.lora.card import example_prompt
 from gen_accel.lora.conditions import FIRST_FRAME
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.curves import Chart, Line, draw_chart, running_mean
+from gen_accel.lora.experts import BOTH, PARTS
 from gen_accel.lora.fixed_loss import Figures
 from gen_accel.lora.progress import STEADY
 from gen_accel.lora.validate import BESIDE, FOLDER, STRIP, read_numbers
@@ -44,6 +45,14 @@ class Row(NamedTuple):
 
     step: int
     picture: str
+
+
+class Table(NamedTuple):
+    """Losses at fixed noise: a record for each row, a noise level for each column."""
+
+    title: str
+    levels: list[str]
+    records: list[dict[str, Any]]
 
 
 class Sample(NamedTuple):
@@ -125,19 +134,27 @@ class Page:
 
     def fixed_words(self) -> str:
         """Say how the loss at fixed noise went, as "held-out loss 0.412 -> 0.318"."""
-        alike = self._alike()
+        return ", ".join(filter(None, (self._fixed_words(part) for part in self._parts)))
+
+    def _fixed_words(self, part: str | None) -> str:
+        alike = self._alike(part)
         if not alike:
             return ""
         name = "held-out loss" if alike[-1]["held_out"] else "loss at fixed noise"
+        name = _of_part(name, part)
         first, last = (f"{one['fixed_loss']:.4g}" for one in (alike[0], alike[-1]))
         return f"{name} {first}" if len(alike) == 1 else f"{name} {first} -> {last}"
 
-    def _alike(self) -> list[dict[str, Any]]:
-        """Records of the same clips, lengths and levels as the newest."""
-        if not self.records:
-            return []
-        newest = self.records[-1]
-        return [one for one in self.records if _about(one) == _about(newest)]
+    @property
+    def _parts(self) -> tuple[str | None, ...]:
+        """The experts that train, or None alone for one transformer."""
+        return (None,) if self.config.part != BOTH else PARTS
+
+    def _alike(self, part: str | None = None) -> list[dict[str, Any]]:
+        """Records of the same clips, lengths and levels as the newest, of one expert where two
+        train."""
+        records = [one for one in self.records if one.get("part") == part]
+        return [one for one in records if _about(one) == _about(records[-1])]
 
     def _facts(self, steps: list[dict[str, Any]], done: int) -> dict[str, Any]:
         config = self.config
@@ -145,13 +162,19 @@ class Page:
             "title": f"Training of {self.out.name}",
             "tiles": [*self._tiles(steps, done)],
             "charts": self._charts(steps, done),
-            "levels": [*self.records[-1]["levels"]] if self.records else [],
-            "records": _spread(self._alike(), MOST_ROWS),
-            "fixed_name": "Held-out loss" if config.held_out else "Loss at fixed noise",
+            "tables": [*self._tables()],
             "samples": self._samples(),
             "use": use_of(config, self.recipe, self._result()),
             "fields": [*self._fields()],
         }
+
+    def _tables(self) -> Iterator[Table]:
+        name = "Held-out loss" if self.config.held_out else "Loss at fixed noise"
+        for part in self._parts:
+            alike = self._alike(part)
+            if len(alike) > 1:
+                rows = _spread(alike, MOST_ROWS)
+                yield Table(f"{_of_part(name, part)} by noise level", [*rows[-1]["levels"]], rows)
 
     def _result(self) -> Path:
         """Folder of the adapter: the final one, or else the newest checkpoint's."""
@@ -162,22 +185,25 @@ class Page:
 
     def _tiles(self, steps: list[dict[str, Any]], done: int) -> Iterator[Tile]:
         yield Tile("Steps", f"{done} of {self.config.total_steps}", " ".join(self.config.stages))
-        if (alike := self._alike()) and len(alike) > 1:
+        for part in self._parts:
+            if len(alike := self._alike(part)) < 2:
+                continue
             first, last = alike[0], alike[-1]
             change = last["fixed_loss"] / first["fixed_loss"] - 1
             clips = "clips that never train" if last["held_out"] else "clips that train"
             yield Tile(
-                "Held-out loss" if last["held_out"] else "Loss at fixed noise",
+                _of_part("Held-out loss" if last["held_out"] else "Loss at fixed noise", part),
                 f"{last['fixed_loss']:.4g}",
                 f"{change:+.1%} since step {first['after']}, {last['clips']} {clips}",
             )
-        losses = [one["loss"] for one in steps]
-        if losses:
-            yield Tile(
-                "Loss",
-                f"{running_mean(losses, STEADY)[-1]:.4g}",
-                "running mean; the noise level that a step draws decides most of it",
-            )
+        for part in self._parts:
+            if losses := [one["loss"] for one in _of(steps, part)]:
+                yield Tile(
+                    _of_part("Loss", part),
+                    f"{running_mean(losses, STEADY)[-1]:.4g}",
+                    "running mean; the noise level that a step draws decides most of it",
+                )
+        if steps:
             recent = sorted(one["seconds"] for one in steps[-ENDS:])
             batch = self.recipe.batch or 1
             yield Tile(
@@ -191,18 +217,46 @@ class Page:
                 yield Tile("Memory", f"{peak:.3g} GB", "the most so far, of the first process")
 
     def _charts(self, steps: list[dict[str, Any]], done: int) -> list[Chart]:
-        at = [one["step"] + 1 for one in steps]
         stages, first = [], 0
         for stage in self.config.curriculum:
             stages.append((first, f"{stage.frames} frames"))
             first += stage.steps
+        about: dict[str, Any] = {"steps": done, "stages": stages}
+        drawn = [
+            *(self._loss_chart(_of(steps, part), part, about) for part in self._parts),
+            *(self._fixed_chart(part, about) for part in self._parts),
+            draw_chart(
+                "Learning rate", self._lines(steps, "learning_rate"), from_zero=True, **about
+            ),
+            draw_chart("Gradient norm", self._lines(steps, "grad_norm"), **about),
+            draw_chart(
+                "Seconds a step",
+                [Line("", _points(steps, "seconds"), "main")],
+                unit="s",
+                from_zero=True,
+                **about,
+            ),
+            draw_chart(
+                "Memory",
+                [Line("", _points(steps, "memory_gb"), "main")],
+                unit="GB",
+                from_zero=True,
+                **about,
+            ),
+        ]
+        return [chart for chart in drawn if chart is not None]
 
-        def of(name: str) -> list[tuple[float, float]]:
-            return [(x, float(one.get(name, math.nan))) for x, one in zip(at, steps, strict=True)]
+    def _loss_chart(
+        self, steps: list[dict[str, Any]], part: str | None, about: dict[str, Any]
+    ) -> Chart | None:
+        raw = _points(steps, "loss")
+        smooth = running_mean([y for _, y in raw], STEADY)
+        means = [(x, y) for (x, _), y in zip(raw, smooth, strict=True)]
+        lines = [Line("each step", raw, "faint"), Line("running mean", means, "main")]
+        return draw_chart(_of_part("Loss", part), lines, **about)
 
-        losses = [one["loss"] for one in steps]
-        means = list(zip(at, running_mean(losses, STEADY), strict=True))
-        alike = self._alike()
+    def _fixed_chart(self, part: str | None, about: dict[str, Any]) -> Chart | None:
+        alike = self._alike(part)
         kind = "Held-out loss" if self.config.held_out else "Loss at fixed noise"
         mean = Line(f"{kind}, mean", [(r["after"], r["fixed_loss"]) for r in alike], "fixed", True)
         levels = [
@@ -211,30 +265,12 @@ class Page:
             )
             for i, x in enumerate(alike[-1]["levels"] if alike else [])
         ]
-        raw = [Line("each step", of("loss"), "faint"), Line("running mean", means, "main")]
-        about: dict[str, Any] = {"steps": done, "stages": stages}
-        drawn = [
-            draw_chart("Loss", raw, **about),
-            draw_chart(kind, [*levels, mean], mark=mean, **about),
-            draw_chart(
-                "Learning rate",
-                [Line("", of("learning_rate"), "main")],
-                from_zero=True,
-                **about,
-            ),
-            draw_chart("Gradient norm", [Line("", of("grad_norm"), "main")], **about),
-            draw_chart(
-                "Seconds a step",
-                [Line("", of("seconds"), "main")],
-                unit="s",
-                from_zero=True,
-                **about,
-            ),
-            draw_chart(
-                "Memory", [Line("", of("memory_gb"), "main")], unit="GB", from_zero=True, **about
-            ),
-        ]
-        return [chart for chart in drawn if chart is not None]
+        return draw_chart(_of_part(kind, part), [*levels, mean], mark=mean, **about)
+
+    def _lines(self, steps: list[dict[str, Any]], name: str) -> list[Line]:
+        """A curve for each expert where two train."""
+        styles = zip(self._parts, ("main", "fixed"), strict=False)
+        return [Line(part or "", _points(_of(steps, part), name), s) for part, s in styles]
 
     def _samples(self) -> list[Sample]:
         found = []
@@ -330,6 +366,19 @@ def use_of(config: TrainConfig, recipe: Recipe, folder: Path) -> str:
     for name, value in size.items():
         given += [f"--{name}", str(value)]
     return shlex.join([*given, "--out", "video.mp4"])
+
+
+def _of_part(name: str, part: str | None) -> str:
+    return name if part is None else f"{name} of {part}"
+
+
+def _of(steps: Sequence[dict[str, Any]], part: str | None) -> list[dict[str, Any]]:
+    """Select the steps of one expert; all where part is None."""
+    return [one for one in steps if part is None or one.get("part") == part]
+
+
+def _points(steps: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [(one["step"] + 1, float(one.get(name, math.nan))) for one in steps]
 
 
 def _about(record: Mapping[str, Any]) -> tuple[Any, ...]:

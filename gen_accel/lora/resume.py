@@ -10,6 +10,7 @@ from torch import nn
 
 from gen_accel.lora.batches import PLAN
 from gen_accel.lora.config import Stage, TrainConfig, differences
+from gen_accel.lora.experts import halves
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
 from gen_accel.lora.state import learning_rates
@@ -109,9 +110,12 @@ def _prefix(stages: Sequence[Stage], done: int) -> list[Stage]:
 
 
 def _rates(config: TrainConfig, steps: int) -> list[float]:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
-    [factor] = learning_rates(optimizer, config).lr_lambdas
-    return [factor(step) for step in range(steps)]
+    rates = []
+    for half, own in halves(config, steps):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=half.learning_rate)
+        [factor] = learning_rates(optimizer, half).lr_lambdas
+        rates += [factor(step) for step in range(own)]
+    return rates
 
 
 def _same_data(state: Mapping[str, Any], now: Mapping[str, Any], config: TrainConfig) -> bool:

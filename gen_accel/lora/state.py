@@ -63,6 +63,18 @@ class TrainingState:
         """Parameters that train, in an order independent of the wrapping."""
         return [p for p in self.wrapped.parameters() if p.requires_grad]
 
+    def to(self, device: torch.device) -> None:
+        """Move the optimizer's tensors and the average; the objective moves by itself.
+
+        Counters of steps stay where the optimizer keeps them.
+        """
+        for held in self.optimizer.state.values():
+            for key, value in held.items():
+                if isinstance(value, Tensor) and value.ndim:
+                    held[key] = value.to(device)
+        if self.ema is not None:
+            self.ema.to(device=device)
+
     def clip(self) -> float | None:
         """Clip the gradients of a whole step. Returns their norm before clipping, or None if the
         launcher does not report it."""

@@ -5,8 +5,8 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
+from torch import Tensor
 
 from gen_accel.attention_processors import method_name
 from gen_accel.attention_processors.attached.recipe import Recipe, sizes
@@ -31,8 +32,10 @@ from gen_accel.lora.adapters import fields_of_lora, put_on
 from gen_accel.lora.artefact import held_guidance, teacher_hash
 from gen_accel.lora.base import cast_base
 from gen_accel.lora.batches import PLAN, Batches, plan_clips
+from gen_accel.lora.by_turns import Experts
 from gen_accel.lora.conditions import FIRST_FRAME
 from gen_accel.lora.config import Stage, TrainConfig
+from gen_accel.lora.experts import BOTH, PARTS, check_launch, config_of
 from gen_accel.lora.fixed_loss import Figures, FixedLoss
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.loss import Loss
@@ -47,8 +50,9 @@ from gen_accel.lora.resume import about_data, check_agreement, plan_of
 from gen_accel.lora.sharing import Groups, check_groups, share
 from gen_accel.lora.state import TrainingState, whole
 from gen_accel.lora.swapping import Swapper
-from gen_accel.lora.validate import FOLDER, Validation
+from gen_accel.lora.validate import FOLDER, Validation, steps_above
 from gen_accel.method import on_device
+from gen_accel.names import EXPERTS
 from gen_accel.pipelines.attach import attach
 from gen_accel.pipelines.long_video.rope import apply_rule
 
@@ -103,7 +107,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Trained:
     with _alone(config, accelerator):
         check_out(config, resume)  # another run may have ended since
         model, cache = prepare(config, accelerator)
-        return Run(config, accelerator, model, cache).go(resume)
+        return run_of(config, accelerator, model, cache).go(resume)
 
 
 def accelerator_for(config: TrainConfig) -> Accelerator:
@@ -128,6 +132,7 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
             "launch with configs/accelerate/ddp.yaml"
         )
     check_processes(config, accelerator.distributed_type.value)
+    check_launch(config, accelerator.distributed_type.value)
     check_groups(config, accelerator.num_processes)
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU: take bf16 or no")
@@ -164,7 +169,16 @@ def run(
 ) -> Trained:
     """Run `train` with a model and latents that are loaded already."""
     with _alone(config, accelerator):
-        return Run(config, accelerator, model, cache).go(resume)
+        return run_of(config, accelerator, model, cache).go(resume)
+
+
+def run_of(
+    config: TrainConfig, accelerator: Accelerator, model: Model, cache: LatentCache
+) -> "Run":
+    """Return the run of one transformer, or of two experts."""
+    if config.part == BOTH:
+        return Pair(config, accelerator, model, cache)
+    return Run(config, accelerator, model, cache)
 
 
 def _alone(config: TrainConfig, accelerator: Accelerator) -> AbstractContextManager[None]:
@@ -173,11 +187,23 @@ def _alone(config: TrainConfig, accelerator: Accelerator) -> AbstractContextMana
 
 
 class Run:
-    """One training, from the first check to the files on disk."""
+    """One training, from the first check to the files on disk.
+
+    Args:
+        together: the parts of the pipeline that train in one run; empty where it is one.
+    """
 
     def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, model: Model, cache: LatentCache
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        model: Model,
+        cache: LatentCache,
+        *,
+        together: tuple[str, ...] = (),
     ) -> None:
+        self.together = together
+        self.name_step: Callable[[int], str] = lambda step: f"step {step}"  # for people
         self.config, self.accelerator, self.model, self.cache = config, accelerator, model, cache
         self.out = Path(config.out)
         self.family = family_for(model.transformer, "training")
@@ -254,12 +280,9 @@ class Run:
         """Make what shows how the training goes: losses at fixed noise, videos, bar and page."""
         config, main = self.config, self.accelerator.is_main_process
         self.validation = self._validation()
-        self.fixed = None
-        calls = {"loss": 0, "validation": 0}
-        if config.loss_every:
-            self.fixed = FixedLoss(config, self.model, self.cache, self.batches, self.accelerator)
-            passes = len(self.fixed.clips) * len(self.fixed.levels)
-            calls["loss"] = passes // self.groups.count
+        self.fixed = self._fixed_losses() if config.loss_every else {}
+        passes = sum(len(one.clips) * len(one.levels) for one in self.fixed.values())
+        calls = {"loss": passes // self.groups.count, "validation": 0}
         if self.validation is not None:
             calls["validation"] = self.validation.calls
         every = {"loss": config.loss_every, "validation": config.validate_every}
@@ -274,10 +297,10 @@ class Run:
             first: before the first step of this run.
             stops: the run was asked to stop; it measures when it goes on.
         """
-        fixed, validation = self.fixed, self.validation
+        validation = self.validation
         anew = first and (done == 0 or self.prolonged)
-        if fixed is not None and not stops and (anew or self.clock.is_due("loss", done)):
-            self._measure(fixed, done)
+        if self.fixed and not stops and (anew or self.clock.is_due("loss", done)):
+            self._measure(done)
         is_due = self.clock.is_due("validation", done) and (not first or done == 0)
         if validation is not None and is_due:
             if first and self.accelerator.distributed_type.value == "FSDP":
@@ -287,24 +310,37 @@ class Run:
         if first or saved or stops or is_due or self.clock.is_due("loss", done):
             self.page.write(done)
 
-    def _measure(self, fixed: FixedLoss, done: int) -> None:
+    def _fixed_losses(self) -> dict[str, FixedLoss]:
+        """Make what measures each transformer that trains, by its part."""
+        return {
+            half.config.part: FixedLoss(
+                half.config, half.model, self.cache, half.batches, self.accelerator
+            )
+            for half in self.halves
+        }
+
+    def _measure(self, done: int) -> None:
         """Measure the loss at fixed noise, and log it."""
         name = "held-out loss" if self.config.held_out else "loss at fixed noise"
-        began = time.perf_counter()
-        with self.bar.beside("loss") as part, self.state.averaged():
+        count = len(self.fixed)
+        with self.bar.beside("loss") as show:
+            for number, (part, fixed) in enumerate(self.fixed.items()):
+                began, half = time.perf_counter(), self._ready(part)
 
-            def tell(i: int, total: int) -> None:
-                part(f"{name}, {i}/{total}", i / total)
+                def tell(i: int, total: int, number: int = number) -> None:
+                    show(f"{name}, {i}/{total}", (number + i / total) / count)
 
-            figures = fixed(done, self.state.wrapped, self._rule, tell)
-        self._log_fixed(figures, time.perf_counter() - began)
+                with half.state.averaged():
+                    figures = fixed(done, half.state.wrapped, half._rule, tell)
+                self._log_fixed(figures, time.perf_counter() - began, half)
 
-    def _log_fixed(self, figures: Figures, seconds: float) -> None:
-        by_level = {f"fixed_loss/{level}": x for level, x in figures.levels.items()}
+    def _log_fixed(self, figures: Figures, seconds: float, half: "Run") -> None:
+        name = f"fixed_loss/{half.config.part}" if self.parts else "fixed_loss"
+        by_level = {f"{name}/{level}": x for level, x in figures.levels.items()}
         with room_told(self.out / LOGS):
-            self.accelerator.log({"fixed_loss": figures.mean} | by_level, step=figures.after)
+            self.accelerator.log({name: figures.mean} | by_level, step=figures.after)
         if self.accelerator.is_main_process:
-            record = record_of(figures)
+            record = record_of(figures) | ({"part": half.config.part} if self.parts else {})
             if record not in self.page.records:  # as where a resumed run measures again
                 note(self.out / METRICS, {**record, "seconds": seconds})
                 self.page.records.append(record)
@@ -322,6 +358,12 @@ class Run:
 
     def _step(self, step: int) -> tuple[float, bool]:
         """Take one optimizer step. Returns the mean loss of all processes, and whether to stop."""
+        figures, stop = self._take(step)
+        self._log_step(step, figures)
+        return figures["loss"], stop
+
+    def _take(self, step: int) -> tuple[dict[str, float], bool]:
+        """Take one optimizer step. Returns its figures, and whether to stop."""
         began = time.perf_counter()
         number, stage, inside = self.config.stage_at(step)
         # Other random numbers, such as dropout's, depend on the step too.
@@ -340,12 +382,23 @@ class Run:
         }
         if (peak := peak_gb(self.accelerator.device)) is not None:
             figures["memory_gb"] = peak
+        return figures, stop
+
+    def _log_step(self, step: int, figures: dict[str, float], part: str | None = None) -> None:
+        """Log a step's figures.
+
+        Args:
+            part: the expert that took it, of two.
+        """
+        of = {} if part is None else {"part": part}
         with room_told(self.out / LOGS):
-            self.accelerator.log(figures, step=step)
+            self.accelerator.log(
+                figures if part is None else {f"{k}/{part}": x for k, x in figures.items()},
+                step=step,
+            )
         if self.accelerator.is_main_process:
-            note(self.out / METRICS, {"step": step, **figures})
-        self.bar.step(step, loss, figures["seconds"])
-        return loss, stop
+            note(self.out / METRICS, {"step": step, **of, **figures})
+        self.bar.step(step, figures["loss"], figures["seconds"], part)
 
     def _descend(self, step: int, stage: Stage, clips: list[int]) -> tuple[float, float, bool]:
         """Run all micro-steps of a step.
@@ -378,9 +431,10 @@ class Run:
         told = self.accelerator.reduce(told, "mean")
         loss, stopping, breaking = told.tolist()
         if not math.isfinite(loss):
-            raise ValueError(self._diverged(f"the loss of step {step} is {loss}"))
+            raise ValueError(self._diverged(f"the loss of {self.name_step(step)} is {loss}"))
         if breaking:
-            raise ValueError(self._diverged(f"the gradient of step {step} is not finite"))
+            named = self.name_step(step)
+            raise ValueError(self._diverged(f"the gradient of {named} is not finite"))
         return loss, stopping > 0
 
     def _diverged(self, what: str) -> str:
@@ -416,6 +470,7 @@ class Run:
             base_model=config.model,
             transformer=sizes(model.transformer),
             part=config.part,
+            parts=self.together,
             method=method_name(self.method),
             options=saved_options(self.method),
             schedule={"dense_layers": config.dense_layers, "dense_steps": config.dense_steps},
@@ -439,7 +494,7 @@ class Run:
 
     def _save(self, done: int) -> None:
         """Write a checkpoint after `done` steps. All processes must call this; one writes."""
-        tensors = self.state.tensors()
+        tensors = self._tensors()
         about = {
             "step": done,
             "config": json.loads(json.dumps(asdict(self.config))),
@@ -449,7 +504,7 @@ class Run:
             checkpoint.save,
             self.out / CHECKPOINTS,
             tensors,
-            about | self.state.numbers(),
+            about | self._numbers(),
             keep=self.config.keep_checkpoints,
             adapter=(self.adapter.FOLDER, self._artefact()),
         )
@@ -467,9 +522,10 @@ class Run:
         self.prolonged = found.state["config"].get("stages") != list(config.stages)
         self.plan = plan_of(found.state)
         if self.plan != PLAN:
-            args = config, self.model, self.cache, self.groups.count
-            self.plans = plan_clips(*args, version=self.plan)
-        self.state.restore(found.tensors, found.state)
+            for half in self.halves:
+                args = half.config, half.model, self.cache, half.groups.count
+                half.plans = plan_clips(*args, version=self.plan)
+        self._restore(found.tensors, found.state)
         if self.accelerator.is_main_process:  # finish what a killed run may have begun
             checkpoint.prune(found.path.parent, found.path, keep=self.config.keep_checkpoints)
         self.accelerator.print(f"resumed after step {found.state['step']} from {found.path}")
@@ -479,9 +535,40 @@ class Run:
         """What a checkpoint records of all but the config that the training depends on."""
         return about_data(self.config, self.model, self.cache) | {
             "plan": self.plan,
-            "teacher": self.recipe.teacher,
+            "teacher": self._teachers(),
             "processes": self.groups.count,
         }
+
+    @property
+    def halves(self) -> "tuple[Run, ...]":
+        """What trains each transformer: this run, or one for each of two experts."""
+        return (self,)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the experts where two train; else empty."""
+        return ()
+
+    def _ready(self, part: str) -> "Run":
+        """Return what trains a part, which is on the device from now on."""
+        return self
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return self.state.tensors()
+
+    def _numbers(self) -> dict[str, Any]:
+        return self.state.numbers()
+
+    def _restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        self.state.restore(tensors, numbers)
+
+    def _teachers(self) -> str | None:
+        """Return a hash of the teacher's LoRA; None without one."""
+        return self.recipe.teacher
+
+    def _sampling(self) -> AbstractContextManager[None]:
+        """Return a context in which the pipeline calls what trains."""
+        return nullcontext()
 
     def _artefact(self) -> Callable[[Path], Any]:
         """Return a function that writes the present weights, or their average if one is kept."""
@@ -509,9 +596,8 @@ class Run:
         )
 
     def _validate(self, validation: Validation, done: int) -> None:
-        recipe: Any = self.recipe
-        as_used = Stage(recipe.frames, 1, recipe.rope), recipe.build_schedule()
-        self.model.transformer.eval()
+        recipe = self.recipe
+        stage: Any = Stage(recipe.frames, 1, recipe.rope)  # pyright: ignore[reportArgumentType]
         prompts = len(self.config.validation_prompts)
         with self.bar.beside("validation") as part:
 
@@ -520,9 +606,31 @@ class Run:
                 part(words, (i + step / steps) / prompts)
 
             validation.tell = tell
-            with self.state.averaged(), self._rule(as_used[0]), self.handle.scheduled(as_used[1]):
+            with ExitStack() as stack:
+                for half in self.halves:
+                    stack.enter_context(half._as_used(stage))
+                stack.enter_context(self._sampling())
                 validation(done)
+
+    @contextmanager
+    def _as_used(self, stage: Stage) -> Iterator[None]:
+        """Put the transformer as it generates inside the context: with the average, the longest
+        stage's rule, and the schedule beside the LoRA."""
+        schedule = self._schedule_in_pipe()
+        self.model.transformer.eval()
+        with self.state.averaged(), self._rule(stage), self.handle.scheduled(schedule):
+            yield
         self.model.transformer.train()
+
+    def _schedule_in_pipe(self) -> Schedule:
+        """Return the schedule of the validation videos. The expert for low noise, which counts its
+        own steps, begins after those of the other one."""
+        schedule: Any = self.recipe.build_schedule()
+        model, steps = self.model, self.config.validation_steps
+        if self.config.part != EXPERTS[1] or model.boundary is None:
+            return schedule
+        before = steps_above(model.pipe, steps, model.boundary)
+        return replace(schedule, dense_steps=max(0, schedule.dense_steps - before))
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:
@@ -549,6 +657,74 @@ class Run:
 def _recorded(config: TrainConfig, condition: str) -> str:
     """Return a recipe's condition: "either" where some clips were shown without first frame."""
     return "either" if config.first_frame_dropout else condition
+
+
+class Pair(Run):
+    """One run that trains both experts of a pipeline by turns.
+
+    Each is trained by a run with its own steps, noise levels, optimizer, learning rate and
+    average. What is written, shown and sampled is common.
+    """
+
+    def __init__(
+        self, config: TrainConfig, accelerator: Accelerator, model: Model, cache: LatentCache
+    ) -> None:
+        self.config, self.accelerator, self.model, self.cache = config, accelerator, model, cache
+        self.out, self.plan = Path(config.out), PLAN
+        self.groups = Groups.of(config, accelerator)
+
+        def train(part: str) -> Run:
+            own = model._replace(transformer=getattr(model, part), transformer_2=None)
+            return Run(config_of(config, part), accelerator, own, cache, together=PARTS)
+
+        self.experts = Experts(config, accelerator.device, train)
+        first: Run = self.halves[0]
+        self.recipe, self.adapter = first.recipe, first.adapter
+        self.stopping = self.prolonged = False
+
+    @property
+    def halves(self) -> tuple[Run, ...]:
+        return tuple(self.experts.halves.values())
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return PARTS
+
+    @property
+    def stopping(self) -> bool:
+        return self.halves[0].stopping
+
+    @stopping.setter
+    def stopping(self, asked: bool) -> None:
+        for half in self.halves:
+            half.stopping = asked
+
+    def _step(self, step: int) -> tuple[float, bool]:
+        part, own = self.experts.at(step)
+        figures, stop = self._ready(part)._take(own)
+        self._log_step(step, figures, part)
+        return figures["loss"], stop
+
+    def _ready(self, part: str) -> Run:
+        return self.experts.bring(part)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return self.experts.tensors()
+
+    def _numbers(self) -> dict[str, Any]:
+        return self.experts.numbers()
+
+    def _restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        self.experts.restore(tensors, numbers)
+
+    def _teachers(self) -> str | None:
+        return self.experts.teachers()
+
+    def _sampling(self) -> AbstractContextManager[None]:
+        return self.experts.sampling()
+
+    def _artefact(self) -> Callable[[Path], Any]:
+        return self.experts.writer()
 
 
 def _loggable(config: TrainConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from gen_accel.attention_processors.attached.recipe import (
     CONFIG,
     WEIGHTS,
     Recipe,
+    folders_of,
     parse,
     read_recipe,
 )
@@ -117,7 +118,7 @@ def _found(folder: Path, repository: str) -> Push:
     left_out = tuple(
         f"{path.name}/" if path.is_dir() else path.name
         for path in sorted(folder.iterdir())
-        if path.name not in files
+        if not any(path.name == name.partition("/")[0] for name in files)
     )
     notes = (*_notes_on_card(folder, card), *_notes_on_privacy(folder, names, base))
     return Push(repository, kind, files, left_out, card, not there, notes)
@@ -126,10 +127,14 @@ def _found(folder: Path, repository: str) -> Push:
 def _artefact(folder: Path) -> tuple[str, list[str], str | None, str]:
     """Return kind, file names, base model as recorded, and the text of a new card."""
     if (folder / WEIGHTS).is_file():
-        recipe = _check_lora(folder)
-        names = [WEIGHTS, CONFIG]
-        if (folder / storage.CONFIG).is_file():
-            names += [storage.CONFIG, storage.WEIGHTS]
+        names = []
+        recipe = read_recipe(folder)
+        for part, place in folders_of(folder).items():
+            _check_lora(place)
+            within = "" if part == recipe.part else f"{part}/"
+            names += [f"{within}{name}" for name in (WEIGHTS, CONFIG)]
+            if (place / storage.CONFIG).is_file():
+                names += [f"{within}{name}" for name in (storage.CONFIG, storage.WEIGHTS)]
         return LORA, names, recipe.base_model, new_card(recipe)
     if (folder / formats.WEIGHTS).is_file():
         recipe = _check_image_prompt(folder)
@@ -277,7 +282,12 @@ def _notes_on_privacy(folder: Path, names: list[str], base: str | None) -> Itera
             continue
         held = read_fields(folder / name)
         paths = sorted({text for text in _texts(held) if _is_path(text)})
-        if base is not None and name == CONFIG and base not in paths and expanded(base).exists():
+        if (
+            base is not None
+            and name.rpartition("/")[2] == CONFIG
+            and base not in paths
+            and expanded(base).exists()
+        ):
             paths.append(base)
         if paths:
             yield f"{name} names folders of this machine: {', '.join(paths)}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from gen_accel.extras import needed_for
 from gen_accel.files import replacing
 from gen_accel.lora.artefact import held_guidance
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.experts import parts_of
 from gen_accel.lora.visits import sampling_on
 from gen_accel.measure.sheets import side_by_side
 from gen_accel.measure.video_io import read_video, write_video
@@ -116,7 +118,7 @@ class Validation:
                     sampling_on(
                         self.accelerator.device,
                         self.pipe,
-                        getattr(self.pipe, self.config.part),
+                        [getattr(self.pipe, part) for part in parts_of(self.config)],
                         prompt=self.prompts[i] if self.prompts else None,
                         run=longer,
                         is_given=inputs is not None,
@@ -165,6 +167,18 @@ def read_numbers(path: Path) -> list[int]:
     """Read the numbers of the frames on a strip."""
     with Image.open(path) as strip:
         return [int(part) for part in strip.info["comment"].decode().split(",")]
+
+
+def steps_above(pipe: Any, steps: int, boundary: float) -> int:
+    """Count the denoising steps of a pipeline that belong to its expert for high noise.
+
+    Args:
+        boundary: noise level from which on it is used.
+    """
+    scheduler = deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(steps)
+    least = boundary * scheduler.config.num_train_timesteps
+    return int((scheduler.timesteps >= least).sum())
 
 
 def guidance_of(config: TrainConfig) -> float:

@@ -1,6 +1,6 @@
 """Models of a pipeline that come to the device for a validation video, and go back."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ Run = Callable[..., Any]
 def sampling_on(
     device: torch.device,
     pipe: Any,
-    trained: nn.Module,
+    trained: Sequence[nn.Module],
     *,
     prompt: Mapping[str, Tensor] | None,
     run: Run | None = None,
@@ -28,7 +28,7 @@ def sampling_on(
     has comes at once. Both go back to where they were at the end.
 
     Args:
-        trained: the transformer that trains, which is on the device.
+        trained: the transformers that train, which the training brings to the device.
         prompt: what the pipeline takes in place of the text; None encodes the text there.
         run: called in place of the pipeline.
         is_given: whether the pipeline also encodes pictures, and so needs the autoencoder.
@@ -37,7 +37,7 @@ def sampling_on(
     models = {
         name: part
         for name, part in pipe.components.items()
-        if isinstance(part, nn.Module) and part is not trained
+        if isinstance(part, nn.Module) and all(part is not one for one in trained)
     }
     with ExitStack() as stack:
         for name, model in models.items():

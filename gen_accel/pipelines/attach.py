@@ -1,6 +1,7 @@
 """Attach a method to a live diffusers pipeline or transformer, and take it off again."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -9,7 +10,13 @@ import torch
 from torch import nn
 
 from gen_accel.attention_processors.attached.attachment import Attachment, SilentBranch, put_on
-from gen_accel.attention_processors.attached.recipe import GuidedTwice, check_base, read_recipe
+from gen_accel.attention_processors.attached.recipe import (
+    GuidedTwice,
+    Recipe,
+    check_base,
+    folders_of,
+    read_recipe,
+)
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.storage import CONFIG, load_processors
 from gen_accel.attention_processors.attached.transformers import served_transformers
@@ -162,11 +169,16 @@ def _attach_trained(
     transformers = served_transformers(pipe_or_transformer)
     transformer: Any = transformers.get(recipe.part, next(iter(transformers.values())))
     check_base(recipe, transformer)
+    others = _others(folder, recipe, transformers, pipe_or_transformer)
+    for part, other in others.items():
+        check_base(read_recipe(other), transformers[part])
     chosen = schedule if schedule is not None else recipe.build_schedule()
     if method is not None:
         handle = put_on(pipe_or_transformer, method, schedule=schedule, **options)
     elif folder.is_dir() and (folder / CONFIG).is_file():
-        handle = load_processors(pipe_or_transformer, folder, schedule=chosen, **options)
+        handle = load_processors(
+            pipe_or_transformer, folder, others=others, schedule=chosen, **options
+        )
     else:
         handle = put_on(pipe_or_transformer, recipe.build_method(), schedule=chosen, **options)
         _warn_of_silence(handle)
@@ -178,15 +190,34 @@ def _attach_trained(
                 "frames": latent_frames("frames", recipe.frames, factor, patch),
                 "trained": latent_frames("trained_frames", recipe.trained_frames, factor, patch),
             }
-            rule = apply_rule(transformer, recipe.rope, **lengths)
+            for one in (transformer, *(transformers[part] for part in others)):
+                handle.companions.append(apply_rule(one, recipe.rope, **lengths).remove)
         except ValueError:
             handle.detach()
             raise
-        handle.companions.append(rule.remove)
     if recipe.holds_guidance and pipe_or_transformer is not transformer:
         watch = _GuidanceWatch(pipe_or_transformer, recipe.teacher_guidance)
         handle.companions.append(transformer.register_forward_pre_hook(watch).remove)
     return handle
+
+
+def _others(
+    folder: Path, recipe: Recipe, transformers: Mapping[str, Any], pipe_or_transformer: Any
+) -> dict[str, Path]:
+    """Map the further parts that trained in the same run to their folders.
+
+    A transformer by itself takes the LoRA of its own part. Raises ValueError for a pipeline that
+    lacks a part.
+    """
+    if isinstance(pipe_or_transformer, nn.Module):
+        return {}
+    others = {part: path for part, path in folders_of(folder).items() if part != recipe.part}
+    for part in others.keys() - transformers.keys():
+        raise ValueError(
+            f"{folder} holds LoRAs for {' and '.join(recipe.parts)}, and this "
+            f"{type(pipe_or_transformer).__name__} has no {part}: load a pipeline of two experts"
+        )
+    return others
 
 
 def _watch_preset(handle: Attachment, pipe_or_transformer: Any, preset: Preset) -> None:

@@ -174,7 +174,7 @@ class TestVisits:
             seen.append("denoise")
             return pipe(**given)
 
-        with visits.sampling_on(device, pipe, pipe.transformer, prompt=None, run=run) as called:
+        with visits.sampling_on(device, pipe, [pipe.transformer], prompt=None, run=run) as called:
             sample(pipe, PROMPT, clip, run=called)
         assert seen == ["UMT5EncoderModel", "denoise", "AutoencoderKLWan"]
         assert pipe.vae is vae
@@ -189,7 +189,7 @@ class TestVisits:
         device = torch.device("cpu")
         with (
             pytest.raises(RuntimeError, match="broken"),
-            visits.sampling_on(device, pipe, pipe.transformer, prompt=None, run=broken) as run,
+            visits.sampling_on(device, pipe, [pipe.transformer], prompt=None, run=broken) as run,
         ):
             run(prompt=PROMPT)
         assert pipe.vae is vae

@@ -265,7 +265,10 @@ def half(out: str, source: str, step: int) -> None:
 
 def _subject(job: dict[str, Any], given: TrainConfig, pipe: Any) -> tuple[Model, Any]:
     if "family" not in job:
-        return model(pipe), Clips()
+        made = model(pipe)
+        if "experts" in job:
+            made = made._replace(transformer_2=wan.transformer(1), boundary=0.875)
+        return made, Clips()
     from support.families_to_train import FAMILIES
 
     made, clips = FAMILIES[job["family"]]
@@ -288,9 +291,9 @@ def start(job: dict[str, Any]) -> None:
 
     Args:
         job: `out`, `fields` of the config, and what else there is of `stall`, `sharded`,
-            `zero2`, `resume`, the arguments of `poison`, and `refused`, so that an error is
-            printed; `family` of `support.families_to_train`; `half`, a run and a step, whose
-            checkpoints before that step are what is resumed from.
+            `zero2`, `resume`, `experts`, where two train, the arguments of `poison`, and
+            `refused`, so that an error is printed; `family` of `support.families_to_train`;
+            `half`, a run and a step, whose checkpoints before that step are what is resumed from.
     """
     if "stall" in job:
         stall(Path(job["out"]) / "stalled", job["stall"])

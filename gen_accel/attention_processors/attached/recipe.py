@@ -41,6 +41,8 @@ class Recipe:
             without guidance; 1 is none.
         teacher: hash of the LoRA that taught it; None: none did.
         techniques: of `gen_accel.extend`, to generate with for more than `trained_frames` frames.
+        parts: the parts of the pipeline that trained in the same run, each on its noise levels;
+            empty where it was one. The LoRA of the second lies in the subfolder of its name.
         condition: "text"; "first_frame" where the clips' first frames were given; "either" where
             they were given to some.
         clips: how many clips it saw; None where an older version trained it, as in `batch`.
@@ -71,11 +73,17 @@ class Recipe:
     teacher_guidance: float = 1.0
     teacher: str | None = None
     techniques: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
     condition: str = "text"
     clips: int | None = None
     batch: int | None = None
     dora: bool = False
     rank_stabilised: bool = False
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Further parts whose LoRAs lie in subfolders of this one's folder."""
+        return self.parts[1:] if self.part in self.parts[:1] else ()
 
     @property
     def holds_guidance(self) -> bool:
@@ -125,6 +133,28 @@ def read_recipe(source: str | Path) -> Recipe:
             "Give the method itself"
         )
     return parse(parse_json(text, f"the recipe in {path}"), path)
+
+
+def folders_of(source: str | Path) -> dict[str, Path]:
+    """Map the parts of a pipeline to the folders, or the file, that hold their LoRAs.
+
+    Args:
+        source: a folder that a training wrote, or the LoRA's file in it.
+
+    Raises as `read_recipe` does, and FileNotFoundError where the LoRA of the second expert is
+    missing.
+    """
+    path, recipe = expanded(source), read_recipe(source)
+    found = {recipe.part: path}
+    folder = path if path.is_dir() else path.parent
+    for part in recipe.others:
+        found[part] = folder / part
+        if not (folder / part / WEIGHTS).is_file():
+            raise FileNotFoundError(
+                f"{source} was trained with {part} in one run, whose LoRA is missing: copy the "
+                f"folder {folder / part} too"
+            )
+    return found
 
 
 def parse(data: Any, origin: Any) -> Recipe:

@@ -101,10 +101,18 @@ def weights_of(folder: Path) -> Path:
     return following if belongs else folder / WEIGHTS
 
 
-def load_processors(pipe_or_transformer: Any, folder: str | Path, **options: Any) -> Attachment:
+def load_processors(
+    pipe_or_transformer: Any,
+    folder: str | Path,
+    *,
+    others: Mapping[str, Path] | None = None,
+    **options: Any,
+) -> Attachment:
     """Attach what `save_processors` wrote, with its parameters.
 
     Args:
+        others: part of the pipeline, to the folder with what was saved of its transformer alone;
+            `folder` then is of `transformer` alone. Their method is the same.
         options: arguments of `attach` that replace the saved ones: schedule, kernel, dense_kernel,
             timed. Dense layers have no saved parameters, so that they cannot become sparse.
 
@@ -113,7 +121,23 @@ def load_processors(pipe_or_transformer: Any, folder: str | Path, **options: Any
         ValueError: files that do not belong together, an unknown method or version, or parameters
             that do not fit this model, which are named; nothing is attached then.
     """
-    folder = Path(folder)
+    method, saved, tensors = _load(Path(folder))
+    for part, other in (others or {}).items():
+        theirs, _, held = _load(other)
+        if theirs != method:
+            raise ValueError(f"{other} is of {theirs!r}, {folder} of {method!r}: load one of them")
+        tensors |= {f"{part}.{name.partition('.')[2]}": x for name, x in held.items()}
+    saved = saved | options
+    schedule = saved["schedule"] or Schedule()
+    _check_fit(pipe_or_transformer, method, schedule, tensors, Path(folder) / WEIGHTS)
+    handle = put_on(pipe_or_transformer, method, **saved)
+    for name, parameter in _parameters(handle).items():
+        parameter.copy_(tensors[name])
+    return handle
+
+
+def _load(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Tensor]]:
+    """Load the method, the options of `attach`, and the parameters of a folder."""
     weights = weights_of(folder)
     for path in (folder / CONFIG, weights):
         if not path.is_file():
@@ -121,14 +145,7 @@ def load_processors(pipe_or_transformer: Any, folder: str | Path, **options: Any
     method, saved, digest = _read(folder / CONFIG)
     if file_sha256(weights) != digest:
         raise ValueError(f"{CONFIG} and {WEIGHTS} in {folder} do not belong together; save again")
-    tensors = load_file(weights)
-    saved = saved | options
-    schedule = saved["schedule"] or Schedule()
-    _check_fit(pipe_or_transformer, method, schedule, tensors, weights)
-    handle = put_on(pipe_or_transformer, method, **saved)
-    for name, parameter in _parameters(handle).items():
-        parameter.copy_(tensors[name])
-    return handle
+    return method, saved, load_file(weights)
 
 
 def _settle(folder: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gen_accel import kernels, names
-from gen_accel.attention_processors.attached.recipe import Recipe, read_recipe
+from gen_accel.attention_processors.attached.recipe import Recipe, folders_of, read_recipe
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.files import plain
+from gen_accel.json_files import read_fields
 from gen_accel.measure.quality import check_installed, check_metrics
 from gen_accel.measure.video_io import check_writable
 from gen_accel.method import Method, parts_of
@@ -198,6 +199,7 @@ class Job:
                 "the dense clip would lack: give the LoRA by lora, with a method or preset"
             )
         recipe = read_recipe(from_lora)
+        _check_experts(recipe, from_lora, self.model)
         if recipe.part != "transformer":
             raise ValueError(
                 f"from_lora {from_lora} is for {recipe.part}: load it in Python, by "
@@ -318,6 +320,21 @@ class Job:
                 where["metrics"] = [*self.metrics]
             request["compare"] = where
         return request
+
+
+def _check_experts(recipe: Recipe, from_lora: str | Path, model: str | Path) -> None:
+    """Refuse a LoRA of two experts that is not whole, or for a model in a folder with one."""
+    parts = folders_of(from_lora)
+    index = expanded(model) / "model_index.json"
+    if len(parts) == 1 or not index.is_file():
+        return
+    held = read_fields(index)
+    for part in parts:
+        if (held.get(part) or [None])[0] is None:
+            raise ValueError(
+                f"from_lora {from_lora} is for {' and '.join(parts)}, and {model} has no {part}: "
+                "give a pipeline of two experts, as Wan 2.2 A14B"
+            )
 
 
 def _guided(clip: Clip, recipe: Recipe, from_lora: str | Path) -> Clip:

@@ -28,7 +28,12 @@ from gen_accel.pipelines.generation.decode import (
 )
 from gen_accel.pipelines.generation.given import Given
 from gen_accel.pipelines.generation.inputs import check_length
-from gen_accel.pipelines.generation.lora_fit import check_lora, loads_alone, lora_file
+from gen_accel.pipelines.generation.lora_fit import (
+    check_lora,
+    loads_alone,
+    lora_file,
+    parts_of_lora,
+)
 from gen_accel.pipelines.generation.model_index import check_index, part_class, pipeline_class
 from gen_accel.tensor_files import named
 
@@ -374,12 +379,14 @@ def _add_loras(pipe: Any, loras: Sequence[tuple[str, float]]) -> None:
     if loras:
         with needed_for("a LoRA", extra="video"):
             import peft  # noqa: F401
-    names: list[str] = []
+    adapters: list[str] = []
     alone: Any = loads_alone(pipe)
     for i, (source, _) in enumerate(loras):
         name = f"lora_{i}"
-        check_lora(pipe, source)
-        names.append(name)
+        parts = parts_of_lora(source)
+        for part, path in parts.items():
+            check_lora(pipe, path, part)
+        adapters.append(name)
         if alone is not None:
             file = lora_file(source)  # with its alpha in its metadata
             options = {"weight_name": file.name, "local_files_only": True}
@@ -388,9 +395,11 @@ def _add_loras(pipe: Any, loras: Sequence[tuple[str, float]]) -> None:
                     str(file.parent), prefix="transformer", adapter_name=name, **options
                 )
             continue
-        with _one_line(source):
-            pipe.load_lora_weights(source, adapter_name=name)
-        if not any(name in adapters for adapters in pipe.get_list_adapters().values()):
+        for part, path in parts.items():
+            second = {"load_into_transformer_2": True} if part == names.EXPERTS[1] else {}
+            with _one_line(source):
+                pipe.load_lora_weights(path, adapter_name=name, **second)
+        if not any(name in loaded for loaded in pipe.get_list_adapters().values()):
             raise ValueError(f"{source} holds no LoRA for {type(pipe).__name__}")
-    if names:
-        (pipe if alone is None else alone).set_adapters(names, [weight for _, weight in loras])
+    if adapters:
+        (pipe if alone is None else alone).set_adapters(adapters, [weight for _, weight in loras])

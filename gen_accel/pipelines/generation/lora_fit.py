@@ -8,8 +8,9 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gen_accel.attention_processors.attached.recipe import WEIGHTS
+from gen_accel.attention_processors.attached.recipe import WEIGHTS, folders_of, read_recipe
 from gen_accel.hub import fetched
+from gen_accel.names import EXPERTS
 from gen_accel.paths import expanded
 from gen_accel.tensor_files import named
 
@@ -18,8 +19,26 @@ PARTS = re.compile(r"(.+?)\.(?:lora_(A|B)|lora\.(down|up)|lora_(down|up))\.weigh
 DOWN = ("A", "down")
 
 
-def check_lora(pipe: Any, source: str) -> None:
+def parts_of_lora(source: str) -> dict[str, str]:
+    """Map the parts of a pipeline that a LoRA is for to the folders or files to load.
+
+    A LoRA from elsewhere is for the first transformer. Raises FileNotFoundError where a LoRA of
+    two experts lacks the second.
+    """
+    if not expanded(source).exists():
+        return {EXPERTS[0]: source}
+    try:
+        read_recipe(source)
+    except (FileNotFoundError, ValueError):
+        return {EXPERTS[0]: source}
+    return {part: str(path) for part, path in folders_of(source).items()}
+
+
+def check_lora(pipe: Any, source: str, part: str = EXPERTS[0]) -> None:
     """Refuse a LoRA that diffusers would load only in part, with no more than a log message.
+
+    Args:
+        part: the transformer that it is loaded into.
 
     Raises:
         ValueError: layers that the model does not have, layers with one matrix missing or with no
@@ -41,8 +60,12 @@ def check_lora(pipe: Any, source: str) -> None:
     found = loader.lora_state_dict(source, return_lora_metadata=True, **options)
     tensors, about = (found[0], found[-1]) if isinstance(found, tuple) else (found, None)
     # By default pipelines load nothing into the second of two transformers.
-    parts = [name for name in pipe._lora_loadable_modules if name != "transformer_2"]
+    parts = [name for name in pipe._lora_loadable_modules if name != EXPERTS[1]]
     models = {name: getattr(pipe, name, None) for name in parts}
+    if part == EXPERTS[1]:  # whose names in a file are those of the first
+        models[EXPERTS[0]] = getattr(pipe, part, None)
+        if models[EXPERTS[0]] is None:
+            raise ValueError(f"{source} is for {part}, which this {type(pipe).__name__} lacks")
     rest = [key for key in tensors if models.get(key.partition(".")[0]) is None]
     if len(rest) == len(tensors):
         raise ValueError(f"{source} holds no LoRA for {type(pipe).__name__}")

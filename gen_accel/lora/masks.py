@@ -1,0 +1,121 @@
+"""Masks of clips: a film or a picture in gray, which weighs the loss of each latent.
+
+White counts as 1, black as `mask_floor`. A mask is resampled, resized and cropped as its clip is,
+and averaged over the pixels and frames of each latent. The first latent is the first frame; each
+further one is a group of as many frames as the autoencoder takes together.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gen_accel.lora.conditions import MASK
+from gen_accel.lora.data import CaptionedVideo, Size
+from gen_accel.lora.fingerprint import hash_of
+from gen_accel.lora.surveys import survey
+from gen_accel.lora.takes import Take
+
+WHITE = 255
+ALIKE = 0.02  # most relative difference of a mask's aspect ratio from its clip's
+
+
+def mask_of(video: CaptionedVideo) -> CaptionedVideo | None:
+    """Return the mask of a clip as a clip of its own; None where the clip has none."""
+    if video.mask is None:
+        return None
+    given = {"caption": "", "image": None, "mask": None, "more_captions": ()}
+    name = f"the mask of {video.name}"
+    return replace(video, name=name, source=video.mask, is_picture=video.mask_is_picture, **given)
+
+
+def check_mask(
+    video: CaptionedVideo, about: dict[str, Any], take: Take, longest: int, fps: float | None
+) -> None:
+    """Compare a clip's mask with the clip, without decoding more of it than of the clip.
+
+    Args:
+        about: what `survey` found out about the clip.
+        longest: frames of the longest length.
+
+    Raises OSError for a mask that cannot be read, of another length, or of another shape.
+    """
+    mask = mask_of(video)
+    assert mask is not None
+    try:
+        found = survey(mask, replace(take, scenes="off"), longest, fps)
+    except OSError as error:
+        raise OSError(f"its mask cannot be read: {error}") from error
+    (height, width), (rows, columns) = about["size"], found["size"]
+    if abs(columns * height / (rows * width) - 1) > ALIKE:
+        raise OSError(
+            f"its mask is {rows} x {columns} pixels, the clip {height} x {width}: a mask has its "
+            "clip's shape"
+        )
+    if mask.is_picture:
+        return
+    have, wanted = (_frames(one) for one in (found, about))
+    # Without decoding, the whole length is known to a frame.
+    if found["frames"] != about["frames"] or abs(have - wanted) > 1:
+        raise OSError(f"its mask has {have} frames, the clip {wanted}: make them equal")
+
+
+def _frames(about: dict[str, Any]) -> int:
+    return about["frames"] if about["total"] is None else about["total"]
+
+
+def mask_key(digest: str, factors: tuple[int, int], store: str, *clip: Any) -> str:
+    """Name a mask's tensor.
+
+    Args:
+        digest: hash of the mask's bytes.
+        factors: frames and pixels of a latent, in time and in space.
+        clip: what decides the frames of the clip and their size.
+    """
+    return hash_of([MASK, store, digest, factors, *clip])
+
+
+def read_mask(
+    video: CaptionedVideo,
+    factors: tuple[int, int],
+    *,
+    frames: int,
+    size: Size,
+    fps: float | None,
+    begin: int = 0,
+) -> Tensor:
+    """Read the mask of a part of a clip, and reduce it to the latents' grid.
+
+    Returns:
+        (f, h, w) float32 from 0 to 1.
+
+    Raises OSError for a mask that cannot be read, has too few frames, or is black throughout.
+    """
+    mask = mask_of(video)
+    assert mask is not None
+    if mask.is_picture:
+        pictures = mask.read(frames=1, size=size, fps=fps).repeat(frames, axis=0)
+    else:
+        pictures = mask.read(frames=frames, size=size, fps=fps, begin=begin)
+    if len(pictures) < frames:
+        raise OSError(f"its mask has {begin + len(pictures)} frames, {begin + frames} are needed")
+    reduced = reduce_mask(pictures, factors)
+    if not reduced.any():
+        raise OSError(f"its mask is black in frames {begin} to {begin + frames - 1}")
+    return reduced
+
+
+def reduce_mask(frames: np.ndarray, factors: tuple[int, int]) -> Tensor:
+    """Average a mask, (F, H, W, 3) uint8, over the pixels and frames of each latent.
+
+    Args:
+        factors: frames and pixels of a latent, in time and in space.
+    """
+    time, space = factors
+    gray = torch.from_numpy(frames).float().mean(3) / WHITE
+    count, height, width = gray.shape
+    tiles = gray.view(count, height // space, space, width // space, space).mean((2, 4))
+    rest = tiles[1:].view((count - 1) // time, time, *tiles.shape[1:]).mean(1)
+    return torch.cat([tiles[:1], rest])
