@@ -14,7 +14,8 @@ group before its backward pass.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ from gen_accel.method import parts_of
 CONFIG = "configs/accelerate/context_parallel.yaml"
 
 
-class Groups(NamedTuple):
+@dataclass(frozen=True)
+class Groups:
     """Groups of processes, of which each takes clips of its own.
 
     Args:
