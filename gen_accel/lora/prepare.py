@@ -185,8 +185,8 @@ def load_pipe(config: TrainConfig, *, cut: bool = False) -> Any:
     if quantised(config) and _is_there(index, config.part):
         kind = part_class(index[config.part], config.part)
         device = find_device(config.device)
-        asked_for = kind, str(source), config, DTYPES[dtype], device
-        parts[config.part] = load_quantised(*asked_for, cut=cut)
+        options = kind, str(source), config, DTYPES[dtype], device
+        parts[config.part] = load_quantised(*options, cut=cut)
     loading = Loading(dtype=dtype, device="cpu")
     pipe = load(source, loading, None if asked.is_own else given, parts=parts)
     if getattr(pipe, "vae", None) is not None and pipe.vae.dtype != torch.float32:

@@ -235,7 +235,8 @@ def zero2(given: TrainConfig) -> Accelerator:
     from deepspeed import comm
 
     def made(**options: Any) -> Accelerator:
-        accelerator = Accelerator(**(options | {"cpu": True}))
+        options["cpu"] = True
+        accelerator = Accelerator(**options)
         plugin = DeepSpeedPlugin(
             zero_stage=2,
             offload_optimizer_device="none",
