@@ -12,7 +12,7 @@ class HunyuanClips(ft.Clips):
     def latents(self, index, frames):
         return super().latents(index, frames)[: hunyuan.CHANNELS]
 
-    def conditions(self, index):
+    def conditions(self, index, text=0):
         given = hunyuan.inputs(1, 4, 8, lengths=(5 + index % 3,))
         names = "encoder_hidden_states", "encoder_attention_mask", "pooled_projections"
         return {name: given[name][0] for name in names}
