@@ -365,9 +365,12 @@ def reading_table(rows: list[dict[str, Any]]) -> list[str]:
         "| stored | read by | clips a second | processor, s a clip |",
         "|---|---|---|---|",
     ]
-    kinds = {"thread": "threads", "process": "processes", "none": "the main thread"}
+    several = {"thread": "threads", "process": "processes"}
     for row in rows:
-        by = f"{row['workers']} {kinds[row['pool']]}" if row["workers"] else kinds[row["pool"]]
+        by = "the main thread"
+        if row["workers"]:
+            kind = row["pool"] if row["workers"] == 1 else several[row["pool"]]
+            by = f"{row['workers']} {kind}"
         lines.append(
             f"| {row['stored']} | {by} | {row['clips'] / row['seconds']:.1f} | "
             f"{row['cpu_seconds'] / row['clips']:.3f} |"

@@ -186,4 +186,4 @@ def test_a_cache_of_many_clips_is_measured(monkeypatch, tmp_path):
     tables = [line for line in written.splitlines() if line.startswith("| ")]
     assert any(line.startswith("| 40 | ") for line in tables)
     assert "| 720 x 1280 | 1 | " in written
-    assert "| 96 x 96 | 1 threads | " in written
+    assert "| 96 x 96 | 1 thread | " in written

@@ -69,6 +69,7 @@ def check_subject(model: str) -> None:
         return
     if "/" in model:
         check_there(model, "folder")
+        return
     known = (*names.PUBLISHED, *names.FAMILIES)
     if model.removesuffix("-Diffusers") not in known and not _CLASS.fullmatch(model):
         raise names.no_model(model)
@@ -201,8 +202,12 @@ def _check_place(path: str | Path) -> None:
     check_replaceable(place)
 
 
-def check_config(given: Mapping[str, Any]) -> None:
-    """Check the fields of a training's config that choose among names."""
+def check_config(given: Mapping[str, Any], *, published: bool = False) -> None:
+    """Check the fields of a training's config that choose among names.
+
+    Args:
+        published: whether the name of a published model is enough, as for a plan.
+    """
     names.check_techniques(given.get("sample_with", ()), "sample_with")
     for stage in given.get("stages", ()):
         Stage.parse(stage)
@@ -213,7 +218,8 @@ def check_config(given: Mapping[str, Any]) -> None:
         kernels={"kernel": given.get("kernel")},
         device=given.get("device", "auto"),
     )
-    check_model(given.get("model", NAME))
+    check = check_subject if published else check_model
+    check(given.get("model", NAME))
 
 
 def check_clips(given: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 from typer.core import TyperCommand
 
-from gen_accel.cli import early
+from gen_accel.cli import early, train_plan
 from gen_accel.cli.app import INTERRUPTED
 from gen_accel.cli.printing import quiet
 from gen_accel.lora.config import TrainConfig, print_config, read_values
@@ -30,6 +30,7 @@ leaves OUT/image_prompt, which gen_accel.load_image_prompt takes.
 
 \b
 gen-accel train --print-config > lora.yaml     every field, with what it means
+gen-accel train lora.yaml --plan --gpu 4090    GB of each stage, and whether they fit
 gen-accel train --preset longer --model DIR --data clips --print-config
 gen-accel train --preset style --model demo --data clips --height 96 --width 96
 gen-accel train lora.yaml --dry-run            two steps on a tiny model of the same class
@@ -63,7 +64,10 @@ def train(
     config: Path | None,
     resume: bool,
     dry_run: bool,
+    plan: bool,
     print_config_: bool,
+    gpu: list[str] | None,
+    json: Path | None,
     preset: str | None,
     **flags: Any,
 ) -> None:
@@ -71,6 +75,14 @@ def train(
     if print_config_:
         typer.echo(print_config(TrainConfig(**values)), nl=False)
         return
+    if plan:
+        if resume or dry_run:
+            raise ValueError(
+                f"--plan trains nothing: leave --{'resume' if resume else 'dry-run'} out"
+            )
+        train_plan.plan(values, gpu, json)
+        return
+    train_plan.check_unplanned(gpu, json)
     early.check_config(values)
     if not dry_run:
         early.check_places(values)
@@ -84,7 +96,11 @@ def train(
 
         result = run(chosen)
         losses = ", ".join(f"{loss:.4f}" for loss in result.losses)
-        typer.echo(f"the config will do: {result.steps} steps on a tiny model, losses {losses}")
+        typer.echo(f"{result.steps} steps on a tiny model, losses {losses}")
+        typer.echo(
+            "the fields go together; not looked at: memory and time (--plan), the model's files, "
+            "the clips"
+        )
         return
     from gen_accel.lora.trainer import train as run_training
 
@@ -128,6 +144,8 @@ def add_to(app: typer.Typer) -> None:
     switches = {
         "resume": "Go on from the newest whole checkpoint in OUT.",
         "dry_run": "Two steps on a tiny random model of the same class; nothing is read.",
+        "plan": "GB of each stage, and whether they fit this machine and some cards; no model is "
+        "loaded, nothing is trained.",
         "print_config_": "Print the config as YAML, with what each field means, and end.",
     }
     extra = [
@@ -140,6 +158,10 @@ def add_to(app: typer.Typer) -> None:
             default=False,
         )
         for name, text in switches.items()
+    ]
+    extra += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=None)
+        for name, kind in (("gpu", train_plan.GpuNames), ("json", train_plan.PlanFile))
     ]
     known = "; ".join(f"{name}: {one.purpose}" for name, one in PRESETS.items())
     purpose = inspect.Parameter(

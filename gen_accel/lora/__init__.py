@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gen_accel.lora.captions import Captions
     from gen_accel.lora.dry_run import dry_run
     from gen_accel.lora.encode import cache
+    from gen_accel.lora.forecast import TrainingPlan, forecast_training
     from gen_accel.lora.latents import LatentCache
     from gen_accel.lora.presets import preset
     from gen_accel.lora.takes import Take
@@ -26,8 +27,10 @@ __all__ = [
     "Take",
     "TrainConfig",
     "Trained",
+    "TrainingPlan",
     "cache",
     "dry_run",
+    "forecast_training",
     "preset",
     "print_config",
     "push",
@@ -42,8 +45,10 @@ _HOMES = {
     "Push": "upload",
     "Take": "takes",
     "Trained": "trainer",
+    "TrainingPlan": "forecast",
     "cache": "encode",
     "dry_run": "dry_run",
+    "forecast_training": "forecast",
     "preset": "presets",
     "push": "upload",
     "train": "trainer",

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from gen_accel import demo
 from gen_accel.attention_processors.attached.recipe import Recipe, check_base, parse
+from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.attention_processors.attached.storage import save_processors
 from gen_accel.extras import needed_for
 from gen_accel.lora.artefact import (
@@ -36,6 +37,7 @@ from gen_accel.lora.artefact import (
     lora_state,
     write_lora,
 )
+from gen_accel.lora.base import block_names
 from gen_accel.lora.card import CARD, card_for
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data import open_image
@@ -64,6 +66,7 @@ class Lora:
     def __init__(self, config: TrainConfig, model: Model, handle: Any, recipe: Recipe) -> None:
         self._transformer, self._handle, self._recipe = model.transformer, handle, recipe
         self._is_on = bool(config.rank)
+        self._shares = config.context_parallel > 1
         self._teacher = None
         check_guidance(config, model.transformer, model.boundary)
         if config.rank:
@@ -92,8 +95,14 @@ class Lora:
         """Run the original model, or the model with `teacher_lora` and its attention."""
         dense = self._teacher is None or self._teacher.method == "dense"
         name = None if self._teacher is None else TEACHER
-        with self._handle.paused() if dense else nullcontext(), active(self._transformer, name):
+        with self._dense() if dense else nullcontext(), active(self._transformer, name):
             yield
+
+    def _dense(self) -> AbstractContextManager[None]:
+        """Run the model's own attention, over the tokens of all processes that share a clip."""
+        if not self._shares:
+            return self._handle.paused()
+        return self._handle.scheduled(Schedule(dense_layers=len(block_names(self._transformer))))
 
     def sampling(self, index: int) -> AbstractContextManager[None]:
         return nullcontext()

@@ -85,8 +85,22 @@ def held_names(transformer: nn.Module, base: str) -> list[str]:
     return [name for name, layer in layers.items() if layer.in_features % NF4_BLOCK == 0]  # pyright: ignore
 
 
+def hollow_of(kind: Any, source: str, part: str) -> Any:
+    """Build a transformer of diffusers from its config, without weights, on the meta device."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        return kind.from_config(kind.load_config(source, subfolder=part))
+
+
 def load_quantised(
-    kind: Any, source: str, config: Any, dtype: torch.dtype, device: torch.device
+    kind: Any,
+    source: str,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    cut: bool = False,
 ) -> Any:
     """Load a transformer of diffusers onto the CPU, with its blocks' linear layers quantised on
     the way: neither device holds all of them as they were.
@@ -97,11 +111,10 @@ def load_quantised(
         config: a `TrainConfig` of base int8 or nf4; its `part` names the transformer.
         dtype: dtype of all else, and the one to compute in.
         device: device to quantise on.
+        cut: whether FSDP is to cut the weights, which it does with floating-point tensors alone:
+            the bits of nf4 are then kept in tensors of `dtype`.
     """
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        hollow = kind.from_config(kind.load_config(source, subfolder=config.part))
+    hollow = hollow_of(kind, source, config.part)
     held = set(held_names(hollow, config.base))
     kept = [
         name
@@ -113,7 +126,7 @@ def load_quantised(
         return kind.from_pretrained(source, quantization_config=_int8(kept), **options)
     with _quantising_on(device):
         # Named here, as diffusers would take a GPU. torchao would leave out what it names.
-        options |= {"quantization_config": _nf4(kept, dtype), "device_map": {"": "cpu"}}
+        options |= {"quantization_config": _nf4(kept, dtype, cut), "device_map": {"": "cpu"}}
         return kind.from_pretrained(source, **options)
 
 
@@ -126,7 +139,7 @@ def _int8(kept: list[str]) -> Any:
     return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=names)
 
 
-def _nf4(kept: list[str], dtype: torch.dtype) -> Any:
+def _nf4(kept: list[str], dtype: torch.dtype, cut: bool) -> Any:
     from diffusers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -134,6 +147,7 @@ def _nf4(kept: list[str], dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype if cut else torch.uint8,
         llm_int8_skip_modules=kept,
     )
 

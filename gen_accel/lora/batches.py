@@ -15,6 +15,7 @@ from gen_accel.lora.held_out import held_out
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import SIGMAS, Draw, draw, order, seed_of
+from gen_accel.lora.sharing import Groups
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator
@@ -32,6 +33,7 @@ def plan_clips(
     A stage of more steps begins with the clips of fewer. Clips that are held out never train.
 
     Args:
+        processes: number of them; those that share their clips count as one.
         version: `PLAN`, or 1 for a run that an earlier version began.
 
     Raises ValueError if no clip is long enough for a stage, all of them are held out, or pictures
@@ -45,7 +47,10 @@ def plan_clips(
 
 
 class Batches:
-    """Batches of one process. They depend on the step alone, so a resumed run draws the same."""
+    """Batches of one process, or of the processes that share its clips.
+
+    They depend on the step alone, so a resumed run draws the same.
+    """
 
     def __init__(
         self,
@@ -57,6 +62,7 @@ class Batches:
     ) -> None:
         self.config, self.model, self.cache = config, model, cache
         self.adapter, self.accelerator = adapter, accelerator
+        self._groups = Groups.of(config, accelerator)
         family = family_of(model.transformer)
         self._fps = (config.fps or family.fps(model.transformer)) if family.TAKES_FPS else None
 
@@ -74,8 +80,8 @@ class Batches:
             clips: clips of the step, over all processes and micro-steps.
             frames: latent frames.
         """
-        size, ranks = self.config.batch_size, self.accelerator.num_processes
-        first = (micro * ranks + self.accelerator.process_index) * size
+        size, groups = self.config.batch_size, self._groups
+        first = (micro * groups.count + groups.number) * size
         numbers = clips[first : first + size]
         latents = [self.cache.latents(number, frames) for number in numbers]
         draws = [

@@ -56,6 +56,7 @@ LIMITS = (
             *("height", "width", "batch_size", "gradient_accumulation", "checkpoint_every"),
             *("keep_checkpoints", "validation_steps", "image_tokens", "image_size"),
             *("max_tokens", "trained_frames", "validation_frames", "chunks", "tag_orders"),
+            "context_parallel",
         ),
         lambda x: x >= 1,
         "be at least 1",
@@ -192,6 +193,11 @@ def _check_loss(config: Any) -> None:
 
 def _check_image_prompt(config: Any) -> None:
     _check_unused(config, "LoRA")
+    if config.context_parallel > 1:
+        raise ValueError(
+            f"context_parallel {config.context_parallel} is for adapter lora: an image prompt "
+            "trains with whole clips, so leave it out"
+        )
     if sum(getattr(config, f"{name}_dropout") for name in ("caption", "image", "both")) > 1:
         raise ValueError(
             "caption_dropout, image_dropout and both_dropout must not come to more than 1, "

@@ -261,6 +261,9 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = _("bf16", "Machine", "no: float32.")
     device: str = _("auto", "Machine", "auto or cpu; `accelerate launch` says the rest.")
     seed: int = _(0, "Machine", "Of all that is drawn.")
+    context_parallel: int = _(
+        1, "Machine", "Processes that share a clip, each with some of its tokens."
+    )
 
     base: Literal["bf16", "fp8", "int8", "nf4"] | None = _(
         None, "Memory", "How the model's frozen weights are held; none: in mixed_precision."
@@ -394,6 +397,7 @@ FREE_TO_CHANGE = (
     "on_broken",
     "workers",
     "kernel",
+    "context_parallel",
     "gradient_checkpointing",
     "blocks_to_swap",
 )

@@ -94,6 +94,7 @@ def dry_run(config: TrainConfig) -> Trained:
             device="cpu",
             mixed_precision="no",
             kernel="auto",
+            context_parallel=1,
             blocks_to_swap=min(config.blocks_to_swap, len(block_names(transformer))),
         )
         if quantised(config):

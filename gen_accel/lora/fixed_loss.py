@@ -21,6 +21,7 @@ from gen_accel.lora.held_out import hash_of_name, held_out
 from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Draw, draw, seed_of
+from gen_accel.lora.sharing import Groups
 
 with needed_for("training", extra="train"):
     from accelerate import Accelerator
@@ -101,17 +102,17 @@ class FixedLoss:
             wrapped: the objective, as the training calls it.
             rule: applies a stage's rule on the rotary frequencies.
         """
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        rounds = math.ceil(len(self._parts) / ranks)
+        groups = Groups.of(self.config, self.accelerator)
+        rounds = math.ceil(len(self._parts) / groups.count)
         table = torch.zeros(len(self._parts), device=self.accelerator.device)
         with evaluating(wrapped):
             for i in range(rounds):
                 tell(i, rounds)
-                place = i * ranks + rank
+                place = i * groups.count + groups.number
                 part = self._parts[min(place, len(self._parts) - 1)]  # FSDP needs all to call
                 with rule(part.stage):
                     loss = wrapped(*self._batch(part))
-                if place < len(self._parts):
+                if place < len(self._parts) and groups.place == 0:  # the others have the same
                     table[place] = loss
         table: Any = self.accelerator.reduce(table, "sum")
         return self._figures(after, table.view(-1, len(self.levels)).T.tolist())

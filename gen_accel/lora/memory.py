@@ -11,6 +11,7 @@ from typing import Any
 # Package that a way to hold the base, or an optimizer, needs.
 PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes", "adamw8bit": "bitsandbytes"}
 OPTIMIZERS = ("adamw", "adamw8bit")
+EIGHT_BIT = ("adamw8bit", "bitsandbytes.")  # beginnings of the names of bitsandbytes' optimizers
 BASES = ("bf16", "fp8", "int8", "nf4")
 CHECKPOINTING = ("off", "on", "offload")
 
@@ -81,13 +82,21 @@ def check_processes(config: Any, kind: str) -> None:
     """
     if kind not in ("FSDP", "DEEPSPEED"):
         return
-    for name in ("blocks_to_swap", "base"):
-        value = getattr(config, name)
-        if value and (name != "base" or quantised(config) or held_by_casting(config)):
-            raise ValueError(
-                f"{name} {value} does not go with {kind}, which places the model's weights "
-                "itself: leave one of them out, or launch with configs/accelerate/ddp.yaml"
-            )
+    own = "which places the model's weights itself"
+    refused = {}
+    if config.blocks_to_swap:
+        refused["blocks_to_swap"] = own
+    if held_by_casting(config):
+        refused["base"] = own
+    if config.base == "int8":
+        refused["base"] = "which cannot take torchao's tensors apart, or move them"
+    if kind == "FSDP" and config.optimizer.startswith(EIGHT_BIT):
+        refused["optimizer"] = "of whose parts of parameters bitsandbytes knows nothing"
+    for name, why in refused.items():
+        raise ValueError(
+            f"{name} {getattr(config, name)} does not go with {kind}, {why}: leave one of them "
+            "out, or launch with configs/accelerate/ddp.yaml"
+        )
 
 
 def quantised(config: Any) -> bool:

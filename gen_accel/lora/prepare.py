@@ -25,7 +25,7 @@ from gen_accel.lora.artefact import (
     target_modules,
 )
 from gen_accel.lora.attention_loss import text_attentions
-from gen_accel.lora.base import load_quantised
+from gen_accel.lora.base import hollow_of, load_quantised
 from gen_accel.lora.captions import Captions
 from gen_accel.lora.clip_checks import check_options
 from gen_accel.lora.conditions import FIRST_FRAME, Conditioned, condition_for, condition_in
@@ -42,6 +42,7 @@ from gen_accel.lora.preview import known_remade
 from gen_accel.lora.processes import by_main
 from gen_accel.lora.prompts import encoded_prompts
 from gen_accel.lora.scenes import check_scenes
+from gen_accel.lora.sharing import check_model, check_tokens
 from gen_accel.lora.size import check_adapter, check_batch
 from gen_accel.lora.swapping import check_blocks
 from gen_accel.lora.takes import Take
@@ -77,8 +78,10 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
         by_main(accelerator, partial(check_free, folder))
         if config.scenes == "cut":
             check_scenes()
+    if config.context_parallel > 1:
+        _check_hollow(config)
     with waiting(f"loading the model {config.model}") if main else nullcontext():
-        pipe = load_pipe(config)
+        pipe = load_pipe(config, cut=accelerator.distributed_type.value == "FSDP")
     model = model_of(config, pipe)
     encoders = encoders_of(config, pipe)
     if config.data is not None:
@@ -161,9 +164,13 @@ def check_cache(config: TrainConfig, pipe: Any, latents: LatentCache) -> None:
             )
 
 
-def load_pipe(config: TrainConfig) -> Any:
+def load_pipe(config: TrainConfig, *, cut: bool = False) -> Any:
     """Load the pipeline on the CPU, without its text encoders; see `encoders_of`. Its models are
-    moved to a device when they are needed."""
+    moved to a device when they are needed.
+
+    Args:
+        cut: see `load_quantised`.
+    """
     source, dtype = source_of(config), PRECISIONS[config.mixed_precision]
     index = index_of(source)
     asked = condition_in(source, config)
@@ -172,7 +179,8 @@ def load_pipe(config: TrainConfig) -> Any:
     if quantised(config) and _is_there(index, config.part):
         kind = part_class(index[config.part], config.part)
         device = find_device(config.device)
-        parts[config.part] = load_quantised(kind, str(source), config, DTYPES[dtype], device)
+        given = kind, str(source), config, DTYPES[dtype], device
+        parts[config.part] = load_quantised(*given, cut=cut)
     loading = Loading(dtype=dtype, device="cpu")
     pipe = load(source, loading, None if asked.is_own else given, parts=parts)
     if getattr(pipe, "vae", None) is not None and pipe.vae.dtype != torch.float32:
@@ -181,6 +189,15 @@ def load_pipe(config: TrainConfig) -> Any:
             source, subfolder="vae", torch_dtype=torch.float32
         )
     return pipe
+
+
+def _check_hollow(config: TrainConfig) -> None:
+    """Refuse a model that context parallelism does not take, before its weights are loaded."""
+    source = source_of(config)
+    index = index_of(source)
+    if _is_there(index, config.part):
+        kind = part_class(index[config.part], config.part)
+        check_model(config, hollow_of(kind, str(source), config.part))
 
 
 def encoders_of(config: TrainConfig, pipe: Any) -> Encoders:
@@ -247,11 +264,13 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
         lengths.add(config.validation_frames)
     check_adapter(config, transformer)
     check_blocks(config.blocks_to_swap, transformer)
+    check_model(config, transformer)
     for stage in config.curriculum:
         check_rule(transformer, stage.rope)
     for frames, size in product(sorted(lengths), config.clip_sizes):
         video = grid(config, pipe, frames, size)
         check_batch(config, transformer, video.tokens)
+        check_tokens(config, frames, size, video.video_tokens)
         check_fits(method, video)
     trained = config.trained_frames
     if trained is None:

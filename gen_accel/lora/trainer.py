@@ -44,6 +44,7 @@ from gen_accel.lora.processes import alone_in, by_main
 from gen_accel.lora.progress import Bar, Clock
 from gen_accel.lora.report import LOGS, METRICS, Page, record_of
 from gen_accel.lora.resume import about_data, check_agreement, plan_of
+from gen_accel.lora.sharing import Groups, check_groups, share
 from gen_accel.lora.state import TrainingState, whole
 from gen_accel.lora.swapping import Swapper
 from gen_accel.lora.validate import FOLDER, Validation
@@ -127,6 +128,7 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
             "launch with configs/accelerate/ddp.yaml"
         )
     check_processes(config, accelerator.distributed_type.value)
+    check_groups(config, accelerator.num_processes)
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU: take bf16 or no")
     if accelerator.state.deepspeed_plugin is not None:
@@ -179,7 +181,8 @@ class Run:
         self.config, self.accelerator, self.model, self.cache = config, accelerator, model, cache
         self.out = Path(config.out)
         self.family = family_for(model.transformer, "training")
-        self.plans, self.plan = plan_clips(config, model, cache, accelerator.num_processes), PLAN
+        self.groups = Groups.of(config, accelerator)
+        self.plans, self.plan = plan_clips(config, model, cache, self.groups.count), PLAN
         self.method = on_device(method_from(config.method, config.settings), accelerator.device)
         self.recipe = self._recipe()
         self.stopping = self.prolonged = False
@@ -197,6 +200,7 @@ class Run:
                 record=False,
             )
         self.adapter = put_on(config, model, self.handle, self.recipe, cache)
+        share(transformer, self.groups, accelerator.device)
         checkpoint_activations(transformer, config.gradient_checkpointing)
         self.objective = Objective(
             transformer,
@@ -255,7 +259,7 @@ class Run:
         if config.loss_every:
             self.fixed = FixedLoss(config, self.model, self.cache, self.batches, self.accelerator)
             passes = len(self.fixed.clips) * len(self.fixed.levels)
-            calls["loss"] = passes // self.accelerator.num_processes
+            calls["loss"] = passes // self.groups.count
         if self.validation is not None:
             calls["validation"] = self.validation.calls
         every = {"loss": config.loss_every, "validation": config.validate_every}
@@ -355,7 +359,7 @@ class Run:
             with self.accelerator.accumulate(self.state.wrapped):
                 loss = self.state.wrapped(*self.batches(step, clips, frames, micro))
                 mean += loss.item() / count
-                self.accelerator.backward(loss)
+                self.accelerator.backward(self.groups.summed(loss))
                 if self.accelerator.sync_gradients:
                     norm = self.state.clip()
                     told = self._agree(step, mean, norm)
@@ -430,9 +434,7 @@ class Run:
             techniques=config.sample_with,
             condition=_recorded(config, model.condition),
             clips=len(self.cache),
-            batch=config.batch_size
-            * config.gradient_accumulation
-            * self.accelerator.num_processes,
+            batch=config.batch_size * config.gradient_accumulation * self.groups.count,
         )
 
     def _save(self, done: int) -> None:
@@ -465,7 +467,7 @@ class Run:
         self.prolonged = found.state["config"].get("stages") != list(config.stages)
         self.plan = plan_of(found.state)
         if self.plan != PLAN:
-            args = config, self.model, self.cache, self.accelerator.num_processes
+            args = config, self.model, self.cache, self.groups.count
             self.plans = plan_clips(*args, version=self.plan)
         self.state.restore(found.tensors, found.state)
         if self.accelerator.is_main_process:  # finish what a killed run may have begun
@@ -478,7 +480,7 @@ class Run:
         return about_data(self.config, self.model, self.cache) | {
             "plan": self.plan,
             "teacher": self.recipe.teacher,
-            "processes": self.accelerator.num_processes,
+            "processes": self.groups.count,
         }
 
     def _artefact(self) -> Callable[[Path], Any]:

@@ -405,18 +405,18 @@ class _Gain:
 def _densities(
     kinds: Mapping[Method, float], video: VideoShape
 ) -> tuple[float, float, Plan | None]:
-    """Return the mean over methods, each with its share, of what `_densities_of` returns; of the
+    """Return the mean over methods, each with its share, of what `densities_of` returns; of the
     plans, the largest."""
     kept = computed = 0.0
     plans = []
     for method, share in kinds.items():
-        density, of_blocks, plan = _densities_of(method, video)
+        density, of_blocks, plan = densities_of(method, video)
         kept, computed = kept + share * density, computed + share * of_blocks
         plans += [] if plan is None else [plan]
     return kept, computed, max(plans, key=lambda plan: math.prod(plan.blocks.shape), default=None)
 
 
-def _densities_of(method: Method, video: VideoShape) -> tuple[float, float, Plan | None]:
+def densities_of(method: Method, video: VideoShape) -> tuple[float, float, Plan | None]:
     """Return the kept and computed share of the token pairs, and the plan where there is one."""
     parts = parts_of(method)
     if parts.is_dense:

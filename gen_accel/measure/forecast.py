@@ -28,7 +28,7 @@ from torch import nn
 from gen_accel.attention_processors.families import FAMILIES, family_named
 from gen_accel.measure.cards import Range, card_named, share_of_peak
 from gen_accel.measure.estimate import OWN_ATTENTION, Estimate, estimate
-from gen_accel.measure.parts import Part, parts_of_pipeline
+from gen_accel.measure.parts import Part, cast, parts_of_pipeline
 from gen_accel.measure.rates import Rates, rates_here, rates_of_card
 from gen_accel.measure.subject import Subject, subject_of
 from gen_accel.measure.trace import Work, traced
@@ -250,7 +250,7 @@ def _forecast(
     gains = [gain for one in saved for gain in _gains(work, one, rates)]
     activations, sparse_activations = _activations(subject, grid, work, batch, dtype, estimate)
     vae = next((part for part in parts if part.name == "vae"), None)
-    decode = None if vae is None else _decoding(vae, subject, grid, dtype)
+    decode = None if vae is None else decoding(vae, subject, grid, dtype)
     held = _peaks(parts, activations, sparse_activations, decode)
     return Forecast(
         estimate=estimate,
@@ -295,7 +295,7 @@ def step_work(subject: Subject, grid: VideoShape, batch: int) -> Work | None:
     lists = {
         name: blocks
         for name, blocks in model.named_children()
-        if isinstance(blocks, nn.ModuleList) and len(blocks) > 2 and _are_alike(blocks)
+        if isinstance(blocks, nn.ModuleList) and len(blocks) > 2 and are_alike(blocks)
     }
 
     def at(**lengths: int) -> Work:
@@ -317,7 +317,7 @@ def step_work(subject: Subject, grid: VideoShape, batch: int) -> Work | None:
     return whole
 
 
-def _are_alike(blocks: nn.ModuleList) -> bool:
+def are_alike(blocks: nn.ModuleList) -> bool:
     first = [(name, value.shape) for name, value in blocks[0].named_parameters()]
     return all(
         [(name, value.shape) for name, value in block.named_parameters()] == first
@@ -406,12 +406,13 @@ def _activations(
     return dense, replace(dense, low=dense.low + kept, high=dense.high + COPIES * tokens + kept)
 
 
-def _decoding(vae: Part, subject: Subject, grid: VideoShape, dtype: torch.dtype) -> Work | None:
+def decoding(vae: Part, subject: Subject, grid: VideoShape, dtype: torch.dtype) -> Work | None:
     """Trace the decoding as `pipelines.generation.decode` does it: in parts where the family can,
     else as a whole."""
     model: Any = vae.model
     if model is None:
         return None
+    cast(model, dtype)
     if subject.family.TILED_VAE:
         model.enable_tiling()
     parts = _parts_of(model, subject.family)
@@ -437,6 +438,30 @@ def _decoding(vae: Part, subject: Subject, grid: VideoShape, dtype: torch.dtype)
     times = (frames - few) / (more - few)
     peak = short.peak + times * (longer.peak - short.peak)  # grows where it is decoded whole
     return replace(_sum(short, short, longer, times), peak=round(max(peak, short.peak)))
+
+
+def encoding(vae: Part, subject: Subject, grid: VideoShape, dtype: torch.dtype) -> Work | None:
+    """Trace the encoding of a clip as a whole, as caching does it; None where that is unknown."""
+    model: Any = vae.model
+    if model is None:
+        return None
+    cast(model, dtype)
+    frames, *sides = (n * p for n, p in zip(grid.grid, subject.patch, strict=True))
+    height, width = (subject.spatial * side for side in sides)
+
+    def at(length: int) -> Work:
+        count = subject.frames(-(-length // subject.patch[0]))
+        x = torch.zeros(1, 3, count, height, width, dtype=dtype, device="meta")
+        return traced(lambda: model.encode(x, return_dict=False))
+
+    try:
+        if frames <= MORE:
+            return at(frames)
+        short, longer = at(FEW), at(MORE)
+    except Exception:  # an autoencoder that takes more than a video
+        return None
+    times = (frames - FEW) / (MORE - FEW)
+    return replace(longer, peak=round(short.peak + times * (longer.peak - short.peak)))
 
 
 def _parts_of(vae: Any, family: Any) -> Any:

@@ -100,7 +100,7 @@ def _time(found: Forecast) -> Iterator[str]:
     ]
     for name, one in (("text encoder", found.encoding), ("decoding", found.decoding)):
         rows.append((name, *(["not known"] if one is None else [span(one)]) * 2))
-    rows.append(("in all", *(_length(found.total(s)) for s in (found.dense, found.sparse))))
+    rows.append(("in all", *(duration(found.total(s)) for s in (found.dense, found.sparse))))
     yield from (f"  {name:<14}{dense:>24}{sparse:>24}" for name, dense, sparse in rows)
     yield (
         f"predicted speed-up of the denoising: {span(found.speedup, 'x')}; free attention would "
@@ -164,10 +164,10 @@ def _dtype(found: Forecast) -> str:
 
 
 def _all_steps(one: Range, steps: int) -> str:
-    return _length(Range(one.low * steps, one.high * steps, one.source))
+    return duration(Range(one.low * steps, one.high * steps, one.source))
 
 
-def _length(one: Range) -> str:
+def duration(one: Range) -> str:
     """Write seconds, in minutes or hours where these are many."""
     if one.low >= 2 * 3600:
         return span(Range(one.low / 3600, one.high / 3600, one.source), " h")

@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+BACKWARD = 2.5  # products of attention's backward pass over those of its forward pass
+
 
 @dataclass(frozen=True)
 class Work:
@@ -105,14 +107,24 @@ class _Memory(TorchDispatchMode):
         known = {one.untyped_storage()._cdata for one in given}
         new = sum(self._follow(one, known) for one in tree_leaves(made) if isinstance(one, Tensor))
         self.peak = max(self.peak, self.alive)
-        packet = function._overloadpacket
+        self._count(function._overloadpacket, args, kwargs, made, given, new)
+        return made
+
+    def _count(
+        self, packet: Any, args: Any, kwargs: Any, made: Any, given: list[Tensor], new: int
+    ) -> None:
+        """Count the work of an operator.
+
+        Args:
+            given: its tensors.
+            new: bytes that it made.
+        """
         if packet in flop_registry:
             self.products += flop_registry[packet](*args, **kwargs, out_val=made)
         elif new:
             self.moved += new + sum(one.numel() * one.itemsize for one in given)
         elif packet.__name__.endswith("_"):  # in place
             self.moved += sum(one.numel() * one.itemsize for one in (*given, *given[:1]))
-        return made
 
     def _follow(self, tensor: Tensor, known: set[int]) -> int:
         """Follow the storage of a tensor that an operator made; return its bytes, 0 for a view."""
@@ -127,3 +139,77 @@ class _Memory(TorchDispatchMode):
 
     def _end(self, key: int) -> None:
         self.alive -= self._sizes.pop(key)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a call, in the order of its operators.
+
+    Args:
+        name: of the part.
+        before, after: bytes alive at its two ends, of what the call itself made.
+        peak: the most bytes alive in between.
+        products, attention, moved: as of `Work`; attention is the model's own.
+        sparse: FLOPs of the attention of a method.
+    """
+
+    name: str
+    before: int
+    after: int
+    peak: int
+    products: float
+    attention: float
+    moved: float
+    sparse: float
+
+
+class Timeline(_Memory):
+    """Follows the memory and the work of a call in named segments, backward passes too.
+
+    Unlike `traced` it runs what attention runs, so that the tensors must have values or be fake.
+    """
+
+    def __init__(self) -> None:
+        attention = _Attention()
+        super().__init__(attention)
+        self.attended = self.thinned = 0.0
+        self.segments: list[Segment] = []
+        self._name = ""
+        self._at = self._marks()
+        self._high = 0
+
+    def begin(self, name: str) -> None:
+        """End the segment under way and begin another one; "" for none."""
+        before, *counted = self._at
+        now = self._marks()
+        if self._name:
+            work = [b - a for a, b in zip(counted, now[1:], strict=True)]
+            self.segments.append(Segment(self._name, before, now[0], self._high, *work))
+        self._name, self._at, self._high = name, now, now[0]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, share: float, *, back: bool) -> None:
+        """Count the attention of a method, of a share of all pairs of q, k and v, (..., N, D)."""
+        self.thinned += share * _attention_flops(q, k, v, back=back)
+
+    def _marks(self) -> tuple[int, float, float, float, float]:
+        return self.alive, self.products, self.attended, self.moved, self.thinned
+
+    def _follow(self, tensor: Tensor, known: set[int]) -> int:
+        size = super()._follow(tensor, known)
+        self._high = max(self._high, self.alive)
+        return size
+
+    def _count(
+        self, packet: Any, args: Any, kwargs: Any, made: Any, given: list[Tensor], new: int
+    ) -> None:
+        if "scaled_dot_product" not in packet.__name__:
+            super()._count(packet, args, kwargs, made, given, new)
+        elif packet.__name__.endswith("_backward"):
+            self.attended += _attention_flops(*args[1:4], back=True)
+        elif new:  # not the choice of an implementation
+            self.attended += _attention_flops(*args[:3], back=False)
+
+
+def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *, back: bool) -> float:
+    pairs = q.shape[:-1].numel() * k.shape[-2]
+    return (BACKWARD if back else 1.0) * 2.0 * pairs * (q.shape[-1] + v.shape[-1])

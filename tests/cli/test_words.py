@@ -92,6 +92,12 @@ EARLY = {
     "cache /nope.yaml": "/nope.yaml",
     "cache --data /nope": "data: there is nothing at /nope",
     "train --dry-run --method nope": "method must be one of",
+    "train --plan --method nope": "method must be one of",
+    "train --plan --model Wan2.1-T2V-1.3": "did you mean 'Wan2.1-T2V-1.3B'?",
+    "train --plan --gpu 409": "gpu must be one of",
+    "train --plan --json /": "/ must be a file, but it is a folder",
+    "train --plan --dry-run": "--plan trains nothing: leave --dry-run out",
+    "train --gpu 4090": "--gpu 4090 is for --plan",
 }
 # Whatever these verbs take besides is refused too where it is FILE/nope: no number, no name, and
 # nowhere to read or write.

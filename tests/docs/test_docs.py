@@ -24,6 +24,7 @@ from support.paths import ROOT
 from typer.testing import CliRunner
 
 from gen_accel.cli import app
+from gen_accel.demo.clips import write_clips
 from gen_accel.measure import write_video
 from gen_accel.measure.clip_settings import ClipSettings
 
@@ -132,6 +133,7 @@ def home(tmp_path_factory):
     made = {"model": "models/wan", "prompt": ["a cat surfs"], "seed": 7}
     write_video(noise[:9], folder / "cat.mp4", fps=16, about=ClipSettings(made).about())
     (folder / "configs").symlink_to(ROOT / "configs")
+    write_clips(folder / "outputs" / "few", frames=33, count=2)
     return folder
 
 
@@ -221,7 +223,7 @@ def test_command_line(arguments, reason, small):
     verb, *rest = arguments
     group = typer.main.get_command(app)
     group.commands[verb].make_context(verb, [*rest])  # all flags exist and take such values
-    if verb in ELSEWHERE and "--dry-run" not in rest:
+    if verb in ELSEWHERE and not {"--dry-run", "--plan"} & {*rest}:
         reason = ELSEWHERE[verb]
     if reason:
         pytest.skip(reason)

@@ -294,12 +294,16 @@ class TestRefusals:
 
     @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
     def test_models_in_parts(self, kind):
-        for fields in ({"base": "int8"}, {"base": "fp8"}, {"blocks_to_swap": 1}):
+        refused = [{"base": base} for base in ("int8", "fp8", "bf16")] + [{"blocks_to_swap": 1}]
+        taken = [{"base": "nf4"}, {"base": "bf16", "mixed_precision": "bf16"}]
+        (refused if kind == "FSDP" else taken).append({"optimizer": "adamw8bit"})
+        for fields in refused:
             given = ft.config("unused", **ON | fields)
             with pytest.raises(ValueError, match=f"does not go with {kind}"):
                 memory.check_processes(given, kind)
             memory.check_processes(given, "MULTI_GPU")
-        memory.check_processes(ft.config("unused", base="bf16", mixed_precision="bf16"), kind)
+        for fields in taken:
+            memory.check_processes(ft.config("unused", **fields), kind)
 
     def test_more_blocks_than_there_are(self, on_disk):
         with pytest.raises(

@@ -186,9 +186,8 @@ class TestCommands:
     def test_dry_run(self, run, on_disk, tmp_path):
         path = written(tmp_path, print_config(on_disk(data="nowhere")))
         said = run("train", path, "--dry-run").stdout
-        assert re.match(
-            r"the config will do: 2 steps on a tiny model, losses [\d.]+, [\d.]+", said
-        )
+        assert re.match(r"2 steps on a tiny model, losses [\d.]+, [\d.]+\n", said)
+        assert "not looked at: memory and time (--plan)" in said
         assert not (tmp_path / "run").exists()
 
     def test_an_interruption(self, run, tmp_path, monkeypatch):

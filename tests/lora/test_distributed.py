@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import finetuning as ft
+from support.families_to_train import trained
 from support.runs import launch
 
 from gen_accel.attention_processors.attached.recipe import read_recipe
@@ -69,6 +70,16 @@ ROUNDED = RADIAL | {"base": "fp8", "gradient_checkpointing": "on"}
 LOW = ROUNDED | {"gradient_checkpointing": "offload", "blocks_to_swap": 1}
 
 
+# In parts on two processes, each with what saves memory and goes with that.
+IN_PARTS = {
+    "dora": {"dora": True, "gradient_checkpointing": "on"},
+    "nf4": {"base": "nf4", "gradient_checkpointing": "offload"},
+    "prodigy": {"optimizer": "prodigyopt.Prodigy"},
+    "schedule-free": {"optimizer": "schedulefree.AdamWScheduleFree"},
+}
+FEW = {"stages": ["9:2"], "learning_rate": 1e-3}
+
+
 def guided(teacher):
     taught = {"objective": "distill", "teacher_lora": str(teacher), "teacher_guidance": 3.0}
     return RADIAL | taught
@@ -90,6 +101,10 @@ def made(tmp_path_factory):
         ("fsdp/long", LONG | VIDEOS, {"sharded": True}),
         ("fsdp/guided", guided(teacher), {"sharded": True}),
     ]
+    jobs += [
+        (f"fsdp/{name}", RADIAL | FEW | more, {"sharded": True, "family": "wan"})
+        for name, more in IN_PARTS.items()
+    ]
     launch(*({"out": str(folder / name), "fields": f} | more for name, f, more in jobs))
     for name, last in (("ddp/long", STEPS), ("fsdp/long", STEPS), ("ddp/images", 4)):
         half(folder / name, folder / f"{name}-resumed", last)
@@ -109,6 +124,18 @@ def test_low_memory_changes_no_bit_of_two_processes(made):
     a, b = newest(made / "ddp" / "rounded"), newest(made / "ddp" / "low")
     assert a.state["processes"] == b.state["processes"] == 2
     assert all(torch.equal(x, b.tensors[name]) for name, x in a.tensors.items())
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_low_memory_in_parts(made, tmp_path, name):
+    out, fields = made / "fsdp" / name, IN_PARTS[name]
+    assert newest(out).state["optimizer"] == "FSDP"
+    trained(tmp_path, **(RADIAL | FEW | fields | {"batch_size": 2}))
+    assert losses(out) == pytest.approx(losses(tmp_path), rel=1e-5)
+    a, b = newest(out).tensors, newest(tmp_path).tensors
+    assert a.keys() == b.keys()
+    for key, x in a.items():
+        assert torch.allclose(x, b[key], rtol=1e-3, atol=1e-5), key
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from support.clips import refuse
 
 import gen_accel
 from gen_accel.lora import TrainConfig, prepare, print_config, read_config
-from gen_accel.lora.batches import Batches, plan_clips
+from gen_accel.lora.batches import PLAN, Batches, plan_clips
 from gen_accel.lora.config import FREE_TO_CHANGE
 from gen_accel.lora.found import Report
 from gen_accel.lora.latents import Entry, LatentCache
@@ -57,9 +57,9 @@ BEFORE = [0, 1, 2, 3, 1, 3, 3, 3, 3, 2, 0, 0]
 PICTURE = {"is_picture": True, "frames": 1, "pixel_frames": 1}
 
 
-def plan(entries, processes=1, **fields):
+def plan(entries, processes=1, version=PLAN, **fields):
     config = ft.config("unused", **({"stages": ("17:400",)} | fields))
-    return plan_clips(config, ft.model(), entries, processes)
+    return plan_clips(config, ft.model(), entries, processes, version)
 
 
 def test_repeats_count():
@@ -88,10 +88,20 @@ def test_pictures_are_mixed_in_at_their_share():
     assert plan(entries, **config, seed=1) != [steps]
 
 
+def test_a_longer_stage_begins_like_a_shorter():
+    """With two sizes, repeats and pictures."""
+    picture = {"is_picture": True, "frames": 1}
+    entries = Entries({}, {"repeats": 3}, {"height": 8}, picture, picture)
+    (steps,) = plan(entries, images=0.3, stages=("17:60",))
+    assert {clips[0] > 2 for clips in steps} == {True, False}
+    for count in range(1, 60, 7):
+        assert plan(entries, images=0.3, stages=(f"17:{count}",)) == [steps[:count]]
+
+
 def test_without_pictures_the_plan_is_what_it_was():
     entries = Entries({}, {}, {}, {"height": 8})
-    # Taken before pictures and repeats were there.
-    (steps,) = plan(entries, stages=("17:12",))
+    # Taken before pictures and repeats were there, in the order of that version.
+    (steps,) = plan(entries, version=1, stages=("17:12",))
     assert [clips[0] for clips in steps] == BEFORE
 
 

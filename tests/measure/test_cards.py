@@ -70,7 +70,7 @@ def remembered(function):
 @pytest.mark.slow
 def test_most_published_seconds_lie_in_the_estimated_range(monkeypatch):
     """A figure that is published as "about" or in whole minutes may be off by a tenth."""
-    for name in ("step_work", "_decoding"):  # which are the same for every card
+    for name in ("step_work", "decoding"):  # which are the same for every card
         monkeypatch.setattr(forecasts, name, remembered(getattr(forecasts, name)))
     inside, outside = [], []
     for run in PUBLISHED:

@@ -35,8 +35,9 @@ FAMILIES = {
 def trained(out, family="wan", resume=False, transformer=None, **fields):
     """Tensors of the state after a training."""
     made, clips = FAMILIES[family]
-    model = ft.model(transformer=transformer or made())
-    ft.train(ft.config(out, **fields), clips(), model=model, resume=resume)
+    given = ft.config(out, **fields)
+    model = ft.model(transformer=transformer or ft.loaded(made(), given))
+    ft.train(given, clips(), model=model, resume=resume)
     return state(out).tensors
 
 

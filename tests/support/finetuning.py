@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate import (
     Accelerator,
+    DeepSpeedPlugin,
     DistributedType,
     FullyShardedDataParallelPlugin,
     PartialState,
@@ -19,12 +23,15 @@ from accelerate.state import AcceleratorState, GradientState
 from support import wan
 from torch import Tensor
 
-from gen_accel.lora import checkpoint
+from gen_accel.lora import checkpoint, trainer
+from gen_accel.lora.base import load_quantised
 from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.memory import quantised
 from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Objective
+from gen_accel.lora.processes import by_main
 from gen_accel.lora.state import TrainingState
-from gen_accel.lora.trainer import Trained, accelerator_for, run
+from gen_accel.lora.trainer import CHECKPOINTS, Trained, accelerator_for, run
 
 LATENTS = (4, 8)  # height and width; 2 x 4 tokens a frame
 FRAMES = 5  # latent frames of a clip
@@ -223,23 +230,81 @@ def sharded(given: TrainConfig) -> Accelerator:
     return made
 
 
+def zero2(given: TrainConfig) -> Accelerator:
+    """ZeRO-2 of DeepSpeed on the CPU, which Accelerate has for accelerators alone."""
+    from deepspeed import comm
+
+    def made(**options: Any) -> Accelerator:
+        accelerator = Accelerator(**(options | {"cpu": True}))
+        plugin = DeepSpeedPlugin(
+            zero_stage=2,
+            offload_optimizer_device="none",
+            offload_param_device="none",
+            zero3_init_flag=False,
+        )
+        accelerator.state.deepspeed_plugins = {"default": plugin}
+        accelerator.deepspeed_engine_wrapped = None
+        for state in (accelerator.state, PartialState()):
+            state.distributed_type = DistributedType.DEEPSPEED
+        plugin.select(_from_accelerator_state=True)
+        comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+        return accelerator
+
+    before, trainer.Accelerator = trainer.Accelerator, made
+    try:
+        return accelerator_for(given)
+    finally:
+        trainer.Accelerator = before
+
+
+def half(out: str, source: str, step: int) -> None:
+    """Copy a run as it was before its checkpoint of `step`."""
+    shutil.copytree(source, out)
+    shutil.rmtree(Path(out) / CHECKPOINTS / f"step-{step:06d}")
+
+
+def _subject(job: dict[str, Any], given: TrainConfig, pipe: Any) -> tuple[Model, Any]:
+    if "family" not in job:
+        return model(pipe), Clips()
+    from support.families_to_train import FAMILIES
+
+    made, clips = FAMILIES[job["family"]]
+    transformer = loaded(made(), given, cut=job.get("sharded", False))
+    return model(transformer=transformer), clips()
+
+
+def loaded(transformer: Any, given: TrainConfig, *, cut: bool = False) -> Any:
+    """The model as `base` says, loaded anew where it is quantised."""
+    if not quantised(given):
+        return transformer
+    with TemporaryDirectory() as folder:
+        transformer.save_pretrained(Path(folder) / given.part)
+        kept = type(transformer), folder, given, torch.float32, torch.device("cpu")
+        return load_quantised(*kept, cut=cut)
+
+
 def start(job: dict[str, Any]) -> None:
     """One training.
 
     Args:
-        job: `out`, `fields` of the config, and what else there is of `stall`, `sharded`, `resume`,
-            the arguments of `poison`, and `refused`, so that an error is printed.
+        job: `out`, `fields` of the config, and what else there is of `stall`, `sharded`,
+            `zero2`, `resume`, the arguments of `poison`, and `refused`, so that an error is
+            printed; `family` of `support.families_to_train`; `half`, a run and a step, whose
+            checkpoints before that step are what is resumed from.
     """
     if "stall" in job:
         stall(Path(job["out"]) / "stalled", job["stall"])
     given = config(job["out"], **job["fields"])
     pipe = wan.pipeline() if given.validate_every else None
-    accelerator = sharded(given) if job.get("sharded") else accelerator_for(given)
+    kind = sharded if job.get("sharded") else zero2 if job.get("zero2") else accelerator_for
+    accelerator = kind(given)
     clip = TrainingState.clip
+    if "half" in job:
+        by_main(accelerator, partial(half, job["out"], *job["half"]))
     if "poison" in job:
         poison(*job["poison"])
     try:
-        run(given, accelerator, model(pipe), Clips(), resume=job.get("resume", False))
+        run(given, accelerator, *_subject(job, given, pipe), resume=job.get("resume", False))
     except (OSError, ValueError) as error:
         if "refused" not in job:
             raise

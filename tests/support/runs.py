@@ -68,14 +68,15 @@ def metadata(path):
 CONFIG = ROOT / "configs" / "accelerate" / "cpu.yaml"
 
 
-def two_processes(module, arguments, env, launcher=True):
+def two_processes(module, arguments, env, launcher=True, count=2):
     """Output and errors of a module that two processes run, each with the same arguments.
 
     Args:
         launcher: `accelerate launch` starts them; without, they are forked, which takes less.
+        count: how many, if they are forked.
     """
     if not launcher:
-        ranks = forked.ranks(2, module, arguments, env)
+        ranks = forked.ranks(count, module, arguments, env)
         said = [one.communicate(timeout=120) for one in ranks]
         for one, (_, errors) in zip(ranks, said, strict=True):
             assert one.returncode == 0, errors
@@ -89,10 +90,14 @@ def two_processes(module, arguments, env, launcher=True):
     return done.stdout, done.stderr
 
 
-def launch(*jobs, launcher=True):
-    """Trainings in the same two processes, one after the other: what they print."""
-    places = environment(OMP_NUM_THREADS="1")
-    return two_processes("support.finetuning", [json.dumps(jobs)], places, launcher)
+def launch(*jobs, launcher=True, count=2, **variables):
+    """Trainings in the same two processes, one after the other: what they print.
+
+    Args:
+        variables: of their environment.
+    """
+    places = environment(OMP_NUM_THREADS="1", **variables)
+    return two_processes("support.finetuning", [json.dumps(jobs)], places, launcher, count)
 
 
 FULL_STEPS = 8

@@ -1,0 +1,114 @@
+"""What trainings need of one 24 GB card, by `gen_accel.lora.forecast_training`.
+
+    python benchmarks/train_plans.py
+
+Nothing is run: each cell is the plan of a config, with a LoRA of rank 128 through Radial at
+480 x 832 pixels, as `gen-accel train --plan` prints it.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from gen_accel.files import write_json
+from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.forecast import forecast_training
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "train_plans.json"
+PAGE = HERE.parent / "docs" / "memory.md"
+BEGIN, END = "<!-- train plans -->", "<!-- /train plans -->"
+CARD = "4090"
+MODELS = {
+    "Wan2.1-T2V-1.3B": (81, 161, 321),
+    "Wan2.1-T2V-14B": (81, 117, 161),
+    "HunyuanVideo": (129, 253),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "checkpointing": {"gradient_checkpointing": "on"},
+    "offload": {"gradient_checkpointing": "offload"},
+    "offload, fp8": {"gradient_checkpointing": "offload", "base": "fp8"},
+    "offload, swap 20": {"gradient_checkpointing": "offload", "blocks_to_swap": 20},
+    "offload, nf4, swap 30, adamw8bit": {
+        **{"gradient_checkpointing": "offload", "base": "nf4", "blocks_to_swap": 30},
+        "optimizer": "adamw8bit",
+    },
+}
+
+
+def plans(model: str) -> list[dict[str, Any]]:
+    """GB of each length with each set of options, and what is advised without any."""
+    found: dict[int, dict[str, float]] = {frames: {} for frames in MODELS[model]}
+    for name, options in OPTIONS.items():
+        config = TrainConfig(model=model, stages=stages(MODELS[model]), **options)
+        for stage in forecast_training(config, gpus=(), here=False).stages:
+            found[stage.frames][name] = round(stage.memory.total / 1e9, 1)
+    return [
+        {"model": model, "frames": frames, "gb": gb, "advice": advice(model, frames)}
+        for frames, gb in found.items()
+    ]
+
+
+def stages(lengths: tuple[int, ...]) -> tuple[str, ...]:
+    return tuple(f"{frames}:1" for frames in lengths)
+
+
+def advice(model: str, frames: int) -> dict[str, Any] | None:
+    """What the plan says to turn on for the card, from checkpointing alone."""
+    config = TrainConfig(model=model, stages=stages((frames,)), gradient_checkpointing="on")
+    [verdict] = forecast_training(config, gpus=[CARD], here=False).verdicts
+    return None if verdict.advice is None else vars(verdict.advice)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Results as Markdown."""
+    head = ("model", "frames", *OPTIONS, "the plan says")
+    lines = [head, ("---", *["---:"] * (len(head) - 2), "---")]
+    lines += [
+        (
+            row["model"],
+            str(row["frames"]),
+            *(_cell(row["gb"][name], results["card_gb"]) for name in OPTIONS),
+            _said(row["advice"]),
+        )
+        for row in results["rows"]
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(size: float, room: float) -> str:
+    return f"**{size:.1f}**" if size <= room else f"{size:.1f}"
+
+
+def _said(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "fits"
+    listed = [
+        f"`{change}`: {total / 1e9:.1f}"
+        for change, total in zip(found["changes"], found["totals"], strict=True)
+    ]
+    said = ", ".join(listed)
+    if found["fits"]:
+        return f"{said}, fits"
+    height, width = found["sides"]
+    return f"{said}; then {found['frames']} frames or {height} x {width} fit"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    rows = [row for model in MODELS for row in plans(model)]
+    results = {"card": CARD, "card_gb": 24.0, "rows": rows}
+    write_json(args.out, results)
+    results = json.loads(args.out.read_text())
+    print(args.out, table(results), sep="\n\n")
+    if args.out == RESULTS:
+        head, _, rest = PAGE.read_text().partition(f"{BEGIN}\n")
+        _, _, tail = rest.partition(END)
+        PAGE.write_text(f"{head}{BEGIN}\n{table(results)}\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,811 @@
+"""Memory and seconds of a training, before it: from the config of the model alone.
+
+    memory of a stage = weights + LoRA, its average, gradients and optimizer
+                        + what is kept of the blocks that wait for their backward pass
+                        + one block, forward, again and backward
+                        + what is outside of the blocks
+
+All but weights and optimizer is that of one training step, run on fake tensors
+(`gen_accel.lora.step_trace`). Videos that are sampled and their decoding are other moments, and so
+is the caching of clips, which comes before all of them.
+
+Not counted: adapters other than a LoRA, a teacher's LoRA, scratch memory of operators, the time of
+loading, caching, sampling and of copies between host and device.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from gen_accel.attention_processors.lengths import PIXELS
+from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.demo import NAME, model_named
+from gen_accel.lora.base import block_names, linear_names
+from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.size import check_adapter
+from gen_accel.lora.step_trace import BACK, DTYPES, FORWARD, Casting, StepTrace, StepTracer
+from gen_accel.lora.swapping import RESIDENT
+from gen_accel.measure.cards import Range, card_named, share_of_peak
+from gen_accel.measure.efficiency import known_efficiency
+from gen_accel.measure.estimate import densities_of
+from gen_accel.measure.forecast import FEW, MORE, calls_of, decoding, encoding
+from gen_accel.measure.parts import parts_of_pipeline
+from gen_accel.measure.rates import Rates, rates_here, rates_of_card
+from gen_accel.measure.subject import Subject, subject_of
+from gen_accel.method import parts_of
+from gen_accel.video import VideoShape
+
+CARDS = ("4090", "5090", "h100")  # beside this machine, where none is named
+MOMENTS = 4  # bytes of each of AdamW's two moments of a parameter
+OWN_OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}  # bytes a parameter: two moments
+BYTES = {
+    "bf16": 2.0,
+    "fp8": 1.0,
+    "int8": 1.0,
+    "nf4": 0.5 + 4 / 64,
+}  # of a weight, with its share of scales
+QUANTISED = ("int8", "nf4")  # by a library, while the model is loaded
+# torch keeps the cast weights of a layer until its gradient is there; bitsandbytes casts again.
+CASTING: dict[str, Casting] = {"bf16": "kept", "fp8": "kept", "int8": "kept", "nf4": "again"}
+
+
+class Size(NamedTuple):
+    """Size of a clip, in frames and pixels."""
+
+    frames: int
+    height: int
+    width: int
+
+
+class Setting(NamedTuple):
+    """Options that cost or save memory. Words are those of `TrainConfig`.
+
+    Args:
+        base: None is mixed_precision.
+        swap: blocks_to_swap.
+    """
+
+    checkpointing: str
+    base: str | None
+    swap: int
+    optimizer: str
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Setting":
+        return cls(
+            config.gradient_checkpointing, config.base, config.blocks_to_swap, config.optimizer
+        )
+
+    def changes(self, since: "Setting") -> list[str]:
+        """Options, in words, that differ from an earlier setting."""
+        names = ("gradient_checkpointing", "base", "blocks_to_swap", "optimizer")
+        return [
+            f"{name} {now}"
+            for name, now, before in zip(names, self, since, strict=True)
+            if now != before
+        ]
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on the device at the moment of a step that needs most.
+
+    Args:
+        weights: of the model, as they are held.
+        adapter: LoRA, its average, gradients that are there, optimizer.
+        kept: of the other blocks, for their backward pass.
+        block: of the block under way.
+        outside: batch, embeddings, head and loss.
+        host: bytes in the host's memory at most: swapped blocks, offloaded inputs of blocks. Where
+            it is the device's own memory, at the same moment.
+    """
+
+    weights: int
+    adapter: int
+    kept: int
+    block: int
+    outside: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter + self.kept + self.block + self.outside
+
+    @property
+    def in_one(self) -> int:
+        """Bytes where the device's memory is the host's."""
+        return self.total + self.host
+
+    def to_dict(self) -> dict[str, int]:
+        return {**vars(self), "total": self.total}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage of the curriculum costs.
+
+    Args:
+        frames, height, width: of its clips, in pixels.
+        steps: of the optimizer.
+        tokens: of a clip.
+        density: share of the token pairs that the method computes in a sparse layer.
+        memory: of a step, with the config's options; on a device with memory of its own where
+            one was asked for.
+        seconds: of a step, by the device's name.
+    """
+
+    frames: int
+    height: int
+    width: int
+    steps: int
+    tokens: int
+    density: float
+    memory: StageMemory
+    seconds: Mapping[str, Range]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What makes a training fit a device.
+
+    Args:
+        changes: options to turn on, in words, in the order of their cost.
+        totals: bytes on the device after each of them.
+        fits: whether they suffice.
+        frames: most frames of a clip that fit with all of them; None where they suffice, or where
+            not even one frame fits.
+        sides: largest height and width that fit so, of nearly the same aspect; None likewise.
+    """
+
+    changes: tuple[str, ...]
+    totals: tuple[int, ...]
+    fits: bool
+    frames: int | None = None
+    sides: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a training fits a device.
+
+    Args:
+        device: in words.
+        memory: bytes that a program may use there; None where unknown.
+        peak: bytes at most, over all stages and moments.
+        moment: of the peak, in words.
+        advice: None where it fits, or where that is unknown.
+        rates_from: origin of the seconds, in words.
+        hours: of all stages.
+    """
+
+    device: str
+    memory: int | None
+    peak: int
+    moment: str
+    advice: Advice | None
+    rates_from: str
+    hours: Range
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.memory is None else self.peak <= self.memory
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Memory and seconds of a training. `to_dict()` for a report; `lines()` for a terminal.
+
+    Args:
+        model: its name.
+        setting: the options that the config has.
+        stages: those of the curriculum, once for each size.
+        sampling, decoding: bytes on the device while a validation video is sampled, and decoded;
+            None where there are none, or where it is not known.
+        caching: bytes on the device while clips and captions are encoded, beforehand, the larger
+            of both; None where it is not known.
+        loading: bytes in the host's memory when the pipeline is loaded.
+        trainable: number of parameters that train.
+        verdicts: one for each device.
+        notes: in words, what is not counted.
+    """
+
+    model: str
+    setting: Setting
+    stages: tuple[Stage, ...]
+    sampling: int | None
+    decoding: int | None
+    caching: int | None
+    loading: int
+    trainable: int
+    verdicts: tuple[Verdict, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        def span(one: Range) -> list[float]:
+            return [one.low, one.high]
+
+        return {
+            "model": self.model,
+            "options": self.setting._asdict(),
+            "trainable_parameters": self.trainable,
+            "stages": [
+                {
+                    **{name: getattr(stage, name) for name in _NUMBERS},
+                    "bytes": stage.memory.to_dict(),
+                    "seconds_a_step": {name: span(one) for name, one in stage.seconds.items()},
+                }
+                for stage in self.stages
+            ],
+            "validation_bytes": {"sampling": self.sampling, "decoding": self.decoding},
+            "caching_bytes": self.caching,
+            "loading_host_bytes": self.loading,
+            "devices": [
+                {
+                    "device": one.device,
+                    "device_bytes": one.memory,
+                    "peak_bytes": one.peak,
+                    "at": one.moment,
+                    "fits": one.fits,
+                    "advice": None if one.advice is None else vars(one.advice),
+                    "hours": span(one.hours),
+                    "rates_from": one.rates_from,
+                }
+                for one in self.verdicts
+            ],
+            "not_counted": list(self.notes),
+        }
+
+
+_NUMBERS = ("frames", "height", "width", "steps", "tokens", "density")
+
+
+def forecast_training(
+    config: TrainConfig,
+    *,
+    gpus: Sequence[str] | None = None,
+    here: bool = True,
+    rates: Rates | None = None,
+) -> TrainingPlan:
+    """Forecast the memory of each stage of a training and its seconds, without loading the model.
+
+        plan = forecast_training(TrainConfig(model="Wan2.1-T2V-14B"), gpus=["4090"])
+        print(plan.verdicts[-1].fits, plan.verdicts[-1].advice)
+
+    Args:
+        config: its model may also be the name of a published one, which needs no file.
+        gpus: cards of `gen_accel.measure.cards`; None: `CARDS`.
+        here: whether this machine is a device too. Its rates are measured in seconds, the first
+            time.
+        rates: of this machine; None: those that are kept, or measured now.
+
+    Raises:
+        ValueError: a card that is not in the table, an adapter that is no LoRA, a model that does
+            not train, or sizes that it cannot take.
+    """
+    cards = [card_named(name) for name in (CARDS if gpus is None else gpus)]
+    if config.adapter != "lora":
+        raise ValueError(f"--plan knows adapter lora, got {config.adapter!r}")
+    forecaster = _Forecaster(config)
+    devices = [_Device.of_card(card) for card in cards]
+    if here:
+        devices.insert(0, _Device.here(forecaster.subject, forecaster.dtype, rates))
+    return forecaster.plan(devices)
+
+
+@dataclass(frozen=True)
+class _Device:
+    """A device that a training may run on.
+
+    Args:
+        efficiency: share of the ideal speed-up that a sparse kernel reaches.
+        shares_host: its memory is the host's.
+    """
+
+    name: str
+    memory: int | None
+    rates: Rates
+    efficiency: Range
+    shares_host: bool
+
+    @classmethod
+    def of_card(cls, card: Any) -> "_Device":
+        rates = rates_of_card(card)
+        return cls(card.name, card.memory, rates, share_of_peak("efficiency"), False)
+
+    @classmethod
+    def here(cls, subject: Subject, dtype: torch.dtype, rates: Rates | None) -> "_Device":
+        if rates is None:
+            rates = rates_here(subject.device, dtype, subject.head_dim)
+        reached, source = known_efficiency(subject.device, dtype, subject.head_dim, False, False)
+        efficiency = Range(reached, reached, source)
+        return cls(rates.device, rates.memory, rates, efficiency, rates.on_cpu)
+
+    def seconds(self, trace: StepTrace) -> Range:
+        """Seconds of a micro-step, at the best and the worst of the rates."""
+
+        def at(side: str, efficiency: float) -> float:
+            attention = trace.work("attention") + trace.work("sparse") / efficiency
+            return (
+                trace.work("products") / getattr(self.rates.products, side)
+                + attention / getattr(self.rates.attention, side)
+                + trace.work("moved") / getattr(self.rates.moved, side)
+            )
+
+        low, high = at("high", self.efficiency.high), at("low", self.efficiency.low)
+        return Range(low, high, self.rates.origin)
+
+
+class _Block(NamedTuple):
+    """Weights of a block: elements of the linear layers that `base` applies to, of the largest of
+    them, and the bytes of everything else."""
+
+    linear: int
+    largest: int
+    rest: int
+
+
+class _Weights:
+    """Bytes of a model's frozen weights, by the options that hold them.
+
+    Args:
+        model: on the meta device, in the dtype that it computes in.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self.itemsize = dtype.itemsize
+        self.whole = _size(model)
+        held = linear_names(model)
+        self.blocks = [_block_of(model, name, held) for name in block_names(model)]
+
+    def __call__(self, setting: Setting, *, shared: bool = False) -> int:
+        """Bytes on the device.
+
+        Args:
+            shared: the device's memory is the host's, where nothing is fetched ahead.
+        """
+        loaded = sum(block.linear * self.itemsize + block.rest for block in self.blocks)
+        held = sum(self._held(block, setting.base) for block in self.blocks)
+        largest = max(self._waiting(setting), default=0)
+        resident = min(setting.swap, 1 if shared else RESIDENT)
+        return self.whole - loaded + held - self.waiting(setting) + resident * largest
+
+    def waiting(self, setting: Setting) -> int:
+        """Bytes that wait in the host's memory."""
+        return sum(self._waiting(setting))
+
+    def casting(self, base: str | None) -> Casting:
+        """How weights are cast to compute with."""
+        return "none" if self._bytes(base) == self.itemsize else CASTING[base or ""]
+
+    @property
+    def most_swapped(self) -> int:
+        return len(self.blocks)
+
+    def _held(self, block: _Block, base: str | None) -> int:
+        return round(block.linear * self._bytes(base)) + block.rest
+
+    def _waiting(self, setting: Setting) -> list[int]:
+        sizes = [self._held(block, setting.base) for block in self.blocks]
+        count = setting.swap
+        return [sizes[(i + 1) * len(sizes) // count - 1] for i in range(count)]
+
+    def _bytes(self, base: str | None) -> float:
+        """Bytes of a weight that `base` applies to."""
+        return BYTES.get(base or "", float(self.itemsize))
+
+
+def _block_of(model: nn.Module, name: str, held: Sequence[str]) -> _Block:
+    block = model.get_submodule(name)
+    layers = [model.get_submodule(one) for one in held if one.startswith(f"{name}.")]
+    linear: list[Any] = [layer.weight for layer in layers]
+    sizes = [weight.numel() for weight in linear]
+    rest = _size(block) - sum(weight.numel() * weight.itemsize for weight in linear)
+    return _Block(sum(sizes), max(sizes), rest)
+
+
+def _size(model: nn.Module) -> int:
+    values = [*model.parameters(), *model.buffers()]
+    return sum(value.numel() * value.itemsize for value in values)
+
+
+class _Forecaster:
+    """Everything about one config that its stages, options and devices share."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, self.setting = config, Setting.of(config)
+        source = model_named(config.model)
+        self.subject = subject_of(source, config.max_tokens)
+        self.dtype = DTYPES[config.mixed_precision]
+        self.parts, self.unknown = parts_of_pipeline(source, self.subject, self.dtype)
+        check_adapter(config, self.subject.model)
+        self.method = method_from(config.method, config.settings)
+        self._tracers: dict[_Way, StepTracer] = {}
+        self._traces: dict[tuple[_Way, VideoShape], tuple[StepTrace, float]] = {}
+        self._coded: dict[str, list[int | None]] = {}
+        self.weights = _Weights(self.subject.model, self.dtype)
+        self.trainable = self._tracer(self._way(self.setting)).all_trainable
+
+    def plan(self, devices: Sequence[_Device]) -> TrainingPlan:
+        stages = [self._stage(*one, devices) for one in self._clips()]
+        validates = bool(self.config.validate_every)
+        sampling = self._sampling(self.setting, self._validated) if validates else None
+        decoding = self._decoding(self.setting, self._validated) if validates else None
+        return TrainingPlan(
+            model=NAME if self.config.model == NAME else self.subject.name,
+            setting=self.setting,
+            stages=tuple(stages),
+            sampling=sampling,
+            decoding=decoding,
+            caching=self._caching(self.setting, self._longest),
+            loading=sum(part.size for part in self.parts),
+            trainable=self.trainable // MOMENTS,
+            verdicts=tuple(self._verdict(device, stages) for device in devices),
+            notes=(*self.subject.uncounted, *self.unknown, *self._notes()),
+        )
+
+    def _notes(self) -> Iterator[str]:
+        if self.config.optimizer not in OWN_OPTIMIZERS:
+            yield f"what {self.config.optimizer} keeps, which is taken to be as AdamW's"
+        if self.config.teacher_lora is not None:
+            yield "the teacher's LoRA"
+        if parts_of(self.method).branch is not None:
+            yield f"the parameters of {self.config.method} and what they compute"
+
+    @property
+    def _validated(self) -> Size:
+        """Of the videos that are sampled."""
+        config = self.config
+        return Size(config.validation_frames or config.longest, config.height, config.width)
+
+    def _clips(self) -> Iterator[tuple[Size, int]]:
+        """Size and steps of each stage, once for each size that clips have."""
+        for stage in self.config.curriculum:
+            for height, width in self.config.clip_sizes:
+                yield Size(stage.frames, height, width), stage.steps
+
+    @property
+    def _longest(self) -> Size:
+        return max((size for size, _ in self._clips()), key=math.prod)
+
+    def _way(self, setting: Setting) -> "_Way":
+        return _Way(setting.checkpointing != "off", self.weights.casting(setting.base))
+
+    def _tracer(self, way: "_Way") -> StepTracer:
+        if way not in self._tracers:
+            options: dict[str, Any] = way._asdict()
+            self._tracers[way] = StepTracer(self.subject, self.config, **options)
+        return self._tracers[way]
+
+    def _trace(self, way: "_Way", grid: VideoShape) -> tuple[StepTrace, float]:
+        """A step at a grid, and the share of the pairs that a sparse layer computes."""
+        key = way, grid
+        if key not in self._traces:
+            _, computed, _ = densities_of(self.method, self.subject.seen(grid))
+            self._traces[key] = self._tracer(way).trace(grid, computed), computed
+        return self._traces[key]
+
+    def _grid(self, size: Size) -> VideoShape:
+        return self.subject.grid(size.height, size.width, size.frames)
+
+    def _memory_trace(self, way: "_Way", grid: VideoShape) -> StepTrace:
+        """A step at a grid, for its memory alone: at other sizes than the stages' it lies on the
+        line through two of them, as all memory grows with the tokens."""
+        known = {one.video_tokens: one for other, one in self._traces if other == way}
+        if grid.video_tokens in known or not known:
+            return self._trace(way, grid)[0]
+        if len(known) == 1:
+            [only] = known.values()
+            other = replace(only, frames=max(1, only.frames // 2) if only.frames > 1 else 2)
+            known[other.video_tokens] = other
+        low, high = known[min(known)], known[max(known)]
+        first, second = (self._trace(way, one)[0] for one in (low, high))
+        along = grid.video_tokens - low.video_tokens
+        return first.towards(second, along / (high.video_tokens - low.video_tokens))
+
+    def _stage(self, size: Size, steps: int, devices: Sequence[_Device]) -> Stage:
+        grid = self._grid(size)
+        trace, density = self._trace(self._way(self.setting), grid)
+        times = self.config.gradient_accumulation
+        seconds = {}
+        for device in devices:
+            one = device.seconds(trace)
+            seconds[device.name] = Range(times * one.low, times * one.high, one.source)
+        shared = bool(devices) and all(device.shares_host for device in devices)
+        memory = self.memory(self.setting, grid, shared=shared)
+        return Stage(*size, steps, grid.video_tokens, density, memory, seconds)
+
+    def memory(self, setting: Setting, grid: VideoShape, *, shared: bool = False) -> StageMemory:
+        """Bytes of a step with other options, at its worst moment."""
+        trace = self._memory_trace(self._way(setting), grid)
+        weights, adapter = self.weights(setting, shared=shared), self._adapter(setting)
+        moments = list(_moments(trace, offload=setting.checkpointing == "offload"))
+        accumulates = self.config.gradient_accumulation > 1
+        found = []
+        for moment in moments:
+            grads = self.trainable if accumulates else moment.grads
+            made = StageMemory(
+                weights=weights,
+                adapter=adapter + grads,
+                kept=moment.kept,
+                block=moment.block,
+                outside=moment.outside + trace.batch,
+                host=self.weights.waiting(setting) + moment.host,
+            )
+            found.append(made)
+        if shared:
+            return max(found, key=lambda one: one.in_one)
+        most = max(found, key=lambda one: one.total)
+        return replace(most, host=max(one.host for one in found))
+
+    def _adapter(self, setting: Setting, *, sampling: bool = False) -> int:
+        """Bytes of the LoRA, its averages and the optimizer, without gradients."""
+        copies = 1 + (1 + sampling) * bool(self.config.ema_decay)
+        moments = OWN_OPTIMIZERS.get(setting.optimizer, OWN_OPTIMIZERS["adamw"])
+        return round(self.trainable * (copies + moments / MOMENTS))
+
+    def _beside(self, setting: Setting) -> int:
+        """Bytes of the models beside a video that is sampled: this one, the LoRA and what keeps
+        it, and another transformer of the pipeline."""
+        others = [part.size for part in self.parts if part.name.startswith("transformer_")]
+        return self.weights(setting) + self._adapter(setting, sampling=True) + sum(others)
+
+    def _sampling(self, setting: Setting, size: Size) -> int:
+        """Bytes while a validation video is sampled: forward passes without gradients."""
+        way = self._way(setting)._replace(checkpointing=True)
+        trace = self._memory_trace(way, self._grid(size))
+        _, samples = calls_of(self.subject, None)
+        kept, most = 0, 0
+        for part in trace.parts:
+            if part.kind == FORWARD:
+                most = max(most, part.segment.peak - kept)
+                kept += part.segment.after - part.segment.before
+        latents = samples * (most + trace.batch) // self.config.batch_size
+        return self._beside(setting) + latents
+
+    def _decoding(self, setting: Setting, size: Size) -> int | None:
+        """Bytes while a video is decoded beside the model."""
+        made = self._autoencoder(size, "decode")
+        return None if made is None else self._beside(setting) + made
+
+    def _caching(self, setting: Setting, size: Size) -> int | None:
+        """Bytes while captions or clips are encoded. A base that a library quantises is on the
+        device already."""
+        made = self._autoencoder(size, "encode")
+        texts = sum(part.size for part in self.parts if part.is_encoder)
+        there = self.weights(setting._replace(swap=0)) if setting.base in QUANTISED else 0
+        return None if made is None else there + max(made, texts)
+
+    def _autoencoder(self, size: Size, way: str) -> int | None:
+        """Bytes of the autoencoder in float32, and of what it makes of a clip.
+
+        Args:
+            way: "encode" or "decode".
+        """
+        vae = next((part for part in self.parts if part.name == "vae"), None)
+        if vae is None or vae.model is None:
+            return None
+        whole = self._grid(self._longest)
+        if way not in self._coded:
+            trace = encoding if way == "encode" else decoding
+            works = [
+                trace(vae, self.subject, replace(whole, frames=length), torch.float32)
+                for length in CODED
+            ]
+            self._coded[way] = [None if work is None else work.peak for work in works]
+        short, longer = self._coded[way]
+        if short is None or longer is None:
+            return None
+        grid = self._grid(size)
+        times = (grid.frames - CODED[0]) / (CODED[1] - CODED[0])
+        picture = math.prod(grid.grid[1:]) / math.prod(whole.grid[1:])
+        return _size(vae.model) + round(picture * max(short, short + times * (longer - short)))
+
+    def _peak(
+        self, setting: Setting, shared: bool, limit: Callable[[Size], Size] = lambda size: size
+    ) -> tuple[int, str]:
+        """Bytes on a device at most, and the moment.
+
+        Args:
+            shared: the device's memory is the host's.
+            limit: makes the sizes of clips smaller.
+        """
+        found: list[tuple[int, str]] = []
+        for size, _ in self._clips():
+            memory = self.memory(setting, self._grid(limit(size)), shared=shared)
+            needed = memory.in_one if shared else memory.total
+            found.append((needed, f"a step at {size.frames} frames"))
+        if self.config.validate_every:
+            extra = shared * self.weights.waiting(setting)
+            size = limit(self._validated)
+            found.append((self._sampling(setting, size) + extra, "sampling"))
+            if (decoded := self._decoding(setting, size)) is not None:
+                found.append((decoded + extra, "decoding"))
+        if (cached := self._caching(setting, limit(self._longest))) is not None:
+            found.append((cached, "caching the clips"))
+        return max(found)
+
+    def _verdict(self, device: _Device, stages: Sequence[Stage]) -> Verdict:
+        peak, moment = self._peak(self.setting, device.shares_host)
+        low = sum(stage.steps * stage.seconds[device.name].low for stage in stages)
+        high = sum(stage.steps * stage.seconds[device.name].high for stage in stages)
+        advice = None
+        if device.memory is not None and peak > device.memory:
+            advice = self._advice(device.memory, device.shares_host)
+        return Verdict(
+            device=device.name,
+            memory=device.memory,
+            peak=peak,
+            moment=moment,
+            advice=advice,
+            rates_from=device.rates.origin,
+            hours=Range(low / 3600, high / 3600, device.rates.origin),
+        )
+
+    def _advice(self, memory: int, shared: bool) -> Advice:
+        """The cheapest options that make it fit; else all of them, and the frames that fit."""
+        saving = [one for one in COSTS if not (shared and one.moves)]
+        options = [one for one in saving if one(self.setting) is not None]
+        for count in range(1, len(options) + 1):
+            for chosen in combinations(options, count):
+                if len({one.field for one in chosen}) < count:
+                    continue
+                found = self._with(chosen, memory, shared)
+                if found is not None:
+                    return self._told(found, shared, fits=True)
+        every = {one.field: one for one in options}  # the strongest of each
+        setting = self._with(tuple(every.values()), memory, shared, force=True)
+        assert setting is not None
+        return self._told(setting, shared, fits=False, memory=memory)
+
+    def _with(
+        self, chosen: Sequence["_Option"], memory: int, shared: bool, *, force: bool = False
+    ) -> Setting | None:
+        """Setting with these options, as few blocks swapped as suffice; None where they do not.
+
+        Args:
+            force: return it even so.
+        """
+        setting = self.setting
+        for one in chosen:
+            changed = one(setting)
+            if changed is None:
+                return None
+            setting = changed
+        if setting.swap != self.setting.swap:
+            low, high = RESIDENT, self.weights.most_swapped
+            while low < high:
+                middle = (low + high) // 2
+                fits = self._peak(setting._replace(swap=middle), shared)[0] <= memory
+                low, high = (low, middle) if fits else (middle + 1, high)
+            setting = setting._replace(swap=high)
+        fits = self._peak(setting, shared)[0] <= memory
+        return setting if fits or force else None
+
+    def _told(
+        self, setting: Setting, shared: bool, *, fits: bool, memory: int | None = None
+    ) -> Advice:
+        """Advice with the figure after each option, in the order of their cost."""
+        now, totals, changes = self.setting, [], []
+        for field in ORDER:
+            if getattr(now, field) != getattr(setting, field):
+                before, now = now, now._replace(**{field: getattr(setting, field)})
+                totals.append(self._peak(now, shared)[0])
+                changes += now.changes(before)
+        smaller: dict[str, Any] = {}
+        if memory is not None:
+            smaller["frames"] = self._frames(setting, shared, memory)
+            smaller["sides"] = self._sides(setting, shared, memory)
+        return Advice(tuple(changes), tuple(totals), fits, **smaller)
+
+    def _frames(self, setting: Setting, shared: bool, memory: int) -> int | None:
+        """Most frames that fit; None where not even one does."""
+
+        def needed(count: int) -> int:
+            most = self.subject.frames(count)
+            limit = lambda size: size._replace(frames=min(size.frames, most))  # noqa: E731
+            return self._peak(setting, shared, limit)[0]
+
+        counts = range(1, self._grid(self._longest).frames + 1)
+        fitting = bisect_right(counts, memory, key=needed)
+        return self.subject.frames(fitting) if fitting else None
+
+    def _sides(self, setting: Setting, shared: bool, memory: int) -> tuple[int, int] | None:
+        """Largest height and width of the same aspect, nearly, that fit at the full length; None
+        where none do."""
+        step = math.lcm(PIXELS, self.subject.spatial * self.subject.patch[1])
+
+        def scaled(size: Size, times: int) -> Size:
+            sides = (max(1, round(side * times / counts[-1] / step)) * step for side in size[1:])
+            return Size(size.frames, *sides)
+
+        def needed(times: int) -> int:
+            return self._peak(setting, shared, lambda size: scaled(size, times))[0]
+
+        counts = range(1, self._longest.height // step + 1)
+        fitting = bisect_right(counts, memory, key=needed)
+        return scaled(self._longest, fitting)[1:] if fitting else None
+
+
+CODED = (FEW, MORE)  # frames of tokens that the autoencoder is traced at
+
+
+class _Option(NamedTuple):
+    """An option that saves memory.
+
+    Args:
+        field: of `Setting`.
+        value: that it takes.
+        before: values that it may be turned on from.
+        moves: to the host's memory.
+    """
+
+    field: str
+    value: Any
+    before: tuple[Any, ...]
+    moves: bool = False
+
+    def __call__(self, setting: Setting) -> Setting | None:
+        """Turn it on; None where something as strong is on."""
+        if getattr(setting, self.field) not in self.before:
+            return None
+        return setting._replace(**{self.field: self.value})
+
+
+# In the order of what they cost, in time and exactness.
+COSTS = (
+    _Option("checkpointing", "on", ("off",)),
+    _Option("checkpointing", "offload", ("off", "on"), moves=True),
+    _Option("optimizer", "adamw8bit", ("adamw",)),
+    _Option("base", "fp8", (None, "bf16")),
+    _Option("swap", 1, (0,), moves=True),  # as many blocks as are needed
+    _Option("base", "nf4", (None, "bf16", "fp8", "int8")),
+)
+ORDER = ("checkpointing", "optimizer", "base", "swap")
+
+
+class _Way(NamedTuple):
+    """What a trace depends on, beside the config: see `StepTracer`."""
+
+    checkpointing: bool
+    casting: Casting
+
+
+class _Moment(NamedTuple):
+    """Bytes at the worst moment of a part of a step, beside the weights."""
+
+    kept: int
+    block: int
+    outside: int
+    grads: int
+    host: int
+
+
+def _moments(trace: StepTrace, *, offload: bool) -> Iterator[_Moment]:
+    """Go through a step.
+
+    Args:
+        offload: what blocks leave behind waits in the host's memory, all but the last one's.
+    """
+    kept = outside = grads = 0
+    stack: list[int] = []
+    for part in trace.parts:
+        segment = part.segment
+        rise, net = segment.peak - segment.before, segment.after - segment.before
+        is_block = part.kind in (FORWARD, BACK)
+        there = min(kept, max(stack, default=0)) if offload else kept
+        beside = outside if is_block else outside + rise
+        yield _Moment(there, rise * is_block, beside, grads, (kept - there) * offload)
+        if part.kind == BACK:
+            kept += net - part.grads
+            grads += part.grads
+        elif part.kind == FORWARD or (stack and not rise):
+            kept += net
+            stack.append(net)
+        else:
+            outside += net

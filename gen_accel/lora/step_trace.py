@@ -1,0 +1,403 @@
+"""Memory and work of a training step, counted on fake tensors, where nothing is computed.
+
+The step is the trainer's own: the objective with its LoRA and the attached method, under autocast
+and checkpointing as the config says, forward and backward. Fake tensors have shapes and no values.
+Each storage is followed from the operator that makes it to its end, also those that autograd
+saves. Blocks of one kind cost the same: one of each kind is traced, beside the first, whose input
+needs no gradient, and the others are put in between.
+
+A sparse kernel is stood for by an operator that makes and saves what the kernels do: q, k, v, the
+output and three numbers a query; in its backward pass a gradient of each. Not counted: scratch
+memory within an operator, plans, and what an allocator rounds up to.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from gen_accel import kernels
+from gen_accel.attention_processors.attached.schedule import Schedule
+from gen_accel.attention_processors.families import family_for
+from gen_accel.attention_processors.methods.options import method_from
+from gen_accel.lora.adapters import active
+from gen_accel.lora.artefact import target_modules
+from gen_accel.lora.base import linear_names
+from gen_accel.lora.conditions import FIRST_FRAME
+from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.loss import Loss
+from gen_accel.lora.objective import Objective
+from gen_accel.measure.forecast import are_alike
+from gen_accel.measure.subject import Subject
+from gen_accel.measure.trace import Segment, Timeline
+from gen_accel.method import parts_of
+from gen_accel.pipelines.attach import attach
+from gen_accel.video import VideoShape
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FORWARD, BACK = "forward", "backward"
+# Not at all; to a copy that autograd keeps until the gradient is there; or anew for the gradient.
+Casting = Literal["none", "kept", "again"]
+STATS = 3  # numbers in fp32 that a sparse kernel keeps of a query
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a step.
+
+    Args:
+        segment: what was traced.
+        kind: forward or backward of a block; head: of what comes after all blocks, backward;
+            outside: what else is outside of the blocks, forward.
+        grads: bytes of gradients that it leaves on the parameters.
+    """
+
+    segment: Segment
+    kind: str
+    grads: int = 0
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """A training step, part by part.
+
+    Args:
+        parts: of the whole model, in order; equal blocks are the same object.
+        batch: bytes of latents, noise and conditions.
+    """
+
+    parts: tuple[Part, ...]
+    batch: int
+
+    def work(self, what: str) -> float:
+        """Sum of products, attention or moved over all parts."""
+        return sum(getattr(part.segment, what) for part in self.parts)
+
+    def towards(self, other: "StepTrace", share: float) -> "StepTrace":
+        """The step on the line through this and a longer or shorter one, at a share of the way."""
+
+        def between(a: float, b: float) -> int:
+            return round(a + share * (b - a))
+
+        parts = []
+        for one, two in zip(self.parts, other.parts, strict=True):
+            sizes = {
+                name: between(getattr(one.segment, name), getattr(two.segment, name))
+                for name in ("before", "after", "peak")
+            }
+            parts.append(replace(one, segment=replace(one.segment, **sizes)))
+        return StepTrace(tuple(parts), between(self.batch, other.batch))
+
+
+class StepTracer:
+    """Traces steps of one model at several sizes.
+
+    Args:
+        subject: the model, on the meta device in the dtype that it trains in. It stays as it is.
+        config: of the training; the sizes of its stages are not read.
+        checkpointing: whether blocks are computed again in the backward pass.
+        casting: how the weights of the blocks' linear layers are cast to compute with.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        config: TrainConfig,
+        *,
+        checkpointing: bool,
+        casting: Casting = "none",
+    ) -> None:
+        self.config, self.subject = config, subject
+        self.family: Any = family_for(subject.model, "training")
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._timeline = Timeline()
+        self._share = 1.0
+        self._backward = False
+        method = method_from(config.method, config.settings)
+        sparse = not parts_of(method).is_dense
+        dense = config.dense_layers if sparse else len(subject.blocks)
+        cut, self._times, dense = _cut(subject, dense)
+        if casting != "none":
+            for name in linear_names(cut):
+                layer: Any = cut.get_submodule(name)
+                layer.forward = partial(_CASTS[casting], layer)
+        _put_lora(cut.requires_grad_(False), config)
+        self.transformer = _fake(cut, self._mode)
+        stand = _Stand(self) if sparse else method
+        schedule = Schedule(dense_layers=dense if sparse else 0)
+        self._handle = attach(self.transformer, stand, schedule=schedule, record=False)
+        if checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        alone: Any = SimpleNamespace(modules={}, showing=nullcontext, teaching=self._teaching)
+        self._objective = Objective(
+            self.transformer,
+            self.family,
+            config.objective,
+            alone,
+            guidance=config.teacher_guidance,
+            loss=Loss.of(config),
+        )
+        self.transformer.train()
+        for name in self._times:
+            block = self.transformer.get_submodule(name)
+            block.register_forward_pre_hook(partial(self._enter, name), prepend=True)
+            block.register_forward_hook(partial(self._leave, name))
+
+    @property
+    def stacks(self) -> list[str]:
+        """Names of the lists of blocks."""
+        return list(dict.fromkeys(name.split(".")[0] for name in self._times))
+
+    def trainable(self, name: str = "") -> int:
+        """Bytes of the parameters that train, of the cut model or of one of its blocks."""
+        module = self.transformer.get_submodule(name)
+        return sum(p.numel() * p.itemsize for p in module.parameters() if p.requires_grad)
+
+    @property
+    def all_trainable(self) -> int:
+        """Bytes of the parameters that train, of the whole model."""
+        blocks = {name: self.trainable(name) for name in self._times}
+        extra = sum((times - 1) * blocks[name] for name, times in self._times.items())
+        return self.trainable() + extra
+
+    def trace(self, grid: VideoShape, computed: float) -> StepTrace:
+        """Trace a step.
+
+        Args:
+            grid: tokens of a clip.
+            computed: share of the token pairs that a sparse layer computes.
+
+        Raises:
+            ValueError: a size that the model does not run at.
+        """
+        try:
+            return self._traced(grid, computed)
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0]
+            raise ValueError(f"{self.subject.name} does not train at {grid}: {why}") from error
+
+    def _traced(self, grid: VideoShape, computed: float) -> StepTrace:
+        config = self.config
+        self._share, self._backward, self._timeline = computed, False, Timeline()
+        self._returned: set[str] = set()
+        given = self._batch(grid)
+        sizes = [x.numel() * x.itemsize for x in _tensors(given)]
+        dtype = DTYPES[config.mixed_precision]
+        mixed = torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32)
+        with self._timeline, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of how a CPU would run it
+            self._timeline.begin("outside")
+            with mixed:
+                loss = self._objective(*given).float()
+            del given
+            self._timeline.begin("head")
+            self._backward = True
+            loss.backward()
+            self._timeline.begin("")
+            del loss
+            for parameter in self.transformer.parameters():
+                parameter.grad = None
+        return StepTrace(tuple(self._whole()), sum(sizes))
+
+    def _batch(self, grid: VideoShape) -> tuple[Any, ...]:
+        """Arguments of the objective: latents and noise without values, the rest with."""
+        model, size = self.transformer.config, self.config.batch_size
+        sides = [n * p for n, p in zip(grid.grid, self.subject.patch, strict=True)]
+        channels = self.family.latent_channels(model)
+        with self._mode:
+            clean, noise = (torch.empty(size, channels, *sides) for _ in range(2))
+        each = self.family.tiny_conditions(model, self.subject.text or 0)
+        if self.config.condition == FIRST_FRAME or _takes_more(self.family, model, channels):
+            each |= self.family.tiny_first_frame(self.transformer, *sides)
+        told = {name: torch.stack([x] * size) for name, x in each.items()}
+        if self.family.TAKES_FPS:
+            told["fps"] = torch.full((size,), float(self.config.fps or 24))
+        untold = told if self.config.teacher_guidance > 1 else None
+        return clean, noise, torch.full((size,), 0.5), told, None, untold
+
+    @contextmanager
+    def _teaching(self) -> Iterator[None]:
+        """Be the model as it came: dense, without the LoRA."""
+        with self._handle.paused(), active(self.transformer, None):
+            yield
+
+    def _enter(self, name: str, module: nn.Module, args: Any) -> None:
+        if not self._backward:
+            self._timeline.begin(f"{FORWARD} {name}")
+
+    def _leave(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
+        if self._backward:
+            return
+        self._timeline.begin("outside")
+        for one in _tensors(out):
+            if one.requires_grad:
+                one.register_hook(lambda _: self._return(name))
+
+    def _return(self, name: str) -> None:
+        """Begin the backward pass of a block, at the first gradient of its outputs."""
+        if name not in self._returned:
+            self._returned.add(name)
+            self._timeline.begin(f"{BACK} {name}")
+
+    def _whole(self) -> Iterator[Part]:
+        """Parts of the whole model: those of a block as often as there are such blocks."""
+        segments = iter(self._timeline.segments)
+        for segment in segments:
+            what, _, name = segment.name.partition(" ")
+            parts = [Part(segment, what, self.trainable(name) if what == BACK else 0)]
+            if what == FORWARD:
+                parts.append(Part(next(segments), "outside"))
+            yield from parts * self._times.get(name, 1)
+
+
+def _with_copy(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Run a linear layer by a copy of its weights."""
+    return F.linear(x, layer.weight.clone(), layer.bias)
+
+
+class _Dequantised(torch.autograd.Function):
+    """A linear layer whose weights are copied for each product, as bitsandbytes' are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        ctx.dtype = x.dtype
+        return F.linear(x.to(weight.dtype), weight.clone(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return (grad @ ctx.weight.clone()).to(ctx.dtype), None, None
+
+
+def _dequantised(layer: nn.Linear, x: Tensor) -> Any:
+    return _Dequantised.apply(x, layer.weight, layer.bias)
+
+
+_CASTS = {"kept": _with_copy, "again": _dequantised}
+
+
+class _Stand:
+    """Stands for a sparse method: makes and keeps what the kernels do, and computes nothing."""
+
+    def __init__(self, tracer: StepTracer) -> None:
+        self._tracer = tracer
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, video: VideoShape, kernel: Any) -> Any:
+        tracer = self._tracer
+        return _Sparse.apply(*kernels.as_autocast(q, k, v), tracer._timeline, tracer._share)
+
+
+class _Sparse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, timeline: Any, share: float) -> Any:
+        out = torch.empty_like(q)
+        stats = q.new_empty((STATS, *q.shape[:3]), dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, stats)
+        ctx.timeline, ctx.share = timeline, share
+        timeline.attend(q, k, v, share, back=False)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, *_ = ctx.saved_tensors
+        grad = grad.to(q.dtype)
+        ctx.timeline.attend(q, k, v, ctx.share, back=True)
+        return *(torch.empty_like(x) for x in (q, k, v)), None, None
+
+
+def _cut(subject: Subject, dense: int) -> tuple[nn.Module, dict[str, int], int]:
+    """Copy a model with one block of each kind, beside the first.
+
+    Args:
+        dense: how many of its first layers keep the model's own attention.
+
+    Returns:
+        The copy; by name, for how many blocks each of its blocks stands; how many of its first
+        layers are dense.
+    """
+    model: Any = subject.model
+    own: dict[str, bool] = {}  # blocks by name, whether they are dense
+    for site in subject.sites:
+        own[".".join(site.name.split(".")[:2])] = site.layer < dense
+    times: dict[str, int] = {}
+    lists: dict[str, nn.ModuleList] = {}
+    first, few = next(iter(own)), 0
+    for stack, blocks in model.named_children():
+        if not isinstance(blocks, nn.ModuleList) or f"{stack}.0" not in own:
+            continue
+        names = [f"{stack}.{i}" for i in range(len(blocks))]
+        kinds: list[list[int]] = [[], [], []]  # the first, dense, sparse
+        for i, name in enumerate(names):
+            kinds[0 if name == first else 1 if own[name] else 2].append(i)
+        groups = kinds if are_alike(blocks) else [[i] for i in range(len(blocks))]
+        kept = [group for group in groups if group]
+        if len(kept[-1]) > 1:  # what follows the last block is not what follows the others
+            kept = [*kept[:-1], kept[-1][:-1], kept[-1][-1:]]
+        lists[stack] = blocks
+        for place, group in enumerate(kept):
+            times[f"{stack}.{place}"] = len(group)
+            few += own[names[group[0]]]
+        setattr(model, stack, nn.ModuleList(blocks[group[0]] for group in kept))
+    try:
+        return deepcopy(model), times, few
+    finally:
+        for stack, blocks in lists.items():
+            setattr(model, stack, blocks)
+
+
+def _put_lora(model: Any, config: TrainConfig) -> None:
+    """Put the config's LoRA on a model on the meta device."""
+    from peft import LoraConfig
+
+    if not config.rank:
+        return
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank,
+        lora_dropout=config.lora_dropout,
+        use_dora=config.dora,
+        target_modules=target_modules(model, config.targets),
+    )
+    with torch.device("meta"):
+        model.add_adapter(lora)
+    for value in model.parameters():
+        if value.requires_grad:
+            value.data = value.data.float()
+
+
+def _fake(model: nn.Module, mode: FakeTensorMode) -> Any:
+    """Give a model on the meta device parameters and buffers that seem to be on the CPU."""
+    with mode:
+        for module in model.modules():
+            for name, value in module._parameters.items():
+                if value is not None:
+                    empty = torch.empty(value.shape, dtype=value.dtype)
+                    module._parameters[name] = nn.Parameter(empty, value.requires_grad)
+            for held in (module._buffers, vars(module)):  # some keep tables beside their buffers
+                for name, value in held.items():
+                    if isinstance(value, Tensor):
+                        held[name] = torch.empty(value.shape, dtype=value.dtype)
+    return model
+
+
+def _takes_more(family: Any, config: Any, channels: int) -> bool:
+    """Whether a model takes more channels than a clip's latents have: those of a first frame."""
+    if family.tiny_first_frame is None:
+        return False
+    return config.get("in_channels", channels) != channels
+
+
+def _tensors(given: Any) -> Iterator[Tensor]:
+    """Tensors among arguments of the objective, each once."""
+    found = {id(x): x for x in tree_leaves(given) if isinstance(x, Tensor)}
+    yield from found.values()

@@ -1,0 +1,202 @@
+"""The plan of a training, against a training; and what it says of published models."""
+
+import importlib
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support.paths import ROOT
+
+from gen_accel.lora import TrainConfig, forecast_training
+from gen_accel.lora.forecast import Setting
+from gen_accel.lora.forecast_words import training_lines
+from gen_accel.lora.step_trace import StepTracer
+from gen_accel.measure.parts import cast
+from gen_accel.measure.subject import subject_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+RESULTS = ROOT / "benchmarks" / "results"
+QUICK = ("default",)
+SLOW = (
+    "no checkpointing",
+    "fp8",
+    "nf4",
+    "int8",
+    "swap 3",
+    "offload, nf4, swap 3",
+    "adamw8bit",
+    "EMA",
+    "piecewise",
+)
+MORE = ("2 clips", "2 micro-steps", "two stages", "float32")
+WAN: dict[str, Any] = {"model": "Wan2.1-T2V-1.3B", "stages": ("81:100",)}
+SMALL: dict[str, Any] = {
+    **{"_class_name": "WanTransformer3DModel", "ffn_dim": 64, "patch_size": (1, 2, 2)},
+    **{"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 8, "freq_dim": 16},
+}
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("train_memory")
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("train_plans")
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize(
+    "option", [*QUICK, *(pytest.param(one, marks=pytest.mark.slow) for one in (*SLOW, *MORE))]
+)
+def test_a_training_needs_what_was_planned(benchmark, option, tmp_path):
+    row = benchmark.measure("tiny", option, 1248, tmp_path, 0)
+    assert abs(row["error"]) < 0.1, row
+
+
+def test_equal_blocks_need_no_trace_of_their_own():
+    train = TrainConfig(rank=4, gradient_checkpointing="on", dense_layers=1)
+    parts = {}
+    for layers in (3, 7):
+        subject = subject_of(SMALL | {"num_layers": layers})
+        cast(subject.model, torch.bfloat16)
+        tracer = StepTracer(subject, train, checkpointing=True)
+        assert len({site.name for site in subject.sites}) == layers
+        assert len(list(subject.model.get_submodule("blocks").children())) == layers, "put back"
+        trace = tracer.trace(subject.grid(64, 96, 17), 0.5)
+        parts[layers] = [part.kind for part in trace.parts]
+        left = trace.parts[-1].segment.after - tracer.trainable()
+        assert left == 4, "the gradients, and the loss"
+    for kind in ("forward", "backward"):
+        assert [kinds.count(kind) for kinds in parts.values()] == [3, 7]
+
+
+def test_memory_of_another_length_lies_on_the_line():
+    subject = subject_of(SMALL | {"num_layers": 3})
+    cast(subject.model, torch.bfloat16)
+    config = TrainConfig(rank=16, gradient_checkpointing="on")
+    tracer = StepTracer(subject, config, checkpointing=True)
+    one, two, three = (tracer.trace(subject.grid(96, 160, n), 0.3) for n in (17, 33, 49))
+    for part, exact in zip(one.towards(three, 0.5).parts, two.parts, strict=True):
+        assert part.segment.peak == pytest.approx(exact.segment.peak, rel=0.05)
+
+
+@pytest.mark.slow
+def test_14b_at_161_frames_on_one_24_gb_card():
+    config = TrainConfig(
+        model="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        stages=("161:600",),
+        gradient_checkpointing="on",
+        rank=128,
+    )
+    plan = forecast_training(config, gpus=["4090", "h100"], here=False)
+    [stage] = plan.stages
+    assert stage.tokens == 63_960
+    assert stage.memory.weights / 1e9 == pytest.approx(28.6, abs=0.1)
+    inputs = 63_960 * 5120 * 2 * 40  # of the blocks; the last one's is counted at work
+    assert stage.memory.kept == pytest.approx(inputs, rel=0.05)
+    small, large = plan.verdicts
+    assert not small.fits
+    advice = small.advice
+    assert advice is not None
+    assert advice.changes[0] == "gradient_checkpointing offload"
+    assert list(advice.totals) == sorted(advice.totals, reverse=True)
+    assert advice.fits or (advice.frames or 0) >= 97, "what would fit is said"
+    assert large.advice is not None
+    assert large.advice.changes == ("gradient_checkpointing offload",)
+    assert large.advice.fits
+
+
+@pytest.mark.slow
+def test_what_is_advised_fits():
+    """With the options that are advised, and no more, the plan says yes."""
+    config = TrainConfig(
+        model="Wan2.1-T2V-14B", stages=("81:10",), gradient_checkpointing="on", rank=32
+    )
+    [before] = forecast_training(config, gpus=["4090"], here=False).verdicts
+    assert before.advice is not None
+    assert before.advice.fits
+    given: dict[str, Any] = dict(change.split() for change in before.advice.changes)
+    if "blocks_to_swap" in given:
+        given["blocks_to_swap"] = int(given["blocks_to_swap"])
+    [after] = forecast_training(replace(config, **given), gpus=["4090"], here=False).verdicts
+    assert after.fits
+    assert after.peak == before.advice.totals[-1]
+
+
+def test_every_option_says_what_it_changes():
+    was, now = Setting("off", None, 0, "adamw"), Setting("offload", "nf4", 7, "adamw8bit")
+    assert now.changes(was) == [
+        "gradient_checkpointing offload",
+        "base nf4",
+        "blocks_to_swap 7",
+        "optimizer adamw8bit",
+    ]
+
+
+@pytest.mark.slow
+def test_validation_and_averages_are_counted():
+    plain = forecast_training(TrainConfig(**WAN), gpus=["h100"], here=False)
+    assert plain.sampling is plain.decoding is None
+    given = {"validate_every": 5, "validation_prompts": ("a",), "ema_decay": 0.9}
+    config = TrainConfig(**WAN | given)
+    shown = forecast_training(config, gpus=["h100"], here=False)
+    lora = 4 * shown.trainable
+    assert shown.stages[0].memory.total - plain.stages[0].memory.total == lora
+    assert shown.sampling is not None
+    assert shown.decoding is not None
+    assert shown.sampling > shown.stages[0].memory.weights
+
+
+def test_lines_are_as_wide_as_the_terminal():
+    config = replace(TrainConfig(**WAN), stages=("17:1", "33:1"))
+    plan = forecast_training(config, gpus=["4090"], here=False)
+    many = replace(plan, stages=plan.stages * 4)
+    for width in (80, 120):
+        assert max(map(len, training_lines(many, width))) <= width
+    lines = training_lines(plan)
+    text = " ".join(" ".join(lines).split())
+    for words in ("33 frames", "one block at work", "fits in 24 GB", "caching"):
+        assert words in text
+    json.dumps(plan.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": "allegro"}, "no training for AllegroTransformer3DModel"),
+        ({"adapter": "image_prompt"}, "--plan knows adapter lora, got 'image_prompt'"),
+        ({"stages": ("82:5",)}, "num_frames must be 1 more than a multiple of 4, got 82"),
+        ({"height": 100}, "height must be a multiple of 16, got 100"),
+        ({"targets": ("attn1.to_w",)}, "'attn1.to_w' is no linear layer"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(fields, message):
+    given: dict[str, Any] = WAN | fields
+    with pytest.raises(ValueError, match=message):
+        forecast_training(TrainConfig(**given), gpus=[], here=False)
+
+
+def test_unknown_cards_are_refused():
+    with pytest.raises(ValueError, match="gpu must be one of"):
+        forecast_training(TrainConfig(**WAN), gpus=["409"], here=False)
+
+
+def test_the_tables_are_made_from_the_results(benchmark, plans):
+    page = (ROOT / "docs" / "memory.md").read_text()
+    for made in (benchmark, plans):
+        held = page.partition(f"{made.BEGIN}\n")[2].partition(f"\n{made.END}")[0]
+        assert held == made.table(json.loads(made.RESULTS.read_text()))
+
+
+def test_every_option_was_held_to_a_training(benchmark):
+    rows = json.loads(benchmark.RESULTS.read_text())["rows"]
+    assert {row["option"] for row in rows} == {*benchmark.OPTIONS}
+    assert [row["option"] for row in rows if abs(row["error"]) >= 0.1] == []
