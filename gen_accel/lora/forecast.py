@@ -659,7 +659,7 @@ class _Forecaster:
     def _advice(self, memory: int, shared: bool) -> Advice:
         """The cheapest options that make it fit; else all of them, and the frames that fit."""
         saving = [one for one in COSTS if not (shared and one.moves)]
-        options = [one for one in saving if one(self.setting) is not None]
+        options = [one for one in saving if one(self.setting) is not None and self._goes(one)]
         for count in range(1, len(options) + 1):
             for chosen in combinations(options, count):
                 if len({one.field for one in chosen}) < count:
@@ -671,6 +671,12 @@ class _Forecaster:
         setting = self._with(tuple(every.values()), memory, shared, force=True)
         assert setting is not None
         return self._told(setting, shared, fits=False, memory=memory)
+
+    def _goes(self, option: "_Option") -> bool:
+        """Whether a training of this config takes an option; see `experts.check_both`."""
+        if self.config.part != BOTH:
+            return True
+        return option.field != "swap" and option.value not in QUANTISED
 
     def _with(
         self, chosen: Sequence["_Option"], memory: int, shared: bool, *, force: bool = False
