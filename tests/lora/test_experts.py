@@ -23,9 +23,10 @@ from gen_accel.lora.by_turns import Experts
 from gen_accel.lora.encode import cache
 from gen_accel.lora.experts import PARTS, Turns, config_of, resident
 from gen_accel.lora.latents import LatentCache
-from gen_accel.lora.prepare import model_of, place
+from gen_accel.lora.prepare import model_of
 from gen_accel.lora.report import REPORT
 from gen_accel.lora.validate import steps_above
+from gen_accel.lora.visits import sampling_on
 from gen_accel.measure.video_io import read_video, write_video
 from gen_accel.pipelines.generation.generate import generate
 from gen_accel.pipelines.generation.loading import Loading, load
@@ -501,8 +502,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match="has no transformer_2"):
             model_of(given, pipe)
 
-    def test_encoders_are_placed_and_experts_are_not(self, tmp_path, monkeypatch):
+    def test_encoders_come_for_a_video_and_experts_are_left_to_the_training(self, monkeypatch):
         pipe, placed = wan.two_stage(), []
         monkeypatch.setattr(torch.nn.Module, "to", lambda one, device: placed.append(one))
-        place(pipe, ft.config(tmp_path, **BOTH), torch.device("cpu"))
-        assert {*map(id, placed)} == {id(pipe.vae), id(pipe.text_encoder)}
+        experts = [getattr(pipe, part) for part in PARTS]
+        with sampling_on(torch.device("cpu"), pipe, experts, prompt=None, is_given=True):
+            assert {*map(id, placed)} == {id(pipe.vae), id(pipe.text_encoder)}

@@ -363,7 +363,7 @@ class TestEntries:
             (lambda data: data.replace(b'"width"', b'"breadth"'), "has the unknown breadth"),
             (lambda data: data.replace(b'"text_key": "', b'"text_key": "x'), "which no shard has"),
         ],
-        ids=str,
+        ids=["a number", "no text", "no size", "no width", "another name", "another key"],
     )
     def test_entries_that_will_not_do(self, folder, change, message):
         self.changed(folder, change)
