@@ -127,7 +127,12 @@ def load_quantised(
     with _quantising_on(device):
         # Named here, as diffusers would take a GPU. torchao would leave out what it names.
         options |= {"quantization_config": _nf4(kept, dtype, cut), "device_map": {"": "cpu"}}
-        return kind.from_pretrained(source, **options)
+        model = kind.from_pretrained(source, **options)
+    for module in model.modules():
+        # Else some CPUs pack weights anew at the first evaluation, which have no gradient then.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _int8(kept: list[str]) -> Any:

@@ -8,7 +8,7 @@ from gen_accel.hub import fetched
 from gen_accel.json_files import read_fields
 from gen_accel.kinds import FIRST, choose, part_of, takes
 
-TEXT, FIRST_FRAME = CONDITIONS = ("text", "first_frame")
+TEXT, FIRST_FRAME = "text", "first_frame"
 MASK = "mask"  # of a clip: its tensor in a cache, and its name among a batch's conditions
 _ASKED = {TEXT: (), FIRST_FRAME: (FIRST,)}
 _ARGUMENTS = ("plain", "ltx")  # `Takes.by` whose first frame is one of the clip's own frames

@@ -252,6 +252,11 @@ def find_videos(
     elif not data.is_dir():
         raise FileNotFoundError(f"data must be a folder or a manifest, nothing is at {data}")
     elif any((data / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        if masks:
+            raise ValueError(
+                f"masks are read beside films and from manifests, and {data} is a folder of "
+                "save_to_disk: leave masks out, or write a manifest"
+            )
         found = _of_datasets(data, images)
     elif manifests := sorted(p for p in _files(data) if p.stem == "metadata"):
         found = (v for one in manifests for v in _of_manifest(one, data, images, masks))
@@ -286,7 +291,7 @@ def _held(found: Iterable[CaptionedVideo]) -> Sequence[CaptionedVideo]:
     is_sorted, before = True, ""
     for video in found:
         is_sorted, before = is_sorted and before <= video.name, video.name
-        if isinstance(video.source, Path) and not callable(video.image or video.mask):
+        if isinstance(video.source, Path) and not (callable(video.image) or callable(video.mask)):
             image = None if video.image is None else str(video.image)
             rest = (video.teacher_caption, video.more_captions, video.repeats, video.is_picture)
             mask = None if video.mask is None else str(video.mask)
@@ -483,14 +488,20 @@ def _check_one_each(stills: Sequence[str]) -> None:
 
 def _pictured(video: CaptionedVideo) -> CaptionedVideo:
     """Add the image file beside the video, if the manifest names no image."""
-    if video.image is not None or not isinstance(video.source, Path):
+    if video.image is not None or video.is_picture or not isinstance(video.source, Path):
         return video
-    beside = [video.source.with_suffix(end) for end in IMAGE_SUFFIXES]
-    found = [image for image in beside if image.is_file()]
+    found = _beside(video.source.with_suffix(""), IMAGE_SUFFIXES)
     if len(found) > 1:
         names = ", ".join(image.name for image in found)
         raise ValueError(f"{video.name} must have one image beside it, got {names}")
     return replace(video, image=found[0]) if found else video
+
+
+def _beside(stem: Path, ends: Sequence[str]) -> list[Path]:
+    """Find the files called `stem` and one of `ends`, in small or capital letters."""
+    cases = ((stem.with_name(stem.name + case) for case in (end, end.upper())) for end in ends)
+    found = (next((path for path in each if path.is_file()), None) for each in cases)
+    return [path for path in found if path is not None]
 
 
 def _without_masks(files: list[str]) -> list[str]:
@@ -516,10 +527,8 @@ def _masked(video: CaptionedVideo) -> CaptionedVideo:
     if video.mask is not None or not isinstance(video.source, Path):
         return video
     stem = video.source.with_suffix("")
-    beside = [
-        stem.with_name(stem.name + MASK_SUFFIX + end) for end in (*SUFFIXES, *IMAGE_SUFFIXES)
-    ]
-    found = [mask for mask in beside if mask.is_file()]
+    stem = stem.with_name(stem.name + MASK_SUFFIX)
+    found = _beside(stem, (*SUFFIXES, *IMAGE_SUFFIXES))
     if len(found) > 1:
         names = ", ".join(mask.name for mask in found)
         raise ValueError(f"{video.name} must have one mask beside it, got {names}")
@@ -679,7 +688,7 @@ def _files(folder: Path) -> Iterator[Path]:
 def _names(folder: Path) -> list[str]:
     """Return the names of `_files`, relative to the folder, with slashes."""
     found = []
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in os.walk(folder, onerror=_fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = Path(place).relative_to(folder).as_posix()
         begin = "" if inside == "." else f"{inside}/"
@@ -690,6 +699,11 @@ def _names(folder: Path) -> list[str]:
         ]
     found.sort(key=lambda name: name.replace("/", "\0"))  # folder by folder
     return found
+
+
+def _fail(error: OSError) -> None:
+    """Raise what `os.walk` would pass over, so that no folder is left out unseen."""
+    raise error
 
 
 def _some(names: Sequence[str]) -> str:

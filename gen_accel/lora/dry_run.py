@@ -77,10 +77,11 @@ def dry_run(config: TrainConfig) -> Trained:
     stages = tuple(
         str(replace(stage, frames=short[stage.frames], steps=1)) for stage in config.curriculum
     )
-    turns = {}
+    turns: dict[str, Any] = {}
     if second is not None:  # each expert takes a step of each stage
         stages = tuple(stage.replace(":1", ":2", 1) for stage in stages)
         turns = {"switch_every": 1, "high_noise_steps": 0.5}
+        turns |= {"noise_levels": (), "sampled_steps": None}  # of which BOUNDARY is no border
     elif len(stages) == 1:
         stages = (stages[0].replace(":1", ":2", 1),)
     with tempfile.TemporaryDirectory() as folder:
@@ -106,10 +107,11 @@ def dry_run(config: TrainConfig) -> Trained:
             mixed_precision="no",
             kernel="auto",
             context_parallel=1,
+            base=config.base if quantised(config) or config.base == "fp8" else None,
             blocks_to_swap=min(config.blocks_to_swap, len(block_names(transformer))),
         )
         if quantised(config):
-            transformer.save_pretrained(Path(folder) / "transformer")
+            transformer.save_pretrained(Path(folder) / config.part)
             transformer = load_quantised(
                 type(transformer), folder, small, torch.float32, torch.device("cpu")
             )

@@ -210,7 +210,8 @@ def _fill(folder: Path, run: "_Run", videos: Sequence[CaptionedVideo], shard_byt
         new = run.encode_clips(jobs, shards, bar, preview)
         held = bytearray(all(key in shards for key in job.keys) for job in jobs)
         if not any(held):
-            raise ValueError(f"no clip could be encoded: {next(iter(run.broken.values()))}")
+            reasons = (run.broken or run.left_out).values()
+            raise ValueError(f"no clip could be encoded: {next(iter(reasons), 'none is left')}")
         done = Again(lambda: compress(jobs, held))
         entries = Again(lambda: (_about(_entry(job, run.encoders.pipe)) for job in done))
         removed = _removed(shards, entries)
@@ -370,7 +371,9 @@ class _Run:
                         shards.memo.put(found.hash_key, found.digest)
                     shards.clips[found.clip] = found.about
                     clips.add(found.clip)
-                    longest = max(longest, found.about["frames"])
+                    whole = video.is_picture
+                    spans = [(0, 1)] if whole else scenes_in(found.about, self.take)
+                    longest = max(longest, *(end - begin for begin, end in spans))
                     for job in self._jobs(video, found):
                         jobs.append((number, *job[1:-1]))
         self._check_lengths(len(clips), longest)
@@ -650,7 +653,7 @@ class _Run:
 
     def _options(self) -> dict[str, Any]:
         """Return what was asked of the clips and captions, by the names of a config's fields."""
-        given = {
+        return {
             "take": self.take.how,
             "chunks": self.take.chunks,
             "scenes": self.take.scenes,
@@ -661,7 +664,6 @@ class _Run:
             "default_caption": self.default_caption,
             "repeats": self.repeats,
         }
-        return given
 
     def digests(self, done: Iterable[_Job]) -> dict[str, str]:
         """Hash the clips that fill each length, by its number of latent frames.
@@ -726,7 +728,7 @@ class _Run:
 
         Args:
             clips: number of clips that could be read.
-            longest: frames of the longest of them.
+            longest: frames of the longest of them, or of the longest scene.
         """
         if not clips:
             reason = next(iter((self.broken or self.left_out).values()))
@@ -734,8 +736,9 @@ class _Run:
         for length in self.frames:
             if length > longest:
                 rate = "" if self.fps is None else f" at {self.fps:g} frames a second"
+                what = "no scene of a clip" if self.take.scenes == "cut" else "no clip"
                 raise ValueError(
-                    f"no clip has {length} frames{rate}: the longest of {clips} has {longest}"
+                    f"{what} has {length} frames{rate}: the longest of {clips} has {longest}"
                 )
 
     def _check_sizes(self, jobs: Packed[_Job]) -> None:

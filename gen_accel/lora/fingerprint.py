@@ -13,7 +13,7 @@ PASSING = ("transformers_version", "dtype", "torch_dtype")
 def hash_of(value: Any) -> str:
     """Hash a value that is fit for JSON."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def model_state(name: str, model: Any) -> str:

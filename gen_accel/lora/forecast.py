@@ -51,7 +51,7 @@ BYTES = {
     "int8": 1.0,
     "nf4": 0.5 + 4 / 64,
 }  # of a weight, with its share of scales
-QUANTISED = ("int8", "nf4")  # by a library, while the model is loaded
+QUANTISED = ("int8", "nf4")  # by a library
 # torch keeps the cast weights of a layer until its gradient is there; bitsandbytes casts again.
 CASTING: dict[str, Casting] = {"bf16": "kept", "fp8": "kept", "int8": "kept", "nf4": "again"}
 
@@ -292,6 +292,11 @@ def forecast_training(
     cards = [card_named(name) for name in (CARDS if gpus is None else gpus)]
     if config.adapter != "lora":
         raise ValueError(f"--plan knows adapter lora, got {config.adapter!r}")
+    if config.context_parallel > 1:
+        raise ValueError(
+            "--plan counts one process with whole clips, got context_parallel "
+            f"{config.context_parallel}: leave it out"
+        )
     forecaster = _Forecaster(config)
     devices = [_Device.of_card(card) for card in cards]
     if here:
@@ -443,7 +448,7 @@ class _Forecaster:
             stages=tuple(stages),
             sampling=sampling,
             decoding=decoding,
-            caching=self._caching(self.setting, self._longest),
+            caching=self._caching(self._longest),
             loading=sum(part.size for part in self.parts),
             trainable=self.trainable // MOMENTS,
             verdicts=tuple(self._verdict(device, stages) for device in devices),
@@ -582,13 +587,11 @@ class _Forecaster:
         made = self._autoencoder(size, "decode")
         return None if made is None else self._beside(setting) + made
 
-    def _caching(self, setting: Setting, size: Size) -> int | None:
-        """Bytes while captions or clips are encoded. A base that a library quantises is on the
-        device already."""
+    def _caching(self, size: Size) -> int | None:
+        """Bytes while captions or clips are encoded, before the transformer comes."""
         made = self._autoencoder(size, "encode")
         texts = sum(part.size for part in self.parts if part.is_encoder)
-        there = self.weights(setting._replace(swap=0)) if setting.base in QUANTISED else 0
-        return None if made is None else there + max(made, texts)
+        return None if made is None else max(made, texts)
 
     def _autoencoder(self, size: Size, way: str) -> int | None:
         """Bytes of the autoencoder in float32, and of what it makes of a clip.
@@ -635,14 +638,15 @@ class _Forecaster:
             found.append((self._sampling(setting, size) + extra, "sampling"))
             if (decoded := self._decoding(setting, size)) is not None:
                 found.append((decoded + extra, "decoding"))
-        if (cached := self._caching(setting, limit(self._longest))) is not None:
+        if (cached := self._caching(limit(self._longest))) is not None:
             found.append((cached, "caching the clips"))
         return max(found)
 
     def _verdict(self, device: _Device, stages: Sequence[Stage]) -> Verdict:
         peak, moment = self._peak(self.setting, device.shares_host)
-        low = sum(stage.steps * stage.seconds[device.name].low for stage in stages)
-        high = sum(stage.steps * stage.seconds[device.name].high for stage in stages)
+        share = 1 / len(self.config.clip_sizes)  # the clips of a step have one size
+        low = share * sum(stage.steps * stage.seconds[device.name].low for stage in stages)
+        high = share * sum(stage.steps * stage.seconds[device.name].high for stage in stages)
         advice = None
         if device.memory is not None and peak > device.memory:
             advice = self._advice(device.memory, device.shares_host)

@@ -248,13 +248,14 @@ class Memo:
         self.flush()
         if self._count <= 2 * len(self._used) + FEWEST_FOLDED:
             return
-        with self._lock, replacing(self.path) as partial, partial.open("wb") as file:
-            for place, line in _lines(self.path):
-                found = _fact(line)
-                if found and found[0] in self._used and self._places.get(found[0]) == place:
-                    file.write(line)
-        self.close()
-        self._read()
+        with self._lock:
+            self.close()  # some systems replace no open file
+            with replacing(self.path) as partial, partial.open("wb") as file:
+                for place, line in _lines(self.path):
+                    found = _fact(line)
+                    if found and found[0] in self._used and self._places.get(found[0]) == place:
+                        file.write(line)
+            self._read()
 
     def close(self) -> None:
         if self._file is not None:

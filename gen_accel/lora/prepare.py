@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -26,6 +27,7 @@ from gen_accel.lora.artefact import (
 )
 from gen_accel.lora.attention_loss import text_attentions
 from gen_accel.lora.base import hollow_of, load_quantised
+from gen_accel.lora.batches import sigmas_of
 from gen_accel.lora.captions import Captions
 from gen_accel.lora.clip_checks import check_options
 from gen_accel.lora.conditions import FIRST_FRAME, Conditioned, condition_for, condition_in
@@ -39,6 +41,7 @@ from gen_accel.lora.latents import LatentCache
 from gen_accel.lora.memory import quantised
 from gen_accel.lora.model import Model
 from gen_accel.lora.noising import shift_of
+from gen_accel.lora.objective import levels_of
 from gen_accel.lora.preview import known_remade
 from gen_accel.lora.processes import by_main
 from gen_accel.lora.prompts import encoded_prompts
@@ -299,7 +302,7 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
     if shift is None:
         longest = grid(config, pipe, config.longest)
         shift = shift_of(pipe.scheduler.config, longest.video_tokens)
-    return Model(
+    made = Model(
         transformer=transformer,
         pipe=pipe if config.validate_every else None,
         frames=lambda n: (n - 1) // factor + 1,
@@ -309,6 +312,8 @@ def model_of(config: TrainConfig, pipe: Any) -> Model:
         schedule=pipe.scheduler.config,
         condition=condition,
     )
+    levels_of(config, made.shift, sigmas_of(config, made))  # refuses levels of the other expert
+    return made
 
 
 def _check_image_prompt(config: TrainConfig, transformer: Any) -> None:
@@ -379,7 +384,7 @@ def cache_clips(config: TrainConfig, encoders: Encoders | None = None) -> Any:
     assert config.data is not None
     if encoders is None:
         check_free(cache_folder(config))
-        encoders = encoders_of(config, load_pipe(config))
+        encoders = encoders_of(config, load_pipe(replace(config, base=None)))  # nothing trains
     return cache(
         encoders,
         config.data,

@@ -130,7 +130,7 @@ def with_preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     values = {field: one.value for field, one in PRESETS[name].values.items()}
     if "stages" not in given:
         model, trained = str(given.get("model", demo.NAME)), given.get("trained_frames")
-        values["stages"] = _stages(name, model, int(trained) if trained else None)
+        values["stages"] = _stages(name, model, trained)
     return values | dict(given)
 
 

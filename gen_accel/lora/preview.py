@@ -182,9 +182,12 @@ def known_remade(cache: LatentCache, is_demo: bool) -> Remade | None:
     memo = Memo(cache.folder / MEMO)
     rows = evenly(len(cache), MOST_ROWS)
     held = [cache.entries[rows[place]] for place in evenly(len(rows), MOST_REMADE)]
-    facts = {entry.name: _known(memo.get(f"remade {entry.latent_key}")) for entry in held}
+    found: dict[str, float] = {}
+    for entry in held:
+        one = _known(memo.get(f"remade {entry.latent_key}"))
+        if one is not None:
+            found[f"{entry.name}, frame {entry.begin}" if entry.begin else entry.name] = one.psnr
     memo.close()
-    found = {name: one.psnr for name, one in facts.items() if one is not None}
     return Remade(found, is_demo) if found else None
 
 

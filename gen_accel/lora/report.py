@@ -180,7 +180,7 @@ class Page:
         """Folder of the adapter: the final one, or else the newest checkpoint's."""
         name = "lora" if self.config.adapter == "lora" else "image_prompt"
         final = self.out / name
-        saved = sorted((self.out / "checkpoints").glob(f"step-*/{name}"))
+        saved = _of_steps(self.out / "checkpoints", name)
         return final if final.is_dir() or not saved else saved[-1]
 
     def _tiles(self, steps: list[dict[str, Any]], done: int) -> Iterator[Tile]:
@@ -275,10 +275,10 @@ class Page:
     def _samples(self) -> list[Sample]:
         found = []
         for i, prompt in enumerate(self.config.validation_prompts):
-            videos = sorted((self.out / FOLDER).glob(f"step-*/{i:02d}.mp4"))
+            videos = _of_steps(self.out / FOLDER, f"{i:02d}.mp4")
             if not videos:
                 continue
-            strips = sorted((self.out / FOLDER).glob(f"step-*/{i:02d}{STRIP}"))
+            strips = _of_steps(self.out / FOLDER, f"{i:02d}{STRIP}")
             numbers = read_numbers(strips[-1]) if strips else []
             strips = [path for path in strips if read_numbers(path) == numbers]
             newest = videos[-1]
@@ -390,6 +390,13 @@ def _spread(items: Sequence[Any], most: int) -> list[Any]:
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _of_steps(folder: Path, name: str) -> list[Path]:
+    """Find what is called `name` in the folders of steps, by the number of the step."""
+    found = folder.glob(f"step-*/{name}")
+    own = [path for path in found if path.parent.name.removeprefix("step-").isdigit()]
+    return sorted(own, key=_step_of)
 
 
 def _step_of(path: Path) -> int:

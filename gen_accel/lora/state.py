@@ -44,6 +44,11 @@ class TrainingState:
         trained = [p for p in objective.parameters() if p.requires_grad]
         optimizer = new_optimizer(trained, config)
         self.schedule = learning_rates(optimizer, config)
+        if averages_itself(optimizer) and self._is_deepspeed:
+            raise ValueError(
+                f"optimizer {config.optimizer} averages by itself, which DeepSpeed's copies of "
+                "the parameters do not see: launch with configs/accelerate/ddp.yaml"
+            )
         if is_placed or config.base is not None:
             # DDP would copy them between processes, each of which has read the same file.
             frozen = [n for n, p in objective.named_parameters() if not p.requires_grad]
@@ -221,7 +226,8 @@ class TrainingState:
     def _restore_optimizer(
         self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
     ) -> None:
-        if self._is_deepspeed or not any(name.startswith("optimizer/") for name in tensors):
+        kept = any(name.startswith(("optimizer/", "optimizer group/")) for name in tensors)
+        if self._is_deepspeed or not (kept or "optimizer_groups" in numbers):
             self.accelerator.print("the optimizer's averages begin anew: DeepSpeed keeps its own")
             return
         for i, group in enumerate(self.optimizer.param_groups):

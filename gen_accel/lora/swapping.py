@@ -65,6 +65,9 @@ class Swapper:
             module.to(device)
         for held in self._waiting:
             for place, parameter in held.items():
+                scales = getattr(parameter, "quant_state", None)
+                if scales is not None:  # of bitsandbytes, which stay on the device
+                    scales.to(device)
                 held[place] = _mapped(parameter, _to_host)
         self._put_back(range(count))
         for i, block in enumerate(self.blocks):
@@ -176,7 +179,7 @@ def _frozen(block: nn.Module) -> dict[Place, nn.Parameter]:
 def _mapped(parameter: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Change the plain tensors that a frozen parameter consists of, in a copy.
 
-    What bitsandbytes keeps beside its weights, a few percent of them, stays where it is.
+    What bitsandbytes keeps beside its weights, a few percent of them, stays on the device.
     """
     if is_traceable_wrapper_subclass(parameter):
         names, context = parameter.__tensor_flatten__()

@@ -120,6 +120,13 @@ def _found(folder: Path, repository: str) -> Push:
         for path in sorted(folder.iterdir())
         if not any(path.name == name.partition("/")[0] for name in files)
     )
+    inner = sorted({name.partition("/")[0] for name in files if "/" in name})
+    left_out += tuple(
+        f"{part}/{path.name}"
+        for part in inner
+        for path in sorted((folder / part).iterdir())
+        if f"{part}/{path.name}" not in files
+    )
     notes = (*_notes_on_card(folder, card), *_notes_on_privacy(folder, names, base))
     return Push(repository, kind, files, left_out, card, not there, notes)
 

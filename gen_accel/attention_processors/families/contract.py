@@ -402,7 +402,7 @@ class Family:
         "(transformer): which tokens pass its layers, for FLOPs",
         default=None,
     )
-    flops = Part[Callable[..., Flops]](
+    flops = Part[Callable[..., Flops] | None](
         Callable,
         "(transformer, video, lengths): of one call for one sample, where `layers` cannot tell; "
         "see `layers.Cost`",

@@ -10,6 +10,7 @@ Beside the noisy latents the transformer takes clean latents of given frames and
 zero in text to video.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -138,14 +139,16 @@ def text_lengths(
     return tuple((prompt + glyphs + image).tolist())
 
 
+def no_training(pipeline: str | None, config: Mapping[str, Any]) -> str | None:
+    """Reason why a model from image to video is not trained, whose given frames training lacks."""
+    kind = config.get("task_type", "i2v")
+    if kind == "t2v":
+        return None
+    return f"its task_type {kind!r} makes video of an image: take a model from text to video"
+
+
 def latent_channels(config: Any) -> int:
-    """Channels of the clips' latents. Raises ValueError for a model from image to video, whose
-    given frames training does not have."""
-    if config.task_type != "t2v":
-        raise ValueError(
-            f"HunyuanVideo 1.5 with task_type {config.task_type!r} makes video of an image: only "
-            "its models from text to video are trained"
-        )
+    """Channels of the clips' latents; the transformer takes a condition and a mask beside them."""
     return config.out_channels
 
 
