@@ -45,12 +45,8 @@ from gen_accel.video import VideoShape
 CARDS = ("4090", "5090", "h100")  # beside this machine, where none is named
 MOMENTS = 4  # bytes of each of AdamW's two moments of a parameter
 OWN_OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}  # bytes a parameter: two moments
-BYTES = {
-    "bf16": 2.0,
-    "fp8": 1.0,
-    "int8": 1.0,
-    "nf4": 0.5 + 4 / 64,
-}  # of a weight, with its share of scales
+# Bytes of a weight, with its share of the scales: in nf4 a byte for 64 weights.
+BYTES = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 1 / 64}
 QUANTISED = ("int8", "nf4")  # by a library
 # torch keeps the cast weights of a layer until its gradient is there; bitsandbytes casts again.
 CASTING: dict[str, Casting] = {"bf16": "kept", "fp8": "kept", "int8": "kept", "nf4": "again"}

@@ -116,7 +116,8 @@ GIVEN = {
 # Free text, or words that only a class of the library can judge.
 FREE = {
     *("prompt", "negative_prompt", "settings", "dense_layers", "targets", "validation_prompts"),
-    *("window", "stride", "dilation", "is_causal"),
+    *("window", "stride", "dilation", "is_causal", "optimizer_settings"),
+    *("trigger", "prefix", "default_caption"),
     "from_latents",  # goes without a prompt, as above
 }
 
