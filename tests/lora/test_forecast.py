@@ -60,9 +60,7 @@ def plans(monkeypatch):
 
 
 @pytest.mark.usefixtures("built")
-@pytest.mark.parametrize(
-    "option", [*QUICK, *(_by_night(one) for one in (*SLOW, *MORE))]
-)
+@pytest.mark.parametrize("option", [*QUICK, *(_by_night(one) for one in (*SLOW, *MORE))])
 def test_a_training_needs_what_was_planned(benchmark, option, tmp_path):
     row = benchmark.measure("tiny", option, 1248, tmp_path, 0)
     assert abs(row["error"]) < 0.1, row
