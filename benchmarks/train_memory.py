@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from memory import peak_memory
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gen_accel.attention_processors.families import family_of
@@ -180,7 +181,8 @@ def _alive() -> int:
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecated objects that are only looked at
-        tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+        every = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+        tensors = [x for x in every if not isinstance(x, FakeTensor)]
     inner = [part for x in tensors for part in _parts(x)]
     sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in inner}
     return sum(sizes.values())

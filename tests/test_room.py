@@ -78,6 +78,8 @@ def test_batches_and_ranks(monkeypatch):
         device = torch.device("cpu")
 
     class Family:
+        ONE_TEXT_LENGTH = False
+
         @staticmethod
         def self_attentions(model):
             return [Site] * 4

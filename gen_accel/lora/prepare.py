@@ -85,6 +85,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator) -> tuple[Model, Laten
             check_scenes()
     if config.context_parallel > 1:
         _check_hollow(config)
+    index_of(source_of(config))  # refuses a folder that names other code
     with waiting(f"loading the model {config.model}") if main else nullcontext():
         pipe = load_pipe(config, cut=accelerator.distributed_type.value == "FSDP")
     model = model_of(config, pipe)

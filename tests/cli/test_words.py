@@ -115,6 +115,7 @@ GIVEN = {
 }
 # Free text, or words that only a class of the library can judge.
 FREE = {
+    *("trigger", "prefix", "default_caption", "optimizer_settings"),
     *("prompt", "negative_prompt", "settings", "dense_layers", "targets", "validation_prompts"),
     *("window", "stride", "dilation", "is_causal", "optimizer_settings"),
     *("trigger", "prefix", "default_caption"),

@@ -436,7 +436,10 @@ class TestRefusals:
                 "switch_every is for part both, got 2 with part",
             ),
             ({"base": "nf4"}, "which base nf4 does not go with: take fp8"),
-            ({"blocks_to_swap": 1}, "blocks_to_swap 1 does not go with part both"),
+            (
+                {"blocks_to_swap": 1, "gradient_checkpointing": "on"},
+                "blocks_to_swap 1 does not go with part both",
+            ),
             ({"context_parallel": 2}, "context_parallel 2 does not go with part both"),
             (
                 {"objective": "distill", "teacher_guidance": 3.0},

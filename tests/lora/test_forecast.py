@@ -39,6 +39,14 @@ SMALL: dict[str, Any] = {
 }
 
 
+BY_DAY = ("fp8", "nf4", "swap 3", "adamw8bit", "two stages")  # of the slow ones
+
+
+def _by_night(option):
+    mark = pytest.mark.slow if option in BY_DAY else pytest.mark.nightly
+    return pytest.param(option, marks=mark)
+
+
 @pytest.fixture
 def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
@@ -52,9 +60,7 @@ def plans(monkeypatch):
 
 
 @pytest.mark.usefixtures("built")
-@pytest.mark.parametrize(
-    "option", [*QUICK, *(pytest.param(one, marks=pytest.mark.slow) for one in (*SLOW, *MORE))]
-)
+@pytest.mark.parametrize("option", [*QUICK, *(_by_night(one) for one in (*SLOW, *MORE))])
 def test_a_training_needs_what_was_planned(benchmark, option, tmp_path):
     row = benchmark.measure("tiny", option, 1248, tmp_path, 0)
     assert abs(row["error"]) < 0.1, row

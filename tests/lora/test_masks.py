@@ -16,6 +16,7 @@ from gen_accel.lora.loss import Loss
 from gen_accel.lora.masks import reduce_mask
 from gen_accel.lora.objective import Objective
 from gen_accel.lora.prepare import check_cache
+from gen_accel.lora.takes import Take
 from gen_accel.measure.video_io import write_video
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -115,8 +116,6 @@ class TestReduced:
         assert torch.equal(held.mask(0, 2), film[:, :2])
 
     def test_chunks_have_their_own(self, tmp_path):
-        from gen_accel.lora.takes import Take
-
         clip(tmp_path / "clips", "a", half(10), frames=10)
         encoded(tmp_path / "clips", tmp_path / "cache", frames=(5,), take=Take("all"))
         held = LatentCache(tmp_path / "cache")
@@ -165,6 +164,16 @@ class TestHeldToTheirClips:
         assert len(LatentCache(tmp_path / "cache")) == 3
         with pytest.raises(OSError, match=f"d.mp4 is broken: {match}"):
             encoded(clips, tmp_path / "other", on_broken="stop")
+
+    @pytest.mark.parametrize("first", [Take("all"), Take(scenes="cut")], ids=["all", "cut"])
+    def test_a_clip_that_was_decoded_further_than_its_mask(self, first, tmp_path):
+        """What is known of the clip from an earlier run may be of more frames than of the mask."""
+        clip(tmp_path / "clips", "a", half(25), frames=25)
+        out = tmp_path / "cache"
+        encoded(tmp_path / "clips", out, take=first, masks=False)
+        report = encoded(tmp_path / "clips", out, take=Take(scenes=first.scenes))
+        assert not report.broken
+        assert LatentCache(out).entries[0].mask_key is not None
 
     def test_before_anything_is_encoded(self, tmp_path, monkeypatch):
         clip(tmp_path / "clips", "a", half(13))

@@ -120,7 +120,8 @@ def test_images_without_pictures():
 
 def test_a_step_of_pictures_has_one_frame():
     entries = Entries({}, PICTURE)
-    batches = Batches(ft.config("unused"), ft.model(), entries, None, SimpleNamespace())
+    alone = SimpleNamespace(process_index=0, num_processes=1)
+    batches = Batches(ft.config("unused"), ft.model(), entries, None, alone)
     (stage,) = ft.config("unused", stages=("17:4",)).curriculum
     assert [batches.frames_of(stage, [clip]) for clip in (0, 1)] == [17, 1]
 

@@ -141,7 +141,7 @@ def text_lengths(
 
 def no_training(pipeline: str | None, config: Mapping[str, Any]) -> str | None:
     """Reason why a model from image to video is not trained, whose given frames training lacks."""
-    kind = config.get("task_type", "i2v")
+    kind = config.get("task_type", "t2v")
     if kind == "t2v":
         return None
     return f"its task_type {kind!r} makes video of an image: take a model from text to video"

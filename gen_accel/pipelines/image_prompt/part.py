@@ -57,7 +57,7 @@ class Part:
         self.unet = hasattr(model, "down_blocks")
         self.moving, self.apart = family.KIND != "image", family.KIND == "frames"
         self.first_alone = family.FIRST_FRAME_ALONE
-        self.factor = temporal_factor(pipe, family)
+        self.factor = temporal_factor(pipe, model, family)
         self.patch = 1 if self.factor is None else temporal_patch(model)
         self.calls, self.turns, self.watched = Calls(), Turns(), Watched(())
         self.undo: list[Callable[[], None]] = []

@@ -378,10 +378,10 @@ def token_weights(
     return found
 
 
-def temporal_factor(pipe: Any, family: Family) -> int | None:
-    """Number of pixel frames in a latent frame.
+def temporal_factor(pipe: Any, model: Any, family: Family) -> int | None:
+    """Number of pixel frames in a latent frame of a model, which may be outside of a pipeline.
 
     None for a model of images, or if only the pipeline knows the number.
     """
     factor = vae_factor(pipe, "temporal")
-    return family.TEMPORAL_FACTOR if factor is None else factor
+    return family.temporal_factor(model) if factor is None else factor

@@ -258,7 +258,7 @@ def test_models_of_one_family_may_differ_in_frames_a_second():
 
 def test_every_published_rate_is_a_number():
     for name in FAMILIES:
-        assert family_named(name).FPS in (8, 15, 16, 24, 30)
+        assert family_named(name).FPS in (8, 15, 16, 24, 25, 30)
 
 
 TOLD = {  # pipelines that tell the model, by what argument and as what
