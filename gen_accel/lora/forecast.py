@@ -14,24 +14,28 @@ loading, caching, sampling and of copies between host and device.
 """
 
 import math
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
-from gen_accel.attention_processors.lengths import PIXELS
 from gen_accel.attention_processors.methods.options import method_from
 from gen_accel.demo import NAME, model_named
-from gen_accel.lora.base import block_names, linear_names
+from gen_accel.lora.advice import Adviser
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.experts import BOTH
 from gen_accel.lora.size import check_adapter
 from gen_accel.lora.step_trace import BACK, DTYPES, FORWARD, Casting, StepTrace, StepTracer
-from gen_accel.lora.swapping import RESIDENT
+from gen_accel.lora.training_plan import (
+    Setting,
+    Size,
+    Stage,
+    StageMemory,
+    TrainingPlan,
+    Verdict,
+)
+from gen_accel.lora.weight_sizes import Weights, size_of
 from gen_accel.measure.cards import Range, card_named, share_of_peak
 from gen_accel.measure.efficiency import known_efficiency
 from gen_accel.measure.estimate import densities_of
@@ -45,221 +49,6 @@ from gen_accel.video import VideoShape
 CARDS = ("4090", "5090", "h100")  # beside this machine, where none is named
 MOMENTS = 4  # bytes of each of AdamW's two moments of a parameter
 OWN_OPTIMIZERS = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256}  # bytes a parameter: two moments
-# Bytes of a weight, with its share of the scales: in nf4 a byte for 64 weights.
-BYTES = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 1 / 64}
-QUANTISED = ("int8", "nf4")  # by a library
-# torch keeps the cast weights of a layer until its gradient is there; bitsandbytes casts again.
-CASTING: dict[str, Casting] = {"bf16": "kept", "fp8": "kept", "int8": "kept", "nf4": "again"}
-
-
-class Size(NamedTuple):
-    """Size of a clip, in frames and pixels."""
-
-    frames: int
-    height: int
-    width: int
-
-
-class Setting(NamedTuple):
-    """Options that cost or save memory. Words are those of `TrainConfig`.
-
-    Args:
-        base: None is mixed_precision.
-        swap: blocks_to_swap.
-    """
-
-    checkpointing: str
-    base: str | None
-    swap: int
-    optimizer: str
-
-    @classmethod
-    def of(cls, config: TrainConfig) -> "Setting":
-        return cls(
-            config.gradient_checkpointing, config.base, config.blocks_to_swap, config.optimizer
-        )
-
-    def changes(self, since: "Setting") -> list[str]:
-        """Options, in words, that differ from an earlier setting."""
-        names = ("gradient_checkpointing", "base", "blocks_to_swap", "optimizer")
-        return [
-            f"{name} {now}"
-            for name, now, before in zip(names, self, since, strict=True)
-            if now != before
-        ]
-
-
-@dataclass(frozen=True)
-class StageMemory:
-    """Bytes on the device at the moment of a step that needs most.
-
-    Args:
-        weights: of the model, as they are held.
-        adapter: LoRA, its average, gradients that are there, optimizer.
-        kept: of the other blocks, for their backward pass.
-        block: of the block under way.
-        outside: batch, embeddings, head and loss.
-        host: bytes in the host's memory at most: swapped blocks, offloaded inputs of blocks. Where
-            it is the device's own memory, at the same moment.
-    """
-
-    weights: int
-    adapter: int
-    kept: int
-    block: int
-    outside: int
-    host: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.adapter + self.kept + self.block + self.outside
-
-    @property
-    def in_one(self) -> int:
-        """Bytes where the device's memory is the host's."""
-        return self.total + self.host
-
-    def to_dict(self) -> dict[str, int]:
-        return {**vars(self), "total": self.total}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What one stage of the curriculum costs.
-
-    Args:
-        frames, height, width: of its clips, in pixels.
-        steps: of the optimizer.
-        tokens: of a clip.
-        density: share of the token pairs that the method computes in a sparse layer.
-        memory: of a step, with the config's options; on a device with memory of its own where
-            one was asked for.
-        seconds: of a step, by the device's name.
-    """
-
-    frames: int
-    height: int
-    width: int
-    steps: int
-    tokens: int
-    density: float
-    memory: StageMemory
-    seconds: Mapping[str, Range]
-
-
-@dataclass(frozen=True)
-class Advice:
-    """What makes a training fit a device.
-
-    Args:
-        changes: options to turn on, in words, in the order of their cost.
-        totals: bytes on the device after each of them.
-        fits: whether they suffice.
-        frames: most frames of a clip that fit with all of them; None where they suffice, or where
-            not even one frame fits.
-        sides: largest height and width that fit so, of nearly the same aspect; None likewise.
-    """
-
-    changes: tuple[str, ...]
-    totals: tuple[int, ...]
-    fits: bool
-    frames: int | None = None
-    sides: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a training fits a device.
-
-    Args:
-        device: in words.
-        memory: bytes that a program may use there; None where unknown.
-        peak: bytes at most, over all stages and moments.
-        moment: of the peak, in words.
-        advice: None where it fits, or where that is unknown.
-        rates_from: origin of the seconds, in words.
-        hours: of all stages.
-    """
-
-    device: str
-    memory: int | None
-    peak: int
-    moment: str
-    advice: Advice | None
-    rates_from: str
-    hours: Range
-
-    @property
-    def fits(self) -> bool | None:
-        return None if self.memory is None else self.peak <= self.memory
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """Memory and seconds of a training. `to_dict()` for a report; `lines()` for a terminal.
-
-    Args:
-        model: its name.
-        setting: the options that the config has.
-        stages: those of the curriculum, once for each size.
-        sampling, decoding: bytes on the device while a validation video is sampled, and decoded;
-            None where there are none, or where it is not known.
-        caching: bytes on the device while clips and captions are encoded, beforehand, the larger
-            of both; None where it is not known.
-        loading: bytes in the host's memory when the pipeline is loaded.
-        trainable: number of parameters that train.
-        verdicts: one for each device.
-        notes: in words, what is not counted.
-    """
-
-    model: str
-    setting: Setting
-    stages: tuple[Stage, ...]
-    sampling: int | None
-    decoding: int | None
-    caching: int | None
-    loading: int
-    trainable: int
-    verdicts: tuple[Verdict, ...]
-    notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        def span(one: Range) -> list[float]:
-            return [one.low, one.high]
-
-        return {
-            "model": self.model,
-            "options": self.setting._asdict(),
-            "trainable_parameters": self.trainable,
-            "stages": [
-                {
-                    **{name: getattr(stage, name) for name in _NUMBERS},
-                    "bytes": stage.memory.to_dict(),
-                    "seconds_a_step": {name: span(one) for name, one in stage.seconds.items()},
-                }
-                for stage in self.stages
-            ],
-            "validation_bytes": {"sampling": self.sampling, "decoding": self.decoding},
-            "caching_bytes": self.caching,
-            "loading_host_bytes": self.loading,
-            "devices": [
-                {
-                    "device": one.device,
-                    "device_bytes": one.memory,
-                    "peak_bytes": one.peak,
-                    "at": one.moment,
-                    "fits": one.fits,
-                    "advice": None if one.advice is None else vars(one.advice),
-                    "hours": span(one.hours),
-                    "rates_from": one.rates_from,
-                }
-                for one in self.verdicts
-            ],
-            "not_counted": list(self.notes),
-        }
-
-
-_NUMBERS = ("frames", "height", "width", "steps", "tokens", "density")
 
 
 def forecast_training(
@@ -343,79 +132,6 @@ class _Device:
         return Range(low, high, self.rates.origin)
 
 
-class _Block(NamedTuple):
-    """Weights of a block: elements of the linear layers that `base` applies to, of the largest of
-    them, and the bytes of everything else."""
-
-    linear: int
-    largest: int
-    rest: int
-
-
-class _Weights:
-    """Bytes of a model's frozen weights, by the options that hold them.
-
-    Args:
-        model: on the meta device, in the dtype that it computes in.
-    """
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        self.itemsize = dtype.itemsize
-        self.whole = _size(model)
-        held = linear_names(model)
-        self.blocks = [_block_of(model, name, held) for name in block_names(model)]
-
-    def __call__(self, setting: Setting, *, shared: bool = False) -> int:
-        """Bytes on the device.
-
-        Args:
-            shared: the device's memory is the host's, where nothing is fetched ahead.
-        """
-        loaded = sum(block.linear * self.itemsize + block.rest for block in self.blocks)
-        held = sum(self._held(block, setting.base) for block in self.blocks)
-        largest = max(self._waiting(setting), default=0)
-        resident = min(setting.swap, 1 if shared else RESIDENT)
-        return self.whole - loaded + held - self.waiting(setting) + resident * largest
-
-    def waiting(self, setting: Setting) -> int:
-        """Bytes that wait in the host's memory."""
-        return sum(self._waiting(setting))
-
-    def casting(self, base: str | None) -> Casting:
-        """How weights are cast to compute with."""
-        return "none" if self._bytes(base) == self.itemsize else CASTING[base or ""]
-
-    @property
-    def most_swapped(self) -> int:
-        return len(self.blocks)
-
-    def _held(self, block: _Block, base: str | None) -> int:
-        return round(block.linear * self._bytes(base)) + block.rest
-
-    def _waiting(self, setting: Setting) -> list[int]:
-        sizes = [self._held(block, setting.base) for block in self.blocks]
-        count = setting.swap
-        return [sizes[(i + 1) * len(sizes) // count - 1] for i in range(count)]
-
-    def _bytes(self, base: str | None) -> float:
-        """Bytes of a weight that `base` applies to."""
-        return BYTES.get(base or "", float(self.itemsize))
-
-
-def _block_of(model: nn.Module, name: str, held: Sequence[str]) -> _Block:
-    block = model.get_submodule(name)
-    layers = [model.get_submodule(one) for one in held if one.startswith(f"{name}.")]
-    linear: list[Any] = [layer.weight for layer in layers]
-    sizes = [weight.numel() for weight in linear]
-    rest = _size(block) - sum(weight.numel() * weight.itemsize for weight in linear)
-    return _Block(sum(sizes), max(sizes), rest)
-
-
-def _size(model: nn.Module) -> int:
-    values = [*model.parameters(), *model.buffers()]
-    return sum(value.numel() * value.itemsize for value in values)
-
-
 class _Forecaster:
     """Everything about one config that its stages, options and devices share."""
 
@@ -430,7 +146,7 @@ class _Forecaster:
         self._tracers: dict[_Way, StepTracer] = {}
         self._traces: dict[tuple[_Way, VideoShape], tuple[StepTrace, float]] = {}
         self._coded: dict[str, list[int | None]] = {}
-        self.weights = _Weights(self.subject.model, self.dtype)
+        self.weights = Weights(self.subject.model, self.dtype)
         self.trainable = self._tracer(self._way(self.setting)).all_trainable
 
     def plan(self, devices: Sequence[_Device]) -> TrainingPlan:
@@ -612,10 +328,10 @@ class _Forecaster:
         grid = self._grid(size)
         times = (grid.frames - CODED[0]) / (CODED[1] - CODED[0])
         picture = math.prod(grid.grid[1:]) / math.prod(whole.grid[1:])
-        return _size(vae.model) + round(picture * max(short, short + times * (longer - short)))
+        return size_of(vae.model) + round(picture * max(short, short + times * (longer - short)))
 
     def _peak(
-        self, setting: Setting, shared: bool, limit: Callable[[Size], Size] = lambda size: size
+        self, shared: bool, setting: Setting, limit: Callable[[Size], Size] = lambda size: size
     ) -> tuple[int, str]:
         """Bytes on a device at most, and the moment.
 
@@ -639,13 +355,22 @@ class _Forecaster:
         return max(found)
 
     def _verdict(self, device: _Device, stages: Sequence[Stage]) -> Verdict:
-        peak, moment = self._peak(self.setting, device.shares_host)
+        peak, moment = self._peak(device.shares_host, self.setting)
         share = 1 / len(self.config.clip_sizes)  # the clips of a step have one size
         low = share * sum(stage.steps * stage.seconds[device.name].low for stage in stages)
         high = share * sum(stage.steps * stage.seconds[device.name].high for stage in stages)
         advice = None
         if device.memory is not None and peak > device.memory:
-            advice = self._advice(device.memory, device.shares_host)
+            advice = Adviser(
+                self.config,
+                self.subject,
+                lambda *options: self._peak(device.shares_host, *options)[0],
+                setting=self.setting,
+                longest=self._longest,
+                most_swapped=self.weights.most_swapped,
+                memory=device.memory,
+                shared=device.shares_host,
+            )()
         return Verdict(
             device=device.name,
             memory=device.memory,
@@ -656,132 +381,8 @@ class _Forecaster:
             hours=Range(low / 3600, high / 3600, device.rates.origin),
         )
 
-    def _advice(self, memory: int, shared: bool) -> Advice:
-        """The cheapest options that make it fit; else all of them, and the frames that fit."""
-        saving = [one for one in COSTS if not (shared and one.moves)]
-        options = [one for one in saving if one(self.setting) is not None and self._goes(one)]
-        for count in range(1, len(options) + 1):
-            for chosen in combinations(options, count):
-                if len({one.field for one in chosen}) < count:
-                    continue
-                found = self._with(chosen, memory, shared)
-                if found is not None:
-                    return self._told(found, shared, fits=True)
-        every = {one.field: one for one in options}  # the strongest of each
-        setting = self._with(tuple(every.values()), memory, shared, force=True)
-        assert setting is not None
-        return self._told(setting, shared, fits=False, memory=memory)
-
-    def _goes(self, option: "_Option") -> bool:
-        """Whether a training of this config takes an option; see `experts.check_both`."""
-        if self.config.part != BOTH:
-            return True
-        return option.field != "swap" and option.value not in QUANTISED
-
-    def _with(
-        self, chosen: Sequence["_Option"], memory: int, shared: bool, *, force: bool = False
-    ) -> Setting | None:
-        """Setting with these options, as few blocks swapped as suffice; None where they do not.
-
-        Args:
-            force: return it even so.
-        """
-        setting = self.setting
-        for one in chosen:
-            changed = one(setting)
-            if changed is None:
-                return None
-            setting = changed
-        if setting.swap != self.setting.swap:
-            low, high = RESIDENT, self.weights.most_swapped
-            while low < high:
-                middle = (low + high) // 2
-                fits = self._peak(setting._replace(swap=middle), shared)[0] <= memory
-                low, high = (low, middle) if fits else (middle + 1, high)
-            setting = setting._replace(swap=high)
-        fits = self._peak(setting, shared)[0] <= memory
-        return setting if fits or force else None
-
-    def _told(
-        self, setting: Setting, shared: bool, *, fits: bool, memory: int | None = None
-    ) -> Advice:
-        """Advice with the figure after each option, in the order of their cost."""
-        now, totals, changes = self.setting, [], []
-        for field in ORDER:
-            if getattr(now, field) != getattr(setting, field):
-                before, now = now, now._replace(**{field: getattr(setting, field)})
-                totals.append(self._peak(now, shared)[0])
-                changes += now.changes(before)
-        smaller: dict[str, Any] = {}
-        if memory is not None:
-            smaller["frames"] = self._frames(setting, shared, memory)
-            smaller["sides"] = self._sides(setting, shared, memory)
-        return Advice(tuple(changes), tuple(totals), fits, **smaller)
-
-    def _frames(self, setting: Setting, shared: bool, memory: int) -> int | None:
-        """Most frames that fit; None where not even one does."""
-
-        def needed(count: int) -> int:
-            most = self.subject.frames(count)
-            limit = lambda size: size._replace(frames=min(size.frames, most))  # noqa: E731
-            return self._peak(setting, shared, limit)[0]
-
-        counts = range(1, self._grid(self._longest).frames + 1)
-        fitting = bisect_right(counts, memory, key=needed)
-        return self.subject.frames(fitting) if fitting else None
-
-    def _sides(self, setting: Setting, shared: bool, memory: int) -> tuple[int, int] | None:
-        """Largest height and width of the same aspect, nearly, that fit at the full length; None
-        where none do."""
-        step = math.lcm(PIXELS, self.subject.spatial * self.subject.patch[1])
-
-        def scaled(size: Size, times: int) -> Size:
-            sides = (max(1, round(side * times / counts[-1] / step)) * step for side in size[1:])
-            return Size(size.frames, *sides)
-
-        def needed(times: int) -> int:
-            return self._peak(setting, shared, lambda size: scaled(size, times))[0]
-
-        counts = range(1, self._longest.height // step + 1)
-        fitting = bisect_right(counts, memory, key=needed)
-        return scaled(self._longest, fitting)[1:] if fitting else None
-
 
 CODED = (FEW, MORE)  # frames of tokens that the autoencoder is traced at
-
-
-class _Option(NamedTuple):
-    """An option that saves memory.
-
-    Args:
-        field: of `Setting`.
-        value: that it takes.
-        before: values that it may be turned on from.
-        moves: to the host's memory.
-    """
-
-    field: str
-    value: Any
-    before: tuple[Any, ...]
-    moves: bool = False
-
-    def __call__(self, setting: Setting) -> Setting | None:
-        """Turn it on; None where something as strong is on."""
-        if getattr(setting, self.field) not in self.before:
-            return None
-        return setting._replace(**{self.field: self.value})
-
-
-# In the order of what they cost, in time and exactness.
-COSTS = (
-    _Option("checkpointing", "on", ("off",)),
-    _Option("checkpointing", "offload", ("off", "on"), moves=True),
-    _Option("optimizer", "adamw8bit", ("adamw",)),
-    _Option("base", "fp8", (None, "bf16")),
-    _Option("swap", 1, (0,), moves=True),  # as many blocks as are needed
-    _Option("base", "nf4", (None, "bf16", "fp8", "int8")),
-)
-ORDER = ("checkpointing", "optimizer", "base", "swap")
 
 
 class _Way(NamedTuple):

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterator
 
-from gen_accel.lora.forecast import Stage, TrainingPlan, Verdict
+from gen_accel.lora.training_plan import Stage, TrainingPlan, Verdict
 from gen_accel.measure.cards import Range
 from gen_accel.measure.forecast_words import WIDTH, duration, gigabytes, span
 

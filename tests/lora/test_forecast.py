@@ -10,9 +10,9 @@ import torch
 from support.paths import ROOT
 
 from gen_accel.lora import TrainConfig, forecast_training
-from gen_accel.lora.forecast import Setting
 from gen_accel.lora.forecast_words import training_lines
 from gen_accel.lora.step_trace import StepTracer
+from gen_accel.lora.training_plan import Setting
 from gen_accel.measure.parts import cast
 from gen_accel.measure.subject import subject_of
 

@@ -42,6 +42,7 @@ __all__ = [
     "standardised",
     "tap_image",
     "tap_joint_attention",
+    "unguided",
     "video_classes",
     "without_text",
 ]
@@ -293,6 +294,21 @@ def encoded(pipe: Any, video: Tensor, generator: torch.Generator | None) -> Tens
     posterior = vae.encode(video.to(weight.device, weight.dtype)).latent_dist
     latents = posterior.mode() if generator is None else posterior.sample(generator)
     return latents.float()
+
+
+def unguided(pipe: Any, prompts: Sequence[str], max_tokens: int) -> Any:
+    """Encode prompts by the pipeline's own `encode_prompt`, on the device of its text encoder and
+    without negative prompts.
+
+    Args:
+        max_tokens: the pipeline's `max_sequence_length`.
+    """
+    return pipe.encode_prompt(
+        list(prompts),
+        do_classifier_free_guidance=False,
+        max_sequence_length=max_tokens,
+        device=next(pipe.text_encoder.parameters()).device,
+    )
 
 
 def standardised(latents: Tensor, mean: Any, std: Any) -> Tensor:

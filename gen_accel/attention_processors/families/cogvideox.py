@@ -23,6 +23,7 @@ from gen_accel.attention_processors.families import (
     image_sites,
     in_patches,
     tap_joint_attention,
+    unguided,
 )
 from gen_accel.attention_processors.families.given import FIRST_FRAME, pixels_of
 from gen_accel.attention_processors.families.layers import Layers
@@ -194,18 +195,7 @@ def trained_frames(transformer: Any) -> int:
 
 @torch.no_grad()
 def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Latents scaled as the transformer takes them.
-
-    Args:
-        video: (B, 3, F, H, W) in [-1, 1], F = 1 + a multiple of the autoencoder's step.
-        generator: draw from the posterior; without one its mode is taken.
-
-    Returns:
-        (B, C, f, h, w) float32, on the autoencoder's device.
-
-    Raises:
-        ValueError: another number of frames, whose last ones the autoencoder would leave out.
-    """
+    """Latents scaled as the transformer takes them."""
     return encoded(pipe, video, generator) * pipe.vae.config.scaling_factor
 
 
@@ -232,10 +222,6 @@ def tiny_from_frame(config: Mapping[str, Any]) -> dict[str, Any]:
     return tiny if config.get("ofs_embed_dim") is None else tiny | {"ofs_embed_dim": 8}
 
 
-def tiny_first_frame(transformer: Any, frames: int, height: int, width: int) -> dict[str, Tensor]:
-    return {FIRST_FRAME: torch.zeros(latent_channels(transformer.config), 1, height, width)}
-
-
 @torch.no_grad()
 def encode_prompt(
     pipe: Any, prompts: list[str], max_tokens: int | None = None
@@ -249,12 +235,7 @@ def encode_prompt(
     Returns:
         encoder_hidden_states (B, max_tokens, D), in the text encoder's dtype.
     """
-    states, _ = pipe.encode_prompt(
-        list(prompts),
-        do_classifier_free_guidance=False,
-        max_sequence_length=TEXT_TOKENS if max_tokens is None else max_tokens,
-        device=next(pipe.text_encoder.parameters()).device,
-    )
+    states, _ = unguided(pipe, prompts, TEXT_TOKENS if max_tokens is None else max_tokens)
     return {"encoder_hidden_states": states}
 
 

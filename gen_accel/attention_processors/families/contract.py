@@ -19,8 +19,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, Generic, TypeVar, overload
 
+import torch
 from torch import Tensor
 
+from gen_accel.attention_processors.families.given import FIRST_FRAME
 from gen_accel.attention_processors.families.layers import Flops, Layers
 from gen_accel.video import VideoShape
 
@@ -54,6 +56,16 @@ class Preset:
 def _flow_scales(schedule: Mapping[str, Any], sigma: Tensor) -> tuple[Tensor, Tensor]:
     """1 - sigma and sigma."""
     return 1 - sigma, sigma
+
+
+def _tiny_first_frame(family: "Family") -> Callable[..., dict[str, Tensor]]:
+    """Latents of the first frame alone."""
+
+    def make(transformer: Any, frames: int, height: int, width: int) -> dict[str, Tensor]:
+        channels = family.latent_channels(transformer.config)
+        return {FIRST_FRAME: torch.zeros(channels, 1, height, width)}
+
+    return make
 
 
 NUMBER = int, float
@@ -239,12 +251,15 @@ class Family:
     )
     encode_video = Part[Callable[..., Tensor] | None](
         Callable,
-        "(pipe, video, generator): latents as the transformer takes them",
+        "(pipe, video, generator): latents (B, C, f, h, w) as the transformer takes them, float32 "
+        "on the autoencoder's device, of a video (B, 3, F, H, W) in [-1, 1]; drawn by the "
+        "generator, without one the mode. ValueError unless F is 1 + a multiple of its step",
         default=None,
     )
     encode_prompt = Part[Callable[..., dict[str, Tensor]] | None](
         Callable,
-        "(pipe, prompts, max_tokens): the transformer's arguments, samples first",
+        "(pipe, prompts, max_tokens): the arguments that `predict` passes to the transformer, a "
+        "row for each prompt; longer prompts are cut to max_tokens, by default TEXT_TOKENS",
         default=None,
     )
     prompt_arguments = Part[Callable[..., dict[str, Tensor]] | None](
@@ -380,7 +395,7 @@ class Family:
         Callable,
         "(transformer, frames, height, width): what `first_frame` gives, all zero, of a clip of "
         "this size in latents",
-        default=None,
+        default_of=lambda family: _tiny_first_frame(family) if family.first_frame else None,
     )
 
     # Published models

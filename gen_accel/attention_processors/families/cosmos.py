@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gen_accel.attention_processors.families import (
     ImageAttention,
@@ -19,10 +19,12 @@ from gen_accel.attention_processors.families import (
     image_sites,
     in_patches,
     in_stacks,
+    unguided,
     wan,
 )
 from gen_accel.attention_processors.families.given import FIRST_FRAME, in_place, pixels_of
 from gen_accel.attention_processors.families.layers import Layers
+from gen_accel.attention_processors.families.rotary import OtherRotary, set_rotary, stock_rotary
 from gen_accel.plan import widest
 from gen_accel.video import VideoShape
 
@@ -192,12 +194,7 @@ def encode_prompt(
     Returns:
         encoder_hidden_states (B, max_tokens, D), in the text encoder's dtype.
     """
-    states, _ = pipe.encode_prompt(
-        list(prompts),
-        do_classifier_free_guidance=False,
-        max_sequence_length=TEXT_TOKENS if max_tokens is None else max_tokens,
-        device=next(pipe.text_encoder.parameters()).device,
-    )
+    states, _ = unguided(pipe, prompts, TEXT_TOKENS if max_tokens is None else max_tokens)
     return {"encoder_hidden_states": states}
 
 
@@ -220,10 +217,6 @@ def first_frame(pipe: Any, transformer: Any, image: Any, frames: int) -> dict[st
 
 def tiny_from_frame(config: Any) -> dict[str, Any]:
     return {"in_channels": _SMALL + 1}
-
-
-def tiny_first_frame(transformer: Any, frames: int, height: int, width: int) -> dict[str, Tensor]:
-    return {FIRST_FRAME: torch.zeros(latent_channels(transformer.config), 1, height, width)}
 
 
 def predict(
@@ -308,17 +301,13 @@ def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
         freqs: (pairs,) in rad per latent frame after patchify, at the frame rate that the
             pipelines pass. None: the model's own table, bit for bit as it was.
     """
-    stock = transformer.rope
-    if isinstance(stock, _TemporalRotary):
-        stock = stock.stock
-    if freqs is None:
-        transformer.rope = stock
-        return
-    pairs = _temporal_dim(transformer.config) // 2
-    if freqs.shape != (pairs,):
-        raise ValueError(f"freqs must be of shape ({pairs},), got {tuple(freqs.shape)}")
     usual = _positions_a_frame(transformer, _given_fps(transformer.config))
-    transformer.rope = _TemporalRotary(stock, freqs.double().cpu() / usual)
+    set_rotary(
+        transformer,
+        freqs,
+        (_temporal_dim(transformer.config) // 2,),
+        lambda stock, freqs: _TemporalRotary(stock, freqs.double().cpu() / usual),
+    )
 
 
 def _temporal_dim(config: Any) -> int:
@@ -328,11 +317,10 @@ def _temporal_dim(config: Any) -> int:
 
 def _positions_a_frame(transformer: Any, rate: float | None) -> float:
     """How many positions a latent frame lies after the one before, at this frame rate."""
-    stock = getattr(transformer.rope, "stock", transformer.rope)
-    return 1.0 if rate is None else stock.base_fps / rate
+    return 1.0 if rate is None else stock_rotary(transformer).base_fps / rate
 
 
-class _TemporalRotary(nn.Module):
+class _TemporalRotary(OtherRotary):
     """The model's rotary table with other frequencies on the time axis.
 
     Args:
@@ -340,8 +328,7 @@ class _TemporalRotary(nn.Module):
     """
 
     def __init__(self, stock: Any, freqs: Tensor) -> None:
-        super().__init__()
-        self.stock = stock
+        super().__init__(stock)
         self.freqs = tuple(freqs.tolist())
 
     def forward(self, hidden_states: Tensor, fps: float | None = None) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from gen_accel.attention_processors.families import (
 )
 from gen_accel.attention_processors.families.given import FIRST_FRAME, in_place, pixels_of
 from gen_accel.attention_processors.families.layers import Layers
+from gen_accel.attention_processors.families.rotary import OtherRotary, set_rotary
 from gen_accel.plan import widest
 from gen_accel.video import VideoShape
 
@@ -164,18 +165,7 @@ def no_context_parallel(transformer: Any) -> str | None:
 
 @torch.no_grad()
 def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Latents scaled as the transformer takes them.
-
-    Args:
-        video: (B, 3, F, H, W) in [-1, 1], F = 1 + a multiple of the autoencoder's step.
-        generator: draw from the posterior; without one its mode is taken.
-
-    Returns:
-        (B, C, f, h, w) float32, on the autoencoder's device.
-
-    Raises:
-        ValueError: another number of frames, whose last ones the autoencoder would leave out.
-    """
+    """Latents scaled as the transformer takes them."""
     latents, config = encoded(pipe, video, generator), pipe.vae.config
     return latents * config.scaling_factor
 
@@ -273,10 +263,6 @@ def tiny_from_frame(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"image_condition_type": kind, "in_channels": channels}
 
 
-def tiny_first_frame(transformer: Any, frames: int, height: int, width: int) -> dict[str, Tensor]:
-    return {FIRST_FRAME: torch.zeros(latent_channels(transformer.config), 1, height, width)}
-
-
 def inputs(transformer: Any, video: VideoShape, text: int, batch: int) -> dict[str, Any]:
     config, like = transformer.config, {"device": transformer.device, "dtype": transformer.dtype}
     patch = config.patch_size_t, config.patch_size, config.patch_size
@@ -353,19 +339,11 @@ def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
         freqs: (pairs,) in rad per latent frame after patchify. None: the model's own table, bit
             for bit as it was.
     """
-    stock = transformer.rope
-    if isinstance(stock, _TemporalRotary):
-        stock = stock.stock
-    if freqs is None:
-        transformer.rope = stock
-        return
     pairs = transformer.config.rope_axes_dim[0] // 2
-    if freqs.shape != (pairs,):
-        raise ValueError(f"freqs must be of shape ({pairs},), got {tuple(freqs.shape)}")
-    transformer.rope = _TemporalRotary(stock, freqs)
+    set_rotary(transformer, freqs, (pairs,), _TemporalRotary)
 
 
-class _TemporalRotary(nn.Module):
+class _TemporalRotary(OtherRotary):
     """The model's rotary table with other frequencies on the time axis.
 
     Args:
@@ -373,8 +351,7 @@ class _TemporalRotary(nn.Module):
     """
 
     def __init__(self, stock: Any, freqs: Tensor) -> None:
-        super().__init__()
-        self.stock = stock
+        super().__init__(stock)
         self.freqs = tuple(freqs.tolist())
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:

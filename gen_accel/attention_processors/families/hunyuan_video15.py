@@ -154,18 +154,7 @@ def latent_channels(config: Any) -> int:
 
 @torch.no_grad()
 def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Latents scaled as the transformer takes them.
-
-    Args:
-        video: (B, 3, F, H, W) in [-1, 1], F = 1 + a multiple of the autoencoder's step.
-        generator: draw from the posterior; without one its mode is taken.
-
-    Returns:
-        (B, C, f, h, w) float32, on the autoencoder's device.
-
-    Raises:
-        ValueError: another number of frames, whose last ones the autoencoder would leave out.
-    """
+    """Latents scaled as the transformer takes them."""
     return encoded(pipe, video, generator) * pipe.vae.config.scaling_factor
 
 

@@ -24,6 +24,7 @@ from gen_accel.attention_processors.families import (
 )
 from gen_accel.attention_processors.families.given import FIRST_FRAME, in_place, pixels_of
 from gen_accel.attention_processors.families.layers import Layers
+from gen_accel.attention_processors.families.rotary import check_shape
 from gen_accel.video import VideoShape
 
 MODELS = "Kandinsky 5"
@@ -221,10 +222,6 @@ def tiny_from_frame(config: Any) -> dict[str, Any]:
     return {"visual_cond": True}
 
 
-def tiny_first_frame(transformer: Any, frames: int, height: int, width: int) -> dict[str, Tensor]:
-    return {FIRST_FRAME: torch.zeros(transformer.config.in_visual_dim, 1, height, width)}
-
-
 def predict(
     transformer: Any, noisy: Tensor, sigma: Tensor, conditions: dict[str, Tensor]
 ) -> Tensor:
@@ -303,10 +300,7 @@ def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
             table.copy_(rope.own_temporal)
             del rope.own_temporal
         return
-    if freqs.shape != table.shape[1:]:
-        raise ValueError(
-            f"freqs must be of shape {tuple(table.shape[1:])}, got {tuple(freqs.shape)}"
-        )
+    check_shape(freqs, table.shape[1:])
     if not hasattr(rope, "own_temporal"):
         rope.own_temporal = table.clone()
     positions = torch.arange(len(table), dtype=torch.float64)

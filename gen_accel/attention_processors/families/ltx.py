@@ -22,9 +22,11 @@ from gen_accel.attention_processors.families import (
     image_sites,
     outside_graphs,
     standardised,
+    unguided,
 )
 from gen_accel.attention_processors.families.given import FIRST_FRAME, in_place, pixels_of
 from gen_accel.attention_processors.families.layers import Layers
+from gen_accel.attention_processors.families.rotary import OtherRotary, set_rotary, stock_rotary
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.plan import widest
 from gen_accel.video import VideoShape
@@ -203,18 +205,7 @@ def timestep(
 @torch.no_grad()
 def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Latents of zero mean and unit variance a channel, as the pipelines pack them for the
-    transformer.
-
-    Args:
-        video: (B, 3, F, H, W) in [-1, 1], F = 1 + a multiple of the autoencoder's step.
-        generator: draw from the posterior; without one its mode is taken.
-
-    Returns:
-        (B, C, f, h, w) float32, on the autoencoder's device.
-
-    Raises:
-        ValueError: another number of frames, whose last ones the autoencoder would leave out.
-    """
+    transformer."""
     vae = pipe.vae
     latents = encoded(pipe, video, generator)
     return standardised(latents, vae.latents_mean, vae.latents_std) * vae.config.scaling_factor
@@ -235,10 +226,6 @@ def tiny_from_frame(config: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def tiny_first_frame(transformer: Any, frames: int, height: int, width: int) -> dict[str, Tensor]:
-    return {FIRST_FRAME: torch.zeros(transformer.config.in_channels, 1, height, width)}
-
-
 @torch.no_grad()
 def encode_prompt(
     pipe: Any, prompts: list[str], max_tokens: int | None = None
@@ -253,12 +240,7 @@ def encode_prompt(
         encoder_hidden_states (B, max_tokens, D), in the text encoder's dtype, and
         encoder_attention_mask (B, max_tokens) bool, False for padding.
     """
-    states, mask, *_ = pipe.encode_prompt(
-        list(prompts),
-        do_classifier_free_guidance=False,
-        max_sequence_length=TEXT_TOKENS if max_tokens is None else max_tokens,
-        device=next(pipe.text_encoder.parameters()).device,
-    )
+    states, mask, *_ = unguided(pipe, prompts, TEXT_TOKENS if max_tokens is None else max_tokens)
     return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
 
@@ -309,7 +291,7 @@ def temporal_frequencies(transformer: Any) -> Tensor:
     """(pairs,) float64: the angle of each rotary pair of the time axis per latent frame of FPS
     frames a second, in rad, over all heads. Always the model's own, also after
     `set_temporal_frequencies`."""
-    rope = _stock(transformer)
+    rope = stock_rotary(transformer)
     a_second = 2 * _rotary(rope) / rope.base_num_frames  # the grid goes from -1
     return a_second * TEMPORAL_FACTOR * transformer.config.patch_size_t / FPS
 
@@ -321,19 +303,13 @@ def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
         freqs: (pairs,) in rad per latent frame of FPS frames a second. At another rate they
             change as the model's own do. None: the model's own, bit for bit.
     """
-    stock = _stock(transformer)
-    if freqs is None:
-        transformer.rope = stock
-        return
     own = temporal_frequencies(transformer)
-    if freqs.shape != own.shape:
-        raise ValueError(f"freqs must be of shape {tuple(own.shape)}, got {tuple(freqs.shape)}")
-    transformer.rope = _TemporalRotary(stock, freqs.to(own) / own)
-
-
-def _stock(transformer: Any) -> Any:
-    rope = transformer.rope
-    return rope.stock if isinstance(rope, _TemporalRotary) else rope
+    set_rotary(
+        transformer,
+        freqs,
+        own.shape,
+        lambda stock, freqs: _TemporalRotary(stock, freqs.to(own) / own),
+    )
 
 
 def _rotary(rope: Any) -> Tensor:
@@ -342,7 +318,7 @@ def _rotary(rope: Any) -> Tensor:
     return rope.theta**spread * math.pi / 2
 
 
-class _TemporalRotary(nn.Module):
+class _TemporalRotary(OtherRotary):
     """The model's rotary table with other frequencies on the time axis.
 
     Args:
@@ -350,8 +326,7 @@ class _TemporalRotary(nn.Module):
     """
 
     def __init__(self, stock: Any, ratios: Tensor) -> None:
-        super().__init__()
-        self.stock = stock
+        super().__init__(stock)
         changed = (ratios != 1).nonzero().flatten()
         # Held as numbers, so that `.to()` does not round them.
         self.pairs = tuple(changed.tolist())

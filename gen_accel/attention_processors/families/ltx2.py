@@ -7,7 +7,6 @@ video and its references to the text. A mask between the video and its reference
 pipeline has for strengths below 1, is refused.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -21,8 +20,10 @@ from gen_accel.attention_processors.families import (
     encoded,
     ltx,
     outside_graphs,
+    unguided,
 )
 from gen_accel.attention_processors.families.layers import Layers
+from gen_accel.attention_processors.families.rotary import OtherRotary, set_rotary, stock_rotary
 from gen_accel.plan import widest
 from gen_accel.video import VideoShape
 
@@ -191,18 +192,7 @@ def timestep(
 @torch.no_grad()
 def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Latents of zero mean and unit variance a channel, as the transformer takes them, but not yet
-    in tokens.
-
-    Args:
-        video: (B, 3, F, H, W) in [-1, 1], F = 1 + a multiple of the autoencoder's step.
-        generator: draw from the posterior; without one its mode is taken.
-
-    Returns:
-        (B, C, f, h, w) float32, on the autoencoder's device.
-
-    Raises:
-        ValueError: another number of frames, whose last ones the autoencoder would leave out.
-    """
+    in tokens."""
     latents, vae = encoded(pipe, video, generator), pipe.vae
     return pipe._normalize_latents(
         latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
@@ -224,12 +214,8 @@ def encode_prompt(
         encoder_hidden_states (B, max_tokens, D), in the text encoder's dtype, and
         encoder_attention_mask (B, max_tokens) int64, 0 for padding.
     """
-    states, seen, _, _ = pipe.encode_prompt(
-        list(prompts),
-        do_classifier_free_guidance=False,
-        max_sequence_length=TEXT_TOKENS if max_tokens is None else max_tokens,
-        device=next(pipe.text_encoder.parameters()).device,
-    )
+    tokens = TEXT_TOKENS if max_tokens is None else max_tokens
+    states, seen, _, _ = unguided(pipe, prompts, tokens)
     side = pipe.tokenizer.padding_side
     of_video, _, mask = pipe.connectors(states, seen, padding_side=side)
     return {"encoder_hidden_states": of_video, "encoder_attention_mask": mask}
@@ -288,7 +274,7 @@ def temporal_frequencies(transformer: Any) -> Tensor:
     """(pairs,) float64: the angle of each rotary pair of the time axis per latent frame of FPS
     frames a second, in rad, over all heads. Always the model's own, also after
     `set_temporal_frequencies`."""
-    return _a_frame(transformer) * _rotary(_stock(transformer))
+    return _a_frame(transformer) * ltx._rotary(stock_rotary(transformer))
 
 
 def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
@@ -299,35 +285,23 @@ def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
         freqs: (pairs,) in rad per latent frame of FPS frames a second. At another rate they
             change as the model's own do. None: the model's own, bit for bit.
     """
-    stock = _stock(transformer)
-    if freqs is None:
-        transformer.rope = stock
-        return
-    pairs = stock.dim // 6
-    if freqs.shape != (pairs,):
-        raise ValueError(f"freqs must be of shape ({pairs},), got {tuple(freqs.shape)}")
-    transformer.rope = _TemporalRotary(stock, freqs.double().cpu() / _a_frame(transformer))
-
-
-def _stock(transformer: Any) -> Any:
-    rope = transformer.rope
-    return rope.stock if isinstance(rope, _TemporalRotary) else rope
-
-
-def _rotary(rope: Any) -> Tensor:
-    """(pairs,) float64: rad per half of the range that positions are divided by."""
-    spread = torch.linspace(0, 1, rope.dim // 6, dtype=torch.float64)
-    return rope.theta**spread * math.pi / 2
+    a_frame, pairs = _a_frame(transformer), stock_rotary(transformer).dim // 6
+    set_rotary(
+        transformer,
+        freqs,
+        (pairs,),
+        lambda stock, freqs: _TemporalRotary(stock, freqs.double().cpu() / a_frame),
+    )
 
 
 def _a_frame(transformer: Any) -> float:
     """How far a latent frame lies after the one before, in halves of that range."""
-    rope = _stock(transformer)
+    rope = stock_rotary(transformer)
     seconds = rope.scale_factors[0] * rope.patch_size_t / FPS
     return 2 * seconds / rope.base_num_frames
 
 
-class _TemporalRotary(nn.Module):
+class _TemporalRotary(OtherRotary):
     """The model's rotary table with other frequencies on the time axis.
 
     Args:
@@ -336,9 +310,8 @@ class _TemporalRotary(nn.Module):
     """
 
     def __init__(self, stock: Any, freqs: Tensor) -> None:
-        super().__init__()
-        self.stock = stock
-        self.own, self.freqs = tuple(_rotary(stock).tolist()), tuple(freqs.tolist())
+        super().__init__(stock)
+        self.own, self.freqs = tuple(ltx._rotary(stock).tolist()), tuple(freqs.tolist())
 
     def prepare_video_coords(self, *args: Any, **kwargs: Any) -> Tensor:
         stock: Any = self.stock

@@ -21,8 +21,10 @@ from gen_accel.attention_processors.families import (
     in_patches,
     standardised,
     tap_joint_attention,
+    unguided,
 )
 from gen_accel.attention_processors.families.layers import Layers
+from gen_accel.attention_processors.families.rotary import OtherRotary, set_rotary
 from gen_accel.attention_processors.seam import Call
 from gen_accel.attention_processors.tokens import Tokens
 from gen_accel.video import VideoShape
@@ -131,18 +133,7 @@ def timestep(
 
 @torch.no_grad()
 def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Latents of zero mean and unit variance a channel, as the transformer takes them.
-
-    Args:
-        video: (B, 3, F, H, W) in [-1, 1], F = 1 + a multiple of the autoencoder's step.
-        generator: draw from the posterior; without one its mode is taken.
-
-    Returns:
-        (B, C, f, h, w) float32, on the autoencoder's device.
-
-    Raises:
-        ValueError: another number of frames, whose last ones the autoencoder would leave out.
-    """
+    """Latents of zero mean and unit variance a channel, as the transformer takes them."""
     latents, config = encoded(pipe, video, generator), pipe.vae.config
     if config.latents_mean is not None and config.latents_std is not None:
         latents = standardised(latents, config.latents_mean, config.latents_std)
@@ -164,13 +155,9 @@ def encode_prompt(
         encoder_attention_mask (B, max_tokens) bool, False for padding, and everywhere for the
         empty prompt where the pipeline zeroes it.
     """
-    told = {
-        "do_classifier_free_guidance": False,
-        "max_sequence_length": TEXT_TOKENS if max_tokens is None else max_tokens,
-        "device": next(pipe.text_encoder.parameters()).device,
-    }
+    tokens = TEXT_TOKENS if max_tokens is None else max_tokens
     # One at a time: an empty prompt at the end makes the pipeline zero all of a call.
-    each = [pipe.encode_prompt([prompt], **told)[:2] for prompt in prompts]
+    each = [unguided(pipe, [prompt], tokens)[:2] for prompt in prompts]
     states, masks = zip(*each, strict=True)
     return {
         "encoder_hidden_states": torch.cat(states),
@@ -211,18 +198,10 @@ def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
     Args:
         freqs: (heads, pairs) in rad per latent frame. None: the model's own, bit for bit.
     """
-    rope = transformer.rope
-    stock = rope.stock if isinstance(rope, _TemporalRotary) else rope
-    if freqs is None:
-        transformer.rope = stock
-        return
-    shape = tuple(transformer.pos_frequencies.shape[1:])
-    if tuple(freqs.shape) != shape:
-        raise ValueError(f"freqs must be of shape {shape}, got {tuple(freqs.shape)}")
-    transformer.rope = _TemporalRotary(stock, freqs)
+    set_rotary(transformer, freqs, transformer.pos_frequencies.shape[1:], _TemporalRotary)
 
 
-class _TemporalRotary(nn.Module):
+class _TemporalRotary(OtherRotary):
     """The model's rotary table with other frequencies on the time axis.
 
     Args:
@@ -230,8 +209,7 @@ class _TemporalRotary(nn.Module):
     """
 
     def __init__(self, stock: nn.Module, freqs: Tensor) -> None:
-        super().__init__()
-        self.stock = stock
+        super().__init__(stock)
         self.freqs = tuple(tuple(row) for row in freqs.tolist())
 
     def forward(self, pos_frequencies: Tensor, *sizes: Any, **like: Any) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,12 @@ from gen_accel.attention_processors.families import (
     image_sites,
     in_patches,
     split_tokens,
+    standardised,
+    unguided,
 )
 from gen_accel.attention_processors.families.given import FIRST_FRAME, in_place, pixels_of
 from gen_accel.attention_processors.families.layers import Layers
+from gen_accel.attention_processors.families.rotary import check_shape
 from gen_accel.video import VideoShape
 
 MODELS = "Wan 2.1 and 2.2, VACE"
@@ -199,24 +202,9 @@ def _split_rotary() -> dict[int, Any]:
 
 @torch.no_grad()
 def encode_video(pipe: Any, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Latents of zero mean and unit variance a channel, as the transformer takes them.
-
-    Args:
-        video: (B, 3, F, H, W) in [-1, 1], F = 1 + a multiple of the autoencoder's step.
-        generator: draw from the posterior; without one its mode is taken.
-
-    Returns:
-        (B, C, f, h, w) float32, on the autoencoder's device.
-
-    Raises:
-        ValueError: another number of frames, whose last ones the autoencoder would leave out.
-    """
-    latents, config = encoded(pipe, video, generator), pipe.vae.config
-    mean, std = (
-        torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
-        for values in (config.latents_mean, config.latents_std)
-    )
-    return (latents - mean) / std
+    """Latents of zero mean and unit variance a channel, as the transformer takes them."""
+    config = pipe.vae.config
+    return standardised(encoded(pipe, video, generator), config.latents_mean, config.latents_std)
 
 
 @torch.no_grad()
@@ -232,14 +220,7 @@ def encode_prompt(
     Returns:
         encoder_hidden_states (B, max_tokens, D), in the text encoder's dtype.
     """
-    if max_tokens is None:
-        max_tokens = TEXT_TOKENS
-    states, _ = pipe.encode_prompt(
-        list(prompts),
-        do_classifier_free_guidance=False,
-        max_sequence_length=max_tokens,
-        device=next(pipe.text_encoder.parameters()).device,
-    )
+    states, _ = unguided(pipe, prompts, TEXT_TOKENS if max_tokens is None else max_tokens)
     return {"encoder_hidden_states": states}
 
 
@@ -386,8 +367,7 @@ def set_temporal_frequencies(transformer: Any, freqs: Tensor | None) -> None:
                 table[:, :dim].copy_(own)
             del rope.own_temporal
         return
-    if freqs.shape != (dim // 2,):
-        raise ValueError(f"freqs must be of shape ({dim // 2},), got {tuple(freqs.shape)}")
+    check_shape(freqs, (dim // 2,))
     tables = rope.freqs_cos, rope.freqs_sin
     if not hasattr(rope, "own_temporal"):
         rope.own_temporal = tuple(table[:, :dim].clone() for table in tables)
