@@ -43,7 +43,8 @@ from gen_accel.lora.dry_run import _Noise
 from gen_accel.lora.forecast import forecast_training
 from gen_accel.lora.model import Model
 from gen_accel.lora.step_trace import DTYPES
-from gen_accel.lora.trainer import Run, accelerator_for
+from gen_accel.lora.trainer import accelerator_for
+from gen_accel.lora.training_run import Run
 from gen_accel.measure.cards import Range
 from gen_accel.measure.environment import environment
 from gen_accel.measure.parts import cast

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from gen_accel.lora.latents import LatentCache
     from gen_accel.lora.presets import preset
     from gen_accel.lora.takes import Take
-    from gen_accel.lora.trainer import Trained, train
+    from gen_accel.lora.trainer import train
+    from gen_accel.lora.training_run import Trained
     from gen_accel.lora.upload import Push, push
 
 __all__ = [
@@ -44,7 +45,7 @@ _HOMES = {
     "LatentCache": "latents",
     "Push": "upload",
     "Take": "takes",
-    "Trained": "trainer",
+    "Trained": "training_run",
     "TrainingPlan": "forecast",
     "cache": "encode",
     "dry_run": "dry_run",

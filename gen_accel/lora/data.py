@@ -75,13 +75,6 @@ class CaptionedVideo:
         """Whether the mask is one picture for all frames."""
         return isinstance(self.mask, Path) and self.mask.suffix.lower() in IMAGE_SUFFIXES
 
-    def mask_sha256(self) -> str:
-        """Hash the bytes of the mask's file. Raises OSError if it is missing."""
-        assert self.mask is not None
-        if isinstance(self.mask, Path):
-            return file_sha256(self.mask)
-        return hashlib.sha256(self.mask()).hexdigest()
-
     def sha256(self) -> str:
         """Hash the bytes of the file, or the frames and their shape."""
         match self.source:

@@ -34,7 +34,8 @@ from gen_accel.lora.images import features_shape
 from gen_accel.lora.memory import quantised
 from gen_accel.lora.model import Model
 from gen_accel.lora.size import check_batch
-from gen_accel.lora.trainer import Trained, accelerator_for, run
+from gen_accel.lora.trainer import accelerator_for, run
+from gen_accel.lora.training_run import Trained
 from gen_accel.method import parts_of
 from gen_accel.paths import expanded
 from gen_accel.pipelines.generation.sampling import check_fits

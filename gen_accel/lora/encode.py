@@ -2,9 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, compress, groupby, islice
 from pathlib import Path
@@ -43,7 +43,7 @@ from gen_accel.lora.found import (
 )
 from gen_accel.lora.index import Again, Memo, Packed, Table
 from gen_accel.lora.latents import IMAGE, LATENTS, PICTURE, RECIPE, TEXTS_AT_ONCE, Entry
-from gen_accel.lora.masks import check_mask, mask_key, read_mask
+from gen_accel.lora.masks import check_mask, mask_key, mask_of, read_mask
 from gen_accel.lora.preview import Preview
 from gen_accel.lora.reading import ahead
 from gen_accel.lora.scenes import check_scenes
@@ -177,23 +177,23 @@ def cache(
         _check_fit(encoders, frames, sizes)
         with waiting("hashing the encoders"):
             run = _Run(
-                encoders,
-                tuple(sorted(set(frames))),
-                tuple(sizes),
-                None if fps is None else float(fps),
-                max_tokens,
-                on_broken,
-                store,
-                images,
-                teacher,
-                take,
-                captions,
-                pictures,
-                tuple(repeats),
-                default_caption,
-                workers,
-                shown,
-                masks,
+                encoders=encoders,
+                frames=tuple(sorted(set(frames))),
+                sizes=tuple(sizes),
+                fps=None if fps is None else float(fps),
+                max_tokens=max_tokens,
+                on_broken=on_broken,
+                store=store,
+                images=images,
+                teacher=teacher,
+                take=take,
+                captions=captions,
+                pictures=pictures,
+                repeats=tuple(repeats),
+                default_caption=default_caption,
+                workers=workers,
+                condition=shown,
+                masks=masks,
             )
         return _fill(folder, run, videos, shard_bytes)
 
@@ -294,19 +294,21 @@ class _Looked(NamedTuple):
 
     Args:
         digest: hash of its bytes.
-        hash_key: key by which to keep the hash; None if it is kept, or cannot be.
         clip: key of `about`.
         about: see `survey`.
         picture: key of the clip's own image; None if there is none.
         mask: hash of the clip's mask; None without.
+        hashed: hashes to remember, of the clip and its mask, by their keys.
+        surveyed: what `survey` found out about both, by their keys.
     """
 
     digest: str
-    hash_key: str | None
     clip: str
     about: dict[str, Any]
     picture: str | None
-    mask: str | None = None
+    mask: str | None
+    hashed: list[tuple[str, str]]
+    surveyed: list[tuple[str, dict[str, Any]]]
 
 
 @dataclass
@@ -367,9 +369,10 @@ class _Run:
                 elif found is None:
                     self.left_out[video.name] = UNUSED_PICTURE
                 else:
-                    if found.hash_key is not None:
-                        shards.memo.put(found.hash_key, found.digest)
-                    shards.clips[found.clip] = found.about
+                    for key, digest in found.hashed:
+                        shards.memo.put(key, digest)
+                    for place, about in found.surveyed:
+                        shards.clips[place] = about
                     clips.add(found.clip)
                     whole = video.is_picture
                     spans = [(0, 1)] if whole else scenes_in(found.about, self.take)
@@ -390,15 +393,36 @@ class _Run:
             yield number, None
             return
         try:
-            digest, hash_key = _digest(video, shards.memo)
-            clip = clip_key(video, digest, self.fps)
-            about = self._survey(video, shards.clips.get(clip))
-            picture, mask = self._check_image(video, shards), self._check_mask(video, about)
-            found = _Looked(digest, hash_key, clip, about, picture, mask)
+            yield number, self._looked(video, shards)
         except OSError as error:
             yield number, error
-            return
-        yield number, found
+
+    def _looked(self, video: CaptionedVideo, shards: Shards) -> _Looked:
+        """Hash and survey a clip, its image and its mask. Raises OSError for one that cannot be
+        read."""
+        hashed: list[tuple[str, str]] = []
+
+        def hash_once(one: CaptionedVideo) -> tuple[str, str]:
+            digest, key = _digest(one, shards.memo)
+            if key is not None:
+                hashed.append((key, digest))
+            return digest, clip_key(one, digest, self.fps)
+
+        longest = self.frames[-1]
+        digest, clip = hash_once(video)
+        about = survey(video, self.take, longest, self.fps, shards.clips.get(clip))
+        surveyed = [(clip, about)]
+        picture, mask = self._check_image(video, shards), None
+        if self.masks and (film := mask_of(video)) is not None:
+            try:
+                mask, place = hash_once(film)
+                known = shards.clips.get(place)
+                found = survey(film, replace(self.take, scenes="off"), longest, self.fps, known)
+            except OSError as error:
+                raise OSError(f"its mask cannot be read: {error}") from error
+            check_mask(found, about, is_picture=film.is_picture)
+            surveyed.append((place, found))
+        return _Looked(digest, clip, about, picture, mask, hashed, surveyed)
 
     def _jobs(self, video: CaptionedVideo, looked: _Looked) -> list[_Job]:
         """Return the jobs of a clip."""
@@ -480,14 +504,14 @@ class _Run:
             for part in bar.track(parts, total=total, description="captions"):
                 prompts = [text for _, text in part]
                 found = family.encode_prompt(pipe, prompts, self.max_tokens)
-                for i, (key, _) in enumerate(part):
-                    tensors = {name: self._stored(x[i]) for name, x in found.items()}
-                    if not all(_finite(x) for x in tensors.values()):
+                for i, (key, text) in enumerate(part):
+                    try:
+                        tensors = {name: x[i] for name, x in found.items()}
+                        self._put(key, tensors, shards, f"the text {text!r}")
+                    except OSError as error:  # no clip's fault, which could be left out
                         raise ValueError(
-                            f"store {self.store!r} cannot hold the text {prompts[i]!r}; float32 "
-                            "can what the text encoder made"
-                        )
-                    shards.put(key, tensors)
+                            f"{error}; float32 can what the text encoder made"
+                        ) from None
         return count
 
     def _texts(self, jobs: Iterable[_Job]) -> Iterator[tuple[str, str]]:
@@ -528,32 +552,28 @@ class _Run:
         encoder = self.first_frames
         if encoder is None:
             return
-        keyed = Again(lambda: ((str(job.frame_key), job) for job in jobs))
-        new = Again(lambda: _lacking(keyed, shards))
-        count = sum(1 for _ in new)
         with encoder.at_work():
-            for key, job in bar.track(new, total=count, description="first frames"):
-                try:
-                    found = encoder(self._first(job), job.frames)
-                    self._put(key, found, shards, "its first frame")
-                except OSError as error:
-                    self._note(job.video, error)
+            self._each(
+                Again(lambda: ((job.frame_key, job) for job in jobs)),
+                shards,
+                bar,
+                "first frames",
+                "its first frame",
+                lambda job: encoder(self._first(job), job.frames),
+            )
 
     def keep_masks(self, jobs: Packed[_Job], shards: Shards, bar: "Progress") -> None:
         """Keep all masks that the shards lack, on the latents' grid."""
         if not self.masks:
             return
-        keyed = Again(lambda: ((job.mask_key, job) for job in jobs if job.mask_key))
-        new = Again(lambda: _lacking(keyed, shards))
-        count, factors = sum(1 for _ in new), factors_of(self.encoders.pipe)
-        for key, job in bar.track(new, total=count, description="masks"):
+        factors = factors_of(self.encoders.pipe)
+
+        def read(job: _Job) -> dict[str, Tensor]:
             about = {"frames": job.frames, "size": job.size, "fps": self.fps, "begin": job.begin}
-            try:
-                found = read_mask(job.video, factors, **about)
-            except OSError as error:
-                self._note(job.video, error)
-                continue
-            shards.put(key, {MASK: self._stored(found)})
+            return {MASK: read_mask(job.video, factors, **about)}
+
+        keyed = Again(lambda: ((job.mask_key, job) for job in jobs))
+        self._each(keyed, shards, bar, "masks", "its mask", read)
 
     def keep_pictures(self, done: Iterable[_Job], shards: Shards) -> dict[str, Any]:
         """Keep the first frames of some clips as pictures, (H, W, 3) uint8.
@@ -586,22 +606,46 @@ class _Run:
         """Encode all images that the shards lack. Returns their number, None without images."""
         if self.images is None:
             return None
-        keyed = Again(lambda: ((job.image_key, job) for job in jobs if job.image_key))
-        new = Again(lambda: _lacking(keyed, shards))
-        count = sum(1 for _ in new)
-        nothing = self.image_key("nothing")
-        with self.images.at_work(self.encoders.device):
+        images, nothing = self.images, self.image_key("nothing")
+        keyed = Again(lambda: ((job.image_key, job) for job in jobs))
+        with images.at_work(self.encoders.device):
             if nothing not in shards:
-                shards.put(nothing, {IMAGE: self._stored(self.images.nothing())})
-            for key, job in bar.track(new, total=count, description="images"):
-                try:
-                    found = self._stored(self.images(self._picture(job)))
-                    if not _finite(found):
-                        raise OSError(f"store {self.store!r} cannot hold its image")
-                except OSError as error:
-                    self._note(job.video, error)
-                    continue
-                shards.put(key, {IMAGE: found})
+                shards.put(nothing, {IMAGE: self._stored(images.nothing())})
+            return self._each(
+                keyed,
+                shards,
+                bar,
+                "images",
+                "its image",
+                lambda job: {IMAGE: images(self._picture(job))},
+            )
+
+    def _each(
+        self,
+        keyed: Iterable[tuple[str | None, _Job]],
+        shards: Shards,
+        bar: "Progress",
+        title: str,
+        what: str,
+        make: Callable[[_Job], dict[str, Tensor]],
+    ) -> int:
+        """Make the tensors that the shards lack, and note the clips whose cannot be made.
+
+        Args:
+            keyed: jobs by the key of their tensors; None where a job has none.
+            title: of the bar.
+            what: a job's tensors, in words.
+
+        Returns the number of keys that the shards lacked.
+        """
+        named = Again(lambda: ((key, job) for key, job in keyed if key is not None))
+        new = Again(lambda: _lacking(named, shards))
+        count = sum(1 for _ in new)
+        for key, job in bar.track(new, total=count, description=title):
+            try:
+                self._put(key, make(job), shards, what)
+            except OSError as error:
+                self._note(job.video, error)
         return count
 
     def encode_clips(
@@ -625,13 +669,10 @@ class _Run:
                     if isinstance(frames, OSError):
                         raise frames
                     preview.see(job, frames)
-                    latents = self._stored(family.encode_video(pipe, _pixels(frames))[0])
-                    if not _finite(latents):
-                        raise OSError(f"store {self.store!r} cannot hold its latents")
+                    latents = family.encode_video(pipe, _pixels(frames))[0]
+                    self._put(job.latent_key, {LATENTS: latents}, shards, "its latents")
                 except OSError as error:
                     self._note(job.video, error)
-                    continue
-                shards.put(job.latent_key, {LATENTS: latents})
         return new
 
     def manifest(self) -> dict[str, Any]:
@@ -705,13 +746,6 @@ class _Run:
             raise OSError(f"its image cannot be read: {error}") from error
         return key
 
-    def _check_mask(self, video: CaptionedVideo, about: dict[str, Any]) -> str | None:
-        """Compare the clip's mask with the clip. Returns its hash, or None without a mask."""
-        if not self.masks or video.mask is None:
-            return None
-        check_mask(video, about, self.take, self.frames[-1], self.fps)
-        return video.mask_sha256()
-
     def _picture(self, job: _Job) -> Image.Image:
         """Return the clip's own image, or the middle frame of its length."""
         if job.video.image is not None:
@@ -719,9 +753,6 @@ class _Run:
         middle = job.begin + job.frames // 2
         frames = job.video.read(frames=1, size=job.size, fps=self.fps, begin=middle)
         return Image.fromarray(frames[-1])
-
-    def _survey(self, video: CaptionedVideo, about: dict[str, Any] | None) -> dict[str, Any]:
-        return survey(video, self.take, self.frames[-1], self.fps, about)
 
     def _check_lengths(self, clips: int, longest: int) -> None:
         """Refuse a length that no clip fills.

@@ -15,8 +15,6 @@ from torch import Tensor
 from gen_accel.lora.conditions import MASK
 from gen_accel.lora.data import CaptionedVideo, Size
 from gen_accel.lora.fingerprint import hash_of
-from gen_accel.lora.surveys import survey
-from gen_accel.lora.takes import Take
 
 WHITE = 255
 ALIKE = 0.02  # most relative difference of a mask's aspect ratio from its clip's
@@ -31,30 +29,22 @@ def mask_of(video: CaptionedVideo) -> CaptionedVideo | None:
     return replace(video, name=name, source=video.mask, is_picture=video.mask_is_picture, **given)
 
 
-def check_mask(
-    video: CaptionedVideo, about: dict[str, Any], take: Take, longest: int, fps: float | None
-) -> None:
-    """Compare a clip's mask with the clip, without decoding more of it than of the clip.
+def check_mask(found: dict[str, Any], about: dict[str, Any], *, is_picture: bool) -> None:
+    """Compare a clip's mask with the clip.
 
     Args:
-        about: what `survey` found out about the clip.
-        longest: frames of the longest length.
+        found, about: what `survey` found out about the mask and about the clip.
+        is_picture: the mask is one picture for all frames.
 
-    Raises OSError for a mask that cannot be read, of another length, or of another shape.
+    Raises OSError for a mask of another length, or of another shape.
     """
-    mask = mask_of(video)
-    assert mask is not None
-    try:
-        found = survey(mask, replace(take, scenes="off"), longest, fps)
-    except OSError as error:
-        raise OSError(f"its mask cannot be read: {error}") from error
     (height, width), (rows, columns) = about["size"], found["size"]
     if abs(columns * height / (rows * width) - 1) > ALIKE:
         raise OSError(
             f"its mask is {rows} x {columns} pixels, the clip {height} x {width}: a mask has its "
             "clip's shape"
         )
-    if mask.is_picture:
+    if is_picture:
         return
     have, wanted = (_frames(one) for one in (found, about))
     most = min(found["asked"], about["asked"])  # of either, no more may have been decoded

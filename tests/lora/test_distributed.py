@@ -11,7 +11,7 @@ from support.families_to_train import trained
 from support.runs import launch
 
 from gen_accel.attention_processors.attached.recipe import read_recipe
-from gen_accel.lora import checkpoint, trainer
+from gen_accel.lora import checkpoint, training_run
 from gen_accel.owners import locked
 
 pytestmark = pytest.mark.slow
@@ -39,12 +39,12 @@ VIDEOS = {
 
 
 def losses(out):
-    lines = (Path(out) / trainer.METRICS).read_text().splitlines()
+    lines = (Path(out) / training_run.METRICS).read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
 
 def newest(out):
-    return checkpoint.load_newest(Path(out) / trainer.CHECKPOINTS)
+    return checkpoint.load_newest(Path(out) / training_run.CHECKPOINTS)
 
 
 def assert_same(out, other):
@@ -59,7 +59,7 @@ def assert_same(out, other):
 def half(out, to, last=STEPS):
     """As it was before its last checkpoint, that of step `last`."""
     shutil.copytree(out, to)
-    shutil.rmtree(to / trainer.CHECKPOINTS / f"step-{last:06d}")
+    shutil.rmtree(to / training_run.CHECKPOINTS / f"step-{last:06d}")
     return to
 
 
@@ -219,7 +219,7 @@ def test_a_sharded_checkpoint_goes_on_in_one_process(sharded, tmp_path):
     """Where the one has to stand in for both processes, with a batch of two."""
     out = half(sharded, tmp_path / "run")
     given = ft.config(out, **(LONG | {"batch_size": 2, "max_tokens": 16}))
-    path = out / trainer.CHECKPOINTS / "step-000004" / checkpoint.STATE
+    path = out / training_run.CHECKPOINTS / "step-000004" / checkpoint.STATE
     state = json.loads(path.read_text())
     del state[checkpoint.OWN]
     state["config"]["batch_size"], state["processes"] = 2, 1

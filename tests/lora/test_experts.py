@@ -18,7 +18,7 @@ from gen_accel.attention_processors.attached.recipe import folders_of, read_reci
 from gen_accel.attention_processors.attached.schedule import Schedule
 from gen_accel.cli import early
 from gen_accel.files import file_sha256
-from gen_accel.lora import checkpoint, dry_run, push, trainer
+from gen_accel.lora import checkpoint, dry_run, pair, push, trainer, training_run
 from gen_accel.lora.by_turns import Experts
 from gen_accel.lora.encode import cache
 from gen_accel.lora.experts import PARTS, Turns, config_of, resident
@@ -142,17 +142,17 @@ class TestTraining:
             moves.append((part, part in away))
 
         monkeypatch.setattr(Experts, "move", move)
-        begin = trainer.Run._take
+        begin = training_run.Run._take
 
         def take(run, step):
             ends.append([p for p in PARTS if p in away])
             return begin(run, step)
 
-        monkeypatch.setattr(trainer.Run, "_take", take)
+        monkeypatch.setattr(training_run.Run, "_take", take)
         given = ft.config(tmp_path / "run", **BOTH | {"checkpoint_every": 100})
-        save = trainer.Run._save
-        monkeypatch.setattr(trainer.Run, "_save", lambda run, done: restored(run, save, done))
-        monkeypatch.setattr(trainer.Pair, "_write", lambda run, folder: folder)
+        save = training_run.Run._save
+        monkeypatch.setattr(training_run.Run, "_save", lambda run, done: restored(run, save, done))
+        monkeypatch.setattr(pair.Pair, "_write", lambda run, folder: folder)
 
         def restored(run, save, done):
             for held in away.values():
@@ -189,7 +189,7 @@ class TestTraining:
         out, _ = both
         copy = shutil.copytree(out, tmp_path / "copy")
         shutil.rmtree(copy / "lora")
-        for path in checkpoint.found(copy / trainer.CHECKPOINTS)[1:]:
+        for path in checkpoint.found(copy / training_run.CHECKPOINTS)[1:]:
             shutil.rmtree(path)
         assert state(copy).state["step"] == 6
         ft.train(ft.config(copy, loss_every=4, **BOTH), model=model(), resume=True)

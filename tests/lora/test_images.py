@@ -21,7 +21,7 @@ from support.runs import assert_same_run, files, metadata, state
 
 import gen_accel
 from gen_accel.demo import clips, world
-from gen_accel.lora import TrainConfig, dry_run, print_config, read_config, trainer
+from gen_accel.lora import TrainConfig, dry_run, print_config, read_config, trainer, training_run
 from gen_accel.lora.encode import cache
 from gen_accel.lora.images import ImageCoder
 from gen_accel.lora.latents import LatentCache
@@ -39,7 +39,7 @@ def begun(given, clips=None, **options):
     """A training before its first step."""
     made = ft.model(**options)
     accelerator = trainer.accelerator_for(given)
-    return trainer.Run(given, accelerator, made, clips or ft.Clips())
+    return training_run.Run(given, accelerator, made, clips or ft.Clips())
 
 
 @pytest.fixture
@@ -370,7 +370,7 @@ class TestTraining:
         ft.train(ft.config(whole, **FULL))
         shutil.copytree(whole, parts)
         shutil.rmtree(parts / "image_prompt")
-        shutil.rmtree(parts / trainer.CHECKPOINTS / "step-000004")
+        shutil.rmtree(parts / training_run.CHECKPOINTS / "step-000004")
         done = ft.train(ft.config(parts, **FULL), resume=True)
         assert len(done.losses) == 2
         os.rename(whole / "image_prompt", whole / "lora")

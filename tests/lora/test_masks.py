@@ -8,7 +8,7 @@ from support import finetuning as ft
 from support import wan
 from support.clips import footage
 
-from gen_accel.lora import trainer
+from gen_accel.lora import trainer, training_run
 from gen_accel.lora.data import find_videos
 from gen_accel.lora.encode import cache
 from gen_accel.lora.latents import LatentCache
@@ -219,7 +219,7 @@ class TestLoss:
     def run(self, tmp_path, clips=None, **fields):
         given = ft.config(tmp_path / "run", **fields)
         clips = clips or Masked()
-        return trainer.Run(given, trainer.accelerator_for(given), ft.model(), clips)
+        return training_run.Run(given, trainer.accelerator_for(given), ft.model(), clips)
 
     @pytest.mark.parametrize("floor", [0.0, 0.25])
     def test_it_is_the_weighted_mean(self, floor, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from support import wan
 from support.runs import WEIGHTS, assert_same_run, state
 
 from gen_accel.cli import early
-from gen_accel.lora import checkpoint, trainer
+from gen_accel.lora import checkpoint, training_run
 from gen_accel.lora.optimizers import new_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,7 +100,7 @@ class TestScheduleFree:
         def trained(transformer):
             return [p for p in transformer.parameters() if p.requires_grad]
 
-        monkeypatch.setattr(trainer.Validation, "__call__", looked)
+        monkeypatch.setattr(training_run.Validation, "__call__", looked)
         given = {"optimizer": FREE, "stages": ("9:3",), "validate_every": 3}
         given |= {"validation_prompts": ("a cat",), "method": "radial", "settings": ()}
         made = ft.model(pipe=wan.pipeline())

@@ -11,7 +11,7 @@ from support import finetuning as ft
 from support.runs import assert_same_run, losses, state
 
 import gen_accel
-from gen_accel.lora import batches, checkpoint, resume, trainer
+from gen_accel.lora import batches, checkpoint, resume, training_run
 from gen_accel.lora.objective import order
 from gen_accel.lora.report import read_metrics
 
@@ -47,7 +47,7 @@ def test_it_equals_the_run_with_all_steps(tmp_path, first, more):
 
 def test_fewer_steps_than_planned(tmp_path):
     trained(tmp_path / "run", ("9:4",), checkpoint_every=2)
-    shutil.rmtree(tmp_path / "run" / trainer.CHECKPOINTS / "step-000004")
+    shutil.rmtree(tmp_path / "run" / training_run.CHECKPOINTS / "step-000004")
     trained(tmp_path / "run", ("9:3",), resume=True)
     trained(tmp_path / "whole", ("9:3",))
     assert_same_run(tmp_path / "run", tmp_path / "whole")
@@ -67,7 +67,7 @@ def test_a_schedule_that_knows_its_end(tmp_path, schedule):
         f"stages (the learning rate of schedule {schedule} in the 7 done steps",
         "('9:7',), now ('9:9',)",
         "a new run with another --out",
-        f"--init-lora {tmp_path / 'run' / trainer.CHECKPOINTS / 'step-000007' / 'lora'}",
+        f"--init-lora {tmp_path / 'run' / training_run.CHECKPOINTS / 'step-000007' / 'lora'}",
     ):
         assert part in str(caught.value)
 
@@ -108,7 +108,7 @@ def test_it_is_measured_anew(tmp_path):
     """A longer stage has other figures, which begin where it was appended."""
     trained(tmp_path / "run", ("9:4",), loss_every=3)
     done = trained(tmp_path / "run", ("9:4", "17:3"), loss_every=3, resume=True)
-    fixed = read_metrics(tmp_path / "run" / trainer.METRICS)[1]
+    fixed = read_metrics(tmp_path / "run" / training_run.METRICS)[1]
     told = [(one["after"], one["frames"]) for one in fixed]
     assert told == [(0, 9), (3, 9), (4, 9), (4, 17), (6, 17), (7, 17)]
     assert done.steps == 7
@@ -120,14 +120,14 @@ class TestEarlierVersion:
     @pytest.fixture
     def old(self, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
-            patch.setattr(trainer, "plan_clips", partial(batches.plan_clips, version=1))
+            patch.setattr(training_run, "plan_clips", partial(batches.plan_clips, version=1))
             trained(tmp_path / "whole", ("9:3", "17:3"))
-        for path in checkpoint.found(tmp_path / "whole" / trainer.CHECKPOINTS):
+        for path in checkpoint.found(tmp_path / "whole" / training_run.CHECKPOINTS):
             told = json.loads((path / checkpoint.STATE).read_text()) | OLD
             left = {name: x for name, x in told.items() if x is not None}
             (path / checkpoint.STATE).write_text(json.dumps(left))
         out = shutil.copytree(tmp_path / "whole", tmp_path / "run")
-        shutil.rmtree(out / trainer.CHECKPOINTS / "step-000006")
+        shutil.rmtree(out / training_run.CHECKPOINTS / "step-000006")
         return out
 
     def test_it_goes_on_to_the_bit(self, old, tmp_path):

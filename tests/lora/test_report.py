@@ -12,7 +12,7 @@ from PIL import Image
 from support import finetuning as ft
 from support import wan
 
-from gen_accel.lora import trainer
+from gen_accel.lora import trainer, training_run
 from gen_accel.lora.curves import BOX, Line, draw_chart, running_mean
 from gen_accel.lora.report import METRICS, REPORT
 from gen_accel.lora.state import TrainingState
@@ -162,7 +162,7 @@ class TestPage:
                 run.stopping = (tmp_path / "run" / METRICS).exists()
                 return super().latents(index, frames)
 
-        run = trainer.Run(given, trainer.accelerator_for(given), ft.model(), Stopping())
+        run = training_run.Run(given, trainer.accelerator_for(given), ft.model(), Stopping())
         run.stopping = False
         done = run.go(resume=False)
         assert done.folder is None

@@ -26,7 +26,7 @@ from support.runs import (
 
 from gen_accel import owners
 from gen_accel.files import NoRoom, file_sha256
-from gen_accel.lora import checkpoint, trainer
+from gen_accel.lora import checkpoint, trainer, training_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,7 +43,7 @@ class TestResume:
         rates = [line["learning_rate"] for line in metrics(whole)]
         assert rates[0] == 0 < rates[1] < rates[2] > rates[3] > rates[-1]
         assert [line["frames"] for line in metrics(whole)] == [9] * 4 + [17] * 4
-        assert [p.name for p in checkpoint.found(whole / trainer.CHECKPOINTS)] == [
+        assert [p.name for p in checkpoint.found(whole / training_run.CHECKPOINTS)] == [
             "step-000006",
             "step-000008",
         ]
@@ -67,7 +67,7 @@ class TestResume:
         """
         out, alone = tmp_path / "run", tmp_path / "whole"
         finished(alone)
-        folder = out / trainer.CHECKPOINTS
+        folder = out / training_run.CHECKPOINTS
         killed(out, resume=False, stall="writing:2")
         assert list(folder.glob(".partial-*"))
         assert [path.name for path in checkpoint.found(folder)] == ["step-000002"]
@@ -77,7 +77,7 @@ class TestResume:
         killed(out, resume=True, stall="step:6")
         assert not list(folder.glob(".partial-*"))
         assert [path.name for path in checkpoint.found(folder)] == ["step-000002", "step-000004"]
-        with (out / trainer.METRICS).open("a") as file:
+        with (out / training_run.METRICS).open("a") as file:
             file.write('{"step": 4, "lo')
         finished(out, resume=True)
         assert len(losses(out)) == FULL_STEPS
@@ -104,7 +104,7 @@ class TestResume:
     )
     def test_a_broken_checkpoint_is_left_out(self, whole, tmp_path, how):
         out = shutil.copytree(whole, tmp_path / "run")
-        newest = out / trainer.CHECKPOINTS / "step-000008"
+        newest = out / training_run.CHECKPOINTS / "step-000008"
         tensors, about = newest / checkpoint.TENSORS, newest / checkpoint.STATE
         data = bytearray(tensors.read_bytes())
         if how == "truncated":
@@ -127,16 +127,18 @@ class TestResume:
 
     def test_a_broken_checkpoint_does_not_crowd_out_whole_ones(self, whole, tmp_path):
         out = shutil.copytree(whole, tmp_path / "run")
-        (out / trainer.CHECKPOINTS / "step-000008" / checkpoint.STATE).unlink()
+        (out / training_run.CHECKPOINTS / "step-000008" / checkpoint.STATE).unlink()
         given = replace(ft.config(out, **ft.FULL), checkpoint_every=7, keep_checkpoints=1)
         with pytest.warns(UserWarning, match="step-000008 is broken"):
             stopping(out, after=7, config=given, resume=True)
         assert state(out).state["step"] == 7
-        assert [p.name for p in checkpoint.found(out / trainer.CHECKPOINTS)] == ["step-000007"]
+        assert [p.name for p in checkpoint.found(out / training_run.CHECKPOINTS)] == [
+            "step-000007"
+        ]
 
     def test_none_is_whole(self, copied):
         out = copied(6)
-        for path in checkpoint.found(out / trainer.CHECKPOINTS):
+        for path in checkpoint.found(out / training_run.CHECKPOINTS):
             (path / checkpoint.STATE).unlink()
         with (
             pytest.warns(UserWarning, match="step-000006 is broken"),
@@ -155,7 +157,7 @@ class TestResume:
             patch.setattr(checkpoint, "save_tensors", full)
             with pytest.raises(OSError, match=r"no room for .*step-000008.*: no space left"):
                 ft.train(ft.config(out, **ft.FULL), resume=True)
-        folder = out / trainer.CHECKPOINTS
+        folder = out / training_run.CHECKPOINTS
         assert sorted(path.name for path in folder.iterdir()) == ["step-000006"]
         assert state(out).state["step"] == 6
         ft.train(ft.config(out, **ft.FULL), resume=True)
@@ -165,15 +167,15 @@ class TestResume:
         def full(path, steps):
             path.symlink_to("/dev/full")
 
-        monkeypatch.setattr(trainer, "_cut_metrics", full)
-        file = tmp_path / trainer.METRICS
+        monkeypatch.setattr(training_run, "_cut_metrics", full)
+        file = tmp_path / training_run.METRICS
         with pytest.raises(NoRoom, match=f"no room for {file}: no space left on device"):
             ft.train(ft.config(tmp_path))
 
     def test_a_checkpoint_of_an_earlier_version(self, whole, copied, recwarn):
         """Its state has no hash."""
         out = copied(6)
-        about = out / trainer.CHECKPOINTS / "step-000006" / checkpoint.STATE
+        about = out / training_run.CHECKPOINTS / "step-000006" / checkpoint.STATE
         change(about, {checkpoint.OWN: None})
         assert state(out).state["step"] == 6
         assert not recwarn
@@ -184,7 +186,7 @@ class TestResume:
         dead = owners.mark().replace(str(os.getpid()), str(2**30))
         for folder, name in (
             (out, f".partial-0-{dead}-0"),
-            (out / trainer.CHECKPOINTS, ".partial-0"),
+            (out / training_run.CHECKPOINTS, ".partial-0"),
         ):
             (folder / name).mkdir()
             (folder / name / "half").touch()
@@ -285,7 +287,7 @@ def stopping(out, after, *, config=None, resume=False, kind=signal.SIGTERM, sign
             return super().latents(index, frames)
 
     def losses_so_far():
-        return losses(out) if (out / trainer.METRICS).exists() else []
+        return losses(out) if (out / training_run.METRICS).exists() else []
 
     signalling = [True]
     given = config or ft.config(out, **ft.FULL)

@@ -31,7 +31,8 @@ from gen_accel.lora.model import Model
 from gen_accel.lora.objective import Objective
 from gen_accel.lora.processes import by_main
 from gen_accel.lora.state import TrainingState
-from gen_accel.lora.trainer import CHECKPOINTS, Trained, accelerator_for, run
+from gen_accel.lora.trainer import accelerator_for, run
+from gen_accel.lora.training_run import CHECKPOINTS, Trained
 
 LATENTS = (4, 8)  # height and width; 2 x 4 tokens a frame
 FRAMES = 5  # latent frames of a clip

@@ -12,18 +12,18 @@ from safetensors.torch import load_file, save_file
 from support import forked
 from support.paths import ROOT, environment
 
-from gen_accel.lora import checkpoint, trainer
+from gen_accel.lora import checkpoint, training_run
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def state(out):
     """Of the newest checkpoint."""
-    return checkpoint.load_newest(Path(out) / trainer.CHECKPOINTS)
+    return checkpoint.load_newest(Path(out) / training_run.CHECKPOINTS)
 
 
 def metrics(out):
-    lines = (Path(out) / trainer.METRICS).read_text().splitlines()
+    lines = (Path(out) / training_run.METRICS).read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
