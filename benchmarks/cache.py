@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -141,8 +142,7 @@ def reading(folder: str, count: int, frames: int, stored: str, pool: str, worker
         with make[pool](workers, **more) as started:
             list(started.map(read_one, given[: 2 * workers]))  # processes import what they need
             with measured(children=pool == "process") as told:
-                for _ in started.map(read_one, given):
-                    pass
+                deque(started.map(read_one, given), maxlen=0)
     about = {"stored": stored, "clips": count, "frames": frames}
     return {**about, "pool": pool, "workers": workers, **told}
 

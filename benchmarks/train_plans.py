@@ -1,4 +1,4 @@
-"""What trainings need of one 24 GB card, by `gen_accel.lora.forecast_training`.
+"""Trainings on one 24 GB card, as `gen_accel.lora.forecast_training` plans them.
 
     python benchmarks/train_plans.py
 
@@ -55,7 +55,7 @@ def stages(lengths: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def advice(model: str, frames: int) -> dict[str, Any] | None:
-    """What the plan says to turn on for the card, from checkpointing alone."""
+    """Return the options that the plan turns on for the card, beside checkpointing."""
     config = TrainConfig(model=model, stages=stages((frames,)), gradient_checkpointing="on")
     [verdict] = forecast_training(config, gpus=[CARD], here=False).verdicts
     return None if verdict.advice is None else vars(verdict.advice)

@@ -168,7 +168,7 @@ def _quantising_on(device: torch.device) -> Iterator[None]:
 
     class OnCpu(BnB4BitDiffusersQuantizer):
         def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-            pass
+            """Accept a machine without a GPU."""
 
         def create_quantized_param(
             self,

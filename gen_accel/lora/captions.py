@@ -13,7 +13,7 @@ from gen_accel.lora.data import CaptionedVideo
 
 @dataclass(frozen=True)
 class Captions:
-    """What is made of the captions of a clip.
+    """Changes of the captions of a clip.
 
     Args:
         trigger: word before every caption that does not hold it, with a comma after.

@@ -96,12 +96,32 @@ class CaptionedVideo:
         return self.image.read_bytes() if isinstance(self.image, Path) else self.image()
 
     def survey(self, *, frames: int, fps: float | None) -> "Survey":
-        """Run `survey_clip` on the video, wherever it is stored."""
+        """Count the frames that `read` would return, by decoding them.
+
+        Raises OSError as `read` does.
+        """
         with self.playing(fps) as pictures:
             return _surveyed(islice(pictures, frames))
 
     def read(self, *, frames: int, size: Size, fps: float | None, begin: int = 0) -> np.ndarray:
-        """Run `read_clip` on the video, wherever it is stored, from frame `begin` on."""
+        """Read `frames` frames of the video from frame `begin` on, or fewer if it ends before.
+
+        Each frame is resized by an antialiased cubic, its aspect ratio kept, until it covers
+        `size`; then its center is cropped. No further frames are decoded, and only one frame at a
+        time is held at its stored size.
+
+        Args:
+            size: height and width in pixels.
+            fps: frames a second. Each stored frame goes to the nearest time of this grid. The
+                last of several frames at one time stays; a time without a frame repeats the frame
+                before. None takes the stored frames as they come.
+
+        Returns:
+            (F, H, W, 3) uint8.
+
+        Raises:
+            OSError: no film, or one that is damaged before the last frame asked for.
+        """
         with self.playing(fps) as pictures:
             return _resized(islice(pictures, begin, begin + frames), size)
 
@@ -354,41 +374,6 @@ def open_image(data: bytes, name: object) -> Image.Image:
     Raises OSError for data that is no whole image, or for too large an image.
     """
     return ImageOps.exif_transpose(read_picture(io.BytesIO(data), name))
-
-
-def survey_clip(path: str | Path, *, frames: int, fps: float | None = None) -> Survey:
-    """Count the frames that `read_clip` would return, by decoding them.
-
-    Raises:
-        OSError: no film, or one that is damaged before the last frame asked for.
-    """
-    with opened_film(Path(path), path) as film:
-        return _surveyed(islice(film.pictures(fps=fps), frames))
-
-
-def read_clip(
-    path: str | Path, *, frames: int, size: Size, fps: float | None = None
-) -> np.ndarray:
-    """Read the first `frames` frames of a video, or all frames if it is shorter.
-
-    Each frame is resized by an antialiased cubic, its aspect ratio kept, until it covers `size`;
-    then its center is cropped. No further frames are decoded, and only one frame at a time is held
-    at its stored size.
-
-    Args:
-        size: height and width in pixels.
-        fps: frames a second. Each stored frame goes to the nearest time of this grid. The last of
-            several frames at one time stays; a time without a frame repeats the frame before.
-            None takes the stored frames as they come.
-
-    Returns:
-        (F, H, W, 3) uint8.
-
-    Raises:
-        OSError: no film, or one that is damaged before the last frame asked for.
-    """
-    with opened_film(Path(path), path) as film:
-        return _resized(islice(film.pictures(fps=fps), frames), size)
 
 
 def _surveyed(pictures: Iterator[np.ndarray]) -> Survey:

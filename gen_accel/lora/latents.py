@@ -3,7 +3,8 @@
 A cache is a folder of `Shards`. Each tensor's key is a hash of its inputs: for latents the clip's
 bytes, the decoding and the autoencoder; for a text the caption, the text encoders and the
 tokenizers; for an image its bytes and the image encoder; for a first frame the clip, its decoding
-and the models that encode it. Only changed inputs are encoded again.
+and the models that encode it; for a mask its bytes and the clip's decoding. Only changed inputs
+are encoded again.
 """
 
 from collections import OrderedDict
@@ -58,9 +59,9 @@ class Entry:
     Args:
         frames, height, width: size of the latents.
         pixel_frames: frames of the video that was encoded.
-        latent_key, text_key, image_key, teacher_key, frame_key: names of the clip's tensors in the
-            shards; image_key, teacher_key or frame_key is None in a cache without images, teacher
-            captions or first frames.
+        latent_key, text_key, image_key, teacher_key, frame_key, mask_key: names of the clip's
+            tensors in the shards; all but the first two are None in a cache without images,
+            teacher captions, first frames or masks, and mask_key of a clip without a mask.
         begin: first frame in the video; None for 0.
         text_keys: of all texts of the clip, where it has more than one.
         repeats: how often it is shown while a clip of 1 is shown once; None for 1.

@@ -137,9 +137,25 @@ def with_preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 def _stages(name: str, model: str, trained: int | None) -> tuple[str, ...]:
     if name == "longer":
         trained = trained or _trained_frames(model)
-        return f"{trained}:200", f"{2 * trained - 1}:1500:position_interpolation"
+        longer = _whole(model, 2 * trained - 1)
+        return f"{trained}:200", f"{longer}:1500:position_interpolation"
     asked = {"style": STYLE_FRAMES, "motion": MOTION_FRAMES}[name]
-    return (f"{min(asked, trained or _said_of(model) or asked)}:1500",)
+    return (f"{_whole(model, min(asked, trained or _said_of(model) or asked))}:1500",)
+
+
+def _whole(model: str, frames: int) -> int:
+    """Add the frames that fill the last patch in time, of models whose patches join latents."""
+    from gen_accel.attention_processors.families import family_named, served_classes
+
+    try:
+        kind, sizes = _transformer(model, fetch=False)
+    except OSError:  # it is not here, and its sizes are not known without it
+        return frames
+    if kind not in served_classes():
+        return frames
+    factor = family_named(served_classes()[kind]).TEMPORAL_FACTOR
+    joined = sizes.get("patch_size_t") or 1
+    return frames if factor is None else frames + (joined - 1) * factor
 
 
 def _said_of(model: str) -> int | None:
@@ -175,8 +191,14 @@ class _Config(dict[str, Any]):
         return self.get(name)
 
 
-def _transformer(model: str) -> tuple[str, dict[str, Any]]:
-    """Class and configuration of a model's transformer; small files of the hub may be fetched."""
+def _transformer(model: str, *, fetch: bool = True) -> tuple[str, dict[str, Any]]:
+    """Return class and configuration of a model's transformer.
+
+    Args:
+        fetch: whether a small file of the hub may be fetched.
+
+    Raises OSError for a model that is neither published nor here.
+    """
     from gen_accel.attention_processors.families import FAMILIES, family_named
 
     for name in FAMILIES:
@@ -185,7 +207,7 @@ def _transformer(model: str) -> tuple[str, dict[str, Any]]:
             if one.repository == model:
                 return one.kind or family.CLASSES[0], dict(one.config)
     folder = expanded(model)
-    if not folder.exists() and not REPOSITORY.fullmatch(model):
+    if not folder.exists() and not (fetch and REPOSITORY.fullmatch(model)):
         raise FileNotFoundError(f"no folder at {model}, and no repository is called like that")
     place = "transformer/config.json"
     config = read_fields(folder / place if folder.exists() else fetched(model, place))

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gen_accel.attention_processors.attached.recipe import Recipe
-from gen_accel.extras import needed_for
 from gen_accel.files import replacing
 from gen_accel.lora.card import example_prompt
 from gen_accel.lora.conditions import FIRST_FRAME
@@ -25,6 +24,7 @@ from gen_accel.lora.experts import BOTH, PARTS
 from gen_accel.lora.fixed_loss import Figures
 from gen_accel.lora.progress import STEADY
 from gen_accel.lora.validate import BESIDE, FOLDER, STRIP, read_numbers
+from gen_accel.measure.report import template
 
 REPORT, METRICS, LOGS = "report.html", "metrics.jsonl", "logs"
 TEMPLATE = "report.html.j2"  # beside this module
@@ -111,7 +111,8 @@ class Page:
         count = done
         if count is None:
             count = steps[-1]["step"] + 1 if steps else 0
-        text = _template().render(**self._facts(steps, count), state=state, is_faulty=is_faulty)
+        page = template(Path(__file__).with_name(TEMPLATE), extra="train")
+        text = page.render(**self._facts(steps, count), state=state, is_faulty=is_faulty)
         with replacing(self.out / REPORT) as partial:
             partial.write_text(text, encoding="utf-8")
 
@@ -405,15 +406,3 @@ def _step_of(path: Path) -> int:
 
 def _picture(path: Path) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def _template() -> Any:
-    with needed_for("a report", extra="train"):
-        import jinja2
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    ).get_template(TEMPLATE)

@@ -493,6 +493,8 @@ class Run:
         with self.bar.beside("validation") as part:
 
             def tell(i: int, step: int, steps: int) -> None:
+                if step == 0:  # a pipeline runs where its first model is
+                    self._ready(EXPERTS[0])
                 words = f"validation {i + 1}/{prompts}, step {step}/{steps}"
                 part(words, (i + step / steps) / prompts)
 

@@ -113,8 +113,8 @@ class Film:
         """Decode the frames, turned as a player shows them, (H, W, 3) uint8 each, RGB.
 
         Args:
-            fps: rate of a grid of times, as of `lora.data.read_clip`; None takes every stored
-                frame once.
+            fps: rate of a grid of times, as of `lora.data.CaptionedVideo.read`; None
+                takes every stored frame once.
 
         Raises:
             OSError: the film is damaged, or holds no frame.

@@ -85,7 +85,7 @@ def write_report(
         OSError: one of them cannot be read, or `path` cannot be written.
     """
     rest = {key: value for key, value in report.items() if key != "environment"}
-    page = _template().render(
+    page = template(Path(__file__).with_name(TEMPLATE), extra="video").render(
         title=title,
         tiles=[*_headline(rest)],
         videos=[_medium(caption, file) for caption, file in videos.items()],
@@ -98,16 +98,21 @@ def write_report(
         partial.write_text(page, encoding="utf-8")
 
 
-def _template() -> Any:
-    with needed_for("a report", extra="video"):
+def template(path: Path, *, extra: str) -> Any:
+    """Load a template of a page, in which a name that is not given is an error.
+
+    Args:
+        extra: of pyproject.toml, which brings jinja2.
+    """
+    with needed_for("a report", extra=extra):
         import jinja2
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(path.parent),
         undefined=jinja2.StrictUndefined,
         autoescape=True,
         trim_blocks=True,
         keep_trailing_newline=True,
-    ).get_template(TEMPLATE)
+    ).get_template(path.name)
 
 
 def _headline(report: Mapping[str, Any]) -> Iterator[Tile]:

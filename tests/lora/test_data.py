@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from PIL import Image, ImageOps
 from support import wan
-from support.clips import SIZE, footage, levels, ramp, refuse
+from support.clips import SIZE, footage, levels, ramp, read_clip, refuse
 from transformers import UMT5EncoderModel
 
 from gen_accel import demo
@@ -22,8 +23,6 @@ from gen_accel.lora.data import (
     find_videos,
     nearest_size,
     parse_sizes,
-    read_clip,
-    survey_clip,
 )
 from gen_accel.lora.encode import cache
 from gen_accel.lora.latents import LatentCache
@@ -185,13 +184,13 @@ def test_resampling_takes_the_frame_of_each_time(tmp_path, fps):
     count = round(30 / 24 * fps)
     expected = [int(np.flatnonzero(places <= k)[-1]) for k in range(count)]
     assert levels(read_clip(path, frames=100, size=SIZE, fps=fps)) == expected
-    assert survey_clip(path, frames=100, fps=fps) == (count, (32, 48))
+    assert CaptionedVideo("clip", "", path).survey(frames=100, fps=fps) == (count, (32, 48))
 
 
 def test_no_more_frames_than_are_needed(tmp_path):
     path = write_video(ramp(), tmp_path / "clip.mp4", fps=24)
     assert levels(read_clip(path, frames=7, size=SIZE)) == list(range(7))
-    assert survey_clip(path, frames=7) == (7, (32, 48))
+    assert CaptionedVideo("clip", "", path).survey(frames=7, fps=None) == (7, (32, 48))
     assert levels(read_clip(path, frames=100, size=SIZE)) == list(range(30))
 
 
@@ -231,9 +230,10 @@ def test_damaged_files_are_refused(tmp_path, damage):
     path.write_bytes(data)
     if damage == "missing":
         path.unlink()
-    for read in (survey_clip, lambda *args, **kwargs: read_clip(*args, size=SIZE, **kwargs)):
+    clip = CaptionedVideo("clip", "", path)
+    for read in (clip.survey, partial(clip.read, size=SIZE)):
         with pytest.raises(OSError, match=r"clip.mp4 cannot be read: \w"):
-            read(path, frames=100)
+            read(frames=100, fps=None)
 
 
 def test_sizes():

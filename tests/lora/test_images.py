@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from support import finetuning as ft
 from support import hunyuan, wan
-from support.clips import SIZE, footage, refuse
+from support.clips import SIZE, footage, read_clip, refuse
 from support.finetuning import IMAGES as RADIAL
 from support.finetuning import IMAGES_FULL as FULL
 from support.finetuning import NO_DROPOUT
@@ -84,7 +84,7 @@ class TestCache:
         found = LatentCache(tmp_path / "cache")
         assert torch.equal(found.image(0), shown(noise("a")))
         assert torch.equal(found.image(1), shown(Image.open(folder / "b.jpg")))
-        middle = gen_accel.lora.data.read_clip(folder / "c.mp4", frames=9, size=SIZE)[4]
+        middle = read_clip(folder / "c.mp4", frames=9, size=SIZE)[4]
         assert torch.equal(found.image(2), shown(Image.fromarray(middle)))
         assert found.no_image.shape == (3, 32, 32)
         assert found.no_image.abs().max() < 0.01

@@ -39,6 +39,10 @@ def test_stages_follow_the_model(tmp_path):
     assert preset("motion", str(tmp_path / "model"))["stages"] == ("41:1500",)
     assert preset("motion", WAN)["stages"] == ("49:1500",)
     assert preset("style", WAN)["stages"] == ("25:1500",)
+    # Patches of CogVideoX 1.5 join two latent frames, which 5 or 8 n more frames fill.
+    joined = "THUDM/CogVideoX1.5-5B"
+    assert preset("style", joined)["stages"] == ("29:1500",)
+    assert preset("longer", joined)["stages"][1].startswith("333:")
     # The curriculum is all that the model decides.
     assert preset("style", "nowhere") == preset("style", WAN)
 

@@ -5,10 +5,10 @@ import sys
 import numpy as np
 import pytest
 from support.awkward_clips import cut_short
-from support.clips import SIZE, levels, ramp
+from support.clips import SIZE, levels, ramp, read_clip
 from support.scenes import film_of, scene
 
-from gen_accel.lora.data import CaptionedVideo, read_clip
+from gen_accel.lora.data import CaptionedVideo
 from gen_accel.lora.scenes import CutFinder, check_scenes
 from gen_accel.lora.surveys import scenes_in, survey
 from gen_accel.lora.takes import Chunk, Take, scenes_of

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from gen_accel.lora.data import CaptionedVideo
+
 SIZE = (32, 48)
 
 
@@ -27,3 +29,8 @@ def levels(video):
 
 def refuse(*args, **kwargs):
     raise AssertionError("encoded again")
+
+
+def read_clip(path, *, frames, size, fps=None):
+    """The first frames of a film, as training reads them."""
+    return CaptionedVideo("clip", "", path).read(frames=frames, size=size, fps=fps)

@@ -225,7 +225,7 @@ def first_frame(pipe: Any, transformer: Any, image: Any, frames: int) -> dict[st
 
 
 def given_latents(transformer: Any) -> int:
-    """1 where the first frame replaces tokens, none where it comes in channels of its own."""
+    """Number of latents that the first frame replaces: 0 where it has channels of its own."""
     return 1 if transformer.config.image_condition_type == _REPLACE else 0
 
 

@@ -264,7 +264,7 @@ def predict(
 
 
 def _scales(height: int, width: int) -> tuple[float, float, float]:
-    """What the pipelines divide the positions by, in time, rows and columns.
+    """Divisors of the positions in time, rows and columns, as the pipelines have them.
 
     Args:
         height, width: in pixels.

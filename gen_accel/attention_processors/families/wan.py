@@ -272,7 +272,7 @@ def first_frame(pipe: Any, transformer: Any, image: Any, frames: int) -> dict[st
 
 
 def given_latents(transformer: Any) -> int:
-    """None where the first frame comes in channels of its own."""
+    """Number of latents that the first frame replaces: 0 where it has channels of its own."""
     return 0 if _takes_frames(transformer.config) else 1
 
 
