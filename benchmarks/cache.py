@@ -148,10 +148,11 @@ def reading(folder: str, count: int, frames: int, stored: str, pool: str, worker
 
 
 def read_one(given: tuple[str, int]) -> Any:
-    from gen_accel.lora.data import read_clip
+    from gen_accel.lora.data import CaptionedVideo
 
     path, frames = given
-    return read_clip(path, frames=frames, size=(480, 832), fps=16.0)
+    video = CaptionedVideo(path, "", Path(path))
+    return video.read(frames=frames, size=(480, 832), fps=16.0)
 
 
 def many(count: int, work: str) -> dict[str, Any]:

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from support import hunyuan, wan
 from support.awkward_clips import sound_only
-from support.clips import SIZE, footage, refuse
+from support.clips import SIZE, footage, read_clip, refuse
 from support.scenes import film_of
 
 from gen_accel.attention_processors.families import wan as family
 from gen_accel.lora.captions import Captions
-from gen_accel.lora.data import CaptionedVideo, read_clip
+from gen_accel.lora.data import CaptionedVideo
 from gen_accel.lora.encode import cache
 from gen_accel.lora.fingerprint import hash_of
 from gen_accel.lora.found import Lost, Report, buckets_of, lost_picture, too_short, unused_frames

@@ -385,7 +385,7 @@ def test_a_second_run_encodes_nothing(pipe, build, tmp_path, monkeypatch):
     before = held(tmp_path / "cache")
     monkeypatch.setattr(family, "encode_video", refuse)
     monkeypatch.setattr(family, "encode_prompt", refuse)
-    monkeypatch.setattr("gen_accel.lora.data.survey_clip", refuse)
+    monkeypatch.setattr(CaptionedVideo, "survey", refuse)
     report = build()
     assert (report.encoded, report.kept, report.removed, report.texts) == (0, 3, 0, 0)
     assert held(tmp_path / "cache") == before

@@ -1,12 +1,12 @@
 """Small clips of known frames."""
 
+from pathlib import Path
+
 import numpy as np
 
 from gen_accel.lora.data import CaptionedVideo
 
 SIZE = (32, 48)
-
-
 STEP = 4  # grey levels from one frame to the next
 
 
@@ -33,4 +33,9 @@ def refuse(*args, **kwargs):
 
 def read_clip(path, *, frames, size, fps=None):
     """The first frames of a film, as training reads them."""
-    return CaptionedVideo("clip", "", path).read(frames=frames, size=size, fps=fps)
+    return CaptionedVideo("clip", "", Path(path)).read(frames=frames, size=size, fps=fps)
+
+
+def survey_clip(path, *, frames):
+    """Count the first frames of a film and find its size, as training does."""
+    return CaptionedVideo("clip", "", Path(path)).survey(frames=frames, fps=None)
