@@ -76,8 +76,8 @@ class Followed:
         stop: the button.
     """
 
-    job: gr.State
-    ended: gr.State
+    job: gr.Textbox
+    ended: gr.Textbox
     status: gr.HTML
     error: gr.HTML
     preview: gr.HTML
@@ -86,7 +86,9 @@ class Followed:
 
 def follow(page: Page, prefix: str) -> Followed:
     """Build what shows a job: `#PREFIX-progress`, `-error`, `-preview` and `-stop`."""
-    job, ended, seen = gr.State(""), gr.State(""), gr.State("")
+    job = gr.Textbox(visible="hidden", elem_id=f"{prefix}-job")
+    ended = gr.Textbox(visible="hidden", elem_id=f"{prefix}-ended")
+    seen = gr.State("")
     status = gr.HTML(elem_id=f"{prefix}-progress")
     error = gr.HTML(elem_id=f"{prefix}-error")
     preview = gr.HTML(elem_id=f"{prefix}-preview")

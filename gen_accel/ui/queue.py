@@ -264,7 +264,7 @@ class Queue:
         if state != DONE:
             self._clear(job)
         if state == STOPPED and not closed:
-            self.worker.retire()  # what an interrupt left half imported or loaded is not used again
+            self.worker.retire()  # an interrupt may have left something half imported
             with suppress(OSError):
                 self.worker.start()
         with self._changed:
