@@ -108,8 +108,8 @@ class Clips:
         objections = list(fate.objections())
         if silent:
             objections.append(
-                f"{len(silent)} of {len(videos)} clips have no caption, as {silent[0]}: write one, "
-                "or give default_caption"
+                f"{len(silent)} of {len(videos)} clips have no caption, as {silent[0]}: write "
+                "one, or give default_caption"
             )
         known = {video.name: video for video in videos}
         return Found(tuple(rows), known, fate.report(len(videos)), fixed, tuple(objections))
@@ -156,17 +156,20 @@ class Clips:
 def videos_of(config: TrainConfig) -> Sequence[CaptionedVideo]:
     """Find the clips as `gen-accel cache` does. A missing caption is empty.
 
-    Raises ValueError and OSError as `find_videos` does.
+    Raises ValueError and OSError as `find_videos` does, and ValueError for a missing package.
     """
     if config.data is None:
         raise ValueError("data is not given: a folder of videos, a manifest or a datasets folder")
-    found = find_videos(
-        config.data,
-        images=config.adapter == "image_prompt",
-        pictures="all" if 1 in config.clip_lengths else "captioned",
-        default_caption=config.default_caption or SILENT,
-        masks=config.masks,
-    )
+    try:
+        found = find_videos(
+            config.data,
+            images=config.adapter == "image_prompt",
+            pictures="all" if 1 in config.clip_lengths else "captioned",
+            default_caption=config.default_caption or SILENT,
+            masks=config.masks,
+        )
+    except ImportError as error:
+        raise ValueError(str(error)) from error
     if config.default_caption:
         return found
     return [replace(one, caption="") if one.caption == SILENT else one for one in found]
@@ -212,9 +215,7 @@ def caption_files(videos: Sequence[CaptionedVideo]) -> dict[str, list[tuple[Path
     return found
 
 
-def save_captions(
-    config: TrainConfig, edits: Mapping[Path, tuple[str, str]]
-) -> tuple[Path, ...]:
+def save_captions(config: TrainConfig, edits: Mapping[Path, tuple[str, str]]) -> tuple[Path, ...]:
     """Write captions that were edited, each file whole or not at all.
 
     Args:
@@ -231,7 +232,9 @@ def save_captions(
     fixed = why_fixed(config.data or "")
     if fixed is not None:
         raise ValueError(fixed)
-    known = {path: text for each in caption_files(videos_of(config)).values() for path, text in each}
+    known = {
+        path: text for each in caption_files(videos_of(config)).values() for path, text in each
+    }
     for path, (before, _) in edits.items():
         if path not in known:
             raise ValueError(f"{path} is no caption of a clip in {config.data}: look again")
@@ -275,9 +278,7 @@ class _Fate:
     def __post_init__(self) -> None:
         self.frames = sorted({stage.frames for stage in self.config.curriculum})
 
-    def see(
-        self, video: CaptionedVideo, about: dict[str, Any] | OSError
-    ) -> tuple[str, str, str]:
+    def see(self, video: CaptionedVideo, about: dict[str, Any] | OSError) -> tuple[str, str, str]:
         """Return length, size and fate of a clip, in words."""
         if isinstance(about, OSError):
             self.broken[video.name] = str(about)

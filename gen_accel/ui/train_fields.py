@@ -117,6 +117,11 @@ def write_yaml(values: Mapping[str, Any]) -> Written:
     return Written(print_config(config), None, config)
 
 
+def write_unchecked(values: Mapping[str, Any]) -> str:
+    """Write the YAML file of values that are right, without the seconds that a check takes."""
+    return as_yaml(config_fields(), values, extra=EXTRA)
+
+
 def read_yaml(text: str) -> dict[str, Any]:
     """Read the fields that a YAML text gives, as `gen-accel train FILE` does.
 
@@ -142,27 +147,32 @@ def all_values(given: Mapping[str, Any]) -> dict[str, Any]:
     return {one.name: given.get(one.name, one.default) for one in config_fields()}
 
 
-def starting_values(model: str, preset: str | None) -> dict[str, Any]:
+def starting_values(
+    model: str, preset: str | None, places: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Return the values of a page on which nothing was entered yet.
 
     They are `gen-accel train --model MODEL --preset PRESET --print-config`, and for the embedded
     model also the size of its clips.
 
+    Args:
+        places: values of fields that name folders, of this page.
+
     Raises ValueError and OSError as `presets.preset` does.
     """
     own = {"height": DEMO_SIDE, "width": DEMO_SIDE} if model == NAME else {}
-    given: dict[str, Any] = {"model": model, **own}
+    given: dict[str, Any] = {"model": model, **own, **(places or {})}
     found = given if preset is None else with_preset(preset, given)
     return all_values(checked(config_fields(), found, extra=EXTRA))
 
 
 def with_purpose(
-    values: Mapping[str, Any], before: Mapping[str, Any], model: str, preset: str | None
+    values: Mapping[str, Any], before: Mapping[str, Any], preset: str | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Change model or preset, and keep what the person entered.
 
     Args:
-        values: of all fields, as they are now.
+        values: of all fields, as they are now, the new model among them.
         before: values that model and preset gave until now; what differs was entered.
 
     Returns:
@@ -176,8 +186,9 @@ def with_purpose(
         for name, value in values.items()
         if name != "model" and _plain(value) != _plain(before.get(name))
     }
-    start = starting_values(model, preset)
-    return {**start, **entered, "model": model}, start
+    places = {"out": str(before["out"])}
+    start = starting_values(str(values["model"]), preset, places)
+    return {**start, **entered}, start
 
 
 def purposes() -> list[tuple[str, str]]:

@@ -90,7 +90,9 @@ def samples_of(config: TrainConfig) -> list[Sample]:
             shown = next((path for path in videos if path.is_file()), None)
             if shown is not None:
                 beside = ", beside step 0" if shown.name.endswith(BESIDE) else ""
-                found.append((-int(number), i, Sample(shown, f"step {int(number)}{beside}: {prompt}")))
+                found.append(
+                    (-int(number), i, Sample(shown, f"step {int(number)}{beside}: {prompt}"))
+                )
     return [sample for _, _, sample in sorted(found)]
 
 

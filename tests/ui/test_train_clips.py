@@ -9,8 +9,8 @@ from PIL import Image
 from support.clips import footage
 
 from gen_accel import demo
-from gen_accel.lora.config import TrainConfig
 from gen_accel.lora import surveys
+from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.data import find_videos
 from gen_accel.lora.prepare import cache_clips
 from gen_accel.measure.video_io import write_video
@@ -76,7 +76,8 @@ def test_the_page_says_what_cache_says(data, fields):
     assert found.report.broken == encoded.broken
     assert found.report.videos == encoded.videos
     said = str(found.report).partition("\n")[2]
-    assert said and said in str(encoded)
+    assert said
+    assert said in str(encoded)
     assert found.objections == ()
 
 
@@ -151,7 +152,7 @@ def test_a_caption_that_changed_meanwhile_is_not_overwritten(data):
         data / "short.txt": ("the film short.mp4", "mine"),
         data / "long.txt": ("as it was an hour ago", "mine"),
     }
-    with pytest.raises(ValueError, match="changed meanwhile, to 'the film long.mp4'"):
+    with pytest.raises(ValueError, match=r"changed meanwhile, to 'the film long\.mp4'"):
         save_captions(config_for(data), edits)
     assert captions(data)["short.mp4"] == ("the film short.mp4",)
 

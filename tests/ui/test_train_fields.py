@@ -1,5 +1,7 @@
 """Fields of the Train screen: the YAML equals `gen-accel train --print-config`, both ways."""
 
+import re
+
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -75,7 +77,9 @@ def test_yaml_round_trips():
     assert write_yaml(through_page(all_values(read_yaml(text)))).text == text
     config = config_of(text)
     assert config.validation_prompts == ("a red square, then a blue one", "two\u00fc")
-    assert config.log_with == "none" and config.base == "fp8" and config.learning_rate == 1e-4
+    assert config.log_with == "none"
+    assert config.base == "fp8"
+    assert config.learning_rate == 1e-4
 
 
 def test_every_field_has_one_place():
@@ -109,7 +113,7 @@ def test_what_the_library_refuses(fields, sentence):
     written = write_yaml(all_values(fields))
     assert written.config is None
     assert sentence in written.objection
-    with pytest.raises(ValueError, match=r"."):
+    with pytest.raises(ValueError, match=r".+"):
         config_of(written.text)
     [(name, value)] = fields.items()
     assert yaml.safe_load(written.text)[name] == value
@@ -124,9 +128,8 @@ def test_what_the_library_refuses(fields, sentence):
     ],
 )
 def test_yaml_that_is_refused(text, sentence):
-    with pytest.raises(ValueError, match="^") as caught:
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
         read_yaml(text)
-    assert str(caught.value).startswith(sentence)
 
 
 def test_a_preset_in_the_yaml():
@@ -137,20 +140,24 @@ def test_a_preset_in_the_yaml():
 def test_a_preset_keeps_what_was_entered():
     start = starting_values("demo", None)
     entered = through_page({**start, "rank": 4, "out": "elsewhere"})
-    values, before = with_purpose(entered, start, "demo", "style")
-    assert values["rank"] == 4 and values["out"] == "elsewhere"
-    assert values["method"] == "dense" and before["rank"] == 16
-    values, before = with_purpose(through_page(values), before, "demo", "longer")
-    assert values["method"] == "radial" and values["rank"] == 4
+    values, before = with_purpose(entered, start, "style")
+    assert values["rank"] == 4
+    assert values["out"] == "elsewhere"
+    assert values["method"] == "dense"
+    assert before["rank"] == 16
+    values, before = with_purpose(through_page(values), before, "longer")
+    assert values["method"] == "radial"
+    assert values["rank"] == 4
     assert list(values["stages"]) == ["33:200", "65:1500:position_interpolation"]
-    values, _ = with_purpose(through_page(values), before, "demo", None)
+    values, _ = with_purpose(through_page(values), before, None)
     assert values == {**start, "rank": 4, "out": "elsewhere"}
 
 
 def test_the_size_of_the_demo_is_for_the_demo():
     start = starting_values("demo", None)
     assert start["height"] == start["width"] == 96
-    values, _ = with_purpose(through_page(start), start, "Wan2.1-T2V-1.3B", None)
+    entered = through_page({**start, "model": "Wan2.1-T2V-1.3B"})
+    values, _ = with_purpose(entered, start, None)
     assert (values["height"], values["width"]) == (480, 832)
 
 
