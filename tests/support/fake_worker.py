@@ -1,9 +1,9 @@
 """A worker process without torch, which does what the prompts of its jobs ask for.
 
-    steps 4        as many steps, a file at --out before the first and the video after the last
-    fail WORDS     ends with that error
-    die            is killed in the middle of a step
-    ignore         does not end when it is stopped
+steps 4        as many steps, a file at --out before the first and the video after the last
+fail WORDS     ends with that error
+die            is killed in the middle of a step
+ignore         does not end when it is stopped
 """
 
 import json
@@ -27,7 +27,6 @@ PLAN = {
     "seconds": {"sparse_total": [30.0, 44.0]},
 }
 stopped = threading.Event()
-go = threading.Semaphore(0)
 
 
 def tell(**event):
@@ -56,7 +55,8 @@ def run(number, arguments):
                 signal.pause()
     total = int(rest or 2)
     for done in range(total + 1):
-        tell(progress=number, task=0, words="video", done=done, total=total, unit="steps", left=9.0)
+        about = {"task": 0, "words": "video", "unit": "steps", "left": 9.0}
+        tell(progress=number, done=done, total=total, **about)
         if what == "wait":  # until it is stopped
             stopped.wait()
         if stopped.is_set():
