@@ -5,8 +5,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
@@ -14,14 +15,16 @@ from gen_accel.lora.config import TrainConfig, print_config
 from gen_accel.measure.cards import card_names
 from gen_accel.owners import check_free
 from gen_accel.text_files import read_text
+from gen_accel.ui.generate import OWN
 from gen_accel.ui.jobs import GIVEN, Job
-from gen_accel.ui.page import Page, error_box, follow, refusing
-from gen_accel.ui.train_clips import Clips, Found, Row, save_captions
+from gen_accel.ui.page import QUIETLY, Page, error_box, follow, refusing
 from gen_accel.ui.train_fields import config_of
 from gen_accel.ui.train_form import Form, filling, line_of
-from gen_accel.ui.train_run import LINE, STEP, VALUE, Point, command_of, config_of_run, state_of
-from gen_accel.ui.train_run import stands as where_it_stands
+from gen_accel.ui.train_points import LINE, STEP, VALUE, Point
 from gen_accel.ui.train_words import changes_of, found_html, plan_html, result_html, samples_html
+
+if TYPE_CHECKING:  # they import torch, which a page that trains nothing can do without
+    from gen_accel.ui.train_clips import Clips, Found, Row
 
 KIND = "train"
 CONFIG = "config"  # option of the verb, and name of the file that a job was given
@@ -37,7 +40,6 @@ ABOUT = (
     "values. **3** See whether it fits your card. **4** Start. Nothing is lost by Stop: Resume "
     "goes on at the same step."
 )
-QUIETLY: dict[str, Any] = {"show_progress": "hidden", "queue": False}
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 
 
@@ -57,7 +59,7 @@ def build(page: Page) -> None:
 
 def _build_clips(page: Page, form: Form) -> Callable[[], None]:
     """Build the section, and return what connects it once the form is whole."""
-    clips = Clips()
+    clips = cache(_clips)
     with gr.Row(equal_height=True):
         data = form.add("data", label="Folder of clips", scale=4)
         look = gr.Button("Look at the clips", variant="primary", elem_id="train-look", scale=1)
@@ -90,9 +92,9 @@ def _build_clips(page: Page, form: Form) -> Callable[[], None]:
         saved = gr.HTML(elem_id="train-saved")
     found, edits = gr.State(None), gr.State({})
 
-    def show(one: Found, number: int, kept: Mapping[str, str]) -> list[Any]:
+    def show(one: "Found", number: int, kept: Mapping[str, str]) -> list[Any]:
         rows = one.rows[A_PAGE * number : A_PAGE * (number + 1)]
-        cells = [_cells(clips, one, row, kept.get(row.name)) for row in rows]
+        cells = [_cells(clips(), one, row, kept.get(row.name)) for row in rows]
         starts = range(0, len(one.rows), A_PAGE)
         names = [f"{i + 1} to {min(i + A_PAGE, len(one.rows))}" for i in starts]
         chosen = gr.update(choices=names, value=names[number], visible=len(names) > 1)
@@ -107,16 +109,18 @@ def _build_clips(page: Page, form: Form) -> Callable[[], None]:
     def find(*values: Any) -> Any:
         config = form.read(*values)
         page.places.check("train", {"data": config.data, "model": config.model})
-        one = clips.find(config)
+        one = clips().find(config)
         return [found_html(one), one, {}, *show(one, 0, {})]
 
-    def turn(name: str, one: Found | None, cells: Any, kept: dict[str, str]) -> Any:
+    def turn(name: str, one: "Found | None", cells: Any, kept: dict[str, str]) -> Any:
         if one is None:
             return [gr.skip()] * 5
         kept = _edited(one, cells, kept)
         return [kept, *show(one, (int(name.partition(" ")[0]) - 1) // A_PAGE, kept)]
 
-    def keep(one: Found | None, cells: Any, kept: dict[str, str], *values: Any) -> Any:
+    def keep(one: "Found | None", cells: Any, kept: dict[str, str], *values: Any) -> Any:
+        from gen_accel.ui.train_clips import save_captions
+
         if one is None:
             raise ValueError("look at the clips first")
         config = form.read(*values)
@@ -129,7 +133,7 @@ def _build_clips(page: Page, form: Form) -> Callable[[], None]:
             if rows[name].file is not None
         }
         files = save_captions(config, {file: edit for file, edit in given.items() if file})
-        again = clips.find(config)
+        again = clips().find(config)
         names = ", ".join(file.name for file in files) or "nothing was changed"
         shown = show(again, 0, {})
         return [
@@ -165,9 +169,8 @@ def _build_clips(page: Page, form: Form) -> Callable[[], None]:
             (example.click, make, []),
         ):
             done = event(refusing(function, 1), inputs, [error, data], **PRIVATE)
-            done.success(form.from_fields, form.inputs, form.written, **PRIVATE).success(
-                **looked, show_progress_on=[told], **PRIVATE
-            )
+            done.success(form.from_fields, form.inputs, form.written, **QUIETLY)
+            done.success(**looked, show_progress_on=[told], **PRIVATE)
 
     return wire
 
@@ -218,7 +221,7 @@ def _build_run(page: Page, form: Form) -> None:
     with gr.Row():
         start = gr.Button("Start", variant="primary", elem_id="train-start")
         resume = gr.Button("Resume", elem_id="train-resume")
-    view = follow(page, "train")
+    view = follow(page, "train", kind=KIND)
     shown = gr.State("")  # YAML of the training that is shown
     stands = gr.HTML(elem_id="train-state")
     with gr.Row():
@@ -256,11 +259,13 @@ def _build_run(page: Page, form: Form) -> None:
         mark = f"{text} {_state_of_job(page, name)} {_mark(config_of(text))}"
         if mark == before:
             return [gr.skip()] * 9
+        from gen_accel.ui import train_run
+
         config = config_of(text)
-        state = state_of(config)
+        state = train_run.state_of(config)
         done = state.result
         return [
-            f'<p class="ga-empty">{where_it_stands(state, config)}</p>',
+            f'<p class="ga-empty">{html.escape(train_run.stands(state, config))}</p>',
             _drawn(state.loss),
             _drawn(state.fixed, "Held-out loss" if state.is_held_out else "Loss at fixed noise"),
             _drawn(state.rate),
@@ -271,15 +276,19 @@ def _build_run(page: Page, form: Form) -> None:
             mark,
         ]
 
-    def come_back(tab: str) -> Any:
-        """Show the newest training of this tab again, after a reload."""
-        own = [job for job in page.queue.jobs() if job.kind == KIND and job.tab == tab]
-        text = "" if not own else _yaml_of(page, own[-1])
-        if not text:
-            return [*[gr.skip()] * (2 + form.count), gr.skip(), gr.skip()]
-        return [*form.fill(text), own[-1].id, text]
+    def come_back(name: str, text: str) -> Any:
+        """Show the training of a job that another page of this tab began, and its settings."""
+        try:
+            now = _yaml_of(page, page.queue.job(name))
+        except KeyError:
+            now = ""
+        if not now or now == text:
+            return [*[gr.skip()] * (2 + form.count), gr.skip()]
+        return [*form.fill(now), now]
 
     def open_run(name: str) -> Any:
+        from gen_accel.ui.train_run import config_of_run
+
         values = config_of_run(form.trainings / Path(name).name)
         filled = form.fill_with(values)
         return [*filled, "", filled[2]]
@@ -288,24 +297,37 @@ def _build_run(page: Page, form: Form) -> None:
     for button, again in ((start, False), (resume, True)):
         button.click(refusing(_with(submit, again), 3), [page.tab, *form.inputs], begun, **PRIVATE)
     outputs = [stands, loss, fixed, rate, samples, result, use, folder, seen]
-    page.timer.tick(look, [shown, view.job, seen], outputs, **QUIETLY, **PRIVATE)
-    page.tab.change(come_back, [page.tab], [*form.filled, view.job, shown], **QUIETLY, **PRIVATE)
+    page.timer.tick(look, [shown, view.job, seen], outputs, **QUIETLY)
+    view.job.change(come_back, [view.job, shown], [*form.filled, shown], **QUIETLY)
     opened = [*form.filled, view.job, shown]
     form.runs.input(filling(open_run, form, more=2), [form.runs], opened, **PRIVATE)
-    use.click(None, [folder], [], js=USE, **PRIVATE)
+    used = _parts_of_generate()
+
+    def fill_generate(text: str, folder: str) -> Any:
+        config = config_of(text)
+        size = {"frames": config.longest, "height": config.height, "width": config.width}
+        values = {"model": config.model, "quality": OWN, "from_lora": folder, **size}
+        return [values[name] for name in used]
+
+    if used:
+        use.click(fill_generate, [shown, folder], [*used.values()], **QUIETLY).then(
+            None, js=SHOW_GENERATE, **PRIVATE
+        )
 
 
-# Fills in the screen Generate and shows it.
-USE = """(folder) => {
-  const field = document.querySelector('#gen-from-lora textarea, #gen-from-lora input');
-  const tabs = [...document.querySelectorAll('#screens button[role=tab]')];
-  const tab = tabs.find((one) => one.textContent.trim() === 'Generate');
-  if (tab) tab.click();
-  if (field) {
-    field.value = folder;
-    field.dispatchEvent(new Event('input', {bubbles: true}));
-    field.scrollIntoView({block: 'center'});
-  }
+def _parts_of_generate() -> dict[str, Any]:
+    """The controls of the screen Generate that a LoRA sets, by the names of their options."""
+    root = gr.context.Context.root_block
+    names = ("model", "quality", "from_lora", "frames", "height", "width")
+    ids = {f"gen-{name.replace('_', '-')}": name for name in names}
+    parts = [] if root is None else root.blocks.values()
+    return {ids[one.elem_id]: one for one in parts if one.elem_id in ids}
+
+
+# The first tab, which is never behind the dots of a small window.
+SHOW_GENERATE = """() => {
+  document.querySelector('#screens button[role=tab]').click();
+  window.scrollTo(0, 0);
 }"""
 
 
@@ -314,6 +336,12 @@ def _with(function: Any, first: Any) -> Any:
         return function(first, *values)
 
     return call
+
+
+def _clips() -> "Clips":
+    from gen_accel.ui.train_clips import Clips
+
+    return Clips()
 
 
 def _plot(unit: str, title: str, name: str) -> Any:
@@ -339,14 +367,14 @@ def _drawn(points: list[Point], title: str | None = None) -> Any:
     return gr.LinePlot(value=table, visible=bool(points), **named)
 
 
-def _cells(clips: Clips, found: Found, row: Row, edited: str | None) -> list[str]:
+def _cells(clips: "Clips", found: "Found", row: "Row", edited: str | None) -> list[str]:
     picture = clips.thumbnail(found.videos[row.clip]) if row.name == row.clip else ""
     image = f'<img src="{picture}" alt="" style="max-width:96px">' if picture else ""
     caption = row.caption if edited is None else edited
     return [image, row.name, row.length, row.size, row.fate, caption]
 
 
-def _edited(found: Found, cells: Any, kept: Mapping[str, str]) -> dict[str, str]:
+def _edited(found: "Found", cells: Any, kept: Mapping[str, str]) -> dict[str, str]:
     """Captions that were edited, by the name of their row, those of other pages too."""
     rows = {row.name: row for row in found.rows}
     now = {**kept}
@@ -413,6 +441,8 @@ def _mark(config: TrainConfig) -> str:
 
 
 def _command(config: TrainConfig, result: Path) -> str:
+    from gen_accel.ui.train_run import command_of
+
     try:
         return command_of(config, result)
     except (ValueError, OSError) as error:

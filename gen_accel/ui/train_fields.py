@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from gen_accel.config_files import Field, as_yaml, checked
-from gen_accel.demo import NAME
+from gen_accel.demo import NAME, TRAINED_FRAMES
 from gen_accel.lora.config import TrainConfig, config_fields, print_config, read_values
 from gen_accel.lora.presets import PRESETS, with_preset
 
 EXTRA = "ui"
 FILE = "config.yaml"  # what errors call the YAML on the page
 WITHOUT = "none"  # the choice of no value, and of no preset
-DEMO_SIDE = 96  # pixels of the embedded model's clips, which knows no others
+# Of the embedded model's clips, which knows no others.
+DEMO: dict[str, Any] = {"height": 96, "width": 96, "stages": [f"{TRAINED_FRAMES}:200"]}
 WHERE = ("model", "data", "out")  # fields that say what is trained on what
 # Fields that matter first, in this order; all others are folded, by their groups.
 MATTER = (
@@ -153,15 +154,18 @@ def starting_values(
     """Return the values of a page on which nothing was entered yet.
 
     They are `gen-accel train --model MODEL --preset PRESET --print-config`, and for the embedded
-    model also the size of its clips.
+    model also the size of its clips, with their length where no preset says more.
 
     Args:
         places: values of fields that name folders, of this page.
 
     Raises ValueError and OSError as `presets.preset` does.
     """
-    own = {"height": DEMO_SIDE, "width": DEMO_SIDE} if model == NAME else {}
-    given: dict[str, Any] = {"model": model, **own, **(places or {})}
+    given: dict[str, Any] = {"model": model, **(places or {})}
+    if model == NAME:
+        given |= DEMO
+        if preset is not None:
+            del given["stages"]
     found = given if preset is None else with_preset(preset, given)
     return all_values(checked(config_fields(), found, extra=EXTRA))
 

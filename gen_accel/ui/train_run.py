@@ -11,11 +11,9 @@ from gen_accel.lora.curves import running_mean
 from gen_accel.lora.preview import evenly
 from gen_accel.lora.progress import STEADY
 from gen_accel.lora.report import METRICS, REPORT, read_metrics, use_of
+from gen_accel.ui.train_points import Point
 
 MOST_POINTS = 400  # of a curve on the page; the report has more
-STEP, VALUE, LINE = "step", "value", "line"  # columns of a curve
-
-Point = tuple[int, float, str]  # step, value, name of the line
 
 
 class Sample(NamedTuple):

@@ -3,13 +3,12 @@
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from gen_accel.lora.forecast_words import PARTS
-from gen_accel.measure.forecast_words import gigabytes
-from gen_accel.ui.train_clips import Found
-from gen_accel.ui.train_run import State
+if TYPE_CHECKING:  # they import torch, which a page that trains nothing can do without
+    from gen_accel.ui.train_clips import Found
+    from gen_accel.ui.train_run import State
 
 MOST_NAMES = 8  # of clips that are left out; the table has all
 MOST_SAMPLES = 12
@@ -17,7 +16,7 @@ BOX = "border:1px solid var(--border-color-primary);border-radius:8px;padding:.5
 GRID = "display:grid;grid-template-columns:repeat(auto-fill,minmax(220px,1fr));gap:.7rem"
 
 
-def found_html(found: Found) -> str:
+def found_html(found: "Found") -> str:
     """Say what is trained on, and what is lost and left out of the clips."""
     report = found.report
     lasts = "" if report.seconds is None else f", {report.seconds:,.1f} s"
@@ -58,7 +57,7 @@ def changes_of(plan: Mapping[str, Any]) -> dict[str, str]:
     return {}
 
 
-def samples_html(state: State) -> str:
+def samples_html(state: "State") -> str:
     """Show the newest validation videos."""
     if not state.samples:
         return ""
@@ -73,7 +72,7 @@ def samples_html(state: State) -> str:
     return f'<div style="{GRID}">{shown}</div>{told}'
 
 
-def result_html(state: State, command: str) -> str:
+def result_html(state: "State", command: str) -> str:
     """Link to the report, and show the command that uses the result."""
     parts = []
     if state.report is not None:
@@ -95,6 +94,8 @@ def address(path: Path) -> str:
 
 
 def _device(one: Mapping[str, Any]) -> str:
+    from gen_accel.measure.forecast_words import gigabytes
+
     room = "" if one["device_bytes"] is None else f" of {gigabytes(one['device_bytes'])}"
     told = {True: "fits", False: "does not fit", None: "its memory is not known"}[one["fits"]]
     colour = {True: "#16a34a", False: "#dc2626", None: "var(--neutral-500)"}[one["fits"]]
@@ -113,6 +114,8 @@ def _device(one: Mapping[str, Any]) -> str:
 def _advice(advice: Mapping[str, Any] | None) -> list[str]:
     if advice is None:
         return []
+    from gen_accel.measure.forecast_words import gigabytes
+
     steps = [
         f"{_text(change)}: {gigabytes(total)}"
         for change, total in zip(advice["changes"], advice["totals"], strict=True)
@@ -128,6 +131,9 @@ def _advice(advice: Mapping[str, Any] | None) -> list[str]:
 
 
 def _stages(plan: Mapping[str, Any]) -> str:
+    from gen_accel.lora.forecast_words import PARTS
+    from gen_accel.measure.forecast_words import gigabytes
+
     stages = plan["stages"]
     sized = len({(one["height"], one["width"]) for one in stages}) > 1
     heads = [
