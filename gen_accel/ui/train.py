@@ -31,6 +31,7 @@ CONFIG = "config"  # option of the verb, and name of the file that a job was giv
 CLIPS = "clips"  # folder in the output folder that has clips which were sent or made
 EXAMPLE = {"frames": 33, "count": 6}  # clips of the embedded model's world
 A_PAGE = 50  # clips
+EVERY = 2.0  # seconds between two looks at a training's folder
 HEADS = ["", "clip", "length", "size", "what becomes of it", "caption"]
 WIDTHS = ["112px", "130px", "120px", "90px", "230px", "320px"]
 CAPTION, NAME = 5, 1  # places of columns
@@ -223,6 +224,7 @@ def _build_run(page: Page, form: Form) -> None:
         resume = gr.Button("Resume", elem_id="train-resume")
     view = follow(page, "train", kind=KIND)
     shown = gr.State("")  # YAML of the training that is shown
+    timer = gr.Timer(EVERY, active=False)
     stands = gr.HTML(elem_id="train-state")
     with gr.Row():
         loss = _plot("loss", "Loss of training", "train-loss")
@@ -297,7 +299,10 @@ def _build_run(page: Page, form: Form) -> None:
     for button, again in ((start, False), (resume, True)):
         button.click(refusing(_with(submit, again), 3), [page.tab, *form.inputs], begun, **PRIVATE)
     outputs = [stands, loss, fixed, rate, samples, result, use, folder, seen]
-    page.timer.tick(look, [shown, view.job, seen], outputs, **QUIETLY)
+    looks: Any = {"fn": look, "inputs": [shown, view.job, seen], "outputs": outputs, **QUIETLY}
+    timer.tick(**looks)
+    shown.change(lambda text: gr.Timer(active=bool(text)), [shown], [timer], **QUIETLY)
+    gr.on([shown.change, view.ended.change], **looks)
     view.job.change(come_back, [view.job, shown], [*form.filled, shown], **QUIETLY)
     opened = [*form.filled, view.job, shown]
     form.runs.input(filling(open_run, form, more=2), [form.runs], opened, **PRIVATE)
