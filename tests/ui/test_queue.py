@@ -201,7 +201,7 @@ def test_a_disk_that_fills_up_later_is_said_and_jobs_go_on(opened, monkeypatch):
 
 
 def test_a_folder_that_vanished_is_said(opened, tmp_path):
-    """One that the server may no longer read, as it is not there: by its check, before each run."""
+    """Its place may be taken by another, so each job is checked before it runs too."""
     model = tmp_path / "model"
     model.mkdir()
     places = Places(tmp_path / "out", [model])
@@ -240,6 +240,6 @@ def test_unknown_options_are_refused_with_the_nearest(opened):
     queue = opened(start=False)
     with pytest.raises(ValueError, match="did you mean 'frames'"):
         queue.submit("generate", {"frame": 3})
-    with pytest.raises(ValueError, match="no verb 'generat'.*did you mean 'generate'"):
+    with pytest.raises(ValueError, match=r"no verb 'generat'.*did you mean 'generate'"):
         queue.submit("generat", {})
     assert queue.jobs() == []

@@ -83,7 +83,7 @@ def places(tmp_path):
 def test_files_elsewhere_are_refused(places, tmp_path, option, path):
     several = isinstance(path, list)
     value = [str(tmp_path / one) for one in path] if several else str(tmp_path / path)
-    with pytest.raises(ValueError, match="is not a file of this page|where this page writes to"):
+    with pytest.raises(ValueError, match=r"is not a file of this page|where this page writes to"):
         places.check("generate", {option: value})
 
 
