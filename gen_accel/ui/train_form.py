@@ -244,7 +244,8 @@ class Form:
 
         changed = [one.input for one in fields]
         gr.on(changed, self.from_fields, self.inputs, self.written, **latest)
-        self.yaml.input(from_text, self.inputs, self.filled, **latest)
+        # Not at each letter: the editor also says input where the text was set from here.
+        self.yaml.blur(from_text, self.inputs, self.filled, **latest)
         gr.on(
             [self.purpose.input, self.parts["model"].input],
             from_purpose,

@@ -144,6 +144,7 @@ def test_yaml_equals_print_config_both_ways(train, data, web_page, tmp_path):
     tab.locator("#train-yaml .cm-content").click()
     tab.keyboard.press("Control+a")
     tab.keyboard.insert_text("rank: 6\nmodel: demo\n")
+    field(tab, "out").focus()
     tab.wait_for_function("document.querySelector('#train-rank input').value == '6'")
 
 
