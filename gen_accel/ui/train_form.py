@@ -109,7 +109,7 @@ class Form:
                     )
                 self.error = gr.HTML(elem_id="train-config-error")
                 self.words = gr.HTML(elem_id="train-words")
-        self.agreed.value = [text]
+        self.agreed.value = [text.strip()]  # as the editor gives it
         self._wire()
 
     @property
@@ -134,7 +134,7 @@ class Form:
     def from_fields(self, *values: Any) -> list[Any]:
         """Write the YAML of the fields anew, from the values of `inputs`."""
         written = write_yaml(self.entered(values))
-        agreed = [*values[1], written.text][-REMEMBERED:]
+        agreed = [*values[1], written.text.strip()][-REMEMBERED:]
         return [*self._told(written), written.text, agreed]
 
     def entered(self, values: tuple[Any, ...]) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class Form:
         Raises ValueError or OSError for what the library refuses, or for a missing package.
         """
         text, agreed = values[:2]
-        if text not in agreed:
+        if text.strip() not in agreed:
             try:
                 return config_of(text)
             except ImportError as error:
@@ -200,7 +200,7 @@ class Form:
     def _shown(self, values: Mapping[str, Any], agreed: list[str]) -> list[Any]:
         written = write_yaml(values)
         fields = [to_page(one, values[name]) for name, one in self.controls.items()]
-        return [*self._told(written), written.text, [*agreed, written.text][-REMEMBERED:], *fields]
+        return [*self._told(written), written.text, [*agreed, written.text.strip()][-REMEMBERED:], *fields]
 
     def _told(self, written: Written) -> list[str]:
         if written.config is None:
@@ -221,14 +221,14 @@ class Form:
 
         def from_text(*values: Any) -> Any:
             text, agreed = values[:2]
-            if text in agreed:
+            if text.strip() in agreed:
                 return [gr.skip()] * len(self.filled)
             try:
                 found = all_values(read_yaml(text))
             except (ValueError, OSError, ImportError) as error:
                 return [error_box(line_of(error)), "", *[gr.skip()] * self.count]
             error, words, _, _, *shown = self._shown(found, [])
-            kept = [*agreed, text][-REMEMBERED:]
+            kept = [*agreed, text.strip()][-REMEMBERED:]
             return [error, words, gr.skip(), kept, *shown]
 
         def from_purpose(purpose: str, before: dict[str, Any], *values: Any) -> Any:

@@ -135,7 +135,7 @@ def test_yaml_equals_print_config_both_ways(train, data, web_page, tmp_path):
     flags |= {"height": 96, "width": 96, "learning-rate": 5e-4}
     given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     printed = CliRunner().invoke(app, ["train", "--print-config", *given])
-    assert text == printed.stdout
+    assert f"{text.strip()}\n" == printed.stdout
     file = tmp_path / "mine.yaml"
     file.write_text(text.replace("rank: 4 ", "rank: 5 "))
     tab.set_input_files("#train-load input[type=file]", file)
