@@ -200,7 +200,8 @@ class Form:
     def _shown(self, values: Mapping[str, Any], agreed: list[str]) -> list[Any]:
         written = write_yaml(values)
         fields = [to_page(one, values[name]) for name, one in self.controls.items()]
-        return [*self._told(written), written.text, [*agreed, written.text.strip()][-REMEMBERED:], *fields]
+        kept = [*agreed, written.text.strip()][-REMEMBERED:]
+        return [*self._told(written), written.text, kept, *fields]
 
     def _told(self, written: Written) -> list[str]:
         if written.config is None:
