@@ -195,14 +195,14 @@ def _build_plan(page: Page, form: Form) -> None:
     take = gr.Button("Turn on what the plan says", visible=False, elem_id="train-take")
 
     def ask(cards: list[str], *values: Any) -> Any:
-        config = form.read(*values)
+        config = form.allowed(form.read(*values))
         with _as_file(page, config) as file:
             found = page.questions.ask("train", {CONFIG: file, "plan": True, "gpu": cards})
         changes = changes_of(found)
         return [plan_html(found), changes, gr.update(visible=bool(changes))]
 
     def try_out(*values: Any) -> Any:
-        config = form.read(*values)
+        config = form.allowed(form.read(*values))
         with _as_file(page, config) as file:
             said = page.questions.said("train", {CONFIG: file, "dry_run": True})
         return f"<pre style='white-space:pre-wrap'>{html.escape(said)}</pre>"

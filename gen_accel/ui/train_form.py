@@ -160,12 +160,24 @@ class Form:
             raise ValueError(written.objection)
         return written.config
 
-    def checked(self, config: TrainConfig) -> TrainConfig:
-        """Return a config whose files this page may read and write.
+    def allowed(self, config: TrainConfig) -> TrainConfig:
+        """Return a config that names no code, and files that this page may use alone.
 
-        Raises ValueError or OSError for one that names others.
+        Raises ValueError for another one.
         """
-        self.page.places.check("train", vars(config))
+        # Prompts are text here, and the model of a plan may be a name alone.
+        words = ("validation_prompts", *(("model",) if config.model in PUBLISHED else ()))
+        named = {name: value for name, value in vars(config).items() if name not in words}
+        self.page.places.check("train", named)
+        return config
+
+    def checked(self, config: TrainConfig) -> TrainConfig:
+        """Return a config that can train: its files are there, and this page may use them.
+
+        Raises ValueError or OSError for another one.
+        """
+        early.check_model(config.model)
+        self.allowed(config)
         out = Path(config.out).resolve()
         if not out.is_relative_to(self.trainings) or out == self.trainings:
             raise ValueError(
