@@ -112,13 +112,12 @@ def test_a_caption_is_edited_into_its_file(train, data):
     tab = train()
     enter(tab, data=str(data), stages="9:2")
     tab.click("#train-look")
-    tab.wait_for_selector("#train-clips td img:visible")
+    tab.wait_for_selector("#train-clips img:visible")
     assert "2 to train on, 1.1 s, of 2 found." in tab.inner_text("#train-found")
-    cell = tab.locator("#train-clips td:visible", has_text=(data / "0001.txt").read_text().strip())
-    cell.last.dblclick()
-    typed = tab.locator("#train-clips td textarea:visible, #train-clips td input:visible").last
-    typed.fill("a caption of my own")
-    typed.press("Enter")
+    tab.locator('#train-clips [data-testid="cell-1-5"]:visible').dblclick()
+    tab.keyboard.press("Control+a")
+    tab.keyboard.insert_text("a caption of my own")
+    tab.keyboard.press("Enter")
     tab.click("#train-save")
     tab.wait_for_selector("#train-saved >> text=saved: 0001.txt")
     assert (data / "0001.txt").read_text() == "a caption of my own\n"
@@ -170,7 +169,7 @@ def test_a_folder_that_is_gone_is_a_sentence(train, web_page, data):
     tab = train()
     enter(tab, data=str(gone), stages="9:2")
     tab.click("#train-look")
-    tab.wait_for_selector("#train-clips td img:visible")
+    tab.wait_for_selector("#train-clips img:visible")
     shutil.rmtree(gone)
     for button, place in (("look", "clips-error"), ("save", "clips-error"), ("start", "error")):
         tab.click(f"#train-{button}")
