@@ -137,7 +137,9 @@ def test_yaml_equals_print_config_both_ways(train, data, web_page, tmp_path):
     assert f"{text.strip()}\n" == printed.stdout
     file = tmp_path / "mine.yaml"
     file.write_text(text.replace("rank: 4 ", "rank: 5 "))
-    tab.set_input_files("#train-load input[type=file]", file)
+    with tab.expect_file_chooser() as chosen:
+        tab.click("#train-load")
+    chosen.value.set_files(file)
     assert wait_for_yaml(tab, rank=5) == text.replace("rank: 4 ", "rank: 5 ")
     assert field(tab, "rank").input_value() == "5"
     tab.locator("#train-yaml .cm-content").click()
