@@ -324,7 +324,7 @@ class _Form:
         elif method == DENSE:
             quality = DENSE
         sets = dict(one.split("=", 1) for one in options.get("set") or () if "=" in one)
-        held = {k: v for k, v in options.items() if k in self.controls}
+        held = {k: v for k, v in options.items() if k in self.controls and v is not None}
         if quality != OWN:
             held.pop("preset", None)
         for name in UPLOADED:
