@@ -6,6 +6,7 @@ given up, so that it does not end the others.
 """
 
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import platform
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import partial
@@ -42,8 +43,12 @@ QUIET = {  # set before ray is imported, unless they are set already
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # lines of other processes; failures are reported by us
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # of which Ray warns where it is open
-    "RAY_worker_niceness": "0",  # of a Ray that is started here; 15 would wait for all others
 }
+ALONE = {  # likewise, where Ray is started here
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # which makes it listen to 127.0.0.1 alone
+    "RAY_worker_niceness": "0",  # in the place of 15, at which workers wait for all others
+}
+CURRENT = Path(tempfile.gettempdir(), "ray", "ray_current_cluster")  # `ray start` writes it
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,8 @@ class Cluster:
             raise ValueError(f"the number of Ray's workers must be at least 1, got {self.workers}")
 
 
-class Done(NamedTuple):
+@dataclass(frozen=True)
+class Done:
     """What became of an item.
 
     Args:
@@ -176,6 +182,7 @@ class Machines:
             Each machine with what `work` returned, or with a text of why it could not.
         """
         import ray
+        from ray.exceptions import GetTimeoutError, RayError
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         asked = []
@@ -186,9 +193,9 @@ class Machines:
         for machine, ref in zip(self.known, asked, strict=True):
             try:
                 yield machine, ray.get(ref, timeout=seconds)
-            except ray.exceptions.GetTimeoutError:
+            except GetTimeoutError:
                 yield machine, f"did not answer within {seconds:.0f} s"
-            except ray.exceptions.RayError as error:
+            except RayError as error:
                 yield machine, f"cannot run gen_accel: {_said(error)}"
 
     def map(
@@ -198,7 +205,7 @@ class Machines:
         *,
         ordered: bool = False,
         clears: Sequence[Path] = (),
-    ) -> Iterator[Done]:
+    ) -> Generator[Done, None, None]:
         """Work on all items. Close the iterator where it is not gone through to its end.
 
         Args:
@@ -224,20 +231,24 @@ class Machines:
         book = ray.remote(**options)(_Book).remote()
         together = min(MOST_TOGETHER, len(items) // (SHARES * workers)) if ordered else 1
         rows = [{"number": i, "item": item} for i, item in enumerate(items)]
-        size = {"num_gpus": self.gpus} if self.gpus else {"num_cpus": self.cpus}
+        kind: Any = _Worker  # the annotation of Ray knows functions alone
+        size: dict[str, Any] = {"num_cpus": self.cpus}
+        if self.gpus:
+            size = {"num_gpus": self.gpus}
         with _data_options(ordered):
             dataset = ray.data.from_items(
                 rows, override_num_blocks=len(rows) // max(1, together)
             ).map(
-                _Worker,
+                kind,
                 fn_constructor_args=(load, book, os.getcwd()),
                 compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
                 **size,
             )
-        found, is_done = iter(dataset.iter_rows()), False
+        # Without prefetching, which would hold back each result until the next is there.
+        found, is_done = iter(dataset.iter_batches(batch_size=None, prefetch_batches=0)), False
         try:
-            for row in found:
-                yield row["done"]
+            for batch in found:
+                yield from batch["done"]
             is_done = True
         finally:
             del found  # which ends the dataset
@@ -247,8 +258,9 @@ class Machines:
     def _end(self, book: Any, clears: Sequence[Path]) -> None:
         """End the workers, and remove what they leave half written."""
         import ray
+        from ray.exceptions import RayError
 
-        with suppress(ray.exceptions.RayError):
+        with suppress(RayError):
             alive = ray.get(book.workers.remote(), timeout=PATIENCE)
             for _ in self.everywhere(partial(_ended, alive, clears), 3 * PATIENCE):
                 pass
@@ -268,7 +280,7 @@ def connected(cluster: Cluster, device: str = "auto") -> Iterator[Machines]:
     """
     check_device(device)
     check_installed()
-    for name, value in QUIET.items():
+    for name, value in {**QUIET, **(ALONE if _is_alone(cluster.address) else {})}.items():
         os.environ.setdefault(name, value)
     import ray
 
@@ -300,37 +312,28 @@ def versions() -> dict[str, str]:
 def _connect(address: str) -> None:
     import ray
 
-    with suppress(ImportError):
-        logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    alone = quiet | {
-        "address": LOCAL,
-        "include_dashboard": False,
-        "object_store_memory": STORE_BYTES,
-        "_node_ip_address": "127.0.0.1",
-    }
-    if address not in (AUTO, LOCAL):
+    if _is_alone(address):
+        quiet |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+        address = LOCAL
+    elif address != AUTO:
         _check_answers(address)
     with _silent():
         try:
-            if address == AUTO:
-                try:
-                    ray.init(address=AUTO, **quiet)
-                except ConnectionError:
-                    if os.environ.get("RAY_ADDRESS"):
-                        raise
-                    ray.init(**alone)
-            elif address == LOCAL:
-                ray.init(**alone)
-            else:
-                ray.init(address=address, **quiet)
+            ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            where = "on this machine" if address == LOCAL else f"at {_named(address)}"
-            raise ValueError(f"Ray cannot be used {where}: {_said(error)}") from error
+            where = {LOCAL: "on this machine", AUTO: "as it was started here"}.get(address)
+            where = where or f"at {address}"
+            raise ValueError(
+                f"Ray cannot be used {where}, --ray local starts another: {_said(error)}"
+            ) from error
 
 
-def _named(address: str) -> str:
-    return os.environ.get("RAY_ADDRESS", address) if address == AUTO else address
+def _is_alone(address: str) -> bool:
+    """Whether Ray is started on this machine alone, as no cluster is asked for or known here."""
+    known = "RAY_ADDRESS" in os.environ or CURRENT.exists()
+    return address == LOCAL or (address == AUTO and not known)
 
 
 def _check_answers(address: str) -> None:
