@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gen_accel import owners
 from gen_accel.extras import needed_for
 from gen_accel.files import check_folder, clear_killed
 from gen_accel.paths import expanded
@@ -430,11 +431,12 @@ class _Book:
 
     def __init__(self) -> None:
         self._begun: dict[int, list[str]] = {}
-        self._workers: dict[tuple[str, int], str] = {}
+        self._workers: set[str] = set()
 
-    def begin(self, number: int, host: str, node: str, process: int) -> list[str]:
-        """Note a worker at an item. Returns the machines of those that died at it."""
-        self._workers[node, process] = host
+    def begin(self, number: int, host: str, worker: str) -> list[str]:
+        """Note a worker at an item, by `owners.mark`. Returns the machines of those that died at
+        it."""
+        self._workers.add(worker)
         earlier = self._begun.setdefault(number, [])
         self._begun[number] = [*earlier, host]
         return earlier
@@ -442,8 +444,8 @@ class _Book:
     def end(self, number: int) -> None:
         self._begun.pop(number, None)
 
-    def workers(self) -> list[tuple[str, int]]:
-        """Ray's number of the machine and the process of each worker that ever began."""
+    def workers(self) -> list[str]:
+        """The mark of each worker that ever began."""
         return [*self._workers]
 
 
@@ -463,8 +465,8 @@ class _Worker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         import ray
 
-        number, host, node = int(row["number"]), platform.node(), _node()
-        died = tuple(ray.get(self._book.begin.remote(number, host, node, os.getpid())))
+        number, host = int(row["number"]), platform.node()
+        died = tuple(ray.get(self._book.begin.remote(number, host, owners.mark())))
         if len(died) >= ATTEMPTS:
             failed = f"its worker died {len(died)} times, on {', '.join(dict.fromkeys(died))}"
             done = Done(number, None, f"{failed}; ray logs says why", host, died)
@@ -497,12 +499,6 @@ def _called(work: Callable[[], Any]) -> Any:
     return work()
 
 
-def _node() -> str:
-    import ray
-
-    return ray.get_runtime_context().get_node_id()
-
-
 def _look(marks: Sequence[Path], reads: Sequence[Path], expected: dict[str, str]) -> str | None:
     """Say what this machine lacks; None where it lacks nothing."""
     for name, version in expected.items():
@@ -525,27 +521,23 @@ def _look(marks: Sequence[Path], reads: Sequence[Path], expected: dict[str, str]
     return None
 
 
-def _ended(workers: Sequence[tuple[str, int]], clears: Sequence[Path]) -> None:
-    """End the workers on this machine, and remove what they left half written."""
-    node = _node()
-    own = [process for where, process in workers if where == node]
+def _ended(workers: Sequence[str], clears: Sequence[Path]) -> None:
+    """End the workers of this machine, and remove what they left half written.
+
+    Args:
+        workers: marks of all workers; processes that took the number of one are left alone.
+    """
+    own = [worker for worker in workers if not owners.is_elsewhere(worker)]
     for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
-        for process in own:
-            with suppress(OSError):
-                os.kill(process, number)
+        for worker in own:
+            if not owners.is_dead(worker):
+                with suppress(OSError):
+                    os.kill(int(worker.split("-")[1]), number)
         until = time.monotonic() + PATIENCE
-        while any(map(_is_alive, own)) and time.monotonic() < until:
+        while not all(map(owners.is_dead, own)) and time.monotonic() < until:
             time.sleep(0.05)
     for path in clears:
         clear_killed(expanded(path))
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except OSError:
-        return False
-    return True
 
 
 def _said(error: BaseException) -> str:

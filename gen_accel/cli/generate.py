@@ -280,8 +280,8 @@ def generate(
     )
     check_settings(context)
     cluster = cluster_of(ray, ray_workers, device)
-    if cluster is not None and (plan or from_latents is not None):
-        raise ValueError(f"--ray makes videos: leave {'--plan' if plan else '--from-latents'} out")
+    if cluster is not None and plan:
+        raise ValueError(f"--plan makes no videos: leave --ray {ray} out")
     check_card(gpu)
     if gpu is not None and not plan:
         raise ValueError(f"--gpu {gpu} is for --plan: a run takes --device")
