@@ -205,7 +205,7 @@ class Machines:
         items: Sequence[Any],
         *,
         ordered: bool = False,
-        clears: Sequence[Path] = (),
+        clears: Sequence[Sequence[Path]] = (),
     ) -> Generator[Done, None, None]:
         """Work on all items. Close the iterator where it is not gone through to its end.
 
@@ -214,8 +214,8 @@ class Machines:
                 pickled.
             ordered: whether the results come in the order of the items, and several together to a
                 worker; else each as soon as it is there.
-            clears: files that the workers write. What is half written of them is removed where
-                the work is interrupted.
+            clears: files that are written for each item. What is half written of them is removed
+                where the work is interrupted.
 
         Yields:
             One for each item.
@@ -256,14 +256,15 @@ class Machines:
             if not is_done:
                 self._end(book, clears)
 
-    def _end(self, book: Any, clears: Sequence[Path]) -> None:
+    def _end(self, book: Any, clears: Sequence[Sequence[Path]]) -> None:
         """End the workers, and remove what they leave half written."""
         import ray
         from ray.exceptions import RayError
 
         with suppress(RayError):
-            alive = ray.get(book.workers.remote(), timeout=PATIENCE)
-            for _ in self.everywhere(partial(_ended, alive, clears), 3 * PATIENCE):
+            workers, begun = ray.get(book.state.remote(), timeout=PATIENCE)
+            files = [path for number in begun if clears for path in clears[number]]
+            for _ in self.everywhere(partial(_ended, workers, files), 3 * PATIENCE):
                 pass
 
 
@@ -281,6 +282,8 @@ def connected(cluster: Cluster, device: str = "auto") -> Iterator[Machines]:
     """
     check_device(device)
     check_installed()
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ValueError("Ray divides the work by itself: leave accelerate launch out")
     for name, value in {**QUIET, **(ALONE if _is_alone(cluster.address) else {})}.items():
         os.environ.setdefault(name, value)
     import ray
@@ -444,9 +447,9 @@ class _Book:
     def end(self, number: int) -> None:
         self._begun.pop(number, None)
 
-    def workers(self) -> list[str]:
-        """The mark of each worker that ever began."""
-        return [*self._workers]
+    def state(self) -> tuple[list[str], list[int]]:
+        """The mark of each worker that ever began, and the items under way."""
+        return [*self._workers], [*self._begun]
 
 
 class _Worker:

@@ -298,8 +298,8 @@ def _run(
         named: see `generate`.
     """
     maker = _Maker(job, share.loading(job.loading), asked, named)
-    if share.is_main_process:
-        maker.tell()
+    for line in maker.told if share.is_main_process else ():
+        print(line, file=sys.stderr)
     return {i: maker(i, share.rank) for i in share.numbers}
 
 
@@ -319,10 +319,10 @@ class _Maker:
             self.settings = Settings(self.pipe, asked, self.fitted, named)
         self._told: list[type[Warning]] = [NotMeasured]  # `fitted` told
 
-    def tell(self) -> None:
-        """Say on stderr what was done to the pictures and the video that are given."""
-        for line in () if self.fitted.inputs is None else self.fitted.inputs.told:
-            print(line, file=sys.stderr)
+    @property
+    def told(self) -> Sequence[str]:
+        """What was done to the pictures and the video that are given, in lines."""
+        return () if self.fitted.inputs is None else self.fitted.inputs.told
 
     def __call__(self, number: int, rank: str = "") -> Generated:
         """Make a video and its record.
@@ -347,8 +347,10 @@ class _Maker:
 
 def _worker(job: Job, asked: Job | None, named: Mapping[str, str]) -> Callable[[int], Generated]:
     """Load the pipeline in a worker of Ray. Returns what makes a video there by its number."""
+    job.check_kernels()
     maker = _Maker(job, job.loading, asked, named)
-    maker.tell()
+    for line in maker.told:
+        warnings.warn(line, stacklevel=2)  # which the worker sends
 
     def make(number: int) -> Generated:
         return prompt_list.without_tensors(maker(number))

@@ -67,7 +67,7 @@ def _spread(
 ) -> list[Any]:
     made: dict[int, Any] = {}
     failed: dict[int, str] = {}
-    clears = [path for number in left for path in _written(job, job.videos[number])]
+    clears = [_written(job, job.videos[number]) for number in left]
     told = set[str]()
     found = machines.map(load, [*left], clears=clears)
     with progress_bar(units=True) as bar:
