@@ -66,6 +66,7 @@ GROUPS = {
 ELSEWHERE = (
     *("model", "prompt", "negative_prompt", "preset", "method", "set", "strength"),
     *("out", "prompts", "json", "plan", "gpu", "overwrite", "save_latents", "from_latents"),
+    *("ray", "ray_workers"),  # a cluster is no matter of a page
     *("compare", "timed", "metrics", "settings", *BASIC, *INPUTS.values(), *SCHEDULE),
 )
 EMPTY = '<div class="ga-blank">The video appears here.</div>'
