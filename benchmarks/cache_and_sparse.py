@@ -1,7 +1,7 @@
 """A step cache and sparse attention on the demo model, each alone and both. See README.md.
 
     python benchmarks/cache_and_sparse.py           # takes turns, some minutes
-    python benchmarks/cache_and_sparse.py --docs    # its results as the table of docs/cache_and_sparse.md
+    python benchmarks/cache_and_sparse.py --docs    # its results as the table of the docs
 
 All runs of a round start from the same noise and prompt. Dense attention, cache-dit alone, sparse
 attention alone and both take turns, so that what disturbs the machine disturbs all of them. Beside
@@ -209,10 +209,11 @@ def write_page() -> None:
     rounds = len(report["busy"])
     lines = [
         "",
-        f"The embedded model, {given['frames']} frames, {given['steps']} steps, `{report['method']}`, "
-        f"the first {report['warmup']} steps dense and not cached, cache-dit {report['cache_dit']}, "
-        f"{report['device']}, {report['threads']} threads, median of {rounds} rounds with a prompt "
-        f"each; others were busy during {busy} of {rounds}. "
+        f"The embedded model, {given['frames']} frames, {given['steps']} steps, "
+        f"`{given['method']}` with {', '.join(f'`{x}`' for x in given['set'])}, the first "
+        f"{report['warmup']} steps dense and not cached, cache-dit {report['cache_dit']}, "
+        f"{report['device']}, threads: {report['threads']}, median of rounds with a prompt each, "
+        f"of which there were {rounds}; others were busy during {busy}. "
         f"[Result file](../benchmarks/results/{path.name}).",
         "",
         "| | speed-up, processor time | speed-up, clock | PSNR to dense, dB | lowest | density | "

@@ -78,7 +78,9 @@ class GenAccelBlock(_AttentionBlock):
             _input("dense_start", float, 0.2, "slider", "first share of the steps kept dense"),
             _input("dense_end", float, 0.0, "slider", "last share of the steps kept dense"),
             _input("dense_steps", int, 0, "number", "number of first steps kept dense"),
-            _input("dense_layers", int, 0, "number", "first blocks kept dense, or a list of numbers"),
+            _input(
+                "dense_layers", int, 0, "number", "first blocks kept dense, or a list of numbers"
+            ),
         ]
 
     @property
@@ -134,7 +136,7 @@ class GenAccelSummaryBlock(_AttentionBlock):
             OutputParam(
                 "attention_summary",
                 type_hint=str,
-                description="`summary()` of what is attached; \"\" where nothing is",
+                description='`summary()` of what is attached; "" where nothing is',
                 metadata={"mellon": "text"},
             )
         ]

@@ -7,7 +7,6 @@ vLLM-Omni would bring, since the package has none.
 """
 
 import logging
-import os
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 
@@ -16,10 +15,11 @@ import torch
 import torch.nn.functional as F
 import vllm_omni.platforms
 from support import wan
+from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
 from vllm_omni.platforms.interface import OmniPlatformEnum, UnspecifiedOmniPlatform
 
 import gen_accel
-from gen_accel import BlockMixture, Piecewise, Radial, Schedule, VideoShape, attach
+from gen_accel import BlockMixture, Dense, Piecewise, Radial, Schedule, VideoShape, attach
 
 HEADS, DIM = 4, 16
 GRID = VideoShape(5, 8, 8)
@@ -63,9 +63,13 @@ from vllm_omni.diffusion.attention.backends.registry import (  # noqa: E402
 from vllm_omni.diffusion.attention.layer import Attention  # noqa: E402
 from vllm_omni.diffusion.config import set_current_diffusion_config  # noqa: E402
 from vllm_omni.diffusion.data import AttentionConfig, OmniDiffusionConfig  # noqa: E402
+from vllm_omni.diffusion.distributed import parallel_state  # noqa: E402
 from vllm_omni.diffusion.forward_context import (  # noqa: E402
     get_forward_context,
     set_forward_context,
+)
+from vllm_omni.diffusion.models.wan2_2.wan2_2_transformer import (  # noqa: E402
+    WanTransformer3DModel,
 )
 from vllm_omni.plugins import load_omni_plugins_by_group  # noqa: E402
 
@@ -258,9 +262,9 @@ def test_cross_attention_is_dense(caplog):
     assert "dense: cross-attention" in caplog.text
 
 
-SCHEDULES = {
-    "layers": ({"dense_layers": 2}, {"blocks.1.attn1": True, "blocks.2.attn1": False}, {}),
-    "named layers": ({"dense_layers": [2]}, {"blocks.1.attn1": False, "blocks.2.attn1": True}, {}),
+LAYERS = {
+    "layers": (2, {"blocks.1.attn1": True, "blocks.2.attn1": False}),
+    "named layers": ([2], {"blocks.1.attn1": False, "blocks.2.attn1": True}),
 }
 STEPS = {
     "steps": ({"dense_steps": 2}, {0, 1}),
@@ -271,10 +275,9 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_layers_that_stay_dense(name):
-    options, expected, _ = SCHEDULES[name]
-    made, given = config(method="radial", **options), tensors()
+@pytest.mark.parametrize(("layers", "expected"), LAYERS.values(), ids=LAYERS)
+def test_layers_that_stay_dense(layers, expected):
+    made, given = config(method="radial", dense_layers=layers), tensors()
     for prefix, is_dense in expected.items():
         with running(made):
             out = layer(made, prefix=prefix)(*given, about())
@@ -318,8 +321,11 @@ REFUSED = {
     "ring": ({"parallel": {"ring_degree": 2}}, {}, "ulysses_degree in the place of ring_degree=2"),
     "all-gather": ({"parallel": {"allgather_degree": 2}}, {}, "allgather_degree=2"),
     "some of the heads": (
-        {"parallel": {"tensor_parallel_size": 2}, "method": "block_mixture",
-         "settings": ["select=topk", "scope=overall"]},
+        {
+            "parallel": {"tensor_parallel_size": 2},
+            "method": "block_mixture",
+            "settings": ["select=topk", "scope=overall"],
+        },
         {},
         "hold some of the heads",
     ),
@@ -329,7 +335,7 @@ REFUSED = {
     "their layers": ({"block_sparse": {"skip_layers": "0-3"}}, {}, r"skip_layers.*dense_layers"),
     "an option": ({"metod": "radial"}, {}, "did you mean 'method'"),
     "a method": ({"method": "reuse"}, {}, "remembers a dense step"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("made", "given", "reason"), REFUSED.values(), ids=REFUSED)
@@ -377,14 +383,11 @@ def test_in_a_compiled_block():
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     """The groups of a server of one process."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm_omni.diffusion.distributed import parallel_state
-
-    made, place = VllmConfig(), tmp_path_factory.mktemp("groups") / "store"
+    made = VllmConfig(device_config=DeviceConfig(device="cpu"))
+    place = tmp_path_factory.mktemp("groups") / "store"
     with set_forward_context(vllm_config=made, omni_diffusion_config=config()):
-        options = {"world_size": 1, "rank": 0, "backend": "gloo"}
         parallel_state.init_distributed_environment(
-            distributed_init_method=f"file://{place}", **options
+            world_size=1, rank=0, backend="gloo", distributed_init_method=f"file://{place}"
         )
         parallel_state.initialize_model_parallel(backend="gloo")
     yield made
@@ -393,28 +396,43 @@ def one_process(tmp_path_factory):
         parallel_state.destroy_distributed_environment()
 
 
-@pytest.mark.parametrize("options", [{"method": "dense"}, {"method": "radial", "dense_steps": 1},
-                                     {"method": "radial", "dense_layers": [1]}], ids=str)  # fmt: skip
-def test_wan_computes_what_it_computes_in_diffusers(one_process, options):
-    """The package's own Wan with diffusers' weights, beside `attach` on diffusers' Wan."""
-    from vllm.config import set_current_vllm_config
-    from vllm_omni.diffusion.models.wan2_2.wan2_2_transformer import WanTransformer3DModel
+RADIAL = {"method": "radial", "settings": ["decay_factor=0.2", "block=16"]}
+MODELS = {
+    "dense": ({"method": "dense"}, Dense(), ()),
+    "sparse": (RADIAL | {"dense_steps": 1}, Radial(decay_factor=0.2, block=16), ()),
+    "one layer": (RADIAL | {"dense_layers": [1]}, Radial(decay_factor=0.2, block=16), (1,)),
+}
 
-    theirs, given = wan.transformer(), wan.inputs(5, 16, 16)
-    names = ("patch_size", "num_attention_heads", "attention_head_dim", "in_channels",
-             "out_channels", "text_dim", "freq_dim", "ffn_dim", "num_layers", "rope_max_seq_len")  # fmt: skip
-    made = config(**options)
+
+@torch.no_grad()
+@pytest.mark.parametrize(("options", "method", "layers"), MODELS.values(), ids=MODELS)
+def test_wan_computes_what_it_computes_in_diffusers(one_process, options, method, layers):
+    """The package's own Wan with diffusers' weights, beside `attach` on diffusers' Wan. Their
+    rotary tables differ in the last digits, which moves a dense answer by 3e-4."""
+    theirs, given, made = wan.transformer(), wan.inputs(5, 16, 16), config(**options)
     with set_current_diffusion_config(made), set_current_vllm_config(one_process):
-        model = WanTransformer3DModel(**{name: theirs.config[name] for name in names}).eval()
+        model = WanTransformer3DModel(**{name: theirs.config[name] for name in SIZES}).eval()
     model.load_weights(theirs.state_dict().items())
-    method = gen_accel.Dense() if options["method"] == "dense" else Radial()
-    schedule = Schedule(dense_layers=tuple(options.get("dense_layers", ())))
-    with attach(theirs, method, schedule=schedule), torch.no_grad():
-        exact = theirs(**given, return_dict=False)[0]
-    for step in range(2):
+
+    def ours(step):
         with set_forward_context(vllm_config=one_process, omni_diffusion_config=made):
             get_forward_context().denoise_step_idx = step
-            with torch.no_grad():
-                out = model(**given, return_dict=False)[0]
-        same = step > 0 or "dense_steps" not in options
-        assert torch.allclose(out, exact, atol=1e-4) is same
+            return model(**given, return_dict=False)[0]
+
+    stock = theirs(**given, return_dict=False)[0]
+    with attach(theirs, method, schedule=Schedule(dense_layers=layers)):
+        exact = theirs(**given, return_dict=False)[0]
+    assert away(ours(1), exact) < 1e-3
+    assert away(exact, stock) > 5e-3 or options["method"] == "dense"
+    if "dense_steps" in options:
+        assert away(ours(0), stock) < 1e-3
+
+
+SIZES = (
+    *("patch_size", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels"),
+    *("text_dim", "freq_dim", "ffn_dim", "num_layers", "rope_max_seq_len"),
+)
+
+
+def away(x, from_):
+    return ((x - from_).norm() / from_.norm()).item()

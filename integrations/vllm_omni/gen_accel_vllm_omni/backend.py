@@ -27,9 +27,6 @@ from vllm_omni.diffusion.forward_context import (  # pyright: ignore[reportMissi
     get_forward_context,
     is_forward_context_available,
 )
-from vllm_omni.platforms import (  # pyright: ignore[reportMissingImports]
-    current_omni_platform,
-)
 
 import gen_accel
 from gen_accel import VideoShape

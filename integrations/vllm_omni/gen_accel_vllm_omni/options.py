@@ -1,7 +1,7 @@
 """Options of the backend, from the server's `--additional-config '{"gen_accel": {...}}'`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -12,7 +12,7 @@ from gen_accel.method import memory_of
 
 NAME = "gen_accel"  # in the server's additional_config
 OF_METHOD = ("method", "settings", "kernel")
-OF_SCHEDULE = tuple(field.name for field in fields(Schedule))
+OF_SCHEDULE = tuple(one.name for one in fields(Schedule))
 DEFAULT_METHOD, DEFAULT_SETTINGS = "piecewise", ("critical=0.2",)
 # What vLLM-Omni itself gives a backend of this name, and what has the same meaning here.
 THEIRS = {
@@ -36,7 +36,7 @@ class Options:
 
     method: Any
     kernel: str = "auto"
-    schedule: Schedule = Schedule()
+    schedule: Schedule = field(default_factory=Schedule)
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> "Options":
@@ -70,7 +70,7 @@ def check_theirs(given: Mapping[str, Any] | None) -> None:
         if value != default:
             raise ValueError(
                 f"block_sparse.{key}={value!r} is of another backend: give {ours} in "
-                f'--additional-config \'{{"{NAME}": {{...}}}}\''
+                f"--additional-config '{{\"{NAME}\": {{...}}}}'"
             )
 
 
