@@ -95,7 +95,7 @@ class GenAccelBlock(_AttentionBlock):
         ]
 
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        given = self.get_block_state(state)
+        given: Any = self.get_block_state(state)
         settings = given.attention_settings or ()
         settings = settings.split() if isinstance(settings, str) else list(settings)
         if given.attention_method == NONE:
@@ -142,7 +142,7 @@ class GenAccelSummaryBlock(_AttentionBlock):
         ]
 
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        given = self.get_block_state(state)
+        given: Any = self.get_block_state(state)
         handles = attachments(components)
         given.attention_summary = "\n".join(str(handle.summary()) for handle in handles)
         if not given.keep_attention:

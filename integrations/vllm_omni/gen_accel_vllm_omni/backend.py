@@ -153,7 +153,7 @@ class GenAccelImpl(AttentionImpl):
         return self.attend(query, key, value, attn_metadata, self.dense.forward_musa)
 
     # The grid and the step are read outside of graphs.
-    @torch.compiler.disable
+    @torch.compiler.disable(recursive=True)
     def attend(
         self,
         query: Tensor,
@@ -297,7 +297,8 @@ def _place(query: Tensor, about: AttentionMetadata | None) -> "Place | str":
         return f"{packed.numel() - 1} packed sequences, the longest of {most} tokens"
     if used > query.shape[1] or before + prod(grid) > used:
         return f"{query.shape[1]} tokens, the layout has {used} with {before} + {grid}"
-    return Place(Tokens(VideoShape(*grid, used - prod(grid)), before), used)
+    frames, height, width = grid
+    return Place(Tokens(VideoShape(frames, height, width, used - prod(grid)), before), used)
 
 
 def _step() -> tuple[int | None, int | None, float | None]:
