@@ -1,6 +1,6 @@
 """The backend: which calls of vLLM-Omni's attention are sparse, and over which grid.
 
-Written for and tested with vLLM-Omni 0.30 and its release candidates up to 0.32. A model says by
+Written for and tested with vLLM-Omni 0.30. A model says by
 `AttentionMetadata.video_layout` where its grid of tokens lies in a sequence. Text, references and
 audio beside the grid see all and are seen by all. Calls without a grid run the backend that the
 platform takes by default.
