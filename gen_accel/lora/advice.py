@@ -51,9 +51,10 @@ COSTS = (
     Option("optimizer", "adamw8bit", ("adamw",)),
     Option("base", "fp8", (None, "bf16")),
     Option("swap", 1, (0,), moves=True),  # as many blocks as are needed
+    Option("parts", True, (False,)),
     Option("base", "nf4", (None, "bf16", "fp8", "int8")),
 )
-ORDER = ("checkpointing", "optimizer", "base", "swap")
+ORDER = ("checkpointing", "optimizer", "base", "swap", "parts")
 
 
 class Adviser:
@@ -119,6 +120,8 @@ class Adviser:
             if changed is None:
                 return None
             setting = changed
+        if not setting.goes_together:
+            return None
         if setting.swap != self.setting.swap:
             low, high = RESIDENT, self.most_swapped
             while low < high:

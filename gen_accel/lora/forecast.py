@@ -25,6 +25,7 @@ from gen_accel.demo import NAME, model_named
 from gen_accel.lora.advice import Adviser
 from gen_accel.lora.config import TrainConfig
 from gen_accel.lora.experts import BOTH
+from gen_accel.lora.parts import kinds_without_parts
 from gen_accel.lora.size import check_adapter
 from gen_accel.lora.step_trace import BACK, DTYPES, FORWARD, Casting, StepTrace, StepTracer
 from gen_accel.lora.training_plan import (
@@ -147,6 +148,7 @@ class _Forecaster:
         self._traces: dict[tuple[_Way, VideoShape], tuple[StepTrace, float]] = {}
         self._coded: dict[str, list[int | None]] = {}
         self.weights = Weights(self.subject.model, self.dtype)
+        self.without_parts = kinds_without_parts(self.subject.model)
         self.trainable = self._tracer(self._way(self.setting)).all_trainable
 
     def plan(self, devices: Sequence[_Device]) -> TrainingPlan:
@@ -165,6 +167,7 @@ class _Forecaster:
             trainable=self.trainable // MOMENTS,
             verdicts=tuple(self._verdict(device, stages) for device in devices),
             notes=(*self.subject.uncounted, *self.unknown, *self._notes()),
+            without_parts=self.without_parts if self.setting.parts else (),
         )
 
     def _notes(self) -> Iterator[str]:
@@ -192,7 +195,8 @@ class _Forecaster:
         return max((size for size, _ in self._clips()), key=math.prod)
 
     def _way(self, setting: Setting) -> "_Way":
-        return _Way(setting.checkpointing != "off", self.weights.casting(setting.base))
+        casting = self.weights.casting(setting.base)
+        return _Way(setting.checkpointing != "off", setting.parts, casting)
 
     def _tracer(self, way: "_Way") -> StepTracer:
         if way not in self._tracers:
@@ -389,6 +393,7 @@ class _Way(NamedTuple):
     """What a trace depends on, beside the config: see `StepTracer`."""
 
     checkpointing: bool
+    parts: bool
     casting: Casting
 
 

@@ -58,6 +58,11 @@ def check_memory(config: Any) -> None:
         )
     if config.checkpoints_activations:
         return
+    if config.checkpoint_parts:
+        raise ValueError(
+            "checkpoint_parts needs gradient_checkpointing on or offload, of whose blocks the "
+            "parts are"
+        )
     for name in ("blocks_to_swap", "base"):
         value = getattr(config, name)
         if name == "base" and not held_by_casting(config):
