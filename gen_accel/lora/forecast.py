@@ -16,6 +16,7 @@ loading, caching, sampling and of copies between host and device.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -242,9 +243,21 @@ class _Forecaster:
         memory = self.memory(self.setting, grid, shared=shared)
         return Stage(*size, steps, grid.video_tokens, density, memory, seconds)
 
-    def memory(self, setting: Setting, grid: VideoShape, *, shared: bool = False) -> StageMemory:
-        """Bytes of a step with other options, at its worst moment."""
-        trace = self._memory_trace(self._way(setting), grid)
+    def memory(
+        self,
+        setting: Setting,
+        grid: VideoShape,
+        *,
+        shared: bool = False,
+        way: "_Way | None" = None,
+    ) -> StageMemory:
+        """Bytes of a step with other options, at its worst moment.
+
+        Args:
+            shared: the device's memory is the host's.
+            way: how the step is traced; None for the way of the options.
+        """
+        trace = self._memory_trace(way or self._way(setting), grid)
         weights, adapter = self.weights(setting, shared=shared), self._adapter(setting)
         moments = list(_moments(trace, offload=setting.checkpointing == "offload"))
         accumulates = self.config.gradient_accumulation > 1
@@ -358,6 +371,16 @@ class _Forecaster:
             found.append((cached, "caching the clips"))
         return max(found)
 
+    def _least(self, shared: bool, setting: Setting) -> int:
+        """Bytes in a step that other options need at least: without casts of their weights, which
+        add to them, so that no further trace is needed."""
+        way = self._way(setting)._replace(casting="none")
+        found = [
+            self.memory(setting, self._grid(size), shared=shared, way=way)
+            for size, _ in self._clips()
+        ]
+        return max(memory.in_one if shared else memory.total for memory in found)
+
     def _verdict(self, device: _Device, stages: Sequence[Stage]) -> Verdict:
         peak, moment = self._peak(device.shares_host, self.setting)
         share = 1 / len(self.config.clip_sizes)  # the clips of a step have one size
@@ -369,6 +392,7 @@ class _Forecaster:
                 self.config,
                 self.subject,
                 lambda *options: self._peak(device.shares_host, *options)[0],
+                least=partial(self._least, device.shares_host),
                 setting=self.setting,
                 longest=self._longest,
                 most_swapped=self.weights.most_swapped,
