@@ -59,6 +59,7 @@ def forecast_training(
     gpus: Sequence[str] | None = None,
     here: bool = True,
     rates: Rates | None = None,
+    tell: Callable[[str], None] = lambda words: None,
 ) -> TrainingPlan:
     """Forecast the memory of each stage of a training and its seconds, without loading the model.
 
@@ -71,6 +72,7 @@ def forecast_training(
         here: whether this machine is a device too. Its rates are measured in seconds, the first
             time.
         rates: of this machine; None: those that are kept, or measured now.
+        tell: is told what the next seconds are spent on.
 
     Raises:
         ValueError: a card that is not in the table, an adapter that is no LoRA, a model that does
@@ -84,9 +86,11 @@ def forecast_training(
             "--plan counts one process with whole clips, got context_parallel "
             f"{config.context_parallel}: leave it out"
         )
-    forecaster = _Forecaster(config)
+    tell(f"{config.model}: its layers, without weights")
+    forecaster = _Forecaster(config, tell)
     devices = [_Device.of_card(card) for card in cards]
     if here:
+        tell("how fast this machine is")
         devices.insert(0, _Device.here(forecaster.subject, forecaster.dtype, rates))
     return forecaster.plan(devices)
 
@@ -137,7 +141,10 @@ class _Device:
 class _Forecaster:
     """Everything about one config that its stages, options and devices share."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(
+        self, config: TrainConfig, tell: Callable[[str], None] = lambda words: None
+    ) -> None:
+        self.tell = tell
         self.config, self.setting = config, Setting.of(config)
         source = model_named(config.model)
         self.subject = subject_of(source, config.max_tokens)
@@ -233,6 +240,7 @@ class _Forecaster:
 
     def _stage(self, size: Size, steps: int, devices: Sequence[_Device]) -> Stage:
         grid = self._grid(size)
+        self.tell(f"a step at {size.frames} frames of {size.height} x {size.width}")
         trace, density = self._trace(self._way(self.setting), grid)
         times = self.config.gradient_accumulation
         seconds = {}
@@ -333,6 +341,7 @@ class _Forecaster:
             return None
         whole = self._grid(self._longest)
         if way not in self._coded:
+            self.tell(f"the autoencoder, {way[:-1]}ing")
             trace = encoding if way == "encode" else decoding
             works = [
                 trace(vae, self.subject, replace(whole, frames=length), torch.float32)
@@ -388,6 +397,7 @@ class _Forecaster:
         high = share * sum(stage.steps * stage.seconds[device.name].high for stage in stages)
         advice = None
         if device.memory is not None and peak > device.memory:
+            self.tell(f"what would make it fit {device.name}")
             advice = Adviser(
                 self.config,
                 self.subject,

@@ -18,6 +18,16 @@ CHECKPOINTING = ("off", "on", "offload")
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
+def packages_of(given: Mapping[str, Any]) -> set[str]:
+    """Packages that hold the base or step the optimizer.
+
+    Args:
+        given: fields of a config, by name.
+    """
+    words = (given.get(name) or "" for name in ("base", "optimizer"))
+    return {PACKAGES.get(word, word.partition(".")[0]) for word in words if word}
+
+
 def check_installed(given: Mapping[str, Any]) -> None:
     """Refuse, by a ValueError, an option whose package is missing, or an optimizer that cannot be
     a class.

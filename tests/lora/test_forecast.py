@@ -190,7 +190,13 @@ def test_validation_and_averages_are_counted():
 
 def test_lines_are_as_wide_as_the_terminal():
     config = replace(TrainConfig(**WAN), stages=("17:1", "33:1"))
-    plan = forecast_training(config, gpus=["4090"], here=False)
+    told: list[str] = []
+    plan = forecast_training(config, gpus=["4090"], here=False, tell=told.append)
+    assert told[0].endswith("its layers, without weights")
+    assert [words for words in told if words.startswith("a step at")] == [
+        "a step at 17 frames of 480 x 832",
+        "a step at 33 frames of 480 x 832",
+    ]
     many = replace(plan, stages=plan.stages * 4)
     for width in (80, 120):
         assert max(map(len, training_lines(many, width))) <= width

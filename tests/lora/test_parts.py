@@ -44,6 +44,9 @@ class Tiny:
         config = self.family.TINY | {self.family.DEPTH: LAYERS}
         self.model = getattr(diffusers, self.family.CLASSES[0])(**config)
         self.model.requires_grad_(False)
+        for parameter in self.model.parameters():
+            if not parameter.any():  # as gates that begin closed
+                parameter.normal_(std=0.1)
         lora = LoraConfig(
             r=4,
             lora_dropout=0.3,
@@ -145,7 +148,7 @@ def test_nothing_stays_on_a_block():
     given = torch.randn(1, 6, 32, requires_grad=True), torch.randn(1, 6, 32), torch.randn(1, 6, 32)
     run_in_parts(block, *given, None)
     assert len(seen) == 1
-    with pytest.raises(RuntimeError):
+    with pytest.raises(TypeError):
         run_in_parts(block, *given, "no rotary table")
     assert vars(block.ffn)["forward"] is hooked
     assert all("forward" not in vars(part) for part in (block.attn1, block.attn2))
@@ -172,7 +175,7 @@ def test_parts_need_checkpoints_of_blocks():
 
 def test_a_run_goes_on_in_parts_to_the_bit(whole, copied):
     """With all that there is to bring back: it was begun without checkpoints."""
-    out = copied(step=4)
+    out = copied(6)
     fields = {"gradient_checkpointing": "offload", "checkpoint_parts": True, "blocks_to_swap": 1}
     ft.train(ft.config(out, **ft.FULL, **fields), resume=True)
     assert_same_run(out, whole)
