@@ -131,7 +131,7 @@ def test_14b_at_161_frames_with_these_options(rank):
         gradient_checkpointing="offload",
         checkpoint_parts=True,
         base="nf4",
-        blocks_to_swap=20,
+        blocks_to_swap=30,
         rank=rank,
     )
     plan = forecast_training(config, gpus=["4090"], here=False)
