@@ -34,10 +34,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         **{"gradient_checkpointing": "offload", "base": "nf4", "blocks_to_swap": 30},
         "optimizer": "adamw8bit",
     },
-    "offload, nf4, swap 30, parts": {
-        **{"gradient_checkpointing": "offload", "base": "nf4", "blocks_to_swap": 30},
-        "checkpoint_parts": True,
-    },
 }
 
 

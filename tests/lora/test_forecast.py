@@ -197,9 +197,11 @@ def test_lines_are_as_wide_as_the_terminal():
         "a step at 17 frames of 480 x 832",
         "a step at 33 frames of 480 x 832",
     ]
-    many = replace(plan, stages=plan.stages * 4)
+    many = replace(plan, stages=plan.stages * 4, without_parts=("SingleBlock",))
     for width in (80, 120):
         assert max(map(len, training_lines(many, width))) <= width
+    said = " ".join(" ".join(training_lines(many)).split())
+    assert "checkpoint_parts: SingleBlock is computed again as a whole" in said
     lines = training_lines(plan)
     text = " ".join(" ".join(lines).split())
     for words in ("33 frames", "one block at work", "fits in 24 GB", "caching"):
