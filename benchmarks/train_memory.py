@@ -92,11 +92,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "blocks_to_swap": 3,
     },
     "parts": {"checkpoint_parts": True},
-    "parts, rank 16, 2 clips": {"checkpoint_parts": True, "rank": 16, "batch_size": 2},
-    "offload, nf4, swap 3, parts": {
-        **{"gradient_checkpointing": "offload", "base": "nf4", "blocks_to_swap": 3},
-        "checkpoint_parts": True,
-    },
 }
 # Accelerate has one count of micro-steps for all trainings of a process.
 UNTIMED = ("2 micro-steps",)

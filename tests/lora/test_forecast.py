@@ -28,12 +28,11 @@ SLOW = (
     "swap 3",
     "offload, nf4, swap 3",
     "parts",
-    "offload, nf4, swap 3, parts",
     "adamw8bit",
     "EMA",
     "piecewise",
 )
-MORE = ("2 clips", "2 micro-steps", "two stages", "float32", "parts, rank 16, 2 clips")
+MORE = ("2 clips", "2 micro-steps", "two stages", "float32")
 WAN: dict[str, Any] = {"model": "Wan2.1-T2V-1.3B", "stages": ("81:100",)}
 SMALL: dict[str, Any] = {
     **{"_class_name": "WanTransformer3DModel", "ffn_dim": 64, "patch_size": (1, 2, 2)},
