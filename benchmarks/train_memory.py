@@ -91,7 +91,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "base": "nf4",
         "blocks_to_swap": 3,
     },
-    "parts": {"checkpoint_parts": True},
 }
 # Accelerate has one count of micro-steps for all trainings of a process.
 UNTIMED = ("2 micro-steps",)

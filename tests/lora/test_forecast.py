@@ -27,7 +27,6 @@ SLOW = (
     "int8",
     "swap 3",
     "offload, nf4, swap 3",
-    "parts",
     "adamw8bit",
     "EMA",
     "piecewise",
@@ -40,7 +39,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-BY_DAY = ("parts", "fp8", "nf4", "swap 3", "adamw8bit", "two stages")  # of the slow ones
+BY_DAY = ("fp8", "nf4", "swap 3", "adamw8bit", "two stages")  # of the slow ones
 
 
 def _by_night(option):
