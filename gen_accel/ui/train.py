@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from gradio.context import Context
 
+from gen_accel.demo import TRAINED_FRAMES
 from gen_accel.lora.config import TrainConfig, print_config
 from gen_accel.measure.cards import card_names
 from gen_accel.owners import check_free
@@ -29,11 +31,11 @@ if TYPE_CHECKING:  # they import torch, which a page that trains nothing can do 
 KIND = "train"
 CONFIG = "config"  # option of the verb, and name of the file that a job was given
 CLIPS = "clips"  # folder in the output folder that has clips which were sent or made
-EXAMPLE = {"frames": 33, "count": 6}  # clips of the embedded model's world
+EXAMPLES = 6  # clips of the embedded model's world
 A_PAGE = 50  # clips
 EVERY = 2.0  # seconds between two looks at a training's folder
 HEADS = ["", "clip", "length", "size", "what becomes of it", "caption"]
-WIDTHS = ["112px", "130px", "120px", "90px", "230px", "320px"]
+WIDTHS: list[str | int] = ["112px", "130px", "120px", "90px", "230px", "320px"]
 CAPTION, NAME = 5, 1  # places of columns
 ABOUT = (
     "A LoRA is a small file that teaches a model a length, a look or a movement from your own "
@@ -155,7 +157,7 @@ def _build_clips(page: Page, form: Form) -> Callable[[], None]:
         from gen_accel.demo.clips import write_clips
 
         folder = page.places.folder / CLIPS / "example"
-        write_clips(folder, **EXAMPLE)
+        write_clips(folder, frames=TRAINED_FRAMES, count=EXAMPLES)
         return str(folder)
 
     def wire() -> None:
@@ -322,7 +324,7 @@ def _build_run(page: Page, form: Form) -> None:
 
 def _parts_of_generate() -> dict[str, Any]:
     """The controls of the screen Generate that a LoRA sets, by the names of their options."""
-    root = gr.context.Context.root_block
+    root = Context.root_block
     names = ("model", "quality", "from_lora", "frames", "height", "width")
     ids = {f"gen-{name.replace('_', '-')}": name for name in names}
     parts = [] if root is None else root.blocks.values()
@@ -368,7 +370,7 @@ def _drawn(points: list[Point], title: str | None = None) -> Any:
     import pandas
 
     table = pandas.DataFrame(points, columns=[STEP, VALUE, LINE])
-    named = {} if title is None else {"title": title}
+    named: dict[str, Any] = {} if title is None else {"title": title}
     return gr.LinePlot(value=table, visible=bool(points), **named)
 
 

@@ -314,5 +314,5 @@ def _control(control: Control, value: Any, changed: Mapping[str, Any]) -> Any:
         case "number":
             return gr.Number(**about)  # without a precision, which would round what is refused
         case "lines":
-            return gr.Textbox(max_lines=8, **{"lines": 1, "placeholder": "one a line"} | about)
-    return gr.Textbox(max_lines=4, **{"placeholder": WITHOUT} | about)
+            return gr.Textbox(max_lines=8, **{"placeholder": "one a line", **about})
+    return gr.Textbox(max_lines=4, **{"placeholder": WITHOUT, **about})
