@@ -14,6 +14,7 @@ from gen_accel.cli.app import INTERRUPTED
 from gen_accel.cli.on_ray import RayAddress, RayWorkers, cluster_of, with_address
 from gen_accel.cli.printing import quiet
 from gen_accel.lora.config import TrainConfig, print_config, read_values
+from gen_accel.lora.memory import packages_of
 from gen_accel.lora.presets import PRESETS
 
 CHECKPOINTING = "--gradient-checkpointing"
@@ -88,7 +89,7 @@ def train(
     early.check_config(values)
     if not dry_run:
         early.check_places(values)
-    early.announce("torch, diffusers and the model")
+    early.announce("torch, diffusers and the model", asked=packages_of(values))
     chosen = TrainConfig(**values)
     quiet()
     if dry_run:
