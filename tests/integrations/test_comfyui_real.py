@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not COMFYUI, reason="COMFYUI_DIR names no checkout of ComfyUI"),
 ]
-STEPS, START_S, PROMPT_S = 2, 600, 300
+STEPS, START_S, PROMPT_S = 2, 1200, 600
 TOLD = re.compile(r"Sparse Attention \(gen_accel\): (\d+) attention calls (sparse|dense): (.+)")
 BUILT = ("mochi", "qwen_image", "hidream")
 
