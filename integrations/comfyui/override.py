@@ -2,19 +2,20 @@
 
 ComfyUI's models are not those of diffusers, so that nothing of `gen_accel.attach` serves here:
 
-- `transformer_options["optimized_attention_override"]` gets every attention call of the model, and
-  the function that would have answered it.
-- A wrapper of kind "diffusion_model" sees the latents of each forward pass: the grid comes from
-  the live call.
+- A wrapper of kind "apply_model" sees the latents of each forward pass, and so the grid comes from
+  the live call. It lies outside of what torch.compile traces, and around all models.
+- For that pass alone it puts `optimized_attention_override` into the live `transformer_options`,
+  where it gets every attention call of the model and the function that would have answered it. So
+  the order of nodes does not matter: what another node put there answers what stays dense.
 
-Written for Comfy-Org/ComfyUI at 01dafad (comfy_extras/nodes_sparse_attention.py) and at 05080f6
-(comfy/ldm/modules/attention.py).
+Written for ComfyUI 0.19.3 (comfy/patcher_extension.py, comfy/ldm/modules/attention.py).
 """
 
 import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ from torch import Tensor
 import gen_accel
 from gen_accel import VideoShape
 
-from .layouts import Patch, patch_of
+from .layouts import Grid, Layout, Place, class_name, layout_of
 
 KEY = "gen_accel_sparse_attention"
 OVERRIDE = "optimized_attention_override"
+LOG = "Sparse Attention (gen_accel): "
+HIDDEN = -1e4  # a mask's values from here on hide a key
 
 
 def put_on(
@@ -46,24 +49,21 @@ def put_on(
         dense_blocks: numbers of transformer blocks that stay dense.
         min_tokens: below which it stays dense.
     """
-    sampling = model.get_model_object("model_sampling")
-    patched = model.clone()
-    options = patched.model_options["transformer_options"]
+    diffusion_model = model.get_model_object("diffusion_model")
     sparse = SparseAttention(
         choose=choose,
-        sigmas=(
-            float(sampling.percent_to_sigma(start_percent)),
-            float(sampling.percent_to_sigma(end_percent)),
-        ),
+        percents=(start_percent, end_percent),
         dense_blocks=dense_blocks,
         min_tokens=min_tokens,
-        patch=patch_of(model.get_model_object("diffusion_model")),
-        previous=options.get(OVERRIDE),
+        layout=layout_of(diffusion_model),
     )
+    if sparse.layout is None:
+        name = class_name(diffusion_model)
+        logging.warning(f"{LOG}the order of tokens in {name} is not known; it stays dense")
+    patched = model.clone()
     # Plain functions: a deep copy of the options would copy the object behind a bound method.
-    options[OVERRIDE] = lambda *args, **kwargs: sparse.attend(*args, **kwargs)
     patched.add_wrapper_with_key(
-        "diffusion_model", KEY, lambda *args, **kwargs: sparse.watch(*args, **kwargs)
+        "apply_model", KEY, lambda *args, **kwargs: sparse.watch(*args, **kwargs)
     )
     patched.add_callback_with_key("on_cleanup", KEY, lambda *args: sparse.report(*args))
     return patched
@@ -74,40 +74,61 @@ class SparseAttention:
 
     Args:
         choose: the method for a video and the density that it has there.
-        sigmas: between which it is sparse, the larger first.
+        percents: shares of the sampling, between which it is sparse.
         dense_blocks: numbers of transformer blocks that stay dense.
         min_tokens: below which it stays dense.
-        patch: None where the model does not say it.
-        previous: another node's override, which answers what stays dense.
+        layout: None where the model's is not known.
     """
 
     def __init__(
         self,
         *,
         choose: Callable[[VideoShape], tuple[Any, float]],
-        sigmas: tuple[float, float],
+        percents: tuple[float, float],
         dense_blocks: frozenset[int],
         min_tokens: int,
-        patch: Patch | None,
-        previous: Callable[..., Tensor] | None,
+        layout: Layout | None,
     ) -> None:
-        self.choose, self.sigmas = choose, sigmas
+        self.choose, self.percents, self.layout = choose, percents, layout
         self.dense_blocks, self.min_tokens = dense_blocks, min_tokens
-        self.patch, self.previous = patch, previous
         self.now = _Now()
         self.counts: Counter[str] = Counter()
 
-    def watch(self, forward: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Around a forward pass. x: latents, (B, C, T, H, W) of a video."""
-        if self.patch is not None and isinstance(x, Tensor) and x.ndim == 5:
-            # The models pad the latents to whole patches.
-            sides = (-(-n // p) for n, p in zip(x.shape[2:], self.patch, strict=True))
-            self.now.video = VideoShape(*sides)
-        try:
-            return forward(x, *args, **kwargs)
-        finally:
-            self.now.video = self.now.sigmas = None
+    def watch(
+        self,
+        forward: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Around `apply_model` of a BaseModel, which is `forward.class_obj`.
 
+        Args:
+            x: latents, (B, C, T, H, W) of a video; packed where `latent_shapes` says so.
+        """
+        options = {} if transformer_options is None else transformer_options
+        shape = kwargs["latent_shapes"][0] if "latent_shapes" in kwargs else x.shape
+        before, now = options.get(OVERRIDE), self.now
+        now.grid = self.layout.grid(tuple(shape)) if self.layout is not None else None
+        now.inside = self._inside(forward.class_obj.model_sampling, options)
+        now.previous, now.calls, now.mask = before, 0, None
+        options[OVERRIDE] = lambda *args, **kwargs: self.attend(*args, **kwargs)
+        try:
+            return forward(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        finally:
+            now.grid = now.previous = now.mask = None
+            if before is None:
+                options.pop(OVERRIDE, None)
+            else:
+                options[OVERRIDE] = before
+
+    # ComfyUI's TorchCompileModel guards nothing of transformer_options, so that a graph would hold
+    # the block, the step and the grid of the first call forever.
+    @torch.compiler.disable(recursive=True)
     def attend(
         self,
         func: Callable[..., Tensor],
@@ -129,12 +150,11 @@ class SparseAttention:
         Returns:
             (B, N, H D), or with `skip_output_reshape` (B, H, N, D).
         """
-        options = kwargs.get("transformer_options") or {}
-        tokens = q.shape[2 if skip_reshape else 1]
-        reason = self._why_dense(tokens, q.shape == k.shape == v.shape, mask is None, options)
-        if reason is not None:
-            self.counts[f"dense: {reason}"] += 1
-            call = func if self.previous is None else _behind(self.previous, func)
+        place, reason = self._place(q, k, v, skip_reshape, kwargs.get("transformer_options") or {})
+        seen = None if place is None else self._seen(mask, place, len(q))
+        if place is None or seen is None:
+            self.counts[f"dense: {reason or 'a mask'}"] += 1
+            call = func if self.now.previous is None else _behind(self.now.previous, func)
             return call(
                 q,
                 k,
@@ -148,61 +168,149 @@ class SparseAttention:
             )
         if not skip_reshape:
             q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        video = self.now.video
-        method, density = self.choose(video)
-        scale = kwargs.get("scale")
-        out = gen_accel.attention(q, k, v, video=video, method=method, scale=scale)
-        self.counts[f"sparse: {video} tokens, density {density:.3f}"] += 1
+        out = self._sparse(q, k, v, seen, kwargs.get("scale"))
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
     def report(self, *patcher: Any) -> None:
         """After a run: what the attention calls came to."""
         for outcome, calls in self.counts.most_common():
-            logging.info("Sparse Attention (gen_accel): %d attention calls %s", calls, outcome)
+            logging.info(f"{LOG}%d attention calls %s", calls, outcome)
         if not self.counts:
             logging.warning(
-                "Sparse Attention (gen_accel): no attention call came by; a node after this one "
-                "replaced it, or the model does not call ComfyUI's attention"
+                f"{LOG}no attention call came by: this model does not call ComfyUI's attention, "
+                "or does not hand transformer_options to it"
             )
         self.counts.clear()
 
-    def _why_dense(
-        self, tokens: int, is_self: bool, is_whole: bool, options: dict[str, Any]
-    ) -> str | None:
-        video = self.now.video
-        if not is_self:
-            return "cross-attention, or fewer heads of keys"
-        if video is None:
-            return "the model shows no latents (B, C, T, H, W), or no patch size"
-        if tokens != video.tokens:
-            return f"{tokens} tokens, the grid has {video}; the place of others is not known"
-        if not is_whole:
-            return "a mask"
-        if tokens < self.min_tokens:
-            return f"{tokens} tokens, fewer than min_tokens"
-        if self.dense_blocks and "block_index" not in options:
-            return "the model does not number its blocks, which dense_blocks needs"
-        if options.get("block_index") in self.dense_blocks:
-            return "dense_blocks"
-        sigmas = options.get("sigmas")
-        if sigmas is not None and not self.sigmas[1] <= self._sigma(sigmas) <= self.sigmas[0]:
-            return "outside of start_percent and end_percent"
-        return None
+    def _inside(self, sampling: Any, options: dict[str, Any]) -> bool:
+        """Whether the step lies between the two percents. `sampling` is the one that runs, with
+        all that nodes after this one did to it."""
+        if "sigmas" not in options:
+            return True
+        first, last = (float(sampling.percent_to_sigma(percent)) for percent in self.percents)
+        return last <= float(options["sigmas"][0]) <= first
 
-    def _sigma(self, sigmas: Tensor) -> float:
-        """Read once in a forward pass, as it waits for the device."""
-        if self.now.sigmas is not sigmas:
-            self.now.sigmas, self.now.sigma = sigmas, float(sigmas[0])
-        return self.now.sigma
+    def _place(
+        self, q: Tensor, k: Tensor, v: Tensor, skip_reshape: bool, options: dict[str, Any]
+    ) -> tuple[Place | None, str]:
+        """Where the video lies in a call that is to be sparse, or None and why it stays dense."""
+        tokens, grid, layout = q.shape[2 if skip_reshape else 1], self.now.grid, self.layout
+        if not q.shape == k.shape == v.shape:
+            return None, "cross-attention, or fewer heads of keys"
+        if layout is None:
+            return None, "the order of tokens in this model is not known"
+        if grid is None:
+            return None, "the model shows no latents (B, C, T, H, W) or (B, C, H, W)"
+        width = q.shape[1] * q.shape[3] if skip_reshape else q.shape[2]
+        if layout.width is not None and width != layout.width:
+            return None, "self-attention over something else than the video"
+        place = layout.find(grid, tokens, options)
+        if place is None:
+            shown = VideoShape(*grid)
+            return None, f"{tokens} tokens, the grid has {shown}; the place of others is not known"
+        self.now.calls += 1
+        if tokens < self.min_tokens:
+            return None, f"{tokens} tokens, fewer than min_tokens"
+        if self.dense_blocks:
+            block = self._block(layout, options)
+            if block is None:
+                return None, "the number of the block is not known, which dense_blocks needs"
+            if block in self.dense_blocks:
+                return None, "dense_blocks"
+        if not self.now.inside:
+            return None, "outside of start_percent and end_percent"
+        if place.video.frames == 1 and self.choose(place.video)[1] == 1:
+            return None, "the method keeps all of a single frame"
+        return place, ""
+
+    def _block(self, layout: Layout, options: dict[str, Any]) -> int | None:
+        """Models that say no number have one self-attention in each block; where another node
+        replaces blocks, some may be left out."""
+        if layout.numbers_blocks or "block_index" in options:
+            return options.get("block_index")
+        return None if options.get("patches_replace", {}).get("dit") else self.now.calls - 1
+
+    def _seen(self, mask: Tensor | None, place: Place, batch: int) -> "list[Seen] | None":
+        """Of each row of the batch; a single entry holds for all rows. None for a mask that does
+        more than hide tokens beside the video."""
+        if mask is None:
+            return [Seen(place.video, place.front)]
+        # Once for all blocks that share it, as reading it waits for the device.
+        if self.now.mask is None or self.now.mask[0] is not mask:
+            self.now.mask = mask, _seen_through(mask, place, batch)
+        return self.now.mask[1]
+
+    def _sparse(
+        self, q: Tensor, k: Tensor, v: Tensor, seen: "list[Seen]", scale: float | None
+    ) -> Tensor:
+        """q, k, v: (B, H, N, D), as the result, in the model's order of tokens. Zeros at the
+        tokens that are not seen: nothing reads them."""
+        if len(seen) > 1:
+            rows = zip(q.split(1), k.split(1), v.split(1), seen, strict=True)
+            return torch.cat([self._sparse(a, b, c, [one], scale) for a, b, c, one in rows])
+        [part] = seen
+        if part.tokens is not None:
+            whole, index = torch.zeros_like(q), part.tokens
+            q, k, v = (x.index_select(2, index) for x in (q, k, v))
+            out = self._sparse(q, k, v, [Seen(part.video, part.front)], scale)
+            return whole.index_copy(2, index, out)
+        if part.front:  # to the end, where gen_accel has its text
+            q, k, v = (x.roll(-part.front, dims=2) for x in (q, k, v))
+        method, density = self.choose(part.video)
+        out = gen_accel.attention(q, k, v, video=part.video, method=method, scale=scale)
+        self.counts[f"sparse: {part.video} tokens, density {density:.3f}"] += 1
+        return out.roll(part.front, dims=2) if part.front else out
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a mask leaves of a row of tokens.
+
+    Args:
+        video: the grid, and as text all tokens beside it that are seen.
+        front: how many of these come before it.
+        tokens: the places of all tokens that are seen, or None where all are.
+    """
+
+    video: VideoShape
+    front: int
+    tokens: Tensor | None = None
 
 
 class _Now(threading.local):
     """The forward pass that runs; ComfyUI runs one in a thread of its own on each of several
     GPUs."""
 
-    video: Any = None
-    sigmas: Tensor | None = None
-    sigma: float = 0.0
+    grid: Grid | None = None
+    inside: bool = True
+    previous: Callable[..., Tensor] | None = None
+    calls: int = 0  # over the grid
+    mask: tuple[Tensor, list[Seen] | None] | None = None
+
+
+def _seen_through(mask: Tensor, place: Place, batch: int) -> list[Seen] | None:
+    """mask: (B or 1, 1, N) or (B or 1, 1, 1, N), added to the scores or True for what is seen."""
+    tokens = place.video.tokens
+    if mask.ndim not in (3, 4) or mask.shape[-1] != tokens or mask.numel() != tokens * len(mask):
+        return None
+    rows = mask.reshape(len(mask), tokens)
+    if rows.dtype == torch.bool:
+        rows = torch.zeros_like(rows, dtype=torch.float).masked_fill(~rows, HIDDEN)
+    shown = rows == 0
+    hides = shown | (rows <= HIDDEN)
+    video = slice(place.front, place.front + place.video.video_tokens)
+    if len(rows) not in (1, batch) or not bool(hides.all() & shown[:, video].all()):
+        return None
+    if bool((shown == shown[:1]).all()):
+        shown = shown[:1]
+    return [_seen_in(row, place) for row in shown]
+
+
+def _seen_in(shown: Tensor, place: Place) -> Seen:
+    tokens = shown.nonzero().flatten()
+    beside = len(tokens) - place.video.video_tokens
+    front = int(shown[: place.front].sum())
+    return Seen(VideoShape(*place.video.grid, text=beside), front, tokens)
 
 
 def _behind(previous: Callable[..., Tensor], func: Callable[..., Tensor]) -> Callable[..., Tensor]:
