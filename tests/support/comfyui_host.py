@@ -134,7 +134,7 @@ class Patcher:
 
     def __init__(self, diffusion_model):
         self.model = BaseModel(diffusion_model)
-        self.object_patches = {}
+        self.object_patches, self.attachments = {}, {}
         self.model_options = {"transformer_options": {}}
         self.wrappers, self.callbacks = {}, {}
 
@@ -142,6 +142,7 @@ class Patcher:
         twin = Patcher(self.model.diffusion_model)
         twin.model = self.model
         twin.object_patches = dict(self.object_patches)
+        twin.attachments = dict(self.attachments)
         twin.model_options = copy.deepcopy(self.model_options)
         twin.wrappers = {key: [*these] for key, these in self.wrappers.items()}
         twin.callbacks = {key: [*these] for key, these in self.callbacks.items()}
@@ -152,6 +153,12 @@ class Patcher:
 
     def add_object_patch(self, name, value):
         self.object_patches[name] = value
+
+    def set_attachments(self, key, attachment):
+        self.attachments[key] = attachment
+
+    def get_attachment(self, key):
+        return self.attachments.get(key)
 
     def add_wrapper_with_key(self, kind, key, wrapper):
         assert kind == "apply_model"
