@@ -149,12 +149,13 @@ def computed(
         options = {"video": video, "method": method, "scale": scale, "branch": branch}
         return gen_accel.attention(q, k, v, **options)
     step, steps = moment.step or 0, moment.steps
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
 
     def run(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         plan = adjusted(plan, extensions, video, step, steps)
-        return kernels.run(q, k, v, plan, scale=scale, kernel="auto")
+        return kernels.run(q, k, v, plan, scale=factor, kernel="auto")
 
-    runner = kernels.Runner(run, "auto", scale)
+    runner = kernels.Runner(run, "auto", factor)
     if empty is None:
         trained = {} if branch is None else {"branch": branch}
         return method(q, k, v, video=video, kernel=runner, **trained)

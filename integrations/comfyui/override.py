@@ -22,9 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from gen_accel import VideoShape
+from gen_accel.method import density_of
 
 from .layouts import Grid, Layout, Place, class_name, layout_of
-from .moments import NEVER, Memories, Moment, computed, full, moment_of, why_not
+from .moments import (
+    NEVER,
+    Memories,
+    Moment,
+    computed,
+    full,
+    moment_of,
+    why_not,
+)
 
 KEY = "gen_accel_sparse_attention"
 OVERRIDE = "optimized_attention_override"
@@ -37,7 +46,7 @@ HIDDEN = -1e4  # a mask's values from here on hide a key
 def put_on(
     model: Any,
     *,
-    choose: Callable[[VideoShape], tuple[Any, float]],
+    choose: Callable[[VideoShape], tuple[Any, float | None]],
     start_percent: float,
     end_percent: float,
     dense_blocks: frozenset[int],
@@ -93,6 +102,9 @@ class More:
     extra_tokens: int = 1 << 20
     verbose: bool = True
 
+    def branch(self, layer: int | None) -> nn.Module | None:
+        return None if layer is None else self.branches.get(layer)
+
 
 class SparseAttention:
     """Takes self-attention over the grid of the latents, and leaves all other calls alone.
@@ -109,7 +121,7 @@ class SparseAttention:
     def __init__(
         self,
         *,
-        choose: Callable[[VideoShape], tuple[Any, float]],
+        choose: Callable[[VideoShape], tuple[Any, float | None]],
         percents: tuple[float, float],
         dense_blocks: frozenset[int],
         min_tokens: int,
@@ -221,6 +233,21 @@ class SparseAttention:
             )
         self.counts.clear()
         self.memories.clear()
+
+    def expected(self, video: VideoShape, moment: Moment) -> tuple[float | None, str]:
+        """The density in a layer and step that are to come, or None and why it will be dense."""
+        first, last = self.percents
+        progress = 0.0 if moment.step is None or not moment.steps else moment.step / moment.steps
+        if video.tokens < self.min_tokens:
+            return None, "fewer than min_tokens"
+        if moment.layer in self.dense_blocks:
+            return None, "dense_blocks"
+        if not first <= progress <= last:
+            return None, "outside of start_percent and end_percent"
+        if why := moment.why_dense(self.more.schedule):
+            return None, why
+        method, density = self.choose(video)
+        return density_of(moment.method(method), video) if density is None else density, ""
 
     def _inside(self, sampling: Any, options: dict[str, Any]) -> bool:
         """Whether the step lies between the two percents. `sampling` is the one that runs, with
@@ -352,14 +379,14 @@ class SparseAttention:
             video=video,
             scale=scale,
             moment=moment,
-            branch=None if reason else self.more.branches.get(moment.layer),
+            branch=None if reason else self.more.branch(moment.layer),
             extensions=extensions,
             memories=self.memories,
             row=row,
         )
-        kind = f"dense: {reason}, with {names}" if reason else f"sparse: {video} tokens, density "
-        told = "" if reason else f"{density:.3f}" + (f", with {names}" if names else "")
-        self.counts[kind + told] += 1
+        kept = "chosen in each call" if density is None else f"{density:.3f}"
+        told = f"dense: {reason}" if reason else f"sparse: {video} tokens, density {kept}"
+        self.counts[told + (f", with {names}" if names else "")] += 1
         return out
 
 
