@@ -7,12 +7,12 @@ import xml.etree.ElementTree as ET
 from functools import cache
 
 import pytest
-import tomllib
 from support.paths import ROOT
 
 import gen_accel
 
 PACK = ROOT / "integrations" / "comfyui"
+tomllib = pytest.importorskip("tomllib")
 PROJECT = tomllib.loads((PACK / "pyproject.toml").read_text())
 
 

@@ -3,59 +3,15 @@ original checkpoints."""
 
 import pytest
 import torch
-from diffusers.loaders import single_file_utils as original
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from support.exported import changes, lora_of, model_of_family
+from support.exported import READERS, changes, lora_of, model_of_family
 from support.runs import WEIGHTS, metadata, with_recipe
 
 from gen_accel.attention_processors.attached.recipe import KEY, read_recipe
 from gen_accel.lora import comfyui, export
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Rest(dict):
-    """A checkpoint with the keys that a reader asks for, and zeros where it has none."""
-
-    def pop(self, key, *default):
-        return super().pop(key, torch.zeros(6, 1))
-
-
-def hunyuan(checkpoint):
-    """diffusers cuts the single blocks at the published width, to which rows are repeated."""
-    times = {}
-    for key in [*checkpoint]:
-        x = checkpoint.pop(key)
-        name = key.replace("_attn.qkv", "_attn_qkv").replace("_attn.proj", "_attn_proj")
-        name = (
-            name.replace("mlp.0", "mlp.fc1")
-            .replace("mlp.2", "mlp.fc2")
-            .replace(".lin.", ".linear.")
-        )
-        if ".linear1." in name:
-            times["single"] = 3072 // (len(x) // 7)
-            x = x.repeat_interleave(times["single"], 0)
-        checkpoint[name] = x
-    made = original.convert_hunyuan_video_transformer_to_diffusers(checkpoint)
-    narrow = ("attn.to_q.weight", "attn.to_k.weight", "attn.to_v.weight", "proj_mlp.weight")
-    return {
-        key: x[:: times["single"]] if "single" in key and key.endswith(narrow) else x
-        for key, x in made.items()
-    }
-
-
-READERS = {
-    "wan": original.convert_wan_transformer_to_diffusers,
-    "skyreels": original.convert_wan_transformer_to_diffusers,
-    "hunyuan_video": hunyuan,
-    "hunyuan_video15": hunyuan,
-    "ltx": original.convert_ltx_transformer_checkpoint_to_diffusers,
-    "ltx2": original.convert_ltx2_transformer_to_diffusers,
-    "cosmos": original.convert_cosmos_transformer_checkpoint_to_diffusers,
-    "mochi": lambda found: original.convert_mochi_transformer_checkpoint_to_diffusers(Rest(found)),
-    "kandinsky5": lambda found: found,  # diffusers has the original names
-}
 
 
 @pytest.mark.parametrize("family", READERS)

@@ -1,8 +1,10 @@
-"""Tiny LoRAs of the families that train, and what they do in ComfyUI."""
+"""Tiny LoRAs of the families that train, what they do in ComfyUI, and how diffusers reads original
+checkpoints."""
 
 from pathlib import Path
 
 import torch
+from diffusers.loaders import single_file_utils as original
 from support import finetuning as ft
 from support.tiny import trainings
 
@@ -11,14 +13,20 @@ from gen_accel.lora.adapters import fields_of_lora
 from gen_accel.lora.artefact import add_lora, lora_state, write_lora
 
 
-def model_of_family(family: str):
+def model_of_family(family: str, **config):
     """The transformer of its first pipeline that trains, with feed-forward layers as wide as all
-    published ones have them."""
+    published ones have them.
+
+    Args:
+        config: overrides what is tiny there.
+    """
     made = next(one for name, one in trainings() if name == family).pipeline().transformer
-    if made.config.get("mlp_ratio", 4.0) == 4.0:
+    if made.config.get("mlp_ratio", 4.0) != 4.0:
+        config["mlp_ratio"] = 4.0
+    if not config:
         return made
     torch.manual_seed(0)
-    return type(made).from_config({**made.config, "mlp_ratio": 4.0})
+    return type(made).from_config({**made.config, **config})
 
 
 def lora_of(transformer, folder: Path, seed: int = 0, part: str = "transformer", **fields) -> Path:
@@ -61,3 +69,46 @@ def changes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             weight = f"{name.removeprefix('diffusion_model.')}.weight"
             found[weight] = alpha / len(down) * (up @ down)
     return found
+
+
+class Rest(dict):
+    """A checkpoint with the keys that a reader asks for, and zeros where it has none."""
+
+    def pop(self, key, *default):
+        return super().pop(key, torch.zeros(6, 1))
+
+
+def hunyuan(checkpoint):
+    """diffusers cuts the single blocks at the published width, to which rows are repeated."""
+    times = {}
+    for key in [*checkpoint]:
+        x = checkpoint.pop(key)
+        name = key.replace("_attn.qkv", "_attn_qkv").replace("_attn.proj", "_attn_proj")
+        name = (
+            name.replace("mlp.0", "mlp.fc1")
+            .replace("mlp.2", "mlp.fc2")
+            .replace(".lin.", ".linear.")
+        )
+        if ".linear1." in name:
+            times["single"] = 3072 // (len(x) // 7)
+            x = x.repeat_interleave(times["single"], 0)
+        checkpoint[name] = x
+    made = original.convert_hunyuan_video_transformer_to_diffusers(checkpoint)
+    narrow = ("attn.to_q.weight", "attn.to_k.weight", "attn.to_v.weight", "proj_mlp.weight")
+    return {
+        key: x[:: times["single"]] if "single" in key and key.endswith(narrow) else x
+        for key, x in made.items()
+    }
+
+
+READERS = {
+    "wan": original.convert_wan_transformer_to_diffusers,
+    "skyreels": original.convert_wan_transformer_to_diffusers,
+    "hunyuan_video": hunyuan,
+    "hunyuan_video15": hunyuan,
+    "ltx": original.convert_ltx_transformer_checkpoint_to_diffusers,
+    "ltx2": original.convert_ltx2_transformer_to_diffusers,
+    "cosmos": original.convert_cosmos_transformer_checkpoint_to_diffusers,
+    "mochi": lambda found: original.convert_mochi_transformer_checkpoint_to_diffusers(Rest(found)),
+    "kandinsky5": lambda found: found,  # diffusers has the original names
+}
