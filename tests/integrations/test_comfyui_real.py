@@ -247,7 +247,7 @@ SERVED = {  # class, what else it is given: self-attention calls over the video 
     ("ltx_video", ""): 3,
     ("ltx_2", ""): 3,
     ("cosmos_predict2", ""): 10,
-    ("mochi", ""): 3,
+    ("mochi", ""): 2,
     ("qwen_image", ""): 3,
     ("qwen_image", "reference"): 3,
     ("qwen_image", "hidden text"): 3,
@@ -268,8 +268,12 @@ def test_each_class_of_models_is_sparse_and_exact_where_all_is_kept(
     told("30 % kept, relative", part.differs(plain))
     told("sparse", part.sparse)
     assert plain.latents.isfinite().all()
-    assert part.sparse == whole.sparse == STEPS * SERVED[kind, extra]
-    beside = {why for why in part.dense if not why.startswith(("self-attention over something",))}
+    assert part.sparse == STEPS * SERVED[kind, extra]
+    if kind == "flux":
+        assert whole.dense == {"the method keeps all of a single frame": part.sparse}
+    else:
+        assert whole.sparse == part.sparse
+    beside = {why for why in part.dense if not why.startswith("self-attention over something")}
     assert all("place of others" in why for why in beside)  # text alone, before the blocks
     assert whole.differs(plain) < 1e-4 < part.differs(plain)
 

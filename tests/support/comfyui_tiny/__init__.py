@@ -142,7 +142,7 @@ BUILT = {  # of each: class of its configuration, and that
         "GenmoMochi",
         {
             "image_model": "mochi_preview",
-            "depth": 3,
+            "depth": 2,
             "num_heads": 2,
             "hidden_size_x": 256,
             "hidden_size_y": 128,
@@ -193,7 +193,7 @@ IMAGE = (16, 36, 60)
 LATENTS = {
     "flux": IMAGE,
     "hidream": IMAGE,
-    "qwen_image": (16, 1, 36, 60),
+    "qwen_image": (16, 3, 20, 36),
     "mochi": (12, 9, 12, 20),
     "hunyuan_video_15": (32, 9, 12, 20),
     "ltx_video": (128, 9, 6, 10),
