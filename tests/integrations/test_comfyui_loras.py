@@ -57,7 +57,7 @@ KINDS = {
         {"model_dim": 128, "ff_dim": 256, "num_visual_blocks": 3, "axes_dims": (16, 24, 24)},
         BOTH,
     ),
-    "mochi": ("mochi", WIDE | {"num_layers": 3, "pooled_projection_dim": 128}, ("attention",)),
+    "mochi": ("mochi", WIDE | {"num_layers": 2, "pooled_projection_dim": 128}, ("attention",)),
 }
 NODE, STOCK = "node", "stock"
 
