@@ -84,6 +84,7 @@ def test_help_has_an_example_of_every_verb(run):
         "build",
         "doctor",
         "push",
+        "export",
         "ui",
         "serve",
         "train",

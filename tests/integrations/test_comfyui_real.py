@@ -4,6 +4,7 @@ It runs where COMFYUI_DIR names a checkout of ComfyUI; COMFYUI_PYTHON names the 
 requirements, by default the one that runs the tests.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -12,15 +13,19 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 from support.paths import ROOT
 
 COMFYUI = os.environ.get("COMFYUI_DIR")
+PACK = ROOT / "integrations" / "comfyui"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not COMFYUI, reason="COMFYUI_DIR names no checkout of ComfyUI"),
@@ -74,14 +79,16 @@ class Host:
                 time.sleep(1)
         raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text()[-4000:]}")
 
-    def run(self, kind, *patches, extra="", frames=0, steps=STEPS):
-        """Sample with nodes on the model, in that order.
+    def patched(self, kind, *patches, extra="", frames=0, beside=None):
+        """The graph of a model with nodes on it, in that order, and the last one's name.
 
         Args:
             patches: of each the node's class and its inputs besides the model.
+            beside: other nodes, by the names that inputs of `patches` give them.
         """
         self.prompts += 1
         nodes = {
+            **(beside or {}),
             "model": {
                 "class_type": "UNETLoader",
                 "inputs": {"unet_name": f"{kind}.safetensors", "weight_dtype": "default"},
@@ -96,6 +103,11 @@ class Host:
         for i, (name, inputs) in enumerate(patches):
             nodes[f"patch{i}"] = {"class_type": name, "inputs": {"model": [last, 0], **inputs}}
             last = f"patch{i}"
+        return nodes, last
+
+    def run(self, kind, *patches, extra="", steps=STEPS, **options):
+        """Sample with nodes on the model; the arguments of `patched`."""
+        nodes, last = self.patched(kind, *patches, extra=extra, **options)
         # HunyuanVideo takes a mask of its text for one prompt alone.
         cfg = 1.0 if extra == "hidden text" else 2.0
         sampling = {"seed": 5, "steps": steps, "cfg": cfg, "denoise": 1.0}
@@ -118,6 +130,16 @@ class Host:
             "inputs": {"samples": [samples, 0], "filename_prefix": name},
         }
         return self._finished(nodes, name)
+
+    def text(self, kind, *patches, steps):
+        """Of the estimate at a model with nodes on it."""
+        nodes, last = self.patched(kind, *patches)
+        inputs = {"model": [last, 0], "latent": ["latent", 0], "steps": steps, "efficiency": 0.5}
+        nodes["estimate"] = {"class_type": "GenAccelEstimate", "inputs": inputs}
+        asked = self.ask("/prompt", {"prompt": nodes})["prompt_id"]
+        while asked not in (history := self.ask(f"/history/{asked}")):
+            time.sleep(0.2)
+        return "\n".join(history[asked]["outputs"]["estimate"]["text"])
 
     def _finished(self, nodes, name):
         before = self.log.stat().st_size
@@ -344,3 +366,76 @@ def test_a_class_that_is_not_known_is_named_and_stays_dense(host, dense):
     found = host.run("hidream", ours())
     assert "the order of tokens in HiDreamImageTransformer2DModel is not known" in found.log
     assert found.sparse == found.differs(dense("hidream")) == 0
+
+
+def test_each_node_is_listed_with_its_help(host):
+    known = host.ask("/object_info")
+    names = {path.stem for path in (PACK / "web" / "docs").iterdir()}
+    assert {name for name in known if name.startswith("GenAccel")} == names
+    for name in names:
+        address = f"http://127.0.0.1:{host.port}/extensions/gen_accel_comfyui/docs/{name}.md"
+        with urllib.request.urlopen(address, timeout=30) as page:
+            assert page.read().decode().startswith("# ")
+
+
+def test_each_workflow_is_a_template_that_comfyui_takes(host):
+    """Files of the models' names are there, and empty: what is looked at is the answer."""
+    places = {"diffusion_models": "unet_name", "text_encoders": "clip_name", "vae": "vae_name"}
+    places |= {"loras": "lora_name"}
+    templates = host.ask("/workflow_templates")["gen_accel_comfyui"]
+    assert {*templates} == {path.stem for path in (PACK / "example_workflows").iterdir()}
+    Image.new("RGB", (8, 8)).save(host.base / "input" / "example.png")
+    for name in templates:
+        address = f"/api/workflow_templates/gen_accel_comfyui/{urllib.parse.quote(name)}.json"
+        workflow = host.ask(address)
+        prompt = written().as_api(workflow, host.ask("/object_info"))
+        for node in prompt.values():
+            for folder, key in places.items():
+                if key in node["inputs"]:
+                    (host.base / "models" / folder).mkdir(exist_ok=True)
+                    (host.base / "models" / folder / node["inputs"][key]).touch()
+        answer = host.ask("/prompt", {"prompt": prompt})
+        assert answer["node_errors"] == {}, name
+        while answer["prompt_id"] not in host.ask(f"/history/{answer['prompt_id']}"):
+            time.sleep(0.2)
+
+
+def test_a_method_s_own_node_a_preset_and_a_technique_run(host, dense):
+    kept = {**ours()[1], "custom_method": ["method", 0]}
+    method = {"method": {"class_type": "GenAccelPiecewise", "inputs": piecewise()}}
+    chained = host.run("wan_t2v", ("GenAccelSparseAttention", kept), beside=method)
+    assert chained.sparse == 3 * STEPS
+    preset = host.run("wan_t2v", ("GenAccelPreset", {"preset": "fast", "min_tokens": 0}), steps=3)
+    assert (preset.sparse, preset.dense) == (6, {"first steps": 3})
+    anchors = {"technique": "rotating_anchors", "trained_frames": 17, "settings": ""}
+    longer = host.run("wan_t2v", ("GenAccelExtend", anchors))
+    assert longer.dense == {"dense by its rules, with rotating_anchors": 3 * STEPS}
+    assert 0 < longer.differs(dense("wan_t2v")) < 2
+    for kind in ("wan_t2v", "hunyuan_video", "kandinsky_5"):
+        rule = {"technique": "riflex", "trained_frames": 17, "settings": "k=1"}
+        changed = host.run(kind, ("GenAccelExtend", rule))
+        assert changed.differs(dense(kind)) > 1e-4, kind
+        short = host.run(kind, ("GenAccelExtend", rule | {"trained_frames": 33}))
+        assert short.differs(dense(kind)) == 0, kind
+
+
+def test_an_estimate_says_what_then_runs(host):
+    said = host.text("wan_t2v", ours(dense_blocks="0"), steps=2)
+    assert "9 x 6 x 10 = 540 tokens, 3 blocks, 2 steps" in said
+    assert "density 0.300 in 67% of the blocks and steps" in said
+    assert "expected speed-up of the sampling" in said
+
+
+@cache
+def written():
+    """The script that writes help pages and workflows."""
+    spec = importlib.util.spec_from_file_location("comfyui_pack", PACK.parent / "comfyui_pack.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def piecewise():
+    known = written().pack().NODE_CLASS_MAPPINGS["GenAccelPiecewise"]
+    inputs = known.INPUT_TYPES()["required"]
+    return {name: about["default"] for name, (_, about) in inputs.items()} | {"critical": 0.3}

@@ -5,6 +5,7 @@ import copy
 import importlib.util
 import logging
 import sys
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,7 @@ class Patcher:
 
     def __init__(self, diffusion_model):
         self.model = BaseModel(diffusion_model)
-        self.object_patches = {}
+        self.object_patches, self.attachments = {}, {}
         self.model_options = {"transformer_options": {}}
         self.wrappers, self.callbacks = {}, {}
 
@@ -142,16 +143,25 @@ class Patcher:
         twin = Patcher(self.model.diffusion_model)
         twin.model = self.model
         twin.object_patches = dict(self.object_patches)
+        twin.attachments = dict(self.attachments)
         twin.model_options = copy.deepcopy(self.model_options)
         twin.wrappers = {key: [*these] for key, these in self.wrappers.items()}
         twin.callbacks = {key: [*these] for key, these in self.callbacks.items()}
         return twin
 
     def get_model_object(self, name):
-        return self.object_patches.get(name, getattr(self.model, name))
+        if name in self.object_patches:
+            return self.object_patches[name]
+        return attrgetter(name)(self.model)
 
     def add_object_patch(self, name, value):
         self.object_patches[name] = value
+
+    def set_attachments(self, key, attachment):
+        self.attachments[key] = attachment
+
+    def get_attachment(self, key):
+        return self.attachments.get(key)
 
     def add_wrapper_with_key(self, kind, key, wrapper):
         assert kind == "apply_model"
@@ -166,13 +176,18 @@ class Patcher:
         context = torch.ones(len(x), 6, WIDTH) if context is None else context
         wrappers = [wrapper for these in self.wrappers.values() for wrapper in these]
         about = self.model_options["transformer_options"] | {"sigmas": torch.tensor([sigma])}
-        backup = {name: getattr(self.model, name) for name in self.object_patches}
-        vars(self.model).update(self.object_patches)
+        backup = {name: attrgetter(name)(self.model) for name in self.object_patches}
+        self._put(self.object_patches)
         try:
             call = Executor(self.model.apply_model, self.model, wrappers)
             return call(x, torch.tensor([sigma]), None, context, None, about, **options)
         finally:
-            vars(self.model).update(backup)
+            self._put(backup)
+
+    def _put(self, objects):
+        for name, value in objects.items():
+            place, _, last = f".{name}".rpartition(".")
+            setattr(attrgetter(place[1:])(self.model) if place else self.model, last, value)
 
     def clean_up(self, caplog):
         """What is logged at the end of sampling."""

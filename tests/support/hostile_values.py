@@ -71,6 +71,7 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "generate": ("--model", "{home}/model", *TINY, "--prompt", "a", "--out", "a.gif"),
     "train": ("{home}/train.yaml", "--print-config"),
     "cache": ("{home}/train.yaml", "--data", "{home}/one"),
+    "export": ("{home}/trained/run/lora", "--out", "a.safetensors"),
     "push": ("{home}/trained/run/lora", "me/mine", "--dry-run"),
     "list": (),
     "models": (),
