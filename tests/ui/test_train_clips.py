@@ -1,0 +1,230 @@
+"""Clips as the Train screen shows them: their fate as `cache` decides it, and captions on disk."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.clips import footage
+
+from gen_accel import demo
+from gen_accel.lora import surveys
+from gen_accel.lora.config import TrainConfig
+from gen_accel.lora.data import find_videos
+from gen_accel.lora.prepare import cache_clips
+from gen_accel.measure.video_io import write_video
+from gen_accel.ui.train_clips import (
+    Clips,
+    caption_files,
+    save_captions,
+    videos_of,
+    why_fixed,
+)
+
+SIDE = 96
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """Five films, three of them awkward, and a picture."""
+    folder = tmp_path_factory.mktemp("films")
+    for name, frames, size in (
+        ("long.mp4", 20, (96, 96)),
+        ("sub/wide.mp4", 9, (96, 160)),
+        ("short.mp4", 4, (96, 96)),
+    ):
+        write_video(footage(frames, *size), folder / name, fps=16)
+        (folder / name).with_suffix(".txt").write_text(f"the film {name}\n")
+    (folder / "long.1.txt").write_text("another caption")
+    (folder / "broken.mp4").write_bytes(b"no film")
+    (folder / "broken.txt").write_text("broken")
+    Image.fromarray(np.zeros((96, 96, 3), np.uint8)).save(folder / "still.png")
+    (folder / "still.txt").write_text("a picture")
+    return folder
+
+
+@pytest.fixture
+def data(films, tmp_path):
+    return shutil.copytree(films, tmp_path / "data")
+
+
+def config_for(data, **fields):
+    given = {"height": SIDE, "width": SIDE, "stages": ("5:1", "9:1"), "device": "cpu"}
+    places = {"data": str(data), "out": str(data.parent / "out"), "workers": 0}
+    return TrainConfig(**(given | places | fields))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"take": "all", "stages": ("5:1", "9:1"), "sizes": ("96x96", "96x160")},
+        {"take": "random", "chunks": 2, "stages": ("1:1", "9:1"), "fps": None},
+    ],
+    ids=["start", "all", "random"],
+)
+def test_the_page_says_what_cache_says(data, fields):
+    config = config_for(data, **fields)
+    found = Clips().find(config)
+    encoded = cache_clips(config)
+    assert found.report.buckets == encoded.buckets
+    assert found.report.left_out == encoded.left_out
+    assert list(found.report.lost) == list(encoded.lost)
+    assert found.report.short == encoded.short
+    assert found.report.broken == encoded.broken
+    assert found.report.videos == encoded.videos
+    said = str(found.report).partition("\n")[2]
+    assert said
+    assert said in str(encoded)
+    assert found.objections == ()
+
+
+def test_a_row_for_each_caption(data):
+    found = Clips().find(config_for(data))
+    rows = {row.name: row for row in found.rows}
+    assert [*rows] == [
+        *("broken.mp4", "long.mp4", "long.mp4, long.1.txt", "short.mp4", "still.png"),
+        "sub/wide.mp4",
+    ]
+    assert rows["long.mp4"].length == "20 frames, 1.2 s"
+    assert rows["long.mp4"].size == "96 x 96"
+    assert rows["long.mp4"].fate == "trains: 9 frames of 96 x 96; 11 of 20 frames unused"
+    assert rows["sub/wide.mp4"].fate == "trains: 9 frames of 96 x 96; loses 40% of its picture"
+    assert rows["short.mp4"].fate.startswith("too short: 0.2 s, 4 frames at 16 a second")
+    assert rows["broken.mp4"].fate.startswith("broken: ")
+    assert rows["long.mp4, long.1.txt"].caption == "another caption"
+    assert rows["long.mp4, long.1.txt"].file == data / "long.1.txt"
+
+
+def test_thumbnails(data):
+    clips = Clips()
+    found = clips.find(config_for(data))
+    assert clips.thumbnail(found.videos["long.mp4"]).startswith("data:image/jpeg;base64,")
+    assert clips.thumbnail(found.videos["broken.mp4"]) == ""
+
+
+def test_lengths_that_no_clip_fills_and_missing_captions_are_said(data):
+    (data / "short.txt").write_text(" \n")
+    found = Clips().find(config_for(data, stages=("5:1", "33:1")))
+    assert found.objections == (
+        "no clip fills the stage of 33 frames: the longest has 20; take shorter stages, or longer "
+        "clips",
+        "1 of 5 clips have no caption, as short.mp4: write one, or give default_caption",
+    )
+    assert {row.name: row.caption for row in found.rows}["short.mp4"] == ""
+
+
+def test_a_clip_is_decoded_once_while_it_does_not_change(data, monkeypatch):
+    clips, config = Clips(), config_for(data)
+    first, read, decoded = clips.find(config), surveys._decoded, []
+
+    def note(video, *about):
+        decoded.append(video.name)
+        return read(video, *about)
+
+    monkeypatch.setattr(surveys, "_decoded", note)
+    assert clips.find(config).rows == first.rows
+    assert decoded == ["broken.mp4"]
+
+
+def captions(data):
+    return {video.name: (video.caption, *video.more_captions) for video in find_videos(data)}
+
+
+def test_edited_captions_are_what_find_videos_reads(data):
+    config = config_for(data)
+    (data / "short.txt").unlink()
+    edits = {
+        data / "long.txt": ("the film long.mp4", "a film,\nof two lines ü "),
+        data / "long.1.txt": ("another caption", "another caption"),
+        data / "short.txt": ("", "no longer silent"),
+    }
+    assert save_captions(config, edits) == (data / "long.txt", data / "short.txt")
+    assert captions(data)["long.mp4"] == ("a film,\nof two lines ü", "another caption")
+    assert captions(data)["short.mp4"] == ("no longer silent",)
+    assert not [*data.glob(".partial*")]
+
+
+def test_a_caption_that_changed_meanwhile_is_not_overwritten(data):
+    edits = {
+        data / "short.txt": ("the film short.mp4", "mine"),
+        data / "long.txt": ("as it was an hour ago", "mine"),
+    }
+    with pytest.raises(ValueError, match=r"changed meanwhile, to 'the film long\.mp4'"):
+        save_captions(config_for(data), edits)
+    assert captions(data)["short.mp4"] == ("the film short.mp4",)
+
+
+def test_only_captions_are_written(data):
+    elsewhere = data.parent / "elsewhere.txt"
+    with pytest.raises(ValueError, match="no caption of a clip"):
+        save_captions(config_for(data), {elsewhere: ("", "mine")})
+    assert not elsewhere.exists()
+
+
+def test_a_folder_that_is_gone(data):
+    config = config_for(data)
+    shutil.rmtree(data)
+    with pytest.raises(FileNotFoundError, match="nothing is at"):
+        Clips().find(config)
+    with pytest.raises(FileNotFoundError, match="nothing is at"):
+        save_captions(config, {data / "long.txt": ("the film long.mp4", "mine")})
+    assert not data.exists()
+
+
+def manifest(data):
+    path = data / "list.jsonl"
+    path.write_text(json.dumps({"video": "long.mp4", "caption": ["one", "two"]}))
+    return path
+
+
+def video_folder(data):
+    path = data / "sub" / "metadata.csv"
+    path.write_text("file_name,caption\nwide.mp4,one\n")
+    return data
+
+
+def dataset(data):
+    (data / "dataset_info.json").write_text("{}")
+    return data
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [(manifest, "list.jsonl"), (video_folder, "sub/metadata.csv"), (dataset, "dataset_info.json")],
+    ids=["manifest", "VideoFolder", "datasets"],
+)
+def test_captions_in_other_places_are_not_edited(data, make, named):
+    given = make(data)
+    assert named in why_fixed(str(given))
+    before = (data / "long.txt").read_text()
+    with pytest.raises(ValueError, match=named):
+        save_captions(config_for(given), {data / "long.txt": (before, "mine")})
+    assert (data / "long.txt").read_text() == before
+
+
+def test_captions_of_a_manifest_are_shown(data):
+    found = Clips().find(config_for(manifest(data)))
+    assert [(row.name, row.file, row.caption) for row in found.rows] == [
+        ("long.mp4", None, "one"),
+        ("long.mp4, caption 2", None, "two"),
+    ]
+
+
+def test_files_of_captions_agree_with_find_videos(data):
+    (data / "short.1.mp4").write_bytes((data / "short.mp4").read_bytes())
+    (data / "short.1.txt").write_text("the caption of short.1.mp4")
+    (data / "short.10.txt").write_text("ten")
+    (data / "short.9.txt").write_text("nine")
+    videos = videos_of(config_for(data))
+    held = {name: tuple(text for _, text in each) for name, each in caption_files(videos).items()}
+    assert held == {video.name: (video.caption, *video.more_captions) for video in videos}
+    assert held["short.mp4"] == ("the film short.mp4", "nine", "ten")
+
+
+def test_the_demo_model_is_causal():
+    from gen_accel.ui.train_clips import is_causal
+
+    assert is_causal(demo.NAME)

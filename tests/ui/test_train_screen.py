@@ -1,0 +1,259 @@
+"""The screen Train in a browser, by what a person does: real trainings of the demo model."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from gen_accel.cli import app
+from gen_accel.demo.clips import write_clips
+from gen_accel.lora.data import find_videos
+
+pytestmark = pytest.mark.slow
+
+SMALL = {
+    "rank": "2",
+    "stages": "9:500",
+    "loss_every": "2",
+    "held_out": "1",
+    "validate_every": "100",
+    "validation_prompts": "a red square moves right",
+}
+FOLDED = {"Keeping": {"validation_steps": "1"}, "Attention": {"dense_layers": "0"}}
+STAYS = 120_000  # milliseconds for what a busy machine takes
+
+
+@pytest.fixture(scope="module")
+def data(web_page):
+    """Two clips of nine frames, in a folder that the page may read."""
+    folder = web_page.out / "clips" / "few"
+    write_clips(folder, frames=9, count=2, size=48)
+    return folder
+
+
+@pytest.fixture
+def train(open_tab):
+    """Opens a tab on the screen."""
+
+    def opened(width=1280):
+        tab = open_tab(width)
+        tab.set_default_timeout(STAYS)
+        choose(tab)
+        return tab
+
+    return opened
+
+
+def choose(tab):
+    shown = tab.get_by_role("tab", name="Train", exact=True)
+    if shown.is_visible():
+        shown.click()
+    else:
+        tab.locator("#screens .overflow-menu button").first.click()
+        tab.locator("#screens .overflow-dropdown").get_by_text("Train", exact=True).click()
+    tab.wait_for_selector("#train-start")
+
+
+def field(tab, name):
+    return tab.locator(f"#train-{name.replace('_', '-')}").locator("textarea, input").first
+
+
+def enter(tab, **values):
+    for name, value in values.items():
+        field(tab, name).fill(value)
+
+
+def shown_yaml(tab):
+    """The YAML of the page, which shows a part of it at a time."""
+    return tab.evaluate(
+        "document.querySelector('#train-yaml .cm-content').cmTile?.view?.state.doc.toString() ?? "
+        "document.querySelector('#train-yaml .cm-content').cmView.view.state.doc.toString()"
+    )
+
+
+def wait_for_yaml(tab, **fields):
+    """Wait until the YAML says so; what it is then."""
+    for _ in range(STAYS // 200):
+        text = shown_yaml(tab)
+        try:
+            held = yaml.safe_load(text)
+        except yaml.YAMLError:
+            held = {}
+        if all(held.get(name) == value for name, value in fields.items()):
+            return text
+        tab.wait_for_timeout(200)
+    raise AssertionError(f"{fields} is not in {text}")
+
+
+def steps_of(out):
+    lines = (out / "metrics.jsonl").read_text().splitlines() if out.is_dir() else []
+    return [told["step"] for told in map(json.loads, lines) if "step" in told]
+
+
+def wait_for_steps(tab, out, count):
+    for _ in range(STAYS // 100):
+        if (out / "metrics.jsonl").is_file() and len(steps_of(out)) >= count:
+            return
+        tab.wait_for_timeout(100)
+    raise AssertionError(tab.inner_text("#train-progress") + tab.inner_text("#train-error"))
+
+
+def fill_small(tab, data, out):
+    enter(tab, data=str(data), out=str(out), height="48", width="48", **SMALL)
+    for group, values in FOLDED.items():
+        tab.locator("button.label-wrap", has_text=f"{group}:").click()
+        enter(tab, **values)
+    return wait_for_yaml(tab, out=str(out), rank=2, dense_layers=0, validation_steps=1)
+
+
+def test_a_caption_is_edited_into_its_file(train, data):
+    tab = train()
+    enter(tab, data=str(data), stages="9:2")
+    tab.click("#train-look")
+    tab.wait_for_selector("#train-clips img:visible")
+    assert "2 to train on, 1.1 s, of 2 found." in tab.inner_text("#train-found")
+    tab.locator('#train-clips [data-testid="cell-1-5"]:visible').dblclick()
+    tab.keyboard.press("Control+a")
+    tab.keyboard.insert_text("a caption of my own")
+    tab.keyboard.press("Enter")
+    tab.click("#train-save")
+    tab.wait_for_selector("#train-saved >> text=saved: 0001.txt")
+    assert (data / "0001.txt").read_text() == "a caption of my own\n"
+    assert [video.caption for video in find_videos(data)][1] == "a caption of my own"
+
+
+def test_yaml_equals_print_config_both_ways(train, data, web_page, tmp_path):
+    tab = train()
+    tab.locator("#train-preset label", has_text="style").click()
+    enter(tab, data=str(data), rank="4", learning_rate="0.0005")
+    text = wait_for_yaml(tab, rank=4, method="dense", learning_rate=0.0005, data=str(data))
+    out = str(web_page.out.resolve() / "trainings" / "lora")
+    flags = {"model": "demo", "preset": "style", "data": data, "out": out, "rank": 4}
+    flags |= {"height": 96, "width": 96, "learning-rate": 5e-4}
+    given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    printed = CliRunner().invoke(app, ["train", "--print-config", *given])
+    assert f"{text.strip()}\n" == printed.stdout
+    file = tmp_path / "mine.yaml"
+    file.write_text(text.replace("rank: 4 ", "rank: 5 "))
+    with tab.expect_file_chooser() as chosen:
+        tab.click("#train-load")
+    chosen.value.set_files(file)
+    assert wait_for_yaml(tab, rank=5) == text.replace("rank: 4 ", "rank: 5 ")
+    assert field(tab, "rank").input_value() == "5"
+    tab.locator("#train-yaml .cm-content").click()
+    tab.keyboard.press("Control+a")
+    tab.keyboard.insert_text("rank: 6\nmodel: demo\n")
+    field(tab, "out").focus()
+    tab.wait_for_function("document.querySelector('#train-rank input').value == '6'")
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"rank": "-1"}, "rank must not be negative, got -1"),
+        ({"fps": "fast"}, "fps must be float or none, got 'fast'; such as fps: 16.0"),
+    ],
+    ids=["range", "type"],
+)
+def test_a_bad_value_is_a_sentence(train, fields, sentence):
+    tab = train()
+    enter(tab, **fields)
+    tab.wait_for_selector(f"#train-config-error >> text={sentence}")
+    tab.click("#train-start")
+    tab.wait_for_selector(f"#train-error >> text={sentence}")
+    assert tab.query_selector("#train-progress [data-job]") is None
+
+
+def test_a_folder_that_is_gone_is_a_sentence(train, web_page, data):
+    gone = shutil.copytree(data, web_page.out / "clips" / "gone")
+    tab = train()
+    enter(tab, data=str(gone), stages="9:2")
+    tab.click("#train-look")
+    tab.wait_for_selector("#train-clips img:visible")
+    shutil.rmtree(gone)
+    for button, place in (("look", "clips-error"), ("save", "clips-error"), ("start", "error")):
+        tab.click(f"#train-{button}")
+        tab.wait_for_selector(f"#train-{place} >> text=nothing")
+    enter(tab, data="/etc")
+    tab.click("#train-look")
+    tab.wait_for_selector("#train-clips-error >> text=is not a file of this page")
+
+
+def test_plan_and_dry_run(train, data):
+    tab = train()
+    enter(tab, data=str(data), stages="9:2")
+    tab.click("#train-plan")
+    tab.wait_for_selector("#train-plan-told table")
+    told = tab.inner_text("#train-plan-told")
+    assert "NVIDIA GeForce RTX 4090" in told
+    assert "fits" in told
+    assert "one block at work" in told
+    tab.click("#train-dry-run")
+    tab.wait_for_selector("#train-plan-told >> text=2 steps on a tiny model, losses")
+
+
+def test_start_stop_resume(train, web_page, data):
+    out = web_page.out.resolve() / "trainings" / "small"
+    tab = train()
+    fill_small(tab, data, out)
+    tab.click("#train-start")
+    wait_for_steps(tab, out, 2)
+    other = train()  # whose run of the same folder is refused while this one holds it
+    enter(other, data=str(data), out=str(out))
+    other.click("#train-start")
+    other.wait_for_selector("#train-error >> text=is in use by process")
+    tab.wait_for_selector("#train-loss canvas, #train-loss svg")
+    tab.reload()
+    choose(tab)
+    tab.click("#train-stop")
+    tab.wait_for_selector("#train-progress [data-state=stopped]")
+    done = len(steps_of(out))
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+    tab.wait_for_selector(f"#train-state >> text=Resume goes on after step {done}")
+    assert field(tab, "stages").input_value() == "9:500"  # the settings came back
+
+    enter(tab, stages=f"9:{done + 2}")
+    wait_for_yaml(tab, stages=[f"9:{done + 2}"])
+    tab.click("#train-resume")
+    tab.wait_for_selector("#train-progress [data-state=done]")
+    assert steps_of(out) == list(range(done + 2))
+    assert not other.query_selector("#train-progress [data-state=done]")
+    tab.wait_for_selector("#train-use")
+    for name in ("loss", "fixed-loss", "rate"):
+        tab.wait_for_selector(f"#train-{name} canvas, #train-{name} svg")
+    sampled = tab.locator("#train-samples figure")
+    assert (
+        f"step {done + 2}, beside step 0: a red square moves right" in sampled.first.inner_text()
+    )
+    length = "document.querySelector('#train-samples video').duration"
+    tab.wait_for_function(f"{length} > 0")
+    assert f"--from-lora {out / 'lora'}" in tab.inner_text("#train-result")
+    link = tab.get_attribute("#train-report", "href")
+    answer = tab.request.get(f"{web_page.url}/{link}")
+    assert answer.ok
+    assert answer.headers["content-type"].startswith("text/html")
+    assert answer.headers["content-disposition"].startswith("inline")
+    assert "Training of small" in answer.text()
+
+    tab.click("#train-use")
+    tab.wait_for_function(
+        f"document.querySelector('#gen-from-lora textarea').value == '{out / 'lora'}'"
+    )
+    third = train()  # opens what another tab trained
+    third.click("#train-runs input")
+    third.get_by_role("option", name="small").click()
+    third.wait_for_selector("#train-state >> text=the result is")
+    assert field(third, "stages").input_value() == f"9:{done + 2}"
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_it_fits_the_window(train, width):
+    tab = train(width)
+    for name in ("look", "start", "resume", "plan", "load"):
+        tab.locator(f"#train-{name}").first.scroll_into_view_if_needed()
+        box = tab.locator(f"#train-{name}").first.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
