@@ -27,7 +27,7 @@ FLOORS = (
     ("pipelines",),
     ("demo",),
     ("lora",),
-    ("cli",),
+    ("cli", "ui"),
 )
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 # Fronts and signs, which lead to every floor and belong to none.

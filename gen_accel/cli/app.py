@@ -57,10 +57,23 @@ class OneLineErrors(TyperGroup):
         raise _ended(message, BAD_INPUT)
 
 
-def _ended(message: str, status: int) -> typer.Exit:
+class Ended(typer.Exit):
+    """The exit of a verb that ended with an error.
+
+    Args:
+        message: the error in one line.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(status)
+        self.message = message
+
+
+def _ended(message: str, status: int) -> Ended:
     """Print the one line of an error, and make the exit with this status."""
-    typer.echo(f"error: {_line(message)}", err=True)
-    return typer.Exit(status)
+    line = _line(message)
+    typer.echo(f"error: {line}", err=True)
+    return Ended(line, status)
 
 
 def _refusal(error: Exception) -> str | None:

@@ -29,7 +29,7 @@ def techniques(
         str | None,
         typer.Option(
             metavar="TECHNIQUE[,TECHNIQUE]",
-            help="What is chosen already, as for `gen-accel generate`: says what goes with it, and "
+            help="What is chosen already, as for `gen-accel generate`: says what goes with it and "
             "what it does.",
         ),
     ] = None,

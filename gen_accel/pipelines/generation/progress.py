@@ -1,12 +1,13 @@
 """Progress on stderr: bars with the remaining time, or occasional lines without a terminal, as in
-the log of a job."""
+the log of a job. A program that shows it otherwise is told of each step by `heard_by`."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from operator import length_hint
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,39 @@ if TYPE_CHECKING:
 EVERY = 10.0  # seconds between two lines of a task
 
 Tick = Callable[[int, int], None]  # takes the number of steps or frames done, and their total
+
+
+class Update(NamedTuple):
+    """What a task has come to.
+
+    Args:
+        task: its number in its bar.
+        words: what it is.
+        done, total: steps, frames or whatever `unit` says; a total of None is not known.
+        left: seconds that remain, where the task itself knows.
+    """
+
+    task: int
+    words: str
+    done: float = 0
+    total: float | None = None
+    unit: str = ""
+    left: float | None = None
+
+
+Listener = Callable[[Update], None]
+
+_LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def heard_by(listener: Listener) -> Iterator[None]:
+    """Tell `listener` of the progress that is made inside, in the place of stderr."""
+    before = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(before)
 
 
 def progress_bar(*, units: bool = False) -> "Progress":
@@ -50,6 +84,8 @@ def progress_bar(*, units: bool = False) -> "Progress":
             return Text(str(left), style="progress.remaining")
 
     console = Console(stderr=True)
+    if (listener := _LISTENER.get()) is not None:
+        return _told(console, listener)
     if not (console.is_terminal or console.is_jupyter):
         return _lines(console)
     return Progress(
@@ -64,16 +100,16 @@ def progress_bar(*, units: bool = False) -> "Progress":
     )
 
 
-def _lines(console: Any) -> "Progress":
-    """Make a `Progress` that prints lines."""
+def _silent(console: Any) -> type["Progress"]:
+    """Make the class of a `Progress` without a display, whose `tell` hears of each step."""
     from rich.progress import Progress, TaskID
 
-    class Lines(Progress):
+    class Silent(Progress):
         def __init__(self) -> None:
             super().__init__(console=console, disable=True)
-            # When, how much was done, and what was said of it.
-            self._said: dict[TaskID, tuple[float, float, str]] = {}
-            self._begun: dict[TaskID, float] = {}  # how much was done before this run
+
+        def tell(self, task_id: TaskID, at_once: bool = False) -> None:
+            raise NotImplementedError
 
         def track(
             self,
@@ -93,15 +129,54 @@ def _lines(console: Any) -> "Progress":
                 self.advance(task_id)
 
         def update(self, task_id: TaskID, *, at_once: bool = False, **fields: Any) -> None:
-            self._begun.setdefault(task_id, self._tasks[task_id].completed)
             super().update(task_id, **fields)
-            self._say(task_id, at_once)
+            self.tell(task_id, at_once)
 
         def advance(self, task_id: TaskID, advance: float = 1) -> None:
             super().advance(task_id, advance)
-            self._say(task_id)
+            self.tell(task_id)
 
-        def _say(self, task_id: TaskID, at_once: bool = False) -> None:
+    return Silent
+
+
+def _told(console: Any, listener: Listener) -> "Progress":
+    """Make a `Progress` that tells a listener."""
+    silent: Any = _silent(console)
+
+    class Told(silent):
+        def add_task(self, description: str, *args: Any, **options: Any) -> Any:
+            task_id = super().add_task(description, *args, **options)
+            self.tell(task_id)
+            return task_id
+
+        def tell(self, task_id: Any, at_once: bool = False) -> None:
+            task = self._tasks[task_id]
+            unit, left = task.fields.get("unit", ""), task.fields.get("left")
+            listener(
+                Update(int(task_id), task.description, task.completed, task.total, unit, left)
+            )
+
+    return Told()
+
+
+def _lines(console: Any) -> "Progress":
+    """Make a `Progress` that prints lines."""
+    from rich.progress import TaskID
+
+    silent: Any = _silent(console)
+
+    class Lines(silent):
+        def __init__(self) -> None:
+            super().__init__()
+            # When, how much was done, and what was said of it.
+            self._said: dict[TaskID, tuple[float, float, str]] = {}
+            self._begun: dict[TaskID, float] = {}  # how much was done before this run
+
+        def update(self, task_id: TaskID, *, at_once: bool = False, **fields: Any) -> None:
+            self._begun.setdefault(task_id, self._tasks[task_id].completed)
+            super().update(task_id, at_once=at_once, **fields)
+
+        def tell(self, task_id: TaskID, at_once: bool = False) -> None:
             task, now = self._tasks[task_id], time.monotonic()
             when, done, words = self._said.get(task_id, (-EVERY, -1.0, ""))
             is_new = task.completed != done
@@ -140,6 +215,10 @@ def _line(task: Any, begun: float) -> str:
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Say on stderr what the next seconds are spent on, with a clock where there is a terminal."""
+    if (listener := _LISTENER.get()) is not None:
+        listener(Update(-1, what))
+        yield
+        return
     with needed_for("a progress bar", extra="video"):
         from rich.console import Console
     console = Console(stderr=True)

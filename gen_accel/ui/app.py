@@ -1,0 +1,170 @@
+"""The page as a whole, and the server that it comes from."""
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from gen_accel.demo import NAME
+from gen_accel.extras import needed_for
+from gen_accel.ui.jobs import Store
+from gen_accel.ui.places import Places
+from gen_accel.ui.process import COMMAND
+
+UPLOADS = "uploads"
+STYLE = Path(__file__).with_name("style.css")
+# A browser's name for each of its tabs, kept while the tab is open.
+NAME_OF_TAB = """() => {
+  let name = sessionStorage.getItem('gen-accel-tab');
+  if (!name) {
+    name = crypto.getRandomValues(new Uint32Array(2)).join('-');
+    sessionStorage.setItem('gen-accel-tab', name);
+  }
+  return name;
+}"""
+
+
+class Server:
+    """What `gen-accel ui` and `gen-accel serve` run: a queue, and the application around it.
+
+    Args:
+        out: output folder; all is written there.
+        models: to choose from, besides "demo".
+        allow: further folders that may be read.
+        page: whether it has a page, or the HTTP interface alone.
+        host: that it will be bound to.
+        share: whether it will be reached by another name too.
+        command: starts a worker process.
+
+    Raises:
+        ModuleNotFoundError: the extra is not installed.
+        OSError: `out` cannot be used, or another server has it.
+        ValueError: a model that is neither a folder nor a name on the hub.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        models: Sequence[str] = (),
+        allow: Sequence[Path] = (),
+        page: bool = True,
+        host: str = "127.0.0.1",
+        share: bool = False,
+        command: Sequence[str] = COMMAND,
+    ) -> None:
+        folder = Store(out).folder
+        (folder / UPLOADS).mkdir(exist_ok=True)
+        # Read by gradio alone, which says nothing to anybody and keeps uploads with the rest.
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        os.environ["GRADIO_TEMP_DIR"] = str(folder / UPLOADS)
+        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+        with needed_for("the web page", extra="ui"):
+            import gradio  # noqa: F401
+            from fastapi import FastAPI
+        from gen_accel.ui.files import OwnPages, add_files
+        from gen_accel.ui.questions import Questions
+        from gen_accel.ui.queue import Queue
+
+        local = [model for model in models if Path(model).expanduser().exists()]
+        self.places = Places(folder, [*local, *allow])
+        self.models = (NAME, *dict.fromkeys(model for model in models if model != NAME))
+        self.queue = Queue(folder, command=command, check=self.places.check)
+        self.questions = Questions(folder / "questions.log", command)
+        self.app: Any = FastAPI(title="gen_accel", docs_url=None, redoc_url=None)
+        self.app.add_middleware(OwnPages, host=host, shared=share)
+        add_files(self.app, self.queue)
+        if page:
+            self._add_page()
+
+    def _add_page(self) -> None:
+        import gradio as gr
+
+        from gen_accel.ui import queue_table
+        from gen_accel.ui.page import Page
+        from gen_accel.ui.screens import SCREENS
+        from gen_accel.ui.theme import theme
+
+        with gr.Blocks(title="gen_accel", analytics_enabled=False, fill_width=True) as blocks:
+            tab = gr.Textbox(visible="hidden", elem_id="tab")
+            timer = gr.Timer(1.0)
+            page = Page(self.queue, self.questions, self.places, self.models, tab, timer)
+            gr.HTML('<h1 class="ga-title">gen_accel</h1>')
+            with gr.Tabs(elem_id="screens"):
+                for screen in SCREENS:
+                    with gr.Tab(screen.name):
+                        screen.build(page)
+            queue_table.build(page)
+            blocks.load(lambda name: name, [tab], [tab], js=NAME_OF_TAB, api_visibility="private")
+        gr.mount_gradio_app(
+            self.app,
+            blocks,
+            path="/",
+            theme=theme(),
+            css_paths=STYLE,
+            footer_links=[],
+            show_error=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+        )
+
+    def __enter__(self) -> "Server":
+        self.queue.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.queue.close()
+        self.questions.close()
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """Open the socket of a server.
+
+    Raises OSError, in one sentence with the fix, for a port that is taken or an address that is
+    not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if sys.platform != "win32":
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((host, port))
+        found.listen(128)
+    except PermissionError:
+        found.close()
+        raise OSError(f"port {port} is for administrators: give --port 7860 or another") from None
+    except socket.gaierror:
+        found.close()
+        raise OSError(f"{host} is no address of this machine: give --host 127.0.0.1") from None
+    except OSError as error:
+        found.close()
+        if error.errno == 99 or "assign" in str(error):
+            raise OSError(f"{host} is no address of this machine: give --host 127.0.0.1") from None
+        raise OSError(
+            f"port {port} of {host} is taken, perhaps by another page: give --port {port + 1}, or "
+            "end what has it"
+        ) from None
+    return found
+
+
+def address(host: str, port: int) -> str:
+    """Address of a page for a browser on this machine."""
+    name = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}"
+
+
+def run(server: Server, bound: socket.socket) -> None:
+    """Serve until Ctrl-C or SIGTERM."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=2
+    )
+    with ExitStack() as stack:
+        stack.enter_context(server)
+        stack.callback(bound.close)
+        uvicorn.Server(config).run(sockets=[bound])

@@ -1,0 +1,64 @@
+"""Files of jobs over HTTP, and the requests that a server takes."""
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import FileResponse, PlainTextResponse
+
+from gen_accel.ui.jobs import RECORD
+from gen_accel.ui.queue import Queue
+
+HERE = ("127.0.0.1", "localhost", "::1")
+
+
+def add_files(app: FastAPI, queue: Queue) -> None:
+    """Serve the files in a job's folder at `/jobs/ID/NAME`, and no others."""
+
+    @app.get("/jobs/{job}/{name:path}", include_in_schema=False)
+    def file(job: str, name: str, download: bool = False) -> FileResponse:
+        path = file_of(queue, job, name)
+        if path is None:
+            raise HTTPException(404, "there is no such file")
+        shown = path.name if download else None
+        return FileResponse(path, filename=shown)
+
+
+def file_of(queue: Queue, job: str, name: str) -> Path | None:
+    """Path of a file in a job's folder, with no link in it that leads elsewhere; None where there
+    is none."""
+    try:
+        place = queue.store.place(queue.job(job)).resolve()
+        path = (place / name).resolve()
+    except (KeyError, OSError, ValueError, RuntimeError):
+        return None
+    inside = path.is_relative_to(place) and path.name != RECORD and path.is_file()
+    return path if inside else None
+
+
+class OwnPages:
+    """Middleware that refuses what pages of other sites ask for.
+
+    A server on this machine alone takes requests that name this machine, so that no site can
+    lead its own name to it. Where a browser says which page asks, it must be one of this server.
+
+    Args:
+        host: that the server binds to.
+        shared: whether the page is reached by another name too.
+    """
+
+    def __init__(self, app: Any, *, host: str, shared: bool) -> None:
+        self.app, self.local, self.shared = app, host in HERE, shared
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] in ("http", "websocket"):
+            request = Request({**scope, "type": "http"})
+            host, origin = request.headers.get("host", ""), request.headers.get("origin")
+            name = urlsplit(f"//{host}").hostname
+            foreign = origin is not None and urlsplit(origin).netloc != host
+            if not self.shared and (foreign or (self.local and name not in HERE)):
+                answer = PlainTextResponse("not from this server's own pages", 403)
+                await answer(scope, receive, send)
+                return
+        await self.app(scope, receive, send)

@@ -1,0 +1,146 @@
+"""A worker process seen from the server: start, order, listen, stop."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+
+# What the worker imports before its first order, so that it waits for none.
+READY = ("gen_accel.pipelines.generation.generate",)
+COMMAND = (sys.executable, "-m", "gen_accel.ui.worker", *READY)
+
+
+class WorkerDied(Exception):
+    """The worker ended without an answer; its text is a sentence for people."""
+
+
+class WorkerProcess:
+    """A worker that is started when it is needed, and anew after it died.
+
+    Args:
+        log: file that takes what the worker prints; written anew by each worker.
+        command: starts the process.
+    """
+
+    def __init__(self, log: Path, command: Sequence[str] = COMMAND) -> None:
+        self._log, self._command = log, [*command]
+        self._process: subprocess.Popen[str] | None = None
+        self._number, self._lock = 0, threading.Lock()
+
+    def start(self) -> None:
+        """Start the process, if none runs. Raises OSError where that fails."""
+        with self._lock:
+            self._started()
+
+    def run(self, arguments: Sequence[str], listen: Callable[[Event], None]) -> Event:
+        """Run a command line.
+
+        Args:
+            listen: takes each event until the end.
+
+        Returns:
+            The event of the end: `code`, `error`, `said`.
+
+        Raises:
+            WorkerDied: the process was killed, or could not be started.
+        """
+        try:
+            with self._lock:
+                process = self._started()
+                self._number += 1
+                self._write(process, {"run": self._number, "arguments": [*arguments]})
+        except OSError as error:
+            raise WorkerDied(f"the process that runs jobs cannot be started: {error}") from error
+        assert process.stdout is not None
+        for line in process.stdout:
+            event = _parsed(line)
+            if event.get("ended") == self._number:
+                return event
+            if self._number in (event.get("progress"), event.get("said")):
+                listen(event)
+        raise WorkerDied(_ending(process.wait()))
+
+    def stop(self) -> None:
+        """Ask what runs to end, as Ctrl-C does."""
+        process = self._process
+        if process is not None:
+            with self._lock, suppress(OSError, ValueError):
+                self._write(process, {"stop": self._number})
+
+    def kill(self) -> None:
+        process = self._process
+        if process is not None:
+            process.kill()
+
+    def retire(self) -> None:
+        """End an idle process. The next order starts a fresh one."""
+        self.close(seconds=0.0)
+
+    def close(self, seconds: float = 10.0) -> None:
+        """End the process: what runs is stopped, and killed after some seconds."""
+        with self._lock:
+            process, self._process = self._process, None
+        if process is None:
+            return
+        with suppress(OSError):
+            assert process.stdin is not None
+            process.stdin.close()
+        if seconds > 0:
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        else:
+            process.kill()
+        process.wait()
+
+    def _started(self) -> "subprocess.Popen[str]":
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            log: Any = self._log.open("w", encoding="utf-8")
+        except OSError:  # a full disk: it runs without a log
+            log = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        with log:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                encoding="utf-8",
+                start_new_session=True,  # Ctrl-C on the server is not for the worker
+            )
+        return self._process
+
+    def _write(self, process: "subprocess.Popen[str]", order: Event) -> None:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.flush()
+
+
+def _parsed(line: str) -> Event:
+    try:
+        event = json.loads(line)
+    except ValueError:  # the half of a line that a killed process leaves
+        return {}
+    return event if isinstance(event, dict) else {}
+
+
+def _ending(status: int) -> str:
+    """Say how a worker ended that should not have."""
+    if status == -9:
+        return (
+            "the process was killed, most likely as memory ran out: ask for fewer frames, fewer "
+            "pixels or a smaller model"
+        )
+    how = f"by signal {-status}" if status < 0 else f"with status {status}"
+    return f"the process ended {how} in the middle of the work; worker.log has what it printed"

@@ -1,0 +1,363 @@
+"""The queue: jobs one at a time, in a worker process, in the order that they came."""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from gen_accel.cli.app import INTERRUPTED as EXIT_OF_CTRL_C
+from gen_accel.files import clear_partial
+from gen_accel.owners import locked
+from gen_accel.ui.jobs import (
+    DONE,
+    FAILED,
+    GIVEN,
+    HERE,
+    INTERRUPTED,
+    RUNNING,
+    STOPPED,
+    WAITING,
+    Job,
+    Progress,
+    Store,
+)
+from gen_accel.ui.process import COMMAND, Event, WorkerDied, WorkerProcess
+from gen_accel.ui.verbs import arguments
+
+GRACE = 60.0  # seconds that a job has to end after it was stopped, before it is killed
+MOST_NOTES = 20  # lines that a job says beside, of which the last are kept
+
+
+class Queue:
+    """Jobs of one output folder.
+
+    A job that ends well, fails or is stopped leaves the next to begin. State that changes is held
+    under a lock, and jobs are handed out as frozen snapshots.
+
+    Args:
+        folder: holds a folder for each job; see `jobs.Store`.
+        command: starts the worker process.
+        check: refuses, by a ValueError, a verb with options that this server does not run.
+        grace: see `GRACE`.
+
+    Raises:
+        OSError: the folder cannot be made.
+        BlockingIOError: another server has the folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        command: Sequence[str] = COMMAND,
+        check: Callable[[str, Mapping[str, Any]], None] = lambda verb, options: None,
+        grace: float = GRACE,
+    ) -> None:
+        self.store = Store(folder)
+        self._check, self._grace = check, grace
+        self._lock = locked(self.store.folder)
+        self._lock.__enter__()
+        self._changed = threading.Condition()
+        self._jobs = {job.id: job for job in self.store.read()}
+        self._stopped: set[str] = set()
+        self._closed = False
+        self.trouble = ""  # why the queue is not on disk as it is here; one sentence
+        self.worker = WorkerProcess(self.store.folder / "worker.log", command)
+        for job in self._jobs.values():
+            if job.state == INTERRUPTED:
+                self._clear(job)
+                self._save(job)
+        self._thread = threading.Thread(target=self._serve, name="queue", daemon=True)
+
+    def start(self) -> None:
+        """Begin to run jobs, and start the worker."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop what runs, and end the worker. A running job is interrupted."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self.worker.close()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._lock.__exit__(None, None, None)
+
+    def submit(
+        self,
+        verb: str,
+        options: Mapping[str, Any],
+        *,
+        title: str = "",
+        tab: str = "",
+        kind: str = "",
+        about: Mapping[str, Any] | None = None,
+        given: Mapping[str, str | Path | None] | None = None,
+    ) -> Job:
+        """Add a job to the end of the queue.
+
+        Args:
+            options: as a file of --config holds them. "{job}" in a value is the job's own folder,
+                which is where a verb should write to.
+            given: files by option, which are copied into the job's folder and named there.
+
+        Raises:
+            ValueError: a verb or options that are unknown, or that this server does not run.
+            OSError: a file that is not there, or no room for the job.
+        """
+        job = self.store.new(verb, {}, title=title, tab=tab, kind=kind, about=dict(about or {}))
+        try:
+            place = self.store.place(job)
+            told = {name: _placed(value, place) for name, value in options.items()}
+            told |= _copied(given or {}, place / GIVEN)
+            arguments(verb, told)
+            self._check(verb, told)
+            job = replace(job, options=told)
+            self.store.write(job)
+        except BaseException:
+            self.store.remove(job)
+            raise
+        with self._changed:
+            self._jobs[job.id] = job
+            self._changed.notify_all()
+        return job
+
+    def again(self, name: str, *, tab: str = "") -> Job:
+        """Queue a job anew, with the same options in a folder of its own."""
+        job = self.job(name)
+        old = self.store.place(job)
+        new = self.store.new(
+            job.verb, {}, title=job.title, tab=tab or job.tab, kind=job.kind, about=job.about
+        )
+        place = self.store.place(new)
+        try:
+            if (old / GIVEN).is_dir():
+                shutil.copytree(old / GIVEN, place / GIVEN)
+            new = replace(new, options=_moved(job.options, str(old), str(place)))
+            self.store.write(new)
+        except BaseException:
+            self.store.remove(new)
+            raise
+        with self._changed:
+            self._jobs[new.id] = new
+            self._changed.notify_all()
+        return new
+
+    def cancel(self, name: str) -> None:
+        """Remove a waiting job; stop a running one. Of one that has ended, nothing changes."""
+        with self._changed:
+            job = self._jobs.get(name)
+            if job is None or not job.is_live:
+                return
+            if job.state == WAITING:
+                del self._jobs[name]
+                self.store.remove(job)
+                self._changed.notify_all()
+                return
+            self._stopped.add(name)
+        self.worker.stop()
+        timer = threading.Timer(self._grace, self._kill, [name])
+        timer.daemon = True
+        timer.start()
+
+    def remove(self, name: str) -> None:
+        """Remove a job that has ended, with its files; cancel one that has not."""
+        with self._changed:
+            job = self._jobs.get(name)
+            if job is not None and not job.is_live:
+                del self._jobs[name]
+                self.store.remove(job)
+                self._changed.notify_all()
+                return
+        self.cancel(name)
+
+    def job(self, name: str) -> Job:
+        """Return a job as it is now. Raises KeyError where there is none of that name."""
+        with self._changed:
+            return self._jobs[name]
+
+    def jobs(self) -> list[Job]:
+        """Return all jobs as they are now, by age."""
+        with self._changed:
+            return [*self._jobs.values()]
+
+    def wait(self, name: str, seconds: float) -> Job:
+        """Wait until a job has ended, or some seconds are over; the job as it is then."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._jobs[name].is_live, seconds)
+            return self._jobs[name]
+
+    def position(self, name: str) -> int:
+        """Count the jobs before a waiting one, the running one among them."""
+        live = [job.id for job in self.jobs() if job.is_live]
+        return live.index(name) if name in live else 0
+
+    def left(self, name: str) -> float | None:
+        """Seconds until a live job ends, as far as they are known: what the running one says of
+        itself, and for waiting ones how long such jobs took before."""
+        live = [job for job in self.jobs() if job.is_live]
+        total = 0.0
+        for job in live:
+            seconds = job.progress.left if job.state == RUNNING else self._usual(job)
+            if seconds is None:
+                return None
+            total += seconds
+            if job.id == name:
+                return total
+        return None
+
+    def _usual(self, job: Job) -> float | None:
+        took = [
+            one.seconds
+            for one in self.jobs()
+            if one.state == DONE and one.verb == job.verb and _size(one) == _size(job)
+        ]
+        known = [seconds for seconds in took if seconds is not None]
+        return median(known) if known else None
+
+    def _serve(self) -> None:
+        with suppress(OSError):  # the first job says it
+            self.worker.start()
+        while (job := self._next()) is not None:
+            self._run(job)
+
+    def _next(self) -> Job | None:
+        def waiting() -> Job | None:
+            return next((job for job in self._jobs.values() if job.state == WAITING), None)
+
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or waiting() is not None)
+            job = waiting()
+            if self._closed or job is None:
+                return None
+            return self._change(job.id, state=RUNNING, started=time.time())
+
+    def _run(self, job: Job) -> None:
+        heard = _Heard(self, job.id)
+        try:
+            ended = self.worker.run(arguments(job.verb, job.options), heard)
+            code, error, said = ended["code"], ended["error"] or "", ended["said"]
+        except WorkerDied as died:
+            code, error, said = -1, str(died), ""
+        except ValueError as wrong:  # a record that an earlier version wrote
+            code, error, said = -1, str(wrong), ""
+        with self._changed:
+            stopped = job.id in self._stopped
+            self._stopped.discard(job.id)
+            closed = self._closed
+        if code == 0:
+            state, error = DONE, ""
+        elif stopped:
+            state, error = STOPPED, ""
+        elif closed:
+            state, error = INTERRUPTED, "the server ended while this ran: queue it again"
+        else:
+            state = FAILED
+            error = error or (
+                "interrupted" if code == EXIT_OF_CTRL_C else f"ended with status {code}"
+            )
+        if state != DONE:
+            self._clear(job)
+        if state == STOPPED and not closed:
+            self.worker.retire()  # an interrupt may have left something half imported
+            with suppress(OSError):
+                self.worker.start()
+        with self._changed:
+            self._change(
+                job.id, state=state, ended=time.time(), error=error, said=said, progress=Progress()
+            )
+            self._changed.notify_all()
+
+    def _change(self, name: str, **changed: Any) -> Job:
+        """Change a job, and its record where more than the progress did; under the lock."""
+        job = self._jobs[name] = replace(self._jobs[name], **changed)
+        if {*changed} - {"progress"}:
+            self._save(job)
+        return job
+
+    def _save(self, job: Job) -> None:
+        try:
+            self.store.write(job)
+            self.trouble = ""
+        except OSError as error:
+            self.trouble = f"the queue is not saved: {error}"
+
+    def _clear(self, job: Job) -> None:
+        with suppress(OSError):
+            clear_partial(self.store.place(job), alone=True)
+            self.store.clear(job)
+
+    def _kill(self, name: str) -> None:
+        with self._changed:
+            job = self._jobs.get(name)
+            late = job is not None and job.state == RUNNING
+        if late:
+            self.worker.kill()
+
+
+class _Heard:
+    """What a running job tells, kept in the queue."""
+
+    def __init__(self, queue: Queue, name: str) -> None:
+        self._queue, self._name = queue, name
+        self._began: dict[int, tuple[float, float]] = {}  # when, and how much was done then
+
+    def __call__(self, event: Event) -> None:
+        queue = self._queue
+        with queue._changed:
+            if "said" in event:
+                notes = (*queue._jobs[self._name].notes, event["line"])[-MOST_NOTES:]
+                queue._jobs[self._name] = replace(queue._jobs[self._name], notes=notes)
+                return
+            queue._change(self._name, progress=self._progress(event))
+            queue._changed.notify_all()
+
+    def _progress(self, event: Event) -> Progress:
+        now, done, total = time.monotonic(), event["done"], event["total"]
+        when, before = self._began.setdefault(event["task"], (now, done))
+        if done < before:  # a video that is denoised in parts
+            self._began[event["task"]] = when, before = now, done
+        left = event["left"]
+        if left is None and total is not None and done > before:
+            left = (now - when) / (done - before) * (total - done)
+        return Progress(event["words"], done, total, event["unit"], left)
+
+
+def _size(job: Job) -> tuple[Any, ...]:
+    """What the seconds of a job depend on most."""
+    names = ("model", "frames", "height", "width", "steps", "method", "compare")
+    return tuple(str(job.options.get(name)) for name in names)
+
+
+def _placed(value: Any, place: Path) -> Any:
+    if isinstance(value, list | tuple):
+        return [_placed(one, place) for one in value]
+    return value.replace(HERE, str(place)) if isinstance(value, str) else value
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _moved(one, old, new) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_moved(one, old, new) for one in value]
+    if isinstance(value, str) and (value == old or value.startswith(f"{old}/")):
+        return new + value[len(old) :]
+    return value
+
+
+def _copied(given: Mapping[str, str | Path | None], folder: Path) -> dict[str, str]:
+    """Copy files into a folder, each under the name of its option; their new places."""
+    found = {}
+    for name, file in given.items():
+        if file is None:
+            continue
+        folder.mkdir(exist_ok=True)
+        target = folder / f"{name}{Path(file).suffix.lower()}"
+        shutil.copyfile(file, target)
+        found[name] = str(target)
+    return found

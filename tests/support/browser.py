@@ -1,0 +1,138 @@
+"""A page on a free port, and headless Chromium on it.
+
+The fixtures are those of tests/ui/conftest.py. One server and one browser serve all tests of a
+module; each test gets a tab of its own.
+"""
+
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+SECONDS = 60.0  # that a browser waits for what a test expects
+
+
+@dataclass(frozen=True)
+class WebPage:
+    """A running server.
+
+    Args:
+        url: of the page.
+        out: its output folder.
+        server: `gen_accel.ui.app.Server`.
+    """
+
+    url: str
+    out: Path
+    server: Any
+
+
+@contextmanager
+def serving(out: Path, **options: Any) -> Iterator[WebPage]:
+    """Run a server in a thread of this process, and its worker in one of its own.
+
+    Args:
+        options: of `gen_accel.ui.app.Server`.
+    """
+    pytest.importorskip("gradio", reason='needs gradio: pip install "gen_accel[ui]"')
+    import uvicorn
+
+    from gen_accel.ui.app import Server
+
+    before = {name: os.environ.get(name) for name in os.environ | {"GRADIO_TEMP_DIR": ""}}
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    with Server(out, **options) as server:
+        config = uvicorn.Config(
+            server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=1
+        )
+        running = uvicorn.Server(config)
+        thread = threading.Thread(target=running.run, args=([bound],), daemon=True)
+        thread.start()
+        until = time.monotonic() + SECONDS
+        while not running.started:
+            assert time.monotonic() < until
+            assert thread.is_alive()
+            time.sleep(0.02)
+        try:
+            yield WebPage(f"http://127.0.0.1:{bound.getsockname()[1]}", out, server)
+        finally:
+            running.should_exit = True
+            thread.join(SECONDS)
+            bound.close()
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """Start a browser; skip where there is none."""
+    pytest.importorskip("playwright", reason="needs playwright: pip install playwright")
+    from playwright.sync_api import sync_playwright
+
+    path = next((one for one in CHROMIUM if shutil.which(one)), None)
+    if path is None:
+        pytest.skip("needs a browser: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=[*FLAGS])
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@pytest.fixture(scope="module")
+def web_page(tmp_path_factory):
+    """A server with an output folder of its own."""
+    with serving(tmp_path_factory.mktemp("ui")) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture
+def open_tab(web_page, browser):
+    """Opens a tab on the page, of some width. What its console says of errors fails the test."""
+    errors: list[str] = []
+    contexts = []
+
+    def opened(width: int = 1280, height: int = 900) -> Any:
+        context = browser.new_context(viewport={"width": width, "height": height})
+        contexts.append(context)
+        tab = context.new_page()
+        tab.set_default_timeout(1000 * SECONDS)
+        tab.on("console", lambda one: errors.append(one.text) if one.type == "error" else None)
+        tab.on("pageerror", lambda one: errors.append(str(one)))
+        tab.goto(web_page.url)
+        tab.wait_for_selector("#screens button[role=tab]")
+        return tab
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert errors == []
+
+
+@pytest.fixture
+def browser_page(open_tab):
+    return open_tab()
