@@ -136,7 +136,7 @@ def build(page: Page) -> None:
         chart = gr.LinePlot(
             x="frame",
             y="PSNR (dB)",
-            title="PSNR of each frame: higher is closer",
+            title="PSNR of each frame, of the coded films: higher is closer",
             height=220,
             elem_id="cmp-chart",
         )

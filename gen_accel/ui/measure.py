@@ -15,6 +15,7 @@ from gen_accel.measure.cards import card_names
 from gen_accel.names import METRICS, PRESETS, PUBLISHED
 from gen_accel.ui.lengths import motion_words
 from gen_accel.ui.page import Page, error_box
+from gen_accel.ui.questions import Refused
 from gen_accel.ui.run_parts import PRIVATELY, QUIETLY, whole
 from gen_accel.ui.tables import CSS, hint, json_link, lines, note, table
 
@@ -268,24 +269,22 @@ def _presets(page: Page) -> None:
             words = gr.HTML(elem_id="meas-rules", css_template=CSS)
 
     def show(preset: str, model: str, *sizes: float | None) -> Any:
-        file = page.places.folder / "uploads" / f"{token_hex(6)}.png"
         options: dict[str, Any] = {"preset": preset}
         try:
-            if preset in PRESETS:
-                names = ("frames", "height", "width")
-                options |= {"model": model, **dict(zip(names, map(whole, sizes), strict=True))}
-            page.places.check("show", options)
-            try:
-                text = page.questions.said("show", {**options, "out": str(file)})
-                pixels = np.asarray(Image.open(file).convert("RGB"))
-                found = page.questions.ask("show", options)
-            finally:
-                file.unlink(missing_ok=True)
+            if preset not in PRESETS:
+                text, pixels, found = _shown(page, options)
+            else:
+                options["model"] = model
+                try:
+                    text, pixels, found = _shown(page, options)
+                except Refused:  # a rule, which needs sizes
+                    names = ("frames", "height", "width")
+                    options |= dict(zip(names, map(whole, sizes), strict=True))
+                    text, pixels, found = _shown(page, options)
         except (ValueError, OSError) as wrong:
             return [error_box(" ".join(str(wrong).split())), *[gr.skip()] * 3]
         rows = _curve_rows(found[0]) if isinstance(found, list) else []
         head = ("attention", "density", "predicted error", "mean score", "worst", "")
-        text = "\n".join(line for line in text.splitlines() if str(file) not in line)
         return [
             "",
             gr.update(value=pixels, visible=True),
@@ -299,6 +298,19 @@ def _presets(page: Page) -> None:
 
     run.click(show, [preset, model, *sizes], [error, picture, curve, words], **PRIVATELY)
     find.click(found, [preset], [preset], **QUIETLY)
+
+
+def _shown(page: Page, options: Mapping[str, Any]) -> tuple[str, np.ndarray, Any]:
+    """What `gen-accel show` says, draws and writes as JSON."""
+    file = page.places.folder / "uploads" / f"{token_hex(6)}.png"
+    page.places.check("show", options)
+    try:
+        text = page.questions.said("show", {**options, "out": str(file)})
+        pixels = np.asarray(Image.open(file).convert("RGB"))
+    finally:
+        file.unlink(missing_ok=True)
+    told = "\n".join(line for line in text.splitlines() if file.name not in line)
+    return told, pixels, page.questions.ask("show", options)
 
 
 def _curve_rows(preset: Mapping[str, Any]) -> list[list[str]]:

@@ -10,10 +10,12 @@ from gen_accel.files import plain
 
 CSS = """
 .ga-table { width: 100%; border-collapse: collapse; font-size: 0.92rem; }
+.ga-table, .ga-table thead, .ga-table tr { border: 0 !important; }
 .ga-table th { text-align: left; font-weight: 600; opacity: 0.75; }
-.ga-table td, .ga-table th { padding: 0.35rem 0.6rem 0.35rem 0; vertical-align: top;
-  border: 0 solid var(--border-color-primary); border-bottom-width: 1px;
-  overflow-wrap: anywhere; }
+.ga-table td, .ga-table th { padding: 0.35rem 0.8rem 0.35rem 0 !important; vertical-align: top;
+  border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important;
+  overflow-wrap: break-word; word-break: normal; }
+.ga-table td:last-child { overflow-wrap: anywhere; }
 .ga-table td.ga-figure { font-weight: 600; font-variant-numeric: tabular-nums; }
 .ga-links a { display: inline-block; margin: 0.5rem 0.5rem 0 0; padding: 0.3rem 0.8rem;
   border: 1px solid var(--border-color-primary); border-radius: 8px; text-decoration: none;
@@ -21,11 +23,13 @@ CSS = """
 .ga-links a:hover { background: var(--background-fill-secondary); }
 .ga-note { border-left: 4px solid var(--primary-500); padding: 0.4rem 0.8rem; margin: 0.4rem 0;
   background: color-mix(in srgb, var(--primary-500) 8%, transparent); border-radius: 6px; }
-.ga-media { width: 100%; border-radius: 8px; image-rendering: pixelated; }
+.ga-media { width: 100%; border-radius: 8px; }
+video.ga-media { image-rendering: pixelated; }
 .ga-pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.82rem; line-height: 1.35;
   font-family: var(--font-mono); padding: 0.6rem; border-radius: 8px;
   background: var(--background-fill-secondary); }
 .ga-hint { opacity: 0.75; font-size: 0.9rem; }
+@media (max-width: 480px) { .ga-table { font-size: 0.85rem; } }
 """
 
 FIGURE = ' class="ga-figure"'
