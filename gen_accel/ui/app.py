@@ -66,6 +66,7 @@ class Server:
         with needed_for("the web page", extra="ui"):
             import gradio  # noqa: F401
             from fastapi import FastAPI
+        from gen_accel.ui.api import Videos, add_videos
         from gen_accel.ui.files import OwnPages, add_files
         from gen_accel.ui.questions import Questions
         from gen_accel.ui.queue import Queue
@@ -74,10 +75,13 @@ class Server:
         self.places = Places(folder, [*local, *allow, demo.path().parent])
         self.models = (NAME, *dict.fromkeys(model for model in models if model != NAME))
         self.queue = Queue(folder, command=command, check=self.places.check)
-        self.questions = Questions(folder / "questions.log", command)
+        self.questions = Questions(
+            self.queue.worker, folder / "questions.log", command, self.places.check
+        )
         self.app: Any = FastAPI(title="gen_accel", docs_url=None, redoc_url=None)
         self.app.add_middleware(OwnPages, host=host, shared=share)
         add_files(self.app, self.queue)
+        add_videos(self.app, Videos(self.queue, self.questions, self.models))
         if page:
             self._add_page()
 
@@ -92,7 +96,8 @@ class Server:
         with gr.Blocks(title="gen_accel", analytics_enabled=False, fill_width=True) as blocks:
             tab = gr.Textbox(visible="hidden", elem_id="tab")
             timer = gr.Timer(1.0)
-            page = Page(self.queue, self.questions, self.places, self.models, tab, timer)
+            shown = gr.Textbox(visible="hidden", elem_id="shown")
+            page = Page(self.queue, self.questions, self.places, self.models, tab, timer, shown)
             gr.HTML('<h1 class="ga-title">gen_accel</h1>')
             with gr.Tabs(elem_id="screens"):
                 for screen in SCREENS:
@@ -106,6 +111,7 @@ class Server:
             path="/",
             theme=theme(),
             css_paths=STYLE,
+            allowed_paths=[str(self.places.folder)],
             footer_links=[],
             show_error=False,
             ssr_mode=False,

@@ -1,38 +1,413 @@
-"""The screen Generate: a prompt, and the video that it comes to."""
+"""The screen Generate: a form made from the options of `gen-accel generate`, and what it makes."""
 
+import html
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from gen_accel.ui.page import Page, follow, refusing
+from gen_accel.config_files import Field
+from gen_accel.demo import NAME, TRAINED_FRAMES
+from gen_accel.json_files import read_json
+from gen_accel.kinds import FIRST, LAST, VIDEO, choose_in
+from gen_accel.names import PRESETS
+from gen_accel.paths import expanded
+from gen_accel.ui.controls import UPLOADED, control, options_of, values_of
+from gen_accel.ui.jobs import DONE, Job
+from gen_accel.ui.page import (
+    QUIETLY,
+    Page,
+    command_box,
+    error_box,
+    follow,
+    refusing,
+)
+from gen_accel.ui.plan_line import plan_line
+from gen_accel.ui.questions import Refused
+from gen_accel.ui.verbs import fields
+
+DENSE, OWN = "dense", "own"  # beside the names of presets
+QUALITIES = {
+    "fast": "Fast",
+    "balanced": "Balanced",
+    "quality": "Quality",
+    DENSE: "Dense",
+    OWN: "Own settings",
+}
+PROMPTS = {
+    NAME: (
+        "a red square moves right quickly",
+        "a blue circle moves down slowly",
+        "a green triangle moves left",
+        "a yellow square moves up",
+    ),
+    "": (
+        "a cat surfs on a wave at sunset",
+        "snow falls on a street at night, cars pass by",
+        "a red balloon rises above a city, seen from below",
+    ),
+}
+# Sizes that the embedded model was trained at; other models have their own.
+SIZES = {"frames": TRAINED_FRAMES, "height": 96, "width": 96, "steps": 20}
+BASIC = ("frames", "height", "width", "steps", "seed")
+INPUTS = {FIRST: "image", LAST: "last_image", VIDEO: "video"}
+SCHEDULE = ("dense_start", "dense_end", "dense_steps", "dense_layers")
+GROUPS = {
+    "Sampling": ("guidance_scale", "fps", "max_tokens", "preview"),
+    "LoRA and longer video": ("lora", "from_lora", "extend", "trained_frames"),
+    "Device and memory": ("dtype", "device", "offload", "kernel", "dense_kernel"),
+    "Image prompt": (
+        *("image_prompt", "image_adapter", "image_scale", "image_negative", "image_mask"),
+        "image_encoder",
+    ),
+}
+# Options that the screen sets itself, or that are other screens'.
+ELSEWHERE = (
+    *("model", "prompt", "negative_prompt", "preset", "method", "set", "strength"),
+    *("out", "prompts", "json", "plan", "gpu", "overwrite", "save_latents", "from_latents"),
+    *("compare", "timed", "metrics", "settings", *BASIC, *INPUTS.values(), *SCHEDULE),
+)
+EMPTY = '<div class="ga-blank">The video appears here.</div>'
+PREVIEW = 2  # steps from one picture to the next
 
 
 def build(page: Page) -> None:
-    with gr.Row():
-        with gr.Column(scale=5):
-            model = gr.Dropdown(
-                [*page.models],
-                value=page.models[0],
-                label="Model",
-                elem_id="gen-model",
-                allow_custom_value=True,
-            )
-            prompt = gr.Textbox("a red square moves right", label="Prompt", elem_id="gen-prompt")
-            run = gr.Button("Generate", variant="primary", elem_id="gen-run")
-        with gr.Column(scale=6):
-            view = follow(page, "gen")
-            video = gr.HTML(elem_id="gen-video")
+    form = _Form(page)
+    with gr.Row(elem_classes="ga-columns"):
+        with gr.Column(scale=6, min_width=320):
+            form.build()
+            with gr.Row():
+                run = gr.Button("Generate", variant="primary", elem_id="gen-run", scale=2)
+                add = gr.Button("Add to queue", elem_id="gen-add", scale=1)
+        with gr.Column(scale=7, min_width=320):
+            view = follow(page, "gen", kind="generate")
+            result = gr.HTML(EMPTY, elem_id="gen-video", elem_classes="ga-result")
+            reuse = gr.Button("Use these settings", elem_id="gen-reuse", visible=False, size="sm")
 
-    def submit(model: str, prompt: str, tab: str) -> Any:
-        options = {"model": model, "prompt": [prompt], "out": "{job}/video.mp4"}
-        options |= {"frames": 9, "height": 48, "width": 48, "steps": 4, "preview": 2}
-        return page.submit("generate", options, title=prompt, tab=tab, kind="generate").id
+    def submit(*values: Any) -> str:
+        *values, tab = values
+        options, given = form.asked(values)
+        options |= {"out": "{job}/video.mp4", "json": "{job}/result.json"}
+        title = " ".join(options.get("prompt", ["without a prompt"]))
+        return page.submit(
+            "generate", options, title=title, tab=tab, kind="generate", given=given
+        ).id
 
     def show(name: str) -> Any:
-        job = page.queue.job(name)
-        if job.state != "done":
-            return ""
-        return f'<video controls loop autoplay muted src="{page.url(job, "video.mp4")}"></video>'
+        try:
+            job = page.queue.job(name)
+        except KeyError:
+            return EMPTY, gr.update(visible=False)
+        return result_box(page, job) or EMPTY, gr.update(visible=job.state == DONE)
 
-    run.click(refusing(submit, 1), [model, prompt, page.tab], [view.error, view.job])
-    view.ended.change(show, [view.ended], [video], show_progress="hidden")
+    def queued(*values: Any) -> None:
+        submit(*values)
+
+    inputs = [*form.inputs, page.tab]
+    run.click(refusing(submit, 1), inputs, [view.error, view.job], **QUIETLY).then(
+        lambda: (EMPTY, gr.update(visible=False)), None, [result, reuse], **QUIETLY
+    )
+    add.click(refusing(queued, 0), inputs, [view.error], **QUIETLY)
+    view.ended.change(show, [view.ended], [result, reuse], **QUIETLY)
+    reuse.click(
+        refusing(lambda name: form.shown(page.queue.job(name).options), len(form.outputs)),
+        [view.ended],
+        [view.error, *form.outputs],
+        **QUIETLY,
+    )
+    form.earlier.upload(
+        refusing(form.read, len(form.outputs)),
+        [form.earlier],
+        [view.error, *form.outputs],
+        **QUIETLY,
+    )
+
+
+class _Form:
+    """The left column.
+
+    Attributes:
+        inputs: components whose values `asked` takes, in order.
+        outputs: components that `shown` fills, in order.
+        earlier: takes a clip whose settings are read.
+    """
+
+    def __init__(self, page: Page) -> None:
+        self.page, self.fields = page, fields("generate")
+        self.controls: dict[str, Any] = {}
+
+    def build(self) -> None:
+        page, first = self.page, self.page.models[0]
+        model = gr.Dropdown(
+            [*page.models],
+            value=first,
+            label="Model",
+            elem_id="gen-model",
+            allow_custom_value=True,
+            info="A folder that the page was started with, or a name on the hub.",
+        )
+        self._add(self.fields["prompt"], lines=2, max_lines=6, info=None, value=PROMPTS[NAME][0])
+        examples = gr.Dataset(
+            components=[self.controls["prompt"]],
+            samples=_prompts(first),
+            label="Examples",
+            elem_id="gen-examples",
+            samples_per_page=4,
+        )
+        self._add(self.fields["negative_prompt"], info=None)
+        with gr.Group(visible=bool(_kinds(first))) as given:
+            with gr.Row():
+                for name in INPUTS.values():
+                    self._add(self.fields[name], visible=name in _kinds(first))
+            self._add(self.fields["strength"], visible="video" in _kinds(first))
+        quality = gr.Radio(
+            [(words, name) for name, words in QUALITIES.items()],
+            value="balanced",
+            label="Attention",
+            elem_id="gen-quality",
+            info="How much of it is left out. Dense leaves out nothing.",
+        )
+        own = gr.Group(visible=False)
+        with own:
+            loaded, sets = self._method()
+        with gr.Row(elem_classes="ga-numbers"):
+            for name in BASIC:
+                start = {"value": SIZES[name]} if name in SIZES else {}
+                self._add(self.fields[name], min_width=90, info=None, **start)
+        line = gr.HTML(elem_id="gen-plan")
+        with gr.Accordion("Advanced", open=False, elem_id="gen-advanced"):
+            self._advanced()
+            with gr.Accordion("Settings of an earlier clip", open=False):
+                self.earlier = gr.File(
+                    label="A clip that was made here or on the command line",
+                    elem_id="gen-settings",
+                    file_types=[".mp4", ".gif", ".png", ".json"],
+                    height=100,
+                )
+        self.model, self.quality, self.loaded, self.sets = model, quality, loaded, sets
+        self.inputs = [model, quality, sets, *self.controls.values()]
+        self.outputs = [model, quality, sets, loaded, *self.controls.values()]
+        self._listen(examples, given, own, line)
+
+    def _add(self, field: Field, **changed: Any) -> None:
+        self.controls[field.name] = control(field, "gen", **changed)
+
+    def _method(self) -> tuple[gr.State, gr.State]:
+        """The method, its own fields as it declares them, its schedule; a preset's file."""
+        self._add(self.fields["method"])
+        loaded, sets = gr.State({}), gr.State({})
+
+        @gr.render(inputs=[self.controls["method"], loaded])
+        def options(method: str, held: Mapping[str, str]) -> None:
+            try:
+                known = self.page.questions.known("list")["methods"]
+            except Refused as error:
+                gr.HTML(error_box(str(error)))
+                return
+            one = next((one for one in known if one["name"] == method), None)
+            if one is None or not one["fields"]:
+                return
+            with gr.Row(elem_classes="ga-fields"):
+                for name, (default, words) in one["fields"].items():
+                    box = gr.Textbox(
+                        held.get(name, ""),
+                        label=name,
+                        placeholder=default,
+                        info=words,
+                        elem_id=f"gen-set-{name}",
+                        min_width=150,
+                    )
+                    box.change(
+                        lambda value, all_of, name=name: {**all_of, name: value},
+                        [box, sets],
+                        [sets],
+                        **QUIETLY,
+                    )
+
+        with gr.Row(elem_classes="ga-numbers"):
+            for name in SCHEDULE:
+                self._add(self.fields[name], min_width=130)
+        self._add(self.fields["preset"], label="Preset file")
+        return loaded, sets
+
+    def _advanced(self) -> None:
+        placed = {name for group in GROUPS.values() for name in group} | {*ELSEWHERE}
+        more = tuple(name for name in self.fields if name not in placed)
+        for title, group in (GROUPS | ({"More": more} if more else {})).items():
+            with gr.Accordion(title, open=False), gr.Row(elem_classes="ga-fields"):
+                for name in group:
+                    start = {"value": PREVIEW} if name == "preview" else {}
+                    self._add(self.fields[name], min_width=170, **start)
+
+    def _listen(self, examples: Any, given: Any, own: Any, line: Any) -> None:
+        page, controls = self.page, self.controls
+        strength = controls["strength"]
+        shown = [controls[name] for name in INPUTS.values()]
+        sizes = [controls[name] for name in SIZES]
+
+        def chosen(model: str) -> Any:
+            takes = _kinds(model)
+            samples = _prompts(model)
+            return [
+                gr.Dataset(samples=samples),
+                gr.update(visible=bool(takes)),
+                *(gr.update(visible=name in takes) for name in INPUTS.values()),
+                gr.update(visible="video" in takes),
+                *(SIZES[name] if model == NAME else None for name in SIZES),
+                samples[0][0],
+            ]
+
+        self.model.input(
+            chosen,
+            [self.model],
+            [examples, given, *shown, strength, *sizes, controls["prompt"]],
+            **QUIETLY,
+        )
+        examples.click(lambda one: one[0], [examples], [controls["prompt"]], **QUIETLY)
+        self.quality.change(
+            lambda name: gr.update(visible=name == OWN), [self.quality], [own], **QUIETLY
+        )
+        controls["method"].input(lambda: ({}, {}), None, [self.sets, self.loaded], **QUIETLY)
+        asking: Any = {"trigger_mode": "always_last", "show_progress": "hidden"}
+        asking |= {"api_visibility": "private", "concurrency_limit": 2}
+        told = [control for name, control in controls.items() if name not in NOT_PLANNED]
+        gr.on(
+            [one.change for one in (self.model, self.quality, self.sets, *told)],
+            self._plan,
+            self.inputs,
+            [line],
+            **asking,
+        )
+        page.tab.change(self._plan, self.inputs, [line], **asking)
+
+    def _plan(self, *values: Any) -> str:
+        """Say what the run will cost, by `gen-accel generate --plan`."""
+        try:
+            options, given = self.asked(values)
+            options = {k: v for k, v in options.items() if k not in ("prompt", "seed", "preview")}
+            options |= {k: v for k, v in given.items() if v}
+            [found] = self.page.questions.known("generate", {**options, "plan": True})
+        except (ValueError, OSError) as error:
+            return f'<div class="ga-plan ga-why">{html.escape(str(error))}</div>'
+        return plan_line(found)
+
+    def asked(self, values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the options that the form holds, and the files among them.
+
+        Args:
+            values: of `inputs`.
+        """
+        model, quality, sets, *rest = values
+        held = options_of(self.fields, dict(zip(self.controls, rest, strict=True)))
+        if "prompt" in held:  # one, on however many lines
+            held["prompt"] = [" ".join(held["prompt"])]
+        given = {name: held.pop(name) for name in UPLOADED if name in held}
+        if quality != OWN:
+            for name in ("method", "set", "preset", *SCHEDULE):
+                held.pop(name, None)
+        if quality in PRESETS:
+            held["preset"] = quality
+        elif quality == DENSE:
+            held["method"] = DENSE
+        elif "preset" in held:
+            held.pop("method", None)
+        elif some := [f"{name}={value}" for name, value in sets.items() if value.strip()]:
+            held["set"] = some
+        return {"model": (model or "").strip(), **held}, given
+
+    def shown(self, options: Mapping[str, Any]) -> list[Any]:
+        """Return what `outputs` show of options."""
+        preset, method = options.get("preset"), options.get("method")
+        quality = OWN
+        if preset in PRESETS:
+            quality = str(preset)
+        elif method == DENSE:
+            quality = DENSE
+        sets = dict(one.split("=", 1) for one in options.get("set") or () if "=" in one)
+        held = {k: v for k, v in options.items() if k in self.controls}
+        if quality != OWN:
+            held.pop("preset", None)
+        for name in UPLOADED:
+            if name in held:
+                held[name] = self._found(held[name])
+        values = values_of({name: self.fields[name] for name in self.controls}, held)
+        return [options.get("model"), quality, sets, sets, *values.values()]
+
+    def _found(self, files: Any) -> Any:
+        """Files that this page may read; None for others."""
+        try:
+            some = files if isinstance(files, list) else [files]
+            found = [str(self.page.places.readable(one)) for one in some]
+            return found if isinstance(files, list) else found[0]
+        except ValueError:
+            return None
+
+    def read(self, clip: str | None) -> list[Any]:
+        """Return what `outputs` show of the settings in a clip, by `--from-settings`."""
+        if clip is None:
+            return [gr.skip()] * len(self.outputs)
+        import yaml
+
+        asked = {"from_settings": clip, "print_config": True}
+        text = self.page.questions.said("generate", asked)
+        return self.shown(yaml.safe_load(text))
+
+
+NOT_PLANNED = ("prompt", "negative_prompt", "seed", "preview", "fps")
+
+
+def result_box(page: Page, job: Job) -> str:
+    """Show the video of a job, and what it was made with."""
+    if job.state != DONE:
+        return ""
+    place = page.queue.store.place(job)
+    video = next((f for f in page.queue.store.files(job) if f.suffix == ".mp4"), None)
+    if video is None:
+        return error_box("the video is not there any more")
+    address, facts = page.url(job, video), _facts(job, place / "result.json")
+    rows = "".join(f"<dt>{name}</dt><dd>{html.escape(v)}</dd>" for name, v in facts.items())
+    notes = "".join(f"<li>{html.escape(line)}</li>" for line in job.notes if "warning" in line)
+    told = f'<ul class="ga-notes">{notes}</ul>' if notes else ""
+    return (
+        f'<video controls loop autoplay muted playsinline src="{address}"></video>'
+        f'<div class="ga-under"><a href="{address}&amp;download=1" download>Download</a></div>'
+        f"<dl>{rows}</dl>{told}<details><summary>The command that does this</summary>"
+        f"<pre>{html.escape(command_box(job))}</pre></details>"
+    )
+
+
+def _facts(job: Job, result: Path) -> dict[str, str]:
+    facts = {"prompt": job.title}
+    try:
+        made = read_json(result)
+        facts |= {"seed": str(made["seed"]), "made in": f"{made['seconds']:.1f} s"}
+        density = made["density"]
+        facts["density"] = "all dense" if density is None else f"{density:.3f} where sparse"
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return facts
+
+
+def _kinds(model: str) -> tuple[str, ...]:
+    """Inputs that a model takes beside text, as the names of options. Of a model on the hub, all:
+    its files are not here to tell."""
+    if model == NAME:
+        return ()
+    folder = expanded(model) if model else Path()
+    if not (folder / "model_index.json").is_file():
+        return tuple(INPUTS.values())
+    found = []
+    for kind, name in INPUTS.items():
+        for asked in ((kind,), (FIRST, kind)):
+            try:
+                choose_in(folder, asked)
+            except ValueError:
+                continue
+            found.append(name)
+            break
+    return tuple(found)
+
+
+def _prompts(model: str) -> list[list[str]]:
+    return [[one] for one in PROMPTS.get(model, PROMPTS[""])]

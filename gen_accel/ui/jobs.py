@@ -18,6 +18,7 @@ WAITING, RUNNING, DONE = "waiting", "running", "done"
 FAILED, STOPPED, INTERRUPTED = "failed", "stopped", "interrupted"
 STATES = (WAITING, RUNNING, DONE, FAILED, STOPPED, INTERRUPTED)
 LIVE = (WAITING, RUNNING)
+ENDED = "the server ended while this ran: queue it again"
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,7 @@ class Store:
             except (OSError, ValueError):
                 continue
             if job.state == RUNNING:
-                told = "the server ended while this ran: queue it again"
-                job = replace(job, state=INTERRUPTED, error=told, ended=record.stat().st_mtime)
+                job = replace(job, state=INTERRUPTED, error=ENDED, ended=record.stat().st_mtime)
             found.append(job)
         return sorted(found, key=lambda job: (job.made, job.id))
 

@@ -22,6 +22,8 @@ WORDS = {
     STOPPED: "stopped",
     INTERRUPTED: "interrupted",
 }
+# Options of events that neither show that they run nor appear in gradio's own interface.
+QUIETLY: Any = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Page:
         tab: holds the name of the browser's tab, which outlives a reload; an input of whatever
             submits.
         timer: ticks each second.
+        shown: id of the job that was chosen in the queue, whose screen shows it.
     """
 
     queue: Queue
@@ -44,6 +47,7 @@ class Page:
     models: tuple[str, ...]
     tab: gr.Textbox
     timer: gr.Timer
+    shown: gr.Textbox
 
     def submit(self, verb: str, options: Mapping[str, Any], **about: Any) -> Job:
         """Queue a job; see `queue.Queue.submit`. Raises Refused with one sentence."""
@@ -84,15 +88,29 @@ class Followed:
     stop: gr.Button
 
 
-def follow(page: Page, prefix: str) -> Followed:
-    """Build what shows a job: `#PREFIX-progress`, `-error`, `-preview` and `-stop`."""
+def follow(page: Page, prefix: str, *, kind: str = "") -> Followed:
+    """Build what shows a job: `#PREFIX-progress`, `-error`, `-preview` and `-stop`.
+
+    Args:
+        kind: of the jobs that the screen submits. With it, a page that is loaded again shows the
+            last one of its tab, and the screen shows one that is chosen in the queue.
+    """
     job = gr.Textbox(visible="hidden", elem_id=f"{prefix}-job")
     ended = gr.Textbox(visible="hidden", elem_id=f"{prefix}-ended")
     seen = gr.State("")
-    status = gr.HTML(elem_id=f"{prefix}-progress")
     error = gr.HTML(elem_id=f"{prefix}-error")
+    with gr.Row(equal_height=True, elem_classes="ga-following"):
+        status = gr.HTML(elem_id=f"{prefix}-progress")
+        stop = gr.Button(
+            "Stop",
+            elem_id=f"{prefix}-stop",
+            variant="stop",
+            visible=False,
+            size="sm",
+            scale=0,
+            min_width=80,
+        )
     preview = gr.HTML(elem_id=f"{prefix}-preview")
-    stop = gr.Button("Stop", elem_id=f"{prefix}-stop", variant="stop", visible=False, size="sm")
     followed = Followed(job, ended, status, error, preview, stop)
 
     def look(name: str, before: str) -> Any:
@@ -113,10 +131,21 @@ def follow(page: Page, prefix: str) -> Followed:
         return [progress_box(page, one), said, shown, gr.update(visible=one.is_live), new, now]
 
     outputs = [status, error, preview, stop, ended, seen]
-    quietly: Any = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
-    page.timer.tick(look, [job, seen], outputs, **quietly)
-    job.change(look, [job, seen], outputs, **quietly)
-    stop.click(page.queue.cancel, [job], [], **quietly)
+    page.timer.tick(look, [job, seen], outputs, **QUIETLY)
+    job.change(look, [job, seen], outputs, **QUIETLY)
+    stop.click(page.queue.cancel, [job], [], **QUIETLY)
+    if kind:
+
+        def last(tab: str) -> Any:
+            jobs = [one for one in page.queue.jobs() if one.kind == kind and one.tab == tab]
+            return jobs[-1].id if tab and jobs else gr.skip()
+
+        def chosen(name: str) -> Any:
+            known = any(one.id == name and one.kind == kind for one in page.queue.jobs())
+            return name if known else gr.skip()
+
+        page.tab.change(last, [page.tab], [job], **QUIETLY)
+        page.shown.change(chosen, [page.shown], [job], **QUIETLY)
     return followed
 
 
@@ -128,11 +157,15 @@ def refusing(function: Callable[..., Any], outputs: int) -> Callable[..., Any]:
         outputs: number of values that `function` returns.
     """
 
-    def call(*values: Any) -> list[Any]:
+    def call(*values: Any) -> Any:
         try:
             made = function(*values)
-        except (ValueError, OSError) as error:
-            return [error_box(" ".join(str(error).split())), *[gr.skip()] * outputs]
+        except (ValueError, OSError, KeyError) as error:
+            said = "it is not there any more" if isinstance(error, KeyError) else str(error)
+            box = error_box(" ".join(said.split()))
+            return [box, *[gr.skip()] * outputs] if outputs else box
+        if not outputs:
+            return ""
         return ["", *(made if isinstance(made, list | tuple) else [made])]
 
     return call

@@ -33,14 +33,28 @@ class WorkerProcess:
         self._log, self._command = log, [*command]
         self._process: subprocess.Popen[str] | None = None
         self._number, self._lock = 0, threading.Lock()
+        self._turn = threading.Lock()
 
     def start(self) -> None:
         """Start the process, if none runs. Raises OSError where that fails."""
         with self._lock:
             self._started()
 
+    def lend(self) -> bool:
+        """Take the turn of an idle worker, for who gives it back by `give_back`; whether it was
+        idle."""
+        return self._turn.acquire(blocking=False)
+
+    def take(self) -> None:
+        """Take the turn: of whom it was lent to, what runs is stopped."""
+        while not self._turn.acquire(timeout=0.2):
+            self.stop()
+
+    def give_back(self) -> None:
+        self._turn.release()
+
     def run(self, arguments: Sequence[str], listen: Callable[[Event], None]) -> Event:
-        """Run a command line.
+        """Run a command line, for who has the turn.
 
         Args:
             listen: takes each event until the end.

@@ -2,15 +2,18 @@
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gen_accel.cli.app import INTERRUPTED
 from gen_accel.ui.process import COMMAND, WorkerDied, WorkerProcess
-from gen_accel.ui.verbs import arguments, fields
+from gen_accel.ui.verbs import arguments
 
-SECONDS = 120.0  # that a question may take
+SECONDS = 180.0  # that a question may take
+REMEMBERED = 64  # answers
+LINES = ("generate",)  # verbs whose --json has an object on each line
 
 
 class Refused(ValueError):
@@ -18,17 +21,26 @@ class Refused(ValueError):
 
 
 class Questions:
-    """Verbs that are run at once, one at a time, in a process of their own.
+    """Verbs that are run at once, one at a time: by the worker of the queue while it is idle, else
+    in a process of their own.
 
     Args:
-        log: file that takes what the process prints.
-        command: starts the process.
+        idle: the worker of the queue.
+        log: file that takes what a process of their own prints.
+        command: starts such a process.
+        check: refuses, by a ValueError, a verb with options that this server does not run.
     """
 
-    def __init__(self, log: Path, command: Sequence[str] = COMMAND) -> None:
-        self.worker = WorkerProcess(log, command)
-        self._lock = threading.Lock()
-        self._known: dict[str, Any] = {}
+    def __init__(
+        self,
+        idle: WorkerProcess,
+        log: Path,
+        command: Sequence[str] = COMMAND,
+        check: Callable[[str, Mapping[str, Any]], None] = lambda verb, options: None,
+    ) -> None:
+        self._idle, self._own = idle, WorkerProcess(log, command)
+        self._check, self._lock = check, threading.Lock()
+        self._known: OrderedDict[str, Any] = OrderedDict()
 
     def ask(self, verb: str, options: Mapping[str, Any] | None = None) -> Any:
         """Run a verb that answers in JSON.
@@ -40,12 +52,11 @@ class Questions:
             What `--json -` prints, parsed. Of `generate`, a list with an object for each video.
 
         Raises:
-            Refused: the verb's own sentence.
+            Refused: the sentence of the verb.
         """
-        line = arguments(verb, {**(options or {}), "json": "-"})
-        text = self._run(line)
+        text = self._run(verb, options or {}, {"json": "-"})
         try:
-            if "overwrite" in fields(verb):  # `generate`, whose objects have a line each
+            if verb in LINES:
                 return [json.loads(one) for one in text.splitlines() if one.strip()]
             return json.loads(text)
         except ValueError:
@@ -54,29 +65,47 @@ class Questions:
     def known(self, verb: str, options: Mapping[str, Any] | None = None) -> Any:
         """Answer as `ask`, from memory where the same was asked before: for what does not change
         while the server runs, such as the list of methods."""
-        key = json.dumps([verb, options], sort_keys=True)
+        key = json.dumps([verb, options], sort_keys=True, default=str)
         if key not in self._known:
             self._known[key] = self.ask(verb, options)
+            while len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
         return self._known[key]
 
     def said(self, verb: str, options: Mapping[str, Any] | None = None) -> str:
         """Run a verb that answers in text, and return what it prints."""
-        return self._run(arguments(verb, options or {}))
+        return self._run(verb, options or {}, {})
 
     def close(self) -> None:
-        self.worker.close(seconds=0.0)
+        self._own.close(seconds=0.0)
 
-    def _run(self, line: Sequence[str]) -> str:
-        timer = threading.Timer(SECONDS, partial(self.worker.kill))
-        timer.daemon = True
-        with self._lock:
-            timer.start()
+    def _run(self, verb: str, options: Mapping[str, Any], added: Mapping[str, Any]) -> str:
+        try:
+            self._check(verb, options)
+            line = arguments(verb, {**options, **added})
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        ended = None
+        if self._idle.lend():
             try:
-                ended = self.worker.run(line, lambda event: None)
-            except WorkerDied as died:
-                raise Refused(str(died)) from died
+                ended = _answer(self._idle, line)
             finally:
-                timer.cancel()
+                self._idle.give_back()
+        if ended is None or ended["code"] == INTERRUPTED:  # a job came
+            with self._lock:
+                ended = _answer(self._own, line)
         if ended["code"] != 0:
             raise Refused(ended["error"] or f"ended with status {ended['code']}")
         return str(ended["said"])
+
+
+def _answer(worker: WorkerProcess, line: Sequence[str]) -> dict[str, Any]:
+    timer = threading.Timer(SECONDS, worker.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        return worker.run(line, lambda event: None)
+    except WorkerDied as died:
+        raise Refused(str(died)) from died
+    finally:
+        timer.cancel()

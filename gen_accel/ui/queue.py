@@ -15,6 +15,7 @@ from gen_accel.files import clear_partial
 from gen_accel.owners import locked
 from gen_accel.ui.jobs import (
     DONE,
+    ENDED,
     FAILED,
     GIVEN,
     HERE,
@@ -28,6 +29,8 @@ from gen_accel.ui.jobs import (
 )
 from gen_accel.ui.process import COMMAND, Event, WorkerDied, WorkerProcess
 from gen_accel.ui.verbs import arguments
+
+Given = str | Path | Sequence[str | Path] | None
 
 GRACE = 60.0  # seconds that a job has to end after it was stopped, before it is killed
 MOST_NOTES = 20  # lines that a job says beside, of which the last are kept
@@ -97,14 +100,14 @@ class Queue:
         tab: str = "",
         kind: str = "",
         about: Mapping[str, Any] | None = None,
-        given: Mapping[str, str | Path | None] | None = None,
+        given: Mapping[str, Given] | None = None,
     ) -> Job:
         """Add a job to the end of the queue.
 
         Args:
             options: as a file of --config holds them. "{job}" in a value is the job's own folder,
                 which is where a verb should write to.
-            given: files by option, which are copied into the job's folder and named there.
+            given: files by option, one or several, which are copied into the job's folder.
 
         Raises:
             ValueError: a verb or options that are unknown, or that this server does not run.
@@ -238,40 +241,44 @@ class Queue:
             return self._change(job.id, state=RUNNING, started=time.time())
 
     def _run(self, job: Job) -> None:
-        heard = _Heard(self, job.id)
+        self.worker.take()
         try:
-            ended = self.worker.run(arguments(job.verb, job.options), heard)
-            code, error, said = ended["code"], ended["error"] or "", ended["said"]
-        except WorkerDied as died:
-            code, error, said = -1, str(died), ""
-        except ValueError as wrong:  # a record that an earlier version wrote
-            code, error, said = -1, str(wrong), ""
-        with self._changed:
-            stopped = job.id in self._stopped
-            self._stopped.discard(job.id)
-            closed = self._closed
+            code, error, said = self._ran(job)
+            with self._changed:
+                stopped, closed = job.id in self._stopped, self._closed
+                self._stopped.discard(job.id)
+            if stopped and not closed:
+                self.worker.retire()  # an interrupt may have left something half imported
+                with suppress(OSError):
+                    self.worker.start()
+        finally:
+            self.worker.give_back()
         if code == 0:
             state, error = DONE, ""
         elif stopped:
             state, error = STOPPED, ""
         elif closed:
-            state, error = INTERRUPTED, "the server ended while this ran: queue it again"
+            state, error = INTERRUPTED, ENDED
         else:
             state = FAILED
-            error = error or (
-                "interrupted" if code == EXIT_OF_CTRL_C else f"ended with status {code}"
-            )
+            by_key = "interrupted" if code == EXIT_OF_CTRL_C else f"ended with status {code}"
+            error = error or by_key
         if state != DONE:
             self._clear(job)
-        if state == STOPPED and not closed:
-            self.worker.retire()  # an interrupt may have left something half imported
-            with suppress(OSError):
-                self.worker.start()
         with self._changed:
             self._change(
                 job.id, state=state, ended=time.time(), error=error, said=said, progress=Progress()
             )
             self._changed.notify_all()
+
+    def _ran(self, job: Job) -> tuple[int, str, str]:
+        """Exit status of a job, its error, and what it printed."""
+        try:
+            self._check(job.verb, job.options)  # of a record, which any hand may have written
+            ended = self.worker.run(arguments(job.verb, job.options), _Heard(self, job.id))
+        except (WorkerDied, ValueError) as error:
+            return -1, str(error), ""
+        return ended["code"], ended["error"] or "", ended["said"]
 
     def _change(self, name: str, **changed: Any) -> Job:
         """Change a job, and its record where more than the progress did; under the lock."""
@@ -350,14 +357,20 @@ def _moved(value: Any, old: str, new: str) -> Any:
     return value
 
 
-def _copied(given: Mapping[str, str | Path | None], folder: Path) -> dict[str, str]:
+def _copied(given: Mapping[str, Given], folder: Path) -> dict[str, Any]:
     """Copy files into a folder, each under the name of its option; their new places."""
-    found = {}
-    for name, file in given.items():
-        if file is None:
-            continue
-        folder.mkdir(exist_ok=True)
-        target = folder / f"{name}{Path(file).suffix.lower()}"
-        shutil.copyfile(file, target)
-        found[name] = str(target)
+    found: dict[str, Any] = {}
+    for name, files in given.items():
+        several = isinstance(files, list | tuple)
+        for i, file in enumerate(files if several else [files]):  # pyright: ignore
+            if file is None:
+                continue
+            folder.mkdir(exist_ok=True)
+            number = f"-{i}" if several else ""
+            target = folder / f"{name}{number}{Path(file).suffix.lower()}"
+            shutil.copyfile(file, target)
+            if several:
+                found.setdefault(name, []).append(str(target))
+            else:
+                found[name] = str(target)
     return found

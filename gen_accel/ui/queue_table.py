@@ -5,13 +5,13 @@ from typing import Any
 
 import gradio as gr
 
-from gen_accel.ui.jobs import FAILED, INTERRUPTED, STOPPED, Job
-from gen_accel.ui.page import WORDS, Page, duration, error_box
+from gen_accel.ui.jobs import RUNNING, WAITING, Job
+from gen_accel.ui.page import QUIETLY, WORDS, Page, duration, error_box
 
 SHOWN = 30  # jobs, the newest first
 CLICKED = """
 element.addEventListener('click', (event) => {
-  const button = event.target.closest('button[data-act]');
+  const button = event.target.closest('[data-act]');
   if (button) trigger('click', {act: button.dataset.act, job: button.dataset.job});
 });
 """
@@ -33,6 +33,8 @@ def build(page: Page) -> None:
         job, said = str(event.job), ""
         try:
             match event.act:
+                case "show":
+                    return [gr.skip(), "", job]
                 case "cancel":
                     page.queue.cancel(job)
                 case "again":
@@ -43,11 +45,10 @@ def build(page: Page) -> None:
             pass
         except (ValueError, OSError) as error:
             said = error_box(str(error))
-        return [_table(page), said]
+        return [_table(page), said, gr.skip()]
 
-    quietly: Any = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
-    page.timer.tick(look, [seen], [table, trouble, seen], **quietly)
-    table.click(act, [page.tab], [table, trouble], **quietly)
+    page.timer.tick(look, [seen], [table, trouble, seen], **QUIETLY)
+    table.click(act, [page.tab], [table, trouble, page.shown], **QUIETLY)
 
 
 def _table(page: Page) -> str:
@@ -57,32 +58,32 @@ def _table(page: Page) -> str:
     live = [job for job in jobs if job.is_live]
     over = [job for job in reversed(jobs) if not job.is_live]
     rows = "".join(_row(page, job) for job in [*live, *over][:SHOWN])
-    return (
-        '<table class="ga-queue"><thead><tr><th></th><th>job</th><th>state</th>'
-        f"<th>time</th><th></th></tr></thead><tbody>{rows}</tbody></table>"
-    )
+    waiting = len([job for job in live if job.state != RUNNING])
+    count = f" <small>{waiting} waiting</small>" if waiting else ""
+    return f'<h3 class="ga-heading">Queue{count}</h3><div class="ga-queue">{rows}</div>'
 
 
 def _row(page: Page, job: Job) -> str:
     place = page.queue.position(job.id)
-    number = str(place) if job.is_live and place else ""
     state = WORDS[job.state]
     if job.is_live:
         share, left = job.progress.share, page.queue.left(job.id)
-        state += f" {share:.0%}" if share is not None else ""
+        state += f", {share:.0%}" if share is not None else f", {place} before" if place else ""
         time = "" if left is None else f"{duration(left)} left"
-        buttons = _button("cancel", job, "Stop" if not place else "Cancel")
+        buttons = _button("cancel", job, "Cancel" if job.state == WAITING else "Stop")
     else:
         time = "" if job.seconds is None else duration(job.seconds)
         buttons = _button("again", job, "Again") + _button("remove", job, "Remove")
-    wrong = job.state in (FAILED, INTERRUPTED, STOPPED) and job.error
-    told = f'<div class="ga-why">{html.escape(job.error)}</div>' if wrong else ""
+    told = f'<div class="ga-why">{html.escape(job.error)}</div>' if job.error else ""
     title = html.escape(job.title or job.verb)
+    if job.kind:
+        title = f'<a data-act="show" data-job="{job.id}" tabindex="0">{title}</a>'
     return (
-        f'<tr data-job="{job.id}" data-state="{job.state}"><td>{number}</td>'
-        f"<td><b>{html.escape(job.kind or job.verb)}</b> {title}{told}</td>"
-        f'<td><span class="ga-state ga-{job.state}">{state}</span></td><td>{time}</td>'
-        f"<td>{buttons}</td></tr>"
+        f'<div class="ga-row" data-job="{job.id}" data-state="{job.state}">'
+        f'<span class="ga-kind">{html.escape(job.kind or job.verb)}</span>'
+        f'<span class="ga-job">{title}{told}</span>'
+        f'<span class="ga-state ga-{job.state}">{state}</span>'
+        f'<span class="ga-time">{time}</span><span class="ga-acts">{buttons}</span></div>'
     )
 
 

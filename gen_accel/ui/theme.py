@@ -9,10 +9,19 @@ MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 
 def theme() -> Any:
-    return gr.themes.Soft(
+    base = gr.themes.Default(
         primary_hue="indigo",
         secondary_hue="indigo",
         neutral_hue="slate",
         font=FONT,
         font_mono=MONO,
-    ).set(block_border_width="1px", block_shadow="none", section_header_text_weight="600")
+        radius_size="md",
+        spacing_size="sm",
+    )
+    return base.set(
+        body_background_fill="*neutral_50",
+        block_shadow="none",
+        block_title_text_weight="600",
+        block_info_text_size="*text_xs",
+        button_large_text_weight="600",
+    )

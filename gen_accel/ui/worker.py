@@ -26,6 +26,7 @@ from typing import Any, TextIO
 import typer
 
 from gen_accel.cli.app import BAD_INPUT, INTERRUPTED, OUR_FAULT, Ended, _warning_line
+from gen_accel.measure.kept import remembering
 from gen_accel.pipelines.generation.progress import Update, heard_by
 from gen_accel.ui.verbs import group
 
@@ -165,7 +166,8 @@ def main() -> None:
     for name in sys.argv[1:]:
         with suppress(ImportError):  # the verb says it better
             __import__(name)
-    Worker(events).serve()
+    with remembering():
+        Worker(events).serve()
 
 
 if __name__ == "__main__":

@@ -177,7 +177,9 @@ class Job:
             method, schedule, found = choose_preset(self.preset, pipe, self.schedule, asked)
             clip = self.clip if found is None else _solved(self.clip, found, self.preset)
             chosen = replace(self, method=method, schedule=schedule, preset=None, clip=clip)
-            return replace(chosen.fitted(pipe), preset=found or self.preset)
+            # Of a name without a preset for this call, the rule is what is attached.
+            rest = None if self.from_lora is None else self.preset
+            return replace(chosen.fitted(pipe), preset=found or rest)
         clip = filled(pipe, self.clip, arguments)
         techniques, trained_frames = self.techniques, self.trained_frames
         if self.only_longer and not _is_longer(clip, trained_frames):

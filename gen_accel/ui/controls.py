@@ -1,0 +1,107 @@
+"""Controls of a form, made from the fields of a verb, and the options that they come to."""
+
+import types
+from collections.abc import Mapping
+from typing import Any, Union, get_args, get_origin
+
+import gradio as gr
+
+from gen_accel import names
+from gen_accel.config_files import Field
+
+# What to choose from, of options that are words; any other word may be typed.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "method": names.METHODS,
+    "kernel": ("auto", *names.KERNELS),
+    "dense_kernel": ("auto", *names.KERNELS),
+    "dtype": ("auto", *names.DTYPES),
+    "offload": names.OFFLOADS,
+    "device": ("auto", *names.DEVICES[:3]),
+    "preset": names.PRESETS,
+}
+SEVERAL = {"extend": names.TECHNIQUES}  # words with commas between
+PICTURES = ("image", "last_image", "image_negative")
+FILMS = ("video",)
+FILES = ("image_prompt", "image_mask")  # several of them
+UPLOADED = (*PICTURES, *FILMS, *FILES)
+
+
+def control(field: Field, prefix: str, **changed: Any) -> Any:
+    """Make the control of a field, `#PREFIX-NAME`, with its name, help and default.
+
+    Args:
+        changed: of the control, in the place of what the field says.
+    """
+    name, kind = field.name, _kind(field.hint)
+    label = name.replace("_", " ").capitalize()
+    about: dict[str, Any] = {"label": label, "elem_id": f"{prefix}-{name.replace('_', '-')}"}
+    if name in PICTURES:
+        kept: dict[str, Any] = {"type": "filepath", "sources": ["upload"], "height": 150}
+        return gr.Image(**about | kept | changed)
+    if name in FILMS:
+        return gr.Video(**about | {"sources": ["upload"], "height": 150} | changed)
+    if name in FILES:
+        some = {"file_count": "multiple", "file_types": ["image"], "height": 100}
+        return gr.File(**about | some | changed)
+    about |= {"info": field.help or None}
+    if name in CHOICES:
+        about |= {"choices": [*CHOICES[name]], "value": field.default, "allow_custom_value": True}
+        return gr.Dropdown(**about | changed)
+    if name in SEVERAL:
+        about |= {"choices": [*SEVERAL[name]], "multiselect": True, "allow_custom_value": True}
+        return gr.Dropdown(**about | changed)
+    if kind is bool:
+        return gr.Checkbox(**about | {"value": bool(field.default)} | changed)
+    if kind in (int, float):
+        precision = {"precision": 0} if kind is int else {}
+        return gr.Number(**about | {"value": field.default, **precision} | changed)
+    if kind is list:
+        about["info"] = f"{field.help} One on each line.".strip()
+        return gr.Textbox(**about | {"lines": 1, "max_lines": 6} | changed)
+    default = "" if field.default is None else str(field.default)
+    return gr.Textbox(**about | {"value": default, "max_lines": 4} | changed)
+
+
+def options_of(fields: Mapping[str, Field], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what controls hold as options, without those that are empty or have their defaults.
+
+    Args:
+        values: of the controls, by the names of their fields.
+    """
+    found = {}
+    for name, value in values.items():
+        field = fields[name]
+        if name in SEVERAL and isinstance(value, list):
+            value = ",".join(value)
+        elif _kind(field.hint) is list and isinstance(value, str):
+            value = [line.strip() for line in value.splitlines() if line.strip()]
+        elif isinstance(value, str):
+            value = value.strip()
+        if value in (None, "", []) or value == field.default:
+            continue
+        found[name] = value
+    return found
+
+
+def values_of(fields: Mapping[str, Field], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what controls show of options; the inverse of `options_of`."""
+    found = {}
+    for name, field in fields.items():
+        value = options.get(name, field.default)
+        if name in SEVERAL:
+            value = value.split(",") if isinstance(value, str) and value else []
+        elif name in FILES:
+            value = value or None
+        elif isinstance(value, list | tuple):
+            value = "\n".join(map(str, value))
+        elif value is None and _kind(field.hint) in (str, list) and name not in UPLOADED:
+            value = None if name in CHOICES else ""
+        found[name] = value
+    return found
+
+
+def _kind(hint: Any) -> Any:
+    """The class behind a type that may be None; `list` for a list of anything."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return _kind(next(part for part in get_args(hint) if part is not types.NoneType))
+    return get_origin(hint) or hint

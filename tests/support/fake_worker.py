@@ -1,0 +1,98 @@
+"""A worker process without torch, which does what the prompts of its jobs ask for.
+
+    steps 4        as many steps, a file at --out before the first and the video after the last
+    fail WORDS     ends with that error
+    die            is killed in the middle of a step
+    ignore         does not end when it is stopped
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+PLAN = {
+    "speedup_range": [1.4, 1.4],
+    "pays": True,
+    "density": 0.2,
+    "tokens": 1296,
+    "device": "a card of tests",
+    "device_bytes": 24e9,
+    "offload": "none",
+    "fits": True,
+    "fits_with": "none",
+    "peak_bytes": {"none": [4e8, 4e8]},
+    "seconds": {"sparse_total": [30.0, 44.0]},
+}
+stopped = threading.Event()
+go = threading.Semaphore(0)
+
+
+def tell(**event):
+    print(json.dumps(event), flush=True)
+
+
+def option(arguments, name, default=""):
+    return arguments[arguments.index(name) + 1] if name in arguments else default
+
+
+def run(number, arguments):
+    if "--plan" in arguments:
+        return {"code": 0, "error": None, "said": json.dumps(PLAN)}
+    if arguments[0] != "generate":
+        return {"code": 0, "error": None, "said": '{"methods": []}'}
+    what, _, rest = option(arguments, "--prompt").partition(" ")
+    out = Path(option(arguments, "--out"))
+    out.write_bytes(b"half")
+    match what:
+        case "fail":
+            return {"code": 2, "error": rest, "said": ""}
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "ignore":
+            while True:
+                signal.pause()
+    total = int(rest or 2)
+    for done in range(total + 1):
+        tell(progress=number, task=0, words="video", done=done, total=total, unit="steps", left=9.0)
+        if what == "wait":  # until it is stopped
+            stopped.wait()
+        if stopped.is_set():
+            return {"code": 130, "error": None, "said": ""}
+    out.write_bytes(b"video")
+    return {"code": 0, "error": None, "said": "made"}
+
+
+def main():
+    orders = []
+    there = threading.Condition()
+
+    def read():
+        for line in sys.stdin:
+            order = json.loads(line)
+            if "stop" in order:
+                stopped.set()
+                continue
+            with there:
+                orders.append(order)
+                there.notify()
+        stopped.set()
+        with there:
+            orders.append(None)
+            there.notify()
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        with there:
+            there.wait_for(lambda: orders)
+            order = orders.pop(0)
+        if order is None:
+            return
+        stopped.clear()
+        tell(ended=order["run"], **run(order["run"], order["arguments"]))
+
+
+if __name__ == "__main__":
+    main()
