@@ -10,8 +10,8 @@ from gen_accel.names import METHODS, PRESETS
 from gen_accel.ui import comparisons
 from gen_accel.ui.comparisons import Compared
 from gen_accel.ui.jobs import DONE, Job
-from gen_accel.ui.page import Page, error_box, follow, refusing
-from gen_accel.ui.run_parts import DENSE, OWN, PRIVATELY, QUIETLY, options_of, run_parts
+from gen_accel.ui.page import QUIETLY, Page, error_box, follow, refusing
+from gen_accel.ui.run_parts import DENSE, OWN, PRIVATELY, options_of, run_parts
 from gen_accel.ui.tables import CSS, hint, image, links, note, table, video
 
 FRAMES = 33
@@ -104,7 +104,7 @@ def build(page: Page) -> None:
                 )
                 open_it = gr.Button("Open", elem_id="cmp-open", size="sm")
         with gr.Column(scale=7, min_width=300):
-            view = follow(page, "cmp")
+            view = follow(page, "cmp", kind="compare")
             busy = gr.HTML(elem_id="cmp-busy", css_template=CSS)
             players = gr.HTML(elem_id="cmp-players", css_template=PLAYERS_CSS, js_on_load=IN_STEP)
             figures = gr.HTML(elem_id="cmp-figures", css_template=CSS)
@@ -238,7 +238,6 @@ def _mask(page: Page, compared: Compared, job: Job) -> str:
     """Draw the pattern of the method into the job's folder; why that is not possible, or ""."""
     try:
         options = comparisons.mask_options(compared)
-        page.places.check("show", options)
         place = page.queue.store.place(job) / MASK
         page.questions.said("show", {**options, "out": str(place)})
     except (ValueError, OSError) as error:

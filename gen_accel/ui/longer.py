@@ -10,9 +10,9 @@ from gen_accel.names import METHODS, PRESETS, TECHNIQUES
 from gen_accel.ui import lengths
 from gen_accel.ui.jobs import DONE
 from gen_accel.ui.lengths import Held
-from gen_accel.ui.page import Page, error_box, follow, refusing
+from gen_accel.ui.page import QUIETLY, Page, error_box, follow, refusing
 from gen_accel.ui.plan_line import plan_line
-from gen_accel.ui.run_parts import OWN, PRIVATELY, QUIETLY, options_of, run_parts, whole
+from gen_accel.ui.run_parts import OWN, PRIVATELY, options_of, run_parts, whole
 from gen_accel.ui.tables import CSS, hint, json_link, note, table, video
 
 NO_LORA = "none"
@@ -69,7 +69,7 @@ def build(page: Page) -> None:
             plan = gr.HTML(elem_id="long-plan")
             run = gr.Button("Make it longer", variant="primary", elem_id="long-run")
         with gr.Column(scale=7, min_width=300):
-            view = follow(page, "long")
+            view = follow(page, "long", kind="longer")
             film = gr.HTML(elem_id="long-video", css_template=CSS)
             figures = gr.HTML(elem_id="long-figures", css_template=CSS)
             with gr.Column(visible=False, elem_id="long-charts") as charts:

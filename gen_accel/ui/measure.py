@@ -14,9 +14,9 @@ from gen_accel.cli.printing import fidelity_rows, what_is_missing
 from gen_accel.measure.cards import card_names
 from gen_accel.names import METRICS, PRESETS, PUBLISHED
 from gen_accel.ui.lengths import motion_words
-from gen_accel.ui.page import Page, error_box
+from gen_accel.ui.page import QUIETLY, Page, error_box
 from gen_accel.ui.questions import Refused
-from gen_accel.ui.run_parts import PRIVATELY, QUIETLY, whole
+from gen_accel.ui.run_parts import PRIVATELY, whole
 from gen_accel.ui.tables import CSS, hint, json_link, lines, note, table
 
 HERE = "this machine"
@@ -173,7 +173,6 @@ def _costs(page: Page) -> None:
         try:
             if None in (frames, height, width):
                 raise ValueError("give frames, height and width")
-            page.places.check("estimate", options)
             found = page.questions.known("estimate", options)
         except (ValueError, OSError) as wrong:
             return [error_box(" ".join(str(wrong).split())), *[gr.skip()] * 4]
@@ -303,7 +302,6 @@ def _presets(page: Page) -> None:
 def _shown(page: Page, options: Mapping[str, Any]) -> tuple[str, np.ndarray, Any]:
     """What `gen-accel show` says, draws and writes as JSON."""
     file = page.places.folder / "uploads" / f"{token_hex(6)}.png"
-    page.places.check("show", options)
     try:
         text = page.questions.said("show", {**options, "out": str(file)})
         pixels = np.asarray(Image.open(file).convert("RGB"))

@@ -9,7 +9,7 @@ import gradio as gr
 from gen_accel.demo import NAME
 from gen_accel.demo.words import PROMPT, SEED
 from gen_accel.names import METHODS, PRESETS
-from gen_accel.ui.page import Page
+from gen_accel.ui.page import QUIETLY, Page
 
 OWN = "a method"  # of the setting, in the place of a preset's name
 SIZE, STEPS, GUIDANCE = 96, 20, 3.0  # of the demo model; others have their own
@@ -151,5 +151,4 @@ def whole(value: float | None) -> int | None:
     return None if value is None else round(value)
 
 
-QUIETLY: Any = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 PRIVATELY: Any = {"api_visibility": "private"}
