@@ -134,7 +134,12 @@ def show(
             if out is not None:
                 from gen_accel.pipelines.tuning import load_tuned
 
-                [file, *_] = tuned  # the one that comes first in the box
+                if len(tuned) > 1:
+                    raise ValueError(
+                        f"{len(tuned)} presets {preset} were tuned for {model}: leave --out out, "
+                        "or give the file of one"
+                    )
+                [file] = tuned
                 lines.append(str(load_tuned(file).plot(out)))
             show_result(lines, [one.to_dict() for one in tuned.values()], json)
             return

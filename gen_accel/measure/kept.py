@@ -13,7 +13,9 @@ from gen_accel.json_files import fields_of, parse_json
 
 T = TypeVar("T")
 
-_BUSY: ContextVar[dict[tuple[Path, str], tuple[Any, str]] | None] = ContextVar("busy", default=None)
+_BUSY: ContextVar[dict[tuple[Path, str], tuple[Any, str]] | None] = ContextVar(
+    "busy", default=None
+)
 
 
 @contextmanager

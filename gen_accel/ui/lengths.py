@@ -1,6 +1,6 @@
 """What the screen for longer video shows: techniques with their reasons, and a video over time."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,8 +151,3 @@ def effects(answer: Mapping[str, Any]) -> list[str]:
 def does(answer: Mapping[str, Any]) -> dict[str, str]:
     """What each technique does, by name."""
     return {one["name"]: one["does"] for one in answer["techniques"]}
-
-
-def kept(chosen: Sequence[str], answer: Mapping[str, Any]) -> list[str]:
-    """The chosen techniques without refused ones."""
-    return [name for name in chosen if name not in refused(answer)]

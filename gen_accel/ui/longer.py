@@ -53,12 +53,11 @@ def build(page: Page) -> None:
                 elem_id="long-lora",
             )
             gr.Markdown("**Techniques**")
-            boxes = {
-                name: gr.Checkbox(
-                    False, label=name, container=False, elem_id=f"long-technique-{name}"
-                )
-                for name in TECHNIQUES
-            }
+            with gr.Group():
+                boxes = {
+                    name: gr.Checkbox(False, label=name, elem_id=f"long-technique-{name}")
+                    for name in TECHNIQUES
+                }
             settings = gr.Textbox(
                 label="Their settings",
                 placeholder="fresh_noise:shift=22",
@@ -242,7 +241,7 @@ def build(page: Page) -> None:
     )
     page.tab.change(listed, [loaded], [lora, loaded], **QUIETLY).then(
         look, what, looked, **PRIVATELY, show_progress="hidden"
-    )
+    ).then(expect, [*every, *ticks], [plan], **PRIVATELY, show_progress="hidden")
     results = [film, figures, charts, loop, drift, sheet]
     view.ended.change(show, [view.ended], results, **PRIVATELY)
 

@@ -1,9 +1,9 @@
 """A worker process without torch, which does what the prompts of its jobs ask for.
 
-    steps 4        as many steps, a file at --out before the first and the video after the last
-    fail WORDS     ends with that error
-    die            is killed in the middle of a step
-    ignore         does not end when it is stopped
+steps 4        as many steps, a file at --out before the first and the video after the last
+fail WORDS     ends with that error
+die            is killed in the middle of a step
+ignore         does not end when it is stopped
 """
 
 import json
@@ -56,7 +56,9 @@ def run(number, arguments):
                 signal.pause()
     total = int(rest or 2)
     for done in range(total + 1):
-        tell(progress=number, task=0, words="video", done=done, total=total, unit="steps", left=9.0)
+        tell(
+            progress=number, task=0, words="video", done=done, total=total, unit="steps", left=9.0
+        )
         if what == "wait":  # until it is stopped
             stopped.wait()
         if stopped.is_set():
