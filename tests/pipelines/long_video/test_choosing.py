@@ -1,6 +1,7 @@
 """Which techniques a model takes and which go together, without its weights."""
 
 import json
+import re
 
 import pytest
 
@@ -39,15 +40,12 @@ def test_what_goes_together_is_what_extend_takes(pipe):
     for name in TECHNIQUES:
         found = excluded([name])
         assert name not in found
-        for other in TECHNIQUES:
-            if other == name:
-                continue
-            try:
-                extend(pipe, [name, other], **LONG).remove()
-            except ValueError as error:
-                assert found[other] == str(error)
+        for other in {*TECHNIQUES} - {name}:
+            if other in found:
+                with pytest.raises(ValueError, match=re.escape(found[other])):
+                    extend(pipe, [name, other], **LONG)
             else:
-                assert other not in found
+                extend(pipe, [name, other], **LONG).remove()
     assert excluded() == {}
     with pytest.raises(ValueError, match="riflex does not go with position_interpolation"):
         excluded(["riflex", "position_interpolation"])
