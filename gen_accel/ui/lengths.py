@@ -108,8 +108,10 @@ def drift_table(course: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def loop_table(course: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Columns of a chart: how alike frames are that lie so many frames apart, from 1 on."""
-    seen = [(lag, x) for lag, x in enumerate(course["similarity"]) if lag and x is not None]
+    """Columns of a chart: how alike frames are that lie so many frames apart, from 1 to two thirds
+    of the clip, as far as a loop is looked for."""
+    lags = course["similarity"][: 2 * len(course["similarity"]) // 3 + 1]
+    seen = [(lag, x) for lag, x in enumerate(lags) if lag and x is not None]
     return {"frames apart": [lag for lag, _ in seen], "similarity": [x for _, x in seen]}
 
 

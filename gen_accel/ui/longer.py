@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.context import Context
 
 from gen_accel import demo
 from gen_accel.names import METHODS, PRESETS, TECHNIQUES
@@ -76,7 +77,7 @@ def build(page: Page) -> None:
                     loop = gr.LinePlot(
                         x="frames apart",
                         y="similarity",
-                        title="Does it repeat? 1: the same picture again",
+                        title="Does it repeat?",
                         height=240,
                         min_width=280,
                         elem_id="long-loop",
@@ -85,7 +86,7 @@ def build(page: Page) -> None:
                         x="frame",
                         y="drift",
                         color="of",
-                        title="Does it drift? Distance from the first frame",
+                        title="Does it drift from its first frame?",
                         color_map=dict(
                             zip(
                                 lengths.CHANNELS,
@@ -219,11 +220,16 @@ def build(page: Page) -> None:
     run.click(refusing(submit, 1), [*every, *ticks], [view.error, view.job], **PRIVATELY)
     what = [parts.model, frames, trained, settings, *ticks]
     looked = [effect, *ticks]
-    for one in (frames, trained, settings):
-        event = one.release if one is frames else one.blur
-        event(look, what, looked, **PRIVATELY, show_progress="hidden")
-    for one in ticks:
-        one.input(look, what, looked, **PRIVATELY, show_progress="hidden")
+    gr.on(
+        [Context.block.select, frames.change, trained.change, settings.blur]
+        + [one.input for one in ticks],
+        look,
+        what,
+        looked,
+        trigger_mode="always_last",
+        show_progress="hidden",
+        **PRIVATELY,
+    )
     gr.on(
         [*(one.change for one in (*parts.heavy, lora)), *(one.input for one in ticks)],
         expect,
@@ -239,9 +245,7 @@ def build(page: Page) -> None:
     lora.change(of_lora, [lora], [trained, settings, parts.setting, *ticks], **PRIVATELY).then(
         look, what, looked, **PRIVATELY
     )
-    page.tab.change(listed, [loaded], [lora, loaded], **QUIETLY).then(
-        look, what, looked, **PRIVATELY, show_progress="hidden"
-    ).then(expect, [*every, *ticks], [plan], **PRIVATELY, show_progress="hidden")
+    page.tab.change(listed, [loaded], [lora, loaded], **QUIETLY)
     results = [film, figures, charts, loop, drift, sheet]
     view.ended.change(show, [view.ended], results, **PRIVATELY)
 

@@ -24,7 +24,7 @@ CSS = """
 .ga-note { border-left: 4px solid var(--primary-500); padding: 0.4rem 0.8rem; margin: 0.4rem 0;
   background: color-mix(in srgb, var(--primary-500) 8%, transparent); border-radius: 6px; }
 .ga-media { width: 100%; border-radius: 8px; }
-video.ga-media { image-rendering: pixelated; }
+video.ga-media { image-rendering: pixelated; max-height: 480px; background: #000; }
 .ga-pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.82rem; line-height: 1.35;
   font-family: var(--font-mono); padding: 0.6rem; border-radius: 8px;
   background: var(--background-fill-secondary); }
@@ -94,6 +94,6 @@ def image(address: str, alt: str) -> str:
 
 def video(address: str, label: str) -> str:
     return (
-        '<video class="ga-media" controls loop muted playsinline '
+        '<video class="ga-media" controls loop muted playsinline preload="auto" '
         f'aria-label="{html.escape(label)}" src="{html.escape(address)}"></video>'
     )

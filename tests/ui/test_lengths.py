@@ -63,9 +63,9 @@ def test_drift_counts_from_the_first_frame():
 
 
 def test_the_chart_of_loops_leaves_out_what_is_not_defined():
-    course = COURSE | {"similarity": [1.0, 0.5, None, -0.5]}
+    course = COURSE | {"similarity": [1.0, 0.5, None, -0.5, 0.1, -3.0]}
     found = lengths.loop_table(course)
-    assert found == {"frames apart": [1, 3], "similarity": [0.5, -0.5]}
+    assert found == {"frames apart": [1, 3, 4], "similarity": [0.5, -0.5, 0.1]}
 
 
 def test_answers_are_read_by_technique():
