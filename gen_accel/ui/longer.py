@@ -220,8 +220,9 @@ def build(page: Page) -> None:
     run.click(refusing(submit, 1), [*every, *ticks], [view.error, view.job], **PRIVATELY)
     what = [parts.model, frames, trained, settings, *ticks]
     looked = [effect, *ticks]
+    screen: Any = Context.block  # the tab that this is built in
     gr.on(
-        [Context.block.select, frames.change, trained.change, settings.blur]
+        [screen.select, frames.change, trained.change, settings.blur]
         + [one.input for one in ticks],
         look,
         what,

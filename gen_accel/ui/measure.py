@@ -1,7 +1,7 @@
 """The screen Measure & doctor: figures of videos, what a run costs, presets, and this machine."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -201,12 +201,15 @@ CURVE = {"frames": "num_frames", "speed-up": "speedup", "density": "density"}
 
 def _cost_rows(found: Mapping[str, Any]) -> list[list[str]]:
     """Rows of what `gen-accel estimate --json` says."""
-    low, high = found["speedup_range"]
     pays = found["pays_from_frames"]
     seconds, peak = found["seconds"], found["peak_bytes"][found["offload"]]
     until = f"none up to {found['searched_to_frames']} does"
     return [
-        ["Speed-up", _span(low, high, "\N{MULTIPLICATION SIGN}"), "of the denoising, expected"],
+        [
+            "Speed-up",
+            _span(found["speedup_range"], "\N{MULTIPLICATION SIGN}"),
+            "of the denoising, expected",
+        ],
         ["Pays from", f"{pays} frames" if pays else until, "1.1 times as fast or more"],
         ["Density", f"{found['density']:.3f}", f"of {found['tokens']:,} tokens"],
         [
@@ -214,15 +217,15 @@ def _cost_rows(found: Mapping[str, Any]) -> list[list[str]]:
             f"{found['attention_share']:.0%}",
             "of a dense step's work; what else there is limits the gain",
         ],
-        ["Dense", _span(*seconds["dense_total"], " s"), f"in all, on {found['device']}"],
-        ["Sparse", _span(*seconds["sparse_total"], " s"), "in all"],
-        ["Memory", _span(*(x / 1e9 for x in peak), " GB"), "at most"],
+        ["Dense", _span(seconds["dense_total"], " s"), f"in all, on {found['device']}"],
+        ["Sparse", _span(seconds["sparse_total"], " s"), "in all"],
+        ["Memory", _span([x / 1e9 for x in peak], " GB"), "at most"],
     ]
 
 
-def _span(low: float, high: float, unit: str) -> str:
+def _span(ends: Sequence[float], unit: str) -> str:
     """Write a range with three digits."""
-    first, last = (f"{float(f'{x:.3g}'):,g}" for x in (low, high))
+    first, last = (f"{float(f'{x:.3g}'):,g}" for x in ends)
     return f"{first}{unit}" if first == last else f"{first} to {last}{unit}"
 
 
